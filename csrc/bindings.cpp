@@ -1,0 +1,118 @@
+// The extension dmfast._C: raw pointers, sizes and strides in, nothing of torch's. So one binary serves every
+// torch release and the build needs no torch. dmfast/kernels/native.py is the one caller and has checked all
+// that a pointer can't tell.
+#include <pybind11/pybind11.h>
+
+#include <cmath>
+
+#include "cpu/loss.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+struct PyBatch : dmf::Batch {
+  PyBatch(int dtype, uintptr_t logits, int64_t sequences, int64_t steps, int64_t rows, int64_t stride_sequence,
+          int64_t stride_row, uintptr_t cu_seqlens, uintptr_t labels, int64_t vocab, double scale, double softcap,
+          int threads)
+      : dmf::Batch{static_cast<dmf::DType>(dtype),
+                   pointer<char>(logits),
+                   sequences,
+                   steps,
+                   rows,
+                   stride_sequence,
+                   stride_row,
+                   pointer<const int64_t>(cu_seqlens),
+                   pointer<const int64_t>(labels),
+                   {vocab, scale, softcap},
+                   threads} {}
+};
+
+struct PyTerms : dmf::Terms {
+  PyTerms(int kind, bool on_policy, bool normalize, double beta, double log_scale, double max_weight,
+          uintptr_t log_proposal, uintptr_t log_target, uintptr_t log_z, uintptr_t reward, uintptr_t log_base,
+          uintptr_t baseline)
+      : dmf::Terms{{static_cast<dmf::Kind>(kind), on_policy, normalize, beta, log_scale, max_weight},
+                   pointer<const double>(log_proposal),
+                   pointer<const double>(log_target),
+                   pointer<const double>(log_z),
+                   pointer<const double>(reward),
+                   pointer<const double>(log_base),
+                   pointer<const double>(baseline)} {}
+};
+
+struct PyOutputs : dmf::Outputs {
+  PyOutputs(uintptr_t log_prob, uintptr_t lse, uintptr_t row_log_prob, uintptr_t row_entropy, uintptr_t entropy,
+            uintptr_t log_ratio, uintptr_t log_target_ratio, uintptr_t weight, uintptr_t loss, uintptr_t clipped)
+      : dmf::Outputs{pointer<double>(log_prob),         pointer<double>(lse),     pointer<double>(row_log_prob),
+                     pointer<double>(row_entropy),      pointer<double>(entropy), pointer<double>(log_ratio),
+                     pointer<double>(log_target_ratio), pointer<double>(weight),  pointer<double>(loss),
+                     pointer<int64_t>(clipped)} {}
+};
+
+dmf::Gradient gradient(uintptr_t data, int64_t stride_sequence, int64_t stride_row) {
+  return {pointer<char>(data), stride_sequence, stride_row};
+}
+
+py::tuple as_tuple(const dmf::Status& s) { return py::make_tuple(static_cast<int64_t>(s.fault), s.at); }
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "dmfast's compiled kernels. Raw pointers: call them through dmfast.kernels only.";
+  m.attr("has_cpu") = true;
+  m.def("instruction_set", &dmf::instruction_set);
+
+  py::class_<PyBatch>(m, "Batch")
+      .def(py::init<int, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t, double,
+                    double, int>());
+  py::class_<PyTerms>(m, "Terms")
+      .def(py::init<int, bool, bool, double, double, double, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                    uintptr_t>());
+  py::class_<PyOutputs>(m, "Outputs")
+      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                    uintptr_t>());
+
+  m.def("forward", [](const PyBatch& b, const PyTerms& t, const PyOutputs& out) {
+    dmf::Status status;
+    {
+      py::gil_scoped_release release;
+      status = dmf::forward(b, t, out);
+    }
+    return as_tuple(status);
+  });
+  m.def("backward", [](const PyBatch& b, uintptr_t lse, uintptr_t weight, double factor, uintptr_t gradient_data,
+                       int64_t stride_sequence, int64_t stride_row) {
+    py::gil_scoped_release release;
+    dmf::backward(b, pointer<const double>(lse), pointer<const double>(weight), factor,
+                  gradient(gradient_data, stride_sequence, stride_row));
+  });
+  m.def("forward_backward", [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, double factor,
+                               uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row) {
+    dmf::Status status;
+    {
+      py::gil_scoped_release release;
+      status = dmf::forward_backward(b, t, out, factor, gradient(gradient_data, stride_sequence, stride_row));
+    }
+    return as_tuple(status);
+  });
+  m.def("scale",
+        [](const PyBatch& b, double factor, uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row) {
+          py::gil_scoped_release release;
+          dmf::scale(b, factor, gradient(gradient_data, stride_sequence, stride_row));
+        });
+  m.def(
+      "weigh",
+      [](const PyTerms& t, double log_prob, double log_proposal, double log_target, double log_z, double reward,
+         double log_base, double baseline) {
+        const dmf::Weight w =
+            dmf::weigh(t.objective, {log_prob, log_proposal, log_target, log_z, reward, log_base, baseline});
+        return py::make_tuple(w.log_ratio, w.log_target_ratio, w.weight, w.clipped, w.out_of_range);
+      },
+      "The formula of csrc/objective.h for one sequence, for the test that holds it to dmfast.objectives.");
+}

@@ -1,0 +1,143 @@
+#include "loss.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace dmf {
+namespace {
+
+double at(const double* values, int64_t i) { return values ? values[i] : 0.0; }
+
+Sequence sequence(const Terms& t, int64_t i, double log_prob) {
+  Sequence x{};
+  x.log_prob = log_prob;
+  x.log_proposal = t.log_proposal ? t.log_proposal[i] : log_prob;
+  x.log_target = at(t.log_target, i);
+  x.log_z = at(t.log_z, i);
+  x.reward = at(t.reward, i);
+  x.log_base = at(t.log_base, i);
+  x.baseline = at(t.baseline, i);
+  return x;
+}
+
+// Rows that can't be scored, as one number so that the first of them wins whatever the thread: row * 4 + fault.
+constexpr int64_t kNoFault = INT64_MAX;
+Status status(int64_t fault) {
+  if (fault == kNoFault) return {Fault::none, -1};
+  return {static_cast<Fault>(fault & 3), fault >> 2};
+}
+
+int64_t score_row(const Batch& b, const RowKernels& k, const Outputs& out, int64_t row) {
+  const int64_t label = b.labels[row];
+  RowSum sum{0, 0, 0};
+  double log_prob = 0;
+  int64_t fault = kNoFault;
+  if (label >= 0) {
+    k.forward(b.logits + b.offset(row) * k.itemsize, label, b.options, out.row_entropy != nullptr, sum);
+    log_prob = sum.label - sum.lse;
+    if (std::isnan(sum.lse) || sum.lse == INFINITY)
+      fault = row * 4 + static_cast<int64_t>(Fault::bad_row);
+    else if (!(log_prob > -INFINITY))
+      fault = row * 4 + static_cast<int64_t>(Fault::label);
+  }
+  out.lse[row] = sum.lse;
+  out.row_log_prob[row] = log_prob;
+  if (out.row_entropy) out.row_entropy[row] = sum.entropy;
+  return fault;
+}
+
+void write_row(const Batch& b, const RowKernels& k, int64_t row, double lse, double weight, const Gradient& g) {
+  char* dz = g.data + g.offset(b, row) * k.itemsize;
+  const int64_t label = b.labels[row];
+  if (label < 0 || weight == 0.0)
+    std::memset(dz, 0, static_cast<size_t>(b.options.vocab * k.itemsize));
+  else
+    k.backward(b.logits + b.offset(row) * k.itemsize, dz, label, weight, lse, b.options);
+}
+
+// Sums rows into sequences in row order, whatever thread scored them.
+void sum_rows(const Batch& b, const Outputs& out) {
+  for (int64_t i = 0; i < b.sequences; ++i) {
+    double log_prob = 0, entropy = 0;
+    for (int64_t row = b.first_row(i); row < b.first_row(i + 1); ++row) {
+      log_prob += out.row_log_prob[row];
+      if (out.row_entropy) entropy += out.row_entropy[row];
+    }
+    out.log_prob[i] = log_prob;
+    if (out.entropy) out.entropy[i] = entropy;
+  }
+}
+
+// known: the weights stand already; only the ratios, which need log pi, are formed.
+Status form_weights(const Batch& b, const Terms& t, const Outputs& out, bool known) {
+  Status result{Fault::none, -1};
+  if (t.objective.kind == Kind::none) return result;
+  for (int64_t i = 0; i < b.sequences; ++i) {
+    const Weight w = weigh(t.objective, sequence(t, i, out.log_prob[i]));
+    out.log_ratio[i] = w.log_ratio;
+    out.log_target_ratio[i] = w.log_target_ratio;
+    if (!known) {
+      out.weight[i] = w.weight;
+      *out.clipped += w.clipped;
+      if (w.out_of_range && result.fault == Fault::none) result = {Fault::weight, i};
+    }
+    // 0 * -inf = 0
+    out.loss[i] = out.weight[i] == 0.0 ? 0.0 : -out.weight[i] * out.log_prob[i];
+  }
+  return result;
+}
+
+// Runs body(row, its sequence) over all rows on threads and returns the first fault.
+template <class Body>
+int64_t for_rows(const Batch& b, Body body) {
+  int64_t first = kNoFault;
+#pragma omp parallel for schedule(dynamic, 4) num_threads(b.threads) reduction(min : first)
+  for (int64_t row = 0; row < b.rows; ++row) {
+    const int64_t fault = body(row, b.sequence_of(row));
+    first = fault < first ? fault : first;
+  }
+  return first;
+}
+
+}  // namespace
+
+Status forward(const Batch& b, const Terms& t, const Outputs& out) {
+  const RowKernels& k = row_kernels(b.dtype);
+  const int64_t fault = for_rows(b, [&](int64_t row, int64_t) { return score_row(b, k, out, row); });
+  if (fault != kNoFault) return status(fault);
+  sum_rows(b, out);
+  return form_weights(b, t, out, false);
+}
+
+void backward(const Batch& b, const double* lse, const double* weight, double factor, const Gradient& g) {
+  const RowKernels& k = row_kernels(b.dtype);
+  for_rows(b, [&](int64_t row, int64_t sequence) {
+    write_row(b, k, row, lse[row], weight[sequence] * factor, g);
+    return kNoFault;
+  });
+}
+
+Status forward_backward(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g) {
+  const RowKernels& k = row_kernels(b.dtype);
+  for (int64_t i = 0; i < b.sequences; ++i) out.log_prob[i] = at(t.log_proposal, i);
+  const Status weights = form_weights(b, t, out, false);
+  if (weights.fault != Fault::none) return weights;
+  const int64_t fault = for_rows(b, [&](int64_t row, int64_t sequence) {
+    const int64_t f = score_row(b, k, out, row);
+    if (f == kNoFault) write_row(b, k, row, out.lse[row], out.weight[sequence] * factor, g);
+    return f;
+  });
+  if (fault != kNoFault) return status(fault);
+  sum_rows(b, out);
+  return form_weights(b, t, out, true);
+}
+
+void scale(const Batch& b, double factor, const Gradient& g) {
+  const RowKernels& k = row_kernels(b.dtype);
+#pragma omp parallel for schedule(static) num_threads(b.threads)
+  for (int64_t row = 0; row < b.rows; ++row)
+    if (b.labels[row] >= 0)
+      k.scale(g.data + g.offset(b, row) * k.itemsize, b.options.vocab, static_cast<float>(factor));
+}
+
+}  // namespace dmf

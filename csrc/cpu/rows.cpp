@@ -1,0 +1,192 @@
+// Row kernels for the CPU.
+//
+// forward fuses scaling, softcap, log-sum-exp, the gather of the label and the entropy. It reads every
+// logit once from memory and writes nothing per logit: less is impossible, since each logit counts in the
+// sum. Eager log_softmax + gather reads and writes the row several times and leaves N x V floats behind.
+//
+// backward reads every logit once and writes its gradient once, in place if asked: softmax is formed
+// anew from the stored log-sum-exp, because exp costs less than reading a stored softmax.
+//
+// The sum runs in blocks of 512 logits against a running maximum: fp32 within a block, fp64 between blocks.
+// The maximum grows in about log(V / 512) of the blocks, so that rescaling is rare.
+//
+// This file is compiled once per instruction set (target_clones), chosen when the program runs. It holds
+// kernels only: a global constructor compiled for AVX-512 would kill an AVX2 machine at load.
+#include "rows.h"
+
+#include <cmath>
+
+#include "simd.h"
+
+// Sanitizers can't run before the resolvers that target_clones needs.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__) && !defined(DMF_NO_CLONES)
+#define DMF_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define DMF_HAS_CLONES 1
+#else
+#define DMF_CLONES
+#define DMF_HAS_CLONES 0
+#endif
+
+namespace dmf {
+namespace {
+
+constexpr int64_t kBlock = 512;
+constexpr double kLog2e = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
+
+// What a block of logits looks like to the sum: floats d with log2 of the term = d * slope. Without a softcap,
+// d = z - max; with one, d = cap(z) - cap(max), formed in fp64 and rounded once.
+template <class T>
+DMF_INLINE float block_max(const T* z, int64_t n, float* buffer) {
+  int32_t key = INT32_MIN;
+#pragma omp simd reduction(max : key)
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = to_float(z[i]);
+    if (sizeof(T) != sizeof(float)) buffer[i] = x;
+    const int32_t k = to_key(x);
+    key = k > key ? k : key;
+  }
+  return from_key(key);
+}
+
+template <bool Entropy>
+DMF_INLINE void block_sum(const float* x, float reference, int64_t n, const Slope& slope, double& sum, double& moment) {
+  float s = 0, m = 0;
+#pragma omp simd reduction(+ : s, m)
+  for (int64_t i = 0; i < n; ++i) {
+    const float d = x[i] - reference;
+    const float e = exp2_of(d, slope);
+    s += e;
+    if (Entropy) m += e == 0.0f ? 0.0f : e * d;
+  }
+  sum += s;
+  if (Entropy) moment += m;
+}
+
+template <class T, bool Cap, bool Entropy>
+DMF_INLINE void forward_row(const T* z, int64_t label, const RowOptions& o, RowSum& out) {
+  const Slope slope(o.scale * kLog2e);
+  const double inverse_cap = Cap ? 1.0 / o.softcap : 0.0;
+  const double nat = o.scale;  // d * nat is in nats
+  float max = -INFINITY;
+  double reference = -INFINITY, sum = 0, moment = 0;  // moment = sum of e^(d nat) d, for the entropy
+  float buffer[kBlock];
+  for (int64_t first = 0; first < o.vocab; first += kBlock) {
+    const int64_t n = o.vocab - first < kBlock ? o.vocab - first : kBlock;
+    const float m = block_max(z + first, n, buffer);
+    if (m == -INFINITY) continue;
+    if (!(m < INFINITY)) {  // +inf or NaN
+      sum = NAN;
+      break;
+    }
+    if (m > max) {
+      max = m;
+      const double grown = Cap ? o.softcap * tanh_of(m * inverse_cap) : m;
+      if (sum > 0) {
+        const double delta = reference - grown, factor = exp(delta * nat);
+        moment = factor * (moment + delta * sum);
+        sum *= factor;
+      }
+      reference = grown;
+    }
+    const float* x = sizeof(T) == sizeof(float) ? reinterpret_cast<const float*>(z + first) : buffer;
+    if (Cap) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i)
+        buffer[i] = static_cast<float>(o.softcap * tanh_of(static_cast<double>(x[i]) * inverse_cap) - reference);
+      x = buffer;
+    }
+    block_sum<Entropy>(x, Cap ? 0.0f : max, n, slope, sum, moment);
+  }
+  out.lse = nat * reference + log(sum);  // a row of nothing but -inf: -inf
+  const double y = to_float(z[label]);
+  out.label = nat * (Cap ? o.softcap * tanh_of(y * inverse_cap) : y);
+  if (Entropy) out.entropy = log(sum) - nat * moment / sum;
+}
+
+template <class T, bool Cap>
+DMF_INLINE void backward_row(const T* z, T* dz, int64_t label, double weight, double lse, const RowOptions& o) {
+  const Slope slope(o.scale * kLog2e);
+  const double inverse_cap = Cap ? 1.0 / o.softcap : 0.0;
+  const double full = weight * o.scale;
+  // read before the row is overwritten; 1 - p in one expm1, without cancellation where p is near 1
+  const double y = to_float(z[label]);
+  const double t = Cap ? tanh_of(y * inverse_cap) : 0.0;
+  const double at_label = full * (1.0 - t * t) * expm1(o.scale * (Cap ? o.softcap * t : y) - lse);
+  if (Cap) {
+    const double reference = lse / o.scale;
+    const float factor = static_cast<float>(full);
+#pragma omp simd
+    for (int64_t i = 0; i < o.vocab; ++i) {
+      const double th = tanh_of(static_cast<double>(to_float(z[i])) * inverse_cap);
+      const float d = static_cast<float>(o.softcap * th - reference);
+      from_float(factor * static_cast<float>(1.0 - th * th) * exp2_of(d, slope), dz[i]);
+    }
+  } else {
+    const float reference = static_cast<float>(lse / o.scale);
+    const float factor = static_cast<float>(full * exp(o.scale * reference - lse));  // mends the rounding of reference
+#pragma omp simd
+    for (int64_t i = 0; i < o.vocab; ++i) from_float(factor * exp2_of(to_float(z[i]) - reference, slope), dz[i]);
+  }
+  from_float(static_cast<float>(at_label), dz[label]);
+}
+
+template <class T>
+DMF_INLINE void forward_any(const void* z, int64_t label, const RowOptions& o, bool entropy, RowSum& out) {
+  const T* row = static_cast<const T*>(z);
+  if (o.softcap > 0)
+    entropy ? forward_row<T, true, true>(row, label, o, out) : forward_row<T, true, false>(row, label, o, out);
+  else
+    entropy ? forward_row<T, false, true>(row, label, o, out) : forward_row<T, false, false>(row, label, o, out);
+}
+
+template <class T>
+DMF_INLINE void backward_any(const void* z, void* dz, int64_t label, double weight, double lse, const RowOptions& o) {
+  if (o.softcap > 0)
+    backward_row<T, true>(static_cast<const T*>(z), static_cast<T*>(dz), label, weight, lse, o);
+  else
+    backward_row<T, false>(static_cast<const T*>(z), static_cast<T*>(dz), label, weight, lse, o);
+}
+
+template <class T>
+DMF_INLINE void scale_any(void* dz, int64_t vocab, float factor) {
+  T* row = static_cast<T*>(dz);
+#pragma omp simd
+  for (int64_t i = 0; i < vocab; ++i) from_float(to_float(row[i]) * factor, row[i]);
+}
+
+}  // namespace
+
+// target_clones takes no templates, hence the nine functions.
+#define DMF_ROWS(T, NAME)                                                                                            \
+  DMF_CLONES void forward_##NAME(const void* z, int64_t label, const RowOptions& o, bool entropy, RowSum& out) {     \
+    forward_any<T>(z, label, o, entropy, out);                                                                       \
+  }                                                                                                                  \
+  DMF_CLONES void backward_##NAME(const void* z, void* dz, int64_t label, double w, double l, const RowOptions& o) { \
+    backward_any<T>(z, dz, label, w, l, o);                                                                          \
+  }                                                                                                                  \
+  DMF_CLONES void scale_##NAME(void* dz, int64_t vocab, float factor) { scale_any<T>(dz, vocab, factor); }
+
+DMF_ROWS(float, f32)
+DMF_ROWS(bf16, bf16)
+DMF_ROWS(fp16, f16)
+
+const RowKernels& row_kernels(DType dtype) {
+  static const RowKernels kernels[] = {
+      {forward_f32, backward_f32, scale_f32, 4},
+      {forward_bf16, backward_bf16, scale_bf16, 2},
+      {forward_f16, backward_f16, scale_f16, 2},
+  };
+  return kernels[static_cast<int>(dtype)];
+}
+
+const char* instruction_set() {
+#if DMF_HAS_CLONES
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
+  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
+#endif
+  return "baseline";
+}
+
+}  // namespace dmf

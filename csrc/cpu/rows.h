@@ -1,0 +1,43 @@
+// One row of logits at a time: the interface between the kernels of rows.cpp, which are compiled once per
+// instruction set, and loss.cpp, which runs them over rows on threads.
+#pragma once
+#include <cstdint>
+
+namespace dmf {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+struct RowOptions {
+  int64_t vocab;
+  double scale;    // 1 / temperature
+  double softcap;  // 0: none
+};
+
+struct RowSum {
+  double lse;      // log-sum-exp of scale * cap(z); NaN if the row holds NaN or +inf
+  double label;    // scale * cap(z[label])
+  double entropy;  // -sum p log p, nats
+};
+
+// Reads the row once (512 logits at a time, a second time from the first-level cache).
+using ForwardRow = void (*)(const void* z, int64_t label, const RowOptions&, bool entropy, RowSum&);
+
+// dz[v] = weight * scale * cap'(z[v]) * (softmax[v] - (v == label)), rounded to the row's dtype. dz may be z.
+using BackwardRow = void (*)(const void* z, void* dz, int64_t label, double weight, double lse, const RowOptions&);
+
+// dz[v] *= factor
+using ScaleRow = void (*)(void* dz, int64_t vocab, float factor);
+
+struct RowKernels {
+  ForwardRow forward;
+  BackwardRow backward;
+  ScaleRow scale;
+  int64_t itemsize;
+};
+
+const RowKernels& row_kernels(DType dtype);
+
+// The instruction set that the row kernels run on here: "x86-64-v4", "x86-64-v3" or "baseline".
+const char* instruction_set();
+
+}  // namespace dmf

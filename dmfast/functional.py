@@ -1,0 +1,284 @@
+"""The fused losses: functions of logits, to be called from any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
+
+from . import kernels
+from .kernels import checks, compiled, eager, native
+from .kernels.batch import Batch, Scores
+from .kernels.result import DMLossOutput, count_empty, denominator, reduce
+from .objectives import Objective, Terms
+
+__all__ = ["dm_loss", "sequence_log_prob", "shift_labels"]
+
+
+def shift_labels(input_ids: Tensor, mask: Tensor | None = None, prompt_len: int = 0) -> Tensor:
+    """Labels for a causal model's logits: ``labels[:, t] = input_ids[:, t + 1]`` where that token is scored, else -100.
+
+    The tokens are shifted and never the logits: slicing logits makes autograd copy all of them.
+
+    Args:
+        input_ids: (B, T) integer, prompt and continuation.
+        mask: (B, T) bool or integer, True on the tokens whose log-probability counts; None: all.
+        prompt_len: the first ``prompt_len`` tokens are never scored.
+
+    Returns:
+        (B, T) int64. The last position predicts nothing and is -100.
+
+    Raises:
+        TypeError, ValueError: wrong dtype or shape.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.dtype.is_floating_point or input_ids.dim() != 2:
+        raise TypeError(f"input_ids must be an integer tensor (B, T), got {checks.describe(input_ids)}")
+    if mask is not None and (mask.shape != input_ids.shape or mask.dtype.is_floating_point):
+        raise ValueError(f"mask must be bool or integer of shape {tuple(input_ids.shape)}, got {checks.describe(mask)}")
+    if not 0 <= prompt_len <= input_ids.shape[1]:
+        raise ValueError(f"prompt_len must be in [0, {input_ids.shape[1]}], got {prompt_len}")
+    labels = torch.full(input_ids.shape, checks.IGNORE, dtype=torch.int64, device=input_ids.device)
+    labels[:, :-1] = input_ids[:, 1:]
+    if mask is not None:
+        labels[:, :-1].masked_fill_(mask[:, 1:] == 0, checks.IGNORE)
+    if prompt_len > 1:
+        labels[:, : prompt_len - 1] = checks.IGNORE
+    return labels
+
+
+class _SequenceLogProb(torch.autograd.Function):
+    """log pi per sequence; backward writes the gradient of the logits, over them if asked."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, batch: Batch, entropy: bool, inplace: bool) -> tuple[Tensor, Scores]:
+        scores = native.forward(batch, None, entropy)
+        ctx.save_for_backward(logits, scores.lse)
+        ctx.batch, ctx.inplace = replace(batch, logits=logits.new_empty(0)), inplace
+        return scores.log_prob, scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_log_prob: Tensor, _: None) -> tuple[Tensor, None, None, None]:
+        logits, lse = ctx.saved_tensors
+        batch = replace(ctx.batch, logits=logits)
+        dz = native.backward(batch, lse, -grad_log_prob.to(torch.float64), 1.0, ctx.inplace)
+        if ctx.inplace:
+            increment_version(logits)
+        return dz, None, None, None
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply``, which torch leaves untyped."""
+    return function.apply(*args)  # type: ignore[no-untyped-call]
+
+
+def _score(batch: Batch, entropy: bool, inplace: bool, wants_grad: bool) -> Scores:
+    """Scores whose log_prob carries the gradient, where one is wanted."""
+    if torch.compiler.is_compiling():
+        return compiled.score(batch, entropy, inplace)
+    if not wants_grad:
+        return native.forward(batch, None, entropy)
+    log_prob, scores = _apply(_SequenceLogProb, batch.logits, batch, entropy, inplace)
+    return replace(cast(Scores, scores), log_prob=log_prob)
+
+
+class _DMLoss(torch.autograd.Function):
+    """The loss; backward writes the gradient of the logits, over them if asked.
+
+    With ``expected`` (a grad_output to fold in) the weight is known and the gradient was written by forward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, batch: Batch, terms: Terms, reduction: str, divide_by: float, entropy: bool,
+        inplace: bool, expected: float | None,
+    ) -> tuple[Tensor, Scores]:  # fmt: skip
+        ctx.dz = None
+        if expected is not None:
+            scores, dz = native.forward_backward(batch, terms, entropy, expected / divide_by, inplace)
+            if inplace:
+                increment_version(logits)
+            else:
+                ctx.dz = dz
+        else:
+            scores = native.forward(batch, terms, entropy)
+        assert scores.weight is not None and scores.loss is not None
+        ctx.save_for_backward(logits, scores.lse, scores.weight)
+        ctx.batch, ctx.inplace = replace(batch, logits=logits.new_empty(0)), inplace
+        ctx.expected, ctx.divide_by, ctx.reduction = expected, divide_by, reduction
+        return reduce(scores.loss, reduction, divide_by), scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        logits, lse, weight = ctx.saved_tensors
+        batch = replace(ctx.batch, logits=logits)
+        if ctx.expected is not None and (ctx.inplace or ctx.dz is not None):
+            # the gradient is there already, multiplied by the grad_output that was expected
+            dz = logits.detach() if ctx.inplace else ctx.dz
+            ctx.dz = None  # given away: with retain_graph a second backward computes its own
+            factor = float(grad_loss) / ctx.expected
+            if factor != 1.0:
+                native.scale_(batch, dz, factor)
+        elif ctx.reduction == "none":
+            dz = native.backward(batch, lse, weight * grad_loss.to(torch.float64), 1.0, ctx.inplace)
+        else:
+            dz = native.backward(batch, lse, weight, float(grad_loss) / ctx.divide_by, ctx.inplace)
+        if ctx.inplace:
+            increment_version(logits)  # so that a second use of the overwritten logits raises PyTorch's own error
+        return dz, None, None, None, None, None, None, None
+
+
+def _one_pass(batch: Batch, terms: Terms, reduction: str, grad_scale: float | None) -> float | None:
+    """The grad_output to fold into a gradient written by forward, or None where that must wait for backward."""
+    if not terms.weight_known or reduction == "none":
+        return None
+    if grad_scale is None and batch.logits.dtype == torch.float16:
+        return None  # without the scaler's factor small gradients would round to 0
+    return 1.0 if grad_scale is None else float(grad_scale)
+
+
+def dm_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    log_target: Tensor | None = None,
+    log_proposal: Tensor | None = None,
+    log_z: Tensor | float | None = None,
+    objective: str | Objective | Callable[[Terms], Tensor] = "gdc++",
+    on_policy: bool = False,
+    reward: Tensor | None = None,
+    log_base: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    context_id: Tensor | None = None,
+    reduction: str = "mean",
+    num_sequences: float | None = None,
+    grad_scale: float | None = None,
+    max_weight: float | None = None,
+    inplace: bool = False,
+    return_entropy: bool = False,
+) -> DMLossOutput:
+    """The fused distribution-matching loss ``-(1/B) sum_i A_i log pi(x_i)``, A a constant (arXiv:2206.00761, sec. 2-3).
+
+    Sequences x are drawn from a proposal q; ``log pi(x) = sum_t mask_t log softmax(cap(z_t) / temperature)[x_t]``.
+
+    Args:
+        logits: (B, T, V), or packed (N, V) with ``cu_seqlens``; float32, bfloat16, float16 (float64 through the eager
+            backend); any strides with the last dimension contiguous. ``logits[:, t]`` scores ``tokens[:, t]``: align
+            a causal model's input_ids with ``shift_labels``.
+        tokens: (B, T) or (N,) integer; -100 = not scored.
+        mask: same shape, bool or integer; False = not scored. Such rows are never read and get gradient 0.
+        log_target: (B,) log P(x), nats; -inf where P = 0.
+        log_proposal: (B,) log q(x), nats, under the temperature that x was sampled at. With ``on_policy`` the sampler's
+            stored log pi, optional: with it the weight is known before the forward and one pass does everything.
+        log_z: float, 0-d or (B,): log Z, one per sequence where contexts differ. -inf for a context whose P are all 0.
+        objective: a name of ``dmfast.OBJECTIVES``, an ``Objective``, or a function of ``Terms`` giving A, (B,) fp64.
+        on_policy: x was drawn from the policy itself: rho = 1 exactly.
+        reward: (B,) R(x), for ``reinforce`` and ``kl_control``.
+        log_base: (B,) log a(x), for ``kl_control``.
+        temperature, softcap: of the policy: logits become softcap * tanh(logits / softcap), then / temperature.
+        cu_seqlens: (B+1,) int32 or int64, where packed sequences start; from 0 to N.
+        context_id: (B,) integer, for the baseline ``leave_one_out_context``.
+        reduction: ``mean`` over sequences, ``sum``, or ``none``: a (B,) loss.
+        num_sequences: what ``mean`` divides by: the sequences of the whole optimiser step, where this call is one
+            microbatch of it. Default B.
+        grad_scale: the grad_output that backward will bring (a GradScaler's scale, 1 / accumulation steps), where known.
+            It changes no result: a gradient written by forward has it folded in before rounding, and float16 logits
+            take the one-pass form only with it.
+        max_weight: bounds A to [-max_weight, max_weight].
+        inplace: the gradient overwrites the logits, which are undefined after the call, also after an error in a row.
+            Saves a tensor of their size. Ignored where no gradient is wanted.
+        return_entropy: ``out.entropy``, the policy's entropy summed over scored tokens, in nats.
+
+    Returns:
+        ``DMLossOutput``; ``out.loss`` carries the gradient of the logits. Per-sequence values are fp64.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or value, an input that the objective needs
+            and did not get, NaN or +inf in a scored row, a label logit of -inf, a weight beyond fp32's range.
+    """
+    batch = checks.make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap)
+    terms = checks.make_terms(
+        batch, objective, on_policy=on_policy, max_weight=max_weight, context_id=context_id,
+        log_proposal=log_proposal, log_target=log_target, log_z=log_z, reward=reward, log_base=log_base,
+    )  # fmt: skip
+    checks.check_call(batch, reduction, num_sequences, grad_scale, inplace)
+    divide_by = denominator(batch, reduction, num_sequences)
+    wants_grad = torch.is_grad_enabled() and logits.requires_grad
+    inplace = inplace and wants_grad
+    compiling = torch.compiler.is_compiling()
+    backend = kernels.select(logits)
+    if not compiling:
+        checks.check_rows(batch)
+        checks.check_terms(terms)
+    if backend == "eager":
+        return eager.loss_from_scores(batch, eager.score(batch, return_entropy), terms, reduction, divide_by)
+    if not isinstance(terms.objective, Objective):
+        scores = _score(batch, return_entropy, inplace, wants_grad)
+        return eager.loss_from_scores(batch, scores, terms, reduction, divide_by)
+    if compiling:
+        expected = _one_pass(batch, terms, reduction, grad_scale) if wants_grad else None
+        loss, scores = compiled.dm_loss(batch, terms, reduction, divide_by, return_entropy, inplace, expected)
+    elif wants_grad:
+        loss, scores = _apply(_DMLoss, logits, batch, terms, reduction, divide_by, return_entropy, inplace,
+                                     _one_pass(batch, terms, reduction, grad_scale))  # fmt: skip
+    else:
+        scores = native.forward(batch, terms, return_entropy)
+        assert scores.loss is not None
+        loss = reduce(scores.loss, reduction, divide_by)
+    assert scores.weight is not None and scores.n_clipped is not None
+    has_proposal = terms.log_proposal is not None or terms.on_policy
+    return DMLossOutput(
+        loss=loss,
+        log_prob=scores.log_prob,
+        log_ratio=scores.log_ratio if has_proposal else None,
+        log_target_ratio=scores.log_target_ratio if terms.log_target is not None and terms.log_z is not None else None,
+        weight=scores.weight,
+        n_clipped=scores.n_clipped.reshape(()),
+        n_empty=count_empty(terms.log_z, scores.weight),
+        entropy=scores.entropy,
+        scored=torch.ones_like(scores.weight, dtype=torch.bool),
+        log_proposal=terms.log_proposal,
+        log_target=terms.log_target,
+        log_z=terms.log_z,
+    )
+
+
+def sequence_log_prob(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """log pi(x) of each sequence, ``sum_t mask_t log softmax(cap(z_t) / temperature)[x_t]``, differentiable.
+
+    Args:
+        logits, tokens, mask, temperature, softcap, cu_seqlens, inplace: as in ``dm_loss``.
+
+    Returns:
+        (B,) fp64, nats.
+
+    Raises:
+        TypeError, ValueError: as ``dm_loss``.
+    """
+    batch = checks.make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap)
+    checks.check_call(batch, inplace=inplace)
+    wants_grad = torch.is_grad_enabled() and logits.requires_grad
+    backend = kernels.select(logits)
+    if not torch.compiler.is_compiling():
+        checks.check_rows(batch)
+    if backend == "eager":
+        return eager.score(batch).log_prob
+    return _score(batch, entropy=False, inplace=inplace and wants_grad, wants_grad=wants_grad).log_prob

@@ -1,0 +1,98 @@
+"""Which kernels run: ``backends()`` tells, ``use_backend()`` or ``DMFAST_BACKEND`` forces.
+
+One interface, several backends: ``cpu`` (compiled C++, ``native.py``) and ``eager`` (plain torch, ``eager.py``,
+which is also the oracle of the tests).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import native
+
+NAMES = ("cpu", "eager")
+# A plain global, for all threads: torch.compile guards on it.
+_forced: str | None = os.environ.get("DMFAST_BACKEND") or None
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One backend: whether it can run here, for what, and if not why."""
+
+    name: str
+    available: bool
+    detail: str
+
+
+def backends() -> dict[str, BackendInfo]:
+    """Every backend of dmfast, whether it is in use here and if not why."""
+    missing = native.why_unavailable()
+    cpu = (
+        BackendInfo("cpu", True, f"fp32, bf16, fp16 logits on the CPU; instruction set {native.instruction_set()}, "
+                                 f"{torch.get_num_threads()} threads. Under torch.compile a gradient in place is "
+                                 "written through a functional graph: AOTAutograd may copy the logits once")
+        if missing is None
+        else BackendInfo("cpu", False, missing)
+    )  # fmt: skip
+    eager = BackendInfo("eager", True, "plain torch, any device; fp64 logits, and whatever no other backend takes")
+    return {"cpu": cpu, "eager": eager}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces a backend within a ``with`` block.
+
+    Raises:
+        ValueError: no such backend. RuntimeError: not available here, with the reason.
+    """
+    global _forced
+    if name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}; there are {', '.join(NAMES)}")
+    info = backends()[name]
+    if not info.available:
+        raise RuntimeError(f"backend {name!r} is not available here: {info.detail}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _why_not_cpu(logits: Tensor) -> str | None:
+    missing = native.why_unavailable()
+    if missing is not None:
+        return missing
+    if logits.device.type != "cpu":
+        return f"logits are on {logits.device}, for which this dmfast has no kernel yet"
+    if logits.dtype not in native.DTYPES:
+        return f"logits are {logits.dtype}; the compiled kernels take float32, bfloat16 and float16"
+    return None
+
+
+def select(logits: Tensor) -> str:
+    """The backend for these logits. Taking the slow one is said once per reason.
+
+    Raises:
+        RuntimeError: the forced backend can't take these logits.
+    """
+    if _forced == "eager":
+        return _forced
+    if _forced is not None and _forced not in NAMES:
+        raise ValueError(f"DMFAST_BACKEND: unknown backend {_forced!r}; there are {', '.join(NAMES)}")
+    reason = _why_not_cpu(logits)
+    if reason is None:
+        return "cpu"
+    if _forced == "cpu":
+        raise RuntimeError(f"backend 'cpu' was forced, but {reason}")
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"dmfast runs on its slow eager backend: {reason}", stacklevel=3)
+    return "eager"

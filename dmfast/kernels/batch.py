@@ -1,0 +1,48 @@
+"""What goes into a kernel and what comes out: logits with the rows that are scored, per-sequence results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B sequences of logits, checked, in the form that kernels take.
+
+    ``logits`` is (B,T,V) with any batch and time strides, or packed (N,V) with ``cu_seqlens``.
+    ``labels`` is (rows,) int64, contiguous, one per row of logits in sequence order; -100 = not scored.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor | None  # (B+1,) int64, contiguous
+    n_sequences: int
+    steps: int  # T; 0 when packed
+    scale: float  # 1 / temperature
+    softcap: float  # 0.0: none
+
+    @property
+    def vocab(self) -> int:
+        """V."""
+        return self.logits.shape[-1]
+
+    @property
+    def n_rows(self) -> int:
+        """B * T, or N when packed."""
+        return self.labels.shape[0]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one pass over the logits yields. All fp64; (B,) unless said otherwise."""
+
+    lse: Tensor  # (rows,)
+    log_prob: Tensor
+    entropy: Tensor | None
+    log_ratio: Tensor | None = None  # these are None when only scoring
+    log_target_ratio: Tensor | None = None
+    weight: Tensor | None = None
+    loss: Tensor | None = None  # -A log pi per sequence
+    n_clipped: Tensor | None = None  # (1,) int64

@@ -1,0 +1,345 @@
+"""Checks in front of every backend. A kernel gets raw pointers, so what is wrong must be found here.
+
+``make_batch`` and ``make_terms`` look at shapes, dtypes and devices only (torch.compile traces them);
+``check_data`` looks at the values and runs where they are at hand, before any kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..objectives import INFINITE_AT_ZERO, OBJECTIVES, Objective, Terms, resolve_baseline
+from .batch import Batch
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+IGNORE = -100
+
+
+def describe(x: object) -> str:
+    """An argument as error messages show it."""
+    if isinstance(x, Tensor):
+        return f"{x.dtype} {tuple(x.shape)} on {x.device}"
+    return f"{type(x).__name__} {x!r}"
+
+
+def make_batch(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+) -> Batch:
+    """Checks everything about the logits and their labels that shapes and dtypes tell.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, stride or device, temperature or softcap not positive.
+    """
+    if not isinstance(logits, Tensor) or logits.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {describe(logits)}")
+    packed = cu_seqlens is not None
+    if logits.dim() != (2 if packed else 3):
+        raise ValueError(
+            f"logits must be (B, T, V), or packed (N, V) with cu_seqlens; got {describe(logits)} "
+            f"with{'' if packed else 'out'} cu_seqlens"
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits has an empty vocabulary: {describe(logits)}")
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(
+            f"the last dimension of logits must be contiguous, got strides {logits.stride()}; "
+            "call .contiguous(), or keep the vocabulary as the last dimension"
+        )
+    for name, value in (("tokens", tokens), ("mask", mask)):
+        if value is None and name == "mask":
+            continue
+        if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex:
+            raise TypeError(
+                f"{name} must be an integer{' or bool' if name == 'mask' else ''} tensor, got {describe(value)}"
+            )
+        if value.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"{name} must have the shape of logits without V, {tuple(logits.shape[:-1])}, got {describe(value)}; "
+                "logits[:, t] scores tokens[:, t]: use dmfast.shift_labels to align a model's input_ids"
+            )
+        if value.device != logits.device:
+            raise ValueError(f"{name} is on {value.device}, logits on {logits.device}; move it there")
+    if tokens.dtype == torch.bool:
+        raise TypeError("tokens must be an integer tensor, got bool; did you swap tokens and mask?")
+    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
+        raise ValueError(f"temperature must be a positive number, got {temperature!r}")
+    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):
+        raise ValueError(f"softcap must be a positive number or None, got {softcap!r}")
+    if packed:
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens must be int32 or int64, got {describe(cu_seqlens)}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(f"cu_seqlens must be (B+1,), got {describe(cu_seqlens)}")
+        if cu_seqlens.device != logits.device:
+            raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, logits on {logits.device}; move it there")
+        cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
+    labels = tokens.to(torch.int64)
+    if mask is not None:
+        labels = torch.where(mask if mask.dtype == torch.bool else mask != 0, labels, IGNORE)
+    return Batch(
+        logits=logits,
+        labels=labels.reshape(-1).contiguous(),
+        cu_seqlens=cu_seqlens,
+        n_sequences=cu_seqlens.shape[0] - 1 if cu_seqlens is not None else logits.shape[0],
+        steps=0 if packed else logits.shape[1],
+        scale=1.0 / temperature,
+        softcap=float(softcap or 0.0),
+    )
+
+
+def make_objective(objective: str | Objective | Callable[[Terms], Tensor]) -> Objective | Callable[[Terms], Tensor]:
+    """A name becomes an ``Objective``; a function of ``Terms`` stays one."""
+    if isinstance(objective, str):
+        return Objective(objective)
+    if isinstance(objective, Objective) or callable(objective):
+        return objective
+    raise TypeError(
+        f"objective must be one of {', '.join(OBJECTIVES)}, a dmfast.Objective or a function of dmfast.Terms, "
+        f"got {describe(objective)}"
+    )
+
+
+def _per_sequence(name: str, value: Tensor | float | None, batch: Batch) -> Tensor | None:
+    if value is None:
+        return None
+    device, n = batch.logits.device, batch.n_sequences
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and name == "log_z":
+        return torch.full((n,), float(value), dtype=torch.float64, device=device)
+    if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, logits on {device}; move it there")
+    if value.shape != (n,) and not (name == "log_z" and value.dim() == 0):
+        raise ValueError(f"{name} must have one value per sequence, ({n},), got {describe(value)}")
+    return value.detach().to(torch.float64).expand(n).contiguous()
+
+
+def make_terms(
+    batch: Batch,
+    objective: str | Objective | Callable[[Terms], Tensor],
+    *,
+    on_policy: bool,
+    max_weight: float | None,
+    context_id: Tensor | None,
+    log_proposal: Tensor | None,
+    log_target: Tensor | None,
+    log_z: Tensor | float | None,
+    reward: Tensor | None,
+    log_base: Tensor | None,
+) -> Terms:
+    """The per-sequence inputs in fp64, with what the objective needs and the baseline of this call.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device, or an input that the objective lacks.
+    """
+    objective = make_objective(objective)
+    given = {
+        "log_proposal": _per_sequence("log_proposal", log_proposal, batch),
+        "log_target": _per_sequence("log_target", log_target, batch),
+        "log_z": _per_sequence("log_z", log_z, batch),
+        "reward": _per_sequence("reward", reward, batch),
+        "log_base": _per_sequence("log_base", log_base, batch),
+    }
+    if isinstance(objective, Objective):
+        missing = [name for name in objective.needs if given[name] is None]
+        if missing:
+            raise ValueError(f"objective {objective.name!r} needs {' and '.join(missing)}")
+        if given["log_proposal"] is None and not on_policy:
+            raise ValueError(
+                f"objective {objective.name!r} needs log_proposal, the log-probability of each sequence under what it "
+                "was sampled from; or on_policy=True where that is the policy itself"
+            )
+    if max_weight is not None and not (isinstance(max_weight, (int, float)) and max_weight > 0):
+        raise ValueError(f"max_weight must be a positive number or None, got {max_weight!r}")
+    if context_id is not None and (
+        not isinstance(context_id, Tensor)
+        or context_id.dtype.is_floating_point
+        or context_id.shape != (batch.n_sequences,)
+    ):
+        raise ValueError(f"context_id must be an integer tensor ({batch.n_sequences},), got {describe(context_id)}")
+    terms = Terms(objective, on_policy, math.inf if max_weight is None else float(max_weight), **given)
+    baseline = resolve_baseline(terms, context_id, batch.n_sequences, batch.logits.device)
+    if baseline is None:
+        return terms
+    if baseline.shape != (batch.n_sequences,):
+        raise ValueError(f"a baseline tensor must be ({batch.n_sequences},), got {describe(baseline)}")
+    return Terms(objective, on_policy, terms.max_weight, **given, baseline=baseline)
+
+
+def check_call(
+    batch: Batch,
+    reduction: str = "mean",
+    num_sequences: float | None = None,
+    grad_scale: float | None = None,
+    inplace: bool = False,
+) -> None:
+    """The options of a call.
+
+    Raises:
+        ValueError: an unknown reduction, a number out of range, in place on a tensor that can't be overwritten.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    for name, value in (("num_sequences", num_sequences), ("grad_scale", grad_scale)):
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            raise ValueError(f"{name} must be a positive number or None, got {value!r}")
+    if num_sequences is not None and reduction != "mean":
+        raise ValueError(f"num_sequences is what reduction='mean' divides by; got reduction={reduction!r}")
+    if inplace and torch.is_grad_enabled() and batch.logits.requires_grad:
+        logits = batch.logits
+        if logits.is_leaf:
+            raise ValueError(
+                "inplace=True overwrites logits with their gradient, but logits is a leaf, whose values you still "
+                "need; pass what a model returned, or inplace=False"
+            )
+        # rows may lie in any order but must not share memory: (B,T,V) or its transpose, with gaps
+        dims = [(d, s) for d, s in zip(logits.shape, logits.stride(), strict=True) if d > 1]
+        reach = 1
+        for size, stride in sorted(dims, key=lambda x: x[1]):
+            if stride < reach:
+                raise ValueError(
+                    f"inplace=True needs logits whose elements do not share memory, got strides {logits.stride()} for "
+                    f"shape {tuple(logits.shape)} (an expanded tensor?); pass inplace=False or logits.contiguous()"
+                )
+            reach = stride * (size - 1) + reach
+
+
+def check_weight_tensor(weight: object, batch: Batch) -> None:
+    """What a user's own objective returned.
+
+    Raises:
+        TypeError, ValueError: not an fp64 (B,) tensor.
+    """
+    if not isinstance(weight, Tensor) or weight.dtype != torch.float64 or weight.shape != (batch.n_sequences,):
+        raise ValueError(f"an objective must return float64 weights ({batch.n_sequences},), got {describe(weight)}")
+
+
+def _first(bad: Tensor) -> int:
+    return int(bad.nonzero()[0])
+
+
+def place(batch: Batch, row: int) -> str:
+    """Where a row of logits lies, as (sequence, position)."""
+    if batch.cu_seqlens is None:
+        return f"(sequence {row // batch.steps}, position {row % batch.steps})"
+    starts = batch.cu_seqlens.tolist()
+    sequence = max(i for i in range(batch.n_sequences) if starts[i] <= row)
+    return f"(sequence {sequence}, position {row - starts[sequence]}; packed row {row})"
+
+
+def check_rows(batch: Batch) -> None:
+    """Token ids and cu_seqlens, by value.
+
+    Raises:
+        ValueError: with the first place.
+    """
+    if batch.cu_seqlens is not None:
+        starts = batch.cu_seqlens
+        n = batch.logits.shape[0]
+        if int(starts[0]) != 0 or int(starts[-1]) != n or bool((starts.diff() < 0).any()):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to N = {n}, the number of packed rows; got {starts[:8].tolist()}"
+                f"{'...' if starts.shape[0] > 8 else ''} ending at {int(starts[-1])}"
+            )
+    if batch.n_rows == 0:
+        return
+    low, high = torch.aminmax(batch.labels)
+    if int(low) >= 0 and int(high) < batch.vocab:
+        return
+    bad = ((batch.labels < 0) & (batch.labels != IGNORE)) | (batch.labels >= batch.vocab)
+    if bool(bad.any()):
+        row = _first(bad)
+        raise ValueError(
+            f"tokens holds {int(batch.labels[row])} at {place(batch, row)}; a token id must be in "
+            f"[0, {batch.vocab}), or {IGNORE} for a position that is not scored"
+        )
+
+
+def _check_values(name: str, value: Tensor | None, minus_infinity: str | None) -> None:
+    """minus_infinity: None where it is allowed, else what to do about it."""
+    if value is None or value.shape[0] == 0:
+        return
+    if math.isfinite(float(value.sum())):
+        return
+    bad = ~(value < math.inf) if minus_infinity is None else ~value.isfinite()
+    if bool(bad.any()):
+        i = _first(bad)
+        hint = "" if minus_infinity is None or float(value[i]) != -math.inf else f"; {minus_infinity}"
+        raise ValueError(f"{name} holds {float(value[i])} at sequence {i}{hint}")
+
+
+def check_terms(terms: Terms) -> None:
+    """The per-sequence inputs, by value.
+
+    Raises:
+        ValueError: NaN or +inf, or a -inf that the objective has no finite weight for.
+    """
+    _check_values("log_proposal", terms.log_proposal, "a sequence that q can't draw can't have been drawn from it")
+    _check_values("log_target", terms.log_target, None)
+    _check_values("log_z", terms.log_z, None)
+    _check_values("reward", terms.reward, "a reward must be finite")
+    _check_values("log_base", terms.log_base, "the base gives this sequence probability 0; set max_weight or drop it"
+                  if terms.max_weight == math.inf else None)  # fmt: skip
+    _check_values("baseline", terms.baseline, "a baseline must be finite")
+    objective = terms.objective
+    if (
+        isinstance(objective, Objective)
+        and objective.name in INFINITE_AT_ZERO
+        and terms.max_weight == math.inf
+        and terms.log_target is not None
+        and bool((terms.log_target == -math.inf).any())
+    ):
+        allowed = ", ".join(name for name in OBJECTIVES if name not in INFINITE_AT_ZERO)
+        raise ValueError(
+            f"objective {objective.name!r} is infinite where P(x) = 0, which is so for sequence "
+            f"{_first(terms.log_target == -math.inf)} (log_target = -inf); set max_weight, or use one of {allowed}"
+        )
+
+
+def check_weights(weight: Tensor) -> None:
+    """Raises:
+    ValueError: a weight beyond fp32's range, or NaN.
+    """
+    bad = ~(weight.abs() <= torch.finfo(torch.float32).max)
+    if bool(bad.any()):
+        raise_weight(_first(bad), weight)
+
+
+def raise_weight(sequence: int, weight: Tensor) -> None:
+    """Raises:
+    ValueError: says which sequence has a weight that no fp32 holds.
+    """
+    raise ValueError(
+        f"the weight A of sequence {sequence} is {float(weight[sequence])}, beyond fp32's range: its ratio to the "
+        "proposal is out of hand. Check log_proposal and log_z for this sequence, or bound weights with max_weight"
+    )
+
+
+def raise_bad_row(batch: Batch, row: int) -> None:
+    """Raises:
+    ValueError: NaN or +inf among the logits of a scored row.
+    """
+    raise ValueError(
+        f"logits hold NaN or +inf at {place(batch, row)}, a scored position; the model has diverged or its input is "
+        "masked wrongly"
+    )
+
+
+def raise_bad_label(batch: Batch, row: int) -> None:
+    """Raises:
+    ValueError: the label's own logit is -inf.
+    """
+    raise ValueError(
+        f"the logit of token {int(batch.labels[row])} at {place(batch, row)} is -inf: the policy gives the sequence "
+        "probability 0. Mask the position, or don't mask this token's logit"
+    )

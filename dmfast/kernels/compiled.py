@@ -1,0 +1,38 @@
+"""What ``functional.py`` calls under torch.compile: ``ops.py`` on checked batches."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..objectives import Terms
+from . import ops
+from .batch import Batch, Scores
+from .result import reduce
+
+
+def _rows(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, float, float]:
+    return batch.logits, batch.labels, batch.cu_seqlens, batch.scale, batch.softcap
+
+
+def score(batch: Batch, entropy: bool, inplace: bool) -> Scores:
+    """log_prob (B), differentiable."""
+    call = ops._ScoreInPlace.apply if inplace else ops.score
+    log_prob, lse, h = call(*_rows(batch), entropy)  # type: ignore[no-untyped-call]
+    return Scores(lse, log_prob, h if entropy else None)
+
+
+def dm_loss(
+    batch: Batch, terms: Terms, reduction: str, divide_by: float, entropy: bool, inplace: bool, expected: float | None
+) -> tuple[Tensor, Scores]:
+    """The reduced loss and the per-sequence results. ``expected`` as in ``functional._one_pass``."""
+    flat = ops.flatten_terms(terms)
+    if inplace:
+        # known weights too wait for backward here: one mutating op less, one more read of the logits
+        results, expected = list(ops._WeighInPlace.apply(*_rows(batch), entropy, *flat)), None  # type: ignore[no-untyped-call]
+    elif expected is not None:
+        *results, _ = ops.score_and_grad(*_rows(batch), entropy, *flat, expected, divide_by)
+    else:
+        results = list(ops.score_and_weigh(*_rows(batch), entropy, *flat))
+    lse, log_prob, log_ratio, log_target_ratio, weight, loss, n_clipped, h = results
+    scores = Scores(lse, log_prob, h if entropy else None, log_ratio, log_target_ratio, weight, loss, n_clipped)
+    return loss if expected is not None else reduce(loss, reduction, divide_by), scores

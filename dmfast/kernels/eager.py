@@ -1,0 +1,142 @@
+"""The method in plain torch: the documentation of what dmfast computes, and the oracle that its kernels are tested
+against. Exact in fp64: everything is computed in double precision, whatever the dtype of the logits, where the device
+has it. ``dmfast.eager`` has the signatures of ``dmfast.functional``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import objectives
+from ..objectives import Objective, Terms
+from . import checks
+from .batch import Batch, Scores
+from .result import DMLossOutput, count_empty, denominator, reduce
+
+
+def score(batch: Batch, entropy: bool = False) -> Scores:
+    """log pi(x) = sum_t m_t log softmax(scale * cap(z_t))[x_t] for each sequence, with autograd through the logits."""
+    z = batch.logits if batch.logits.device.type == "mps" else batch.logits.double()
+    z = z.reshape(batch.n_rows, batch.vocab)
+    scored = batch.labels != checks.IGNORE
+    # rows that are not scored may hold anything, NaN too, and get a gradient of exactly 0
+    z = torch.where(scored[:, None], z, 0.0)
+    if not torch.compiler.is_compiling():
+        bad = z.detach().isnan().any(-1) | (z.detach() == torch.inf).any(-1)
+        if bool(bad.any()):
+            checks.raise_bad_row(batch, int(bad.nonzero()[0]))
+    if batch.softcap:
+        z = batch.softcap * torch.tanh(z / batch.softcap)
+    log_p = torch.log_softmax(batch.scale * z, dim=-1)
+    token_log_prob = log_p.gather(-1, batch.labels.clamp(min=0)[:, None])[:, 0]
+    token_log_prob = torch.where(scored, token_log_prob, 0.0).double()
+    if not torch.compiler.is_compiling():
+        never = token_log_prob.detach() == -torch.inf
+        if bool(never.any()):
+            checks.raise_bad_label(batch, int(never.nonzero()[0]))
+    token_entropy = None
+    if entropy:
+        p = log_p.detach().exp()
+        token_entropy = -torch.where(p > 0, p * log_p.detach(), 0.0).sum(-1).double()
+        token_entropy = torch.where(scored, token_entropy, 0.0)
+    sequence = sequence_of_rows(batch)
+
+    def per_sequence(values: Tensor) -> Tensor:
+        return values.new_zeros(batch.n_sequences).index_add(0, sequence, values)
+
+    return Scores(
+        lse=torch.logsumexp(batch.scale * z, dim=-1).detach(),
+        log_prob=per_sequence(token_log_prob),
+        entropy=per_sequence(token_entropy) if token_entropy is not None else None,
+    )
+
+
+def sequence_of_rows(batch: Batch) -> Tensor:
+    """(rows,) int64: which sequence each row of logits belongs to."""
+    sequences = torch.arange(batch.n_sequences, device=batch.labels.device)
+    if batch.cu_seqlens is None:
+        return sequences.repeat_interleave(batch.steps)
+    return sequences.repeat_interleave(batch.cu_seqlens.diff())
+
+
+def loss_from_scores(batch: Batch, scores: Scores, terms: Terms, reduction: str, divide_by: float) -> DMLossOutput:
+    """Forms A and the loss from log pi, which carries the gradient."""
+    log_prob = scores.log_prob
+    terms = replace(terms, log_prob=log_prob.detach())
+    weight = objectives.weigh(terms)  # A: a constant, no gradient flows through it
+    checks.check_weight_tensor(weight, batch)
+    weight, n_clipped = objectives.clip(weight.detach(), terms.max_weight)
+    if not torch.compiler.is_compiling():
+        checks.check_weights(weight)
+    per_sequence = -torch.where(weight == 0, 0.0, weight * log_prob)
+    return DMLossOutput(
+        loss=reduce(per_sequence, reduction, divide_by),
+        log_prob=log_prob.detach(),
+        log_ratio=terms.log_ratio,
+        log_target_ratio=terms.log_target_ratio,
+        weight=weight,
+        n_clipped=n_clipped,
+        n_empty=count_empty(terms.log_z, weight),
+        entropy=scores.entropy,
+        scored=torch.ones_like(weight, dtype=torch.bool),
+        log_proposal=terms.log_proposal,
+        log_target=terms.log_target,
+        log_z=terms.log_z,
+    )
+
+
+def dm_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    log_target: Tensor | None = None,
+    log_proposal: Tensor | None = None,
+    log_z: Tensor | float | None = None,
+    objective: str | Objective | Callable[[Terms], Tensor] = "gdc++",
+    on_policy: bool = False,
+    reward: Tensor | None = None,
+    log_base: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    context_id: Tensor | None = None,
+    reduction: str = "mean",
+    num_sequences: float | None = None,
+    grad_scale: float | None = None,
+    max_weight: float | None = None,
+    inplace: bool = False,
+    return_entropy: bool = False,
+) -> DMLossOutput:
+    """``dmfast.dm_loss`` in plain torch. ``grad_scale`` and ``inplace`` are accepted and make no difference."""
+    batch = checks.make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap)
+    terms = checks.make_terms(
+        batch, objective, on_policy=on_policy, max_weight=max_weight, context_id=context_id,
+        log_proposal=log_proposal, log_target=log_target, log_z=log_z, reward=reward, log_base=log_base,
+    )  # fmt: skip
+    checks.check_call(batch, reduction, num_sequences, grad_scale, inplace)
+    checks.check_rows(batch)
+    checks.check_terms(terms)
+    scores = score(batch, return_entropy)
+    return loss_from_scores(batch, scores, terms, reduction, denominator(batch, reduction, num_sequences))
+
+
+def sequence_log_prob(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """``dmfast.sequence_log_prob`` in plain torch. ``inplace`` is accepted and makes no difference."""
+    batch = checks.make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap)
+    checks.check_call(batch, inplace=inplace)
+    checks.check_rows(batch)
+    return score(batch).log_prob

@@ -1,0 +1,167 @@
+"""The compiled CPU kernels (``csrc/cpu``) on checked batches: allocates outputs, passes pointers, raises faults."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..objectives import KINDS, Objective, Terms
+from . import checks
+from .batch import Batch, Scores
+
+_C: ModuleType | None
+_IMPORT_ERROR: str | None = None
+try:
+    # after torch, so that the extension runs on the OpenMP that torch has loaded
+    from .. import _C  # type: ignore[attr-defined, no-redef]
+except ImportError as error:
+    _C = None
+    _IMPORT_ERROR = str(error)
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_BAD_ROW, _BAD_LABEL, _BAD_WEIGHT = 1, 2, 3
+
+
+def why_unavailable() -> str | None:
+    """None where the compiled kernels are there, else the reason that they are not."""
+    if _C is not None:
+        return None
+    return (
+        "dmfast was installed without its compiled kernels (no C++ compiler at install time, or DMFAST_BUILD=none); "
+        f"reinstall with g++ and DMFAST_BUILD=cpu to see the error [{_IMPORT_ERROR}]"
+    )
+
+
+def instruction_set() -> str:
+    """Which build of the row kernels runs on this machine."""
+    assert _C is not None
+    return str(_C.instruction_set())
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _strides(x: Tensor, batch: Batch) -> tuple[int, int]:
+    return (0, x.stride(0)) if batch.cu_seqlens is not None else (x.stride(0), x.stride(1))
+
+
+def _batch(batch: Batch) -> object:
+    assert _C is not None
+    logits = batch.logits
+    return _C.Batch(
+        DTYPES[logits.dtype], logits.data_ptr(), batch.n_sequences, batch.steps, batch.n_rows, *_strides(logits, batch),
+        _pointer(batch.cu_seqlens), batch.labels.data_ptr(), batch.vocab, batch.scale, batch.softcap,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _terms(terms: Terms | None) -> object:
+    assert _C is not None
+    if terms is None:
+        return _C.Terms(KINDS["none"], False, True, 0.0, 0.0, math.inf, 0, 0, 0, 0, 0, 0)
+    objective = terms.objective
+    assert isinstance(objective, Objective)
+    return _C.Terms(
+        KINDS[objective.kind], terms.on_policy, objective.normalize, objective.beta or 0.0, objective.log_scale or 0.0,
+        terms.max_weight, _pointer(terms.log_proposal), _pointer(terms.log_target), _pointer(terms.log_z),
+        _pointer(terms.reward), _pointer(terms.log_base), _pointer(terms.baseline),
+    )  # fmt: skip
+
+
+def _outputs(batch: Batch, terms: Terms | None, entropy: bool) -> tuple[Scores, object, Tensor]:
+    assert _C is not None
+    n, rows = batch.n_sequences, batch.n_rows
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float64, device=batch.logits.device)
+
+    by_row = empty(3 if entropy else 2, rows)
+    h = empty(n) if entropy else None
+    if terms is None:
+        scores = Scores(by_row[0], empty(n), h)
+    else:
+        log_prob, log_ratio, log_target_ratio, weight, loss = empty(5, n).unbind()
+        n_clipped = torch.zeros(1, dtype=torch.int64)
+        scores = Scores(by_row[0], log_prob, h, log_ratio, log_target_ratio, weight, loss, n_clipped)
+    outputs = _C.Outputs(
+        scores.log_prob.data_ptr(), by_row[0].data_ptr(), by_row[1].data_ptr(), by_row[2].data_ptr() if entropy else 0,
+        _pointer(h), _pointer(scores.log_ratio), _pointer(scores.log_target_ratio), _pointer(scores.weight),
+        _pointer(scores.loss), _pointer(scores.n_clipped),
+    )  # fmt: skip
+    return scores, outputs, by_row  # by_row holds the workspace alive
+
+
+def _raise_fault(status: tuple[int, int], batch: Batch, scores: Scores) -> None:
+    fault, at = status
+    if fault == _BAD_ROW:
+        checks.raise_bad_row(batch, at)
+    if fault == _BAD_LABEL:
+        checks.raise_bad_label(batch, at)
+    if fault == _BAD_WEIGHT:
+        assert scores.weight is not None
+        checks.raise_weight(at, scores.weight)
+
+
+def forward(batch: Batch, terms: Terms | None, entropy: bool) -> Scores:
+    """One read of the scored rows. ``terms=None``: log_prob only.
+
+    Raises:
+        ValueError: NaN or +inf in a scored row, a label logit of -inf, a weight beyond fp32's range.
+    """
+    assert _C is not None
+    scores, outputs, _workspace = _outputs(batch, terms, entropy)
+    status = _C.forward(_batch(batch), _terms(terms), outputs)
+    if status[0]:
+        _raise_fault(status, batch, scores)
+    return scores
+
+
+def _empty_gradient(batch: Batch, inplace: bool) -> Tensor:
+    if inplace:
+        return batch.logits.detach()
+    return torch.empty(batch.logits.shape, dtype=batch.logits.dtype, device=batch.logits.device)
+
+
+def backward(batch: Batch, lse: Tensor, weight: Tensor, factor: float, inplace: bool) -> Tensor:
+    """dz = weight * factor * (softmax - onehot) through scale and softcap; -A/B * grad_output of the loss.
+
+    Written over the logits if ``inplace``, else into a new contiguous tensor.
+    """
+    assert _C is not None
+    dz = _empty_gradient(batch, inplace)
+    weight = weight.contiguous()
+    _C.backward(_batch(batch), lse.data_ptr(), weight.data_ptr(), factor, dz.data_ptr(), *_strides(dz, batch))
+    return dz
+
+
+def forward_backward(batch: Batch, terms: Terms, entropy: bool, factor: float, inplace: bool) -> tuple[Scores, Tensor]:
+    """``forward`` and ``backward`` in one pass, for ``terms.weight_known``.
+
+    Raises:
+        ValueError: as ``forward``; a weight beyond fp32's range is found before a row is touched.
+    """
+    assert _C is not None
+    scores, outputs, _workspace = _outputs(batch, terms, entropy)
+    dz = _empty_gradient(batch, inplace)
+    status = _C.forward_backward(_batch(batch), _terms(terms), outputs, factor, dz.data_ptr(), *_strides(dz, batch))
+    if status[0]:
+        _raise_fault(status, batch, scores)
+    return scores, dz
+
+
+def scale_(batch: Batch, dz: Tensor, factor: float) -> None:
+    """dz *= factor on scored rows; the others are zero. ``batch`` says how rows are cut, its logits are not read."""
+    assert _C is not None
+    _C.scale(_batch(batch), factor, dz.data_ptr(), *_strides(dz, batch))
+
+
+def weigh(terms: Terms, log_prob: float, log_proposal: float, log_target: float, log_z: float, reward: float,
+          log_base: float, baseline: float) -> tuple[float, float, float, bool, bool]:  # fmt: skip
+    """csrc/objective.h for one sequence: log_ratio, log_target_ratio, weight, clipped, out_of_range."""
+    assert _C is not None
+    result = _C.weigh(_terms(terms), log_prob, log_proposal, log_target, log_z, reward, log_base, baseline)
+    return tuple(result)

@@ -1,0 +1,274 @@
+"""The CPU kernels under torch.compile: ``torch.library`` custom ops, no graph break, fake kernels, autograd.
+
+Eager mode does not come here (``functional.py`` calls ``native.py`` from an ``autograd.Function``, which costs less
+per call). Functional ops carry their derivative by ``register_autograd``. The op that overwrites logits with their
+gradient has none, since register_autograd refuses mutation: ``functional.py`` calls it from an ``autograd.Function``.
+Ops take what ``Batch`` and ``Terms`` hold, flattened, because schemas know tensors and numbers only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from ..objectives import KINDS, Objective, Terms
+from . import checks, native
+from .batch import Batch, Scores
+
+EightTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+NineTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_KIND_NAMES = {number: name for name, number in KINDS.items()}
+
+
+def _batch(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float) -> Batch:
+    packed = cu_seqlens is not None
+    n = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else logits.shape[0]
+    return Batch(logits, labels, cu_seqlens, n, 0 if packed else logits.shape[1], scale, softcap)
+
+
+def flatten_terms(terms: Terms) -> tuple[Any, ...]:
+    """Terms as the arguments of ``score_and_weigh`` from ``kind`` on."""
+    objective = terms.objective
+    assert isinstance(objective, Objective)
+    return (
+        KINDS[objective.kind], terms.on_policy, objective.normalize, objective.beta or 0.0,
+        objective.log_scale or 0.0, terms.max_weight if terms.max_weight < math.inf else 0.0,
+        terms.log_proposal, terms.log_target, terms.log_z, terms.reward, terms.log_base, terms.baseline,
+    )  # fmt: skip
+
+
+def _terms(kind: int, on_policy: bool, normalize: bool, beta: float, log_scale: float, max_weight: float,
+           log_proposal: Tensor | None, log_target: Tensor | None, log_z: Tensor | None, reward: Tensor | None,
+           log_base: Tensor | None, baseline: Tensor | None) -> Terms:  # fmt: skip
+    name = _KIND_NAMES[kind]
+    objective = Objective(
+        name,
+        normalize=normalize,
+        beta=beta if name == "kl_control" else None,
+        log_scale=log_scale if name == "reinforce_p" else None,
+    )
+    return Terms(
+        objective, on_policy, max_weight or math.inf, log_proposal, log_target, log_z, reward, log_base, baseline
+    )
+
+
+def _per_sequence(batch: Batch) -> Tensor:
+    return batch.logits.new_empty(batch.n_sequences, dtype=torch.float64)
+
+
+def _per_row(batch: Batch) -> Tensor:
+    return batch.logits.new_empty(batch.labels.shape[0], dtype=torch.float64)
+
+
+def _own(scores: Scores) -> tuple[Tensor, ...]:
+    """The results as tensors that share no memory with one another, which custom ops must return."""
+    assert scores.log_ratio is not None and scores.log_target_ratio is not None and scores.n_clipped is not None
+    assert scores.weight is not None and scores.loss is not None
+    n_clipped = scores.n_clipped[0].clone()
+    views = (scores.lse, scores.log_prob, scores.log_ratio, scores.log_target_ratio, scores.weight, scores.loss)
+    return (
+        *(x.clone() for x in views),
+        n_clipped,
+        scores.entropy if scores.entropy is not None else scores.lse.new_empty(0),
+    )
+
+
+@torch.library.custom_op("dmfast::score", mutates_args=())
+def score(
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log_prob (B), lse (rows), entropy (B) or (0)."""
+    batch = _batch(logits, labels, cu_seqlens, scale, softcap)
+    checks.check_rows(batch)
+    scores = native.forward(batch, None, entropy)
+    return (
+        scores.log_prob,
+        scores.lse.clone(),
+        scores.entropy if scores.entropy is not None else scores.lse.new_empty(0),
+    )
+
+
+@score.register_fake
+def _(logits, labels, cu_seqlens, scale, softcap, entropy):  # type: ignore[no-untyped-def]
+    batch = _batch(logits, labels, cu_seqlens, scale, softcap)
+    return _per_sequence(batch), _per_row(batch), _per_sequence(batch) if entropy else _per_row(batch).new_empty(0)
+
+
+@torch.library.custom_op("dmfast::score_and_weigh", mutates_args=())
+def score_and_weigh(
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
+    kind: int, on_policy: bool, normalize: bool, beta: float, log_scale: float, max_weight: float,
+    log_proposal: Tensor | None, log_target: Tensor | None, log_z: Tensor | None, reward: Tensor | None,
+    log_base: Tensor | None, baseline: Tensor | None,
+) -> EightTensors:  # fmt: skip
+    """lse (rows), log_prob, log_ratio, log_target_ratio, weight, loss (B), n_clipped (0-d), entropy (B) or (0)."""
+    batch = _batch(logits, labels, cu_seqlens, scale, softcap)
+    terms = _terms(kind, on_policy, normalize, beta, log_scale, max_weight, log_proposal, log_target, log_z, reward,
+                   log_base, baseline)  # fmt: skip
+    checks.check_rows(batch)
+    checks.check_terms(terms)
+    return cast(EightTensors, _own(native.forward(batch, terms, entropy)))
+
+
+@score_and_weigh.register_fake
+def _(logits, labels, cu_seqlens, scale, softcap, entropy, *args):  # type: ignore[no-untyped-def]
+    batch = _batch(logits, labels, cu_seqlens, scale, softcap)
+    return (
+        _per_row(batch),
+        *(_per_sequence(batch) for _ in range(5)),
+        logits.new_empty((), dtype=torch.int64),
+        _per_sequence(batch) if entropy else logits.new_empty(0, dtype=torch.float64),
+    )
+
+
+@torch.library.custom_op("dmfast::score_and_grad", mutates_args=())
+def score_and_grad(
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
+    kind: int, on_policy: bool, normalize: bool, beta: float, log_scale: float, max_weight: float,
+    log_proposal: Tensor | None, log_target: Tensor | None, log_z: Tensor | None, reward: Tensor | None,
+    log_base: Tensor | None, baseline: Tensor | None, expected: float, divide_by: float,
+) -> NineTensors:  # fmt: skip
+    """``score_and_weigh`` for a weight that does not depend on pi. Its loss is 0-d, the sum over sequences divided by
+    ``divide_by``; last comes the gradient of ``expected * loss`` in the logits."""
+    batch = _batch(logits, labels, cu_seqlens, scale, softcap)
+    terms = _terms(kind, on_policy, normalize, beta, log_scale, max_weight, log_proposal, log_target, log_z, reward,
+                   log_base, baseline)  # fmt: skip
+    checks.check_rows(batch)
+    checks.check_terms(terms)
+    scores, dz = native.forward_backward(batch, terms, entropy, expected / divide_by, inplace=False)
+    lse, log_prob, log_ratio, log_target_ratio, weight, loss, *rest = _own(scores)
+    return cast(NineTensors, (lse, log_prob, log_ratio, log_target_ratio, weight, loss.sum() / divide_by, *rest, dz))
+
+
+@score_and_grad.register_fake
+def _(logits, labels, cu_seqlens, scale, softcap, entropy, *args):  # type: ignore[no-untyped-def]
+    batch = _batch(logits, labels, cu_seqlens, scale, softcap)
+    return (
+        _per_row(batch),
+        *(_per_sequence(batch) for _ in range(4)),
+        logits.new_empty((), dtype=torch.float64),
+        logits.new_empty((), dtype=torch.int64),
+        _per_sequence(batch) if entropy else logits.new_empty(0, dtype=torch.float64),
+        logits.new_empty(logits.shape),
+    )
+
+
+@torch.library.custom_op("dmfast::grad", mutates_args=())
+def grad(
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, lse: Tensor, weight: Tensor
+) -> Tensor:
+    """The gradient of -sum_i weight_i log pi(x_i) in the logits, in a new contiguous tensor."""
+    batch = _batch(logits, labels, cu_seqlens, scale, softcap)
+    return native.backward(batch, lse, weight, 1.0, inplace=False)
+
+
+@grad.register_fake
+def _(logits, labels, cu_seqlens, scale, softcap, lse, weight):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.custom_op("dmfast::grad_", mutates_args={"logits"})
+def grad_(
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, lse: Tensor, weight: Tensor
+) -> None:
+    """``grad`` written over the logits. Not differentiable."""
+    batch = _batch(logits, labels, cu_seqlens, scale, softcap)
+    native.backward(batch, lse, weight, 1.0, inplace=True)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], lse: Tensor, weight: Tensor | None) -> None:
+    logits, labels, cu_seqlens, ctx.scale, ctx.softcap = inputs[:5]
+    saved = [logits, labels, lse] + ([weight] if weight is not None else [])
+    ctx.has_cu = cu_seqlens is not None
+    ctx.save_for_backward(*saved, *([cu_seqlens] if ctx.has_cu else []))
+
+
+def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _save(ctx, inputs, output[1], None)
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _score_backward(ctx: Any, grad_log_prob: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_log_prob is None:
+        return (None,) * 6
+    logits, labels, lse, *cu = ctx.saved_tensors
+    dz = grad(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, lse, -grad_log_prob.to(torch.float64))
+    return (dz, *(None,) * 5)
+
+
+score.register_autograd(_score_backward, setup_context=_score_setup)
+
+
+def _weigh_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    lse, log_prob, log_ratio, log_target_ratio, weight, _, n_clipped, entropy = output
+    _save(ctx, inputs, lse, weight)
+    ctx.mark_non_differentiable(lse, log_prob, log_ratio, log_target_ratio, weight, n_clipped, entropy)
+    ctx.set_materialize_grads(False)
+
+
+def _weigh_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    grad_loss = grads[5]  # (B,): the reduction is torch's
+    if grad_loss is None:
+        return (None,) * 18
+    logits, labels, lse, weight, *cu = ctx.saved_tensors
+    dz = grad(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, lse, weight * grad_loss)
+    return (dz, *(None,) * 17)
+
+
+score_and_weigh.register_autograd(_weigh_backward, setup_context=_weigh_setup)
+
+
+def _one_pass_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.expected = inputs[18]
+    ctx.save_for_backward(output[-1])
+    ctx.mark_non_differentiable(*output[:5], *output[6:])
+    ctx.set_materialize_grads(False)
+
+
+def _one_pass_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    if grads[5] is None:
+        return (None,) * 20
+    (dz,) = ctx.saved_tensors
+    return (dz * (grads[5] / ctx.expected), *(None,) * 19)
+
+
+score_and_grad.register_autograd(_one_pass_backward, setup_context=_one_pass_setup)
+
+
+class _ScoreInPlace(torch.autograd.Function):
+    """``score`` whose backward overwrites the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float,
+                entropy: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        output = score(logits, labels, cu_seqlens, scale, softcap, entropy)
+        _save(ctx, (logits, labels, cu_seqlens, scale, softcap), output[1], None)
+        ctx.mark_non_differentiable(output[1], output[2])
+        return cast("tuple[Tensor, Tensor, Tensor]", output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        logits, labels, lse, *cu = ctx.saved_tensors
+        grad_(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, lse, -grads[0].to(torch.float64))
+        return (logits, *(None,) * 5)
+
+
+class _WeighInPlace(torch.autograd.Function):
+    """``score_and_weigh`` whose backward overwrites the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = score_and_weigh(*inputs)
+        _save(ctx, inputs, output[0], output[4])
+        ctx.mark_non_differentiable(*output[:5], *output[6:])
+        return cast("tuple[Tensor, ...]", output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        logits, labels, lse, weight, *cu = ctx.saved_tensors
+        grad_(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, lse, weight * grads[5])
+        return (logits, *(None,) * 17)

@@ -1,0 +1,285 @@
+"""Objectives: how the weight A of each sequence is formed in ``loss = -(1/B) sum_i A_i log pi(x_i)``.
+
+Every method of the field is one choice of the return r in ``A = rho * (r - baseline)``, where
+``rho = pi/q`` is the policy ratio and ``u = p/q`` the target ratio (Korbak et al. 2022,
+arXiv:2206.00761, sections 2 and 3; f-DPG: Go et al. 2023, arXiv:2302.08215). This module is the
+formula in plain torch, fp64, vectorised over sequences. Its twin for kernels is
+``csrc/objective.h``; the formula stands nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+# The numbers are those of the enum Kind in csrc/objective.h.
+KINDS = {
+    "none": 0,
+    "dpg": 1,
+    "reverse_kl": 2,
+    "js": 3,
+    "tv": 4,
+    "chi2": 5,
+    "reverse_chi2": 6,
+    "reinforce": 7,
+    "reinforce_p": 8,
+    "kl_control": 9,
+}
+# gdc++ is dpg with the constant baseline 1.
+OBJECTIVES = ("dpg", "gdc++", *(name for name in KINDS if name not in ("none", "dpg")))
+#: Objectives that match an explicit target p = P/Z, and so need log_target and log_z.
+TARGET_OBJECTIVES = frozenset({"dpg", "gdc++", "reverse_kl", "js", "tv", "chi2", "reverse_chi2"})
+#: Objectives whose return is infinite where P(x) = 0.
+INFINITE_AT_ZERO = frozenset({"reverse_kl", "reverse_chi2"})
+
+Baseline: TypeAlias = "float | Tensor | Literal['leave_one_out', 'leave_one_out_context'] | None"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective with its parameters. Frozen: running values are passed in by their owner
+    (``dataclasses.replace(objective, baseline=running.value)``), never updated by the loss.
+
+    Args:
+        name: one of ``OBJECTIVES``.
+        baseline: subtracted from the return r, so that ``A = rho * (r - baseline)``. ``None``; a
+            float (a constant, or a running mean of rho*r over earlier steps); a (B,) tensor; or
+            ``"leave_one_out"`` / ``"leave_one_out_context"``: the mean of the other sequences of
+            this call (of the same ``context_id``), only where it is known before the forward.
+            ``gdc++`` has the baseline 1 and takes no other.
+        normalize: ``False`` multiplies A by Z, the paper's own scale (R - Z pi/q with R = P/q).
+            Only for objectives with a target.
+        beta: the KL coefficient of ``kl_control``: r = R - beta (log pi - log a).
+        log_scale: c of ``reinforce_p``, whose reward is R = exp(log P - c): P itself underflows.
+
+    Raises:
+        ValueError: unknown name, or a parameter that the objective does not have or lacks.
+    """
+
+    name: str
+    baseline: Baseline = None
+    normalize: bool = True
+    beta: float | None = None
+    log_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in OBJECTIVES:
+            raise ValueError(
+                f"unknown objective {self.name!r}; dmfast has {', '.join(OBJECTIVES)}, and takes a "
+                "function of dmfast.Terms that returns the (B,) weights"
+            )
+        if self.name == "gdc++" and self.baseline is not None:
+            raise ValueError(
+                "objective 'gdc++' is 'dpg' with the constant baseline 1; for another baseline use "
+                f"Objective('dpg', baseline=...), got baseline={self.baseline!r}"
+            )
+        if isinstance(self.baseline, str) and self.baseline not in (
+            "leave_one_out",
+            "leave_one_out_context",
+        ):
+            raise ValueError(
+                "baseline must be None, a number, a (B,) tensor, 'leave_one_out' or "
+                f"'leave_one_out_context', got {self.baseline!r}"
+            )
+        if isinstance(self.baseline, (int, float)) and not math.isfinite(self.baseline):
+            raise ValueError(f"baseline must be finite, got {self.baseline!r}")
+        if not self.normalize and self.name not in TARGET_OBJECTIVES:
+            raise ValueError(
+                f"normalize=False multiplies A by Z, which objective {self.name!r} does not have; "
+                f"it applies to {', '.join(sorted(TARGET_OBJECTIVES))}"
+            )
+        for parameter, owner in (("beta", "kl_control"), ("log_scale", "reinforce_p")):
+            value = getattr(self, parameter)
+            if (value is not None) != (self.name == owner):
+                verb = "needs" if self.name == owner else "does not take"
+                raise ValueError(f"objective {self.name!r} {verb} {parameter}, got {value!r}")
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{parameter} must be finite, got {value!r}")
+
+    @property
+    def kind(self) -> str:
+        """The row of the formula: the name, with ``gdc++`` a ``dpg``."""
+        return "dpg" if self.name == "gdc++" else self.name
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The per-sequence inputs of ``dm_loss`` that this objective can't do without."""
+        if self.name in TARGET_OBJECTIVES:
+            return ("log_target", "log_z")
+        return {
+            "reinforce": ("reward",),
+            "reinforce_p": ("log_target",),
+            "kl_control": ("reward", "log_base"),
+        }[self.name]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is known of B sequences: fp64 (B,) tensors without gradient, or None where not given.
+
+    A user's own objective is a function of this that returns the (B,) weights A.
+    """
+
+    objective: Objective | Callable[[Terms], Tensor]
+    on_policy: bool
+    max_weight: float  # inf: not clipped
+    log_proposal: Tensor | None = None
+    log_target: Tensor | None = None
+    log_z: Tensor | None = None
+    reward: Tensor | None = None
+    log_base: Tensor | None = None
+    baseline: Tensor | None = None
+    log_prob: Tensor | None = None
+
+    @property
+    def weight_known(self) -> bool:
+        """Whether A can be formed before log pi is."""
+        if not isinstance(self.objective, Objective):
+            return False
+        if self.on_policy:
+            return self.log_proposal is not None or self.objective.name.startswith("reinforce")
+        return self.objective.kind == "dpg" and self.baseline is None
+
+    @property
+    def _proposal(self) -> Tensor:
+        """log q; on-policy without the sampler's log-probabilities it is the detached log pi."""
+        if self.log_proposal is not None:
+            return self.log_proposal
+        assert self.log_prob is not None
+        return self.log_prob
+
+    @property
+    def log_ratio(self) -> Tensor | None:
+        """(B,) log rho = log pi - log q; exactly 0 on-policy."""
+        assert self.log_prob is not None
+        if self.on_policy:
+            return torch.zeros_like(self.log_prob)
+        return None if self.log_proposal is None else self.log_prob - self.log_proposal
+
+    @property
+    def log_target_ratio(self) -> Tensor | None:
+        """(B,) log u = log P - log Z - log q; -inf where P = 0 or the context's Z is 0."""
+        if self.log_target is None or self.log_z is None:
+            return None
+        if self.log_proposal is None and not self.on_policy:
+            return None
+        log_u = self.log_target - self.log_z - self._proposal
+        return torch.where(self.log_z == -math.inf, -math.inf, log_u)
+
+
+def weigh(terms: Terms) -> Tensor:
+    """The weights A of B sequences, (B,) fp64, before ``max_weight``.
+
+    ``terms.log_prob`` must be there. Each objective's rho*r is one expression in log space,
+    exponentiated once; where P = 0 it is the limit, and 0 * (-inf) = 0.
+    """
+    objective = terms.objective
+    if not isinstance(objective, Objective):
+        return objective(terms)
+    kind = objective.kind
+    log_rho = terms.log_ratio
+    assert log_rho is not None
+    rho = log_rho.exp()
+    if kind == "reinforce":
+        assert terms.reward is not None
+        weight = rho * terms.reward
+    elif kind == "reinforce_p":
+        assert terms.log_target is not None and objective.log_scale is not None
+        weight = (log_rho + terms.log_target - objective.log_scale).exp()
+    elif kind == "kl_control":
+        assert terms.reward is not None and terms.log_base is not None
+        assert terms.log_prob is not None and objective.beta is not None
+        log_pi = terms._proposal if terms.on_policy else terms.log_prob
+        weight = rho * (terms.reward - objective.beta * (log_pi - terms.log_base))
+    else:
+        log_u = terms.log_target_ratio
+        assert log_u is not None and terms.log_z is not None
+        empty = terms.log_z == -math.inf
+        # normalize=False multiplies by Z inside the exponent, where Z = e^-900 still is a number
+        shift = torch.zeros_like(log_u) if objective.normalize else terms.log_z
+        shift = torch.where(empty, 0.0, shift)
+        rho = (log_rho + shift).exp()
+        log_t = log_rho - log_u  # t = pi/p
+        if kind == "dpg":
+            weight = (log_u + shift).exp()
+        elif kind == "reverse_kl":
+            weight = -rho * (log_t + 1)
+        elif kind == "js":
+            weight = rho * (torch.nn.functional.softplus(-log_t, threshold=700) - math.log(2))
+        elif kind == "tv":
+            weight = -rho * log_t.sign() / 2
+        elif kind == "chi2":
+            weight = (2 * log_u - log_rho + shift).exp() - rho
+        else:  # reverse_chi2
+            weight = 2 * (rho - (2 * log_rho - log_u + shift).exp())
+    if terms.baseline is not None:
+        weight = weight - terms.baseline * rho
+    if objective.name in TARGET_OBJECTIVES:
+        weight = torch.where(empty, 0.0, weight)
+    return weight
+
+
+def clip(weight: Tensor, max_weight: float) -> tuple[Tensor, Tensor]:
+    """The weights within [-max_weight, max_weight], and how many were outside (0-d int64)."""
+    outside = weight.abs() > max_weight
+    return weight.clamp(-max_weight, max_weight), outside.sum()
+
+
+def leave_one_out(values: Tensor, context_id: Tensor | None = None) -> Tensor:
+    """For each of B values the mean of the others, (B,); of those with the same context_id if given.
+
+    A baseline that keeps the gradient unbiased: it does not depend on the sequence that it serves.
+
+    Raises:
+        ValueError: a sequence has no other to average over.
+    """
+    if context_id is None:
+        context_id = torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
+    _, group = torch.unique(context_id, return_inverse=True)
+    counts = torch.bincount(group)[group]
+    if bool((counts < 2).any()):
+        alone = int((counts < 2).nonzero()[0])
+        raise ValueError(
+            f"a leave-one-out baseline needs two sequences or more in every group; sequence {alone} "
+            f"(context_id {int(context_id[alone])}) is alone"
+        )
+    totals = torch.zeros_like(values).index_add(0, group, values)[group]
+    return (totals - values) / (counts - 1)
+
+
+def resolve_baseline(terms: Terms, context_id: Tensor | None, n_sequences: int, device: torch.device) -> Tensor | None:
+    """The (B,) fp64 baseline of this call, or None where there is none.
+
+    Raises:
+        ValueError: a leave-one-out baseline where rho*r is not known before the forward.
+    """
+    objective = terms.objective
+    if not isinstance(objective, Objective):
+        return None
+    baseline = 1.0 if objective.name == "gdc++" else objective.baseline
+    if baseline is None or (isinstance(baseline, (int, float)) and baseline == 0):
+        return None
+    if isinstance(baseline, Tensor):
+        return baseline.detach().to(device=device, dtype=torch.float64).contiguous()
+    if not isinstance(baseline, str):
+        return torch.full((n_sequences,), float(baseline), dtype=torch.float64, device=device)
+    known = terms.weight_known or objective.kind in ("dpg", "reinforce", "reinforce_p")
+    if not known or (objective.kind == "dpg" and terms.log_proposal is None):
+        raise ValueError(
+            f"baseline={baseline!r} needs returns that are known before the forward; with objective "
+            f"{objective.name!r} that is only so with on_policy=True and log_proposal (the sampler's "
+            "stored log pi). Use a constant or a running mean"
+        )
+    # rho = 1 stands for what is not known yet: r itself, or u for dpg
+    at_one = terms.log_proposal
+    if at_one is None:
+        at_one = torch.zeros(n_sequences, dtype=torch.float64, device=device)
+    plain = replace(terms, objective=replace(objective, baseline=None, normalize=True), log_prob=at_one)
+    if baseline == "leave_one_out_context" and context_id is None:
+        raise ValueError("baseline='leave_one_out_context' needs context_id (B,)")
+    return leave_one_out(weigh(plain), context_id if baseline.endswith("context") else None)
