@@ -190,7 +190,7 @@ def dm_loss(
         reduction: ``mean`` over sequences, ``sum``, or ``none``: a (B,) loss.
         num_sequences: what ``mean`` divides by: the sequences of the whole optimiser step, where this call is one
             microbatch of it. Default B.
-        grad_scale: the grad_output that backward will bring (a GradScaler's scale, 1 / accumulation steps), where known.
+        mask: same shape, bool or integer; False = not scored. Unscored rows are never read and get gradient 0.
             It changes no result: a gradient written by forward has it folded in before rounding, and float16 logits
             take the one-pass form only with it.
         max_weight: bounds A to [-max_weight, max_weight].

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from . import native
@@ -25,25 +24,29 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """One backend: whether it can run here, for what, and if not why."""
+    """One backend: whether it can run here, whether it does, for what, and if not why."""
 
     name: str
     available: bool
+    in_use: bool  # taken for the logits that it supports
     detail: str
 
 
 def backends() -> dict[str, BackendInfo]:
     """Every backend of dmfast, whether it is in use here and if not why."""
     missing = native.why_unavailable()
-    cpu = (
-        BackendInfo("cpu", True, f"fp32, bf16, fp16 logits on the CPU; instruction set {native.instruction_set()}, "
-                                 f"{torch.get_num_threads()} threads. Under torch.compile a gradient in place is "
-                                 "written through a functional graph: AOTAutograd may copy the logits once")
-        if missing is None
-        else BackendInfo("cpu", False, missing)
-    )  # fmt: skip
-    eager = BackendInfo("eager", True, "plain torch, any device; fp64 logits, and whatever no other backend takes")
-    return {"cpu": cpu, "eager": eager}
+    use_cpu = missing is None and _forced != "eager"
+    detail = missing or (
+        f"fp32, bf16 and fp16 logits on the CPU; instruction set {native.instruction_set()}. Under torch.compile a "
+        "gradient in place goes through a functional graph, where AOTAutograd may copy the logits once, and known "
+        "weights take two passes"
+    )
+    return {
+        "cpu": BackendInfo("cpu", missing is None, use_cpu, detail),
+        "eager": BackendInfo(
+            "eager", True, not use_cpu, "plain torch: other devices, fp64 logits, the oracle of the tests"
+        ),
+    }
 
 
 @contextmanager

@@ -1,0 +1,294 @@
+"""Estimates of Z, of divergences from the target and of the effective sample size, from the scalars of a training step.
+
+All come from sequences x ~ q and their log pi(x), log q(x), log P(x): no further forward. With w = P/q, u = p/q and
+rho = pi/q (arXiv:2206.00761, section 3.3 and appendix B; the standard errors are the delta method's):
+
+    Z            mean w
+    KL(p||pi)    -log Z + (1/Z) mean[w (log P - log pi)]       KL(p||q) likewise
+    TVD(p, pi)   mean max(0, u - rho)                          TVD(p, q) = mean max(0, u - 1)
+    JS(p, pi)    (1/2) mean[u log(2u / (u + rho)) + rho log(2 rho / (u + rho))]
+    ESS          (sum w)^2 / sum w^2
+    E_p[phi]     sum w phi / sum w
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels.result import DMLossOutput
+
+_LOG2 = math.log(2)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its standard error. NaN where no sequence with P > 0 was seen."""
+
+    value: float
+    stderr: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} ± {self.stderr:.2g}"
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """What a set of sequences from q says about p, pi and q. ``ess`` is in sequences."""
+
+    log_z: Estimate
+    kl_policy: Estimate
+    kl_proposal: Estimate
+    tvd_policy: Estimate
+    tvd_proposal: Estimate
+    js_policy: Estimate
+    js_proposal: Estimate
+    ess: Estimate
+
+    def as_dict(self) -> dict[str, float]:
+        """Flat, for a logger: ``kl_policy``, ``kl_policy_stderr``, ..."""
+        flat = {}
+        for name, estimate in vars(self).items():
+            flat[name], flat[f"{name}_stderr"] = estimate.value, estimate.stderr
+        return flat
+
+
+_NOTHING = Estimate(math.nan, math.nan)
+
+
+def _from_influence(value: float | Tensor, influence: Tensor, weight: Tensor) -> Estimate:
+    """value with the standard error of a weighted mean whose terms deviate by ``influence``."""
+    stderr = (weight * influence).square().sum().sqrt() / weight.sum()
+    return Estimate(float(value), float(stderr))
+
+
+def _mean(values: Tensor, weight: Tensor) -> Estimate:
+    mean = (weight * values).sum() / weight.sum()
+    return _from_influence(mean, values - mean, weight)
+
+
+def _ones(like: Tensor, weight: Tensor | None) -> Tensor:
+    return torch.ones_like(like) if weight is None else weight.to(torch.float64)
+
+
+def _fp64(x: Tensor) -> Tensor:
+    return x.detach().to(torch.float64)
+
+
+def estimate_log_z(log_weight: Tensor, sample_weight: Tensor | None = None) -> Estimate:
+    """log Z = log mean w from log_weight = log P - log q, (N,) fp64. -inf if no P > 0."""
+    log_weight = _fp64(log_weight)
+    g = _ones(log_weight, sample_weight)
+    top = log_weight.max() if log_weight.numel() else torch.tensor(-math.inf)
+    if top == -math.inf:
+        return Estimate(-math.inf, math.nan)
+    mean = _mean((log_weight - top).exp(), g)
+    return Estimate(float(top) + math.log(mean.value), mean.stderr / mean.value)
+
+
+def effective_sample_size(log_weight: Tensor, sample_weight: Tensor | None = None) -> Estimate:
+    """(sum w)^2 / sum w^2 in sequences, from log_weight = log P - log q, (N,). 0 if no P > 0."""
+    log_weight = _fp64(log_weight)
+    g = _ones(log_weight, sample_weight)
+    top = log_weight.max() if log_weight.numel() else torch.tensor(-math.inf)
+    if top == -math.inf:
+        return Estimate(0.0, math.nan)
+    w = (log_weight - top).exp()
+    n = g.sum()
+    m1, m2 = (g * w).sum() / n, (g * w * w).sum() / n
+    influence = 2 * m1 / m2 * (w - m1) - (m1 / m2) ** 2 * (w * w - m2)
+    fraction = _from_influence(m1 * m1 / m2, influence, g)
+    size = float(n * n / g.square().sum())  # sequences that weights g are worth
+    return Estimate(fraction.value * size, fraction.stderr * size)
+
+
+def estimate_moments(features: Tensor, log_weight: Tensor, sample_weight: Tensor | None = None) -> list[Estimate]:
+    """E_p[phi] for each column of features (N, F), self-normalised, from log_weight = log P - log q, (N,).
+
+    With ``log_weight`` all 0 these are plain means, such as E_pi[phi] from samples of pi.
+    """
+    log_weight = _fp64(log_weight)
+    if log_weight.numel() == 0 or log_weight.max() == -math.inf:
+        return [_NOTHING] * features.shape[1]
+    w = _ones(log_weight, sample_weight) * (log_weight - log_weight.max()).exp()
+    return [_mean(column, w) for column in _fp64(features).unbind(1)]
+
+
+def _kl(log_u: Tensor, log_gap: Tensor, log_z: Tensor, g: Tensor) -> Estimate:
+    """KL(p || .) from log_gap = log P - log of the other."""
+    terms = torch.where(log_u == -math.inf, 0.0, log_u.exp() * log_gap)  # 0 * -inf = 0
+    mean = _mean(terms - log_z, g)
+    return mean
+
+
+def _js_terms(log_u: Tensor, log_rho: Tensor) -> Tensor:
+    log_sum = torch.logaddexp(log_u, log_rho)
+    from_p = torch.where(log_u == -math.inf, 0.0, log_u.exp() * (_LOG2 + log_u - log_sum))
+    return (from_p + log_rho.exp() * (_LOG2 + log_rho - log_sum)) / 2
+
+
+def estimate(
+    log_prob: Tensor,
+    log_proposal: Tensor,
+    log_target: Tensor,
+    log_z: Tensor | float,
+    *,
+    sample_weight: Tensor | None = None,
+) -> Estimates:
+    """All estimates from N sequences x ~ q.
+
+    Args:
+        log_prob, log_proposal, log_target: (N,) log pi, log q, log P, nats; log_target may be -inf.
+        log_z: log Z as it is known (0-d, float or (N,)); its own error is not in the standard errors of divergences.
+        sample_weight: (N,) positive, for instance less for older steps. Default 1.
+    """
+    log_prob, log_proposal, log_target = _fp64(log_prob), _fp64(log_proposal), _fp64(log_target)
+    g = _ones(log_prob, sample_weight)
+    log_w = log_target - log_proposal
+    if log_w.numel() == 0 or log_w.max() == -math.inf:
+        nan = _NOTHING
+        return Estimates(estimate_log_z(log_w, g), nan, nan, nan, nan, nan, nan, effective_sample_size(log_w, g))
+    z = torch.as_tensor(log_z, dtype=torch.float64, device=log_w.device).expand_as(log_w)
+    log_u = torch.where(z == -math.inf, -math.inf, log_w - z)
+    z = torch.where(z == -math.inf, 0.0, z)
+    log_rho = log_prob - log_proposal
+    u, rho, one = log_u.exp(), log_rho.exp(), torch.zeros_like(log_rho)
+    return Estimates(
+        log_z=estimate_log_z(log_w, g),
+        kl_policy=_kl(log_u, log_target - log_prob, z, g),
+        kl_proposal=_kl(log_u, log_w, z, g),
+        tvd_policy=_mean((u - rho).clamp(min=0), g),
+        tvd_proposal=_mean((u - 1).clamp(min=0), g),
+        js_policy=_mean(_js_terms(log_u, log_rho), g),
+        js_proposal=_mean(_js_terms(log_u, one), g),
+        ess=effective_sample_size(log_w, g),
+    )
+
+
+class PartitionFunction:
+    """The running log Z: log-mean-exp of log P - log q over all sequences so far, whatever q they came from.
+
+    Update it with a step's samples before the step's loss, so that the Z of a step includes them. Reset it when the
+    target changes (a re-fit of lambda).
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all samples."""
+        self._log_sum = -math.inf  # log sum w
+        self._log_sum_squares = -math.inf
+        self.n = 0  # sequences seen
+
+    def update(self, log_target: Tensor, log_proposal: Tensor) -> None:
+        """Takes in log P and log q of sequences x ~ q, both (N,).
+
+        Raises:
+            ValueError: shapes differ, NaN or +inf, log_proposal not finite. Nothing is taken in then.
+        """
+        if log_target.shape != log_proposal.shape or log_target.dim() != 1:
+            raise ValueError(
+                f"log_target and log_proposal must both be (N,), got {tuple(log_target.shape)} and "
+                f"{tuple(log_proposal.shape)}"
+            )
+        log_w = _fp64(log_target) - _fp64(log_proposal)
+        if not bool(((log_w < math.inf) & log_proposal.isfinite()).all()):
+            raise ValueError("log_target holds NaN or +inf, or log_proposal is not finite")
+        both = torch.tensor([[self._log_sum, self._log_sum_squares]], dtype=torch.float64, device=log_w.device)
+        self._log_sum, self._log_sum_squares = (
+            torch.cat([both, torch.stack([log_w, 2 * log_w], 1)]).logsumexp(0).tolist()
+        )
+        self.n += log_w.shape[0]
+
+    @property
+    def log_z(self) -> float:
+        """log Z in nats; -inf as long as no sequence with P > 0 was seen."""
+        return self._log_sum - math.log(self.n) if self.n else -math.inf
+
+    @property
+    def stderr(self) -> float:
+        """The standard error of ``log_z``."""
+        if self.n < 2 or self._log_sum == -math.inf:
+            return math.nan
+        second = math.exp(self._log_sum_squares - 2 * self._log_sum) * self.n  # mean w^2 / (mean w)^2
+        return math.sqrt(max(second - 1.0, 0.0) / self.n)
+
+    def state_dict(self) -> dict[str, float]:
+        """Everything that ``load_state_dict`` needs to go on."""
+        return {"log_sum": self._log_sum, "log_sum_squares": self._log_sum_squares, "n": self.n}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Takes the place of what was seen so far."""
+        log_sum, log_sum_squares, n = state["log_sum"], state["log_sum_squares"], int(state["n"])
+        self._log_sum, self._log_sum_squares, self.n = log_sum, log_sum_squares, n
+
+
+class RunningEstimates:
+    """The scalars of recent steps, recent ones weighing more, and what they say.
+
+    Args:
+        decay: the weight of a step relative to the one after it, in (0, 1]: pi moves, and old log pi with it.
+    """
+
+    _MIN_WEIGHT = 1e-3  # older steps are dropped
+
+    def __init__(self, decay: float = 0.8) -> None:
+        if not 0 < decay <= 1:
+            raise ValueError(f"decay must be in (0, 1], got {decay!r}")
+        self.decay = decay
+        self._steps: deque[Tensor] = deque()  # each (4, N): log_prob, log_proposal, log_target, log_z
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def clear(self) -> None:
+        """Forgets all steps."""
+        self._steps.clear()
+
+    def update(self, *outputs: DMLossOutput) -> None:
+        """Takes in one optimiser step: the ``dm_loss`` outputs of all of its microbatches.
+
+        Raises:
+            ValueError: an output of a loss that had no log_target or log_z.
+        """
+        columns = []
+        for out in outputs:
+            if out.log_target is None or out.log_z is None:
+                raise ValueError(
+                    "estimates need log_target and log_z: pass them to dm_loss, whatever its objective needs"
+                )
+            log_proposal = out.log_prob if out.log_proposal is None else out.log_proposal
+            columns.append(torch.stack([out.log_prob, log_proposal, out.log_target, out.log_z]))
+        self._steps.append(torch.cat(columns, 1))
+        while self.decay ** (len(self._steps) - 1) < self._MIN_WEIGHT:
+            self._steps.popleft()
+
+    def samples(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """log_prob, log_proposal, log_target, log_z and sample_weight of the kept sequences, each (N,) fp64."""
+        if not self._steps:
+            nothing = torch.empty(0, dtype=torch.float64)
+            return nothing, nothing, nothing, nothing, nothing
+        ages = range(len(self._steps) - 1, -1, -1)
+        weights = [torch.full_like(s[0], self.decay**age) for s, age in zip(self._steps, ages, strict=True)]
+        log_prob, log_proposal, log_target, log_z = torch.cat(list(self._steps), 1)
+        return log_prob, log_proposal, log_target, log_z, torch.cat(weights)
+
+    def estimates(self) -> Estimates:
+        """``estimate`` over the kept sequences, each with the log Z that its step used."""
+        log_prob, log_proposal, log_target, log_z, weight = self.samples()
+        return estimate(log_prob, log_proposal, log_target, log_z, sample_weight=weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that ``load_state_dict`` needs to go on."""
+        return {"decay": self.decay, "steps": [s.clone() for s in self._steps]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the place of what was seen so far."""
+        decay, steps = float(state["decay"]), deque(s.clone() for s in state["steps"])
+        self.decay, self._steps = decay, steps

@@ -1,0 +1,300 @@
+"""Causal language models of transformers as distributions: sample sequences, score sequences.
+
+Sampler and scorer share one mask rule, one temperature and no dropout, so that log pi(x) of the scorer is log q(x) of
+the sampler when pi = q. Nothing of the model's generation_config acts (transformers' default has top_k = 50):
+a truncated sampler draws from another distribution than the one that is scored.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .functional import sequence_log_prob, shift_labels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """N sequences drawn from a language model.
+
+    Attributes:
+        tokens: (N, T) int64, prompt then continuation. Prompts are left-padded; after EOS comes padding.
+        attention_mask: (N, T) int64, 1 on prompt and continuation up to and with the first EOS: what feeds the model.
+        score_mask: (N, T) bool, True on the tokens whose log-probability counts: the generated ones up to and with
+            the first EOS, also when pad == eos.
+        prompt_len: the padded width of the prompts.
+        log_prob: (N,) fp64, log q(x) in nats under ``temperature``, as drawn.
+        context_id: (N,) int64, which prompt.
+        temperature: that the sequences were drawn at and are scored at.
+        tokenizer: for ``text``.
+    """
+
+    tokens: Tensor
+    attention_mask: Tensor
+    score_mask: Tensor
+    prompt_len: int
+    log_prob: Tensor
+    context_id: Tensor
+    temperature: float
+    tokenizer: PreTrainedTokenizerBase
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __getitem__(self, index: slice | Tensor) -> Samples:
+        """Some of the sequences: a slice, a (N,) bool mask or indices."""
+        rows = ("tokens", "attention_mask", "score_mask", "log_prob", "context_id")
+        return replace(self, **{name: getattr(self, name)[index] for name in rows})
+
+    @cached_property
+    def text(self) -> list[str]:
+        """The continuations, without special tokens. Decoded on first use."""
+        rows = zip(self.tokens.tolist(), self.score_mask.tolist(), strict=True)
+        kept = [[token for token, scored in zip(*row, strict=True) if scored] for row in rows]
+        texts: list[str] = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        return texts
+
+    @staticmethod
+    def cat(parts: Sequence[Samples]) -> Samples:
+        """One batch of several, padded to one width. ``context_id`` is kept as it is.
+
+        Raises:
+            ValueError: no parts, or parts drawn at different temperatures.
+        """
+        if not parts or any(part.temperature != parts[0].temperature for part in parts):
+            raise ValueError("Samples.cat needs one or more Samples, all of one temperature")
+        prompt = max(part.prompt_len for part in parts)
+        rest = max(part.tokens.shape[1] - part.prompt_len for part in parts)
+
+        def padded(name: str) -> Tensor:
+            return torch.cat(
+                [
+                    nn.functional.pad(
+                        getattr(part, name),
+                        (prompt - part.prompt_len, rest - (part.tokens.shape[1] - part.prompt_len)),
+                    )
+                    for part in parts
+                ]
+            )
+
+        return replace(
+            parts[0],
+            tokens=padded("tokens"),
+            attention_mask=padded("attention_mask"),
+            score_mask=padded("score_mask"),
+            prompt_len=prompt,
+            log_prob=torch.cat([part.log_prob for part in parts]),
+            context_id=torch.cat([part.context_id for part in parts]),
+        )
+
+
+def disable_dropout(model: nn.Module) -> int:
+    """Sets every dropout probability of the model to 0, LoRA's too, and returns how many were not.
+
+    Not by eval(): training mode stays what it is, gradient checkpointing needs it.
+    """
+    changed = 0
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            is_probability = name == "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "drop" in name
+            if is_probability and isinstance(value, float) and value > 0:
+                setattr(module, name, 0.0)
+                changed += 1
+    return changed
+
+
+class LanguageModel:
+    """A transformers causal language model as a distribution over token sequences.
+
+    Sets all dropout of ``model`` to 0, since a sampled sequence and its score must come from one distribution.
+
+    Args:
+        model: decoder-only, with the forward of transformers; PEFT models too. Device and dtype stay as they are.
+        tokenizer: its ``eos_token_id`` ends a sequence, its ``bos_token_id`` (or else EOS) is the empty prompt.
+        eos_token_id: other token ids that end a sequence, in the tokenizer's place.
+
+    Raises:
+        ValueError: an encoder-decoder model, or no EOS token.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, eos_token_id: int | Sequence[int] | None = None
+    ) -> None:
+        config: Any = model.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(
+                "LanguageModel takes decoder-only models; for an encoder-decoder call dm_loss on its logits"
+            )
+        eos = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
+        if eos is None:
+            raise ValueError("the tokenizer has no eos_token, so no sequence would ever end; pass eos_token_id")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.eos_token_ids = [eos] if isinstance(eos, int) else list(eos)
+        self.pad_token_id: int = self.eos_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        disable_dropout(model)
+        # the forward of a PEFT model takes **kwargs and tells nothing
+        unwrapped = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+        self._keeps_logits = "logits_to_keep" in inspect.signature(unwrapped.forward).parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def _encode(self, prompts: Sequence[str] | None) -> tuple[Tensor, Tensor]:
+        """Left-padded prompts and their mask, (P, L) each. An empty prompt is the BOS token."""
+        start = self.tokenizer.bos_token_id
+        start = self.eos_token_ids[0] if start is None else start
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts must be a list of strings, got the string {prompts!r}")
+        encoded = [self.tokenizer(prompt)["input_ids"] or [start] for prompt in prompts or [""]]
+        width = max(len(ids) for ids in encoded)
+        tokens = torch.tensor([[self.pad_token_id] * (width - len(ids)) + ids for ids in encoded], device=self.device)
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=self.device)
+        vocab = cast(Any, self.model).get_input_embeddings().num_embeddings
+        if int(tokens.max()) >= vocab:
+            raise ValueError(
+                f"the tokenizer gave token {int(tokens.max())}, the model has {vocab} embeddings: they don't fit"
+            )
+        return tokens, mask
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str] | None = None,
+        n: int = 1,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        seed: int | None = None,
+        batch_size: int | None = None,
+    ) -> Samples:
+        """Draws n continuations of each prompt from softmax(logits / temperature), token by token with a KV cache.
+
+        Args:
+            prompts: strings; None: the one empty prompt.
+            n: sequences per prompt; those of a prompt lie together.
+            max_new_tokens: where a sequence without EOS ends.
+            temperature: positive.
+            seed: None: torch's global generator.
+            batch_size: sequences at a time. Default: all.
+
+        Returns:
+            ``Samples`` with log q, N = n * number of prompts.
+
+        Raises:
+            ValueError: n, max_new_tokens or temperature not positive, a prompt that leaves no room in the model's
+                context, a tokenizer that does not fit the model.
+        """
+        if n < 1 or max_new_tokens < 1 or not temperature > 0:
+            raise ValueError(
+                f"n, max_new_tokens and temperature must be positive, got {n}, {max_new_tokens} and {temperature}"
+            )
+        prompt, prompt_mask = self._encode(prompts)
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        if isinstance(context, int) and prompt.shape[1] + max_new_tokens > context:
+            raise ValueError(
+                f"the longest prompt has {prompt.shape[1]} tokens; with max_new_tokens={max_new_tokens} that is beyond "
+                f"the model's context of {context}"
+            )
+        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+        context_id = torch.arange(prompt.shape[0], device=self.device).repeat_interleave(n)
+        was_training = self.model.training
+        self.model.eval()  # gradient checkpointing forbids the KV cache in training mode; dropout is 0 in both
+        try:
+            parts = [
+                self._sample(prompt[ids], prompt_mask[ids], ids, max_new_tokens, temperature, generator)
+                for ids in torch.split(context_id, batch_size or len(context_id))
+            ]
+        finally:
+            self.model.train(was_training)
+        return Samples.cat(parts)
+
+    def _sample(
+        self, tokens: Tensor, mask: Tensor, context_id: Tensor, steps: int, temperature: float,
+        generator: torch.Generator | None,
+    ) -> Samples:  # fmt: skip
+        prompt_len = tokens.shape[1]
+        log_prob = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+        alive = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+        eos = torch.tensor(self.eos_token_ids, device=tokens.device)
+        score = torch.zeros_like(tokens, dtype=torch.bool)
+        inputs, cache = tokens, None
+        for _ in range(steps):
+            keep = {"logits_to_keep": 1} if self._keeps_logits else {}
+            out = self.model(
+                input_ids=inputs, attention_mask=mask, position_ids=_positions(mask)[:, -inputs.shape[1] :],
+                past_key_values=cache, use_cache=True, **keep,
+            )  # fmt: skip
+            cache = out.past_key_values
+            drawn, drawn_log_prob = _draw(out.logits[:, -1], temperature, generator)
+            log_prob += torch.where(alive, drawn_log_prob[:, 0], 0.0)
+            inputs = torch.where(alive[:, None], drawn, self.pad_token_id)
+            tokens = torch.cat([tokens, inputs], 1)
+            mask = torch.cat([mask, alive[:, None].long()], 1)
+            score = torch.cat([score, alive[:, None]], 1)
+            alive = alive & ~torch.isin(drawn[:, 0], eos)
+            if not bool(alive.any()):
+                break
+        return Samples(tokens, mask, score, prompt_len, log_prob, context_id, temperature, self.tokenizer)
+
+    def logits(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Logits and the labels that they score, for ``dm_loss``: (N, K, V) and (N, K) int64, -100 = not scored.
+
+        One forward through the model, with gradient where grad mode is on. K is T, or the continuation and the
+        position before it where the model can leave out the logits of the prompt.
+        """
+        labels = shift_labels(samples.tokens, samples.score_mask, samples.prompt_len)
+        keep = {}
+        if self._keeps_logits:
+            keep["logits_to_keep"] = samples.tokens.shape[1] - samples.prompt_len + 1
+            labels = labels[:, -keep["logits_to_keep"] :]
+        out = self.model(
+            input_ids=samples.tokens, attention_mask=samples.attention_mask,
+            position_ids=_positions(samples.attention_mask), use_cache=False, **keep,
+        )  # fmt: skip
+        return out.logits, labels
+
+    def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
+        """log pi(x) of each sequence under this model at the samples' temperature, differentiable.
+
+        Args:
+            samples: N sequences.
+            batch_size: sequences at a time. Default: all.
+
+        Returns:
+            (N,) fp64, nats.
+        """
+        size = max(batch_size or len(samples), 1)
+        parts = []
+        for start in range(0, len(samples), size):
+            part = samples[start : start + size]
+            logits, labels = self.logits(part)
+            parts.append(sequence_log_prob(logits, labels, temperature=samples.temperature, inplace=not logits.is_leaf))
+        return torch.cat(parts) if parts else samples.log_prob.new_empty(0)
+
+
+def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """One token per row of logits (N, V) and its log-probability in fp64, (N, 1) each, by inversion of the CDF."""
+    log_p = (logits.double() / temperature).log_softmax(-1)
+    cdf = log_p.exp().cumsum(-1)
+    total = cdf[:, -1:].contiguous()
+    uniform = torch.rand(total.shape, dtype=torch.float64, device=logits.device, generator=generator)
+    # right=True skips tokens of probability 0; the minimum guards against uniform * total rounding up to total
+    drawn = torch.minimum(torch.searchsorted(cdf, uniform * total, right=True), torch.searchsorted(cdf, total))
+    return drawn, log_p.gather(-1, drawn)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """(N, T) position ids of left-padded rows: the first real token is at 0."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)

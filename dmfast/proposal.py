@@ -1,0 +1,176 @@
+"""The offline proposal q: a frozen copy of the policy, replaced when the policy gets nearer to the target
+(KL-adaptive DPG; arXiv:2206.00761, algorithm 1).
+
+Whether pi is nearer than q is told by the scalars of the training steps since the last swap: the paper's code draws
+fresh samples for this check, here it costs no forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from .estimators import Estimate, RunningEstimates, _js_terms, _mean
+from .kernels.result import DMLossOutput
+
+CRITERIA = ("kl", "tvd", "js", "interval")
+
+
+class HasModel(Protocol):
+    """What wraps a module, such as ``LanguageModel``."""
+
+    model: nn.Module
+
+
+Policy = TypeVar("Policy", bound=nn.Module | HasModel)
+
+
+def _module(policy: nn.Module | HasModel) -> nn.Module:
+    return policy if isinstance(policy, nn.Module) else policy.model
+
+
+def nearer(
+    criterion: str, log_prob: Tensor, log_proposal: Tensor, log_target: Tensor, log_z: Tensor, sample_weight: Tensor
+) -> Estimate:
+    """D(p, q) - D(p, pi) from sequences x ~ q: positive where pi is nearer to p. The standard error is paired.
+
+    ``kl``: the self-normalised mean of (P/q)(log pi - log q), from which Z and log P drop out. ``tvd``, ``js``: u and
+    rho as in ``estimators``. All inputs are (N,) fp64. NaN where no sequence has P > 0.
+    """
+    log_w = log_target - log_proposal
+    if log_w.numel() == 0 or log_w.max() == -math.inf:
+        return Estimate(math.nan, math.nan)
+    log_rho = log_prob - log_proposal
+    if criterion == "kl":
+        w = (log_w - log_w.max()).exp()
+        return _mean(torch.where(w > 0, log_rho, 0.0), sample_weight * w)
+    log_u = torch.where(log_z == -math.inf, -math.inf, log_w - log_z)
+    if criterion == "tvd":
+        u = log_u.exp()
+        return _mean((u - 1).clamp(min=0) - (u - log_rho.exp()).clamp(min=0), sample_weight)
+    return _mean(_js_terms(log_u, torch.zeros_like(log_rho)) - _js_terms(log_u, log_rho), sample_weight)
+
+
+class OfflineProposal(Generic[Policy]):
+    """A frozen copy of the policy to sample from, replaced by the policy when that is nearer to the target.
+
+    Args:
+        policy: the module under training, or a ``LanguageModel`` around it; copied now.
+        criterion: which divergence from p says that pi is nearer than q: ``kl`` (KL(p||.)), ``tvd``, ``js``; or
+            ``interval``: always.
+        interval: optimiser steps between checks.
+        best_only: swap only if the divergence of pi is also below what it was at every earlier swap.
+        stderrs: pi must be nearer by this many (paired) standard errors.
+        decay: the weight of a step's samples relative to the next step's, since pi moves.
+
+    Attributes:
+        snapshot: q, of the same type as ``policy``, on the same device, without gradients.
+        swaps: how often q was replaced. 0: q still is what the policy was at the start.
+        last_check: D(p, q) - D(p, pi) of the last check, an ``Estimate``, or None.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        criterion: str = "kl",
+        interval: int = 10,
+        *,
+        best_only: bool = False,
+        stderrs: float = 0.0,
+        decay: float = 0.8,
+    ) -> None:
+        if criterion not in CRITERIA:
+            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+        if interval < 1:
+            raise ValueError(f"interval must be 1 step or more, got {interval!r}")
+        if stderrs < 0:
+            raise ValueError(f"stderrs must not be negative, got {stderrs!r}")
+        self.policy, self.criterion, self.interval = policy, criterion, interval
+        self.best_only, self.stderrs = best_only, stderrs
+        module = copy.deepcopy(_module(policy)).requires_grad_(False)
+        module.zero_grad(set_to_none=True)
+        if isinstance(policy, nn.Module):
+            self.snapshot = cast(Policy, module)
+        else:
+            self.snapshot = copy.copy(policy)
+            cast(HasModel, self.snapshot).model = module
+        self.running = RunningEstimates(decay)
+        self.steps = 0
+        self.swaps = 0
+        self.best = math.inf
+        self.last_check: Estimate | None = None
+
+    def update(self, *outputs: DMLossOutput) -> None:
+        """Takes in one optimiser step: the ``dm_loss`` outputs of all of its microbatches, drawn from q."""
+        self.running.update(*outputs)
+        self.steps += 1
+
+    def maybe_update(self) -> bool:
+        """Every ``interval`` steps: q <- pi if pi is nearer to p. Returns whether q was replaced.
+
+        Raises:
+            RuntimeError: the policy has other parameters than at the start; q stays as it is.
+        """
+        if self.steps == 0 or self.steps % self.interval:
+            return False
+        log_prob, log_proposal, log_target, log_z, weight = self.running.samples()
+        if self.criterion != "interval":
+            check = nearer(self.criterion, log_prob, log_proposal, log_target, log_z, weight)
+            self.last_check = check
+            if not check.value > self.stderrs * (check.stderr if self.stderrs else 0.0):  # NaN: stay
+                return False
+        divergence = math.inf
+        if self.best_only:
+            name = "kl" if self.criterion == "interval" else self.criterion
+            divergence = getattr(self.running.estimates(), f"{name}_policy").value
+            if not divergence < self.best:
+                return False
+        self.swap()
+        self.best = min(self.best, divergence)
+        return True
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """q <- pi, whatever the criterion says. The samples of the old q no longer count.
+
+        Raises:
+            RuntimeError: the policy has other parameters than at the start; q stays as it is.
+        """
+        source, target = _module(self.policy).state_dict(), _module(self.snapshot).state_dict()
+        if source.keys() != target.keys() or any(source[k].shape != target[k].shape for k in source):
+            raise RuntimeError("the policy's parameters are not those that OfflineProposal copied; q was not replaced")
+        for key, value in target.items():
+            value.copy_(source[key])
+        self.running.clear()
+        self.swaps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """q's parameters, the samples since the last swap, the counters."""
+        return {
+            "model": {k: v.clone() for k, v in _module(self.snapshot).state_dict().items()},
+            "running": self.running.state_dict(),
+            "steps": self.steps,
+            "swaps": self.swaps,
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where ``state_dict`` was taken.
+
+        Raises:
+            RuntimeError: q's parameters do not fit; nothing is changed.
+        """
+        mine = _module(self.snapshot).state_dict()
+        if mine.keys() != state["model"].keys() or any(mine[k].shape != v.shape for k, v in state["model"].items()):
+            raise RuntimeError("this state holds the parameters of another model")
+        running = RunningEstimates()
+        running.load_state_dict(state["running"])
+        steps, swaps, best = int(state["steps"]), int(state["swaps"]), float(state["best"])
+        with torch.no_grad():
+            for key, value in mine.items():
+                value.copy_(state["model"][key])
+        self.running, self.steps, self.swaps, self.best = running, steps, swaps, best

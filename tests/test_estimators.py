@@ -1,0 +1,363 @@
+"""Estimators against exact values on all 125 sequences of a tabular model: the expectation under q, the standard errors
+against Monte-Carlo repetition, P = 0, scales that underflow, the running Z and the running window of steps.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+import torch
+from tabular import Space, counts, hard_target, js, kl, soft_target, tv
+
+import dmfast
+from dmfast import estimators
+from dmfast.estimators import PartitionFunction, RunningEstimates, estimate, estimate_log_z
+
+SPACE = Space()
+BASE = SPACE.log_prob(SPACE.table(1, 0.5))
+TARGETS = {"hard": hard_target(BASE), "soft": soft_target(BASE, SPACE.tokens)}
+COUNTS = counts(SPACE.log_prob(SPACE.table(2, 0.5)).exp())
+Q = COUNTS / COUNTS.sum().double()
+LOG_Q = Q.log()
+LOG_PI = SPACE.log_prob(SPACE.table(3, 0.5))
+FEATURES = torch.stack([(SPACE.tokens == 0).any(1), SPACE.tokens.sum(1)], 1).double()
+
+
+def exact(target):
+    p, pi = target.p, LOG_PI.exp()
+    return {
+        "log_z": float(target.z.log()),
+        "kl_policy": float(kl(p, pi)),
+        "kl_proposal": float(kl(p, Q)),
+        "tvd_policy": float(tv(p, pi)),
+        "tvd_proposal": float(tv(p, Q)),
+        "js_policy": float(js(p, pi)),
+        "js_proposal": float(js(p, Q)),
+        "ess": float(1 / (p**2 / Q).sum()),  # as a fraction of the samples
+    }
+
+
+def values(estimates):
+    return {name: e.value for name, e in vars(estimates).items()}
+
+
+def outputs(target, which=slice(None), log_z=None, **kwargs):
+    """What dm_loss returns for sequences from q."""
+    kwargs = {"log_proposal": LOG_Q[which]} | kwargs
+    return dmfast.eager.dm_loss(
+        SPACE.logits(SPACE.table(3, 0.5))[which],
+        SPACE.tokens[which],
+        log_target=target.log_score[which],
+        log_z=target.z.log() if log_z is None else log_z,
+        **kwargs,
+    )
+
+
+def draws(n, generator):
+    return torch.multinomial(Q, max(n, 1), replacement=True, generator=generator)[:n]
+
+
+@pytest.mark.parametrize("how", ["repeated", "weighted"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_expectation_is_exact(name, how):
+    """2,000 sequences in proportion to q, or all 125 with sample_weight q: the mean is the expectation."""
+    target = TARGETS[name]
+    which = torch.arange(SPACE.n).repeat_interleave(COUNTS) if how == "repeated" else torch.arange(SPACE.n)
+    weight = None if how == "repeated" else Q
+    log_p, log_q = target.log_score[which], LOG_Q[which]
+    result = values(estimate(LOG_PI[which], log_q, log_p, target.z.log(), sample_weight=weight))
+    n = 2000 if how == "repeated" else float(1 / Q.square().sum())
+    result["ess"] /= n
+    assert result == pytest.approx(exact(target), rel=1e-11)
+    alone = estimate_log_z(log_p - log_q, weight), estimators.effective_sample_size(log_p - log_q, weight)
+    assert [e.value for e in alone] == pytest.approx([result["log_z"], result["ess"] * n], rel=1e-12)
+    moments = estimators.estimate_moments(FEATURES[which], log_p - log_q, weight)
+    assert [m.value for m in moments] == pytest.approx((target.p @ FEATURES).tolist(), rel=1e-12)
+    plain = estimators.estimate_moments(FEATURES[which], torch.zeros(len(which)), weight)
+    assert [m.value for m in plain] == pytest.approx((Q @ FEATURES).tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", TARGETS)
+def test_standard_errors(name, weighted):
+    """300 repetitions of 1,500 sequences: (estimate - exact) / stderr has mean about 0 and deviation about 1."""
+    target, generator = TARGETS[name], torch.Generator().manual_seed(5)
+    truth, n = exact(target), 1500
+    sample_weight = 0.97 ** torch.arange(n).double() + 0.2 if weighted else None
+    size = n if sample_weight is None else float(sample_weight.sum() ** 2 / sample_weight.square().sum())
+    truth["ess"] *= size
+    truth |= {f"moment_{k}": v for k, v in enumerate((target.p @ FEATURES).tolist())}
+    scores: dict[str, list[float]] = {key: [] for key in truth}
+    for _ in range(300):
+        which = draws(n, generator)
+        log_p, log_q = target.log_score[which], LOG_Q[which]
+        found = dict(vars(estimate(LOG_PI[which], log_q, log_p, target.z.log(), sample_weight=sample_weight)))
+        for k, moment in enumerate(estimators.estimate_moments(FEATURES[which], log_p - log_q, sample_weight)):
+            found[f"moment_{k}"] = moment
+        for key, e in found.items():
+            scores[key].append((e.value - truth[key]) / e.stderr)
+    for key, all_scores in scores.items():
+        z = torch.tensor(all_scores)
+        print(key, z.mean(), z.std())
+        assert abs(float(z.mean())) < 0.2, key
+        assert 0.8 < float(z.std()) < 1.2, key
+
+
+def test_standard_errors_shrink_with_n():
+    """Four times the samples: half of every standard error."""
+    target = TARGETS["hard"]
+    once = torch.arange(SPACE.n).repeat_interleave(COUNTS)
+    small, large = (estimate(LOG_PI[w], LOG_Q[w], target.log_score[w], target.z.log()) for w in (once, once.repeat(4)))
+    for name, e in vars(small).items():
+        factor = 2.0 if name == "ess" else 0.5  # ess is in sequences
+        assert getattr(large, name).stderr == pytest.approx(factor * e.stderr, rel=1e-9), name
+
+
+@pytest.mark.parametrize(
+    ("weights", "ess"),
+    [([2.5] * 8, 8), ([0, 0, 4, 0], 1), ([1, 0, 1, 0, 1, 0], 3), ([1, 3], 1.6), ([7], 1), ([0, 0], 0), ([], 0)],
+)
+def test_effective_sample_size_known_answers(weights, ess):
+    log_w = torch.tensor(weights, dtype=torch.float64).log()
+    assert estimators.effective_sample_size(log_w).value == pytest.approx(ess, abs=1e-14)
+    assert estimators.effective_sample_size(log_w - 900).value == pytest.approx(ess, abs=1e-11)
+    twice = torch.full_like(log_w, 2.0)
+    assert estimators.effective_sample_size(log_w, twice).value == pytest.approx(ess, abs=1e-14)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("shift", [-900.0, 900.0])
+def test_scale_of_the_score_drops_out(name, shift):
+    """P times e^-900 underflows and P times e^900 overflows fp64; log Z moves and nothing else does."""
+    target = TARGETS[name]
+    there = estimate(LOG_PI, LOG_Q, target.log_score, target.z.log(), sample_weight=Q).as_dict()
+    moved = estimate(LOG_PI, LOG_Q, target.log_score + shift, target.z.log() + shift, sample_weight=Q).as_dict()
+    assert moved.pop("log_z") == pytest.approx(there.pop("log_z") + shift, rel=1e-12)
+    assert moved == pytest.approx(there, rel=1e-9)
+
+
+def test_zero_scores():
+    """Sequences with P = 0 count in every mean; with P = 0 everywhere nothing is known, and nothing raises."""
+    log_pi, log_q = torch.tensor([-2.0, -3.0]).double(), torch.tensor([-1.0, -2.0]).double()
+    one = estimate(log_pi[:1], log_q[:1], torch.tensor([-1.5]).double(), -0.5)
+    two = estimate(log_pi, log_q, torch.tensor([-1.5, -math.inf]).double(), -0.5)
+    assert two.log_z.value == pytest.approx(one.log_z.value - math.log(2))
+    for name in ("tvd_policy", "tvd_proposal"):
+        assert getattr(two, name).value == pytest.approx(getattr(one, name).value / 2)
+    assert all(math.isfinite(x) for x in two.as_dict().values())
+    for n in (0, 2):
+        none = estimate(log_pi[:n], log_q[:n], torch.full((n,), -math.inf).double(), -0.5)
+        assert none.log_z.value == -math.inf
+        assert none.ess.value == 0
+        rest = [e.value for name, e in vars(none).items() if name not in ("log_z", "ess")]
+        assert all(math.isnan(x) for x in rest)
+        assert all(math.isnan(m.value) for m in estimators.estimate_moments(FEATURES[:n], torch.full((n,), -math.inf)))
+
+
+def test_contexts_with_their_own_z():
+    """log_z of shape (N,): the mean over contexts of the exact divergences."""
+    targets = list(TARGETS.values())
+    log_z = torch.cat([t.z.log().expand(SPACE.n) for t in targets])
+    found = estimate(
+        LOG_PI.repeat(2), LOG_Q.repeat(2), torch.cat([t.log_score for t in targets]), log_z, sample_weight=Q.repeat(2)
+    )
+    for name in ("kl_policy", "kl_proposal", "tvd_policy", "tvd_proposal", "js_policy", "js_proposal"):
+        expected = sum(exact(t)[name] for t in targets) / 2
+        assert getattr(found, name).value == pytest.approx(expected, rel=1e-11), name
+
+
+def test_fp32_input_is_computed_in_fp64():
+    target = TARGETS["hard"]
+    as_fp32 = [x.float() for x in (LOG_PI, LOG_Q, target.log_score)]
+    direct = estimate(*as_fp32, target.z.log())
+    assert direct.as_dict() == estimate(*[x.double() for x in as_fp32], target.z.log()).as_dict()
+
+
+def test_as_dict_and_str():
+    found = estimate(LOG_PI, LOG_Q, TARGETS["soft"].log_score, 0.0).as_dict()
+    assert set(found) == {name + end for name in exact(TARGETS["soft"]) for end in ("", "_stderr")}
+    assert str(estimators.Estimate(1.23456, 0.0321)) == "1.235 ± 0.032"
+
+
+# --- the running Z ---
+
+
+@pytest.mark.parametrize("shift", [0.0, -900.0])
+@pytest.mark.parametrize("name", TARGETS)
+def test_running_z_equals_pooled(name, shift):
+    """Steps of unequal size, some with P = 0 throughout: log-mean-exp weighted by sample count."""
+    log_target = TARGETS[name].log_score + shift
+    generator, z, seen = torch.Generator().manual_seed(6), PartitionFunction(), []
+    assert z.log_z == -math.inf
+    assert math.isnan(z.stderr)
+    zeros = (log_target == -math.inf).nonzero()[:, 0]
+    for size in (1, 7, 0, 32, -5, 300, 2):
+        which = zeros[:-size] if size < 0 else draws(size, generator)
+        seen.append(which)
+        z.update(log_target[which], LOG_Q[which])
+        # the Z of a step includes its own samples
+        pooled = estimate_log_z((log_target - LOG_Q)[torch.cat(seen)])
+        assert z.n == len(torch.cat(seen))
+        assert z.log_z == pytest.approx(pooled.value, abs=1e-11)
+        if z.n > 1 and z.log_z > -math.inf:
+            assert z.stderr == pytest.approx(pooled.stderr, rel=1e-9, abs=1e-12)
+    z.reset()
+    assert (z.n, z.log_z) == (0, -math.inf)
+    z.update(log_target[[3, 4]], LOG_Q[[3, 4]])
+    assert z.log_z == pytest.approx(estimate_log_z((log_target - LOG_Q)[[3, 4]]).value, abs=1e-11)
+
+
+def test_running_z_pools_proposals():
+    """q may change between steps: in expectation every q gives Z. Here each step is its q's exact expectation."""
+    target, z = TARGETS["hard"], PartitionFunction()
+    for q_counts in (COUNTS, counts(LOG_PI.exp(), 500)):
+        which = torch.arange(SPACE.n).repeat_interleave(q_counts)
+        z.update(target.log_score[which], (q_counts / q_counts.sum().double()).log()[which])
+    assert z.n == 2500
+    assert z.log_z == pytest.approx(float(target.z.log()), rel=1e-12)
+
+
+def test_running_z_standard_error():
+    target, generator, scores = TARGETS["hard"], torch.Generator().manual_seed(8), []
+    for _ in range(300):
+        z = PartitionFunction()
+        for _ in range(10):
+            which = draws(100, generator)
+            z.update(target.log_score[which], LOG_Q[which])
+        scores.append((z.log_z - float(target.z.log())) / z.stderr)
+    scores = torch.tensor(scores)
+    assert abs(float(scores.mean())) < 0.2
+    assert 0.8 < float(scores.std()) < 1.2
+
+
+@pytest.mark.parametrize(
+    ("log_target", "log_proposal"),
+    [
+        ([0.0, math.nan], [0.0, 0.0]),
+        ([math.inf], [0.0]),
+        ([0.0], [-math.inf]),
+        ([0.0], [math.nan]),
+        ([0.0], [1.0, 2.0]),
+    ],
+)
+def test_running_z_refuses_and_is_unchanged(log_target, log_proposal):
+    z = PartitionFunction()
+    z.update(TARGETS["hard"].log_score[:9], LOG_Q[:9])
+    before = z.state_dict()
+    with pytest.raises(ValueError, match="log_target"):
+        z.update(torch.tensor(log_target), torch.tensor(log_proposal))
+    assert z.state_dict() == before
+
+
+def saved(state):
+    """The state through a file."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def test_running_z_goes_on_after_a_break():
+    """Bitwise, also when the break comes before the first sequence with P > 0."""
+    target = TARGETS["hard"]
+    order = torch.cat([(target.p == 0).nonzero()[:20, 0], torch.arange(SPACE.n)]).split(10)
+    for break_at in (1, 7):
+        straight, resumed = PartitionFunction(), PartitionFunction()
+        for i, which in enumerate(order):
+            if i == break_at:
+                state, resumed = saved(resumed.state_dict()), PartitionFunction()
+                resumed.update(target.log_score[:3], LOG_Q[:3])  # replaced by what is loaded
+                resumed.load_state_dict(state)
+            straight.update(target.log_score[which], LOG_Q[which])
+            resumed.update(target.log_score[which], LOG_Q[which])
+        assert resumed.state_dict() == straight.state_dict()
+        assert (resumed.log_z, resumed.stderr) == (straight.log_z, straight.stderr)
+    before = straight.state_dict()
+    with pytest.raises(KeyError):
+        straight.load_state_dict({"log_sum": 0.0})
+    assert straight.state_dict() == before
+
+
+# --- the running window ---
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_window_is_exact_and_microbatches_make_one_step(name):
+    """dm_loss outputs of one step in ragged microbatches: the step's estimates, exact under q."""
+    target = TARGETS[name]
+    which = torch.arange(SPACE.n).repeat_interleave(COUNTS)
+    whole, cut = RunningEstimates(), RunningEstimates()
+    whole.update(outputs(target, which))
+    cut.update(*(outputs(target, part) for part in which.split([700, 1, 1299])))
+    assert (len(whole), len(cut)) == (1, 1)
+    result = values(whole.estimates())
+    assert values(cut.estimates()) == pytest.approx(result, rel=1e-12)
+    result["ess"] /= 2000
+    assert result == pytest.approx(exact(target), rel=1e-11)
+
+
+def test_window_weighs_recent_steps_more():
+    """decay^age, each step under the Z that it used; steps of no weight are let go."""
+    target, generator = TARGETS["hard"], torch.Generator().manual_seed(9)
+    window, steps = RunningEstimates(decay=0.5), []
+    for size, log_z in ((20, 0.1), (5, 0.2), (30, 0.3)):
+        which = draws(size, generator)
+        steps.append((which, log_z))
+        window.update(outputs(target, which, log_z=log_z))
+    which = torch.cat([w for w, _ in steps])
+    weight = torch.cat([torch.full_like(LOG_Q[w], 0.5**age) for (w, _), age in zip(steps, (2, 1, 0), strict=True)])
+    log_z = torch.cat([torch.full_like(LOG_Q[w], z) for w, z in steps])
+    expected = estimate(LOG_PI[which], LOG_Q[which], target.log_score[which], log_z, sample_weight=weight)
+    assert window.estimates().as_dict() == pytest.approx(expected.as_dict(), rel=1e-12)
+    assert torch.equal(window.samples()[-1], weight)
+    for _ in range(50):
+        window.update(outputs(target, which[:2]))
+    assert len(window) <= 11  # 2^-10 < 1/1000
+    window.clear()
+    assert len(window) == 0
+    assert window.estimates().ess.value == 0
+
+
+def test_window_of_on_policy_steps():
+    """Without log_proposal an on-policy step's q is its own log pi."""
+    target, window = TARGETS["soft"], RunningEstimates()
+    window.update(outputs(target, log_proposal=None, on_policy=True))
+    assert torch.equal(window.samples()[0], window.samples()[1])
+    found = estimate(LOG_PI, LOG_PI, target.log_score, target.z.log(), sample_weight=LOG_PI.exp())
+    assert (found.kl_policy, found.tvd_policy) == (found.kl_proposal, found.tvd_proposal)
+
+
+def test_window_refuses_and_is_unchanged():
+    window = RunningEstimates()
+    window.update(outputs(TARGETS["hard"]))
+    no_target = dmfast.eager.dm_loss(
+        SPACE.logits(SPACE.table(3)), SPACE.tokens, log_proposal=LOG_Q, objective="reinforce", reward=LOG_Q
+    )
+    with pytest.raises(ValueError, match="log_target and log_z"):
+        window.update(outputs(TARGETS["hard"]), no_target)
+    assert len(window) == 1
+    for decay in (0.0, 1.1, math.nan):
+        with pytest.raises(ValueError, match="decay"):
+            RunningEstimates(decay)
+
+
+def test_window_goes_on_after_a_break():
+    target, generator = TARGETS["hard"], torch.Generator().manual_seed(10)
+    straight, resumed = RunningEstimates(0.7), RunningEstimates(0.7)
+    for i in range(8):
+        out = outputs(target, draws(16, generator))
+        if i == 4:
+            state = resumed.state_dict()
+            resumed.clear()  # the state is a copy
+            resumed, state = RunningEstimates(), saved(state)
+            resumed.load_state_dict(state)
+            assert resumed.decay == 0.7
+        straight.update(out)
+        resumed.update(out)
+        assert resumed.estimates() == straight.estimates()
+    with pytest.raises(KeyError):
+        straight.load_state_dict({"decay": 0.5})
+    assert straight.decay == 0.7
+    assert resumed.estimates() == straight.estimates()
