@@ -105,7 +105,7 @@ def plot(history: list[dict[str, float]], base_rate: float, title: str, path: Pa
             None,
         ),
         ("log Z", [("log_z_running", "running", "C0")], (math.log((1 - base_rate) * 2), "exact")),
-        ("effective sample size of recent steps", [("ess", "sequences", "C0")], None),
+        ("effective sample size of a step", [("ess_step", "sequences", "C0")], None),
     ]
     for axis, (name, lines, known) in zip(axes.flat, panels, strict=True):
         for key, label, color in lines:
@@ -177,7 +177,7 @@ def run(args: argparse.Namespace, train: Callable[..., Iterator[dict[str, float]
         ):  # fmt: skip
             history.append(metrics)
             line = (f"women under q {metrics['feature']:.2f}  KL(p‖π) {metrics['kl_policy']:.3f}  "
-                    f"Z {math.exp(metrics['log_z_running']):.2f}  ESS {metrics['ess']:.0f}")  # fmt: skip
+                    f"Z {math.exp(metrics['log_z_running']):.2f}  ESS {metrics['ess_step']:.0f}")  # fmt: skip
             progress.update(task, advance=1, description=line)
             if not console.is_terminal:
                 console.print(f"step {metrics['step']:3.0f}  {line}  {'q <- pi' if metrics['swapped'] else ''}")

@@ -60,15 +60,16 @@ def train(
             inplace=True,
         )  # fmt: skip
         optimizer.zero_grad()
-        out.loss.backward()
+        out.loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
 
         proposal.update(out)
         now = proposal.running.estimates()
         swapped = proposal.maybe_update()
+        ess = dmfast.effective_sample_size(log_target - x.log_prob).value
         yield {"step": step + 1, "feature": phi.mean().item(), "swapped": swapped, "log_z_running": z.log_z,
-               **now.as_dict(), "seconds_sampling": sampled - start, "seconds_scoring": scored - sampled,
+               **now.as_dict(), "ess_step": ess, "seconds_sampling": sampled - start, "seconds_scoring": scored - sampled,
                "seconds_policy": time.perf_counter() - scored}  # fmt: skip
 
 

@@ -261,7 +261,8 @@ PAIRS = Space(length=2)
 def test_leave_one_out_is_unbiased(backend, name, mode):
     """All 625 pairs of the 25 sequences of length 2, B = 2: the exact expectation of the step's gradient.
 
-    ``leave_one_out`` in 625 calls; ``leave_one_out_context`` in one, each pair being a context.
+    ``leave_one_out`` in a call per pair (either order is the same call); ``leave_one_out_context`` in one call, each
+    pair being a context.
     """
     policy, base, log_q = PAIRS.table(21), PAIRS.log_prob(PAIRS.table(22)), PAIRS.log_prob(PAIRS.table(23))
     target, reward = soft_target(base, PAIRS.tokens), REWARD[: PAIRS.n]
@@ -274,11 +275,11 @@ def test_leave_one_out_is_unbiased(backend, name, mode):
         per_sequence["log_proposal"] = log_q
     common = {"log_z": float(target.z.log()), "on_policy": mode != "off_policy"}
 
-    def call(table, which, baseline, **kwargs):
+    def call(table, which, baseline, normalize=True, **kwargs):
         return backend.dm_loss(
             PAIRS.logits(table)[which].to(backend.dtype),
             PAIRS.tokens[which],
-            objective=objective(name, baseline=baseline),
+            objective=objective(name, baseline=baseline, normalize=normalize),
             **{k: v[which] for k, v in per_sequence.items()},
             **common,
             **kwargs,
@@ -301,13 +302,31 @@ def test_leave_one_out_is_unbiased(backend, name, mode):
             reduction="none",
         ).loss.reshape(-1, 2).mean(1) @ pair_probability
     )  # fmt: skip
+    ordered, twice = first <= second, torch.where(first < second, 2.0, 1.0)
     in_calls = gradient(
-        lambda table: torch.stack([call(table, pair, "leave_one_out").loss for pair in which]).dot(pair_probability)
+        lambda table: torch.stack([call(table, pair, "leave_one_out").loss for pair in which[ordered]]).dot(
+            (twice * pair_probability)[ordered]
+        )
     )
     assert_close(in_contexts, plain, backend, scale=1.0)
     assert_close(in_calls, plain, backend, scale=1.0)
     weights = [call(policy, which[7], b).weight for b in (None, "leave_one_out")]  # the baseline is not nothing
     assert not torch.allclose(weights[0], weights[1], rtol=1e-3)
+    if name == "dpg":
+        unnormalised = call(policy, which[7], "leave_one_out", normalize=False).weight
+        torch.testing.assert_close(unnormalised, target.z * weights[1], rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [(n, m) for n in dmfast.OBJECTIVES for m in ("off_policy", "on_policy") if "reinforce" not in n and n != "gdc++"][
+        1:
+    ],
+)
+def test_leave_one_out_is_refused_where_returns_are_unknown(backend, name, mode):
+    """All but dpg off-policy and rewards that do not depend on pi: r is only known once pi is."""
+    with pytest.raises(ValueError, match="leave_one_out.*known before the forward"):
+        expected_gradient(backend, objective(name, baseline="leave_one_out"), TARGETS["soft"], mode)
 
 
 @pytest.mark.parametrize("mode", MODES)

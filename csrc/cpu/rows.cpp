@@ -8,7 +8,9 @@
 // anew from the stored log-sum-exp, because exp costs less than reading a stored softmax.
 //
 // The sum runs in blocks of 512 logits against a running maximum: fp32 within a block, fp64 between blocks.
-// The maximum grows in about log(V / 512) of the blocks, so that rescaling is rare.
+// The maximum grows in about log(V / 512) of the blocks, so that rescaling is rare. The label's own term is left out
+// of the fp32 sums and added in fp64: so the error of the log-sum-exp is relative to 1 - p, and the gradient of the
+// label, 1 - p, keeps its digits where p is near 1.
 //
 // This file is compiled once per instruction set (target_clones), chosen when the program runs. It holds
 // kernels only: a global constructor compiled for AVX-512 would kill an AVX2 machine at load.
@@ -96,11 +98,22 @@ DMF_INLINE void forward_row(const T* z, int64_t label, const RowOptions& o, RowS
         buffer[i] = static_cast<float>(o.softcap * tanh_of(static_cast<double>(x[i]) * inverse_cap) - reference);
       x = buffer;
     }
+    if (label >= first && label < first + n) {
+      if (x != buffer) memcpy(buffer, x, static_cast<size_t>(n) * sizeof(float));
+      buffer[label - first] = -INFINITY;
+      x = buffer;
+    }
     block_sum<Entropy>(x, Cap ? 0.0f : max, n, slope, sum, moment);
   }
+  const double z_label = to_float(z[label]);
+  const double y = Cap ? o.softcap * tanh_of(z_label * inverse_cap) : z_label;
+  if (max > -INFINITY) {
+    const double term = exp(nat * (y - reference));
+    sum += term;
+    if (Entropy && term > 0) moment += term * (y - reference);
+  }
   out.lse = nat * reference + log(sum);  // a row of nothing but -inf: -inf
-  const double y = to_float(z[label]);
-  out.label = nat * (Cap ? o.softcap * tanh_of(y * inverse_cap) : y);
+  out.label = nat * y;
   if (Entropy) out.entropy = log(sum) - nat * moment / sum;
 }
 

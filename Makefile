@@ -1,0 +1,61 @@
+# make demo: trains a small real model.  make test: lint, types, tests.  make proofs: the slower checks of CI.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export DMFAST_BUILD ?= cpu
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+PIP := $(BIN)/python -m pip install -q -c constraints.txt
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc dmfast examples -type f \
+	! -name '*.so' ! -name '*.pyc')
+
+.PHONY: demo test pytest lint proofs sanitize wheel aarch64 format clean
+demo: $(VENV)/demo
+	$(BIN)/dmfast demo
+
+test: lint pytest
+
+pytest: $(VENV)/test
+	$(BIN)/pytest
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/* tests/native/*.cpp
+	$(BIN)/mypy
+
+proofs: sanitize wheel aarch64
+
+# The CPU kernels, built for the baseline instruction set (no AVX2), under AddressSanitizer and UBSan.
+sanitize: $(VENV)/test
+	sh scripts/ci/sanitize.sh $(BIN)/python
+
+# The wheel as a stranger builds it: pip's isolation, a new environment, no torch; then the tests against it.
+wheel: $(VENV)/test
+	sh scripts/ci/wheel.sh $(PYTHON) $(BIN)/python
+
+# The row kernels compiled for aarch64 and run in qemu.
+aarch64:
+	sh scripts/ci/aarch64.sh
+
+format: $(VENV)/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cpu/* tests/native/*.cpp
+
+$(VENV)/demo: $(VENV)/torch $(SOURCES)
+	$(PIP) '.[demo]'
+	@touch $@
+
+$(VENV)/test: $(VENV)/torch $(SOURCES)
+	$(PIP) '.[test]'
+	@touch $@ $(VENV)/demo
+
+# torch first, so that nothing that depends on it brings another build of it
+$(VENV)/torch: constraints.txt
+	@sh scripts/ci/needs.sh $(PYTHON)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info dmfast/*.so

@@ -1,0 +1,12 @@
+#!/bin/sh
+# The CPU kernels on aarch64: cross-compiled, their self-test run in qemu. Installs Debian's cross compiler if need be.
+set -eu
+if ! command -v aarch64-linux-gnu-g++ >/dev/null || ! command -v qemu-aarch64 >/dev/null; then
+  apt-get -qq update
+  DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends g++-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user >/dev/null
+fi
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+flags="-O3 -std=c++17 -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra -Werror -Icsrc"
+aarch64-linux-gnu-g++ $flags -static csrc/cpu/rows.cpp csrc/cpu/loss.cpp tests/native/selftest.cpp -o "$out/selftest"
+qemu-aarch64 "$out/selftest"

@@ -1,0 +1,15 @@
+#!/bin/sh
+# The kernel tests with kernels under AddressSanitizer and UBSan. -DDMF_NO_CLONES: the resolvers of target_clones run
+# before a sanitizer can; so this is also the run on the baseline instruction set, as on a machine without AVX2.
+set -eu
+python=$1
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+"$python" -m pip install -q -c constraints.txt 'setuptools>=77' 'pybind11>=2.13'
+DMFAST_BUILD=cpu DMFAST_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1 -fno-omit-frame-pointer -DDMF_NO_CLONES" \
+  "$python" setup.py -q build --build-base "$out/build" --build-lib "$out/lib"
+cd tests
+export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
+export ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$out/lib" DMFAST_EXPECT_INSTRUCTION_SET=baseline
+"$python" -c 'import dmfast; print(dmfast.__file__, dmfast.backends()["cpu"].detail)'
+"$python" -m pytest -p no:cacheprovider test_kernels.py test_errors.py
