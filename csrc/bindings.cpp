@@ -36,22 +36,31 @@ struct PyBatch : dmf::Batch {
 struct PyTerms : dmf::Terms {
   PyTerms(int kind, bool on_policy, bool normalize, double beta, double log_scale, double max_weight,
           uintptr_t log_proposal, uintptr_t log_target, uintptr_t log_z, uintptr_t reward, uintptr_t log_base,
-          uintptr_t baseline)
+          uintptr_t baseline, double constant_baseline)
       : dmf::Terms{{static_cast<dmf::Kind>(kind), on_policy, normalize, beta, log_scale, max_weight},
                    pointer<const double>(log_proposal),
                    pointer<const double>(log_target),
                    pointer<const double>(log_z),
                    pointer<const double>(reward),
                    pointer<const double>(log_base),
-                   pointer<const double>(baseline)} {}
+                   pointer<const double>(baseline),
+                   constant_baseline} {}
 };
 
 struct PyOutputs : dmf::Outputs {
   PyOutputs(uintptr_t log_prob, uintptr_t lse, uintptr_t row_log_prob, uintptr_t row_entropy, uintptr_t entropy,
-            uintptr_t log_ratio, uintptr_t log_target_ratio, uintptr_t weight, uintptr_t loss, uintptr_t clipped)
-      : dmf::Outputs{pointer<double>(log_prob),         pointer<double>(lse),     pointer<double>(row_log_prob),
-                     pointer<double>(row_entropy),      pointer<double>(entropy), pointer<double>(log_ratio),
-                     pointer<double>(log_target_ratio), pointer<double>(weight),  pointer<double>(loss),
+            uintptr_t log_ratio, uintptr_t log_target_ratio, uintptr_t weight, uintptr_t loss, uintptr_t total,
+            uintptr_t clipped)
+      : dmf::Outputs{pointer<double>(log_prob),
+                     pointer<double>(lse),
+                     pointer<double>(row_log_prob),
+                     pointer<double>(row_entropy),
+                     pointer<double>(entropy),
+                     pointer<double>(log_ratio),
+                     pointer<double>(log_target_ratio),
+                     pointer<double>(weight),
+                     pointer<double>(loss),
+                     pointer<double>(total),
                      pointer<int64_t>(clipped)} {}
 };
 
@@ -73,11 +82,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                     double, int>());
   py::class_<PyTerms>(m, "Terms")
       .def(py::init<int, bool, bool, double, double, double, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
-                    uintptr_t>());
+                    uintptr_t, double>());
   py::class_<PyOutputs>(m, "Outputs")
       .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
-                    uintptr_t>());
+                    uintptr_t, uintptr_t>());
 
+  m.def("is_plain", [](const PyBatch& b, const PyTerms& t) { return dmf::is_plain(b, t); });
   m.def("forward", [](const PyBatch& b, const PyTerms& t, const PyOutputs& out) {
     dmf::Status status;
     {

@@ -127,7 +127,8 @@ def plot(history: list[dict[str, float]], base_rate: float, title: str, path: Pa
     plt.close(figure)
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What a result was taken on: date, versions, processor, threads, backend."""
     import platform
 
     import transformers
@@ -185,7 +186,7 @@ def run(args: argparse.Namespace, train: Callable[..., Iterator[dict[str, float]
     after, women_after, kl_after = evaluate(policy, base, args)
 
     log: dict[str, Any] = {
-        "machine": _machine(),
+        "machine": machine(),
         "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if not callable(v)},
         "base_rate": base_rate,
         "before": vars(Rate.of(women_before)),

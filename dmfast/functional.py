@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,7 +13,7 @@ from torch.autograd.graph import increment_version
 from . import kernels
 from .kernels import checks, compiled, eager, native
 from .kernels.batch import Batch, Scores
-from .kernels.result import DMLossOutput, count_empty, denominator, reduce
+from .kernels.result import DMLossOutput, denominator
 from .objectives import Objective, Terms
 
 __all__ = ["dm_loss", "sequence_log_prob", "shift_labels"]
@@ -51,6 +50,16 @@ def shift_labels(input_ids: Tensor, mask: Tensor | None = None, prompt_len: int 
     return labels
 
 
+_NO_LOGITS = torch.empty(0)  # in a Batch kept for backward, where save_for_backward has the logits
+
+
+def _reduced(scores: Scores, reduction: str, divide_by: float) -> Tensor:
+    assert scores.loss is not None and scores.total is not None
+    if reduction == "none":
+        return scores.loss
+    return scores.total if divide_by == 1.0 else scores.total / divide_by
+
+
 class _SequenceLogProb(torch.autograd.Function):
     """log pi per sequence; backward writes the gradient of the logits, over them if asked."""
 
@@ -58,14 +67,14 @@ class _SequenceLogProb(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, batch: Batch, entropy: bool, inplace: bool) -> tuple[Tensor, Scores]:
         scores = native.forward(batch, None, entropy)
         ctx.save_for_backward(logits, scores.lse)
-        ctx.batch, ctx.inplace = replace(batch, logits=logits.new_empty(0)), inplace
+        ctx.batch, ctx.inplace = batch._replace(logits=_NO_LOGITS), inplace
         return scores.log_prob, scores
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_log_prob: Tensor, _: None) -> tuple[Tensor, None, None, None]:
         logits, lse = ctx.saved_tensors
-        batch = replace(ctx.batch, logits=logits)
+        batch = ctx.batch._replace(logits=logits)
         dz = native.backward(batch, lse, -grad_log_prob.to(torch.float64), 1.0, ctx.inplace)
         if ctx.inplace:
             increment_version(logits)
@@ -84,7 +93,7 @@ def _score(batch: Batch, entropy: bool, inplace: bool, wants_grad: bool) -> Scor
     if not wants_grad:
         return native.forward(batch, None, entropy)
     log_prob, scores = _apply(_SequenceLogProb, batch.logits, batch, entropy, inplace)
-    return replace(cast(Scores, scores), log_prob=log_prob)
+    return cast(Scores, scores)._replace(log_prob=log_prob)
 
 
 class _DMLoss(torch.autograd.Function):
@@ -109,15 +118,15 @@ class _DMLoss(torch.autograd.Function):
             scores = native.forward(batch, terms, entropy)
         assert scores.weight is not None and scores.loss is not None
         ctx.save_for_backward(logits, scores.lse, scores.weight)
-        ctx.batch, ctx.inplace = replace(batch, logits=logits.new_empty(0)), inplace
+        ctx.batch, ctx.inplace = batch._replace(logits=_NO_LOGITS), inplace
         ctx.expected, ctx.divide_by, ctx.reduction = expected, divide_by, reduction
-        return reduce(scores.loss, reduction, divide_by), scores
+        return _reduced(scores, reduction, divide_by), scores
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Tensor | None, ...]:
         logits, lse, weight = ctx.saved_tensors
-        batch = replace(ctx.batch, logits=logits)
+        batch = ctx.batch._replace(logits=logits)
         if ctx.expected is not None and (ctx.inplace or ctx.dz is not None):
             # the gradient is there already, multiplied by the grad_output that was expected
             dz = logits.detach() if ctx.inplace else ctx.dz
@@ -216,7 +225,7 @@ def dm_loss(
     inplace = inplace and wants_grad
     compiling = torch.compiler.is_compiling()
     backend = kernels.select(logits)
-    if not compiling:
+    if not compiling and not (backend == "cpu" and native.is_plain(batch, terms)):
         checks.check_rows(batch)
         checks.check_terms(terms)
     if backend == "eager":
@@ -232,8 +241,7 @@ def dm_loss(
                                      _one_pass(batch, terms, reduction, grad_scale))  # fmt: skip
     else:
         scores = native.forward(batch, terms, return_entropy)
-        assert scores.loss is not None
-        loss = reduce(scores.loss, reduction, divide_by)
+        loss = _reduced(scores, reduction, divide_by)
     assert scores.weight is not None and scores.n_clipped is not None
     has_proposal = terms.log_proposal is not None or terms.on_policy
     return DMLossOutput(
@@ -242,8 +250,7 @@ def dm_loss(
         log_ratio=scores.log_ratio if has_proposal else None,
         log_target_ratio=scores.log_target_ratio if terms.log_target is not None and terms.log_z is not None else None,
         weight=scores.weight,
-        n_clipped=scores.n_clipped.reshape(()),
-        n_empty=count_empty(terms.log_z, scores.weight),
+        n_clipped=scores.n_clipped,
         entropy=scores.entropy,
         scored=torch.ones_like(scores.weight, dtype=torch.bool),
         log_proposal=terms.log_proposal,
@@ -277,7 +284,7 @@ def sequence_log_prob(
     checks.check_call(batch, inplace=inplace)
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     backend = kernels.select(logits)
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not (backend == "cpu" and native.is_plain(batch, None)):
         checks.check_rows(batch)
     if backend == "eager":
         return eager.score(batch).log_prob

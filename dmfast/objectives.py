@@ -133,8 +133,15 @@ class Terms:
     log_z: Tensor | None = None
     reward: Tensor | None = None
     log_base: Tensor | None = None
-    baseline: Tensor | None = None
+    baseline: Tensor | float | None = None
     log_prob: Tensor | None = None
+
+    def with_log_prob(self, log_prob: Tensor) -> Terms:
+        """These terms with log pi, (B,) fp64 without gradient."""
+        return Terms(
+            self.objective, self.on_policy, self.max_weight, self.log_proposal, self.log_target, self.log_z,
+            self.reward, self.log_base, self.baseline, log_prob,
+        )  # fmt: skip
 
     @property
     def weight_known(self) -> bool:
@@ -252,8 +259,10 @@ def leave_one_out(values: Tensor, context_id: Tensor | None = None) -> Tensor:
     return (totals - values) / (counts - 1)
 
 
-def resolve_baseline(terms: Terms, context_id: Tensor | None, n_sequences: int, device: torch.device) -> Tensor | None:
-    """The (B,) fp64 baseline of this call, or None where there is none.
+def resolve_baseline(
+    terms: Terms, context_id: Tensor | None, n_sequences: int, device: torch.device
+) -> Tensor | float | None:
+    """The baseline of this call, a number or (B,) fp64, or None where there is none.
 
     Raises:
         ValueError: a leave-one-out baseline where rho*r is not known before the forward.
@@ -267,7 +276,7 @@ def resolve_baseline(terms: Terms, context_id: Tensor | None, n_sequences: int, 
     if isinstance(baseline, Tensor):
         return baseline.detach().to(device=device, dtype=torch.float64).contiguous()
     if not isinstance(baseline, str):
-        return torch.full((n_sequences,), float(baseline), dtype=torch.float64, device=device)
+        return float(baseline)
     known = terms.weight_known or objective.kind in ("dpg", "reinforce", "reinforce_p")
     if not known or (objective.kind == "dpg" and terms.log_proposal is None):
         raise ValueError(

@@ -9,7 +9,16 @@ import math
 
 import pytest
 import torch
-from tabular import Space, counts, hard_target, js, kl, soft_target, tv
+from tabular import (
+    Space,
+    counts,
+    hard_target,
+    js,
+    kl,
+    one_thread,  # noqa: F401
+    soft_target,
+    tv,
+)
 
 import dmfast
 from dmfast import estimators

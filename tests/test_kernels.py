@@ -181,9 +181,16 @@ def run(case: Case, inplace: bool, grad: Tensor | None, **options: object) -> tu
 
 
 def check(
-    case: Case, *, inplace: bool = False, grad: Tensor | None = None, roundings: int = 1, **options: object
+    case: Case,
+    *,
+    inplace: bool = False,
+    grad: Tensor | None = None,
+    roundings: int = 1,
+    enlarged: float = 1.0,
+    **options: object,
 ) -> dmfast.DMLossOutput:
-    """One call of dm_loss and its backward against the oracle."""
+    """One call of dm_loss and its backward against the oracle. A gradient may be rounded more than once, and the first
+    rounding enlarged, where another grad_output than the expected one is brought to known weights."""
     out, dz = run(case, inplace, grad, **options)
     rows = {k: options[k] for k in ("temperature", "softcap") if k in options}
     batch = case.batch(**rows)
@@ -213,7 +220,7 @@ def check(
     (expected,) = torch.autograd.grad(frozen.loss, wide, grad)
     factor = torch.ones(()) if grad is None else grad
     coefficient = case.rows_of((out.weight * factor * batch.scale / divide_by).abs().expand(batch.n_sequences))
-    assert_gradient(dz, expected, case, coefficient, roundings, bool(rows.get("softcap")))
+    assert_gradient(dz, expected, case, coefficient, roundings, enlarged, bool(rows.get("softcap")))
     return out
 
 
@@ -224,12 +231,14 @@ TERMS = {
 }  # fmt: skip
 
 
-def assert_gradient(dz: Tensor, expected: Tensor, case: Case, coefficient: Tensor, roundings: int, cap: bool) -> None:
+def assert_gradient(  # noqa: PLR0917
+    dz: Tensor, expected: Tensor, case: Case, coefficient: Tensor, roundings: int, enlarged: float, cap: bool
+) -> None:
     """|dz - expected| within the rounding of the dtype: truncation, twice that, fails."""
     dtype = dz.dtype
     relative = (1 + ROUNDING[dtype]) ** roundings - 1 + 1e-5
     # a probability below 2^-126 is 0; 1 - tanh^2 near 1 has 1e-14 left in the oracle too
-    error = relative * expected.abs() + roundings * SMALLEST[dtype] + coefficient * (1e-13 if cap else 2.0**-125)
+    error = relative * expected.abs() + roundings * enlarged * SMALLEST[dtype] + coefficient * (1e-13 if cap else 2.0**-125)
     # the label's column is coefficient * (1 - p), p from a log-sum-exp that may be off by 1e-6
     label = torch.zeros_like(error).scatter_(-1, case.tokens.clamp(min=0)[..., None], 1.0)
     assert_within(dz.double(), expected, error + 1e-6 * coefficient * label, "gradient")
@@ -323,7 +332,7 @@ def test_special_logits_under_a_softcap(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("v", [7, 600, 5000])
 @pytest.mark.parametrize("margin", [3, 10, 20, 30])
 def test_label_gradient_where_p_is_near_1(margin: int, v: int, dtype: torch.dtype) -> None:
-    """-(1 - p), which keeps its digits although p rounds to 1."""
+    """1 - p, which keeps its digits although p rounds to 1."""
     logits = torch.zeros(1, v, v).to(dtype)
     logits[0].diagonal().fill_(margin)
     if v > 600:
@@ -334,8 +343,8 @@ def test_label_gradient_where_p_is_near_1(margin: int, v: int, dtype: torch.dtyp
     assert logits.grad is not None
     label = logits.grad.double().gather(-1, tokens[..., None])
     rest = (v - 1) * math.exp(-margin)
-    exact = torch.full_like(label, -rest / (1 + rest))
-    assert_within(label, exact, (1e-5 + ROUNDING[dtype]) * exact.abs() + SMALLEST[dtype], "p - 1")
+    exact = torch.full_like(label, rest / (1 + rest))
+    assert_within(label, exact, (1e-5 + ROUNDING[dtype]) * exact + SMALLEST[dtype], "1 - p")
 
 
 # --- the objectives -----------------------------------------------------------------------------------------------
@@ -362,7 +371,9 @@ def test_objectives(name: str, mode: str, dtype: torch.dtype) -> None:
             baselines += ["leave_one_out", "leave_one_out_context"]
     normalizes = [True, False] if name in objectives.TARGET_OBJECTIVES else [True]
     for i, (baseline, normalize, bound) in enumerate(itertools.product(baselines, normalizes, [None, 0.6])):
-        terms = make_terms(case, seed=i, zeros=name not in objectives.INFINITE_AT_ZERO or bound is not None)
+        # an infinite return has no finite mean of the others
+        zeros = name not in objectives.INFINITE_AT_ZERO or (bound is not None and not isinstance(baseline, str))
+        terms = make_terms(case, seed=i, zeros=zeros)
         if not stored:
             del terms["log_proposal"]
         parameters = (
@@ -450,8 +461,8 @@ def test_num_sequences_and_grad_scale(
     grad = None if grad_scale is None else torch.tensor(grad_scale).double()
     check(case, inplace=inplace, grad=grad, num_sequences=num_sequences, grad_scale=grad_scale, **how, **terms)
     if grad_scale is not None:  # and if another comes, the result is still right
-        check(case, inplace=inplace, grad=torch.tensor(0.9).double(), roundings=2, num_sequences=num_sequences,
-              grad_scale=grad_scale, **how, **terms)  # fmt: skip
+        check(case, inplace=inplace, grad=torch.tensor(0.9).double(), roundings=2, enlarged=max(1, 0.9 / grad_scale),
+              num_sequences=num_sequences, grad_scale=grad_scale, **how, **terms)  # fmt: skip
 
 
 @pytest.mark.parametrize("objective", ["gdc++", "dpg"])
@@ -598,6 +609,7 @@ def test_a_sequence_of_1024_tokens(dtype: torch.dtype) -> None:
 def test_log_sum_exp(values: Callable[[tuple[int, ...]], Tensor], v: int, dtype: torch.dtype) -> None:
     case = make_case("contiguous", dtype, v, b=4, t=max(16, min(500, 400_000 // v)), values=values, unscored="none")
     error = native.forward(case.batch(), None, False).lse - torch.logsumexp(case.logits.double(), -1).flatten()
+    print(float(error.abs().max()), float(error.mean()), float(error.std()))
     assert float(error.abs().max()) < 1e-6
     # the mean of n rows strays by its own standard error
     assert abs(float(error.mean())) < 5e-8 + 4 * float(error.std()) / math.sqrt(error.numel())
@@ -756,14 +768,19 @@ def one(**values: float) -> dict[str, Tensor]:
     return {k: torch.tensor([v]).double() for k, v in values.items()}
 
 
+normalized = pytest.mark.parametrize(
+    ("name", "normalize"),
+    [(name, z) for name in dmfast.OBJECTIVES for z in (True, False) if z or name in objectives.TARGET_OBJECTIVES],
+)
+
+
 def make_objective(name: str, normalize: bool) -> Objective:
     parameters = {"kl_control": {"beta": 0.3}, "reinforce_p": {"log_scale": -19.5}}.get(name, {})
-    return Objective(name, normalize=normalize or name not in objectives.TARGET_OBJECTIVES, **parameters)
+    return Objective(name, normalize=normalize, **parameters)
 
 
 @pytest.mark.parametrize("on_policy", [False, True])
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("name", dmfast.OBJECTIVES)
+@normalized
 def test_the_formula_in_cpp_and_python_is_the_table(name: str, normalize: bool, on_policy: bool) -> None:
     """At ratios of every size that fp64 holds, P = 0 too."""
     torch.manual_seed(0)
@@ -796,8 +813,7 @@ def extremes() -> list[tuple[float, dict[str, Tensor]]]:
 
 @pytest.mark.parametrize("bound", [INF, 4.0], ids=["unbounded", "max_weight"])
 @pytest.mark.parametrize("on_policy", [False, True])
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("name", dmfast.OBJECTIVES)
+@normalized
 @pytest.mark.parametrize("how", ["C++", "Python"])
 def test_the_formula_at_extremes(how: str, name: str, normalize: bool, on_policy: bool, bound: float) -> None:  # noqa: PLR0917
     """P = 0, Z = 0, ratios of e^+-11500: A is right where fp32 holds it, beyond that never something that fp32 holds
@@ -818,11 +834,11 @@ def test_the_formula_at_extremes(how: str, name: str, normalize: bool, on_policy
     assert not wrong, f"{len(wrong)} wrong, such as {wrong[:3]}"
 
 
-@pytest.mark.parametrize("name", dmfast.OBJECTIVES)
-def test_the_formula_is_the_same_in_cpp_and_python_at_extremes(name: str) -> None:
+@normalized
+def test_the_formula_is_the_same_in_cpp_and_python_at_extremes(name: str, normalize: bool) -> None:
     """Also where both overflow: the same infinity or NaN."""
-    for normalize, on_policy, bound in itertools.product([True, False], [True, False], [INF, 4.0]):
-        objective = make_objective(name, normalize)
+    objective = make_objective(name, normalize)
+    for on_policy, bound in itertools.product([True, False], [INF, 4.0]):
         for log_prob, terms in extremes():
             a, b = (formula(how, objective, on_policy, log_prob, terms, bound) for how in ("C++", "Python"))
             size = exact_weight(objective, on_policy, log_prob, terms)[1]

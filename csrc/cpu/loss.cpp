@@ -16,7 +16,7 @@ Sequence sequence(const Terms& t, int64_t i, double log_prob) {
   x.log_z = at(t.log_z, i);
   x.reward = at(t.reward, i);
   x.log_base = at(t.log_base, i);
-  x.baseline = at(t.baseline, i);
+  x.baseline = t.baseline ? t.baseline[i] : t.constant_baseline;
   return x;
 }
 
@@ -72,6 +72,8 @@ void sum_rows(const Batch& b, const Outputs& out) {
 Status form_weights(const Batch& b, const Terms& t, const Outputs& out, bool known) {
   Status result{Fault::none, -1};
   if (t.objective.kind == Kind::none) return result;
+  if (!known) *out.clipped = 0;
+  *out.total = 0;
   for (int64_t i = 0; i < b.sequences; ++i) {
     const Weight w = weigh(t.objective, sequence(t, i, out.log_prob[i]));
     out.log_ratio[i] = w.log_ratio;
@@ -83,6 +85,7 @@ Status form_weights(const Batch& b, const Terms& t, const Outputs& out, bool kno
     }
     // 0 * -inf = 0
     out.loss[i] = out.weight[i] == 0.0 ? 0.0 : -out.weight[i] * out.log_prob[i];
+    *out.total += out.loss[i];
   }
   return result;
 }
@@ -100,6 +103,23 @@ int64_t for_rows(const Batch& b, Body body) {
 }
 
 }  // namespace
+
+bool is_plain(const Batch& b, const Terms& t) {
+  bool plain = true;
+  if (b.cu_seqlens) {
+    plain = b.cu_seqlens[0] == 0 && b.cu_seqlens[b.sequences] == b.rows;
+    for (int64_t i = 0; i < b.sequences; ++i) plain &= b.cu_seqlens[i] <= b.cu_seqlens[i + 1];
+  }
+  for (int64_t row = 0; row < b.rows; ++row)
+    plain &= static_cast<uint64_t>(b.labels[row]) < static_cast<uint64_t>(b.options.vocab) || b.labels[row] == -100;
+  for (const double* values : {t.log_proposal, t.reward, t.log_base, t.baseline})
+    for (int64_t i = 0; values && i < b.sequences; ++i) plain &= std::isfinite(values[i]);
+  for (const double* values : {t.log_target, t.log_z})
+    for (int64_t i = 0; values && i < b.sequences; ++i) plain &= values[i] < INFINITY;
+  if (t.objective.kind == Kind::reverse_kl || t.objective.kind == Kind::reverse_chi2)
+    for (int64_t i = 0; i < b.sequences; ++i) plain &= t.log_target[i] > -INFINITY;
+  return plain;
+}
 
 Status forward(const Batch& b, const Terms& t, const Outputs& out) {
   const RowKernels& k = row_kernels(b.dtype);

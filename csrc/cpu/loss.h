@@ -34,6 +34,7 @@ struct Batch {
 struct Terms {
   Objective objective;
   const double *log_proposal, *log_target, *log_z, *reward, *log_base, *baseline;
+  double constant_baseline;  // where baseline is null
 };
 
 // Where a gradient goes: logits itself, or a tensor of the same shape with strides of its own.
@@ -55,6 +56,7 @@ struct Outputs {
   double* log_target_ratio;  //
   double* weight;            //
   double* loss;              // (sequences): -A log pi, not divided by anything
+  double* total;             // 1: the sum of loss in sequence order
   int64_t* clipped;          // number of weights clipped
 };
 
@@ -68,6 +70,10 @@ struct Status {
   Fault fault;
   int64_t at;  // the first place
 };
+
+// Whether all values are ordinary: labels in [0, V) or -100, cu_seqlens rising from 0 to the number of rows, inputs
+// finite (log_target and log_z may be -inf). If not, Python finds out whether something is wrong, and what.
+bool is_plain(const Batch&, const Terms&);
 
 // One read of the logits of scored rows: log-sum-exp, log pi, weights, loss.
 Status forward(const Batch&, const Terms&, const Outputs&);

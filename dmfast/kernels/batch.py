@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """B sequences of logits, checked, in the form that kernels take.
 
     ``logits`` is (B,T,V) with any batch and time strides, or packed (N,V) with ``cu_seqlens``.
@@ -34,8 +33,7 @@ class Batch:
         return self.labels.shape[0]
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """What one pass over the logits yields. All fp64; (B,) unless said otherwise."""
 
     lse: Tensor  # (rows,)
@@ -45,4 +43,5 @@ class Scores:
     log_target_ratio: Tensor | None = None
     weight: Tensor | None = None
     loss: Tensor | None = None  # -A log pi per sequence
-    n_clipped: Tensor | None = None  # (1,) int64
+    total: Tensor | None = None  # 0-d: the sum of loss, in sequence order
+    n_clipped: Tensor | None = None  # 0-d int64

@@ -97,10 +97,15 @@ def make_batch(
     )
 
 
+_by_name: dict[str, Objective] = {}
+
+
 def make_objective(objective: str | Objective | Callable[[Terms], Tensor]) -> Objective | Callable[[Terms], Tensor]:
     """A name becomes an ``Objective``; a function of ``Terms`` stays one."""
     if isinstance(objective, str):
-        return Objective(objective)
+        if objective not in _by_name:
+            _by_name[objective] = Objective(objective)
+        return _by_name[objective]
     if isinstance(objective, Objective) or callable(objective):
         return objective
     raise TypeError(
@@ -121,6 +126,8 @@ def _per_sequence(name: str, value: Tensor | float | None, batch: Batch) -> Tens
         raise ValueError(f"{name} is on {value.device}, logits on {device}; move it there")
     if value.shape != (n,) and not (name == "log_z" and value.dim() == 0):
         raise ValueError(f"{name} must have one value per sequence, ({n},), got {describe(value)}")
+    if value.dtype is torch.float64 and value.dim() and value.is_contiguous() and not value.requires_grad:
+        return value
     return value.detach().to(torch.float64).expand(n).contiguous()
 
 
@@ -171,7 +178,7 @@ def make_terms(
     baseline = resolve_baseline(terms, context_id, batch.n_sequences, batch.logits.device)
     if baseline is None:
         return terms
-    if baseline.shape != (batch.n_sequences,):
+    if isinstance(baseline, Tensor) and baseline.shape != (batch.n_sequences,):
         raise ValueError(f"a baseline tensor must be ({batch.n_sequences},), got {describe(baseline)}")
     return Terms(objective, on_policy, terms.max_weight, **given, baseline=baseline)
 
@@ -290,7 +297,8 @@ def check_terms(terms: Terms) -> None:
     _check_values("reward", terms.reward, "a reward must be finite")
     _check_values("log_base", terms.log_base, "the base gives this sequence probability 0; set max_weight or drop it"
                   if terms.max_weight == math.inf else None)  # fmt: skip
-    _check_values("baseline", terms.baseline, "a baseline must be finite")
+    if isinstance(terms.baseline, Tensor):
+        _check_values("baseline", terms.baseline, "a baseline must be finite")
     objective = terms.objective
     if (
         isinstance(objective, Objective)

@@ -34,5 +34,5 @@ def dm_loss(
     else:
         results = list(ops.score_and_weigh(*_rows(batch), entropy, *flat))
     lse, log_prob, log_ratio, log_target_ratio, weight, loss, n_clipped, h = results
-    scores = Scores(lse, log_prob, h if entropy else None, log_ratio, log_target_ratio, weight, loss, n_clipped)
+    scores = Scores(lse, log_prob, h if entropy else None, log_ratio, log_target_ratio, weight, loss, None, n_clipped)
     return loss if expected is not None else reduce(loss, reduction, divide_by), scores

@@ -6,7 +6,6 @@ has it. ``dmfast.eager`` has the signatures of ``dmfast.functional``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from .. import objectives
 from ..objectives import Objective, Terms
 from . import checks
 from .batch import Batch, Scores
-from .result import DMLossOutput, count_empty, denominator, reduce
+from .result import DMLossOutput, denominator, reduce
 
 
 def score(batch: Batch, entropy: bool = False) -> Scores:
@@ -66,7 +65,7 @@ def sequence_of_rows(batch: Batch) -> Tensor:
 def loss_from_scores(batch: Batch, scores: Scores, terms: Terms, reduction: str, divide_by: float) -> DMLossOutput:
     """Forms A and the loss from log pi, which carries the gradient."""
     log_prob = scores.log_prob
-    terms = replace(terms, log_prob=log_prob.detach())
+    terms = terms.with_log_prob(log_prob.detach())
     weight = objectives.weigh(terms)  # A: a constant, no gradient flows through it
     checks.check_weight_tensor(weight, batch)
     weight, n_clipped = objectives.clip(weight.detach(), terms.max_weight)
@@ -80,7 +79,6 @@ def loss_from_scores(batch: Batch, scores: Scores, terms: Terms, reduction: str,
         log_target_ratio=terms.log_target_ratio,
         weight=weight,
         n_clipped=n_clipped,
-        n_empty=count_empty(terms.log_z, weight),
         entropy=scores.entropy,
         scored=torch.ones_like(weight, dtype=torch.bool),
         log_proposal=terms.log_proposal,

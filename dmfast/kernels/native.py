@@ -62,37 +62,37 @@ def _batch(batch: Batch) -> object:
 def _terms(terms: Terms | None) -> object:
     assert _C is not None
     if terms is None:
-        return _C.Terms(KINDS["none"], False, True, 0.0, 0.0, math.inf, 0, 0, 0, 0, 0, 0)
-    objective = terms.objective
-    assert isinstance(objective, Objective)
+        return _C.Terms(0, False, True, 0.0, 0.0, math.inf, 0, 0, 0, 0, 0, 0, 0.0)
+    objective, baseline = terms.objective, terms.baseline
+    if not isinstance(objective, Objective):  # Python's own: only its inputs are looked at
+        return _C.Terms(0, False, True, 0.0, 0.0, math.inf, *_inputs(terms), 0, 0.0)
+    pointer, constant = (baseline.data_ptr(), 0.0) if isinstance(baseline, Tensor) else (0, baseline or 0.0)
     return _C.Terms(
         KINDS[objective.kind], terms.on_policy, objective.normalize, objective.beta or 0.0, objective.log_scale or 0.0,
-        terms.max_weight, _pointer(terms.log_proposal), _pointer(terms.log_target), _pointer(terms.log_z),
-        _pointer(terms.reward), _pointer(terms.log_base), _pointer(terms.baseline),
+        terms.max_weight, *_inputs(terms), pointer, constant,
     )  # fmt: skip
 
 
-def _outputs(batch: Batch, terms: Terms | None, entropy: bool) -> tuple[Scores, object, Tensor]:
+def _inputs(terms: Terms) -> tuple[int, int, int, int, int]:
+    inputs = (terms.log_proposal, terms.log_target, terms.log_z, terms.reward, terms.log_base)
+    return tuple(0 if x is None else x.data_ptr() for x in inputs)  # type: ignore[return-value]
+
+
+def _outputs(batch: Batch, terms: Terms | None, entropy: bool) -> tuple[Scores, object, tuple[Tensor, ...]]:
     assert _C is not None
     n, rows = batch.n_sequences, batch.n_rows
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float64, device=batch.logits.device)
-
-    by_row = empty(3 if entropy else 2, rows)
-    h = empty(n) if entropy else None
+    empty, fp64 = torch.empty, torch.float64
+    lse, row_log_prob, log_prob = empty(rows, dtype=fp64), empty(rows, dtype=fp64), empty(n, dtype=fp64)
+    h, row_entropy = (empty(n, dtype=fp64), empty(rows, dtype=fp64)) if entropy else (None, None)
+    workspace = (row_log_prob,) if row_entropy is None else (row_log_prob, row_entropy)
+    first = (log_prob.data_ptr(), lse.data_ptr(), row_log_prob.data_ptr(), _pointer(row_entropy), _pointer(h))
     if terms is None:
-        scores = Scores(by_row[0], empty(n), h)
-    else:
-        log_prob, log_ratio, log_target_ratio, weight, loss = empty(5, n).unbind()
-        n_clipped = torch.zeros(1, dtype=torch.int64)
-        scores = Scores(by_row[0], log_prob, h, log_ratio, log_target_ratio, weight, loss, n_clipped)
-    outputs = _C.Outputs(
-        scores.log_prob.data_ptr(), by_row[0].data_ptr(), by_row[1].data_ptr(), by_row[2].data_ptr() if entropy else 0,
-        _pointer(h), _pointer(scores.log_ratio), _pointer(scores.log_target_ratio), _pointer(scores.weight),
-        _pointer(scores.loss), _pointer(scores.n_clipped),
+        return Scores(lse, log_prob, h), _C.Outputs(*first, 0, 0, 0, 0, 0, 0), workspace
+    scores = Scores(
+        lse, log_prob, h, empty(n, dtype=fp64), empty(n, dtype=fp64), empty(n, dtype=fp64), empty(n, dtype=fp64),
+        empty((), dtype=fp64), empty((), dtype=torch.int64),
     )  # fmt: skip
-    return scores, outputs, by_row  # by_row holds the workspace alive
+    return scores, _C.Outputs(*first, *(_pointer(x) for x in scores[3:])), workspace
 
 
 def _raise_fault(status: tuple[int, int], batch: Batch, scores: Scores) -> None:
@@ -104,6 +104,12 @@ def _raise_fault(status: tuple[int, int], batch: Batch, scores: Scores) -> None:
     if fault == _BAD_WEIGHT:
         assert scores.weight is not None
         checks.raise_weight(at, scores.weight)
+
+
+def is_plain(batch: Batch, terms: Terms | None) -> bool:
+    """Whether tokens, cu_seqlens and inputs hold nothing but ordinary values, so that checks need not look closer."""
+    assert _C is not None
+    return bool(_C.is_plain(_batch(batch), _terms(terms)))
 
 
 def forward(batch: Batch, terms: Terms | None, entropy: bool) -> Scores:

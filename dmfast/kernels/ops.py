@@ -6,8 +6,6 @@ gradient has none, since register_autograd refuses mutation: ``functional.py`` c
 Ops take what ``Batch`` and ``Terms`` hold, flattened, because schemas know tensors and numbers only.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, TypeAlias, cast
 
@@ -36,13 +34,15 @@ def flatten_terms(terms: Terms) -> tuple[Any, ...]:
     return (
         KINDS[objective.kind], terms.on_policy, objective.normalize, objective.beta or 0.0,
         objective.log_scale or 0.0, terms.max_weight if terms.max_weight < math.inf else 0.0,
-        terms.log_proposal, terms.log_target, terms.log_z, terms.reward, terms.log_base, terms.baseline,
+        terms.log_proposal, terms.log_target, terms.log_z, terms.reward, terms.log_base,
+        terms.baseline if isinstance(terms.baseline, Tensor) else None,
+        0.0 if isinstance(terms.baseline, Tensor) else terms.baseline or 0.0,
     )  # fmt: skip
 
 
 def _terms(kind: int, on_policy: bool, normalize: bool, beta: float, log_scale: float, max_weight: float,
            log_proposal: Tensor | None, log_target: Tensor | None, log_z: Tensor | None, reward: Tensor | None,
-           log_base: Tensor | None, baseline: Tensor | None) -> Terms:  # fmt: skip
+           log_base: Tensor | None, baseline: Tensor | None, constant_baseline: float) -> Terms:  # fmt: skip
     name = _KIND_NAMES[kind]
     objective = Objective(
         name,
@@ -51,8 +51,9 @@ def _terms(kind: int, on_policy: bool, normalize: bool, beta: float, log_scale: 
         log_scale=log_scale if name == "reinforce_p" else None,
     )
     return Terms(
-        objective, on_policy, max_weight or math.inf, log_proposal, log_target, log_z, reward, log_base, baseline
-    )
+        objective, on_policy, max_weight or math.inf, log_proposal, log_target, log_z, reward, log_base,
+        constant_baseline or None if baseline is None else baseline,
+    )  # fmt: skip
 
 
 def _per_sequence(batch: Batch) -> Tensor:
@@ -63,17 +64,12 @@ def _per_row(batch: Batch) -> Tensor:
     return batch.logits.new_empty(batch.labels.shape[0], dtype=torch.float64)
 
 
-def _own(scores: Scores) -> tuple[Tensor, ...]:
-    """The results as tensors that share no memory with one another, which custom ops must return."""
-    assert scores.log_ratio is not None and scores.log_target_ratio is not None and scores.n_clipped is not None
-    assert scores.weight is not None and scores.loss is not None
-    n_clipped = scores.n_clipped[0].clone()
-    views = (scores.lse, scores.log_prob, scores.log_ratio, scores.log_target_ratio, scores.weight, scores.loss)
-    return (
-        *(x.clone() for x in views),
-        n_clipped,
-        scores.entropy if scores.entropy is not None else scores.lse.new_empty(0),
-    )
+def _flat(scores: Scores) -> EightTensors:
+    """The results in the order in which the ops return them; an entropy that was not asked for is empty."""
+    entropy = scores.lse.new_empty(0) if scores.entropy is None else scores.entropy
+    results = (scores.lse, scores.log_prob, scores.log_ratio, scores.log_target_ratio, scores.weight, scores.loss,
+               scores.n_clipped, entropy)  # fmt: skip
+    return cast(EightTensors, results)
 
 
 @torch.library.custom_op("dmfast::score", mutates_args=())
@@ -102,15 +98,15 @@ def score_and_weigh(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
     kind: int, on_policy: bool, normalize: bool, beta: float, log_scale: float, max_weight: float,
     log_proposal: Tensor | None, log_target: Tensor | None, log_z: Tensor | None, reward: Tensor | None,
-    log_base: Tensor | None, baseline: Tensor | None,
+    log_base: Tensor | None, baseline: Tensor | None, constant_baseline: float,
 ) -> EightTensors:  # fmt: skip
     """lse (rows), log_prob, log_ratio, log_target_ratio, weight, loss (B), n_clipped (0-d), entropy (B) or (0)."""
     batch = _batch(logits, labels, cu_seqlens, scale, softcap)
     terms = _terms(kind, on_policy, normalize, beta, log_scale, max_weight, log_proposal, log_target, log_z, reward,
-                   log_base, baseline)  # fmt: skip
+                   log_base, baseline, constant_baseline)  # fmt: skip
     checks.check_rows(batch)
     checks.check_terms(terms)
-    return cast(EightTensors, _own(native.forward(batch, terms, entropy)))
+    return _flat(native.forward(batch, terms, entropy))
 
 
 @score_and_weigh.register_fake
@@ -129,18 +125,19 @@ def score_and_grad(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
     kind: int, on_policy: bool, normalize: bool, beta: float, log_scale: float, max_weight: float,
     log_proposal: Tensor | None, log_target: Tensor | None, log_z: Tensor | None, reward: Tensor | None,
-    log_base: Tensor | None, baseline: Tensor | None, expected: float, divide_by: float,
+    log_base: Tensor | None, baseline: Tensor | None, constant_baseline: float, expected: float, divide_by: float,
 ) -> NineTensors:  # fmt: skip
     """``score_and_weigh`` for a weight that does not depend on pi. Its loss is 0-d, the sum over sequences divided by
     ``divide_by``; last comes the gradient of ``expected * loss`` in the logits."""
     batch = _batch(logits, labels, cu_seqlens, scale, softcap)
     terms = _terms(kind, on_policy, normalize, beta, log_scale, max_weight, log_proposal, log_target, log_z, reward,
-                   log_base, baseline)  # fmt: skip
+                   log_base, baseline, constant_baseline)  # fmt: skip
     checks.check_rows(batch)
     checks.check_terms(terms)
     scores, dz = native.forward_backward(batch, terms, entropy, expected / divide_by, inplace=False)
-    lse, log_prob, log_ratio, log_target_ratio, weight, loss, *rest = _own(scores)
-    return cast(NineTensors, (lse, log_prob, log_ratio, log_target_ratio, weight, loss.sum() / divide_by, *rest, dz))
+    assert scores.total is not None
+    results = _flat(scores)
+    return (*results[:5], scores.total / divide_by, *results[6:], dz)
 
 
 @score_and_grad.register_fake
@@ -213,17 +210,17 @@ def _weigh_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> 
 def _weigh_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     grad_loss = grads[5]  # (B,): the reduction is torch's
     if grad_loss is None:
-        return (None,) * 18
+        return (None,) * 19
     logits, labels, lse, weight, *cu = ctx.saved_tensors
     dz = grad(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, lse, weight * grad_loss)
-    return (dz, *(None,) * 17)
+    return (dz, *(None,) * 18)
 
 
 score_and_weigh.register_autograd(_weigh_backward, setup_context=_weigh_setup)
 
 
 def _one_pass_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    ctx.expected = inputs[18]
+    ctx.expected = inputs[19]
     ctx.save_for_backward(output[-1])
     ctx.mark_non_differentiable(*output[:5], *output[6:])
     ctx.set_materialize_grads(False)
@@ -231,9 +228,9 @@ def _one_pass_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) 
 
 def _one_pass_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     if grads[5] is None:
-        return (None,) * 20
+        return (None,) * 21
     (dz,) = ctx.saved_tensors
-    return (dz * (grads[5] / ctx.expected), *(None,) * 19)
+    return (dz * (grads[5] / ctx.expected), *(None,) * 20)
 
 
 score_and_grad.register_autograd(_one_pass_backward, setup_context=_one_pass_setup)
@@ -271,4 +268,4 @@ class _WeighInPlace(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         logits, labels, lse, weight, *cu = ctx.saved_tensors
         grad_(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, lse, weight * grads[5])
-        return (logits, *(None,) * 17)
+        return (logits, *(None,) * 18)

@@ -21,7 +21,6 @@ class DMLossOutput:
         log_target_ratio: (B,) fp64, log u = log P - log Z - log q; None where log_target or log_z was not given.
         weight: (B,) fp64, A.
         n_clipped: 0-d int64, weights that max_weight bounded.
-        n_empty: 0-d int64, sequences whose context has log_z = -inf: their A is 0 and they count in B.
         entropy: (B,) fp64, nats summed over scored tokens, with ``return_entropy``.
         scored: (B,) bool, sequences whose log pi was computed by this call.
         log_proposal, log_target, log_z: (B,) fp64, the inputs as the loss used them, or None.
@@ -33,12 +32,18 @@ class DMLossOutput:
     log_target_ratio: Tensor | None
     weight: Tensor
     n_clipped: Tensor
-    n_empty: Tensor
     entropy: Tensor | None
     scored: Tensor
     log_proposal: Tensor | None
     log_target: Tensor | None
     log_z: Tensor | None
+
+    @property
+    def n_empty(self) -> Tensor:
+        """0-d int64, sequences whose context has log_z = -inf: their A is 0 and they count in B."""
+        if self.log_z is None:
+            return torch.zeros((), dtype=torch.int64, device=self.weight.device)
+        return (self.log_z == -torch.inf).sum()
 
     def check(self) -> DMLossOutput:
         """Raises what a device has recorded and the host has not read yet. The CPU raises at once."""
@@ -55,10 +60,3 @@ def denominator(batch: Batch, reduction: str, num_sequences: float | None) -> fl
 def reduce(per_sequence: Tensor, reduction: str, divide_by: float) -> Tensor:
     """mean | sum | none over (B,) losses."""
     return per_sequence if reduction == "none" else per_sequence.sum() / divide_by
-
-
-def count_empty(log_z: Tensor | None, like: Tensor) -> Tensor:
-    """0-d int64: how many sequences have log_z = -inf."""
-    if log_z is None:
-        return torch.zeros((), dtype=torch.int64, device=like.device)
-    return (log_z == -torch.inf).sum()

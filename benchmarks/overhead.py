@@ -1,0 +1,75 @@
+"""What a call costs beyond its kernel: dm_loss forward + backward on logits so small that the kernel takes no time,
+against a bare autograd.Function on the same tensor. Interleaved, medians, microseconds. Writes a JSON if told where.
+
+    python benchmarks/overhead.py [results/overhead.json]
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dmfast
+from dmfast.demo import machine
+
+
+class Bare(torch.autograd.Function):
+    """The least that an autograd.Function can do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        """One number."""
+        ctx.save_for_backward(x)
+        return x.new_zeros((), dtype=torch.float64)
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> torch.Tensor:
+        """A gradient."""
+        return torch.empty_like(ctx.saved_tensors[0])
+
+
+def main() -> None:
+    """Prints and writes the medians."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    b, t, v, rounds = 4, 4, 32, 3000
+    z = torch.randn(b, t, v, requires_grad=True)
+    x = torch.randint(0, v, (b, t))
+    mask = torch.ones(b, t, dtype=torch.bool)
+    log_target, log_proposal = torch.full((b,), -14.0), torch.full((b,), -14.2)
+    args = {"log_target": log_target, "log_proposal": log_proposal, "log_z": 0.1}
+    rivals: dict[str, Callable[[], torch.Tensor]] = {
+        "bare autograd.Function": lambda: Bare.apply(z),
+        "dm_loss gdc++": lambda: dmfast.dm_loss(z, x, mask, **args).loss,
+        "dm_loss gdc++, fp64 (B) inputs": lambda: dmfast.dm_loss(
+            z, x, log_target=log_target.double(), log_proposal=log_proposal.double(), log_z=0.1
+        ).loss,
+        "dm_loss dpg (one pass)": lambda: dmfast.dm_loss(z, x, mask, objective="dpg", **args).loss,
+        "sequence_log_prob": lambda: dmfast.sequence_log_prob(z, x, mask).sum(),
+        "eager log_softmax + gather": lambda: -z.log_softmax(-1).gather(-1, x[..., None]).sum(),
+    }
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    for i in range(rounds):
+        for name, call in rivals.items():
+            z.grad = None
+            start = time.perf_counter()
+            call().backward()
+            if i >= rounds // 10:
+                times[name].append((time.perf_counter() - start) * 1e6)
+    result = {name: round(statistics.median(values), 1) for name, values in times.items()}
+    for name, value in result.items():
+        print(f"{name:34} {value:7.1f} us  (+{value - result['bare autograd.Function']:.1f})")
+    if len(sys.argv) > 1:
+        shape = {"B": b, "T": t, "V": v, "rounds": rounds, "unit": "us, median of forward + backward"}
+        Path(sys.argv[1]).write_text(json.dumps({"machine": machine(), "shape": shape, "median": result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

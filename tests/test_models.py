@@ -1,0 +1,762 @@
+"""LanguageModel and Samples on tiny GPT-2 and Llama models: the sampler draws from exactly the distribution that the
+scorer scores, whatever the padding, the end token, the dropout of the config or its generation_config.
+
+Two references, both made here: tables of next-token logits, where every probability is known, and each sequence run
+alone through the model, unpadded and in fp64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import dmfast
+import dmfast.cli
+from dmfast.demo import TINY_BIOS, about_women, add_arguments, load, run
+from dmfast.examples.custom_loop import train
+from dmfast.models import LanguageModel, Samples, disable_dropout
+
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*gradient_checkpointing")
+
+INF = math.inf
+# id 0 is an ordinary word, and so are special tokens that a tokenizer does not declare
+WORDS = ["w0", "w1", "w2", "w3", "w4", "<e>", "w5", "<p>", "w6", "<s>", "w7"]
+V, EOS, PAD, BOS = len(WORDS), 5, 7, 9
+TOKENIZERS = {
+    "pad = eos": {"eos_token": "<e>", "pad_token": "<e>", "bos_token": "<s>"},
+    "own pad": {"eos_token": "<e>", "pad_token": "<p>", "bos_token": "<s>"},
+    "no pad": {"eos_token": "<e>", "bos_token": "<s>"},
+    "no bos": {"eos_token": "<e>", "pad_token": "<p>"},
+}
+PROMPTS = ["w1 w2 w3 <e> w4", "", "w2 <p>", "w5"]
+PROMPT_IDS = [[1, 2, 3, 5, 4], [], [2, 7], [6]]
+MODELS = ["gpt2", "gpt2 eager attention", "llama", "llama tied"]
+tokenizers = pytest.mark.parametrize("tokenizer", TOKENIZERS)
+architectures = pytest.mark.parametrize("name", MODELS)
+
+
+def tok(name="own pad"):
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, **TOKENIZERS[name])
+
+
+def pad_of(tokenizer):
+    return PAD if tokenizer in ("own pad", "no bos") else EOS
+
+
+def ids_of(prompts, tokenizer):
+    """The prompts' tokens by hand: BOS, or else EOS, is the empty one."""
+    start = [EOS if tokenizer == "no bos" else BOS]
+    return [start] if prompts is None else [ids or start for ids in PROMPT_IDS]
+
+
+def build(name="gpt2", how=""):
+    """A model with dropout, in training mode; a wide initialisation so that every position and token matters."""
+    torch.manual_seed(1)
+    attention = "eager" if "eager" in name else "sdpa"
+    if name.startswith("gpt2"):
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=V, n_positions=24, n_embd=16, n_layer=2, n_head=2, initializer_range=0.4, embd_pdrop=0.1,
+                resid_pdrop=0.2, attn_pdrop=0.3, bos_token_id=BOS, eos_token_id=EOS, attn_implementation=attention,
+            )
+        )  # fmt: skip
+    else:
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=V, max_position_embeddings=24, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, initializer_range=0.4, attention_dropout=0.2,
+                tie_word_embeddings="tied" in name, bos_token_id=BOS, eos_token_id=EOS, attn_implementation=attention,
+            )
+        )  # fmt: skip
+    if how == "checkpointing":
+        model.gradient_checkpointing_enable()
+    if how.startswith("lora"):
+        layers = {"gpt2": ["c_attn", "c_proj"], "llam": ["q_proj", "v_proj", "down_proj"]}[name[:4]]
+        extra = {}
+        if how == "lora, embedding too":
+            layers += {"gpt2": ["wte"], "llam": ["embed_tokens"]}[name[:4]]
+        if how == "lora, new tokens":
+            extra["trainable_token_indices"] = [1, PAD]
+        config = peft.LoraConfig(target_modules=layers, lora_dropout=0.3, init_lora_weights=False, **extra)
+        model = peft.get_peft_model(model, config)
+    return model.train()
+
+
+def lm(name="gpt2", tokenizer="own pad", how=""):
+    return LanguageModel(build(name, how), tok(tokenizer))
+
+
+def continuation(row, prompt_len, eos=(EOS,)):
+    """Up to and with the first EOS."""
+    rest = row[prompt_len:]
+    return rest[: next((i + 1 for i, token in enumerate(rest) if token in eos), len(rest))]
+
+
+def check_layout(x, prompt_ids, n, max_new_tokens, pad, eos=(EOS,), one_batch=True):
+    """tokens, masks, prompt_len and context_id by the rules, worked for each row from the drawn tokens alone."""
+    width = max(len(ids) for ids in prompt_ids)
+    rest = x.tokens.shape[1] - width
+    assert (len(x), x.prompt_len) == (len(prompt_ids) * n, width)
+    assert x.tokens.dtype == x.context_id.dtype == torch.int64
+    assert x.score_mask.dtype == torch.bool and x.log_prob.dtype == torch.float64
+    longest = 0
+    for i, row in enumerate(x.tokens.tolist()):
+        ids, new = prompt_ids[i // n], len(continuation(row, width, eos))
+        left, right = width - len(ids), rest - new
+        assert row[:left] == [pad] * left and row[left:width] == ids
+        assert x.attention_mask[i].tolist() == [0] * left + [1] * (len(ids) + new) + [0] * right
+        assert x.score_mask[i].tolist() == [False] * width + [True] * new + [False] * right
+        assert x.context_id[i] == i // n
+        assert row[width + new :] == [pad] * right or not one_batch
+        assert row[width + new - 1] in eos or new == max_new_tokens
+        longest = max(longest, new)
+    assert rest == longest <= max_new_tokens
+
+
+def alone(model, x, prompt_ids, n, eos=(EOS,)):
+    """log pi(x) of each sequence: a plain forward of the whole sequence by itself, without padding or mask."""
+    values = []
+    for i, row in enumerate(x.tokens.tolist()):
+        ids, new = prompt_ids[i // n], continuation(row, x.prompt_len, eos)
+        logits = model(torch.tensor([ids + new])).logits[0].double() / x.temperature
+        log_p = logits[len(ids) - 1 : -1].log_softmax(-1)
+        values.append(log_p[torch.arange(len(new)), torch.tensor(new)].sum())
+    return torch.stack(values)
+
+
+def same(a, b):
+    """Two Samples, bit for bit."""
+    names = ("tokens", "attention_mask", "score_mask", "log_prob", "context_id")
+    return a.prompt_len == b.prompt_len and all(torch.equal(getattr(a, n), getattr(b, n)) for n in names)
+
+
+def close(a, b, tolerance=1e-5):
+    assert a.shape == b.shape and (a.double() - b.double()).abs().max() <= tolerance * b.abs().max().clamp(min=1)
+
+
+def gradients(module):
+    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    return found
+
+
+def check_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for name in expected:
+        assert (found[name].double() - expected[name].double()).abs().max() <= 1e-5 * largest, name
+
+
+# --- q = pi -----------------------------------------------------------------------------------------------------
+
+
+@architectures
+@tokenizers
+@pytest.mark.parametrize("how", ["", "batches", "checkpointing", "lora"])
+def test_the_scorer_gives_what_the_sampler_stored_in_train_mode(name, tokenizer, how):
+    policy, size = lm(name, tokenizer, how), 5 if how == "batches" else None
+    ends = set()
+    for prompts in (None, PROMPTS):
+        prompt_ids, n = ids_of(prompts, tokenizer), 6
+        for temperature in (0.7, 1.0, 1.5):
+            x = policy.sample(prompts, n, max_new_tokens=7, temperature=temperature, seed=3, batch_size=size)
+            assert policy.model.training
+            assert (policy.log_prob(x, batch_size=size) - x.log_prob).abs().max() < 1e-4
+            check_layout(x, prompt_ids, n, 7, pad_of(tokenizer), one_batch=size is None)
+            if temperature == 1.5:
+                with torch.no_grad():
+                    reference = alone(policy.model, x, prompt_ids, n)
+                assert (reference - x.log_prob).abs().max() < 1e-4
+            ends |= {bool(mask.all()) for mask in x.score_mask[:, x.prompt_len :]}
+    assert ends == {True, False}  # some ended early, some did not
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("how", ["lora, embedding too", "lora, new tokens"])
+def test_adapters_on_the_embedding(name, how):
+    policy = lm(name, how=how)
+    x = policy.sample(PROMPTS, 4, max_new_tokens=6, seed=0)
+    assert (policy.log_prob(x) - x.log_prob).abs().max() < 1e-4
+
+
+def test_the_shipped_model():
+    policy = load(TINY_BIOS)
+    for module in policy.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    policy = LanguageModel(policy.model.train(), policy.tokenizer)
+    for prompts, n in ((None, 48), (["Marie", "", "He was born in"], 12)):
+        for temperature in (0.7, 1.0, 1.5):
+            x = policy.sample(prompts, n, max_new_tokens=40, temperature=temperature, seed=0)
+            assert (policy.log_prob(x) - x.log_prob).abs().max() < 1e-4
+    texts = policy.sample(None, 256, max_new_tokens=48, seed=1, batch_size=128).text
+    assert all(text.strip() and "<" not in text for text in texts)
+    rate = json.loads((TINY_BIOS / "base_rates.json").read_text())["features"]["female"]["rate"]
+    assert abs(about_women(texts).mean() - rate) < 4 * math.sqrt(rate * (1 - rate) / 256)
+
+
+# --- the sampler against known tables ---------------------------------------------------------------------------
+
+
+class Table(nn.Module):
+    """logits[b, t] = table[input_ids[b, t]]: a Markov chain. Ignores the cache."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = nn.Parameter(table)
+        self.config = SimpleNamespace()
+        self.embedding = nn.Embedding(*table.shape)
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids, attention_mask, position_ids, past_key_values=None, use_cache=True, logits_to_keep=0):
+        assert attention_mask.shape[1] >= input_ids.shape[1] == position_ids.shape[1]
+        return SimpleNamespace(logits=self.table[input_ids][:, -logits_to_keep:], past_key_values=None)
+
+
+def chain(moves):
+    """A table with the probabilities ``moves``: token -> {next token: probability}; other tokens stay forever."""
+    p = torch.eye(V)
+    for token, following in moves.items():
+        p[token] = 0.0
+        for to, probability in following.items():
+            p[token, to] = probability
+    return p.log()
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.7])
+def test_draws_are_exact(temperature):
+    table = 1.5 * torch.randn(V, V, generator=torch.Generator().manual_seed(0))
+    table[:, [0, 4, V - 1]] = -INF  # first, last and one between
+    table[BOS, EOS], table[1, 8] = -INF, 1.0
+    table[2] = -INF  # a certain token
+    table[2, 3] = 5.0
+    x = LanguageModel(Table(table), tok()).sample(
+        None, 20_000, max_new_tokens=2, temperature=temperature, seed=11, batch_size=6_000
+    )
+    log_p = (table.double() / temperature).log_softmax(-1)
+    first, second = x.tokens[:, 1], x.tokens[:, 2]
+    assert (x.log_prob - log_p[BOS, first] - log_p[first, second]).abs().max() < 1e-9
+    expected = 20_000 * (log_p[BOS][:, None] + log_p).exp()
+    drawn = torch.bincount(first * V + second, minlength=V * V).view(V, V).double()
+    assert drawn[expected == 0].sum() == 0
+    often = expected >= 5
+    expected = torch.cat([expected[often], 5 + expected[~often].sum()[None]])  # the rare pairs together
+    drawn = torch.cat([drawn[often], 5 + drawn[~often].sum()[None]])
+    chi2, freedom = ((drawn - expected) ** 2 / expected).sum(), len(expected) - 1
+    assert freedom > 25
+    assert chi2 < freedom + 4 * math.sqrt(2 * freedom)
+
+
+@tokenizers
+def test_masks_worked_by_hand(tokenizer):
+    pad = pad_of(tokenizer)
+    table = chain({1: {2: 1.0}, 2: {EOS: 1.0}, 4: {EOS: 1.0}, PAD: {0: 0.25, 1: 0.75}})
+    x = LanguageModel(Table(table), tok(tokenizer)).sample(
+        ["w1", "<e> <p> w4", "w3 <e> w0"], 1, max_new_tokens=4, seed=0
+    )
+    assert x.tokens.tolist() == [
+        [pad, pad, 1, 2, EOS, pad, pad],
+        [EOS, PAD, 4, EOS, pad, pad, pad],
+        [3, EOS, 0, 0, 0, 0, 0],
+    ]
+    assert x.attention_mask.tolist() == [[0, 0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0, 0], [1] * 7]
+    assert x.score_mask.int().tolist() == [[0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1]]
+    assert (x.prompt_len, x.context_id.tolist(), x.log_prob.tolist()) == (3, [0, 1, 2], [0.0, 0.0, 0.0])
+    assert x.text == ["w2", "", "w0 w0 w0 w0"]
+
+
+def test_the_end_token_counts_and_what_follows_does_not():
+    # <e> half of the time; after it the chain would go on to w3 with probability 1/4
+    model = LanguageModel(Table(chain({BOS: {1: 1.0}, 1: {EOS: 0.5, 1: 0.5}, EOS: {3: 0.25, EOS: 0.75}})), tok())
+    x = model.sample(None, 200, max_new_tokens=5, seed=0)
+    check_layout(x, [[BOS]], 200, 5, PAD)
+    length = x.score_mask.sum(1)
+    assert set(length.tolist()) == {2, 3, 4, 5}
+    close(x.log_prob, math.log(0.5) * (length - 1).double(), 1e-7)
+    close(model.log_prob(x).detach(), x.log_prob, 1e-6)
+
+
+def test_the_width_shrinks_when_all_have_ended_and_ends_at_max_new_tokens_otherwise():
+    short = LanguageModel(Table(chain({BOS: {1: 0.5, 2: 0.5}, 1: {EOS: 1.0}, 2: {EOS: 1.0}})), tok())
+    assert short.sample(None, 50, max_new_tokens=20, seed=0).tokens.shape == (50, 3)
+    endless = LanguageModel(Table(chain({BOS: {1: 0.5, 2: 0.5}})), tok())
+    x = endless.sample(None, 50, max_new_tokens=20, seed=0)
+    assert x.tokens.shape == (50, 21)
+    assert x.score_mask[:, 1:].all() and x.attention_mask.all() and not (x.tokens == EOS).any()
+    assert (x.log_prob - math.log(0.5)).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("eos", [[EOS, 2, 3], (2,), 2])
+def test_other_end_tokens(eos):
+    policy = LanguageModel(build(), tok(), eos_token_id=eos)
+    eos = (eos,) if isinstance(eos, int) else tuple(eos)
+    for prompts in (None, PROMPTS):
+        x = policy.sample(prompts, 8, max_new_tokens=8, seed=0)
+        prompt_ids = ids_of(prompts, "own pad")
+        check_layout(x, prompt_ids, 8, 8, PAD, eos)
+        assert (policy.log_prob(x) - x.log_prob).abs().max() < 1e-4
+        assert (alone(policy.model, x, prompt_ids, 8, eos) - x.log_prob).abs().max() < 1e-4
+
+
+def test_padding_is_the_pad_token_also_between_batches():
+    x = lm().sample(PROMPTS, 6, max_new_tokens=8, seed=0, batch_size=5)
+    check_layout(x, ids_of(PROMPTS, "own pad"), 6, 8, PAD)
+
+
+@architectures
+def test_generation_config_has_no_effect(name):
+    policy = lm(name)
+    before = policy.sample(PROMPTS, 5, max_new_tokens=8, seed=7)
+    policy.model.generation_config = GenerationConfig(
+        do_sample=True, top_k=1, top_p=0.1, temperature=0.1, repetition_penalty=5.0, min_length=20, max_length=3,
+        no_repeat_ngram_size=1, forced_bos_token_id=1, forced_eos_token_id=2, suppress_tokens=[3, 4, 8],
+        bad_words_ids=[[10]], eos_token_id=1, pad_token_id=3, num_beams=3,
+    )  # fmt: skip
+    assert same(before, policy.sample(PROMPTS, 5, max_new_tokens=8, seed=7))
+    policy.model.generation_config = None
+    assert same(before, policy.sample(PROMPTS, 5, max_new_tokens=8, seed=7))
+
+
+def test_seeds():
+    policy = lm()
+
+    def draw(seed=None, **more):
+        return policy.sample(PROMPTS, 5, max_new_tokens=8, seed=seed, **more)
+
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    assert same(draw(1), draw(1)) and same(draw(1, batch_size=7), draw(1, batch_size=7))
+    assert not torch.equal(draw(1).tokens, draw(2).tokens)
+    assert torch.equal(torch.get_rng_state(), state)
+    first, second = draw(), draw()
+    assert not torch.equal(torch.get_rng_state(), state) and not same(first, second)
+    torch.manual_seed(5)
+    assert same(first, draw()) and same(second, draw())
+
+
+# --- dropout and training mode ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "count"),
+    [
+        ("gpt2", "", 1 + 2 * 3),
+        ("gpt2 eager attention", "", 1 + 2 * 3),
+        ("llama", "", 2),
+        ("gpt2", "lora", 1 + 2 * 3 + 2 * 3),  # on c_attn and both c_proj
+        ("llama", "lora", 2 + 2 * 3),
+    ],
+)
+def test_dropout_is_off_in_training_mode(name, how, count):
+    model, ids = build(name, how), torch.tensor([[1, 2, 3, 4, 5, 6]])
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    assert disable_dropout(model) == count
+    assert disable_dropout(model) == 0
+    assert all(module.p == 0 for module in model.modules() if isinstance(module, nn.Dropout))
+    assert all(module.training for module in model.modules())
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    again = build(name, how)
+    policy = LanguageModel(again, tok())
+    assert disable_dropout(again) == 0
+    close(again(ids).logits, model(ids).logits)
+    assert policy.model is again
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("how", ["", "checkpointing", "lora"])
+def test_sampling_leaves_the_mode_of_every_module(mode, how):
+    policy = lm(how=how)
+    policy.model.train(mode)
+    policy.sample(None, 2, max_new_tokens=3, seed=0)
+    assert {module.training for module in policy.model.modules()} == {mode}
+
+
+def test_sampling_leaves_a_submodule_in_its_own_mode():
+    policy = lm()
+    policy.model.transformer.h[0].eval()
+    before = [module.training for module in policy.model.modules()]
+    policy.sample(None, 2, max_new_tokens=3, seed=0)
+    assert [module.training for module in policy.model.modules()] == before
+
+
+def test_a_failing_forward_leaves_the_mode(monkeypatch):
+    policy = lm()
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(policy.model.transformer, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        policy.sample(None, 2, max_new_tokens=3)
+    assert all(module.training for module in policy.model.modules())
+
+
+# --- log_prob, logits and their gradients -----------------------------------------------------------------------
+
+
+@architectures
+@pytest.mark.parametrize("how", ["", "checkpointing"])
+def test_log_prob_has_the_gradient_of_plain_log_softmax(name, how):
+    policy = lm(name, "pad = eos", how)
+    prompt_ids = ids_of(PROMPTS, "pad = eos")
+    x = policy.sample(PROMPTS, 4, max_new_tokens=8, temperature=1.3, seed=0)
+    assert not x.log_prob.requires_grad
+    weight = torch.randn(len(x), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    reference = copy.deepcopy(policy.model).double()
+    expected = alone(reference, x, prompt_ids, 4)
+    (weight * expected).sum().backward()
+    expected_gradients = gradients(reference)
+    assert len(expected_gradients) == len(list(policy.model.parameters()))
+    for size in (None, 1, 5):
+        log_prob = policy.log_prob(x, batch_size=size)
+        close(log_prob.detach(), expected.detach())
+        (weight * log_prob).sum().backward()
+        check_gradients(gradients(policy.model), expected_gradients)
+    with torch.no_grad():
+        assert not policy.log_prob(x).requires_grad
+
+
+def test_log_prob_is_of_this_model_and_at_the_temperature_of_the_samples():
+    policy, other = lm(), lm("llama")
+    x = policy.sample(PROMPTS, 4, max_new_tokens=8, temperature=0.8, seed=0)
+    prompt_ids = ids_of(PROMPTS, "own pad")
+    assert (other.log_prob(x) - alone(other.model, x, prompt_ids, 4)).abs().max() < 1e-4
+    hot = dataclasses.replace(x, temperature=2.0)
+    assert (policy.log_prob(hot) - alone(policy.model, hot, prompt_ids, 4)).abs().max() < 1e-4
+
+
+class AllLogits(nn.Module):
+    """A model that cannot leave out the logits of the prompt."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner, self.config, self.get_input_embeddings = model, model.config, model.get_input_embeddings
+
+    def forward(self, input_ids, attention_mask, position_ids, past_key_values=None, use_cache=False):
+        return self.inner(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, use_cache=use_cache,
+        )  # fmt: skip
+
+
+@architectures
+def test_logits_with_and_without_those_of_the_prompt(name):
+    keeps = lm(name)
+    alls = LanguageModel(AllLogits(keeps.model), tok())
+    x = keeps.sample(PROMPTS, 4, max_new_tokens=8, seed=0)
+    full = alls.sample(PROMPTS, 4, max_new_tokens=8, seed=0)
+    assert torch.equal(x.tokens, full.tokens)
+    close(x.log_prob, full.log_prob, 1e-6)
+    (logits, labels), (all_logits, all_labels) = keeps.logits(x), alls.logits(x)
+    k = x.tokens.shape[1] - x.prompt_len + 1
+    assert (logits.shape, all_logits.shape) == ((len(x), k, V), (len(x), x.tokens.shape[1], V))
+    assert torch.equal(labels, all_labels[:, -k:]) and (all_labels[:, :-k] == -100).all()
+    assert torch.equal(labels[:, :-1], torch.where(x.score_mask, x.tokens, -100)[:, x.prompt_len :])
+    assert (labels[:, -1] == -100).all()
+    close(logits[labels >= 0], all_logits[all_labels >= 0])
+    found = []
+    for model in (keeps, alls):
+        log_prob = model.log_prob(x)
+        log_prob.sum().backward()
+        found.append((log_prob.detach(), gradients(keeps.model)))
+    close(found[0][0], found[1][0])
+    check_gradients(found[0][1], found[1][1])
+
+
+@architectures
+@pytest.mark.parametrize("how", ["", "checkpointing", "lora"])
+@pytest.mark.parametrize("objective", ["gdc++", "dpg"])
+def test_dm_loss_in_place_through_the_model(name, how, objective):
+    policy = lm(name, how=how)
+    x = policy.sample(PROMPTS, 4, max_new_tokens=8, seed=0)
+    noise = torch.randn(2, len(x), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    inputs = {"log_target": x.log_prob + noise[0], "log_proposal": x.log_prob + 0.1 * noise[1], "log_z": 0.3}
+    found = []
+    for dm_loss, more in ((dmfast.dm_loss, {"inplace": True}), (dmfast.eager.dm_loss, {})):
+        out = dm_loss(*policy.logits(x), objective=objective, **inputs, **more)
+        out.loss.backward()
+        found.append((out.loss.detach(), gradients(policy.model)))
+    close(found[0][0], found[1][0])
+    assert found[1][1]
+    check_gradients(found[0][1], found[1][1])
+
+
+# --- Samples ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def x():
+    return lm().sample(PROMPTS, 6, max_new_tokens=8, temperature=1.2, seed=4)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [slice(3, 15), slice(None, None, 5), slice(0, 0), torch.arange(24) % 3 == 0, torch.tensor([5, 0, 23, 5])],
+    ids=["range", "stride", "empty", "mask", "indices"],
+)
+def test_some_of_the_samples(x, index):
+    part, rows = x[index], torch.arange(24)[index].tolist()
+    assert len(x) == 24 and len(part) == len(rows)
+    for name in ("tokens", "attention_mask", "score_mask", "log_prob", "context_id"):
+        assert getattr(part, name).tolist() == [getattr(x, name)[i].tolist() for i in rows]
+    assert (part.prompt_len, part.temperature, part.tokenizer) == (x.prompt_len, x.temperature, x.tokenizer)
+    assert part.text == [x.text[i] for i in rows]
+
+
+@tokenizers
+def test_text_has_the_scored_words_only_and_is_made_once(tokenizer):
+    class Counting:
+        calls = 0
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        def batch_decode(self, *args, **kwargs):
+            self.calls += 1
+            return self.inner.batch_decode(*args, **kwargs)
+
+    policy = lm("llama", tokenizer)
+    drawn = policy.sample(PROMPTS, 10, max_new_tokens=8, temperature=1.5, seed=0)
+    counting = Counting(drawn.tokenizer)
+    drawn = dataclasses.replace(drawn, tokenizer=counting)
+    assert counting.calls == 0
+    special = set(TOKENIZERS[tokenizer].values())
+    expected = []
+    for row in drawn.tokens.tolist():
+        words = [WORDS[token] for token in continuation(row, drawn.prompt_len)]
+        expected.append(" ".join(word for word in words if word not in special))
+    assert drawn.text == expected and drawn.text is drawn.text
+    assert counting.calls == 1
+
+
+def test_cat_of_different_widths(x):
+    policy = lm()
+    parts = [
+        policy.sample(None, 5, max_new_tokens=2, temperature=1.2, seed=0),
+        x,
+        policy.sample(["w1 w2 w3 w4 w5 w6 w7 w0"], 5, max_new_tokens=3, temperature=1.2, seed=1),
+        x[:0],
+        x[2:3],
+    ]
+    whole = Samples.cat(parts)
+    assert len({part.tokens.shape[1] for part in parts}) > 2
+    assert len(whole) == 35 and whole.prompt_len == 8 and whole.tokens.shape[1] == 8 + x.tokens.shape[1] - 5
+    rows = [part[i : i + 1] for part in parts for i in range(len(part))]
+    for i, row in enumerate(rows):
+        for mask in ("attention_mask", "score_mask"):
+            kept, was = getattr(whole, mask)[i], getattr(row, mask)[0]
+            assert whole.tokens[i][kept > 0].tolist() == row.tokens[0][was > 0].tolist()
+        assert whole.score_mask[i, :8].sum() == 0
+    assert torch.equal(whole.log_prob, torch.cat([part.log_prob for part in parts]))
+    assert torch.equal(whole.context_id, torch.cat([part.context_id for part in parts]))
+    assert whole.text == [row.text[0] for row in rows]
+    for model in (policy, lm("gpt2 eager attention"), lm("llama")):
+        close(model.log_prob(whole).detach(), torch.cat([model.log_prob(part).detach() for part in parts]))
+    close(policy.log_prob(whole).detach(), whole.log_prob)
+
+
+def test_cat_refuses_what_has_no_one_temperature(x):
+    with pytest.raises(ValueError, match="one temperature"):
+        Samples.cat([x, dataclasses.replace(x, temperature=1.0)])
+    with pytest.raises(ValueError, match="one or more"):
+        Samples.cat([])
+
+
+@pytest.mark.parametrize("name", ["tokens", "log_prob", "temperature", "prompt_len", "new"])
+def test_samples_are_frozen(x, name):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(x, name, None)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "match"),
+    [
+        ({"prompts": "w1 w2"}, TypeError, "list of strings.*'w1 w2'"),
+        ({"prompts": []}, ValueError, "prompt"),
+        ({"n": 0}, ValueError, "n, .*positive"),
+        ({"n": -3}, ValueError, "positive.*-3"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens"),
+        ({"temperature": 0}, ValueError, "temperature"),
+        ({"temperature": 0.0}, ValueError, "temperature"),
+        ({"temperature": -1.0}, ValueError, "temperature"),
+        ({"temperature": math.nan}, ValueError, "temperature"),
+        ({"temperature": INF}, ValueError, "temperature"),
+        ({"batch_size": -1}, ValueError, "batch_size"),
+        ({"prompts": ["w1", "w1 " * 30]}, ValueError, "30 tokens.*context of 24"),
+        ({"max_new_tokens": 24}, ValueError, "context of 24"),
+        ({"prompts": ["w1", "w1 " * 17]}, ValueError, "context of 24"),
+    ],
+)
+def test_sample_refuses(more, error, match):
+    policy = lm()
+    with pytest.raises(error, match=match):
+        policy.sample(**{"max_new_tokens": 8, "seed": 0, **more})
+    assert policy.model.training
+
+
+def test_a_prompt_that_just_fits():
+    policy = lm()
+    assert policy.sample(["w1 " * 16], 3, max_new_tokens=8, seed=0).prompt_len == 16
+
+
+def test_language_model_refuses_models_and_tokenizers_that_do_not_fit():
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=V, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    with pytest.raises(ValueError, match="decoder-only"):
+        LanguageModel(t5, tok())
+    words = tok("no bos")
+    words.eos_token = None
+    with pytest.raises(ValueError, match="eos"):
+        LanguageModel(build(), words)
+    assert LanguageModel(build(), words, eos_token_id=EOS).eos_token_ids == [EOS]
+    with pytest.raises(ValueError, match="eos"):
+        LanguageModel(build(), tok(), eos_token_id=[])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prompts", "match"),
+    [
+        ({"eos_token": "w1", "pad_token": "w0"}, ["w1", "w7 w2"], "token 10.*9 embeddings"),
+        ({"eos_token": "w1", "pad_token": "w0", "bos_token": "w7"}, None, "token 10.*9 embeddings"),
+        ({"eos_token": "w1", "pad_token": "<s>"}, ["w1 w2", "w2"], "token 9.*9 embeddings"),
+        ({"eos_token": "w1", "pad_token": "<s>"}, None, "9 embeddings"),  # needed once a sequence has ended
+        ({"eos_token": "<s>", "pad_token": "w0", "bos_token": "w1"}, None, "9 embeddings"),  # no sequence would end
+    ],
+    ids=["prompt", "bos", "pad in a prompt", "pad", "eos"],
+)
+def test_token_ids_beyond_the_embedding(tokens, prompts, match):
+    model = build()
+    model.resize_token_embeddings(9)
+    words = PreTrainedTokenizerFast(tokenizer_object=tok().backend_tokenizer, **tokens)
+
+    def attempt():
+        LanguageModel(model, words).sample(prompts, 20, max_new_tokens=8, seed=0)
+
+    with pytest.raises(ValueError, match=match):
+        attempt()
+
+
+def test_nan_in_the_models_logits_is_a_clear_error():
+    policy = lm()
+    with torch.no_grad():
+        policy.model.transformer.wte.weight[3] = math.nan
+    with pytest.raises((ValueError, RuntimeError), match=r"(?i)\bnan\b"):
+        policy.sample(["w1"], 4, max_new_tokens=3, seed=0)
+
+
+# --- the offline proposal, the loop, the commands ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama tied"])
+@pytest.mark.parametrize("how", ["", "lora", "checkpointing"])
+def test_offline_proposal_of_a_language_model(name, how):
+    policy = lm(name, how=how)
+    proposal = dmfast.OfflineProposal(policy, interval=1)
+    q = proposal.snapshot
+    assert isinstance(q, LanguageModel) and q.model is not policy.model and q.tokenizer is policy.tokenizer
+
+    def memory(model):
+        return {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
+
+    assert not memory(policy.model) & memory(q.model)
+    assert not any(p.requires_grad for p in q.model.parameters())
+    assert any(p.requires_grad for p in policy.model.parameters())
+    x, of_policy = (model.sample(PROMPTS, 4, max_new_tokens=8, seed=0) for model in (q, policy))
+    assert torch.equal(x.tokens, of_policy.tokens)
+    close(x.log_prob, of_policy.log_prob)
+    before = proposal.state_dict()
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    assert torch.equal(q.log_prob(x), q.log_prob(x)) and (q.log_prob(x) - x.log_prob).abs().max() < 1e-4
+    assert (policy.log_prob(x) - q.log_prob(x)).abs().max() > 0.01
+    proposal.swap()
+    assert proposal.snapshot is q and not memory(policy.model) & memory(q.model)
+    assert torch.equal(policy.log_prob(x), q.log_prob(x))
+    drawn, of_policy = (model.sample(None, 9, max_new_tokens=8, seed=1) for model in (q, policy))
+    assert torch.equal(drawn.tokens, of_policy.tokens)
+
+    after = proposal.state_dict()
+    proposal.load_state_dict(before)
+    assert proposal.swaps == 0 and same(x, q.sample(PROMPTS, 4, max_new_tokens=8, seed=0))
+    fresh = dmfast.OfflineProposal(lm(name, how=how), interval=1)
+    fresh.load_state_dict(after)
+    assert fresh.swaps == 1 and torch.equal(fresh.snapshot.log_prob(x), policy.log_prob(x))
+
+
+@pytest.mark.parametrize("objective", ["gdc++", "dpg"])
+def test_the_custom_loop(objective):
+    policy = load(TINY_BIOS)
+    start = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    history = list(
+        train(policy, about_women, base_rate=0.0674, steps=2, batch_size=16, interval=1, objective=objective, warmup=1)
+    )
+    assert [metrics["step"] for metrics in history] == [1, 2]
+    for metrics in history:
+        wanted = {"feature", "swapped", "log_z_running", "kl_policy", "kl_policy_stderr", "kl_proposal", "ess_step"}
+        assert wanted <= metrics.keys()
+        assert all(math.isfinite(value) for value in metrics.values()), metrics
+        assert 0 < metrics["ess_step"] <= 16 + 1e-9
+    moved = {name for name, p in policy.model.named_parameters() if not torch.equal(p, start[name])}
+    assert moved == start.keys()
+    assert policy.model.training and all(p.isfinite().all() for p in policy.model.parameters())
+
+
+def test_the_demo(tmp_path):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = ["--steps=2", "--batch=16", "--samples=32", "--eval-batch=16", f"--out={tmp_path / 'new' / 'demo'}"]
+    log = run(parser.parse_args(args), train)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    written = json.loads((tmp_path / "new" / "demo" / "log.json").read_text(), parse_constant=refuse)
+    assert written == json.loads(json.dumps(log))
+    assert [metrics["step"] for metrics in written["history"]] == [1, 2]
+    assert 0 <= written["after"]["value"] <= 1 and len(written["samples_after"]) == 20
+    assert (tmp_path / "new" / "demo" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_doctor(capsys):
+    assert dmfast.cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert f"dmfast {dmfast.__version__}" in printed and f"torch {torch.__version__}" in printed
+    for info in dmfast.backends().values():
+        assert f"{info.name} " in printed and info.detail in printed
+    assert "in use" in printed and "transformers" in printed
+
+
+def test_import_is_lean():
+    heavy = ("transformers", "triton", "matplotlib", "rich")
+    code = f"import sys, dmfast; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
