@@ -4,11 +4,15 @@ All come from sequences x ~ q and their log pi(x), log q(x), log P(x): no furthe
 rho = pi/q (arXiv:2206.00761, section 3.3 and appendix B; the standard errors are the delta method's):
 
     Z            mean w
-    KL(p||pi)    -log Z + (1/Z) mean[w (log P - log pi)]       KL(p||q) likewise
+    KL(p||pi)    mean[u (log P - log Z - log pi)]              KL(p||q) likewise
     TVD(p, pi)   mean max(0, u - rho)                          TVD(p, q) = mean max(0, u - 1)
     JS(p, pi)    (1/2) mean[u log(2u / (u + rho)) + rho log(2 rho / (u + rho))]
     ESS          (sum w)^2 / sum w^2
     E_p[phi]     sum w phi / sum w
+
+The paper writes KL(p||pi) as -log Z + (1/Z) mean[w (log P - log pi)], which is the same in expectation. Ours does not
+change when P is multiplied by a constant: with log Z = -900 the paper's form is the difference of two numbers near 900,
+each with the noise of mean u.
 """
 
 from __future__ import annotations
@@ -62,9 +66,12 @@ _NOTHING = Estimate(math.nan, math.nan)
 
 
 def _from_influence(value: float | Tensor, influence: Tensor, weight: Tensor) -> Estimate:
-    """value with the standard error of a weighted mean whose terms deviate by ``influence``."""
-    stderr = (weight * influence).square().sum().sqrt() / weight.sum()
-    return Estimate(float(value), float(stderr))
+    """value with the standard error of a weighted mean whose terms deviate by ``influence``; NaN from one sample."""
+    total = weight.sum()
+    variance = (weight * influence).square().sum() / total**2
+    effective = float(total**2 / weight.square().sum())  # n for equal weights; n / (n - 1) is Bessel's correction
+    stderr = math.sqrt(float(variance) * effective / (effective - 1)) if effective > 1 + 1e-9 else math.nan
+    return Estimate(float(value), stderr)
 
 
 def _mean(values: Tensor, weight: Tensor) -> Estimate:
@@ -119,11 +126,9 @@ def estimate_moments(features: Tensor, log_weight: Tensor, sample_weight: Tensor
     return [_mean(column, w) for column in _fp64(features).unbind(1)]
 
 
-def _kl(log_u: Tensor, log_gap: Tensor, log_z: Tensor, g: Tensor) -> Estimate:
-    """KL(p || .) from log_gap = log P - log of the other."""
-    terms = torch.where(log_u == -math.inf, 0.0, log_u.exp() * log_gap)  # 0 * -inf = 0
-    mean = _mean(terms - log_z, g)
-    return mean
+def _kl(log_u: Tensor, log_gap: Tensor, g: Tensor) -> Estimate:
+    """KL(p || .) from log_gap = log p - log of the other."""
+    return _mean(torch.where(log_u == -math.inf, 0.0, log_u.exp() * log_gap), g)  # 0 * -inf = 0
 
 
 def _js_terms(log_u: Tensor, log_rho: Tensor) -> Tensor:
@@ -155,18 +160,17 @@ def estimate(
         return Estimates(estimate_log_z(log_w, g), nan, nan, nan, nan, nan, nan, effective_sample_size(log_w, g))
     z = torch.as_tensor(log_z, dtype=torch.float64, device=log_w.device).expand_as(log_w)
     log_u = torch.where(z == -math.inf, -math.inf, log_w - z)
-    z = torch.where(z == -math.inf, 0.0, z)
     log_rho = log_prob - log_proposal
     u, rho, one = log_u.exp(), log_rho.exp(), torch.zeros_like(log_rho)
     return Estimates(
         log_z=estimate_log_z(log_w, g),
-        kl_policy=_kl(log_u, log_target - log_prob, z, g),
-        kl_proposal=_kl(log_u, log_w, z, g),
+        kl_policy=_kl(log_u, log_u - log_rho, g),
+        kl_proposal=_kl(log_u, log_u, g),
         tvd_policy=_mean((u - rho).clamp(min=0), g),
         tvd_proposal=_mean((u - 1).clamp(min=0), g),
         js_policy=_mean(_js_terms(log_u, log_rho), g),
         js_proposal=_mean(_js_terms(log_u, one), g),
-        ess=effective_sample_size(log_w, g),
+        ess=effective_sample_size(log_u, g),
     )
 
 
@@ -255,8 +259,10 @@ class RunningEstimates:
         """Takes in one optimiser step: the ``dm_loss`` outputs of all of its microbatches.
 
         Raises:
-            ValueError: an output of a loss that had no log_target or log_z.
+            ValueError: no output, or one of a loss that had no log_target or log_z.
         """
+        if not outputs:
+            raise ValueError("a step needs the output of one dm_loss call or more")
         columns = []
         for out in outputs:
             if out.log_target is None or out.log_z is None:

@@ -38,17 +38,17 @@ def nearer(
 ) -> Estimate:
     """D(p, q) - D(p, pi) from sequences x ~ q: positive where pi is nearer to p. The standard error is paired.
 
-    ``kl``: the self-normalised mean of (P/q)(log pi - log q), from which Z and log P drop out. ``tvd``, ``js``: u and
-    rho as in ``estimators``. All inputs are (N,) fp64. NaN where no sequence has P > 0.
+    ``kl``: the self-normalised mean of u (log pi - log q), from which a Z that all sequences share drops out (that of
+    the steps is a running estimate, and does so up to its drift). ``tvd``,
+    ``js``: u and rho as in ``estimators``. All inputs are (N,) fp64. NaN where no sequence has P > 0.
     """
-    log_w = log_target - log_proposal
-    if log_w.numel() == 0 or log_w.max() == -math.inf:
+    log_u = torch.where(log_z == -math.inf, -math.inf, log_target - log_z - log_proposal)
+    if log_u.numel() == 0 or log_u.max() == -math.inf:
         return Estimate(math.nan, math.nan)
     log_rho = log_prob - log_proposal
     if criterion == "kl":
-        w = (log_w - log_w.max()).exp()
-        return _mean(torch.where(w > 0, log_rho, 0.0), sample_weight * w)
-    log_u = torch.where(log_z == -math.inf, -math.inf, log_w - log_z)
+        u = (log_u - log_u.max()).exp()
+        return _mean(torch.where(u > 0, log_rho, 0.0), sample_weight * u)
     if criterion == "tvd":
         u = log_u.exp()
         return _mean((u - 1).clamp(min=0) - (u - log_rho.exp()).clamp(min=0), sample_weight)
@@ -100,6 +100,7 @@ class OfflineProposal(Generic[Policy]):
             cast(HasModel, self.snapshot).model = module
         self.running = RunningEstimates(decay)
         self.steps = 0
+        self._checked = 0  # the step of the last check
         self.swaps = 0
         self.best = math.inf
         self.last_check: Estimate | None = None
@@ -115,23 +116,21 @@ class OfflineProposal(Generic[Policy]):
         Raises:
             RuntimeError: the policy has other parameters than at the start; q stays as it is.
         """
-        if self.steps == 0 or self.steps % self.interval:
+        if self.steps % self.interval or self.steps == self._checked:
             return False
-        log_prob, log_proposal, log_target, log_z, weight = self.running.samples()
+        check, divergence, take = None, math.inf, True
         if self.criterion != "interval":
-            check = nearer(self.criterion, log_prob, log_proposal, log_target, log_z, weight)
-            self.last_check = check
-            if not check.value > self.stderrs * (check.stderr if self.stderrs else 0.0):  # NaN: stay
-                return False
-        divergence = math.inf
-        if self.best_only:
+            check = nearer(self.criterion, *self.running.samples())
+            take = check.value > (self.stderrs * check.stderr if self.stderrs else 0.0)  # NaN: stay
+        if take and self.best_only:
             name = "kl" if self.criterion == "interval" else self.criterion
             divergence = getattr(self.running.estimates(), f"{name}_policy").value
-            if not divergence < self.best:
-                return False
-        self.swap()
-        self.best = min(self.best, divergence)
-        return True
+            take = divergence < self.best
+        if take:
+            self.swap()
+            self.best = min(self.best, divergence)
+        self._checked, self.last_check = self.steps, check
+        return take
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -154,6 +153,8 @@ class OfflineProposal(Generic[Policy]):
             "model": {k: v.clone() for k, v in _module(self.snapshot).state_dict().items()},
             "running": self.running.state_dict(),
             "steps": self.steps,
+            "checked": self._checked,
+            "last_check": self.last_check and (self.last_check.value, self.last_check.stderr),
             "swaps": self.swaps,
             "best": self.best,
         }
@@ -169,8 +170,10 @@ class OfflineProposal(Generic[Policy]):
             raise RuntimeError("this state holds the parameters of another model")
         running = RunningEstimates()
         running.load_state_dict(state["running"])
-        steps, swaps, best = int(state["steps"]), int(state["swaps"]), float(state["best"])
+        steps, checked, swaps = (int(state[key]) for key in ("steps", "checked", "swaps"))
+        best, last_check = float(state["best"]), state["last_check"] and Estimate(*state["last_check"])
         with torch.no_grad():
             for key, value in mine.items():
                 value.copy_(state["model"][key])
-        self.running, self.steps, self.swaps, self.best = running, steps, swaps, best
+        self.running, self.steps, self._checked, self.swaps = running, steps, checked, swaps
+        self.best, self.last_check = best, last_check

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tabular import (
     Space,
+    Target,
     counts,
     hard_target,
     js,
@@ -306,17 +307,18 @@ def test_window_is_exact_and_microbatches_make_one_step(name):
     assert result == pytest.approx(exact(target), rel=1e-11)
 
 
-def test_window_weighs_recent_steps_more():
-    """decay^age, each step under the Z that it used; steps of no weight are let go."""
+@pytest.mark.parametrize("contexts", [False, True])
+def test_window_weighs_recent_steps_more(contexts):
+    """decay^age, each sequence under the Z it came with. Steps of no weight are let go."""
     target, generator = TARGETS["hard"], torch.Generator().manual_seed(9)
     window, steps = RunningEstimates(decay=0.5), []
     for size, log_z in ((20, 0.1), (5, 0.2), (30, 0.3)):
         which = draws(size, generator)
+        log_z = torch.full_like(LOG_Q[which], log_z) + contexts * 0.1 * (which % 3)  # noqa: PLW2901
         steps.append((which, log_z))
         window.update(outputs(target, which, log_z=log_z))
-    which = torch.cat([w for w, _ in steps])
+    which, log_z = (torch.cat(x) for x in zip(*steps, strict=True))
     weight = torch.cat([torch.full_like(LOG_Q[w], 0.5**age) for (w, _), age in zip(steps, (2, 1, 0), strict=True)])
-    log_z = torch.cat([torch.full_like(LOG_Q[w], z) for w, z in steps])
     expected = estimate(LOG_PI[which], LOG_Q[which], target.log_score[which], log_z, sample_weight=weight)
     assert window.estimates().as_dict() == pytest.approx(expected.as_dict(), rel=1e-12)
     assert torch.equal(window.samples()[-1], weight)
@@ -326,6 +328,17 @@ def test_window_weighs_recent_steps_more():
     window.clear()
     assert len(window) == 0
     assert window.estimates().ess.value == 0
+
+
+def test_window_keeps_contexts_of_steps_apart():
+    """One context per step, their P a factor e^-12 apart: as if both had come in one step."""
+    hard, soft = TARGETS["hard"], Target(TARGETS["soft"].log_score - 12)
+    which = torch.arange(125).repeat_interleave(COUNTS)
+    apart, together = RunningEstimates(1.0), RunningEstimates(1.0)
+    apart.update(outputs(hard, which))
+    apart.update(outputs(soft, which))
+    together.update(outputs(hard, which), outputs(soft, which))
+    assert apart.estimates().as_dict() == pytest.approx(together.estimates().as_dict(), rel=1e-12)
 
 
 def test_window_of_on_policy_steps():

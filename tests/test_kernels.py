@@ -77,7 +77,7 @@ LAYOUTS: dict[str, tuple[Callable[[int, int, int], tuple[int, ...]], Callable[[T
 PACKED = {"packed32": (torch.int32, 1), "packed64": (torch.int64, 1), "packed_strided": (torch.int64, 2)}
 
 
-def make_case(  # noqa: PLR0917
+def make_case(
     layout: str,
     dtype: torch.dtype = torch.float32,
     v: int = 127,
@@ -231,14 +231,15 @@ TERMS = {
 }  # fmt: skip
 
 
-def assert_gradient(  # noqa: PLR0917
+def assert_gradient(
     dz: Tensor, expected: Tensor, case: Case, coefficient: Tensor, roundings: int, enlarged: float, cap: bool
 ) -> None:
     """|dz - expected| within the rounding of the dtype: truncation, twice that, fails."""
     dtype = dz.dtype
     relative = (1 + ROUNDING[dtype]) ** roundings - 1 + 1e-5
     # a probability below 2^-126 is 0; 1 - tanh^2 near 1 has 1e-14 left in the oracle too
-    error = relative * expected.abs() + roundings * enlarged * SMALLEST[dtype] + coefficient * (1e-13 if cap else 2.0**-125)
+    error = relative * expected.abs() + roundings * enlarged * SMALLEST[dtype]
+    error = error + coefficient * (1e-13 if cap else 2.0**-125)
     # the label's column is coefficient * (1 - p), p from a log-sum-exp that may be off by 1e-6
     label = torch.zeros_like(error).scatter_(-1, case.tokens.clamp(min=0)[..., None], 1.0)
     assert_within(dz.double(), expected, error + 1e-6 * coefficient * label, "gradient")
@@ -497,7 +498,7 @@ def test_gradients_are_rounded_to_nearest(dtype: torch.dtype, objective: str) ->
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("b", "t"), [(0, 4), (0, 0), (3, 0), (1, 1), (3, 1)])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "packed32"])
-def test_empty_and_short(  # noqa: PLR0917
+def test_empty_and_short(
     layout: str, b: int, t: int, reduction: str, objective: str, inplace: bool, dtype: torch.dtype
 ) -> None:
     case = make_case(layout, dtype, 31, b, t)
@@ -609,7 +610,6 @@ def test_a_sequence_of_1024_tokens(dtype: torch.dtype) -> None:
 def test_log_sum_exp(values: Callable[[tuple[int, ...]], Tensor], v: int, dtype: torch.dtype) -> None:
     case = make_case("contiguous", dtype, v, b=4, t=max(16, min(500, 400_000 // v)), values=values, unscored="none")
     error = native.forward(case.batch(), None, False).lse - torch.logsumexp(case.logits.double(), -1).flatten()
-    print(float(error.abs().max()), float(error.mean()), float(error.std()))
     assert float(error.abs().max()) < 1e-6
     # the mean of n rows strays by its own standard error
     assert abs(float(error.mean())) < 5e-8 + 4 * float(error.std()) / math.sqrt(error.numel())
@@ -681,7 +681,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours() -> None:
     inplace=st.booleans(),
     entropy=st.booleans(),
 )
-def test_any_shape(  # noqa: PLR0917
+def test_any_shape(
     layout, dtype, v, b, t, seed, width, unscored, temperature, softcap, name, mode, reduction, inplace, entropy
 ):  # type: ignore[no-untyped-def]
     case = make_case(layout, dtype, v, b, t, seed, lambda s: width * torch.randn(s), unscored)
@@ -706,7 +706,7 @@ def test_any_shape(  # noqa: PLR0917
 mpmath.mp.dps = 50
 
 
-def exact_weight(  # noqa: PLR0917
+def exact_weight(
     objective: Objective, on_policy: bool, log_prob: float, terms: dict[str, Tensor], i: int = 0
 ) -> tuple[mpmath.mpf, mpmath.mpf]:
     """The table of the design in 50 digits: A = rho * (r - baseline), times Z unless normalised, and the sum of the
@@ -715,8 +715,10 @@ def exact_weight(  # noqa: PLR0917
     log_q = value["log_proposal"]
     log_pi = log_q if on_policy else mpmath.mpf(float(log_prob))
     log_p, log_z = value["log_target"], value["log_z"]
-    if objective.name in objectives.TARGET_OBJECTIVES and log_z == -INF:
-        return mpmath.mpf(0), mpmath.mpf(0)
+    if log_z == -INF:
+        if objective.name in objectives.TARGET_OBJECTIVES:
+            return mpmath.mpf(0), mpmath.mpf(0)
+        log_z = mpmath.mpf(0)  # not used
     rho = mpmath.exp(log_pi - log_q)
     baseline = mpmath.mpf(1) if objective.name == "gdc++" else value.get("baseline", mpmath.mpf(0))
     zero = log_p == -INF
@@ -803,44 +805,34 @@ def extremes() -> list[tuple[float, dict[str, Tensor]]]:
         [-11500.0, -1e4, -20.25, 0.0],  # log q
         [-INF, -11500.0, -19.0, 0.0, 700.0],  # log P
         [-INF, -900.0, 0.5, 800.0],  # log Z
-        [0.0, 1.0, -3.5],  # baseline, and the reward
+        [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (2.0, -3.5)],  # reward, baseline
     )
     return [
-        (pi, one(log_proposal=q, log_target=p, log_z=z, reward=b, log_base=-12.5, baseline=b))
-        for pi, q, p, z, b in grid
+        (pi, one(log_proposal=q, log_target=p, log_z=z, reward=r, log_base=-12.5, baseline=b))
+        for pi, q, p, z, (r, b) in grid
     ]
 
 
-@pytest.mark.parametrize("bound", [INF, 4.0], ids=["unbounded", "max_weight"])
 @pytest.mark.parametrize("on_policy", [False, True])
 @normalized
-@pytest.mark.parametrize("how", ["C++", "Python"])
-def test_the_formula_at_extremes(how: str, name: str, normalize: bool, on_policy: bool, bound: float) -> None:  # noqa: PLR0917
-    """P = 0, Z = 0, ratios of e^+-11500: A is right where fp32 holds it, beyond that never something that fp32 holds
-    (the error that names the sequence), and with max_weight the bound with A's sign. Never NaN with max_weight."""
+def test_the_formula_at_extremes(name: str, normalize: bool, on_policy: bool) -> None:
+    """P = 0, Z = 0, ratios of e^+-11500: A is right where fp32 holds it; beyond, it is nothing that fp32 holds (the
+    error that names the sequence) or, with max_weight, the bound with A's sign, and never NaN."""
     objective = make_objective(name, normalize)
+    largest = torch.finfo(torch.float32).max
     wrong = []
     for log_prob, terms in extremes():
         exact, size = exact_weight(objective, on_policy, log_prob, terms)
-        weight = formula(how, objective, on_policy, log_prob, terms, bound)
-        expected = max(min(exact, bound), -bound)
-        error = size * 1e-11 + 1e-300 if mpmath.isfinite(size) else mpmath.mpf(0)
-        if abs(expected) > torch.finfo(torch.float32).max:
-            right = not abs(weight) <= torch.finfo(torch.float32).max
-        else:
-            right = weight == expected or abs(weight - expected) <= error
-        if not right:
-            wrong.append((log_prob, {k: float(v) for k, v in terms.items()}, weight, mpmath.nstr(expected, 6)))
-    assert not wrong, f"{len(wrong)} wrong, such as {wrong[:3]}"
-
-
-@normalized
-def test_the_formula_is_the_same_in_cpp_and_python_at_extremes(name: str, normalize: bool) -> None:
-    """Also where both overflow: the same infinity or NaN."""
-    objective = make_objective(name, normalize)
-    for on_policy, bound in itertools.product([True, False], [INF, 4.0]):
-        for log_prob, terms in extremes():
-            a, b = (formula(how, objective, on_policy, log_prob, terms, bound) for how in ("C++", "Python"))
-            size = exact_weight(objective, on_policy, log_prob, terms)[1]
-            size = float(size) if size < 1e300 else 0.0
-            assert a == b or (a != a and b != b) or abs(a - b) <= 1e-12 * size, (log_prob, terms, a, b)
+        error = size * 1e-11 + 1e-300 if mpmath.isfinite(size) else 0
+        for how, bound in itertools.product(("C++", "Python"), (INF, 4.0)):
+            weight = formula(how, objective, on_policy, log_prob, terms, bound)
+            expected = max(min(exact, bound), -bound)
+            if abs(expected) > largest:
+                right = not abs(weight) <= largest
+            else:
+                right = weight == expected or abs(weight - expected) <= error
+            if not right:
+                inputs = {k: float(v) for k, v in terms.items()}
+                wrong.append(f"{how}, bound {bound}: {weight} for {mpmath.nstr(expected, 6)} at {log_prob=}, {inputs}")
+    if wrong:
+        pytest.fail(f"{len(wrong)} wrong: " + "; ".join(wrong[:: max(len(wrong) // 4, 1)]))
