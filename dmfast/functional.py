@@ -76,8 +76,6 @@ class _SequenceLogProb(torch.autograd.Function):
         logits, lse = ctx.saved_tensors
         batch = ctx.batch._replace(logits=logits)
         dz = native.backward(batch, lse, -grad_log_prob.to(torch.float64), 1.0, ctx.inplace)
-        if ctx.inplace:
-            increment_version(logits)
         return dz, None, None, None
 
 
@@ -110,9 +108,7 @@ class _DMLoss(torch.autograd.Function):
         ctx.dz = None
         if expected is not None:
             scores, dz = native.forward_backward(batch, terms, entropy, expected / divide_by, inplace)
-            if inplace:
-                increment_version(logits)
-            else:
+            if not inplace:
                 ctx.dz = dz
         else:
             scores = native.forward(batch, terms, entropy)
@@ -134,12 +130,12 @@ class _DMLoss(torch.autograd.Function):
             factor = float(grad_loss) / ctx.expected
             if factor != 1.0:
                 native.scale_(batch, dz, factor)
+            if ctx.inplace:
+                increment_version(logits)  # also where nothing was written: a second backward must not have this again
         elif ctx.reduction == "none":
             dz = native.backward(batch, lse, weight * grad_loss.to(torch.float64), 1.0, ctx.inplace)
         else:
             dz = native.backward(batch, lse, weight, float(grad_loss) / ctx.divide_by, ctx.inplace)
-        if ctx.inplace:
-            increment_version(logits)  # so that a second use of the overwritten logits raises PyTorch's own error
         return dz, None, None, None, None, None, None, None
 
 
@@ -199,7 +195,7 @@ def dm_loss(
         reduction: ``mean`` over sequences, ``sum``, or ``none``: a (B,) loss.
         num_sequences: what ``mean`` divides by: the sequences of the whole optimiser step, where this call is one
             microbatch of it. Default B.
-        mask: same shape, bool or integer; False = not scored. Unscored rows are never read and get gradient 0.
+        grad_scale: the grad_output that backward will bring (a GradScaler's scale, 1 / accumulation steps), if known.
             It changes no result: a gradient written by forward has it folded in before rounding, and float16 logits
             take the one-pass form only with it.
         max_weight: bounds A to [-max_weight, max_weight].

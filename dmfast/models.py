@@ -8,6 +8,7 @@ a truncated sampler draws from another distribution than the one that is scored.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -36,6 +37,7 @@ class Samples:
         context_id: (N,) int64, which prompt.
         temperature: that the sequences were drawn at and are scored at.
         tokenizer: for ``text``.
+        pad_token_id: what pads ``tokens``.
     """
 
     tokens: Tensor
@@ -46,6 +48,7 @@ class Samples:
     context_id: Tensor
     temperature: float
     tokenizer: PreTrainedTokenizerBase
+    pad_token_id: int
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -60,7 +63,7 @@ class Samples:
         """The continuations, without special tokens. Decoded on first use."""
         rows = zip(self.tokens.tolist(), self.score_mask.tolist(), strict=True)
         kept = [[token for token, scored in zip(*row, strict=True) if scored] for row in rows]
-        texts: list[str] = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        texts: list[str] = self.tokenizer.batch_decode(kept, skip_special_tokens=True) if kept else []
         return texts
 
     @staticmethod
@@ -75,12 +78,13 @@ class Samples:
         prompt = max(part.prompt_len for part in parts)
         rest = max(part.tokens.shape[1] - part.prompt_len for part in parts)
 
-        def padded(name: str) -> Tensor:
+        def padded(name: str, value: int = 0) -> Tensor:
             return torch.cat(
                 [
                     nn.functional.pad(
                         getattr(part, name),
                         (prompt - part.prompt_len, rest - (part.tokens.shape[1] - part.prompt_len)),
+                        value=value,
                     )
                     for part in parts
                 ]
@@ -88,7 +92,7 @@ class Samples:
 
         return replace(
             parts[0],
-            tokens=padded("tokens"),
+            tokens=padded("tokens", parts[0].pad_token_id),
             attention_mask=padded("attention_mask"),
             score_mask=padded("score_mask"),
             prompt_len=prompt,
@@ -123,7 +127,7 @@ class LanguageModel:
         eos_token_id: other token ids that end a sequence, in the tokenizer's place.
 
     Raises:
-        ValueError: an encoder-decoder model, or no EOS token.
+        ValueError: an encoder-decoder model, no EOS token, or an EOS or padding token that the model does not have.
     """
 
     def __init__(
@@ -135,12 +139,15 @@ class LanguageModel:
                 "LanguageModel takes decoder-only models; for an encoder-decoder call dm_loss on its logits"
             )
         eos = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
-        if eos is None:
+        if eos is None or eos == []:
             raise ValueError("the tokenizer has no eos_token, so no sequence would ever end; pass eos_token_id")
         self.model = model
         self.tokenizer = tokenizer
+        self.vocab_size: int = cast(Any, model).get_input_embeddings().weight.shape[0]
         self.eos_token_ids = [eos] if isinstance(eos, int) else list(eos)
         self.pad_token_id: int = self.eos_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        for name, token in [("pad", self.pad_token_id), *(("eos", token) for token in self.eos_token_ids)]:
+            self._check_token(token, f"{name}_token_id is")
         disable_dropout(model)
         # the forward of a PEFT model takes **kwargs and tells nothing
         unwrapped = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
@@ -151,21 +158,25 @@ class LanguageModel:
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    def _check_token(self, token: int, what: str) -> None:
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(
+                f"{what} {token}, but the model has {self.vocab_size} embeddings: tokenizer and model don't fit"
+            )
+
     def _encode(self, prompts: Sequence[str] | None) -> tuple[Tensor, Tensor]:
         """Left-padded prompts and their mask, (P, L) each. An empty prompt is the BOS token."""
         start = self.tokenizer.bos_token_id
         start = self.eos_token_ids[0] if start is None else start
         if isinstance(prompts, str):
             raise TypeError(f"prompts must be a list of strings, got the string {prompts!r}")
+        if prompts is not None and len(prompts) == 0:
+            raise ValueError("prompts is empty; pass None for the one empty prompt")
         encoded = [self.tokenizer(prompt)["input_ids"] or [start] for prompt in prompts or [""]]
         width = max(len(ids) for ids in encoded)
         tokens = torch.tensor([[self.pad_token_id] * (width - len(ids)) + ids for ids in encoded], device=self.device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=self.device)
-        vocab = cast(Any, self.model).get_input_embeddings().num_embeddings
-        if int(tokens.max()) >= vocab:
-            raise ValueError(
-                f"the tokenizer gave token {int(tokens.max())}, the model has {vocab} embeddings: they don't fit"
-            )
+        self._check_token(int(tokens.max()), "the tokenizer gave token")
         return tokens, mask
 
     @torch.no_grad()
@@ -193,13 +204,13 @@ class LanguageModel:
             ``Samples`` with log q, N = n * number of prompts.
 
         Raises:
-            ValueError: n, max_new_tokens or temperature not positive, a prompt that leaves no room in the model's
-                context, a tokenizer that does not fit the model.
+            ValueError: n, max_new_tokens, temperature or batch_size not positive, no prompt, a prompt that leaves no
+                room in the model's context, a tokenizer that does not fit the model, NaN among the model's logits.
         """
-        if n < 1 or max_new_tokens < 1 or not temperature > 0:
-            raise ValueError(
-                f"n, max_new_tokens and temperature must be positive, got {n}, {max_new_tokens} and {temperature}"
-            )
+        numbers = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
+        for name, number in numbers.items():
+            if number is not None and not 0 < number < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {number!r}")
         prompt, prompt_mask = self._encode(prompts)
         context = getattr(self.model.config, "max_position_embeddings", None)
         if isinstance(context, int) and prompt.shape[1] + max_new_tokens > context:
@@ -209,7 +220,7 @@ class LanguageModel:
             )
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         context_id = torch.arange(prompt.shape[0], device=self.device).repeat_interleave(n)
-        was_training = self.model.training
+        training = [module for module in self.model.modules() if module.training]
         self.model.eval()  # gradient checkpointing forbids the KV cache in training mode; dropout is 0 in both
         try:
             parts = [
@@ -217,7 +228,8 @@ class LanguageModel:
                 for ids in torch.split(context_id, batch_size or len(context_id))
             ]
         finally:
-            self.model.train(was_training)
+            for module in training:
+                module.training = True
         return Samples.cat(parts)
 
     def _sample(
@@ -246,7 +258,9 @@ class LanguageModel:
             alive = alive & ~torch.isin(drawn[:, 0], eos)
             if not bool(alive.any()):
                 break
-        return Samples(tokens, mask, score, prompt_len, log_prob, context_id, temperature, self.tokenizer)
+        return Samples(
+            tokens, mask, score, prompt_len, log_prob, context_id, temperature, self.tokenizer, self.pad_token_id
+        )
 
     def logits(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Logits and the labels that they score, for ``dm_loss``: (N, K, V) and (N, K) int64, -100 = not scored.
@@ -289,6 +303,11 @@ def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None)
     log_p = (logits.double() / temperature).log_softmax(-1)
     cdf = log_p.exp().cumsum(-1)
     total = cdf[:, -1:].contiguous()
+    if not bool(total.isfinite().all()):
+        row = int((~total.isfinite()).nonzero()[0, 0])
+        raise ValueError(
+            f"the model's logits hold NaN or +inf, or nothing but -inf, for sequence {row}: it has diverged"
+        )
     uniform = torch.rand(total.shape, dtype=torch.float64, device=logits.device, generator=generator)
     # right=True skips tokens of probability 0; the minimum guards against uniform * total rounding up to total
     drawn = torch.minimum(torch.searchsorted(cdf, uniform * total, right=True), torch.searchsorted(cdf, total))

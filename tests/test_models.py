@@ -273,6 +273,15 @@ def test_draws_are_exact(temperature):
     assert chi2 < freedom + 4 * math.sqrt(2 * freedom)
 
 
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_uniform_draw_no_impossible_token(uniform, monkeypatch):
+    table = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
+    table[:, [0, 4, V - 1]] = -INF
+    monkeypatch.setattr(torch, "rand", lambda *size, dtype, **_: torch.full(size[0], uniform, dtype=dtype))
+    x = LanguageModel(Table(table), tok()).sample(PROMPTS, 2, max_new_tokens=5, seed=0)
+    assert x.log_prob.isfinite().all() and not torch.isin(x.tokens[x.score_mask], torch.tensor([0, 4, V - 1])).any()
+
+
 @tokenizers
 def test_masks_worked_by_hand(tokenizer):
     pad = pad_of(tokenizer)

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..objectives import KINDS, Objective, Terms
 from . import checks
@@ -135,12 +136,15 @@ def _empty_gradient(batch: Batch, inplace: bool) -> Tensor:
 def backward(batch: Batch, lse: Tensor, weight: Tensor, factor: float, inplace: bool) -> Tensor:
     """dz = weight * factor * (softmax - onehot) through scale and softcap; -A/B * grad_output of the loss.
 
-    Written over the logits if ``inplace``, else into a new contiguous tensor.
+    Written over the logits if ``inplace``, else into a new contiguous tensor. Like every write over the logits it
+    counts as a change to them, so that a second use of their values raises PyTorch's own error.
     """
     assert _C is not None
     dz = _empty_gradient(batch, inplace)
     weight = weight.contiguous()
     _C.backward(_batch(batch), lse.data_ptr(), weight.data_ptr(), factor, dz.data_ptr(), *_strides(dz, batch))
+    if inplace:
+        increment_version(batch.logits)
     return dz
 
 
@@ -154,6 +158,8 @@ def forward_backward(batch: Batch, terms: Terms, entropy: bool, factor: float, i
     scores, outputs, _workspace = _outputs(batch, terms, entropy)
     dz = _empty_gradient(batch, inplace)
     status = _C.forward_backward(_batch(batch), _terms(terms), outputs, factor, dz.data_ptr(), *_strides(dz, batch))
+    if inplace and status[0] != _BAD_WEIGHT:
+        increment_version(batch.logits)
     if status[0]:
         _raise_fault(status, batch, scores)
     return scores, dz

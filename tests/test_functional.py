@@ -1,0 +1,966 @@
+"""The functional API: numbers worked by hand, the oracle by finite differences, and how the losses behave inside
+PyTorch (autograd, in place, checkpointing, hooks, scaling, autocast, torch.compile), each against the oracle or against
+the plain call. The arithmetic of the kernels is held by test_kernels.py.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import dmfast
+from dmfast import Objective, Terms, eager, kernels
+from dmfast.kernels import checks, native, ops
+
+INF = math.inf
+LOG4 = math.log(4)
+inplaces = pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
+# two-phase and one-pass
+known = pytest.mark.parametrize("objective", ["gdc++", "dpg"])
+
+
+def f64(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@dataclass
+class Problem:
+    logits: Tensor
+    tokens: Tensor
+    terms: dict[str, Tensor]
+
+    def loss(self, logits: Tensor, **options: object) -> dmfast.DMLossOutput:
+        return dmfast.dm_loss(logits, self.tokens, **{**self.terms, **options})
+
+    def oracle(self, logits: Tensor, **options: object) -> dmfast.DMLossOutput:
+        return eager.dm_loss(logits, self.tokens, **{**self.terms, **options})
+
+    def gradient(self, **options: object) -> Tensor:
+        """The oracle's gradient in the logits."""
+        logits = self.logits.double().requires_grad_()
+        self.oracle(logits, **options).loss.backward()
+        assert logits.grad is not None
+        return logits.grad
+
+
+def problem(b: int = 4, t: int = 5, v: int = 37, dtype: torch.dtype = torch.float32, seed: int = 0) -> Problem:
+    torch.manual_seed(seed)
+    logits = 2 * torch.randn(b, t, v)
+    tokens = torch.randint(v, (b, t)).masked_fill(torch.rand(b, t) < 0.2, -100)
+    log_pi = eager.sequence_log_prob(logits.double(), tokens)
+    terms = {
+        "log_target": log_pi + torch.randn(b).double(),
+        "log_proposal": log_pi + torch.randn(b).double() / 2,
+        "log_z": torch.randn(b).double() / 3,
+    }
+    return Problem(logits.to(dtype), tokens, terms)
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_()
+
+
+def close(actual: Tensor | None, expected: Tensor | None, rtol: float = 2e-5, atol: float = 1e-7) -> None:
+    assert actual is not None and expected is not None
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol)
+
+
+# --- numbers by hand ---------------------------------------------------------------------------------------------
+
+
+def test_uniform_logits() -> None:
+    """V = 4: log pi of two tokens is -2 log 4, entropy 2 log 4, and each column's gradient is 1/4 or -3/4."""
+    logits = torch.zeros(1, 3, 4, requires_grad=True)
+    tokens = torch.tensor([[2, -100, 0]])
+    log_pi = dmfast.sequence_log_prob(logits, tokens)
+    assert log_pi.dtype == torch.float64 and log_pi.tolist() == pytest.approx([-2 * LOG4], abs=1e-7)
+    log_pi.backward(f64(1.0))
+    close(logits.grad, torch.tensor([[[-0.25, -0.25, 0.75, -0.25], [0.0] * 4, [0.75, -0.25, -0.25, -0.25]]]))
+    out = dmfast.dm_loss(logits, tokens, log_target=f64(-1.0), log_proposal=f64(-2.0), log_z=0.5, return_entropy=True)
+    assert out.entropy is not None and out.entropy.tolist() == pytest.approx([2 * LOG4], abs=1e-6)
+
+
+def test_gdc_plus_plus_by_hand() -> None:
+    """Two sequences of one token. pi = 1/4 each. x1: P = 0.3, Z = 2, q = 0.1: u = 1.5, rho = 2.5, A = -1. x2: P = 0,
+    q = 0.5: u = 0, rho = 0.5, A = -0.5. Loss = -(1/2)(-1 - 0.5) log(1/4) = -0.75 log 4."""
+    logits = torch.zeros(2, 1, 4, requires_grad=True)
+    inputs = {"log_target": f64(0.3, 0.0).log(), "log_proposal": f64(0.1, 0.5).log(), "log_z": math.log(2)}
+    out = dmfast.dm_loss(logits, torch.tensor([[1], [3]]), **inputs)
+    assert out.log_prob.tolist() == pytest.approx([-LOG4, -LOG4], abs=1e-7)
+    assert out.log_ratio is not None and out.log_ratio.exp().tolist() == pytest.approx([2.5, 0.5], rel=1e-6)
+    assert out.log_target_ratio is not None and out.log_target_ratio.exp().tolist() == pytest.approx([1.5, 0.0])
+    assert out.weight.tolist() == pytest.approx([-1.0, -0.5], rel=1e-6)
+    assert out.loss.dtype == torch.float64 and float(out.loss) == pytest.approx(-0.75 * LOG4, rel=1e-6)
+    assert (int(out.n_clipped), int(out.n_empty), out.scored.tolist()) == (0, 0, [True, True])
+    out.loss.backward()
+    # -(A/2)(onehot - 1/4): the policy is pushed away from both
+    close(logits.grad, torch.tensor([[[-0.125, 0.375, -0.125, -0.125]], [[-0.0625, -0.0625, -0.0625, 0.1875]]]))
+
+
+# pi = 1/4, q = 1/8, P = 1/3, Z = 2/3: p = 1/2, rho = 2, u = 4, t = pi/p = 1/2; R = 3, a = 1/5
+BY_HAND = {
+    "dpg": ({}, 4.0),
+    "gdc++": ({}, 2.0),
+    "reverse_kl": ({}, 2 * (math.log(2) - 1)),
+    "js": ({}, 2 * math.log(3 / 2)),
+    "tv": ({}, 1.0),
+    "chi2": ({}, 2 * 3.0),
+    "reverse_chi2": ({}, 2 * 2 * 0.5),
+    "reinforce": ({}, 6.0),
+    "reinforce_p": ({"log_scale": math.log(0.5)}, 2 * 2 / 3),
+    "kl_control": ({"beta": 0.5}, 2 * (3 - 0.5 * math.log(5 / 4))),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("name", dmfast.OBJECTIVES)
+def test_every_objective_by_hand(name: str, backend: str) -> None:
+    parameters, expected = BY_HAND[name]
+    logits, tokens = torch.zeros(1, 1, 4), torch.tensor([[1]])
+    inputs = {
+        "log_target": f64(1 / 3).log(), "log_proposal": f64(1 / 8).log(), "log_z": math.log(2 / 3),
+        "reward": f64(3.0), "log_base": f64(0.2).log(),
+    }  # fmt: skip
+
+    def weight(on_policy: bool = False, **changes: object) -> float:
+        objective = Objective(name, **{**parameters, **changes})  # type: ignore[arg-type]
+        with dmfast.use_backend(backend):
+            return float(dmfast.dm_loss(logits, tokens, objective=objective, on_policy=on_policy, **inputs).weight)
+
+    assert weight() == pytest.approx(expected, rel=1e-6)
+    if name in dmfast.objectives.TARGET_OBJECTIVES:
+        assert weight(normalize=False) == pytest.approx(expected * 2 / 3, rel=1e-6)
+    if name != "gdc++":
+        assert weight(baseline=0.75) == pytest.approx(expected - 0.75 * 2, rel=1e-6)
+        assert weight(baseline=f64(-2.0)) == pytest.approx(expected + 2 * 2, rel=1e-6)
+    # on-policy rho = 1 and pi is what the sampler stored, here q: u = 4, t = q/p = 1/4
+    on_policy = {
+        "dpg": 4.0, "gdc++": 3.0, "reverse_kl": math.log(4) - 1, "js": math.log(5 / 2), "tv": 0.5, "chi2": 15.0,
+        "reverse_chi2": 1.5, "reinforce": 3.0, "reinforce_p": 2 / 3, "kl_control": 3 - 0.5 * math.log(5 / 8),
+    }  # fmt: skip
+    assert weight(on_policy=True) == pytest.approx(on_policy[name], rel=1e-6)
+
+
+def test_leave_one_out_by_hand() -> None:
+    """R = 1, 2, 6, 3 in contexts 7, 7, 9, 9, rho = 1: baselines are the others' means."""
+    inputs = {"log_proposal": f64(*[-LOG4] * 4), "reward": f64(1, 2, 6, 3), "on_policy": True}
+    call = (torch.zeros(4, 1, 4), torch.zeros(4, 1, dtype=torch.int64))
+    out = dmfast.dm_loss(*call, objective=Objective("reinforce", baseline="leave_one_out"), **inputs)
+    assert out.weight.tolist() == pytest.approx([1 - 11 / 3, 2 - 10 / 3, 6 - 2, 3 - 3])
+    context = {"context_id": torch.tensor([7, 7, 9, 9])}
+    objective = Objective("reinforce", baseline="leave_one_out_context")
+    out = dmfast.dm_loss(*call, objective=objective, **context, **inputs)
+    assert out.weight.tolist() == pytest.approx([-1.0, 1.0, 3.0, -3.0])
+    assert dmfast.leave_one_out(f64(1, 2, 6)).tolist() == pytest.approx([4.0, 3.5, 1.5])
+
+
+def test_temperature_and_softcap_by_hand() -> None:
+    """Logits 0 and 3, softcap 6, temperature 2: cap(3) = 6 tanh(1/2), and log pi = -log(1 + e^(-cap/2))."""
+    log_pi = dmfast.sequence_log_prob(torch.tensor([[[0.0, 3.0]]]), torch.tensor([[1]]), temperature=2.0, softcap=6.0)
+    assert float(log_pi) == pytest.approx(-math.log1p(math.exp(-3 * math.tanh(0.5))), abs=1e-7)
+
+
+def test_max_weight_by_hand() -> None:
+    """u = 8, 1, 0, -: A clipped to [-1.5, 1.5]; a context with Z = 0 has A = 0, counts in B, and in n_empty."""
+    inputs = {"log_target": f64(8, 1, 0, 0).log(), "log_proposal": f64(1, 1, 1, 1).log(), "log_z": f64(0, 0, 0, -INF)}
+    objective = Objective("dpg", baseline=f64(0, 0, 10, 10))
+    logits, tokens = torch.zeros(4, 1, 2), torch.zeros(4, 1, dtype=torch.int64)
+    out = dmfast.dm_loss(logits, tokens, objective=objective, max_weight=1.5, **inputs)
+    assert out.weight.tolist() == pytest.approx([1.5, 1.0, -1.5, 0.0])
+    assert int(out.n_clipped) == 2 and int(out.n_empty) == 1
+    assert float(out.loss) == pytest.approx(math.log(2) * (1.5 + 1 - 1.5) / 4)
+
+
+def test_shift_labels_by_hand() -> None:
+    """Row 0: a prompt of two padded to three on the left; row 1: a full prompt, a shorter continuation."""
+    pad = 9
+    ids = torch.tensor([[pad, 1, 2, 3, 4, 5], [6, 7, 8, 1, 2, pad]])
+    score = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 0]]).bool()
+    expected = [[-100, -100, 3, 4, 5, -100], [-100, -100, 1, 2, -100, -100]]
+    assert dmfast.shift_labels(ids, score, prompt_len=3).tolist() == expected
+    assert dmfast.shift_labels(ids, score.long()).tolist() == expected
+    assert dmfast.shift_labels(ids.int(), score).dtype == torch.int64
+    assert dmfast.shift_labels(ids, prompt_len=3).tolist() == [[-100, -100, 3, 4, 5, -100], [-100, -100, 1, 2, 9, -100]]
+    everything = [[1, 2, 3, 4, 5, -100], [7, 8, 1, 2, 9, -100]]
+    assert dmfast.shift_labels(ids).tolist() == everything
+    assert dmfast.shift_labels(ids, prompt_len=1).tolist() == everything
+    assert dmfast.shift_labels(ids, prompt_len=6).tolist() == [[-100] * 6] * 2
+    assert dmfast.shift_labels(ids[:, :1]).tolist() == [[-100]] * 2
+    assert dmfast.shift_labels(ids[:, :0]).shape == (2, 0) and dmfast.shift_labels(ids[:0]).shape == (0, 6)
+    assert ids.tolist() == [[pad, 1, 2, 3, 4, 5], [6, 7, 8, 1, 2, pad]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.ones(2, 3),), TypeError, "input_ids must be an integer tensor"),
+        ((torch.ones(2, 3, dtype=torch.bool),), TypeError, "input_ids must be an integer tensor"),
+        ((torch.ones(3, dtype=torch.int64),), TypeError, "input_ids must be an integer tensor"),
+        ((torch.ones(2, 3).long(), torch.ones(2, 4).long()), ValueError, "mask must be bool or integer of shape"),
+        ((torch.ones(2, 3).long(), torch.ones(2, 3)), ValueError, "mask must be bool or integer of shape"),
+        ((torch.ones(2, 3).long(), None, 4), ValueError, r"prompt_len must be in \[0, 3\]"),
+        ((torch.ones(2, 3).long(), None, -1), ValueError, r"prompt_len must be in \[0, 3\]"),
+    ],
+)
+def test_shift_labels_refuses(arguments: tuple[object, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        dmfast.shift_labels(*arguments)  # type: ignore[arg-type]
+
+
+def test_packed_is_the_same_as_padded() -> None:
+    p = problem(b=3, t=5)
+    p.tokens[1, 3:] = p.tokens[2, 1:] = -100
+    rows, kept = p.logits.flatten(0, 1), torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 10])
+    packed = (rows[kept], p.tokens.flatten()[kept])
+    a = p.loss(p.logits)
+    b = dmfast.dm_loss(*packed, cu_seqlens=torch.tensor([0, 5, 8, 9]), **p.terms)
+    assert torch.equal(a.log_prob, b.log_prob) and torch.equal(a.loss, b.loss)
+
+
+# --- the oracle against finite differences ----------------------------------------------------------------------
+
+ROWS = [{}, {"temperature": 0.7}, {"softcap": 3.0}, {"temperature": 1.4, "softcap": 5.0}]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradcheck_of_sequence_log_prob(packed: bool, rows: dict[str, float]) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 5).double()
+    tokens = torch.tensor([[1, 4, -100], [0, 3, 2]])
+    mask = torch.tensor([[True, True, True], [False, True, True]])
+    cu_seqlens = torch.tensor([0, 2, 2, 6]) if packed else None
+    if packed:
+        logits, tokens, mask = logits.flatten(0, 1), tokens.flatten(), mask.flatten()
+    assert torch.autograd.gradcheck(
+        lambda z: eager.sequence_log_prob(z, tokens, mask, cu_seqlens=cu_seqlens, **rows), leaf(logits)
+    )
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "how", [{"objective": "dpg"}, {"objective": "gdc++", "on_policy": True}, {"objective": "js", "on_policy": True}]
+)
+def test_gradcheck_of_the_loss_with_known_weights(
+    how: dict[str, object], reduction: str, rows: dict[str, float]
+) -> None:
+    p = problem(b=3, t=2, v=4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda z: p.oracle(z, reduction=reduction, **how, **rows).loss, leaf(p.logits))
+
+
+@pytest.mark.parametrize("name", dmfast.OBJECTIVES)
+def test_gradient_of_the_loss_is_that_of_a_constant_weight(name: str) -> None:
+    """Central differences of -(1/B) sum A log pi, A held at its value at these logits."""
+    p = problem(b=3, t=2, v=4, dtype=torch.float64)
+    p.terms |= {"reward": f64(1.0, -2.0, 0.0), "log_base": p.terms["log_proposal"] + 0.3}
+    parameters = {"kl_control": {"beta": 0.3}, "reinforce_p": {"log_scale": -5.0}}.get(name, {})
+    objective = Objective(name, **parameters)
+    gradient = p.gradient(objective=objective)
+    weight = p.oracle(p.logits, objective=objective).weight
+
+    def frozen(z: Tensor) -> float:
+        return -float((weight * eager.sequence_log_prob(z, p.tokens)).mean())
+
+    for i in range(p.logits.numel()):
+        step = torch.zeros(p.logits.numel()).double()
+        step[i] = 1e-5
+        step = step.view_as(p.logits)
+        slope = (frozen(p.logits + step) - frozen(p.logits - step)) / 2e-5
+        assert float(gradient.flatten()[i]) == pytest.approx(slope, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", ["log_target", "log_proposal", "log_z"])
+def test_no_gradient_flows_into_the_weights(name: str) -> None:
+    p = problem()
+    p.terms[name].requires_grad_()
+    for call in (p.loss, p.oracle):
+        call(leaf(p.logits)).loss.backward()
+        assert p.terms[name].grad is None
+    out = p.loss(leaf(p.logits))
+    assert out.loss.requires_grad
+    assert not any(x.requires_grad for x in (out.log_prob, out.weight, out.log_ratio, out.log_target_ratio))
+
+
+def test_oracle_and_functional_have_the_same_signatures() -> None:
+    import inspect
+
+    for name in ("dm_loss", "sequence_log_prob"):
+        assert inspect.signature(getattr(dmfast, name)) == inspect.signature(getattr(eager, name))
+
+
+# --- autograd -----------------------------------------------------------------------------------------------------
+
+
+@inplaces
+@known
+def test_multiplied_loss(objective: str, inplace: bool) -> None:
+    p = problem()
+    x = leaf(p.logits)
+    (2 * p.loss(x * 1, objective=objective, inplace=inplace).loss).backward()
+    close(x.grad, 2 * p.gradient(objective=objective))
+
+
+@known
+def test_two_losses_on_one_tensor(objective: str) -> None:
+    p = problem()
+    x = leaf(p.logits)
+    (p.loss(x, objective=objective).loss + 0.5 * p.loss(x, objective="js").loss).backward()
+    close(x.grad, p.gradient(objective=objective) + 0.5 * p.gradient(objective="js"))
+
+
+@known
+@pytest.mark.parametrize("other", ["dm_loss", "sequence_log_prob", "torch"])
+def test_logits_that_were_overwritten_cannot_be_used_by_another(other: str, objective: str) -> None:
+    """PyTorch's own error, whichever of the two runs first."""
+    p = problem()
+    x = leaf(p.logits) * 1
+    second = {
+        "dm_loss": lambda: p.loss(x).loss,
+        "sequence_log_prob": lambda: dmfast.sequence_log_prob(x, p.tokens).sum(),
+        "torch": lambda: x.square().sum().double(),
+    }[other]()
+    first = p.loss(x, objective=objective, inplace=True).loss
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (first + second).backward()
+
+
+@known
+def test_two_losses_in_place_on_one_tensor(objective: str) -> None:
+    p = problem()
+    x = leaf(p.logits) * 1
+    first = p.loss(x, objective=objective, inplace=True).loss
+    with pytest.raises((RuntimeError, ValueError)):
+        second = p.loss(x, objective="js", inplace=True).loss
+        (first + second).backward()
+
+
+@known
+def test_the_producer_of_overwritten_logits_notices(objective: str) -> None:
+    """exp needs its own output in backward, and that is gone."""
+    p = problem()
+    x = leaf(p.logits / 4).exp()
+    loss = p.loss(x, objective=objective, inplace=True).loss
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@known
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_retain_graph(reduction: str, objective: str) -> None:
+    p = problem()
+    x = leaf(p.logits)
+    loss = p.loss(x, objective=objective, reduction=reduction).loss.sum()
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    first_bits = first.clone()
+    first.zero_()  # what the first backward returned belongs to its caller
+    (second,) = torch.autograd.grad(3 * loss, x, retain_graph=True)
+    (third,) = torch.autograd.grad(loss, x)
+    assert torch.equal(third, first_bits)
+    close(second, 3 * third)
+
+
+@known
+@pytest.mark.parametrize("call", ["dm_loss", "sequence_log_prob"])
+def test_in_place_a_second_backward_is_refused(call: str, objective: str) -> None:
+    p = problem()
+    x = leaf(p.logits) * 1
+    if call == "dm_loss":
+        loss = p.loss(x, objective=objective, inplace=True).loss
+    else:
+        loss = dmfast.sequence_log_prob(x, p.tokens, inplace=True).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@inplaces
+@known
+def test_backward_twice_without_retain_graph_is_refused(objective: str, inplace: bool) -> None:
+    p = problem()
+    loss = p.loss(leaf(p.logits) * 1, objective=objective, inplace=inplace).loss
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("call", ["gdc++", "dpg", "sequence_log_prob"])
+def test_double_backward_is_refused(call: str) -> None:
+    p = problem()
+    x = leaf(p.logits)
+    loss = (
+        dmfast.sequence_log_prob(x, p.tokens).sum() if call == "sequence_log_prob" else p.loss(x, objective=call).loss
+    )
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"twice|once_differentiable"):
+        gradient.square().sum().backward()
+
+
+@known
+def test_reduction_none_is_one_loss_per_sequence(objective: str) -> None:
+    p = problem()
+    x = leaf(p.logits)
+    loss = p.loss(x, objective=objective, reduction="none").loss
+    assert loss.shape == (4,)
+    close(loss.detach(), p.oracle(p.logits, objective=objective, reduction="none").loss)
+    (loss * f64(1, 0, -2, 0.5)).sum().backward()
+    close(x.grad, p.gradient(objective=objective, reduction="sum") * f64(1, 0, -2, 0.5)[:, None, None])
+    x.grad = None
+    p.loss(x, objective=objective, reduction="none").loss[1].backward()
+    assert x.grad is not None and not x.grad[[0, 2, 3]].any() and bool(x.grad[1].any())
+
+
+@inplaces
+def test_sequence_log_prob_is_differentiable(inplace: bool) -> None:
+    p = problem()
+    x, y = leaf(p.logits), leaf(p.logits.double())
+    grad = f64(1, 0, -2, 0.5)
+    dmfast.sequence_log_prob(x * 1, p.tokens, temperature=0.8, softcap=20.0, inplace=inplace).backward(grad)
+    eager.sequence_log_prob(y, p.tokens, temperature=0.8, softcap=20.0).backward(grad)
+    close(x.grad, y.grad)
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the output head too."""
+
+    def __init__(self, v: int = 37, d: int = 16) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(v, d)
+        self.layer = nn.Linear(d, d)
+        self.head = nn.Linear(d, v, bias=True)
+        self.head.weight = self.embedding.weight
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        return torch.tanh(self.layer(self.embedding(ids)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.hidden(ids))  # type: ignore[no-any-return]
+
+
+def parameter_gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+@inplaces
+@known
+@pytest.mark.parametrize("way", ["whole", "sliced", "transposed", "packed", "bf16"])
+def test_through_a_tied_head(way: str, objective: str, inplace: bool) -> None:
+    """Gradients of all weights equal those through the oracle; views of the head's output in place too."""
+    p = problem()
+    model = Tied()
+    ids = p.tokens.clamp(min=0)
+    if way == "bf16":
+        model = model.bfloat16()
+    options: dict[str, object] = {"objective": objective, **p.terms}
+
+    def logits() -> Tensor:
+        if way == "sliced":
+            return model(torch.cat([ids, ids[:, :1]], 1))[:, :-1]
+        if way == "transposed":
+            return model(ids.t()).transpose(0, 1)
+        return model(ids).flatten(0, 1) if way == "packed" else model(ids)
+
+    tokens = p.tokens.flatten() if way == "packed" else p.tokens
+    if way == "packed":
+        options["cu_seqlens"] = torch.arange(5) * 5
+    expected = parameter_gradients(model, eager.dm_loss(logits(), tokens, **options).loss)
+    actual = parameter_gradients(model, dmfast.dm_loss(logits(), tokens, inplace=inplace, **options).loss)
+    for a, b in zip(actual, expected, strict=True):
+        close(a, b, *((1e-4, 1e-6) if way != "bf16" else (3e-2, 3e-3 * float(b.abs().max()))))
+
+
+@inplaces
+@known
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant: bool, objective: str, inplace: bool) -> None:
+    """Of the body, of the head, and of head and loss together, which are run again in backward."""
+    p = problem()
+    model = Tied()
+    ids = p.tokens.clamp(min=0)
+    expected = parameter_gradients(model, p.oracle(model(ids), objective=objective).loss)
+
+    def loss(hidden: Tensor) -> Tensor:
+        return p.loss(model.head(hidden), objective=objective, inplace=inplace).loss
+
+    def loss_of_logits(logits: Tensor) -> Tensor:
+        return p.loss(logits, objective=objective, inplace=inplace).loss
+
+    hidden = model.hidden(ids)
+    for attempt in (
+        lambda: loss(checkpoint(model.hidden, ids, use_reentrant=False)),
+        lambda: loss_of_logits(checkpoint(model.head, hidden, use_reentrant=use_reentrant)),
+        lambda: checkpoint(loss, hidden, use_reentrant=use_reentrant),
+    ):
+        model.zero_grad()
+        attempt().backward(retain_graph=True)
+        for parameter, gradient in zip(model.parameters(), expected, strict=True):
+            close(parameter.grad, gradient, 1e-4, 1e-6)
+
+
+@inplaces
+@known
+def test_saved_tensor_hooks(objective: str, inplace: bool) -> None:
+    p = problem()
+    for context in (
+        torch.autograd.graph.save_on_cpu(),
+        torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone),
+    ):
+        x = leaf(p.logits)
+        with context:
+            loss = p.loss(x * 1, objective=objective, inplace=inplace).loss
+        loss.backward()
+        close(x.grad, p.gradient(objective=objective))
+
+
+@inplaces
+@known
+@pytest.mark.parametrize("announced", [False, True])
+def test_grad_scaler_with_fp16_logits(announced: bool, objective: str, inplace: bool) -> None:
+    """A gradient that fp16 would lose is kept by the scaler, and the step is that of the oracle."""
+    p = problem()
+    weight = nn.Parameter(p.logits.clone())
+    optimiser = torch.optim.SGD([weight], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    half = weight.half()
+    options = {"objective": objective, "num_sequences": 1000.0}
+    scale = scaler.get_scale() if announced else None
+    loss = p.loss(half, inplace=inplace, grad_scale=scale, **options).loss
+    scaler.scale(loss).backward()
+    scaler.step(optimiser)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**16
+    exact = Problem(p.logits.half(), p.tokens, p.terms).gradient(**options)
+    close(p.logits - weight.detach(), exact, 2.0**-10, 2.0**-24)
+    assert float(((p.logits - weight.detach()) - exact).abs().max()) > 0 or exact.abs().max() < 1e-3
+
+
+@inplaces
+@known
+def test_autocast(objective: str, inplace: bool) -> None:
+    """Inside a bf16 region the head gives bf16 logits; the loss is what it is outside, and fp64."""
+    p = problem()
+    model = Tied()
+    ids = p.tokens.clamp(min=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(ids)
+        assert logits.dtype == torch.bfloat16
+        stored = logits.detach().clone()
+        out = p.loss(logits, objective=objective, inplace=inplace)
+    truth = p.oracle(stored.double(), objective=objective)
+    assert out.loss.dtype == out.log_prob.dtype == torch.float64
+    close(out.log_prob, truth.log_prob, 0, 5e-6)
+    out.loss.backward()
+    assert all(x.grad is not None and bool(x.grad.isfinite().all()) for x in model.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        oracle = p.oracle(stored.double(), objective=objective)
+    assert torch.equal(oracle.log_prob, truth.log_prob)
+
+
+@known
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_grad_mode(context: Callable[[], torch.no_grad], objective: str) -> None:
+    """The same numbers, no graph, and inplace=True leaves logits alone, leaves too."""
+    p = problem()
+    x = leaf(p.logits)
+    with_grad = p.loss(x, objective=objective)
+    with context():
+        for z in (x, x * 1, p.logits.clone()):
+            out = p.loss(z, objective=objective, inplace=True)
+            log_pi = dmfast.sequence_log_prob(z, p.tokens, inplace=True)
+            assert not out.loss.requires_grad and not log_pi.requires_grad
+            assert torch.equal(z, p.logits)
+            assert torch.equal(out.loss, with_grad.loss) and torch.equal(out.log_prob, with_grad.log_prob)
+            assert torch.equal(out.log_prob, log_pi) and torch.equal(out.weight, with_grad.weight)
+
+
+@known
+def test_logits_that_need_no_gradient(objective: str) -> None:
+    """No graph, nothing overwritten; and none either where the gradient stops before the logits."""
+    p = problem()
+    z = p.logits.clone()
+    out = p.loss(z, objective=objective, inplace=True)
+    assert not out.loss.requires_grad and torch.equal(z, p.logits)
+    other = torch.ones((), dtype=torch.float64, requires_grad=True)
+    (out.loss * other).backward()
+    close(other.grad, out.loss)
+
+
+def test_in_place_needs_memory_of_its_own() -> None:
+    p = problem()
+    with pytest.raises(ValueError, match="leaf"):
+        p.loss(leaf(p.logits), inplace=True)
+    with pytest.raises(ValueError, match="leaf"):
+        dmfast.sequence_log_prob(leaf(p.logits), p.tokens, inplace=True)
+    row = leaf(p.logits[:1]) * 1
+    for expanded in (row.expand(4, 5, 37), (row[:, :1] * 1).expand(1, 5, 37)):
+        with pytest.raises(ValueError, match="share memory"):
+            dmfast.sequence_log_prob(expanded, p.tokens[: len(expanded)], inplace=True)
+    windows = (leaf(torch.randn(100)) * 1).as_strided((2, 3, 7), (20, 5, 1))
+    with pytest.raises(ValueError, match="share memory"):
+        dmfast.sequence_log_prob(windows, torch.zeros(2, 3, dtype=torch.int64), inplace=True)
+    assert torch.isfinite(dmfast.sequence_log_prob(row.expand(4, 5, 37), p.tokens)).all()
+
+
+@pytest.mark.parametrize("view", [lambda x: x[:, :-1], lambda x: x.view(4, 5, 37), lambda x: x.transpose(0, 1)[:5]])
+def test_in_place_on_a_view_of_a_leaf_is_refused(view: Callable[[Tensor], Tensor]) -> None:
+    """Overwriting it would overwrite a parameter. PyTorch refuses that too."""
+    x = leaf(torch.randn(4, 5, 37))
+    before = x.detach().clone()
+    logits = view(x)
+    tokens = torch.zeros(logits.shape[:2], dtype=torch.int64)
+    with pytest.raises((ValueError, RuntimeError), match="leaf"):
+        dmfast.sequence_log_prob(logits, tokens, inplace=True).sum().backward()
+    assert torch.equal(x.detach(), before)
+
+
+@pytest.mark.parametrize("cut", [[6], [3, 3], [1, 2, 3], [1] * 6, [4, 0, 2]])
+@inplaces
+@known
+def test_microbatches_add_up(objective: str, inplace: bool, cut: list[int]) -> None:
+    """With num_sequences any cut of the step gives its gradient and its loss."""
+    p = problem(b=6)
+    whole, parts = leaf(p.logits), leaf(p.logits)
+    loss = p.loss(whole, objective=objective).loss
+    loss.backward()
+    total = 0.0
+    pieces = zip(parts.split(cut), p.tokens.split(cut), *(x.split(cut) for x in p.terms.values()), strict=True)
+    for z, y, *values in pieces:
+        terms = dict(zip(p.terms, values, strict=True))
+        out = dmfast.dm_loss(z * 1, y, objective=objective, num_sequences=6, inplace=inplace, **terms)
+        out.loss.backward()
+        total += float(out.loss)
+    assert total == pytest.approx(float(loss), rel=1e-12)
+    torch.testing.assert_close(parts.grad, whole.grad, rtol=0, atol=0)
+
+
+def test_what_the_output_holds() -> None:
+    p = problem()
+    out = p.loss(leaf(p.logits))
+    assert out.check() is out and out.entropy is None
+    assert out.scored.dtype == torch.bool and out.n_clipped.dtype == out.n_empty.dtype == torch.int64
+    for name, value in p.terms.items():
+        assert torch.equal(getattr(out, name), value)
+    single = {k: v.float() for k, v in p.terms.items()}
+    assert dmfast.dm_loss(p.logits, p.tokens, **single).weight.dtype == torch.float64
+    out = p.loss(p.logits, log_proposal=None, objective=lambda t: torch.ones(4).double())
+    assert out.log_ratio is None and out.log_target_ratio is None and out.log_proposal is None
+
+
+def test_values_given_are_kept() -> None:
+    """What the caller does with its tensors afterwards changes neither the output nor the gradient."""
+    p = problem()
+    expected = p.gradient()
+    terms = {k: v.clone() for k, v in p.terms.items()}
+    tokens, mask, x = p.tokens.clone(), torch.ones(4, 5, dtype=torch.bool), leaf(p.logits)
+    out = dmfast.dm_loss(x, tokens, mask, **terms)
+    kept = out.log_proposal
+    assert kept is not None
+    kept = kept.clone()
+    for value in (tokens, *terms.values()):
+        value.zero_()
+    mask.zero_()
+    out.loss.backward()
+    close(x.grad, expected)
+    assert torch.equal(out.log_proposal, kept)  # type: ignore[arg-type]
+
+
+# --- objectives of one's own --------------------------------------------------------------------------------------
+
+
+def own_gdc(terms: Terms) -> Tensor:
+    """gdc++ once more."""
+    assert terms.log_target_ratio is not None and terms.log_ratio is not None
+    return terms.log_target_ratio.exp() - terms.log_ratio.exp()
+
+
+@inplaces
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_an_objective_of_ones_own(reduction: str, inplace: bool) -> None:
+    p = problem()
+    options = {"reduction": reduction, "temperature": 0.9, "return_entropy": True, "max_weight": 0.5}
+    x, y = leaf(p.logits), leaf(p.logits)
+    a = p.loss(x * 1, objective=own_gdc, inplace=inplace, **options)
+    b = p.loss(y, objective="gdc++", **options)
+    for name in ("loss", "log_prob", "weight", "entropy", "log_ratio", "log_target_ratio"):
+        close(getattr(a, name).detach(), getattr(b, name).detach(), 1e-12, 1e-12)
+    assert int(a.n_clipped) == int(b.n_clipped) > 0
+    grad = f64(1, 2, 3, 4) if reduction == "none" else None
+    a.loss.backward(grad)
+    b.loss.backward(grad)
+    close(x.grad, y.grad, 1e-6, 0)
+
+
+def test_what_an_objective_of_ones_own_is_given() -> None:
+    p = problem()
+    seen: list[Terms] = []
+
+    def look(terms: Terms) -> Tensor:
+        seen.append(terms)
+        return torch.ones(4).double()
+
+    p.loss(leaf(p.logits), objective=look, reward=f64(1, 2, 3, 4)).loss.backward()
+    (terms,) = seen
+    assert terms.log_prob is not None and not terms.log_prob.requires_grad and terms.log_prob.dtype == torch.float64
+    assert terms.reward is not None and terms.reward.tolist() == [1, 2, 3, 4] and terms.log_base is None
+
+
+@pytest.mark.parametrize("weight", [torch.ones(4), torch.ones(3).double(), torch.ones(4, 1).double(), 1.0])
+def test_an_objective_of_ones_own_must_return_weights(weight: object) -> None:
+    p = problem()
+    with pytest.raises(ValueError, match=r"must return float64 weights \(4,\)"):
+        p.loss(p.logits, objective=lambda _: weight)
+
+
+# --- backends -----------------------------------------------------------------------------------------------------
+
+
+def test_backends() -> None:
+    found = dmfast.backends()
+    assert list(found) == ["cpu", "eager"] and all(x.available and x.detail for x in found.values())
+    with pytest.raises(ValueError, match="unknown backend 'cuda2'; there are cpu, eager"), dmfast.use_backend("cuda2"):
+        pass
+
+
+def test_use_backend() -> None:
+    """The eager backend gives the oracle's bits; afterwards, and after an error, what was there before."""
+    p = problem()
+    plain = p.loss(p.logits).log_prob
+    truth = p.oracle(p.logits)
+    assert not torch.equal(plain, truth.log_prob)
+    with dmfast.use_backend("eager"):
+        out = p.loss(p.logits)
+        assert torch.equal(out.loss, truth.loss) and torch.equal(out.log_prob, truth.log_prob)
+        assert torch.equal(dmfast.sequence_log_prob(p.logits, p.tokens), truth.log_prob)
+        with dmfast.use_backend("cpu"):
+            assert torch.equal(p.loss(p.logits).log_prob, plain)
+        assert torch.equal(p.loss(p.logits).log_prob, truth.log_prob)
+    assert torch.equal(p.loss(p.logits).log_prob, plain)
+    with pytest.raises(KeyError), dmfast.use_backend("eager"):
+        raise KeyError
+    assert torch.equal(p.loss(p.logits).log_prob, plain)
+
+
+def test_fp64_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Go to eager with one warning in all, at the caller's line; an error where cpu was forced."""
+    monkeypatch.setattr(kernels, "_warned", set())
+    p = problem(dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"slow eager backend: logits are torch\.float64") as caught:
+        for _ in range(3):
+            out = p.loss(leaf(p.logits))
+            dmfast.sequence_log_prob(p.logits, p.tokens)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert torch.equal(out.loss, p.oracle(p.logits).loss)
+    out.loss.backward()
+    with (
+        dmfast.use_backend("cpu"),
+        pytest.raises(RuntimeError, match=r"'cpu' was forced, but logits are torch\.float64"),
+    ):
+        p.loss(p.logits)
+    with warnings.catch_warnings(), dmfast.use_backend("eager"):
+        warnings.simplefilter("error")
+        p.loss(p.logits)
+
+
+def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager, one warning, and backends() says why."""
+    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(kernels, "_warned", set())
+    p = problem()
+    info = dmfast.backends()["cpu"]
+    assert not info.available and "DMFAST_BUILD" in info.detail
+    with pytest.warns(UserWarning, match="without its compiled kernels"):
+        out = p.loss(p.logits)
+    assert torch.equal(out.loss, p.oracle(p.logits).loss)
+    with pytest.raises(RuntimeError, match="not available here"), dmfast.use_backend("cpu"):
+        pass
+
+
+# --- torch.library and torch.compile -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_opcheck(entropy: bool, packed: bool) -> None:
+    p = problem(b=3, t=4, v=11)
+    logits, tokens, cu_seqlens = p.logits, p.tokens, None
+    if packed:
+        logits, tokens, cu_seqlens = logits.flatten(0, 1), tokens.flatten(), torch.tensor([0, 4, 4, 12])
+    batch = checks.make_batch(logits, tokens, None, cu_seqlens, 0.8, 5.0)
+    rows = (batch.labels, batch.cu_seqlens, batch.scale, batch.softcap)
+
+    def flat(objective: str, **options: object) -> tuple[object, ...]:
+        names = ("context_id", "log_proposal", "log_target", "log_z", "reward", "log_base", "max_weight")
+        given = {**dict.fromkeys(names), **p.terms, "on_policy": False, **options}
+        return ops.flatten_terms(checks.make_terms(batch, objective, **given))  # type: ignore[arg-type]
+
+    for requires_grad in (False, True):
+        z = logits.clone().requires_grad_(requires_grad)
+        torch.library.opcheck(ops.score, (z, *rows, entropy))
+        torch.library.opcheck(ops.score_and_weigh, (z, *rows, entropy, *flat("gdc++", max_weight=0.5)))
+        torch.library.opcheck(ops.score_and_grad, (z, *rows, entropy, *flat("dpg"), 2.0, 3.0))
+    lse = native.forward(batch, None, False).lse
+    weight = f64(1.0, -0.5, 0.0)
+    torch.library.opcheck(ops.grad, (logits, *rows, lse, weight))
+    torch.library.opcheck(ops.grad_, (logits.clone(), *rows, lse, weight))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+def step(function: Callable[..., Tensor], *arguments: Tensor) -> list[Tensor]:
+    """The loss and the gradients of the arguments."""
+    inputs = [leaf(x) for x in arguments]
+    loss = function(*inputs)
+    loss.backward()
+    return [loss.detach(), *(x.grad for x in inputs if x.grad is not None)]
+
+
+def same_when_compiled(function: Callable[..., Tensor], *arguments: Tensor, **options: object) -> None:
+    expected = step(function, *arguments)
+    actual = step(torch.compile(function, fullgraph=True, **options), *arguments)  # type: ignore[call-overload]
+    assert len(actual) == len(expected) == 1 + len(arguments)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+COMPILED: dict[str, dict[str, object]] = {
+    "gdc++": {},
+    "gdc++ in place": {"inplace": True},
+    "dpg": {"objective": "dpg", "return_entropy": True},
+    "dpg in place": {"objective": "dpg", "inplace": True},
+    "known on-policy, scaled": {"objective": "js", "on_policy": True, "grad_scale": 4.0, "num_sequences": 9},
+    "none": {"reduction": "none", "softcap": 9.0},
+    "own": {"objective": own_gdc, "temperature": 0.7},
+    "own in place": {"objective": own_gdc, "inplace": True, "return_entropy": True},
+    "baseline": {"objective": Objective("reverse_kl", baseline=0.3, normalize=False), "max_weight": 1.0},
+    "leave_one_out": {"objective": Objective("dpg", baseline="leave_one_out")},
+    "float log_z": {"log_z": 0.2},
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_loss(name: str) -> None:
+    """One graph; loss, gradients and every result as without torch.compile."""
+    p = problem()
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(4, 5, 8), torch.randn(37, 8)
+    mask = torch.rand(4, 5) < 0.8
+    seen: list[dmfast.DMLossOutput] = []
+
+    def function(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        out = dmfast.dm_loss(hidden @ weight.t(), p.tokens, mask, **{**p.terms, **COMPILED[name]})  # type: ignore[arg-type]
+        results = (out.log_prob, out.log_ratio, out.log_target_ratio, out.weight, out.n_clipped, out.n_empty)
+        return ((out.loss * torch.arange(1.0, 5.0)).sum() if out.loss.dim() else out.loss, *results)  # type: ignore[return-value]
+
+    found = []
+    for call in (function, torch.compile(function, fullgraph=True)):
+        h, w = leaf(hidden), leaf(weight)
+        loss, *results = call(h, w)
+        loss.backward()
+        found.append([loss.detach(), h.grad, w.grad, *results])
+    assert not seen
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@inplaces
+def test_compiled_sequence_log_prob_packed(inplace: bool) -> None:
+    p = problem()
+    cu_seqlens = torch.tensor([0, 3, 3, 20])
+
+    def function(x: Tensor) -> Tensor:
+        log_pi = dmfast.sequence_log_prob(x * 1, p.tokens.flatten(), cu_seqlens=cu_seqlens, inplace=inplace)
+        return (log_pi * f64(1.0, 5.0, -2.0)).sum()
+
+    same_when_compiled(function, p.logits.flatten(0, 1))
+
+
+@inplaces
+def test_compiled_packed_loss(inplace: bool) -> None:
+    p = problem(b=3, t=4)
+    cu_seqlens = torch.tensor([0, 4, 4, 12], dtype=torch.int32)
+    same_when_compiled(
+        lambda x: (
+            dmfast.dm_loss(
+                2 * x, p.tokens.flatten(), cu_seqlens=cu_seqlens, objective="dpg", inplace=inplace, **p.terms
+            ).loss
+        ),
+        p.logits.flatten(0, 1),
+    )
+
+
+@known
+def test_compiled_dynamic_shapes(objective: str) -> None:
+    """One graph serves other batch sizes and lengths."""
+
+    def function(z: Tensor, tokens: Tensor, log_target: Tensor, log_proposal: Tensor, log_z: Tensor) -> Tensor:
+        terms = {"log_target": log_target, "log_proposal": log_proposal, "log_z": log_z}
+        return dmfast.dm_loss(z, tokens, objective=objective, **terms).loss
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    for b, t in ((4, 5), (6, 9), (3, 2)):
+        p = problem(b, t)
+        x, y = leaf(p.logits), leaf(p.logits)
+        for z, call in ((x, function), (y, compiled)):
+            call(z, p.tokens, *p.terms.values()).backward()
+        torch.testing.assert_close(y.grad, x.grad, rtol=1e-6, atol=1e-8)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@known
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+def test_compiled_in_place_on_a_graph_input(backend: str, objective: str) -> None:
+    """Logits computed outside the graph: gradients are right, and who needs the overwritten logits hears of it."""
+    p = problem()
+    compiled = torch.compile(
+        lambda z: p.loss(z, objective=objective, inplace=True).loss, fullgraph=True, backend=backend
+    )
+    x = leaf(p.logits)
+    compiled(x * 1).backward()
+    close(x.grad, p.gradient(objective=objective))
+    y = leaf(p.logits / 4).exp()  # exp's backward needs y
+    loss = compiled(y)
+    if torch.equal(y.detach(), (p.logits / 4).exp()):  # not overwritten so far
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("name", ["log_z", "temperature", "baseline"])
+def test_compiled_with_a_number_that_changes_at_every_step(name: str) -> None:
+    """A running Z or baseline given as a float must not end in the recompile limit."""
+    p = problem()
+
+    def function(z: Tensor, value: float) -> Tensor:
+        if name == "baseline":
+            return p.loss(z, objective=Objective("reverse_kl", baseline=value)).loss
+        return p.loss(z, **{name: value}).loss
+
+    with torch._dynamo.config.patch(recompile_limit=3):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for value in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
+            assert float(compiled(leaf(p.logits), value)) == pytest.approx(float(function(p.logits, value)), rel=1e-12)
+
+
+def test_compiled_errors_are_raised() -> None:
+    p = problem()
+    compiled = torch.compile(lambda z, y: p.loss(z).loss + 0 * dmfast.sequence_log_prob(z, y).sum(), fullgraph=True)
+    compiled(p.logits, p.tokens)
+    bad = p.tokens.clone()
+    bad[2, 3] = 37
+    with pytest.raises(ValueError, match=r"tokens holds 37 at \(sequence 2, position 3\)"):
+        compiled(p.logits, bad)
+    nan = p.logits.clone()
+    nan[0, int((p.tokens[0] >= 0).nonzero()[0])] = torch.nan
+    with pytest.raises(ValueError, match=r"NaN or \+inf at \(sequence 0"):
+        compiled(nan, p.tokens)
