@@ -6,8 +6,11 @@ the plain call. The arithmetic of the kernels is held by test_kernels.py.
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -55,11 +58,8 @@ def problem(b: int = 4, t: int = 5, v: int = 37, dtype: torch.dtype = torch.floa
     logits = 2 * torch.randn(b, t, v)
     tokens = torch.randint(v, (b, t)).masked_fill(torch.rand(b, t) < 0.2, -100)
     log_pi = eager.sequence_log_prob(logits.double(), tokens)
-    terms = {
-        "log_target": log_pi + torch.randn(b).double(),
-        "log_proposal": log_pi + torch.randn(b).double() / 2,
-        "log_z": torch.randn(b).double() / 3,
-    }
+    noise = torch.randn(3, b).double()
+    terms = {"log_target": log_pi + noise[0], "log_proposal": log_pi + noise[1] / 2, "log_z": noise[2] / 3}
     return Problem(logits.to(dtype), tokens, terms)
 
 
@@ -674,12 +674,53 @@ def test_inputs_changed_between_forward_and_backward(name: str, objective: str) 
     x = leaf(p.logits.flatten(0, 1))
     out = dmfast.dm_loss(x, objective=objective, **given)  # type: ignore[arg-type]
     (out.weight if name == "weight" else given[name]).zero_()
+    error = ""
     try:
         out.loss.backward()
-    except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error)
+    except RuntimeError as raised:
+        error = str(raised)
+    if error:
+        assert "modified by an inplace operation" in error
     else:
         close(x.grad, expected)
+
+
+def test_under_another_default_device() -> None:
+    """``with torch.device(...)`` says where new tensors go, and the logits are where they are. A kernel that was given
+    the address of a tensor elsewhere would take the process down, hence one of its own."""
+    code = """
+import torch, dmfast
+logits, tokens = torch.randn(2, 3, 7, requires_grad=True), torch.randint(7, (2, 3))
+terms = {"log_target": torch.zeros(2) - 6, "log_proposal": torch.zeros(2) - 6, "log_z": 0.1}
+before = [dmfast.dm_loss(logits, tokens, objective=o, return_entropy=True, **terms).loss for o in ("gdc++", "dpg")]
+with torch.device("meta"):
+    after = [dmfast.dm_loss(logits, tokens, objective=o, return_entropy=True, **terms).loss for o in ("gdc++", "dpg")]
+    sum(after).backward()
+    dmfast.sequence_log_prob(logits, tokens).sum().backward()
+    dmfast.shift_labels(tokens)
+assert all(map(torch.equal, before, after)) and logits.grad.device.type == "cpu"
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-500:]
+
+
+@known
+def test_threads_of_the_caller(objective: str) -> None:
+    """Kernels release the GIL: calls at the same time do not disturb one another."""
+
+    problems = [problem(b=4, t=20, v=2000, seed=seed) for seed in range(6)]
+
+    def work(p: Problem) -> list[Tensor]:
+        x = leaf(p.logits)
+        out = p.loss(x * 1, objective=objective, inplace=True)
+        out.loss.backward()
+        assert x.grad is not None
+        return [out.loss.detach(), out.log_prob, x.grad]
+
+    alone = [work(p) for p in problems]
+    with ThreadPoolExecutor(3) as pool:
+        for found, expected in zip(pool.map(work, problems), alone, strict=True):
+            assert all(map(torch.equal, found, expected))
 
 
 # --- objectives of one's own --------------------------------------------------------------------------------------
@@ -864,7 +905,6 @@ def test_compiled_loss(name: str) -> None:
     torch.manual_seed(1)
     hidden, weight = torch.randn(4, 5, 8), torch.randn(37, 8)
     mask = torch.rand(4, 5) < 0.8
-    seen: list[dmfast.DMLossOutput] = []
 
     def function(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         out = dmfast.dm_loss(hidden @ weight.t(), p.tokens, mask, **{**p.terms, **COMPILED[name]})  # type: ignore[arg-type]
@@ -877,9 +917,19 @@ def test_compiled_loss(name: str) -> None:
         loss, *results = call(h, w)
         loss.backward()
         found.append([loss.detach(), h.grad, w.grad, *results])
-    assert not seen
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@known
+def test_compiled_without_grad_mode(objective: str) -> None:
+    p = problem()
+    compiled = torch.compile(lambda z: p.loss(z, objective=objective, inplace=True).loss, fullgraph=True)
+    x = leaf(p.logits)
+    with torch.no_grad():
+        loss = compiled(x)
+    assert not loss.requires_grad and torch.equal(loss, p.loss(p.logits, objective=objective).loss)
+    assert torch.equal(x, p.logits)
 
 
 @inplaces

@@ -89,11 +89,11 @@ def make_case(
 ) -> Case:
     """Random logits and labels, some of which are not scored: by mask, by -100, a whole sequence (``mixed``), or none.
 
-    Packed: b + 3 sequences, of which the first, the last and one between are empty and one has a single token.
+    Packed: b + 4 sequences, of which the first, the last and one between are empty and one has a single token.
     """
     torch.manual_seed(seed)
     if layout in PACKED:
-        lengths = [0, 1, *(max(t - i, 0) for i in range(b - 1)), 0, t, 0][: b + 3] if b else []
+        lengths = [0, 1, *(max(t - i, 0) for i in range(b - 1)), 0, t, 0] if b else []
         cu_dtype, step = PACKED[layout]
         cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)]).to(cu_dtype)
         shape: tuple[int, ...] = (sum(lengths),)
@@ -423,6 +423,27 @@ def test_a_proposal_out_of_hand_is_bounded_by_max_weight(name: str) -> None:
     out = check(case, objective=objective, max_weight=4.0, **terms)
     exact = [exact_weight(objective, False, out.log_prob[i], terms, i)[0] for i in range(6)]
     assert out.weight[1:4].tolist() == [4.0 if exact[i] > 0 else -4.0 for i in range(1, 4)]
+
+
+@pytest.mark.parametrize("objective", ["gdc++", "dpg"])
+@pytest.mark.parametrize("weight", [3e38, -3e38, 1e-38, 1e-44])
+def test_weights_at_the_edges_of_fp32(weight: float, objective: str) -> None:
+    """With 1 / temperature and a grad_output on top they leave fp32; what of the gradient fits is right, never NaN."""
+    if objective == "dpg" and weight < 0:
+        objective = Objective("dpg", baseline=1.0)  # type: ignore[assignment]
+    logits = torch.tensor([[[0.0, -2.0, -INF, -9.0, 1.0]]])
+    log_weight = torch.tensor([math.log(abs(weight))], dtype=torch.float64)
+    terms = {
+        "log_target": torch.tensor([-INF]).double() if weight < 0 else log_weight,
+        "log_proposal": -log_weight - 0.3 if weight < 0 else torch.zeros(1).double(),
+        "log_z": 0.0,
+    }
+    x, y = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    out = dmfast.dm_loss(x, torch.tensor([[0]]), objective=objective, temperature=0.3, **terms)  # type: ignore[arg-type]
+    out.loss.backward()
+    eager.dm_loss(y, torch.tensor([[0]]), objective=lambda _: out.weight, temperature=0.3, **terms).loss.backward()
+    assert x.grad is not None and y.grad is not None
+    torch.testing.assert_close(x.grad, y.grad.float(), rtol=1e-5, atol=1e-45)
 
 
 # --- how a loss is reduced and its gradient scaled ---------------------------------------------------------------

@@ -76,12 +76,12 @@ DMF_INLINE void forward_row(const T* z, int64_t label, const RowOptions& o, RowS
   for (int64_t first = 0; first < o.vocab; first += kBlock) {
     const int64_t n = o.vocab - first < kBlock ? o.vocab - first : kBlock;
     const float m = block_max(z + first, n, buffer);
-    if (m == -INFINITY) continue;
+    if (!Cap && m == -INFINITY) continue;  // a capped -inf is -softcap, and counts
     if (!(m < INFINITY)) {  // +inf or NaN
       sum = NAN;
       break;
     }
-    if (m > max) {
+    if (m > max || (Cap && reference == -INFINITY)) {
       max = m;
       const double grown = Cap ? o.softcap * tanh_of(m * inverse_cap) : m;
       if (sum > 0) {
@@ -107,7 +107,7 @@ DMF_INLINE void forward_row(const T* z, int64_t label, const RowOptions& o, RowS
   }
   const double z_label = to_float(z[label]);
   const double y = Cap ? o.softcap * tanh_of(z_label * inverse_cap) : z_label;
-  if (max > -INFINITY) {
+  if (reference > -INFINITY) {
     const double term = exp(nat * (y - reference));
     sum += term;
     if (Entropy && term > 0) moment += term * (y - reference);

@@ -1,0 +1,599 @@
+"""Bad input: a clear error that names what is wrong and where, before any kernel writes, whichever backend runs and
+however the call is made; nothing that was passed in changes. What a row of logits holds is the one thing found while
+rows are read: then too the error names (sequence, position), and only logits given away with ``inplace`` may change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dmfast
+from dmfast import Objective
+
+INF, NAN = math.inf, math.nan
+B, T, V = 3, 4, 11
+
+
+@dataclass
+class Call:
+    """A call of dm_loss or sequence_log_prob that is right, until a test changes it."""
+
+    logits: Tensor
+    tokens: Any
+    mask: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+    scoring: bool = False  # sequence_log_prob
+
+    def tensors(self) -> list[Tensor]:
+        found = [self.logits, self.tokens, self.mask, *self.options.values()]
+        return [x for x in found if isinstance(x, Tensor) and x.device.type != "meta"]
+
+    def __call__(self) -> Any:
+        if self.scoring:
+            rows = {k: v for k, v in self.options.items() if k in ("temperature", "softcap", "cu_seqlens", "inplace")}
+            return dmfast.sequence_log_prob(self.logits, self.tokens, self.mask, **rows)
+        return dmfast.dm_loss(self.logits, self.tokens, self.mask, **self.options)
+
+
+def good(packed: bool = False, **options: Any) -> Call:
+    torch.manual_seed(0)
+    logits, tokens = torch.randn(B, T, V), torch.randint(V, (B, T))
+    terms = {name: torch.randn(B).double() - 9 for name in ("log_target", "log_proposal", "reward", "log_base")}
+    given: dict[str, Any] = {**terms, "log_z": 0.1 * torch.randn(B).double(), **options}
+    if packed:
+        given["cu_seqlens"] = torch.tensor([0, 5, 5, B * T])
+        return Call(logits.flatten(0, 1), tokens.flatten(), None, given)
+    return Call(logits, tokens, None, given)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(*(x.detach().contiguous().flatten().view(torch.uint8) for x in (a, b)))
+
+
+def refuses(call: Call, error: type[Exception] | tuple[type[Exception], ...], message: str) -> None:
+    """On both backends, without grad and in place on a non-leaf; nothing that was passed in changes."""
+    start, options = call.logits, call.options
+    for backend in ("cpu", "eager"):
+        for inplace in (False, True):
+            call.options = {**options, "inplace": inplace}
+            call.logits = _non_leaf(start) if inplace and isinstance(start, Tensor) else start
+            before = [x.detach().clone() for x in call.tensors()]
+            with dmfast.use_backend(backend), pytest.raises(error, match=message):
+                call()
+            assert all(map(same, call.tensors(), before)), "an input changed"
+    call.logits, call.options = start, options
+
+
+class _NonLeaf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _: None) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def _non_leaf(x: Tensor) -> Tensor:
+    """The same memory and strides, with a history."""
+    if not (x.is_floating_point() or x.is_complex()):
+        return x
+    return _NonLeaf.apply(x.detach().requires_grad_(), None)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("scoring", [False, True])
+def test_the_good_call_is_good(scoring: bool, packed: bool) -> None:
+    call = good(packed)
+    call.scoring = scoring
+    assert call() is not None
+
+
+# --- logits, tokens, mask -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["gdc++", "dpg", "scoring"])
+@pytest.mark.parametrize("token", [V, V + 1000, -1, -99, -101, 2**62, -(2**62)])
+def test_token_out_of_range(token: int, how: str) -> None:
+    call = good(objective=how)
+    call.scoring = how == "scoring"
+    call.tokens[1, 2] = token
+    call.tokens[2, 0] = token
+    refuses(call, ValueError, rf"tokens holds {token} at \(sequence 1, position 2\).*\[0, {V}\), or -100")
+
+
+@pytest.mark.parametrize(("row", "sequence", "position"), [(0, 0, 0), (4, 0, 4), (5, 2, 0), (11, 2, 6)])
+def test_token_out_of_range_packed(row: int, sequence: int, position: int) -> None:
+    """Sequence 1 is empty."""
+    call = good(packed=True)
+    call.tokens[row] = V
+    place = rf"\(sequence {sequence}, position {position}; packed row {row}\)"
+    refuses(call, ValueError, f"tokens holds {V} at {place}")
+
+
+def test_what_is_masked_is_not_looked_at() -> None:
+    call = good()
+    call.tokens[1, 2], call.tokens[0, 0] = V, -5
+    call.mask = torch.ones(B, T, dtype=torch.bool)
+    call.mask[1, 2] = call.mask[0, 0] = False
+    call.logits[1, 2], call.logits[0, 0, 3] = NAN, INF
+    for backend in ("cpu", "eager"):
+        with dmfast.use_backend(backend):
+            assert torch.isfinite(call().loss)
+
+
+NOT_CONTIGUOUS = "last dimension of logits must be contiguous"
+# what is changed, its new value, the error
+SHAPES: dict[str, tuple[str, Callable[[Call], Any], type[Exception], str]] = {
+    "too short": ("tokens", lambda c: c.tokens[:, :-1], ValueError, r"tokens must have .*\(3, 4\).*shift_labels"),
+    "transposed": ("tokens", lambda c: c.tokens.t(), ValueError, "tokens must have the shape of logits without V"),
+    "flat": ("tokens", lambda c: c.tokens.flatten(), ValueError, "tokens must have the shape of logits without V"),
+    "too long": ("mask", lambda c: torch.ones(B, T + 1).bool(), ValueError, "mask must have the shape of logits"),
+    "per sequence": ("mask", lambda c: torch.ones(B).bool(), ValueError, "mask must have the shape of logits"),
+    "2-d": ("logits", lambda c: c.logits[0], ValueError, r"\(B, T, V\), or packed .* without cu_seqlens"),
+    "4-d": ("logits", lambda c: c.logits[None], ValueError, r"logits must be \(B, T, V\)"),
+    "no vocabulary": ("logits", lambda c: c.logits[:, :, :0], ValueError, "empty vocabulary"),
+    "V first": ("logits", lambda c: torch.randn(B, V, T).transpose(1, 2), ValueError, NOT_CONTIGUOUS),
+    "V strided": ("logits", lambda c: torch.randn(B, T, 2 * V)[:, :, ::2], ValueError, NOT_CONTIGUOUS),
+    "V expanded": ("logits", lambda c: torch.randn(B, T, 1).expand(B, T, V), ValueError, NOT_CONTIGUOUS),
+    "int": ("logits", lambda c: c.logits.int(), TypeError, "logits must be float32, bfloat16, float16 or float64"),
+    "complex": ("logits", lambda c: c.logits.cfloat(), TypeError, "logits must be float32"),
+    "fp8": ("logits", lambda c: c.logits.to(torch.float8_e4m3fn), TypeError, "logits must be float32"),
+    "list": ("logits", lambda c: [1.0], TypeError, "logits must be float32"),
+    "float tokens": ("tokens", lambda c: c.tokens.float(), TypeError, "tokens must be an integer tensor"),
+    "bool tokens": ("tokens", lambda c: c.tokens.bool(), TypeError, "swap tokens and mask"),
+    "complex tokens": ("tokens", lambda c: c.tokens.cfloat(), TypeError, "tokens must be an integer tensor"),
+    "list of tokens": ("tokens", lambda c: c.tokens.tolist(), TypeError, "tokens must be an integer tensor"),
+    "no tokens": ("tokens", lambda c: None, TypeError, "tokens must be an integer tensor"),
+    "float mask": ("mask", lambda c: torch.ones(B, T), TypeError, "mask must be an integer or bool tensor"),
+    "list as mask": ("mask", lambda c: [[True] * T] * B, TypeError, "mask must be an integer or bool tensor"),
+    "meta tokens": ("tokens", lambda c: c.tokens.to("meta"), ValueError, "tokens is on meta, logits on cpu"),
+    "meta mask": ("mask", lambda c: torch.ones(B, T, device="meta").bool(), ValueError, "mask is on meta, logits on"),
+}
+
+
+@pytest.mark.parametrize("scoring", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_dtypes_devices(name: str, scoring: bool) -> None:
+    argument, change, error, message = SHAPES[name]
+    call = good()
+    call.scoring = scoring
+    setattr(call, argument, change(call))
+    refuses(call, error, message)
+
+
+def test_rows_of_logits_for_packed_sequences() -> None:
+    call = good(cu_seqlens=torch.tensor([0, 12]))
+    refuses(call, ValueError, r"packed \(N, V\) with cu_seqlens; .* with cu_seqlens")
+
+
+@pytest.mark.parametrize("scoring", [False, True])
+@pytest.mark.parametrize(
+    ("cu_seqlens", "error", "message"),
+    [
+        ([0, 5, 5, 11], ValueError, "cu_seqlens must rise from 0 to N = 12.*ending at 11"),
+        ([0, 5, 5, 13], ValueError, "must rise from 0 to N = 12"),
+        ([0, 5, 5, 2**40], ValueError, "must rise from 0 to N = 12"),
+        ([1, 5, 5, 12], ValueError, "must rise from 0 to N = 12"),
+        ([-1, 5, 5, 12], ValueError, "must rise from 0 to N = 12"),
+        ([0, 6, 5, 12], ValueError, "must rise from 0 to N = 12"),
+        ([0, 13, 5, 12], ValueError, "must rise from 0 to N = 12"),
+        ([0, -3, 5, 12], ValueError, "must rise from 0 to N = 12"),
+        (torch.tensor([0.0, 5.0, 5.0, 12.0]), TypeError, "cu_seqlens must be int32 or int64"),
+        (torch.tensor([0, 5, 5, 12], dtype=torch.int16), TypeError, "cu_seqlens must be int32 or int64"),
+        (torch.tensor([[0, 5, 5, 12]]), ValueError, r"cu_seqlens must be \(B\+1,\)"),
+        (torch.tensor(0), ValueError, r"cu_seqlens must be \(B\+1,\)"),
+        (torch.tensor([], dtype=torch.int64), ValueError, r"cu_seqlens must be \(B\+1,\)"),
+        (torch.tensor([0, 5, 5, 12], device="meta"), ValueError, "cu_seqlens is on meta, logits on cpu"),
+        ((0, 5, 5, 12), TypeError, "cu_seqlens must be int32 or int64"),
+    ],
+)
+def test_cu_seqlens(cu_seqlens: Any, error: type[Exception], message: str, scoring: bool) -> None:
+    call = good(packed=True)
+    call.scoring = scoring
+    call.options["cu_seqlens"] = torch.tensor(cu_seqlens) if isinstance(cu_seqlens, list) else cu_seqlens
+    refuses(call, error, message)
+
+
+def test_cu_seqlens_of_no_sequence() -> None:
+    """[0] with rows: nobody would own them."""
+    call = Call(torch.randn(2, V), torch.zeros(2, dtype=torch.int64), None, {"cu_seqlens": torch.tensor([0])})
+    call.scoring = True
+    refuses(call, ValueError, "must rise from 0 to N = 2")
+
+
+# --- options ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scoring", [False, True])
+@pytest.mark.parametrize("value", [0, 0.0, -1.0, NAN, INF, -INF, "1", None])
+def test_temperature(value: Any, scoring: bool) -> None:
+    call = good(temperature=value)
+    call.scoring = scoring
+    refuses(call, ValueError, "temperature must be a positive number")
+
+
+@pytest.mark.parametrize("scoring", [False, True])
+@pytest.mark.parametrize("value", [0, 0.0, -30.0, NAN, INF, "30"])
+def test_softcap(value: Any, scoring: bool) -> None:
+    call = good(softcap=value)
+    call.scoring = scoring
+    refuses(call, ValueError, "softcap must be a positive number or None")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction": "batchmean"}, "reduction must be 'mean', 'sum' or 'none', got 'batchmean'"),
+        ({"reduction": None}, "reduction must be"),
+        (
+            {"reduction": "sum", "num_sequences": 4},
+            "what reduction='mean' divides by; got reduction='sum'",
+        ),
+        ({"reduction": "none", "num_sequences": 4}, "what reduction='mean' divides by; got reduction='none'"),
+        *(({"num_sequences": x}, "num_sequences must be a positive number or None") for x in (0, -1, NAN, INF, "4")),
+        *(({"grad_scale": x}, "grad_scale must be a positive number or None") for x in (0, -1.0, NAN, INF, "4")),
+        *(({"max_weight": x}, "max_weight must be a positive number or None") for x in (0, -2.0, NAN, "4")),
+    ],
+)
+def test_options(options: dict[str, Any], message: str) -> None:
+    refuses(good(**options), ValueError, message)
+    refuses(good(objective="dpg", **options), ValueError, message)
+
+
+@pytest.mark.parametrize("how", ["gdc++", "dpg", "scoring"])
+def test_in_place_on_a_leaf(how: str) -> None:
+    call = wide(how, packed=False)
+    call.options["inplace"] = True
+    call.logits.requires_grad_()
+    before = call.logits.detach().clone()
+    for backend in ("cpu", "eager"):
+        with dmfast.use_backend(backend), pytest.raises(ValueError, match=r"inplace=True .* leaf"):
+            call()
+    assert same(call.logits, before)
+
+
+# --- per-sequence inputs -------------------------------------------------------------------------------------------
+
+# an objective that looks at each
+LOOKS_AT = {"log_target": "gdc++", "log_proposal": "gdc++", "log_z": "gdc++", "reward": "reinforce", "log_base": "kl"}
+
+
+def objective_for(name: str) -> Any:
+    return Objective("kl_control", beta=0.1) if LOOKS_AT[name] == "kl" else LOOKS_AT[name]
+
+
+@pytest.mark.parametrize("name", LOOKS_AT)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x: x.long(), TypeError, "must be a floating-point tensor"),
+        (lambda x: x > 0, TypeError, "must be a floating-point tensor"),
+        (lambda x: x.cfloat(), TypeError, "must be a floating-point tensor"),
+        (lambda x: x.tolist(), TypeError, "must be a floating-point tensor"),
+        (lambda x: True, TypeError, "must be a floating-point tensor"),
+        (lambda x: x[:-1], ValueError, r"must have one value per sequence, \(3,\)"),
+        (lambda x: x[:1], ValueError, r"must have one value per sequence, \(3,\)"),
+        (lambda x: x[:, None], ValueError, r"must have one value per sequence, \(3,\)"),
+        (lambda x: x.expand(T, B), ValueError, r"must have one value per sequence, \(3,\)"),
+        (lambda x: x.to("meta"), ValueError, "is on meta, logits on cpu"),
+    ],
+)
+def test_dtype_and_shape_of_inputs(
+    name: str, change: Callable[[Tensor], Any], error: type[Exception], message: str
+) -> None:
+    call = good(objective=objective_for(name))
+    call.options[name] = change(call.options[name])
+    refuses(call, error, f"{name} {message}")
+
+
+@pytest.mark.parametrize("name", ["log_target", "log_proposal", "reward", "log_base"])
+def test_only_log_z_may_be_a_number(name: str) -> None:
+    call = good(objective=objective_for(name))
+    for value in (0.5, torch.tensor(0.5)):
+        call.options[name] = value
+        refuses(call, (TypeError, ValueError), f"{name} must")
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in LOOKS_AT for value in (NAN, INF)),
+        ("log_proposal", -INF), ("reward", -INF), ("log_base", -INF),
+    ],
+)  # fmt: skip
+def test_values_of_inputs(name: str, value: float, dtype: torch.dtype, own: bool) -> None:
+    """The first of several; also under an objective of one's own."""
+    objective = (lambda terms: torch.ones(B).double()) if own else objective_for(name)
+    call = good(objective=objective)
+    call.options[name] = call.options[name].to(dtype)
+    call.options[name][1:] = value
+    refuses(call, ValueError, f"{name} holds {value} at sequence 1")
+
+
+def test_values_that_cancel() -> None:
+    """-inf and +inf in one input, and finite values whose sum is not."""
+    call = good()
+    call.options["log_target"] = torch.tensor([-INF, INF, 0.0]).double()
+    refuses(call, ValueError, "log_target holds inf at sequence 1")
+    call = good(objective="reinforce")
+    call.options["reward"] = torch.tensor([1e308, 1e308, NAN], dtype=torch.float64)
+    refuses(call, ValueError, "reward holds nan at sequence 2")
+    call.options["reward"] = torch.tensor([-1e300, 1e300, 1.0], dtype=torch.float64)
+    refuses(call, ValueError, "weight A of sequence 0")
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_log_z_as_a_number(value: float) -> None:
+    call = good(log_z=value)
+    if value == -INF:
+        assert int(call().n_empty) == B
+    else:
+        refuses(call, ValueError, f"log_z holds {value} at sequence 0")
+
+
+# --- objectives ----------------------------------------------------------------------------------------------------
+
+NEEDS = {
+    **dict.fromkeys(sorted(dmfast.objectives.TARGET_OBJECTIVES), ("log_target", "log_z")),
+    "reinforce": ("reward",),
+    "reinforce_p": ("log_target",),
+    "kl_control": ("reward", "log_base"),
+}
+PARAMETERS: dict[str, dict[str, Any]] = {"kl_control": {"beta": 0.1}, "reinforce_p": {"log_scale": -9.0}}
+
+
+@pytest.mark.parametrize("name", dmfast.OBJECTIVES)
+def test_a_missing_input(name: str) -> None:
+    """No dummies: each input that the objective needs, and log_proposal unless on-policy."""
+    objective = Objective(name, **PARAMETERS.get(name, {}))
+    only = {"log_proposal": good().options["log_proposal"], **{k: good().options[k] for k in NEEDS[name]}}
+    full = good()
+    full.options = {**only, "objective": objective}
+    assert full().weight.shape == (B,)
+    for missing in NEEDS[name]:
+        call = good()
+        call.options = {**only, "objective": objective, missing: None}
+        refuses(call, ValueError, rf"objective '{name.replace('+', '[+]')}' needs .*{missing}")
+    call.options = {**only, "objective": objective, "log_proposal": None}
+    refuses(call, ValueError, rf"objective '{name.replace('+', '[+]')}' needs log_proposal.*on_policy=True")
+    call.options["on_policy"] = True
+    assert call().weight.shape == (B,)
+
+
+@pytest.mark.parametrize("name", ["gdc", "GDC++", "", "kl"])
+def test_an_unknown_objective(name: str) -> None:
+    """The message lists every one there is."""
+    listed = ", ".join(dmfast.OBJECTIVES).replace("+", "[+]")
+    refuses(good(objective=name), ValueError, rf"unknown objective '{name.replace('+', '[+]')}'; dmfast has {listed}")
+
+
+@pytest.mark.parametrize("objective", [None, 3, ["dpg"], torch.ones(B)])
+def test_what_is_no_objective(objective: Any) -> None:
+    refuses(good(objective=objective), TypeError, "objective must be one of dpg, .*, a dmfast.Objective or a function")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nope",), "unknown objective 'nope'; dmfast has dpg, "),
+        (("gdc++", 0.5), "'gdc\\+\\+' is 'dpg' with the constant baseline 1"),
+        (("dpg", "loo"), "baseline must be None, a number"),
+        (("dpg", NAN), "baseline must be finite"),
+        (("dpg", INF), "baseline must be finite"),
+        (("reinforce", None, False), "normalize=False multiplies A by Z, which objective 'reinforce' does not have"),
+        (("kl_control", None, False, 0.1), "normalize=False"),
+        (("kl_control",), "'kl_control' needs beta"),
+        (("kl_control", None, True, NAN), "beta must be finite"),
+        (("dpg", None, True, 0.1), "'dpg' does not take beta"),
+        (("reinforce_p",), "'reinforce_p' needs log_scale"),
+        (("reinforce_p", None, True, None, INF), "log_scale must be finite"),
+        (("reinforce_p", None, True, 0.1, -3.0), "'reinforce_p' does not take beta"),
+        (("js", None, True, None, -3.0), "'js' does not take log_scale"),
+    ],
+)
+def test_parameters_of_an_objective(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Objective(*arguments)
+
+
+def test_an_objective_is_frozen() -> None:
+    with pytest.raises(AttributeError):
+        Objective("dpg").baseline = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "reverse_chi2"])
+def test_infinite_returns(name: str) -> None:
+    """Refused with the names of those that allow P = 0; max_weight bounds them, and they are counted."""
+    call = good(objective=name)
+    call.options["log_target"][1:] = -INF
+    allowed = "dpg, gdc[+][+], js, tv, chi2, reinforce, reinforce_p, kl_control$"
+    message = rf"objective '{name}' is infinite where P\(x\) = 0, .*sequence 1 .*max_weight.*one of {allowed}"
+    refuses(call, ValueError, message)
+    call.options["max_weight"] = 2.0
+    out = call()
+    assert out.weight[1:].tolist() == [-2.0, -2.0] and int(out.n_clipped) >= 2
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("objective", ["gdc++", "dpg", "js", "own"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_weight_beyond_fp32(packed: bool, objective: str, on_policy: bool) -> None:
+    """The message names the sequence and max_weight; it is found before a row is overwritten."""
+    call = good(packed, objective=objective, on_policy=on_policy)
+    if objective == "own":
+        call.options["objective"] = lambda terms: torch.tensor([1.0, -1e39, NAN]).double()
+    call.options["log_proposal"][1:] = -120.0
+    if on_policy:
+        call.options["log_target"] += 400
+    first = 0 if on_policy and objective in ("gdc++", "dpg") else 1
+    if on_policy and objective == "js":
+        first, call.options["log_target"] = 1, torch.tensor([-9.0, 1e39, 1e39], dtype=torch.float64)
+    refuses(call, ValueError, f"the weight A of sequence {first} is .*max_weight")
+
+
+@pytest.mark.parametrize("weight", [3.5e38, -3.5e38, 1e300, NAN, INF, -INF])
+def test_own_weights_beyond_fp32(weight: float) -> None:
+    call = good(objective=lambda terms: torch.tensor([0.0, 3.4e38, weight]).double())
+    refuses(call, ValueError, "the weight A of sequence 2 is")
+
+
+def test_leave_one_out() -> None:
+    """Needs company, returns that are known, and for contexts their ids."""
+    loo, context = (Objective("reinforce", baseline=f"leave_one_out{x}") for x in ("", "_context"))
+    call = good(objective=loo)
+    call.logits, call.tokens = call.logits[:1], call.tokens[:1]
+    call.options = {k: v[:1] if isinstance(v, Tensor) else v for k, v in call.options.items()}
+    refuses(call, ValueError, "leave-one-out baseline needs two sequences or more.*sequence 0")
+    refuses(
+        good(objective=context, context_id=torch.tensor([5, 7, 5])),
+        ValueError,
+        r"two sequences or more in every group; sequence 1 \(context_id 7\) is alone",
+    )
+    refuses(good(objective=context), ValueError, r"'leave_one_out_context' needs context_id \(B,\)")
+    with pytest.raises(ValueError, match="sequence 0"):
+        dmfast.leave_one_out(torch.ones(1))
+    for name in ("reverse_kl", "js", "tv", "chi2", "reverse_chi2", "kl_control"):
+        objective = Objective(name, baseline="leave_one_out", **PARAMETERS.get(name, {}))
+        message = rf"known before the forward; with objective '{name}'.*on_policy=True and log_proposal"
+        refuses(good(objective=objective), ValueError, message)
+        refuses(good(objective=objective, on_policy=True, log_proposal=None), ValueError, message)
+        assert good(objective=objective, on_policy=True)().weight.shape == (B,)
+    objective = Objective("dpg", baseline="leave_one_out")
+    refuses(good(objective=objective, on_policy=True, log_proposal=None), ValueError, "needs returns that are known")
+
+
+@pytest.mark.parametrize(
+    "context_id", [torch.ones(B), torch.ones(B + 1).long(), torch.ones(B, 1).long(), [1, 1, 1], torch.tensor(1)]
+)
+def test_context_id(context_id: Any) -> None:
+    refuses(good(context_id=context_id), ValueError, r"context_id must be an integer tensor \(3,\)")
+
+
+@pytest.mark.parametrize(
+    ("baseline", "message"),
+    [
+        (torch.ones(B + 1), r"a baseline tensor must be \(3,\)"),
+        (torch.tensor(1.0), r"a baseline tensor must be \(3,\)"),
+        (torch.tensor([0.0, NAN, 1.0]), "baseline holds nan at sequence 1"),
+        (torch.tensor([0.0, 1.0, -INF]), "baseline holds -inf at sequence 2"),
+    ],
+)
+def test_baseline_tensors(baseline: Tensor, message: str) -> None:
+    refuses(good(objective=Objective("dpg", baseline=baseline)), ValueError, message)
+
+
+# --- rows of logits ------------------------------------------------------------------------------------------------
+
+# the NaN that x86 makes of inf - inf has its sign bit set
+NEGATIVE_NAN = {
+    torch.float32: torch.tensor(-0x400000, dtype=torch.int32).view(torch.float32),
+    torch.bfloat16: torch.tensor(-0x40, dtype=torch.int16).view(torch.bfloat16),
+    torch.float16: torch.tensor(-0x200, dtype=torch.int16).view(torch.float16),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("how", ["gdc++", "dpg", "own", "scoring"])
+@pytest.mark.parametrize("value", [NAN, INF, "-nan", "-nan among -inf", "+inf and -inf"])
+def test_bad_rows(value: Any, how: str, dtype: torch.dtype, inplace: bool) -> None:
+    """The first of several, whatever the threads, wherever in the row; without inplace nothing changes."""
+    for backend in ("cpu", "eager"):
+        for packed in (False, True):
+            for column in (0, 7, 1200):
+                call = wide(how, packed, dtype)
+                rows = call.logits if packed else call.logits.flatten(0, 1)
+                for row in (6, 7, 10):
+                    if "-inf" in str(value):  # all of the block of 512 that it lies in
+                        rows[row, column // 512 * 512 : column // 512 * 512 + 512] = -INF
+                    rows[row, column] = (
+                        INF if "+inf" in str(value) else NEGATIVE_NAN[dtype] if "-nan" in str(value) else value
+                    )
+                call.tokens.view(-1)[[6, 7, 10]] = 1290
+                before = call.logits.clone()
+                call.options["inplace"] = inplace
+                call.logits = _non_leaf(call.logits)
+                place = r"sequence 2, position 1; packed row 6" if packed else r"sequence 1, position 2"
+                with dmfast.use_backend(backend), pytest.raises(ValueError, match=rf"NaN or \+inf at \({place}\)"):
+                    call()
+                if not inplace:
+                    assert same(call.logits, before)
+
+
+def wide(how: str, packed: bool, dtype: torch.dtype = torch.float32) -> Call:
+    """V = 1300, which a kernel reads in several blocks."""
+    call = good(packed, objective=how)
+    if how == "own":
+        call.options["objective"] = lambda terms: torch.ones(B).double()
+    call.scoring = how == "scoring"
+    call.logits = torch.randn(*call.tokens.shape, 1300).to(dtype)
+    return call
+
+
+@pytest.mark.parametrize("how", ["gdc++", "dpg", "own", "scoring"])
+@pytest.mark.parametrize("rest", ["finite", "-inf"])
+def test_a_label_of_probability_zero(rest: str, how: str) -> None:
+    """The label's logit is -inf, in a row that has others or in one that has none."""
+    for backend in ("cpu", "eager"):
+        call = wide(how, packed=False)
+        for i, t in ((1, 2), (1, 3), (2, 0)):
+            call.tokens[i, t] = 777
+            call.logits[i, t, 777 if rest == "finite" else slice(None)] = -INF
+        before = call.logits.clone()
+        with (
+            dmfast.use_backend(backend),
+            pytest.raises(
+                ValueError, match=r"logit of token 777 at \(sequence 1, position 2\) is -inf: .* probability 0"
+            ),
+        ):
+            call()
+        assert same(call.logits, before)
+
+
+def test_the_first_of_different_faults() -> None:
+    """A label of -inf before a row with NaN, and the other way round."""
+    call = wide("gdc++", packed=False)
+    call.logits[0, 3, int(call.tokens[0, 3])] = -INF
+    call.logits[1, 0, 5] = NAN
+    with pytest.raises(ValueError, match=r"\(sequence 0, position 3\) is -inf"):
+        call()
+    call.logits[0, 2, 5] = NAN
+    with pytest.raises(ValueError, match=r"NaN or \+inf at \(sequence 0, position 2\)"):
+        call()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_first_bad_row_with_any_number_of_threads(threads: int) -> None:
+    logits = torch.randn(4, 64, 300)
+    logits[1:, 17:, 250] = NAN
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(10):
+            with pytest.raises(ValueError, match=r"\(sequence 1, position 17\)"):
+                dmfast.sequence_log_prob(logits, torch.zeros(4, 64, dtype=torch.int64))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_bad_row_counts_where_the_weight_is_zero() -> None:
+    """log pi is reported for every sequence, so its row must be right."""
+    call = good(objective="dpg")
+    call.options["log_target"][1] = -INF
+    call.logits[1, 2, 3] = NAN
+    for backend in ("cpu", "eager"):
+        with (
+            dmfast.use_backend(backend),
+            pytest.raises(ValueError, match=r"NaN or \+inf at \(sequence 1, position 2\)"),
+        ):
+            call()
