@@ -62,6 +62,18 @@ DMF_HD bool has_target(Kind k) {
 
 DMF_HD double softplus(double x) { return fmax(x, 0.0) + log1p(exp(-fabs(x))); }
 
+// c1 e^e1 + c2 e^e2 with one common exponent taken out, so that neither inf - inf nor 0 * inf arises where the sum
+// has a sign: ratios reach e^+-11,500.
+DMF_HD double signed_sum(double c1, double e1, double c2, double e2) {
+  if (c1 == 0.0) e1 = -INFINITY;
+  if (c2 == 0.0) e2 = -INFINITY;
+  const double m = fmax(e1, e2);
+  if (m == -INFINITY) return 0.0;
+  if (m == INFINITY) return (e1 == INFINITY ? c1 : c2) > 0 ? INFINITY : -INFINITY;
+  const double s = (c1 == 0.0 ? 0.0 : c1 * exp(e1 - m)) + (c2 == 0.0 ? 0.0 : c2 * exp(e2 - m));
+  return s == 0.0 || fabs(s) == INFINITY ? s : s * exp(m);
+}
+
 DMF_HD Weight weigh(const Objective& o, const Sequence& x) {
   constexpr double kLog2 = 0.69314718055994530942;
   const bool empty = x.log_z == -INFINITY;
@@ -70,44 +82,44 @@ DMF_HD Weight weigh(const Objective& o, const Sequence& x) {
   out.log_target_ratio = empty ? -INFINITY : x.log_target - x.log_z - x.log_proposal;
   const double log_rho = out.log_ratio, log_u = out.log_target_ratio;
   const double log_pi = o.on_policy ? x.log_proposal : x.log_prob;
+  const double log_t = log_rho - log_u;  // t = pi/p
   // normalize = false multiplies by Z inside the exponent, where Z = e^-900 still is a number
   const double shift = !o.normalize && has_target(o.kind) && !empty ? x.log_z : 0.0;
-  const double rho = exp(log_rho + shift);
-  const double log_t = log_rho - log_u;  // t = pi/p
 
-  double value = 0;  // rho * r
+  // A = rho * (r - baseline) as first * e^exponent + on_rho * rho
+  double first = 0.0, exponent = 0.0, on_rho = 0.0;
   switch (o.kind) {
     case Kind::none:
       break;
     case Kind::dpg:
-      value = exp(log_u + shift);
+      first = 1.0, exponent = log_u;
       break;
     case Kind::reverse_kl:
-      value = -rho * (log_t + 1.0);
+      on_rho = -(log_t + 1.0);
       break;
     case Kind::js:
-      value = rho * (softplus(-log_t) - kLog2);
+      on_rho = softplus(-log_t) - kLog2;
       break;
     case Kind::tv:
-      value = log_t > 0 ? -0.5 * rho : (log_t < 0 ? 0.5 * rho : 0.0);
+      on_rho = log_t > 0 ? -0.5 : (log_t < 0 ? 0.5 : 0.0);
       break;
     case Kind::chi2:
-      value = exp(2.0 * log_u - log_rho + shift) - rho;
+      first = 1.0, exponent = 2.0 * log_u - log_rho, on_rho = -1.0;
       break;
     case Kind::reverse_chi2:
-      value = 2.0 * (rho - exp(2.0 * log_rho - log_u + shift));
+      first = -2.0, exponent = 2.0 * log_rho - log_u, on_rho = 2.0;
       break;
     case Kind::reinforce:
-      value = rho * x.reward;
+      on_rho = x.reward;
       break;
     case Kind::reinforce_p:
-      value = exp(log_rho + x.log_target - o.log_scale);
+      first = 1.0, exponent = log_rho + x.log_target - o.log_scale;
       break;
     case Kind::kl_control:
-      value = rho * (x.reward - o.beta * (log_pi - x.log_base));
+      on_rho = x.reward - o.beta * (log_pi - x.log_base);
       break;
   }
-  double a = value - (x.baseline != 0.0 ? x.baseline * rho : 0.0);
+  double a = signed_sum(first, exponent + shift, on_rho - x.baseline, log_rho + shift);
   if (empty && has_target(o.kind)) a = 0.0;
   if (fabs(a) > o.max_weight) {
     a = a > 0 ? o.max_weight : -o.max_weight;

@@ -179,56 +179,66 @@ class Terms:
         return torch.where(self.log_z == -math.inf, -math.inf, log_u)
 
 
+def _signed_sum(c1: Tensor | float, e1: Tensor, c2: Tensor, e2: Tensor) -> Tensor:
+    """c1 e^e1 + c2 e^e2 with one common exponent taken out, so that neither inf - inf nor 0 * inf arises where the sum
+    has a sign: ratios reach e^+-11,500.
+    """
+    c1 = torch.as_tensor(c1, dtype=torch.float64, device=e2.device)
+    e1, e2 = torch.where(c1 == 0, -math.inf, e1), torch.where(c2 == 0, -math.inf, e2)
+    m = torch.maximum(e1, e2)
+    common = torch.where(m.isinf(), 0.0, m)
+    s = torch.where(c1 == 0, 0.0, c1 * (e1 - common).exp()) + torch.where(c2 == 0, 0.0, c2 * (e2 - common).exp())
+    total = torch.where((s == 0) | s.isinf(), s, s * common.exp())
+    return torch.where(m == math.inf, torch.where(e1 == math.inf, c1, c2).sign() * math.inf, total)
+
+
 def weigh(terms: Terms) -> Tensor:
     """The weights A of B sequences, (B,) fp64, before ``max_weight``.
 
-    ``terms.log_prob`` must be there. Each objective's rho*r is one expression in log space,
-    exponentiated once; where P = 0 it is the limit, and 0 * (-inf) = 0.
+    ``terms.log_prob`` must be there. ``A = rho * (r - baseline)`` is formed in log space as
+    ``first * e^exponent + on_rho * rho``; where P = 0 it is the limit, and 0 * (-inf) = 0.
     """
     objective = terms.objective
     if not isinstance(objective, Objective):
         return objective(terms)
-    kind = objective.kind
-    log_rho = terms.log_ratio
+    kind, log_rho, log_u = objective.kind, terms.log_ratio, terms.log_target_ratio
     assert log_rho is not None
-    rho = log_rho.exp()
+    first, exponent, on_rho = 0.0, log_rho, torch.zeros_like(log_rho)
     if kind == "reinforce":
         assert terms.reward is not None
-        weight = rho * terms.reward
+        on_rho = terms.reward
     elif kind == "reinforce_p":
         assert terms.log_target is not None and objective.log_scale is not None
-        weight = (log_rho + terms.log_target - objective.log_scale).exp()
+        first, exponent = 1.0, log_rho + terms.log_target - objective.log_scale
     elif kind == "kl_control":
         assert terms.reward is not None and terms.log_base is not None
         assert terms.log_prob is not None and objective.beta is not None
         log_pi = terms._proposal if terms.on_policy else terms.log_prob
-        weight = rho * (terms.reward - objective.beta * (log_pi - terms.log_base))
+        on_rho = terms.reward - objective.beta * (log_pi - terms.log_base)
     else:
-        log_u = terms.log_target_ratio
-        assert log_u is not None and terms.log_z is not None
-        empty = terms.log_z == -math.inf
-        # normalize=False multiplies by Z inside the exponent, where Z = e^-900 still is a number
-        shift = torch.zeros_like(log_u) if objective.normalize else terms.log_z
-        shift = torch.where(empty, 0.0, shift)
-        rho = (log_rho + shift).exp()
+        assert log_u is not None
         log_t = log_rho - log_u  # t = pi/p
         if kind == "dpg":
-            weight = (log_u + shift).exp()
+            first, exponent = 1.0, log_u
         elif kind == "reverse_kl":
-            weight = -rho * (log_t + 1)
+            on_rho = -(log_t + 1)
         elif kind == "js":
-            weight = rho * (torch.nn.functional.softplus(-log_t, threshold=700) - math.log(2))
+            on_rho = torch.nn.functional.softplus(-log_t, threshold=700) - math.log(2)
         elif kind == "tv":
-            weight = -rho * log_t.sign() / 2
+            on_rho = -log_t.sign() / 2
         elif kind == "chi2":
-            weight = (2 * log_u - log_rho + shift).exp() - rho
+            first, exponent, on_rho = 1.0, 2 * log_u - log_rho, on_rho - 1
         else:  # reverse_chi2
-            weight = 2 * (rho - (2 * log_rho - log_u + shift).exp())
+            first, exponent, on_rho = -2.0, 2 * log_rho - log_u, on_rho + 2
     if terms.baseline is not None:
-        weight = weight - terms.baseline * rho
-    if objective.name in TARGET_OBJECTIVES:
-        weight = torch.where(empty, 0.0, weight)
-    return weight
+        on_rho = on_rho - terms.baseline
+    if objective.name not in TARGET_OBJECTIVES:
+        return _signed_sum(first, exponent, on_rho, log_rho)
+    assert terms.log_z is not None
+    empty = terms.log_z == -math.inf
+    # normalize=False multiplies by Z inside the exponent, where Z = e^-900 still is a number
+    shift = 0.0 if objective.normalize else torch.where(empty, 0.0, terms.log_z)
+    return torch.where(empty, 0.0, _signed_sum(first, exponent + shift, on_rho, log_rho + shift))
 
 
 def clip(weight: Tensor, max_weight: float) -> tuple[Tensor, Tensor]:
