@@ -104,7 +104,7 @@ def plot(history: list[dict[str, float]], base_rate: float, title: str, path: Pa
             [("kl_policy", "KL(p‖π)", "C0"), ("kl_proposal", "KL(p‖q)", "C1")],
             None,
         ),
-        ("log Z", [("log_z_running", "running", "C0")], (math.log((1 - base_rate) * 2), "exact")),
+        ("log Z", [("log_z_running", "running", "C0")], (math.log((1 - base_rate) * 2), "from the base rate")),
         ("effective sample size of a step", [("ess_step", "sequences", "C0")], None),
     ]
     for axis, (name, lines, known) in zip(axes.flat, panels, strict=True):

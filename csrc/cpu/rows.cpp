@@ -16,6 +16,7 @@
 // kernels only: a global constructor compiled for AVX-512 would kill an AVX2 machine at load.
 #include "rows.h"
 
+#include <cfloat>
 #include <cmath>
 
 #include "simd.h"
@@ -51,6 +52,14 @@ DMF_INLINE float block_max(const T* z, int64_t n, float* buffer) {
   return from_key(key);
 }
 
+template <class T>
+DMF_INLINE bool has_nan(const T* z, int64_t n) {
+  int any = 0;
+#pragma omp simd reduction(| : any)
+  for (int64_t i = 0; i < n; ++i) any |= std::isnan(to_float(z[i]));
+  return any != 0;
+}
+
 template <bool Entropy>
 DMF_INLINE void block_sum(const float* x, float reference, int64_t n, const Slope& slope, double& sum, double& moment) {
   double s = 0, m = 0;
@@ -76,8 +85,12 @@ DMF_INLINE void forward_row(const T* z, int64_t label, const RowOptions& o, RowS
   for (int64_t first = 0; first < o.vocab; first += kBlock) {
     const int64_t n = o.vocab - first < kBlock ? o.vocab - first : kBlock;
     const float m = block_max(z + first, n, buffer);
-    if (!Cap && m == -INFINITY) continue;  // a capped -inf is -softcap, and counts
-    if (!(m < INFINITY)) {                 // +inf or NaN
+    if (!Cap && m == -INFINITY) {  // a capped -inf is -softcap, and counts
+      if (!has_nan(z + first, n)) continue;
+      sum = NAN;  // a negative NaN, which compares below -inf as a key
+      break;
+    }
+    if (!(m < INFINITY)) {  // +inf or NaN
       sum = NAN;
       break;
     }
@@ -127,9 +140,15 @@ DMF_INLINE void backward_row(const T* z, T* dz, int64_t label, double weight, do
     }
   } else {
     const float reference = static_cast<float>(lse / o.scale);
-    const float factor = static_cast<float>(full * exp(o.scale * reference - lse));  // mends the rounding of reference
+    const double factor = full * exp(o.scale * reference - lse);  // mends the rounding of reference
+    const float factor32 = static_cast<float>(factor);
+    if (std::fabs(factor) <= FLT_MAX) {
 #pragma omp simd
-    for (int64_t i = 0; i < o.vocab; ++i) from_float(factor * exp2_of(to_float(z[i]) - reference, slope), dz[i]);
+      for (int64_t i = 0; i < o.vocab; ++i) from_float(factor32 * exp2_of(to_float(z[i]) - reference, slope), dz[i]);
+    } else {  // a weight at the edge of fp32: most of the gradient may still fit
+      for (int64_t i = 0; i < o.vocab; ++i)
+        from_float(static_cast<float>(factor * exp2_of(to_float(z[i]) - reference, slope)), dz[i]);
+    }
   }
   from_float(static_cast<float>(at_label), dz[label]);
 }

@@ -34,7 +34,7 @@ def score(batch: Batch, entropy: bool = False) -> Scores:
     token_log_prob = log_p.gather(-1, batch.labels.clamp(min=0)[:, None])[:, 0]
     token_log_prob = torch.where(scored, token_log_prob, 0.0).double()
     if not torch.compiler.is_compiling():
-        never = token_log_prob.detach() == -torch.inf
+        never = ~(token_log_prob.detach() > -torch.inf)  # NaN: nothing but -inf in the row
         if bool(never.any()):
             checks.raise_bad_label(batch, int(never.nonzero()[0]))
     token_entropy = None
