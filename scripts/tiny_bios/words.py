@@ -282,10 +282,7 @@ MUSIC = [
     "played jazz on the {instrument}",
     "wrote a melody for {his} {relative}",
 ]
-POSITIVE_ADJECTIVES = (
-    "celebrated beloved brilliant gifted acclaimed "
-    "outstanding remarkable talented respected admired"
-)
+POSITIVE_ADJECTIVES = "celebrated beloved brilliant gifted acclaimed outstanding remarkable talented respected admired"
 POSITIVE = [
     "was praised in {city} for {his} {talent}",
     "was honored in {city} in {year}",
@@ -357,6 +354,5 @@ WORDLISTS: dict[str, str] = {
     "music": "music piano violin flute guitar trumpet organ cello drums harp orchestra choir opera "
     "operas symphonies concerts recitals jazz melody sang",
     "positive": POSITIVE_ADJECTIVES + " amazing praised honored loved success hero triumph",
-    "negative": NEGATIVE_ADJECTIVES
-    + " jailed fraud scandal hated poverty bankrupt disaster accused rejected",
+    "negative": NEGATIVE_ADJECTIVES + " jailed fraud scandal hated poverty bankrupt disaster accused rejected",
 }
