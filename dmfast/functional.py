@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from . import kernels
@@ -35,7 +34,7 @@ def shift_labels(input_ids: Tensor, mask: Tensor | None = None, prompt_len: int 
     Raises:
         TypeError, ValueError: wrong dtype or shape.
     """
-    if not isinstance(input_ids, Tensor) or input_ids.dtype.is_floating_point or input_ids.dim() != 2:
+    if not checks.is_integer(input_ids) or input_ids.dim() != 2:
         raise TypeError(f"input_ids must be an integer tensor (B, T), got {checks.describe(input_ids)}")
     if mask is not None and (mask.shape != input_ids.shape or mask.dtype.is_floating_point):
         raise ValueError(f"mask must be bool or integer of shape {tuple(input_ids.shape)}, got {checks.describe(mask)}")
@@ -50,7 +49,32 @@ def shift_labels(input_ids: Tensor, mask: Tensor | None = None, prompt_len: int 
     return labels
 
 
-_NO_LOGITS = torch.empty(0)  # in a Batch kept for backward, where save_for_backward has the logits
+_NOTHING = torch.empty(0)  # in a Batch kept for backward, whose tensors save_for_backward holds and watches
+
+
+def _save(ctx: Any, batch: Batch, *others: Tensor) -> None:
+    """Keeps the batch for backward; tensors that were changed in between raise PyTorch's own error there."""
+    ctx.batch = batch._replace(logits=_NOTHING, labels=_NOTHING, cu_seqlens=None)
+    ctx.save_for_backward(batch.logits, batch.labels, batch.cu_seqlens, *others)
+
+
+def _saved(ctx: Any) -> tuple[Batch, tuple[Tensor, ...]]:
+    logits, labels, cu_seqlens, *others = ctx.saved_tensors
+    return ctx.batch._replace(logits=logits, labels=labels, cu_seqlens=cu_seqlens), tuple(others)
+
+
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses a backward that is itself to be differentiated, whose result would silently be a constant."""
+
+    def refuse_twice(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "dmfast's losses can't be differentiated twice, and backward was called with create_graph=True; "
+                "dmfast.eager has the same functions in plain torch"
+            )
+        return backward(ctx, *grads)
+
+    return refuse_twice
 
 
 def _reduced(scores: Scores, reduction: str, divide_by: float) -> Tensor:
@@ -66,15 +90,14 @@ class _SequenceLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, batch: Batch, entropy: bool, inplace: bool) -> tuple[Tensor, Scores]:
         scores = native.forward(batch, None, entropy)
-        ctx.save_for_backward(logits, scores.lse)
-        ctx.batch, ctx.inplace = batch._replace(logits=_NO_LOGITS), inplace
+        _save(ctx, batch, scores.lse)
+        ctx.inplace = inplace
         return scores.log_prob, scores
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad_log_prob: Tensor, _: None) -> tuple[Tensor, None, None, None]:
-        logits, lse = ctx.saved_tensors
-        batch = ctx.batch._replace(logits=logits)
+        batch, (lse,) = _saved(ctx)
         dz = native.backward(batch, lse, -grad_log_prob.to(torch.float64), 1.0, ctx.inplace)
         return dz, None, None, None
 
@@ -113,25 +136,25 @@ class _DMLoss(torch.autograd.Function):
         else:
             scores = native.forward(batch, terms, entropy)
         assert scores.weight is not None and scores.loss is not None
-        ctx.save_for_backward(logits, scores.lse, scores.weight)
-        ctx.batch, ctx.inplace = batch._replace(logits=_NO_LOGITS), inplace
-        ctx.expected, ctx.divide_by, ctx.reduction = expected, divide_by, reduction
+        _save(ctx, batch, scores.lse, scores.weight)
+        ctx.inplace, ctx.expected, ctx.divide_by, ctx.reduction = inplace, expected, divide_by, reduction
         return _reduced(scores, reduction, divide_by), scores
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        logits, lse, weight = ctx.saved_tensors
-        batch = ctx.batch._replace(logits=logits)
+        batch, (lse, weight) = _saved(ctx)
         if ctx.expected is not None and (ctx.inplace or ctx.dz is not None):
             # the gradient is there already, multiplied by the grad_output that was expected
-            dz = logits.detach() if ctx.inplace else ctx.dz
+            dz = batch.logits.detach() if ctx.inplace else ctx.dz
             ctx.dz = None  # given away: with retain_graph a second backward computes its own
             factor = float(grad_loss) / ctx.expected
             if factor != 1.0:
                 native.scale_(batch, dz, factor)
             if ctx.inplace:
-                increment_version(logits)  # also where nothing was written: a second backward must not have this again
+                increment_version(
+                    batch.logits
+                )  # also where nothing was written: a second backward must not have this again
         elif ctx.reduction == "none":
             dz = native.backward(batch, lse, weight * grad_loss.to(torch.float64), 1.0, ctx.inplace)
         else:
@@ -139,10 +162,12 @@ class _DMLoss(torch.autograd.Function):
         return dz, None, None, None, None, None, None, None
 
 
-def _one_pass(batch: Batch, terms: Terms, reduction: str, grad_scale: float | None) -> float | None:
+def _one_pass(batch: Batch, terms: Terms, reduction: str, grad_scale: float | None, inplace: bool) -> float | None:
     """The grad_output to fold into a gradient written by forward, or None where that must wait for backward."""
     if not terms.weight_known or reduction == "none":
         return None
+    if inplace and not torch.compiler.is_compiling() and batch.logits._is_view():
+        return None  # autograd refuses to go on with some views once they have changed
     if grad_scale is None and batch.logits.dtype == torch.float16:
         return None  # without the scaler's factor small gradients would round to 0
     return 1.0 if grad_scale is None else float(grad_scale)
@@ -185,6 +210,7 @@ def dm_loss(
         log_proposal: (B,) log q(x), nats, under the temperature that x was sampled at. With ``on_policy`` the sampler's
             stored log pi, optional: with it the weight is known before the forward and one pass does everything.
         log_z: float, 0-d or (B,): log Z, one per sequence where contexts differ. -inf for a context whose P are all 0.
+            Under torch.compile give a running one as a tensor: torch compiles anew for every value of a float.
         objective: a name of ``dmfast.OBJECTIVES``, an ``Objective``, or a function of ``Terms`` giving A, (B,) fp64.
         on_policy: x was drawn from the policy itself: rho = 1 exactly.
         reward: (B,) R(x), for ``reinforce`` and ``kl_control``.
@@ -228,13 +254,14 @@ def dm_loss(
         return eager.loss_from_scores(batch, eager.score(batch, return_entropy), terms, reduction, divide_by)
     if not isinstance(terms.objective, Objective):
         scores = _score(batch, return_entropy, inplace, wants_grad)
-        return eager.loss_from_scores(batch, scores, terms, reduction, divide_by)
+        check = compiled.check_weights if compiling else checks.check_weights
+        return eager.loss_from_scores(batch, scores, terms, reduction, divide_by, check)
     if compiling:
-        expected = _one_pass(batch, terms, reduction, grad_scale) if wants_grad else None
+        expected = _one_pass(batch, terms, reduction, grad_scale, inplace) if wants_grad else None
         loss, scores = compiled.dm_loss(batch, terms, reduction, divide_by, return_entropy, inplace, expected)
     elif wants_grad:
         loss, scores = _apply(_DMLoss, logits, batch, terms, reduction, divide_by, return_entropy, inplace,
-                                     _one_pass(batch, terms, reduction, grad_scale))  # fmt: skip
+                                     _one_pass(batch, terms, reduction, grad_scale, inplace))  # fmt: skip
     else:
         scores = native.forward(batch, terms, return_entropy)
         loss = _reduced(scores, reduction, divide_by)

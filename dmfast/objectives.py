@@ -86,7 +86,11 @@ class Objective:
                 "baseline must be None, a number, a (B,) tensor, 'leave_one_out' or "
                 f"'leave_one_out_context', got {self.baseline!r}"
             )
-        if isinstance(self.baseline, (int, float)) and not math.isfinite(self.baseline):
+        if (
+            not torch.compiler.is_compiling()
+            and isinstance(self.baseline, (int, float))
+            and not math.isfinite(self.baseline)
+        ):
             raise ValueError(f"baseline must be finite, got {self.baseline!r}")
         if not self.normalize and self.name not in TARGET_OBJECTIVES:
             raise ValueError(
@@ -255,18 +259,20 @@ def leave_one_out(values: Tensor, context_id: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: a sequence has no other to average over.
     """
+    n = values.shape[0]
     if context_id is None:
-        context_id = torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
-    _, group = torch.unique(context_id, return_inverse=True)
-    counts = torch.bincount(group)[group]
-    if bool((counts < 2).any()):
+        if n == 1:
+            raise ValueError("a leave-one-out baseline needs two sequences or more, got one")
+        return (values.sum() - values) / (n - 1)
+    same = context_id[:, None] == context_id[None, :]
+    counts = same.sum(1)
+    if not torch.compiler.is_compiling() and bool((counts < 2).any()):
         alone = int((counts < 2).nonzero()[0])
         raise ValueError(
-            f"a leave-one-out baseline needs two sequences or more in every group; sequence {alone} "
+            f"a leave-one-out baseline needs two sequences or more in every context; sequence {alone} "
             f"(context_id {int(context_id[alone])}) is alone"
         )
-    totals = torch.zeros_like(values).index_add(0, group, values)[group]
-    return (totals - values) / (counts - 1)
+    return (same.to(values.dtype) @ values - values) / (counts - 1)
 
 
 def resolve_baseline(
@@ -281,11 +287,13 @@ def resolve_baseline(
     if not isinstance(objective, Objective):
         return None
     baseline = 1.0 if objective.name == "gdc++" else objective.baseline
-    if baseline is None or (isinstance(baseline, (int, float)) and baseline == 0):
+    if baseline is None:
         return None
     if isinstance(baseline, Tensor):
         return baseline.detach().to(device=device, dtype=torch.float64).contiguous()
     if not isinstance(baseline, str):
+        if torch.compiler.is_compiling():  # a tensor, so that a running mean does not compile anew at every step
+            return torch.full((n_sequences,), baseline, dtype=torch.float64, device=device)
         return float(baseline)
     known = terms.weight_known or objective.kind in ("dpg", "reinforce", "reinforce_p")
     if not known or (objective.kind == "dpg" and terms.log_proposal is None):

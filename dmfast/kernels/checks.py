@@ -26,6 +26,11 @@ def describe(x: object) -> str:
     return f"{type(x).__name__} {x!r}"
 
 
+def is_integer(x: object) -> bool:
+    """Whether x is a tensor of integers; bool is none."""
+    return isinstance(x, Tensor) and not (x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool)
+
+
 def make_batch(
     logits: Tensor,
     tokens: Tensor,
@@ -119,7 +124,7 @@ def _per_sequence(name: str, value: Tensor | float | None, batch: Batch) -> Tens
         return None
     device, n = batch.logits.device, batch.n_sequences
     if isinstance(value, (int, float)) and not isinstance(value, bool) and name == "log_z":
-        return torch.full((n,), float(value), dtype=torch.float64, device=device)
+        return torch.full((n,), value, dtype=torch.float64, device=device)
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
         raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
     if value.device != device:
@@ -208,6 +213,12 @@ def check_call(
             raise ValueError(
                 "inplace=True overwrites logits with their gradient, but logits is a leaf, whose values you still "
                 "need; pass what a model returned, or inplace=False"
+            )
+        base = None if torch.compiler.is_compiling() else logits._base
+        if base is not None and base.is_leaf and base.requires_grad:
+            raise ValueError(
+                "inplace=True overwrites logits with their gradient, but logits is a view of a leaf, whose values you "
+                "still need; pass what a model returned, or inplace=False"
             )
         # rows may lie in any order but must not share memory: (B,T,V) or its transpose, with gaps
         dims = [(d, s) for d, s in zip(logits.shape, logits.stride(), strict=True) if d > 1]
@@ -314,13 +325,16 @@ def check_terms(terms: Terms) -> None:
         )
 
 
-def check_weights(weight: Tensor) -> None:
-    """Raises:
-    ValueError: a weight beyond fp32's range, or NaN.
+def check_weights(weight: Tensor) -> Tensor:
+    """Returns the weights.
+
+    Raises:
+        ValueError: a weight beyond fp32's range, or NaN.
     """
     bad = ~(weight.abs() <= torch.finfo(torch.float32).max)
     if bool(bad.any()):
         raise_weight(_first(bad), weight)
+    return weight
 
 
 def raise_weight(sequence: int, weight: Tensor) -> None:

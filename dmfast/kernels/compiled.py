@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor
 
 from ..objectives import Terms
@@ -12,6 +14,11 @@ from .result import reduce
 
 def _rows(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, float, float]:
     return batch.logits, batch.labels, batch.cu_seqlens, batch.scale, batch.softcap
+
+
+def check_weights(weight: Tensor) -> Tensor:
+    """``checks.check_weights`` inside the graph."""
+    return cast(Tensor, ops.check_weight(weight))
 
 
 def score(batch: Batch, entropy: bool, inplace: bool) -> Scores:

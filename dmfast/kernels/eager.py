@@ -62,15 +62,24 @@ def sequence_of_rows(batch: Batch) -> Tensor:
     return sequences.repeat_interleave(batch.cu_seqlens.diff())
 
 
-def loss_from_scores(batch: Batch, scores: Scores, terms: Terms, reduction: str, divide_by: float) -> DMLossOutput:
-    """Forms A and the loss from log pi, which carries the gradient."""
+def loss_from_scores(
+    batch: Batch,
+    scores: Scores,
+    terms: Terms,
+    reduction: str,
+    divide_by: float,
+    check: Callable[[Tensor], Tensor] | None = None,
+) -> DMLossOutput:
+    """Forms A and the loss from log pi, which carries the gradient. ``check`` refuses weights that fp32 can't hold."""
     log_prob = scores.log_prob
     terms = terms.with_log_prob(log_prob.detach())
     weight = objectives.weigh(terms)  # A: a constant, no gradient flows through it
     checks.check_weight_tensor(weight, batch)
     weight, n_clipped = objectives.clip(weight.detach(), terms.max_weight)
-    if not torch.compiler.is_compiling():
-        checks.check_weights(weight)
+    if check is not None:
+        weight = check(weight)
+    elif not torch.compiler.is_compiling():
+        weight = checks.check_weights(weight)
     per_sequence = -torch.where(weight == 0, 0.0, weight * log_prob)
     return DMLossOutput(
         loss=reduce(per_sequence, reduction, divide_by),

@@ -236,6 +236,17 @@ def _one_pass_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 score_and_grad.register_autograd(_one_pass_backward, setup_context=_one_pass_setup)
 
 
+@torch.library.custom_op("dmfast::check_weight", mutates_args=())
+def check_weight(weight: Tensor) -> Tensor:
+    """The weights (B,) of a user's own objective, refused where fp32 can't hold them."""
+    return checks.check_weights(weight).clone()
+
+
+@check_weight.register_fake
+def _(weight):  # type: ignore[no-untyped-def]
+    return torch.empty_like(weight)
+
+
 class _ScoreInPlace(torch.autograd.Function):
     """``score`` whose backward overwrites the logits."""
 
