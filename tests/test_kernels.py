@@ -345,8 +345,8 @@ def test_label_gradient_where_p_is_near_1(margin: int, v: int, dtype: torch.dtyp
     label = logits.grad.double().gather(-1, tokens[..., None])
     rest = (v - 1) * math.exp(-margin)
     exact = torch.full_like(label, rest / (1 + rest))
-    # 1 - p comes from the log-sum-exp, which fp64 holds to a few 1e-15 at these margins
-    assert_within(label, exact, (1e-5 + ROUNDING[dtype]) * exact + SMALLEST[dtype] + 1e-14, "1 - p")
+    # 1 - p comes from a sum of fp64 in which the label is 1: each of up to 500 additions rounds to 1e-16
+    assert_within(label, exact, (1e-5 + ROUNDING[dtype]) * exact + SMALLEST[dtype] + 1e-13, "1 - p")
 
 
 # --- the objectives -----------------------------------------------------------------------------------------------
