@@ -262,14 +262,14 @@ def leave_one_out(values: Tensor, context_id: Tensor | None = None) -> Tensor:
     n = values.shape[0]
     if context_id is None:
         if n == 1:
-            raise ValueError("a leave-one-out baseline needs two sequences or more, got one")
+            raise ValueError("a leave-one-out baseline needs two sequences or more; sequence 0 is alone")
         return (values.sum() - values) / (n - 1)
     same = context_id[:, None] == context_id[None, :]
     counts = same.sum(1)
     if not torch.compiler.is_compiling() and bool((counts < 2).any()):
         alone = int((counts < 2).nonzero()[0])
         raise ValueError(
-            f"a leave-one-out baseline needs two sequences or more in every context; sequence {alone} "
+            f"a leave-one-out baseline needs two sequences or more in every group; sequence {alone} "
             f"(context_id {int(context_id[alone])}) is alone"
         )
     return (same.to(values.dtype) @ values - values) / (counts - 1)
