@@ -428,8 +428,9 @@ def test_a_proposal_out_of_hand_is_bounded_by_max_weight(name: str) -> None:
 
 @pytest.mark.parametrize("objective", ["gdc++", "dpg"])
 @pytest.mark.parametrize("weight", [3e38, -3e38, 1e-38, 1e-44])
-def test_weights_at_the_edges_of_fp32(weight: float, objective: str) -> None:
-    """With 1 / temperature and a grad_output on top they leave fp32; what of the gradient fits is right, never NaN."""
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_weights_at_the_edges_of_fp32(softcap: float | None, weight: float, objective: str) -> None:
+    """Times 1 / temperature they leave fp32; what of the gradient fits is right, and none of it NaN."""
     if objective == "dpg" and weight < 0:
         objective = Objective("dpg", baseline=1.0)  # type: ignore[assignment]
     logits = torch.tensor([[[0.0, -2.0, -INF, -9.0, 1.0]]])
@@ -440,9 +441,10 @@ def test_weights_at_the_edges_of_fp32(weight: float, objective: str) -> None:
         "log_z": 0.0,
     }
     x, y = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    out = dmfast.dm_loss(x, torch.tensor([[0]]), objective=objective, temperature=0.3, **terms)  # type: ignore[arg-type]
+    call = {"tokens": torch.tensor([[0]]), "temperature": 0.3, "softcap": softcap, **terms}
+    out = dmfast.dm_loss(x, objective=objective, **call)  # type: ignore[arg-type]
     out.loss.backward()
-    eager.dm_loss(y, torch.tensor([[0]]), objective=lambda _: out.weight, temperature=0.3, **terms).loss.backward()
+    eager.dm_loss(y, objective=lambda _: out.weight, **call).loss.backward()  # type: ignore[arg-type]
     assert x.grad is not None and y.grad is not None
     torch.testing.assert_close(x.grad, y.grad.float(), rtol=1e-5, atol=1e-45)
 

@@ -131,12 +131,11 @@ DMF_INLINE void backward_row(const T* z, T* dz, int64_t label, double weight, do
   const double at_label = full * (1.0 - t * t) * expm1(o.scale * (Cap ? o.softcap * t : y) - lse);
   if (Cap) {
     const double reference = lse / o.scale;
-    const float factor = static_cast<float>(full);
 #pragma omp simd
     for (int64_t i = 0; i < o.vocab; ++i) {
       const double th = tanh_of(static_cast<double>(to_float(z[i])) * inverse_cap);
       const float d = static_cast<float>(o.softcap * th - reference);
-      from_float(factor * static_cast<float>(1.0 - th * th) * exp2_of(d, slope), dz[i]);
+      from_float(static_cast<float>(full * (1.0 - th * th) * exp2_of(d, slope)), dz[i]);
     }
   } else {
     const float reference = static_cast<float>(lse / o.scale);

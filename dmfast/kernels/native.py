@@ -82,16 +82,19 @@ def _inputs(terms: Terms) -> tuple[int, int, int, int, int]:
 def _outputs(batch: Batch, terms: Terms | None, entropy: bool) -> tuple[Scores, object, tuple[Tensor, ...]]:
     assert _C is not None
     n, rows = batch.n_sequences, batch.n_rows
-    empty, fp64 = torch.empty, torch.float64
-    lse, row_log_prob, log_prob = empty(rows, dtype=fp64), empty(rows, dtype=fp64), empty(n, dtype=fp64)
-    h, row_entropy = (empty(n, dtype=fp64), empty(rows, dtype=fp64)) if entropy else (None, None)
+    device = batch.logits.device  # said, since with torch.device(...) may name another one for new tensors
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    lse, row_log_prob, log_prob = empty(rows), empty(rows), empty(n)
+    h, row_entropy = (empty(n), empty(rows)) if entropy else (None, None)
     workspace = (row_log_prob,) if row_entropy is None else (row_log_prob, row_entropy)
     first = (log_prob.data_ptr(), lse.data_ptr(), row_log_prob.data_ptr(), _pointer(row_entropy), _pointer(h))
     if terms is None:
         return Scores(lse, log_prob, h), _C.Outputs(*first, 0, 0, 0, 0, 0, 0), workspace
     scores = Scores(
-        lse, log_prob, h, empty(n, dtype=fp64), empty(n, dtype=fp64), empty(n, dtype=fp64), empty(n, dtype=fp64),
-        empty((), dtype=fp64), empty((), dtype=torch.int64),
+        lse, log_prob, h, empty(n), empty(n), empty(n), empty(n), empty(), empty(dtype=torch.int64),
     )  # fmt: skip
     return scores, _C.Outputs(*first, *(_pointer(x) for x in scores[3:])), workspace
 
