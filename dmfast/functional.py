@@ -53,9 +53,12 @@ _NOTHING = torch.empty(0)  # in a Batch kept for backward, whose tensors save_fo
 
 
 def _save(ctx: Any, batch: Batch, *others: Tensor) -> None:
-    """Keeps the batch for backward; tensors that were changed in between raise PyTorch's own error there."""
+    """Keeps the batch for backward; tensors that were changed in between raise PyTorch's own error there.
+
+    The logits go in detached: that shares their version, and autograd would refuse to keep some views that changed.
+    """
     ctx.batch = batch._replace(logits=_NOTHING, labels=_NOTHING, cu_seqlens=None)
-    ctx.save_for_backward(batch.logits, batch.labels, batch.cu_seqlens, *others)
+    ctx.save_for_backward(batch.logits.detach(), batch.labels, batch.cu_seqlens, *others)
 
 
 def _saved(ctx: Any) -> tuple[Batch, tuple[Tensor, ...]]:
@@ -162,12 +165,10 @@ class _DMLoss(torch.autograd.Function):
         return dz, None, None, None, None, None, None, None
 
 
-def _one_pass(batch: Batch, terms: Terms, reduction: str, grad_scale: float | None, inplace: bool) -> float | None:
+def _one_pass(batch: Batch, terms: Terms, reduction: str, grad_scale: float | None) -> float | None:
     """The grad_output to fold into a gradient written by forward, or None where that must wait for backward."""
     if not terms.weight_known or reduction == "none":
         return None
-    if inplace and not torch.compiler.is_compiling() and batch.logits._is_view():
-        return None  # autograd refuses to go on with some views once they have changed
     if grad_scale is None and batch.logits.dtype == torch.float16:
         return None  # without the scaler's factor small gradients would round to 0
     return 1.0 if grad_scale is None else float(grad_scale)
@@ -257,11 +258,11 @@ def dm_loss(
         check = compiled.check_weights if compiling else checks.check_weights
         return eager.loss_from_scores(batch, scores, terms, reduction, divide_by, check)
     if compiling:
-        expected = _one_pass(batch, terms, reduction, grad_scale, inplace) if wants_grad else None
+        expected = _one_pass(batch, terms, reduction, grad_scale) if wants_grad else None
         loss, scores = compiled.dm_loss(batch, terms, reduction, divide_by, return_entropy, inplace, expected)
     elif wants_grad:
         loss, scores = _apply(_DMLoss, logits, batch, terms, reduction, divide_by, return_entropy, inplace,
-                                     _one_pass(batch, terms, reduction, grad_scale, inplace))  # fmt: skip
+                                     _one_pass(batch, terms, reduction, grad_scale))  # fmt: skip
     else:
         scores = native.forward(batch, terms, return_entropy)
         loss = _reduced(scores, reduction, divide_by)

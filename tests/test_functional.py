@@ -5,6 +5,7 @@ the plain call. The arithmetic of the kernels is held by test_kernels.py.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import subprocess
 import sys
@@ -993,6 +994,20 @@ def test_compiled_in_place_on_a_graph_input(backend: str, objective: str) -> Non
     if torch.equal(y.detach(), (p.logits / 4).exp()):  # not overwritten so far
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+@known
+def test_compiled_in_place_on_a_view_of_a_leaf_leaves_it_alone(objective: str) -> None:
+    """As without torch.compile it may be refused; overwritten silently the leaf must not be."""
+    p = problem()
+    x = leaf(torch.cat([p.logits, p.logits[:, :1]], 1))
+    before = x.detach().clone()
+    compiled = torch.compile(
+        lambda z: p.loss(z[:, :-1], objective=objective, inplace=True).loss, fullgraph=True, backend="aot_eager"
+    )
+    with contextlib.suppress(ValueError, RuntimeError):
+        compiled(x).backward()
+    assert torch.equal(x.detach(), before)
 
 
 @pytest.mark.parametrize("name", ["log_z", "baseline"])

@@ -214,7 +214,7 @@ def check_call(
                 "inplace=True overwrites logits with their gradient, but logits is a leaf, whose values you still "
                 "need; pass what a model returned, or inplace=False"
             )
-        base = None if torch.compiler.is_compiling() else logits._base
+        base = logits._base
         if base is not None and base.is_leaf and base.requires_grad:
             raise ValueError(
                 "inplace=True overwrites logits with their gradient, but logits is a view of a leaf, whose values you "
