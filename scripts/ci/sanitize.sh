@@ -2,7 +2,7 @@
 # The kernel tests with kernels under AddressSanitizer and UBSan. -DDMF_NO_CLONES: the resolvers of target_clones run
 # before a sanitizer can; so this is also the run on the baseline instruction set, as on a machine without AVX2.
 set -eu
-python=$1
+python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") # absolute: the tests run elsewhere
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 "$python" -m pip install -q -c constraints.txt 'setuptools>=77' 'pybind11>=2.13'
