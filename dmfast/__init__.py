@@ -16,20 +16,28 @@ from .kernels.result import DMLossOutput
 from .models import LanguageModel, Samples
 from .objectives import OBJECTIVES, Objective, Terms, leave_one_out
 from .proposal import OfflineProposal
+from .targets import EBM, Contains, Feature, LambdaFit, Moment, Scorer, TargetScores, fit_lambda
 
 __version__ = "0.1.0"
 __all__ = [
+    "EBM",
     "OBJECTIVES",
     "BackendInfo",
+    "Contains",
     "DMLossOutput",
     "Estimate",
     "Estimates",
+    "Feature",
+    "LambdaFit",
     "LanguageModel",
+    "Moment",
     "Objective",
     "OfflineProposal",
     "PartitionFunction",
     "RunningEstimates",
     "Samples",
+    "Scorer",
+    "TargetScores",
     "Terms",
     "backends",
     "dm_loss",
@@ -38,6 +46,7 @@ __all__ = [
     "estimate",
     "estimate_log_z",
     "estimate_moments",
+    "fit_lambda",
     "leave_one_out",
     "sequence_log_prob",
     "shift_labels",

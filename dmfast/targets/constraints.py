@@ -1,0 +1,339 @@
+"""What is asked of sequences: features phi(x), pointwise constraints b(x) and moments E_p[phi] = value.
+
+A feature is a callable on ``Samples`` that gives (N,) fp64. In the constraints of an ``EBM`` a feature stands for a
+pointwise constraint, b(x) = phi(x) >= 0; in a ``Moment`` for a distributional one (arXiv:2012.11635, section 2).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..models import Samples
+
+_SHOWN = 200  # characters of a sample in an error
+
+
+class Feature(ABC):
+    """A named number for each sequence. ``binary``: it is always 0 or 1."""
+
+    name: str
+    binary: bool
+
+    @abstractmethod
+    def __call__(self, samples: Samples) -> Tensor:
+        """(N,) fp64, finite, on the device of ``samples.log_prob``."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What it is, for JSON."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+
+def show(samples: Samples, row: int) -> str:
+    """The text of one sample, quoted and cut, for an error."""
+    text = samples[row : row + 1].text[0]
+    return f"{text[:_SHOWN]!r}{'...' if len(text) > _SHOWN else ''}"
+
+
+def scored_tokens(samples: Samples) -> list[list[int]]:
+    """The generated tokens of each sequence up to and with EOS."""
+    rows = zip(samples.tokens.tolist(), samples.score_mask.tolist(), strict=True)
+    return [[token for token, scored in zip(*row, strict=True) if scored] for row in rows]
+
+
+class Contains(Feature):
+    """1 where the continuation contains a word, one of several words or a match of a regular expression, else 0.
+
+    Prompt, padding and special tokens never count.
+
+    Args:
+        word: a word or phrase.
+        any_of: several; one is enough.
+        regex: for ``re.search``, as it stands: ``whole_word`` does not act on it.
+        on: "text" searches the decoded continuation. "tokens" searches the generated ids for those of the words (as
+            the samples' tokenizer writes them at the start of a text and after a space): a word that the model spells
+            with other tokens does not count. Not with ``regex``.
+        whole_word: not inside a longer word ("she" is not in "shed").
+        ignore_case: on tokens this means as given, lower case, UPPER CASE, Capitalised and Title Case.
+        name: in logs, reports and errors. Default: derived from the words.
+
+    Raises:
+        ValueError: not exactly one of word, any_of and regex; a blank word; a regex that does not compile; a regex on
+            tokens. When called: a word that the tokenizer can't write without its unknown token.
+    """
+
+    binary = True
+
+    def __init__(
+        self,
+        word: str | None = None,
+        *,
+        any_of: Sequence[str] | None = None,
+        regex: str | None = None,
+        on: Literal["text", "tokens"] = "text",
+        whole_word: bool = True,
+        ignore_case: bool = True,
+        name: str | None = None,
+    ) -> None:
+        given = [key for key, value in (("word", word), ("any_of", any_of), ("regex", regex)) if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"Contains takes exactly one of word, any_of and regex, got {' and '.join(given) or 'none'}"
+            )
+        if on not in ("text", "tokens"):
+            raise ValueError(f'on must be "text" or "tokens", got {on!r}')
+        if regex is not None and on == "tokens":
+            raise ValueError('a regex has no tokens: use on="text", or word or any_of')
+        if isinstance(any_of, str):
+            raise TypeError(f"any_of must be a list of strings, got the string {any_of!r}; pass it as word")
+        words = [word] if word is not None else list(any_of or [])
+        if regex is None and not words:
+            raise ValueError("any_of is empty")
+        for each in words:
+            if not isinstance(each, str):
+                raise TypeError(f"{given[0]} must be made of strings, got {each!r}")
+            if not each.strip():
+                raise ValueError(f"{given[0]} holds the blank word {each!r}")
+        self.words, self.regex, self.on = words, regex, on
+        self.whole_word, self.ignore_case = whole_word, ignore_case
+        try:
+            pattern = regex if regex is not None else "|".join(self._pattern(each) for each in words)
+            self._search = re.compile(pattern, re.IGNORECASE if ignore_case else 0).search
+        except re.error as error:
+            raise ValueError(f"regex {regex!r} does not compile: {error}") from error
+        self.name = self._derived_name() if name is None else name
+
+    def _pattern(self, word: str) -> str:
+        # \b would never match beside a word such as "C++": only an edge that is a letter can be inside a longer word
+        before = r"(?<!\w)" if self.whole_word and re.match(r"\w", word) else ""
+        after = r"(?!\w)" if self.whole_word and re.search(r"\w\Z", word) else ""
+        return before + re.escape(word) + after
+
+    def _derived_name(self) -> str:
+        if self.regex is not None:
+            return f"matches /{self.regex}/"
+        shown = ", ".join(f'"{word}"' for word in self.words[:3])
+        more = f" and {len(self.words) - 3} more" if len(self.words) > 3 else ""
+        return f"contains {'any of ' if len(self.words) > 1 else ''}{shown}{more}{self._suffix()}"
+
+    def _suffix(self) -> str:
+        return " (tokens)" if self.on == "tokens" else ""
+
+    def __call__(self, samples: Samples) -> Tensor:
+        """(N,) fp64 of 0 and 1."""
+        if self.on == "text":
+            hits = [self._search(text) is not None for text in samples.text]
+        else:
+            sought = self._token_sequences(samples.tokenizer)
+            hits = [self._in_tokens(ids, sought, samples.tokenizer) for ids in scored_tokens(samples)]
+        return torch.tensor(hits, dtype=torch.float64, device=samples.log_prob.device)
+
+    def _token_sequences(self, tokenizer: Any) -> list[list[int]]:
+        found: list[list[int]] = []
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        for word in self.words:
+            spellings = [word]
+            if self.ignore_case:
+                spellings += [word.lower(), word.upper(), word.capitalize(), word.title()]
+            spellings = [space + spelling for spelling in dict.fromkeys(spellings) for space in ("", " ")]
+            written, cause = [], None
+            for text in spellings:
+                try:
+                    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+                except Exception as error:  # the tokenizers library knows no narrower class
+                    cause = error
+                    continue
+                if ids and unknown not in ids:
+                    written.append(ids)
+            if not written:
+                raise ValueError(f'{self.name}: the tokenizer has no tokens for {word!r}; use on="text"') from cause
+            found += written
+        return found
+
+    def _in_tokens(self, ids: list[int], sought: list[list[int]], tokenizer: Any) -> bool:
+        around = 3  # tokens either side: a letter can be spread over several byte tokens
+        for each in sought:
+            for start in range(len(ids) - len(each) + 1):
+                end = start + len(each)
+                if ids[start:end] != each:
+                    continue
+                window = ids[max(start - around, 0) : end + around]
+                if not self.whole_word or self._search(tokenizer.decode(window, skip_special_tokens=True)):
+                    return True
+        return False
+
+    def describe(self) -> dict[str, Any]:
+        """The arguments that make it, and its name."""
+        what: dict[str, Any] = {"regex": self.regex} if self.regex is not None else {"any_of": self.words}
+        return {"type": "Contains", "name": self.name, **what, "on": self.on, "whole_word": self.whole_word,
+                "ignore_case": self.ignore_case}  # fmt: skip
+
+
+class Scorer(Feature):
+    """A function of your own as a feature.
+
+    Args:
+        fn: with on="text": the continuations, a list of N strings (without special tokens); "tokens": N lists of
+            generated token ids (with EOS); "samples": the ``Samples``. It returns N numbers: tensor, array or list.
+        batched: False: ``fn`` takes one string, list of ids or ``Samples`` of one sequence, and returns one number.
+        batch_size: sequences in a call of a batched ``fn``. Default: all.
+        name: in logs, reports and errors. Default: the function's.
+        binary: ``fn`` always gives 0 or 1 (checked).
+
+    Raises:
+        TypeError, ValueError: fn is not callable, unknown ``on``, batch_size not positive. When called, ValueError with
+            the scorer's name and the first offending sample: not N numbers, NaN or infinite, not 0 or 1 though
+            ``binary``; RuntimeError from what ``fn`` raised.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        *,
+        on: Literal["text", "tokens", "samples"] = "text",
+        batched: bool = True,
+        batch_size: int | None = None,
+        name: str | None = None,
+        binary: bool = False,
+    ) -> None:
+        if not callable(fn):
+            raise TypeError(f"Scorer takes a function, got {fn!r}")
+        if on not in ("text", "tokens", "samples"):
+            raise ValueError(f'on must be "text", "tokens" or "samples", got {on!r}')
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {batch_size!r}")
+        self.fn, self.on, self.batched, self.batch_size, self.binary = fn, on, batched, batch_size, binary
+        self.name = _function_name(fn) if name is None else name
+
+    def __call__(self, samples: Samples) -> Tensor:
+        """(N,) fp64, checked."""
+        if len(samples) == 0:
+            return samples.log_prob.new_empty(0, dtype=torch.float64)
+        inputs: Any = samples
+        if self.on != "samples":
+            inputs = samples.text if self.on == "text" else scored_tokens(samples)
+        step = (self.batch_size or len(samples)) if self.batched else 1
+        parts = [
+            self._score(inputs[start : start + step], samples[start : start + step])
+            for start in range(0, len(samples), step)
+        ]
+        values = torch.cat(parts).to(samples.log_prob.device)
+        self._refuse(~values.isfinite(), values, samples, "a finite number")
+        if self.binary:
+            self._refuse((values != 0) & (values != 1), values, samples, "0 or 1, since binary=True")
+        return values
+
+    def _score(self, part: Any, samples: Samples) -> Tensor:
+        n = len(samples)
+        try:
+            result = self.fn(part if self.batched or self.on == "samples" else part[0])
+        except Exception as error:
+            where = "sample" if n == 1 else f"batch of {n} samples, the first of them"
+            raise RuntimeError(
+                f"scorer {self.name!r} raised {type(error).__name__}: {error}; {where}: {show(samples, 0)}"
+            ) from error
+        if not self.batched:
+            result = result.reshape(1) if isinstance(result, Tensor) and result.numel() == 1 else [result]
+        try:
+            # a list of Python numbers would become fp32
+            dtype = None if hasattr(result, "dtype") else torch.float64
+            values = torch.as_tensor(result, dtype=dtype).detach()
+            if values.is_complex():
+                raise TypeError("complex numbers")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"scorer {self.name!r} must return {f'({n},) numbers' if self.batched else 'one number'}, got "
+                f"{type(result).__name__} {str(result)[:_SHOWN]} ({error}); first sample: {show(samples, 0)}"
+            ) from error
+        if values.shape != (n,):
+            got = f"shape {tuple(values.shape)}"
+            hint = "" if self.batched else "; batched=False calls it with one sample at a time"
+            raise ValueError(
+                f"scorer {self.name!r} must return one number for each of {n} samples, shape ({n},), got {got}{hint}; "
+                f"first sample: {show(samples, 0)}"
+            )
+        return values.to(torch.float64)
+
+    def _refuse(self, bad: Tensor, values: Tensor, samples: Samples, expected: str) -> None:
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0, 0])
+            raise ValueError(
+                f"scorer {self.name!r} must return {expected}, got {values[row].item()} for sample {row} "
+                f"({int(bad.sum())} such of {len(samples)}): {show(samples, row)}"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Its settings and the function's full name."""
+        module, inner = getattr(self.fn, "__module__", None), _function_name(self.fn, full=True)
+        return {"type": "Scorer", "name": self.name, "function": f"{module}.{inner}" if module else inner,
+                "on": self.on, "batched": self.batched, "batch_size": self.batch_size,
+                "binary": self.binary}  # fmt: skip
+
+
+def _function_name(fn: Any, *, full: bool = False) -> str:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    name = getattr(fn, "__qualname__" if full else "__name__", None) or type(fn).__name__
+    return "scorer" if name == "<lambda>" else str(name)
+
+
+class Moment:
+    """A distributional constraint: E_p[feature] = value.
+
+    A binary feature with the value 1 (or 0) is a pointwise constraint, b = phi (or 1 - phi), and an ``EBM`` takes it as
+    one: as a moment it would need an infinite lambda.
+
+    Args:
+        feature: a ``Feature``, or a callable on ``Samples``.
+        value: the wanted mean of the feature under p, in the feature's units.
+        name: in logs, reports and errors. Default: the feature's.
+
+    Raises:
+        TypeError, ValueError: no callable; value not a finite number, or outside [0, 1] for a binary feature.
+    """
+
+    def __init__(self, feature: Feature | Callable[[Samples], Any], value: float, name: str | None = None) -> None:
+        self.feature = as_feature(feature, "feature")
+        self.name = self.feature.name if name is None else name
+        try:
+            self.value = float(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"the moment of {self.name!r} must be a number, got {value!r}") from error
+        if not math.isfinite(self.value):
+            raise ValueError(f"the moment of {self.name!r} must be finite, got {value!r}")
+        if self.feature.binary and not 0 <= self.value <= 1:
+            raise ValueError(f"{self.name!r} is 0 or 1, so that its mean is in [0, 1]; got value={value!r}")
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether it asks the same of every sequence."""
+        return self.feature.binary and self.value in (0.0, 1.0)
+
+    def describe(self) -> dict[str, Any]:
+        """Name, value and the feature's description."""
+        return {"type": "Moment", "name": self.name, "value": self.value, "feature": self.feature.describe()}
+
+    def __repr__(self) -> str:
+        return f"<Moment E[{self.name}] = {self.value:g}>"
+
+
+def as_feature(feature: Any, argument: str) -> Feature:
+    """A callable on ``Samples`` becomes a ``Scorer``, so that what it returns is checked."""
+    if isinstance(feature, Feature):
+        return feature
+    if not callable(feature) or isinstance(feature, type):
+        raise TypeError(
+            f"{argument} must be Contains, Scorer or a function of Samples, got {feature!r}"
+            + ("; for a word write Contains(...)" if isinstance(feature, str) else "")
+        )
+    return Scorer(feature, on="samples", binary=bool(getattr(feature, "binary", False)))

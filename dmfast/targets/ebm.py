@@ -1,0 +1,390 @@
+"""The target as an energy-based model: log P(x) = log a(x) + log b(x) + lambda . phi(x)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..estimators import Estimate, estimate_moments
+from ..models import LanguageModel, Samples
+from .constraints import Feature, Moment, as_feature, show
+from .solver import LambdaFit, fit_lambda
+
+
+@dataclass(frozen=True)
+class TargetScores:
+    """What the target says about N sequences.
+
+    Attributes:
+        log_target: (N,) fp64, log P(x), nats; -inf where b = 0.
+        log_b: (N,) fp64, -inf where b = 0.
+        features: (N, F) fp64, phi(x), in the order of ``EBM.moment_names``.
+        log_base: (N,) fp64, log a(x); NaN where it was not computed (b = 0).
+        monitored: (N, M) fp64, in the order of ``EBM.monitor_names``: b of each pointwise constraint, then the
+            monitored features.
+    """
+
+    log_target: Tensor
+    log_b: Tensor
+    features: Tensor
+    log_base: Tensor
+    monitored: Tensor
+
+
+@dataclass(frozen=True)
+class _Pointwise:
+    """b(x) = phi(x), or 1 - phi(x)."""
+
+    name: str
+    feature: Feature
+    negated: bool = False
+
+
+class EBM:
+    """log P(x) = log a(x) + log b(x) + lambda . phi(x): pointwise, distributional or both (arXiv:2012.11635, eq. 1-3).
+
+    b is the product of the pointwise constraints, phi are the features of the moments. Z is not part of it.
+
+    Args:
+        base: the pretrained model a. It must not change: train a copy of it.
+        constraints: pointwise ones (``Contains``, ``Scorer`` or a function of ``Samples``; b >= 0) and ``Moment``s.
+            A ``Moment`` of a binary feature with the value 0 or 1 is taken as a pointwise constraint.
+        monitor: features that are reported with the scores and ask for nothing.
+        batch_size: sequences at a time when the base scores. Default: all.
+
+    Raises:
+        TypeError, ValueError: base is not a ``LanguageModel`` (or has not its sample and log_prob), something among
+            the constraints is none, no constraint at all.
+    """
+
+    def __init__(
+        self,
+        base: LanguageModel,
+        constraints: Sequence[Feature | Moment | Callable[[Samples], Any]],
+        *,
+        monitor: Sequence[Feature | Callable[[Samples], Any]] = (),
+        batch_size: int | None = None,
+    ) -> None:
+        if not (callable(getattr(base, "sample", None)) and callable(getattr(base, "log_prob", None))):
+            raise TypeError(
+                f"base must be a LanguageModel, got {type(base).__name__}; write dmfast.LanguageModel(model, tokenizer)"
+            )
+        for argument, value in (("constraints", constraints), ("monitor", monitor)):
+            if not isinstance(value, Sequence) or isinstance(value, str):
+                raise TypeError(f"{argument} must be a list, got {type(value).__name__}; write {argument}=[...]")
+        if len(constraints) == 0:
+            raise ValueError("constraints is empty: p would be the base itself")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {batch_size!r}")
+        self.base, self.batch_size = base, batch_size
+        self._pointwise: list[_Pointwise] = []
+        self._moments: list[Moment] = []
+        self._notes: list[str] = []
+        unique = _Names()
+        for each in constraints:
+            if not isinstance(each, Moment):
+                feature = as_feature(each, "a constraint")
+                self._pointwise.append(_Pointwise(unique(feature.name), feature))
+            elif each.pointwise:
+                name = unique(each.name if each.value == 1 else f"not {each.name}")
+                self._pointwise.append(_Pointwise(name, each.feature, negated=each.value == 0))
+                self._notes.append(f"the moment {each.name!r} = {each.value:g} of a binary feature is a pointwise "
+                                   f"constraint, b(x) = {'phi(x)' if each.value == 1 else '1 - phi(x)'}")  # fmt: skip
+            else:
+                self._moments.append(each)
+        self.moment_names = [unique(moment.name) for moment in self._moments]
+        watched = [as_feature(each, "a monitored feature") for each in monitor]
+        self._monitor = list(zip([unique(feature.name) for feature in watched], watched, strict=True))
+        self.monitor_names = [each.name for each in self._pointwise] + [name for name, _ in self._monitor]
+        self._lambda: Tensor | None = torch.empty(0, dtype=torch.float64) if not self._moments else None
+        self.report: LambdaFit | None = None
+
+    def __repr__(self) -> str:
+        moments = [f"E[{n}] = {m.value:g}" for n, m in zip(self.moment_names, self._moments, strict=True)]
+        return f"<EBM {'; '.join([each.name for each in self._pointwise] + moments)}>"
+
+    @property
+    def fitted(self) -> bool:
+        """Whether ``lambda_`` is known; always so without moments."""
+        return self._lambda is not None
+
+    @property
+    def lambda_(self) -> Tensor:
+        """(F,) fp64 on the CPU, in the order of ``moment_names``; set by ``fit`` or by hand.
+
+        Raises:
+            RuntimeError: read before it is known. ValueError: set to another shape or to what is not finite.
+        """
+        if self._lambda is None:
+            raise RuntimeError(
+                f"lambda of {', '.join(map(repr, self.moment_names))} is not known yet: call fit() on the EBM, "
+                "or set lambda_"
+            )
+        return self._lambda
+
+    @lambda_.setter
+    def lambda_(self, value: Tensor | Sequence[float]) -> None:
+        self._lambda, self.report = self._valid_lambda(value), None
+
+    def _valid_lambda(self, value: Any) -> Tensor:
+        new = torch.as_tensor(value, dtype=torch.float64).detach().cpu().clone()
+        if new.shape != (len(self._moments),) or not bool(new.isfinite().all()):
+            raise ValueError(
+                f"lambda_ must be {len(self._moments)} finite numbers, one for each of {self.moment_names}, got {value}"
+            )
+        return new
+
+    # --- scores -------------------------------------------------------------------------------------------------
+
+    def features(self, samples: Samples) -> Tensor:
+        """(N, F) fp64: phi(x), in the order of ``moment_names``."""
+        return _columns([moment.feature(samples) for moment in self._moments], samples)
+
+    def log_b(self, samples: Samples) -> Tensor:
+        """(N,) fp64: log of the product of the pointwise constraints; -inf where one is 0.
+
+        Raises:
+            ValueError: a negative b; the sample is shown.
+        """
+        return self._b(samples, _Once(samples)).log().sum(1)
+
+    def log_prob(self, samples: Samples) -> Tensor:
+        """(N,) fp64: log P(x), as ``score`` gives it."""
+        return self.score(samples).log_target
+
+    @torch.no_grad()
+    def score(self, samples: Samples, log_base: Tensor | None = None) -> TargetScores:
+        """log P(x) and its parts. Each scorer runs once per sample; the base scores the samples with b > 0 only.
+
+        Args:
+            samples: N sequences, of whatever model.
+            log_base: (N,) log a(x) where it is known already, as log q(x) is while q is a: the base is not run.
+                May be NaN where b = 0.
+
+        Raises:
+            RuntimeError: there are moments and lambda is not known yet; a scorer raised.
+            ValueError: a scorer returned what it must not, a negative b; log_base of another shape or NaN where b > 0;
+                samples at another temperature than those that lambda was fitted on.
+        """
+        lambda_ = self.lambda_.to(samples.log_prob.device)
+        fitted_at = math.nan if self.report is None else self.report.temperature
+        if len(samples) and not math.isnan(fitted_at) and samples.temperature != fitted_at:
+            raise ValueError(f"lambda was fitted on samples at temperature {fitted_at:g}, these are at "
+                             f"{samples.temperature:g}: that is another base distribution; fit again")  # fmt: skip
+        if log_base is not None and log_base.shape != (len(samples),):
+            raise ValueError(f"log_base must be ({len(samples)},), got {tuple(log_base.shape)}")
+        once = _Once(samples)
+        b = self._b(samples, once)
+        features = _columns([once(moment.feature) for moment in self._moments], samples)
+        monitored = torch.cat([b, _columns([once(feature) for _, feature in self._monitor], samples)], 1)
+        log_b = b.log().sum(1)
+        positive = log_b > -math.inf
+        if log_base is None:
+            log_base = torch.full_like(log_b, math.nan)
+            if bool(positive.any()):
+                scored = self.base.log_prob(samples[positive], batch_size=self.batch_size)
+                log_base[positive] = scored.to(log_base)
+        else:
+            log_base = log_base.detach().to(log_b)
+        log_target = torch.where(positive, log_base + log_b + features @ lambda_, -math.inf)
+        if bool(log_target.isnan().any()):
+            row = int(log_target.isnan().nonzero()[0, 0])
+            raise ValueError(f"log_base is NaN for sample {row}, where b > 0: {show(samples, row)}")
+        return TargetScores(log_target, log_b, features, log_base, monitored)
+
+    def _b(self, samples: Samples, once: _Once) -> Tensor:
+        """(N, pointwise constraints) fp64, checked."""
+        columns = []
+        for each in self._pointwise:
+            value = once(each.feature)
+            if bool((value < 0).any()):
+                row = int((value < 0).nonzero()[0, 0])
+                raise ValueError(
+                    f"the pointwise constraint {each.name!r} must be b(x) >= 0, got {value[row].item():g} for sample "
+                    f"{row} ({int((value < 0).sum())} such of {len(samples)}): {show(samples, row)}; a score that may "
+                    "be negative belongs in a Moment, or in b as its exponential"
+                )
+            columns.append(1 - value if each.negated else value)
+        return _columns(columns, samples)
+
+    # --- lambda -------------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        samples: Samples | None = None,
+        *,
+        n: int = 10_240,
+        contexts: Sequence[str] | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float = 1.0,
+        seed: int | None = 0,
+        batch_size: int | None = None,
+    ) -> EBM:
+        """Finds ``lambda_``, so that E_p[phi] is what the moments ask for, from samples of the base.
+
+        Sets ``report``, too. Without moments there is nothing to fit: the report says so, and nothing is drawn.
+
+        Args:
+            samples: of the base. Their ``context_id`` tells contexts apart, and all contexts weigh the same: E_p is
+                the mean over contexts. Default: drawn here.
+            n: how many to draw, in all; the same number for each context, rounded up.
+            contexts: prompts to draw for. Default: the empty one.
+            max_new_tokens, temperature, seed: of the samples drawn, as in training.
+            batch_size: sequences drawn at a time. Default: the EBM's, or else 256.
+
+        Returns:
+            The EBM itself.
+
+        Raises:
+            ValueError: max_new_tokens missing where samples must be drawn; contexts along with samples; no sample;
+                samples that are not the base's; no lambda gives the moments (``fit_lambda``). ``lambda_`` stays as it
+                was.
+        """
+        if not self._moments:
+            self.report = _nothing_to_fit(self._notes)
+            return self
+        if samples is None:
+            samples = self._draw(n, contexts, max_new_tokens, temperature, seed, batch_size)
+        elif contexts is not None:
+            raise ValueError("pass samples or contexts: the contexts of samples are told by their context_id")
+        if len(samples) == 0:
+            raise ValueError("samples is empty")
+        self._check_from_base(samples)
+        once = _Once(samples)
+        b = self._b(samples, once)
+        rates = dict(zip(self.monitor_names, estimate_moments(b, torch.zeros(len(b))), strict=False))
+        log_b = b.log().sum(1)
+        if not bool((log_b > -math.inf).any()):
+            raise ValueError(_never_satisfied(b, [each.name for each in self._pointwise]))
+        features = _columns([once(moment.feature) for moment in self._moments], samples)
+        found = fit_lambda(
+            features, [moment.value for moment in self._moments], log_b=log_b, context_id=samples.context_id,
+            names=self.moment_names,
+        )  # fmt: skip
+        report = replace(found, pointwise=rates, notes=self._notes + found.notes, temperature=samples.temperature)
+        self._lambda, self.report = torch.tensor(report.lambda_, dtype=torch.float64), report
+        for warning in report.warnings:
+            warnings.warn(warning, stacklevel=2)
+        return self
+
+    def _draw(
+        self, n: int, contexts: Sequence[str] | None, max_new_tokens: int | None, temperature: float, seed: int | None,
+        batch_size: int | None,
+    ) -> Samples:  # fmt: skip
+        if max_new_tokens is None:
+            raise ValueError("fit draws samples of the base: pass max_new_tokens, as in training, or samples")
+        if n < 1:
+            raise ValueError(f"n must be positive, got {n!r}")
+        each = n if contexts is None else math.ceil(n / max(len(contexts), 1))
+        return self.base.sample(
+            contexts, each, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+            batch_size=batch_size or self.batch_size or 256,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _check_from_base(self, samples: Samples) -> None:
+        few = samples[:16]
+        log_base = self.base.log_prob(few, batch_size=self.batch_size).to(few.log_prob)
+        # far above what bf16 and another summation order do, far below what training does
+        if float((log_base - few.log_prob).abs().mean()) > 0.5 + 0.02 * float(log_base.abs().mean()):
+            raise ValueError(
+                f"samples must be the base's own: their log_prob ({few.log_prob.mean():.4g} on average over the first "
+                f"{len(few)}) is not what the base gives them ({log_base.mean():.4g}); draw them with base.sample"
+            )
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """lambda, the moments' names and the report: plain numbers, lists and strings."""
+        return {
+            "moment_names": list(self.moment_names),
+            "lambda": None if self._lambda is None else self._lambda.tolist(),
+            "report": None if self.report is None else self.report.as_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the place of what ``fit`` found.
+
+        Raises:
+            ValueError: of an EBM with other moments. Nothing has changed then.
+        """
+        if state["moment_names"] != self.moment_names:
+            raise ValueError(f"the state is of moments {state['moment_names']}, this EBM has {self.moment_names}")
+        new = None if state["lambda"] is None else self._valid_lambda(state["lambda"])
+        report = None if state["report"] is None else LambdaFit.from_dict(state["report"])
+        self._lambda, self.report = new, report
+
+    def describe(self) -> dict[str, Any]:
+        """The target for a model card: JSON."""
+        config = getattr(getattr(self.base, "model", None), "config", None)
+        lambdas = [None] * len(self._moments) if self._lambda is None else self._lambda.tolist()
+        named = zip(self.moment_names, self._moments, lambdas, strict=True)
+        return {
+            "base": getattr(config, "_name_or_path", None) or type(self.base).__name__,
+            "pointwise": [
+                {"name": each.name, "b": "1 - phi" if each.negated else "phi", "feature": each.feature.describe()}
+                for each in self._pointwise
+            ],
+            "moments": [{**moment.describe(), "name": name, "lambda": x} for name, moment, x in named],
+            "monitor": [{**feature.describe(), "name": name} for name, feature in self._monitor],
+            "fit": None if self.report is None else self.report.as_dict(),
+        }
+
+
+class _Once:
+    """Features of some samples, each run once however often it is asked for."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+        self._values: dict[int, Tensor] = {}
+
+    def __call__(self, feature: Feature) -> Tensor:
+        if id(feature) not in self._values:
+            self._values[id(feature)] = feature(self._samples)
+        return self._values[id(feature)]
+
+
+class _Names:
+    """Makes names unique."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def __call__(self, name: str) -> str:
+        unique, count = name, 1
+        while unique in self._taken:
+            count += 1
+            unique = f"{name} #{count}"
+        self._taken.add(unique)
+        return unique
+
+
+def _columns(columns: list[Tensor], samples: Samples) -> Tensor:
+    if columns:
+        return torch.stack(columns, 1)
+    return torch.empty(len(samples), 0, dtype=torch.float64, device=samples.log_prob.device)
+
+
+def _never_satisfied(b: Tensor, names: list[str]) -> str:
+    n = len(b)
+    rates = ", ".join(f"{name!r} in {int(count):,}" for name, count in zip(names, (b > 0).sum(0), strict=True))
+    return (
+        f"b(x) = 0 for all {n:,} samples of the base: the pointwise constraints are never satisfied together ({rates} "
+        f"samples). P is then 0 almost everywhere and nothing can be learnt from it: take more samples (n), prompts "
+        "that bring the feature out, or a weaker constraint"
+    )
+
+
+def _nothing_to_fit(notes: list[str]) -> LambdaFit:
+    nothing = Estimate(math.nan, math.nan)
+    notes = [*notes, "there is no moment, so no lambda to fit"]
+    return LambdaFit(
+        names=[], wanted=[], lambda_=[], base=[], attained=[], kl=nothing, ess=math.nan, n=0, n_positive=0, contexts=0,
+        iterations=0, converged=True, seconds=0.0, notes=notes,
+    )  # fmt: skip
