@@ -48,20 +48,18 @@ struct PyTerms : dmf::Terms {
 };
 
 struct PyOutputs : dmf::Outputs {
-  PyOutputs(uintptr_t log_prob, uintptr_t lse, uintptr_t row_log_prob, uintptr_t row_entropy, uintptr_t entropy,
-            uintptr_t log_ratio, uintptr_t log_target_ratio, uintptr_t weight, uintptr_t loss, uintptr_t total,
-            uintptr_t clipped)
+  PyOutputs(uintptr_t log_prob, uintptr_t lse, uintptr_t entropy, uintptr_t log_ratio, uintptr_t log_target_ratio,
+            uintptr_t weight, uintptr_t loss, uintptr_t total, uintptr_t clipped, double divide_by)
       : dmf::Outputs{pointer<double>(log_prob),
                      pointer<double>(lse),
-                     pointer<double>(row_log_prob),
-                     pointer<double>(row_entropy),
                      pointer<double>(entropy),
                      pointer<double>(log_ratio),
                      pointer<double>(log_target_ratio),
                      pointer<double>(weight),
                      pointer<double>(loss),
                      pointer<double>(total),
-                     pointer<int64_t>(clipped)} {}
+                     pointer<int64_t>(clipped),
+                     divide_by} {}
 };
 
 dmf::Gradient gradient(uintptr_t data, int64_t stride_sequence, int64_t stride_row) {
@@ -85,14 +83,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                     uintptr_t, double>());
   py::class_<PyOutputs>(m, "Outputs")
       .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
-                    uintptr_t, uintptr_t>());
+                    double>());
 
-  m.def("is_plain", [](const PyBatch& b, const PyTerms& t) { return dmf::is_plain(b, t); });
-  m.def("forward", [](const PyBatch& b, const PyTerms& t, const PyOutputs& out) {
+  m.def("forward", [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, bool checked) {
     dmf::Status status;
     {
       py::gil_scoped_release release;
-      status = dmf::forward(b, t, out);
+      status = dmf::forward(b, t, out, checked);
     }
     return as_tuple(status);
   });
@@ -102,12 +99,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     dmf::backward(b, pointer<const double>(lse), pointer<const double>(weight), factor,
                   gradient(gradient_data, stride_sequence, stride_row));
   });
-  m.def("forward_backward", [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, double factor,
+  m.def("forward_backward", [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, bool checked, double factor,
                                uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row) {
     dmf::Status status;
     {
       py::gil_scoped_release release;
-      status = dmf::forward_backward(b, t, out, factor, gradient(gradient_data, stride_sequence, stride_row));
+      status = dmf::forward_backward(b, t, out, checked, factor, gradient(gradient_data, stride_sequence, stride_row));
     }
     return as_tuple(status);
   });

@@ -80,11 +80,9 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return refuse_twice
 
 
-def _reduced(scores: Scores, reduction: str, divide_by: float) -> Tensor:
+def _reduced(scores: Scores, reduction: str) -> Tensor:
     assert scores.loss is not None and scores.total is not None
-    if reduction == "none":
-        return scores.loss
-    return scores.total if divide_by == 1.0 else scores.total / divide_by
+    return scores.loss if reduction == "none" else scores.total
 
 
 class _SequenceLogProb(torch.autograd.Function):
@@ -133,15 +131,15 @@ class _DMLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Scores]:  # fmt: skip
         ctx.dz = None
         if expected is not None:
-            scores, dz = native.forward_backward(batch, terms, entropy, expected / divide_by, inplace)
+            scores, dz = native.forward_backward(batch, terms, entropy, divide_by, expected, inplace)
             if not inplace:
                 ctx.dz = dz
         else:
-            scores = native.forward(batch, terms, entropy)
+            scores = native.forward(batch, terms, entropy, divide_by)
         assert scores.weight is not None and scores.loss is not None
         _save(ctx, batch, scores.lse, scores.weight)
         ctx.inplace, ctx.expected, ctx.divide_by, ctx.reduction = inplace, expected, divide_by, reduction
-        return _reduced(scores, reduction, divide_by), scores
+        return _reduced(scores, reduction), scores
 
     @staticmethod
     @_once
@@ -248,12 +246,11 @@ def dm_loss(
     inplace = inplace and wants_grad
     compiling = torch.compiler.is_compiling()
     backend = kernels.select(logits)
-    if not compiling and not (backend == "cpu" and native.is_plain(batch, terms)):
-        checks.check_rows(batch)
-        checks.check_terms(terms)
     if backend == "eager":
-        return eager.loss_from_scores(batch, eager.score(batch, return_entropy), terms, reduction, divide_by)
+        return eager.loss(batch, terms, reduction, divide_by, return_entropy)
     if not isinstance(terms.objective, Objective):
+        if not compiling:
+            checks.check_terms(terms)
         scores = _score(batch, return_entropy, inplace, wants_grad)
         check = compiled.check_weights if compiling else checks.check_weights
         return eager.loss_from_scores(batch, scores, terms, reduction, divide_by, check)
@@ -264,8 +261,8 @@ def dm_loss(
         loss, scores = _apply(_DMLoss, logits, batch, terms, reduction, divide_by, return_entropy, inplace,
                                      _one_pass(batch, terms, reduction, grad_scale))  # fmt: skip
     else:
-        scores = native.forward(batch, terms, return_entropy)
-        loss = _reduced(scores, reduction, divide_by)
+        scores = native.forward(batch, terms, return_entropy, divide_by)
+        loss = _reduced(scores, reduction)
     assert scores.weight is not None and scores.n_clipped is not None
     has_proposal = terms.log_proposal is not None or terms.on_policy
     return DMLossOutput(
@@ -307,9 +304,6 @@ def sequence_log_prob(
     batch = checks.make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap)
     checks.check_call(batch, inplace=inplace)
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
-    backend = kernels.select(logits)
-    if not torch.compiler.is_compiling() and not (backend == "cpu" and native.is_plain(batch, None)):
-        checks.check_rows(batch)
-    if backend == "eager":
+    if kernels.select(logits) == "eager":
         return eager.score(batch).log_prob
     return _score(batch, entropy=False, inplace=inplace and wants_grad, wants_grad=wants_grad).log_prob

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from .functional import sequence_log_prob, shift_labels
+from .functional import dm_loss, sequence_log_prob, shift_labels
+from .kernels.result import DMLossOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -296,6 +297,22 @@ class LanguageModel:
             logits, labels = self.logits(part)
             parts.append(sequence_log_prob(logits, labels, temperature=samples.temperature, inplace=not logits.is_leaf))
         return torch.cat(parts) if parts else samples.log_prob.new_empty(0)
+
+    def loss(self, samples: Samples, **options: Any) -> DMLossOutput:
+        """``dm_loss`` of this model on the samples, at their temperature: the policy's forward and the fused loss.
+
+        Args:
+            samples: N sequences.
+            options: those of ``dm_loss`` from ``log_target`` on, save ``temperature``, ``cu_seqlens`` and ``inplace``.
+
+        Returns:
+            ``DMLossOutput``; ``loss`` carries the gradient of the model's parameters.
+
+        Raises:
+            TypeError, ValueError: as ``dm_loss``.
+        """
+        logits, labels = self.logits(samples)
+        return dm_loss(logits, labels, temperature=samples.temperature, inplace=not logits.is_leaf, **options)
 
 
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

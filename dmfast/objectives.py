@@ -275,30 +275,37 @@ def leave_one_out(values: Tensor, context_id: Tensor | None = None) -> Tensor:
     return (same.to(values.dtype) @ values - values) / (counts - 1)
 
 
-def resolve_baseline(
-    terms: Terms, context_id: Tensor | None, n_sequences: int, device: torch.device
-) -> Tensor | float | None:
-    """The baseline of this call, a number or (B,) fp64, or None where there is none.
-
-    Raises:
-        ValueError: a leave-one-out baseline where rho*r is not known before the forward.
+def plain_baseline(
+    objective: Objective | Callable[[Terms], Tensor], n_sequences: int, device: torch.device
+) -> Baseline:
+    """The baseline of this call where it depends on nothing: a number, a (B,) fp64 tensor, or None where there is none;
+    the name of one that does depend on the sequences.
     """
-    objective = terms.objective
     if not isinstance(objective, Objective):
         return None
     baseline = 1.0 if objective.name == "gdc++" else objective.baseline
-    if baseline is None:
-        return None
     if isinstance(baseline, Tensor):
         return baseline.detach().to(device=device, dtype=torch.float64).contiguous()
-    if not isinstance(baseline, str):
-        if torch.compiler.is_compiling():  # a tensor, so that a running mean does not compile anew at every step
-            return torch.full((n_sequences,), baseline, dtype=torch.float64, device=device)
-        return float(baseline)
+    if baseline is None or isinstance(baseline, str):
+        return baseline
+    if torch.compiler.is_compiling():  # a tensor, so that a running mean does not compile anew at every step
+        return torch.full((n_sequences,), baseline, dtype=torch.float64, device=device)
+    return float(baseline)
+
+
+def leave_one_out_baseline(terms: Terms, context_id: Tensor | None, n_sequences: int, device: torch.device) -> Tensor:
+    """(B,) fp64, for an objective whose baseline has a name.
+
+    Raises:
+        ValueError: rho*r is not known before the forward, or there is no context_id.
+    """
+    objective = terms.objective
+    assert isinstance(objective, Objective) and isinstance(objective.baseline, str)
+    name = objective.baseline
     known = terms.weight_known or objective.kind in ("dpg", "reinforce", "reinforce_p")
     if not known or (objective.kind == "dpg" and terms.log_proposal is None):
         raise ValueError(
-            f"baseline={baseline!r} needs returns that are known before the forward; with objective "
+            f"baseline={name!r} needs returns that are known before the forward; with objective "
             f"{objective.name!r} that is only so with on_policy=True and log_proposal (the sampler's "
             "stored log pi). Use a constant or a running mean"
         )
@@ -307,6 +314,6 @@ def resolve_baseline(
     if at_one is None:
         at_one = torch.zeros(n_sequences, dtype=torch.float64, device=device)
     plain = replace(terms, objective=replace(objective, baseline=None, normalize=True), log_prob=at_one)
-    if baseline == "leave_one_out_context" and context_id is None:
+    if name == "leave_one_out_context" and context_id is None:
         raise ValueError("baseline='leave_one_out_context' needs context_id (B,)")
-    return leave_one_out(weigh(plain), context_id if baseline.endswith("context") else None)
+    return leave_one_out(weigh(plain), context_id if name.endswith("context") else None)

@@ -681,6 +681,31 @@ def test_nan_in_the_models_logits_is_a_clear_error():
         policy.sample(["w1"], 4, max_new_tokens=3, seed=0)
 
 
+# --- the loss ---------------------------------------------------------------------------------------------------
+
+
+@architectures
+@pytest.mark.parametrize("how", ["", "checkpointing", "lora"])
+@pytest.mark.parametrize("objective", ["gdc++", "dpg"])
+def test_loss_is_dm_loss_on_each_sequence_alone(name, how, objective):
+    policy = lm(name, how=how)
+    x = policy.sample(PROMPTS, 3, max_new_tokens=6, temperature=1.3, seed=4)
+    generator = torch.Generator().manual_seed(2)
+    terms = {"log_target": x.log_prob + torch.randn(len(x), generator=generator).double(), "log_z": 0.3}
+    out = policy.loss(x, log_proposal=x.log_prob - 0.2, objective=objective, num_sequences=20, **terms)
+    out.loss.backward()
+    found = gradients(policy.model)
+    log_pi = alone(policy.model, x, ids_of(PROMPTS, "own pad"), 3)
+    weight = (terms["log_target"] - terms["log_z"] - x.log_prob + 0.2).exp()
+    if objective == "gdc++":
+        weight = weight - (log_pi.detach() - x.log_prob + 0.2).exp()
+    close(out.weight, weight, 1e-4)
+    loss = -(weight * log_pi).sum() / 20
+    loss.backward()
+    close(out.loss.detach(), loss.detach())
+    check_gradients(found, gradients(policy.model))
+
+
 # --- the offline proposal, the loop, the commands ---------------------------------------------------------------
 
 

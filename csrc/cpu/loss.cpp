@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 namespace dmf {
 namespace {
@@ -27,13 +28,19 @@ Status status(int64_t fault) {
   return {static_cast<Fault>(fault & 3), fault >> 2};
 }
 
-int64_t score_row(const Batch& b, const RowKernels& k, const Outputs& out, int64_t row) {
+// What rows contribute to their sequences.
+struct RowValues {
+  std::vector<double> log_prob, entropy;
+  RowValues(const Batch& b, const Outputs& out) : log_prob(b.rows), entropy(out.entropy ? b.rows : 0) {}
+};
+
+int64_t score_row(const Batch& b, const RowKernels& k, const Outputs& out, RowValues& rows, int64_t row) {
   const int64_t label = b.labels[row];
   RowSum sum{0, 0, 0};
   double log_prob = 0;
   int64_t fault = kNoFault;
   if (label >= 0) {
-    k.forward(b.logits + b.offset(row) * k.itemsize, label, b.options, out.row_entropy != nullptr, sum);
+    k.forward(b.logits + b.offset(row) * k.itemsize, label, b.options, out.entropy != nullptr, sum);
     log_prob = sum.label - sum.lse;
     if (std::isnan(sum.lse) || sum.lse == INFINITY)
       fault = row * 4 + static_cast<int64_t>(Fault::bad_row);
@@ -41,8 +48,8 @@ int64_t score_row(const Batch& b, const RowKernels& k, const Outputs& out, int64
       fault = row * 4 + static_cast<int64_t>(Fault::label);
   }
   out.lse[row] = sum.lse;
-  out.row_log_prob[row] = log_prob;
-  if (out.row_entropy) out.row_entropy[row] = sum.entropy;
+  rows.log_prob[row] = log_prob;
+  if (out.entropy) rows.entropy[row] = sum.entropy;
   return fault;
 }
 
@@ -56,12 +63,12 @@ void write_row(const Batch& b, const RowKernels& k, int64_t row, double lse, dou
 }
 
 // Sums rows into sequences in row order, whatever thread scored them.
-void sum_rows(const Batch& b, const Outputs& out) {
+void sum_rows(const Batch& b, const RowValues& rows, const Outputs& out) {
   for (int64_t i = 0; i < b.sequences; ++i) {
     double log_prob = 0, entropy = 0;
     for (int64_t row = b.first_row(i); row < b.first_row(i + 1); ++row) {
-      log_prob += out.row_log_prob[row];
-      if (out.row_entropy) entropy += out.row_entropy[row];
+      log_prob += rows.log_prob[row];
+      if (out.entropy) entropy += rows.entropy[row];
     }
     out.log_prob[i] = log_prob;
     if (out.entropy) out.entropy[i] = entropy;
@@ -87,6 +94,7 @@ Status form_weights(const Batch& b, const Terms& t, const Outputs& out, bool kno
     out.loss[i] = out.weight[i] == 0.0 ? 0.0 : -out.weight[i] * out.log_prob[i];
     *out.total += out.loss[i];
   }
+  *out.total /= out.divide_by;
   return result;
 }
 
@@ -121,11 +129,13 @@ bool is_plain(const Batch& b, const Terms& t) {
   return plain;
 }
 
-Status forward(const Batch& b, const Terms& t, const Outputs& out) {
+Status forward(const Batch& b, const Terms& t, const Outputs& out, bool checked) {
+  if (!checked && !is_plain(b, t)) return {Fault::unusual, -1};
   const RowKernels& k = row_kernels(b.dtype);
-  const int64_t fault = for_rows(b, [&](int64_t row, int64_t) { return score_row(b, k, out, row); });
+  RowValues rows(b, out);
+  const int64_t fault = for_rows(b, [&](int64_t row, int64_t) { return score_row(b, k, out, rows, row); });
   if (fault != kNoFault) return status(fault);
-  sum_rows(b, out);
+  sum_rows(b, rows, out);
   return form_weights(b, t, out, false);
 }
 
@@ -137,18 +147,21 @@ void backward(const Batch& b, const double* lse, const double* weight, double fa
   });
 }
 
-Status forward_backward(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g) {
+Status forward_backward(const Batch& b, const Terms& t, const Outputs& out, bool checked, double factor,
+                        const Gradient& g) {
+  if (!checked && !is_plain(b, t)) return {Fault::unusual, -1};
   const RowKernels& k = row_kernels(b.dtype);
   for (int64_t i = 0; i < b.sequences; ++i) out.log_prob[i] = at(t.log_proposal, i);
   const Status weights = form_weights(b, t, out, false);
   if (weights.fault != Fault::none) return weights;
+  RowValues rows(b, out);
   const int64_t fault = for_rows(b, [&](int64_t row, int64_t sequence) {
-    const int64_t f = score_row(b, k, out, row);
+    const int64_t f = score_row(b, k, out, rows, row);
     if (f == kNoFault) write_row(b, k, row, out.lse[row], out.weight[sequence] * factor, g);
     return f;
   });
   if (fault != kNoFault) return status(fault);
-  sum_rows(b, out);
+  sum_rows(b, rows, out);
   return form_weights(b, t, out, true);
 }
 

@@ -49,15 +49,14 @@ struct Gradient {
 struct Outputs {
   double* log_prob;          // (sequences)
   double* lse;               // (rows)
-  double* row_log_prob;      // (rows) workspace
-  double* row_entropy;       // (rows) workspace, or null
   double* entropy;           // (sequences), or null
   double* log_ratio;         // (sequences), as are the next two; null when only scoring
   double* log_target_ratio;  //
   double* weight;            //
   double* loss;              // (sequences): -A log pi, not divided by anything
-  double* total;             // 1: the sum of loss in sequence order
+  double* total;             // 1: the sum of loss in sequence order, divided by divide_by
   int64_t* clipped;          // number of weights clipped
+  double divide_by;
 };
 
 enum class Fault : int64_t {
@@ -65,6 +64,7 @@ enum class Fault : int64_t {
   bad_row = 1,  // NaN or +inf in a scored row; at: the row
   label = 2,    // the label's logit is -inf; at: the row
   weight = 3,   // the weight does not fit fp32; at: the sequence
+  unusual = 4,  // not is_plain: nothing was done
 };
 struct Status {
   Fault fault;
@@ -75,8 +75,8 @@ struct Status {
 // finite (log_target and log_z may be -inf). If not, Python finds out whether something is wrong, and what.
 bool is_plain(const Batch&, const Terms&);
 
-// One read of the logits of scored rows: log-sum-exp, log pi, weights, loss.
-Status forward(const Batch&, const Terms&, const Outputs&);
+// One read of the logits of scored rows: log-sum-exp, log pi, weights, loss. Unless checked, is_plain is asked first.
+Status forward(const Batch&, const Terms&, const Outputs&, bool checked);
 
 // dz = weight[sequence] * factor * d(log-softmax), one read and one write per logit; rows that are not scored
 // and sequences of weight 0 are zeroed without being read.
@@ -84,7 +84,7 @@ void backward(const Batch&, const double* lse, const double* weight, double fact
 
 // forward and backward in one pass over the rows, for weights that do not depend on pi: a row is still in the
 // second-level cache when its gradient is written. Weights are formed, and refused, before a row is touched.
-Status forward_backward(const Batch&, const Terms&, const Outputs&, double factor, const Gradient&);
+Status forward_backward(const Batch&, const Terms&, const Outputs&, bool checked, double factor, const Gradient&);
 
 // dz *= factor
 void scale(const Batch&, double factor, const Gradient&);

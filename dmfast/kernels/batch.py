@@ -43,5 +43,5 @@ class Scores(NamedTuple):
     log_target_ratio: Tensor | None = None
     weight: Tensor | None = None
     loss: Tensor | None = None  # -A log pi per sequence
-    total: Tensor | None = None  # 0-d: the sum of loss, in sequence order
+    total: Tensor | None = None  # 0-d: the sum of loss in sequence order, divided by what the call says
     n_clipped: Tensor | None = None  # 0-d int64

@@ -1,7 +1,7 @@
 """Checks in front of every backend. A kernel gets raw pointers, so what is wrong must be found here.
 
 ``make_batch`` and ``make_terms`` look at shapes, dtypes and devices only (torch.compile traces them);
-``check_data`` looks at the values and runs where they are at hand, before any kernel.
+``check_rows`` and ``check_terms`` look at the values and run where they are at hand, before anything relies on them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..objectives import INFINITE_AT_ZERO, OBJECTIVES, Objective, Terms, resolve_baseline
+from ..objectives import INFINITE_AT_ZERO, OBJECTIVES, Objective, Terms, leave_one_out_baseline, plain_baseline
 from .batch import Batch
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -60,6 +60,7 @@ def make_batch(
             f"the last dimension of logits must be contiguous, got strides {logits.stride()}; "
             "call .contiguous(), or keep the vocabulary as the last dimension"
         )
+    shape = logits.shape[:-1]
     for name, value in (("tokens", tokens), ("mask", mask)):
         if value is None and name == "mask":
             continue
@@ -67,9 +68,9 @@ def make_batch(
             raise TypeError(
                 f"{name} must be an integer{' or bool' if name == 'mask' else ''} tensor, got {describe(value)}"
             )
-        if value.shape != logits.shape[:-1]:
+        if value.shape != shape:
             raise ValueError(
-                f"{name} must have the shape of logits without V, {tuple(logits.shape[:-1])}, got {describe(value)}; "
+                f"{name} must have the shape of logits without V, {tuple(shape)}, got {describe(value)}; "
                 "logits[:, t] scores tokens[:, t]: use dmfast.shift_labels to align a model's input_ids"
             )
         if value.device != logits.device:
@@ -88,7 +89,7 @@ def make_batch(
         if cu_seqlens.device != logits.device:
             raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, logits on {logits.device}; move it there")
         cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
-    labels = tokens.to(torch.int64)
+    labels = tokens if tokens.dtype is torch.int64 else tokens.to(torch.int64)
     if mask is not None:
         labels = torch.where(mask if mask.dtype == torch.bool else mask != 0, labels, IGNORE)
     return Batch(
@@ -131,9 +132,11 @@ def _per_sequence(name: str, value: Tensor | float | None, batch: Batch) -> Tens
         raise ValueError(f"{name} is on {value.device}, logits on {device}; move it there")
     if value.shape != (n,) and not (name == "log_z" and value.dim() == 0):
         raise ValueError(f"{name} must have one value per sequence, ({n},), got {describe(value)}")
-    if value.dtype is torch.float64 and value.dim() and value.is_contiguous() and not value.requires_grad:
-        return value
-    return value.detach().to(torch.float64).expand(n).contiguous()
+    if value.requires_grad:
+        value = value.detach()
+    if value.dtype is not torch.float64:
+        value = value.double()
+    return value.contiguous() if value.dim() else value.expand(n).contiguous()
 
 
 def make_terms(
@@ -179,13 +182,14 @@ def make_terms(
         or context_id.shape != (batch.n_sequences,)
     ):
         raise ValueError(f"context_id must be an integer tensor ({batch.n_sequences},), got {describe(context_id)}")
-    terms = Terms(objective, on_policy, math.inf if max_weight is None else float(max_weight), **given)
-    baseline = resolve_baseline(terms, context_id, batch.n_sequences, batch.logits.device)
-    if baseline is None:
-        return terms
+    bound = math.inf if max_weight is None else float(max_weight)
+    baseline = plain_baseline(objective, batch.n_sequences, batch.logits.device)
     if isinstance(baseline, Tensor) and baseline.shape != (batch.n_sequences,):
         raise ValueError(f"a baseline tensor must be ({batch.n_sequences},), got {describe(baseline)}")
-    return Terms(objective, on_policy, terms.max_weight, **given, baseline=baseline)
+    if isinstance(baseline, str):
+        terms = Terms(objective, on_policy, bound, **given)
+        baseline = leave_one_out_baseline(terms, context_id, batch.n_sequences, batch.logits.device)
+    return Terms(objective, on_policy, bound, **given, baseline=baseline)
 
 
 def check_call(

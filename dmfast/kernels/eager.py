@@ -19,6 +19,8 @@ from .result import DMLossOutput, denominator, reduce
 
 def score(batch: Batch, entropy: bool = False) -> Scores:
     """log pi(x) = sum_t m_t log softmax(scale * cap(z_t))[x_t] for each sequence, with autograd through the logits."""
+    if not torch.compiler.is_compiling():
+        checks.check_rows(batch)
     z = batch.logits if batch.logits.device.type == "mps" else batch.logits.double()
     z = z.reshape(batch.n_rows, batch.vocab)
     scored = batch.labels != checks.IGNORE
@@ -96,6 +98,13 @@ def loss_from_scores(
     )
 
 
+def loss(batch: Batch, terms: Terms, reduction: str, divide_by: float, entropy: bool) -> DMLossOutput:
+    """The loss of checked arguments, with autograd through the logits."""
+    if not torch.compiler.is_compiling():
+        checks.check_terms(terms)
+    return loss_from_scores(batch, score(batch, entropy), terms, reduction, divide_by)
+
+
 def dm_loss(
     logits: Tensor,
     tokens: Tensor,
@@ -126,10 +135,7 @@ def dm_loss(
         log_proposal=log_proposal, log_target=log_target, log_z=log_z, reward=reward, log_base=log_base,
     )  # fmt: skip
     checks.check_call(batch, reduction, num_sequences, grad_scale, inplace)
-    checks.check_rows(batch)
-    checks.check_terms(terms)
-    scores = score(batch, return_entropy)
-    return loss_from_scores(batch, scores, terms, reduction, denominator(batch, reduction, num_sequences))
+    return loss(batch, terms, reduction, denominator(batch, reduction, num_sequences), return_entropy)
 
 
 def sequence_log_prob(
@@ -145,5 +151,4 @@ def sequence_log_prob(
     """``dmfast.sequence_log_prob`` in plain torch. ``inplace`` is accepted and makes no difference."""
     batch = checks.make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap)
     checks.check_call(batch, inplace=inplace)
-    checks.check_rows(batch)
     return score(batch).log_prob

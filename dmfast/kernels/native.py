@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,7 +25,8 @@ except ImportError as error:
     _IMPORT_ERROR = str(error)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_BAD_ROW, _BAD_LABEL, _BAD_WEIGHT = 1, 2, 3
+_BAD_ROW, _BAD_LABEL, _BAD_WEIGHT, _UNUSUAL = 1, 2, 3, 4
+Status: TypeAlias = "tuple[int, int]"  # which fault, and where
 
 
 def why_unavailable() -> str | None:
@@ -55,7 +58,7 @@ def _batch(batch: Batch) -> object:
     logits = batch.logits
     return _C.Batch(
         DTYPES[logits.dtype], logits.data_ptr(), batch.n_sequences, batch.steps, batch.n_rows, *_strides(logits, batch),
-        _pointer(batch.cu_seqlens), batch.labels.data_ptr(), batch.vocab, batch.scale, batch.softcap,
+        _pointer(batch.cu_seqlens), batch.labels.data_ptr(), logits.shape[-1], batch.scale, batch.softcap,
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -65,42 +68,41 @@ def _terms(terms: Terms | None) -> object:
     if terms is None:
         return _C.Terms(0, False, True, 0.0, 0.0, math.inf, 0, 0, 0, 0, 0, 0, 0.0)
     objective, baseline = terms.objective, terms.baseline
-    if not isinstance(objective, Objective):  # Python's own: only its inputs are looked at
-        return _C.Terms(0, False, True, 0.0, 0.0, math.inf, *_inputs(terms), 0, 0.0)
+    assert isinstance(objective, Objective)
     pointer, constant = (baseline.data_ptr(), 0.0) if isinstance(baseline, Tensor) else (0, baseline or 0.0)
     return _C.Terms(
         KINDS[objective.kind], terms.on_policy, objective.normalize, objective.beta or 0.0, objective.log_scale or 0.0,
-        terms.max_weight, *_inputs(terms), pointer, constant,
+        terms.max_weight, _pointer(terms.log_proposal), _pointer(terms.log_target), _pointer(terms.log_z),
+        _pointer(terms.reward), _pointer(terms.log_base), pointer, constant,
     )  # fmt: skip
 
 
-def _inputs(terms: Terms) -> tuple[int, int, int, int, int]:
-    inputs = (terms.log_proposal, terms.log_target, terms.log_z, terms.reward, terms.log_base)
-    return tuple(0 if x is None else x.data_ptr() for x in inputs)  # type: ignore[return-value]
-
-
-def _outputs(batch: Batch, terms: Terms | None, entropy: bool) -> tuple[Scores, object, tuple[Tensor, ...]]:
+def _outputs(batch: Batch, terms: Terms | None, entropy: bool, divide_by: float) -> tuple[Scores, object]:
+    """Empty results and the pointers to them."""
     assert _C is not None
-    n, rows = batch.n_sequences, batch.n_rows
-    device = batch.logits.device  # said, since with torch.device(...) may name another one for new tensors
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    lse, row_log_prob, log_prob = empty(rows), empty(rows), empty(n)
-    h, row_entropy = (empty(n), empty(rows)) if entropy else (None, None)
-    workspace = (row_log_prob,) if row_entropy is None else (row_log_prob, row_entropy)
-    first = (log_prob.data_ptr(), lse.data_ptr(), row_log_prob.data_ptr(), _pointer(row_entropy), _pointer(h))
+    # the device is said, since with torch.device(...) may name another one for new tensors; empty_like costs half
+    lse = torch.empty(batch.n_rows, dtype=torch.float64, device=batch.logits.device)
+    log_prob = lse.new_empty(batch.n_sequences)
+    like = torch.empty_like
+    h = like(log_prob) if entropy else None
+    first = (log_prob.data_ptr(), lse.data_ptr(), _pointer(h))
     if terms is None:
-        return Scores(lse, log_prob, h), _C.Outputs(*first, 0, 0, 0, 0, 0, 0), workspace
-    scores = Scores(
-        lse, log_prob, h, empty(n), empty(n), empty(n), empty(n), empty(), empty(dtype=torch.int64),
-    )  # fmt: skip
-    return scores, _C.Outputs(*first, *(_pointer(x) for x in scores[3:])), workspace
+        return Scores(lse, log_prob, h), _C.Outputs(*first, 0, 0, 0, 0, 0, 0, divide_by)
+    rest = (like(log_prob), like(log_prob), like(log_prob), like(log_prob), lse.new_empty(()),
+            lse.new_empty((), dtype=torch.int64))  # fmt: skip
+    return Scores(lse, log_prob, h, *rest), _C.Outputs(*first, *[x.data_ptr() for x in rest], divide_by)
 
 
-def _raise_fault(status: tuple[int, int], batch: Batch, scores: Scores) -> None:
-    fault, at = status
+def _run(call: Callable[[bool], Status], batch: Batch, terms: Terms | None, scores: Scores) -> None:
+    """Calls a kernel, whose argument says whether the values of batch and terms have been checked: it finds out at no
+    cost that they are all ordinary, and only if not they are looked at here.
+    """
+    fault, at = call(False)
+    if fault == _UNUSUAL:
+        checks.check_rows(batch)
+        if terms is not None:
+            checks.check_terms(terms)
+        fault, at = call(True)
     if fault == _BAD_ROW:
         checks.raise_bad_row(batch, at)
     if fault == _BAD_LABEL:
@@ -110,23 +112,18 @@ def _raise_fault(status: tuple[int, int], batch: Batch, scores: Scores) -> None:
         checks.raise_weight(at, scores.weight)
 
 
-def is_plain(batch: Batch, terms: Terms | None) -> bool:
-    """Whether tokens, cu_seqlens and inputs hold nothing but ordinary values, so that checks need not look closer."""
-    assert _C is not None
-    return bool(_C.is_plain(_batch(batch), _terms(terms)))
-
-
-def forward(batch: Batch, terms: Terms | None, entropy: bool) -> Scores:
-    """One read of the scored rows. ``terms=None``: log_prob only.
+def forward(batch: Batch, terms: Terms | None, entropy: bool, divide_by: float = 1.0) -> Scores:
+    """One read of the scored rows. ``terms=None``: log_prob only. ``total`` is the sum of losses over ``divide_by``.
 
     Raises:
-        ValueError: NaN or +inf in a scored row, a label logit of -inf, a weight beyond fp32's range.
+        ValueError: as ``checks.check_rows`` and ``check_terms``; NaN or +inf in a scored row, a label logit of -inf, a
+            weight beyond fp32's range.
     """
     assert _C is not None
-    scores, outputs, _workspace = _outputs(batch, terms, entropy)
-    status = _C.forward(_batch(batch), _terms(terms), outputs)
-    if status[0]:
-        _raise_fault(status, batch, scores)
+    kernel = _C.forward
+    scores, outputs = _outputs(batch, terms, entropy, divide_by)
+    c_batch, c_terms = _batch(batch), _terms(terms)
+    _run(lambda checked: kernel(c_batch, c_terms, outputs, checked), batch, terms, scores)
     return scores
 
 
@@ -151,20 +148,27 @@ def backward(batch: Batch, lse: Tensor, weight: Tensor, factor: float, inplace: 
     return dz
 
 
-def forward_backward(batch: Batch, terms: Terms, entropy: bool, factor: float, inplace: bool) -> tuple[Scores, Tensor]:
-    """``forward`` and ``backward`` in one pass, for ``terms.weight_known``.
+def forward_backward(
+    batch: Batch, terms: Terms, entropy: bool, divide_by: float, expected: float, inplace: bool
+) -> tuple[Scores, Tensor]:
+    """``forward`` and ``backward`` in one pass, for ``terms.weight_known``: the gradient of ``expected * total``.
 
     Raises:
         ValueError: as ``forward``; a weight beyond fp32's range is found before a row is touched.
     """
     assert _C is not None
-    scores, outputs, _workspace = _outputs(batch, terms, entropy)
+    kernel = _C.forward_backward
+    scores, outputs = _outputs(batch, terms, entropy, divide_by)
     dz = _empty_gradient(batch, inplace)
-    status = _C.forward_backward(_batch(batch), _terms(terms), outputs, factor, dz.data_ptr(), *_strides(dz, batch))
-    if inplace and status[0] != _BAD_WEIGHT:
-        increment_version(batch.logits)
-    if status[0]:
-        _raise_fault(status, batch, scores)
+    c_batch, c_terms, gradient = _batch(batch), _terms(terms), (dz.data_ptr(), *_strides(dz, batch))
+
+    def call(checked: bool) -> Status:
+        status: Status = kernel(c_batch, c_terms, outputs, checked, expected / divide_by, *gradient)
+        if inplace and status[0] not in (_BAD_WEIGHT, _UNUSUAL):
+            increment_version(batch.logits)
+        return status
+
+    _run(call, batch, terms, scores)
     return scores, dz
 
 

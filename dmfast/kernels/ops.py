@@ -78,7 +78,6 @@ def score(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log_prob (B), lse (rows), entropy (B) or (0)."""
     batch = _batch(logits, labels, cu_seqlens, scale, softcap)
-    checks.check_rows(batch)
     scores = native.forward(batch, None, entropy)
     return (
         scores.log_prob,
@@ -104,8 +103,6 @@ def score_and_weigh(
     batch = _batch(logits, labels, cu_seqlens, scale, softcap)
     terms = _terms(kind, on_policy, normalize, beta, log_scale, max_weight, log_proposal, log_target, log_z, reward,
                    log_base, baseline, constant_baseline)  # fmt: skip
-    checks.check_rows(batch)
-    checks.check_terms(terms)
     return _flat(native.forward(batch, terms, entropy))
 
 
@@ -132,12 +129,10 @@ def score_and_grad(
     batch = _batch(logits, labels, cu_seqlens, scale, softcap)
     terms = _terms(kind, on_policy, normalize, beta, log_scale, max_weight, log_proposal, log_target, log_z, reward,
                    log_base, baseline, constant_baseline)  # fmt: skip
-    checks.check_rows(batch)
-    checks.check_terms(terms)
-    scores, dz = native.forward_backward(batch, terms, entropy, expected / divide_by, inplace=False)
+    scores, dz = native.forward_backward(batch, terms, entropy, divide_by, expected, inplace=False)
     assert scores.total is not None
     results = _flat(scores)
-    return (*results[:5], scores.total / divide_by, *results[6:], dz)
+    return (*results[:5], scores.total, *results[6:], dz)
 
 
 @score_and_grad.register_fake

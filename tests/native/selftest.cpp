@@ -44,11 +44,11 @@ void check(dmf::DType dtype, const char* name, double step) {
                          2};
         dmf::Terms terms{
             {dmf::Kind::dpg, false, true, 0, 0, INFINITY}, log_proposal, log_target, log_z, nullptr, nullptr, one, 0.0};
-        double log_prob[2], lse[4], rows[4], h_rows[4], h[2], rho[2], u[2], weight[2], loss[2];
+        double log_prob[2], lse[4], h[2], rho[2], u[2], weight[2], loss[2];
         double total = 0;
         int64_t clipped = 0;
-        dmf::Outputs out{log_prob, lse, rows, h_rows, h, rho, u, weight, loss, &total, &clipped};
-        const dmf::Status status = dmf::forward(batch, terms, out);
+        dmf::Outputs out{log_prob, lse, h, rho, u, weight, loss, &total, &clipped, 1.0};
+        const dmf::Status status = dmf::forward(batch, terms, out, false);
         expect(status.fault == dmf::Fault::none, "status", name, v, static_cast<double>(status.fault), 0);
         dmf::backward(batch, lse, weight, 0.5, {reinterpret_cast<char*>(dz.data()), steps * v, v});
 
