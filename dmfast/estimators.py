@@ -17,6 +17,7 @@ each with the noise of mean u.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -231,6 +232,50 @@ class PartitionFunction:
         """Takes the place of what was seen so far."""
         log_sum, log_sum_squares, n = state["log_sum"], state["log_sum_squares"], int(state["n"])
         self._log_sum, self._log_sum_squares, self.n = log_sum, log_sum_squares, n
+
+
+class PartitionFunctions:
+    """A running log Z for each context, kept across visits: Z depends on the context and on nothing that is trained."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, PartitionFunction] = {}
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __getitem__(self, context: int) -> PartitionFunction:
+        return self._of[context]
+
+    def updated(self, context_id: Tensor, log_target: Tensor, log_proposal: Tensor) -> PartitionFunctions:
+        """What these become with more sequences x ~ q, all (N,); they themselves stay as they are.
+
+        Raises:
+            ValueError: as ``PartitionFunction.update``.
+        """
+        new = PartitionFunctions()
+        new._of = dict(self._of)
+        for context in sorted(set(context_id.tolist())):
+            z, which = copy.copy(new._of.get(context, PartitionFunction())), context_id == context
+            z.update(log_target[which], log_proposal[which])
+            new._of[context] = z
+        return new
+
+    def log_z(self, context_id: Tensor) -> Tensor:
+        """(N,) fp64, the log Z of each sequence's context, which must have been seen."""
+        values = [self._of[context].log_z for context in context_id.tolist()]
+        return torch.tensor(values, dtype=torch.float64, device=context_id.device)
+
+    def state_dict(self) -> dict[int, dict[str, float]]:
+        """Everything that ``load_state_dict`` needs to go on."""
+        return {context: z.state_dict() for context, z in self._of.items()}
+
+    def load_state_dict(self, state: dict[int, dict[str, float]]) -> None:
+        """Takes the place of what was seen so far."""
+        new: dict[int, PartitionFunction] = {}
+        for context, of_context in state.items():
+            new[context] = PartitionFunction()
+            new[context].load_state_dict(of_context)
+        self._of = new
 
 
 class RunningEstimates:

@@ -7,6 +7,7 @@ a truncated sampler draws from another distribution than the one that is scored.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Sequence
@@ -165,7 +166,13 @@ class LanguageModel:
                 f"{what} {token}, but the model has {self.vocab_size} embeddings: tokenizer and model don't fit"
             )
 
-    def _encode(self, prompts: Sequence[str] | None) -> tuple[Tensor, Tensor]:
+    def around(self, model: nn.Module) -> LanguageModel:
+        """The same with another module in its place that computes the same, such as a DDP or compiled wrapper of it."""
+        other = copy.copy(self)
+        other.model = model
+        return other
+
+    def _encode(self, prompts: Sequence[str | Sequence[int]] | None) -> tuple[Tensor, Tensor]:
         """Left-padded prompts and their mask, (P, L) each. An empty prompt is the BOS token."""
         start = self.tokenizer.bos_token_id
         start = self.eos_token_ids[0] if start is None else start
@@ -173,7 +180,10 @@ class LanguageModel:
             raise TypeError(f"prompts must be a list of strings, got the string {prompts!r}")
         if prompts is not None and len(prompts) == 0:
             raise ValueError("prompts is empty; pass None for the one empty prompt")
-        encoded = [self.tokenizer(prompt)["input_ids"] or [start] for prompt in prompts or [""]]
+        encoded = [
+            (self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)) or [start]
+            for prompt in prompts or [""]
+        ]
         width = max(len(ids) for ids in encoded)
         tokens = torch.tensor([[self.pad_token_id] * (width - len(ids)) + ids for ids in encoded], device=self.device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=self.device)
@@ -183,18 +193,19 @@ class LanguageModel:
     @torch.no_grad()
     def sample(
         self,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[str | Sequence[int]] | None = None,
         n: int = 1,
         *,
         max_new_tokens: int,
         temperature: float = 1.0,
         seed: int | None = None,
         batch_size: int | None = None,
+        first_row: int = 0,
     ) -> Samples:
         """Draws n continuations of each prompt from softmax(logits / temperature), token by token with a KV cache.
 
         Args:
-            prompts: strings; None: the one empty prompt.
+            prompts: strings, or lists of token ids; None: the one empty prompt.
             n: sequences per prompt; those of a prompt lie together.
             max_new_tokens: where a sequence without EOS ends.
             temperature: positive.
@@ -219,7 +230,7 @@ class LanguageModel:
                 f"the longest prompt has {prompt.shape[1]} tokens; with max_new_tokens={max_new_tokens} that is beyond "
                 f"the model's context of {context}"
             )
-        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed + 7919 * first_row)
         context_id = torch.arange(prompt.shape[0], device=self.device).repeat_interleave(n)
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()  # gradient checkpointing forbids the KV cache in training mode; dropout is 0 in both

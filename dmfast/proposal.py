@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -110,8 +111,11 @@ class OfflineProposal(Generic[Policy]):
         self.running.update(*outputs)
         self.steps += 1
 
-    def maybe_update(self) -> bool:
+    def maybe_update(self, agree: Callable[[bool], bool] | None = None) -> bool:
         """Every ``interval`` steps: q <- pi if pi is nearer to p. Returns whether q was replaced.
+
+        Args:
+            agree: in distributed training, makes of this rank's verdict the one that all ranks follow.
 
         Raises:
             RuntimeError: the policy has other parameters than at the start; q stays as it is.
@@ -126,6 +130,8 @@ class OfflineProposal(Generic[Policy]):
             name = "kl" if self.criterion == "interval" else self.criterion
             divergence = getattr(self.running.estimates(), f"{name}_policy").value
             take = divergence < self.best
+        if agree is not None:
+            take = agree(take)
         if take:
             self.swap()
             self.best = min(self.best, divergence)
@@ -147,10 +153,16 @@ class OfflineProposal(Generic[Policy]):
         self.running.clear()
         self.swaps += 1
 
+    def _moving(self) -> dict[str, Tensor]:
+        """q's parameters and buffers but those frozen in the policy, which are alike in both: of an adapter, little."""
+        named = _module(self.policy).named_parameters(remove_duplicate=False)
+        frozen = {name for name, parameter in named if not parameter.requires_grad}
+        return {k: v for k, v in _module(self.snapshot).state_dict().items() if k not in frozen}
+
     def state_dict(self) -> dict[str, Any]:
-        """q's parameters, the samples since the last swap, the counters."""
+        """q's parameters that training moves, the samples since the last swap, the counters."""
         return {
-            "model": {k: v.clone() for k, v in _module(self.snapshot).state_dict().items()},
+            "model": {k: v.clone() for k, v in self._moving().items()},
             "running": self.running.state_dict(),
             "steps": self.steps,
             "checked": self._checked,
@@ -165,7 +177,7 @@ class OfflineProposal(Generic[Policy]):
         Raises:
             RuntimeError: q's parameters do not fit; nothing is changed.
         """
-        mine = _module(self.snapshot).state_dict()
+        mine = self._moving()
         if mine.keys() != state["model"].keys() or any(mine[k].shape != v.shape for k, v in state["model"].items()):
             raise RuntimeError("this state holds the parameters of another model")
         running = RunningEstimates()
