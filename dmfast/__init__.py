@@ -1,9 +1,12 @@
 """dmfast: fine-tune language models by distribution matching, fast and exact (Korbak et al. 2022, arXiv:2206.00761)."""
 
+from typing import TYPE_CHECKING, Any
+
 from .estimators import (
     Estimate,
     Estimates,
     PartitionFunction,
+    PartitionFunctions,
     RunningEstimates,
     effective_sample_size,
     estimate,
@@ -18,13 +21,18 @@ from .objectives import OBJECTIVES, Objective, Terms, leave_one_out
 from .proposal import OfflineProposal
 from .targets import EBM, Contains, Feature, LambdaFit, Moment, Scorer, TargetScores, fit_lambda
 
+if TYPE_CHECKING:
+    from .training import DMConfig, DMTrainer
+
 __version__ = "0.1.0"
 __all__ = [
     "EBM",
     "OBJECTIVES",
     "BackendInfo",
     "Contains",
+    "DMConfig",
     "DMLossOutput",
+    "DMTrainer",
     "Estimate",
     "Estimates",
     "Feature",
@@ -34,6 +42,7 @@ __all__ = [
     "Objective",
     "OfflineProposal",
     "PartitionFunction",
+    "PartitionFunctions",
     "RunningEstimates",
     "Samples",
     "Scorer",
@@ -52,3 +61,12 @@ __all__ = [
     "shift_labels",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The trainer, when it is asked for: it brings transformers, which ``import dmfast`` must not."""
+    if name in ("DMConfig", "DMTrainer"):
+        from . import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module 'dmfast' has no attribute {name!r}")

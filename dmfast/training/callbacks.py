@@ -1,0 +1,112 @@
+"""What ``DMTrainer`` hooks into transformers' loop: the end of a step, Ctrl-C, the line that is printed."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+class StepEnd(TrainerCallback):  # type: ignore[misc]
+    """Calls back before and after ``optimizer.step()``: before anything logs, evaluates or saves this step."""
+
+    def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        self._before, self._after = before, after
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All gradients of the step are there."""
+        self._before()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The policy has moved; the step is not yet counted."""
+        self._after()
+
+
+class Interrupt(TrainerCallback):  # type: ignore[misc]
+    """Ctrl-C ends training after the current step, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._previous: Any = None
+        self._installed = False
+
+    def install(self) -> None:
+        """Only the main thread may."""
+        self.asked = False
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._ask)
+            self._installed = True
+
+    def remove(self) -> None:
+        """Puts back what handled Ctrl-C before."""
+        if self._installed:
+            signal.signal(signal.SIGINT, self._previous)
+            self._installed = False
+
+    def _ask(self, signum: int, frame: Any) -> None:
+        if self.asked:
+            self.remove()
+            raise KeyboardInterrupt
+        self.asked = True
+        logger.warning("Ctrl-C: training ends after this step, with a checkpoint. Once more ends it at once, without.")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops and saves, if asked."""
+        if self.asked:
+            control.should_training_stop = True
+            control.should_save = True
+
+
+def log_line(step: int, logs: Mapping[str, Any]) -> str:
+    """One step, evaluation or end of training as a line."""
+    evaluation = any(key.startswith("eval_") for key in logs)
+    prefix = "eval_" if evaluation else ""
+
+    def number(key: str, form: str = ".3f") -> str:
+        return format(logs[prefix + key], form) if isinstance(logs.get(prefix + key), (int, float)) else ""
+
+    def with_error(key: str) -> str:
+        value, error = number(key), number(f"{key}_stderr")
+        return f"{value} ± {error}" if error else value
+
+    parts = [f"step {step:4d}" + (" evaluation" if evaluation else "")]
+    for key in logs:
+        if key.startswith(f"{prefix}phi/") and not key.endswith("_stderr"):
+            name = key.split("/", 1)[1]
+            under = "π" if evaluation else "q"
+            parts.append(f"E_{under}[{name}] {with_error(f'phi/{name}') if evaluation else number(f'phi/{name}')}")
+    for key, title in (("kl_policy", "KL(p‖π)"), ("kl_policy_base", "KL(π‖a)"), ("z", "Z"), ("ess", "ESS"),
+                       ("swaps", "swaps"), ("runtime", "seconds")):  # fmt: skip
+        if prefix + key in logs and not (key == "runtime" and not evaluation):
+            form = {"z": ".4g", "ess": ".0f", "swaps": ".0f", "runtime": ".1f"}.get(key)
+            parts.append(f"{title} {number(key, form) if form else with_error(key)}")
+    if "seconds_sampling" in logs:
+        seconds = "  ".join(f"{what} {logs[f'seconds_{what}']:.2f}" for what in ("sampling", "scoring", "policy"))
+        parts.append(f"seconds: {seconds}")
+    if len(parts) == 1:
+        parts += [f"{key} {value:.4g}" for key, value in logs.items() if isinstance(value, (int, float))]
+    return "  ".join(parts)
+
+
+class LogLine(TrainerCallback):  # type: ignore[misc]
+    """Prints one line a log, for where there is no progress bar."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Prints it on rank 0."""
+        if logs and state.is_world_process_zero:
+            print(log_line(state.global_step, logs), flush=True)
+
+
+class Progress(ProgressCallback):  # type: ignore[misc]
+    """transformers' progress bar, with the line of ``LogLine`` above it."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Writes it above the bar."""
+        if logs and state.is_world_process_zero and self.training_bar is not None:
+            self.training_bar.write(log_line(state.global_step, logs))

@@ -1,0 +1,65 @@
+"""The README.md of a saved model: what it was matched to, and how."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import __version__
+
+if TYPE_CHECKING:
+    from .trainer import DMTrainer
+
+_SETTINGS = (
+    "objective", "baseline", "beta", "normalize", "max_weight", "temperature", "max_new_tokens", "samples_per_context",
+    "on_policy", "proposal_criterion", "proposal_interval", "learning_rate", "lr_scheduler_type", "warmup_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "seed",
+)  # fmt: skip
+
+
+def _base_name(trainer: DMTrainer) -> str | None:
+    name = getattr(trainer.target.base.model.config, "name_or_path", "")
+    return name or None
+
+
+def model_card(trainer: DMTrainer) -> str:
+    """Markdown with target, lambda, settings and the last evaluation."""
+    import transformers
+
+    args, base = trainer.args, _base_name(trainer)
+    is_peft = hasattr(trainer.model, "peft_config")
+    header = ["---", f"library_name: {'peft' if is_peft else 'transformers'}", "tags: [dmfast, distribution-matching]"]
+    if base:
+        header.insert(1, f"base_model: {json.dumps(base)}")
+    settings = {name: getattr(args, name) for name in _SETTINGS}
+    lines = [
+        *header, "---", "", "# A language model matched to a target distribution", "",
+        "Fine-tuned with [dmfast](https://arxiv.org/abs/2206.00761) so that its distribution π comes near to "
+        "p(x) = P(x)/Z, where P(x) = a(x) b(x) exp(λ·φ(x)) and a is the base model"
+        + (f" `{base}`." if base else "."), "",
+        f"dmfast {__version__}, transformers {transformers.__version__}, torch {torch.__version__}; "
+        f"{trainer.state.global_step} optimiser steps of "
+        f"{args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size} sequences.", "",
+        "## Target", "", "```json", json.dumps(trainer.target.describe(), indent=1, ensure_ascii=False), "```", "",
+        "## Settings", "", "| setting | value |", "|---|---|",
+        *(f"| {name} | {getattr(value, 'value', value)} |" for name, value in settings.items() if value is not None),
+    ]  # fmt: skip
+    metrics = _last_evaluation(trainer.state.log_history)
+    if metrics:
+        of = f"On {args.eval_samples} samples of the model itself."
+        lines += ["", f"## Evaluation at step {metrics.pop('step')}", "", of, "", "| what | value |", "|---|---|"]
+        lines += [f"| {name.removeprefix('eval_')} | {_with_error(metrics, name)} |" for name in metrics
+                  if name.startswith("eval_") and not name.endswith(("_stderr", "_runtime"))]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _last_evaluation(history: list[dict[str, Any]]) -> dict[str, Any]:
+    return dict(next((h for h in reversed(history) if "eval_kl_policy_base" in h), {}))
+
+
+def _with_error(metrics: dict[str, Any], name: str) -> str:
+    value, error = metrics[name], metrics.get(f"{name}_stderr", math.nan)
+    return f"{value:.4g}" + ("" if math.isnan(error) else f" ± {error:.2g}")

@@ -1,0 +1,135 @@
+"""Checkpoints that are whole or not there: written beside, listed with their sizes, moved into place.
+
+A checkpoint is transformers' folder with two files more: ``dmfast_state.pt`` (proposal, Z, lambda, estimators) and
+``dmfast_manifest.json``, which lists every file with its size and so tells a truncated checkpoint from a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STATE, MANIFEST = "dmfast_state.pt", "dmfast_manifest.json"
+_STAGING = ".being-written"
+
+
+def write_manifest(folder: Path) -> None:
+    """Lists the files of a finished checkpoint with their sizes in bytes."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    sizes = {str(p.relative_to(folder)): p.stat().st_size for p in files}
+    (folder / MANIFEST).write_text(json.dumps({"version": 1, "files": sizes}, indent=1) + "\n")
+
+
+def fault(folder: Path) -> str | None:
+    """None for a whole checkpoint, else what is wrong with it."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    try:
+        sizes: dict[str, int] = json.loads((folder / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}: it was not written by dmfast, or not to its end"
+    except (ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} can't be read"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes of {size:,}"
+    return None
+
+
+def _in_order(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    if not output_dir.is_dir():
+        return []
+    found = [p for p in output_dir.iterdir() if p.is_dir() and re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True)
+
+
+def to_resume(wanted: str | bool, output_dir: Path) -> Path:
+    """The folder to resume from: the one named, or with True the newest one of the run.
+
+    Raises:
+        ValueError: there is none, or it is truncated; the message names the newest whole one.
+    """
+    checkpoints = _in_order(output_dir)
+    if wanted is True:
+        if not checkpoints:
+            raise ValueError(f"resume_from_checkpoint=True, but there is no checkpoint in {output_dir}")
+        folder = checkpoints[0]
+    else:
+        folder = Path(str(wanted))
+        checkpoints = checkpoints or _in_order(folder.parent)
+    wrong = fault(folder)
+    if wrong is None:
+        return folder
+    whole = next((p for p in checkpoints if p != folder and fault(p) is None), None)
+    hint = (
+        f"the newest whole one is {whole}: pass resume_from_checkpoint={str(whole)!r}" if whole else "no other is whole"
+    )
+    raise ValueError(f"the checkpoint {folder} can't be resumed from: {wrong}; {hint}")
+
+
+@contextmanager
+def staged(output_dir: Path, name: str, writes: bool, barrier: Callable[[], None]) -> Iterator[Path]:
+    """A folder to write the checkpoint ``name`` in, which becomes ``output_dir/name`` if the block ends well.
+
+    Args:
+        writes: whether this process makes, moves and removes folders (rank 0).
+        barrier: waits for all ranks.
+
+    Raises:
+        OSError: something could not be written; earlier checkpoints are as they were.
+    """
+    from safetensors import SafetensorError
+
+    staging, target = output_dir / f"{_STAGING}-{name}", output_dir / name
+    try:
+        if writes:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        barrier()
+        yield staging
+        barrier()
+        if writes:
+            write_manifest(staging / name)
+            if target.exists():
+                os.replace(target, staging / "replaced")
+            os.replace(staging / name, target)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is a RuntimeError of torch.save
+        kept = next((str(p) for p in _in_order(output_dir) if fault(p) is None), None)
+        raise OSError(
+            f"the checkpoint {target} could not be written: {error}. "
+            + (f"Nothing of it is left; the previous one, {kept}, is whole" if kept else "There is no earlier one")
+        ) from error
+    finally:
+        if writes:
+            shutil.rmtree(staging, ignore_errors=True)
+    barrier()
+
+
+def save_state(state: dict[str, Any], folder: Path) -> None:
+    """Writes what dmfast needs to go on."""
+    torch.save(state, folder / STATE)
+
+
+def load_state(folder: Path, device: torch.device) -> dict[str, Any]:
+    """Reads what ``save_state`` wrote.
+
+    Raises:
+        ValueError: no such file, or one that can't be read.
+    """
+    try:
+        state: dict[str, Any] = torch.load(folder / STATE, map_location=device, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{folder / STATE} can't be read: {error}") from error
+    return state

@@ -1,0 +1,124 @@
+"""``DMConfig``: transformers' ``TrainingArguments`` with what distribution matching adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from transformers import SchedulerType, TrainingArguments
+
+from ..objectives import Objective
+from ..proposal import CRITERIA
+
+_BASELINES = (None, "mean", "leave_one_out", "leave_one_out_context")
+
+
+def _field(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class DMConfig(TrainingArguments):  # type: ignore[misc]
+    """The arguments of ``DMTrainer``: transformers' own and those below.
+
+    An optimiser step has B = ``per_device_train_batch_size`` * ``gradient_accumulation_steps`` * processes sequences,
+    all drawn and scored before the first microbatch.
+
+    Defaults that differ from transformers': a constant learning rate of 1.41e-5 with a warm-up of 10 steps (the paper's
+    rate; small models want more), no gradient clipping (it would bias the estimate of the gradient by its size),
+    ``logging_steps=1`` (a step takes seconds), ``remove_unused_columns=False``, ``report_to="none"``, and
+    ``enable_jit_checkpoint=True`` (SIGTERM saves a checkpoint).
+
+    Args:
+        objective: a name of ``dmfast.OBJECTIVES``.
+        baseline: a number; ``mean``, the running mean of rho*r over earlier steps; ``leave_one_out`` or
+            ``leave_one_out_context``. ``gdc++`` has its own.
+        beta: the KL coefficient of ``kl_control``.
+        normalize: False multiplies A by Z, the paper's scale.
+        max_weight: bounds A.
+        temperature: of policy, proposal and base, in sampling and in scoring.
+        max_new_tokens: where a sequence without EOS ends.
+        samples_per_context: n, sequences drawn from each prompt. Without a data set all sequences of a step come from
+            the empty context.
+        sampling_batch_size: sequences at a time in sampling and in scoring by the base. Default: all of a step.
+        on_policy: sample from the policy itself; no proposal is kept.
+        proposal_criterion, proposal_interval, proposal_stderrs, proposal_best_only, proposal_decay: as in
+            ``dmfast.OfflineProposal``.
+        partition: ``running``: log Z of a context over all its visits; ``step``: from the samples of the step alone.
+        eval_samples: sequences of the policy at an evaluation.
+        patience_zero: steps in a row with P(x) = 0 on every sequence, after which a warning says what to do.
+
+    Raises:
+        ValueError: an unknown objective, criterion or baseline, a number out of range.
+    """
+
+    learning_rate: float = _field(1.41e-5, "The initial learning rate (the paper's).")
+    lr_scheduler_type: SchedulerType | str = _field("constant_with_warmup", "The scheduler.")  # noqa: RUF009
+    warmup_steps: float = _field(10, "Steps of linear warm-up, or their share of all steps if below 1.")
+    max_grad_norm: float = _field(0.0, "Maximum gradient norm; 0: no clipping.")
+    logging_steps: float = _field(1, "Steps between log lines.")
+    remove_unused_columns: bool = _field(False, "Has no meaning here: only the column 'prompt' is read.")
+    report_to: str | list[str] | None = _field("none", "Loggers, such as tensorboard.")  # noqa: RUF009
+    enable_jit_checkpoint: bool = _field(True, "SIGTERM saves a checkpoint.")
+
+    objective: str = _field("gdc++", "The objective, one of dmfast.OBJECTIVES.")
+    baseline: float | str | None = _field(None, "None, a number, mean, leave_one_out or leave_one_out_context.")
+    beta: float | None = _field(None, "The KL coefficient of kl_control.")
+    normalize: bool = _field(True, "False multiplies A by Z.")
+    max_weight: float | None = _field(None, "Bounds A to [-max_weight, max_weight].")
+    temperature: float = _field(1.0, "Of policy, proposal and base.")
+    max_new_tokens: int = _field(64, "Where a sequence without EOS ends.")
+    samples_per_context: int | None = _field(None, "Sequences drawn from each prompt.")
+    sampling_batch_size: int | None = _field(None, "Sequences at a time in sampling and scoring.")
+    on_policy: bool = _field(False, "Sample from the policy itself.")
+    proposal_criterion: str = _field("kl", "When q becomes pi: kl, tvd, js or interval.")
+    proposal_interval: int = _field(10, "Optimiser steps between checks of the proposal.")
+    proposal_stderrs: float = _field(0.0, "By how many standard errors pi must be nearer.")
+    proposal_best_only: bool = _field(False, "Swap only if pi is nearer than at every earlier swap.")
+    proposal_decay: float = _field(0.8, "Weight of a step's samples relative to the next step's.")
+    partition: str = _field("running", "running or step.")
+    eval_samples: int = _field(512, "Sequences of the policy at an evaluation.")
+    patience_zero: int = _field(5, "Steps with P = 0 on all sequences before a warning.")
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("max_new_tokens", self.max_new_tokens), ("temperature", self.temperature),
+            ("samples_per_context", self.samples_per_context), ("sampling_batch_size", self.sampling_batch_size),
+            ("max_weight", self.max_weight), ("eval_samples", self.eval_samples),
+            ("proposal_interval", self.proposal_interval), ("patience_zero", self.patience_zero),
+        ):  # fmt: skip
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value!r}")
+        if self.proposal_criterion not in CRITERIA:
+            raise ValueError(
+                f"proposal_criterion must be one of {', '.join(CRITERIA)}, got {self.proposal_criterion!r}"
+            )
+        if self.partition not in ("running", "step"):
+            raise ValueError(f"partition must be 'running' or 'step', got {self.partition!r}")
+        if isinstance(self.baseline, str):
+            try:
+                self.baseline = float(self.baseline)  # from a command line
+            except ValueError:
+                if self.baseline not in _BASELINES:
+                    raise ValueError(
+                        "baseline must be a number, 'mean', 'leave_one_out' or 'leave_one_out_context', got "
+                        f"{self.baseline!r}"
+                    ) from None
+        self.make_objective()
+        super().__post_init__()
+
+    def make_objective(self, mean: float = 0.0, log_scale: float = 0.0) -> Objective:
+        """The objective of one step, with the running values that its owner holds.
+
+        Args:
+            mean: the running mean of rho*r, for ``baseline="mean"``.
+            log_scale: c of ``reinforce_p``.
+        """
+        baseline = mean if self.baseline == "mean" else self.baseline
+        return Objective(
+            self.objective,
+            baseline=cast(Any, baseline),
+            normalize=self.normalize,
+            beta=self.beta,
+            log_scale=log_scale if self.objective == "reinforce_p" else None,
+        )

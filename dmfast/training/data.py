@@ -1,0 +1,157 @@
+"""Which contexts an optimiser step samples from: prompts of a data set, or the one empty context.
+
+A step of B sequences takes B / n contexts and draws n sequences from each. Transformers' Trainer counts microbatches,
+so the loader gives microbatches of rows in which each row of a context stands n times in a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+Prompt: TypeAlias = "str | list[int]"
+
+
+class Contexts(Dataset[Any]):
+    """Rows of prompts as (row, prompt), where a prompt is a string or a list of chat messages.
+
+    Args:
+        rows: a sequence of strings, of message lists or of rows with a column ``prompt`` (``datasets.Dataset`` too);
+            None: the one empty context.
+
+    Raises:
+        TypeError: rows that have no length, such as an ``IterableDataset``.
+        ValueError: no rows, or a row without a prompt.
+    """
+
+    def __init__(self, rows: Any = None) -> None:
+        if rows is None:
+            rows = [""]
+        if isinstance(rows, str) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+            raise TypeError(
+                "train_dataset must have a length and be indexable (a list of prompts, a datasets.Dataset with the "
+                f"column 'prompt'), or be None for the empty context; got {type(rows).__name__}"
+            )
+        if len(rows) == 0:
+            raise ValueError("train_dataset is empty; pass None for the empty context")
+        self.rows = rows
+        self[0]  # refuses rows without a prompt now rather than in the middle of a run
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        row = self.rows[index]
+        if isinstance(row, dict):
+            if "prompt" not in row:
+                raise ValueError(f"row {index} of the data set has no column 'prompt', only {', '.join(row)}")
+            row = row["prompt"]
+        if not isinstance(row, (str, list)):
+            raise ValueError(
+                f"the prompt of row {index} must be a string or a list of chat messages, got {type(row).__name__}"
+            )
+        return index, row
+
+
+def to_prompt(prompt: str | list[dict[str, str]], tokenizer: Any) -> Prompt:
+    """A string as it is; a list of chat messages through the tokenizer's chat template, as token ids.
+
+    Raises:
+        ValueError: messages for a tokenizer that has no chat template.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "a prompt is a list of chat messages, but the tokenizer has no chat_template; pass strings, or set one"
+        )
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return cast("list[int]", ids)
+
+
+class StepSampler(Sampler[list[int]]):
+    """Microbatches of row indices for one rank: each context of an optimiser step ``n`` times, cut in order.
+
+    Args:
+        contexts: rows of the data set.
+        n: sequences per context.
+        per_device, accumulation: sequences in a microbatch, microbatches in an optimiser step.
+        rank, world: which share of each step this process takes.
+        steps: optimiser steps in an epoch; None: as many as the data set fills. With several ranks the last step is
+            filled up from the start of the epoch, so that all ranks have the same number of microbatches.
+        shuffle, seed: a permutation per epoch that depends on nothing else.
+
+    Raises:
+        ValueError: the step's sequences on a rank are not a multiple of n.
+    """
+
+    def __init__(
+        self, contexts: int, n: int, *, per_device: int, accumulation: int, rank: int = 0, world: int = 1,
+        steps: int | None = None, shuffle: bool = True, seed: int = 0,
+    ) -> None:  # fmt: skip
+        local = per_device * accumulation
+        if local % n:
+            raise ValueError(
+                f"samples_per_context = {n} must divide the sequences that a process takes in an optimiser step, "
+                f"per_device_train_batch_size * gradient_accumulation_steps = {per_device} * {accumulation} = {local}"
+            )
+        self.contexts, self.n, self.per_device, self.accumulation = contexts, n, per_device, accumulation
+        self.rank, self.world, self.shuffle, self.seed, self.epoch = rank, world, shuffle, seed, 0
+        self.per_rank = local // n  # contexts of a step
+        self.steps = math.ceil(contexts / (self.per_rank * world)) if steps is None else steps
+        self.endless = steps is not None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another permutation."""
+        self.epoch = epoch
+
+    def _order(self) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.contexts))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return torch.randperm(self.contexts, generator=generator).tolist()
+
+    def _step(self, order: list[int], step: int) -> list[int]:
+        """The rows of this rank's sequences in one step."""
+        first = step * self.per_rank * self.world
+        last = first + self.per_rank * self.world
+        if not self.endless and last > len(order):
+            last = first + self.world * math.ceil((len(order) - first) / self.world)
+        mine = (last - first) // self.world
+        first += self.rank * mine
+        return [order[i % len(order)] for i in range(first, first + mine) for _ in range(self.n)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self._order()
+        for step in range(self.steps):
+            rows = self._step(order, step)
+            for start in range(0, len(rows), self.per_device):
+                yield rows[start : start + self.per_device]
+
+    def __len__(self) -> int:
+        last = len(self._step(list(range(self.contexts)), self.steps - 1))
+        return (self.steps - 1) * self.accumulation + math.ceil(last / self.per_device)
+
+
+class ContextLoader(DataLoader[Any]):
+    """Microbatches as lists of (row, prompt). Not for accelerate to shard: the sampler has done so."""
+
+    def __init__(self, contexts: Contexts, sampler: StepSampler) -> None:
+        super().__init__(contexts, batch_sampler=sampler, collate_fn=list)
+        self.step_sampler = sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """What transformers' Trainer calls at the start of an epoch."""
+        self.step_sampler.set_epoch(epoch)
+
+
+def contexts_of(batches: Sequence[Sequence[tuple[int, Any]]], n: int) -> list[tuple[int, Any]]:
+    """The contexts of a step, each once, from its microbatches."""
+    return [row for batch in batches for row in batch][::n]

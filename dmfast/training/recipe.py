@@ -1,0 +1,287 @@
+"""``dmfast train recipe.yaml``: a whole job in one file, from the wish to the report.
+
+    model: tiny-bios                # or a folder, or a name on the hub
+    prompts: null                   # null: the empty context; a list of strings; a .txt (one a line) or .jsonl file
+    stop: null                      # a sequence ends in EOS; with stop: "\\n" also in a token that has a newline
+    constraints:                    # pointwise ones, and moments
+      - moment: {contains: {any_of: [she, her], name: women}, value: 0.5}
+      - contains: {word: amazing}
+      - scorer: {function: my_module:my_function}
+    monitor: []                     # features that are only looked at
+    fit: {n: 10240, seed: 0}        # lambda, from samples of the base
+    lora: null                      # or the arguments of peft.LoraConfig
+    train: {max_steps: 60, ...}     # the arguments of DMConfig
+    evaluate: {samples: 2048}       # of the model before and after
+
+Writes into ``train.output_dir``: the model, ``log.json`` (machine, recipe, before, after, every step) and
+``report.png``.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..estimators import Estimate, estimate, estimate_log_z, estimate_moments
+from ..models import LanguageModel, Samples
+from ..targets import EBM, Contains, Moment, Scorer
+from . import report
+from .config import DMConfig
+from .data import Contexts, to_prompt
+from .evaluation import evaluate
+from .trainer import DMTrainer
+
+TINY_BIOS = Path(__file__).parent.parent / "data" / "tiny_bios"
+_KEYS = ("model", "dtype", "prompts", "stop", "constraints", "monitor", "fit", "lora", "train", "evaluate")
+
+
+class RecipeError(ValueError):
+    """A recipe that can't be run; the message names the place in it."""
+
+
+def _check_keys(given: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"{where} must be a mapping, got {given!r}")
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; it takes {', '.join(known)}"
+            raise RecipeError(f"{where} has an unknown entry {key!r}{hint}")
+
+
+def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A recipe from a YAML file, checked.
+
+    Args:
+        path: the file; its relative paths are taken from where the command runs.
+        overrides: dotted keys and their values, such as ``{"train.max_steps": 5}``.
+
+    Raises:
+        RecipeError: no such file, no YAML, an unknown entry, no constraint.
+    """
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"can't read the recipe {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is no YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise RecipeError(f"{path} must hold a mapping with the entries {', '.join(_KEYS)}")
+    for dotted, value in (overrides or {}).items():
+        *way, last = dotted.split(".")
+        place = recipe
+        for key in way:
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise RecipeError(f"can't set {dotted}: {key} is no mapping")
+        place[last] = value
+    _check_keys(recipe, _KEYS, str(path))
+    for key in ("model", "constraints", "train"):
+        if not recipe.get(key):
+            raise RecipeError(f"{path} has no {key}")
+    _check_keys(recipe["train"], tuple(f.name for f in fields(DMConfig) if f.init), "train")
+    _check_keys(recipe.get("fit") or {}, ("n", "seed", "batch_size"), "fit")
+    _check_keys(recipe.get("evaluate") or {}, ("samples", "seed", "batch_size"), "evaluate")
+    for each in recipe["constraints"]:
+        constraint(each)
+    for each in recipe.get("monitor") or []:
+        feature(each, "monitor")
+    return recipe
+
+
+def feature(entry: Any, where: str) -> Contains | Scorer:
+    """``{contains: {...}}`` or ``{scorer: {function: "module:name", ...}}``.
+
+    Raises:
+        RecipeError: anything else, with the place.
+    """
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise RecipeError(f"{where} must be one of contains and scorer with its arguments, got {entry!r}")
+    kind, arguments = next(iter(entry.items()))
+    if not isinstance(arguments, Mapping) or kind not in ("contains", "scorer"):
+        raise RecipeError(f"{where} must be one of contains and scorer with its arguments, got {entry!r}")
+    options = dict(arguments)
+    try:
+        if kind == "contains":
+            return Contains(**options)
+        return Scorer(_function(options.pop("function", None)), **options)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{where}: {kind} {dict(arguments)!r}: {error}") from error
+
+
+def constraint(entry: Any) -> Contains | Scorer | Moment:
+    """A pointwise constraint or ``{moment: {contains or scorer: {...}, value: mu}}``.
+
+    Raises:
+        RecipeError: anything else, with the place.
+    """
+    if isinstance(entry, Mapping) and list(entry) == ["moment"]:
+        arguments = entry["moment"]
+        if not isinstance(arguments, Mapping) or "value" not in arguments:
+            raise RecipeError(f"constraints: a moment needs a feature and a value, got {arguments!r}")
+        phi = feature({k: v for k, v in arguments.items() if k not in ("value", "name")}, "constraints: moment")
+        try:
+            return Moment(phi, arguments["value"], arguments.get("name"))
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"constraints: {error}") from error
+    return feature(entry, "constraints")
+
+
+def _function(path: Any) -> Callable[..., Any]:
+    module, _, name = str(path).partition(":")
+    if not name:
+        raise ValueError(f"function must be 'module:name', got {path!r}")
+    try:
+        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"can't import {path!r}: {error}") from error
+
+
+def _prompts(prompts: Any) -> Any:
+    if not isinstance(prompts, str):
+        return prompts
+    path = Path(prompts).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) if path.suffix == ".jsonl" else line for line in lines if line]
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"prompts: can't read {path}: {error}") from error
+    return rows
+
+
+def load(name: str, *, dtype: str = "float32", stop: str | None = None) -> LanguageModel:
+    """A causal model and its tokenizer.
+
+    Args:
+        name: ``tiny-bios`` (ships with dmfast), a folder, or a name on the hub.
+        stop: every token whose text has this string ends a sequence, as EOS does.
+
+    Raises:
+        RecipeError: there is no such model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = str(TINY_BIOS) if name == "tiny-bios" else str(Path(name).expanduser())
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        hint = "; python scripts/fetch_smollm2.py writes it" if "smollm2" in path else ""
+        raise RecipeError(f"model: can't load {name!r}{hint}: {error}") from error
+    ends = [tokenizer.eos_token_id]
+    if stop:
+        ends += [i for i in range(len(tokenizer)) if stop in tokenizer.decode([i])]
+    return LanguageModel(model, tokenizer, eos_token_id=ends)
+
+
+def _ideal(target: EBM, of_base: Samples) -> dict[str, Estimate]:
+    """What a policy equal to p would show: E_p[phi] and KL(p||a), from samples of the base."""
+    scores = target.score(of_base, of_base.log_prob)
+    log_w = scores.log_target - of_base.log_prob
+    columns = torch.cat([scores.features, scores.monitored], 1)
+    names = [*target.moment_names, *target.monitor_names]
+    ideal = {f"phi/{name}": e for name, e in zip(names, estimate_moments(columns, log_w), strict=True)}
+    kl = estimate(of_base.log_prob, of_base.log_prob, scores.log_target, estimate_log_z(log_w).value).kl_proposal
+    if target.report is not None and target.moment_names:  # lambda was fitted on more samples
+        kl = target.report.kl
+        for name, moment in zip(target.moment_names, target.describe()["moments"], strict=True):
+            ideal[f"phi/{name}"] = Estimate(moment["value"], 0.0)
+    return ideal | {"kl_policy_base": kl}
+
+
+def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[Any], None] = print) -> dict[str, Any]:
+    """Runs a recipe that ``read`` has checked.
+
+    Args:
+        resume: a checkpoint's folder, or True: the newest in ``train.output_dir``.
+        say: prints a line or a rich table.
+
+    Returns:
+        What ``log.json`` holds.
+
+    Raises:
+        RecipeError, ValueError: as ``read``, ``EBM.fit``, ``DMTrainer``.
+    """
+    start = time.perf_counter()
+    args = DMConfig(**{"output_dir": "dmfast_output", **recipe["train"]})
+    out = Path(args.output_dir)
+    policy = load(recipe["model"], dtype=recipe.get("dtype") or "float32", stop=recipe.get("stop"))
+    base = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
+    model: torch.nn.Module = policy.model
+    if recipe.get("lora"):
+        import peft
+
+        model = peft.get_peft_model(model, peft.LoraConfig(**recipe["lora"]))
+    rows = _prompts(recipe.get("prompts"))
+    prompts = None if rows is None else [to_prompt(prompt, policy.tokenizer) for _, prompt in Contexts(rows)]
+    target = EBM(
+        base,
+        [constraint(each) for each in recipe["constraints"]],
+        monitor=[feature(each, "monitor") for each in recipe.get("monitor") or []],
+    )
+    say(f"dmfast {__version__}: {target}, {args.objective}, {args.max_steps} steps, model {recipe['model']}")
+    fit = {"batch_size": args.sampling_batch_size, **(recipe.get("fit") or {})}
+    target.fit(contexts=prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature, **fit)
+    say(str(target.report))
+
+    trainer = DMTrainer(model, target, args, train_dataset=rows, processing_class=policy.tokenizer)
+    settings = {"samples": args.eval_samples, "seed": args.seed + 10**6, "batch_size": args.sampling_batch_size or 256}
+    settings |= recipe.get("evaluate") or {}
+
+    def now(model: LanguageModel) -> tuple[Samples, dict[str, Estimate]]:
+        some = prompts if prompts is None else prompts[: settings["samples"]]
+        return evaluate(
+            model, target, some, math.ceil(settings["samples"] / len(some or [0])), max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature, seed=settings["seed"], batch_size=settings["batch_size"],
+        )  # fmt: skip
+
+    x_before, before = now(base)
+    training = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume or None)
+    training = time.perf_counter() - training
+    trainer.save_model()
+    x_after, after = now(trainer.policy)
+    log: dict[str, Any] = {
+        "machine": report.machine(),
+        "recipe": recipe,
+        "target": target.describe(),
+        "before": before,
+        "after": after,
+        "ideal": _ideal(target, x_before),
+        "swaps": trainer.proposal.swaps if trainer.proposal else 0,
+        "steps": trainer.state.global_step,
+        "seconds_training": training,
+        "seconds_all": time.perf_counter() - start,
+        "samples_before": x_before.text[:20],
+        "samples_after": x_after.text[:20],
+        "history": [h for h in trainer.state.log_history if "train_runtime" not in h],
+    }
+    if trainer.is_world_process_zero():
+        say(report.table(log))
+        say(report.samples_table(log["samples_before"][:6], log["samples_after"][:6]))
+        report.plot(log["history"], out / "report.png", title=_title(recipe, log),
+                    wanted={m["name"]: m["value"] for m in log["target"]["moments"]})  # fmt: skip
+        report.write(log, out)
+        say(f"{log['swaps']} swaps of q, training {training:.0f} s, all {log['seconds_all']:.0f} s; "
+            f"wrote {out}/log.json, {out}/report.png and the model")  # fmt: skip
+    return log
+
+
+def _title(recipe: Mapping[str, Any], log: Mapping[str, Any]) -> str:
+    names = [name for name in log["after"] if name.startswith("phi/")]
+    change = ", ".join(f"{name[4:]} {log['before'][name]} → {log['after'][name]}" for name in names)
+    objective = recipe["train"].get("objective", "gdc++")
+    return f"{objective} on {Path(recipe['model']).name}: {change}"

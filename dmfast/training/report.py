@@ -1,0 +1,140 @@
+"""What a run looked like: the machine, a plot, a table."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__, kernels
+from ..estimators import Estimate
+
+
+def machine() -> dict[str, Any]:
+    """What a result was taken on: date, versions, processor, threads, backend."""
+    import transformers
+
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    return {
+        "date": date.today().isoformat(), "dmfast": __version__, "torch": torch.__version__,
+        "transformers": transformers.__version__, "python": platform.python_version(), "cpu": cpu,
+        "threads": torch.get_num_threads(), "backend": kernels.backends()["cpu"].detail,
+    }  # fmt: skip
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def write(log: Mapping[str, Any], folder: Path) -> None:
+    """``log.json``."""
+    text = json.dumps(_for_json(log), indent=1, ensure_ascii=False)
+    (folder / "log.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _for_json(value: Any) -> Any:
+    """Estimates as value and stderr; what JSON does not have, NaN and infinity, as null."""
+    if isinstance(value, Estimate):
+        return _for_json(vars(value))
+    if isinstance(value, Mapping):
+        return {str(k): _for_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_for_json(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def plot(
+    history: Sequence[Mapping[str, float]], path: Path, title: str, *, wanted: Mapping[str, float] | None = None,
+    log_z: float | None = None,
+) -> None:  # fmt: skip
+    """E[phi] under q (dots: under pi), the divergences from p with the swaps of q, Z and ESS over steps.
+
+    Args:
+        history: the logs of the run in order (``trainer.state.log_history``), steps and evaluations.
+        wanted: the moments of the target by feature, drawn in.
+        log_z: log Z, if it is known.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [h for h in history if "kl_policy" in h]
+    evaluations = [h for h in history if "eval_kl_policy_base" in h]
+    names = [key[len("phi/") :] for key in (steps or [{}])[0] if key.startswith("phi/")]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharex=True, constrained_layout=True)
+    x = [h["step"] for h in steps]
+
+    def line(axis: Any, key: str, label: str, color: str) -> None:
+        values = torch.tensor([h[key] for h in steps], dtype=torch.float64)
+        axis.plot(x, values, color=color, label=label, linewidth=1.3)
+        if steps and f"{key}_stderr" in steps[0]:
+            error = torch.tensor([h.get(f"{key}_stderr", math.nan) for h in steps], dtype=torch.float64)
+            axis.fill_between(x, values - error, values + error, color=color, alpha=0.2, linewidth=0)
+
+    features, divergences, partition, ess = axes.flat
+    for i, name in enumerate(names):
+        color = f"C{i}"
+        line(features, f"phi/{name}", f"{name}, q", color)
+        if evaluations:
+            features.errorbar(
+                [h["step"] for h in evaluations], [h[f"eval_phi/{name}"] for h in evaluations],
+                [h[f"eval_phi/{name}_stderr"] for h in evaluations], color=color, fmt="o", markersize=4, capsize=2,
+                label=f"{name}, π",
+            )  # fmt: skip
+        if wanted and name in wanted:
+            features.axhline(wanted[name], color=color, linewidth=0.8, linestyle="--", label="target")
+    line(divergences, "kl_policy", "KL(p‖π)", "C0")
+    line(divergences, "kl_proposal", "KL(p‖q)", "C1")
+    line(partition, "log_z", "running", "C0")
+    if log_z is not None:
+        partition.axhline(log_z, color="black", linewidth=0.8, linestyle="--", label="from the fit of λ")
+    line(ess, "ess", "sequences", "C0")
+    titles = ("E[φ]", "divergence from the target p (nats)", "log Z", "effective sample size of a step")
+    for axis, name in zip(axes.flat, titles, strict=True):
+        for i, h in enumerate(h for h in steps if h["swapped"]):
+            axis.axvline(h["step"], color="grey", linewidth=0.6, alpha=0.6, label="q ← π" if i == 0 else None)
+        axis.set_title(name, fontsize=10)
+        axis.legend(fontsize=8, loc="best")
+    ess.set_ylim(bottom=0)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def table(log: Mapping[str, Any]) -> Any:
+    """Before, after and p as a rich table, from the log of a run."""
+    from rich.table import Table
+
+    table = Table(title="mean ± standard error, on fresh samples of the model itself")
+    for column in ("", "before", "after", "target p"):
+        table.add_column(column)
+    titles = {"kl_policy_base": "KL(π‖a), nats", "length": "tokens", "finished": "ended in EOS"}
+    for name, before in log["before"].items():
+        wanted = log["ideal"].get(name)
+        title = f"E[{name[4:]}]" if name.startswith("phi/") else titles[name]
+        shown = "" if wanted is None else str(wanted) if wanted.stderr else f"{wanted.value:.4g}"
+        table.add_row(title, str(before), str(log["after"][name]), shown)
+    return table
+
+
+def samples_table(before: Sequence[str], after: Sequence[str]) -> Any:
+    """Samples side by side as a rich table."""
+    from rich.table import Table
+
+    table = Table(title="samples before and after", show_lines=True)
+    table.add_column("before", ratio=1)
+    table.add_column("after", ratio=1)
+    for pair in zip(before, after, strict=False):
+        table.add_row(*(text.strip() for text in pair))
+    return table

@@ -1,0 +1,615 @@
+"""``DMTrainer``: transformers' ``Trainer`` with the sampling, scoring and loss of distribution matching.
+
+An optimiser step, in the order in which the methods stand below:
+
+    get_batch_samples   contexts -> x ~ q -> log P(x), Z; then cut into microbatches
+    compute_loss        log pi(x) through the wrapped model, the fused loss
+    _finish_step        estimates, baseline, q <- pi if pi is nearer to p
+    evaluate            fresh samples of pi
+    _save_checkpoint    all of it, whole or not at all
+
+What a step adds to Z and to the running values is held back until ``optimizer.step()`` is done, so that a checkpoint
+taken within a step, or an error in one, finds everything as the step before left it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+)
+from transformers.trainer_utils import rotate_checkpoints
+
+from ..estimators import PartitionFunction, PartitionFunctions, RunningEstimates
+from ..kernels.result import DMLossOutput
+from ..models import LanguageModel, Samples
+from ..objectives import Objective, Terms, weigh
+from ..proposal import OfflineProposal
+from ..targets import EBM
+from . import checkpoint
+from .callbacks import Interrupt, LogLine, Progress, StepEnd
+from .card import model_card
+from .config import DMConfig
+from .data import ContextLoader, Contexts, StepSampler, contexts_of, to_prompt
+from .evaluation import evaluate
+
+# of a model's generation_config: what would change the distribution that is sampled from
+_SAMPLER_OPTIONS = (
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+    "no_repeat_ngram_size", "min_length", "min_new_tokens", "suppress_tokens", "begin_suppress_tokens",
+    "forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "sequence_bias", "num_beams",
+)  # fmt: skip
+
+
+@dataclass
+class _Running:
+    """What is carried from step to step and committed at the end of each."""
+
+    partitions: PartitionFunctions
+    scale: PartitionFunction  # the running mean of P, whose log is c of reinforce_p
+    returns: tuple[float, int]  # sum and number of rho*r, for baseline="mean"
+    zero_steps: int  # steps in a row without a sequence of P > 0
+    steps: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One optimiser step on this rank: N sequences, scored."""
+
+    samples: Samples
+    context: Tensor  # (N,) row of the data set
+    features: Tensor  # (N, F + M): moments, then what is monitored
+    inputs: dict[str, Tensor]  # (N,) fp64 each: log_target, log_z, and what else the objective needs
+    seconds: dict[str, float]
+    pending: _Running  # with this step's samples
+    objective: Objective
+
+
+class DMTrainer(Trainer):  # type: ignore[misc]
+    """Makes ``model`` equal to the target distribution p = P/Z (Korbak et al. 2022, arXiv:2206.00761, algorithm 1).
+
+    Args:
+        model: the policy pi, a causal language model of transformers, or a PEFT model around one. Its dropout is set
+            to 0, since a sequence and its score must come from one distribution.
+        target: an ``EBM`` that is fitted, around a base of its own (not ``model`` itself: the base must not move).
+        args: ``DMConfig``.
+        train_dataset: prompts, as ``dmfast.training.data.Contexts`` takes them; None: the empty context.
+        eval_dataset: prompts to evaluate on. Default: those of ``train_dataset``.
+        processing_class: the tokenizer. Default: the base's.
+        reward: R(x) for ``reinforce`` and ``kl_control``: a callable on ``Samples`` that gives (N,), such as
+            ``dmfast.Scorer``.
+        callbacks, optimizers, optimizer_cls_and_kwargs: as in ``transformers.Trainer``.
+
+    Attributes:
+        policy: the model as a ``LanguageModel``. proposal: the ``OfflineProposal``, None on-policy.
+        eval_samples: the ``Samples`` of the last evaluation.
+
+    Raises:
+        ValueError: what can't be trained: a base that is the model itself, a tokenizer that does not fit, an objective
+            without its reward, FSDP, DeepSpeed, DataParallel.
+    """
+
+    control: TrainerControl
+    # what compute_loss returns is divided by the step's sequences already
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: EBM,
+        args: DMConfig | None = None,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward: Callable[[Samples], Tensor] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+    ) -> None:
+        args = DMConfig("dmfast_output") if args is None else args
+        if not isinstance(args, DMConfig):
+            raise TypeError(f"args must be a dmfast.DMConfig, got {type(args).__name__}")
+        _refuse_arguments(args)
+        base = target.base
+        if base.model is model:
+            raise ValueError(
+                "target.base holds the model that is to be trained, so the target would move with it; "
+                "give the EBM a copy: LanguageModel(copy.deepcopy(model), tokenizer)"
+            )
+        if not target.fitted:
+            raise ValueError(f"{target} is not fitted, so its lambda is not known: call target.fit(...) first")
+        needs = args.make_objective().needs
+        if "reward" in needs and reward is None:
+            raise ValueError(f"objective {args.objective!r} needs reward=, a callable on Samples that gives R(x)")
+        tokenizer = base.tokenizer if processing_class is None else processing_class
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+            warnings.warn(f"the tokenizer has no pad token; padding with EOS, {tokenizer.eos_token!r}", stacklevel=2)
+        self.policy = LanguageModel(model, tokenizer, eos_token_id=base.eos_token_ids)
+        if len(tokenizer) > self.policy.vocab_size or self.policy.vocab_size != base.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model {self.policy.vocab_size} embeddings and the "
+                f"base {base.vocab_size}: they don't belong together"
+            )
+        _warn_of_generation_config(model)
+        self.target, self.reward = target, reward
+        self._contexts = Contexts(train_dataset)
+        self._has_prompts = train_dataset is not None
+        self._eval_contexts = self._contexts if eval_dataset is None else Contexts(eval_dataset)
+        if not self._has_prompts and args.max_steps <= 0:
+            raise ValueError("without a train_dataset there are no epochs to count: set max_steps in DMConfig")
+        self._interrupt = Interrupt()
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self._contexts,
+            eval_dataset=self._eval_contexts,
+            processing_class=tokenizer,
+            callbacks=[StepEnd(self._before_optimizer, self._finish_step), self._interrupt, *(callbacks or [])],
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("DMTrainer does not run under FSDP or DeepSpeed yet; use DDP (accelerate launch)")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"DMTrainer does not run under DataParallel ({args.n_gpu} GPUs in one process); start one process per "
+                "GPU with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES"
+            )
+        for stock, ours in ((ProgressCallback, Progress), (PrinterCallback, LogLine)):
+            if self.pop_callback(stock) is not None:
+                self.add_callback(ours)
+        base.model.to(self.args.device).requires_grad_(False)
+        self.proposal: OfflineProposal[LanguageModel] | None = None
+        if not args.on_policy:
+            self.proposal = OfflineProposal(
+                self.policy, args.proposal_criterion, args.proposal_interval, best_only=args.proposal_best_only,
+                stderrs=args.proposal_stderrs, decay=args.proposal_decay,
+            )  # fmt: skip
+        self._estimates = RunningEstimates(args.proposal_decay) if self.proposal is None else self.proposal.running
+        self._running = _Running(PartitionFunctions(), PartitionFunction(), (0.0, 0), 0, 0)
+        self._q_is_base: bool | None = None  # not known before the first step
+        self._step: _Step | None = None
+        self._outputs: list[DMLossOutput] = []
+        self._metrics: list[dict[str, float]] = []
+        self._started = 0.0
+        self._staging: str | None = None
+        self.eval_samples: Samples | None = None
+
+    # ---- the data
+
+    @property
+    def samples_per_context(self) -> int:
+        """n: sequences of each context in a step."""
+        if not self._has_prompts:
+            return int(self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps)
+        return int(self.args.samples_per_context or 1)
+
+    def get_train_dataloader(self) -> ContextLoader:
+        """Microbatches of contexts."""
+        args = self.args
+        sampler = StepSampler(
+            len(self._contexts), self.samples_per_context, per_device=args.per_device_train_batch_size,
+            accumulation=args.gradient_accumulation_steps, rank=args.process_index, world=args.world_size,
+            steps=None if self._has_prompts else args.max_steps,
+            shuffle=args.train_sampling_strategy == "random",
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )  # fmt: skip
+        return ContextLoader(self._contexts, sampler)
+
+    # ---- the step: samples, log P, Z
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
+        """Draws and scores all sequences of an optimiser step, fixes Z, then cuts them into microbatches."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return [], None
+        with self.accelerator.autocast():
+            self._step = step = self._draw(contexts_of(batches, self.samples_per_context))
+        self._outputs, self._started = [], time.perf_counter()
+        microbatches, start = [], 0
+        for batch in batches:
+            part = slice(start, start + len(batch))
+            start += len(batch)
+            samples = step.samples[part]
+            inputs = {name: value[part] for name, value in step.inputs.items()}
+            microbatches.append({"input_ids": samples.tokens, "samples": samples, "loss_inputs": inputs})
+        return microbatches, None
+
+    def _seed(self, step: int) -> int:
+        """One per step, so that a resumed run draws what an unbroken one does."""
+        return int(self.args.seed) * 1_000_003 + step
+
+    @torch.no_grad()
+    def _draw(self, contexts: Sequence[tuple[int, Any]]) -> _Step:
+        args, start = self.args, time.perf_counter()
+        model = self.policy if self.proposal is None else self.proposal.snapshot
+        n = self.samples_per_context
+        x = model.sample(
+            [to_prompt(prompt, self.processing_class) for _, prompt in contexts], n,
+            max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=self._seed(self.state.global_step),
+            batch_size=args.sampling_batch_size, first_row=args.process_index * len(contexts) * n,
+        )  # fmt: skip
+        rows = torch.tensor([row for row, _ in contexts], device=x.tokens.device)
+        context = rows[x.context_id]
+        sampled = time.perf_counter()
+
+        needs_base = "log_base" in args.make_objective().needs
+        log_base = x.log_prob if self._proposal_is_base(model, x) else None
+        if log_base is None and needs_base:
+            log_base = self._log_base(x)
+        scores = self.target.score(x, log_base)
+        inputs = {"log_target": scores.log_target, "log_proposal": x.log_prob}
+        if needs_base:
+            inputs["log_base"] = cast(Tensor, log_base)
+        if self.reward is not None:
+            inputs["reward"] = self.reward(x).to(x.log_prob)
+        pending = self._with_step(context, scores.log_target, x.log_prob)
+        inputs["log_z"] = pending.partitions.log_z(context)
+        total, count = self._running.returns
+        log_scale = pending.scale.log_z
+        objective = args.make_objective(total / count if count else 0.0, log_scale if math.isfinite(log_scale) else 0.0)
+        features = torch.cat([scores.features, scores.monitored], 1)
+        seconds = {"sampling": sampled - start, "scoring": time.perf_counter() - sampled}
+        return _Step(x, context, features, inputs, seconds, pending, objective)
+
+    def _log_base(self, x: Samples) -> Tensor:
+        return self.target.base.log_prob(x, batch_size=self.args.sampling_batch_size)
+
+    def _proposal_is_base(self, model: LanguageModel, x: Samples) -> bool:
+        """Whether q still is a, so that log a(x) = log q(x): found out once, by whether both score alike to the bit."""
+        if self.proposal is None or self.proposal.swaps:
+            return False
+        if self._q_is_base is None:
+            some = x[: min(len(x), 8)]
+            self._q_is_base = torch.equal(model.log_prob(some), self.target.base.log_prob(some))
+        return self._q_is_base
+
+    def _with_step(self, context: Tensor, log_target: Tensor, log_proposal: Tensor) -> _Running:
+        """The running values with the samples of all ranks."""
+        context, log_target, log_proposal = (self._gather(v) for v in (context, log_target, log_proposal))
+        old = PartitionFunctions() if self.args.partition == "step" else self._running.partitions
+        scale = copy.copy(self._running.scale)
+        scale.update(log_target, torch.zeros_like(log_target))
+        nothing = bool((log_target == -math.inf).all())
+        return replace(
+            self._running,
+            partitions=old.updated(context, log_target, log_proposal),
+            scale=scale,
+            zero_steps=self._running.zero_steps + 1 if nothing else 0,
+            steps=self._running.steps + 1,
+        )
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """(N, ...) of all ranks, in their order."""
+        return cast(Tensor, self.accelerator.gather(values.contiguous())) if self.args.world_size > 1 else values
+
+    # ---- the loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The fused loss of one microbatch, divided by the sequences of the whole step."""
+        assert self._step is not None
+        policy = self.policy.around(model)  # what transformers wrapped: DDP, torch.compile
+        out = policy.loss(
+            inputs["samples"],
+            objective=self._step.objective,
+            on_policy=self.args.on_policy,
+            max_weight=self.args.max_weight,
+            context_id=inputs["samples"].context_id,
+            num_sequences=len(self._step.samples),  # DDP averages over ranks
+            **inputs["loss_inputs"],
+        )
+        self._outputs.append(out)
+        return (out.loss, out) if return_outputs else out.loss
+
+    # ---- the end of a step
+
+    def _before_optimizer(self) -> None:
+        assert self._step is not None
+        self._step.seconds["policy"] = time.perf_counter() - self._started
+
+    @torch.no_grad()
+    def _finish_step(self) -> None:
+        """Commits what the step adds: Z, the mean return, the estimates; then asks whether q <- pi."""
+        step, outputs = self._step, self._outputs
+        assert step is not None
+        out = _whole_step(outputs, self._gather)
+        self._running = step.pending
+        if self.args.baseline == "mean":
+            terms = Terms(
+                replace(step.objective, baseline=None), self.args.on_policy, math.inf, log_proposal=out.log_proposal,
+                log_target=out.log_target, log_z=out.log_z, log_prob=out.log_prob,
+                **{name: self._gather(step.inputs[name]) for name in ("reward", "log_base") if name in step.inputs},
+            )  # fmt: skip
+            returns, (total, count) = weigh(terms), self._running.returns
+            self._running.returns = (total + float(returns.sum()), count + len(returns))
+        swapped = False
+        if self.proposal is None:
+            self._estimates.update(out)
+            now = self._estimates.estimates()
+        else:
+            self.proposal.update(out)
+            now = self.proposal.running.estimates()
+            swapped = self.proposal.maybe_update(self._verdict_of_rank_0)
+        self._warn_of_zero(len(out.log_prob))
+        self._metrics.append(self._metrics_of(step, out, now.as_dict(), swapped))
+        self._step, self._outputs = None, []
+
+    def _verdict_of_rank_0(self, mine: bool) -> bool:
+        if self.args.world_size == 1:
+            return mine
+        verdict = torch.tensor([mine], device=self.args.device)
+        return bool(self._gather(verdict)[0])
+
+    def _metrics_of(
+        self, step: _Step, out: DMLossOutput, estimates: dict[str, float], swapped: bool
+    ) -> dict[str, float]:
+        seen = step.pending.partitions.log_z(step.context)
+        finite = seen[seen.isfinite()]
+        log_z = float(finite.mean()) if len(finite) else -math.inf
+        weights, features = out.weight, self._gather(step.features)
+        metrics = {f"phi/{name}": float(v) for name, v in zip(self.feature_names, features.mean(0), strict=True)}
+        # log_z and ess among the estimates are those of the window since the last swap
+        window = {k: v for k, v in estimates.items() if not k.startswith(("log_z", "ess"))}
+        assert out.log_target is not None and out.log_proposal is not None and out.log_z is not None
+        log_u = torch.where(out.log_z == -math.inf, -math.inf, out.log_target - out.log_proposal - out.log_z)
+        metrics |= window | {
+            "log_z": log_z,
+            "z": math.exp(log_z) if log_z < 700 else math.inf,
+            "ess": _ess(log_u),
+            "swaps": float(self.proposal.swaps) if self.proposal else 0.0,
+            "swapped": float(swapped),
+            "weight_mean": float(weights.mean()),
+            "weight_std": float(weights.std(correction=0)),
+            "n_clipped": float(out.n_clipped),
+            "n_empty": float((out.log_z == -math.inf).sum()),
+            "length": float(self._gather(step.samples.score_mask.sum(1)).double().mean()),
+        }
+        if len(self._running.partitions) == 1 and self.args.partition == "running":
+            metrics["log_z_stderr"] = self._running.partitions[int(step.context[0])].stderr
+        if self.args.baseline == "mean":
+            total, count = self._running.returns
+            metrics["baseline"] = total / max(count, 1)
+        if self.args.objective == "reinforce_p":
+            metrics["log_scale"] = step.objective.log_scale or 0.0
+        return metrics | {f"seconds_{what}": seconds for what, seconds in step.seconds.items()}
+
+    @property
+    def feature_names(self) -> list[str]:
+        """The target's moments, then what it monitors."""
+        return [*self.target.moment_names, *self.target.monitor_names]
+
+    def _warn_of_zero(self, batch: int) -> None:
+        steps = self._running.zero_steps
+        if steps and steps % self.args.patience_zero == 0:
+            n = steps * batch
+            warnings.warn(
+                f"P(x) = 0 for all {n} sequences of the last {steps} steps, so nothing was learned from them. The "
+                f"constraints hold in fewer than {3 / n:.2g} of the proposal's sequences (with 95% confidence). Draw "
+                "more sequences a step, prompt the base towards the constraint, or start from a weaker one "
+                "(Scorer with b > 0 everywhere, or Moment with a value between 0 and 1)",
+                stacklevel=2,
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """transformers' log with the metrics of the steps since the last one: means of what varies, else the last."""
+        if "loss" in logs and self._metrics:
+            means = ("phi/", "weight_", "seconds_", "length", "ess")
+            for key, last in self._metrics[-1].items():
+                values = [m[key] for m in self._metrics if key in m]
+                logs[key] = sum(values) / len(values) if key.startswith(means) else last
+            logs["swapped"] = max(m["swapped"] for m in self._metrics)
+            self._metrics = []
+        super().log(logs, start_time)
+
+    # ---- evaluation
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """E_pi[phi] and KL(pi||a) with standard errors, from ``args.eval_samples`` fresh sequences of pi itself.
+
+        The same random numbers at every evaluation, so that two differ by what the policy has learned.
+
+        Args:
+            eval_dataset: prompts in place of the trainer's. ignore_keys: has no meaning here.
+            metric_key_prefix: of the names of the metrics.
+
+        Returns:
+            ``eval_phi/<feature>``, ``eval_kl_policy_base`` (nats), each with ``_stderr``, ``eval_length`` (tokens),
+            ``eval_finished`` (share that ended in EOS), ``eval_runtime`` (seconds).
+        """
+        start, args = time.perf_counter(), self.args
+        contexts = self._eval_contexts if eval_dataset is None else Contexts(eval_dataset)
+        some = min(len(contexts), args.eval_samples)
+        per_context = math.ceil(args.eval_samples / some)
+        mine = math.ceil(per_context / args.world_size)  # of each context, on this rank
+        prompts = [to_prompt(contexts[i][1], self.processing_class) for i in range(some)]
+        with self.accelerator.autocast():
+            self.eval_samples, estimates = evaluate(
+                self.policy, self.target, prompts, mine, max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature, seed=self._seed(-1),
+                batch_size=args.sampling_batch_size or args.per_device_train_batch_size,
+                first_row=args.process_index * mine * some, gather=self._gather,
+            )  # fmt: skip
+        metrics = {}
+        for name, estimate in estimates.items():
+            metrics[f"{metric_key_prefix}_{name}"] = estimate.value
+            if name not in ("length", "finished"):
+                metrics[f"{metric_key_prefix}_{name}_stderr"] = estimate.stderr
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Has no meaning here: a distribution has no labels to predict. Use ``evaluate`` or ``policy.sample``."""
+        raise NotImplementedError("DMTrainer has nothing to predict; use evaluate(), or trainer.policy.sample(...)")
+
+    # ---- the run, checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``train``. Ctrl-C ends it after the current step, with a checkpoint.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True: the newest of the run.
+
+        Raises:
+            ValueError: the checkpoint is truncated; the message names the newest whole one.
+            OSError: a checkpoint could not be written; the previous ones are as they were.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(checkpoint.to_resume(resume_from_checkpoint, Path(self.args.output_dir)))
+        self._interrupt.install()
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._interrupt.remove()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or cast(str, super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        writes = bool(self.args.should_save)
+        with checkpoint.staged(run_dir, name, writes, self.accelerator.wait_for_everyone) as staging:
+            self._staging = str(staging)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            best = self.state.best_global_step
+            if best:
+                folder = run_dir / f"checkpoint-{best}"
+                self.state.best_model_checkpoint = str(folder) if folder.is_dir() or folder.name == name else None
+            if writes:
+                self.state.save_to_json(str(staging / name / "trainer_state.json"))
+                checkpoint.save_state(self.state_dict(), staging / name)
+        if writes:
+            rotate_checkpoints(
+                output_dir=str(run_dir), save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True,
+            )  # fmt: skip
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.load_state_dict(checkpoint.load_state(Path(resume_from_checkpoint), self.args.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What dmfast adds to a checkpoint: proposal, Z, lambda, estimators, running values."""
+        running = self._running
+        return {
+            "target": self.target.state_dict(),
+            "proposal": None if self.proposal is None else self.proposal.state_dict(),
+            "estimates": self._estimates.state_dict() if self.proposal is None else None,
+            "partitions": running.partitions.state_dict(),
+            "scale": running.scale.state_dict(),
+            "returns": running.returns,
+            "zero_steps": running.zero_steps,
+            "steps": running.steps,
+            "q_is_base": self._q_is_base,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where ``state_dict`` was taken.
+
+        Raises:
+            ValueError: it is that of an on-policy run, or of an offline one, and this is not.
+        """
+        if (state["proposal"] is None) != (self.proposal is None):
+            raise ValueError("of the checkpoint and this run one is on-policy and one is not; set on_policy alike")
+        self.target.load_state_dict(state["target"])
+        if self.proposal is not None:
+            self.proposal.load_state_dict(state["proposal"])
+        else:
+            self._estimates.load_state_dict(state["estimates"])
+        partitions, scale = PartitionFunctions(), PartitionFunction()
+        partitions.load_state_dict(state["partitions"])
+        scale.load_state_dict(state["scale"])
+        total, count = state["returns"]
+        self._running = _Running(partitions, scale, (total, count), int(state["zero_steps"]), int(state["steps"]))
+        self._q_is_base = state["q_is_base"]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir if output_dir is None else output_dir)
+            (folder / "README.md").write_text(model_card(self), encoding="utf-8")
+
+
+def _ess(log_u: Tensor) -> float:
+    """Effective sequences of a step."""
+    if bool((log_u == -math.inf).all()):
+        return 0.0
+    return float((2 * log_u.logsumexp(0) - (2 * log_u).logsumexp(0)).exp())
+
+
+def _whole_step(outputs: Sequence[DMLossOutput], gather: Callable[[Tensor], Tensor]) -> DMLossOutput:
+    """The microbatches of all ranks as the output of one call, without its loss."""
+
+    def whole(name: str) -> Tensor | None:
+        parts = [getattr(out, name) for out in outputs]
+        return None if parts[0] is None else gather(torch.cat(parts))
+
+    names = ("log_prob", "log_ratio", "log_target_ratio", "weight", "scored", "log_proposal", "log_target", "log_z")
+    values: dict[str, Any] = {name: whole(name) for name in names}
+    n_clipped = gather(torch.stack([out.n_clipped for out in outputs]).sum()[None]).sum()
+    return replace(outputs[0], loss=outputs[0].loss.detach(), n_clipped=n_clipped, entropy=None, **values)
+
+
+def _refuse_arguments(args: DMConfig) -> None:
+    """What transformers offers and distribution matching can't honour."""
+    refused = {
+        "fsdp": bool(args.fsdp), "deepspeed": bool(args.deepspeed), "auto_find_batch_size": args.auto_find_batch_size,
+        "label_smoothing_factor": args.label_smoothing_factor != 0,
+        "neftune_noise_alpha": args.neftune_noise_alpha is not None,
+        "parallelism_config": args.parallelism_config is not None,
+    }  # fmt: skip
+    why = {
+        "fsdp": "DMTrainer does not run under FSDP yet; use DDP", "deepspeed": "DMTrainer does not run under DeepSpeed "
+        "yet; use DDP", "auto_find_batch_size": "set per_device_train_batch_size by hand",
+        "label_smoothing_factor": "there are no labels to smooth",
+        "neftune_noise_alpha": "noise in the policy would make log pi(x) another than that of the model",
+        "parallelism_config": "DMTrainer does not run under tensor, context or sequence parallelism yet; use DDP",
+    }  # fmt: skip
+    for name, found in refused.items():
+        if found:
+            raise ValueError(f"DMTrainer refuses {name}={getattr(args, name)!r}: {why[name]}")
+
+
+def _warn_of_generation_config(model: nn.Module) -> None:
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    found = {k: v for k, v in config.to_diff_dict().items() if k in _SAMPLER_OPTIONS and v is not None}
+    if found:
+        warnings.warn(
+            f"the model's generation_config sets {found}, which is ignored: sequences are drawn from the model's own "
+            "distribution at DMConfig.temperature, the only one whose log-probabilities are known",
+            stacklevel=3,
+        )

@@ -1,0 +1,762 @@
+"""DMTrainer: its gradients against the oracle however a step is cut, checkpoints that resume to the bit and are whole
+or not there, and what transformers' Trainer gives that could break.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from trainer_job import PROMPTS, WORDS, Gradients, Kill, StopAt, digest, gpt2, job, tokenizer
+from transformers import TrainerCallback
+
+import dmfast
+from dmfast import EBM, Contains, LanguageModel, Moment, Scorer
+from dmfast.estimators import PartitionFunctions
+from dmfast.training import checkpoint
+from dmfast.training.callbacks import log_line
+from dmfast.training.data import Contexts, StepSampler
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*torch.jit")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def in_process(out, processes=1, **wanted):
+    """A job in a fresh process, or in several under torchrun; what it says of itself."""
+    out.mkdir(parents=True, exist_ok=True)
+    run = [sys.executable]
+    if processes > 1:
+        run += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    run += [str(HERE / "trainer_job.py"), json.dumps({"out": str(out), **wanted})]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300, check=False,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads((out / "result.json").read_text())
+
+
+class Keep(TrainerCallback):
+    """The steps as the trainer drew and scored them, and the policy that each was taken with."""
+
+    def __init__(self):
+        self.steps, self.models, self.snapshots = [], [], []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.steps.append(self.trainer._step)
+        self.models.append(copy.deepcopy(model))
+        if self.trainer.proposal:
+            self.snapshots.append(copy.deepcopy(self.trainer.proposal.snapshot.model))
+
+
+def run(out, **wanted):
+    """A finished job with its gradients and steps."""
+    gradients, keep = Gradients(), Keep()
+    trainer = job(out, callbacks=[gradients, keep, *wanted.pop("callbacks", [])], **wanted)
+    keep.trainer = trainer
+    trainer.train()
+    return trainer, gradients.steps, keep
+
+
+def oracle(model, step, **options):
+    """The gradient of a whole step in fp64 and plain torch, and the output of its loss."""
+    policy = LanguageModel(copy.deepcopy(model).double(), step.samples.tokenizer)
+    logits, labels = policy.logits(step.samples)
+    out = dmfast.eager.dm_loss(logits, labels, objective=step.objective, context_id=step.samples.context_id,
+                               temperature=step.samples.temperature, **step.inputs, **options)  # fmt: skip
+    out.loss.backward()
+    return {n: p.grad for n, p in policy.model.named_parameters()}, out
+
+
+def assert_close(found, wanted, tolerance=2e-5):
+    assert found.keys() == wanted.keys()
+    scale = max(0.1, *(float(g.abs().max()) for g in wanted.values()))  # gdc++ starts with weights of nearly 0
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient.double(), wanted[name].double(), rtol=0, atol=tolerance * scale, msg=name)
+
+
+# --- the step
+
+
+CASES = {
+    "gdc++": {},
+    "dpg": {"objective": "dpg"},
+    "dpg, leave one out": {"objective": "dpg", "baseline": "leave_one_out"},
+    "temperature": {"temperature": 0.7},
+    "max_weight": {"objective": "chi2", "max_weight": 0.5},
+    "the paper's scale": {"normalize": False},
+    "on-policy": {"on_policy": True},
+    "reinforce": {"objective": "reinforce", "reward": Contains("w3"), "on_policy": True},
+    "reinforce_p": {"objective": "reinforce_p"},
+    "kl_control": {"objective": "kl_control", "beta": 0.3, "reward": Contains("w3")},
+    "prompts": {"prompts": PROMPTS, "samples_per_context": 4},
+    "prompts, baseline within each": {
+        "prompts": PROMPTS, "samples_per_context": 4, "objective": "dpg", "baseline": "leave_one_out_context",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_the_oracle_s(tmp_path, case):
+    """On the last of several steps, when pi, q and a differ."""
+    trainer, gradients, keep = run(tmp_path, max_steps=3, **CASES[case])
+    options = {"max_weight": trainer.args.max_weight, "on_policy": trainer.args.on_policy}
+    for model, step, found in zip(keep.models, keep.steps, gradients, strict=True):
+        wanted, _ = oracle(model, step, **options)
+        assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("case", ["gdc++", "dpg", "prompts"])
+@pytest.mark.parametrize(("per_device", "accumulation"), [(4, 2), (2, 4), (1, 8)])
+def test_the_gradient_does_not_depend_on_how_a_step_is_cut(tmp_path, case, per_device, accumulation):
+    whole = run(tmp_path / "whole", max_steps=2, **CASES[case])[1]
+    cut = run(tmp_path / "cut", max_steps=2, per_device_train_batch_size=per_device,
+              gradient_accumulation_steps=accumulation, **CASES[case])[1]  # fmt: skip
+    assert_close(cut[0], whole[0])
+    if case != "prompts":  # two steps are three quarters of an epoch there too, whatever the cut
+        assert_close(cut[1], whole[1], 1e-3)
+
+
+def test_a_ragged_last_step(tmp_path):
+    """7 prompts, 4 in a step in microbatches of 3 sequences and 1: the last step has 3 prompts."""
+    settings = {"prompts": PROMPTS, "max_steps": -1, "num_train_epochs": 1}
+    ragged, gradients, keep = run(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, **settings)
+    assert [len(step.samples) for step in keep.steps] == [4, 3]
+    assert ragged.state.global_step == 2
+    for model, step, found in zip(keep.models, keep.steps, gradients, strict=True):
+        assert_close(found, oracle(model, step)[0])
+    rows = torch.cat([step.context for step in keep.steps]).tolist()
+    assert sorted(rows) == list(range(7))
+
+
+def test_two_processes_give_one_process_s_gradients_and_swaps(tmp_path):
+    common = {"max_steps": 4, "proposal_interval": 1}
+    one = in_process(tmp_path / "one", per_device_train_batch_size=8, **common)
+    two = in_process(tmp_path / "two", processes=2, per_device_train_batch_size=4, **common)
+    assert_close(*({n: torch.tensor(g) for n, g in r["gradients"].items()} for r in (two, one)))
+    assert [h["swapped"] for h in two["log"]] == [h["swapped"] for h in one["log"]]
+    assert 0 < two["swaps"] == one["swaps"]
+    for key in ("phi/w3", "log_z", "kl_policy", "ess", "length"):
+        assert [h[key] for h in two["log"]] == pytest.approx([h[key] for h in one["log"]], rel=1e-3, abs=1e-4), key
+
+
+def test_log_z_is_that_of_all_samples_so_far(tmp_path):
+    trainer, _, keep = run(tmp_path, max_steps=3)
+    log_w = [step.inputs["log_target"] - step.samples.log_prob for step in keep.steps]
+    for i, step in enumerate(keep.steps):
+        seen = torch.cat(log_w[: i + 1])
+        assert step.inputs["log_z"].tolist() == pytest.approx([float(seen.logsumexp(0)) - math.log(len(seen))] * 8)
+    logged = [h["log_z"] for h in trainer.state.log_history if "log_z" in h]
+    assert logged == pytest.approx([float(step.inputs["log_z"][0]) for step in keep.steps])
+
+
+@pytest.mark.parametrize("partition", ["running", "step"])
+def test_each_context_has_its_own_z(tmp_path, partition):
+    _, _, keep = run(
+        tmp_path, max_steps=7, prompts=PROMPTS, samples_per_context=2, per_device_train_batch_size=4,
+        partition=partition,
+    )  # fmt: skip
+    seen = {}
+    for step in keep.steps:
+        log_w = step.inputs["log_target"] - step.samples.log_prob
+        seen = {} if partition == "step" else seen
+        for row in set(step.context.tolist()):
+            seen.setdefault(row, []).append(log_w[step.context == row])
+        wanted = [torch.cat(seen[row]) for row in step.context.tolist()]
+        wanted = [float(w.logsumexp(0)) - math.log(len(w)) for w in wanted]
+        assert step.inputs["log_z"].tolist() == pytest.approx(wanted)
+
+
+def test_the_target_is_scored_as_the_base_scores(tmp_path):
+    """Before the first swap log a = log q is taken from the sampler; afterwards the base is asked."""
+    trainer, _, keep = run(tmp_path, max_steps=4, proposal_criterion="interval")
+    assert trainer.proposal.swaps == 2
+    for step in keep.steps:
+        wanted = trainer.target.base.log_prob(step.samples) + 1.5 * Contains("w3")(step.samples)
+        torch.testing.assert_close(step.inputs["log_target"], wanted, rtol=0, atol=1e-4)
+
+
+def test_a_policy_that_is_not_the_base_is_noticed(tmp_path):
+    model = gpt2()
+    base = LanguageModel(gpt2(seed=1), tokenizer())
+    target = EBM(base, [Contains("w3")])
+    args = job(tmp_path).args
+    trainer = dmfast.DMTrainer(model, target, args, processing_class=tokenizer())
+    x = trainer.policy.sample(n=8, max_new_tokens=6, seed=0)
+    assert not trainer._proposal_is_base(trainer.proposal.snapshot, x)
+    same = job(tmp_path)
+    assert same._proposal_is_base(same.proposal.snapshot, x)
+
+
+def test_q_becomes_pi_only_at_a_swap(tmp_path):
+    trainer, _, keep = run(tmp_path, max_steps=6, proposal_criterion="interval", proposal_interval=3)
+    first, second = keep.snapshots[0], keep.snapshots[3]
+    assert all(digest(q) == digest(first) for q in keep.snapshots[:3])
+    assert all(digest(q) == digest(second) for q in keep.snapshots[3:])
+    assert digest(second) == digest(keep.models[3]) != digest(first)
+    assert [h["swapped"] for h in trainer.state.log_history if "swapped" in h] == [0, 0, 1, 0, 0, 1]
+    assert digest(trainer.proposal.snapshot.model) == digest(trainer.model)
+
+
+def test_on_policy_draws_from_pi_and_keeps_no_copy(tmp_path):
+    trainer, _, keep = run(tmp_path, max_steps=2, on_policy=True)
+    assert trainer.proposal is None
+    for model, step in zip(keep.models, keep.steps, strict=True):
+        log_pi = LanguageModel(model, tokenizer()).log_prob(step.samples)
+        torch.testing.assert_close(step.samples.log_prob, log_pi, rtol=0, atol=1e-4)
+    assert torch.unique(torch.stack([s.samples.tokens[:, 1] for s in keep.steps]), dim=0).shape[0] == 2
+
+
+def test_the_mean_baseline_is_that_of_earlier_steps(tmp_path):
+    trainer, _, keep = run(
+        tmp_path, max_steps=4, objective="reinforce", baseline="mean", reward=Contains("w3"), learning_rate=1e-2
+    )
+    returns, baselines = [], []
+    for model, step in zip(keep.models, keep.steps, strict=True):
+        mean = float(torch.cat(returns).mean()) if returns else 0.0
+        baselines.append(mean)
+        assert step.objective.baseline == pytest.approx(mean, abs=1e-6)
+        log_pi = LanguageModel(model, tokenizer()).log_prob(step.samples).detach()
+        returns.append((log_pi - step.samples.log_prob).exp() * step.inputs["reward"])
+    assert baselines[-1] > 0
+    logged = [h["baseline"] for h in trainer.state.log_history if "baseline" in h]
+    assert logged == pytest.approx([*baselines[1:], float(torch.cat(returns).mean())], abs=1e-6)
+
+
+def test_the_scale_of_reinforce_p_keeps_rewards_ordinary(tmp_path):
+    _, _, keep = run(tmp_path, max_steps=3, objective="reinforce_p")
+    seen = torch.cat([step.inputs["log_target"] for step in keep.steps])
+    assert keep.steps[-1].objective.log_scale == pytest.approx(float(seen.logsumexp(0)) - math.log(24))
+
+
+def test_evaluation_tells_the_truth_of_pi(tmp_path):
+    trainer = job(tmp_path, eval_samples=4000, eval_strategy="steps", eval_steps=2, learning_rate=0.0, max_steps=2)
+    trainer.model.lm_head.weight.data[3] *= 2  # pi is not a
+    trainer.train()
+    metrics = next(h for h in trainer.state.log_history if "eval_kl_policy_base" in h)
+    x = trainer.policy.sample(n=20_000, max_new_tokens=6, seed=123)
+    share = Contains("w3")(x).mean().item()
+    gap = x.log_prob - trainer.target.base.log_prob(x)
+    for name, value in (("phi/w3", share), ("kl_policy_base", gap.mean().item())):
+        error = metrics[f"eval_{name}_stderr"]
+        assert 0 < error < 0.05
+        assert abs(metrics[f"eval_{name}"] - value) < 5 * error, name
+    assert metrics["eval_kl_policy_base"] > 5 * metrics["eval_kl_policy_base_stderr"]
+    assert metrics["step"] == 2 and len(trainer.eval_samples) == 4000
+    assert metrics["eval_length"] == pytest.approx(float(x.score_mask.sum(1).double().mean()), abs=0.1)
+    again = trainer.evaluate()
+    assert again["eval_phi/w3"] == metrics["eval_phi/w3"]  # common random numbers
+
+
+def test_evaluation_on_other_prompts(tmp_path):
+    trainer = job(tmp_path, prompts=PROMPTS, eval_samples=6)
+    trainer.evaluate(["w1", "w2 w3", "w4"])
+    assert trainer.eval_samples.context_id.tolist() == [0, 0, 1, 1, 2, 2]
+    trainer.evaluate()
+    assert trainer.eval_samples.context_id.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+# --- contexts
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("contexts", "n", "per_device", "accumulation"), [(7, 1, 2, 2), (12, 2, 4, 3), (5, 6, 4, 3)])
+def test_each_context_once_an_epoch(contexts, n, per_device, accumulation, shuffle):
+    sampler = StepSampler(contexts, n, per_device=per_device, accumulation=accumulation, shuffle=shuffle)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) and max(map(len, batches)) <= per_device
+    rows = [row for batch in batches for row in batch]
+    assert sorted(rows) == sorted([row for row in range(contexts) for _ in range(n)])
+    assert rows == [row for row in rows[::n] for _ in range(n)]  # those of a context lie together
+    sampler.set_epoch(1)
+    assert (list(sampler) != batches) == shuffle
+    sampler.set_epoch(0)
+    assert list(sampler) == batches
+
+
+@pytest.mark.parametrize("contexts", [8, 9, 10, 11, 16])
+def test_ranks_share_the_contexts_of_a_step(contexts):
+    ranks = [
+        StepSampler(contexts, 2, per_device=2, accumulation=2, rank=rank, world=2, shuffle=False) for rank in (0, 1)
+    ]
+    batches = [list(sampler) for sampler in ranks]
+    assert len(batches[0]) == len(batches[1]) == len(ranks[0])
+    assert list(map(len, batches[0])) == list(map(len, batches[1]))
+    rows = {row for rank in batches for batch in rank for row in batch}
+    assert rows == set(range(contexts))
+    assert set(batches[0][0] + batches[0][1]) == {0, 1} and set(batches[1][0] + batches[1][1]) == {2, 3}
+
+
+def test_a_context_that_is_split_is_refused():
+    with pytest.raises(ValueError, match=r"samples_per_context = 3 must divide .* 4 \* 2 = 8"):
+        StepSampler(5, 3, per_device=4, accumulation=2)
+
+
+class Hub:
+    """Like a datasets.Dataset."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return {"prompt": ["w1", "w2 w3"][i], "other": 1}
+
+
+@pytest.mark.parametrize("rows", [["w1", "w2 w3"], [{"prompt": "w1"}, {"prompt": "w2 w3"}], Hub()])
+def test_where_prompts_come_from(rows):
+    assert [prompt for _, prompt in Contexts(rows)] == ["w1", "w2 w3"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (iter(["w1"]), "must have a length"),
+        ("w1", "must have a length"),
+        ([], "is empty"),
+        ([{"text": "w1"}], "no column 'prompt', only text"),
+        ([3], "must be a string or a list of chat messages, got int"),
+    ],
+)
+def test_bad_prompts(rows, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        Contexts(rows)
+
+
+def test_chat_messages_go_through_the_template(tmp_path):
+    tok = tokenizer()
+    with pytest.raises(ValueError, match="has no chat_template"):
+        job(tmp_path, prompts=[[{"role": "user", "content": "w1 w2"}]], tok=tok).train()
+    tok.chat_template = (
+        "{% for m in messages %}{{ m['content'] }} w7 {% endfor %}{% if add_generation_prompt %}w6{% endif %}"
+    )
+    _, _, keep = run(
+        tmp_path, max_steps=1, prompts=[[{"role": "user", "content": "w1 w2"}]], samples_per_context=8, tok=tok
+    )
+    prompt = keep.steps[0].samples.tokens[:, : keep.steps[0].samples.prompt_len]
+    assert prompt.tolist() == [[WORDS.index(w) for w in ("w1", "w2", "w7", "w6")]] * 8
+
+
+# --- checkpoints
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"proposal_interval": 4},  # stopped between two checks
+        {"proposal_interval": 5, "proposal_criterion": "interval"},  # stopped just after a swap
+        {"proposal_interval": 4, "prompts": PROMPTS, "samples_per_context": 2, "gradient_accumulation_steps": 2},
+        {"objective": "dpg", "baseline": "mean", "partition": "step"},
+    ],
+    ids=["in an interval", "after a swap", "prompts", "mean baseline"],
+)
+def test_resumed_is_as_if_never_stopped(tmp_path, settings):
+    settings = {"max_steps": 20, "learning_rate": 2e-3, "per_device_train_batch_size": 32, **settings}
+    straight = in_process(tmp_path / "straight", **settings)
+    stopped = in_process(tmp_path / "stopped", stop=10, **settings)
+    assert (stopped["steps"], straight["steps"]) == (10, 20) and stopped["digest"] != straight["digest"]
+    resumed = in_process(tmp_path / "stopped", resume=str(tmp_path / "stopped" / "checkpoint-10"), **settings)
+    assert resumed["digest"] == straight["digest"]
+    assert resumed["swaps"] == straight["swaps"] > 0
+    timeless = [{k: v for k, v in h.items() if not k.startswith("seconds_")} for h in straight["log"]]
+    assert [{k: v for k, v in h.items() if not k.startswith("seconds_")} for h in resumed["log"]] == timeless
+
+
+def test_on_policy_resumes_too(tmp_path):
+    settings = {"max_steps": 6, "on_policy": True}
+    straight = job(tmp_path / "a", **settings)
+    straight.train()
+    job(tmp_path / "b", callbacks=[StopAt(3)], **settings).train()
+    resumed = job(tmp_path / "b", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert digest(resumed.model) == digest(straight.model)
+    offline = job(tmp_path / "b", max_steps=6)
+    with pytest.raises(ValueError, match="one is on-policy and one is not"):
+        offline.train(resume_from_checkpoint=True)
+
+
+def test_rotation_and_the_best_model(tmp_path):
+    trainer = job(
+        tmp_path, max_steps=5, save_strategy="steps", save_steps=1, save_total_limit=2, eval_strategy="steps",
+        eval_steps=1, load_best_model_at_end=True, metric_for_best_model="kl_policy_base", greater_is_better=False,
+    )  # fmt: skip
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best == str(tmp_path / "checkpoint-1")  # at learning rate 0 nothing has moved
+    kept = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
+    assert kept == ["checkpoint-1", "checkpoint-5"]
+    assert all(checkpoint.fault(tmp_path / name) is None for name in kept)
+    assert json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())["best_model_checkpoint"] == best
+    assert digest(trainer.model) == digest(trainer.target.base.model)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "dmfast_state.pt", "optimizer.pt", "dmfast_manifest.json"])
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_a_truncated_checkpoint_is_refused(tmp_path, name, how):
+    job(tmp_path, max_steps=3, save_strategy="steps", save_steps=1).train()
+    newest, good = tmp_path / "checkpoint-3", tmp_path / "checkpoint-2"
+    data = (newest / name).read_bytes()
+    (newest / name).unlink()
+    if how == "cut":
+        (newest / name).write_bytes(data[: len(data) // 2])
+    for resume in (True, str(newest)):
+        trainer = job(tmp_path, max_steps=5)
+        before = digest(trainer.model)
+        with pytest.raises(ValueError, match=r"checkpoint-3 can't be resumed from: .*checkpoint-2") as error:
+            trainer.train(resume_from_checkpoint=resume)
+        assert name in str(error.value) and digest(trainer.model) == before
+    trainer = job(tmp_path, max_steps=5)
+    trainer.train(resume_from_checkpoint=str(good))
+    assert trainer.state.global_step == 5
+
+
+def test_there_is_nothing_to_resume_from(tmp_path):
+    with pytest.raises(ValueError, match="there is no checkpoint in"):
+        job(tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="there is no such folder; no other is whole"):
+        job(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+
+
+class Fill(TrainerCallback):
+    """A disk that takes no file of more than ``size`` bytes from a step on."""
+
+    def __init__(self, step, size):
+        self.step, self.size = step, size
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.mark.parametrize("size", [200, 20_000, 60_000])
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, size, capsys):
+    """Written in part: the model's file, then the optimiser's, then none."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer = job(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, callbacks=[Fill(2, size)])
+    try:
+        with pytest.raises(OSError, match=r"checkpoint-2 could not be written: .*checkpoint-1, is whole"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+    resumed = job(tmp_path, max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    straight = job(tmp_path / "straight", max_steps=4)
+    straight.train()
+    assert digest(resumed.model) == digest(straight.model)
+
+
+def test_a_checkpoint_of_the_same_name_is_replaced(tmp_path):
+    job(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    (tmp_path / "checkpoint-1" / "stale").write_text("x")
+    job(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    assert not (tmp_path / "checkpoint-1" / "stale").exists()
+    assert checkpoint.fault(tmp_path / "checkpoint-1") is None
+
+
+def test_ctrl_c_ends_after_the_step_and_saves(tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
+    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = job(tmp_path, callbacks=[Kill(signal.SIGINT, 2)], **settings)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert signal.getsignal(signal.SIGINT) == handler
+    resumed = job(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    straight = job(tmp_path / "straight", **settings)
+    straight.train()
+    assert digest(resumed.model) == digest(straight.model)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
+    again = Kill(signal.SIGINT, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    trainer = job(tmp_path, gradient_accumulation_steps=2, callbacks=[again])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 2 and not list(tmp_path.glob("checkpoint-*"))
+    assert signal.getsignal(signal.SIGINT) == handler
+
+
+def test_sigterm_saves_a_checkpoint_that_resumes(tmp_path):
+    """transformers' own just-in-time checkpoint; it may come in the middle of a step."""
+    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    handler = signal.getsignal(signal.SIGTERM)
+    # transformers waits three seconds between the signal and the checkpoint
+    kill = Kill(signal.SIGTERM, 2, lambda: time.sleep(3.5))
+    trainer = job(tmp_path, callbacks=[kill], enable_jit_checkpoint=True, **settings)
+    trainer.train()
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert checkpoint.fault(tmp_path / "checkpoint-2") is None
+    resumed = job(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    straight = job(tmp_path / "straight", **settings)
+    straight.train()
+    assert digest(resumed.model) == digest(straight.model)
+    assert resumed._running.partitions[0].n == straight._running.partitions[0].n == 48
+
+
+# --- errors: nothing is lost
+
+
+def test_an_error_in_a_step_changes_nothing(tmp_path):
+    calls = []
+
+    def scorer(texts):
+        calls.append(len(texts))
+        if len(calls) == 3:
+            raise RuntimeError("the service is down")
+        return [1.0] * len(texts)
+
+    trainer = job(tmp_path, constraints=[Scorer(scorer, name="service")])
+    with pytest.raises(RuntimeError, match="scorer 'service' raised RuntimeError: the service is down"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert trainer._running.partitions[0].n == 16 and trainer.proposal.steps == 2
+    weights = digest(trainer.model)
+    straight = job(tmp_path / "straight", max_steps=4, callbacks=[StopAt(2)],
+                   constraints=[Scorer(lambda texts: [1.0] * len(texts))])  # fmt: skip
+    straight.train()
+    assert digest(straight.model) == weights
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "gdc+"}, "unknown objective"),
+        ({"objective": "reinforce"}, "needs reward="),
+        ({"objective": "kl_control"}, "needs beta"),
+        ({"baseline": "median"}, "baseline must be a number"),
+        ({"baseline": "mean"}, "gdc\\+\\+.*constant baseline 1"),
+        ({"proposal_criterion": "chi2"}, "proposal_criterion must be one of kl, tvd, js, interval"),
+        ({"partition": "global"}, "'running' or 'step'"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be positive"),
+        ({"temperature": -1.0}, "temperature must be positive"),
+        ({"max_steps": -1}, "set max_steps"),
+        ({"auto_find_batch_size": True}, "refuses auto_find_batch_size"),
+        ({"label_smoothing_factor": 0.1}, "no labels to smooth"),
+        ({"neftune_noise_alpha": 5.0}, "noise in the policy"),
+        ({"fsdp": "full_shard"}, "FSDP"),
+    ],
+)
+def test_what_is_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        job(tmp_path, **settings)
+
+
+def test_a_base_that_would_move_is_refused(tmp_path):
+    model, tok = gpt2(), tokenizer()
+    target = EBM(LanguageModel(model, tok), [Contains("w3")])
+    with pytest.raises(ValueError, match="the target would move with it"):
+        dmfast.DMTrainer(model, target, job(tmp_path).args, processing_class=tok)
+
+
+def test_a_target_that_is_not_fitted_is_refused(tmp_path):
+    target = EBM(LanguageModel(gpt2(), tokenizer()), [Moment(Contains("w3"), 0.5)])
+    with pytest.raises(ValueError, match="not fitted"):
+        dmfast.DMTrainer(gpt2(), target, job(tmp_path).args)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
+    tok = tokenizer()
+    tok.add_tokens(["w8", "w9"])
+    with pytest.raises(ValueError, match="the tokenizer has 13 tokens, the model 11 embeddings"):
+        job(tmp_path, tok=tok)
+
+
+def test_a_missing_pad_token_is_eos_and_said(tmp_path):
+    tok = tokenizer(pad_token=None)
+    with pytest.warns(UserWarning, match="no pad token; padding with EOS, '<e>'"):
+        trainer = job(tmp_path, tok=tok)
+    assert tok.pad_token == "<e>"
+    trainer.train()
+
+
+def test_a_prompt_beyond_the_context_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the longest prompt has 20 tokens"):
+        job(tmp_path, prompts=["w1 " * 20]).train()
+
+
+def test_generation_config_is_ignored_and_said(tmp_path):
+    plain = run(tmp_path / "plain", max_steps=1)[2].steps[0].samples
+    model = gpt2()
+    model.generation_config.update(do_sample=True, top_k=1, temperature=0.1)
+    with pytest.warns(UserWarning, match=r"generation_config sets .*top_k.*is ignored"):
+        _, _, keep = run(tmp_path / "set", model=model, max_steps=1)
+    assert torch.equal(keep.steps[0].samples.tokens, plain.tokens)
+
+
+def test_steps_without_a_sequence_of_the_target(tmp_path):
+    """All P = 0: no NaN, nothing moves, and a warning says how rare the feature is."""
+    nothing = Scorer(lambda texts: [0.0] * len(texts), name="nothing")
+    trainer = job(tmp_path, constraints=[nothing], max_steps=6, patience_zero=3)
+    before = digest(trainer.model)
+    with pytest.warns(UserWarning, match=r"P\(x\) = 0 for all 24 sequences of the last 3 steps.*fewer than 0.12"):
+        trainer.train()
+    assert digest(trainer.model) == before
+    logs = [h for h in trainer.state.log_history if "ess" in h]
+    assert [(h["ess"], h["z"], h["n_empty"]) for h in logs] == [(0.0, 0.0, 8.0)] * 6
+    assert all(h["loss"] == 0 for h in logs)
+
+
+def test_predict_has_no_meaning(tmp_path):
+    with pytest.raises(NotImplementedError, match=r"use evaluate\(\)"):
+        job(tmp_path).predict(None)
+
+
+# --- what transformers' Trainer gives
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"gradient_checkpointing": True}, {"activation_checkpointing": True}, {"torch_compile": True}],
+    ids=["gradient checkpointing", "activation checkpointing", "torch.compile"],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:torch")
+def test_ways_to_run_the_model_change_no_gradient(tmp_path, settings):
+    _, plain, _ = run(tmp_path / "plain", max_steps=1)
+    _, found, _ = run(tmp_path / "other", max_steps=1, **settings)
+    found = [{name.removeprefix("_orig_mod."): g for name, g in step.items()} for step in found]
+    assert_close(found[0], plain[0])
+
+
+def test_bf16(tmp_path):
+    trainer, found, keep = run(tmp_path / "bf16", max_steps=2, bf16=True, objective="dpg")
+    assert trainer.model.lm_head.weight.dtype == torch.float32
+    assert all(h["kl_policy"] == h["kl_policy"] for h in trainer.state.log_history if "kl_policy" in h)
+    wanted, _ = oracle(keep.models[0], keep.steps[0])
+    assert_close(found[0], wanted, 0.1)
+
+
+def test_lora_trains_the_adapter_alone(tmp_path):
+    torch.manual_seed(0)
+    base = gpt2()
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(
+        target_modules=["c_attn", "c_proj"], r=4, lora_dropout=0.3, fan_in_fan_out=True))  # fmt: skip
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    target = EBM(LanguageModel(base, tokenizer()), [Moment(Contains("w3", name="w3"), 0.6)])
+    target.lambda_ = [1.5]
+    args = job(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, proposal_criterion="interval").args
+    trainer = dmfast.DMTrainer(model, target, args, processing_class=tokenizer())
+    trainer.train()
+    assert trainer.proposal.swaps == 2
+    moved = [n for n, p in model.named_parameters() if n in frozen and not torch.equal(p, frozen[n])]
+    assert moved == []
+    state = torch.load(tmp_path / "checkpoint-2" / "dmfast_state.pt", weights_only=True)
+    assert all("lora" in name for name in state["proposal"]["model"])  # of q, what training moves
+    trainer.save_model(str(tmp_path / "final"))
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "final")
+    x = trainer.policy.sample(n=8, max_new_tokens=6, seed=0)
+    torch.testing.assert_close(LanguageModel(loaded, tokenizer()).log_prob(x), trainer.policy.log_prob(x))
+    again = dmfast.DMTrainer(
+        peft.get_peft_model(copy.deepcopy(base), model.peft_config["default"]), target, args,
+        processing_class=tokenizer(),
+    )  # fmt: skip
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    torch.testing.assert_close(again.policy.log_prob(x), trainer.policy.log_prob(x), rtol=0, atol=0)
+
+
+def test_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(tmp_path / "board")
+    try:
+        job(tmp_path, report_to="tensorboard", max_steps=2, eval_strategy="steps", eval_steps=2).train()
+    finally:
+        del os.environ["TENSORBOARD_LOGGING_DIR"]
+    board = EventAccumulator(str(next((tmp_path / "board").rglob("events*")).parent))
+    board.Reload()
+    assert {"train/kl_policy", "train/phi/w3", "train/ess", "eval/phi/w3", "eval/kl_policy_base"} <= set(
+        board.Tags()["scalars"]
+    )
+    assert len(board.Scalars("train/kl_policy")) == 2
+
+
+def test_a_plain_folder_that_needs_no_dmfast(tmp_path):
+    trainer = job(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    script = (
+        "import sys; sys.modules['dmfast'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'final')!r})\n"
+        f"tok = AutoTokenizer.from_pretrained({str(tmp_path / 'final')!r})\n"
+        "print(model(**tok('w1 w2', return_tensors='pt')).logits[0, -1].tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    wanted = trainer.model(**tokenizer()("w1 w2", return_tensors="pt")).logits[0, -1].tolist()
+    assert json.loads(done.stdout) == pytest.approx(wanted, abs=1e-5)
+    card = (tmp_path / "final" / "README.md").read_text()
+    for text in ("library_name: transformers", '"value": 0.6', '"lambda": 1.5', "| objective | gdc++ |", "phi/w3",
+                 "2 optimiser steps of 8 sequences"):  # fmt: skip
+        assert text in card, text
+
+
+def test_the_log_line(tmp_path, capsys):
+    job(tmp_path, max_steps=1, eval_strategy="steps", eval_steps=1).train()
+    step, evaluation, *_ = capsys.readouterr().out.splitlines()
+    for part in (
+        "step    1",
+        "E_q[w3] 0.",
+        "KL(p‖π) ",
+        " ± ",
+        "Z ",
+        "ESS ",
+        "swaps 0",
+        "sampling",
+        "scoring",
+        "policy",
+    ):
+        assert part in step, step
+    assert evaluation.startswith("step    1 evaluation  E_π[w3] 0.") and "KL(π‖a)" in evaluation
+
+
+def test_log_line_of_logs_that_lack_some():
+    assert log_line(3, {"loss": 0.5}) == "step    3  loss 0.5"
+    assert "± " not in log_line(1, {"kl_policy": 0.5, "kl_policy_stderr": None})
+
+
+def test_logs_between_two_lines_are_means(tmp_path):
+    every = job(tmp_path / "a", max_steps=4)
+    every.train()
+    second = job(tmp_path / "b", max_steps=4, logging_steps=2)
+    second.train()
+    one, two = ([h for h in t.state.log_history if "kl_policy" in h] for t in (every, second))
+    assert len(two) == 2
+    assert two[1]["phi/w3"] == pytest.approx((one[2]["phi/w3"] + one[3]["phi/w3"]) / 2)
+    assert two[1]["log_z"] == one[3]["log_z"] and two[0]["swapped"] == max(one[0]["swapped"], one[1]["swapped"])
+
+
+def test_partition_functions_are_persistent():
+    first = PartitionFunctions()
+    ids, log_w = torch.tensor([4, 4, 9]), torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    second = first.updated(ids, log_w, torch.zeros(3, dtype=torch.float64))
+    third = second.updated(ids[:1], log_w[:1], torch.zeros(1, dtype=torch.float64))
+    assert (len(first), len(second), second[4].n, third[4].n) == (0, 2, 2, 3)
+    assert second.log_z(ids).tolist() == pytest.approx([math.log((math.exp(0.5) + math.exp(-1)) / 2)] * 2 + [2.0])
+    copied = PartitionFunctions()
+    copied.load_state_dict(third.state_dict())
+    assert copied.log_z(ids).tolist() == third.log_z(ids).tolist()
+
+
+def test_the_trainer_comes_with_import_dmfast_only_when_asked():
+    there = "'transformers' in sys.modules"
+    code = f"import dmfast, sys; assert not {there}; dmfast.DMConfig; assert {there}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,124 @@
+"""A small training job, in this process or, as a script, in one of its own: ``python trainer_job.py JSON``.
+
+The script prints a JSON line of what came out. Started by torchrun it is one rank of several.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
+
+import dmfast
+from dmfast import EBM, Contains, Moment
+
+WORDS = ["w0", "w1", "w2", "w3", "w4", "<e>", "w5", "<p>", "w6", "<s>", "w7"]
+PROMPTS = ["w1 w2", "w3", "w4 w5 w6", "w7", "w0 w0", "w2", "w5 w1"]
+
+
+def tokenizer(**special):
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"eos_token": "<e>", "pad_token": "<p>", "bos_token": "<s>"} | special
+    return PreTrainedTokenizerFast(tokenizer_object=words, **{k: v for k, v in special.items() if v})
+
+
+def gpt2(seed=0):
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(WORDS), n_positions=24, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3,
+            bos_token_id=9, eos_token_id=5,
+        )
+    )  # fmt: skip
+
+
+def job(out, *, model=None, constraints=None, prompts=None, tok=None, callbacks=(), lambda_=1.5, reward=None, **args):
+    """A trainer on GPT-2 of 2 layers x 16: 60% of the sequences have w3."""
+    model = gpt2() if model is None else model
+    tok = tokenizer() if tok is None else tok
+    base = dmfast.LanguageModel(copy.deepcopy(model), tok)
+    if constraints is None:
+        constraints = [Moment(Contains("w3", name="w3"), 0.6)]
+    target = EBM(base, constraints, monitor=[Contains("w4", name="w4")])
+    if target.moment_names:
+        target.lambda_ = [lambda_] * len(target.moment_names)
+    settings = {
+        "output_dir": str(out), "max_steps": 4, "per_device_train_batch_size": 8, "max_new_tokens": 6, "use_cpu": True,
+        "learning_rate": 5e-3, "warmup_steps": 2, "proposal_interval": 2, "save_strategy": "no", "disable_tqdm": True,
+        "eval_samples": 32, "seed": 3, "enable_jit_checkpoint": False,
+    }  # fmt: skip
+    return dmfast.DMTrainer(
+        model, target, dmfast.DMConfig(**(settings | args)), train_dataset=prompts, processing_class=tok, reward=reward,
+        callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a step, with a checkpoint."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop = control.should_save = True
+
+
+class Gradients(TrainerCallback):
+    """The gradients of each optimiser step, by parameter."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        named = model.named_parameters()
+        self.steps.append({n.removeprefix("module."): p.grad.clone() for n, p in named if p.grad is not None})
+
+
+class Kill(TrainerCallback):
+    """Sends a signal to its own process while a step is running."""
+
+    def __init__(self, number, step, then=lambda: None):
+        self.number, self.step, self.then = number, step, then
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+            self.then()
+
+
+def digest(model):
+    """Of all parameters, to the bit."""
+    parts = [p.detach().contiguous().numpy().tobytes() for _, p in sorted(model.state_dict().items())]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def main():
+    """Runs the job that the command line asks for."""
+    torch.set_num_threads(1)
+    wanted = json.loads(sys.argv[1])
+    resume, stop = wanted.pop("resume", None), wanted.pop("stop", None)
+    gradients = Gradients()
+    trainer = job(callbacks=[gradients, *([StopAt(stop)] if stop else [])], **wanted)
+    trainer.train(resume_from_checkpoint=resume)
+    result = {
+        "digest": digest(trainer.model),
+        "steps": trainer.state.global_step,
+        "swaps": trainer.proposal.swaps,
+        "log": [h for h in trainer.state.log_history if "kl_policy" in h],
+        "gradients": {name: g.flatten().tolist() for name, g in gradients.steps[0].items()},
+    }
+    if trainer.is_world_process_zero():
+        Path(wanted["out"], "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
