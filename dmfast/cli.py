@@ -1,11 +1,15 @@
-"""The ``dmfast`` command: ``demo`` trains a small real model, ``doctor`` tells what runs here and what not."""
+"""The ``dmfast`` command: ``demo`` trains a small model, ``train`` runs a recipe, ``doctor`` tells what runs here."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import sys
 from importlib import metadata, util
+from typing import Any
+
+_NEEDED = ("transformers", "accelerate", "safetensors", "yaml", "rich", "matplotlib")  # by demo and train
 
 
 def doctor() -> int:
@@ -21,34 +25,77 @@ def doctor() -> int:
     for info in backends().values():
         print(f"  {info.name:6} {'in use' if info.in_use else 'not in use':11} {info.detail}")
     print("extras:")
-    for extra, packages in (("train", ("transformers", "safetensors")), ("demo", ("rich", "matplotlib"))):
+    for extra, packages in (
+        ("train", ("transformers", "accelerate", "safetensors", "pyyaml")),
+        ("demo", ("rich", "matplotlib")),
+        ("train", ("peft",)),
+    ):
         for package in packages:
-            found = metadata.version(package) if util.find_spec(package) else f"missing: pip install 'dmfast[{extra}]'"
+            try:
+                found = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                found = "missing: " + ("for LoRA, pip install peft" if package == "peft" else _install(extra))
             print(f"  {package:12} {found}")
     return 0 if backends()["cpu"].available else 1
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+def _install(extra: str) -> str:
+    return f"pip install 'dmfast[{extra}]'"
+
+
+def _override(text: str) -> tuple[str, Any]:
+    """``train.max_steps=5`` as the key and its value, read as JSON where it is that."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, such as train.max_steps=5; got {text!r}")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _parser(complete: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dmfast", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    demo_parser = commands.add_parser("demo", help="half of the biographies about women, in a minute or two")
+    demo = commands.add_parser("demo", help="half of the biographies about women, in a minute or two")
+    train = commands.add_parser("train", help="run a job from a YAML file")
+    train.add_argument("recipe", help="the file; dmfast/recipes/ has some")
+    train.add_argument("--set", dest="overrides", type=_override, action="append", default=[], metavar="KEY=VALUE",
+                       help="replaces an entry, such as train.max_steps=5")  # fmt: skip
+    train.add_argument("--out", help="train.output_dir")
+    train.add_argument("--resume", nargs="?", const=True, default=False, metavar="CHECKPOINT",
+                       help="go on from a checkpoint; without its name from the newest")  # fmt: skip
     commands.add_parser("doctor", help="versions, backends, what is missing")
-    missing = [package for package in ("transformers", "rich", "matplotlib") if util.find_spec(package) is None]
-    if not missing:
-        from .demo import add_arguments
+    if complete:
+        from .demo import add_demo_arguments
 
-        add_arguments(demo_parser)
-    args, rest = parser.parse_known_args(argv)
+        add_demo_arguments(demo)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    wants_more = words[:1] in (["demo"], ["train"])
+    missing = [package for package in _NEEDED if util.find_spec(package) is None] if wants_more else []
+    if missing and not {"-h", "--help"} & set(words):
+        print(f"dmfast {words[0]} needs {', '.join(missing)}: {_install('demo')}", file=sys.stderr)
+        return 1
+    args = _parser(words[:1] == ["demo"] and not missing).parse_args(words)
     if args.command == "doctor":
         return doctor()
-    if missing:
-        print(f"dmfast demo needs {', '.join(missing)}: pip install 'dmfast[demo]'", file=sys.stderr)
-        return 1
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    from .demo import run
-    from .examples.custom_loop import train
+    if args.command == "demo":
+        from .demo import demo
 
-    run(args, train)
+        demo(args)
+        return 0
+    from .demo import console
+    from .training import recipe
+
+    overrides = dict(args.overrides) | ({"train.output_dir": args.out} if args.out else {})
+    try:
+        recipe.run(recipe.read(args.recipe, overrides), resume=args.resume, say=console().print)
+    except (recipe.RecipeError, OSError) as error:
+        print(f"dmfast train: {error}", file=sys.stderr)
+        return 1
     return 0

@@ -36,7 +36,7 @@ def train(
     """Trains ``policy`` in place; yields the metrics of each step. ``feature``: texts to (N,) of 0 and 1."""
     log_odds = [math.log(rate / (1 - rate)) for rate in (target_rate, base_rate)]
     lam = log_odds[0] - log_odds[1]
-    base = dmfast.LanguageModel(copy.deepcopy(policy.model).requires_grad_(False), policy.tokenizer)
+    base = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
     proposal = dmfast.OfflineProposal(policy, criterion="kl", interval=interval)
     z = dmfast.PartitionFunction()
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=learning_rate, weight_decay=0.0)
@@ -65,12 +65,12 @@ def train(
         schedule.step()
 
         proposal.update(out)
-        now = proposal.running.estimates()
+        now = proposal.running.estimates().as_dict()
         swapped = proposal.maybe_update()
         ess = dmfast.effective_sample_size(log_target - x.log_prob).value
-        yield {"step": step + 1, "feature": phi.mean().item(), "swapped": swapped, "log_z_running": z.log_z,
-               **now.as_dict(), "ess_step": ess, "seconds_sampling": sampled - start,
-               "seconds_scoring": scored - sampled, "seconds_policy": time.perf_counter() - scored}  # fmt: skip
+        yield now | {"step": step + 1, "phi/women": phi.mean().item(), "swapped": swapped, "log_z": z.log_z, "ess": ess,
+                     "seconds_sampling": sampled - start, "seconds_scoring": scored - sampled,
+                     "seconds_policy": time.perf_counter() - scored}  # fmt: skip
 
 
 if __name__ == "__main__":

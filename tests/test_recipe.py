@@ -1,0 +1,191 @@
+"""Recipes, the commands that run them, and the loop of examples/custom_loop.py, each on the tiny biography model."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import dmfast.cli
+from dmfast.demo import RECIPES, about_women, loop_parser, run_loop, verdict
+from dmfast.estimators import Estimate
+from dmfast.examples.custom_loop import train
+from dmfast.training import recipe
+from dmfast.training.recipe import RecipeError, constraint, feature, load, read
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
+
+SMALL = {
+    "model": "tiny-bios",
+    "constraints": [{"moment": {"contains": {"any_of": ["she", "her"], "name": "women"}, "value": 0.5}}],
+    "fit": {"n": 512},
+    "train": {
+        "max_steps": 2, "per_device_train_batch_size": 16, "max_new_tokens": 48, "save_strategy": "no",
+        "use_cpu": True, "proposal_interval": 1,
+    },
+    "evaluate": {"samples": 32},
+}  # fmt: skip
+
+
+def write(tmp_path, changed=(), **entries):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **entries, **dict(changed)}))
+    return path
+
+
+def of_json(path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_a_recipe_from_the_wish_to_the_report(tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    code = dmfast.cli.main(["train", str(write(tmp_path)), "--out", str(out), "--set", "train.seed=5",
+                            "--set", "monitor=[{\"contains\": {\"word\": \"amazing\"}}]"])  # fmt: skip
+    assert code == 0
+    log, printed = of_json(out / "log.json"), capsys.readouterr().out
+    assert log["recipe"]["train"]["seed"] == 5
+    assert [h["step"] for h in log["history"] if "kl_policy" in h] == [1, 2]
+    assert log["ideal"]["phi/women"] == {"value": 0.5, "stderr": 0.0}
+    rate = log["target"]["fit"]["base"][0]["value"]
+    kl = 0.5 * math.log(0.5 / rate) + 0.5 * math.log(0.5 / (1 - rate))
+    assert log["ideal"]["kl_policy_base"]["value"] == pytest.approx(kl)
+    assert set(log["after"]) == {"phi/women", 'phi/contains "amazing"', "kl_policy_base", "length", "finished"}
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    for part in ("E[women]", "KL(π‖a), nats", "before", "after", "converged", "swaps of q"):
+        assert part in printed, part
+    assert load(str(out)).vocab_size == 1466
+
+
+def test_a_pointwise_recipe_has_its_ideal_from_the_samples_before(tmp_path):
+    path = write(tmp_path, constraints=[{"contains": {"word": "He"}}], evaluate={"samples": 256})
+    log = recipe.run(read(path, {"train.output_dir": str(tmp_path / "out")}), say=lambda line: None)
+    rate = log["before"]['phi/contains "He"'].value
+    assert 0.85 < rate < 1
+    assert log["ideal"]['phi/contains "He"'].value == pytest.approx(1.0)
+    assert log["ideal"]["kl_policy_base"].value == pytest.approx(-math.log(rate), rel=1e-6)
+
+
+def test_a_recipe_resumes(tmp_path):
+    settings = SMALL["train"] | {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / "out")}
+    recipe.run(read(write(tmp_path, train=settings)), say=lambda line: None)
+    log = recipe.run(read(write(tmp_path, train=settings | {"max_steps": 3})), resume=True, say=lambda line: None)
+    assert [h["step"] for h in log["history"] if "kl_policy" in h] == [1, 2, 3]
+
+
+def test_lora_and_prompts_from_a_file(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "He"}\n{"prompt": "He was"}\n')
+    path = write(
+        tmp_path, prompts=str(prompts), lora={"target_modules": ["c_attn"], "r": 2, "fan_in_fan_out": True},
+        train=SMALL["train"] | {"output_dir": str(tmp_path / "out"), "samples_per_context": 8},
+    )  # fmt: skip
+    log = recipe.run(read(path), say=lambda line: None)
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+    assert log["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"modle": "x"}, "unknown entry 'modle'; did you mean 'model'"),
+        ({"model": None}, "has no model"),
+        ({"constraints": []}, "has no constraints"),
+        ({"train": {"max_step": 3}}, "train has an unknown entry 'max_step'; did you mean 'max_steps'"),
+        ({"fit": {"samples": 3}}, "fit has an unknown entry 'samples'"),
+        ({"evaluate": [3]}, "evaluate must be a mapping"),
+        ({"constraints": ["amazing"]}, "one of contains and scorer with its arguments, got 'amazing'"),
+        ({"constraints": [{"contains": {"wrod": "x"}}]}, "wrod"),
+        ({"constraints": [{"contains": {}}]}, "exactly one of word, any_of and regex"),
+        ({"constraints": [{"moment": {"contains": {"word": "x"}}}]}, "a moment needs a feature and a value"),
+        ({"constraints": [{"moment": {"contains": {"word": "x"}, "value": 2}}]}, "its mean is in \\[0, 1\\]"),
+        ({"constraints": [{"scorer": {"function": "math.sqrt"}}]}, "must be 'module:name'"),
+        ({"constraints": [{"scorer": {"function": "math:sqroot"}}]}, "can't import 'math:sqroot'"),
+        ({"monitor": [{"moment": {}}]}, "monitor must be one of contains and scorer"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(tmp_path, changed, message, capsys):
+    path = write(tmp_path, changed)
+    with pytest.raises(RecipeError, match=message):
+        read(path)
+    assert dmfast.cli.main(["train", str(path)]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_files_that_are_no_recipe(tmp_path):
+    with pytest.raises(RecipeError, match="No such file"):
+        read(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(RecipeError, match="is no YAML"):
+        read(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- a")
+    with pytest.raises(RecipeError, match="must hold a mapping"):
+        read(tmp_path / "list.yaml")
+    with pytest.raises(RecipeError, match="can't load"):
+        load(str(tmp_path / "none"))
+
+
+def test_a_scorer_by_its_name():
+    scorer = feature({"scorer": {"function": "trainer_job:digest", "name": "d", "on": "samples"}}, "monitor")
+    assert scorer.name == "d" and scorer.fn.__name__ == "digest"
+    moment = constraint({"moment": {"scorer": {"function": "math:sqrt", "batched": False}, "value": 2.5, "name": "r"}})
+    assert (moment.name, moment.value) == ("r", 2.5)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_that_ship_are_valid(path):
+    ready = read(path)
+    assert ready["train"]["max_steps"] >= 30
+
+
+def test_the_demo(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert dmfast.cli.main(["demo", "--steps", "2", "--samples", "32", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "the run did not come to its target" in printed and "samples before and after" in printed
+    assert (out / "report.png").exists() and of_json(out / "log.json")["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("share", "kl", "verdict_says"),
+    [(0.52, 0.7, "matches the target"), (0.56, 0.7, "more than 0.05 from 0.5"), (0.5, 0.95, "more than a quarter")],
+)
+def test_the_verdict(share, kl, verdict_says):
+    after = {"phi/women": Estimate(share, 0.01), "kl_policy_base": Estimate(kl, 0.03)}
+    ideal = {"phi/women": Estimate(0.5, 0.0), "kl_policy_base": Estimate(0.69, 0.02)}
+    assert verdict_says in verdict({"after": after, "ideal": ideal}, "women")
+
+
+@pytest.mark.parametrize("objective", ["gdc++", "dpg"])
+def test_the_custom_loop(objective):
+    policy = load("tiny-bios")
+    start = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    history = list(
+        train(policy, about_women, base_rate=0.0674, steps=2, batch_size=16, interval=1, objective=objective, warmup=1)
+    )
+    assert [metrics["step"] for metrics in history] == [1, 2]
+    for metrics in history:
+        wanted = {"phi/women", "swapped", "log_z", "kl_policy", "kl_policy_stderr", "kl_proposal", "ess"}
+        assert wanted <= metrics.keys()
+        assert all(math.isfinite(value) for value in metrics.values()), metrics
+        assert 0 < metrics["ess"] <= 16 + 1e-9
+    moved = {name for name, p in policy.model.named_parameters() if not torch.equal(p, start[name])}
+    assert moved == start.keys()
+    assert policy.model.training and all(p.isfinite().all() for p in policy.model.parameters())
+
+
+def test_the_custom_loop_as_a_script(tmp_path):
+    args = ["--steps=2", "--batch=16", "--samples=256", "--eval-batch=16", f"--out={tmp_path / 'new' / 'loop'}"]
+    run_loop(loop_parser().parse_args(args), train)
+    written = of_json(tmp_path / "new" / "loop" / "log.json")
+    assert [metrics["step"] for metrics in written["history"]] == [1, 2]
+    assert 0 <= written["after"]["phi/women"]["value"] <= 1 and len(written["samples_after"]) == 20
+    assert (tmp_path / "new" / "loop" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert len(Path(train.__code__.co_filename).read_text().splitlines()) <= 80
