@@ -29,7 +29,7 @@ from dmfast.training.callbacks import log_line
 from dmfast.training.data import Contexts, StepSampler
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*torch.jit")
+pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
 
 
 @pytest.fixture(autouse=True)
@@ -564,8 +564,17 @@ def test_what_is_refused(tmp_path, settings, message):
 def test_a_base_that_would_move_is_refused(tmp_path):
     model, tok = gpt2(), tokenizer()
     target = EBM(LanguageModel(model, tok), [Contains("w3")])
-    with pytest.raises(ValueError, match="the target would move with it"):
-        dmfast.DMTrainer(model, target, job(tmp_path).args, processing_class=tok)
+    adapter = peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    for trained in (model, adapter):
+        with pytest.raises(ValueError, match="the target would move with it"):
+            dmfast.DMTrainer(trained, target, job(tmp_path).args, processing_class=tok)
+
+
+def test_one_sample_per_context_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="from that sample alone"):
+        trainer = job(tmp_path, prompts=PROMPTS)
+    assert trainer.samples_per_context == 1
+    assert job(tmp_path, prompts=["w1"]).samples_per_context == 8
 
 
 def test_a_target_that_is_not_fitted_is_refused(tmp_path):

@@ -38,8 +38,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         max_weight: bounds A.
         temperature: of policy, proposal and base, in sampling and in scoring.
         max_new_tokens: where a sequence without EOS ends.
-        samples_per_context: n, sequences drawn from each prompt. Without a data set all sequences of a step come from
-            the empty context.
+        samples_per_context: n, sequences drawn from each prompt. Default: one; with one prompt, or without a data set
+            (the empty context), all sequences of a step.
         sampling_batch_size: sequences at a time in sampling and in scoring by the base. Default: all of a step.
         on_policy: sample from the policy itself; no proposal is kept.
         proposal_criterion, proposal_interval, proposal_stderrs, proposal_best_only, proposal_decay: as in

@@ -38,7 +38,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from ..estimators import PartitionFunction, PartitionFunctions, RunningEstimates
 from ..kernels.result import DMLossOutput
 from ..models import LanguageModel, Samples
-from ..objectives import Objective, Terms, weigh
+from ..objectives import TARGET_OBJECTIVES, Objective, Terms, weigh
 from ..proposal import OfflineProposal
 from ..targets import EBM
 from . import checkpoint
@@ -127,10 +127,12 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             raise TypeError(f"args must be a dmfast.DMConfig, got {type(args).__name__}")
         _refuse_arguments(args)
         base = target.base
-        if base.model is model:
+        of_base = {p.data_ptr() for p in base.model.parameters()}
+        if any(p.data_ptr() in of_base for p in model.parameters()):
             raise ValueError(
-                "target.base holds the model that is to be trained, so the target would move with it; "
-                "give the EBM a copy: LanguageModel(copy.deepcopy(model), tokenizer)"
+                "target.base shares parameters with the model that is to be trained, so the target would move with it "
+                "(an adapter put into a model changes that model too); give the EBM a copy from before: "
+                "LanguageModel(copy.deepcopy(model), tokenizer)"
             )
         if not target.fitted:
             raise ValueError(f"{target} is not fitted, so its lambda is not known: call target.fit(...) first")
@@ -154,6 +156,12 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self._eval_contexts = self._contexts if eval_dataset is None else Contexts(eval_dataset)
         if not self._has_prompts and args.max_steps <= 0:
             raise ValueError("without a train_dataset there are no epochs to count: set max_steps in DMConfig")
+        if len(self._contexts) > 1 and (args.samples_per_context or 1) < 2 and args.objective in TARGET_OBJECTIVES:
+            warnings.warn(
+                "with one sample per context (DMConfig.samples_per_context) a context's first visit estimates its Z "
+                "from that sample alone, which makes the weight of the sample p/q = 1 whatever it is; draw more",
+                stacklevel=2,
+            )
         self._interrupt = Interrupt()
         super().__init__(
             model=model,
@@ -197,9 +205,11 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     @property
     def samples_per_context(self) -> int:
         """n: sequences of each context in a step."""
-        if not self._has_prompts:
-            return int(self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps)
-        return int(self.args.samples_per_context or 1)
+        if self.args.samples_per_context is not None and self._has_prompts:
+            return int(self.args.samples_per_context)
+        if len(self._contexts) > 1:
+            return 1
+        return int(self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps)
 
     def get_train_dataloader(self) -> ContextLoader:
         """Microbatches of contexts."""
