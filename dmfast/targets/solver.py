@@ -234,7 +234,7 @@ def fit_lambda(
 
     log_weight = log_b + (phi - mu) @ lambda_
     counts = torch.bincount(dense, minlength=contexts)
-    log_z = support.log_z(log_weight[kept]) - counts.log()
+    log_z = support.log_z(log_weight[kept]) - counts.double().log()
     zero = torch.zeros_like(log_weight)
     found = estimate(zero, zero, log_weight, log_z[dense], sample_weight=1 / counts.double()[dense])
     ess = found.ess.value
@@ -309,7 +309,7 @@ def _check_each(support: _Dual, mu: Tensor, names: list[str], where: str) -> lis
     warnings = []
     for name, column, value in zip(names, support.y.unbind(1), mu.tolist(), strict=True):
         one = replace(support, y=column[:, None])
-        low, high = (sign * one.highest(torch.tensor([sign], dtype=torch.float64)) for sign in (-1.0, 1.0))
+        low, high = (sign * one.highest(torch.tensor([sign]).double()) + 0.0 for sign in (-1, 1))  # + 0: no -0
         zero_one = bool(((column == 0) | (column == 1)).all())
         fires = int(column.sum()) if zero_one else 0
         if zero_one and fires in (0, len(column)):
