@@ -244,6 +244,8 @@ class Scorer(Feature):
             ) from error
         if not self.batched:
             result = result.reshape(1) if isinstance(result, Tensor) and result.numel() == 1 else [result]
+        expected = f"one number for each of {n} samples, shape ({n},)" if self.batched else "one number (batched=False)"
+        expected = f"scorer {self.name!r} must return {expected}"
         try:
             # a list of Python numbers would become fp32
             dtype = None if hasattr(result, "dtype") else torch.float64
@@ -252,16 +254,11 @@ class Scorer(Feature):
                 raise TypeError("complex numbers")
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"scorer {self.name!r} must return {f'({n},) numbers' if self.batched else 'one number'}, got "
-                f"{type(result).__name__} {str(result)[:_SHOWN]} ({error}); first sample: {show(samples, 0)}"
+                f"{expected}, got {type(result).__name__} {str(result)[:_SHOWN]} ({error}); "
+                f"first sample: {show(samples, 0)}"
             ) from error
         if values.shape != (n,):
-            got = f"shape {tuple(values.shape)}"
-            hint = "" if self.batched else "; batched=False calls it with one sample at a time"
-            raise ValueError(
-                f"scorer {self.name!r} must return one number for each of {n} samples, shape ({n},), got {got}{hint}; "
-                f"first sample: {show(samples, 0)}"
-            )
+            raise ValueError(f"{expected}, got shape {tuple(values.shape)}; first sample: {show(samples, 0)}")
         return values.to(torch.float64)
 
     def _refuse(self, bad: Tensor, values: Tensor, samples: Samples, expected: str) -> None:

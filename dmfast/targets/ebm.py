@@ -49,7 +49,8 @@ class _Pointwise:
 class EBM:
     """log P(x) = log a(x) + log b(x) + lambda . phi(x): pointwise, distributional or both (arXiv:2012.11635, eq. 1-3).
 
-    b is the product of the pointwise constraints, phi are the features of the moments. Z is not part of it.
+    b is the product of the pointwise constraints, phi are the features of the moments. Z is not part of it. A feature
+    object that is used in several places runs once.
 
     Args:
         base: the pretrained model a. It must not change: train a copy of it.
@@ -258,7 +259,7 @@ class EBM:
         self._check_from_base(samples)
         once = _Once(samples)
         b = self._b(samples, once)
-        rates = dict(zip(self.monitor_names, estimate_moments(b, torch.zeros(len(b))), strict=False))
+        rates = dict(zip(self.monitor_names, estimate_moments(b, b.new_zeros(len(b))), strict=False))
         log_b = b.log().sum(1)
         if not bool((log_b > -math.inf).any()):
             raise ValueError(_never_satisfied(b, [each.name for each in self._pointwise]))

@@ -234,15 +234,15 @@ def fit_lambda(
 
     log_weight = log_b + (phi - mu) @ lambda_
     counts = torch.bincount(dense, minlength=contexts)
-    log_z = support.log_z(log_weight[kept]) - counts.log()
+    log_z = support.log_z(log_weight[kept]) - counts.double().log()
     zero = torch.zeros_like(log_weight)
     found = estimate(zero, zero, log_weight, log_z[dense], sample_weight=1 / counts.double()[dense])
     ess = found.ess.value
     if not converged:
         warnings.append("Newton did not converge: the moments are at the edge of what the samples can reach")
     if ess < max(_FEW, 0.01 * positive):
-        warnings.append(f"the effective sample size is {ess:.1f}, of {where}: lambda rests on few samples; take more of "
-                        "them (n), or a value nearer to the base's")  # fmt: skip
+        warnings.append(f"the effective sample size is {ess:.1f}, of {where}: lambda rests on few samples; take more "
+                        "(n), or ask for values nearer to the base's")  # fmt: skip
     elif contexts > 1 and ess < 10 * contexts:
         warnings.append(f"the effective sample size is {ess / contexts:.1f} per context: Z of a context is poorly "
                         "known; take more samples (n)")  # fmt: skip
@@ -309,7 +309,7 @@ def _check_each(support: _Dual, mu: Tensor, names: list[str], where: str) -> lis
     warnings = []
     for name, column, value in zip(names, support.y.unbind(1), mu.tolist(), strict=True):
         one = replace(support, y=column[:, None])
-        low, high = (sign * one.highest(torch.tensor([sign], dtype=torch.float64)) for sign in (-1.0, 1.0))
+        low, high = (sign * one.highest(torch.tensor([sign]).double()) + 0.0 for sign in (-1, 1))  # + 0: no -0
         zero_one = bool(((column == 0) | (column == 1)).all())
         fires = int(column.sum()) if zero_one else 0
         if zero_one and fires in (0, len(column)):
@@ -357,12 +357,13 @@ def _check_rank(support: _Dual, mu: Tensor, names: list[str], where: str) -> Ten
         among = [i for i in range(len(names)) if abs(float(d[i] * scale[i])) > 1e-6 * float((d * scale).abs().max())]
         constant = support.highest(d)
         asked = float(d @ mu)
-        consistent = abs(asked - constant) <= 1e-6 * float((d.abs() * scale).max())
+        size = float((d.abs() * scale).max())
+        consistent = abs(asked - constant) <= 1e-6 * size
         inside = "" if support.contexts == 1 else " (on average over contexts)"
         said.append(
-            f"{_sum(d, among, names)} = {constant:.6g}{inside} in every sample, the wanted values "
+            f"{_sum(d, among, names)} = {_number(constant, size)}{inside} in every sample, the wanted values "
             + (f"agree: drop one of {_list(among, names)}" if consistent else
-               f"give {asked:.6g}: {_list(among, names)} contradict each other")
+               f"give {_number(asked, size)}: {_list(among, names)} contradict each other")
         )  # fmt: skip
     raise ValueError(f"moments are linearly dependent (collinear) in {where}: {'; '.join(said)}")
 
@@ -396,14 +397,25 @@ def _check_jointly(dual: _Dual, support: _Dual, mu: Tensor, scale: Tensor, names
             theta = without
     d = theta / scale
     d = d / d.abs().max()
+    if moved.highest(d.sign() * scale) <= 0.5 * moved.highest(d * scale):  # a + b + c reads better than fitted factors
+        d = d.sign()
     among = [i for i in range(len(names)) if d[i] != 0]
-    mean = " on average over contexts" if support.contexts > 1 else ""
     asked = ", ".join(f"{names[i]!r} = {float(mu[i]):g}" for i in among)
+    mean = " on average over contexts" if support.contexts > 1 else ""
+    size = float((d.abs() * scale).max())
+    most, given = support.highest(d), float(d @ mu)
+    beyond = given > most + 1e-5 * size
     raise ValueError(
-        f"the moments {asked} contradict each other: each can be reached, but not all together. "
-        f"In {where}, {_sum(d, among, names)} is at most {support.highest(d):.6g}{mean}; "
-        f"the wanted values give {float(d @ mu):.6g}"
-    )
+        (f"the moments {asked} contradict each other: each can be reached, but not all together" if len(among) > 1 else
+         f"the moment {asked} is at the edge of what can be reached")
+        + ("" if beyond else "; only an infinite lambda would give them")
+        + f". In {where}, {_sum(d, among, names)} is at most {_number(most, size)}{mean}; the wanted values give "
+        f"{_number(given, size)}"
+    )  # fmt: skip
+
+
+def _number(x: float, size: float) -> str:
+    return f"{x:.6g}" if abs(x) > 1e-5 * size else "0"
 
 
 def _sum(d: Tensor, among: list[int], names: list[str]) -> str:
