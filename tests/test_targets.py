@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 import dmfast
 from dmfast import EBM, Contains, LambdaFit, Moment, Samples, Scorer, fit_lambda
-from dmfast.demo import TINY_BIOS, load
+from dmfast.training.recipe import TINY_BIOS, load
 
 INF = math.inf
 EOS, PAD = "<e>", "<p>"
@@ -1003,7 +1003,7 @@ def test_a_report_without_moments_survives_json():
 
 @pytest.fixture(scope="module")
 def tiny():
-    base = load(TINY_BIOS)
+    base = load("tiny-bios")
     return base, base.sample(None, 3072, max_new_tokens=48, seed=5, batch_size=512)
 
 

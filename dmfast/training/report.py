@@ -32,10 +32,10 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
-def write(log: Mapping[str, Any], folder: Path) -> None:
-    """``log.json``."""
+def write(log: Mapping[str, Any], folder: Path, name: str = "log.json") -> None:
+    """A run as JSON."""
     text = json.dumps(_for_json(log), indent=1, ensure_ascii=False)
-    (folder / "log.json").write_text(text + "\n", encoding="utf-8")
+    (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
 def _for_json(value: Any) -> Any:
