@@ -16,8 +16,12 @@ from setuptools.command.build_ext import build_ext
 # -ffp-contract: gcc's default, said because exp2's accuracy relies on it. No -ffast-math: it breaks the
 # round-to-nearest of exp2. No -march: rows.cpp chooses the instruction set when it runs.
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra"]
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/loss.cpp", "csrc/cpu/rows.cpp"]
-HEADERS = ["csrc/objective.h", "csrc/cpu/loss.h", "csrc/cpu/rows.h", "csrc/cpu/simd.h"]
+SOURCES = ["csrc/bindings.cpp", "csrc/cpu/loss.cpp", "csrc/cpu/rows.cpp", "csrc/cpu/sample.cpp"]
+HEADERS = [
+    "csrc/objective.h",
+    "csrc/random.h",
+    *(f"csrc/cpu/{name}.h" for name in ("loss", "rows", "sample", "scan", "simd")),
+]
 
 
 def why_not() -> str | None:

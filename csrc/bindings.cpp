@@ -2,10 +2,14 @@
 // torch release and the build needs no torch. dmfast/kernels/native.py is the one caller and has checked all
 // that a pointer can't tell.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cmath>
 
 #include "cpu/loss.h"
+#include "cpu/sample.h"
+#include "random.h"
 
 namespace py = pybind11;
 
@@ -113,6 +117,30 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           py::gil_scoped_release release;
           dmf::scale(b, factor, gradient(gradient_data, stride_sequence, stride_row));
         });
+  m.def("sample", [](int dtype, uintptr_t logits, int64_t rows, int64_t stride_row, int64_t vocab, double scale,
+                     double softcap, uint64_t seed, uintptr_t row_ids, uint64_t step, uintptr_t uniforms, int threads,
+                     uintptr_t tokens, uintptr_t log_prob) {
+    py::gil_scoped_release release;
+    const dmf::Status status = dmf::sample({static_cast<dmf::DType>(dtype),
+                                            pointer<const char>(logits),
+                                            rows,
+                                            stride_row,
+                                            {vocab, scale, softcap},
+                                            seed,
+                                            pointer<const int64_t>(row_ids),
+                                            step,
+                                            pointer<const double>(uniforms),
+                                            threads},
+                                           pointer<int64_t>(tokens), pointer<double>(log_prob));
+    return status.at;  // the first bad row, or -1
+  });
+  m.def(
+      "philox",
+      [](const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
+        const dmf::Philox r = dmf::philox({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+        return std::array<uint32_t, 4>{r.x[0], r.x[1], r.x[2], r.x[3]};
+      },
+      "The generator of csrc/random.h, for its known-answer test.");
   m.def(
       "weigh",
       [](const PyTerms& t, double log_prob, double log_proposal, double log_target, double log_z, double reward,

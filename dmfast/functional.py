@@ -15,7 +15,7 @@ from .kernels.batch import Batch, Scores
 from .kernels.result import DMLossOutput, denominator
 from .objectives import Objective, Terms
 
-__all__ = ["dm_loss", "sequence_log_prob", "shift_labels"]
+__all__ = ["dm_loss", "sample_tokens", "sequence_log_prob", "shift_labels"]
 
 
 def shift_labels(input_ids: Tensor, mask: Tensor | None = None, prompt_len: int = 0) -> Tensor:
@@ -307,3 +307,39 @@ def sequence_log_prob(
     if kernels.select(logits) == "eager":
         return eager.score(batch).log_prob
     return _score(batch, entropy=False, inplace=inplace and wants_grad, wants_grad=wants_grad).log_prob
+
+
+@torch.no_grad()
+def sample_tokens(
+    logits: Tensor,
+    *,
+    seed: int,
+    row_ids: Tensor | None = None,
+    step: int = 0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draws a token per row from ``softmax(cap(logits) / temperature)``, with its log-probability, in one read.
+
+    A row's draw is a function of its logits, ``seed``, its row id and ``step``, and of nothing else: neither the thread
+    count nor how rows are cut into batches matters. The uniform number is Philox4x32-10's, 53 bits.
+
+    Args:
+        logits: (N, V); float32, bfloat16, float16 (float64 through the eager backend); any row stride.
+        seed: integer in [-2^63, 2^64).
+        row_ids: (N,) integer, one per sequence that is being generated. Default: 0 to N-1.
+        step: non-negative integer, the position that is being generated.
+        temperature, softcap: as in ``dm_loss``.
+
+    Returns:
+        tokens (N,) int64, and log_prob (N,) fp64 in nats, what ``sequence_log_prob`` gives for them. A token whose
+        logit is -inf is never drawn, unless a softcap makes it finite.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or value; a row that holds NaN or +inf, or
+            nothing but -inf.
+    """
+    draws = checks.make_draws(logits, seed, row_ids, step, temperature, softcap)
+    if kernels.select(logits) == "eager":
+        return eager.draw(draws)
+    return compiled.sample(draws) if torch.compiler.is_compiling() else native.sample(draws)

@@ -7,9 +7,8 @@
 // backward reads every logit once and writes its gradient once, in place if asked: softmax is formed
 // anew from the stored log-sum-exp, because exp costs less than reading a stored softmax.
 //
-// The sum runs in blocks of 512 logits against a running maximum, which grows in about log(V / 512) of the blocks, so
-// that rescaling is rare. Terms are fp32, their sums fp64: in an fp32 sum the thousands of small terms beside a
-// dominating one are lost (1e-6 nats a row, all in one direction), and with them the digits of 1 - p, the gradient of
+// The sum runs in blocks (scan.h). Terms are fp32, their sums fp64: in an fp32 sum the thousands of small terms beside
+// a dominating one are lost (1e-6 nats a row, all in one direction), and with them the digits of 1 - p, the gradient of
 // the label where p is near 1. It costs about a tenth of the time.
 //
 // This file is compiled once per instruction set (target_clones), chosen when the program runs. It holds
@@ -19,105 +18,50 @@
 #include <cfloat>
 #include <cmath>
 
-#include "simd.h"
-
-// Sanitizers can't run before the resolvers that target_clones needs.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__) && !defined(DMF_NO_CLONES)
-#define DMF_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define DMF_HAS_CLONES 1
-#else
-#define DMF_CLONES
-#define DMF_HAS_CLONES 0
-#endif
+#include "scan.h"
 
 namespace dmf {
 namespace {
 
-constexpr int64_t kBlock = 512;
-constexpr double kLog2e = 1.4426950408889634074;
-constexpr double kLn2 = 0.69314718055994530942;
-
-// What a block of logits looks like to the sum: floats d with log2 of the term = d * slope. Without a softcap,
-// d = z - max; with one, d = cap(z) - cap(max), formed in fp64 and rounded once.
-template <class T>
-DMF_INLINE float block_max(const T* z, int64_t n, float* buffer) {
-  int32_t key = INT32_MIN;
-#pragma omp simd reduction(max : key)
-  for (int64_t i = 0; i < n; ++i) {
-    const float x = to_float(z[i]);
-    if (sizeof(T) != sizeof(float)) buffer[i] = x;
-    const int32_t k = to_key(x);
-    key = k > key ? k : key;
-  }
-  return from_key(key);
-}
-
-template <class T>
-DMF_INLINE bool has_nan(const T* z, int64_t n) {
-  int any = 0;
-#pragma omp simd reduction(| : any)
-  for (int64_t i = 0; i < n; ++i) any |= std::isnan(to_float(z[i]));
-  return any != 0;
-}
-
+// sum of e^(d nat), and of e^(d nat) d for the entropy, d = cap(z) - reference in units of which nat is in nats
 template <bool Entropy>
-DMF_INLINE void block_sum(const float* x, float reference, int64_t n, const Slope& slope, double& sum, double& moment) {
-  double s = 0, m = 0;
-#pragma omp simd reduction(+ : s, m)
-  for (int64_t i = 0; i < n; ++i) {
-    const float d = x[i] - reference;
-    const float e = exp2_of(d, slope);
-    s += e;
-    if (Entropy) m += e == 0.0f ? 0.0f : e * d;
+struct RowTotal {
+  const Slope slope;
+  const double nat;
+  double reference = -INFINITY, sum = 0, moment = 0;
+
+  explicit RowTotal(const RowOptions& o) : slope(o.scale * kLog2e), nat(o.scale) {}
+
+  DMF_INLINE void rise(double grown) {
+    if (sum > 0) {
+      const double delta = reference - grown, factor = exp(delta * nat);
+      moment = factor * (moment + delta * sum);
+      sum *= factor;
+    }
+    reference = grown;
   }
-  sum += s;
-  if (Entropy) moment += m;
-}
+
+  DMF_INLINE void add(const Block& block, int64_t) {
+    double s = 0, m = 0;
+#pragma omp simd reduction(+ : s, m)
+    for (int64_t i = 0; i < block.n; ++i) {
+      const float d = block.x[i] - block.shift;
+      const float e = exp2_of(d, slope);
+      s += e;
+      if (Entropy) m += e == 0.0f ? 0.0f : e * d;
+    }
+    sum += s;
+    if (Entropy) moment += m;
+  }
+};
 
 template <class T, bool Cap, bool Entropy>
 DMF_INLINE void forward_row(const T* z, int64_t label, const RowOptions& o, RowSum& out) {
-  const Slope slope(o.scale * kLog2e);
-  const double inverse_cap = Cap ? 1.0 / o.softcap : 0.0;
-  const double nat = o.scale;  // d * nat is in nats
-  float max = -INFINITY;
-  double reference = -INFINITY, sum = 0, moment = 0;  // moment = sum of e^(d nat) d, for the entropy
-  float buffer[kBlock];
-  for (int64_t first = 0; first < o.vocab; first += kBlock) {
-    const int64_t n = o.vocab - first < kBlock ? o.vocab - first : kBlock;
-    const float m = block_max(z + first, n, buffer);
-    if (!Cap && m == -INFINITY) {  // a capped -inf is -softcap, and counts
-      if (!has_nan(z + first, n)) continue;
-      sum = NAN;  // a negative NaN, which compares below -inf as a key
-      break;
-    }
-    if (!(m < INFINITY)) {  // +inf or NaN
-      sum = NAN;
-      break;
-    }
-    if (m > max || (Cap && reference == -INFINITY)) {
-      max = m;
-      const double grown = Cap ? o.softcap * tanh_of(m * inverse_cap) : m;
-      if (sum > 0) {
-        const double delta = reference - grown, factor = exp(delta * nat);
-        moment = factor * (moment + delta * sum);
-        sum *= factor;
-      }
-      reference = grown;
-    }
-    const float* x = sizeof(T) == sizeof(float) ? reinterpret_cast<const float*>(z + first) : buffer;
-    if (Cap) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i)
-        buffer[i] = static_cast<float>(o.softcap * tanh_of(static_cast<double>(x[i]) * inverse_cap) - reference);
-      x = buffer;
-    }
-    block_sum<Entropy>(x, Cap ? 0.0f : max, n, slope, sum, moment);
-  }
-  const double z_label = to_float(z[label]);
-  const double y = Cap ? o.softcap * tanh_of(z_label * inverse_cap) : z_label;
-  out.lse = nat * reference + log(sum);  // a row of nothing but -inf: -inf
-  out.label = nat * y;
-  if (Entropy) out.entropy = log(sum) - nat * moment / sum;
+  RowTotal<Entropy> total(o);
+  if (!scan_row<T, Cap>(z, o, total)) total.sum = NAN;
+  out.lse = total.nat * total.reference + log(total.sum);  // a row of nothing but -inf: -inf
+  out.label = scaled<Cap>(to_float(z[label]), o);
+  if (Entropy) out.entropy = log(total.sum) - total.nat * total.moment / total.sum;
 }
 
 template <class T, bool Cap>

@@ -33,6 +33,17 @@ class Batch(NamedTuple):
         return self.labels.shape[0]
 
 
+class Draws(NamedTuple):
+    """N rows of logits (N,V) to draw a token from each, checked."""
+
+    logits: Tensor
+    seed: int  # in [0, 2^64)
+    row_ids: Tensor | None  # (N,) int64, contiguous; None: 0, 1, ...
+    step: int
+    scale: float  # 1 / temperature
+    softcap: float  # 0.0: none
+
+
 class Scores(NamedTuple):
     """What one pass over the logits yields. All fp64; (B,) unless said otherwise."""
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import INFINITE_AT_ZERO, OBJECTIVES, Objective, Terms, leave_one_out_baseline, plain_baseline
-from .batch import Batch
+from .batch import Batch, Draws
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IGNORE = -100
@@ -29,6 +29,23 @@ def describe(x: object) -> str:
 def is_integer(x: object) -> bool:
     """Whether x is a tensor of integers; bool is none."""
     return isinstance(x, Tensor) and not (x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool)
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits has an empty vocabulary: {describe(logits)}")
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(
+            f"the last dimension of logits must be contiguous, got strides {logits.stride()}; "
+            "call .contiguous(), or keep the vocabulary as the last dimension"
+        )
+
+
+def _check_scaling(temperature: float, softcap: float | None) -> None:
+    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
+        raise ValueError(f"temperature must be a positive number, got {temperature!r}")
+    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):
+        raise ValueError(f"softcap must be a positive number or None, got {softcap!r}")
 
 
 def make_batch(
@@ -53,13 +70,7 @@ def make_batch(
             f"logits must be (B, T, V), or packed (N, V) with cu_seqlens; got {describe(logits)} "
             f"with{'' if packed else 'out'} cu_seqlens"
         )
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits has an empty vocabulary: {describe(logits)}")
-    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-        raise ValueError(
-            f"the last dimension of logits must be contiguous, got strides {logits.stride()}; "
-            "call .contiguous(), or keep the vocabulary as the last dimension"
-        )
+    _check_logits(logits)
     shape = logits.shape[:-1]
     for name, value in (("tokens", tokens), ("mask", mask)):
         if value is None and name == "mask":
@@ -77,10 +88,7 @@ def make_batch(
             raise ValueError(f"{name} is on {value.device}, logits on {logits.device}; move it there")
     if tokens.dtype == torch.bool:
         raise TypeError("tokens must be an integer tensor, got bool; did you swap tokens and mask?")
-    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
-        raise ValueError(f"temperature must be a positive number, got {temperature!r}")
-    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):
-        raise ValueError(f"softcap must be a positive number or None, got {softcap!r}")
+    _check_scaling(temperature, softcap)
     if packed:
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"cu_seqlens must be int32 or int64, got {describe(cu_seqlens)}")
@@ -244,6 +252,44 @@ def check_weight_tensor(weight: object, batch: Batch) -> None:
     """
     if not isinstance(weight, Tensor) or weight.dtype != torch.float64 or weight.shape != (batch.n_sequences,):
         raise ValueError(f"an objective must return float64 weights ({batch.n_sequences},), got {describe(weight)}")
+
+
+def make_draws(
+    logits: Tensor, seed: int, row_ids: Tensor | None, step: int, temperature: float, softcap: float | None
+) -> Draws:
+    """Checks everything about rows to sample from that shapes and dtypes tell.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, stride or device, a number out of range.
+    """
+    if not isinstance(logits, Tensor) or logits.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {describe(logits)}")
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be (N, V), one row for each token to draw, got {describe(logits)}")
+    _check_logits(logits)
+    _check_scaling(temperature, softcap)
+    for name, value, low, high in (("seed", seed, -(2**63), 2**64), ("step", step, 0, 2**63)):
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value < high:
+            raise ValueError(f"{name} must be an integer in [{low}, {high}), got {value!r}")
+    if row_ids is not None:
+        if not is_integer(row_ids) or row_ids.shape != logits.shape[:1]:
+            raise ValueError(f"row_ids must be an integer tensor ({logits.shape[0]},), got {describe(row_ids)}")
+        if row_ids.device != logits.device:
+            raise ValueError(f"row_ids is on {row_ids.device}, logits on {logits.device}; move it there")
+        row_ids = row_ids.to(torch.int64).contiguous()
+    return Draws(logits.detach(), seed % 2**64, row_ids, step, 1.0 / temperature, float(softcap or 0.0))
+
+
+def raise_bad_draw(draws: Draws, row: int) -> None:
+    """Raises:
+    ValueError: a row that is no distribution.
+    """
+    which = "" if draws.row_ids is None else f" (row id {int(draws.row_ids[row])})"
+    raise ValueError(
+        f"logits hold NaN or +inf, or nothing but -inf, in row {row}{which}: no token can be drawn; the model has "
+        "diverged or its input is masked wrongly"
+    )
 
 
 def _first(bad: Tensor) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..objectives import Terms
 from . import ops
-from .batch import Batch, Scores
+from .batch import Batch, Draws, Scores
 from .result import reduce
 
 
@@ -26,6 +26,12 @@ def score(batch: Batch, entropy: bool, inplace: bool) -> Scores:
     call = ops._ScoreInPlace.apply if inplace else ops.score
     log_prob, lse, h = call(*_rows(batch), entropy)  # type: ignore[no-untyped-call]
     return Scores(lse, log_prob, h if entropy else None)
+
+
+def sample(draws: Draws) -> tuple[Tensor, Tensor]:
+    """tokens (N) and their log_prob (N)."""
+    seed = draws.seed if draws.seed < 2**63 else draws.seed - 2**64
+    return cast("tuple[Tensor, Tensor]", ops.sample(draws.logits, seed, *draws[2:]))
 
 
 def dm_loss(

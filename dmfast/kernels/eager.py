@@ -13,16 +13,20 @@ from torch import Tensor
 from .. import objectives
 from ..objectives import Objective, Terms
 from . import checks
-from .batch import Batch, Scores
+from .batch import Batch, Draws, Scores
 from .result import DMLossOutput, denominator, reduce
+
+
+def _wide(x: Tensor) -> Tensor:
+    """fp64 where the device has it."""
+    return x if x.device.type == "mps" else x.double()
 
 
 def score(batch: Batch, entropy: bool = False) -> Scores:
     """log pi(x) = sum_t m_t log softmax(scale * cap(z_t))[x_t] for each sequence, with autograd through the logits."""
     if not torch.compiler.is_compiling():
         checks.check_rows(batch)
-    z = batch.logits if batch.logits.device.type == "mps" else batch.logits.double()
-    z = z.reshape(batch.n_rows, batch.vocab)
+    z = _wide(batch.logits).reshape(batch.n_rows, batch.vocab)
     scored = batch.labels != checks.IGNORE
     # rows that are not scored may hold anything, NaN too, and get a gradient of exactly 0
     z = torch.where(scored[:, None], z, 0.0)
@@ -152,3 +156,59 @@ def sequence_log_prob(
     batch = checks.make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap)
     checks.check_call(batch, inplace=inplace)
     return score(batch).log_prob
+
+
+def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011) on int64 tensors that hold 32 bits each; the twin of csrc/random.h."""
+    low = 0xFFFFFFFF
+    key0, key1 = key
+    for _ in range(10):
+        a, b = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57  # these wrap, and keep the low 64 bits right
+        counter = [(b >> 32 & low) ^ counter[1] ^ key0, b & low, (a >> 32 & low) ^ counter[3] ^ key1, a & low]
+        key0, key1 = (key0 + 0x9E3779B9) & low, (key1 + 0xBB67AE85) & low
+    return counter
+
+
+def uniforms(seed: int, row_ids: Tensor, step: int) -> Tensor:
+    """(N,) fp64 in [0, 1), multiples of 2^-53, each a function of seed, row id and step alone."""
+    low = 0xFFFFFFFF
+    steps = torch.full_like(row_ids, step)
+    counter = [row_ids & low, row_ids >> 32 & low, steps & low, steps >> 32 & low]
+    first, second, *_ = philox(counter, (seed & low, seed >> 32))
+    return _wide(first << 21 | second >> 11) * 2.0**-53
+
+
+def draw(draws: Draws, uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``native.sample`` by inversion of the whole CDF."""
+    z = _wide(draws.logits)
+    bad = z.isnan().any(-1) | (z == torch.inf).any(-1) | (z == -torch.inf).all(-1)
+    if bool(bad.any()):
+        checks.raise_bad_draw(draws, int(bad.nonzero()[0]))
+    if draws.softcap:
+        z = draws.softcap * torch.tanh(z / draws.softcap)
+    log_p = torch.log_softmax(draws.scale * z, dim=-1)
+    if uniform is None:
+        ids = torch.arange(z.shape[0], device=z.device) if draws.row_ids is None else draws.row_ids
+        uniform = uniforms(draws.seed, ids, draws.step)
+    cdf = log_p.exp().cumsum(-1)
+    total = cdf[:, -1:].contiguous()
+    # right=True passes over tokens of probability 0; the minimum is the last other one, should the product round up
+    target = uniform[:, None] * total
+    tokens = torch.minimum(torch.searchsorted(cdf, target, right=True), torch.searchsorted(cdf, total))
+    return tokens[:, 0], log_p.gather(-1, tokens)[:, 0].double()
+
+
+@torch.no_grad()
+def sample_tokens(
+    logits: Tensor,
+    *,
+    seed: int,
+    row_ids: Tensor | None = None,
+    step: int = 0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``dmfast.sample_tokens`` in plain torch, from the same uniform numbers: the same token, unless the number falls
+    within rounding of the boundary between two.
+    """
+    return draw(checks.make_draws(logits, seed, row_ids, step, temperature, softcap))

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 
 from ..objectives import KINDS, Objective, Terms
 from . import checks
-from .batch import Batch, Scores
+from .batch import Batch, Draws, Scores
 
 _C: ModuleType | None
 _IMPORT_ERROR: str | None = None
@@ -176,6 +176,26 @@ def scale_(batch: Batch, dz: Tensor, factor: float) -> None:
     """dz *= factor on scored rows; the others are zero. ``batch`` says how rows are cut, its logits are not read."""
     assert _C is not None
     _C.scale(_batch(batch), factor, dz.data_ptr(), *_strides(dz, batch))
+
+
+def sample(draws: Draws, uniforms: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """tokens (N,) int64 and log_prob (N,) fp64, in one read of the rows. ``uniforms`` (N,) fp64 replaces the generator.
+
+    Raises:
+        ValueError: a row that is no distribution.
+    """
+    assert _C is not None
+    logits = draws.logits
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    log_prob = torch.empty_like(tokens, dtype=torch.float64)
+    bad = _C.sample(
+        DTYPES[logits.dtype], logits.data_ptr(), logits.shape[0], logits.stride(0), logits.shape[1], draws.scale,
+        draws.softcap, draws.seed, _pointer(draws.row_ids), draws.step, _pointer(uniforms), torch.get_num_threads(),
+        tokens.data_ptr(), log_prob.data_ptr(),
+    )  # fmt: skip
+    if bad >= 0:
+        checks.raise_bad_draw(draws, bad)
+    return tokens, log_prob
 
 
 def weigh(terms: Terms, log_prob: float, log_proposal: float, log_target: float, log_z: float, reward: float,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..objectives import KINDS, Objective, Terms
 from . import checks, native
-from .batch import Batch, Scores
+from .batch import Batch, Draws, Scores
 
 EightTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 NineTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -229,6 +229,20 @@ def _one_pass_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 
 score_and_grad.register_autograd(_one_pass_backward, setup_context=_one_pass_setup)
+
+
+@torch.library.custom_op("dmfast::sample", mutates_args=())
+def sample(
+    logits: Tensor, seed: int, row_ids: Tensor | None, step: int, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """tokens (N) and their log_prob (N). A seed of 2^63 and more comes as what int64 holds of it."""
+    return native.sample(Draws(logits, seed % 2**64, row_ids, step, scale, softcap))
+
+
+@sample.register_fake
+def _(logits, seed, row_ids, step, scale, softcap):  # type: ignore[no-untyped-def]
+    n = logits.shape[0]
+    return logits.new_empty(n, dtype=torch.int64), logits.new_empty(n, dtype=torch.float64)
 
 
 @torch.library.custom_op("dmfast::check_weight", mutates_args=())

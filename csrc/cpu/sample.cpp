@@ -1,0 +1,125 @@
+// Sampling fuses scaling, softcap, softmax, the draw and its log-probability. It reads every logit once from memory and
+// writes nothing per logit: less is impossible, since each logit counts in the sum. The sums of the blocks (fp64) are
+// kept; a uniform number picks a block from them and then a token inside the block, whose 512 terms are formed again.
+// Softmax, multinomial, log_softmax and gather read or write the row about ten times.
+//
+// A token of probability 0 is never drawn: its term adds nothing to the cumulative sum, which must exceed the target.
+#include "sample.h"
+
+#include <cmath>
+#include <vector>
+
+#include "../random.h"
+#include "scan.h"
+
+namespace dmf {
+namespace {
+
+struct RowDraw {
+  double lse;    // NaN if the row holds NaN or +inf, -inf if nothing but -inf
+  double value;  // scale * cap(z[token])
+  int64_t token;
+};
+
+struct BlockSum {
+  double sum, reference;  // sum of e^((cap(z) - reference) scale)
+};
+
+struct BlockSums {
+  const Slope slope;
+  BlockSum* blocks;
+  double reference = -INFINITY;
+
+  DMF_INLINE void rise(double grown) { reference = grown; }
+  DMF_INLINE void add(const Block& block, int64_t first) {
+    double s = 0;
+#pragma omp simd reduction(+ : s)
+    for (int64_t i = 0; i < block.n; ++i) s += exp2_of(block.x[i] - block.shift, slope);
+    blocks[first / kBlock] = {s, reference};
+  }
+};
+
+// The first of n weights with which the running sum exceeds target, else the last that is not 0 (rounding may leave the
+// target at the very end); the sum before it is taken off the target.
+template <class Weight>
+DMF_INLINE int64_t pick(int64_t n, double& target, Weight weight) {
+  double before = 0, rest = target;
+  int64_t picked = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double w = weight(i);
+    if (!(w > 0)) continue;
+    picked = i;
+    rest = target - before;
+    before += w;
+    if (before > target) break;
+  }
+  target = rest;
+  return picked;
+}
+
+template <class T, bool Cap>
+DMF_INLINE void sample_row(const T* z, double uniform, const RowOptions& o, BlockSum* blocks, RowDraw& out) {
+  const int64_t n_blocks = (o.vocab + kBlock - 1) / kBlock;
+  for (int64_t i = 0; i < n_blocks; ++i) blocks[i] = {0.0, 0.0};
+  BlockSums sums{Slope(o.scale * kLog2e), blocks};
+  out = {NAN, NAN, 0};
+  if (!scan_row<T, Cap>(z, o, sums)) return;
+  const auto factor = [&](int64_t i) { return exp((blocks[i].reference - sums.reference) * o.scale); };
+  const auto weight = [&](int64_t i) { return blocks[i].sum == 0 ? 0.0 : blocks[i].sum * factor(i); };  // NaN stays
+  double total = 0;
+  for (int64_t i = 0; i < n_blocks; ++i) total += weight(i);
+  out.lse = o.scale * sums.reference + log(total);
+  double target = uniform * total;
+  const int64_t block = pick(n_blocks, target, weight), first = block * kBlock, n = block_size(first, o);
+  target /= factor(block);
+  float x[kBlock], e[kBlock];
+  for (int64_t i = 0; i < n; ++i) x[i] = to_float(z[first + i]);
+  const Block b = block_at<T, Cap>(z + first, n, blocks[block].reference, o, x);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) e[i] = exp2_of(b.x[i] - b.shift, sums.slope);
+  out.token = first + pick(n, target, [&](int64_t i) { return static_cast<double>(e[i]); });
+  out.value = scaled<Cap>(to_float(z[out.token]), o);
+}
+
+template <class T>
+DMF_INLINE void sample_any(const void* z, double uniform, const RowOptions& o, BlockSum* blocks, RowDraw& out) {
+  const T* row = static_cast<const T*>(z);
+  o.softcap > 0 ? sample_row<T, true>(row, uniform, o, blocks, out)
+                : sample_row<T, false>(row, uniform, o, blocks, out);
+}
+
+}  // namespace
+
+#define DMF_SAMPLE(T, NAME)                                                                                     \
+  DMF_CLONES void sample_##NAME(const void* z, double u, const RowOptions& o, BlockSum* blocks, RowDraw& out) { \
+    sample_any<T>(z, u, o, blocks, out);                                                                        \
+  }
+
+DMF_SAMPLE(float, f32)
+DMF_SAMPLE(bf16, bf16)
+DMF_SAMPLE(fp16, f16)
+
+Status sample(const SampleRows& s, int64_t* tokens, double* log_prob) {
+  static constexpr decltype(&sample_f32) kKernels[] = {sample_f32, sample_bf16, sample_f16};
+  const auto kernel = kKernels[static_cast<int>(s.dtype)];
+  const int64_t itemsize = row_kernels(s.dtype).itemsize;
+  int64_t first_fault = INT64_MAX;
+#pragma omp parallel num_threads(s.threads) reduction(min : first_fault)
+  {
+    std::vector<BlockSum> blocks((s.options.vocab + kBlock - 1) / kBlock);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t row = 0; row < s.rows; ++row) {
+      const auto id = static_cast<uint64_t>(s.row_ids ? s.row_ids[row] : row);
+      RowDraw draw;
+      kernel(s.logits + row * s.stride_row * itemsize, s.uniforms ? s.uniforms[row] : uniform(s.seed, id, s.step),
+             s.options, blocks.data(), draw);
+      tokens[row] = draw.token;
+      log_prob[row] = draw.value - draw.lse;
+      if (!std::isfinite(draw.lse) && row < first_fault) first_fault = row;
+    }
+  }
+  if (first_fault == INT64_MAX) return {Fault::none, -1};
+  return {Fault::bad_row, first_fault};
+}
+
+}  // namespace dmf
