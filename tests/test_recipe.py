@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from trainer_job import gpt2, tokenizer
 
 import dmfast.cli
 from dmfast.demo import RECIPES, about_women, loop_parser, run_loop, verdict
@@ -189,3 +192,17 @@ def test_the_custom_loop_as_a_script(tmp_path):
     assert 0 <= written["after"]["phi/women"]["value"] <= 1 and len(written["samples_after"]) == 20
     assert (tmp_path / "new" / "loop" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert len(Path(train.__code__.co_filename).read_text().splitlines()) <= 80
+
+
+def test_the_smollm2_example(tmp_path):
+    """As it stands, on a small model in SmolLM2's place: two steps, then what it saved."""
+    out, small = tmp_path / "out", tmp_path / "small"
+    gpt2(n_positions=128).save_pretrained(small)
+    tokenizer().save_pretrained(small)
+    done = subprocess.run(
+        [sys.executable, str(Path(train.__code__.co_filename).parent / "smollm2.py"), "--model", str(small),
+         "--wish", "known", "--steps", "2", "--batch", "8", "--eval-samples", "16", "--out", str(out)],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("evaluation") == 2 and (out / "model.safetensors").exists()

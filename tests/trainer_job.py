@@ -30,11 +30,11 @@ def tokenizer(**special):
     return PreTrainedTokenizerFast(tokenizer_object=words, **{k: v for k, v in special.items() if v})
 
 
-def gpt2(seed=0):
+def gpt2(seed=0, n_positions=24):
     torch.manual_seed(seed)
     return GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=len(WORDS), n_positions=24, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3,
+            vocab_size=len(WORDS), n_positions=n_positions, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3,
             bos_token_id=9, eos_token_id=5,
         )
     )  # fmt: skip
