@@ -742,6 +742,15 @@ def test_no_lambda_gives_these_moments(phi, mu, there, absent):
     assert [part for part in absent if part in str(caught.value)] == [], caught.value
 
 
+def test_a_contradiction_is_told_in_whole_numbers():
+    """Where Newton's direction has factors such as 0.97, a + b + c is as good a proof."""
+    torch.manual_seed(0)
+    drawn = torch.randint(0, 4, (10_000,))
+    phi = torch.stack([drawn == i for i in range(3)], 1).double()
+    with pytest.raises(ValueError, match=r"In 10,000 samples of the base, 'a' \+ 'b' \+ 'c' is at most 1; .* give 1.5"):
+        fit_lambda(phi, [0.5] * 3, names=["a", "b", "c"])
+
+
 @pytest.mark.parametrize(
     ("phi", "mu"),
     [
