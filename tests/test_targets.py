@@ -884,15 +884,17 @@ def test_fit_warns_once_at_the_callers_line():
 @pytest.mark.parametrize(
     ("args", "asked"),
     [
-        ({}, {"prompts": None, "n": 10_240, "temperature": 1.0, "seed": 0, "batch_size": 256}),
+        ({}, {"prompts": None, "n": 10_240, "max_new_tokens": 64, "temperature": 1.0, "seed": 0, "batch_size": 256}),
+        ({"max_new_tokens": 12}, {"max_new_tokens": 12}),
         ({"n": 7, "contexts": ["a", "b", "c"], "batch_size": 5}, {"prompts": ["a", "b", "c"], "n": 3, "batch_size": 5}),
         ({"temperature": 0.5, "seed": 3}, {"temperature": 0.5, "seed": 3}),
     ],
 )
 def test_fit_draws_from_the_base(args, asked):
     base = Base(drawn=bios())
-    EBM(base, [Moment(Contains("king"), 0.2)]).fit(**args, max_new_tokens=12)
-    assert base.asked == [base.asked[0]] and base.asked[0]["max_new_tokens"] == 12
+    target = EBM(base, [Moment(Contains("king"), 0.2)]).fit(**args)
+    assert base.asked == [base.asked[0]]
+    assert target.report.max_new_tokens == base.asked[0]["max_new_tokens"]
     assert {key: base.asked[0][key] for key in asked} == asked
 
 
@@ -908,7 +910,6 @@ def test_fit_uses_the_contexts_of_the_samples():
 @pytest.mark.parametrize(
     ("constraints", "args", "match"),
     [
-        ([Moment(Contains("king"), 0.2)], {}, "max_new_tokens"),
         ([Moment(Contains("king"), 0.2)], {"samples": bios(), "contexts": ["a"]}, "samples or contexts"),
         ([Moment(Contains("king"), 0.2)], {"samples": bios()[:0]}, "samples is empty"),
         ([Moment(Contains("king"), 0.2)], {"n": 0, "max_new_tokens": 3}, "n must be positive, got 0"),

@@ -583,6 +583,13 @@ def test_a_target_that_is_not_fitted_is_refused(tmp_path):
         dmfast.DMTrainer(gpt2(), target, job(tmp_path).args)
 
 
+def test_a_fit_on_sequences_of_another_length_is_warned_of(tmp_path):
+    target = EBM(LanguageModel(gpt2(), tokenizer()), [Moment(Contains("w3"), 0.5)])
+    target.fit(n=256, max_new_tokens=5)
+    with pytest.warns(UserWarning, match="fitted on samples of up to 5 new tokens, and DMConfig.max_new_tokens is 6"):
+        dmfast.DMTrainer(gpt2(), target, job(tmp_path).args)
+
+
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
     tok = tokenizer()
     tok.add_tokens(["w8", "w9"])

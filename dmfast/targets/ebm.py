@@ -221,8 +221,8 @@ class EBM:
         samples: Samples | None = None,
         *,
         n: int = 10_240,
-        contexts: Sequence[str] | None = None,
-        max_new_tokens: int | None = None,
+        contexts: Sequence[str | Sequence[int]] | None = None,
+        max_new_tokens: int = 64,
         temperature: float = 1.0,
         seed: int | None = 0,
         batch_size: int | None = None,
@@ -236,22 +236,23 @@ class EBM:
                 the mean over contexts. Default: drawn here.
             n: how many to draw, in all; the same number for each context, rounded up.
             contexts: prompts to draw for. Default: the empty one.
-            max_new_tokens, temperature, seed: of the samples drawn, as in training.
+            max_new_tokens, temperature, seed: of the samples drawn; the first two must be those of the training
+                (the defaults are ``DMConfig``'s).
             batch_size: sequences drawn at a time. Default: the EBM's, or else 256.
 
         Returns:
             The EBM itself.
 
         Raises:
-            ValueError: max_new_tokens missing where samples must be drawn; contexts along with samples; no sample;
-                samples that are not the base's; no lambda gives the moments (``fit_lambda``). ``lambda_`` stays as it
-                was.
+            ValueError: contexts along with samples; no sample; samples that are not the base's; no lambda gives the
+                moments (``fit_lambda``). ``lambda_`` stays as it was.
         """
         if not self._moments:
             self.report = _nothing_to_fit(self._notes)
             return self
+        drawn: int | None = None
         if samples is None:
-            samples = self._draw(n, contexts, max_new_tokens, temperature, seed, batch_size)
+            samples, drawn = self._draw(n, contexts, max_new_tokens, temperature, seed, batch_size), max_new_tokens
         elif contexts is not None:
             raise ValueError("pass samples or contexts: the contexts of samples are told by their context_id")
         if len(samples) == 0:
@@ -268,18 +269,17 @@ class EBM:
             features, [moment.value for moment in self._moments], log_b=log_b, context_id=samples.context_id,
             names=self.moment_names,
         )  # fmt: skip
-        report = replace(found, pointwise=rates, notes=self._notes + found.notes, temperature=samples.temperature)
+        report = replace(found, pointwise=rates, notes=self._notes + found.notes, temperature=samples.temperature,
+                         max_new_tokens=drawn)  # fmt: skip
         self._lambda, self.report = torch.tensor(report.lambda_, dtype=torch.float64), report
         for warning in report.warnings:
             warnings.warn(warning, stacklevel=2)
         return self
 
     def _draw(
-        self, n: int, contexts: Sequence[str] | None, max_new_tokens: int | None, temperature: float, seed: int | None,
-        batch_size: int | None,
+        self, n: int, contexts: Sequence[str | Sequence[int]] | None, max_new_tokens: int, temperature: float,
+        seed: int | None, batch_size: int | None,
     ) -> Samples:  # fmt: skip
-        if max_new_tokens is None:
-            raise ValueError("fit draws samples of the base: pass max_new_tokens, as in training, or samples")
         if n < 1:
             raise ValueError(f"n must be positive, got {n!r}")
         each = n if contexts is None else math.ceil(n / max(len(contexts), 1))

@@ -43,6 +43,7 @@ class LambdaFit:
         n, n_positive: samples of a, and those with b > 0. Those in contexts where b is always 0 are in n alone.
         contexts: those with some b > 0.
         temperature: that the samples were drawn at; NaN if not known.
+        max_new_tokens: that they were drawn with; None if not known.
         notes: what was done on the way. warnings: what to doubt.
     """
 
@@ -60,6 +61,7 @@ class LambdaFit:
     converged: bool
     seconds: float
     temperature: float = math.nan
+    max_new_tokens: int | None = None
     pointwise: dict[str, Estimate] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

@@ -136,6 +136,13 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             )
         if not target.fitted:
             raise ValueError(f"{target} is not fitted, so its lambda is not known: call target.fit(...) first")
+        fitted_with = None if target.report is None else target.report.max_new_tokens
+        if fitted_with not in (None, args.max_new_tokens):
+            warnings.warn(
+                f"lambda was fitted on samples of up to {fitted_with} new tokens, and DMConfig.max_new_tokens is "
+                f"{args.max_new_tokens}: the moments of longer or shorter sequences are others; fit with the same",
+                stacklevel=2,
+            )
         needs = args.make_objective().needs
         if "reward" in needs and reward is None:
             raise ValueError(f"objective {args.objective!r} needs reward=, a callable on Samples that gives R(x)")
