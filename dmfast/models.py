@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from .functional import dm_loss, sequence_log_prob, shift_labels
+from .functional import dm_loss, sample_tokens, sequence_log_prob, shift_labels
 from .kernels.result import DMLossOutput
 
 if TYPE_CHECKING:
@@ -153,7 +153,11 @@ class LanguageModel:
         disable_dropout(model)
         # the forward of a PEFT model takes **kwargs and tells nothing
         unwrapped = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
-        self._keeps_logits = "logits_to_keep" in inspect.signature(unwrapped.forward).parameters
+        parameters = inspect.signature(unwrapped.forward).parameters
+        self._keeps_logits = "logits_to_keep" in parameters
+        self._cache_name = (
+            "cache" if "cache" in parameters else "past_key_values"
+        )  # the old name, until transformers 5.40
 
     @property
     def device(self) -> torch.device:
@@ -209,8 +213,10 @@ class LanguageModel:
             n: sequences per prompt; those of a prompt lie together.
             max_new_tokens: where a sequence without EOS ends.
             temperature: positive.
-            seed: None: torch's global generator.
+            seed: what is drawn is a function of it, of each sequence's place among the N, and of the model's logits.
+                None: one from torch's global generator.
             batch_size: sequences at a time. Default: all.
+            first_row: the place of the first of them, where they are one process's share of more.
 
         Returns:
             ``Samples`` with log q, N = n * number of prompts.
@@ -230,14 +236,15 @@ class LanguageModel:
                 f"the longest prompt has {prompt.shape[1]} tokens; with max_new_tokens={max_new_tokens} that is beyond "
                 f"the model's context of {context}"
             )
-        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed + 7919 * first_row)
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, ()))
         context_id = torch.arange(prompt.shape[0], device=self.device).repeat_interleave(n)
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()  # gradient checkpointing forbids the KV cache in training mode; dropout is 0 in both
         try:
             parts = [
-                self._sample(prompt[ids], prompt_mask[ids], ids, max_new_tokens, temperature, generator)
-                for ids in torch.split(context_id, batch_size or len(context_id))
+                self._sample(prompt, prompt_mask, context_id[ids], first_row + ids, max_new_tokens, temperature, seed)
+                for ids in torch.split(torch.arange(len(context_id), device=self.device), batch_size or len(context_id))
             ]
         finally:
             for module in training:
@@ -245,31 +252,43 @@ class LanguageModel:
         return Samples.cat(parts)
 
     def _sample(
-        self, tokens: Tensor, mask: Tensor, context_id: Tensor, steps: int, temperature: float,
-        generator: torch.Generator | None,
+        self, prompts: Tensor, prompts_mask: Tensor, context_id: Tensor, row_ids: Tensor, steps: int,
+        temperature: float, seed: int,
     ) -> Samples:  # fmt: skip
-        prompt_len = tokens.shape[1]
-        log_prob = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
-        alive = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
-        eos = torch.tensor(self.eos_token_ids, device=tokens.device)
-        score = torch.zeros_like(tokens, dtype=torch.bool)
-        inputs, cache = tokens, None
-        for _ in range(steps):
-            keep = {"logits_to_keep": 1} if self._keeps_logits else {}
+        n, prompt_len, device = len(context_id), prompts.shape[1], prompts.device
+        tokens = torch.cat([prompts[context_id], prompts.new_full((n, steps), self.pad_token_id)], 1)
+        mask = torch.cat([prompts_mask[context_id], prompts_mask.new_zeros(n, steps)], 1)
+        log_prob = torch.zeros(n, dtype=torch.float64, device=device)
+        eos = torch.tensor(self.eos_token_ids, device=device)
+        rows = torch.arange(n, device=device)  # those that are still in the batch, and which of them have not ended
+        alive = torch.ones(n, dtype=torch.bool, device=device)
+        keep = {"logits_to_keep": 1} if self._keeps_logits else {}
+        start, cache = 0, None
+        for end in range(prompt_len, prompt_len + steps):
+            seen = mask[rows, :end]
             out = self.model(
-                input_ids=inputs, attention_mask=mask, position_ids=_positions(mask)[:, -inputs.shape[1] :],
-                past_key_values=cache, use_cache=True, **keep,
+                input_ids=tokens[rows, start:end], attention_mask=seen, position_ids=_positions(seen)[:, start:],
+                use_cache=True, **{self._cache_name: cache}, **keep,
             )  # fmt: skip
-            cache = out.past_key_values
-            drawn, drawn_log_prob = _draw(out.logits[:, -1], temperature, generator)
-            log_prob += torch.where(alive, drawn_log_prob[:, 0], 0.0)
-            inputs = torch.where(alive[:, None], drawn, self.pad_token_id)
-            tokens = torch.cat([tokens, inputs], 1)
-            mask = torch.cat([mask, alive[:, None].long()], 1)
-            score = torch.cat([score, alive[:, None]], 1)
-            alive = alive & ~torch.isin(drawn[:, 0], eos)
-            if not bool(alive.any()):
+            start, cache = end, getattr(out, self._cache_name)
+            drawn, drawn_log_prob = sample_tokens(
+                out.logits[:, -1], seed=seed, row_ids=row_ids[rows], step=end - prompt_len, temperature=temperature
+            )
+            log_prob[rows] += torch.where(alive, drawn_log_prob, 0.0)
+            tokens[rows, end] = torch.where(alive, drawn, self.pad_token_id)
+            mask[rows, end] = alive.long()
+            alive = alive & ~torch.isin(drawn, eos)
+            n_alive = int(alive.sum())
+            if n_alive == 0:
                 break
+            # moving the cache costs a read and a write of it, about what a step costs: not for every row that ends
+            if n_alive <= 0.75 * len(rows) and (cache is None or hasattr(cache, "batch_select_indices")):
+                if cache is not None:
+                    cache.batch_select_indices(alive.nonzero()[:, 0])
+                rows, alive = rows[alive], alive[alive]
+        tokens, mask = tokens[:, : end + 1], mask[:, : end + 1]
+        score = mask.bool()
+        score[:, :prompt_len] = False
         return Samples(
             tokens, mask, score, prompt_len, log_prob, context_id, temperature, self.tokenizer, self.pad_token_id
         )
@@ -324,22 +343,6 @@ class LanguageModel:
         """
         logits, labels = self.logits(samples)
         return dm_loss(logits, labels, temperature=samples.temperature, inplace=not logits.is_leaf, **options)
-
-
-def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """One token per row of logits (N, V) and its log-probability in fp64, (N, 1) each, by inversion of the CDF."""
-    log_p = (logits.double() / temperature).log_softmax(-1)
-    cdf = log_p.exp().cumsum(-1)
-    total = cdf[:, -1:].contiguous()
-    if not bool(total.isfinite().all()):
-        row = int((~total.isfinite()).nonzero()[0, 0])
-        raise ValueError(
-            f"the model's logits hold NaN or +inf, or nothing but -inf, for sequence {row}: it has diverged"
-        )
-    uniform = torch.rand(total.shape, dtype=torch.float64, device=logits.device, generator=generator)
-    # right=True skips tokens of probability 0; the minimum guards against uniform * total rounding up to total
-    drawn = torch.minimum(torch.searchsorted(cdf, uniform * total, right=True), torch.searchsorted(cdf, total))
-    return drawn, log_p.gather(-1, drawn)
 
 
 def _positions(mask: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -34,6 +36,7 @@ from transformers import (
 import dmfast
 import dmfast.cli
 from dmfast.demo import about_women
+from dmfast.kernels import checks, native
 from dmfast.models import LanguageModel, Samples, disable_dropout
 from dmfast.training.recipe import TINY_BIOS, load
 
@@ -260,7 +263,7 @@ def test_draws_are_exact(temperature):
     )
     log_p = (table.double() / temperature).log_softmax(-1)
     first, second = x.tokens[:, 1], x.tokens[:, 2]
-    assert (x.log_prob - log_p[BOS, first] - log_p[first, second]).abs().max() < 1e-9
+    assert (x.log_prob - log_p[BOS, first] - log_p[first, second]).abs().max() < 1e-6
     expected = 20_000 * (log_p[BOS][:, None] + log_p).exp()
     drawn = torch.bincount(first * V + second, minlength=V * V).view(V, V).double()
     assert drawn[expected == 0].sum() == 0
@@ -276,9 +279,54 @@ def test_draws_are_exact(temperature):
 def test_the_ends_of_the_uniform_draw_no_impossible_token(uniform, monkeypatch):
     table = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
     table[:, [0, 4, V - 1]] = -INF
-    monkeypatch.setattr(torch, "rand", lambda *size, dtype, **_: torch.full(size[0], uniform, dtype=dtype))
+
+    def at_the_end(logits, *, seed, row_ids, step, temperature):
+        draws = checks.make_draws(logits, seed, row_ids, step, temperature, None)
+        return native.sample(draws, torch.full(logits.shape[:1], uniform, dtype=torch.float64))
+
+    monkeypatch.setattr(dmfast.models, "sample_tokens", at_the_end)
     x = LanguageModel(Table(table), tok()).sample(PROMPTS, 2, max_new_tokens=5, seed=0)
     assert x.log_prob.isfinite().all() and not torch.isin(x.tokens[x.score_mask], torch.tensor([0, 4, V - 1])).any()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_draw_depends_on_neither_batches_nor_the_order_of_calls(name):
+    policy = lm(name)
+    whole = policy.sample(PROMPTS, 6, max_new_tokens=7, seed=3)
+    for size in (1, 5, 24, 100):
+        x = policy.sample(PROMPTS, 6, max_new_tokens=7, seed=3, batch_size=size)
+        assert torch.equal(x.tokens, whole.tokens) and torch.equal(x.score_mask, whole.score_mask)
+        close(x.log_prob, whole.log_prob)
+    assert not torch.equal(policy.sample(PROMPTS, 6, max_new_tokens=7, seed=4).tokens, whole.tokens)
+    torch.manual_seed(0)
+    first, second = (policy.sample(PROMPTS, 6, max_new_tokens=7) for _ in range(2))
+    torch.manual_seed(0)
+    assert same(first, policy.sample(PROMPTS, 6, max_new_tokens=7))
+    assert first.tokens.shape != second.tokens.shape or not torch.equal(first.tokens, second.tokens)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "sliding window"])
+def test_ended_rows_leave_the_batch_and_the_cache(name):
+    if name == "sliding window":
+        torch.manual_seed(1)
+        config = MistralConfig(
+            vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, sliding_window=4, initializer_range=0.4, max_position_embeddings=24,
+        )  # fmt: skip
+        policy = LanguageModel(MistralForCausalLM(config), tok())
+    else:
+        policy = lm(name)
+    widths = []
+    hook = policy.model.register_forward_pre_hook(
+        lambda *args: widths.append(args[2]["input_ids"].shape[0]), with_kwargs=True
+    )
+    x = policy.sample(PROMPTS, 16, max_new_tokens=12, seed=0)
+    hook.remove()
+    alive = [64, *x.score_mask[:, x.prompt_len :].sum(0).tolist()[1:]]
+    for width, now in zip(widths, alive, strict=True):
+        assert now <= width and 0.75 * width < now, (widths, alive)
+    assert widths[-1] < 48
+    assert (policy.log_prob(x) - x.log_prob).abs().max() < 1e-4
 
 
 @tokenizers
