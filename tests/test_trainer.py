@@ -148,7 +148,7 @@ def test_a_ragged_last_step(tmp_path):
 
 def test_two_processes_give_one_process_s_gradients_and_swaps(tmp_path):
     # not Adam, which makes steps of full size out of rounding where a gradient is nearly 0
-    common = {"max_steps": 6, "proposal_interval": 1, "optim": "sgd", "learning_rate": 3e-3, "warmup_steps": 0}
+    common = {"max_steps": 6, "proposal_interval": 2, "optim": "sgd", "learning_rate": 3e-3, "warmup_steps": 0}
     one = in_process(tmp_path / "one", per_device_train_batch_size=16, **common)
     two = in_process(tmp_path / "two", processes=2, per_device_train_batch_size=8, **common)
     assert_close(*({n: torch.tensor(g) for n, g in r["gradients"].items()} for r in (two, one)))

@@ -1,0 +1,177 @@
+"""Every code block of README.md and docs/*.md runs.
+
+Blocks of a page run in order, in one namespace and one empty folder:
+
+    python   runs. What is printed is kept for a text block after it.
+    text     what the last python block of the page printed has these lines in this order, whatever their numbers.
+    yaml     a recipe, checked by ``recipe.read``; what it lacks of model, constraints and train is put in.
+    sh       dmfast commands are parsed, their recipe and overrides read; make targets, extras and scripts must exist.
+
+HTML comments before a block, invisible to readers, make it small or name it:
+
+    <!-- test: run                 Python that runs before the block, up to the line with the end of the comment
+    <!-- test: replace A => B -->  the block runs with B in the place of A, which must be in it
+    <!-- test: file NAME -->       the yaml block is written to this file, for an sh block to find
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dmfast import cli, demo
+from dmfast.training import recipe
+
+ROOT = Path(__file__).parent.parent
+# none where the tests stand alone, as beside an installed wheel
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if (ROOT / "docs").is_dir() else []
+BLOCK = re.compile(
+    r"(?P<comments>(?:^<!-- test: (?:(?!-->).)*-->\n)*)^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
+)
+COMMENT = re.compile(r"<!-- test: (\w+)\s(.*?)\s*-->", re.S)
+NUMBER = re.compile(r"-?\b(\d[\d,]*(\.\d*)?(e[+-]?\d+)?|nan)\b")
+LACKING = {
+    "model": "tiny-bios",
+    "constraints": [{"contains": {"word": "amazing"}}],
+    "train": {"max_steps": 1},
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
+
+
+@dataclass(repr=False)
+class Block:
+    language: str
+    code: str
+    line: int  # of the page, where the code begins
+    comments: list[tuple[str, str]]
+
+    @property
+    def ready(self) -> str:
+        """The code with what the comments replace."""
+        code = self.code
+        for kind, text in self.comments:
+            if kind == "replace":
+                old, new = text.split(" => ")
+                assert old in code, f"nothing to replace: {old}"
+                code = code.replace(old, new)
+        return code
+
+    def named(self, kind: str) -> list[str]:
+        return [text for each, text in self.comments if each == kind]
+
+
+@dataclass(repr=False)
+class Page:
+    path: Path
+    blocks: list[Block]
+    folder: Path  # where it runs
+    names: dict[str, Any] = field(default_factory=dict)
+    printed: str = ""
+    done: int = 0
+
+    def run(self, number: int) -> None:
+        """Runs a block, and before it those of the page that have not run."""
+        while self.done <= number:
+            block, self.done = self.blocks[self.done], self.done + 1
+            getattr(self, f"run_{block.language or 'nothing'}")(block)
+
+    def run_python(self, block: Block) -> None:
+        for code in block.named("run"):
+            exec(compile(code, f"{self.path}, before line {block.line}", "exec"), self.names)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile("\n" * (block.line - 1) + block.ready, str(self.path), "exec"), self.names)
+        self.printed = out.getvalue()
+
+    def run_text(self, block: Block) -> None:
+        lines = iter([shape(line) for line in self.printed.splitlines()])
+        for line in block.code.splitlines():
+            assert shape(line) in lines, f"not printed, or not in this order: {line}\nprinted:\n{self.printed}"
+
+    def run_yaml(self, block: Block) -> None:
+        entries = yaml.safe_load(block.ready)
+        path = Path(*block.named("file") or ["recipe.yaml"])
+        path.write_text(yaml.safe_dump(LACKING | entries))
+        assert entries.items() <= recipe.read(path).items()
+
+    def run_sh(self, block: Block) -> None:
+        for line in block.ready.splitlines():
+            program, *words = shlex.split(line, comments=True)
+            getattr(self, f"check_{program}")(words)
+
+    def check_dmfast(self, words: list[str]) -> None:
+        args = cli._parser(complete=True).parse_args(words)
+        if args.command == "train":
+            recipe.read(find(args.recipe), dict(args.overrides))
+
+    def check_make(self, words: list[str]) -> None:
+        assert set(words) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+
+    def check_pip(self, words: list[str]) -> None:
+        assert words[0] == "install"
+        assert "." in {word.split("[")[0] for word in words}
+        extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
+        wanted = {extra for word in words for extra in re.findall(r"\[(.+)\]", word)}
+        assert wanted <= set(re.findall(r"^(\w+) = ", extras, re.M))
+
+    def check_python(self, words: list[str]) -> None:
+        assert find(words[0]).is_file()
+        if words[0] == "examples/custom_loop.py":
+            demo.loop_parser().parse_args(words[1:])
+
+
+def find(path: str) -> Path:
+    """A file that the page has made, or one of the repository."""
+    return Path(path) if Path(path).exists() else ROOT / path
+
+
+def shape(line: str) -> str:
+    """A line without its numbers and widths."""
+    return " ".join(NUMBER.sub("0", line).split())
+
+
+def blocks(path: Path) -> list[Block]:
+    text = path.read_text(encoding="utf-8")
+    found = [
+        Block(m["language"], m["code"], text.count("\n", 0, m.start("code")) + 1, COMMENT.findall(m["comments"]))
+        for m in BLOCK.finditer(text)
+    ]
+    assert 2 * len(found) == len(re.findall(r"^\s*```", text, re.M)), f"{path}: a block that is not recognised"
+    assert sum(len(block.comments) for block in found) == text.count("<!-- test"), f"{path}: a comment of no block"
+    return found
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    return {path: Page(path, blocks(path), tmp_path_factory.mktemp(path.stem)) for path in PAGES}
+
+
+@pytest.mark.parametrize(
+    ("path", "number"),
+    [pytest.param(p, i, id=f"{p.stem}-line{b.line}-{b.language}") for p in PAGES for i, b in enumerate(blocks(p))],
+)
+def test_block(pages, path, number, monkeypatch):
+    monkeypatch.chdir(pages[path].folder)
+    pages[path].run(number)
+
+
+@pytest.mark.parametrize("path", [*PAGES, *([ROOT / "CONTRIBUTING.md"] if PAGES else [])], ids=lambda path: path.stem)
+def test_links_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, heading = target.partition("#")
+        if file.startswith("http"):
+            continue
+        to = path.parent / file if file else path
+        assert to.exists(), target
+        titles = re.findall(r"^#+ (.+)$", to.read_text(encoding="utf-8"), re.M) if heading else []
+        anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+        assert not heading or heading in anchors, target
