@@ -13,7 +13,14 @@ from .estimators import (
     estimate_log_z,
     estimate_moments,
 )
-from .functional import dm_loss, sample_tokens, sequence_log_prob, shift_labels
+from .functional import (
+    dm_loss,
+    linear_dm_loss,
+    linear_sequence_log_prob,
+    sample_tokens,
+    sequence_log_prob,
+    shift_labels,
+)
 from .kernels import BackendInfo, backends, eager, use_backend
 from .kernels.result import DMLossOutput
 from .models import LanguageModel, Samples
@@ -57,6 +64,8 @@ __all__ = [
     "estimate_moments",
     "fit_lambda",
     "leave_one_out",
+    "linear_dm_loss",
+    "linear_sequence_log_prob",
     "sample_tokens",
     "sequence_log_prob",
     "shift_labels",

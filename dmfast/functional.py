@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import kernels
-from .kernels import checks, compiled, eager, native
+from .kernels import checks, compiled, eager, linear, native
+from .kernels.autograd import apply, expected_grad, once
 from .kernels.batch import Batch, Scores
 from .kernels.result import DMLossOutput, denominator
 from .objectives import Objective, Terms
 
-__all__ = ["dm_loss", "sample_tokens", "sequence_log_prob", "shift_labels"]
+__all__ = [
+    "dm_loss",
+    "linear_dm_loss",
+    "linear_sequence_log_prob",
+    "sample_tokens",
+    "sequence_log_prob",
+    "shift_labels",
+]
+# One buffer of logits: large enough that adding to dW, once per buffer, stays cheap beside the products.
+CHUNK_BYTES = 2**27
 
 
 def shift_labels(input_ids: Tensor, mask: Tensor | None = None, prompt_len: int = 0) -> Tensor:
@@ -66,20 +76,6 @@ def _saved(ctx: Any) -> tuple[Batch, tuple[Tensor, ...]]:
     return ctx.batch._replace(logits=logits, labels=labels, cu_seqlens=cu_seqlens), tuple(others)
 
 
-def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuses a backward that is itself to be differentiated, whose result would silently be a constant."""
-
-    def refuse_twice(ctx: Any, *grads: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "dmfast's losses can't be differentiated twice, and backward was called with create_graph=True; "
-                "dmfast.eager has the same functions in plain torch"
-            )
-        return backward(ctx, *grads)
-
-    return refuse_twice
-
-
 def _reduced(scores: Scores, reduction: str) -> Tensor:
     assert scores.loss is not None and scores.total is not None
     return scores.loss if reduction == "none" else scores.total
@@ -96,16 +92,11 @@ class _SequenceLogProb(torch.autograd.Function):
         return scores.log_prob, scores
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, grad_log_prob: Tensor, _: None) -> tuple[Tensor, None, None, None]:
         batch, (lse,) = _saved(ctx)
         dz = native.backward(batch, lse, -grad_log_prob.to(torch.float64), 1.0, ctx.inplace)
         return dz, None, None, None
-
-
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply``, which torch leaves untyped."""
-    return function.apply(*args)  # type: ignore[no-untyped-call]
 
 
 def _score(batch: Batch, entropy: bool, inplace: bool, wants_grad: bool) -> Scores:
@@ -114,7 +105,7 @@ def _score(batch: Batch, entropy: bool, inplace: bool, wants_grad: bool) -> Scor
         return compiled.score(batch, entropy, inplace)
     if not wants_grad:
         return native.forward(batch, None, entropy)
-    log_prob, scores = _apply(_SequenceLogProb, batch.logits, batch, entropy, inplace)
+    log_prob, scores = apply(_SequenceLogProb, batch.logits, batch, entropy, inplace)
     return cast(Scores, scores)._replace(log_prob=log_prob)
 
 
@@ -142,7 +133,7 @@ class _DMLoss(torch.autograd.Function):
         return _reduced(scores, reduction), scores
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Tensor | None, ...]:
         batch, (lse, weight) = _saved(ctx)
         if ctx.expected is not None and (ctx.inplace or ctx.dz is not None):
@@ -163,13 +154,22 @@ class _DMLoss(torch.autograd.Function):
         return dz, None, None, None, None, None, None, None
 
 
-def _one_pass(batch: Batch, terms: Terms, reduction: str, grad_scale: float | None) -> float | None:
-    """The grad_output to fold into a gradient written by forward, or None where that must wait for backward."""
-    if not terms.weight_known or reduction == "none":
-        return None
-    if grad_scale is None and batch.logits.dtype == torch.float16:
-        return None  # without the scaler's factor small gradients would round to 0
-    return 1.0 if grad_scale is None else float(grad_scale)
+def _output(loss: Tensor, scores: Scores, terms: Terms) -> DMLossOutput:
+    assert scores.weight is not None and scores.n_clipped is not None
+    has_proposal = terms.log_proposal is not None or terms.on_policy
+    return DMLossOutput(
+        loss=loss,
+        log_prob=scores.log_prob,
+        log_ratio=scores.log_ratio if has_proposal else None,
+        log_target_ratio=scores.log_target_ratio if terms.log_target is not None and terms.log_z is not None else None,
+        weight=scores.weight,
+        n_clipped=scores.n_clipped,
+        entropy=scores.entropy,
+        scored=torch.ones_like(scores.weight, dtype=torch.bool),
+        log_proposal=terms.log_proposal,
+        log_target=terms.log_target,
+        log_z=terms.log_z,
+    )
 
 
 def dm_loss(
@@ -255,29 +255,15 @@ def dm_loss(
         check = compiled.check_weights if compiling else checks.check_weights
         return eager.loss_from_scores(batch, scores, terms, reduction, divide_by, check)
     if compiling:
-        expected = _one_pass(batch, terms, reduction, grad_scale) if wants_grad else None
+        expected = expected_grad(terms.weight_known, logits.dtype, reduction, grad_scale) if wants_grad else None
         loss, scores = compiled.dm_loss(batch, terms, reduction, divide_by, return_entropy, inplace, expected)
     elif wants_grad:
-        loss, scores = _apply(_DMLoss, logits, batch, terms, reduction, divide_by, return_entropy, inplace,
-                                     _one_pass(batch, terms, reduction, grad_scale))  # fmt: skip
+        expected = expected_grad(terms.weight_known, logits.dtype, reduction, grad_scale)
+        loss, scores = apply(_DMLoss, logits, batch, terms, reduction, divide_by, return_entropy, inplace, expected)
     else:
         scores = native.forward(batch, terms, return_entropy, divide_by)
         loss = _reduced(scores, reduction)
-    assert scores.weight is not None and scores.n_clipped is not None
-    has_proposal = terms.log_proposal is not None or terms.on_policy
-    return DMLossOutput(
-        loss=loss,
-        log_prob=scores.log_prob,
-        log_ratio=scores.log_ratio if has_proposal else None,
-        log_target_ratio=scores.log_target_ratio if terms.log_target is not None and terms.log_z is not None else None,
-        weight=scores.weight,
-        n_clipped=scores.n_clipped,
-        entropy=scores.entropy,
-        scored=torch.ones_like(scores.weight, dtype=torch.bool),
-        log_proposal=terms.log_proposal,
-        log_target=terms.log_target,
-        log_z=terms.log_z,
-    )
+    return _output(loss, scores, terms)
 
 
 def sequence_log_prob(
@@ -307,6 +293,125 @@ def sequence_log_prob(
     if kernels.select(logits) == "eager":
         return eager.score(batch).log_prob
     return _score(batch, entropy=False, inplace=inplace and wants_grad, wants_grad=wants_grad).log_prob
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _eagerly(function: _F) -> _F:
+    """A graph break under torch.compile: how many chunks there are depends on the values of tokens and mask."""
+    return cast(_F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Hidden states and head in the dtype in which nn.Linear would multiply them here."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype.is_floating_point else x for x in tensors)
+
+
+@_eagerly
+def linear_dm_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    log_target: Tensor | None = None,
+    log_proposal: Tensor | None = None,
+    log_z: Tensor | float | None = None,
+    objective: str | Objective | Callable[[Terms], Tensor] = "gdc++",
+    on_policy: bool = False,
+    reward: Tensor | None = None,
+    log_base: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    context_id: Tensor | None = None,
+    reduction: str = "mean",
+    num_sequences: float | None = None,
+    grad_scale: float | None = None,
+    max_weight: float | None = None,
+    return_entropy: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> DMLossOutput:
+    """``dm_loss`` of ``hidden @ weight.T + bias``, whose logits never exist at once.
+
+    Whole sequences go through one buffer of logits; rows that are not scored cost no product. Where grad_output is
+    known before backward (1, or ``grad_scale``), forward computes all gradients with three products; otherwise
+    (``reduction="none"``, float16 without ``grad_scale``, an objective of your own) backward computes the logits again.
+    The backend ``eager`` forms all logits. Under torch.compile the call is a graph break; under autocast the products
+    run in its dtype, as nn.Linear's do.
+
+    Args:
+        hidden: (B, T, D), or packed (N, D) with ``cu_seqlens``; float32, bfloat16, float16 (float64 through the eager
+            backend). ``hidden[:, t]`` scores ``tokens[:, t]``: align input_ids with ``shift_labels``.
+        weight: (V, D), hidden's dtype: an nn.Linear's. One that needs no gradient costs no product for it.
+        bias: (V,), hidden's dtype.
+        chunk_bytes: size of the buffer of logits. A sequence that does not fit goes through it twice.
+        tokens, mask and all else: as in ``dm_loss``.
+
+    Returns:
+        ``DMLossOutput``; ``out.loss`` carries the gradients of hidden, weight (summed in fp32) and bias.
+
+    Raises:
+        TypeError, ValueError: as ``dm_loss``; hidden, weight and bias that do not fit together.
+    """
+    hidden, weight, bias = cast("tuple[Tensor, Tensor, Tensor | None]", _autocast(hidden, weight, bias))
+    batch = checks.make_linear_batch(hidden, weight, bias, tokens, mask, cu_seqlens, temperature, softcap, chunk_bytes)
+    terms = checks.make_terms(
+        batch, objective, on_policy=on_policy, max_weight=max_weight, context_id=context_id,
+        log_proposal=log_proposal, log_target=log_target, log_z=log_z, reward=reward, log_base=log_base,
+    )  # fmt: skip
+    checks.check_call(batch, reduction, num_sequences, grad_scale)
+    divide_by = denominator(batch, reduction, num_sequences)
+    if kernels.select(batch.logits) == "eager":
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        return eager.loss(batch._replace(logits=logits), terms, reduction, divide_by, return_entropy)
+    if not isinstance(terms.objective, Objective):
+        checks.check_terms(terms)
+        log_prob, scores = linear.run(hidden, weight, bias, batch, None, "none", 1.0, return_entropy, None, chunk_bytes)
+        return eager.loss_from_scores(batch, scores._replace(log_prob=log_prob), terms, reduction, divide_by)
+    # the weight is formed inside a chunk, whether or not it depends on pi
+    expected = expected_grad(True, hidden.dtype, reduction, grad_scale)
+    loss, scores = linear.run(
+        hidden, weight, bias, batch, terms, reduction, divide_by, return_entropy, expected, chunk_bytes
+    )
+    return _output(loss, scores, terms)
+
+
+@_eagerly
+def linear_sequence_log_prob(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """``sequence_log_prob`` of ``hidden @ weight.T + bias``, whose logits never exist at once; differentiable.
+
+    Args:
+        hidden, weight, bias, tokens, mask, temperature, softcap, cu_seqlens, chunk_bytes: as in ``linear_dm_loss``.
+
+    Returns:
+        (B,) fp64, nats. Its backward computes the logits again.
+
+    Raises:
+        TypeError, ValueError: as ``linear_dm_loss``.
+    """
+    hidden, weight, bias = cast("tuple[Tensor, Tensor, Tensor | None]", _autocast(hidden, weight, bias))
+    batch = checks.make_linear_batch(hidden, weight, bias, tokens, mask, cu_seqlens, temperature, softcap, chunk_bytes)
+    if kernels.select(batch.logits) == "eager":
+        return eager.score(batch._replace(logits=torch.nn.functional.linear(hidden, weight, bias))).log_prob
+    return linear.run(hidden, weight, bias, batch, None, "none", 1.0, False, None, chunk_bytes)[0]
 
 
 @torch.no_grad()

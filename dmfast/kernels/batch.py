@@ -7,6 +7,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class Part(NamedTuple):
+    """Where the rows of a batch come from."""
+
+    whole: Batch
+    rows: Tensor  # (rows,) int64: which row of the whole each is
+    first_sequence: int
+
+
 class Batch(NamedTuple):
     """B sequences of logits, checked, in the form that kernels take.
 
@@ -21,6 +29,7 @@ class Batch(NamedTuple):
     steps: int  # T; 0 when packed
     scale: float  # 1 / temperature
     softcap: float  # 0.0: none
+    part_of: Part | None = None  # for errors
 
     @property
     def vocab(self) -> int:

@@ -128,6 +128,47 @@ def make_objective(objective: str | Objective | Callable[[Terms], Tensor]) -> Ob
     )
 
 
+def make_linear_batch(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, mask: Tensor | None,
+    cu_seqlens: Tensor | None, temperature: float, softcap: float | None, chunk_bytes: int,
+) -> Batch:  # fmt: skip
+    """``make_batch`` for hidden states and a head. The logits of the batch are a stand-in for those to come.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape or device, a number out of range.
+    """
+    dims = 2 if cu_seqlens is not None else 3
+    if not isinstance(hidden, Tensor) or hidden.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {describe(hidden)}")
+    if hidden.dim() != dims:
+        raise ValueError(
+            f"hidden must be (B, T, D), or packed (N, D) with cu_seqlens; got {describe(hidden)} "
+            f"with{'' if dims == 2 else 'out'} cu_seqlens"
+        )
+    for name, x, shape in (("weight", weight, "(V, D)"), ("bias", bias, "(V,)")):
+        if x is None and name == "bias":
+            continue
+        if not isinstance(x, Tensor) or x.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of hidden, {hidden.dtype}, got {describe(x)}; convert one of them, or use "
+                "torch.autocast"
+            )
+        if x.device != hidden.device:
+            raise ValueError(f"{name} is on {x.device}, hidden on {hidden.device}; move it there")
+        wrong = x.dim() != 2 or x.shape[1] != hidden.shape[-1] if name == "weight" else x.shape != weight.shape[:1]
+        if wrong:
+            raise ValueError(
+                f"{name} must be {shape} with hidden's D = {hidden.shape[-1]}, got {describe(x)}; weight is what "
+                "nn.Linear(D, V) holds"
+            )
+    if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes must be a positive integer, got {chunk_bytes!r}")
+    v = weight.shape[0]
+    logits = hidden.detach().new_empty(v).as_strided((*hidden.shape[:-1], v), (*[0] * (dims - 1), 1))
+    return make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap)
+
+
 def _per_sequence(name: str, value: Tensor | float | None, batch: Batch) -> Tensor | None:
     if value is None:
         return None
@@ -298,6 +339,8 @@ def _first(bad: Tensor) -> int:
 
 def place(batch: Batch, row: int) -> str:
     """Where a row of logits lies, as (sequence, position)."""
+    if batch.part_of is not None:
+        return place(batch.part_of.whole, int(batch.part_of.rows[row]))
     if batch.cu_seqlens is None:
         return f"(sequence {row // batch.steps}, position {row % batch.steps})"
     starts = batch.cu_seqlens.tolist()
@@ -375,24 +418,24 @@ def check_terms(terms: Terms) -> None:
         )
 
 
-def check_weights(weight: Tensor) -> Tensor:
-    """Returns the weights.
+def check_weights(weight: Tensor, first_sequence: int = 0) -> Tensor:
+    """Returns the weights, of sequences from ``first_sequence`` on.
 
     Raises:
         ValueError: a weight beyond fp32's range, or NaN.
     """
     bad = ~(weight.abs() <= torch.finfo(torch.float32).max)
     if bool(bad.any()):
-        raise_weight(_first(bad), weight)
+        raise_weight(_first(bad), weight, first_sequence)
     return weight
 
 
-def raise_weight(sequence: int, weight: Tensor) -> None:
+def raise_weight(i: int, weight: Tensor, first_sequence: int = 0) -> None:
     """Raises:
     ValueError: says which sequence has a weight that no fp32 holds.
     """
     raise ValueError(
-        f"the weight A of sequence {sequence} is {float(weight[sequence])}, beyond fp32's range: its ratio to the "
+        f"the weight A of sequence {first_sequence + i} is {float(weight[i])}, beyond fp32's range: its ratio to the "
         "proposal is out of hand. Check log_proposal and log_z for this sequence, or bound weights with max_weight"
     )
 

@@ -37,7 +37,7 @@ def sample(draws: Draws) -> tuple[Tensor, Tensor]:
 def dm_loss(
     batch: Batch, terms: Terms, reduction: str, divide_by: float, entropy: bool, inplace: bool, expected: float | None
 ) -> tuple[Tensor, Scores]:
-    """The reduced loss and the per-sequence results. ``expected`` as in ``functional._one_pass``."""
+    """The reduced loss and the per-sequence results. ``expected`` as in ``autograd.expected_grad``."""
     flat = ops.flatten_terms(terms)
     if inplace:
         # known weights too wait for backward here: one mutating op less, one more read of the logits

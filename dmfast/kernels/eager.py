@@ -6,6 +6,7 @@ has it. ``dmfast.eager`` has the signatures of ``dmfast.functional``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,6 +157,34 @@ def sequence_log_prob(
     batch = checks.make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap)
     checks.check_call(batch, inplace=inplace)
     return score(batch).log_prob
+
+
+def linear_dm_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    chunk_bytes: int = 1,
+    **options: Any,
+) -> DMLossOutput:
+    """``dmfast.linear_dm_loss`` in plain torch, all logits at once. ``chunk_bytes`` makes no difference."""
+    return dm_loss(torch.nn.functional.linear(hidden, weight, bias), tokens, mask, **options)
+
+
+def linear_sequence_log_prob(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    chunk_bytes: int = 1,
+    **options: Any,
+) -> Tensor:
+    """``dmfast.linear_sequence_log_prob`` in plain torch. ``chunk_bytes`` makes no difference."""
+    return sequence_log_prob(torch.nn.functional.linear(hidden, weight, bias), tokens, mask, **options)
 
 
 def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:

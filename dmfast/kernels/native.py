@@ -109,7 +109,7 @@ def _run(call: Callable[[bool], Status], batch: Batch, terms: Terms | None, scor
         checks.raise_bad_label(batch, at)
     if fault == _BAD_WEIGHT:
         assert scores.weight is not None
-        checks.raise_weight(at, scores.weight)
+        checks.raise_weight(at, scores.weight, batch.part_of.first_sequence if batch.part_of else 0)
 
 
 def forward(batch: Batch, terms: Terms | None, entropy: bool, divide_by: float = 1.0) -> Scores:

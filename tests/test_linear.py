@@ -1,0 +1,464 @@
+"""linear_dm_loss and linear_sequence_log_prob against the eager twin in fp64, which forms all logits: over options,
+dtypes, chunk boundaries, what is frozen, and inside autograd.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dmfast
+from dmfast import Objective, eager
+from dmfast.kernels import linear
+
+INF = math.inf
+V, D = 53, 8
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+# one row at a time; in the midst of sequences; whole sequences; everything at once
+CHUNKS = [1, 3, 7, 13, 1000]
+chunks = pytest.mark.parametrize("rows", CHUNKS)
+
+
+@dataclass
+class Case:
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    tokens: Tensor
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    terms: dict[str, Tensor]
+
+    def inputs(self, wide: bool) -> list[Tensor | None]:
+        """Leaves of hidden, weight, bias."""
+        tensors = (self.hidden, self.weight, self.bias)
+        return [None if x is None else (x.double() if wide else x.clone()).requires_grad_() for x in tensors]
+
+    def chunk_bytes(self, rows: int) -> int:
+        return rows * V * self.hidden.element_size()
+
+
+def make(
+    layout: str = "padded", dtype: torch.dtype = torch.float32, bias: bool = True, unscored: bool = True, seed: int = 0
+) -> Case:
+    torch.manual_seed(seed)
+    if layout == "packed":
+        lengths = [0, 1, 5, 0, 0, 9, 3, 0]
+        shape: tuple[int, ...] = (sum(lengths),)
+        cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        b = len(lengths)
+    else:
+        shape, cu, b = (5, 6), None, 5
+    hidden = torch.randn(*shape, D).to(dtype)
+    if layout == "transposed":
+        hidden = hidden.transpose(0, 1).contiguous().transpose(0, 1)
+    weight, b_ = torch.randn(V, D).to(dtype), torch.randn(V).to(dtype)
+    tokens, mask = torch.randint(V, shape), None
+    if unscored:
+        tokens = tokens.masked_fill(torch.rand(shape) < 0.2, -100)
+        mask = torch.rand(shape) > 0.2
+        if layout != "packed":
+            mask[2] = False
+    noise = torch.randn(6, b).double()
+    wide = None if not bias else b_.double()
+    log_pi = eager.linear_sequence_log_prob(hidden.double(), weight.double(), tokens, mask, bias=wide, cu_seqlens=cu)
+    terms = {
+        "log_target": log_pi + noise[0], "log_proposal": log_pi + noise[1] / 2, "log_z": noise[2] / 3,
+        "reward": noise[3], "log_base": log_pi + noise[4], "context_id": torch.arange(b) % 2,
+    }  # fmt: skip
+    terms["log_target"][0] = -INF
+    return Case(hidden, weight, b_ if bias else None, tokens, mask, cu, terms)
+
+
+def close(actual: Tensor | None, expected: Tensor | None, tolerance: float, what: str) -> None:
+    assert (actual is None) == (expected is None), what
+    if actual is None or expected is None or expected.numel() == 0:
+        return
+    scale = expected.double().abs().max().clamp(min=1e-30)
+    finite = expected.isfinite()
+    assert torch.equal(actual.double()[~finite], expected.double()[~finite]), what
+    error = (actual.double() - expected.double())[finite].abs().max() if finite.any() else torch.zeros(())
+    assert error <= tolerance * (scale if scale.isfinite() else 1.0), (
+        f"{what}: off by {float(error):.2e} of {float(scale):.2e}"
+    )
+
+
+FIELDS = ("loss", "log_prob", "log_ratio", "log_target_ratio", "weight", "n_clipped", "entropy")
+
+
+def check(case: Case, rows: int, grad: Tensor | None = None, **options: object) -> dmfast.DMLossOutput:
+    """Values and all three gradients, twice: a second backward computes its own."""
+    common = {**case.terms, **options, "cu_seqlens": case.cu_seqlens}
+    data = (case.tokens, case.mask)
+    mine, truth = case.inputs(False), case.inputs(True)
+    out = dmfast.linear_dm_loss(mine[0], mine[1], *data, bias=mine[2], chunk_bytes=case.chunk_bytes(rows), **common)
+    expected = eager.linear_dm_loss(truth[0], truth[1], *data, bias=truth[2], **common)
+    tolerance = TOLERANCE[case.hidden.dtype]
+    for name in FIELDS:
+        close(getattr(out, name), getattr(expected, name), tolerance, name)
+    assert out.loss.dtype == torch.float64 and bool(out.scored.all())
+    wide_leaves, leaves = [x for x in truth if x is not None], [x for x in mine if x is not None]
+    wanted = torch.autograd.grad(expected.loss, wide_leaves, grad)
+    first = torch.autograd.grad(out.loss, leaves, grad, retain_graph=True)
+    again = torch.autograd.grad(out.loss, leaves, grad)
+    for name, x, g, g2, e in zip(("hidden", "weight", "bias"), leaves, first, again, wanted, strict=False):
+        assert g.dtype == x.dtype and g.shape == x.shape
+        close(g, e, tolerance, f"gradient of {name}")
+        close(g2, e, tolerance, f"second gradient of {name}")
+    if case.mask is not None:
+        unscored = ~case.mask | (case.tokens == -100)
+        assert bool((first[0][unscored] == 0).all())
+    return out
+
+
+@chunks
+@pytest.mark.parametrize("layout", ["padded", "packed", "transposed"])
+@pytest.mark.parametrize("unscored", [True, False], ids=["masked", "all rows"])
+@pytest.mark.parametrize("objective", ["gdc++", "dpg"])
+def test_layouts_and_chunks(layout: str, unscored: bool, objective: str, rows: int) -> None:
+    case = make(layout, bias=rows % 2 == 1, unscored=unscored)
+    check(case, rows, objective=objective, return_entropy=True)
+
+
+@pytest.mark.parametrize("rows", [3, 1000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("objective", ["gdc++", "dpg"])
+def test_dtypes(dtype: torch.dtype, objective: str, rows: int) -> None:
+    """Values are those of the logits that nn.Linear would round to the dtype; gradients are off by roundings of it."""
+    case = make(dtype=dtype)
+    h, w, b = case.inputs(False)
+    options = {**case.terms, "objective": objective, "max_weight": 5.0}
+    logits = nn.functional.linear(case.hidden, case.weight, case.bias)
+    expected = dmfast.dm_loss(logits, case.tokens, case.mask, **options)
+    for scale in (None, 4.0):
+        out = dmfast.linear_dm_loss(
+            h, w, case.tokens, case.mask, bias=b, grad_scale=scale, chunk_bytes=case.chunk_bytes(rows), **options
+        )
+        for name in FIELDS:
+            close(getattr(out, name), getattr(expected, name), 1e-6, name)
+        truth = case.inputs(True)
+        frozen = {**options, "objective": lambda _: expected.weight}
+        wide = eager.linear_dm_loss(truth[0], truth[1], case.tokens, case.mask, bias=truth[2], **frozen)
+        grad = torch.tensor(scale or 1.0).double()
+        found = torch.autograd.grad(out.loss, [h, w, b], grad)
+        for g, e in zip(found, torch.autograd.grad(wide.loss, truth, grad), strict=True):
+            assert g.dtype == dtype
+            close(g, e, TOLERANCE[dtype], "gradient")
+
+
+PARAMETERS = {"reinforce_p": {"log_scale": -25.0}, "kl_control": {"beta": 0.3}}
+
+
+@pytest.mark.parametrize("rows", [2, 8, 1000])
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("name", dmfast.OBJECTIVES)
+def test_every_objective(name: str, on_policy: bool, rows: int) -> None:
+    check(make(), rows, objective=Objective(name, **PARAMETERS.get(name, {})), on_policy=on_policy, max_weight=20.0)
+
+
+@pytest.mark.parametrize("rows", [2, 8, 1000])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7},
+        {"softcap": 4.0, "temperature": 1.5},
+        {"reduction": "sum"},
+        {"num_sequences": 13},
+        {"max_weight": 0.1},
+        {"grad_scale": 0.25},
+        {"objective": lambda t: (t.log_target_ratio - t.log_ratio).clamp(-2, 2)},
+        {"objective": Objective("dpg", baseline="leave_one_out")},
+        {"objective": Objective("reinforce", baseline="leave_one_out_context"), "on_policy": True},
+        {"objective": Objective("dpg", baseline=torch.arange(5.0))},
+        {"objective": Objective("chi2", normalize=False), "max_weight": 3.0},
+    ],
+    ids=str,
+)
+def test_options(options: dict[str, object], rows: int) -> None:
+    case = make()
+    check(case, rows, **options)
+    check(case, rows, grad=torch.tensor(-1.7).double(), **options)
+
+
+@pytest.mark.parametrize("rows", [2, 8, 1000])
+@pytest.mark.parametrize("objective", ["gdc++", "dpg"])
+def test_a_loss_per_sequence(objective: str, rows: int) -> None:
+    case = make()
+    check(case, rows, objective=objective, reduction="none", grad=torch.randn(5).double())
+
+
+@chunks
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_sequence_log_prob(layout: str, rows: int) -> None:
+    case = make(layout)
+    mine, truth = case.inputs(False), case.inputs(True)
+    data = {"cu_seqlens": case.cu_seqlens, "temperature": 1.3, "softcap": 20.0}
+    log_pi = dmfast.linear_sequence_log_prob(
+        mine[0], mine[1], case.tokens, case.mask, bias=mine[2], chunk_bytes=case.chunk_bytes(rows), **data
+    )
+    expected = eager.linear_sequence_log_prob(truth[0], truth[1], case.tokens, case.mask, bias=truth[2], **data)
+    close(log_pi, expected, 1e-6, "log_prob")
+    grad = torch.randn_like(expected)
+    found = torch.autograd.grad(log_pi, mine, grad)
+    for g, e in zip(found, torch.autograd.grad(expected, truth, grad), strict=True):
+        close(g, e, 2e-5, "gradient")
+    with torch.no_grad():
+        again = dmfast.linear_sequence_log_prob(
+            mine[0], mine[1], case.tokens, case.mask, bias=mine[2], chunk_bytes=case.chunk_bytes(rows), **data
+        )
+    assert torch.equal(again, log_pi.detach()) and not again.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 4)])
+def test_nothing_scored(shape: tuple[int, int]) -> None:
+    hidden, weight = torch.randn(*shape, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    tokens = torch.full(shape, -100)
+    terms = {name: torch.zeros(shape[0]) for name in ("log_target", "log_proposal")}
+    out = dmfast.linear_dm_loss(hidden, weight, tokens, log_z=0.0, **terms)
+    assert float(out.loss.detach()) == 0.0 and out.log_prob.tolist() == [0.0] * shape[0]
+    out.loss.backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert not hidden.grad.any() and not weight.grad.any()
+    assert dmfast.linear_sequence_log_prob(hidden, weight, tokens).shape == (shape[0],)
+
+
+# --- what is computed -------------------------------------------------------------------------------------------
+
+
+class Counter:
+    """The matrix products, as (rows, columns, depth), through torch's dispatcher."""
+
+    def __enter__(self) -> list[tuple[int, ...]]:
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        found: list[tuple[int, ...]] = []
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+                name = func.overloadpacket.__name__
+                if name in ("mm", "addmm", "addmm_"):
+                    a, b = args[-2:]
+                    found.append((a.shape[0], b.shape[1], a.shape[1]))
+                return func(*args, **(kwargs or {}))
+
+        self.mode = Mode()
+        self.mode.__enter__()
+        return found
+
+    def __exit__(self, *error: object) -> None:
+        self.mode.__exit__(*error)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("objective", ["gdc++", "dpg"])
+def test_three_products_two_with_a_frozen_head_one_for_scoring(objective: str, bias: bool) -> None:
+    case = make(bias=bias)
+    scored = int(((case.tokens != -100) & case.mask).sum())
+    assert 0 < scored < case.tokens.numel()
+
+    def products(hidden: bool, weight: bool, rows: int = 1000) -> list[tuple[int, ...]]:
+        h, w, b = case.inputs(False)
+        h.requires_grad_(hidden), w.requires_grad_(weight)
+        if b is not None:
+            b.requires_grad_(weight)
+        with Counter() as found:
+            out = dmfast.linear_dm_loss(
+                h,
+                w,
+                case.tokens,
+                case.mask,
+                bias=b,
+                objective=objective,
+                chunk_bytes=case.chunk_bytes(rows),
+                **case.terms,
+            )
+            if out.loss.requires_grad:
+                out.loss.backward()
+        assert (h.grad is not None, w.grad is not None) == (hidden, weight)
+        return found
+
+    forward, to_hidden, to_weight = (scored, V, D), (scored, D, V), (V, D, scored)
+    assert products(True, True) == [forward, to_hidden, to_weight]
+    assert products(True, False) == [forward, to_hidden]
+    assert products(False, True) == [forward, to_weight]
+    assert products(False, False) == [forward]
+    # whole sequences, none of them twice
+    chunked = products(True, True, rows=6)
+    assert len(chunked) % 3 == 0 and len(chunked) > 3
+    assert sum(m for m, n, k in chunked if (n, k) == (V, D)) == scored
+    # one row at a time the logits come twice
+    assert sum(m for m, n, k in products(True, True, rows=1) if (n, k) == (V, D)) > scored
+
+
+def test_the_largest_tensor_is_the_buffer() -> None:
+    case = make(unscored=False)
+    made = []
+
+    class Watch(linear._Products):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            made.append(tuple(self.buffer.shape))
+
+    for rows, expected in ((1, 1), (7, 6), (13, 12), (1000, 30)):
+        with patch.object(linear, "_Products", Watch):
+            dmfast.linear_sequence_log_prob(
+                case.hidden, case.weight, case.tokens, chunk_bytes=case.chunk_bytes(rows) + 100
+            )
+        assert made.pop() == (expected, V)
+
+
+# --- inside PyTorch ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_with_an_embedding_and_accumulated_microbatches(tied: bool) -> None:
+    """A tied weight gets both of its gradients; two microbatches add up to the whole step."""
+    case = make(bias=False)
+    ids = torch.randint(V, (5, 6))
+
+    def gradients(loss: str) -> list[Tensor]:
+        torch.manual_seed(3)
+        embedding, inner, head = nn.Embedding(V, D), nn.Linear(D, D), nn.Linear(D, V, bias=False)
+        if tied:
+            head.weight = embedding.weight
+        modules = nn.ModuleList([embedding, inner, head])
+        for part in (slice(0, 5),) if loss != "halves" else (slice(0, 2), slice(2, 5)):
+            hidden = inner(embedding(ids[part])).tanh()
+            options = {
+                **{k: v[part] for k, v in case.terms.items()}, "mask": case.mask[part], "num_sequences": 5,
+            }  # fmt: skip
+            if loss == "logits":
+                out = dmfast.dm_loss(head(hidden), case.tokens[part], **options)
+            else:
+                out = dmfast.linear_dm_loss(hidden, head.weight, case.tokens[part], **options)
+            out.loss.backward()
+        return [p.grad for p in modules.parameters()]
+
+    expected = gradients("logits")
+    for loss in ("linear", "halves"):
+        for g, e in zip(gradients(loss), expected, strict=True):
+            close(g, e, 1e-5, loss)
+
+
+def test_double_backward_is_refused_and_changed_inputs_are_found() -> None:
+    case = make()
+    h, w, b = case.inputs(False)
+    out = dmfast.linear_dm_loss(h, w, case.tokens, case.mask, bias=b, **case.terms)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        torch.autograd.grad(out.loss, [h], create_graph=True)
+    log_pi = dmfast.linear_sequence_log_prob(h * 1, w, case.tokens, case.mask, bias=b)
+    with torch.no_grad():
+        w.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        log_pi.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*lower precision")
+def test_autocast_multiplies_as_a_linear_layer_does() -> None:
+    case = make()
+    h, w, b = case.inputs(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = dmfast.linear_dm_loss(h, w, case.tokens, case.mask, bias=b, **case.terms)
+        logits = nn.functional.linear(h, w, b)
+        assert logits.dtype == torch.bfloat16
+        expected = dmfast.dm_loss(logits, case.tokens, case.mask, **case.terms)
+    close(out.log_prob, expected.log_prob, 1e-6, "log_prob")
+    close(out.weight, expected.weight, 1e-4, "weight")
+    found = torch.autograd.grad(out.loss, [h, w, b])
+    for x, g, e in zip((h, w, b), found, torch.autograd.grad(expected.loss, [h, w, b]), strict=True):
+        assert g.dtype == x.dtype == torch.float32
+        close(g, e, 2e-2, "gradient")
+
+
+@pytest.mark.parametrize("objective", ["gdc++", "dpg"])
+def test_under_compile(objective: str) -> None:
+    case = make()
+    h, w, b = case.inputs(False)
+
+    @torch.compile
+    def step(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        out = dmfast.linear_dm_loss(
+            2 * h, w, case.tokens, case.mask, bias=b, objective=objective, chunk_bytes=case.chunk_bytes(7), **case.terms
+        )
+        return 3 * out.loss
+
+    expected = (
+        3 * dmfast.linear_dm_loss(2 * h, w, case.tokens, case.mask, bias=b, objective=objective, **case.terms).loss
+    )
+    loss = step(h, w, b)
+    close(loss, expected, 1e-6, "loss")
+    for g, e in zip(torch.autograd.grad(loss, [h, w, b]), torch.autograd.grad(expected, [h, w, b]), strict=True):
+        close(g, e, 1e-5, "gradient")
+
+
+def test_fp64_goes_through_the_eager_backend() -> None:
+    case = make()
+    h, w, b = case.inputs(True)
+    with dmfast.use_backend("eager"):
+        out = dmfast.linear_dm_loss(h, w, case.tokens, case.mask, bias=b, **case.terms)
+        log_pi = dmfast.linear_sequence_log_prob(h, w, case.tokens, case.mask, bias=b)
+    expected = eager.linear_dm_loss(h, w, case.tokens, case.mask, bias=b, **case.terms)
+    assert torch.equal(out.loss, expected.loss) and torch.equal(log_pi, out.log_prob)
+    found = torch.autograd.grad(out.loss, [h, w, b])
+    assert all(map(torch.equal, found, torch.autograd.grad(expected.loss, [h, w, b])))
+
+
+# --- errors -----------------------------------------------------------------------------------------------------
+
+
+@chunks
+def test_a_bad_place_is_named_in_the_whole_call(rows: int) -> None:
+    case = make()
+    tokens = case.tokens.clone()
+    tokens[3, 4], mask = 9, case.mask.clone()
+    mask[3, 4] = True
+    options = {"chunk_bytes": case.chunk_bytes(rows), **case.terms}
+    hidden = case.hidden.clone()
+    hidden[3, 4] = math.nan
+    with pytest.raises(ValueError, match=r"NaN or \+inf at \(sequence 3, position 4\)"):
+        dmfast.linear_dm_loss(hidden, case.weight, tokens, mask, **options)
+    bias = torch.zeros(V)
+    bias[9] = -INF
+    others = torch.where(tokens == 9, 10, tokens)
+    others[3, 4] = 9
+    with pytest.raises(ValueError, match=r"token 9 at \(sequence 3, position 4\) is -inf"):
+        dmfast.linear_dm_loss(case.hidden, case.weight, others, mask, bias=bias, **options)
+    options["log_target"] = case.terms["log_target"].clone()
+    options["log_target"][3] = 800.0
+    with pytest.raises(ValueError, match="the weight A of sequence 3 is"):
+        dmfast.linear_dm_loss(case.hidden, case.weight, tokens, mask, **options)
+    options["log_target"][3] = math.nan
+    with pytest.raises(ValueError, match="log_target holds nan at sequence 3"):
+        dmfast.linear_dm_loss(case.hidden, case.weight, tokens, mask, **options)
+    tokens[3, 4] = V
+    with pytest.raises(ValueError, match=rf"tokens holds {V} at \(sequence 3, position 4\)"):
+        dmfast.linear_sequence_log_prob(case.hidden, case.weight, tokens, mask)
+
+
+WRONG = [
+    ({"hidden": torch.zeros(2, 8)}, ValueError, r"hidden must be \(B, T, D\)"),
+    ({"hidden": torch.zeros(2, 3, 8, dtype=torch.int64)}, TypeError, "hidden must be float32"),
+    ({"weight": torch.zeros(5, 8).double()}, TypeError, "weight must have the dtype of hidden, torch.float32"),
+    ({"weight": torch.zeros(5, 9)}, ValueError, r"weight must be \(V, D\) with hidden's D = 8"),
+    ({"weight": torch.zeros(5)}, ValueError, r"weight must be \(V, D\)"),
+    ({"weight": torch.zeros(5, 8, device="meta")}, ValueError, "weight is on meta, hidden on cpu"),
+    ({"weight": torch.zeros(0, 8)}, ValueError, "empty vocabulary"),
+    ({"bias": torch.zeros(6)}, ValueError, r"bias must be \(V,\)"),
+    ({"bias": torch.zeros(5).double()}, TypeError, "bias must have the dtype"),
+    ({"tokens": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, "tokens must have the shape"),
+    ({"chunk_bytes": 0}, ValueError, "chunk_bytes must be a positive integer, got 0"),
+    ({"temperature": -1.0}, ValueError, "temperature must be a positive number"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "match"), WRONG)
+def test_wrong_arguments(changes: dict[str, object], error: type[Exception], match: str) -> None:
+    a = {"hidden": torch.zeros(2, 3, 8), "weight": torch.zeros(5, 8), "tokens": torch.zeros(2, 3, dtype=torch.int64)}
+    with pytest.raises(error, match=match):
+        dmfast.linear_sequence_log_prob(**{**a, **changes})
