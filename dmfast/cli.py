@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 from importlib import metadata, util
 from typing import Any
 
+_INSTALL = "pip install 'dmfast[train]'"
 _NEEDED = ("transformers", "accelerate", "safetensors", "yaml", "rich", "matplotlib")  # by demo and train
 
 
@@ -25,22 +27,13 @@ def doctor() -> int:
     for info in backends().values():
         print(f"  {info.name:6} {'in use' if info.in_use else 'not in use':11} {info.detail}")
     print("extras:")
-    for extra, packages in (
-        ("train", ("transformers", "accelerate", "safetensors", "pyyaml")),
-        ("demo", ("rich", "matplotlib")),
-        ("train", ("peft",)),
-    ):
-        for package in packages:
-            try:
-                found = metadata.version(package)
-            except metadata.PackageNotFoundError:
-                found = "missing: " + ("for LoRA, pip install peft" if package == "peft" else _install(extra))
-            print(f"  {package:12} {found}")
+    for package in ("transformers", "accelerate", "safetensors", "pyyaml", "rich", "matplotlib", "peft"):
+        try:
+            found = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found = "missing: " + ("for LoRA, pip install peft" if package == "peft" else _INSTALL)
+        print(f"  {package:12} {found}")
     return 0 if backends()["cpu"].available else 1
-
-
-def _install(extra: str) -> str:
-    return f"pip install 'dmfast[{extra}]'"
 
 
 def _override(text: str) -> tuple[str, Any]:
@@ -79,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     wants_more = words[:1] in (["demo"], ["train"])
     missing = [package for package in _NEEDED if util.find_spec(package) is None] if wants_more else []
     if missing and not {"-h", "--help"} & set(words):
-        print(f"dmfast {words[0]} needs {', '.join(missing)}: {_install('demo')}", file=sys.stderr)
+        print(f"dmfast {words[0]} needs {', '.join(missing)}: {_INSTALL}", file=sys.stderr)
         return 1
     args = _parser(words[:1] == ["demo"] and not missing).parse_args(words)
     if args.command == "doctor":
@@ -92,10 +85,11 @@ def main(argv: list[str] | None = None) -> int:
     from .demo import console
     from .training import recipe
 
+    sys.path.insert(0, os.getcwd())  # scorers of the user's own
     overrides = dict(args.overrides) | ({"train.output_dir": args.out} if args.out else {})
     try:
         recipe.run(recipe.read(args.recipe, overrides), resume=args.resume, say=console().print)
-    except (recipe.RecipeError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"dmfast train: {error}", file=sys.stderr)
         return 1
     return 0

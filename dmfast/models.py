@@ -10,10 +10,10 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from .kernels.result import DMLossOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+#: A string, token ids, or chat messages ({"role": ..., "content": ...}).
+Prompt: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, str]]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +179,7 @@ class LanguageModel:
         other.model = model
         return other
 
-    def _encode(self, prompts: Sequence[str | Sequence[int]] | None) -> tuple[Tensor, Tensor]:
+    def _encode(self, prompts: Sequence[Prompt] | None) -> tuple[Tensor, Tensor]:
         """Left-padded prompts and their mask, (P, L) each. An empty prompt is the BOS token."""
         start = self.tokenizer.bos_token_id
         start = self.eos_token_ids[0] if start is None else start
@@ -184,20 +187,30 @@ class LanguageModel:
             raise TypeError(f"prompts must be a list of strings, got the string {prompts!r}")
         if prompts is not None and len(prompts) == 0:
             raise ValueError("prompts is empty; pass None for the one empty prompt")
-        encoded = [
-            (self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)) or [start]
-            for prompt in prompts or [""]
-        ]
+        encoded = [self._token_ids(prompt) or [start] for prompt in prompts or [""]]
         width = max(len(ids) for ids in encoded)
         tokens = torch.tensor([[self.pad_token_id] * (width - len(ids)) + ids for ids in encoded], device=self.device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=self.device)
         self._check_token(int(tokens.max()), "the tokenizer gave token")
         return tokens, mask
 
+    def _token_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        if not all(isinstance(part, Mapping) for part in prompt) or not prompt:
+            return list(cast("Sequence[int]", prompt))
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError(
+                "a prompt is a list of chat messages, but the tokenizer has no chat_template; pass strings, or set one"
+            )
+        messages = cast(Any, list(prompt))
+        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return cast("list[int]", ids)
+
     @torch.no_grad()
     def sample(
         self,
-        prompts: Sequence[str | Sequence[int]] | None = None,
+        prompts: Sequence[Prompt] | None = None,
         n: int = 1,
         *,
         max_new_tokens: int,
@@ -209,7 +222,8 @@ class LanguageModel:
         """Draws n continuations of each prompt from softmax(logits / temperature), token by token with a KV cache.
 
         Args:
-            prompts: strings, or lists of token ids; None: the one empty prompt.
+            prompts: strings, lists of token ids, or lists of chat messages, which go through the tokenizer's chat
+                template; None: the one empty prompt.
             n: sequences per prompt; those of a prompt lie together.
             max_new_tokens: where a sequence without EOS ends.
             temperature: positive.

@@ -87,7 +87,7 @@ def test_lora_and_prompts_from_a_file(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "He"}\n{"prompt": "He was"}\n')
     path = write(
-        tmp_path, prompts=str(prompts), lora={"target_modules": ["c_attn"], "r": 2, "fan_in_fan_out": True},
+        tmp_path, constraints=[{"moment": {"contains": {"word": "French"}, "value": 0.3}}], prompts=str(prompts), lora={"target_modules": ["c_attn"], "r": 2, "fan_in_fan_out": True},
         train=SMALL["train"] | {"output_dir": str(tmp_path / "out"), "samples_per_context": 8},
     )  # fmt: skip
     log = recipe.run(read(path), say=lambda line: None)
@@ -102,6 +102,7 @@ def test_lora_and_prompts_from_a_file(tmp_path):
         ({"model": None}, "has no model"),
         ({"constraints": []}, "has no constraints"),
         ({"train": {"max_step": 3}}, "train has an unknown entry 'max_step'; did you mean 'max_steps'"),
+        ({"train": {"learning_rate": "fast"}}, "train.learning_rate must be a number, got 'fast'"),
         ({"fit": {"samples": 3}}, "fit has an unknown entry 'samples'"),
         ({"evaluate": [3]}, "evaluate must be a mapping"),
         ({"constraints": ["amazing"]}, "one of contains and scorer with its arguments, got 'amazing'"),
@@ -120,6 +121,26 @@ def test_mistakes_are_found_before_anything_runs(tmp_path, changed, message, cap
         read(path)
     assert dmfast.cli.main(["train", str(path)]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_numbers_that_yaml_takes_for_strings(tmp_path):
+    path = write(tmp_path)
+    assert read(path, {"train.learning_rate": "1e-4"})["train"]["learning_rate"] == 1e-4
+
+
+def test_what_goes_wrong_later_is_said_without_a_traceback(tmp_path, capsys):
+    unreachable = [{"moment": {"contains": {"word": "zebra"}, "value": 0.5}}]
+    assert dmfast.cli.main(["train", str(write(tmp_path, constraints=unreachable))]) == 1
+    assert "never fires in 512" in capsys.readouterr().err
+
+
+def test_a_scorer_from_where_the_command_runs(tmp_path):
+    (tmp_path / "mine.py").write_text("def length(texts):\n    return [len(text) for text in texts]\n")
+    path = write(tmp_path, constraints=[{"scorer": {"function": "mine:length"}}])
+    command = [sys.executable, "-P", "-c", "import sys; from dmfast.cli import main; sys.exit(main())", "train"]
+    done = subprocess.run([*command, str(path), "--out", "out"], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=120, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_files_that_are_no_recipe(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..estimators import Estimate, estimate_moments
-from ..models import LanguageModel, Samples
+from ..models import LanguageModel, Prompt, Samples
 from .constraints import Feature, Moment, as_feature, show
 from .solver import LambdaFit, fit_lambda
 
@@ -221,7 +221,7 @@ class EBM:
         samples: Samples | None = None,
         *,
         n: int = 10_240,
-        contexts: Sequence[str | Sequence[int]] | None = None,
+        contexts: Sequence[Prompt] | None = None,
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         seed: int | None = 0,
@@ -277,7 +277,7 @@ class EBM:
         return self
 
     def _draw(
-        self, n: int, contexts: Sequence[str | Sequence[int]] | None, max_new_tokens: int, temperature: float,
+        self, n: int, contexts: Sequence[Prompt] | None, max_new_tokens: int, temperature: float,
         seed: int | None, batch_size: int | None,
     ) -> Samples:  # fmt: skip
         if n < 1:

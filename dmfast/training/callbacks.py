@@ -84,11 +84,13 @@ def log_line(step: int, logs: Mapping[str, Any]) -> str:
     for key, title in (("kl_policy", "KL(p‖π)"), ("kl_policy_base", "KL(π‖a)"), ("z", "Z"), ("ess", "ESS"),
                        ("swaps", "swaps"), ("runtime", "seconds")):  # fmt: skip
         if prefix + key in logs and not (key == "runtime" and not evaluation):
-            form = {"z": ".4g", "ess": ".0f", "swaps": ".0f", "runtime": ".1f"}.get(key)
+            form = {"z": "#.4g", "ess": ".0f", "swaps": ".0f", "runtime": ".1f"}.get(key)
             parts.append(f"{title} {number(key, form) if form else with_error(key)}")
     if "seconds_sampling" in logs:
         seconds = "  ".join(f"{what} {logs[f'seconds_{what}']:.2f}" for what in ("sampling", "scoring", "policy"))
         parts.append(f"seconds: {seconds}")
+    if "train_runtime" in logs:
+        return f"{parts[0]}  done after {logs['train_runtime']:.1f} seconds"
     if len(parts) == 1:
         parts += [f"{key} {value:.4g}" for key, value in logs.items() if isinstance(value, (int, float))]
     return "  ".join(parts)

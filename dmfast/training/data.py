@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-
-Prompt: TypeAlias = "str | list[int]"
 
 
 class Contexts(Dataset[Any]):
@@ -58,22 +56,6 @@ class Contexts(Dataset[Any]):
                 f"the prompt of row {index} must be a string or a list of chat messages, got {type(row).__name__}"
             )
         return index, row
-
-
-def to_prompt(prompt: str | list[dict[str, str]], tokenizer: Any) -> Prompt:
-    """A string as it is; a list of chat messages through the tokenizer's chat template, as token ids.
-
-    Raises:
-        ValueError: messages for a tokenizer that has no chat template.
-    """
-    if isinstance(prompt, str):
-        return prompt
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "a prompt is a list of chat messages, but the tokenizer has no chat_template; pass strings, or set one"
-        )
-    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return cast("list[int]", ids)
 
 
 class StepSampler(Sampler[list[int]]):

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ..estimators import Estimate, estimate_moments
-from ..models import LanguageModel, Samples
+from ..models import LanguageModel, Prompt, Samples
 from ..targets import EBM
-from .data import Prompt
 
 
 @torch.no_grad()

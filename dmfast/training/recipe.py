@@ -38,7 +38,7 @@ from ..models import LanguageModel, Samples
 from ..targets import EBM, Contains, Moment, Scorer
 from . import report
 from .config import DMConfig
-from .data import Contexts, to_prompt
+from .data import Contexts
 from .evaluation import evaluate
 from .trainer import DMTrainer
 
@@ -93,6 +93,9 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
         if not recipe.get(key):
             raise RecipeError(f"{path} has no {key}")
     _check_keys(recipe["train"], tuple(f.name for f in fields(DMConfig) if f.init), "train")
+    for f in fields(DMConfig):
+        if f.type in (float, "float", "float | None") and isinstance(recipe["train"].get(f.name), str):
+            recipe["train"][f.name] = _number(recipe["train"][f.name], f"train.{f.name}")
     _check_keys(recipe.get("fit") or {}, ("n", "seed", "batch_size"), "fit")
     _check_keys(recipe.get("evaluate") or {}, ("samples", "seed", "batch_size"), "evaluate")
     for each in recipe["constraints"]:
@@ -100,6 +103,13 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
     for each in recipe.get("monitor") or []:
         feature(each, "monitor")
     return recipe
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        return float(text)  # 1e-4 without a point is a string in YAML 1.1
+    except ValueError:
+        raise RecipeError(f"{where} must be a number, got {text!r}") from None
 
 
 def feature(entry: Any, where: str) -> Contains | Scorer:
@@ -226,7 +236,7 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
 
         model = peft.get_peft_model(model, peft.LoraConfig(**recipe["lora"]))
     rows = _prompts(recipe.get("prompts"))
-    prompts = None if rows is None else [to_prompt(prompt, policy.tokenizer) for _, prompt in Contexts(rows)]
+    prompts = None if rows is None else [prompt for _, prompt in Contexts(rows)]
     target = EBM(
         base,
         [constraint(each) for each in recipe["constraints"]],

@@ -45,7 +45,7 @@ from . import checkpoint
 from .callbacks import Interrupt, LogLine, Progress, StepEnd
 from .card import model_card
 from .config import DMConfig
-from .data import ContextLoader, Contexts, StepSampler, contexts_of, to_prompt
+from .data import ContextLoader, Contexts, StepSampler, contexts_of
 from .evaluation import evaluate
 
 # of a model's generation_config: what would change the distribution that is sampled from
@@ -261,7 +261,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         model = self.policy if self.proposal is None else self.proposal.snapshot
         n = self.samples_per_context
         x = model.sample(
-            [to_prompt(prompt, self.processing_class) for _, prompt in contexts], n,
+            [prompt for _, prompt in contexts], n,
             max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=self._seed(self.state.global_step),
             batch_size=args.sampling_batch_size, first_row=args.process_index * len(contexts) * n,
         )  # fmt: skip
@@ -466,7 +466,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         some = min(len(contexts), args.eval_samples)
         per_context = math.ceil(args.eval_samples / some)
         mine = math.ceil(per_context / args.world_size)  # of each context, on this rank
-        prompts = [to_prompt(contexts[i][1], self.processing_class) for i in range(some)]
+        prompts = [contexts[i][1] for i in range(some)]
         with self.accelerator.autocast():
             self.eval_samples, estimates = evaluate(
                 self.policy, self.target, prompts, mine, max_new_tokens=args.max_new_tokens,
