@@ -10,15 +10,25 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from .functional import dm_loss, sample_tokens, sequence_log_prob, shift_labels
+from .functional import (
+    dm_loss,
+    linear_dm_loss,
+    linear_sequence_log_prob,
+    sample_tokens,
+    sequence_log_prob,
+    shift_labels,
+)
+from .kernels.checks import IGNORE
 from .kernels.result import DMLossOutput
 
 if TYPE_CHECKING:
@@ -106,6 +116,17 @@ class Samples:
         )
 
 
+class HiddenAndHead(NamedTuple):
+    """What a model's logits are made of: ``cap(scale * (hidden @ weight.T + bias))``."""
+
+    hidden: Tensor  # (N, K, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    labels: Tensor  # (N, K) int64, what each position predicts; -100 = not scored
+    softcap: float | None
+    scale: float
+
+
 def disable_dropout(model: nn.Module) -> int:
     """Sets every dropout probability of the model to 0, LoRA's too, and returns how many were not.
 
@@ -161,6 +182,9 @@ class LanguageModel:
         self._cache_name = (
             "cache" if "cache" in parameters else "past_key_values"
         )  # the old name, until transformers 5.40
+        self._verified = False  # that hidden states and head make the model's logits
+        self._no_head: str | None = None  # why they don't, once that is known
+        self._said = False
 
     @property
     def device(self) -> torch.device:
@@ -313,19 +337,147 @@ class LanguageModel:
         One forward through the model, with gradient where grad mode is on. K is T, or the continuation and the
         position before it where the model can leave out the logits of the prompt.
         """
+        logits, labels = self._forward(samples).logits, self._labels(samples)
+        ahead = logits.shape[1] - labels.shape[1]
+        return logits, nn.functional.pad(labels, (ahead, 0), value=IGNORE) if ahead else labels
+
+    def _labels(self, samples: Samples) -> Tensor:
+        """(N, K) int64 for the continuation and the position before it."""
         labels = shift_labels(samples.tokens, samples.score_mask, samples.prompt_len)
-        keep = {}
-        if self._keeps_logits:
-            keep["logits_to_keep"] = samples.tokens.shape[1] - samples.prompt_len + 1
-            labels = labels[:, -keep["logits_to_keep"] :]
-        out = self.model(
+        return labels[:, samples.prompt_len - 1 :]
+
+    def _forward(self, samples: Samples) -> Any:
+        """One forward, without the logits of the prompt where the model can leave them out."""
+        kept = samples.tokens.shape[1] - samples.prompt_len + 1
+        return self.model(
             input_ids=samples.tokens, attention_mask=samples.attention_mask,
-            position_ids=_positions(samples.attention_mask), use_cache=False, **keep,
+            position_ids=_positions(samples.attention_mask), use_cache=False,
+            **({"logits_to_keep": kept} if self._keeps_logits else {}),
         )  # fmt: skip
-        return out.logits, labels
+
+    def hidden_and_head(self, samples: Samples) -> HiddenAndHead:
+        """What the logits are made of, for ``linear_dm_loss``: one forward in which the head projects nothing.
+
+        The forward is the model's own, so that its hooks, adapters and checkpointing run.
+
+        Raises:
+            ValueError: the model's logits are not a plain nn.Linear of hidden states, scaled and capped by constants of
+                its config: a head that is quantised, sharded, offloaded or has an adapter, or logits that are processed
+                in another way (found on the first use, by comparing a few). ``logits`` serves such models.
+        """
+        found = self._hidden(samples)
+        if found is None:
+            raise ValueError(f"hidden_and_head: {self._why_no_head()}; use logits() and dm_loss")
+        return found
+
+    def _hidden(self, samples: Samples) -> HiddenAndHead | None:
+        """``hidden_and_head``, or None where ``_why_no_head`` says why."""
+        if self._why_no_head() is not None:
+            return None
+        head = self._unwrapped().get_output_embeddings()
+        scale, softcap = self._scaling()
+        labels = self._labels(samples)
+        captured: list[Tensor] = []
+        dtypes: list[torch.dtype | None] = []
+
+        def capture(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if not args:
+                return None
+            hidden = args[0]
+            device = hidden.device.type
+            captured.append(hidden)
+            dtypes.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+            # not detached: DDP looks from the outputs for the parameters that will get a gradient
+            return (hidden[:1, :0] if self._verified else hidden[:2, :2], *args[1:])
+
+        hook = head.register_forward_pre_hook(capture)
+        try:
+            out = self._forward(samples)
+        finally:
+            hook.remove()
+        if len(captured) != 1:
+            self._no_head = f"the model calls its head {len(captured)} times in a forward, not once"
+            return None
+        hidden, weight, bias = captured[0], head.weight, head.bias
+        if dtypes[0] is not None:  # the product ran in autocast's dtype, perhaps within the model's forward only
+            hidden, weight = hidden.to(dtypes[0]), weight.to(dtypes[0])
+            bias = None if bias is None else bias.to(dtypes[0])
+        hidden = hidden[:, -labels.shape[1] :]
+        result = HiddenAndHead(hidden, weight, bias, labels, softcap, scale)
+        if not self._verified and len(samples):
+            self._no_head = self._what_differs(out.logits, captured[0], result)
+            self._verified = self._no_head is None and bool(out.logits.isfinite().all())
+        return None if self._no_head is not None else result
+
+    def _why_no_head(self) -> str | None:
+        """Why ``hidden_and_head`` can't serve this model, as far as is known without a forward."""
+        if self._no_head is not None:
+            return self._no_head
+        if hasattr(self.model, "_orig_mod"):
+            return "the model is compiled, and torch.compile does not heed the hook that takes its hidden states"
+        get: Any = getattr(self._unwrapped(), "get_output_embeddings", None)
+        head = get() if get is not None else None
+        if head is None:
+            return "the model names no head (get_output_embeddings)"
+        if type(head) is not nn.Linear:  # adapters, modules_to_save, quantised layers
+            return f"the head is a {type(head).__module__}.{type(head).__qualname__}, not an nn.Linear"
+        if type(head.weight) not in (nn.Parameter, Tensor):  # DTensor
+            return f"the head's weight is a {type(head.weight).__qualname__}"
+        if head.weight.is_meta or hasattr(head, "_hf_hook"):
+            return "the head is offloaded"
+        if head._forward_hooks or head._forward_pre_hooks:
+            return "the head has hooks, which may change what it computes"
+        scale, softcap = self._scaling()
+        if not scale > 0 or (softcap is not None and scale != 1.0):
+            return f"the model's logits are scaled by {scale} with a softcap of {softcap}"
+        return None
+
+    def _unwrapped(self) -> Any:
+        """The model without DDP around it."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    def _scaling(self) -> tuple[float, float | None]:
+        """Constants of the config that act on logits: a factor, and Gemma's cap."""
+        config: Any = self._unwrapped().config
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        factor = getattr(config, "logit_scale", None)  # Cohere
+        divisor = getattr(config, "logits_scaling", None)  # Granite
+        scale = float(1.0 if factor is None else factor) / float(1.0 if divisor is None else divisor)
+        return scale, getattr(config, "final_logit_softcapping", None)
+
+    def _what_differs(self, logits: Tensor, hidden: Tensor, found: HiddenAndHead) -> str | None:
+        """Between the model's logits for a few positions and those of their hidden states; None: nothing."""
+        with torch.no_grad():
+            shown = hidden.detach()[:2, :2].to(found.weight.dtype)
+            ours = nn.functional.linear(shown, found.weight, found.bias).float() * found.scale
+            if found.softcap is not None:
+                ours = found.softcap * torch.tanh(ours / found.softcap)
+            logits = logits.detach().float()
+            if logits.shape != ours.shape:
+                return f"for {tuple(shown.shape)} hidden states the model gives {tuple(logits.shape)} logits"
+            tolerance = 1e-4 if found.weight.dtype in (torch.float32, torch.float64) else 2e-2
+            error = float((logits - ours).abs().max())  # NaN where the model has diverged: the loss says where
+            if error > tolerance * max(float(ours.abs().max()), 1.0):
+                return (
+                    f"the model's logits differ by up to {error:.2g} from those of its hidden states and head: it does "
+                    "more to them than dmfast knows of"
+                )
+        return None
+
+    def _say_why_logits(self) -> None:
+        """One warning, at the line that called log_prob or loss."""
+        if not self._said:
+            self._said = True
+            warnings.warn(
+                f"dmfast forms all logits of {type(self.model).__name__}, which takes more memory: "
+                f"{self._why_no_head()}",
+                stacklevel=3,
+            )
 
     def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
         """log pi(x) of each sequence under this model at the samples' temperature, differentiable.
+
+        From hidden states and head, so that logits never exist at once, wherever ``hidden_and_head`` serves.
 
         Args:
             samples: N sequences.
@@ -338,16 +490,28 @@ class LanguageModel:
         parts = []
         for start in range(0, len(samples), size):
             part = samples[start : start + size]
-            logits, labels = self.logits(part)
-            parts.append(sequence_log_prob(logits, labels, temperature=samples.temperature, inplace=not logits.is_leaf))
+            found = self._hidden(part)
+            if found is not None:
+                log_prob = linear_sequence_log_prob(
+                    found.hidden, found.weight, found.labels, bias=found.bias, softcap=found.softcap,
+                    temperature=part.temperature / found.scale,
+                )  # fmt: skip
+            else:
+                self._say_why_logits()
+                logits, labels = self.logits(part)
+                log_prob = sequence_log_prob(logits, labels, temperature=part.temperature, inplace=not logits.is_leaf)
+            parts.append(log_prob)
         return torch.cat(parts) if parts else samples.log_prob.new_empty(0)
 
     def loss(self, samples: Samples, **options: Any) -> DMLossOutput:
         """``dm_loss`` of this model on the samples, at their temperature: the policy's forward and the fused loss.
 
+        From hidden states and head, so that logits never exist at once, wherever ``hidden_and_head`` serves.
+
         Args:
             samples: N sequences.
-            options: those of ``dm_loss`` from ``log_target`` on, save ``temperature``, ``cu_seqlens`` and ``inplace``.
+            options: those of ``linear_dm_loss`` from ``log_target`` on, save ``temperature``, ``softcap`` and
+                ``cu_seqlens``, which the model and the samples say.
 
         Returns:
             ``DMLossOutput``; ``loss`` carries the gradient of the model's parameters.
@@ -355,6 +519,14 @@ class LanguageModel:
         Raises:
             TypeError, ValueError: as ``dm_loss``.
         """
+        found = self._hidden(samples)
+        if found is not None:
+            return linear_dm_loss(
+                found.hidden, found.weight, found.labels, bias=found.bias, softcap=found.softcap,
+                temperature=samples.temperature / found.scale, **options,
+            )  # fmt: skip
+        self._say_why_logits()
+        options.pop("chunk_bytes", None)
         logits, labels = self.logits(samples)
         return dm_loss(logits, labels, temperature=samples.temperature, inplace=not logits.is_leaf, **options)
 

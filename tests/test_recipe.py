@@ -87,7 +87,8 @@ def test_lora_and_prompts_from_a_file(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "He"}\n{"prompt": "He was"}\n')
     path = write(
-        tmp_path, constraints=[{"moment": {"contains": {"word": "French"}, "value": 0.3}}], prompts=str(prompts), lora={"target_modules": ["c_attn"], "r": 2, "fan_in_fan_out": True},
+        tmp_path, constraints=[{"moment": {"contains": {"word": "French"}, "value": 0.3}}], prompts=str(prompts),
+        lora={"target_modules": ["c_attn"], "r": 2, "fan_in_fan_out": True},
         train=SMALL["train"] | {"output_dir": str(tmp_path / "out"), "samples_per_context": 8},
     )  # fmt: skip
     log = recipe.run(read(path), say=lambda line: None)

@@ -205,6 +205,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self._metrics: list[dict[str, float]] = []
         self._started = 0.0
         self._staging: str | None = None
+        self._wrapped: LanguageModel | None = None
         self.eval_samples: Samples | None = None
 
     # ---- the data
@@ -330,8 +331,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """The fused loss of one microbatch, divided by the sequences of the whole step."""
         assert self._step is not None
-        policy = self.policy.around(model)  # what transformers wrapped: DDP, torch.compile
-        out = policy.loss(
+        out = self._policy_around(model).loss(
             inputs["samples"],
             objective=self._step.objective,
             on_policy=self.args.on_policy,
@@ -342,6 +342,14 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         )
         self._outputs.append(out)
         return (out.loss, out) if return_outputs else out.loss
+
+    def _policy_around(self, model: nn.Module) -> LanguageModel:
+        """The policy with the module that transformers made of it: DDP, torch.compile."""
+        if model is self.policy.model:
+            return self.policy
+        if self._wrapped is None or self._wrapped.model is not model:
+            self._wrapped = self.policy.around(model)
+        return self._wrapped
 
     # ---- the end of a step
 
