@@ -231,6 +231,23 @@ class LanguageModel:
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         return cast("list[int]", ids)
 
+    def check_prompts(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+        """Whether all of them can be sampled from.
+
+        Raises:
+            ValueError: a prompt that leaves no room for ``max_new_tokens`` in the model's context, or has a token that
+                the model does not have; with its place.
+        """
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        for i, prompt in enumerate(prompts):
+            ids = self._token_ids(prompt)
+            if isinstance(context, int) and len(ids) + max_new_tokens > context:
+                raise ValueError(
+                    f"prompt {i} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that is beyond the "
+                    f"model's context of {context}"
+                )
+            self._check_token(max(ids, default=0), f"prompt {i}: the tokenizer gave token")
+
     @torch.no_grad()
     def sample(
         self,

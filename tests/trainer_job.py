@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -95,6 +96,17 @@ class Kill(TrainerCallback):
             self.then()
 
 
+class InterruptAt(TrainerCallback):
+    """Ctrl-C at the end of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def digest(model):
     """Of all parameters, to the bit."""
     parts = [p.detach().contiguous().numpy().tobytes() for _, p in sorted(model.state_dict().items())]
@@ -105,9 +117,12 @@ def main():
     """Runs the job that the command line asks for."""
     torch.set_num_threads(1)
     wanted = json.loads(sys.argv[1])
-    resume, stop = wanted.pop("resume", None), wanted.pop("stop", None)
+    resume, stop, interrupt = (wanted.pop(name, None) for name in ("resume", "stop", "interrupt"))
     gradients = Gradients()
-    trainer = job(callbacks=[gradients, *([StopAt(stop)] if stop else [])], **wanted)
+    callbacks = [gradients, *([StopAt(stop)] if stop else [])]
+    if interrupt and os.environ.get("RANK") == "1":
+        callbacks.append(InterruptAt(interrupt))
+    trainer = job(callbacks=callbacks, **wanted)
     trainer.train(resume_from_checkpoint=resume)
     result = {
         "digest": digest(trainer.model),

@@ -160,13 +160,14 @@ class EBM:
         return self.score(samples).log_target
 
     @torch.no_grad()
-    def score(self, samples: Samples, log_base: Tensor | None = None) -> TargetScores:
+    def score(self, samples: Samples, log_base: Tensor | None = None, *, batch_size: int | None = None) -> TargetScores:
         """log P(x) and its parts. Each scorer runs once per sample; the base scores the samples with b > 0 only.
 
         Args:
             samples: N sequences, of whatever model.
             log_base: (N,) log a(x) where it is known already, as log q(x) is while q is a: the base is not run.
                 May be NaN where b = 0.
+            batch_size: sequences at a time when the base scores. Default: the EBM's.
 
         Raises:
             RuntimeError: there are moments and lambda is not known yet; a scorer raised.
@@ -189,7 +190,7 @@ class EBM:
         if log_base is None:
             log_base = torch.full_like(log_b, math.nan)
             if bool(positive.any()):
-                scored = self.base.log_prob(samples[positive], batch_size=self.batch_size)
+                scored = self.base.log_prob(samples[positive], batch_size=batch_size or self.batch_size)
                 log_base[positive] = scored.to(log_base)
         else:
             log_base = log_base.detach().to(log_b)
@@ -305,6 +306,7 @@ class EBM:
         """lambda, the moments' names and the report: plain numbers, lists and strings."""
         return {
             "moment_names": list(self.moment_names),
+            "moment_values": [moment.value for moment in self._moments],
             "lambda": None if self._lambda is None else self._lambda.tolist(),
             "report": None if self.report is None else self.report.as_dict(),
         }
@@ -313,10 +315,16 @@ class EBM:
         """Takes the place of what ``fit`` found.
 
         Raises:
-            ValueError: of an EBM with other moments. Nothing has changed then.
+            ValueError: of an EBM with other moments, or other values of them. Nothing has changed then.
         """
         if state["moment_names"] != self.moment_names:
             raise ValueError(f"the state is of moments {state['moment_names']}, this EBM has {self.moment_names}")
+        values = [moment.value for moment in self._moments]
+        if state["moment_values"] != values:
+            raise ValueError(
+                f"the state's lambda gives {self.moment_names} the values {state['moment_values']}, "
+                f"this EBM wants {values}"
+            )
         new = None if state["lambda"] is None else self._valid_lambda(state["lambda"])
         report = None if state["report"] is None else LambdaFit.from_dict(state["report"])
         self._lambda, self.report = new, report

@@ -32,13 +32,15 @@ class Interrupt(TrainerCallback):  # type: ignore[misc]
     """Ctrl-C ends training after the current step, with a checkpoint; a second one ends it at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = False  # in this process
+        self.agreed = False  # by all ranks, at the end of the step
+        self._saved = -1
         self._previous: Any = None
         self._installed = False
 
     def install(self) -> None:
         """Only the main thread may."""
-        self.asked = False
+        self.asked = self.agreed = False
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._ask)
             self._installed = True
@@ -58,8 +60,17 @@ class Interrupt(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stops and saves, if asked."""
-        if self.asked:
+        if self.agreed:
             control.should_training_stop = True
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Notes the step."""
+        self._saved = state.global_step
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Saves where save_strategy="best" has withdrawn it after an evaluation in the same step."""
+        if self.agreed and self._saved != state.global_step:
             control.should_save = True
 
 

@@ -30,24 +30,25 @@ def model_card(trainer: DMTrainer) -> str:
     import transformers
 
     args, base = trainer.args, _base_name(trainer)
+    step = trainer.state.global_step if trainer._model_step is None else trainer._model_step
     is_peft = hasattr(trainer.model, "peft_config")
     header = ["---", f"library_name: {'peft' if is_peft else 'transformers'}", "tags: [dmfast, distribution-matching]"]
     if base:
         header.insert(1, f"base_model: {json.dumps(base)}")
-    settings = {name: getattr(args, name) for name in _SETTINGS}
+    settings = {name: getattr(args, name) for name in _SETTINGS} | {"eos_token_id": trainer.policy.eos_token_ids}
     lines = [
         *header, "---", "", "# A language model matched to a target distribution", "",
         "Fine-tuned with [dmfast](https://arxiv.org/abs/2206.00761) so that its distribution π comes near to "
         "p(x) = P(x)/Z, where P(x) = a(x) b(x) exp(λ·φ(x)) and a is the base model"
         + (f" `{base}`." if base else "."), "",
         f"dmfast {__version__}, transformers {transformers.__version__}, torch {torch.__version__}; "
-        f"{trainer.state.global_step} optimiser steps of "
+        f"{step} optimiser steps of "
         f"{args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size} sequences.", "",
         "## Target", "", "```json", json.dumps(trainer.target.describe(), indent=1, ensure_ascii=False), "```", "",
         "## Settings", "", "| setting | value |", "|---|---|",
         *(f"| {name} | {getattr(value, 'value', value)} |" for name, value in settings.items() if value is not None),
     ]  # fmt: skip
-    metrics = _last_evaluation(trainer.state.log_history)
+    metrics = _last_evaluation(trainer.state.log_history, step)
     if metrics:
         of = f"On {args.eval_samples} samples of the model itself."
         lines += ["", f"## Evaluation at step {metrics.pop('step')}", "", of, "", "| what | value |", "|---|---|"]
@@ -56,8 +57,8 @@ def model_card(trainer: DMTrainer) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _last_evaluation(history: list[dict[str, Any]]) -> dict[str, Any]:
-    return dict(next((h for h in reversed(history) if "eval_kl_policy_base" in h), {}))
+def _last_evaluation(history: list[dict[str, Any]], until: int) -> dict[str, Any]:
+    return dict(next((h for h in reversed(history) if "eval_kl_policy_base" in h and h["step"] <= until), {}))
 
 
 def _with_error(metrics: dict[str, Any], name: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 STATE, MANIFEST = "dmfast_state.pt", "dmfast_manifest.json"
-_STAGING = ".being-written"
+_STAGING = "_being-written"
 
 
 def write_manifest(folder: Path) -> None:
@@ -38,6 +38,8 @@ def fault(folder: Path) -> str | None:
         return f"it has no {MANIFEST}: it was not written by dmfast, or not to its end"
     except (ValueError, KeyError, TypeError):
         return f"its {MANIFEST} can't be read"
+    if STATE not in sizes:
+        return f"it has no {STATE}: it was written with save_only_model=True"
     for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
@@ -106,6 +108,8 @@ def staged(output_dir: Path, name: str, writes: bool, barrier: Callable[[], None
                 os.replace(target, staging / "replaced")
             os.replace(staging / name, target)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is a RuntimeError of torch.save
+        if writes and target.is_dir() and [p.name for p in target.iterdir()] == ["checkpoint-is-incomplete.txt"]:
+            shutil.rmtree(target)  # transformers' mark of a checkpoint at SIGTERM
         kept = next((str(p) for p in _in_order(output_dir) if fault(p) is None), None)
         raise OSError(
             f"the checkpoint {target} could not be written: {error}. "
@@ -113,6 +117,8 @@ def staged(output_dir: Path, name: str, writes: bool, barrier: Callable[[], None
         ) from error
     finally:
         if writes:
+            if (staging / "replaced").exists() and not target.exists():
+                os.replace(staging / "replaced", target)
             shutil.rmtree(staging, ignore_errors=True)
     barrier()
 

@@ -58,7 +58,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     max_grad_norm: float = _field(0.0, "Maximum gradient norm; 0: no clipping.")
     logging_steps: float = _field(1, "Steps between log lines.")
     remove_unused_columns: bool = _field(False, "Has no meaning here: only the column 'prompt' is read.")
-    report_to: str | list[str] | None = _field("none", "Loggers, such as tensorboard.")  # noqa: RUF009
+    report_to: None | str | list[str] = _field("none", "Loggers, such as tensorboard.")  # noqa: RUF009, RUF036
     enable_jit_checkpoint: bool = _field(True, "SIGTERM saves a checkpoint.")
 
     objective: str = _field("gdc++", "The objective, one of dmfast.OBJECTIVES.")
@@ -104,6 +104,10 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
                         "baseline must be a number, 'mean', 'leave_one_out' or 'leave_one_out_context', got "
                         f"{self.baseline!r}"
                     ) from None
+        if self.objective == "reinforce_p" and self.baseline == "mean":
+            raise ValueError(
+                "baseline='mean' averages returns over steps, whose scale differs for reinforce_p; use leave_one_out"
+            )
         self.make_objective()
         super().__post_init__()
 

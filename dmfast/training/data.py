@@ -6,8 +6,10 @@ so the loader gives microbatches of rows in which each row of a context stands n
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,15 +31,24 @@ class Contexts(Dataset[Any]):
     def __init__(self, rows: Any = None) -> None:
         if rows is None:
             rows = [""]
-        if isinstance(rows, str) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        if isinstance(rows, (str, Mapping)) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
             raise TypeError(
                 "train_dataset must have a length and be indexable (a list of prompts, a datasets.Dataset with the "
                 f"column 'prompt'), or be None for the empty context; got {type(rows).__name__}"
             )
         if len(rows) == 0:
             raise ValueError("train_dataset is empty; pass None for the empty context")
-        self.rows = rows
+        # of a datasets.Dataset, whose rows are read from disk with all their columns
+        self.rows = rows.select_columns("prompt") if hasattr(rows, "select_columns") else rows
         self[0]  # refuses rows without a prompt now rather than in the middle of a run
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all prompts: tells one data set from another."""
+        found = hashlib.blake2b(digest_size=16)
+        for row in self:
+            found.update(repr(row).encode())
+        return found.hexdigest()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,7 +82,7 @@ class StepSampler(Sampler[list[int]]):
         shuffle, seed: a permutation per epoch that depends on nothing else.
 
     Raises:
-        ValueError: the step's sequences on a rank are not a multiple of n.
+        ValueError: the step's sequences on a rank are not a multiple of n; a step takes more contexts than there are.
     """
 
     def __init__(
@@ -87,6 +98,11 @@ class StepSampler(Sampler[list[int]]):
         self.contexts, self.n, self.per_device, self.accumulation = contexts, n, per_device, accumulation
         self.rank, self.world, self.shuffle, self.seed, self.epoch = rank, world, shuffle, seed, 0
         self.per_rank = local // n  # contexts of a step
+        if steps is None and self.per_rank * world > contexts:
+            raise ValueError(
+                f"an optimiser step takes {self.per_rank * world} contexts of {n} sequences, and the data set has "
+                f"{contexts}: raise samples_per_context, or take fewer sequences in a step"
+            )
         self.steps = math.ceil(contexts / (self.per_rank * world)) if steps is None else steps
         self.endless = steps is not None
 

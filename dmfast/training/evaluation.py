@@ -1,4 +1,4 @@
-"""What a model is now, from fresh samples of itself: E_pi[phi] and KL(pi||a)."""
+"""What a model is now, from fresh samples of itself: E_pi[phi], KL(pi||a) and KL(p||pi)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..estimators import Estimate, estimate_moments
+from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moments
 from ..models import LanguageModel, Prompt, Samples
 from ..targets import EBM
 
@@ -35,7 +35,8 @@ def evaluate(
 
     Returns:
         The samples (of this rank), and with standard errors ``phi/<feature>``, ``kl_policy_base`` (KL(pi||a), nats),
-        ``length`` (scored tokens) and ``finished`` (the share that ended in EOS).
+        ``kl_policy`` (KL(p||pi), nats; with Z from these samples), ``length`` (scored tokens) and ``finished`` (the
+        share that ended in EOS).
     """
     x = model.sample(
         prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size,
@@ -49,4 +50,8 @@ def evaluate(
     finished = torch.isin(last, torch.tensor(model.eos_token_ids, device=last.device))
     one_each = torch.stack([x.log_prob - log_base, x.score_mask.sum(1).double(), finished.double()], 1)
     columns = gather(torch.cat([scores.features, scores.monitored, one_each], 1))
-    return x, dict(zip(names, estimate_moments(columns, torch.zeros_like(columns[:, 0])), strict=True))
+    found = dict(zip(names, estimate_moments(columns, torch.zeros_like(columns[:, 0])), strict=True))
+    contexts, log_target, log_prob = gather(x.context_id), gather(scores.log_target), gather(x.log_prob)
+    log_z = PartitionFunctions().updated(contexts, log_target, log_prob).log_z(contexts)
+    found["kl_policy"] = estimate(log_prob, log_prob, log_target, log_z).kl_policy
+    return x, found

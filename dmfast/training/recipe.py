@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..estimators import Estimate, estimate, estimate_log_z, estimate_moments
+from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moments
 from ..models import LanguageModel, Samples
 from ..targets import EBM, Contains, Moment, Scorer
 from . import report
@@ -180,10 +180,12 @@ def load(name: str, *, dtype: str = "float32", stop: str | None = None) -> Langu
         stop: every token whose text has this string ends a sequence, as EOS does.
 
     Raises:
-        RecipeError: there is no such model.
+        RecipeError: there is no such model, or dtype.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise RecipeError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     path = str(TINY_BIOS) if name == "tiny-bios" else str(Path(name).expanduser())
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path)
@@ -201,10 +203,15 @@ def _ideal(target: EBM, of_base: Samples) -> dict[str, Estimate]:
     """What a policy equal to p would show: E_p[phi] and KL(p||a), from samples of the base."""
     scores = target.score(of_base, of_base.log_prob)
     log_w = scores.log_target - of_base.log_prob
+    # one Z per context, and all contexts weigh the same, as in the fit of lambda
+    log_z = (
+        PartitionFunctions().updated(of_base.context_id, scores.log_target, of_base.log_prob).log_z(of_base.context_id)
+    )
+    log_u = torch.where(log_z == -math.inf, -math.inf, log_w - log_z)
     columns = torch.cat([scores.features, scores.monitored], 1)
     names = [*target.moment_names, *target.monitor_names]
-    ideal = {f"phi/{name}": e for name, e in zip(names, estimate_moments(columns, log_w), strict=True)}
-    kl = estimate(of_base.log_prob, of_base.log_prob, scores.log_target, estimate_log_z(log_w).value).kl_proposal
+    ideal = {f"phi/{name}": e for name, e in zip(names, estimate_moments(columns, log_u), strict=True)}
+    kl = estimate(of_base.log_prob, of_base.log_prob, scores.log_target, log_z).kl_proposal
     if target.report is not None and target.moment_names:  # lambda was fitted on more samples
         kl = target.report.kl
         for name, moment in zip(target.moment_names, target.describe()["moments"], strict=True):

@@ -119,7 +119,12 @@ def table(log: Mapping[str, Any]) -> Any:
     table = Table(title="mean ± standard error, on fresh samples of the model itself")
     for column in ("", "before", "after", "target p"):
         table.add_column(column)
-    titles = {"kl_policy_base": "KL(π‖a), nats", "length": "tokens", "finished": "ended in EOS"}
+    titles = {
+        "kl_policy_base": "KL(π‖a), nats",
+        "kl_policy": "KL(p‖π), nats",
+        "length": "tokens",
+        "finished": "ended in EOS",
+    }
     for name, before in log["before"].items():
         wanted = log["ideal"].get(name)
         title = f"E[{name[4:]}]" if name.startswith("phi/") else titles[name]

@@ -15,7 +15,10 @@ taken within a step, or an error in one, finds everything as the step before lef
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,14 +36,16 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
 )
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..estimators import PartitionFunction, PartitionFunctions, RunningEstimates
 from ..kernels.result import DMLossOutput
 from ..models import LanguageModel, Samples
-from ..objectives import TARGET_OBJECTIVES, Objective, Terms, weigh
+from ..objectives import TARGET_OBJECTIVES, Objective, Terms, leave_one_out_baseline, weigh
 from ..proposal import OfflineProposal
 from ..targets import EBM
+from ..targets.constraints import as_feature
 from . import checkpoint
 from .callbacks import Interrupt, LogLine, Progress, StepEnd
 from .card import model_card
@@ -64,7 +69,8 @@ class _Running:
     scale: PartitionFunction  # the running mean of P, whose log is c of reinforce_p
     returns: tuple[float, int]  # sum and number of rho*r, for baseline="mean"
     zero_steps: int  # steps in a row without a sequence of P > 0
-    steps: int
+    steps: int  # taken by this trainer, over all of its calls of train()
+    lambda_: list[float]  # that P is meant with
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +163,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 f"base {base.vocab_size}: they don't belong together"
             )
         _warn_of_generation_config(model)
-        self.target, self.reward = target, reward
+        self.target, self.reward = target, None if reward is None else as_feature(reward, "reward")
         self._contexts = Contexts(train_dataset)
         self._has_prompts = train_dataset is not None
         self._eval_contexts = self._contexts if eval_dataset is None else Contexts(eval_dataset)
@@ -170,16 +176,20 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 stacklevel=2,
             )
         self._interrupt = Interrupt()
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=self._contexts,
-            eval_dataset=self._eval_contexts,
-            processing_class=tokenizer,
-            callbacks=[StepEnd(self._before_optimizer, self._finish_step), self._interrupt, *(callbacks or [])],
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-        )
+        jit, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False  # handled from train() to its end only
+        try:
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=self._contexts,
+                eval_dataset=self._eval_contexts,
+                processing_class=tokenizer,
+                callbacks=[StepEnd(self._before_optimizer, self._finish_step), self._interrupt, *(callbacks or [])],
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            )
+        finally:
+            args.enable_jit_checkpoint = jit
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("DMTrainer does not run under FSDP or DeepSpeed yet; use DDP (accelerate launch)")
         if args.n_gpu > 1:
@@ -188,7 +198,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 "GPU with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES"
             )
         for stock, ours in ((ProgressCallback, Progress), (PrinterCallback, LogLine)):
-            if self.pop_callback(stock) is not None:
+            for callback in [c for c in self.callback_handler.callbacks if type(c) is stock]:
+                self.callback_handler.callbacks.remove(callback)
                 self.add_callback(ours)
         base.model.to(self.args.device).requires_grad_(False)
         self.proposal: OfflineProposal[LanguageModel] | None = None
@@ -198,7 +209,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 stderrs=args.proposal_stderrs, decay=args.proposal_decay,
             )  # fmt: skip
         self._estimates = RunningEstimates(args.proposal_decay) if self.proposal is None else self.proposal.running
-        self._running = _Running(PartitionFunctions(), PartitionFunction(), (0.0, 0), 0, 0)
+        self._running = _Running(PartitionFunctions(), PartitionFunction(), (0.0, 0), 0, 0, target.lambda_.tolist())
         self._q_is_base: bool | None = None  # not known before the first step
         self._step: _Step | None = None
         self._outputs: list[DMLossOutput] = []
@@ -206,7 +217,12 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self._started = 0.0
         self._staging: str | None = None
         self._wrapped: LanguageModel | None = None
+        self._push_later = False
+        self._model_step: int | None = None  # where it is not the last one
         self.eval_samples: Samples | None = None
+        for contexts in {id(c): c for c in (self._contexts, self._eval_contexts)}.values():
+            self.policy.check_prompts([prompt for _, prompt in contexts], args.max_new_tokens)
+        self.get_train_dataloader()  # refuses now what it would refuse in train()
 
     # ---- the data
 
@@ -252,19 +268,21 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             microbatches.append({"input_ids": samples.tokens, "samples": samples, "loss_inputs": inputs})
         return microbatches, None
 
-    def _seed(self, step: int) -> int:
-        """One per step, so that a resumed run draws what an unbroken one does."""
-        return int(self.args.seed) * 1_000_003 + step
+    def _seed(self, what: str) -> int:
+        """One per step, so that a resumed run draws what an unbroken one does; and not that of anything else."""
+        return int.from_bytes(hashlib.blake2b(f"{self.args.seed} {what}".encode(), digest_size=7).digest(), "big")
 
     @torch.no_grad()
     def _draw(self, contexts: Sequence[tuple[int, Any]]) -> _Step:
         args, start = self.args, time.perf_counter()
+        if self._running.lambda_ != self.target.lambda_.tolist():
+            self._forget_target()
         model = self.policy if self.proposal is None else self.proposal.snapshot
         n = self.samples_per_context
         x = model.sample(
-            [prompt for _, prompt in contexts], n,
-            max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=self._seed(self.state.global_step),
-            batch_size=args.sampling_batch_size, first_row=args.process_index * len(contexts) * n,
+            [prompt for _, prompt in contexts], n, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+            seed=self._seed(f"step {self._running.steps}"), batch_size=args.sampling_batch_size,
+            first_row=args.process_index * len(contexts) * n,
         )  # fmt: skip
         rows = torch.tensor([row for row, _ in contexts], device=x.tokens.device)
         context = rows[x.context_id]
@@ -274,26 +292,42 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         log_base = x.log_prob if self._proposal_is_base(model, x) else None
         if log_base is None and needs_base:
             log_base = self._log_base(x)
-        scores = self.target.score(x, log_base)
+        scores = self.target.score(x, log_base, batch_size=args.sampling_batch_size)
         inputs = {"log_target": scores.log_target, "log_proposal": x.log_prob}
         if needs_base:
             inputs["log_base"] = cast(Tensor, log_base)
         if self.reward is not None:
-            inputs["reward"] = self.reward(x).to(x.log_prob)
+            inputs["reward"] = self.reward(x)
         pending = self._with_step(context, scores.log_target, x.log_prob)
         inputs["log_z"] = pending.partitions.log_z(context)
         total, count = self._running.returns
         log_scale = pending.scale.log_z
         objective = args.make_objective(total / count if count else 0.0, log_scale if math.isfinite(log_scale) else 0.0)
+        if isinstance(objective.baseline, str):  # of the whole step, however it is cut
+            inputs["baseline"] = self._leave_one_out(objective, context, inputs)
         features = torch.cat([scores.features, scores.monitored], 1)
         seconds = {"sampling": sampled - start, "scoring": time.perf_counter() - sampled}
         return _Step(x, context, features, inputs, seconds, pending, objective)
+
+    def _leave_one_out(self, objective: Objective, context: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """(N,) fp64: the baseline of this rank's sequences, over those of all ranks."""
+        terms = Terms(objective, self.args.on_policy, math.inf, **{k: self._gather(v) for k, v in inputs.items()})
+        contexts = self._gather(context)
+        whole = leave_one_out_baseline(terms, contexts, len(contexts), contexts.device)
+        first = self.args.process_index * len(context)
+        return whole[first : first + len(context)]
+
+    def _forget_target(self) -> None:
+        """After another lambda: P is another, so Z and all that was estimated under the old one is void."""
+        self._running = _Running(PartitionFunctions(), PartitionFunction(), (0.0, 0), 0, self._running.steps,
+                                 self.target.lambda_.tolist())  # fmt: skip
+        self._estimates.clear()
 
     def _log_base(self, x: Samples) -> Tensor:
         return self.target.base.log_prob(x, batch_size=self.args.sampling_batch_size)
 
     def _proposal_is_base(self, model: LanguageModel, x: Samples) -> bool:
-        """Whether q still is a, so that log a(x) = log q(x): found out once, by whether both score alike to the bit."""
+        """Whether q still is a, so that log a(x) = log q(x): found out once, by whether both score alike to a bit."""
         if self.proposal is None or self.proposal.swaps:
             return False
         if self._q_is_base is None:
@@ -331,14 +365,16 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """The fused loss of one microbatch, divided by the sequences of the whole step."""
         assert self._step is not None
+        objective, values = self._step.objective, dict(inputs["loss_inputs"])
+        if "baseline" in values:
+            objective = replace(objective, baseline=values.pop("baseline"))
         out = self._policy_around(model).loss(
             inputs["samples"],
-            objective=self._step.objective,
+            objective=objective,
             on_policy=self.args.on_policy,
             max_weight=self.args.max_weight,
-            context_id=inputs["samples"].context_id,
             num_sequences=len(self._step.samples),  # DDP averages over ranks
-            **inputs["loss_inputs"],
+            **values,
         )
         self._outputs.append(out)
         return (out.loss, out) if return_outputs else out.loss
@@ -362,11 +398,15 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         """Commits what the step adds: Z, the mean return, the estimates; then asks whether q <- pi."""
         step, outputs = self._step, self._outputs
         assert step is not None
+        self._interrupt.agreed = bool(
+            self._gather(torch.tensor([self._interrupt.asked], device=self.args.device)).any()
+        )
         out = _whole_step(outputs, self._gather)
         self._running = step.pending
         if self.args.baseline == "mean":
             terms = Terms(
-                replace(step.objective, baseline=None), self.args.on_policy, math.inf, log_proposal=out.log_proposal,
+                replace(step.objective, baseline=None, normalize=True), self.args.on_policy, math.inf,
+                log_proposal=out.log_proposal,
                 log_target=out.log_target, log_z=out.log_z, log_prob=out.log_prob,
                 **{name: self._gather(step.inputs[name]) for name in ("reward", "log_base") if name in step.inputs},
             )  # fmt: skip
@@ -381,6 +421,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             now = self.proposal.running.estimates()
             swapped = self.proposal.maybe_update(self._verdict_of_rank_0)
         self._warn_of_zero(len(out.log_prob))
+        if self.args.logging_strategy == "no":
+            self._metrics = []
         self._metrics.append(self._metrics_of(step, out, now.as_dict(), swapped))
         self._step, self._outputs = None, []
 
@@ -419,6 +461,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         if self.args.baseline == "mean":
             total, count = self._running.returns
             metrics["baseline"] = total / max(count, 1)
+        if "reward" in step.inputs:
+            metrics["reward"] = float(self._gather(step.inputs["reward"]).mean())
         if self.args.objective == "reinforce_p":
             metrics["log_scale"] = step.objective.log_scale or 0.0
         return metrics | {f"seconds_{what}": seconds for what, seconds in step.seconds.items()}
@@ -443,11 +487,12 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """transformers' log with the metrics of the steps since the last one: means of what varies, else the last."""
         if "loss" in logs and self._metrics:
-            means = ("phi/", "weight_", "seconds_", "length", "ess")
+            means = ("phi/", "weight_", "seconds_", "length", "ess", "reward")
+            sums = ("n_clipped", "n_empty", "swapped")
             for key, last in self._metrics[-1].items():
                 values = [m[key] for m in self._metrics if key in m]
-                logs[key] = sum(values) / len(values) if key.startswith(means) else last
-            logs["swapped"] = max(m["swapped"] for m in self._metrics)
+                mean = sum(values) / len(values)
+                logs[key] = sum(values) if key in sums else mean if key.startswith(means) else last
             self._metrics = []
         super().log(logs, start_time)
 
@@ -457,7 +502,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """E_pi[phi] and KL(pi||a) with standard errors, from ``args.eval_samples`` fresh sequences of pi itself.
+        """E_pi[phi], KL(pi||a) and KL(p||pi) with standard errors, on ``args.eval_samples`` fresh sequences of pi.
 
         The same random numbers at every evaluation, so that two differ by what the policy has learned.
 
@@ -466,8 +511,9 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             metric_key_prefix: of the names of the metrics.
 
         Returns:
-            ``eval_phi/<feature>``, ``eval_kl_policy_base`` (nats), each with ``_stderr``, ``eval_length`` (tokens),
-            ``eval_finished`` (share that ended in EOS), ``eval_runtime`` (seconds).
+            ``eval_phi/<feature>``, ``eval_kl_policy_base`` (KL(pi||a), nats) and ``eval_kl_policy`` (KL(p||pi), nats,
+            by importance weights), each with ``_stderr``; ``eval_length`` (tokens), ``eval_finished`` (share that ended
+            in EOS), ``eval_runtime`` (seconds).
         """
         start, args = time.perf_counter(), self.args
         contexts = self._eval_contexts if eval_dataset is None else Contexts(eval_dataset)
@@ -478,7 +524,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         with self.accelerator.autocast():
             self.eval_samples, estimates = evaluate(
                 self.policy, self.target, prompts, mine, max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature, seed=self._seed(-1),
+                temperature=args.temperature, seed=self._seed("evaluation"),
                 batch_size=args.sampling_batch_size or args.per_device_train_batch_size,
                 first_row=args.process_index * mine * some, gather=self._gather,
             )  # fmt: skip
@@ -510,11 +556,32 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = str(checkpoint.to_resume(resume_from_checkpoint, Path(self.args.output_dir)))
+        self._metrics, self._model_step = [], None
+        jit = self._install_jit()
         self._interrupt.install()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._interrupt.remove()
+            if jit is not None:
+                self.callback_handler.callbacks.remove(jit)
+                signal.signal(signal.SIGTERM, jit.jit_manager._original_sigterm_handler)
+
+    def _install_jit(self) -> Any:
+        """transformers' checkpoint at SIGTERM, which its constructor would install for good, and in any thread."""
+        if not self.args.enable_jit_checkpoint:
+            return None
+        if threading.current_thread() is not threading.main_thread():
+            warnings.warn("enable_jit_checkpoint has no effect outside the main thread", stacklevel=3)
+            return None
+        jit = JITCheckpointCallback()
+        jit.set_trainer(self)
+        self.add_callback(jit)
+        return jit
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._model_step = self.state.best_global_step
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or cast(str, super()._get_output_dir(trial))
@@ -534,16 +601,24 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 self.state.best_model_checkpoint = str(folder) if folder.is_dir() or folder.name == name else None
             if writes:
                 self.state.save_to_json(str(staging / name / "trainer_state.json"))
-                checkpoint.save_state(self.state_dict(), staging / name)
+                if not self.args.save_only_model:
+                    checkpoint.save_state(self.state_dict(), staging / name)
+        if self._push_later:
+            self._push_later = False
+            super()._push_from_checkpoint(str(run_dir / name))
         if writes:
             rotate_checkpoints(
                 output_dir=str(run_dir), save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True,
             )  # fmt: skip
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._push_later = True  # it is not in its place yet
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # ours first: it refuses what does not fit before anything has changed
         self.load_state_dict(checkpoint.load_state(Path(resume_from_checkpoint), self.args.device))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def state_dict(self) -> dict[str, Any]:
         """What dmfast adds to a checkpoint: proposal, Z, lambda, estimators, running values."""
@@ -557,6 +632,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             "returns": running.returns,
             "zero_steps": running.zero_steps,
             "steps": running.steps,
+            "contexts": self._contexts.digest,
             "q_is_base": self._q_is_base,
         }
 
@@ -564,27 +640,45 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         """Goes on where ``state_dict`` was taken.
 
         Raises:
-            ValueError: it is that of an on-policy run, or of an offline one, and this is not.
+            ValueError: it is that of an on-policy run, or of an offline one, and this is not; of another target.
+            RuntimeError: of another model. Nothing has changed then.
         """
         if (state["proposal"] is None) != (self.proposal is None):
             raise ValueError("of the checkpoint and this run one is on-policy and one is not; set on_policy alike")
-        self.target.load_state_dict(state["target"])
+        copy.copy(self.target).load_state_dict(state["target"])  # raises where it does not fit
         if self.proposal is not None:
             self.proposal.load_state_dict(state["proposal"])
+            self._estimates = self.proposal.running
         else:
             self._estimates.load_state_dict(state["estimates"])
+        self._estimates.decay = self.args.proposal_decay
+        self.target.load_state_dict(state["target"])
         partitions, scale = PartitionFunctions(), PartitionFunction()
-        partitions.load_state_dict(state["partitions"])
+        if state["contexts"] == self._contexts.digest:
+            partitions.load_state_dict(state["partitions"])
+        else:
+            warnings.warn("the checkpoint is of a run on other prompts: Z of each context starts anew", stacklevel=2)
         scale.load_state_dict(state["scale"])
         total, count = state["returns"]
-        self._running = _Running(partitions, scale, (total, count), int(state["zero_steps"]), int(state["steps"]))
+        self._running = _Running(partitions, scale, (total, count), int(state["zero_steps"]), int(state["steps"]),
+                                 self.target.lambda_.tolist())  # fmt: skip
         self._q_is_base = state["q_is_base"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        config = getattr(self.model, "generation_config", None)
+        if config is not None and len(self.policy.eos_token_ids) > 1:
+            config.eos_token_id = self.policy.eos_token_ids  # generate() is to end where training did
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            folder = Path(self.args.output_dir if output_dir is None else output_dir)
-            (folder / "README.md").write_text(model_card(self), encoding="utf-8")
+            self._write_card(Path(self.args.output_dir if output_dir is None else output_dir))
+
+    def _write_card(self, folder: Path) -> None:
+        (folder / "README.md").write_text(model_card(self), encoding="utf-8")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the card of ``save_model`` into ``args.output_dir``."""
+        if self.is_world_process_zero():
+            self._write_card(Path(self.args.output_dir))
 
 
 def _ess(log_u: Tensor) -> float:
@@ -625,6 +719,12 @@ def _refuse_arguments(args: DMConfig) -> None:
     for name, found in refused.items():
         if found:
             raise ValueError(f"DMTrainer refuses {name}={getattr(args, name)!r}: {why[name]}")
+    picks = args.load_best_model_at_end or args.save_strategy == "best"
+    if picks and args.metric_for_best_model in (None, "loss", "eval_loss"):
+        raise ValueError(
+            "load_best_model_at_end and save_strategy='best' need metric_for_best_model, one of what evaluate() gives: "
+            f"kl_policy, kl_policy_base, phi/<feature>; got {args.metric_for_best_model!r}. An evaluation has no loss"
+        )
 
 
 def _warn_of_generation_config(model: nn.Module) -> None:
