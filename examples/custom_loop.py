@@ -54,11 +54,9 @@ def train(
         z.update(log_target, x.log_prob)
         scored = time.perf_counter()
 
-        logits, labels = policy.logits(x)
-        out = dmfast.dm_loss(
-            logits, labels, log_target=log_target, log_proposal=x.log_prob, log_z=z.log_z, objective=objective,
-            inplace=True,
-        )  # fmt: skip
+        out = policy.loss(  # linear_dm_loss on the hidden states: logits never exist at once
+            x, log_target=log_target, log_proposal=x.log_prob, log_z=z.log_z, objective=objective
+        )
         optimizer.zero_grad()
         out.loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

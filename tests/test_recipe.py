@@ -60,7 +60,14 @@ def test_a_recipe_from_the_wish_to_the_report(tmp_path, capsys):
     rate = log["target"]["fit"]["base"][0]["value"]
     kl = 0.5 * math.log(0.5 / rate) + 0.5 * math.log(0.5 / (1 - rate))
     assert log["ideal"]["kl_policy_base"]["value"] == pytest.approx(kl)
-    assert set(log["after"]) == {"phi/women", 'phi/contains "amazing"', "kl_policy_base", "length", "finished"}
+    assert set(log["after"]) == {
+        "phi/women",
+        'phi/contains "amazing"',
+        "kl_policy_base",
+        "kl_policy",
+        "length",
+        "finished",
+    }
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     for part in ("E[women]", "KL(π‖a), nats", "before", "after", "converged", "swaps of q"):
         assert part in printed, part

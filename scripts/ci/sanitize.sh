@@ -12,4 +12,4 @@ cd tests
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$out/lib" DMFAST_EXPECT_INSTRUCTION_SET=baseline
 "$python" -c 'import dmfast; print(dmfast.__file__, dmfast.backends()["cpu"].detail)'
-"$python" -m pytest -p no:cacheprovider test_kernels.py test_errors.py test_sample.py test_linear.py
+"$python" -m pytest -p no:cacheprovider test_kernels.py test_errors.py test_sample.py test_linear.py -k "not million and not under_compile"

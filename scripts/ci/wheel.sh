@@ -14,4 +14,4 @@ echo "wheel: $(ls "$out/dist") in $(($(date +%s) - start)) s, without torch: $("
 cp -r tests "$out/tests"
 cd "$out/tests"
 PYTHONPATH="$out/site" "$python" -c "import dmfast; assert dmfast.__file__.startswith('$out/site'), dmfast.__file__"
-PYTHONPATH="$out/site" "$python" -m pytest -p no:cacheprovider --rootdir "$out/tests" -q test_errors.py test_models.py test_proposal.py
+PYTHONPATH="$out/site" "$python" -m pytest -p no:cacheprovider --rootdir "$out/tests" -q test_errors.py test_models.py test_proposal.py test_recipe.py
