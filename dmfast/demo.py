@@ -47,7 +47,7 @@ def console() -> Any:
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``dmfast demo``."""
-    parser.add_argument("--steps", type=int, default=70)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=2048, help="fresh samples before and after")
     parser.add_argument("--out", type=Path, default=Path("demo"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +22,9 @@ _SETTINGS = (
 
 
 def _base_name(trainer: DMTrainer) -> str | None:
-    name = getattr(trainer.target.base.model.config, "name_or_path", "")
-    return name or None
+    """A name on the hub, or the last part of a local folder, whose path is nobody else's business."""
+    name = str(getattr(trainer.target.base.model.config, "name_or_path", ""))
+    return (Path(name).name if Path(name).exists() else name) or None
 
 
 def model_card(trainer: DMTrainer) -> str:
@@ -32,8 +34,11 @@ def model_card(trainer: DMTrainer) -> str:
     args, base = trainer.args, _base_name(trainer)
     step = trainer.state.global_step if trainer._model_step is None else trainer._model_step
     is_peft = hasattr(trainer.model, "peft_config")
+    target, fit = trainer.target.describe(), trainer.target.report
+    del target["fit"]
+    target["base"] = base
     header = ["---", f"library_name: {'peft' if is_peft else 'transformers'}", "tags: [dmfast, distribution-matching]"]
-    if base:
+    if base and "/" in base:
         header.insert(1, f"base_model: {json.dumps(base)}")
     settings = {name: getattr(args, name) for name in _SETTINGS} | {"eos_token_id": trainer.policy.eos_token_ids}
     lines = [
@@ -44,7 +49,8 @@ def model_card(trainer: DMTrainer) -> str:
         f"dmfast {__version__}, transformers {transformers.__version__}, torch {torch.__version__}; "
         f"{step} optimiser steps of "
         f"{args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size} sequences.", "",
-        "## Target", "", "```json", json.dumps(trainer.target.describe(), indent=1, ensure_ascii=False), "```", "",
+        "## Target", "", "```json", json.dumps(target, indent=1, ensure_ascii=False), "```", "",
+        *([] if fit is None else ["How λ was found:", "", "```text", str(fit), "```", ""]),
         "## Settings", "", "| setting | value |", "|---|---|",
         *(f"| {name} | {getattr(value, 'value', value)} |" for name, value in settings.items() if value is not None),
     ]  # fmt: skip
