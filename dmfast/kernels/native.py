@@ -19,7 +19,7 @@ _C: ModuleType | None
 _IMPORT_ERROR: str | None = None
 try:
     # after torch, so that the extension runs on the OpenMP that torch has loaded
-    from .. import _C  # type: ignore[attr-defined, no-redef]
+    from .. import _C  # type: ignore[no-redef]
 except ImportError as error:
     _C = None
     _IMPORT_ERROR = str(error)
