@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import dmfast
-from dmfast.demo import machine
+from dmfast.training.report import machine
 
 
 class Bare(torch.autograd.Function):
