@@ -52,15 +52,13 @@ def _for_json(value: Any) -> Any:
 
 
 def plot(
-    history: Sequence[Mapping[str, float]], path: Path, title: str, *, wanted: Mapping[str, float] | None = None,
-    log_z: float | None = None,
-) -> None:  # fmt: skip
+    history: Sequence[Mapping[str, float]], path: Path, title: str, *, wanted: Mapping[str, float] | None = None
+) -> None:
     """E[phi] under q (dots: under pi), the divergences from p with the swaps of q, Z and ESS over steps.
 
     Args:
         history: the logs of the run in order (``trainer.state.log_history``), steps and evaluations.
         wanted: the moments of the target by feature, drawn in.
-        log_z: log Z, if it is known.
     """
     import matplotlib as mpl
 
@@ -95,8 +93,6 @@ def plot(
     line(divergences, "kl_policy", "KL(p‖π)", "C0")
     line(divergences, "kl_proposal", "KL(p‖q)", "C1")
     line(partition, "log_z", "running", "C0")
-    if log_z is not None:
-        partition.axhline(log_z, color="black", linewidth=0.8, linestyle="--", label="from the fit of λ")
     line(ess, "ess", "sequences", "C0")
     titles = ("E[φ]", "divergence from the target p (nats)", "log Z", "effective sample size of a step")
     for axis, name in zip(axes.flat, titles, strict=True):

@@ -39,7 +39,7 @@ from transformers import (
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..estimators import PartitionFunction, PartitionFunctions, RunningEstimates
+from ..estimators import PartitionFunction, PartitionFunctions, RunningEstimates, effective_sample_size
 from ..kernels.result import DMLossOutput
 from ..models import LanguageModel, Samples
 from ..objectives import TARGET_OBJECTIVES, Objective, Terms, leave_one_out_baseline, weigh
@@ -412,14 +412,12 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             )  # fmt: skip
             returns, (total, count) = weigh(terms), self._running.returns
             self._running.returns = (total + float(returns.sum()), count + len(returns))
-        swapped = False
         if self.proposal is None:
             self._estimates.update(out)
-            now = self._estimates.estimates()
         else:
-            self.proposal.update(out)
-            now = self.proposal.running.estimates()
-            swapped = self.proposal.maybe_update(self._verdict_of_rank_0)
+            self.proposal.update(out)  # into the same estimates
+        now = self._estimates.estimates()
+        swapped = self.proposal is not None and self.proposal.maybe_update(self._verdict_of_rank_0)
         self._warn_of_zero(len(out.log_prob))
         if self.args.logging_strategy == "no":
             self._metrics = []
@@ -447,7 +445,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         metrics |= window | {
             "log_z": log_z,
             "z": math.exp(log_z) if log_z < 700 else math.inf,
-            "ess": _ess(log_u),
+            "ess": effective_sample_size(log_u).value,
             "swaps": float(self.proposal.swaps) if self.proposal else 0.0,
             "swapped": float(swapped),
             "weight_mean": float(weights.mean()),
@@ -679,13 +677,6 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         """Writes the card of ``save_model`` into ``args.output_dir``."""
         if self.is_world_process_zero():
             self._write_card(Path(self.args.output_dir))
-
-
-def _ess(log_u: Tensor) -> float:
-    """Effective sequences of a step."""
-    if bool((log_u == -math.inf).all()):
-        return 0.0
-    return float((2 * log_u.logsumexp(0) - (2 * log_u).logsumexp(0)).exp())
 
 
 def _whole_step(outputs: Sequence[DMLossOutput], gather: Callable[[Tensor], Tensor]) -> DMLossOutput:
