@@ -628,8 +628,26 @@ def test_a_sequence_of_1024_tokens(dtype: torch.dtype) -> None:
         lambda s: -100 + 0.5 * torch.randn(s).abs(),
         lambda s: -torch.log(torch.arange(1, s[-1] + 1.0)) + 0.01 * torch.randn(s),
         lambda s: torch.full(s, -8.0).index_fill_(-1, torch.tensor(s[-1] // 2), 9.0) + 0.1 * torch.randn(s),
+        # the reference rises in every block; in one block only, far from where it was
+        lambda s: torch.linspace(-90, 90, s[-1]) + 0.1 * torch.randn(s),
+        lambda s: torch.where(torch.arange(s[-1]) < s[-1] - 3, -60.0, 8.0) + torch.randn(s),
+        # a term that dominates a block beside a sum that dominates it, and thousands too small for fp32 beside either
+        lambda s: torch.where(torch.arange(s[-1]) % 500 == 7, 0.0, -16.5) + 0.1 * torch.randn(s),
     ],
-    ids=["randn/10", "randn", "10randn", "30randn", "uniform", "high", "low", "Zipf", "peaked"],
+    ids=[
+        "randn/10",
+        "randn",
+        "10randn",
+        "30randn",
+        "uniform",
+        "high",
+        "low",
+        "Zipf",
+        "peaked",
+        "rising",
+        "late",
+        "spiky",
+    ],
 )
 def test_log_sum_exp(values: Callable[[tuple[int, ...]], Tensor], v: int, dtype: torch.dtype) -> None:
     case = make_case("contiguous", dtype, v, b=4, t=max(16, min(500, 400_000 // v)), values=values, unscored="none")

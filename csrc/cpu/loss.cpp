@@ -1,7 +1,10 @@
 #include "loss.h"
 
+#include <omp.h>
+
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace dmf {
@@ -34,23 +37,22 @@ struct RowValues {
   RowValues(const Batch& b, const Outputs& out) : log_prob(b.rows), entropy(out.entropy ? b.rows : 0) {}
 };
 
-int64_t score_row(const Batch& b, const RowKernels& k, const Outputs& out, RowValues& rows, int64_t row) {
-  const int64_t label = b.labels[row];
-  RowSum sum{0, 0, 0};
-  double log_prob = 0;
-  int64_t fault = kNoFault;
-  if (label >= 0) {
-    k.forward(b.logits + b.offset(row) * k.itemsize, label, b.options, out.entropy != nullptr, sum);
-    log_prob = sum.label - sum.lse;
-    if (std::isnan(sum.lse) || sum.lse == INFINITY)
-      fault = row * 4 + static_cast<int64_t>(Fault::bad_row);
-    else if (!(log_prob > -INFINITY))
-      fault = row * 4 + static_cast<int64_t>(Fault::label);
-  }
+// Takes a scored row's results; those of a row that is not scored are 0.
+int64_t keep_row(const Outputs& out, RowValues& rows, int64_t row, const RowSum& sum) {
+  const double log_prob = sum.label - sum.lse;
   out.lse[row] = sum.lse;
   rows.log_prob[row] = log_prob;
   if (out.entropy) rows.entropy[row] = sum.entropy;
-  return fault;
+  if (std::isnan(sum.lse) || sum.lse == INFINITY) return row * 4 + static_cast<int64_t>(Fault::bad_row);
+  if (!(log_prob > -INFINITY)) return row * 4 + static_cast<int64_t>(Fault::label);
+  return kNoFault;
+}
+
+int64_t score_row(const Batch& b, const RowKernels& k, const Outputs& out, RowValues& rows, int64_t row) {
+  const int64_t label = b.labels[row];
+  RowSum sum{0, 0, 0};
+  if (label >= 0) k.forward(b.logits + b.offset(row) * k.itemsize, label, b.options, out.entropy != nullptr, sum);
+  return keep_row(out, rows, row, sum);
 }
 
 void write_row(const Batch& b, const RowKernels& k, int64_t row, double lse, double weight, const Gradient& g) {
@@ -155,10 +157,20 @@ Status forward_backward(const Batch& b, const Terms& t, const Outputs& out, bool
   const Status weights = form_weights(b, t, out, false);
   if (weights.fault != Fault::none) return weights;
   RowValues rows(b, out);
+  const int64_t size = scratch_size(b.options);
+  const std::unique_ptr<double[]> scratch(new double[size * b.threads]);  // a thread touches its own part only
   const int64_t fault = for_rows(b, [&](int64_t row, int64_t sequence) {
-    const int64_t f = score_row(b, k, out, rows, row);
-    if (f == kNoFault) write_row(b, k, row, out.lse[row], out.weight[sequence] * factor, g);
-    return f;
+    const double weight = out.weight[sequence] * factor;
+    const int64_t label = b.labels[row];
+    if (label < 0 || weight == 0.0) {
+      const int64_t f = score_row(b, k, out, rows, row);
+      if (f == kNoFault) write_row(b, k, row, 0.0, 0.0, g);
+      return f;
+    }
+    RowSum sum;
+    k.both(b.logits + b.offset(row) * k.itemsize, g.data + g.offset(b, row) * k.itemsize, label, weight, b.options,
+           out.entropy != nullptr, scratch.get() + size * omp_get_thread_num(), sum);
+    return keep_row(out, rows, row, sum);
   });
   if (fault != kNoFault) return status(fault);
   sum_rows(b, rows, out);

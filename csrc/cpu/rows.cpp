@@ -7,61 +7,111 @@
 // backward reads every logit once and writes its gradient once, in place if asked: softmax is formed
 // anew from the stored log-sum-exp, because exp costs less than reading a stored softmax.
 //
-// The sum runs in blocks (scan.h). Terms are fp32, their sums fp64: in an fp32 sum the thousands of small terms beside
-// a dominating one are lost (1e-6 nats a row, all in one direction), and with them the digits of 1 - p, the gradient of
-// the label where p is near 1. It costs about a tenth of the time.
+// both is the two for a weight that is known before: one read and one write per logit. The terms of the sum stay in
+// the second-level cache until the sum is known, and are then only scaled: one exp per logit.
+//
+// Terms are fp32, their sums fp64: in an fp32 sum the thousands of small terms beside a dominating one are lost (1e-6
+// nats a row, all in one direction), and with them the digits of 1 - p, the gradient of the label where p is near 1.
+// Blocks whose terms are small beside the sum so far are added by fours in fp32 first (scan.h), where nothing is lost.
 //
 // This file is compiled once per instruction set (target_clones), chosen when the program runs. It holds
 // kernels only: a global constructor compiled for AVX-512 would kill an AVX2 machine at load.
 #include "rows.h"
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstring>
 
 #include "scan.h"
 
 namespace dmf {
 namespace {
 
-// sum of e^(d nat), and of e^(d nat) d for the entropy, d = cap(z) - reference in units of which nat is in nats
-template <bool Entropy>
-struct RowTotal {
-  const Slope slope;
-  const double nat;
-  double reference = -INFINITY, sum = 0, moment = 0;
+// The sum alone; with Entropy also the sum of e^(scale d) d, where d = cap(z) - reference.
+template <class T, bool Cap, bool Entropy>
+struct Summed {
+  const T* z;
+  const RowOptions& o;
+  double moment = 0;
+  float* buffer;
 
-  explicit RowTotal(const RowOptions& o) : slope(o.scale * kLog2e), nat(o.scale) {}
-
-  DMF_INLINE void rise(double grown) {
-    if (sum > 0) {
-      const double delta = reference - grown, factor = exp(delta * nat);
-      moment = factor * (moment + delta * sum);
-      sum *= factor;
-    }
-    reference = grown;
+  Summed(const T* row, const RowOptions& options, float* memory) : z(row), o(options), buffer(memory) {}
+  DMF_INLINE float* terms(int64_t) { return buffer; }
+  DMF_INLINE void nothing(int64_t, int64_t) {}
+  DMF_INLINE void rise(double by, double sum) {
+    if (Entropy && sum > 0) moment = exp(-by * o.scale) * (moment - by * sum);
   }
+  DMF_INLINE void add(int64_t first, int64_t n, const float* e, double, double reference) {
+    if (!Entropy) return;
+    float d[kBlock];
+    if (Cap)
+      capped_of(z + first, n, reference, o, d);
+    else
+      for (int64_t i = 0; i < n; ++i) d[i] = to_float(z[first + i]) - static_cast<float>(reference);
+    double m = 0;
+#pragma omp simd reduction(+ : m)
+    for (int64_t i = 0; i < n; ++i) m += e[i] == 0.0f ? 0.0f : e[i] * d[i];  // 0 * -inf = 0
+    moment += m;
+  }
+};
 
-  DMF_INLINE void add(const Block& block, int64_t) {
-    double s = 0, m = 0;
-#pragma omp simd reduction(+ : s, m)
-    for (int64_t i = 0; i < block.n; ++i) {
-      const float d = block.x[i] - block.shift;
-      const float e = exp2_of(d, slope);
-      s += e;
-      if (Entropy) m += e == 0.0f ? 0.0f : e * d;
-    }
-    sum += s;
-    if (Entropy) moment += m;
+// The terms of the whole row, in scratch; in fp32 where the gradient goes, which may be the row itself: a block is
+// copied there once it is done with.
+template <class T>
+struct Kept {
+  static constexpr bool kInGradient = sizeof(T) == sizeof(float);
+  float *kept, *buffer;
+  double* references;  // one per block
+
+  DMF_INLINE float* terms(int64_t first) { return kInGradient ? buffer : kept + first; }
+  DMF_INLINE void nothing(int64_t first, int64_t n) {
+    std::fill_n(kept + first, n, 0.0f);
+    references[first / kBlock] = -INFINITY;
+  }
+  DMF_INLINE void rise(double, double) {}
+  DMF_INLINE void add(int64_t first, int64_t n, const float* e, double, double reference) {
+    if (kInGradient) std::memcpy(kept + first, e, static_cast<size_t>(n) * sizeof(float));
+    references[first / kBlock] = reference;
   }
 };
 
 template <class T, bool Cap, bool Entropy>
 DMF_INLINE void forward_row(const T* z, int64_t label, const RowOptions& o, RowSum& out) {
-  RowTotal<Entropy> total(o);
-  if (!scan_row<T, Cap>(z, o, total)) total.sum = NAN;
-  out.lse = total.nat * total.reference + log(total.sum);  // a row of nothing but -inf: -inf
+  float buffer[kBlock];
+  Summed<T, Cap, Entropy> sink(z, o, buffer);
+  const RowTotal total = scan_row<T, Cap>(z, o, sink);
+  out.lse = total.lse(o);
   out.label = scaled<Cap>(to_float(z[label]), o);
-  if (Entropy) out.entropy = log(total.sum) - total.nat * total.moment / total.sum;
+  if (Entropy) out.entropy = log(total.sum) - o.scale * sink.moment / total.sum;
+}
+
+// dz[label], without cancellation where p is near 1: 1 - p in one expm1.
+template <bool Cap>
+DMF_INLINE double at_label(double y, double full, double lse, const RowOptions& o) {
+  const double t = Cap ? tanh_of(y * (1.0 / o.softcap)) : 0.0;
+  return full * (1.0 - t * t) * expm1(o.scale * (Cap ? o.softcap * t : y) - lse);
+}
+
+// Without softcap and for weights within fp32.
+template <class T>
+DMF_INLINE void both_row(const T* z, T* dz, int64_t label, double weight, const RowOptions& o, double* scratch,
+                         RowSum& out) {
+  float buffer[kBlock];
+  float* kept = reinterpret_cast<float*>(Kept<T>::kInGradient ? static_cast<void*>(dz) : scratch + n_blocks(o));
+  Kept<T> sink{kept, buffer, scratch};
+  const double y = to_float(z[label]), full = weight * o.scale;
+  const RowTotal total = scan_row<T, false>(z, o, sink);
+  out.lse = total.lse(o);
+  out.label = o.scale * y;
+  if (!std::isfinite(out.label - out.lse)) return;
+  for (int64_t first = 0; first < o.vocab; first += kBlock) {
+    const float factor = static_cast<float>(full * exp(o.scale * scratch[first / kBlock] - out.lse));
+    const int64_t n = block_size(first, o);
+#pragma omp simd
+    for (int64_t i = first; i < first + n; ++i) from_finite(factor * kept[i], dz[i]);
+  }
+  from_float(static_cast<float>(at_label<false>(y, full, out.lse, o)), dz[label]);
 }
 
 template <class T, bool Cap>
@@ -69,10 +119,7 @@ DMF_INLINE void backward_row(const T* z, T* dz, int64_t label, double weight, do
   const Slope slope(o.scale * kLog2e);
   const double inverse_cap = Cap ? 1.0 / o.softcap : 0.0;
   const double full = weight * o.scale;
-  // read before the row is overwritten; 1 - p in one expm1, without cancellation where p is near 1
-  const double y = to_float(z[label]);
-  const double t = Cap ? tanh_of(y * inverse_cap) : 0.0;
-  const double at_label = full * (1.0 - t * t) * expm1(o.scale * (Cap ? o.softcap * t : y) - lse);
+  const double label_gradient = at_label<Cap>(to_float(z[label]), full, lse, o);  // before the row is overwritten
   if (Cap) {
     const double reference = lse / o.scale;
 #pragma omp simd
@@ -87,13 +134,13 @@ DMF_INLINE void backward_row(const T* z, T* dz, int64_t label, double weight, do
     const float factor32 = static_cast<float>(factor);
     if (std::fabs(factor) <= FLT_MAX) {
 #pragma omp simd
-      for (int64_t i = 0; i < o.vocab; ++i) from_float(factor32 * exp2_of(to_float(z[i]) - reference, slope), dz[i]);
+      for (int64_t i = 0; i < o.vocab; ++i) from_finite(factor32 * exp2_of(to_float(z[i]) - reference, slope), dz[i]);
     } else {  // a weight at the edge of fp32: most of the gradient may still fit
       for (int64_t i = 0; i < o.vocab; ++i)
         from_float(static_cast<float>(factor * exp2_of(to_float(z[i]) - reference, slope)), dz[i]);
     }
   }
-  from_float(static_cast<float>(at_label), dz[label]);
+  from_float(static_cast<float>(label_gradient), dz[label]);
 }
 
 template <class T>
@@ -114,6 +161,17 @@ DMF_INLINE void backward_any(const void* z, void* dz, int64_t label, double weig
 }
 
 template <class T>
+DMF_INLINE void both_any(const void* z, void* dz, int64_t label, double weight, const RowOptions& o, bool entropy,
+                         double* scratch, RowSum& out) {
+  if (o.softcap == 0 && !entropy && std::fabs(weight * o.scale) <= FLT_MAX) {
+    both_row<T>(static_cast<const T*>(z), static_cast<T*>(dz), label, weight, o, scratch, out);
+    return;
+  }
+  forward_any<T>(z, label, o, entropy, out);
+  if (std::isfinite(out.label - out.lse)) backward_any<T>(z, dz, label, weight, out.lse, o);
+}
+
+template <class T>
 DMF_INLINE void scale_any(void* dz, int64_t vocab, float factor) {
   T* row = static_cast<T*>(dz);
 #pragma omp simd
@@ -122,7 +180,7 @@ DMF_INLINE void scale_any(void* dz, int64_t vocab, float factor) {
 
 }  // namespace
 
-// target_clones takes no templates, hence the nine functions.
+// target_clones takes no templates, hence the twelve functions.
 #define DMF_ROWS(T, NAME)                                                                                            \
   DMF_CLONES void forward_##NAME(const void* z, int64_t label, const RowOptions& o, bool entropy, RowSum& out) {     \
     forward_any<T>(z, label, o, entropy, out);                                                                       \
@@ -130,17 +188,23 @@ DMF_INLINE void scale_any(void* dz, int64_t vocab, float factor) {
   DMF_CLONES void backward_##NAME(const void* z, void* dz, int64_t label, double w, double l, const RowOptions& o) { \
     backward_any<T>(z, dz, label, w, l, o);                                                                          \
   }                                                                                                                  \
+  DMF_CLONES void both_##NAME(const void* z, void* dz, int64_t label, double w, const RowOptions& o, bool entropy,   \
+                              double* scratch, RowSum& out) {                                                        \
+    both_any<T>(z, dz, label, w, o, entropy, scratch, out);                                                          \
+  }                                                                                                                  \
   DMF_CLONES void scale_##NAME(void* dz, int64_t vocab, float factor) { scale_any<T>(dz, vocab, factor); }
 
 DMF_ROWS(float, f32)
 DMF_ROWS(bf16, bf16)
 DMF_ROWS(fp16, f16)
 
+int64_t scratch_size(const RowOptions& o) { return n_blocks(o) + (o.vocab + 1) / 2; }
+
 const RowKernels& row_kernels(DType dtype) {
   static const RowKernels kernels[] = {
-      {forward_f32, backward_f32, scale_f32, 4},
-      {forward_bf16, backward_bf16, scale_bf16, 2},
-      {forward_f16, backward_f16, scale_f16, 2},
+      {forward_f32, backward_f32, both_f32, scale_f32, 4},
+      {forward_bf16, backward_bf16, both_bf16, scale_bf16, 2},
+      {forward_f16, backward_f16, both_f16, scale_f16, 2},
   };
   return kernels[static_cast<int>(dtype)];
 }

@@ -19,11 +19,16 @@ struct RowSum {
   double entropy;  // -sum p log p, nats
 };
 
-// Reads the row once (512 logits at a time, a second time from the first-level cache).
+// Reads the row once.
 using ForwardRow = void (*)(const void* z, int64_t label, const RowOptions&, bool entropy, RowSum&);
 
 // dz[v] = weight * scale * cap'(z[v]) * (softmax[v] - (v == label)), rounded to the row's dtype. dz may be z.
 using BackwardRow = void (*)(const void* z, void* dz, int64_t label, double weight, double lse, const RowOptions&);
+
+// Both, for a weight that is known before: forward's terms are kept in scratch and only scaled. Where
+// out.label - out.lse is not finite, dz is undefined.
+using BothRow = void (*)(const void* z, void* dz, int64_t label, double weight, const RowOptions&, bool entropy,
+                         double* scratch, RowSum& out);
 
 // dz[v] *= factor
 using ScaleRow = void (*)(void* dz, int64_t vocab, float factor);
@@ -31,9 +36,13 @@ using ScaleRow = void (*)(void* dz, int64_t vocab, float factor);
 struct RowKernels {
   ForwardRow forward;
   BackwardRow backward;
+  BothRow both;
   ScaleRow scale;
   int64_t itemsize;
 };
+
+// How many doubles of scratch a row of BothRow takes.
+int64_t scratch_size(const RowOptions&);
 
 const RowKernels& row_kernels(DType dtype);
 

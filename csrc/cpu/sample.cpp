@@ -26,16 +26,13 @@ struct BlockSum {
 };
 
 struct BlockSums {
-  const Slope slope;
   BlockSum* blocks;
-  double reference = -INFINITY;
-
-  DMF_INLINE void rise(double grown) { reference = grown; }
-  DMF_INLINE void add(const Block& block, int64_t first) {
-    double s = 0;
-#pragma omp simd reduction(+ : s)
-    for (int64_t i = 0; i < block.n; ++i) s += exp2_of(block.x[i] - block.shift, slope);
-    blocks[first / kBlock] = {s, reference};
+  float buffer[kBlock];
+  DMF_INLINE float* terms(int64_t) { return buffer; }
+  DMF_INLINE void nothing(int64_t first, int64_t) { blocks[first / kBlock] = {0.0, 0.0}; }
+  DMF_INLINE void rise(double, double) {}
+  DMF_INLINE void add(int64_t first, int64_t, const float*, double sum, double reference) {
+    blocks[first / kBlock] = {sum, reference};
   }
 };
 
@@ -59,24 +56,17 @@ DMF_INLINE int64_t pick(int64_t n, double& target, Weight weight) {
 
 template <class T, bool Cap>
 DMF_INLINE void sample_row(const T* z, double uniform, const RowOptions& o, BlockSum* blocks, RowDraw& out) {
-  const int64_t n_blocks = (o.vocab + kBlock - 1) / kBlock;
-  for (int64_t i = 0; i < n_blocks; ++i) blocks[i] = {0.0, 0.0};
-  BlockSums sums{Slope(o.scale * kLog2e), blocks};
-  out = {NAN, NAN, 0};
-  if (!scan_row<T, Cap>(z, o, sums)) return;
-  const auto factor = [&](int64_t i) { return exp((blocks[i].reference - sums.reference) * o.scale); };
-  const auto weight = [&](int64_t i) { return blocks[i].sum == 0 ? 0.0 : blocks[i].sum * factor(i); };  // NaN stays
-  double total = 0;
-  for (int64_t i = 0; i < n_blocks; ++i) total += weight(i);
-  out.lse = o.scale * sums.reference + log(total);
-  double target = uniform * total;
-  const int64_t block = pick(n_blocks, target, weight), first = block * kBlock, n = block_size(first, o);
+  BlockSums sums{blocks, {}};
+  const RowTotal row = scan_row<T, Cap>(z, o, sums);
+  out = {row.lse(o), NAN, 0};
+  if (!std::isfinite(out.lse)) return;
+  const auto factor = [&](int64_t i) { return exp((blocks[i].reference - row.reference) * o.scale); };
+  const auto weight = [&](int64_t i) { return blocks[i].sum == 0 ? 0.0 : blocks[i].sum * factor(i); };
+  double target = uniform * row.sum;
+  const int64_t block = pick(n_blocks(o), target, weight), first = block * kBlock, n = block_size(first, o);
   target /= factor(block);
-  float x[kBlock], e[kBlock];
-  for (int64_t i = 0; i < n; ++i) x[i] = to_float(z[first + i]);
-  const Block b = block_at<T, Cap>(z + first, n, blocks[block].reference, o, x);
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) e[i] = exp2_of(b.x[i] - b.shift, sums.slope);
+  float e[kBlock];
+  block_terms<T, Cap>(z + first, n, blocks[block].reference, o, Slope(o.scale * kLog2e), e);
   out.token = first + pick(n, target, [&](int64_t i) { return static_cast<double>(e[i]); });
   out.value = scaled<Cap>(to_float(z[out.token]), o);
 }
@@ -106,7 +96,7 @@ Status sample(const SampleRows& s, int64_t* tokens, double* log_prob) {
   int64_t first_fault = INT64_MAX;
 #pragma omp parallel num_threads(s.threads) reduction(min : first_fault)
   {
-    std::vector<BlockSum> blocks((s.options.vocab + kBlock - 1) / kBlock);
+    std::vector<BlockSum> blocks(n_blocks(s.options));
 #pragma omp for schedule(dynamic, 1)
     for (int64_t row = 0; row < s.rows; ++row) {
       const auto id = static_cast<uint64_t>(s.row_ids ? s.row_ids[row] : row);

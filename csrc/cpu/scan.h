@@ -1,6 +1,9 @@
-// How the row kernels read a row: in blocks of 512 logits against a running maximum, which grows in about
-// log(V / 512) of the blocks, so that rescaling is rare. What is made of the blocks is the caller's: their sum
-// (rows.cpp), or the sum of each (sample.cpp).
+// How the row kernels read a row: once, in blocks of 512 logits, whose terms e^(scale (cap(z) - reference)) are left in
+// the first-level cache for whoever wants them. What is made of the blocks is the caller's: their sum, their gradient
+// (rows.cpp), a draw (sample.cpp).
+//
+// The reference is the largest logit of the first block and rises only where a block's sum says that it must, which is
+// rare: a term above 1 is as exact as one below, so the maximum of each block need not be known and is not looked for.
 #pragma once
 #include <cmath>
 
@@ -20,16 +23,15 @@
 namespace dmf {
 
 constexpr int64_t kBlock = 512;
+constexpr double kHigh = 2.0 * kBlock;  // a block's sum from which on the reference rises
 constexpr double kLog2e = 1.4426950408889634074;
 
 template <class T>
-DMF_INLINE float block_max(const T* z, int64_t n, float* buffer) {
+DMF_INLINE float block_max(const T* z, int64_t n) {
   int32_t key = INT32_MIN;
 #pragma omp simd reduction(max : key)
   for (int64_t i = 0; i < n; ++i) {
-    const float x = to_float(z[i]);
-    if (sizeof(T) != sizeof(float)) buffer[i] = x;
-    const int32_t k = to_key(x);
+    const int32_t k = to_key(to_float(z[i]));
     key = k > key ? k : key;
   }
   return from_key(key);
@@ -43,53 +45,116 @@ DMF_INLINE bool has_nan(const T* z, int64_t n) {
   return any != 0;
 }
 
-// What a block of logits looks like to a sum: floats with log2 of the term = (x[i] - shift) * slope.
-struct Block {
-  const float* x;
-  float shift;
-  int64_t n;
-};
-
-// The block from ``first`` on, against ``reference``, the largest cap(z) so far. Without a softcap x is z; with one, it
-// is cap(z) - reference, formed in fp64 and rounded once. In 16 bits and without a softcap, buffer must hold z already.
-template <class T, bool Cap>
-DMF_INLINE Block block_at(const T* z, int64_t n, double reference, const RowOptions& o, float* buffer) {
-  const float* x = sizeof(T) == sizeof(float) ? reinterpret_cast<const float*>(z) : buffer;
-  if (!Cap) return {x, static_cast<float>(reference), n};  // exact: a logit
-  const double inverse_cap = 1.0 / o.softcap;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i)
-    buffer[i] = static_cast<float>(o.softcap * tanh_of(static_cast<double>(x[i]) * inverse_cap) - reference);
-  return {buffer, 0.0f, n};
-}
+DMF_INLINE int64_t n_blocks(const RowOptions& o) { return (o.vocab + kBlock - 1) / kBlock; }
 
 DMF_INLINE int64_t block_size(int64_t first, const RowOptions& o) {
   return o.vocab - first < kBlock ? o.vocab - first : kBlock;
 }
 
-// Calls sum.rise(r) where the largest cap(z) so far grows to r, then sum.add(block, its first logit); a block of
-// nothing but -inf is left out. False if the row holds NaN or +inf.
-template <class T, bool Cap, class Sum>
-DMF_INLINE bool scan_row(const T* z, const RowOptions& o, Sum& sum) {
-  float max = -INFINITY;
-  double reference = -INFINITY;
-  float buffer[kBlock];
+// e[i] = 2^((x[i] - shift) slope). Terms beyond fp32 come out as 2^126, so that the sum tells of them.
+template <class T>
+DMF_INLINE void terms_of(const T* x, int64_t n, float shift, Slope slope, float* e) {
+  constexpr int64_t kStep = 64, kAhead = 4096 / sizeof(T);
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    for (int64_t k = 0; k < kStep; k += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(x + i + k + kAhead);
+#pragma omp simd
+    for (int64_t k = i; k < i + kStep; ++k) {
+      const float d = to_float(x[k]) - shift;
+      e[k] = exp2_of(d > slope.ceiling ? slope.ceiling : d, slope);
+    }
+  }
+#pragma omp simd
+  for (int64_t k = i; k < n; ++k) {
+    const float d = to_float(x[k]) - shift;
+    e[k] = exp2_of(d > slope.ceiling ? slope.ceiling : d, slope);
+  }
+}
+
+// In fp32 by fours, then fp64: a quarter of the conversions.
+DMF_INLINE double quick_sum(const float* e, int64_t n) {
+  const int64_t q = n / 4;
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < q; ++i) sum += static_cast<double>((e[i] + e[i + q]) + (e[i + 2 * q] + e[i + 3 * q]));
+  for (int64_t i = 4 * q; i < n; ++i) sum += e[i];
+  return sum;
+}
+
+DMF_INLINE double exact_sum(const float* e, int64_t n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(e[i]);
+  return sum;
+}
+
+struct RowTotal {
+  double reference, sum;  // sum of e^(scale (cap(z) - reference)); reference -inf: a row of nothing but -inf
+  DMF_INLINE double lse(const RowOptions& o) const { return o.scale * reference + log(sum); }
+};
+
+// cap(z) of a block less reference, formed in fp64 and rounded once
+template <class T>
+DMF_INLINE void capped_of(const T* z, int64_t n, double reference, const RowOptions& o, float* out) {
+  const double inverse_cap = 1.0 / o.softcap;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = static_cast<float>(o.softcap * tanh_of(static_cast<double>(to_float(z[i])) * inverse_cap) - reference);
+}
+
+// The terms of the block from first on against reference, again or for the first time.
+template <class T, bool Cap>
+DMF_INLINE void block_terms(const T* z, int64_t n, double reference, const RowOptions& o, const Slope& slope,
+                            float* e) {
+  if (Cap) {
+    float d[kBlock];
+    capped_of(z, n, reference, o, d);
+    terms_of(d, n, 0.0f, slope, e);
+  } else {
+    terms_of(z, n, static_cast<float>(reference), slope, e);  // exact: a logit
+  }
+}
+
+// Reads the row. sink.terms(first) says where the terms of a block go, sink.add(first, n, terms, their sum, reference)
+// takes them, sink.rise(before, by how much, sum so far) comes before the reference grows, and sink.nothing(first, n)
+// stands for a block of -inf before anything else. The sum is NaN if the row holds NaN or +inf.
+template <class T, bool Cap, class Sink>
+DMF_INLINE RowTotal scan_row(const T* z, const RowOptions& o, Sink& sink) {
+  const Slope slope(o.scale * kLog2e);
+  const RowTotal bad{NAN, NAN};
+  RowTotal total{-INFINITY, 0.0};
+  const auto value = [&](float m) { return Cap ? o.softcap * tanh_of(m * (1.0 / o.softcap)) : static_cast<double>(m); };
   for (int64_t first = 0; first < o.vocab; first += kBlock) {
     const int64_t n = block_size(first, o);
-    const float m = block_max(z + first, n, buffer);
-    if (!Cap && m == -INFINITY) {               // a capped -inf is -softcap, and counts
-      if (has_nan(z + first, n)) return false;  // a negative NaN, which compares below -inf as a key
-      continue;
+    const T* block = z + first;
+    if (Cap || total.reference == -INFINITY) {
+      const float m = block_max(block, n);
+      if (!Cap && m == -INFINITY) {         // a capped -inf is -softcap, and counts
+        if (has_nan(block, n)) return bad;  // a negative NaN, which compares below -inf as a key
+        sink.nothing(first, n);
+        continue;
+      }
+      if (!(m < INFINITY)) return bad;  // +inf or NaN
+      if (total.reference == -INFINITY) total.reference = value(m);
     }
-    if (!(m < INFINITY)) return false;  // +inf or NaN
-    if (m > max || (Cap && reference == -INFINITY)) {
-      max = m;
-      reference = Cap ? o.softcap * tanh_of(m * (1.0 / o.softcap)) : m;
-      sum.rise(reference);
+    float* e = sink.terms(first);
+    block_terms<T, Cap>(block, n, total.reference, o, slope, e);
+    double sum = quick_sum(e, n);
+    if (!(sum < kHigh)) {
+      const float m = block_max(block, n);
+      if (std::isnan(sum) || !(m < INFINITY)) return bad;
+      const double grown = value(m), by = grown - total.reference;
+      sink.rise(by, total.sum);
+      total = {grown, total.sum * exp(-by * o.scale)};
+      block_terms<T, Cap>(block, n, grown, o, slope, e);
+      sum = quick_sum(e, n);
     }
-    sum.add(block_at<T, Cap>(z + first, n, reference, o, buffer), first);
+    // a term that dominates the row must not swallow those beside it
+    if (sum > total.sum * 0.0625) sum = exact_sum(e, n);
+    sink.add(first, n, e, sum, total.reference);
+    total.sum += sum;
   }
-  return true;
+  return total;
 }
 
 // scale * cap(z)

@@ -2,6 +2,8 @@
 // tanh in fp64, conversions of bf16 and fp16. No intrinsics, so that one source serves AVX-512, AVX2,
 // SSE2 and NEON (the instruction set is chosen when the program runs: rows.cpp).
 #pragma once
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -44,6 +46,15 @@ DMF_INLINE void from_float(float x, bf16& out) {
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   out.bits = static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
+// x is finite: half the work in bf16, where NaN needs looking after.
+template <class T>
+DMF_INLINE void from_finite(float x, T& out) {
+  from_float(x, out);
+}
+DMF_INLINE void from_finite(float x, bf16& out) {
+  const uint32_t u = bit_cast<uint32_t>(x);
+  out.bits = static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
 DMF_INLINE void from_float(float x, fp16& out) {
   const uint32_t u = bit_cast<uint32_t>(x), sign = u & 0x80000000u, a = u ^ sign;
   // below 2^-14 the addition of 0.5 rounds the mantissa to the place where fp16 subnormals end
@@ -63,13 +74,16 @@ DMF_INLINE int32_t to_key(float x) {
 }
 DMF_INLINE float from_key(int32_t k) { return bit_cast<float>(k ^ ((k >> 31) & 0x7fffffff)); }
 
-// exp2(d * slope) for d * slope <= 1 or so, 0 below 2^-126, NaN for NaN. slope is given as hi + lo because
+// exp2(d * slope) for d * slope <= 126, 0 below 2^-126, NaN for NaN. slope is given as hi + lo because
 // rounding log2(e) to fp32 would tilt every term the same way; degree 6 (2e-9) because the balance of a
 // degree-5 polynomial's error cannot be relied on. With FMA, d * hi - n is exact before its one rounding.
 struct Slope {
-  float hi, lo, floor;  // floor: d below which the result is 0
+  float hi, lo, floor, ceiling;  // d below which the result is 0, and up to which it is right
   explicit Slope(double slope)
-      : hi(static_cast<float>(slope)), lo(static_cast<float>(slope - hi)), floor(static_cast<float>(-126.0 / slope)) {}
+      : hi(static_cast<float>(slope)),
+        lo(static_cast<float>(slope - hi)),
+        floor(static_cast<float>(std::fmax(-126.0 / slope, -FLT_MAX))),  // -inf is below it
+        ceiling(static_cast<float>(std::fmin(126.0 / slope, FLT_MAX))) {}
 };
 
 DMF_INLINE float exp2_of(float d, const Slope& s) {
