@@ -671,7 +671,9 @@ def test_an_error_in_a_step_changes_nothing(tmp_path):
         ({"auto_find_batch_size": True}, "refuses auto_find_batch_size"),
         ({"label_smoothing_factor": 0.1}, "no labels to smooth"),
         ({"neftune_noise_alpha": 5.0}, "noise in the policy"),
-        ({"fsdp": "full_shard"}, "FSDP"),
+        ({"fsdp": "full_shard"}, "does not run under FSDP yet"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "does not run under DeepSpeed yet"),
+        ({"parallelism_config": ParallelismConfig(tp_size=2)}, "under tensor, context or sequence parallelism yet"),
         (
             {
                 "load_best_model_at_end": True,
@@ -689,6 +691,40 @@ def test_an_error_in_a_step_changes_nothing(tmp_path):
 def test_what_is_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         job(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("fsdp", True, "does not run under FSDP yet, which fsdp asks for; use DDP"),
+        ("deepspeed", "ds.json", "does not run under DeepSpeed yet, which deepspeed asks for; use DDP"),
+        ("parallelism_config", ParallelismConfig(cp_size=2), "context or sequence parallelism yet"),
+        ("_n_gpu", 2, r"under DataParallel \(2 GPUs in one process\); start one process per GPU"),
+    ],
+)
+def test_parallelism_that_is_set_after_construction_is_refused(tmp_path, name, value, message):
+    trainer = job(tmp_path)
+    setattr(trainer.args, name, value)
+    with pytest.raises(ValueError, match=message):
+        dmfast.DMTrainer(gpt2(), trainer.target, trainer.args)
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "PARALLELISM_CONFIG"])
+def test_parallelism_that_accelerate_launch_sets_is_refused(tmp_path, name, monkeypatch):
+    args = job(tmp_path).args
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    for make in (lambda: job(tmp_path), lambda: dmfast.DMTrainer(gpt2(), job(tmp_path).target, args)):
+        with pytest.raises(
+            ValueError, match=f"yet, which ACCELERATE_USE_{name}, which accelerate launch sets, asks for"
+        ):
+            make()
+
+
+def test_a_sharded_model_is_refused(tmp_path):
+    model = gpt2()
+    model._tp_size = 2  # what from_pretrained(tp_plan="auto") notes
+    with pytest.raises(ValueError, match="tensor parallelism yet, and the model was sharded as it was loaded"):
+        job(tmp_path, model=model)
 
 
 def test_a_base_that_would_move_is_refused(tmp_path):

@@ -49,7 +49,7 @@ from ..targets.constraints import as_feature
 from . import checkpoint
 from .callbacks import Interrupt, LogLine, Progress, StepEnd
 from .card import model_card
-from .config import DMConfig
+from .config import DMConfig, refuse_parallelism
 from .data import ContextLoader, Contexts, StepSampler, contexts_of
 from .evaluation import evaluate
 
@@ -132,6 +132,14 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         if not isinstance(args, DMConfig):
             raise TypeError(f"args must be a dmfast.DMConfig, got {type(args).__name__}")
         _refuse_arguments(args)
+        if (
+            getattr(model, "is_distributed_loading_by_transformers", False)
+            or (getattr(model, "tp_size", None) or 1) > 1
+        ):
+            raise ValueError(
+                "DMTrainer does not run under tensor parallelism yet, and the model was sharded as it was loaded; load "
+                "it without tp_plan and distributed_config"
+            )
         base = target.base
         of_base = {p.data_ptr() for p in base.model.parameters()}
         if any(p.data_ptr() in of_base for p in model.parameters()):
@@ -190,13 +198,6 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             )
         finally:
             args.enable_jit_checkpoint = jit
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("DMTrainer does not run under FSDP or DeepSpeed yet; use DDP (accelerate launch)")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"DMTrainer does not run under DataParallel ({args.n_gpu} GPUs in one process); start one process per "
-                "GPU with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES"
-            )
         for stock, ours in ((ProgressCallback, Progress), (PrinterCallback, LogLine)):
             for callback in [c for c in self.callback_handler.callbacks if type(c) is stock]:
                 self.callback_handler.callbacks.remove(callback)
@@ -694,19 +695,22 @@ def _whole_step(outputs: Sequence[DMLossOutput], gather: Callable[[Tensor], Tens
 
 def _refuse_arguments(args: DMConfig) -> None:
     """What transformers offers and distribution matching can't honour."""
+    refuse_parallelism(args)
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"DMTrainer does not run under DataParallel ({args.n_gpu} GPUs in one process); start one process per "
+            "GPU with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES"
+        )
     refused = {
-        "fsdp": bool(args.fsdp), "deepspeed": bool(args.deepspeed), "auto_find_batch_size": args.auto_find_batch_size,
+        "auto_find_batch_size": args.auto_find_batch_size,
         "label_smoothing_factor": args.label_smoothing_factor != 0,
         "neftune_noise_alpha": args.neftune_noise_alpha is not None,
-        "parallelism_config": args.parallelism_config is not None,
-    }  # fmt: skip
+    }
     why = {
-        "fsdp": "DMTrainer does not run under FSDP yet; use DDP", "deepspeed": "DMTrainer does not run under DeepSpeed "
-        "yet; use DDP", "auto_find_batch_size": "set per_device_train_batch_size by hand",
+        "auto_find_batch_size": "set per_device_train_batch_size by hand",
         "label_smoothing_factor": "there are no labels to smooth",
         "neftune_noise_alpha": "noise in the policy would make log pi(x) another than that of the model",
-        "parallelism_config": "DMTrainer does not run under tensor, context or sequence parallelism yet; use DDP",
-    }  # fmt: skip
+    }
     for name, found in refused.items():
         if found:
             raise ValueError(f"DMTrainer refuses {name}={getattr(args, name)!r}: {why[name]}")
