@@ -426,6 +426,32 @@ def test_on_policy_resumes_too(tmp_path):
     assert digest(offline.model) == before
 
 
+@pytest.mark.parametrize("stop", [3, 4], ids=["within an epoch", "between epochs"])
+def test_random_scorers_go_on_where_they_stopped(tmp_path, stop):
+    """Of everything random only a user's function draws from torch's own state."""
+    settings = {
+        "prompts": PROMPTS[:4], "samples_per_context": 8, "max_steps": 6, "num_train_epochs": 2,
+        "constraints": [Scorer(lambda texts: torch.rand(len(texts)), name="random")],
+    }  # fmt: skip
+    straight = job(tmp_path / "a", **settings)
+    straight.train()
+    job(tmp_path / "b", callbacks=[StopAt(stop)], **settings).train()
+    resumed = job(tmp_path / "b", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert digest(resumed.model) == digest(straight.model)
+
+
+def test_lambda_is_the_checkpoint_s(tmp_path):
+    straight = job(tmp_path / "a")
+    straight.train()
+    job(tmp_path / "b", callbacks=[StopAt(2)]).train()
+    resumed = job(tmp_path / "b", lambda_=1.4)  # as another fit of the same wish finds it
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.target.lambda_.tolist() == [1.5]
+    assert resumed._running.partitions[0].n == 32
+    assert digest(resumed.model) == digest(straight.model)
+
+
 def test_rotation_and_the_best_model(tmp_path):
     trainer = job(
         tmp_path, max_steps=5, save_strategy="steps", save_steps=1, save_total_limit=2, eval_strategy="steps",

@@ -219,6 +219,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self._staging: str | None = None
         self._wrapped: LanguageModel | None = None
         self._push_later = False
+        self._jit: JITCheckpoint | None = None  # while train() runs
+        self._random_state_of: str | None = None  # the checkpoint to go on from, until its random state is there
         self._model_step: int | None = None  # where it is not the last one
         self.eval_samples: Samples | None = None
         for contexts in {id(c): c for c in (self._contexts, self._eval_contexts)}.values():
@@ -257,6 +259,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return [], None
+        if self._random_state_of is not None:
+            self._load_rng_state(self._random_state_of)
         with self.accelerator.autocast():
             self._step = step = self._draw(contexts_of(batches, self.samples_per_context))
         self._outputs, self._started = [], time.perf_counter()
@@ -556,7 +560,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         if resume_from_checkpoint:
             resume_from_checkpoint = str(checkpoint.to_resume(resume_from_checkpoint, Path(self.args.output_dir)))
         self._metrics, self._model_step = [], None
-        jit = self._install_jit()
+        self._random_state_of = resume_from_checkpoint or None
+        self._jit = jit = self._install_jit()
         self._interrupt.install()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -613,6 +618,12 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._push_later = True  # it is not in its place yet
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # once: transformers loads it after get_batch_samples, where a scorer may have drawn from it
+        if self._random_state_of is not None:
+            self._random_state_of = None
+            super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # ours first: it refuses what does not fit before anything has changed
