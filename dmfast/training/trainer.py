@@ -36,7 +36,6 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
 )
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..estimators import PartitionFunction, PartitionFunctions, RunningEstimates, effective_sample_size
@@ -47,7 +46,7 @@ from ..proposal import OfflineProposal
 from ..targets import EBM
 from ..targets.constraints import as_feature
 from . import checkpoint
-from .callbacks import Interrupt, LogLine, Progress, StepEnd
+from .callbacks import Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
 from .card import model_card
 from .config import DMConfig, refuse_parallelism
 from .data import ContextLoader, Contexts, StepSampler, contexts_of
@@ -403,9 +402,10 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         """Commits what the step adds: Z, the mean return, the estimates; then asks whether q <- pi."""
         step, outputs = self._step, self._outputs
         assert step is not None
-        self._interrupt.agreed = bool(
-            self._gather(torch.tensor([self._interrupt.asked], device=self.args.device)).any()
-        )
+        asked = [self._interrupt.asked, self._jit is not None and self._jit.asked]
+        self._interrupt.agreed, terminate = self._gather(torch.tensor([asked], device=self.args.device)).any(0).tolist()
+        if self._jit is not None:
+            self._jit.agreed = terminate
         out = _whole_step(outputs, self._gather)
         self._running = step.pending
         if self.args.baseline == "mean":
@@ -567,18 +567,19 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._interrupt.remove()
+            self._jit = None
             if jit is not None:
                 self.callback_handler.callbacks.remove(jit)
                 signal.signal(signal.SIGTERM, jit.jit_manager._original_sigterm_handler)
 
-    def _install_jit(self) -> Any:
+    def _install_jit(self) -> JITCheckpoint | None:
         """transformers' checkpoint at SIGTERM, which its constructor would install for good, and in any thread."""
         if not self.args.enable_jit_checkpoint:
             return None
         if threading.current_thread() is not threading.main_thread():
             warnings.warn("enable_jit_checkpoint has no effect outside the main thread", stacklevel=3)
             return None
-        jit = JITCheckpointCallback()
+        jit = JITCheckpoint()
         jit.set_trainer(self)
         self.add_callback(jit)
         return jit
