@@ -884,6 +884,38 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
         job(tmp_path, tok=tok)
 
 
+def test_a_base_of_another_vocabulary_is_refused(tmp_path):
+    trainer, model = job(tmp_path), gpt2()
+    model.resize_token_embeddings(16)
+    with pytest.raises(ValueError, match="the tokenizer has 11 tokens, the model 16 embeddings and the base 11"):
+        dmfast.DMTrainer(model, trainer.target, trainer.args)
+
+
+def said(recorded, part):
+    """How often."""
+    return sum(part in str(each.message) for each in recorded)
+
+
+def test_what_is_said_once_is_said_once(tmp_path):
+    """However many steps, evaluations, checkpoints, and trainers with the tokenizer."""
+    tok, model = tokenizer(pad_token=None), gpt2()
+    model.generation_config.update(top_k=5, temperature=0.5)
+    with warnings.catch_warnings(record=True) as recorded:
+        warnings.simplefilter("always")
+        trainer = job(
+            tmp_path, tok=tok, model=model, max_steps=4, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+            save_steps=1, sampling_batch_size=2, proposal_criterion="interval",
+        )  # fmt: skip
+        trainer.train()
+        trainer.policy.sample(n=2, max_new_tokens=3)
+        trainer.save_model()
+        assert trainer.proposal.swaps == 2
+        assert said(recorded, "no pad token") == 1
+        assert said(recorded, "generation_config sets") == 1
+        job(tmp_path, tok=tok)
+    assert said(recorded, "no pad token") == 1
+
+
 def test_a_missing_pad_token_is_eos_and_said(tmp_path):
     tok = tokenizer(pad_token=None)
     with pytest.warns(UserWarning, match="no pad token; padding with EOS, '<e>'"):
@@ -1023,6 +1055,7 @@ def test_lora_trains_the_adapter_alone(tmp_path):
     state = torch.load(tmp_path / "checkpoint-2" / "dmfast_state.pt", weights_only=True)
     assert all("lora" in name for name in state["proposal"]["model"])  # of q, what training moves
     trainer.save_model(str(tmp_path / "final"))
+    assert "library_name: peft" in (tmp_path / "final" / "README.md").read_text()
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "final")
     x = trainer.policy.sample(n=8, max_new_tokens=6, seed=0)
     torch.testing.assert_close(LanguageModel(loaded, tokenizer()).log_prob(x), trainer.policy.log_prob(x))
@@ -1068,6 +1101,103 @@ def test_a_plain_folder_that_needs_no_dmfast(tmp_path):
     for text in ("library_name: transformers", '"value": 0.6', '"lambda": 1.5', "| objective | gdc++ |", "phi/w3",
                  "2 optimiser steps of 8 sequences"):  # fmt: skip
         assert text in card, text
+
+
+@pytest.mark.parametrize("ends", [[5, 3], [3]], ids=["two ends", "one"])
+def test_generate_of_a_saved_model_ends_where_training_did(tmp_path, ends):
+    """And the user's temperature and top_k, which training ignores, are as the user had them; transformers refuses to
+    save these, since do_sample is not set."""
+    model, tok = gpt2(), tokenizer()
+    model.generation_config.update(temperature=0.7, top_k=7)
+    target = EBM(LanguageModel(gpt2(), tok, eos_token_id=ends), [Contains("w4")])
+    args = job(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).args
+    with pytest.warns(UserWarning, match="which is ignored"):
+        trainer = dmfast.DMTrainer(model, target, args, processing_class=tok)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    for folder in (tmp_path / "checkpoint-2", tmp_path / "final"):
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        config = loaded.generation_config
+        assert config.eos_token_id == (ends if len(ends) > 1 else ends[0]), folder
+        assert (config.temperature, config.top_k, config.pad_token_id) == (0.7, 7, 7)
+    assert (model.generation_config.temperature, model.generation_config.top_k) == (0.7, 7)
+    torch.manual_seed(0)
+    rows = loaded.generate(
+        torch.full((200, 1), 9), do_sample=True, temperature=1.0, top_k=0, max_new_tokens=12
+    )[:, 1:].tolist()  # fmt: skip
+    last = []
+    for row in rows:
+        while row[-1] == 7 and len(row) > 1:
+            row.pop()
+        last.append(row[-1])
+        assert not set(row[:-1]) & set(ends), row
+    assert set(ends) <= set(last)
+
+
+class Uploads:
+    """In the place of the hub: what was in a folder when it was pushed, without what was to be left out."""
+
+    def __init__(self, monkeypatch):
+        self.pushed = []
+        monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", self.create_repo)
+        monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", self.upload_folder)
+
+    def create_repo(self, repo_id, **kwargs):
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/me/{repo_id}")
+
+    def upload_folder(self, *, folder_path, path_in_repo="", ignore_patterns=(), run_as_future=False, **kwargs):
+        files = {str(p.relative_to(folder_path)): p.read_bytes() for p in Path(folder_path).rglob("*") if p.is_file()}
+        files = {
+            name: data for name, data in files.items() if not any(fnmatch.fnmatch(name, x) for x in ignore_patterns)
+        }
+        self.pushed.append((path_in_repo, Path(folder_path), checkpoint.fault(Path(folder_path)), files))
+        done = concurrent.futures.Future()
+        done.set_result(None)
+        return done if run_as_future else None
+
+
+PLAIN = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+         "tokenizer_config.json", "training_args.bin"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("strategy", "wanted"),
+    [
+        ("every_save", ["", ""]),
+        ("checkpoint", ["", "last-checkpoint", "", "last-checkpoint"]),
+        ("all_checkpoints", ["", "checkpoint-2", "", "checkpoint-4"]),
+        ("end", []),
+    ],
+)
+def test_what_is_pushed_is_whole(tmp_path, strategy, wanted, monkeypatch):
+    uploads = Uploads(monkeypatch)
+    trainer = job(
+        tmp_path, max_steps=4, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+        push_to_hub=True, hub_strategy=strategy,
+    )  # fmt: skip
+    weights = {}
+
+    class Weights(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            weights[state.global_step] = {n: p.clone() for n, p in model.state_dict().items()}
+
+    trainer.add_callback(Weights)
+    trainer.train()
+    assert [place for place, *_ in uploads.pushed] == wanted
+    trainer.push_to_hub()
+    half = len(wanted) // 2
+    for step, (place, folder, fault, files) in zip([2] * half + [4] * (half + 1), uploads.pushed, strict=True):
+        if place:  # a checkpoint, in its own place
+            assert folder == tmp_path / f"checkpoint-{step}" and fault is None
+            assert {"dmfast_state.pt", "dmfast_manifest.json", "optimizer.pt", "trainer_state.json"} <= files.keys()
+            assert files.keys() >= PLAIN
+        else:
+            assert folder == tmp_path and files.keys() == PLAIN
+        loaded = safetensors.torch.load(files["model.safetensors"])
+        assert all(torch.equal(value, weights[step][name]) for name, value in loaded.items())
+        card = files["README.md"].decode()
+        assert "# A language model matched to a target distribution" in card
+        assert f"{step} optimiser steps of 8 sequences" in card and f"Evaluation at step {step}" in card
 
 
 def test_the_log_line(tmp_path, capsys):

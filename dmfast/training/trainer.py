@@ -29,6 +29,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
@@ -37,6 +39,7 @@ from transformers import (
     TrainerControl,
 )
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..estimators import PartitionFunction, PartitionFunctions, RunningEstimates, effective_sample_size
 from ..kernels.result import DMLossOutput
@@ -610,6 +613,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                     checkpoint.save_state(self.state_dict(), staging / name)
         if self._push_later:
             self._push_later = False
+            if writes and self.args.hub_strategy != "end":
+                self._write_card(Path(self.args.output_dir))  # which transformers fills with the model and pushes
             super()._push_from_checkpoint(str(run_dir / name))
         if writes:
             rotate_checkpoints(
@@ -676,12 +681,23 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self._q_is_base = state["q_is_base"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        config = getattr(self.model, "generation_config", None)
-        if config is not None and len(self.policy.eos_token_ids) > 1:
-            config.eos_token_id = self.policy.eos_token_ids  # generate() is to end where training did
-        super()._save(output_dir, state_dict)
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        config = model.generation_config if isinstance(model, PreTrainedModel) else None
+        if config is not None:
+            # transformers refuses to save some that it loads, such as a temperature without do_sample
+            model.generation_config = GenerationConfig()
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            if config is not None:
+                model.generation_config = config
         if self.args.should_save:
-            self._write_card(Path(self.args.output_dir if output_dir is None else output_dir))
+            if config is not None:
+                ends, config = self.policy.eos_token_ids, copy.deepcopy(config)
+                config.eos_token_id = ends[0] if len(ends) == 1 else ends  # generate() is to end where training did
+                config.to_json_file(folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
+            self._write_card(folder)
 
     def _write_card(self, folder: Path) -> None:
         (folder / "README.md").write_text(model_card(self), encoding="utf-8")
