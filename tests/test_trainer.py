@@ -760,12 +760,10 @@ def test_an_error_in_a_step_changes_nothing(tmp_path, wrong, message):
 
     def scorer(texts):
         calls.append(len(texts))
-        if len(calls) == 3:
-            raise RuntimeError("the service is down")
-        return [1.0] * len(texts)
+        return wrong(texts) if len(calls) == 3 else [1.0] * len(texts)
 
     trainer = job(tmp_path, constraints=[Scorer(scorer, name="service")])
-    with pytest.raises(RuntimeError, match="scorer 'service' raised RuntimeError: the service is down"):
+    with pytest.raises((RuntimeError, ValueError), match=message):
         trainer.train()
     assert trainer.state.global_step == 2
     assert trainer._running.partitions[0].n == 16 and trainer.proposal.steps == 2
@@ -929,6 +927,14 @@ def test_a_prompt_beyond_the_context_is_refused(tmp_path):
         job(tmp_path, prompts=["w1", "w2", "w1 " * 20])
 
 
+def test_a_prompt_to_evaluate_on_beyond_the_context_is_refused(tmp_path):
+    trainer = job(tmp_path)
+    with pytest.raises(ValueError, match="prompt 1 has 20 tokens; with max_new_tokens=6 that is beyond"):
+        dmfast.DMTrainer(gpt2(), trainer.target, trainer.args, eval_dataset=["w1", "w1 " * 20])
+    with pytest.raises(ValueError, match="the longest prompt has 20 tokens"):
+        trainer.evaluate(["w1 " * 20])
+
+
 def test_generation_config_is_ignored_and_said(tmp_path):
     plain = run(tmp_path / "plain", max_steps=1)[2].steps[0].samples
     model = gpt2()
@@ -949,6 +955,21 @@ def test_steps_without_a_sequence_of_the_target(tmp_path):
     logs = [h for h in trainer.state.log_history if "ess" in h]
     assert [(h["ess"], h["z"], h["n_empty"]) for h in logs] == [(0.0, 0.0, 8.0)] * 6
     assert all(h["loss"] == 0 for h in logs)
+
+
+@pytest.mark.parametrize(("hits", "warned"), [((3,), False), ((), True)])
+def test_steps_in_a_row_without_a_sequence_of_the_target(tmp_path, hits, warned):
+    calls = []
+
+    def scorer(texts):
+        calls.append(len(texts))
+        return [float(len(calls) in hits)] * len(texts)
+
+    trainer = job(tmp_path, constraints=[Scorer(scorer)], max_steps=5, patience_zero=3)
+    with warnings.catch_warnings(record=True) as recorded:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert said(recorded, "P(x) = 0 for all") == warned
 
 
 @pytest.mark.parametrize(
