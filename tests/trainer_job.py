@@ -134,6 +134,9 @@ def main():
     }
     if trainer.is_world_process_zero():
         Path(wanted["out"], "result.json").write_text(json.dumps(result))
+    if torch.distributed.is_initialized():  # or gloo's threads may abort a process at its end
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
