@@ -265,16 +265,20 @@ class PartitionFunctions:
         values = [self._of[context].log_z for context in context_id.tolist()]
         return torch.tensor(values, dtype=torch.float64, device=context_id.device)
 
-    def state_dict(self) -> dict[int, dict[str, float]]:
-        """Everything that ``load_state_dict`` needs to go on."""
-        return {context: z.state_dict() for context, z in self._of.items()}
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that ``load_state_dict`` needs to go on: a column for each thing, a row for each context."""
+        states = [z.state_dict() for z in self._of.values()]
+        dtypes = {"log_sum": torch.float64, "log_sum_squares": torch.float64, "n": torch.int64}
+        columns = {key: torch.tensor([state[key] for state in states], dtype=dtype) for key, dtype in dtypes.items()}
+        return {"context": torch.tensor(list(self._of), dtype=torch.int64), **columns}
 
-    def load_state_dict(self, state: dict[int, dict[str, float]]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes the place of what was seen so far."""
         new: dict[int, PartitionFunction] = {}
-        for context, of_context in state.items():
+        columns = {key: column.tolist() for key, column in state.items()}
+        for row, context in enumerate(columns.pop("context")):
             new[context] = PartitionFunction()
-            new[context].load_state_dict(of_context)
+            new[context].load_state_dict({key: column[row] for key, column in columns.items()})
         self._of = new
 
 

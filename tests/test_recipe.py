@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from trainer_job import gpt2, tokenizer
+from trainer_job import WORDS, gpt2, tokenizer
 
 import dmfast.cli
+from dmfast import EBM, Contains, LanguageModel, Moment, Scorer
 from dmfast.demo import RECIPES, about_women, loop_parser, run_loop, verdict
 from dmfast.estimators import Estimate
 from dmfast.examples.custom_loop import train
@@ -81,6 +82,53 @@ def test_a_pointwise_recipe_has_its_ideal_from_the_samples_before(tmp_path):
     assert 0.85 < rate < 1
     assert log["ideal"]['phi/contains "He"'].value == pytest.approx(1.0)
     assert log["ideal"]["kl_policy_base"].value == pytest.approx(-math.log(rate), rel=1e-6)
+
+
+@pytest.mark.parametrize("which", ["binary", "graded", "with a moment"])
+def test_the_ideal_of_several_contexts(which):
+    """Against all sequences of a small model, counted out: each context has its own Z and weighs the same."""
+    prompts, width = ["w1 w2", "w4 w5 w6", "w7"], 2
+    base = LanguageModel(gpt2(), tokenizer())
+    constraints = {
+        "binary": [Contains("w6", name="w6")],
+        "graded": [Scorer(lambda texts: [0.05 + ("w6" in text) for text in texts], name="b")],
+        "with a moment": [Scorer(lambda texts: [1.0 + 3 * ("w4" in text) for text in texts], name="b"),
+                          Moment(Contains("w6", name="w6"), 0.3)],
+    }[which]  # fmt: skip
+    target = EBM(base, constraints, monitor=[Contains("w1", name="w1")])
+    target.fit(n=9000, contexts=prompts, max_new_tokens=width)
+    lambda_ = float(target.lambda_[0]) if target.moment_names else 0.0
+
+    def b_of(words):
+        if which == "binary":
+            return float("w6" in words)
+        if which == "graded":
+            return 0.05 + ("w6" in words)
+        return (1.0 + 3 * ("w4" in words)) * math.exp(lambda_ * ("w6" in words))
+
+    def of_context(prompt):
+        """E_p[w6], E_p[w1], KL(p||a) and Z: a sum over the sequences of up to two tokens."""
+        ids = tokenizer()(prompt)["input_ids"]
+        with torch.no_grad():
+            first = base.model(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
+            rows = torch.tensor([[*ids, token] for token in range(len(WORDS))])
+            second = base.model(rows).logits[:, -1].double().softmax(-1)
+        a = {(x,): float(first[x]) for x in (5,)}  # <e>
+        a |= {(x, y): float(first[x] * second[x, y]) for x in range(len(WORDS)) if x != 5 for y in range(len(WORDS))}
+        weights = {x: p * b_of([WORDS[token] for token in x]) for x, p in a.items()}
+        z = sum(weights.values())
+        share = {word: sum(w for x, w in weights.items() if WORDS.index(word) in x) / z for word in ("w6", "w1")}
+        kl = sum(w / z * math.log(w / z / a[x]) for x, w in weights.items() if w)
+        return share["w6"], share["w1"], kl, z
+
+    *truth, z = zip(*map(of_context, prompts), strict=True)
+    w6, w1, kl = (sum(values) / len(prompts) for values in truth)
+    assert max(z) > 1.3 * min(z)
+    ideal = recipe._ideal(target, base.sample(prompts, 3000, max_new_tokens=width, seed=1))
+    found = {"phi/w1": w1, "kl_policy_base": kl} | ({"phi/w6": w6} if which != "graded" else {})
+    for name, wanted in found.items():
+        error = ideal[name].stderr if which != "with a moment" else max(ideal[name].stderr, 0.01)
+        assert error < 0.02 and abs(ideal[name].value - wanted) < 4 * error + 1e-9, (name, ideal[name], wanted)
 
 
 def test_a_recipe_resumes(tmp_path):

@@ -4,7 +4,9 @@ or not there, and what transformers' Trainer gives that could break.
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
+import fnmatch
 import json
 import math
 import os
@@ -12,14 +14,19 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from pathlib import Path
 
+import huggingface_hub
 import peft
 import pytest
+import safetensors.torch
 import torch
-from trainer_job import PROMPTS, WORDS, Gradients, Kill, StopAt, digest, gpt2, job, tokenizer
-from transformers import TrainerCallback
+from accelerate import ParallelismConfig
+from trainer_job import PROMPTS, WORDS, AtOnce, Gradients, Kill, StopAt, digest, gpt2, job, tokenizer
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 import dmfast
 from dmfast import EBM, Contains, LanguageModel, Moment, Scorer
@@ -419,6 +426,32 @@ def test_on_policy_resumes_too(tmp_path):
     assert digest(offline.model) == before
 
 
+@pytest.mark.parametrize("stop", [3, 4], ids=["within an epoch", "between epochs"])
+def test_random_scorers_go_on_where_they_stopped(tmp_path, stop):
+    """Of everything random only a user's function draws from torch's own state."""
+    settings = {
+        "prompts": PROMPTS[:4], "samples_per_context": 8, "max_steps": 6, "num_train_epochs": 2,
+        "constraints": [Scorer(lambda texts: torch.rand(len(texts)), name="random")],
+    }  # fmt: skip
+    straight = job(tmp_path / "a", **settings)
+    straight.train()
+    job(tmp_path / "b", callbacks=[StopAt(stop)], **settings).train()
+    resumed = job(tmp_path / "b", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert digest(resumed.model) == digest(straight.model)
+
+
+def test_lambda_is_the_checkpoint_s(tmp_path):
+    straight = job(tmp_path / "a")
+    straight.train()
+    job(tmp_path / "b", callbacks=[StopAt(2)]).train()
+    resumed = job(tmp_path / "b", lambda_=1.4)  # as another fit of the same wish finds it
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.target.lambda_.tolist() == [1.5]
+    assert resumed._running.partitions[0].n == 32
+    assert digest(resumed.model) == digest(straight.model)
+
+
 def test_rotation_and_the_best_model(tmp_path):
     trainer = job(
         tmp_path, max_steps=5, save_strategy="steps", save_steps=1, save_total_limit=2, eval_strategy="steps",
@@ -580,6 +613,14 @@ def test_ctrl_c_of_one_process_ends_both(tmp_path):
     assert checkpoint.fault(tmp_path / "checkpoint-3") is None
 
 
+def test_sigterm_of_one_process_ends_both(tmp_path):
+    """The signal comes to one rank alone, at the start of step 3; both end after it, with one checkpoint."""
+    result = in_process(tmp_path, processes=2, max_steps=6, terminate=2, per_device_train_batch_size=4,
+                        enable_jit_checkpoint=True)  # fmt: skip
+    assert result["steps"] == 3 and [h["step"] for h in result["log"]] == [1, 2, 3]
+    assert checkpoint.fault(tmp_path / "checkpoint-3") is None
+
+
 def test_ctrl_c_ends_after_the_step_and_saves(tmp_path):
     handler = signal.getsignal(signal.SIGINT)
     settings = {"max_steps": 6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
@@ -592,6 +633,26 @@ def test_ctrl_c_ends_after_the_step_and_saves(tmp_path):
     straight = job(tmp_path / "straight", **settings)
     straight.train()
     assert digest(resumed.model) == digest(straight.model)
+
+
+@pytest.mark.parametrize("eval_steps", [1, 2], ids=["evaluated at that step", "not evaluated"])
+def test_ctrl_c_saves_where_only_the_best_is_saved(tmp_path, eval_steps):
+    """KL(pi||a) grows: no evaluation after the first is the best."""
+    settings = {
+        "max_steps": 5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "eval_strategy": "steps",
+        "eval_steps": eval_steps, "save_strategy": "best", "metric_for_best_model": "kl_policy_base",
+        "greater_is_better": False,
+    }  # fmt: skip
+    trainer = job(tmp_path, callbacks=[Kill(signal.SIGINT, 2)], **settings)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"checkpoint-{eval_steps}", "checkpoint-3"]
+    resumed = job(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    straight = job(tmp_path / "straight", **settings)
+    straight.train()
+    assert digest(resumed.model) == digest(straight.model)
+    assert resumed.state.best_metric == straight.state.best_metric
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
@@ -624,20 +685,85 @@ def test_sigterm_saves_a_checkpoint_that_resumes(tmp_path):
     assert resumed._running.partitions[0].n == straight._running.partitions[0].n == 48
 
 
+@pytest.fixture
+def no_wait(monkeypatch):
+    """transformers' three seconds between SIGTERM and its checkpoint."""
+    monkeypatch.setattr(threading, "Timer", AtOnce)
+
+
+def test_sigterm_at_the_end_of_a_step_keeps_what_was_logged(tmp_path, no_wait):
+    settings = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
+    kill = Kill(signal.SIGTERM, 3, event="on_step_end")
+    stopped = job(tmp_path, callbacks=[kill], enable_jit_checkpoint=True, **settings)
+    stopped.train()
+    assert stopped.state.global_step == 3 and [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]
+    resumed = job(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    straight = job(tmp_path / "straight", **settings)
+    straight.train()
+    assert digest(resumed.model) == digest(straight.model)
+
+    def timeless(trainer):
+        return [
+            {k: v for k, v in line.items() if not k.startswith("seconds_") and not k.endswith("_runtime")}
+            for line in trainer.state.log_history
+            if "train_loss" not in line
+        ]
+
+    assert timeless(resumed) == timeless(straight)
+
+
+@pytest.mark.parametrize("size", [0, 20_000])
+@pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end", "on_step_end"])
+@pytest.mark.parametrize("saves", [True, False], ids=["after others", "the first"])
+def test_sigterm_on_a_full_disk(tmp_path, no_wait, event, size, saves, capsys):
+    """Nothing of the checkpoint is left, transformers' mark of an unfinished one neither; earlier ones are whole."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    settings = {"max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    kill = Kill(signal.SIGTERM, 2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1])), event)
+    trainer = job(
+        tmp_path, callbacks=[kill], enable_jit_checkpoint=True, save_steps=1,
+        save_strategy="steps" if saves else "no", **settings,
+    )  # fmt: skip
+    kept = [] if not saves else ["checkpoint-1"] if event == "on_step_end" else ["checkpoint-1", "checkpoint-2"]
+    wanted = f"the previous one, .*{kept[-1]}, is whole" if kept else "There is no earlier one"
+    try:
+        with pytest.raises(OSError, match=f"checkpoint-2 could not be written: .*{wanted}"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept
+    assert not list(tmp_path.rglob("*incomplete*"))
+    if kept:
+        resumed = job(tmp_path, **settings)
+        resumed.train(resume_from_checkpoint=True)
+        straight = job(tmp_path / "straight", **settings)
+        straight.train()
+        assert digest(resumed.model) == digest(straight.model)
+
+
 # --- errors: nothing is lost
 
 
-def test_an_error_in_a_step_changes_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda texts: 1 / 0, "scorer 'service' raised ZeroDivisionError: division by zero.*the first of them: '"),
+        (lambda texts: [1.0] * 7, r"'service' must return one number for each of 8 samples.*got shape \(7,\).*: '"),
+        (lambda texts: [1.0] * 7 + [math.nan], "'service' must return a finite number, got nan for sample 7 .*: '"),
+        (lambda texts: [1.0] * 7 + [-1.0], "'service' must be b\\(x\\) >= 0, got -1 for sample 7 .*: '"),
+    ],
+    ids=["raises", "wrong shape", "NaN", "negative"],
+)
+def test_an_error_in_a_step_changes_nothing(tmp_path, wrong, message):
     calls = []
 
     def scorer(texts):
         calls.append(len(texts))
-        if len(calls) == 3:
-            raise RuntimeError("the service is down")
-        return [1.0] * len(texts)
+        return wrong(texts) if len(calls) == 3 else [1.0] * len(texts)
 
     trainer = job(tmp_path, constraints=[Scorer(scorer, name="service")])
-    with pytest.raises(RuntimeError, match="scorer 'service' raised RuntimeError: the service is down"):
+    with pytest.raises((RuntimeError, ValueError), match=message):
         trainer.train()
     assert trainer.state.global_step == 2
     assert trainer._running.partitions[0].n == 16 and trainer.proposal.steps == 2
@@ -664,7 +790,9 @@ def test_an_error_in_a_step_changes_nothing(tmp_path):
         ({"auto_find_batch_size": True}, "refuses auto_find_batch_size"),
         ({"label_smoothing_factor": 0.1}, "no labels to smooth"),
         ({"neftune_noise_alpha": 5.0}, "noise in the policy"),
-        ({"fsdp": "full_shard"}, "FSDP"),
+        ({"fsdp": "full_shard"}, "does not run under FSDP yet"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "does not run under DeepSpeed yet"),
+        ({"parallelism_config": ParallelismConfig(tp_size=2)}, "under tensor, context or sequence parallelism yet"),
         (
             {
                 "load_best_model_at_end": True,
@@ -682,6 +810,40 @@ def test_an_error_in_a_step_changes_nothing(tmp_path):
 def test_what_is_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         job(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("fsdp", True, "does not run under FSDP yet, which fsdp asks for; use DDP"),
+        ("deepspeed", "ds.json", "does not run under DeepSpeed yet, which deepspeed asks for; use DDP"),
+        ("parallelism_config", ParallelismConfig(cp_size=2), "context or sequence parallelism yet"),
+        ("_n_gpu", 2, r"under DataParallel \(2 GPUs in one process\); start one process per GPU"),
+    ],
+)
+def test_parallelism_that_is_set_after_construction_is_refused(tmp_path, name, value, message):
+    trainer = job(tmp_path)
+    setattr(trainer.args, name, value)
+    with pytest.raises(ValueError, match=message):
+        dmfast.DMTrainer(gpt2(), trainer.target, trainer.args)
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "PARALLELISM_CONFIG"])
+def test_parallelism_that_accelerate_launch_sets_is_refused(tmp_path, name, monkeypatch):
+    args = job(tmp_path).args
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    for make in (lambda: job(tmp_path), lambda: dmfast.DMTrainer(gpt2(), job(tmp_path).target, args)):
+        with pytest.raises(
+            ValueError, match=f"yet, which ACCELERATE_USE_{name}, which accelerate launch sets, asks for"
+        ):
+            make()
+
+
+def test_a_sharded_model_is_refused(tmp_path):
+    model = gpt2()
+    model._tp_size = 2  # what from_pretrained(tp_plan="auto") notes
+    with pytest.raises(ValueError, match="tensor parallelism yet, and the model was sharded as it was loaded"):
+        job(tmp_path, model=model)
 
 
 def test_a_base_that_would_move_is_refused(tmp_path):
@@ -720,6 +882,38 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
         job(tmp_path, tok=tok)
 
 
+def test_a_base_of_another_vocabulary_is_refused(tmp_path):
+    trainer, model = job(tmp_path), gpt2()
+    model.resize_token_embeddings(16)
+    with pytest.raises(ValueError, match="the tokenizer has 11 tokens, the model 16 embeddings and the base 11"):
+        dmfast.DMTrainer(model, trainer.target, trainer.args)
+
+
+def said(recorded, part):
+    """How often."""
+    return sum(part in str(each.message) for each in recorded)
+
+
+def test_what_is_said_once_is_said_once(tmp_path):
+    """However many steps, evaluations, checkpoints, and trainers with the tokenizer."""
+    tok, model = tokenizer(pad_token=None), gpt2()
+    model.generation_config.update(top_k=5, temperature=0.5)
+    with warnings.catch_warnings(record=True) as recorded:
+        warnings.simplefilter("always")
+        trainer = job(
+            tmp_path, tok=tok, model=model, max_steps=4, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+            save_steps=1, sampling_batch_size=2, proposal_criterion="interval",
+        )  # fmt: skip
+        trainer.train()
+        trainer.policy.sample(n=2, max_new_tokens=3)
+        trainer.save_model()
+        assert trainer.proposal.swaps == 2
+        assert said(recorded, "no pad token") == 1
+        assert said(recorded, "generation_config sets") == 1
+        job(tmp_path, tok=tok)
+    assert said(recorded, "no pad token") == 1
+
+
 def test_a_missing_pad_token_is_eos_and_said(tmp_path):
     tok = tokenizer(pad_token=None)
     with pytest.warns(UserWarning, match="no pad token; padding with EOS, '<e>'"):
@@ -731,6 +925,14 @@ def test_a_missing_pad_token_is_eos_and_said(tmp_path):
 def test_a_prompt_beyond_the_context_is_refused(tmp_path):
     with pytest.raises(ValueError, match="prompt 2 has 20 tokens; with max_new_tokens=6 that is beyond"):
         job(tmp_path, prompts=["w1", "w2", "w1 " * 20])
+
+
+def test_a_prompt_to_evaluate_on_beyond_the_context_is_refused(tmp_path):
+    trainer = job(tmp_path)
+    with pytest.raises(ValueError, match="prompt 1 has 20 tokens; with max_new_tokens=6 that is beyond"):
+        dmfast.DMTrainer(gpt2(), trainer.target, trainer.args, eval_dataset=["w1", "w1 " * 20])
+    with pytest.raises(ValueError, match="the longest prompt has 20 tokens"):
+        trainer.evaluate(["w1 " * 20])
 
 
 def test_generation_config_is_ignored_and_said(tmp_path):
@@ -753,6 +955,21 @@ def test_steps_without_a_sequence_of_the_target(tmp_path):
     logs = [h for h in trainer.state.log_history if "ess" in h]
     assert [(h["ess"], h["z"], h["n_empty"]) for h in logs] == [(0.0, 0.0, 8.0)] * 6
     assert all(h["loss"] == 0 for h in logs)
+
+
+@pytest.mark.parametrize(("hits", "warned"), [((3,), False), ((), True)])
+def test_steps_in_a_row_without_a_sequence_of_the_target(tmp_path, hits, warned):
+    calls = []
+
+    def scorer(texts):
+        calls.append(len(texts))
+        return [float(len(calls) in hits)] * len(texts)
+
+    trainer = job(tmp_path, constraints=[Scorer(scorer)], max_steps=5, patience_zero=3)
+    with warnings.catch_warnings(record=True) as recorded:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert said(recorded, "P(x) = 0 for all") == warned
 
 
 @pytest.mark.parametrize(
@@ -859,6 +1076,7 @@ def test_lora_trains_the_adapter_alone(tmp_path):
     state = torch.load(tmp_path / "checkpoint-2" / "dmfast_state.pt", weights_only=True)
     assert all("lora" in name for name in state["proposal"]["model"])  # of q, what training moves
     trainer.save_model(str(tmp_path / "final"))
+    assert "library_name: peft" in (tmp_path / "final" / "README.md").read_text()
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "final")
     x = trainer.policy.sample(n=8, max_new_tokens=6, seed=0)
     torch.testing.assert_close(LanguageModel(loaded, tokenizer()).log_prob(x), trainer.policy.log_prob(x))
@@ -906,6 +1124,103 @@ def test_a_plain_folder_that_needs_no_dmfast(tmp_path):
         assert text in card, text
 
 
+@pytest.mark.parametrize("ends", [[5, 3], [3]], ids=["two ends", "one"])
+def test_generate_of_a_saved_model_ends_where_training_did(tmp_path, ends):
+    """And the user's temperature and top_k, which training ignores, are as the user had them; transformers refuses to
+    save these, since do_sample is not set."""
+    model, tok = gpt2(), tokenizer()
+    model.generation_config.update(temperature=0.7, top_k=7)
+    target = EBM(LanguageModel(gpt2(), tok, eos_token_id=ends), [Contains("w4")])
+    args = job(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).args
+    with pytest.warns(UserWarning, match="which is ignored"):
+        trainer = dmfast.DMTrainer(model, target, args, processing_class=tok)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    for folder in (tmp_path / "checkpoint-2", tmp_path / "final"):
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        config = loaded.generation_config
+        assert config.eos_token_id == (ends if len(ends) > 1 else ends[0]), folder
+        assert (config.temperature, config.top_k, config.pad_token_id) == (0.7, 7, 7)
+    assert (model.generation_config.temperature, model.generation_config.top_k) == (0.7, 7)
+    torch.manual_seed(0)
+    rows = loaded.generate(
+        torch.full((200, 1), 9), do_sample=True, temperature=1.0, top_k=0, max_new_tokens=12
+    )[:, 1:].tolist()  # fmt: skip
+    last = []
+    for row in rows:
+        while row[-1] == 7 and len(row) > 1:
+            row.pop()
+        last.append(row[-1])
+        assert not set(row[:-1]) & set(ends), row
+    assert set(ends) <= set(last)
+
+
+class Uploads:
+    """In the place of the hub: what was in a folder when it was pushed, without what was to be left out."""
+
+    def __init__(self, monkeypatch):
+        self.pushed = []
+        monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", self.create_repo)
+        monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", self.upload_folder)
+
+    def create_repo(self, repo_id, **kwargs):
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/me/{repo_id}")
+
+    def upload_folder(self, *, folder_path, path_in_repo="", ignore_patterns=(), run_as_future=False, **kwargs):
+        files = {str(p.relative_to(folder_path)): p.read_bytes() for p in Path(folder_path).rglob("*") if p.is_file()}
+        files = {
+            name: data for name, data in files.items() if not any(fnmatch.fnmatch(name, x) for x in ignore_patterns)
+        }
+        self.pushed.append((path_in_repo, Path(folder_path), checkpoint.fault(Path(folder_path)), files))
+        done = concurrent.futures.Future()
+        done.set_result(None)
+        return done if run_as_future else None
+
+
+PLAIN = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+         "tokenizer_config.json", "training_args.bin"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("strategy", "wanted"),
+    [
+        ("every_save", ["", ""]),
+        ("checkpoint", ["", "last-checkpoint", "", "last-checkpoint"]),
+        ("all_checkpoints", ["", "checkpoint-2", "", "checkpoint-4"]),
+        ("end", []),
+    ],
+)
+def test_what_is_pushed_is_whole(tmp_path, strategy, wanted, monkeypatch):
+    uploads = Uploads(monkeypatch)
+    trainer = job(
+        tmp_path, max_steps=4, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+        push_to_hub=True, hub_strategy=strategy,
+    )  # fmt: skip
+    weights = {}
+
+    class Weights(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            weights[state.global_step] = {n: p.clone() for n, p in model.state_dict().items()}
+
+    trainer.add_callback(Weights)
+    trainer.train()
+    assert [place for place, *_ in uploads.pushed] == wanted
+    trainer.push_to_hub()
+    half = len(wanted) // 2
+    for step, (place, folder, fault, files) in zip([2] * half + [4] * (half + 1), uploads.pushed, strict=True):
+        if place:  # a checkpoint, in its own place
+            assert folder == tmp_path / f"checkpoint-{step}" and fault is None
+            assert {"dmfast_state.pt", "dmfast_manifest.json", "optimizer.pt", "trainer_state.json"} <= files.keys()
+            assert files.keys() >= PLAIN
+        else:
+            assert folder == tmp_path and files.keys() == PLAIN
+        loaded = safetensors.torch.load(files["model.safetensors"])
+        assert all(torch.equal(value, weights[step][name]) for name, value in loaded.items())
+        card = files["README.md"].decode()
+        assert "# A language model matched to a target distribution" in card
+        assert f"{step} optimiser steps of 8 sequences" in card and f"Evaluation at step {step}" in card
+
+
 def test_the_log_line(tmp_path, capsys):
     job(tmp_path, max_steps=1, eval_strategy="steps", eval_steps=1).train()
     step, evaluation, *_ = capsys.readouterr().out.splitlines()
@@ -948,9 +1263,26 @@ def test_partition_functions_are_persistent():
     third = second.updated(ids[:1], log_w[:1], torch.zeros(1, dtype=torch.float64))
     assert (len(first), len(second), second[4].n, third[4].n) == (0, 2, 2, 3)
     assert second.log_z(ids).tolist() == pytest.approx([math.log((math.exp(0.5) + math.exp(-1)) / 2)] * 2 + [2.0])
-    copied = PartitionFunctions()
-    copied.load_state_dict(third.state_dict())
-    assert copied.log_z(ids).tolist() == third.log_z(ids).tolist()
+
+
+def test_partition_functions_go_on_to_the_bit():
+    """Also of a context whose P was 0, and in tensors: a dict for each of many contexts takes seconds to load."""
+    ids = torch.tensor([4, 4, 9, 10**12, 0])
+    log_w = torch.tensor([0.1, -700.3, 2.0 / 3, -math.inf, 1e3], dtype=torch.float64)
+    zero = torch.zeros(5, dtype=torch.float64)
+    first = PartitionFunctions().updated(ids, log_w, zero)
+    state = first.state_dict()
+    assert all(isinstance(column, torch.Tensor) and column.shape == (4,) for column in state.values())
+    second = PartitionFunctions()
+    second.load_state_dict(state)
+    for _ in range(2):
+        assert len(second) == 4
+        for context in ids.tolist():
+            assert second[context].state_dict() == first[context].state_dict()
+            assert type(second[context].n) is int
+        first, second = (z.updated(ids, log_w.flip(0), zero) for z in (first, second))
+    second.load_state_dict(PartitionFunctions().state_dict())
+    assert len(second) == 0
 
 
 def test_the_trainer_comes_with_import_dmfast_only_when_asked():

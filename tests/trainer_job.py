@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -73,6 +74,13 @@ class StopAt(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
+class AtOnce(threading.Timer):
+    """In the place of the three seconds that transformers waits between SIGTERM and its checkpoint."""
+
+    def start(self):
+        self.function()
+
+
 class Gradients(TrainerCallback):
     """The gradients of each optimiser step, by parameter."""
 
@@ -85,26 +93,16 @@ class Gradients(TrainerCallback):
 
 
 class Kill(TrainerCallback):
-    """Sends a signal to its own process while a step is running."""
+    """Sends a signal to its own process, by default while a step is running."""
 
-    def __init__(self, number, step, then=lambda: None):
+    def __init__(self, number, step, then=lambda: None, event="on_substep_end"):
         self.number, self.step, self.then = number, step, then
+        setattr(self, event, self._kill)
 
-    def on_substep_end(self, args, state, control, **kwargs):
+    def _kill(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             os.kill(os.getpid(), self.number)
             self.then()
-
-
-class InterruptAt(TrainerCallback):
-    """Ctrl-C at the end of a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def digest(model):
@@ -117,11 +115,14 @@ def main():
     """Runs the job that the command line asks for."""
     torch.set_num_threads(1)
     wanted = json.loads(sys.argv[1])
-    resume, stop, interrupt = (wanted.pop(name, None) for name in ("resume", "stop", "interrupt"))
+    resume, stop, interrupt, terminate = (wanted.pop(n, None) for n in ("resume", "stop", "interrupt", "terminate"))
     gradients = Gradients()
     callbacks = [gradients, *([StopAt(stop)] if stop else [])]
     if interrupt and os.environ.get("RANK") == "1":
-        callbacks.append(InterruptAt(interrupt))
+        callbacks.append(Kill(signal.SIGINT, interrupt, event="on_step_end"))
+    if terminate and os.environ.get("RANK") == "1":
+        threading.Timer = AtOnce
+        callbacks.append(Kill(signal.SIGTERM, terminate, event="on_step_begin"))
     trainer = job(callbacks=callbacks, **wanted)
     trainer.train(resume_from_checkpoint=resume)
     result = {
@@ -133,6 +134,9 @@ def main():
     }
     if trainer.is_world_process_zero():
         Path(wanted["out"], "result.json").write_text(json.dumps(result))
+    if torch.distributed.is_initialized():  # or gloo's threads may abort a process at its end
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -72,6 +73,52 @@ class Interrupt(TrainerCallback):  # type: ignore[misc]
         """Saves where save_strategy="best" has withdrawn it after an evaluation in the same step."""
         if self.agreed and self._saved != state.global_step:
             control.should_save = True
+
+
+class _Manager(CheckpointManager):  # type: ignore[misc]
+    """Writes no sentinel file: ``DMTrainer``'s checkpoints are whole or not there."""
+
+    def execute_jit_checkpoint(self) -> None:
+        """A checkpoint, now."""
+        self.is_checkpoint_requested = False
+        self.trainer._save_checkpoint(self.trainer.model, trial=None)
+
+
+class JITCheckpoint(JITCheckpointCallback):  # type: ignore[misc]
+    """transformers' checkpoint at SIGTERM; at the end of a step its line is logged first, so that it is in it.
+
+    Several ranks save at the end of a step only, where they agree on it: within a step one of them would be alone.
+    """
+
+    def set_trainer(self, trainer: Any) -> None:
+        """Takes over SIGTERM."""
+        self.trainer, self.agreed = trainer, False
+        self.jit_manager = _Manager(trainer)
+        self.jit_manager.setup_signal_handler()
+
+    @property
+    def asked(self) -> bool:
+        """In this process."""
+        return bool(self.jit_manager.is_checkpoint_requested)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Of the step before, since this one is not done."""
+        if args.world_size == 1:
+            super().on_pre_optimizer_step(args, state, control, **kwargs)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Of the step before."""
+        if args.world_size == 1:
+            super().on_step_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log and save, in this order, but don't evaluate: time is short."""
+        if self.agreed or (args.world_size == 1 and self.asked):
+            self.agreed = self.jit_manager.is_checkpoint_requested = False
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    on_epoch_end = on_step_end
 
 
 def log_line(step: int, logs: Mapping[str, Any]) -> str:

@@ -108,8 +108,6 @@ def staged(output_dir: Path, name: str, writes: bool, barrier: Callable[[], None
                 os.replace(target, staging / "replaced")
             os.replace(staging / name, target)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is a RuntimeError of torch.save
-        if writes and target.is_dir() and [p.name for p in target.iterdir()] == ["checkpoint-is-incomplete.txt"]:
-            shutil.rmtree(target)  # transformers' mark of a checkpoint at SIGTERM
         kept = next((str(p) for p in _in_order(output_dir) if fault(p) is None), None)
         raise OSError(
             f"the checkpoint {target} could not be written: {error}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -15,6 +16,23 @@ _BASELINES = (None, "mean", "leave_one_out", "leave_one_out_context")
 
 def _field(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+def refuse_parallelism(args: TrainingArguments) -> None:
+    """More than DDP, whether asked for in the arguments or by ``accelerate launch``.
+
+    Raises:
+        ValueError: it is.
+    """
+    for name, variable, what in (
+        ("fsdp", "ACCELERATE_USE_FSDP", "FSDP"),
+        ("deepspeed", "ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("parallelism_config", "ACCELERATE_USE_PARALLELISM_CONFIG", "tensor, context or sequence parallelism"),
+    ):
+        by_launcher = os.environ.get(variable, "false").lower() in ("true", "1")
+        if by_launcher or getattr(args, name):
+            asked = f"{variable}, which accelerate launch sets," if by_launcher else name
+            raise ValueError(f"DMTrainer does not run under {what} yet, which {asked} asks for; use DDP")
 
 
 @dataclass
@@ -49,7 +67,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         patience_zero: steps in a row with P(x) = 0 on every sequence, after which a warning says what to do.
 
     Raises:
-        ValueError: an unknown objective, criterion or baseline, a number out of range.
+        ValueError: an unknown objective, criterion or baseline, a number out of range, FSDP, DeepSpeed.
     """
 
     learning_rate: float = _field(1.41e-5, "The initial learning rate (the paper's).")
@@ -81,6 +99,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     patience_zero: int = _field(5, "Steps with P = 0 on all sequences before a warning.")
 
     def __post_init__(self) -> None:
+        refuse_parallelism(self)  # before transformers asks for deepspeed to be installed
         for name, value in (
             ("max_new_tokens", self.max_new_tokens), ("temperature", self.temperature),
             ("samples_per_context", self.samples_per_context), ("sampling_batch_size", self.sampling_batch_size),

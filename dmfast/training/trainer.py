@@ -29,6 +29,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
@@ -36,8 +38,8 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
 )
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..estimators import PartitionFunction, PartitionFunctions, RunningEstimates, effective_sample_size
 from ..kernels.result import DMLossOutput
@@ -47,9 +49,9 @@ from ..proposal import OfflineProposal
 from ..targets import EBM
 from ..targets.constraints import as_feature
 from . import checkpoint
-from .callbacks import Interrupt, LogLine, Progress, StepEnd
+from .callbacks import Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
 from .card import model_card
-from .config import DMConfig
+from .config import DMConfig, refuse_parallelism
 from .data import ContextLoader, Contexts, StepSampler, contexts_of
 from .evaluation import evaluate
 
@@ -132,6 +134,14 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         if not isinstance(args, DMConfig):
             raise TypeError(f"args must be a dmfast.DMConfig, got {type(args).__name__}")
         _refuse_arguments(args)
+        if (
+            getattr(model, "is_distributed_loading_by_transformers", False)
+            or (getattr(model, "tp_size", None) or 1) > 1
+        ):
+            raise ValueError(
+                "DMTrainer does not run under tensor parallelism yet, and the model was sharded as it was loaded; load "
+                "it without tp_plan and distributed_config"
+            )
         base = target.base
         of_base = {p.data_ptr() for p in base.model.parameters()}
         if any(p.data_ptr() in of_base for p in model.parameters()):
@@ -190,13 +200,6 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             )
         finally:
             args.enable_jit_checkpoint = jit
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("DMTrainer does not run under FSDP or DeepSpeed yet; use DDP (accelerate launch)")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"DMTrainer does not run under DataParallel ({args.n_gpu} GPUs in one process); start one process per "
-                "GPU with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES"
-            )
         for stock, ours in ((ProgressCallback, Progress), (PrinterCallback, LogLine)):
             for callback in [c for c in self.callback_handler.callbacks if type(c) is stock]:
                 self.callback_handler.callbacks.remove(callback)
@@ -218,6 +221,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self._staging: str | None = None
         self._wrapped: LanguageModel | None = None
         self._push_later = False
+        self._jit: JITCheckpoint | None = None  # while train() runs
+        self._random_state_of: str | None = None  # the checkpoint to go on from, until its random state is there
         self._model_step: int | None = None  # where it is not the last one
         self.eval_samples: Samples | None = None
         for contexts in {id(c): c for c in (self._contexts, self._eval_contexts)}.values():
@@ -256,6 +261,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return [], None
+        if self._random_state_of is not None:
+            self._load_rng_state(self._random_state_of)
         with self.accelerator.autocast():
             self._step = step = self._draw(contexts_of(batches, self.samples_per_context))
         self._outputs, self._started = [], time.perf_counter()
@@ -398,9 +405,10 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         """Commits what the step adds: Z, the mean return, the estimates; then asks whether q <- pi."""
         step, outputs = self._step, self._outputs
         assert step is not None
-        self._interrupt.agreed = bool(
-            self._gather(torch.tensor([self._interrupt.asked], device=self.args.device)).any()
-        )
+        asked = [self._interrupt.asked, self._jit is not None and self._jit.asked]
+        self._interrupt.agreed, terminate = self._gather(torch.tensor([asked], device=self.args.device)).any(0).tolist()
+        if self._jit is not None:
+            self._jit.agreed = terminate
         out = _whole_step(outputs, self._gather)
         self._running = step.pending
         if self.args.baseline == "mean":
@@ -555,24 +563,26 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         if resume_from_checkpoint:
             resume_from_checkpoint = str(checkpoint.to_resume(resume_from_checkpoint, Path(self.args.output_dir)))
         self._metrics, self._model_step = [], None
-        jit = self._install_jit()
+        self._random_state_of = resume_from_checkpoint or None
+        self._jit = jit = self._install_jit()
         self._interrupt.install()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._interrupt.remove()
+            self._jit = None
             if jit is not None:
                 self.callback_handler.callbacks.remove(jit)
                 signal.signal(signal.SIGTERM, jit.jit_manager._original_sigterm_handler)
 
-    def _install_jit(self) -> Any:
+    def _install_jit(self) -> JITCheckpoint | None:
         """transformers' checkpoint at SIGTERM, which its constructor would install for good, and in any thread."""
         if not self.args.enable_jit_checkpoint:
             return None
         if threading.current_thread() is not threading.main_thread():
             warnings.warn("enable_jit_checkpoint has no effect outside the main thread", stacklevel=3)
             return None
-        jit = JITCheckpointCallback()
+        jit = JITCheckpoint()
         jit.set_trainer(self)
         self.add_callback(jit)
         return jit
@@ -603,6 +613,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                     checkpoint.save_state(self.state_dict(), staging / name)
         if self._push_later:
             self._push_later = False
+            if writes and self.args.hub_strategy != "end":
+                self._write_card(Path(self.args.output_dir))  # which transformers fills with the model and pushes
             super()._push_from_checkpoint(str(run_dir / name))
         if writes:
             rotate_checkpoints(
@@ -612,6 +624,12 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._push_later = True  # it is not in its place yet
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # once: transformers loads it after get_batch_samples, where a scorer may have drawn from it
+        if self._random_state_of is not None:
+            self._random_state_of = None
+            super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # ours first: it refuses what does not fit before anything has changed
@@ -663,12 +681,23 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self._q_is_base = state["q_is_base"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        config = getattr(self.model, "generation_config", None)
-        if config is not None and len(self.policy.eos_token_ids) > 1:
-            config.eos_token_id = self.policy.eos_token_ids  # generate() is to end where training did
-        super()._save(output_dir, state_dict)
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        config = model.generation_config if isinstance(model, PreTrainedModel) else None
+        if config is not None:
+            # transformers refuses to save some that it loads, such as a temperature without do_sample
+            model.generation_config = GenerationConfig()
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            if config is not None:
+                model.generation_config = config
         if self.args.should_save:
-            self._write_card(Path(self.args.output_dir if output_dir is None else output_dir))
+            if config is not None:
+                ends, config = self.policy.eos_token_ids, copy.deepcopy(config)
+                config.eos_token_id = ends[0] if len(ends) == 1 else ends  # generate() is to end where training did
+                config.to_json_file(folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
+            self._write_card(folder)
 
     def _write_card(self, folder: Path) -> None:
         (folder / "README.md").write_text(model_card(self), encoding="utf-8")
@@ -694,19 +723,22 @@ def _whole_step(outputs: Sequence[DMLossOutput], gather: Callable[[Tensor], Tens
 
 def _refuse_arguments(args: DMConfig) -> None:
     """What transformers offers and distribution matching can't honour."""
+    refuse_parallelism(args)
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"DMTrainer does not run under DataParallel ({args.n_gpu} GPUs in one process); start one process per "
+            "GPU with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES"
+        )
     refused = {
-        "fsdp": bool(args.fsdp), "deepspeed": bool(args.deepspeed), "auto_find_batch_size": args.auto_find_batch_size,
+        "auto_find_batch_size": args.auto_find_batch_size,
         "label_smoothing_factor": args.label_smoothing_factor != 0,
         "neftune_noise_alpha": args.neftune_noise_alpha is not None,
-        "parallelism_config": args.parallelism_config is not None,
-    }  # fmt: skip
+    }
     why = {
-        "fsdp": "DMTrainer does not run under FSDP yet; use DDP", "deepspeed": "DMTrainer does not run under DeepSpeed "
-        "yet; use DDP", "auto_find_batch_size": "set per_device_train_batch_size by hand",
+        "auto_find_batch_size": "set per_device_train_batch_size by hand",
         "label_smoothing_factor": "there are no labels to smooth",
         "neftune_noise_alpha": "noise in the policy would make log pi(x) another than that of the model",
-        "parallelism_config": "DMTrainer does not run under tensor, context or sequence parallelism yet; use DDP",
-    }  # fmt: skip
+    }
     for name, found in refused.items():
         if found:
             raise ValueError(f"DMTrainer refuses {name}={getattr(args, name)!r}: {why[name]}")
