@@ -1,4 +1,6 @@
-"""The ``dmfast`` command: ``demo`` trains a small model, ``train`` runs a recipe, ``doctor`` tells what runs here."""
+"""The ``dmfast`` command: ``demo`` trains a small model, ``train`` runs a recipe, ``bench`` measures, ``doctor`` tells
+what runs here.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from importlib import metadata, util
 from typing import Any
 
 _INSTALL = "pip install 'dmfast[train]'"
-_NEEDED = ("transformers", "accelerate", "safetensors", "yaml", "rich", "matplotlib")  # by demo and train
+_NEEDED = ("transformers", "accelerate", "safetensors", "yaml", "rich", "matplotlib")  # by demo, train and bench
 
 
 def doctor() -> int:
@@ -47,7 +49,7 @@ def _override(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _parser(complete: bool) -> argparse.ArgumentParser:
+def _parser(complete: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dmfast", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="half of the biographies about women, in a minute or two")
@@ -58,23 +60,28 @@ def _parser(complete: bool) -> argparse.ArgumentParser:
     train.add_argument("--out", help="train.output_dir")
     train.add_argument("--resume", nargs="?", const=True, default=False, metavar="CHECKPOINT",
                        help="go on from a checkpoint; without its name from the newest")  # fmt: skip
+    bench = commands.add_parser("bench", help="the fused losses against what else there is; a step of your own model")
     commands.add_parser("doctor", help="versions, backends, what is missing")
-    if complete:
+    if complete == "demo":
         from .demo import add_demo_arguments
 
         add_demo_arguments(demo)
+    if complete == "bench":
+        from .bench.run import add_arguments
+
+        add_arguments(bench)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
-    wants_more = words[:1] in (["demo"], ["train"])
+    wants_more = words[:1] in (["demo"], ["train"], ["bench"])
     missing = [package for package in _NEEDED if util.find_spec(package) is None] if wants_more else []
     if missing and not {"-h", "--help"} & set(words):
         print(f"dmfast {words[0]} needs {', '.join(missing)}: {_INSTALL}", file=sys.stderr)
         return 1
-    args = _parser(words[:1] == ["demo"] and not missing).parse_args(words)
+    args = _parser("" if missing else "".join(words[:1])).parse_args(words)
     if args.command == "doctor":
         return doctor()
     if args.command == "demo":
@@ -84,6 +91,16 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from .demo import console
     from .training import recipe
+
+    if args.command == "bench":
+        from .bench.run import bench
+
+        try:
+            bench(args, console().print)
+        except (ValueError, OSError, RuntimeError) as error:
+            print(f"dmfast bench: {error}", file=sys.stderr)
+            return 1
+        return 0
 
     sys.path.insert(0, os.getcwd())  # scorers of the user's own
     overrides = dict(args.overrides) | ({"train.output_dir": args.out} if args.out else {})

@@ -1,0 +1,87 @@
+"""One GDC++ step in plain transformers and torch: what the existing toolkits do, done as well as plain torch allows.
+
+Sequences are drawn by ``generate`` with its KV cache; q and a score them, batched and without gradient; the policy's
+forward, log_softmax and gather, and the loss of Korbak et al. 2022 (arXiv:2206.00761, section 3.3) follow. There is no
+Python loop over tokens but generate's. dmfast is not used here: this is what it is measured against.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class EagerStep:
+    """Policy, proposal q and base a as transformers models, an optimiser, and where the time goes.
+
+    Args:
+        policy, proposal, base: causal language models with dropout 0.
+        bos, eos, pad: token ids; eos None: no sequence ends before ``length``.
+        feature: (N, T) tokens -> (N,) phi(x). lambda_: of the target P = a exp(lambda phi).
+        batch, length: sequences, and new tokens of each.
+    """
+
+    def __init__(
+        self, policy: Any, proposal: Any, base: Any, *, bos: int, eos: list[int], pad: int, feature: Any,
+        lambda_: float, batch: int, length: int, log_z: float = 0.0, learning_rate: float = 1e-5,
+    ) -> None:  # fmt: skip
+        self.policy, self.proposal, self.base = policy, proposal, base
+        self.bos, self.eos, self.pad = bos, eos, pad
+        self.feature, self.lambda_, self.log_z = feature, lambda_, log_z
+        self.batch, self.length = batch, length
+        self.optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate)
+        self.seconds: dict[str, float] = {}
+        self.forwards: dict[str, tuple[int, int]] = {}  # tokens through the model, rows projected to V
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times what is inside."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+    def generate(self) -> tuple[Tensor, Tensor]:
+        """Tokens (N, 1 + T) and the mask (N, T) of what counts: up to and with the first EOS."""
+        prompt = torch.full((self.batch, 1), self.bos)
+        with torch.no_grad():
+            tokens = self.proposal.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+                max_new_tokens=self.length, eos_token_id=self.eos, pad_token_id=self.pad, use_cache=True,
+            )  # fmt: skip
+        is_eos = torch.isin(tokens[:, 1:], torch.tensor(self.eos)).long()
+        mask = is_eos.cumsum(-1) - is_eos == 0
+        self.forwards["generate"] = (tokens[:, 1:].numel(),) * 2
+        return tokens, mask
+
+    def log_prob(self, model: Any, tokens: Tensor, mask: Tensor, name: str) -> Tensor:
+        """log of the probability of each sequence, (N,)."""
+        attention = torch.cat([torch.ones_like(tokens[:, :1]), mask.long()], 1)
+        logits = model(input_ids=tokens, attention_mask=attention, use_cache=False).logits[:, :-1]
+        chosen = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+        self.forwards[name] = (tokens.numel(),) * 2
+        return torch.where(mask, chosen, 0.0).sum(-1)
+
+    def __call__(self) -> float:
+        """One step; the loss."""
+        with self.phase("sampling"):
+            tokens, mask = self.generate()
+        with self.phase("scoring by q"), torch.no_grad():
+            log_q = self.log_prob(self.proposal, tokens, mask, "q")
+        with self.phase("scoring by a"), torch.no_grad():
+            log_target = self.log_prob(self.base, tokens, mask, "a") + self.lambda_ * self.feature(tokens[:, 1:])
+        with self.phase("policy forward"):
+            log_pi = self.log_prob(self.policy, tokens, mask, "policy")
+            with torch.no_grad():
+                weight = (log_target - self.log_z - log_q).exp() - (log_pi - log_q).exp()
+            loss = -(weight * log_pi).mean()
+        with self.phase("policy backward"):
+            loss.backward()
+        with self.phase("optimiser"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return float(loss.detach())

@@ -1,0 +1,82 @@
+"""Timing and memory: rivals interleaved in rotated order, medians with their spread; the peak of a fresh process."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def interleaved(
+    rivals: Mapping[str, Callable[[], Any]], rounds: int, before: Callable[[], Any] = lambda: None
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of each: median and quartiles over ``rounds``, after one round that does not count.
+
+    The order is rotated by one each round; ``before`` runs ahead of every call and is not timed.
+    """
+    names = list(rivals)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds + 1):
+        for k in range(len(names)):
+            name = names[(i + k) % len(names)]
+            before()
+            start = time.perf_counter()
+            rivals[name]()
+            if i:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: spread(values) for name, values in times.items()}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return {"median": round(median, 3), "low": round(low, 3), "high": round(high, 3)}
+
+
+def _status(name: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) / 1024
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def extra_memory(call: Callable[[], Any], forget: Callable[[], Any] = lambda: None) -> float:
+    """MB by which the resident memory of this process rises above what it was before the call, at its peak (Linux).
+
+    Call it in a fresh process. A first call is made and forgotten, so that threads, compilers and caches are not
+    counted; ``forget`` lets go of what it left, such as gradients.
+    """
+    call()
+    forget()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError:  # containers may forbid it: look every millisecond instead
+        return _sampled(call)
+    before = _status("VmRSS")
+    call()
+    return round(_status("VmHWM") - before, 1)
+
+
+def _sampled(call: Callable[[], Any]) -> float:
+    before, peak, done = _status("VmRSS"), 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, _status("VmRSS"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        call()
+    finally:
+        done.set()
+        watcher.join()
+    return round(max(peak - before, 0.0), 1)

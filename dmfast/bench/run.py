@@ -1,0 +1,126 @@
+"""``dmfast bench``: which configurations, each in a process of its own; the report as it grows."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..training.report import machine
+from . import report
+from .worker import Config
+
+SHAPES = ((512, 50257), (2048, 50257), (512, 151936), (4096, 1319))
+
+
+def quick() -> list[Config]:
+    """A minute or two."""
+    threads = torch.get_num_threads()
+    return [
+        Config("logits", 512, 50257, threads=threads, rounds=10),
+        Config("head", 512, 50257, 576, threads=threads, rounds=3),
+        Config("sampling", 64, 50257, threads=threads, rounds=10),
+    ]
+
+
+def full() -> Iterator[Config]:
+    """All of it: every combination for the first shape, one change at a time for the others."""
+    ways = tuple(itertools.product((2, 1), (False, True), ("randn", "model")))
+    for rows, vocab in SHAPES:
+        rounds = 15 if rows * vocab < 3e7 else 5
+        for dtype, (threads, pages, logits) in itertools.product(("float32", "bfloat16"), ways):
+            changed = (threads == 1) + pages + (logits == "model")
+            if changed < 2 or (rows, vocab) == SHAPES[0]:
+                yield Config("logits", rows, vocab, 0, dtype, threads, pages, logits, rounds)
+    for rows, vocab in SHAPES:
+        for dim in (576, 768):
+            for threads in (2, 1) if (rows, vocab) == (2048, 50257) else (2,):
+                yield Config("head", rows, vocab, dim, threads=threads, rounds=5 if rows * vocab < 3e7 else 3)
+    yield Config("head", 2048, 50257, 576, huge_pages=True, rounds=3)
+    yield Config("head", 512, 50257, 576, "bfloat16", rounds=3)
+    for threads in (2, 1):
+        yield Config("sampling", 64, 50257, threads=threads, rounds=30)
+
+
+def _wants_memory(c: Config) -> bool:
+    """At GPT-2's vocabulary, once per shape and dtype: neither threads nor values matter to it."""
+    return c.form != "sampling" and c.vocab == 50257 and c.logits == "randn" and not c.huge_pages and c.threads == 2
+
+
+def in_process(c: Config) -> dict[str, Any]:
+    """What worker.run returns, from a fresh process.
+
+    Raises:
+        RuntimeError: it failed; with what it said.
+    """
+    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "1" if c.huge_pages else "0", "OMP_NUM_THREADS": str(c.threads)}
+    command = [sys.executable, "-m", "dmfast.bench.worker", json.dumps(asdict(c))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode or not done.stdout.strip():
+        raise RuntimeError(f"{c.title} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measure(c: Config, say: Callable[[Any], None], *, memory: bool) -> dict[str, Any]:
+    """Times and, once per shape and dtype, the peak memory of each rival."""
+    result = in_process(c)
+    if memory and _wants_memory(replace(c, threads=2)):
+        names = [name for name in result["ms"] if name in result["gradient_error"]]
+        result["memory_mb"] = {n: in_process(replace(c, memory_of=n))["memory_mb"] for n in names}
+    say(report.table(result))
+    return result
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of ``dmfast bench``."""
+    parser.add_argument("--full", action="store_true", help="every shape, dtype, thread count; about 45 minutes")
+    parser.add_argument("--only", default="", metavar="TEXT", help="of --full, the configurations whose title has this")
+    parser.add_argument("--model", help="profile one training step of this model instead: a folder, a name of the hub, "
+                        "tiny-bios or random-gpt2")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=64, help="with --model: sequences (default 64)")
+    parser.add_argument("--length", type=int, default=40, help="with --model: new tokens of each (default 40)")
+    parser.add_argument("--rounds", type=int, default=5, help="with --model: steps of each (default 5)")
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder for the JSON and the picture")
+
+
+def bench(args: argparse.Namespace, say: Callable[[Any], None]) -> None:
+    """Runs what ``args`` say; writes ``bench.json`` and ``bench.png``, or ``step.json`` and ``step.png``."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.model:
+        from .step import profile
+
+        step = profile(args.model, args.batch, args.length, args.rounds)
+        say(report.step_table(step))
+        report.write({"machine": machine(), **step}, args.out / "step.json")
+        report.step_chart(step, args.out / "step.png")
+        say(f"wrote {args.out / 'step.json'} and {args.out / 'step.png'}")
+        return
+    path, results = args.out / "bench.json", []
+    configs = [c for c in full() if args.only in c.title] if args.full else quick()
+    for i, c in enumerate(configs, 1):
+        say(f"{i} of {len(configs)}: {c.title}")
+        results.append(measure(c, say, memory=True))
+        # after each, so that nothing is lost when a long run is ended
+        report.write({"machine": machine(), "unit": "ms", "results": results}, path)
+    report.chart(_for_chart(results), args.out / "bench.png")
+    for what, title, ratio in report.ratios(results):
+        say(f"{ratio:7.2f}  {what}: {title}")
+    say(f"wrote {path} and {args.out / 'bench.png'}")
+
+
+def _for_chart(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first of each form at 2 threads, or whatever there is."""
+    chosen: dict[str, dict[str, Any]] = {}
+    for r in results:
+        chosen.setdefault(r["config"]["form"], r)
+    return list(chosen.values())

@@ -1,0 +1,144 @@
+"""One training step of a model, dmfast's against the plain one, phase by phase: time, memory, rows projected to V."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models import LanguageModel
+from .eager_step import EagerStep
+from .measure import extra_memory, spread
+
+RANDOM_GPT2 = "random-gpt2"  # 4 layers of 128, V = 50257
+PHASES = ("sampling", "scoring by q", "scoring by a", "policy forward", "policy backward", "optimiser")
+
+
+def load(name: str) -> LanguageModel:
+    """A folder, a name of the hub, ``tiny-bios`` or ``random-gpt2``."""
+    if name != RANDOM_GPT2:
+        from ..training.recipe import load as load_model
+
+        return load_model(name)
+    from tokenizers import Tokenizer, models
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=128, n_head=4, vocab_size=50257))
+    words = Tokenizer(models.WordLevel({"<|endoftext|>": 50256, "a": 0}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<|endoftext|>", bos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    return LanguageModel(model, tokenizer)
+
+
+class DMFastStep:
+    """The same step with dmfast: what DMTrainer does, phase by phase, q no longer being a."""
+
+    def __init__(
+        self, policy: LanguageModel, proposal: LanguageModel, base: LanguageModel, *,
+        feature: Callable[[Tensor], Tensor], lambda_: float, batch: int, length: int, learning_rate: float = 1e-5,
+    ) -> None:  # fmt: skip
+        self.policy, self.proposal, self.base = policy, proposal, base
+        self.feature, self.lambda_, self.batch, self.length = feature, lambda_, batch, length
+        self.optimizer = torch.optim.AdamW(policy.model.parameters(), lr=learning_rate)
+        self.seconds: dict[str, float] = {}
+        self.forwards: dict[str, tuple[int, int]] = {}
+        self.seed = 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times what is inside."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+    def __call__(self) -> float:
+        """One step; the loss."""
+        self.seed += 1
+        with self.phase("sampling"):
+            x = self.proposal.sample(n=self.batch, max_new_tokens=self.length, seed=self.seed)
+        with self.phase("scoring by a"), torch.no_grad():
+            log_target = self.base.log_prob(x) + self.lambda_ * self.feature(x.tokens[:, x.prompt_len :])
+        with self.phase("policy forward"):  # with linear_dm_loss the head's gradient is made here
+            out = self.policy.loss(x, log_target=log_target, log_proposal=x.log_prob, log_z=0.0)
+        with self.phase("policy backward"):
+            out.loss.backward()  # type: ignore[no-untyped-call]
+        with self.phase("optimiser"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        scored = int(x.score_mask.sum())
+        drawn = x.tokens[:, x.prompt_len :].numel()
+        self.forwards = {"generate": (drawn, drawn), "a": (x.tokens.numel(), scored),
+                         "policy": (x.tokens.numel(), scored)}  # fmt: skip
+        return float(out.loss.detach())
+
+
+def make(kind: str, name: str, batch: int, length: int) -> DMFastStep | EagerStep:
+    """``dmfast`` or ``eager``, on fresh copies of the model; q is the model, slightly off, and so is not a."""
+    base = load(name)
+    policy, proposal = (LanguageModel(copy.deepcopy(base.model), base.tokenizer) for _ in range(2))
+    with torch.no_grad():
+        for p in proposal.model.parameters():
+            p.mul_(1 + 1e-4)
+    for model in (base.model, proposal.model):
+        model.requires_grad_(False).eval()
+    policy.model.train()
+
+    def feature(tokens: Tensor) -> Tensor:
+        return (tokens < base.vocab_size // 1000).any(-1).double()
+
+    if kind == "dmfast":
+        return DMFastStep(policy, proposal, base, feature=feature, lambda_=1.0, batch=batch, length=length)
+    bos = base.tokenizer.bos_token_id
+    return EagerStep(
+        policy.model, proposal.model, base.model, bos=base.eos_token_ids[0] if bos is None else bos,
+        eos=base.eos_token_ids, pad=base.pad_token_id, feature=feature, lambda_=1.0, batch=batch, length=length,
+    )  # fmt: skip
+
+
+def profile(name: str, batch: int, length: int, rounds: int) -> dict[str, Any]:
+    """Both steps interleaved; medians in ms of each phase and of the whole, peak memory of each in a fresh process."""
+    steps = {kind: make(kind, name, batch, length) for kind in ("dmfast", "eager")}
+    times: dict[str, dict[str, list[float]]] = {kind: {} for kind in steps}
+    torch.manual_seed(0)
+    for i in range(rounds + 1):
+        for kind in sorted(steps, reverse=bool(i % 2)):
+            start = time.perf_counter()
+            steps[kind]()
+            whole = time.perf_counter() - start
+            if i:
+                for phase, seconds in {**steps[kind].seconds, "whole step": whole}.items():
+                    times[kind].setdefault(phase, []).append(seconds * 1e3)
+    return {
+        "model": name, "parameters": sum(p.numel() for p in load(name).model.parameters()),
+        "batch": batch, "length": length, "threads": torch.get_num_threads(),
+        "ms": {kind: {phase: spread(values) for phase, values in found.items()} for kind, found in times.items()},
+        "forwards": {kind: step.forwards for kind, step in steps.items()},
+        "memory_mb": {kind: _memory(kind, name, batch, length) for kind in steps},
+    }  # fmt: skip
+
+
+def _memory(kind: str, name: str, batch: int, length: int) -> float:
+    """Peak of a fresh process over what it has once the models are loaded, with gradients and optimiser state."""
+    code = "from dmfast.bench.step import print_memory; print_memory()"
+    arguments = [kind, name, str(batch), str(length), str(torch.get_num_threads())]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of the {kind} step failed:\n{done.stderr}")
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def print_memory() -> None:
+    """What ``_memory`` runs."""
+    kind, name, batch, length, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    print(json.dumps(extra_memory(make(kind, name, int(batch), int(length)))))

@@ -1,0 +1,315 @@
+"""One configuration of the benchmark, in a process of its own: ``python -m dmfast.bench.worker '<Config as JSON>'``.
+
+A process, because threads, huge pages and peak memory are a process's. Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import eager
+from ..functional import sample_tokens
+from . import rivals
+from .measure import extra_memory, interleaved
+
+STEPS = 64  # tokens of a sequence
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to run.
+
+    Attributes:
+        form: ``logits``, ``head`` (hidden states through an nn.Linear) or ``sampling``.
+        rows, vocab, dim: scored tokens, V, D.
+        dtype: of logits, hidden states and head: ``float32`` or ``bfloat16``.
+        threads: of torch. huge_pages: whether torch asks for them (THP_MEM_ALLOC_ENABLE).
+        logits: ``randn``, or ``model``: those of the biography model on its own text, tiled.
+        rounds: calls of each rival.
+        memory_of: measure the peak of this one rival and nothing else.
+    """
+
+    form: str
+    rows: int
+    vocab: int
+    dim: int = 0
+    dtype: str = "float32"
+    threads: int = 2
+    huge_pages: bool = False
+    logits: str = "randn"
+    rounds: int = 15
+    memory_of: str | None = None
+
+    @property
+    def title(self) -> str:
+        """For tables."""
+        form = f"{self.form}, D {self.dim}" if self.dim else self.form
+        pages = ", huge pages" if self.huge_pages else ""
+        return f"{form} ({self.rows}, {self.vocab}) {self.dtype}, {self.logits}, {self.threads} threads{pages}"
+
+
+class _FromModel(torch.autograd.Function):
+    """Logits as a model returns them, which may be overwritten, without what a model costs."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, box: list[Tensor]) -> Tensor:
+        return box[0].data
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _FromModel.seen = grad
+        return grad.new_zeros(1), None
+
+    seen: Tensor
+
+
+def _model_rows(rows: int) -> Tensor:
+    """(rows, V) logits of the biography model."""
+    from ..training.recipe import load
+
+    model = load("tiny-bios")
+    samples = model.sample(n=32, max_new_tokens=48, seed=0)
+    with torch.no_grad():
+        logits, labels = model.logits(samples)
+    found = logits[labels != -100]
+    return found.repeat(rows // len(found) + 1, 1)[:rows]
+
+
+def make_problem(c: Config) -> rivals.Problem:
+    """The batch, with A by the oracle in fp64."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, c.dtype)
+    b, t = c.rows // STEPS, STEPS
+    tokens = torch.randint(0, c.vocab, (b, t))
+    hidden = weight = None
+    if c.form == "head":
+        hidden = torch.randn(b, t, c.dim).to(dtype)
+        weight = (torch.randn(c.vocab, c.dim) * 3 / c.dim**0.5).to(dtype)
+        z = torch.empty(0)
+        logits = ((h[None].double() @ weight.double().T) for h in hidden)
+    else:
+        z = torch.empty(b, t, c.vocab, dtype=dtype)
+        if c.logits == "model":
+            some = _model_rows(c.rows)
+            z.view(c.rows, -1).copy_(some.repeat(1, c.vocab // some.shape[1] + 1)[:, : c.vocab])
+        else:
+            for row in z:
+                row.copy_(torch.randn(row.shape) * 3)
+        logits = (row[None].double() for row in z)
+    if c.memory_of is None:
+        log_prob = torch.cat([eager.sequence_log_prob(y, x[None]) for y, x in zip(logits, tokens, strict=True)])
+    else:  # the values do not matter
+        log_prob = torch.full((b,), -math.log(c.vocab) * t, dtype=torch.float64)
+    log_proposal = log_prob + 0.2 * torch.randn(b, dtype=torch.float64)
+    log_target = log_prob + 0.5 * torch.randn(b, dtype=torch.float64) - 7.0
+    a = (log_target + 7.0 - log_proposal).exp() - (log_prob - log_proposal).exp()
+    return rivals.Problem(z, hidden, weight, tokens, log_target, log_proposal, -7.0, a)
+
+
+Call = Callable[[], Any]
+Run = tuple[Call, Callable[[], list[Tensor]], Call]  # the timed call; the gradients that it leaves; lets go of them
+
+
+def _logits_runs(p: rivals.Problem, c: Config) -> tuple[dict[str, Run], dict[str, Call], dict[str, str], Call]:
+    source, leaf, parameter = p.z.clone(), p.z.detach().requires_grad_(), torch.zeros(1, requires_grad=True)
+    found: dict[str, Run] = {}
+    missing: dict[str, str] = {}
+
+    def on_leaf(loss: Callable[[Tensor], Tensor]) -> Run:
+        def call() -> None:
+            leaf.grad = None
+            loss(leaf).backward()  # type: ignore[no-untyped-call]
+
+        return call, lambda: [cast(Tensor, leaf.grad)], lambda: setattr(leaf, "grad", None)
+
+    def in_place(objective: str) -> Run:
+        def call() -> None:
+            z = cast(Tensor, _FromModel.apply(parameter, [p.z]))  # type: ignore[no-untyped-call]
+            rivals.dmfast_logits(z, p, objective=objective, inplace=True).backward()  # type: ignore[no-untyped-call]
+
+        return call, lambda: [_FromModel.seen], lambda: None
+
+    found["dm_loss gdc++, in place"] = in_place("gdc++")
+    found["dm_loss gdc++"] = on_leaf(lambda z: rivals.dmfast_logits(z, p, inplace=False))
+    found["dm_loss dpg (known weight), in place"] = in_place("dpg")
+    for name, make in rivals.on_logits(p.z.dtype).items():
+        try:
+            log_prob = make()
+        except ImportError as error:
+            missing[name] = str(error)
+        else:
+            found[name] = on_leaf(lambda z, f=log_prob: rivals.sequence_loss(f(z, p.tokens), p))  # type: ignore[misc]
+    score = torch.no_grad()
+    others: dict[str, Call] = {
+        "roof: read-sum": p.z.sum,
+        "roof: in-place mul_": lambda: p.z.mul_(1.0),
+        "scoring: sequence_log_prob": score(lambda: rivals.dmfast_score(p.z, p)),
+        "scoring: eager log_softmax + gather": score(lambda: rivals.log_softmax_gather(p.z, p.tokens).sum(-1)),
+    }
+    return found, others, missing, lambda: p.z.copy_(source)
+
+
+def _head_runs(p: rivals.Problem, c: Config) -> tuple[dict[str, Run], dict[str, Call], dict[str, str], Call]:
+    assert p.hidden is not None and p.weight is not None
+    hidden = p.hidden.requires_grad_()
+    head = nn.Linear(c.dim, c.vocab, bias=False, dtype=hidden.dtype)
+    head.weight.data = p.weight
+    found: dict[str, Run] = {}
+    missing: dict[str, str] = {}
+
+    def forget() -> None:
+        hidden.grad = head.weight.grad = None
+
+    def run(loss: Callable[[], Tensor]) -> Run:
+        def call() -> None:
+            forget()
+            loss().backward()  # type: ignore[no-untyped-call]
+
+        return call, lambda: [cast(Tensor, hidden.grad), cast(Tensor, head.weight.grad)], forget
+
+    found["linear_dm_loss gdc++"] = run(lambda: rivals.dmfast_hidden(hidden, head.weight, p))
+    found["nn.Linear, dm_loss gdc++ in place"] = run(lambda: rivals.dmfast_logits(head(hidden), p, inplace=True))
+    for name, make in rivals.on_logits(hidden.dtype).items():
+        try:
+            log_prob = make()
+        except ImportError as error:
+            missing[name] = str(error)
+        else:
+            found[f"nn.Linear, {name}"] = run(
+                lambda f=log_prob: rivals.sequence_loss(f(head(hidden), p.tokens), p)  # type: ignore[misc]
+            )
+    for name, make_head in rivals.on_hidden().items():
+        try:
+            of_head = make_head()
+        except ImportError as error:
+            missing[name] = str(error)
+        else:
+            found[name] = run(
+                lambda f=of_head: rivals.sequence_loss(f(hidden, head.weight, p.tokens), p)  # type: ignore[misc]
+            )
+    try:
+        liger = rivals.liger(p)
+        found["liger-kernel chunked GRPO (told A)"] = run(lambda: liger(hidden, head.weight))
+    except ImportError as error:
+        missing["liger-kernel chunked GRPO (told A)"] = str(error)
+
+    h, w, frozen = hidden.detach().view(-1, c.dim), head.weight.detach(), head.weight.detach()
+    z, dh, dw = (torch.empty(s, dtype=h.dtype) for s in ((len(h), len(w)), h.shape, w.shape))
+    half = torch.rand(p.tokens.shape) < 0.5
+
+    def products(wants_head: bool) -> None:
+        torch.mm(h, w.t(), out=z)
+        torch.mm(z, w, out=dh)
+        if wants_head:
+            torch.mm(z.t(), h, out=dw)
+
+    def backward(loss: Tensor) -> None:
+        forget()
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    others: dict[str, Call] = {
+        "roof: its three products": lambda: products(True),
+        "roof: two products": lambda: products(False),
+        "linear_dm_loss, frozen head": lambda: backward(rivals.dmfast_hidden(hidden, frozen, p)),
+        "linear_dm_loss, half of the rows masked": lambda: backward(
+            rivals.dmfast_hidden(hidden, head.weight, p, mask=half, max_weight=5.0)
+        ),
+    }
+    return found, others, missing, lambda: None
+
+
+def truth(p: rivals.Problem, c: Config) -> list[Tensor]:
+    """The gradients of GDC++ in fp64, sequence by sequence."""
+    b = len(p.tokens)
+    if c.form == "logits":
+        out = torch.empty(p.z.shape, dtype=torch.float64)
+        for i in range(b):
+            z = p.z[i : i + 1].double().requires_grad_()
+            loss = -(p.weight_a[i] / b) * eager.sequence_log_prob(z, p.tokens[i : i + 1]).sum()
+            (out[i],) = torch.autograd.grad(loss, z)[0]
+        return [out]
+    assert p.hidden is not None and p.weight is not None
+    w = p.weight.detach().double().requires_grad_()
+    d_hidden, d_weight = torch.empty(p.hidden.shape, dtype=torch.float64), torch.zeros_like(w)
+    for i in range(b):
+        h = p.hidden[i : i + 1].detach().double().requires_grad_()
+        loss = -(p.weight_a[i] / b) * eager.sequence_log_prob(h @ w.T, p.tokens[i : i + 1]).sum()
+        dh, dw = torch.autograd.grad(loss, (h, w))
+        d_hidden[i] = dh[0]
+        d_weight += dw
+    return [d_hidden, d_weight]
+
+
+def _error(found: list[Tensor], exact: list[Tensor]) -> float:
+    """||gradient - exact|| / ||exact||, the larger of the two where there are two."""
+
+    def relative(a: Tensor, b: Tensor) -> float:  # row by row: no fp64 copy of all of it
+        return math.sqrt(sum(float((x - y).pow(2).sum()) for x, y in zip(a, b, strict=True)) / float(b.pow(2).sum()))
+
+    return max(relative(a, b) for a, b in zip(found, exact, strict=True))
+
+
+def run(c: Config) -> dict[str, Any]:
+    """Times or, with ``memory_of``, the peak of one rival."""
+    torch.set_num_threads(c.threads)
+    if c.form == "sampling":
+        return _sampling(c)
+    p = make_problem(c)
+    make = _logits_runs if c.form == "logits" else _head_runs
+    found, others, missing, before = make(p, c)
+    if c.memory_of is not None:
+        before()
+        if c.memory_of not in found:
+            raise ValueError(f"no rival {c.memory_of!r} in {sorted(found)}")
+        call, _, forget = found[c.memory_of]
+        return {"memory_mb": extra_memory(call, forget)}
+    exact = truth(p, c)
+    errors: dict[str, float] = {}
+    for name, (call, gradients, _) in list(found.items()):
+        before()
+        try:
+            call()
+        except Exception as error:  # whatever a rival dies of here goes into the table
+            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            del found[name]
+            continue
+        if "dpg" in name:
+            continue  # another objective; the tests hold it to the oracle
+        errors[name] = _error([g.detach() for g in gradients()], exact)
+        if c.dtype == "float32" and not errors[name] < 1e-3:
+            missing[name] = f"wrong: its gradient is off by {errors[name]:.2g} of the exact one"
+            del found[name]
+    del exact
+    calls = {**others, **{name: call for name, (call, *_) in found.items()}}
+    times = interleaved(calls, c.rounds, before)
+    return {"config": asdict(c), "title": c.title, "ms": times, "gradient_error": errors, "not_run": missing}
+
+
+def _sampling(c: Config) -> dict[str, Any]:
+    z, seed = torch.randn(c.rows, c.vocab).to(getattr(torch, c.dtype)) * 3, iter(range(10**9))
+
+    def eager_draw() -> Tensor:
+        return z.log_softmax(-1).gather(-1, z.softmax(-1).multinomial(1))
+
+    calls: dict[str, Call] = {
+        "roof: read-sum": z.sum,
+        "sample_tokens": lambda: sample_tokens(z, seed=next(seed)),
+        "eager softmax, multinomial, log_softmax, gather": eager_draw,
+    }
+    return {"config": asdict(c), "title": c.title, "ms": interleaved(calls, c.rounds), "gradient_error": {},
+            "not_run": {}}  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(Config(**json.loads(sys.argv[1])))))
+    sys.stdout.flush()
+    os._exit(0)  # compilers' pools would keep the process

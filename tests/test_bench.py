@@ -1,0 +1,160 @@
+"""`dmfast bench`: rivals compute what dmfast does, the eager step is an honest one, the report says what was run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmfast import cli
+from dmfast.bench import measure, report, rivals, run, step, worker
+from dmfast.bench.worker import Config
+
+TINY = Config("logits", 128, 211, threads=1, rounds=2)
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor takes half a minute for each rival; what it compiles runs here as it is."""
+    monkeypatch.setattr(rivals, "_compiled", lambda function: function)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_rival_on_logits_is_held_to_the_oracle(dtype: str) -> None:
+    result = worker.run(replace(TINY, dtype=dtype))
+    assert {"dm_loss gdc++, in place", "dm_loss gdc++", "eager cross_entropy"} <= result["gradient_error"].keys()
+    limit = 1e-5 if dtype == "float32" else 0.5
+    assert all(error < limit for error in result["gradient_error"].values()), result["gradient_error"]
+    ours = result["gradient_error"]["dm_loss gdc++, in place"]
+    assert ours < (1e-6 if dtype == "float32" else 4e-3)  # the rounding of the gradient
+    assert not result["not_run"].keys() - {"trl selective_log_softmax"}
+    assert all(t["low"] <= t["median"] <= t["high"] for t in result["ms"].values())
+
+
+def test_every_rival_on_hidden_states_is_held_to_the_oracle() -> None:
+    result = worker.run(Config("head", 128, 211, 24, threads=1, rounds=2))
+    assert {"linear_dm_loss gdc++", "nn.Linear, dm_loss gdc++ in place"} <= result["gradient_error"].keys()
+    assert all(error < 1e-4 for error in result["gradient_error"].values()), result["gradient_error"]
+
+
+def test_a_wrong_rival_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "cross_entropy", lambda z, x: rivals.log_softmax_gather(z, x) * 1.01)
+    result = worker.run(TINY)
+    assert "off by" in result["not_run"]["eager cross_entropy"]
+    assert "eager cross_entropy" not in result["ms"]
+
+
+def test_a_rival_that_fails_is_reported_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setattr(rivals, "gather_logsumexp", broken)
+    assert worker.run(TINY)["not_run"]["eager gather - logsumexp"] == "RuntimeError: no such kernel"
+
+
+def test_logits_of_the_model_fill_the_shape() -> None:
+    p = worker.make_problem(replace(TINY, vocab=3000, logits="model"))
+    v = worker._model_rows(1).shape[1]
+    assert p.z.shape == (2, 64, 3000) and torch.equal(p.z[..., :v], p.z[..., v : 2 * v])
+    assert float(p.z.std()) > 1
+
+
+def test_the_order_is_rotated_and_the_first_round_does_not_count() -> None:
+    calls: list[str] = []
+    rivals_ = {name: lambda name=name: calls.append(name) for name in "abc"}
+    found = measure.interleaved(rivals_, 2, before=lambda: calls.append("-"))
+    assert "".join(calls) == "-a-b-c-b-c-a-c-a-b"
+    assert found.keys() == rivals_.keys()
+
+
+def test_extra_memory_sees_what_a_call_takes_at_its_peak() -> None:
+    config = replace(TINY, rows=512, vocab=20000)  # 41 MB of logits
+    in_place, fresh = (
+        run.in_process(replace(config, memory_of=name))["memory_mb"]
+        for name in ("dm_loss gdc++, in place", "dm_loss gdc++")
+    )
+    assert in_place < 10 and 35 < fresh < 60
+
+
+def test_the_plain_step_is_the_same_step() -> None:
+    """On the same sequences both score alike and give the policy the same gradient."""
+    ours = step.make("dmfast", "tiny-bios", 16, 24)
+    plain = step.make("eager", "tiny-bios", 16, 24)
+    assert isinstance(ours, step.DMFastStep) and isinstance(plain, step.EagerStep)
+    x = ours.proposal.sample(n=16, max_new_tokens=24, seed=3)
+    mask = x.score_mask[:, 1:]
+    assert not bool(mask.all()), "no sequence has ended: nothing shows that the masks agree"
+    ended = torch.isin(x.tokens[:, 1:], torch.tensor(plain.eos)).long()
+    plain.generate = lambda: (x.tokens, (ended.cumsum(-1) - ended == 0))  # type: ignore[method-assign]
+    ours.proposal.sample = lambda **_: x  # type: ignore[method-assign,assignment]
+    assert torch.equal(plain.generate()[1], mask)
+    gradients = []
+    for one in (ours, plain):
+        model = one.policy.model if isinstance(one, step.DMFastStep) else one.policy
+        one.optimizer.step = lambda *_: None  # type: ignore[method-assign]
+        one.optimizer.zero_grad = lambda *_: None  # type: ignore[method-assign]
+        loss = one()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert loss == pytest.approx(one(), rel=1e-4)
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    for mine, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+    assert set(plain.seconds) == set(step.PHASES)
+    assert set(ours.seconds) == set(step.PHASES) - {"scoring by q"}
+
+
+def test_the_plain_step_is_short_and_knows_nothing_of_dmfast() -> None:
+    text = (Path(step.__file__).parent / "eager_step.py").read_text()
+    assert len(text.splitlines()) < 150
+    assert "from .." not in text and "import dmfast" not in text
+
+
+def test_a_step_of_ones_own_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--model", "tiny-bios", "--batch", "4", "--length", "6", "--rounds", "2",
+                     "--out", str(tmp_path)]) == 0  # fmt: skip
+    written = json.loads((tmp_path / "step.json").read_text())
+    assert set(written["ms"]["eager"]) == {*step.PHASES, "whole step"}
+    assert written["memory_mb"]["dmfast"] > 0 and written["machine"]["torch"]
+    assert (tmp_path / "step.png").stat().st_size > 10_000
+    assert "whole step" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_there_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--model", str(tmp_path / "nothing"), "--out", str(tmp_path)]) == 1
+    assert "can't load" in capsys.readouterr().err
+
+
+def test_the_benchmark_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every form, through the report: JSON as it grows, ratios, a picture."""
+    configs = [TINY, Config("head", 128, 211, 24, threads=1, rounds=2), Config("sampling", 8, 211, threads=1, rounds=2)]
+    monkeypatch.setattr(run, "quick", lambda: configs)
+    monkeypatch.setattr(run, "in_process", worker.run)
+    said: list[object] = []
+    args = argparse.Namespace(out=tmp_path, model=None, full=False, only="")
+    run.bench(args, said.append)
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert [r["config"]["form"] for r in written["results"]] == ["logits", "head", "sampling"]
+    found = {what: ratio for what, _, ratio in report.ratios(written["results"])}
+    ms = written["results"][0]["ms"]
+    roof = ms["roof: read-sum"]["median"] + ms["roof: in-place mul_"]["median"]
+    assert found["dm_loss in place over read-sum + mul_"] == ms["dm_loss gdc++, in place"]["median"] / roof
+    assert "sample_tokens over read-sum" in found and "frozen head over two products" in found
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_the_full_run_has_what_was_asked_for() -> None:
+    configs = list(run.full())
+    assert len(set(configs)) == len(configs)
+    logits = [c for c in configs if c.form == "logits"]
+    for shape in run.SHAPES:
+        here = [c for c in logits if (c.rows, c.vocab) == shape]
+        for values in (("float32", "bfloat16"), (1, 2), (True, False), ("randn", "model")):
+            assert any(set(values) == {getattr(c, name) for c in here} for name in vars(TINY))
+    assert {c.dim for c in configs if c.form == "head"} == {576, 768}
