@@ -149,7 +149,8 @@ def estimate(
     """All estimates from N sequences x ~ q.
 
     Args:
-        log_prob, log_proposal, log_target: (N,) log pi, log q, log P, nats; log_target may be -inf.
+        log_prob, log_proposal, log_target: (N,) log pi, log q, log P, nats; log_target may be -inf, and log_prob NaN
+            where it is: unknown, since only ``js_policy`` needs it there, which then is NaN too.
         log_z: log Z as it is known (0-d, float or (N,)); its own error is not in the standard errors of divergences.
         sample_weight: (N,) positive, for instance less for older steps. Default 1.
     """
@@ -162,7 +163,8 @@ def estimate(
     z = torch.as_tensor(log_z, dtype=torch.float64, device=log_w.device).expand_as(log_w)
     log_u = torch.where(z == -math.inf, -math.inf, log_w - z)
     log_rho = log_prob - log_proposal
-    u, rho, one = log_u.exp(), log_rho.exp(), torch.zeros_like(log_rho)
+    u, one = log_u.exp(), torch.zeros_like(log_rho)
+    rho = torch.where(log_u == -math.inf, 0.0, log_rho.exp())  # as good as any there: max(0, u - rho) = 0
     return Estimates(
         log_z=estimate_log_z(log_w, g),
         kl_policy=_kl(log_u, log_u - log_rho, g),

@@ -81,6 +81,17 @@ class Samples:
         texts: list[str] = self.tokenizer.batch_decode(kept, skip_special_tokens=True) if kept else []
         return texts
 
+    def trimmed(self) -> Samples:
+        """Without the columns that are padding in every one of these sequences."""
+        used = self.attention_mask.any(0).nonzero()[:, 0]
+        if len(used) == 0:
+            return self
+        first, last = min(int(used[0]), self.prompt_len - 1), int(used[-1]) + 1
+        columns = ("tokens", "attention_mask", "score_mask")
+        return replace(
+            self, prompt_len=self.prompt_len - first, **{name: getattr(self, name)[:, first:last] for name in columns}
+        )
+
     @staticmethod
     def cat(parts: Sequence[Samples]) -> Samples:
         """One batch of several, padded to one width. ``context_id`` is kept as it is.
@@ -506,7 +517,7 @@ class LanguageModel:
         size = max(batch_size or len(samples), 1)
         parts = []
         for start in range(0, len(samples), size):
-            part = samples[start : start + size]
+            part = samples[start : start + size].trimmed()
             found = self._hidden(part)
             if found is not None:
                 log_prob = linear_sequence_log_prob(

@@ -52,7 +52,8 @@ def nearer(
         return _mean(torch.where(u > 0, log_rho, 0.0), sample_weight * u)
     if criterion == "tvd":
         u = log_u.exp()
-        return _mean((u - 1).clamp(min=0) - (u - log_rho.exp()).clamp(min=0), sample_weight)
+        rho = torch.where(u > 0, log_rho.exp(), 0.0)  # log pi may be unknown where P = 0
+        return _mean((u - 1).clamp(min=0) - (u - rho).clamp(min=0), sample_weight)
     return _mean(_js_terms(log_u, torch.zeros_like(log_rho)) - _js_terms(log_u, log_rho), sample_weight)
 
 

@@ -641,6 +641,19 @@ def test_cat_of_different_widths(x):
     close(policy.log_prob(whole).detach(), whole.log_prob)
 
 
+def test_trimmed_samples_lose_only_padding_that_all_of_them_have():
+    model = lm()
+    x = model.sample([[1, 2, 3, 1, 2], [3], [2, 1]], n=6, max_new_tokens=12, seed=0)
+    few = x[x.context_id > 0]
+    few = few[few.attention_mask.sum(1).argsort()[:4]]
+    cut = few.trimmed()
+    assert cut.prompt_len == 2 and cut.tokens.shape[1] < few.tokens.shape[1]
+    assert cut.attention_mask.any(0).all()
+    assert torch.equal(cut.score_mask.sum(1), few.score_mask.sum(1)) and cut.text == few.text
+    torch.testing.assert_close(model.log_prob(cut), few.log_prob, rtol=0, atol=1e-5)
+    assert len(few[:0].trimmed()) == 0
+
+
 def test_cat_refuses_what_has_no_one_temperature(x):
     with pytest.raises(ValueError, match="one temperature"):
         Samples.cat([x, dataclasses.replace(x, temperature=1.0)])

@@ -158,6 +158,78 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_cut(tmp_path, case, per_d
     assert_close(cut[1], whole[1], 1e-3)
 
 
+class Forwards:
+    """The shapes of the policy's forwards."""
+
+    def __init__(self, model):
+        self.shapes = []
+        model.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module, args, kwargs):
+        if module.training:
+            self.shapes.append(tuple(kwargs["input_ids"].shape))
+
+
+def test_microbatches_hold_sequences_of_about_one_length_without_common_padding(tmp_path):
+    model = gpt2()
+    forwards = Forwards(model)
+    _, _, keep = run(tmp_path, model=model, max_steps=2, per_device_train_batch_size=2,
+                           gradient_accumulation_steps=4, max_new_tokens=12)  # fmt: skip
+    widths = [shape[1] for shape in forwards.shapes]
+    for step, of_step in zip(keep.steps, (widths[:4], widths[4:]), strict=True):
+        lengths = step.samples.attention_mask.sum(1).tolist()
+        assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
+        assert of_step == [max(lengths[i : i + 2]) for i in range(0, 8, 2)]
+
+
+SKIP = {"constraints": [Contains("w4")], "objective": "dpg", "max_new_tokens": 3, "proposal_interval": 100}
+
+
+@pytest.mark.parametrize(("per_device", "accumulation"), [(8, 1), (2, 4)])
+def test_sequences_of_known_weight_0_get_no_forward(tmp_path, per_device, accumulation):
+    """And nothing else changes: gradients, KL(p||pi), swaps."""
+    cut = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
+    _, wanted, keep = run(tmp_path / "all", max_steps=2, **SKIP, **cut)
+    model = gpt2()
+    forwards = Forwards(model)
+    trainer, found, _ = run(tmp_path / "some", model=model, max_steps=2, skip_zero_weight=True, **SKIP, **cut)
+    for mine, other in zip(found, wanted, strict=True):
+        assert_close(mine, other)
+    positive = [int((step.inputs["log_target"] > -math.inf).sum()) for step in keep.steps]
+    assert 0 < sum(positive) < 16
+    assert sum(shape[0] for shape in forwards.shapes) < 16
+    if accumulation == 1:
+        assert [shape[0] for shape in forwards.shapes] == positive
+    for mine, other in zip(trainer.state.log_history, keep.trainer.state.log_history, strict=True):
+        for key in ("kl_policy", "tvd_policy", "ess", "log_z", "weight_mean"):
+            if key in other:
+                assert mine[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
+        if "js_policy" in other:
+            assert math.isnan(mine["js_policy"]) and not math.isnan(other["js_policy"])
+
+
+def test_a_step_of_known_weight_0_is_one_sequence_s_forward_and_no_gradient(tmp_path):
+    model = gpt2()
+    forwards = Forwards(model)
+    with pytest.warns(UserWarning, match=r"P\(x\) = 0 for all"):
+        _, found, _ = run(tmp_path, model=model, max_steps=2, skip_zero_weight=True, objective="dpg", patience_zero=2,
+                          constraints=[Scorer(lambda x: torch.zeros(len(x)), name="never")])  # fmt: skip
+    assert [shape[0] for shape in forwards.shapes] == [1, 1]
+    assert all(not bool(gradient.any()) for step in found for gradient in step.values())
+
+
+def test_skipping_leaves_weights_alone_that_depend_on_the_policy(tmp_path):
+    model = gpt2()
+    forwards = Forwards(model)
+    run(tmp_path, model=model, max_steps=2, skip_zero_weight=True, **(SKIP | {"objective": "gdc++"}))
+    assert [shape[0] for shape in forwards.shapes] == [8, 8]
+
+
+def test_skipping_and_the_criterion_js_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="use kl or tvd"):
+        job(tmp_path, skip_zero_weight=True, proposal_criterion="js")
+
+
 def test_a_ragged_last_step(tmp_path):
     """7 prompts, 4 in a step in microbatches of 2: the last step has 3 prompts, in microbatches of 2 and 1."""
     settings = {"prompts": PROMPTS, "max_steps": -1, "num_train_epochs": 1}

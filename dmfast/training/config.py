@@ -59,6 +59,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         samples_per_context: n, sequences drawn from each prompt. Default: one; with one prompt, or without a data set
             (the empty context), all sequences of a step.
         sampling_batch_size: sequences at a time in sampling and in scoring by the base. Default: all of a step.
+        skip_zero_weight: sequences whose weight is known to be 0 before the policy's forward (those with P = 0 under
+            ``dpg``, for instance) get none; their log pi and ``js_policy`` are NaN in what is logged.
         on_policy: sample from the policy itself; no proposal is kept.
         proposal_criterion, proposal_interval, proposal_stderrs, proposal_best_only, proposal_decay: as in
             ``dmfast.OfflineProposal``.
@@ -88,6 +90,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     max_new_tokens: int = _field(64, "Where a sequence without EOS ends.")
     samples_per_context: int | None = _field(None, "Sequences drawn from each prompt.")
     sampling_batch_size: int | None = _field(None, "Sequences at a time in sampling and scoring.")
+    skip_zero_weight: bool = _field(False, "No policy forward for sequences known to have weight 0.")
     on_policy: bool = _field(False, "Sample from the policy itself.")
     proposal_criterion: str = _field("kl", "When q becomes pi: kl, tvd, js or interval.")
     proposal_interval: int = _field(10, "Optimiser steps between checks of the proposal.")
@@ -111,6 +114,11 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         if self.proposal_criterion not in CRITERIA:
             raise ValueError(
                 f"proposal_criterion must be one of {', '.join(CRITERIA)}, got {self.proposal_criterion!r}"
+            )
+        if self.skip_zero_weight and self.proposal_criterion == "js":
+            raise ValueError(
+                "skip_zero_weight=True leaves log pi unknown where P = 0, and proposal_criterion='js' needs it there; "
+                "use kl or tvd"
             )
         if self.partition not in ("running", "step"):
             raise ValueError(f"partition must be 'running' or 'step', got {self.partition!r}")

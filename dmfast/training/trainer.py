@@ -44,7 +44,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from ..estimators import PartitionFunction, PartitionFunctions, RunningEstimates, effective_sample_size
 from ..kernels.result import DMLossOutput
 from ..models import LanguageModel, Samples
-from ..objectives import TARGET_OBJECTIVES, Objective, Terms, leave_one_out_baseline, weigh
+from ..objectives import TARGET_OBJECTIVES, Objective, Terms, leave_one_out_baseline, plain_baseline, weigh
 from ..proposal import OfflineProposal
 from ..targets import EBM
 from ..targets.constraints import as_feature
@@ -83,9 +83,17 @@ class _Step:
     context: Tensor  # (N,) row of the data set
     features: Tensor  # (N, F + M): moments, then what is monitored
     inputs: dict[str, Tensor]  # (N,) fp64 each: log_target, log_z, and what else the objective needs
+    forwarded: Tensor  # (N,) bool: gets a policy forward
     seconds: dict[str, float]
     pending: _Running  # with this step's samples
     objective: Objective
+
+    def ordered(self, order: Tensor) -> _Step:
+        """With the sequences in another order."""
+        return replace(
+            self, samples=self.samples[order], context=self.context[order], features=self.features[order],
+            inputs={name: value[order] for name, value in self.inputs.items()}, forwarded=self.forwarded[order],
+        )  # fmt: skip
 
 
 class DMTrainer(Trainer):  # type: ignore[misc]
@@ -270,9 +278,11 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         for batch in batches:
             part = slice(start, start + len(batch))
             start += len(batch)
-            samples = step.samples[part]
+            samples = step.samples[part].trimmed()
             inputs = {name: value[part] for name, value in step.inputs.items()}
-            microbatches.append({"input_ids": samples.tokens, "samples": samples, "loss_inputs": inputs})
+            microbatches.append(
+                {"input_ids": samples.tokens, "samples": samples, "loss_inputs": inputs, "kept": step.forwarded[part]}
+            )
         return microbatches, None
 
     def _seed(self, what: str) -> int:
@@ -314,7 +324,24 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             inputs["baseline"] = self._leave_one_out(objective, context, inputs)
         features = torch.cat([scores.features, scores.monitored], 1)
         seconds = {"sampling": sampled - start, "scoring": time.perf_counter() - sampled}
-        return _Step(x, context, features, inputs, seconds, pending, objective)
+        step = _Step(x, context, features, inputs, self._forwarded(objective, inputs), seconds, pending, objective)
+        # sequences of about one length go together, so that microbatches have little padding
+        return (
+            step.ordered(x.attention_mask.sum(1).argsort(stable=True)) if args.gradient_accumulation_steps > 1 else step
+        )
+
+    def _forwarded(self, objective: Objective, inputs: dict[str, Tensor]) -> Tensor:
+        """(N,) bool: not known to have weight 0."""
+        everything = torch.ones_like(inputs["log_target"], dtype=torch.bool)
+        if not self.args.skip_zero_weight:
+            return everything
+        values = dict(inputs)
+        baseline: Any = values.pop("baseline", None)
+        if baseline is None:
+            baseline = plain_baseline(objective, len(everything), everything.device)
+        terms = Terms(objective, self.args.on_policy, math.inf, **values, baseline=baseline)
+        # A does not depend on log pi where it is known, so anything will do
+        return weigh(replace(terms, log_prob=terms.log_proposal)) != 0 if terms.weight_known else everything
 
     def _leave_one_out(self, objective: Objective, context: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """(N,) fp64: the baseline of this rank's sequences, over those of all ranks."""
@@ -375,14 +402,20 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         objective, values = self._step.objective, dict(inputs["loss_inputs"])
         if "baseline" in values:
             objective = replace(objective, baseline=values.pop("baseline"))
+        kept: Tensor = inputs["kept"].clone()
+        if len(kept) and not bool(kept.any()):
+            kept[0] = True  # one forward, for the hooks of whatever is around the model
+        everything = bool(kept.all())
         out = self._policy_around(model).loss(
-            inputs["samples"],
+            inputs["samples"] if everything else inputs["samples"][kept].trimmed(),
             objective=objective,
             on_policy=self.args.on_policy,
             max_weight=self.args.max_weight,
             num_sequences=len(self._step.samples),  # DDP averages over ranks
-            **values,
+            **(values if everything else {name: value[kept] for name, value in values.items()}),
         )
+        if not everything:
+            out = _with_skipped(out, kept, values)
         self._outputs.append(out)
         return (out.loss, out) if return_outputs else out.loss
 
@@ -415,7 +448,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             terms = Terms(
                 replace(step.objective, baseline=None, normalize=True), self.args.on_policy, math.inf,
                 log_proposal=out.log_proposal,
-                log_target=out.log_target, log_z=out.log_z, log_prob=out.log_prob,
+                log_target=out.log_target, log_z=out.log_z,
+                log_prob=out.log_prob if bool(out.scored.all()) else out.log_proposal,  # known weights: any will do
                 **{name: self._gather(step.inputs[name]) for name in ("reward", "log_base") if name in step.inputs},
             )  # fmt: skip
             returns, (total, count) = weigh(terms), self._running.returns
@@ -719,6 +753,22 @@ def _whole_step(outputs: Sequence[DMLossOutput], gather: Callable[[Tensor], Tens
     values: dict[str, Any] = {name: whole(name) for name in names}
     n_clipped = gather(torch.stack([out.n_clipped for out in outputs]).sum()[None]).sum()
     return replace(outputs[0], loss=outputs[0].loss.detach(), n_clipped=n_clipped, entropy=None, **values)
+
+
+def _with_skipped(out: DMLossOutput, kept: Tensor, inputs: dict[str, Tensor]) -> DMLossOutput:
+    """The output for the kept sequences as one for all: weight 0 and log pi NaN for the others."""
+
+    def spread(values: Tensor, rest: float) -> Tensor:
+        return torch.full(kept.shape, rest, dtype=values.dtype, device=values.device).masked_scatter(kept, values)
+
+    log_u = inputs["log_target"] - inputs["log_proposal"] - inputs["log_z"]
+    return replace(
+        out, log_prob=spread(out.log_prob, math.nan),
+        log_ratio=None if out.log_ratio is None else spread(out.log_ratio, math.nan),
+        log_target_ratio=torch.where(inputs["log_z"] == -math.inf, -math.inf, log_u),
+        weight=spread(out.weight, 0.0), scored=kept,
+        log_proposal=inputs["log_proposal"], log_target=inputs["log_target"], log_z=inputs["log_z"],
+    )  # fmt: skip
 
 
 def _refuse_arguments(args: DMConfig) -> None:
