@@ -37,9 +37,10 @@ suite() { # directory of a build, tests and options
   (cd "$here/tests" && PYTHONPATH="$build/lib" DMFAST_SYNC_CHECKS=1 "$python" -m pytest -q -p no:cacheprovider "$@")
 }
 
+# -s: a sanitizer ends the process, and what pytest has captured is lost
 sanitized() {
   LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \
-    ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 suite "$@"
+    ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 suite "$@" -s
 }
 
 # A bug, the build that should catch it, and what is then said.
@@ -53,7 +54,7 @@ caught() { # name, flags, suite or sanitized, expected message, tests and option
     echo "the seeded bug $name was not caught" >&2
     exit 1
   fi
-  grep -q "$message" "$out/$name/log" || { tail -30 "$out/$name/log" >&2; exit 1; }
+  grep -q "$message" "$out/$name/log" || { echo "$name failed otherwise:" >&2; tail -30 "$out/$name/log" >&2; exit 1; }
   echo "caught: $name"
 }
 
@@ -62,11 +63,12 @@ said() { echo "$(($(date +%s) - start)) s: $*"; }
 small="not 50257 and not 32003 and not 1024_tokens and not million and not under_compile and not formula and not threads"
 
 build "$out/plain" "-O2"
-SHIM_SEED=1 suite "$out/plain" test_cuda.py test_kernels.py test_sample.py test_linear.py test_errors.py -k "$small and not own_interval"
+SHIM_SEED=1 suite "$out/plain" test_cuda.py test_kernels.py test_sample.py test_linear.py test_errors.py \
+  -k "$small and not own_interval and not num_sequences"
 said "the suite"
 SHIM_SEED=2 suite "$out/plain" test_kernels.py -k "50257 and (vocabularies and contiguous or log_sum_exp)"
 SHIM_SEED=3 SHIM_SHARED=6000 suite "$out/plain" test_cuda.py test_kernels.py -k "any_shape or empty or test_cuda or (4096 and vocabularies)"
-SHIM_SEED=4 suite "$out/plain" test_cuda.py test_kernels.py -k "any_shape or test_cuda or 1000"
+SHIM_SEED=4 suite "$out/plain" test_cuda.py test_kernels.py -k "any_shape or test_cuda"
 said "large rows, other schedules, rows read twice"
 
 build "$out/sanitized" "$sanitizers"
