@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 export DMFAST_BUILD ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
-SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc dmfast examples -type f \
+SOURCES := pyproject.toml setup.py build_backend.py constraints.txt $(shell find csrc dmfast examples -type f \
 	! -name '*.so' ! -name '*.pyc')
 
-.PHONY: demo test pytest lint proofs sanitize wheel aarch64 format clean
+.PHONY: demo test pytest lint proofs sanitize host-cuda wheel aarch64 format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
 
@@ -20,14 +20,18 @@ pytest: $(VENV)/test
 lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/* tests/native/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 	$(BIN)/mypy
 
-proofs: sanitize wheel aarch64
+proofs: sanitize host-cuda wheel aarch64
 
 # The CPU kernels, built for the baseline instruction set (no AVX2), under AddressSanitizer and UBSan.
 sanitize: $(VENV)/test
 	sh scripts/ci/sanitize.sh $(BIN)/python
+
+# The CUDA kernels, compiled by g++ and run on the host, with seeded bugs that must be caught: docs/gpu.md.
+host-cuda: $(VENV)/test
+	sh scripts/ci/host_cuda.sh $(BIN)/python
 
 # The wheel as a stranger builds it: pip's isolation, a new environment, no torch; then the tests against it.
 wheel: $(VENV)/test
@@ -40,7 +44,7 @@ aarch64:
 format: $(VENV)/test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cpu/* tests/native/*.cpp
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 
 $(VENV)/demo: $(VENV)/torch $(SOURCES)
 	$(PIP) '.[demo]'

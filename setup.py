@@ -1,27 +1,34 @@
 """The build of dmfast's kernels; all else is in pyproject.toml.
 
-DMFAST_BUILD says what to build: ``auto`` (default: the CPU kernels where there is a compiler for them), ``cpu``
-(an error if they can't be built), ``none`` (plain torch only). ``cuda`` is refused: this release has no CUDA kernels.
+DMFAST_BUILD says what to build: ``auto`` (default: the CPU kernels where there is a compiler for them, the CUDA kernels
+where there is nvcc too), ``cpu`` or ``cuda`` (an error if they can't be built; ``cuda`` includes the CPU's), ``none``
+(plain torch only). nvcc is looked for in CUDA_HOME, on PATH and in the PyPI packages that build_backend.py asks for.
+DMFAST_CUDA_ARCHS, such as "90" or "80;90", replaces the default list; the last one is also there as PTX.
 """
 
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
+sys.path.insert(0, str(Path(__file__).parent))
+from build_backend import find_nvcc
+
 # -ffp-contract: gcc's default, said because exp2's accuracy relies on it. No -ffast-math: it breaks the
 # round-to-nearest of exp2. No -march: rows.cpp chooses the instruction set when it runs.
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra"]
 SOURCES = ["csrc/bindings.cpp", "csrc/cpu/loss.cpp", "csrc/cpu/rows.cpp", "csrc/cpu/sample.cpp"]
-HEADERS = [
-    "csrc/objective.h",
-    "csrc/random.h",
-    *(f"csrc/cpu/{name}.h" for name in ("loss", "rows", "sample", "scan", "simd")),
-]
+CUDA_SOURCES = ["csrc/cuda/loss.cu", "csrc/cuda/sample.cu"]
+HEADERS = [str(path) for kind in ("*.h", "*.cuh") for path in sorted(Path("csrc").rglob(kind))]
+ARCHS = ["80", "90", "100", "120"]
+JOBS = int(os.environ.get("DMFAST_BUILD_JOBS", "2"))
 
 
 def why_not() -> str | None:
@@ -33,26 +40,81 @@ def why_not() -> str | None:
     return None
 
 
+def output(*command: str) -> str:
+    """What a command prints."""
+    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return done.stdout
+
+
+def find_cudart(nvcc: str) -> str:
+    """The folder of libcudart_static.a that belongs to nvcc, which knows its own root."""
+    found = re.search(r"^#\$ TOP=(.*)$", output(nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"), re.MULTILINE)
+    root = Path(found[1].strip()) if found else Path(nvcc).resolve().parent.parent
+    for lib in (root / "lib64", root / "lib", root / "targets" / f"{platform.machine()}-linux" / "lib"):
+        if (lib / "libcudart_static.a").exists():
+            return str(lib)
+    raise RuntimeError(f"nvcc is {nvcc}, but there is no libcudart_static.a below {root}")
+
+
+def architectures(nvcc: str) -> list[str]:
+    """Flags of nvcc: machine code for each architecture, and PTX of the last for those to come."""
+    wanted = os.environ.get("DMFAST_CUDA_ARCHS", "").replace(",", ";").replace("sm_", "")
+    archs = [arch.strip() for arch in wanted.split(";") if arch.strip()]
+    if not archs:
+        known = output(nvcc, "--list-gpu-code").split()
+        archs = [arch for arch in ARCHS if f"sm_{arch}" in known]
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def compile_cuda(nvcc: str, folder: Path) -> list[str]:
+    """Objects of the CUDA sources."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # 177: a function that only another instance of a template uses
+    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=177", *architectures(nvcc)]
+    objects = [str(folder / f"{Path(source).stem}.cuda.o") for source in CUDA_SOURCES]
+
+    for source, target in zip(CUDA_SOURCES, objects, strict=True):  # --threads: architectures side by side
+        subprocess.run([nvcc, *flags, f"--threads={JOBS}", "-c", source, "-o", target], check=True)
+    return objects
+
+
 class BuildKernels(build_ext):
     """Skips what was not asked for and can't be built, and says so."""
 
     def build_extension(self, ext):
+        if WANTED in ("auto", "cuda"):
+            self.add_cuda(ext)
         try:
             super().build_extension(ext)
         except Exception as error:
-            if WANTED == "cpu":
+            if WANTED in ("cpu", "cuda"):
                 raise
             print(f"dmfast: building without kernels (plain torch only): {error}", file=sys.stderr)
+
+    def add_cuda(self, ext):
+        nvcc = find_nvcc()
+        try:
+            if nvcc is None:
+                raise RuntimeError("there is no nvcc in CUDA_HOME, on PATH or among the PyPI packages")
+            lib = find_cudart(nvcc)
+            ext.extra_objects = compile_cuda(nvcc, Path(self.build_temp))
+        except Exception as error:
+            if WANTED == "cuda":
+                raise
+            print(f"dmfast: building without CUDA kernels: {error}", file=sys.stderr)
+            return
+        ext.define_macros.append(("DMF_CUDA", None))
+        ext.library_dirs.append(lib)
+        ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
 
 
 WANTED = os.environ.get("DMFAST_BUILD", "auto")
 if WANTED not in ("auto", "cpu", "cuda", "none"):
     sys.exit(f"DMFAST_BUILD must be auto, cpu, cuda or none, got {WANTED!r}")
-if WANTED == "cuda":
-    sys.exit("DMFAST_BUILD=cuda: this release of dmfast has no CUDA kernels; use auto or cpu")
 REASON = "DMFAST_BUILD=none" if WANTED == "none" else why_not()
-if REASON and WANTED == "cpu":
-    sys.exit(f"DMFAST_BUILD=cpu: {REASON}")
+if REASON and WANTED in ("cpu", "cuda"):
+    sys.exit(f"DMFAST_BUILD={WANTED}: {REASON}")
 if REASON:
     print(f"dmfast: building without kernels (plain torch only): {REASON}", file=sys.stderr)
 EXTRA = os.environ.get("DMFAST_CXXFLAGS", "").split()
@@ -65,11 +127,11 @@ setup(
         Pybind11Extension(
             "dmfast._C",
             SOURCES,
-            depends=HEADERS,
+            depends=[*HEADERS, *CUDA_SOURCES],
             cxx_std=17,
             extra_compile_args=FLAGS + EXTRA,
             extra_link_args=["-fopenmp", *EXTRA],
-            optional=WANTED != "cpu",
+            optional=WANTED == "auto",
         )
     ],
     cmdclass={"build_ext": BuildKernels},

@@ -9,6 +9,10 @@
 
 #include "cpu/loss.h"
 #include "cpu/sample.h"
+#ifdef DMF_CUDA
+#include "cuda/loss.h"
+#include "cuda/plan.h"
+#endif
 #include "random.h"
 
 namespace py = pybind11;
@@ -70,6 +74,78 @@ dmf::Gradient gradient(uintptr_t data, int64_t stride_sequence, int64_t stride_r
   return {pointer<char>(data), stride_sequence, stride_row};
 }
 
+#ifdef DMF_CUDA
+struct PyWorkspace : dmf::cuda::Workspace {
+  PyWorkspace(int device, uintptr_t stream, uintptr_t values, uintptr_t counters, uintptr_t status)
+      : dmf::cuda::Workspace{device, pointer<void>(stream), pointer<double>(values), pointer<unsigned>(counters),
+                             pointer<int64_t>(status)} {}
+};
+
+// The functions of the CPU with a workspace, which return when the kernel is queued.
+void define_cuda(py::module_& m) {
+  namespace cuda = dmf::cuda;
+  using release = py::call_guard<py::gil_scoped_release>;
+#ifdef DMF_SHIM
+  m.attr("device_type") = "cpu";
+#else
+  m.attr("device_type") = "cuda";
+#endif
+  m.def("device_count", &cuda::device_count);
+  m.def("plan_known", [](int64_t vocab, int64_t itemsize, int64_t limit) {
+    const cuda::Plan plan = cuda::plan_known(vocab, itemsize, limit);
+    return py::make_tuple(plan.threads, plan.kept, plan.shared);
+  });
+  m.def("plan_once", [](int64_t vocab, int64_t itemsize) { return cuda::plan_once(vocab, itemsize).threads; });
+  py::class_<PyWorkspace>(m, "Workspace").def(py::init<int, uintptr_t, uintptr_t, uintptr_t, uintptr_t>());
+  m.def(
+      "forward",
+      [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, const PyWorkspace& w) {
+        cuda::forward(b, t, out, w);
+      },
+      release());
+  m.def(
+      "backward",
+      [](const PyBatch& b, uintptr_t lse, uintptr_t weight, double factor, uintptr_t upstream, uintptr_t gradient_data,
+         int64_t stride_sequence, int64_t stride_row, const PyWorkspace& w) {
+        cuda::backward(b, pointer<const double>(lse), pointer<const double>(weight), factor,
+                       pointer<const double>(upstream), gradient(gradient_data, stride_sequence, stride_row), w);
+      },
+      release());
+  m.def(
+      "forward_backward",
+      [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, double factor, uintptr_t gradient_data,
+         int64_t stride_sequence, int64_t stride_row, const PyWorkspace& w) {
+        cuda::forward_backward(b, t, out, factor, gradient(gradient_data, stride_sequence, stride_row), w);
+      },
+      release());
+  m.def(
+      "scale",
+      [](const PyBatch& b, double factor, uintptr_t upstream, uintptr_t gradient_data, int64_t stride_sequence,
+         int64_t stride_row, const PyWorkspace& w) {
+        cuda::scale(b, factor, pointer<const double>(upstream), gradient(gradient_data, stride_sequence, stride_row),
+                    w);
+      },
+      release());
+  m.def(
+      "sample",
+      [](int dtype, uintptr_t logits, int64_t rows, int64_t stride_row, int64_t vocab, double scale, double softcap,
+         uint64_t seed, uintptr_t row_ids, uint64_t step, uintptr_t uniforms, uintptr_t tokens, uintptr_t log_prob,
+         const PyWorkspace& w) {
+        cuda::sample({static_cast<dmf::DType>(dtype),
+                      pointer<const char>(logits),
+                      rows,
+                      stride_row,
+                      {vocab, scale, softcap},
+                      seed,
+                      pointer<const int64_t>(row_ids),
+                      step,
+                      pointer<const double>(uniforms)},
+                     pointer<int64_t>(tokens), pointer<double>(log_prob), w);
+      },
+      release());
+}
+#endif
+
 py::tuple as_tuple(const dmf::Status& s) { return py::make_tuple(static_cast<int64_t>(s.fault), s.at); }
 
 }  // namespace
@@ -77,6 +153,10 @@ py::tuple as_tuple(const dmf::Status& s) { return py::make_tuple(static_cast<int
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "dmfast's compiled kernels. Raw pointers: call them through dmfast.kernels only.";
   m.attr("has_cpu") = true;
+#ifdef DMF_CUDA
+  py::module_ cuda = m.def_submodule("cuda", "The CUDA kernels.");
+  define_cuda(cuda);
+#endif
   m.def("instruction_set", &dmf::instruction_set);
 
   py::class_<PyBatch>(m, "Batch")
@@ -97,10 +177,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     }
     return as_tuple(status);
   });
-  m.def("backward", [](const PyBatch& b, uintptr_t lse, uintptr_t weight, double factor, uintptr_t gradient_data,
-                       int64_t stride_sequence, int64_t stride_row) {
+  m.def("backward", [](const PyBatch& b, uintptr_t lse, uintptr_t weight, double factor, uintptr_t upstream,
+                       uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row) {
     py::gil_scoped_release release;
-    dmf::backward(b, pointer<const double>(lse), pointer<const double>(weight), factor,
+    dmf::backward(b, pointer<const double>(lse), pointer<const double>(weight), factor, pointer<const double>(upstream),
                   gradient(gradient_data, stride_sequence, stride_row));
   });
   m.def("forward_backward", [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, bool checked, double factor,
@@ -112,11 +192,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     }
     return as_tuple(status);
   });
-  m.def("scale",
-        [](const PyBatch& b, double factor, uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row) {
-          py::gil_scoped_release release;
-          dmf::scale(b, factor, gradient(gradient_data, stride_sequence, stride_row));
-        });
+  m.def("scale", [](const PyBatch& b, double factor, uintptr_t upstream, uintptr_t gradient_data,
+                    int64_t stride_sequence, int64_t stride_row) {
+    py::gil_scoped_release release;
+    dmf::scale(b, factor, pointer<const double>(upstream), gradient(gradient_data, stride_sequence, stride_row));
+  });
   m.def("sample", [](int dtype, uintptr_t logits, int64_t rows, int64_t stride_row, int64_t vocab, double scale,
                      double softcap, uint64_t seed, uintptr_t row_ids, uint64_t step, uintptr_t uniforms, int threads,
                      uintptr_t tokens, uintptr_t log_prob) {

@@ -4,13 +4,15 @@
 #pragma once
 #include <cstdint>
 
+#include "objective.h"
+
 namespace dmf {
 
 struct Philox {
   uint32_t x[4];
 };
 
-inline Philox philox(Philox counter, uint32_t key0, uint32_t key1) {
+DMF_HD Philox philox(Philox counter, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = uint64_t{0xD2511F53} * counter.x[0], b = uint64_t{0xCD9E8D57} * counter.x[2];
     counter = {{static_cast<uint32_t>(b >> 32) ^ counter.x[1] ^ key0, static_cast<uint32_t>(b),
@@ -22,7 +24,7 @@ inline Philox philox(Philox counter, uint32_t key0, uint32_t key1) {
 }
 
 // In [0, 1), a multiple of 2^-53.
-inline double uniform(uint64_t seed, uint64_t row_id, uint64_t step) {
+DMF_HD double uniform(uint64_t seed, uint64_t row_id, uint64_t step) {
   const Philox r = philox({{static_cast<uint32_t>(row_id), static_cast<uint32_t>(row_id >> 32),
                             static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32)}},
                           static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));

@@ -140,9 +140,7 @@ class _DMLoss(torch.autograd.Function):
             # the gradient is there already, multiplied by the grad_output that was expected
             dz = batch.logits.detach() if ctx.inplace else ctx.dz
             ctx.dz = None  # given away: with retain_graph a second backward computes its own
-            factor = float(grad_loss) / ctx.expected
-            if factor != 1.0:
-                native.scale_(batch, dz, factor)
+            native.scale_(batch, dz, 1.0 / ctx.expected, grad_loss)
             if ctx.inplace:
                 increment_version(
                     batch.logits
@@ -150,7 +148,7 @@ class _DMLoss(torch.autograd.Function):
         elif ctx.reduction == "none":
             dz = native.backward(batch, lse, weight * grad_loss.to(torch.float64), 1.0, ctx.inplace)
         else:
-            dz = native.backward(batch, lse, weight, float(grad_loss) / ctx.divide_by, ctx.inplace)
+            dz = native.backward(batch, lse, weight, 1.0 / ctx.divide_by, ctx.inplace, grad_loss)
         return dz, None, None, None, None, None, None, None
 
 
@@ -169,6 +167,7 @@ def _output(loss: Tensor, scores: Scores, terms: Terms) -> DMLossOutput:
         log_proposal=terms.log_proposal,
         log_target=terms.log_target,
         log_z=terms.log_z,
+        _recorded=scores.recorded,
     )
 
 
@@ -249,11 +248,12 @@ def dm_loss(
     if backend == "eager":
         return eager.loss(batch, terms, reduction, divide_by, return_entropy)
     if not isinstance(terms.objective, Objective):
-        if not compiling:
+        if not compiling and backend == "cpu":
             checks.check_terms(terms)
         scores = _score(batch, return_entropy, inplace, wants_grad)
-        check = compiled.check_weights if compiling else checks.check_weights
-        return eager.loss_from_scores(batch, scores, terms, reduction, divide_by, check)
+        if compiling:
+            return eager.loss_from_scores(batch, scores, terms, reduction, divide_by, compiled.check_weights)
+        return native.loss_from_scores(batch, scores, terms, reduction, divide_by)
     if compiling:
         expected = expected_grad(terms.weight_known, logits.dtype, reduction, grad_scale) if wants_grad else None
         loss, scores = compiled.dm_loss(batch, terms, reduction, divide_by, return_entropy, inplace, expected)
@@ -368,13 +368,15 @@ def linear_dm_loss(
     )  # fmt: skip
     checks.check_call(batch, reduction, num_sequences, grad_scale)
     divide_by = denominator(batch, reduction, num_sequences)
-    if kernels.select(batch.logits) == "eager":
+    backend = kernels.select(batch.logits)
+    if backend == "eager":
         logits = torch.nn.functional.linear(hidden, weight, bias)
         return eager.loss(batch._replace(logits=logits), terms, reduction, divide_by, return_entropy)
     if not isinstance(terms.objective, Objective):
-        checks.check_terms(terms)
+        if backend == "cpu":
+            checks.check_terms(terms)
         log_prob, scores = linear.run(hidden, weight, bias, batch, None, "none", 1.0, return_entropy, None, chunk_bytes)
-        return eager.loss_from_scores(batch, scores._replace(log_prob=log_prob), terms, reduction, divide_by)
+        return native.loss_from_scores(batch, scores._replace(log_prob=log_prob), terms, reduction, divide_by)
     # the weight is formed inside a chunk, whether or not it depends on pi
     expected = expected_grad(True, hidden.dtype, reduction, grad_scale)
     loss, scores = linear.run(

@@ -564,8 +564,9 @@ def test_dtypes_of_tokens_and_mask(token_dtype: torch.dtype, mask_dtype: torch.d
 @dtypes
 @inplaces
 def test_offsets_beyond_32_bits(inplace: bool, dtype: torch.dtype) -> None:
-    """Two sequences 2^31 + 5 elements apart; the memory between them is never touched, so it costs none."""
-    v, gap = 7, 2**31 + 5
+    """Two sequences 2^31 + 6 elements apart; the memory between them is never touched, so it costs none. They have the
+    alignment that they have together, on which the last bits of CUDA's sums depend."""
+    v, gap = 7, 2**31 + 6
     small = make_case("contiguous", dtype, v, b=2, t=2, unscored="none")
     base = torch.empty(gap + 2 * v, dtype=dtype)
     logits = base.as_strided((2, 2, v), (gap, v, 1))

@@ -204,7 +204,8 @@ def test_the_twin_draws_the_same(temperature: float, softcap: float | None, dtyp
     same = tokens == twin
     assert (log_prob - twin_log_prob)[same].abs().max() < 1e-6
     scored = dmfast.sequence_log_prob(z[:, None], tokens[:, None], temperature=temperature, softcap=softcap)
-    assert (log_prob - scored).abs().max() < 1e-9
+    # on CUDA the two add up other groups of fp32 terms
+    assert (log_prob - scored).abs().max() < (1e-6 if native.on_cuda(z) else 1e-9)
 
 
 @pytest.mark.parametrize("sample", [dmfast.sample_tokens, eager.sample_tokens], ids=["cpu", "eager"])

@@ -10,20 +10,6 @@
 namespace dmf {
 namespace {
 
-double at(const double* values, int64_t i) { return values ? values[i] : 0.0; }
-
-Sequence sequence(const Terms& t, int64_t i, double log_prob) {
-  Sequence x{};
-  x.log_prob = log_prob;
-  x.log_proposal = t.log_proposal ? t.log_proposal[i] : log_prob;
-  x.log_target = at(t.log_target, i);
-  x.log_z = at(t.log_z, i);
-  x.reward = at(t.reward, i);
-  x.log_base = at(t.log_base, i);
-  x.baseline = t.baseline ? t.baseline[i] : t.constant_baseline;
-  return x;
-}
-
 // Rows that can't be scored, as one number so that the first of them wins whatever the thread: row * 4 + fault.
 constexpr int64_t kNoFault = INT64_MAX;
 Status status(int64_t fault) {
@@ -141,8 +127,10 @@ Status forward(const Batch& b, const Terms& t, const Outputs& out, bool checked)
   return form_weights(b, t, out, false);
 }
 
-void backward(const Batch& b, const double* lse, const double* weight, double factor, const Gradient& g) {
+void backward(const Batch& b, const double* lse, const double* weight, double factor, const double* upstream,
+              const Gradient& g) {
   const RowKernels& k = row_kernels(b.dtype);
+  if (upstream) factor *= *upstream;
   for_rows(b, [&](int64_t row, int64_t sequence) {
     write_row(b, k, row, lse[row], weight[sequence] * factor, g);
     return kNoFault;
@@ -177,12 +165,13 @@ Status forward_backward(const Batch& b, const Terms& t, const Outputs& out, bool
   return form_weights(b, t, out, true);
 }
 
-void scale(const Batch& b, double factor, const Gradient& g) {
+void scale(const Batch& b, double factor, const double* upstream, const Gradient& g) {
+  const auto by = static_cast<float>(factor * *upstream);
+  if (by == 1.0f) return;
   const RowKernels& k = row_kernels(b.dtype);
 #pragma omp parallel for schedule(static) num_threads(b.threads)
   for (int64_t row = 0; row < b.rows; ++row)
-    if (b.labels[row] >= 0)
-      k.scale(g.data + g.offset(b, row) * k.itemsize, b.options.vocab, static_cast<float>(factor));
+    if (!b.labels || b.labels[row] >= 0) k.scale(g.data + g.offset(b, row) * k.itemsize, b.options.vocab, by);
 }
 
 }  // namespace dmf

@@ -1,17 +1,9 @@
 // One row of logits at a time: the interface between the kernels of rows.cpp, which are compiled once per
 // instruction set, and loss.cpp, which runs them over rows on threads.
 #pragma once
-#include <cstdint>
+#include "../batch.h"
 
 namespace dmf {
-
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
-
-struct RowOptions {
-  int64_t vocab;
-  double scale;    // 1 / temperature
-  double softcap;  // 0: none
-};
 
 struct RowSum {
   double lse;      // log-sum-exp of scale * cap(z); NaN if the row holds NaN or +inf

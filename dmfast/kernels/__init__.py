@@ -1,7 +1,7 @@
 """Which kernels run: ``backends()`` tells, ``use_backend()`` or ``DMFAST_BACKEND`` forces.
 
-One interface, several backends: ``cpu`` (compiled C++, ``native.py``) and ``eager`` (plain torch, ``eager.py``,
-which is also the oracle of the tests).
+One interface, several backends: ``cpu`` and ``cuda`` (compiled C++ and CUDA C++, ``native.py``) and ``eager`` (plain
+torch, ``eager.py``, which is also the oracle of the tests).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import native
 
-NAMES = ("cpu", "eager")
+NAMES = ("cpu", "cuda", "eager")
 # A plain global, for all threads: torch.compile guards on it.
 _forced: str | None = os.environ.get("DMFAST_BACKEND") or None
 _warned: set[str] = set()
@@ -35,7 +35,9 @@ class BackendInfo:
 def backends() -> dict[str, BackendInfo]:
     """Every backend of dmfast, whether it is in use here and if not why."""
     missing = native.why_unavailable()
-    use_cpu = missing is None and _forced != "eager"
+    use_cpu = missing is None and _forced in (None, "cpu")
+    no_cuda = native.why_not_cuda()
+    use_cuda = no_cuda is None and _forced in (None, "cuda")
     detail = missing or (
         f"fp32, bf16 and fp16 logits on the CPU; instruction set {native.instruction_set()}. Under torch.compile a "
         "gradient in place goes through a functional graph, where AOTAutograd may copy the logits once, and known "
@@ -43,8 +45,16 @@ def backends() -> dict[str, BackendInfo]:
     )
     return {
         "cpu": BackendInfo("cpu", missing is None, use_cpu, detail),
+        "cuda": BackendInfo(
+            "cuda",
+            no_cuda is None,
+            use_cuda,
+            no_cuda
+            or "fp32, bf16 and fp16 logits on NVIDIA GPUs; what rows hold is "
+            "checked by out.check(), or at once with DMFAST_SYNC_CHECKS=1",
+        ),
         "eager": BackendInfo(
-            "eager", True, not use_cpu, "plain torch: other devices, fp64 logits, the oracle of the tests"
+            "eager", True, not (use_cpu or use_cuda), "plain torch: other devices, fp64 logits, the oracle of the tests"
         ),
     }
 
@@ -69,11 +79,16 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def _why_not_cpu(logits: Tensor) -> str | None:
-    missing = native.why_unavailable()
+def _compiled_for(logits: Tensor) -> str:
+    """Which compiled backend takes tensors of this device, if any does."""
+    return "cuda" if logits.device.type == "cuda" or native.on_cuda(logits) else "cpu"
+
+
+def _why_not(name: str, logits: Tensor) -> str | None:
+    missing = native.why_unavailable() if name == "cpu" else native.why_not_cuda()
     if missing is not None:
-        return missing
-    if logits.device.type != "cpu":
+        return missing if logits.device.type == "cpu" else f"logits are on {logits.device}; {missing}"
+    if name != _compiled_for(logits) or (name == "cpu" and logits.device.type != "cpu"):
         return f"logits are on {logits.device}, for which this dmfast has no kernel yet"
     if logits.dtype not in native.DTYPES:
         return f"logits are {logits.dtype}; the compiled kernels take float32, bfloat16 and float16"
@@ -90,11 +105,12 @@ def select(logits: Tensor) -> str:
         return _forced
     if _forced is not None and _forced not in NAMES:
         raise ValueError(f"DMFAST_BACKEND: unknown backend {_forced!r}; there are {', '.join(NAMES)}")
-    reason = _why_not_cpu(logits)
+    name = _forced or _compiled_for(logits)
+    reason = _why_not(name, logits)
     if reason is None:
-        return "cpu"
-    if _forced == "cpu":
-        raise RuntimeError(f"backend 'cpu' was forced, but {reason}")
+        return name
+    if _forced is not None:
+        raise RuntimeError(f"backend {name!r} was forced, but {reason}")
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(f"dmfast runs on its slow eager backend: {reason}", stacklevel=3)

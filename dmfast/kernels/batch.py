@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -65,3 +66,4 @@ class Scores(NamedTuple):
     loss: Tensor | None = None  # -A log pi per sequence
     total: Tensor | None = None  # 0-d: the sum of loss in sequence order, divided by what the call says
     n_clipped: Tensor | None = None  # 0-d int64
+    recorded: tuple[Callable[[], object], ...] = ()  # each reads what a device recorded about its call, and raises it

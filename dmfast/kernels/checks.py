@@ -376,7 +376,7 @@ def check_rows(batch: Batch) -> None:
         )
 
 
-def _check_values(name: str, value: Tensor | None, minus_infinity: str | None) -> None:
+def _check_values(name: str, value: Tensor | None, minus_infinity: str | None, first_sequence: int) -> None:
     """minus_infinity: None where it is allowed, else what to do about it."""
     if value is None or value.shape[0] == 0:
         return
@@ -386,23 +386,25 @@ def _check_values(name: str, value: Tensor | None, minus_infinity: str | None) -
     if bool(bad.any()):
         i = _first(bad)
         hint = "" if minus_infinity is None or float(value[i]) != -math.inf else f"; {minus_infinity}"
-        raise ValueError(f"{name} holds {float(value[i])} at sequence {i}{hint}")
+        raise ValueError(f"{name} holds {float(value[i])} at sequence {first_sequence + i}{hint}")
 
 
-def check_terms(terms: Terms) -> None:
-    """The per-sequence inputs, by value.
+def check_terms(terms: Terms, first_sequence: int = 0) -> None:
+    """The per-sequence inputs of sequences from ``first_sequence`` on, by value.
 
     Raises:
         ValueError: NaN or +inf, or a -inf that the objective has no finite weight for.
     """
-    _check_values("log_proposal", terms.log_proposal, "a sequence that q can't draw can't have been drawn from it")
-    _check_values("log_target", terms.log_target, None)
-    _check_values("log_z", terms.log_z, None)
-    _check_values("reward", terms.reward, "a reward must be finite")
+    first = first_sequence
+    impossible = "a sequence that q can't draw can't have been drawn from it"
+    _check_values("log_proposal", terms.log_proposal, impossible, first)
+    _check_values("log_target", terms.log_target, None, first)
+    _check_values("log_z", terms.log_z, None, first)
+    _check_values("reward", terms.reward, "a reward must be finite", first)
     _check_values("log_base", terms.log_base, "the base gives this sequence probability 0; set max_weight or drop it"
-                  if terms.max_weight == math.inf else None)  # fmt: skip
+                  if terms.max_weight == math.inf else None, first)  # fmt: skip
     if isinstance(terms.baseline, Tensor):
-        _check_values("baseline", terms.baseline, "a baseline must be finite")
+        _check_values("baseline", terms.baseline, "a baseline must be finite", first)
     objective = terms.objective
     if (
         isinstance(objective, Objective)
@@ -414,7 +416,8 @@ def check_terms(terms: Terms) -> None:
         allowed = ", ".join(name for name in OBJECTIVES if name not in INFINITE_AT_ZERO)
         raise ValueError(
             f"objective {objective.name!r} is infinite where P(x) = 0, which is so for sequence "
-            f"{_first(terms.log_target == -math.inf)} (log_target = -inf); set max_weight, or use one of {allowed}"
+            f"{first + _first(terms.log_target == -math.inf)} (log_target = -inf); set max_weight, or use one of "
+            f"{allowed}"
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import Terms
-from . import checks, eager, native
+from . import checks, cuda, native
 from .autograd import apply, once
 from .batch import Batch, Part, Scores
 
@@ -48,7 +48,7 @@ class Job(NamedTuple):
     def part(self, i: int, j: int, first: int, last: int, logits: Tensor) -> Batch:
         """Rows [first, last) of sequences [i, j) as a packed batch."""
         starts = (self.starts[i : j + 1] - first).clamp(0, last - first)
-        rows = torch.arange(first, last) if self.rows is None else self.rows[first:last]
+        rows = torch.arange(first, last, device=self.labels.device) if self.rows is None else self.rows[first:last]
         return Batch(logits, self.labels[first:last], starts, j - i, 0, self.whole.scale, self.whole.softcap,
                      Part(self.whole, rows, i))  # fmt: skip
 
@@ -126,15 +126,16 @@ def _score_long(job: Job, products: _Products, i: int, cuts: list[tuple[int, int
     parts = [native.forward(job.part(i, i + 1, *cut, products.logits(*cut)[1]), None, entropy) for cut in cuts]
     lse, log_prob = torch.cat([part.lse for part in parts]), torch.stack([part.log_prob for part in parts]).sum(0)
     h = torch.stack([part.entropy for part in parts if part.entropy is not None]).sum(0) if entropy else None
-    scores = Scores(lse, log_prob, h)
+    scores = Scores(lse, log_prob, h, recorded=tuple(check for part in parts for check in part.recorded))
     if terms is None:
         return scores
     none = torch.zeros_like(log_prob)
-    out = eager.loss_from_scores(job.part(i, i + 1, 0, 0, products.buffer[:0]), scores, terms, "none", 1.0,
-                                 lambda weight: checks.check_weights(weight, i))  # fmt: skip
+    out = native.loss_from_scores(job.part(i, i + 1, 0, 0, products.buffer[:0]), scores, terms, "none", 1.0, i)
     u = none if out.log_target_ratio is None else out.log_target_ratio
     rho = none if out.log_ratio is None else out.log_ratio
-    return Scores(lse, log_prob, h, rho, u, out.weight, out.loss, out.loss.sum() / divide_by, out.n_clipped)
+    return Scores(
+        lse, log_prob, h, rho, u, out.weight, out.loss, out.loss.sum() / divide_by, out.n_clipped, out._recorded
+    )
 
 
 def _join(parts: list[Scores], job: Job, terms: Terms | None, entropy: bool) -> Scores:
@@ -145,6 +146,9 @@ def _join(parts: list[Scores], job: Job, terms: Terms | None, entropy: bool) -> 
     fields: list[Any] = []
     for name in Scores._fields:
         values = [getattr(part, name) for part in parts]
+        if name == "recorded":
+            fields.append(sum(values, ()))
+            continue
         one = name in ("total", "n_clipped")
         fields.append(None if values[0] is None else torch.stack(values).sum() if one else torch.cat(values))
     return Scores(*fields)
@@ -212,11 +216,9 @@ class _Linear(torch.autograd.Function):
         job: Job = ctx.job
         if ctx.gradients is not None:
             gradients, ctx.gradients = ctx.gradients, None  # given away: a second backward computes its own
-            factor = float(grad) / ctx.expected
-            if factor != 1.0:
-                for gradient in gradients:
-                    if gradient is not None:
-                        gradient.mul_(factor)
+            for gradient in gradients:
+                if gradient is not None:
+                    native.scale_all_(gradient, 1.0 / ctx.expected, grad)
         else:
             coefficient = grad.to(torch.float64) / ctx.divide_by
             coefficient = -coefficient if a is None else a * coefficient
@@ -242,9 +244,12 @@ def run(
     divide_by: float, entropy: bool, expected: float | None, chunk_bytes: int,
 ) -> tuple[Tensor, Scores]:  # fmt: skip
     """The loss, or log pi (B) where ``terms`` is None, with its gradient where one is wanted; and the scores."""
-    checks.check_rows(whole)
-    if terms is not None:
-        checks.check_terms(terms)
+    if native.on_cuda(whole.logits):
+        whole = cuda.with_order(whole)
+    else:
+        checks.check_rows(whole)
+        if terms is not None:
+            checks.check_terms(terms)
     job = make_job(whole, chunk_bytes)
     inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):

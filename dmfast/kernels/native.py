@@ -1,9 +1,11 @@
-"""The compiled CPU kernels (``csrc/cpu``) on checked batches: allocates outputs, passes pointers, raises faults."""
+"""The compiled kernels (``csrc/cpu``, ``csrc/cuda``) on checked batches: allocates outputs, passes pointers, raises
+faults. The device of the logits chooses between the two."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import TypeAlias
 
@@ -12,8 +14,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..objectives import KINDS, Objective, Terms
-from . import checks
+from . import checks, cuda, eager
 from .batch import Batch, Draws, Scores
+from .result import DMLossOutput
 
 _C: ModuleType | None
 _IMPORT_ERROR: str | None = None
@@ -43,6 +46,23 @@ def instruction_set() -> str:
     """Which build of the row kernels runs on this machine."""
     assert _C is not None
     return str(_C.instruction_set())
+
+
+def on_cuda(x: Tensor) -> bool:
+    """Whether the CUDA kernels take x."""
+    return _C is not None and hasattr(_C, "cuda") and x.device.type == _C.cuda.device_type
+
+
+def why_not_cuda() -> str | None:
+    """None where the CUDA kernels can run, else the reason that they can't."""
+    if _C is None:
+        return why_unavailable()
+    if not hasattr(_C, "cuda"):
+        return (
+            "dmfast was installed without its CUDA kernels (no nvcc at install time, or DMFAST_BUILD=cpu); reinstall "
+            "with DMFAST_BUILD=cuda"
+        )
+    return None if _C.cuda.device_count() else "compiled, no device"
 
 
 def _pointer(x: Tensor | None) -> int:
@@ -112,14 +132,26 @@ def _run(call: Callable[[bool], Status], batch: Batch, terms: Terms | None, scor
         checks.raise_weight(at, scores.weight, batch.part_of.first_sequence if batch.part_of else 0)
 
 
+def _queue(name: str, batch: Batch, terms: Terms | None, entropy: bool, divide_by: float, *gradient: float) -> Scores:
+    """Calls a kernel on a CUDA device, which answers later."""
+    assert _C is not None
+    given, batch = batch, cuda.with_order(batch)
+    scores, outputs = _outputs(batch, terms, entropy, divide_by)
+    work = cuda.make_workspace(batch.logits, 2 * (batch.n_rows + batch.n_sequences), batch.n_sequences + 1)
+    getattr(_C.cuda, name)(_batch(batch), _terms(terms), outputs, *gradient, _C.cuda.Workspace(*work.arguments))
+    return scores._replace(recorded=cuda.settle(cuda.recorded(given, terms, scores, work.status)))
+
+
 def forward(batch: Batch, terms: Terms | None, entropy: bool, divide_by: float = 1.0) -> Scores:
     """One read of the scored rows. ``terms=None``: log_prob only. ``total`` is the sum of losses over ``divide_by``.
 
     Raises:
         ValueError: as ``checks.check_rows`` and ``check_terms``; NaN or +inf in a scored row, a label logit of -inf, a
-            weight beyond fp32's range.
+            weight beyond fp32's range. On CUDA ``recorded`` raises them; such a sequence has log_prob NaN, weight 0.
     """
     assert _C is not None
+    if on_cuda(batch.logits):
+        return _queue("forward", batch, terms, entropy, divide_by)
     kernel = _C.forward
     scores, outputs = _outputs(batch, terms, entropy, divide_by)
     c_batch, c_terms = _batch(batch), _terms(terms)
@@ -133,16 +165,24 @@ def _empty_gradient(batch: Batch, inplace: bool) -> Tensor:
     return torch.empty(batch.logits.shape, dtype=batch.logits.dtype, device=batch.logits.device)
 
 
-def backward(batch: Batch, lse: Tensor, weight: Tensor, factor: float, inplace: bool) -> Tensor:
-    """dz = weight * factor * (softmax - onehot) through scale and softcap; -A/B * grad_output of the loss.
+def backward(
+    batch: Batch, lse: Tensor, weight: Tensor, factor: float, inplace: bool, upstream: Tensor | None = None
+) -> Tensor:
+    """dz = weight * factor * upstream * (softmax - onehot) through scale and softcap; -A/B * grad_output of the loss.
 
-    Written over the logits if ``inplace``, else into a new contiguous tensor. Like every write over the logits it
-    counts as a change to them, so that a second use of their values raises PyTorch's own error.
+    ``upstream`` (0-d fp64) is read where it lies. Written over the logits if ``inplace``, else into a new contiguous
+    tensor. Like every write over the logits it counts as a change to them, so that a second use of their values raises
+    PyTorch's own error.
     """
     assert _C is not None
     dz = _empty_gradient(batch, inplace)
     weight = weight.contiguous()
-    _C.backward(_batch(batch), lse.data_ptr(), weight.data_ptr(), factor, dz.data_ptr(), *_strides(dz, batch))
+    arguments = (_batch(batch), lse.data_ptr(), weight.data_ptr(), factor, _pointer(upstream), dz.data_ptr(),
+                 *_strides(dz, batch))  # fmt: skip
+    if on_cuda(dz):
+        _C.cuda.backward(*arguments, _C.cuda.Workspace(*cuda.stream_of(dz), 0, 0, 0))
+    else:
+        _C.backward(*arguments)
     if inplace:
         increment_version(batch.logits)
     return dz
@@ -154,16 +194,22 @@ def forward_backward(
     """``forward`` and ``backward`` in one pass, for ``terms.weight_known``: the gradient of ``expected * total``.
 
     Raises:
-        ValueError: as ``forward``; a weight beyond fp32's range is found before a row is touched.
+        ValueError: as ``forward``; on the CPU a weight beyond fp32's range is found before a row is touched.
     """
     assert _C is not None
+    dz = _empty_gradient(batch, inplace)
+    gradient = (expected / divide_by, dz.data_ptr(), *_strides(dz, batch))
+    if on_cuda(dz):
+        scores = _queue("forward_backward", batch, terms, entropy, divide_by, *gradient)
+        if inplace:
+            increment_version(batch.logits)
+        return scores, dz
     kernel = _C.forward_backward
     scores, outputs = _outputs(batch, terms, entropy, divide_by)
-    dz = _empty_gradient(batch, inplace)
-    c_batch, c_terms, gradient = _batch(batch), _terms(terms), (dz.data_ptr(), *_strides(dz, batch))
+    c_batch, c_terms = _batch(batch), _terms(terms)
 
     def call(checked: bool) -> Status:
-        status: Status = kernel(c_batch, c_terms, outputs, checked, expected / divide_by, *gradient)
+        status: Status = kernel(c_batch, c_terms, outputs, checked, *gradient)
         if inplace and status[0] not in (_BAD_WEIGHT, _UNUSUAL):
             increment_version(batch.logits)
         return status
@@ -172,30 +218,83 @@ def forward_backward(
     return scores, dz
 
 
-def scale_(batch: Batch, dz: Tensor, factor: float) -> None:
-    """dz *= factor on scored rows; the others are zero. ``batch`` says how rows are cut, its logits are not read."""
+def _scale(c_batch: object, dz: Tensor, factor: float, upstream: Tensor, strides: tuple[int, int]) -> None:
     assert _C is not None
-    _C.scale(_batch(batch), factor, dz.data_ptr(), *_strides(dz, batch))
+    arguments = (c_batch, factor, upstream.data_ptr(), dz.data_ptr(), *strides)
+    if on_cuda(dz):
+        _C.cuda.scale(*arguments, _C.cuda.Workspace(*cuda.stream_of(dz), 0, 0, 0))
+    else:
+        _C.scale(*arguments)
+
+
+def scale_(batch: Batch, dz: Tensor, factor: float, upstream: Tensor) -> None:
+    """dz *= factor * upstream on scored rows; the others are zero. ``upstream`` (0-d fp64) is read where it lies, and
+    where the product is 1 nothing else is. ``batch`` says how rows are cut, its logits are not read.
+    """
+    _scale(_batch(batch), dz, factor, upstream, _strides(dz, batch))
+
+
+def scale_all_(x: Tensor, factor: float, upstream: Tensor) -> None:
+    """x *= factor * upstream, x contiguous; ``upstream`` as in ``scale_``."""
+    assert _C is not None
+    if x.numel() == 0:
+        return
+    v = x.shape[-1]
+    n = x.numel() // v
+    c_batch = _C.Batch(DTYPES[x.dtype], 0, 1, n, n, 0, v, 0, 0, v, 1.0, 0.0, torch.get_num_threads())
+    _scale(c_batch, x, factor, upstream, (0, v))
 
 
 def sample(draws: Draws, uniforms: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """tokens (N,) int64 and log_prob (N,) fp64, in one read of the rows. ``uniforms`` (N,) fp64 replaces the generator.
 
     Raises:
-        ValueError: a row that is no distribution.
+        ValueError: a row that is no distribution. CUDA raises it under DMFAST_SYNC_CHECKS=1 only; such a row gets token
+            0 and log_prob NaN.
     """
     assert _C is not None
     logits = draws.logits
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     log_prob = torch.empty_like(tokens, dtype=torch.float64)
-    bad = _C.sample(
+    first = (
         DTYPES[logits.dtype], logits.data_ptr(), logits.shape[0], logits.stride(0), logits.shape[1], draws.scale,
-        draws.softcap, draws.seed, _pointer(draws.row_ids), draws.step, _pointer(uniforms), torch.get_num_threads(),
-        tokens.data_ptr(), log_prob.data_ptr(),
+        draws.softcap, draws.seed, _pointer(draws.row_ids), draws.step, _pointer(uniforms),
     )  # fmt: skip
+    if on_cuda(logits):
+        work = cuda.make_workspace(logits, 0, 1)
+        _C.cuda.sample(*first, tokens.data_ptr(), log_prob.data_ptr(), _C.cuda.Workspace(*work.arguments))
+        if logits.shape[0]:
+            cuda.settle(cuda.recorded_draw(draws, work.status))
+        return tokens, log_prob
+    bad = _C.sample(*first, torch.get_num_threads(), tokens.data_ptr(), log_prob.data_ptr())
     if bad >= 0:
         checks.raise_bad_draw(draws, bad)
     return tokens, log_prob
+
+
+def loss_from_scores(
+    batch: Batch, scores: Scores, terms: Terms, reduction: str, divide_by: float, first_sequence: int = 0
+) -> DMLossOutput:
+    """``eager.loss_from_scores``, which on CUDA puts off what the host would have to wait for."""
+    if not on_cuda(batch.logits):
+        return eager.loss_from_scores(
+            batch, scores, terms, reduction, divide_by, lambda weight: checks.check_weights(weight, first_sequence)
+        )
+    made: list[Tensor] = []
+
+    def usable(weight: Tensor) -> Tensor:
+        made.append(weight)
+        return cuda.usable(weight)
+
+    out = eager.loss_from_scores(batch, scores, terms, reduction, divide_by, usable)
+
+    def check() -> None:
+        for earlier in scores.recorded:
+            earlier()
+        checks.check_terms(terms, first_sequence)
+        checks.check_weights(made[0], first_sequence)
+
+    return replace(out, _recorded=cuda.settle(check))
 
 
 def weigh(terms: Terms, log_prob: float, log_proposal: float, log_target: float, log_z: float, reward: float,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,7 @@ class DMLossOutput:
     log_proposal: Tensor | None
     log_target: Tensor | None
     log_z: Tensor | None
+    _recorded: tuple[Callable[[], object], ...] = ()
 
     @property
     def n_empty(self) -> Tensor:
@@ -47,6 +49,8 @@ class DMLossOutput:
 
     def check(self) -> DMLossOutput:
         """Raises what a device has recorded and the host has not read yet. The CPU raises at once."""
+        for check in self._recorded:
+            check()
         return self
 
 

@@ -50,7 +50,7 @@ void check(dmf::DType dtype, const char* name, double step) {
         dmf::Outputs out{log_prob, lse, h, rho, u, weight, loss, &total, &clipped, 1.0};
         const dmf::Status status = dmf::forward(batch, terms, out, false);
         expect(status.fault == dmf::Fault::none, "status", name, v, static_cast<double>(status.fault), 0);
-        dmf::backward(batch, lse, weight, 0.5, {reinterpret_cast<char*>(dz.data()), steps * v, v});
+        dmf::backward(batch, lse, weight, 0.5, nullptr, {reinterpret_cast<char*>(dz.data()), steps * v, v});
 
         for (long i = 0; i < sequences; ++i) {
           long double expected = 0;

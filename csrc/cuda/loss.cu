@@ -1,0 +1,407 @@
+// score_rows fuses scaling, softcap, log-sum-exp, the gather of the label and the entropy, sums them over sequences and
+// forms ratios, weights and the loss, in one launch. It reads every logit of a scored row once and writes nothing per
+// logit: less is impossible, since each logit counts in the sum.
+//
+// For weights that do not depend on pi it writes the gradient too: 1 read and 1 write per logit where the row fits
+// shared memory, in which it waits for its log-sum-exp, else 2 reads, of which the second is meant for the second-level
+// cache (plan.h).
+//
+// A block has one row. Blocks count themselves on a counter of their sequence, whose last block adds up its rows in a
+// fixed order; the last of all sequences adds up the loss. So there is no atomic on a float, and the result does not
+// depend on who is last. Each sequence has a block of its own besides its rows, so that one without rows ends too.
+#include <climits>
+
+#include "loss.h"
+#include "plan.h"
+#include "rows.cuh"
+
+namespace dmf::cuda {
+namespace {
+
+enum class Pass { score, kept, reread };  // kept, reread: with the gradient; how the row comes a second time
+
+constexpr long long kNone = LLONG_MAX;
+constexpr int64_t kIgnore = -100;
+
+struct Shared {
+  Lanes<float> top;
+  Lanes<Sums> sums, sequence, total;
+  Lanes<long long> fault, first;
+  double lse, coefficient, at_label;
+  bool last;
+};
+
+struct Scratch {
+  double *log_prob, *entropy;    // (rows)
+  long long *fault, *n_clipped;  // (sequences)
+  __device__ Scratch(const Batch& b, const Workspace& w)
+      : log_prob(w.values),
+        entropy(w.values + b.rows),
+        fault(reinterpret_cast<long long*>(w.values + 2 * b.rows)),
+        n_clipped(fault + b.sequences) {}
+};
+
+__device__ long long encode(int64_t place, Fault fault) { return place * 8 + static_cast<int64_t>(fault); }
+
+__device__ bool is_token(int64_t label, const Batch& b) { return label >= 0 && label < b.options.vocab; }
+
+// What no objective may be given: NaN anywhere, an infinity that is none of those with a meaning.
+__device__ bool inputs_ok(const Terms& t, const Sequence& x) {
+  const bool base = isfinite(x.log_base) || (x.log_base == -INFINITY && t.objective.max_weight < INFINITY);
+  return (!t.log_proposal || isfinite(x.log_proposal)) && x.log_target < INFINITY && x.log_z < INFINITY &&
+         isfinite(x.reward) && isfinite(x.baseline) && base;
+}
+
+// A known weight; 0 where it can't be used.
+__device__ Weight known_weight(const Terms& t, int64_t i) {
+  const Sequence x = sequence(t, i, at(t.log_proposal, i));
+  Weight w = weigh(t.objective, x);
+  if (w.out_of_range || !inputs_ok(t, x)) w.weight = 0.0;
+  return w;
+}
+
+__device__ void finish_sequence(const Batch& b, const Terms& t, const Outputs& out, const Scratch& scratch, int64_t i,
+                                bool known, Shared& shared) {
+  const int64_t first = b.first_row(i), last = b.first_row(i + 1);
+  Sums sums{0, 0, 0};
+  long long fault = kNone;
+  for (int64_t row = first + threadIdx.x; row < last; row += blockDim.x) {
+    const int64_t label = b.labels[row];
+    if (label == kIgnore) continue;
+    const double lse = out.lse[row], log_prob = scratch.log_prob[row];
+    sums.a += log_prob;
+    if (out.entropy) sums.b += scratch.entropy[row];
+    Fault found = Fault::none;
+    if (!is_token(label, b))
+      found = Fault::unusual;
+    else if (isnan(lse) || lse == INFINITY)
+      found = Fault::bad_row;
+    else if (!(log_prob > -INFINITY))
+      found = Fault::label;
+    if (found != Fault::none) fault = min(fault, encode(row, found));
+  }
+  sums = block_sum(sums, shared.sequence);
+  fault = block_min(fault, shared.fault);
+  const bool bad_rows = fault != kNone;
+  if (bad_rows)  // so that backward, whatever weight it is given, writes 0
+    for (int64_t row = first + threadIdx.x; row < last; row += blockDim.x) out.lse[row] = NAN;
+  if (threadIdx.x != 0) return;
+  const double log_prob = bad_rows ? static_cast<double>(NAN) : sums.a;
+  out.log_prob[i] = log_prob;
+  if (out.entropy) out.entropy[i] = bad_rows ? static_cast<double>(NAN) : sums.b;
+  bool clipped = false;
+  if (t.objective.kind != Kind::none) {
+    const Sequence x = sequence(t, i, log_prob);
+    Weight w = weigh(t.objective, x);
+    out.log_ratio[i] = w.log_ratio;
+    out.log_target_ratio[i] = w.log_target_ratio;
+    if (known) w = weigh(t.objective, sequence(t, i, at(t.log_proposal, i)));
+    clipped = w.clipped;
+    if (!bad_rows) {
+      // a row's fault comes before a weight's, as on the CPU
+      if (!inputs_ok(t, x))
+        fault = encode(kWeightPlace + i, Fault::input);
+      else if (w.out_of_range)
+        fault = encode(kWeightPlace + i, Fault::weight);
+    }
+    const double weight = fault == kNone ? w.weight : 0.0;
+    out.weight[i] = weight;
+    out.loss[i] = weight == 0.0 ? 0.0 : -weight * log_prob;  // 0 * -inf = 0
+  }
+  scratch.fault[i] = fault;
+  scratch.n_clipped[i] = clipped;
+}
+
+__device__ void finish_loss(const Batch& b, const Terms& t, const Outputs& out, const Scratch& scratch, int64_t* status,
+                            Shared& shared) {
+  Sums sums{0, 0, 0};
+  long long fault = kNone;
+  for (int64_t i = threadIdx.x; i < b.sequences; i += blockDim.x) {
+    if (t.objective.kind != Kind::none) sums.a += out.loss[i];
+    sums.b += static_cast<double>(scratch.n_clipped[i]);
+    fault = min(fault, scratch.fault[i]);
+  }
+  sums = block_sum(sums, shared.total);
+  fault = block_min(fault, shared.first);
+  if (threadIdx.x != 0) return;
+  *status = fault == kNone ? -1 : fault;
+  if (t.objective.kind == Kind::none) return;
+  *out.total = sums.a / out.divide_by;
+  *out.clipped = static_cast<int64_t>(sums.b);
+}
+
+template <class T>
+struct FromShared {
+  const T* row;
+  template <int N>
+  __device__ Pack<T, N> operator()(int i) const {
+    return load<N>(row + i);
+  }
+};
+
+// dz = p * scale of the row, apart from the label's column, whose value is at_label.
+template <class T, bool Cap>
+struct Write {
+  Exponent<Cap> exponent;
+  float factor, after;  // the factor in two parts, so that one at the edges of fp32 keeps its digits
+  float at_label;
+  int label;
+  T* dz;
+
+  // dz[v] = coefficient * scale * cap'(z[v]) * (softmax[v] - (v == label))
+  __device__ Write(const RowOptions& o, double lse, double coefficient, double at_label, int64_t label, T* dz)
+      : exponent(o), at_label(static_cast<float>(at_label)), label(static_cast<int>(label)), dz(dz) {
+    double reference = lse / o.scale;  // a logit whose term is near 1
+    if (Cap) reference = o.softcap * atanh(fmin(fmax(reference / o.softcap, -0.999), 0.999));
+    exponent.set(static_cast<float>(reference));
+    // mends the rounding of the reference
+    const double full = coefficient * o.scale * exp(scaled(exponent.reference, o) - lse), size = fabs(full);
+    after = size > 0x1p100 ? 0x1p64f : (size < 0x1p-60 ? 0x1p-64f : 1.0f);
+    factor = static_cast<float>(full / after);
+  }
+
+  template <int N>
+  __device__ void operator()(int first, const Pack<T, N>& pack) const {
+    Pack<T, N> out;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float z = to_float(pack.x[j]);
+      float g = factor * expf(exponent(z));
+      if constexpr (Cap) g *= exponent.slope(z);
+      from_float(g * after, out.x[j]);
+    }
+    if (static_cast<unsigned>(label - first) < N) {
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+        if (first + j == label) from_float(at_label, out.x[j]);
+    }
+    store(dz + first, out);
+  }
+};
+
+// The label's column in one subtraction, without cancellation where p is near 1. To be called before dz, which may be
+// z, is written.
+__device__ double label_gradient(float z, double lse, double coefficient, const RowOptions& o) {
+  const double t = o.softcap > 0 ? tanh(z / o.softcap) : 0.0;
+  return coefficient * o.scale * (1.0 - t * t) * expm1(scaled(z, o) - lse);
+}
+
+template <class T>
+__device__ T* row_of(const Gradient& g, const Batch& b, int64_t row) {
+  return reinterpret_cast<T*>(g.data) + g.offset(b, row);
+}
+
+template <class T, bool Cap, bool Entropy, Pass P>
+__device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, const Scratch& scratch, double factor,
+                          const Gradient& g, int64_t row, int64_t sequence, Shared& shared) {
+  constexpr bool kKnown = P != Pass::score;
+  DMF_DYNAMIC_SHARED(memory);
+  const RowOptions& o = b.options;
+  const int64_t label = b.labels[row];
+  const int vocab = static_cast<int>(o.vocab);
+  const T* z = reinterpret_cast<const T*>(b.logits) + b.offset(row);
+  T* dz = kKnown ? row_of<T>(g, b, row) : nullptr;
+  if (!is_token(label, b)) {
+    if (threadIdx.x == 0) out.lse[row] = label == kIgnore ? 0.0 : static_cast<double>(NAN);
+    if (kKnown) zero_row(dz, vocab);
+    return;
+  }
+  const Cut cut = kKnown ? cut_rows(z, static_cast<const T*>(dz), vocab) : cut_row(z, vocab);
+  // the row's packs lie aligned in shared memory too
+  T* kept = reinterpret_cast<T*>(memory) + (kWidth<T> - cut.head % kWidth<T>) % kWidth<T>;
+  const float at_label = to_float(z[label]);
+
+  PartialSum<Cap, Entropy> sum(o);
+  for_row<T>(cut, FromRow<T>{z}, [&](int i, const auto& pack) {
+    if constexpr (P == Pass::kept) store(kept + i, pack);
+    sum.add(pack);
+  });
+  const float top = block_max(sum.exponent.reference, shared.top);
+  if (top > sum.exponent.reference) sum.rise(top);
+  const Sums sums = block_sum({static_cast<double>(sum.ones), sum.rest, sum.moment}, shared.sums);
+  if (threadIdx.x == 0) {
+    const double total = sums.a + sums.b, lse = scaled(top, o) + log(total);
+    out.lse[row] = lse;
+    scratch.log_prob[row] = scaled(at_label, o) - lse;
+    if (Entropy) scratch.entropy[row] = log(total) - sums.c / total;
+    if (kKnown) {
+      const double coefficient = isfinite(lse) ? known_weight(t, sequence).weight * factor : 0.0;
+      shared.lse = lse;
+      shared.coefficient = coefficient;
+      shared.at_label = coefficient == 0.0 ? 0.0 : label_gradient(at_label, lse, coefficient, o);
+    }
+  }
+  if (!kKnown) return;
+  __syncthreads();
+  if (shared.coefficient == 0.0) {
+    zero_row(dz, vocab);
+    return;
+  }
+  const Write<T, Cap> write(o, shared.lse, shared.coefficient, shared.at_label, label, dz);
+  if constexpr (P == Pass::kept)
+    for_row<T>(cut, FromShared<T>{kept}, write);
+  else
+    for_row<T>(cut, FromRow<T>{z}, write);
+}
+
+template <class T, bool Cap, bool Entropy, Pass P>
+__global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads)
+    score_rows(Batch b, Terms t, Outputs out, double factor, Gradient g, Workspace w) {
+  DMF_SHARED(Shared, shared);
+  constexpr bool kKnown = P != Pass::score;
+  const Scratch scratch(b, w);
+  const int64_t block = blockIdx.x, row = block - b.sequences - 1;
+  if (block != b.sequences) {  // that one is the loss's own, for a batch without sequences
+    const int64_t i = block < b.sequences ? block : b.sequence_of(row);
+    if (row >= 0) score_row<T, Cap, Entropy, P>(b, t, out, scratch, factor, g, row, i, shared);
+    if (!is_last(w.counters + i, b.first_row(i + 1) - b.first_row(i) + 1, shared.last)) return;
+    finish_sequence(b, t, out, scratch, i, kKnown, shared);
+    if (kKnown) {
+      __syncthreads();
+      if (scratch.fault[i] != kNone && out.weight[i] == 0.0)
+        for (int64_t r = b.first_row(i); r < b.first_row(i + 1); ++r)
+          zero_row(row_of<T>(g, b, r), static_cast<int>(b.options.vocab));
+    }
+  }
+  if (is_last(w.counters + b.sequences, b.sequences + 1, shared.last))
+    finish_loss(b, t, out, scratch, w.status, shared);
+}
+
+template <class T, bool Cap>
+__global__ void __launch_bounds__(kMaxThreads)
+    write_rows(Batch b, const double* lse, const double* weight, double factor, const double* upstream, Gradient g) {
+  struct OneRow {
+    double coefficient, at_label;
+  };
+  DMF_SHARED(OneRow, shared);
+  const RowOptions& o = b.options;
+  const int64_t row = blockIdx.x, label = b.labels[row];
+  const int vocab = static_cast<int>(o.vocab);
+  const T* z = reinterpret_cast<const T*>(b.logits) + b.offset(row);
+  T* dz = row_of<T>(g, b, row);
+  if (threadIdx.x == 0) {
+    const bool scored = is_token(label, b) && isfinite(lse[row]);
+    const double coefficient = scored ? weight[b.sequence_of(row)] * factor * (upstream ? *upstream : 1.0) : 0.0;
+    shared.coefficient = coefficient;
+    shared.at_label = coefficient == 0.0 ? 0.0 : label_gradient(to_float(z[label]), lse[row], coefficient, o);
+  }
+  __syncthreads();
+  if (shared.coefficient == 0.0) {
+    zero_row(dz, vocab);
+    return;
+  }
+  const Write<T, Cap> write(o, lse[row], shared.coefficient, shared.at_label, label, dz);
+  for_row<T>(cut_rows(z, static_cast<const T*>(dz), vocab), FromRow<T>{z}, write);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads) scale_rows(Batch b, double factor, const double* upstream, Gradient g) {
+  const float by = static_cast<float>(factor * *upstream);
+  const int64_t row = blockIdx.x;
+  if (by == 1.0f || (b.labels && b.labels[row] < 0)) return;
+  T* dz = row_of<T>(g, b, row);
+  for_row<T>(cut_row(dz, static_cast<int>(b.options.vocab)), FromRow<T>{dz}, [&](int i, const auto& pack) {
+    auto scaled_pack = pack;
+    for (auto& x : scaled_pack.x) from_float(to_float(x) * by, x);
+    store(dz + i, scaled_pack);
+  });
+}
+
+// --- launching -----------------------------------------------------------------------------------------------------
+
+// Calls body with a value of the type of the logits.
+template <class Body>
+void with_type(DType dtype, Body body) {
+  if (dtype == DType::f32)
+    body(float{});
+  else if (dtype == DType::bf16)
+    body(bf16{});
+  else
+    body(f16{});
+}
+
+unsigned grid(const Batch& b, int64_t blocks) {
+  if (blocks > INT_MAX || b.options.vocab > INT_MAX - 64) throw std::runtime_error("too many rows, or too long ones");
+  return static_cast<unsigned>(blocks);
+}
+
+template <class T, bool Cap, bool Entropy, Pass P>
+void launch_score(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
+                  const Workspace& w, const Plan& plan) {
+  const auto kernel = score_rows<T, Cap, Entropy, P>;
+  if (plan.shared > 0)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared)));
+  DMF_LAUNCH(kernel, grid(b, b.rows + b.sequences + 1), plan.threads, static_cast<size_t>(plan.shared),
+             static_cast<cudaStream_t>(w.stream), b, t, out, factor, g, w);
+  check(cudaGetLastError());
+}
+
+template <class T, bool Cap, bool Entropy>
+void launch_pass(bool known, const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
+                 const Workspace& w) {
+  if (!known) {
+    launch_score<T, Cap, Entropy, Pass::score>(b, t, out, factor, g, w, plan_once(b.options.vocab, sizeof(T)));
+    return;
+  }
+  int limit = 0;
+  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, w.device));
+  const Plan plan = plan_known(b.options.vocab, sizeof(T), limit);
+  const auto launch =
+      plan.kept ? launch_score<T, Cap, Entropy, Pass::kept> : launch_score<T, Cap, Entropy, Pass::reread>;
+  launch(b, t, out, factor, g, w, plan);
+}
+
+void score(bool known, const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
+           const Workspace& w) {
+  const OnDevice guard(w.device);
+  with_type(b.dtype, [&](auto type) {
+    using T = decltype(type);
+    const bool cap = b.options.softcap > 0;
+    const auto launch = cap ? (out.entropy ? launch_pass<T, true, true> : launch_pass<T, true, false>)
+                            : (out.entropy ? launch_pass<T, false, true> : launch_pass<T, false, false>);
+    launch(known, b, t, out, factor, g, w);
+  });
+}
+
+}  // namespace
+
+void forward(const Batch& b, const Terms& t, const Outputs& out, const Workspace& w) {
+  score(false, b, t, out, 0.0, Gradient{nullptr, 0, 0}, w);
+}
+
+void forward_backward(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
+                      const Workspace& w) {
+  score(true, b, t, out, factor, g, w);
+}
+
+void backward(const Batch& b, const double* lse, const double* weight, double factor, const double* upstream,
+              const Gradient& g, const Workspace& w) {
+  if (b.rows == 0) return;
+  const OnDevice guard(w.device);
+  with_type(b.dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = b.options.softcap > 0 ? write_rows<T, true> : write_rows<T, false>;
+    DMF_LAUNCH(kernel, grid(b, b.rows), plan_once(b.options.vocab, sizeof(T)).threads, 0,
+               static_cast<cudaStream_t>(w.stream), b, lse, weight, factor, upstream, g);
+  });
+  check(cudaGetLastError());
+}
+
+void scale(const Batch& b, double factor, const double* upstream, const Gradient& g, const Workspace& w) {
+  if (b.rows == 0) return;
+  const OnDevice guard(w.device);
+  with_type(b.dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = scale_rows<T>;
+    DMF_LAUNCH(kernel, grid(b, b.rows), plan_once(b.options.vocab, sizeof(T)).threads, 0,
+               static_cast<cudaStream_t>(w.stream), b, factor, upstream, g);
+  });
+  check(cudaGetLastError());
+}
+
+int device_count() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess ? count : (cudaGetLastError(), 0);
+}
+
+}  // namespace dmf::cuda

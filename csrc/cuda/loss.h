@@ -1,0 +1,54 @@
+// The fused sequence losses on a CUDA device. All pointers of batch, terms and outputs are the device's. Nothing here
+// allocates, waits or reads what a device holds; a launch that fails throws.
+#pragma once
+#include <cstdint>
+
+#include "../batch.h"
+
+namespace dmf::cuda {
+
+// Where a call runs, and its memory, which no other call may use before this one is done.
+struct Workspace {
+  int device;
+  void* stream;
+  double* values;      // (2 * rows + 2 * sequences), anything
+  unsigned* counters;  // (sequences + 1), 0; and 0 again after the call
+  int64_t* status;     // 1: the first fault as place * 8 + fault, -1: none. A weight's place is a sequence, plus 2^59
+};
+
+constexpr int64_t kWeightPlace = int64_t{1} << 59;
+
+// One read of the logits of scored rows: log-sum-exp, log pi, weights, loss. cu_seqlens must be in order; labels and
+// per-sequence inputs may be anything. A sequence with a fault has log pi NaN, log-sum-exp NaN, weight and loss 0.
+void forward(const Batch&, const Terms&, const Outputs&, const Workspace&);
+
+// forward, and the gradient of upstream * factor * sum of losses, for weights that do not depend on pi. A sequence with
+// a fault has gradient 0.
+void forward_backward(const Batch&, const Terms&, const Outputs&, double factor, const Gradient&, const Workspace&);
+
+// dz = weight[sequence] * factor * upstream[0] * d(log-softmax); upstream may be null. Rows that are not scored or have
+// no log-sum-exp and sequences of weight 0 are zeroed without being read.
+void backward(const Batch&, const double* lse, const double* weight, double factor, const double* upstream,
+              const Gradient&, const Workspace&);
+
+// dz *= upstream[0] * factor on scored rows, or on all where labels is null; no gradient is read where that is 1
+void scale(const Batch&, double factor, const double* upstream, const Gradient&, const Workspace&);
+
+struct SampleRows {
+  DType dtype;
+  const char* logits;
+  int64_t rows, stride_row;
+  RowOptions options;
+  uint64_t seed;
+  const int64_t* row_ids;  // (rows), or null: 0, 1, ...
+  uint64_t step;
+  const double* uniforms;  // (rows), for tests; null: from the generator
+};
+
+// As dmf::sample of csrc/cpu. A row that is no distribution gets token 0 and log_prob NaN; status: the first one.
+void sample(const SampleRows&, int64_t* tokens, double* log_prob, const Workspace&);
+
+// Number of devices, 0 where there is no driver.
+int device_count();
+
+}  // namespace dmf::cuda

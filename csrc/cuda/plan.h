@@ -1,0 +1,39 @@
+// How many threads work on a row and whether it stays in shared memory: plain arithmetic, tested without a device.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+namespace dmf::cuda {
+
+struct Plan {
+  int threads;     // a multiple of 32
+  bool kept;       // the row stays in shared memory between its two reads
+  int64_t shared;  // bytes of dynamic shared memory
+};
+
+constexpr int kMaxThreads = 256;       // of a kernel that visits a row once
+constexpr int kMaxKnownThreads = 768;  // of one that visits it twice, of which few fit a multiprocessor
+constexpr int64_t kStaticShared = 4096;
+
+// Two loads of 16 bytes a thread, at least a warp.
+inline int threads_for(int64_t row_bytes, int most) {
+  const int64_t warps = (row_bytes + 32 * 32 - 1) / (32 * 32);
+  return static_cast<int>(std::min<int64_t>(most / 32, std::max<int64_t>(warps, 1))) * 32;
+}
+
+inline Plan plan_once(int64_t vocab, int64_t itemsize) {
+  return {threads_for(vocab * itemsize, kMaxThreads), false, 0};
+}
+
+// limit: the shared memory that one block may have. A row that exceeds it is read twice; then a block asks for all of
+// the memory, which it does not use, so that one row a multiprocessor is under way and all of them stay in the
+// second-level cache (132 rows of 300 KB on an H100, which has 50 MB).
+inline Plan plan_known(int64_t vocab, int64_t itemsize, int64_t limit) {
+  const int64_t available = std::max<int64_t>(limit - kStaticShared, 0);
+  const int64_t bytes = (vocab * itemsize + 31) / 16 * 16;  // with room to shift the row to its alignment
+  const bool kept = bytes <= available, alone = 2 * (bytes + kStaticShared) > limit;
+  const int most = alone ? kMaxKnownThreads : kMaxKnownThreads / 2;
+  return {threads_for(vocab * itemsize, most), kept, kept ? bytes : available};
+}
+
+}  // namespace dmf::cuda

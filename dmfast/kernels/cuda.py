@@ -1,0 +1,133 @@
+"""What a call on a CUDA device needs beside what ``native.py`` does for every device: its stream, memory for the
+counters of blocks, and faults, which the device records and the host reads later.
+
+``_C.cuda`` may also be a build of the same kernels for the host (``scripts/ci/host_cuda.sh``), whose device is the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .. import objectives
+from ..objectives import Terms
+from . import checks
+from .batch import Batch, Draws, Scores
+
+Recorded: TypeAlias = Callable[[], object]  # reads what a device has recorded, and raises it
+_BAD_ROW, _BAD_LABEL = 1, 2  # as csrc/batch.h numbers faults; the others say which check to ask
+_WEIGHT_PLACE = 1 << 59  # csrc/cuda/loss.h
+# Zero between calls. One for each stream, since kernels of two streams may run at the same time.
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def synchronous() -> bool:
+    """DMFAST_SYNC_CHECKS=1: every call waits for its kernels and raises at once."""
+    return os.environ.get("DMFAST_SYNC_CHECKS", "0") not in ("", "0")
+
+
+def stream_of(x: Tensor) -> tuple[int, int]:
+    """Index of the device, and the handle of its current stream."""
+    if x.device.type == "cpu":
+        return 0, 0
+    stream = torch.cuda.current_stream(x.device)
+    return stream.device.index, stream.cuda_stream
+
+
+class Workspace(NamedTuple):
+    """Memory of one call. ``native.py`` keeps it until the kernel is queued; torch's allocator, until it has run."""
+
+    device: int
+    stream: int
+    values: Tensor
+    counters: Tensor
+    status: Tensor  # 0-d int64
+
+    @property
+    def arguments(self) -> tuple[int, int, int, int, int]:
+        """For ``_C.cuda.Workspace``."""
+        return self.device, self.stream, self.values.data_ptr(), self.counters.data_ptr(), self.status.data_ptr()
+
+
+def make_workspace(x: Tensor, n_values: int, n_counters: int) -> Workspace:
+    """Memory on the device of x, for its current stream."""
+    device, stream = stream_of(x)
+    like: dict[str, Any] = {"device": x.device}
+    status = torch.empty((), dtype=torch.int64, **like)
+    values = torch.empty(n_values, dtype=torch.float64, **like)
+    if x.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
+        # a graph may be replayed on any stream: its counters are its own
+        return Workspace(device, stream, values, torch.zeros(n_counters, dtype=torch.int32, **like), status)
+    counters = _counters.get((device, stream))
+    if counters is None or counters.shape[0] < n_counters:
+        counters = torch.zeros(max(n_counters, 1024), dtype=torch.int32, **like)
+        _counters[device, stream] = counters
+    return Workspace(device, stream, values, counters, status)
+
+
+def with_order(batch: Batch) -> Batch:
+    """The batch with cu_seqlens that no kernel can be led astray by. Where they are out of order, which the host can't
+    see without waiting, no label is a token, so that all sequences have a fault."""
+    starts, n = batch.cu_seqlens, batch.n_rows
+    if starts is None or batch.part_of is not None:
+        return batch
+    if batch.n_sequences == 0 and n > 0:
+        checks.check_rows(batch)
+    ordered = (starts[0] == 0) & (starts[-1] == n) & (starts.diff() >= 0).all()
+    instead = torch.zeros_like(starts)
+    instead[-1] = n
+    return batch._replace(
+        cu_seqlens=torch.where(ordered, starts, instead), labels=torch.where(ordered, batch.labels, batch.vocab)
+    )
+
+
+def recorded(batch: Batch, terms: Terms | None, scores: Scores, status: Tensor) -> Recorded:
+    """Raises the first fault of a call as the CPU would have, once the host may wait. Does not keep the logits."""
+    batch = batch._replace(logits=torch.empty_like(batch.logits, device="meta"))
+
+    def check() -> None:
+        code = int(status)
+        if code < 0:
+            return
+        place, fault = divmod(code, 8)
+        if fault == _BAD_ROW:
+            checks.raise_bad_row(batch, place)
+        if fault == _BAD_LABEL:
+            checks.raise_bad_label(batch, place)
+        checks.check_rows(batch)
+        assert terms is not None
+        first = batch.part_of.first_sequence if batch.part_of is not None else 0
+        checks.check_terms(terms, first)
+        made = objectives.weigh(terms.with_log_prob(scores.log_prob))  # what scores.weight has 0 for
+        checks.check_weights(objectives.clip(made, terms.max_weight)[0], first)
+        raise RuntimeError(f"dmfast: the device refused an input or the weight of sequence {place - _WEIGHT_PLACE}")
+
+    return check
+
+
+def recorded_draw(draws: Draws, status: Tensor) -> Recorded:
+    """Raises the first row that was no distribution."""
+    draws = draws._replace(logits=draws.logits[:0])
+
+    def check() -> None:
+        if int(status) >= 0:
+            checks.raise_bad_draw(draws, int(status))
+
+    return check
+
+
+def settle(check: Recorded) -> tuple[Recorded, ...]:
+    """What is left to be read by ``out.check()``."""
+    if not synchronous():
+        return (check,)
+    check()
+    return ()
+
+
+def usable(weight: Tensor) -> Tensor:
+    """Weights (B) made by torch, 0 where fp32 can't hold them."""
+    return torch.where(weight.abs() <= torch.finfo(torch.float32).max, weight, 0.0)

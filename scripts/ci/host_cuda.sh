@@ -1,0 +1,83 @@
+#!/bin/sh
+# The CUDA kernels of csrc/cuda, compiled by g++ on top of tests/native/shim.h and run on the host as the module
+# dmfast._C, whose tensors then take them for a device: through the kernel suite, under ASan and UBSan.
+# Then each bug of tests/native/bugs, which must be caught.
+set -eu
+python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") # absolute: the tests run elsewhere
+
+here=$(pwd)
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
+
+# Builds what the current directory holds.
+build() { # directory, flags
+  mkdir -p "$1/lib"
+  cp -r dmfast "$1/lib/"
+  rm -f "$1"/lib/dmfast/_C*.so
+  flags="-std=c++17 -fPIC -Wall -Wextra -Wno-unknown-pragmas -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast
+    -fvisibility=hidden -DDMF_NO_CLONES -DDMF_CUDA -DDMF_SHIM -Itests/native -Icsrc $2
+    $("$python" -c 'import pybind11, sysconfig; print("-I" + pybind11.get_include(), "-I" + sysconfig.get_paths()["include"])')"
+  for source in csrc/bindings.cpp csrc/cpu/loss.cpp csrc/cpu/rows.cpp csrc/cpu/sample.cpp csrc/cuda/loss.cu \
+    csrc/cuda/sample.cu tests/native/shim.cpp; do
+    object="$1/$(echo "$source" | tr / _).o"
+    g++ $flags -x c++ -c "$source" -o "$object"
+    set -- "$@" "$object"
+  done
+  target="$1/lib/dmfast/_C.so"
+  link=$2
+  shift 2
+  g++ -shared -fopenmp $link "$@" -o "$target"
+}
+
+
+suite() { # directory of a build, tests and options
+  build=$1
+  shift
+  (cd "$here/tests" && PYTHONPATH="$build/lib" DMFAST_SYNC_CHECKS=1 "$python" -m pytest -q -p no:cacheprovider "$@")
+}
+
+# -s: a sanitizer ends the process, and what pytest has captured is lost
+sanitized() {
+  LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \
+    ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 suite "$@" -s
+}
+
+# A bug, the build that should catch it, and what is then said.
+caught() { # name, flags, suite or sanitized, expected message, tests and options
+  name=$1 flags=$2 how=$3 message=$4
+  shift 4
+  mkdir -p "$out/$name"
+  cp -r csrc dmfast tests "$out/$name/"
+  (cd "$out/$name" && patch -s -p1 <"tests/native/bugs/$name.patch" && build "$out/$name/build" "$flags")
+  if SHIM_SEED=1 $how "$out/$name/build" -x "$@" >"$out/$name/log" 2>&1; then
+    echo "the seeded bug $name was not caught" >&2
+    exit 1
+  fi
+  grep -q "$message" "$out/$name/log" || { echo "$name failed otherwise:" >&2; tail -30 "$out/$name/log" >&2; exit 1; }
+  echo "caught: $name"
+}
+
+start=$(date +%s)
+said() { echo "$(($(date +%s) - start)) s: $*"; }
+small="not 50257 and not 32003 and not 1024_tokens and not million and not under_compile and not formula and not threads"
+
+build "$out/plain" "-O2"
+SHIM_SEED=1 suite "$out/plain" test_cuda.py test_kernels.py test_sample.py test_linear.py test_errors.py \
+  -k "$small and not own_interval and not num_sequences"
+said "the suite"
+SHIM_SEED=2 suite "$out/plain" test_kernels.py -k "50257 and (vocabularies and contiguous or log_sum_exp)"
+SHIM_SEED=3 SHIM_SHARED=6000 suite "$out/plain" test_cuda.py test_kernels.py -k "any_shape or empty or test_cuda or (4096 and vocabularies)"
+SHIM_SEED=4 suite "$out/plain" test_cuda.py test_kernels.py -k "any_shape or test_cuda"
+said "large rows, other schedules, rows read twice"
+
+build "$out/sanitized" "$sanitizers"
+SHIM_SEED=5 sanitized "$out/sanitized" test_cuda.py test_kernels.py test_sample.py \
+  -k "$small and (test_cuda or (vocabularies and (127 or 4096)) or any_shape or empty or beyond or strides or tails or bad_row)"
+said "sanitizers"
+
+caught missing_barrier "-O0" suite "^FAILED test_kernels" test_kernels.py -k "vocabularies and 1000"
+caught truncation "-O0" suite "^FAILED .*rounded_to_nearest" test_kernels.py -k rounded_to_nearest
+caught out_of_bounds "$sanitizers" sanitized "AddressSanitizer: heap-buffer-overflow" test_kernels.py \
+  -k "empty_and_short and contiguous-1-1"
+said "seeded bugs"

@@ -1,0 +1,195 @@
+#include "shim.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <random>
+#include <vector>
+
+#ifndef __x86_64__
+#error "the shim switches between fibers in x86-64 assembly: ucontext costs a system call each way"
+#endif
+
+// Stores the callee-saved registers and the stack pointer, and goes on where another stack stopped.
+extern "C" void shim_switch(void** from, void* to);
+asm(R"(
+.text
+.globl shim_switch
+shim_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+
+namespace shim {
+
+dim3 thread, block, threads, blocks;
+
+namespace {
+
+enum class State { ready, at_barrier, in_exchange, done };
+
+struct Fiber {
+  std::unique_ptr<char[]> stack;
+  void* pointer;
+  State state;
+  unsigned generation;  // of the exchange that it waits for
+};
+
+struct Warp {
+  char slots[2][32][8];
+  unsigned arrived = 0, generation = 0;
+};
+
+constexpr size_t kStack = 64 << 10;
+
+std::vector<Fiber> fibers;
+std::vector<Warp> warps;
+std::map<const void*, std::pair<std::unique_ptr<char[]>, size_t>> shared_memory;
+std::unique_ptr<char[]> dynamic_memory;
+size_t dynamic_bytes;
+void* scheduler;
+const std::function<void()>* body;
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "shim: %s (block %u, thread %u)\n", what, block.x, thread.x);
+  std::abort();
+}
+
+void stop(State state) {
+  Fiber& me = fibers[thread.x];
+  me.state = state;
+  shim_switch(&me.pointer, scheduler);
+}
+
+void enter() {
+  (*body)();
+  stop(State::done);
+  fail("a finished thread ran on");
+}
+
+void start(Fiber& fiber) {
+  if (!fiber.stack) fiber.stack = std::make_unique<char[]>(kStack);
+  auto* top = reinterpret_cast<void**>(fiber.stack.get() + kStack - 64);
+  top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(top) & ~uintptr_t{15});
+  *--top = nullptr;  // keeps the stack aligned as after a call
+  *--top = reinterpret_cast<void*>(&enter);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  fiber.pointer = top;
+  fiber.state = State::ready;
+}
+
+void poison() {
+  for (auto& [where, memory] : shared_memory) std::memset(memory.first.get(), 0xff, memory.second);
+  if (dynamic_bytes) std::memset(dynamic_memory.get(), 0xff, dynamic_bytes);
+}
+
+void run_block(std::mt19937* random) {
+  const unsigned n = threads.x;
+  poison();
+  warps.assign(n / 32, Warp());
+  std::vector<unsigned> order(n);
+  for (unsigned i = 0; i < n; ++i) {
+    start(fibers[i]);
+    order[i] = i;
+  }
+  for (;;) {
+    if (random) std::shuffle(order.begin(), order.end(), *random);
+    unsigned ran = 0, waiting = 0, done = 0;
+    for (const unsigned i : order) {
+      Fiber& fiber = fibers[i];
+      if (fiber.state == State::in_exchange && warps[i / 32].generation != fiber.generation) fiber.state = State::ready;
+      if (fiber.state == State::ready) {
+        thread = {i};
+        shim_switch(&scheduler, fiber.pointer);
+        ++ran;
+      }
+      waiting += fiber.state == State::at_barrier;
+      done += fiber.state == State::done;
+    }
+    if (done == n) return;
+    if (waiting == n)
+      for (Fiber& fiber : fibers) fiber.state = State::ready;
+    else if (!ran)
+      fail(waiting ? "not every thread reaches a barrier" : "threads wait for each other for ever");
+  }
+}
+
+}  // namespace
+
+void wait_for_block() { stop(State::at_barrier); }
+
+void exchange(const void* mine, void* result, size_t bytes, unsigned src) {
+  Warp& warp = warps[thread.x / 32];
+  const unsigned generation = warp.generation;
+  auto& slots = warp.slots[generation % 2];  // the other half may still be read
+  std::memcpy(slots[thread.x % 32], mine, bytes);
+  if (++warp.arrived == 32) {
+    warp.arrived = 0;
+    ++warp.generation;
+  } else {
+    fibers[thread.x].generation = generation;
+    stop(State::in_exchange);
+  }
+  std::memcpy(result, slots[src], bytes);
+}
+
+void* dynamic_shared() { return dynamic_memory.get(); }
+
+void* shared(const void* where, size_t bytes) {
+  auto& [memory, size] = shared_memory[where];
+  if (!memory) {
+    memory = std::make_unique<char[]>(bytes);
+    size = bytes;
+    std::memset(memory.get(), 0xff, bytes);
+  }
+  return memory.get();
+}
+
+void launch(unsigned grid, unsigned block_size, size_t shared_bytes, const std::function<void()>& kernel) {
+  if (block_size % 32 || block_size > 1024) fail("a block must be whole warps, 1024 threads at most");
+  const char* seed = std::getenv("SHIM_SEED");
+  std::mt19937 random(seed ? std::atoi(seed) : 0);
+  threads = {block_size};
+  blocks = {grid};
+  body = &kernel;
+  dynamic_bytes = shared_bytes;
+  dynamic_memory = std::make_unique<char[]>(shared_bytes);
+  fibers.resize(block_size);
+  std::vector<unsigned> order(grid);
+  for (unsigned i = 0; i < grid; ++i) order[i] = i;
+  if (seed) std::shuffle(order.begin(), order.end(), random);
+  for (const unsigned i : order) {
+    block = {i};
+    run_block(seed ? &random : nullptr);
+  }
+}
+
+}  // namespace shim
+
+cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
+  const char* bytes = std::getenv("SHIM_SHARED");
+  *value = bytes ? std::atoi(bytes) : 227 << 10;
+  return 0;
+}
+
+void __threadfence() {}
+
+unsigned atomicAdd(unsigned* p, unsigned x) {  // blocks run one after the other
+  const unsigned before = *p;
+  *p = before + x;
+  return before;
+}

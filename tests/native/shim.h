@@ -1,0 +1,120 @@
+// CUDA for g++: enough of it to compile csrc/cuda unchanged and run it on the host, a block at a time. The threads of a
+// block are fibers that run until they wait for each other; SHIM_SEED shuffles the order of blocks and, at every turn,
+// of threads. So a missing barrier shows as a wrong result, and one that not every thread reaches as an error. Shared
+// memory is NaN when a block starts and has an allocation of its own, whose ends AddressSanitizer guards.
+#pragma once
+#include <math.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#include "cpu/simd.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+using std::max;
+using std::min;
+
+// --- the runtime: one device, whose memory is the host's --------------------------------------------------------
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+constexpr cudaError_t cudaSuccess = 0;
+constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 0, cudaDevAttrMaxSharedMemoryPerBlockOptin = 0;
+inline const char* cudaGetErrorString(cudaError_t) { return "shim"; }
+inline cudaError_t cudaGetLastError() { return 0; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
+inline cudaError_t cudaSetDevice(int) { return 0; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, 0; }
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
+  return 0;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int device);  // SHIM_SHARED bytes, or an H100's
+
+// --- numbers ----------------------------------------------------------------------------------------------------
+
+// types of their own, for which the functions of simd.h are no candidates
+struct __nv_bfloat16 {
+  dmf::bf16 x;
+};
+struct __half {
+  dmf::fp16 x;
+};
+inline float __bfloat162float(__nv_bfloat16 x) { return dmf::to_float(x.x); }
+inline float __half2float(__half x) { return dmf::to_float(x.x); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  __nv_bfloat16 r;
+  dmf::from_float(x, r.x);
+  return r;
+}
+inline __nv_bfloat16 __float2bfloat16_rz(float x) {
+  return {{static_cast<uint16_t>(dmf::bit_cast<uint32_t>(x) >> 16)}};
+}
+inline __half __float2half_rn(float x) {
+  __half r;
+  dmf::from_float(x, r.x);
+  return r;
+}
+inline float __double2float_rd(double x) {
+  const float f = static_cast<float>(x);
+  return static_cast<double>(f) > x ? nextafterf(f, -INFINITY) : f;
+}
+
+// --- a block ----------------------------------------------------------------------------------------------------
+
+namespace shim {
+
+extern dim3 thread, block, threads, blocks;
+
+void launch(unsigned grid, unsigned block, size_t shared, const std::function<void()>& kernel);
+void wait_for_block();
+void* dynamic_shared();
+void* shared(const void* where, size_t bytes);  // one allocation for each place that declares one
+
+// What lane src of the warp gives; all 32 take part.
+void exchange(const void* mine, void* result, size_t bytes, unsigned src);
+
+template <class T>
+T from_lane(unsigned mask, T x, unsigned src) {
+  static_assert(sizeof(T) <= 8, "");
+  if (mask != 0xffffffffu) __builtin_trap();
+  T result;
+  exchange(&x, &result, sizeof(T), src);
+  return result;
+}
+
+}  // namespace shim
+
+#define threadIdx shim::thread
+#define blockIdx shim::block
+#define blockDim shim::threads
+#define gridDim shim::blocks
+
+inline void __syncthreads() { shim::wait_for_block(); }
+inline void __syncwarp() { shim::from_lane(0xffffffffu, 0, shim::thread.x % 32); }
+template <class T>
+T __shfl_xor_sync(unsigned mask, T x, int lanes) {
+  return shim::from_lane(mask, x, shim::thread.x % 32 ^ static_cast<unsigned>(lanes));
+}
+void __threadfence();
+unsigned atomicAdd(unsigned* p, unsigned x);
+
+#define DMF_LAUNCH(kernel, grid, block, shared, stream, ...) \
+  shim::launch(grid, static_cast<unsigned>(block), shared, [=] { kernel(__VA_ARGS__); })
+#define DMF_SHARED(Type, name)       \
+  static const char name##_here = 0; \
+  auto& name = *static_cast<Type*>(shim::shared(&name##_here, sizeof(Type)))
+#define DMF_DYNAMIC_SHARED(name) auto* name = static_cast<unsigned char*>(shim::dynamic_shared())
