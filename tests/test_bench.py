@@ -121,6 +121,11 @@ def test_a_step_of_ones_own_model(tmp_path: Path, capsys: pytest.CaptureFixture[
                      "--out", str(tmp_path)]) == 0  # fmt: skip
     written = json.loads((tmp_path / "step.json").read_text())
     assert set(written["ms"]["eager"]) == {*step.PHASES, "whole step"}
+    q, a, policy = (written["forwards"]["dmfast"][name] for name in ("q", "a", "policy"))
+    assert q["forwards"] == 6 and a["forwards"] == policy["forwards"] == 1
+    assert a["rows"] == policy["rows"] == q["rows"] == a["tokens"] - 4 == 24
+    plain = written["forwards"]["eager"]
+    assert plain["q"]["forwards"] == 7 and plain["a"]["rows"] == plain["policy"]["rows"] == 28
     assert written["memory_mb"]["dmfast"] > 0 and written["machine"]["torch"]
     assert (tmp_path / "step.png").stat().st_size > 10_000
     assert "whole step" in capsys.readouterr().out
@@ -137,8 +142,10 @@ def test_the_benchmark_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(run, "quick", lambda: configs)
     monkeypatch.setattr(run, "in_process", worker.run)
     said: list[object] = []
-    args = argparse.Namespace(out=tmp_path, model=None, full=False, only="")
+    args = argparse.Namespace(out=tmp_path, model=None, full=False, only="", resume=True)
     run.bench(args, said.append)
+    run.bench(args, said.append)  # all is there already
+    assert sum("1 of 3" in str(line) for line in said) == 1
     written = json.loads((tmp_path / "bench.json").read_text())
     assert [r["config"]["form"] for r in written["results"]] == ["logits", "head", "sampling"]
     found = {what: ratio for what, _, ratio in report.ratios(written["results"])}

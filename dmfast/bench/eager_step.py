@@ -36,7 +36,6 @@ class EagerStep:
         self.batch, self.length = batch, length
         self.optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate)
         self.seconds: dict[str, float] = {}
-        self.forwards: dict[str, tuple[int, int]] = {}  # tokens through the model, rows projected to V
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -55,15 +54,13 @@ class EagerStep:
             )  # fmt: skip
         is_eos = torch.isin(tokens[:, 1:], torch.tensor(self.eos)).long()
         mask = is_eos.cumsum(-1) - is_eos == 0
-        self.forwards["generate"] = (tokens[:, 1:].numel(),) * 2
         return tokens, mask
 
-    def log_prob(self, model: Any, tokens: Tensor, mask: Tensor, name: str) -> Tensor:
+    def log_prob(self, model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
         """log of the probability of each sequence, (N,)."""
         attention = torch.cat([torch.ones_like(tokens[:, :1]), mask.long()], 1)
         logits = model(input_ids=tokens, attention_mask=attention, use_cache=False).logits[:, :-1]
         chosen = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
-        self.forwards[name] = (tokens.numel(),) * 2
         return torch.where(mask, chosen, 0.0).sum(-1)
 
     def __call__(self) -> float:
@@ -71,11 +68,11 @@ class EagerStep:
         with self.phase("sampling"):
             tokens, mask = self.generate()
         with self.phase("scoring by q"), torch.no_grad():
-            log_q = self.log_prob(self.proposal, tokens, mask, "q")
+            log_q = self.log_prob(self.proposal, tokens, mask)
         with self.phase("scoring by a"), torch.no_grad():
-            log_target = self.log_prob(self.base, tokens, mask, "a") + self.lambda_ * self.feature(tokens[:, 1:])
+            log_target = self.log_prob(self.base, tokens, mask) + self.lambda_ * self.feature(tokens[:, 1:])
         with self.phase("policy forward"):
-            log_pi = self.log_prob(self.policy, tokens, mask, "policy")
+            log_pi = self.log_prob(self.policy, tokens, mask)
             with torch.no_grad():
                 weight = (log_target - self.log_z - log_q).exp() - (log_pi - log_q).exp()
             loss = -(weight * log_pi).mean()

@@ -133,8 +133,8 @@ def step_table(result: Result) -> Any:
     memory = result["memory_mb"]
     out.add_row("peak memory beside the models, MB", f"{memory['dmfast']:.0f}", f"{memory['eager']:.0f}",
                 f"{memory['eager'] / memory['dmfast']:.2f}")  # fmt: skip
-    for what, k in (("tokens through a model", 0), ("rows projected to V", 1)):
-        counts = [sum(v[k] for v in result["forwards"][kind].values()) for kind in ("dmfast", "eager")]
+    for what, key in (("forwards", "forwards"), ("tokens through a model", "tokens"), ("rows projected to V", "rows")):
+        counts = [sum(v[key] for v in result["forwards"][kind].values()) for kind in ("dmfast", "eager")]
         out.add_row(what, f"{counts[0]:,}", f"{counts[1]:,}", f"{counts[1] / counts[0]:.2f}")
     return out
 

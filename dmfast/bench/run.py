@@ -32,8 +32,12 @@ def quick() -> list[Config]:
     ]
 
 
-def full() -> Iterator[Config]:
-    """All of it: every combination for the first shape, one change at a time for the others."""
+def full() -> list[Config]:
+    """All of it, every combination for the first shape, one change at a time for the others; what tells most first."""
+    return sorted(_all(), key=lambda c: (c.threads == 1) + c.huge_pages + (c.logits == "model"))
+
+
+def _all() -> Iterator[Config]:
     ways = tuple(itertools.product((2, 1), (False, True), ("randn", "model")))
     for rows, vocab in SHAPES:
         rounds = 15 if rows * vocab < 3e7 else 5
@@ -53,7 +57,7 @@ def full() -> Iterator[Config]:
 
 def _wants_memory(c: Config) -> bool:
     """At GPT-2's vocabulary, once per shape and dtype: neither threads nor values matter to it."""
-    return c.form != "sampling" and c.vocab == 50257 and c.logits == "randn" and not c.huge_pages and c.threads == 2
+    return c.form != "sampling" and c.vocab == 50257 and c.logits == "randn" and not c.huge_pages and c.threads != 1
 
 
 def in_process(c: Config) -> dict[str, Any]:
@@ -71,10 +75,10 @@ def in_process(c: Config) -> dict[str, Any]:
     return result
 
 
-def measure(c: Config, say: Callable[[Any], None], *, memory: bool) -> dict[str, Any]:
+def measure(c: Config, say: Callable[[Any], None]) -> dict[str, Any]:
     """Times and, once per shape and dtype, the peak memory of each rival."""
     result = in_process(c)
-    if memory and _wants_memory(replace(c, threads=2)):
+    if _wants_memory(c):
         names = [name for name in result["ms"] if name in result["gradient_error"]]
         result["memory_mb"] = {n: in_process(replace(c, memory_of=n))["memory_mb"] for n in names}
     say(report.table(result))
@@ -84,6 +88,7 @@ def measure(c: Config, say: Callable[[Any], None], *, memory: bool) -> dict[str,
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of ``dmfast bench``."""
     parser.add_argument("--full", action="store_true", help="every shape, dtype, thread count; about 45 minutes")
+    parser.add_argument("--resume", action="store_true", help="go on where an earlier run into the same folder ended")
     parser.add_argument("--only", default="", metavar="TEXT", help="of --full, the configurations whose title has this")
     parser.add_argument("--model", help="profile one training step of this model instead: a folder, a name of the hub, "
                         "tiny-bios or random-gpt2")  # fmt: skip
@@ -107,11 +112,19 @@ def bench(args: argparse.Namespace, say: Callable[[Any], None]) -> None:
         return
     path, results = args.out / "bench.json", []
     configs = [c for c in full() if args.only in c.title] if args.full else quick()
-    for i, c in enumerate(configs, 1):
-        say(f"{i} of {len(configs)}: {c.title}")
-        results.append(measure(c, say, memory=True))
-        # after each, so that nothing is lost when a long run is ended
-        report.write({"machine": machine(), "unit": "ms", "results": results}, path)
+    if args.resume and path.exists():
+        results = json.loads(path.read_text())["results"]
+    done = [r["config"] for r in results]
+    try:
+        for i, c in enumerate(configs, 1):
+            if asdict(c) in done:
+                continue
+            say(f"{i} of {len(configs)}: {c.title}")
+            results.append(measure(c, say))
+            # after each, so that nothing is lost when a long run is ended
+            report.write({"machine": machine(), "unit": "ms", "results": results}, path)
+    except KeyboardInterrupt:
+        say(f"ended after {len(results)}; --resume goes on")
     report.chart(_for_chart(results), args.out / "bench.png")
     for what, title, ratio in report.ratios(results):
         say(f"{ratio:7.2f}  {what}: {title}")

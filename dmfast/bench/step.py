@@ -51,7 +51,7 @@ class DMFastStep:
         self.feature, self.lambda_, self.batch, self.length = feature, lambda_, batch, length
         self.optimizer = torch.optim.AdamW(policy.model.parameters(), lr=learning_rate)
         self.seconds: dict[str, float] = {}
-        self.forwards: dict[str, tuple[int, int]] = {}
+        self.scored = 0  # tokens of the last step, each a row projected to V by a and by the policy
         self.seed = 0
 
     @contextmanager
@@ -75,10 +75,7 @@ class DMFastStep:
         with self.phase("optimiser"):
             self.optimizer.step()
             self.optimizer.zero_grad()
-        scored = int(x.score_mask.sum())
-        drawn = x.tokens[:, x.prompt_len :].numel()
-        self.forwards = {"generate": (drawn, drawn), "a": (x.tokens.numel(), scored),
-                         "policy": (x.tokens.numel(), scored)}  # fmt: skip
+        self.scored = int(x.score_mask.sum())
         return float(out.loss.detach())
 
 
@@ -122,9 +119,34 @@ def profile(name: str, batch: int, length: int, rounds: int) -> dict[str, Any]:
         "model": name, "parameters": sum(p.numel() for p in load(name).model.parameters()),
         "batch": batch, "length": length, "threads": torch.get_num_threads(),
         "ms": {kind: {phase: spread(values) for phase, values in found.items()} for kind, found in times.items()},
-        "forwards": {kind: step.forwards for kind, step in steps.items()},
+        "forwards": {kind: _count(step) for kind, step in steps.items()},
         "memory_mb": {kind: _memory(kind, name, batch, length) for kind in steps},
     }  # fmt: skip
+
+
+def _count(step: DMFastStep | EagerStep) -> dict[str, dict[str, int]]:
+    """Of q, a and the policy in one step: forwards, tokens that went through, rows projected to V."""
+    counts: dict[str, dict[str, int]] = {}
+    hooks = []
+    for name, which in (("q", step.proposal), ("a", step.base), ("policy", step.policy)):
+        found = counts[name] = {"forwards": 0, "tokens": 0, "rows": 0}
+        model: Any = which.model if isinstance(which, LanguageModel) else which
+
+        def count(_: Any, args: Any, kwargs: dict[str, Any], out: Any, found: dict[str, int] = found) -> None:
+            found["forwards"] += 1
+            found["tokens"] += kwargs["input_ids"].numel()
+            found["rows"] += out.logits[..., 0].numel()
+
+        hooks.append(model.register_forward_hook(count, with_kwargs=True))
+    try:
+        step()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if isinstance(step, DMFastStep):  # whose head is applied outside the model's forward, to scored rows only
+        for name in ("a", "policy"):
+            counts[name]["rows"] += step.scored
+    return counts
 
 
 def _memory(kind: str, name: str, batch: int, length: int) -> float:

@@ -73,8 +73,11 @@ class _Products:
         self.hidden = hidden.reshape(-1, hidden.shape[-1])
         longest = max((last - first for *_, cuts in job.groups() for first, last in cuts), default=0)
         self.buffer = hidden.new_empty(longest, weight.shape[0])
-        self.d_hidden = torch.zeros_like(self.hidden) if wanted[0] else None
-        self.d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+        self.wants_weight = wanted[1]
+        # with no row left out the products fill all of it
+        empty = torch.empty_like if job.rows is None else torch.zeros_like
+        self.d_hidden = empty(self.hidden) if wanted[0] else None
+        self.d_weight: Tensor | None = None  # fp32; what the first chunk gives, to which the others are added
         self.d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
 
     def logits(self, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -96,8 +99,10 @@ class _Products:
                 torch.mm(dz, self.weight, out=self.d_hidden[first:last])
             else:
                 self.d_hidden.index_copy_(0, rows[first:last], dz @ self.weight)
-        if self.d_weight is not None:
-            if h.dtype == torch.float32:
+        if self.wants_weight:
+            if self.d_weight is None:
+                self.d_weight = torch.mm(dz.t(), h).float()
+            elif h.dtype == torch.float32:
                 self.d_weight.addmm_(dz.t(), h)
             else:
                 self.d_weight.add_(dz.t() @ h)
@@ -107,7 +112,9 @@ class _Products:
     def gradients(self, hidden: Tensor) -> list[Tensor | None]:
         """Of hidden states, weight and bias, in their dtypes."""
         d_hidden = None if self.d_hidden is None else self.d_hidden.view(hidden.shape)
-        d_weight = None if self.d_weight is None else self.d_weight.to(self.weight.dtype)
+        d_weight = None
+        if self.wants_weight:
+            d_weight = torch.zeros_like(self.weight) if self.d_weight is None else self.d_weight.to(self.weight.dtype)
         d_bias = None if self.d_bias is None or self.bias is None else self.d_bias.to(self.bias.dtype)
         return [d_hidden, d_weight, d_bias]
 
