@@ -129,7 +129,8 @@ def estimate_moments(features: Tensor, log_weight: Tensor, sample_weight: Tensor
 
 def _kl(log_u: Tensor, log_gap: Tensor, g: Tensor) -> Estimate:
     """KL(p || .) from log_gap = log p - log of the other."""
-    return _mean(torch.where(log_u == -math.inf, 0.0, log_u.exp() * log_gap), g)  # 0 * -inf = 0
+    u = log_u.exp()
+    return _mean(torch.where(u == 0, 0.0, u * log_gap), g)  # 0 * -inf = 0
 
 
 def _js_terms(log_u: Tensor, log_rho: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ def estimate(
     log_u = torch.where(z == -math.inf, -math.inf, log_w - z)
     log_rho = log_prob - log_proposal
     u, one = log_u.exp(), torch.zeros_like(log_rho)
-    rho = torch.where(log_u == -math.inf, 0.0, log_rho.exp())  # as good as any there: max(0, u - rho) = 0
+    rho = torch.where(u == 0, 0.0, log_rho.exp())  # as good as any there: max(0, u - rho) = 0
     return Estimates(
         log_z=estimate_log_z(log_w, g),
         kl_policy=_kl(log_u, log_u - log_rho, g),

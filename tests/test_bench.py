@@ -125,7 +125,7 @@ def test_a_step_of_ones_own_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert q["forwards"] == 6 and a["forwards"] == policy["forwards"] == 1
     assert a["rows"] == policy["rows"] == q["rows"] == a["tokens"] - 4 == 24
     plain = written["forwards"]["eager"]
-    assert plain["q"]["forwards"] == 7 and plain["a"]["rows"] == plain["policy"]["rows"] == 28
+    assert plain["q"]["forwards"] == 7 and plain["a"]["rows"] == plain["policy"]["rows"] == 24
     assert written["memory_mb"]["dmfast"] > 0 and written["machine"]["torch"]
     assert (tmp_path / "step.png").stat().st_size > 10_000
     assert "whole step" in capsys.readouterr().out

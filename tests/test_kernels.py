@@ -349,6 +349,20 @@ def test_label_gradient_where_p_is_near_1(margin: int, v: int, dtype: torch.dtyp
     assert_within(label, exact, (1e-5 + ROUNDING[dtype]) * exact + SMALLEST[dtype] + 1e-13, "1 - p")
 
 
+@dtypes
+@pytest.mark.parametrize("first", [-0.3, 2.7])
+def test_label_gradient_where_a_later_block_dominates(first: float, dtype: torch.dtype) -> None:
+    """1 - p again; the largest logit so far is far enough below to lose digits, near enough to stay the reference."""
+    logits = torch.full((1, 1, 1200), -30.0)
+    logits[..., 0], logits[..., 700] = first, first + 6.5
+    logits = logits.to(dtype).requires_grad_()
+    dmfast.sequence_log_prob(logits, torch.full((1, 1), 700)).sum().backward()
+    assert logits.grad is not None
+    p = torch.softmax(logits.detach().double(), -1)
+    exact = p.sum(-1) - p[..., 700]
+    assert_within(logits.grad[..., 700].double(), exact, (1e-5 + ROUNDING[dtype]) * exact, "1 - p")
+
+
 # --- the objectives -----------------------------------------------------------------------------------------------
 
 PARAMETERS = {"kl_control": {"beta": 0.1}, "reinforce_p": {"log_scale": -20.0}}

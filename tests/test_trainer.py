@@ -218,6 +218,22 @@ def test_a_step_of_known_weight_0_is_one_sequence_s_forward_and_no_gradient(tmp_
     assert all(not bool(gradient.any()) for step in found for gradient in step.values())
 
 
+def test_on_policy_a_return_of_0_is_skipped_and_its_log_pi_is_the_sampler_s(tmp_path):
+    model = gpt2()
+    forwards = Forwards(model)
+    settings = {"objective": "reinforce", "reward": Contains("w4"), "on_policy": True, "max_steps": 2}
+    _, wanted, keep = run(tmp_path / "all", **settings)
+    trainer, found, _ = run(tmp_path / "some", model=model, skip_zero_weight=True, **settings)
+    assert (
+        sum(shape[0] for shape in forwards.shapes) == sum(int((s.inputs["reward"] != 0).sum()) for s in keep.steps) < 16
+    )
+    for mine, other in zip(found, wanted, strict=True):
+        assert_close(mine, other)
+    for mine, other in zip(trainer.state.log_history, keep.trainer.state.log_history, strict=True):
+        for key in {"kl_policy", "tvd_policy", "js_policy"} & other.keys():
+            assert mine[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
+
+
 def test_skipping_leaves_weights_alone_that_depend_on_the_policy(tmp_path):
     model = gpt2()
     forwards = Forwards(model)

@@ -17,7 +17,7 @@ using ForwardRow = void (*)(const void* z, int64_t label, const RowOptions&, boo
 // dz[v] = weight * scale * cap'(z[v]) * (softmax[v] - (v == label)), rounded to the row's dtype. dz may be z.
 using BackwardRow = void (*)(const void* z, void* dz, int64_t label, double weight, double lse, const RowOptions&);
 
-// Both, for a weight that is known before: forward's terms are kept in scratch and only scaled. Where
+// Both, for a weight that is known before: forward's terms are kept in scratch (fp32: in dz) and only scaled. Where
 // out.label - out.lse is not finite, dz is undefined.
 using BothRow = void (*)(const void* z, void* dz, int64_t label, double weight, const RowOptions&, bool entropy,
                          double* scratch, RowSum& out);

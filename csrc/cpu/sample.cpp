@@ -67,6 +67,7 @@ DMF_INLINE void sample_row(const T* z, double uniform, const RowOptions& o, Bloc
   target /= factor(block);
   float e[kBlock];
   block_terms<T, Cap>(z + first, n, blocks[block].reference, o, Slope(o.scale * kLog2e), e);
+  target *= exact_sum(e, n) / blocks[block].sum;  // the block's own sum may have been a quick one
   out.token = first + pick(n, target, [&](int64_t i) { return static_cast<double>(e[i]); });
   out.value = scaled<Cap>(to_float(z[out.token]), o);
 }

@@ -3,7 +3,8 @@
 // (rows.cpp), a draw (sample.cpp).
 //
 // The reference is the largest logit of the first block and rises only where a block's sum says that it must, which is
-// rare: a term above 1 is as exact as one below, so the maximum of each block need not be known and is not looked for.
+// rare: terms above 1 do no harm, so the maximum of each block need not be known and is not looked for. Where a block
+// weighs more than all before it, it is, so that a term that dominates the row is 1 and 1 - p keeps its digits.
 #pragma once
 #include <cmath>
 
@@ -116,7 +117,7 @@ DMF_INLINE void block_terms(const T* z, int64_t n, double reference, const RowOp
 }
 
 // Reads the row. sink.terms(first) says where the terms of a block go, sink.add(first, n, terms, their sum, reference)
-// takes them, sink.rise(before, by how much, sum so far) comes before the reference grows, and sink.nothing(first, n)
+// takes them, sink.rise(by how much, sum so far) comes before the reference grows, and sink.nothing(first, n)
 // stands for a block of -inf before anything else. The sum is NaN if the row holds NaN or +inf.
 template <class T, bool Cap, class Sink>
 DMF_INLINE RowTotal scan_row(const T* z, const RowOptions& o, Sink& sink) {
@@ -140,14 +141,16 @@ DMF_INLINE RowTotal scan_row(const T* z, const RowOptions& o, Sink& sink) {
     float* e = sink.terms(first);
     block_terms<T, Cap>(block, n, total.reference, o, slope, e);
     double sum = quick_sum(e, n);
-    if (!(sum < kHigh)) {
+    if (!(sum < kHigh) || (sum > total.sum && total.sum > 0)) {
       const float m = block_max(block, n);
       if (std::isnan(sum) || !(m < INFINITY)) return bad;
       const double grown = value(m), by = grown - total.reference;
-      sink.rise(by, total.sum);
-      total = {grown, total.sum * exp(-by * o.scale)};
-      block_terms<T, Cap>(block, n, grown, o, slope, e);
-      sum = quick_sum(e, n);
+      if (by > 0) {
+        sink.rise(by, total.sum);
+        total = {grown, total.sum * exp(-by * o.scale)};
+        block_terms<T, Cap>(block, n, grown, o, slope, e);
+        sum = quick_sum(e, n);
+      }
     }
     // a term that dominates the row must not swallow those beside it
     if (sum > total.sum * 0.0625) sum = exact_sum(e, n);

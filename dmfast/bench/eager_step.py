@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 
 class EagerStep:
@@ -47,11 +48,13 @@ class EagerStep:
     def generate(self) -> tuple[Tensor, Tensor]:
         """Tokens (N, 1 + T) and the mask (N, T) of what counts: up to and with the first EOS."""
         prompt = torch.full((self.batch, 1), self.bos)
+        settings = GenerationConfig(
+            do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=self.length, eos_token_id=self.eos,
+            pad_token_id=self.pad, use_cache=True,
+        )  # fmt: skip
+        self.proposal.generation_config = GenerationConfig()  # nothing of the model's own acts
         with torch.no_grad():
-            tokens = self.proposal.generate(
-                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
-                max_new_tokens=self.length, eos_token_id=self.eos, pad_token_id=self.pad, use_cache=True,
-            )  # fmt: skip
+            tokens = self.proposal.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
         is_eos = torch.isin(tokens[:, 1:], torch.tensor(self.eos)).long()
         mask = is_eos.cumsum(-1) - is_eos == 0
         return tokens, mask
@@ -59,7 +62,8 @@ class EagerStep:
     def log_prob(self, model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
         """log of the probability of each sequence, (N,)."""
         attention = torch.cat([torch.ones_like(tokens[:, :1]), mask.long()], 1)
-        logits = model(input_ids=tokens, attention_mask=attention, use_cache=False).logits[:, :-1]
+        # the last token predicts nothing; leaving it out here and not of the logits spares a copy of all of them
+        logits = model(input_ids=tokens[:, :-1], attention_mask=attention[:, :-1], use_cache=False).logits
         chosen = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
         return torch.where(mask, chosen, 0.0).sum(-1)
 

@@ -1,7 +1,7 @@
 """Who computes log pi of tokens, from logits or from hidden states and a head, with gradients by autograd.
 
-All are given to one loss, ``sequence_loss``, so that they compute the same thing: GDC++, whose A depends on pi. Where a
-library can't be asked for log pi, it gets A for nothing, and its name says so.
+They are given to one loss, ``sequence_loss``, so that they compute the same thing: GDC++, whose A depends on pi. Where
+a library can't be asked for log pi, it gets A for nothing, and its name says so.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -112,23 +114,37 @@ def bench(args: argparse.Namespace, say: Callable[[Any], None]) -> None:
         return
     path, results = args.out / "bench.json", []
     configs = [c for c in full() if args.only in c.title] if args.full else quick()
+    if not configs:
+        raise ValueError(f"--only {args.only!r}: no configuration of --full has this in its title")
+    here = machine() | _rivals()
     if args.resume and path.exists():
-        results = json.loads(path.read_text())["results"]
+        earlier = json.loads(path.read_text())["results"]
+        results = [r for r in earlier if r["machine"] | {"date": ""} == here | {"date": ""}]
     done = [r["config"] for r in results]
     try:
         for i, c in enumerate(configs, 1):
             if asdict(c) in done:
                 continue
             say(f"{i} of {len(configs)}: {c.title}")
-            results.append(measure(c, say))
-            # after each, so that nothing is lost when a long run is ended
-            report.write({"machine": machine(), "unit": "ms", "results": results}, path)
+            results.append({"machine": here, **measure(c, say)})
+            report.write({"unit": "ms", "results": results}, path)  # after each, so that nothing is lost
     except KeyboardInterrupt:
         say(f"ended after {len(results)}; --resume goes on")
+    if not results:
+        return
     report.chart(_for_chart(results), args.out / "bench.png")
     for what, title, ratio in report.ratios(results):
         say(f"{ratio:7.2f}  {what}: {title}")
     say(f"wrote {path} and {args.out / 'bench.png'}")
+
+
+def _rivals() -> dict[str, str]:
+    """Their versions."""
+    found = {}
+    for package in ("trl", "cut-cross-entropy", "liger-kernel", "triton"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def _for_chart(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -95,9 +95,8 @@ def make(kind: str, name: str, batch: int, length: int) -> DMFastStep | EagerSte
 
     if kind == "dmfast":
         return DMFastStep(policy, proposal, base, feature=feature, lambda_=1.0, batch=batch, length=length)
-    bos = base.tokenizer.bos_token_id
     return EagerStep(
-        policy.model, proposal.model, base.model, bos=base.eos_token_ids[0] if bos is None else bos,
+        policy.model, proposal.model, base.model, bos=int(base._encode(None)[0][0, 0]),
         eos=base.eos_token_ids, pad=base.pad_token_id, feature=feature, lambda_=1.0, batch=batch, length=length,
     )  # fmt: skip
 
@@ -150,7 +149,7 @@ def _count(step: DMFastStep | EagerStep) -> dict[str, dict[str, int]]:
 
 
 def _memory(kind: str, name: str, batch: int, length: int) -> float:
-    """Peak of a fresh process over what it has once the models are loaded, with gradients and optimiser state."""
+    """Peak of a fresh process over what it has after a first step: gradients count, the optimiser's state does not."""
     code = "from dmfast.bench.step import print_memory; print_memory()"
     arguments = [kind, name, str(batch), str(length), str(torch.get_num_threads())]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)

@@ -60,7 +60,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             (the empty context), all sequences of a step.
         sampling_batch_size: sequences at a time in sampling and in scoring by the base. Default: all of a step.
         skip_zero_weight: sequences whose weight is known to be 0 before the policy's forward (those with P = 0 under
-            ``dpg``, for instance) get none; their log pi and ``js_policy`` are NaN in what is logged.
+            ``dpg``, for instance) get none; off-policy, ``js_policy`` is NaN in what is logged then.
         on_policy: sample from the policy itself; no proposal is kept.
         proposal_criterion, proposal_interval, proposal_stderrs, proposal_best_only, proposal_decay: as in
             ``dmfast.OfflineProposal``.

@@ -325,7 +325,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         features = torch.cat([scores.features, scores.monitored], 1)
         seconds = {"sampling": sampled - start, "scoring": time.perf_counter() - sampled}
         step = _Step(x, context, features, inputs, self._forwarded(objective, inputs), seconds, pending, objective)
-        # sequences of about one length go together, so that microbatches have little padding
+        # sequences of about one length go together: less padding in a microbatch, little if prompts are of one length
         return (
             step.ordered(x.attention_mask.sum(1).argsort(stable=True)) if args.gradient_accumulation_steps > 1 else step
         )
@@ -415,7 +415,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             **(values if everything else {name: value[kept] for name, value in values.items()}),
         )
         if not everything:
-            out = _with_skipped(out, kept, values)
+            out = _with_skipped(out, kept, values, self.args.on_policy)
         self._outputs.append(out)
         return (out.loss, out) if return_outputs else out.loss
 
@@ -755,16 +755,19 @@ def _whole_step(outputs: Sequence[DMLossOutput], gather: Callable[[Tensor], Tens
     return replace(outputs[0], loss=outputs[0].loss.detach(), n_clipped=n_clipped, entropy=None, **values)
 
 
-def _with_skipped(out: DMLossOutput, kept: Tensor, inputs: dict[str, Tensor]) -> DMLossOutput:
-    """The output for the kept sequences as one for all: weight 0 and log pi NaN for the others."""
+def _with_skipped(out: DMLossOutput, kept: Tensor, inputs: dict[str, Tensor], on_policy: bool) -> DMLossOutput:
+    """The output for the kept sequences as one for all: weight 0 for the others, and log pi NaN, unless they were drawn
+    from pi, whose log pi the sampler knows.
+    """
 
     def spread(values: Tensor, rest: float) -> Tensor:
         return torch.full(kept.shape, rest, dtype=values.dtype, device=values.device).masked_scatter(kept, values)
 
     log_u = inputs["log_target"] - inputs["log_proposal"] - inputs["log_z"]
     return replace(
-        out, log_prob=spread(out.log_prob, math.nan),
-        log_ratio=None if out.log_ratio is None else spread(out.log_ratio, math.nan),
+        out,
+        log_prob=torch.where(kept, spread(out.log_prob, math.nan), inputs["log_proposal"] if on_policy else math.nan),
+        log_ratio=None if out.log_ratio is None else spread(out.log_ratio, 0.0 if on_policy else math.nan),
         log_target_ratio=torch.where(inputs["log_z"] == -math.inf, -math.inf, log_u),
         weight=spread(out.weight, 0.0), scored=kept,
         log_proposal=inputs["log_proposal"], log_target=inputs["log_target"], log_z=inputs["log_z"],
