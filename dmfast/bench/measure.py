@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
+import os
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -62,6 +66,22 @@ def extra_memory(call: Callable[[], Any], forget: Callable[[], Any] = lambda: No
     before = _status("VmRSS")
     call()
     return round(_status("VmHWM") - before, 1)
+
+
+def in_fresh_process(code: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Any:
+    """What a Python process of its own prints in its last line, read as JSON.
+
+    Raises:
+        RuntimeError: it failed; with what it said.
+    """
+    here = Path(__file__).resolve().parents[2]  # first on its path, so that it has this dmfast and no other
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=here, env={**os.environ, **(environment or {})},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode or not done.stdout.strip():
+        raise RuntimeError(f"a process of the benchmark failed ({' '.join(arguments)}):\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _sampled(call: Callable[[], Any]) -> float:

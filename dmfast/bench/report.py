@@ -105,7 +105,7 @@ def chart(results: Sequence[Result], path: Path) -> None:
         )
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(axis="x", labelsize=8)
-        axis.legend(fontsize=8, frameon=False, loc="lower right")
+        axis.legend(fontsize=8, frameon=False, loc="upper right")  # the shortest bars are on top
     axes[-1, 0].set_xlabel("milliseconds, median; whiskers: quartiles", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)

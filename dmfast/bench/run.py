@@ -6,9 +6,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -19,6 +16,7 @@ import torch
 
 from ..training.report import machine
 from . import report
+from .measure import in_fresh_process
 from .worker import Config
 
 SHAPES = ((512, 50257), (2048, 50257), (512, 151936), (4096, 1319))
@@ -68,12 +66,9 @@ def in_process(c: Config) -> dict[str, Any]:
     Raises:
         RuntimeError: it failed; with what it said.
     """
-    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "1" if c.huge_pages else "0", "OMP_NUM_THREADS": str(c.threads)}
-    command = [sys.executable, "-m", "dmfast.bench.worker", json.dumps(asdict(c))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode or not done.stdout.strip():
-        raise RuntimeError(f"{c.title} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    environment = {"THP_MEM_ALLOC_ENABLE": "1" if c.huge_pages else "0", "OMP_NUM_THREADS": str(c.threads)}
+    code = "from dmfast.bench.worker import main; main()"
+    result: dict[str, Any] = in_fresh_process(code, json.dumps(asdict(c)), environment=environment)
     return result
 
 
@@ -116,7 +111,7 @@ def bench(args: argparse.Namespace, say: Callable[[Any], None]) -> None:
     configs = [c for c in full() if args.only in c.title] if args.full else quick()
     if not configs:
         raise ValueError(f"--only {args.only!r}: no configuration of --full has this in its title")
-    here = machine() | _rivals()
+    here = {k: v for k, v in machine().items() if k != "threads"} | _rivals()  # threads are the configuration's
     if args.resume and path.exists():
         earlier = json.loads(path.read_text())["results"]
         results = [r for r in earlier if r["machine"] | {"date": ""} == here | {"date": ""}]

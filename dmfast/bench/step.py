@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..models import LanguageModel
 from .eager_step import EagerStep
-from .measure import extra_memory, spread
+from .measure import extra_memory, in_fresh_process, spread
 
 RANDOM_GPT2 = "random-gpt2"  # 4 layers of 128, V = 50257
 PHASES = ("sampling", "scoring by q", "scoring by a", "policy forward", "policy backward", "optimiser")
@@ -151,11 +151,8 @@ def _count(step: DMFastStep | EagerStep) -> dict[str, dict[str, int]]:
 def _memory(kind: str, name: str, batch: int, length: int) -> float:
     """Peak of a fresh process over what it has after a first step: gradients count, the optimiser's state does not."""
     code = "from dmfast.bench.step import print_memory; print_memory()"
-    arguments = [kind, name, str(batch), str(length), str(torch.get_num_threads())]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of the {kind} step failed:\n{done.stderr}")
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    where = str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name
+    return float(in_fresh_process(code, kind, where, str(batch), str(length), str(torch.get_num_threads())))
 
 
 def print_memory() -> None:

@@ -1,7 +1,4 @@
-"""One configuration of the benchmark, in a process of its own: ``python -m dmfast.bench.worker '<Config as JSON>'``.
-
-A process, because threads, huge pages and peak memory are a process's. Prints one line of JSON.
-"""
+"""One configuration of the benchmark, for a process of its own: threads, huge pages and peak memory are a process's."""
 
 from __future__ import annotations
 
@@ -315,7 +312,8 @@ def _sampling(c: Config) -> dict[str, Any]:
             "not_run": {}}  # fmt: skip
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """``run`` on the process's argument."""
     print(json.dumps(run(Config(**json.loads(sys.argv[1])))))
     sys.stdout.flush()
     os._exit(0)  # compilers' pools would keep the process
