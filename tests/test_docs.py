@@ -108,7 +108,7 @@ class Page:
             getattr(self, f"check_{program}")(words)
 
     def check_dmfast(self, words: list[str]) -> None:
-        args = cli._parser(complete=True).parse_args(words)
+        args = cli._parser(complete=words[0]).parse_args(words)
         if args.command == "train":
             recipe.read(find(args.recipe), dict(args.overrides))
 
