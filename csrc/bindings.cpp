@@ -74,6 +74,19 @@ dmf::Gradient gradient(uintptr_t data, int64_t stride_sequence, int64_t stride_r
   return {pointer<char>(data), stride_sequence, stride_row};
 }
 
+dmf::SampleRows sample_rows(int dtype, uintptr_t logits, int64_t rows, int64_t stride_row, int64_t vocab, double scale,
+                            double softcap, uint64_t seed, uintptr_t row_ids, uint64_t step, uintptr_t uniforms) {
+  return {static_cast<dmf::DType>(dtype),
+          pointer<const char>(logits),
+          rows,
+          stride_row,
+          {vocab, scale, softcap},
+          seed,
+          pointer<const int64_t>(row_ids),
+          step,
+          pointer<const double>(uniforms)};
+}
+
 #ifdef DMF_CUDA
 struct PyWorkspace : dmf::cuda::Workspace {
   PyWorkspace(int device, uintptr_t stream, uintptr_t values, uintptr_t counters, uintptr_t status)
@@ -131,15 +144,7 @@ void define_cuda(py::module_& m) {
       [](int dtype, uintptr_t logits, int64_t rows, int64_t stride_row, int64_t vocab, double scale, double softcap,
          uint64_t seed, uintptr_t row_ids, uint64_t step, uintptr_t uniforms, uintptr_t tokens, uintptr_t log_prob,
          const PyWorkspace& w) {
-        cuda::sample({static_cast<dmf::DType>(dtype),
-                      pointer<const char>(logits),
-                      rows,
-                      stride_row,
-                      {vocab, scale, softcap},
-                      seed,
-                      pointer<const int64_t>(row_ids),
-                      step,
-                      pointer<const double>(uniforms)},
+        cuda::sample(sample_rows(dtype, logits, rows, stride_row, vocab, scale, softcap, seed, row_ids, step, uniforms),
                      pointer<int64_t>(tokens), pointer<double>(log_prob), w);
       },
       release());
@@ -201,17 +206,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                      double softcap, uint64_t seed, uintptr_t row_ids, uint64_t step, uintptr_t uniforms, int threads,
                      uintptr_t tokens, uintptr_t log_prob) {
     py::gil_scoped_release release;
-    const dmf::Status status = dmf::sample({static_cast<dmf::DType>(dtype),
-                                            pointer<const char>(logits),
-                                            rows,
-                                            stride_row,
-                                            {vocab, scale, softcap},
-                                            seed,
-                                            pointer<const int64_t>(row_ids),
-                                            step,
-                                            pointer<const double>(uniforms),
-                                            threads},
-                                           pointer<int64_t>(tokens), pointer<double>(log_prob));
+    const dmf::Status status =
+        dmf::sample(sample_rows(dtype, logits, rows, stride_row, vocab, scale, softcap, seed, row_ids, step, uniforms),
+                    threads, pointer<int64_t>(tokens), pointer<double>(log_prob));
     return status.at;  // the first bad row, or -1
   });
   m.def(

@@ -27,7 +27,8 @@ struct BlockSum {
 
 struct BlockSums {
   BlockSum* blocks;
-  float buffer[kBlock];
+  float* buffer;  // not a member array, which gcc does not see to be apart from the rest
+
   DMF_INLINE float* terms(int64_t) { return buffer; }
   DMF_INLINE void nothing(int64_t first, int64_t) { blocks[first / kBlock] = {0.0, 0.0}; }
   DMF_INLINE void rise(double, double) {}
@@ -36,39 +37,22 @@ struct BlockSums {
   }
 };
 
-// The first of n weights with which the running sum exceeds target, else the last that is not 0 (rounding may leave the
-// target at the very end); the sum before it is taken off the target.
-template <class Weight>
-DMF_INLINE int64_t pick(int64_t n, double& target, Weight weight) {
-  double before = 0, rest = target;
-  int64_t picked = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const double w = weight(i);
-    if (!(w > 0)) continue;
-    picked = i;
-    rest = target - before;
-    before += w;
-    if (before > target) break;
-  }
-  target = rest;
-  return picked;
-}
-
 template <class T, bool Cap>
 DMF_INLINE void sample_row(const T* z, double uniform, const RowOptions& o, BlockSum* blocks, RowDraw& out) {
-  BlockSums sums{blocks, {}};
+  float e[kBlock];
+  BlockSums sums{blocks, e};
   const RowTotal row = scan_row<T, Cap>(z, o, sums);
   out = {row.lse(o), NAN, 0};
   if (!std::isfinite(out.lse)) return;
-  const auto factor = [&](int64_t i) { return exp((blocks[i].reference - row.reference) * o.scale); };
-  const auto weight = [&](int64_t i) { return blocks[i].sum == 0 ? 0.0 : blocks[i].sum * factor(i); };
+  const auto factor = [&](int i) { return exp((blocks[i].reference - row.reference) * o.scale); };
+  const auto weight = [&](int i) { return blocks[i].sum == 0 ? 0.0 : blocks[i].sum * factor(i); };
   double target = uniform * row.sum;
-  const int64_t block = pick(n_blocks(o), target, weight), first = block * kBlock, n = block_size(first, o);
+  const int block = pick(static_cast<int>(n_blocks(o)), target, weight);
+  const int64_t first = block * kBlock, n = block_size(first, o);
   target /= factor(block);
-  float e[kBlock];
   block_terms<T, Cap>(z + first, n, blocks[block].reference, o, Slope(o.scale * kLog2e), e);
   target *= exact_sum(e, n) / blocks[block].sum;  // the block's own sum may have been a quick one
-  out.token = first + pick(n, target, [&](int64_t i) { return static_cast<double>(e[i]); });
+  out.token = first + pick(static_cast<int>(n), target, [&](int i) { return static_cast<double>(e[i]); });
   out.value = scaled<Cap>(to_float(z[out.token]), o);
 }
 
@@ -90,12 +74,12 @@ DMF_SAMPLE(float, f32)
 DMF_SAMPLE(bf16, bf16)
 DMF_SAMPLE(fp16, f16)
 
-Status sample(const SampleRows& s, int64_t* tokens, double* log_prob) {
+Status sample(const SampleRows& s, int threads, int64_t* tokens, double* log_prob) {
   static constexpr decltype(&sample_f32) kKernels[] = {sample_f32, sample_bf16, sample_f16};
   const auto kernel = kKernels[static_cast<int>(s.dtype)];
   const int64_t itemsize = row_kernels(s.dtype).itemsize;
   int64_t first_fault = INT64_MAX;
-#pragma omp parallel num_threads(s.threads) reduction(min : first_fault)
+#pragma omp parallel num_threads(threads) reduction(min : first_fault)
   {
     std::vector<BlockSum> blocks(n_blocks(s.options));
 #pragma omp for schedule(dynamic, 1)

@@ -52,7 +52,13 @@ DMF_INLINE int64_t block_size(int64_t first, const RowOptions& o) {
   return o.vocab - first < kBlock ? o.vocab - first : kBlock;
 }
 
-// e[i] = 2^((x[i] - shift) slope). Terms beyond fp32 come out as 2^126, so that the sum tells of them.
+// 2^((x - shift) slope). A term beyond fp32 comes out as 2^126, so that the sum tells of it.
+template <class T>
+DMF_INLINE float term_of(T x, float shift, const Slope& slope) {
+  const float d = to_float(x) - shift;
+  return exp2_of(d > slope.ceiling ? slope.ceiling : d, slope);
+}
+
 template <class T>
 DMF_INLINE void terms_of(const T* x, int64_t n, float shift, Slope slope, float* e) {
   constexpr int64_t kStep = 64, kAhead = 4096 / sizeof(T);
@@ -60,16 +66,10 @@ DMF_INLINE void terms_of(const T* x, int64_t n, float shift, Slope slope, float*
   for (; i + kStep <= n; i += kStep) {
     for (int64_t k = 0; k < kStep; k += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(x + i + k + kAhead);
 #pragma omp simd
-    for (int64_t k = i; k < i + kStep; ++k) {
-      const float d = to_float(x[k]) - shift;
-      e[k] = exp2_of(d > slope.ceiling ? slope.ceiling : d, slope);
-    }
+    for (int64_t k = i; k < i + kStep; ++k) e[k] = term_of(x[k], shift, slope);
   }
 #pragma omp simd
-  for (int64_t k = i; k < n; ++k) {
-    const float d = to_float(x[k]) - shift;
-    e[k] = exp2_of(d > slope.ceiling ? slope.ceiling : d, slope);
-  }
+  for (int64_t k = i; k < n; ++k) e[k] = term_of(x[k], shift, slope);
 }
 
 // In fp32 by fours, then fp64: a quarter of the conversions.

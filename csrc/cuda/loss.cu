@@ -130,15 +130,6 @@ __device__ void finish_loss(const Batch& b, const Terms& t, const Outputs& out, 
   *out.clipped = static_cast<int64_t>(sums.b);
 }
 
-template <class T>
-struct FromShared {
-  const T* row;
-  template <int N>
-  __device__ Pack<T, N> operator()(int i) const {
-    return load<N>(row + i);
-  }
-};
-
 // dz = p * scale of the row, apart from the label's column, whose value is at_label.
 template <class T, bool Cap>
 struct Write {
@@ -239,7 +230,7 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, co
   }
   const Write<T, Cap> write(o, shared.lse, shared.coefficient, shared.at_label, label, dz);
   if constexpr (P == Pass::kept)
-    for_row<T>(cut, FromShared<T>{kept}, write);
+    for_row<T>(cut, FromRow<T>{kept}, write);
   else
     for_row<T>(cut, FromRow<T>{z}, write);
 }

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../batch.h"
+#include "../sample.h"
 
 namespace dmf::cuda {
 
@@ -33,17 +33,6 @@ void backward(const Batch&, const double* lse, const double* weight, double fact
 
 // dz *= upstream[0] * factor on scored rows, or on all where labels is null; no gradient is read where that is 1
 void scale(const Batch&, double factor, const double* upstream, const Gradient&, const Workspace&);
-
-struct SampleRows {
-  DType dtype;
-  const char* logits;
-  int64_t rows, stride_row;
-  RowOptions options;
-  uint64_t seed;
-  const int64_t* row_ids;  // (rows), or null: 0, 1, ...
-  uint64_t step;
-  const double* uniforms;  // (rows), for tests; null: from the generator
-};
 
 // As dmf::sample of csrc/cpu. A row that is no distribution gets token 0 and log_prob NaN; status: the first one.
 void sample(const SampleRows&, int64_t* tokens, double* log_prob, const Workspace&);

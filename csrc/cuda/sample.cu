@@ -51,24 +51,6 @@ __device__ const T* fetch(const T* z, int first, int last, int vocab, T* tile) {
   return tile + before;
 }
 
-// The first of n weights with which the running sum exceeds target, else the last that is not 0 (rounding may leave the
-// target at the very end); the sum before it is taken off the target.
-template <class Weight>
-__device__ int pick(int n, double& target, Weight weight) {
-  double before = 0, rest = target;
-  int picked = 0;
-  for (int i = 0; i < n; ++i) {
-    const double w = weight(i);
-    if (!(w > 0)) continue;
-    picked = i;
-    rest = target - before;
-    before += w;
-    if (before > target) break;
-  }
-  target = rest;
-  return picked;
-}
-
 template <class T, bool Cap>
 __global__ void __launch_bounds__(kWarps * 32)
     sample_rows(SampleRows s, int64_t* tokens, double* log_prob, unsigned* counter, long long* status) {
