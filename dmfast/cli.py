@@ -90,7 +90,6 @@ def main(argv: list[str] | None = None) -> int:
         demo(args)
         return 0
     from .demo import console
-    from .training import recipe
 
     if args.command == "bench":
         from .bench.run import bench
@@ -101,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"dmfast bench: {error}", file=sys.stderr)
             return 1
         return 0
+    from .training import recipe
 
     sys.path.insert(0, os.getcwd())  # scorers of the user's own
     overrides = dict(args.overrides) | ({"train.output_dir": args.out} if args.out else {})

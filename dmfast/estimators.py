@@ -127,9 +127,8 @@ def estimate_moments(features: Tensor, log_weight: Tensor, sample_weight: Tensor
     return [_mean(column, w) for column in _fp64(features).unbind(1)]
 
 
-def _kl(log_u: Tensor, log_gap: Tensor, g: Tensor) -> Estimate:
+def _kl(u: Tensor, log_gap: Tensor, g: Tensor) -> Estimate:
     """KL(p || .) from log_gap = log p - log of the other."""
-    u = log_u.exp()
     return _mean(torch.where(u == 0, 0.0, u * log_gap), g)  # 0 * -inf = 0
 
 
@@ -168,8 +167,8 @@ def estimate(
     rho = torch.where(u == 0, 0.0, log_rho.exp())  # as good as any there: max(0, u - rho) = 0
     return Estimates(
         log_z=estimate_log_z(log_w, g),
-        kl_policy=_kl(log_u, log_u - log_rho, g),
-        kl_proposal=_kl(log_u, log_u, g),
+        kl_policy=_kl(u, log_u - log_rho, g),
+        kl_proposal=_kl(u, log_u, g),
         tvd_policy=_mean((u - rho).clamp(min=0), g),
         tvd_proposal=_mean((u - 1).clamp(min=0), g),
         js_policy=_mean(_js_terms(log_u, log_rho), g),

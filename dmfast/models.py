@@ -547,6 +547,7 @@ class LanguageModel:
         Raises:
             TypeError, ValueError: as ``dm_loss``.
         """
+        samples = samples.trimmed()
         found = self._hidden(samples)
         if found is not None:
             return linear_dm_loss(

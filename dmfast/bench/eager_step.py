@@ -2,27 +2,26 @@
 
 Sequences are drawn by ``generate`` with its KV cache; q and a score them, batched and without gradient; the policy's
 forward, log_softmax and gather, and the loss of Korbak et al. 2022 (arXiv:2206.00761, section 3.3) follow. There is no
-Python loop over tokens but generate's. dmfast is not used here: this is what it is measured against.
+Python loop over tokens but generate's. Of dmfast only the stopwatch is used: this is what it is measured against.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from .measure import Phases
 
-class EagerStep:
+
+class EagerStep(Phases):
     """Policy, proposal q and base a as transformers models, an optimiser, and where the time goes.
 
     Args:
         policy, proposal, base: causal language models with dropout 0.
-        bos, eos, pad: token ids; eos None: no sequence ends before ``length``.
+        bos, eos, pad: token ids; any of ``eos`` ends a sequence.
         feature: (N, T) tokens -> (N,) phi(x). lambda_: of the target P = a exp(lambda phi).
         batch, length: sequences, and new tokens of each.
     """
@@ -31,19 +30,12 @@ class EagerStep:
         self, policy: Any, proposal: Any, base: Any, *, bos: int, eos: list[int], pad: int, feature: Any,
         lambda_: float, batch: int, length: int, log_z: float = 0.0, learning_rate: float = 1e-5,
     ) -> None:  # fmt: skip
+        super().__init__()
         self.policy, self.proposal, self.base = policy, proposal, base
         self.bos, self.eos, self.pad = bos, eos, pad
         self.feature, self.lambda_, self.log_z = feature, lambda_, log_z
         self.batch, self.length = batch, length
         self.optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate)
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Times what is inside."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
 
     def generate(self) -> tuple[Tensor, Tensor]:
         """Tokens (N, 1 + T) and the mask (N, T) of what counts: up to and with the first EOS."""

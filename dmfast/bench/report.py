@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..training.report import pyplot
+
 Result = Mapping[str, Any]  # what worker.run returns
+_BESIDE = ("roof", "scoring")  # what is no rival of the loss
 _OURS = ("dm_loss", "linear_dm_loss", "sample_tokens", "scoring: sequence_log_prob", "nn.Linear, dm_loss")
 _BASELINE = {
     "logits": "eager log_softmax + gather", "head": "nn.Linear, eager log_softmax + gather",
@@ -28,7 +30,7 @@ def table(result: Result) -> Any:
         error, mb = result["gradient_error"].get(name), memory.get(name)
         out.add_row(
             name, f"{t['median']:.1f}", f"{t['low']:.1f} – {t['high']:.1f}",
-            "" if name.startswith(("roof", "scoring")) else f"{base / t['median']:.2f}",
+            "" if name.startswith(_BESIDE) else f"{base / t['median']:.2f}",
             "" if mb is None else f"{mb:.0f} MB", "" if error is None else f"{error:.1g}",
             style="bold" if name.startswith(_OURS) else "dim" if name.startswith("roof") else None,
         )  # fmt: skip
@@ -68,25 +70,15 @@ def ratios(results: Sequence[Result]) -> list[tuple[str, str, float]]:
     return found
 
 
-def write(report: Mapping[str, Any], path: Path) -> None:
-    """As JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def chart(results: Sequence[Result], path: Path) -> None:
     """Time of each rival, ours dark, quartiles as whiskers, the roofs as lines; a panel per configuration."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    sizes = [sum(not n.startswith(("roof", "scoring")) for n in r["ms"]) for r in results]
+    plt = pyplot()
+    sizes = [sum(not n.startswith(_BESIDE) for n in r["ms"]) for r in results]
     figure, axes = plt.subplots(
         len(results), 1, figsize=(9, 0.32 * sum(sizes) + 1.1 * len(results)), height_ratios=sizes, squeeze=False
     )
     for axis, r in zip(axes[:, 0], results, strict=True):
-        bars = {n: t for n, t in r["ms"].items() if not n.startswith(("roof", "scoring"))}
+        bars = {n: t for n, t in r["ms"].items() if not n.startswith(_BESIDE)}
         names = sorted(bars, key=lambda n: -bars[n]["median"])
         for i, name in enumerate(names):
             t = bars[name]
@@ -141,11 +133,7 @@ def step_table(result: Result) -> Any:
 
 def step_chart(result: Result, path: Path) -> None:
     """Both steps as stacked bars."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     from .step import PHASES
 
     figure, axis = plt.subplots(figsize=(9, 2.6))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..training.report import machine
+from ..training.report import machine, write
 from . import report
 from .measure import in_fresh_process
 from .worker import Config
@@ -103,7 +103,7 @@ def bench(args: argparse.Namespace, say: Callable[[Any], None]) -> None:
 
         step = profile(args.model, args.batch, args.length, args.rounds)
         say(report.step_table(step))
-        report.write({"machine": machine(), **step}, args.out / "step.json")
+        write({"machine": machine(), **step}, args.out, "step.json")
         report.step_chart(step, args.out / "step.png")
         say(f"wrote {args.out / 'step.json'} and {args.out / 'step.png'}")
         return
@@ -122,7 +122,7 @@ def bench(args: argparse.Namespace, say: Callable[[Any], None]) -> None:
                 continue
             say(f"{i} of {len(configs)}: {c.title}")
             results.append({"machine": here, **measure(c, say)})
-            report.write({"unit": "ms", "results": results}, path)  # after each, so that nothing is lost
+            write({"unit": "ms", "results": results}, args.out, path.name)  # after each, so that nothing is lost
     except KeyboardInterrupt:
         say(f"ended after {len(results)}; --resume goes on")
     if not results:

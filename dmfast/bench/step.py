@@ -6,8 +6,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ..models import LanguageModel
 from .eager_step import EagerStep
-from .measure import extra_memory, in_fresh_process, spread
+from .measure import Phases, extra_memory, in_fresh_process, spread
 
 RANDOM_GPT2 = "random-gpt2"  # 4 layers of 128, V = 50257
 PHASES = ("sampling", "scoring by q", "scoring by a", "policy forward", "policy backward", "optimiser")
@@ -40,26 +39,19 @@ def load(name: str) -> LanguageModel:
     return LanguageModel(model, tokenizer)
 
 
-class DMFastStep:
+class DMFastStep(Phases):
     """The same step with dmfast: what DMTrainer does, phase by phase, q no longer being a."""
 
     def __init__(
         self, policy: LanguageModel, proposal: LanguageModel, base: LanguageModel, *,
         feature: Callable[[Tensor], Tensor], lambda_: float, batch: int, length: int, learning_rate: float = 1e-5,
     ) -> None:  # fmt: skip
+        super().__init__()
         self.policy, self.proposal, self.base = policy, proposal, base
         self.feature, self.lambda_, self.batch, self.length = feature, lambda_, batch, length
         self.optimizer = torch.optim.AdamW(policy.model.parameters(), lr=learning_rate)
-        self.seconds: dict[str, float] = {}
         self.scored = 0  # tokens of the last step, each a row projected to V by a and by the policy
         self.seed = 0
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Times what is inside."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
 
     def __call__(self) -> float:
         """One step; the loss."""

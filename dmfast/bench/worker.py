@@ -6,9 +6,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,12 +112,24 @@ def make_problem(c: Config) -> rivals.Problem:
     return rivals.Problem(z, hidden, weight, tokens, log_target, log_proposal, -7.0, a)
 
 
+_T = TypeVar("_T")
 Call = Callable[[], Any]
 Run = tuple[Call, Callable[[], list[Tensor]], Call]  # the timed call; the gradients that it leaves; lets go of them
 
 
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def _made(makers: Mapping[str, Callable[[], _T]], missing: dict[str, str]) -> Iterator[tuple[str, _T]]:
+    """The rivals that are there; whatever the others die of goes into the table."""
+    for name, make in makers.items():
+        try:
+            made = make()
+        except Exception as error:
+            missing[name] = _said(error)
+        else:
+            yield name, made
 
 
 def _logits_runs(p: rivals.Problem, c: Config) -> tuple[dict[str, Run], dict[str, Call], dict[str, str], Call]:
@@ -142,13 +154,8 @@ def _logits_runs(p: rivals.Problem, c: Config) -> tuple[dict[str, Run], dict[str
     found["dm_loss gdc++, in place"] = in_place("gdc++")
     found["dm_loss gdc++"] = on_leaf(lambda z: rivals.dmfast_logits(z, p, inplace=False))
     found["dm_loss dpg (known weight), in place"] = in_place("dpg")
-    for name, make in rivals.on_logits(p.z.dtype).items():
-        try:
-            log_prob = make()
-        except Exception as error:  # whatever a rival dies of goes into the table
-            missing[name] = _said(error)
-        else:
-            found[name] = on_leaf(lambda z, f=log_prob: rivals.sequence_loss(f(z, p.tokens), p))  # type: ignore[misc]
+    for name, log_prob in _made(rivals.on_logits(p.z.dtype), missing):
+        found[name] = on_leaf(lambda z, f=log_prob: rivals.sequence_loss(f(z, p.tokens), p))  # type: ignore[misc]
     score = torch.no_grad()
     others: dict[str, Call] = {
         "roof: read-sum": p.z.sum,
@@ -179,29 +186,16 @@ def _head_runs(p: rivals.Problem, c: Config) -> tuple[dict[str, Run], dict[str, 
 
     found["linear_dm_loss gdc++"] = run(lambda: rivals.dmfast_hidden(hidden, head.weight, p))
     found["nn.Linear, dm_loss gdc++ in place"] = run(lambda: rivals.dmfast_logits(head(hidden), p, inplace=True))
-    for name, make in rivals.on_logits(hidden.dtype).items():
-        try:
-            log_prob = make()
-        except Exception as error:
-            missing[name] = _said(error)
-        else:
-            found[f"nn.Linear, {name}"] = run(
-                lambda f=log_prob: rivals.sequence_loss(f(head(hidden), p.tokens), p)  # type: ignore[misc]
-            )
-    for name, make_head in rivals.on_hidden().items():
-        try:
-            of_head = make_head()
-        except Exception as error:
-            missing[name] = _said(error)
-        else:
-            found[name] = run(
-                lambda f=of_head: rivals.sequence_loss(f(hidden, head.weight, p.tokens), p)  # type: ignore[misc]
-            )
-    try:
-        liger = rivals.liger(p)
-        found["liger-kernel chunked GRPO (told A)"] = run(lambda: liger(hidden, head.weight))
-    except Exception as error:
-        missing["liger-kernel chunked GRPO (told A)"] = _said(error)
+    for name, log_prob in _made(rivals.on_logits(hidden.dtype), missing):
+        found[f"nn.Linear, {name}"] = run(
+            lambda f=log_prob: rivals.sequence_loss(f(head(hidden), p.tokens), p)  # type: ignore[misc]
+        )
+    for name, of_head in _made(rivals.on_hidden(), missing):
+        found[name] = run(
+            lambda f=of_head: rivals.sequence_loss(f(hidden, head.weight, p.tokens), p)  # type: ignore[misc]
+        )
+    for name, loss in _made({"liger-kernel chunked GRPO (told A)": lambda: rivals.liger(p)}, missing):
+        found[name] = run(lambda f=loss: f(hidden, head.weight))  # type: ignore[misc]
 
     h, w, frozen = hidden.detach().view(-1, c.dim), head.weight.detach(), head.weight.detach()
     z, dh, dw = (torch.empty(s, dtype=h.dtype) for s in ((len(h), len(w)), h.shape, w.shape))

@@ -84,11 +84,12 @@ def _compiled_for(logits: Tensor) -> str:
     return "cuda" if logits.device.type == "cuda" or native.on_cuda(logits) else "cpu"
 
 
-def _why_not(name: str, logits: Tensor) -> str | None:
+def _why_not(name: str, fitting: str, logits: Tensor) -> str | None:
+    """Why ``name`` can't take these logits, for whose device ``fitting`` is the compiled backend; None: it can."""
     missing = native.why_unavailable() if name == "cpu" else native.why_not_cuda()
     if missing is not None:
         return missing if logits.device.type == "cpu" else f"logits are on {logits.device}; {missing}"
-    if name != _compiled_for(logits) or (name == "cpu" and logits.device.type != "cpu"):
+    if name != fitting or (name == "cpu" and logits.device.type != "cpu"):
         return f"logits are on {logits.device}, for which this dmfast has no kernel yet"
     if logits.dtype not in native.DTYPES:
         return f"logits are {logits.dtype}; the compiled kernels take float32, bfloat16 and float16"
@@ -105,8 +106,9 @@ def select(logits: Tensor) -> str:
         return _forced
     if _forced is not None and _forced not in NAMES:
         raise ValueError(f"DMFAST_BACKEND: unknown backend {_forced!r}; there are {', '.join(NAMES)}")
-    name = _forced or _compiled_for(logits)
-    reason = _why_not(name, logits)
+    fitting = _compiled_for(logits)
+    name = _forced or fitting
+    reason = _why_not(name, fitting, logits)
     if reason is None:
         return name
     if _forced is not None:

@@ -29,12 +29,13 @@ class Job(NamedTuple):
     rows: Tensor | None  # (M,) the scored rows among all; None: all of them
     labels: Tensor  # (M,)
     starts: Tensor  # (B+1,) where each sequence starts among the M
+    bounds: list[int]  # the same, read once: on a device the host has to wait for it
     chunk_rows: int
 
     def groups(self) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
         """Sequences [i, j) that go through the buffer together, and the rows [first, last) of them. Several such where
         one sequence is longer than the buffer."""
-        starts = self.starts.tolist()
+        starts = self.bounds
         n, i = len(starts) - 1, 0
         while i < n:
             j = i + 1
@@ -62,7 +63,10 @@ def make_job(whole: Batch, chunk_bytes: int) -> Job:
         firsts = torch.arange(whole.n_sequences + 1, device=scored.device) * whole.steps
     rows = None if bool(scored.all()) else scored.nonzero()[:, 0]
     labels = whole.labels if rows is None else whole.labels[rows]
-    return Job(whole, rows, labels, before[firsts], max(chunk_bytes // (whole.vocab * whole.logits.itemsize), 1))
+    starts = before[firsts]
+    return Job(
+        whole, rows, labels, starts, starts.tolist(), max(chunk_bytes // (whole.vocab * whole.logits.itemsize), 1)
+    )
 
 
 class _Products:
@@ -230,10 +234,9 @@ class _Linear(torch.autograd.Function):
             coefficient = grad.to(torch.float64) / ctx.divide_by
             coefficient = -coefficient if a is None else a * coefficient
             products = _Products(job, hidden, weight, bias, ctx.needs_input_grad[:3])
-            starts = job.starts.tolist()
             with torch.autocast(hidden.device.type, enabled=False):
                 for i, j, cuts in job.groups():
-                    rows = lse[starts[i] : starts[j]]
+                    rows = lse[job.bounds[i] : job.bounds[j]]
                     _backward_group(job, products, i, j, cuts, rows, coefficient[i:j].contiguous())
             gradients = products.gradients(hidden)
         return (*gradients, None, None, None, None, None, None)

@@ -27,6 +27,8 @@ except ImportError as error:
     _C = None
     _IMPORT_ERROR = str(error)
 
+# None where there are no CUDA kernels. Known once: it is asked several times a call.
+_CUDA_DEVICE: str | None = None if _C is None or not hasattr(_C, "cuda") else _C.cuda.device_type
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BAD_ROW, _BAD_LABEL, _BAD_WEIGHT, _UNUSUAL = 1, 2, 3, 4
 Status: TypeAlias = "tuple[int, int]"  # which fault, and where
@@ -50,7 +52,7 @@ def instruction_set() -> str:
 
 def on_cuda(x: Tensor) -> bool:
     """Whether the CUDA kernels take x."""
-    return _C is not None and hasattr(_C, "cuda") and x.device.type == _C.cuda.device_type
+    return x.device.type == _CUDA_DEVICE
 
 
 def why_not_cuda() -> str | None:

@@ -51,6 +51,16 @@ def _for_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def pyplot() -> Any:
+    """matplotlib's, without a screen."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
 def plot(
     history: Sequence[Mapping[str, float]], path: Path, title: str, *, wanted: Mapping[str, float] | None = None
 ) -> None:
@@ -60,11 +70,7 @@ def plot(
         history: the logs of the run in order (``trainer.state.log_history``), steps and evaluations.
         wanted: the moments of the target by feature, drawn in.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     steps = [h for h in history if "kl_policy" in h]
     evaluations = [h for h in history if "eval_kl_policy_base" in h]
     names = [key[len("phi/") :] for key in (steps or [{}])[0] if key.startswith("phi/")]

@@ -407,7 +407,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             kept[0] = True  # one forward, for the hooks of whatever is around the model
         everything = bool(kept.all())
         out = self._policy_around(model).loss(
-            inputs["samples"] if everything else inputs["samples"][kept].trimmed(),
+            inputs["samples"] if everything else inputs["samples"][kept],
             objective=objective,
             on_policy=self.args.on_policy,
             max_weight=self.args.max_weight,
