@@ -22,7 +22,7 @@ def table(result: Result) -> Any:
     from rich.table import Table
 
     ms, memory = result["ms"], result.get("memory_mb", {})
-    base = ms[_BASELINE[result["config"]["form"]]]["median"]
+    base = ms.get(_BASELINE[result["config"]["form"]], {"median": float("nan")})["median"]  # it may not have run
     out = Table(title=result["title"], title_justify="left")
     for column in ("", "ms", "quartiles", "× eager's speed", "extra memory", "gradient's error"):
         out.add_column(column, justify="left" if not column else "right")
