@@ -11,7 +11,7 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
@@ -164,7 +164,8 @@ class LanguageModel:
         eos_token_id: other token ids that end a sequence, in the tokenizer's place.
 
     Raises:
-        ValueError: an encoder-decoder model, no EOS token, or an EOS or padding token that the model does not have.
+        ValueError: an encoder-decoder model, a prompt-learning adapter, no EOS token, or an EOS or padding token that
+            the model does not have.
     """
 
     def __init__(
@@ -174,6 +175,11 @@ class LanguageModel:
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(
                 "LanguageModel takes decoder-only models; for an encoder-decoder call dm_loss on its logits"
+            )
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                "LanguageModel takes no prompt-learning adapters (prefix tuning, prompt tuning): PEFT would put their "
+                "virtual tokens before every token that is sampled; use LoRA or another adapter of weights"
             )
         eos = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
         if eos is None or eos == []:
@@ -187,8 +193,7 @@ class LanguageModel:
             self._check_token(token, f"{name}_token_id is")
         disable_dropout(model)
         # the forward of a PEFT model takes **kwargs and tells nothing
-        unwrapped = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
-        parameters = inspect.signature(unwrapped.forward).parameters
+        parameters = inspect.signature(_without_adapters(model).forward).parameters
         self._keeps_logits = "logits_to_keep" in parameters
         self._cache_name = (
             "cache" if "cache" in parameters else "past_key_values"
@@ -325,39 +330,67 @@ class LanguageModel:
         tokens = torch.cat([prompts[context_id], prompts.new_full((n, steps), self.pad_token_id)], 1)
         mask = torch.cat([prompts_mask[context_id], prompts_mask.new_zeros(n, steps)], 1)
         log_prob = torch.zeros(n, dtype=torch.float64, device=device)
-        eos = torch.tensor(self.eos_token_ids, device=device)
-        rows = torch.arange(n, device=device)  # those that are still in the batch, and which of them have not ended
-        alive = torch.ones(n, dtype=torch.bool, device=device)
-        keep = {"logits_to_keep": 1} if self._keeps_logits else {}
-        start, cache = 0, None
-        for end in range(prompt_len, prompt_len + steps):
-            seen = mask[rows, :end]
-            out = self.model(
-                input_ids=tokens[rows, start:end], attention_mask=seen, position_ids=_positions(seen)[:, start:],
-                use_cache=True, **{self._cache_name: cache}, **keep,
-            )  # fmt: skip
-            start, cache = end, getattr(out, self._cache_name)
-            drawn, drawn_log_prob = sample_tokens(
-                out.logits[:, -1], seed=seed, row_ids=row_ids[rows], step=end - prompt_len, temperature=temperature
-            )
-            log_prob[rows] += torch.where(alive, drawn_log_prob, 0.0)
-            tokens[rows, end] = torch.where(alive, drawn, self.pad_token_id)
-            mask[rows, end] = alive.long()
-            alive = alive & ~torch.isin(drawn, eos)
-            n_alive = int(alive.sum())
-            if n_alive == 0:
-                break
-            # moving the cache costs a read and a write of it, about what a step costs: not for every row that ends
-            if n_alive <= 0.75 * len(rows) and (cache is None or hasattr(cache, "batch_select_indices")):
-                if cache is not None:
-                    cache.batch_select_indices(alive.nonzero()[:, 0])
-                rows, alive = rows[alive], alive[alive]
-        tokens, mask = tokens[:, : end + 1], mask[:, : end + 1]
+
+        def draw(_: nn.Module, given: Tensor, *, stopping_criteria: Callable[..., Tensor], **prepared: Any) -> Tensor:
+            # not the model that generate passes: the wrapped one's forward runs the hooks of PEFT and others
+            rows = torch.arange(n, device=device)  # those that are still in the batch, and which of them have not ended
+            alive = torch.ones(n, dtype=torch.bool, device=device)
+            keep = {"logits_to_keep": 1} if self._keeps_logits else {}
+            start, cache = 0, prepared.get(self._cache_name)
+            for end in range(prompt_len, prompt_len + steps):
+                seen = mask[rows, :end]
+                out = self.model(
+                    input_ids=tokens[rows, start:end], attention_mask=seen, position_ids=_positions(seen)[:, start:],
+                    use_cache=True, **{self._cache_name: cache}, **keep,
+                )  # fmt: skip
+                start, cache = end, getattr(out, self._cache_name)
+                drawn, drawn_log_prob = sample_tokens(
+                    out.logits[:, -1], seed=seed, row_ids=row_ids[rows], step=end - prompt_len, temperature=temperature
+                )
+                log_prob[rows] += torch.where(alive, drawn_log_prob, 0.0)
+                tokens[rows, end] = torch.where(alive, drawn, self.pad_token_id)
+                mask[rows, end] = alive.long()
+                alive = alive & ~stopping_criteria(tokens[rows, : end + 1], None)
+                n_alive = int(alive.sum())
+                if n_alive == 0:
+                    break
+                # moving the cache costs a read and a write of it, about what a step costs: not for every row that ends
+                if n_alive <= 0.75 * len(rows) and (cache is None or hasattr(cache, "batch_select_indices")):
+                    if cache is not None:
+                        cache.batch_select_indices(alive.nonzero()[:, 0])
+                    rows, alive = rows[alive], alive[alive]
+            return tokens[:, : end + 1]
+
+        tokens = self._generate(draw, tokens[:, :prompt_len], mask[:, :prompt_len], steps)
+        mask = mask[:, : tokens.shape[1]]
         score = mask.bool()
         score[:, :prompt_len] = False
         return Samples(
             tokens, mask, score, prompt_len, log_prob, context_id, temperature, self.tokenizer, self.pad_token_id
         )
+
+    def _generate(self, loop: Callable[..., Tensor], prompts: Tensor, mask: Tensor, steps: int) -> Tensor:
+        """``loop`` within transformers' generate, which makes the KV cache and the stopping rules.
+
+        A module without generate gets the rule for EOS alone, and its forward makes its cache.
+        """
+        model = _without_adapters(self._unwrapped())
+        if not hasattr(model, "generate"):
+            eos = torch.tensor(self.eos_token_ids, device=prompts.device)
+            return loop(model, prompts, stopping_criteria=lambda ids, _: torch.isin(ids[:, -1], eos))
+        from transformers import GenerationConfig
+
+        rules = GenerationConfig(
+            max_new_tokens=steps, eos_token_id=self.eos_token_ids, pad_token_id=self.pad_token_id, do_sample=True
+        )
+        theirs = model.generation_config
+        # else what it says would fill what ours leaves open: stop_strings, max_time, cache_implementation, ...
+        model.generation_config = GenerationConfig()
+        try:
+            found = model.generate(prompts, attention_mask=mask, generation_config=rules, custom_generate=loop)
+            return cast(Tensor, found)
+        finally:
+            model.generation_config = theirs
 
     def logits(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Logits and the labels that they score, for ``dm_loss``: (N, K, V) and (N, K) int64, -100 = not scored.
@@ -558,6 +591,11 @@ class LanguageModel:
         options.pop("chunk_bytes", None)
         logits, labels = self.logits(samples)
         return dm_loss(logits, labels, temperature=samples.temperature, inplace=not logits.is_leaf, **options)
+
+
+def _without_adapters(model: nn.Module) -> Any:
+    """The transformers model within a PEFT model."""
+    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _positions(mask: Tensor) -> Tensor:

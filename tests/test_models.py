@@ -396,11 +396,37 @@ def test_generation_config_has_no_effect(name):
     policy.model.generation_config = GenerationConfig(
         do_sample=True, top_k=1, top_p=0.1, temperature=0.1, repetition_penalty=5.0, min_length=20, max_length=3,
         no_repeat_ngram_size=1, forced_bos_token_id=1, forced_eos_token_id=2, suppress_tokens=[3, 4, 8],
-        bad_words_ids=[[10]], eos_token_id=1, pad_token_id=3, num_beams=3,
+        bad_words_ids=[[10]], eos_token_id=1, pad_token_id=3, num_beams=3, stop_strings=["w"], max_time=1e-9,
+        cache_implementation="static", prefill_chunk_size=1, token_healing=True, use_cache=False,
     )  # fmt: skip
+    theirs = policy.model.generation_config
     assert same(before, policy.sample(PROMPTS, 5, max_new_tokens=8, seed=7))
+    assert policy.model.generation_config is theirs
     policy.model.generation_config = None
     assert same(before, policy.sample(PROMPTS, 5, max_new_tokens=8, seed=7))
+
+
+@pytest.mark.parametrize("how", ["", "lora"])
+def test_sampling_runs_within_transformers_generate(how, monkeypatch):
+    policy = lm(how=how)
+    inner = policy.model.get_base_model() if how == "lora" else policy.model
+    given, generate = [], type(inner).generate
+
+    def spy(self, *args, **options):
+        def loop(*inputs, **prepared):
+            given.append(prepared)
+            return options["custom_generate"](*inputs, **prepared)
+
+        return generate(self, *args, **{**options, "custom_generate": loop})
+
+    monkeypatch.setattr(type(inner), "generate", spy)
+    caches = []
+    inner.register_forward_pre_hook(lambda _, __, options: caches.append(options[policy._cache_name]), with_kwargs=True)
+    policy.sample(PROMPTS, 2, max_new_tokens=3, seed=0)
+    assert len(given) == 1
+    assert caches
+    assert all(cache is given[0][policy._cache_name] for cache in caches)
+    assert [type(rule).__name__ for rule in given[0]["stopping_criteria"]] == ["MaxLengthCriteria", "EosTokenCriteria"]
 
 
 def test_seeds():
@@ -712,6 +738,9 @@ def test_language_model_refuses_models_and_tokenizers_that_do_not_fit():
     assert LanguageModel(build(), words, eos_token_id=EOS).eos_token_ids == [EOS]
     with pytest.raises(ValueError, match="eos"):
         LanguageModel(build(), tok(), eos_token_id=[])
+    prompted = peft.get_peft_model(build(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="prompt-learning"):
+        LanguageModel(prompted, tok())
 
 
 @pytest.mark.parametrize(
