@@ -25,11 +25,14 @@ inline Plan plan_once(int64_t vocab, int64_t itemsize) {
   return {threads_for(vocab * itemsize, kMaxThreads), false, 0};
 }
 
-// limit: the shared memory that one block may have. A row that exceeds it is read twice; then a block asks for all of
+// What a row may have of that. limit: the shared memory that one block may have.
+inline int64_t shared_for_row(int64_t limit) { return std::max<int64_t>(limit - kStaticShared, 0); }
+
+// limit as above. A row that exceeds it is read twice; then a block asks for all of
 // the memory, which it does not use, so that one row a multiprocessor is under way and all of them stay in the
 // second-level cache (132 rows of 300 KB on an H100, which has 50 MB).
 inline Plan plan_known(int64_t vocab, int64_t itemsize, int64_t limit) {
-  const int64_t available = std::max<int64_t>(limit - kStaticShared, 0);
+  const int64_t available = shared_for_row(limit);
   const int64_t bytes = (vocab * itemsize + 31) / 16 * 16;  // with room to shift the row to its alignment
   const bool kept = bytes <= available, alone = 2 * (bytes + kStaticShared) > limit;
   const int most = alone ? kMaxKnownThreads : kMaxKnownThreads / 2;

@@ -5,6 +5,8 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <string>
+#include <utility>
 #include <vector>
 
 #ifndef __x86_64__
@@ -180,11 +182,58 @@ void launch(unsigned grid, unsigned block_size, size_t shared_bytes, const std::
 
 }  // namespace shim
 
-cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
-  const char* bytes = std::getenv("SHIM_SHARED");
-  *value = bytes ? std::atoi(bytes) : 227 << 10;
-  return 0;
+// --- the runtime ------------------------------------------------------------------------------------------------
+
+namespace {
+
+cudaError_t last_error = cudaSuccess;
+
+int number(const char* name, int otherwise) {
+  const char* value = std::getenv(name);
+  return value ? std::atoi(value) : otherwise;
 }
+
+cudaError_t error(const char* what) {
+  std::fprintf(stderr, "shim: %s\n", what);
+  return last_error = 1;
+}
+
+}  // namespace
+
+cudaError_t shim::answer(const char* function) {
+  const char* fail = std::getenv("SHIM_FAIL");
+  const char* colon = fail ? std::strchr(fail, ':') : nullptr;
+  if (!colon || std::string(fail, colon) != function) return cudaSuccess;
+  return last_error = std::atoi(colon + 1);
+}
+
+cudaError_t shim::set_shared(const void* kernel, int bytes) {
+  static std::map<std::pair<const void*, int>, int> before;  // of a kernel and what a block may have
+  const int limit = number("SHIM_SHARED", 227 << 10);
+  if (before.emplace(std::make_pair(kernel, limit), bytes).first->second != bytes)
+    return error("a kernel's shared memory changes from call to call");
+  return answer("cudaFuncSetAttribute");
+}
+
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+const char* cudaGetErrorString(cudaError_t error) {
+  static thread_local char text[32];
+  std::snprintf(text, sizeof(text), "error %d of the shim", error);
+  return text;
+}
+cudaError_t cudaGetDevice(int* device) { return *device = 0, shim::answer("cudaGetDevice"); }
+cudaError_t cudaSetDevice(int) { return error("the device is set that is the current one"); }
+cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, shim::answer("cudaGetDeviceCount"); }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = number("SHIM_DRIVER", 13000), cudaSuccess; }
+cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? 7
+           : attribute == cudaDevAttrComputeCapabilityMinor ? 5
+                                                            : number("SHIM_SHARED", 227 << 10);
+  return shim::answer("cudaDeviceGetAttribute");
+}
+
+// --- between blocks ---------------------------------------------------------------------------------------------
 
 void __threadfence() {}
 
