@@ -211,7 +211,7 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, co
   const Cut cut = kKnown ? cut_rows(z, static_cast<const T*>(dz), vocab) : cut_row(z, vocab);
   // the row's packs lie aligned in shared memory too
   T* kept = reinterpret_cast<T*>(memory) + (kWidth<T> - cut.head % kWidth<T>) % kWidth<T>;
-  const float at_label = to_float(z[label]);
+  const float at_label = threadIdx.x == 0 ? to_float(z[label]) : 0.0f;  // read before dz, which may be z, is written
 
   PartialSum<Cap, Entropy> sum(o);
   for_row<T>(cut, FromRow<T>{z}, [&](int i, const auto& pack) {

@@ -11,6 +11,17 @@ struct Plan {
   int64_t shared;  // bytes of dynamic shared memory
 };
 
+// Loads and stores of logits per logit, to which tests/native/trace.cpp holds the kernels.
+struct Traffic {
+  double reads, writes;
+};
+constexpr Traffic kForward{1, 0}, kBackward{1, 1}, kKnownKept{1, 1}, kKnownReread{2, 1}, kScale{1, 1};
+constexpr Traffic kSkipped{0, 1};  // a row that is not scored or of weight 0, where a gradient is written
+// sampling: every tile, and the one that is picked once more
+inline Traffic sampling(int64_t vocab, int64_t tile) {
+  return {1 + static_cast<double>(std::min(vocab, tile)) / static_cast<double>(vocab), 0};
+}
+
 constexpr int kMaxThreads = 256;       // of a kernel that visits a row once
 constexpr int kMaxKnownThreads = 768;  // of one that visits it twice, of which few fit a multiprocessor
 constexpr int64_t kStaticShared = 4096;

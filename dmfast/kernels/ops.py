@@ -82,7 +82,8 @@ def _flat(scores: Scores) -> NineTensors:
     return cast(NineTensors, results)
 
 
-@torch.library.custom_op("dmfast::score", mutates_args=())
+# _v2: they return more than they did. torch's cache of compiled graphs, which outlives a process, knows an op by name.
+@torch.library.custom_op("dmfast::score_v2", mutates_args=())
 def score(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -104,7 +105,7 @@ def _(logits, labels, cu_seqlens, scale, softcap, entropy):  # type: ignore[no-u
     return _per_sequence(batch), _per_row(batch), logits.new_empty((), dtype=torch.int64), h
 
 
-@torch.library.custom_op("dmfast::score_and_weigh", mutates_args=())
+@torch.library.custom_op("dmfast::score_and_weigh_v2", mutates_args=())
 def score_and_weigh(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
     kind: int, on_policy: bool, normalize: bool, beta: float, log_scale: float, max_weight: float,
@@ -131,7 +132,7 @@ def _(logits, labels, cu_seqlens, scale, softcap, entropy, *args):  # type: igno
     )
 
 
-@torch.library.custom_op("dmfast::score_and_grad", mutates_args=())
+@torch.library.custom_op("dmfast::score_and_grad_v2", mutates_args=())
 def score_and_grad(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
     kind: int, on_policy: bool, normalize: bool, beta: float, log_scale: float, max_weight: float,

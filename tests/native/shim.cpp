@@ -65,6 +65,7 @@ std::unique_ptr<char[]> dynamic_memory;
 size_t dynamic_bytes;
 void* scheduler;
 const std::function<void()>* body;
+bool running;
 
 [[noreturn]] void fail(const char* what) {
   std::fprintf(stderr, "shim: %s (block %u, thread %u)\n", what, block.x, thread.x);
@@ -102,6 +103,7 @@ void poison() {
 void run_block(std::mt19937* random) {
   const unsigned n = threads.x;
   poison();
+  if (observer) observer->starts_block();
   warps.assign(n / 32, Warp());
   std::vector<unsigned> order(n);
   for (unsigned i = 0; i < n; ++i) {
@@ -116,21 +118,31 @@ void run_block(std::mt19937* random) {
       if (fiber.state == State::in_exchange && warps[i / 32].generation != fiber.generation) fiber.state = State::ready;
       if (fiber.state == State::ready) {
         thread = {i};
+        running = true;
         shim_switch(&scheduler, fiber.pointer);
+        running = false;
         ++ran;
       }
       waiting += fiber.state == State::at_barrier;
       done += fiber.state == State::done;
     }
     if (done == n) return;
-    if (waiting == n)
+    if (waiting == n) {
       for (Fiber& fiber : fibers) fiber.state = State::ready;
-    else if (!ran)
+      if (observer) observer->passes_barrier();
+    } else if (!ran)
       fail(waiting ? "not every thread reaches a barrier" : "threads wait for each other for ever");
   }
 }
 
 }  // namespace
+
+Observer* observer;
+bool in_kernel() { return running; }
+bool on_stack(const void* p) {
+  const char *x = static_cast<const char*>(p), *stack = fibers[thread.x].stack.get();
+  return x >= stack && x < stack + kStack;
+}
 
 void wait_for_block() { stop(State::at_barrier); }
 
@@ -142,6 +154,7 @@ void exchange(const void* mine, void* result, size_t bytes, unsigned src) {
   if (++warp.arrived == 32) {
     warp.arrived = 0;
     ++warp.generation;
+    if (observer) observer->exchanges(thread.x / 32);
   } else {
     fibers[thread.x].generation = generation;
     stop(State::in_exchange);
@@ -235,9 +248,12 @@ cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
 
 // --- between blocks ---------------------------------------------------------------------------------------------
 
-void __threadfence() {}
+void __threadfence() {
+  if (shim::observer) shim::observer->fences();
+}
 
 unsigned atomicAdd(unsigned* p, unsigned x) {  // blocks run one after the other
+  if (shim::observer) shim::observer->adds(p);
   const unsigned before = *p;
   *p = before + x;
   return before;

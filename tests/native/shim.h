@@ -99,6 +99,18 @@ namespace shim {
 
 extern dim3 thread, block, threads, blocks;
 
+// Is told what orders the threads of a kernel: tests/native/trace.cpp.
+struct Observer {
+  virtual void starts_block() = 0;
+  virtual void passes_barrier() = 0;           // all threads of the block
+  virtual void exchanges(unsigned warp) = 0;   // all threads of the warp
+  virtual void fences() = 0;                   // the current thread, as is
+  virtual void adds(const void* counter) = 0;  // an atomic
+};
+extern Observer* observer;
+bool in_kernel();
+bool on_stack(const void* p);  // of the current thread
+
 void launch(unsigned grid, unsigned block, size_t shared, const std::function<void()>& kernel);
 void wait_for_block();
 void* dynamic_shared();
