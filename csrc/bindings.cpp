@@ -103,7 +103,7 @@ void define_cuda(py::module_& m) {
 #else
   m.attr("device_type") = "cuda";
 #endif
-  m.def("device_count", &cuda::device_count);
+  m.def("why_not", &cuda::why_not, release());
   m.def("plan_known", [](int64_t vocab, int64_t itemsize, int64_t limit) {
     const cuda::Plan plan = cuda::plan_known(vocab, itemsize, limit);
     return py::make_tuple(plan.threads, plan.kept, plan.shared);

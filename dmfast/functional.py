@@ -24,8 +24,6 @@ __all__ = [
     "sequence_log_prob",
     "shift_labels",
 ]
-# One buffer of logits: large enough that adding to dW, once per buffer, stays cheap beside the products.
-CHUNK_BYTES = 2**27
 
 
 def shift_labels(input_ids: Tensor, mask: Tensor | None = None, prompt_len: int = 0) -> Tensor:
@@ -251,7 +249,7 @@ def dm_loss(
         if not compiling and backend == "cpu":
             checks.check_terms(terms)
         scores = _score(batch, return_entropy, inplace, wants_grad)
-        if compiling:
+        if compiling and backend == "cpu":
             return eager.loss_from_scores(batch, scores, terms, reduction, divide_by, compiled.check_weights)
         return native.loss_from_scores(batch, scores, terms, reduction, divide_by)
     if compiling:
@@ -336,7 +334,7 @@ def linear_dm_loss(
     grad_scale: float | None = None,
     max_weight: float | None = None,
     return_entropy: bool = False,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> DMLossOutput:
     """``dm_loss`` of ``hidden @ weight.T + bias``, whose logits never exist at once.
 
@@ -351,7 +349,8 @@ def linear_dm_loss(
             backend). ``hidden[:, t]`` scores ``tokens[:, t]``: align input_ids with ``shift_labels``.
         weight: (V, D), hidden's dtype: an nn.Linear's. One that needs no gradient costs no product for it.
         bias: (V,), hidden's dtype.
-        chunk_bytes: size of the buffer of logits. A sequence that does not fit goes through it twice.
+        chunk_bytes: size of the buffer of logits. A sequence that does not fit goes through it twice. Default: 128 MiB,
+            on a GPU no less than 4,096 rows, so that adding to weight's gradient once a buffer stays cheap.
         tokens, mask and all else: as in ``dm_loss``.
 
     Returns:
@@ -396,7 +395,7 @@ def linear_sequence_log_prob(
     temperature: float = 1.0,
     softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """``sequence_log_prob`` of ``hidden @ weight.T + bias``, whose logits never exist at once; differentiable.
 

@@ -5,6 +5,8 @@ and counters that are 0 again after every call. Runs on a device, or on the host
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 import dmfast
-from dmfast import eager
+from dmfast import eager, kernels
 from dmfast.kernels import cuda, native
 
 pytestmark = pytest.mark.skipif(native.why_not_cuda() is not None, reason=str(native.why_not_cuda()))
@@ -141,8 +143,11 @@ def test_without_a_loss_a_fault_shows_as_nan() -> None:
     assert log_prob.isnan().nonzero().tolist() == [[11]] and int(tokens[11]) == 0
 
 
-def test_the_same_three_times_and_counters_are_zero_again() -> None:
-    """As when a captured graph is replayed."""
+def test_the_same_three_times_and_counters_are_zero_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a captured graph is replayed. No call has another one's counters."""
+    made: list[cuda.Workspace] = []
+    make = cuda.make_workspace
+    monkeypatch.setattr(cuda, "make_workspace", lambda *args: made.append(make(*args)) or made[-1])
     for objective in ("gdc++", "dpg"):
         found: list[list[Tensor]] = []
         for _ in range(3):
@@ -152,8 +157,9 @@ def test_the_same_three_times_and_counters_are_zero_again() -> None:
             out.loss.backward()
             tokens, log_prob = dmfast.sample_tokens(leaf[0], seed=3)
             found.append([out.loss.detach(), out.log_prob, out.weight, out.entropy, leaf.grad, tokens, log_prob])  # type: ignore[list-item]
-            assert all(bool((counters == 0).all()) for counters in cuda._counters.values())
+            assert len(made) >= 2 and all(bool((work.counters == 0).all()) for work in made)
         assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
+    assert len({work.counters.data_ptr() for work in made}) == len(made)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -186,3 +192,128 @@ def test_cuda_draws_what_the_cpu_draws() -> None:
     assert int((mine.cpu() != tokens).sum()) <= 1
     assert float((mine_log_prob.cpu() - log_prob)[mine.cpu() == tokens].abs().max()) < 1e-6
     assert torch.equal(eager.sample_tokens(z, seed=5, step=9, temperature=1 / 1.3)[0], tokens)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("objective", ["gdc++", "dpg", "own"])
+def test_under_compile_a_fault_is_raised_by_check_too(objective: str, inplace: bool) -> None:
+    """Without a graph break, and without another call of the runtime for the devices that there are."""
+    call = good()
+    call["logits"][2, 1, 3] = NAN
+    leaf = call.pop("logits").requires_grad_()
+    chosen: Any = (lambda t: torch.ones_like(t.log_prob)) if objective == "own" else objective
+
+    def step(x: Tensor, **rest: Any) -> dmfast.DMLossOutput:
+        return dmfast.dm_loss(x * 1.0, **rest, objective=chosen, inplace=inplace)
+
+    torch._dynamo.reset()
+    out = torch.compile(step, backend="aot_eager", fullgraph=True)(leaf, **call)
+    out.loss.backward()
+    assert leaf.grad is not None and bool(leaf.grad.isfinite().all()) and bool((leaf.grad[2] == 0).all())
+    with pytest.raises(ValueError, match=r"NaN or \+inf at \(sequence 2, position 1\)"):
+        out.check()
+
+
+@pytest.mark.parametrize("objective", ["gdc++", "dpg", "own"])
+def test_a_fault_in_one_chunk_leaves_the_others_of_its_sequence_without_gradient(objective: str) -> None:
+    call = good()
+    hidden = torch.randn(4, 5, 8, device=device())
+    weight = torch.randn(37, 8, device=device())
+    hidden[2, 4] = NAN
+    del call["logits"]
+    call["objective"] = (lambda t: torch.ones_like(t.log_prob)) if objective == "own" else objective
+    hidden.requires_grad_()
+    out = dmfast.linear_dm_loss(hidden, weight, **call, chunk_bytes=2 * 37 * 4)  # 2 rows of the 5
+    out.loss.backward()
+    assert hidden.grad is not None and bool((hidden.grad[2, :4] == 0).all()) and bool((hidden.grad[1] != 0).any())
+    assert float(out.weight[2]) == 0.0 and bool(out.loss.isfinite())
+    with pytest.raises(ValueError, match=r"NaN or \+inf at \(sequence 2, position 4\)"):
+        out.check()
+
+
+@pytest.mark.parametrize("starts", [[0, 9, 3, 20], [1, 7, 14, 20], [0, 7, 14, 21]])
+def test_cu_seqlens_out_of_order_are_said_at_once_where_the_host_reads_them(starts: list[int]) -> None:
+    call = {"hidden": torch.randn(20, 8, device=device()), "weight": torch.randn(37, 8, device=device()),
+            "tokens": good()["tokens"].flatten(), "cu_seqlens": torch.tensor(starts, device=device())}  # fmt: skip
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to N = 20"):
+        dmfast.linear_sequence_log_prob(**call)
+
+
+def test_logits_that_were_overwritten_are_changed_also_where_the_call_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DMFAST_SYNC_CHECKS", "1")
+    call = good()
+    call["logits"][2, 1, 3] = NAN
+    leaf = call.pop("logits").requires_grad_()
+    z = leaf * 1.0
+    other = z.square().sum()  # keeps z for its backward
+    with pytest.raises(ValueError, match="sequence 2, position 1"):
+        dmfast.dm_loss(z, **call, objective="dpg", inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+def test_the_loss_is_summed_in_sequence_order() -> None:
+    n = 300
+    terms = {name: torch.randn(n).double().to(device()) for name in ("log_target", "log_proposal")}
+    call = {"logits": torch.randn(n, 1, 3, device=device()), "tokens": torch.zeros(n, 1).long().to(device()), **terms}
+    losses = dmfast.dm_loss(**call, log_z=0.0, objective="dpg", reduction="none").loss
+    wanted = 0.0
+    for loss in losses.tolist():
+        wanted += loss
+    assert float(dmfast.dm_loss(**call, log_z=0.0, objective="dpg", reduction="sum").loss) == wanted
+    assert wanted != math.fsum(losses.tolist())  # so that the order shows
+
+
+host_only = pytest.mark.skipif(native._CUDA_DEVICE != "cpu", reason="only the host build can be told what fails")
+
+
+@pytest.fixture
+def ask_again() -> Iterator[None]:
+    native._why_not_on.cache_clear()
+    yield
+    native._why_not_on.cache_clear()
+
+
+@host_only
+@pytest.mark.parametrize(
+    ("fail", "driver", "message"),
+    [
+        ("cudaGetDeviceCount:100", "13000", "^compiled, no device$"),
+        ("cudaGetDeviceCount:35", "0", "^compiled, no device: there is no NVIDIA driver"),
+        ("cudaGetDeviceCount:35", "12040", r"^compiled for CUDA 13.0, but the NVIDIA driver is for CUDA 12.4 at most;"),
+        ("cudaGetDeviceCount:999", "13000", "^compiled, but CUDA says: error 999"),
+        ("cudaFuncGetAttributes:209", "13000", r"device 0 \(sm_75\) can run: error 209.*DMFAST_CUDA_ARCHS=75"),
+    ],
+)
+def test_why_a_device_has_no_kernels(
+    fail: str, driver: str, message: str, monkeypatch: pytest.MonkeyPatch, ask_again: None
+) -> None:
+    monkeypatch.setenv("SHIM_FAIL", fail)
+    monkeypatch.setenv("SHIM_DRIVER", driver)
+    monkeypatch.setattr(kernels, "_warned", set())
+    info = dmfast.backends()["cuda"]
+    assert not info.available and not info.in_use and re.search(message, info.detail)
+    with pytest.warns(UserWarning, match="slow eager backend"):
+        out = dmfast.dm_loss(**good())
+    monkeypatch.delenv("SHIM_FAIL")
+    assert dmfast.dm_loss(**good()).loss == out.loss  # still eager, without asking again
+    native._why_not_on.cache_clear()
+    torch.testing.assert_close(dmfast.dm_loss(**good()).loss, out.loss)  # and no error is left behind
+
+
+@host_only
+def test_an_error_is_not_kept_for_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHIM_FAIL", "cudaFuncSetAttribute:1")
+    with pytest.raises(RuntimeError, match="CUDA: error 1 of the shim"):
+        dmfast.dm_loss(**{**good(), "logits": good()["logits"].requires_grad_()}, objective="dpg")
+    monkeypatch.delenv("SHIM_FAIL")
+    dmfast.dm_loss(**good())
+
+
+@host_only
+def test_the_shared_memory_of_a_kernel_is_one_constant() -> None:
+    """The shim refuses another value: one thread may set it between another one's setting and its launch."""
+    for v in (1000, 20, 3000):
+        call = good(v)
+        call["logits"].requires_grad_()
+        dmfast.dm_loss(**call, objective="dpg").loss.backward()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -462,3 +463,19 @@ def test_wrong_arguments(changes: dict[str, object], error: type[Exception], mat
     a = {"hidden": torch.zeros(2, 3, 8), "weight": torch.zeros(5, 8), "tokens": torch.zeros(2, 3, dtype=torch.int64)}
     with pytest.raises(error, match=match):
         dmfast.linear_sequence_log_prob(**{**a, **changes})
+
+
+def test_how_many_rows_the_buffer_holds() -> None:
+    def rows(v: int, device: str, chunk_bytes: int | None) -> int:
+        logits = SimpleNamespace(shape=(1, 1, v), itemsize=2, device=torch.device(device))
+        return linear.chunk_rows(SimpleNamespace(logits=logits, vocab=v), chunk_bytes)  # type: ignore[arg-type]
+
+    assert rows(50257, "cpu", None) == 1335 and rows(50257, "cuda", None) == 4096
+    assert rows(1000, "cpu", None) == rows(1000, "cuda", None) == 67108
+    assert rows(50257, "cuda", 50257 * 2 * 7) == 7 and rows(50257, "cpu", 1) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_chunks_are_not_rounded_before_they_are_added(dtype: torch.dtype) -> None:
+    a, b = torch.randn(7, 300).to(dtype), torch.randn(300, 5).to(dtype)
+    torch.testing.assert_close(linear.product(a, b).double(), a.double() @ b.double(), rtol=0, atol=1e-4)

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -206,6 +207,25 @@ def test_sequences_of_known_weight_0_get_no_forward(tmp_path, per_device, accumu
                 assert mine[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
         if "js_policy" in other:
             assert math.isnan(mine["js_policy"]) and not math.isnan(other["js_policy"])
+
+
+def test_what_a_device_has_recorded_is_raised_before_the_step_counts(tmp_path, monkeypatch):
+    """Of any microbatch, also where sequences of known weight 0 are left out."""
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    trainer = job(tmp_path, max_steps=2, skip_zero_weight=True, **SKIP, **cut)
+    outputs, loss = [], LanguageModel.loss
+
+    def recorded():
+        raise ValueError("NaN at (sequence 1, position 2)")
+
+    def recording(self, *args, **kwargs):
+        outputs.append(replace(loss(self, *args, **kwargs), _recorded=(recorded,) if len(outputs) == 6 else ()))
+        return outputs[-1]
+
+    monkeypatch.setattr(LanguageModel, "loss", recording)
+    with pytest.raises(ValueError, match=r"NaN at \(sequence 1, position 2\)"):
+        trainer.train()
+    assert len(outputs) == 8 and trainer._running.steps == 1 and len(trainer._estimates) == 1
 
 
 def test_a_step_of_known_weight_0_is_one_sequence_s_forward_and_no_gradient(tmp_path):

@@ -10,28 +10,47 @@
 #define DMF_SHARED(Type, name) __shared__ Type name
 #define DMF_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
 namespace dmf::cuda {
 
 inline void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // which keeps it, for whoever asks next
+  throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// Makes a device the current one for a scope.
+// The shared memory that one block may have.
+inline int shared_limit(int device) {
+  int limit = 0;
+  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return limit;
+}
+
+// Lets a kernel have that many bytes of dynamic shared memory. To be the same at every call: between this and its
+// launch another thread may set it again.
+template <class Kernel>
+void allow_shared(Kernel kernel, int64_t bytes) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
+// Makes a device the current one for a scope. cudaSetDevice makes a context where there is none: only where it must.
 class OnDevice {
  public:
-  explicit OnDevice(int device) {
+  explicit OnDevice(int device) : device_(device) {
     check(cudaGetDevice(&before_));
-    if (device != before_) check(cudaSetDevice(device));
+    if (device_ != before_) check(cudaSetDevice(device_));
   }
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (device_ != before_) cudaSetDevice(before_);
+  }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
  private:
-  int before_ = 0;
+  int device_, before_ = 0;
 };
 
 }  // namespace dmf::cuda

@@ -10,6 +10,7 @@
 // fixed order; the last of all sequences adds up the loss. So there is no atomic on a float, and the result does not
 // depend on who is last. Each sequence has a block of its own besides its rows, so that one without rows ends too.
 #include <climits>
+#include <string>
 
 #include "loss.h"
 #include "plan.h"
@@ -22,14 +23,17 @@ enum class Pass { score, kept, reread };  // kept, reread: with the gradient; ho
 
 constexpr long long kNone = LLONG_MAX;
 constexpr int64_t kIgnore = -100;
+constexpr int kLosses = 128;  // that wait in shared memory to be added up
 
 struct Shared {
   Lanes<float> top;
-  Lanes<Sums> sums, sequence, total;
-  Lanes<long long> fault, first;
+  Lanes<Sums> sums, sequence;
+  Lanes<long long> fault, first, clipped;
+  double losses[kLosses];
   double lse, coefficient, at_label;
   bool last;
 };
+static_assert(sizeof(Shared) <= kStaticShared, "plan.h leaves it that much");
 
 struct Scratch {
   double *log_prob, *entropy;    // (rows)
@@ -114,20 +118,27 @@ __device__ void finish_sequence(const Batch& b, const Terms& t, const Outputs& o
 
 __device__ void finish_loss(const Batch& b, const Terms& t, const Outputs& out, const Scratch& scratch, int64_t* status,
                             Shared& shared) {
-  Sums sums{0, 0, 0};
-  long long fault = kNone;
+  long long fault = kNone, clipped = 0;
   for (int64_t i = threadIdx.x; i < b.sequences; i += blockDim.x) {
-    if (t.objective.kind != Kind::none) sums.a += out.loss[i];
-    sums.b += static_cast<double>(scratch.n_clipped[i]);
+    clipped += scratch.n_clipped[i];
     fault = min(fault, scratch.fault[i]);
   }
-  sums = block_sum(sums, shared.total);
   fault = block_min(fault, shared.first);
-  if (threadIdx.x != 0) return;
-  *status = fault == kNone ? -1 : fault;
+  clipped = block_sum(clipped, shared.clipped);
+  if (threadIdx.x == 0) *status = fault == kNone ? -1 : fault;
   if (t.objective.kind == Kind::none) return;
-  *out.total = sums.a / out.divide_by;
-  *out.clipped = static_cast<int64_t>(sums.b);
+  double total = 0;  // in sequence order, as on the CPU
+  for (int64_t first = 0; first < b.sequences; first += kLosses) {
+    const int n = static_cast<int>(min(b.sequences - first, int64_t{kLosses}));
+    for (int i = threadIdx.x; i < n; i += blockDim.x) shared.losses[i] = out.loss[first + i];
+    __syncthreads();
+    if (threadIdx.x == 0)
+      for (int i = 0; i < n; ++i) total += shared.losses[i];
+    __syncthreads();  // they are read before the next ones come
+  }
+  if (threadIdx.x != 0) return;
+  *out.total = total / out.divide_by;
+  *out.clipped = clipped;
 }
 
 // dz = p * scale of the row, apart from the label's column, whose value is at_label.
@@ -200,7 +211,7 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, co
   const Cut cut = kKnown ? cut_rows(z, static_cast<const T*>(dz), vocab) : cut_row(z, vocab);
   // the row's packs lie aligned in shared memory too
   T* kept = reinterpret_cast<T*>(memory) + (kWidth<T> - cut.head % kWidth<T>) % kWidth<T>;
-  const float at_label = to_float(z[label]);
+  const float at_label = threadIdx.x == 0 ? to_float(z[label]) : 0.0f;  // read before dz, which may be z, is written
 
   PartialSum<Cap, Entropy> sum(o);
   for_row<T>(cut, FromRow<T>{z}, [&](int i, const auto& pack) {
@@ -320,8 +331,7 @@ template <class T, bool Cap, bool Entropy, Pass P>
 void launch_score(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
                   const Workspace& w, const Plan& plan) {
   const auto kernel = score_rows<T, Cap, Entropy, P>;
-  if (plan.shared > 0)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared)));
+  if (plan.shared > 0) allow_shared(kernel, shared_for_row(shared_limit(w.device)));
   DMF_LAUNCH(kernel, grid(b, b.rows + b.sequences + 1), plan.threads, static_cast<size_t>(plan.shared),
              static_cast<cudaStream_t>(w.stream), b, t, out, factor, g, w);
   check(cudaGetLastError());
@@ -334,9 +344,7 @@ void launch_pass(bool known, const Batch& b, const Terms& t, const Outputs& out,
     launch_score<T, Cap, Entropy, Pass::score>(b, t, out, factor, g, w, plan_once(b.options.vocab, sizeof(T)));
     return;
   }
-  int limit = 0;
-  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, w.device));
-  const Plan plan = plan_known(b.options.vocab, sizeof(T), limit);
+  const Plan plan = plan_known(b.options.vocab, sizeof(T), shared_limit(w.device));
   const auto launch =
       plan.kept ? launch_score<T, Cap, Entropy, Pass::kept> : launch_score<T, Cap, Entropy, Pass::reread>;
   launch(b, t, out, factor, g, w, plan);
@@ -390,9 +398,38 @@ void scale(const Batch& b, double factor, const double* upstream, const Gradient
   check(cudaGetLastError());
 }
 
-int device_count() {
-  int count = 0;
-  return cudaGetDeviceCount(&count) == cudaSuccess ? count : (cudaGetLastError(), 0);
+namespace {
+
+std::string version(int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); }
+
+}  // namespace
+
+std::string why_not(int device) {
+  int count = 0, driver = 0, runtime = 0;
+  const cudaError_t found = cudaGetDeviceCount(&count);
+  if (found != cudaSuccess) {
+    cudaGetLastError();
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    if (found == cudaErrorNoDevice) return "compiled, no device";
+    if (found != cudaErrorInsufficientDriver)
+      return std::string("compiled, but CUDA says: ") + cudaGetErrorString(found);
+    if (driver == 0) return "compiled, no device: there is no NVIDIA driver";
+    return "compiled for CUDA " + version(runtime) + ", but the NVIDIA driver is for CUDA " + version(driver) +
+           " at most; update the driver, or reinstall with an older nvcc";
+  }
+  if (device >= count) return "compiled, no device " + std::to_string(device);
+  const OnDevice guard(device);
+  cudaFuncAttributes attributes;
+  const cudaError_t loaded = cudaFuncGetAttributes(&attributes, scale_rows<float>);
+  if (loaded == cudaSuccess) return "";
+  cudaGetLastError();
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  const std::string arch = std::to_string(major) + std::to_string(minor);
+  return "compiled, but nothing that device " + std::to_string(device) + " (sm_" + arch +
+         ") can run: " + cudaGetErrorString(loaded) + "; reinstall with DMFAST_CUDA_ARCHS=" + arch;
 }
 
 }  // namespace dmf::cuda

@@ -2,6 +2,7 @@
 // allocates, waits or reads what a device holds; a launch that fails throws.
 #pragma once
 #include <cstdint>
+#include <string>
 
 #include "../sample.h"
 
@@ -37,7 +38,7 @@ void scale(const Batch&, double factor, const double* upstream, const Gradient&,
 // As dmf::sample of csrc/cpu. A row that is no distribution gets token 0 and log_prob NaN; status: the first one.
 void sample(const SampleRows&, int64_t* tokens, double* log_prob, const Workspace&);
 
-// Number of devices, 0 where there is no driver.
-int device_count();
+// Why the kernels can't run on a device, or nothing. Makes a context on it.
+std::string why_not(int device);
 
 }  // namespace dmf::cuda

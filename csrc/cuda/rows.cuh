@@ -263,6 +263,9 @@ __device__ inline float block_max(float x, Lanes<float>& lanes) {
 __device__ inline Sums block_sum(Sums x, Lanes<Sums>& lanes) {
   return reduce(x, Sums{0, 0, 0}, lanes, [](Sums p, Sums q) { return Sums{p.a + q.a, p.b + q.b, p.c + q.c}; });
 }
+__device__ inline long long block_sum(long long x, Lanes<long long>& lanes) {
+  return reduce(x, 0LL, lanes, [](long long p, long long q) { return p + q; });
+}
 __device__ inline long long block_min(long long x, Lanes<long long>& lanes) {
   return reduce(x, INT64_MAX + 0LL, lanes, [](long long p, long long q) { return p < q ? p : q; });
 }

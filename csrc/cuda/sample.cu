@@ -1,7 +1,7 @@
 // sample_rows fuses scaling, softcap, softmax, the draw and its log-probability. It reads every logit once (16 bytes
 // twice where a row and its tiles of 512 are not aligned) and writes nothing per logit: less is impossible, since each
-// counts in the sum. The sums of the tiles wait in shared memory; a uniform number picks a tile from them and a token
-// in it, whose terms are formed again.
+// counts in the sum. The sums of the tiles wait in shared memory; a uniform number picks a tile from them, which is
+// read a second time for its terms, and a token in it.
 //
 // A block has one row, a warp a tile. A tile passes through shared memory, so that which thread adds up which logits
 // does not depend on the row's address: the draw and its log-probability are functions of the logits alone. A token of
@@ -17,6 +17,7 @@ namespace dmf::cuda {
 namespace {
 
 constexpr int kTile = 512, kWarps = 8;
+constexpr int64_t kUnasked = 48 << 10;  // shared memory that a block has on every device
 
 struct TileSum {
   double sum;
@@ -81,10 +82,11 @@ __global__ void __launch_bounds__(kWarps * 32)
   highest = block_max(highest, shared.top);
   Exponent<Cap> exponent(o);
   exponent.set(highest);
-  const auto weight = [&](int k) {  // NaN stays
-    return sums[k].sum == 0.0 ? 0.0 : sums[k].sum * exp(static_cast<double>(exponent(sums[k].reference)));
-  };
+  for (int k = threadIdx.x; k < tiles; k += blockDim.x)
+    if (sums[k].sum != 0.0) sums[k].sum *= exp(static_cast<double>(exponent(sums[k].reference)));  // NaN stays
+  __syncthreads();
   if (threadIdx.x == 0) {
+    const auto weight = [&](int k) { return sums[k].sum; };
     double total = 0;
     for (int k = 0; k < tiles; ++k) total += weight(k);
     const auto id = static_cast<uint64_t>(s.row_ids ? s.row_ids[row] : row);
@@ -120,9 +122,13 @@ __global__ void __launch_bounds__(kWarps * 32)
 template <class T>
 void launch(const SampleRows& s, int64_t* tokens, double* log_prob, const Workspace& w) {
   const int64_t shared = (s.options.vocab + kTile - 1) / kTile * static_cast<int64_t>(sizeof(TileSum));
-  if (s.rows > INT_MAX || s.options.vocab > INT_MAX - 2 * kTile) throw std::runtime_error("too many or too long rows");
   const auto kernel = s.options.softcap > 0 ? sample_rows<T, true> : sample_rows<T, false>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  if (s.rows > INT_MAX) throw std::runtime_error("too many rows");
+  if (shared + int64_t{sizeof(Shared<T>)} > kUnasked) {
+    const int64_t available = shared_limit(w.device) - int64_t{sizeof(Shared<T>)};
+    if (shared > available) throw std::runtime_error("too long rows");
+    allow_shared(kernel, available);
+  }
   DMF_LAUNCH(kernel, static_cast<unsigned>(s.rows), kWarps * 32, static_cast<size_t>(shared),
              static_cast<cudaStream_t>(w.stream), s, tokens, log_prob, w.counters,
              reinterpret_cast<long long*>(w.status));

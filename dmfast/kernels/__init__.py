@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from . import native
@@ -36,7 +37,7 @@ def backends() -> dict[str, BackendInfo]:
     """Every backend of dmfast, whether it is in use here and if not why."""
     missing = native.why_unavailable()
     use_cpu = missing is None and _forced in (None, "cpu")
-    no_cuda = native.why_not_cuda()
+    no_cuda = native.why_not_cuda(torch.cuda.current_device() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]
     use_cuda = no_cuda is None and _forced in (None, "cuda")
     detail = missing or (
         f"fp32, bf16 and fp16 logits on the CPU; instruction set {native.instruction_set()}. Under torch.compile a "
@@ -86,7 +87,7 @@ def _compiled_for(logits: Tensor) -> str:
 
 def _why_not(name: str, fitting: str, logits: Tensor) -> str | None:
     """Why ``name`` can't take these logits, for whose device ``fitting`` is the compiled backend; None: it can."""
-    missing = native.why_unavailable() if name == "cpu" else native.why_not_cuda()
+    missing = native.why_unavailable() if name == "cpu" else native.why_not_cuda(logits.device.index or 0)
     if missing is not None:
         return missing if logits.device.type == "cpu" else f"logits are on {logits.device}; {missing}"
     if name != fitting or (name == "cpu" and logits.device.type != "cpu"):

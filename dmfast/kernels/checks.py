@@ -130,7 +130,7 @@ def make_objective(objective: str | Objective | Callable[[Terms], Tensor]) -> Ob
 
 def make_linear_batch(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, mask: Tensor | None,
-    cu_seqlens: Tensor | None, temperature: float, softcap: float | None, chunk_bytes: int,
+    cu_seqlens: Tensor | None, temperature: float, softcap: float | None, chunk_bytes: int | None,
 ) -> Batch:  # fmt: skip
     """``make_batch`` for hidden states and a head. The logits of the batch are a stand-in for those to come.
 
@@ -162,7 +162,7 @@ def make_linear_batch(
                 f"{name} must be {shape} with hidden's D = {hidden.shape[-1]}, got {describe(x)}; weight is what "
                 "nn.Linear(D, V) holds"
             )
-    if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
+    if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
         raise ValueError(f"chunk_bytes must be a positive integer, got {chunk_bytes!r}")
     v = weight.shape[0]
     logits = hidden.detach().new_empty(v).as_strided((*hidden.shape[:-1], v), (*[0] * (dims - 1), 1))
@@ -348,20 +348,29 @@ def place(batch: Batch, row: int) -> str:
     return f"(sequence {sequence}, position {row - starts[sequence]}; packed row {row})"
 
 
+def check_cu_seqlens(batch: Batch) -> None:
+    """Where sequences start, by value.
+
+    Raises:
+        ValueError: they are out of order.
+    """
+    if batch.cu_seqlens is None:
+        return
+    starts, n = batch.cu_seqlens.cpu(), batch.n_rows
+    if int(starts[0]) != 0 or int(starts[-1]) != n or bool((starts.diff() < 0).any()):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to N = {n}, the number of packed rows; got {starts[:8].tolist()}"
+            f"{'...' if starts.shape[0] > 8 else ''} ending at {int(starts[-1])}"
+        )
+
+
 def check_rows(batch: Batch) -> None:
     """Token ids and cu_seqlens, by value.
 
     Raises:
         ValueError: with the first place.
     """
-    if batch.cu_seqlens is not None:
-        starts = batch.cu_seqlens
-        n = batch.logits.shape[0]
-        if int(starts[0]) != 0 or int(starts[-1]) != n or bool((starts.diff() < 0).any()):
-            raise ValueError(
-                f"cu_seqlens must rise from 0 to N = {n}, the number of packed rows; got {starts[:8].tolist()}"
-                f"{'...' if starts.shape[0] > 8 else ''} ending at {int(starts[-1])}"
-            )
+    check_cu_seqlens(batch)
     if batch.n_rows == 0:
         return
     low, high = torch.aminmax(batch.labels)

@@ -7,13 +7,19 @@ from typing import cast
 from torch import Tensor
 
 from ..objectives import Terms
-from . import ops
+from . import cuda, native, ops
 from .batch import Batch, Draws, Scores
 from .result import reduce
 
 
 def _rows(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, float, float]:
     return batch.logits, batch.labels, batch.cu_seqlens, batch.scale, batch.softcap
+
+
+def _recorded(batch: Batch, terms: Terms | None, log_prob: Tensor, status: Tensor) -> tuple[cuda.Recorded, ...]:
+    if not native.on_cuda(batch.logits):
+        return ()
+    return (cuda.row_faults(batch, terms, log_prob.detach(), status),)
 
 
 def check_weights(weight: Tensor) -> Tensor:
@@ -24,8 +30,8 @@ def check_weights(weight: Tensor) -> Tensor:
 def score(batch: Batch, entropy: bool, inplace: bool) -> Scores:
     """log_prob (B), differentiable."""
     call = ops._ScoreInPlace.apply if inplace else ops.score
-    log_prob, lse, h = call(*_rows(batch), entropy)  # type: ignore[no-untyped-call]
-    return Scores(lse, log_prob, h if entropy else None)
+    log_prob, lse, status, h = call(*_rows(batch), entropy)  # type: ignore[no-untyped-call]
+    return Scores(lse, log_prob, h if entropy else None, recorded=_recorded(batch, None, log_prob, status))
 
 
 def sample(draws: Draws) -> tuple[Tensor, Tensor]:
@@ -46,6 +52,8 @@ def dm_loss(
         *results, _ = ops.score_and_grad(*_rows(batch), entropy, *flat, expected, divide_by)
     else:
         results = list(ops.score_and_weigh(*_rows(batch), entropy, *flat))
-    lse, log_prob, log_ratio, log_target_ratio, weight, loss, n_clipped, h = results
-    scores = Scores(lse, log_prob, h if entropy else None, log_ratio, log_target_ratio, weight, loss, None, n_clipped)
+    lse, log_prob, log_ratio, log_target_ratio, weight, loss, n_clipped, status, h = results
+    recorded = _recorded(batch, terms, log_prob, status)
+    scores = Scores(lse, log_prob, h if entropy else None, log_ratio, log_target_ratio, weight, loss, None, n_clipped,
+                    recorded)  # fmt: skip
     return loss if expected is not None else reduce(loss, reduction, divide_by), scores

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -16,13 +17,11 @@ from torch import Tensor
 from .. import objectives
 from ..objectives import Terms
 from . import checks
-from .batch import Batch, Draws, Scores
+from .batch import Batch, Draws
 
 Recorded: TypeAlias = Callable[[], object]  # reads what a device has recorded, and raises it
 _BAD_ROW, _BAD_LABEL = 1, 2  # as csrc/batch.h numbers faults; the others say which check to ask
 _WEIGHT_PLACE = 1 << 59  # csrc/cuda/loss.h
-# Zero between calls. One for each stream, since kernels of two streams may run at the same time.
-_counters: dict[tuple[int, int], Tensor] = {}
 
 
 def synchronous() -> bool:
@@ -54,19 +53,18 @@ class Workspace(NamedTuple):
 
 
 def make_workspace(x: Tensor, n_values: int, n_counters: int) -> Workspace:
-    """Memory on the device of x, for its current stream."""
-    device, stream = stream_of(x)
+    """Memory on the device of x, for its current stream.
+
+    Counters too are new at every call, for a memset of a few KB: kept ones would be shared by streams, by graphs that
+    may be replayed on any, and with torch.compile's pools of memory, which take back what they gave.
+    """
     like: dict[str, Any] = {"device": x.device}
-    status = torch.empty((), dtype=torch.int64, **like)
-    values = torch.empty(n_values, dtype=torch.float64, **like)
-    if x.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
-        # a graph may be replayed on any stream: its counters are its own
-        return Workspace(device, stream, values, torch.zeros(n_counters, dtype=torch.int32, **like), status)
-    counters = _counters.get((device, stream))
-    if counters is None or counters.shape[0] < n_counters:
-        counters = torch.zeros(max(n_counters, 1024), dtype=torch.int32, **like)
-        _counters[device, stream] = counters
-    return Workspace(device, stream, values, counters, status)
+    return Workspace(
+        *stream_of(x),
+        torch.empty(n_values, dtype=torch.float64, **like),
+        torch.zeros(n_counters, dtype=torch.int32, **like),
+        torch.empty((), dtype=torch.int64, **like),
+    )
 
 
 def with_order(batch: Batch) -> Batch:
@@ -85,12 +83,19 @@ def with_order(batch: Batch) -> Batch:
     )
 
 
-def recorded(batch: Batch, terms: Terms | None, scores: Scores, status: Tensor) -> Recorded:
-    """Raises the first fault of a call as the CPU would have, once the host may wait. Does not keep the logits."""
-    batch = batch._replace(logits=torch.empty_like(batch.logits, device="meta"))
+@dataclass(frozen=True, eq=False)
+class RowFaults:
+    """Raises the first fault of a call as the CPU would have, once the host may wait. Not a closure, so that a graph of
+    torch.compile can give it back."""
 
-    def check() -> None:
-        code = int(status)
+    batch: Batch  # without its logits
+    terms: Terms | None
+    log_prob: Tensor
+    status: Tensor  # 0-d int64, -1: none
+
+    def __call__(self) -> None:
+        """Reads on the host."""
+        batch, terms, code = self.batch, self.terms, int(self.status)
         if code < 0:
             return
         place, fault = divmod(code, 8)
@@ -102,22 +107,37 @@ def recorded(batch: Batch, terms: Terms | None, scores: Scores, status: Tensor) 
         assert terms is not None
         first = batch.part_of.first_sequence if batch.part_of is not None else 0
         checks.check_terms(terms, first)
-        made = objectives.weigh(terms.with_log_prob(scores.log_prob))  # what scores.weight has 0 for
+        made = objectives.weigh(terms.with_log_prob(self.log_prob))  # what scores.weight has 0 for
         checks.check_weights(objectives.clip(made, terms.max_weight)[0], first)
         raise RuntimeError(f"dmfast: the device refused an input or the weight of sequence {place - _WEIGHT_PLACE}")
 
-    return check
+
+def row_faults(batch: Batch, terms: Terms | None, log_prob: Tensor, status: Tensor) -> RowFaults:
+    """Does not keep the logits."""
+    return RowFaults(batch._replace(logits=batch.logits.new_empty(0, batch.vocab)), terms, log_prob, status)
 
 
-def recorded_draw(draws: Draws, status: Tensor) -> Recorded:
-    """Raises the first row that was no distribution."""
-    draws = draws._replace(logits=draws.logits[:0])
+@dataclass(frozen=True, eq=False)
+class WeightFaults:
+    """Raises what the rows, the inputs or the weights that torch made of them are at fault for."""
 
-    def check() -> None:
-        if int(status) >= 0:
-            checks.raise_bad_draw(draws, int(status))
+    rows: tuple[Recorded, ...]
+    terms: Terms
+    weight: Tensor  # (B,) as made
+    first_sequence: int
 
-    return check
+    def __call__(self) -> None:
+        """Reads on the host."""
+        for rows in self.rows:
+            rows()
+        checks.check_terms(self.terms, self.first_sequence)
+        checks.check_weights(self.weight, self.first_sequence)
+
+
+def settle_draws(draws: Draws, status: Tensor) -> None:
+    """Raises the first row that was no distribution, if the host is to wait for it."""
+    if synchronous() and int(status) >= 0:
+        checks.raise_bad_draw(draws, int(status))
 
 
 def settle(check: Recorded) -> tuple[Recorded, ...]:
@@ -128,6 +148,6 @@ def settle(check: Recorded) -> tuple[Recorded, ...]:
     return ()
 
 
-def usable(weight: Tensor) -> Tensor:
-    """Weights (B) made by torch, 0 where fp32 can't hold them."""
-    return torch.where(weight.abs() <= torch.finfo(torch.float32).max, weight, 0.0)
+def usable(weight: Tensor, log_prob: Tensor) -> Tensor:
+    """Weights (B) made by torch, 0 where fp32 can't hold them and in sequences with a fault, whose log_prob is NaN."""
+    return torch.where((weight.abs() <= torch.finfo(torch.float32).max) & ~log_prob.isnan(), weight, 0.0)

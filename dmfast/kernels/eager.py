@@ -166,7 +166,7 @@ def linear_dm_loss(
     mask: Tensor | None = None,
     *,
     bias: Tensor | None = None,
-    chunk_bytes: int = 1,
+    chunk_bytes: int | None = None,
     **options: Any,
 ) -> DMLossOutput:
     """``dmfast.linear_dm_loss`` in plain torch, all logits at once. ``chunk_bytes`` makes no difference."""
@@ -180,7 +180,7 @@ def linear_sequence_log_prob(
     mask: Tensor | None = None,
     *,
     bias: Tensor | None = None,
-    chunk_bytes: int = 1,
+    chunk_bytes: int | None = None,
     **options: Any,
 ) -> Tensor:
     """``dmfast.linear_sequence_log_prob`` in plain torch. ``chunk_bytes`` makes no difference."""

@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from ..objectives import Terms
-from . import checks, cuda, native
+from . import checks, native
 from .autograd import apply, once
 from .batch import Batch, Part, Scores
+
+_CHUNK_BYTES, _GPU_ROWS = 2**27, 4096
+_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")
 
 
 class Job(NamedTuple):
@@ -54,7 +57,16 @@ class Job(NamedTuple):
                      Part(self.whole, rows, i))  # fmt: skip
 
 
-def make_job(whole: Batch, chunk_bytes: int) -> Job:
+def chunk_rows(batch: Batch, chunk_bytes: int | None) -> int:
+    """How many rows of logits the buffer holds: what was asked for; by default what adding to dW once a buffer is cheap
+    beside. On a GPU, whose products outrun its memory, that takes more rows."""
+    row = batch.vocab * batch.logits.itemsize
+    if chunk_bytes is not None:
+        return max(chunk_bytes // row, 1)
+    return max(_CHUNK_BYTES // row, _GPU_ROWS if batch.logits.device.type == "cuda" else 1)
+
+
+def make_job(whole: Batch, chunk_bytes: int | None) -> Job:
     """Packs out the rows that are not scored."""
     scored = whole.labels != checks.IGNORE
     before = torch.cat([scored.new_zeros(1, dtype=torch.int64), scored.cumsum(0)])
@@ -64,9 +76,15 @@ def make_job(whole: Batch, chunk_bytes: int) -> Job:
     rows = None if bool(scored.all()) else scored.nonzero()[:, 0]
     labels = whole.labels if rows is None else whole.labels[rows]
     starts = before[firsts]
-    return Job(
-        whole, rows, labels, starts, starts.tolist(), max(chunk_bytes // (whole.vocab * whole.logits.itemsize), 1)
-    )
+    return Job(whole, rows, labels, starts, starts.tolist(), chunk_rows(whole, chunk_bytes))
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32, never rounded to less. Where torch's product has no ``out_dtype`` (it has it for CUDA) the
+    operands are widened first: a copy of the chunk, no larger than twice the buffer."""
+    if a.dtype != torch.float32 and a.device.type == "cuda" and torch.version.hip is None and _HAS_OUT_DTYPE:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
 
 
 class _Products:
@@ -105,11 +123,11 @@ class _Products:
                 self.d_hidden.index_copy_(0, rows[first:last], dz @ self.weight)
         if self.wants_weight:
             if self.d_weight is None:
-                self.d_weight = torch.mm(dz.t(), h).float()
+                self.d_weight = product(dz.t(), h)
             elif h.dtype == torch.float32:
                 self.d_weight.addmm_(dz.t(), h)
             else:
-                self.d_weight.add_(dz.t() @ h)
+                self.d_weight.add_(product(dz.t(), h))
         if self.d_bias is not None:
             self.d_bias.add_(dz.sum(0, dtype=torch.float32))
 
@@ -251,11 +269,11 @@ def _result(scores: Scores, reduction: str) -> Tensor:
 
 def run(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, whole: Batch, terms: Terms | None, reduction: str,
-    divide_by: float, entropy: bool, expected: float | None, chunk_bytes: int,
+    divide_by: float, entropy: bool, expected: float | None, chunk_bytes: int | None,
 ) -> tuple[Tensor, Scores]:  # fmt: skip
     """The loss, or log pi (B) where ``terms`` is None, with its gradient where one is wanted; and the scores."""
     if native.on_cuda(whole.logits):
-        whole = cuda.with_order(whole)
+        checks.check_cu_seqlens(whole)  # the host has to wait for them anyway, to cut rows into chunks
     else:
         checks.check_rows(whole)
         if terms is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from types import ModuleType
 from typing import TypeAlias
 
@@ -55,8 +56,9 @@ def on_cuda(x: Tensor) -> bool:
     return x.device.type == _CUDA_DEVICE
 
 
-def why_not_cuda() -> str | None:
-    """None where the CUDA kernels can run, else the reason that they can't."""
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def why_not_cuda(device: int = 0) -> str | None:
+    """None where the CUDA kernels can run on that device, else the reason that they can't."""
     if _C is None:
         return why_unavailable()
     if not hasattr(_C, "cuda"):
@@ -64,7 +66,14 @@ def why_not_cuda() -> str | None:
             "dmfast was installed without its CUDA kernels (no nvcc at install time, or DMFAST_BUILD=cpu); reinstall "
             "with DMFAST_BUILD=cuda"
         )
-    return None if _C.cuda.device_count() else "compiled, no device"
+    return _why_not_on(device)
+
+
+@cache
+def _why_not_on(device: int) -> str | None:
+    """Known once: it is asked at every call."""
+    assert _C is not None
+    return _C.cuda.why_not(device) or None
 
 
 def _pointer(x: Tensor | None) -> int:
@@ -134,14 +143,17 @@ def _run(call: Callable[[bool], Status], batch: Batch, terms: Terms | None, scor
         checks.raise_weight(at, scores.weight, batch.part_of.first_sequence if batch.part_of else 0)
 
 
-def _queue(name: str, batch: Batch, terms: Terms | None, entropy: bool, divide_by: float, *gradient: float) -> Scores:
+def _queue(name: str, batch: Batch, terms: Terms | None, entropy: bool, divide_by: float, *gradient: float,
+           overwrites: Tensor | None = None) -> Scores:  # fmt: skip
     """Calls a kernel on a CUDA device, which answers later."""
     assert _C is not None
     given, batch = batch, cuda.with_order(batch)
     scores, outputs = _outputs(batch, terms, entropy, divide_by)
     work = cuda.make_workspace(batch.logits, 2 * (batch.n_rows + batch.n_sequences), batch.n_sequences + 1)
     getattr(_C.cuda, name)(_batch(batch), _terms(terms), outputs, *gradient, _C.cuda.Workspace(*work.arguments))
-    return scores._replace(recorded=cuda.settle(cuda.recorded(given, terms, scores, work.status)))
+    if overwrites is not None:
+        increment_version(overwrites)
+    return scores._replace(recorded=cuda.settle(cuda.row_faults(given, terms, scores.log_prob, work.status)))
 
 
 def forward(batch: Batch, terms: Terms | None, entropy: bool, divide_by: float = 1.0) -> Scores:
@@ -202,10 +214,8 @@ def forward_backward(
     dz = _empty_gradient(batch, inplace)
     gradient = (expected / divide_by, dz.data_ptr(), *_strides(dz, batch))
     if on_cuda(dz):
-        scores = _queue("forward_backward", batch, terms, entropy, divide_by, *gradient)
-        if inplace:
-            increment_version(batch.logits)
-        return scores, dz
+        overwrites = batch.logits if inplace else None
+        return _queue("forward_backward", batch, terms, entropy, divide_by, *gradient, overwrites=overwrites), dz
     kernel = _C.forward_backward
     scores, outputs = _outputs(batch, terms, entropy, divide_by)
     c_batch, c_terms = _batch(batch), _terms(terms)
@@ -266,7 +276,7 @@ def sample(draws: Draws, uniforms: Tensor | None = None) -> tuple[Tensor, Tensor
         work = cuda.make_workspace(logits, 0, 1)
         _C.cuda.sample(*first, tokens.data_ptr(), log_prob.data_ptr(), _C.cuda.Workspace(*work.arguments))
         if logits.shape[0]:
-            cuda.settle(cuda.recorded_draw(draws, work.status))
+            cuda.settle_draws(draws, work.status)
         return tokens, log_prob
     bad = _C.sample(*first, torch.get_num_threads(), tokens.data_ptr(), log_prob.data_ptr())
     if bad >= 0:
@@ -286,17 +296,10 @@ def loss_from_scores(
 
     def usable(weight: Tensor) -> Tensor:
         made.append(weight)
-        return cuda.usable(weight)
+        return cuda.usable(weight, scores.log_prob.detach())
 
     out = eager.loss_from_scores(batch, scores, terms, reduction, divide_by, usable)
-
-    def check() -> None:
-        for earlier in scores.recorded:
-            earlier()
-        checks.check_terms(terms, first_sequence)
-        checks.check_weights(made[0], first_sequence)
-
-    return replace(out, _recorded=cuda.settle(check))
+    return replace(out, _recorded=cuda.settle(cuda.WeightFaults(scores.recorded, terms, made[0], first_sequence)))
 
 
 def weigh(terms: Terms, log_prob: float, log_proposal: float, log_target: float, log_z: float, reward: float,

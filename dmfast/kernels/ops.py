@@ -1,9 +1,10 @@
-"""The CPU kernels under torch.compile: ``torch.library`` custom ops, no graph break, fake kernels, autograd.
+"""The compiled kernels under torch.compile: ``torch.library`` custom ops, no graph break, fake kernels, autograd.
 
 Eager mode does not come here (``functional.py`` calls ``native.py`` from an ``autograd.Function``, which costs less
 per call). Functional ops carry their derivative by ``register_autograd``. The op that overwrites logits with their
 gradient has none, since register_autograd refuses mutation: ``functional.py`` calls it from an ``autograd.Function``.
-Ops take what ``Batch`` and ``Terms`` hold, flattened, because schemas know tensors and numbers only.
+Ops take what ``Batch`` and ``Terms`` hold, flattened, because schemas know tensors and numbers only. The ``status``
+that they return is what a device has recorded, for ``out.check()``; -1 on the CPU, which raises at once.
 """
 
 import math
@@ -15,9 +16,10 @@ from torch import Tensor
 from ..objectives import KINDS, Objective, Terms
 from . import checks, native
 from .batch import Batch, Draws, Scores
+from .cuda import RowFaults
 
-EightTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 NineTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+TenTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _KIND_NAMES = {number: name for name, number in KINDS.items()}
 
 
@@ -64,24 +66,34 @@ def _per_row(batch: Batch) -> Tensor:
     return batch.logits.new_empty(batch.labels.shape[0], dtype=torch.float64)
 
 
-def _flat(scores: Scores) -> EightTensors:
+def _status(scores: Scores) -> Tensor:
+    """0-d int64."""
+    for recorded in scores.recorded:
+        assert isinstance(recorded, RowFaults)
+        return recorded.status
+    return torch.full((), -1, dtype=torch.int64, device=scores.lse.device)
+
+
+def _flat(scores: Scores) -> NineTensors:
     """The results in the order in which the ops return them; an entropy that was not asked for is empty."""
     entropy = scores.lse.new_empty(0) if scores.entropy is None else scores.entropy
     results = (scores.lse, scores.log_prob, scores.log_ratio, scores.log_target_ratio, scores.weight, scores.loss,
-               scores.n_clipped, entropy)  # fmt: skip
-    return cast(EightTensors, results)
+               scores.n_clipped, _status(scores), entropy)  # fmt: skip
+    return cast(NineTensors, results)
 
 
-@torch.library.custom_op("dmfast::score", mutates_args=())
+# _v2: they return more than they did. torch's cache of compiled graphs, which outlives a process, knows an op by name.
+@torch.library.custom_op("dmfast::score_v2", mutates_args=())
 def score(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """log_prob (B), lse (rows), entropy (B) or (0)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log_prob (B), lse (rows), status (0-d), entropy (B) or (0)."""
     batch = _batch(logits, labels, cu_seqlens, scale, softcap)
     scores = native.forward(batch, None, entropy)
     return (
         scores.log_prob,
         scores.lse.clone(),
+        _status(scores),
         scores.entropy if scores.entropy is not None else scores.lse.new_empty(0),
     )
 
@@ -89,17 +101,19 @@ def score(
 @score.register_fake
 def _(logits, labels, cu_seqlens, scale, softcap, entropy):  # type: ignore[no-untyped-def]
     batch = _batch(logits, labels, cu_seqlens, scale, softcap)
-    return _per_sequence(batch), _per_row(batch), _per_sequence(batch) if entropy else _per_row(batch).new_empty(0)
+    h = _per_sequence(batch) if entropy else _per_row(batch).new_empty(0)
+    return _per_sequence(batch), _per_row(batch), logits.new_empty((), dtype=torch.int64), h
 
 
-@torch.library.custom_op("dmfast::score_and_weigh", mutates_args=())
+@torch.library.custom_op("dmfast::score_and_weigh_v2", mutates_args=())
 def score_and_weigh(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
     kind: int, on_policy: bool, normalize: bool, beta: float, log_scale: float, max_weight: float,
     log_proposal: Tensor | None, log_target: Tensor | None, log_z: Tensor | None, reward: Tensor | None,
     log_base: Tensor | None, baseline: Tensor | None, constant_baseline: float,
-) -> EightTensors:  # fmt: skip
-    """lse (rows), log_prob, log_ratio, log_target_ratio, weight, loss (B), n_clipped (0-d), entropy (B) or (0)."""
+) -> NineTensors:  # fmt: skip
+    """lse (rows), log_prob, log_ratio, log_target_ratio, weight, loss (B), n_clipped and status (0-d), entropy (B) or
+    (0)."""
     batch = _batch(logits, labels, cu_seqlens, scale, softcap)
     terms = _terms(kind, on_policy, normalize, beta, log_scale, max_weight, log_proposal, log_target, log_z, reward,
                    log_base, baseline, constant_baseline)  # fmt: skip
@@ -113,17 +127,18 @@ def _(logits, labels, cu_seqlens, scale, softcap, entropy, *args):  # type: igno
         _per_row(batch),
         *(_per_sequence(batch) for _ in range(5)),
         logits.new_empty((), dtype=torch.int64),
+        logits.new_empty((), dtype=torch.int64),
         _per_sequence(batch) if entropy else logits.new_empty(0, dtype=torch.float64),
     )
 
 
-@torch.library.custom_op("dmfast::score_and_grad", mutates_args=())
+@torch.library.custom_op("dmfast::score_and_grad_v2", mutates_args=())
 def score_and_grad(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
     kind: int, on_policy: bool, normalize: bool, beta: float, log_scale: float, max_weight: float,
     log_proposal: Tensor | None, log_target: Tensor | None, log_z: Tensor | None, reward: Tensor | None,
     log_base: Tensor | None, baseline: Tensor | None, constant_baseline: float, expected: float, divide_by: float,
-) -> NineTensors:  # fmt: skip
+) -> TenTensors:  # fmt: skip
     """``score_and_weigh`` for a weight that does not depend on pi. Its loss is 0-d, the sum over sequences divided by
     ``divide_by``; last comes the gradient of ``expected * loss`` in the logits."""
     batch = _batch(logits, labels, cu_seqlens, scale, softcap)
@@ -142,6 +157,7 @@ def _(logits, labels, cu_seqlens, scale, softcap, entropy, *args):  # type: igno
         _per_row(batch),
         *(_per_sequence(batch) for _ in range(4)),
         logits.new_empty((), dtype=torch.float64),
+        logits.new_empty((), dtype=torch.int64),
         logits.new_empty((), dtype=torch.int64),
         _per_sequence(batch) if entropy else logits.new_empty(0, dtype=torch.float64),
         logits.new_empty(logits.shape),
@@ -180,7 +196,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], lse: Tensor, weight: Tensor | None)
 
 def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _save(ctx, inputs, output[1], None)
-    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
@@ -196,9 +212,8 @@ score.register_autograd(_score_backward, setup_context=_score_setup)
 
 
 def _weigh_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    lse, log_prob, log_ratio, log_target_ratio, weight, _, n_clipped, entropy = output
-    _save(ctx, inputs, lse, weight)
-    ctx.mark_non_differentiable(lse, log_prob, log_ratio, log_target_ratio, weight, n_clipped, entropy)
+    _save(ctx, inputs, output[0], output[4])
+    ctx.mark_non_differentiable(*output[:5], *output[6:])
     ctx.set_materialize_grads(False)
 
 
@@ -261,11 +276,11 @@ class _ScoreInPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float,
-                entropy: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         output = score(logits, labels, cu_seqlens, scale, softcap, entropy)
         _save(ctx, (logits, labels, cu_seqlens, scale, softcap), output[1], None)
-        ctx.mark_non_differentiable(output[1], output[2])
-        return cast("tuple[Tensor, Tensor, Tensor]", output)
+        ctx.mark_non_differentiable(*output[1:])
+        return cast("tuple[Tensor, Tensor, Tensor, Tensor]", output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

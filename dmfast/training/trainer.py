@@ -9,7 +9,9 @@ An optimiser step, in the order in which the methods stand below:
     _save_checkpoint    all of it, whole or not at all
 
 What a step adds to Z and to the running values is held back until ``optimizer.step()`` is done, so that a checkpoint
-taken within a step, or an error in one, finds everything as the step before left it.
+taken within a step, or an error in one, finds everything as the step before left it. What a GPU's kernels find (NaN
+among the logits, a weight beyond fp32's range) is raised there too, where the host waits for it: a sequence with such a
+fault has moved no parameter.
 """
 
 from __future__ import annotations
@@ -438,6 +440,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         """Commits what the step adds: Z, the mean return, the estimates; then asks whether q <- pi."""
         step, outputs = self._step, self._outputs
         assert step is not None
+        for out in outputs:  # here, since the host waits for the device below anyway
+            out.check()
         asked = [self._interrupt.asked, self._jit is not None and self._jit.asked]
         self._interrupt.agreed, terminate = self._gather(torch.tensor([asked], device=self.args.device)).any(0).tolist()
         if self._jit is not None:
@@ -752,7 +756,7 @@ def _whole_step(outputs: Sequence[DMLossOutput], gather: Callable[[Tensor], Tens
     names = ("log_prob", "log_ratio", "log_target_ratio", "weight", "scored", "log_proposal", "log_target", "log_z")
     values: dict[str, Any] = {name: whole(name) for name in names}
     n_clipped = gather(torch.stack([out.n_clipped for out in outputs]).sum()[None]).sum()
-    return replace(outputs[0], loss=outputs[0].loss.detach(), n_clipped=n_clipped, entropy=None, **values)
+    return replace(outputs[0], loss=outputs[0].loss.detach(), n_clipped=n_clipped, entropy=None, _recorded=(), **values)
 
 
 def _with_skipped(out: DMLossOutput, kept: Tensor, inputs: dict[str, Tensor], on_policy: bool) -> DMLossOutput:

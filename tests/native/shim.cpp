@@ -5,6 +5,8 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <string>
+#include <utility>
 #include <vector>
 
 #ifndef __x86_64__
@@ -63,6 +65,7 @@ std::unique_ptr<char[]> dynamic_memory;
 size_t dynamic_bytes;
 void* scheduler;
 const std::function<void()>* body;
+bool running;
 
 [[noreturn]] void fail(const char* what) {
   std::fprintf(stderr, "shim: %s (block %u, thread %u)\n", what, block.x, thread.x);
@@ -100,6 +103,7 @@ void poison() {
 void run_block(std::mt19937* random) {
   const unsigned n = threads.x;
   poison();
+  if (observer) observer->starts_block();
   warps.assign(n / 32, Warp());
   std::vector<unsigned> order(n);
   for (unsigned i = 0; i < n; ++i) {
@@ -114,21 +118,31 @@ void run_block(std::mt19937* random) {
       if (fiber.state == State::in_exchange && warps[i / 32].generation != fiber.generation) fiber.state = State::ready;
       if (fiber.state == State::ready) {
         thread = {i};
+        running = true;
         shim_switch(&scheduler, fiber.pointer);
+        running = false;
         ++ran;
       }
       waiting += fiber.state == State::at_barrier;
       done += fiber.state == State::done;
     }
     if (done == n) return;
-    if (waiting == n)
+    if (waiting == n) {
       for (Fiber& fiber : fibers) fiber.state = State::ready;
-    else if (!ran)
+      if (observer) observer->passes_barrier();
+    } else if (!ran)
       fail(waiting ? "not every thread reaches a barrier" : "threads wait for each other for ever");
   }
 }
 
 }  // namespace
+
+Observer* observer;
+bool in_kernel() { return running; }
+bool on_stack(const void* p) {
+  const char *x = static_cast<const char*>(p), *stack = fibers[thread.x].stack.get();
+  return x >= stack && x < stack + kStack;
+}
 
 void wait_for_block() { stop(State::at_barrier); }
 
@@ -140,6 +154,7 @@ void exchange(const void* mine, void* result, size_t bytes, unsigned src) {
   if (++warp.arrived == 32) {
     warp.arrived = 0;
     ++warp.generation;
+    if (observer) observer->exchanges(thread.x / 32);
   } else {
     fibers[thread.x].generation = generation;
     stop(State::in_exchange);
@@ -180,15 +195,65 @@ void launch(unsigned grid, unsigned block_size, size_t shared_bytes, const std::
 
 }  // namespace shim
 
-cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
-  const char* bytes = std::getenv("SHIM_SHARED");
-  *value = bytes ? std::atoi(bytes) : 227 << 10;
-  return 0;
+// --- the runtime ------------------------------------------------------------------------------------------------
+
+namespace {
+
+cudaError_t last_error = cudaSuccess;
+
+int number(const char* name, int otherwise) {
+  const char* value = std::getenv(name);
+  return value ? std::atoi(value) : otherwise;
 }
 
-void __threadfence() {}
+cudaError_t error(const char* what) {
+  std::fprintf(stderr, "shim: %s\n", what);
+  return last_error = 1;
+}
+
+}  // namespace
+
+cudaError_t shim::answer(const char* function) {
+  const char* fail = std::getenv("SHIM_FAIL");
+  const char* colon = fail ? std::strchr(fail, ':') : nullptr;
+  if (!colon || std::string(fail, colon) != function) return cudaSuccess;
+  return last_error = std::atoi(colon + 1);
+}
+
+cudaError_t shim::set_shared(const void* kernel, int bytes) {
+  static std::map<std::pair<const void*, int>, int> before;  // of a kernel and what a block may have
+  const int limit = number("SHIM_SHARED", 227 << 10);
+  if (before.emplace(std::make_pair(kernel, limit), bytes).first->second != bytes)
+    return error("a kernel's shared memory changes from call to call");
+  return answer("cudaFuncSetAttribute");
+}
+
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+const char* cudaGetErrorString(cudaError_t error) {
+  static thread_local char text[32];
+  std::snprintf(text, sizeof(text), "error %d of the shim", error);
+  return text;
+}
+cudaError_t cudaGetDevice(int* device) { return *device = 0, shim::answer("cudaGetDevice"); }
+cudaError_t cudaSetDevice(int) { return error("the device is set that is the current one"); }
+cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, shim::answer("cudaGetDeviceCount"); }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = number("SHIM_DRIVER", 13000), cudaSuccess; }
+cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? 7
+           : attribute == cudaDevAttrComputeCapabilityMinor ? 5
+                                                            : number("SHIM_SHARED", 227 << 10);
+  return shim::answer("cudaDeviceGetAttribute");
+}
+
+// --- between blocks ---------------------------------------------------------------------------------------------
+
+void __threadfence() {
+  if (shim::observer) shim::observer->fences();
+}
 
 unsigned atomicAdd(unsigned* p, unsigned x) {  // blocks run one after the other
+  if (shim::observer) shim::observer->adds(p);
   const unsigned before = *p;
   *p = before + x;
   return before;

@@ -31,18 +31,38 @@ using std::min;
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-constexpr cudaError_t cudaSuccess = 0;
-constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 0, cudaDevAttrMaxSharedMemoryPerBlockOptin = 0;
-inline const char* cudaGetErrorString(cudaError_t) { return "shim"; }
-inline cudaError_t cudaGetLastError() { return 0; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
-inline cudaError_t cudaSetDevice(int) { return 0; }
-inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, 0; }
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100;
+enum {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,  // SHIM_SHARED, or an H100's
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+};
+struct cudaFuncAttributes {};
+// SHIM_FAIL="cudaSetDevice:101": what that function returns. As on a device cudaGetLastError keeps it.
+cudaError_t cudaGetLastError();
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);  // an error where it is the current one already
+cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaDriverGetVersion(int* version);  // SHIM_DRIVER, or 13000
+cudaError_t cudaRuntimeGetVersion(int* version);
+cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int device);
+
+namespace shim {
+cudaError_t answer(const char* function);
+// An error where it was another value before: other threads may be between setting and launching.
+cudaError_t set_shared(const void* kernel, int bytes);
+}  // namespace shim
+
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
-  return 0;
+cudaError_t cudaFuncSetAttribute(Kernel kernel, int, int value) {
+  return shim::set_shared(reinterpret_cast<const void*>(kernel), value);
 }
-cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int device);  // SHIM_SHARED bytes, or an H100's
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  return shim::answer("cudaFuncGetAttributes");
+}
 
 // --- numbers ----------------------------------------------------------------------------------------------------
 
@@ -78,6 +98,18 @@ inline float __double2float_rd(double x) {
 namespace shim {
 
 extern dim3 thread, block, threads, blocks;
+
+// Is told what orders the threads of a kernel: tests/native/trace.cpp.
+struct Observer {
+  virtual void starts_block() = 0;
+  virtual void passes_barrier() = 0;           // all threads of the block
+  virtual void exchanges(unsigned warp) = 0;   // all threads of the warp
+  virtual void fences() = 0;                   // the current thread, as is
+  virtual void adds(const void* counter) = 0;  // an atomic
+};
+extern Observer* observer;
+bool in_kernel();
+bool on_stack(const void* p);  // of the current thread
 
 void launch(unsigned grid, unsigned block, size_t shared, const std::function<void()>& kernel);
 void wait_for_block();

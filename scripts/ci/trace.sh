@@ -1,0 +1,35 @@
+#!/bin/sh
+# Loads, stores and races of the CUDA kernels, run on the host: tests/native/trace.cpp. Then the fence that the counters
+# of blocks need is taken out, which must be found.
+set -eu
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+
+# Builds and runs what a directory holds.
+trace() { # directory, where to
+  mkdir "$2"
+  (
+    cd "$1"
+    flags="-std=c++17 -O1 -Wall -Wextra -Wno-unknown-pragmas -fno-math-errno -DDMF_NO_CLONES -DDMF_CUDA -DDMF_SHIM
+      -Itests/native -Icsrc"
+    for source in csrc/cuda/loss.cu csrc/cuda/sample.cu; do # -Wno-tsan: the fences are the shim's
+      g++ $flags -fsanitize=thread -Wno-tsan -x c++ -c "$source" -o "$2/$(basename "$source").o"
+    done
+    g++ $flags tests/native/trace.cpp tests/native/shim.cpp "$2"/*.o -o "$2/trace"
+  )
+  for seed in 1 2; do
+    SHIM_SEED=$seed "$2/trace" || return 1
+  done
+}
+
+trace "$(pwd)" "$out/as_is"
+
+mkdir "$out/bug"
+cp -r csrc tests "$out/bug/"
+(cd "$out/bug" && patch -s -p1 <tests/native/bugs/dropped_fence.patch)
+if trace "$out/bug" "$out/without" >"$out/log" 2>&1; then
+  echo "the seeded bug dropped_fence was not caught" >&2
+  exit 1
+fi
+grep -q "^RACE" "$out/log" || { echo "dropped_fence failed otherwise:" >&2; tail -30 "$out/log" >&2; exit 1; }
+echo "caught: dropped_fence"
