@@ -24,7 +24,7 @@ from .functional import (
 from .kernels import BackendInfo, backends, eager, use_backend
 from .kernels.result import DMLossOutput
 from .models import LanguageModel, Samples
-from .objectives import OBJECTIVES, Objective, Terms, leave_one_out
+from .objectives import OBJECTIVES, AdaptiveBeta, Objective, PPOClip, Terms, leave_one_out
 from .proposal import OfflineProposal
 from .targets import EBM, Contains, Feature, LambdaFit, Moment, Scorer, TargetScores, fit_lambda
 
@@ -35,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EBM",
     "OBJECTIVES",
+    "AdaptiveBeta",
     "BackendInfo",
     "Contains",
     "DMConfig",
@@ -48,6 +49,7 @@ __all__ = [
     "Moment",
     "Objective",
     "OfflineProposal",
+    "PPOClip",
     "PartitionFunction",
     "PartitionFunctions",
     "RunningEstimates",
