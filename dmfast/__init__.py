@@ -26,7 +26,19 @@ from .kernels.result import DMLossOutput
 from .models import LanguageModel, Samples
 from .objectives import OBJECTIVES, AdaptiveBeta, Objective, PPOClip, Terms, leave_one_out
 from .proposal import OfflineProposal
-from .targets import EBM, Contains, Feature, LambdaFit, Moment, Scorer, TargetScores, fit_lambda
+from .targets import (
+    EBM,
+    Classifier,
+    Contains,
+    Feature,
+    LambdaFit,
+    Moment,
+    Reward,
+    Scorer,
+    ScorerCounts,
+    TargetScores,
+    fit_lambda,
+)
 
 if TYPE_CHECKING:
     from .training import DMConfig, DMTrainer
@@ -37,6 +49,7 @@ __all__ = [
     "OBJECTIVES",
     "AdaptiveBeta",
     "BackendInfo",
+    "Classifier",
     "Contains",
     "DMConfig",
     "DMLossOutput",
@@ -52,9 +65,11 @@ __all__ = [
     "PPOClip",
     "PartitionFunction",
     "PartitionFunctions",
+    "Reward",
     "RunningEstimates",
     "Samples",
     "Scorer",
+    "ScorerCounts",
     "TargetScores",
     "Terms",
     "backends",

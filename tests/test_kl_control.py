@@ -247,3 +247,15 @@ def test_one_epoch_is_plain_kl_control(tmp_path):
     plain = run(tmp_path / "plain", max_steps=2, **PPO | {"ppo_epochs": 1})[1]
     tight = run(tmp_path / "tight", max_steps=2, **PPO | {"ppo_epochs": 1, "ppo_clip": 1e-6})[1]
     assert all(torch.equal(a[name], b[name]) for a, b in zip(plain, tight, strict=True) for name in a)
+
+
+def test_the_example_runs(monkeypatch, capsys):
+    from dmfast.examples import kl_control
+
+    monkeypatch.setattr("sys.argv", ["kl_control.py", "--steps", "4", "--batch", "16"])
+    kl_control.main()
+    assert "the optimum at this beta: E_p[R]" in capsys.readouterr().out
+    share, nats = kl_control.optimum(0.5, 0.1)
+    p = torch.tensor([1 - share, share], dtype=torch.float64)
+    assert nats == pytest.approx(float(kl(p, torch.tensor([0.9, 0.1], dtype=torch.float64))))
+    assert share / (1 - share) == pytest.approx(math.exp(2) / 9)

@@ -22,7 +22,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,7 +61,7 @@ from ..objectives import (
     weigh,
 )
 from ..proposal import OfflineProposal
-from ..targets import EBM
+from ..targets import EBM, Reward, Scorer
 from ..targets.constraints import as_feature
 from . import checkpoint
 from .callbacks import Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
@@ -105,6 +105,7 @@ class _Step:
     objective: Objective
     advantage: Tensor | None = None  # (N,) r - baseline at the sampling policy, where the batch serves several steps
     epoch: int = 0  # steps that it has served before
+    counts: dict[str, float] = field(default_factory=dict)  # what the scorers did for it on this rank
 
     @property
     def loss_inputs(self) -> dict[str, Tensor]:
@@ -209,6 +210,10 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             )
         _warn_of_generation_config(model)
         self.target, self.reward = target, None if reward is None else as_feature(reward, "reward")
+        self._scorers = target.scorers
+        rewards = self.reward.fn if isinstance(self.reward, Reward) else self.reward
+        if isinstance(rewards, Scorer) and all(rewards is not scorer for scorer in self._scorers.values()):
+            self._scorers["reward" if rewards.name in self._scorers else rewards.name] = rewards
         self._contexts = Contexts(train_dataset)
         self._has_prompts = train_dataset is not None
         self._eval_contexts = self._contexts if eval_dataset is None else Contexts(eval_dataset)
@@ -329,7 +334,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             return None
         return replace(
             batch, epoch=batch.epoch + 1, forwarded=torch.ones_like(batch.forwarded),
-            seconds=dict.fromkeys(batch.seconds, 0.0), pending=replace(self._running, steps=self._running.steps + 1),
+            seconds=dict.fromkeys(batch.seconds, 0.0), counts=dict.fromkeys(batch.counts, 0.0),
+            pending=replace(self._running, steps=self._running.steps + 1),
         )  # fmt: skip
 
     @torch.no_grad()
@@ -352,12 +358,14 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         log_base = x.log_prob if self._proposal_is_base(model, x) else None
         if log_base is None and needs_base:
             log_base = self._log_base(x)
+        done = self._scorer_counts()
         scores = self.target.score(x, log_base, batch_size=args.sampling_batch_size)
         inputs = {"log_target": scores.log_target, "log_proposal": x.log_prob}
         if needs_base:
             inputs["log_base"] = cast(Tensor, log_base)
         if self.reward is not None:
             inputs["reward"] = self.reward(x)
+        counts = {name: value - done[name] for name, value in self._scorer_counts().items()}
         pending = self._with_step(context, scores.log_target, x.log_prob)
         inputs["log_z"] = pending.partitions.log_z(context)
         total, count = self._running.returns
@@ -375,8 +383,9 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         seconds = {"sampling": sampled - start, "scoring": time.perf_counter() - sampled}
         advantage = self._advantage(objective, inputs) if args.ppo_epochs > 1 else None
         step = _Step(
-            x, context, features, inputs, self._forwarded(objective, inputs), seconds, pending, objective, advantage
-        )
+            x, context, features, inputs, self._forwarded(objective, inputs), seconds, pending, objective, advantage,
+            counts=counts,
+        )  # fmt: skip
         # sequences of about one length go together: less padding in a microbatch, little if prompts are of one length
         return (
             step.ordered(x.attention_mask.sum(1).argsort(stable=True)) if args.gradient_accumulation_steps > 1 else step
@@ -415,6 +424,13 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self._running = _Running(PartitionFunctions(), PartitionFunction(), (0.0, 0), 0, self._running.steps,
                                  self.target.lambda_.tolist(), self._running.beta)  # fmt: skip
         self._estimates.clear()
+
+    def _scorer_counts(self) -> dict[str, float]:
+        """``ScorerCounts`` of all scorers, flat, with the names that they are logged by."""
+        return {
+            f"scorer/{name}/{what}": value
+            for name, scorer in self._scorers.items() for what, value in vars(scorer.counts).items()
+        }  # fmt: skip
 
     def _log_base(self, x: Samples) -> Tensor:
         return self.target.base.log_prob(x, batch_size=self.args.sampling_batch_size)
@@ -578,7 +594,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             metrics["clip_fraction"] = float(clipped.double().mean())
         if self.args.objective == "reinforce_p":
             metrics["log_scale"] = step.objective.log_scale or 0.0
-        return metrics | {f"seconds_{what}": seconds for what, seconds in step.seconds.items()}
+        return metrics | step.counts | {f"seconds_{what}": seconds for what, seconds in step.seconds.items()}
 
     @property
     def feature_names(self) -> list[str]:
@@ -600,7 +616,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """transformers' log with the metrics of the steps since the last one: means of what varies, else the last."""
         if "loss" in logs and self._metrics:
-            means = ("phi/", "weight_", "seconds_", "length", "ess", "reward", "clip_fraction")
+            means = ("phi/", "scorer/", "weight_", "seconds_", "length", "ess", "reward", "clip_fraction")
             sums = ("n_clipped", "n_empty", "swapped")
             for key, last in self._metrics[-1].items():
                 values = [m[key] for m in self._metrics if key in m]
