@@ -26,6 +26,15 @@ from .kernels.result import DMLossOutput
 from .models import LanguageModel, Samples
 from .objectives import OBJECTIVES, AdaptiveBeta, Objective, PPOClip, Terms, leave_one_out
 from .proposal import OfflineProposal
+from .rejection import (
+    Mixture,
+    Prompted,
+    RejectionCurve,
+    RejectionPoint,
+    plot_rejection,
+    quasi_rejection_sample,
+    rejection_curve,
+)
 from .targets import (
     EBM,
     Classifier,
@@ -59,12 +68,16 @@ __all__ = [
     "Feature",
     "LambdaFit",
     "LanguageModel",
+    "Mixture",
     "Moment",
     "Objective",
     "OfflineProposal",
     "PPOClip",
     "PartitionFunction",
     "PartitionFunctions",
+    "Prompted",
+    "RejectionCurve",
+    "RejectionPoint",
     "Reward",
     "RunningEstimates",
     "Samples",
@@ -83,6 +96,9 @@ __all__ = [
     "leave_one_out",
     "linear_dm_loss",
     "linear_sequence_log_prob",
+    "plot_rejection",
+    "quasi_rejection_sample",
+    "rejection_curve",
     "sample_tokens",
     "sequence_log_prob",
     "shift_labels",
