@@ -305,3 +305,15 @@ def test_samples_keep_what_they_were_drawn_from(model):
     moved = model.with_prompt(x, "w5 w6 w7")
     assert torch.equal(moved.log_prob, x.log_prob) and moved.text == x.text and moved.prompt_len == 3
     assert moved.context_id.tolist() == [0] * 4
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    from dmfast.examples import quasi_rejection
+
+    out = tmp_path / "curve.png"
+    small = ["--steps", "1", "--samples", "256", "--accept", "64", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["quasi_rejection.py", *small])
+    points = quasi_rejection.main()
+    assert set(points) == {"base", "policy", "mixture"} and out.read_bytes().startswith(b"\x89PNG")
+    assert all(point.acceptance.value == pytest.approx(0.25) for point in points.values())
+    assert "64 of" in capsys.readouterr().out

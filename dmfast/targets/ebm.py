@@ -297,6 +297,34 @@ class EBM:
             warnings.warn(warning, stacklevel=2)
         return self
 
+    def refit(self, features: Tensor, log_b: Tensor, log_ratio: Tensor, context_id: Tensor | None = None) -> LambdaFit:
+        """lambda from samples of a proposal q, by self-normalised importance sampling with the weights a/q: for where
+        samples of a show the features too rarely. ``lambda_`` and ``report`` become what is found if its effective
+        sample size is larger than that of the fit before, and stay as they are if not.
+
+        Whoever holds a Z of this target starts it anew after that; the trainer does.
+
+        Args:
+            features, log_b: (N, F) and (N,), as ``score`` gives them.
+            log_ratio: (N,) log a(x) - log q(x); looked at where b > 0 only.
+            context_id: (N,), as in ``fit_lambda``.
+
+        Returns:
+            What was found, whether or not it was taken.
+
+        Raises:
+            RuntimeError: there was no fit before, or there is no moment. ValueError: as ``fit_lambda``.
+        """
+        if self.report is None or not self._moments:
+            raise RuntimeError("refit goes on from what fit() found: call fit() first")
+        found = fit_lambda(features, [moment.value for moment in self._moments], log_b=log_b, log_ratio=log_ratio,
+                           context_id=context_id, names=self.moment_names)  # fmt: skip
+        found = replace(found, pointwise=self.report.pointwise, notes=self._notes + found.notes,
+                        temperature=self.report.temperature, max_new_tokens=self.report.max_new_tokens)  # fmt: skip
+        if found.ess > self.report.ess:
+            self._lambda, self.report = torch.tensor(found.lambda_, dtype=torch.float64), found
+        return found
+
     def _draw(
         self, n: int, contexts: Sequence[Prompt] | None, max_new_tokens: int, temperature: float,
         seed: int | None, batch_size: int | None,

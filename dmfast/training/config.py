@@ -72,6 +72,10 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         proposal_criterion, proposal_interval, proposal_stderrs, proposal_best_only, proposal_decay: as in
             ``dmfast.OfflineProposal``.
         partition: ``running``: log Z of a context over all its visits; ``step``: from the samples of the step alone.
+        refit_ess, refit_samples: while the effective sample size of the target's fit is below ``refit_ess``, lambda is
+            fitted again from the last ``refit_samples`` sequences of the steps, each weighted by a/q with the q that it
+            was drawn from, and replaced where that has a larger effective sample size (``EBM.refit``); Z then starts
+            anew. 0: never.
         eval_samples: sequences of the policy at an evaluation.
         patience_zero: steps in a row with P(x) = 0 on every sequence, after which a warning says what to do.
 
@@ -109,6 +113,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     proposal_best_only: bool = _field(False, "Swap only if pi is nearer than at every earlier swap.")
     proposal_decay: float = _field(0.8, "Weight of a step's samples relative to the next step's.")
     partition: str = _field("running", "running or step.")
+    refit_ess: float = _field(0.0, "Below which effective sample size lambda is fitted again; 0: never.")
+    refit_samples: int = _field(2048, "Sequences of a proposal that lambda is fitted again from.")
     eval_samples: int = _field(512, "Sequences of the policy at an evaluation.")
     patience_zero: int = _field(5, "Steps with P = 0 on all sequences before a warning.")
 
@@ -120,7 +126,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             ("max_weight", self.max_weight), ("eval_samples", self.eval_samples),
             ("proposal_interval", self.proposal_interval), ("patience_zero", self.patience_zero),
             ("ppo_epochs", self.ppo_epochs), ("beta_target_kl", self.beta_target_kl),
-            ("beta_horizon", self.beta_horizon),
+            ("beta_horizon", self.beta_horizon), ("refit_samples", self.refit_samples),
         ):  # fmt: skip
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value!r}")
@@ -159,6 +165,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
                 f"on_policy=True and objective 'reinforce' or 'kl_control', got {self.objective!r} and "
                 f"on_policy={self.on_policy}"
             )
+        if not self.refit_ess >= 0:
+            raise ValueError(f"refit_ess must be 0 or more, got {self.refit_ess!r}")
         PPOClip(self.ppo_clip)
         self.make_objective()
         super().__post_init__()

@@ -105,6 +105,7 @@ class _Step:
     objective: Objective
     advantage: Tensor | None = None  # (N,) r - baseline at the sampling policy, where the batch serves several steps
     epoch: int = 0  # steps that it has served before
+    log_base: Tensor | None = None  # (N,) NaN where b = 0
     counts: dict[str, float] = field(default_factory=dict)  # what the scorers did for it on this rank
 
     @property
@@ -121,6 +122,7 @@ class _Step:
             self, samples=self.samples[order], context=self.context[order], features=self.features[order],
             inputs={name: value[order] for name, value in self.inputs.items()}, forwarded=self.forwarded[order],
             advantage=None if self.advantage is None else self.advantage[order],
+            log_base=None if self.log_base is None else self.log_base[order],
         )  # fmt: skip
 
 
@@ -259,6 +261,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             PartitionFunctions(), PartitionFunction(), (0.0, 0), 0, 0, target.lambda_.tolist(), beta
         )
         self._batch: _Step | None = None  # one that serves more steps
+        self._pool: list[dict[str, Tensor]] = []  # scored sequences, to fit lambda again
         self._q_is_base: bool | None = None  # not known before the first step
         self._step: _Step | None = None
         self._outputs: list[DMLossOutput] = []
@@ -384,7 +387,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         advantage = self._advantage(objective, inputs) if args.ppo_epochs > 1 else None
         step = _Step(
             x, context, features, inputs, self._forwarded(objective, inputs), seconds, pending, objective, advantage,
-            counts=counts,
+            log_base=scores.log_base, counts=counts,
         )  # fmt: skip
         # sequences of about one length go together: less padding in a microbatch, little if prompts are of one length
         return (
@@ -544,7 +547,33 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         if self.args.logging_strategy == "no":
             self._metrics = []
         self._metrics.append(self._metrics_of(step, out, now.as_dict(), swapped))
+        if step.epoch == 0:
+            self._refit(step)
         self._step, self._outputs = None, []
+
+    def _refit(self, step: _Step) -> None:
+        """lambda anew, where its fit rests on few samples and enough of the proposals' have been seen."""
+        args, report = self.args, self.target.report
+        if report is None or report.ess >= args.refit_ess or not self.target.moment_names:
+            return
+        width = len(self.target.moment_names)
+        log_target, log_q, log_base, features, context = (
+            self._gather(x) for x in (step.inputs["log_target"], step.inputs["log_proposal"],
+                                      cast(Tensor, step.log_base), step.features[:, :width], step.context)
+        )  # fmt: skip
+        lambda_ = self.target.lambda_.to(features)
+        log_b = torch.where(log_target == -math.inf, -math.inf, log_target - log_base - features @ lambda_)
+        self._pool.append({"features": features, "log_b": log_b, "log_ratio": log_base - log_q, "context_id": context})
+        if sum(len(each["context_id"]) for each in self._pool) < args.refit_samples:
+            return
+        whole = {name: torch.cat([each[name] for each in self._pool]) for name in self._pool[0]}
+        self._pool = []
+        try:
+            self.target.refit(**whole)
+        except ValueError as error:
+            warnings.warn(f"lambda could not be fitted again and stays as it is: {error}", stacklevel=2)
+        if self.target.report is not report:
+            self._forget_target()
 
     def _verdict_of_rank_0(self, mine: bool) -> bool:
         if self.args.world_size == 1:
@@ -587,6 +616,9 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             log_ratio = self._gather(step.inputs["log_proposal"] - step.inputs["log_base"])
             (kl,) = estimate_moments(log_ratio[:, None], torch.zeros_like(log_ratio))
             metrics |= {"kl_policy_base": kl.value, "kl_policy_base_stderr": kl.stderr}
+        if self.args.refit_ess and self.target.report is not None:
+            named = zip(self.target.moment_names, self.target.lambda_.tolist(), strict=True)
+            metrics |= {f"lambda/{name}": value for name, value in named} | {"fit_ess": self.target.report.ess}
         if step.objective.beta is not None:
             metrics["beta"] = step.objective.beta
         if step.advantage is not None and out.log_ratio is not None:
@@ -774,6 +806,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             "contexts": self._contexts.digest,
             "q_is_base": self._q_is_base,
             "beta": None if running.beta is None else running.beta.state_dict(),
+            "pool": self._pool,
             "batch": None if self._batch is None or self.args.world_size > 1 else _batch_state(self._batch),
         }
 
@@ -807,6 +840,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self._running = _Running(partitions, scale, (total, count), int(state["zero_steps"]), int(state["steps"]),
                                  self.target.lambda_.tolist(), beta)  # fmt: skip
         self._batch = None if state["batch"] is None else self._batch_of(state["batch"])
+        self._pool = list(state["pool"])
         self._q_is_base = state["q_is_base"]
 
     def _batch_of(self, state: dict[str, Any]) -> _Step:
