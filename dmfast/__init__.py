@@ -24,9 +24,30 @@ from .functional import (
 from .kernels import BackendInfo, backends, eager, use_backend
 from .kernels.result import DMLossOutput
 from .models import LanguageModel, Samples
-from .objectives import OBJECTIVES, Objective, Terms, leave_one_out
+from .objectives import OBJECTIVES, AdaptiveBeta, Objective, PPOClip, Terms, leave_one_out
 from .proposal import OfflineProposal
-from .targets import EBM, Contains, Feature, LambdaFit, Moment, Scorer, TargetScores, fit_lambda
+from .rejection import (
+    Mixture,
+    Prompted,
+    RejectionCurve,
+    RejectionPoint,
+    plot_rejection,
+    quasi_rejection_sample,
+    rejection_curve,
+)
+from .targets import (
+    EBM,
+    Classifier,
+    Contains,
+    Feature,
+    LambdaFit,
+    Moment,
+    Reward,
+    Scorer,
+    ScorerCounts,
+    TargetScores,
+    fit_lambda,
+)
 
 if TYPE_CHECKING:
     from .training import DMConfig, DMTrainer
@@ -35,7 +56,9 @@ __version__ = "0.1.0"
 __all__ = [
     "EBM",
     "OBJECTIVES",
+    "AdaptiveBeta",
     "BackendInfo",
+    "Classifier",
     "Contains",
     "DMConfig",
     "DMLossOutput",
@@ -45,14 +68,21 @@ __all__ = [
     "Feature",
     "LambdaFit",
     "LanguageModel",
+    "Mixture",
     "Moment",
     "Objective",
     "OfflineProposal",
+    "PPOClip",
     "PartitionFunction",
     "PartitionFunctions",
+    "Prompted",
+    "RejectionCurve",
+    "RejectionPoint",
+    "Reward",
     "RunningEstimates",
     "Samples",
     "Scorer",
+    "ScorerCounts",
     "TargetScores",
     "Terms",
     "backends",
@@ -66,6 +96,9 @@ __all__ = [
     "leave_one_out",
     "linear_dm_loss",
     "linear_sequence_log_prob",
+    "plot_rejection",
+    "quasi_rejection_sample",
+    "rejection_curve",
     "sample_tokens",
     "sequence_log_prob",
     "shift_labels",

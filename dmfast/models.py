@@ -247,6 +247,33 @@ class LanguageModel:
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         return cast("list[int]", ids)
 
+    def with_prompt(self, samples: Samples, prompt: Prompt) -> Samples:
+        """The same continuations after another prompt, the same for all.
+
+        ``log_prob`` stays what it was: that of what they were drawn from. ``context_id`` becomes 0.
+
+        Raises:
+            ValueError: as ``sample`` of the prompt; prompt and continuation are beyond the model's context.
+        """
+        tokens, mask = (x.to(samples.tokens.device) for x in self._encode([prompt]))
+        rest = slice(samples.prompt_len, None)
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        width = tokens.shape[1] + samples.tokens.shape[1] - samples.prompt_len
+        if isinstance(context, int) and width > context:
+            raise ValueError(
+                f"the prompt has {tokens.shape[1]} tokens; with the continuations that is {width}, beyond the model's "
+                f"context of {context}"
+            )
+
+        def after(head: Tensor, tail: Tensor) -> Tensor:
+            return torch.cat([head.expand(len(samples), -1), tail[:, rest]], 1)
+
+        return replace(
+            samples, tokens=after(tokens, samples.tokens), attention_mask=after(mask, samples.attention_mask),
+            score_mask=after(torch.zeros_like(mask, dtype=torch.bool), samples.score_mask),
+            prompt_len=tokens.shape[1], context_id=torch.zeros_like(samples.context_id),
+        )  # fmt: skip
+
     def check_prompts(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
         """Whether all of them can be sampled from.
 

@@ -317,3 +317,90 @@ def leave_one_out_baseline(terms: Terms, context_id: Tensor | None, n_sequences:
     if name == "leave_one_out_context" and context_id is None:
         raise ValueError("baseline='leave_one_out_context' needs context_id (B,)")
     return leave_one_out(weigh(plain), context_id if name.endswith("context") else None)
+
+
+@dataclass(frozen=True)
+class PPOClip:
+    """An objective that bounds how far several optimiser steps on one batch may move the policy: PPO's clipping
+    (Schulman et al. 2017, arXiv:1707.06347, eq. 7) on whole sequences.
+
+    With the advantage d = r - baseline, taken at the sampling policy q and frozen, it is the gradient of
+    ``mean min(rho d, clip(rho, 1 - eps, 1 + eps) d)``: A = rho d, and 0 where d > 0 and rho > 1 + eps, or d < 0 and
+    rho < 1 - eps. A sequence has one ratio and one advantage: this is not the per-token PPO with a value head.
+
+    Pass d as ``reward`` and the sampler's log pi as ``log_proposal``; for KL-control
+    d = R - beta (log q - log a) - baseline, the penalty frozen with the rest. It is a function of ``Terms``, no row of
+    the formula: kernels need nothing new for it.
+
+    Args:
+        eps: positive and below 1.
+
+    Raises:
+        ValueError: eps out of range. When called: no reward, or no log_proposal.
+    """
+
+    eps: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eps < 1:
+            raise ValueError(f"eps must be between 0 and 1, got {self.eps!r}")
+
+    def __call__(self, terms: Terms) -> Tensor:
+        """A, (B,) fp64."""
+        if terms.reward is None or terms.log_ratio is None:
+            raise ValueError(
+                "PPOClip needs reward, the frozen advantage of each sequence, and log_proposal, its log-probability "
+                "under the policy that it was drawn from"
+            )
+        plain = weigh(replace(terms, objective=Objective("reinforce"), baseline=None))
+        return torch.where(self.clipped(terms.log_ratio, terms.reward), 0.0, plain)
+
+    def clipped(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:
+        """(B,) bool: which sequences have weight 0, from log rho and d."""
+        above, below = log_ratio > math.log1p(self.eps), log_ratio < math.log1p(-self.eps)
+        return (advantage > 0) & above | (advantage < 0) & below
+
+
+class AdaptiveBeta:
+    """The coefficient of KL-control, steered so that KL(pi||a) comes to a wanted value (Ziegler et al. 2019,
+    arXiv:1909.08593, section 2.2).
+
+    Attributes:
+        value: beta as it is now.
+
+    Args:
+        value: beta at the start, positive.
+        target: the wanted KL(pi||a), nats per sequence, positive.
+        horizon: sequences in which beta changes by a factor of about e^0.2 at most, positive.
+
+    Raises:
+        ValueError: a number that is not positive and finite.
+    """
+
+    def __init__(self, value: float, target: float, horizon: float = 10_000) -> None:
+        for name, number in (("value", value), ("target", target), ("horizon", horizon)):
+            if not 0 < number < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {number!r}")
+        self.value, self.target, self.horizon = float(value), float(target), float(horizon)
+
+    def update(self, kl: float, n: int) -> None:
+        """Takes in KL(pi||a) as n fresh sequences of pi have it:
+        ``beta *= 1 + clip(KL/target - 1, -0.2, 0.2) * n/horizon``.
+
+        Raises:
+            ValueError: kl is not finite, or n beyond what leaves beta positive. Nothing has changed then.
+        """
+        if not math.isfinite(kl):
+            raise ValueError(f"kl must be finite, got {kl!r}")
+        if not 0 <= n < 5 * self.horizon:
+            raise ValueError(f"n must be below 5 * horizon = {5 * self.horizon:g}, or beta could become negative; "
+                             f"got {n!r}")  # fmt: skip
+        self.value *= 1 + min(max(kl / self.target - 1, -0.2), 0.2) * n / self.horizon
+
+    def state_dict(self) -> dict[str, float]:
+        """Everything that ``load_state_dict`` needs to go on."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Goes on from a value of beta; target and horizon stay those of this object."""
+        self.value = float(state["value"])

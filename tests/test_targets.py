@@ -605,6 +605,58 @@ def test_lambda_of_a_tabular_model(phi, b, seed):
     assert all(e.stderr > 0 for e in found.attained)
 
 
+@pytest.mark.parametrize("b", LOG_B)
+@pytest.mark.parametrize("phi", PHI)
+def test_lambda_from_samples_of_another_model(phi, b):
+    """Weighted by a/q they give what samples of a would: lambda, KL(p||a), the means under a b; and the ESS of p/q."""
+    of_q = counts(SPACE.log_prob(SPACE.table(5, 0.5)).exp())
+    q, which = of_q / of_q.sum().double(), torch.arange(SPACE.n).repeat_interleave(of_q)
+    features, log_b = PHI[phi], torch.zeros(SPACE.n).double() if LOG_B[b] is None else LOG_B[b]
+    known = torch.randn(features.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    known = known / features.std(0)
+    p = (A.log() + log_b + features @ known).softmax(0)
+    log_ratio = torch.where(log_b == -INF, math.nan, A.log() - q.log())  # a is not known where b = 0
+    found = fit_lambda(features[which], p @ features, log_b=log_b[which], log_ratio=log_ratio[which])
+    assert (torch.tensor(found.lambda_, dtype=torch.float64) - known).mul(features.std(0)).abs().max() < 1e-6
+    assert found.kl.value == pytest.approx(float((torch.xlogy(p, p) - torch.xlogy(p, A)).sum()), abs=1e-8)
+    assert found.ess == pytest.approx(2000 / float((p * p / q).sum()), rel=1e-6)
+    at_0 = (A.log() + log_b).softmax(0) @ features
+    assert [e.value for e in found.base] == pytest.approx(at_0.tolist(), rel=1e-9)
+    assert found.source == "q" and "samples of q" in str(found)
+    unweighted = fit_lambda(features[which], p @ features, log_b=log_b[which])
+    assert (torch.tensor(unweighted.lambda_, dtype=torch.float64) - known).mul(features.std(0)).abs().max() > 0.05
+
+
+def test_refit_takes_what_rests_on_more_samples():
+    """10 of 400 samples of a have the feature, half of q's do: the fit from q is better, and the way back is not."""
+    target = EBM(Base(), [Moment(Contains(regex="a", name="a"), 0.5)])
+    with pytest.raises(RuntimeError, match="call fit"):
+        target.refit(torch.ones(2, 1), torch.zeros(2), torch.zeros(2))
+    samples = of_base(written(["a"] * 10 + ["b"] * 390))
+    with pytest.warns(UserWarning, match="few samples"):
+        target.fit(samples)
+    before = target.report
+    has = (torch.arange(400) < 200).double()
+    true_rate = 0.03
+    log_ratio = torch.where(has == 1, math.log(true_rate / 0.5), math.log((1 - true_rate) / 0.5)).double()
+    found = target.refit(has[:, None], torch.zeros(400), log_ratio)
+    assert (
+        target.report is found and found.source == "q" and found.ess == pytest.approx(400 / (0.25 / 0.5 + 0.25 / 0.5))
+    )
+    assert found.ess > before.ess
+    assert target.lambda_.tolist() == pytest.approx([logit(0.5) - logit(true_rate)])
+    assert (found.temperature, found.max_new_tokens) == (before.temperature, before.max_new_tokens)
+    worse = target.refit(has[190:390, None], torch.zeros(200), log_ratio[190:390])
+    assert worse.ess < 400 and target.report is found
+    assert target.lambda_.tolist() == pytest.approx([logit(0.5) - logit(true_rate)])
+    other = EBM(Base(), [Moment(Contains(regex="a", name="a"), 0.5)])
+    other.load_state_dict(json.loads(json.dumps(target.state_dict())))
+    assert other.report.source == "q" and torch.equal(other.lambda_, target.lambda_)
+    for log_ratio, match in ((torch.zeros(3), r"log_ratio must be \(2,\)"), (torch.tensor([0.0, INF]), "finite")):
+        with pytest.raises(ValueError, match=match):
+            fit_lambda(torch.tensor([[0.0], [1.0]]), [0.5], log_ratio=log_ratio)
+
+
 def test_two_independent_features_have_two_closed_forms():
     grid = torch.cartesian_prod(torch.arange(10), torch.arange(20))
     phi = torch.stack([grid[:, 0] < 3, grid[:, 1] < 1], 1).double()

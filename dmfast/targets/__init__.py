@@ -1,7 +1,20 @@
 """The target p of distribution matching: constraints, the energy-based model that they define, and its lambda."""
 
-from .constraints import Contains, Feature, Moment, Scorer
+from .constraints import Contains, Feature, Moment, Scorer, ScorerCounts
 from .ebm import EBM, TargetScores
+from .scorers import Classifier, Reward
 from .solver import LambdaFit, fit_lambda
 
-__all__ = ["EBM", "Contains", "Feature", "LambdaFit", "Moment", "Scorer", "TargetScores", "fit_lambda"]
+__all__ = [
+    "EBM",
+    "Classifier",
+    "Contains",
+    "Feature",
+    "LambdaFit",
+    "Moment",
+    "Reward",
+    "Scorer",
+    "ScorerCounts",
+    "TargetScores",
+    "fit_lambda",
+]

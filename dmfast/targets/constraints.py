@@ -9,8 +9,11 @@ from __future__ import annotations
 import functools
 import math
 import re
+import time
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -34,6 +37,10 @@ class Feature(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What it is, for JSON."""
+
+    def log_b(self, value: Tensor) -> Tensor:
+        """log b(x) from phi(x), where it stands for a pointwise constraint; NaN where phi(x) can't be a b(x)."""
+        return value.log()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
@@ -179,6 +186,20 @@ class Contains(Feature):
                 "ignore_case": self.ignore_case}  # fmt: skip
 
 
+@dataclass
+class ScorerCounts:
+    """What a scorer has done so far.
+
+    Attributes:
+        scored: sequences that its function was called for. cached: sequences whose value was known already.
+        seconds: spent in it, with reading texts and cache.
+    """
+
+    scored: int = 0
+    cached: int = 0
+    seconds: float = 0.0
+
+
 class Scorer(Feature):
     """A function of your own as a feature.
 
@@ -189,9 +210,15 @@ class Scorer(Feature):
         batch_size: sequences in a call of a batched ``fn``. Default: all.
         name: in logs, reports and errors. Default: the function's.
         binary: ``fn`` always gives 0 or 1 (checked).
+        cache: of so many sequences, those asked for last, the value is kept by their generated tokens, and ``fn`` is
+            not called again for them: it must then depend on nothing else. 0: none.
+
+    Attributes:
+        counts: ``ScorerCounts``; the trainer logs what each step adds.
 
     Raises:
-        TypeError, ValueError: fn is not callable, unknown ``on``, batch_size not positive. When called, ValueError with
+        TypeError, ValueError: fn is not callable, unknown ``on``, batch_size not positive, a negative cache, or one
+            with on="samples", where ``fn`` sees more than the tokens. When called, ValueError with
             the scorer's name and the first offending sample: not N numbers, NaN or infinite, not 0 or 1 though
             ``binary``; RuntimeError from what ``fn`` raised.
     """
@@ -205,6 +232,7 @@ class Scorer(Feature):
         batch_size: int | None = None,
         name: str | None = None,
         binary: bool = False,
+        cache: int = 0,
     ) -> None:
         if not callable(fn):
             raise TypeError(f"Scorer takes a function, got {fn!r}")
@@ -212,13 +240,46 @@ class Scorer(Feature):
             raise ValueError(f'on must be "text", "tokens" or "samples", got {on!r}')
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size!r}")
+        if cache < 0 or (cache and on == "samples"):
+            raise ValueError(
+                f"cache must be 0 or more, got {cache!r}" if cache < 0 else
+                'cache goes by the generated tokens, and with on="samples" a function sees more: use "text" or "tokens"'
+            )  # fmt: skip
         self.fn, self.on, self.batched, self.batch_size, self.binary = fn, on, batched, batch_size, binary
+        self.cache, self.counts = cache, ScorerCounts()
+        self._kept: OrderedDict[tuple[int, ...], float] = OrderedDict()
+        self._kept_for: Any = None  # the tokenizer whose ids they are
         self.name = _function_name(fn) if name is None else name
 
     def __call__(self, samples: Samples) -> Tensor:
         """(N,) fp64, checked."""
         if len(samples) == 0:
             return samples.log_prob.new_empty(0, dtype=torch.float64)
+        start = time.perf_counter()
+        values = self._with_cache(samples) if self.cache else self._scored(samples)
+        self.counts.seconds += time.perf_counter() - start
+        return values
+
+    def _with_cache(self, samples: Samples) -> Tensor:
+        """``_scored``, called for each sequence that is not known, once."""
+        if samples.tokenizer is not self._kept_for:
+            self._kept.clear()
+            self._kept_for = samples.tokenizer
+        keys = [tuple(ids) for ids in scored_tokens(samples)]
+        new = {key: row for row, key in reversed(list(enumerate(keys))) if key not in self._kept}
+        if new:
+            rows = torch.tensor(sorted(new.values()), device=samples.tokens.device)
+            values = self._scored(samples if len(rows) == len(samples) else samples[rows])
+            self._kept.update(zip([keys[row] for row in rows.tolist()], values.tolist(), strict=True))
+        self.counts.cached += len(keys) - len(new)
+        for key in keys:
+            self._kept.move_to_end(key)
+        found = [self._kept[key] for key in keys]
+        while len(self._kept) > self.cache:
+            self._kept.popitem(last=False)
+        return torch.tensor(found, dtype=torch.float64, device=samples.log_prob.device)
+
+    def _scored(self, samples: Samples) -> Tensor:
         inputs: Any = samples
         if self.on != "samples":
             inputs = samples.text if self.on == "text" else scored_tokens(samples)
@@ -231,6 +292,7 @@ class Scorer(Feature):
         self._refuse(~values.isfinite(), values, samples, "a finite number")
         if self.binary:
             self._refuse((values != 0) & (values != 1), values, samples, "0 or 1, since binary=True")
+        self.counts.scored += len(samples)
         return values
 
     def _score(self, part: Any, samples: Samples) -> Tensor:
@@ -273,8 +335,8 @@ class Scorer(Feature):
         """Its settings and the function's full name."""
         module, inner = getattr(self.fn, "__module__", None), _function_name(self.fn, full=True)
         return {"type": "Scorer", "name": self.name, "function": f"{module}.{inner}" if module else inner,
-                "on": self.on, "batched": self.batched, "batch_size": self.batch_size,
-                "binary": self.binary}  # fmt: skip
+                "on": self.on, "batched": self.batched, "batch_size": self.batch_size, "binary": self.binary,
+                "cache": self.cache}  # fmt: skip
 
 
 def _function_name(fn: Any, *, full: bool = False) -> str:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..estimators import Estimate, estimate_moments
 from ..models import LanguageModel, Prompt, Samples
-from .constraints import Feature, Moment, as_feature, show
+from .constraints import Feature, Moment, Scorer, as_feature, show
+from .scorers import Reward
 from .solver import LambdaFit, fit_lambda
 
 
@@ -26,8 +27,8 @@ class TargetScores:
         log_b: (N,) fp64, -inf where b = 0.
         features: (N, F) fp64, phi(x), in the order of ``EBM.moment_names``.
         log_base: (N,) fp64, log a(x); NaN where it was not computed (b = 0).
-        monitored: (N, M) fp64, in the order of ``EBM.monitor_names``: b of each pointwise constraint, then the
-            monitored features.
+        monitored: (N, M) fp64, in the order of ``EBM.monitor_names``: b of each pointwise constraint (R of a
+            ``Reward``), then the monitored features.
     """
 
     log_target: Tensor
@@ -45,6 +46,10 @@ class _Pointwise:
     feature: Feature
     negated: bool = False
 
+    def log_b(self, column: Tensor) -> Tensor:
+        """(N,) from phi, or 1 - phi."""
+        return column.log() if self.negated else self.feature.log_b(column)
+
 
 class EBM:
     """log P(x) = log a(x) + log b(x) + lambda . phi(x): pointwise, distributional or both (arXiv:2012.11635, eq. 1-3).
@@ -54,7 +59,8 @@ class EBM:
 
     Args:
         base: the pretrained model a. It must not change: train a copy of it.
-        constraints: pointwise ones (``Contains``, ``Scorer`` or a function of ``Samples``; b >= 0) and ``Moment``s.
+        constraints: pointwise ones (``Contains``, ``Scorer``, ``Classifier`` or a function of ``Samples``; b >= 0;
+            ``Reward``: b = exp(R/beta)) and ``Moment``s.
             A ``Moment`` of a binary feature with the value 0 or 1 is taken as a pointwise constraint.
         monitor: features that are reported with the scores and ask for nothing.
         batch_size: sequences at a time when the base scores. Default: all.
@@ -111,6 +117,18 @@ class EBM:
         return f"<EBM {'; '.join([each.name for each in self._pointwise] + moments)}>"
 
     @property
+    def scorers(self) -> dict[str, Scorer]:
+        """The ``Scorer``s among the features, each once, by the first name that it goes by here."""
+        named = [(each.name, each.feature) for each in self._pointwise]
+        named += [(n, m.feature) for n, m in zip(self.moment_names, self._moments, strict=True)] + self._monitor
+        found: dict[int, tuple[str, Scorer]] = {}
+        for name, feature in named:
+            inner = feature.fn if isinstance(feature, Reward) else feature
+            if isinstance(inner, Scorer):
+                found.setdefault(id(inner), (name, inner))
+        return dict(found.values())
+
+    @property
     def fitted(self) -> bool:
         """Whether ``lambda_`` is known; always so without moments."""
         return self._lambda is not None
@@ -153,7 +171,7 @@ class EBM:
         Raises:
             ValueError: a negative b; the sample is shown.
         """
-        return self._b(samples, _Once(samples)).log().sum(1)
+        return self._b(samples, _Once(samples))[1].sum(1)
 
     def log_prob(self, samples: Samples) -> Tensor:
         """(N,) fp64: log P(x), as ``score`` gives it."""
@@ -182,10 +200,10 @@ class EBM:
         if log_base is not None and log_base.shape != (len(samples),):
             raise ValueError(f"log_base must be ({len(samples)},), got {tuple(log_base.shape)}")
         once = _Once(samples)
-        b = self._b(samples, once)
+        b, each_log_b = self._b(samples, once)
         features = _columns([once(moment.feature) for moment in self._moments], samples)
         monitored = torch.cat([b, _columns([once(feature) for _, feature in self._monitor], samples)], 1)
-        log_b = b.log().sum(1)
+        log_b = each_log_b.sum(1)
         positive = log_b > -math.inf
         if log_base is None:
             log_base = torch.full_like(log_b, math.nan)
@@ -200,20 +218,22 @@ class EBM:
             raise ValueError(f"log_base is NaN for sample {row}, where b > 0: {show(samples, row)}")
         return TargetScores(log_target, log_b, features, log_base, monitored)
 
-    def _b(self, samples: Samples, once: _Once) -> Tensor:
-        """(N, pointwise constraints) fp64, checked."""
-        columns = []
+    def _b(self, samples: Samples, once: _Once) -> tuple[Tensor, Tensor]:
+        """phi (or 1 - phi) and log b, (N, pointwise constraints) fp64 each, checked."""
+        columns, logs = [], []
         for each in self._pointwise:
             value = once(each.feature)
-            if bool((value < 0).any()):
-                row = int((value < 0).nonzero()[0, 0])
+            columns.append(1 - value if each.negated else value)
+            logs.append(each.log_b(columns[-1]))
+            bad = logs[-1].isnan()
+            if bool(bad.any()):
+                row = int(bad.nonzero()[0, 0])
                 raise ValueError(
                     f"the pointwise constraint {each.name!r} must be b(x) >= 0, got {value[row].item():g} for sample "
-                    f"{row} ({int((value < 0).sum())} such of {len(samples)}): {show(samples, row)}; a score that may "
-                    "be negative belongs in a Moment, or in b as its exponential"
+                    f"{row} ({int(bad.sum())} such of {len(samples)}): {show(samples, row)}; a score that may "
+                    "be negative belongs in a Moment, or in b as its exponential: Reward(score, beta)"
                 )
-            columns.append(1 - value if each.negated else value)
-        return _columns(columns, samples)
+        return _columns(columns, samples), _columns(logs, samples)
 
     # --- lambda -------------------------------------------------------------------------------------------------
 
@@ -260,11 +280,11 @@ class EBM:
             raise ValueError("samples is empty")
         self._check_from_base(samples)
         once = _Once(samples)
-        b = self._b(samples, once)
+        b, each_log_b = self._b(samples, once)
         rates = dict(zip(self.monitor_names, estimate_moments(b, b.new_zeros(len(b))), strict=False))
-        log_b = b.log().sum(1)
+        log_b = each_log_b.sum(1)
         if not bool((log_b > -math.inf).any()):
-            raise ValueError(_never_satisfied(b, [each.name for each in self._pointwise]))
+            raise ValueError(_never_satisfied(each_log_b, [each.name for each in self._pointwise]))
         features = _columns([once(moment.feature) for moment in self._moments], samples)
         found = fit_lambda(
             features, [moment.value for moment in self._moments], log_b=log_b, context_id=samples.context_id,
@@ -276,6 +296,34 @@ class EBM:
         for warning in report.warnings:
             warnings.warn(warning, stacklevel=2)
         return self
+
+    def refit(self, features: Tensor, log_b: Tensor, log_ratio: Tensor, context_id: Tensor | None = None) -> LambdaFit:
+        """lambda from samples of a proposal q, by self-normalised importance sampling with the weights a/q: for where
+        samples of a show the features too rarely. ``lambda_`` and ``report`` become what is found if its effective
+        sample size is larger than that of the fit before, and stay as they are if not.
+
+        Whoever holds a Z of this target starts it anew after that; the trainer does.
+
+        Args:
+            features, log_b: (N, F) and (N,), as ``score`` gives them.
+            log_ratio: (N,) log a(x) - log q(x); looked at where b > 0 only.
+            context_id: (N,), as in ``fit_lambda``.
+
+        Returns:
+            What was found, whether or not it was taken.
+
+        Raises:
+            RuntimeError: there was no fit before, or there is no moment. ValueError: as ``fit_lambda``.
+        """
+        if self.report is None or not self._moments:
+            raise RuntimeError("refit goes on from what fit() found: call fit() first")
+        found = fit_lambda(features, [moment.value for moment in self._moments], log_b=log_b, log_ratio=log_ratio,
+                           context_id=context_id, names=self.moment_names)  # fmt: skip
+        found = replace(found, pointwise=self.report.pointwise, notes=self._notes + found.notes,
+                        temperature=self.report.temperature, max_new_tokens=self.report.max_new_tokens)  # fmt: skip
+        if found.ess > self.report.ess:
+            self._lambda, self.report = torch.tensor(found.lambda_, dtype=torch.float64), found
+        return found
 
     def _draw(
         self, n: int, contexts: Sequence[Prompt] | None, max_new_tokens: int, temperature: float,
@@ -337,7 +385,11 @@ class EBM:
         return {
             "base": getattr(config, "_name_or_path", None) or type(self.base).__name__,
             "pointwise": [
-                {"name": each.name, "b": "1 - phi" if each.negated else "phi", "feature": each.feature.describe()}
+                {
+                    "name": each.name,
+                    "b": "1 - phi" if each.negated else "exp(phi/beta)" if isinstance(each.feature, Reward) else "phi",
+                    "feature": each.feature.describe(),
+                }
                 for each in self._pointwise
             ],
             "moments": [{**moment.describe(), "name": name, "lambda": x} for name, moment, x in named],
@@ -380,9 +432,9 @@ def _columns(columns: list[Tensor], samples: Samples) -> Tensor:
     return torch.empty(len(samples), 0, dtype=torch.float64, device=samples.log_prob.device)
 
 
-def _never_satisfied(b: Tensor, names: list[str]) -> str:
-    n = len(b)
-    rates = ", ".join(f"{name!r} in {int(count):,}" for name, count in zip(names, (b > 0).sum(0), strict=True))
+def _never_satisfied(log_b: Tensor, names: list[str]) -> str:
+    n, holds = len(log_b), log_b > -math.inf
+    rates = ", ".join(f"{name!r} in {int(count):,}" for name, count in zip(names, holds.sum(0), strict=True))
     return (
         f"b(x) = 0 for all {n:,} samples of the base: the pointwise constraints are never satisfied together ({rates} "
         f"samples). P is then 0 almost everywhere and nothing can be learnt from it: take more samples (n), prompts "

@@ -38,9 +38,11 @@ class LambdaFit:
         base: E[phi] at lambda = 0, under a(x) b(x), from the same samples.
         attained: E_p[phi], self-normalised. The value is what was wanted; the error says how well it is known.
         pointwise: the mean of each pointwise b under a.
+        source: what the samples are of: "a", or "q", a proposal whose samples were weighted by a/q. All means and
+            "under a" are then self-normalised.
         kl: KL(p||a) in nats, the mean over contexts: the least that any policy with these moments pays.
-        ess: of n, the effective sample size of the weights p/a.
-        n, n_positive: samples of a, and those with b > 0. Those in contexts where b is always 0 are in n alone.
+        ess: of n, the effective sample size of the weights p/a, or p/q.
+        n, n_positive: samples, and those with b > 0. Those in contexts where b is always 0 are in n alone.
         contexts: those with some b > 0.
         temperature: that the samples were drawn at; NaN if not known.
         max_new_tokens: that they were drawn with; None if not known.
@@ -62,6 +64,7 @@ class LambdaFit:
     seconds: float
     temperature: float = math.nan
     max_new_tokens: int | None = None
+    source: str = "a"
     pointwise: dict[str, Estimate] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -92,7 +95,9 @@ class LambdaFit:
             lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
             positive = f", {self.n_positive:,} of them with b > 0" if self.pointwise else ""
             contexts = f" in {self.contexts:,} contexts" if self.contexts > 1 else ""
-            lines.append(f"{self.n:,} samples of a{contexts}{positive}; effective sample size {self.ess:,.0f}")
+            lines.append(
+                f"{self.n:,} samples of {self.source}{contexts}{positive}; effective sample size {self.ess:,.0f}"
+            )
             lines.append(f"KL(p‖a) {self.kl} nats")
             how = "converged" if self.converged else "NOT converged"
             lines.append(f"{how} after {self.iterations} Newton steps, {self.seconds:.2g} s")
@@ -188,15 +193,18 @@ def fit_lambda(
     wanted: Sequence[float] | Tensor,
     *,
     log_b: Tensor | None = None,
+    log_ratio: Tensor | None = None,
     context_id: Tensor | None = None,
     names: Sequence[str] | None = None,
 ) -> LambdaFit:
-    """lambda with E_p[phi] = wanted, from N samples of the base model a.
+    """lambda with E_p[phi] = wanted, from N samples of the base model a, or of another model q.
 
     Args:
         features: (N, F) phi(x).
         wanted: (F,) mu.
         log_b: (N,) log b(x), -inf where b = 0. Default: 0.
+        log_ratio: (N,) log a(x) - log q(x), for samples of q: each then weighs a/q. It is not looked at where b = 0.
+            Default: 0, samples of a.
         context_id: (N,) int, which samples belong to one context; all contexts weigh the same. Default: one context.
         names: F of them, for errors and the report.
 
@@ -209,13 +217,16 @@ def fit_lambda(
     phi, mu, log_b, context, names = _checked(features, wanted, log_b, context_id, names)
     n = len(phi)
     kept = log_b > -math.inf
+    of = "the base" if log_ratio is None else "the proposal"
     if not bool(kept.any()):
-        raise ValueError(f"b(x) = 0 for all {n:,} samples of the base: the pointwise constraints are never satisfied")
+        raise ValueError(f"b(x) = 0 for all {n:,} samples of {of}: the pointwise constraints are never satisfied")
+    log_ratio = _checked_ratio(log_ratio, kept)
+    log_b = log_b + log_ratio  # of a b / q, in whose place b stands for samples of a
     ids, dense = torch.unique(context, return_inverse=True)
     alive = torch.zeros(len(ids), dtype=torch.bool).index_fill(0, dense[kept], True)
     in_alive = alive[dense]
     dense = (alive.cumsum(0) - 1)[dense[in_alive]]
-    phi, log_b, kept = phi[in_alive], log_b[in_alive], kept[in_alive]
+    phi, log_b, kept, log_ratio = phi[in_alive], log_b[in_alive], kept[in_alive], log_ratio[in_alive]
     contexts = int(alive.sum())
     notes = []
     if contexts < len(ids):
@@ -223,9 +234,9 @@ def fit_lambda(
                      "those of the others")  # fmt: skip
 
     positive = int(kept.sum())
-    where = f"{n:,} samples of the base"
+    where = f"{n:,} samples of {of}"
     if positive < n:
-        where = f"{positive:,} samples of the base with b > 0 (of {n:,})"
+        where = f"{positive:,} samples of {of} with b > 0 (of {n:,})"
     support = _Dual(phi[kept], log_b[kept], dense[kept], contexts)
     warnings = _check_each(support, mu, names, where)
     scale = _check_rank(support, mu, names, where)
@@ -238,7 +249,8 @@ def fit_lambda(
     counts = torch.bincount(dense, minlength=contexts)
     log_z = support.log_z(log_weight[kept]) - counts.double().log()
     zero = torch.zeros_like(log_weight)
-    found = estimate(zero, zero, log_weight, log_z[dense], sample_weight=1 / counts.double()[dense])
+    # the divergence of a, in the place of the policy, from p
+    found = estimate(log_ratio, zero, log_weight, log_z[dense], sample_weight=1 / counts.double()[dense])
     ess = found.ess.value
     if not converged:
         warnings.append("Newton did not converge: the moments are at the edge of what the samples can reach")
@@ -254,7 +266,8 @@ def fit_lambda(
         lambda_=lambda_.tolist(),
         base=_moments(phi, log_b, dense, contexts),
         attained=_moments(phi, log_weight, dense, contexts),
-        kl=found.kl_proposal,
+        kl=found.kl_policy,
+        source="a" if of == "the base" else "q",
         ess=ess,
         n=n,
         n_positive=positive,
@@ -292,6 +305,18 @@ def _checked(
     if not bool((log_b < math.inf).all()):
         raise ValueError("log_b holds NaN or +inf")
     return phi, mu, log_b, context.cpu(), names
+
+
+def _checked_ratio(log_ratio: Tensor | None, kept: Tensor) -> Tensor:
+    """(N,) fp64, 0 where b = 0."""
+    if log_ratio is None:
+        return torch.zeros(len(kept), dtype=torch.float64)
+    if log_ratio.shape != kept.shape:
+        raise ValueError(f"log_ratio must be ({len(kept)},), got {tuple(log_ratio.shape)}")
+    log_ratio = torch.where(kept, log_ratio.detach().double().cpu(), 0.0)
+    if not bool(log_ratio.isfinite().all()):
+        raise ValueError("log_ratio must be finite where b > 0")
+    return log_ratio
 
 
 def _moments(phi: Tensor, log_weight: Tensor, context: Tensor, contexts: int) -> list[Estimate]:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from transformers import SchedulerType, TrainingArguments
 
-from ..objectives import Objective
+from ..objectives import Objective, PPOClip
 from ..proposal import CRITERIA
 
 _BASELINES = (None, "mean", "leave_one_out", "leave_one_out_context")
@@ -51,7 +51,14 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         objective: a name of ``dmfast.OBJECTIVES``.
         baseline: a number; ``mean``, the running mean of rho*r over earlier steps; ``leave_one_out`` or
             ``leave_one_out_context``. ``gdc++`` has its own.
-        beta: the KL coefficient of ``kl_control``.
+        beta: the KL coefficient of ``kl_control``; its value at the start, where ``beta_target_kl`` is given.
+        beta_target_kl: the wanted KL(pi||a), nats per sequence: beta is then steered by ``dmfast.AdaptiveBeta`` with
+            ``beta_horizon`` (sequences), from the samples of each step. Only on-policy: they must be pi's own.
+        ppo_epochs: optimiser steps taken on each batch of samples, for ``reinforce`` and ``kl_control`` on-policy.
+            Above 1 returns, KL penalty and baseline are frozen as they were at the sampling policy, and the ratio is
+            clipped at 1 -+ ``ppo_clip``: ``dmfast.PPOClip``, PPO on whole sequences, not per token with a value head.
+            ``max_steps`` counts every one of them. Resumed in the middle of a batch, a run of one process goes on with
+            it, one of several draws a new one.
         normalize: False multiplies A by Z, the paper's scale.
         max_weight: bounds A.
         temperature: of policy, proposal and base, in sampling and in scoring.
@@ -65,6 +72,10 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         proposal_criterion, proposal_interval, proposal_stderrs, proposal_best_only, proposal_decay: as in
             ``dmfast.OfflineProposal``.
         partition: ``running``: log Z of a context over all its visits; ``step``: from the samples of the step alone.
+        refit_ess, refit_samples: while the effective sample size of the target's fit is below ``refit_ess``, lambda is
+            fitted again from the last ``refit_samples`` sequences of the steps, each weighted by a/q with the q that it
+            was drawn from, and replaced where that has a larger effective sample size (``EBM.refit``); Z then starts
+            anew. 0: never.
         eval_samples: sequences of the policy at an evaluation.
         patience_zero: steps in a row with P(x) = 0 on every sequence, after which a warning says what to do.
 
@@ -84,6 +95,10 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     objective: str = _field("gdc++", "The objective, one of dmfast.OBJECTIVES.")
     baseline: float | str | None = _field(None, "None, a number, mean, leave_one_out or leave_one_out_context.")
     beta: float | None = _field(None, "The KL coefficient of kl_control.")
+    beta_target_kl: float | None = _field(None, "The wanted KL(pi||a) in nats; None: beta is fixed.")
+    beta_horizon: float = _field(10_000, "In how many sequences beta may change by about e^0.2.")
+    ppo_epochs: int = _field(1, "Optimiser steps on each batch of samples.")
+    ppo_clip: float = _field(0.2, "Where the ratio is clipped, with more than one step on a batch.")
     normalize: bool = _field(True, "False multiplies A by Z.")
     max_weight: float | None = _field(None, "Bounds A to [-max_weight, max_weight].")
     temperature: float = _field(1.0, "Of policy, proposal and base.")
@@ -98,6 +113,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     proposal_best_only: bool = _field(False, "Swap only if pi is nearer than at every earlier swap.")
     proposal_decay: float = _field(0.8, "Weight of a step's samples relative to the next step's.")
     partition: str = _field("running", "running or step.")
+    refit_ess: float = _field(0.0, "Below which effective sample size lambda is fitted again; 0: never.")
+    refit_samples: int = _field(2048, "Sequences of a proposal that lambda is fitted again from.")
     eval_samples: int = _field(512, "Sequences of the policy at an evaluation.")
     patience_zero: int = _field(5, "Steps with P = 0 on all sequences before a warning.")
 
@@ -108,6 +125,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             ("samples_per_context", self.samples_per_context), ("sampling_batch_size", self.sampling_batch_size),
             ("max_weight", self.max_weight), ("eval_samples", self.eval_samples),
             ("proposal_interval", self.proposal_interval), ("patience_zero", self.patience_zero),
+            ("ppo_epochs", self.ppo_epochs), ("beta_target_kl", self.beta_target_kl),
+            ("beta_horizon", self.beta_horizon), ("refit_samples", self.refit_samples),
         ):  # fmt: skip
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value!r}")
@@ -135,21 +154,36 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             raise ValueError(
                 "baseline='mean' averages returns over steps, whose scale differs for reinforce_p; use leave_one_out"
             )
+        if self.beta_target_kl is not None and not (self.on_policy and self.objective == "kl_control"):
+            raise ValueError(
+                "beta_target_kl steers the beta of kl_control by KL(pi||a) on samples of pi itself: it needs "
+                f"objective='kl_control' and on_policy=True, got {self.objective!r} and on_policy={self.on_policy}"
+            )
+        if self.ppo_epochs > 1 and not (self.on_policy and self.objective in ("reinforce", "kl_control")):
+            raise ValueError(
+                "ppo_epochs above 1 clips the ratio to the policy that a batch was drawn from: it needs "
+                f"on_policy=True and objective 'reinforce' or 'kl_control', got {self.objective!r} and "
+                f"on_policy={self.on_policy}"
+            )
+        if not self.refit_ess >= 0:
+            raise ValueError(f"refit_ess must be 0 or more, got {self.refit_ess!r}")
+        PPOClip(self.ppo_clip)
         self.make_objective()
         super().__post_init__()
 
-    def make_objective(self, mean: float = 0.0, log_scale: float = 0.0) -> Objective:
+    def make_objective(self, mean: float = 0.0, log_scale: float = 0.0, beta: float | None = None) -> Objective:
         """The objective of one step, with the running values that its owner holds.
 
         Args:
             mean: the running mean of rho*r, for ``baseline="mean"``.
             log_scale: c of ``reinforce_p``.
+            beta: where it is steered. Default: that of the config.
         """
         baseline = mean if self.baseline == "mean" else self.baseline
         return Objective(
             self.objective,
             baseline=cast(Any, baseline),
             normalize=self.normalize,
-            beta=self.beta,
+            beta=self.beta if beta is None else beta,
             log_scale=log_scale if self.objective == "reinforce_p" else None,
         )

@@ -80,6 +80,7 @@ class StepSampler(Sampler[list[int]]):
         steps: optimiser steps in an epoch; None: as many as the data set fills. With several ranks the last step is
             filled up from the start of the epoch, so that all ranks have the same number of microbatches.
         shuffle, seed: a permutation per epoch that depends on nothing else.
+        repeats: how often each step comes, one after the other. Above 1 the last step is filled up with one rank, too.
 
     Raises:
         ValueError: the step's sequences on a rank are not a multiple of n; a step takes more contexts than there are.
@@ -87,7 +88,7 @@ class StepSampler(Sampler[list[int]]):
 
     def __init__(
         self, contexts: int, n: int, *, per_device: int, accumulation: int, rank: int = 0, world: int = 1,
-        steps: int | None = None, shuffle: bool = True, seed: int = 0,
+        steps: int | None = None, shuffle: bool = True, seed: int = 0, repeats: int = 1,
     ) -> None:  # fmt: skip
         local = per_device * accumulation
         if local % n:
@@ -97,7 +98,7 @@ class StepSampler(Sampler[list[int]]):
             )
         self.contexts, self.n, self.per_device, self.accumulation = contexts, n, per_device, accumulation
         self.rank, self.world, self.shuffle, self.seed, self.epoch = rank, world, shuffle, seed, 0
-        self.per_rank = local // n  # contexts of a step
+        self.per_rank, self.repeats = local // n, repeats  # contexts of a step
         if steps is None and self.per_rank * world > contexts:
             raise ValueError(
                 f"an optimiser step takes {self.per_rank * world} contexts of {n} sequences, and the data set has "
@@ -120,7 +121,7 @@ class StepSampler(Sampler[list[int]]):
         """The rows of this rank's sequences in one step."""
         first = step * self.per_rank * self.world
         last = first + self.per_rank * self.world
-        if not self.endless and last > len(order):
+        if not self.endless and self.repeats == 1 and last > len(order):
             last = first + self.world * math.ceil((len(order) - first) / self.world)
         mine = (last - first) // self.world
         first += self.rank * mine
@@ -130,12 +131,12 @@ class StepSampler(Sampler[list[int]]):
         order = self._order()
         for step in range(self.steps):
             rows = self._step(order, step)
-            for start in range(0, len(rows), self.per_device):
+            for start in list(range(0, len(rows), self.per_device)) * self.repeats:
                 yield rows[start : start + self.per_device]
 
     def __len__(self) -> int:
         last = len(self._step(list(range(self.contexts)), self.steps - 1))
-        return (self.steps - 1) * self.accumulation + math.ceil(last / self.per_device)
+        return self.repeats * ((self.steps - 1) * self.accumulation + math.ceil(last / self.per_device))
 
 
 class ContextLoader(DataLoader[Any]):

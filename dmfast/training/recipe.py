@@ -8,6 +8,7 @@
       - contains: {word: amazing}
       - scorer: {function: my_module:my_function}
     monitor: []                     # features that are only looked at
+    reward: null                    # of reinforce and kl_control: a feature, such as {scorer: {...}}
     fit: {n: 10240, seed: 0}        # lambda, from samples of the base
     lora: null                      # or the arguments of peft.LoraConfig
     train: {max_steps: 60, ...}     # the arguments of DMConfig
@@ -43,7 +44,7 @@ from .evaluation import evaluate
 from .trainer import DMTrainer
 
 TINY_BIOS = Path(__file__).parent.parent / "data" / "tiny_bios"
-_KEYS = ("model", "dtype", "prompts", "stop", "constraints", "monitor", "fit", "lora", "train", "evaluate")
+_KEYS = ("model", "dtype", "prompts", "stop", "constraints", "monitor", "reward", "fit", "lora", "train", "evaluate")
 
 
 class RecipeError(ValueError):
@@ -102,6 +103,8 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
         constraint(each)
     for each in recipe.get("monitor") or []:
         feature(each, "monitor")
+    if recipe.get("reward"):
+        feature(recipe["reward"], "reward")
     return recipe
 
 
@@ -254,7 +257,8 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
     target.fit(contexts=prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature, **fit)
     say(str(target.report))
 
-    trainer = DMTrainer(model, target, args, train_dataset=rows, processing_class=policy.tokenizer)
+    reward = feature(recipe["reward"], "reward") if recipe.get("reward") else None
+    trainer = DMTrainer(model, target, args, train_dataset=rows, processing_class=policy.tokenizer, reward=reward)
     settings = {"samples": args.eval_samples, "seed": args.seed + 10**6, "batch_size": args.sampling_batch_size or 256}
     settings |= recipe.get("evaluate") or {}
 

@@ -24,7 +24,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,12 +43,27 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from ..estimators import PartitionFunction, PartitionFunctions, RunningEstimates, effective_sample_size
+from ..estimators import (
+    PartitionFunction,
+    PartitionFunctions,
+    RunningEstimates,
+    effective_sample_size,
+    estimate_moments,
+)
 from ..kernels.result import DMLossOutput
 from ..models import LanguageModel, Samples
-from ..objectives import TARGET_OBJECTIVES, Objective, Terms, leave_one_out_baseline, plain_baseline, weigh
+from ..objectives import (
+    TARGET_OBJECTIVES,
+    AdaptiveBeta,
+    Objective,
+    PPOClip,
+    Terms,
+    leave_one_out_baseline,
+    plain_baseline,
+    weigh,
+)
 from ..proposal import OfflineProposal
-from ..targets import EBM
+from ..targets import EBM, Reward, Scorer
 from ..targets.constraints import as_feature
 from . import checkpoint
 from .callbacks import Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
@@ -75,6 +90,7 @@ class _Running:
     zero_steps: int  # steps in a row without a sequence of P > 0
     steps: int  # taken by this trainer, over all of its calls of train()
     lambda_: list[float]  # that P is meant with
+    beta: AdaptiveBeta | None  # None: fixed
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +105,26 @@ class _Step:
     seconds: dict[str, float]
     pending: _Running  # with this step's samples
     objective: Objective
+    advantage: Tensor | None = None  # (N,) r - baseline at the sampling policy, where the batch serves several steps
+    epoch: int = 0  # steps that it has served before
+    log_base: Tensor | None = None  # (N,) NaN where b = 0
+    counts: dict[str, float] = field(default_factory=dict)  # what the scorers did for it on this rank
+
+    @property
+    def loss_inputs(self) -> dict[str, Tensor]:
+        """The inputs as the loss takes them."""
+        if self.advantage is None:
+            return self.inputs
+        kept = {name: self.inputs[name] for name in ("log_target", "log_proposal", "log_z")}
+        return kept | {"reward": self.advantage}
 
     def ordered(self, order: Tensor) -> _Step:
         """With the sequences in another order."""
         return replace(
             self, samples=self.samples[order], context=self.context[order], features=self.features[order],
             inputs={name: value[order] for name, value in self.inputs.items()}, forwarded=self.forwarded[order],
+            advantage=None if self.advantage is None else self.advantage[order],
+            log_base=None if self.log_base is None else self.log_base[order],
         )  # fmt: skip
 
 
@@ -184,6 +214,10 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             )
         _warn_of_generation_config(model)
         self.target, self.reward = target, None if reward is None else as_feature(reward, "reward")
+        self._scorers = target.scorers
+        rewards = self.reward.fn if isinstance(self.reward, Reward) else self.reward
+        if isinstance(rewards, Scorer) and all(rewards is not scorer for scorer in self._scorers.values()):
+            self._scorers["reward" if rewards.name in self._scorers else rewards.name] = rewards
         self._contexts = Contexts(train_dataset)
         self._has_prompts = train_dataset is not None
         self._eval_contexts = self._contexts if eval_dataset is None else Contexts(eval_dataset)
@@ -222,7 +256,14 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 stderrs=args.proposal_stderrs, decay=args.proposal_decay,
             )  # fmt: skip
         self._estimates = RunningEstimates(args.proposal_decay) if self.proposal is None else self.proposal.running
-        self._running = _Running(PartitionFunctions(), PartitionFunction(), (0.0, 0), 0, 0, target.lambda_.tolist())
+        beta = None
+        if args.beta_target_kl is not None:
+            beta = AdaptiveBeta(cast(float, args.beta), args.beta_target_kl, args.beta_horizon)
+        self._running = _Running(
+            PartitionFunctions(), PartitionFunction(), (0.0, 0), 0, 0, target.lambda_.tolist(), beta
+        )
+        self._batch: _Step | None = None  # one that serves more steps
+        self._pool: list[dict[str, Tensor]] = []  # scored sequences, to fit lambda again
         self._q_is_base: bool | None = None  # not known before the first step
         self._step: _Step | None = None
         self._outputs: list[DMLossOutput] = []
@@ -256,7 +297,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         sampler = StepSampler(
             len(self._contexts), self.samples_per_context, per_device=args.per_device_train_batch_size,
             accumulation=args.gradient_accumulation_steps, rank=args.process_index, world=args.world_size,
-            steps=None if self._has_prompts else args.max_steps,
+            steps=None if self._has_prompts else math.ceil(args.max_steps / args.ppo_epochs), repeats=args.ppo_epochs,
             shuffle=args.train_sampling_strategy == "random",
             seed=args.seed if args.data_seed is None else args.data_seed,
         )  # fmt: skip
@@ -274,14 +315,14 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         if self._random_state_of is not None:
             self._load_rng_state(self._random_state_of)
         with self.accelerator.autocast():
-            self._step = step = self._draw(contexts_of(batches, self.samples_per_context))
+            self._step = step = self._again() or self._draw(contexts_of(batches, self.samples_per_context))
         self._outputs, self._started = [], time.perf_counter()
         microbatches, start = [], 0
         for batch in batches:
             part = slice(start, start + len(batch))
             start += len(batch)
             samples = step.samples[part].trimmed()
-            inputs = {name: value[part] for name, value in step.inputs.items()}
+            inputs = {name: value[part] for name, value in step.loss_inputs.items()}
             microbatches.append(
                 {"input_ids": samples.tokens, "samples": samples, "loss_inputs": inputs, "kept": step.forwarded[part]}
             )
@@ -290,6 +331,17 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     def _seed(self, what: str) -> int:
         """One per step, so that a resumed run draws what an unbroken one does; and not that of anything else."""
         return int.from_bytes(hashlib.blake2b(f"{self.args.seed} {what}".encode(), digest_size=7).digest(), "big")
+
+    def _again(self) -> _Step | None:
+        """The batch of the step before, where it serves this one, too. It has added to Z and all else already."""
+        batch = self._batch
+        if batch is None or self._running.lambda_ != self.target.lambda_.tolist():
+            return None
+        return replace(
+            batch, epoch=batch.epoch + 1, forwarded=torch.ones_like(batch.forwarded),
+            seconds=dict.fromkeys(batch.seconds, 0.0), counts=dict.fromkeys(batch.counts, 0.0),
+            pending=replace(self._running, steps=self._running.steps + 1),
+        )  # fmt: skip
 
     @torch.no_grad()
     def _draw(self, contexts: Sequence[tuple[int, Any]]) -> _Step:
@@ -311,22 +363,34 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         log_base = x.log_prob if self._proposal_is_base(model, x) else None
         if log_base is None and needs_base:
             log_base = self._log_base(x)
+        done = self._scorer_counts()
         scores = self.target.score(x, log_base, batch_size=args.sampling_batch_size)
         inputs = {"log_target": scores.log_target, "log_proposal": x.log_prob}
         if needs_base:
             inputs["log_base"] = cast(Tensor, log_base)
         if self.reward is not None:
             inputs["reward"] = self.reward(x)
+        counts = {name: value - done[name] for name, value in self._scorer_counts().items()}
         pending = self._with_step(context, scores.log_target, x.log_prob)
         inputs["log_z"] = pending.partitions.log_z(context)
         total, count = self._running.returns
         log_scale = pending.scale.log_z
-        objective = args.make_objective(total / count if count else 0.0, log_scale if math.isfinite(log_scale) else 0.0)
+        objective = args.make_objective(
+            total / count if count else 0.0, log_scale if math.isfinite(log_scale) else 0.0,
+            self._running.beta and self._running.beta.value,
+        )  # fmt: skip
+        if pending.beta is not None:
+            log_ratio = self._gather(x.log_prob - inputs["log_base"])
+            pending.beta.update(float(log_ratio.mean()), len(log_ratio))
         if isinstance(objective.baseline, str):  # of the whole step, however it is cut
             inputs["baseline"] = self._leave_one_out(objective, context, inputs)
         features = torch.cat([scores.features, scores.monitored], 1)
         seconds = {"sampling": sampled - start, "scoring": time.perf_counter() - sampled}
-        step = _Step(x, context, features, inputs, self._forwarded(objective, inputs), seconds, pending, objective)
+        advantage = self._advantage(objective, inputs) if args.ppo_epochs > 1 else None
+        step = _Step(
+            x, context, features, inputs, self._forwarded(objective, inputs), seconds, pending, objective, advantage,
+            log_base=scores.log_base, counts=counts,
+        )  # fmt: skip
         # sequences of about one length go together: less padding in a microbatch, little if prompts are of one length
         return (
             step.ordered(x.attention_mask.sum(1).argsort(stable=True)) if args.gradient_accumulation_steps > 1 else step
@@ -334,16 +398,23 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
     def _forwarded(self, objective: Objective, inputs: dict[str, Tensor]) -> Tensor:
         """(N,) bool: not known to have weight 0."""
-        everything = torch.ones_like(inputs["log_target"], dtype=torch.bool)
-        if not self.args.skip_zero_weight:
-            return everything
-        values = dict(inputs)
+        terms = self._terms_of(objective, inputs)
+        if not self.args.skip_zero_weight or not terms.weight_known:
+            return torch.ones_like(inputs["log_target"], dtype=torch.bool)
+        # A does not depend on log pi where it is known, so anything will do
+        return weigh(terms) != 0
+
+    def _terms_of(self, objective: Objective, inputs: dict[str, Tensor]) -> Terms:
+        """With log q in the place of log pi."""
+        values, log_q = dict(inputs), inputs["log_proposal"]
         baseline: Any = values.pop("baseline", None)
         if baseline is None:
-            baseline = plain_baseline(objective, len(everything), everything.device)
-        terms = Terms(objective, self.args.on_policy, math.inf, **values, baseline=baseline)
-        # A does not depend on log pi where it is known, so anything will do
-        return weigh(replace(terms, log_prob=terms.log_proposal)) != 0 if terms.weight_known else everything
+            baseline = plain_baseline(objective, len(log_q), log_q.device)
+        return Terms(objective, self.args.on_policy, math.inf, **values, baseline=baseline, log_prob=log_q)
+
+    def _advantage(self, objective: Objective, inputs: dict[str, Tensor]) -> Tensor:
+        """(N,) r - baseline at the sampling policy, which is A there, since rho = 1."""
+        return weigh(self._terms_of(objective, inputs))
 
     def _leave_one_out(self, objective: Objective, context: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """(N,) fp64: the baseline of this rank's sequences, over those of all ranks."""
@@ -356,8 +427,15 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     def _forget_target(self) -> None:
         """After another lambda: P is another, so Z and all that was estimated under the old one is void."""
         self._running = _Running(PartitionFunctions(), PartitionFunction(), (0.0, 0), 0, self._running.steps,
-                                 self.target.lambda_.tolist())  # fmt: skip
+                                 self.target.lambda_.tolist(), self._running.beta)  # fmt: skip
         self._estimates.clear()
+
+    def _scorer_counts(self) -> dict[str, float]:
+        """``ScorerCounts`` of all scorers, flat, with the names that they are logged by."""
+        return {
+            f"scorer/{name}/{what}": value
+            for name, scorer in self._scorers.items() for what, value in vars(scorer.counts).items()
+        }  # fmt: skip
 
     def _log_base(self, x: Samples) -> Tensor:
         return self.target.base.log_prob(x, batch_size=self.args.sampling_batch_size)
@@ -384,6 +462,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             scale=scale,
             zero_steps=self._running.zero_steps + 1 if nothing else 0,
             steps=self._running.steps + 1,
+            beta=copy.copy(self._running.beta),
         )
 
     def _gather(self, values: Tensor) -> Tensor:
@@ -401,9 +480,12 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """The fused loss of one microbatch, divided by the sequences of the whole step."""
         assert self._step is not None
-        objective, values = self._step.objective, dict(inputs["loss_inputs"])
-        if "baseline" in values:
-            objective = replace(objective, baseline=values.pop("baseline"))
+        objective: Objective | PPOClip = self._step.objective
+        values, on_policy = dict(inputs["loss_inputs"]), self.args.on_policy and self._step.epoch == 0
+        if self._step.advantage is not None:
+            objective = Objective("reinforce") if on_policy else PPOClip(self.args.ppo_clip)
+        elif "baseline" in values:
+            objective = replace(self._step.objective, baseline=values.pop("baseline"))
         kept: Tensor = inputs["kept"].clone()
         if len(kept) and not bool(kept.any()):
             kept[0] = True  # one forward, for the hooks of whatever is around the model
@@ -411,13 +493,13 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         out = self._policy_around(model).loss(
             inputs["samples"] if everything else inputs["samples"][kept],
             objective=objective,
-            on_policy=self.args.on_policy,
+            on_policy=on_policy,
             max_weight=self.args.max_weight,
             num_sequences=len(self._step.samples),  # DDP averages over ranks
             **(values if everything else {name: value[kept] for name, value in values.items()}),
         )
         if not everything:
-            out = _with_skipped(out, kept, values, self.args.on_policy)
+            out = _with_skipped(out, kept, values, on_policy)
         self._outputs.append(out)
         return (out.loss, out) if return_outputs else out.loss
 
@@ -448,7 +530,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             self._jit.agreed = terminate
         out = _whole_step(outputs, self._gather)
         self._running = step.pending
-        if self.args.baseline == "mean":
+        self._batch = step if step.epoch + 1 < self.args.ppo_epochs else None
+        if self.args.baseline == "mean" and step.epoch == 0:
             terms = Terms(
                 replace(step.objective, baseline=None, normalize=True), self.args.on_policy, math.inf,
                 log_proposal=out.log_proposal,
@@ -468,7 +551,33 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         if self.args.logging_strategy == "no":
             self._metrics = []
         self._metrics.append(self._metrics_of(step, out, now.as_dict(), swapped))
+        if step.epoch == 0:
+            self._refit(step)
         self._step, self._outputs = None, []
+
+    def _refit(self, step: _Step) -> None:
+        """lambda anew, where its fit rests on few samples and enough of the proposals' have been seen."""
+        args, report = self.args, self.target.report
+        if report is None or report.ess >= args.refit_ess or not self.target.moment_names:
+            return
+        width = len(self.target.moment_names)
+        log_target, log_q, log_base, features, context = (
+            self._gather(x) for x in (step.inputs["log_target"], step.inputs["log_proposal"],
+                                      cast(Tensor, step.log_base), step.features[:, :width], step.context)
+        )  # fmt: skip
+        lambda_ = self.target.lambda_.to(features)
+        log_b = torch.where(log_target == -math.inf, -math.inf, log_target - log_base - features @ lambda_)
+        self._pool.append({"features": features, "log_b": log_b, "log_ratio": log_base - log_q, "context_id": context})
+        if sum(len(each["context_id"]) for each in self._pool) < args.refit_samples:
+            return
+        whole = {name: torch.cat([each[name] for each in self._pool]) for name in self._pool[0]}
+        self._pool = []
+        try:
+            self.target.refit(**whole)
+        except ValueError as error:
+            warnings.warn(f"lambda could not be fitted again and stays as it is: {error}", stacklevel=2)
+        if self.target.report is not report:
+            self._forget_target()
 
     def _verdict_of_rank_0(self, mine: bool) -> bool:
         if self.args.world_size == 1:
@@ -507,9 +616,21 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             metrics["baseline"] = total / max(count, 1)
         if "reward" in step.inputs:
             metrics["reward"] = float(self._gather(step.inputs["reward"]).mean())
+        if self.args.on_policy and "log_base" in step.inputs:
+            log_ratio = self._gather(step.inputs["log_proposal"] - step.inputs["log_base"])
+            (kl,) = estimate_moments(log_ratio[:, None], torch.zeros_like(log_ratio))
+            metrics |= {"kl_policy_base": kl.value, "kl_policy_base_stderr": kl.stderr}
+        if self.args.refit_ess and self.target.report is not None:
+            named = zip(self.target.moment_names, self.target.lambda_.tolist(), strict=True)
+            metrics |= {f"lambda/{name}": value for name, value in named} | {"fit_ess": self.target.report.ess}
+        if step.objective.beta is not None:
+            metrics["beta"] = step.objective.beta
+        if step.advantage is not None and out.log_ratio is not None:
+            clipped = PPOClip(self.args.ppo_clip).clipped(out.log_ratio, self._gather(step.advantage))
+            metrics["clip_fraction"] = float(clipped.double().mean())
         if self.args.objective == "reinforce_p":
             metrics["log_scale"] = step.objective.log_scale or 0.0
-        return metrics | {f"seconds_{what}": seconds for what, seconds in step.seconds.items()}
+        return metrics | step.counts | {f"seconds_{what}": seconds for what, seconds in step.seconds.items()}
 
     @property
     def feature_names(self) -> list[str]:
@@ -531,7 +652,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """transformers' log with the metrics of the steps since the last one: means of what varies, else the last."""
         if "loss" in logs and self._metrics:
-            means = ("phi/", "weight_", "seconds_", "length", "ess", "reward")
+            means = ("phi/", "scorer/", "weight_", "seconds_", "length", "ess", "reward", "clip_fraction")
             sums = ("n_clipped", "n_empty", "swapped")
             for key, last in self._metrics[-1].items():
                 values = [m[key] for m in self._metrics if key in m]
@@ -600,7 +721,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = str(checkpoint.to_resume(resume_from_checkpoint, Path(self.args.output_dir)))
-        self._metrics, self._model_step = [], None
+        self._metrics, self._model_step, self._batch = [], None, None
         self._random_state_of = resume_from_checkpoint or None
         self._jit = jit = self._install_jit()
         self._interrupt.install()
@@ -688,6 +809,9 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             "steps": running.steps,
             "contexts": self._contexts.digest,
             "q_is_base": self._q_is_base,
+            "beta": None if running.beta is None else running.beta.state_dict(),
+            "pool": self._pool,
+            "batch": None if self._batch is None or self.args.world_size > 1 else _batch_state(self._batch),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -714,9 +838,23 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             warnings.warn("the checkpoint is of a run on other prompts: Z of each context starts anew", stacklevel=2)
         scale.load_state_dict(state["scale"])
         total, count = state["returns"]
+        beta = copy.copy(self._running.beta)
+        if beta is not None and state["beta"] is not None:
+            beta.load_state_dict(state["beta"])
         self._running = _Running(partitions, scale, (total, count), int(state["zero_steps"]), int(state["steps"]),
-                                 self.target.lambda_.tolist())  # fmt: skip
+                                 self.target.lambda_.tolist(), beta)  # fmt: skip
+        self._batch = None if state["batch"] is None else self._batch_of(state["batch"])
+        self._pool = list(state["pool"])
         self._q_is_base = state["q_is_base"]
+
+    def _batch_of(self, state: dict[str, Any]) -> _Step:
+        """The inverse of ``_batch_state``."""
+        samples = Samples(**state["samples"], tokenizer=self.policy.tokenizer)
+        return _Step(
+            samples, state["context"], state["features"], state["inputs"], torch.ones_like(samples.score_mask[:, 0]),
+            dict.fromkeys(("sampling", "scoring", "policy"), 0.0), self._running,
+            self.args.make_objective(beta=state["beta"]), state["advantage"], int(state["epoch"]),
+        )  # fmt: skip
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
@@ -744,6 +882,13 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         """Writes the card of ``save_model`` into ``args.output_dir``."""
         if self.is_world_process_zero():
             self._write_card(Path(self.args.output_dir))
+
+
+def _batch_state(step: _Step) -> dict[str, Any]:
+    """Of a batch that serves more steps."""
+    samples = {f.name: getattr(step.samples, f.name) for f in fields(step.samples) if f.name != "tokenizer"}
+    return {"samples": samples, "context": step.context, "features": step.features, "inputs": step.inputs,
+            "advantage": step.advantage, "epoch": step.epoch, "beta": step.objective.beta}  # fmt: skip
 
 
 def _whole_step(outputs: Sequence[DMLossOutput], gather: Callable[[Tensor], Tensor]) -> DMLossOutput:

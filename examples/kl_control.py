@@ -1,0 +1,67 @@
+"""KL-control (Ziegler et al. 2019, arXiv:1909.08593) on the tiny biography model, in under a minute on a CPU.
+
+    python examples/kl_control.py                  # beta is steered until KL(pi||a) is 0.7 nats
+    python examples/kl_control.py --beta 0.5       # beta stays
+
+Maximises E_pi[R] - beta KL(pi||a), where R(x) = 1 for a biography about a woman. The optimum is known:
+p(x) = a(x) exp(R(x)/beta)/Z. So the share of women under p and KL(p||a) at the last beta are what to compare with.
+Every batch serves four optimiser steps, under PPO's clipping on whole sequences.
+"""
+
+import argparse
+import copy
+import math
+import tempfile
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dmfast
+from dmfast.training.recipe import TINY_BIOS
+
+WOMEN = dmfast.Contains(any_of=["she", "her"], name="women")
+
+
+def optimum(beta: float, rate: float) -> tuple[float, float]:
+    """The share of women under a exp(R/beta)/Z and its KL to a, where a has the share ``rate``."""
+    z = rate * math.exp(1 / beta) + 1 - rate
+    share = rate * math.exp(1 / beta) / z
+    return share, share / beta - math.log(z)
+
+
+def main() -> dict[str, float]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--beta", type=float, help="fixed; without it beta is steered")
+    parser.add_argument("--target-kl", type=float, default=0.7)
+    parser.add_argument("--steps", type=int, default=80, help="optimiser steps, four of them on each batch")
+    parser.add_argument("--batch", type=int, default=192)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-4)
+    options = parser.parse_args()
+
+    model = AutoModelForCausalLM.from_pretrained(TINY_BIOS)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_BIOS)
+    base = dmfast.LanguageModel(copy.deepcopy(model), tokenizer)
+    rate = float(WOMEN(base.sample(n=4096, max_new_tokens=48, seed=1, batch_size=512)).mean())
+    with tempfile.TemporaryDirectory() as folder:
+        args = dmfast.DMConfig(
+            folder, objective="kl_control", on_policy=True, baseline="mean", ppo_epochs=4, ppo_clip=0.2,
+            beta=options.beta or 0.5, beta_target_kl=None if options.beta else options.target_kl, beta_horizon=1000,
+            max_steps=options.steps, per_device_train_batch_size=options.batch, learning_rate=options.learning_rate,
+            max_new_tokens=48, save_strategy="no", eval_samples=1024, logging_steps=4, disable_tqdm=True,
+            seed=0,
+        )  # fmt: skip
+        # what the logs measure against: the optimum itself, at the first beta
+        target = dmfast.EBM(base, [dmfast.Reward(WOMEN, beta=args.beta)])
+        trainer = dmfast.DMTrainer(model, target, args, processing_class=tokenizer, reward=WOMEN)
+        trainer.train()
+        found = trainer.evaluate()
+    beta = [h["beta"] for h in trainer.state.log_history if "beta" in h][-1]
+    share, kl = optimum(beta, rate)
+    name = trainer.feature_names[0]
+    women, nats = found[f"eval_phi/{name}"], found["eval_kl_policy_base"]
+    print(f"beta {beta:.3f}: E_pi[R] {women:.3f}, KL(pi||a) {nats:.3f} nats")
+    print(f"the optimum at this beta: E_p[R] {share:.3f}, KL(p||a) {kl:.3f} nats; the base has E_a[R] {rate:.3f}")
+    return found
+
+
+if __name__ == "__main__":
+    main()
