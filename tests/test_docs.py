@@ -163,6 +163,17 @@ def test_block(pages, path, number, monkeypatch):
     pages[path].run(number)
 
 
+@pytest.mark.parametrize("row", [line for p in PAGES if p.stem == "features" for line in p.read_text().splitlines()
+                                 if "::" in line], ids=lambda row: row.split("|")[1].strip())  # fmt: skip
+def test_every_feature_has_its_test_and_its_example(row):
+    _, _, what, test, example, _ = row.split("|")
+    file, name = test.strip(" `").split("::")
+    assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.M), name
+    assert len(what.split()) == 5, what
+    if "](" not in example:  # links are checked as such
+        assert (ROOT / example.strip(" `").split()[0]).is_file(), example
+
+
 @pytest.mark.parametrize("path", [*PAGES, *([ROOT / "CONTRIBUTING.md"] if PAGES else [])], ids=lambda path: path.stem)
 def test_links_lead_somewhere(path):
     text = path.read_text(encoding="utf-8")

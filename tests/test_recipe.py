@@ -75,6 +75,18 @@ def test_a_recipe_from_the_wish_to_the_report(tmp_path, capsys):
     assert load(str(out)).vocab_size == 1466
 
 
+def test_a_recipe_with_a_reward(tmp_path):
+    train = SMALL["train"] | {"objective": "kl_control", "on_policy": True, "beta": 0.5, "beta_target_kl": 0.7,
+                              "ppo_epochs": 2}  # fmt: skip
+    path = write(tmp_path, reward={"contains": {"word": "she"}}, train=train)
+    log = recipe.run(read(path, {"train.output_dir": str(tmp_path / "out")}), say=lambda line: None)
+    steps = [h for h in log["history"] if "beta" in h]
+    assert steps[0]["clip_fraction"] == 0 and len(steps) == 2
+    assert all(0 <= h["reward"] < 0.5 for h in steps)
+    with pytest.raises(RecipeError, match="reward must be one of contains and scorer"):
+        read(write(tmp_path, reward={"contain": {}}))
+
+
 def test_a_pointwise_recipe_has_its_ideal_from_the_samples_before(tmp_path):
     path = write(tmp_path, constraints=[{"contains": {"word": "He"}}], evaluate={"samples": 256})
     log = recipe.run(read(path, {"train.output_dir": str(tmp_path / "out")}), say=lambda line: None)
