@@ -151,14 +151,14 @@ def draw(draws: Draws, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
     log_prob = torch.empty_like(tokens, dtype=torch.float64)
     if z.shape[0] == 0:
         return tokens, log_prob, torch.full((), -1, device=z.device)
-    wide = z.data_ptr() % 16 == 0 and (z.shape[0] == 1 or z.stride(0) * z.element_size() % 16 == 0)
+    wide = z.data_ptr() % 16 == 0 and z.shape[1] % 8 == 0 and (z.shape[0] == 1 or z.stride(0) * z.element_size() % 16 == 0)
     tiles = max(64, 1 << (-(-z.shape[1] // sample.TILE) - 1).bit_length())
     with _on(z):
         sample.sample_rows[(z.shape[0],)](
             z, tokens if draws.row_ids is None else draws.row_ids, log_prob if uniforms is None else uniforms, tokens,
             log_prob, z.shape[1], z.stride(0), *_two(draws.scale), *_two(draws.softcap), *_halves(draws.seed),
             *_halves(draws.step), CAP=draws.softcap > 0, IDS=draws.row_ids is not None, GIVEN=uniforms is not None,
-            WIDE=wide, TILES=tiles, SIZE=sample.TILE, num_warps=4,
+            WIDE=wide, TILES=tiles, SIZE=sample.TILE, num_warps=sample.TILE * z.element_size() // 512,
         )  # fmt: skip
     bad = log_prob.isnan()
     return tokens, log_prob, torch.where(bad.any(), bad.int().argmax(), -1)

@@ -3,7 +3,7 @@ of 1,024 a second time, and writes nothing per logit: less is impossible, since 
 
 A program has a row. The sums of its tiles stay in registers; a uniform number picks a tile from them and a token in it.
 Tiles start at multiples of 1,024 logits of the row, whatever its address: the draw and its log-probability are functions
-of the logits alone. So accesses are wide only where every row is aligned (``WIDE``). A token of probability 0 is never
+of the logits alone. So accesses are wide only where every row is aligned and V a multiple of 8 (``WIDE``). A token of probability 0 is never
 drawn.
 """
 
@@ -43,8 +43,9 @@ def sample_rows(
     """One token of a row."""
     row = tl.program_id(0)
     z = logits + row.to(tl.int64) * stride_row
-    if WIDE:
+    if WIDE:  # what the compiler is to know
         z = tl.multiple_of(z, 16)
+        vocab = vocab // 8 * 8
     scale, cap, c = constants(scale_high, scale_low, cap_high, cap_low, CAP)
     i = tl.arange(0, SIZE)
     k = tl.arange(0, TILES)
