@@ -298,7 +298,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def _eagerly(function: _F) -> _F:
     """A graph break under torch.compile: how many chunks there are depends on the values of tokens and mask."""
-    return cast(_F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+    # torch.compiler.disable at the first call: at import it would load torch._dynamo, and that triton
+    return cast(_F, torch._disable_dynamo(function))
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

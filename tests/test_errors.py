@@ -19,7 +19,8 @@ from dmfast import Objective
 from dmfast.kernels import native
 
 INF, NAN = math.inf, math.nan
-COMPILED = "cuda" if native.on_cuda(torch.empty(0)) else "cpu"  # scripts/ci/host_cuda.sh
+# scripts/ci/host_cuda.sh and interpreter.sh
+COMPILED = "triton" if native.prefer_triton else "cuda" if native.on_cuda(torch.empty(0)) else "cpu"
 B, T, V = 3, 4, 11
 
 

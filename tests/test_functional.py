@@ -778,13 +778,13 @@ def test_an_objective_of_ones_own_must_return_weights(weight: object) -> None:
 
 def test_backends() -> None:
     found = dmfast.backends()
-    assert list(found) == ["cpu", "cuda", "eager"] and all(x.detail for x in found.values())
+    assert list(found) == ["cpu", "cuda", "triton", "eager"] and all(x.detail for x in found.values())
     assert found["cpu"].in_use and found["eager"].available
     if not found["cuda"].available:
         with pytest.raises(RuntimeError, match=r"'cuda' is not available here: .*"), dmfast.use_backend("cuda"):
             pass
     with (
-        pytest.raises(ValueError, match="unknown backend 'cuda2'; there are cpu, cuda, eager"),
+        pytest.raises(ValueError, match="unknown backend 'cuda2'; there are cpu, cuda, triton, eager"),
         dmfast.use_backend("cuda2"),
     ):
         pass

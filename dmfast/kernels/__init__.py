@@ -1,25 +1,26 @@
 """Which kernels run: ``backends()`` tells, ``use_backend()`` or ``DMFAST_BACKEND`` forces.
 
-One interface, several backends: ``cpu`` and ``cuda`` (compiled C++ and CUDA C++, ``native.py``) and ``eager`` (plain
-torch, ``eager.py``, which is also the oracle of the tests).
+One interface, several backends: ``cpu`` and ``cuda`` (compiled C++ and CUDA C++, ``native.py``), ``triton`` (for GPUs
+without the compiled ones, ``triton/``) and ``eager`` (plain torch, ``eager.py``, also the oracle of the tests).
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import native
+from . import native, triton
 
-NAMES = ("cpu", "cuda", "eager")
+NAMES = ("cpu", "cuda", "triton", "eager")
 # A plain global, for all threads: torch.compile guards on it.
 _forced: str | None = os.environ.get("DMFAST_BACKEND") or None
+native.prefer_triton = _forced == "triton"
 _warned: set[str] = set()
 
 
@@ -39,6 +40,9 @@ def backends() -> dict[str, BackendInfo]:
     use_cpu = missing is None and _forced in (None, "cpu")
     no_cuda = native.why_not_cuda(torch.cuda.current_device() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]
     use_cuda = no_cuda is None and _forced in (None, "cuda")
+    no_triton = triton.why_not()
+    use_triton = no_triton is None and (_forced == "triton" or (_forced is None and no_cuda is not None))
+    devices = "in its interpreter" if triton.interpreted() else "on " + " and ".join(triton.devices())
     detail = missing or (
         f"fp32, bf16 and fp16 logits on the CPU; instruction set {native.instruction_set()}. Under torch.compile a "
         "gradient in place goes through a functional graph, where AOTAutograd may copy the logits once, and known "
@@ -54,8 +58,17 @@ def backends() -> dict[str, BackendInfo]:
             or "fp32, bf16 and fp16 logits on NVIDIA GPUs; what rows hold is "
             "checked by out.check(), or at once with DMFAST_SYNC_CHECKS=1",
         ),
+        "triton": BackendInfo(
+            "triton",
+            no_triton is None,
+            use_triton,
+            no_triton or f"fp32, bf16 and fp16 logits {devices}, where there are no CUDA kernels; checked as by cuda",
+        ),
         "eager": BackendInfo(
-            "eager", True, not (use_cpu or use_cuda), "plain torch: other devices, fp64 logits, the oracle of the tests"
+            "eager",
+            True,
+            not (use_cpu or use_cuda or use_triton),
+            "plain torch: other devices, fp64 logits, the oracle of the tests",
         ),
     }
 
@@ -74,27 +87,35 @@ def use_backend(name: str) -> Iterator[None]:
     if not info.available:
         raise RuntimeError(f"backend {name!r} is not available here: {info.detail}")
     before, _forced = _forced, name
+    native.prefer_triton = name == "triton"
     try:
         yield
     finally:
         _forced = before
+        native.prefer_triton = before == "triton"
 
 
-def _compiled_for(logits: Tensor) -> str:
-    """Which compiled backend takes tensors of this device, if any does."""
-    return "cuda" if logits.device.type == "cuda" or native.on_cuda(logits) else "cpu"
-
-
-def _why_not(name: str, fitting: str, logits: Tensor) -> str | None:
-    """Why ``name`` can't take these logits, for whose device ``fitting`` is the compiled backend; None: it can."""
-    missing = native.why_unavailable() if name == "cpu" else native.why_not_cuda(logits.device.index or 0)
+def _why_not(name: str, logits: Tensor) -> str | None:
+    """Why ``name`` can't take these logits; None: it can."""
+    device = logits.device
+    reasons: dict[str, Callable[[], str | None]] = {
+        "cpu": native.why_unavailable, "cuda": lambda: native.why_not_cuda(device.index or 0), "triton": triton.why_not,
+    }  # fmt: skip
+    missing = reasons[name]()
     if missing is not None:
-        return missing if logits.device.type == "cpu" else f"logits are on {logits.device}; {missing}"
-    if name != fitting or (name == "cpu" and logits.device.type != "cpu"):
-        return f"logits are on {logits.device}, for which this dmfast has no kernel yet"
+        return missing if device.type == "cpu" else f"logits are on {device}; {missing}"
+    fits = {"cpu": device.type == "cpu", "cuda": native.on_cuda(logits), "triton": triton.why_not(device) is None}[name]
+    if not fits:
+        return f"logits are on {device}, for which backend {name!r} has no kernel"
     if logits.dtype not in native.DTYPES:
         return f"logits are {logits.dtype}; the compiled kernels take float32, bfloat16 and float16"
     return None
+
+
+def _candidates(logits: Tensor) -> tuple[str, ...]:
+    if native.on_cuda(logits) or logits.device.type == "cuda":
+        return ("cuda", "triton")
+    return ("cpu",) if logits.device.type == "cpu" else ("triton",)
 
 
 def select(logits: Tensor) -> str:
@@ -107,13 +128,16 @@ def select(logits: Tensor) -> str:
         return _forced
     if _forced is not None and _forced not in NAMES:
         raise ValueError(f"DMFAST_BACKEND: unknown backend {_forced!r}; there are {', '.join(NAMES)}")
-    fitting = _compiled_for(logits)
-    name = _forced or fitting
-    reason = _why_not(name, fitting, logits)
-    if reason is None:
-        return name
+    reasons = []
+    for name in _candidates(logits) if _forced is None else (_forced,):
+        reason = _why_not(name, logits)
+        if reason is None:
+            return name
+        if reason not in reasons:
+            reasons.append(reason)
+    reason = "; ".join(reasons)
     if _forced is not None:
-        raise RuntimeError(f"backend {name!r} was forced, but {reason}")
+        raise RuntimeError(f"backend {_forced!r} was forced, but {reason}")
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(f"dmfast runs on its slow eager backend: {reason}", stacklevel=3)

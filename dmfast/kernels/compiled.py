@@ -6,6 +6,7 @@ from typing import cast
 
 from torch import Tensor
 
+from .. import objectives
 from ..objectives import Terms
 from . import cuda, native, ops
 from .batch import Batch, Draws, Scores
@@ -17,9 +18,13 @@ def _rows(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, float, float]:
 
 
 def _recorded(batch: Batch, terms: Terms | None, log_prob: Tensor, status: Tensor) -> tuple[cuda.Recorded, ...]:
-    if not native.on_cuda(batch.logits):
+    if not native.records(batch.logits):
         return ()
-    return (cuda.row_faults(batch, terms, log_prob.detach(), status),)
+    log_prob = log_prob.detach()
+    if native.on_cuda(batch.logits) or terms is None:
+        return (cuda.row_faults(batch, terms, log_prob, status),)
+    made = objectives.clip(objectives.weigh(terms.with_log_prob(log_prob)), terms.max_weight)[0]
+    return (cuda.WeightFaults((cuda.row_faults(batch, None, log_prob, status),), terms, made, 0),)
 
 
 def check_weights(weight: Tensor) -> Tensor:

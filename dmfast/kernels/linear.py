@@ -158,13 +158,7 @@ def _score_long(job: Job, products: _Products, i: int, cuts: list[tuple[int, int
     scores = Scores(lse, log_prob, h, recorded=tuple(check for part in parts for check in part.recorded))
     if terms is None:
         return scores
-    none = torch.zeros_like(log_prob)
-    out = native.loss_from_scores(job.part(i, i + 1, 0, 0, products.buffer[:0]), scores, terms, "none", 1.0, i)
-    u = none if out.log_target_ratio is None else out.log_target_ratio
-    rho = none if out.log_ratio is None else out.log_ratio
-    return Scores(
-        lse, log_prob, h, rho, u, out.weight, out.loss, out.loss.sum() / divide_by, out.n_clipped, out._recorded
-    )
+    return native.weighed(job.part(i, i + 1, 0, 0, products.buffer[:0]), scores, terms, divide_by, i)
 
 
 def _join(parts: list[Scores], job: Job, terms: Terms | None, entropy: bool) -> Scores:
@@ -272,7 +266,7 @@ def run(
     divide_by: float, entropy: bool, expected: float | None, chunk_bytes: int | None,
 ) -> tuple[Tensor, Scores]:  # fmt: skip
     """The loss, or log pi (B) where ``terms`` is None, with its gradient where one is wanted; and the scores."""
-    if native.on_cuda(whole.logits):
+    if native.records(whole.logits):
         checks.check_cu_seqlens(whole)  # the host has to wait for them anyway, to cut rows into chunks
     else:
         checks.check_rows(whole)

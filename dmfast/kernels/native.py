@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from .. import objectives
 from ..objectives import KINDS, Objective, Terms
 from . import checks, cuda, eager
 from .batch import Batch, Draws, Scores
@@ -56,7 +57,20 @@ def on_cuda(x: Tensor) -> bool:
     return x.device.type == _CUDA_DEVICE
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+# Set by ``use_backend`` and DMFAST_BACKEND: Triton's kernels also where there are compiled ones.
+prefer_triton = False
+
+
+def on_triton(x: Tensor) -> bool:
+    """Whether the Triton kernels take x."""
+    return prefer_triton or (x.device.type != "cpu" and why_not_cuda(x.device.index or 0) is not None)
+
+
+def records(x: Tensor) -> bool:
+    """Whether faults in x are recorded, to be read later."""
+    return on_cuda(x) or on_triton(x)
+
+
 def why_not_cuda(device: int = 0) -> str | None:
     """None where the CUDA kernels can run on that device, else the reason that they can't."""
     if _C is None:
@@ -67,6 +81,10 @@ def why_not_cuda(device: int = 0) -> str | None:
             "with DMFAST_BUILD=cuda"
         )
     return _why_not_on(device)
+
+
+# as torch.compiler.assume_constant_result does, which would import torch._dynamo
+why_not_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
@@ -156,6 +174,29 @@ def _queue(name: str, batch: Batch, terms: Terms | None, entropy: bool, divide_b
     return scores._replace(recorded=cuda.settle(cuda.row_faults(given, terms, scores.log_prob, work.status)))
 
 
+def _triton_forward(
+    batch: Batch, terms: Terms | None, entropy: bool, divide_by: float, factor: float = 1.0, dz: Tensor | None = None
+) -> Scores:
+    """``forward``, and with ``dz`` (where weights are known) the gradient of ``factor`` times the sum of losses. A is
+    formed in torch."""
+    from .triton import launch  # triton is imported where it is used
+
+    weights = None
+    if dz is not None:
+        assert terms is not None
+        stand_in = terms.log_proposal  # for log pi, on which a known weight does not depend
+        if stand_in is None:
+            stand_in = torch.zeros(batch.n_sequences, dtype=torch.float64, device=batch.logits.device)
+        made = objectives.weigh(terms.with_log_prob(stand_in))
+        weights = cuda.usable(objectives.clip(made, terms.max_weight)[0], stand_in) * factor
+    scores, faults = launch.score(batch, entropy, weights, dz)
+    first = batch.part_of.first_sequence if batch.part_of is not None else 0
+    worst = faults.min() if faults.numel() else faults.new_full((), launch.NONE)
+    status = torch.where(worst == launch.NONE, -1, worst)
+    scores = scores._replace(recorded=cuda.settle(cuda.row_faults(batch, None, scores.log_prob, status)))
+    return scores if terms is None else weighed(batch, scores, terms, divide_by, first)
+
+
 def forward(batch: Batch, terms: Terms | None, entropy: bool, divide_by: float = 1.0) -> Scores:
     """One read of the scored rows. ``terms=None``: log_prob only. ``total`` is the sum of losses over ``divide_by``.
 
@@ -163,6 +204,8 @@ def forward(batch: Batch, terms: Terms | None, entropy: bool, divide_by: float =
         ValueError: as ``checks.check_rows`` and ``check_terms``; NaN or +inf in a scored row, a label logit of -inf, a
             weight beyond fp32's range. On CUDA ``recorded`` raises them; such a sequence has log_prob NaN, weight 0.
     """
+    if on_triton(batch.logits):
+        return _triton_forward(batch, terms, entropy, divide_by)
     assert _C is not None
     if on_cuda(batch.logits):
         return _queue("forward", batch, terms, entropy, divide_by)
@@ -188,9 +231,16 @@ def backward(
     tensor. Like every write over the logits it counts as a change to them, so that a second use of their values raises
     PyTorch's own error.
     """
-    assert _C is not None
     dz = _empty_gradient(batch, inplace)
     weight = weight.contiguous()
+    if on_triton(dz):
+        from .triton import launch
+
+        launch.backward(batch, lse, weight * factor * (1.0 if upstream is None else upstream), dz)
+        if inplace:
+            increment_version(batch.logits)
+        return dz
+    assert _C is not None
     arguments = (_batch(batch), lse.data_ptr(), weight.data_ptr(), factor, _pointer(upstream), dz.data_ptr(),
                  *_strides(dz, batch))  # fmt: skip
     if on_cuda(dz):
@@ -210,8 +260,13 @@ def forward_backward(
     Raises:
         ValueError: as ``forward``; on the CPU a weight beyond fp32's range is found before a row is touched.
     """
-    assert _C is not None
     dz = _empty_gradient(batch, inplace)
+    if on_triton(dz):
+        scores = _triton_forward(batch, terms, entropy, divide_by, expected / divide_by, dz)
+        if inplace:
+            increment_version(batch.logits)
+        return scores, dz
+    assert _C is not None
     gradient = (expected / divide_by, dz.data_ptr(), *_strides(dz, batch))
     if on_cuda(dz):
         overwrites = batch.logits if inplace else None
@@ -243,16 +298,25 @@ def scale_(batch: Batch, dz: Tensor, factor: float, upstream: Tensor) -> None:
     """dz *= factor * upstream on scored rows; the others are zero. ``upstream`` (0-d fp64) is read where it lies, and
     where the product is 1 nothing else is. ``batch`` says how rows are cut, its logits are not read.
     """
+    if on_triton(dz):
+        from .triton import launch
+
+        launch.scale(batch, dz, (factor * upstream.double()).expand(batch.n_sequences).contiguous())
+        return
     _scale(_batch(batch), dz, factor, upstream, _strides(dz, batch))
 
 
 def scale_all_(x: Tensor, factor: float, upstream: Tensor) -> None:
     """x *= factor * upstream, x contiguous; ``upstream`` as in ``scale_``."""
-    assert _C is not None
     if x.numel() == 0:
         return
     v = x.shape[-1]
     n = x.numel() // v
+    if on_triton(x):
+        rows = Batch(x.view(1, n, v), torch.empty(n, device=x.device), None, 1, n, 1.0, 0.0)
+        scale_(rows, x.view(1, n, v), factor, upstream)
+        return
+    assert _C is not None
     c_batch = _C.Batch(DTYPES[x.dtype], 0, 1, n, n, 0, v, 0, 0, v, 1.0, 0.0, torch.get_num_threads())
     _scale(c_batch, x, factor, upstream, (0, v))
 
@@ -264,8 +328,14 @@ def sample(draws: Draws, uniforms: Tensor | None = None) -> tuple[Tensor, Tensor
         ValueError: a row that is no distribution. CUDA raises it under DMFAST_SYNC_CHECKS=1 only; such a row gets token
             0 and log_prob NaN.
     """
-    assert _C is not None
     logits = draws.logits
+    if on_triton(logits):
+        from .triton import launch
+
+        tokens, log_prob, status = launch.draw(draws, uniforms)
+        cuda.settle_draws(draws, status)
+        return tokens, log_prob
+    assert _C is not None
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     log_prob = torch.empty_like(tokens, dtype=torch.float64)
     first = (
@@ -288,7 +358,7 @@ def loss_from_scores(
     batch: Batch, scores: Scores, terms: Terms, reduction: str, divide_by: float, first_sequence: int = 0
 ) -> DMLossOutput:
     """``eager.loss_from_scores``, which on CUDA puts off what the host would have to wait for."""
-    if not on_cuda(batch.logits):
+    if not records(batch.logits):
         return eager.loss_from_scores(
             batch, scores, terms, reduction, divide_by, lambda weight: checks.check_weights(weight, first_sequence)
         )
@@ -300,6 +370,18 @@ def loss_from_scores(
 
     out = eager.loss_from_scores(batch, scores, terms, reduction, divide_by, usable)
     return replace(out, _recorded=cuda.settle(cuda.WeightFaults(scores.recorded, terms, made[0], first_sequence)))
+
+
+def weighed(batch: Batch, scores: Scores, terms: Terms, divide_by: float, first_sequence: int = 0) -> Scores:
+    """Scores of log pi with what ``forward`` makes of it under ``terms``, here in torch."""
+    out = loss_from_scores(batch, scores, terms, "none", 1.0, first_sequence)
+    none = torch.zeros_like(scores.log_prob)
+    u = none if out.log_target_ratio is None else out.log_target_ratio
+    rho = none if out.log_ratio is None else out.log_ratio
+    return Scores(
+        scores.lse, scores.log_prob, scores.entropy, rho, u, out.weight, out.loss, out.loss.sum() / divide_by,
+        out.n_clipped, out._recorded,
+    )  # fmt: skip
 
 
 def weigh(terms: Terms, log_prob: float, log_proposal: float, log_target: float, log_z: float, reward: float,

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..objectives import KINDS, Objective, Terms
 from . import checks, native
 from .batch import Batch, Draws, Scores
-from .cuda import RowFaults
+from .cuda import RowFaults, WeightFaults
 
 NineTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 TenTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -69,8 +69,9 @@ def _per_row(batch: Batch) -> Tensor:
 def _status(scores: Scores) -> Tensor:
     """0-d int64."""
     for recorded in scores.recorded:
-        assert isinstance(recorded, RowFaults)
-        return recorded.status
+        rows = recorded.rows[0] if isinstance(recorded, WeightFaults) else recorded
+        assert isinstance(rows, RowFaults)
+        return rows.status
     return torch.full((), -1, dtype=torch.int64, device=scores.lse.device)
 
 

@@ -1,0 +1,166 @@
+"""Launches the Triton kernels on checked batches. What they return is as ``native.py`` has it of the compiled ones."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import cuda
+from ..batch import Batch, Draws, Scores
+from . import loss, sample
+
+NONE: int = loss.NONE.value
+
+
+class Shape(NamedTuple):
+    """How a row is divided among the threads of a program."""
+
+    lanes: int  # packs of 16 bytes that are under way at a time: two for each thread
+    warps: int
+
+
+def shape_of(vocab: int, itemsize: int) -> Shape:
+    """A third of a row at most, so that few threads idle; three kinds, each compiled once."""
+    warps = next((w for w in (8, 4) if vocab * itemsize >= 3 * 64 * w * 16), 1)
+    return Shape(64 * warps, warps)
+
+
+def _on(x: Tensor) -> AbstractContextManager[Any]:
+    """Makes x's device the current one, on which Triton launches."""
+    return nullcontext() if x.device.type == "cpu" else torch.get_device_module(x.device).device(x.device)
+
+
+def _two(x: float) -> tuple[float, float]:
+    """An fp64 number as two of fp32, which is what Triton makes of a Python float."""
+    high = torch.tensor(x, dtype=torch.float64).float().item()
+    return high, x - high
+
+
+def _row_strides(x: Tensor, batch: Batch) -> tuple[int, int, int]:
+    """steps, and the strides of a sequence and of a row."""
+    if batch.cu_seqlens is not None:
+        return max(batch.n_rows, 1), 0, x.stride(0)
+    return max(batch.steps, 1), x.stride(0), x.stride(1)
+
+
+def _numbers(batch: Batch, dz: Tensor | None) -> tuple[float, ...]:
+    steps, *strides = _row_strides(batch.logits, batch)
+    _, *dz_strides = _row_strides(batch.logits if dz is None else dz, batch)
+    return batch.vocab, steps, *strides, *dz_strides, *_two(batch.scale), *_two(batch.softcap)
+
+
+def _same_alignment(batch: Batch, dz: Tensor) -> bool:
+    """Whether every row of the gradient is aligned as its logits are, so that one wide access serves each."""
+    z, size = batch.logits, batch.logits.element_size()
+    apart = [(z.data_ptr() - dz.data_ptr()) % 16]
+    for n, a, b in zip(z.shape[:-1], z.stride(), dz.stride(), strict=False):
+        apart.append((a - b) * size % 16 if n > 1 else 0)
+    return not any(apart)
+
+
+def _starts(batch: Batch) -> Tensor:
+    if batch.cu_seqlens is not None:
+        return batch.cu_seqlens
+    return torch.arange(batch.n_sequences + 1, device=batch.labels.device) * batch.steps
+
+
+def _sequence_of(batch: Batch) -> Tensor:
+    """(rows,) int64. Unlike ``eager.sequence_of_rows`` it waits for nothing."""
+    rows = torch.arange(batch.n_rows, device=batch.labels.device)
+    if batch.cu_seqlens is None:
+        return rows // max(batch.steps, 1)
+    found = torch.searchsorted(batch.cu_seqlens[1:], rows, right=True)
+    return found.clamp_(max=batch.n_sequences - 1)  # cu_seqlens out of order, whose rows all have a fault
+
+
+def _options(batch: Batch) -> dict[str, Any]:
+    size = batch.logits.element_size()
+    shape = shape_of(batch.vocab, size)
+    return {"CAP": batch.softcap > 0, "W": 16 // size, "LANES": shape.lanes, "num_warps": shape.warps}
+
+
+def score(
+    batch: Batch, entropy: bool, weights: Tensor | None = None, dz: Tensor | None = None
+) -> tuple[Scores, Tensor]:
+    """Log-sum-exps, log pi and entropy, and the first fault of each sequence, (B,) int64: row * 8 + fault, or NONE.
+
+    With ``weights`` (B) the gradient of sum_i -weights_i log pi(x_i) is written to ``dz``; 0 where there is a fault.
+    """
+    given, batch = batch, cuda.with_order(batch)
+    lse = torch.empty(batch.n_rows, dtype=torch.float64, device=batch.logits.device)
+    row_log_prob = torch.empty_like(lse)
+    row_entropy = torch.empty_like(lse) if entropy else lse
+    log_prob = lse.new_empty(batch.n_sequences)
+    h = torch.empty_like(log_prob) if entropy else None
+    faults = torch.empty_like(log_prob, dtype=torch.int64)
+    to = batch.logits if dz is None else dz
+    sequence_of = batch.labels if weights is None else _sequence_of(batch)
+    with _on(lse):
+        if batch.n_rows:
+            loss.score_rows[(batch.n_rows,)](
+                batch.logits, batch.labels, lse, row_log_prob, row_entropy, sequence_of,
+                lse if weights is None else weights, to, *_numbers(batch, dz),
+                ENTROPY=entropy, WRITE=weights is not None, WIDE=_same_alignment(batch, to), **_options(batch),
+            )  # fmt: skip
+        if batch.n_sequences:
+            loss.sum_rows[(batch.n_sequences,)](
+                batch.labels, _starts(batch), lse, row_log_prob, row_entropy, log_prob, log_prob if h is None else h,
+                faults, batch.vocab, ENTROPY=entropy, ROWS=128, num_warps=4,
+            )  # fmt: skip
+    if dz is not None:
+        scale(given, dz, torch.where(faults == NONE, 1.0, 0.0).double(), sequence_of)
+    return Scores(lse, log_prob, h), faults
+
+
+def backward(batch: Batch, lse: Tensor, weights: Tensor, dz: Tensor) -> None:
+    """dz = weights[sequence] * d(-log-softmax)."""
+    if batch.n_rows:
+        with _on(dz):
+            loss.write_rows[(batch.n_rows,)](
+                batch.logits, batch.labels, lse, _sequence_of(batch), weights, dz, *_numbers(batch, dz),
+                WIDE=_same_alignment(batch, dz), **_options(batch),
+            )  # fmt: skip
+
+
+def scale(batch: Batch, dz: Tensor, factors: Tensor, sequence_of: Tensor | None = None) -> None:
+    """dz *= factors[sequence]."""
+    if batch.n_rows:
+        options = _options(batch)
+        del options["CAP"]
+        steps, *strides = _row_strides(dz, batch)
+        with _on(dz):
+            loss.scale_rows[(batch.n_rows,)](
+                _sequence_of(batch) if sequence_of is None else sequence_of, factors, dz, batch.vocab, steps, *strides,
+                **options,
+            )  # fmt: skip
+
+
+def _halves(x: int) -> tuple[int, int]:
+    """64 bits as two int32, so that no number is of another type than the one before."""
+    words = torch.tensor([x % 2**64 - (2**64 if x % 2**64 >= 2**63 else 0)]).view(torch.int32)
+    return int(words[0]), int(words[1])
+
+
+def draw(draws: Draws, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens and log_prob (N), and the first row that is no distribution, or -1, 0-d."""
+    z = draws.logits
+    tokens = torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
+    log_prob = torch.empty_like(tokens, dtype=torch.float64)
+    if z.shape[0] == 0:
+        return tokens, log_prob, torch.full((), -1, device=z.device)
+    wide = (
+        z.data_ptr() % 16 == 0 and z.shape[1] % 8 == 0 and (z.shape[0] == 1 or z.stride(0) * z.element_size() % 16 == 0)
+    )
+    tiles = max(64, 1 << (-(-z.shape[1] // sample.TILE) - 1).bit_length())
+    with _on(z):
+        sample.sample_rows[(z.shape[0],)](
+            z, tokens if draws.row_ids is None else draws.row_ids, log_prob if uniforms is None else uniforms, tokens,
+            log_prob, z.shape[1], z.stride(0), *_two(draws.scale), *_two(draws.softcap), *_halves(draws.seed),
+            *_halves(draws.step), CAP=draws.softcap > 0, IDS=draws.row_ids is not None, GIVEN=uniforms is not None,
+            WIDE=wide, TILES=tiles, SIZE=sample.TILE, num_warps=sample.TILE * z.element_size() // 512,
+        )  # fmt: skip
+    bad = log_prob.isnan()
+    return tokens, log_prob, torch.where(bad.any(), bad.int().argmax(), -1)

@@ -1,0 +1,292 @@
+"""The row kernels of the losses. A program has one row (of ``sum_rows``: one sequence).
+
+``score_rows`` fuses scaling, softcap, log-sum-exp, the gather of the label and the entropy. It reads every logit of a
+scored row once and writes nothing per logit: less is impossible, since each logit counts in the sum. With ``WRITE``,
+for weights known beforehand, it reads the row a second time, from the cache where it is still there, and writes its
+gradient: 2 reads and 1 write.
+
+``write_rows`` forms the gradient from log-sum-exps: 1 read and 1 write per logit, the least where A depends on all rows
+of a sequence. ``scale_rows`` does the same or nothing at all. ``sum_rows`` reads no logits: rows to sequences, in a
+fixed order.
+
+A of a sequence is formed between them, in torch.
+"""
+
+import triton
+import triton.language as tl
+
+from .rows import (
+    IGNORE,
+    INF,
+    LN_2,
+    LOWEST,
+    NAN,
+    aligned,
+    constants,
+    distance,
+    ends_of,
+    exp2_of,
+    head_of,
+    label_gradient,
+    logistic_of,
+    row_offset,
+    scaled,
+    slope,
+    zero_row,
+)  # fmt: skip
+
+_NUMBERS = ["vocab", "steps", "stride_sequence", "stride_row", "dz_stride_sequence", "dz_stride_row", "scale_high",
+            "scale_low", "cap_high", "cap_low", "n_rows"]  # fmt: skip
+NOT_SPECIALIZED = {"do_not_specialize": _NUMBERS, "do_not_specialize_on_alignment": ["logits", "dz"]}
+NONE = tl.constexpr(2**62)  # no fault; else row * 8 + fault, as csrc/batch.h numbers them
+
+
+def _jit(kernel):
+    """Numbers and addresses are run-time values: no shape compiles anew."""
+    names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
+    return triton.jit(kernel, **{k: [name for name in v if name in names] for k, v in NOT_SPECIALIZED.items()})
+
+
+@triton.jit
+def _gradient(x, factor, after, reference, logistic, c, CAP: tl.constexpr):
+    """dz of logits x apart from the label's, in fp32."""
+    g, _ = exp2_of(distance(x, reference, logistic, c, CAP), c[0], c[1])
+    g *= factor
+    if CAP:
+        g *= slope(x, c)
+    return g * after
+
+
+@triton.jit
+def _write_row(
+    z, dz, vocab, label, at_label, lse, coefficient, scale, cap, c,
+    CAP: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """dz = coefficient * scale * cap'(z) * (softmax - onehot)."""
+    reference64 = lse / scale  # a logit whose term is near 1
+    if CAP:
+        t = tl.minimum(tl.maximum(reference64 / cap, -0.999), 0.999)
+        reference64 = cap * 0.5 * tl.log((1.0 + t) / (1.0 - t))
+    reference = reference64.to(tl.float32)
+    logistic = logistic_of(reference, c, CAP)
+    # mends the rounding of the reference; in two parts, so that one at the edges of fp32 keeps its digits
+    full = coefficient * scale * tl.exp(scaled(reference, scale, cap, CAP) - lse)
+    size = tl.abs(full)
+    after = tl.where(size > 1.2676506002282294e30, 1.8446744073709552e19,
+                     tl.where(size < 8.673617379884035e-19, 5.421010862427522e-20, 1.0))  # fmt: skip
+    factor = (full / after).to(tl.float32)
+    after = after.to(tl.float32)
+    for_label = label_gradient(at_label, lse, coefficient, scale, cap, CAP).to(tl.float32)
+
+    out = dz.dtype.element_ty
+    head = head_of(z, vocab, W)
+    packs = (vocab - head) // W
+    body = aligned(z, head)
+    to = dz + head
+    if WIDE:
+        to = aligned(dz, head)
+    lane = tl.arange(0, LANES)
+    offsets = lane[:, None] * W + tl.arange(0, W)[None, :]
+    for first in range(0, packs, LANES):
+        here = (first + lane < packs)[:, None]
+        x = tl.load(body + first * W + offsets, mask=here, other=0.0).to(tl.float32)
+        g = _gradient(x, factor, after, reference, logistic, c, CAP)
+        g = tl.where(head + first * W + offsets == label, for_label, g)
+        tl.store(to + first * W + offsets, g.to(out), mask=here)
+    index, there = ends_of(vocab, head, W)
+    x = tl.load(z + index, mask=there, other=0.0).to(tl.float32)
+    g = tl.where(index == label, for_label, _gradient(x, factor, after, reference, logistic, c, CAP))
+    tl.store(dz + index, g.to(out), mask=there)
+
+
+@_jit
+def score_rows(
+    logits,  # (B,T,V) or (N,V)
+    labels,  # (rows) int64
+    lse_of, log_prob_of, entropy_of,  # (rows) fp64, written; entropy_of only with ENTROPY
+    sequence_of,  # (rows) int64 and
+    weights,  # (B) fp64, A times what the gradient is multiplied by: only with WRITE
+    dz,  # only with WRITE
+    vocab, steps, stride_sequence, stride_row, dz_stride_sequence, dz_stride_row,
+    scale_high, scale_low, cap_high, cap_low,
+    CAP: tl.constexpr, ENTROPY: tl.constexpr, WRITE: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp, log-probability of the label and entropy of a row; NaN where its label is no token."""
+    row = tl.program_id(0)
+    label = tl.load(labels + row)
+    token = (label >= 0) & (label < vocab)
+    if not token:
+        tl.store(lse_of + row, tl.where(label == IGNORE, 0.0, NAN).to(tl.float64))
+        if WRITE:
+            zero_row(dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row), vocab, W, LANES)
+    else:
+        z = logits + row_offset(row, steps, stride_sequence, stride_row)
+        at_label = tl.load(z + label).to(tl.float32)
+        scale, cap, c = constants(scale_high, scale_low, cap_high, cap_low, CAP)
+        head = head_of(z, vocab, W)
+        packs = (vocab - head) // W
+        body = aligned(z, head)
+        lane = tl.arange(0, LANES)
+        offsets = lane[:, None] * W + tl.arange(0, W)[None, :]
+
+        # A lane's part of the sum, against the largest logit that it has seen. Packs are added up in fp64. Terms that
+        # are 1, such as the largest, are counted apart: beside them an fp32 sum would lose small terms, all in one
+        # direction, and with them the digits of 1 - p where p is near 1.
+        reference = tl.full([LANES], LOWEST, tl.float32)
+        logistic = logistic_of(reference, c, CAP)
+        ones = tl.zeros([LANES], tl.int32)
+        rest = tl.zeros([LANES], tl.float64)
+        moment = tl.zeros([LANES], tl.float64)  # sum of e^x times the exponent of 2
+        for first in range(0, packs, LANES):
+            here = (first + lane < packs)[:, None]
+            x = tl.load(body + first * W + offsets, mask=here, other=-INF).to(tl.float32)
+            top = tl.maximum(reference, tl.max(x, axis=1))
+            higher = logistic_of(top, c, CAP)
+            shrink, delta = exp2_of(distance(reference, top, higher, c, CAP), c[0], c[1])
+            rises = top > reference
+            sum = rest + ones
+            if ENTROPY:
+                moment = tl.where(rises, tl.where(shrink > 0, shrink * (moment + delta * sum), 0.0), moment)
+            rest = tl.where(rises, shrink * sum, rest)
+            ones = tl.where(rises, 0, ones)
+            reference, logistic = top, higher
+            e, exponent = exp2_of(distance(x, reference[:, None], logistic[:, None], c, CAP), c[0], c[1])
+            if CAP:
+                e = tl.where(here, e, 0.0)
+            one = e == 1.0
+            ones += tl.sum(one.to(tl.int32), axis=1)
+            rest += tl.sum(tl.where(one, 0.0, e), axis=1).to(tl.float64)
+            if ENTROPY:
+                moment += tl.sum(tl.where(e > 0, e * exponent, 0.0), axis=1).to(tl.float64)
+
+        index, there = ends_of(vocab, head, W)
+        x = tl.load(z + index, mask=there, other=-INF).to(tl.float32)
+        top = tl.maximum(tl.max(reference, axis=0), tl.max(x, axis=0))
+        logistic = logistic_of(top, c, CAP)
+        e, exponent = exp2_of(distance(x, top, logistic, c, CAP), c[0], c[1])
+        e = tl.where(there, e, 0.0)
+        one = e == 1.0
+        shrink, delta = exp2_of(distance(reference, top, logistic, c, CAP), c[0], c[1])
+        at_top = reference == top
+        total = tl.sum(tl.where(at_top, ones, 0), axis=0) + tl.sum(one.to(tl.int32), axis=0)
+        total += tl.sum(tl.where(at_top, rest, tl.where(shrink == 0, 0.0, shrink * (rest + ones))), axis=0)
+        total += tl.sum(tl.where(one, 0.0, e).to(tl.float64), axis=0)
+        # NaN times anything: a lane whose terms were too small to count had none
+        total = tl.where((top == INF) | (tl.sum((rest != rest).to(tl.int32), axis=0) > 0), NAN, total)
+        log_total = tl.log(total)
+        lse = scaled(top, scale, cap, CAP) + log_total
+        tl.store(lse_of + row, lse)
+        tl.store(log_prob_of + row, scaled(at_label, scale, cap, CAP) - lse)
+        if ENTROPY:
+            moments = tl.where(at_top, moment, tl.where(shrink > 0, shrink * (moment + delta * (rest + ones)), 0.0))
+            all_moments = tl.sum(moments, axis=0)
+            all_moments += tl.sum(tl.where(e > 0, e * exponent, 0.0).to(tl.float64), axis=0)
+            tl.store(entropy_of + row, log_total - LN_2 * all_moments / total)
+        if WRITE:
+            coefficient = tl.load(weights + tl.load(sequence_of + row))
+            to = dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row)
+            if (coefficient != 0.0) & (tl.abs(lse) < INF):
+                tl.debug_barrier()  # every thread has the label's logit before one writes over it
+                _write_row(z, to, vocab, label, at_label, lse, coefficient, scale, cap, c, CAP, WIDE, W, LANES)
+            else:
+                zero_row(to, vocab, W, LANES)
+
+
+@_jit
+def write_rows(
+    logits,  # (B,T,V) or (N,V)
+    labels,  # (rows) int64
+    lse_of,  # (rows) fp64; NaN: a row of a sequence with a fault
+    sequence_of,  # (rows) int64
+    weights,  # (B) fp64, A times what the gradient is multiplied by
+    dz,  # as logits, written
+    vocab, steps, stride_sequence, stride_row, dz_stride_sequence, dz_stride_row,
+    scale_high, scale_low, cap_high, cap_low,
+    CAP: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a row. One that is not scored or has weight 0 is zeroed without being read."""
+    row = tl.program_id(0)
+    label = tl.load(labels + row)
+    lse = tl.load(lse_of + row)
+    coefficient = tl.load(weights + tl.load(sequence_of + row))
+    to = dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row)
+    if (label >= 0) & (label < vocab) & (coefficient != 0.0) & (tl.abs(lse) < INF):
+        z = logits + row_offset(row, steps, stride_sequence, stride_row)
+        at_label = tl.load(z + label).to(tl.float32)
+        tl.debug_barrier()  # every thread has the label's logit before one writes over it
+        scale, cap, c = constants(scale_high, scale_low, cap_high, cap_low, CAP)
+        _write_row(z, to, vocab, label, at_label, lse, coefficient, scale, cap, c, CAP, WIDE, W, LANES)
+    else:
+        zero_row(to, vocab, W, LANES)
+
+
+@_jit
+def scale_rows(
+    sequence_of,  # (rows) int64
+    factors,  # (B) fp64
+    dz,  # (B,T,V) or (N,V)
+    vocab, steps, dz_stride_sequence, dz_stride_row,
+    W: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """dz *= factor of the sequence; nothing is read where that is 0 or 1."""
+    row = tl.program_id(0)
+    by = tl.load(factors + tl.load(sequence_of + row)).to(tl.float32)
+    to = dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row)
+    if by == 0.0:
+        zero_row(to, vocab, W, LANES)
+    elif by != 1.0:
+        head = head_of(to, vocab, W)
+        packs = (vocab - head) // W
+        body = aligned(to, head)
+        lane = tl.arange(0, LANES)
+        offsets = lane[:, None] * W + tl.arange(0, W)[None, :]
+        for first in range(0, packs, LANES):
+            here = (first + lane < packs)[:, None]
+            x = tl.load(body + first * W + offsets, mask=here, other=0.0).to(tl.float32)
+            tl.store(body + first * W + offsets, (x * by).to(dz.dtype.element_ty), mask=here)
+        index, there = ends_of(vocab, head, W)
+        x = tl.load(to + index, mask=there, other=0.0).to(tl.float32)
+        tl.store(to + index, (x * by).to(dz.dtype.element_ty), mask=there)
+
+
+@_jit
+def sum_rows(
+    labels,  # (rows) int64
+    starts,  # (B+1) int64
+    lse_of,  # (rows) fp64; NaN is written where a sequence has a fault, so that no gradient is made of it
+    log_prob_of, entropy_of,  # (rows) fp64
+    log_prob, entropy,  # (B) fp64, written; entropy only with ENTROPY
+    faults,  # (B) int64, written: the first, or NONE
+    vocab,
+    ENTROPY: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """log pi and entropy of a sequence, NaN with a fault."""
+    i = tl.program_id(0)
+    first, last = tl.load(starts + i), tl.load(starts + i + 1)
+    sums = tl.zeros([ROWS], tl.float64)
+    entropies = tl.zeros([ROWS], tl.float64)
+    fault = tl.full([ROWS], NONE, tl.int64)
+    for start in range(first, last, ROWS):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)
+        label = tl.load(labels + row, mask=row < last, other=IGNORE)
+        scored = label != IGNORE
+        token = (label >= 0) & (label < vocab)
+        lse = tl.load(lse_of + row, mask=scored, other=0.0)
+        value = tl.load(log_prob_of + row, mask=token, other=0.0)
+        sums += value
+        if ENTROPY:
+            entropies += tl.load(entropy_of + row, mask=token, other=0.0)
+        kind = tl.where(token, tl.where((lse != lse) | (lse == INF), 1, tl.where(value > -INF, 0, 2)), 4)
+        kind = tl.where(scored, kind, 0)
+        fault = tl.minimum(fault, tl.where(kind > 0, row * 8 + kind, NONE))
+    worst = tl.min(fault, axis=0)
+    bad = worst != NONE
+    tl.store(faults + i, worst)
+    tl.store(log_prob + i, tl.where(bad, NAN, tl.sum(sums, axis=0)))
+    if ENTROPY:
+        tl.store(entropy + i, tl.where(bad, NAN, tl.sum(entropies, axis=0)))
+    if bad:
+        for start in range(first, last, ROWS):
+            row = (start + tl.arange(0, ROWS)).to(tl.int64)
+            tl.store(lse_of + row, tl.full([ROWS], NAN, tl.float64), mask=row < last)

@@ -1,0 +1,50 @@
+#!/bin/sh
+# The Triton kernels in Triton's interpreter, on CPU tensors, through the kernel suite against the fp64 oracle, at reduced
+# sizes: a row takes milliseconds there. tests/interpreter.py mends what the interpreter gets wrong. Then each seeded bug
+# of tests/native/bugs, which must be caught.
+set -eu
+python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") # absolute: the tests run elsewhere
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+start=$(date +%s)
+said() { echo "$(($(date +%s) - start)) s: $*"; }
+
+suite() { # directory of a tree, tests and options
+  tree=$1
+  shift
+  (cd "$tree/tests" && PYTHONPATH="$tree:$tree/tests" DMFAST_SYNC_CHECKS=1 OMP_NUM_THREADS=1 \
+    "$python" -m pytest -q -p no:cacheprovider -p interpreter --rootdir "$tree" "$@")
+}
+
+# A bug, and the tests of which one should catch it.
+caught() { # name, tests and options
+  name=$1
+  shift
+  mkdir -p "$out/$name"
+  cp -r dmfast tests "$out/$name/"
+  (cd "$out/$name" && patch -s -p1 <"tests/native/bugs/$name.patch")
+  if suite "$out/$name" -x "$@" >"$out/$name/log" 2>&1; then
+    echo "the seeded bug $name was not caught" >&2
+    exit 1
+  fi
+  grep -q "^FAILED " "$out/$name/log" || { echo "$name failed otherwise:" >&2; tail -30 "$out/$name/log" >&2; exit 1; }
+  echo "caught: $name"
+}
+
+suite "$(pwd)" test_triton.py
+said "faults, selection"
+suite "$(pwd)" test_kernels.py \
+  -k "vocabularies and 127 and (contiguous or unaligned or packed64) or vocabularies and 4096 and sliced or empty_and_short and mean and new and (contiguous-3-0 or packed32-1-1 or contiguous-0-4)"
+said "layouts and vocabularies"
+suite "$(pwd)" test_kernels.py \
+  -k "special_logits and inplace and 1.7 and bf16 or special_logits_under_a_softcap and fp32 or label_gradient and 600 and not 20 or later_block"
+said "special logits"
+suite "$(pwd)" test_kernels.py -k "test_objectives and bf16 and off-policy and (gdc or js) or edges_of_fp32 and dpg or upstream and bf16 and new and 0.37 or scaled_or_capped and bf16 and (0.3-5 or 1.7)"
+suite "$(pwd)" test_kernels.py -k "50257 and vocabularies and unaligned and bf16"
+said "objectives, options, a large row"
+suite "$(pwd)" test_linear.py test_sample.py -k "interpreter_smoke or tails or (beyond and fp32)"
+said "hidden states, sampling"
+
+caught triton_tail test_kernels.py -k "vocabularies and 127 and contiguous and fp32"
+caught triton_rounding test_triton.py test_kernels.py -k "later_block or label_gradient and 600"
+said "seeded bugs"
