@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SOURCES := pyproject.toml setup.py build_backend.py constraints.txt $(shell find csrc dmfast examples -type f \
 	! -name '*.so' ! -name '*.pyc')
 
-.PHONY: demo test pytest lint proofs sanitize host-cuda wheel aarch64 format clean
+.PHONY: demo test pytest lint proofs sanitize host-cuda ptx wheel aarch64 format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
 
@@ -23,7 +23,7 @@ lint: $(VENV)/test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 	$(BIN)/mypy
 
-proofs: sanitize host-cuda wheel aarch64
+proofs: sanitize host-cuda ptx wheel aarch64
 
 # The CPU kernels, built for the baseline instruction set (no AVX2), under AddressSanitizer and UBSan.
 sanitize: $(VENV)/test
@@ -32,6 +32,10 @@ sanitize: $(VENV)/test
 # The CUDA kernels, compiled by g++ and run on the host, with seeded bugs that must be caught: docs/gpu.md.
 host-cuda: $(VENV)/test
 	sh scripts/ci/host_cuda.sh $(BIN)/python
+
+# The PTX that nvcc makes of the CUDA kernels, run by an emulator, with seeded bugs that must be caught: docs/gpu.md.
+ptx: $(VENV)/test
+	sh scripts/ci/ptx.sh $(BIN)/python
 
 # The wheel as a stranger builds it: pip's isolation, a new environment, no torch; then the tests against it.
 wheel: $(VENV)/test
