@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SOURCES := pyproject.toml setup.py build_backend.py constraints.txt $(shell find csrc dmfast examples -type f \
 	! -name '*.so' ! -name '*.pyc')
 
-.PHONY: demo test pytest lint proofs sanitize host-cuda trace wheel aarch64 format clean
+.PHONY: demo test pytest lint proofs sanitize host-cuda trace ptx interpreter wheel aarch64 format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
 
@@ -23,7 +23,7 @@ lint: $(VENV)/test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 	$(BIN)/mypy
 
-proofs: sanitize host-cuda trace wheel aarch64
+proofs: sanitize host-cuda trace ptx interpreter wheel aarch64
 
 # The CPU kernels, built for the baseline instruction set (no AVX2), under AddressSanitizer and UBSan.
 sanitize: $(VENV)/test
@@ -36,6 +36,14 @@ host-cuda: $(VENV)/test
 # Their loads, stores and races: docs/gpu.md.
 trace:
 	sh scripts/ci/trace.sh
+
+# The PTX that nvcc makes of them, run by an emulator, with seeded bugs that must be caught: docs/gpu.md.
+ptx: $(VENV)/test
+	sh scripts/ci/ptx.sh $(BIN)/python
+
+# The Triton kernels in Triton's interpreter, with seeded bugs: docs/gpu.md.
+interpreter: $(VENV)/test
+	sh scripts/ci/interpreter.sh $(BIN)/python
 
 # The wheel as a stranger builds it: pip's isolation, a new environment, no torch; then the tests against it.
 wheel: $(VENV)/test

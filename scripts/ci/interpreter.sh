@@ -7,12 +7,14 @@ python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") # absolute: the tests run
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 start=$(date +%s)
+# beside the environment of the tests, which has none, as most machines without a GPU
+"$python" -m pip install -q -c constraints.txt --no-deps --target "$out/triton" triton
 said() { echo "$(($(date +%s) - start)) s: $*"; }
 
 suite() { # directory of a tree, tests and options
   tree=$1
   shift
-  (cd "$tree/tests" && PYTHONPATH="$tree:$tree/tests" DMFAST_SYNC_CHECKS=1 OMP_NUM_THREADS=1 \
+  (cd "$tree/tests" && PYTHONPATH="$tree:$tree/tests:$out/triton" DMFAST_SYNC_CHECKS=1 OMP_NUM_THREADS=1 \
     "$python" -m pytest -q -p no:cacheprovider -p interpreter --rootdir "$tree" "$@")
 }
 
@@ -46,5 +48,5 @@ suite "$(pwd)" test_linear.py test_sample.py -k "interpreter_smoke or tails or (
 said "hidden states, sampling"
 
 caught triton_tail test_kernels.py -k "vocabularies and 127 and contiguous and fp32"
-caught triton_rounding test_triton.py test_kernels.py -k "later_block or label_gradient and 600"
+caught triton_cancellation test_kernels.py -k "label_gradient and 600 and not 20"
 said "seeded bugs"

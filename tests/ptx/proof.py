@@ -1,0 +1,280 @@
+"""The PTX that nvcc makes of csrc/cuda/loss.cu, run by machine.py on tiny shapes, against dmfast.eager. `make ptx`.
+
+What is new here beside the same source on the host (scripts/ci/host_cuda.sh): the compiler's own expf, log, expm1 and
+its contraction of a*b+c; the instructions' alignment; memory that only fences bring up to date; counted traffic.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import machine
+import module
+import numpy as np
+import nvcc
+import pytest
+import torch
+
+from dmfast import eager
+
+NAN = math.nan
+_I64, _F64, _PTR = ctypes.c_int64, ctypes.c_double, ctypes.c_uint64
+
+
+def struct(name: str, **fields: Any) -> Any:
+    """Of csrc/batch.h, csrc/objective.h and csrc/cuda/loss.h; launch() checks their sizes against the PTX."""
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+Batch = struct("Batch", dtype=ctypes.c_int, logits=_PTR, sequences=_I64, steps=_I64, rows=_I64, stride_sequence=_I64,
+               stride_row=_I64, cu_seqlens=_PTR, labels=_PTR, vocab=_I64, scale=_F64, softcap=_F64,
+               threads=ctypes.c_int)  # fmt: skip
+Terms = struct("Terms", kind=ctypes.c_int, on_policy=ctypes.c_bool, normalize=ctypes.c_bool, beta=_F64, log_scale=_F64,
+               max_weight=_F64, log_proposal=_PTR, log_target=_PTR, log_z=_PTR, reward=_PTR, log_base=_PTR,
+               baseline=_PTR, constant_baseline=_F64)  # fmt: skip
+Outputs = struct("Outputs", log_prob=_PTR, lse=_PTR, entropy=_PTR, log_ratio=_PTR, log_target_ratio=_PTR, weight=_PTR,
+                 loss=_PTR, total=_PTR, clipped=_PTR, divide_by=_F64)  # fmt: skip
+Gradient = struct("Gradient", data=_PTR, stride_sequence=_I64, stride_row=_I64)
+Workspace = struct("Workspace", device=ctypes.c_int, stream=_PTR, values=_PTR, counters=_PTR, status=_PTR)
+PASSES = {"score": 0, "kept": 1, "reread": 2}
+
+
+@functools.cache
+def kernels() -> dict[str, module.Kernel]:
+    return module.parse(nvcc.loss_ptx())
+
+
+@functools.cache
+def program(pattern: str) -> machine.Program:
+    """The kernel whose mangled name has this."""
+    (name,) = (n for n in kernels() if re.search(pattern, n))
+    return machine.Program(kernels()[name])
+
+
+TYPES = {torch.float32: "f", torch.bfloat16: "13__nv_bfloat16", torch.float16: "6__half"}
+
+
+def score_rows(dtype: torch.dtype, cap: bool, entropy: bool, way: str) -> machine.Program:
+    return program(f"score_rowsI{TYPES[dtype]}Lb{cap:d}ELb{entropy:d}ELNS\\w*_4PassE{PASSES[way]}E")
+
+
+def write_rows(dtype: torch.dtype, cap: bool) -> machine.Program:
+    return program(f"write_rowsI{TYPES[dtype]}Lb{cap:d}E")
+
+
+def numpy_of(x: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Its bits."""
+    return x.view(torch.int16).numpy() if x.dtype in (torch.bfloat16, torch.float16) else x.numpy()
+
+
+@dataclass
+class Call:
+    """Sequences of 3 tokens, of which some are not scored. Rows lie at odd places, with NaN in gaps and unscored rows.
+
+    ``pad``: logits between the rows. ``same``: whether the gradient's rows are aligned as the logits' are.
+    """
+
+    v: int
+    dtype: torch.dtype = torch.float32
+    softcap: float = 0.0
+    temperature: float = 1.0
+    pad: int = 0
+    b: int = 2
+    t: int = 3
+    same: bool = True
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.v)
+        b, t, v = self.b, self.t, self.v
+        self.stride = v + self.pad
+        self.tokens = torch.randint(v, (b, t))
+        self.tokens[0, 1] = -100
+        self.storage = torch.full((b * t * self.stride + 8,), NAN, dtype=self.dtype)
+        self.logits = self.storage[self.pad :].as_strided((b, t, v), (t * self.stride, self.stride, 1))
+        self.logits.copy_(3 * torch.randn(b, t, v))
+        if v > 1:
+            self.logits[0, 2, v // 2] = -math.inf
+            self.tokens[0, 2] = 0
+        self.logits[0, 1] = NAN
+        self.rows = {"temperature": self.temperature, "softcap": self.softcap or None}
+        self.oracle = self.logits.double().nan_to_num(nan=0.0).requires_grad_()
+        self.mask = self.tokens != -100
+        self.log_prob = eager.sequence_log_prob(self.oracle, self.tokens, self.mask, **self.rows)
+        log_pi = self.log_prob.detach()
+        self.terms = {"log_proposal": log_pi + torch.randn(b).double() / 2, "log_target": log_pi + torch.randn(b),
+                      "log_z": torch.randn(b).double()}  # fmt: skip
+        self.memory = machine.Memory()
+        self.at = {name: self.memory.add(x.numpy()) for name, x in self.terms.items()}
+        self.at["labels"] = self.memory.add(self.tokens.numpy())
+        self.at["logits"] = self.memory.add(numpy_of(self.storage))
+        self.at["dz"] = self.memory.add(numpy_of(torch.full((len(self.storage) + 8,), NAN, dtype=self.dtype)))
+        # what a kernel gets from torch.empty is anything: NaN and nonsense, so that nothing stale passes
+        sizes = dict.fromkeys(("log_prob", "entropy", "log_ratio", "log_target_ratio", "weight", "loss"), b)
+        sizes |= {"lse": b * t, "values": 2 * b * t + 2 * b, "total": 1, "clipped": 1, "status": 1}
+        for name, n in sizes.items():
+            self.at[name] = self.memory.add(np.full(n, NAN))
+        self.at["counters"] = self.memory.add(np.zeros(b + 1, np.int32))
+
+    @property
+    def batch(self) -> Any:
+        size = self.storage.element_size()
+        return Batch(
+            dtype=list(TYPES).index(self.dtype), logits=self.at["logits"] + self.pad * size, sequences=self.b,
+            steps=self.t, rows=self.b * self.t, stride_sequence=self.t * self.stride, stride_row=self.stride,
+            labels=self.at["labels"], vocab=self.v, scale=1 / self.temperature, softcap=self.softcap,
+        )  # fmt: skip
+
+    @property
+    def gradient(self) -> Any:
+        """In a new tensor with the strides of the logits."""
+        start = self.at["dz"] + (self.pad + (not self.same)) * self.storage.element_size()
+        return Gradient(start, self.t * self.stride, self.stride)
+
+    def threads(self, most: int) -> int:  # csrc/cuda/plan.h
+        return min(most // 32, max(-(-self.v * self.storage.element_size() // 1024), 1)) * 32
+
+    def score(self, objective: str, way: str = "score", seed: int = 0, factor: float = 0.0) -> None:
+        kind, baseline = {"gdc++": (1, 1.0), "dpg": (1, 0.0), "js": (3, 0.0)}[objective]
+        terms = Terms(kind=kind, normalize=True, max_weight=math.inf, constant_baseline=baseline,
+                      **{name: self.at[name] for name in self.terms})  # fmt: skip
+        names = ("log_prob", "lse", "entropy", "log_ratio", "log_target_ratio", "weight", "loss", "total", "clipped")
+        out = Outputs(**{name: self.at[name] for name in names}, divide_by=float(self.b))
+        space = Workspace(values=self.at["values"], counters=self.at["counters"], status=self.at["status"])
+        arguments = [bytes(x) for x in (self.batch, terms, out, _F64(factor), self.gradient, space)]
+        bytes_of_row = (self.v * self.storage.element_size() + 31) // 16 * 16
+        machine.launch(score_rows(self.dtype, self.softcap > 0, True, way), self.memory, self.b * self.t + self.b + 1,
+                       self.threads(256 if way == "score" else 384), arguments,
+                       bytes_of_row if way == "kept" else 0, seed)  # fmt: skip
+
+    def write(self, factor: float, inplace: bool, seed: int = 0) -> None:
+        size = self.storage.element_size()
+        place = self.gradient
+        if inplace:
+            place = Gradient(self.at["logits"] + self.pad * size, self.t * self.stride, self.stride)
+        pointers = [bytes(_PTR(self.at[name])) for name in ("lse", "weight")]
+        arguments = [bytes(self.batch), *pointers, bytes(_F64(factor)), bytes(_PTR(0)), bytes(place)]
+        machine.launch(write_rows(self.dtype, self.softcap > 0), self.memory, self.b * self.t, self.threads(256),
+                       arguments, 0, seed)  # fmt: skip
+
+    def get(self, name: str, n: int | None = None) -> torch.Tensor:
+        like = np.empty(n or self.b, np.float64)
+        return torch.from_numpy(self.memory.get(self.at[name], like))
+
+    def written(self) -> torch.Tensor:
+        """The gradient as (B,T,V), after a look at the gaps between its rows, which must be as they were."""
+        empty = torch.empty(len(self.storage) + 8, dtype=self.dtype)
+        raw = torch.from_numpy(self.memory.get(self.at["dz"], numpy_of(empty))).view(self.dtype)
+        rows = raw[self.pad + (not self.same) :].as_strided(self.logits.shape, self.logits.stride())
+        found = rows.clone()
+        rows.fill_(NAN)
+        assert bool(raw.isnan().all()), "written between the rows"
+        return found
+
+    def gradient_in_place(self) -> torch.Tensor:
+        raw = torch.from_numpy(self.memory.get(self.at["logits"], numpy_of(self.storage))).view(self.dtype)
+        return raw[self.pad :].as_strided(self.logits.shape, self.logits.stride())
+
+    def check_traffic(self, name: str, reads: int, writes: int, more: int) -> None:
+        """``more``: warps that read the label's logit again."""
+        size = self.storage.element_size()
+        for row, scored in enumerate(self.mask.flatten().tolist()):
+            r, w = self.memory.traffic(self.at[name] + (self.pad + row * self.stride) * size, self.v * size)
+            assert r == pytest.approx((reads + more / self.v) * scored), f"reads of a logit of row {row}"
+            assert w == writes
+
+    def check_scores(self, objective: str) -> None:
+        log_prob = self.get("log_prob")
+        assert (log_prob - self.log_prob.detach()).abs().max() < 1e-6 * self.t
+        same = eager.dm_loss(
+            self.oracle.detach(), self.tokens, self.mask, objective=objective, **self.terms, **self.rows
+        )
+        assert torch.allclose(self.get("weight"), same.weight, rtol=1e-5, atol=2e-6)
+        assert torch.allclose(self.get("total", 1)[0], same.loss, rtol=1e-5, atol=2e-6)
+        assert (self.get("entropy") - eager.dm_loss(
+            self.oracle.detach(), self.tokens, self.mask, objective=objective, return_entropy=True, **self.terms,
+            **self.rows).entropy).abs().max() < 1e-5  # fmt: skip
+        assert self.memory.get(self.at["status"], np.empty(1, np.int64))[0] == -1
+        assert (self.memory.get(self.at["counters"], np.empty(self.b + 1, np.int32)) == 0).all()
+
+    def check_gradient(self, found: torch.Tensor, factor: float) -> None:
+        (want,) = torch.autograd.grad((self.get("weight") * factor * -self.log_prob).sum(), self.oracle)
+        # dz = weight * factor * (softmax - onehot): the sign of the loss, -A log pi, is in it
+        assert bool((found[0, 1] == 0).all()), "a row that is not scored has gradient 0"
+        rounding = {torch.float32: 4e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[self.dtype]
+        assert bool(((found.double() - want).abs() <= rounding * want.abs() + 1e-7).all())
+
+
+SHAPES = [
+    dict(v=37, pad=0),  # odd: every row starts elsewhere
+    dict(v=261, pad=3),  # two warps, a tail
+    dict(v=256, pad=0),  # aligned
+    dict(v=1, pad=2),
+    dict(v=133, pad=1, softcap=5.0, temperature=0.7),
+    dict(v=150, pad=1, dtype=torch.bfloat16),
+    dict(v=75, pad=0, dtype=torch.float16),
+]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(str(x) for x in s.values()))
+
+
+@shapes
+@pytest.mark.parametrize("inplace", [False, True])
+def test_forward_and_backward(shape: dict[str, Any], inplace: bool) -> None:
+    """And the traffic: a scored logit is read once by each, the label's once more by each warp; others not at all."""
+    call = Call(**shape)
+    call.score("gdc++", seed=inplace)
+    call.check_scores("gdc++")
+    call.check_traffic("logits", reads=1, writes=0, more=call.threads(256) // 32)
+    call.write(0.5, inplace, seed=inplace)
+    call.check_traffic("logits", reads=1, writes=int(inplace), more=1)
+    call.check_gradient(call.gradient_in_place() if inplace else call.written(), 0.5)
+
+
+@shapes
+@pytest.mark.parametrize("way", ["kept", "reread"])
+def test_known_weight(shape: dict[str, Any], way: str) -> None:
+    call = Call(**shape)
+    call.score("dpg", way, factor=0.5)
+    call.check_scores("dpg")
+    warps = call.threads(384) // 32
+    call.check_traffic("logits", reads=1 if way == "kept" else 2, writes=0, more=warps)
+    call.check_gradient(call.written(), 0.5)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_order_of_blocks(seed: int) -> None:
+    """Ten blocks meet at one counter: without one of its two fences the last reads what stood there before."""
+    call = Call(v=5, b=1, t=8)
+    call.score("gdc++", seed=seed)
+    call.check_scores("gdc++")
+
+
+def test_source_and_gradient_aligned_differently() -> None:
+    call = Call(v=71, pad=1, same=False)
+    call.score("js")
+    call.check_scores("js")
+    call.write(-2.0, inplace=False)
+    call.check_gradient(call.written(), -2.0)
+
+
+def test_a_fault_costs_its_sequence_alone() -> None:
+    call = Call(v=37)
+    call.logits[1, 0, 5] = NAN
+    call.at["logits"] = call.memory.add(numpy_of(call.storage))
+    call.score("dpg", "reread", factor=1.0)
+    assert call.get("log_prob").isnan().tolist() == [False, True] and call.get("weight")[1] == 0
+    code = int(call.memory.get(call.at["status"], np.empty(1, np.int64))[0])
+    assert divmod(code, 8) == (3, 1)  # row 3: NaN
+    assert bool((call.written()[1] == 0).all())
+
+
+def test_every_kernel_fences_before_and_after_its_atomics() -> None:
+    """In program order, on every path: from the stores of a block to its counter, from a counter to what others
+    wrote."""
+    missing = {name: found for name, kernel in kernels().items() if (found := module.missing_fences(kernel))}
+    assert not missing
+    assert sum(module.atomics(kernel) > 0 for kernel in kernels().values()) == 36  # each instance of score_rows
