@@ -28,7 +28,7 @@ def wall_ms(call: Callable[[], Any]) -> float:
 
 def cuda_ms(call: Callable[[], Any]) -> float:
     """Milliseconds of what a call queues on the current CUDA stream, between two events."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     start.record()
     call()
