@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SOURCES := pyproject.toml setup.py build_backend.py constraints.txt $(shell find csrc dmfast examples -type f \
 	! -name '*.so' ! -name '*.pyc')
 
-.PHONY: demo test pytest lint proofs sanitize host-cuda trace ptx interpreter wheel aarch64 format clean
+.PHONY: demo test pytest lint proofs sanitize host-cuda trace ptx interpreter gpu gpu-dry wheel aarch64 format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
 
@@ -23,7 +23,7 @@ lint: $(VENV)/test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 	$(BIN)/mypy
 
-proofs: sanitize host-cuda trace ptx interpreter wheel aarch64
+proofs: sanitize host-cuda trace ptx gpu-dry wheel aarch64
 
 # The CPU kernels, built for the baseline instruction set (no AVX2), under AddressSanitizer and UBSan.
 sanitize: $(VENV)/test
@@ -44,6 +44,15 @@ ptx: $(VENV)/test
 # The Triton kernels in Triton's interpreter, with seeded bugs: docs/gpu.md.
 interpreter: $(VENV)/test
 	sh scripts/ci/interpreter.sh $(BIN)/python
+
+# On a machine with an NVIDIA GPU, with its own Python (torch, nvcc, g++; no network): builds, tests, measures.
+gpu:
+	$(PYTHON) scripts/gpu/run.py
+
+# The same scripts on the host build of the kernels. Leaves what the suite needs in build/gpu/site, to be copied along.
+gpu-dry: $(VENV)/test
+	$(BIN)/python scripts/gpu/run.py dry again
+	$(PIP) --target build/gpu/site --upgrade pytest hypothesis mpmath
 
 # The wheel as a stranger builds it: pip's isolation, a new environment, no torch; then the tests against it.
 wheel: $(VENV)/test

@@ -16,11 +16,45 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+
+def wall_ms(call: Callable[[], Any]) -> float:
+    """Milliseconds of a call on the CPU."""
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def cuda_ms(call: Callable[[], Any]) -> float:
+    """Milliseconds of what a call queues on the current CUDA stream, between two events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def cuda_memory(call: Callable[[], Any], forget: Callable[[], Any] = lambda: None) -> float:
+    """MB that a call has allocated at its peak, above what there was."""
+    forget()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+
 
 def interleaved(
-    rivals: Mapping[str, Callable[[], Any]], rounds: int, before: Callable[[], Any] = lambda: None
+    rivals: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    before: Callable[[], Any] = lambda: None,
+    clock: Callable[[Callable[[], Any]], float] = wall_ms,
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds of each: median and quartiles over ``rounds``, after one round that does not count.
+    """Milliseconds of each by ``clock``: median and quartiles over ``rounds``, after one round that does not count.
 
     The order is rotated by one each round; ``before`` runs ahead of every call and is not timed.
     """
@@ -30,10 +64,9 @@ def interleaved(
         for k in range(len(names)):
             name = names[(i + k) % len(names)]
             before()
-            start = time.perf_counter()
-            rivals[name]()
+            ms = clock(rivals[name])
             if i:
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append(ms)
     return {name: spread(values) for name, values in times.items()}
 
 

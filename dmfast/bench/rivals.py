@@ -90,6 +90,23 @@ def _trl() -> TokenLogProb:
     return function
 
 
+def _liger_cross_entropy() -> TokenLogProb:
+    function: Any = importlib.import_module("liger_kernel.transformers.functional").liger_cross_entropy
+    return lambda z, x: -function(z.flatten(0, -2), x.flatten(), reduction="none").view(x.shape)
+
+
+def _quack() -> TokenLogProb:
+    function: Any = importlib.import_module("quack.cross_entropy").cross_entropy
+    return lambda z, x: -function(z.flatten(0, -2), x.flatten(), reduction="none").view(x.shape)
+
+
+def on_gpu_logits(dtype: torch.dtype) -> dict[str, Callable[[], TokenLogProb]]:
+    """As ``on_logits``, on a CUDA device: fewer compilations, and the kernels that there are none of for a CPU."""
+    makers = {name: make for name, make in on_logits(dtype).items() if not name.startswith("compiled")}
+    makers["compiled log_softmax + gather"] = lambda: _compiled(log_softmax_gather)
+    return makers | {"liger-kernel cross_entropy": _liger_cross_entropy, "quack cross_entropy": _quack}
+
+
 def on_logits(dtype: torch.dtype) -> dict[str, Callable[[], TokenLogProb]]:
     """Makers of the rivals that take logits; a maker raises ImportError where its package is missing."""
     plain = {"log_softmax + gather": log_softmax_gather, "cross_entropy": cross_entropy,
@@ -111,18 +128,20 @@ def _torch_linear(options: Any) -> HeadLogProb:
     return log_prob
 
 
-def _cut_cross_entropy() -> HeadLogProb:
+def _cut_cross_entropy(impl: str) -> HeadLogProb:
     function: Any = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    return lambda h, w, x: -function(h, w, x, reduction="none", impl="torch_compile")
+    return lambda h, w, x: -function(h, w, x, reduction="none", impl=impl)
 
 
-def on_hidden() -> dict[str, Callable[[], HeadLogProb]]:
+def on_hidden(device: str = "cpu") -> dict[str, Callable[[], HeadLogProb]]:
     """Makers of the rivals that take hidden states and a head; as ``on_logits``."""
     makers: dict[str, Callable[[], HeadLogProb]] = {}
     if hasattr(F, "linear_cross_entropy"):
         makers["torch linear_cross_entropy"] = lambda: _torch_linear(None)
         makers["torch linear_cross_entropy, chunked"] = lambda: _torch_linear(torch.nn.LinearCrossEntropyOptions())
-    makers["cut-cross-entropy torch_compile"] = _cut_cross_entropy
+    makers["cut-cross-entropy torch_compile"] = lambda: _cut_cross_entropy("torch_compile")
+    if device == "cuda":
+        makers["cut-cross-entropy"] = lambda: _cut_cross_entropy("cce")
     return makers
 
 

@@ -1,0 +1,76 @@
+"""dmfast with its CUDA kernels, in a folder of its own: by nvcc for this machine's devices; dry, by g++ for the host.
+
+As setup.py does, without setuptools or pybind11, which such a machine may not have: torch brings pybind11's headers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from build_backend import find_nvcc  # noqa: E402
+
+HOST = ["-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+SHIM = ["-DDMF_SHIM", "-DDMF_NO_CLONES", "-Itests/native", "-Icsrc", "-Wno-unknown-pragmas"]
+
+
+def includes() -> list[str]:
+    """Of Python and pybind11."""
+    found = importlib.util.find_spec("pybind11")
+    own = Path(found.origin).parent / "include" if found and found.origin else Path(torch.__file__).parent / "include"
+    return [f"-I{own}", f"-I{sysconfig.get_paths()['include']}"]
+
+
+def architectures() -> list[str]:
+    """Of the devices that are here."""
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return [f"-gencode=arch=compute_{a}{b},code=sm_{a}{b}" for a, b in sorted(found)]
+
+
+def build(target: Path, dry: bool) -> None:
+    """Fills target with the package and its extension."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(ROOT / "dmfast", target / "dmfast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    objects = target / "objects"
+    objects.mkdir()
+    host = [*HOST, "-O1", *SHIM] if dry else [*HOST, "-O3"]
+    compile_host = ["g++", *host, "-fvisibility=hidden", "-DDMF_CUDA", *includes(), "-x", "c++", "-c"]
+    compile_cuda, link = compile_host, ["g++", "-shared", "-fopenmp"]
+    sources = ["bindings.cpp", *(f"cpu/{name}.cpp" for name in ("loss", "rows", "sample"))]
+    work = [(compile_host, f"csrc/{source}") for source in sources]
+    libraries: list[str] = []
+    if dry:
+        work.append((compile_host, "tests/native/shim.cpp"))
+    else:
+        nvcc = find_nvcc()
+        if nvcc is None:
+            sys.exit("there is no nvcc in CUDA_HOME, on PATH or among the PyPI packages")
+        flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=177"]
+        compile_cuda, link = [nvcc, *flags, *architectures(), "-c"], [nvcc, "-shared", "-cudart=static"]
+        libraries = ["-lgomp"]
+    work += [(compile_cuda, f"csrc/cuda/{name}.cu") for name in ("loss", "sample")]
+
+    def compiled(step: tuple[list[str], str]) -> str:
+        command, source = step
+        made = str(objects / (source.replace("/", "_") + ".o"))
+        subprocess.run([*command, source, "-o", made], cwd=ROOT, check=True)
+        return made
+
+    with ThreadPoolExecutor() as pool:
+        made = list(pool.map(compiled, work))
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    subprocess.run([*link, *made, *libraries, "-o", str(target / "dmfast" / f"_C{suffix}")], check=True)
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]), dry=sys.argv[2:] == ["dry"])
+    print("built", sys.argv[1])

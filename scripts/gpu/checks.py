@@ -1,0 +1,167 @@
+"""On a device: the kernels against the oracle, captured in a graph, on several streams, on two devices.
+
+``checks.py dry`` runs on the CPU, whose tensors the host build takes for a device's; graphs and streams are then plain
+calls. ``few``: what compute-sanitizer has the time for.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dmfast
+from dmfast import eager
+
+DRY, FEW = "dry" in sys.argv, "few" in sys.argv
+DEVICE = "cpu" if DRY else "cuda"
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+
+
+def example(v: int, dtype: torch.dtype = torch.float32, device: str = DEVICE, seed: int = 0) -> dict[str, Any]:
+    """Arguments of dm_loss, with a row that is not scored."""
+    torch.manual_seed(seed)
+    tokens = torch.randint(v, (4, 6))
+    tokens[1, 2] = -100
+    logits = (3 * torch.randn(4, 6, v)).to(dtype)
+    log_prob = eager.sequence_log_prob(logits.double(), tokens)
+    terms = {"log_target": log_prob + torch.randn(4) / 2, "log_proposal": log_prob + torch.randn(4) / 2}
+    moved = {name: x.to(device) for name, x in {"logits": logits, "tokens": tokens, **terms}.items()}
+    return {**moved, "log_z": 0.3}
+
+
+def step(call: dict[str, Any], objective: str = "gdc++") -> list[Tensor]:
+    """loss, log pi, A, gradient."""
+    leaf = call["logits"].detach().requires_grad_()
+    out = dmfast.dm_loss(leaf, **{k: x for k, x in call.items() if k != "logits"}, objective=objective)
+    (gradient,) = torch.autograd.grad(out.loss, leaf)
+    return [out.loss.detach(), out.log_prob, out.weight, gradient]
+
+
+def same(found: list[Tensor], expected: list[Tensor], what: str) -> None:
+    """Bit for bit."""
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.to(b.device), b), what
+
+
+def against_the_oracle() -> None:
+    for dtype, rounding in ROUNDING.items():
+        for v in (37, 1000) if DRY or FEW else (37, 1000, 50257, 151936):
+            for objective in ("gdc++", "dpg"):
+                call = example(v, dtype)
+                loss, log_prob, weight, gradient = step(call, objective)
+                exact = {**call, "logits": call["logits"].double().requires_grad_()}
+                out = eager.dm_loss(**exact, objective=objective)
+                (expected,) = torch.autograd.grad(out.loss, exact["logits"])
+                assert torch.allclose(log_prob, out.log_prob.detach(), rtol=0, atol=1e-5), (dtype, v, log_prob)
+                assert torch.allclose(weight, out.weight, rtol=1e-4, atol=1e-5), (dtype, v, weight)
+                assert torch.allclose(loss, out.loss.detach(), rtol=1e-4, atol=1e-4), (dtype, v, loss)
+                bound = rounding * expected.abs() + 1e-4 * expected.abs().max()
+                assert bool(((gradient.double() - expected).abs() <= bound).all()), (dtype, v, objective)
+
+
+def sampling() -> None:
+    logits = 3 * torch.randn(64, 1000, device=DEVICE)
+    tokens, log_prob = dmfast.sample_tokens(logits, seed=5)
+    expected, expected_log_prob = eager.sample_tokens(logits, seed=5)
+    agree = tokens == expected
+    assert int(agree.sum()) >= 63, "the draws of the oracle, up to a boundary within rounding"
+    assert float((log_prob - expected_log_prob)[agree].abs().max()) < 1e-5
+
+
+def hidden_states() -> None:
+    torch.manual_seed(1)
+    call = example(333)
+    del call["logits"]
+    h, w = torch.randn(4, 6, 32, device=DEVICE), torch.randn(333, 32, device=DEVICE)
+    found, expected = [], []
+    for function, kind, into in ((dmfast.linear_dm_loss, torch.float32, found),
+                                 (eager.linear_dm_loss, torch.float64, expected)):  # fmt: skip
+        leaves = [x.to(kind).requires_grad_() for x in (h, w)]
+        out = function(*leaves, **call, max_weight=2.0)
+        into += [out.loss.detach(), *torch.autograd.grad(out.loss, leaves)]
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).abs().max()) <= 1e-2 * float(b.abs().max()), "TF32 at worst"
+
+
+def captured() -> None:
+    """A graph replayed three times gives the same three times, and what other inputs give once they are there."""
+    call = example(1000)
+    expected = step(call)
+    replay: Callable[[], Any]
+    if DRY:
+        found = step(call)
+
+        def replay() -> None:
+            for kept, new in zip(found, step(call), strict=True):
+                kept.copy_(new)
+    else:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step(call)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = step(call)
+        replay = graph.replay
+    for _ in range(3):
+        for x in found:
+            x.zero_()
+        replay()
+        same(found, expected, "a replayed graph")
+    other = example(1000, seed=1)
+    for name in ("logits", "tokens", "log_target", "log_proposal"):
+        call[name].copy_(other[name])
+    replay()
+    same(found, step(other), "a graph with other inputs")
+
+
+def streams() -> None:
+    """Kernels of several streams at the same time, each with counters of its own."""
+    calls = [example(4099, seed=seed) for seed in range(4)]
+    expected = [step(call) for call in calls]
+    contexts: list[Any] = [nullcontext() for _ in calls]
+    if not DRY:
+        torch.cuda.synchronize()
+        contexts = [torch.cuda.stream(torch.cuda.Stream()) for _ in calls]
+    found: list[list[list[Tensor]]] = [[] for _ in calls]
+    for _ in range(10):
+        for context, call, into in zip(contexts, calls, found, strict=True):
+            with context:
+                into.append(step(call))
+    if not DRY:
+        torch.cuda.synchronize()
+    for many, one in zip(found, expected, strict=True):
+        for result in many:
+            same(result, one, "streams side by side")
+
+
+def two_devices() -> None:
+    """The second device's tensors while the first is the current one."""
+    count = 2 if DRY else torch.cuda.device_count()
+    if count < 2:
+        print("two devices: there is one")
+        return
+    expected = step(example(1000))
+    for device in ("cpu", "cpu") if DRY else ("cuda:1", "cuda:0"):
+        same(step(example(1000, device=device)), expected, device)
+
+
+def main() -> None:
+    print(dmfast.kernels.backends())
+    everything = (against_the_oracle, sampling, hidden_states, captured, streams, two_devices)
+    for check in (against_the_oracle, sampling) if FEW else everything:
+        check()
+        if not DRY:
+            torch.cuda.synchronize()
+        print("ok:", check.__name__)
+
+
+if __name__ == "__main__":
+    main()

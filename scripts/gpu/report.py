@@ -1,0 +1,60 @@
+"""OUT/bench.json -> OUT/bench.md and, where matplotlib is, OUT/bench.png: ``report.py OUT``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+# reads and writes of a logit by each, as declared: docs/gpu.md
+TRAFFIC = {
+    "roof: read-sum": 1, "roof: in-place mul_": 2, "roof: copy_": 2, "scoring: sequence_log_prob": 1,
+    "dm_loss gdc++, in place": 3, "dm_loss gdc++": 3, "dm_loss dpg (known weight), in place": 2,
+}  # fmt: skip
+
+
+def bandwidth(result: dict[str, Any], name: str) -> float | None:
+    """GB/s that a line's declared traffic comes to; known weights count 2 whether or not the row was kept."""
+    c = result["config"]
+    if c["form"] != "logits" or name not in TRAFFIC:
+        return None
+    size = {"float32": 4, "bfloat16": 2}[c["dtype"]]
+    return float(TRAFFIC[name] * c["rows"] * c["vocab"] * size / result["ms"][name]["median"] / 1e6)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown; the roofs first, then the fastest."""
+    lines = [f"### {result['title']}", "", "| | ms | quartiles | GB/s | of copy_ | peak memory, MB | gradient off |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    copy = bandwidth(result, "roof: copy_") if "roof: copy_" in result["ms"] else None
+    for name, t in sorted(result["ms"].items(), key=lambda x: (not x[0].startswith("roof"), x[1]["median"])):
+        rate, memory = bandwidth(result, name), result.get("memory_mb", {}).get(name)
+        error = result["gradient_error"].get(name)
+        cells = [
+            name, f"{t['median']:.3f}", f"{t['low']:.3f} – {t['high']:.3f}", "" if rate is None else f"{rate:.0f}",
+            "" if rate is None or copy is None else f"{rate / copy:.0%}", "" if memory is None else f"{memory:.0f}",
+            "" if error is None else f"{error:.1g}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [f"\nnot run: {name}: {why}" for name, why in result["not_run"].items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    found = json.loads((out / "bench.json").read_text())
+    head = ", ".join(f"{k} {v}" for k, v in found["machine"].items() if v is not None)
+    text = "\n\n".join([head, *(table(result) for result in found["results"])]) + "\n"
+    (out / "bench.md").write_text(text)
+    print(text)
+    try:
+        from dmfast.bench.report import chart
+    except ImportError as error:
+        print(f"no picture ({error}); report.py draws it from the JSON where matplotlib and transformers are")
+        return
+    chart(found["results"], out / "bench.png")
+
+
+if __name__ == "__main__":
+    main()
