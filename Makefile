@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SOURCES := pyproject.toml setup.py build_backend.py constraints.txt $(shell find csrc dmfast examples -type f \
 	! -name '*.so' ! -name '*.pyc')
 
-.PHONY: demo test pytest lint proofs sanitize host-cuda trace ptx interpreter gpu gpu-dry wheel aarch64 format clean
+.PHONY: demo test pytest lint proofs sanitize host-cuda trace ptx interpreter aot gpu gpu-dry wheel aarch64 format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
 
@@ -23,7 +23,7 @@ lint: $(VENV)/test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 	$(BIN)/mypy
 
-proofs: sanitize host-cuda trace ptx gpu-dry wheel aarch64
+proofs: sanitize host-cuda trace ptx interpreter aot gpu-dry wheel aarch64
 
 # The CPU kernels, built for the baseline instruction set (no AVX2), under AddressSanitizer and UBSan.
 sanitize: $(VENV)/test
@@ -41,9 +41,13 @@ trace:
 ptx: $(VENV)/test
 	sh scripts/ci/ptx.sh $(BIN)/python
 
-# The Triton kernels in Triton's interpreter, with seeded bugs: docs/gpu.md.
-interpreter: $(VENV)/test
+# The Triton kernels in Triton's interpreter, with seeded bugs that must be caught: docs/gpu.md.
+interpreter: $(VENV)/triton
 	sh scripts/ci/interpreter.sh $(BIN)/python
+
+# The machine code of every GPU kernel, from nvcc and from Triton: spills, registers, wide accesses.
+aot: $(VENV)/triton
+	sh scripts/ci/aot.sh $(BIN)/python
 
 # On a machine with an NVIDIA GPU, with its own Python (torch, nvcc, g++; no network): builds, tests, measures.
 gpu:
@@ -74,6 +78,11 @@ $(VENV)/demo: $(VENV)/torch $(SOURCES)
 $(VENV)/test: $(VENV)/torch $(SOURCES)
 	$(PIP) '.[test]'
 	@touch $@ $(VENV)/demo
+
+# triton 3.7.1 is 0.8 GB on disk and brings nothing with it: it shares the test environment. Only proofs need it.
+$(VENV)/triton: $(VENV)/test
+	$(PIP) triton 'setuptools>=77' 'pybind11>=2.13'
+	@touch $@
 
 # torch first, so that nothing that depends on it brings another build of it
 $(VENV)/torch: constraints.txt
