@@ -225,18 +225,19 @@ def main() -> int:
     for x, said in wrong:
         print(f"{x.source} {x.kernel} sm_{x.arch}: {said}")
     if args.table:
-        Path(args.table).write_text(table(rows))
+        Path(args.table).write_text(table(rows, [f"{x.source} {x.kernel} sm_{x.arch}: {said}" for x, said in wrong]))
     print(f"{len(rows)} kernels compiled, {len(wrong)} faults")
     return 1 if wrong or not rows else 0
 
 
-def table(rows: list[tuple[Found, Wanted]]) -> str:
-    """Markdown: a line for each kernel, a figure for each architecture."""
+def table(rows: list[tuple[Found, Wanted]], wrong: list[str]) -> str:
+    """Markdown: a line for each kernel, a figure for each architecture; what is not as it should be."""
     lines = [
         "# What the compilers make of the GPU kernels", "",
         f"By `make aot`, triton {triton.__version__}; no device was involved. Registers of a thread and 128-bit "
         "loads / stores in the code, for sm_" + ", ".join(map(str, ARCHS)) + "; warps are what the registers of a "
-        "multiprocessor hold on the worst of them. No kernel has a stack or a spill.", "",
+        f"multiprocessor hold on the worst of them. {len(rows)} kernels, {len(wrong)} not as they should be:", "",
+        *[f"- {each}" for each in wrong], "",
         "| | kernel | registers | 128-bit loads / stores | warps |", "|---|---|---|---|---|",
     ]  # fmt: skip
     kernels: dict[tuple[str, str], list[tuple[Found, Wanted]]] = {}
