@@ -5,6 +5,7 @@
 set -eu
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") # absolute: the tests run elsewhere
 
+"$python" -m pip install -q -c constraints.txt 'pybind11>=2.13'
 here=$(pwd)
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
