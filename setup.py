@@ -19,7 +19,7 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent))
-from build_backend import find_nvcc
+import cuda_compiler
 
 # -ffp-contract: gcc's default, said because exp2's accuracy relies on it. No -ffast-math: it breaks the
 # round-to-nearest of exp2. No -march: rows.cpp chooses the instruction set when it runs.
@@ -70,8 +70,7 @@ def architectures(nvcc: str) -> list[str]:
 def compile_cuda(nvcc: str, folder: Path) -> list[str]:
     """Objects of the CUDA sources."""
     folder.mkdir(parents=True, exist_ok=True)
-    # 177: a function that only another instance of a template uses
-    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=177", *architectures(nvcc)]
+    flags = [*cuda_compiler.FLAGS, cuda_compiler.FOR_HOST, *architectures(nvcc)]
     objects = [str(folder / f"{Path(source).stem}.cuda.o") for source in CUDA_SOURCES]
 
     for source, target in zip(CUDA_SOURCES, objects, strict=True):  # --threads: architectures side by side
@@ -93,10 +92,8 @@ class BuildKernels(build_ext):
             print(f"dmfast: building without kernels (plain torch only): {error}", file=sys.stderr)
 
     def add_cuda(self, ext):
-        nvcc = find_nvcc()
         try:
-            if nvcc is None:
-                raise RuntimeError("there is no nvcc in CUDA_HOME, on PATH or among the PyPI packages")
+            nvcc = cuda_compiler.nvcc()
             lib = find_cudart(nvcc)
             ext.extra_objects = compile_cuda(nvcc, Path(self.build_temp))
         except Exception as error:

@@ -251,6 +251,11 @@ def clip(weight: Tensor, max_weight: float) -> tuple[Tensor, Tensor]:
     return weight.clamp(-max_weight, max_weight), outside.sum()
 
 
+def clipped_weights(terms: Terms, log_prob: Tensor) -> Tensor:
+    """``weigh`` at this log pi (B), within ``terms.max_weight``."""
+    return clip(weigh(terms.with_log_prob(log_prob)), terms.max_weight)[0]
+
+
 def leave_one_out(values: Tensor, context_id: Tensor | None = None) -> Tensor:
     """For each of B values the mean of the others, (B,); of those with the same context_id if given.
 

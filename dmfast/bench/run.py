@@ -115,10 +115,10 @@ def bench(args: argparse.Namespace, say: Callable[[Any], None]) -> None:
     if args.resume and path.exists():
         earlier = json.loads(path.read_text())["results"]
         results = [r for r in earlier if r["machine"] | {"date": ""} == here | {"date": ""}]
-    done = [r["config"] for r in results]
+    done = [Config(**r["config"]) for r in results]
     try:
         for i, c in enumerate(configs, 1):
-            if asdict(c) in done:
+            if c in done:
                 continue
             say(f"{i} of {len(configs)}: {c.title}")
             results.append({"machine": here, **measure(c, say)})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -98,13 +98,14 @@ def use_backend(name: str) -> Iterator[None]:
 def _why_not(name: str, logits: Tensor) -> str | None:
     """Why ``name`` can't take these logits; None: it can."""
     device = logits.device
-    reasons: dict[str, Callable[[], str | None]] = {
-        "cpu": native.why_unavailable, "cuda": lambda: native.why_not_cuda(device.index or 0), "triton": triton.why_not,
-    }  # fmt: skip
-    missing = reasons[name]()
+    if name == "cpu":
+        missing, fits = native.why_unavailable(), device.type == "cpu"
+    elif name == "cuda":
+        missing, fits = native.why_not_cuda(device.index or 0), native.on_cuda(logits)
+    else:
+        missing, fits = triton.why_not(), triton.why_not(device) is None
     if missing is not None:
         return missing if device.type == "cpu" else f"logits are on {device}; {missing}"
-    fits = {"cpu": device.type == "cpu", "cuda": native.on_cuda(logits), "triton": triton.why_not(device) is None}[name]
     if not fits:
         return f"logits are on {device}, for which backend {name!r} has no kernel"
     if logits.dtype not in native.DTYPES:

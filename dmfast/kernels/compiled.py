@@ -23,7 +23,7 @@ def _recorded(batch: Batch, terms: Terms | None, log_prob: Tensor, status: Tenso
     log_prob = log_prob.detach()
     if native.on_cuda(batch.logits) or terms is None:
         return (cuda.row_faults(batch, terms, log_prob, status),)
-    made = objectives.clip(objectives.weigh(terms.with_log_prob(log_prob)), terms.max_weight)[0]
+    made = objectives.clipped_weights(terms, log_prob)
     return (cuda.WeightFaults((cuda.row_faults(batch, None, log_prob, status),), terms, made, 0),)
 
 

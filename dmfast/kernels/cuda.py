@@ -107,8 +107,8 @@ class RowFaults:
         assert terms is not None
         first = batch.part_of.first_sequence if batch.part_of is not None else 0
         checks.check_terms(terms, first)
-        made = objectives.weigh(terms.with_log_prob(self.log_prob))  # what scores.weight has 0 for
-        checks.check_weights(objectives.clip(made, terms.max_weight)[0], first)
+        # what scores.weight has 0 for
+        checks.check_weights(objectives.clipped_weights(terms, self.log_prob), first)
         raise RuntimeError(f"dmfast: the device refused an input or the weight of sequence {place - _WEIGHT_PLACE}")
 
 

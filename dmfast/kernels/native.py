@@ -187,8 +187,7 @@ def _triton_forward(
         stand_in = terms.log_proposal  # for log pi, on which a known weight does not depend
         if stand_in is None:
             stand_in = torch.zeros(batch.n_sequences, dtype=torch.float64, device=batch.logits.device)
-        made = objectives.weigh(terms.with_log_prob(stand_in))
-        weights = cuda.usable(objectives.clip(made, terms.max_weight)[0], stand_in) * factor
+        weights = cuda.usable(objectives.clipped_weights(terms, stand_in), stand_in) * factor
     scores, faults = launch.score(batch, entropy, weights, dz)
     first = batch.part_of.first_sequence if batch.part_of is not None else 0
     worst = faults.min() if faults.numel() else faults.new_full((), launch.NONE)

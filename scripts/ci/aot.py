@@ -12,7 +12,6 @@ Compiled code is kept by the hash of its source below $XDG_CACHE_HOME/dmfast/aot
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import re
 import subprocess
@@ -31,7 +30,7 @@ from triton.compiler import ASTSource
 
 ROOT = Path.cwd()  # of the tree that is looked at
 sys.path.insert(0, str(ROOT))
-from build_backend import find_nvcc
+from cuda_compiler import compiled
 from dmfast.kernels.triton import loss, sample
 
 ARCHS = (80, 90, 100, 120)
@@ -79,24 +78,6 @@ def read(source: str, cubin: Path, arch: int, name: str | None = None) -> list[F
 
 
 # --- CUDA ---------------------------------------------------------------------------------------------------------
-
-
-def compile_cuda(source: str, arch: int) -> Path:
-    """A cubin, from the cache where the sources and nvcc are the same."""
-    nvcc = find_nvcc()
-    if nvcc is None:
-        sys.exit("aot: there is no nvcc; pip install the packages that build_backend.py names")
-    flags = ["-cubin", f"-arch=sm_{arch}", "-std=c++17", "-O3", "-diag-suppress=177"]
-    version = subprocess.run([nvcc, "--version"], check=True, capture_output=True).stdout
-    texts = [path.read_bytes() for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in (".h", ".cuh")]
-    key = hashlib.sha256(b"\0".join([version, *(f.encode() for f in flags), (ROOT / source).read_bytes(), *texts]))
-    cubin = CACHE / f"{Path(source).stem}-{arch}-{key.hexdigest()[:16]}.cubin"
-    if not cubin.exists():
-        cubin.parent.mkdir(parents=True, exist_ok=True)
-        partial = cubin.with_suffix(f".{os.getpid()}")
-        subprocess.run([nvcc, *flags, str(ROOT / source), "-o", str(partial)], check=True)
-        partial.rename(cubin)
-    return cubin
 
 
 def readable(kernel: str) -> str:
@@ -207,7 +188,9 @@ def main() -> int:
     with ThreadPoolExecutor(2) as pool:
         sources = [s for s in ("csrc/cuda/loss.cu", "csrc/cuda/sample.cu") if args.only in s.removeprefix("csrc/")]
         jobs = [(source, arch) for source in sources for arch in args.archs]
-        for (_, arch), cubin in zip(jobs, pool.map(lambda job: compile_cuda(*job), jobs), strict=True):
+        for (_, arch), cubin in zip(
+            jobs, pool.map(lambda job: compiled(ROOT, job[0], "cubin", job[1], CACHE), jobs), strict=True
+        ):
             rows += [
                 (x._replace(kernel=readable(x.kernel)), wanted_of_cuda(x.kernel)) for x in read("CUDA", cubin, arch)
             ]

@@ -44,21 +44,15 @@ sanitized() {
     ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 suite "$@" -s
 }
 
-# A bug in csrc/cuda, the build that should catch it, and what is then said. All else is that build's.
-caught() { # name, build, flags, suite or sanitized, expected message, tests and options
-  name=$1 like=$2 flags=$3 how=$4 message=$5
-  shift 5
-  mkdir -p "$out/$name/build"
-  cp -r csrc dmfast tests "$out/$name/"
-  cp "$like"/*.o "$out/$name/build/"
-  rm "$out/$name/build"/csrc_cuda_*.o
-  (cd "$out/$name" && patch -s -p1 <"tests/native/bugs/$name.patch" && build "$out/$name/build" "$flags")
-  if SHIM_SEED=1 $how "$out/$name/build" -x "$@" >"$out/$name/log" 2>&1; then
-    echo "the seeded bug $name was not caught" >&2
-    exit 1
-  fi
-  grep -q "$message" "$out/$name/log" || { echo "$name failed otherwise:" >&2; tail -30 "$out/$name/log" >&2; exit 1; }
-  echo "caught: $name"
+. scripts/ci/caught.sh
+# The tests on the build of a copy whose csrc/cuda differs from that of another build.
+seeded() { # copy, the other build, flags, suite or sanitized, tests and options
+  copy=$1 like=$2 flags=$3 how=$4
+  shift 4
+  mkdir "$copy/build"
+  cp "$like"/*.o "$copy/build/"
+  rm "$copy/build"/csrc_cuda_*.o
+  (cd "$copy" && build "$copy/build" "$flags") && SHIM_SEED=1 $how "$copy/build" -x "$@"
 }
 
 start=$(date +%s)
@@ -79,8 +73,8 @@ SHIM_SEED=5 sanitized "$out/sanitized" test_cuda.py test_kernels.py test_sample.
   -k "$small and (test_cuda or (vocabularies and (127 or 4096)) or any_shape or empty or beyond or strides or tails or bad_row)"
 said "sanitizers"
 
-caught missing_barrier "$out/plain" "-O1" suite "^FAILED test_kernels" test_kernels.py -k "vocabularies and 1000"
-caught truncation "$out/plain" "-O1" suite "^FAILED .*rounded_to_nearest" test_kernels.py -k rounded_to_nearest
-caught out_of_bounds "$out/sanitized" "$sanitizers" sanitized "AddressSanitizer: heap-buffer-overflow" test_kernels.py \
-  -k "empty_and_short and contiguous-1-1"
+caught missing_barrier "^FAILED test_kernels" seeded "$out/plain" "-O1" suite test_kernels.py -k "vocabularies and 1000"
+caught truncation "^FAILED .*rounded_to_nearest" seeded "$out/plain" "-O1" suite test_kernels.py -k rounded_to_nearest
+caught out_of_bounds "AddressSanitizer: heap-buffer-overflow" seeded "$out/sanitized" "$sanitizers" sanitized \
+  test_kernels.py -k "empty_and_short and contiguous-1-1"
 said "seeded bugs"

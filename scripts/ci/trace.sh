@@ -24,12 +24,6 @@ trace() { # directory, where to
 
 trace "$(pwd)" "$out/as_is"
 
-mkdir "$out/bug"
-cp -r csrc tests "$out/bug/"
-(cd "$out/bug" && patch -s -p1 <tests/native/bugs/dropped_fence.patch)
-if trace "$out/bug" "$out/without" >"$out/log" 2>&1; then
-  echo "the seeded bug dropped_fence was not caught" >&2
-  exit 1
-fi
-grep -q "^RACE" "$out/log" || { echo "dropped_fence failed otherwise:" >&2; tail -30 "$out/log" >&2; exit 1; }
-echo "caught: dropped_fence"
+. scripts/ci/caught.sh
+seeded() { trace "$1" "$1/traced"; }
+caught dropped_fence "^RACE" seeded

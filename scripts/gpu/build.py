@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from build_backend import find_nvcc  # noqa: E402
+import cuda_compiler  # noqa: E402
 
 HOST = ["-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 SHIM = ["-DDMF_SHIM", "-DDMF_NO_CLONES", "-Itests/native", "-Icsrc", "-Wno-unknown-pragmas"]
@@ -51,10 +51,8 @@ def build(target: Path, dry: bool) -> None:
     if dry:
         work.append((compile_host, "tests/native/shim.cpp"))
     else:
-        nvcc = find_nvcc()
-        if nvcc is None:
-            sys.exit("there is no nvcc in CUDA_HOME, on PATH or among the PyPI packages")
-        flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=177"]
+        nvcc = cuda_compiler.nvcc()
+        flags = [*cuda_compiler.FLAGS, cuda_compiler.FOR_HOST]
         compile_cuda, link = [nvcc, *flags, *architectures(), "-c"], [nvcc, "-shared", "-cudart=static"]
         libraries = ["-lgomp"]
     work += [(compile_cuda, f"csrc/cuda/{name}.cu") for name in ("loss", "sample")]

@@ -26,9 +26,9 @@ from .rows import (
     distance,
     ends_of,
     exp2_of,
-    head_of,
     label_gradient,
     logistic_of,
+    packs_of,
     row_offset,
     scaled,
     slope,
@@ -79,14 +79,10 @@ def _write_row(
     for_label = label_gradient(at_label, lse, coefficient, scale, cap, CAP).to(tl.float32)
 
     out = dz.dtype.element_ty
-    head = head_of(z, vocab, W)
-    packs = (vocab - head) // W
-    body = aligned(z, head)
+    head, packs, body, lane, offsets = packs_of(z, vocab, W, LANES)
     to = dz + head
     if WIDE:
         to = aligned(dz, head)
-    lane = tl.arange(0, LANES)
-    offsets = lane[:, None] * W + tl.arange(0, W)[None, :]
     for first in range(0, packs, LANES):
         here = (first + lane < packs)[:, None]
         x = tl.load(body + first * W + offsets, mask=here, other=0.0).to(tl.float32)
@@ -124,11 +120,7 @@ def score_rows(
         z = logits + row_offset(row, steps, stride_sequence, stride_row)
         at_label = tl.load(z + label).to(tl.float32)
         scale, cap, c = constants(scale_high, scale_low, cap_high, cap_low, CAP)
-        head = head_of(z, vocab, W)
-        packs = (vocab - head) // W
-        body = aligned(z, head)
-        lane = tl.arange(0, LANES)
-        offsets = lane[:, None] * W + tl.arange(0, W)[None, :]
+        head, packs, body, lane, offsets = packs_of(z, vocab, W, LANES)
 
         # A lane's part of the sum, against the largest logit that it has seen. Packs are added up in fp64. Terms that
         # are 1, such as the largest, are counted apart: beside them an fp32 sum would lose small terms, all in one
@@ -236,11 +228,7 @@ def scale_rows(
     if by == 0.0:
         zero_row(to, vocab, W, LANES)
     elif by != 1.0:
-        head = head_of(to, vocab, W)
-        packs = (vocab - head) // W
-        body = aligned(to, head)
-        lane = tl.arange(0, LANES)
-        offsets = lane[:, None] * W + tl.arange(0, W)[None, :]
+        head, packs, body, lane, offsets = packs_of(to, vocab, W, LANES)
         for first in range(0, packs, LANES):
             here = (first + lane < packs)[:, None]
             x = tl.load(body + first * W + offsets, mask=here, other=0.0).to(tl.float32)

@@ -41,6 +41,15 @@ def aligned(z, head):
 
 
 @triton.jit
+def packs_of(z, vocab, W: tl.constexpr, LANES: tl.constexpr):
+    """The head's length; the number of packs behind it, the address of the first, the lanes that take one each, and
+    where a lane's logits lie (LANES, W)."""
+    head = head_of(z, vocab, W)
+    lane = tl.arange(0, LANES)
+    return head, (vocab - head) // W, aligned(z, head), lane, lane[:, None] * W + tl.arange(0, W)[None, :]
+
+
+@triton.jit
 def ends_of(vocab, head, W: tl.constexpr):
     """The indices (2W) of head and tail, and which of them there are."""
     i = tl.arange(0, 2 * W)
@@ -52,11 +61,7 @@ def ends_of(vocab, head, W: tl.constexpr):
 @triton.jit
 def zero_row(dz, vocab, W: tl.constexpr, LANES: tl.constexpr):
     """Writes zeros over the row at dz."""
-    head = head_of(dz, vocab, W)
-    packs = (vocab - head) // W
-    body = aligned(dz, head)
-    lane = tl.arange(0, LANES)
-    offsets = lane[:, None] * W + tl.arange(0, W)[None, :]
+    head, packs, body, lane, offsets = packs_of(dz, vocab, W, LANES)
     nothing = tl.zeros([LANES, W], dz.dtype.element_ty)
     for first in range(0, packs, LANES):
         tl.store(body + first * W + offsets, nothing, mask=(first + lane < packs)[:, None])

@@ -1,0 +1,26 @@
+# Sourced by the proofs: $out is their scratch folder.
+
+# caught BUG MESSAGE COMMAND [ARGUMENT...]: with tests/native/bugs/BUG.patch in a copy of the sources, COMMAND, which gets
+# the copy's path before its arguments, must fail and say MESSAGE.
+caught() {
+  bug=$1 message=$2 command=$3 tree=$out/bugs/$1
+  shift 3
+  rm -rf "$tree"
+  mkdir -p "$tree"
+  cp -r csrc dmfast tests cuda_compiler.py "$tree/"
+  (cd "$tree" && patch -s -p1 <"tests/native/bugs/$bug.patch")
+  if "$command" "$tree" "$@" >"$tree.log" 2>&1; then
+    echo "the seeded bug $bug was not caught" >&2
+    exit 1
+  fi
+  grep -q "$message" "$tree.log" || { echo "$bug failed otherwise:" >&2; tail -30 "$tree.log" >&2; exit 1; }
+  echo "caught: $bug"
+}
+
+# Sees to it that there is an nvcc: PyPI's, for the time of the proof, where the machine has none.
+bring_nvcc() { # python
+  if "$1" -c 'import cuda_compiler, sys; sys.exit(cuda_compiler.find_nvcc() is not None)'; then
+    "$1" -m pip install -q --target "$out/nvcc" $("$1" -c 'import cuda_compiler; print(*cuda_compiler.PACKAGES)')
+    export CUDA_HOME="$(echo "$out"/nvcc/nvidia/cu[0-9]*)"
+  fi
+}
