@@ -62,6 +62,7 @@ def test_which_devices_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(triton, "why_not", lambda device=None: None)
     monkeypatch.setattr(native, "on_cuda", lambda x: x.device.type == "cuda")
+    monkeypatch.setattr(native, "why_unavailable", lambda: None)
     monkeypatch.setattr(native, "why_not_cuda", lambda device=0: None)
     assert [kernels.select(Logits(d)) for d in ("cpu", "cuda", "xpu")] == ["cpu", "cuda", "triton"]  # type: ignore[arg-type]
     monkeypatch.setattr(native, "why_not_cuda", lambda device=0: "not compiled")
