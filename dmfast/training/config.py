@@ -71,6 +71,11 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         on_policy: sample from the policy itself; no proposal is kept.
         proposal_criterion, proposal_interval, proposal_stderrs, proposal_best_only, proposal_decay: as in
             ``dmfast.OfflineProposal``.
+        proposal_check_samples: sequences drawn from q for each check of the proposal and scored by q, a and pi as they
+            are then, as the paper's code does; the verdict rests on them alone, and ``seconds_check`` is logged. They
+            come from ``proposal_check_samples / samples_per_context`` contexts, others at each check; their Z takes
+            them in for the check and not beyond it. 0: the check uses the training steps' own sequences since the last
+            swap, at no cost.
         partition: ``running``: log Z of a context over all its visits; ``step``: from the samples of the step alone.
         refit_ess, refit_samples: while the effective sample size of the target's fit is below ``refit_ess``, lambda is
             fitted again from the last ``refit_samples`` sequences of the steps, each weighted by a/q with the q that it
@@ -112,6 +117,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     proposal_stderrs: float = _field(0.0, "By how many standard errors pi must be nearer.")
     proposal_best_only: bool = _field(False, "Swap only if pi is nearer than at every earlier swap.")
     proposal_decay: float = _field(0.8, "Weight of a step's samples relative to the next step's.")
+    proposal_check_samples: int = _field(0, "Fresh sequences of q for each check; 0: those of the training steps.")
     partition: str = _field("running", "running or step.")
     refit_ess: float = _field(0.0, "Below which effective sample size lambda is fitted again; 0: never.")
     refit_samples: int = _field(2048, "Sequences of a proposal that lambda is fitted again from.")
@@ -134,10 +140,12 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             raise ValueError(
                 f"proposal_criterion must be one of {', '.join(CRITERIA)}, got {self.proposal_criterion!r}"
             )
-        if self.skip_zero_weight and self.proposal_criterion == "js":
+        if self.proposal_check_samples < 0:
+            raise ValueError(f"proposal_check_samples must be 0 or more, got {self.proposal_check_samples!r}")
+        if self.skip_zero_weight and self.proposal_criterion == "js" and not self.proposal_check_samples:
             raise ValueError(
                 "skip_zero_weight=True leaves log pi unknown where P = 0, and proposal_criterion='js' needs it there; "
-                "use kl or tvd"
+                "use kl or tvd, or fresh samples (proposal_check_samples)"
             )
         if self.partition not in ("running", "step"):
             raise ValueError(f"partition must be 'running' or 'step', got {self.partition!r}")

@@ -62,7 +62,7 @@ from ..objectives import (
     plain_baseline,
     weigh,
 )
-from ..proposal import OfflineProposal
+from ..proposal import OfflineProposal, Scores
 from ..targets import EBM, Reward, Scorer
 from ..targets.constraints import as_feature
 from . import checkpoint
@@ -452,18 +452,22 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     def _with_step(self, context: Tensor, log_target: Tensor, log_proposal: Tensor) -> _Running:
         """The running values with the samples of all ranks."""
         context, log_target, log_proposal = (self._gather(v) for v in (context, log_target, log_proposal))
-        old = PartitionFunctions() if self.args.partition == "step" else self._running.partitions
         scale = copy.copy(self._running.scale)
         scale.update(log_target, torch.zeros_like(log_target))
         nothing = bool((log_target == -math.inf).all())
         return replace(
             self._running,
-            partitions=old.updated(context, log_target, log_proposal),
+            partitions=self._partitions.updated(context, log_target, log_proposal),
             scale=scale,
             zero_steps=self._running.zero_steps + 1 if nothing else 0,
             steps=self._running.steps + 1,
             beta=copy.copy(self._running.beta),
         )
+
+    @property
+    def _partitions(self) -> PartitionFunctions:
+        """What a step's samples are added to."""
+        return PartitionFunctions() if self.args.partition == "step" else self._running.partitions
 
     def _gather(self, values: Tensor) -> Tensor:
         """(N, ...) of all ranks, in their order."""
@@ -546,7 +550,11 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         else:
             self.proposal.update(out)  # into the same estimates
         now = self._estimates.estimates()
-        swapped = self.proposal is not None and self.proposal.maybe_update(self._verdict_of_rank_0)
+        start = time.perf_counter()
+        fresh = self._fresh if self.args.proposal_check_samples else None
+        swapped = self.proposal is not None and self.proposal.maybe_update(self._verdict_of_rank_0, fresh=fresh)
+        if fresh is not None:
+            step.seconds["check"] = time.perf_counter() - start
         self._warn_of_zero(len(out.log_prob))
         if self.args.logging_strategy == "no":
             self._metrics = []
@@ -554,6 +562,35 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         if step.epoch == 0:
             self._refit(step)
         self._step, self._outputs = None, []
+
+    def _fresh(self) -> Scores:
+        """Sequences of q for a check of the proposal alone, scored by q, a and pi; those of all ranks.
+
+        They change nothing that a step has: neither its random numbers nor Z.
+        """
+        args, proposal = self.args, cast("OfflineProposal[LanguageModel]", self.proposal)
+        some = min(len(self._contexts), max(args.proposal_check_samples // self.samples_per_context, 1))
+        mine = math.ceil(args.proposal_check_samples / (some * args.world_size))  # of each context, on this rank
+        seed = self._seed(f"check {self._running.steps}")
+        rows = torch.randperm(len(self._contexts), generator=torch.Generator().manual_seed(seed))[:some]
+        with self.accelerator.autocast():
+            x = proposal.snapshot.sample(
+                [self._contexts[row][1] for row in rows.tolist()], mine, max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature, seed=seed, batch_size=args.sampling_batch_size,
+                first_row=args.process_index * mine * some,
+            )  # fmt: skip
+            log_base = x.log_prob if self._proposal_is_base(proposal.snapshot, x) else None
+            log_target = self.target.score(x, log_base, batch_size=args.sampling_batch_size).log_target
+            # where P = 0, kl and tvd don't need log pi
+            scored = (log_target > -math.inf) | (args.proposal_criterion == "js")
+            log_prob = torch.full_like(log_target, math.nan)
+            log_prob[scored] = self.policy.log_prob(x[scored], batch_size=args.sampling_batch_size).to(log_prob)
+        context = rows.to(x.context_id.device)[x.context_id]
+        context, log_prob, log_proposal, log_target = (
+            self._gather(each) for each in (context, log_prob, x.log_prob, log_target)
+        )
+        log_z = self._partitions.updated(context, log_target, log_proposal).log_z(context)
+        return log_prob, log_proposal, log_target, log_z
 
     def _refit(self, step: _Step) -> None:
         """lambda anew, where its fit rests on few samples and enough of the proposals' have been seen."""
@@ -609,6 +646,9 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             "n_empty": float((out.log_z == -math.inf).sum()),
             "length": float(self._gather(step.samples.score_mask.sum(1)).double().mean()),
         }
+        if self.proposal is not None and self.proposal.last_check is not None:
+            check = self.proposal.last_check
+            metrics |= {"proposal_check": check.value, "proposal_check_stderr": check.stderr}
         if len(self._running.partitions) == 1 and self.args.partition == "running":
             metrics["log_z_stderr"] = self._running.partitions[int(step.context[0])].stderr
         if self.args.baseline == "mean":
