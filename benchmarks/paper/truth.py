@@ -52,7 +52,7 @@ class Truth:
 
     def kl(self, log_prob: torch.Tensor) -> Estimate:
         """KL(p||pi) in nats from log pi of the samples, (N,) fp64."""
-        terms = self.log_target - log_prob
+        terms = self.log_target - log_prob.detach()
         stderr = float(terms.std()) / math.sqrt(len(terms))
         return Estimate(float(terms.mean()) - self.log_z.value, math.hypot(stderr, self.log_z.stderr))
 
