@@ -130,7 +130,7 @@ def plan(parts: Iterable[str], folder: Path) -> Iterator[Run]:
 
 
 def quick() -> list[Run]:
-    """Two tasks, GDC and GDC++, one seed, an eighth of the sequences."""
+    """Two tasks, GDC and GDC++, one seed, a quarter of the sequences."""
     options = ("--samples", "5120", "--eval-samples", "512", "--evaluations", "2")
     return [
         Run("quick", task, m, 0, 5e-4, options=options) for task in ("wordlist_war", "women") for m in ("gdc", "gdc++")
