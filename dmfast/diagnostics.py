@@ -15,16 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .estimators import Estimate, estimate_moments
 from .models import LanguageModel, Samples
 from .objectives import Objective
 
 
-def _nltk() -> Any:
+def nltk() -> Any:
+    """The library, when it is asked for.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
         import nltk
         import nltk.translate.bleu_score
     except ImportError as error:
-        raise ImportError("distinct_n and self_bleu need nltk: pip install 'dmfast[train]'") from error
+        raise ImportError("Distinct-n and Self-BLEU need nltk: pip install 'dmfast[train]'") from error
     return nltk
 
 
@@ -38,7 +44,7 @@ def words(texts: Sequence[str]) -> list[list[str]]:
     """
     if isinstance(texts, str):
         raise TypeError(f"texts must be a list of strings, got the string {texts!r}")
-    split = _nltk().tokenize.wordpunct_tokenize
+    split = nltk().tokenize.wordpunct_tokenize
     return [split(text) for text in texts]
 
 
@@ -58,11 +64,15 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     Raises:
         ValueError: no text, n below 1. TypeError, ImportError: as ``words``.
     """
+    shares = _distinct_shares(texts, n)
+    return sum(shares) / len(shares)
+
+
+def _distinct_shares(texts: Sequence[str], n: int) -> list[float]:
     if n < 1 or not len(texts):
         raise ValueError(f"distinct_n needs n of 1 or more and one or more texts, got n={n} and {len(texts)} texts")
-    ngrams = _nltk().ngrams
-    shares = [len(set(ngrams(text, n))) / max(len(text), 1) for text in words(texts)]
-    return sum(shares) / len(shares)
+    ngrams = nltk().ngrams
+    return [len(set(ngrams(text, n))) / max(len(text), 1) for text in words(texts)]
 
 
 def self_bleu(texts: Sequence[str], n: int = 5) -> float:
@@ -86,10 +96,9 @@ def self_bleu(texts: Sequence[str], n: int = 5) -> float:
     """
     if n < 1 or len(texts) < 2:
         raise ValueError(f"self_bleu needs n of 1 or more and two or more texts, got n={n} and {len(texts)} texts")
-    nltk = _nltk()
-    bleu = nltk.translate.bleu_score
+    ngrams, bleu = nltk().ngrams, nltk().translate.bleu_score
     split = words(texts)
-    counts = [[Counter(nltk.ngrams(text, order)) for order in range(1, n + 1)] for text in split]
+    counts = [[Counter(ngrams(text, order)) for order in range(1, n + 1)] for text in split]
     # of each n-gram the two highest counts in any text: a text's own may be the highest
     top: defaultdict[Any, tuple[int, int]] = defaultdict(lambda: (0, 0))
     for of_text in counts:
@@ -116,6 +125,22 @@ def self_bleu(texts: Sequence[str], n: int = 5) -> float:
         smoothed = smooth(precisions, references=others, hypothesis=text, hyp_len=len(text))
         total += penalty * math.exp(math.fsum(math.log(p) / n for p in smoothed))
     return total / len(split)
+
+
+def diversity(texts: Sequence[str]) -> dict[str, Estimate]:
+    """``distinct_1`` to ``distinct_3`` with standard errors, and ``self_bleu_5``, whose error is NaN: not estimated.
+
+    Args:
+        texts: two or more.
+
+    Raises:
+        ValueError, TypeError, ImportError: as ``self_bleu``.
+    """
+    found = {}
+    for n in (1, 2, 3):
+        shares = torch.tensor(_distinct_shares(texts, n), dtype=torch.float64)
+        found[f"distinct_{n}"] = estimate_moments(shares[:, None], torch.zeros_like(shares))[0]
+    return found | {"self_bleu_5": Estimate(self_bleu(texts, 5), math.nan)}
 
 
 def weight_statistics(weight: Tensor) -> dict[str, float]:

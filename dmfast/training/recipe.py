@@ -310,6 +310,7 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
         return evaluate(
             model, target, some, math.ceil(settings["samples"] / len(some or [0])), max_new_tokens=args.max_new_tokens,
             temperature=args.temperature, seed=settings["seed"], batch_size=settings["batch_size"],
+            texts=args.eval_diversity,
         )  # fmt: skip
 
     x_before, before = now(target.base)
