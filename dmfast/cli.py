@@ -30,7 +30,7 @@ def doctor() -> int:
     for info in backends().values():
         print(f"  {info.name:6} {'in use' if info.in_use else 'not in use':11} {info.detail}")
     print("extras:")
-    for package in ("transformers", "accelerate", "safetensors", "pyyaml", "rich", "matplotlib", "peft"):
+    for package in ("transformers", "accelerate", "safetensors", "pyyaml", "rich", "matplotlib", "nltk", "peft"):
         try:
             found = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -86,8 +86,8 @@ def read(paths: Sequence[str | Path]) -> list[Run]:
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that differ; a number where two are one path."""
-    parts = [path.resolve().with_suffix("").parts if path.is_file() else path.resolve().parts for path in paths]
-    parts = [each[:-1] if each[-1:] == ("log",) else each for each in parts]
+    ends = [path.resolve().with_suffix("") if path.is_file() else path.resolve() for path in paths]
+    parts = [(e.parent if p.is_file() and p.name == "log.json" else e).parts for p, e in zip(paths, ends, strict=True)]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-length:]).lstrip("/") for each in parts]
         if len(set(names)) == len(set(parts)):
