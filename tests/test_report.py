@@ -118,7 +118,7 @@ def two(tmp_path, capsys):
 
 
 def test_the_numbers_are_those_of_the_logs(two):
-    logs, _, found = two
+    logs, html, found = two
     table = found.tables[0]
 
     def cells(key, name):
@@ -138,7 +138,8 @@ def test_the_numbers_are_those_of_the_logs(two):
     ]
     assert table["settings that differ", "train.learning_rate"] == ["0.0001", "0.0003"]
     assert found.tables[1] == {("", "model"): ["tiny-bios"], ("", "stop"): ['"\\n"']}
-    assert found.tables[2]["", "together"] == ["1.75", "1.75"]
+    assert found.tables[2] == {("", "sampling"): ["0.5"] * 2, ("", "scoring"): ["0.25"] * 2, ("", "policy"): ["1"] * 2}
+    assert html.count("<span>1.75 s</span>") == 2
     assert found.tables[3] == {("", "cpu"): ["a <b> processor"], ("", "threads"): ["2"]}
     samples = [item for item in found.items if "run" not in item]
     assert samples == ["A man.", "Another man.", "A woman 0.", "A man.", "A woman 1.", "A man."]

@@ -45,7 +45,7 @@ tbody.group th[scope=rowgroup] { color: var(--ink); font-weight: 600; background
 figure { margin: 0; padding: .7rem .8rem .4rem; border: 1px solid var(--rule); border-radius: 6px; }
 figure svg { display: block; width: 100%; height: auto; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
-.phases { display: grid; grid-template-columns: auto 1fr; gap: .35rem .8rem; align-items: center; }
+.phases { display: grid; grid-template-columns: auto auto 1fr; gap: .35rem .8rem; align-items: center; }
 .bar { display: flex; height: 1.1rem; } .bar span { min-width: 1px; }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin-bottom: .5rem; }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
@@ -187,11 +187,10 @@ def _phases(runs: Sequence[Run]) -> str:
         spans = "".join(
             f'<span style="width:{100 * s / longest:.2f}%;background:{_PHASES[n]}"></span>' for n, s in mean.items()
         )
-        lines.append(f'{_name(i, run)}<div class="bar">{spans}</div>')
+        lines.append(f'{_name(i, run)}<span>{sum(mean.values()):.3g} s</span><div class="bar">{spans}</div>')
     rows = [(n.replace("_", " "), [f"{mean[n]:.3g}" if n in mean else "–" for mean in means]) for n in seen]
-    rows.append(("together", [f"{sum(mean.values()):.3g}" for mean in means]))
-    return (f'<h2>Seconds a step</h2><div class="key">{key}</div><div class="phases">{"".join(lines)}</div>'
-            f"<details><summary>Figures</summary>{_table(runs, [('', rows)])}</details>")  # fmt: skip
+    bars = f'<div class="key">{key}</div><div class="phases">{"".join(lines)}</div>'
+    return f"<h2>Seconds a step</h2>{bars}<details><summary>By phase</summary>{_table(runs, [('', rows)])}</details>"
 
 
 def _samples(runs: Sequence[Run]) -> str:
