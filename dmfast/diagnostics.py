@@ -189,8 +189,8 @@ def gradient_variance(
 ) -> GradientVariance:
     """The variance of the gradient over the sequences of a step: exactly, one backward for each of them.
 
-    Costs about what the forwards and backwards of N batches of one sequence do, less those of weight 0, and a copy of
-    the parameters that are trained, in fp32 or better. Nothing else changes: not ``.grad``, nor the random state.
+    Costs what the forwards and backwards of N batches of one sequence do, less those of weight 0, and the memory of two
+    copies of the parameters that are trained. Nothing changes by it: not ``.grad``, nor the random state.
 
     Args:
         policy: pi, in the state in which the step was taken. Parameters that need no gradient have no part in it.
@@ -239,18 +239,21 @@ def spread(
     with torch.no_grad():
         for gradient in gradients:
             seen += 1
-            off = [(-m if g is None else g.to(m.dtype) - m) for m, g in zip(mean, gradient, strict=True)]
-            for average, each in zip(mean, off, strict=True):
-                average.add_(each / seen)
-            squares += _square(off) * (1 - 1 / seen)
-        squares += _square(mean) * (seen * (n - seen) / n)  # the n - seen gradients of 0
+            for average, each in zip(mean, gradient, strict=True):
+                off = -average if each is None else each.to(average.dtype) - average
+                average.add_(off / seen)
+                squares += _square(off) * (1 - 1 / seen)
         total = int(reduce(torch.tensor(n, device=squares.device)))
-        mine = [m * (seen / n) for m in mean]
-        whole = [reduce(m * (n / total)) for m in mine]
-        squares += n * _square([m - w for m, w in zip(mine, whole, strict=True)])
-        return GradientVariance(float(reduce(squares)) / total, math.sqrt(float(_square(whole))), total)
+        norm = torch.zeros_like(squares)
+        for average in mean:
+            squares += _square(average) * (seen * (n - seen) / n)  # the n - seen gradients of 0
+            mine = average * (seen / n)
+            whole = reduce(mine * (n / total))
+            squares += _square(mine - whole) * n
+            norm += _square(whole)
+        return GradientVariance(float(reduce(squares)) / total, math.sqrt(float(norm)), total)
 
 
-def _square(x: Sequence[Tensor]) -> Tensor:
-    """The squared norm of all of them, 0-d fp64."""
-    return torch.stack([(each * each).sum(dtype=torch.float64) for each in x]).sum()
+def _square(x: Tensor) -> Tensor:
+    """The squared norm, 0-d fp64."""
+    return (x * x).sum(dtype=torch.float64)

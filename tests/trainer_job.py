@@ -130,6 +130,7 @@ def main():
         "steps": trainer.state.global_step,
         "swaps": trainer.proposal.swaps,
         "log": [h for h in trainer.state.log_history if "kl_policy" in h],
+        "evaluations": [h for h in trainer.state.log_history if "eval_runtime" in h],
         "gradients": {name: g.flatten().tolist() for name, g in gradients.steps[0].items()},
     }
     if trainer.is_world_process_zero():

@@ -126,12 +126,20 @@ def table(log: Mapping[str, Any]) -> Any:
         "kl_policy": "KL(p‖π), nats",
         "length": "tokens",
         "finished": "ended in EOS",
+        "distinct_1": "Distinct-1",
+        "distinct_2": "Distinct-2",
+        "distinct_3": "Distinct-3",
+        "self_bleu_5": "Self-BLEU-5",
     }
+
+    def shown(found: Estimate | None) -> str:
+        if found is None:
+            return ""
+        return str(found) if found.stderr > 0 else f"{found.value:.4g}"  # NaN: not estimated; 0: known
+
     for name, before in log["before"].items():
-        wanted = log["ideal"].get(name)
         title = f"E[{name[4:]}]" if name.startswith("phi/") else titles[name]
-        shown = "" if wanted is None else str(wanted) if wanted.stderr else f"{wanted.value:.4g}"
-        table.add_row(title, str(before), str(log["after"][name]), shown)
+        table.add_row(title, *map(shown, (before, log["after"][name], log["ideal"].get(name))))
     return table
 
 

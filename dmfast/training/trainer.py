@@ -718,7 +718,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             sums = ("n_clipped", "n_empty", "swapped")
             for key in {key: None for metrics in self._metrics for key in metrics}:
                 values = [m[key] for m in self._metrics if key in m]
-                mean = sum(values) / len(values)
+                # what is done in some steps only takes no time in the others
+                mean = sum(values) / (len(self._metrics) if key.startswith("seconds_") else len(values))
                 logs[key] = sum(values) if key in sums else mean if key.startswith(means) else values[-1]
             self._metrics = []
         super().log(logs, start_time)
