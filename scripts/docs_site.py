@@ -11,7 +11,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SHOWN = (
-    "*.md", "LICENSE", "CITATION.cff", "docs/*.md", "docs/assets/*", "examples/*.py", "benchmarks/**/*",
+    "*.md", "LICENSE", "CITATION.cff", "docs/*.md", "docs/assets/*", "examples/*.py",
+    *(f"benchmarks/**/*.{suffix}" for suffix in ("md", "py", "json", "png", "txt")),
     "dmfast/recipes/*.yaml", "dmfast/data/**/*.md",
 )  # fmt: skip
 API = "docs/api"
