@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints.txt $(shell find csrc dmfast examples -type f \
 	! -name '*.so' ! -name '*.pyc')
 
-.PHONY: demo test pytest lint proofs sanitize host-cuda trace ptx interpreter aot gpu gpu-dry paper-quick paper wheel aarch64 format clean
+.PHONY: demo test pytest lint proofs sanitize host-cuda trace ptx interpreter aot gpu gpu-dry paper-quick paper wheel aarch64 docs format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
 
@@ -23,7 +23,7 @@ lint: $(VENV)/test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 	$(BIN)/mypy
 
-proofs: sanitize host-cuda trace ptx interpreter gpu-dry wheel aarch64
+proofs: docs sanitize host-cuda trace ptx interpreter gpu-dry wheel aarch64
 
 # The CPU kernels, built for the baseline instruction set (no AVX2), under AddressSanitizer and UBSan.
 sanitize: $(VENV)/test
@@ -72,6 +72,11 @@ paper: $(VENV)/demo
 wheel: $(VENV)/test
 	sh scripts/ci/wheel.sh $(PYTHON) $(BIN)/python
 
+# The site, with an API reference from the docstrings, in build/site. A warning is an error. The variable silences theirs of
+# new versions to come.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mkdocs build --strict --quiet
+
 # The row kernels compiled for aarch64 and run in qemu.
 aarch64:
 	sh scripts/ci/aarch64.sh
@@ -92,6 +97,10 @@ $(VENV)/test: $(VENV)/torch $(SOURCES)
 # triton 3.7.1 is 0.8 GB on disk and brings nothing with it: it shares the test environment. Only proofs need it.
 $(VENV)/triton: $(VENV)/test
 	$(PIP) triton 'setuptools>=77' 'pybind11>=2.13'
+	@touch $@
+
+$(VENV)/docs: $(VENV)/test
+	$(PIP) mkdocs-material 'mkdocstrings[python]'
 	@touch $@
 
 # torch first, so that nothing that depends on it brings another build of it

@@ -231,6 +231,20 @@ def dm_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value, an input that the objective needs
             and did not get, NaN or +inf in a scored row, a label logit of -inf, a weight beyond fp32's range.
+
+    Examples:
+        Two sequences of two tokens from q = pi, uniform over five tokens; the target has the first twice as often as
+        pi, the second never:
+
+        >>> logits = torch.zeros(2, 2, 5, requires_grad=True)
+        >>> log_q = -2 * torch.tensor([5.0, 5.0]).double().log()
+        >>> log_p = log_q + torch.tensor([2.0, 0.0]).log()
+        >>> out = dm_loss(logits, torch.tensor([[0, 1], [2, 3]]), log_target=log_p, log_proposal=log_q, log_z=0.0)
+        >>> [round(a, 6) for a in out.weight.tolist()]  # u - rho
+        [1.0, -1.0]
+        >>> out.loss.backward()
+        >>> logits.grad[0, 0]  # -(A/2) (onehot - softmax)
+        tensor([-0.4000,  0.1000,  0.1000,  0.1000,  0.1000])
     """
     batch = checks.make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap)
     terms = checks.make_terms(
