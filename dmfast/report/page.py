@@ -160,7 +160,7 @@ def _summary(runs: Sequence[Run]) -> str:
             row("seconds", lambda run: "–" if run.seconds is None else f"{run.seconds:.4g}"),
         ],
     ))  # fmt: skip
-    groups.append(("settings that differ", differ))
+    groups.append(("settings that differ", differ) if len(runs) > 1 else ("settings", alike))
     found = _table(runs, groups)
     if alike and len(runs) > 1:
         shown = _table(runs[:1], [("", alike)])

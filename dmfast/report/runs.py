@@ -149,7 +149,8 @@ def _of_trainer(log: Mapping[str, Any], source: Path) -> dict[str, Any]:
     evaluations = [h for h in history if "eval_kl_policy_base" in h]
     first = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else {}
     trained = next((h["train_runtime"] for h in reversed(history) if "train_runtime" in h), None)
-    rows = _rows(source.parent)
+    end = max(h.get("step", 0) for h in history)
+    rows = [row for row in _rows(source.parent) if row["step"] <= end]
     last = max((row["step"] for row in rows), default=0)
     return {
         "settings": {name: log[name] for name in ("max_steps", "train_batch_size", "num_train_epochs") if name in log},
@@ -166,7 +167,8 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
         if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
             try:
-                return [row for row in map(json.loads, lines) if row["evaluation"] == "eval"]
+                rows = [row for row in map(json.loads, lines) if row["evaluation"] == "eval"]
+                return [{"step": int(row["step"]), "text": str(row["text"])} for row in rows]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} is not the samples of a run: {error!r}") from error
     return []
