@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints.txt $(shell find csrc dmfast examples -type f \
 	! -name '*.so' ! -name '*.pyc')
 
-.PHONY: demo test pytest lint proofs sanitize host-cuda trace ptx interpreter aot gpu gpu-dry wheel aarch64 docs format clean
+.PHONY: demo test pytest lint proofs sanitize host-cuda trace ptx interpreter aot gpu gpu-dry paper-quick paper wheel aarch64 docs format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
 
@@ -57,6 +57,16 @@ gpu:
 gpu-dry: $(VENV)/test
 	$(BIN)/python scripts/gpu/run.py dry again
 	$(PIP) --target build/gpu/site --upgrade pytest hypothesis mpmath
+
+# The experiments of the paper (docs/paper.md). paper-quick: two tasks, GDC and GDC++, a quarter of the sequences, minutes.
+# paper: all of them, hours; what is in benchmarks/results/paper is not run again.
+paper-quick: $(VENV)/demo
+	$(BIN)/python benchmarks/paper/grid.py quick --out build/paper_quick
+	$(BIN)/python benchmarks/paper/report.py --quick --runs build/paper_quick --out build/paper_quick
+
+paper: $(VENV)/demo
+	$(BIN)/python benchmarks/paper/grid.py
+	$(BIN)/python benchmarks/paper/report.py
 
 # The wheel as a stranger builds it: pip's isolation, a new environment, no torch; then the tests against it.
 wheel: $(VENV)/test

@@ -65,13 +65,13 @@ def _save(ctx: Any, batch: Batch, *others: Tensor) -> None:
 
     The logits go in detached: that shares their version, and autograd would refuse to keep some views that changed.
     """
-    ctx.batch = batch._replace(logits=_NOTHING, labels=_NOTHING, cu_seqlens=None)
+    ctx.batch = Batch(_NOTHING, _NOTHING, None, *batch[3:])
     ctx.save_for_backward(batch.logits.detach(), batch.labels, batch.cu_seqlens, *others)
 
 
 def _saved(ctx: Any) -> tuple[Batch, tuple[Tensor, ...]]:
     logits, labels, cu_seqlens, *others = ctx.saved_tensors
-    return ctx.batch._replace(logits=logits, labels=labels, cu_seqlens=cu_seqlens), tuple(others)
+    return Batch(logits, labels, cu_seqlens, *ctx.batch[3:]), tuple(others)
 
 
 def _reduced(scores: Scores, reduction: str) -> Tensor:

@@ -1,8 +1,8 @@
 """The offline proposal q: a frozen copy of the policy, replaced when the policy gets nearer to the target
 (KL-adaptive DPG; arXiv:2206.00761, algorithm 1).
 
-Whether pi is nearer than q is told by the scalars of the training steps since the last swap: the paper's code draws
-fresh samples for this check, here it costs no forward.
+Whether pi is nearer than q is told by the scalars of the training steps since the last swap, which costs no forward;
+or, on request, by fresh samples of q that are drawn and scored for the check, as the paper's code does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .estimators import Estimate, RunningEstimates, _js_terms, _mean
+from .estimators import Estimate, RunningEstimates, _js_terms, _mean, estimate
 from .kernels.result import DMLossOutput
 
 CRITERIA = ("kl", "tvd", "js", "interval")
@@ -28,6 +28,9 @@ class HasModel(Protocol):
 
 
 Policy = TypeVar("Policy", bound=nn.Module | HasModel)
+
+#: log pi(x), log q(x), log P(x) and log Z of N sequences x ~ q, each (N,); log Z may be a number.
+Scores = tuple[Tensor, Tensor, Tensor, Tensor | float]
 
 
 def _module(policy: nn.Module | HasModel) -> nn.Module:
@@ -55,6 +58,23 @@ def nearer(
         rho = torch.where(u > 0, log_rho.exp(), 0.0)  # log pi may be unknown where P = 0
         return _mean((u - 1).clamp(min=0) - (u - rho).clamp(min=0), sample_weight)
     return _mean(_js_terms(log_u, torch.zeros_like(log_rho)) - _js_terms(log_u, log_rho), sample_weight)
+
+
+def _as_samples(scores: Scores) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Fresh scores as ``RunningEstimates.samples`` gives those of the steps: fp64, all of the same weight.
+
+    Raises:
+        ValueError: tensors of different lengths.
+    """
+    *each, log_z = (torch.as_tensor(x, dtype=torch.float64, device=scores[0].device).detach() for x in scores)
+    shapes = [tuple(x.shape) for x in each]
+    if each[0].dim() != 1 or len(set(shapes)) > 1 or log_z.shape not in ((), each[0].shape):
+        raise ValueError(
+            "fresh must give log pi, log q and log P of N sequences, (N,) each, and log Z, (N,) or a number; got the "
+            f"shapes {', '.join(map(str, [*shapes, tuple(log_z.shape)]))}"
+        )
+    log_prob, log_proposal, log_target = each
+    return log_prob, log_proposal, log_target, log_z.expand_as(log_prob), torch.ones_like(log_prob)
 
 
 class OfflineProposal(Generic[Policy]):
@@ -112,24 +132,35 @@ class OfflineProposal(Generic[Policy]):
         self.running.update(*outputs)
         self.steps += 1
 
-    def maybe_update(self, agree: Callable[[bool], bool] | None = None) -> bool:
+    def maybe_update(
+        self, agree: Callable[[bool], bool] | None = None, *, fresh: Callable[[], Scores] | None = None
+    ) -> bool:
         """Every ``interval`` steps: q <- pi if pi is nearer to p. Returns whether q was replaced.
 
         Args:
             agree: in distributed training, makes of this rank's verdict the one that all ranks follow.
+            fresh: draws sequences from q for this check alone and scores them by pi as it is now, q and the target; see
+                ``Scores``. log pi may be NaN where P = 0, but for ``js``. It is called when a check is due and needs
+                samples; the verdict then rests on these only, not on the steps since the last swap.
 
         Raises:
+            ValueError: ``fresh`` gave tensors of different lengths; q stays as it is.
             RuntimeError: the policy has other parameters than at the start; q stays as it is.
         """
         if self.steps % self.interval or self.steps == self._checked:
             return False
         check, divergence, take = None, math.inf, True
+        if fresh is None or (self.criterion == "interval" and not self.best_only):
+            samples = self.running.samples()
+        else:
+            samples = _as_samples(fresh())
         if self.criterion != "interval":
-            check = nearer(self.criterion, *self.running.samples())
+            check = nearer(self.criterion, *samples)
             take = check.value > (self.stderrs * check.stderr if self.stderrs else 0.0)  # NaN: stay
         if take and self.best_only:
             name = "kl" if self.criterion == "interval" else self.criterion
-            divergence = getattr(self.running.estimates(), f"{name}_policy").value
+            *scores, weight = samples
+            divergence = getattr(estimate(*scores, sample_weight=weight), f"{name}_policy").value
             take = divergence < self.best
         if agree is not None:
             take = agree(take)

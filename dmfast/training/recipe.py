@@ -7,6 +7,8 @@
       - moment: {contains: {any_of: [she, her], name: women}, value: 0.5}
       - contains: {word: amazing}
       - scorer: {function: my_module:my_function}
+      - classifier: {model: folder or name, label: POSITIVE, output: binary}
+      - reward: {scorer: {...}, beta: 0.5}      # b(x) = exp(R(x)/beta)
     monitor: []                     # features that are only looked at
     reward: null                    # of reinforce and kl_control: a feature, such as {scorer: {...}}
     fit: {n: 10240, seed: 0}        # lambda, from samples of the base
@@ -36,7 +38,7 @@ import torch
 from .. import __version__
 from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moments
 from ..models import LanguageModel, Samples
-from ..targets import EBM, Contains, Moment, Scorer
+from ..targets import EBM, Classifier, Contains, Feature, Moment, Reward, Scorer
 from . import report
 from .config import DMConfig
 from .data import Contexts
@@ -115,32 +117,50 @@ def _number(text: str, where: str) -> float:
         raise RecipeError(f"{where} must be a number, got {text!r}") from None
 
 
-def feature(entry: Any, where: str) -> Contains | Scorer:
-    """``{contains: {...}}`` or ``{scorer: {function: "module:name", ...}}``.
+def feature(entry: Any, where: str) -> Feature:
+    """``{contains: {...}}``, ``{scorer: {function: "module:name"}}`` or ``{classifier: {model: ..., label: ...}}``.
 
     Raises:
         RecipeError: anything else, with the place.
     """
-    if not isinstance(entry, Mapping) or len(entry) != 1:
-        raise RecipeError(f"{where} must be one of contains and scorer with its arguments, got {entry!r}")
-    kind, arguments = next(iter(entry.items()))
-    if not isinstance(arguments, Mapping) or kind not in ("contains", "scorer"):
-        raise RecipeError(f"{where} must be one of contains and scorer with its arguments, got {entry!r}")
+    kind, arguments = next(iter(entry.items())) if isinstance(entry, Mapping) and len(entry) == 1 else (None, None)
+    if not isinstance(arguments, Mapping) or kind not in ("contains", "scorer", "classifier"):
+        raise RecipeError(f"{where} must be one of contains, scorer and classifier with its arguments, got {entry!r}")
     options = dict(arguments)
     try:
         if kind == "contains":
             return Contains(**options)
-        return Scorer(_function(options.pop("function", None)), **options)
-    except (TypeError, ValueError) as error:
+        if kind == "scorer":
+            return Scorer(_function(options.pop("function", None)), **options)
+        return _classifier(**options)
+    except (OSError, TypeError, ValueError) as error:
         raise RecipeError(f"{where}: {kind} {dict(arguments)!r}: {error}") from error
 
 
-def constraint(entry: Any) -> Contains | Scorer | Moment:
-    """A pointwise constraint or ``{moment: {contains or scorer: {...}, value: mu}}``.
+def _classifier(model: str, **options: Any) -> Classifier:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    path = str(Path(model).expanduser())
+    return Classifier(
+        AutoModelForSequenceClassification.from_pretrained(path), AutoTokenizer.from_pretrained(path), **options
+    )
+
+
+def constraint(entry: Any) -> Feature | Moment:
+    """A pointwise constraint, ``{moment: {contains or scorer: {...}, value: mu}}`` or ``{reward: {...}, beta: beta}``.
 
     Raises:
         RecipeError: anything else, with the place.
     """
+    if isinstance(entry, Mapping) and list(entry) == ["reward"]:
+        arguments = entry["reward"]
+        if not isinstance(arguments, Mapping) or "beta" not in arguments:
+            raise RecipeError(f"constraints: a reward needs a feature and a beta, got {arguments!r}")
+        rewarded = feature({k: v for k, v in arguments.items() if k != "beta"}, "constraints: reward")
+        try:
+            return Reward(rewarded, arguments["beta"])
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"constraints: reward: {error}") from error
     if isinstance(entry, Mapping) and list(entry) == ["moment"]:
         arguments = entry["moment"]
         if not isinstance(arguments, Mapping) or "value" not in arguments:
@@ -222,6 +242,47 @@ def _ideal(target: EBM, of_base: Samples) -> dict[str, Estimate]:
     return ideal | {"kl_policy_base": kl}
 
 
+def prepare(
+    recipe: dict[str, Any], *, fitted: Mapping[str, Any] | None = None,
+    reward: Callable[[Samples], Any] | None = None, say: Callable[[Any], None] = print,
+) -> DMTrainer:  # fmt: skip
+    """The trainer of a recipe that ``read`` has checked, with its policy, its base and its fitted target.
+
+    Args:
+        fitted: the ``state_dict`` of an ``EBM`` with these constraints, whose lambda is taken. Default: fits it.
+        reward: a callable on ``Samples`` in the place of the recipe's.
+        say: prints a line.
+
+    Raises:
+        RecipeError, ValueError: as ``read``, ``EBM.fit``, ``DMTrainer``.
+    """
+    args = DMConfig(**{"output_dir": "dmfast_output", **recipe["train"]})
+    policy = load(recipe["model"], dtype=recipe.get("dtype") or "float32", stop=recipe.get("stop"))
+    base = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
+    model: torch.nn.Module = policy.model
+    if recipe.get("lora"):
+        import peft
+
+        model = peft.get_peft_model(model, peft.LoraConfig(**recipe["lora"]))
+    rows = _prompts(recipe.get("prompts"))
+    target = EBM(
+        base,
+        [constraint(each) for each in recipe["constraints"]],
+        monitor=[feature(each, "monitor") for each in recipe.get("monitor") or []],
+    )
+    say(f"dmfast {__version__}: {target}, {args.objective}, {args.max_steps} steps, model {recipe['model']}")
+    if fitted is None:
+        fit = {"batch_size": args.sampling_batch_size, **(recipe.get("fit") or {})}
+        prompts = None if rows is None else [prompt for _, prompt in Contexts(rows)]
+        target.fit(contexts=prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature, **fit)
+    else:
+        target.load_state_dict(dict(fitted))
+    say(str(target.report))
+    if reward is None and recipe.get("reward"):
+        reward = feature(recipe["reward"], "reward")
+    return DMTrainer(model, target, args, train_dataset=rows, processing_class=policy.tokenizer, reward=reward)
+
+
 def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[Any], None] = print) -> dict[str, Any]:
     """Runs a recipe that ``read`` has checked.
 
@@ -236,29 +297,11 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
         RecipeError, ValueError: as ``read``, ``EBM.fit``, ``DMTrainer``.
     """
     start = time.perf_counter()
-    args = DMConfig(**{"output_dir": "dmfast_output", **recipe["train"]})
+    trainer = prepare(recipe, say=say)
+    args, target = trainer.args, trainer.target
     out = Path(args.output_dir)
-    policy = load(recipe["model"], dtype=recipe.get("dtype") or "float32", stop=recipe.get("stop"))
-    base = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
-    model: torch.nn.Module = policy.model
-    if recipe.get("lora"):
-        import peft
-
-        model = peft.get_peft_model(model, peft.LoraConfig(**recipe["lora"]))
     rows = _prompts(recipe.get("prompts"))
     prompts = None if rows is None else [prompt for _, prompt in Contexts(rows)]
-    target = EBM(
-        base,
-        [constraint(each) for each in recipe["constraints"]],
-        monitor=[feature(each, "monitor") for each in recipe.get("monitor") or []],
-    )
-    say(f"dmfast {__version__}: {target}, {args.objective}, {args.max_steps} steps, model {recipe['model']}")
-    fit = {"batch_size": args.sampling_batch_size, **(recipe.get("fit") or {})}
-    target.fit(contexts=prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature, **fit)
-    say(str(target.report))
-
-    reward = feature(recipe["reward"], "reward") if recipe.get("reward") else None
-    trainer = DMTrainer(model, target, args, train_dataset=rows, processing_class=policy.tokenizer, reward=reward)
     settings = {"samples": args.eval_samples, "seed": args.seed + 10**6, "batch_size": args.sampling_batch_size or 256}
     settings |= recipe.get("evaluate") or {}
 
@@ -267,9 +310,10 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
         return evaluate(
             model, target, some, math.ceil(settings["samples"] / len(some or [0])), max_new_tokens=args.max_new_tokens,
             temperature=args.temperature, seed=settings["seed"], batch_size=settings["batch_size"],
+            texts=args.eval_diversity,
         )  # fmt: skip
 
-    x_before, before = now(base)
+    x_before, before = now(target.base)
     training = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume or None)
     training = time.perf_counter() - training

@@ -34,18 +34,18 @@ def _lines(path: str) -> list[str]:
 
 def write(log: Mapping[str, Any], folder: Path, name: str = "log.json") -> None:
     """A run as JSON."""
-    text = json.dumps(_for_json(log), indent=1, ensure_ascii=False)
+    text = json.dumps(for_json(log), indent=1, ensure_ascii=False)
     (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
-def _for_json(value: Any) -> Any:
+def for_json(value: Any) -> Any:
     """Estimates as value and stderr; what JSON does not have, NaN and infinity, as null."""
     if isinstance(value, Estimate):
-        return _for_json(vars(value))
+        return for_json(vars(value))
     if isinstance(value, Mapping):
-        return {str(k): _for_json(v) for k, v in value.items()}
+        return {str(k): for_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_for_json(v) for v in value]
+        return [for_json(v) for v in value]
     if isinstance(value, Path):
         return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
