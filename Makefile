@@ -72,10 +72,10 @@ paper: $(VENV)/demo
 wheel: $(VENV)/test
 	sh scripts/ci/wheel.sh $(PYTHON) $(BIN)/python
 
-# The site, with an API reference from the docstrings, in build/site. A warning is an error. The variable silences theirs of
-# new versions to come.
+# The site, with an API reference from the docstrings, in build/site. A warning is an error, which --quiet would hide from
+# --strict too. The variable silences theirs of new versions to come.
 docs: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build --strict
 
 # The row kernels compiled for aarch64 and run in qemu.
 aarch64:

@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-SHOWN = (
-    "*.md", "LICENSE", "CITATION.cff", "docs/*.md", "docs/assets/*", "examples/*.py",
-    *(f"benchmarks/**/*.{suffix}" for suffix in ("md", "py", "json", "png", "txt")),
-    "dmfast/recipes/*.yaml", "dmfast/data/**/*.md",
-)  # fmt: skip
+PAGES = ("*.md", "docs/*.md", "benchmarks/**/*.md", "dmfast/data/**/*.md")
 API = "docs/api"
+LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 
 
 def public_names() -> dict[str, list[str]]:
@@ -61,17 +58,41 @@ def on_config(config: Any) -> Any:
     return config
 
 
+def pages_and_files() -> tuple[dict[str, str], list[Path]]:
+    """The files that the site has: the pages, what they link to, and the files of a folder that they link to. With path
+    on the site -> Markdown of a page for each such folder, where it has no README.
+    """
+    found = {path for pattern in PAGES for path in ROOT.glob(pattern)} | {*(ROOT / "docs" / "assets").iterdir()}
+    listings = {}
+    for page in sorted(path for path in found if path.suffix == ".md"):
+        for link, _ in LINK.findall(page.read_text(encoding="utf-8")):
+            target = (page.parent / link).resolve()
+            files = sorted(path for path in target.iterdir() if path.is_file()) if target.is_dir() else [target]
+            found.update(path for path in files if path.is_file())  # mkdocs says what is not there
+            if target.is_dir() and not (target / "README.md").exists():
+                lines = [f"# {target.relative_to(ROOT)}", "", *(f"- [{path.name}]({path.name})" for path in files)]
+                listings[f"{target.relative_to(ROOT)}/index.md"] = "\n".join(lines) + "\n"
+    return listings, sorted(found)
+
+
 def on_files(files: Any, config: Any) -> Any:
     """The files of the site, each under its path in the repository."""
     from mkdocs.structure.files import File, Files
 
     theme = [file for file in files if file.src_dir != config.docs_dir]
-    paths = sorted({path for pattern in SHOWN for path in ROOT.glob(pattern) if path.is_file()})
-    shown = [File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)) for path in paths]
-    pages = [File.generated(config, path, content=content) for path, content in api_pages().items()]
-    return Files([*theme, *shown, *pages])
+    listings, found = pages_and_files()
+    copies = [File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)) for path in found]
+    pages = [File.generated(config, path, content=content) for path, content in (api_pages() | listings).items()]
+    return Files([*theme, *copies, *pages])
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Without the comments for tests/test_docs.py."""
-    return re.sub(r"^<!-- test: .*?-->\n", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    """Without the comments for tests/test_docs.py; a link to a folder leads to its page."""
+
+    def leads(link: re.Match[str]) -> str:
+        folder = (ROOT / page.file.src_uri).parent / link[1]
+        if not folder.is_dir():
+            return link[0]
+        return f"]({link[1].rstrip('/')}/{'README' if (folder / 'README.md').exists() else 'index'}.md{link[2] or ''})"
+
+    return LINK.sub(leads, re.sub(r"^<!-- test: .*?-->\n", "", markdown, flags=re.MULTILINE | re.DOTALL))

@@ -119,7 +119,7 @@ class Page:
             recipe.read(find(args.recipe), dict(args.overrides))
 
     def check_make(self, words: list[str]) -> None:
-        assert set(words) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+        assert set(words) <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
 
     def check_pip(self, words: list[str]) -> None:
         assert words[0] == "install"
