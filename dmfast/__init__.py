@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .adapters import AdapterView
 from .estimators import (
     Estimate,
     Estimates,
@@ -56,6 +57,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EBM",
     "OBJECTIVES",
+    "AdapterView",
     "AdaptiveBeta",
     "BackendInfo",
     "Classifier",

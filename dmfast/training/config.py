@@ -77,6 +77,9 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             come from ``proposal_check_samples / samples_per_context`` contexts, others at each check; their Z takes
             them in for the check and not beyond it. 0: the check uses the training steps' own sequences since the last
             swap, at no cost.
+        proposal_device: where q is kept, such as "cpu", which leaves the policy's device more memory and makes sampling
+            as slow as that device is. Default: on the policy's; where the target's base is a view of the policy
+            (``LanguageModel.base``), as a second adapter in it.
         partition: ``running``: log Z of a context over all its visits; ``step``: from the samples of the step alone.
         refit_ess, refit_samples: while the effective sample size of the target's fit is below ``refit_ess``, lambda is
             fitted again from the last ``refit_samples`` sequences of the steps, each weighted by a/q with the q that it
@@ -126,6 +129,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     proposal_best_only: bool = _field(False, "Swap only if pi is nearer than at every earlier swap.")
     proposal_decay: float = _field(0.8, "Weight of a step's samples relative to the next step's.")
     proposal_check_samples: int = _field(0, "Fresh sequences of q for each check; 0: those of the training steps.")
+    proposal_device: str | None = _field(None, "Where q is kept; None: where the policy is.")
     partition: str = _field("running", "running or step.")
     refit_ess: float = _field(0.0, "Below which effective sample size lambda is fitted again; 0: never.")
     refit_samples: int = _field(2048, "Sequences of a proposal that lambda is fitted again from.")

@@ -24,7 +24,9 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,6 +46,8 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from .. import adapters
+from ..adapters import AdapterView
 from ..diagnostics import gradient_variance, weight_statistics
 from ..estimators import (
     PartitionFunction,
@@ -138,7 +142,9 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     Args:
         model: the policy pi, a causal language model of transformers, or a PEFT model around one. Its dropout is set
             to 0, since a sequence and its score must come from one distribution.
-        target: an ``EBM`` that is fitted, around a base of its own (not ``model`` itself: the base must not move).
+        target: an ``EBM`` that is fitted, around a base of its own (not ``model`` itself: the base must not move), or
+            around ``LanguageModel(model, tokenizer).base()`` for a PEFT model: a, pi and q then share its backbone, and
+            q is a second adapter.
         args: ``DMConfig``.
         train_dataset: prompts, as ``dmfast.training.data.Contexts`` takes them; None: the empty context.
         eval_dataset: prompts to evaluate on. Default: those of ``train_dataset``.
@@ -187,12 +193,14 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 "it without tp_plan and distributed_config"
             )
         base = target.base
-        of_base = {p.data_ptr() for p in base.model.parameters()}
-        if any(p.data_ptr() in of_base for p in model.parameters()):
+        if isinstance(base, AdapterView) and base.model is model:
+            adapters.check(model)
+        elif not {p.data_ptr() for p in base.model.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters()):
             raise ValueError(
                 "target.base shares parameters with the model that is to be trained, so the target would move with it "
-                "(an adapter put into a model changes that model too); give the EBM a copy from before: "
-                "LanguageModel(copy.deepcopy(model), tokenizer)"
+                "(an adapter put into a model changes that model too); give the EBM a copy from before, "
+                "LanguageModel(copy.deepcopy(model), tokenizer), or for a PEFT model the view without its adapter, "
+                "LanguageModel(model, tokenizer).base()"
             )
         if not target.fitted:
             raise ValueError(f"{target} is not fitted, so its lambda is not known: call target.fit(...) first")
@@ -252,12 +260,15 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             for callback in [c for c in self.callback_handler.callbacks if type(c) is stock]:
                 self.callback_handler.callbacks.remove(callback)
                 self.add_callback(ours)
-        base.model.to(self.args.device).requires_grad_(False)
+        shared = base.model is model  # then it is on the device, and the policy's to train
+        if not shared:
+            base.model.to(self.args.device).requires_grad_(False)
         self.proposal: OfflineProposal[LanguageModel] | None = None
         if not args.on_policy:
             self.proposal = OfflineProposal(
                 self.policy, args.proposal_criterion, args.proposal_interval, best_only=args.proposal_best_only,
-                stderrs=args.proposal_stderrs, decay=args.proposal_decay,
+                stderrs=args.proposal_stderrs, decay=args.proposal_decay, device=args.proposal_device,
+                adapter=shared and args.proposal_device is None,
             )  # fmt: skip
         self._estimates = RunningEstimates(args.proposal_decay) if self.proposal is None else self.proposal.running
         beta = None
@@ -352,7 +363,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         args, start = self.args, time.perf_counter()
         if self._running.lambda_ != self.target.lambda_.tolist():
             self._forget_target()
-        model = self.policy if self.proposal is None else self.proposal.snapshot
+        model = self.policy if self.proposal is None else self.proposal
         n = self.samples_per_context
         x = model.sample(
             [prompt for _, prompt in contexts], n, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
@@ -364,7 +375,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         sampled = time.perf_counter()
 
         needs_base = "log_base" in args.make_objective().needs
-        log_base = x.log_prob if self._proposal_is_base(model, x) else None
+        log_base = x.log_prob if self._proposal_is_base(x) else None
         if log_base is None and needs_base:
             log_base = self._log_base(x)
         done = self._scorer_counts()
@@ -444,13 +455,13 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     def _log_base(self, x: Samples) -> Tensor:
         return self.target.base.log_prob(x, batch_size=self.args.sampling_batch_size)
 
-    def _proposal_is_base(self, model: LanguageModel, x: Samples) -> bool:
+    def _proposal_is_base(self, x: Samples) -> bool:
         """Whether q still is a, so that log a(x) = log q(x): found out once, by whether both score alike to a bit."""
         if self.proposal is None or self.proposal.swaps:
             return False
         if self._q_is_base is None:
-            some = x[: min(len(x), 8)]
-            self._q_is_base = torch.equal(model.log_prob(some), self.target.base.log_prob(some))
+            some, q = x[: min(len(x), 8)], self.proposal.snapshot
+            self._q_is_base = torch.equal(q.log_prob(some.to(q.device)).to(x.log_prob), self.target.base.log_prob(some))
         return self._q_is_base
 
     def _with_step(self, context: Tensor, log_target: Tensor, log_proposal: Tensor) -> _Running:
@@ -596,12 +607,12 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         seed = self._seed(f"check {self._running.steps}")
         rows = torch.randperm(len(self._contexts), generator=torch.Generator().manual_seed(seed))[:some]
         with self.accelerator.autocast():
-            x = proposal.snapshot.sample(
+            x = proposal.sample(
                 [self._contexts[row][1] for row in rows.tolist()], mine, max_new_tokens=args.max_new_tokens,
                 temperature=args.temperature, seed=seed, batch_size=args.sampling_batch_size,
                 first_row=args.process_index * mine * some,
             )  # fmt: skip
-            log_base = x.log_prob if self._proposal_is_base(proposal.snapshot, x) else None
+            log_base = x.log_prob if self._proposal_is_base(x) else None
             log_target = self.target.score(x, log_base, batch_size=args.sampling_batch_size).log_target
             # where P = 0, kl and tvd don't need log pi
             scored = (log_target > -math.inf) | (args.proposal_criterion == "js")
@@ -938,7 +949,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             # transformers refuses to save some that it loads, such as a temperature without do_sample
             model.generation_config = GenerationConfig()
         try:
-            super()._save(output_dir, state_dict)
+            with _without_proposal(model):
+                super()._save(output_dir, state_dict)
         finally:
             if config is not None:
                 model.generation_config = config
@@ -956,6 +968,21 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         """Writes the card of ``save_model`` into ``args.output_dir``."""
         if self.is_world_process_zero():
             self._write_card(Path(self.args.output_dir))
+
+
+@contextmanager
+def _without_proposal(model: Any) -> Iterator[None]:
+    """A PEFT model's save_pretrained saves all adapters but that of q."""
+    names = list(getattr(model, "peft_config", None) or ())
+    if adapters.PROPOSAL not in names:
+        yield
+        return
+    names.remove(adapters.PROPOSAL)
+    model.save_pretrained = partial(model.save_pretrained, selected_adapters=names)
+    try:
+        yield
+    finally:
+        del model.save_pretrained
 
 
 def _batch_state(step: _Step) -> dict[str, Any]:
