@@ -114,7 +114,7 @@ def test_which_learning_rate_is_taken(tmp_path):
         path.write_text(json.dumps({"method": each.method, "evaluations": [last]}))
     chosen = grid.learning_rates(tmp_path)
     assert chosen == {"gdc++": 1.5e-4, "reinforce": 1.5e-3, "reinforce_p": 1.5e-3, "kl_control": 1.5e-3}
-    with pytest.raises(LookupError, match="no learning rate for {'gdc'}"):
+    with pytest.raises(LookupError, match=r"no learning rate for \{'gdc'\}"):
         list(grid.plan(["main"], tmp_path))
 
 
