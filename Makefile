@@ -37,8 +37,8 @@ host-cuda: $(VENV)/test
 trace:
 	sh scripts/ci/trace.sh
 
-# The PTX that nvcc makes of them, run by an emulator, with seeded bugs that must be caught: docs/gpu.md.
-ptx: $(VENV)/test
+# The PTX that nvcc and Triton make of the kernels, run by an emulator, with seeded bugs that must be caught: docs/gpu.md.
+ptx: $(VENV)/triton
 	sh scripts/ci/ptx.sh $(BIN)/python
 
 # The Triton kernels in Triton's interpreter, with seeded bugs that must be caught: docs/gpu.md.
