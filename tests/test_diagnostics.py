@@ -273,7 +273,7 @@ def test_evaluation_measures_diversity_and_what_is_monitored(tmp_path):
 
 def test_diversity_takes_as_many_texts_of_each_context(tmp_path):
     trainer = job(tmp_path, prompts=["w1 w2", "w3", "w4 w5 w6"], samples_per_context=2, per_device_train_batch_size=6,
-                  eval_samples=12, eval_diversity=6)  # fmt: skip
+                  eval_samples=12, eval_diversity=6, log_samples=12)  # fmt: skip
     found = trainer.evaluate()
     texts = [trainer.eval_samples.text[i] for i in (0, 4, 8, 1, 5, 9)]
     assert found["eval_self_bleu_5"] == pytest.approx(plain_self_bleu(texts, 5), abs=1e-12)
@@ -320,7 +320,7 @@ def test_samples_are_a_table(tmp_path):
 
 
 def test_resumed_the_table_is_that_of_an_unbroken_run(tmp_path):
-    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2}
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2, "log_samples": 4}
     job(tmp_path, **settings).train()
     whole = (tmp_path / samples.NAME).read_bytes()
     resumed = job(tmp_path, **settings)
@@ -331,7 +331,7 @@ def test_resumed_the_table_is_that_of_an_unbroken_run(tmp_path):
 
 
 def test_no_table_unless_wanted(tmp_path):
-    job(tmp_path, log_samples=0).evaluate()
+    job(tmp_path).evaluate()  # a push to the hub would take it along
     assert not (tmp_path / samples.NAME).exists()
 
 

@@ -53,7 +53,8 @@ svg * { stroke-linejoin: round; stroke-linecap: butt; }
 .samples ol { margin: .4rem 0 0; padding: 0; list-style: none; } .samples li { white-space: pre-wrap; padding: .35rem 0;
   border-top: 1px solid var(--rule); font-size: .9rem; }
 details { margin: .8rem 0; } summary { cursor: pointer; }
-@media (max-width: 40rem) { body { font-size: 14px; } th, td { padding: .28rem .5rem; } }
+@media (max-width: 40rem) { body { font-size: 14px; } table { font-size: .8rem; } th, td { padding: .25rem .4rem; }
+  tbody th { min-width: 4.5rem; } }
 @media print { .wide { overflow: visible; } figure, section { break-inside: avoid; } }
 """
 _PHASES = {"sampling": "#4e79a7", "scoring": "#f28e2b", "policy": "#59a14f", "gradient_variance": "#b07aa1"}

@@ -104,6 +104,8 @@ def svg(plot: Plot, runs: Sequence[Run], number: int) -> str:
                 if x:
                     bars = [e if math.isfinite(e) else 0.0 for e in error]
                     axis.errorbar(x, y, bars, color=ink, fmt="o", markersize=3.5, capsize=2, linewidth=1)
+                    if not plot.lines or not any(run.series(each)[0] for each in plot.lines):
+                        axis.plot(x, y, color=ink, linewidth=0.7, alpha=0.6)
             ideal = run.ideal.get(plot.ideal)
             if ideal is not None and math.isfinite(ideal.value):
                 axis.axhline(ideal.value, color=ink, linewidth=0.9, linestyle="--")

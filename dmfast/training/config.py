@@ -89,7 +89,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         eval_diversity: of so many of them, the same at every evaluation, Distinct-1/2/3 and Self-BLEU-5 of words
             (``dmfast.diagnostics.diversity``; needs nltk). 0: none.
         log_samples: so many of them are written to ``samples.jsonl`` in ``output_dir``, with log pi, log a and
-            features, and as a table to TensorBoard and W&B where they are among ``report_to``. 0: none.
+            features (a push to the hub takes it along), and as a table to TensorBoard and W&B where they are among
+            ``report_to``. 0: none.
         gradient_variance_steps: every so many optimiser steps the variance of the gradient over the sequences of the
             step is logged, exactly: one backward for each (``dmfast.diagnostics.gradient_variance``). 0: never.
         patience_zero: steps in a row with P(x) = 0 on every sequence, after which a warning says what to do.
@@ -135,7 +136,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     refit_samples: int = _field(2048, "Sequences of a proposal that lambda is fitted again from.")
     eval_samples: int = _field(512, "Sequences of the policy at an evaluation.")
     eval_diversity: int = _field(0, "Sequences of an evaluation whose diversity is measured; 0: none.")
-    log_samples: int = _field(16, "Sequences of an evaluation that are logged as a table; 0: none.")
+    log_samples: int = _field(0, "Sequences of an evaluation that are logged as a table; 0: none.")
     gradient_variance_steps: int = _field(0, "Steps between measurements of the gradient's variance; 0: never.")
     patience_zero: int = _field(5, "Steps with P = 0 on all sequences before a warning.")
 
