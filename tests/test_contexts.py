@@ -284,3 +284,21 @@ def test_no_prompts_are_one_empty_prompt(tmp_path, prompts, cut):
     assert digest(without.model) == digest(given.model) != digest(without.target.base.model)
     assert logs[0] == logs[1]
     assert without.partitions[0].state_dict() == given.partitions[0].state_dict() and without.partitions[0].n == 32
+
+
+# --- the example
+
+
+def test_the_example_runs(monkeypatch, capsys):
+    """With the list and with the dataset, to the same end; Z is the shares' to begin with."""
+    from dmfast.examples import prompts
+
+    small = ["--steps", "2", "--samples", "8", "--fit-samples", "400", "--eval-samples", "50"]
+    found = []
+    for more in ([], ["--dataset"]):
+        monkeypatch.setattr("sys.argv", ["prompts.py", *small, *more])
+        found.append(prompts.main())
+    assert found[0] == found[1]
+    assert "share of science under a, p, pi" in capsys.readouterr().out
+    for rate, wanted, z in zip(*(found[0][name] for name in ("base", "target", "exact")), strict=True):
+        assert wanted * z == pytest.approx(z - (1 - rate)) and wanted >= rate

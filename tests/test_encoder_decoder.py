@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import dmfast
+from dmfast.examples import encoder_decoder
 from dmfast.examples.encoder_decoder import draw, logits_of, sample_plainly
 
 V, T, PAD = 6, 3, {"t5": 0, "bart": 1}
@@ -287,3 +288,13 @@ def test_gradient_of_a_batch_is_the_oracle_s(name, objective):
     dmfast.eager.dm_loss(logits_of(exact, inputs, labels), labels, **values).loss.backward()
     dmfast.dm_loss(logits_of(policy, inputs, labels), labels, inplace=True, **values).loss.backward()
     assert_close(gradients(policy), gradients(exact), 2e-5)
+
+
+def test_the_example_runs(monkeypatch, capsys):
+    """KL(p||a) = -log Z of each context, by two sums; the steps bring it down."""
+    small = "--pretraining 150 --steps 12 --contexts 6 --per-step 3 --samples 32 --learning-rate 2e-3"
+    monkeypatch.setattr("sys.argv", ["encoder_decoder.py", *small.split()])
+    found = encoder_decoder.main()
+    torch.testing.assert_close(found["before"], -found["log_z"], rtol=1e-9, atol=1e-9)
+    assert float(found["after"].mean()) < float(found["before"].mean())
+    assert "Z: exact, found" in capsys.readouterr().out
