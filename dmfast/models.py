@@ -179,7 +179,8 @@ class LanguageModel:
         config: Any = model.config
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(
-                "LanguageModel takes decoder-only models; for an encoder-decoder call dm_loss on its logits"
+                "LanguageModel takes decoder-only models; for an encoder-decoder call dm_loss on its logits, as "
+                "examples/encoder_decoder.py does"
             )
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError(
@@ -252,6 +253,11 @@ class LanguageModel:
         return tokens, mask
 
     def _token_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, Mapping):
+            raise TypeError(
+                f"a prompt must be a string, a list of token ids or a list of chat messages, got {prompt!r:.100}; of a "
+                "datasets.Dataset pass its column, dataset['prompt']"
+            )
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt)["input_ids"])
         if not all(isinstance(part, Mapping) for part in prompt) or not prompt:

@@ -17,14 +17,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class Contexts(Dataset[Any]):
-    """Rows of prompts as (row, prompt), where a prompt is a string or a list of chat messages.
+    """Rows of prompts as (row, prompt), where a prompt is a string, a list of chat messages or a list of token ids.
 
     Args:
-        rows: a sequence of strings, of message lists or of rows with a column ``prompt`` (``datasets.Dataset`` too);
-            None: the one empty context.
+        rows: a sequence of prompts, or of rows with a column ``prompt`` (``datasets.Dataset`` too); None: the one empty
+            context, as ``[""]``.
 
     Raises:
-        TypeError: rows that have no length, such as an ``IterableDataset``.
+        TypeError: rows that have no length, such as an ``IterableDataset``, or are several data sets, such as a
+            ``DatasetDict``.
         ValueError: no rows, or a row without a prompt.
     """
 
@@ -34,12 +35,16 @@ class Contexts(Dataset[Any]):
         if isinstance(rows, (str, Mapping)) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
             raise TypeError(
                 "train_dataset must have a length and be indexable (a list of prompts, a datasets.Dataset with the "
-                f"column 'prompt'), or be None for the empty context; got {type(rows).__name__}"
+                "column 'prompt'; of a DatasetDict one split), or be None for the empty context; got "
+                f"{type(rows).__name__}"
             )
         if len(rows) == 0:
             raise ValueError("train_dataset is empty; pass None for the empty context")
-        # of a datasets.Dataset, whose rows are read from disk with all their columns
-        self.rows = rows.select_columns("prompt") if hasattr(rows, "select_columns") else rows
+        if hasattr(rows, "select_columns"):  # a datasets.Dataset, whose rows are read from disk with all their columns
+            if "prompt" not in rows.column_names:
+                raise ValueError(f"the data set has no column 'prompt', only {', '.join(rows.column_names)}")
+            rows = rows.select_columns("prompt").with_format(None)
+        self.rows = rows
         self[0]  # refuses rows without a prompt now rather than in the middle of a run
 
     @cached_property

@@ -298,6 +298,13 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     # ---- the data
 
     @property
+    def partitions(self) -> PartitionFunctions:
+        """The Z of each context, by its row in ``train_dataset``, over all of its visits; with ``partition="step"`` of
+        the contexts of the last step alone.
+        """
+        return self._running.partitions
+
+    @property
     def samples_per_context(self) -> int:
         """n: sequences of each context in a step."""
         if self.args.samples_per_context is not None and self._has_prompts:
