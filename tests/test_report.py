@@ -155,7 +155,7 @@ def test_the_lines_go_through_the_points_of_the_logs(two, title, key):
     values = torch.tensor([[h[key] for h in log["history"][:4]] for log in logs], dtype=torch.float64)
     drawn = []
     for i in range(2):
-        (line,) = [p["d"] for p in paths if f"stroke: var(--run{i})" in p["style"] and p["d"].count("L") == 3]
+        (line,) = [p["d"] for p in paths if f"stroke: var(--run{i})" in p.get("style", "") and p["d"].count("L") == 3]
         drawn.append([[float(v) for v in point.split()] for point in re.split("[ML]", line)[1:]])
     x, y = torch.tensor(drawn, dtype=torch.float64).unbind(-1)
     even = x[:1, :1] + (x[0, 1] - x[0, 0]) * torch.arange(4.0).double()
@@ -229,7 +229,7 @@ def test_names_tell_runs_apart(tmp_path):
     folders = [write(tmp_path / name, a_log()) for name in ("a/run", "b/run", "c")]
     assert [run.name for run in read(folders)] == ["a/run", "b/run", f"{tmp_path.name}/c"]
     assert [run.name for run in read(folders[2:])] == ["c"]
-    assert [run.name for run in read([folders[2]] * 2)] == ["c", "c (2)"]
+    assert [run.name for run in read([folders[2]] * 2)] == ["c (1)", "c (2)"]
     assert [run.name for run in read([f"{folders[2]}/log.json"])] == ["c"]
 
 

@@ -93,9 +93,9 @@ def _name(number: int, run: Run) -> str:
 
 
 def _table(runs: Sequence[Run], groups: Sequence[tuple[str, Sequence[tuple[str, Sequence[str]]]]]) -> str:
-    """Groups of rows with a column a run. Cells are HTML already."""
+    """Groups of rows with a column a run; without runs, one for all of them. Cells are HTML already."""
     head = "".join(f'<th scope="col">{_name(i, run)}</th>' for i, run in enumerate(runs))
-    parts = [f"<thead><tr><td></td>{head}</tr></thead>"]
+    parts = [f"<thead><tr><td></td>{head}</tr></thead>"] if runs else []
     for title, rows in groups:
         if not rows:
             continue
@@ -164,7 +164,7 @@ def _summary(runs: Sequence[Run]) -> str:
     groups.append(("settings that differ", differ) if len(runs) > 1 else ("settings", alike))
     found = _table(runs, groups)
     if alike and len(runs) > 1:
-        shown = _table(runs[:1], [("", alike)])
+        shown = _table((), [("", [(name, cells[:1]) for name, cells in alike])])
         found += f"<details><summary>Settings of all runs ({len(alike)})</summary>{shown}</details>"
     return found
 
@@ -219,7 +219,7 @@ def _machines(runs: Sequence[Run]) -> str:
     rows = [(name, [_plain(run.machine[name]) if name in run.machine else "–" for run in runs]) for name in names]
     same = all(len(set(cells)) == 1 for _, cells in rows)
     shown = [(name, cells[:1]) for name, cells in rows] if same else rows
-    return f"<h2>Machine</h2>{_table(runs[:1] if same else runs, [('', shown)])}"
+    return f"<h2>Machine</h2>{_table(() if same else runs, [('', shown)])}"
 
 
 assert len(_LIGHT) == len(_DARK) == COLORS
