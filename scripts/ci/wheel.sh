@@ -47,5 +47,5 @@ with open("/proc/self/maps") as maps:
     runtimes = {line.split()[-1] for line in maps if "libgomp" in line}
 assert len(runtimes) == 1 and Path(torch.__file__).parent in Path(*runtimes).parents, runtimes
 PYTHON
-PYTHONPATH="$out/site" "$python" -m pytest -p no:cacheprovider --rootdir . -q \
+PYTHONPATH="$out/site" "$python" -m pytest -p no:cacheprovider --rootdir . -o addopts= -q \
   test_kernels.py::test_objectives test_errors.py test_models.py test_proposal.py test_recipe.py
