@@ -48,7 +48,29 @@ def check(model: nn.Module) -> str:
             "model.set_adapter(name)"
         )
     name = str(active[0])
-    config = peft.peft_config[name]
+    check_config(peft.peft_config[name])
+    layers = _layers(model)
+    if any(getattr(layer, "merged_adapters", None) for layer in layers):
+        raise ValueError("the adapter is merged into the base weights, so it can't be switched off: unmerge_adapter()")
+    if any(layer.disable_adapters for layer in layers):
+        raise ValueError("the adapter is disabled, so the policy would be the base: call model.enable_adapter_layers()")
+    own = {tensor.data_ptr() for tensor in weights(peft, name).values()}
+    others = [n for n, p in peft.named_parameters() if p.requires_grad and p.data_ptr() not in own]
+    if others:
+        raise ValueError(
+            f"one backbone needs the adapter {name!r} to be all that is trained, and {len(others)} other parameters "
+            f"require a gradient ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}): they would move the "
+            f"base too; freeze them, {_WHOLE_BASE}"
+        )
+    return name
+
+
+def check_config(config: Any) -> None:
+    """Whether a model with an adapter of this ``peft.PeftConfig`` is the pretrained one while the adapter is off.
+
+    Raises:
+        ValueError: it is not, or not known to be.
+    """
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind not in _TYPES:
         raise ValueError(
@@ -77,20 +99,6 @@ def check(model: nn.Module) -> str:
             f"one backbone can't be shared with init_lora_weights={init!r}, which may change the base weights, so that "
             f"without its adapter the model is not the pretrained one; take True, {_WHOLE_BASE}"
         )
-    layers = _layers(model)
-    if any(getattr(layer, "merged_adapters", None) for layer in layers):
-        raise ValueError("the adapter is merged into the base weights, so it can't be switched off: unmerge_adapter()")
-    if any(layer.disable_adapters for layer in layers):
-        raise ValueError("the adapter is disabled, so the policy would be the base: call model.enable_adapter_layers()")
-    own = {tensor.data_ptr() for tensor in weights(peft, name).values()}
-    others = [n for n, p in peft.named_parameters() if p.requires_grad and p.data_ptr() not in own]
-    if others:
-        raise ValueError(
-            f"one backbone needs the adapter {name!r} to be all that is trained, and {len(others)} other parameters "
-            f"require a gradient ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}): they would move the "
-            f"base too; freeze them, {_WHOLE_BASE}"
-        )
-    return name
 
 
 def weights(model: Any, adapter: str) -> dict[str, Tensor]:

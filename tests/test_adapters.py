@@ -9,13 +9,17 @@ import copy
 import peft
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
-from test_trainer import Keep, one_thread  # noqa: F401
+from test_recipe import SMALL
+from test_trainer import Keep, assert_close, in_process, one_thread  # noqa: F401
 from trainer_job import PROMPTS, StopAt, gpt2, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dmfast
 from dmfast import EBM, AdapterView, Contains, LanguageModel, Moment, OfflineProposal, adapters
+from dmfast.training import recipe
+from dmfast.training.card import model_card
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*forms all logits")
 
@@ -319,6 +323,7 @@ def test_one_backbone_trains_as_three_models_do(tmp_path, settings):
         runs.append((job, keep, seen))
     (three, keep, outs), (one, keep_one, outs_one) = runs
     assert one.proposal.swaps == three.proposal.swaps > 0
+    assert model_card(one) == model_card(three)
     assert one.model is one.target.base.model is one.proposal.snapshot.model
     for step, step_one in zip(keep.steps, keep_one.steps, strict=True):
         assert torch.equal(step.samples.tokens, step_one.samples.tokens)
@@ -379,6 +384,22 @@ def test_resumed_to_the_bit(tmp_path):
         )
 
 
+def test_two_processes_train_one_backbone_as_one_does(tmp_path):
+    """DDP: the same gradients, swaps and adapters, and the same parameters in both processes."""
+    common = {"max_steps": 4, "optim": "sgd", "learning_rate": 3e-2, "warmup_steps": 0, "lora": LORA,
+              "proposal_check_samples": 32}  # fmt: skip
+    one = in_process(tmp_path / "one", per_device_train_batch_size=32, **common)
+    two = in_process(tmp_path / "two", processes=2, per_device_train_batch_size=16, **common)
+    assert all("lora" in name for name in one["gradients"])
+    assert_close(*({n: torch.tensor(g) for n, g in r["gradients"].items()} for r in (two, one)))
+    assert [h["swapped"] for h in two["log"]] == [h["swapped"] for h in one["log"]]
+    assert 0 < two["swaps"] == one["swaps"]
+    for key in ("phi/w3", "log_z", "kl_policy", "proposal_check"):
+        assert [h[key] for h in two["log"] if key in h] == pytest.approx(
+            [h[key] for h in one["log"] if key in h], rel=1e-3, abs=1e-4
+        ), key
+
+
 def test_sharing_without_a_view_is_refused(tmp_path):
     _, model = adapted()
     with pytest.raises(ValueError, match=r"LanguageModel\(model, tokenizer\).base\(\)"):
@@ -395,3 +416,41 @@ def test_sharing_without_a_view_is_refused(tmp_path):
     with pytest.raises(ValueError, match="1 other parameters require a gradient"):
         dmfast.DMTrainer(other, target, args)
     assert adapters.PROPOSAL not in other.peft_config
+
+
+LORA_RECIPE = {"target_modules": ["c_attn"], "r": 2, "fan_in_fan_out": True}
+
+
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["lm_head"]}], ids=["one backbone", "three models"])
+def test_recipes_share_the_backbone_where_that_is_possible(tmp_path, more, monkeypatch):
+    """And say so where it is not."""
+    path, made, said = tmp_path / "recipe.yaml", [], []
+    path.write_text(yaml.safe_dump(SMALL | {"lora": LORA_RECIPE | more}))
+    init = dmfast.DMTrainer.__init__
+
+    def making(self, *args, **options):
+        init(self, *args, **options)
+        made.append(self)
+
+    monkeypatch.setattr(dmfast.DMTrainer, "__init__", making)
+    log = recipe.run(recipe.read(path, {"train.output_dir": str(tmp_path / "out")}), say=said.append)
+    (job,) = made
+    shares = not more
+    assert (job.target.base.model is job.model) == shares == isinstance(job.proposal.snapshot, AdapterView)
+    assert any("three models in memory in the place of one: " in str(line) for line in said) == (not shares)
+    assert log["before"]["kl_policy_base"].value == pytest.approx(0, abs=1e-4) and log["steps"] == 2
+    assert log["target"]["base"].endswith("tiny_bios")
+
+
+def test_the_example_runs(monkeypatch, capsys):
+    from dmfast.examples import lora
+
+    found = []
+    for more in (["--check-samples", "64"], ["--check-samples", "64", "--three-models"]):
+        monkeypatch.setattr("sys.argv", ["lora.py", "--steps", "5", "--batch", "16", *more])
+        found.append(lora.main())
+    one, three = found
+    assert 2.5 < three.pop("megabytes") / one.pop("megabytes") < 3
+    del one["eval_runtime"], three["eval_runtime"]
+    assert one == pytest.approx(three, rel=1e-5, abs=1e-6)
+    assert "parameters of a, pi and q" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import torch
 from test_proposal import ALL, DIVERGENCES, P_TABLE, Q_TABLE, SPACE, TARGET, Q, Table, policies
 from test_trainer import Keep, one_thread  # noqa: F401
 from torch import nn
-from trainer_job import PROMPTS, digest, job
+from trainer_job import PROMPTS, digest, gpt2, job, tokenizer
 
 import dmfast
 from dmfast import Contains, OfflineProposal, Scorer
@@ -282,3 +282,76 @@ def test_noise_alone_swaps_as_often_as_the_normal_tail_says(criterion, k):
     tail = 0.5 * math.erfc(k / math.sqrt(2))
     # four standard errors of the count, and what the skewness of 1,000 terms does to the tail
     assert abs(swaps / repetitions - tail) < 4 * math.sqrt(tail * (1 - tail) / repetitions) + 0.01
+
+
+# --- q on another device
+
+
+def tensors(model):
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+
+
+def test_the_copy_is_made_on_its_device_and_nowhere_else():
+    """meta: a device that holds no values. A tied parameter stays one."""
+    policy = Table(Q_TABLE)
+    policy.table.grad = torch.ones_like(policy.table)
+    proposal = OfflineProposal(policy, interval=1, device="meta")
+    assert all(x.device.type == "cpu" for _, x in tensors(policy)) and policy.table.requires_grad
+    assert [(n, x.shape, x.dtype, x.device.type) for n, x in tensors(proposal.snapshot)] == [
+        (n, x.shape, x.dtype, "meta") for n, x in tensors(policy)
+    ]
+    assert proposal.snapshot.table is proposal.snapshot.tied
+    assert not any(p.requires_grad or p.grad is not None for p in proposal.snapshot.parameters())
+    proposal.swap()
+    assert proposal.swaps == 1 and proposal.snapshot.table.device.type == "meta"
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+def test_a_copy_on_a_named_device_shares_nothing(device):
+    policy = Table(Q_TABLE)
+    proposal = OfflineProposal(policy, interval=1, device=device)
+    for (_, mine), (_, other) in zip(tensors(proposal.snapshot), tensors(policy), strict=True):
+        assert mine.data_ptr() != other.data_ptr() and torch.equal(mine, other)
+    policy.set(P_TABLE)
+    assert torch.equal(proposal.snapshot.table, Q_TABLE)
+    proposal.swap()
+    assert torch.equal(proposal.snapshot.table, P_TABLE) and int(proposal.snapshot.version) == 1
+
+
+def test_samples_come_back_on_the_policy_s_device():
+    """The policy is moved to meta, whose tensors hold no values; q draws as before."""
+    policy = dmfast.LanguageModel(gpt2(), tokenizer())
+    wanted = policy.sample(n=4, max_new_tokens=5, seed=1)
+    proposal = OfflineProposal(policy, device="cpu")
+    x = proposal.sample(n=4, max_new_tokens=5, seed=1)
+    assert torch.equal(x.tokens, wanted.tokens) and torch.equal(x.log_prob, wanted.log_prob)
+    policy.model.to("meta")
+    x = proposal.sample(n=4, max_new_tokens=5, seed=1)
+    moved = {name: value for name, value in vars(x).items() if isinstance(value, torch.Tensor)}
+    assert {name: value.device.type for name, value in moved.items()} == dict.fromkeys(
+        ["tokens", "attention_mask", "score_mask", "log_prob", "context_id"], "meta"
+    )
+    assert all(value.shape == getattr(wanted, name).shape for name, value in moved.items())
+    assert x.prompt_len == wanted.prompt_len and x.temperature == wanted.temperature
+
+
+def test_the_trainer_s_q_on_a_named_device(tmp_path):
+    """The same run to the bit; and the trainer takes samples of q, and its parameters, wherever they are."""
+    here = finished(tmp_path / "here", proposal_check_samples=32)
+    there = finished(tmp_path / "there", proposal_check_samples=32, proposal_device="cpu")
+    assert digest(there.model) == digest(here.model) and there.proposal.swaps == here.proposal.swaps > 0
+    assert digest(there.proposal.snapshot.model) == digest(here.proposal.snapshot.model)
+    away = job(tmp_path / "away", proposal_device="meta")
+    assert away.proposal.snapshot.device.type == "meta" and away.policy.device.type == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_q_on_the_cpu_beside_a_policy_on_a_gpu(tmp_path):
+    trainer = finished(tmp_path, proposal_check_samples=32, proposal_device="cpu", use_cpu=False)
+    assert trainer.policy.device.type == "cuda" and trainer.proposal.snapshot.device.type == "cpu"
+    assert trainer.proposal.swaps > 0
+    x = trainer.proposal.sample(n=8, max_new_tokens=6, seed=0)
+    assert x.tokens.device.type == "cuda"
+    trainer.proposal.swap()
+    log_q = trainer.proposal.snapshot.log_prob(x.to("cpu"))
+    torch.testing.assert_close(log_q, trainer.policy.log_prob(x).cpu(), rtol=0, atol=1e-3)

@@ -12,7 +12,7 @@
     monitor: []                     # features that are only looked at
     reward: null                    # of reinforce and kl_control: a feature, such as {scorer: {...}}
     fit: {n: 10240, seed: 0}        # lambda, from samples of the base
-    lora: null                      # or the arguments of peft.LoraConfig
+    lora: null                      # or the arguments of peft.LoraConfig: a, pi and q then share one backbone
     train: {max_steps: 60, ...}     # the arguments of DMConfig
     evaluate: {samples: 2048}       # of the model before and after
 
@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__
+from .. import __version__, adapters
 from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moments
 from ..models import LanguageModel, Samples
 from ..targets import EBM, Classifier, Contains, Feature, Moment, Reward, Scorer
@@ -242,6 +242,25 @@ def _ideal(target: EBM, of_base: Samples) -> dict[str, Estimate]:
     return ideal | {"kl_policy_base": kl}
 
 
+def _model_and_base(
+    policy: LanguageModel, lora: dict[str, Any] | None, say: Callable[[Any], None]
+) -> tuple[torch.nn.Module, LanguageModel]:
+    """What is trained, and a: with an adapter that can be switched its own backbone, else a copy, which is said."""
+    if not lora:
+        return policy.model, policy.around(copy.deepcopy(policy.model).requires_grad_(False))
+    import peft
+
+    config = peft.LoraConfig(**lora)
+    try:
+        adapters.check_config(config)
+    except ValueError as error:
+        say(f"three models in memory in the place of one: {error}")
+        base = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
+        return peft.get_peft_model(policy.model, config), base
+    model = peft.get_peft_model(policy.model, config)
+    return model, LanguageModel(model, policy.tokenizer, eos_token_id=policy.eos_token_ids).base()
+
+
 def prepare(
     recipe: dict[str, Any], *, fitted: Mapping[str, Any] | None = None,
     reward: Callable[[Samples], Any] | None = None, say: Callable[[Any], None] = print,
@@ -258,12 +277,7 @@ def prepare(
     """
     args = DMConfig(**{"output_dir": "dmfast_output", **recipe["train"]})
     policy = load(recipe["model"], dtype=recipe.get("dtype") or "float32", stop=recipe.get("stop"))
-    base = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
-    model: torch.nn.Module = policy.model
-    if recipe.get("lora"):
-        import peft
-
-        model = peft.get_peft_model(model, peft.LoraConfig(**recipe["lora"]))
+    model, base = _model_and_base(policy, recipe.get("lora"), say)
     rows = _prompts(recipe.get("prompts"))
     target = EBM(
         base,
