@@ -563,7 +563,7 @@ class Program:
         value, by, members = self._read(i.operands[1], np.uint32), self._read(i.operands[2], np.int32), self._read(
             i.operands[4], np.uint32
         )  # fmt: skip
-        assert int(i.operands[3], 0) == (0 if i.op[2] == "up" else 31), f"segments of a warp: {i.text}"
+        clamp, whole = self._read(i.operands[3], np.uint32), 0 if i.op[2] == "up" else 31
         lanes = np.arange(LANES)
         source_of: dict[str, Callable[[Array], Array]] = {"bfly": lambda n: lanes ^ n, "down": lambda n: lanes + n,
                                                           "up": lambda n: lanes - n, "idx": lambda n: n}  # fmt: skip
@@ -571,6 +571,7 @@ class Program:
 
         def act(w: Warp) -> None:
             w.meet(members(w))
+            assert (clamp(w)[w.active] == whole).all(), f"segments of a warp: {i.text}"
             source = from_lane(by(w))
             good = (source >= 0) & (source < LANES)
             write(w, value(w)[np.where(good, source, lanes)])
