@@ -90,23 +90,21 @@ def test_special_logits(name: str) -> None:
         check(case, inplace=objective == "gdc++", objective=objective, return_entropy=True, **options)
 
 
-@pytest.mark.parametrize(("v", "warps", "softcap"), [(3079, 4, None), (3079, 4, 9.0), (6151, 8, None)])
-def test_rows_that_several_warps_have(
-    v: int, warps: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("v", "softcap"), [(3079, None), (3079, 9.0), (6151, None)])
+def test_rows_that_several_warps_have(v: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between barriers they run one after the other, in several orders."""
     case = make_case("unaligned", FP32, v, b=1, t=2, unscored="none")
     terms = make_terms(case, softcap=softcap)
     for seed, (inplace, objective) in enumerate(((False, "gdc++"), (True, "gdc++"), (True, "dpg"))):
         monkeypatch.setattr(emulated, "seed", seed)
         check(case, inplace=inplace, objective=objective, softcap=softcap, return_entropy=True, **terms)
-    assert {x.warps for x in emulated.launches if x.name != "sum_rows"} == {warps}
+    assert all(x.warps > 1 for x in emulated.launches)
 
 
 def test_traffic() -> None:
     """A scored logit is read once by each of forward and backward, the label's and the few before and after the packs
     once more by each warp; rows that are not scored, and in backward those of weight 0, not at all."""
-    for v, warps in ((37, 1), (3079, 4)):
+    for v in (37, 3079):
         case = make_case("contiguous", FP32, v, b=2, t=2, unscored="none")
         tokens = case.tokens.clone()
         tokens[1, 1] = -100
@@ -119,7 +117,7 @@ def test_traffic() -> None:
         for i, row in enumerate(logits.detach().flatten(0, 1)):
             for launch, read in ((score, i < 3), (write, i < 2)):
                 reads, writes = launch.traffic(row)
-                assert read <= reads <= read * (1 + warps * 7 / v) and writes == 0
+                assert read <= reads <= read * (1 + launch.warps * 7 / v) and writes == 0
             assert write.traffic(logits.grad.flatten(0, 1)[i]) == (0, 1)
 
 
@@ -127,10 +125,10 @@ def test_no_shape_compiles_anew() -> None:
     """One kernel whatever V, strides and addresses are divisible by, also for a stride beyond 32 bits."""
     compiled = loss.score_rows.device_caches[emulated.arch][0]
 
-    def score(v: int, **options: Any) -> int:
+    def score(v: int, far: bool = False) -> int:
         case = make_case("unaligned" if v % 2 else "contiguous", FP32, v, b=1, t=3)
         logits, before = case.logits, len(compiled)
-        if options:
+        if far:
             logits = logits.as_strided(logits.shape, (2**40, *logits.stride()[1:]))
         truth = eager.sequence_log_prob(logits.double(), case.tokens, case.mask)
         assert (dmfast.sequence_log_prob(logits, case.tokens, case.mask) - truth).abs().max() < 3e-6
