@@ -139,7 +139,10 @@ def figure(runs: Runs, task: str, path: Path) -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown."""
+    """Markdown; nothing where there are no rows."""
+    rows = list(rows)
+    if not rows:
+        return ""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
@@ -210,6 +213,8 @@ def late_variance(result: Result, key: str) -> float:
 def claims(runs: Runs) -> str:
     """Each of the paper's claims with its figure."""
     compared = [task for task in grid.GRID if runs.of("main", task, "gdc") and runs.of("main", task, "gdc++")]
+    if not compared:
+        return ""
 
     def mean_of(task: str, method: str, key: Any) -> float:
         return mean_and_error(last(runs.of("main", task, method), key).values())[0]
@@ -371,7 +376,7 @@ def main() -> None:
         print("\n".join(f"{title}\n\n{body}" for title, body in sections.items()))
     text = "# The paper's experiments: tables\n\nWritten by `python benchmarks/paper/report.py` from "
     text += f"{done} runs beside the tuning's. Mean ± standard error over seeds.\n"
-    for title, body in sections.items():
+    for title, body in ((title, body) for title, body in sections.items() if body):
         text += f"\n## {title}\n\n{body}"
     (args.out / "tables.md").write_text(text)
     for task in grid.GRID:
