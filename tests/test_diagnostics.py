@@ -21,6 +21,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 import dmfast
 from dmfast import Contains
 from dmfast.diagnostics import distinct_n, gradient_variance, self_bleu, spread, weight_statistics
+from dmfast.report import runs
 from dmfast.training import samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*fan_in_fan_out")
@@ -319,6 +320,16 @@ def test_samples_are_a_table(tmp_path):
     assert [row["evaluation"] for row in samples.read(tmp_path)[-6:]] == ["eval"] * 3 + ["test"] * 3
 
 
+def test_a_text_may_hold_any_line_separator(tmp_path):
+    """JSON leaves U+2028 and U+0085 as they are, and str.splitlines ends a line there."""
+    text = "one\u2028two\u0085three\nfour"
+    rows = [{"step": 1, "evaluation": "eval", "text": text, "features": {}}]
+    samples.write(tmp_path, rows, 1)
+    samples.write(tmp_path, [rows[0] | {"step": 2}], 2)
+    assert [row["text"] for row in samples.read(tmp_path)] == [text, text]
+    assert [row["text"] for row in runs._rows(tmp_path)] == [text, text]
+
+
 def test_resumed_the_table_is_that_of_an_unbroken_run(tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2, "log_samples": 4}
     job(tmp_path, **settings).train()
@@ -357,7 +368,7 @@ def test_tensorboard_shows_the_table(tmp_path):
     (event,) = board.Tensors("eval/samples/text_summary")
     assert event.step == 7
     assert event.tensor_proto.string_val[0].decode().splitlines() == [
-        "| text | length | log_prob | log_base | w3 |",
+        "| text | length | log_prob | log_base | phi/w3 |",
         "| --- | --- | --- | --- | --- |",
         "| a &#124; b<br>&lt;b&gt; | 4 | -1.5 | -2.25 | 1 |",
     ]
@@ -368,7 +379,7 @@ def test_wandb_gets_the_table():
     callback = object.__new__(WandbCallback)  # its constructor wants wandb
     callback._wandb = SimpleNamespace(run=object(), Table=lambda **table: table, log=logged.append)
     samples.send([callback], [ROW], 7, "eval/samples")
-    columns, data = ["text", "length", "log_prob", "log_base", "w3"], [["a | b\n<b>", 4, -1.5, -2.25, 1.0]]
+    columns, data = ["text", "length", "log_prob", "log_base", "phi/w3"], [["a | b\n<b>", 4, -1.5, -2.25, 1.0]]
     assert logged == [{"eval/samples": {"columns": columns, "data": data}, "train/global_step": 7}]
     callback._wandb.run = None  # not set up yet
     samples.send([callback], [ROW], 7, "eval/samples")

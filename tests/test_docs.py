@@ -170,11 +170,15 @@ def test_block(pages, path, number, monkeypatch):
 
 
 @pytest.mark.parametrize("row", [line for p in PAGES if p.stem == "features" for line in p.read_text().splitlines()
-                                 if "::" in line], ids=lambda row: row.split("|")[1].strip())  # fmt: skip
+                                 if "::" in line or "| `make " in line], ids=lambda row: row.split("|")[1].strip())  # fmt: skip
 def test_every_feature_has_its_test_and_its_example(row):
     _, _, what, test, example, _ = row.split("|")
-    file, name = test.strip(" `").split("::")
-    assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.M), name
+    file, _, name = test.strip(" `").partition("::")
+    if name:
+        assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.M), name
+    else:
+        proofs = re.search(r"^proofs: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+        assert proofs and file.removeprefix("make ") in proofs[1].split(), file
     assert len(what.split()) == 5, what
     if "](" not in example:  # links are checked as such
         assert (ROOT / example.strip(" `").split()[0]).is_file(), example

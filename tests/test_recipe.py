@@ -326,6 +326,27 @@ def test_a_classifier_and_a_reward_in_a_recipe(tmp_path):
             read(write(tmp_path, constraints=[wrong]))
 
 
+@pytest.mark.parametrize("lora", [{"rank": 8}, ["c_attn"]])
+def test_the_adapter_s_arguments_are_checked(tmp_path, lora):
+    with pytest.raises(RecipeError, match=r"lora must hold arguments of peft.LoraConfig"):
+        read(write(tmp_path, lora=lora))
+
+
+def test_the_adapter_starts_from_the_seed(tmp_path):
+    train = SMALL["train"] | {"output_dir": str(tmp_path / "out")}
+    lora = {"target_modules": ["c_attn"], "r": 2, "fan_in_fan_out": True}
+
+    def start(seed):
+        given = read(
+            write(tmp_path, lora=lora, constraints=[{"contains": {"word": "he"}}], train=train | {"seed": seed})
+        )
+        parameters = recipe.prepare(given, say=lambda line: None).policy.model.named_parameters()
+        return torch.cat([p.flatten() for name, p in parameters if "lora_A" in name])
+
+    first = start(3)
+    assert torch.equal(start(3), first) and not torch.equal(start(4), first)
+
+
 def test_prepare_takes_a_lambda_that_is_known(tmp_path):
     given = read(write(tmp_path, constraints=[{"moment": {"contains": {"word": "she"}, "value": 0.5}}]))
     said = []

@@ -2,7 +2,7 @@
 
     python benchmarks/paper/classifier.py
 
-The data are the 23,702 sentences (tweets, film and product reviews, editorials) with a mean rating from -4 to 4 each of
+The data are the 23,703 sentences (tweets, film and product reviews, editorials) with a mean rating from -4 to 4 each of
 Hutto and Gilbert (2014), in the source package of vaderSentiment 3.3.2 (MIT licence), which is fetched into the cache
 folder; no sentence is kept here. POSITIVE and NEGATIVE are ratings beyond +-0.75, NEUTRAL what lies between. The
 classifier, a DistilBERT of one layer x 64, has read no biography. Its vocabulary is that of the biographies and the

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -69,6 +70,8 @@ def score(result: dict[str, Any]) -> tuple[float, float]:
     Its own aim, at the end of a run: -KL(p||pi), or for the reward methods E_pi[phi].
     """
     last = result["evaluations"][-1]
+    if not result["finite"]:
+        return -math.inf, 0.0
     if result["method"] in ("reinforce", "reinforce_p", "kl_control"):
         (name,) = [key for key in last if key.startswith("phi/") and not key.endswith("_stderr")]
         return last[name], last[f"{name}_stderr"]

@@ -41,6 +41,8 @@ class Runs:
         self.found: dict[tuple[str, str, str, int], dict[int, Result]] = defaultdict(dict)
         for path in sorted(folder.glob("*/*.json")):
             result = json.loads(path.read_text())
+            for evaluation in result["evaluations"]:  # JSON has no NaN
+                evaluation.update({key: math.nan for key, value in evaluation.items() if value is None})
             part = path.parent.name.replace("quick", "main")
             if part != "tuning":
                 self.found[part, result["task"], result["method"], result["batch"]][result["seed"]] = result
@@ -204,10 +206,10 @@ def paired_table(runs: Runs) -> str:
     return table(("task", "seeds", "KL(p‖π)", "distance of E_π[φ] from what is wanted", "KL(π‖a)"), rows)
 
 
-def late_variance(result: Result, key: str) -> float:
-    """Mean of what is logged now and then, after the first quarter of training."""
+def late_variance(result: Result, key: str, power: int = 1) -> float:
+    """Mean of what is logged now and then, raised to a power, after the first quarter of training."""
     values = result["history"].get(key, [])
-    return mean_and_error(v for v in values[len(values) // 4 :] if v is not None)[0]
+    return mean_and_error(v**power for v in values[len(values) // 4 :] if v is not None)[0]
 
 
 def claims(runs: Runs) -> str:
@@ -235,11 +237,9 @@ def claims(runs: Runs) -> str:
         ratios = {}
         for key, power in (("gradient_variance", 1), ("weight_std", 2)):
             plain, better = (
-                [late_variance(r, key) for r in runs.of("main", task, m).values()] for m in ("gdc", "gdc++")
+                [late_variance(r, key, power) for r in runs.of("main", task, m).values()] for m in ("gdc", "gdc++")
             )
-            ratios[key] = (
-                (mean_and_error(plain)[0] / mean_and_error(better)[0]) ** power if plain and better else math.nan
-            )
+            ratios[key] = mean_and_error(plain)[0] / mean_and_error(better)[0] if plain and better else math.nan
         rows.append((f"variance of GDC over GDC++ after a quarter, {task}", "above 1; here 2 is asked on the rare word",
                      f"gradient {ratios['gradient_variance']:.2f}, advantage {ratios['weight_std']:.2f}"))  # fmt: skip
     both = [task for task in grid.GRID if runs.of("main", task, "reinforce") and runs.of("main", task, "gdc++")]

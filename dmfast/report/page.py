@@ -57,7 +57,8 @@ details { margin: .8rem 0; } summary { cursor: pointer; }
   tbody th { min-width: 4.5rem; } }
 @media print { .wide { overflow: visible; } figure, section { break-inside: avoid; } }
 """
-_PHASES = {"sampling": "#4e79a7", "scoring": "#f28e2b", "policy": "#59a14f", "gradient_variance": "#b07aa1"}
+_PHASES = {"sampling": "#4e79a7", "scoring": "#f28e2b", "policy": "#59a14f", "check": "#e15759",
+           "gradient_variance": "#b07aa1"}  # fmt: skip
 _TITLES = {
     "kl_policy_base": "KL(π‖a), nats", "kl_policy": "KL(p‖π), nats", "distinct_1": "Distinct-1",
     "distinct_2": "Distinct-2", "distinct_3": "Distinct-3", "self_bleu_5": "Self-BLEU-5", "length": "tokens",

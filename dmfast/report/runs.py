@@ -165,7 +165,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     for place in (folder, folder.parent):
         path = place / "samples.jsonl"
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
             try:
                 rows = [row for row in map(json.loads, lines) if row["evaluation"] == "eval"]
                 return [{"step": int(row["step"]), "text": str(row["text"])} for row in rows]

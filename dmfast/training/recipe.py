@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from .. import __version__, adapters
 from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moments
@@ -107,7 +108,18 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
         feature(each, "monitor")
     if recipe.get("reward"):
         feature(recipe["reward"], "reward")
+    if recipe.get("lora"):
+        _lora_config(recipe["lora"])
     return recipe
+
+
+def _lora_config(arguments: Any) -> Any:
+    try:
+        import peft
+
+        return peft.LoraConfig(**arguments)
+    except (ImportError, TypeError, ValueError) as error:
+        raise RecipeError(f"lora must hold arguments of peft.LoraConfig, got {arguments!r}: {error}") from error
 
 
 def _number(text: str, where: str) -> float:
@@ -188,7 +200,7 @@ def _prompts(prompts: Any) -> Any:
         return prompts
     path = Path(prompts).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) if path.suffix == ".jsonl" else line for line in lines if line]
     except (OSError, ValueError) as error:
         raise RecipeError(f"prompts: can't read {path}: {error}") from error
@@ -250,7 +262,7 @@ def _model_and_base(
         return policy.model, policy.around(copy.deepcopy(policy.model).requires_grad_(False))
     import peft
 
-    config = peft.LoraConfig(**lora)
+    config = _lora_config(lora)
     try:
         adapters.check_config(config)
     except ValueError as error:
@@ -276,6 +288,7 @@ def prepare(
         RecipeError, ValueError: as ``read``, ``EBM.fit``, ``DMTrainer``.
     """
     args = DMConfig(**{"output_dir": "dmfast_output", **recipe["train"]})
+    set_seed(args.seed)  # of what an adapter starts from
     policy = load(recipe["model"], dtype=recipe.get("dtype") or "float32", stop=recipe.get("stop"))
     model, base = _model_and_base(policy, recipe.get("lora"), say)
     rows = _prompts(recipe.get("prompts"))
@@ -284,6 +297,11 @@ def prepare(
         [constraint(each) for each in recipe["constraints"]],
         monitor=[feature(each, "monitor") for each in recipe.get("monitor") or []],
     )
+    if reward is None and recipe.get("reward"):
+        reward = feature(recipe["reward"], "reward")
+    for scorer in (*target.scorers.values(), reward):
+        if isinstance(scorer, Classifier):
+            scorer.model.to(args.device)
     say(f"dmfast {__version__}: {target}, {args.objective}, {args.max_steps} steps, model {recipe['model']}")
     if fitted is None:
         fit = {"batch_size": args.sampling_batch_size, **(recipe.get("fit") or {})}
@@ -292,8 +310,6 @@ def prepare(
     else:
         target.load_state_dict(dict(fitted))
     say(str(target.report))
-    if reward is None and recipe.get("reward"):
-        reward = feature(recipe["reward"], "reward")
     return DMTrainer(model, target, args, train_dataset=rows, processing_class=policy.tokenizer, reward=reward)
 
 

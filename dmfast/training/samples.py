@@ -54,9 +54,12 @@ def read(folder: Path) -> list[dict[str, Any]]:
         ValueError: a line that is no row, with its number.
     """
     path = folder / NAME
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    # not splitlines(), which also ends a line at U+2028 and others that JSON leaves as they are
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     found = []
     for number, line in enumerate(lines, 1):
+        if not line:
+            continue
         try:
             row = json.loads(line)
             if not (isinstance(row["text"], str) and isinstance(row["step"], int) and row["evaluation"]):
@@ -90,7 +93,7 @@ def send(callbacks: Sequence[TrainerCallback], new: Sequence[dict[str, Any]], st
     """To the loggers that show tables: TensorBoard (as text) and W&B, if transformers' callbacks for them are there."""
     if not new:
         return
-    flat = [{**row, **row["features"]} for row in new]
+    flat = [row | {f"phi/{name}": value for name, value in row["features"].items()} for row in new]
     names = [name for name in flat[0] if name not in ("features", "step", "evaluation")]
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
