@@ -169,8 +169,12 @@ def test_block(pages, path, number, monkeypatch):
     pages[path].run(number)
 
 
-@pytest.mark.parametrize("row", [line for p in PAGES if p.stem == "features" for line in p.read_text().splitlines()
-                                 if "::" in line or "| `make " in line], ids=lambda row: row.split("|")[1].strip())  # fmt: skip
+FEATURES = [line for page in PAGES if page.stem == "features" for line in page.read_text(encoding="utf-8").split("\n")]
+
+
+@pytest.mark.parametrize(
+    "row", [line for line in FEATURES if "::" in line or "| `make " in line], ids=lambda row: row.split("|")[1].strip()
+)
 def test_every_feature_has_its_test_and_its_example(row):
     _, _, what, test, example, _ = row.split("|")
     file, _, name = test.strip(" `").partition("::")

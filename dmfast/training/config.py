@@ -170,8 +170,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             raise ValueError(f"proposal_check_samples must be 0 or more, got {self.proposal_check_samples!r}")
         if self.on_policy and (self.proposal_check_samples or self.proposal_device is not None):
             raise ValueError(
-                "proposal_check_samples and proposal_device are of the proposal, and with on_policy=True there is none; "
-                f"got {self.proposal_check_samples!r} and {self.proposal_device!r}"
+                "proposal_check_samples and proposal_device are of the proposal, and with on_policy=True there is "
+                f"none; got {self.proposal_check_samples!r} and {self.proposal_device!r}"
             )
         if self.skip_zero_weight and self.proposal_criterion == "js" and not self.proposal_check_samples:
             raise ValueError(
