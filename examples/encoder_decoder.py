@@ -168,15 +168,16 @@ def main() -> dict[str, Tensor]:
             logits_of(policy, inputs, labels), labels, log_target=log_target, log_proposal=log_q,
             log_z=z.log_z(context_id), objective="gdc++", inplace=True,
         )  # fmt: skip
+        optimizer.param_groups[0]["lr"] = options.learning_rate * (1 - step / options.steps)
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
         proposal.update(out)
-        proposal.maybe_update()
-        if (step + 1) % max(options.steps // 6, 1) == 0:
+        if step == 0 or (step + 1) % max(options.steps // 6, 1) == 0:
             kl = proposal.running.estimates().kl_policy
             print(f"step {step + 1:3d}  E_q[b] {float(b.mean()):.3f}  KL(p||pi) {kl}  swaps {proposal.swaps}  "
                   f"sequences without a Z {int(out.n_empty)}")  # fmt: skip
+        proposal.maybe_update()
 
     after, found = exact.of(policy), z.log_z(torch.arange(len(contexts)))
     print("numbers  Z: exact, found    E_pi[b]: before, after    KL(p||pi): before, after")

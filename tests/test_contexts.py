@@ -135,8 +135,7 @@ def test_contexts_where_p_is_0(tmp_path, partition, objective):
 
     trainer, gradients, keep = run(
         tmp_path, constraints=[Scorer(b, on="samples", name="b")], prompts=["w7", "w3", "w1"], samples_per_context=4,
-        per_device_train_batch_size=12, max_steps=2, partition=partition, objective=objective, learning_rate=5e-2,
-        warmup_steps=0,
+        per_device_train_batch_size=12, max_steps=2, partition=partition, objective=objective, warmup_steps=0,
     )  # fmt: skip
     for visit, (model, step, found) in enumerate(zip(keep.models, keep.steps, gradients, strict=True)):
         policy = copy.deepcopy(model)
@@ -151,7 +150,7 @@ def test_contexts_where_p_is_0(tmp_path, partition, objective):
             weight = weight - (log_pi.detach() - log_q).exp()
         weight[empty] = 0
         if visit == 1 and partition == "running":
-            assert bool(((weight[was_there] < -0.1) == (objective == "gdc++")).all())
+            assert bool(((weight[was_there] < 0) == (objective == "gdc++")).all())
         (-(weight * log_pi).sum() / 12).backward()
         assert_close(found, gradients_of(policy))
     logged = [h["n_empty"] for h in trainer.state.log_history if "n_empty" in h]
@@ -224,13 +223,12 @@ def test_chat_messages_of_a_dataset(tmp_path):
 def test_lambda_from_the_prompts_of_a_dataset():
     base = LanguageModel(gpt2(), tokenizer())
     rows, wish = datasets.Dataset.from_dict(ROWS), [dmfast.Moment(Contains("w3"), 0.5)]
-    with pytest.warns(UserWarning, match="samples"):
-        found, plain = (
-            dmfast.EBM(base, wish).fit(n=140, contexts=x, max_new_tokens=4).lambda_ for x in (rows["prompt"], PROMPTS)
-        )
+    found, plain = (
+        dmfast.EBM(base, wish).fit(n=700, contexts=x, max_new_tokens=4).lambda_ for x in (rows["prompt"], PROMPTS)
+    )
     assert torch.equal(found, plain)
     with pytest.raises(TypeError, match=r"got {'prompt': 'w1 w2', .*dataset\['prompt'\]"):
-        dmfast.EBM(base, wish).fit(n=140, contexts=rows, max_new_tokens=4)
+        dmfast.EBM(base, wish).fit(n=700, contexts=rows, max_new_tokens=4)
 
 
 @pytest.mark.parametrize(
@@ -276,8 +274,8 @@ def test_no_prompts_are_one_empty_prompt(tmp_path, prompts, cut):
         trainer.train()
         logs.append(
             [
-                {key: repr(value) for key, value in line.items() if not key.startswith(("seconds", "epoch"))
-                 and not key.endswith(("runtime", "per_second"))}
+                {key: repr(value) for key, value in line.items() if key != "epoch" and "second" not in key
+                 and "runtime" not in key}
                 for line in trainer.state.log_history
             ]
         )  # fmt: skip
