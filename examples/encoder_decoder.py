@@ -131,8 +131,8 @@ class Exact:
 
 def main() -> dict[str, Tensor]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretraining", type=int, default=400, help="steps of 64 sentences")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--pretraining", type=int, default=300, help="steps of 64 sentences")
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--contexts", type=int, default=24, help="a multiple of 3: without, with one, with two numbers")
     parser.add_argument("--per-step", type=int, default=12, help="contexts of a step")
     parser.add_argument("--samples", type=int, default=16, help="n, of each context")
@@ -168,7 +168,6 @@ def main() -> dict[str, Tensor]:
             logits_of(policy, inputs, labels), labels, log_target=log_target, log_proposal=log_q,
             log_z=z.log_z(context_id), objective="gdc++", inplace=True,
         )  # fmt: skip
-        optimizer.param_groups[0]["lr"] = options.learning_rate * (1 - step / options.steps)
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
