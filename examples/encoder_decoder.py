@@ -131,8 +131,8 @@ class Exact:
 
 def main() -> dict[str, Tensor]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretraining", type=int, default=400, help="steps of 64 sentences")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--pretraining", type=int, default=300, help="steps of 64 sentences")
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--contexts", type=int, default=24, help="a multiple of 3: without, with one, with two numbers")
     parser.add_argument("--per-step", type=int, default=12, help="contexts of a step")
     parser.add_argument("--samples", type=int, default=16, help="n, of each context")
@@ -172,11 +172,11 @@ def main() -> dict[str, Tensor]:
         out.loss.backward()
         optimizer.step()
         proposal.update(out)
-        proposal.maybe_update()
-        if (step + 1) % max(options.steps // 6, 1) == 0:
+        if step == 0 or (step + 1) % max(options.steps // 6, 1) == 0:
             kl = proposal.running.estimates().kl_policy
             print(f"step {step + 1:3d}  E_q[b] {float(b.mean()):.3f}  KL(p||pi) {kl}  swaps {proposal.swaps}  "
                   f"sequences without a Z {int(out.n_empty)}")  # fmt: skip
+        proposal.maybe_update()
 
     after, found = exact.of(policy), z.log_z(torch.arange(len(contexts)))
     print("numbers  Z: exact, found    E_pi[b]: before, after    KL(p||pi): before, after")

@@ -3,9 +3,9 @@
     python examples/prompts.py                # prompts in a list
     python examples/prompts.py --dataset      # the same in a datasets.Dataset (pip install datasets)
 
-The wish: over four prompts half of the biographies are about scientists. The lambda that gives this is one for all
-prompts, Z is one for each: where the base has the share r of scientists, p has r e^lambda / Z with
-Z = r e^lambda + 1 - r. So a prompt that brings more of them under the base does so under p, and the policy is compared
+The wish: over four prompts half of the biographies are about sports. The lambda that gives this is one for all
+prompts, Z is one for each: where the base has the share r of them, p has r e^lambda / Z with
+Z = r e^lambda + 1 - r. So a prompt that brings more under the base does so under p, and the policy is compared
 with p prompt by prompt.
 """
 
@@ -21,15 +21,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dmfast
 from dmfast.training.recipe import TINY_BIOS
 
-WORDS = json.loads((TINY_BIOS / "features.json").read_text(encoding="utf-8"))["topic_science"]["any_of"]
-SCIENCE = dmfast.Contains(any_of=WORDS, name="science")
-PROMPTS = ["Mary", "John", "John Smith ( 1880 - 1950 ) was a German", "John Smith ( born 1970 ) is an American"]
+WORDS = json.loads((TINY_BIOS / "features.json").read_text(encoding="utf-8"))["topic_sports"]["any_of"]
+SPORTS = dmfast.Contains(any_of=WORDS, name="sports")
+PROMPTS = ["Mary", "John", "John Smith ( 1880 - 1950 ) was a German", "Mary Smith ( born 1970 ) is an American"]
 
 
 def shares(model: dmfast.LanguageModel, n: int, seed: int) -> list[float]:
-    """Of scientists, after each prompt, in n samples of each."""
+    """Of biographies about sports, after each prompt, in n samples of each."""
     x = model.sample(PROMPTS, n, max_new_tokens=48, seed=seed, batch_size=512)
-    return [float(SCIENCE(x[x.context_id == i]).mean()) for i in range(len(PROMPTS))]
+    return [float(SPORTS(x[x.context_id == i]).mean()) for i in range(len(PROMPTS))]
 
 
 def main() -> dict[str, list[float]]:
@@ -50,7 +50,7 @@ def main() -> dict[str, list[float]]:
     model = AutoModelForCausalLM.from_pretrained(TINY_BIOS)
     tokenizer = AutoTokenizer.from_pretrained(TINY_BIOS)
     base = dmfast.LanguageModel(copy.deepcopy(model), tokenizer)
-    target = dmfast.EBM(base, [dmfast.Moment(SCIENCE, 0.5)])
+    target = dmfast.EBM(base, [dmfast.Moment(SPORTS, 0.5)])
     target.fit(n=options.fit_samples, contexts=PROMPTS, max_new_tokens=48)
     print(target.report)
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +67,7 @@ def main() -> dict[str, list[float]]:
     exact = [rate * weight + 1 - rate for rate in rates]
     wanted = [rate * weight / z for rate, z in zip(rates, exact, strict=True)]
     running = [math.exp(trainer.partitions[row].log_z) for row in range(len(PROMPTS))]
-    print("share of science under a, p, pi; Z from the share under a, and as the trainer has it")
+    print("share of sports under a, p, pi; Z from the share under a, and as the trainer has it")
     for row in zip(rates, wanted, found, exact, running, PROMPTS, strict=True):
         print("{:8.3f} {:6.3f} {:6.3f}    {:6.3f} {:6.3f}   {}".format(*row))
     return {"base": rates, "target": wanted, "policy": found, "exact": exact, "running": running}
