@@ -23,7 +23,7 @@ lint: $(VENV)/test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 	$(BIN)/mypy
 
-proofs: docs sanitize host-cuda trace ptx interpreter gpu-dry wheel aarch64
+proofs: docs sanitize host-cuda trace ptx interpreter aot gpu-dry wheel aarch64
 
 # The CPU kernels, built for the baseline instruction set (no AVX2), under AddressSanitizer and UBSan.
 sanitize: $(VENV)/test
@@ -45,7 +45,8 @@ ptx: $(VENV)/triton
 interpreter: $(VENV)/triton
 	sh scripts/ci/interpreter.sh $(BIN)/python
 
-# The machine code of every GPU kernel, from nvcc and from Triton: spills, registers, wide accesses.
+# The machine code of every GPU kernel, from nvcc and from Triton: spills, registers, wide accesses, with seeded bugs that
+# must be caught; a model of what bounds it: docs/gpu.md.
 aot: $(VENV)/triton
 	sh scripts/ci/aot.sh $(BIN)/python
 
