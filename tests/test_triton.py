@@ -86,7 +86,7 @@ def test_how_rows_are_divided() -> None:
     warps = [launch.shape_of(v, 2, cap=False).warps for v in (31, 6143, 6144, 12287, 12288, 50257)]
     assert warps == [1, 1, 4, 4, 8, 8]
     lanes = [launch.shape_of(50257, size, cap).lanes for size in (4, 2) for cap in (False, True)]
-    assert lanes == [512, 512, 512, 256]
+    assert lanes == [512, 512, 512, 128]
 
 
 @in_use

@@ -135,9 +135,9 @@ def _type(name: str, dtype: str) -> str:
 def triton_kernels() -> Iterator[TritonKernel]:
     """What launch.py launches, for rows of three lengths in bf16."""
     for dtype, size in SIZE.items():
-        for vocab in (50257, 9000, 1000) if dtype == "bf16" else (50257,):
-            for cap in (False, True):
-                shape = launch.shape_of(vocab, size, cap)
+        for cap in (False, True):
+            vocabularies = (50257, 9000, 1000) if dtype == "bf16" else (50257,)
+            for shape in dict.fromkeys(launch.shape_of(vocab, size, cap) for vocab in vocabularies):
                 row = {"W": 16 // size, "LANES": shape.lanes, "WIDE": True}
                 warps = {8: "", 4: ", 4 warps", 1: ", 1 warp"}[shape.warps]
                 tag = f"{dtype}{', cap' if cap else ''}{warps}"

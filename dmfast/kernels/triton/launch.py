@@ -25,10 +25,11 @@ class Shape(NamedTuple):
 def shape_of(vocab: int, itemsize: int, cap: bool) -> Shape:
     """A third of a row at most, so that few threads idle; three kinds, each compiled once.
 
-    With a softcap a thread has no more than 8 logits under way: 16 of them spill registers (``make aot``).
+    16 bits under a softcap have 8 logits under way in a thread and no more than 4 warps: all else spills (``make aot``).
     """
-    warps = next((w for w in (8, 4) if vocab * itemsize >= 3 * 64 * w * 16), 1)
-    return Shape(32 * warps if cap and itemsize == 2 else 64 * warps, warps)
+    narrow = cap and itemsize == 2
+    warps = next((w for w in ((4,) if narrow else (8, 4)) if vocab * itemsize >= 3 * 64 * w * 16), 1)
+    return Shape(32 * warps if narrow else 64 * warps, warps)
 
 
 def _on(x: Tensor) -> AbstractContextManager[Any]:
