@@ -25,7 +25,7 @@ class Shape(NamedTuple):
 def shape_of(vocab: int, itemsize: int, cap: bool) -> Shape:
     """A third of a row at most, so that few threads idle; three kinds, each compiled once.
 
-    16 bits under a softcap have 8 logits under way in a thread and no more than 4 warps: all else spills (``make aot``).
+    16 bits under a softcap have 8 logits under way in a thread and at most 4 warps: all else spills (``make aot``).
     """
     narrow = cap and itemsize == 2
     warps = next((w for w in ((4,) if narrow else (8, 4)) if vocab * itemsize >= 3 * 64 * w * 16), 1)
