@@ -1,4 +1,4 @@
-"""LoRA on one backbone: half of the biographies about women, in the memory of one model, under a minute on a CPU.
+"""LoRA on one backbone: half of the biographies about women, in the memory of one model; about a minute on a CPU.
 
     python examples/lora.py                        # a, pi and q: the adapter off, on, and a frozen copy of it
     python examples/lora.py --three-models         # the same run with a base and a proposal of their own
@@ -32,6 +32,7 @@ def main() -> dict[str, float]:
     parser.add_argument("--three-models", action="store_true")
     parser.add_argument("--check-samples", type=int, default=0, help="fresh sequences for each check of q")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--samples", type=int, default=2048, help="for lambda, and half as many for the evaluation")
     parser.add_argument("--batch", type=int, default=192)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     options = parser.parse_args()
@@ -44,12 +45,12 @@ def main() -> dict[str, float]:
     model = peft.get_peft_model(model, config)
     base = base or dmfast.LanguageModel(model, tokenizer).base()
 
-    target = dmfast.EBM(base, [dmfast.Moment(WOMEN, 0.5)]).fit(n=4096, max_new_tokens=48)
+    target = dmfast.EBM(base, [dmfast.Moment(WOMEN, 0.5)]).fit(n=options.samples, max_new_tokens=48)
     with tempfile.TemporaryDirectory() as folder:
         args = dmfast.DMConfig(
             folder, max_steps=options.steps, per_device_train_batch_size=options.batch, max_new_tokens=48,
             learning_rate=options.learning_rate, proposal_interval=5, proposal_check_samples=options.check_samples,
-            save_strategy="no", eval_samples=1024, logging_steps=5, disable_tqdm=True, seed=0,
+            save_strategy="no", eval_samples=options.samples // 2, logging_steps=5, disable_tqdm=True, seed=0,
         )  # fmt: skip
         trainer = dmfast.DMTrainer(model, target, args, processing_class=tokenizer)
         trainer.train()
