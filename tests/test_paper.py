@@ -108,14 +108,15 @@ def test_which_learning_rate_is_taken(tmp_path):
         if each.method == "gdc" and each.learning_rate == 5e-5:
             continue
         last = {"kl_exact": kl[each.learning_rate], "kl_exact_stderr": 0.03, "phi/politics": phi[each.learning_rate],
-                "phi/politics_stderr": 0.01}  # fmt: skip
+                "phi/politics_stderr": 0.01, "kl_policy_base": 4 * phi[each.learning_rate] ** 2,
+                "kl_policy_base_stderr": 0.0}  # fmt: skip
         finite = each.method != "reinforce" or each.learning_rate < 1e-3
         last |= {} if finite else dict.fromkeys(last)  # as JSON has a NaN
         path = tmp_path / each.name
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"method": each.method, "evaluations": [last], "finite": finite}))
     chosen = grid.learning_rates(tmp_path)
-    assert chosen == {"gdc++": 1.5e-4, "reinforce": 5e-4, "reinforce_p": 1.5e-3, "kl_control": 1.5e-3}
+    assert chosen == {"gdc++": 1.5e-4, "reinforce": 5e-4, "reinforce_p": 1.5e-3, "kl_control": 1.5e-4}
     with pytest.raises(LookupError, match=r"no learning rate for \{'gdc'\}"):
         list(grid.plan(["main"], tmp_path))
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from run import METHODS
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "paper"
@@ -67,14 +68,17 @@ class Run:
 def score(result: dict[str, Any]) -> tuple[float, float]:
     """What a method's learning rate is chosen by, larger is better, and its standard error.
 
-    Its own aim, at the end of a run: -KL(p||pi), or for the reward methods E_pi[phi].
+    Its own aim, at the end of a run: -KL(p||pi); for REINFORCE E_pi[phi]; for KL-control E_pi[phi] - beta KL(pi||a),
+    with the beta that it starts from.
     """
     last = result["evaluations"][-1]
     if not result["finite"]:
         return -math.inf, 0.0
     if result["method"] in ("reinforce", "reinforce_p", "kl_control"):
         (name,) = [key for key in last if key.startswith("phi/") and not key.endswith("_stderr")]
-        return last[name], last[f"{name}_stderr"]
+        beta = METHODS["kl_control"]["beta"] if result["method"] == "kl_control" else 0.0
+        error = math.hypot(last[f"{name}_stderr"], beta * last["kl_policy_base_stderr"])
+        return last[name] - beta * last["kl_policy_base"], error
     return -last["kl_exact"], last["kl_exact_stderr"]
 
 

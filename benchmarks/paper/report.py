@@ -310,11 +310,12 @@ def tuning_table(folder: Path) -> str:
                 if not path.exists():
                     cells.append("")
                     continue
-                value, error = grid.score(json.loads(path.read_text()))
-                text = f"{value:.3f} ± {error:.3f}"
+                result = json.loads(path.read_text())
+                value, error = grid.score(result)
+                text = f"{value:.3f} ± {error:.3f}; {result['evaluations'][-1]['kl_exact']:.2f}"
                 cells.append(f"**{text}**" if chosen.get(method) == run.learning_rate else text)
         rows.append((NAMES[method], *cells))
-    return table(("method, its aim", *(f"{rate:g}" for rate in grid.LEARNING_RATES)), rows)
+    return table(("method: its own aim; KL(p‖π), nats", *(f"{rate:g}" for rate in grid.LEARNING_RATES)), rows)
 
 
 def study_figure(runs: Runs, path: Path) -> None:
