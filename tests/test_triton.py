@@ -82,11 +82,11 @@ def test_which_devices_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @in_use
 def test_how_rows_are_divided() -> None:
-    """Three kinds by the length of a row; two packs for each thread, but one of 8 logits with a softcap."""
+    """Three kinds by the length of a row; two packs for each thread. With a softcap two, and 8 logits for each."""
     warps = [launch.shape_of(v, 2, cap=False).warps for v in (31, 6143, 6144, 12287, 12288, 50257)]
     assert warps == [1, 1, 4, 4, 8, 8]
-    lanes = [launch.shape_of(50257, size, cap).lanes for size in (4, 2) for cap in (False, True)]
-    assert lanes == [512, 512, 512, 128]
+    shapes = [launch.shape_of(v, size, cap=True) for size in (4, 2) for v in (50257, 700)]
+    assert shapes == [(256, 4), (64, 1), (128, 4), (32, 1)]
 
 
 @in_use

@@ -14,6 +14,8 @@ from pathlib import Path
 from machine_code import ARCHS, Code, all_code, triton
 
 REGISTERS = 65536  # of a multiprocessor, of all these architectures
+# Of two loads of 16 bytes a thread, with which 24 KB are under way; an H100 needs 17 where memory answers after 0.7 us.
+WARPS = 24
 
 
 def resident_warps(code: Code) -> int:
@@ -21,12 +23,6 @@ def resident_warps(code: Code) -> int:
     warps = code.threads // 32
     of_warp = -(-code.registers * 32 // 256) * 256
     return REGISTERS // of_warp // warps * warps
-
-
-def intended_warps(code: Code) -> int:
-    """With 24, of two loads of 16 bytes a thread, a multiprocessor has 24 KB under way: an H100 needs 17 where memory
-    answers after 0.7 us. Triton's softcap is bound by its arithmetic."""
-    return 16 if code.source == "Triton" and "cap" in code.kernel else 24
 
 
 def accesses(code: Code) -> tuple[int, int]:
@@ -47,7 +43,7 @@ def faults(code: Code) -> list[str]:
         said.append("no 128-bit load")
     if not stores and (name in ("write_rows", "scale_rows") or "known" in code.kernel):
         said.append("no 128-bit store")
-    if resident_warps(code) < intended_warps(code):
+    if resident_warps(code) < WARPS:
         said.append(f"{code.registers} registers leave room for {resident_warps(code)} warps")
     return said
 

@@ -116,8 +116,8 @@ class TritonKernel(NamedTuple):
 
     @property
     def archs(self) -> tuple[int, ...]:
-        """What it is looked at for: fp16, which is as bf16, and short rows, which are as long ones, for one of them."""
-        return (90,) if self.dtype == "fp16" or "warp" in self.name else ARCHS
+        """What it is looked at for: fp16, which is as bf16, and rows that are not long for one of them."""
+        return (90,) if self.dtype == "fp16" or "short" in self.name or "middle" in self.name else ARCHS
 
 
 def _type(name: str, dtype: str) -> str:
@@ -133,22 +133,23 @@ def _type(name: str, dtype: str) -> str:
 
 
 def triton_kernels() -> Iterator[TritonKernel]:
-    """What launch.py launches, for rows of three lengths in bf16."""
+    """What launch.py launches; in bf16 for rows of three lengths."""
     for dtype, size in SIZE.items():
-        for cap in (False, True):
-            vocabularies = (50257, 9000, 1000) if dtype == "bf16" else (50257,)
-            for shape in dict.fromkeys(launch.shape_of(vocab, size, cap) for vocab in vocabularies):
-                row = {"W": 16 // size, "LANES": shape.lanes, "WIDE": True}
-                warps = {8: "", 4: ", 4 warps", 1: ", 1 warp"}[shape.warps]
-                tag = f"{dtype}{', cap' if cap else ''}{warps}"
-                for write, entropy in product((False, True), (False, True) if cap and dtype == "bf16" else (False,)):
-                    name = f"score_rows<{tag}{', entropy' * entropy}{', known weight' * write}>"
-                    constants = {**row, "CAP": cap, "ENTROPY": entropy, "WRITE": write}
-                    yield TritonKernel(name, loss.score_rows, dtype, shape.warps, constants)
-                yield TritonKernel(f"write_rows<{tag}>", loss.write_rows, dtype, shape.warps, {**row, "CAP": cap})
-                if not cap:
-                    del row["WIDE"]
-                    yield TritonKernel(f"scale_rows<{tag}>", loss.scale_rows, dtype, shape.warps, row)
+        kinds = {50257: "", 9000: ", middle", 1000: ", short"} if dtype == "bf16" else {50257: ""}
+        for (vocab, kind), cap in product(kinds.items(), (False, True)):
+            if cap and kind == ", middle":
+                continue  # as longer ones
+            shape = launch.shape_of(vocab, size, cap)
+            row = {"W": 16 // size, "LANES": shape.lanes}
+            wide = {**row, "WIDE": True, "CAP": cap}
+            tag = f"{dtype}{', cap' if cap else ''}{kind}"
+            for write, entropy in product((False, True), (False, True) if cap and dtype == "bf16" else (False,)):
+                name = f"score_rows<{tag}{', entropy' if entropy else ''}{', known weight' if write else ''}>"
+                constants = {**wide, "ENTROPY": entropy, "WRITE": write}
+                yield TritonKernel(name, loss.score_rows, dtype, shape.warps, constants)
+            yield TritonKernel(f"write_rows<{tag}>", loss.write_rows, dtype, shape.warps, wide)
+            if not cap:
+                yield TritonKernel(f"scale_rows<{tag}>", loss.scale_rows, dtype, shape.warps, row)
         for wide in (False, True):
             constants = {"CAP": False, "IDS": True, "GIVEN": False, "WIDE": wide, "TILES": 64, "SIZE": sample.TILE}
             name = f"sample_rows<{dtype}{', wide' if wide else ''}>"

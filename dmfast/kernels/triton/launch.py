@@ -25,11 +25,10 @@ class Shape(NamedTuple):
 def shape_of(vocab: int, itemsize: int, cap: bool) -> Shape:
     """A third of a row at most, so that few threads idle; three kinds, each compiled once.
 
-    16 bits under a softcap have 8 logits under way in a thread and at most 4 warps: all else spills (``make aot``).
+    With a softcap a thread has 8 logits under way, and a program 4 warps: 16, or 8 warps, spill registers (``make aot``).
     """
-    narrow = cap and itemsize == 2
-    warps = next((w for w in ((4,) if narrow else (8, 4)) if vocab * itemsize >= 3 * 64 * w * 16), 1)
-    return Shape(32 * warps if narrow else 64 * warps, warps)
+    warps = next((w for w in ((4,) if cap else (8, 4)) if vocab * itemsize >= 3 * 64 * w * 16), 1)
+    return Shape(32 * warps if cap and itemsize == 2 else 64 * warps, warps)
 
 
 def _on(x: Tensor) -> AbstractContextManager[Any]:
