@@ -25,7 +25,7 @@ class Shape(NamedTuple):
 def shape_of(vocab: int, itemsize: int, cap: bool) -> Shape:
     """A third of a row at most, so that few threads idle; three kinds, each compiled once.
 
-    With a softcap a thread has 8 logits under way, and a program 4 warps: 16, or 8 warps, spill registers (``make aot``).
+    With a softcap a thread has 8 logits under way, a program 4 warps: 16, or 8 warps, spill registers (``make aot``).
     """
     warps = next((w for w in ((4,) if cap else (8, 4)) if vocab * itemsize >= 3 * 64 * w * 16), 1)
     return Shape(32 * warps if cap and itemsize == 2 else 64 * warps, warps)
