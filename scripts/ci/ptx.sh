@@ -40,7 +40,7 @@ nvcc=$!
   caught triton_tail "FAILED .*37" of_triton -k "forward and new and 37"
   caught triton_wide "misaligned access of 16 bytes" of_triton -k "forward and new and 71"
   caught triton_global "Global variable NAN has changed" of_triton -k "forward and new and 37"
-  caught triton_barriers "FAILED .*several_warps" of_triton -k "several_warps and 3079-None"
+  caught triton_barriers "FAILED .*several_warps" of_triton -k "several_warps and 6151"
 ) >"$out/triton.log" 2>&1 &
 triton=$!
 failed=0

@@ -73,14 +73,13 @@ def test_known_weight(shape: dict[str, Any], inplace: bool) -> None:
     assert kernels() == {"score_rows", "sum_rows", "scale_rows"}
 
 
-@pytest.mark.parametrize("arch", [80, 100])
-def test_other_architectures(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """sm_100 has other arithmetic: two fp32 in a register, fp32 with bf16 in one instruction."""
-    monkeypatch.setattr(emulated, "arch", arch)
+def test_sm_100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has other arithmetic: two fp32 in a register, fp32 with bf16 in one instruction."""
+    monkeypatch.setattr(emulated, "arch", 100)
     for shape in SHAPES[1], SHAPES[5]:
         case, options = parts(shape)
         check(case, return_entropy=True, **options)
-        check(case, inplace=True, objective="dpg", **options)
+        check(case, objective="dpg", return_entropy=True, **options)
 
 
 @pytest.mark.parametrize("name", ["one finite logit", "scattered -inf", "+-1e4", "around -1e4", "rising"])
@@ -90,7 +89,7 @@ def test_special_logits(name: str) -> None:
         check(case, inplace=objective == "gdc++", objective=objective, return_entropy=True, **options)
 
 
-@pytest.mark.parametrize(("v", "softcap"), [(3079, None), (3079, 9.0), (6151, None)])
+@pytest.mark.parametrize(("v", "softcap"), [(3079, 9.0), (6151, None)])
 def test_rows_that_several_warps_have(v: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between barriers they run one after the other, in several orders."""
     case = make_case("unaligned", FP32, v, b=1, t=2, unscored="none")
@@ -164,7 +163,6 @@ def test_a_fault_costs_its_sequence_alone() -> None:
 
 
 DRAWS = [
-    (37, FP32, {}),
     (1030, FP32, dict(softcap=9.0)),  # two tiles
     (1032, FP32, dict(temperature=0.7)),  # wide
     (2056, BF16, {}),
