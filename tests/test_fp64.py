@@ -30,9 +30,9 @@ def an_xpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(triton, "_installed", lambda: None)
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: SimpleNamespace(has_fp64=False))
-    fp64.has_fp64.cache_clear()
+    fp64._xpu_has_fp64.cache_clear()
     yield
-    fp64.has_fp64.cache_clear()
+    fp64._xpu_has_fp64.cache_clear()
 
 
 def arguments(device: str) -> dict[str, Any]:

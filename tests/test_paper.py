@@ -159,5 +159,7 @@ def test_a_run(tmp_path, monkeypatch):
     assert {"phi/women", "kl_policy_base", "kl_policy", "kl_exact", "distinct_1", "self_bleu_5"} <= set(last)
     (before,) = run.run("women", "base", 3, **small)["evaluations"]
     assert abs(before["kl_policy_base"]) < 1e-5 and before["samples"] == 0
-    assert before["kl_exact"] == pytest.approx(0.69, abs=0.3)
+    of_base = part.kl(part.samples.log_prob)  # the base's own, stored with the samples
+    assert before["kl_exact"] == pytest.approx(of_base.value, abs=1e-4)
+    assert before["kl_exact_stderr"] == pytest.approx(of_base.stderr, rel=1e-4)
     json.dumps(found, allow_nan=False)

@@ -9,12 +9,20 @@ import torch
 from torch import Tensor
 
 
-@cache
 def has_fp64(device: torch.device) -> bool:
     """Whether tensors of a device may be fp64."""
-    if device.type == "xpu":
-        return bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", True))
+    if device.type == "xpu" and torch.xpu.device_count():
+        return _xpu_has_fp64(device)
     return device.type != "mps"
+
+
+# as torch.compiler.assume_constant_result does, which would import torch._dynamo
+has_fp64._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _xpu_has_fp64(device: torch.device) -> bool:
+    return bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", True))
 
 
 def home(device: torch.device) -> torch.device:
