@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints.txt $(shell find csrc dmfast examples -type f \
 	! -name '*.so' ! -name '*.pyc')
 
-.PHONY: demo test pytest lint proofs sanitize host-cuda trace ptx interpreter aot gpu gpu-dry wheel aarch64 format clean
+.PHONY: demo test pytest lint proofs sanitize host-cuda trace ptx interpreter aot gpu gpu-dry paper-quick paper wheel aarch64 docs format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
 
@@ -23,7 +23,7 @@ lint: $(VENV)/test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 	$(BIN)/mypy
 
-proofs: sanitize host-cuda trace ptx interpreter gpu-dry wheel aarch64
+proofs: docs sanitize host-cuda trace ptx interpreter gpu-dry wheel aarch64
 
 # The CPU kernels, built for the baseline instruction set (no AVX2), under AddressSanitizer and UBSan.
 sanitize: $(VENV)/test
@@ -37,15 +37,16 @@ host-cuda: $(VENV)/test
 trace:
 	sh scripts/ci/trace.sh
 
-# The PTX that nvcc makes of them, run by an emulator, with seeded bugs that must be caught: docs/gpu.md.
-ptx: $(VENV)/test
+# The PTX that nvcc and Triton make of the kernels, run by an emulator, with seeded bugs that must be caught: docs/gpu.md.
+ptx: $(VENV)/triton
 	sh scripts/ci/ptx.sh $(BIN)/python
 
 # The Triton kernels in Triton's interpreter, with seeded bugs that must be caught: docs/gpu.md.
 interpreter: $(VENV)/triton
 	sh scripts/ci/interpreter.sh $(BIN)/python
 
-# The machine code of every GPU kernel, from nvcc and from Triton: spills, registers, wide accesses.
+# The machine code of every GPU kernel, from nvcc and from Triton: spills, registers, wide accesses, with seeded bugs that
+# must be caught; a model of what bounds it: docs/gpu.md.
 aot: $(VENV)/triton
 	sh scripts/ci/aot.sh $(BIN)/python
 
@@ -58,9 +59,24 @@ gpu-dry: $(VENV)/test
 	$(BIN)/python scripts/gpu/run.py dry again
 	$(PIP) --target build/gpu/site --upgrade pytest hypothesis mpmath
 
+# The experiments of the paper (docs/paper.md). paper-quick: two tasks, GDC and GDC++, a quarter of the sequences, minutes.
+# paper: all of them, hours; what is in benchmarks/results/paper is not run again.
+paper-quick: $(VENV)/demo
+	$(BIN)/python benchmarks/paper/grid.py quick --out build/paper_quick
+	$(BIN)/python benchmarks/paper/report.py --quick --runs build/paper_quick --out build/paper_quick
+
+paper: $(VENV)/demo
+	$(BIN)/python benchmarks/paper/grid.py
+	$(BIN)/python benchmarks/paper/report.py
+
 # The wheel as a stranger builds it: pip's isolation, a new environment, no torch; then the tests against it.
 wheel: $(VENV)/test
 	sh scripts/ci/wheel.sh $(PYTHON) $(BIN)/python
+
+# The site, with an API reference from the docstrings, in build/site. A warning is an error, which --quiet would hide from
+# --strict too. The variable silences theirs of new versions to come.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build --strict
 
 # The row kernels compiled for aarch64 and run in qemu.
 aarch64:
@@ -82,6 +98,10 @@ $(VENV)/test: $(VENV)/torch $(SOURCES)
 # triton 3.7.1 is 0.8 GB on disk and brings nothing with it: it shares the test environment. Only proofs need it.
 $(VENV)/triton: $(VENV)/test
 	$(PIP) triton 'setuptools>=77' 'pybind11>=2.13'
+	@touch $@
+
+$(VENV)/docs: $(VENV)/test
+	$(PIP) mkdocs-material 'mkdocstrings[python]'
 	@touch $@
 
 # torch first, so that nothing that depends on it brings another build of it

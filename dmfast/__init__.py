@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .adapters import AdapterView
+from .diagnostics import GradientVariance, distinct_n, gradient_variance, self_bleu, weight_statistics
 from .estimators import (
     Estimate,
     Estimates,
@@ -56,6 +58,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EBM",
     "OBJECTIVES",
+    "AdapterView",
     "AdaptiveBeta",
     "BackendInfo",
     "Classifier",
@@ -66,6 +69,7 @@ __all__ = [
     "Estimate",
     "Estimates",
     "Feature",
+    "GradientVariance",
     "LambdaFit",
     "LanguageModel",
     "Mixture",
@@ -86,6 +90,7 @@ __all__ = [
     "TargetScores",
     "Terms",
     "backends",
+    "distinct_n",
     "dm_loss",
     "eager",
     "effective_sample_size",
@@ -93,6 +98,7 @@ __all__ = [
     "estimate_log_z",
     "estimate_moments",
     "fit_lambda",
+    "gradient_variance",
     "leave_one_out",
     "linear_dm_loss",
     "linear_sequence_log_prob",
@@ -100,9 +106,11 @@ __all__ = [
     "quasi_rejection_sample",
     "rejection_curve",
     "sample_tokens",
+    "self_bleu",
     "sequence_log_prob",
     "shift_labels",
     "use_backend",
+    "weight_statistics",
 ]
 
 

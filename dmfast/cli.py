@@ -1,5 +1,5 @@
-"""The ``dmfast`` command: ``demo`` trains a small model, ``train`` runs a recipe, ``bench`` measures, ``doctor`` tells
-what runs here.
+"""The ``dmfast`` command: ``demo`` trains a small model, ``train`` runs a recipe, ``report`` compares runs, ``bench``
+measures, ``doctor`` tells what runs here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 from importlib import metadata, util
+from pathlib import Path
 from typing import Any
 
 _INSTALL = "pip install 'dmfast[train]'"
@@ -29,13 +30,29 @@ def doctor() -> int:
     for info in backends().values():
         print(f"  {info.name:6} {'in use' if info.in_use else 'not in use':11} {info.detail}")
     print("extras:")
-    for package in ("transformers", "accelerate", "safetensors", "pyyaml", "rich", "matplotlib", "peft"):
+    for package in ("transformers", "accelerate", "safetensors", "pyyaml", "rich", "matplotlib", "nltk", "peft"):
         try:
             found = metadata.version(package)
         except metadata.PackageNotFoundError:
             found = "missing: " + ("for LoRA, pip install peft" if package == "peft" else _INSTALL)
         print(f"  {package:12} {found}")
     return 0 if backends()["cpu"].available else 1
+
+
+def report(runs: list[str], out: str) -> int:
+    """Writes the page; 1 if a run can't be read."""
+    from .report import page, read
+
+    try:
+        html = page(read(runs))
+        path = Path(out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(html, encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"dmfast report: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {out}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {len(html.encode()) / 1e6:.1f} MB")
+    return 0
 
 
 def _override(text: str) -> tuple[str, Any]:
@@ -60,6 +77,10 @@ def _parser(complete: str) -> argparse.ArgumentParser:
     train.add_argument("--out", help="train.output_dir")
     train.add_argument("--resume", nargs="?", const=True, default=False, metavar="CHECKPOINT",
                        help="go on from a checkpoint; without its name from the newest")  # fmt: skip
+    report = commands.add_parser("report", help="one HTML page that compares runs")
+    report.add_argument("runs", nargs="+", metavar="RUN",
+                        help="a folder with log.json (train, demo) or trainer_state.json (DMTrainer)")  # fmt: skip
+    report.add_argument("--out", default="report.html", help="the page")
     bench = commands.add_parser("bench", help="the fused losses against what else there is; a step of your own model")
     commands.add_parser("doctor", help="versions, backends, what is missing")
     if complete == "demo":
@@ -76,8 +97,10 @@ def _parser(complete: str) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
-    wants_more = words[:1] in (["demo"], ["train"], ["bench"])
-    missing = [package for package in _NEEDED if util.find_spec(package) is None] if wants_more else []
+    needed = {"demo": _NEEDED, "train": _NEEDED, "bench": _NEEDED, "report": ("matplotlib",)}.get(
+        "".join(words[:1]), ()
+    )
+    missing = [package for package in needed if util.find_spec(package) is None]
     if missing and not {"-h", "--help"} & set(words):
         print(f"dmfast {words[0]} needs {', '.join(missing)}: {_INSTALL}", file=sys.stderr)
         return 1
@@ -89,6 +112,8 @@ def main(argv: list[str] | None = None) -> int:
 
         demo(args)
         return 0
+    if args.command == "report":
+        return report(args.runs, args.out)
     from .demo import console
 
     if args.command == "bench":

@@ -65,13 +65,13 @@ def _save(ctx: Any, batch: Batch, *others: Tensor) -> None:
 
     The logits go in detached: that shares their version, and autograd would refuse to keep some views that changed.
     """
-    ctx.batch = batch._replace(logits=_NOTHING, labels=_NOTHING, cu_seqlens=None)
+    ctx.batch = Batch(_NOTHING, _NOTHING, None, *batch[3:])
     ctx.save_for_backward(batch.logits.detach(), batch.labels, batch.cu_seqlens, *others)
 
 
 def _saved(ctx: Any) -> tuple[Batch, tuple[Tensor, ...]]:
     logits, labels, cu_seqlens, *others = ctx.saved_tensors
-    return ctx.batch._replace(logits=logits, labels=labels, cu_seqlens=cu_seqlens), tuple(others)
+    return Batch(logits, labels, cu_seqlens, *ctx.batch[3:]), tuple(others)
 
 
 def _reduced(scores: Scores, reduction: str) -> Tensor:
@@ -231,6 +231,20 @@ def dm_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value, an input that the objective needs
             and did not get, NaN or +inf in a scored row, a label logit of -inf, a weight beyond fp32's range.
+
+    Examples:
+        Two sequences of two tokens from q = pi, uniform over five tokens; the target has the first twice as often as
+        pi, the second never:
+
+        >>> logits = torch.zeros(2, 2, 5, requires_grad=True)
+        >>> log_q = -2 * torch.tensor([5.0, 5.0]).double().log()
+        >>> log_p = log_q + torch.tensor([2.0, 0.0]).log()
+        >>> out = dm_loss(logits, torch.tensor([[0, 1], [2, 3]]), log_target=log_p, log_proposal=log_q, log_z=0.0)
+        >>> [round(a, 6) for a in out.weight.tolist()]  # u - rho
+        [1.0, -1.0]
+        >>> out.loss.backward()
+        >>> logits.grad[0, 0]  # -(A/2) (onehot - softmax)
+        tensor([-0.4000,  0.1000,  0.1000,  0.1000,  0.1000])
     """
     batch = checks.make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap)
     terms = checks.make_terms(

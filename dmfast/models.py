@@ -73,6 +73,11 @@ class Samples:
         rows = ("tokens", "attention_mask", "score_mask", "log_prob", "context_id")
         return replace(self, **{name: getattr(self, name)[index] for name in rows})
 
+    def to(self, device: torch.device | str) -> Samples:
+        """With its tensors on a device."""
+        rows = ("tokens", "attention_mask", "score_mask", "log_prob", "context_id")
+        return replace(self, **{name: getattr(self, name).to(device) for name in rows})
+
     @cached_property
     def text(self) -> list[str]:
         """The continuations, without special tokens. Decoded on first use."""
@@ -219,6 +224,18 @@ class LanguageModel:
         other = copy.copy(self)
         other.model = model
         return other
+
+    def base(self) -> LanguageModel:
+        """The pretrained model below the adapter of a PEFT model: the same module, the adapter off in each forward.
+
+        It takes no memory of its own and is frozen. An ``EBM`` around it makes a, pi and q share one backbone.
+
+        Raises:
+            ValueError: ``model`` is no PEFT model, or one whose adapter can't be switched: see ``AdapterView``.
+        """
+        from .adapters import AdapterView
+
+        return AdapterView(self)
 
     def _encode(self, prompts: Sequence[Prompt] | None) -> tuple[Tensor, Tensor]:
         """Left-padded prompts and their mask, (P, L) each. An empty prompt is the BOS token."""

@@ -30,8 +30,8 @@ KINDS = {
     "reinforce_p": 8,
     "kl_control": 9,
 }
-# gdc++ is dpg with the constant baseline 1.
 OBJECTIVES = ("dpg", "gdc++", *(name for name in KINDS if name not in ("none", "dpg")))
+"""The names of all objectives. ``gdc++`` is ``dpg`` with the constant baseline 1."""
 #: Objectives that match an explicit target p = P/Z, and so need log_target and log_z.
 TARGET_OBJECTIVES = frozenset({"dpg", "gdc++", "reverse_kl", "js", "tv", "chi2", "reverse_chi2"})
 #: Objectives whose return is infinite where P(x) = 0.
@@ -263,6 +263,10 @@ def leave_one_out(values: Tensor, context_id: Tensor | None = None) -> Tensor:
 
     Raises:
         ValueError: a sequence has no other to average over.
+
+    Examples:
+        >>> leave_one_out(torch.tensor([1.0, 2.0, 6.0]))
+        tensor([4.0000, 3.5000, 1.5000])
     """
     n = values.shape[0]
     if context_id is None:

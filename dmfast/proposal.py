@@ -1,8 +1,8 @@
 """The offline proposal q: a frozen copy of the policy, replaced when the policy gets nearer to the target
 (KL-adaptive DPG; arXiv:2206.00761, algorithm 1).
 
-Whether pi is nearer than q is told by the scalars of the training steps since the last swap: the paper's code draws
-fresh samples for this check, here it costs no forward.
+Whether pi is nearer than q is told by the scalars of the training steps since the last swap, which costs no forward;
+or, on request, by fresh samples of q that are drawn and scored for the check, as the paper's code does.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .estimators import Estimate, RunningEstimates, _js_terms, _mean
+from . import adapters
+from .estimators import Estimate, RunningEstimates, _js_terms, _mean, estimate
 from .kernels.result import DMLossOutput
+from .models import LanguageModel, Samples
 
 CRITERIA = ("kl", "tvd", "js", "interval")
 
@@ -28,6 +30,9 @@ class HasModel(Protocol):
 
 
 Policy = TypeVar("Policy", bound=nn.Module | HasModel)
+
+#: log pi(x), log q(x), log P(x) and log Z of N sequences x ~ q, each (N,); log Z may be a number.
+Scores = tuple[Tensor, Tensor, Tensor, Tensor | float]
 
 
 def _module(policy: nn.Module | HasModel) -> nn.Module:
@@ -57,6 +62,45 @@ def nearer(
     return _mean(_js_terms(log_u, torch.zeros_like(log_rho)) - _js_terms(log_u, log_rho), sample_weight)
 
 
+def _copy(module: nn.Module, device: torch.device | str | None) -> nn.Module:
+    """A frozen copy, made on the device and nowhere else."""
+    memo: dict[int, Any] = {}
+    if device is not None:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            if type(tensor) in (nn.Parameter, Tensor):
+                moved = tensor.detach().to(device, copy=True)
+                memo[id(tensor)] = nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
+    copied = copy.deepcopy(module, memo).requires_grad_(False)
+    copied.zero_grad(set_to_none=True)
+    return copied if device is None else copied.to(device)
+
+
+def _as_adapter(policy: Any, device: torch.device | str | None) -> tuple[Any, str]:
+    """q as a second adapter of the policy's model, and the name of the policy's own."""
+    if not isinstance(policy, LanguageModel):
+        raise TypeError(f"adapter=True needs a LanguageModel around a PEFT model, got {type(policy).__name__}")
+    if device is not None:
+        raise ValueError(f"adapter=True keeps q in the policy's own model, so it can't be on device={device!r}")
+    return adapters.snapshot(policy), adapters.check(policy._unwrapped())
+
+
+def _as_samples(scores: Scores) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Fresh scores as ``RunningEstimates.samples`` gives those of the steps: fp64, all of the same weight.
+
+    Raises:
+        ValueError: tensors of different lengths.
+    """
+    *each, log_z = (torch.as_tensor(x, dtype=torch.float64, device=scores[0].device).detach() for x in scores)
+    shapes = [tuple(x.shape) for x in each]
+    if each[0].dim() != 1 or len(set(shapes)) > 1 or log_z.shape not in ((), each[0].shape):
+        raise ValueError(
+            "fresh must give log pi, log q and log P of N sequences, (N,) each, and log Z, (N,) or a number; got the "
+            f"shapes {', '.join(map(str, [*shapes, tuple(log_z.shape)]))}"
+        )
+    log_prob, log_proposal, log_target = each
+    return log_prob, log_proposal, log_target, log_z.expand_as(log_prob), torch.ones_like(log_prob)
+
+
 class OfflineProposal(Generic[Policy]):
     """A frozen copy of the policy to sample from, replaced by the policy when that is nearer to the target.
 
@@ -68,11 +112,18 @@ class OfflineProposal(Generic[Policy]):
         best_only: swap only if the divergence of pi is also below what it was at every earlier swap.
         stderrs: pi must be nearer by this many (paired) standard errors.
         decay: the weight of a step's samples relative to the next step's, since pi moves.
+        device: where the copy is kept, such as "cpu" beside a policy on a GPU. Default: where the policy is.
+        adapter: keep q as a second adapter in the policy's own model, which must be a ``LanguageModel`` around a PEFT
+            model: its memory is that of an adapter. q <- pi then copies the adapter.
 
     Attributes:
-        snapshot: q, of the same type as ``policy``, on the same device, without gradients.
+        snapshot: q, of the same type as ``policy`` (an ``AdapterView`` with ``adapter``), without gradients.
         swaps: how often q was replaced. 0: q still is what the policy was at the start.
         last_check: D(p, q) - D(p, pi) of the last check, an ``Estimate``, or None.
+
+    Raises:
+        TypeError, ValueError: what is out of range; ``adapter`` with a device, or with another policy than a
+            ``LanguageModel`` around a PEFT model whose adapter can be switched.
     """
 
     def __init__(
@@ -84,6 +135,8 @@ class OfflineProposal(Generic[Policy]):
         best_only: bool = False,
         stderrs: float = 0.0,
         decay: float = 0.8,
+        device: torch.device | str | None = None,
+        adapter: bool = False,
     ) -> None:
         if criterion not in CRITERIA:
             raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
@@ -93,43 +146,62 @@ class OfflineProposal(Generic[Policy]):
             raise ValueError(f"stderrs must not be negative, got {stderrs!r}")
         self.policy, self.criterion, self.interval = policy, criterion, interval
         self.best_only, self.stderrs = best_only, stderrs
-        module = copy.deepcopy(_module(policy)).requires_grad_(False)
-        module.zero_grad(set_to_none=True)
-        if isinstance(policy, nn.Module):
-            self.snapshot = cast(Policy, module)
-        else:
-            self.snapshot = copy.copy(policy)
-            cast(HasModel, self.snapshot).model = module
         self.running = RunningEstimates(decay)
+        self._adapter: str | None = None  # the policy's, where q is another
+        if adapter:
+            self.snapshot, self._adapter = _as_adapter(policy, device)
+        else:
+            module = _copy(_module(policy), device)
+            if isinstance(policy, nn.Module):
+                self.snapshot = cast(Policy, module)
+            else:
+                self.snapshot = copy.copy(policy)
+                cast(HasModel, self.snapshot).model = module
         self.steps = 0
         self._checked = 0  # the step of the last check
         self.swaps = 0
         self.best = math.inf
         self.last_check: Estimate | None = None
 
+    def sample(self, *args: Any, **options: Any) -> Samples:
+        """Sequences of q, as ``snapshot.sample`` draws them, on the policy's device."""
+        drawn: Samples = cast(Any, self.snapshot).sample(*args, **options)
+        return drawn.to(next(_module(self.policy).parameters()).device)
+
     def update(self, *outputs: DMLossOutput) -> None:
         """Takes in one optimiser step: the ``dm_loss`` outputs of all of its microbatches, drawn from q."""
         self.running.update(*outputs)
         self.steps += 1
 
-    def maybe_update(self, agree: Callable[[bool], bool] | None = None) -> bool:
+    def maybe_update(
+        self, agree: Callable[[bool], bool] | None = None, *, fresh: Callable[[], Scores] | None = None
+    ) -> bool:
         """Every ``interval`` steps: q <- pi if pi is nearer to p. Returns whether q was replaced.
 
         Args:
             agree: in distributed training, makes of this rank's verdict the one that all ranks follow.
+            fresh: draws sequences from q for this check alone and scores them by pi as it is now, q and the target; see
+                ``Scores``. log pi may be NaN where P = 0, but for ``js``. It is called when a check is due and needs
+                samples; the verdict then rests on these only, not on the steps since the last swap.
 
         Raises:
+            ValueError: ``fresh`` gave tensors of different lengths; q stays as it is.
             RuntimeError: the policy has other parameters than at the start; q stays as it is.
         """
         if self.steps % self.interval or self.steps == self._checked:
             return False
         check, divergence, take = None, math.inf, True
+        if fresh is None or (self.criterion == "interval" and not self.best_only):
+            samples = self.running.samples()
+        else:
+            samples = _as_samples(fresh())
         if self.criterion != "interval":
-            check = nearer(self.criterion, *self.running.samples())
+            check = nearer(self.criterion, *samples)
             take = check.value > (self.stderrs * check.stderr if self.stderrs else 0.0)  # NaN: stay
         if take and self.best_only:
             name = "kl" if self.criterion == "interval" else self.criterion
-            divergence = getattr(self.running.estimates(), f"{name}_policy").value
+            *scores, weight = samples
+            divergence = getattr(estimate(*scores, sample_weight=weight), f"{name}_policy").value
             take = divergence < self.best
         if agree is not None:
             take = agree(take)
@@ -146,7 +218,7 @@ class OfflineProposal(Generic[Policy]):
         Raises:
             RuntimeError: the policy has other parameters than at the start; q stays as it is.
         """
-        source, target = _module(self.policy).state_dict(), _module(self.snapshot).state_dict()
+        source, target = self._tensors()
         if source.keys() != target.keys() or any(source[k].shape != target[k].shape for k in source):
             raise RuntimeError("the policy's parameters are not those that OfflineProposal copied; q was not replaced")
         for key, value in target.items():
@@ -154,11 +226,22 @@ class OfflineProposal(Generic[Policy]):
         self.running.clear()
         self.swaps += 1
 
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Those of pi and those of q, by the same names: all of them, or with ``adapter`` those of the adapters."""
+        if self._adapter is None:
+            return _module(self.policy).state_dict(), _module(self.snapshot).state_dict()
+        view = cast(adapters.AdapterView, self.snapshot)
+        view.check_there()
+        return adapters.weights(view.model, self._adapter), adapters.weights(view.model, adapters.PROPOSAL)
+
     def _moving(self) -> dict[str, Tensor]:
         """q's parameters and buffers but those frozen in the policy, which are alike in both: of an adapter, little."""
+        _, of_q = self._tensors()
+        if self._adapter is not None:
+            return of_q
         named = _module(self.policy).named_parameters(remove_duplicate=False)
         frozen = {name for name, parameter in named if not parameter.requires_grad}
-        return {k: v for k, v in _module(self.snapshot).state_dict().items() if k not in frozen}
+        return {k: v for k, v in of_q.items() if k not in frozen}
 
     def state_dict(self) -> dict[str, Any]:
         """q's parameters that training moves, the samples since the last swap, the counters."""
@@ -180,7 +263,10 @@ class OfflineProposal(Generic[Policy]):
         """
         mine = self._moving()
         if mine.keys() != state["model"].keys() or any(mine[k].shape != v.shape for k, v in state["model"].items()):
-            raise RuntimeError("this state holds the parameters of another model")
+            raise RuntimeError(
+                "this state holds the parameters of another model, or of a proposal that was kept in another way (as a "
+                "copy of the model, as a second adapter)"
+            )
         running = RunningEstimates()
         running.load_state_dict(state["running"])
         steps, checked, swaps = (int(state[key]) for key in ("steps", "checked", "swaps"))

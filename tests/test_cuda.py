@@ -23,7 +23,7 @@ KIB = 1024
 
 
 def device() -> str:
-    if native.prefer_triton:  # test_triton.py's
+    if native.forced == "triton":  # test_triton.py's
         return "cpu" if triton.interpreted() else triton.devices()[0]
     return str(native._C.cuda.device_type)  # type: ignore[union-attr]
 
@@ -100,6 +100,29 @@ def test_a_fault_is_raised_by_check_and_costs_its_sequence_alone(bad: str, inpla
         assert math.isnan(float(out.log_prob[2]))
     assert torch.equal(out.log_prob[others], whole.log_prob[others])
     dmfast.dm_loss(**good(), objective=objective).check()
+
+
+@pytest.mark.parametrize("form", ["one pass", "two phases", "own"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("log_z", INF), ("log_z", NAN), ("log_target", INF), ("log_proposal", NAN), ("log_proposal", -INF),
+     ("log_base", -INF)],
+)  # fmt: skip
+def test_an_input_that_may_not_be_costs_its_sequence_also_where_the_weight_does_not_need_it(
+    name: str, value: float, form: str
+) -> None:
+    """The weight is R = 1 whatever these are; the CPU refuses them."""
+    call: dict[str, Any] = {**good(), "reward": torch.ones(4, device=device()), "on_policy": True}
+    call[name][2] = value
+    call["objective"] = "reinforce" if form != "own" else lambda t: t.reward
+    call["reduction"] = "none" if form == "two phases" else "mean"
+    leaf = call.pop("logits").requires_grad_()
+    out = dmfast.dm_loss(leaf, **call)
+    out.loss.sum().backward()
+    assert out.weight.tolist() == [1.0, 1.0, 0.0, 1.0] and bool(out.log_prob.isfinite().all())
+    assert leaf.grad is not None and bool((leaf.grad[2] == 0).all()) and bool((leaf.grad[3] != 0).any())
+    with pytest.raises(ValueError, match=f"{name} holds {value} at sequence 2"):
+        out.check()
 
 
 def test_a_users_objective_is_checked_later_too() -> None:

@@ -1,4 +1,4 @@
-"""Every code block of README.md and docs/*.md runs.
+"""Every code block of README.md and docs/*.md runs, and every example of a docstring.
 
 Blocks of a page run in order, in one namespace and one empty folder:
 
@@ -12,11 +12,16 @@ HTML comments before a block, invisible to readers, make it small or name it:
     <!-- test: run                 Python that runs before the block, up to the line with the end of the comment
     <!-- test: replace A => B -->  the block runs with B in the place of A, which must be in it
     <!-- test: file NAME -->       the yaml block is written to this file, for an sh block to find
+
+Examples in docstrings are doctest's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import doctest
+import importlib
+import importlib.util
 import io
 import re
 import shlex
@@ -27,6 +32,7 @@ from typing import Any
 import pytest
 import yaml
 
+import dmfast
 from dmfast import cli, demo
 from dmfast.training import recipe
 
@@ -113,7 +119,7 @@ class Page:
             recipe.read(find(args.recipe), dict(args.overrides))
 
     def check_make(self, words: list[str]) -> None:
-        assert set(words) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+        assert set(words) <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
 
     def check_pip(self, words: list[str]) -> None:
         assert words[0] == "install"
@@ -163,12 +169,20 @@ def test_block(pages, path, number, monkeypatch):
     pages[path].run(number)
 
 
-@pytest.mark.parametrize("row", [line for p in PAGES if p.stem == "features" for line in p.read_text().splitlines()
-                                 if "::" in line], ids=lambda row: row.split("|")[1].strip())  # fmt: skip
+FEATURES = [line for page in PAGES if page.stem == "features" for line in page.read_text(encoding="utf-8").split("\n")]
+
+
+@pytest.mark.parametrize(
+    "row", [line for line in FEATURES if "::" in line or "| `make " in line], ids=lambda row: row.split("|")[1].strip()
+)
 def test_every_feature_has_its_test_and_its_example(row):
     _, _, what, test, example, _ = row.split("|")
-    file, name = test.strip(" `").split("::")
-    assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.M), name
+    file, _, name = test.strip(" `").partition("::")
+    if name:
+        assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.M), name
+    else:
+        proofs = re.search(r"^proofs: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+        assert proofs and file.removeprefix("make ") in proofs[1].split(), file
     assert len(what.split()) == 5, what
     if "](" not in example:  # links are checked as such
         assert (ROOT / example.strip(" `").split()[0]).is_file(), example
@@ -186,3 +200,30 @@ def test_links_lead_somewhere(path):
         titles = re.findall(r"^#+ (.+)$", to.read_text(encoding="utf-8"), re.M) if heading else []
         anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
         assert not heading or heading in anchors, target
+
+
+PACKAGE = Path(dmfast.__file__).parent
+EXAMPLES = [path for path in sorted(PACKAGE.rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_examples_of_docstrings(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    failed, tried = doctest.testmod(importlib.import_module(".".join(parts)))
+    assert tried > 0
+    assert failed == 0
+
+
+@pytest.mark.skipif(not PAGES, reason="no docs beside the tests")
+def test_the_api_reference_has_every_public_name():
+    path = ROOT / "scripts" / "docs_site.py"
+    spec = importlib.util.spec_from_file_location("docs_site", path)
+    site = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(site)
+    pages = site.api_pages()
+    shown = [name for page in pages.values() for name in re.findall(r"^::: dmfast\.(\w+)$", page, re.M)]
+    assert sorted(shown) == sorted(dmfast.__all__)
+    index = pages.pop("docs/api/index.md")
+    for page, name in re.findall(r"\((\w+\.md)#dmfast\.(\w+)\)", index):
+        assert f"::: dmfast.{name}\n" in pages[f"docs/api/{page}"]
+    assert len(re.findall(r"#dmfast\.", index)) == len(dmfast.__all__)

@@ -20,7 +20,7 @@ from dmfast.kernels import native
 
 INF, NAN = math.inf, math.nan
 # scripts/ci/host_cuda.sh and interpreter.sh
-COMPILED = "triton" if native.prefer_triton else "cuda" if native.on_cuda(torch.empty(0)) else "cpu"
+COMPILED = "triton" if native.forced == "triton" else "cuda" if native.on_cuda(torch.empty(0)) else "cpu"
 B, T, V = 3, 4, 11
 
 

@@ -908,9 +908,8 @@ COMPILED: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled_loss(name: str) -> None:
-    """One graph; loss, gradients and every result as without torch.compile."""
+def assert_one_graph(name: str, backend: str) -> None:
+    """Without a graph break; loss, gradients and every result as without torch.compile."""
     p = problem()
     torch.manual_seed(1)
     hidden, weight = torch.randn(4, 5, 8), torch.randn(37, 8)
@@ -922,13 +921,18 @@ def test_compiled_loss(name: str) -> None:
         return ((out.loss * torch.arange(1.0, 5.0)).sum() if out.loss.dim() else out.loss, *results)  # type: ignore[return-value]
 
     found = []
-    for call in (function, torch.compile(function, fullgraph=True)):
+    for call in (function, torch.compile(function, fullgraph=True, backend=backend)):
         h, w = leaf(hidden), leaf(weight)
         loss, *results = call(h, w)
         loss.backward()
         found.append([loss.detach(), h.grad, w.grad, *results])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_loss(name: str) -> None:
+    assert_one_graph(name, "inductor")
 
 
 @known

@@ -15,7 +15,7 @@ import yaml
 from trainer_job import WORDS, gpt2, tokenizer
 
 import dmfast.cli
-from dmfast import EBM, Contains, LanguageModel, Moment, Scorer
+from dmfast import EBM, Classifier, Contains, LanguageModel, Moment, Scorer
 from dmfast.demo import RECIPES, about_women, loop_parser, run_loop, verdict
 from dmfast.estimators import Estimate
 from dmfast.examples.custom_loop import train
@@ -83,7 +83,7 @@ def test_a_recipe_with_a_reward(tmp_path):
     steps = [h for h in log["history"] if "beta" in h]
     assert steps[0]["clip_fraction"] == 0 and len(steps) == 2
     assert all(0 <= h["reward"] < 0.5 for h in steps)
-    with pytest.raises(RecipeError, match="reward must be one of contains and scorer"):
+    with pytest.raises(RecipeError, match="reward must be one of contains, scorer and classifier"):
         read(write(tmp_path, reward={"contain": {}}))
 
 
@@ -173,14 +173,14 @@ def test_lora_and_prompts_from_a_file(tmp_path):
         ({"train": {"learning_rate": "fast"}}, "train.learning_rate must be a number, got 'fast'"),
         ({"fit": {"samples": 3}}, "fit has an unknown entry 'samples'"),
         ({"evaluate": [3]}, "evaluate must be a mapping"),
-        ({"constraints": ["amazing"]}, "one of contains and scorer with its arguments, got 'amazing'"),
+        ({"constraints": ["amazing"]}, "one of contains, scorer and classifier with its arguments, got 'amazing'"),
         ({"constraints": [{"contains": {"wrod": "x"}}]}, "wrod"),
         ({"constraints": [{"contains": {}}]}, "exactly one of word, any_of and regex"),
         ({"constraints": [{"moment": {"contains": {"word": "x"}}}]}, "a moment needs a feature and a value"),
         ({"constraints": [{"moment": {"contains": {"word": "x"}, "value": 2}}]}, "its mean is in \\[0, 1\\]"),
         ({"constraints": [{"scorer": {"function": "math.sqrt"}}]}, "must be 'module:name'"),
         ({"constraints": [{"scorer": {"function": "math:sqroot"}}]}, "can't import 'math:sqroot'"),
-        ({"monitor": [{"moment": {}}]}, "monitor must be one of contains and scorer"),
+        ({"monitor": [{"moment": {}}]}, "monitor must be one of contains, scorer and classifier"),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(tmp_path, changed, message, capsys):
@@ -295,3 +295,62 @@ def test_the_smollm2_example(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("evaluation") == 2 and (out / "model.safetensors").exists()
+
+
+def test_a_classifier_and_a_reward_in_a_recipe(tmp_path):
+    """Read from a folder, and the same as built by hand."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
+
+    words = AutoTokenizer.from_pretrained(recipe.TINY_BIOS)
+    config = GPT2Config(vocab_size=len(words), n_embd=8, n_layer=1, n_head=1, n_positions=64, num_labels=2,
+                        id2label={0: "BAD", 1: "GOOD"}, pad_token_id=words.pad_token_id)  # fmt: skip
+    folder = str(tmp_path / "classifier")
+    model = GPT2ForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    entry = {"classifier": {"model": folder, "label": "GOOD"}}
+    given = read(write(tmp_path, constraints=[{"reward": entry | {"beta": 0.5}}], monitor=[entry]))
+    base = recipe.load("tiny-bios")
+    x = base.sample(n=16, max_new_tokens=8, seed=0)
+    by_hand = Classifier(model, words, label="GOOD")(x)
+    assert torch.equal(recipe.feature(given["monitor"][0], "monitor")(x), by_hand)
+    target = EBM(base, [recipe.constraint(given["constraints"][0])])
+    torch.testing.assert_close(target.log_prob(x), base.log_prob(x) + by_hand / 0.5)
+    for wrong, message in (
+        ({"classifier": {"model": folder, "label": "UGLY"}}, "label must be one of 'BAD', 'GOOD'"),
+        ({"classifier": {"model": str(tmp_path / "none"), "label": "GOOD"}}, "constraints: classifier .*none"),
+        ({"reward": entry}, "a reward needs a feature and a beta"),
+        ({"reward": entry | {"beta": 0}}, "constraints: reward: beta must be positive"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            read(write(tmp_path, constraints=[wrong]))
+
+
+@pytest.mark.parametrize("lora", [{"rank": 8}, ["c_attn"]])
+def test_the_adapter_s_arguments_are_checked(tmp_path, lora):
+    with pytest.raises(RecipeError, match=r"lora must hold arguments of peft.LoraConfig"):
+        read(write(tmp_path, lora=lora))
+
+
+def test_the_adapter_starts_from_the_seed(tmp_path):
+    train = SMALL["train"] | {"output_dir": str(tmp_path / "out")}
+    lora = {"target_modules": ["c_attn"], "r": 2, "fan_in_fan_out": True}
+
+    def start(seed):
+        given = read(
+            write(tmp_path, lora=lora, constraints=[{"contains": {"word": "he"}}], train=train | {"seed": seed})
+        )
+        parameters = recipe.prepare(given, say=lambda line: None).policy.model.named_parameters()
+        return torch.cat([p.flatten() for name, p in parameters if "lora_A" in name])
+
+    first = start(3)
+    assert torch.equal(start(3), first) and not torch.equal(start(4), first)
+
+
+def test_prepare_takes_a_lambda_that_is_known(tmp_path):
+    given = read(write(tmp_path, constraints=[{"moment": {"contains": {"word": "she"}, "value": 0.5}}]))
+    said = []
+    first = recipe.prepare(given, say=said.append)
+    again = recipe.prepare(given, fitted=first.target.state_dict(), reward=lambda x: x.log_prob, say=said.append)
+    assert torch.equal(again.target.lambda_, first.target.lambda_) and str(first.target.report) in said
+    assert again.reward is not None and again.policy.model is not again.target.base.model

@@ -7,22 +7,29 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from test_functional import assert_one_graph
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dmfast
 from dmfast import eager, kernels
-from dmfast.kernels import native, triton
+from dmfast.kernels import checks, native, triton
 
 if kernels.backends()["triton"].in_use:
     from test_cuda import (  # noqa: F401
         _asynchronous,
         test_a_fault_is_raised_by_check_and_costs_its_sequence_alone,
         test_a_users_objective_is_checked_later_too,
+        test_an_input_that_may_not_be_costs_its_sequence_also_where_the_weight_does_not_need_it,
         test_at_once_if_asked,
         test_cu_seqlens_out_of_order,
+        test_under_compile_a_fault_is_raised_by_check_too,
         test_without_a_loss_a_fault_shows_as_nan,
     )
+    from test_functional import _fresh_compiler, test_opcheck  # noqa: F401
+    from triton.runtime.interpreter import InterpreterBuilder
 
     from dmfast.kernels.triton import launch
 in_use = pytest.mark.skipif(not kernels.backends()["triton"].in_use, reason="triton is not in use")
@@ -45,14 +52,14 @@ def test_forcing_it_where_it_can_not_run(monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         pass
     assert not dmfast.backends()["triton"].available
-    monkeypatch.setattr(kernels, "_forced", "triton")
+    monkeypatch.setattr(native, "forced", "triton")
     with pytest.raises(RuntimeError, match="backend 'triton' was forced, but"):
         kernels.select(torch.zeros(1, 1, 3))
 
 
 def test_which_devices_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA tensor takes compiled kernels if there, else Triton; ROCm and XPU take Triton; the CPU does not."""
-    monkeypatch.setattr(kernels, "_forced", None)
+    monkeypatch.setattr(native, "forced", None)
 
     class Logits:  # a tensor on a device that is not here
         dtype = torch.float32
@@ -75,9 +82,11 @@ def test_which_devices_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @in_use
 def test_how_rows_are_divided() -> None:
-    """Three kinds by the length of a row."""
-    warps = [launch.shape_of(v, 2).warps for v in (31, 6143, 6144, 12287, 12288, 50257)]
+    """Three kinds by the length of a row; two packs for each thread. With a softcap two, and 8 logits for each."""
+    warps = [launch.shape_of(v, 2, cap=False).warps for v in (31, 6143, 6144, 12287, 12288, 50257)]
     assert warps == [1, 1, 4, 4, 8, 8]
+    shapes = [launch.shape_of(v, size, cap=True) for size in (4, 2) for v in (50257, 700)]
+    assert shapes == [(256, 4), (64, 1), (128, 4), (32, 1)]
 
 
 @in_use
@@ -99,3 +108,77 @@ def test_it_draws_what_eager_draws() -> None:
         tokens, truth = eager.sample_tokens(z, seed=seed, row_ids=ids, step=step, temperature=0.8)
         assert torch.equal(mine, tokens)
         assert float((log_prob - truth).abs().max()) < 1e-6
+
+
+@in_use
+@pytest.mark.parametrize("name", ["gdc++", "dpg in place", "own in place"])  # a compilation takes seconds here
+def test_under_compile_it_is_one_graph(name: str) -> None:
+    assert_one_graph(name, "aot_eager")
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+@pytest.mark.parametrize("objective", ["gdc++", "dpg"])
+def test_without_a_graph_break_on_devices_that_are_not_here(
+    device: str, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors without data, and without gradient, which this torch has for its own devices only."""
+    if torch.cuda.is_available() or torch.xpu.is_available():
+        pytest.skip("there is a device")
+    monkeypatch.setattr(native, "forced", None)
+    monkeypatch.setattr(triton, "why_not", lambda device=None: None)
+    seen: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        seen.extend(str(node.target) for node in graph.graph.nodes if "dmfast" in str(node.target))
+        return graph
+
+    torch._dynamo.reset()
+    with FakeTensorMode():
+        logits = torch.empty(4, 5, 37, device=device, dtype=torch.bfloat16)
+        tokens = torch.zeros(4, 5, device=device, dtype=torch.int64)
+        names = ("log_target", "log_proposal", "log_z")
+        terms = {name: torch.zeros(4, dtype=torch.float64, device=device) for name in names}
+        assert kernels.select(logits) == "triton"
+        loss = torch.compile(dmfast.dm_loss, backend=look, fullgraph=True)(
+            logits, tokens, objective=objective, **terms
+        ).loss  # type: ignore[call-overload]
+    assert seen == ["dmfast.score_and_weigh_v2.default"] and loss.device.type == device
+
+
+# What docs/gpu.md states of Triton's log pi, in nats against fp64 of the same stored logits: the largest error of a row
+# of 50,257 logits, and of the mean over rows, which 1,024 tokens add up. Two exp2 stand one after the other: the term's
+# and that of a new maximum.
+ROW_ERROR, MEAN_ERROR, OF_EXP2 = 2e-7, 1e-7, 2.3
+
+
+@in_use
+@pytest.mark.parametrize(
+    ("lean", "dtype", "softcap"),
+    [
+        (0.0, torch.float32, None), (0.0, torch.bfloat16, None), (0.0, torch.float32, 30.0),
+        (2.0**-22, torch.float32, None), (-(2.0**-22), torch.float32, None),
+    ],
+)  # fmt: skip
+def test_its_own_accuracy(
+    lean: float, dtype: torch.dtype, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With exp2 as numpy has it, and with one off by what PTX allows of ex2.approx, always to the same side."""
+    if lean and not triton.interpreted():
+        pytest.skip("a device's exp2 is its own")
+    if triton.interpreted():
+        exact = InterpreterBuilder.create_exp2
+
+        def exp2(self: object, x: object) -> object:
+            y = exact(self, x)
+            y.data = (y.data * np.float64(1 + lean)).astype(np.float32)
+            return y
+
+        monkeypatch.setattr(InterpreterBuilder, "create_exp2", exp2)
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(1, 8, 50257)).to(dtype)
+    batch = checks.make_batch(logits, torch.randint(50257, (1, 8)), None, None, 1.0, softcap)
+    truth = eager.score(batch._replace(logits=logits.double()))
+    error = native.forward(batch, None, False).lse - truth.lse
+    print(f"{dtype}, softcap {softcap}, lean {lean}: row {float(error.abs().max()):.2e} mean {float(error.mean()):.2e}")
+    assert float(error.abs().max()) < ROW_ERROR + OF_EXP2 * abs(lean)
+    assert abs(float(error.mean())) < MEAN_ERROR + OF_EXP2 * abs(lean)

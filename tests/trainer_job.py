@@ -14,6 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
+import peft
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
@@ -42,11 +43,16 @@ def gpt2(seed=0, n_positions=24):
     )  # fmt: skip
 
 
-def job(out, *, model=None, constraints=None, prompts=None, tok=None, callbacks=(), lambda_=1.5, reward=None, **args):
-    """A trainer on GPT-2 of 2 layers x 16: 60% of the sequences have w3."""
+def job(out, *, model=None, constraints=None, prompts=None, tok=None, callbacks=(), lambda_=1.5, reward=None,
+        lora=None, **args):  # fmt: skip
+    """A trainer on GPT-2 of 2 layers x 16: 60% of the sequences have w3. lora: of peft.LoraConfig, on one backbone."""
     model = gpt2() if model is None else model
     tok = tokenizer() if tok is None else tok
-    base = dmfast.LanguageModel(copy.deepcopy(model), tok)
+    if lora is None:
+        base = dmfast.LanguageModel(copy.deepcopy(model), tok)
+    else:
+        model = peft.get_peft_model(model, peft.LoraConfig(**lora))
+        base = dmfast.LanguageModel(model, tok).base()
     if constraints is None:
         constraints = [Moment(Contains("w3", name="w3"), 0.6)]
     target = EBM(base, constraints, monitor=[Contains("w4", name="w4")])
@@ -130,6 +136,7 @@ def main():
         "steps": trainer.state.global_step,
         "swaps": trainer.proposal.swaps,
         "log": [h for h in trainer.state.log_history if "kl_policy" in h],
+        "evaluations": [h for h in trainer.state.log_history if "eval_runtime" in h],
         "gradients": {name: g.flatten().tolist() for name, g in gradients.steps[0].items()},
     }
     if trainer.is_world_process_zero():

@@ -269,8 +269,9 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
     finish_loss(b, t, out, scratch, w.status, shared);
 }
 
+// 6: what fp32 has anyway, but for sm_80, whose compiler else spills for the sake of 8
 template <class T, bool Cap>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 4 && !Cap ? 6 : 0)
     write_rows(Batch b, const double* lse, const double* weight, double factor, const double* upstream, Gradient g) {
   struct OneRow {
     double coefficient, at_label;

@@ -6,7 +6,6 @@ without the compiled ones, ``triton/``) and ``eager`` (plain torch, ``eager.py``
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import native, triton
+from . import fp64, native, triton
 
 NAMES = ("cpu", "cuda", "triton", "eager")
-# A plain global, for all threads: torch.compile guards on it.
-_forced: str | None = os.environ.get("DMFAST_BACKEND") or None
-native.prefer_triton = _forced == "triton"
 _warned: set[str] = set()
 
 
@@ -37,12 +33,16 @@ class BackendInfo:
 def backends() -> dict[str, BackendInfo]:
     """Every backend of dmfast, whether it is in use here and if not why."""
     missing = native.why_unavailable()
-    use_cpu = missing is None and _forced in (None, "cpu")
+    use_cpu = missing is None and native.forced in (None, "cpu")
     no_cuda = native.why_not_cuda(torch.cuda.current_device() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]
-    use_cuda = no_cuda is None and _forced in (None, "cuda")
+    use_cuda = no_cuda is None and native.forced in (None, "cuda")
     no_triton = triton.why_not()
-    use_triton = no_triton is None and (_forced == "triton" or (_forced is None and no_cuda is not None))
+    use_triton = no_triton is None and (native.forced == "triton" or (native.forced is None and no_cuda is not None))
     devices = "in its interpreter" if triton.interpreted() else "on " + " and ".join(triton.devices())
+    narrow = fp64.lacking()
+    eager = "plain torch: other devices, fp64 logits, the oracle of the tests"
+    if narrow:
+        eager += f"; {', '.join(narrow)}, without fp64: rows in fp32, per-sequence values in fp64 on the CPU"
     detail = missing or (
         f"fp32, bf16 and fp16 logits on the CPU; instruction set {native.instruction_set()}. Under torch.compile a "
         "gradient in place goes through a functional graph, where AOTAutograd may copy the logits once, and known "
@@ -68,7 +68,7 @@ def backends() -> dict[str, BackendInfo]:
             "eager",
             True,
             not (use_cpu or use_cuda or use_triton),
-            "plain torch: other devices, fp64 logits, the oracle of the tests",
+            eager,
         ),
     }
 
@@ -80,19 +80,16 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: no such backend. RuntimeError: not available here, with the reason.
     """
-    global _forced
     if name not in NAMES:
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(NAMES)}")
     info = backends()[name]
     if not info.available:
         raise RuntimeError(f"backend {name!r} is not available here: {info.detail}")
-    before, _forced = _forced, name
-    native.prefer_triton = name == "triton"
+    before, native.forced = native.forced, name
     try:
         yield
     finally:
-        _forced = before
-        native.prefer_triton = before == "triton"
+        native.forced = before
 
 
 def _why_not(name: str, logits: Tensor) -> str | None:
@@ -103,7 +100,7 @@ def _why_not(name: str, logits: Tensor) -> str | None:
     elif name == "cuda":
         missing, fits = native.why_not_cuda(device.index or 0), native.on_cuda(logits)
     else:
-        missing, fits = triton.why_not(), triton.why_not(device) is None
+        missing, fits = triton.why_not(device), True
     if missing is not None:
         return missing if device.type == "cpu" else f"logits are on {device}; {missing}"
     if not fits:
@@ -125,20 +122,21 @@ def select(logits: Tensor) -> str:
     Raises:
         RuntimeError: the forced backend can't take these logits.
     """
-    if _forced == "eager":
-        return _forced
-    if _forced is not None and _forced not in NAMES:
-        raise ValueError(f"DMFAST_BACKEND: unknown backend {_forced!r}; there are {', '.join(NAMES)}")
+    forced = native.forced
+    if forced == "eager":
+        return forced
+    if forced is not None and forced not in NAMES:
+        raise ValueError(f"DMFAST_BACKEND: unknown backend {forced!r}; there are {', '.join(NAMES)}")
     reasons = []
-    for name in _candidates(logits) if _forced is None else (_forced,):
+    for name in _candidates(logits) if forced is None else (forced,):
         reason = _why_not(name, logits)
         if reason is None:
             return name
         if reason not in reasons:
             reasons.append(reason)
     reason = "; ".join(reasons)
-    if _forced is not None:
-        raise RuntimeError(f"backend {_forced!r} was forced, but {reason}")
+    if forced is not None:
+        raise RuntimeError(f"backend {forced!r} was forced, but {reason}")
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(f"dmfast runs on its slow eager backend: {reason}", stacklevel=3)

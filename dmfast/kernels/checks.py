@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..objectives import INFINITE_AT_ZERO, OBJECTIVES, Objective, Terms, leave_one_out_baseline, plain_baseline
 from .batch import Batch, Draws
+from .fp64 import home
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IGNORE = -100
@@ -173,18 +174,19 @@ def _per_sequence(name: str, value: Tensor | float | None, batch: Batch) -> Tens
     if value is None:
         return None
     device, n = batch.logits.device, batch.n_sequences
+    to = home(device)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and name == "log_z":
-        return torch.full((n,), value, dtype=torch.float64, device=device)
+        return torch.full((n,), value, dtype=torch.float64, device=to)
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
         raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
-    if value.device != device:
+    if value.device not in (device, to):
         raise ValueError(f"{name} is on {value.device}, logits on {device}; move it there")
     if value.shape != (n,) and not (name == "log_z" and value.dim() == 0):
         raise ValueError(f"{name} must have one value per sequence, ({n},), got {describe(value)}")
     if value.requires_grad:
         value = value.detach()
     if value.dtype is not torch.float64:
-        value = value.double()
+        value = value.to(to).double()
     return value.contiguous() if value.dim() else value.expand(n).contiguous()
 
 
@@ -232,12 +234,14 @@ def make_terms(
     ):
         raise ValueError(f"context_id must be an integer tensor ({batch.n_sequences},), got {describe(context_id)}")
     bound = math.inf if max_weight is None else float(max_weight)
-    baseline = plain_baseline(objective, batch.n_sequences, batch.logits.device)
+    to = home(batch.logits.device)
+    baseline = plain_baseline(objective, batch.n_sequences, to)
     if isinstance(baseline, Tensor) and baseline.shape != (batch.n_sequences,):
         raise ValueError(f"a baseline tensor must be ({batch.n_sequences},), got {describe(baseline)}")
     if isinstance(baseline, str):
         terms = Terms(objective, on_policy, bound, **given)
-        baseline = leave_one_out_baseline(terms, context_id, batch.n_sequences, batch.logits.device)
+        context_id = None if context_id is None else context_id.to(to)
+        baseline = leave_one_out_baseline(terms, context_id, batch.n_sequences, to)
     return Terms(objective, on_policy, bound, **given, baseline=baseline)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -148,6 +149,22 @@ def settle(check: Recorded) -> tuple[Recorded, ...]:
     return ()
 
 
-def usable(weight: Tensor, log_prob: Tensor) -> Tensor:
-    """Weights (B) made by torch, 0 where fp32 can't hold them and in sequences with a fault, whose log_prob is NaN."""
-    return torch.where((weight.abs() <= torch.finfo(torch.float32).max) & ~log_prob.isnan(), weight, 0.0)
+def inputs_ok(terms: Terms) -> Tensor | bool:
+    """Which sequences (B,) have per-sequence inputs that ``checks.check_terms`` allows: the twin of csrc/cuda/loss.cu's
+    for weights that torch makes. Few operations, since each is a launch."""
+    finite = [terms.log_proposal, terms.reward, terms.baseline]
+    below_infinity = [terms.log_target, terms.log_z]
+    (finite if terms.max_weight == torch.inf else below_infinity).append(terms.log_base)
+    ok: Tensor | bool = True
+    if given := [x for x in finite if isinstance(x, Tensor)]:
+        ok = reduce(torch.add, given).isfinite()  # inf - inf is NaN
+    if given := [x for x in below_infinity if isinstance(x, Tensor)]:
+        ok = ok & (reduce(torch.maximum, given) < torch.inf)  # NaN stays in a maximum
+    return ok
+
+
+def usable(weight: Tensor, log_prob: Tensor, terms: Terms) -> Tensor:
+    """Weights (B) made by torch, 0 where fp32 can't hold them and in sequences with a fault: of a row, whose log_prob
+    is NaN, or of an input, on which the weight may not depend."""
+    ok = (weight.abs() <= torch.finfo(torch.float32).max) & ~log_prob.isnan() & inputs_ok(terms)
+    return torch.where(ok, weight, 0.0)

@@ -15,19 +15,15 @@ from .. import objectives
 from ..objectives import Objective, Terms
 from . import checks
 from .batch import Batch, Draws, Scores
+from .fp64 import home, wide
 from .result import DMLossOutput, denominator, reduce
-
-
-def _wide(x: Tensor) -> Tensor:
-    """fp64 where the device has it."""
-    return x if x.device.type == "mps" else x.double()
 
 
 def score(batch: Batch, entropy: bool = False) -> Scores:
     """log pi(x) = sum_t m_t log softmax(scale * cap(z_t))[x_t] for each sequence, with autograd through the logits."""
     if not torch.compiler.is_compiling():
         checks.check_rows(batch)
-    z = _wide(batch.logits).reshape(batch.n_rows, batch.vocab)
+    z = wide(batch.logits).reshape(batch.n_rows, batch.vocab)
     scored = batch.labels != checks.IGNORE
     # rows that are not scored may hold anything, NaN too, and get a gradient of exactly 0
     z = torch.where(scored[:, None], z, 0.0)
@@ -39,7 +35,8 @@ def score(batch: Batch, entropy: bool = False) -> Scores:
         z = batch.softcap * torch.tanh(z / batch.softcap)
     log_p = torch.log_softmax(batch.scale * z, dim=-1)
     token_log_prob = log_p.gather(-1, batch.labels.clamp(min=0)[:, None])[:, 0]
-    token_log_prob = torch.where(scored, token_log_prob, 0.0).double()
+    to = home(z.device)
+    token_log_prob = torch.where(scored, token_log_prob, 0.0).to(to).double()
     if not torch.compiler.is_compiling():
         never = ~(token_log_prob.detach() > -torch.inf)  # NaN: nothing but -inf in the row
         if bool(never.any()):
@@ -47,9 +44,9 @@ def score(batch: Batch, entropy: bool = False) -> Scores:
     token_entropy = None
     if entropy:
         p = log_p.detach().exp()
-        token_entropy = -torch.where(p > 0, p * log_p.detach(), 0.0).sum(-1).double()
-        token_entropy = torch.where(scored, token_entropy, 0.0)
-    sequence = sequence_of_rows(batch)
+        token_entropy = -torch.where(p > 0, p * log_p.detach(), 0.0).sum(-1)
+        token_entropy = torch.where(scored, token_entropy, 0.0).to(to).double()
+    sequence = sequence_of_rows(batch).to(to)
 
     def per_sequence(values: Tensor) -> Tensor:
         return values.new_zeros(batch.n_sequences).index_add(0, sequence, values)
@@ -204,12 +201,12 @@ def uniforms(seed: int, row_ids: Tensor, step: int) -> Tensor:
     steps = torch.full_like(row_ids, step)
     counter = [row_ids & low, row_ids >> 32 & low, steps & low, steps >> 32 & low]
     first, second, *_ = philox(counter, (seed & low, seed >> 32))
-    return _wide(first << 21 | second >> 11) * 2.0**-53
+    return wide(first << 21 | second >> 11) * 2.0**-53
 
 
 def draw(draws: Draws, uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``native.sample`` by inversion of the whole CDF."""
-    z = _wide(draws.logits)
+    z = wide(draws.logits)
     bad = z.isnan().any(-1) | (z == torch.inf).any(-1) | (z == -torch.inf).all(-1)
     if bool(bad.any()):
         checks.raise_bad_draw(draws, int(bad.nonzero()[0]))
@@ -224,7 +221,7 @@ def draw(draws: Draws, uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
     # right=True passes over tokens of probability 0; the minimum is the last other one, should the product round up
     target = uniform[:, None] * total
     tokens = torch.minimum(torch.searchsorted(cdf, target, right=True), torch.searchsorted(cdf, total))
-    return tokens[:, 0], log_p.gather(-1, tokens)[:, 0].double()
+    return tokens[:, 0], log_p.gather(-1, tokens)[:, 0].to(home(z.device)).double()
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ faults. The device of the logits chooses between the two."""
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -57,13 +58,13 @@ def on_cuda(x: Tensor) -> bool:
     return x.device.type == _CUDA_DEVICE
 
 
-# Set by ``use_backend`` and DMFAST_BACKEND: Triton's kernels also where there are compiled ones.
-prefer_triton = False
+# What ``use_backend`` or DMFAST_BACKEND forces. A plain global, for all threads: torch.compile guards on it.
+forced: str | None = os.environ.get("DMFAST_BACKEND") or None
 
 
 def on_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels take x."""
-    return prefer_triton or (x.device.type != "cpu" and why_not_cuda(x.device.index or 0) is not None)
+    """Whether the Triton kernels take x: forced also where there are compiled ones."""
+    return forced == "triton" or (x.device.type != "cpu" and why_not_cuda(x.device.index or 0) is not None)
 
 
 def records(x: Tensor) -> bool:
@@ -129,8 +130,8 @@ def _terms(terms: Terms | None) -> object:
 def _outputs(batch: Batch, terms: Terms | None, entropy: bool, divide_by: float) -> tuple[Scores, object]:
     """Empty results and the pointers to them."""
     assert _C is not None
-    # the device is said, since with torch.device(...) may name another one for new tensors; empty_like costs half
-    lse = torch.empty(batch.n_rows, dtype=torch.float64, device=batch.logits.device)
+    # empty_like costs half of empty, and with torch.device(...) does not move it elsewhere
+    lse = torch.empty_like(batch.labels, dtype=torch.float64)
     log_prob = lse.new_empty(batch.n_sequences)
     like = torch.empty_like
     h = like(log_prob) if entropy else None
@@ -187,7 +188,7 @@ def _triton_forward(
         stand_in = terms.log_proposal  # for log pi, on which a known weight does not depend
         if stand_in is None:
             stand_in = torch.zeros(batch.n_sequences, dtype=torch.float64, device=batch.logits.device)
-        weights = cuda.usable(objectives.clipped_weights(terms, stand_in), stand_in) * factor
+        weights = cuda.usable(objectives.clipped_weights(terms, stand_in), stand_in, terms) * factor
     scores, faults = launch.score(batch, entropy, weights, dz)
     first = batch.part_of.first_sequence if batch.part_of is not None else 0
     worst = faults.min() if faults.numel() else faults.new_full((), launch.NONE)
@@ -218,7 +219,7 @@ def forward(batch: Batch, terms: Terms | None, entropy: bool, divide_by: float =
 def _empty_gradient(batch: Batch, inplace: bool) -> Tensor:
     if inplace:
         return batch.logits.detach()
-    return torch.empty(batch.logits.shape, dtype=batch.logits.dtype, device=batch.logits.device)
+    return torch.empty_like(batch.logits, memory_format=torch.contiguous_format)
 
 
 def backward(
@@ -365,7 +366,7 @@ def loss_from_scores(
 
     def usable(weight: Tensor) -> Tensor:
         made.append(weight)
-        return cuda.usable(weight, scores.log_prob.detach())
+        return cuda.usable(weight, scores.log_prob.detach(), terms)
 
     out = eager.loss_from_scores(batch, scores, terms, reduction, divide_by, usable)
     return replace(out, _recorded=cuda.settle(cuda.WeightFaults(scores.recorded, terms, made[0], first_sequence)))

@@ -212,6 +212,13 @@ def fit_lambda(
         ValueError: shapes, NaN; b = 0 in all samples; a moment that no lambda gives, because the feature is constant,
             the value is outside of what the feature takes, features are linearly dependent, or the moments contradict
             each other. Each names the features and the numbers.
+
+    Examples:
+        A feature of a quarter of the samples that half are to have: exp(lambda) is 3.
+
+        >>> fit = fit_lambda(torch.tensor([[1.0]] * 250 + [[0.0]] * 750), [0.5])
+        >>> round(math.exp(fit.lambda_[0]), 6)
+        3.0
     """
     start = time.perf_counter()
     phi, mu, log_b, context, names = _checked(features, wanted, log_b, context_id, names)

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 _SETTINGS = (
     "objective", "baseline", "beta", "normalize", "max_weight", "temperature", "max_new_tokens", "samples_per_context",
-    "on_policy", "proposal_criterion", "proposal_interval", "learning_rate", "lr_scheduler_type", "warmup_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "seed",
+    "beta_target_kl", "beta_horizon", "ppo_epochs", "ppo_clip", "on_policy", "partition", "proposal_criterion",
+    "proposal_interval", "proposal_stderrs", "proposal_best_only", "proposal_check_samples", "refit_ess",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "max_steps", "seed",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from transformers import SchedulerType, TrainingArguments
 
+from ..diagnostics import nltk
 from ..objectives import Objective, PPOClip
 from ..proposal import CRITERIA
 
@@ -71,16 +72,32 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         on_policy: sample from the policy itself; no proposal is kept.
         proposal_criterion, proposal_interval, proposal_stderrs, proposal_best_only, proposal_decay: as in
             ``dmfast.OfflineProposal``.
+        proposal_check_samples: sequences drawn from q for each check of the proposal and scored by q, a and pi as they
+            are then, as the paper's code does; the verdict rests on them alone, and ``seconds_check`` is logged. They
+            come from ``proposal_check_samples / samples_per_context`` contexts, others at each check; their Z takes
+            them in for the check and not beyond it. 0: the check uses the training steps' own sequences since the last
+            swap, at no cost.
+        proposal_device: where q is kept, such as "cpu", which leaves the policy's device more memory and makes sampling
+            as slow as that device is. Default: on the policy's; where the target's base is a view of the policy
+            (``LanguageModel.base``), as a second adapter in it.
         partition: ``running``: log Z of a context over all its visits; ``step``: from the samples of the step alone.
         refit_ess, refit_samples: while the effective sample size of the target's fit is below ``refit_ess``, lambda is
             fitted again from the last ``refit_samples`` sequences of the steps, each weighted by a/q with the q that it
             was drawn from, and replaced where that has a larger effective sample size (``EBM.refit``); Z then starts
             anew. 0: never.
         eval_samples: sequences of the policy at an evaluation.
+        eval_diversity: of so many of them, the same at every evaluation, Distinct-1/2/3 and Self-BLEU-5 of words
+            (``dmfast.diagnostics.diversity``; needs nltk). 0: none.
+        log_samples: so many of them are written to ``samples.jsonl`` in ``output_dir``, with log pi, log a and
+            features (a push to the hub takes it along), and as a table to TensorBoard and W&B where they are among
+            ``report_to``. 0: none.
+        gradient_variance_steps: every so many optimiser steps the variance of the gradient over the sequences of the
+            step is logged, exactly: one backward for each (``dmfast.diagnostics.gradient_variance``). 0: never.
         patience_zero: steps in a row with P(x) = 0 on every sequence, after which a warning says what to do.
 
     Raises:
         ValueError: an unknown objective, criterion or baseline, a number out of range, FSDP, DeepSpeed.
+        ImportError: ``eval_diversity`` without nltk.
     """
 
     learning_rate: float = _field(1.41e-5, "The initial learning rate (the paper's).")
@@ -112,10 +129,15 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     proposal_stderrs: float = _field(0.0, "By how many standard errors pi must be nearer.")
     proposal_best_only: bool = _field(False, "Swap only if pi is nearer than at every earlier swap.")
     proposal_decay: float = _field(0.8, "Weight of a step's samples relative to the next step's.")
+    proposal_check_samples: int = _field(0, "Fresh sequences of q for each check; 0: those of the training steps.")
+    proposal_device: str | None = _field(None, "Where q is kept; None: where the policy is.")
     partition: str = _field("running", "running or step.")
     refit_ess: float = _field(0.0, "Below which effective sample size lambda is fitted again; 0: never.")
     refit_samples: int = _field(2048, "Sequences of a proposal that lambda is fitted again from.")
     eval_samples: int = _field(512, "Sequences of the policy at an evaluation.")
+    eval_diversity: int = _field(0, "Sequences of an evaluation whose diversity is measured; 0: none.")
+    log_samples: int = _field(0, "Sequences of an evaluation that are logged as a table; 0: none.")
+    gradient_variance_steps: int = _field(0, "Steps between measurements of the gradient's variance; 0: never.")
     patience_zero: int = _field(5, "Steps with P = 0 on all sequences before a warning.")
 
     def __post_init__(self) -> None:
@@ -130,14 +152,31 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         ):  # fmt: skip
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value!r}")
+        for name in ("log_samples", "gradient_variance_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)!r}")
+        if self.eval_diversity and not 2 <= self.eval_diversity <= self.eval_samples:
+            raise ValueError(
+                "eval_diversity compares sequences of an evaluation: it must be 0, or from 2 to eval_samples="
+                f"{self.eval_samples}, got {self.eval_diversity!r}"
+            )
+        if self.eval_diversity:
+            nltk()  # raises now what it would raise at an evaluation
         if self.proposal_criterion not in CRITERIA:
             raise ValueError(
                 f"proposal_criterion must be one of {', '.join(CRITERIA)}, got {self.proposal_criterion!r}"
             )
-        if self.skip_zero_weight and self.proposal_criterion == "js":
+        if self.proposal_check_samples < 0:
+            raise ValueError(f"proposal_check_samples must be 0 or more, got {self.proposal_check_samples!r}")
+        if self.on_policy and (self.proposal_check_samples or self.proposal_device is not None):
+            raise ValueError(
+                "proposal_check_samples and proposal_device are of the proposal, and with on_policy=True there is "
+                f"none; got {self.proposal_check_samples!r} and {self.proposal_device!r}"
+            )
+        if self.skip_zero_weight and self.proposal_criterion == "js" and not self.proposal_check_samples:
             raise ValueError(
                 "skip_zero_weight=True leaves log pi unknown where P = 0, and proposal_criterion='js' needs it there; "
-                "use kl or tvd"
+                "use kl or tvd, or fresh samples (proposal_check_samples)"
             )
         if self.partition not in ("running", "step"):
             raise ValueError(f"partition must be 'running' or 'step', got {self.partition!r}")

@@ -1,18 +1,42 @@
-"""What a model is now, from fresh samples of itself: E_pi[phi], KL(pi||a) and KL(p||pi)."""
+"""What a model is now, from fresh samples of itself: E_pi[phi], KL(pi||a), KL(p||pi), diversity."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..diagnostics import diversity
 from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moments
 from ..models import LanguageModel, Prompt, Samples
 from ..targets import EBM
 
 
-@torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What ``evaluate`` has seen.
+
+    Attributes:
+        samples: N, of this rank.
+        log_base: (N,) fp64, log a(x).
+        features: (N, F + M) fp64: moments, then what is monitored, with these ``names``.
+        estimates: of all ranks.
+    """
+
+    samples: Samples
+    log_base: Tensor
+    features: Tensor
+    names: list[str]
+    estimates: dict[str, Estimate]
+
+    def across_contexts(self, n: int) -> Tensor:
+        """Of at most n sequences the places: the first of every context, then the second of every context, ..."""
+        contexts = int(self.samples.context_id.max()) + 1
+        return torch.arange(len(self.samples)).view(contexts, -1).T.flatten()[:n]
+
+
 def evaluate(
     model: LanguageModel,
     target: EBM,
@@ -23,20 +47,44 @@ def evaluate(
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int | None = None,
+    texts: int = 0,
+) -> tuple[Samples, dict[str, Estimate]]:
+    """Samples and estimates of ``examine``, in one process."""
+    found = examine(
+        model, target, prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+        batch_size=batch_size, texts=texts,
+    )  # fmt: skip
+    return found.samples, found.estimates
+
+
+@torch.no_grad()
+def examine(
+    model: LanguageModel,
+    target: EBM,
+    prompts: Sequence[Prompt] | None = None,
+    n: int = 512,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int | None = None,
+    texts: int = 0,
     first_row: int = 0,
     gather: Callable[[Tensor], Tensor] = lambda x: x,
-) -> tuple[Samples, dict[str, Estimate]]:
+    gather_texts: Callable[[list[str]], list[str]] = lambda x: x,
+) -> Evaluation:
     """Draws ``n`` sequences per prompt from ``model`` and says what they are like.
 
     Args:
         model: pi. target: its moments and monitored features are the phi, its base is a.
         prompts, max_new_tokens, temperature, seed, batch_size, first_row: as in ``LanguageModel.sample``.
-        gather: in distributed training, puts the values of all ranks together.
+        texts: how many of them ``diversity`` is asked of, the same ones every time, as many of each context; 0: none.
+        gather, gather_texts: in distributed training, put the values of all ranks together.
 
     Returns:
-        The samples (of this rank), and with standard errors ``phi/<feature>``, ``kl_policy_base`` (KL(pi||a), nats),
-        ``kl_policy`` (KL(p||pi), nats; with Z from these samples), ``length`` (scored tokens) and ``finished`` (the
-        share that ended in EOS).
+        With standard errors ``phi/<feature>``, ``kl_policy_base`` (KL(pi||a), nats), ``kl_policy`` (KL(p||pi), nats;
+        with Z from these samples), ``length`` (scored tokens) and ``finished`` (the share that ended in EOS); with
+        ``texts`` what ``dmfast.diagnostics.diversity`` gives.
     """
     x = model.sample(
         prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size,
@@ -44,14 +92,19 @@ def evaluate(
     )  # fmt: skip
     log_base = target.base.log_prob(x, batch_size=batch_size)
     scores = target.score(x, log_base)
-    names = [*(f"phi/{name}" for name in (*target.moment_names, *target.monitor_names)), "kl_policy_base", "length",
-             "finished"]  # fmt: skip
+    features = torch.cat([scores.features, scores.monitored], 1)
+    names = [*target.moment_names, *target.monitor_names]
+    columns_of = [*(f"phi/{name}" for name in names), "kl_policy_base", "length", "finished"]
     last = x.tokens.gather(1, x.score_mask.long().cumsum(1).argmax(1, keepdim=True))[:, 0]
     finished = torch.isin(last, torch.tensor(model.eos_token_ids, device=last.device))
     one_each = torch.stack([x.log_prob - log_base, x.score_mask.sum(1).double(), finished.double()], 1)
-    columns = gather(torch.cat([scores.features, scores.monitored, one_each], 1))
-    found = dict(zip(names, estimate_moments(columns, torch.zeros_like(columns[:, 0])), strict=True))
+    columns = gather(torch.cat([features, one_each], 1))
+    found = dict(zip(columns_of, estimate_moments(columns, torch.zeros_like(columns[:, 0])), strict=True))
     contexts, log_target, log_prob = gather(x.context_id), gather(scores.log_target), gather(x.log_prob)
     log_z = PartitionFunctions().updated(contexts, log_target, log_prob).log_z(contexts)
     found["kl_policy"] = estimate(log_prob, log_prob, log_target, log_z).kl_policy
-    return x, found
+    evaluation = Evaluation(x, log_base, features, names, found)
+    if texts:
+        shown = gather_texts(x[evaluation.across_contexts(texts)].text)
+        found |= diversity(shown[:texts])
+    return evaluation

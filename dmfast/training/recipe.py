@@ -7,10 +7,12 @@
       - moment: {contains: {any_of: [she, her], name: women}, value: 0.5}
       - contains: {word: amazing}
       - scorer: {function: my_module:my_function}
+      - classifier: {model: folder or name, label: POSITIVE, output: binary}
+      - reward: {scorer: {...}, beta: 0.5}      # b(x) = exp(R(x)/beta)
     monitor: []                     # features that are only looked at
     reward: null                    # of reinforce and kl_control: a feature, such as {scorer: {...}}
     fit: {n: 10240, seed: 0}        # lambda, from samples of the base
-    lora: null                      # or the arguments of peft.LoraConfig
+    lora: null                      # or the arguments of peft.LoraConfig: a, pi and q then share one backbone
     train: {max_steps: 60, ...}     # the arguments of DMConfig
     evaluate: {samples: 2048}       # of the model before and after
 
@@ -32,11 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import set_seed
 
-from .. import __version__
+from .. import __version__, adapters
 from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moments
 from ..models import LanguageModel, Samples
-from ..targets import EBM, Contains, Moment, Scorer
+from ..targets import EBM, Classifier, Contains, Feature, Moment, Reward, Scorer
 from . import report
 from .config import DMConfig
 from .data import Contexts
@@ -105,7 +108,18 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
         feature(each, "monitor")
     if recipe.get("reward"):
         feature(recipe["reward"], "reward")
+    if recipe.get("lora"):
+        _lora_config(recipe["lora"])
     return recipe
+
+
+def _lora_config(arguments: Any) -> Any:
+    try:
+        import peft
+
+        return peft.LoraConfig(**arguments)
+    except (ImportError, TypeError, ValueError) as error:
+        raise RecipeError(f"lora must hold arguments of peft.LoraConfig, got {arguments!r}: {error}") from error
 
 
 def _number(text: str, where: str) -> float:
@@ -115,32 +129,50 @@ def _number(text: str, where: str) -> float:
         raise RecipeError(f"{where} must be a number, got {text!r}") from None
 
 
-def feature(entry: Any, where: str) -> Contains | Scorer:
-    """``{contains: {...}}`` or ``{scorer: {function: "module:name", ...}}``.
+def feature(entry: Any, where: str) -> Feature:
+    """``{contains: {...}}``, ``{scorer: {function: "module:name"}}`` or ``{classifier: {model: ..., label: ...}}``.
 
     Raises:
         RecipeError: anything else, with the place.
     """
-    if not isinstance(entry, Mapping) or len(entry) != 1:
-        raise RecipeError(f"{where} must be one of contains and scorer with its arguments, got {entry!r}")
-    kind, arguments = next(iter(entry.items()))
-    if not isinstance(arguments, Mapping) or kind not in ("contains", "scorer"):
-        raise RecipeError(f"{where} must be one of contains and scorer with its arguments, got {entry!r}")
+    kind, arguments = next(iter(entry.items())) if isinstance(entry, Mapping) and len(entry) == 1 else (None, None)
+    if not isinstance(arguments, Mapping) or kind not in ("contains", "scorer", "classifier"):
+        raise RecipeError(f"{where} must be one of contains, scorer and classifier with its arguments, got {entry!r}")
     options = dict(arguments)
     try:
         if kind == "contains":
             return Contains(**options)
-        return Scorer(_function(options.pop("function", None)), **options)
-    except (TypeError, ValueError) as error:
+        if kind == "scorer":
+            return Scorer(_function(options.pop("function", None)), **options)
+        return _classifier(**options)
+    except (OSError, TypeError, ValueError) as error:
         raise RecipeError(f"{where}: {kind} {dict(arguments)!r}: {error}") from error
 
 
-def constraint(entry: Any) -> Contains | Scorer | Moment:
-    """A pointwise constraint or ``{moment: {contains or scorer: {...}, value: mu}}``.
+def _classifier(model: str, **options: Any) -> Classifier:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    path = str(Path(model).expanduser())
+    return Classifier(
+        AutoModelForSequenceClassification.from_pretrained(path), AutoTokenizer.from_pretrained(path), **options
+    )
+
+
+def constraint(entry: Any) -> Feature | Moment:
+    """A pointwise constraint, ``{moment: {contains or scorer: {...}, value: mu}}`` or ``{reward: {...}, beta: beta}``.
 
     Raises:
         RecipeError: anything else, with the place.
     """
+    if isinstance(entry, Mapping) and list(entry) == ["reward"]:
+        arguments = entry["reward"]
+        if not isinstance(arguments, Mapping) or "beta" not in arguments:
+            raise RecipeError(f"constraints: a reward needs a feature and a beta, got {arguments!r}")
+        rewarded = feature({k: v for k, v in arguments.items() if k != "beta"}, "constraints: reward")
+        try:
+            return Reward(rewarded, arguments["beta"])
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"constraints: reward: {error}") from error
     if isinstance(entry, Mapping) and list(entry) == ["moment"]:
         arguments = entry["moment"]
         if not isinstance(arguments, Mapping) or "value" not in arguments:
@@ -168,7 +200,7 @@ def _prompts(prompts: Any) -> Any:
         return prompts
     path = Path(prompts).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) if path.suffix == ".jsonl" else line for line in lines if line]
     except (OSError, ValueError) as error:
         raise RecipeError(f"prompts: can't read {path}: {error}") from error
@@ -222,6 +254,65 @@ def _ideal(target: EBM, of_base: Samples) -> dict[str, Estimate]:
     return ideal | {"kl_policy_base": kl}
 
 
+def _model_and_base(
+    policy: LanguageModel, lora: dict[str, Any] | None, say: Callable[[Any], None]
+) -> tuple[torch.nn.Module, LanguageModel]:
+    """What is trained, and a: with an adapter that can be switched its own backbone, else a copy, which is said."""
+    if not lora:
+        return policy.model, policy.around(copy.deepcopy(policy.model).requires_grad_(False))
+    import peft
+
+    config = _lora_config(lora)
+    try:
+        adapters.check_config(config)
+    except ValueError as error:
+        say(f"three models in memory in the place of one: {error}")
+        base = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
+        return peft.get_peft_model(policy.model, config), base
+    model = peft.get_peft_model(policy.model, config)
+    return model, LanguageModel(model, policy.tokenizer, eos_token_id=policy.eos_token_ids).base()
+
+
+def prepare(
+    recipe: dict[str, Any], *, fitted: Mapping[str, Any] | None = None,
+    reward: Callable[[Samples], Any] | None = None, say: Callable[[Any], None] = print,
+) -> DMTrainer:  # fmt: skip
+    """The trainer of a recipe that ``read`` has checked, with its policy, its base and its fitted target.
+
+    Args:
+        fitted: the ``state_dict`` of an ``EBM`` with these constraints, whose lambda is taken. Default: fits it.
+        reward: a callable on ``Samples`` in the place of the recipe's.
+        say: prints a line.
+
+    Raises:
+        RecipeError, ValueError: as ``read``, ``EBM.fit``, ``DMTrainer``.
+    """
+    args = DMConfig(**{"output_dir": "dmfast_output", **recipe["train"]})
+    set_seed(args.seed)  # of what an adapter starts from
+    policy = load(recipe["model"], dtype=recipe.get("dtype") or "float32", stop=recipe.get("stop"))
+    model, base = _model_and_base(policy, recipe.get("lora"), say)
+    rows = _prompts(recipe.get("prompts"))
+    target = EBM(
+        base,
+        [constraint(each) for each in recipe["constraints"]],
+        monitor=[feature(each, "monitor") for each in recipe.get("monitor") or []],
+    )
+    if reward is None and recipe.get("reward"):
+        reward = feature(recipe["reward"], "reward")
+    for scorer in (*target.scorers.values(), reward):
+        if isinstance(scorer, Classifier):
+            scorer.model.to(args.device)
+    say(f"dmfast {__version__}: {target}, {args.objective}, {args.max_steps} steps, model {recipe['model']}")
+    if fitted is None:
+        fit = {"batch_size": args.sampling_batch_size, **(recipe.get("fit") or {})}
+        prompts = None if rows is None else [prompt for _, prompt in Contexts(rows)]
+        target.fit(contexts=prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature, **fit)
+    else:
+        target.load_state_dict(dict(fitted))
+    say(str(target.report))
+    return DMTrainer(model, target, args, train_dataset=rows, processing_class=policy.tokenizer, reward=reward)
+
+
 def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[Any], None] = print) -> dict[str, Any]:
     """Runs a recipe that ``read`` has checked.
 
@@ -236,29 +327,11 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
         RecipeError, ValueError: as ``read``, ``EBM.fit``, ``DMTrainer``.
     """
     start = time.perf_counter()
-    args = DMConfig(**{"output_dir": "dmfast_output", **recipe["train"]})
+    trainer = prepare(recipe, say=say)
+    args, target = trainer.args, trainer.target
     out = Path(args.output_dir)
-    policy = load(recipe["model"], dtype=recipe.get("dtype") or "float32", stop=recipe.get("stop"))
-    base = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
-    model: torch.nn.Module = policy.model
-    if recipe.get("lora"):
-        import peft
-
-        model = peft.get_peft_model(model, peft.LoraConfig(**recipe["lora"]))
     rows = _prompts(recipe.get("prompts"))
     prompts = None if rows is None else [prompt for _, prompt in Contexts(rows)]
-    target = EBM(
-        base,
-        [constraint(each) for each in recipe["constraints"]],
-        monitor=[feature(each, "monitor") for each in recipe.get("monitor") or []],
-    )
-    say(f"dmfast {__version__}: {target}, {args.objective}, {args.max_steps} steps, model {recipe['model']}")
-    fit = {"batch_size": args.sampling_batch_size, **(recipe.get("fit") or {})}
-    target.fit(contexts=prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature, **fit)
-    say(str(target.report))
-
-    reward = feature(recipe["reward"], "reward") if recipe.get("reward") else None
-    trainer = DMTrainer(model, target, args, train_dataset=rows, processing_class=policy.tokenizer, reward=reward)
     settings = {"samples": args.eval_samples, "seed": args.seed + 10**6, "batch_size": args.sampling_batch_size or 256}
     settings |= recipe.get("evaluate") or {}
 
@@ -267,9 +340,10 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
         return evaluate(
             model, target, some, math.ceil(settings["samples"] / len(some or [0])), max_new_tokens=args.max_new_tokens,
             temperature=args.temperature, seed=settings["seed"], batch_size=settings["batch_size"],
+            texts=args.eval_diversity,
         )  # fmt: skip
 
-    x_before, before = now(base)
+    x_before, before = now(target.base)
     training = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume or None)
     training = time.perf_counter() - training

@@ -34,18 +34,18 @@ def _lines(path: str) -> list[str]:
 
 def write(log: Mapping[str, Any], folder: Path, name: str = "log.json") -> None:
     """A run as JSON."""
-    text = json.dumps(_for_json(log), indent=1, ensure_ascii=False)
+    text = json.dumps(for_json(log), indent=1, ensure_ascii=False)
     (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
-def _for_json(value: Any) -> Any:
+def for_json(value: Any) -> Any:
     """Estimates as value and stderr; what JSON does not have, NaN and infinity, as null."""
     if isinstance(value, Estimate):
-        return _for_json(vars(value))
+        return for_json(vars(value))
     if isinstance(value, Mapping):
-        return {str(k): _for_json(v) for k, v in value.items()}
+        return {str(k): for_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_for_json(v) for v in value]
+        return [for_json(v) for v in value]
     if isinstance(value, Path):
         return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -126,12 +126,20 @@ def table(log: Mapping[str, Any]) -> Any:
         "kl_policy": "KL(p‖π), nats",
         "length": "tokens",
         "finished": "ended in EOS",
+        "distinct_1": "Distinct-1",
+        "distinct_2": "Distinct-2",
+        "distinct_3": "Distinct-3",
+        "self_bleu_5": "Self-BLEU-5",
     }
+
+    def shown(found: Estimate | None) -> str:
+        if found is None:
+            return ""
+        return str(found) if found.stderr > 0 else f"{found.value:.4g}"  # NaN: not estimated; 0: known
+
     for name, before in log["before"].items():
-        wanted = log["ideal"].get(name)
         title = f"E[{name[4:]}]" if name.startswith("phi/") else titles[name]
-        shown = "" if wanted is None else str(wanted) if wanted.stderr else f"{wanted.value:.4g}"
-        table.add_row(title, str(before), str(log["after"][name]), shown)
+        table.add_row(title, *map(shown, (before, log["after"][name], log["ideal"].get(name))))
     return table
 
 

@@ -5,7 +5,7 @@ An optimiser step, in the order in which the methods stand below:
     get_batch_samples   contexts -> x ~ q -> log P(x), Z; then cut into microbatches
     compute_loss        log pi(x) through the wrapped model, the fused loss
     _finish_step        estimates, baseline, q <- pi if pi is nearer to p
-    evaluate            fresh samples of pi
+    evaluate            fresh samples of pi; some of them as a table
     _save_checkpoint    all of it, whole or not at all
 
 What a step adds to Z and to the running values is held back until ``optimizer.step()`` is done, so that a checkpoint
@@ -24,11 +24,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -43,6 +46,9 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from .. import adapters
+from ..adapters import AdapterView
+from ..diagnostics import gradient_variance, weight_statistics
 from ..estimators import (
     PartitionFunction,
     PartitionFunctions,
@@ -62,15 +68,16 @@ from ..objectives import (
     plain_baseline,
     weigh,
 )
-from ..proposal import OfflineProposal
+from ..proposal import OfflineProposal, Scores
 from ..targets import EBM, Reward, Scorer
 from ..targets.constraints import as_feature
 from . import checkpoint
+from . import samples as samples_table
 from .callbacks import Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
 from .card import model_card
 from .config import DMConfig, refuse_parallelism
 from .data import ContextLoader, Contexts, StepSampler, contexts_of
-from .evaluation import evaluate
+from .evaluation import examine
 
 # of a model's generation_config: what would change the distribution that is sampled from
 _SAMPLER_OPTIONS = (
@@ -109,6 +116,7 @@ class _Step:
     epoch: int = 0  # steps that it has served before
     log_base: Tensor | None = None  # (N,) NaN where b = 0
     counts: dict[str, float] = field(default_factory=dict)  # what the scorers did for it on this rank
+    gradient: dict[str, float] = field(default_factory=dict)  # its norm and variance, where they were asked for
 
     @property
     def loss_inputs(self) -> dict[str, Tensor]:
@@ -134,7 +142,9 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     Args:
         model: the policy pi, a causal language model of transformers, or a PEFT model around one. Its dropout is set
             to 0, since a sequence and its score must come from one distribution.
-        target: an ``EBM`` that is fitted, around a base of its own (not ``model`` itself: the base must not move).
+        target: an ``EBM`` that is fitted, around a base of its own (not ``model`` itself: the base must not move), or
+            around ``LanguageModel(model, tokenizer).base()`` for a PEFT model: a, pi and q then share its backbone, and
+            q is a second adapter.
         args: ``DMConfig``.
         train_dataset: prompts, as ``dmfast.training.data.Contexts`` takes them; None: the empty context.
         eval_dataset: prompts to evaluate on. Default: those of ``train_dataset``.
@@ -183,12 +193,14 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 "it without tp_plan and distributed_config"
             )
         base = target.base
-        of_base = {p.data_ptr() for p in base.model.parameters()}
-        if any(p.data_ptr() in of_base for p in model.parameters()):
+        if isinstance(base, AdapterView) and base.model is model:
+            adapters.check(model)
+        elif not {p.data_ptr() for p in base.model.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters()):
             raise ValueError(
                 "target.base shares parameters with the model that is to be trained, so the target would move with it "
-                "(an adapter put into a model changes that model too); give the EBM a copy from before: "
-                "LanguageModel(copy.deepcopy(model), tokenizer)"
+                "(an adapter put into a model changes that model too); give the EBM a copy from before, "
+                "LanguageModel(copy.deepcopy(model), tokenizer), or for a PEFT model the view without its adapter, "
+                "LanguageModel(model, tokenizer).base()"
             )
         if not target.fitted:
             raise ValueError(f"{target} is not fitted, so its lambda is not known: call target.fit(...) first")
@@ -248,12 +260,15 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             for callback in [c for c in self.callback_handler.callbacks if type(c) is stock]:
                 self.callback_handler.callbacks.remove(callback)
                 self.add_callback(ours)
-        base.model.to(self.args.device).requires_grad_(False)
+        shared = base.model is model  # then it is on the device, and the policy's to train
+        if not shared:
+            base.model.to(self.args.device).requires_grad_(False)
         self.proposal: OfflineProposal[LanguageModel] | None = None
         if not args.on_policy:
             self.proposal = OfflineProposal(
                 self.policy, args.proposal_criterion, args.proposal_interval, best_only=args.proposal_best_only,
-                stderrs=args.proposal_stderrs, decay=args.proposal_decay,
+                stderrs=args.proposal_stderrs, decay=args.proposal_decay, device=args.proposal_device,
+                adapter=shared and args.proposal_device is None,
             )  # fmt: skip
         self._estimates = RunningEstimates(args.proposal_decay) if self.proposal is None else self.proposal.running
         beta = None
@@ -346,8 +361,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             return None
         return replace(
             batch, epoch=batch.epoch + 1, forwarded=torch.ones_like(batch.forwarded),
-            seconds=dict.fromkeys(batch.seconds, 0.0), counts=dict.fromkeys(batch.counts, 0.0),
-            pending=replace(self._running, steps=self._running.steps + 1),
+            seconds=dict.fromkeys(("sampling", "scoring", "policy"), 0.0), counts=dict.fromkeys(batch.counts, 0.0),
+            gradient={}, pending=replace(self._running, steps=self._running.steps + 1),
         )  # fmt: skip
 
     @torch.no_grad()
@@ -355,7 +370,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         args, start = self.args, time.perf_counter()
         if self._running.lambda_ != self.target.lambda_.tolist():
             self._forget_target()
-        model = self.policy if self.proposal is None else self.proposal.snapshot
+        model = self.policy if self.proposal is None else self.proposal
         n = self.samples_per_context
         x = model.sample(
             [prompt for _, prompt in contexts], n, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
@@ -367,7 +382,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         sampled = time.perf_counter()
 
         needs_base = "log_base" in args.make_objective().needs
-        log_base = x.log_prob if self._proposal_is_base(model, x) else None
+        log_base = x.log_prob if self._proposal_is_base(x) else None
         if log_base is None and needs_base:
             log_base = self._log_base(x)
         done = self._scorer_counts()
@@ -447,34 +462,42 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     def _log_base(self, x: Samples) -> Tensor:
         return self.target.base.log_prob(x, batch_size=self.args.sampling_batch_size)
 
-    def _proposal_is_base(self, model: LanguageModel, x: Samples) -> bool:
+    def _proposal_is_base(self, x: Samples) -> bool:
         """Whether q still is a, so that log a(x) = log q(x): found out once, by whether both score alike to a bit."""
         if self.proposal is None or self.proposal.swaps:
             return False
         if self._q_is_base is None:
-            some = x[: min(len(x), 8)]
-            self._q_is_base = torch.equal(model.log_prob(some), self.target.base.log_prob(some))
+            some, q = x[: min(len(x), 8)], self.proposal.snapshot
+            self._q_is_base = torch.equal(q.log_prob(some.to(q.device)).to(x.log_prob), self.target.base.log_prob(some))
         return self._q_is_base
 
     def _with_step(self, context: Tensor, log_target: Tensor, log_proposal: Tensor) -> _Running:
         """The running values with the samples of all ranks."""
         context, log_target, log_proposal = (self._gather(v) for v in (context, log_target, log_proposal))
-        old = PartitionFunctions() if self.args.partition == "step" else self._running.partitions
         scale = copy.copy(self._running.scale)
         scale.update(log_target, torch.zeros_like(log_target))
         nothing = bool((log_target == -math.inf).all())
         return replace(
             self._running,
-            partitions=old.updated(context, log_target, log_proposal),
+            partitions=self._partitions.updated(context, log_target, log_proposal),
             scale=scale,
             zero_steps=self._running.zero_steps + 1 if nothing else 0,
             steps=self._running.steps + 1,
             beta=copy.copy(self._running.beta),
         )
 
+    @property
+    def _partitions(self) -> PartitionFunctions:
+        """What a step's samples are added to."""
+        return PartitionFunctions() if self.args.partition == "step" else self._running.partitions
+
     def _gather(self, values: Tensor) -> Tensor:
         """(N, ...) of all ranks, in their order."""
         return cast(Tensor, self.accelerator.gather(values.contiguous())) if self.args.world_size > 1 else values
+
+    def _sum(self, value: Tensor) -> Tensor:
+        """Over all ranks."""
+        return cast(Tensor, self.accelerator.reduce(value, "sum")) if self.args.world_size > 1 else value
 
     # ---- the loss
 
@@ -523,6 +546,20 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     def _before_optimizer(self) -> None:
         assert self._step is not None
         self._step.seconds["policy"] = time.perf_counter() - self._started
+        every = self.args.gradient_variance_steps
+        if every and (self.state.global_step + 1) % every == 0:
+            self._measure_gradients(self._step)
+
+    def _measure_gradients(self, step: _Step) -> None:
+        """While the policy still is as the step has found it."""
+        start = time.perf_counter()
+        for out in self._outputs:
+            out.check()
+        weight = torch.cat([out.weight for out in self._outputs])
+        with self.accelerator.autocast():
+            found = gradient_variance(self.policy, step.samples, weight, reduce=self._sum)
+        step.gradient.update(gradient_variance=found.variance, gradient_norm=found.norm)
+        step.seconds["gradient_variance"] = time.perf_counter() - start
 
     @torch.no_grad()
     def _finish_step(self) -> None:
@@ -553,7 +590,11 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         else:
             self.proposal.update(out)  # into the same estimates
         now = self._estimates.estimates()
-        swapped = self.proposal is not None and self.proposal.maybe_update(self._verdict_of_rank_0)
+        start = time.perf_counter()
+        fresh = self._fresh if self.args.proposal_check_samples else None
+        swapped = self.proposal is not None and self.proposal.maybe_update(self._verdict_of_rank_0, fresh=fresh)
+        if fresh is not None:
+            step.seconds["check"] = time.perf_counter() - start
         self._warn_of_zero(len(out.log_prob))
         if self.args.logging_strategy == "no":
             self._metrics = []
@@ -561,6 +602,35 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         if step.epoch == 0:
             self._refit(step)
         self._step, self._outputs = None, []
+
+    def _fresh(self) -> Scores:
+        """Sequences of q for a check of the proposal alone, scored by q, a and pi; those of all ranks.
+
+        They change nothing that a step has: neither its random numbers nor Z.
+        """
+        args, proposal = self.args, cast("OfflineProposal[LanguageModel]", self.proposal)
+        some = min(len(self._contexts), max(args.proposal_check_samples // self.samples_per_context, 1))
+        mine = math.ceil(args.proposal_check_samples / (some * args.world_size))  # of each context, on this rank
+        seed = self._seed(f"check {self._running.steps}")
+        rows = torch.randperm(len(self._contexts), generator=torch.Generator().manual_seed(seed))[:some]
+        with self.accelerator.autocast():
+            x = proposal.sample(
+                [self._contexts[row][1] for row in rows.tolist()], mine, max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature, seed=seed, batch_size=args.sampling_batch_size,
+                first_row=args.process_index * mine * some,
+            )  # fmt: skip
+            log_base = x.log_prob if self._proposal_is_base(x) else None
+            log_target = self.target.score(x, log_base, batch_size=args.sampling_batch_size).log_target
+            # where P = 0, kl and tvd don't need log pi
+            scored = (log_target > -math.inf) | (args.proposal_criterion == "js")
+            log_prob = torch.full_like(log_target, math.nan)
+            log_prob[scored] = self.policy.log_prob(x[scored], batch_size=args.sampling_batch_size).to(log_prob)
+        context = rows.to(x.context_id.device)[x.context_id]
+        context, log_prob, log_proposal, log_target = (
+            self._gather(each) for each in (context, log_prob, x.log_prob, log_target)
+        )
+        log_z = self._partitions.updated(context, log_target, log_proposal).log_z(context)
+        return log_prob, log_proposal, log_target, log_z
 
     def _refit(self, step: _Step) -> None:
         """lambda anew, where its fit rests on few samples and enough of the proposals' have been seen."""
@@ -598,7 +668,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         seen = step.pending.partitions.log_z(step.context)
         finite = seen[seen.isfinite()]
         log_z = float(finite.mean()) if len(finite) else -math.inf
-        weights, features = out.weight, self._gather(step.features)
+        features = self._gather(step.features)
         metrics = {f"phi/{name}": float(v) for name, v in zip(self.feature_names, features.mean(0), strict=True)}
         # log_z and ess among the estimates are those of the window since the last swap
         window = {k: v for k, v in estimates.items() if not k.startswith(("log_z", "ess"))}
@@ -610,12 +680,14 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             "ess": effective_sample_size(log_u).value,
             "swaps": float(self.proposal.swaps) if self.proposal else 0.0,
             "swapped": float(swapped),
-            "weight_mean": float(weights.mean()),
-            "weight_std": float(weights.std(correction=0)),
+            **weight_statistics(out.weight),
             "n_clipped": float(out.n_clipped),
             "n_empty": float((out.log_z == -math.inf).sum()),
             "length": float(self._gather(step.samples.score_mask.sum(1)).double().mean()),
         }
+        if self.proposal is not None and self.proposal.last_check is not None:
+            check = self.proposal.last_check
+            metrics |= {"proposal_check": check.value, "proposal_check_stderr": check.stderr}
         if len(self._running.partitions) == 1 and self.args.partition == "running":
             metrics["log_z_stderr"] = self._running.partitions[int(step.context[0])].stderr
         if self.args.baseline == "mean":
@@ -637,7 +709,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             metrics["clip_fraction"] = float(clipped.double().mean())
         if self.args.objective == "reinforce_p":
             metrics["log_scale"] = step.objective.log_scale or 0.0
-        return metrics | step.counts | {f"seconds_{what}": seconds for what, seconds in step.seconds.items()}
+        seconds = {f"seconds_{what}": value for what, value in step.seconds.items()}
+        return metrics | step.gradient | step.counts | seconds
 
     @property
     def feature_names(self) -> list[str]:
@@ -661,10 +734,11 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         if "loss" in logs and self._metrics:
             means = ("phi/", "scorer/", "weight_", "seconds_", "length", "ess", "reward", "clip_fraction")
             sums = ("n_clipped", "n_empty", "swapped")
-            for key, last in self._metrics[-1].items():
+            for key in {key: None for metrics in self._metrics for key in metrics}:
                 values = [m[key] for m in self._metrics if key in m]
-                mean = sum(values) / len(values)
-                logs[key] = sum(values) if key in sums else mean if key.startswith(means) else last
+                # what is done in some steps only takes no time in the others
+                mean = sum(values) / (len(self._metrics) if key.startswith("seconds_") else len(values))
+                logs[key] = sum(values) if key in sums else mean if key.startswith(means) else values[-1]
             self._metrics = []
         super().log(logs, start_time)
 
@@ -685,7 +759,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         Returns:
             ``eval_phi/<feature>``, ``eval_kl_policy_base`` (KL(pi||a), nats) and ``eval_kl_policy`` (KL(p||pi), nats,
             by importance weights), each with ``_stderr``; ``eval_length`` (tokens), ``eval_finished`` (share that ended
-            in EOS), ``eval_runtime`` (seconds).
+            in EOS), ``eval_runtime`` (seconds). With ``args.eval_diversity``: ``eval_distinct_1`` to
+            ``eval_distinct_3``, with ``_stderr``, and ``eval_self_bleu_5``.
         """
         start, args = time.perf_counter(), self.args
         contexts = self._eval_contexts if eval_dataset is None else Contexts(eval_dataset)
@@ -694,19 +769,27 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         mine = math.ceil(per_context / args.world_size)  # of each context, on this rank
         prompts = [contexts[i][1] for i in range(some)]
         with self.accelerator.autocast():
-            self.eval_samples, estimates = evaluate(
+            found = examine(
                 self.policy, self.target, prompts, mine, max_new_tokens=args.max_new_tokens,
                 temperature=args.temperature, seed=self._seed("evaluation"),
                 batch_size=args.sampling_batch_size or args.per_device_train_batch_size,
-                first_row=args.process_index * mine * some, gather=self._gather,
+                texts=args.eval_diversity, first_row=args.process_index * mine * some, gather=self._gather,
+                gather_texts=gather_object if args.world_size > 1 else lambda texts: texts,
             )  # fmt: skip
-        metrics = {}
-        for name, estimate in estimates.items():
+        self.eval_samples, metrics = found.samples, {}
+        for name, estimate in found.estimates.items():
             metrics[f"{metric_key_prefix}_{name}"] = estimate.value
-            if name not in ("length", "finished"):
+            if name not in ("length", "finished", "self_bleu_5"):
                 metrics[f"{metric_key_prefix}_{name}_stderr"] = estimate.stderr
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(metrics)
+        if args.log_samples and self.is_world_process_zero():
+            has_prompts = eval_dataset is not None or self._eval_contexts is not self._contexts or self._has_prompts
+            rows = samples_table.rows(found, prompts if has_prompts else None, args.log_samples,
+                                      step=self.state.global_step, name=metric_key_prefix)  # fmt: skip
+            samples_table.write(Path(args.output_dir), rows, self.state.global_step)
+            samples_table.send(self.callback_handler.callbacks, rows, self.state.global_step,
+                               f"{metric_key_prefix}/samples")  # fmt: skip
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -730,6 +813,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             resume_from_checkpoint = str(checkpoint.to_resume(resume_from_checkpoint, Path(self.args.output_dir)))
         self._metrics, self._model_step, self._batch = [], None, None
         self._random_state_of = resume_from_checkpoint or None
+        if not resume_from_checkpoint and self.args.log_samples and self.is_world_process_zero():
+            samples_table.forget(Path(self.args.output_dir))
         self._jit = jit = self._install_jit()
         self._interrupt.install()
         try:
@@ -871,7 +956,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             # transformers refuses to save some that it loads, such as a temperature without do_sample
             model.generation_config = GenerationConfig()
         try:
-            super()._save(output_dir, state_dict)
+            with _without_proposal(model):
+                super()._save(output_dir, state_dict)
         finally:
             if config is not None:
                 model.generation_config = config
@@ -889,6 +975,21 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         """Writes the card of ``save_model`` into ``args.output_dir``."""
         if self.is_world_process_zero():
             self._write_card(Path(self.args.output_dir))
+
+
+@contextmanager
+def _without_proposal(model: Any) -> Iterator[None]:
+    """A PEFT model's save_pretrained saves all adapters but that of q."""
+    names = list(getattr(model, "peft_config", None) or ())
+    if adapters.PROPOSAL not in names:
+        yield
+        return
+    names.remove(adapters.PROPOSAL)
+    model.save_pretrained = partial(model.save_pretrained, selected_adapters=names)
+    try:
+        yield
+    finally:
+        del model.save_pretrained
 
 
 def _batch_state(step: _Step) -> dict[str, Any]:

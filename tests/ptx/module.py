@@ -62,7 +62,7 @@ def _end(text: str, start: int) -> int:
 
 def parse(ptx: str) -> dict[str, Kernel]:
     """The kernels of a PTX file by their names."""
-    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx, flags=re.DOTALL)
+    text = re.sub(r"//[^\n]*|/\*.*?\*/|\.loc\s[^\n]*", "", ptx, flags=re.DOTALL)
     first = _ENTRY.search(text)
     outside = text[: first.start()] if first else ""
     kernels = {}
@@ -106,8 +106,8 @@ def _read_body(kernel: Kernel, body: str) -> None:
                 break
             kernel.labels[label[1]] = len(kernel.code)
             statement = statement[label.end() :]
-        statement = re.sub(r"^(\.loc[^\n]*\n\s*|\.pragma[^\n]*\n\s*)+", "", statement).strip()
-        if not statement or statement.startswith((".shared", ".pragma", ".loc", ".file", ".branchtargets")):
+        statement = re.sub(r"^(\.pragma[^\n]*\n\s*)+", "", statement).strip()
+        if not statement or statement.startswith((".shared", ".pragma", ".file", ".branchtargets")):
             continue
         if statement.startswith(".reg"):
             _, kind, names = statement.split(None, 2)

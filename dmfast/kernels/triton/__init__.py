@@ -10,6 +10,8 @@ from importlib import metadata, util
 
 import torch
 
+from ..fp64 import has_fp64, lacking
+
 
 def interpreted() -> bool:
     """TRITON_INTERPRET=1: Triton's interpreter runs the kernels on CPU tensors, for tests."""
@@ -38,15 +40,11 @@ def _numbers(version: str) -> tuple[int, int]:
 
 
 def devices() -> list[str]:
-    """The device types that there are tensors of here and that Triton has kernels for."""
-    found = [name for name in ("cuda", "xpu") if getattr(torch, name).is_available()]  # ROCm's tensors are cuda's
+    """The types of the devices here that Triton has kernels for."""
+    found = ["cuda"] if torch.cuda.is_available() else []  # ROCm's tensors too
+    if any(has_fp64(torch.device("xpu", i)) for i in range(torch.xpu.device_count())):
+        found.append("xpu")
     return [*found, "cpu"] if interpreted() else found
-
-
-@cache
-def _fp64(device: torch.device) -> bool:
-    """Whether a device has fp64, which Intel's smaller GPUs have not."""
-    return device.type != "xpu" or bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", True))
 
 
 def why_not(device: torch.device | None = None) -> str | None:
@@ -55,9 +53,15 @@ def why_not(device: torch.device | None = None) -> str | None:
     if missing is not None:
         return missing
     if not devices():
-        return "there is no CUDA, ROCm or XPU device that torch can use"
+        narrow = [name for name in lacking() if name.startswith("xpu")]
+        but = f" and that has fp64, which {', '.join(narrow)} lacks" if narrow else ""
+        return f"there is no CUDA, ROCm or XPU device that torch can use{but}"
     if device is None:
         return None
     if device.type not in devices():
         return f"Triton has no kernels for {device.type} tensors"
-    return None if _fp64(device) else f"{device} has no fp64"
+    return None if has_fp64(device) else f"{device} has no fp64"
+
+
+# as torch.compiler.assume_constant_result does, which would import torch._dynamo
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -18,14 +18,17 @@ NONE: int = loss.NONE.value
 class Shape(NamedTuple):
     """How a row is divided among the threads of a program."""
 
-    lanes: int  # packs of 16 bytes that are under way at a time: two for each thread
+    lanes: int  # packs of 16 bytes that are under way at a time: two for each thread, or one
     warps: int
 
 
-def shape_of(vocab: int, itemsize: int) -> Shape:
-    """A third of a row at most, so that few threads idle; three kinds, each compiled once."""
-    warps = next((w for w in (8, 4) if vocab * itemsize >= 3 * 64 * w * 16), 1)
-    return Shape(64 * warps, warps)
+def shape_of(vocab: int, itemsize: int, cap: bool) -> Shape:
+    """A third of a row at most, so that few threads idle; three kinds, each compiled once.
+
+    With a softcap a thread has 8 logits under way, a program 4 warps: 16, or 8 warps, spill registers (``make aot``).
+    """
+    warps = next((w for w in ((4,) if cap else (8, 4)) if vocab * itemsize >= 3 * 64 * w * 16), 1)
+    return Shape(32 * warps if cap and itemsize == 2 else 64 * warps, warps)
 
 
 def _on(x: Tensor) -> AbstractContextManager[Any]:
@@ -78,7 +81,7 @@ def _sequence_of(batch: Batch) -> Tensor:
 
 def _options(batch: Batch) -> dict[str, Any]:
     size = batch.logits.element_size()
-    shape = shape_of(batch.vocab, size)
+    shape = shape_of(batch.vocab, size, batch.softcap > 0)
     return {"CAP": batch.softcap > 0, "W": 16 // size, "LANES": shape.lanes, "num_warps": shape.warps}
 
 
@@ -128,7 +131,7 @@ def backward(batch: Batch, lse: Tensor, weights: Tensor, dz: Tensor) -> None:
 def scale(batch: Batch, dz: Tensor, factors: Tensor, sequence_of: Tensor | None = None) -> None:
     """dz *= factors[sequence]."""
     if batch.n_rows:
-        options = _options(batch)
+        options = _options(batch._replace(softcap=0.0))
         del options["CAP"]
         steps, *strides = _row_strides(dz, batch)
         with _on(dz):

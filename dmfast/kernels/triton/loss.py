@@ -20,7 +20,6 @@ from .rows import (
     INF,
     LN_2,
     LOWEST,
-    NAN,
     aligned,
     constants,
     distance,
@@ -113,7 +112,7 @@ def score_rows(
     label = tl.load(labels + row)
     token = (label >= 0) & (label < vocab)
     if not token:
-        tl.store(lse_of + row, tl.where(label == IGNORE, 0.0, NAN).to(tl.float64))
+        tl.store(lse_of + row, tl.where(label == IGNORE, 0.0, float("nan")).to(tl.float64))
         if WRITE:
             zero_row(dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row), vocab, W, LANES)
     else:
@@ -165,7 +164,7 @@ def score_rows(
         total += tl.sum(tl.where(at_top, rest, tl.where(shrink == 0, 0.0, shrink * (rest + ones))), axis=0)
         total += tl.sum(tl.where(one, 0.0, e).to(tl.float64), axis=0)
         # NaN times anything: a lane whose terms were too small to count had none
-        total = tl.where((top == INF) | (tl.sum((rest != rest).to(tl.int32), axis=0) > 0), NAN, total)
+        total = tl.where((top == INF) | (tl.sum((rest != rest).to(tl.int32), axis=0) > 0), float("nan"), total)
         log_total = tl.log(total)
         lse = scaled(top, scale, cap, CAP) + log_total
         tl.store(lse_of + row, lse)
@@ -271,10 +270,10 @@ def sum_rows(
     worst = tl.min(fault, axis=0)
     bad = worst != NONE
     tl.store(faults + i, worst)
-    tl.store(log_prob + i, tl.where(bad, NAN, tl.sum(sums, axis=0)))
+    tl.store(log_prob + i, tl.where(bad, float("nan"), tl.sum(sums, axis=0)))
     if ENTROPY:
-        tl.store(entropy + i, tl.where(bad, NAN, tl.sum(entropies, axis=0)))
+        tl.store(entropy + i, tl.where(bad, float("nan"), tl.sum(entropies, axis=0)))
     if bad:
         for start in range(first, last, ROWS):
             row = (start + tl.arange(0, ROWS)).to(tl.int64)
-            tl.store(lse_of + row, tl.full([ROWS], NAN, tl.float64), mask=row < last)
+            tl.store(lse_of + row, tl.full([ROWS], float("nan"), tl.float64), mask=row < last)

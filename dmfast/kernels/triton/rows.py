@@ -11,7 +11,7 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # not -inf, from which -inf can't be subtracted
-NAN = tl.constexpr(float("nan"))
+# NaN is float("nan") in the kernels: at each launch Triton holds a global against what it was, and NaN is never that
 INF = tl.constexpr(float("inf"))
 IGNORE = tl.constexpr(-100)
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken off again, it rounds to an integer

@@ -10,7 +10,7 @@ probability 0 is never drawn.
 import triton
 import triton.language as tl
 
-from .rows import INF, LOWEST, NAN, constants, distance, exp2_of, logistic_of, scaled
+from .rows import INF, LOWEST, constants, distance, exp2_of, logistic_of, scaled
 
 TILE = 1024
 _RUN_TIME = ["vocab", "stride_row", "scale_high", "scale_low", "cap_high", "cap_low", "seed_low", "seed_high",
@@ -57,7 +57,7 @@ def sample_rows(
         top = tl.maximum(tl.max(x, axis=0), LOWEST)
         e, _ = exp2_of(distance(x, top, logistic_of(top, c, CAP), c, CAP), c[0], c[1])
         e = tl.where(here, e, 0.0)
-        sums = tl.where(k == tile, tl.where(top == INF, NAN, tl.sum(e.to(tl.float64), axis=0)), sums)
+        sums = tl.where(k == tile, tl.where(top == INF, float("nan"), tl.sum(e.to(tl.float64), axis=0)), sums)
         tops = tl.where(k == tile, top, tops)
     highest = scaled(tl.max(tops, axis=0), scale, cap, CAP)
     shrink = tl.exp(scaled(tops, scale, cap, CAP) - highest)
@@ -91,4 +91,4 @@ def sample_rows(
         tl.store(log_prob + row, scaled(drawn, scale, cap, CAP) - log_total)
     else:
         tl.store(tokens + row, 0)
-        tl.store(log_prob + row, tl.full([], NAN, tl.float64))
+        tl.store(log_prob + row, tl.full([], float("nan"), tl.float64))

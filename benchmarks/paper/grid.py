@@ -1,0 +1,217 @@
+"""The runs of the paper's experiments: which, in which order, side by side, taken up where they stopped.
+
+    python benchmarks/paper/grid.py                 # all: tuning, then the main grid, then the studies
+    python benchmarks/paper/grid.py main --jobs 2   # one part; a run is a process of one thread
+    python benchmarks/paper/grid.py quick --out paper_quick
+
+A run whose JSON is there is not run again. With ``--commit`` each is committed as it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from run import METHODS
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results" / "paper"
+MAIN = ("reinforce", "reinforce_p", "kl_control", "gdc", "gdc++")
+GRID = ("word_amazing", "word_restaurant", "wordlist_war", "wordlist_music", "classifier_positive",
+        "classifier_negative", "women", "topics", "women_science", "women_sports")  # fmt: skip
+STUDIED = ("word_amazing", "women")
+VARIANTS = ("js", "tv", "gdc_mean", "gdc++_on_policy", "gdc_loo", "gdc++_clip", "gdc++_fresh")
+SEEDS = (0, 1, 2)
+LEARNING_RATES = (5e-5, 1.5e-4, 5e-4, 1.5e-3)
+TUNING_SEED = 100
+PARTS = ("tuning", "base", "main", "batch", "variants")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process of run.py."""
+
+    part: str
+    task: str
+    method: str
+    seed: int
+    learning_rate: float | None = None
+    batch: int = 256
+    options: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        rate = f"-lr{self.learning_rate:g}" if self.part == "tuning" else ""
+        batch = f"-b{self.batch}" if self.part == "batch" else ""
+        return f"{self.part}/{self.task}-{self.method.replace('++', 'pp')}{rate}{batch}-seed{self.seed}.json"
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of run.py."""
+        rate = [] if self.learning_rate is None else ["--learning-rate", str(self.learning_rate)]
+        return [self.task, self.method, "--seed", str(self.seed), "--batch", str(self.batch), *rate, *self.options]
+
+
+def score(result: dict[str, Any]) -> tuple[float, float]:
+    """What a method's learning rate is chosen by, larger is better, and its standard error.
+
+    Its own aim, at the end of a run: -KL(p||pi); for REINFORCE E_pi[phi]; for KL-control E_pi[phi] - beta KL(pi||a),
+    with the beta that it starts from.
+    """
+    last = result["evaluations"][-1]
+    if not result["finite"]:
+        return -math.inf, 0.0
+    if result["method"] in ("reinforce", "reinforce_p", "kl_control"):
+        (name,) = [key for key in last if key.startswith("phi/") and not key.endswith("_stderr")]
+        beta = METHODS["kl_control"]["beta"] if result["method"] == "kl_control" else 0.0
+        error = math.hypot(last[f"{name}_stderr"], beta * last["kl_policy_base_stderr"])
+        return last[name] - beta * last["kl_policy_base"], error
+    return -last["kl_exact"], last["kl_exact_stderr"]
+
+
+def learning_rates(folder: Path) -> dict[str, float]:
+    """The smallest rate of each method that is within a standard error of its best; of those that are tuned."""
+    found = {}
+    for method in MAIN:
+        scores = {}
+        for run in tuning():
+            path = folder / run.name
+            if run.method == method and path.exists():
+                scores[run.learning_rate] = score(json.loads(path.read_text()))
+        if len(scores) == len(LEARNING_RATES):
+            best, error = max(scores.values())
+            found[method] = min(rate for rate, (value, _) in scores.items() if value >= best - error)
+    return found
+
+
+def tuning() -> Iterator[Run]:
+    """A task and a seed outside the grid, evaluated at the end only."""
+    for rate in LEARNING_RATES:
+        for method in MAIN:
+            yield Run("tuning", "tuning", method, TUNING_SEED, rate, options=("--evaluations", "1"))
+
+
+def plan(parts: Iterable[str], folder: Path) -> Iterator[Run]:
+    """All runs of some parts, in order. Those after the tuning need its end.
+
+    Raises:
+        LookupError: a method's learning rate is not chosen yet.
+    """
+    rates = learning_rates(folder)
+    for part in parts:
+        if part == "tuning":
+            yield from tuning()
+        elif part == "base":
+            for seed in SEEDS:
+                yield from (Run(part, task, "base", seed) for task in GRID)
+        elif len(rates) < len(MAIN):
+            raise LookupError(f"no learning rate for {set(MAIN) - set(rates)}: run the tuning first")
+        elif part == "main":
+            for seed in SEEDS:
+                for task in GRID:
+                    variance = ("--gradient-variance",) if task in STUDIED else ()
+                    yield from (Run(part, task, m, seed, rates[m], options=variance) for m in MAIN)
+        elif part == "batch":
+            for seed in SEEDS:
+                for task in STUDIED:
+                    for batch in (64, 128, 512):  # 256 is the main grid's
+                        yield from (Run(part, task, m, seed, rates[m], batch) for m in ("gdc", "gdc++"))
+        elif part == "variants":
+            for seed in SEEDS:
+                for task in STUDIED:
+                    for method in VARIANTS:
+                        yield Run(part, task, method, seed, rates["gdc++"], options=("--gradient-variance",))
+
+
+def quick() -> list[Run]:
+    """Two tasks, GDC and GDC++, one seed, a quarter of the sequences."""
+    options = ("--samples", "5120", "--eval-samples", "512", "--evaluations", "2")
+    return [
+        Run("quick", task, m, 0, 5e-4, options=options) for task in ("wordlist_war", "women") for m in ("gdc", "gdc++")
+    ]
+
+
+def execute(run: Run, folder: Path) -> float:
+    """Runs it; the seconds that it took.
+
+    Raises:
+        RuntimeError: it failed; with what it said.
+    """
+    start = time.perf_counter()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "run.py"), *run.arguments, "--out", str(folder / run.name)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{run.name}: exit status {done.returncode}\n{done.stdout[-500:]}\n{done.stderr[-2000:]}")
+    return time.perf_counter() - start
+
+
+def commit(folder: Path, name: str) -> None:
+    """What is there of the runs. Where git is busy with something else, the next one takes it along."""
+    for command in (["add", "--", str(folder)], ["commit", "-q", "-m", f"paper: {name}", "--", str(folder)]):
+        done = subprocess.run(["git", *command], cwd=HERE, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"not committed yet: {done.stderr.strip() or done.stdout.strip()}")
+            return
+
+
+def work(runs: list[Run], folder: Path, jobs: int, console: Console, *, commits: bool) -> int:
+    """Runs what is not there yet, ``jobs`` at a time; how many failed."""
+    todo = [run for run in runs if not (folder / run.name).exists()]
+    console.print(f"{len(runs)} runs, {len(runs) - len(todo)} done")
+    seconds: list[float] = []
+    failed = 0
+    waiting, running = iter(todo), dict[Future[float], Run]()
+    with ThreadPoolExecutor(jobs) as pool:
+        while True:
+            while len(running) < jobs and (run := next(waiting, None)) is not None:
+                running[pool.submit(execute, run, folder)] = run
+            if not running:
+                return failed
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(future)
+                error = future.exception()
+                if error is not None:
+                    failed += 1
+                    console.print(f"failed: {error}", style="red")
+                    continue
+                seconds.append(future.result())
+                left = len(todo) - len(seconds) - failed
+                minutes = left * statistics.median(seconds) / jobs / 60
+                console.print(f"{run.name}: {seconds[-1]:.0f} s; {left} left, about {minutes:.0f} minutes")
+                if commits:
+                    commit(folder, run.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, "quick", []], help="default: all but quick")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS / "runs")
+    parser.add_argument("--commit", action="store_true", help="each run, as it ends")
+    args = parser.parse_args()
+    console = Console(highlight=False, soft_wrap=True)
+    failed = 0
+    for part in args.parts or PARTS:  # the rates of the later ones are known after the first
+        runs = quick() if part == "quick" else list(plan([part], args.out))
+        failed += work(runs, args.out, args.jobs, console, commits=args.commit)
+    sys.exit(f"{failed} runs failed; the same command tries them again" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""One backbone for a, pi and q: a PEFT model without its adapter is a, with it pi, with a copy of the adapter q.
+
+A view is a ``LanguageModel`` around the same module that switches before each of its forwards and back after it: the
+policy finds active adapter and requires_grad as it left them, also after an error. PEFT's own switching sets
+requires_grad as it sees fit; here the flags are put back one by one. Nothing of a view has a gradient, so no backward
+has to recompute anything under another adapter than the policy's.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from .models import LanguageModel, Samples, disable_dropout
+
+#: The adapter that holds q.
+PROPOSAL = "dmfast_proposal"
+
+# whose layers leave the base weights alone, so that switched off they are the pretrained model
+_TYPES = ("LORA", "LOHA", "LOKR", "IA3")
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # the others write into the base weights
+_WHOLE_BASE = "or give the EBM a base of its own, a copy of the model from before the adapter"
+
+
+def check(model: nn.Module) -> str:
+    """The name of the adapter that is the policy, if switching it off leaves the pretrained model.
+
+    Raises:
+        ValueError: no PEFT model; an adapter that can't be switched, or that is not all that is trained.
+    """
+    library: Any = sys.modules.get("peft")  # nobody has a PeftModel who has not imported it
+    if library is None or not isinstance(model, library.PeftModel):
+        hint = ""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            hint = "; where add_adapter was called on the model itself, take peft.get_peft_model(model, config) instead"
+        raise ValueError(f"one backbone needs a peft.PeftModel, got {type(model).__name__}{hint}")
+    peft: Any = model
+    active = list(peft.active_adapters)
+    if len(active) != 1:
+        raise ValueError(
+            f"one backbone needs one active adapter, the policy; {len(active)} are active ({', '.join(active)}): call "
+            "model.set_adapter(name)"
+        )
+    name = str(active[0])
+    check_config(peft.peft_config[name])
+    layers = _layers(model)
+    if any(getattr(layer, "merged_adapters", None) for layer in layers):
+        raise ValueError("the adapter is merged into the base weights, so it can't be switched off: unmerge_adapter()")
+    if any(layer.disable_adapters for layer in layers):
+        raise ValueError("the adapter is disabled, so the policy would be the base: call model.enable_adapter_layers()")
+    own = {tensor.data_ptr() for tensor in weights(peft, name).values()}
+    others = [n for n, p in peft.named_parameters() if p.requires_grad and p.data_ptr() not in own]
+    if others:
+        raise ValueError(
+            f"one backbone needs the adapter {name!r} to be all that is trained, and {len(others)} other parameters "
+            f"require a gradient ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}): they would move the "
+            f"base too; freeze them, {_WHOLE_BASE}"
+        )
+    return name
+
+
+def check_config(config: Any) -> None:
+    """Whether a model with an adapter of this ``peft.PeftConfig`` is the pretrained one while the adapter is off.
+
+    Raises:
+        ValueError: it is not, or not known to be.
+    """
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in _TYPES:
+        raise ValueError(
+            f"one backbone can't be shared through an adapter of type {kind}, only through {', '.join(_TYPES)}, which "
+            f"leave the base weights alone; take one of these, {_WHOLE_BASE}"
+        )
+    refused = {
+        "modules_to_save": "trains whole copies of these modules, one more for each adapter",
+        "layer_replication": "makes another model of the base",
+        "alora_invocation_tokens": "switches itself on within a sequence",
+    }
+    for field, why in refused.items():
+        if getattr(config, field, None):
+            raise ValueError(
+                f"one backbone can't be shared with {field}={getattr(config, field)!r}, which {why}; leave it out, "
+                f"{_WHOLE_BASE}"
+            )
+    if getattr(config, "bias", "none") != "none":
+        raise ValueError(
+            f"one backbone can't be shared with bias={config.bias!r}, which trains the base's own biases; take "
+            f"bias='none', {_WHOLE_BASE}"
+        )
+    init = getattr(config, "init_lora_weights", True)
+    if init not in _PLAIN_INITS:
+        raise ValueError(
+            f"one backbone can't be shared with init_lora_weights={init!r}, which may change the base weights, so that "
+            f"without its adapter the model is not the pretrained one; take True, {_WHOLE_BASE}"
+        )
+
+
+def weights(model: Any, adapter: str) -> dict[str, Tensor]:
+    """An adapter's parameters by the names that PEFT saves them under, which don't hold the adapter's."""
+    from peft import get_peft_model_state_dict
+
+    found: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return found
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    """What switches an adapter: the layers of its kind, and wrappers of what is trained beside them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return [each for each in model.modules() if isinstance(each, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+
+
+@contextmanager
+def _same_flags(model: nn.Module) -> Iterator[None]:
+    """Puts requires_grad of all parameters back, whatever happens within."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+
+
+@contextmanager
+def switched(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """The PEFT model with another adapter in the place of the active one; None: with none.
+
+    Layer by layer: ``disable_adapter`` of PEFT looks at every module several times, .1 s for 90 layers.
+    """
+    layers = [(layer, list(layer.active_adapters)) for layer in _layers(model) if not layer.disable_adapters]
+    with _same_flags(model):
+        try:
+            for layer, _ in layers:
+                if adapter is None:
+                    layer.enable_adapters(False)
+                else:
+                    layer.set_adapter(adapter)
+            yield
+        finally:
+            for layer, active in layers:
+                if adapter is None:
+                    layer.enable_adapters(True)
+                else:
+                    layer.set_adapter(active)
+
+
+class AdapterView(LanguageModel):
+    """A policy's backbone under another of its adapters, or under none. It is frozen: nothing has a gradient.
+
+    Args:
+        policy: a ``LanguageModel`` around a ``peft.PeftModel`` with one active adapter of LoRA's kind.
+        adapter: the one to see it under; None: none, the pretrained model.
+
+    Raises:
+        ValueError: what ``policy`` wraps can't be switched (no PEFT model, ``modules_to_save``, trained biases, a
+            merged adapter, several active ones, ...); no such adapter, or the policy's own.
+    """
+
+    def __init__(self, policy: LanguageModel, adapter: str | None = None) -> None:
+        model: Any = policy._unwrapped()
+        trained = check(model)
+        if adapter is not None and adapter not in model.peft_config:
+            raise ValueError(f"the model has no adapter {adapter!r}, only {', '.join(model.peft_config)}")
+        if adapter == trained:
+            raise ValueError(f"the adapter {adapter!r} is the policy's, which moves; a view of it would move too")
+        super().__init__(model, policy.tokenizer, eos_token_id=policy.eos_token_ids)
+        self.adapter = adapter
+        self._config = model.peft_config.get(adapter)
+
+    def check_there(self) -> None:
+        """Whether the adapter is the one that this is a view of.
+
+        Raises:
+            RuntimeError: it was deleted, or another of its name took its place, as that of a newer proposal does.
+        """
+        model: Any = self.model
+        if self.adapter is not None and model.peft_config.get(self.adapter) is not self._config:
+            raise RuntimeError(
+                f"the adapter {self.adapter!r} that this is a view of was deleted or replaced (a newer OfflineProposal "
+                "of the same model takes the place of an older one); make a new trainer or proposal"
+            )
+
+    def sample(self, *args: Any, **kwargs: Any) -> Samples:
+        """As ``LanguageModel.sample``."""
+        self.check_there()
+        with switched(self.model, self.adapter):
+            return super().sample(*args, **kwargs)
+
+    @torch.no_grad()
+    def _forward(self, samples: Samples) -> Any:
+        self.check_there()
+        with switched(self.model, self.adapter):
+            return super()._forward(samples)
+
+    def loss(self, samples: Samples, **options: Any) -> NoReturn:
+        """Is refused: a view has no gradient.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("an AdapterView is frozen, so it has no loss; call loss of the policy's own LanguageModel")
+
+
+def snapshot(policy: LanguageModel) -> AdapterView:
+    """Puts a frozen copy of the policy's adapter beside it, in the place of an older one, and gives a view of it.
+
+    Raises:
+        ValueError: as ``AdapterView``; nothing has changed then.
+    """
+    model: Any = policy._unwrapped()
+    name = check(model)
+    config = copy.deepcopy(model.peft_config[name])
+    config.inference_mode = True
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True
+    device = next(model.parameters()).device
+    # what PEFT draws to initialise it is not taken from anybody's random numbers
+    with _same_flags(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if PROPOSAL in model.peft_config:
+            model.delete_adapter(PROPOSAL)
+        model.add_adapter(PROPOSAL, config)
+        parameters = {p.data_ptr(): p for p in model.parameters()}
+        source = weights(model, name)
+        for key, value in weights(model, PROPOSAL).items():
+            parameter = parameters[value.data_ptr()].requires_grad_(False)
+            parameter.data = source[key].clone()  # PEFT may have given it another dtype
+    disable_dropout(model)
+    return AdapterView(policy, PROPOSAL)

@@ -1,0 +1,140 @@
+"""One quantity of several runs as a piece of SVG that takes the page's colours."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .runs import Run
+
+#: Stand for the page's colours in what matplotlib draws: one for text and lines of the plot, then one a run.
+_INK = "#00fe00"
+COLORS = 8
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A panel.
+
+    Attributes:
+        title: of the panel. note: what stands below it.
+        lines: what is logged in training; dots: what evaluations log, with error bars. A key of ``Run.steps`` each.
+        ideal: a key of ``Run.ideal``: a dashed line.
+        log: a logarithmic axis, where all values are positive.
+        swaps: marks where q became pi.
+    """
+
+    title: str
+    note: str = ""
+    lines: tuple[str, ...] = ()
+    dots: tuple[str, ...] = ()
+    ideal: str = ""
+    log: bool = False
+    swaps: bool = False
+
+
+def plots(runs: Sequence[Run]) -> list[Plot]:
+    """All panels for which one of the runs has something to show."""
+    features = dict.fromkeys(name for run in runs for name in run.features)
+    under = "line: under q; dots: under π, in evaluations; dashed: the target"
+    panels = [Plot(f"E[{name}]", under, (f"phi/{name}",), (f"eval_phi/{name}",), f"phi/{name}") for name in features]
+    panels += [
+        Plot("KL(p‖π)", "nats; ticks: q ← π", ("kl_policy",), ("eval_kl_policy",), swaps=True),
+        Plot("KL(p‖q)", "nats; ticks: q ← π", ("kl_proposal",), swaps=True),
+        Plot("KL(π‖a)", "nats; dashed: KL(p‖a)", ("kl_policy_base",), ("eval_kl_policy_base",), "kl_policy_base"),
+        Plot("log Z", "over all sequences so far", ("log_z",)),
+        Plot("effective sample size", "sequences of a step", ("ess",)),
+        Plot("weights", "standard deviation of A", ("weight_std",), log=True),
+        Plot("gradient variance", "mean of ‖gᵢ − g‖² over the sequences of a step", ("gradient_variance",), log=True),
+        Plot("reward", "mean of a step", ("reward",)),
+        Plot("β", "of KL-control", ("beta",)),
+        *(Plot(f"Distinct-{n}", "of evaluations", dots=(f"eval_distinct_{n}",)) for n in (1, 2, 3)),
+        Plot("Self-BLEU-5", "of evaluations", dots=("eval_self_bleu_5",)),
+    ]
+    return [p for p in panels if any(run.series(key)[0] for run in runs for key in (*p.lines, *p.dots))]
+
+
+def color(number: int) -> str:
+    """The page's for the run with this number."""
+    return f"var(--run{number % COLORS})"
+
+
+def svg(plot: Plot, runs: Sequence[Run], number: int) -> str:
+    """The panel as an ``<svg>`` element without outside references.
+
+    Args:
+        number: of the panel on the page: its ids begin with it.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    style: Mapping[str, Any] = {
+        "svg.fonttype": "none", "svg.hashsalt": "dmfast", "font.size": 9, "axes.edgecolor": _INK, "text.color": _INK,
+        "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False,
+        "axes.spines.right": False, "font.family": "sans-serif", "axes.linewidth": 0.6, "text.parse_math": False,
+        "path.simplify": True,
+    }  # fmt: skip
+    with mpl.rc_context({**mpl.rcParamsDefault, "backend": "agg", **style}):
+        figure = Figure(figsize=(4.2, 2.7), constrained_layout=True)
+        FigureCanvasSVG(figure)
+        axis = figure.add_subplot()
+        axis.patch.set_visible(False)
+        figure.patch.set_visible(False)
+        values: list[float] = []
+        for i, run in enumerate(runs):
+            ink, dash = f"#0000f{i % COLORS}", ("-", (0, (4, 1.5)), (0, (1, 1)))[i // COLORS % 3]
+            for key in plot.lines:
+                x, y, error = run.series(key)
+                values += y
+                few = "o" if len(x) == 1 else None
+                axis.plot(x, y, color=ink, linewidth=1.2, linestyle=dash, marker=few, markersize=3)
+                low, high = ([v + sign * e if math.isfinite(e) else v for v, e in zip(y, error, strict=True)]
+                             for sign in (-1, 1))  # fmt: skip
+                if low != high:
+                    axis.fill_between(x, low, high, color=ink, alpha=0.13, linewidth=0)
+            for key in plot.dots:
+                x, y, error = run.series(key)
+                values += y
+                if x:
+                    bars = [e if math.isfinite(e) else 0.0 for e in error]
+                    axis.errorbar(x, y, bars, color=ink, fmt="o", markersize=3.5, capsize=2, linewidth=1)
+                    if not plot.lines or not any(run.series(each)[0] for each in plot.lines):
+                        axis.plot(x, y, color=ink, linewidth=0.7, alpha=0.6)
+            ideal = run.ideal.get(plot.ideal)
+            if ideal is not None and math.isfinite(ideal.value):
+                axis.axhline(ideal.value, color=ink, linewidth=0.9, linestyle="--")
+            if plot.swaps:
+                at = [h["step"] for h in run.steps if h.get("swapped")]
+                height = [0.012 + 0.045 * (i % COLORS)] * len(at)
+                axis.plot(at, height, "|", color=ink, markersize=4, transform=axis.get_xaxis_transform())
+        if plot.log and min(values) > 0:
+            axis.set_yscale("log")
+            many = max(values) / min(values) > 300
+            axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if many else (1.0, 2.0, 5.0)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.grid(color=_INK, alpha=0.12, linewidth=0.5)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlabel("step", fontsize=8)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return _embedded(out.getvalue(), f"p{number}", plot.title)
+
+
+def _embedded(text: str, prefix: str, title: str) -> str:
+    """matplotlib's document as a part of a page: its own ids, the page's colours, no address of anything."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.S)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text).replace("xlink:href", "href")
+    text = re.sub(r"#0000f(\d)", lambda m: color(int(m[1])), text).replace(_INK, "currentColor")
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box is not None
+    body = text[text.index(">") + 1 :]
+    label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return f'<svg {box[0]} role="img" aria-label="{label}">{body.strip()}'

@@ -1,0 +1,205 @@
+"""A finished or a running job, from the files that it has written."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..estimators import Estimate
+
+_SAMPLES = 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        name: tells it from the other runs of a page.
+        source: the file that it was read from.
+        settings: what it was asked for, flat, with dotted names.
+        steps: what was logged in training, in order; evaluations: what was logged of them. Each entry has ``step``.
+        before, after, ideal: of the base, of the policy at the end, of p: ``phi/<feature>``, ``kl_policy_base``, ...
+        swaps: of the proposal. seconds: of training; None where nobody has said.
+        samples_before, samples_after: texts.
+        machine: what it ran on.
+    """
+
+    name: str
+    source: Path
+    settings: dict[str, Any]
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    before: dict[str, Estimate]
+    after: dict[str, Estimate]
+    ideal: dict[str, Estimate]
+    swaps: int
+    seconds: float | None
+    samples_before: list[str] = field(default_factory=list)
+    samples_after: list[str] = field(default_factory=list)
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def features(self) -> list[str]:
+        """The names of moments and of what is monitored."""
+        names = [*self.steps[0], *self.after]
+        return list(dict.fromkeys(name[4:] for name in names if name.startswith("phi/")))
+
+    def series(self, key: str) -> tuple[list[float], list[float], list[float]]:
+        """Steps, values and standard errors of what was logged as ``key`` (``eval_...``: at evaluations), where it is
+        finite; an error is NaN where there is none.
+        """
+        x, y, error = [], [], []
+        for entry in self.evaluations if key.startswith("eval_") else self.steps:
+            value = _number(entry.get(key))
+            if math.isfinite(value):
+                x.append(float(entry["step"]))
+                y.append(value)
+                error.append(_number(entry.get(f"{key}_stderr")))
+        return x, y, error
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def read(paths: Sequence[str | Path]) -> list[Run]:
+    """The runs in these folders, or in these ``log.json`` files.
+
+    A folder is that of ``dmfast train``, ``dmfast demo`` or an example (with ``log.json``), or one of ``DMTrainer`` or
+    of a checkpoint of it (with ``trainer_state.json``; the newest checkpoint's, where there are several).
+
+    Raises:
+        ValueError: no path; no such folder; nothing in it that a run has written; a file that is half-written, not of a
+            run, or has no steps. The message names the file.
+    """
+    if not paths:
+        raise ValueError("there is no run to report: name a folder with log.json or trainer_state.json")
+    names = _names([Path(path) for path in paths])
+    return [_read(Path(path), name) for path, name in zip(paths, names, strict=True)]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that differ; a number where two are one path."""
+    ends = [path.resolve().with_suffix("") if path.is_file() else path.resolve() for path in paths]
+    parts = [(e.parent if p.is_file() and p.name == "log.json" else e).parts for p, e in zip(paths, ends, strict=True)]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-length:]).lstrip("/") for each in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return [f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def _file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder")
+    checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: int(re.sub(r"\D", "", p.name) or -1), reverse=True)
+    for folder in (path, *checkpoints):
+        for name in ("log.json", "trainer_state.json"):
+            if (folder / name).is_file():
+                return folder / name
+    raise ValueError(
+        f"{path} holds no run: neither log.json (of dmfast train and dmfast demo) nor trainer_state.json (of DMTrainer)"
+    )
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"can't read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is no whole JSON ({error}): the run is writing it just now, or was ended while it did"
+        ) from error
+
+
+def _read(path: Path, name: str) -> Run:
+    source = _file(path)
+    log = _json(source)
+    history = None if not isinstance(log, Mapping) else log.get("history", log.get("log_history"))
+    if not isinstance(history, list) or not all(isinstance(h, Mapping) for h in history):
+        raise ValueError(f"{source} is not of a run: it has no history")
+    steps = [dict(h) for h in history if "kl_policy" in h and "step" in h]
+    if not steps:
+        raise ValueError(f"{source} has no steps: the run has logged nothing yet, or is not one of dmfast's")
+    evaluations = [dict(h) for h in history if "eval_kl_policy_base" in h and "step" in h]
+    swaps = log.get("swaps", steps[-1].get("swaps", sum(bool(h.get("swapped")) for h in steps)))
+    common: dict[str, Any] = {"name": name, "source": source, "steps": steps, "evaluations": evaluations}
+    if source.name == "trainer_state.json":
+        return Run(**common, **_of_trainer(log, source), swaps=int(swaps))
+    return Run(
+        **common, swaps=int(swaps), settings=_settings(log), seconds=log.get("seconds_training"),
+        before=_estimates(log, "before", source), after=_estimates(log, "after", source),
+        ideal=_estimates(log, "ideal", source), samples_before=list(log.get("samples_before", [])),
+        samples_after=list(log.get("samples_after", [])), machine=dict(log.get("machine", {})),
+    )  # fmt: skip
+
+
+def _of_trainer(log: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """What transformers' state lacks is empty: its first and last evaluation are before and after."""
+    history = log["log_history"]
+    evaluations = [h for h in history if "eval_kl_policy_base" in h]
+    first = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else {}
+    trained = next((h["train_runtime"] for h in reversed(history) if "train_runtime" in h), None)
+    end = max(h.get("step", 0) for h in history)
+    rows = [row for row in _rows(source.parent) if row["step"] <= end]
+    last = max((row["step"] for row in rows), default=0)
+    return {
+        "settings": {name: log[name] for name in ("max_steps", "train_batch_size", "num_train_epochs") if name in log},
+        "before": _evaluated(first), "after": _evaluated(evaluations[-1] if evaluations else {}), "ideal": {},
+        "seconds": trained, "samples_before": [row["text"] for row in rows if row["step"] == 0][:_SAMPLES],
+        "samples_after": [row["text"] for row in rows if row["step"] == last > 0][:_SAMPLES],
+    }  # fmt: skip
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """``samples.jsonl`` of the run, which lies beside its checkpoints."""
+    for place in (folder, folder.parent):
+        path = place / "samples.jsonl"
+        if path.is_file():
+            lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+            try:
+                rows = [row for row in map(json.loads, lines) if row["evaluation"] == "eval"]
+                return [{"step": int(row["step"]), "text": str(row["text"])} for row in rows]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is not the samples of a run: {error!r}") from error
+    return []
+
+
+def _evaluated(entry: Mapping[str, Any]) -> dict[str, Estimate]:
+    names = [name for name in entry if name.startswith("eval_") and not name.endswith(("_stderr", "_runtime"))]
+    return {name[5:]: Estimate(_number(entry[name]), _number(entry.get(f"{name}_stderr"))) for name in names}
+
+
+def _estimates(log: Mapping[str, Any], key: str, source: Path) -> dict[str, Estimate]:
+    try:
+        found = {name: Estimate(_number(e["value"]), _number(e["stderr"])) for name, e in log.get(key, {}).items()}
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError(
+            f"{source}: {key!r} must hold estimates by name, each with value and stderr; it is of another version of "
+            "dmfast, or of another program"
+        ) from None
+    return found
+
+
+def _settings(log: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe, or the command line, flat; without where it wrote."""
+    flat = _flat(log.get("recipe", log.get("args", {})))
+    return {name: value for name, value in flat.items() if name not in ("train.output_dir", "out")}
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {name: value}
+    found: dict[str, Any] = {}
+    for key, each in value.items():
+        found |= _flat(each, f"{name}.{key}" if name else str(key))
+    return found

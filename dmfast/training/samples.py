@@ -1,0 +1,114 @@
+"""Samples of an evaluation as a table: ``samples.jsonl``, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
+
+from .evaluation import Evaluation
+from .report import for_json
+
+NAME = "samples.jsonl"
+
+
+def rows(
+    evaluation: Evaluation, prompts: Sequence[Any] | None, n: int, *, step: int, name: str
+) -> list[dict[str, Any]]:
+    """At most n sequences of an evaluation, as many of each context.
+
+    Args:
+        prompts: by ``context_id``; None: the empty context, and then a row has no prompt.
+        step: the optimiser steps so far. name: of the evaluation, its ``metric_key_prefix``.
+
+    Returns:
+        ``step``, ``evaluation``, ``prompt``, ``text``, ``length`` (scored tokens), ``log_prob`` and ``log_base``
+        (log pi(x) and log a(x), nats), ``features`` by name.
+    """
+    x = evaluation.samples
+    order = evaluation.across_contexts(n)
+    shown = x[order]
+    columns = {"length": shown.score_mask.sum(1), "log_prob": shown.log_prob, "log_base": evaluation.log_base[order]}
+    values = [column.tolist() for column in columns.values()]
+    found = []
+    for i, text in enumerate(shown.text):
+        row: dict[str, Any] = {"step": step, "evaluation": name}
+        if prompts is not None:
+            row["prompt"] = prompts[int(shown.context_id[i])]
+        row |= {"text": text} | {name: value[i] for name, value in zip(columns, values, strict=True)}
+        features = evaluation.features[int(order[i])].tolist()
+        found.append(row | {"features": dict(zip(evaluation.names, features, strict=True))})
+    return found
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's ``samples.jsonl``; none where there is no such file.
+
+    Raises:
+        ValueError: a line that is no row, with its number.
+    """
+    path = folder / NAME
+    # not splitlines(), which also ends a line at U+2028 and others that JSON leaves as they are
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            if not (isinstance(row["text"], str) and isinstance(row["step"], int) and row["evaluation"]):
+                raise ValueError("text is no string or step no number")
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, line {number}, is no row of samples: {error}") from error
+        found.append(row)
+    return found
+
+
+def write(folder: Path, new: Sequence[dict[str, Any]], step: int) -> None:
+    """Adds the rows of an evaluation, in the place of those that it had before, and of all of later steps: of another
+    run in this folder, or of what came after the checkpoint that this one goes on from.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    again = {row["evaluation"] for row in new}
+    kept = [r for r in read(folder) if r["step"] < step or (r["step"] == step and r["evaluation"] not in again)]
+    beside = folder / f".{NAME}"
+    lines = [json.dumps(for_json(row), ensure_ascii=False) + "\n" for row in (*kept, *new)]
+    beside.write_text("".join(lines), encoding="utf-8")
+    os.replace(beside, folder / NAME)
+
+
+def forget(folder: Path) -> None:
+    """What a run before this one has left, save of step 0."""
+    if (folder / NAME).exists():
+        write(folder, [], 0)
+
+
+def send(callbacks: Sequence[TrainerCallback], new: Sequence[dict[str, Any]], step: int, title: str) -> None:
+    """To the loggers that show tables: TensorBoard (as text) and W&B, if transformers' callbacks for them are there."""
+    if not new:
+        return
+    flat = [row | {f"phi/{name}": value for name, value in row["features"].items()} for row in new]
+    names = [name for name in flat[0] if name not in ("features", "step", "evaluation")]
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_text(title, _markdown(names, flat), step)
+            callback.tb_writer.flush()
+        if isinstance(callback, WandbCallback) and callback._wandb is not None and callback._wandb.run is not None:
+            data = [[row[name] for name in names] for row in flat]
+            table = callback._wandb.Table(columns=names, data=data)
+            callback._wandb.log({title: table, "train/global_step": step})
+
+
+def _markdown(names: Sequence[str], table: Sequence[dict[str, Any]]) -> str:
+    def cell(value: Any) -> str:
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        return html.escape(text, quote=False).replace("|", "&#124;").replace("\n", "<br>")
+
+    lines = [names, ["---"] * len(names), *([cell(row[name]) for name in names] for row in table)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

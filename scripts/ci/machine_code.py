@@ -1,0 +1,187 @@
+"""Compiles the GPU kernels of the tree in the current directory without a GPU, CUDA by nvcc and Triton ahead of time,
+and disassembles them: for aot.py and roofline.py. Compiled code is kept below $XDG_CACHE_HOME/dmfast/aot by the hash of
+its source, its disassembly by that of the code.
+
+The Triton kernels take V and strides at run time, unspecialised: what is found holds for V divisible by 16 and not.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dmfast" / "aot"
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ROOT = Path.cwd()  # of the tree that is looked at
+sys.path.insert(0, str(ROOT))
+from cuda_compiler import compiled
+from dmfast.kernels.triton import launch, loss, sample
+
+ARCHS = (80, 90, 100, 120)
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+class Code(NamedTuple):
+    """One kernel as a compiler made it for one architecture."""
+
+    source: str  # CUDA or Triton
+    kernel: str
+    arch: int
+    threads: int  # of a block, at most
+    registers: int
+    stack: int
+    sass: str  # a line for each instruction: address, opcode, operands
+
+    def count(self, pattern: str) -> int:
+        """Instructions that match."""
+        return len(re.findall(pattern, self.sass))
+
+
+def _kept(cubin: Path | bytes, kind: str) -> str:
+    """What cuobjdump says of a cubin, without the instructions' bits."""
+    raw = cubin if isinstance(cubin, bytes) else cubin.read_bytes()
+    kept = CACHE / f"{hashlib.sha256(raw).hexdigest()[:16]}.{kind}.gz"
+    if kept.exists():
+        return gzip.decompress(kept.read_bytes()).decode()
+    partial = kept.with_suffix(f".{os.getpid()}")
+    partial.write_bytes(raw)
+    text = subprocess.run([CUOBJDUMP, f"-{kind}", partial], check=True, text=True, capture_output=True).stdout
+    text = "\n".join(re.sub(r"\s*/\* 0x\w+ \*/|\s*;", "", line) for line in text.splitlines())
+    text = re.sub(r"\n\s*(?=\n)", "", re.sub(r"\n\s*/\*(\w+)\*/\s*", r"\n\1 ", text))
+    partial.write_bytes(gzip.compress(text.encode(), 1))
+    partial.rename(kept)
+    return text
+
+
+def _read(source: str, cubin: Path | bytes, arch: int, threads: Callable[[str], int], name: str = "") -> list[Code]:
+    """Every kernel of a cubin; ``name`` where the file has one that is called otherwise."""
+    usage = _kept(cubin, "res-usage")
+    sass = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", _kept(cubin, "sass"), re.DOTALL))
+    return [
+        Code(source, name or readable(kernel), arch, threads(kernel), int(registers), int(stack), sass[kernel])
+        for kernel, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
+    ]
+
+
+# --- CUDA ---------------------------------------------------------------------------------------------------------
+
+
+def readable(kernel: str) -> str:
+    """``score_rows<fp32, cap, entropy, known weight>`` of a mangled name."""
+    found = re.search(r"\d+(score_rows|write_rows|scale_rows|sample_rows)I(.*?)EEv", kernel)
+    if found is None:
+        return kernel
+    name, arguments = found.groups()
+    dtype = {"f": "fp32", "1": "bf16", "6": "fp16"}[arguments[0]]
+    flags = re.findall(r"L(?:b|N\w*?Pass)E?(\d)", arguments)
+    said = [(), ("cap",)][flags[:1] == ["1"]] + [(), ("entropy",)][flags[1:2] == ["1"]]
+    pass_ = {"1": ("known weight, kept",), "2": ("known weight, read twice",)}.get("".join(flags[2:3]), ())
+    return f"{name}<{', '.join((dtype, *said, *pass_))}>"
+
+
+def cuda_code(source: str, arch: int) -> list[Code]:
+    """The kernels of a file of csrc/cuda."""
+    return _read("CUDA", compiled(ROOT, f"csrc/{source}", "cubin", arch, CACHE), arch,
+                 lambda kernel: 768 if re.search(r"Pass\w*?E?[12]E", kernel) else 256)  # fmt: skip
+
+
+# --- Triton -------------------------------------------------------------------------------------------------------
+
+
+class TritonKernel(NamedTuple):
+    """A kernel with what is known of it when it is compiled."""
+
+    name: str
+    function: Any
+    dtype: str
+    warps: int
+    constants: dict[str, Any]
+
+    @property
+    def archs(self) -> tuple[int, ...]:
+        """What it is looked at for: fp16, which is as bf16, and rows that are not long for one of them."""
+        return (90,) if self.dtype == "fp16" or "short" in self.name or "middle" in self.name else ARCHS
+
+
+def _type(name: str, dtype: str) -> str:
+    if name in ("logits", "dz"):
+        return "*" + dtype
+    if name in ("labels", "sequence_of", "starts", "faults", "row_ids", "tokens"):
+        return "*i64"
+    if name in ("lse_of", "log_prob_of", "entropy_of", "weights", "factors", "log_prob", "entropy", "uniforms"):
+        return "*fp64"
+    if name.startswith(("scale_", "cap_")):
+        return "fp32"
+    return "i64" if "stride" in name else "i32"
+
+
+def triton_kernels() -> Iterator[TritonKernel]:
+    """What launch.py launches; in bf16 for rows of three lengths."""
+    for dtype, size in SIZE.items():
+        kinds = {50257: "", 9000: ", middle", 1000: ", short"} if dtype == "bf16" else {50257: ""}
+        for (vocab, kind), cap in product(kinds.items(), (False, True)):
+            if cap and kind == ", middle":
+                continue  # as longer ones
+            shape = launch.shape_of(vocab, size, cap)
+            row = {"W": 16 // size, "LANES": shape.lanes}
+            wide = {**row, "WIDE": True, "CAP": cap}
+            tag = f"{dtype}{', cap' if cap else ''}{kind}"
+            for write, entropy in product((False, True), (False, True) if cap and dtype == "bf16" else (False,)):
+                name = f"score_rows<{tag}{', entropy' if entropy else ''}{', known weight' if write else ''}>"
+                constants = {**wide, "ENTROPY": entropy, "WRITE": write}
+                yield TritonKernel(name, loss.score_rows, dtype, shape.warps, constants)
+            yield TritonKernel(f"write_rows<{tag}>", loss.write_rows, dtype, shape.warps, wide)
+            if not cap:
+                yield TritonKernel(f"scale_rows<{tag}>", loss.scale_rows, dtype, shape.warps, row)
+        for wide in (False, True):
+            constants = {"CAP": False, "IDS": True, "GIVEN": False, "WIDE": wide, "TILES": 64, "SIZE": sample.TILE}
+            name = f"sample_rows<{dtype}{', wide' if wide else ''}>"
+            yield TritonKernel(name, sample.sample_rows, dtype, sample.TILE * size // 512, constants)
+    yield TritonKernel("sum_rows", loss.sum_rows, "fp32", 4, {"ENTROPY": True, "ROWS": 128})
+
+
+def triton_code(kernel: TritonKernel, arch: int) -> list[Code]:
+    """As at run time: nothing is known of a number or an address."""
+    names = kernel.function.arg_names
+    signature = {n: "constexpr" if n in kernel.constants else _type(n, kernel.dtype) for n in names}
+    values = {(names.index(n),): value for n, value in kernel.constants.items()}
+    source = ASTSource(fn=kernel.function, signature=signature, constexprs=values, attrs={})
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": kernel.warps})
+    return _read("Triton", bytes(made.asm["cubin"]), arch, lambda _: 32 * kernel.warps, kernel.name)
+
+
+# --- all of them --------------------------------------------------------------------------------------------------
+
+
+def _code(job: tuple[str, int]) -> list[Code]:
+    name, arch = job
+    if name.startswith("cuda/"):
+        return cuda_code(name, arch)
+    return triton_code(next(k for k in triton_kernels() if "triton/" + k.name == name), arch)
+
+
+def all_code(only: str, archs: tuple[int, ...]) -> Iterator[Code]:
+    """The kernels whose source (cuda/loss.cu, cuda/sample.cu, triton/KERNEL) holds ``only``, on two cores."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    jobs = [(source, arch) for source in ("cuda/loss.cu", "cuda/sample.cu") for arch in archs]
+    jobs += [("triton/" + kernel.name, arch) for kernel in triton_kernels() for arch in archs if arch in kernel.archs]
+    with ProcessPoolExecutor(2, get_context("fork")) as pool:
+        for found in pool.map(_code, [job for job in jobs if only in job[0]]):
+            yield from found

@@ -1,0 +1,98 @@
+"""The hook of mkdocs.yml: the repository as a site. A page lies where its file lies in the repository, so that a
+relative link leads to the same place on the site as in the tree; the API reference is made of ``dmfast.__all__``.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("*.md", "docs/*.md", "benchmarks/**/*.md", "dmfast/data/**/*.md")
+API = "docs/api"
+LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
+
+
+def public_names() -> dict[str, list[str]]:
+    """The names of ``dmfast.__all__`` by the module below dmfast that they come from, in the order of the imports."""
+    tree = ast.parse((ROOT / "dmfast" / "__init__.py").read_text(encoding="utf-8"))
+    public: list[str] = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
+    )
+    found: dict[str, list[str]] = {}
+    for node in ast.walk(tree):  # those for type checkers too
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+            names = [alias.asname or alias.name for alias in node.names]
+            found.setdefault(node.module.split(".")[0], []).extend(name for name in names if name in public)
+    return {module: names for module, names in found.items() if names}
+
+
+def api_pages() -> dict[str, str]:
+    """Path on the site -> Markdown: a page for each module, and their index."""
+    pages, public = {}, public_names()
+    index = ["# API reference", "", "Everything that `dmfast` exports, by module.", ""]
+    for module, names in public.items():
+        path = ROOT / "dmfast" / f"{module}.py"
+        source = path if path.exists() else path.with_suffix("") / "__init__.py"
+        about = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+        blocks = [f"::: dmfast.{name}" for name in names]
+        if "eager" in names:  # a module: of it what has the signatures of functional
+            twins = ", ".join(sorted(set(public["functional"]) - {"shift_labels"}))
+            blocks[names.index("eager")] += f"\n    options:\n      members: [{twins}]"
+        pages[f"{API}/{module}.md"] = "\n\n".join([f"# {module}", about, *blocks]) + "\n"
+        links = ", ".join(f"[{name}]({module}.md#dmfast.{name})" for name in names)
+        index.append(f"- [{module}]({module}.md): {links}")
+    pages[f"{API}/index.md"] = "\n".join(index) + "\n"
+    return pages
+
+
+def on_config(config: Any) -> Any:
+    """Puts the API pages where the navigation has a title for them."""
+    for entry in config.nav:
+        if "API" in entry:
+            entry["API"] = [f"{API}/index.md", *(f"{API}/{module}.md" for module in public_names())]
+    return config
+
+
+def pages_and_files() -> tuple[dict[str, str], list[Path]]:
+    """The files that the site has: the pages, what they link to, and the files of a folder that they link to. With path
+    on the site -> Markdown of a page for each such folder, where it has no README.
+    """
+    found = {path for pattern in PAGES for path in ROOT.glob(pattern)} | {*(ROOT / "docs" / "assets").iterdir()}
+    listings = {}
+    for page in sorted(path for path in found if path.suffix == ".md"):
+        for link, _ in LINK.findall(page.read_text(encoding="utf-8")):
+            target = (page.parent / link).resolve()
+            files = sorted(path for path in target.iterdir() if path.is_file()) if target.is_dir() else [target]
+            found.update(path for path in files if path.is_file())  # mkdocs says what is not there
+            if target.is_dir() and not (target / "README.md").exists():
+                lines = [f"# {target.relative_to(ROOT)}", "", *(f"- [{path.name}]({path.name})" for path in files)]
+                listings[f"{target.relative_to(ROOT)}/index.md"] = "\n".join(lines) + "\n"
+    return listings, sorted(found)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """The files of the site, each under its path in the repository."""
+    from mkdocs.structure.files import File, Files
+
+    theme = [file for file in files if file.src_dir != config.docs_dir]
+    listings, found = pages_and_files()
+    copies = [File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)) for path in found]
+    pages = [File.generated(config, path, content=content) for path, content in (api_pages() | listings).items()]
+    return Files([*theme, *copies, *pages])
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Without the comments for tests/test_docs.py; a link to a folder leads to its page."""
+
+    def leads(link: re.Match[str]) -> str:
+        folder = (ROOT / page.file.src_uri).parent / link[1]
+        if not folder.is_dir():
+            return link[0]
+        return f"]({link[1].rstrip('/')}/{'README' if (folder / 'README.md').exists() else 'index'}.md{link[2] or ''})"
+
+    return LINK.sub(leads, re.sub(r"^<!-- test: .*?-->\n", "", markdown, flags=re.MULTILINE | re.DOTALL))
