@@ -34,7 +34,7 @@ def build(name, dtype=torch.float64, vocab_size=V):
     if name == "t5":
         model = T5ForConditionalGeneration(
             T5Config(vocab_size=vocab_size, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.1,
-                     initializer_factor=2.0, decoder_start_token_id=0)
+                     initializer_factor=1.0, decoder_start_token_id=0)
         )  # fmt: skip
     else:
         model = BartForConditionalGeneration(
@@ -254,7 +254,9 @@ def assert_close(found, wanted, tolerance):
 
 @pytest.mark.parametrize("objective", ["dpg", "gdc++"])
 def test_the_expected_gradient_is_that_of_the_mean_kl(name, objective):
-    """E_c KL(p_c||pi_c), by autograd of the sum; dm_loss over all sequences, each as often as q draws it."""
+    """E_c KL(p_c||pi_c), by autograd of the sum; dm_loss over all sequences, each as often as q draws it. The softmax
+    within T5's attention is in fp32 whatever the model's dtype, and its backward too.
+    """
     base = build(name)
     inputs, labels, context = everywhere(name, base)
     log_target, log_z, p = a_target(base, inputs, labels, context)
@@ -263,7 +265,7 @@ def test_the_expected_gradient_is_that_of_the_mean_kl(name, objective):
     log_pi = (log_pi * (labels != -100)).sum(1)
     (-(p * log_pi).sum() / len(SOURCES)).backward()
     wanted = gradients(policy)
-    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
+    for dtype, tolerance in ((torch.float64, {"t5": 1e-6, "bart": 1e-11}[name]), (torch.float32, 2e-5)):
         policy = moved(base, 5).to(dtype)
         with torch.no_grad():
             log_q = dmfast.eager.sequence_log_prob(logits_of(moved(base, 6), inputs, labels), labels)
