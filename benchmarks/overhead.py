@@ -65,7 +65,8 @@ def main() -> None:
                 times[name].append((time.perf_counter() - start) * 1e6)
     result = {name: round(statistics.median(values), 1) for name, values in times.items()}
     for name, value in result.items():
-        print(f"{name:34} {value:7.1f} us  (+{value - result['bare autograd.Function']:.1f})")
+        bare = result["bare autograd.Function"]
+        print(f"{name:34} {value:7.1f} us  (+{value - bare:.1f}; {value / bare:.2f} bare Functions)")
     if len(sys.argv) > 1:
         shape = {"B": b, "T": t, "V": v, "rounds": rounds, "unit": "us, median of forward + backward"}
         report = {"machine": machine(), "shape": shape, "median": result}

@@ -161,7 +161,6 @@ def _output(loss: Tensor, scores: Scores, terms: Terms) -> DMLossOutput:
         weight=scores.weight,
         n_clipped=scores.n_clipped,
         entropy=scores.entropy,
-        scored=torch.ones_like(scores.weight, dtype=torch.bool),
         log_proposal=terms.log_proposal,
         log_target=terms.log_target,
         log_z=terms.log_z,

@@ -186,7 +186,7 @@ def _per_sequence(name: str, value: Tensor | float | None, batch: Batch) -> Tens
     if value.requires_grad:
         value = value.detach()
     if value.dtype is not torch.float64:
-        value = value.to(to).double()
+        value = value.double() if to == device else value.to(to).double()
     return value.contiguous() if value.dim() else value.expand(n).contiguous()
 
 

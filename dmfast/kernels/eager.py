@@ -93,7 +93,6 @@ def loss_from_scores(
         weight=weight,
         n_clipped=n_clipped,
         entropy=scores.entropy,
-        scored=torch.ones_like(weight, dtype=torch.bool),
         log_proposal=terms.log_proposal,
         log_target=terms.log_target,
         log_z=terms.log_z,

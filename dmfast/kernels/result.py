@@ -23,7 +23,6 @@ class DMLossOutput:
         weight: (B,) fp64, A.
         n_clipped: 0-d int64, weights that max_weight bounded.
         entropy: (B,) fp64, nats summed over scored tokens, with ``return_entropy``.
-        scored: (B,) bool, sequences whose log pi was computed by this call.
         log_proposal, log_target, log_z: (B,) fp64, the inputs as the loss used them, or None.
     """
 
@@ -34,11 +33,16 @@ class DMLossOutput:
     weight: Tensor
     n_clipped: Tensor
     entropy: Tensor | None
-    scored: Tensor
     log_proposal: Tensor | None
     log_target: Tensor | None
     log_z: Tensor | None
     _recorded: tuple[Callable[[], object], ...] = ()
+    _scored: Tensor | None = None  # None: all; most calls don't ask, and a tensor costs microseconds
+
+    @property
+    def scored(self) -> Tensor:
+        """(B,) bool, sequences whose log pi was computed by this call."""
+        return torch.ones_like(self.weight, dtype=torch.bool) if self._scored is None else self._scored
 
     @property
     def n_empty(self) -> Tensor:

@@ -1026,7 +1026,7 @@ def _with_skipped(out: DMLossOutput, kept: Tensor, inputs: dict[str, Tensor], on
         log_prob=torch.where(kept, spread(out.log_prob, math.nan), inputs["log_proposal"] if on_policy else math.nan),
         log_ratio=None if out.log_ratio is None else spread(out.log_ratio, 0.0 if on_policy else math.nan),
         log_target_ratio=torch.where(inputs["log_z"] == -math.inf, -math.inf, log_u),
-        weight=spread(out.weight, 0.0), scored=kept,
+        weight=spread(out.weight, 0.0), _scored=kept,
         log_proposal=inputs["log_proposal"], log_target=inputs["log_target"], log_z=inputs["log_z"],
     )  # fmt: skip
 
