@@ -114,7 +114,7 @@ def run(
     start = time.perf_counter()
     base = method == "base"
     changed = settings("gdc++" if base else method, batch, learning_rate, samples, evaluations) | {"seed": seed}
-    changed |= {"eval_samples": eval_samples, "logging_steps": 1, "disable_tqdm": True}
+    changed |= {"eval_samples": eval_samples, "logging_steps": 1, "disable_tqdm": True, "sampling_batch_size": 256}
     if gradient_variance:
         changed["gradient_variance_steps"] = max(1, changed["max_steps"] // 10)
     with tempfile.TemporaryDirectory() as folder:
