@@ -1006,8 +1006,8 @@ def _whole_step(outputs: Sequence[DMLossOutput], gather: Callable[[Tensor], Tens
         parts = [getattr(out, name) for out in outputs]
         return None if parts[0] is None else gather(torch.cat(parts))
 
-    names = ("log_prob", "log_ratio", "log_target_ratio", "weight", "scored", "log_proposal", "log_target", "log_z")
-    values: dict[str, Any] = {name: whole(name) for name in names}
+    names = ("log_prob", "log_ratio", "log_target_ratio", "weight", "log_proposal", "log_target", "log_z")
+    values: dict[str, Any] = {name: whole(name) for name in names} | {"_scored": whole("scored")}
     n_clipped = gather(torch.stack([out.n_clipped for out in outputs]).sum()[None]).sum()
     return replace(outputs[0], loss=outputs[0].loss.detach(), n_clipped=n_clipped, entropy=None, _recorded=(), **values)
 
