@@ -136,6 +136,8 @@ def test_the_grid_is_that_of_the_issue(monkeypatch):
         assert per_step == each.batch and per_step * settings["max_steps"] == 20_480 * epochs
         assert settings["max_steps"] % settings["eval_steps"] == 0
         assert settings["warmup_steps"] * per_step == 2560 * epochs
+        assert settings["proposal_interval"] * per_step == 2560
+        assert settings["proposal_decay"] ** (1 / per_step) == pytest.approx(0.8 ** (1 / 256))
 
 
 def test_the_reward_of_a_task_is_the_mean_of_its_features():

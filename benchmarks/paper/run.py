@@ -70,7 +70,8 @@ def reward_of(read: dict[str, Any]) -> Any:
 def settings(
     method: str, batch: int, learning_rate: float | None, samples: int, evaluations: int = EVALUATIONS
 ) -> dict[str, Any]:
-    """What method and batch size change in a recipe's ``train``: warm-up, checks and evaluations go by sequences.
+    """What method and batch size change in a recipe's ``train``: warm-up, evaluations and checks of q go by sequences,
+    the number of those that a check rests on, too.
 
     Microbatches hold sequences of about one length, which saves padding and changes no gradient.
     """
@@ -80,7 +81,8 @@ def settings(
         "per_device_train_batch_size": min(batch, MICROBATCH),
         "gradient_accumulation_steps": math.ceil(batch / MICROBATCH),
         "max_steps": steps * epochs, "warmup_steps": epochs * 10 * BATCH // batch,
-        "proposal_interval": 10 * BATCH // batch, "eval_steps": epochs * max(1, steps // evaluations),
+        "proposal_interval": 10 * BATCH // batch, "proposal_decay": 0.8 ** (batch / BATCH),
+        "eval_steps": epochs * max(1, steps // evaluations),
     }  # fmt: skip
     return changed | METHODS[method] | ({} if learning_rate is None else {"learning_rate": learning_rate})
 
@@ -91,12 +93,14 @@ class _Evaluations(TrainerCallback):  # type: ignore[misc]
     def __init__(self, known: truth.Truth, batch: int, epochs: int) -> None:
         self.known, self.per_step, self.found = known, batch / epochs, list[dict[str, Any]]()
         self.trainer: Any = None
+        self.log_prob = torch.empty(0)  # of the exact samples of p, at the last evaluation
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """After the trainer's own, on the same samples."""
         texts = self.trainer.eval_samples.text[:DIVERSITY]
         with torch.no_grad():
-            exact = self.known.kl(self.trainer.policy.log_prob(self.known.samples, batch_size=512))
+            self.log_prob = self.trainer.policy.log_prob(self.known.samples, batch_size=512)
+        exact = self.known.kl(self.log_prob)
         self.found.append(
             {"step": state.global_step, "samples": round(state.global_step * self.per_step)}
             | {key.removeprefix("eval_"): value for key, value in metrics.items()}
@@ -140,6 +144,8 @@ def run(
         "task": task, "method": method, "seed": seed, "batch": batch, "samples": samples, "settings": changed,
         "machine": report.machine(), "evaluations": evaluated.found,
         "history": {key: [_short(h.get(key)) for h in steps] for key in ["step", *columns, *optional]},
+        # on the same samples for all runs of a task: differences between runs have an error of their own
+        "log_prob": [round(value, 3) for value in evaluated.log_prob.tolist()],
         "swaps": trainer.proposal.swaps if trainer.proposal and not base else 0,
         "finite": finite and all(math.isfinite(e["kl_exact"]) for e in evaluated.found),
         "sample_texts": trainer.eval_samples.text[:8] if trainer.eval_samples is not None else [],
