@@ -13,6 +13,7 @@ demo: $(VENV)/demo
 	$(BIN)/dmfast demo
 
 test: lint pytest
+	@echo "The slower proofs (sanitizers, GPU kernels without a GPU, the wheel, aarch64): make proofs"
 
 pytest: $(VENV)/test
 	$(BIN)/pytest

@@ -211,7 +211,8 @@ def test_cuda_draws_what_the_cpu_draws() -> None:
     if device() != "cpu":
         z = z.cpu()
         arguments = (0, z.data_ptr(), *arguments[2:])
-    tokens, log_prob = torch.empty(1000, dtype=torch.int64), torch.empty(1000, dtype=torch.float64)
+    tokens = torch.empty(1000, dtype=torch.int64, device="cpu")
+    log_prob = torch.empty(1000, dtype=torch.float64, device="cpu")
     native._C.sample(*arguments, tokens.data_ptr(), log_prob.data_ptr())  # type: ignore[union-attr]
     mine, mine_log_prob = dmfast.sample_tokens(z.to(device()), seed=5, step=9, temperature=1 / 1.3)
     assert int((mine.cpu() != tokens).sum()) <= 1

@@ -18,6 +18,8 @@ import dmfast
 from dmfast import Objective
 from dmfast.kernels import native
 
+HERE = torch.empty(0).device  # a card's, where the suite runs on one
+
 INF, NAN = math.inf, math.nan
 # scripts/ci/host_cuda.sh and interpreter.sh
 COMPILED = "triton" if native.forced == "triton" else "cuda" if native.on_cuda(torch.empty(0)) else "cpu"
@@ -158,7 +160,7 @@ SHAPES: dict[str, tuple[str, Callable[[Call], Any], type[Exception], str]] = {
     "no tokens": ("tokens", lambda c: None, TypeError, "tokens must be an integer tensor"),
     "float mask": ("mask", lambda c: torch.ones(B, T), TypeError, "mask must be an integer or bool tensor"),
     "list as mask": ("mask", lambda c: [[True] * T] * B, TypeError, "mask must be an integer or bool tensor"),
-    "meta tokens": ("tokens", lambda c: c.tokens.to("meta"), ValueError, "tokens is on meta, logits on cpu"),
+    "meta tokens": ("tokens", lambda c: c.tokens.to("meta"), ValueError, f"tokens is on meta, logits on {HERE}"),
     "meta mask": ("mask", lambda c: torch.ones(B, T, device="meta").bool(), ValueError, "mask is on meta, logits on"),
 }
 
@@ -195,7 +197,7 @@ def test_rows_of_logits_for_packed_sequences() -> None:
         (torch.tensor([[0, 5, 5, 12]]), ValueError, r"cu_seqlens must be \(B\+1,\)"),
         (torch.tensor(0), ValueError, r"cu_seqlens must be \(B\+1,\)"),
         (torch.tensor([], dtype=torch.int64), ValueError, r"cu_seqlens must be \(B\+1,\)"),
-        (torch.tensor([0, 5, 5, 12], device="meta"), ValueError, "cu_seqlens is on meta, logits on cpu"),
+        (torch.tensor([0, 5, 5, 12], device="meta"), ValueError, f"cu_seqlens is on meta, logits on {HERE}"),
         ((0, 5, 5, 12), TypeError, "cu_seqlens must be int32 or int64"),
     ],
 )
@@ -287,7 +289,7 @@ def objective_for(name: str) -> Any:
         (lambda x: x[:1], ValueError, r"must have one value per sequence, \(3,\)"),
         (lambda x: x[:, None], ValueError, r"must have one value per sequence, \(3,\)"),
         (lambda x: x.expand(T, B), ValueError, r"must have one value per sequence, \(3,\)"),
-        (lambda x: x.to("meta"), ValueError, "is on meta, logits on cpu"),
+        (lambda x: x.to("meta"), ValueError, f"is on meta, logits on {HERE}"),
     ],
 )
 def test_dtype_and_shape_of_inputs(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from dataclasses import asdict
@@ -35,6 +36,7 @@ def configs() -> list[Config]:
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    found["sources"] = os.environ.get("DMFAST_GPU_KEY")  # figures of other kernels are not gone on with
     for package in ("triton", "liger-kernel", "cut-cross-entropy", "trl", "quack-kernels"):
         try:
             found[package] = metadata.version(package)

@@ -38,7 +38,7 @@ def _on(x: Tensor) -> AbstractContextManager[Any]:
 
 def _two(x: float) -> tuple[float, float]:
     """An fp64 number as two of fp32, which is what Triton makes of a Python float."""
-    high = torch.tensor(x, dtype=torch.float64).float().item()
+    high = torch.tensor(x, dtype=torch.float64, device="cpu").float().item()  # not where torch.device(...) says
     return high, x - high
 
 
@@ -143,7 +143,7 @@ def scale(batch: Batch, dz: Tensor, factors: Tensor, sequence_of: Tensor | None 
 
 def _halves(x: int) -> tuple[int, int]:
     """64 bits as two int32, so that no number is of another type than the one before."""
-    words = torch.tensor([x % 2**64 - (2**64 if x % 2**64 >= 2**63 else 0)]).view(torch.int32)
+    words = torch.tensor([x % 2**64 - (2**64 if x % 2**64 >= 2**63 else 0)], device="cpu").view(torch.int32)
     return int(words[0]), int(words[1])
 
 
