@@ -15,8 +15,9 @@ demo: $(VENV)/demo
 test: lint pytest
 	@echo "The slower proofs (sanitizers, GPU kernels without a GPU, the wheel, aarch64): make proofs"
 
+# A process for each of two cores, with one thread each: tests that need more ask for them.
 pytest: $(VENV)/test
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
@@ -24,7 +25,9 @@ lint: $(VENV)/test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 	$(BIN)/mypy
 
-proofs: docs sanitize host-cuda trace aot ptx interpreter gpu-dry wheel aarch64
+# Two at a time. passive: threads that wait must not keep the other's from the core.
+proofs: $(VENV)/triton $(VENV)/docs
+	OMP_WAIT_POLICY=passive $(MAKE) -j2 -Otarget host-cuda ptx sanitize aot interpreter wheel trace gpu-dry docs aarch64
 
 # The CPU kernels, built for the baseline instruction set (no AVX2), under AddressSanitizer and UBSan.
 sanitize: $(VENV)/test

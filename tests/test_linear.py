@@ -179,7 +179,7 @@ def test_every_objective(name: str, on_policy: bool, rows: int) -> None:
         {"objective": Objective("dpg", baseline=torch.arange(5.0))},
         {"objective": Objective("chi2", normalize=False), "max_weight": 3.0},
     ],
-    ids=str,
+    ids=", ".join,
 )
 def test_options(options: dict[str, object], rows: int) -> None:
     case = make()
