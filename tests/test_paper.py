@@ -40,7 +40,7 @@ def every_sequence(model):
 
 @pytest.mark.parametrize("kind", ["pointwise", "moment", "hybrid"])
 def test_kl_from_exact_samples_where_every_sequence_is_known(kind):
-    """Exact samples are those of p; both estimates of KL(p||pi) are right, and theirs varies less than the paper's."""
+    """Exact samples are those of p; both estimates of KL(p||pi) are right, and far from p theirs varies less."""
     base, policy = LanguageModel(gpt2(), tokenizer()), LanguageModel(gpt2(seed=1), tokenizer())
     constraints = {"pointwise": [Contains("w6")], "moment": [Moment(Contains("w4", name="w4"), 0.3)],
                    "hybrid": [Contains("w6"), Moment(Contains("w4", name="w4"), 0.3)]}[kind]  # fmt: skip
@@ -65,9 +65,9 @@ def test_kl_from_exact_samples_where_every_sequence_is_known(kind):
     y = policy.sample(n=n, max_new_tokens=2, seed=6)  # the paper's way, as in an evaluation
     log_target = target.log_prob(y)
     z_of_y = PartitionFunctions().updated(y.context_id, log_target, y.log_prob).log_z(y.context_id)
-    weighted = estimate(y.log_prob, y.log_prob, log_target, z_of_y).kl_policy
+    weighted = estimate(y.log_prob, y.log_prob, log_target, z_of_y, z_of=y.context_id).kl_policy
     assert abs(weighted.value - exact) < 4 * weighted.stderr
-    assert found.stderr < 0.8 * weighted.stderr
+    assert found.stderr < 0.8 * weighted.stderr  # 1.2 to 1.9 nats from p; near it the weights know more
 
 
 @pytest.mark.parametrize("kind", ["pointwise", "moment"])
