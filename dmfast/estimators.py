@@ -172,8 +172,8 @@ def estimate(
             with ``z_of``.
         sample_weight: (N,) positive, for instance less for older steps. Default 1.
         z_of: (N,) integers, the context of each sequence, if ``log_z`` is that of these very sequences, for each
-            context its own. Then u has mean 1, whatever the draw, and a divergence varies less near p and more far
-            from it than if log Z were known.
+            context its own. Then u has mean 1, whatever the draw, and near p a divergence varies far less than it
+            would if log Z were known.
     """
     log_prob, log_proposal, log_target = _fp64(log_prob), _fp64(log_proposal), _fp64(log_target)
     g = _ones(log_prob, sample_weight)

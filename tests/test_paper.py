@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from trainer_job import WORDS, gpt2, tokenizer
 
 from dmfast import EBM, Contains, LanguageModel, Moment, Scorer
@@ -123,6 +126,7 @@ def test_which_learning_rate_is_taken(tmp_path):
 
 def test_the_grid_is_that_of_the_issue(monkeypatch):
     monkeypatch.setattr(grid, "learning_rates", lambda folder: dict.fromkeys(grid.MAIN, 1e-4))
+    assert {each.learning_rate for each in grid.quick()} == {1e-4}
     runs = list(grid.plan(grid.PARTS, Path()))
     assert len({each.name for each in runs}) == len(runs)
     main = [each for each in runs if each.part == "main"]
@@ -138,6 +142,50 @@ def test_the_grid_is_that_of_the_issue(monkeypatch):
         assert settings["warmup_steps"] * per_step == 2560 * epochs
         assert settings["proposal_interval"] * per_step == 2560
         assert settings["proposal_decay"] ** (1 / per_step) == pytest.approx(0.8 ** (1 / 256))
+
+
+RUN_PY = """
+import pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.parent.mkdir(parents=True, exist_ok=True)
+(out.parent / (out.name + ".part")).write_text("half of it")
+if sys.argv[2] == {dies!r}:
+    raise ValueError("the logits hold NaN or +inf in row 3") if {nan} else SystemExit("nan\\nkilled")
+out.write_text("{{}}")
+"""
+
+
+def test_a_run_that_dies(tmp_path, monkeypatch):
+    """It is on record with what it said, the others go on, a later start tries it again; only JSON is committed."""
+    monkeypatch.setattr(grid, "HERE", tmp_path)
+    folder = tmp_path / "runs"
+    runs = [grid.Run("main", "women", method, 0) for method in ("gdc", "gdc++", "js")]
+
+    def start(dies, nan=False):
+        (tmp_path / "run.py").write_text(RUN_PY.format(dies=dies, nan=nan))
+        said = io.StringIO()
+        return grid.work(runs, folder, 1, Console(file=said, width=200), commits=True), said.getvalue()
+
+    def git(*command):
+        return subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    git("init", "-q")
+    git("config", "user.name", "x")
+    git("config", "user.email", "x@example.org")
+    failed, said = start("gdc++", nan=True)
+    assert failed == 1 and "row 3" in said and "3 runs, 0 done" in said
+    record = json.loads((folder / "main" / "women-gdcpp-seed0.failed.json").read_text())
+    assert record["status"] == 1 and record["nan"] and record["arguments"][:2] == ["women", "gdc++"]
+    assert record["stderr"][-1] == "ValueError: the logits hold NaN or +inf in row 3"
+    names = {"women-gdc-seed0.json", "women-gdcpp-seed0.failed.json", "women-js-seed0.json"}
+    assert git("ls-files").split() == sorted(f"runs/main/{name}" for name in names) and not git("diff", "HEAD")
+
+    failed, said = start("gdc++")
+    assert failed == 1 and "3 runs, 2 done" in said
+    assert not json.loads((folder / "main" / "women-gdcpp-seed0.failed.json").read_text())["nan"]
+    assert start("no method")[0] == 0 and not list(folder.glob("*/*.failed.json"))
+    assert sorted(path.split("/")[-1] for path in git("ls-files").split()) == [
+        "women-gdc-seed0.json", "women-gdcpp-seed0.json", "women-js-seed0.json"]  # fmt: skip
 
 
 def test_the_reward_of_a_task_is_the_mean_of_its_features():
