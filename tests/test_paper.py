@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from trainer_job import WORDS, gpt2, tokenizer
 
-from dmfast import EBM, Contains, LanguageModel, Moment, Scorer
+from dmfast import EBM, Contains, LanguageModel, Moment, Scorer, gradient_variance
 from dmfast.estimators import Estimate, PartitionFunctions, estimate
 from dmfast.training import recipe
 
@@ -23,6 +23,7 @@ sys.path.insert(0, str(PAPER))
 grid = pytest.importorskip("grid", reason="benchmarks/ is not beside the tests")
 import run  # noqa: E402
 import truth  # noqa: E402
+import variance  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
 END = WORDS.index("<e>")
@@ -195,6 +196,22 @@ def test_the_reward_of_a_task_is_the_mean_of_its_features():
                      set(read["constraints"][1]["contains"]["any_of"]))  # fmt: skip
     wanted = [(bool(women & set(text.split())) + bool(sports & set(text.split()))) / 2 for text in x.text]
     assert run.reward_of(read)(x).tolist() == wanted and len(set(wanted)) == 3
+
+
+def test_the_gradients_variance_in_one_state():
+    """Before the first step q is pi, where the baseline is 1: A = u and A = u - 1 on the same sequences."""
+    state = json.loads((truth.RESULTS / "targets" / "women.json").read_text())
+    read = recipe.read(PAPER / "tasks" / "women.yaml", {"train.objective": "gdc++"})
+    trainer = recipe.prepare(read, fitted=state["target"], say=lambda line: None)
+    log_z = state["log_z"]["value"]
+    found = variance.measure(trainer, log_z, 24, seed=3)
+    x = trainer.policy.sample(n=24, max_new_tokens=48, seed=3)
+    u = (trainer.target.log_prob(x) - log_z - x.log_prob).exp()
+    for method, weight in (("gdc", u), ("gdc++", u - 1)):
+        expected = gradient_variance(trainer.policy, x, weight)
+        assert found[method]["gradient_variance"] == pytest.approx(expected.variance, rel=1e-3)
+        assert found[method]["gradient_norm"] == pytest.approx(expected.norm, rel=1e-3)
+        assert found[method]["advantage_variance"] == pytest.approx(float(u.var()), rel=1e-3)
 
 
 def test_a_run(tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ def folder(tmp_path):
     for method, of_seed in KL.items():
         for seed, value in of_seed.items():
             write(tmp_path, "women", method, seed, kl_exact=value, **{"phi/women": 0.4 + 0.02 * (method == "gdc++")})
-    for method, of_seed in {"gdc": {0: 0.8, 1: 2.0}, "gdc++": {0: 0.9}}.items():
+    for method, of_seed in {"gdc": {0: 2.0, 1: 0.8}, "gdc++": {1: 0.9}}.items():
         for seed, value in of_seed.items():
             write(tmp_path, "word_amazing", method, seed, kl_exact=value)
     return tmp_path
@@ -146,6 +146,18 @@ def test_variance_ratios(folder):
     expected = f"{50 / 26:.2f} (geometric mean of 6: 2.00, 95% {2 * math.exp(-half):.2f} to {2 * math.exp(half):.2f})"
     assert report.ratio(plain, better, "gradient_variance") == expected
     assert report.ratio(plain, better, "gradient_norm") == ""
+
+
+def test_variance_ratios_of_one_state():
+    plain = [{"gradient_variance": g, "advantage_variance": 6.0} for g in (16.0, 4.0)]
+    better = {"gradient_variance": 2.0, "advantage_variance": 3.0}
+    at = [{"samples": n, "gdc": each, "gdc++": better} for n, each in zip((256, 512), plain, strict=True)]
+    gradient, advantage = rows(report.same_state_table({"tasks": {"women": at}}))
+    assert gradient["after 256, 512 sequences"] == "8.00, 2.00"
+    half = 12.706 * math.log(2)  # logs of 8 and 2 lie log 2 on either side of that of 4: the error is log 2
+    expected = f"4.00 ({4 * math.exp(-half):.2f} to {4 * math.exp(half):.2f})"
+    assert gradient["geometric mean (95% interval)"] == expected
+    assert advantage["geometric mean (95% interval)"] == "2.00 (2.00 to 2.00)"
 
 
 @pytest.mark.parametrize(("n", "expected"), [(2, 12.706), (6, 2.571), (8, 2.365), (10, 2.262), (30, 2.045)])

@@ -468,6 +468,21 @@ def equal_rate_table(runs: Runs, rate: float) -> str:
     return table(("method", "E_π[φ]", "KL(p‖π)", "KL(π‖a)", "Self-BLEU-5", "Distinct-1"), rows)
 
 
+def same_state_table(result: Result) -> str:
+    """What variance.py has measured: GDC's weights over GDC++'s, in the states of one run of GDC++."""
+    rows, each = [], ""
+    for task, found in result["tasks"].items():
+        for key, name in (("gradient_variance", "gradient"), ("advantage_variance", "advantage")):
+            logs = [math.log(at["gdc"][key] / at["gdc++"][key]) for at in found]
+            centre, half = interval(logs)
+            ends = "" if math.isnan(half) else f" ({math.exp(centre - half):.2f} to {math.exp(centre + half):.2f})"
+            rows.append(
+                (task, name, ", ".join(f"{math.exp(log):.2f}" for log in logs), f"{math.exp(centre):.2f}{ends}")
+            )
+        each = ", ".join(f"{at['samples']:,}" for at in found)
+    return table(("task", "variance of the", f"after {each} sequences", "geometric mean (95% interval)"), rows)
+
+
 def study_figure(runs: Runs, path: Path) -> None:
     """Variance of gradient and advantage over training, and the batch sizes, for the two tasks of the studies."""
     drawing, axes = plt.subplots(2, 3, figsize=(12, 6.5), constrained_layout=True)
@@ -512,6 +527,8 @@ def main() -> None:
     runs = Runs(args.runs)
     args.out.mkdir(parents=True, exist_ok=True)
     done = sum(len(by_seed) for by_seed in runs.found.values())
+    path = args.runs.parent / "same_state.json"
+    same = json.loads(path.read_text()) if path.exists() else {"tasks": {}}
     sections = {
         "The targets": targets(),
         "Learning rates": tuning_table(runs, args.runs),
@@ -521,6 +538,7 @@ def main() -> None:
             else {}
         ),
         "Claims": claims(runs),
+        "Variance of GDC over GDC++ in the same states of a run of GDC++, on the same batches": same_state_table(same),
         "The main grid at the end of 20,480 sequences": main_table(runs),
         "GDC++ less GDC, in pairs (95% interval over seeds)": paired_table(runs),
         "Batch sizes": batch_table(runs),
