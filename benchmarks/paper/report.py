@@ -35,6 +35,7 @@ NAMES = {
     "gdc_loo": "GDC on-policy, leave-one-out", "gdc++_on_policy": "GDC++ on-policy",
     "gdc++_clip": "GDC++, weights within ±10", "gdc++_fresh": "GDC++, q checked on fresh samples",
 }  # fmt: skip
+BATCHES = (64, 128, 256, 512)
 COLORS = dict(zip(grid.MAIN, ("C3", "C1", "C2", "C0", "C4"), strict=True))
 MEASURES = (("phi", "E[φ]"), ("kl_exact", "KL(p‖π), nats"), ("kl_policy_base", "KL(π‖a), nats"),
             ("self_bleu_5", "Self-BLEU-5"), ("distinct_1", "Distinct-1"))  # fmt: skip
@@ -203,8 +204,8 @@ def figure(runs: Runs, task: str, path: Path) -> None:
     """One task, in the paper's form: features, then the other measures, a line per method."""
     features = wanted(task)
     panels = [(f"phi/{name}", f"E[{name}]") for name in features] + list(MEASURES[1:])
-    columns = min(len(panels), 5)
-    rows = math.ceil(len(panels) / columns)
+    rows = math.ceil(len(panels) / 5)
+    columns = math.ceil(len(panels) / rows)
     drawing, axes = plt.subplots(
         rows, columns, figsize=(3.3 * columns, 2.9 * rows), constrained_layout=True, squeeze=False
     )
@@ -401,7 +402,7 @@ def batch_table(runs: Runs) -> str:
     """KL(p||pi) at the end over batch sizes, for the same sequences."""
     rows = []
     for task in grid.STUDIED:
-        for batch in (64, 128, 256, 512):
+        for batch in BATCHES:
             part = "main" if batch == 256 else "batch"
             results = [runs.of(part, task, method, batch) for method in ("gdc", "gdc++")]
             if any(results):
@@ -498,7 +499,7 @@ def study_figure(runs: Runs, path: Path) -> None:
                 x = [histories[0]["step"][i] * results[0]["batch"] for i in at]
                 axis.plot(x, values, color=COLORS[method], label=NAMES[method], linewidth=1.3)
             points = []
-            for batch in (64, 128, 256, 512):
+            for batch in BATCHES:
                 found = runs.of("main" if batch == 256 else "batch", task, method, batch)
                 if found:
                     points.append((batch, *mean_and_error(last(found, "kl_exact").values())))
@@ -512,8 +513,12 @@ def study_figure(runs: Runs, path: Path) -> None:
             axis.set_title(f"{task}: {title}", fontsize=10)
             axis.set_xlabel("sequences" if axis is not row[2] else "sequences in a step", fontsize=8)
             if axis.has_data():
-                axis.set_yscale("log") if axis is not row[2] else axis.set_xscale("log", base=2)
                 axis.legend(fontsize=8)
+                if axis is not row[2]:
+                    axis.set_yscale("log")
+                else:
+                    axis.set_xscale("log", base=2)
+                    axis.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
     drawing.savefig(path, dpi=90)
     plt.close(drawing)
 
