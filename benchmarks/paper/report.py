@@ -124,11 +124,11 @@ def kl_base_from_target(result: Result) -> float:
     return abs(value - target(result["task"])["kl_target_base"]["value"])
 
 
-def drawn(result: Result) -> float:
+def drawn(result: Result) -> int:
     """Sequences that training took, with those of checks of q that draw their own; without the evaluations'."""
     settings = result["settings"]
     checks = settings["max_steps"] // settings["proposal_interval"]
-    return float(result["samples"] + settings.get("proposal_check_samples", 0) * checks)
+    return int(result["samples"] + settings.get("proposal_check_samples", 0) * checks)
 
 
 def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
@@ -285,7 +285,7 @@ def main_table(runs: Runs) -> str:
             phi = ", ".join(shown(last(results, f"phi/{name}").values()) for name in wanted(task))
             measures = ("kl_exact", "kl_policy", "kl_policy_base", kl_base_from_target, from_attained, "self_bleu_5",
                         "distinct_1")  # fmt: skip
-            cost = "" if method == "base" else shown(last(results, drawn).values(), ",.0f")
+            cost = "" if method == "base" else f"{drawn(next(iter(results.values()))):,}"
             cells = [shown(last(results, key).values()) for key in measures]
             length = shown(last(results, "length").values(), ".1f")
             rows.append((task, NAMES[method], str(len(results)), phi, *cells, length, cost))
@@ -363,7 +363,7 @@ def claims(runs: Runs) -> str:
         if not known:
             return f"{text}; no interval from one seed"
         below, above = (sum(sign * mean > half for mean, half in known.values()) for sign in (-1, 1))
-        return f"{text}; the 95% interval excludes 0 on {below}, and on {above} the other way"
+        return f"{text}; the 95% interval excludes 0 on {below} of {len(known)}, and on {above} the other way"
 
     if not pairs("gdc++", "gdc", "kl_exact"):
         return ""
@@ -431,7 +431,7 @@ def variants_table(runs: Runs) -> str:
                 shown(last(results, key).values())
                 for key in ("kl_exact", from_wanted, "kl_policy_base", kl_base_from_target)
             )
-            cost = shown(last(results, drawn).values(), ",.0f")
+            cost = f"{drawn(next(iter(results.values()))):,}"
             rows.append((task, NAMES[method], str(len(results)), kl, against, error, *others, variance, cost))
     return table(("task", "", "seeds", "KL(p‖π)", "less that of GDC++ (95% interval)",
                   "its standard error from the shared samples of p", "distance of E_π[φ]", "KL(π‖a)",
