@@ -132,6 +132,19 @@ def test_runs_that_died_or_diverged_are_counted(folder):
     assert js["KL(p‖π)"] == "" and js["seeds"] == "1"
 
 
+def test_all_methods_at_one_learning_rate(folder, monkeypatch):
+    """Those of the rate that GDC++ has, and no others; with the errors of the one run."""
+    errors = {"phi/politics_stderr": 0.011, "kl_exact_stderr": 0.02, "kl_policy_base_stderr": 0.03}
+    for method, kl in (("reinforce", 2.5), ("gdc++", 0.2)):
+        write(folder, "tuning", method, 100, part="tuning", kl_exact=kl, **errors)
+    monkeypatch.setattr(grid, "learning_rates", lambda _: {"gdc++": 1e-4})
+    found = rows(report.equal_rate_table(report.Runs(folder), folder))
+    assert [row["method"] for row in found] == ["REINFORCE", "GDC++"]
+    assert found[0]["KL(p‖π)"] == "2.500 ± 0.020" and found[0]["E_π[φ]"] == "0.400 ± 0.011"
+    monkeypatch.setattr(grid, "learning_rates", lambda _: {"gdc++": 5e-4})
+    assert report.equal_rate_table(report.Runs(folder), folder) == ""
+
+
 def test_variance_ratios(folder):
     """After a quarter of what is logged: 4 and 1 in turn, whose geometric mean is 2."""
     measured = [9.0, 9.0, 1.0, 3.0, 2.0, 8.0, 5.0, 7.0]

@@ -49,7 +49,7 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.found: dict[tuple[str, str, str, int], dict[int, Result]] = defaultdict(dict)
-        self.tuning: dict[tuple[str, float], Result] = {}
+        self.tuning: dict[tuple[str, float | None], Result] = {}
         self.failed: dict[str, Result] = {}
         for path in sorted(folder.glob("*/*.json")):
             result = json.loads(path.read_text())
@@ -455,9 +455,9 @@ def tuning_table(runs: Runs, folder: Path) -> str:
     return table(("method: its own aim; KL(p‖π), nats", *(f"{rate:g}" for rate in grid.LEARNING_RATES)), rows)
 
 
-def equal_rate_table(runs: Runs, rate: float) -> str:
-    """All methods at one learning rate, on the tuning task."""
-    rows = []
+def equal_rate_table(runs: Runs, folder: Path) -> str:
+    """All methods at the learning rate that GDC++ has, where the tuning has tried it."""
+    rate, rows = grid.learning_rates(folder).get("gdc++"), []
     for method in grid.MAIN:
         result = runs.tuning.get((method, rate))
         if result is None:
@@ -470,7 +470,7 @@ def equal_rate_table(runs: Runs, rate: float) -> str:
 
 
 def same_state_table(result: Result) -> str:
-    """What variance.py has measured: GDC's weights over GDC++'s, in the states of one run of GDC++."""
+    """What variance.py has measured: GDC's weights over GDC++'s, on one batch in each state of a run."""
     rows, each = [], ""
     for task, found in result["tasks"].items():
         for key, name in (("gradient_variance", "gradient"), ("advantage_variance", "advantage")):
@@ -537,13 +537,9 @@ def main() -> None:
     sections = {
         "The targets": targets(),
         "Learning rates": tuning_table(runs, args.runs),
-        **(
-            {f"All methods at the learning rate of GDC++ ({rate:g}), on the tuning task": equal_rate_table(runs, rate)}
-            if (rate := grid.learning_rates(args.runs).get("gdc++"))
-            else {}
-        ),
+        "All methods at GDC++'s learning rate, on the tuning task": equal_rate_table(runs, args.runs),
         "Claims": claims(runs),
-        "Variance of GDC over GDC++ in the same states of a run of GDC++, on the same batches": same_state_table(same),
+        "Variance of GDC over GDC++ in the same states": same_state_table(same),
         "The main grid at the end of 20,480 sequences": main_table(runs),
         "GDC++ less GDC, in pairs (95% interval over seeds)": paired_table(runs),
         "Batch sizes": batch_table(runs),
