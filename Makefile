@@ -64,12 +64,14 @@ gpu-dry: $(VENV)/test
 	$(PIP) --target build/gpu/site --upgrade pytest hypothesis mpmath
 
 # The experiments of the paper (docs/paper.md). paper-quick: two tasks, GDC and GDC++, a quarter of the sequences, minutes.
-# paper: all of them, hours; what is in benchmarks/results/paper is not run again.
+# paper: all of them, hours; what is in benchmarks/results/paper is not run again, nor drawn again of the exact samples.
+# It commits nothing: grid.py --commit does, run by run.
 paper-quick: $(VENV)/demo
 	$(BIN)/python benchmarks/paper/grid.py quick --out build/paper_quick
 	$(BIN)/python benchmarks/paper/report.py --quick --runs build/paper_quick --out build/paper_quick
 
 paper: $(VENV)/demo
+	$(BIN)/python benchmarks/paper/truth.py
 	$(BIN)/python benchmarks/paper/grid.py
 	$(BIN)/python benchmarks/paper/report.py
 
