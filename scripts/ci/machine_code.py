@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 
 ROOT = Path.cwd()  # of the tree that is looked at
 sys.path.insert(0, str(ROOT))
-from cuda_compiler import compiled
+from cuda_compiler import compiled, compiler_version
 from dmfast.kernels.triton import launch, loss, sample
 
 ARCHS = (80, 90, 100, 120)
