@@ -12,7 +12,7 @@ import sys
 from difflib import unified_diff
 from pathlib import Path
 
-from machine_code import ARCHS, Code, all_code, compiler_version, triton
+from machine_code import ARCHS, Code, all_code, versions
 
 REGISTERS = 65536  # of a multiprocessor, of all these architectures
 # Warps that a multiprocessor is to hold at least, as each kernel is meant: the first line whose words are all in its
@@ -74,11 +74,6 @@ def faults(code: Code) -> list[str]:
             f"{code.registers} registers leave room for {resident_warps(code)} warps, {intended_warps(code)} are meant"
         )
     return said
-
-
-def versions() -> str:
-    """Of the compilers, on which the table depends."""
-    return f"triton {triton.__version__}, nvcc {compiler_version()}"
 
 
 def stale(old: Path, new: str) -> str:

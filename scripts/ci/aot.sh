@@ -1,6 +1,7 @@
 #!/bin/sh
 # aot.py on the kernels as they are, whose table must be that of benchmarks/results/aot.md, then on seeded bugs of
 # tests/native/bugs, which must be caught; the model of roofline.py, from the same code, which must be that of
+# docs/gpu.md; and the extension built as a user builds it. Brings PyPI's CUDA compiler where there is no nvcc. What is
 # compiled is kept in ~/.cache, by the hash of its source.
 set -eu
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
@@ -27,3 +28,5 @@ caught narrow "write_rows.*: no 128-bit" aot --only triton/write --archs 90
 said "seeded bugs"
 "$python" scripts/ci/roofline.py docs/gpu.md build/gpu.md
 said "roofline"
+sh scripts/ci/cuda_build.sh "$python"
+said "as a user builds it"

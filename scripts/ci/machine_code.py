@@ -38,6 +38,11 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
+def versions() -> str:
+    """Of the compilers, on which all of it depends."""
+    return f"triton {triton.__version__}, nvcc {compiler_version()}"
+
+
 class Code(NamedTuple):
     """One kernel as a compiler made it for one architecture."""
 

@@ -18,8 +18,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from aot import stale, versions
-from machine_code import ROOT, SIZE, Code, all_code
+from aot import stale
+from machine_code import ROOT, SIZE, Code, all_code, versions
 
 VOCAB = 128256  # of which only the number of packs of a thread depends
 
