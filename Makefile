@@ -59,7 +59,7 @@ gpu:
 	$(PYTHON) scripts/gpu/run.py
 
 # The same scripts on the host build of the kernels. Leaves what the suite needs in build/gpu/site, to be copied along.
-gpu-dry: $(VENV)/test
+gpu-dry: $(VENV)/triton
 	$(BIN)/python scripts/gpu/run.py dry again
 	$(PIP) --target build/gpu/site --upgrade pytest hypothesis mpmath
 
