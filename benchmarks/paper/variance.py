@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=grid.RESULTS / "same_state.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    start, rate = time.perf_counter(), grid.tuned(grid.RESULTS / "runs")["gdc++"]
+    start, rate = time.perf_counter(), grid.tuned(grid.RESULTS / "runs", ["gdc++"])["gdc++"]
     found = {task: states(task, args.seed, rate, args.samples, STATES, BATCH) for task in args.task}
     result = {"seed": args.seed, "learning_rate": rate, "batch": BATCH, "machine": report.machine(), "tasks": found,
               "seconds": time.perf_counter() - start}  # fmt: skip
