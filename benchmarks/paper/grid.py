@@ -77,8 +77,8 @@ class Run:
 def score(result: dict[str, Any]) -> tuple[float, float]:
     """What a method's learning rate is chosen by, larger is better, and its standard error.
 
-    Its own aim, at the end of a run: -KL(p||pi), of js and tv too; for REINFORCE E_pi[phi]; for KL-control E_pi[phi] - beta KL(pi||a),
-    with the beta that it starts from.
+    Its own aim, at the end of a run: -KL(p||pi), of js and tv too; for REINFORCE E_pi[phi]; for KL-control
+    E_pi[phi] - beta KL(pi||a), with the beta that it starts from.
     """
     last = result["evaluations"][-1]
     if not result["finite"]:

@@ -543,7 +543,7 @@ def main() -> None:
         "The main grid at the end of 20,480 sequences": main_table(runs),
         "GDC++ less GDC, in pairs (95% interval over seeds)": paired_table(runs),
         "Batch sizes": batch_table(runs),
-        "Beyond the paper (JS and TV at learning rates of their own, the others at that of GDC++)": variants_table(runs),
+        "Beyond the paper (JS and TV at rates of their own, the others at that of GDC++)": variants_table(runs),
     }
     if args.quick:
         kept = ("The main grid at the end of 20,480 sequences", "GDC++ less GDC, in pairs (95% interval over seeds)")
