@@ -88,55 +88,99 @@ def hidden_states() -> None:
         assert float((a - b).abs().max()) <= 1e-2 * float(b.abs().max()), "TF32 at worst"
 
 
+def packed(call: dict[str, Any]) -> dict[str, Any]:
+    """The same sequences, one after the other."""
+    starts = torch.arange(0, 25, 6, device=call["tokens"].device)
+    return {**call, "logits": call["logits"].flatten(0, 1), "tokens": call["tokens"].flatten(), "cu_seqlens": starts}
+
+
+# Not the losses on hidden states, for which the host reads which rows are scored.
+CAPTURED: dict[str, Callable[[dict[str, Any]], list[Tensor]]] = {
+    "gdc++": step,
+    "dpg": lambda call: step(call, "dpg"),  # whose weight is known: one kernel
+    "gdc++, packed": lambda call: step(packed(call)),
+    "scoring": lambda call: [dmfast.sequence_log_prob(call["logits"], call["tokens"])],
+    "sampling": lambda call: list(dmfast.sample_tokens(call["logits"].flatten(0, 1), seed=3)),
+}
+
+
 def captured() -> None:
     """A graph replayed three times gives the same three times, and what other inputs give once they are there."""
-    call = example(1000)
-    expected = step(call)
-    replay: Callable[[], Any]
+    for name, work in CAPTURED.items():
+        call = example(1000)
+        expected = work(call)
+        found, replay = graph_of(work, call)
+        for _ in range(3):
+            for x in found:
+                x.zero_()
+            replay()
+            same(found, expected, f"a replayed graph of {name}")
+        other = example(1000, seed=1)
+        for tensor in ("logits", "tokens", "log_target", "log_proposal"):
+            call[tensor].copy_(other[tensor])
+        replay()
+        same(found, work(other), f"a graph of {name} with other inputs")
+        print("  captured:", name)
+
+
+def graph_of(
+    work: Callable[[dict[str, Any]], list[Tensor]], call: dict[str, Any]
+) -> tuple[list[Tensor], Callable[[], Any]]:
+    """What a graph writes, and what replays it."""
     if DRY:
-        found = step(call)
+        kept = work(call)
 
         def replay() -> None:
-            for kept, new in zip(found, step(call), strict=True):
-                kept.copy_(new)
-    else:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step(call)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = step(call)
-        replay = graph.replay
-    for _ in range(3):
-        for x in found:
-            x.zero_()
-        replay()
-        same(found, expected, "a replayed graph")
-    other = example(1000, seed=1)
-    for name in ("logits", "tokens", "log_target", "log_proposal"):
-        call[name].copy_(other[name])
-    replay()
-    same(found, step(other), "a graph with other inputs")
+            for x, new in zip(kept, work(call), strict=True):
+                x.copy_(new)
+
+        return kept, replay
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work(call)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = work(call)
+    return found, graph.replay
+
+
+def at_once(queued: Callable[[], Any], streams: list[Any]) -> Any:
+    """What ``queued`` leaves on streams that wait until it is done."""
+    for cycles in (10**8, 10**9, 10**10):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(cycles)
+        gate = torch.cuda.current_stream().record_event()
+        for stream in streams:
+            stream.wait_event(gate)
+        found = queued()
+        waited = not gate.query()
+        torch.cuda.synchronize()
+        if waited:
+            return found
+    raise AssertionError("the gate opened before all was queued: nothing shows that streams ran side by side")
 
 
 def streams() -> None:
-    """Kernels of several streams at the same time, each with counters of its own."""
-    calls = [example(4099, seed=seed) for seed in range(4)]
-    expected = [step(call) for call in calls]
-    contexts: list[Any] = [nullcontext() for _ in calls]
-    if not DRY:
-        torch.cuda.synchronize()
-        contexts = [torch.cuda.stream(torch.cuda.Stream()) for _ in calls]
-    found: list[list[list[Tensor]]] = [[] for _ in calls]
-    for _ in range(10):
-        for context, call, into in zip(contexts, calls, found, strict=True):
-            with context:
-                into.append(step(call))
-    if not DRY:
-        torch.cuda.synchronize()
+    """Kernels of several streams at the same time, each with counters of its own: few blocks, so that there is room for
+    all, and none begins before all are queued."""
+    calls = [example(v, seed=seed) for seed, v in enumerate((4099, 4099, 50257, 50257))]
+    works = [step, CAPTURED["dpg"], step, CAPTURED["dpg"]]
+    expected = [work(call) for work, call in zip(works, calls, strict=True)]
+    streams = [] if DRY else [torch.cuda.Stream() for _ in calls]
+
+    def queued() -> list[list[list[Tensor]]]:
+        contexts: list[Any] = [torch.cuda.stream(x) for x in streams] or [nullcontext() for _ in calls]
+        found: list[list[list[Tensor]]] = [[] for _ in calls]
+        for _ in range(10):
+            for context, work, call, into in zip(contexts, works, calls, found, strict=True):
+                with context:
+                    into.append(work(call))
+        return found
+
+    found = queued() if DRY else at_once(queued, streams)
     for many, one in zip(found, expected, strict=True):
         for result in many:
             same(result, one, "streams side by side")
