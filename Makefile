@@ -8,7 +8,8 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints.txt $(shell find csrc dmfast examples -type f \
 	! -name '*.so' ! -name '*.pyc')
 
-.PHONY: demo test pytest lint proofs sanitize host-cuda trace ptx interpreter aot gpu gpu-dry paper-quick paper wheel aarch64 docs format clean
+PROOFS := host-cuda ptx sanitize aot interpreter wheel trace gpu-dry docs aarch64
+.PHONY: demo test pytest lint proofs $(PROOFS) gpu paper-quick paper format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
 
@@ -27,7 +28,7 @@ lint: $(VENV)/test
 
 # Two at a time. passive: threads that wait must not keep the other's from the core.
 proofs: $(VENV)/triton $(VENV)/docs
-	OMP_WAIT_POLICY=passive $(MAKE) -j2 -Otarget host-cuda ptx sanitize aot interpreter wheel trace gpu-dry docs aarch64
+	OMP_WAIT_POLICY=passive $(MAKE) -j2 -Otarget $(PROOFS)
 
 # The CPU kernels, built for the baseline instruction set (no AVX2), under AddressSanitizer and UBSan.
 sanitize: $(VENV)/test

@@ -181,7 +181,7 @@ def test_every_feature_has_its_test_and_its_example(row):
     if name:
         assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.M), name
     else:
-        proofs = re.search(r"^proofs: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+        proofs = re.search(r"^PROOFS := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
         assert proofs and file.removeprefix("make ") in proofs[1].split(), file
     assert len(what.split()) == 5, what
     if "](" not in example:  # links are checked as such
