@@ -15,8 +15,9 @@ demo: $(VENV)/demo
 test: lint pytest
 	@echo "The slower proofs (sanitizers, GPU kernels without a GPU, the wheel, aarch64): make proofs"
 
+# A process for each of two cores, with one thread each: tests that need more ask for them.
 pytest: $(VENV)/test
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
@@ -24,7 +25,9 @@ lint: $(VENV)/test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 	$(BIN)/mypy
 
-proofs: docs sanitize host-cuda trace aot ptx interpreter gpu-dry wheel aarch64
+# Two at a time. passive: threads that wait must not keep the other's from the core.
+proofs: $(VENV)/triton $(VENV)/docs
+	OMP_WAIT_POLICY=passive $(MAKE) -j2 -Otarget host-cuda ptx sanitize aot interpreter wheel trace gpu-dry docs aarch64
 
 # The CPU kernels, built for the baseline instruction set (no AVX2), under AddressSanitizer and UBSan.
 sanitize: $(VENV)/test
@@ -56,17 +59,19 @@ gpu:
 	$(PYTHON) scripts/gpu/run.py
 
 # The same scripts on the host build of the kernels. Leaves what the suite needs in build/gpu/site, to be copied along.
-gpu-dry: $(VENV)/test
+gpu-dry: $(VENV)/triton
 	$(BIN)/python scripts/gpu/run.py dry again
 	$(PIP) --target build/gpu/site --upgrade pytest hypothesis mpmath
 
 # The experiments of the paper (docs/paper.md). paper-quick: two tasks, GDC and GDC++, a quarter of the sequences, minutes.
-# paper: all of them, hours; what is in benchmarks/results/paper is not run again.
+# paper: all of them, hours; what is in benchmarks/results/paper is not run again, nor drawn again of the exact samples.
+# It commits nothing: grid.py --commit does, run by run.
 paper-quick: $(VENV)/demo
 	$(BIN)/python benchmarks/paper/grid.py quick --out build/paper_quick
 	$(BIN)/python benchmarks/paper/report.py --quick --runs build/paper_quick --out build/paper_quick
 
 paper: $(VENV)/demo
+	$(BIN)/python benchmarks/paper/truth.py
 	$(BIN)/python benchmarks/paper/grid.py
 	$(BIN)/python benchmarks/paper/report.py
 

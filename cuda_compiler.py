@@ -3,6 +3,7 @@ standard library alone."""
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,12 @@ def nvcc() -> str:
     if found is None:
         raise RuntimeError("there is no nvcc in CUDA_HOME, on PATH or among the PyPI packages")
     return found
+
+
+def compiler_version() -> str:
+    """``13.0.88``."""
+    said = subprocess.run([nvcc(), "--version"], check=True, capture_output=True, text=True).stdout
+    return re.findall(r"V(\d[\d.]*)", said)[0]
 
 
 def compiled(root: Path, source: str, kind: str, arch: int, cache: Path) -> Path:

@@ -80,6 +80,14 @@ def _mean(values: Tensor, weight: Tensor) -> Estimate:
     return _from_influence(mean, values - mean, weight)
 
 
+def _mean_in(context_id: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+    """(N,) the mean of each sequence's context."""
+    _, which = torch.unique(context_id, return_inverse=True)
+    sums = torch.zeros(2, int(which.max()) + 1, dtype=values.dtype, device=values.device)
+    sums.index_add_(1, which, torch.stack([weight * values, weight]))
+    return (sums[0] / sums[1])[which]
+
+
 def _ones(like: Tensor, weight: Tensor | None) -> Tensor:
     return torch.ones_like(like) if weight is None else weight.to(torch.float64)
 
@@ -127,15 +135,23 @@ def estimate_moments(features: Tensor, log_weight: Tensor, sample_weight: Tensor
     return [_mean(column, w) for column in _fp64(features).unbind(1)]
 
 
-def _kl(u: Tensor, log_gap: Tensor, g: Tensor) -> Estimate:
+# the terms f(u) whose mean is a divergence, and u f'(u): how much they grow with log u, for the error of log Z
+
+
+def _kl_terms(u: Tensor, log_gap: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p || .) from log_gap = log p - log of the other."""
-    return _mean(torch.where(u == 0, 0.0, u * log_gap), g)  # 0 * -inf = 0
+    terms = torch.where(u == 0, 0.0, u * log_gap)  # 0 * -inf = 0
+    return terms, terms + u
 
 
-def _js_terms(log_u: Tensor, log_rho: Tensor) -> Tensor:
+def _tvd_terms(u: Tensor, rho: Tensor | float) -> tuple[Tensor, Tensor]:
+    return (u - rho).clamp(min=0), torch.where(u > rho, u, 0.0)
+
+
+def _js_terms(log_u: Tensor, log_rho: Tensor) -> tuple[Tensor, Tensor]:
     log_sum = torch.logaddexp(log_u, log_rho)
     from_p = torch.where(log_u == -math.inf, 0.0, log_u.exp() * (_LOG2 + log_u - log_sum))
-    return (from_p + log_rho.exp() * (_LOG2 + log_rho - log_sum)) / 2
+    return (from_p + log_rho.exp() * (_LOG2 + log_rho - log_sum)) / 2, from_p / 2
 
 
 def estimate(
@@ -145,14 +161,19 @@ def estimate(
     log_z: Tensor | float,
     *,
     sample_weight: Tensor | None = None,
+    z_of: Tensor | None = None,
 ) -> Estimates:
     """All estimates from N sequences x ~ q.
 
     Args:
         log_prob, log_proposal, log_target: (N,) log pi, log q, log P, nats; log_target may be -inf, and log_prob NaN
             where it is: unknown, since only ``js_policy`` needs it there, which then is NaN too.
-        log_z: log Z as it is known (0-d, float or (N,)); its own error is not in the standard errors of divergences.
+        log_z: log Z as it is known (0-d, float or (N,)); its own error is in the standard errors of divergences only
+            with ``z_of``.
         sample_weight: (N,) positive, for instance less for older steps. Default 1.
+        z_of: (N,) integers, the context of each sequence, if ``log_z`` is that of these very sequences, for each
+            context its own. Then u has mean 1, whatever the draw, and near p a divergence varies far less than it
+            would if log Z were known.
     """
     log_prob, log_proposal, log_target = _fp64(log_prob), _fp64(log_proposal), _fp64(log_target)
     g = _ones(log_prob, sample_weight)
@@ -165,14 +186,22 @@ def estimate(
     log_rho = log_prob - log_proposal
     u, one = log_u.exp(), torch.zeros_like(log_rho)
     rho = torch.where(u == 0, 0.0, log_rho.exp())  # as good as any there: max(0, u - rho) = 0
+
+    def divergence(terms: Tensor, slope: Tensor) -> Estimate:
+        mean = _mean(terms, g)
+        if z_of is None:
+            return mean
+        # log Z is too large by the mean of u - 1, and u, with it the divergence, too small
+        return _from_influence(mean.value, terms - mean.value - _mean_in(z_of, slope, g) * (u - 1), g)
+
     return Estimates(
         log_z=estimate_log_z(log_w, g),
-        kl_policy=_kl(u, log_u - log_rho, g),
-        kl_proposal=_kl(u, log_u, g),
-        tvd_policy=_mean((u - rho).clamp(min=0), g),
-        tvd_proposal=_mean((u - 1).clamp(min=0), g),
-        js_policy=_mean(_js_terms(log_u, log_rho), g),
-        js_proposal=_mean(_js_terms(log_u, one), g),
+        kl_policy=divergence(*_kl_terms(u, log_u - log_rho)),
+        kl_proposal=divergence(*_kl_terms(u, log_u)),
+        tvd_policy=divergence(*_tvd_terms(u, rho)),
+        tvd_proposal=divergence(*_tvd_terms(u, 1.0)),
+        js_policy=divergence(*_js_terms(log_u, log_rho)),
+        js_proposal=divergence(*_js_terms(log_u, one)),
         ess=effective_sample_size(log_u, g),
     )
 

@@ -59,7 +59,8 @@ def nearer(
         u = log_u.exp()
         rho = torch.where(u > 0, log_rho.exp(), 0.0)  # log pi may be unknown where P = 0
         return _mean((u - 1).clamp(min=0) - (u - rho).clamp(min=0), sample_weight)
-    return _mean(_js_terms(log_u, torch.zeros_like(log_rho)) - _js_terms(log_u, log_rho), sample_weight)
+    of_q, of_pi = (_js_terms(log_u, other)[0] for other in (torch.zeros_like(log_rho), log_rho))
+    return _mean(of_q - of_pi, sample_weight)
 
 
 def _copy(module: nn.Module, device: torch.device | str | None) -> nn.Module:

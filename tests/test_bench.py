@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,6 +59,18 @@ def test_a_rival_that_fails_is_reported_with_its_reason(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(rivals, "gather_logsumexp", broken)
     assert worker.run(TINY)["not_run"]["eager gather - logsumexp"] == "RuntimeError: no such kernel"
+
+
+def test_trl_without_its_kernel_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", types.ModuleType("trl"))
+    kernels = types.ModuleType("trl.kernels")
+    monkeypatch.setitem(sys.modules, "trl.kernels", kernels)
+    make = rivals.on_gpu_logits(torch.float32)["trl fused log-prob and entropy"]
+    missing: dict[str, str] = {}
+    assert not list(worker._made({"trl": make}, missing)) and "takes trl 1.16 and triton" in missing["trl"]
+    kernels.selective_log_softmax_and_entropy = lambda z, x: (rivals.cross_entropy(z, x), None)  # type: ignore[attr-defined]
+    z, x = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
+    assert torch.equal(make()(z, x), rivals.cross_entropy(z, x))
 
 
 def test_logits_of_the_model_fill_the_shape() -> None:

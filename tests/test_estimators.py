@@ -89,9 +89,10 @@ def test_expectation_is_exact(name, how):
     assert [m.value for m in plain] == pytest.approx((Q @ FEATURES).tolist(), rel=1e-12)
 
 
+@pytest.mark.parametrize("z", ["known", "of the sequences", "of each half"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", TARGETS)
-def test_standard_errors(name, weighted):
+def test_standard_errors(name, weighted, z):
     """300 repetitions of 2,000 sequences: (estimate - exact) / stderr has mean about 0 and deviation about 1."""
     target, generator = TARGETS[name], torch.Generator().manual_seed(5)
     truth, n = exact(target), 2000
@@ -103,15 +104,42 @@ def test_standard_errors(name, weighted):
     for _ in range(300):
         which = draws(n, generator)
         log_p, log_q = target.log_score[which], LOG_Q[which]
-        found = dict(vars(estimate(LOG_PI[which], log_q, log_p, target.z.log(), sample_weight=sample_weight)))
+        log_z, z_of = target.z.log(), None
+        if z != "known":
+            z_of = torch.arange(n) % (2 if z == "of each half" else 1)
+            g = torch.ones(n) if sample_weight is None else sample_weight
+            of_context = [estimate_log_z((log_p - log_q)[z_of == c], g[z_of == c]).value for c in z_of.unique()]
+            log_z = torch.tensor(of_context).double()[z_of]
+        found = dict(vars(estimate(LOG_PI[which], log_q, log_p, log_z, sample_weight=sample_weight, z_of=z_of)))
         for k, moment in enumerate(estimators.estimate_moments(FEATURES[which], log_p - log_q, sample_weight)):
             found[f"moment_{k}"] = moment
         for key, e in found.items():
             scores[key].append((e.value - truth[key]) / e.stderr)
     for key, all_scores in scores.items():
-        z = torch.tensor(all_scores)
-        assert abs(float(z.mean())) < 0.2, key
-        assert 0.8 < float(z.std()) < 1.2, key
+        standard = torch.tensor(all_scores)
+        assert abs(float(standard.mean())) < 0.2, key
+        assert 0.8 < float(standard.std()) < 1.2, key
+
+
+@pytest.mark.parametrize("distance", [0.1, 0.3, 0.7])
+@pytest.mark.parametrize("name", TARGETS)
+def test_standard_error_of_an_evaluation_near_p_and_far_from_it(name, distance):
+    """x ~ pi with Z from the same sequences: what KL(p||pi) varies by over 400 repetitions is what it states."""
+    target, generator = TARGETS[name], torch.Generator().manual_seed(7)
+    # where P = 0 pi has a twentieth of its mass, as a policy near a pointwise target
+    near = torch.where(target.p > 0, 0.95 * target.p, 0.05 / (target.p == 0).sum().clamp(min=1))
+    away = SPACE.log_prob(SPACE.table(11, distance))
+    log_pi = (near.log() + away - away.mean()).log_softmax(0)
+    truth = float(kl(target.p, log_pi.exp()))
+    contexts, found = torch.zeros(2000, dtype=torch.int64), []
+    for _ in range(400):
+        which = torch.multinomial(log_pi.exp(), 2000, replacement=True, generator=generator)
+        x, log_p = log_pi[which], target.log_score[which]
+        found.append(estimate(x, x, log_p, estimate_log_z(log_p - x).value, z_of=contexts).kl_policy)
+    values = torch.tensor([e.value for e in found]).double()
+    stated = torch.tensor([e.stderr for e in found]).double().mean()
+    assert float(values.mean()) == pytest.approx(truth, abs=0.2 * float(stated))
+    assert float(values.std() / stated) == pytest.approx(1, abs=0.15)
 
 
 def test_standard_errors_shrink_with_n():

@@ -7,7 +7,6 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -179,7 +178,7 @@ def test_every_objective(name: str, on_policy: bool, rows: int) -> None:
         {"objective": Objective("dpg", baseline=torch.arange(5.0))},
         {"objective": Objective("chi2", normalize=False), "max_weight": 3.0},
     ],
-    ids=str,
+    ids=", ".join,
 )
 def test_options(options: dict[str, object], rows: int) -> None:
     case = make()
@@ -467,10 +466,9 @@ def test_wrong_arguments(changes: dict[str, object], error: type[Exception], mat
 
 def test_how_many_rows_the_buffer_holds() -> None:
     def rows(v: int, device: str, chunk_bytes: int | None) -> int:
-        logits = SimpleNamespace(shape=(1, 1, v), itemsize=2, device=torch.device(device))
-        return linear.chunk_rows(SimpleNamespace(logits=logits, vocab=v), chunk_bytes)  # type: ignore[arg-type]
+        return linear.rows_of_buffer(v, 2, torch.device(device), chunk_bytes)
 
-    assert rows(50257, "cpu", None) == 1335 and rows(50257, "cuda", None) == 4096
+    assert rows(50257, "cpu", None) == 1335 and rows(50257, "cuda", None) == rows(50257, "xpu", None) == 4096
     assert rows(1000, "cpu", None) == rows(1000, "cuda", None) == 67108
     assert rows(50257, "cuda", 50257 * 2 * 7) == 7 and rows(50257, "cpu", 1) == 1
 
@@ -478,4 +476,39 @@ def test_how_many_rows_the_buffer_holds() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_of_chunks_are_not_rounded_before_they_are_added(dtype: torch.dtype) -> None:
     a, b = torch.randn(7, 300).to(dtype), torch.randn(300, 5).to(dtype)
-    torch.testing.assert_close(linear.product(a, b).double(), a.double() @ b.double(), rtol=0, atol=1e-4)
+    total = torch.full((7, 5), torch.nan)
+    linear.add_product(total, a, b, first=True)
+    linear.add_product(total, a, b, first=False)
+    torch.testing.assert_close(total.double(), 2 * (a.double() @ b.double()), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_the_weight_is_one_matrix_in_fp32_however_many_chunks(
+    dtype: torch.dtype, reduction: str
+) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    made: list[torch.dtype] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            is_new = isinstance(out, torch.Tensor) and func._schema.returns[0].alias_info is None
+            if is_new and out.numel() == 41 * 29:
+                made.append(out.dtype)
+            return out
+
+    terms = {name: torch.full((6,), -20.0, dtype=torch.float64) for name in ("log_target", "log_proposal")}
+    for rows, frozen in ((5, False), (1000, False), (5, True)):
+        h = torch.randn(6, 5, 29).to(dtype).requires_grad_()
+        w = torch.randn(41, 29).to(dtype).requires_grad_(not frozen)
+        tokens = torch.randint(41, (6, 5))
+        with Watch():
+            out = dmfast.linear_dm_loss(
+                h, w, tokens, log_z=0.0, reduction=reduction, chunk_bytes=rows * 41 * dtype.itemsize, **terms
+            )
+            out.loss.sum().backward()
+        rounded = [] if dtype == torch.float32 else [dtype]
+        assert made == ([] if frozen else [torch.float32, *rounded]), (rows, frozen)
+        made.clear()

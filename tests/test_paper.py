@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from trainer_job import WORDS, gpt2, tokenizer
 
-from dmfast import EBM, Contains, LanguageModel, Moment, Scorer
+from dmfast import EBM, Contains, LanguageModel, Moment, Scorer, gradient_variance
 from dmfast.estimators import Estimate, PartitionFunctions, estimate
 from dmfast.training import recipe
 
@@ -20,6 +23,7 @@ sys.path.insert(0, str(PAPER))
 grid = pytest.importorskip("grid", reason="benchmarks/ is not beside the tests")
 import run  # noqa: E402
 import truth  # noqa: E402
+import variance  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
 END = WORDS.index("<e>")
@@ -40,7 +44,7 @@ def every_sequence(model):
 
 @pytest.mark.parametrize("kind", ["pointwise", "moment", "hybrid"])
 def test_kl_from_exact_samples_where_every_sequence_is_known(kind):
-    """Exact samples are those of p; both estimates of KL(p||pi) are right, and theirs varies less than the paper's."""
+    """Exact samples are those of p; both estimates of KL(p||pi) are right, and far from p theirs varies less."""
     base, policy = LanguageModel(gpt2(), tokenizer()), LanguageModel(gpt2(seed=1), tokenizer())
     constraints = {"pointwise": [Contains("w6")], "moment": [Moment(Contains("w4", name="w4"), 0.3)],
                    "hybrid": [Contains("w6"), Moment(Contains("w4", name="w4"), 0.3)]}[kind]  # fmt: skip
@@ -65,9 +69,9 @@ def test_kl_from_exact_samples_where_every_sequence_is_known(kind):
     y = policy.sample(n=n, max_new_tokens=2, seed=6)  # the paper's way, as in an evaluation
     log_target = target.log_prob(y)
     z_of_y = PartitionFunctions().updated(y.context_id, log_target, y.log_prob).log_z(y.context_id)
-    weighted = estimate(y.log_prob, y.log_prob, log_target, z_of_y).kl_policy
+    weighted = estimate(y.log_prob, y.log_prob, log_target, z_of_y, z_of=y.context_id).kl_policy
     assert abs(weighted.value - exact) < 4 * weighted.stderr
-    assert found.stderr < 0.8 * weighted.stderr
+    assert found.stderr < 0.8 * weighted.stderr  # 1.2 to 1.9 nats from p; near it the weights know more
 
 
 @pytest.mark.parametrize("kind", ["pointwise", "moment"])
@@ -116,13 +120,15 @@ def test_which_learning_rate_is_taken(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"method": each.method, "evaluations": [last], "finite": finite}))
     chosen = grid.learning_rates(tmp_path)
-    assert chosen == {"gdc++": 1.5e-4, "reinforce": 5e-4, "reinforce_p": 1.5e-3, "kl_control": 1.5e-4}
-    with pytest.raises(LookupError, match=r"no learning rate for \{'gdc'\}"):
+    near_p = dict.fromkeys(("gdc++", "js", "tv"), 1.5e-4)
+    assert chosen == near_p | {"reinforce": 5e-4, "reinforce_p": 1.5e-3, "kl_control": 1.5e-4}
+    with pytest.raises(LookupError, match="no learning rate for gdc: run the tuning"):
         list(grid.plan(["main"], tmp_path))
 
 
 def test_the_grid_is_that_of_the_issue(monkeypatch):
-    monkeypatch.setattr(grid, "learning_rates", lambda folder: dict.fromkeys(grid.MAIN, 1e-4))
+    monkeypatch.setattr(grid, "learning_rates", lambda folder: dict.fromkeys(grid.TUNED, 1e-4))
+    assert {each.learning_rate for each in grid.quick()} == {1e-4}
     runs = list(grid.plan(grid.PARTS, Path()))
     assert len({each.name for each in runs}) == len(runs)
     main = [each for each in runs if each.part == "main"]
@@ -140,6 +146,50 @@ def test_the_grid_is_that_of_the_issue(monkeypatch):
         assert settings["proposal_decay"] ** (1 / per_step) == pytest.approx(0.8 ** (1 / 256))
 
 
+RUN_PY = """
+import pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.parent.mkdir(parents=True, exist_ok=True)
+(out.parent / (out.name + ".part")).write_text("half of it")
+if sys.argv[2] == {dies!r}:
+    raise ValueError("the logits hold NaN or +inf in row 3") if {nan} else SystemExit("nan\\nkilled")
+out.write_text("{{}}")
+"""
+
+
+def test_a_run_that_dies(tmp_path, monkeypatch):
+    """It is on record with what it said, the others go on, a later start tries it again; only JSON is committed."""
+    monkeypatch.setattr(grid, "HERE", tmp_path)
+    folder = tmp_path / "runs"
+    runs = [grid.Run("main", "women", method, 0) for method in ("gdc", "gdc++", "js")]
+
+    def start(dies, nan=False):
+        (tmp_path / "run.py").write_text(RUN_PY.format(dies=dies, nan=nan))
+        said = io.StringIO()
+        return grid.work(runs, folder, 1, Console(file=said, width=200), commits=True), said.getvalue()
+
+    def git(*command):
+        return subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    git("init", "-q")
+    git("config", "user.name", "x")
+    git("config", "user.email", "x@example.org")
+    failed, said = start("gdc++", nan=True)
+    assert failed == 1 and "row 3" in said and "3 runs, 0 done" in said
+    record = json.loads((folder / "main" / "women-gdcpp-seed0.failed.json").read_text())
+    assert record["status"] == 1 and record["nan"] and record["arguments"][:2] == ["women", "gdc++"]
+    assert record["stderr"][-1] == "ValueError: the logits hold NaN or +inf in row 3"
+    names = {"women-gdc-seed0.json", "women-gdcpp-seed0.failed.json", "women-js-seed0.json"}
+    assert git("ls-files").split() == sorted(f"runs/main/{name}" for name in names) and not git("diff", "HEAD")
+
+    failed, said = start("gdc++")
+    assert failed == 1 and "3 runs, 2 done" in said
+    assert not json.loads((folder / "main" / "women-gdcpp-seed0.failed.json").read_text())["nan"]
+    assert start("no method")[0] == 0 and not list(folder.glob("*/*.failed.json"))
+    assert sorted(path.split("/")[-1] for path in git("ls-files").split()) == [
+        "women-gdc-seed0.json", "women-gdcpp-seed0.json", "women-js-seed0.json"]  # fmt: skip
+
+
 def test_the_reward_of_a_task_is_the_mean_of_its_features():
     read = recipe.read(PAPER / "tasks" / "women_sports.yaml")
     x = recipe.load("tiny-bios").sample(n=400, max_new_tokens=48, seed=0)
@@ -147,6 +197,22 @@ def test_the_reward_of_a_task_is_the_mean_of_its_features():
                      set(read["constraints"][1]["contains"]["any_of"]))  # fmt: skip
     wanted = [(bool(women & set(text.split())) + bool(sports & set(text.split()))) / 2 for text in x.text]
     assert run.reward_of(read)(x).tolist() == wanted and len(set(wanted)) == 3
+
+
+def test_the_gradients_variance_in_one_state():
+    """Before the first step q is pi, where the baseline is 1: A = u and A = u - 1 on the same sequences."""
+    state = json.loads((truth.RESULTS / "targets" / "women.json").read_text())
+    read = recipe.read(PAPER / "tasks" / "women.yaml", {"train.objective": "gdc++"})
+    trainer = recipe.prepare(read, fitted=state["target"], say=lambda line: None)
+    log_z = state["log_z"]["value"]
+    found = variance.measure(trainer, log_z, 24, seed=3)
+    x = trainer.policy.sample(n=24, max_new_tokens=48, seed=3)
+    u = (trainer.target.log_prob(x) - log_z - x.log_prob).exp()
+    for method, weight in (("gdc", u), ("gdc++", u - 1)):
+        expected = gradient_variance(trainer.policy, x, weight)
+        assert found[method]["gradient_variance"] == pytest.approx(expected.variance, rel=1e-3)
+        assert found[method]["gradient_norm"] == pytest.approx(expected.norm, rel=1e-3)
+        assert found[method]["advantage_variance"] == pytest.approx(float(u.var()), rel=1e-3)
 
 
 def test_a_run(tmp_path, monkeypatch):

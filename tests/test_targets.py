@@ -657,6 +657,27 @@ def test_refit_takes_what_rests_on_more_samples():
             fit_lambda(torch.tensor([[0.0], [1.0]]), [0.5], log_ratio=log_ratio)
 
 
+@pytest.mark.parametrize("proposal", [False, True])
+@pytest.mark.parametrize("b", ["none", "hard", "mild"])
+def test_the_stated_error_of_the_divergence_is_what_it_varies_by(b, proposal):
+    """Over 300 fits on 1,000 samples each, of a or of another model, with lambda and Z from the same samples."""
+    generator = torch.Generator().manual_seed(2)
+    log_b = {**LOG_B, "none": torch.zeros(SPACE.n), "mild": 0.7 * T[:, 0]}[b].double()
+    q = SPACE.log_prob(SPACE.table(5, 0.5)).exp() if proposal else A
+    features = PHI["two"]
+    p = (A.log() + log_b + features @ (torch.tensor([1.5, 0.5]) / features.std(0)).double()).softmax(0)
+    mu = p @ features
+    truth = float((torch.xlogy(p, p) - torch.xlogy(p, A)).sum())
+    found = []
+    for _ in range(300):
+        which = torch.multinomial(q, 1000, replacement=True, generator=generator)
+        log_ratio = (A.log() - q.log())[which]
+        found.append(fit_lambda(features[which], mu, log_b=log_b[which], log_ratio=log_ratio).kl)
+    values, stated = torch.tensor([[e.value, e.stderr] for e in found]).double().unbind(1)
+    assert float(values.mean()) == pytest.approx(truth, abs=0.3 * float(stated.mean()))
+    assert float(values.std() / stated.mean()) == pytest.approx(1, abs=0.15)
+
+
 def test_two_independent_features_have_two_closed_forms():
     grid = torch.cartesian_prod(torch.arange(10), torch.arange(20))
     phi = torch.stack([grid[:, 0] < 3, grid[:, 1] < 1], 1).double()

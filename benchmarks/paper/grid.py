@@ -4,7 +4,8 @@
     python benchmarks/paper/grid.py main --jobs 2   # one part; a run is a process of one thread
     python benchmarks/paper/grid.py quick --out paper_quick
 
-A run whose JSON is there is not run again. With ``--commit`` each is committed as it ends.
+A run whose JSON is there is not run again. One that dies leaves NAME.failed.json, the others go on, and the next start
+tries it again. With ``--commit`` each is committed as it ends.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import argparse
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +34,12 @@ MAIN = ("reinforce", "reinforce_p", "kl_control", "gdc", "gdc++")
 GRID = ("word_amazing", "word_restaurant", "wordlist_war", "wordlist_music", "classifier_positive",
         "classifier_negative", "women", "topics", "women_science", "women_sports")  # fmt: skip
 STUDIED = ("word_amazing", "women")
+TUNED = (*MAIN, "js", "tv")
 VARIANTS = ("js", "tv", "gdc_mean", "gdc++_on_policy", "gdc_loo", "gdc++_clip", "gdc++_fresh")
 SEEDS = (0, 1, 2)
 LEARNING_RATES = (5e-5, 1.5e-4, 5e-4, 1.5e-3)
 TUNING_SEED = 100
+FAILED = ".failed.json"
 PARTS = ("tuning", "base", "main", "batch", "variants")
 
 
@@ -59,6 +63,11 @@ class Run:
         return f"{self.part}/{self.task}-{self.method.replace('++', 'pp')}{rate}{batch}-seed{self.seed}.json"
 
     @property
+    def name_of_failure(self) -> str:
+        """Of the file that is there instead when it has died."""
+        return self.name.removesuffix(".json") + FAILED
+
+    @property
     def arguments(self) -> list[str]:
         """Of run.py."""
         rate = [] if self.learning_rate is None else ["--learning-rate", str(self.learning_rate)]
@@ -68,8 +77,8 @@ class Run:
 def score(result: dict[str, Any]) -> tuple[float, float]:
     """What a method's learning rate is chosen by, larger is better, and its standard error.
 
-    Its own aim, at the end of a run: -KL(p||pi); for REINFORCE E_pi[phi]; for KL-control E_pi[phi] - beta KL(pi||a),
-    with the beta that it starts from.
+    Its own aim, at the end of a run: -KL(p||pi), of js and tv too; for REINFORCE E_pi[phi]; for KL-control
+    E_pi[phi] - beta KL(pi||a), with the beta that it starts from.
     """
     last = result["evaluations"][-1]
     if not result["finite"]:
@@ -85,7 +94,7 @@ def score(result: dict[str, Any]) -> tuple[float, float]:
 def learning_rates(folder: Path) -> dict[str, float]:
     """The smallest rate of each method that is within a standard error of its best; of those that are tuned."""
     found = {}
-    for method in MAIN:
+    for method in TUNED:
         scores = {}
         for run in tuning():
             path = folder / run.name
@@ -100,25 +109,35 @@ def learning_rates(folder: Path) -> dict[str, float]:
 def tuning() -> Iterator[Run]:
     """A task and a seed outside the grid, evaluated at the end only."""
     for rate in LEARNING_RATES:
-        for method in MAIN:
+        for method in TUNED:
             yield Run("tuning", "tuning", method, TUNING_SEED, rate, options=("--evaluations", "1"))
 
 
-def plan(parts: Iterable[str], folder: Path) -> Iterator[Run]:
+def tuned(folder: Path, methods: Sequence[str] = TUNED) -> dict[str, float]:
+    """The learning rates of some methods.
+
+    Raises:
+        LookupError: one is not chosen yet.
+    """
+    rates = learning_rates(folder)
+    if missing := [method for method in methods if method not in rates]:
+        raise LookupError(f"no learning rate for {', '.join(missing)}: run the tuning first")
+    return rates
+
+
+def plan(parts: Sequence[str], folder: Path) -> Iterator[Run]:
     """All runs of some parts, in order. Those after the tuning need its end.
 
     Raises:
         LookupError: a method's learning rate is not chosen yet.
     """
-    rates = learning_rates(folder)
+    rates = tuned(folder) if {*parts} - {"tuning", "base"} else {}
     for part in parts:
         if part == "tuning":
             yield from tuning()
         elif part == "base":
             for seed in SEEDS:
                 yield from (Run(part, task, "base", seed) for task in GRID)
-        elif len(rates) < len(MAIN):
-            raise LookupError(f"no learning rate for {set(MAIN) - set(rates)}: run the tuning first")
         elif part == "main":
             for seed in SEEDS:
                 for task in GRID:
@@ -133,22 +152,37 @@ def plan(parts: Iterable[str], folder: Path) -> Iterator[Run]:
             for seed in SEEDS:
                 for task in STUDIED:
                     for method in VARIANTS:
-                        yield Run(part, task, method, seed, rates["gdc++"], options=("--gradient-variance",))
+                        rate = rates.get(method, rates["gdc++"])  # the others are GDC++ but for one thing
+                        yield Run(part, task, method, seed, rate, options=("--gradient-variance",))
 
 
 def quick() -> list[Run]:
-    """Two tasks, GDC and GDC++, one seed, a quarter of the sequences."""
+    """Two tasks, GDC and GDC++, one seed, a quarter of the sequences; the learning rates are those of the grid."""
+    rates = tuned(RESULTS / "runs", ("gdc", "gdc++"))
     options = ("--samples", "5120", "--eval-samples", "512", "--evaluations", "2")
     return [
-        Run("quick", task, m, 0, 5e-4, options=options) for task in ("wordlist_war", "women") for m in ("gdc", "gdc++")
+        Run("quick", task, m, 0, rates[m], options=options)
+        for task in ("wordlist_war", "women")
+        for m in ("gdc", "gdc++")
     ]
+
+
+class RunFailedError(RuntimeError):
+    """A run's process has died. ``record`` is what is kept of it."""
+
+    def __init__(self, run: Run, status: int, stderr: str) -> None:
+        lines = stderr.strip().splitlines()[-15:]
+        super().__init__("\n".join([f"{run.name}: exit status {status}", *lines]))
+        # a traceback's other lines show code, where "nan" says nothing
+        nan = bool(lines and re.search(r"\b(nan|inf|finite)\b", lines[-1], re.IGNORECASE))
+        self.record = {"arguments": run.arguments, "status": status, "nan": nan, "stderr": lines}
 
 
 def execute(run: Run, folder: Path) -> float:
     """Runs it; the seconds that it took.
 
     Raises:
-        RuntimeError: it failed; with what it said.
+        RunFailedError: its process died.
     """
     start = time.perf_counter()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -159,14 +193,14 @@ def execute(run: Run, folder: Path) -> float:
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"{run.name}: exit status {done.returncode}\n{done.stdout[-500:]}\n{done.stderr[-2000:]}")
+        raise RunFailedError(run, done.returncode, done.stderr)
     return time.perf_counter() - start
 
 
 def commit(folder: Path, name: str) -> None:
-    """What is there of the runs. Where git is busy with something else, the next one takes it along."""
-    for command in (["add", "--", str(folder)], ["commit", "-q", "-m", f"paper: {name}", "--", str(folder)]):
-        done = subprocess.run(["git", *command], cwd=HERE, capture_output=True, text=True, check=False)
+    """The JSON that is there of the runs. Where git is busy with something else, the next one takes it along."""
+    for command in (["add", "-A", "--", "*.json"], ["commit", "-q", "-m", f"paper: {name}", "--", "*.json"]):
+        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"not committed yet: {done.stderr.strip() or done.stdout.strip()}")
             return
@@ -187,15 +221,19 @@ def work(runs: list[Run], folder: Path, jobs: int, console: Console, *, commits:
                 return failed
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 run = running.pop(future)
-                error = future.exception()
-                if error is not None:
+                try:
+                    seconds.append(future.result())
+                except RunFailedError as error:
                     failed += 1
-                    console.print(f"failed: {error}", style="red")
-                    continue
-                seconds.append(future.result())
-                left = len(todo) - len(seconds) - failed
-                minutes = left * statistics.median(seconds) / jobs / 60
-                console.print(f"{run.name}: {seconds[-1]:.0f} s; {left} left, about {minutes:.0f} minutes")
+                    console.print(f"failed: {error}", style="red", markup=False)
+                    path = folder / run.name_of_failure
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(json.dumps(error.record, indent=1) + "\n")
+                else:
+                    (folder / run.name_of_failure).unlink(missing_ok=True)
+                    left = len(todo) - len(seconds) - failed
+                    minutes = left * statistics.median(seconds) / jobs / 60
+                    console.print(f"{run.name}: {seconds[-1]:.0f} s; {left} left, about {minutes:.0f} minutes")
                 if commits:
                     commit(folder, run.name)
 

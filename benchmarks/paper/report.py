@@ -9,6 +9,7 @@ mean and standard error over seeds), the claims with their figures, the batch si
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -19,6 +20,10 @@ from typing import Any
 
 import grid
 import matplotlib as mpl
+import truth
+
+from dmfast.targets import Moment
+from dmfast.training import recipe
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -30,22 +35,33 @@ NAMES = {
     "gdc_loo": "GDC on-policy, leave-one-out", "gdc++_on_policy": "GDC++ on-policy",
     "gdc++_clip": "GDC++, weights within ±10", "gdc++_fresh": "GDC++, q checked on fresh samples",
 }  # fmt: skip
+BATCHES = (64, 128, 256, 512)
 COLORS = dict(zip(grid.MAIN, ("C3", "C1", "C2", "C0", "C4"), strict=True))
 MEASURES = (("phi", "E[φ]"), ("kl_exact", "KL(p‖π), nats"), ("kl_policy_base", "KL(π‖a), nats"),
             ("self_bleu_5", "Self-BLEU-5"), ("distinct_1", "Distinct-1"))  # fmt: skip
 
 
 class Runs:
-    """All results of a folder, by part, task, method and batch size; the evaluations of a run begin with the base's."""
+    """All results of a folder, by part, task, method and batch size; the evaluations of a run begin with the base's.
+
+    ``tuning`` are those of the tuning, by method and learning rate; ``failed`` are the records of those that died.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.found: dict[tuple[str, str, str, int], dict[int, Result]] = defaultdict(dict)
+        self.tuning: dict[tuple[str, float | None], Result] = {}
+        self.failed: dict[str, Result] = {}
         for path in sorted(folder.glob("*/*.json")):
             result = json.loads(path.read_text())
+            if path.name.endswith(grid.FAILED):
+                self.failed[f"{path.parent.name}/{path.name.removesuffix(grid.FAILED)}"] = result
+                continue
             for evaluation in result["evaluations"]:  # JSON has no NaN
                 evaluation.update({key: math.nan for key, value in evaluation.items() if value is None})
             part = path.parent.name.replace("quick", "main")
-            if part != "tuning":
+            if part == "tuning":
+                self.tuning[result["method"], result["settings"]["learning_rate"]] = result
+            else:
                 self.found[part, result["task"], result["method"], result["batch"]][result["seed"]] = result
 
     def of(self, part: str, task: str, method: str, batch: int = 256) -> dict[int, Result]:
@@ -58,17 +74,61 @@ class Runs:
         return [*(before["evaluations"] if before else []), *result["evaluations"]]
 
 
+@functools.cache
+def target(task: str) -> Result:
+    """What truth.py has written of it."""
+    read: Result = json.loads((grid.RESULTS / "targets" / f"{task}.json").read_text())
+    return read
+
+
 def wanted(task: str) -> dict[str, float]:
-    """E_p of each feature of a task: the moments' values, 1 for a pointwise constraint."""
-    state = json.loads((grid.RESULTS / "targets" / f"{task}.json").read_text())
-    moments = dict(zip(state["target"]["moment_names"], state["target"]["moment_values"], strict=True))
-    return {name: moments.get(name, 1.0) for name in state["base_rates"]}
+    """What a task asks of each feature: the moments' values, 1 for a pointwise constraint."""
+    state = target(task)["target"]
+    moments = dict(zip(state["moment_names"], state["moment_values"], strict=True))
+    return {name: moments.get(name, 1.0) for name in target(task)["base_rates"]}
 
 
-def satisfaction(task: str, evaluation: Mapping[str, Any]) -> float:
-    """Mean distance of E_pi[phi] from what is wanted, over a task's features: 0 is best."""
-    values = wanted(task)
-    return sum(abs(evaluation[f"phi/{name}"] - value) for name, value in values.items()) / len(values)
+@functools.cache
+def attained(task: str) -> dict[str, float]:
+    """E_p of each feature from the exact samples: lambda was fitted on other samples, and p is as near as it got."""
+    found = wanted(task)
+    names = target(task)["target"]["moment_names"]
+    if names:
+        known = truth.read(task, recipe.load("tiny-bios"))
+        read = recipe.read(truth.HERE / "tasks" / f"{task}.yaml")
+        moments = [each for each in map(recipe.constraint, read["constraints"]) if isinstance(each, Moment)]
+        means = {name: float(m.feature(known.samples).mean()) for name, m in zip(names, moments, strict=True)}
+        found |= means
+    return found
+
+
+def distance(values: Mapping[str, float], result: Result) -> float:
+    """Mean distance of E_pi[phi] from these, over a task's features, at the end: 0 is best."""
+    last = result["evaluations"][-1]
+    return sum(abs(last[f"phi/{name}"] - value) for name, value in values.items()) / len(values)
+
+
+def from_wanted(result: Result) -> float:
+    """``distance`` from what the task asks for."""
+    return distance(wanted(result["task"]), result)
+
+
+def from_attained(result: Result) -> float:
+    """``distance`` from p as it is."""
+    return distance(attained(result["task"]), result)
+
+
+def kl_base_from_target(result: Result) -> float:
+    """|KL(pi||a) - KL(p||a)| at the end."""
+    value: float = result["evaluations"][-1]["kl_policy_base"]
+    return abs(value - target(result["task"])["kl_target_base"]["value"])
+
+
+def drawn(result: Result) -> int:
+    """Sequences that training took, with those of checks of q that draw their own; without the evaluations'."""
+    settings = result["settings"]
+    checks = settings["max_steps"] // settings["proposal_interval"]
+    return int(result["samples"] + settings.get("proposal_check_samples", 0) * checks)
 
 
 def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
@@ -89,23 +149,63 @@ def shown(values: Iterable[float], form: str = ".3f") -> str:
     return format(mean, form) + ("" if math.isnan(error) else f" ± {error:{form}}")
 
 
-# Student's t, 97.5%, for the 95% interval of a mean of n differences
-_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+def student(n: int) -> float:
+    """97.5% of Student's t, for the 95% interval of a mean of n."""
+    few = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
+    z, v = 1.959964, n - 1  # beyond: Cornish and Fisher, right to .02
+    return few.get(n) or z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v * v) if v else math.nan
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95% interval, NaN for one value."""
+    mean, error = mean_and_error(values)
+    return mean, error * student(len(values)) if len(values) > 1 else math.nan
 
 
 def paired(first: Mapping[int, float], second: Mapping[int, float]) -> tuple[float, float, int]:
     """Mean of first - second over the seeds of both, half the width of its 95% interval, and how many."""
-    differences = [first[seed] - second[seed] for seed in first if seed in second]
-    mean, error = mean_and_error(differences)
-    return mean, error * _T.get(len(differences), 1.96), len(differences)
+    differences = [first[seed] - second[seed] for seed in sorted(first) if seed in second]
+    return *interval(differences), len(differences)
+
+
+def shown_pair(first: Mapping[int, float], second: Mapping[int, float]) -> str:
+    """``paired`` as text."""
+    mean, half, n = paired(first, second)
+    return "" if not n else f"{mean:+.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
+
+
+def sampling_error(first: Mapping[int, Result], second: Mapping[int, Result]) -> float:
+    """The standard error that a difference of KL(p||pi) has from the exact samples, the same for all runs of a task.
+
+    More seeds do not lessen it. NaN where no pair has kept log pi of them.
+    """
+    kept = [s for s in first if s in second and first[s].get("log_prob") and second[s].get("log_prob")]
+    if not kept:
+        return math.nan
+    gaps = [[b - a for a, b in zip(first[s]["log_prob"], second[s]["log_prob"], strict=True)] for s in kept]
+    return mean_and_error(statistics.fmean(of_sample) for of_sample in zip(*gaps, strict=True))[1]
+
+
+def shown_number(value: float, form: str = ".3f") -> str:
+    """Nothing for a NaN."""
+    return "" if math.isnan(value) else format(value, form)
+
+
+def over_seeds(curves: Sequence[Sequence[Mapping[str, Any]]], key: str) -> list[tuple[int, float, float]]:
+    """Sequences, mean and error of a measure where all seeds have been evaluated: some may lack their base yet."""
+    everywhere = set.intersection(*({e["samples"] for e in curve} for curve in curves))
+    return [
+        (at, *mean_and_error(e[key] for curve in curves for e in curve if e["samples"] == at))
+        for at in sorted(everywhere)
+    ]
 
 
 def figure(runs: Runs, task: str, path: Path) -> None:
     """One task, in the paper's form: features, then the other measures, a line per method."""
     features = wanted(task)
     panels = [(f"phi/{name}", f"E[{name}]") for name in features] + list(MEASURES[1:])
-    columns = min(len(panels), 5)
-    rows = math.ceil(len(panels) / columns)
+    rows = math.ceil(len(panels) / 5)
+    columns = math.ceil(len(panels) / rows)
     drawing, axes = plt.subplots(
         rows, columns, figsize=(3.3 * columns, 2.9 * rows), constrained_layout=True, squeeze=False
     )
@@ -117,14 +217,12 @@ def figure(runs: Runs, task: str, path: Path) -> None:
         if not curves:
             continue
         for (key, _), axis in zip(panels, axes.flat, strict=False):
-            length = min(map(len, curves))
-            points = [mean_and_error(curve[i][key] for curve in curves) for i in range(length)]
-            x = [e["samples"] for e in curves[0][:length]]
-            means = [mean for mean, _ in points]
+            points = over_seeds(curves, key)
+            x, means = [at for at, *_ in points], [mean for _, mean, _ in points]
             axis.plot(x, means, color=COLORS[method], label=NAMES[method], linewidth=1.4, marker="o", markersize=2.5)
             if len(curves) > 1:
-                low = [m - e for m, e in points]
-                axis.fill_between(x, low, [m + e for m, e in points], color=COLORS[method], alpha=0.2, linewidth=0)
+                low = [m - e for _, m, e in points]
+                axis.fill_between(x, low, [m + e for _, m, e in points], color=COLORS[method], alpha=0.2, linewidth=0)
     for (key, title), axis in zip(panels, axes.flat, strict=False):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("sequences", fontsize=8)
@@ -136,8 +234,7 @@ def figure(runs: Runs, task: str, path: Path) -> None:
         elif key == "kl_policy_base":
             axis.set_yscale("symlog", linthresh=0.1)
             axis.set_ylim(bottom=0)
-            target = json.loads((grid.RESULTS / "targets" / f"{task}.json").read_text())
-            axis.axhline(target["kl_target_base"]["value"], color="grey", linewidth=0.8, linestyle="--")
+            axis.axhline(target(task)["kl_target_base"]["value"], color="grey", linewidth=0.8, linestyle="--")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     drawing.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
     drawing.suptitle(f"{task}: mean and standard error over seeds; dashed: the target p", fontsize=11)
@@ -146,38 +243,35 @@ def figure(runs: Runs, task: str, path: Path) -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown; nothing where there are no rows."""
+    """Markdown; nothing where there are no rows, no column that is empty in all of them."""
     rows = list(rows)
     if not rows:
         return ""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    lines = ["| " + " | ".join(row[i] for i in kept) + " |\n" for row in (header, *rows)]
+    lines.insert(1, "|" + "---|" * len(kept) + "\n")
+    return "".join(lines)
 
 
 def last(results: Mapping[int, Result], key: str | Callable[[Result], float]) -> dict[int, float]:
     """A measure at the end of each seed's run."""
-    return {seed: key(r) if callable(key) else r["evaluations"][-1][key] for seed, r in results.items()}
-
-
-def distance(result: Result) -> float:
-    """``satisfaction`` at the end."""
-    return satisfaction(result["task"], result["evaluations"][-1])
+    return {s: key(r) if callable(key) else r["evaluations"][-1].get(key, math.nan) for s, r in results.items()}
 
 
 def targets() -> str:
     """What is known of the ten targets before any training."""
     rows = []
     for task in (*grid.GRID, "tuning"):
-        state = json.loads((grid.RESULTS / "targets" / f"{task}.json").read_text())
+        state, found = target(task), attained(task)
         rates = ", ".join(
             f"{name} {rate['value']:.4f} ± {rate['stderr']:.4f}" for name, rate in state["base_rates"].items()
         )
         goal = ", ".join(f"{value:g}" for value in wanted(task).values())
-        z, kl = state["log_z"], state["kl_target_base"]
-        rows.append(
-            (task, rates, goal, f"{z['value']:.3f} ± {z['stderr']:.3f}", f"{kl['value']:.3f} ± {kl['stderr']:.3f}")
-        )
-    return table(("task", "E_a[φ]", "E_p[φ]", "log Z", "KL(p‖a), nats"), rows)
+        exact = ", ".join(f"{found[name]:.3f}" for name in state["target"]["moment_names"])
+        z, kl = (f"{state[key]['value']:.3f} ± {state[key]['stderr']:.3f}" for key in ("log_z", "kl_target_base"))
+        rows.append((task, rates, goal, exact, z, kl))
+    header = ("task", "E_a[φ]", "wanted of E_p[φ]", "moments of 2,048 exact samples", "log Z", "KL(p‖a), nats")
+    return table(header, rows)
 
 
 def main_table(runs: Runs) -> str:
@@ -189,10 +283,15 @@ def main_table(runs: Runs) -> str:
             if not results:
                 continue
             phi = ", ".join(shown(last(results, f"phi/{name}").values()) for name in wanted(task))
-            rows.append((task, NAMES[method], str(len(results)), phi, *(shown(last(results, key).values()) for key in
-                         ("kl_exact", "kl_policy", "kl_policy_base", "self_bleu_5", "distinct_1"))))  # fmt: skip
+            measures = ("kl_exact", "kl_policy", "kl_policy_base", kl_base_from_target, from_attained, "self_bleu_5",
+                        "distinct_1")  # fmt: skip
+            cost = "" if method == "base" else f"{drawn(next(iter(results.values()))):,}"
+            cells = [shown(last(results, key).values()) for key in measures]
+            length = shown(last(results, "length").values(), ".1f")
+            rows.append((task, NAMES[method], str(len(results)), phi, *cells, length, cost))
     header = ("task", "method", "seeds", "E_π[φ]", "KL(p‖π)", "the same by importance weights, x ~ π", "KL(π‖a)",
-              "Self-BLEU-5", "Distinct-1")  # fmt: skip
+              "its distance from KL(p‖a)", "distance of E_π[φ] from E_p[φ]", "Self-BLEU-5", "Distinct-1",
+              "tokens of a sequence", "sequences drawn in training")  # fmt: skip
     return table(header, rows)
 
 
@@ -201,14 +300,17 @@ def paired_table(runs: Runs) -> str:
     rows = []
     for task in grid.GRID:
         pair = [runs.of("main", task, method) for method in ("gdc++", "gdc")]
-        if not all(pair):
+        if not set(pair[0]) & set(pair[1]):
             continue
-        cells = []
-        for key in ("kl_exact", distance, "kl_policy_base"):
-            mean, half, n = paired(*(last(results, key) for results in pair))
-            cells.append(f"{mean:+.3f} ± {half:.3f}" if n > 1 else f"{mean:+.3f}")
-        rows.append((task, str(n), *cells))
-    return table(("task", "seeds", "KL(p‖π)", "distance of E_π[φ] from what is wanted", "KL(π‖a)"), rows)
+        kl, *others = (
+            shown_pair(*(last(results, key) for results in pair))
+            for key in ("kl_exact", from_wanted, from_attained, "kl_policy_base", kl_base_from_target)
+        )
+        rows.append((task, str(len(set(pair[0]) & set(pair[1]))), kl, shown_number(sampling_error(*pair)), *others))
+    header = ("task", "seeds", "KL(p‖π)", "its standard error from the shared samples of p",
+              "distance of E_π[φ] from what is wanted", "from E_p[φ] of the exact samples", "KL(π‖a)",
+              "its distance from KL(p‖a)")  # fmt: skip
+    return table(header, rows)
 
 
 def late(result: Result, key: str, power: int = 1) -> list[float]:
@@ -222,57 +324,77 @@ def late_variance(result: Result, key: str) -> float:
     return mean_and_error(late(result, key))[0]
 
 
+def ratio(plain: Mapping[int, Result], better: Mapping[int, Result], key: str, power: int = 1) -> str:
+    """What ``late`` gives of one over the other, as text.
+
+    Of the means, which single batches with heavy tails decide; and the geometric mean of the measurements of all seeds
+    in pairs, with its 95% interval.
+    """
+    seeds = [seed for seed in plain if seed in better]
+    both = [[v for seed in seeds for v in late(results[seed], key, power)] for results in (plain, better)]
+    pairs = [(a, b) for a, b in zip(*both, strict=False) if a > 0 and b > 0]
+    if not pairs:
+        return ""
+    centre, half = interval([math.log(a / b) for a, b in pairs])
+    of_means = statistics.mean(both[0]) / statistics.mean(both[1])
+    ends = "" if math.isnan(half) else f", 95% {math.exp(centre - half):.2f} to {math.exp(centre + half):.2f}"
+    return f"{of_means:.2f} (geometric mean of {len(pairs)}: {math.exp(centre):.2f}{ends})"
+
+
 def claims(runs: Runs) -> str:
     """Each of the paper's claims with its figure."""
-    compared = [task for task in grid.GRID if runs.of("main", task, "gdc") and runs.of("main", task, "gdc++")]
-    if not compared:
+
+    def pairs(first: str, second: str, key: Any) -> dict[str, tuple[dict[int, float], dict[int, float]]]:
+        """Of the tasks where both have been run, the seeds that both have."""
+        found = {}
+        for task in grid.GRID:
+            one, other = (last(runs.of("main", task, method), key) for method in (first, second))
+            seeds = one.keys() & other.keys()
+            if seeds:
+                found[task] = {s: one[s] for s in seeds}, {s: other[s] for s in seeds}
+        return found
+
+    def lower(key: Any) -> str:
+        """Where GDC++ is at or below GDC; and where the interval of the difference excludes 0, on either side."""
+        found = {task: paired(*pair) for task, pair in pairs("gdc++", "gdc", key).items()}
+        others = [task for task, (mean, *_) in found.items() if not mean <= 0]
+        text = f"{len(found) - len(others)} of {len(found)}" + (f"; not {', '.join(others)}" if others else "")
+        known = {task: (mean, half) for task, (mean, half, n) in found.items() if n > 1}
+        if not known:
+            return f"{text}; no interval from one seed"
+        below, above = (sum(sign * mean > half for mean, half in known.values()) for sign in (-1, 1))
+        return f"{text}; the 95% interval excludes 0 on {below} of {len(known)}, and on {above} the other way"
+
+    if not pairs("gdc++", "gdc", "kl_exact"):
         return ""
-
-    def mean_of(task: str, method: str, key: Any) -> float:
-        return mean_and_error(last(runs.of("main", task, method), key).values())[0]
-
-    def wins(key: Any) -> list[str]:
-        return [task for task in compared if mean_of(task, "gdc++", key) <= mean_of(task, "gdc", key)]
-
-    def listed(tasks: Sequence[str]) -> str:
-        others = [task for task in compared if task not in tasks]
-        return f"{len(tasks)} of {len(compared)}" + (f"; not {', '.join(others)}" if others else "")
-
     rows = [
-        ("GDC++ at or below GDC in KL(p‖π)", "10 of 10", listed(wins("kl_exact"))),
-        ("GDC++ at or nearer than GDC to what is wanted of E[φ]", "7 of 10", listed(wins(distance))),
-        ("GDC++ at or below GDC in KL(π‖a)", "10 of 10", listed(wins("kl_policy_base"))),
+        ("GDC++ at or below GDC in KL(p‖π)", "10 of 10", lower("kl_exact")),
+        ("GDC++ at or nearer than GDC to what is wanted of E[φ]", "7 of 10", lower(from_wanted)),
+        ("… to E_p[φ] of the exact samples", "", lower(from_attained)),
+        ("GDC++ at or below GDC in KL(π‖a)", "10 of 10", lower("kl_policy_base")),
+        ("… at or nearer to KL(p‖a)", "", lower(kl_base_from_target)),
     ]
     for task in grid.STUDIED:
-        cells = []
-        for name, key, power in (("gradient", "gradient_variance", 1), ("advantage", "weight_std", 2)):
-            plain, better = (
-                [v for r in runs.of("main", task, m).values() for v in late(r, key, power)] for m in ("gdc", "gdc++")
-            )
-            if plain and better:
-                of_means, of_medians = (f(plain) / f(better) for f in (statistics.mean, statistics.median))
-                cells.append(f"{name} {of_means:.2f} (medians {of_medians:.2f})")
+        plain, better = (runs.of("main", task, method) for method in ("gdc", "gdc++"))
+        cells = [f"{name} {text}" for name, key, power in (("gradient", "gradient_variance", 1),
+                 ("advantage", "weight_std", 2)) if (text := ratio(plain, better, key, power))]  # fmt: skip
         rows.append((f"variance of GDC over GDC++ after a quarter, {task}", "above 1; here 2 is asked on the rare word",
-                     ", ".join(cells)))  # fmt: skip
-    both = [task for task in grid.GRID if runs.of("main", task, "reinforce") and runs.of("main", task, "gdc++")]
-    doubled = [
-        task
-        for task in both
-        if mean_of(task, "reinforce", "kl_policy_base") >= 2 * mean_of(task, "gdc++", "kl_policy_base")
-    ]
-    based = [task for task in both if runs.of("base", task, "base")]
-    fallen = []
-    for task in based:
-        before = mean_and_error(last(runs.of("base", task, "base"), "distinct_1").values())[0]
-        if mean_of(task, "reinforce", "distinct_1") < before:
-            fallen.append(task)
+                     "; ".join(cells)))  # fmt: skip
+    collapsed = pairs("reinforce", "gdc++", "kl_policy_base")
+    doubled = [t for t, (one, other) in collapsed.items() if sum(one.values()) >= 2 * sum(other.values())]
+    distinct = {task: last(runs.of("main", task, "reinforce"), "distinct_1") for task in grid.GRID}
+    before = {task: last(runs.of("base", task, "base"), "distinct_1") for task in grid.GRID}
+    changes = [paired(distinct[task], before[task]) for task in grid.GRID]
+    fallen = [mean < 0 for mean, _, n in changes if n]
     rows += [
-        ("REINFORCE's KL(π‖a) is twice that of GDC++ or more", "all", f"{len(doubled)} of {len(both)}"),
-        ("REINFORCE's Distinct-1 falls below the base's", "all", f"{len(fallen)} of {len(based)}"),
+        ("REINFORCE's KL(π‖a) is twice that of GDC++ or more", "all", f"{len(doubled)} of {len(collapsed)}"),
+        ("REINFORCE's Distinct-1 falls below the base's", "all", f"{sum(fallen)} of {len(fallen)}"),
     ]
-    everything = [result for by_seed in runs.found.values() for result in by_seed.values()]
-    lost = [r for r in everything if not r["finite"]]
-    rows.append(("no run ends in a NaN", "", f"{len(everything) - len(lost)} of {len(everything)} runs are finite"))
+    everything = [*runs.tuning.values(), *(r for by_seed in runs.found.values() for r in by_seed.values())]
+    finite = sum(r["finite"] for r in everything)
+    died = f"; {len(runs.failed)} died, {sum(r['nan'] for r in runs.failed.values())} of them by what is not finite: "
+    died = died + ", ".join(runs.failed) if runs.failed else "; none died"
+    rows.append(("no run ends in a NaN", "", f"{finite} of {len(everything)} runs are finite, the tuning's too{died}"))
     return table(("claim", "in the paper", "here"), rows)
 
 
@@ -280,18 +402,15 @@ def batch_table(runs: Runs) -> str:
     """KL(p||pi) at the end over batch sizes, for the same sequences."""
     rows = []
     for task in grid.STUDIED:
-        for batch in (64, 128, 256, 512):
+        for batch in BATCHES:
             part = "main" if batch == 256 else "batch"
             results = [runs.of(part, task, method, batch) for method in ("gdc", "gdc++")]
             if any(results):
-                rows.append(
-                    (
-                        task,
-                        str(batch),
-                        *(shown(last(r, key).values()) for key in ("kl_exact", distance) for r in results),
-                    )
-                )
-    return table(("task", "B", "KL(p‖π) GDC", "GDC++", "distance of E_π[φ] GDC", "GDC++"), rows)
+                cells = [shown(last(r, key).values()) for key in ("kl_exact", from_wanted) for r in results]
+                pair = shown_pair(*(last(r, "kl_exact") for r in reversed(results)))
+                rows.append((task, str(batch), *cells[:2], pair, *cells[2:]))
+    header = ("task", "B", "KL(p‖π) GDC", "GDC++", "GDC++ less GDC (95% interval)", "distance of E_π[φ] GDC", "GDC++")
+    return table(header, rows)
 
 
 def variants_table(runs: Runs) -> str:
@@ -303,32 +422,66 @@ def variants_table(runs: Runs) -> str:
             results = runs.of("main" if method in grid.MAIN else "variants", task, method)
             if not results:
                 continue
-            mean, half, n = paired(last(results, "kl_exact"), last(reference, "kl_exact"))
-            against = "" if method == "gdc++" else f"{mean:+.3f} ± {half:.3f}" if n > 1 else f"{mean:+.3f}"
+            against, error = "", ""
+            if method != "gdc++":
+                against = shown_pair(last(results, "kl_exact"), last(reference, "kl_exact"))
+                error = shown_number(sampling_error(results, reference))
             variance = shown((late_variance(r, "gradient_variance") for r in results.values()), ".3g")
-            kl, away, kl_base = (shown(last(results, key).values()) for key in ("kl_exact", distance, "kl_policy_base"))
-            rows.append((task, NAMES[method], str(len(results)), kl, against, away, kl_base, variance))
-    return table(("task", "", "seeds", "KL(p‖π)", "less that of GDC++ (95% interval)", "distance of E_π[φ]", "KL(π‖a)",
-                  "gradient's variance"), rows)  # fmt: skip
+            kl, *others = (
+                shown(last(results, key).values())
+                for key in ("kl_exact", from_wanted, "kl_policy_base", kl_base_from_target)
+            )
+            cost = f"{drawn(next(iter(results.values()))):,}"
+            rows.append((task, NAMES[method], str(len(results)), kl, against, error, *others, variance, cost))
+    return table(("task", "", "seeds", "KL(p‖π)", "less that of GDC++ (95% interval)",
+                  "its standard error from the shared samples of p", "distance of E_π[φ]", "KL(π‖a)",
+                  "its distance from KL(p‖a)", "gradient's variance", "sequences drawn"), rows)  # fmt: skip
 
 
-def tuning_table(folder: Path) -> str:
+def tuning_table(runs: Runs, folder: Path) -> str:
     """The aim of each method at each learning rate, and what was chosen."""
     chosen, rows = grid.learning_rates(folder), []
-    for method in grid.MAIN:
+    for method in grid.TUNED:
         cells = []
-        for run in grid.tuning():
-            path = folder / run.name
-            if run.method == method:
-                if not path.exists():
-                    cells.append("")
-                    continue
-                result = json.loads(path.read_text())
-                value, error = grid.score(result)
-                text = f"{value:.3f} ± {error:.3f}; {result['evaluations'][-1]['kl_exact']:.2f}"
-                cells.append(f"**{text}**" if chosen.get(method) == run.learning_rate else text)
+        for rate in grid.LEARNING_RATES:
+            result = runs.tuning.get((method, rate))
+            if result is None:
+                cells.append("")
+                continue
+            value, error = grid.score(result)
+            text = f"{value:.3f} ± {error:.3f}; {result['evaluations'][-1]['kl_exact']:.2f}"
+            cells.append(f"**{text}**" if chosen.get(method) == rate else text)
         rows.append((NAMES[method], *cells))
     return table(("method: its own aim; KL(p‖π), nats", *(f"{rate:g}" for rate in grid.LEARNING_RATES)), rows)
+
+
+def equal_rate_table(runs: Runs, folder: Path) -> str:
+    """All methods at the learning rate that GDC++ has, where the tuning has tried it."""
+    rate, rows = grid.learning_rates(folder).get("gdc++"), []
+    for method in grid.MAIN:
+        result = runs.tuning.get((method, rate))
+        if result is None:
+            continue
+        end = result["evaluations"][-1]
+        (phi,) = (f"phi/{name}" for name in wanted("tuning"))
+        measured = [f"{end[key]:.3f} ± {end[f'{key}_stderr']:.3f}" for key in (phi, "kl_exact", "kl_policy_base")]
+        rows.append((NAMES[method], *measured, *(f"{end[key]:.3f}" for key in ("self_bleu_5", "distinct_1"))))
+    return table(("method", "E_π[φ]", "KL(p‖π)", "KL(π‖a)", "Self-BLEU-5", "Distinct-1"), rows)
+
+
+def same_state_table(result: Result) -> str:
+    """What variance.py has measured: GDC's weights over GDC++'s, on one batch in each state of a run."""
+    rows, each = [], ""
+    for task, found in result["tasks"].items():
+        for key, name in (("gradient_variance", "gradient"), ("advantage_variance", "advantage")):
+            logs = [math.log(at["gdc"][key] / at["gdc++"][key]) for at in found]
+            centre, half = interval(logs)
+            ends = "" if math.isnan(half) else f" ({math.exp(centre - half):.2f} to {math.exp(centre + half):.2f})"
+            rows.append(
+                (task, name, ", ".join(f"{math.exp(log):.2f}" for log in logs), f"{math.exp(centre):.2f}{ends}")
+            )
+        each = ", ".join(f"{at['samples']:,}" for at in found)
+    return table(("task", "variance of the", f"after {each} sequences", "geometric mean (95% interval)"), rows)
 
 
 def study_figure(runs: Runs, path: Path) -> None:
@@ -346,7 +499,7 @@ def study_figure(runs: Runs, path: Path) -> None:
                 x = [histories[0]["step"][i] * results[0]["batch"] for i in at]
                 axis.plot(x, values, color=COLORS[method], label=NAMES[method], linewidth=1.3)
             points = []
-            for batch in (64, 128, 256, 512):
+            for batch in BATCHES:
                 found = runs.of("main" if batch == 256 else "batch", task, method, batch)
                 if found:
                     points.append((batch, *mean_and_error(last(found, "kl_exact").values())))
@@ -360,8 +513,12 @@ def study_figure(runs: Runs, path: Path) -> None:
             axis.set_title(f"{task}: {title}", fontsize=10)
             axis.set_xlabel("sequences" if axis is not row[2] else "sequences in a step", fontsize=8)
             if axis.has_data():
-                axis.set_yscale("log") if axis is not row[2] else axis.set_xscale("log", base=2)
                 axis.legend(fontsize=8)
+                if axis is not row[2]:
+                    axis.set_yscale("log")
+                else:
+                    axis.set_xscale("log", base=2)
+                    axis.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
     drawing.savefig(path, dpi=90)
     plt.close(drawing)
 
@@ -375,14 +532,18 @@ def main() -> None:
     runs = Runs(args.runs)
     args.out.mkdir(parents=True, exist_ok=True)
     done = sum(len(by_seed) for by_seed in runs.found.values())
+    path = args.runs.parent / "same_state.json"
+    same = json.loads(path.read_text()) if path.exists() else {"tasks": {}}
     sections = {
         "The targets": targets(),
-        "Learning rates": tuning_table(args.runs),
+        "Learning rates": tuning_table(runs, args.runs),
+        "All methods at GDC++'s learning rate, on the tuning task": equal_rate_table(runs, args.runs),
         "Claims": claims(runs),
+        "Variance of GDC over GDC++ in the same states": same_state_table(same),
         "The main grid at the end of 20,480 sequences": main_table(runs),
         "GDC++ less GDC, in pairs (95% interval over seeds)": paired_table(runs),
         "Batch sizes": batch_table(runs),
-        "Beyond the paper (at the learning rate of GDC++, not tuned for each)": variants_table(runs),
+        "Beyond the paper (JS and TV at rates of their own, the others at that of GDC++)": variants_table(runs),
     }
     if args.quick:
         kept = ("The main grid at the end of 20,480 sequences", "GDC++ less GDC, in pairs (95% interval over seeds)")

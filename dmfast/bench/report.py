@@ -10,7 +10,7 @@ from ..training.report import pyplot
 
 Result = Mapping[str, Any]  # what worker.run returns
 _BESIDE = ("roof", "scoring")  # what is no rival of the loss
-_OURS = ("dm_loss", "linear_dm_loss", "sample_tokens", "scoring: sequence_log_prob", "nn.Linear, dm_loss")
+OURS = ("dm_loss", "linear_dm_loss", "sample_tokens", "scoring: sequence_log_prob", "nn.Linear, dm_loss")
 _BASELINE = {
     "logits": "eager log_softmax + gather", "head": "nn.Linear, eager log_softmax + gather",
     "sampling": "eager softmax, multinomial, log_softmax, gather",
@@ -32,7 +32,7 @@ def table(result: Result) -> Any:
             name, f"{t['median']:.1f}", f"{t['low']:.1f} – {t['high']:.1f}",
             "" if name.startswith(_BESIDE) else f"{base / t['median']:.2f}",
             "" if mb is None else f"{mb:.0f} MB", "" if error is None else f"{error:.1g}",
-            style="bold" if name.startswith(_OURS) else "dim" if name.startswith("roof") else None,
+            style="bold" if name.startswith(OURS) else "dim" if name.startswith("roof") else None,
         )  # fmt: skip
     for name, why in result["not_run"].items():
         out.add_row(name, "not run", why, "", "", "", style="dim")
@@ -82,7 +82,7 @@ def chart(results: Sequence[Result], path: Path) -> None:
         names = sorted(bars, key=lambda n: -bars[n]["median"])
         for i, name in enumerate(names):
             t = bars[name]
-            axis.barh(i, t["median"], color="#1f5fa8" if name.startswith(_OURS) else "#b9bec6", height=0.72)
+            axis.barh(i, t["median"], color="#1f5fa8" if name.startswith(OURS) else "#b9bec6", height=0.72)
             axis.plot([t["low"], t["high"]], [i, i], color="#30343a", linewidth=1)
             mb = r.get("memory_mb", {}).get(name)
             label = f" {t['median']:.1f} ms" + ("" if mb is None else f", {mb:.0f} MB")

@@ -90,6 +90,14 @@ def _trl() -> TokenLogProb:
     return function
 
 
+def _trl_kernel() -> TokenLogProb:
+    # not by way of selective_log_softmax, which without its kernel takes plain torch and does not say so
+    function: Any = getattr(importlib.import_module("trl.kernels"), "selective_log_softmax_and_entropy", None)
+    if function is None:
+        raise ImportError("trl.kernels has no selective_log_softmax_and_entropy: that takes trl 1.16 and triton")
+    return lambda z, x: function(z, x)[0]
+
+
 def _liger_cross_entropy() -> TokenLogProb:
     function: Any = importlib.import_module("liger_kernel.transformers.functional").liger_cross_entropy
     return lambda z, x: -function(z.flatten(0, -2), x.flatten(), reduction="none").view(x.shape)
@@ -102,9 +110,10 @@ def _quack() -> TokenLogProb:
 
 def on_gpu_logits(dtype: torch.dtype) -> dict[str, Callable[[], TokenLogProb]]:
     """As ``on_logits``, on a CUDA device: fewer compilations, and the kernels that there are none of for a CPU."""
-    makers = {name: make for name, make in on_logits(dtype).items() if not name.startswith("compiled")}
+    makers = {name: make for name, make in on_logits(dtype).items() if not name.startswith(("compiled", "trl"))}
     makers["compiled log_softmax + gather"] = lambda: _compiled(log_softmax_gather)
-    return makers | {"liger-kernel cross_entropy": _liger_cross_entropy, "quack cross_entropy": _quack}
+    return makers | {"liger-kernel cross_entropy": _liger_cross_entropy, "quack cross_entropy": _quack,
+                     "trl fused log-prob and entropy": _trl_kernel}  # fmt: skip
 
 
 def on_logits(dtype: torch.dtype) -> dict[str, Callable[[], TokenLogProb]]:
@@ -139,9 +148,8 @@ def on_hidden(device: str = "cpu") -> dict[str, Callable[[], HeadLogProb]]:
     if hasattr(F, "linear_cross_entropy"):
         makers["torch linear_cross_entropy"] = lambda: _torch_linear(None)
         makers["torch linear_cross_entropy, chunked"] = lambda: _torch_linear(torch.nn.LinearCrossEntropyOptions())
-    makers["cut-cross-entropy torch_compile"] = lambda: _cut_cross_entropy("torch_compile")
-    if device == "cuda":
-        makers["cut-cross-entropy"] = lambda: _cut_cross_entropy("cce")
+    impl = "torch_compile" if device == "cpu" else "cce"  # whose kernels are Triton's
+    makers[f"cut-cross-entropy {impl}"] = lambda: _cut_cross_entropy(impl)
     return makers
 
 

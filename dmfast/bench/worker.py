@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import eager
 from ..functional import sample_tokens
+from ..kernels import linear, native, triton
 from . import rivals
 from .measure import cuda_memory, cuda_ms, extra_memory, interleaved, wall_ms
 
@@ -117,6 +118,8 @@ def make_problem(c: Config) -> rivals.Problem:
     return rivals.Problem(z, hidden, weight, tokens, log_target, log_proposal, -7.0, a)
 
 
+_TRITON = ("dm_loss gdc++, in place", "dm_loss dpg (known weight), in place", "scoring: sequence_log_prob",
+           "linear_dm_loss gdc++")  # fmt: skip
 _T = TypeVar("_T")
 Call = Callable[[], Any]
 Run = tuple[Call, Callable[[], list[Tensor]], Call]  # the timed call; the gradients that it leaves; lets go of them
@@ -135,6 +138,37 @@ def _made(makers: Mapping[str, Callable[[], _T]], missing: dict[str, str]) -> It
             missing[name] = _said(error)
         else:
             yield name, made
+
+
+def _on_triton(call: Call) -> Call:
+    def forced() -> None:
+        # not use_backend(), which looks around on the host at every call, inside the time
+        before, native.forced = native.forced, "triton"
+        try:
+            call()
+        finally:
+            native.forced = before
+
+    return forced
+
+
+def _beside_triton(
+    found: dict[str, Run], others: dict[str, Call], missing: dict[str, str], c: Config
+) -> tuple[dict[str, Run], dict[str, Call]]:
+    """With dmfast's own on the Triton kernels too, where those can be: not on a CPU, but for their interpreter."""
+    if c.device == "cpu" and not triton.interpreted():
+        return found, others
+    ours = [name for name in (*found, *others) if name in _TRITON]
+    if why := triton.why_not(torch.device(c.device)):
+        missing.update({f"{name} (Triton)": why for name in ours})
+        return found, others
+    for name in ours:
+        if name in found:
+            call, gradients, forget = found[name]
+            found[f"{name} (Triton)"] = (_on_triton(call), gradients, forget)
+        else:
+            others[f"{name} (Triton)"] = _on_triton(others[name])
+    return found, others
 
 
 def _logits_runs(p: rivals.Problem, c: Config) -> tuple[dict[str, Run], dict[str, Call], dict[str, str], Call]:
@@ -170,7 +204,7 @@ def _logits_runs(p: rivals.Problem, c: Config) -> tuple[dict[str, Run], dict[str
         "scoring: sequence_log_prob": score(lambda: rivals.dmfast_score(p.z, p)),
         "scoring: eager log_softmax + gather": score(lambda: rivals.log_softmax_gather(p.z, p.tokens).sum(-1)),
     }
-    return found, others, missing, lambda: p.z.copy_(source)
+    return *_beside_triton(found, others, missing, c), missing, lambda: p.z.copy_(source)
 
 
 def _head_runs(p: rivals.Problem, c: Config) -> tuple[dict[str, Run], dict[str, Call], dict[str, str], Call]:
@@ -207,6 +241,8 @@ def _head_runs(p: rivals.Problem, c: Config) -> tuple[dict[str, Run], dict[str, 
 
     h, w, frozen = hidden.detach().view(-1, c.dim), head.weight.detach(), head.weight.detach()
     z, dh, dw = (torch.empty(s, dtype=h.dtype) for s in ((len(h), len(w)), h.shape, w.shape))
+    sums = torch.empty(w.shape, dtype=torch.float32)
+    rows = min(linear.rows_of_buffer(c.vocab, h.itemsize, h.device, None), len(h))
     half = torch.rand(p.tokens.shape) < 0.5
 
     def products(wants_head: bool) -> None:
@@ -215,6 +251,14 @@ def _head_runs(p: rivals.Problem, c: Config) -> tuple[dict[str, Run], dict[str, 
         if wants_head:
             torch.mm(z.t(), h, out=dw)
 
+    def accumulated() -> None:
+        for first in range(0, len(h), rows):
+            x, dx = h[first : first + rows], dh[first : first + rows]
+            dz = z[: len(x)]
+            torch.mm(x, w.t(), out=dz)
+            torch.mm(dz, w, out=dx)
+            linear.add_product(sums, dz.t(), x, first == 0)
+
     def backward(loss: Tensor) -> None:
         forget()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -222,12 +266,13 @@ def _head_runs(p: rivals.Problem, c: Config) -> tuple[dict[str, Run], dict[str, 
     others: dict[str, Call] = {
         "roof: its three products": lambda: products(True),
         "roof: two products": lambda: products(False),
+        "roof: its three products, dW added up in fp32": accumulated,
         "linear_dm_loss, frozen head": lambda: backward(rivals.dmfast_hidden(hidden, frozen, p)),
         "linear_dm_loss, half of the rows masked": lambda: backward(
             rivals.dmfast_hidden(hidden, head.weight, p, mask=half, max_weight=5.0)
         ),
     }
-    return found, others, missing, lambda: None
+    return *_beside_triton(found, others, missing, c), missing, lambda: None
 
 
 def truth(p: rivals.Problem, c: Config) -> list[Tensor]:

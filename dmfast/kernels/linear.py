@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from ..objectives import Terms
 from . import checks, native
@@ -23,6 +24,7 @@ from .batch import Batch, Part, Scores
 
 _CHUNK_BYTES, _GPU_ROWS = 2**27, 4096
 _HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")
+_ADDS_IN_FP32 = TorchVersion(torch.__version__) >= "2.11"  # addmm with out_dtype to an fp32 matrix: pytorch#167931
 
 
 class Job(NamedTuple):
@@ -57,13 +59,13 @@ class Job(NamedTuple):
                      Part(self.whole, rows, i))  # fmt: skip
 
 
-def chunk_rows(batch: Batch, chunk_bytes: int | None) -> int:
+def rows_of_buffer(vocab: int, itemsize: int, device: torch.device, chunk_bytes: int | None) -> int:
     """How many rows of logits the buffer holds: what was asked for; by default what adding to dW once a buffer is cheap
     beside. On a GPU, whose products outrun its memory, that takes more rows."""
-    row = batch.vocab * batch.logits.itemsize
+    row = vocab * itemsize
     if chunk_bytes is not None:
         return max(chunk_bytes // row, 1)
-    return max(_CHUNK_BYTES // row, _GPU_ROWS if batch.logits.device.type == "cuda" else 1)
+    return max(_CHUNK_BYTES // row, 1 if device.type == "cpu" else _GPU_ROWS)
 
 
 def make_job(whole: Batch, chunk_bytes: int | None) -> Job:
@@ -76,15 +78,29 @@ def make_job(whole: Batch, chunk_bytes: int | None) -> Job:
     rows = None if bool(scored.all()) else scored.nonzero()[:, 0]
     labels = whole.labels if rows is None else whole.labels[rows]
     starts = before[firsts]
-    return Job(whole, rows, labels, starts, starts.tolist(), chunk_rows(whole, chunk_bytes))
+    held = rows_of_buffer(whole.vocab, whole.logits.itemsize, whole.logits.device, chunk_bytes)
+    return Job(whole, rows, labels, starts, starts.tolist(), held)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32, never rounded to less. Where torch's product has no ``out_dtype`` (it has it for CUDA) the
-    operands are widened first: a copy of the chunk, no larger than twice the buffer."""
-    if a.dtype != torch.float32 and a.device.type == "cuda" and torch.version.hip is None and _HAS_OUT_DTYPE:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a @ b, or where it is the ``first`` total = a @ b; total in fp32, and nothing rounded to less.
+
+    On CUDA torch multiplies 16-bit operands into fp32 itself. Elsewhere they are widened: a copy of the chunk, no
+    larger than twice the buffer, where the product as a matrix of its own would be as large as ``total``. From torch
+    2.8 to 2.10 on CUDA there is such a matrix.
+    """
+    beta = 0 if first else 1  # 0: what total holds is not read
+    if a.dtype == torch.float32:
+        total.addmm_(a, b, beta=beta)
+    elif a.device.type == "cuda" and torch.version.hip is None and _HAS_OUT_DTYPE:
+        if _ADDS_IN_FP32:
+            torch.addmm(total, a, b, out_dtype=torch.float32, beta=beta, out=total)
+        elif first:
+            torch.mm(a, b, out_dtype=torch.float32, out=total)
+        else:
+            total.add_(torch.mm(a, b, out_dtype=torch.float32))
+    else:
+        total.addmm_(a.float(), b.float(), beta=beta)
 
 
 class _Products:
@@ -99,7 +115,7 @@ class _Products:
         # with no row left out the products fill all of it
         empty = torch.empty_like if job.rows is None else torch.zeros_like
         self.d_hidden = empty(self.hidden) if wanted[0] else None
-        self.d_weight: Tensor | None = None  # fp32; what the first chunk gives, to which the others are added
+        self.d_weight: Tensor | None = None  # fp32, from the first chunk on
         self.d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
 
     def logits(self, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -122,12 +138,10 @@ class _Products:
             else:
                 self.d_hidden.index_copy_(0, rows[first:last], dz @ self.weight)
         if self.wants_weight:
+            first_chunk = self.d_weight is None
             if self.d_weight is None:
-                self.d_weight = product(dz.t(), h)
-            elif h.dtype == torch.float32:
-                self.d_weight.addmm_(dz.t(), h)
-            else:
-                self.d_weight.add_(product(dz.t(), h))
+                self.d_weight = self.weight.new_empty(self.weight.shape, dtype=torch.float32)
+            add_product(self.d_weight, dz.t(), h, first_chunk)
         if self.d_bias is not None:
             self.d_bias.add_(dz.sum(0, dtype=torch.float32))
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..estimators import Estimate, estimate, estimate_moments
+from ..estimators import Estimate, _from_influence, _mean_in, effective_sample_size, estimate_moments
 
 _RARE = 10  # samples with (or without) a feature, below which its rate says little
 _FEW = 50.0  # effective samples, below which the attained moments say little
@@ -255,10 +255,9 @@ def fit_lambda(
     log_weight = log_b + (phi - mu) @ lambda_
     counts = torch.bincount(dense, minlength=contexts)
     log_z = support.log_z(log_weight[kept]) - counts.double().log()
-    zero = torch.zeros_like(log_weight)
-    # the divergence of a, in the place of the policy, from p
-    found = estimate(log_ratio, zero, log_weight, log_z[dense], sample_weight=1 / counts.double()[dense])
-    ess = found.ess.value
+    log_u = log_weight - log_z[dense]
+    each = 1 / counts.double()[dense]
+    ess = effective_sample_size(log_u, each).value
     if not converged:
         warnings.append("Newton did not converge: the moments are at the edge of what the samples can reach")
     if ess < max(_FEW, 0.01 * positive):
@@ -273,7 +272,7 @@ def fit_lambda(
         lambda_=lambda_.tolist(),
         base=_moments(phi, log_b, dense, contexts),
         attained=_moments(phi, log_weight, dense, contexts),
-        kl=found.kl_policy,
+        kl=_kl(phi, log_u, log_ratio, dense, each),
         source="a" if of == "the base" else "q",
         ess=ess,
         n=n,
@@ -336,6 +335,24 @@ def _moments(phi: Tensor, log_weight: Tensor, context: Tensor, contexts: int) ->
         Estimate(sum(e.value for e in column) / contexts, math.sqrt(sum(e.stderr**2 for e in column)) / contexts)
         for column in zip(*each, strict=True)
     ]
+
+
+def _kl(phi: Tensor, log_u: Tensor, log_ratio: Tensor, context: Tensor, weight: Tensor) -> Estimate:
+    """KL(p||a), the mean over contexts, from u = p/q; all contexts have a ``weight`` of 1.
+
+    Its error is that of samples from which log Z and lambda come too. Through lambda KL moves as log p/a is correlated
+    with phi under p: that part of it is no error, since the moments are held. With no b but 0 and 1 it is all of it,
+    and what is left is log Z's.
+    """
+    u = log_u.exp()
+    gap = torch.where(u > 0, log_u - log_ratio, 0.0)  # log p - log a
+    means = _mean_in(context, u * gap, weight)
+    centred = phi - torch.stack([_mean_in(context, u * column, weight) for column in phi.unbind(1)], 1)
+    root = (weight * u).sqrt()
+    scale = (root[:, None] * centred).norm(dim=0).clamp(min=1e-300)  # features may be of any size
+    slope = torch.linalg.lstsq(root[:, None] * centred / scale, (root * (gap - means))[:, None]).solution[:, 0]
+    influence = u * (gap - means - centred @ (slope / scale)) - (u - 1)
+    return _from_influence((weight * u * gap).sum() / weight.sum(), influence, weight)
 
 
 def _check_each(support: _Dual, mu: Tensor, names: list[str], where: str) -> list[str]:

@@ -102,7 +102,7 @@ def examine(
     found = dict(zip(columns_of, estimate_moments(columns, torch.zeros_like(columns[:, 0])), strict=True))
     contexts, log_target, log_prob = gather(x.context_id), gather(scores.log_target), gather(x.log_prob)
     log_z = PartitionFunctions().updated(contexts, log_target, log_prob).log_z(contexts)
-    found["kl_policy"] = estimate(log_prob, log_prob, log_target, log_z).kl_policy
+    found["kl_policy"] = estimate(log_prob, log_prob, log_target, log_z, z_of=contexts).kl_policy
     evaluation = Evaluation(x, log_base, features, names, found)
     if texts:
         shown = gather_texts(x[evaluation.across_contexts(texts)].text)

@@ -246,7 +246,8 @@ def _ideal(target: EBM, of_base: Samples) -> dict[str, Estimate]:
     columns = torch.cat([scores.features, scores.monitored], 1)
     names = [*target.moment_names, *target.monitor_names]
     ideal = {f"phi/{name}": e for name, e in zip(names, estimate_moments(columns, log_u), strict=True)}
-    kl = estimate(of_base.log_prob, of_base.log_prob, scores.log_target, log_z).kl_proposal
+    found = estimate(of_base.log_prob, of_base.log_prob, scores.log_target, log_z, z_of=of_base.context_id)
+    kl = found.kl_proposal
     if target.report is not None and target.moment_names:  # lambda was fitted on more samples
         kl = target.report.kl
         for name, moment in zip(target.moment_names, target.describe()["moments"], strict=True):

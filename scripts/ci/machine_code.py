@@ -30,12 +30,17 @@ from triton.compiler import ASTSource
 
 ROOT = Path.cwd()  # of the tree that is looked at
 sys.path.insert(0, str(ROOT))
-from cuda_compiler import compiled
+from cuda_compiler import compiled, compiler_version
 from dmfast.kernels.triton import launch, loss, sample
 
 ARCHS = (80, 90, 100, 120)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def versions() -> str:
+    """Of the compilers, on which all of it depends."""
+    return f"triton {triton.__version__}, nvcc {compiler_version()}"
 
 
 class Code(NamedTuple):

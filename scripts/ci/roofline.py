@@ -7,7 +7,7 @@ those by which one takes a new one, as often as a warp does that on random logit
 multiprocessor; what takes longest, a unit, the issue of instructions or memory at its data-sheet bandwidth, is what
 bounds the kernel. Latencies, caches, heads and tails of rows, and clocks below the data sheet's are left out.
 
-    python scripts/ci/roofline.py [FILE]
+    python scripts/ci/roofline.py [FILE WRITTEN]    FILE must hold what is found; WRITTEN is it, brought up to date
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from machine_code import ROOT, SIZE, Code, all_code
+from aot import stale
+from machine_code import ROOT, SIZE, Code, all_code, versions
 
 VOCAB = 128256  # of which only the number of packs of a thread depends
 
@@ -194,16 +195,22 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    made = table()
+def main() -> int:
+    """The exit status."""
+    made = f"{table()}\nFrom {versions()}.\n"
     if len(sys.argv) == 1:
         print(made, end="")
-        return
-    page = Path(sys.argv[1])
+        return 0
+    page, written = map(Path, sys.argv[1:])
     before, rest = page.read_text().split("<!-- roofline -->\n")
-    page.write_text(f"{before}<!-- roofline -->\n{made}<!-- end of roofline -->\n"
-                    + rest.split("<!-- end of roofline -->\n")[1])  # fmt: skip
+    after = rest.split("<!-- end of roofline -->\n")[1]
+    made = f"{before}<!-- roofline -->\n{made}<!-- end of roofline -->\n{after}"
+    written.write_text(made)
+    if difference := stale(page, made):
+        print(f"{difference}{page} is out of date: cp {written} {page}")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,6 +11,8 @@ from typing import Any
 TRAFFIC = {
     "roof: read-sum": 1, "roof: in-place mul_": 2, "roof: copy_": 2, "scoring: sequence_log_prob": 1,
     "dm_loss gdc++, in place": 3, "dm_loss gdc++": 3, "dm_loss dpg (known weight), in place": 2,
+    "scoring: sequence_log_prob (Triton)": 1, "dm_loss gdc++, in place (Triton)": 3,
+    "dm_loss dpg (known weight), in place (Triton)": 3,
 }  # fmt: skip
 
 
@@ -41,11 +43,28 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def memory_by_batch(results: list[dict[str, Any]]) -> list[str]:
+    """Peaks of linear_dm_loss for batches of more than one size, beside what the gradients take that it returns."""
+    said, peaks = [], {}
+    for r in results:
+        c, memory = r["config"], r.get("memory_mb", {}).get("linear_dm_loss gdc++")
+        if c["form"] == "head" and memory is not None:
+            gradients = (c["rows"] + c["vocab"]) * c["dim"] * {"float32": 4, "bfloat16": 2}[c["dtype"]] / 2**20
+            peaks.setdefault((c["vocab"], c["dim"]), []).append((c["rows"], memory, memory - gradients))
+    for (vocab, dim), found in peaks.items():
+        if len(found) > 1:
+            each = "; ".join(f"{rows} tokens: {peak:.0f} MB, {rest:.0f} beside gradients" for rows, peak, rest in found)
+            said.append(f"linear_dm_loss, V {vocab}, D {dim}: {each}")
+    return said
+
+
 def main() -> None:
     out = Path(sys.argv[1])
     found = json.loads((out / "bench.json").read_text())
     head = ", ".join(f"{k} {v}" for k, v in found["machine"].items() if v is not None)
-    text = "\n\n".join([head, *(table(result) for result in found["results"])]) + "\n"
+    parts = [head, *(table(result) for result in found["results"]), *memory_by_batch(found["results"])]
+    parts += [f"not run: {title}: the device has too little memory" for title in found["no_memory"]]
+    text = "\n\n".join(parts) + "\n"
     (out / "bench.md").write_text(text)
     print(text)
     try:

@@ -145,10 +145,23 @@ T* allocate(size_t n, size_t offset = 0) {
   return p;
 }
 
+Traffic operator*(int64_t rows, Traffic each) { return {rows * each.reads, rows * each.writes}; }
+Traffic operator+(Traffic a, Traffic b) { return {a.reads + b.reads, a.writes + b.writes}; }
+
+// What changes how a kernel goes about a row, but not what plan.h declares for it.
+struct Variant {
+  const char* name;
+  double softcap;
+  bool packed;  // sequences of 2, 3, 0 and 7 rows, by cu_seqlens
+  bool nan;     // in row 7, whose sequence then has a fault
+};
+constexpr Variant kPlain{"", 0, false, false};
+
 // Logits and their gradient lie side by side, so that both are counted by address.
 template <class T>
 struct Case {
   const char* dtype;
+  Variant variant;
   int64_t vocab, sequences = 4, steps = 3, rows = 12;
   T *z, *dz;
   int64_t* labels;
@@ -158,12 +171,11 @@ struct Case {
   dmf::Outputs out;
   dmf::cuda::Workspace work;
 
-  Case(const char* name, DType type, int64_t v) : dtype(name), vocab(v) {
+  Case(const char* name, DType type, int64_t v, Variant how = kPlain) : dtype(name), variant(how), vocab(v) {
     used = 0;
     std::memset(memory, 0, sizeof(memory));
     z = allocate<T>(rows * v, 1);  // no row is aligned
     dz = allocate<T>(rows * v, 1);
-    for (int64_t i = 0; i < rows * v; ++i) dmf::from_float(static_cast<float>(i * 7919 % 1000) / 250.0f, value(z[i]));
     labels = allocate<int64_t>(rows);
     for (int64_t i = 0; i < rows; ++i) labels[i] = i * 31 % v;
     labels[4] = -100;
@@ -173,7 +185,11 @@ struct Case {
     inputs = values + 6 * sequences, lse = values + 8 * sequences, total = lse + rows;
     for (int64_t i = 0; i < 2 * sequences; ++i) inputs[i] = -20.0;
     inputs[1] = -INFINITY;  // P = 0 in sequence 1, whose weight is then 0 for dpg
-    batch = {type, reinterpret_cast<char*>(z), sequences, steps, rows, steps * v, v, nullptr, labels, {v, 1.0, 0.0}, 1};
+    int64_t* starts = allocate<int64_t>(sequences + 1);
+    std::copy_n(std::array<int64_t, 5>{0, 2, 5, 5, 12}.data(), sequences + 1, starts);
+    const dmf::RowOptions options{v, 1.0, how.softcap};
+    batch = {type, reinterpret_cast<char*>(z), sequences, steps, rows, steps * v, v, nullptr, labels, options, 1};
+    if (how.packed) batch.cu_seqlens = starts, batch.steps = 0, batch.stride_sequence = 0;
     terms = {{dmf::Kind::dpg, false, true, 0, 0, INFINITY},
              inputs + sequences,
              inputs,
@@ -194,9 +210,16 @@ struct Case {
     return {reinterpret_cast<char*>(inplace ? z : dz), steps * vocab, vocab};
   }
 
-  // What the kernel does, against what plan.h declares for rows that count and rows that do not.
+  void fill() {
+    for (int64_t i = 0; i < rows * vocab; ++i)
+      dmf::from_float(static_cast<float>(i * 7919 % 1000) / 250.0f, value(z[i]));
+    if (variant.nan) dmf::from_float(NAN, value(z[7 * vocab + vocab / 2]));
+  }
+
+  // What the kernel does, against what plan.h declares for all rows.
   template <class Call>
-  void expect(const char* kernel, int64_t counting, Traffic declared, int64_t skipped, Traffic of_skipped, Call call) {
+  void expect(const char* kernel, Traffic want, Call call) {
+    fill();  // a call before may have written its gradient there
     tracer.begin = reinterpret_cast<const char*>(z);
     tracer.end = reinterpret_cast<const char*>(dz + rows * vocab);
     tracer.start_kernel();
@@ -205,41 +228,44 @@ struct Case {
     shim::observer = nullptr;
     const double row = static_cast<double>(vocab * sizeof(T));
     const double reads = static_cast<double>(tracer.loaded) / row, writes = static_cast<double>(tracer.stored) / row;
-    const double want_reads = counting * declared.reads + skipped * of_skipped.reads;
-    const double want_writes = counting * declared.writes + skipped * of_skipped.writes;
     const bool near =
-        std::fabs(reads - want_reads) <= 0.03 * want_reads && std::fabs(writes - want_writes) <= 0.03 * want_writes;
+        std::fabs(reads - want.reads) <= 0.03 * want.reads && std::fabs(writes - want.writes) <= 0.03 * want.writes;
     const bool ok = near && tracer.races == 0;
     failures += !ok;
-    std::printf("%-6s %-28s %s V %5ld: %7.3f rows read of %6.2f declared, %7.3f written of %6.2f, %zu races\n",
-                ok ? "ok" : "FAILED", kernel, dtype, static_cast<long>(vocab), reads, want_reads, writes, want_writes,
-                tracer.races);
+    std::printf("%-6s %-28s %s V %5ld%s: %7.3f rows read of %6.2f declared, %7.3f written of %6.2f, %zu races\n",
+                ok ? "ok" : "FAILED", kernel, dtype, static_cast<long>(vocab), variant.name, reads, want.reads, writes,
+                want.writes, tracer.races);
   }
 
   void run() {
     using namespace dmf::cuda;
-    const int64_t scored = rows - 1, positive = scored - 2;  // sequence 1 has weight 0 and the masked row
-    const Traffic nothing{0, 0};
+    // sequence 1 has weight 0 and the masked row; the one with the NaN is the last of the packed ones
+    const int64_t scored = rows - 1, faulty = variant.nan ? (variant.packed ? 7 : steps) : 0;
+    const int64_t positive = scored - 2 - faulty;
     const Plan plan = plan_known(vocab, sizeof(T), 227 << 10);
     if (!plan.kept) std::abort();
-    expect("forward", scored, kForward, 1, nothing, [&] { forward(batch, terms, out, work); });
+    expect("forward", scored * kForward, [&] { forward(batch, terms, out, work); });
     for (const bool inplace : {false, true}) {
-      expect(inplace ? "backward in place" : "backward", positive, kBackward, rows - positive, kSkipped,
+      expect(inplace ? "backward in place" : "backward", positive * kBackward + (rows - positive) * kSkipped,
              [&] { backward(batch, lse, weight, 0.5, nullptr, gradient(inplace), work); });
-      // sequence 1 is read for its log pi, and its gradient is 0
       const auto known = [&] { forward_backward(batch, terms, out, 0.5, gradient(inplace), work); };
-      const double zeroed = static_cast<double>(scored - positive) / (scored - positive + 1);
-      expect(inplace ? "known weight, kept, in place" : "known weight, kept", positive, kKnownKept, rows - positive,
-             {zeroed, 1}, known);
+      // Sequence 1 is read for its log pi, and its gradient is 0. So is the row with a NaN; the others of its sequence
+      // have their gradient by the time that it is known. Then all of them are zeroed.
+      const auto declared = [&](Traffic row) {
+        const Traffic read_only{kForward.reads, kSkipped.writes};
+        const Traffic of_faulty = faulty ? (faulty - 1) * row + read_only + faulty * kSkipped : Traffic{0, 0};
+        return positive * row + 2 * read_only + kSkipped + of_faulty;
+      };
+      expect(inplace ? "known weight, kept, in place" : "known weight, kept", declared(kKnownKept), known);
       setenv("SHIM_SHARED", "0", 1);
-      expect(inplace ? "known weight, read twice, in place" : "known weight, read twice", positive, kKnownReread,
-             rows - positive, {zeroed, 1}, known);
+      expect(inplace ? "known weight, read twice, in place" : "known weight, read twice", declared(kKnownReread),
+             known);
       unsetenv("SHIM_SHARED");
     }
     *total = 0.5;  // grad_output
-    expect("scale", scored, kScale, 1, nothing, [&] { scale(batch, 1.0, total, gradient(false), work); });
-    const dmf::SampleRows draws{batch.dtype, batch.logits, rows, vocab, {vocab, 1.0, 0.0}, 3, nullptr, 5, nullptr};
-    expect("sample", rows, sampling(vocab, 512), 0, nothing, [&] { sample(draws, labels, lse, work); });
+    expect("scale", scored * kScale, [&] { scale(batch, 1.0, total, gradient(false), work); });
+    const dmf::SampleRows draws{batch.dtype, batch.logits, rows, vocab, batch.options, 3, nullptr, 5, nullptr};
+    expect("sample", rows * sampling(vocab, 512), [&] { sample(draws, labels, lse, work); });
   }
 };
 
@@ -271,6 +297,11 @@ int main() {
     Case<float>("fp32", DType::f32, v).run();
     Case<__nv_bfloat16>("bf16", DType::bf16, v).run();
     Case<__half>("fp16", DType::f16, v).run();
+  }
+  for (const Variant how : {Variant{", softcap", 30, false, false}, Variant{", packed", 0, true, false},
+                            Variant{", NaN", 0, false, true}, Variant{", all of them", 30, true, true}}) {
+    Case<float>("fp32", DType::f32, 1000, how).run();
+    Case<__nv_bfloat16>("bf16", DType::bf16, 1000, how).run();
   }
   std::printf("%s\n", failures ? "FAILED" : "ok");
   return failures != 0;

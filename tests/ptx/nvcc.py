@@ -1,4 +1,4 @@
-"""The PTX of csrc/cuda/loss.cu for sm_80, made once for each state of the sources, in DMFAST_PTX or build/ptx."""
+"""The PTX of csrc/cuda for sm_80, made once for each state of the sources, in DMFAST_PTX or build/ptx."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 from cuda_compiler import compiled  # noqa: E402
 
 
-def loss_ptx() -> str:
-    """Raises RuntimeError where there is no nvcc."""
+def ptx(name: str) -> str:
+    """Of ``loss`` or ``sample``. Raises RuntimeError where there is no nvcc."""
     cache = Path(os.environ.get("DMFAST_PTX", ROOT / "build" / "ptx"))
-    return compiled(ROOT, "csrc/cuda/loss.cu", "ptx", 80, cache).read_text()
+    return compiled(ROOT, f"csrc/cuda/{name}.cu", "ptx", 80, cache).read_text()

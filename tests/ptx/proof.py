@@ -46,7 +46,7 @@ PASSES = {"score": 0, "kept": 1, "reread": 2}
 
 @functools.cache
 def kernels() -> dict[str, module.Kernel]:
-    return module.parse(nvcc.loss_ptx())
+    return module.parse(nvcc.ptx("loss"))
 
 
 @functools.cache
@@ -274,6 +274,9 @@ def test_a_fault_costs_its_sequence_alone() -> None:
 def test_every_kernel_fences_before_and_after_its_atomics() -> None:
     """In program order, on every path: from the stores of a block to its counter, from a counter to what others
     wrote."""
-    missing = {name: found for name, kernel in kernels().items() if (found := module.missing_fences(kernel))}
+    with_sampling = kernels() | module.parse(nvcc.ptx("sample"))
+    missing = {name: found for name, kernel in with_sampling.items() if (found := module.missing_fences(kernel))}
     assert not missing
-    assert sum(module.atomics(kernel) > 0 for kernel in kernels().values()) == 36  # each instance of score_rows
+    counting = [name for name, kernel in with_sampling.items() if module.atomics(kernel)]
+    found = {name: sum(name in x for x in counting) for name in ("score_rows", "sample_rows")}
+    assert found == {"score_rows": 36, "sample_rows": 6} and len(counting) == 42, "each instance of both"

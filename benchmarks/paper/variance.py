@@ -1,0 +1,101 @@
+"""The gradient's variance with and without the baseline, in the same states, on the same batches.
+
+    python benchmarks/paper/variance.py        # writes results/paper/same_state.json
+
+In the grid GDC and GDC++ are measured along their own paths, each with its own pi and q. Here a run of GDC++ stops ten
+times and draws a batch from q as it is there; its sequences are weighed with A = u (GDC) and A = u - rho (GDC++). That
+is all that differs: what is left is what the baseline does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import grid
+import run
+import torch
+import truth
+from transformers import TrainerCallback
+
+from dmfast import gradient_variance
+from dmfast.training import DMTrainer, recipe, report
+
+STATES, BATCH = 10, 256
+OBJECTIVES = {"gdc": "dpg", "gdc++": "gdc++"}
+
+
+def measure(trainer: DMTrainer, log_z: float, n: int, seed: int) -> dict[str, Any]:
+    """Of n sequences from q as it is now: variances of gradient and advantage under each objective, of one log Z."""
+    x = trainer.proposal.sample(n=n, max_new_tokens=trainer.args.max_new_tokens, seed=seed)
+    log_target, found = trainer.target.log_prob(x), {}
+    for method, objective in OBJECTIVES.items():
+        with torch.no_grad():
+            out = trainer.policy.loss(
+                x, objective=objective, log_target=log_target, log_proposal=x.log_prob, log_z=log_z
+            )
+        gradient = gradient_variance(trainer.policy, x, out.weight)
+        found[method] = {
+            "gradient_variance": gradient.variance, "gradient_norm": gradient.norm,
+            "advantage_variance": float(out.weight.var()),
+        }  # fmt: skip
+    return found
+
+
+class _Stops(TrainerCallback):  # type: ignore[misc]
+    """Measures every so many steps; training goes on as if nothing had been: all draws have seeds of their own."""
+
+    def __init__(self, log_z: float, every: int, n: int) -> None:
+        self.log_z, self.every, self.n = log_z, every, n
+        self.trainer: Any = None
+        self.found: list[dict[str, Any]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0:
+            seed = 2**34 + state.global_step
+            at = {
+                "step": state.global_step,
+                "samples": state.global_step * run.BATCH,
+                "swaps": self.trainer.proposal.swaps,
+            }
+            self.found.append(at | measure(self.trainer, self.log_z, self.n, seed))
+
+
+def states(task: str, seed: int, learning_rate: float, samples: int, count: int, n: int) -> list[dict[str, Any]]:
+    """What ``measure`` finds ``count`` times during the run of GDC++ that the grid has."""
+    changed = run.settings("gdc++", run.BATCH, learning_rate, samples)
+    changed |= {"seed": seed, "eval_strategy": "no", "disable_tqdm": True, "sampling_batch_size": 256}
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = {f"train.{key}": value for key, value in changed.items()} | {"train.output_dir": folder}
+        read = recipe.read(truth.HERE / "tasks" / f"{task}.yaml", overrides)
+        state = json.loads((truth.RESULTS / "targets" / f"{task}.json").read_text())
+        trainer = recipe.prepare(read, fitted=state["target"], say=lambda line: None)
+        stops = _Stops(state["log_z"]["value"], changed["max_steps"] // count, n)
+        stops.trainer = trainer
+        trainer.add_callback(stops)
+        torch.manual_seed(seed)
+        trainer.train()
+    return stops.found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("task", nargs="*", default=grid.STUDIED, help="default: the rare word and the women")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=run.SAMPLES)
+    parser.add_argument("--out", type=Path, default=grid.RESULTS / "same_state.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    start, rate = time.perf_counter(), grid.tuned(grid.RESULTS / "runs", ["gdc++"])["gdc++"]
+    found = {task: states(task, args.seed, rate, args.samples, STATES, BATCH) for task in args.task}
+    result = {"seed": args.seed, "learning_rate": rate, "batch": BATCH, "machine": report.machine(), "tasks": found,
+              "seconds": time.perf_counter() - start}  # fmt: skip
+    report.write(result, args.out.parent, args.out.name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""benchmarks/paper/report.py on a few runs of which every mean, error, interval and count is known."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+PAPER = Path(__file__).parents[1] / "benchmarks" / "paper"
+sys.path.insert(0, str(PAPER))
+pytest.importorskip("matplotlib")
+report = pytest.importorskip("report", reason="benchmarks/ is not beside the tests")
+grid = report.grid
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
+KL = {"gdc": {0: 0.5, 1: 0.6, 2: 0.7}, "gdc++": {0: 0.4, 1: 0.45, 2: 0.53}}
+
+
+def write(folder, task, method, seed, *, part="main", finite=True, log_prob=None, history=None, **changed):
+    """A run as run.py writes it, of two evaluations; ``changed`` at the last."""
+    phi = dict.fromkeys((f"phi/{name}" for name in report.wanted(task)), 0.4)
+    first = {"samples": 0 if method == "base" else 10_240, **phi, "kl_exact": 1.0, "kl_policy": 0.9,
+             "kl_policy_base": 0.5, "self_bleu_5": 0.3, "distinct_1": 0.9, "length": 29.0}  # fmt: skip
+    end = first | {"samples": 20_480} | changed
+    run = grid.Run(part, task, method, seed, 1e-4)
+    result = {
+        "task": task, "method": method, "seed": seed, "batch": 256, "samples": 20_480, "finite": finite,
+        "settings": {"learning_rate": 1e-4, "max_steps": 80, "proposal_interval": 10}
+        | ({"proposal_check_samples": 2048} if method == "gdc++_fresh" else {}),
+        "evaluations": [first] if method == "base" else [first, end], "history": history or {},
+    }  # fmt: skip
+    if log_prob is not None:
+        result["log_prob"] = log_prob
+    path = folder / run.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result))
+
+
+def rows(text):
+    """A table's rows as dicts."""
+    header, _, *others = [[cell.strip() for cell in line[1:-2].split("|")] for line in text.splitlines()]
+    return [dict(zip(header, cells, strict=True)) for cells in others]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three seeds of both methods on a task; on another GDC++ has one of GDC's two, where it is the worse."""
+    for method, of_seed in KL.items():
+        for seed, value in of_seed.items():
+            write(tmp_path, "women", method, seed, kl_exact=value, **{"phi/women": 0.4 + 0.02 * (method == "gdc++")})
+    for method, of_seed in {"gdc": {0: 2.0, 1: 0.8}, "gdc++": {1: 0.9}}.items():
+        for seed, value in of_seed.items():
+            write(tmp_path, "word_amazing", method, seed, kl_exact=value)
+    return tmp_path
+
+
+def test_means_and_errors(folder):
+    found = {(row["task"], row["method"]): row for row in rows(report.main_table(report.Runs(folder)))}
+    assert list(found) == [(t, m) for t in ("word_amazing", "women") for m in ("GDC", "GDC++")]
+    gdc = found["women", "GDC"]
+    assert gdc["seeds"] == "3" and gdc["KL(p‖π)"] == "0.600 ± 0.058"  # .1 / sqrt 3
+    assert found["women", "GDC++"]["KL(p‖π)"] == "0.460 ± 0.038"
+    assert found["word_amazing", "GDC++"]["KL(p‖π)"] == "0.900"  # no error from one
+    assert gdc["sequences drawn in training"] == "20,480" and gdc["tokens of a sequence"] == "29.0 ± 0.0"
+    assert float(gdc["its distance from KL(p‖a)"].split()[0]) == pytest.approx(0.736 - 0.5, abs=1e-3)
+    assert float(gdc["distance of E_π[φ] from E_p[φ]"].split()[0]) == pytest.approx(
+        report.attained("women")["women"] - 0.4, abs=1e-3
+    )
+
+
+def test_differences_are_of_the_seeds_that_both_have(folder):
+    found = {row["task"]: row for row in rows(report.paired_table(report.Runs(folder)))}
+    # -.1, -.15, -.17: their deviation is .0361, t of two degrees of freedom 4.303
+    assert found["women"]["KL(p‖π)"] == "-0.140 ± 0.090" and found["women"]["seeds"] == "3"
+    assert found["women"]["distance of E_π[φ] from what is wanted"] == "-0.020 ± 0.000"
+    assert found["word_amazing"]["KL(p‖π)"] == "+0.100" and found["word_amazing"]["seeds"] == "1"
+    assert "its standard error from the shared samples of p" not in found["women"]  # none has kept log pi
+
+
+def test_the_error_of_a_difference_from_the_samples_that_all_share(folder):
+    """Two seeds, four samples: a pair's gaps are averaged over seeds before their deviation is taken."""
+    pi = {"gdc": {0: [-5.0, -6.0, -7.0, -8.0], 1: [-5.0, -6.0, -7.0, -8.0]},
+          "gdc++": {0: [-4.0, -6.0, -6.0, -8.0], 1: [-6.0, -6.0, -6.0, -8.0]}}  # fmt: skip
+    for method, of_seed in pi.items():
+        for seed, log_prob in of_seed.items():
+            write(folder, "women", method, seed, kl_exact=KL[method][seed], log_prob=log_prob)
+    (women,) = (row for row in rows(report.paired_table(report.Runs(folder))) if row["task"] == "women")
+    assert women["its standard error from the shared samples of p"] == "0.250"  # of 0, 0, -1, 0
+
+
+def test_wins(folder):
+    """Counted in pairs: on "amazing" the mean of GDC++ is the lower only because it lacks a seed."""
+    found = {row["claim"]: row["here"] for row in rows(report.claims(report.Runs(folder)))}
+    assert found["GDC++ at or below GDC in KL(p‖π)"] == (
+        "1 of 2; not word_amazing; the 95% interval excludes 0 on 1 of 1, and on 0 the other way"
+    )
+    assert found["GDC++ at or below GDC in KL(π‖a)"].startswith("2 of 2; the 95% interval excludes 0 on 0 of 1,")
+    for seed, value in {0: 0.65, 1: 0.75, 2: 0.84}.items():
+        write(folder, "women", "gdc++", seed, kl_exact=value)
+    found = {row["claim"]: row["here"] for row in rows(report.claims(report.Runs(folder)))}
+    assert found["GDC++ at or below GDC in KL(p‖π)"] == (
+        "0 of 2; not word_amazing, women; the 95% interval excludes 0 on 0 of 1, and on 1 the other way"
+    )
+
+
+def test_collapse_is_counted_where_there_is_something_to_compare(folder):
+    for task, kl_base, distinct in (("women", 1.1, 0.2), ("topics", 9.0, 0.2)):
+        write(folder, task, "reinforce", 0, kl_policy_base=kl_base, distinct_1=distinct)
+    write(folder, "women", "base", 0, part="base")
+    found = {row["claim"]: row["here"] for row in rows(report.claims(report.Runs(folder)))}
+    assert found["REINFORCE's KL(π‖a) is twice that of GDC++ or more"] == "1 of 1"
+    assert found["REINFORCE's Distinct-1 falls below the base's"] == "1 of 1"
+
+
+def test_runs_that_died_or_diverged_are_counted(folder):
+    claim = "no run ends in a NaN"
+    (row,) = (row for row in rows(report.claims(report.Runs(folder))) if row["claim"] == claim)
+    assert row["here"] == "9 of 9 runs are finite, the tuning's too; none died"
+    write(folder, "women", "js", 0, part="variants", finite=False, kl_exact=None)
+    write(folder, "tuning", "gdc", 100, part="tuning", finite=False, kl_exact=None)
+    for name, nan in (("women-tv-seed0", True), ("women-tv-seed1", False)):
+        (folder / "variants" / f"{name}{grid.FAILED}").write_text(json.dumps({"nan": nan, "status": 1}))
+    runs = report.Runs(folder)
+    (row,) = (row for row in rows(report.claims(runs)) if row["claim"] == claim)
+    assert row["here"] == ("9 of 11 runs are finite, the tuning's too; 2 died, 1 of them by what is not finite: "
+                           "variants/women-tv-seed0, variants/women-tv-seed1")  # fmt: skip
+    (js,) = (row for row in rows(report.variants_table(runs)) if row[""] == "JS")
+    assert js["KL(p‖π)"] == "" and js["seeds"] == "1"
+
+
+def test_all_methods_at_one_learning_rate(folder, monkeypatch):
+    """Those of the rate that GDC++ has, and no others; with the errors of the one run."""
+    errors = {"phi/politics_stderr": 0.011, "kl_exact_stderr": 0.02, "kl_policy_base_stderr": 0.03}
+    for method, kl in (("reinforce", 2.5), ("gdc++", 0.2)):
+        write(folder, "tuning", method, 100, part="tuning", kl_exact=kl, **errors)
+    monkeypatch.setattr(grid, "learning_rates", lambda _: {"gdc++": 1e-4})
+    found = rows(report.equal_rate_table(report.Runs(folder), folder))
+    assert [row["method"] for row in found] == ["REINFORCE", "GDC++"]
+    assert found[0]["KL(p‖π)"] == "2.500 ± 0.020" and found[0]["E_π[φ]"] == "0.400 ± 0.011"
+    monkeypatch.setattr(grid, "learning_rates", lambda _: {"gdc++": 5e-4})
+    assert report.equal_rate_table(report.Runs(folder), folder) == ""
+
+
+def test_variance_ratios(folder):
+    """After a quarter of what is logged: 4 and 1 in turn, whose geometric mean is 2."""
+    measured = [9.0, 9.0, 1.0, 3.0, 2.0, 8.0, 5.0, 7.0]
+    other = [1.0, 1.0, 4.0, 3.0, 8.0, 8.0, 20.0, 7.0]
+    for method, values in (("gdc", other), ("gdc++", measured)):
+        of_steps = [v for value in values for v in (None, value)]  # None: not measured at that step
+        write(folder, "women", method, 0, kl_exact=KL[method][0], history={"gradient_variance": of_steps})
+    runs = report.Runs(folder)
+    plain, better = (runs.of("main", "women", method) for method in ("gdc", "gdc++"))
+    # logs 2 log 2 and 0 in turn: deviation .759, over sqrt 6, t of five degrees of freedom 2.571
+    half = 2.571 * 2 * math.log(2) * math.sqrt(0.3) / math.sqrt(6)
+    expected = f"{50 / 26:.2f} (geometric mean of 6: 2.00, 95% {2 * math.exp(-half):.2f} to {2 * math.exp(half):.2f})"
+    assert report.ratio(plain, better, "gradient_variance") == expected
+    assert report.ratio(plain, better, "gradient_norm") == ""
+
+
+def test_variance_ratios_of_one_state():
+    plain = [{"gradient_variance": g, "advantage_variance": 6.0} for g in (16.0, 4.0)]
+    better = {"gradient_variance": 2.0, "advantage_variance": 3.0}
+    at = [{"samples": n, "gdc": each, "gdc++": better} for n, each in zip((256, 512), plain, strict=True)]
+    gradient, advantage = rows(report.same_state_table({"tasks": {"women": at}}))
+    assert gradient["after 256, 512 sequences"] == "8.00, 2.00"
+    half = 12.706 * math.log(2)  # logs of 8 and 2 lie log 2 on either side of that of 4: the error is log 2
+    expected = f"4.00 ({4 * math.exp(-half):.2f} to {4 * math.exp(half):.2f})"
+    assert gradient["geometric mean (95% interval)"] == expected
+    assert advantage["geometric mean (95% interval)"] == "2.00 (2.00 to 2.00)"
+
+
+@pytest.mark.parametrize(("n", "expected"), [(2, 12.706), (6, 2.571), (8, 2.365), (10, 2.262), (30, 2.045)])
+def test_students_t(n, expected):
+    assert report.student(n) == pytest.approx(expected, abs=0.02)
+
+
+def test_a_curve_is_of_where_all_seeds_have_been(folder):
+    """The base of one seed is there, the others' is not yet: its point would be the mean of another set of seeds."""
+    write(folder, "women", "base", 0, part="base")
+    runs = report.Runs(folder)
+    curves = [runs.curve(result) for result in runs.of("main", "women", "gdc").values()]
+    assert [len(curve) for curve in curves] == [3, 2, 2]
+    assert report.over_seeds(curves, "kl_exact") == [
+        (10_240, 1.0, 0.0),
+        (20_480, pytest.approx(0.6), pytest.approx(0.1 / 3**0.5)),
+    ]
+
+
+@pytest.mark.parametrize("task", ["women", "topics", "women_science"])
+def test_moments_of_the_exact_samples(task):
+    """log P - log a is lambda . phi there, so that each sample's features can be told from it alone."""
+    state = report.target(task)["target"]
+    arrays = np.load(grid.RESULTS / "targets" / f"{task}.npz")
+    lambda_ = np.array(state["lambda"])
+    subsets = (np.arange(2 ** len(lambda_))[:, None] >> np.arange(len(lambda_))) & 1
+    gaps = (arrays["log_target"] - arrays["log_base"])[:, None] - subsets @ lambda_
+    assert abs(gaps).min(1).max() < 1e-6
+    shares = subsets[abs(gaps).argmin(1)].mean(0)
+    found = report.attained(task)
+    assert [found[name] for name in state["moment_names"]] == pytest.approx(shares.tolist(), abs=1e-12)
+    others = set(found) - set(state["moment_names"])
+    assert all(found[name] == 1.0 for name in others) and len(others) == (task == "women_science")
+
+
+def test_all_of_it(folder, monkeypatch, capsys):
+    write(folder, "women", "gdc++_fresh", 0, part="variants", kl_exact=0.3)
+    monkeypatch.setattr(sys, "argv", ["report.py", "--runs", str(folder), "--out", str(folder / "out")])
+    report.main()
+    text = (folder / "out" / "tables.md").read_text()
+    assert "from 10 runs beside the tuning's" in text and "36,864" in text
+    assert {path.name for path in (folder / "out").glob("*.png")} == {"women.png", "word_amazing.png", "studies.png"}
+    assert "10 runs" in capsys.readouterr().out
