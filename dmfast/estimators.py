@@ -81,11 +81,14 @@ def _mean(values: Tensor, weight: Tensor) -> Estimate:
 
 
 def _mean_in(context_id: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-    """(N,) the mean of each sequence's context."""
-    _, which = torch.unique(context_id, return_inverse=True)
-    sums = torch.zeros(2, int(which.max()) + 1, dtype=values.dtype, device=values.device)
-    sums.index_add_(1, which, torch.stack([weight * values, weight]))
-    return (sums[0] / sums[1])[which]
+    """The mean of each sequence's context, for values (N,) or columns of them (N, F)."""
+    contexts, which = torch.unique(context_id, return_inverse=True)
+    weight = weight.view(-1, *[1] * (values.dim() - 1))
+
+    def sums(x: Tensor) -> Tensor:
+        return x.new_zeros(len(contexts), *x.shape[1:]).index_add_(0, which, x)
+
+    return (sums(weight * values) / sums(weight))[which]
 
 
 def _ones(like: Tensor, weight: Tensor | None) -> Tensor:

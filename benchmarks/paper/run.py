@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from dmfast import diagnostics
 from dmfast.models import Samples
 from dmfast.targets import Feature, Moment
-from dmfast.training import recipe, report
+from dmfast.training import DMTrainer, recipe, report
 
 SAMPLES, BATCH, MICROBATCH, EVALUATIONS, DIVERSITY = 20_480, 256, 64, 5, 200
 
@@ -87,6 +87,14 @@ def settings(
     return changed | METHODS[method] | ({} if learning_rate is None else {"learning_rate": learning_rate})
 
 
+def prepare(task: str, method: str, changed: dict[str, Any], targets: Path | None = None) -> DMTrainer:
+    """The trainer of a task's recipe, with what is ``changed`` of its ``train``."""
+    read = recipe.read(truth.HERE / "tasks" / f"{task}.yaml", {f"train.{key}": x for key, x in changed.items()})
+    state = json.loads(((targets or truth.RESULTS / "targets") / f"{task}.json").read_text())["target"]
+    reward = reward_of(read) if method in REWARD_METHODS else None
+    return recipe.prepare(read, fitted=state, reward=reward, say=lambda line: None)
+
+
 class _Evaluations(TrainerCallback):  # type: ignore[misc]
     """Adds to each evaluation what the paper shows beside E[phi] and KL(pi||a)."""
 
@@ -122,11 +130,7 @@ def run(
     if gradient_variance:
         changed["gradient_variance_steps"] = max(1, changed["max_steps"] // 10)
     with tempfile.TemporaryDirectory() as folder:
-        overrides = {f"train.{key}": value for key, value in changed.items()} | {"train.output_dir": folder}
-        read = recipe.read(truth.HERE / "tasks" / f"{task}.yaml", overrides)
-        state = json.loads(((targets or truth.RESULTS / "targets") / f"{task}.json").read_text())["target"]
-        reward = reward_of(read) if method in REWARD_METHODS else None
-        trainer = recipe.prepare(read, fitted=state, reward=reward, say=lambda line: None)
+        trainer = prepare(task, method, changed | {"output_dir": folder}, targets)
         known = truth.read(task, trainer.policy, targets or truth.RESULTS / "targets")
         evaluated = _Evaluations(known, batch, changed.get("ppo_epochs", 1))
         evaluated.trainer = trainer

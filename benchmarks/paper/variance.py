@@ -23,7 +23,7 @@ import truth
 from transformers import TrainerCallback
 
 from dmfast import gradient_variance
-from dmfast.training import DMTrainer, recipe, report
+from dmfast.training import DMTrainer, report
 
 STATES, BATCH = 10, 256
 OBJECTIVES = {"gdc": "dpg", "gdc++": "gdc++"}
@@ -70,11 +70,9 @@ def states(task: str, seed: int, learning_rate: float, samples: int, count: int,
     changed = run.settings("gdc++", run.BATCH, learning_rate, samples)
     changed |= {"seed": seed, "eval_strategy": "no", "disable_tqdm": True, "sampling_batch_size": 256}
     with tempfile.TemporaryDirectory() as folder:
-        overrides = {f"train.{key}": value for key, value in changed.items()} | {"train.output_dir": folder}
-        read = recipe.read(truth.HERE / "tasks" / f"{task}.yaml", overrides)
-        state = json.loads((truth.RESULTS / "targets" / f"{task}.json").read_text())
-        trainer = recipe.prepare(read, fitted=state["target"], say=lambda line: None)
-        stops = _Stops(state["log_z"]["value"], changed["max_steps"] // count, n)
+        trainer = run.prepare(task, "gdc++", changed | {"output_dir": folder})
+        log_z = json.loads((truth.RESULTS / "targets" / f"{task}.json").read_text())["log_z"]["value"]
+        stops = _Stops(log_z, changed["max_steps"] // count, n)
         stops.trainer = trainer
         trainer.add_callback(stops)
         torch.manual_seed(seed)

@@ -347,7 +347,7 @@ def _kl(phi: Tensor, log_u: Tensor, log_ratio: Tensor, context: Tensor, weight: 
     u = log_u.exp()
     gap = torch.where(u > 0, log_u - log_ratio, 0.0)  # log p - log a
     means = _mean_in(context, u * gap, weight)
-    centred = phi - torch.stack([_mean_in(context, u * column, weight) for column in phi.unbind(1)], 1)
+    centred = phi - _mean_in(context, u[:, None] * phi, weight)
     root = (weight * u).sqrt()
     scale = (root[:, None] * centred).norm(dim=0).clamp(min=1e-300)  # features may be of any size
     slope = torch.linalg.lstsq(root[:, None] * centred / scale, (root * (gap - means))[:, None]).solution[:, 0]
