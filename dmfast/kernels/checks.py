@@ -73,9 +73,8 @@ def make_batch(
         )
     _check_logits(logits)
     shape = logits.shape[:-1]
-    for name, value in (("tokens", tokens), ("mask", mask)):
-        if value is None and name == "mask":
-            continue
+    given = (("tokens", tokens),) if mask is None else (("tokens", tokens), ("mask", mask))
+    for name, value in given:
         if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex:
             raise TypeError(
                 f"{name} must be an integer{' or bool' if name == 'mask' else ''} tensor, got {describe(value)}"
@@ -170,24 +169,24 @@ def make_linear_batch(
     return make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap)
 
 
-def _per_sequence(name: str, value: Tensor | float | None, batch: Batch) -> Tensor | None:
-    if value is None:
-        return None
-    device, n = batch.logits.device, batch.n_sequences
-    to = home(device)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and name == "log_z":
+def _per_sequence(name: str, value: Tensor | float, device: torch.device, to: torch.device, n: int) -> Tensor:
+    if isinstance(value, Tensor):
+        dtype = value.dtype
+        if not dtype.is_floating_point:
+            raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
+        given_on = value.device
+        if given_on not in (device, to):
+            raise ValueError(f"{name} is on {given_on}, logits on {device}; move it there")
+        if value.shape != (n,) and not (name == "log_z" and value.dim() == 0):
+            raise ValueError(f"{name} must have one value per sequence, ({n},), got {describe(value)}")
+        if value.requires_grad:
+            value = value.detach()
+        if dtype is not torch.float64:
+            value = value.double() if to == device else value.to(to).double()
+        return value.contiguous() if value.dim() else value.expand(n).contiguous()
+    if name == "log_z" and isinstance(value, (int, float)) and not isinstance(value, bool):
         return torch.full((n,), value, dtype=torch.float64, device=to)
-    if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
-        raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
-    if value.device not in (device, to):
-        raise ValueError(f"{name} is on {value.device}, logits on {device}; move it there")
-    if value.shape != (n,) and not (name == "log_z" and value.dim() == 0):
-        raise ValueError(f"{name} must have one value per sequence, ({n},), got {describe(value)}")
-    if value.requires_grad:
-        value = value.detach()
-    if value.dtype is not torch.float64:
-        value = value.double() if to == device else value.to(to).double()
-    return value.contiguous() if value.dim() else value.expand(n).contiguous()
+    raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
 
 
 def make_terms(
@@ -209,12 +208,13 @@ def make_terms(
         TypeError, ValueError: a wrong dtype, shape or device, or an input that the objective lacks.
     """
     objective = make_objective(objective)
+    device, n = batch.logits.device, batch.n_sequences
+    to = home(device)
+    inputs = {
+        "log_proposal": log_proposal, "log_target": log_target, "log_z": log_z, "reward": reward, "log_base": log_base,
+    }  # fmt: skip
     given = {
-        "log_proposal": _per_sequence("log_proposal", log_proposal, batch),
-        "log_target": _per_sequence("log_target", log_target, batch),
-        "log_z": _per_sequence("log_z", log_z, batch),
-        "reward": _per_sequence("reward", reward, batch),
-        "log_base": _per_sequence("log_base", log_base, batch),
+        name: None if value is None else _per_sequence(name, value, device, to, n) for name, value in inputs.items()
     }
     if isinstance(objective, Objective):
         missing = [name for name in objective.needs if given[name] is None]
@@ -228,20 +228,17 @@ def make_terms(
     if max_weight is not None and not (isinstance(max_weight, (int, float)) and max_weight > 0):
         raise ValueError(f"max_weight must be a positive number or None, got {max_weight!r}")
     if context_id is not None and (
-        not isinstance(context_id, Tensor)
-        or context_id.dtype.is_floating_point
-        or context_id.shape != (batch.n_sequences,)
+        not isinstance(context_id, Tensor) or context_id.dtype.is_floating_point or context_id.shape != (n,)
     ):
-        raise ValueError(f"context_id must be an integer tensor ({batch.n_sequences},), got {describe(context_id)}")
+        raise ValueError(f"context_id must be an integer tensor ({n},), got {describe(context_id)}")
     bound = math.inf if max_weight is None else float(max_weight)
-    to = home(batch.logits.device)
-    baseline = plain_baseline(objective, batch.n_sequences, to)
-    if isinstance(baseline, Tensor) and baseline.shape != (batch.n_sequences,):
-        raise ValueError(f"a baseline tensor must be ({batch.n_sequences},), got {describe(baseline)}")
+    baseline = plain_baseline(objective, n, to)
+    if isinstance(baseline, Tensor) and baseline.shape != (n,):
+        raise ValueError(f"a baseline tensor must be ({n},), got {describe(baseline)}")
     if isinstance(baseline, str):
         terms = Terms(objective, on_policy, bound, **given)
         context_id = None if context_id is None else context_id.to(to)
-        baseline = leave_one_out_baseline(terms, context_id, batch.n_sequences, to)
+        baseline = leave_one_out_baseline(terms, context_id, n, to)
     return Terms(objective, on_policy, bound, **given, baseline=baseline)
 
 

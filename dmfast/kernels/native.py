@@ -47,6 +47,11 @@ def why_unavailable() -> str | None:
     )
 
 
+def cpu_alone() -> bool:
+    """Whether the CPU kernels are there and no others (the host build of the CUDA kernels) take logits on the CPU."""
+    return _C is not None and _CUDA_DEVICE != "cpu"
+
+
 def instruction_set() -> str:
     """Which build of the row kernels runs on this machine."""
     assert _C is not None
