@@ -73,8 +73,7 @@ paper-quick: $(VENV)/demo
 
 paper: $(VENV)/demo
 	$(BIN)/python benchmarks/paper/truth.py
-	$(BIN)/python benchmarks/paper/grid.py
-	$(BIN)/python benchmarks/paper/report.py
+	$(BIN)/python benchmarks/paper/grid.py; status=$$?; $(BIN)/python benchmarks/paper/report.py && exit $$status
 
 # The wheel as a stranger builds it: pip's isolation, a new environment, no torch; then the tests against it.
 wheel: $(VENV)/test

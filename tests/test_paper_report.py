@@ -78,7 +78,7 @@ def test_differences_are_of_the_seeds_that_both_have(folder):
     assert found["women"]["KL(p‖π)"] == "-0.140 ± 0.090" and found["women"]["seeds"] == "3"
     assert found["women"]["distance of E_π[φ] from what is wanted"] == "-0.020 ± 0.000"
     assert found["word_amazing"]["KL(p‖π)"] == "+0.100" and found["word_amazing"]["seeds"] == "1"
-    assert "its standard error from the shared samples of p" not in found["women"]  # none has kept log pi
+    assert "of which the standard error from the shared samples of p" not in found["women"]  # none has kept log pi
 
 
 def test_the_error_of_a_difference_from_the_samples_that_all_share(folder):
@@ -88,8 +88,29 @@ def test_the_error_of_a_difference_from_the_samples_that_all_share(folder):
     for method, of_seed in pi.items():
         for seed, log_prob in of_seed.items():
             write(folder, "women", method, seed, kl_exact=KL[method][seed], log_prob=log_prob)
-    (women,) = (row for row in rows(report.paired_table(report.Runs(folder))) if row["task"] == "women")
-    assert women["its standard error from the shared samples of p"] == "0.250"  # of 0, 0, -1, 0
+    runs = report.Runs(folder)
+    (women,) = (row for row in rows(report.paired_table(runs)) if row["task"] == "women")
+    assert women["of which the standard error from the shared samples of p"] == "0.250"  # of 0, 0, -1, 0
+    # .090 is the seeds' half of the interval, above
+    assert women["KL(p‖π)"] == f"-0.140 ± {math.hypot(0.0896, 1.96 * 0.25):.3f}"
+    (claim,) = (row for row in rows(report.claims(runs)) if row["claim"] == "GDC++ at or below GDC in KL(p‖π)")
+    assert "excludes 0 on 0 of 1" in claim["here"]
+
+
+def test_the_base_has_the_error_of_the_exact_samples(folder):
+    """It is the same at every seed, so that their spread says nothing."""
+    for seed in (0, 1):
+        write(folder, "women", "base", seed, part="base", kl_exact_stderr=0.03)
+        path = folder / grid.Run("base", "women", "base", seed).name
+        result = json.loads(path.read_text())
+        result["evaluations"][0] |= {"kl_exact": 0.736, "kl_exact_stderr": 0.03}
+        path.write_text(json.dumps(result))
+    for seed, value in KL["gdc"].items():
+        write(folder, "women", "gdc", seed, kl_exact=value, history={"kl_policy": [0.9, value + 0.1, None]})
+    found = {row["method"]: row for row in rows(report.main_table(report.Runs(folder))) if row["task"] == "women"}
+    assert found["a"]["KL(p‖π)"] == "0.736 ± 0.030" and found["a"]["its distance from KL(p‖a)"] == ""
+    assert found["GDC"]["x ~ q, running Z, as in the paper"] == "0.700 ± 0.058"  # the last that is there
+    assert found["a"]["x ~ q, running Z, as in the paper"] == ""
 
 
 def test_wins(folder):
@@ -99,6 +120,9 @@ def test_wins(folder):
         "1 of 2; not word_amazing; the 95% interval excludes 0 on 1 of 1, and on 0 the other way"
     )
     assert found["GDC++ at or below GDC in KL(π‖a)"].startswith("2 of 2; the 95% interval excludes 0 on 0 of 1,")
+    assert found["GDC++ at or above GDC in E[φ], the mean of a task's features"].startswith(
+        "2 of 2; the 95% interval excludes 0 on 1 of 1,"
+    )
     for seed, value in {0: 0.65, 1: 0.75, 2: 0.84}.items():
         write(folder, "women", "gdc++", seed, kl_exact=value)
     found = {row["claim"]: row["here"] for row in rows(report.claims(report.Runs(folder)))}
@@ -112,8 +136,12 @@ def test_collapse_is_counted_where_there_is_something_to_compare(folder):
         write(folder, task, "reinforce", 0, kl_policy_base=kl_base, distinct_1=distinct)
     write(folder, "women", "base", 0, part="base")
     found = {row["claim"]: row["here"] for row in rows(report.claims(report.Runs(folder)))}
-    assert found["REINFORCE's KL(π‖a) is twice that of GDC++ or more"] == "1 of 1"
-    assert found["REINFORCE's Distinct-1 falls below the base's"] == "1 of 1"
+    assert found["REINFORCE's KL(π‖a) is twice that of GDC++ or more"] == "1 of 1; times 2.2 to 2.2"
+    assert found["REINFORCE's Distinct-1 falls below the base's"] == "1 of 1; to 0.20 to 0.20"
+    assert "REINFORCE satisfies the constraint: E[φ] on the pointwise tasks" in found  # neither is one: nothing there
+    write(folder, "word_restaurant", "reinforce", 0, **{"phi/restaurant": 0.98})
+    found = {row["claim"]: row["here"] for row in rows(report.claims(report.Runs(folder)))}
+    assert found["REINFORCE satisfies the constraint: E[φ] on the pointwise tasks"] == "0.980 to 0.980"
 
 
 def test_runs_that_died_or_diverged_are_counted(folder):
@@ -146,31 +174,45 @@ def test_all_methods_at_one_learning_rate(folder, monkeypatch):
 
 
 def test_variance_ratios(folder):
-    """After a quarter of what is logged: 4 and 1 in turn, whose geometric mean is 2."""
+    """After a quarter of what is logged; one number of each seed, and the interval is theirs."""
     measured = [9.0, 9.0, 1.0, 3.0, 2.0, 8.0, 5.0, 7.0]
-    other = [1.0, 1.0, 4.0, 3.0, 8.0, 8.0, 20.0, 7.0]
-    for method, values in (("gdc", other), ("gdc++", measured)):
-        of_steps = [v for value in values for v in (None, value)]  # None: not measured at that step
-        write(folder, "women", method, 0, kl_exact=KL[method][0], history={"gradient_variance": of_steps})
-    runs = report.Runs(folder)
-    plain, better = (runs.of("main", "women", method) for method in ("gdc", "gdc++"))
-    # logs 2 log 2 and 0 in turn: deviation .759, over sqrt 6, t of five degrees of freedom 2.571
-    half = 2.571 * 2 * math.log(2) * math.sqrt(0.3) / math.sqrt(6)
-    expected = f"{50 / 26:.2f} (geometric mean of 6: 2.00, 95% {2 * math.exp(-half):.2f} to {2 * math.exp(half):.2f})"
-    assert report.ratio(plain, better, "gradient_variance") == expected
-    assert report.ratio(plain, better, "gradient_norm") == ""
+    others = {0: [1.0, 1.0, 4.0, 3.0, 8.0, 8.0, 20.0, 7.0], 1: [9.0, 9.0, 8.0, 24.0, 16.0, 64.0, 40.0, 56.0]}
+
+    def logged(values):  # None: not measured at that step
+        return {"gradient_variance": [v for value in values for v in (None, value)]}
+
+    def found():
+        runs = report.Runs(folder)
+        return [runs.of("main", "women", method) for method in ("gdc", "gdc++")]
+
+    for seed, other in others.items():
+        for method, values in (("gdc", other), ("gdc++", measured)):
+            write(folder, "women", method, seed, kl_exact=KL[method][seed], history=logged(values))
+        if not seed:  # 4 and 1 in turn: 2
+            assert report.ratio(*found(), "gradient_variance") == "2.00 (one seed)"
+    half = 12.706 * math.log(2)  # 2 and 8 lie log 2 on either side of 4: the error is log 2
+    expected = f"4.00 (95% {4 * math.exp(-half):.2f} to {4 * math.exp(half):.2f}; 2.00, 8.00)"
+    assert report.ratio(*found(), "gradient_variance") == expected
+    assert report.ratio(*found(), "gradient_norm") == ""
 
 
 def test_variance_ratios_of_one_state():
-    plain = [{"gradient_variance": g, "advantage_variance": 6.0} for g in (16.0, 4.0)]
-    better = {"gradient_variance": 2.0, "advantage_variance": 3.0}
-    at = [{"samples": n, "gdc": each, "gdc++": better} for n, each in zip((256, 512), plain, strict=True)]
-    gradient, advantage = rows(report.same_state_table({"tasks": {"women": at}}))
-    assert gradient["after 256, 512 sequences"] == "8.00, 2.00"
-    half = 12.706 * math.log(2)  # logs of 8 and 2 lie log 2 on either side of that of 4: the error is log 2
-    expected = f"4.00 ({4 * math.exp(-half):.2f} to {4 * math.exp(half):.2f})"
-    assert gradient["geometric mean (95% interval)"] == expected
-    assert advantage["geometric mean (95% interval)"] == "2.00 (2.00 to 2.00)"
+    """Four states of each seed: their halves apart, with intervals over seeds."""
+
+    def run(*ratios):
+        better = {"gradient_variance": 2.0, "advantage_variance": 3.0}
+        return {"tasks": {"women": [{"samples": 256 * (i + 1), "gdc++": better,
+                                     "gdc": {"gradient_variance": 2.0 * r, "advantage_variance": 6.0}}
+                                    for i, r in enumerate(ratios)]}}  # fmt: skip
+
+    gradient, advantage = rows(report.same_state_table([run(1.0, 4.0, 8.0, 2.0)]))
+    assert gradient["after 256, 512, 768, 1,024 sequences"] == "1.00, 4.00, 8.00, 2.00"
+    assert gradient["geometric mean of the first half"] == "2.00 (one seed)"
+    assert gradient["of the second"] == "4.00 (one seed)" and advantage["of the second"] == "2.00 (one seed)"
+    gradient, _ = rows(report.same_state_table([run(1.0, 4.0, 8.0, 2.0), run(1.0, 4.0, 16.0, 16.0)]))
+    half = 12.706 * math.log(2)
+    assert gradient["of the second"] == f"8.00 (95% {8 * math.exp(-half):.2f} to {8 * math.exp(half):.2f}; 4.00, 16.00)"
+    assert gradient["geometric mean of the first half"] == "2.00 (95% 2.00 to 2.00; 2.00, 2.00)"
 
 
 @pytest.mark.parametrize(("n", "expected"), [(2, 12.706), (6, 2.571), (8, 2.365), (10, 2.262), (30, 2.045)])
@@ -212,5 +254,29 @@ def test_all_of_it(folder, monkeypatch, capsys):
     report.main()
     text = (folder / "out" / "tables.md").read_text()
     assert "from 10 runs beside the tuning's" in text and "36,864" in text
-    assert {path.name for path in (folder / "out").glob("*.png")} == {"women.png", "word_amazing.png", "studies.png"}
+    assert {path.name for path in (folder / "out").glob("*.png")} == {"women.png", "word_amazing.png", "studies.png",
+                                                                  "differences.png"}  # fmt: skip
     assert "10 runs" in capsys.readouterr().out
+
+
+def test_the_tables_are_of_the_runs_that_are_there():
+    runs = report.Runs(grid.RESULTS / "runs")
+    done = sum(len(by_seed) for by_seed in runs.found.values())
+    assert f" from {done} runs " in (grid.RESULTS / "tables.md").read_text(), "run benchmarks/paper/report.py"
+
+
+def test_the_recipes_are_those_of_the_script(tmp_path, monkeypatch):
+    """For both models; and each can be read, with its constraints."""
+    import recipes
+
+    from dmfast.training import recipe
+
+    monkeypatch.setattr(recipes, "HERE", tmp_path)
+    recipes.main()
+    for folder in ("tasks", "smollm2"):
+        written = {path.name: path.read_text() for path in (tmp_path / folder).glob("*.yaml")}
+        assert written == {path.name: path.read_text() for path in (PAPER / folder).glob("*.yaml")}
+        for name in written:
+            monkeypatch.chdir(PAPER.parents[1])  # where they name the classifier from
+            read = recipe.read(PAPER / folder / name)
+            assert [recipe.constraint(each) for each in read["constraints"]]

@@ -2,7 +2,8 @@
 
     python benchmarks/paper/run.py women gdc++ --seed 0 --out run.json
 
-All methods of a seed draw with the same random numbers, in training and in the evaluations.
+All methods of a seed draw with the same random numbers, in training and in the evaluations; KL-control, which trains
+twice on a batch, those of the evaluations.
 """
 
 from __future__ import annotations

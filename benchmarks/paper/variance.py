@@ -1,6 +1,6 @@
 """The gradient's variance with and without the baseline, in the same states, on the same batches.
 
-    python benchmarks/paper/variance.py        # writes results/paper/same_state.json
+    python benchmarks/paper/variance.py --seed 0        # writes results/paper/same_state_seed0.json
 
 In the grid GDC and GDC++ are measured along their own paths, each with its own pi and q. Here a run of GDC++ stops ten
 times and draws a batch from q as it is there; its sequences are weighed with A = u (GDC) and A = u - rho (GDC++). That
@@ -85,14 +85,15 @@ def main() -> None:
     parser.add_argument("task", nargs="*", default=grid.STUDIED, help="default: the rare word and the women")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=run.SAMPLES)
-    parser.add_argument("--out", type=Path, default=grid.RESULTS / "same_state.json")
+    parser.add_argument("--out", type=Path, help="default: results/paper/same_state_seedN.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     start, rate = time.perf_counter(), grid.tuned(grid.RESULTS / "runs", ["gdc++"])["gdc++"]
     found = {task: states(task, args.seed, rate, args.samples, STATES, BATCH) for task in args.task}
     result = {"seed": args.seed, "learning_rate": rate, "batch": BATCH, "machine": report.machine(), "tasks": found,
               "seconds": time.perf_counter() - start}  # fmt: skip
-    report.write(result, args.out.parent, args.out.name)
+    out = args.out or grid.RESULTS / f"same_state_seed{args.seed}.json"
+    report.write(result, out.parent, out.name)
 
 
 if __name__ == "__main__":
