@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import kernels
-from .kernels import checks, compiled, eager, linear, native
+from .kernels import check_ops, checks, compiled, eager, linear, native
 from .kernels.autograd import apply, expected_grad, once
 from .kernels.batch import Batch, Scores
 from .kernels.result import DMLossOutput, denominator
@@ -259,11 +259,13 @@ def dm_loss(
     if backend == "eager":
         return eager.loss(batch, terms, reduction, divide_by, return_entropy)
     if not isinstance(terms.objective, Objective):
-        if not compiling and backend == "cpu":
+        if backend == "cpu" and compiling:
+            batch = check_ops.check_terms(batch, terms)
+        elif backend == "cpu":
             checks.check_terms(terms)
         scores = _score(batch, return_entropy, inplace, wants_grad)
         if compiling and backend == "cpu":
-            return eager.loss_from_scores(batch, scores, terms, reduction, divide_by, compiled.check_weights)
+            return eager.loss_from_scores(batch, scores, terms, reduction, divide_by)
         return native.loss_from_scores(batch, scores, terms, reduction, divide_by)
     if compiling:
         expected = expected_grad(terms.weight_known, logits.dtype, reduction, grad_scale) if wants_grad else None

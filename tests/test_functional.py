@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dmfast
 from dmfast import Objective, Terms, eager, kernels
-from dmfast.kernels import checks, native, ops
+from dmfast.kernels import check_ops, checks, native, ops
 
 INF = math.inf
 LOG4 = math.log(4)
@@ -870,6 +870,11 @@ def test_opcheck(entropy: bool, packed: bool) -> None:
     weight = f64(1.0, -0.5, 0.0)
     torch.library.opcheck(ops.grad, (logits, *rows, lse, weight))
     torch.library.opcheck(ops.grad_, (logits.clone(), *rows, lse, weight))
+    torch.library.opcheck(check_ops._rows, (logits, *rows))
+    torch.library.opcheck(check_ops._labels, (lse.clone().requires_grad_(), logits, *rows))
+    given = [p.terms[name] for name in ("log_proposal", "log_target", "log_z")]
+    torch.library.opcheck(check_ops._terms, (batch.labels, "reverse_kl", 0.0, *given, None, None, weight))
+    torch.library.opcheck(check_ops._weight, (weight,))
 
 
 @pytest.fixture(autouse=True)
@@ -933,6 +938,22 @@ def assert_one_graph(name: str, backend: str) -> None:
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_loss(name: str) -> None:
     assert_one_graph(name, "inductor")
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_loss_on_the_eager_backend(name: str) -> None:
+    with dmfast.use_backend("eager"):
+        assert_one_graph(name, "aot_eager")
+
+
+def test_the_warning_of_the_eager_backend_does_not_break_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_warned", set())
+    p = problem()
+    compiled = torch.compile(lambda z: p.loss(z).loss, fullgraph=True, backend="aot_eager")
+    with pytest.warns(UserWarning, match="slow eager backend: logits are torch.float64") as caught:
+        loss = compiled(leaf(p.logits.double()))
+    assert len(caught) == 1
+    close(loss, p.loss(leaf(p.logits.double())).loss)
 
 
 @known
@@ -1039,9 +1060,15 @@ def test_compiled_with_a_number_that_changes_at_every_step(name: str) -> None:
             assert float(compiled(leaf(p.logits), value)) == pytest.approx(float(function(p.logits, value)), rel=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("objective", ["gdc++", "dpg", own_gdc])
-def test_compiled_errors_are_raised(objective: object) -> None:
+def test_compiled_errors_are_raised(objective: object, backend: str) -> None:
     """What only values tell is found inside the graph, with the place."""
+    with dmfast.use_backend(backend):
+        refuses_what_values_tell(objective)
+
+
+def refuses_what_values_tell(objective: object) -> None:
     p = problem()
     compiled = torch.compile(
         lambda z, y: dmfast.dm_loss(z, y, objective=objective, **p.terms).loss,  # type: ignore[arg-type]
@@ -1057,6 +1084,13 @@ def test_compiled_errors_are_raised(objective: object) -> None:
     logits[2, row, 7] = torch.nan
     with pytest.raises(ValueError, match=rf"NaN or \+inf at \(sequence 2, position {row}\)"):
         compiled(leaf(logits), p.tokens)
+    logits = p.logits.clone()
+    logits[2, row, p.tokens[2, row]] = -INF
+    with pytest.raises(ValueError, match=rf"logit of token \d+ at \(sequence 2, position {row}\) is -inf"):
+        compiled(leaf(logits), p.tokens)
     p.terms["log_proposal"][1] = -1e4
     with pytest.raises(ValueError, match="weight A of sequence 1"):
+        compiled(leaf(p.logits), p.tokens)
+    p.terms["log_target"][3] = INF
+    with pytest.raises(ValueError, match="log_target holds inf at sequence 3"):
         compiled(leaf(p.logits), p.tokens)

@@ -504,7 +504,7 @@ def variants_table(runs: Runs) -> str:
 
 
 def tuning_table(runs: Runs, folder: Path) -> str:
-    """The aim of each method at each learning rate, and what was chosen."""
+    """``grid.score`` of each method at each learning rate, and what was chosen."""
     chosen, rows = grid.learning_rates(folder), []
     for method in grid.TUNED:
         cells = []
@@ -519,7 +519,7 @@ def tuning_table(runs: Runs, folder: Path) -> str:
         rows.append((NAMES[method], *cells))
     return table(
         (
-            "method: E[φ] of REINFORCE and -P(x), E[φ] − β KL(π‖a) of KL-control, −KL(p‖π) of the others; then KL(p‖π), nats",
+            "method: what it is chosen by; KL(p‖π), nats",
             *(f"{rate:g}" for rate in grid.LEARNING_RATES),
         ),
         rows,

@@ -116,6 +116,16 @@ def _candidates(logits: Tensor) -> tuple[str, ...]:
     return ("cpu",) if logits.device.type == "cpu" else ("triton",)
 
 
+def _warn_once(reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"dmfast runs on its slow eager backend: {reason}", stacklevel=4)
+
+
+# called when torch.compile traces, which can't put a warning into a graph; as assume_constant_result would do
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def select(logits: Tensor) -> str:
     """The backend for these logits. Taking the slow one is said once per reason.
 
@@ -139,7 +149,5 @@ def select(logits: Tensor) -> str:
     reason = "; ".join(reasons)
     if forced is not None:
         raise RuntimeError(f"backend {forced!r} was forced, but {reason}")
-    if reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(f"dmfast runs on its slow eager backend: {reason}", stacklevel=3)
+    _warn_once(reason)
     return "eager"

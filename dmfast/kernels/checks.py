@@ -386,6 +386,29 @@ def check_rows(batch: Batch) -> None:
         )
 
 
+def check_logits(batch: Batch) -> None:
+    """The logits of scored rows, by value: for backends whose kernels don't look.
+
+    Raises:
+        ValueError: NaN or +inf, with the first place.
+    """
+    rows = batch.logits.detach().reshape(batch.n_rows, batch.vocab)
+    bad = ~(rows < math.inf).all(-1) & (batch.labels != IGNORE)
+    if bool(bad.any()):
+        raise_bad_row(batch, _first(bad))
+
+
+def check_labels(batch: Batch, token_log_prob: Tensor) -> None:
+    """The log-probability of every label, (rows,) and 0 where none is scored.
+
+    Raises:
+        ValueError: -inf, or NaN, which a row of nothing but -inf gives; with the first place.
+    """
+    never = ~(token_log_prob.detach() > -math.inf)
+    if bool(never.any()):
+        raise_bad_label(batch, _first(never))
+
+
 def _check_values(name: str, value: Tensor | None, minus_infinity: str | None, first_sequence: int) -> None:
     """minus_infinity: None where it is allowed, else what to do about it."""
     if value is None or value.shape[0] == 0:

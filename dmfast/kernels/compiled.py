@@ -13,10 +13,6 @@ from .batch import Batch, Draws, Scores
 from .result import reduce
 
 
-def _rows(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, float, float]:
-    return batch.logits, batch.labels, batch.cu_seqlens, batch.scale, batch.softcap
-
-
 def _recorded(batch: Batch, terms: Terms | None, log_prob: Tensor, status: Tensor) -> tuple[cuda.Recorded, ...]:
     if not native.records(batch.logits):
         return ()
@@ -27,15 +23,10 @@ def _recorded(batch: Batch, terms: Terms | None, log_prob: Tensor, status: Tenso
     return (cuda.WeightFaults((cuda.row_faults(batch, None, log_prob, status),), terms, made, 0),)
 
 
-def check_weights(weight: Tensor) -> Tensor:
-    """``checks.check_weights`` inside the graph."""
-    return cast(Tensor, ops.check_weight(weight))
-
-
 def score(batch: Batch, entropy: bool, inplace: bool) -> Scores:
     """log_prob (B), differentiable."""
     call = ops._ScoreInPlace.apply if inplace else ops.score
-    log_prob, lse, status, h = call(*_rows(batch), entropy)  # type: ignore[no-untyped-call]
+    log_prob, lse, status, h = call(*batch.flat, entropy)  # type: ignore[no-untyped-call]
     return Scores(lse, log_prob, h if entropy else None, recorded=_recorded(batch, None, log_prob, status))
 
 
@@ -52,11 +43,11 @@ def dm_loss(
     flat = ops.flatten_terms(terms)
     if inplace:
         # known weights too wait for backward here: one mutating op less, one more read of the logits
-        results, expected = list(ops._WeighInPlace.apply(*_rows(batch), entropy, *flat)), None  # type: ignore[no-untyped-call]
+        results, expected = list(ops._WeighInPlace.apply(*batch.flat, entropy, *flat)), None  # type: ignore[no-untyped-call]
     elif expected is not None:
-        *results, _ = ops.score_and_grad(*_rows(batch), entropy, *flat, expected, divide_by)
+        *results, _ = ops.score_and_grad(*batch.flat, entropy, *flat, expected, divide_by)
     else:
-        results = list(ops.score_and_weigh(*_rows(batch), entropy, *flat))
+        results = list(ops.score_and_weigh(*batch.flat, entropy, *flat))
     lse, log_prob, log_ratio, log_target_ratio, weight, loss, n_clipped, status, h = results
     recorded = _recorded(batch, terms, log_prob, status)
     scores = Scores(lse, log_prob, h if entropy else None, log_ratio, log_target_ratio, weight, loss, None, n_clipped,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import objectives
 from ..objectives import Objective, Terms
-from . import checks
+from . import check_ops, checks
 from .batch import Batch, Draws, Scores
 from .fp64 import home, wide
 from .result import DMLossOutput, denominator, reduce
@@ -21,26 +21,26 @@ from .result import DMLossOutput, denominator, reduce
 
 def score(batch: Batch, entropy: bool = False) -> Scores:
     """log pi(x) = sum_t m_t log softmax(scale * cap(z_t))[x_t] for each sequence, with autograd through the logits."""
-    if not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        batch = check_ops.check_rows(batch)
+    else:
         checks.check_rows(batch)
+        checks.check_logits(batch)
     z = wide(batch.logits).reshape(batch.n_rows, batch.vocab)
     scored = batch.labels != checks.IGNORE
     # rows that are not scored may hold anything, NaN too, and get a gradient of exactly 0
     z = torch.where(scored[:, None], z, 0.0)
-    if not torch.compiler.is_compiling():
-        bad = z.detach().isnan().any(-1) | (z.detach() == torch.inf).any(-1)
-        if bool(bad.any()):
-            checks.raise_bad_row(batch, int(bad.nonzero()[0]))
     if batch.softcap:
         z = batch.softcap * torch.tanh(z / batch.softcap)
     log_p = torch.log_softmax(batch.scale * z, dim=-1)
     token_log_prob = log_p.gather(-1, batch.labels.clamp(min=0)[:, None])[:, 0]
     to = home(z.device)
     token_log_prob = torch.where(scored, token_log_prob, 0.0).to(to).double()
-    if not torch.compiler.is_compiling():
-        never = ~(token_log_prob.detach() > -torch.inf)  # NaN: nothing but -inf in the row
-        if bool(never.any()):
-            checks.raise_bad_label(batch, int(never.nonzero()[0]))
+    if compiling:
+        token_log_prob = check_ops.check_labels(batch, token_log_prob)
+    else:
+        checks.check_labels(batch, token_log_prob)
     token_entropy = None
     if entropy:
         p = log_p.detach().exp()
@@ -63,7 +63,7 @@ def sequence_of_rows(batch: Batch) -> Tensor:
     sequences = torch.arange(batch.n_sequences, device=batch.labels.device)
     if batch.cu_seqlens is None:
         return sequences.repeat_interleave(batch.steps)
-    return sequences.repeat_interleave(batch.cu_seqlens.diff())
+    return sequences.repeat_interleave(batch.cu_seqlens.diff(), output_size=batch.n_rows)
 
 
 def loss_from_scores(
@@ -82,8 +82,8 @@ def loss_from_scores(
     weight, n_clipped = objectives.clip(weight.detach(), terms.max_weight)
     if check is not None:
         weight = check(weight)
-    elif not torch.compiler.is_compiling():
-        weight = checks.check_weights(weight)
+    else:
+        weight = (check_ops if torch.compiler.is_compiling() else checks).check_weights(weight)
     per_sequence = -torch.where(weight == 0, 0.0, weight * log_prob)
     return DMLossOutput(
         loss=reduce(per_sequence, reduction, divide_by),
@@ -101,7 +101,9 @@ def loss_from_scores(
 
 def loss(batch: Batch, terms: Terms, reduction: str, divide_by: float, entropy: bool) -> DMLossOutput:
     """The loss of checked arguments, with autograd through the logits."""
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        batch = check_ops.check_terms(batch, terms)
+    else:
         checks.check_terms(terms)
     return loss_from_scores(batch, score(batch, entropy), terms, reduction, divide_by)
 

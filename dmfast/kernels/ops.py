@@ -14,19 +14,13 @@ import torch
 from torch import Tensor
 
 from ..objectives import KINDS, Objective, Terms
-from . import checks, native
-from .batch import Batch, Draws, Scores
+from . import native
+from .batch import Batch, Draws, Scores, batch_of
 from .cuda import RowFaults, WeightFaults
 
 NineTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 TenTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _KIND_NAMES = {number: name for name, number in KINDS.items()}
-
-
-def _batch(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float) -> Batch:
-    packed = cu_seqlens is not None
-    n = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else logits.shape[0]
-    return Batch(logits, labels, cu_seqlens, n, 0 if packed else logits.shape[1], scale, softcap)
 
 
 def flatten_terms(terms: Terms) -> tuple[Any, ...]:
@@ -89,7 +83,7 @@ def score(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log_prob (B), lse (rows), status (0-d), entropy (B) or (0)."""
-    batch = _batch(logits, labels, cu_seqlens, scale, softcap)
+    batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
     scores = native.forward(batch, None, entropy)
     return (
         scores.log_prob,
@@ -101,7 +95,7 @@ def score(
 
 @score.register_fake
 def _(logits, labels, cu_seqlens, scale, softcap, entropy):  # type: ignore[no-untyped-def]
-    batch = _batch(logits, labels, cu_seqlens, scale, softcap)
+    batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
     h = _per_sequence(batch) if entropy else _per_row(batch).new_empty(0)
     return _per_sequence(batch), _per_row(batch), logits.new_empty((), dtype=torch.int64), h
 
@@ -115,7 +109,7 @@ def score_and_weigh(
 ) -> NineTensors:  # fmt: skip
     """lse (rows), log_prob, log_ratio, log_target_ratio, weight, loss (B), n_clipped and status (0-d), entropy (B) or
     (0)."""
-    batch = _batch(logits, labels, cu_seqlens, scale, softcap)
+    batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
     terms = _terms(kind, on_policy, normalize, beta, log_scale, max_weight, log_proposal, log_target, log_z, reward,
                    log_base, baseline, constant_baseline)  # fmt: skip
     return _flat(native.forward(batch, terms, entropy))
@@ -123,7 +117,7 @@ def score_and_weigh(
 
 @score_and_weigh.register_fake
 def _(logits, labels, cu_seqlens, scale, softcap, entropy, *args):  # type: ignore[no-untyped-def]
-    batch = _batch(logits, labels, cu_seqlens, scale, softcap)
+    batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
     return (
         _per_row(batch),
         *(_per_sequence(batch) for _ in range(5)),
@@ -142,7 +136,7 @@ def score_and_grad(
 ) -> TenTensors:  # fmt: skip
     """``score_and_weigh`` for a weight that does not depend on pi. Its loss is 0-d, the sum over sequences divided by
     ``divide_by``; last comes the gradient of ``expected * loss`` in the logits."""
-    batch = _batch(logits, labels, cu_seqlens, scale, softcap)
+    batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
     terms = _terms(kind, on_policy, normalize, beta, log_scale, max_weight, log_proposal, log_target, log_z, reward,
                    log_base, baseline, constant_baseline)  # fmt: skip
     scores, dz = native.forward_backward(batch, terms, entropy, divide_by, expected, inplace=False)
@@ -153,7 +147,7 @@ def score_and_grad(
 
 @score_and_grad.register_fake
 def _(logits, labels, cu_seqlens, scale, softcap, entropy, *args):  # type: ignore[no-untyped-def]
-    batch = _batch(logits, labels, cu_seqlens, scale, softcap)
+    batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
     return (
         _per_row(batch),
         *(_per_sequence(batch) for _ in range(4)),
@@ -170,7 +164,7 @@ def grad(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, lse: Tensor, weight: Tensor
 ) -> Tensor:
     """The gradient of -sum_i weight_i log pi(x_i) in the logits, in a new contiguous tensor."""
-    batch = _batch(logits, labels, cu_seqlens, scale, softcap)
+    batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
     return native.backward(batch, lse, weight, 1.0, inplace=False)
 
 
@@ -184,7 +178,7 @@ def grad_(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, lse: Tensor, weight: Tensor
 ) -> None:
     """``grad`` written over the logits. Not differentiable."""
-    batch = _batch(logits, labels, cu_seqlens, scale, softcap)
+    batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
     native.backward(batch, lse, weight, 1.0, inplace=True)
 
 
@@ -259,17 +253,6 @@ def sample(
 def _(logits, seed, row_ids, step, scale, softcap):  # type: ignore[no-untyped-def]
     n = logits.shape[0]
     return logits.new_empty(n, dtype=torch.int64), logits.new_empty(n, dtype=torch.float64)
-
-
-@torch.library.custom_op("dmfast::check_weight", mutates_args=())
-def check_weight(weight: Tensor) -> Tensor:
-    """The weights (B,) of a user's own objective, refused where fp32 can't hold them."""
-    return checks.check_weights(weight).clone()
-
-
-@check_weight.register_fake
-def _(weight):  # type: ignore[no-untyped-def]
-    return torch.empty_like(weight)
 
 
 class _ScoreInPlace(torch.autograd.Function):
