@@ -1,0 +1,100 @@
+"""The checks of ``checks.py`` that look at values, for torch.compile: custom ops, which run when the graph does.
+
+Each returns a copy of a tensor that it has looked at, to be used in its place: an op whose result nobody needs is
+dropped.
+"""
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..objectives import INFINITE_AT_ZERO, Objective, Terms
+from . import checks
+from .batch import Batch, batch_of
+
+
+@torch.library.custom_op("dmfast::check_rows", mutates_args=())
+def _rows(
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
+    checks.check_rows(batch)
+    checks.check_logits(batch)
+    return labels.clone(), labels.new_empty(0) if cu_seqlens is None else cu_seqlens.clone()
+
+
+@_rows.register_fake
+def _(logits, labels, cu_seqlens, scale, softcap):  # type: ignore[no-untyped-def]
+    return torch.empty_like(labels), labels.new_empty(0) if cu_seqlens is None else torch.empty_like(cu_seqlens)
+
+
+@torch.library.custom_op("dmfast::check_terms", mutates_args=())
+def _terms(
+    labels: Tensor, infinite: str, max_weight: float, log_proposal: Tensor | None, log_target: Tensor | None,
+    log_z: Tensor | None, reward: Tensor | None, log_base: Tensor | None, baseline: Tensor | None,
+) -> Tensor:  # fmt: skip
+    objective = Objective(infinite or "dpg")  # all others are checked alike, functions too
+    bound = max_weight or math.inf
+    checks.check_terms(Terms(objective, False, bound, log_proposal, log_target, log_z, reward, log_base, baseline))
+    return labels.clone()
+
+
+@_terms.register_fake
+def _(labels, *args):  # type: ignore[no-untyped-def]
+    return torch.empty_like(labels)
+
+
+@torch.library.custom_op("dmfast::check_labels", mutates_args=())
+def _labels(
+    token_log_prob: Tensor, logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    checks.check_labels(batch_of(logits, labels, cu_seqlens, scale, softcap), token_log_prob)
+    return token_log_prob.clone()
+
+
+@_labels.register_fake
+def _(token_log_prob, *args):  # type: ignore[no-untyped-def]
+    return torch.empty_like(token_log_prob)
+
+
+_labels.register_autograd(lambda ctx, grad: (grad, *(None,) * 5))
+
+
+@torch.library.custom_op("dmfast::check_weight", mutates_args=())
+def _weight(weight: Tensor) -> Tensor:
+    return checks.check_weights(weight).clone()
+
+
+@_weight.register_fake
+def _(weight):  # type: ignore[no-untyped-def]
+    return torch.empty_like(weight)
+
+
+def check_rows(batch: Batch) -> Batch:
+    """``checks.check_rows`` and ``check_logits``."""
+    labels, cu_seqlens = _rows(batch.logits.detach(), *batch.flat[1:])
+    return batch._replace(labels=labels, cu_seqlens=None if batch.cu_seqlens is None else cu_seqlens)
+
+
+def check_terms(batch: Batch, terms: Terms) -> Batch:
+    """``checks.check_terms``."""
+    name = terms.objective.name if isinstance(terms.objective, Objective) else ""
+    bound = terms.max_weight if terms.max_weight < math.inf else 0.0
+    labels = _terms(
+        batch.labels, name if name in INFINITE_AT_ZERO else "", bound,
+        terms.log_proposal, terms.log_target, terms.log_z, terms.reward, terms.log_base,
+        terms.baseline if isinstance(terms.baseline, Tensor) else None,
+    )  # fmt: skip
+    return batch._replace(labels=labels)
+
+
+def check_labels(batch: Batch, token_log_prob: Tensor) -> Tensor:
+    """``checks.check_labels``."""
+    return cast(Tensor, _labels(token_log_prob, batch.logits.detach(), *batch.flat[1:]))
+
+
+def check_weights(weight: Tensor) -> Tensor:
+    """``checks.check_weights``."""
+    return cast(Tensor, _weight(weight))
