@@ -1,7 +1,8 @@
 """A training loop of your own with dmfast: half of the biographies about women (GDC++, arXiv:2206.00761).
 
     python examples/custom_loop.py                   # the tiny biography model that dmfast ships, 2 minutes on a CPU
-    python examples/custom_loop.py --model ~/.cache/dmfast/smollm2-135m    # after scripts/fetch_smollm2.py
+    pip install gguf && python scripts/fetch_smollm2.py    # writes SmolLM2-135M, for
+    python examples/custom_loop.py --model ~/.cache/dmfast/smollm2-135m
 
 The target is log P(x) = log a(x) + lambda * phi(x): a the pretrained model, phi(x) = 1 for a biography about a woman.
 For one binary feature lambda has a closed form, the difference of the two log-odds.

@@ -227,3 +227,9 @@ def test_the_api_reference_has_every_public_name():
     for page, name in re.findall(r"\((\w+\.md)#dmfast\.(\w+)\)", index):
         assert f"::: dmfast.{name}\n" in pages[f"docs/api/{page}"]
     assert len(re.findall(r"#dmfast\.", index)) == len(dmfast.__all__)
+
+
+@pytest.mark.skipif(not PAGES, reason="README.md is not beside the tests")
+def test_the_readme_has_a_row_for_each_objective():
+    names = re.findall(r"^\| `([a-z_+0-9]+)` \|", (ROOT / "README.md").read_text().split("## Objectives")[1], re.M)
+    assert sorted(names[: len(dmfast.OBJECTIVES)]) == sorted(dmfast.OBJECTIVES)

@@ -280,11 +280,11 @@ def objective_for(name: str) -> Any:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda x: x.long(), TypeError, "must be a floating-point tensor"),
-        (lambda x: x > 0, TypeError, "must be a floating-point tensor"),
-        (lambda x: x.cfloat(), TypeError, "must be a floating-point tensor"),
-        (lambda x: x.tolist(), TypeError, "must be a floating-point tensor"),
-        (lambda x: True, TypeError, "must be a floating-point tensor"),
+        (lambda x: x.long(), TypeError, "must be a float32 or float64 tensor"),
+        (lambda x: x > 0, TypeError, "must be a float32 or float64 tensor"),
+        (lambda x: x.cfloat(), TypeError, "must be a float32 or float64 tensor"),
+        (lambda x: x.tolist(), TypeError, "must be a float32 or float64 tensor"),
+        (lambda x: True, TypeError, "must be a float32 or float64 tensor"),
         (lambda x: x[:-1], ValueError, r"must have one value per sequence, \(3,\)"),
         (lambda x: x[:1], ValueError, r"must have one value per sequence, \(3,\)"),
         (lambda x: x[:, None], ValueError, r"must have one value per sequence, \(3,\)"),
@@ -345,6 +345,18 @@ def test_log_z_as_a_number(value: float) -> None:
         assert int(call().n_empty) == B
     else:
         refuses(call, ValueError, f"log_z holds {value} at sequence 0")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["log_target", "log_proposal", "log_z", "log_base"])
+def test_log_probabilities_in_16_bits(name: str, dtype: torch.dtype) -> None:
+    refuses(good(**{name: torch.full((B,), -9.0).to(dtype)}), TypeError, rf"{name} must be .*16 .*off by up to 2 nats")
+
+
+def test_a_reward_in_16_bits() -> None:
+    """As a reward model in bfloat16 gives it, whose scores are what they are."""
+    call = good(reward=torch.tensor([0.5, 1.0, -2.0, 0.0])[:B].to(torch.bfloat16), objective="reinforce")
+    assert call().weight.dtype == torch.float64
 
 
 # --- objectives ----------------------------------------------------------------------------------------------------

@@ -374,8 +374,19 @@ def test_window_of_on_policy_steps():
     target, window = TARGETS["soft"], RunningEstimates()
     window.update(outputs(target, log_proposal=None, on_policy=True))
     assert torch.equal(window.samples()[0], window.samples()[1])
-    found = estimate(LOG_PI, LOG_PI, target.log_score, target.z.log(), sample_weight=LOG_PI.exp())
-    assert (found.kl_policy, found.tvd_policy) == (found.kl_proposal, found.tvd_proposal)
+    one, other = window.estimates(), RunningEstimates()
+    other.update(outputs(target, log_proposal=LOG_PI))
+    assert one.as_dict() == pytest.approx(other.estimates().as_dict(), rel=1e-12)
+    assert one.kl_policy.value == pytest.approx(one.kl_proposal.value, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_expectation_is_exact_where_q_is_the_policy(name):
+    target, pi = TARGETS[name], LOG_PI.exp()
+    found = values(estimate(LOG_PI, LOG_PI, target.log_score, target.z.log(), sample_weight=pi))
+    found["ess"] *= float(pi.square().sum())
+    wanted = {key: exact(target)[key.replace("proposal", "policy")] for key in found if key != "ess"}
+    assert found == pytest.approx(wanted | {"ess": float(1 / (target.p**2 / pi).sum())}, rel=1e-11)
 
 
 def test_window_refuses_and_is_unchanged():

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -688,13 +689,14 @@ def test_inputs_changed_between_forward_and_backward(name: str, objective: str) 
         close(x.grad, expected)
 
 
-def test_under_another_default_device() -> None:
+def test_under_another_default_device(tmp_path: Path) -> None:
     """``with torch.device(...)`` says where new tensors go, and the logits are where they are. A kernel that was given
     the address of a tensor elsewhere would take the process down, hence one of its own."""
-    code = """
+    code = f"""
 import torch, dmfast
+assert dmfast.backends()["cpu"].available == {kernels.backends()["cpu"].available}
 logits, tokens = torch.randn(2, 3, 7, requires_grad=True), torch.randint(7, (2, 3))
-terms = {"log_target": torch.zeros(2) - 6, "log_proposal": torch.zeros(2) - 6, "log_z": 0.1}
+terms = {{"log_target": torch.zeros(2) - 6, "log_proposal": torch.zeros(2) - 6, "log_z": 0.1}}
 before = [dmfast.dm_loss(logits, tokens, objective=o, return_entropy=True, **terms).loss for o in ("gdc++", "dpg")]
 with torch.device("meta"):
     after = [dmfast.dm_loss(logits, tokens, objective=o, return_entropy=True, **terms).loss for o in ("gdc++", "dpg")]
@@ -703,7 +705,8 @@ with torch.device("meta"):
     dmfast.shift_labels(tokens)
 assert all(map(torch.equal, before, after)) and logits.grad.device.type == "cpu"
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    # not from a source tree, whose dmfast may lack the kernels
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-500:]
 
 
@@ -827,6 +830,23 @@ def test_fp64_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings(), dmfast.use_backend("eager"):
         warnings.simplefilter("error")
         p.loss(p.logits)
+
+
+@pytest.mark.parametrize(("forced", "says"), [("cpu", ""), ("eager", ""), ("cuda", "is not available here"),
+                                              ("gpu", "there are only cpu, cuda, triton, eager")])  # fmt: skip
+def test_backends_where_one_is_forced(monkeypatch: pytest.MonkeyPatch, forced: str, says: str) -> None:
+    """DMFAST_BACKEND may name what can't run: nothing is in use then, and the others say why."""
+    if forced == "cuda" and dmfast.backends()["cuda"].available:
+        pytest.skip("cuda is available")
+    monkeypatch.setattr(native, "forced", forced)
+    found = dmfast.backends()
+    assert [name for name, info in found.items() if info.in_use] == ([] if says else [forced])
+    for info in found.values():
+        assert info.in_use or info.detail.startswith(f"not in use: {forced!r} is forced")
+        assert info.in_use or says in info.detail
+    if says:
+        with pytest.raises((ValueError, RuntimeError), match=forced):
+            problem().loss(problem().logits)
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1013,8 +1013,8 @@ def test_doctor(capsys):
     assert "in use" in printed and "transformers" in printed
 
 
-def test_import_is_lean():
+def test_import_is_lean(tmp_path):
     heavy = ("transformers", "triton", "matplotlib", "rich")
     code = f"import sys, dmfast; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == "[]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -20,7 +21,7 @@ from dmfast.demo import RECIPES, about_women, loop_parser, run_loop, verdict
 from dmfast.estimators import Estimate
 from dmfast.examples.custom_loop import train
 from dmfast.training import recipe
-from dmfast.training.recipe import RecipeError, constraint, feature, load, read
+from dmfast.training.recipe import TINY_BIOS, RecipeError, constraint, feature, load, read
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
 
@@ -253,6 +254,13 @@ def test_the_verdict(share, kl, verdict_says):
     after = {"phi/women": Estimate(share, 0.01), "kl_policy_base": Estimate(kl, 0.03)}
     ideal = {"phi/women": Estimate(0.5, 0.0), "kl_policy_base": Estimate(0.69, 0.02)}
     assert verdict_says in verdict({"after": after, "ideal": ideal}, "women")
+
+
+def test_the_tiny_model_never_changes():
+    """Results are of this checkpoint, and so are the base rates that come with it."""
+    weights = (TINY_BIOS / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() == "e4672f9c8e53d17cf297f7c43da5bc774da10fb8e170ff7d05959590a6669337"
+    assert len(weights) < 2e6
 
 
 @pytest.mark.parametrize("objective", ["gdc++", "dpg"])

@@ -1454,7 +1454,7 @@ def test_partition_functions_go_on_to_the_bit():
     assert len(second) == 0
 
 
-def test_the_trainer_comes_with_import_dmfast_only_when_asked():
+def test_the_trainer_comes_with_import_dmfast_only_when_asked(tmp_path):
     there = "'transformers' in sys.modules"
     code = f"import dmfast, sys; assert not {there}; dmfast.DMConfig; assert {there}"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=tmp_path)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,9 +36,9 @@ if kernels.backends()["triton"].in_use:
 in_use = pytest.mark.skipif(not kernels.backends()["triton"].in_use, reason="triton is not in use")
 
 
-def test_importing_dmfast_imports_no_triton() -> None:
+def test_importing_dmfast_imports_no_triton(tmp_path: Path) -> None:
     code = "import sys, dmfast; dmfast.backends(); assert 'triton' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 def test_forcing_it_where_it_can_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class BackendInfo:
 
 
 def backends() -> dict[str, BackendInfo]:
-    """Every backend of dmfast, whether it is in use here and if not why."""
+    """Every backend of dmfast, whether it is in use here and if not why. Where one is forced, all others say so."""
     missing = native.why_unavailable()
     use_cpu = missing is None and native.forced in (None, "cpu")
     no_cuda = native.why_not_cuda(torch.cuda.current_device() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]
@@ -48,7 +48,8 @@ def backends() -> dict[str, BackendInfo]:
         "gradient in place goes through a functional graph, where AOTAutograd may copy the logits once, and known "
         "weights take two passes"
     )
-    return {
+    use_eager = not (use_cpu or use_cuda or use_triton) if native.forced is None else native.forced == "eager"
+    found = {
         "cpu": BackendInfo("cpu", missing is None, use_cpu, detail),
         "cuda": BackendInfo(
             "cuda",
@@ -64,12 +65,18 @@ def backends() -> dict[str, BackendInfo]:
             use_triton,
             no_triton or f"fp32, bf16 and fp16 logits {devices}, where there are no CUDA kernels; checked as by cuda",
         ),
-        "eager": BackendInfo(
-            "eager",
-            True,
-            not (use_cpu or use_cuda or use_triton),
-            eager,
-        ),
+        "eager": BackendInfo("eager", True, use_eager, eager),
+    }
+    if native.forced is None:
+        return found
+    forced = f"{native.forced!r} is forced by use_backend or DMFAST_BACKEND"
+    if native.forced not in NAMES:
+        forced += f", and there are only {', '.join(NAMES)}: every call raises"
+    elif not found[native.forced].available:
+        forced += ", which is not available here: every call raises"
+    return {
+        name: info if info.in_use else replace(info, detail=f"not in use: {forced}; {info.detail}")
+        for name, info in found.items()
     }
 
 

@@ -172,8 +172,11 @@ def make_linear_batch(
 def _per_sequence(name: str, value: Tensor | float, device: torch.device, to: torch.device, n: int) -> Tensor:
     if isinstance(value, Tensor):
         dtype = value.dtype
-        if not dtype.is_floating_point:
-            raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
+        if dtype not in (torch.float64, torch.float32) and not (name == "reward" and dtype.is_floating_point):
+            hint = "; in 16 bits a log-probability of -1,000 is off by up to 2 nats: compute it in float32"
+            raise TypeError(
+                f"{name} must be a float32 or float64 tensor, got {describe(value)}{hint * dtype.is_floating_point}"
+            )
         given_on = value.device
         if given_on not in (device, to):
             raise ValueError(f"{name} is on {given_on}, logits on {device}; move it there")
@@ -186,7 +189,7 @@ def _per_sequence(name: str, value: Tensor | float, device: torch.device, to: to
         return value.contiguous() if value.dim() else value.expand(n).contiguous()
     if name == "log_z" and isinstance(value, (int, float)) and not isinstance(value, bool):
         return torch.full((n,), value, dtype=torch.float64, device=to)
-    raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
+    raise TypeError(f"{name} must be a float32 or float64 tensor, got {describe(value)}")
 
 
 def make_terms(

@@ -1,6 +1,6 @@
 """The method in plain torch: the documentation of what dmfast computes, and the oracle that its kernels are tested
 against. Exact in fp64: everything is computed in double precision, whatever the dtype of the logits, where the device
-has it. ``dmfast.eager`` has the signatures of ``dmfast.functional``.
+has it. ``dmfast.eager`` has the functions of ``dmfast.functional`` under their names and arguments.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ DMFAST_BUILD=cpu DMFAST_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-rec
   "$python" setup.py -q build --build-base "$out/build" --build-lib "$out/lib"
 cd tests
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
-export ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$out/lib" DMFAST_EXPECT_INSTRUCTION_SET=baseline
-"$python" -c 'import dmfast; print(dmfast.__file__, dmfast.backends()["cpu"].detail)'
+export ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$out/lib"
+"$python" -c 'import dmfast; from dmfast.kernels import native; print(dmfast.__file__, dmfast.backends()["cpu"].detail)
+assert native.instruction_set() == "baseline"'
 "$python" -m pytest -p no:cacheprovider test_kernels.py test_errors.py test_sample.py test_linear.py -k "not million and not under_compile"

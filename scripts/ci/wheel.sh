@@ -47,5 +47,26 @@ with open("/proc/self/maps") as maps:
     runtimes = {line.split()[-1] for line in maps if "libgomp" in line}
 assert len(runtimes) == 1 and Path(torch.__file__).parent in Path(*runtimes).parents, runtimes
 PYTHON
+
+# without kernels: it installs, computes, and says once that it is slow
+DMFAST_BUILD=none "$out/venv/bin/python" -m build --wheel "$sdist" -o "$out/plain" >"$out/log" 2>&1 || { cat "$out/log" >&2; exit 1; }
+"$python" -m pip install -q --no-deps --target "$out/slow" "$out"/plain/*.whl
+PYTHONPATH="$out/slow" "$python" - "$out/slow" <<'PYTHON'
+import sys, warnings
+from pathlib import Path
+
+import torch, dmfast
+
+assert Path(dmfast.__file__).parent == Path(sys.argv[1]) / "dmfast"
+logits = torch.zeros(2, 2, 5, requires_grad=True)
+log_q = torch.full((2,), -2 * torch.tensor(5.0).log().item())
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        loss = dmfast.dm_loss(logits, torch.tensor([[0, 1], [2, 3]]), log_target=log_q, log_proposal=log_q, log_z=0.0).loss
+        loss.backward()
+assert abs(float(loss)) < 1e-6 and not dmfast.backends()["cpu"].available and dmfast.backends()["eager"].in_use
+assert len(caught) == 1 and "without its compiled kernels" in str(caught[0].message), caught
+PYTHON
 PYTHONPATH="$out/site" "$python" -m pytest -p no:cacheprovider --rootdir . -o addopts= -q \
   test_kernels.py::test_objectives test_errors.py test_proposal.py

@@ -8,6 +8,7 @@ writes ``base_rates.json`` beside the checkpoint; ``--show N`` prints the first 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
 from pathlib import Path
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DATA / "base_rates.json")
     parser.add_argument("--batches", type=int, default=40, help="of 256 samples")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--date", default="2026-11-22", help="date to record")
+    parser.add_argument("--date", default=str(datetime.date.today()), help="date to record")
     parser.add_argument("--show", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
