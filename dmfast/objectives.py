@@ -322,7 +322,12 @@ def leave_one_out_baseline(terms: Terms, context_id: Tensor | None, n_sequences:
     at_one = terms.log_proposal
     if at_one is None:
         at_one = torch.zeros(n_sequences, dtype=torch.float64, device=device)
-    plain = replace(terms, objective=replace(objective, baseline=None, normalize=True), log_prob=at_one)
+    # not dataclasses.replace, which torch.compile can't trace before torch 2.7
+    alone = Objective(objective.name, beta=objective.beta, log_scale=objective.log_scale)
+    plain = Terms(
+        alone, terms.on_policy, terms.max_weight, terms.log_proposal, terms.log_target, terms.log_z, terms.reward,
+        terms.log_base, None, at_one,
+    )  # fmt: skip
     if name == "leave_one_out_context" and context_id is None:
         raise ValueError("baseline='leave_one_out_context' needs context_id (B,)")
     return leave_one_out(weigh(plain), context_id if name.endswith("context") else None)

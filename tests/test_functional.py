@@ -1074,7 +1074,8 @@ def test_compiled_with_a_number_that_changes_at_every_step(name: str) -> None:
             return p.loss(z, objective=Objective("reverse_kl", baseline=value.expand(4))).loss
         return p.loss(z, log_z=value).loss
 
-    with torch._dynamo.config.patch(recompile_limit=1):
+    name_of_limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # 2.6
+    with torch._dynamo.config.patch({name_of_limit: 1}):
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         for value in torch.tensor([1.0, 0.9, 0.8, 0.7], dtype=torch.float64):
             assert float(compiled(leaf(p.logits), value)) == pytest.approx(float(function(p.logits, value)), rel=1e-12)

@@ -38,18 +38,18 @@ class Batch(NamedTuple):
         return self.logits.shape[-1]
 
     @property
-    def flat(self) -> tuple[Tensor, Tensor, Tensor | None, float, float]:
-        """What ``batch_of`` makes a batch of: the schemas of custom ops know tensors and numbers only."""
-        return self.logits, self.labels, self.cu_seqlens, self.scale, self.softcap
-
-    @property
     def n_rows(self) -> int:
         """B * T, or N when packed."""
         return self.labels.shape[0]
 
 
+def flat(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, float, float]:
+    """What ``batch_of`` makes a batch of: the schemas of custom ops know tensors and numbers only."""
+    return batch.logits, batch.labels, batch.cu_seqlens, batch.scale, batch.softcap
+
+
 def batch_of(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float) -> Batch:
-    """The batch with this ``flat``."""
+    """The batch that is ``flat`` so."""
     packed = cu_seqlens is not None
     n = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else logits.shape[0]
     return Batch(logits, labels, cu_seqlens, n, 0 if packed else logits.shape[1], scale, softcap)

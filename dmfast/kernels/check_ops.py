@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..objectives import INFINITE_AT_ZERO, Objective, Terms
 from . import checks
-from .batch import Batch, batch_of
+from .batch import Batch, batch_of, flat
 
 
 @torch.library.custom_op("dmfast::check_rows", mutates_args=())
@@ -74,8 +74,9 @@ def _(weight):  # type: ignore[no-untyped-def]
 
 def check_rows(batch: Batch) -> Batch:
     """``checks.check_rows`` and ``check_logits``."""
-    labels, cu_seqlens = _rows(batch.logits.detach(), *batch.flat[1:])
-    return batch._replace(labels=labels, cu_seqlens=None if batch.cu_seqlens is None else cu_seqlens)
+    logits, labels, cu_seqlens, scale, softcap = flat(batch)
+    labels, starts = _rows(logits.detach(), labels, cu_seqlens, scale, softcap)
+    return batch_of(logits, labels, None if cu_seqlens is None else starts, scale, softcap)
 
 
 def check_terms(batch: Batch, terms: Terms) -> Batch:
@@ -87,12 +88,12 @@ def check_terms(batch: Batch, terms: Terms) -> Batch:
         terms.log_proposal, terms.log_target, terms.log_z, terms.reward, terms.log_base,
         terms.baseline if isinstance(terms.baseline, Tensor) else None,
     )  # fmt: skip
-    return batch._replace(labels=labels)
+    return batch_of(batch.logits, labels, *flat(batch)[2:])
 
 
 def check_labels(batch: Batch, token_log_prob: Tensor) -> Tensor:
     """``checks.check_labels``."""
-    return cast(Tensor, _labels(token_log_prob, batch.logits.detach(), *batch.flat[1:]))
+    return cast(Tensor, _labels(token_log_prob, batch.logits.detach(), *flat(batch)[1:]))
 
 
 def check_weights(weight: Tensor) -> Tensor:

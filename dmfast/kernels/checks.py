@@ -111,15 +111,14 @@ def make_batch(
     )
 
 
-_by_name: dict[str, Objective] = {}
+# those without a parameter of their own, made once; a dict that a call fills would have torch.compile compile again
+_BY_NAME = {name: Objective(name) for name in OBJECTIVES if name not in ("reinforce_p", "kl_control")}
 
 
 def make_objective(objective: str | Objective | Callable[[Terms], Tensor]) -> Objective | Callable[[Terms], Tensor]:
     """A name becomes an ``Objective``; a function of ``Terms`` stays one."""
     if isinstance(objective, str):
-        if objective not in _by_name:
-            _by_name[objective] = Objective(objective)
-        return _by_name[objective]
+        return _BY_NAME[objective] if objective in _BY_NAME else Objective(objective)
     if isinstance(objective, Objective) or callable(objective):
         return objective
     raise TypeError(

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import objectives
 from ..objectives import Terms
 from . import cuda, native, ops
-from .batch import Batch, Draws, Scores
+from .batch import Batch, Draws, Scores, flat
 from .result import reduce
 
 
@@ -26,28 +26,29 @@ def _recorded(batch: Batch, terms: Terms | None, log_prob: Tensor, status: Tenso
 def score(batch: Batch, entropy: bool, inplace: bool) -> Scores:
     """log_prob (B), differentiable."""
     call = ops._ScoreInPlace.apply if inplace else ops.score
-    log_prob, lse, status, h = call(*batch.flat, entropy)  # type: ignore[no-untyped-call]
+    log_prob, lse, status, h = call(*flat(batch), entropy)  # type: ignore[no-untyped-call]
     return Scores(lse, log_prob, h if entropy else None, recorded=_recorded(batch, None, log_prob, status))
 
 
 def sample(draws: Draws) -> tuple[Tensor, Tensor]:
     """tokens (N) and their log_prob (N)."""
     seed = draws.seed if draws.seed < 2**63 else draws.seed - 2**64
-    return cast("tuple[Tensor, Tensor]", ops.sample(draws.logits, seed, *draws[2:]))
+    drawn = ops.sample(draws.logits, seed, draws.row_ids, draws.step, draws.scale, draws.softcap)
+    return cast("tuple[Tensor, Tensor]", drawn)
 
 
 def dm_loss(
     batch: Batch, terms: Terms, reduction: str, divide_by: float, entropy: bool, inplace: bool, expected: float | None
 ) -> tuple[Tensor, Scores]:
     """The reduced loss and the per-sequence results. ``expected`` as in ``autograd.expected_grad``."""
-    flat = ops.flatten_terms(terms)
+    flat_terms = ops.flatten_terms(terms)
     if inplace:
         # known weights too wait for backward here: one mutating op less, one more read of the logits
-        results, expected = list(ops._WeighInPlace.apply(*batch.flat, entropy, *flat)), None  # type: ignore[no-untyped-call]
+        results, expected = list(ops._WeighInPlace.apply(*flat(batch), entropy, *flat_terms)), None  # type: ignore[no-untyped-call]
     elif expected is not None:
-        *results, _ = ops.score_and_grad(*batch.flat, entropy, *flat, expected, divide_by)
+        *results, _ = ops.score_and_grad(*flat(batch), entropy, *flat_terms, expected, divide_by)
     else:
-        results = list(ops.score_and_weigh(*batch.flat, entropy, *flat))
+        results = list(ops.score_and_weigh(*flat(batch), entropy, *flat_terms))
     lse, log_prob, log_ratio, log_target_ratio, weight, loss, n_clipped, status, h = results
     recorded = _recorded(batch, terms, log_prob, status)
     scores = Scores(lse, log_prob, h if entropy else None, log_ratio, log_target_ratio, weight, loss, None, n_clipped,
