@@ -201,9 +201,9 @@ def dm_loss(
             a causal model's input_ids with ``shift_labels``.
         tokens: (B, T) or (N,) integer; -100 = not scored.
         mask: same shape, bool or integer; False = not scored. Such rows are never read and get gradient 0.
-        log_target: (B,) log P(x), nats; -inf where P = 0.
-        log_proposal: (B,) log q(x), nats, under the temperature that x was sampled at. With ``on_policy`` the sampler's
-            stored log pi, optional: with it the weight is known before the forward and one pass does everything.
+        log_target: (B,) float32 or float64, log P(x) in nats; -inf where P = 0.
+        log_proposal: (B,) likewise, log q(x), under the temperature that x was sampled at. With ``on_policy`` the
+            sampler's stored log pi, optional: with it the weight is known before the forward and one pass does all.
         log_z: float, 0-d or (B,): log Z, one per sequence where contexts differ. -inf for a context whose P are all 0.
             Under torch.compile give a running one as a tensor: torch compiles anew for every value of a float.
         objective: a name of ``dmfast.OBJECTIVES``, an ``Objective``, or a function of ``Terms`` giving A, (B,) fp64.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
@@ -145,6 +145,14 @@ class Terms:
         return Terms(
             self.objective, self.on_policy, self.max_weight, self.log_proposal, self.log_target, self.log_z,
             self.reward, self.log_base, self.baseline, log_prob,
+        )  # fmt: skip
+
+    def under(self, objective: Objective, log_prob: Tensor | None) -> Terms:
+        """These terms with another objective, without a baseline, and with this log pi."""
+        # not dataclasses.replace, which torch.compile can't trace before torch 2.7
+        return Terms(
+            objective, self.on_policy, self.max_weight, self.log_proposal, self.log_target, self.log_z, self.reward,
+            self.log_base, None, log_prob,
         )  # fmt: skip
 
     @property
@@ -322,12 +330,7 @@ def leave_one_out_baseline(terms: Terms, context_id: Tensor | None, n_sequences:
     at_one = terms.log_proposal
     if at_one is None:
         at_one = torch.zeros(n_sequences, dtype=torch.float64, device=device)
-    # not dataclasses.replace, which torch.compile can't trace before torch 2.7
-    alone = Objective(objective.name, beta=objective.beta, log_scale=objective.log_scale)
-    plain = Terms(
-        alone, terms.on_policy, terms.max_weight, terms.log_proposal, terms.log_target, terms.log_z, terms.reward,
-        terms.log_base, None, at_one,
-    )  # fmt: skip
+    plain = terms.under(Objective(objective.name, beta=objective.beta, log_scale=objective.log_scale), at_one)
     if name == "leave_one_out_context" and context_id is None:
         raise ValueError("baseline='leave_one_out_context' needs context_id (B,)")
     return leave_one_out(weigh(plain), context_id if name.endswith("context") else None)
@@ -366,7 +369,7 @@ class PPOClip:
                 "PPOClip needs reward, the frozen advantage of each sequence, and log_proposal, its log-probability "
                 "under the policy that it was drawn from"
             )
-        plain = weigh(replace(terms, objective=Objective("reinforce"), baseline=None))
+        plain = weigh(terms.under(Objective("reinforce"), terms.log_prob))
         return torch.where(self.clipped(terms.log_ratio, terms.reward), 0.0, plain)
 
     def clipped(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:

@@ -842,7 +842,7 @@ def test_backends_where_one_is_forced(monkeypatch: pytest.MonkeyPatch, forced: s
     found = dmfast.backends()
     assert [name for name, info in found.items() if info.in_use] == ([] if says else [forced])
     for info in found.values():
-        assert info.in_use or info.detail.startswith(f"not in use: {forced!r} is forced")
+        assert info.in_use or info.detail.startswith(f"{forced!r} is forced")
         assert info.in_use or says in info.detail
     if says:
         with pytest.raises((ValueError, RuntimeError), match=forced):
@@ -890,7 +890,8 @@ def test_opcheck(entropy: bool, packed: bool) -> None:
     weight = f64(1.0, -0.5, 0.0)
     torch.library.opcheck(ops.grad, (logits, *rows, lse, weight))
     torch.library.opcheck(ops.grad_, (logits.clone(), *rows, lse, weight))
-    torch.library.opcheck(check_ops._rows, (logits, *rows))
+    torch.library.opcheck(check_ops._logits, (logits, *rows))
+    torch.library.opcheck(check_ops._draws, (logits.flatten(0, -2), None))
     torch.library.opcheck(check_ops._labels, (lse.clone().requires_grad_(), logits, *rows))
     given = [p.terms[name] for name in ("log_proposal", "log_target", "log_z")]
     torch.library.opcheck(check_ops._terms, (batch.labels, "reverse_kl", 0.0, *given, None, None, weight))
@@ -928,6 +929,7 @@ COMPILED: dict[str, dict[str, object]] = {
     "own": {"objective": own_gdc, "temperature": 0.7},
     "own in place": {"objective": own_gdc, "inplace": True, "return_entropy": True},
     "baseline": {"objective": Objective("reverse_kl", baseline=0.3, normalize=False), "max_weight": 1.0},
+    "ppo": {"objective": dmfast.PPOClip(0.3), "reward": f64(0.3, -1.0, 0.5, 2.0)},
     "leave_one_out": {"objective": Objective("dpg", baseline="leave_one_out")},
     "float log_z": {"log_z": 0.2},
 }

@@ -59,11 +59,18 @@ class Runs:
                 continue
             for evaluation in result["evaluations"]:  # JSON has no NaN
                 evaluation.update({key: math.nan for key, value in evaluation.items() if value is None})
+            if "log_prob" in result:
+                result["log_prob"] = [math.nan if value is None else value for value in result["log_prob"]]
             part = path.parent.name.replace("quick", "main")
             if part == "tuning":
                 self.tuning[result["method"], result["settings"]["learning_rate"]] = result
             else:
                 self.found[part, result["task"], result["method"], result["batch"]][result["seed"]] = result
+
+    @property
+    def done(self) -> int:
+        """How many there are beside the tuning's."""
+        return sum(len(by_seed) for by_seed in self.found.values())
 
     def of(self, part: str, task: str, method: str, batch: int = 256) -> dict[int, Result]:
         """By seed."""
@@ -343,7 +350,7 @@ def paired_table(runs: Runs) -> str:
         mean, half, n = paired_kl(*pair)
         kl = shown_difference(mean, half, n), shown_number(sampling_error(*pair))
         rows.append((task, str(n), *kl, *others))
-    header = ("task", "seeds", "KL(p‖π)", "of which the standard error from the shared samples of p",
+    header = ("task", "seeds", "KL(p‖π)", "standard error of it from the shared samples of p",
               "distance of E_π[φ] from what is wanted", "from E_p[φ] of the exact samples", "KL(π‖a)",
               "its distance from KL(p‖a)")  # fmt: skip
     return table(header, rows)
@@ -355,10 +362,15 @@ def last_logged(result: Result, key: str) -> float:
     return values[-1] if values else math.nan
 
 
+def after_a_quarter(values: Sequence[Any]) -> Sequence[Any]:
+    """Of what the steps have logged."""
+    return values[len(values) // 4 :]
+
+
 def late(result: Result, key: str, power: int = 1) -> list[float]:
     """What is logged now and then, raised to a power, after the first quarter of training."""
     values = result["history"].get(key, [])
-    return [v**power for v in values[len(values) // 4 :] if v is not None]
+    return [v**power for v in after_a_quarter(values) if v is not None]
 
 
 def late_variance(result: Result, key: str) -> float:
@@ -376,13 +388,13 @@ def shown_ratios(logs: Sequence[float]) -> str:
 
 
 def ratio(plain: Mapping[int, Result], better: Mapping[int, Result], key: str, power: int = 1) -> str:
-    """What ``late`` gives of one over the other: of each seed the geometric mean over its measurements, whose tails are
-    heavy; those of one run are not independent, so that the interval is over seeds.
+    """What is logged of one over the other, after the first quarter of training: of each seed the geometric mean over
+    its measurements, whose tails are heavy. Those of one run are not independent, so that the interval is over seeds.
     """
     logs = []
     for seed in sorted(plain.keys() & better.keys()):
-        both = zip(late(plain[seed], key, power), late(better[seed], key, power), strict=False)
-        if found := [math.log(a / b) for a, b in both if a > 0 and b > 0]:
+        histories = [after_a_quarter(results[seed]["history"].get(key, [])) for results in (plain, better)]
+        if found := [power * math.log(a / b) for a, b in zip(*histories, strict=False) if a and b]:
             logs.append(statistics.fmean(found))
     return shown_ratios(logs) if logs else ""
 
@@ -439,10 +451,13 @@ def claims(runs: Runs) -> str:
         task: sum(one.values()) / sum(other.values())
         for task, (one, other) in pairs("reinforce", "gdc++", "kl_policy_base").items()
     }
-    distinct = {task: last(runs.of("main", task, "reinforce"), "distinct_1") for task in grid.GRID}
-    before = {task: last(runs.of("base", task, "base"), "distinct_1") for task in grid.GRID}
-    changes = [paired(distinct[task], before[task]) for task in grid.GRID]
-    fallen = [mean < 0 for mean, _, n in changes if n]
+    distinct = {}
+    for task in grid.GRID:
+        after, before = (last(runs.of(part, task, m), "distinct_1")
+                         for part, m in (("main", "reinforce"), ("base", "base")))  # fmt: skip
+        if seeds := after.keys() & before.keys():
+            distinct[task] = [statistics.fmean(of[s] for s in seeds) for of in (after, before)]
+    fallen = [after < before for after, before in distinct.values()]
     satisfied = [
         mean_and_error(last(found, mean_phi).values())[0]
         for task in grid.GRID
@@ -451,9 +466,9 @@ def claims(runs: Runs) -> str:
     rows += [
         ("REINFORCE satisfies the constraint: E[φ] on the pointwise tasks", "nearly 1", spread(satisfied)),
         ("REINFORCE's KL(π‖a) is twice that of GDC++ or more", "all",
-         f"{sum(f >= 2 for f in factors.values())} of {len(factors)}" + spread(factors.values(), ".3g", "; times ")),
+         f"{sum(f >= 2 for f in factors.values())} of {len(factors)}" + spread(factors.values(), ",.0f", "; times ")),
         ("REINFORCE's Distinct-1 falls below the base's", "all", f"{sum(fallen)} of {len(fallen)}"
-         + spread((mean_and_error(each.values())[0] for each in distinct.values() if each), ".2f", "; to ")),
+         + spread((after for after, _ in distinct.values()), ".2f", "; to ")),
     ]  # fmt: skip
     everything = [*runs.tuning.values(), *(r for by_seed in runs.found.values() for r in by_seed.values())]
     finite = sum(r["finite"] for r in everything)
@@ -499,7 +514,7 @@ def variants_table(runs: Runs) -> str:
             cost = f"{drawn(next(iter(results.values()))):,}"
             rows.append((task, NAMES[method], str(len(results)), kl, against, error, *others, variance, cost))
     return table(("task", "", "seeds", "KL(p‖π)", "less that of GDC++ (95% interval)",
-                  "of which the standard error from the shared samples of p", "distance of E_π[φ]", "KL(π‖a)",
+                  "standard error of it from the shared samples of p", "distance of E_π[φ]", "KL(π‖a)",
                   "its distance from KL(p‖a)", "gradient's variance", "sequences drawn"), rows)  # fmt: skip
 
 
@@ -519,7 +534,7 @@ def tuning_table(runs: Runs, folder: Path) -> str:
         rows.append((NAMES[method], *cells))
     return table(
         (
-            "method: what it is chosen by; KL(p‖π), nats",
+            "method: E[φ] of the REINFORCEs, E[φ] − β KL(π‖a) of KL-control, −KL(p‖π) of the others; KL(p‖π), nats",
             *(f"{rate:g}" for rate in grid.LEARNING_RATES),
         ),
         rows,
@@ -548,6 +563,7 @@ def same_state_table(found: Sequence[Result]) -> str:
     rows, each = [], ""
     for task in grid.STUDIED:
         runs = [result["tasks"][task] for result in found if task in result["tasks"]]
+        runs = [run for run in runs if len(run) == len(runs[0])]
         for key, name in (("gradient_variance", "gradient"), ("advantage_variance", "advantage")):
             logs = [[math.log(at["gdc"][key] / at["gdc++"][key]) for at in run] for run in runs]
             if not logs:
@@ -558,7 +574,13 @@ def same_state_table(found: Sequence[Result]) -> str:
                       for parts in ([run[:half] for run in logs], [run[half:] for run in logs]))  # fmt: skip
             rows.append((task, name, states, *halves))
             each = ", ".join(f"{at['samples']:,}" for at in runs[0])
-    header = ("task", "variance of the", f"after {each} sequences", "geometric mean of the first half", "of the second")
+    header = (
+        "task",
+        "variance of the",
+        f"after {each} sequences (mean over seeds)",
+        "geometric mean of the first half",
+        "of the second",
+    )
     return table(header, rows)
 
 
@@ -635,6 +657,39 @@ def study_figure(runs: Runs, path: Path) -> None:
     plt.close(drawing)
 
 
+MAIN_TABLE = "The main grid at the end of 20,480 sequences"
+PAIRED_TABLE = "GDC++ less GDC, in pairs (95% interval over seeds; of KL(p‖π) over the exact samples, too)"
+ABOUT = """# The paper's experiments: tables
+
+Written by `python benchmarks/paper/report.py` from {done} runs beside the tuning's. Mean ± standard error over seeds.
+A KL(p‖π) has besides the error of the exact samples and of log Z, .02 to .04 and the same for all runs of a task: the
+base's ± is that. In a difference of two log Z cancels; its interval holds the seeds and what the samples leave, whose
+standard error has a column. Ten intervals at 95% a claim: none is corrected for their number.
+"""
+
+
+def written(runs: Runs, folder: Path) -> dict[str, str]:
+    """All tables by their titles."""
+    same = [json.loads(path.read_text()) for path in sorted(folder.parent.glob("same_state_seed*.json"))]
+    rates = "Learning rates (on the tuning task; chosen: the smallest within a standard error of the best)"
+    return {
+        "The targets": targets(),
+        rates: tuning_table(runs, folder),
+        "All methods at GDC++'s learning rate, on the tuning task": equal_rate_table(runs, folder),
+        "Claims": claims(runs),
+        "Variance of GDC over GDC++ in the same states (95% interval over seeds)": same_state_table(same),
+        MAIN_TABLE: main_table(runs),
+        PAIRED_TABLE: paired_table(runs),
+        "Batch sizes": batch_table(runs),
+        "Beyond the paper (JS and TV at rates of their own, the others at that of GDC++)": variants_table(runs),
+    }
+
+
+def page(sections: Mapping[str, str], done: int) -> str:
+    """tables.md."""
+    return ABOUT.format(done=done) + "".join(f"\n## {title}\n\n{body}" for title, body in sections.items() if body)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=Path, default=grid.RESULTS / "runs")
@@ -643,47 +698,19 @@ def main() -> None:
     args = parser.parse_args()
     runs = Runs(args.runs)
     args.out.mkdir(parents=True, exist_ok=True)
-    done = sum(len(by_seed) for by_seed in runs.found.values())
-    same = [json.loads(path.read_text()) for path in sorted(args.runs.parent.glob("same_state_seed*.json"))]
-    sections = {
-        "The targets": targets(),
-        "Learning rates (on the tuning task; chosen: the smallest within a standard error of the best)": tuning_table(
-            runs, args.runs
-        ),
-        "All methods at GDC++'s learning rate, on the tuning task": equal_rate_table(runs, args.runs),
-        "Claims": claims(runs),
-        "Variance of GDC over GDC++ in the same states (95% interval over seeds)": same_state_table(same),
-        "The main grid at the end of 20,480 sequences": main_table(runs),
-        "GDC++ less GDC, in pairs (95% interval over seeds; of KL(p‖π) over the exact samples, too)": paired_table(
-            runs
-        ),
-        "Batch sizes": batch_table(runs),
-        "Beyond the paper (JS and TV at rates of their own, the others at that of GDC++)": variants_table(runs),
-    }
+    sections = written(runs, args.runs)
     if args.quick:
-        kept = (
-            "The main grid at the end of 20,480 sequences",
-            "GDC++ less GDC, in pairs (95% interval over seeds; of KL(p‖π) over the exact samples, too)",
-        )
-        sections = {"At the end of 5,120 sequences, a quarter of a run": sections[kept[0]], kept[1]: sections[kept[1]]}
+        quarter = "At the end of 5,120 sequences, a quarter of a run"
+        sections = {quarter: sections[MAIN_TABLE], PAIRED_TABLE: sections[PAIRED_TABLE]}
         print("\n".join(f"{title}\n\n{body}" for title, body in sections.items()))
-    text = "# The paper's experiments: tables\n\nWritten by `python benchmarks/paper/report.py` from "
-    text += f"{done} runs beside the tuning's. Mean ± standard error over seeds.\n"
-    text += (
-        "A KL(p‖π) has besides the error of the exact samples and of log Z, .02 to .04 and the same for all runs of\n"
-        "a task; a difference of two has only what its own column says. Ten intervals at 95% a claim: none is\n"
-        "corrected for their number.\n"
-    )
-    for title, body in ((title, body) for title, body in sections.items() if body):
-        text += f"\n## {title}\n\n{body}"
-    (args.out / "tables.md").write_text(text)
+    (args.out / "tables.md").write_text(page(sections, runs.done))
     for task in grid.GRID:
         if any(runs.of("main", task, method) for method in grid.MAIN):
             figure(runs, task, args.out / f"{task}.png")
     if runs.found and not args.quick:
         study_figure(runs, args.out / "studies.png")
         difference_figure(runs, args.out / "differences.png")
-    print(f"wrote {args.out / 'tables.md'} and its figures from {done} runs")
+    print(f"wrote {args.out / 'tables.md'} and its figures from {runs.done} runs")
 
 
 if __name__ == "__main__":

@@ -92,6 +92,9 @@ def main() -> None:
     found = {task: states(task, args.seed, rate, args.samples, STATES, BATCH) for task in args.task}
     result = {"seed": args.seed, "learning_rate": rate, "batch": BATCH, "machine": report.machine(), "tasks": found,
               "seconds": time.perf_counter() - start}  # fmt: skip
+    whole = args.samples == run.SAMPLES and tuple(args.task) == grid.STUDIED
+    if not args.out and not whole:
+        parser.error("--out: only what is measured of both tasks, with all sequences, goes among the results")
     out = args.out or grid.RESULTS / f"same_state_seed{args.seed}.json"
     report.write(result, out.parent, out.name)
 

@@ -32,6 +32,20 @@ class BackendInfo:
 
 def backends() -> dict[str, BackendInfo]:
     """Every backend of dmfast, whether it is in use here and if not why. Where one is forced, all others say so."""
+    found = _backends()
+    if native.forced is None:
+        return found
+    forced = f"{native.forced!r} is forced by use_backend or DMFAST_BACKEND"
+    if native.forced not in NAMES:
+        forced += f", and there are only {', '.join(NAMES)}: every call raises"
+    elif not found[native.forced].available:
+        forced += ", which is not available here: every call raises"
+    return {
+        name: info if info.in_use else replace(info, detail=f"{forced}; {info.detail}") for name, info in found.items()
+    }
+
+
+def _backends() -> dict[str, BackendInfo]:
     missing = native.why_unavailable()
     use_cpu = missing is None and native.forced in (None, "cpu")
     no_cuda = native.why_not_cuda(torch.cuda.current_device() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]
@@ -49,7 +63,7 @@ def backends() -> dict[str, BackendInfo]:
         "weights take two passes"
     )
     use_eager = not (use_cpu or use_cuda or use_triton) if native.forced is None else native.forced == "eager"
-    found = {
+    return {
         "cpu": BackendInfo("cpu", missing is None, use_cpu, detail),
         "cuda": BackendInfo(
             "cuda",
@@ -67,17 +81,6 @@ def backends() -> dict[str, BackendInfo]:
         ),
         "eager": BackendInfo("eager", True, use_eager, eager),
     }
-    if native.forced is None:
-        return found
-    forced = f"{native.forced!r} is forced by use_backend or DMFAST_BACKEND"
-    if native.forced not in NAMES:
-        forced += f", and there are only {', '.join(NAMES)}: every call raises"
-    elif not found[native.forced].available:
-        forced += ", which is not available here: every call raises"
-    return {
-        name: info if info.in_use else replace(info, detail=f"not in use: {forced}; {info.detail}")
-        for name, info in found.items()
-    }
 
 
 @contextmanager
@@ -89,7 +92,7 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in NAMES:
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(NAMES)}")
-    info = backends()[name]
+    info = _backends()[name]
     if not info.available:
         raise RuntimeError(f"backend {name!r} is not available here: {info.detail}")
     before, native.forced = native.forced, name

@@ -5,32 +5,36 @@ dropped.
 """
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..objectives import INFINITE_AT_ZERO, Objective, Terms
 from . import checks
-from .batch import Batch, batch_of, flat
+from .batch import Batch, Draws, batch_of, flat
+
+# they wait for the device, which a captured CUDA graph can't; torch 2.6 has no way to say so
+_OPTIONS: dict[str, Any] = {"mutates_args": ()}
+if hasattr(torch.Tag, "cudagraph_unsafe"):
+    _OPTIONS["tags"] = (torch.Tag.cudagraph_unsafe,)
 
 
-@torch.library.custom_op("dmfast::check_rows", mutates_args=())
-def _rows(
+@torch.library.custom_op("dmfast::check_logits", **_OPTIONS)
+def _logits(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
-    checks.check_rows(batch)
     checks.check_logits(batch)
     return labels.clone(), labels.new_empty(0) if cu_seqlens is None else cu_seqlens.clone()
 
 
-@_rows.register_fake
+@_logits.register_fake
 def _(logits, labels, cu_seqlens, scale, softcap):  # type: ignore[no-untyped-def]
     return torch.empty_like(labels), labels.new_empty(0) if cu_seqlens is None else torch.empty_like(cu_seqlens)
 
 
-@torch.library.custom_op("dmfast::check_terms", mutates_args=())
+@torch.library.custom_op("dmfast::check_terms", **_OPTIONS)
 def _terms(
     labels: Tensor, infinite: str, max_weight: float, log_proposal: Tensor | None, log_target: Tensor | None,
     log_z: Tensor | None, reward: Tensor | None, log_base: Tensor | None, baseline: Tensor | None,
@@ -46,12 +50,11 @@ def _(labels, *args):  # type: ignore[no-untyped-def]
     return torch.empty_like(labels)
 
 
-@torch.library.custom_op("dmfast::check_labels", mutates_args=())
+@torch.library.custom_op("dmfast::check_labels", **_OPTIONS)
 def _labels(
     token_log_prob: Tensor, logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
-    checks.check_labels(batch_of(logits, labels, cu_seqlens, scale, softcap), token_log_prob)
-    return token_log_prob.clone()
+    return checks.check_labels(token_log_prob, batch_of(logits, labels, cu_seqlens, scale, softcap)).clone()
 
 
 @_labels.register_fake
@@ -62,7 +65,17 @@ def _(token_log_prob, *args):  # type: ignore[no-untyped-def]
 _labels.register_autograd(lambda ctx, grad: (grad, *(None,) * 5))
 
 
-@torch.library.custom_op("dmfast::check_weight", mutates_args=())
+@torch.library.custom_op("dmfast::check_draws", **_OPTIONS)
+def _draws(logits: Tensor, row_ids: Tensor | None) -> Tensor:
+    return checks.check_draws(Draws(logits, 0, row_ids, 0, 1.0, 0.0)).logits.clone()
+
+
+@_draws.register_fake
+def _(logits, row_ids):  # type: ignore[no-untyped-def]
+    return torch.empty_like(logits)
+
+
+@torch.library.custom_op("dmfast::check_weight", **_OPTIONS)
 def _weight(weight: Tensor) -> Tensor:
     return checks.check_weights(weight).clone()
 
@@ -72,10 +85,10 @@ def _(weight):  # type: ignore[no-untyped-def]
     return torch.empty_like(weight)
 
 
-def check_rows(batch: Batch) -> Batch:
-    """``checks.check_rows`` and ``check_logits``."""
+def check_logits(batch: Batch) -> Batch:
+    """``checks.check_logits``."""
     logits, labels, cu_seqlens, scale, softcap = flat(batch)
-    labels, starts = _rows(logits.detach(), labels, cu_seqlens, scale, softcap)
+    labels, starts = _logits(logits.detach(), labels, cu_seqlens, scale, softcap)
     return batch_of(logits, labels, None if cu_seqlens is None else starts, scale, softcap)
 
 
@@ -91,9 +104,15 @@ def check_terms(batch: Batch, terms: Terms) -> Batch:
     return batch_of(batch.logits, labels, *flat(batch)[2:])
 
 
-def check_labels(batch: Batch, token_log_prob: Tensor) -> Tensor:
+def check_labels(token_log_prob: Tensor, batch: Batch) -> Tensor:
     """``checks.check_labels``."""
     return cast(Tensor, _labels(token_log_prob, batch.logits.detach(), *flat(batch)[1:]))
+
+
+def check_draws(draws: Draws) -> Draws:
+    """``checks.check_draws``."""
+    logits = cast(Tensor, _draws(draws.logits, draws.row_ids))
+    return Draws(logits, draws.seed, draws.row_ids, draws.step, draws.scale, draws.softcap)
 
 
 def check_weights(weight: Tensor) -> Tensor:

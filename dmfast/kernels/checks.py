@@ -171,10 +171,12 @@ def make_linear_batch(
 def _per_sequence(name: str, value: Tensor | float, device: torch.device, to: torch.device, n: int) -> Tensor:
     if isinstance(value, Tensor):
         dtype = value.dtype
-        if dtype not in (torch.float64, torch.float32) and not (name == "reward" and dtype.is_floating_point):
-            hint = "; in 16 bits a log-probability of -1,000 is off by up to 2 nats: compute it in float32"
+        if not dtype.is_floating_point:
+            raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
+        if dtype not in (torch.float64, torch.float32) and name != "reward":
             raise TypeError(
-                f"{name} must be a float32 or float64 tensor, got {describe(value)}{hint * dtype.is_floating_point}"
+                f"{name} must be float32 or float64, got {describe(value)}: in 16 bits a log-probability of -1,000 is "
+                "off by up to 2 nats; compute it in float32"
             )
         given_on = value.device
         if given_on not in (device, to):
@@ -188,7 +190,7 @@ def _per_sequence(name: str, value: Tensor | float, device: torch.device, to: to
         return value.contiguous() if value.dim() else value.expand(n).contiguous()
     if name == "log_z" and isinstance(value, (int, float)) and not isinstance(value, bool):
         return torch.full((n,), value, dtype=torch.float64, device=to)
-    raise TypeError(f"{name} must be a float32 or float64 tensor, got {describe(value)}")
+    raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
 
 
 def make_terms(
@@ -325,6 +327,19 @@ def make_draws(
     return Draws(logits.detach(), seed % 2**64, row_ids, step, 1.0 / temperature, float(softcap or 0.0))
 
 
+def check_draws(draws: Draws) -> Draws:
+    """The logits, by value. Returns the draws.
+
+    Raises:
+        ValueError: a row that is no distribution.
+    """
+    z = draws.logits
+    bad = ~(z < math.inf).all(-1) | (z == -math.inf).all(-1)
+    if bool(bad.any()):
+        raise_bad_draw(draws, _first(bad))
+    return draws
+
+
 def raise_bad_draw(draws: Draws, row: int) -> None:
     """Raises:
     ValueError: a row that is no distribution.
@@ -388,20 +403,22 @@ def check_rows(batch: Batch) -> None:
         )
 
 
-def check_logits(batch: Batch) -> None:
-    """The logits of scored rows, by value: for backends whose kernels don't look.
+def check_logits(batch: Batch) -> Batch:
+    """``check_rows``, and the logits of scored rows by value: for backends whose kernels don't look. Returns the batch.
 
     Raises:
-        ValueError: NaN or +inf, with the first place.
+        ValueError: as ``check_rows``; NaN or +inf, with the first place.
     """
+    check_rows(batch)
     rows = batch.logits.detach().reshape(batch.n_rows, batch.vocab)
     bad = ~(rows < math.inf).all(-1) & (batch.labels != IGNORE)
     if bool(bad.any()):
         raise_bad_row(batch, _first(bad))
+    return batch
 
 
-def check_labels(batch: Batch, token_log_prob: Tensor) -> None:
-    """The log-probability of every label, (rows,) and 0 where none is scored.
+def check_labels(token_log_prob: Tensor, batch: Batch) -> Tensor:
+    """The log-probability of every label, (rows,) and 0 where none is scored. Returns it.
 
     Raises:
         ValueError: -inf, or NaN, which a row of nothing but -inf gives; with the first place.
@@ -409,6 +426,7 @@ def check_labels(batch: Batch, token_log_prob: Tensor) -> None:
     never = ~(token_log_prob.detach() > -math.inf)
     if bool(never.any()):
         raise_bad_label(batch, _first(never))
+    return token_log_prob
 
 
 def _check_values(name: str, value: Tensor | None, minus_infinity: str | None, first_sequence: int) -> None:

@@ -6,6 +6,7 @@ has it. ``dmfast.eager`` has the functions of ``dmfast.functional`` under their 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,14 +20,15 @@ from .fp64 import home, wide
 from .result import DMLossOutput, denominator, reduce
 
 
+def _checks() -> ModuleType:
+    """Those that look at values."""
+    return check_ops if torch.compiler.is_compiling() else checks
+
+
 def score(batch: Batch, entropy: bool = False) -> Scores:
     """log pi(x) = sum_t m_t log softmax(scale * cap(z_t))[x_t] for each sequence, with autograd through the logits."""
-    compiling = torch.compiler.is_compiling()
-    if compiling:
-        batch = check_ops.check_rows(batch)
-    else:
-        checks.check_rows(batch)
-        checks.check_logits(batch)
+    values = _checks()
+    batch = values.check_logits(batch)
     z = wide(batch.logits).reshape(batch.n_rows, batch.vocab)
     scored = batch.labels != checks.IGNORE
     # rows that are not scored may hold anything, NaN too, and get a gradient of exactly 0
@@ -37,10 +39,7 @@ def score(batch: Batch, entropy: bool = False) -> Scores:
     token_log_prob = log_p.gather(-1, batch.labels.clamp(min=0)[:, None])[:, 0]
     to = home(z.device)
     token_log_prob = torch.where(scored, token_log_prob, 0.0).to(to).double()
-    if compiling:
-        token_log_prob = check_ops.check_labels(batch, token_log_prob)
-    else:
-        checks.check_labels(batch, token_log_prob)
+    token_log_prob = values.check_labels(token_log_prob, batch)
     token_entropy = None
     if entropy:
         p = log_p.detach().exp()
@@ -80,10 +79,7 @@ def loss_from_scores(
     weight = objectives.weigh(terms)  # A: a constant, no gradient flows through it
     checks.check_weight_tensor(weight, batch)
     weight, n_clipped = objectives.clip(weight.detach(), terms.max_weight)
-    if check is not None:
-        weight = check(weight)
-    else:
-        weight = (check_ops if torch.compiler.is_compiling() else checks).check_weights(weight)
+    weight = (check or _checks().check_weights)(weight)
     per_sequence = -torch.where(weight == 0, 0.0, weight * log_prob)
     return DMLossOutput(
         loss=reduce(per_sequence, reduction, divide_by),
@@ -207,10 +203,8 @@ def uniforms(seed: int, row_ids: Tensor, step: int) -> Tensor:
 
 def draw(draws: Draws, uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``native.sample`` by inversion of the whole CDF."""
+    draws = _checks().check_draws(draws)
     z = wide(draws.logits)
-    bad = z.isnan().any(-1) | (z == torch.inf).any(-1) | (z == -torch.inf).all(-1)
-    if bool(bad.any()):
-        checks.raise_bad_draw(draws, int(bad.nonzero()[0]))
     if draws.softcap:
         z = draws.softcap * torch.tanh(z / draws.softcap)
     log_p = torch.log_softmax(draws.scale * z, dim=-1)

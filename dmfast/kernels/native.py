@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from types import ModuleType
 from typing import TypeAlias
@@ -374,7 +373,8 @@ def loss_from_scores(
         return cuda.usable(weight, scores.log_prob.detach(), terms)
 
     out = eager.loss_from_scores(batch, scores, terms, reduction, divide_by, usable)
-    return replace(out, _recorded=cuda.settle(cuda.WeightFaults(scores.recorded, terms, made[0], first_sequence)))
+    out._recorded = cuda.settle(cuda.WeightFaults(scores.recorded, terms, made[0], first_sequence))
+    return out
 
 
 def weighed(batch: Batch, scores: Scores, terms: Terms, divide_by: float, first_sequence: int = 0) -> Scores:
