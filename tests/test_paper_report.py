@@ -117,17 +117,23 @@ def test_wins(folder):
     """Counted in pairs: on "amazing" the mean of GDC++ is the lower only because it lacks a seed."""
     found = {row["claim"]: row["here"] for row in rows(report.claims(report.Runs(folder)))}
     assert found["GDC++ at or below GDC in KL(p‖π)"] == (
-        "1 of 2; not word_amazing; the 95% interval excludes 0 on 1 of 1, and on 0 the other way"
+        # +.1 and -.14: the error is .12, t of one degree of freedom 12.706
+        f"1 of 2; not word_amazing; mean over tasks -0.020 ± {12.706 * 0.12:.3f}; "
+        "the 95% interval excludes 0 on 1 of 1, and on 0 the other way"
     )
-    assert found["GDC++ at or below GDC in KL(π‖a)"].startswith("2 of 2; the 95% interval excludes 0 on 0 of 1,")
+    assert found["GDC++ at or below GDC in KL(π‖a)"].startswith(
+        "2 of 2; mean over tasks +0.000 ± 0.000; the 95% interval excludes 0 on 0 of 1,"
+    )
     assert found["GDC++ at or above GDC in E[φ], the mean of a task's features"].startswith(
-        "2 of 2; the 95% interval excludes 0 on 1 of 1,"
+        # +.02 on one, 0 on the other
+        f"2 of 2; mean over tasks +0.010 ± {12.706 * 0.01:.3f}; the 95% interval excludes 0 on 1 of 1,"
     )
     for seed, value in {0: 0.65, 1: 0.75, 2: 0.84}.items():
         write(folder, "women", "gdc++", seed, kl_exact=value)
     found = {row["claim"]: row["here"] for row in rows(report.claims(report.Runs(folder)))}
     assert found["GDC++ at or below GDC in KL(p‖π)"] == (
-        "0 of 2; not word_amazing, women; the 95% interval excludes 0 on 0 of 1, and on 1 the other way"
+        "0 of 2; not word_amazing, women; mean over tasks +0.123 ± 0.296; "
+        "the 95% interval excludes 0 on 0 of 1, and on 1 the other way"
     )
 
 
