@@ -143,7 +143,7 @@ def select(logits: Tensor) -> str:
         RuntimeError: the forced backend can't take these logits.
     """
     forced = native.forced
-    if forced is None and logits.is_cpu and logits.dtype in native.DTYPES and native.cpu_alone():
+    if forced is None and logits.device.type == "cpu" and logits.dtype in native.DTYPES and native.cpu_alone():
         return "cpu"  # as what follows would say, in more microseconds
     if forced == "eager":
         return forced
