@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import kernels
-from .kernels import check_ops, checks, compiled, eager, linear, native
+from .kernels import checks, compiled, eager, linear, native
 from .kernels.autograd import apply, expected_grad, once
 from .kernels.batch import Batch, Scores
 from .kernels.result import DMLossOutput, denominator
@@ -259,10 +259,8 @@ def dm_loss(
     if backend == "eager":
         return eager.loss(batch, terms, reduction, divide_by, return_entropy)
     if not isinstance(terms.objective, Objective):
-        if backend == "cpu" and compiling:
-            batch = check_ops.check_terms(batch, terms)
-        elif backend == "cpu":
-            checks.check_terms(terms)
+        if backend == "cpu":
+            batch = eager.checked(batch, terms)
         scores = _score(batch, return_entropy, inplace, wants_grad)
         if compiling and backend == "cpu":
             return eager.loss_from_scores(batch, scores, terms, reduction, divide_by)

@@ -142,17 +142,19 @@ class Terms:
 
     def with_log_prob(self, log_prob: Tensor) -> Terms:
         """These terms with log pi, (B,) fp64 without gradient."""
-        return Terms(
-            self.objective, self.on_policy, self.max_weight, self.log_proposal, self.log_target, self.log_z,
-            self.reward, self.log_base, self.baseline, log_prob,
-        )  # fmt: skip
+        return self._with(self.objective, self.baseline, log_prob)
 
-    def under(self, objective: Objective, log_prob: Tensor | None) -> Terms:
-        """These terms with another objective, without a baseline, and with this log pi."""
+    def under(self, objective: Objective) -> Terms:
+        """These terms with another objective and without a baseline."""
+        return self._with(objective, None, self.log_prob)
+
+    def _with(
+        self, objective: Objective | Callable[[Terms], Tensor], baseline: Tensor | float | None, log_prob: Tensor | None
+    ) -> Terms:
         # not dataclasses.replace, which torch.compile can't trace before torch 2.7
         return Terms(
             objective, self.on_policy, self.max_weight, self.log_proposal, self.log_target, self.log_z, self.reward,
-            self.log_base, None, log_prob,
+            self.log_base, baseline, log_prob,
         )  # fmt: skip
 
     @property
@@ -330,7 +332,8 @@ def leave_one_out_baseline(terms: Terms, context_id: Tensor | None, n_sequences:
     at_one = terms.log_proposal
     if at_one is None:
         at_one = torch.zeros(n_sequences, dtype=torch.float64, device=device)
-    plain = terms.under(Objective(objective.name, beta=objective.beta, log_scale=objective.log_scale), at_one)
+    alone = Objective(objective.name, beta=objective.beta, log_scale=objective.log_scale)
+    plain = terms.with_log_prob(at_one).under(alone)
     if name == "leave_one_out_context" and context_id is None:
         raise ValueError("baseline='leave_one_out_context' needs context_id (B,)")
     return leave_one_out(weigh(plain), context_id if name.endswith("context") else None)
@@ -369,7 +372,7 @@ class PPOClip:
                 "PPOClip needs reward, the frozen advantage of each sequence, and log_proposal, its log-probability "
                 "under the policy that it was drawn from"
             )
-        plain = weigh(terms.under(Objective("reinforce"), terms.log_prob))
+        plain = weigh(terms.under(Objective("reinforce")))
         return torch.where(self.clipped(terms.log_ratio, terms.reward), 0.0, plain)
 
     def clipped(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:

@@ -281,10 +281,10 @@ def test_the_recipes_are_those_of_the_script(tmp_path, monkeypatch):
 
     monkeypatch.setattr(recipes, "HERE", tmp_path)
     recipes.main()
+    monkeypatch.chdir(PAPER.parents[1])  # where they name the classifier from
     for folder in ("tasks", "smollm2"):
         written = {path.name: path.read_text() for path in (tmp_path / folder).glob("*.yaml")}
         assert written == {path.name: path.read_text() for path in (PAPER / folder).glob("*.yaml")}
         for name in written:
-            monkeypatch.chdir(PAPER.parents[1])  # where they name the classifier from
             read = recipe.read(PAPER / folder / name)
             assert [recipe.constraint(each) for each in read["constraints"]]

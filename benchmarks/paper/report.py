@@ -315,18 +315,14 @@ def main_table(runs: Runs) -> str:
             if not results:
                 continue
             phi = ", ".join(shown(last(results, f"phi/{name}").values()) for name in wanted(task))
-            measures = ("kl_exact", "kl_policy", "kl_policy_base", kl_base_from_target, from_attained, "self_bleu_5",
-                        "distinct_1")  # fmt: skip
+            measures = ("kl_exact", "kl_policy", kl_as_in_the_paper, "kl_policy_base", kl_base_from_target,
+                        from_attained, "self_bleu_5", "distinct_1")  # fmt: skip
             cost = "" if method == "base" else f"{drawn(next(iter(results.values()))):,}"
             cells = [shown(last(results, key).values()) for key in measures]
             if method == "base":  # the same samples at every seed: what is there is their own error
                 cells[0] = " ± ".join(f"{mean_and_error(last(results, key).values())[0]:.3f}"
                                       for key in ("kl_exact", "kl_exact_stderr"))  # fmt: skip
-                cells[3] = ""
-            if method in ("gdc", "gdc++"):
-                cells.insert(2, shown(last_logged(result, "kl_policy") for result in results.values()))
-            else:
-                cells.insert(2, "")
+                cells[4] = ""
             length = shown(last(results, "length").values(), ".1f")
             rows.append((task, NAMES[method], str(len(results)), phi, *cells, length, cost))
     header = ("task", "method", "seeds", "E_π[φ]", "KL(p‖π)", "the same by importance weights, x ~ π",
@@ -356,10 +352,10 @@ def paired_table(runs: Runs) -> str:
     return table(header, rows)
 
 
-def last_logged(result: Result, key: str) -> float:
-    """The last of what the steps have logged."""
-    values = [v for v in result["history"].get(key, []) if v is not None]
-    return values[-1] if values else math.nan
+def kl_as_in_the_paper(result: Result) -> float:
+    """The last estimate of KL(p||pi) from the steps' own samples of q; NaN for methods without q."""
+    values = [v for v in result["history"].get("kl_policy", []) if v is not None]
+    return values[-1] if values and result["method"] in ("gdc", "gdc++") else math.nan
 
 
 def after_a_quarter(values: Sequence[Any]) -> Sequence[Any]:
@@ -367,15 +363,9 @@ def after_a_quarter(values: Sequence[Any]) -> Sequence[Any]:
     return values[len(values) // 4 :]
 
 
-def late(result: Result, key: str, power: int = 1) -> list[float]:
-    """What is logged now and then, raised to a power, after the first quarter of training."""
-    values = result["history"].get(key, [])
-    return [v**power for v in after_a_quarter(values) if v is not None]
-
-
-def late_variance(result: Result, key: str) -> float:
-    """The mean of that."""
-    return mean_and_error(late(result, key))[0]
+def late_mean(result: Result, key: str) -> float:
+    """Of what is logged now and then, after the first quarter of training."""
+    return mean_and_error(v for v in after_a_quarter(result["history"].get(key, [])) if v is not None)[0]
 
 
 def shown_ratios(logs: Sequence[float]) -> str:
@@ -511,7 +501,7 @@ def variants_table(runs: Runs) -> str:
             if method != "gdc++":
                 against = shown_difference(*paired_kl(results, reference))
                 error = shown_number(sampling_error(results, reference))
-            variance = shown((late_variance(r, "gradient_variance") for r in results.values()), ".3g")
+            variance = shown((late_mean(r, "gradient_variance") for r in results.values()), ".3g")
             kl, *others = (
                 shown(last(results, key).values())
                 for key in ("kl_exact", from_wanted, "kl_policy_base", kl_base_from_target)

@@ -25,6 +25,14 @@ def _checks() -> ModuleType:
     return check_ops if torch.compiler.is_compiling() else checks
 
 
+def checked(batch: Batch, terms: Terms) -> Batch:
+    """The batch, once the values of ``terms`` are checked."""
+    if torch.compiler.is_compiling():
+        return check_ops.check_terms(batch, terms)
+    checks.check_terms(terms)
+    return batch
+
+
 def score(batch: Batch, entropy: bool = False) -> Scores:
     """log pi(x) = sum_t m_t log softmax(scale * cap(z_t))[x_t] for each sequence, with autograd through the logits."""
     values = _checks()
@@ -97,10 +105,7 @@ def loss_from_scores(
 
 def loss(batch: Batch, terms: Terms, reduction: str, divide_by: float, entropy: bool) -> DMLossOutput:
     """The loss of checked arguments, with autograd through the logits."""
-    if torch.compiler.is_compiling():
-        batch = check_ops.check_terms(batch, terms)
-    else:
-        checks.check_terms(terms)
+    batch = checked(batch, terms)
     return loss_from_scores(batch, score(batch, entropy), terms, reduction, divide_by)
 
 
