@@ -109,8 +109,10 @@ def test_views_are_the_models_that_they_stand_for(kind):
             assert isinstance(view, AdapterView)
             mine, wanted = (each.sample(n=24, max_new_tokens=6, seed=i) for each in (view, other))
             assert torch.equal(mine.tokens, wanted.tokens) and torch.equal(mine.log_prob, wanted.log_prob)
-            assert torch.equal(view.log_prob(x), other.log_prob(x)) and not view.log_prob(x).requires_grad
             assert torch.equal(view.logits(x)[0], other.logits(x)[0])
+            # a head that is wrapped goes through logits, a plain one does not: their sums may round apart
+            torch.testing.assert_close(view.log_prob(x), other.log_prob(x).detach(), atol=1e-6, rtol=0)
+            assert not view.log_prob(x).requires_grad
             assert state(model) == left
         assert torch.equal(policy.log_prob(x), log_pi) and log_pi.requires_grad
         assert float((views["a"][0].log_prob(x) - log_pi).abs().max()) > 0.1
