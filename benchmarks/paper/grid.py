@@ -230,7 +230,6 @@ def work(runs: list[Run], folder: Path, jobs: int, console: Console, *, commits:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_text(json.dumps(error.record, indent=1) + "\n")
                 else:
-                    (folder / run.name_of_failure).unlink(missing_ok=True)
                     left = len(todo) - len(seconds) - failed
                     minutes = left * statistics.median(seconds) / jobs / 60
                     console.print(f"{run.name}: {seconds[-1]:.0f} s; {left} left, about {minutes:.0f} minutes")

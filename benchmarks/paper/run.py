@@ -147,7 +147,7 @@ def run(
     finite = all(bool(p.isfinite().all()) for p in trainer.policy.model.parameters())
     return {
         "task": task, "method": method, "seed": seed, "batch": batch, "samples": samples, "settings": changed,
-        "machine": report.machine(), "evaluations": evaluated.found,
+        "machine": report.machine(), "evaluations": evaluated.found, "log_z": vars(known.log_z),
         "history": {key: [_short(h.get(key)) for h in steps] for key in ["step", *columns, *optional]},
         # on the same samples for all runs of a task: differences between runs have an error of their own
         "log_prob": [round(value, 3) for value in evaluated.log_prob.tolist()],

@@ -1,4 +1,4 @@
-"""Exact samples of a task's target p, and KL(p||pi) from them: the way with little variance.
+"""Exact samples of a task's target p, and KL(p||pi) from them: what a policy far from p can't hide.
 
     python benchmarks/paper/truth.py TASK...        # writes results/paper/targets/TASK.json and .npz, once
 
@@ -9,7 +9,9 @@ measured. Drawn once, they give for every policy
 
     KL(p||pi) = mean over x ~ p of [log P(x) - log pi(x)] - log Z,      Z = M * the share that was accepted,
 
-on the same samples, so that two policies are compared in pairs, where even the error of log Z drops out.
+on the same samples, so that two policies are compared in pairs, where even the error of log Z drops out. In KL(p||pi)
+itself it does not: so Z is measured again as the mean of P/a over many more samples of a, the same ones for all tasks,
+which give E_a[phi], E_p[phi] and KL(p||a), too.
 """
 
 from __future__ import annotations
@@ -18,14 +20,17 @@ import argparse
 import json
 import math
 import sys
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import dmfast
-from dmfast.estimators import Estimate, estimate_moments
+from dmfast.estimators import Estimate, estimate, estimate_log_z, estimate_moments
 from dmfast.models import LanguageModel, Samples
 from dmfast.targets import EBM
 from dmfast.training import recipe
@@ -34,6 +39,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "paper"
 TASKS = tuple(sorted(path.stem for path in (HERE / "tasks").glob("*.yaml")))
 SAMPLES = 2048
+BASE_SAMPLES, OF_A_CLASSIFIER = 2**19, 2**16  # of a; fewer where a network reads each
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,8 @@ class Truth:
     """What is known of a target.
 
     Attributes:
-        samples: of p. log_target: (N,) fp64, log P of them. log_z: with the error of the share that was accepted.
+        samples: of p. log_target: (N,) fp64, log P of them. log_z: from the share that was accepted and, if
+            there, the samples of a.
         target_state: of the ``EBM``, with its lambda.
     """
 
@@ -73,15 +80,21 @@ def draw(
     return x, drawn, Estimate(bound + math.log(n / drawn), math.sqrt((1 - n / drawn) / n))
 
 
+def of_recipe(task: str, fitted: dict[str, Any] | None = None) -> tuple[EBM, dict[str, Any]]:
+    """A task's target, fitted if its state is not given, and its recipe."""
+    with tempfile.TemporaryDirectory() as folder:  # which a trainer makes
+        read = recipe.read(HERE / "tasks" / f"{task}.yaml", {"train.output_dir": folder})
+        return recipe.prepare(read, fitted=fitted, say=lambda line: print(line, flush=True)).target, read
+
+
 def write(task: str, folder: Path, n: int) -> None:
     """Fits lambda and draws."""
-    read = recipe.read(HERE / "tasks" / f"{task}.yaml")
-    trainer = recipe.prepare(read, say=lambda line: print(line, flush=True))
-    target, args = trainer.target, trainer.args
-    x, drawn, log_z = draw(target, n, max_new_tokens=args.max_new_tokens, seed=2**32 + read["fit"]["seed"])
+    target, read = of_recipe(task)
+    length = read["train"]["max_new_tokens"]
+    x, drawn, log_z = draw(target, n, max_new_tokens=length, seed=2**32 + read["fit"]["seed"])
     log_base = target.base.log_prob(x, batch_size=512)
     scores = target.score(x, log_base)
-    of_base = target.base.sample(n=10_240, max_new_tokens=args.max_new_tokens, seed=2**33, batch_size=512)
+    of_base = target.base.sample(n=10_240, max_new_tokens=length, seed=2**33, batch_size=512)
     found = target.score(of_base, of_base.log_prob)
     columns = torch.cat([found.features, found.monitored], 1)
     names = [*target.moment_names, *target.monitor_names]
@@ -102,6 +115,56 @@ def write(task: str, folder: Path, n: int) -> None:
           + ", ".join(f"{name} {rate}" for name, rate in rates.items()), flush=True)  # fmt: skip
 
 
+def both(first: Estimate, second: Estimate) -> Estimate:
+    """The mean of two independent estimates that has the least error."""
+    weights = first.stderr**-2, second.stderr**-2
+    mean = (weights[0] * first.value + weights[1] * second.value) / sum(weights)
+    return Estimate(mean, sum(weights) ** -0.5)
+
+
+def measure(tasks: Mapping[str, int], folder: Path, chunk: int = 2**14) -> None:
+    """Adds ``base`` to what ``write`` has written: Z, KL(p||a), E_a[phi] and E_p[phi] of each target from as many
+    samples of a as ``tasks`` says, the same for all.
+    """
+    targets, found = dict[str, EBM](), dict[str, list[tuple[torch.Tensor, torch.Tensor]]]()
+    for task in tasks:
+        state = json.loads((folder / f"{task}.json").read_text())["target"]
+        targets[task], read = of_recipe(task, state)
+        found[task], length = [], read["train"]["max_new_tokens"]
+    model = next(iter(targets.values())).base
+    for start in range(0, max(tasks.values()), chunk):
+        x = model.sample(n=chunk, max_new_tokens=length, seed=2**34 + start, batch_size=512)
+        for task, target in targets.items():
+            if start < tasks[task]:
+                scores = target.score(x, x.log_prob)
+                columns = torch.cat([scores.features, scores.monitored], 1)
+                found[task].append((scores.log_target - x.log_prob, columns))
+        print(f"{start + chunk:,} samples of a", flush=True)
+    for task, target in targets.items():
+        log_weight, columns = (torch.cat(parts) for parts in zip(*found[task], strict=True))
+        names = [*target.moment_names, *target.monitor_names]
+        nothing, one = (
+            torch.zeros(len(log_weight), dtype=torch.float64),
+            torch.zeros(len(log_weight), dtype=torch.int64),
+        )
+        log_z = estimate_log_z(log_weight)
+        kl = estimate(nothing, nothing, log_weight, torch.full_like(nothing, log_z.value), z_of=one).kl_policy
+        path = folder / f"{task}.json"
+        result = json.loads(path.read_text())
+        result["base"] = {"samples": len(log_weight), "log_z": vars(log_z), "kl_target_base": vars(kl)}
+        for key, weight in (("rates", nothing), ("target_means", log_weight)):
+            estimates = estimate_moments(columns, weight)
+            result["base"][key] = {name: vars(each) for name, each in zip(names, estimates, strict=True)}
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{task}: log Z {log_z}, by the rejection {Estimate(**result['log_z'])}", flush=True)
+
+
+def log_z_of(result: dict[str, Any]) -> Estimate:
+    """log Z from all that a target's JSON has of it."""
+    accepted = Estimate(**result["log_z"])
+    return both(accepted, Estimate(**result["base"]["log_z"])) if "base" in result else accepted
+
+
 def read(task: str, model: LanguageModel, folder: Path = RESULTS / "targets") -> Truth:
     """What ``write`` has written, for a model with the tokenizer of tiny-bios.
 
@@ -120,7 +183,7 @@ def read(task: str, model: LanguageModel, folder: Path = RESULTS / "targets") ->
         log_prob=torch.from_numpy(arrays["log_base"]), context_id=torch.zeros(len(tokens), dtype=torch.int64),
         temperature=1.0, tokenizer=model.tokenizer, pad_token_id=model.pad_token_id,
     )  # fmt: skip
-    return Truth(samples, torch.from_numpy(arrays["log_target"]), Estimate(**result["log_z"]), result["target"])
+    return Truth(samples, torch.from_numpy(arrays["log_target"]), log_z_of(result), result["target"])
 
 
 def main() -> None:
@@ -134,6 +197,10 @@ def main() -> None:
             sys.exit(f"no task {task!r}; there are {', '.join(TASKS)}")
         if not (args.out / f"{task}.json").exists():
             write(task, args.out, args.samples)
+    # not of the tuning's task, whose runs are compared with one another only
+    left = [t for t in args.task if t != "tuning" and "base" not in json.loads((args.out / f"{t}.json").read_text())]
+    if left:
+        measure({t: OF_A_CLASSIFIER if "classifier" in t else BASE_SAMPLES for t in left}, args.out)
 
 
 if __name__ == "__main__":
