@@ -33,7 +33,7 @@ _LOG2 = math.log(2)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its standard error. NaN where no sequence with P > 0 was seen."""
+    """A value with its standard error. NaN where no sequence with P > 0 was seen, or where log pi is NaN."""
 
     value: float
     stderr: float
@@ -99,9 +99,38 @@ def _fp64(x: Tensor) -> Tensor:
     return x.detach().to(torch.float64)
 
 
+def _check(sample_weight: Tensor | None, **each: Tensor) -> None:
+    """One value per sequence of all that is given: what broadcast would be averaged as if there were N * N sequences.
+
+    Raises:
+        ValueError: shapes that are not the same (N,), weights that are not positive and finite.
+    """
+    shapes = {name: tuple(x.shape) for name, x in each.items()}
+    if sample_weight is not None:
+        shapes["sample_weight"] = tuple(sample_weight.shape)
+    if len(set(shapes.values())) > 1 or any(x.dim() != 1 for x in each.values()):
+        raise ValueError(
+            f"{', '.join(shapes)} must {'all ' if len(shapes) > 1 else ''}be (N,), one value per sequence; got "
+            f"{', '.join(map(str, shapes.values()))}"
+        )
+    if sample_weight is not None and not bool(((sample_weight > 0) & (sample_weight < math.inf)).all()):
+        raise ValueError("sample_weight must be positive and finite")
+
+
+def _check_log_weight(log_weight: Tensor) -> None:
+    if not bool((log_weight < math.inf).all()):
+        raise ValueError("log_weight = log P - log q holds NaN or +inf: a log P that is, or a log q of -inf")
+
+
 def estimate_log_z(log_weight: Tensor, sample_weight: Tensor | None = None) -> Estimate:
-    """log Z = log mean w from log_weight = log P - log q, (N,) fp64. -inf if no P > 0."""
+    """log Z = log mean w from log_weight = log P - log q, (N,) fp64. -inf if no P > 0.
+
+    Raises:
+        ValueError: other shapes, NaN or +inf in log_weight, weights that are not positive and finite.
+    """
+    _check(sample_weight, log_weight=log_weight)
     log_weight = _fp64(log_weight)
+    _check_log_weight(log_weight)
     g = _ones(log_weight, sample_weight)
     top = log_weight.max() if log_weight.numel() else torch.tensor(-math.inf)
     if top == -math.inf:
@@ -111,8 +140,14 @@ def estimate_log_z(log_weight: Tensor, sample_weight: Tensor | None = None) -> E
 
 
 def effective_sample_size(log_weight: Tensor, sample_weight: Tensor | None = None) -> Estimate:
-    """(sum w)^2 / sum w^2 in sequences, from log_weight = log P - log q, (N,). 0 if no P > 0."""
+    """(sum w)^2 / sum w^2 in sequences, from log_weight = log P - log q, (N,). 0 if no P > 0.
+
+    Raises:
+        ValueError: as ``estimate_log_z``.
+    """
+    _check(sample_weight, log_weight=log_weight)
     log_weight = _fp64(log_weight)
+    _check_log_weight(log_weight)
     g = _ones(log_weight, sample_weight)
     top = log_weight.max() if log_weight.numel() else torch.tensor(-math.inf)
     if top == -math.inf:
@@ -130,8 +165,15 @@ def estimate_moments(features: Tensor, log_weight: Tensor, sample_weight: Tensor
     """E_p[phi] for each column of features (N, F), self-normalised, from log_weight = log P - log q, (N,).
 
     With ``log_weight`` all 0 these are plain means, such as E_pi[phi] from samples of pi.
+
+    Raises:
+        ValueError: as ``estimate_log_z``; features that are not (N, F).
     """
+    _check(sample_weight, log_weight=log_weight)
+    if features.dim() != 2 or features.shape[0] != log_weight.shape[0]:
+        raise ValueError(f"features must be (N, F) with N = {log_weight.shape[0]}, got {tuple(features.shape)}")
     log_weight = _fp64(log_weight)
+    _check_log_weight(log_weight)
     if log_weight.numel() == 0 or log_weight.max() == -math.inf:
         return [_NOTHING] * features.shape[1]
     w = _ones(log_weight, sample_weight) * (log_weight - log_weight.max()).exp()
@@ -177,8 +219,17 @@ def estimate(
         z_of: (N,) integers, the context of each sequence, if ``log_z`` is that of these very sequences, for each
             context its own. Then u has mean 1, whatever the draw, and near p a divergence varies far less than it
             would if log Z were known.
+
+    Raises:
+        ValueError: tensors that are not all (N,), a log_target of NaN or +inf, a log_proposal that is not finite,
+            weights that are not positive and finite.
     """
+    given = {"log_prob": log_prob, "log_proposal": log_proposal, "log_target": log_target}
+    given |= {"log_z": log_z} if isinstance(log_z, Tensor) and log_z.dim() else {}
+    _check(sample_weight, **given, **({} if z_of is None else {"z_of": z_of}))
     log_prob, log_proposal, log_target = _fp64(log_prob), _fp64(log_proposal), _fp64(log_target)
+    if not bool(((log_target < math.inf) & log_proposal.isfinite()).all()):
+        raise ValueError("log_target holds NaN or +inf, or log_proposal is not finite")
     g = _ones(log_prob, sample_weight)
     log_w = log_target - log_proposal
     if log_w.numel() == 0 or log_w.max() == -math.inf:

@@ -249,7 +249,8 @@ class LanguageModel:
         width = max(len(ids) for ids in encoded)
         tokens = torch.tensor([[self.pad_token_id] * (width - len(ids)) + ids for ids in encoded], device=self.device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=self.device)
-        self._check_token(int(tokens.max()), "the tokenizer gave token")
+        for token in torch.aminmax(tokens):
+            self._check_token(int(token), "the tokenizer gave token")
         return tokens, mask
 
     def _token_ids(self, prompt: Prompt) -> list[int]:
@@ -628,8 +629,10 @@ class LanguageModel:
             ``DMLossOutput``; ``loss`` carries the gradient of the model's parameters.
 
         Raises:
-            TypeError, ValueError: as ``dm_loss``.
+            TypeError, ValueError: as ``dm_loss``; no samples.
         """
+        if len(samples) == 0:
+            raise ValueError("samples is empty: there is nothing for the model's forward to take")
         samples = samples.trimmed()
         found = self._hidden(samples)
         if found is not None:

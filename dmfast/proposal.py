@@ -76,6 +76,13 @@ def _copy(module: nn.Module, device: torch.device | str | None) -> nn.Module:
     return copied if device is None else copied.to(device)
 
 
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, also those that a state_dict leaves out; and not what else one may hold."""
+    return dict(
+        [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    )  # fmt: skip
+
+
 def _as_adapter(policy: Any, device: torch.device | str | None) -> tuple[Any, str]:
     """q as a second adapter of the policy's model, and the name of the policy's own."""
     if not isinstance(policy, LanguageModel):
@@ -89,7 +96,7 @@ def _as_samples(scores: Scores) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     """Fresh scores as ``RunningEstimates.samples`` gives those of the steps: fp64, all of the same weight.
 
     Raises:
-        ValueError: tensors of different lengths.
+        ValueError: tensors of different lengths, values that can't be.
     """
     *each, log_z = (torch.as_tensor(x, dtype=torch.float64, device=scores[0].device).detach() for x in scores)
     shapes = [tuple(x.shape) for x in each]
@@ -99,6 +106,11 @@ def _as_samples(scores: Scores) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
             f"shapes {', '.join(map(str, [*shapes, tuple(log_z.shape)]))}"
         )
     log_prob, log_proposal, log_target = each
+    if not bool(((log_target < math.inf) & log_proposal.isfinite() & ~(log_prob == math.inf)).all()):
+        raise ValueError(
+            "fresh gave a log P that is NaN or +inf, a log q that is not finite, or a log pi of +inf: no check can "
+            "rest on that"
+        )
     return log_prob, log_proposal, log_target, log_z.expand_as(log_prob), torch.ones_like(log_prob)
 
 
@@ -141,10 +153,10 @@ class OfflineProposal(Generic[Policy]):
     ) -> None:
         if criterion not in CRITERIA:
             raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
-        if interval < 1:
-            raise ValueError(f"interval must be 1 step or more, got {interval!r}")
-        if stderrs < 0:
-            raise ValueError(f"stderrs must not be negative, got {stderrs!r}")
+        if not isinstance(interval, int) or interval < 1:
+            raise ValueError(f"interval must be an integer, 1 step or more, got {interval!r}")
+        if not 0 <= stderrs < math.inf:
+            raise ValueError(f"stderrs must be a number, 0 or more, got {stderrs!r}")
         self.policy, self.criterion, self.interval = policy, criterion, interval
         self.best_only, self.stderrs = best_only, stderrs
         self.running = RunningEstimates(decay)
@@ -186,7 +198,7 @@ class OfflineProposal(Generic[Policy]):
                 samples; the verdict then rests on these only, not on the steps since the last swap.
 
         Raises:
-            ValueError: ``fresh`` gave tensors of different lengths; q stays as it is.
+            ValueError: ``fresh`` gave tensors of different lengths, or values that can't be; q stays as it is.
             RuntimeError: the policy has other parameters than at the start; q stays as it is.
         """
         if self.steps % self.interval or self.steps == self._checked:
@@ -230,19 +242,22 @@ class OfflineProposal(Generic[Policy]):
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Those of pi and those of q, by the same names: all of them, or with ``adapter`` those of the adapters."""
         if self._adapter is None:
-            return _module(self.policy).state_dict(), _module(self.snapshot).state_dict()
+            return _tensors_of(_module(self.policy)), _tensors_of(_module(self.snapshot))
         view = cast(adapters.AdapterView, self.snapshot)
         view.check_there()
         return adapters.weights(view.model, self._adapter), adapters.weights(view.model, adapters.PROPOSAL)
 
     def _moving(self) -> dict[str, Tensor]:
-        """q's parameters and buffers but those frozen in the policy, which are alike in both: of an adapter, little."""
+        """q's parameters and persistent buffers but those frozen in the policy, which are alike in both: of an adapter,
+        little.
+        """
         _, of_q = self._tensors()
         if self._adapter is not None:
             return of_q
         named = _module(self.policy).named_parameters(remove_duplicate=False)
         frozen = {name for name, parameter in named if not parameter.requires_grad}
-        return {k: v for k, v in of_q.items() if k not in frozen}
+        persistent = _module(self.snapshot).state_dict().keys()
+        return {k: v for k, v in of_q.items() if k in persistent and k not in frozen}
 
     def state_dict(self) -> dict[str, Any]:
         """q's parameters that training moves, the samples since the last swap, the counters."""

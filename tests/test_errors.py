@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dmfast
 from dmfast import Objective
@@ -219,7 +221,7 @@ def test_cu_seqlens_of_no_sequence() -> None:
 
 
 @pytest.mark.parametrize("scoring", [False, True])
-@pytest.mark.parametrize("value", [0, 0.0, -1.0, NAN, INF, -INF, "1", None])
+@pytest.mark.parametrize("value", [0, 0.0, -1.0, NAN, INF, -INF, "1", None, True, 1e-13, 1e13])
 def test_temperature(value: Any, scoring: bool) -> None:
     call = good(temperature=value)
     call.scoring = scoring
@@ -227,7 +229,7 @@ def test_temperature(value: Any, scoring: bool) -> None:
 
 
 @pytest.mark.parametrize("scoring", [False, True])
-@pytest.mark.parametrize("value", [0, 0.0, -30.0, NAN, INF, "30"])
+@pytest.mark.parametrize("value", [0, 0.0, -30.0, NAN, INF, "30", True, 1e9])
 def test_softcap(value: Any, scoring: bool) -> None:
     call = good(softcap=value)
     call.scoring = scoring
@@ -244,8 +246,11 @@ def test_softcap(value: Any, scoring: bool) -> None:
             "what reduction='mean' divides by; got reduction='sum'",
         ),
         ({"reduction": "none", "num_sequences": 4}, "what reduction='mean' divides by; got reduction='none'"),
-        *(({"num_sequences": x}, "num_sequences must be a positive number or None") for x in (0, -1, NAN, INF, "4")),
-        *(({"grad_scale": x}, "grad_scale must be a positive number or None") for x in (0, -1.0, NAN, INF, "4")),
+        *(
+            ({name: x}, f"{name} must be a positive number, from 1e-30 to 1e30, or None")
+            for name in ("num_sequences", "grad_scale")
+            for x in (0, -1.0, NAN, INF, "4", True, 1e-46, 1e300)
+        ),
         *(({"max_weight": x}, "max_weight must be a positive number or None") for x in (0, -2.0, NAN, "4")),
     ],
 )
@@ -463,10 +468,67 @@ def test_a_weight_beyond_fp32(packed: bool, objective: str, on_policy: bool) -> 
     refuses(call, ValueError, f"the weight A of sequence {first} is .*max_weight")
 
 
+@pytest.mark.parametrize("objective", ["gdc++", "dpg"])
+def test_numbers_at_the_end_of_their_range(objective: str) -> None:
+    """Gradients are finite there, and a softcap that caps nothing changes nothing."""
+    plain = good(objective=objective)()
+    for options in ({"temperature": 1e-12}, {"temperature": 1e12}, {"softcap": 1e8}, {"grad_scale": 1e30}):
+        call = good(objective=objective, max_weight=10.0, **options)
+        call.logits = call.logits.requires_grad_()
+        out = call()
+        (out.loss * options.get("grad_scale", 1.0)).backward()
+        assert bool(call.logits.grad.isfinite().all()), options  # type: ignore[union-attr]
+        if "softcap" in options:
+            torch.testing.assert_close(out.log_prob, plain.log_prob, rtol=0, atol=1e-6)
+
+
+def test_numbers_of_numpy() -> None:
+    numbers = {
+        "temperature": 2.0,
+        "softcap": 5.0,
+        "num_sequences": 4,
+        "grad_scale": 0.5,
+        "max_weight": 3.0,
+        "log_z": 0.5,
+    }
+    types = (np.float32, np.float64, np.int64, np.float16, np.float32, np.float32)
+    given = {name: kind(x) for (name, x), kind in zip(numbers.items(), types, strict=True)}
+    for call in (good(objective="dpg", **given), good(objective="gdc++", **given)):
+        found, wanted = call(), good(objective=call.options["objective"], **numbers)()
+        assert torch.equal(found.loss, wanted.loss) and torch.equal(found.log_prob, wanted.log_prob)
+
+
+@pytest.mark.parametrize("value", ["no", None, 1, 0.0])
+def test_on_policy_is_a_bool(value: Any) -> None:
+    refuses(good(on_policy=value), TypeError, "on_policy must be True or False")
+
+
+def test_a_view_whose_memory_holds_the_negative() -> None:
+    call = good()
+    wanted = call()
+    for name in ("log_target", "log_proposal"):
+        x = call.options[name]
+        call.options[name] = torch.complex(torch.zeros_like(x), -x).conj().imag
+        assert call.options[name].is_neg() and torch.equal(call.options[name], x)
+    assert torch.equal(call().weight, wanted.weight)
+
+
+@pytest.mark.parametrize("scoring", [False, True])
+def test_logits_without_memory(scoring: bool) -> None:
+    """A kernel would read at address 0."""
+    call = good()
+    call.scoring = scoring
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        call.logits, call.tokens = mode.from_tensor(call.logits), mode.from_tensor(call.tokens)
+        with pytest.raises(TypeError, match="are a FakeTensor and have no memory"):
+            call()
+
+
 @pytest.mark.parametrize("weight", [3.5e38, -3.5e38, 1e300, NAN, INF, -INF])
 def test_own_weights_beyond_fp32(weight: float) -> None:
     call = good(objective=lambda terms: torch.tensor([0.0, 3.4e38, weight]).double())
-    refuses(call, ValueError, "the weight A of sequence 2 is")
+    message = "the weight A of sequence 2 is " + ("NaN: the objective has no value" if math.isnan(weight) else "")
+    refuses(call, ValueError, message)
 
 
 def test_leave_one_out() -> None:
@@ -492,6 +554,9 @@ def test_leave_one_out() -> None:
         assert good(objective=objective, on_policy=True)().weight.shape == (B,)
     objective = Objective("dpg", baseline="leave_one_out")
     refuses(good(objective=objective, on_policy=True, log_proposal=None), ValueError, "needs returns that are known")
+    far = torch.tensor([-9.0, -1e4, -9.0], dtype=torch.float64)
+    message = "the baseline of sequence 0, which leaves it out, is inf: the return of another sequence is infinite"
+    refuses(good(objective=objective, log_proposal=far), ValueError, message)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,14 @@ from tabular import (
 
 import dmfast
 from dmfast import estimators
-from dmfast.estimators import PartitionFunction, RunningEstimates, estimate, estimate_log_z
+from dmfast.estimators import (
+    PartitionFunction,
+    RunningEstimates,
+    effective_sample_size,
+    estimate,
+    estimate_log_z,
+    estimate_moments,
+)
 
 SPACE = Space()
 BASE = SPACE.log_prob(SPACE.table(1, 0.5))
@@ -421,3 +428,52 @@ def test_window_goes_on_after_a_break():
         straight.load_state_dict({"decay": 0.5})
     assert straight.decay == 0.7
     assert resumed.estimates() == straight.estimates()
+
+
+# --- what may be given
+
+
+def scores(n=5):
+    """log pi, log q, log P."""
+    return [torch.linspace(-9.0, -7.0, n) + shift for shift in (0.0, 0.3, 0.5)]
+
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("change", [lambda x: x[:, None], lambda x: x[:1], lambda x: x[0]])
+def test_one_value_per_sequence(which, change):
+    """Broadcast, they would be averaged over N * N sequences."""
+    given = scores()
+    given[which] = change(given[which])
+    with pytest.raises(ValueError, match=r"log_prob, log_proposal, log_target must all be \(N,\)"):
+        estimate(*given, 0.0)
+
+
+def test_other_shapes():
+    x, (log_prob, log_proposal, log_target) = torch.zeros(5), scores()
+    for call in (estimate_log_z, effective_sample_size, lambda w, g=None: estimate_moments(torch.ones(5, 2), w, g)):
+        with pytest.raises(ValueError, match=r"log_weight must be \(N,\), one value per sequence; got \(5, 1\)"):
+            call(x[:, None])
+        with pytest.raises(ValueError, match=r"log_weight, sample_weight must all be \(N,\)"):
+            call(x, torch.ones(1))
+    for features in (torch.ones(5), torch.ones(1, 2), torch.ones(4, 2)):
+        with pytest.raises(ValueError, match=r"features must be \(N, F\) with N = 5"):
+            estimate_moments(features, x)
+    with pytest.raises(ValueError, match=r"log_z must all be \(N,\)"):
+        estimate(log_prob, log_proposal, log_target, torch.zeros(1))
+    with pytest.raises(ValueError, match=r"z_of must all be \(N,\)"):
+        estimate(log_prob, log_proposal, log_target, 0.0, z_of=torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_can_not_be(value):
+    for call in (estimate_log_z, effective_sample_size, lambda w, g=None: estimate_moments(torch.ones(5, 2), w, g)):
+        with pytest.raises(ValueError, match="log_weight = log P - log q holds NaN or"):
+            call(torch.tensor([0.0, value, 0.0, 0.0, 0.0]))
+        for weight in (value, 0.0, -1.0):
+            with pytest.raises(ValueError, match="sample_weight must be positive and finite"):
+                call(torch.zeros(5), torch.tensor([1.0, weight, 1.0, 1.0, 1.0]))
+    for which in (1, 2):
+        given = scores()
+        given[which][3] = value
+        with pytest.raises(ValueError, match="log_target holds NaN or"):
+            estimate(*given, 0.0)

@@ -985,8 +985,8 @@ def test_compiled_without_grad_mode(objective: str) -> None:
     x = leaf(p.logits)
     with torch.no_grad():
         loss = compiled(x)
-    assert not loss.requires_grad and torch.equal(loss, p.loss(p.logits, objective=objective).loss)
-    assert torch.equal(x, p.logits)
+    assert not loss.requires_grad and torch.equal(x, p.logits)
+    torch.testing.assert_close(loss, p.loss(p.logits, objective=objective).loss, rtol=1e-12, atol=0)
 
 
 @inplaces
@@ -1047,9 +1047,8 @@ def test_compiled_in_place_on_a_graph_input(backend: str, objective: str) -> Non
     close(x.grad, p.gradient(objective=objective))
     y = leaf(p.logits / 4).exp()  # exp's backward needs y
     loss = compiled(y)
-    if torch.equal(y.detach(), (p.logits / 4).exp()):  # not overwritten so far
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @known

@@ -268,6 +268,32 @@ def test_best_only(criterion):
         assert proposal.swaps == int(expected)
 
 
+class Remembers(Table):
+    """With a buffer that no state_dict has, and a state that is no tensor."""
+
+    def __init__(self, table):
+        super().__init__(table)
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+
+    def get_extra_state(self):
+        return {"version": 3}
+
+    def set_extra_state(self, state):
+        assert state == {"version": 3}
+
+
+def test_all_that_a_model_computes_with_is_copied():
+    policy = Remembers(Q_TABLE)
+    proposal = OfflineProposal(policy, interval=1)
+    policy.scale.fill_(7.0)
+    assert float(proposal.snapshot.scale) == 1.0
+    proposal.swap()
+    assert float(proposal.snapshot.scale) == 7.0
+    state = proposal.state_dict()
+    assert "scale" not in state["model"] and all(isinstance(x, torch.Tensor) for x in state["model"].values())
+    proposal.load_state_dict(state)
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_snapshot_is_a_frozen_copy(wrapped):
     model = Table(Q_TABLE)
@@ -352,8 +378,8 @@ def test_what_fails_changes_nothing():
     ("name", "kwargs"),
     [
         ("kl, tvd", {"criterion": "nothing"}),
-        ("interval", {"interval": 0}),
-        ("stderrs", {"stderrs": -1.0}),
+        *(("interval must be an integer, 1 step or more", {"interval": x}) for x in (0, 2.5, math.nan, "5")),
+        *(("stderrs must be a number, 0 or more", {"stderrs": x}) for x in (-1.0, math.nan, math.inf)),
         ("decay", {"decay": 0.0}),
     ],
 )

@@ -85,6 +85,12 @@ def test_fresh_samples_that_do_not_fit_change_nothing():
         with pytest.raises(ValueError, match=r"\(N,\) each, and log Z, \(N,\) or a number; got the shapes"):
             proposal.maybe_update(fresh=lambda bad=bad: bad)
         assert proposal.swaps == 0 and len(proposal.running) == 1 and proposal.last_check is None
+    for i, value in ((0, math.inf), (1, -math.inf), (1, math.nan), (2, math.nan), (2, math.inf)):
+        bad = [log_prob.clone(), log_proposal.clone(), log_target.clone(), log_z]
+        bad[i][0] = value
+        with pytest.raises(ValueError, match="no check can rest on that"):
+            proposal.maybe_update(fresh=lambda bad=bad: bad)
+        assert proposal.swaps == 0 and len(proposal.running) == 1 and proposal.last_check is None
     assert proposal.maybe_update(fresh=lambda: (log_prob.float(), log_proposal, log_target, log_z.expand_as(log_prob)))
 
 

@@ -45,7 +45,11 @@ def gpt2(seed=0, n_positions=24):
 
 def job(out, *, model=None, constraints=None, prompts=None, tok=None, callbacks=(), lambda_=1.5, reward=None,
         lora=None, **args):  # fmt: skip
-    """A trainer on GPT-2 of 2 layers x 16: 60% of the sequences have w3. lora: of peft.LoraConfig, on one backbone."""
+    """A trainer on GPT-2 of 2 layers x 16: 60% of the sequences have w3. lora: of peft.LoraConfig, on one backbone.
+
+    The seed is one with w3 among the samples of every step: without any A is 0 but for its rounding, which Adam would
+    make a step of full size, another one on every machine. And pi is nearer to p than q by .4 nats at step 4.
+    """
     model = gpt2() if model is None else model
     tok = tokenizer() if tok is None else tok
     if lora is None:
@@ -61,7 +65,7 @@ def job(out, *, model=None, constraints=None, prompts=None, tok=None, callbacks=
     settings = {
         "output_dir": str(out), "max_steps": 4, "per_device_train_batch_size": 8, "max_new_tokens": 6, "use_cpu": True,
         "learning_rate": 5e-3, "warmup_steps": 2, "proposal_interval": 2, "save_strategy": "no", "disable_tqdm": True,
-        "eval_samples": 32, "seed": 3, "enable_jit_checkpoint": False,
+        "eval_samples": 32, "seed": 29, "enable_jit_checkpoint": False,
     }  # fmt: skip
     return dmfast.DMTrainer(
         model, target, dmfast.DMConfig(**(settings | args)), train_dataset=prompts, processing_class=tok, reward=reward,

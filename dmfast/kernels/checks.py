@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -42,11 +43,18 @@ def _check_logits(logits: Tensor) -> None:
         )
 
 
+def _number(x: object) -> float:
+    """Of Python's and NumPy's numbers; NaN for what is none, such as a bool."""
+    return float(x) if isinstance(x, (float, int, Real)) and not isinstance(x, bool) else math.nan
+
+
 def _check_scaling(temperature: float, softcap: float | None) -> None:
-    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
-        raise ValueError(f"temperature must be a positive number, got {temperature!r}")
-    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):
-        raise ValueError(f"softcap must be a positive number or None, got {softcap!r}")
+    # beyond, logits or their gradients leave fp32's range
+    if not 1e-12 <= _number(temperature) <= 1e12:
+        raise ValueError(f"temperature must be a positive number, from 1e-12 to 1e12, got {temperature!r}")
+    # beyond, tanh of what is left of a logit cancels
+    if softcap is not None and not 0 < _number(softcap) <= 1e8:
+        raise ValueError(f"softcap must be a positive number or None, up to 1e8, which caps nothing; got {softcap!r}")
 
 
 def make_batch(
@@ -106,7 +114,7 @@ def make_batch(
         cu_seqlens=cu_seqlens,
         n_sequences=cu_seqlens.shape[0] - 1 if cu_seqlens is not None else logits.shape[0],
         steps=0 if packed else logits.shape[1],
-        scale=1.0 / temperature,
+        scale=1.0 / float(temperature),
         softcap=float(softcap or 0.0),
     )
 
@@ -185,10 +193,12 @@ def _per_sequence(name: str, value: Tensor | float, device: torch.device, to: to
             raise ValueError(f"{name} must have one value per sequence, ({n},), got {describe(value)}")
         if value.requires_grad:
             value = value.detach()
-        if dtype is not torch.float64:
+        if dtype is torch.float64:
+            value = value.resolve_neg()  # itself, but for a view whose memory holds -value
+        else:
             value = value.double() if to == device else value.to(to).double()
         return value.contiguous() if value.dim() else value.expand(n).contiguous()
-    if name == "log_z" and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if name == "log_z" and isinstance(value, (float, int, Real)) and not isinstance(value, bool):
         return torch.full((n,), value, dtype=torch.float64, device=to)
     raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
 
@@ -229,7 +239,9 @@ def make_terms(
                 f"objective {objective.name!r} needs log_proposal, the log-probability of each sequence under what it "
                 "was sampled from; or on_policy=True where that is the policy itself"
             )
-    if max_weight is not None and not (isinstance(max_weight, (int, float)) and max_weight > 0):
+    if on_policy is not True and on_policy is not False:
+        raise TypeError(f"on_policy must be True or False, got {on_policy!r}")
+    if max_weight is not None and not _number(max_weight) > 0:
         raise ValueError(f"max_weight must be a positive number or None, got {max_weight!r}")
     if context_id is not None and (
         not isinstance(context_id, Tensor) or context_id.dtype.is_floating_point or context_id.shape != (n,)
@@ -260,9 +272,10 @@ def check_call(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    # beyond 1e30 a gradient leaves fp32's range
     for name, value in (("num_sequences", num_sequences), ("grad_scale", grad_scale)):
-        if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-            raise ValueError(f"{name} must be a positive number or None, got {value!r}")
+        if value is not None and not 1e-30 <= _number(value) <= 1e30:
+            raise ValueError(f"{name} must be a positive number, from 1e-30 to 1e30, or None; got {value!r}")
     if num_sequences is not None and reduction != "mean":
         raise ValueError(f"num_sequences is what reduction='mean' divides by; got reduction={reduction!r}")
     if inplace and torch.is_grad_enabled() and batch.logits.requires_grad:
@@ -324,7 +337,7 @@ def make_draws(
         if row_ids.device != logits.device:
             raise ValueError(f"row_ids is on {row_ids.device}, logits on {logits.device}; move it there")
         row_ids = row_ids.to(torch.int64).contiguous()
-    return Draws(logits.detach(), seed % 2**64, row_ids, step, 1.0 / temperature, float(softcap or 0.0))
+    return Draws(logits.detach(), seed % 2**64, row_ids, step, 1.0 / float(temperature), float(softcap or 0.0))
 
 
 def check_draws(draws: Draws) -> Draws:
@@ -442,6 +455,16 @@ def _check_values(name: str, value: Tensor | None, minus_infinity: str | None, f
         raise ValueError(f"{name} holds {float(value[i])} at sequence {first_sequence + i}{hint}")
 
 
+def _check_left_out(baseline: Tensor, first_sequence: int) -> None:
+    bad = ~baseline.isfinite()
+    if bool(bad.any()):
+        raise ValueError(
+            f"the baseline of sequence {first_sequence + _first(bad)}, which leaves it out, is "
+            f"{float(baseline[_first(bad)])}: the return of another sequence is infinite, whose log_target is -inf or "
+            "far above its log_proposal; drop that one, or take a constant baseline"
+        )
+
+
 def check_terms(terms: Terms, first_sequence: int = 0) -> None:
     """The per-sequence inputs of sequences from ``first_sequence`` on, by value.
 
@@ -456,9 +479,11 @@ def check_terms(terms: Terms, first_sequence: int = 0) -> None:
     _check_values("reward", terms.reward, "a reward must be finite", first)
     _check_values("log_base", terms.log_base, "the base gives this sequence probability 0; set max_weight or drop it"
                   if terms.max_weight == math.inf else None, first)  # fmt: skip
-    if isinstance(terms.baseline, Tensor):
-        _check_values("baseline", terms.baseline, "a baseline must be finite", first)
     objective = terms.objective
+    if isinstance(terms.baseline, Tensor):
+        if isinstance(objective, Objective) and isinstance(objective.baseline, str):
+            _check_left_out(terms.baseline, first)
+        _check_values("baseline", terms.baseline, "a baseline must be finite", first)
     if (
         isinstance(objective, Objective)
         and objective.name in INFINITE_AT_ZERO
@@ -490,8 +515,11 @@ def raise_weight(i: int, weight: Tensor, first_sequence: int = 0) -> None:
     """Raises:
     ValueError: says which sequence has a weight that no fp32 holds.
     """
+    a = float(weight[i])
+    if math.isnan(a):
+        raise ValueError(f"the weight A of sequence {first_sequence + i} is NaN: the objective has no value there")
     raise ValueError(
-        f"the weight A of sequence {first_sequence + i} is {float(weight[i])}, beyond fp32's range: its ratio to the "
+        f"the weight A of sequence {first_sequence + i} is {a}, beyond fp32's range: its ratio to the "
         "proposal is out of hand. Check log_proposal and log_z for this sequence, or bound weights with max_weight"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -107,12 +108,30 @@ def _strides(x: Tensor, batch: Batch) -> tuple[int, int]:
     return (0, x.stride(0)) if batch.cu_seqlens is not None else (x.stride(0), x.stride(1))
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _check_memory(*tensors: Tensor) -> None:
+    """Of a FakeTensor or a DTensor the address is 0."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a FakeTensor's address is "deprecated"
+        for x in tensors:
+            if x.numel() and not x.data_ptr():
+                raise TypeError(
+                    f"logits or tokens are a {type(x).__name__} and have no memory that a kernel could read: pass a "
+                    "local tensor (a DTensor's full_tensor()), trace with torch.compile or torch.export, or take "
+                    "dmfast.use_backend('eager')"
+                )
+
+
 def _batch(batch: Batch) -> object:
     assert _C is not None
-    logits = batch.logits
+    logits, labels = batch.logits, batch.labels
+    if type(logits) not in _PLAIN or type(labels) not in _PLAIN:
+        _check_memory(logits, labels)
     return _C.Batch(
         DTYPES[logits.dtype], logits.data_ptr(), batch.n_sequences, batch.steps, batch.n_rows, *_strides(logits, batch),
-        _pointer(batch.cu_seqlens), batch.labels.data_ptr(), logits.shape[-1], batch.scale, batch.softcap,
+        _pointer(batch.cu_seqlens), labels.data_ptr(), logits.shape[-1], batch.scale, batch.softcap,
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -214,8 +233,8 @@ def forward(batch: Batch, terms: Terms | None, entropy: bool, divide_by: float =
     if on_cuda(batch.logits):
         return _queue("forward", batch, terms, entropy, divide_by)
     kernel = _C.forward
-    scores, outputs = _outputs(batch, terms, entropy, divide_by)
     c_batch, c_terms = _batch(batch), _terms(terms)
+    scores, outputs = _outputs(batch, terms, entropy, divide_by)
     _run(lambda checked: kernel(c_batch, c_terms, outputs, checked), batch, terms, scores)
     return scores
 
@@ -276,8 +295,8 @@ def forward_backward(
         overwrites = batch.logits if inplace else None
         return _queue("forward_backward", batch, terms, entropy, divide_by, *gradient, overwrites=overwrites), dz
     kernel = _C.forward_backward
-    scores, outputs = _outputs(batch, terms, entropy, divide_by)
     c_batch, c_terms = _batch(batch), _terms(terms)
+    scores, outputs = _outputs(batch, terms, entropy, divide_by)
 
     def call(checked: bool) -> Status:
         status: Status = kernel(c_batch, c_terms, outputs, checked, *gradient)
