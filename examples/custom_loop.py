@@ -2,7 +2,7 @@
 
     python examples/custom_loop.py                   # the tiny biography model that dmfast ships, 2 minutes on a CPU
     pip install gguf && python scripts/fetch_smollm2.py    # writes SmolLM2-135M, for
-    python examples/custom_loop.py --model ~/.cache/dmfast/smollm2-135m
+    python examples/custom_loop.py --model ~/.cache/dmfast/smollm2-135m --batch 32 --learning-rate 1e-5 --eval-batch 64
 
 The target is log P(x) = log a(x) + lambda * phi(x): a the pretrained model, phi(x) = 1 for a biography about a woman.
 For one binary feature lambda has a closed form, the difference of the two log-odds.
