@@ -27,7 +27,7 @@ def _xpu_has_fp64(device: torch.device) -> bool:
 
 def home(device: torch.device) -> torch.device:
     """Where the per-sequence values of logits on a device live."""
-    return device if has_fp64(device) else torch.device("cpu")
+    return device if device.type == "cpu" or has_fp64(device) else torch.device("cpu")
 
 
 def wide(x: Tensor) -> Tensor:
