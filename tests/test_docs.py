@@ -38,7 +38,7 @@ from dmfast.training import recipe
 
 ROOT = Path(__file__).parent.parent
 # none where the tests stand alone, as beside an installed wheel
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if (ROOT / "docs").is_dir() else []
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if (ROOT / "pyproject.toml").exists() else []
 BLOCK = re.compile(
     r"(?P<comments>(?:^<!-- test: (?:(?!-->).)*-->\n)*)^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
 )

@@ -280,7 +280,7 @@ def test_a_ragged_last_step(tmp_path):
 
 def test_two_processes_give_one_process_s_gradients_and_swaps(tmp_path):
     # not Adam, which makes steps of full size out of rounding where a gradient is nearly 0
-    common = {"max_steps": 6, "proposal_interval": 2, "optim": "sgd", "learning_rate": 3e-3, "warmup_steps": 0}
+    common = {"max_steps": 6, "proposal_interval": 2, "optim": "sgd", "learning_rate": 1e-2, "warmup_steps": 0}
     common |= {"gradient_variance_steps": 1, "eval_strategy": "steps", "eval_steps": 6, "eval_diversity": 32}
     one = in_process(tmp_path / "one", per_device_train_batch_size=32, **common)
     two = in_process(tmp_path / "two", processes=2, per_device_train_batch_size=16, **common)
