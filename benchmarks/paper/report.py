@@ -629,7 +629,10 @@ def difference_figure(runs: Runs, path: Path) -> None:
                           marker="o", markersize=3, capsize=2, linewidth=1.3)  # fmt: skip
     for axis in axes[-1]:
         axis.set_xlabel("sequences", fontsize=8)
-    drawing.suptitle("GDC++ less GDC: mean and standard error over seeds of the difference in pairs", fontsize=11)
+    title = (
+        "GDC++ less GDC: mean and standard error over seeds of the difference in pairs; each panel has its own scale"
+    )
+    drawing.suptitle(title, fontsize=11)
     drawing.savefig(path, dpi=90)
     plt.close(drawing)
 
@@ -673,6 +676,7 @@ def study_figure(runs: Runs, path: Path) -> None:
                 else:
                     axis.set_xscale("log", base=2)
                     axis.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
+    drawing.suptitle("mean and standard error over seeds; bands end at a tenth of the mean", fontsize=11)
     drawing.savefig(path, dpi=90)
     plt.close(drawing)
 
