@@ -143,12 +143,8 @@ def measure(tasks: Mapping[str, int], folder: Path, chunk: int = 2**14) -> None:
     for task, target in targets.items():
         log_weight, columns = (torch.cat(parts) for parts in zip(*found[task], strict=True))
         names = [*target.moment_names, *target.monitor_names]
-        nothing, one = (
-            torch.zeros(len(log_weight), dtype=torch.float64),
-            torch.zeros(len(log_weight), dtype=torch.int64),
-        )
-        log_z = estimate_log_z(log_weight)
-        kl = estimate(nothing, nothing, log_weight, torch.full_like(nothing, log_z.value), z_of=one).kl_policy
+        log_z, nothing = estimate_log_z(log_weight), torch.zeros_like(log_weight)
+        kl = estimate(nothing, nothing, log_weight, log_z.value, z_of=nothing.long()).kl_policy
         path = folder / f"{task}.json"
         result = json.loads(path.read_text())
         result["base"] = {"samples": len(log_weight), "log_z": vars(log_z), "kl_target_base": vars(kl)}
