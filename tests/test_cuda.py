@@ -128,7 +128,7 @@ def test_an_input_that_may_not_be_costs_its_sequence_also_where_the_weight_does_
 def test_a_users_objective_is_checked_later_too() -> None:
     call = {**good(), "objective": lambda t: torch.where(t.log_prob == t.log_prob[1], NAN, 1.0).double()}
     out = dmfast.dm_loss(**call)
-    with pytest.raises(ValueError, match="sequence 1 is nan"):
+    with pytest.raises(ValueError, match="sequence 1 is NaN"):
         out.check()
     assert out.weight.tolist() == [1.0, 0.0, 1.0, 1.0]
 

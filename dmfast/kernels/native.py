@@ -111,27 +111,30 @@ def _strides(x: Tensor, batch: Batch) -> tuple[int, int]:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _check_memory(*tensors: Tensor) -> None:
-    """Of a FakeTensor or a DTensor the address is 0."""
+def _check_memory(x: Tensor) -> None:
+    """Of a FakeTensor or a DTensor the address is 0.
+
+    Raises:
+        TypeError: x is one.
+    """
+    if type(x) in _PLAIN:
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a FakeTensor's address is "deprecated"
-        for x in tensors:
-            if x.numel() and not x.data_ptr():
-                raise TypeError(
-                    f"logits or tokens are a {type(x).__name__} and have no memory that a kernel could read: pass a "
-                    "local tensor (a DTensor's full_tensor()), trace with torch.compile or torch.export, or take "
-                    "dmfast.use_backend('eager')"
-                )
+        if x.numel() and not x.data_ptr():
+            raise TypeError(
+                f"logits are a {type(x).__name__} and have no memory that a kernel could read: pass a local tensor (a "
+                "DTensor's full_tensor()), trace with torch.compile or torch.export, or take "
+                "dmfast.use_backend('eager')"
+            )
 
 
 def _batch(batch: Batch) -> object:
     assert _C is not None
-    logits, labels = batch.logits, batch.labels
-    if type(logits) not in _PLAIN or type(labels) not in _PLAIN:
-        _check_memory(logits, labels)
+    logits = batch.logits
     return _C.Batch(
         DTYPES[logits.dtype], logits.data_ptr(), batch.n_sequences, batch.steps, batch.n_rows, *_strides(logits, batch),
-        _pointer(batch.cu_seqlens), labels.data_ptr(), logits.shape[-1], batch.scale, batch.softcap,
+        _pointer(batch.cu_seqlens), batch.labels.data_ptr(), logits.shape[-1], batch.scale, batch.softcap,
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -227,6 +230,7 @@ def forward(batch: Batch, terms: Terms | None, entropy: bool, divide_by: float =
         ValueError: as ``checks.check_rows`` and ``check_terms``; NaN or +inf in a scored row, a label logit of -inf, a
             weight beyond fp32's range. On CUDA ``recorded`` raises them; such a sequence has log_prob NaN, weight 0.
     """
+    _check_memory(batch.logits)
     if on_triton(batch.logits):
         return _triton_forward(batch, terms, entropy, divide_by)
     assert _C is not None
@@ -283,6 +287,7 @@ def forward_backward(
     Raises:
         ValueError: as ``forward``; on the CPU a weight beyond fp32's range is found before a row is touched.
     """
+    _check_memory(batch.logits)
     dz = _empty_gradient(batch, inplace)
     if on_triton(dz):
         scores = _triton_forward(batch, terms, entropy, divide_by, expected / divide_by, dz)
@@ -352,6 +357,7 @@ def sample(draws: Draws, uniforms: Tensor | None = None) -> tuple[Tensor, Tensor
             0 and log_prob NaN.
     """
     logits = draws.logits
+    _check_memory(logits)
     if on_triton(logits):
         from .triton import launch
 
