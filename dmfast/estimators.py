@@ -91,35 +91,53 @@ def _mean_in(context_id: Tensor, values: Tensor, weight: Tensor) -> Tensor:
     return (sums(weight * values) / sums(weight))[which]
 
 
-def _ones(like: Tensor, weight: Tensor | None) -> Tensor:
-    return torch.ones_like(like) if weight is None else weight.to(torch.float64)
-
-
 def _fp64(x: Tensor) -> Tensor:
     return x.detach().to(torch.float64)
 
 
-def _check(sample_weight: Tensor | None, **each: Tensor) -> None:
+def _check(**each: Tensor | None) -> None:
     """One value per sequence of all that is given: what broadcast would be averaged as if there were N * N sequences.
 
     Raises:
-        ValueError: shapes that are not the same (N,), weights that are not positive and finite.
+        ValueError: shapes that are not the same (N,).
     """
-    shapes = {name: tuple(x.shape) for name, x in each.items()}
-    if sample_weight is not None:
-        shapes["sample_weight"] = tuple(sample_weight.shape)
-    if len(set(shapes.values())) > 1 or any(x.dim() != 1 for x in each.values()):
+    shapes = {name: tuple(x.shape) for name, x in each.items() if x is not None}
+    if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
         raise ValueError(
             f"{', '.join(shapes)} must {'all ' if len(shapes) > 1 else ''}be (N,), one value per sequence; got "
             f"{', '.join(map(str, shapes.values()))}"
         )
-    if sample_weight is not None and not bool(((sample_weight > 0) & (sample_weight < math.inf)).all()):
+
+
+def _check_scores(log_target: Tensor, log_proposal: Tensor) -> None:
+    if not bool(((log_target < math.inf) & log_proposal.isfinite()).all()):
+        raise ValueError("log_target holds NaN or +inf, or log_proposal is not finite")
+
+
+def _weights(like: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """g, (N,) fp64.
+
+    Raises:
+        ValueError: one that is not positive and finite.
+    """
+    if sample_weight is None:
+        return torch.ones_like(like)
+    if not bool(((sample_weight > 0) & (sample_weight < math.inf)).all()):
         raise ValueError("sample_weight must be positive and finite")
+    return sample_weight.to(torch.float64)
 
 
-def _check_log_weight(log_weight: Tensor) -> None:
+def _checked(log_weight: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both in fp64.
+
+    Raises:
+        ValueError: as ``estimate_log_z``.
+    """
+    _check(log_weight=log_weight, sample_weight=sample_weight)
+    log_weight = _fp64(log_weight)
     if not bool((log_weight < math.inf).all()):
         raise ValueError("log_weight = log P - log q holds NaN or +inf: a log P that is, or a log q of -inf")
+    return log_weight, _weights(log_weight, sample_weight)
 
 
 def estimate_log_z(log_weight: Tensor, sample_weight: Tensor | None = None) -> Estimate:
@@ -128,10 +146,10 @@ def estimate_log_z(log_weight: Tensor, sample_weight: Tensor | None = None) -> E
     Raises:
         ValueError: other shapes, NaN or +inf in log_weight, weights that are not positive and finite.
     """
-    _check(sample_weight, log_weight=log_weight)
-    log_weight = _fp64(log_weight)
-    _check_log_weight(log_weight)
-    g = _ones(log_weight, sample_weight)
+    return _log_z(*_checked(log_weight, sample_weight))
+
+
+def _log_z(log_weight: Tensor, g: Tensor) -> Estimate:
     top = log_weight.max() if log_weight.numel() else torch.tensor(-math.inf)
     if top == -math.inf:
         return Estimate(-math.inf, math.nan)
@@ -145,10 +163,10 @@ def effective_sample_size(log_weight: Tensor, sample_weight: Tensor | None = Non
     Raises:
         ValueError: as ``estimate_log_z``.
     """
-    _check(sample_weight, log_weight=log_weight)
-    log_weight = _fp64(log_weight)
-    _check_log_weight(log_weight)
-    g = _ones(log_weight, sample_weight)
+    return _ess(*_checked(log_weight, sample_weight))
+
+
+def _ess(log_weight: Tensor, g: Tensor) -> Estimate:
     top = log_weight.max() if log_weight.numel() else torch.tensor(-math.inf)
     if top == -math.inf:
         return Estimate(0.0, math.nan)
@@ -169,14 +187,12 @@ def estimate_moments(features: Tensor, log_weight: Tensor, sample_weight: Tensor
     Raises:
         ValueError: as ``estimate_log_z``; features that are not (N, F).
     """
-    _check(sample_weight, log_weight=log_weight)
+    log_weight, g = _checked(log_weight, sample_weight)
     if features.dim() != 2 or features.shape[0] != log_weight.shape[0]:
         raise ValueError(f"features must be (N, F) with N = {log_weight.shape[0]}, got {tuple(features.shape)}")
-    log_weight = _fp64(log_weight)
-    _check_log_weight(log_weight)
     if log_weight.numel() == 0 or log_weight.max() == -math.inf:
         return [_NOTHING] * features.shape[1]
-    w = _ones(log_weight, sample_weight) * (log_weight - log_weight.max()).exp()
+    w = g * (log_weight - log_weight.max()).exp()
     return [_mean(column, w) for column in _fp64(features).unbind(1)]
 
 
@@ -224,17 +240,16 @@ def estimate(
         ValueError: tensors that are not all (N,), a log_target of NaN or +inf, a log_proposal that is not finite,
             weights that are not positive and finite.
     """
-    given = {"log_prob": log_prob, "log_proposal": log_proposal, "log_target": log_target}
-    given |= {"log_z": log_z} if isinstance(log_z, Tensor) and log_z.dim() else {}
-    _check(sample_weight, **given, **({} if z_of is None else {"z_of": z_of}))
+    of_each = log_z if isinstance(log_z, Tensor) and log_z.dim() else None
+    _check(log_prob=log_prob, log_proposal=log_proposal, log_target=log_target, log_z=of_each, z_of=z_of,
+           sample_weight=sample_weight)  # fmt: skip
     log_prob, log_proposal, log_target = _fp64(log_prob), _fp64(log_proposal), _fp64(log_target)
-    if not bool(((log_target < math.inf) & log_proposal.isfinite()).all()):
-        raise ValueError("log_target holds NaN or +inf, or log_proposal is not finite")
-    g = _ones(log_prob, sample_weight)
+    _check_scores(log_target, log_proposal)
+    g = _weights(log_prob, sample_weight)
     log_w = log_target - log_proposal
     if log_w.numel() == 0 or log_w.max() == -math.inf:
         nan = _NOTHING
-        return Estimates(estimate_log_z(log_w, g), nan, nan, nan, nan, nan, nan, effective_sample_size(log_w, g))
+        return Estimates(_log_z(log_w, g), nan, nan, nan, nan, nan, nan, _ess(log_w, g))
     z = torch.as_tensor(log_z, dtype=torch.float64, device=log_w.device).expand_as(log_w)
     log_u = torch.where(z == -math.inf, -math.inf, log_w - z)
     log_rho = log_prob - log_proposal
@@ -249,14 +264,14 @@ def estimate(
         return _from_influence(mean.value, terms - mean.value - _mean_in(z_of, slope, g) * (u - 1), g)
 
     return Estimates(
-        log_z=estimate_log_z(log_w, g),
+        log_z=_log_z(log_w, g),
         kl_policy=divergence(*_kl_terms(u, log_u - log_rho)),
         kl_proposal=divergence(*_kl_terms(u, log_u)),
         tvd_policy=divergence(*_tvd_terms(u, rho)),
         tvd_proposal=divergence(*_tvd_terms(u, 1.0)),
         js_policy=divergence(*_js_terms(log_u, log_rho)),
         js_proposal=divergence(*_js_terms(log_u, one)),
-        ess=effective_sample_size(log_u, g),
+        ess=_ess(log_u, g),
     )
 
 
@@ -287,9 +302,8 @@ class PartitionFunction:
                 f"log_target and log_proposal must both be (N,), got {tuple(log_target.shape)} and "
                 f"{tuple(log_proposal.shape)}"
             )
+        _check_scores(log_target, log_proposal)
         log_w = _fp64(log_target) - _fp64(log_proposal)
-        if not bool(((log_w < math.inf) & log_proposal.isfinite()).all()):
-            raise ValueError("log_target holds NaN or +inf, or log_proposal is not finite")
         both = torch.tensor([[self._log_sum, self._log_sum_squares]], dtype=torch.float64, device=log_w.device)
         self._log_sum, self._log_sum_squares = (
             torch.cat([both, torch.stack([log_w, 2 * log_w], 1)]).logsumexp(0).tolist()

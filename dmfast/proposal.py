@@ -78,9 +78,7 @@ def _copy(module: nn.Module, device: torch.device | str | None) -> nn.Module:
 
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, also those that a state_dict leaves out; and not what else one may hold."""
-    return dict(
-        [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    )  # fmt: skip
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
 
 
 def _as_adapter(policy: Any, device: torch.device | str | None) -> tuple[Any, str]:

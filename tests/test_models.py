@@ -1019,3 +1019,12 @@ def test_import_is_lean(tmp_path):
     code = f"import sys, dmfast; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_token_below_0_and_no_samples_at_all():
+    policy = lm()
+    with pytest.raises(ValueError, match="the tokenizer gave token -1"):
+        policy.sample([[1, 2, 3], [1, -1]], 2, max_new_tokens=2, seed=0)
+    none = policy.sample(None, 2, max_new_tokens=2, seed=0)[:0]
+    with pytest.raises(ValueError, match="samples is empty"):
+        policy.loss(none, log_target=torch.zeros(0), log_z=0.0)

@@ -86,8 +86,7 @@ class Runs:
 @functools.cache
 def target(task: str) -> Result:
     """What truth.py has written of it."""
-    read: Result = json.loads((grid.RESULTS / "targets" / f"{task}.json").read_text())
-    return read
+    return truth.known(task)
 
 
 def kl_target_base(task: str) -> Estimate:
@@ -144,9 +143,9 @@ def from_attained(result: Result) -> float:
 
 
 def kl_base_from_target(result: Result) -> float:
-    """|KL(pi||a) - KL(p||a)| at the end."""
+    """|KL(pi||a) - KL(p||a)| at the end; NaN for a itself."""
     value: float = result["evaluations"][-1]["kl_policy_base"]
-    return abs(value - kl_target_base(result["task"]).value)
+    return math.nan if result["method"] == "base" else abs(value - kl_target_base(result["task"]).value)
 
 
 def drawn(result: Result) -> int:
@@ -331,14 +330,12 @@ def main_table(runs: Runs) -> str:
             measures = ("kl_exact", "kl_policy", kl_as_in_the_paper, "kl_policy_base", kl_base_from_target,
                         from_attained, "self_bleu_5", "distinct_1")  # fmt: skip
             cost = "" if method == "base" else f"{drawn(next(iter(results.values()))):,}"
-            cells = [shown(last(results, key).values()) for key in measures]
+            kl, *others = (shown(last(results, key).values()) for key in measures)
+            error = shown_number(mean_and_error(last(results, "kl_exact_stderr").values())[0])
             if method == "base":  # the same samples at every seed: what is there is their own error
-                cells[0] = f"{mean_and_error(last(results, 'kl_exact').values())[0]:.3f}"
-                cells[4] = ""
-            error = mean_and_error(last(results, "kl_exact_stderr").values())[0]
-            cells.insert(1, shown_number(error))
+                kl = f"{mean_and_error(last(results, 'kl_exact').values())[0]:.3f}"
             length = shown(last(results, "length").values(), ".1f")
-            rows.append((task, NAMES[method], str(len(results)), phi, *cells, length, cost))
+            rows.append((task, NAMES[method], str(len(results)), phi, kl, error, *others, length, cost))
     header = ("task", "method", "seeds", "E_π[φ]", "KL(p‖π)", "its standard error from samples of p and log Z",
               "the same by importance weights, x ~ π",
               "x ~ q, running Z, as in the paper", "KL(π‖a)",
@@ -516,19 +513,15 @@ def variants_table(runs: Runs) -> str:
             results = runs.of("main" if method in grid.MAIN else "variants", task, method)
             if not results:
                 continue
-            against, error = "", ""
+            against, error, gap = "", "", ""
             if method != "gdc++":
                 against = shown_difference(*paired_kl(results, reference))
                 error = shown_number(sampling_error(results, reference))
+                gap = shown_difference(*paired(last(results, mean_phi), last(reference, mean_phi)))
             variance = shown((late_mean(r, "gradient_variance") for r in results.values()), ".3g")
             kl, phi, *others = (
                 shown(last(results, key).values())
                 for key in ("kl_exact", mean_phi, from_wanted, "kl_policy_base", kl_base_from_target)
-            )
-            gap = (
-                ""
-                if method == "gdc++"
-                else shown_difference(*paired(last(results, mean_phi), last(reference, mean_phi)))
             )
             cost = f"{drawn(next(iter(results.values()))):,}"
             rows.append((task, NAMES[method], str(len(results)), kl, against, error, phi, gap, *others, variance, cost))

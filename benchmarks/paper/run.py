@@ -9,7 +9,6 @@ twice on a batch, those of the evaluations.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 import time
@@ -91,7 +90,7 @@ def settings(
 def prepare(task: str, method: str, changed: dict[str, Any], targets: Path | None = None) -> DMTrainer:
     """The trainer of a task's recipe, with what is ``changed`` of its ``train``."""
     read = recipe.read(truth.HERE / "tasks" / f"{task}.yaml", {f"train.{key}": x for key, x in changed.items()})
-    state = json.loads(((targets or truth.RESULTS / "targets") / f"{task}.json").read_text())["target"]
+    state = truth.known(task, targets or truth.RESULTS / "targets")["target"]
     reward = reward_of(read) if method in REWARD_METHODS else None
     return recipe.prepare(read, fitted=state, reward=reward, say=lambda line: None)
 

@@ -128,8 +128,7 @@ def measure(tasks: Mapping[str, int], folder: Path, chunk: int = 2**14) -> None:
     """
     targets, found = dict[str, EBM](), dict[str, list[tuple[torch.Tensor, torch.Tensor]]]()
     for task in tasks:
-        state = json.loads((folder / f"{task}.json").read_text())["target"]
-        targets[task], read = of_recipe(task, state)
+        targets[task], read = of_recipe(task, known(task, folder)["target"])
         found[task], length = [], read["train"]["max_new_tokens"]
     model = next(iter(targets.values())).base
     for start in range(0, max(tasks.values()), chunk):
@@ -145,14 +144,26 @@ def measure(tasks: Mapping[str, int], folder: Path, chunk: int = 2**14) -> None:
         names = [*target.moment_names, *target.monitor_names]
         log_z, nothing = estimate_log_z(log_weight), torch.zeros_like(log_weight)
         kl = estimate(nothing, nothing, log_weight, log_z.value, z_of=nothing.long()).kl_policy
-        path = folder / f"{task}.json"
-        result = json.loads(path.read_text())
+        result = known(task, folder)
         result["base"] = {"samples": len(log_weight), "log_z": vars(log_z), "kl_target_base": vars(kl)}
         for key, weight in (("rates", nothing), ("target_means", log_weight)):
             estimates = estimate_moments(columns, weight)
             result["base"][key] = {name: vars(each) for name, each in zip(names, estimates, strict=True)}
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        (folder / f"{task}.json").write_text(json.dumps(result, indent=1) + "\n")
         print(f"{task}: log Z {log_z}, by the rejection {Estimate(**result['log_z'])}", flush=True)
+
+
+def known(task: str, folder: Path = RESULTS / "targets") -> dict[str, Any]:
+    """A target's JSON.
+
+    Raises:
+        FileNotFoundError: nothing was written.
+    """
+    path = folder / f"{task}.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there: python benchmarks/paper/truth.py {task} writes it")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def log_z_of(result: dict[str, Any]) -> Estimate:
@@ -167,10 +178,7 @@ def read(task: str, model: LanguageModel, folder: Path = RESULTS / "targets") ->
     Raises:
         FileNotFoundError: nothing was written.
     """
-    path = folder / f"{task}.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is not there: python benchmarks/paper/truth.py {task} writes it")
-    result, arrays = json.loads(path.read_text()), np.load(path.with_suffix(".npz"))
+    result, arrays = known(task, folder), np.load(folder / f"{task}.npz")
     tokens = torch.from_numpy(arrays["tokens"].astype(np.int64))
     position = torch.arange(tokens.shape[1])
     attention = (position < torch.from_numpy(arrays["length"])[:, None]).long()
@@ -194,7 +202,7 @@ def main() -> None:
         if not (args.out / f"{task}.json").exists():
             write(task, args.out, args.samples)
     # not of the tuning's task, whose runs are compared with one another only
-    left = [t for t in args.task if t != "tuning" and "base" not in json.loads((args.out / f"{t}.json").read_text())]
+    left = [task for task in args.task if task != "tuning" and "base" not in known(task, args.out)]
     if left:
         measure({t: OF_A_CLASSIFIER if "classifier" in t else BASE_SAMPLES for t in left}, args.out)
 

@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from numbers import Real
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -43,9 +45,14 @@ def _check_logits(logits: Tensor) -> None:
         )
 
 
+def _is_number(x: object) -> TypeGuard[float]:
+    """Python's or NumPy's; a bool is none."""
+    return isinstance(x, (float, int, Real)) and not isinstance(x, bool)
+
+
 def _number(x: object) -> float:
-    """Of Python's and NumPy's numbers; NaN for what is none, such as a bool."""
-    return float(x) if isinstance(x, (float, int, Real)) and not isinstance(x, bool) else math.nan
+    """NaN for what is none."""
+    return float(x) if _is_number(x) else math.nan
 
 
 def _check_scaling(temperature: float, softcap: float | None) -> None:
@@ -198,7 +205,7 @@ def _per_sequence(name: str, value: Tensor | float, device: torch.device, to: to
         else:
             value = value.double() if to == device else value.to(to).double()
         return value.contiguous() if value.dim() else value.expand(n).contiguous()
-    if name == "log_z" and isinstance(value, (float, int, Real)) and not isinstance(value, bool):
+    if name == "log_z" and _is_number(value):
         return torch.full((n,), value, dtype=torch.float64, device=to)
     raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
 
@@ -379,6 +386,27 @@ def place(batch: Batch, row: int) -> str:
     return f"(sequence {sequence}, position {row - starts[sequence]}; packed row {row})"
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def check_memory(logits: Tensor) -> None:
+    """Of a FakeTensor or a DTensor the address is 0.
+
+    Raises:
+        TypeError: logits are one.
+    """
+    if type(logits) in _PLAIN:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a FakeTensor's address is "deprecated"
+        if logits.numel() and not logits.data_ptr():
+            raise TypeError(
+                f"logits are a {type(logits).__name__} and have no memory that a kernel could read: pass a local "
+                "tensor (a DTensor's full_tensor()), trace with torch.compile or torch.export, or take "
+                "dmfast.use_backend('eager')"
+            )
+
+
 def check_cu_seqlens(batch: Batch) -> None:
     """Where sequences start, by value.
 
@@ -483,7 +511,8 @@ def check_terms(terms: Terms, first_sequence: int = 0) -> None:
     if isinstance(terms.baseline, Tensor):
         if isinstance(objective, Objective) and isinstance(objective.baseline, str):
             _check_left_out(terms.baseline, first)
-        _check_values("baseline", terms.baseline, "a baseline must be finite", first)
+        else:
+            _check_values("baseline", terms.baseline, "a baseline must be finite", first)
     if (
         isinstance(objective, Objective)
         and objective.name in INFINITE_AT_ZERO

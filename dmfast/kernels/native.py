@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -106,27 +105,6 @@ def _pointer(x: Tensor | None) -> int:
 
 def _strides(x: Tensor, batch: Batch) -> tuple[int, int]:
     return (0, x.stride(0)) if batch.cu_seqlens is not None else (x.stride(0), x.stride(1))
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _check_memory(x: Tensor) -> None:
-    """Of a FakeTensor or a DTensor the address is 0.
-
-    Raises:
-        TypeError: x is one.
-    """
-    if type(x) in _PLAIN:
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a FakeTensor's address is "deprecated"
-        if x.numel() and not x.data_ptr():
-            raise TypeError(
-                f"logits are a {type(x).__name__} and have no memory that a kernel could read: pass a local tensor (a "
-                "DTensor's full_tensor()), trace with torch.compile or torch.export, or take "
-                "dmfast.use_backend('eager')"
-            )
 
 
 def _batch(batch: Batch) -> object:
@@ -230,15 +208,15 @@ def forward(batch: Batch, terms: Terms | None, entropy: bool, divide_by: float =
         ValueError: as ``checks.check_rows`` and ``check_terms``; NaN or +inf in a scored row, a label logit of -inf, a
             weight beyond fp32's range. On CUDA ``recorded`` raises them; such a sequence has log_prob NaN, weight 0.
     """
-    _check_memory(batch.logits)
+    checks.check_memory(batch.logits)
     if on_triton(batch.logits):
         return _triton_forward(batch, terms, entropy, divide_by)
     assert _C is not None
     if on_cuda(batch.logits):
         return _queue("forward", batch, terms, entropy, divide_by)
     kernel = _C.forward
-    c_batch, c_terms = _batch(batch), _terms(terms)
     scores, outputs = _outputs(batch, terms, entropy, divide_by)
+    c_batch, c_terms = _batch(batch), _terms(terms)
     _run(lambda checked: kernel(c_batch, c_terms, outputs, checked), batch, terms, scores)
     return scores
 
@@ -287,7 +265,7 @@ def forward_backward(
     Raises:
         ValueError: as ``forward``; on the CPU a weight beyond fp32's range is found before a row is touched.
     """
-    _check_memory(batch.logits)
+    checks.check_memory(batch.logits)
     dz = _empty_gradient(batch, inplace)
     if on_triton(dz):
         scores = _triton_forward(batch, terms, entropy, divide_by, expected / divide_by, dz)
@@ -300,8 +278,8 @@ def forward_backward(
         overwrites = batch.logits if inplace else None
         return _queue("forward_backward", batch, terms, entropy, divide_by, *gradient, overwrites=overwrites), dz
     kernel = _C.forward_backward
-    c_batch, c_terms = _batch(batch), _terms(terms)
     scores, outputs = _outputs(batch, terms, entropy, divide_by)
+    c_batch, c_terms = _batch(batch), _terms(terms)
 
     def call(checked: bool) -> Status:
         status: Status = kernel(c_batch, c_terms, outputs, checked, *gradient)
@@ -357,7 +335,7 @@ def sample(draws: Draws, uniforms: Tensor | None = None) -> tuple[Tensor, Tensor
             0 and log_prob NaN.
     """
     logits = draws.logits
-    _check_memory(logits)
+    checks.check_memory(logits)
     if on_triton(logits):
         from .triton import launch
 
