@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from . import eager
 from .adapters import AdapterView
 from .diagnostics import GradientVariance, distinct_n, gradient_variance, self_bleu, weight_statistics
 from .estimators import (
@@ -23,7 +24,7 @@ from .functional import (
     sequence_log_prob,
     shift_labels,
 )
-from .kernels import BackendInfo, backends, eager, use_backend
+from .kernels import BackendInfo, backends, use_backend
 from .kernels.result import DMLossOutput
 from .models import LanguageModel, Samples
 from .objectives import OBJECTIVES, AdaptiveBeta, Objective, PPOClip, Terms, leave_one_out

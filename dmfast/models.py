@@ -28,7 +28,7 @@ from .functional import (
     sequence_log_prob,
     shift_labels,
 )
-from .kernels.checks import IGNORE
+from .kernels.batch import IGNORE
 from .kernels.result import DMLossOutput
 
 if TYPE_CHECKING:
