@@ -13,9 +13,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .. import eager
+from .. import eager, kernels
 from ..functional import sample_tokens
-from ..kernels import linear, native, triton
+from ..kernels import linear, triton
 from . import rivals
 from .measure import cuda_memory, cuda_ms, extra_memory, interleaved, wall_ms
 
@@ -143,11 +143,11 @@ def _made(makers: Mapping[str, Callable[[], _T]], missing: dict[str, str]) -> It
 def _on_triton(call: Call) -> Call:
     def forced() -> None:
         # not use_backend(), which looks around on the host at every call, inside the time
-        before, native.forced = native.forced, "triton"
+        before, kernels.forced = kernels.forced, "triton"
         try:
             call()
         finally:
-            native.forced = before
+            kernels.forced = before
 
     return forced
 
