@@ -447,7 +447,7 @@ def test_recipes_share_the_backbone_where_that_is_possible(tmp_path, more, monke
 
 
 def test_the_example_runs(monkeypatch, capsys):
-    from dmfast.examples import lora
+    import lora
 
     found = []
     small = ["lora.py", "--steps", "5", "--batch", "8", "--samples", "256", "--check-samples", "16"]

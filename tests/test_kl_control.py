@@ -250,7 +250,7 @@ def test_one_epoch_is_plain_kl_control(tmp_path):
 
 
 def test_the_example_runs(monkeypatch, capsys):
-    from dmfast.examples import kl_control
+    import kl_control
 
     monkeypatch.setattr("sys.argv", ["kl_control.py", "--steps", "4", "--batch", "16"])
     kl_control.main()

@@ -308,7 +308,7 @@ def test_samples_keep_what_they_were_drawn_from(model):
 
 
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
-    from dmfast.examples import quasi_rejection
+    import quasi_rejection
 
     out = tmp_path / "curve.png"
     small = ["--steps", "1", "--samples", "256", "--accept", "64", "--out", str(out)]
