@@ -17,7 +17,8 @@ from trainer_job import PROMPTS, StopAt, gpt2, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dmfast
-from dmfast import EBM, AdapterView, Contains, LanguageModel, Moment, OfflineProposal, adapters
+from dmfast import EBM, Contains, LanguageModel, Moment, OfflineProposal, adapters
+from dmfast.adapters import AdapterView
 from dmfast.training import recipe
 from dmfast.training.card import model_card
 

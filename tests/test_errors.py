@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import dmfast
 from dmfast import Objective
 from dmfast.kernels import native
+from dmfast.objectives import leave_one_out
 
 HERE = torch.empty(0).device  # a card's, where the suite runs on one
 
@@ -545,7 +546,7 @@ def test_leave_one_out() -> None:
     )
     refuses(good(objective=context), ValueError, r"'leave_one_out_context' needs context_id \(B,\)")
     with pytest.raises(ValueError, match="sequence 0"):
-        dmfast.leave_one_out(torch.ones(1))
+        leave_one_out(torch.ones(1))
     for name in ("reverse_kl", "js", "tv", "chi2", "reverse_chi2", "kl_control"):
         objective = Objective(name, baseline="leave_one_out", **PARAMETERS.get(name, {}))
         message = rf"known before the forward; with objective '{name}'.*on_policy=True and log_proposal"

@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 from trainer_job import WORDS, gpt2, tokenizer
 
-from dmfast import EBM, Contains, LanguageModel, Moment, Scorer, gradient_variance
+from dmfast import EBM, Contains, LanguageModel, Moment, Scorer
+from dmfast.diagnostics import gradient_variance
 from dmfast.estimators import Estimate, PartitionFunctions, estimate
 from dmfast.training import recipe
 
