@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .adapters import AdapterView
 from .diagnostics import GradientVariance, distinct_n, gradient_variance, self_bleu, weight_statistics
 from .estimators import (
     Estimate,
@@ -25,18 +24,18 @@ from .functional import (
 )
 from .kernels import BackendInfo, backends, eager, use_backend
 from .kernels.result import DMLossOutput
-from .models import LanguageModel, Samples
+from .models import AdapterView, LanguageModel
 from .objectives import OBJECTIVES, AdaptiveBeta, Objective, PPOClip, Terms, leave_one_out
 from .proposal import OfflineProposal
 from .rejection import (
-    Mixture,
-    Prompted,
     RejectionCurve,
     RejectionPoint,
     plot_rejection,
     quasi_rejection_sample,
     rejection_curve,
 )
+from .samples import Samples
+from .sampling import Mixture, Prompted, Sampler
 from .targets import (
     EBM,
     Classifier,
@@ -84,6 +83,7 @@ __all__ = [
     "RejectionPoint",
     "Reward",
     "RunningEstimates",
+    "Sampler",
     "Samples",
     "Scorer",
     "ScorerCounts",

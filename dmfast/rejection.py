@@ -16,118 +16,18 @@ all of the following are means over one set of x ~ q, whatever beta:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .estimators import Estimate, _from_influence, _mean
-from .models import LanguageModel, Prompt, Samples
+from .samples import Prompt, Samples
+from .sampling import Sampler
 from .targets import EBM
-
-
-class Proposal(Protocol):
-    """What draws sequences and knows log q of them: a ``LanguageModel``, a ``Prompted`` one, a ``Mixture``."""
-
-    def sample(
-        self, prompts: Sequence[Prompt] | None = None, n: int = 1, *, max_new_tokens: int, temperature: float = 1.0,
-        seed: int | None = None, batch_size: int | None = None,
-    ) -> Samples:  # fmt: skip
-        """n sequences of each prompt with log q, as ``LanguageModel.sample``."""
-        ...
-
-    def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
-        """(N,) fp64, log q(x)."""
-        ...
-
-
-class Prompted:
-    """A model with a prompt of its own, as a proposal for the target without it: q(x) = model(x | prompt).
-
-    What it draws are continuations in the target's context: the samples carry that context, not this prompt, so that
-    the target scores them as its own.
-
-    Args:
-        model: whose continuations are drawn.
-        prompt: what it is prompted with, whatever the context is.
-    """
-
-    def __init__(self, model: LanguageModel, prompt: Prompt) -> None:
-        self.model, self.prompt = model, prompt
-
-    @torch.no_grad()
-    def sample(
-        self, prompts: Sequence[Prompt] | None = None, n: int = 1, *, max_new_tokens: int, temperature: float = 1.0,
-        seed: int | None = None, batch_size: int | None = None,
-    ) -> Samples:  # fmt: skip
-        """As ``LanguageModel.sample``; ``prompts`` is the one context of the target, None: the empty one.
-
-        Raises:
-            ValueError: several prompts; as ``LanguageModel.sample``.
-        """
-        x = self.model.sample([self.prompt], n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-                              batch_size=batch_size)  # fmt: skip
-        return self.model.with_prompt(x, _one(prompts))
-
-    def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
-        """(N,) fp64, log q(x) of the continuations after this prompt."""
-        return self.model.log_prob(self.model.with_prompt(samples, self.prompt), batch_size=batch_size)
-
-
-class Mixture:
-    """q(x) = sum_k weight_k q_k(x). It covers whatever one of its parts covers.
-
-    Args:
-        parts: proposals for the same target.
-        weights: positive; default equal. Their sum is divided out.
-
-    Raises:
-        ValueError: no part, or weights that are not as many positive numbers.
-    """
-
-    def __init__(self, parts: Sequence[Proposal], weights: Sequence[float] | None = None) -> None:
-        weights = [1.0] * len(parts) if weights is None else list(weights)
-        if not parts or len(weights) != len(parts) or not all(0 < w < math.inf for w in weights):
-            raise ValueError(f"weights must be a positive number for each of {len(parts)} parts, got {weights!r}")
-        self.parts = list(parts)
-        self.log_weights = torch.tensor(weights, dtype=torch.float64).log()
-        self.log_weights -= self.log_weights.logsumexp(0)
-
-    @torch.no_grad()
-    def sample(
-        self, prompts: Sequence[Prompt] | None = None, n: int = 1, *, max_new_tokens: int, temperature: float = 1.0,
-        seed: int | None = None, batch_size: int | None = None,
-    ) -> Samples:  # fmt: skip
-        """n independent sequences in random order, with log q of the mixture; ``prompts`` as in ``Prompted.sample``."""
-        context = [_one(prompts)]
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
-        generator = torch.Generator().manual_seed(seed % 2**63)
-        which = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
-        drawn, rows = [], []
-        for k, part in enumerate(self.parts):
-            mine = (which == k).nonzero()[:, 0]
-            if len(mine):
-                drawn.append(part.sample(context, len(mine), max_new_tokens=max_new_tokens, temperature=temperature,
-                                         seed=(seed + 7919 * k) % 2**63, batch_size=batch_size))  # fmt: skip
-                rows.append(mine)
-        x = Samples.cat(drawn)
-        x = x[torch.cat(rows).argsort().to(x.tokens.device)]
-        return replace(x, log_prob=self.log_prob(x, batch_size=batch_size))
-
-    @torch.no_grad()
-    def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
-        """(N,) fp64, the log of the weighted sum; every part scores every sequence."""
-        each = torch.stack([part.log_prob(samples, batch_size=batch_size).double() for part in self.parts], 1)
-        return (each + self.log_weights.to(each.device)).logsumexp(1)
-
-
-def _one(prompts: Sequence[Prompt] | None) -> Prompt:
-    if prompts is not None and len(prompts) != 1:
-        raise ValueError(f"a proposal with a prompt of its own serves one context at a time, got {len(prompts)}")
-    return "" if prompts is None else prompts[0]
 
 
 @dataclass(frozen=True)
@@ -233,7 +133,7 @@ class RejectionCurve:
 @torch.no_grad()
 def rejection_curve(
     target: EBM,
-    proposal: Proposal,
+    proposal: Sampler,
     n: int = 4096,
     *,
     max_new_tokens: int,
@@ -260,7 +160,7 @@ def rejection_curve(
 @torch.no_grad()
 def quasi_rejection_sample(
     target: EBM,
-    proposal: Proposal,
+    proposal: Sampler,
     n: int,
     *,
     log_beta: float,

@@ -41,7 +41,7 @@ import dmfast
 import dmfast.cli
 from dmfast.demo import about_women
 from dmfast.kernels import checks, native
-from dmfast.models import LanguageModel, Samples, disable_dropout
+from dmfast.models import LanguageModel, disable_dropout
 from dmfast.training.recipe import TINY_BIOS, load
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*gradient_checkpointing")
@@ -593,106 +593,6 @@ def test_dm_loss_in_place_through_the_model(name, how, objective):
     check_gradients(found[0][1], found[1][1])
 
 
-# --- Samples ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def x():
-    return lm().sample(PROMPTS, 6, max_new_tokens=8, temperature=1.2, seed=4)
-
-
-@pytest.mark.parametrize(
-    "index",
-    [slice(3, 15), slice(None, None, 5), slice(0, 0), torch.arange(24) % 3 == 0, torch.tensor([5, 0, 23, 5])],
-    ids=["range", "stride", "empty", "mask", "indices"],
-)
-def test_some_of_the_samples(x, index):
-    part, rows = x[index], torch.arange(24)[index].tolist()
-    assert len(x) == 24 and len(part) == len(rows)
-    for name in ("tokens", "attention_mask", "score_mask", "log_prob", "context_id"):
-        assert getattr(part, name).tolist() == [getattr(x, name)[i].tolist() for i in rows]
-    assert (part.prompt_len, part.temperature, part.tokenizer) == (x.prompt_len, x.temperature, x.tokenizer)
-    assert part.text == [x.text[i] for i in rows]
-
-
-@tokenizers
-def test_text_has_the_scored_words_only_and_is_made_once(tokenizer):
-    class Counting:
-        calls = 0
-
-        def __init__(self, inner):
-            self.inner = inner
-
-        def batch_decode(self, *args, **kwargs):
-            self.calls += 1
-            return self.inner.batch_decode(*args, **kwargs)
-
-    policy = lm("llama", tokenizer)
-    drawn = policy.sample(PROMPTS, 10, max_new_tokens=8, temperature=1.5, seed=0)
-    counting = Counting(drawn.tokenizer)
-    drawn = dataclasses.replace(drawn, tokenizer=counting)
-    assert counting.calls == 0
-    special = set(TOKENIZERS[tokenizer].values())
-    expected = []
-    for row in drawn.tokens.tolist():
-        words = [WORDS[token] for token in continuation(row, drawn.prompt_len)]
-        expected.append(" ".join(word for word in words if word not in special))
-    assert drawn.text == expected and drawn.text is drawn.text
-    assert counting.calls == 1
-
-
-def test_cat_of_different_widths(x):
-    policy = lm()
-    parts = [
-        policy.sample(None, 5, max_new_tokens=2, temperature=1.2, seed=0),
-        x,
-        policy.sample(["w1 w2 w3 w4 w5 w6 w7 w0"], 5, max_new_tokens=3, temperature=1.2, seed=1),
-        x[:0],
-        x[2:3],
-    ]
-    whole = Samples.cat(parts)
-    assert len({part.tokens.shape[1] for part in parts}) > 2
-    assert len(whole) == 35 and whole.prompt_len == 8 and whole.tokens.shape[1] == 8 + x.tokens.shape[1] - 5
-    rows = [part[i : i + 1] for part in parts for i in range(len(part))]
-    for i, row in enumerate(rows):
-        for mask in ("attention_mask", "score_mask"):
-            kept, was = getattr(whole, mask)[i], getattr(row, mask)[0]
-            assert whole.tokens[i][kept > 0].tolist() == row.tokens[0][was > 0].tolist()
-        assert whole.score_mask[i, :8].sum() == 0
-    assert torch.equal(whole.log_prob, torch.cat([part.log_prob for part in parts]))
-    assert torch.equal(whole.context_id, torch.cat([part.context_id for part in parts]))
-    assert whole.text == [row.text[0] for row in rows]
-    for model in (policy, lm("gpt2 eager attention"), lm("llama")):
-        close(model.log_prob(whole).detach(), torch.cat([model.log_prob(part).detach() for part in parts]))
-    close(policy.log_prob(whole).detach(), whole.log_prob)
-
-
-def test_trimmed_samples_lose_only_padding_that_all_of_them_have():
-    model = lm()
-    x = model.sample([[1, 2, 3, 1, 2], [3], [2, 1]], n=6, max_new_tokens=12, seed=0)
-    few = x[x.context_id > 0]
-    few = few[few.attention_mask.sum(1).argsort()[:4]]
-    cut = few.trimmed()
-    assert cut.prompt_len == 2 and cut.tokens.shape[1] < few.tokens.shape[1]
-    assert cut.attention_mask.any(0).all()
-    assert torch.equal(cut.score_mask.sum(1), few.score_mask.sum(1)) and cut.text == few.text
-    torch.testing.assert_close(model.log_prob(cut), few.log_prob, rtol=0, atol=1e-5)
-    assert len(few[:0].trimmed()) == 0
-
-
-def test_cat_refuses_what_has_no_one_temperature(x):
-    with pytest.raises(ValueError, match="one temperature"):
-        Samples.cat([x, dataclasses.replace(x, temperature=1.0)])
-    with pytest.raises(ValueError, match="one or more"):
-        Samples.cat([])
-
-
-@pytest.mark.parametrize("name", ["tokens", "log_prob", "temperature", "prompt_len", "new"])
-def test_samples_are_frozen(x, name):
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(x, name, None)
-
-
 # --- errors -----------------------------------------------------------------------------------------------------
 
 
@@ -824,7 +724,7 @@ def other(family, **changes):
 
 def through_logits(policy):
     """The same model, refused its head."""
-    policy._no_head, policy._said = "a test", True
+    policy._head.failure, policy._said = "a test", True
     return policy
 
 
@@ -843,7 +743,7 @@ def compare_paths(build_model, hidden=True):
         )  # fmt: skip
         out.loss.backward()
         found.append((log_prob.detach(), grads, out, gradients(policy.model)))
-        assert (policy._no_head is None) == (hidden and path is not through_logits)
+        assert (policy._head.failure is None) == (hidden and path is not through_logits)
     (a, grads, out, loss_grads), (b, other_grads, other_out, other_loss_grads) = found
     close(a, b, 1e-6)
     close(out.entropy, other_out.entropy)
@@ -894,7 +794,7 @@ def test_hidden_states_under_autocast():
     within.__signature__ = inspect.signature(forward)
     policy.model.forward = within
     log_prob = policy.log_prob(x)
-    assert policy._verified
+    assert policy._head.verified
     log_prob.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in policy.model.parameters())
     close(log_prob.detach(), through_logits(policy).log_prob(x).detach(), 1e-4)

@@ -133,7 +133,7 @@ class Tabular:
     def __init__(self, log_q):
         self.log_q, self.drawn = log_q, 0
 
-    def sample(self, prompts=None, n=1, *, max_new_tokens, temperature=1.0, seed=None, batch_size=None):
+    def sample(self, prompts=None, n=1, *, max_new_tokens, temperature=1.0, seed=None, batch_size=None, first_row=0):
         generator = torch.Generator().manual_seed(seed)
         which = torch.multinomial(self.log_q.exp(), n, replacement=True, generator=generator)
         self.drawn += n

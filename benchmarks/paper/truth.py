@@ -31,7 +31,8 @@ import torch
 
 import dmfast
 from dmfast.estimators import Estimate, estimate, estimate_log_z, estimate_moments
-from dmfast.models import LanguageModel, Samples
+from dmfast.models import LanguageModel
+from dmfast.samples import Samples
 from dmfast.targets import EBM
 from dmfast.training import recipe
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..estimators import Estimate, estimate_moments
-from ..models import LanguageModel, Prompt, Samples
+from ..models import LanguageModel
+from ..samples import Prompt, Samples
 from .constraints import Feature, Moment, Scorer, as_feature, show
 from .scorers import Reward
 from .solver import LambdaFit, fit_lambda

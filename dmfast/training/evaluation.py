@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..diagnostics import diversity
 from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moments
-from ..models import LanguageModel, Prompt, Samples
+from ..models import LanguageModel
+from ..samples import Prompt, Samples
 from ..targets import EBM
 
 
