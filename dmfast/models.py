@@ -180,8 +180,9 @@ class LanguageModel:
         if not isinstance(source, (str, os.PathLike)) and _module_of(source) is _module_of(self):
             raise ValueError("a LanguageModel can't be loaded from its own module, with which it already moves")
         mine, given = self._tensors(), self._given(source)
-        is_adapter = bool(given) and len(_of_adapter(given)) == len(given)
-        copy_into(_of_adapter(mine) if is_adapter else mine, given)
+        if _is_adapter(source):
+            mine = _of_adapter(mine) | {name: mine[name] for name in given if name in mine}
+        copy_into(mine, given)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return what this model computes with, by the names of ``adapters.tensors``."""
@@ -196,8 +197,8 @@ class LanguageModel:
         folder = Path(source)
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {str(folder)!r} to load a model from")
-        if (folder / "adapter_config.json").is_file():
-            return adapters.saved(folder)
+        if _is_adapter(folder):
+            return adapters.saved(folder, self._tensors().keys())
         return adapters.tensors(_without_adapters(_module_of(self)).from_pretrained(folder, local_files_only=True))
 
     def base(self) -> LanguageModel:
@@ -574,14 +575,12 @@ class AdapterView(LanguageModel):
         """
         if self.adapter is None:
             raise TypeError("this AdapterView is the base, without an adapter, so there is nothing to load into")
-        of_folder = isinstance(source, (str, os.PathLike))
-        if not of_folder and _module_of(cast("LanguageModel | nn.Module", source)) is not self.model:
+        if not isinstance(source, (str, os.PathLike)) and _module_of(source) is not self.model:
             raise TypeError(
                 "an AdapterView loads what is an adapter of its own model, the policy or a folder that has one saved; "
                 f"the source, a {type(source).__name__}, is another model, whose base may be another"
             )
-        mine, given = self._tensors(), self._given(source)
-        copy_into(_of_adapter(mine), _of_adapter(given) if not of_folder else given)
+        copy_into(_of_adapter(self._tensors()), _of_adapter(self._given(source)))
 
     def check_there(self) -> None:
         """Whether the adapter is the one that this is a view of.
@@ -631,6 +630,11 @@ def _module_of(source: LanguageModel | nn.Module) -> Any:
     """Return the module itself, without what DDP or torch.compile put around it."""
     module = unwrapped(source.model if isinstance(source, LanguageModel) else source)
     return getattr(module, "_orig_mod", module)
+
+
+def _is_adapter(source: Source) -> bool:
+    """Return whether this is a folder that holds an adapter and not a whole model."""
+    return isinstance(source, (str, os.PathLike)) and (Path(source) / "adapter_config.json").is_file()
 
 
 def _of_adapter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
