@@ -670,6 +670,21 @@ def test_nan_in_the_models_logits_is_a_clear_error():
         policy.sample(["w1"], 4, max_new_tokens=3, seed=0)
 
 
+def test_logits_that_a_device_has_recorded_as_bad_are_an_error_at_the_end(monkeypatch):
+    """A GPU does not stop at NaN: it writes token 0 and a log-probability of NaN, and goes on."""
+    draw = dmfast.models.sample_tokens
+
+    def recording(logits, *, row_ids, step, **options):
+        tokens, log_prob = draw(logits, row_ids=row_ids, step=step, **options)
+        bad = (row_ids == 13) & (step == 1)
+        return torch.where(bad, 0, tokens), torch.where(bad, math.nan, log_prob)
+
+    monkeypatch.setattr(dmfast.models, "sample_tokens", recording)
+    for size in (None, 5):
+        with pytest.raises(ValueError, match=r"hold NaN .* in 1 of 24 sequences, first in sequence 13"):
+            lm().sample(PROMPTS, 6, max_new_tokens=5, seed=2, batch_size=size)
+
+
 # --- the loss ---------------------------------------------------------------------------------------------------
 
 

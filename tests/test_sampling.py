@@ -157,6 +157,7 @@ REFUSED = {
     "none into an adapter": (lambda: lm(how="lora"), lm, RuntimeError, "do not fit: the source lacks"),
     "another rank": (lambda: lm(how="lora"), other_rank, RuntimeError, r"is \(3, 16\) in the source, and \(8, 16\)"),
     "no folder": (lm, lambda: "no/such/folder", FileNotFoundError, "there is no folder 'no/such/folder'"),
+    "no model": (lm, lambda: 5, TypeError, "a LanguageModel, its module or a folder, got a int"),
     "the base": (lambda: lm(how="lora").base(), lm, TypeError, "the base, without an adapter"),
     "a view of another": (view, lambda: lm(how="lora"), TypeError, "is another model, whose base may be another"),
     "a mixture": (SAMPLERS["Mixture"], lm, TypeError, "a Mixture has no parameters of its own"),
