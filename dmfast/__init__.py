@@ -17,9 +17,10 @@ from .functional import (
 )
 from .kernels import backends, use_backend
 from .kernels.result import DMLossOutput
-from .models import LanguageModel, Samples
+from .models import LanguageModel
 from .objectives import OBJECTIVES, Objective, Terms
 from .proposal import OfflineProposal
+from .samples import Samples
 from .targets import EBM, Classifier, Contains, Moment, Reward, Scorer
 
 if TYPE_CHECKING:

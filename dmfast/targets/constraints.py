@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..models import Samples
+from ..samples import Samples
 
 _SHOWN = 200  # characters of a sample in an error
 

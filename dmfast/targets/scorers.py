@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..models import Samples
+from ..samples import Samples
 from .constraints import Feature, Scorer
 
 

@@ -38,7 +38,8 @@ from transformers import set_seed
 
 from .. import __version__, adapters
 from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moments
-from ..models import LanguageModel, Samples
+from ..models import LanguageModel
+from ..samples import Samples
 from ..targets import EBM, Classifier, Contains, Feature, Moment, Reward, Scorer
 from . import report
 from .config import DMConfig

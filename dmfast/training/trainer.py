@@ -47,7 +47,6 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from .. import adapters
-from ..adapters import AdapterView
 from ..diagnostics import gradient_variance, weight_statistics
 from ..estimators import (
     PartitionFunction,
@@ -57,7 +56,7 @@ from ..estimators import (
     estimate_moments,
 )
 from ..kernels.result import DMLossOutput
-from ..models import LanguageModel, Samples
+from ..models import AdapterView, LanguageModel
 from ..objectives import (
     TARGET_OBJECTIVES,
     AdaptiveBeta,
@@ -69,6 +68,7 @@ from ..objectives import (
     weigh,
 )
 from ..proposal import OfflineProposal, Scores
+from ..samples import Samples
 from ..targets import EBM, Reward, Scorer
 from ..targets.constraints import as_feature
 from . import checkpoint
