@@ -13,8 +13,10 @@ import pytest
 import torch
 from test_models import PROMPTS, Table, V, build, close, lm, same, tok
 
-from dmfast import AdapterView, LanguageModel, Mixture, OfflineProposal, Prompted, Sampler
+from dmfast import LanguageModel, OfflineProposal
 from dmfast.adapters import PROPOSAL
+from dmfast.models import AdapterView
+from dmfast.sampling import Mixture, Prompted, Sampler
 from dmfast.tensors import all_tensors
 
 pytestmark = pytest.mark.filterwarnings(
