@@ -24,6 +24,7 @@ from .functional import (
 )
 from .kernels import BackendInfo, backends, eager, use_backend
 from .kernels.result import DMLossOutput
+from .matcher import Matcher
 from .models import AdapterView, LanguageModel
 from .objectives import OBJECTIVES, AdaptiveBeta, Objective, PPOClip, Terms, leave_one_out
 from .proposal import OfflineProposal
@@ -71,6 +72,7 @@ __all__ = [
     "GradientVariance",
     "LambdaFit",
     "LanguageModel",
+    "Matcher",
     "Mixture",
     "Moment",
     "Objective",
