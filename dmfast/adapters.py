@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -175,11 +175,17 @@ def tensors_under(model: Any, adapter: str | None) -> dict[str, Tensor]:
     return found | {ADAPTER + name: tensor for name, tensor in own.items()}
 
 
-def saved(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of the adapter that ``save_pretrained`` wrote into a folder, named as by ``tensors``."""
+def saved(folder: Path, base: Collection[str]) -> dict[str, Tensor]:
+    """Return the tensors that ``save_pretrained`` wrote into a folder of an adapter, named as by ``tensors``.
+
+    Args:
+        folder: where it is.
+        base: the names of the base's tensors: PEFT saves an embedding of the base with an adapter that is on it.
+    """
     from peft import load_peft_weights
 
-    return {ADAPTER + name: tensor for name, tensor in load_peft_weights(str(folder), device="cpu").items()}
+    found: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
+    return {name if name in base else ADAPTER + name: tensor for name, tensor in found.items()}
 
 
 def add_copy(model: Any) -> str:

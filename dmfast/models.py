@@ -45,7 +45,7 @@ _WHERE_FROM = ("revision", "token", "cache_dir", "local_files_only", "trust_remo
 
 
 def disable_dropout(model: nn.Module) -> int:
-    """Sets every dropout probability of the model to 0, LoRA's too, and returns how many were not.
+    """Set every dropout probability of the model to 0, LoRA's too, and return how many were not.
 
     Not by eval(): training mode stays what it is, gradient checkpointing needs it.
     """
@@ -126,7 +126,7 @@ class LanguageModel:
             )
 
     def around(self, model: nn.Module) -> LanguageModel:
-        """The same with another module in its place that computes the same, such as a DDP or compiled wrapper of it."""
+        """Return the same around another module that computes the same, such as a DDP or compiled wrapper of it."""
         other = copy.copy(self)
         other.model, other._head = model, copy.copy(self._head)
         return other
@@ -173,6 +173,7 @@ class LanguageModel:
                 if this model has one of the same kind, around the same base.
 
         Raises:
+            TypeError: the source is no model and no folder.
             FileNotFoundError: there is no such folder.
             ValueError: the source is this model itself.
             RuntimeError: names or shapes of the parameters differ. This model stays as it was.
@@ -180,8 +181,9 @@ class LanguageModel:
         if not isinstance(source, (str, os.PathLike)) and _module_of(source) is _module_of(self):
             raise ValueError("a LanguageModel can't be loaded from its own module, with which it already moves")
         mine, given = self._tensors(), self._given(source)
-        is_adapter = bool(given) and len(_of_adapter(given)) == len(given)
-        copy_into(_of_adapter(mine) if is_adapter else mine, given)
+        if _is_adapter(source):
+            mine = _of_adapter(mine) | {name: mine[name] for name in given if name in mine}
+        copy_into(mine, given)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return what this model computes with, by the names of ``adapters.tensors``."""
@@ -193,15 +195,17 @@ class LanguageModel:
             return source._tensors()
         if isinstance(source, nn.Module):
             return adapters.tensors(_module_of(source))
+        if not isinstance(source, (str, os.PathLike)):
+            raise TypeError(f"load takes a LanguageModel, its module or a folder, got a {type(source).__name__}")
         folder = Path(source)
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {str(folder)!r} to load a model from")
-        if (folder / "adapter_config.json").is_file():
-            return adapters.saved(folder)
+        if _is_adapter(folder):
+            return adapters.saved(folder, self._tensors().keys())
         return adapters.tensors(_without_adapters(_module_of(self)).from_pretrained(folder, local_files_only=True))
 
     def base(self) -> LanguageModel:
-        """The pretrained model below the adapter of a PEFT model: the same module, the adapter off in each forward.
+        """Return the pretrained model below a PEFT model's adapter: the same module, the adapter off in each forward.
 
         It takes no memory of its own and is frozen. An ``EBM`` around it makes a, pi and q share one backbone.
 
@@ -211,7 +215,7 @@ class LanguageModel:
         return AdapterView(self)
 
     def _encode(self, prompts: Sequence[Prompt] | None) -> tuple[Tensor, Tensor]:
-        """Left-padded prompts and their mask, (P, L) each. An empty prompt is the BOS token."""
+        """Return left-padded prompts and their mask, (P, L) each. An empty prompt is the BOS token."""
         start = self.tokenizer.bos_token_id
         start = self.eos_token_ids[0] if start is None else start
         if isinstance(prompts, str):
@@ -245,7 +249,7 @@ class LanguageModel:
         return cast("list[int]", ids)
 
     def with_prompt(self, samples: Samples, prompt: Prompt) -> Samples:
-        """The same continuations after another prompt, the same for all.
+        """Return the same continuations after another prompt, the same for all.
 
         ``log_prob`` stays what it was: that of what they were drawn from. ``context_id`` becomes 0.
 
@@ -272,7 +276,7 @@ class LanguageModel:
         )  # fmt: skip
 
     def check_prompts(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
-        """Whether all of them can be sampled from.
+        """Check that all of them can be sampled from.
 
         Raises:
             ValueError: a prompt that leaves no room for ``max_new_tokens`` in the model's context, or has a token that
@@ -300,7 +304,7 @@ class LanguageModel:
         batch_size: int | None = None,
         first_row: int = 0,
     ) -> Samples:
-        """Draws n continuations of each prompt from softmax(logits / temperature), token by token with a KV cache.
+        """Draw n continuations of each prompt from softmax(logits / temperature), token by token with a KV cache.
 
         Args:
             prompts: strings, lists of token ids, or lists of chat messages, which go through the tokenizer's chat
@@ -318,7 +322,8 @@ class LanguageModel:
 
         Raises:
             ValueError: n, max_new_tokens, temperature or batch_size not positive, no prompt, a prompt that leaves no
-                room in the model's context, a tokenizer that does not fit the model, NaN among the model's logits.
+                room in the model's context, a tokenizer that does not fit the model, logits of the model that are no
+                distribution (NaN, +inf, nothing but -inf), on any device.
         """
         numbers = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
         for name, number in numbers.items():
@@ -344,7 +349,14 @@ class LanguageModel:
         finally:
             for module in training:
                 module.training = True
-        return Samples.cat(parts)
+        samples = Samples.cat(parts)
+        bad = samples.log_prob.isnan()  # what the CPU raises at once, a device has put here
+        if bool(bad.any()):
+            raise ValueError(
+                f"the model's logits hold NaN or +inf, or nothing but -inf, in {int(bad.sum())} of {len(samples)} "
+                f"sequences, first in sequence {int(bad.nonzero()[0, 0])}: there is no distribution to draw from"
+            )
+        return samples
 
     def _sample(
         self, prompts: Tensor, prompts_mask: Tensor, context_id: Tensor, row_ids: Tensor, steps: int,
@@ -395,7 +407,7 @@ class LanguageModel:
         )  # fmt: skip
 
     def _generate(self, loop: Callable[..., Tensor], prompts: Tensor, mask: Tensor, steps: int) -> Tensor:
-        """``loop`` within transformers' generate, which makes the KV cache and the stopping rules.
+        """Run ``loop`` within transformers' generate, which makes the KV cache and the stopping rules.
 
         A module without generate gets the rule for EOS alone, and its forward makes its cache.
         """
@@ -418,7 +430,7 @@ class LanguageModel:
             model.generation_config = theirs
 
     def logits(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Logits and the labels that they score, for ``dm_loss``: (N, K, V) and (N, K) int64, -100 = not scored.
+        """Return logits and the labels that they score, for ``dm_loss``: (N, K, V) and (N, K) int64, -100 = not scored.
 
         One forward through the model, with gradient where grad mode is on. K is T, or the continuation and the
         position before it where the model can leave out the logits of the prompt.
@@ -428,12 +440,12 @@ class LanguageModel:
         return logits, nn.functional.pad(labels, (ahead, 0), value=IGNORE) if ahead else labels
 
     def _labels(self, samples: Samples) -> Tensor:
-        """(N, K) int64 for the continuation and the position before it."""
+        """Return (N, K) int64 for the continuation and the position before it."""
         labels = shift_labels(samples.tokens, samples.score_mask, samples.prompt_len)
         return labels[:, samples.prompt_len - 1 :]
 
     def _forward(self, samples: Samples) -> Any:
-        """One forward, without the logits of the prompt where the model can leave them out."""
+        """Run one forward, without the logits of the prompt where the model can leave them out."""
         kept = samples.tokens.shape[1] - samples.prompt_len + 1
         return self.model(
             input_ids=samples.tokens, attention_mask=samples.attention_mask,
@@ -465,7 +477,7 @@ class LanguageModel:
         return unwrapped(self.model)
 
     def _say_why_logits(self) -> None:
-        """One warning, at the line that called log_prob or loss."""
+        """Warn once, at the line that called log_prob or loss."""
         if not self._said:
             self._said = True
             warnings.warn(
@@ -475,7 +487,7 @@ class LanguageModel:
             )
 
     def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
-        """log pi(x) of each sequence under this model at the samples' temperature, differentiable.
+        """Return log pi(x) of each sequence under this model at the samples' temperature, differentiable.
 
         From hidden states and head, so that logits never exist at once, wherever ``hidden_and_head`` serves.
 
@@ -504,7 +516,7 @@ class LanguageModel:
         return torch.cat(parts) if parts else samples.log_prob.new_empty(0)
 
     def loss(self, samples: Samples, **options: Any) -> DMLossOutput:
-        """``dm_loss`` of this model on the samples, at their temperature: the policy's forward and the fused loss.
+        """Return ``dm_loss`` of this model on the samples, at their temperature: its forward and the fused loss.
 
         From hidden states and head, so that logits never exist at once, wherever ``hidden_and_head`` serves.
 
@@ -574,17 +586,15 @@ class AdapterView(LanguageModel):
         """
         if self.adapter is None:
             raise TypeError("this AdapterView is the base, without an adapter, so there is nothing to load into")
-        of_folder = isinstance(source, (str, os.PathLike))
-        if not of_folder and _module_of(cast("LanguageModel | nn.Module", source)) is not self.model:
+        if not isinstance(source, (str, os.PathLike)) and _module_of(source) is not self.model:
             raise TypeError(
                 "an AdapterView loads what is an adapter of its own model, the policy or a folder that has one saved; "
                 f"the source, a {type(source).__name__}, is another model, whose base may be another"
             )
-        mine, given = self._tensors(), self._given(source)
-        copy_into(_of_adapter(mine), _of_adapter(given) if not of_folder else given)
+        copy_into(_of_adapter(self._tensors()), _of_adapter(self._given(source)))
 
     def check_there(self) -> None:
-        """Whether the adapter is the one that this is a view of.
+        """Check that the adapter is the one that this is a view of.
 
         Raises:
             RuntimeError: it was deleted, or another of its name took its place, as that of a newer proposal does.
@@ -597,7 +607,7 @@ class AdapterView(LanguageModel):
             )
 
     def sample(self, *args: Any, **kwargs: Any) -> Samples:
-        """As ``LanguageModel.sample``."""
+        """Draw as ``LanguageModel.sample`` does."""
         self.check_there()
         with adapters.switched(self.model, self.adapter):
             return super().sample(*args, **kwargs)
@@ -609,7 +619,7 @@ class AdapterView(LanguageModel):
             return super()._forward(samples)
 
     def loss(self, samples: Samples, **options: Any) -> NoReturn:
-        """Is refused: a view has no gradient.
+        """Refuse: a view has no gradient.
 
         Raises:
             TypeError: always.
@@ -618,7 +628,7 @@ class AdapterView(LanguageModel):
 
 
 def _without_adapters(model: nn.Module) -> Any:
-    """The transformers model within a PEFT model."""
+    """Return the transformers model within a PEFT model."""
     return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -631,6 +641,11 @@ def _module_of(source: LanguageModel | nn.Module) -> Any:
     """Return the module itself, without what DDP or torch.compile put around it."""
     module = unwrapped(source.model if isinstance(source, LanguageModel) else source)
     return getattr(module, "_orig_mod", module)
+
+
+def _is_adapter(source: Source) -> bool:
+    """Return whether this is a folder that holds an adapter and not a whole model."""
+    return isinstance(source, (str, os.PathLike)) and (Path(source) / "adapter_config.json").is_file()
 
 
 def _of_adapter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

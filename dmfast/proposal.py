@@ -205,9 +205,10 @@ class OfflineProposal(Generic[Policy]):
         return self.swaps
 
     def _tell_version(self) -> None:
-        for each in (self.sampler, self.snapshot):
-            if isinstance(each, LanguageModel) or each is self.sampler is not None:
-                cast(Any, each).version = self.version
+        if self.sampler is not None:
+            self.sampler.version = self.version
+        if isinstance(self.snapshot, LanguageModel):
+            self.snapshot.version = self.version
 
     def sample(self, *args: Any, **options: Any) -> Samples:
         """Draw sequences of q, with its ``version``, onto the policy's device.

@@ -27,6 +27,7 @@ from torch import Tensor
 from .estimators import Estimate, _from_influence, _mean
 from .samples import Prompt, Samples
 from .sampling import Sampler
+from .seeds import seed_for
 from .targets import EBM
 
 
@@ -147,13 +148,16 @@ def rejection_curve(
     Args:
         target: P. proposal: q, such as the base, a trained policy, a ``Prompted`` one or a ``Mixture``.
         prompt: the context of the target. Default: the empty one.
-        max_new_tokens, temperature, seed, batch_size: as in ``LanguageModel.sample``.
+        max_new_tokens, temperature, batch_size: as in ``LanguageModel.sample``.
+        seed: of the sequences. ``EBM.fit`` and ``evaluate`` draw others with the same seed, so that the curve is not
+            measured on the sample that lambda was fitted on. None: one from torch's global generator.
 
     Raises:
         ValueError: as ``RejectionCurve``, ``LanguageModel.sample``, ``EBM.score``.
     """
     x = proposal.sample(None if prompt is None else [prompt], n, max_new_tokens=max_new_tokens,
-                        temperature=temperature, seed=seed, batch_size=batch_size)  # fmt: skip
+                        temperature=temperature, seed=None if seed is None else seed_for(seed, "rejection_curve"),
+                        batch_size=batch_size)  # fmt: skip
     return RejectionCurve(target.score(x, batch_size=batch_size).log_target - x.log_prob)
 
 
@@ -189,7 +193,7 @@ def quasi_rejection_sample(
     if n < 1 or batch_size < 1 or not math.isfinite(log_beta):
         raise ValueError(f"n and batch_size must be positive and log_beta finite, got {n}, {batch_size}, {log_beta}")
     seed = int(torch.randint(2**62, ())) if seed is None else seed
-    generator = torch.Generator().manual_seed(seed % 2**63)
+    generator = torch.Generator().manual_seed(seed_for(seed, "acceptance"))
     kept: list[Samples] = []
     drawn = accepted = 0
     while accepted < n:
@@ -199,7 +203,7 @@ def quasi_rejection_sample(
                 "nearer to the target (a trained policy), or a larger max_draws"
             )
         x = proposal.sample(None if prompt is None else [prompt], batch_size, max_new_tokens=max_new_tokens,
-                            temperature=temperature, seed=(seed + 1_000_003 * (drawn + 1)) % 2**63,
+                            temperature=temperature, seed=seed_for(seed, f"quasi_rejection_sample {drawn}"),
                             batch_size=batch_size)  # fmt: skip
         log_rate = target.score(x, batch_size=batch_size).log_target - x.log_prob - log_beta
         uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)

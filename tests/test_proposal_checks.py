@@ -338,7 +338,7 @@ def test_samples_come_back_on_the_policy_s_device():
     x = proposal.sample(n=4, max_new_tokens=5, seed=1)
     moved = {name: value for name, value in vars(x).items() if isinstance(value, torch.Tensor)}
     assert {name: value.device.type for name, value in moved.items()} == dict.fromkeys(
-        ["tokens", "attention_mask", "score_mask", "log_prob", "context_id"], "meta"
+        ["tokens", "attention_mask", "score_mask", "log_prob", "context_id", "version"], "meta"
     )
     assert all(value.shape == getattr(wanted, name).shape for name, value in moved.items())
     assert x.prompt_len == wanted.prompt_len and x.temperature == wanted.temperature

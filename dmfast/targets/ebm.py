@@ -14,6 +14,7 @@ from torch import Tensor
 from ..estimators import Estimate, estimate_moments
 from ..models import LanguageModel
 from ..samples import Prompt, Samples
+from ..seeds import seed_for
 from .constraints import Feature, FeatureValues, Moment, Scorer, as_feature, show
 from .scorers import Reward
 from .solver import LambdaFit, fit_lambda
@@ -268,8 +269,10 @@ class EBM:
                 the mean over contexts. Default: drawn here.
             n: how many to draw, in all; the same number for each context, rounded up.
             contexts: prompts to draw for. Default: the empty one.
-            max_new_tokens, temperature, seed: of the samples drawn; the first two must be those of the training
-                (the defaults are ``DMConfig``'s).
+            max_new_tokens, temperature: of the samples drawn; they must be those of the training (the defaults are
+                ``DMConfig``'s).
+            seed: of the samples drawn. ``evaluate`` and ``rejection_curve`` draw others with the same seed. None: one
+                from torch's global generator.
             batch_size: sequences drawn at a time. Default: the EBM's, or else 256.
 
         Returns:
@@ -344,7 +347,8 @@ class EBM:
             raise ValueError(f"n must be positive, got {n!r}")
         each = n if contexts is None else math.ceil(n / max(len(contexts), 1))
         return self.base.sample(
-            contexts, each, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+            contexts, each, max_new_tokens=max_new_tokens, temperature=temperature,
+            seed=None if seed is None else seed_for(seed, "fit"),
             batch_size=batch_size or self.batch_size or 256,
         )  # fmt: skip
 

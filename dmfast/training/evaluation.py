@@ -13,6 +13,7 @@ from ..diagnostics import diversity
 from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moments
 from ..models import LanguageModel
 from ..samples import Prompt, Samples
+from ..seeds import seed_for
 from ..targets import EBM
 
 
@@ -47,14 +48,17 @@ def evaluate(
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
-    seed: int = 0,
+    seed: int | None = 0,
     batch_size: int | None = None,
     texts: int = 0,
 ) -> tuple[Samples, dict[str, Estimate]]:
-    """Samples and estimates of ``examine``, in one process."""
+    """Return samples and estimates of ``examine``, in one process.
+
+    The sequences are not those that ``EBM.fit`` or ``rejection_curve`` draw with the same seed.
+    """
     found = examine(
-        model, target, prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-        batch_size=batch_size, texts=texts,
+        model, target, prompts, n, max_new_tokens=max_new_tokens, temperature=temperature,
+        seed=None if seed is None else seed_for(seed, "evaluate"), batch_size=batch_size, texts=texts,
     )  # fmt: skip
     return found.samples, found.estimates
 
@@ -68,7 +72,7 @@ def examine(
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
-    seed: int = 0,
+    seed: int | None = 0,
     batch_size: int | None = None,
     texts: int = 0,
     first_row: int = 0,
