@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from . import eager
 from .diagnostics import GradientVariance, distinct_n, gradient_variance, self_bleu, weight_statistics
 from .estimators import (
     Estimate,
@@ -22,7 +23,7 @@ from .functional import (
     sequence_log_prob,
     shift_labels,
 )
-from .kernels import BackendInfo, backends, eager, use_backend
+from .kernels import BackendInfo, backends, use_backend
 from .kernels.result import DMLossOutput
 from .matcher import Matcher
 from .models import AdapterView, LanguageModel

@@ -32,7 +32,6 @@ from .kernels.result import DMLossOutput
 from .metrics import step_metrics
 from .models import AdapterView, LanguageModel
 from .objectives import Objective, PPOClip, Terms, leave_one_out_baseline, plain_baseline, weigh
-from .outputs import whole_step, with_skipped
 from .proposal import OfflineProposal, Scores
 from .ranks import OneProcess, Ranks
 from .running import Running
@@ -271,7 +270,7 @@ class Matcher:
         """(N,) fp64: the baseline of this rank's sequences, over those of all ranks."""
         gathered = {name: self.ranks.gather(value) for name, value in inputs.items()}
         contexts = self.ranks.gather(context_id)
-        terms = Terms(objective, self.settings.on_policy, math.inf, **gathered)
+        terms = Terms.of(objective, self.settings.on_policy, math.inf, **gathered)
         whole = leave_one_out_baseline(terms, contexts, len(contexts), contexts.device)
         first = self.ranks.rank * len(context_id)
         return whole[first : first + len(context_id)]
@@ -290,7 +289,7 @@ class Matcher:
         baseline: Any = values.pop("baseline", None)
         if baseline is None:
             baseline = plain_baseline(objective, len(log_q), log_q.device)
-        return Terms(objective, self.settings.on_policy, math.inf, **values, baseline=baseline, log_prob=log_q)
+        return Terms.of(objective, self.settings.on_policy, math.inf, **values, baseline=baseline, log_prob=log_q)
 
     # ---- several optimiser steps on a batch
 
@@ -372,7 +371,7 @@ class Matcher:
             **options,
         )
         if not everything:
-            out = with_skipped(out, kept, values, on_policy)
+            out = out.spread(kept, Terms.of(objective, on_policy, math.inf, **values))
         self._passed.append((part, out))
         return out
 
@@ -451,7 +450,8 @@ class Matcher:
         for _, out in self._passed:  # here, since the host waits for the device below anyway
             out.check()
         batch.seconds["policy"] = time.perf_counter() - self._since - batch.seconds.get("gradient_variance", 0.0)
-        out = whole_step([out for _, out in self._passed], order, gather)
+        # DMLossOutput.join puts the parts together, and these in the batch's order
+        out = DMLossOutput.join([out for _, out in self._passed], lambda values: gather(values[order]))
         running = batch.pending
         if settings.baseline == "mean" and batch.epoch == 0:
             total, count = running.returns
@@ -481,7 +481,7 @@ class Matcher:
         """rho*r of the step's sequences on all ranks."""
         assert isinstance(batch.objective, Objective)
         inputs = {n: self.ranks.gather(batch.inputs[n]) for n in ("reward", "log_base") if n in batch.inputs}
-        return weigh(Terms(
+        return weigh(Terms.of(
             replace(batch.objective, baseline=None, normalize=True), self.settings.on_policy, math.inf,
             log_proposal=out.log_proposal, log_target=out.log_target, log_z=out.log_z,
             log_prob=out.log_prob if bool(out.scored.all()) else out.log_proposal,  # known weights: any will do

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, cast
 
 from torch import Tensor
 
-from .objectives import AdaptiveBeta, Objective, PPOClip, Terms
+from .objectives import KINDS, AdaptiveBeta, Objective, PPOClip, Terms
 
 #: A name of ``OBJECTIVES``, an ``Objective``, or a function of ``Terms`` that returns the (B,) weights A.
 AnyObjective: TypeAlias = "str | Objective | Callable[[Terms], Tensor]"
@@ -93,10 +93,9 @@ class Settings:
     @cached_property
     def template(self) -> Objective | Callable[[Terms], Tensor]:
         """The objective, as yet without the values that run along with the training."""
-        baseline: Any = None if self.baseline == "mean" else self.baseline
+        fixed = self.name in KINDS and KINDS[self.name].baseline is not None  # then Objective refuses any other
+        baseline: Any = None if self.baseline == "mean" and not fixed else self.baseline
         if isinstance(self.objective, str):
-            if self.name == "gdc++" and self.baseline is not None:
-                raise ValueError(_gdc_has_its_own(self.baseline))
             log_scale = 0.0 if self.name == "reinforce_p" else None
             return Objective(self.objective, baseline, self.normalize, self.beta, log_scale)
         given = [f"{name}={getattr(self, name)!r}" for name in ("beta", "baseline") if getattr(self, name) is not None]
@@ -118,8 +117,6 @@ class Settings:
                 f"an Objective has its baseline, beta and normalize itself; got {self.objective} and "
                 f"{' and '.join(given)}"
             )
-        if given and self.name == "gdc++":
-            raise ValueError(_gdc_has_its_own(self.baseline))
         return replace(self.objective, baseline=baseline) if given else self.objective
 
     @property
@@ -161,10 +158,3 @@ class Settings:
         if self.objective == "reinforce_p":
             objective = replace(objective, log_scale=log_scale)
         return objective if beta is None else replace(objective, beta=beta.value)
-
-
-def _gdc_has_its_own(baseline: float | str | None) -> str:
-    return (
-        "objective 'gdc++' is 'dpg' with the constant baseline 1; for another baseline use objective='dpg', got "
-        f"baseline={baseline!r}"
-    )

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dmfast
 from dmfast import Objective, Terms, eager, kernels
-from dmfast.kernels import check_ops, checks, native, ops
+from dmfast.kernels import check_ops, checks, extension, ops
 
 INF = math.inf
 LOG4 = math.log(4)
@@ -838,7 +838,7 @@ def test_backends_where_one_is_forced(monkeypatch: pytest.MonkeyPatch, forced: s
     """DMFAST_BACKEND may name what can't run: nothing is in use then, and the others say why."""
     if forced == "cuda" and dmfast.backends()["cuda"].available:
         pytest.skip("cuda is available")
-    monkeypatch.setattr(native, "forced", forced)
+    monkeypatch.setattr(kernels, "forced", forced)
     found = dmfast.backends()
     assert [name for name, info in found.items() if info.in_use] == ([] if says else [forced])
     for info in found.values():
@@ -851,7 +851,8 @@ def test_backends_where_one_is_forced(monkeypatch: pytest.MonkeyPatch, forced: s
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager, one warning, and backends() says why."""
-    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(extension, "_C", None)
+    monkeypatch.setattr(kernels, "CPU_ALONE", False)
     monkeypatch.setattr(kernels, "_warned", set())
     p = problem()
     info = dmfast.backends()["cpu"]
@@ -875,27 +876,28 @@ def test_opcheck(entropy: bool, packed: bool) -> None:
         logits, tokens, cu_seqlens = logits.flatten(0, 1), tokens.flatten(), torch.tensor([0, 4, 4, 12])
     batch = checks.make_batch(logits, tokens, None, cu_seqlens, 0.8, 5.0)
     rows = (batch.labels, batch.cu_seqlens, batch.scale, batch.softcap)
+    name = kernels.select(logits).name
 
     def flat(objective: str, **options: object) -> tuple[object, ...]:
         names = ("context_id", "log_proposal", "log_target", "log_z", "reward", "log_base", "max_weight")
         given = {**dict.fromkeys(names), **p.terms, "on_policy": False, **options}
-        return ops.flatten_terms(checks.make_terms(batch, objective, **given))  # type: ignore[arg-type]
+        return (name, *ops.flat_terms(checks.make_terms(batch, objective, **given)))  # type: ignore[arg-type]
 
     for requires_grad in (False, True):
         z = logits.clone().requires_grad_(requires_grad)
-        torch.library.opcheck(ops.score, (z, *rows, entropy))
+        torch.library.opcheck(ops.score, (z, *rows, entropy, name))
         torch.library.opcheck(ops.score_and_weigh, (z, *rows, entropy, *flat("gdc++", max_weight=0.5)))
         torch.library.opcheck(ops.score_and_grad, (z, *rows, entropy, *flat("dpg"), 2.0, 3.0))
-    lse = native.forward(batch, None, False).lse
+    lse = kernels.select(batch.logits).forward(batch, None, False).lse
     weight = f64(1.0, -0.5, 0.0)
-    torch.library.opcheck(ops.grad, (logits, *rows, lse, weight))
-    torch.library.opcheck(ops.grad_, (logits.clone(), *rows, lse, weight))
+    torch.library.opcheck(ops.grad, (logits, *rows, lse, weight, name))
+    torch.library.opcheck(ops.grad_, (logits.clone(), *rows, lse, weight, name))
     torch.library.opcheck(check_ops._logits, (logits, *rows))
     torch.library.opcheck(check_ops._draws, (logits.flatten(0, -2), None))
     torch.library.opcheck(check_ops._labels, (lse.clone().requires_grad_(), logits, *rows))
-    given = [p.terms[name] for name in ("log_proposal", "log_target", "log_z")]
-    torch.library.opcheck(check_ops._terms, (batch.labels, "reverse_kl", 0.0, *given, None, None, weight))
-    torch.library.opcheck(check_ops._weight, (weight,))
+    block = torch.stack([p.terms[name] for name in ("log_proposal", "log_target", "log_z")])
+    torch.library.opcheck(check_ops._terms, (batch.labels, block, 7, True, 0.0))
+    torch.library.opcheck(check_ops._weight, (weight, 0))
 
 
 @pytest.fixture(autouse=True)
