@@ -12,8 +12,8 @@ import datasets
 import pytest
 import torch
 from tabular import counts, one_thread  # noqa: F401
-from test_trainer import Keep, assert_close, run
 from trainer_job import PROMPTS, WORDS, Gradients, StopAt, digest, gpt2, job, tokenizer
+from trainer_tools import Keep, assert_close, run
 
 import dmfast
 from dmfast import Contains, LanguageModel, Samples, Scorer

@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 from tabular import Space, kl, one_thread  # noqa: F401
-from test_trainer import assert_close, run
 from trainer_job import PROMPTS, StopAt, digest, gpt2, job, tokenizer
+from trainer_tools import assert_close, run
 
 import dmfast
 from dmfast import AdaptiveBeta, LanguageModel, PPOClip, Scorer

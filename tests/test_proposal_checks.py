@@ -9,9 +9,9 @@ import math
 import pytest
 import torch
 from test_proposal import ALL, DIVERGENCES, P_TABLE, Q_TABLE, SPACE, TARGET, Q, Table, policies
-from test_trainer import Keep, one_thread  # noqa: F401
 from torch import nn
 from trainer_job import PROMPTS, digest, gpt2, job, tokenizer
+from trainer_tools import Keep, one_thread  # noqa: F401
 
 import dmfast
 from dmfast import Contains, OfflineProposal, Scorer
