@@ -17,9 +17,11 @@ from .functional import (
 )
 from .kernels import backends, use_backend
 from .kernels.result import DMLossOutput
-from .models import LanguageModel, Samples
+from .matcher import Matcher
+from .models import LanguageModel
 from .objectives import OBJECTIVES, Objective, Terms
 from .proposal import OfflineProposal
+from .samples import Samples
 from .targets import EBM, Classifier, Contains, Moment, Reward, Scorer
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ __all__ = [
     "DMLossOutput",
     "DMTrainer",
     "LanguageModel",
+    "Matcher",
     "Moment",
     "Objective",
     "OfflineProposal",

@@ -1,26 +1,29 @@
 """One backbone for a, pi and q: a PEFT model without its adapter is a, with it pi, with a copy of the adapter q.
 
-A view is a ``LanguageModel`` around the same module that switches before each of its forwards and back after it: the
-policy finds active adapter and requires_grad as it left them, also after an error. PEFT's own switching sets
-requires_grad as it sees fit; here the flags are put back one by one. Nothing of a view has a gradient, so no backward
-has to recompute anything under another adapter than the policy's.
+An ``AdapterView`` is a ``LanguageModel`` around the same module that switches before each of its forwards and back
+after it: the policy finds active adapter and requires_grad as it left them, also after an error. PEFT's own switching
+sets requires_grad as it sees fit; here the flags are put back one by one. Nothing of a view has a gradient, so no
+backward has to recompute anything under another adapter than the policy's.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .models import LanguageModel, Samples, disable_dropout
+from .tensors import all_tensors
 
 #: The adapter that holds q.
 PROPOSAL = "dmfast_proposal"
+#: What stands before the names of an adapter's tensors in ``tensors``.
+ADAPTER = "adapter:"
 
 # whose layers leave the base weights alone, so that switched off they are the pretrained model
 _TYPES = ("LORA", "LOHA", "LOKR", "IA3")
@@ -152,70 +155,48 @@ def switched(model: nn.Module, adapter: str | None) -> Iterator[None]:
                     layer.set_adapter(active)
 
 
-class AdapterView(LanguageModel):
-    """A policy's backbone under another of its adapters, or under none. It is frozen: nothing has a gradient.
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return all that a model computes with, by names that are those of another model whose adapter has another name.
+
+    A PEFT model with one active adapter gives the tensors of its base, and those of that adapter with ``ADAPTER``
+    before the names that PEFT saves them under. Any other model gives its parameters and buffers.
+    """
+    library: Any = sys.modules.get("peft")
+    if library is None or not isinstance(model, library.PeftModel) or len(model.active_adapters) != 1:
+        return all_tensors(model)
+    return tensors_under(model, str(model.active_adapters[0]))
+
+
+def tensors_under(model: Any, adapter: str | None) -> dict[str, Tensor]:
+    """Return ``tensors`` of a PEFT model as if this adapter were active, or none."""
+    of_adapters = {tensor.data_ptr() for name in model.peft_config for tensor in weights(model, name).values()}
+    found = {name: tensor for name, tensor in all_tensors(model).items() if tensor.data_ptr() not in of_adapters}
+    own = {} if adapter is None else weights(model, adapter)
+    return found | {ADAPTER + name: tensor for name, tensor in own.items()}
+
+
+def saved(folder: Path, base: Collection[str]) -> dict[str, Tensor]:
+    """Return the tensors that ``save_pretrained`` wrote into a folder of an adapter, named as by ``tensors``.
 
     Args:
-        policy: a ``LanguageModel`` around a ``peft.PeftModel`` with one active adapter of LoRA's kind.
-        adapter: the one to see it under; None: none, the pretrained model.
+        folder: where it is.
+        base: the names of the base's tensors: PEFT saves an embedding of the base with an adapter that is on it.
+    """
+    from peft import load_peft_weights
+
+    found: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
+    return {name if name in base else ADAPTER + name: tensor for name, tensor in found.items()}
+
+
+def add_copy(model: Any) -> str:
+    """Put a frozen copy of the active adapter beside it, as ``PROPOSAL``, in the place of an older one.
+
+    Returns:
+        The name of the active adapter.
 
     Raises:
-        ValueError: what ``policy`` wraps can't be switched (no PEFT model, ``modules_to_save``, trained biases, a
-            merged adapter, several active ones, ...); no such adapter, or the policy's own.
+        ValueError: as ``check``; nothing has changed then.
     """
-
-    def __init__(self, policy: LanguageModel, adapter: str | None = None) -> None:
-        model: Any = policy._unwrapped()
-        trained = check(model)
-        if adapter is not None and adapter not in model.peft_config:
-            raise ValueError(f"the model has no adapter {adapter!r}, only {', '.join(model.peft_config)}")
-        if adapter == trained:
-            raise ValueError(f"the adapter {adapter!r} is the policy's, which moves; a view of it would move too")
-        super().__init__(model, policy.tokenizer, eos_token_id=policy.eos_token_ids)
-        self.adapter = adapter
-        self._config = model.peft_config.get(adapter)
-
-    def check_there(self) -> None:
-        """Whether the adapter is the one that this is a view of.
-
-        Raises:
-            RuntimeError: it was deleted, or another of its name took its place, as that of a newer proposal does.
-        """
-        model: Any = self.model
-        if self.adapter is not None and model.peft_config.get(self.adapter) is not self._config:
-            raise RuntimeError(
-                f"the adapter {self.adapter!r} that this is a view of was deleted or replaced (a newer OfflineProposal "
-                "of the same model takes the place of an older one); make a new trainer or proposal"
-            )
-
-    def sample(self, *args: Any, **kwargs: Any) -> Samples:
-        """As ``LanguageModel.sample``."""
-        self.check_there()
-        with switched(self.model, self.adapter):
-            return super().sample(*args, **kwargs)
-
-    @torch.no_grad()
-    def _forward(self, samples: Samples) -> Any:
-        self.check_there()
-        with switched(self.model, self.adapter):
-            return super()._forward(samples)
-
-    def loss(self, samples: Samples, **options: Any) -> NoReturn:
-        """Is refused: a view has no gradient.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError("an AdapterView is frozen, so it has no loss; call loss of the policy's own LanguageModel")
-
-
-def snapshot(policy: LanguageModel) -> AdapterView:
-    """Puts a frozen copy of the policy's adapter beside it, in the place of an older one, and gives a view of it.
-
-    Raises:
-        ValueError: as ``AdapterView``; nothing has changed then.
-    """
-    model: Any = policy._unwrapped()
     name = check(model)
     config = copy.deepcopy(model.peft_config[name])
     config.inference_mode = True
@@ -232,5 +213,4 @@ def snapshot(policy: LanguageModel) -> AdapterView:
         for key, value in weights(model, PROPOSAL).items():
             parameter = parameters[value.data_ptr()].requires_grad_(False)
             parameter.data = source[key].clone()  # PEFT may have given it another dtype
-    disable_dropout(model)
-    return AdapterView(policy, PROPOSAL)
+    return name

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .estimators import Estimate, estimate_moments
-from .models import LanguageModel, Samples
+from .models import LanguageModel
 from .objectives import Objective
+from .samples import Samples
 
 
 def nltk() -> Any:

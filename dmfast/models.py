@@ -10,16 +10,17 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from . import adapters
 from .functional import (
     dm_loss,
     linear_dm_loss,
@@ -28,123 +29,23 @@ from .functional import (
     sequence_log_prob,
     shift_labels,
 )
+from .head import HeadProbe, HiddenAndHead, unwrapped
 from .kernels.batch import IGNORE
 from .kernels.result import DMLossOutput
+from .samples import Prompt, Samples
+from .tensors import copy_into
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: A string, token ids, or chat messages ({"role": ..., "content": ...}).
-Prompt: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, str]]"
+#: What a sampler is loaded from: a model, or a folder that its ``save_pretrained`` wrote.
+Source: TypeAlias = "LanguageModel | nn.Module | str | os.PathLike[str]"
 
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """N sequences drawn from a language model.
-
-    Attributes:
-        tokens: (N, T) int64, prompt then continuation. Prompts are left-padded; after EOS comes padding.
-        attention_mask: (N, T) int64, 1 on prompt and continuation up to and with the first EOS: what feeds the model.
-        score_mask: (N, T) bool, True on the tokens whose log-probability counts: the generated ones up to and with
-            the first EOS, also when pad == eos.
-        prompt_len: the padded width of the prompts.
-        log_prob: (N,) fp64, log q(x) in nats under ``temperature``, as drawn.
-        context_id: (N,) int64, which prompt.
-        temperature: that the sequences were drawn at and are scored at.
-        tokenizer: for ``text``.
-        pad_token_id: what pads ``tokens``.
-    """
-
-    tokens: Tensor
-    attention_mask: Tensor
-    score_mask: Tensor
-    prompt_len: int
-    log_prob: Tensor
-    context_id: Tensor
-    temperature: float
-    tokenizer: PreTrainedTokenizerBase
-    pad_token_id: int
-
-    def __len__(self) -> int:
-        return self.tokens.shape[0]
-
-    def __getitem__(self, index: slice | Tensor) -> Samples:
-        """Some of the sequences: a slice, a (N,) bool mask or indices."""
-        rows = ("tokens", "attention_mask", "score_mask", "log_prob", "context_id")
-        return replace(self, **{name: getattr(self, name)[index] for name in rows})
-
-    def to(self, device: torch.device | str) -> Samples:
-        """With its tensors on a device."""
-        rows = ("tokens", "attention_mask", "score_mask", "log_prob", "context_id")
-        return replace(self, **{name: getattr(self, name).to(device) for name in rows})
-
-    @cached_property
-    def text(self) -> list[str]:
-        """The continuations, without special tokens. Decoded on first use."""
-        rows = zip(self.tokens.tolist(), self.score_mask.tolist(), strict=True)
-        kept = [[token for token, scored in zip(*row, strict=True) if scored] for row in rows]
-        texts: list[str] = self.tokenizer.batch_decode(kept, skip_special_tokens=True) if kept else []
-        return texts
-
-    def trimmed(self) -> Samples:
-        """Without the columns that are padding in every one of these sequences."""
-        used = self.attention_mask.any(0).nonzero()[:, 0]
-        if len(used) == 0:
-            return self
-        first, last = min(int(used[0]), self.prompt_len - 1), int(used[-1]) + 1
-        columns = ("tokens", "attention_mask", "score_mask")
-        return replace(
-            self, prompt_len=self.prompt_len - first, **{name: getattr(self, name)[:, first:last] for name in columns}
-        )
-
-    @staticmethod
-    def cat(parts: Sequence[Samples]) -> Samples:
-        """One batch of several, padded to one width. ``context_id`` is kept as it is.
-
-        Raises:
-            ValueError: no parts, or parts drawn at different temperatures.
-        """
-        if not parts or any(part.temperature != parts[0].temperature for part in parts):
-            raise ValueError("Samples.cat needs one or more Samples, all of one temperature")
-        prompt = max(part.prompt_len for part in parts)
-        rest = max(part.tokens.shape[1] - part.prompt_len for part in parts)
-
-        def padded(name: str, value: int = 0) -> Tensor:
-            return torch.cat(
-                [
-                    nn.functional.pad(
-                        getattr(part, name),
-                        (prompt - part.prompt_len, rest - (part.tokens.shape[1] - part.prompt_len)),
-                        value=value,
-                    )
-                    for part in parts
-                ]
-            )
-
-        return replace(
-            parts[0],
-            tokens=padded("tokens", parts[0].pad_token_id),
-            attention_mask=padded("attention_mask"),
-            score_mask=padded("score_mask"),
-            prompt_len=prompt,
-            log_prob=torch.cat([part.log_prob for part in parts]),
-            context_id=torch.cat([part.context_id for part in parts]),
-        )
-
-
-class HiddenAndHead(NamedTuple):
-    """What a model's logits are made of: ``cap(scale * (hidden @ weight.T + bias))``."""
-
-    hidden: Tensor  # (N, K, D)
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    labels: Tensor  # (N, K) int64, what each position predicts; -100 = not scored
-    softcap: float | None
-    scale: float
+_WHERE_FROM = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "force_download", "subfolder")
 
 
 def disable_dropout(model: nn.Module) -> int:
-    """Sets every dropout probability of the model to 0, LoRA's too, and returns how many were not.
+    """Set every dropout probability of the model to 0, LoRA's too, and return how many were not.
 
     Not by eval(): training mode stays what it is, gradient checkpointing needs it.
     """
@@ -163,10 +64,15 @@ class LanguageModel:
 
     Sets all dropout of ``model`` to 0, since a sampled sequence and its score must come from one distribution.
 
+    It is a ``Sampler``.
+
     Args:
         model: decoder-only, with the forward of transformers; PEFT models too. Device and dtype stay as they are.
         tokenizer: its ``eos_token_id`` ends a sequence, its ``bos_token_id`` (or else EOS) is the empty prompt.
         eos_token_id: other token ids that end a sequence, in the tokenizer's place.
+
+    Attributes:
+        version: what ``Samples.version`` of its draws holds; an ``OfflineProposal`` whose q it is assigns it.
 
     Raises:
         ValueError: an encoder-decoder model, a prompt-learning adapter, no EOS token, or an EOS or padding token that
@@ -204,8 +110,8 @@ class LanguageModel:
         self._cache_name = (
             "cache" if "cache" in parameters else "past_key_values"
         )  # the old name, until transformers 5.40
-        self._verified = False  # that hidden states and head make the model's logits
-        self._no_head: str | None = None  # why they don't, once that is known
+        self._head = HeadProbe()
+        self.version = 0
         self._said = False
 
     @property
@@ -220,25 +126,96 @@ class LanguageModel:
             )
 
     def around(self, model: nn.Module) -> LanguageModel:
-        """The same with another module in its place that computes the same, such as a DDP or compiled wrapper of it."""
+        """Return the same around another module that computes the same, such as a DDP or compiled wrapper of it."""
         other = copy.copy(self)
-        other.model = model
+        other.model, other._head = model, copy.copy(self._head)
         return other
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> LanguageModel:
+        """Load model and tokenizer by transformers' ``AutoModelForCausalLM`` and ``AutoTokenizer``.
+
+        Args:
+            name_or_path: a folder, or a name on the hub.
+            dtype: of the parameters. Default: transformers', which is that of the checkpoint.
+            device: where the model goes. Default: where transformers puts it.
+            eos_token_id: as in ``LanguageModel``.
+            kwargs: go to the model's ``from_pretrained``; those that say where from (``revision``, ``token``,
+                ``cache_dir``, ``local_files_only``, ``trust_remote_code``, ...) to the tokenizer's, too.
+
+        Raises:
+            ImportError: transformers is not installed.
+            OSError, ValueError: as transformers, and as ``LanguageModel``.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        where = {name: value for name, value in kwargs.items() if name in _WHERE_FROM}
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **where)
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path, **({} if dtype is None else {"dtype": dtype}), **kwargs
+        )
+        return cls(model if device is None else model.to(device), tokenizer, eos_token_id=eos_token_id)
+
+    @torch.no_grad()
+    def load(self, source: Source) -> None:
+        """Replace this model's parameters and buffers by those of another: q <- pi. Devices and dtypes stay.
+
+        Args:
+            source: a model of the same architecture, or a folder that its ``save_pretrained`` wrote; of an adapter,
+                if this model has one of the same kind, around the same base.
+
+        Raises:
+            TypeError: the source is no model and no folder.
+            FileNotFoundError: there is no such folder.
+            ValueError: the source is this model itself.
+            RuntimeError: names or shapes of the parameters differ. This model stays as it was.
+        """
+        if not isinstance(source, (str, os.PathLike)) and _module_of(source) is _module_of(self):
+            raise ValueError("a LanguageModel can't be loaded from its own module, with which it already moves")
+        mine, given = self._tensors(), self._given(source)
+        if _is_adapter(source):
+            mine = _of_adapter(mine) | {name: mine[name] for name in given if name in mine}
+        copy_into(mine, given)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return what this model computes with, by the names of ``adapters.tensors``."""
+        return adapters.tensors(_module_of(self))
+
+    def _given(self, source: Source) -> dict[str, Tensor]:
+        """Return the tensors of a source, by the same names."""
+        if isinstance(source, LanguageModel):
+            return source._tensors()
+        if isinstance(source, nn.Module):
+            return adapters.tensors(_module_of(source))
+        if not isinstance(source, (str, os.PathLike)):
+            raise TypeError(f"load takes a LanguageModel, its module or a folder, got a {type(source).__name__}")
+        folder = Path(source)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {str(folder)!r} to load a model from")
+        if _is_adapter(folder):
+            return adapters.saved(folder, self._tensors().keys())
+        return adapters.tensors(_without_adapters(_module_of(self)).from_pretrained(folder, local_files_only=True))
+
     def base(self) -> LanguageModel:
-        """The pretrained model below the adapter of a PEFT model: the same module, the adapter off in each forward.
+        """Return the pretrained model below a PEFT model's adapter: the same module, the adapter off in each forward.
 
         It takes no memory of its own and is frozen. An ``EBM`` around it makes a, pi and q share one backbone.
 
         Raises:
             ValueError: ``model`` is no PEFT model, or one whose adapter can't be switched: see ``AdapterView``.
         """
-        from .adapters import AdapterView
-
         return AdapterView(self)
 
     def _encode(self, prompts: Sequence[Prompt] | None) -> tuple[Tensor, Tensor]:
-        """Left-padded prompts and their mask, (P, L) each. An empty prompt is the BOS token."""
+        """Return left-padded prompts and their mask, (P, L) each. An empty prompt is the BOS token."""
         start = self.tokenizer.bos_token_id
         start = self.eos_token_ids[0] if start is None else start
         if isinstance(prompts, str):
@@ -272,7 +249,7 @@ class LanguageModel:
         return cast("list[int]", ids)
 
     def with_prompt(self, samples: Samples, prompt: Prompt) -> Samples:
-        """The same continuations after another prompt, the same for all.
+        """Return the same continuations after another prompt, the same for all.
 
         ``log_prob`` stays what it was: that of what they were drawn from. ``context_id`` becomes 0.
 
@@ -299,7 +276,7 @@ class LanguageModel:
         )  # fmt: skip
 
     def check_prompts(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
-        """Whether all of them can be sampled from.
+        """Check that all of them can be sampled from.
 
         Raises:
             ValueError: a prompt that leaves no room for ``max_new_tokens`` in the model's context, or has a token that
@@ -327,7 +304,7 @@ class LanguageModel:
         batch_size: int | None = None,
         first_row: int = 0,
     ) -> Samples:
-        """Draws n continuations of each prompt from softmax(logits / temperature), token by token with a KV cache.
+        """Draw n continuations of each prompt from softmax(logits / temperature), token by token with a KV cache.
 
         Args:
             prompts: strings, lists of token ids, or lists of chat messages, which go through the tokenizer's chat
@@ -345,7 +322,8 @@ class LanguageModel:
 
         Raises:
             ValueError: n, max_new_tokens, temperature or batch_size not positive, no prompt, a prompt that leaves no
-                room in the model's context, a tokenizer that does not fit the model, NaN among the model's logits.
+                room in the model's context, a tokenizer that does not fit the model, logits of the model that are no
+                distribution (NaN, +inf, nothing but -inf), on any device.
         """
         numbers = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
         for name, number in numbers.items():
@@ -371,7 +349,14 @@ class LanguageModel:
         finally:
             for module in training:
                 module.training = True
-        return Samples.cat(parts)
+        samples = Samples.cat(parts)
+        bad = samples.log_prob.isnan()  # what the CPU raises at once, a device has put here
+        if bool(bad.any()):
+            raise ValueError(
+                f"the model's logits hold NaN or +inf, or nothing but -inf, in {int(bad.sum())} of {len(samples)} "
+                f"sequences, first in sequence {int(bad.nonzero()[0, 0])}: there is no distribution to draw from"
+            )
+        return samples
 
     def _sample(
         self, prompts: Tensor, prompts_mask: Tensor, context_id: Tensor, row_ids: Tensor, steps: int,
@@ -417,11 +402,12 @@ class LanguageModel:
         score = mask.bool()
         score[:, :prompt_len] = False
         return Samples(
-            tokens, mask, score, prompt_len, log_prob, context_id, temperature, self.tokenizer, self.pad_token_id
-        )
+            tokens, mask, score, prompt_len, log_prob, context_id, temperature, self.tokenizer, self.pad_token_id,
+            torch.full_like(context_id, self.version),
+        )  # fmt: skip
 
     def _generate(self, loop: Callable[..., Tensor], prompts: Tensor, mask: Tensor, steps: int) -> Tensor:
-        """``loop`` within transformers' generate, which makes the KV cache and the stopping rules.
+        """Run ``loop`` within transformers' generate, which makes the KV cache and the stopping rules.
 
         A module without generate gets the rule for EOS alone, and its forward makes its cache.
         """
@@ -444,7 +430,7 @@ class LanguageModel:
             model.generation_config = theirs
 
     def logits(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Logits and the labels that they score, for ``dm_loss``: (N, K, V) and (N, K) int64, -100 = not scored.
+        """Return logits and the labels that they score, for ``dm_loss``: (N, K, V) and (N, K) int64, -100 = not scored.
 
         One forward through the model, with gradient where grad mode is on. K is T, or the continuation and the
         position before it where the model can leave out the logits of the prompt.
@@ -454,12 +440,12 @@ class LanguageModel:
         return logits, nn.functional.pad(labels, (ahead, 0), value=IGNORE) if ahead else labels
 
     def _labels(self, samples: Samples) -> Tensor:
-        """(N, K) int64 for the continuation and the position before it."""
+        """Return (N, K) int64 for the continuation and the position before it."""
         labels = shift_labels(samples.tokens, samples.score_mask, samples.prompt_len)
         return labels[:, samples.prompt_len - 1 :]
 
     def _forward(self, samples: Samples) -> Any:
-        """One forward, without the logits of the prompt where the model can leave them out."""
+        """Run one forward, without the logits of the prompt where the model can leave them out."""
         kept = samples.tokens.shape[1] - samples.prompt_len + 1
         return self.model(
             input_ids=samples.tokens, attention_mask=samples.attention_mask,
@@ -468,7 +454,7 @@ class LanguageModel:
         )  # fmt: skip
 
     def hidden_and_head(self, samples: Samples) -> HiddenAndHead:
-        """What the logits are made of, for ``linear_dm_loss``: one forward in which the head projects nothing.
+        """Return what the logits are made of, for ``linear_dm_loss``: one forward in which the head projects nothing.
 
         The forward is the model's own, so that its hooks, adapters and checkpointing run.
 
@@ -479,115 +465,29 @@ class LanguageModel:
         """
         found = self._hidden(samples)
         if found is None:
-            raise ValueError(f"hidden_and_head: {self._why_no_head()}; use logits() and dm_loss")
+            raise ValueError(f"hidden_and_head: {self._head.why_not(self.model)}; use logits() and dm_loss")
         return found
 
     def _hidden(self, samples: Samples) -> HiddenAndHead | None:
-        """``hidden_and_head``, or None where ``_why_no_head`` says why."""
-        if self._why_no_head() is not None:
-            return None
-        head = self._unwrapped().get_output_embeddings()
-        scale, softcap = self._scaling()
-        labels = self._labels(samples)
-        captured: list[Tensor] = []
-        dtypes: list[torch.dtype | None] = []
-
-        def capture(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if not args:
-                return None
-            hidden = args[0]
-            device = hidden.device.type
-            captured.append(hidden)
-            dtypes.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
-            # not detached: DDP looks from the outputs for the parameters that will get a gradient
-            return (hidden[:1, :0] if self._verified else hidden[:2, :2], *args[1:])
-
-        hook = head.register_forward_pre_hook(capture)
-        try:
-            out = self._forward(samples)
-        finally:
-            hook.remove()
-        if len(captured) != 1:
-            self._no_head = f"the model calls its head {len(captured)} times in a forward, not once"
-            return None
-        hidden, weight, bias = captured[0], head.weight, head.bias
-        if dtypes[0] is not None:  # the product ran in autocast's dtype, perhaps within the model's forward only
-            hidden, weight = hidden.to(dtypes[0]), weight.to(dtypes[0])
-            bias = None if bias is None else bias.to(dtypes[0])
-        hidden = hidden[:, -labels.shape[1] :]
-        result = HiddenAndHead(hidden, weight, bias, labels, softcap, scale)
-        if not self._verified and len(samples):
-            self._no_head = self._what_differs(out.logits, captured[0], result)
-            self._verified = self._no_head is None and bool(out.logits.isfinite().all())
-        return None if self._no_head is not None else result
-
-    def _why_no_head(self) -> str | None:
-        """Why ``hidden_and_head`` can't serve this model, as far as is known without a forward."""
-        if self._no_head is not None:
-            return self._no_head
-        if hasattr(self.model, "_orig_mod"):
-            return "the model is compiled, and torch.compile does not heed the hook that takes its hidden states"
-        get: Any = getattr(self._unwrapped(), "get_output_embeddings", None)
-        head = get() if get is not None else None
-        if head is None:
-            return "the model names no head (get_output_embeddings)"
-        if type(head) is not nn.Linear:  # adapters, modules_to_save, quantised layers
-            return f"the head is a {type(head).__module__}.{type(head).__qualname__}, not an nn.Linear"
-        if type(head.weight) not in (nn.Parameter, Tensor):  # DTensor
-            return f"the head's weight is a {type(head.weight).__qualname__}"
-        if head.weight.is_meta or hasattr(head, "_hf_hook"):
-            return "the head is offloaded"
-        if head._forward_hooks or head._forward_pre_hooks:
-            return "the head has hooks, which may change what it computes"
-        scale, softcap = self._scaling()
-        if not scale > 0 or (softcap is not None and scale != 1.0):
-            return f"the model's logits are scaled by {scale} with a softcap of {softcap}"
-        return None
+        """Return ``hidden_and_head``, or None where ``HeadProbe.why_not`` says why."""
+        return self._head.read(self.model, self._labels(samples), lambda: self._forward(samples))
 
     def _unwrapped(self) -> Any:
-        """The model without DDP around it."""
-        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
-
-    def _scaling(self) -> tuple[float, float | None]:
-        """Constants of the config that act on logits: a factor, and Gemma's cap."""
-        config: Any = self._unwrapped().config
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        factor = getattr(config, "logit_scale", None)  # Cohere
-        divisor = getattr(config, "logits_scaling", None)  # Granite
-        scale = float(1.0 if factor is None else factor) / float(1.0 if divisor is None else divisor)
-        return scale, getattr(config, "final_logit_softcapping", None)
-
-    def _what_differs(self, logits: Tensor, hidden: Tensor, found: HiddenAndHead) -> str | None:
-        """Between the model's logits for a few positions and those of their hidden states; None: nothing."""
-        with torch.no_grad():
-            shown = hidden.detach()[:2, :2].to(found.weight.dtype)
-            ours = nn.functional.linear(shown, found.weight, found.bias).float() * found.scale
-            if found.softcap is not None:
-                ours = found.softcap * torch.tanh(ours / found.softcap)
-            logits = logits.detach().float()
-            if logits.shape != ours.shape:
-                return f"for {tuple(shown.shape)} hidden states the model gives {tuple(logits.shape)} logits"
-            tolerance = 1e-4 if found.weight.dtype in (torch.float32, torch.float64) else 2e-2
-            error = float((logits - ours).abs().max())  # NaN where the model has diverged: the loss says where
-            if error > tolerance * max(float(ours.abs().max()), 1.0):
-                return (
-                    f"the model's logits differ by up to {error:.2g} from those of its hidden states and head: it does "
-                    "more to them than dmfast knows of"
-                )
-        return None
+        """Return the model without DDP around it."""
+        return unwrapped(self.model)
 
     def _say_why_logits(self) -> None:
-        """One warning, at the line that called log_prob or loss."""
+        """Warn once, at the line that called log_prob or loss."""
         if not self._said:
             self._said = True
             warnings.warn(
                 f"dmfast forms all logits of {type(self.model).__name__}, which takes more memory: "
-                f"{self._why_no_head()}",
+                f"{self._head.why_not(self.model)}",
                 stacklevel=3,
             )
 
     def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
-        """log pi(x) of each sequence under this model at the samples' temperature, differentiable.
+        """Return log pi(x) of each sequence under this model at the samples' temperature, differentiable.
 
         From hidden states and head, so that logits never exist at once, wherever ``hidden_and_head`` serves.
 
@@ -616,7 +516,7 @@ class LanguageModel:
         return torch.cat(parts) if parts else samples.log_prob.new_empty(0)
 
     def loss(self, samples: Samples, **options: Any) -> DMLossOutput:
-        """``dm_loss`` of this model on the samples, at their temperature: the policy's forward and the fused loss.
+        """Return ``dm_loss`` of this model on the samples, at their temperature: its forward and the fused loss.
 
         From hidden states and head, so that logits never exist at once, wherever ``hidden_and_head`` serves.
 
@@ -646,11 +546,107 @@ class LanguageModel:
         return dm_loss(logits, labels, temperature=samples.temperature, inplace=not logits.is_leaf, **options)
 
 
+class AdapterView(LanguageModel):
+    """A policy's backbone under another of its adapters, or under none. It is frozen: nothing has a gradient.
+
+    Args:
+        policy: a ``LanguageModel`` around a ``peft.PeftModel`` with one active adapter of LoRA's kind.
+        adapter: the one to see it under; None: none, the pretrained model.
+
+    Raises:
+        ValueError: what ``policy`` wraps can't be switched (no PEFT model, ``modules_to_save``, trained biases, a
+            merged adapter, several active ones, ...); no such adapter, or the policy's own.
+    """
+
+    def __init__(self, policy: LanguageModel, adapter: str | None = None) -> None:
+        model: Any = policy._unwrapped()
+        trained = adapters.check(model)
+        if adapter is not None and adapter not in model.peft_config:
+            raise ValueError(f"the model has no adapter {adapter!r}, only {', '.join(model.peft_config)}")
+        if adapter == trained:
+            raise ValueError(f"the adapter {adapter!r} is the policy's, which moves; a view of it would move too")
+        super().__init__(model, policy.tokenizer, eos_token_id=policy.eos_token_ids)
+        self.adapter = adapter
+        self._config = model.peft_config.get(adapter)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        self.check_there()
+        return adapters.tensors_under(self.model, self.adapter)
+
+    @torch.no_grad()
+    def load(self, source: Source) -> None:
+        """Replace the adapter's weights: q <- pi.
+
+        Args:
+            source: the policy that this is a view of, another view of its model, or a folder with an adapter.
+
+        Raises:
+            TypeError: this is a view under no adapter, or the source is another model, whose base may be another.
+            FileNotFoundError, RuntimeError: as ``LanguageModel.load``; the adapter stays as it was.
+        """
+        if self.adapter is None:
+            raise TypeError("this AdapterView is the base, without an adapter, so there is nothing to load into")
+        if not isinstance(source, (str, os.PathLike)) and _module_of(source) is not self.model:
+            raise TypeError(
+                "an AdapterView loads what is an adapter of its own model, the policy or a folder that has one saved; "
+                f"the source, a {type(source).__name__}, is another model, whose base may be another"
+            )
+        copy_into(_of_adapter(self._tensors()), _of_adapter(self._given(source)))
+
+    def check_there(self) -> None:
+        """Check that the adapter is the one that this is a view of.
+
+        Raises:
+            RuntimeError: it was deleted, or another of its name took its place, as that of a newer proposal does.
+        """
+        model: Any = self.model
+        if self.adapter is not None and model.peft_config.get(self.adapter) is not self._config:
+            raise RuntimeError(
+                f"the adapter {self.adapter!r} that this is a view of was deleted or replaced (a newer OfflineProposal "
+                "of the same model takes the place of an older one); make a new trainer or proposal"
+            )
+
+    def sample(self, *args: Any, **kwargs: Any) -> Samples:
+        """Draw as ``LanguageModel.sample`` does."""
+        self.check_there()
+        with adapters.switched(self.model, self.adapter):
+            return super().sample(*args, **kwargs)
+
+    @torch.no_grad()
+    def _forward(self, samples: Samples) -> Any:
+        self.check_there()
+        with adapters.switched(self.model, self.adapter):
+            return super()._forward(samples)
+
+    def loss(self, samples: Samples, **options: Any) -> NoReturn:
+        """Refuse: a view has no gradient.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("an AdapterView is frozen, so it has no loss; call loss of the policy's own LanguageModel")
+
+
 def _without_adapters(model: nn.Module) -> Any:
-    """The transformers model within a PEFT model."""
+    """Return the transformers model within a PEFT model."""
     return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _positions(mask: Tensor) -> Tensor:
     """(N, T) position ids of left-padded rows: the first real token is at 0."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _module_of(source: LanguageModel | nn.Module) -> Any:
+    """Return the module itself, without what DDP or torch.compile put around it."""
+    module = unwrapped(source.model if isinstance(source, LanguageModel) else source)
+    return getattr(module, "_orig_mod", module)
+
+
+def _is_adapter(source: Source) -> bool:
+    """Return whether this is a folder that holds an adapter and not a whole model."""
+    return isinstance(source, (str, os.PathLike)) and (Path(source) / "adapter_config.json").is_file()
+
+
+def _of_adapter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(adapters.ADAPTER)}

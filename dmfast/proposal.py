@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -18,7 +19,10 @@ from torch import Tensor, nn
 from . import adapters
 from .estimators import Estimate, RunningEstimates, _js_terms, _mean, estimate
 from .kernels.result import DMLossOutput
-from .models import LanguageModel, Samples
+from .models import AdapterView, LanguageModel
+from .samples import Samples
+from .sampling import Sampler
+from .tensors import all_tensors, copy_into, difference
 
 CRITERIA = ("kl", "tvd", "js", "interval")
 
@@ -37,6 +41,11 @@ Scores = tuple[Tensor, Tensor, Tensor, Tensor | float]
 
 def _module(policy: nn.Module | HasModel) -> nn.Module:
     return policy if isinstance(policy, nn.Module) else policy.model
+
+
+def _source(policy: nn.Module | HasModel) -> LanguageModel | nn.Module:
+    """Return what a sampler loads of a policy."""
+    return policy if isinstance(policy, (nn.Module, LanguageModel)) else policy.model
 
 
 def nearer(
@@ -76,18 +85,25 @@ def _copy(module: nn.Module, device: torch.device | str | None) -> nn.Module:
     return copied if device is None else copied.to(device)
 
 
-def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, also those that a state_dict leaves out; and not what else one may hold."""
-    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
-
-
 def _as_adapter(policy: Any, device: torch.device | str | None) -> tuple[Any, str]:
-    """q as a second adapter of the policy's model, and the name of the policy's own."""
+    """Return q as a second adapter of the policy's model, and the name of the policy's own."""
     if not isinstance(policy, LanguageModel):
         raise TypeError(f"adapter=True needs a LanguageModel around a PEFT model, got {type(policy).__name__}")
     if device is not None:
         raise ValueError(f"adapter=True keeps q in the policy's own model, so it can't be on device={device!r}")
-    return adapters.snapshot(policy), adapters.check(policy._unwrapped())
+    name = adapters.add_copy(policy._unwrapped())
+    return AdapterView(policy, adapters.PROPOSAL), name
+
+
+def _with_module(policy: Any, module: nn.Module) -> Any:
+    """Return the policy, a module or what wraps one, with another module in its place."""
+    if isinstance(policy, nn.Module):
+        return module
+    if isinstance(policy, LanguageModel):
+        return policy.around(module)
+    other = copy.copy(policy)
+    other.model = module
+    return other
 
 
 def _as_samples(scores: Scores) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -126,15 +142,20 @@ class OfflineProposal(Generic[Policy]):
         device: where the copy is kept, such as "cpu" beside a policy on a GPU. Default: where the policy is.
         adapter: keep q as a second adapter in the policy's own model, which must be a ``LanguageModel`` around a PEFT
             model: its memory is that of an adapter. q <- pi then copies the adapter.
+        sampler: another engine that draws from q. It loads the policy now and at each swap, and q where a state is
+            loaded. The copy above stays, since q has to be where it can be read again: a checkpoint holds it, and an
+            engine that was started anew gets it. Default: the copy itself draws.
 
     Attributes:
         snapshot: q, of the same type as ``policy`` (an ``AdapterView`` with ``adapter``), without gradients.
+        sampler: the other engine, or None.
         swaps: how often q was replaced. 0: q still is what the policy was at the start.
         last_check: D(p, q) - D(p, pi) of the last check, an ``Estimate``, or None.
 
     Raises:
         TypeError, ValueError: what is out of range; ``adapter`` with a device, or with another policy than a
-            ``LanguageModel`` around a PEFT model whose adapter can be switched.
+            ``LanguageModel`` around a PEFT model whose adapter can be switched; a sampler that is none, or that moves
+            with the policy. What the sampler's ``load`` raises.
     """
 
     def __init__(
@@ -148,6 +169,7 @@ class OfflineProposal(Generic[Policy]):
         decay: float = 0.8,
         device: torch.device | str | None = None,
         adapter: bool = False,
+        sampler: Sampler | None = None,
     ) -> None:
         if criterion not in CRITERIA:
             raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
@@ -155,28 +177,50 @@ class OfflineProposal(Generic[Policy]):
             raise ValueError(f"interval must be an integer, 1 step or more, got {interval!r}")
         if not 0 <= stderrs < math.inf:
             raise ValueError(f"stderrs must be a number, 0 or more, got {stderrs!r}")
-        self.policy, self.criterion, self.interval = policy, criterion, interval
+        if sampler is not None:
+            if not isinstance(sampler, Sampler):
+                raise TypeError(
+                    "sampler must have what dmfast.sampling.Sampler lists (sample, log_prob, load, version), got a "
+                    f"{type(sampler).__name__}"
+                )
+            sampler.load(_source(policy))
+        self.policy, self.criterion, self.interval, self.sampler = policy, criterion, interval, sampler
         self.best_only, self.stderrs = best_only, stderrs
         self.running = RunningEstimates(decay)
         self._adapter: str | None = None  # the policy's, where q is another
         if adapter:
             self.snapshot, self._adapter = _as_adapter(policy, device)
         else:
-            module = _copy(_module(policy), device)
-            if isinstance(policy, nn.Module):
-                self.snapshot = cast(Policy, module)
-            else:
-                self.snapshot = copy.copy(policy)
-                cast(HasModel, self.snapshot).model = module
+            self.snapshot = _with_module(policy, _copy(_module(policy), device))
         self.steps = 0
         self._checked = 0  # the step of the last check
         self.swaps = 0
         self.best = math.inf
         self.last_check: Estimate | None = None
+        self._tell_version()
+
+    @property
+    def version(self) -> int:
+        """The number of the current q: 0 at the start, one more with each swap; a state goes on with its own."""
+        return self.swaps
+
+    def _tell_version(self) -> None:
+        if self.sampler is not None:
+            self.sampler.version = self.version
+        if isinstance(self.snapshot, LanguageModel):
+            self.snapshot.version = self.version
 
     def sample(self, *args: Any, **options: Any) -> Samples:
-        """Sequences of q, as ``snapshot.sample`` draws them, on the policy's device."""
-        drawn: Samples = cast(Any, self.snapshot).sample(*args, **options)
+        """Draw sequences of q, with its ``version``, onto the policy's device.
+
+        Args:
+            args, options: as ``Sampler.sample`` takes them.
+        """
+        if self.sampler is None:
+            drawn: Samples = cast(Any, self.snapshot).sample(*args, **options)
+            drawn = replace(drawn, version=torch.full_like(drawn.context_id, self.version))
+        else:  # which may still hold sequences that an earlier q drew: it says itself whose they are
+            drawn = self.sampler.sample(*args, **options)
         return drawn.to(next(_module(self.policy).parameters()).device)
 
     def update(self, *outputs: DMLossOutput) -> None:
@@ -222,26 +266,31 @@ class OfflineProposal(Generic[Policy]):
         self._checked, self.last_check = self.steps, check
         return take
 
-    @torch.no_grad()
     def swap(self) -> None:
-        """q <- pi, whatever the criterion says. The samples of the old q no longer count.
+        """Replace q by pi, whatever the criterion says. The samples of the old q no longer count.
 
         Raises:
-            RuntimeError: the policy has other parameters than at the start; q stays as it is.
+            RuntimeError: the policy has other parameters than at the start. This and what the sampler's ``load`` raises
+                leave q as it was.
         """
         source, target = self._tensors()
-        if source.keys() != target.keys() or any(source[k].shape != target[k].shape for k in source):
-            raise RuntimeError("the policy's parameters are not those that OfflineProposal copied; q was not replaced")
-        for key, value in target.items():
-            value.copy_(source[key])
+        differs = difference(source, target)
+        if differs is not None:
+            raise RuntimeError(
+                f"the policy's parameters are not those that OfflineProposal copied ({differs}); q was not replaced"
+            )
+        if self.sampler is not None:
+            self.sampler.load(_source(self.policy))
+        copy_into(target, source)
         self.running.clear()
         self.swaps += 1
+        self._tell_version()
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Those of pi and those of q, by the same names: all of them, or with ``adapter`` those of the adapters."""
         if self._adapter is None:
-            return _tensors_of(_module(self.policy)), _tensors_of(_module(self.snapshot))
-        view = cast(adapters.AdapterView, self.snapshot)
+            return all_tensors(_module(self.policy)), all_tensors(_module(self.snapshot))
+        view = cast(AdapterView, self.snapshot)
         view.check_there()
         return adapters.weights(view.model, self._adapter), adapters.weights(view.model, adapters.PROPOSAL)
 
@@ -272,11 +321,13 @@ class OfflineProposal(Generic[Policy]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where ``state_dict`` was taken.
 
+        A ``sampler`` is loaded with the q of the state, whatever the policy is.
+
         Raises:
-            RuntimeError: q's parameters do not fit; nothing is changed.
+            RuntimeError: q's parameters do not fit. This and what the sampler's ``load`` raises leave all as it was.
         """
         mine = self._moving()
-        if mine.keys() != state["model"].keys() or any(mine[k].shape != v.shape for k, v in state["model"].items()):
+        if difference(state["model"], mine) is not None:
             raise RuntimeError(
                 "this state holds the parameters of another model, or of a proposal that was kept in another way (as a "
                 "copy of the model, as a second adapter)"
@@ -285,8 +336,14 @@ class OfflineProposal(Generic[Policy]):
         running.load_state_dict(state["running"])
         steps, checked, swaps = (int(state[key]) for key in ("steps", "checked", "swaps"))
         best, last_check = float(state["best"]), state["last_check"] and Estimate(*state["last_check"])
-        with torch.no_grad():
-            for key, value in mine.items():
-                value.copy_(state["model"][key])
+        before = {} if self.sampler is None else {key: value.clone() for key, value in mine.items()}
+        copy_into(mine, state["model"])
+        if self.sampler is not None:
+            try:
+                self.sampler.load(_source(self.snapshot))
+            except BaseException:
+                copy_into(mine, before)
+                raise
         self.running, self.steps, self._checked, self.swaps = running, steps, checked, swaps
         self.best, self.last_check = best, last_check
+        self._tell_version()

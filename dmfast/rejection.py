@@ -16,118 +16,19 @@ all of the following are means over one set of x ~ q, whatever beta:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .estimators import Estimate, _from_influence, _mean
-from .models import LanguageModel, Prompt, Samples
+from .samples import Prompt, Samples
+from .sampling import Sampler
+from .seeds import seed_for
 from .targets import EBM
-
-
-class Proposal(Protocol):
-    """What draws sequences and knows log q of them: a ``LanguageModel``, a ``Prompted`` one, a ``Mixture``."""
-
-    def sample(
-        self, prompts: Sequence[Prompt] | None = None, n: int = 1, *, max_new_tokens: int, temperature: float = 1.0,
-        seed: int | None = None, batch_size: int | None = None,
-    ) -> Samples:  # fmt: skip
-        """n sequences of each prompt with log q, as ``LanguageModel.sample``."""
-        ...
-
-    def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
-        """(N,) fp64, log q(x)."""
-        ...
-
-
-class Prompted:
-    """A model with a prompt of its own, as a proposal for the target without it: q(x) = model(x | prompt).
-
-    What it draws are continuations in the target's context: the samples carry that context, not this prompt, so that
-    the target scores them as its own.
-
-    Args:
-        model: whose continuations are drawn.
-        prompt: what it is prompted with, whatever the context is.
-    """
-
-    def __init__(self, model: LanguageModel, prompt: Prompt) -> None:
-        self.model, self.prompt = model, prompt
-
-    @torch.no_grad()
-    def sample(
-        self, prompts: Sequence[Prompt] | None = None, n: int = 1, *, max_new_tokens: int, temperature: float = 1.0,
-        seed: int | None = None, batch_size: int | None = None,
-    ) -> Samples:  # fmt: skip
-        """As ``LanguageModel.sample``; ``prompts`` is the one context of the target, None: the empty one.
-
-        Raises:
-            ValueError: several prompts; as ``LanguageModel.sample``.
-        """
-        x = self.model.sample([self.prompt], n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-                              batch_size=batch_size)  # fmt: skip
-        return self.model.with_prompt(x, _one(prompts))
-
-    def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
-        """(N,) fp64, log q(x) of the continuations after this prompt."""
-        return self.model.log_prob(self.model.with_prompt(samples, self.prompt), batch_size=batch_size)
-
-
-class Mixture:
-    """q(x) = sum_k weight_k q_k(x). It covers whatever one of its parts covers.
-
-    Args:
-        parts: proposals for the same target.
-        weights: positive; default equal. Their sum is divided out.
-
-    Raises:
-        ValueError: no part, or weights that are not as many positive numbers.
-    """
-
-    def __init__(self, parts: Sequence[Proposal], weights: Sequence[float] | None = None) -> None:
-        weights = [1.0] * len(parts) if weights is None else list(weights)
-        if not parts or len(weights) != len(parts) or not all(0 < w < math.inf for w in weights):
-            raise ValueError(f"weights must be a positive number for each of {len(parts)} parts, got {weights!r}")
-        self.parts = list(parts)
-        self.log_weights = torch.tensor(weights, dtype=torch.float64).log()
-        self.log_weights -= self.log_weights.logsumexp(0)
-
-    @torch.no_grad()
-    def sample(
-        self, prompts: Sequence[Prompt] | None = None, n: int = 1, *, max_new_tokens: int, temperature: float = 1.0,
-        seed: int | None = None, batch_size: int | None = None,
-    ) -> Samples:  # fmt: skip
-        """n independent sequences in random order, with log q of the mixture; ``prompts`` as in ``Prompted.sample``."""
-        context = [_one(prompts)]
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
-        generator = torch.Generator().manual_seed(seed % 2**63)
-        which = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
-        drawn, rows = [], []
-        for k, part in enumerate(self.parts):
-            mine = (which == k).nonzero()[:, 0]
-            if len(mine):
-                drawn.append(part.sample(context, len(mine), max_new_tokens=max_new_tokens, temperature=temperature,
-                                         seed=(seed + 7919 * k) % 2**63, batch_size=batch_size))  # fmt: skip
-                rows.append(mine)
-        x = Samples.cat(drawn)
-        x = x[torch.cat(rows).argsort().to(x.tokens.device)]
-        return replace(x, log_prob=self.log_prob(x, batch_size=batch_size))
-
-    @torch.no_grad()
-    def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
-        """(N,) fp64, the log of the weighted sum; every part scores every sequence."""
-        each = torch.stack([part.log_prob(samples, batch_size=batch_size).double() for part in self.parts], 1)
-        return (each + self.log_weights.to(each.device)).logsumexp(1)
-
-
-def _one(prompts: Sequence[Prompt] | None) -> Prompt:
-    if prompts is not None and len(prompts) != 1:
-        raise ValueError(f"a proposal with a prompt of its own serves one context at a time, got {len(prompts)}")
-    return "" if prompts is None else prompts[0]
 
 
 @dataclass(frozen=True)
@@ -233,7 +134,7 @@ class RejectionCurve:
 @torch.no_grad()
 def rejection_curve(
     target: EBM,
-    proposal: Proposal,
+    proposal: Sampler,
     n: int = 4096,
     *,
     max_new_tokens: int,
@@ -247,20 +148,23 @@ def rejection_curve(
     Args:
         target: P. proposal: q, such as the base, a trained policy, a ``Prompted`` one or a ``Mixture``.
         prompt: the context of the target. Default: the empty one.
-        max_new_tokens, temperature, seed, batch_size: as in ``LanguageModel.sample``.
+        max_new_tokens, temperature, batch_size: as in ``LanguageModel.sample``.
+        seed: of the sequences. ``EBM.fit`` and ``evaluate`` draw others with the same seed, so that the curve is not
+            measured on the sample that lambda was fitted on. None: one from torch's global generator.
 
     Raises:
         ValueError: as ``RejectionCurve``, ``LanguageModel.sample``, ``EBM.score``.
     """
     x = proposal.sample(None if prompt is None else [prompt], n, max_new_tokens=max_new_tokens,
-                        temperature=temperature, seed=seed, batch_size=batch_size)  # fmt: skip
+                        temperature=temperature, seed=None if seed is None else seed_for(seed, "rejection_curve"),
+                        batch_size=batch_size)  # fmt: skip
     return RejectionCurve(target.score(x, batch_size=batch_size).log_target - x.log_prob)
 
 
 @torch.no_grad()
 def quasi_rejection_sample(
     target: EBM,
-    proposal: Proposal,
+    proposal: Sampler,
     n: int,
     *,
     log_beta: float,
@@ -289,7 +193,7 @@ def quasi_rejection_sample(
     if n < 1 or batch_size < 1 or not math.isfinite(log_beta):
         raise ValueError(f"n and batch_size must be positive and log_beta finite, got {n}, {batch_size}, {log_beta}")
     seed = int(torch.randint(2**62, ())) if seed is None else seed
-    generator = torch.Generator().manual_seed(seed % 2**63)
+    generator = torch.Generator().manual_seed(seed_for(seed, "acceptance"))
     kept: list[Samples] = []
     drawn = accepted = 0
     while accepted < n:
@@ -299,7 +203,7 @@ def quasi_rejection_sample(
                 "nearer to the target (a trained policy), or a larger max_draws"
             )
         x = proposal.sample(None if prompt is None else [prompt], batch_size, max_new_tokens=max_new_tokens,
-                            temperature=temperature, seed=(seed + 1_000_003 * (drawn + 1)) % 2**63,
+                            temperature=temperature, seed=seed_for(seed, f"quasi_rejection_sample {drawn}"),
                             batch_size=batch_size)  # fmt: skip
         log_rate = target.score(x, batch_size=batch_size).log_target - x.log_prob - log_beta
         uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)

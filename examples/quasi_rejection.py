@@ -15,7 +15,8 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dmfast
-from dmfast.rejection import Mixture, RejectionPoint, plot_rejection, quasi_rejection_sample, rejection_curve
+from dmfast.rejection import RejectionPoint, plot_rejection, quasi_rejection_sample, rejection_curve
+from dmfast.sampling import Mixture
 from dmfast.training.recipe import TINY_BIOS
 
 WOMEN = dmfast.Contains(any_of=["she", "her"], name="women")

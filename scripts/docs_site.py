@@ -15,18 +15,18 @@ PAGES = ("*.md", "docs/*.md", "benchmarks/**/*.md", "dmfast/data/**/*.md")
 API = "docs/api"
 # The public names that are imported from their modules, not from dmfast.
 BY_MODULE = {
-    "adapters": ["AdapterView"],
+    "batch": ["Batch", "Part"],
     "diagnostics": ["distinct_n", "self_bleu", "gradient_variance", "GradientVariance", "weight_statistics"],
     "estimators": [
         "PartitionFunction", "PartitionFunctions", "RunningEstimates", "Estimate", "Estimates", "estimate",
         "estimate_log_z", "estimate_moments", "effective_sample_size",
     ],
     "kernels": ["BackendInfo"],
+    "models": ["AdapterView"],
     "objectives": ["AdaptiveBeta", "PPOClip", "leave_one_out"],
-    "rejection": [
-        "quasi_rejection_sample", "rejection_curve", "RejectionCurve", "RejectionPoint", "plot_rejection", "Mixture",
-        "Prompted",
-    ],
+    "ranks": ["Ranks"],
+    "rejection": ["quasi_rejection_sample", "rejection_curve", "RejectionCurve", "RejectionPoint", "plot_rejection"],
+    "sampling": ["Sampler", "Mixture", "Prompted"],
     "targets": ["Feature", "ScorerCounts", "TargetScores", "fit_lambda", "LambdaFit"],
 }  # fmt: skip
 LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dmfast
 from dmfast import EBM, Contains, LanguageModel, Moment, OfflineProposal, adapters
-from dmfast.adapters import AdapterView
+from dmfast.models import AdapterView
 from dmfast.training import recipe
 from dmfast.training.card import model_card
 

@@ -89,7 +89,7 @@ def test_a_recipe_with_a_reward(tmp_path):
 
 
 def test_a_pointwise_recipe_has_its_ideal_from_the_samples_before(tmp_path):
-    path = write(tmp_path, constraints=[{"contains": {"word": "He"}}], evaluate={"samples": 256})
+    path = write(tmp_path, constraints=[{"contains": {"word": "He"}}], evaluate={"samples": 256, "seed": 3})
     log = recipe.run(read(path, {"train.output_dir": str(tmp_path / "out")}), say=lambda line: None)
     rate = log["before"]['phi/contains "He"'].value
     assert 0.85 < rate < 1

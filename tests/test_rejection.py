@@ -15,7 +15,8 @@ from trainer_job import gpt2, tokenizer
 
 from dmfast import EBM, Contains, LanguageModel, Samples, Scorer
 from dmfast.estimators import estimate_log_z
-from dmfast.rejection import Mixture, Prompted, RejectionCurve, plot_rejection, quasi_rejection_sample, rejection_curve
+from dmfast.rejection import RejectionCurve, plot_rejection, quasi_rejection_sample, rejection_curve
+from dmfast.sampling import Mixture, Prompted
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
 SPACE = Space()
@@ -134,7 +135,7 @@ class Tabular:
     def __init__(self, log_q):
         self.log_q, self.drawn = log_q, 0
 
-    def sample(self, prompts=None, n=1, *, max_new_tokens, temperature=1.0, seed=None, batch_size=None):
+    def sample(self, prompts=None, n=1, *, max_new_tokens, temperature=1.0, seed=None, batch_size=None, first_row=0):
         generator = torch.Generator().manual_seed(seed)
         which = torch.multinomial(self.log_q.exp(), n, replacement=True, generator=generator)
         self.drawn += n

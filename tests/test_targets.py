@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 import dmfast
 from dmfast import EBM, Contains, Moment, Samples, Scorer
+from dmfast.seeds import seed_for
 from dmfast.targets import Feature, LambdaFit, fit_lambda
 from dmfast.training.recipe import TINY_BIOS, load
 
@@ -961,10 +962,12 @@ def test_fit_warns_once_at_the_callers_line():
 @pytest.mark.parametrize(
     ("args", "asked"),
     [
-        ({}, {"prompts": None, "n": 10_240, "max_new_tokens": 64, "temperature": 1.0, "seed": 0, "batch_size": 256}),
+        ({}, {"prompts": None, "n": 10_240, "max_new_tokens": 64, "temperature": 1.0, "batch_size": 256}),
+        ({}, {"seed": seed_for(0, "fit")}),
         ({"max_new_tokens": 12}, {"max_new_tokens": 12}),
         ({"n": 7, "contexts": ["a", "b", "c"], "batch_size": 5}, {"prompts": ["a", "b", "c"], "n": 3, "batch_size": 5}),
-        ({"temperature": 0.5, "seed": 3}, {"temperature": 0.5, "seed": 3}),
+        ({"temperature": 0.5, "seed": 3}, {"temperature": 0.5, "seed": seed_for(3, "fit")}),
+        ({"seed": None}, {"seed": None}),
     ],
 )
 def test_fit_draws_from_the_base(args, asked):

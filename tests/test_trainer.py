@@ -69,7 +69,7 @@ class Keep(TrainerCallback):
         self.steps, self.models, self.snapshots = [], [], []
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self.steps.append(self.trainer._step)
+        self.steps.append(self.trainer.matcher.batch)
         self.models.append(copy.deepcopy(model))
         if self.trainer.proposal:
             self.snapshots.append(copy.deepcopy(self.trainer.proposal.snapshot.model))
@@ -179,7 +179,7 @@ def test_microbatches_hold_sequences_of_about_one_length_without_common_padding(
                            gradient_accumulation_steps=4, max_new_tokens=12)  # fmt: skip
     widths = [shape[1] for shape in forwards.shapes]
     for step, of_step in zip(keep.steps, (widths[:4], widths[4:]), strict=True):
-        lengths = step.samples.attention_mask.sum(1).tolist()
+        lengths = [x for part in step.split(2) for x in part.samples.attention_mask.sum(1).tolist()]
         assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
         assert of_step == [max(lengths[i : i + 2]) for i in range(0, 8, 2)]
 
@@ -220,13 +220,15 @@ def test_what_a_device_has_recorded_is_raised_before_the_step_counts(tmp_path, m
         raise ValueError("NaN at (sequence 1, position 2)")
 
     def recording(self, *args, **kwargs):
-        outputs.append(replace(loss(self, *args, **kwargs), _recorded=(recorded,) if len(outputs) == 6 else ()))
+        out = loss(self, *args, **kwargs)
+        found = (recorded,) if len(outputs) == 6 else ()
+        outputs.append(replace(out, _scores=out._scores._replace(recorded=found)))
         return outputs[-1]
 
     monkeypatch.setattr(LanguageModel, "loss", recording)
     with pytest.raises(ValueError, match=r"NaN at \(sequence 1, position 2\)"):
         trainer.train()
-    assert len(outputs) == 8 and trainer._running.steps == 1 and len(trainer._estimates) == 1
+    assert len(outputs) == 8 and trainer.matcher.running.steps == 1 and len(trainer.matcher.estimates) == 1
 
 
 def test_a_step_of_known_weight_0_is_one_sequence_s_forward_and_no_gradient(tmp_path):
@@ -275,7 +277,7 @@ def test_a_ragged_last_step(tmp_path):
     assert ragged.state.global_step == 2
     for model, step, found in zip(keep.models, keep.steps, gradients, strict=True):
         assert_close(found, oracle(model, step)[0])
-    rows = torch.cat([step.context for step in keep.steps]).tolist()
+    rows = torch.cat([step.samples.context_id for step in keep.steps]).tolist()
     assert sorted(rows) == list(range(7))
 
 
@@ -314,9 +316,9 @@ def test_each_context_has_its_own_z(tmp_path, partition):
     for step in keep.steps:
         log_w = step.inputs["log_target"] - step.samples.log_prob
         seen = {} if partition == "step" else seen
-        for row in set(step.context.tolist()):
-            seen.setdefault(row, []).append(log_w[step.context == row])
-        wanted = [torch.cat(seen[row]) for row in step.context.tolist()]
+        for row in set(step.samples.context_id.tolist()):
+            seen.setdefault(row, []).append(log_w[step.samples.context_id == row])
+        wanted = [torch.cat(seen[row]) for row in step.samples.context_id.tolist()]
         wanted = [float(w.logsumexp(0)) - math.log(len(w)) for w in wanted]
         assert step.inputs["log_z"].tolist() == pytest.approx(wanted)
 
@@ -337,9 +339,9 @@ def test_a_policy_that_is_not_the_base_is_noticed(tmp_path):
     args = job(tmp_path).args
     trainer = dmfast.DMTrainer(model, target, args, processing_class=tokenizer())
     x = trainer.policy.sample(n=8, max_new_tokens=6, seed=0)
-    assert not trainer._proposal_is_base(x)
+    assert not trainer.matcher._proposal_is_base(x)
     same = job(tmp_path)
-    assert same._proposal_is_base(x)
+    assert same.matcher._proposal_is_base(x)
 
 
 def test_q_becomes_pi_only_at_a_swap(tmp_path):
@@ -560,7 +562,7 @@ def test_lambda_is_the_checkpoint_s(tmp_path):
     resumed = job(tmp_path / "b", lambda_=1.4)  # as another fit of the same wish finds it
     resumed.train(resume_from_checkpoint=True)
     assert resumed.target.lambda_.tolist() == [1.5]
-    assert resumed._running.partitions[0].n == 32
+    assert resumed.matcher.running.partitions[0].n == 32
     assert digest(resumed.model) == digest(straight.model)
 
 
@@ -653,7 +655,7 @@ def test_training_again_draws_other_sequences(tmp_path):
     trainer.train()
     tokens = [step.samples.tokens for step in keep.steps]
     assert not torch.equal(tokens[0], tokens[2]) and not torch.equal(tokens[1], tokens[3])
-    assert trainer._running.partitions[0].n == 32
+    assert trainer.matcher.running.partitions[0].n == 32
 
 
 def test_another_lambda_starts_z_anew(tmp_path):
@@ -663,7 +665,7 @@ def test_another_lambda_starts_z_anew(tmp_path):
     step = keep.steps[2]
     log_w = step.inputs["log_target"] - step.samples.log_prob
     assert step.inputs["log_z"].tolist() == pytest.approx([float(log_w.logsumexp(0)) - math.log(8)] * 8)
-    assert trainer._running.partitions[0].n == 16
+    assert trainer.matcher.running.partitions[0].n == 16
 
 
 REFIT = {"constraints": [Moment(Contains("w4", name="four"), 0.3)], "lambda_": 0.0, "refit_ess": 1e9,
@@ -679,7 +681,7 @@ def poorly_fitted(out, **settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.target.fit(x[some])
-    trainer._running.lambda_ = trainer.target.lambda_.tolist()
+    trainer.matcher.running.lambda_ = trainer.target.lambda_.tolist()
     return trainer
 
 
@@ -745,7 +747,7 @@ def test_other_prompts_have_another_z(tmp_path):
     other = job(tmp_path, prompts=["w1", "w4"], max_steps=2, **settings)
     with pytest.warns(UserWarning, match="on other prompts"):
         other.train(resume_from_checkpoint=True)
-    assert [other._running.partitions[i].n for i in (0, 1)] == [4, 4]
+    assert [other.matcher.running.partitions[i].n for i in (0, 1)] == [4, 4]
 
 
 def test_the_policy_of_the_config_holds_after_resuming(tmp_path):
@@ -858,7 +860,7 @@ def test_sigterm_saves_a_checkpoint_that_resumes(tmp_path):
     straight = job(tmp_path / "straight", **settings)
     straight.train()
     assert digest(resumed.model) == digest(straight.model)
-    assert resumed._running.partitions[0].n == straight._running.partitions[0].n == 48
+    assert resumed.matcher.running.partitions[0].n == straight.matcher.running.partitions[0].n == 48
 
 
 @pytest.fixture
@@ -942,7 +944,7 @@ def test_an_error_in_a_step_changes_nothing(tmp_path, wrong, message):
     with pytest.raises((RuntimeError, ValueError), match=message):
         trainer.train()
     assert trainer.state.global_step == 2
-    assert trainer._running.partitions[0].n == 16 and trainer.proposal.steps == 2
+    assert trainer.matcher.running.partitions[0].n == 16 and trainer.proposal.steps == 2
     weights = digest(trainer.model)
     straight = job(tmp_path / "straight", max_steps=4, callbacks=[StopAt(2)],
                    constraints=[Scorer(lambda texts: [1.0] * len(texts))])  # fmt: skip
@@ -1250,7 +1252,7 @@ def test_lora_trains_the_adapter_alone(tmp_path):
     moved = [n for n, p in model.named_parameters() if n in frozen and not torch.equal(p, frozen[n])]
     assert moved == []
     state = torch.load(tmp_path / "checkpoint-2" / "dmfast_state.pt", weights_only=True)
-    assert all("lora" in name for name in state["proposal"]["model"])  # of q, what training moves
+    assert all("lora" in name for name in state["matcher"]["proposal"]["model"])  # of q, what training moves
     trainer.save_model(str(tmp_path / "final"))
     assert "library_name: peft" in (tmp_path / "final" / "README.md").read_text()
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "final")

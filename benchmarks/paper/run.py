@@ -20,7 +20,7 @@ import truth
 from transformers import TrainerCallback
 
 from dmfast import diagnostics
-from dmfast.models import Samples
+from dmfast.samples import Samples
 from dmfast.targets import Feature, Moment
 from dmfast.training import DMTrainer, recipe, report
 

@@ -30,8 +30,9 @@ import numpy as np
 import torch
 
 from dmfast.estimators import Estimate, estimate, estimate_log_z, estimate_moments
-from dmfast.models import LanguageModel, Samples
+from dmfast.models import LanguageModel
 from dmfast.rejection import quasi_rejection_sample
+from dmfast.samples import Samples
 from dmfast.targets import EBM
 from dmfast.training import recipe
 
@@ -88,7 +89,11 @@ def of_recipe(task: str, fitted: dict[str, Any] | None = None) -> tuple[EBM, dic
 
 
 def write(task: str, folder: Path, n: int) -> None:
-    """Fits lambda and draws."""
+    """Fits lambda and draws.
+
+    What is committed was drawn when ``fit`` and ``quasi_rejection_sample`` took the seed as it is. They derive their
+    own from it now, so that another run draws other samples of the same distributions.
+    """
     target, read = of_recipe(task)
     length = read["train"]["max_new_tokens"]
     x, drawn, log_z = draw(target, n, max_new_tokens=length, seed=2**32 + read["fit"]["seed"])

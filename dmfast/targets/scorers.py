@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..models import Samples
+from ..samples import Samples
 from .constraints import Feature, Scorer
 
 
@@ -130,6 +130,11 @@ class Reward(Feature):
     def __call__(self, samples: Samples) -> Tensor:
         """(N,) fp64: R(x)."""
         return self.fn(samples)
+
+    @property
+    def source(self) -> Feature:
+        """R without beta."""
+        return self.fn.source
 
     def log_b(self, value: Tensor) -> Tensor:
         """R/beta, never exponentiated on its own: exp(R/beta) may be beyond any float."""

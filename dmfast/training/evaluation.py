@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..diagnostics import diversity
 from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moments
-from ..models import LanguageModel, Prompt, Samples
+from ..models import LanguageModel
+from ..samples import Prompt, Samples
+from ..seeds import seed_for
 from ..targets import EBM
 
 
@@ -45,14 +48,17 @@ def evaluate(
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
-    seed: int = 0,
+    seed: int | None = 0,
     batch_size: int | None = None,
     texts: int = 0,
 ) -> tuple[Samples, dict[str, Estimate]]:
-    """Samples and estimates of ``examine``, in one process."""
+    """Return samples and estimates of ``examine``, in one process.
+
+    The sequences are not those that ``EBM.fit`` or ``rejection_curve`` draw with the same seed.
+    """
     found = examine(
-        model, target, prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-        batch_size=batch_size, texts=texts,
+        model, target, prompts, n, max_new_tokens=max_new_tokens, temperature=temperature,
+        seed=None if seed is None else seed_for(seed, "evaluate"), batch_size=batch_size, texts=texts,
     )  # fmt: skip
     return found.samples, found.estimates
 
@@ -66,10 +72,11 @@ def examine(
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
-    seed: int = 0,
+    seed: int | None = 0,
     batch_size: int | None = None,
     texts: int = 0,
     first_row: int = 0,
+    rows: Sequence[Mapping[str, Any]] | None = None,
     gather: Callable[[Tensor], Tensor] = lambda x: x,
     gather_texts: Callable[[list[str]], list[str]] = lambda x: x,
 ) -> Evaluation:
@@ -79,6 +86,7 @@ def examine(
         model: pi. target: its moments and monitored features are the phi, its base is a.
         prompts, max_new_tokens, temperature, seed, batch_size, first_row: as in ``LanguageModel.sample``.
         texts: how many of them ``diversity`` is asked of, the same ones every time, as many of each context; 0: none.
+        rows: for each prompt the row of its data set, which scorers see as ``samples.rows``.
         gather, gather_texts: in distributed training, put the values of all ranks together.
 
     Returns:
@@ -90,6 +98,8 @@ def examine(
         prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size,
         first_row=first_row,
     )  # fmt: skip
+    if rows is not None:
+        x = replace(x, rows=[rows[place] for place in x.context_id.tolist()])
     log_base = target.base.log_prob(x, batch_size=batch_size)
     scores = target.score(x, log_base)
     features = torch.cat([scores.features, scores.monitored], 1)

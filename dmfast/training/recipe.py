@@ -38,7 +38,8 @@ from transformers import set_seed
 
 from .. import __version__, adapters
 from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moments
-from ..models import LanguageModel, Samples
+from ..models import LanguageModel
+from ..samples import Samples
 from ..targets import EBM, Classifier, Contains, Feature, Moment, Reward, Scorer
 from . import report
 from .config import DMConfig
@@ -306,7 +307,7 @@ def prepare(
     say(f"dmfast {__version__}: {target}, {args.objective}, {args.max_steps} steps, model {recipe['model']}")
     if fitted is None:
         fit = {"batch_size": args.sampling_batch_size, **(recipe.get("fit") or {})}
-        prompts = None if rows is None else [prompt for _, prompt in Contexts(rows)]
+        prompts = None if rows is None else [prompt for _, prompt in Contexts(rows, "prompts")]
         target.fit(contexts=prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature, **fit)
     else:
         target.load_state_dict(dict(fitted))
@@ -332,7 +333,7 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
     args, target = trainer.args, trainer.target
     out = Path(args.output_dir)
     rows = _prompts(recipe.get("prompts"))
-    prompts = None if rows is None else [prompt for _, prompt in Contexts(rows)]
+    prompts = None if rows is None else [prompt for _, prompt in Contexts(rows, "prompts")]
     settings = {"samples": args.eval_samples, "seed": args.seed + 10**6, "batch_size": args.sampling_batch_size or 256}
     settings |= recipe.get("evaluate") or {}
 

@@ -1,0 +1,145 @@
+"""The last hidden states of a model and its head, from which the fused losses make the logits themselves.
+
+Whether a model's logits are a plain nn.Linear of hidden states can't be read from its class. So the first forward
+compares a few logits that the model gives with those that its hidden states and head give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class HiddenAndHead(NamedTuple):
+    """What a model's logits are made of: ``cap(scale * (hidden @ weight.T + bias))``."""
+
+    hidden: Tensor  # (N, K, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    labels: Tensor  # (N, K) int64, what each position predicts; -100 = not scored
+    softcap: float | None
+    scale: float
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """Return the model without DDP around it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+class HeadProbe:
+    """What is known of one model's head: whether hidden states and head make its logits.
+
+    It holds no model, so that whoever puts another module in the place of one can copy it.
+
+    Attributes:
+        verified: whether a forward has shown that they do.
+        failure: why they do not, once a forward has shown that; None: no forward has.
+    """
+
+    def __init__(self) -> None:
+        self.verified = False
+        self.failure: str | None = None
+
+    def why_not(self, model: nn.Module) -> str | None:
+        """Return why hidden states and head can't serve this model, as far as is known without a forward."""
+        if self.failure is not None:
+            return self.failure
+        if hasattr(model, "_orig_mod"):
+            return "the model is compiled, and torch.compile does not heed the hook that takes its hidden states"
+        get: Any = getattr(unwrapped(model), "get_output_embeddings", None)
+        head = get() if get is not None else None
+        if head is None:
+            return "the model names no head (get_output_embeddings)"
+        if type(head) is not nn.Linear:  # adapters, modules_to_save, quantised layers
+            return f"the head is a {type(head).__module__}.{type(head).__qualname__}, not an nn.Linear"
+        if type(head.weight) not in (nn.Parameter, Tensor):  # DTensor
+            return f"the head's weight is a {type(head.weight).__qualname__}"
+        if head.weight.is_meta or hasattr(head, "_hf_hook"):
+            return "the head is offloaded"
+        if head._forward_hooks or head._forward_pre_hooks:
+            return "the head has hooks, which may change what it computes"
+        scale, softcap = _scaling(model)
+        if not scale > 0 or (softcap is not None and scale != 1.0):
+            return f"the model's logits are scaled by {scale} with a softcap of {softcap}"
+        return None
+
+    def read(self, model: nn.Module, labels: Tensor, forward: Callable[[], Any]) -> HiddenAndHead | None:
+        """Return hidden states and head from one forward in which the head projects nothing.
+
+        Args:
+            model: the module whose head it is, perhaps within DDP.
+            labels: (N, K) int64, what the last K positions predict.
+            forward: runs the model and returns its output, of which ``logits`` is read.
+
+        Returns:
+            What the logits are made of, or None where ``why_not`` says why that can't be had.
+        """
+        if self.why_not(model) is not None:
+            return None
+        head = unwrapped(model).get_output_embeddings()
+        scale, softcap = _scaling(model)
+        captured: list[Tensor] = []
+        dtypes: list[torch.dtype | None] = []
+
+        def capture(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if not args:
+                return None
+            hidden = args[0]
+            device = hidden.device.type
+            captured.append(hidden)
+            dtypes.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+            # not detached: DDP looks from the outputs for the parameters that will get a gradient
+            return (hidden[:1, :0] if self.verified else hidden[:2, :2], *args[1:])
+
+        hook = head.register_forward_pre_hook(capture)
+        try:
+            out = forward()
+        finally:
+            hook.remove()
+        if len(captured) != 1:
+            self.failure = f"the model calls its head {len(captured)} times in a forward, not once"
+            return None
+        hidden, weight, bias = captured[0], head.weight, head.bias
+        if dtypes[0] is not None:  # the product ran in autocast's dtype, perhaps within the model's forward only
+            hidden, weight = hidden.to(dtypes[0]), weight.to(dtypes[0])
+            bias = None if bias is None else bias.to(dtypes[0])
+        hidden = hidden[:, -labels.shape[1] :]
+        found = HiddenAndHead(hidden, weight, bias, labels, softcap, scale)
+        if not self.verified and len(labels):
+            self.failure = _what_differs(out.logits, captured[0], found)
+            self.verified = self.failure is None and bool(out.logits.isfinite().all())
+        return None if self.failure is not None else found
+
+
+def _scaling(model: nn.Module) -> tuple[float, float | None]:
+    """Return the constants of the config that act on logits: a factor, and Gemma's cap."""
+    config: Any = unwrapped(model).config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    factor = getattr(config, "logit_scale", None)  # Cohere
+    divisor = getattr(config, "logits_scaling", None)  # Granite
+    scale = float(1.0 if factor is None else factor) / float(1.0 if divisor is None else divisor)
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+@torch.no_grad()
+def _what_differs(logits: Tensor, hidden: Tensor, found: HiddenAndHead) -> str | None:
+    """Return how the model's logits for a few positions differ from those of their hidden states; None: they don't."""
+    shown = hidden.detach()[:2, :2].to(found.weight.dtype)
+    ours = nn.functional.linear(shown, found.weight, found.bias).float() * found.scale
+    if found.softcap is not None:
+        ours = found.softcap * torch.tanh(ours / found.softcap)
+    logits = logits.detach().float()
+    if logits.shape != ours.shape:
+        return f"for {tuple(shown.shape)} hidden states the model gives {tuple(logits.shape)} logits"
+    tolerance = 1e-4 if found.weight.dtype in (torch.float32, torch.float64) else 2e-2
+    error = float((logits - ours).abs().max())  # NaN where the model has diverged: the loss says where
+    if error > tolerance * max(float(ours.abs().max()), 1.0):
+        return (
+            f"the model's logits differ by up to {error:.2g} from those of its hidden states and head: it does "
+            "more to them than dmfast knows of"
+        )
+    return None

@@ -1,0 +1,184 @@
+"""Samples: sequences that were drawn from a language model, with what every later part reads of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: A string, token ids, or chat messages ({"role": ..., "content": ...}).
+Prompt: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, str]]"
+
+_TOKENWISE = ("tokens", "attention_mask", "score_mask")
+_TENSORS = (*_TOKENWISE, "log_prob", "context_id", "version")
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """N sequences drawn from a language model.
+
+    Attributes:
+        tokens: (N, T) int64, prompt then continuation. Prompts are left-padded; after EOS comes padding.
+        attention_mask: (N, T) int64, 1 on prompt and continuation up to and with the first EOS: what feeds the model.
+        score_mask: (N, T) bool, True on the tokens whose log-probability counts: the generated ones up to and with
+            the first EOS, also when pad == eos.
+        prompt_len: the padded width of the prompts.
+        log_prob: (N,) fp64, log q(x) in nats under ``temperature``, as drawn.
+        context_id: (N,) int64, which prompt.
+        temperature: the temperature that the sequences were drawn at and are scored at.
+        tokenizer: what ``text`` decodes with.
+        pad_token_id: what pads ``tokens``.
+        version: (N,) int64, which version of the proposal drew each sequence. Default: 0 for all.
+        rows: one mapping per sequence, the row of the data set that its prompt came from, so that a scorer sees a
+            reference answer; None where the data set has prompts only.
+
+    Raises:
+        ValueError: the tensors or the rows are not those of N sequences.
+    """
+
+    tokens: Tensor
+    attention_mask: Tensor
+    score_mask: Tensor
+    prompt_len: int
+    log_prob: Tensor
+    context_id: Tensor
+    temperature: float
+    tokenizer: PreTrainedTokenizerBase
+    pad_token_id: int
+    version: Tensor = None  # type: ignore[assignment]  # __post_init__ makes zeros of it
+    rows: Sequence[Mapping[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens.dim() != 2:
+            raise ValueError(f"tokens must be (N, T), got the shape {tuple(self.tokens.shape)}")
+        n = len(self.tokens)
+        if self.version is None:
+            object.__setattr__(self, "version", torch.zeros(n, dtype=torch.int64, device=self.tokens.device))
+        for name in _TENSORS:
+            shape, expected = getattr(self, name).shape, self.tokens.shape if name in _TOKENWISE else (n,)
+            if shape != expected:
+                raise ValueError(f"{name} must be {tuple(expected)}, as tokens says, got the shape {tuple(shape)}")
+        if self.rows is not None:
+            object.__setattr__(self, "rows", tuple(self.rows))
+            if len(self.rows) != n:
+                raise ValueError(f"rows must hold one row for each of {n} sequences, got {len(self.rows)}")
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __getitem__(self, index: slice | Tensor | Sequence[int] | Sequence[bool]) -> Samples:
+        """Return some of the sequences.
+
+        Args:
+            index: a slice, an (N,) bool mask, or (M,) integers; the latter two as a tensor, a list or an array.
+
+        Raises:
+            TypeError: one integer, which would leave no batch, or what is no index.
+            IndexError: a mask of another length, an integer out of range.
+        """
+        if not isinstance(index, slice):
+            index = self._places(index)
+        rows = self.rows
+        if rows is not None:
+            places = range(len(self))[index] if isinstance(index, slice) else index.tolist()
+            rows = [rows[i] for i in places]
+        return replace(self, rows=rows, **{name: getattr(self, name)[index] for name in _TENSORS})
+
+    def _places(self, index: Any) -> Tensor:
+        """Return the (M,) int64 places that a mask or integers name."""
+        if isinstance(index, (int, tuple)) or getattr(index, "shape", None) == ():
+            raise TypeError(
+                f"Samples are a batch and can't be indexed by {index!r}: write samples[i : i + 1] for the one sequence "
+                "i, and a list, a tensor or a slice for several"
+            )
+        if isinstance(index, list) and not index:
+            index = torch.empty(0, dtype=torch.int64)
+        try:
+            places = torch.as_tensor(index, device=self.tokens.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"Samples take a slice, a bool mask or integers as an index, got a {type(index).__name__}"
+            ) from error
+        if places.dim() != 1 or places.dtype not in (torch.bool, *_INTEGERS):
+            raise TypeError(
+                "Samples take a slice, a bool mask or integers of one dimension as an index, got "
+                f"{places.dtype} of the shape {tuple(places.shape)}"
+            )
+        n = len(self)
+        if places.dtype == torch.bool:
+            if len(places) != n:
+                raise IndexError(f"a mask of {len(places)} does not fit {n} sequences")
+            return places.nonzero()[:, 0]
+        if places.device.type == "cpu" and len(places) and not (-n <= int(places.min()) and int(places.max()) < n):
+            raise IndexError(f"the index goes from {int(places.min())} to {int(places.max())}, beyond {n} sequences")
+        return places.long()
+
+    def to(self, device: torch.device | str) -> Samples:
+        """Return the samples with their tensors on a device."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
+
+    @cached_property
+    def text(self) -> list[str]:
+        """The continuations, without special tokens. They are decoded on first use."""
+        rows = zip(self.tokens.tolist(), self.score_mask.tolist(), strict=True)
+        kept = [[token for token, scored in zip(*row, strict=True) if scored] for row in rows]
+        texts: list[str] = self.tokenizer.batch_decode(kept, skip_special_tokens=True) if kept else []
+        return texts
+
+    def trimmed(self) -> Samples:
+        """Return the samples without the columns that are padding in every one of these sequences."""
+        used = self.attention_mask.any(0).nonzero()[:, 0]
+        if len(used) == 0:
+            return self
+        first, last = min(int(used[0]), self.prompt_len - 1), int(used[-1]) + 1
+        return replace(
+            self, prompt_len=self.prompt_len - first,
+            **{name: getattr(self, name)[:, first:last] for name in _TOKENWISE},
+        )  # fmt: skip
+
+    @staticmethod
+    def cat(parts: Sequence[Samples]) -> Samples:
+        """Return one batch of several, padded to one width. ``context_id`` and ``version`` stay as they are.
+
+        Raises:
+            ValueError: no parts, parts drawn at different temperatures, or some with ``rows`` and some without.
+        """
+        if not parts or any(part.temperature != parts[0].temperature for part in parts):
+            raise ValueError("Samples.cat needs one or more Samples, all of one temperature")
+        rows = None if all(part.rows is None for part in parts) else [row for part in parts for row in part.rows or ()]
+        if rows is not None and any(part.rows is None for part in parts if len(part)):
+            raise ValueError("Samples.cat needs rows on all parts or on none, and some have none")
+        prompt = max(part.prompt_len for part in parts)
+        rest = max(part.tokens.shape[1] - part.prompt_len for part in parts)
+
+        def padded(name: str, value: int = 0) -> Tensor:
+            return torch.cat(
+                [
+                    nn.functional.pad(
+                        getattr(part, name),
+                        (prompt - part.prompt_len, rest - (part.tokens.shape[1] - part.prompt_len)),
+                        value=value,
+                    )
+                    for part in parts
+                ]
+            )
+
+        return replace(
+            parts[0],
+            tokens=padded("tokens", parts[0].pad_token_id),
+            attention_mask=padded("attention_mask"),
+            score_mask=padded("score_mask"),
+            prompt_len=prompt,
+            log_prob=torch.cat([part.log_prob for part in parts]),
+            context_id=torch.cat([part.context_id for part in parts]),
+            version=torch.cat([part.version for part in parts]),
+            rows=rows,
+        )

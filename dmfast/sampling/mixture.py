@@ -1,0 +1,89 @@
+"""Several samplers as one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ..models import Source
+from ..samples import Prompt, Samples
+from ..seeds import seed_for
+from .prompted import one_context
+from .protocol import Sampler
+
+
+class Mixture:
+    """A sum of proposals, q(x) = sum_k weight_k q_k(x). It covers whatever one of its parts covers.
+
+    Args:
+        parts: proposals for the same target.
+        weights: positive; default equal. Their sum is divided out.
+
+    Attributes:
+        version: what ``Samples.version`` of its draws holds, whatever the versions of the parts are.
+
+    Raises:
+        ValueError: no part, or weights that are not as many positive numbers.
+    """
+
+    def __init__(self, parts: Sequence[Sampler], weights: Sequence[float] | None = None) -> None:
+        weights = [1.0] * len(parts) if weights is None else list(weights)
+        if not parts or len(weights) != len(parts) or not all(0 < w < math.inf for w in weights):
+            raise ValueError(f"weights must be a positive number for each of {len(parts)} parts, got {weights!r}")
+        self.parts = list(parts)
+        self.log_weights = torch.tensor(weights, dtype=torch.float64).log()
+        self.log_weights -= self.log_weights.logsumexp(0)
+        self.version = 0
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[Prompt] | None = None, n: int = 1, *, max_new_tokens: int, temperature: float = 1.0,
+        seed: int | None = None, batch_size: int | None = None, first_row: int = 0,
+    ) -> Samples:  # fmt: skip
+        """Draw n independent sequences in random order, with log q of the mixture.
+
+        Args:
+            prompts: as in ``Prompted.sample``.
+            n: sequences.
+            max_new_tokens, temperature, seed, batch_size: as in ``LanguageModel.sample``.
+            first_row: the place of the first of them, where they are one process's share of more. Which part draws
+                a sequence depends on how they are shared out; the sequences are independent all the same.
+        """
+        context = [one_context(prompts)]
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        generator = torch.Generator().manual_seed(seed_for(seed, f"mixture {first_row}"))
+        which = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
+        drawn, rows = [], []
+        for k, part in enumerate(self.parts):
+            mine = (which == k).nonzero()[:, 0]
+            if len(mine):
+                drawn.append(part.sample(context, len(mine), max_new_tokens=max_new_tokens, temperature=temperature,
+                                         seed=seed_for(seed, f"part {k} of a mixture"), batch_size=batch_size,
+                                         first_row=first_row))  # fmt: skip
+                rows.append(mine)
+        x = Samples.cat(drawn)
+        x = x[torch.cat(rows).argsort().to(x.tokens.device)]
+        version = torch.full_like(x.version, self.version)
+        return replace(x, log_prob=self.log_prob(x, batch_size=batch_size), version=version)
+
+    @torch.no_grad()
+    def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
+        """Return (N,) fp64, the log of the weighted sum; every part scores every sequence."""
+        each = torch.stack([part.log_prob(samples, batch_size=batch_size).double() for part in self.parts], 1)
+        return (each + self.log_weights.to(each.device)).logsumexp(1)
+
+    def load(self, source: Source) -> NoReturn:
+        """Refuse to load: which of the parts should become the source is not known.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"a Mixture has no parameters of its own to replace by those of a {type(source).__name__}: call load of "
+            "the part that should follow the policy"
+        )
