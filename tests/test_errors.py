@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import dmfast
 from dmfast import Objective, eager, kernels
+from dmfast.objectives import leave_one_out
 
 HERE = torch.empty(0).device  # a card's, where the suite runs on one
 
@@ -546,7 +547,7 @@ def test_leave_one_out() -> None:
     )
     refuses(good(objective=context), ValueError, r"'leave_one_out_context' needs context_id \(B,\)")
     with pytest.raises(ValueError, match="sequence 0"):
-        dmfast.leave_one_out(torch.ones(1))
+        leave_one_out(torch.ones(1))
     for name in ("reverse_kl", "js", "tv", "chi2", "reverse_chi2", "kl_control"):
         objective = Objective(name, baseline="leave_one_out", **PARAMETERS.get(name, {}))
         message = rf"known before the forward; with objective '{name}'.*on_policy=True and log_proposal"
@@ -691,9 +692,9 @@ def test_an_infinite_return_stays_in_its_own_context() -> None:
     """0 * inf made NaN in the other contexts, and the message named one of those."""
     values = torch.tensor([1.0, INF, 3.0, 5.0, 7.0, 9.0]).double()
     context = torch.tensor([0, 1, 0, 1, 1, 0])
-    found = dmfast.leave_one_out(values, context)
+    found = leave_one_out(values, context)
     assert found.tolist() == [6.0, 6.0, 5.0, INF, INF, 2.0]
-    assert dmfast.leave_one_out(values[:4]).tolist() == [INF, 3.0, INF, INF]
+    assert leave_one_out(values[:4]).tolist() == [INF, 3.0, INF, INF]
     far = torch.tensor([-9.0, -9.0, -1e4], dtype=torch.float64)
     objective = Objective("dpg", baseline="leave_one_out_context")
     call = good(objective=objective, log_proposal=far, context_id=torch.tensor([1, 0, 0]))

@@ -137,14 +137,11 @@ class _Loss(torch.autograd.Function):
                 torch.autograd.graph.increment_version(batch.logits)
             return dz, None, None, None, None
         dz = new_gradient(batch, inplace)
+        lse, weight = rows.select(0, LSE), sequences.select(0, WEIGHT)
         if options.reduction == "none":
-            backend.backward(
-                batch, rows.select(0, LSE), sequences.select(0, WEIGHT) * grad_loss.to(torch.float64), 1.0, dz
-            )
+            backend.backward(batch, lse, weight * grad_loss.to(torch.float64), 1.0, dz)
         else:
-            backend.backward(
-                batch, rows.select(0, LSE), sequences.select(0, WEIGHT), 1.0 / options.divide_by, dz, grad_loss
-            )
+            backend.backward(batch, lse, weight, 1.0 / options.divide_by, dz, grad_loss)
         return dz, None, None, None, None
 
 

@@ -308,7 +308,8 @@ class _Linear(torch.autograd.Function):
         else:
             coefficient = grad.to(torch.float64) / options.divide_by
             coefficient = -coefficient if a is None else a * coefficient
-            gradients = backward(backend, hidden, head, bias, ctx.batch, rows.select(0, LSE), coefficient, ctx.chunk_bytes,
+            lse = rows.select(0, LSE)
+            gradients = backward(backend, hidden, head, bias, ctx.batch, lse, coefficient, ctx.chunk_bytes,
                                  ctx.needs_input_grad[:3])  # fmt: skip
         return (*gradients, None, None, None, None, None)
 

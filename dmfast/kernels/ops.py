@@ -201,8 +201,8 @@ def _weigh_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     if grad_loss is None:
         return (None,) * 14
     logits, labels, rows, sequences, *cu = ctx.saved_tensors
-    dz = grad(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, rows.select(0, LSE), sequences.select(0, WEIGHT) * grad_loss,
-              ctx.backend)  # fmt: skip
+    lse, weight = rows.select(0, LSE), sequences.select(0, WEIGHT) * grad_loss
+    dz = grad(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, lse, weight, ctx.backend)
     return (dz, *(None,) * 13)
 
 
@@ -261,8 +261,8 @@ class _ScoreInPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         logits, labels, rows, *cu = ctx.saved_tensors
-        grad_(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, rows.select(0, LSE), -grads[0].to(torch.float64),
-              ctx.backend)  # fmt: skip
+        lse, weight = rows.select(0, LSE), -grads[0].to(torch.float64)
+        grad_(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, lse, weight, ctx.backend)
         return (logits, *(None,) * 6)
 
 
@@ -279,8 +279,8 @@ class _WeighInPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         logits, labels, rows, sequences, *cu = ctx.saved_tensors
-        grad_(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, rows.select(0, LSE), sequences.select(0, WEIGHT) * grads[0],
-              ctx.backend)  # fmt: skip
+        lse, weight = rows.select(0, LSE), sequences.select(0, WEIGHT) * grads[0]
+        grad_(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, lse, weight, ctx.backend)
         return (logits, *(None,) * 13)
 
 
