@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export DMFAST_BUILD ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
-SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints.txt $(shell find csrc dmfast examples -type f \
+SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints.txt $(shell find csrc dmfast -type f \
 	! -name '*.so' ! -name '*.pyc')
 
 PROOFS := host-cuda ptx sanitize aot interpreter wheel trace gpu-dry docs aarch64

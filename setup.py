@@ -24,6 +24,8 @@ import cuda_compiler
 # -ffp-contract: gcc's default, said because exp2's accuracy relies on it. No -ffast-math: it breaks the
 # round-to-nearest of exp2. No -march: rows.cpp chooses the instruction set when it runs.
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra"]
+if platform.machine() == "x86_64":  # g++ uses an MMX register as a spare one and leaves the x87 unit in MMX mode
+    FLAGS.append("-mno-mmx")
 SOURCES = ["csrc/bindings.cpp", "csrc/cpu/loss.cpp", "csrc/cpu/rows.cpp", "csrc/cpu/sample.cpp"]
 CUDA_SOURCES = ["csrc/cuda/loss.cu", "csrc/cuda/sample.cu"]
 HEADERS = [str(path) for kind in ("*.h", "*.cuh") for path in sorted(Path("csrc").rglob(kind))]

@@ -9,22 +9,36 @@ namespace dmf {
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 struct RowOptions {
-  int64_t vocab;
+  int64_t vocab;   // the logits of a row
   double scale;    // 1 / temperature
   double softcap;  // 0: none
 };
 
+constexpr int64_t kIgnore = -100;  // the label of a row that is not scored and not read
+constexpr int64_t kElsewhere = -1;
+
 // A batch of logits, (B,T,V) with any batch and time strides or packed (N,V) with cu_seqlens. labels holds
-// n_rows tokens in sequence order; a negative label is a row that is not scored and not read.
+// n_rows tokens in sequence order. A row holds the logits of tokens [vocab_start, vocab_start + options.vocab) of a
+// vocabulary of whole_vocab tokens. A row whose label is none of these is scored all the same: its terms count in its
+// log-sum-exp, its label's logit is that of another shard, and its gradient is the softmax without the one-hot.
 struct Batch {
   DType dtype;
   char* logits;
   int64_t sequences, steps, rows;       // rows = sequences * steps, or N
   int64_t stride_sequence, stride_row;  // in logits; packed: stride_row only
   const int64_t* cu_seqlens;            // sequences + 1, or null
-  const int64_t* labels;                // (rows), each < vocab
+  const int64_t* labels;                // (rows), each kIgnore or a token of the whole vocabulary
   RowOptions options;
+  int64_t vocab_start, whole_vocab;
   int threads;
+
+  DMF_HD bool is_token(int64_t label) const { return label >= 0 && label < whole_vocab; }
+  DMF_HD bool is_shard() const { return options.vocab != whole_vocab; }
+  // The column of a label, or kElsewhere.
+  DMF_HD int64_t column(int64_t label) const {
+    const int64_t here = label - vocab_start;
+    return here >= 0 && here < options.vocab ? here : kElsewhere;
+  }
 
   DMF_HD int64_t first_row(int64_t sequence) const { return cu_seqlens ? cu_seqlens[sequence] : sequence * steps; }
   DMF_HD int64_t sequence_of(int64_t row) const {
@@ -41,11 +55,25 @@ struct Batch {
   }
 };
 
-// Per-sequence inputs (sequences), fp64. Null where the objective does not need them.
+// The columns of Terms, in the order of dmfast.objectives.COLUMNS.
+enum Column : int { kLogProposal, kLogTarget, kLogZ, kReward, kLogBase, kBaseline, kColumns };
+
+// Per-sequence inputs, fp64: the columns that are there, one after the other, each (sequences). A column that is not
+// there is one constant, 0 where the objective does not need it.
 struct Terms {
   Objective objective;
-  const double *log_proposal, *log_target, *log_z, *reward, *log_base, *baseline;
-  double constant_baseline;  // where baseline is null
+  const double* columns;
+  int64_t stride;  // from one column to the next
+  int present;     // bit c: column c is there
+  double constants[kColumns];
+
+  DMF_HD bool has(Column c) const { return (present >> c & 1) != 0; }
+  DMF_HD double at(Column c, int64_t i) const {
+    if (!has(c)) return constants[c];
+    int before = 0;
+    for (int k = 0; k < c; ++k) before += present >> k & 1;
+    return columns[before * stride + i];
+  }
 };
 
 // Where a gradient goes: logits itself, or a tensor of the same shape with strides of its own.
@@ -57,31 +85,38 @@ struct Gradient {
   }
 };
 
-DMF_HD double at(const double* values, int64_t i) { return values ? values[i] : 0.0; }
-
 DMF_HD Sequence sequence(const Terms& t, int64_t i, double log_prob) {
   Sequence x{};
   x.log_prob = log_prob;
-  x.log_proposal = t.log_proposal ? t.log_proposal[i] : log_prob;
-  x.log_target = at(t.log_target, i);
-  x.log_z = at(t.log_z, i);
-  x.reward = at(t.reward, i);
-  x.log_base = at(t.log_base, i);
-  x.baseline = t.baseline ? t.baseline[i] : t.constant_baseline;
+  x.log_proposal = t.has(kLogProposal) ? t.at(kLogProposal, i) : log_prob;
+  x.log_target = t.at(kLogTarget, i);
+  x.log_z = t.at(kLogZ, i);
+  x.reward = t.at(kReward, i);
+  x.log_base = t.at(kLogBase, i);
+  x.baseline = t.at(kBaseline, i);
   return x;
 }
 
+// Results, fp64: a block for the rows, (2 or 3, rows), and one for the sequences, (2, sequences) when only scoring,
+// else (7, sequences). Their columns are those of dmfast.kernels.batch.
 struct Outputs {
-  double* log_prob;          // (sequences)
-  double* lse;               // (rows)
-  double* entropy;           // (sequences), or null
-  double* log_ratio;         // (sequences), as are the next two; null when only scoring
-  double* log_target_ratio;  //
-  double* weight;            //
-  double* loss;              // (sequences): -A log pi, not divided by anything
-  double* total;             // 1: the sum of loss in sequence order, divided by divide_by
-  int64_t* clipped;          // number of weights clipped
+  double* rows_block;
+  double* sequences_block;
+  int64_t rows, sequences;
+  double* total;  // 1: the sum of loss in sequence order, divided by divide_by; null when only scoring
+  bool entropy;   // whether it is wanted
   double divide_by;
+
+  DMF_HD double& lse(int64_t row) const { return rows_block[row]; }
+  DMF_HD double& label(int64_t row) const { return rows_block[rows + row]; }  // its logit; 0 where it is not here
+  DMF_HD double& row_entropy(int64_t row) const { return rows_block[2 * rows + row]; }
+  DMF_HD double& log_prob(int64_t i) const { return sequences_block[i]; }
+  DMF_HD double& sequence_entropy(int64_t i) const { return sequences_block[sequences + i]; }
+  DMF_HD double& log_ratio(int64_t i) const { return sequences_block[2 * sequences + i]; }
+  DMF_HD double& log_target_ratio(int64_t i) const { return sequences_block[3 * sequences + i]; }
+  DMF_HD double& weight(int64_t i) const { return sequences_block[4 * sequences + i]; }
+  DMF_HD double& loss(int64_t i) const { return sequences_block[5 * sequences + i]; }     // -A log pi
+  DMF_HD double& clipped(int64_t i) const { return sequences_block[6 * sequences + i]; }  // 1 where max_weight acts
 };
 
 enum class Fault : int64_t {

@@ -1,11 +1,12 @@
 // The extension dmfast._C: raw pointers, sizes and strides in, nothing of torch's. So one binary serves every
-// torch release and the build needs no torch. dmfast/kernels/native.py is the one caller and has checked all
+// torch release and the build needs no torch. dmfast/kernels/extension.py is the one caller and has checked all
 // that a pointer can't tell.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <cmath>
+#include <vector>
 
 #include "cpu/loss.h"
 #include "cpu/sample.h"
@@ -27,7 +28,7 @@ T* pointer(uintptr_t address) {
 struct PyBatch : dmf::Batch {
   PyBatch(int dtype, uintptr_t logits, int64_t sequences, int64_t steps, int64_t rows, int64_t stride_sequence,
           int64_t stride_row, uintptr_t cu_seqlens, uintptr_t labels, int64_t vocab, double scale, double softcap,
-          int threads)
+          int64_t vocab_start, int64_t whole_vocab, int threads)
       : dmf::Batch{static_cast<dmf::DType>(dtype),
                    pointer<char>(logits),
                    sequences,
@@ -38,35 +39,33 @@ struct PyBatch : dmf::Batch {
                    pointer<const int64_t>(cu_seqlens),
                    pointer<const int64_t>(labels),
                    {vocab, scale, softcap},
+                   vocab_start,
+                   whole_vocab,
                    threads} {}
 };
 
+// scalars: the parameter of the objective, max_weight, then the constant of each column.
 struct PyTerms : dmf::Terms {
-  PyTerms(int kind, bool on_policy, bool normalize, double beta, double log_scale, double max_weight,
-          uintptr_t log_proposal, uintptr_t log_target, uintptr_t log_z, uintptr_t reward, uintptr_t log_base,
-          uintptr_t baseline, double constant_baseline)
-      : dmf::Terms{{static_cast<dmf::Kind>(kind), on_policy, normalize, beta, log_scale, max_weight},
-                   pointer<const double>(log_proposal),
-                   pointer<const double>(log_target),
-                   pointer<const double>(log_z),
-                   pointer<const double>(reward),
-                   pointer<const double>(log_base),
-                   pointer<const double>(baseline),
-                   constant_baseline} {}
+  PyTerms(int kind, int flags, uintptr_t columns, int64_t stride, int present, const std::vector<double>& scalars)
+      : dmf::Terms{{static_cast<dmf::Kind>(kind), flags, scalars.at(0), scalars.at(1)},
+                   pointer<const double>(columns),
+                   stride,
+                   present,
+                   {}} {
+    for (int c = 0; c < dmf::kColumns; ++c) constants[c] = scalars.at(2 + c);
+  }
+  PyTerms() : dmf::Terms{{dmf::Kind::none, 0, 0.0, INFINITY}, nullptr, 0, 0, {}} {}
 };
 
 struct PyOutputs : dmf::Outputs {
-  PyOutputs(uintptr_t log_prob, uintptr_t lse, uintptr_t entropy, uintptr_t log_ratio, uintptr_t log_target_ratio,
-            uintptr_t weight, uintptr_t loss, uintptr_t total, uintptr_t clipped, double divide_by)
-      : dmf::Outputs{pointer<double>(log_prob),
-                     pointer<double>(lse),
-                     pointer<double>(entropy),
-                     pointer<double>(log_ratio),
-                     pointer<double>(log_target_ratio),
-                     pointer<double>(weight),
-                     pointer<double>(loss),
+  PyOutputs(uintptr_t rows_block, uintptr_t sequences_block, int64_t rows, int64_t sequences, uintptr_t total,
+            bool entropy, double divide_by)
+      : dmf::Outputs{pointer<double>(rows_block),
+                     pointer<double>(sequences_block),
+                     rows,
+                     sequences,
                      pointer<double>(total),
-                     pointer<int64_t>(clipped),
+                     entropy,
                      divide_by} {}
 };
 
@@ -89,8 +88,8 @@ dmf::SampleRows sample_rows(int dtype, uintptr_t logits, int64_t rows, int64_t s
 
 #ifdef DMF_CUDA
 struct PyWorkspace : dmf::cuda::Workspace {
-  PyWorkspace(int device, uintptr_t stream, uintptr_t values, uintptr_t counters, uintptr_t status)
-      : dmf::cuda::Workspace{device, pointer<void>(stream), pointer<double>(values), pointer<unsigned>(counters),
+  PyWorkspace(int device, uintptr_t stream, uintptr_t faults, uintptr_t counters, uintptr_t status)
+      : dmf::cuda::Workspace{device, pointer<void>(stream), pointer<int64_t>(faults), pointer<unsigned>(counters),
                              pointer<int64_t>(status)} {}
 };
 
@@ -157,7 +156,6 @@ py::tuple as_tuple(const dmf::Status& s) { return py::make_tuple(static_cast<int
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "dmfast's compiled kernels. Raw pointers: call them through dmfast.kernels only.";
-  m.attr("has_cpu") = true;
 #ifdef DMF_CUDA
   py::module_ cuda = m.def_submodule("cuda", "The CUDA kernels.");
   define_cuda(cuda);
@@ -166,13 +164,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   py::class_<PyBatch>(m, "Batch")
       .def(py::init<int, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t, double,
-                    double, int>());
+                    double, int64_t, int64_t, int>());
   py::class_<PyTerms>(m, "Terms")
-      .def(py::init<int, bool, bool, double, double, double, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
-                    uintptr_t, double>());
-  py::class_<PyOutputs>(m, "Outputs")
-      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
-                    double>());
+      .def(py::init<int, int, uintptr_t, int64_t, int, const std::vector<double>&>())
+      .def(py::init<>());  // of a call that only scores
+  py::class_<PyOutputs>(m, "Outputs").def(py::init<uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t, bool, double>());
 
   m.def("forward", [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, bool checked) {
     dmf::Status status;

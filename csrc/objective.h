@@ -14,7 +14,8 @@
 
 namespace dmf {
 
-// The numbers are those of dmfast.objectives.KINDS.
+// The numbers are those of dmfast.objectives.KINDS, whose records say everything else about an objective; what C++
+// needs of a record comes as a flag or as the parameter, so that a new objective is a number here and a line in weigh.
 enum class Kind : int {
   none = 0,
   dpg = 1,
@@ -28,13 +29,19 @@ enum class Kind : int {
   kl_control = 9,
 };
 
+enum Flag : int {
+  kOnPolicy = 1,        // rho = 1 exactly
+  kUnnormalized = 2,    // A is multiplied by Z
+  kHasTarget = 4,       // A needs log_target and log_z, and is 0 in a context where every P is 0
+  kInfiniteAtZero = 8,  // r is infinite where P = 0
+};
+
 struct Objective {
   Kind kind;
-  bool on_policy;     // rho = 1 exactly
-  bool normalize;     // false: A is multiplied by Z
-  double beta;        // kl_control
-  double log_scale;   // reinforce_p: R = exp(log P - log_scale)
+  int flags;
+  double parameter;   // beta of kl_control; log_scale of reinforce_p, whose R is exp(log P - log_scale)
   double max_weight;  // +inf: not clipped
+  DMF_HD bool is(Flag flag) const { return (flags & flag) != 0; }
 };
 
 struct Sequence {
@@ -55,11 +62,6 @@ struct Weight {
   bool out_of_range;  // A does not fit fp32, or is NaN
 };
 
-DMF_HD bool has_target(Kind k) {
-  return k == Kind::dpg || k == Kind::reverse_kl || k == Kind::js || k == Kind::tv || k == Kind::chi2 ||
-         k == Kind::reverse_chi2;
-}
-
 DMF_HD double softplus(double x) { return fmax(x, 0.0) + log1p(exp(-fabs(x))); }
 
 // c1 e^e1 + c2 e^e2 with one common exponent taken out, so that neither inf - inf nor 0 * inf arises where the sum
@@ -76,15 +78,15 @@ DMF_HD double signed_sum(double c1, double e1, double c2, double e2) {
 
 DMF_HD Weight weigh(const Objective& o, const Sequence& x) {
   constexpr double kLog2 = 0.69314718055994530942;
-  const bool empty = x.log_z == -INFINITY;
+  const bool empty = x.log_z == -INFINITY, on_policy = o.is(kOnPolicy);
   Weight out{};
-  out.log_ratio = o.on_policy ? 0.0 : x.log_prob - x.log_proposal;
+  out.log_ratio = on_policy ? 0.0 : x.log_prob - x.log_proposal;
   out.log_target_ratio = empty ? -INFINITY : x.log_target - x.log_z - x.log_proposal;
   const double log_rho = out.log_ratio, log_u = out.log_target_ratio;
-  const double log_pi = o.on_policy ? x.log_proposal : x.log_prob;
+  const double log_pi = on_policy ? x.log_proposal : x.log_prob;
   const double log_t = log_rho - log_u;  // t = pi/p
   // normalize = false multiplies by Z inside the exponent, where Z = e^-900 still is a number
-  const double shift = !o.normalize && has_target(o.kind) && !empty ? x.log_z : 0.0;
+  const double shift = o.is(kUnnormalized) && !empty ? x.log_z : 0.0;
 
   // A = rho * (r - baseline) as first * e^exponent + on_rho * rho
   double first = 0.0, exponent = 0.0, on_rho = 0.0;
@@ -113,14 +115,14 @@ DMF_HD Weight weigh(const Objective& o, const Sequence& x) {
       on_rho = x.reward;
       break;
     case Kind::reinforce_p:
-      first = 1.0, exponent = log_rho + x.log_target - o.log_scale;
+      first = 1.0, exponent = log_rho + x.log_target - o.parameter;
       break;
     case Kind::kl_control:
-      on_rho = x.reward - o.beta * (log_pi - x.log_base);
+      on_rho = x.reward - o.parameter * (log_pi - x.log_base);
       break;
   }
   double a = signed_sum(first, exponent + shift, on_rho - x.baseline, log_rho + shift);
-  if (empty && has_target(o.kind)) a = 0.0;
+  if (empty && o.is(kHasTarget)) a = 0.0;
   if (fabs(a) > o.max_weight) {
     a = a > 0 ? o.max_weight : -o.max_weight;
     out.clipped = true;

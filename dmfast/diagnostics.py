@@ -175,11 +175,6 @@ class GradientVariance:
     norm: float
     n: int
 
-    @property
-    def mean_square(self) -> float:
-        """Mean of ||g_i||^2."""
-        return self.variance + self.norm**2
-
 
 def gradient_variance(
     policy: LanguageModel,

@@ -404,15 +404,17 @@ class RunningEstimates:
         self._steps.clear()
 
     def update(self, *outputs: DMLossOutput) -> None:
-        """Takes in one optimiser step: the ``dm_loss`` outputs of all of its microbatches.
+        """Take in one optimiser step: the ``dm_loss`` outputs of all of its microbatches.
 
         Raises:
-            ValueError: no output, or one of a loss that had no log_target or log_z.
+            ValueError: no output, or one of a loss that had no log_target or log_z; what a device has recorded about
+                one, such as NaN among its logits. Nothing is taken in then.
         """
         if not outputs:
             raise ValueError("a step needs the output of one dm_loss call or more")
         columns = []
         for out in outputs:
+            out.check()  # what a device has recorded must not become a sample; the host reads the values below anyway
             if out.log_target is None or out.log_z is None:
                 raise ValueError(
                     "estimates need log_target and log_z: pass them to dm_loss, whatever its objective needs"

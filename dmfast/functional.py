@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from . import kernels
-from .kernels import checks, compiled, eager, linear, native
-from .kernels.autograd import apply, expected_grad, once
-from .kernels.batch import Batch, Scores
-from .kernels.result import DMLossOutput, denominator
+from .kernels import autograd, checks, faults, linear, ops, select
+from .kernels.autograd import Options, expected_grad
+from .kernels.backend import Backend
+from .kernels.batch import IGNORE, Batch, Scores
+from .kernels.form import denominator
+from .kernels.result import DMLossOutput
 from .objectives import Objective, Terms
 
 __all__ = [
@@ -48,124 +48,35 @@ def shift_labels(input_ids: Tensor, mask: Tensor | None = None, prompt_len: int 
         raise ValueError(f"mask must be bool or integer of shape {tuple(input_ids.shape)}, got {checks.describe(mask)}")
     if not 0 <= prompt_len <= input_ids.shape[1]:
         raise ValueError(f"prompt_len must be in [0, {input_ids.shape[1]}], got {prompt_len}")
-    labels = torch.full(input_ids.shape, checks.IGNORE, dtype=torch.int64, device=input_ids.device)
+    labels = torch.full(input_ids.shape, IGNORE, dtype=torch.int64, device=input_ids.device)
     labels[:, :-1] = input_ids[:, 1:]
     if mask is not None:
-        labels[:, :-1].masked_fill_(mask[:, 1:] == 0, checks.IGNORE)
+        labels[:, :-1].masked_fill_(mask[:, 1:] == 0, IGNORE)
     if prompt_len > 1:
-        labels[:, : prompt_len - 1] = checks.IGNORE
+        labels[:, : prompt_len - 1] = IGNORE
     return labels
 
 
-_NOTHING = torch.empty(0)  # in a Batch kept for backward, whose tensors save_for_backward holds and watches
+def _backend_for(logits: Tensor, name: str | None) -> Backend:
+    """The backend of a call, which can read the logits' memory where it has to."""
+    backend = select(logits, name)
+    if not backend.in_torch and not torch.compiler.is_compiling():
+        faults.check_memory(logits)
+    return backend
 
 
-def _save(ctx: Any, batch: Batch, *others: Tensor) -> None:
-    """Keeps the batch for backward; tensors that were changed in between raise PyTorch's own error there.
-
-    The logits go in detached: that shares their version, and autograd would refuse to keep some views that changed.
-    """
-    ctx.batch = Batch(_NOTHING, _NOTHING, None, *batch[3:])
-    ctx.save_for_backward(batch.logits.detach(), batch.labels, batch.cu_seqlens, *others)
-
-
-def _saved(ctx: Any) -> tuple[Batch, tuple[Tensor, ...]]:
-    logits, labels, cu_seqlens, *others = ctx.saved_tensors
-    return Batch(logits, labels, cu_seqlens, *ctx.batch[3:]), tuple(others)
-
-
-def _reduced(scores: Scores, reduction: str) -> Tensor:
-    assert scores.loss is not None and scores.total is not None
-    return scores.loss if reduction == "none" else scores.total
-
-
-class _SequenceLogProb(torch.autograd.Function):
-    """log pi per sequence; backward writes the gradient of the logits, over them if asked."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, batch: Batch, entropy: bool, inplace: bool) -> tuple[Tensor, Scores]:
-        scores = native.forward(batch, None, entropy)
-        _save(ctx, batch, scores.lse)
-        ctx.inplace = inplace
-        return scores.log_prob, scores
-
-    @staticmethod
-    @once
-    def backward(ctx: Any, grad_log_prob: Tensor, _: None) -> tuple[Tensor, None, None, None]:
-        batch, (lse,) = _saved(ctx)
-        dz = native.backward(batch, lse, -grad_log_prob.to(torch.float64), 1.0, ctx.inplace)
-        return dz, None, None, None
-
-
-def _score(batch: Batch, entropy: bool, inplace: bool, wants_grad: bool) -> Scores:
-    """Scores whose log_prob carries the gradient, where one is wanted."""
-    if torch.compiler.is_compiling():
-        return compiled.score(batch, entropy, inplace)
-    if not wants_grad:
-        return native.forward(batch, None, entropy)
-    log_prob, scores = apply(_SequenceLogProb, batch.logits, batch, entropy, inplace)
-    return cast(Scores, scores)._replace(log_prob=log_prob)
-
-
-class _DMLoss(torch.autograd.Function):
-    """The loss; backward writes the gradient of the logits, over them if asked.
-
-    With ``expected`` (a grad_output to fold in) the weight is known and the gradient was written by forward.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, batch: Batch, terms: Terms, reduction: str, divide_by: float, entropy: bool,
-        inplace: bool, expected: float | None,
-    ) -> tuple[Tensor, Scores]:  # fmt: skip
-        ctx.dz = None
-        if expected is not None:
-            scores, dz = native.forward_backward(batch, terms, entropy, divide_by, expected, inplace)
-            if not inplace:
-                ctx.dz = dz
-        else:
-            scores = native.forward(batch, terms, entropy, divide_by)
-        assert scores.weight is not None and scores.loss is not None
-        _save(ctx, batch, scores.lse, scores.weight)
-        ctx.inplace, ctx.expected, ctx.divide_by, ctx.reduction = inplace, expected, divide_by, reduction
-        return _reduced(scores, reduction), scores
-
-    @staticmethod
-    @once
-    def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        batch, (lse, weight) = _saved(ctx)
-        if ctx.expected is not None and (ctx.inplace or ctx.dz is not None):
-            # the gradient is there already, multiplied by the grad_output that was expected
-            dz = batch.logits.detach() if ctx.inplace else ctx.dz
-            ctx.dz = None  # given away: with retain_graph a second backward computes its own
-            native.scale_(batch, dz, 1.0 / ctx.expected, grad_loss)
-            if ctx.inplace:
-                increment_version(
-                    batch.logits
-                )  # also where nothing was written: a second backward must not have this again
-        elif ctx.reduction == "none":
-            dz = native.backward(batch, lse, weight * grad_loss.to(torch.float64), 1.0, ctx.inplace)
-        else:
-            dz = native.backward(batch, lse, weight, 1.0 / ctx.divide_by, ctx.inplace, grad_loss)
-        return dz, None, None, None, None, None, None, None
-
-
-def _output(loss: Tensor, scores: Scores, terms: Terms) -> DMLossOutput:
-    assert scores.weight is not None and scores.n_clipped is not None
-    has_proposal = terms.log_proposal is not None or terms.on_policy
-    return DMLossOutput(
-        loss=loss,
-        log_prob=scores.log_prob,
-        log_ratio=scores.log_ratio if has_proposal else None,
-        log_target_ratio=scores.log_target_ratio if terms.log_target is not None and terms.log_z is not None else None,
-        weight=scores.weight,
-        n_clipped=scores.n_clipped,
-        entropy=scores.entropy,
-        log_proposal=terms.log_proposal,
-        log_target=terms.log_target,
-        log_z=terms.log_z,
-        _recorded=scores.recorded,
-    )
+def _options(
+    batch: Batch, reduction: str, num_sequences: float | Tensor | None, entropy: bool, inplace: bool
+) -> tuple[Options, Tensor | None]:
+    """How a loss is called, and the tensor that its result is divided by: a count that the host does not know."""
+    compiling = torch.compiler.is_compiling()
+    if isinstance(num_sequences, Tensor):
+        if compiling or num_sequences.device.type != "cpu":
+            return Options(reduction, 1.0, entropy, inplace, None), num_sequences
+        num_sequences = float(num_sequences)
+    if compiling and reduction == "mean" and num_sequences is None:
+        return Options(reduction, 0.0, entropy, inplace, None), None  # no graph for every B
+    return Options(reduction, denominator(batch, reduction, num_sequences), entropy, inplace, None), None
 
 
 def dm_loss(
@@ -185,13 +96,14 @@ def dm_loss(
     cu_seqlens: Tensor | None = None,
     context_id: Tensor | None = None,
     reduction: str = "mean",
-    num_sequences: float | None = None,
+    num_sequences: float | Tensor | None = None,
     grad_scale: float | None = None,
     max_weight: float | None = None,
     inplace: bool = False,
     return_entropy: bool = False,
+    backend: str | None = None,
 ) -> DMLossOutput:
-    """The fused distribution-matching loss ``-(1/B) sum_i A_i log pi(x_i)``, A a constant (arXiv:2206.00761, sec. 2-3).
+    """Return the fused loss ``-(1/B) sum_i A_i log pi(x_i)``, A a constant (arXiv:2206.00761, sec. 2-3).
 
     Sequences x are drawn from a proposal q; ``log pi(x) = sum_t mask_t log softmax(cap(z_t) / temperature)[x_t]``.
 
@@ -215,14 +127,16 @@ def dm_loss(
         context_id: (B,) integer, for the baseline ``leave_one_out_context``.
         reduction: ``mean`` over sequences, ``sum``, or ``none``: a (B,) loss.
         num_sequences: what ``mean`` divides by: the sequences of the whole optimiser step, where this call is one
-            microbatch of it. Default B.
+            microbatch of it. A number, or a 0-d tensor, which torch.compile does not compile anew for. Default B.
         grad_scale: the grad_output that backward will bring (a GradScaler's scale, 1 / accumulation steps), if known.
-            It changes no result: a gradient written by forward has it folded in before rounding, and float16 logits
-            take the one-pass form only with it.
+            A gradient written by forward has it folded in before rounding, and float16 logits take the one-pass form
+            only with it. If another grad_output comes, the result is the same, save in place: there a float16 gradient
+            that has overflowed with the announced one stays infinite.
         max_weight: bounds A to [-max_weight, max_weight].
         inplace: the gradient overwrites the logits, which are undefined after the call, also after an error in a row.
             Saves a tensor of their size. Ignored where no gradient is wanted.
         return_entropy: ``out.entropy``, the policy's entropy summed over scored tokens, in nats.
+        backend: a name of ``backends()``; default: the one for these logits, or what ``use_backend`` forces.
 
     Returns:
         ``DMLossOutput``; ``out.loss`` carries the gradient of the logits. Per-sequence values are fp64.
@@ -251,30 +165,18 @@ def dm_loss(
         log_proposal=log_proposal, log_target=log_target, log_z=log_z, reward=reward, log_base=log_base,
     )  # fmt: skip
     checks.check_call(batch, reduction, num_sequences, grad_scale, inplace)
-    divide_by = denominator(batch, reduction, num_sequences)
-    wants_grad = torch.is_grad_enabled() and logits.requires_grad
-    inplace = inplace and wants_grad
-    compiling = torch.compiler.is_compiling()
-    backend = kernels.select(logits)
-    if backend == "eager":
-        return eager.loss(batch, terms, reduction, divide_by, return_entropy)
-    if not isinstance(terms.objective, Objective):
-        if backend == "cpu":
-            batch = eager.checked(batch, terms)
-        scores = _score(batch, return_entropy, inplace, wants_grad)
-        if compiling and backend == "cpu":
-            return eager.loss_from_scores(batch, scores, terms, reduction, divide_by)
-        return native.loss_from_scores(batch, scores, terms, reduction, divide_by)
-    if compiling:
-        expected = expected_grad(terms.weight_known, logits.dtype, reduction, grad_scale) if wants_grad else None
-        loss, scores = compiled.dm_loss(batch, terms, reduction, divide_by, return_entropy, inplace, expected)
-    elif wants_grad:
-        expected = expected_grad(terms.weight_known, logits.dtype, reduction, grad_scale)
-        loss, scores = apply(_DMLoss, logits, batch, terms, reduction, divide_by, return_entropy, inplace, expected)
-    else:
-        scores = native.forward(batch, terms, return_entropy, divide_by)
-        loss = _reduced(scores, reduction)
-    return _output(loss, scores, terms)
+    wants_grad = logits.requires_grad and torch.is_grad_enabled()
+    options, divisor = _options(batch, reduction, num_sequences, return_entropy, inplace and wants_grad)
+    if wants_grad and divisor is None:
+        options = options._replace(expected=expected_grad(terms.weight_known, logits.dtype, reduction, grad_scale))
+    chosen = _backend_for(logits, backend)
+    run = ops if torch.compiler.is_compiling() and not chosen.in_torch else autograd
+    loss, scores = run.loss(chosen, batch, terms, options, wants_grad)
+    return _output(loss if divisor is None else loss / divisor, scores, terms, tokens, return_entropy)
+
+
+def _output(loss: Tensor, scores: Scores, terms: Terms, tokens: Tensor, entropy: bool) -> DMLossOutput:
+    return DMLossOutput(loss, scores, terms, tuple(tokens.shape), None, entropy)
 
 
 def sequence_log_prob(
@@ -286,11 +188,12 @@ def sequence_log_prob(
     softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     inplace: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
-    """log pi(x) of each sequence, ``sum_t mask_t log softmax(cap(z_t) / temperature)[x_t]``, differentiable.
+    """Return log pi(x) of each sequence, ``sum_t mask_t log softmax(cap(z_t) / temperature)[x_t]``, differentiable.
 
     Args:
-        logits, tokens, mask, temperature, softcap, cu_seqlens, inplace: as in ``dm_loss``.
+        logits, tokens, mask, temperature, softcap, cu_seqlens, inplace, backend: as in ``dm_loss``.
 
     Returns:
         (B,) fp64, nats.
@@ -301,18 +204,10 @@ def sequence_log_prob(
     batch = checks.make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap)
     checks.check_call(batch, inplace=inplace)
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
-    if kernels.select(logits) == "eager":
-        return eager.score(batch).log_prob
-    return _score(batch, entropy=False, inplace=inplace and wants_grad, wants_grad=wants_grad).log_prob
-
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def _eagerly(function: _F) -> _F:
-    """A graph break under torch.compile: how many chunks there are depends on the values of tokens and mask."""
-    # torch.compiler.disable at the first call: at import it would load torch._dynamo, and that triton
-    return cast(_F, torch._disable_dynamo(function))
+    chosen = _backend_for(logits, backend)
+    run = ops if torch.compiler.is_compiling() and not chosen.in_torch else autograd
+    found: tuple[Tensor, Scores] = run.log_prob(chosen, batch, False, inplace and wants_grad, wants_grad)
+    return found[0]
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -324,7 +219,6 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype.is_floating_point else x for x in tensors)
 
 
-@_eagerly
 def linear_dm_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -344,19 +238,20 @@ def linear_dm_loss(
     cu_seqlens: Tensor | None = None,
     context_id: Tensor | None = None,
     reduction: str = "mean",
-    num_sequences: float | None = None,
+    num_sequences: float | Tensor | None = None,
     grad_scale: float | None = None,
     max_weight: float | None = None,
     return_entropy: bool = False,
     chunk_bytes: int | None = None,
+    backend: str | None = None,
 ) -> DMLossOutput:
-    """``dm_loss`` of ``hidden @ weight.T + bias``, whose logits never exist at once.
+    """Return ``dm_loss`` of ``hidden @ weight.T + bias``, whose logits never exist at once.
 
     Whole sequences go through one buffer of logits; rows that are not scored cost no product. Where grad_output is
     known before backward (1, or ``grad_scale``), forward computes all gradients with three products; otherwise
     (``reduction="none"``, float16 without ``grad_scale``, an objective of your own) backward computes the logits again.
-    The backend ``eager`` forms all logits. Under torch.compile the call is a graph break; under autocast the products
-    run in its dtype, as nn.Linear's do.
+    The backend ``eager`` forms all logits. Under torch.compile the call is one op of the graph; under autocast the
+    products run in its dtype, as nn.Linear's do.
 
     Args:
         hidden: (B, T, D), or packed (N, D) with ``cu_seqlens``; float32, bfloat16, float16 (float64 through the eager
@@ -380,25 +275,20 @@ def linear_dm_loss(
         log_proposal=log_proposal, log_target=log_target, log_z=log_z, reward=reward, log_base=log_base,
     )  # fmt: skip
     checks.check_call(batch, reduction, num_sequences, grad_scale)
-    divide_by = denominator(batch, reduction, num_sequences)
-    backend = kernels.select(batch.logits)
-    if backend == "eager":
-        logits = torch.nn.functional.linear(hidden, weight, bias)
-        return eager.loss(batch._replace(logits=logits), terms, reduction, divide_by, return_entropy)
-    if not isinstance(terms.objective, Objective):
-        if backend == "cpu":
-            checks.check_terms(terms)
-        log_prob, scores = linear.run(hidden, weight, bias, batch, None, "none", 1.0, return_entropy, None, chunk_bytes)
-        return native.loss_from_scores(batch, scores._replace(log_prob=log_prob), terms, reduction, divide_by)
-    # the weight is formed inside a chunk, whether or not it depends on pi
-    expected = expected_grad(True, hidden.dtype, reduction, grad_scale)
-    loss, scores = linear.run(
-        hidden, weight, bias, batch, terms, reduction, divide_by, return_entropy, expected, chunk_bytes
-    )
-    return _output(loss, scores, terms)
+    options, divisor = _options(batch, reduction, num_sequences, return_entropy, inplace=False)
+    if isinstance(terms.objective, Objective) and divisor is None:
+        # the weight is formed inside a chunk, whether or not it depends on pi
+        options = options._replace(expected=expected_grad(True, hidden.dtype, reduction, grad_scale))
+    chosen = _backend_for(batch.logits, backend)
+    if chosen.in_torch:
+        batch = batch._replace(logits=torch.nn.functional.linear(hidden, weight, bias))
+        loss, scores = autograd.loss(chosen, batch, terms, options, True)
+    else:
+        run = ops.linear_loss if torch.compiler.is_compiling() else linear.loss
+        loss, scores = run(chosen, hidden, weight, bias, batch, terms, options, chunk_bytes)
+    return _output(loss if divisor is None else loss / divisor, scores, terms, tokens, return_entropy)
 
 
-@_eagerly
 def linear_sequence_log_prob(
     hidden: Tensor,
     weight: Tensor,
@@ -410,11 +300,13 @@ def linear_sequence_log_prob(
     softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_bytes: int | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """``sequence_log_prob`` of ``hidden @ weight.T + bias``, whose logits never exist at once; differentiable.
+    """Return ``sequence_log_prob`` of ``hidden @ weight.T + bias``, whose logits never exist at once; differentiable.
 
     Args:
-        hidden, weight, bias, tokens, mask, temperature, softcap, cu_seqlens, chunk_bytes: as in ``linear_dm_loss``.
+        hidden, weight, bias, tokens, mask, temperature, softcap, cu_seqlens, chunk_bytes, backend: as in
+            ``linear_dm_loss``.
 
     Returns:
         (B,) fp64, nats. Its backward computes the logits again.
@@ -424,12 +316,14 @@ def linear_sequence_log_prob(
     """
     hidden, weight, bias = cast("tuple[Tensor, Tensor, Tensor | None]", _autocast(hidden, weight, bias))
     batch = checks.make_linear_batch(hidden, weight, bias, tokens, mask, cu_seqlens, temperature, softcap, chunk_bytes)
-    if kernels.select(batch.logits) == "eager":
-        return eager.score(batch._replace(logits=torch.nn.functional.linear(hidden, weight, bias))).log_prob
-    return linear.run(hidden, weight, bias, batch, None, "none", 1.0, False, None, chunk_bytes)[0]
+    chosen = _backend_for(batch.logits, backend)
+    if chosen.in_torch:
+        batch = batch._replace(logits=torch.nn.functional.linear(hidden, weight, bias))
+        return autograd.log_prob(chosen, batch, False, False, True)[0]
+    run = ops.linear_log_prob if torch.compiler.is_compiling() else linear.log_prob
+    return run(chosen, hidden, weight, bias, batch, False, chunk_bytes)[0]
 
 
-@torch.no_grad()
 def sample_tokens(
     logits: Tensor,
     *,
@@ -438,8 +332,9 @@ def sample_tokens(
     step: int = 0,
     temperature: float = 1.0,
     softcap: float | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draws a token per row from ``softmax(cap(logits) / temperature)``, with its log-probability, in one read.
+    """Draw a token per row from ``softmax(cap(logits) / temperature)``, with its log-probability, in one read.
 
     A row's draw is a function of its logits, ``seed``, its row id and ``step``, and of nothing else: neither the thread
     count nor how rows are cut into batches matters. The uniform number is Philox4x32-10's, 53 bits.
@@ -449,7 +344,7 @@ def sample_tokens(
         seed: integer in [-2^63, 2^64).
         row_ids: (N,) integer, one per sequence that is being generated. Default: 0 to N-1.
         step: non-negative integer, the position that is being generated.
-        temperature, softcap: as in ``dm_loss``.
+        temperature, softcap, backend: as in ``dm_loss``.
 
     Returns:
         tokens (N,) int64, and log_prob (N,) fp64 in nats, what ``sequence_log_prob`` gives for them. A token whose
@@ -459,7 +354,11 @@ def sample_tokens(
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; a row that holds NaN or +inf, or
             nothing but -inf.
     """
-    draws = checks.make_draws(logits, seed, row_ids, step, temperature, softcap)
-    if kernels.select(logits) == "eager":
-        return eager.draw(draws)
-    return compiled.sample(draws) if torch.compiler.is_compiling() else native.sample(draws)
+    rows = checks.make_draws(logits, seed, row_ids, step, temperature, softcap)
+    chosen = _backend_for(logits, backend)
+    if torch.compiler.is_compiling() and not chosen.in_torch:
+        return ops.draw(rows, chosen)
+    tokens, log_prob, status = chosen.sample(rows)
+    if status is not None and faults.at_once() and int(status) >= 0:
+        faults.raise_bad_draw(rows, int(status))
+    return tokens, log_prob

@@ -30,7 +30,7 @@ from .functional import (
     shift_labels,
 )
 from .head import HeadProbe, HiddenAndHead, unwrapped
-from .kernels.checks import IGNORE
+from .kernels.batch import IGNORE
 from .kernels.result import DMLossOutput
 from .samples import Prompt, Samples
 from .tensors import copy_into

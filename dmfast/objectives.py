@@ -1,7 +1,7 @@
 """Objectives: how the weight A of each sequence is formed in ``loss = -(1/B) sum_i A_i log pi(x_i)``.
 
 Every method of the field is one choice of the return r in ``A = rho * (r - baseline)``, where
-``rho = pi/q`` is the policy ratio and ``u = p/q`` the target ratio (Korbak et al. 2022,
+``rho = pi/q`` is the importance ratio of the policy and ``u = p/q`` that of the target (Korbak et al. 2022,
 arXiv:2206.00761, sections 2 and 3; f-DPG: Go et al. 2023, arXiv:2302.08215). This module is the
 formula in plain torch, fp64, vectorised over sequences. Its twin for kernels is
 ``csrc/objective.h``; the formula stands nowhere else.
@@ -10,32 +10,68 @@ formula in plain torch, fp64, vectorised over sequences. Its twin for kernels is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-# The numbers are those of the enum Kind in csrc/objective.h.
-KINDS = {
-    "none": 0,
-    "dpg": 1,
-    "reverse_kl": 2,
-    "js": 3,
-    "tv": 4,
-    "chi2": 5,
-    "reverse_chi2": 6,
-    "reinforce": 7,
-    "reinforce_p": 8,
-    "kl_control": 9,
+
+def _never(_: float) -> bool:
+    return False
+
+
+def _always(_: float) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The record of an objective: everything that the code has to know about it besides its formula in ``weigh``.
+
+    Attributes:
+        number: its number in the enum Kind of csrc/objective.h.
+        needs: the per-sequence inputs of ``dm_loss`` that it can't do without.
+        return_of: what rho * r depends on when rho is 1: the ``sample`` alone, also the ``proposal``'s log q, or also
+            the ``policy``'s log pi. Where it is known before the forward, so is a leave-one-out baseline.
+        weight_of: what A depends on off-policy without a baseline, in the same words. One pass over the logits does
+            forward and backward where that is not the ``policy``.
+        has_target: whether it matches a target p = P/Z. Then A is 0 in a context where every P is 0, and
+            ``normalize=False`` has a meaning.
+        infinite_at_zero: for a value of the parameter, whether r is infinite where P(x) = 0.
+        parameter: the name of its parameter in ``Objective``, if it has one.
+        allowed: whether the parameter may have a value, and in words, which it may have.
+        baseline: the constant baseline that belongs to it; then it takes no other.
+    """
+
+    number: int
+    needs: tuple[str, ...] = ("log_target", "log_z")
+    return_of: Literal["sample", "proposal", "policy"] = "policy"
+    weight_of: Literal["sample", "proposal", "policy"] = "policy"
+    has_target: bool = True
+    infinite_at_zero: Callable[[float], bool] = _never
+    parameter: str | None = None
+    allowed: tuple[Callable[[float], bool], str] = (math.isfinite, "finite")
+    baseline: float | None = None
+
+
+KINDS: dict[str, Kind] = {
+    "dpg": Kind(1, return_of="proposal", weight_of="proposal"),
+    "gdc++": Kind(1, return_of="proposal", weight_of="proposal", baseline=1.0),
+    "reverse_kl": Kind(2, infinite_at_zero=_always),
+    "js": Kind(3),
+    "tv": Kind(4),
+    "chi2": Kind(5),
+    "reverse_chi2": Kind(6, infinite_at_zero=_always),
+    "reinforce": Kind(7, needs=("reward",), return_of="sample", has_target=False),
+    "reinforce_p": Kind(8, needs=("log_target",), return_of="sample", has_target=False, parameter="log_scale"),
+    "kl_control": Kind(9, needs=("reward", "log_base"), has_target=False, parameter="beta"),
 }
-OBJECTIVES = ("dpg", "gdc++", *(name for name in KINDS if name not in ("none", "dpg")))
+OBJECTIVES = tuple(KINDS)
 """The names of all objectives. ``gdc++`` is ``dpg`` with the constant baseline 1."""
 #: Objectives that match an explicit target p = P/Z, and so need log_target and log_z.
-TARGET_OBJECTIVES = frozenset({"dpg", "gdc++", "reverse_kl", "js", "tv", "chi2", "reverse_chi2"})
-#: Objectives whose return is infinite where P(x) = 0.
-INFINITE_AT_ZERO = frozenset({"reverse_kl", "reverse_chi2"})
+TARGET_OBJECTIVES = frozenset(name for name, kind in KINDS.items() if kind.has_target)
 
 Baseline: TypeAlias = "float | Tensor | Literal['leave_one_out', 'leave_one_out_context'] | None"
 
@@ -73,10 +109,12 @@ class Objective:
                 f"unknown objective {self.name!r}; dmfast has {', '.join(OBJECTIVES)}, and takes a "
                 "function of dmfast.Terms that returns the (B,) weights"
             )
-        if self.name == "gdc++" and self.baseline is not None:
+        kind = KINDS[self.name]
+        if kind.baseline is not None and self.baseline is not None:
+            same = next(name for name, other in KINDS.items() if other.number == kind.number)
             raise ValueError(
-                "objective 'gdc++' is 'dpg' with the constant baseline 1; for another baseline use "
-                f"Objective('dpg', baseline=...), got baseline={self.baseline!r}"
+                f"objective {self.name!r} is {same!r} with the constant baseline {kind.baseline:g}; for another "
+                f"baseline use Objective({same!r}, baseline=...), got baseline={self.baseline!r}"
             )
         if isinstance(self.baseline, str) and self.baseline not in (
             "leave_one_out",
@@ -92,85 +130,206 @@ class Objective:
             and not math.isfinite(self.baseline)
         ):
             raise ValueError(f"baseline must be finite, got {self.baseline!r}")
-        if not self.normalize and self.name not in TARGET_OBJECTIVES:
+        if not self.normalize and not kind.has_target:
             raise ValueError(
                 f"normalize=False multiplies A by Z, which objective {self.name!r} does not have; "
                 f"it applies to {', '.join(sorted(TARGET_OBJECTIVES))}"
             )
-        for parameter, owner in (("beta", "kl_control"), ("log_scale", "reinforce_p")):
+        for parameter in sorted({each.parameter for each in KINDS.values() if each.parameter is not None}):
             value = getattr(self, parameter)
-            if (value is not None) != (self.name == owner):
-                verb = "needs" if self.name == owner else "does not take"
+            if (value is not None) != (parameter == kind.parameter):
+                verb = "needs" if parameter == kind.parameter else "does not take"
                 raise ValueError(f"objective {self.name!r} {verb} {parameter}, got {value!r}")
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{parameter} must be finite, got {value!r}")
+            allowed, words = kind.allowed
+            if value is not None and not allowed(value):
+                raise ValueError(f"{parameter} must be {words}, got {value!r}")
 
     @property
-    def kind(self) -> str:
-        """The row of the formula: the name, with ``gdc++`` a ``dpg``."""
-        return "dpg" if self.name == "gdc++" else self.name
+    def kind(self) -> Kind:
+        """The record of this objective."""
+        return KINDS[self.name]
+
+    @property
+    def parameter(self) -> float:
+        """The value of its parameter; 0 for an objective that has none."""
+        name = self.kind.parameter
+        return 0.0 if name is None else float(getattr(self, name))
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The per-sequence inputs of ``dm_loss`` that this objective can't do without."""
-        if self.name in TARGET_OBJECTIVES:
-            return ("log_target", "log_z")
-        return {
-            "reinforce": ("reward",),
-            "reinforce_p": ("log_target",),
-            "kl_control": ("reward", "log_base"),
-        }[self.name]
+        return self.kind.needs
+
+    @property
+    def infinite_at_zero(self) -> bool:
+        """Whether its return is infinite where P(x) = 0."""
+        return self.kind.infinite_at_zero(self.parameter)
 
 
-@dataclass(frozen=True)
+#: The per-sequence inputs, in the order in which they cross to the kernels (csrc/batch.h has the same).
+COLUMNS = ("log_proposal", "log_target", "log_z", "reward", "log_base", "baseline")
+NO_CONSTANTS = (0.0,) * len(COLUMNS)
+
+
 class Terms:
     """What is known of B sequences: fp64 (B,) tensors without gradient, or None where not given.
 
-    A user's own objective is a function of this that returns the (B,) weights A.
+    A user's own objective is a function of this that returns the (B,) weights A. Inside, the inputs are one block: the
+    columns that were given, one after the other; those that are the same number for all sequences are constants.
+
+    Attributes:
+        objective: an ``Objective``, or a function of ``Terms``.
+        on_policy: whether rho is exactly 1.
+        max_weight: the bound of A; inf: none.
+        block: (K, B) fp64, the K columns that are there, in the order of ``COLUMNS``.
+        present: which they are: bit c for ``COLUMNS[c]``.
+        given: the same for columns and constants.
+        constants: for each of ``COLUMNS`` its constant, or 0.
+        log_prob: (B,) fp64 log pi, once it is known.
     """
 
-    objective: Objective | Callable[[Terms], Tensor]
-    on_policy: bool
-    max_weight: float  # inf: not clipped
-    log_proposal: Tensor | None = None
-    log_target: Tensor | None = None
-    log_z: Tensor | None = None
-    reward: Tensor | None = None
-    log_base: Tensor | None = None
-    baseline: Tensor | float | None = None
-    log_prob: Tensor | None = None
+    def __init__(
+        self, objective: Objective | Callable[[Terms], Tensor], on_policy: bool, max_weight: float, block: Tensor,
+        present: int, given: int, constants: tuple[float, ...] = NO_CONSTANTS, log_prob: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.objective, self.on_policy, self.max_weight = objective, on_policy, max_weight
+        self.block, self.present, self.given, self.constants = block, present, given, constants
+        self.log_prob = log_prob
+
+    @staticmethod
+    def of(
+        objective: Objective | Callable[[Terms], Tensor],
+        on_policy: bool,
+        max_weight: float,
+        log_proposal: Tensor | None = None,
+        log_target: Tensor | None = None,
+        log_z: Tensor | float | None = None,
+        reward: Tensor | None = None,
+        log_base: Tensor | None = None,
+        baseline: Tensor | float | None = None,
+        log_prob: Tensor | None = None,
+    ) -> Terms:
+        """Return the terms that have these inputs: (B,) each, or where all sequences share it, a number."""
+        inputs = (log_proposal, log_target, log_z, reward, log_base, baseline)
+        columns, present, given, constants = [], 0, 0, list(NO_CONSTANTS)
+        for c, value in enumerate(inputs):
+            if value is None:
+                continue
+            given |= 1 << c
+            if isinstance(value, Tensor):
+                columns.append(value)
+                present |= 1 << c
+            else:
+                constants[c] = float(value)
+        if columns:
+            block = torch.stack(columns).double()
+        elif log_prob is not None:
+            block = log_prob.new_empty(0, log_prob.shape[0])
+        else:
+            block = torch.empty(0, 0, dtype=torch.float64)
+        return Terms(objective, on_policy, max_weight, block, present, given, tuple(constants), log_prob)
+
+    def column(self, c: int) -> Tensor | float | None:
+        """Return ``COLUMNS[c]``: (B,), a constant, or None where it was not given."""
+        if self.present >> c & 1:
+            return self.block.select(0, bin(self.present & ((1 << c) - 1)).count("1"))
+        return self.constants[c] if self.given >> c & 1 else None
+
+    def _tensor(self, c: int) -> Tensor | None:
+        value = self.column(c)
+        return value if value is None or isinstance(value, Tensor) else self.block.new_full(self.block.shape[1:], value)
+
+    @property
+    def log_proposal(self) -> Tensor | None:
+        """(B,) log q(x), nats."""
+        return self._tensor(0)
+
+    @property
+    def log_target(self) -> Tensor | None:
+        """(B,) log P(x), nats; -inf where P = 0."""
+        return self._tensor(1)
+
+    @property
+    def log_z(self) -> Tensor | None:
+        """(B,) log Z, nats."""
+        return self._tensor(2)
+
+    @property
+    def reward(self) -> Tensor | None:
+        """(B,) R(x)."""
+        return self._tensor(3)
+
+    @property
+    def log_base(self) -> Tensor | None:
+        """(B,) log a(x), nats."""
+        return self._tensor(4)
+
+    @property
+    def baseline(self) -> Tensor | float | None:
+        """(B,) or a number, what is subtracted from the return r."""
+        return self.column(5)
 
     def with_log_prob(self, log_prob: Tensor) -> Terms:
-        """These terms with log pi, (B,) fp64 without gradient."""
-        return self._with(self.objective, self.baseline, log_prob)
+        """Return these terms with log pi, (B,) fp64 without gradient."""
+        return Terms(self.objective, self.on_policy, self.max_weight, self.block, self.present, self.given,
+                     self.constants, log_prob)  # fmt: skip
 
     def under(self, objective: Objective) -> Terms:
-        """These terms with another objective and without a baseline."""
-        return self._with(objective, None, self.log_prob)
+        """Return these terms with another objective and without a baseline."""
+        block = self.block[:-1] if self.present & 32 else self.block
+        return Terms(objective, self.on_policy, self.max_weight, block, self.present & 31, self.given & 31,
+                     (*self.constants[:-1], 0.0), self.log_prob)  # fmt: skip
 
-    def _with(
-        self, objective: Objective | Callable[[Terms], Tensor], baseline: Tensor | float | None, log_prob: Tensor | None
-    ) -> Terms:
-        # not dataclasses.replace, which torch.compile can't trace before torch 2.7
-        return Terms(
-            objective, self.on_policy, self.max_weight, self.log_proposal, self.log_target, self.log_z, self.reward,
-            self.log_base, baseline, log_prob,
-        )  # fmt: skip
+    def cut(self, i: int, j: int) -> Terms:
+        """Return the terms of sequences [i, j)."""
+        log_prob = None if self.log_prob is None else self.log_prob[i:j]
+        return Terms(self.objective, self.on_policy, self.max_weight, self.block[:, i:j], self.present, self.given,
+                     self.constants, log_prob)  # fmt: skip
+
+    @staticmethod
+    def join(parts: Sequence[Terms], gather: Callable[[Tensor], Tensor] = lambda x: x) -> Terms:
+        """Return the terms of several calls as one, with the objective of the first.
+
+        Args:
+            parts: terms with the same columns.
+            gather: puts the values of all ranks together along the first dimension.
+        """
+        first = parts[0]
+        given, present = first.given, first.present
+        if any(part.given != given for part in parts):
+            raise ValueError("terms with other inputs can't be joined")
+        # a constant of one part may be another number in the next
+        for c in range(len(COLUMNS)):
+            if given >> c & 1 and len({(part.present >> c & 1, part.constants[c]) for part in parts}) > 1:
+                present |= 1 << c
+        columns = [c for c in range(len(COLUMNS)) if present >> c & 1]
+        if not columns:
+            block = gather(torch.cat([part.block.T for part in parts])).T
+        else:
+            block = gather(torch.cat([torch.stack([part._filled(c) for c in columns], 1) for part in parts])).T
+        return Terms(first.objective, first.on_policy, first.max_weight, block, present, given, first.constants)
+
+    def _filled(self, c: int) -> Tensor:
+        value = self._tensor(c)
+        assert value is not None
+        return value
 
     @property
     def weight_known(self) -> bool:
         """Whether A can be formed before log pi is."""
         if not isinstance(self.objective, Objective):
             return False
+        kind = self.objective.kind
         if self.on_policy:
-            return self.log_proposal is not None or self.objective.name.startswith("reinforce")
-        return self.objective.kind == "dpg" and self.baseline is None
+            return bool(self.given & 1) or kind.return_of == "sample"
+        return kind.weight_of != "policy" and not self.given & 32
 
     @property
     def _proposal(self) -> Tensor:
         """log q; on-policy without the sampler's log-probabilities it is the detached log pi."""
-        if self.log_proposal is not None:
-            return self.log_proposal
+        log_proposal = self.log_proposal
+        if log_proposal is not None:
+            return log_proposal
         assert self.log_prob is not None
         return self.log_prob
 
@@ -180,17 +339,19 @@ class Terms:
         assert self.log_prob is not None
         if self.on_policy:
             return torch.zeros_like(self.log_prob)
-        return None if self.log_proposal is None else self.log_prob - self.log_proposal
+        log_proposal = self.log_proposal
+        return None if log_proposal is None else self.log_prob - log_proposal
 
     @property
     def log_target_ratio(self) -> Tensor | None:
         """(B,) log u = log P - log Z - log q; -inf where P = 0 or the context's Z is 0."""
-        if self.log_target is None or self.log_z is None:
+        log_target, log_z = self.log_target, self.log_z
+        if log_target is None or log_z is None:
             return None
-        if self.log_proposal is None and not self.on_policy:
+        if not self.given & 1 and not self.on_policy:
             return None
-        log_u = self.log_target - self.log_z - self._proposal
-        return torch.where(self.log_z == -math.inf, -math.inf, log_u)
+        log_u = log_target - log_z - self._proposal
+        return torch.where(log_z == -math.inf, -math.inf, log_u)
 
 
 def _signed_sum(c1: Tensor | float, e1: Tensor, c2: Tensor, e2: Tensor) -> Tensor:
@@ -215,43 +376,43 @@ def weigh(terms: Terms) -> Tensor:
     objective = terms.objective
     if not isinstance(objective, Objective):
         return objective(terms)
-    kind, log_rho, log_u = objective.kind, terms.log_ratio, terms.log_target_ratio
+    name, log_rho, log_u = objective.name, terms.log_ratio, terms.log_target_ratio
     assert log_rho is not None
     first, exponent, on_rho = 0.0, log_rho, torch.zeros_like(log_rho)
-    if kind == "reinforce":
+    if name == "reinforce":
         assert terms.reward is not None
         on_rho = terms.reward
-    elif kind == "reinforce_p":
-        assert terms.log_target is not None and objective.log_scale is not None
-        first, exponent = 1.0, log_rho + terms.log_target - objective.log_scale
-    elif kind == "kl_control":
-        assert terms.reward is not None and terms.log_base is not None
-        assert terms.log_prob is not None and objective.beta is not None
+    elif name == "reinforce_p":
+        assert terms.log_target is not None
+        first, exponent = 1.0, log_rho + terms.log_target - objective.parameter
+    elif name == "kl_control":
+        assert terms.reward is not None and terms.log_base is not None and terms.log_prob is not None
         log_pi = terms._proposal if terms.on_policy else terms.log_prob
-        on_rho = terms.reward - objective.beta * (log_pi - terms.log_base)
+        on_rho = terms.reward - objective.parameter * (log_pi - terms.log_base)
     else:
         assert log_u is not None
         log_t = log_rho - log_u  # t = pi/p
-        if kind == "dpg":
+        if name in ("dpg", "gdc++"):
             first, exponent = 1.0, log_u
-        elif kind == "reverse_kl":
+        elif name == "reverse_kl":
             on_rho = -(log_t + 1)
-        elif kind == "js":
+        elif name == "js":
             on_rho = torch.nn.functional.softplus(-log_t, threshold=700) - math.log(2)
-        elif kind == "tv":
+        elif name == "tv":
             on_rho = -log_t.sign() / 2
-        elif kind == "chi2":
+        elif name == "chi2":
             first, exponent, on_rho = 1.0, 2 * log_u - log_rho, on_rho - 1
         else:  # reverse_chi2
             first, exponent, on_rho = -2.0, 2 * log_rho - log_u, on_rho + 2
-    if terms.baseline is not None:
-        on_rho = on_rho - terms.baseline
-    if objective.name not in TARGET_OBJECTIVES:
+    baseline, log_z = terms.baseline, terms.log_z
+    if baseline is not None:
+        on_rho = on_rho - baseline
+    if not objective.kind.has_target:
         return _signed_sum(first, exponent, on_rho, log_rho)
-    assert terms.log_z is not None
-    empty = terms.log_z == -math.inf
+    assert log_z is not None
+    empty = log_z == -math.inf
     # normalize=False multiplies by Z inside the exponent, where Z = e^-900 still is a number
-    shift = 0.0 if objective.normalize else torch.where(empty, 0.0, terms.log_z)
+    shift = 0.0 if objective.normalize else torch.where(empty, 0.0, log_z)
     return torch.where(empty, 0.0, _signed_sum(first, exponent + shift, on_rho, log_rho + shift))
 
 
@@ -261,15 +422,16 @@ def clip(weight: Tensor, max_weight: float) -> tuple[Tensor, Tensor]:
     return weight.clamp(-max_weight, max_weight), outside.sum()
 
 
-def clipped_weights(terms: Terms, log_prob: Tensor) -> Tensor:
-    """``weigh`` at this log pi (B), within ``terms.max_weight``."""
+def bounded_weights(terms: Terms, log_prob: Tensor) -> Tensor:
+    """Return A at this log pi, (B,), within ``terms.max_weight``."""
     return clip(weigh(terms.with_log_prob(log_prob)), terms.max_weight)[0]
 
 
 def leave_one_out(values: Tensor, context_id: Tensor | None = None) -> Tensor:
-    """For each of B values the mean of the others, (B,); of those with the same context_id if given.
+    """Return for each of B values the mean of the others, (B,); of those with the same context_id if given.
 
-    A baseline that keeps the gradient unbiased: it does not depend on the sequence that it serves.
+    A baseline that keeps the gradient unbiased: it does not depend on the sequence that it serves. Where one of the
+    others is not finite, it is inf.
 
     Raises:
         ValueError: a sequence has no other to average over.
@@ -278,20 +440,25 @@ def leave_one_out(values: Tensor, context_id: Tensor | None = None) -> Tensor:
         >>> leave_one_out(torch.tensor([1.0, 2.0, 6.0]))
         tensor([4.0000, 3.5000, 1.5000])
     """
-    n = values.shape[0]
+    n, finite = values.shape[0], values.isfinite()
+    # a value that is not finite is counted apart: 0 * inf and inf - inf would make NaN where it has no part
+    rest, others = torch.where(finite, values, 0.0), (~finite).to(values.dtype)
     if context_id is None:
         if n == 1:
             raise ValueError("a leave-one-out baseline needs two sequences or more; sequence 0 is alone")
-        return (values.sum() - values) / (n - 1)
-    same = context_id[:, None] == context_id[None, :]
-    counts = same.sum(1)
-    if not torch.compiler.is_compiling() and bool((counts < 2).any()):
-        alone = int((counts < 2).nonzero()[0])
-        raise ValueError(
-            f"a leave-one-out baseline needs two sequences or more in every group; sequence {alone} "
-            f"(context_id {int(context_id[alone])}) is alone"
-        )
-    return (same.to(values.dtype) @ values - values) / (counts - 1)
+        mean, infinite = (rest.sum() - rest) / (n - 1), others.sum() - others
+    else:
+        same = context_id[:, None] == context_id[None, :]
+        counts = same.sum(1)
+        if not torch.compiler.is_compiling() and bool((counts < 2).any()):
+            alone = int((counts < 2).nonzero()[0])
+            raise ValueError(
+                f"a leave-one-out baseline needs two sequences or more in every group; sequence {alone} "
+                f"(context_id {int(context_id[alone])}) is alone"
+            )
+        in_group = same.to(values.dtype)
+        mean, infinite = (in_group @ rest - rest) / (counts - 1), in_group @ others - others
+    return torch.where(infinite > 0, math.inf, mean)
 
 
 def plain_baseline(
@@ -302,7 +469,8 @@ def plain_baseline(
     """
     if not isinstance(objective, Objective):
         return None
-    baseline = 1.0 if objective.name == "gdc++" else objective.baseline
+    own = objective.kind.baseline
+    baseline = objective.baseline if own is None else own
     if isinstance(baseline, Tensor):
         return baseline.detach().to(device=device, dtype=torch.float64).contiguous()
     if baseline is None or isinstance(baseline, str):
@@ -321,22 +489,32 @@ def leave_one_out_baseline(terms: Terms, context_id: Tensor | None, n_sequences:
     objective = terms.objective
     assert isinstance(objective, Objective) and isinstance(objective.baseline, str)
     name = objective.baseline
-    known = terms.weight_known or objective.kind in ("dpg", "reinforce", "reinforce_p")
-    if not known or (objective.kind == "dpg" and terms.log_proposal is None):
+    kind = objective.kind
+    known = terms.weight_known or kind.return_of == "sample" or (kind.return_of == "proposal" and terms.given & 1)
+    if not known:
         raise ValueError(
             f"baseline={name!r} needs returns that are known before the forward; with objective "
             f"{objective.name!r} that is only so with on_policy=True and log_proposal (the sampler's "
             "stored log pi). Use a constant or a running mean"
         )
-    # rho = 1 stands for what is not known yet: r itself, or u for dpg
-    at_one = terms.log_proposal
-    if at_one is None:
-        at_one = torch.zeros(n_sequences, dtype=torch.float64, device=device)
-    alone = Objective(objective.name, beta=objective.beta, log_scale=objective.log_scale)
-    plain = terms.with_log_prob(at_one).under(alone)
     if name == "leave_one_out_context" and context_id is None:
         raise ValueError("baseline='leave_one_out_context' needs context_id (B,)")
-    return leave_one_out(weigh(plain), context_id if name.endswith("context") else None)
+    returns = known_returns(terms, n_sequences, device)
+    return leave_one_out(returns, context_id if name.endswith("context") else None)
+
+
+def known_returns(terms: Terms, n_sequences: int, device: torch.device) -> Tensor:
+    """Return rho * r, (B,) fp64, of an objective for which it is known before the forward.
+
+    rho = 1 stands for what is not known yet: then this is r itself, or u for ``dpg``.
+    """
+    objective, at_one = terms.objective, terms.log_proposal
+    assert isinstance(objective, Objective)
+    if at_one is None:
+        at_one = torch.zeros(n_sequences, dtype=torch.float64, device=device)
+    parameter = objective.kind.parameter
+    alone = Objective(objective.name, **({} if parameter is None else {parameter: objective.parameter}))  # type: ignore[arg-type]
+    return weigh(terms.with_log_prob(at_one).under(alone))
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ class OfflineProposal(Generic[Policy]):
         if sampler is not None:
             if not isinstance(sampler, Sampler):
                 raise TypeError(
-                    "sampler must have what dmfast.Sampler lists (sample, log_prob, load, version), got a "
+                    "sampler must have what dmfast.sampling.Sampler lists (sample, log_prob, load, version), got a "
                     f"{type(sampler).__name__}"
                 )
             sampler.load(_source(policy))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 import dmfast
+from dmfast.estimators import PartitionFunction, effective_sample_size
 
 
 def train(
@@ -39,7 +40,7 @@ def train(
     lam = log_odds[0] - log_odds[1]
     base = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
     proposal = dmfast.OfflineProposal(policy, criterion="kl", interval=interval)
-    z = dmfast.PartitionFunction()
+    z = PartitionFunction()
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
     policy.model.train()
@@ -66,7 +67,7 @@ def train(
         proposal.update(out)
         now = proposal.running.estimates().as_dict()
         swapped = proposal.maybe_update()
-        ess = dmfast.effective_sample_size(log_target - x.log_prob).value
+        ess = effective_sample_size(log_target - x.log_prob).value
         yield now | {"step": step + 1, "phi/women": phi.mean().item(), "swapped": swapped, "log_z": z.log_z, "ess": ess,
                      "seconds_sampling": sampled - start, "seconds_scoring": scored - sampled,
                      "seconds_policy": time.perf_counter() - scored}  # fmt: skip

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 import dmfast
+from dmfast.estimators import PartitionFunctions
 
 NUMBERS = {"two": ("deux", "2"), "three": ("trois", "3"), "four": ("quatre", "4"), "five": ("cinq", "5")}
 NOUNS = {
@@ -151,7 +152,7 @@ def main() -> dict[str, Tensor]:
     print(f"pretrained in {time.perf_counter() - start:.0f} s")
 
     proposal = dmfast.OfflineProposal(policy, criterion="kl", interval=5)
-    z = dmfast.PartitionFunctions()
+    z = PartitionFunctions()
     optimizer = torch.optim.Adam(policy.parameters(), lr=options.learning_rate)
     for step in range(options.steps):
         rows = [row % len(contexts) for row in range(step * options.per_step, (step + 1) * options.per_step)]

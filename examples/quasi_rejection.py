@@ -15,12 +15,14 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dmfast
+from dmfast.rejection import RejectionPoint, plot_rejection, quasi_rejection_sample, rejection_curve
+from dmfast.sampling import Mixture
 from dmfast.training.recipe import TINY_BIOS
 
 WOMEN = dmfast.Contains(any_of=["she", "her"], name="women")
 
 
-def main() -> dict[str, dmfast.RejectionPoint]:
+def main() -> dict[str, RejectionPoint]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="of training")
     parser.add_argument("--samples", type=int, default=2048, help="of each proposal, for the curves")
@@ -40,16 +42,16 @@ def main() -> dict[str, dmfast.RejectionPoint]:
         trainer = dmfast.DMTrainer(model, target, args, processing_class=tokenizer)
         trainer.train()
 
-    proposals = {"base": base, "policy": trainer.policy, "mixture": dmfast.Mixture([base, trainer.policy])}
+    proposals = {"base": base, "policy": trainer.policy, "mixture": Mixture([base, trainer.policy])}
     curves = {
-        name: dmfast.rejection_curve(target, proposal, options.samples, max_new_tokens=48)
+        name: rejection_curve(target, proposal, options.samples, max_new_tokens=48)
         for name, proposal in proposals.items()
     }
-    dmfast.plot_rejection(curves, options.out)
+    plot_rejection(curves, options.out)
     points = {name: curve.at(curve.log_beta_for(0.25)) for name, curve in curves.items()}
     for name, point in points.items():
         print(f"{name}: one in four accepted, KL(p||p_beta) {point.kl} nats, TVD {point.tvd}")
-    x, drawn = dmfast.quasi_rejection_sample(
+    x, drawn = quasi_rejection_sample(
         target, trainer.policy, options.accept, log_beta=points["policy"].log_beta, max_new_tokens=48
     )
     print(f"{len(x)} of {drawn} accepted; the share of women is {float(WOMEN(x).mean()):.3f}, wanted 0.5")

@@ -1,5 +1,6 @@
 """The hook of mkdocs.yml: the repository as a site. A page lies where its file lies in the repository, so that a
-relative link leads to the same place on the site as in the tree; the API reference is made of ``dmfast.__all__``.
+relative link leads to the same place on the site as in the tree; the API reference is made of ``dmfast.__all__`` and
+``BY_MODULE``.
 """
 
 from __future__ import annotations
@@ -12,11 +13,29 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PAGES = ("*.md", "docs/*.md", "benchmarks/**/*.md", "dmfast/data/**/*.md")
 API = "docs/api"
+# The public names that are imported from their modules, not from dmfast.
+BY_MODULE = {
+    "diagnostics": ["distinct_n", "self_bleu", "gradient_variance", "GradientVariance", "weight_statistics"],
+    "estimators": [
+        "PartitionFunction", "PartitionFunctions", "RunningEstimates", "Estimate", "Estimates", "estimate",
+        "estimate_log_z", "estimate_moments", "effective_sample_size",
+    ],
+    "kernels": ["BackendInfo"],
+    "models": ["AdapterView"],
+    "objectives": ["AdaptiveBeta", "PPOClip", "leave_one_out"],
+    "rejection": [
+        "quasi_rejection_sample", "rejection_curve", "RejectionCurve", "RejectionPoint", "plot_rejection",
+    ],
+    "sampling": ["Sampler", "Prompted", "Mixture"],
+    "targets": ["Feature", "ScorerCounts", "TargetScores", "fit_lambda", "LambdaFit"],
+}  # fmt: skip
 LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 
 
 def public_names() -> dict[str, list[str]]:
-    """The names of ``dmfast.__all__`` by the module below dmfast that they come from, in the order of the imports."""
+    """Return the public names by the module that they come from, each as it is imported: ``dmfast.dm_loss`` of
+    ``dmfast.__all__``, in the order of the imports; then ``dmfast.estimators.estimate`` of ``BY_MODULE``.
+    """
     tree = ast.parse((ROOT / "dmfast" / "__init__.py").read_text(encoding="utf-8"))
     public: list[str] = next(
         ast.literal_eval(node.value)
@@ -27,24 +46,26 @@ def public_names() -> dict[str, list[str]]:
     for node in ast.walk(tree):  # those for type checkers too
         if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
             names = [alias.asname or alias.name for alias in node.names]
-            found.setdefault(node.module.split(".")[0], []).extend(name for name in names if name in public)
+            found.setdefault(node.module.split(".")[0], []).extend(f"dmfast.{name}" for name in names if name in public)
+    for module, names in BY_MODULE.items():
+        found.setdefault(module, []).extend(f"dmfast.{module}.{name}" for name in names)
     return {module: names for module, names in found.items() if names}
 
 
 def api_pages() -> dict[str, str]:
     """Path on the site -> Markdown: a page for each module, and their index."""
     pages, public = {}, public_names()
-    index = ["# API reference", "", "Everything that `dmfast` exports, by module.", ""]
+    index = ["# API reference", "", "Every public name by module, under the name that it is imported by.", ""]
     for module, names in public.items():
         path = ROOT / "dmfast" / f"{module}.py"
         source = path if path.exists() else path.with_suffix("") / "__init__.py"
         about = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
-        blocks = [f"::: dmfast.{name}" for name in names]
-        if "eager" in names:  # a module: of it what has the signatures of functional
-            twins = ", ".join(sorted(set(public["functional"]) - {"shift_labels"}))
-            blocks[names.index("eager")] += f"\n    options:\n      members: [{twins}]"
+        blocks = [f"::: {name}\n    options:\n      show_root_full_path: true" for name in names]
+        if "dmfast.eager" in names:  # a module: of it what has the signatures of functional
+            twins = ", ".join(sorted(name.split(".")[-1] for name in public["functional"] if "shift" not in name))
+            blocks[names.index("dmfast.eager")] += f"\n      members: [{twins}]"
         pages[f"{API}/{module}.md"] = "\n\n".join([f"# {module}", about, *blocks]) + "\n"
-        links = ", ".join(f"[{name}]({module}.md#dmfast.{name})" for name in names)
+        links = ", ".join(f"[{name.removeprefix('dmfast.')}]({module}.md#{name})" for name in names)
         index.append(f"- [{module}]({module}.md): {links}")
     pages[f"{API}/index.md"] = "\n".join(index) + "\n"
     return pages

@@ -1,10 +1,17 @@
-"""DMFAST_TEST_DEVICE=cuda: tensors that a test makes without naming a device are the device's. `make gpu` sets it."""
+"""What all tests share.
+
+The examples can be imported by their names. DMFAST_TEST_DEVICE=cuda: tensors that a test makes without naming a device
+are the device's; `make gpu` sets it.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 if device := os.environ.get("DMFAST_TEST_DEVICE"):
     torch.set_default_device(device)

@@ -17,7 +17,8 @@ from trainer_job import PROMPTS, StopAt, gpt2, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dmfast
-from dmfast import EBM, AdapterView, Contains, LanguageModel, Moment, OfflineProposal, adapters
+from dmfast import EBM, Contains, LanguageModel, Moment, OfflineProposal, adapters
+from dmfast.models import AdapterView
 from dmfast.training import recipe
 from dmfast.training.card import model_card
 
@@ -447,7 +448,7 @@ def test_recipes_share_the_backbone_where_that_is_possible(tmp_path, more, monke
 
 
 def test_the_example_runs(monkeypatch, capsys):
-    from dmfast.examples import lora
+    import lora
 
     found = []
     small = ["lora.py", "--steps", "5", "--batch", "8", "--samples", "256", "--check-samples", "16"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import types
@@ -22,7 +23,7 @@ TINY = Config("logits", 128, 211, threads=1, rounds=2)
 @pytest.fixture(autouse=True)
 def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor takes half a minute for each rival; what it compiles runs here as it is."""
-    monkeypatch.setattr(rivals, "_compiled", lambda function: function)
+    monkeypatch.setattr(rivals, "compiled", lambda function: function)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -61,11 +62,42 @@ def test_a_rival_that_fails_is_reported_with_its_reason(monkeypatch: pytest.Monk
     assert worker.run(TINY)["not_run"]["eager gather - logsumexp"] == "RuntimeError: no such kernel"
 
 
+def gpu_worker() -> types.ModuleType:
+    """scripts/gpu/worker.py, which is no package's."""
+    path = Path(__file__).parents[1] / "scripts" / "gpu" / "worker.py"
+    if not path.exists():
+        pytest.skip("no source tree")
+    spec = importlib.util.spec_from_file_location("gpu_worker", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_gpu_has_rivals_and_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer compilations, other kernels; Triton's rows, or why they are not there; its own clock and memory."""
+    module = gpu_worker()
+    place = module.OnDevice("cuda")
+    assert place.on_logits(torch.float32).keys() - rivals.on_logits(torch.float32).keys() == {
+        "liger-kernel cross_entropy", "quack cross_entropy", "trl fused log-prob and entropy"}  # fmt: skip
+    assert [name for name in place.on_logits(torch.float32) if "compiled" in name] == ["compiled log_softmax + gather"]
+    assert place.on_hidden().keys() - rivals.on_hidden().keys() == {"cut-cross-entropy cce"}
+    monkeypatch.setattr(module, "cuda_ms", lambda call: (call(), 7.0)[1])
+    monkeypatch.setattr(module, "cuda_memory", lambda call, forget: 3.0)
+    monkeypatch.setattr(module.OnDevice, "on_logits", lambda self, dtype: rivals.on_logits(dtype))
+    result = worker.run(TINY, place)
+    ours = {"dm_loss gdc++, in place", "dm_loss dpg (known weight), in place"}
+    said = {name for name in result["not_run"] if name.startswith("dm_loss")}
+    assert said == {f"{name} (Triton)" for name in ours}  # there is no such device, or no Triton, here
+    assert "roof: copy_" in result["ms"] and {t["median"] for t in result["ms"].values()} == {7.0}
+    assert result["memory_mb"] == dict.fromkeys(result["gradient_error"], 3.0)
+
+
 def test_trl_without_its_kernel_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trl", types.ModuleType("trl"))
     kernels = types.ModuleType("trl.kernels")
     monkeypatch.setitem(sys.modules, "trl.kernels", kernels)
-    make = rivals.on_gpu_logits(torch.float32)["trl fused log-prob and entropy"]
+    make = gpu_worker().OnDevice("cuda").on_logits(torch.float32)["trl fused log-prob and entropy"]
     missing: dict[str, str] = {}
     assert not list(worker._made({"trl": make}, missing)) and "takes trl 1.16 and triton" in missing["trl"]
     kernels.selective_log_softmax_and_entropy = lambda z, x: (rivals.cross_entropy(z, x), None)  # type: ignore[attr-defined]

@@ -300,7 +300,7 @@ def test_no_prompts_are_one_empty_prompt(tmp_path, prompts, of_none):
 
 def test_the_example_runs(monkeypatch, capsys):
     """With the list and with the dataset, to the same end; Z is the shares' to begin with."""
-    from dmfast.examples import prompts
+    import prompts
 
     small = ["--steps", "2", "--samples", "8", "--fit-samples", "256", "--eval-samples", "32"]
     found = []

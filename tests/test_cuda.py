@@ -15,17 +15,17 @@ from torch import Tensor
 
 import dmfast
 from dmfast import eager, kernels
-from dmfast.kernels import cuda, native, triton
+from dmfast.kernels import cuda, extension, triton
 
-pytestmark = pytest.mark.skipif(native.why_not_cuda() is not None, reason=str(native.why_not_cuda()))
+pytestmark = pytest.mark.skipif(kernels.CUDA.why_not(None) is not None, reason=str(kernels.CUDA.why_not(None)))
 INF, NAN = math.inf, math.nan
 KIB = 1024
 
 
 def device() -> str:
-    if native.forced == "triton":  # test_triton.py's
+    if kernels.forced == "triton":  # test_triton.py's
         return "cpu" if triton.interpreted() else triton.devices()[0]
-    return str(native._C.cuda.device_type)  # type: ignore[union-attr]
+    return str(extension._C.cuda.device_type)  # type: ignore[union-attr]
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def good(v: int = 37) -> dict[str, Any]:
     ],
 )
 def test_when_a_row_is_kept(vocab: int, itemsize: int, limit: int, expected: tuple[int, bool, int]) -> None:
-    plan = native._C.cuda.plan_known(vocab, itemsize, limit)  # type: ignore[union-attr]
+    plan = extension._C.cuda.plan_known(vocab, itemsize, limit)  # type: ignore[union-attr]
     assert plan == expected
     threads, kept, shared = plan
     assert threads % 32 == 0 and shared + 4096 <= limit
@@ -60,7 +60,7 @@ def test_when_a_row_is_kept(vocab: int, itemsize: int, limit: int, expected: tup
 
 
 def test_threads_of_a_row() -> None:
-    counts = [native._C.cuda.plan_once(v, 2) for v in (1, 512, 513, 2000, 50257)]  # type: ignore[union-attr]
+    counts = [extension._C.cuda.plan_once(v, 2) for v in (1, 512, 513, 2000, 50257)]  # type: ignore[union-attr]
     assert counts == [32, 32, 64, 128, 256]
 
 
@@ -213,7 +213,7 @@ def test_cuda_draws_what_the_cpu_draws() -> None:
         arguments = (0, z.data_ptr(), *arguments[2:])
     tokens = torch.empty(1000, dtype=torch.int64, device="cpu")
     log_prob = torch.empty(1000, dtype=torch.float64, device="cpu")
-    native._C.sample(*arguments, tokens.data_ptr(), log_prob.data_ptr())  # type: ignore[union-attr]
+    extension._C.sample(*arguments, tokens.data_ptr(), log_prob.data_ptr())  # type: ignore[union-attr]
     mine, mine_log_prob = dmfast.sample_tokens(z.to(device()), seed=5, step=9, temperature=1 / 1.3)
     assert int((mine.cpu() != tokens).sum()) <= 1
     assert float((mine_log_prob.cpu() - log_prob)[mine.cpu() == tokens].abs().max()) < 1e-6
@@ -290,14 +290,14 @@ def test_the_loss_is_summed_in_sequence_order() -> None:
     assert wanted != math.fsum(losses.tolist())  # so that the order shows
 
 
-host_only = pytest.mark.skipif(native._CUDA_DEVICE != "cpu", reason="only the host build can be told what fails")
+host_only = pytest.mark.skipif(kernels.CUDA.device_type != "cpu", reason="only the host build can be told what fails")
 
 
 @pytest.fixture
 def ask_again() -> Iterator[None]:
-    native._why_not_on.cache_clear()
+    cuda.why_not_on.cache_clear()
     yield
-    native._why_not_on.cache_clear()
+    cuda.why_not_on.cache_clear()
 
 
 @host_only
@@ -323,7 +323,7 @@ def test_why_a_device_has_no_kernels(
         out = dmfast.dm_loss(**good())
     monkeypatch.delenv("SHIM_FAIL")
     assert dmfast.dm_loss(**good()).loss == out.loss  # still eager, without asking again
-    native._why_not_on.cache_clear()
+    cuda.why_not_on.cache_clear()
     torch.testing.assert_close(dmfast.dm_loss(**good()).loss, out.loss)  # and no error is left behind
 
 

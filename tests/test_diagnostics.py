@@ -125,7 +125,7 @@ def test_spread_is_the_trace_of_the_covariance(offset, ranks):
             assert found.n == 12
             assert found.variance == pytest.approx(float(torch.cov(g.T, correction=0).trace()), rel=1e-9)
             assert found.norm == pytest.approx(float(g.mean(0).norm()), rel=1e-12)
-            assert found.mean_square == pytest.approx(float(g.square().sum(1).mean()), rel=1e-9)
+            assert found.variance + found.norm**2 == pytest.approx(float(g.square().sum(1).mean()), rel=1e-9)
 
 
 def drawn(model, n=9):

@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import math
 
+import encoder_decoder
 import pytest
 import torch
+from encoder_decoder import draw, logits_of, sample_plainly
 from tabular import one_thread  # noqa: F401
 from transformers import (
     BartConfig,
@@ -21,8 +23,6 @@ from transformers import (
 )
 
 import dmfast
-from dmfast.examples import encoder_decoder
-from dmfast.examples.encoder_decoder import draw, logits_of, sample_plainly
 
 V, T, PAD = 6, 3, {"t5": 0, "bart": 1}
 SOURCES = [[3, 4, 5, 4], [5], [4, 3]]

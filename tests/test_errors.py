@@ -15,16 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad as fwAD
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import dmfast
-from dmfast import Objective
-from dmfast.kernels import native
+from dmfast import Objective, eager, kernels
+from dmfast.objectives import leave_one_out
 
 HERE = torch.empty(0).device  # a card's, where the suite runs on one
 
 INF, NAN = math.inf, math.nan
 # scripts/ci/host_cuda.sh and interpreter.sh
-COMPILED = "triton" if native.forced == "triton" else "cuda" if native.on_cuda(torch.empty(0)) else "cpu"
+COMPILED = "triton" if kernels.forced == "triton" else "cuda" if kernels.CUDA.device_type == "cpu" else "cpu"
 B, T, V = 3, 4, 11
 
 
@@ -545,7 +547,7 @@ def test_leave_one_out() -> None:
     )
     refuses(good(objective=context), ValueError, r"'leave_one_out_context' needs context_id \(B,\)")
     with pytest.raises(ValueError, match="sequence 0"):
-        dmfast.leave_one_out(torch.ones(1))
+        leave_one_out(torch.ones(1))
     for name in ("reverse_kl", "js", "tv", "chi2", "reverse_chi2", "kl_control"):
         objective = Objective(name, baseline="leave_one_out", **PARAMETERS.get(name, {}))
         message = rf"known before the forward; with objective '{name}'.*on_policy=True and log_proposal"
@@ -555,7 +557,7 @@ def test_leave_one_out() -> None:
     objective = Objective("dpg", baseline="leave_one_out")
     refuses(good(objective=objective, on_policy=True, log_proposal=None), ValueError, "needs returns that are known")
     far = torch.tensor([-9.0, -1e4, -9.0], dtype=torch.float64)
-    message = "the baseline of sequence 0, which leaves it out, is inf: the return of another sequence is infinite"
+    message = "the return of sequence 1 is inf, which the baseline of sequence 0 averages over"
     refuses(good(objective=objective, log_proposal=far), ValueError, message)
 
 
@@ -684,3 +686,68 @@ def test_a_bad_row_counts_where_the_weight_is_zero() -> None:
             pytest.raises(ValueError, match=r"NaN or \+inf at \(sequence 1, position 2\)"),
         ):
             call()
+
+
+def test_an_infinite_return_stays_in_its_own_context() -> None:
+    """0 * inf made NaN in the other contexts, and the message named one of those."""
+    values = torch.tensor([1.0, INF, 3.0, 5.0, 7.0, 9.0]).double()
+    context = torch.tensor([0, 1, 0, 1, 1, 0])
+    found = leave_one_out(values, context)
+    assert found.tolist() == [6.0, 6.0, 5.0, INF, INF, 2.0]
+    assert leave_one_out(values[:4]).tolist() == [INF, 3.0, INF, INF]
+    far = torch.tensor([-9.0, -9.0, -1e4], dtype=torch.float64)
+    objective = Objective("dpg", baseline="leave_one_out_context")
+    call = good(objective=objective, log_proposal=far, context_id=torch.tensor([1, 0, 0]))
+    call.logits, call.tokens = call.logits.repeat(2, 1, 1), call.tokens.repeat(2, 1)
+    call.options = {k: v.repeat(2) if isinstance(v, Tensor) and v.dim() else v for k, v in call.options.items()}
+    call.options["log_proposal"][-1] = -9.0
+    refuses(call, ValueError, "the return of sequence 2 is inf, which the baseline of sequence 1 averages over")
+
+
+WATCHED: dict[str, Callable[[Callable[[Tensor], Any], Tensor], Any]] = {
+    "vmap": lambda f, z: torch.func.vmap(f)(z[None]),
+    "grad": lambda f, z: torch.func.grad(lambda x: f(x).sum())(z),
+    "jvp": lambda f, z: torch.func.jvp(f, (z,), (z,)),
+    "functionalize": lambda f, z: torch.func.functionalize(f)(z),
+    "make_fx": lambda f, z: make_fx(f)(z),
+    "torch.jit.trace": lambda f, z: torch.jit.trace(f, (z,), check_trace=False),
+}
+
+
+@pytest.mark.parametrize("grad_mode", [False, True])
+@pytest.mark.parametrize("how", WATCHED)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_what_follows_operations_on_tensors_is_refused(how: str, grad_mode: bool) -> None:
+    """It would see nothing of a kernel: functionalize ended in a segfault, tracers gave memory that nobody had written,
+    vmap and grad ended in torch's inner errors."""
+    call = good()
+    terms = {k: v for k, v in call.options.items() if isinstance(v, (Tensor, float))}
+    hidden, weight = torch.randn(*call.logits.shape[:2], 8), torch.randn(call.logits.shape[-1], 8)
+    functions: list[tuple[Callable[[Tensor], Any], Tensor]] = [
+        (lambda z: dmfast.dm_loss(z, call.tokens, **terms).loss, call.logits),
+        (lambda z: dmfast.sequence_log_prob(z, call.tokens), call.logits),
+        (lambda h: dmfast.linear_dm_loss(h, weight, call.tokens, **terms).loss, hidden),
+        (lambda z: dmfast.sample_tokens(z, seed=1)[1], call.logits[0]),
+    ]
+    message = r"dmfast's kernels can't run within .*(torch\.func|make_fx|jit\.trace).*torch\.compile or torch\.export"
+    for function, x in functions:
+        with torch.set_grad_enabled(grad_mode), pytest.raises(RuntimeError, match=message):
+            WATCHED[how](function, x)
+
+
+def test_a_dual_number_is_refused() -> None:
+    call = good()
+    with fwAD.dual_level():
+        dual = fwAD.make_dual(call.logits, torch.ones_like(call.logits))
+        with torch.no_grad(), pytest.raises(RuntimeError, match="forward-mode AD, where logits are a dual number"):
+            dmfast.sequence_log_prob(dual, call.tokens)
+        dmfast.sequence_log_prob(call.logits, call.tokens)  # one without a tangent is none
+
+
+def test_the_eager_backend_takes_transforms() -> None:
+    call = good()
+    terms = {k: v for k, v in call.options.items() if isinstance(v, (Tensor, float))}
+    found = torch.func.grad(lambda z: eager.dm_loss(z, call.tokens, **terms).loss)(call.logits)
+    leaf = call.logits.clone().requires_grad_()
+    dmfast.dm_loss(leaf, call.tokens, **terms).loss.backward()
+    torch.testing.assert_close(found, leaf.grad, rtol=1e-5, atol=1e-6)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import dmfast
 from dmfast import eager, kernels
-from dmfast.kernels import checks, fp64, native, triton
+from dmfast.kernels import faults, fp64, triton
 
 OBJECTIVES = ["gdc++", "dpg", dmfast.Objective("reinforce", baseline="leave_one_out_context")]
 
@@ -24,7 +24,7 @@ OBJECTIVES = ["gdc++", "dpg", dmfast.Objective("reinforce", baseline="leave_one_
 @pytest.fixture
 def an_xpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One Intel GPU without fp64, and Triton."""
-    monkeypatch.setattr(native, "forced", None)
+    monkeypatch.setattr(kernels, "forced", None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(triton, "_installed", lambda: None)
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
@@ -52,7 +52,7 @@ def test_which_backend_it_gets_and_why(an_xpu: None, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(kernels, "_warned", set())
     there: Any = SimpleNamespace(device=torch.device("xpu", 0), dtype=torch.float32)  # torch 2.6 can't fake one there
     with pytest.warns(UserWarning, match="slow eager backend: logits are on xpu:0; .*has fp64"):
-        assert kernels.select(there) == "eager"
+        assert kernels.select(there).name == "eager"
 
 
 class _Meta(TorchDispatchMode):
@@ -81,7 +81,7 @@ def test_no_fp64_on_the_device(on_the_device: bool, objective: Any, monkeypatch:
         names = ("log_target", "log_proposal", "reward")
         call |= {name: torch.zeros(4, dtype=torch.float64) for name in names}
     for name in ("check_rows", "check_logits", "check_labels", "check_terms", "check_weights"):
-        monkeypatch.setattr(checks, name, lambda first, *_: first)
+        monkeypatch.setattr(faults, name, lambda first, *_: first)
     leaf = call.pop("logits").requires_grad_()
     with _Meta():
         out = eager.dm_loss(leaf, **call, objective=objective, softcap=9.0, return_entropy=True)

@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 import dmfast
 from dmfast import Objective, Terms, eager, kernels
-from dmfast.kernels import check_ops, checks, native, ops
+from dmfast.kernels import check_ops, checks, extension, ops
+from dmfast.objectives import PPOClip, leave_one_out
 
 INF = math.inf
 LOG4 = math.log(4)
@@ -160,7 +161,7 @@ def test_leave_one_out_by_hand() -> None:
     objective = Objective("reinforce", baseline="leave_one_out_context")
     out = dmfast.dm_loss(*call, objective=objective, **context, **inputs)
     assert out.weight.tolist() == pytest.approx([-1.0, 1.0, 3.0, -3.0])
-    assert dmfast.leave_one_out(f64(1, 2, 6)).tolist() == pytest.approx([4.0, 3.5, 1.5])
+    assert leave_one_out(f64(1, 2, 6)).tolist() == pytest.approx([4.0, 3.5, 1.5])
 
 
 def test_temperature_and_softcap_by_hand() -> None:
@@ -838,7 +839,7 @@ def test_backends_where_one_is_forced(monkeypatch: pytest.MonkeyPatch, forced: s
     """DMFAST_BACKEND may name what can't run: nothing is in use then, and the others say why."""
     if forced == "cuda" and dmfast.backends()["cuda"].available:
         pytest.skip("cuda is available")
-    monkeypatch.setattr(native, "forced", forced)
+    monkeypatch.setattr(kernels, "forced", forced)
     found = dmfast.backends()
     assert [name for name, info in found.items() if info.in_use] == ([] if says else [forced])
     for info in found.values():
@@ -851,7 +852,8 @@ def test_backends_where_one_is_forced(monkeypatch: pytest.MonkeyPatch, forced: s
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager, one warning, and backends() says why."""
-    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(extension, "_C", None)
+    monkeypatch.setattr(kernels, "CPU_ALONE", False)
     monkeypatch.setattr(kernels, "_warned", set())
     p = problem()
     info = dmfast.backends()["cpu"]
@@ -875,27 +877,28 @@ def test_opcheck(entropy: bool, packed: bool) -> None:
         logits, tokens, cu_seqlens = logits.flatten(0, 1), tokens.flatten(), torch.tensor([0, 4, 4, 12])
     batch = checks.make_batch(logits, tokens, None, cu_seqlens, 0.8, 5.0)
     rows = (batch.labels, batch.cu_seqlens, batch.scale, batch.softcap)
+    name = kernels.select(logits).name
 
     def flat(objective: str, **options: object) -> tuple[object, ...]:
         names = ("context_id", "log_proposal", "log_target", "log_z", "reward", "log_base", "max_weight")
         given = {**dict.fromkeys(names), **p.terms, "on_policy": False, **options}
-        return ops.flatten_terms(checks.make_terms(batch, objective, **given))  # type: ignore[arg-type]
+        return (name, *ops.flat_terms(checks.make_terms(batch, objective, **given)))  # type: ignore[arg-type]
 
     for requires_grad in (False, True):
         z = logits.clone().requires_grad_(requires_grad)
-        torch.library.opcheck(ops.score, (z, *rows, entropy))
+        torch.library.opcheck(ops.score, (z, *rows, entropy, name))
         torch.library.opcheck(ops.score_and_weigh, (z, *rows, entropy, *flat("gdc++", max_weight=0.5)))
         torch.library.opcheck(ops.score_and_grad, (z, *rows, entropy, *flat("dpg"), 2.0, 3.0))
-    lse = native.forward(batch, None, False).lse
+    lse = kernels.select(batch.logits).forward(batch, None, False).lse
     weight = f64(1.0, -0.5, 0.0)
-    torch.library.opcheck(ops.grad, (logits, *rows, lse, weight))
-    torch.library.opcheck(ops.grad_, (logits.clone(), *rows, lse, weight))
+    torch.library.opcheck(ops.grad, (logits, *rows, lse, weight, name))
+    torch.library.opcheck(ops.grad_, (logits.clone(), *rows, lse, weight, name))
     torch.library.opcheck(check_ops._logits, (logits, *rows))
     torch.library.opcheck(check_ops._draws, (logits.flatten(0, -2), None))
     torch.library.opcheck(check_ops._labels, (lse.clone().requires_grad_(), logits, *rows))
-    given = [p.terms[name] for name in ("log_proposal", "log_target", "log_z")]
-    torch.library.opcheck(check_ops._terms, (batch.labels, "reverse_kl", 0.0, *given, None, None, weight))
-    torch.library.opcheck(check_ops._weight, (weight,))
+    block = torch.stack([p.terms[name] for name in ("log_proposal", "log_target", "log_z")])
+    torch.library.opcheck(check_ops._terms, (batch.labels, block, 7, True, 0.0))
+    torch.library.opcheck(check_ops._weight, (weight, 0))
 
 
 @pytest.fixture(autouse=True)
@@ -929,7 +932,7 @@ COMPILED: dict[str, dict[str, object]] = {
     "own": {"objective": own_gdc, "temperature": 0.7},
     "own in place": {"objective": own_gdc, "inplace": True, "return_entropy": True},
     "baseline": {"objective": Objective("reverse_kl", baseline=0.3, normalize=False), "max_weight": 1.0},
-    "ppo": {"objective": dmfast.PPOClip(0.3), "reward": f64(0.3, -1.0, 0.5, 2.0)},
+    "ppo": {"objective": PPOClip(0.3), "reward": f64(0.3, -1.0, 0.5, 2.0)},
     "leave_one_out": {"objective": Objective("dpg", baseline="leave_one_out")},
     "float log_z": {"log_z": 0.2},
 }

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mpmath
 import pytest
@@ -24,9 +24,10 @@ from torch import Tensor
 
 import dmfast
 from dmfast import Objective, eager, objectives
-from dmfast.kernels import checks, native
-from dmfast.kernels.batch import Batch, Scores
-from dmfast.kernels.result import denominator
+from dmfast.kernels import checks, extension, select
+from dmfast.kernels.batch import CLIPPED, LOG_RATIO, LOG_TARGET_RATIO, LOSS, WEIGHT, Batch, Scores
+from dmfast.kernels.eager import score, sequence_of_rows
+from dmfast.kernels.form import denominator, form_loss
 
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -36,6 +37,11 @@ ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11
 SMALLEST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25}
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
 inplaces = pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
+
+
+def forward(batch: Batch, entropy: bool = False) -> Scores:
+    """Of the backend that takes these logits."""
+    return select(batch.logits).forward(batch, None, entropy)
 
 
 def bits(x: Tensor) -> Tensor:
@@ -62,7 +68,7 @@ class Case:
 
     def rows_of(self, per_sequence: Tensor) -> Tensor:
         """(B,) values spread over rows, in the shape of logits with V = 1."""
-        return per_sequence[eager.sequence_of_rows(self.batch())].reshape(*self.tokens.shape, 1)
+        return per_sequence[sequence_of_rows(self.batch())].reshape(*self.tokens.shape, 1)
 
 
 # name: (storage shape, how logits are cut from it) for B sequences of T tokens
@@ -200,7 +206,7 @@ def check(
     # log pi against fp64, 1e-6 nats for each scored row
     truth = eager.dm_loss(*data, cu_seqlens=case.cu_seqlens, **options)
     scored = (batch.labels != -100).double()
-    n_rows = torch.zeros(batch.n_sequences).double().index_add(0, eager.sequence_of_rows(batch), scored)
+    n_rows = torch.zeros(batch.n_sequences).double().index_add(0, sequence_of_rows(batch), scored)
     assert_within(out.log_prob, truth.log_prob, 1e-6 * n_rows + 1e-15 * truth.log_prob.abs(), "log_prob")
     if truth.entropy is not None:
         assert_within(out.entropy, truth.entropy, 3e-6 * n_rows, "entropy")
@@ -211,9 +217,16 @@ def check(
     reduction = options.get("reduction", "mean")
     divide_by = denominator(batch, reduction, options.get("num_sequences"))
     terms = checks.make_terms(batch, **{k: options.get(k, default) for k, default in TERMS.items()})
-    made = eager.loss_from_scores(batch, Scores(out.log_prob, out.log_prob, None), terms, reduction, divide_by)
-    for name in ("log_ratio", "log_target_ratio", "weight", "loss", "n_clipped", "n_empty"):
-        assert_made_of(getattr(out, name), getattr(made, name), name)
+    made = form_loss(batch, out.log_prob.new_empty(2, 0), out.log_prob, None, terms, divide_by, records_faults=False)
+    columns = {"log_ratio": LOG_RATIO, "log_target_ratio": LOG_TARGET_RATIO, "weight": WEIGHT}
+    for name, column in columns.items():
+        if getattr(out, name) is not None:
+            assert_made_of(getattr(out, name), made.sequences[column], name)
+    assert_made_of(out.loss, made.sequences[LOSS] if reduction == "none" else made.total, "loss")
+    assert int(out.n_clipped) == int(made.sequences[CLIPPED].sum())
+    for name in ("log_ratio", "log_target_ratio", "n_empty"):
+        assert (getattr(out, name) is None) == (getattr(truth, name) is None), name
+    assert int(out.n_empty) == int(truth.n_empty)
 
     # the gradient, given these weights
     frozen = eager.dm_loss(*data, cu_seqlens=case.cu_seqlens, **{**options, "objective": lambda _: out.weight})
@@ -388,7 +401,8 @@ def test_objectives(name: str, mode: str, dtype: torch.dtype) -> None:
     normalizes = [True, False] if name in objectives.TARGET_OBJECTIVES else [True]
     for i, (baseline, normalize, bound) in enumerate(itertools.product(baselines, normalizes, [None, 0.6])):
         # an infinite return has no finite mean of the others
-        zeros = name not in objectives.INFINITE_AT_ZERO or (bound is not None and not isinstance(baseline, str))
+        infinite = Objective(name, **PARAMETERS.get(name, {})).infinite_at_zero
+        zeros = not infinite or (bound is not None and not isinstance(baseline, str))
         terms = make_terms(case, seed=i, zeros=zeros)
         if not stored:
             del terms["log_proposal"]
@@ -620,10 +634,10 @@ def test_a_sequence_of_1024_tokens(dtype: torch.dtype) -> None:
     for chunk in logits.split(128, dim=1):
         chunk.copy_(3 * torch.randn(chunk.shape))
     tokens = torch.randint(50257, (1, 1024))
-    scores = native.forward(checks.make_batch(logits, tokens, None, None, 1.0, None), None, True)
+    scores = forward(checks.make_batch(logits, tokens, None, None, 1.0, None), True)
     log_prob, entropy, lse = 0.0, 0.0, []
     for z, y in zip(logits.split(64, dim=1), tokens.split(64, dim=1), strict=True):
-        truth = eager.score(checks.make_batch(z.double(), y, None, None, 1.0, None), True)
+        truth = score(checks.make_batch(z.double(), y, None, None, 1.0, None), True)
         log_prob, entropy = log_prob + float(truth.log_prob), entropy + float(truth.entropy)
         lse.append(truth.lse)
     error = scores.lse - torch.cat(lse)
@@ -666,7 +680,7 @@ def test_a_sequence_of_1024_tokens(dtype: torch.dtype) -> None:
 )
 def test_log_sum_exp(values: Callable[[tuple[int, ...]], Tensor], v: int, dtype: torch.dtype) -> None:
     case = make_case("contiguous", dtype, v, b=4, t=max(16, min(500, 400_000 // v)), values=values, unscored="none")
-    error = native.forward(case.batch(), None, False).lse - torch.logsumexp(case.logits.double(), -1).flatten()
+    error = forward(case.batch()).lse - torch.logsumexp(case.logits.double(), -1).flatten()
     assert float(error.abs().max()) < 1e-6
     # the mean of n rows strays by its own standard error
     assert abs(float(error.mean())) < 5e-8 + 4 * float(error.std()) / math.sqrt(error.numel())
@@ -676,8 +690,8 @@ def test_log_sum_exp(values: Callable[[tuple[int, ...]], Tensor], v: int, dtype:
 @pytest.mark.parametrize(("temperature", "softcap"), [(0.3, None), (1.7, None), (1.0, 30.0), (0.3, 5.0), (0.9, 50.0)])
 def test_log_sum_exp_scaled_or_capped(temperature: float, softcap: float | None, dtype: torch.dtype) -> None:
     case = make_case("contiguous", dtype, 20000, b=1, t=40, values=lambda s: 8 * torch.randn(s), unscored="none")
-    truth = eager.score(case.batch(temperature, softcap))
-    error = native.forward(case.batch(temperature, softcap), None, False).lse - truth.lse
+    truth = score(case.batch(temperature, softcap))
+    error = forward(case.batch(temperature, softcap)).lse - truth.lse
     assert float(error.abs().max()) < 1e-6 and abs(float(error.mean())) < 1e-7
 
 
@@ -782,8 +796,8 @@ def exact_weight(
     log_t = mpmath.inf if zero else log_pi - (log_p - log_z)
     t = mpmath.inf if zero else mpmath.exp(log_t)
     one_over_t = mpmath.mpf(0) if zero else 1 / t
-    kind = objective.kind
-    if kind == "dpg":
+    kind = objective.name
+    if kind in ("dpg", "gdc++"):
         r = [one_over_t]
     elif kind == "reverse_kl":
         r = [-log_t, mpmath.mpf(-1)]
@@ -815,11 +829,11 @@ def formula(
     baseline = given.pop("baseline")
     if objective.name == "gdc++":
         baseline = torch.ones(1).double()
-    all_terms = objectives.Terms(objective, on_policy, bound, baseline=baseline, **given)
+    all_terms = objectives.Terms.of(objective, on_policy, bound, baseline=baseline, **given)
     if how == "C++":
         args = [float(given[k]) for k in ("log_proposal", "log_target", "log_z", "reward", "log_base")]
-        return native.weigh(all_terms, log_prob, *args, float(baseline))[2]
-    weight = objectives.weigh(replace(all_terms, log_prob=torch.tensor([log_prob]).double()))
+        return extension.weigh(all_terms, log_prob, *args, float(baseline))[2]
+    weight = objectives.weigh(all_terms.with_log_prob(torch.tensor([log_prob]).double()))
     return float(objectives.clip(weight, bound)[0])
 
 
@@ -848,7 +862,7 @@ def test_the_formula_in_cpp_and_python_is_the_table(name: str, normalize: bool, 
         a, b, c, d, e, f = (3.0 ** (i % 5) * torch.randn(6)).tolist()
         terms = one(log_proposal=-20 + a, log_target=-20 + b, log_z=c, reward=d, log_base=-20 + e,
                     baseline=0.0 if i % 3 == 0 else f)  # fmt: skip
-        if i % 7 == 0 and name not in objectives.INFINITE_AT_ZERO:
+        if i % 7 == 0 and not objective.infinite_at_zero:
             terms["log_target"][0] = -INF
         exact, size = exact_weight(objective, on_policy, -20.0, terms)
         for how in ("C++", "Python"):

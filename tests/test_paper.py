@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 from trainer_job import WORDS, gpt2, tokenizer
 
-from dmfast import EBM, Contains, LanguageModel, Moment, Scorer, gradient_variance
+from dmfast import EBM, Contains, LanguageModel, Moment, Scorer
+from dmfast.diagnostics import gradient_variance
 from dmfast.estimators import Estimate, PartitionFunctions, estimate
 from dmfast.training import recipe
 
@@ -24,6 +25,7 @@ if not (PAPER.parents[1] / "pyproject.toml").exists():  # the tests stand alone,
 sys.path.insert(0, str(PAPER))
 import grid  # noqa: E402
 import run  # noqa: E402
+import store  # noqa: E402
 import truth  # noqa: E402
 import variance  # noqa: E402
 
@@ -225,6 +227,41 @@ def test_a_run_that_dies(tmp_path, monkeypatch):
     assert start("no method")[0] == 0 and len(list(folder.glob("*/*.failed.json"))) == 1  # that it died stays on record
     names.add("women-gdcpp-seed0.json")
     assert git("ls-files").split() == sorted(f"runs/main/{name}" for name in names)
+
+    monkeypatch.setattr(grid, "plan", lambda parts, folder: runs)
+    monkeypatch.setattr(sys, "argv", ["grid.py", "main", "--out", str(folder), "--commit"])
+    with pytest.raises(SystemExit) as ended:
+        grid.main()
+    assert not ended.value.code and store.read(folder).keys() == {f"main/{name}" for name in names}
+    assert git("ls-files").split() == [f"runs/{store.ARCHIVE}"] and not git("diff", "HEAD")
+
+
+def test_results_are_packed_into_one_archive(tmp_path):
+    """Nothing of them is lost, a later file replaces what is packed, and the bytes say nothing of the order."""
+    results = {f"main/women-gdc-seed{i}.json": {"seed": i, "kl": 0.1 + i, "text": ["a “b”\n"]} for i in range(3)}
+    results["variants/women-tv-seed0.failed.json"] = {"nan": True}
+
+    def write(folder, names):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(json.dumps(results[name]))
+
+    assert store.read(tmp_path) == {} and not store.pack(tmp_path)
+    write(tmp_path / "at_once", results)
+    assert store.pack(tmp_path / "at_once")
+    for name in reversed(results):
+        write(tmp_path / "in_turn", [name])
+        assert store.read(tmp_path / "in_turn")[name] == results[name]
+        store.pack(tmp_path / "in_turn")
+    both = [folder / store.ARCHIVE for folder in (tmp_path / "at_once", tmp_path / "in_turn")]
+    assert both[0].read_bytes() == both[1].read_bytes() and list(both[0].parent.iterdir()) == [both[0]]
+    assert store.read(tmp_path / "at_once") == results and list(store.read(tmp_path / "at_once")) == sorted(results)
+
+    results["main/women-gdc-seed1.json"]["kl"] = 0.5
+    write(tmp_path / "at_once", ["main/women-gdc-seed1.json"])
+    assert store.read(tmp_path / "at_once") == results
+    store.pack(tmp_path / "at_once")
+    assert store.read(tmp_path / "at_once") == results and both[0].read_bytes() != both[1].read_bytes()
 
 
 def test_the_reward_of_a_task_is_the_mean_of_its_features():

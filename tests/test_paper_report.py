@@ -299,6 +299,8 @@ def test_all_of_it(folder, monkeypatch, capsys):
 
 def test_the_tables_are_of_the_runs_that_are_there():
     folder = grid.RESULTS / "runs"
+    if not folder.exists():
+        pytest.skip("an sdist leaves the results of the runs out")
     runs = report.Runs(folder)
     text = (grid.RESULTS / "tables.md").read_text()
     assert text == report.page(report.written(runs, folder), runs.done), "run benchmarks/paper/report.py"

@@ -15,6 +15,7 @@ from trainer_job import PROMPTS, digest, gpt2, job, tokenizer
 
 import dmfast
 from dmfast import Contains, OfflineProposal, Scorer
+from dmfast.estimators import PartitionFunction
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
 
@@ -149,7 +150,7 @@ def test_the_trainer_s_check_is_that_of_the_samples_that_it_drew(tmp_path):
         log_target = trainer.target.base.log_prob(x) + 3.0 * Contains("w3")(x)
         for mine, wanted in zip(found, (trainer.policy.log_prob(x), log_q, log_target), strict=False):
             torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-4)
-        z = dmfast.PartitionFunction()
+        z = PartitionFunction()
         z.load_state_dict(trainer._running.partitions[0].state_dict())
         before = z.log_z
         z.update(found[2], found[1])

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from custom_loop import train
 from trainer_job import WORDS, gpt2, tokenizer
 
 import dmfast.cli
 from dmfast import EBM, Classifier, Contains, LanguageModel, Moment, Scorer
 from dmfast.demo import RECIPES, about_women, loop_parser, run_loop, verdict
 from dmfast.estimators import Estimate
-from dmfast.examples.custom_loop import train
 from dmfast.training import recipe
 from dmfast.training.recipe import TINY_BIOS, RecipeError, constraint, feature, load, read
 

@@ -13,8 +13,10 @@ from tabular import Space, counts, hard_target, kl, one_thread, soft_target, tv 
 from test_targets import word_tokenizer
 from trainer_job import gpt2, tokenizer
 
-import dmfast
-from dmfast import EBM, Contains, LanguageModel, Mixture, Prompted, RejectionCurve, Samples, Scorer
+from dmfast import EBM, Contains, LanguageModel, Samples, Scorer
+from dmfast.estimators import estimate_log_z
+from dmfast.rejection import RejectionCurve, plot_rejection, quasi_rejection_sample, rejection_curve
+from dmfast.sampling import Mixture, Prompted
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
 SPACE = Space()
@@ -114,7 +116,7 @@ def test_standard_errors_are_the_spread_of_repetitions(log_beta):
         (lambda: RejectionCurve(torch.zeros(2)).at(math.inf), "log_beta must be finite"),
         (lambda: Mixture([]), "weights"),
         (lambda: Mixture([Tabular(BASE)], [0.0]), "weights must be a positive number for each of 1"),
-        (lambda: dmfast.plot_rejection({}, "x.png"), "curves is empty"),
+        (lambda: plot_rejection({}, "x.png"), "curves is empty"),
     ],
 )
 def test_what_is_refused(call, match):
@@ -177,7 +179,7 @@ def test_what_is_accepted_is_p_beta(target, proposal, above):
     """Up to the largest P/q, where it is p itself, and at the rate that is known."""
     target, log_q = TARGETS[target], PROPOSALS[proposal]
     log_beta = float((target.log_score - log_q).max()) + above
-    x, drawn = dmfast.quasi_rejection_sample(ebm(target), Tabular(log_q), 4000, log_beta=log_beta, max_new_tokens=3,
+    x, drawn = quasi_rejection_sample(ebm(target), Tabular(log_q), 4000, log_beta=log_beta, max_new_tokens=3,
                                              batch_size=1000)  # fmt: skip
     rate, accepted = exact(target, log_q, log_beta)
     assert_drawn_from(x, accepted)
@@ -196,7 +198,7 @@ def test_the_check_of_the_test_sees_a_wrong_distribution():
 
 def test_the_curve_of_a_target_and_a_proposal():
     target, log_q = TARGETS["soft"], PROPOSALS["other"]
-    curve = dmfast.rejection_curve(ebm(target), Tabular(log_q), 20_000, max_new_tokens=3)
+    curve = rejection_curve(ebm(target), Tabular(log_q), 20_000, max_new_tokens=3)
     rate, accepted = exact(target, log_q, 0.7)
     found = curve.at(0.7)
     for estimate, wanted in ((found.acceptance, rate), (found.kl, float(kl(target.p, accepted))),
@@ -206,7 +208,7 @@ def test_the_curve_of_a_target_and_a_proposal():
 
 def test_too_few_are_accepted():
     with pytest.raises(RuntimeError, match=r"of 2,000 sequences were accepted, 10 are wanted"):
-        dmfast.quasi_rejection_sample(ebm(TARGETS["soft"]), Tabular(BASE), 10, log_beta=50.0, max_new_tokens=3,
+        quasi_rejection_sample(ebm(TARGETS["soft"]), Tabular(BASE), 10, log_beta=50.0, max_new_tokens=3,
                                       batch_size=500, max_draws=2000)  # fmt: skip
 
 
@@ -227,7 +229,7 @@ def test_a_mixture_serves_rejection():
     mixture = Mixture([Tabular(PROPOSALS["base"]), Tabular(PROPOSALS["other"])])
     q = (PROPOSALS["base"].exp() + PROPOSALS["other"].exp()) / 2
     log_beta = float((target.log_score - q.log()).max())
-    x, _ = dmfast.quasi_rejection_sample(ebm(target), mixture, 3000, log_beta=log_beta, max_new_tokens=3,
+    x, _ = quasi_rejection_sample(ebm(target), mixture, 3000, log_beta=log_beta, max_new_tokens=3,
                                          batch_size=2000)  # fmt: skip
     assert_drawn_from(x, target.p)
 
@@ -274,9 +276,9 @@ def test_every_proposal_leads_to_the_same_target(model):
                  "mixture": Mixture([model, Prompted(model, "w1 w2"), policy])}  # fmt: skip
     shares, log_zs = {}, {}
     for name, proposal in proposals.items():
-        curve = dmfast.rejection_curve(target, proposal, 2000, max_new_tokens=4, seed=1, batch_size=2000)
-        log_zs[name] = dmfast.estimate_log_z(curve.log_weight)
-        x, _ = dmfast.quasi_rejection_sample(target, proposal, 400, log_beta=curve.largest, max_new_tokens=4, seed=2,
+        curve = rejection_curve(target, proposal, 2000, max_new_tokens=4, seed=1, batch_size=2000)
+        log_zs[name] = estimate_log_z(curve.log_weight)
+        x, _ = quasi_rejection_sample(target, proposal, 400, log_beta=curve.largest, max_new_tokens=4, seed=2,
                                              batch_size=2000)  # fmt: skip
         assert bool(Contains("w3")(x).all())
         shares[name] = float(Contains("w4")(x).mean())
@@ -294,7 +296,7 @@ def test_every_proposal_leads_to_the_same_target(model):
 
 def test_the_plot(tmp_path):
     curves = {name: RejectionCurve(whole(TARGETS["soft"], log_q)[0]) for name, log_q in PROPOSALS.items()}
-    dmfast.plot_rejection(curves, tmp_path / "curve.svg")
+    plot_rejection(curves, tmp_path / "curve.svg")
     drawn = (tmp_path / "curve.svg").read_text()
     assert drawn.count("<!-- base -->") == 2 == drawn.count("<!-- other -->")
     assert "acceptance rate" in drawn
@@ -308,7 +310,7 @@ def test_samples_keep_what_they_were_drawn_from(model):
 
 
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
-    from dmfast.examples import quasi_rejection
+    import quasi_rejection
 
     out = tmp_path / "curve.png"
     small = ["--steps", "1", "--samples", "256", "--accept", "64", "--out", str(out)]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import dmfast
 from dmfast import eager
-from dmfast.kernels import checks, native
+from dmfast.kernels import checks, extension, select
+from dmfast.kernels import eager as oracle
 
 INF = math.inf
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,7 +32,7 @@ def log_softmax(z: Tensor, temperature: float = 1.0, softcap: float | None = Non
 
 def draw(z: Tensor, uniform: Tensor, temperature: float = 1.0, softcap: float | None = None) -> tuple[Tensor, Tensor]:
     """The kernel's draw with the uniforms given."""
-    return native.sample(checks.make_draws(z, 0, None, 0, temperature, softcap), uniform)
+    return select(z).sample(checks.make_draws(z, 0, None, 0, temperature, softcap), uniform)[:2]
 
 
 def chi_square(counts: Tensor, p: Tensor) -> None:
@@ -63,8 +64,8 @@ KNOWN = [
 
 @pytest.mark.parametrize(("counter", "key", "result"), KNOWN)
 def test_philox(counter: list[int], key: list[int], result: list[int]) -> None:
-    assert native._C.philox(counter, key) == result
-    assert [int(x) for x in eager.philox([torch.tensor([c]) for c in counter], (key[0], key[1]))] == result
+    assert extension._C.philox(counter, key) == result
+    assert [int(x) for x in oracle.philox([torch.tensor([c]) for c in counter], (key[0], key[1]))] == result
 
 
 def test_uniforms_are_53_bits_of_it() -> None:
@@ -72,9 +73,9 @@ def test_uniforms_are_53_bits_of_it() -> None:
     ids = torch.tensor([0, 1, 2**32 + 5, 2**40 + 2**31, -1])
     for seed, step in ((0, 0), (2**64 - 1, 3), (-1, 3), (2**63 + 12345, 2**40 + 1)):
         counter = [[int(i) & 0xFFFFFFFF, int(i) >> 32 & 0xFFFFFFFF, step & 0xFFFFFFFF, step >> 32] for i in ids]
-        words = [native._C.philox(c, [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]) for c in counter]
+        words = [extension._C.philox(c, [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]) for c in counter]
         expected = [((a << 32 | b) >> 11) / 2**53 for a, b, *_ in words]
-        assert eager.uniforms(seed % 2**64, ids, step).tolist() == expected
+        assert oracle.uniforms(seed % 2**64, ids, step).tolist() == expected
         for sample in (dmfast.sample_tokens, eager.sample_tokens):
             tokens, _ = sample(torch.zeros(5, 2**13), seed=seed, row_ids=ids, step=step)
             assert tokens.tolist() == [int(u * 2**13) for u in expected]
@@ -115,9 +116,9 @@ def test_a_million_draws_large_vocabulary() -> None:
     p = log_softmax(z).exp()
     assert bool((p[tokens] > 0).all())
     # a million rows of 50,257 logits take minutes; one row and a million uniforms, cut like the kernel's, do not
-    tokens = torch.cat([sample_row(z, u) for u in eager.uniforms(7, torch.arange(1_000_000), 0).split(50_000)])
+    tokens = torch.cat([sample_row(z, u) for u in oracle.uniforms(7, torch.arange(1_000_000), 0).split(50_000)])
     chi_square(torch.bincount(tokens, minlength=v), p)
-    some = eager.uniforms(7, torch.arange(2000), 0)
+    some = oracle.uniforms(7, torch.arange(2000), 0)
     assert torch.equal(tokens[:2000], draw(z.expand(2000, v), some)[0])
 
 
@@ -173,7 +174,7 @@ def test_the_tails_draw_no_impossible_token(name: str, temperature: float, dtype
     z = TAILS[name]().to(dtype)
     log_p = log_softmax(z, temperature)
     uniform = torch.tensor([0.0, 2.0**-53, 0.3, 0.5, 1 - 2.0**-30, LAST], dtype=torch.float64)
-    for sample in (draw, lambda z, u, t: eager.draw(checks.make_draws(z, 0, None, 0, t, None), u)):
+    for sample in (draw, lambda z, u, t: oracle.draw(checks.make_draws(z, 0, None, 0, t, None), u)):
         tokens, log_prob = sample(z.expand(len(uniform), -1), uniform, temperature)
         assert bool((log_p[tokens] > -700).all()), tokens
         assert (log_prob - log_p[tokens]).abs().max() < 1e-6
@@ -205,7 +206,7 @@ def test_the_twin_draws_the_same(temperature: float, softcap: float | None, dtyp
     assert (log_prob - twin_log_prob)[same].abs().max() < 1e-6
     scored = dmfast.sequence_log_prob(z[:, None], tokens[:, None], temperature=temperature, softcap=softcap)
     # on CUDA the two add up other groups of fp32 terms
-    assert (log_prob - scored).abs().max() < (1e-6 if native.on_cuda(z) else 1e-9)
+    assert (log_prob - scored).abs().max() < (1e-6 if select(z).name == "cuda" else 1e-9)
 
 
 @pytest.mark.parametrize("sample", [dmfast.sample_tokens, eager.sample_tokens], ids=["cpu", "eager"])
@@ -269,8 +270,8 @@ def test_under_compile() -> None:
     for seed in (5, -5):
         plain = dmfast.sample_tokens(2 * z, seed=seed, row_ids=ids, step=2, temperature=0.8)
         assert all(map(torch.equal, compiled(z, ids, seed), plain))
-    torch.library.opcheck(torch.ops.dmfast.sample, (z, 5, ids, 2, 1.25, 0.0))
-    torch.library.opcheck(torch.ops.dmfast.sample, (z, 5, None, 2, 1.25, 30.0))
+    torch.library.opcheck(torch.ops.dmfast.sample_v3, (z, 5, ids, 2, 1.25, 0.0, select(z).name))
+    torch.library.opcheck(torch.ops.dmfast.sample_v3, (z, 5, None, 2, 1.25, 30.0, select(z).name))
 
 
 # --- errors -----------------------------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ import pytest
 import torch
 from test_models import PROMPTS, Table, V, build, close, lm, same, tok
 
-import dmfast
-from dmfast import AdapterView, LanguageModel, Mixture, OfflineProposal, Prompted, Sampler
+from dmfast import LanguageModel, OfflineProposal
 from dmfast.adapters import PROPOSAL
+from dmfast.models import AdapterView
+from dmfast.sampling import Mixture, Prompted, Sampler
 from dmfast.tensors import all_tensors
 
 pytestmark = pytest.mark.filterwarnings(
@@ -382,7 +383,3 @@ def test_the_snapshot_says_the_version_too(adapter):
     assert fresh.version == 3 and (draw(fresh).version == 3).all()
     proposal.load_state_dict(before)
     assert proposal.version == 0 and (draw(proposal.snapshot).version == 0).all()
-
-
-def test_dmfast_sampler_is_public():
-    assert dmfast.Sampler is Sampler and "Sampler" in dmfast.__all__

@@ -9,7 +9,9 @@ import torch
 from trainer_job import gpt2, tokenizer
 
 import dmfast
-from dmfast import EBM, LanguageModel, Mixture, Moment
+from dmfast import EBM, LanguageModel, Moment
+from dmfast.rejection import quasi_rejection_sample, rejection_curve
+from dmfast.sampling import Mixture
 from dmfast.seeds import seed_for
 from dmfast.training.evaluation import evaluate
 
@@ -32,8 +34,8 @@ def run(seeds, of_torch=0):
     target, found = EBM(model, [Moment(dmfast.Contains("w3", name="w3"), 0.7)]), {}
     calls = {
         "fit": lambda: target.fit(n=256, max_new_tokens=6, **seeds),
-        "rejection_curve": lambda: dmfast.rejection_curve(target, model, 256, max_new_tokens=6, **seeds),
-        "quasi_rejection_sample": lambda: dmfast.quasi_rejection_sample(
+        "rejection_curve": lambda: rejection_curve(target, model, 256, max_new_tokens=6, **seeds),
+        "quasi_rejection_sample": lambda: quasi_rejection_sample(
             target, model, 300, log_beta=0.5, max_new_tokens=6, **seeds
         ),
         "evaluate": lambda: evaluate(model, target, n=256, max_new_tokens=6, **seeds),

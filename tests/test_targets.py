@@ -20,8 +20,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import dmfast
-from dmfast import EBM, Contains, LambdaFit, Moment, Samples, Scorer, fit_lambda
+from dmfast import EBM, Contains, Moment, Samples, Scorer
 from dmfast.seeds import seed_for
+from dmfast.targets import Feature, LambdaFit, fit_lambda
 from dmfast.training.recipe import TINY_BIOS, load
 
 INF = math.inf
@@ -375,7 +376,7 @@ def test_names_are_unique():
 # --- scores -----------------------------------------------------------------------------------------------------
 
 
-class Counting(dmfast.Feature):
+class Counting(Feature):
     """A feature that records what it has seen."""
 
     binary = False

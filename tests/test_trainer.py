@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import dmfast
 from dmfast import EBM, Contains, LanguageModel, Moment, Scorer
 from dmfast.estimators import PartitionFunctions
+from dmfast.targets import fit_lambda
 from dmfast.training import checkpoint
 from dmfast.training.callbacks import log_line
 from dmfast.training.data import Contexts, StepSampler
@@ -697,7 +698,7 @@ def test_lambda_is_fitted_again_from_the_samples_of_the_steps(tmp_path):
         assert [h["lambda/four"] for h in logged[start : start + 2]] == pytest.approx([seen[0]] * 2)
         log_ratio = torch.cat([trainer.target.base.log_prob(s.samples) - s.samples.log_prob for s in steps])
         phi = torch.cat([Contains("w4")(s.samples) for s in steps])
-        found = dmfast.fit_lambda(phi[:, None], [0.3], log_ratio=log_ratio)
+        found = fit_lambda(phi[:, None], [0.3], log_ratio=log_ratio)
         if found.ess > ess:
             seen, ess = found.lambda_, found.ess
             if start < 4:

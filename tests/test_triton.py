@@ -7,6 +7,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dmfast
 from dmfast import eager, kernels
-from dmfast.kernels import checks, native, triton
+from dmfast.kernels import checks, cuda, extension, triton
 
 if kernels.backends()["triton"].in_use:
     from test_cuda import (  # noqa: F401
@@ -53,14 +55,14 @@ def test_forcing_it_where_it_can_not_run(monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         pass
     assert not dmfast.backends()["triton"].available
-    monkeypatch.setattr(native, "forced", "triton")
+    monkeypatch.setattr(kernels, "forced", "triton")
     with pytest.raises(RuntimeError, match="backend 'triton' was forced, but"):
         kernels.select(torch.zeros(1, 1, 3))
 
 
 def test_which_devices_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA tensor takes compiled kernels if there, else Triton; ROCm and XPU take Triton; the CPU does not."""
-    monkeypatch.setattr(native, "forced", None)
+    monkeypatch.setattr(kernels, "forced", None)
 
     class Logits:  # a tensor on a device that is not here
         dtype = torch.float32
@@ -69,16 +71,16 @@ def test_which_devices_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
             self.device = torch.device(device)
 
     monkeypatch.setattr(triton, "why_not", lambda device=None: None)
-    monkeypatch.setattr(native, "on_cuda", lambda x: x.device.type == "cuda")
-    monkeypatch.setattr(native, "why_unavailable", lambda: None)
-    monkeypatch.setattr(native, "why_not_cuda", lambda device=0: None)
-    assert [kernels.select(Logits(d)) for d in ("cpu", "cuda", "xpu")] == ["cpu", "cuda", "triton"]  # type: ignore[arg-type]
-    monkeypatch.setattr(native, "why_not_cuda", lambda device=0: "not compiled")
-    assert kernels.select(Logits("cuda")) == "triton"  # type: ignore[arg-type]
+    compiled: Any = SimpleNamespace(cuda=SimpleNamespace(device_type="cuda"))
+    monkeypatch.setattr(extension, "_C", compiled)
+    monkeypatch.setattr(cuda, "why_not_on", lambda device: None)
+    assert [kernels.select(Logits(d)).name for d in ("cpu", "cuda", "xpu")] == ["cpu", "cuda", "triton"]  # type: ignore[arg-type]
+    monkeypatch.setattr(cuda, "why_not_on", lambda device: "not compiled")
+    assert kernels.select(Logits("cuda")).name == "triton"  # type: ignore[arg-type]
     monkeypatch.setattr(triton, "why_not", lambda device=None: "no triton")
     monkeypatch.setattr(kernels, "_warned", set())
     with pytest.warns(UserWarning, match="slow eager backend: .*not compiled; .*no triton"):
-        assert kernels.select(Logits("cuda")) == "eager"  # type: ignore[arg-type]
+        assert kernels.select(Logits("cuda")).name == "eager"  # type: ignore[arg-type]
 
 
 @in_use
@@ -125,7 +127,7 @@ def test_without_a_graph_break_on_devices_that_are_not_here(
     """Tensors without data, and without gradient, which this torch has for its own devices only."""
     if torch.cuda.is_available() or torch.xpu.is_available():
         pytest.skip("there is a device")
-    monkeypatch.setattr(native, "forced", None)
+    monkeypatch.setattr(kernels, "forced", None)
     monkeypatch.setattr(triton, "why_not", lambda device=None: None)
     seen: list[str] = []
 
@@ -139,11 +141,11 @@ def test_without_a_graph_break_on_devices_that_are_not_here(
         tokens = torch.zeros(4, 5, device=device, dtype=torch.int64)
         names = ("log_target", "log_proposal", "log_z")
         terms = {name: torch.zeros(4, dtype=torch.float64, device=device) for name in names}
-        assert kernels.select(logits) == "triton"
+        assert kernels.select(logits).name == "triton"
         loss = torch.compile(dmfast.dm_loss, backend=look, fullgraph=True)(
             logits, tokens, objective=objective, **terms
         ).loss  # type: ignore[call-overload]
-    assert seen == ["dmfast.score_and_weigh_v2.default"] and loss.device.type == device
+    assert seen == ["dmfast.score_and_weigh_v3.default"] and loss.device.type == device
 
 
 # What docs/gpu.md states of Triton's log pi, in nats against fp64 of the same stored logits: the largest error of a row
@@ -179,7 +181,7 @@ def test_its_own_accuracy(
     logits = (3 * torch.randn(1, 8, 50257)).to(dtype)
     batch = checks.make_batch(logits, torch.randint(50257, (1, 8)), None, None, 1.0, softcap)
     truth = eager.score(batch._replace(logits=logits.double()))
-    error = native.forward(batch, None, False).lse - truth.lse
+    error = kernels.select(batch.logits).forward(batch, None, False).lse - truth.lse
     print(f"{dtype}, softcap {softcap}, lean {lean}: row {float(error.abs().max()):.2e} mean {float(error.mean()):.2e}")
     assert float(error.abs().max()) < ROW_ERROR + OF_EXP2 * abs(lean)
     assert abs(float(error.mean())) < MEAN_ERROR + OF_EXP2 * abs(lean)

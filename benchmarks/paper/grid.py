@@ -4,8 +4,9 @@
     python benchmarks/paper/grid.py main --jobs 2   # one part; a run is a process of one thread
     python benchmarks/paper/grid.py quick --out paper_quick
 
-A run whose JSON is there is not run again. One that dies leaves NAME.failed.json, the others go on, and the next start
-tries it again. With ``--commit`` each is committed as it ends.
+A run whose result is there is not run again. One that dies leaves NAME.failed.json, the others go on, and the next
+start tries it again. At the end the JSON files are packed into one archive (store.py). With ``--commit`` each run is
+committed as it ends, and then the archive.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import store
 from rich.console import Console
 from run import METHODS
 
@@ -93,13 +95,10 @@ def score(result: dict[str, Any]) -> tuple[float, float]:
 
 def learning_rates(folder: Path) -> dict[str, float]:
     """The smallest rate of each method that is within a standard error of its best; of those that are tuned."""
-    found = {}
+    found, results = {}, store.read(folder)
     for method in TUNED:
-        scores = {}
-        for run in tuning():
-            path = folder / run.name
-            if run.method == method and path.exists():
-                scores[run.learning_rate] = score(json.loads(path.read_text()))
+        of_method = (run for run in tuning() if run.method == method and run.name in results)
+        scores = {run.learning_rate: score(results[run.name]) for run in of_method}
         if len(scores) == len(LEARNING_RATES):
             best, error = max(scores.values())
             found[method] = min(rate for rate, (value, _) in scores.items() if value >= best - error)
@@ -198,9 +197,10 @@ def execute(run: Run, folder: Path) -> float:
 
 
 def commit(folder: Path, name: str) -> None:
-    """The JSON that is there of the runs. Where git is busy with something else, the next one takes it along."""
-    for command in (["add", "-A", "--", "*.json"], ["commit", "-q", "-m", f"paper: {name}", "--", "*.json"]):
-        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=False)
+    """Commit the results that are there. Where git is busy with something else, the next call takes them along."""
+    results = ["--", ".", ":!*.part"]
+    for command in (["add", "-A"], ["commit", "-q", "-m", f"paper: {name}"]):
+        done = subprocess.run(["git", *command, *results], cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"not committed yet: {done.stderr.strip() or done.stdout.strip()}")
             return
@@ -208,7 +208,8 @@ def commit(folder: Path, name: str) -> None:
 
 def work(runs: list[Run], folder: Path, jobs: int, console: Console, *, commits: bool) -> int:
     """Runs what is not there yet, ``jobs`` at a time; how many failed."""
-    todo = [run for run in runs if not (folder / run.name).exists()]
+    results = store.read(folder)
+    todo = [run for run in runs if run.name not in results]
     console.print(f"{len(runs)} runs, {len(runs) - len(todo)} done")
     seconds: list[float] = []
     failed = 0
@@ -254,6 +255,8 @@ def main() -> None:
         failed += work(runs, args.out, args.jobs, console, commits=args.commit) if runs else 0
     if "quick" in parts:
         failed += work(quick(), args.out, args.jobs, console, commits=args.commit)
+    if store.pack(args.out) and args.commit:
+        commit(args.out, store.ARCHIVE)
     sys.exit(f"{failed} runs failed; the same command tries them again" if failed else 0)
 
 

@@ -1,4 +1,4 @@
-"""Tables and figures of the paper's experiments, from the JSON of whatever runs are there.
+"""Tables and figures of the paper's experiments, from the results of whatever runs are there.
 
     python benchmarks/paper/report.py        # writes results/paper/tables.md and results/paper/*.png
 
@@ -20,6 +20,7 @@ from typing import Any
 
 import grid
 import matplotlib as mpl
+import store
 import truth
 
 from dmfast.estimators import Estimate
@@ -51,18 +52,18 @@ class Runs:
         self.found: dict[tuple[str, str, str, int], dict[int, Result]] = defaultdict(dict)
         self.tuning: dict[tuple[str, float | None], Result] = {}
         self.failed: dict[str, Result] = {}
-        for path in sorted(folder.glob("*/*.json")):
-            result = json.loads(path.read_text())
-            if path.name.endswith(grid.FAILED):
-                name = path.name.removesuffix(grid.FAILED)
-                self.failed[f"{path.parent.name}/{name}"] = result | {"again": path.with_name(f"{name}.json").exists()}
+        results = store.read(folder)
+        for name, result in results.items():
+            if name.endswith(grid.FAILED):
+                run = name.removesuffix(grid.FAILED)
+                self.failed[run] = result | {"again": f"{run}.json" in results}
                 continue
             with_best_log_z(result)
             for evaluation in result["evaluations"]:  # JSON has no NaN
                 evaluation.update({key: math.nan for key, value in evaluation.items() if value is None})
             if "log_prob" in result:
                 result["log_prob"] = [math.nan if value is None else value for value in result["log_prob"]]
-            part = path.parent.name.replace("quick", "main")
+            part = name.split("/")[0].replace("quick", "main")
             if part == "tuning":
                 self.tuning[result["method"], result["settings"]["learning_rate"]] = result
             else:

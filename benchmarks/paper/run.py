@@ -31,7 +31,7 @@ SAMPLES, BATCH, MICROBATCH, EVALUATIONS, DIVERSITY = 20_480, 256, 64, 5, 200
 METHODS: dict[str, dict[str, Any]] = {
     "reinforce": {"objective": "reinforce", "on_policy": True},
     "reinforce_p": {"objective": "reinforce_p", "on_policy": True},
-    # Ziegler et al. 2019 in the sequence-level form of dmfast.PPOClip: no value head, one ratio per sequence
+    # Ziegler et al. 2019 in the sequence-level form of dmfast.objectives.PPOClip: no value head, one ratio per sequence
     "kl_control": {
         "objective": "kl_control", "on_policy": True, "baseline": "mean", "beta": 0.2, "beta_target_kl": 6.0,
         "beta_horizon": 10_000, "ppo_epochs": 2, "ppo_clip": 0.2,

@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 
-import dmfast
 from dmfast.estimators import Estimate, estimate, estimate_log_z, estimate_moments
 from dmfast.models import LanguageModel
+from dmfast.rejection import quasi_rejection_sample
 from dmfast.samples import Samples
 from dmfast.targets import EBM
 from dmfast.training import recipe
@@ -75,7 +75,7 @@ def draw(
 ) -> tuple[Samples, int, Estimate]:
     """n exact samples of p, how many of the base that took, and log Z."""
     bound = log_bound(target)
-    x, drawn = dmfast.quasi_rejection_sample(
+    x, drawn = quasi_rejection_sample(
         target, target.base, n, log_beta=bound, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size
     )
     return x, drawn, Estimate(bound + math.log(n / drawn), math.sqrt((1 - n / drawn) / n))

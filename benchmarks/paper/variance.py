@@ -21,7 +21,7 @@ import torch
 import truth
 from transformers import TrainerCallback
 
-from dmfast import gradient_variance
+from dmfast.diagnostics import gradient_variance
 from dmfast.training import DMTrainer, report
 
 STATES, BATCH = 10, 256

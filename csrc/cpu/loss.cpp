@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <vector>
 
 namespace dmf {
 namespace {
@@ -17,28 +16,21 @@ Status status(int64_t fault) {
   return {static_cast<Fault>(fault & 3), fault >> 2};
 }
 
-// What rows contribute to their sequences.
-struct RowValues {
-  std::vector<double> log_prob, entropy;
-  RowValues(const Batch& b, const Outputs& out) : log_prob(b.rows), entropy(out.entropy ? b.rows : 0) {}
-};
-
-// Takes a scored row's results; those of a row that is not scored are 0.
-int64_t keep_row(const Outputs& out, RowValues& rows, int64_t row, const RowSum& sum) {
-  const double log_prob = sum.label - sum.lse;
-  out.lse[row] = sum.lse;
-  rows.log_prob[row] = log_prob;
-  if (out.entropy) rows.entropy[row] = sum.entropy;
+// Takes a row's results; those of a row that is not scored are 0. fault: of a scored one.
+int64_t keep_row(const Outputs& out, int64_t row, const RowSum& sum, bool here) {
+  out.lse(row) = sum.lse;
+  out.label(row) = sum.label;
+  if (out.entropy) out.row_entropy(row) = sum.entropy;
   if (std::isnan(sum.lse) || sum.lse == INFINITY) return row * 4 + static_cast<int64_t>(Fault::bad_row);
-  if (!(log_prob > -INFINITY)) return row * 4 + static_cast<int64_t>(Fault::label);
+  if (here && !(sum.label - sum.lse > -INFINITY)) return row * 4 + static_cast<int64_t>(Fault::label);
   return kNoFault;
 }
 
-int64_t score_row(const Batch& b, const RowKernels& k, const Outputs& out, RowValues& rows, int64_t row) {
-  const int64_t label = b.labels[row];
+int64_t score_row(const Batch& b, const RowKernels& k, const Outputs& out, int64_t row) {
+  const int64_t label = b.labels[row], column = b.column(label);
   RowSum sum{0, 0, 0};
-  if (label >= 0) k.forward(b.logits + b.offset(row) * k.itemsize, label, b.options, out.entropy != nullptr, sum);
-  return keep_row(out, rows, row, sum);
+  if (label >= 0) k.forward(b.logits + b.offset(row) * k.itemsize, column, b.options, out.entropy, sum);
+  return keep_row(out, row, sum, column >= 0);
 }
 
 void write_row(const Batch& b, const RowKernels& k, int64_t row, double lse, double weight, const Gradient& g) {
@@ -47,19 +39,19 @@ void write_row(const Batch& b, const RowKernels& k, int64_t row, double lse, dou
   if (label < 0 || weight == 0.0)
     std::memset(dz, 0, static_cast<size_t>(b.options.vocab * k.itemsize));
   else
-    k.backward(b.logits + b.offset(row) * k.itemsize, dz, label, weight, lse, b.options);
+    k.backward(b.logits + b.offset(row) * k.itemsize, dz, b.column(label), weight, lse, b.options);
 }
 
 // Sums rows into sequences in row order, whatever thread scored them.
-void sum_rows(const Batch& b, const RowValues& rows, const Outputs& out) {
+void sum_rows(const Batch& b, const Outputs& out) {
   for (int64_t i = 0; i < b.sequences; ++i) {
     double log_prob = 0, entropy = 0;
     for (int64_t row = b.first_row(i); row < b.first_row(i + 1); ++row) {
-      log_prob += rows.log_prob[row];
-      if (out.entropy) entropy += rows.entropy[row];
+      log_prob += out.label(row) - out.lse(row);
+      if (out.entropy) entropy += out.row_entropy(row);
     }
-    out.log_prob[i] = log_prob;
-    if (out.entropy) out.entropy[i] = entropy;
+    out.log_prob(i) = log_prob;
+    if (out.entropy) out.sequence_entropy(i) = entropy;
   }
 }
 
@@ -67,20 +59,19 @@ void sum_rows(const Batch& b, const RowValues& rows, const Outputs& out) {
 Status form_weights(const Batch& b, const Terms& t, const Outputs& out, bool known) {
   Status result{Fault::none, -1};
   if (t.objective.kind == Kind::none) return result;
-  if (!known) *out.clipped = 0;
   *out.total = 0;
   for (int64_t i = 0; i < b.sequences; ++i) {
-    const Weight w = weigh(t.objective, sequence(t, i, out.log_prob[i]));
-    out.log_ratio[i] = w.log_ratio;
-    out.log_target_ratio[i] = w.log_target_ratio;
+    const Weight w = weigh(t.objective, sequence(t, i, out.log_prob(i)));
+    out.log_ratio(i) = w.log_ratio;
+    out.log_target_ratio(i) = w.log_target_ratio;
     if (!known) {
-      out.weight[i] = w.weight;
-      *out.clipped += w.clipped;
+      out.weight(i) = w.weight;
+      out.clipped(i) = w.clipped;
       if (w.out_of_range && result.fault == Fault::none) result = {Fault::weight, i};
     }
     // 0 * -inf = 0
-    out.loss[i] = out.weight[i] == 0.0 ? 0.0 : -out.weight[i] * out.log_prob[i];
-    *out.total += out.loss[i];
+    out.loss(i) = out.weight(i) == 0.0 ? 0.0 : -out.weight(i) * out.log_prob(i);
+    *out.total += out.loss(i);
   }
   *out.total /= out.divide_by;
   return result;
@@ -106,24 +97,26 @@ bool is_plain(const Batch& b, const Terms& t) {
     plain = b.cu_seqlens[0] == 0 && b.cu_seqlens[b.sequences] == b.rows;
     for (int64_t i = 0; i < b.sequences; ++i) plain &= b.cu_seqlens[i] <= b.cu_seqlens[i + 1];
   }
-  for (int64_t row = 0; row < b.rows; ++row)
-    plain &= static_cast<uint64_t>(b.labels[row]) < static_cast<uint64_t>(b.options.vocab) || b.labels[row] == -100;
-  for (const double* values : {t.log_proposal, t.reward, t.log_base, t.baseline})
-    for (int64_t i = 0; values && i < b.sequences; ++i) plain &= std::isfinite(values[i]);
-  for (const double* values : {t.log_target, t.log_z})
-    for (int64_t i = 0; values && i < b.sequences; ++i) plain &= values[i] < INFINITY;
-  if (t.objective.kind == Kind::reverse_kl || t.objective.kind == Kind::reverse_chi2)
-    for (int64_t i = 0; i < b.sequences; ++i) plain &= t.log_target[i] > -INFINITY;
+  for (int64_t row = 0; row < b.rows; ++row) plain &= b.is_token(b.labels[row]) || b.labels[row] == kIgnore;
+  const bool none_at_zero = t.objective.is(kInfiniteAtZero);
+  for (int c = 0; c < kColumns; ++c) {
+    const auto column = static_cast<Column>(c);
+    const int64_t n = t.has(column) ? b.sequences : (b.sequences > 0 ? 1 : 0);
+    for (int64_t i = 0; i < n; ++i) {
+      const double value = t.at(column, i);
+      const bool may_be_minus_infinity = c == kLogZ || (c == kLogTarget && !none_at_zero);
+      plain &= may_be_minus_infinity ? value < INFINITY : std::isfinite(value);
+    }
+  }
   return plain;
 }
 
 Status forward(const Batch& b, const Terms& t, const Outputs& out, bool checked) {
   if (!checked && !is_plain(b, t)) return {Fault::unusual, -1};
   const RowKernels& k = row_kernels(b.dtype);
-  RowValues rows(b, out);
-  const int64_t fault = for_rows(b, [&](int64_t row, int64_t) { return score_row(b, k, out, rows, row); });
+  const int64_t fault = for_rows(b, [&](int64_t row, int64_t) { return score_row(b, k, out, row); });
   if (fault != kNoFault) return status(fault);
-  sum_rows(b, rows, out);
+  sum_rows(b, out);
   return form_weights(b, t, out, false);
 }
 
@@ -141,27 +134,26 @@ Status forward_backward(const Batch& b, const Terms& t, const Outputs& out, bool
                         const Gradient& g) {
   if (!checked && !is_plain(b, t)) return {Fault::unusual, -1};
   const RowKernels& k = row_kernels(b.dtype);
-  for (int64_t i = 0; i < b.sequences; ++i) out.log_prob[i] = at(t.log_proposal, i);
+  for (int64_t i = 0; i < b.sequences; ++i) out.log_prob(i) = t.at(kLogProposal, i);
   const Status weights = form_weights(b, t, out, false);
   if (weights.fault != Fault::none) return weights;
-  RowValues rows(b, out);
   const int64_t size = scratch_size(b.options);
   const std::unique_ptr<double[]> scratch(new double[size * b.threads]);  // a thread touches its own part only
   const int64_t fault = for_rows(b, [&](int64_t row, int64_t sequence) {
-    const double weight = out.weight[sequence] * factor;
+    const double weight = out.weight(sequence) * factor;
     const int64_t label = b.labels[row];
     if (label < 0 || weight == 0.0) {
-      const int64_t f = score_row(b, k, out, rows, row);
+      const int64_t f = score_row(b, k, out, row);
       if (f == kNoFault) write_row(b, k, row, 0.0, 0.0, g);
       return f;
     }
     RowSum sum;
     k.both(b.logits + b.offset(row) * k.itemsize, g.data + g.offset(b, row) * k.itemsize, label, weight, b.options,
-           out.entropy != nullptr, scratch.get() + size * omp_get_thread_num(), sum);
-    return keep_row(out, rows, row, sum);
+           out.entropy, scratch.get() + size * omp_get_thread_num(), sum);
+    return keep_row(out, row, sum, true);
   });
   if (fault != kNoFault) return status(fault);
-  sum_rows(b, rows, out);
+  sum_rows(b, out);
   return form_weights(b, t, out, true);
 }
 
@@ -170,8 +162,14 @@ void scale(const Batch& b, double factor, const double* upstream, const Gradient
   if (by == 1.0f) return;
   const RowKernels& k = row_kernels(b.dtype);
 #pragma omp parallel for schedule(static) num_threads(b.threads)
-  for (int64_t row = 0; row < b.rows; ++row)
-    if (!b.labels || b.labels[row] >= 0) k.scale(g.data + g.offset(b, row) * k.itemsize, b.options.vocab, by);
+  for (int64_t row = 0; row < b.rows; ++row) {
+    if (b.labels && b.labels[row] < 0) continue;
+    char* dz = g.data + g.offset(b, row) * k.itemsize;
+    if (by == 0.0f)
+      std::memset(dz, 0, static_cast<size_t>(b.options.vocab * k.itemsize));
+    else
+      k.scale(dz, b.options.vocab, by);
+  }
 }
 
 }  // namespace dmf

@@ -21,7 +21,8 @@ void backward(const Batch&, const double* lse, const double* weight, double fact
 // second-level cache when its gradient is written. Weights are formed, and refused, before a row is touched.
 Status forward_backward(const Batch&, const Terms&, const Outputs&, bool checked, double factor, const Gradient&);
 
-// dz *= upstream[0] * factor on scored rows, or on all where labels is null; nothing is done where that is 1
+// dz *= upstream[0] * factor on scored rows, or on all where labels is null. Where that is 1 nothing is done, where it
+// is 0 nothing is read: an overflow times 0 is 0.
 void scale(const Batch&, double factor, const double* upstream, const Gradient&);
 
 }  // namespace dmf

@@ -82,7 +82,7 @@ DMF_INLINE void forward_row(const T* z, int64_t label, const RowOptions& o, RowS
   Summed<T, Cap, Entropy> sink(z, o, buffer);
   const RowTotal total = scan_row<T, Cap>(z, o, sink);
   out.lse = total.lse(o);
-  out.label = scaled<Cap>(to_float(z[label]), o);
+  out.label = label < 0 ? 0.0 : scaled<Cap>(to_float(z[label]), o);
   if (Entropy) out.entropy = log(total.sum) - o.scale * sink.moment / total.sum;
 }
 
@@ -119,7 +119,8 @@ DMF_INLINE void backward_row(const T* z, T* dz, int64_t label, double weight, do
   const Slope slope(o.scale * kLog2e);
   const double inverse_cap = Cap ? 1.0 / o.softcap : 0.0;
   const double full = weight * o.scale;
-  const double label_gradient = at_label<Cap>(to_float(z[label]), full, lse, o);  // before the row is overwritten
+  // before the row is overwritten
+  const double label_gradient = label < 0 ? 0.0 : at_label<Cap>(to_float(z[label]), full, lse, o);
   if (Cap) {
     const double reference = lse / o.scale;
 #pragma omp simd
@@ -140,7 +141,7 @@ DMF_INLINE void backward_row(const T* z, T* dz, int64_t label, double weight, do
         from_float(static_cast<float>(factor * exp2_of(to_float(z[i]) - reference, slope)), dz[i]);
     }
   }
-  from_float(static_cast<float>(label_gradient), dz[label]);
+  if (label >= 0) from_float(static_cast<float>(label_gradient), dz[label]);
 }
 
 template <class T>

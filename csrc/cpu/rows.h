@@ -7,14 +7,15 @@ namespace dmf {
 
 struct RowSum {
   double lse;      // log-sum-exp of scale * cap(z); NaN if the row holds NaN or +inf
-  double label;    // scale * cap(z[label])
+  double label;    // scale * cap(z[label]); 0 where the label is kElsewhere
   double entropy;  // -sum p log p, nats
 };
 
 // Reads the row once.
 using ForwardRow = void (*)(const void* z, int64_t label, const RowOptions&, bool entropy, RowSum&);
 
-// dz[v] = weight * scale * cap'(z[v]) * (softmax[v] - (v == label)), rounded to the row's dtype. dz may be z.
+// dz[v] = weight * scale * cap'(z[v]) * (softmax[v] - (v == label)), rounded to the row's dtype. dz may be z. The label
+// may be kElsewhere here and in ForwardRow.
 using BackwardRow = void (*)(const void* z, void* dz, int64_t label, double weight, double lse, const RowOptions&);
 
 // Both, for a weight that is known before: forward's terms are kept in scratch (fp32: in dz) and only scaled. Where

@@ -21,6 +21,10 @@
 #define DMF_HAS_CLONES 0
 #endif
 
+#if defined(__MMX__) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#error "compile with -mno-mmx: without it g++ uses MMX registers and no emms, so that the caller's long double is NaN"
+#endif
+
 namespace dmf {
 
 constexpr int64_t kBlock = 512;

@@ -22,49 +22,36 @@ namespace {
 enum class Pass { score, kept, reread };  // kept, reread: with the gradient; how the row comes a second time
 
 constexpr long long kNone = LLONG_MAX;
-constexpr int64_t kIgnore = -100;
 constexpr int kLosses = 128;  // that wait in shared memory to be added up
 
 struct Shared {
   Lanes<float> top;
   Lanes<Sums> sums, sequence;
-  Lanes<long long> fault, first, clipped;
+  Lanes<long long> fault, first;
   double losses[kLosses];
   double lse, coefficient, at_label;
   bool last;
 };
 static_assert(sizeof(Shared) <= kStaticShared, "plan.h leaves it that much");
 
-struct Scratch {
-  double *log_prob, *entropy;    // (rows)
-  long long *fault, *n_clipped;  // (sequences)
-  __device__ Scratch(const Batch& b, const Workspace& w)
-      : log_prob(w.values),
-        entropy(w.values + b.rows),
-        fault(reinterpret_cast<long long*>(w.values + 2 * b.rows)),
-        n_clipped(fault + b.sequences) {}
-};
-
 __device__ long long encode(int64_t place, Fault fault) { return place * 8 + static_cast<int64_t>(fault); }
-
-__device__ bool is_token(int64_t label, const Batch& b) { return label >= 0 && label < b.options.vocab; }
 
 // What no objective may be given: NaN anywhere, an infinity that is none of those with a meaning.
 __device__ bool inputs_ok(const Terms& t, const Sequence& x) {
   const bool base = isfinite(x.log_base) || (x.log_base == -INFINITY && t.objective.max_weight < INFINITY);
-  return (!t.log_proposal || isfinite(x.log_proposal)) && x.log_target < INFINITY && x.log_z < INFINITY &&
+  return (!t.has(kLogProposal) || isfinite(x.log_proposal)) && x.log_target < INFINITY && x.log_z < INFINITY &&
          isfinite(x.reward) && isfinite(x.baseline) && base;
 }
 
 // A known weight; 0 where it can't be used.
 __device__ Weight known_weight(const Terms& t, int64_t i) {
-  const Sequence x = sequence(t, i, at(t.log_proposal, i));
+  const Sequence x = sequence(t, i, t.at(kLogProposal, i));
   Weight w = weigh(t.objective, x);
   if (w.out_of_range || !inputs_ok(t, x)) w.weight = 0.0;
   return w;
 }
 
-__device__ void finish_sequence(const Batch& b, const Terms& t, const Outputs& out, const Scratch& scratch, int64_t i,
+__device__ void finish_sequence(const Batch& b, const Terms& t, const Outputs& out, long long* faults, int64_t i,
                                 bool known, Shared& shared) {
   const int64_t first = b.first_row(i), last = b.first_row(i + 1);
   Sums sums{0, 0, 0};
@@ -72,15 +59,15 @@ __device__ void finish_sequence(const Batch& b, const Terms& t, const Outputs& o
   for (int64_t row = first + threadIdx.x; row < last; row += blockDim.x) {
     const int64_t label = b.labels[row];
     if (label == kIgnore) continue;
-    const double lse = out.lse[row], log_prob = scratch.log_prob[row];
+    const double lse = out.lse(row), log_prob = out.label(row) - lse;
     sums.a += log_prob;
-    if (out.entropy) sums.b += scratch.entropy[row];
+    if (out.entropy) sums.b += out.row_entropy(row);
     Fault found = Fault::none;
-    if (!is_token(label, b))
+    if (!b.is_token(label))
       found = Fault::unusual;
     else if (isnan(lse) || lse == INFINITY)
       found = Fault::bad_row;
-    else if (!(log_prob > -INFINITY))
+    else if (b.column(label) != kElsewhere && !(log_prob > -INFINITY))
       found = Fault::label;
     if (found != Fault::none) fault = min(fault, encode(row, found));
   }
@@ -88,19 +75,18 @@ __device__ void finish_sequence(const Batch& b, const Terms& t, const Outputs& o
   fault = block_min(fault, shared.fault);
   const bool bad_rows = fault != kNone;
   if (bad_rows)  // so that backward, whatever weight it is given, writes 0
-    for (int64_t row = first + threadIdx.x; row < last; row += blockDim.x) out.lse[row] = NAN;
+    for (int64_t row = first + threadIdx.x; row < last; row += blockDim.x) out.lse(row) = NAN;
   if (threadIdx.x != 0) return;
   const double log_prob = bad_rows ? static_cast<double>(NAN) : sums.a;
-  out.log_prob[i] = log_prob;
-  if (out.entropy) out.entropy[i] = bad_rows ? static_cast<double>(NAN) : sums.b;
-  bool clipped = false;
+  out.log_prob(i) = log_prob;
+  if (out.entropy) out.sequence_entropy(i) = bad_rows ? static_cast<double>(NAN) : sums.b;
   if (t.objective.kind != Kind::none) {
     const Sequence x = sequence(t, i, log_prob);
     Weight w = weigh(t.objective, x);
-    out.log_ratio[i] = w.log_ratio;
-    out.log_target_ratio[i] = w.log_target_ratio;
-    if (known) w = weigh(t.objective, sequence(t, i, at(t.log_proposal, i)));
-    clipped = w.clipped;
+    out.log_ratio(i) = w.log_ratio;
+    out.log_target_ratio(i) = w.log_target_ratio;
+    if (known) w = weigh(t.objective, sequence(t, i, t.at(kLogProposal, i)));
+    out.clipped(i) = w.clipped;
     if (!bad_rows) {
       // a row's fault comes before a weight's, as on the CPU
       if (!inputs_ok(t, x))
@@ -109,39 +95,32 @@ __device__ void finish_sequence(const Batch& b, const Terms& t, const Outputs& o
         fault = encode(kWeightPlace + i, Fault::weight);
     }
     const double weight = fault == kNone ? w.weight : 0.0;
-    out.weight[i] = weight;
-    out.loss[i] = weight == 0.0 ? 0.0 : -weight * log_prob;  // 0 * -inf = 0
+    out.weight(i) = weight;
+    out.loss(i) = weight == 0.0 ? 0.0 : -weight * log_prob;  // 0 * -inf = 0
   }
-  scratch.fault[i] = fault;
-  scratch.n_clipped[i] = clipped;
+  faults[i] = fault;
 }
 
-__device__ void finish_loss(const Batch& b, const Terms& t, const Outputs& out, const Scratch& scratch, int64_t* status,
-                            Shared& shared) {
-  long long fault = kNone, clipped = 0;
-  for (int64_t i = threadIdx.x; i < b.sequences; i += blockDim.x) {
-    clipped += scratch.n_clipped[i];
-    fault = min(fault, scratch.fault[i]);
-  }
+__device__ void finish_loss(const Batch& b, const Terms& t, const Outputs& out, const long long* faults,
+                            int64_t* status, Shared& shared) {
+  long long fault = kNone;
+  for (int64_t i = threadIdx.x; i < b.sequences; i += blockDim.x) fault = min(fault, faults[i]);
   fault = block_min(fault, shared.first);
-  clipped = block_sum(clipped, shared.clipped);
   if (threadIdx.x == 0) *status = fault == kNone ? -1 : fault;
   if (t.objective.kind == Kind::none) return;
   double total = 0;  // in sequence order, as on the CPU
   for (int64_t first = 0; first < b.sequences; first += kLosses) {
     const int n = static_cast<int>(min(b.sequences - first, int64_t{kLosses}));
-    for (int i = threadIdx.x; i < n; i += blockDim.x) shared.losses[i] = out.loss[first + i];
+    for (int i = threadIdx.x; i < n; i += blockDim.x) shared.losses[i] = out.loss(first + i);
     __syncthreads();
     if (threadIdx.x == 0)
       for (int i = 0; i < n; ++i) total += shared.losses[i];
     __syncthreads();  // they are read before the next ones come
   }
-  if (threadIdx.x != 0) return;
-  *out.total = total / out.divide_by;
-  *out.clipped = clipped;
+  if (threadIdx.x == 0) *out.total = total / out.divide_by;
 }
 
-// dz = p * scale of the row, apart from the label's column, whose value is at_label.
+// dz = p * scale of the row, apart from the label's column, whose value is at_label. label: kElsewhere if it has none.
 template <class T, bool Cap>
 struct Write {
   Exponent<Cap> exponent;
@@ -194,24 +173,30 @@ __device__ T* row_of(const Gradient& g, const Batch& b, int64_t row) {
 }
 
 template <class T, bool Cap, bool Entropy, Pass P>
-__device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, const Scratch& scratch, double factor,
-                          const Gradient& g, int64_t row, int64_t sequence, Shared& shared) {
+__device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
+                          int64_t row, int64_t sequence, Shared& shared) {
   constexpr bool kKnown = P != Pass::score;
   DMF_DYNAMIC_SHARED(memory);
   const RowOptions& o = b.options;
-  const int64_t label = b.labels[row];
+  const int64_t label = b.labels[row], column = b.column(label);
   const int vocab = static_cast<int>(o.vocab);
   const T* z = reinterpret_cast<const T*>(b.logits) + b.offset(row);
   T* dz = kKnown ? row_of<T>(g, b, row) : nullptr;
-  if (!is_token(label, b)) {
-    if (threadIdx.x == 0) out.lse[row] = label == kIgnore ? 0.0 : static_cast<double>(NAN);
+  if (!b.is_token(label)) {
+    if (threadIdx.x == 0) {
+      out.lse(row) = label == kIgnore ? 0.0 : static_cast<double>(NAN);
+      out.label(row) = 0.0;
+      if (Entropy) out.row_entropy(row) = 0.0;
+    }
     if (kKnown) zero_row(dz, vocab);
     return;
   }
   const Cut cut = kKnown ? cut_rows(z, static_cast<const T*>(dz), vocab) : cut_row(z, vocab);
   // the row's packs lie aligned in shared memory too
   T* kept = reinterpret_cast<T*>(memory) + (kWidth<T> - cut.head % kWidth<T>) % kWidth<T>;
-  const float at_label = threadIdx.x == 0 ? to_float(z[label]) : 0.0f;  // read before dz, which may be z, is written
+  const bool here = column != kElsewhere;
+  // read before dz, which may be z, is written
+  const float at_label = threadIdx.x == 0 && here ? to_float(z[column]) : 0.0f;
 
   PartialSum<Cap, Entropy> sum(o);
   for_row<T>(cut, FromRow<T>{z}, [&](int i, const auto& pack) {
@@ -223,9 +208,9 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, co
   const Sums sums = block_sum({static_cast<double>(sum.ones), sum.rest, sum.moment}, shared.sums);
   if (threadIdx.x == 0) {
     const double total = sums.a + sums.b, lse = scaled(top, o) + log(total);
-    out.lse[row] = lse;
-    scratch.log_prob[row] = scaled(at_label, o) - lse;
-    if (Entropy) scratch.entropy[row] = log(total) - sums.c / total;
+    out.lse(row) = lse;
+    out.label(row) = here ? scaled(at_label, o) : 0.0;
+    if (Entropy) out.row_entropy(row) = log(total) - sums.c / total;
     if (kKnown) {
       const double coefficient = isfinite(lse) ? known_weight(t, sequence).weight * factor : 0.0;
       shared.lse = lse;
@@ -239,7 +224,7 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, co
     zero_row(dz, vocab);
     return;
   }
-  const Write<T, Cap> write(o, shared.lse, shared.coefficient, shared.at_label, label, dz);
+  const Write<T, Cap> write(o, shared.lse, shared.coefficient, shared.at_label, column, dz);
   if constexpr (P == Pass::kept)
     for_row<T>(cut, FromRow<T>{kept}, write);
   else
@@ -251,22 +236,21 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
     score_rows(Batch b, Terms t, Outputs out, double factor, Gradient g, Workspace w) {
   DMF_SHARED(Shared, shared);
   constexpr bool kKnown = P != Pass::score;
-  const Scratch scratch(b, w);
+  long long* const faults = reinterpret_cast<long long*>(w.faults);
   const int64_t block = blockIdx.x, row = block - b.sequences - 1;
   if (block != b.sequences) {  // that one is the loss's own, for a batch without sequences
     const int64_t i = block < b.sequences ? block : b.sequence_of(row);
-    if (row >= 0) score_row<T, Cap, Entropy, P>(b, t, out, scratch, factor, g, row, i, shared);
+    if (row >= 0) score_row<T, Cap, Entropy, P>(b, t, out, factor, g, row, i, shared);
     if (!is_last(w.counters + i, b.first_row(i + 1) - b.first_row(i) + 1, shared.last)) return;
-    finish_sequence(b, t, out, scratch, i, kKnown, shared);
+    finish_sequence(b, t, out, faults, i, kKnown, shared);
     if (kKnown) {
       __syncthreads();
-      if (scratch.fault[i] != kNone && out.weight[i] == 0.0)
+      if (faults[i] != kNone && out.weight(i) == 0.0)
         for (int64_t r = b.first_row(i); r < b.first_row(i + 1); ++r)
           zero_row(row_of<T>(g, b, r), static_cast<int>(b.options.vocab));
     }
   }
-  if (is_last(w.counters + b.sequences, b.sequences + 1, shared.last))
-    finish_loss(b, t, out, scratch, w.status, shared);
+  if (is_last(w.counters + b.sequences, b.sequences + 1, shared.last)) finish_loss(b, t, out, faults, w.status, shared);
 }
 
 // 6: what fp32 has anyway, but for sm_80, whose compiler else spills for the sake of 8
@@ -278,22 +262,22 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 4 && !Cap ? 6 : 0)
   };
   DMF_SHARED(OneRow, shared);
   const RowOptions& o = b.options;
-  const int64_t row = blockIdx.x, label = b.labels[row];
+  const int64_t row = blockIdx.x, label = b.labels[row], column = b.column(label);
   const int vocab = static_cast<int>(o.vocab);
   const T* z = reinterpret_cast<const T*>(b.logits) + b.offset(row);
   T* dz = row_of<T>(g, b, row);
   if (threadIdx.x == 0) {
-    const bool scored = is_token(label, b) && isfinite(lse[row]);
+    const bool scored = b.is_token(label) && isfinite(lse[row]), here = column != kElsewhere;
     const double coefficient = scored ? weight[b.sequence_of(row)] * factor * (upstream ? *upstream : 1.0) : 0.0;
     shared.coefficient = coefficient;
-    shared.at_label = coefficient == 0.0 ? 0.0 : label_gradient(to_float(z[label]), lse[row], coefficient, o);
+    shared.at_label = coefficient == 0.0 || !here ? 0.0 : label_gradient(to_float(z[column]), lse[row], coefficient, o);
   }
   __syncthreads();
   if (shared.coefficient == 0.0) {
     zero_row(dz, vocab);
     return;
   }
-  const Write<T, Cap> write(o, lse[row], shared.coefficient, shared.at_label, label, dz);
+  const Write<T, Cap> write(o, lse[row], shared.coefficient, shared.at_label, column, dz);
   for_row<T>(cut_rows(z, static_cast<const T*>(dz), vocab), FromRow<T>{z}, write);
 }
 
@@ -303,6 +287,10 @@ __global__ void __launch_bounds__(kMaxThreads) scale_rows(Batch b, double factor
   const int64_t row = blockIdx.x;
   if (by == 1.0f || (b.labels && b.labels[row] < 0)) return;
   T* dz = row_of<T>(g, b, row);
+  if (by == 0.0f) {  // an overflow times 0 is 0
+    zero_row(dz, static_cast<int>(b.options.vocab));
+    return;
+  }
   for_row<T>(cut_row(dz, static_cast<int>(b.options.vocab)), FromRow<T>{dz}, [&](int i, const auto& pack) {
     auto scaled_pack = pack;
     for (auto& x : scaled_pack.x) from_float(to_float(x) * by, x);
@@ -419,6 +407,7 @@ std::string why_not(int device) {
     return "compiled for CUDA " + version(runtime) + ", but the NVIDIA driver is for CUDA " + version(driver) +
            " at most; update the driver, or reinstall with an older nvcc";
   }
+  if (device < 0) return "";
   if (device >= count) return "compiled, no device " + std::to_string(device);
   const OnDevice guard(device);
   cudaFuncAttributes attributes;

@@ -12,7 +12,7 @@ namespace dmf::cuda {
 struct Workspace {
   int device;
   void* stream;
-  double* values;      // (2 * rows + 2 * sequences), anything
+  int64_t* faults;     // (sequences), anything
   unsigned* counters;  // (sequences + 1), 0; and 0 again after the call
   int64_t* status;     // 1: the first fault as place * 8 + fault, -1: none. A weight's place is a sequence, plus 2^59
 };
@@ -32,13 +32,14 @@ void forward_backward(const Batch&, const Terms&, const Outputs&, double factor,
 void backward(const Batch&, const double* lse, const double* weight, double factor, const double* upstream,
               const Gradient&, const Workspace&);
 
-// dz *= upstream[0] * factor on scored rows, or on all where labels is null; no gradient is read where that is 1
+// dz *= upstream[0] * factor on scored rows, or on all where labels is null; no gradient is read where that is 1 or 0
 void scale(const Batch&, double factor, const double* upstream, const Gradient&, const Workspace&);
 
 // As dmf::sample of csrc/cpu. A row that is no distribution gets token 0 and log_prob NaN; status: the first one.
 void sample(const SampleRows&, int64_t* tokens, double* log_prob, const Workspace&);
 
-// Why the kernels can't run on a device, or nothing. Makes a context on it.
+// Why the kernels can't run on a device, or nothing. Makes a context on it, but for device -1, of which it says what is
+// known without one: whether there is a driver, and any device.
 std::string why_not(int device);
 
 }  // namespace dmf::cuda

@@ -16,36 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def wall_ms(call: Callable[[], Any]) -> float:
     """Milliseconds of a call on the CPU."""
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
-
-
-def cuda_ms(call: Callable[[], Any]) -> float:
-    """Milliseconds of what a call queues on the current CUDA stream, between two events."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end))
-
-
-def cuda_memory(call: Callable[[], Any], forget: Callable[[], Any] = lambda: None) -> float:
-    """MB that a call has allocated at its peak, above what there was."""
-    forget()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
 
 
 def interleaved(

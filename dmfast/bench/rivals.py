@@ -77,43 +77,19 @@ def upcast(z: Tensor, x: Tensor) -> Tensor:
     return log_softmax_gather(z.float(), x)
 
 
-def _compiled(function: TokenLogProb) -> TokenLogProb:
+def compiled(function: TokenLogProb) -> TokenLogProb:
+    """Return the function under torch.compile."""
+
     def loss(z: Tensor, x: Tensor) -> Tensor:
         return function(z, x)
 
-    compiled: TokenLogProb = torch.compile(loss, dynamic=False)
-    return compiled
+    made: TokenLogProb = torch.compile(loss, dynamic=False)
+    return made
 
 
 def _trl() -> TokenLogProb:
     function: TokenLogProb = importlib.import_module("trl.trainer.utils").selective_log_softmax
     return function
-
-
-def _trl_kernel() -> TokenLogProb:
-    # not by way of selective_log_softmax, which without its kernel takes plain torch and does not say so
-    function: Any = getattr(importlib.import_module("trl.kernels"), "selective_log_softmax_and_entropy", None)
-    if function is None:
-        raise ImportError("trl.kernels has no selective_log_softmax_and_entropy: that takes trl 1.16 and triton")
-    return lambda z, x: function(z, x)[0]
-
-
-def _liger_cross_entropy() -> TokenLogProb:
-    function: Any = importlib.import_module("liger_kernel.transformers.functional").liger_cross_entropy
-    return lambda z, x: -function(z.flatten(0, -2), x.flatten(), reduction="none").view(x.shape)
-
-
-def _quack() -> TokenLogProb:
-    function: Any = importlib.import_module("quack.cross_entropy").cross_entropy
-    return lambda z, x: -function(z.flatten(0, -2), x.flatten(), reduction="none").view(x.shape)
-
-
-def on_gpu_logits(dtype: torch.dtype) -> dict[str, Callable[[], TokenLogProb]]:
-    """As ``on_logits``, on a CUDA device: fewer compilations, and the kernels that there are none of for a CPU."""
-    makers = {name: make for name, make in on_logits(dtype).items() if not name.startswith(("compiled", "trl"))}
-    makers["compiled log_softmax + gather"] = lambda: _compiled(log_softmax_gather)
-    return makers | {"liger-kernel cross_entropy": _liger_cross_entropy, "quack cross_entropy": _quack,
-                     "trl fused log-prob and entropy": _trl_kernel}  # fmt: skip
 
 
 def on_logits(dtype: torch.dtype) -> dict[str, Callable[[], TokenLogProb]]:
@@ -123,7 +99,7 @@ def on_logits(dtype: torch.dtype) -> dict[str, Callable[[], TokenLogProb]]:
     makers: dict[str, Callable[[], TokenLogProb]] = {f"eager {name}": lambda f=f: f for name, f in plain.items()}  # type: ignore[misc]
     if dtype != torch.float32:
         makers["eager, logits in fp32"] = lambda: upcast
-    makers |= {f"compiled {name}": lambda f=f: _compiled(f) for name, f in plain.items()}  # type: ignore[misc]
+    makers |= {f"compiled {name}": lambda f=f: compiled(f) for name, f in plain.items()}  # type: ignore[misc]
     makers["trl selective_log_softmax"] = _trl
     return makers
 
@@ -137,19 +113,19 @@ def _torch_linear(options: Any) -> HeadLogProb:
     return log_prob
 
 
-def _cut_cross_entropy(impl: str) -> HeadLogProb:
+def cut_cross_entropy(impl: str) -> HeadLogProb:
+    """Return cut-cross-entropy's loss in one of its implementations."""
     function: Any = importlib.import_module("cut_cross_entropy").linear_cross_entropy
     return lambda h, w, x: -function(h, w, x, reduction="none", impl=impl)
 
 
-def on_hidden(device: str = "cpu") -> dict[str, Callable[[], HeadLogProb]]:
+def on_hidden() -> dict[str, Callable[[], HeadLogProb]]:
     """Makers of the rivals that take hidden states and a head; as ``on_logits``."""
     makers: dict[str, Callable[[], HeadLogProb]] = {}
     if hasattr(F, "linear_cross_entropy"):
         makers["torch linear_cross_entropy"] = lambda: _torch_linear(None)
         makers["torch linear_cross_entropy, chunked"] = lambda: _torch_linear(torch.nn.LinearCrossEntropyOptions())
-    impl = "torch_compile" if device == "cpu" else "cce"  # whose kernels are Triton's
-    makers[f"cut-cross-entropy {impl}"] = lambda: _cut_cross_entropy(impl)
+    makers["cut-cross-entropy torch_compile"] = lambda: cut_cross_entropy("torch_compile")
     return makers
 
 

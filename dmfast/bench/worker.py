@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from .. import eager
 from ..functional import sample_tokens
-from ..kernels import linear, native, triton
+from ..kernels import linear
 from . import rivals
-from .measure import cuda_memory, cuda_ms, extra_memory, interleaved, wall_ms
+from .measure import extra_memory, interleaved, wall_ms
 
 STEPS = 64  # tokens of a sequence
 
@@ -118,8 +118,6 @@ def make_problem(c: Config) -> rivals.Problem:
     return rivals.Problem(z, hidden, weight, tokens, log_target, log_proposal, -7.0, a)
 
 
-_TRITON = ("dm_loss gdc++, in place", "dm_loss dpg (known weight), in place", "scoring: sequence_log_prob",
-           "linear_dm_loss gdc++")  # fmt: skip
 _T = TypeVar("_T")
 Call = Callable[[], Any]
 Run = tuple[Call, Callable[[], list[Tensor]], Call]  # the timed call; the gradients that it leaves; lets go of them
@@ -140,38 +138,45 @@ def _made(makers: Mapping[str, Callable[[], _T]], missing: dict[str, str]) -> It
             yield name, made
 
 
-def _on_triton(call: Call) -> Call:
-    def forced() -> None:
-        # not use_backend(), which looks around on the host at every call, inside the time
-        before, native.forced = native.forced, "triton"
-        try:
-            call()
-        finally:
-            native.forced = before
+class Place:
+    """What a measurement takes from where it is made: the rivals, what is measured beside them, the clock.
 
-    return forced
+    This is a CPU's. That of a GPU is in scripts/gpu/worker.py.
+    """
 
+    def on_logits(self, dtype: torch.dtype) -> Mapping[str, Callable[[], rivals.TokenLogProb]]:
+        """Return the makers of the rivals that take logits."""
+        return rivals.on_logits(dtype)
 
-def _beside_triton(
-    found: dict[str, Run], others: dict[str, Call], missing: dict[str, str], c: Config
-) -> tuple[dict[str, Run], dict[str, Call]]:
-    """With dmfast's own on the Triton kernels too, where those can be: not on a CPU, but for their interpreter."""
-    if c.device == "cpu" and not triton.interpreted():
+    def on_hidden(self) -> Mapping[str, Callable[[], rivals.HeadLogProb]]:
+        """Return the makers of the rivals that take hidden states and a head."""
+        return rivals.on_hidden()
+
+    def roofs(self, z: Tensor, copy: Tensor) -> dict[str, Call]:
+        """Return further calls that bound the losses from logits; ``copy`` has the shape and values of z."""
+        return {}
+
+    def variants(
+        self, found: dict[str, Run], others: dict[str, Call], missing: dict[str, str]
+    ) -> tuple[dict[str, Run], dict[str, Call]]:
+        """Return both with what else is measured of them; what can't be goes into ``missing`` with its reason."""
         return found, others
-    ours = [name for name in (*found, *others) if name in _TRITON]
-    if why := triton.why_not(torch.device(c.device)):
-        missing.update({f"{name} (Triton)": why for name in ours})
-        return found, others
-    for name in ours:
-        if name in found:
-            call, gradients, forget = found[name]
-            found[f"{name} (Triton)"] = (_on_triton(call), gradients, forget)
-        else:
-            others[f"{name} (Triton)"] = _on_triton(others[name])
-    return found, others
+
+    def milliseconds(self, call: Call) -> float:
+        """Return how long a call takes."""
+        return wall_ms(call)
+
+    def memory_mb(self, found: Mapping[str, Run]) -> dict[str, float]:
+        """Return the peak memory of each in this very process; on a CPU that takes a process of its own."""
+        return {}
 
 
-def _logits_runs(p: rivals.Problem, c: Config) -> tuple[dict[str, Run], dict[str, Call], dict[str, str], Call]:
+CPU = Place()
+
+
+def _logits_runs(
+    p: rivals.Problem, c: Config, place: Place
+) -> tuple[dict[str, Run], dict[str, Call], dict[str, str], Call]:
     source, leaf, parameter = p.z.clone(), p.z.detach().requires_grad_(), torch.zeros(1, requires_grad=True)
     found: dict[str, Run] = {}
     missing: dict[str, str] = {}
@@ -193,21 +198,22 @@ def _logits_runs(p: rivals.Problem, c: Config) -> tuple[dict[str, Run], dict[str
     found["dm_loss gdc++, in place"] = in_place("gdc++")
     found["dm_loss gdc++"] = on_leaf(lambda z: rivals.dmfast_logits(z, p, inplace=False))
     found["dm_loss dpg (known weight), in place"] = in_place("dpg")
-    on_logits = rivals.on_logits if c.device == "cpu" else rivals.on_gpu_logits
-    for name, log_prob in _made(on_logits(p.z.dtype), missing):
+    for name, log_prob in _made(place.on_logits(p.z.dtype), missing):
         found[name] = on_leaf(lambda z, f=log_prob: rivals.sequence_loss(f(z, p.tokens), p))  # type: ignore[misc]
     score = torch.no_grad()
     others: dict[str, Call] = {
         "roof: read-sum": p.z.sum,
         "roof: in-place mul_": lambda: p.z.mul_(1.0),
-        **({} if c.device == "cpu" else {"roof: copy_": lambda: source.copy_(p.z)}),
+        **place.roofs(p.z, source),
         "scoring: sequence_log_prob": score(lambda: rivals.dmfast_score(p.z, p)),
         "scoring: eager log_softmax + gather": score(lambda: rivals.log_softmax_gather(p.z, p.tokens).sum(-1)),
     }
-    return *_beside_triton(found, others, missing, c), missing, lambda: p.z.copy_(source)
+    return *place.variants(found, others, missing), missing, lambda: p.z.copy_(source)
 
 
-def _head_runs(p: rivals.Problem, c: Config) -> tuple[dict[str, Run], dict[str, Call], dict[str, str], Call]:
+def _head_runs(
+    p: rivals.Problem, c: Config, place: Place
+) -> tuple[dict[str, Run], dict[str, Call], dict[str, str], Call]:
     assert p.hidden is not None and p.weight is not None
     hidden = p.hidden.requires_grad_()
     head = nn.Linear(c.dim, c.vocab, bias=False, dtype=hidden.dtype)
@@ -227,12 +233,11 @@ def _head_runs(p: rivals.Problem, c: Config) -> tuple[dict[str, Run], dict[str, 
 
     found["linear_dm_loss gdc++"] = run(lambda: rivals.dmfast_hidden(hidden, head.weight, p))
     found["nn.Linear, dm_loss gdc++ in place"] = run(lambda: rivals.dmfast_logits(head(hidden), p, inplace=True))
-    on_logits = rivals.on_logits if c.device == "cpu" else rivals.on_gpu_logits
-    for name, log_prob in _made(on_logits(hidden.dtype), missing):
+    for name, log_prob in _made(place.on_logits(hidden.dtype), missing):
         found[f"nn.Linear, {name}"] = run(
             lambda f=log_prob: rivals.sequence_loss(f(head(hidden), p.tokens), p)  # type: ignore[misc]
         )
-    for name, of_head in _made(rivals.on_hidden(c.device), missing):
+    for name, of_head in _made(place.on_hidden(), missing):
         found[name] = run(
             lambda f=of_head: rivals.sequence_loss(f(hidden, head.weight, p.tokens), p)  # type: ignore[misc]
         )
@@ -272,7 +277,7 @@ def _head_runs(p: rivals.Problem, c: Config) -> tuple[dict[str, Run], dict[str, 
             rivals.dmfast_hidden(hidden, head.weight, p, mask=half, max_weight=5.0)
         ),
     }
-    return *_beside_triton(found, others, missing, c), missing, lambda: None
+    return *place.variants(found, others, missing), missing, lambda: None
 
 
 def truth(p: rivals.Problem, c: Config) -> list[Tensor]:
@@ -306,19 +311,14 @@ def _error(found: list[Tensor], exact: list[Tensor]) -> float:
     return max(relative(a, b) for a, b in zip(found, exact, strict=True))
 
 
-def run(c: Config) -> dict[str, Any]:
+def run(c: Config, place: Place = CPU) -> dict[str, Any]:
     """Times or, with ``memory_of``, the peak of one rival."""
     torch.set_num_threads(c.threads)
-    with torch.device(c.device):
-        return _run(c)
-
-
-def _run(c: Config) -> dict[str, Any]:
     if c.form == "sampling":
         return _sampling(c)
     p = make_problem(c)
     make = _logits_runs if c.form == "logits" else _head_runs
-    found, others, missing, before = make(p, c)
+    found, others, missing, before = make(p, c, place)
     if c.memory_of is not None:
         before()
         if c.memory_of not in found:
@@ -348,10 +348,10 @@ def _run(c: Config) -> dict[str, Any]:
             del found[name]
     del exact
     calls = {**others, **{name: call for name, (call, *_) in found.items()}}
-    times = interleaved(calls, c.rounds, before, wall_ms if c.device == "cpu" else cuda_ms)
+    times = interleaved(calls, c.rounds, before, place.milliseconds)
     result = {"config": asdict(c), "title": c.title, "ms": times, "gradient_error": errors, "not_run": missing}
-    if c.device != "cpu":
-        result["memory_mb"] = {name: cuda_memory(call, forget) for name, (call, _, forget) in found.items()}
+    if memory := place.memory_mb(found):
+        result["memory_mb"] = memory
     return result
 
 

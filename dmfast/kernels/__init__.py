@@ -1,22 +1,34 @@
 """Which kernels run: ``backends()`` tells, ``use_backend()`` or ``DMFAST_BACKEND`` forces.
 
-One interface, several backends: ``cpu`` and ``cuda`` (compiled C++ and CUDA C++, ``native.py``), ``triton`` (for GPUs
-without the compiled ones, ``triton/``) and ``eager`` (plain torch, ``eager.py``, also the oracle of the tests).
+One protocol (``backend.py``), four backends: ``cpu`` and ``cuda`` (compiled C++ and CUDA C++), ``triton`` (for GPUs
+without the compiled ones) and ``eager`` (plain torch, also the oracle of the tests). ``select`` returns the one for the
+logits of a call; it is asked once a call.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import fp64, native, triton
+from .backend import Backend as Backend
+from .cpu import Cpu
+from .cuda import Cuda
+from .eager import Eager
+from .extension import DTYPES
+from .triton import Triton
 
-NAMES = ("cpu", "cuda", "triton", "eager")
+CPU, CUDA, TRITON, EAGER = Cpu(), Cuda(), Triton(), Eager()
+BACKENDS: dict[str, Backend] = {each.name: each for each in (CPU, CUDA, TRITON, EAGER)}
+# What ``use_backend`` or DMFAST_BACKEND forces. A plain global, for all threads: torch.compile guards on it.
+forced: str | None = os.environ.get("DMFAST_BACKEND") or None
 _warned: set[str] = set()
 
 
@@ -31,133 +43,123 @@ class BackendInfo:
 
 
 def backends() -> dict[str, BackendInfo]:
-    """Every backend of dmfast, whether it is in use here and if not why. Where one is forced, all others say so."""
+    """Return every backend of dmfast, whether it is in use here and if not why. Where one is forced, all others say so.
+
+    No context is created on a GPU that the process does not use yet.
+    """
     found = _backends()
-    if native.forced is None:
+    if forced is None:
         return found
-    forced = f"{native.forced!r} is forced by use_backend or DMFAST_BACKEND"
-    if native.forced not in NAMES:
-        forced += f", and there are only {', '.join(NAMES)}: every call raises"
-    elif not found[native.forced].available:
-        forced += ", which is not available here: every call raises"
+    said = f"{forced!r} is forced by use_backend or DMFAST_BACKEND"
+    if forced not in BACKENDS:
+        said += f", and there are only {', '.join(BACKENDS)}: every call raises"
+    elif not found[forced].available:
+        said += ", which is not available here: every call raises"
     return {
-        name: info if info.in_use else replace(info, detail=f"{forced}; {info.detail}") for name, info in found.items()
+        name: info if info.in_use else replace(info, detail=f"{said}; {info.detail}") for name, info in found.items()
     }
 
 
 def _backends() -> dict[str, BackendInfo]:
-    missing = native.why_unavailable()
-    use_cpu = missing is None and native.forced in (None, "cpu")
-    no_cuda = native.why_not_cuda(torch.cuda.current_device() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]
-    use_cuda = no_cuda is None and native.forced in (None, "cuda")
-    no_triton = triton.why_not()
-    use_triton = no_triton is None and (native.forced == "triton" or (native.forced is None and no_cuda is not None))
-    devices = "in its interpreter" if triton.interpreted() else "on " + " and ".join(triton.devices())
-    narrow = fp64.lacking()
-    eager = "plain torch: other devices, fp64 logits, the oracle of the tests"
-    if narrow:
-        eager += f"; {', '.join(narrow)}, without fp64: rows in fp32, per-sequence values in fp64 on the CPU"
-    detail = missing or (
-        f"fp32, bf16 and fp16 logits on the CPU; instruction set {native.instruction_set()}. Under torch.compile a "
-        "gradient in place goes through a functional graph, where AOTAutograd may copy the logits once, and known "
-        "weights take two passes"
-    )
-    use_eager = not (use_cpu or use_cuda or use_triton) if native.forced is None else native.forced == "eager"
+    reasons = {name: backend.why_not(None) for name, backend in BACKENDS.items()}
+    if forced is not None:
+        in_use = {forced} if reasons.get(forced, "") is None else set()
+    else:
+        in_use = {name for name in ("cpu", "cuda", "triton") if reasons[name] is None}
+        if "cuda" in in_use:
+            in_use.discard("triton")
+        in_use = in_use or {"eager"}
     return {
-        "cpu": BackendInfo("cpu", missing is None, use_cpu, detail),
-        "cuda": BackendInfo(
-            "cuda",
-            no_cuda is None,
-            use_cuda,
-            no_cuda
-            or "fp32, bf16 and fp16 logits on NVIDIA GPUs; what rows hold is "
-            "checked by out.check(), or at once with DMFAST_SYNC_CHECKS=1",
-        ),
-        "triton": BackendInfo(
-            "triton",
-            no_triton is None,
-            use_triton,
-            no_triton or f"fp32, bf16 and fp16 logits {devices}, where there are no CUDA kernels; checked as by cuda",
-        ),
-        "eager": BackendInfo("eager", True, use_eager, eager),
+        name: BackendInfo(name, reasons[name] is None, name in in_use, reasons[name] or backend.detail())
+        for name, backend in BACKENDS.items()
     }
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces a backend within a ``with`` block.
+    """Force a backend within a ``with`` block.
 
     Raises:
         ValueError: no such backend. RuntimeError: not available here, with the reason.
     """
-    if name not in NAMES:
-        raise ValueError(f"unknown backend {name!r}; there are {', '.join(NAMES)}")
-    info = _backends()[name]
-    if not info.available:
-        raise RuntimeError(f"backend {name!r} is not available here: {info.detail}")
-    before, native.forced = native.forced, name
+    global forced
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
+    reason = BACKENDS[name].why_not(None)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} is not available here: {reason}")
+    before, forced = forced, name
     try:
         yield
     finally:
-        native.forced = before
+        forced = before
 
 
-def _why_not(name: str, logits: Tensor) -> str | None:
-    """Why ``name`` can't take these logits; None: it can."""
-    device = logits.device
-    if name == "cpu":
-        missing, fits = native.why_unavailable(), device.type == "cpu"
-    elif name == "cuda":
-        missing, fits = native.why_not_cuda(device.index or 0), native.on_cuda(logits)
-    else:
-        missing, fits = triton.why_not(device), True
-    if missing is not None:
-        return missing if device.type == "cpu" else f"logits are on {device}; {missing}"
-    if not fits:
-        return f"logits are on {device}, for which backend {name!r} has no kernel"
-    if logits.dtype not in native.DTYPES:
-        return f"logits are {logits.dtype}; the compiled kernels take float32, bfloat16 and float16"
-    return None
+def select(logits: Tensor, name: str | None = None) -> Backend:
+    """Return the backend for these logits. Taking the slow one is said once per reason.
+
+    Args:
+        logits: their device and dtype count.
+        name: the one that the caller wants, in the place of what ``use_backend`` forces.
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: the forced backend can't take these logits.
+    """
+    wanted, device = forced if name is None else name, logits.device
+    if wanted is None and device.type == "cpu" and logits.dtype in DTYPES and CPU_ALONE:
+        return CPU  # as what follows would say, in more microseconds
+    return BACKENDS[_choose(wanted, device, logits.dtype)]
 
 
-def _candidates(logits: Tensor) -> tuple[str, ...]:
-    if native.on_cuda(logits) or logits.device.type == "cuda":
-        return ("cuda", "triton")
-    return ("cpu",) if logits.device.type == "cpu" else ("triton",)
+def _choose(wanted: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """Its name, which is a constant to torch.compile."""
+    if wanted is not None and wanted not in BACKENDS:
+        raise ValueError(f"there is no backend {wanted!r}; there are {', '.join(BACKENDS)}")
+    if wanted is not None:
+        reason = BACKENDS[wanted].why_not(device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"backend {wanted!r} was forced, but {reason}")
+        return wanted
+    reasons = []
+    for backend in _candidates(device):
+        reason = backend.why_not(device, dtype)
+        if reason is None:
+            return backend.name
+        if reason not in reasons:
+            reasons.append(reason)
+    _warn_once("; ".join(reasons))
+    return EAGER.name
+
+
+# called when torch.compile traces, which can't put a warning into a graph; as assume_constant_result would do
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _candidates(device: torch.device) -> tuple[Backend, ...]:
+    if device.type in ("cuda", CUDA.device_type):
+        return (CUDA, TRITON) if device.type != "cpu" else (CUDA,)
+    return (CPU,) if device.type == "cpu" else (TRITON,)
+
+
+def _cpu_alone() -> bool:
+    """Whether the CPU kernels are there and no others (the host build of the CUDA kernels) take logits on the CPU."""
+    return CPU.why_not(None) is None and CUDA.device_type != "cpu"
+
+
+CPU_ALONE = _cpu_alone()
 
 
 def _warn_once(reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"dmfast runs on its slow eager backend: {reason}", stacklevel=4)
+        warn_caller(f"dmfast runs on its slow eager backend: {reason}")
 
 
-# called when torch.compile traces, which can't put a warning into a graph; as assume_constant_result would do
-_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def select(logits: Tensor) -> str:
-    """The backend for these logits. Taking the slow one is said once per reason.
-
-    Raises:
-        RuntimeError: the forced backend can't take these logits.
-    """
-    forced = native.forced
-    if forced is None and logits.device.type == "cpu" and logits.dtype in native.DTYPES and native.cpu_alone():
-        return "cpu"  # as what follows would say, in more microseconds
-    if forced == "eager":
-        return forced
-    if forced is not None and forced not in NAMES:
-        raise ValueError(f"DMFAST_BACKEND: unknown backend {forced!r}; there are {', '.join(NAMES)}")
-    reasons = []
-    for name in _candidates(logits) if forced is None else (forced,):
-        reason = _why_not(name, logits)
-        if reason is None:
-            return name
-        if reason not in reasons:
-            reasons.append(reason)
-    reason = "; ".join(reasons)
-    if forced is not None:
-        raise RuntimeError(f"backend {forced!r} was forced, but {reason}")
-    _warn_once(reason)
-    return "eager"
+def warn_caller(message: str) -> None:
+    """Warn at the line that called dmfast, however many frames of dmfast and torch lie between."""
+    ours = tuple(str(folder) + os.sep for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -1,18 +1,42 @@
-"""What the losses' autograd.Functions share."""
+"""The losses as autograd sees them: forward scores, backward writes the gradient of the logits, over them if asked.
+
+Under torch.compile ``ops.py`` takes this module's place.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..objectives import Objective, Terms
+from . import check_ops, eager
+from .backend import Backend, new_gradient
+from .batch import LOSS, LSE, WEIGHT, Batch, Scores
+from .form import form_loss, losses, reduce
 
-def once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuses a backward that is itself to be differentiated, whose result would silently be a constant."""
 
-    def refuse_twice(ctx: Any, *grads: Tensor | None) -> Any:
+class Options(NamedTuple):
+    """How a loss is called."""
+
+    reduction: str
+    divide_by: float  # what the sum over sequences is divided by; 0, under torch.compile: by their number
+    entropy: bool
+    inplace: bool  # the gradient overwrites the logits
+    expected: float | None  # the grad_output to fold into a gradient that forward writes; None: backward writes it
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Call ``function.apply``, which torch leaves untyped."""
+    return function.apply(*args)  # type: ignore[no-untyped-call]
+
+
+def refuses_double_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a backward so that it can't itself be differentiated: its result would silently be a constant."""
+
+    def refuse(ctx: Any, *grads: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "dmfast's losses can't be differentiated twice, and backward was called with create_graph=True; "
@@ -20,18 +44,149 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
             )
         return backward(ctx, *grads)
 
-    return refuse_twice
-
-
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply``, which torch leaves untyped."""
-    return function.apply(*args)  # type: ignore[no-untyped-call]
+    return refuse
 
 
 def expected_grad(weight_known: bool, dtype: torch.dtype, reduction: str, grad_scale: float | None) -> float | None:
-    """The grad_output to fold into a gradient written by forward, or None where that must wait for backward."""
+    """Return the grad_output to fold into a gradient written by forward, or None where that must wait for backward."""
     if not weight_known or reduction == "none":
         return None
     if grad_scale is None and dtype == torch.float16:
         return None  # without the scaler's factor small gradients would round to 0
     return 1.0 if grad_scale is None else float(grad_scale)
+
+
+_NOTHING = torch.empty(0)  # in a Batch kept for backward, whose tensors save_for_backward holds and watches
+
+
+def _save(ctx: Any, backend: Backend, batch: Batch, scores: Scores) -> None:
+    """Keep the batch for backward; tensors that were changed in between raise PyTorch's own error there.
+
+    The logits go in detached: that shares their version, and autograd would refuse to keep some views that changed.
+    """
+    ctx.backend, ctx.batch = backend, batch._replace(logits=_NOTHING, labels=_NOTHING, cu_seqlens=None)
+    ctx.save_for_backward(batch.logits.detach(), batch.labels, batch.cu_seqlens, scores.rows, scores.sequences)
+
+
+def _saved(ctx: Any) -> tuple[Batch, Tensor, Tensor]:
+    logits, labels, cu_seqlens, rows, sequences = ctx.saved_tensors
+    return ctx.batch._replace(logits=logits, labels=labels, cu_seqlens=cu_seqlens), rows, sequences
+
+
+class _LogProb(torch.autograd.Function):
+    """log pi per sequence."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, backend: Backend, batch: Batch, entropy: bool, inplace: bool
+    ) -> tuple[Tensor, Scores]:
+        scores = backend.forward(batch, None, entropy)
+        _save(ctx, backend, batch, scores)
+        ctx.inplace = inplace
+        return scores.log_prob.clone(), scores
+
+    @staticmethod
+    @refuses_double_backward
+    def backward(ctx: Any, grad_log_prob: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        batch, rows, _sequences = _saved(ctx)
+        dz = new_gradient(batch, ctx.inplace)
+        ctx.backend.backward(batch, rows.select(0, LSE), (-grad_log_prob.to(torch.float64)).contiguous(), 1.0, dz)
+        return dz, None, None, None, None
+
+
+class _Loss(torch.autograd.Function):
+    """The loss, its weight formed by the kernels.
+
+    With ``expected`` the weight is known and the gradient was written by forward. Where backward then brings another
+    grad_output and the logits are still there, the gradient is written anew, which costs what scaling it would and is
+    exact; a gradient in place is scaled.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, backend: Backend, batch: Batch, terms: Terms, options: Options
+    ) -> tuple[Tensor, Scores]:
+        ctx.dz, expected = None, options.expected
+        if expected is not None:
+            dz = new_gradient(batch, options.inplace)
+            factor = expected / options.divide_by
+            scores = backend.forward_backward(batch, terms, options.entropy, options.divide_by, factor, dz)
+            if not options.inplace:
+                ctx.dz = dz
+        else:
+            scores = backend.forward(batch, terms, options.entropy, options.divide_by)
+        _save(ctx, backend, batch, scores)
+        ctx.options = options
+        return reduced(scores, options.reduction), scores
+
+    @staticmethod
+    @refuses_double_backward
+    def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        batch, rows, sequences = _saved(ctx)
+        options: Options = ctx.options
+        backend: Backend = ctx.backend
+        inplace, expected, dz = options.inplace, options.expected, ctx.dz
+        if expected is not None and (inplace or dz is not None):
+            # the gradient is there already, multiplied by the grad_output that was expected
+            if inplace:
+                dz = batch.logits.detach()
+            ctx.dz = None  # given away: with retain_graph a second backward computes its own
+            backend.scale(batch, dz, 1.0 / expected, grad_loss)
+            if inplace:
+                # also where nothing was written: a second backward must not have this again
+                torch.autograd.graph.increment_version(batch.logits)
+            return dz, None, None, None, None
+        dz = new_gradient(batch, inplace)
+        lse, weight = rows.select(0, LSE), sequences.select(0, WEIGHT)
+        if options.reduction == "none":
+            backend.backward(batch, lse, weight * grad_loss.to(torch.float64), 1.0, dz)
+        else:
+            backend.backward(batch, lse, weight, 1.0 / options.divide_by, dz, grad_loss)
+        return dz, None, None, None, None
+
+
+def reduced(scores: Scores, reduction: str) -> Tensor:
+    """Return the loss that a backend has formed."""
+    if reduction == "none":
+        return scores.sequences.select(0, LOSS).clone()  # what is returned carries a gradient, and the block does not
+    assert scores.total is not None
+    return scores.total
+
+
+def log_prob(backend: Backend, batch: Batch, entropy: bool, inplace: bool, wants_grad: bool) -> tuple[Tensor, Scores]:
+    """Return log pi (B,), with gradient where one is wanted, and the scores."""
+    if backend.in_torch:
+        scored = eager.score(batch, entropy)
+        detached = scored.log_prob.detach()
+        nothing = torch.zeros_like(detached)
+        sequences = torch.stack([detached, nothing if scored.entropy is None else scored.entropy])
+        return scored.log_prob, Scores(scored.rows(), sequences)
+    if not wants_grad:
+        scores = backend.forward(batch, None, entropy)
+        return scores.log_prob, scores
+    found: tuple[Tensor, Scores] = apply(_LogProb, batch.logits, backend, batch, entropy, inplace)
+    return found
+
+
+def loss(backend: Backend, batch: Batch, terms: Terms, options: Options, wants_grad: bool) -> tuple[Tensor, Scores]:
+    """Return the reduced loss, with gradient where one is wanted, and the scores."""
+    if not backend.in_torch and isinstance(terms.objective, Objective):
+        if wants_grad:
+            found: tuple[Tensor, Scores] = apply(_Loss, batch.logits, backend, batch, terms, options)
+            return found
+        scores = backend.forward(batch, terms, options.entropy, options.divide_by)
+        return reduced(scores, options.reduction), scores
+    if not backend.records_faults:
+        batch = check_ops.checked(batch, terms)
+    given, scores = log_prob(backend, batch, options.entropy, options.inplace, wants_grad)
+    return from_log_prob(backend, batch, given, scores, terms, options)
+
+
+def from_log_prob(
+    backend: Backend, batch: Batch, given: Tensor, scores: Scores, terms: Terms, options: Options
+) -> tuple[Tensor, Scores]:
+    """Return the loss of log pi (B,), through which its gradient goes, and the scores with A."""
+    by = options.divide_by or max(batch.n_sequences, 1)
+    scores = form_loss(batch, scores.rows, given.detach(), scores.entropy, terms, by, backend.records_faults,
+                       scores.recorded)  # fmt: skip
+    return reduce(losses(scores.weight, given), options.reduction, by), scores

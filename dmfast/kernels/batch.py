@@ -1,15 +1,20 @@
-"""What goes into a kernel and what comes out: logits with the rows that are scored, per-sequence results."""
+"""What goes into a kernel and what comes out: logits with the rows that are scored, blocks of results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
+#: The label of a row that is not scored.
+IGNORE = -100
+#: Reads what a device has recorded about a call, and raises it.
+Recorded: TypeAlias = Callable[[], object]
 
-class Part(NamedTuple):
-    """Where the rows of a batch come from."""
+
+class Origin(NamedTuple):
+    """Where the rows of a batch come from, when they are a chunk of a larger one."""
 
     whole: Batch
     rows: Tensor  # (rows,) int64: which row of the whole each is
@@ -21,6 +26,10 @@ class Batch(NamedTuple):
 
     ``logits`` is (B,T,V) with any batch and time strides, or packed (N,V) with ``cu_seqlens``.
     ``labels`` is (rows,) int64, contiguous, one per row of logits in sequence order; -100 = not scored.
+
+    A batch may be a shard: its V logits are those of the tokens from ``vocab_start`` on, of a vocabulary of
+    ``whole_vocab``. A row whose label is in another shard is scored but not here: its exponentials count, the logit of
+    its label is absent, and its gradient is the softmax without the one-hot.
     """
 
     logits: Tensor
@@ -30,7 +39,9 @@ class Batch(NamedTuple):
     steps: int  # T; 0 when packed
     scale: float  # 1 / temperature
     softcap: float  # 0.0: none
-    part_of: Part | None = None  # for errors
+    vocab_start: int = 0
+    whole_vocab: int = 0  # 0: V, no shard
+    origin: Origin | None = None  # for errors
 
     @property
     def vocab(self) -> int:
@@ -38,24 +49,42 @@ class Batch(NamedTuple):
         return self.logits.shape[-1]
 
     @property
+    def n_tokens(self) -> int:
+        """The size of the vocabulary that labels are tokens of."""
+        return self.whole_vocab or self.logits.shape[-1]
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether a row holds a part of the vocabulary only."""
+        return self.n_tokens != self.vocab
+
+    @property
     def n_rows(self) -> int:
         """B * T, or N when packed."""
         return self.labels.shape[0]
 
+    @property
+    def first_sequence(self) -> int:
+        """The place of sequence 0 in the call."""
+        return 0 if self.origin is None else self.origin.first_sequence
 
-def flat(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, float, float]:
-    """What ``batch_of`` makes a batch of: the schemas of custom ops know tensors and numbers only."""
+
+Flat: TypeAlias = tuple[Tensor, Tensor, Tensor | None, float, float]
+
+
+def flat(batch: Batch) -> Flat:
+    """Return what ``batch_of`` makes a batch of: the schemas of custom ops know tensors and numbers only."""
     return batch.logits, batch.labels, batch.cu_seqlens, batch.scale, batch.softcap
 
 
 def batch_of(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float) -> Batch:
-    """The batch that is ``flat`` so."""
+    """Return the batch that is ``flat`` so."""
     packed = cu_seqlens is not None
     n = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else logits.shape[0]
     return Batch(logits, labels, cu_seqlens, n, 0 if packed else logits.shape[1], scale, softcap)
 
 
-class Draws(NamedTuple):
+class SampleRows(NamedTuple):
     """N rows of logits (N,V) to draw a token from each, checked."""
 
     logits: Tensor
@@ -66,16 +95,43 @@ class Draws(NamedTuple):
     softcap: float  # 0.0: none
 
 
-class Scores(NamedTuple):
-    """What one pass over the logits yields. All fp64; (B,) unless said otherwise."""
+# The columns of the two blocks of results; csrc/batch.h has the same.
+LSE, LABEL, ROW_ENTROPY = range(3)
+LOG_PROB, ENTROPY, LOG_RATIO, LOG_TARGET_RATIO, WEIGHT, LOSS, CLIPPED = range(7)
+#: How many columns the block of the sequences has where there are no terms, and where there are.
+ONLY_SCORED, WITH_TERMS = 2, 7
 
-    lse: Tensor  # (rows,)
-    log_prob: Tensor
-    entropy: Tensor | None
-    log_ratio: Tensor | None = None  # these are None when only scoring
-    log_target_ratio: Tensor | None = None
-    weight: Tensor | None = None
-    loss: Tensor | None = None  # -A log pi per sequence
-    total: Tensor | None = None  # 0-d: the sum of loss in sequence order, divided by what the call says
-    n_clipped: Tensor | None = None  # 0-d int64
-    recorded: tuple[Callable[[], object], ...] = ()  # each reads what a device recorded about its call, and raises it
+
+class Scores(NamedTuple):
+    """What one pass over the logits yields, fp64, without gradient.
+
+    ``rows`` is (2, R), or (3, R) with entropy: log-sum-exp, the label's logit after scale and softcap (0 where it is
+    not here), entropy. ``sequences`` is (7, B): log pi, entropy, log rho, log u, A, -A log pi, and 1 where max_weight
+    bounds A; where a pass only scores, it is (2, B). Of a shard ``sequences`` means nothing before its rows are put
+    together with those of the others, and is NaN.
+    """
+
+    rows: Tensor
+    sequences: Tensor
+    total: Tensor | None = None  # 0-d: the sum of the losses in sequence order, divided by what the call says
+    recorded: tuple[Recorded, ...] = ()
+
+    @property
+    def lse(self) -> Tensor:
+        """(R,) log-sum-exp of the scaled and capped logits; 0 for a row that is not scored."""
+        return self.rows.select(0, LSE)
+
+    @property
+    def log_prob(self) -> Tensor:
+        """(B,) log pi(x), nats."""
+        return self.sequences.select(0, LOG_PROB)
+
+    @property
+    def entropy(self) -> Tensor | None:
+        """(B,) nats, summed over scored rows; None where it was not asked for."""
+        return self.sequences.select(0, ENTROPY) if self.rows.shape[0] > ROW_ENTROPY else None
+
+    @property
+    def weight(self) -> Tensor:
+        """(B,) A."""
+        return self.sequences.select(0, WEIGHT)

@@ -1,13 +1,11 @@
-"""Checks in front of every backend. A kernel gets raw pointers, so what is wrong must be found here.
+"""Checks of arguments, in front of every backend. A kernel gets raw pointers, so what is wrong must be found here.
 
-``make_batch`` and ``make_terms`` look at shapes, dtypes and devices only (torch.compile traces them);
-``check_rows`` and ``check_terms`` look at the values and run where they are at hand, before anything relies on them.
+They look at shapes, dtypes and devices only, and torch.compile traces them. What tensors hold is ``faults.py``'s.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from numbers import Real
 from typing import TypeGuard
@@ -15,23 +13,31 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from ..objectives import INFINITE_AT_ZERO, OBJECTIVES, Objective, Terms, leave_one_out_baseline, plain_baseline
-from .batch import Batch, Draws
-from .fp64 import home
+from ..objectives import (
+    COLUMNS,
+    KINDS,
+    NO_CONSTANTS,
+    OBJECTIVES,
+    Objective,
+    Terms,
+    leave_one_out_baseline,
+    plain_baseline,
+)
+from .batch import IGNORE, Batch, SampleRows
+from .fp64 import per_sequence_device
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-IGNORE = -100
 
 
 def describe(x: object) -> str:
-    """An argument as error messages show it."""
+    """Return an argument as error messages show it."""
     if isinstance(x, Tensor):
         return f"{x.dtype} {tuple(x.shape)} on {x.device}"
     return f"{type(x).__name__} {x!r}"
 
 
 def is_integer(x: object) -> bool:
-    """Whether x is a tensor of integers; bool is none."""
+    """Return whether x is a tensor of integers; bool is none."""
     return isinstance(x, Tensor) and not (x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool)
 
 
@@ -71,8 +77,16 @@ def make_batch(
     cu_seqlens: Tensor | None,
     temperature: float,
     softcap: float | None,
+    vocab_start: int = 0,
+    whole_vocab: int = 0,
+    what: str = "logits",
 ) -> Batch:
-    """Checks everything about the logits and their labels that shapes and dtypes tell.
+    """Check everything about the logits and their labels that shapes and dtypes tell.
+
+    Args:
+        logits, tokens, mask, cu_seqlens, temperature, softcap: as in ``dm_loss``.
+        vocab_start, whole_vocab: of a shard; see ``Batch``.
+        what: what messages call the tensor that ``tokens`` are aligned with.
 
     Raises:
         TypeError: wrong dtype.
@@ -96,11 +110,12 @@ def make_batch(
             )
         if value.shape != shape:
             raise ValueError(
-                f"{name} must have the shape of logits without V, {tuple(shape)}, got {describe(value)}; "
-                "logits[:, t] scores tokens[:, t]: use dmfast.shift_labels to align a model's input_ids"
+                f"{name} must have the shape of {what} without {'V' if what == 'logits' else 'D'}, {tuple(shape)}, got "
+                f"{describe(value)}; {what}[:, t] scores tokens[:, t]: use dmfast.shift_labels to align a model's "
+                "input_ids"
             )
         if value.device != logits.device:
-            raise ValueError(f"{name} is on {value.device}, logits on {logits.device}; move it there")
+            raise ValueError(f"{name} is on {value.device}, {what} on {logits.device}; move it there")
     if tokens.dtype == torch.bool:
         raise TypeError("tokens must be an integer tensor, got bool; did you swap tokens and mask?")
     _check_scaling(temperature, softcap)
@@ -110,7 +125,7 @@ def make_batch(
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
             raise ValueError(f"cu_seqlens must be (B+1,), got {describe(cu_seqlens)}")
         if cu_seqlens.device != logits.device:
-            raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, logits on {logits.device}; move it there")
+            raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, {what} on {logits.device}; move it there")
         cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
     labels = tokens if tokens.dtype is torch.int64 else tokens.to(torch.int64)
     if mask is not None:
@@ -123,15 +138,17 @@ def make_batch(
         steps=0 if packed else logits.shape[1],
         scale=1.0 / float(temperature),
         softcap=float(softcap or 0.0),
+        vocab_start=vocab_start,
+        whole_vocab=whole_vocab,
     )
 
 
 # those without a parameter of their own, made once; a dict that a call fills would have torch.compile compile again
-_BY_NAME = {name: Objective(name) for name in OBJECTIVES if name not in ("reinforce_p", "kl_control")}
+_BY_NAME = {name: Objective(name) for name, kind in KINDS.items() if kind.parameter is None}
 
 
 def make_objective(objective: str | Objective | Callable[[Terms], Tensor]) -> Objective | Callable[[Terms], Tensor]:
-    """A name becomes an ``Objective``; a function of ``Terms`` stays one."""
+    """Return the ``Objective`` of a name; a function of ``Terms`` stays one."""
     if isinstance(objective, str):
         return _BY_NAME[objective] if objective in _BY_NAME else Objective(objective)
     if isinstance(objective, Objective) or callable(objective):
@@ -146,7 +163,7 @@ def make_linear_batch(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, mask: Tensor | None,
     cu_seqlens: Tensor | None, temperature: float, softcap: float | None, chunk_bytes: int | None,
 ) -> Batch:  # fmt: skip
-    """``make_batch`` for hidden states and a head. The logits of the batch are a stand-in for those to come.
+    """Do ``make_batch`` for hidden states and a head. The logits of the batch are a stand-in for those to come.
 
     Raises:
         TypeError: wrong dtype.
@@ -180,34 +197,31 @@ def make_linear_batch(
         raise ValueError(f"chunk_bytes must be a positive integer, got {chunk_bytes!r}")
     v = weight.shape[0]
     logits = hidden.detach().new_empty(v).as_strided((*hidden.shape[:-1], v), (*[0] * (dims - 1), 1))
-    return make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap)
+    return make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap, what="hidden")
 
 
-def _per_sequence(name: str, value: Tensor | float, device: torch.device, to: torch.device, n: int) -> Tensor:
-    if isinstance(value, Tensor):
-        dtype = value.dtype
+def _per_sequence(name: str, value: Tensor, device: torch.device, to: torch.device, n: int) -> Tensor:
+    """(n,) in fp32 or fp64 where per-sequence values live, without gradient."""
+    dtype = value.dtype
+    if dtype is not torch.float64 and dtype is not torch.float32:
         if not dtype.is_floating_point:
             raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
-        if dtype not in (torch.float64, torch.float32) and name != "reward":
+        if name != "reward":
             raise TypeError(
                 f"{name} must be float32 or float64, got {describe(value)}: in 16 bits a log-probability of -1,000 is "
                 "off by up to 2 nats; compute it in float32"
             )
-        given_on = value.device
-        if given_on not in (device, to):
-            raise ValueError(f"{name} is on {given_on}, logits on {device}; move it there")
-        if value.shape != (n,) and not (name == "log_z" and value.dim() == 0):
-            raise ValueError(f"{name} must have one value per sequence, ({n},), got {describe(value)}")
-        if value.requires_grad:
-            value = value.detach()
-        if dtype is torch.float64:
-            value = value.resolve_neg()  # itself, but for a view whose memory holds -value
+    given_on = value.device
+    if given_on not in (device, to):
+        raise ValueError(f"{name} is on {given_on}, logits on {device}; move it there")
+    if value.dim() != 1 or value.shape[0] != n:
+        if name == "log_z" and value.dim() == 0:
+            value = value.expand(n)
         else:
-            value = value.double() if to == device else value.to(to).double()
-        return value.contiguous() if value.dim() else value.expand(n).contiguous()
-    if name == "log_z" and _is_number(value):
-        return torch.full((n,), value, dtype=torch.float64, device=to)
-    raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
+            raise ValueError(f"{name} must have one value per sequence, ({n},), got {describe(value)}")
+    if value.requires_grad:
+        value = value.detach()
+    return value if given_on == to else value.to(to)
 
 
 def make_terms(
@@ -223,31 +237,37 @@ def make_terms(
     reward: Tensor | None,
     log_base: Tensor | None,
 ) -> Terms:
-    """The per-sequence inputs in fp64, with what the objective needs and the baseline of this call.
+    """Return the per-sequence inputs in fp64, with what the objective needs and the baseline of this call.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device, or an input that the objective lacks.
     """
     objective = make_objective(objective)
     device, n = batch.logits.device, batch.n_sequences
-    to = home(device)
-    inputs = {
-        "log_proposal": log_proposal, "log_target": log_target, "log_z": log_z, "reward": reward, "log_base": log_base,
-    }  # fmt: skip
-    given = {
-        name: None if value is None else _per_sequence(name, value, device, to, n) for name, value in inputs.items()
-    }
+    to = per_sequence_device(device)
+    columns, present, given, constants = [], 0, 0, NO_CONSTANTS
+    for c, value in enumerate((log_proposal, log_target, log_z, reward, log_base)):
+        if value is None:
+            continue
+        given |= 1 << c
+        if isinstance(value, Tensor):
+            columns.append(_per_sequence(COLUMNS[c], value, device, to, n))
+            present |= 1 << c
+        elif COLUMNS[c] == "log_z" and _is_number(value):
+            constants = (0.0, 0.0, float(value), 0.0, 0.0, 0.0)
+        else:
+            raise TypeError(f"{COLUMNS[c]} must be a floating-point tensor, got {describe(value)}")
+    if on_policy is not True and on_policy is not False:
+        raise TypeError(f"on_policy must be True or False, got {on_policy!r}")
     if isinstance(objective, Objective):
-        missing = [name for name in objective.needs if given[name] is None]
+        missing = [name for name in objective.needs if not given >> COLUMNS.index(name) & 1]
         if missing:
             raise ValueError(f"objective {objective.name!r} needs {' and '.join(missing)}")
-        if given["log_proposal"] is None and not on_policy:
+        if not given & 1 and not on_policy:
             raise ValueError(
                 f"objective {objective.name!r} needs log_proposal, the log-probability of each sequence under what it "
                 "was sampled from; or on_policy=True where that is the policy itself"
             )
-    if on_policy is not True and on_policy is not False:
-        raise TypeError(f"on_policy must be True or False, got {on_policy!r}")
     if max_weight is not None and not _number(max_weight) > 0:
         raise ValueError(f"max_weight must be a positive number or None, got {max_weight!r}")
     if context_id is not None and (
@@ -256,23 +276,36 @@ def make_terms(
         raise ValueError(f"context_id must be an integer tensor ({n},), got {describe(context_id)}")
     bound = math.inf if max_weight is None else float(max_weight)
     baseline = plain_baseline(objective, n, to)
-    if isinstance(baseline, Tensor) and baseline.shape != (n,):
-        raise ValueError(f"a baseline tensor must be ({n},), got {describe(baseline)}")
     if isinstance(baseline, str):
-        terms = Terms(objective, on_policy, bound, **given)
+        block = _block(columns, n, to)
+        terms = Terms(objective, on_policy, bound, block, present, given, constants)
         context_id = None if context_id is None else context_id.to(to)
         baseline = leave_one_out_baseline(terms, context_id, n, to)
-    return Terms(objective, on_policy, bound, **given, baseline=baseline)
+    if isinstance(baseline, Tensor):
+        if baseline.shape != (n,):
+            raise ValueError(f"a baseline tensor must be ({n},), got {describe(baseline)}")
+        columns.append(baseline)
+        present, given = present | 32, given | 32
+    elif baseline is not None:
+        given, constants = given | 32, (*constants[:5], baseline)
+    return Terms(objective, on_policy, bound, _block(columns, n, to), present, given, constants)
+
+
+def _block(columns: list[Tensor], n: int, device: torch.device) -> Tensor:
+    if not columns:
+        return torch.empty(0, n, dtype=torch.float64, device=device)
+    # one operation for all columns, and one more where they are not all fp64
+    return torch.stack(columns).double()
 
 
 def check_call(
     batch: Batch,
     reduction: str = "mean",
-    num_sequences: float | None = None,
+    num_sequences: float | Tensor | None = None,
     grad_scale: float | None = None,
     inplace: bool = False,
 ) -> None:
-    """The options of a call.
+    """Check the options of a call.
 
     Raises:
         ValueError: an unknown reduction, a number out of range, in place on a tensor that can't be overwritten.
@@ -280,9 +313,16 @@ def check_call(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     # beyond 1e30 a gradient leaves fp32's range
-    for name, value in (("num_sequences", num_sequences), ("grad_scale", grad_scale)):
-        if value is not None and not 1e-30 <= _number(value) <= 1e30:
-            raise ValueError(f"{name} must be a positive number, from 1e-30 to 1e30, or None; got {value!r}")
+    if isinstance(num_sequences, Tensor):
+        if num_sequences.dim() or num_sequences.dtype.is_complex or num_sequences.dtype == torch.bool:
+            raise ValueError(f"num_sequences must be a number or a 0-d tensor, got {describe(num_sequences)}")
+    elif num_sequences is not None and not 1e-30 <= _number(num_sequences) <= 1e30:
+        raise ValueError(
+            f"num_sequences must be a positive number, from 1e-30 to 1e30, or None, or a 0-d tensor; got "
+            f"{num_sequences!r}"
+        )
+    if grad_scale is not None and not 1e-30 <= _number(grad_scale) <= 1e30:
+        raise ValueError(f"grad_scale must be a positive number, from 1e-30 to 1e30, or None; got {grad_scale!r}")
     if num_sequences is not None and reduction != "mean":
         raise ValueError(f"num_sequences is what reduction='mean' divides by; got reduction={reduction!r}")
     if inplace and torch.is_grad_enabled() and batch.logits.requires_grad:
@@ -311,7 +351,7 @@ def check_call(
 
 
 def check_weight_tensor(weight: object, batch: Batch) -> None:
-    """What a user's own objective returned.
+    """Check what a user's own objective returned.
 
     Raises:
         TypeError, ValueError: not an fp64 (B,) tensor.
@@ -322,8 +362,8 @@ def check_weight_tensor(weight: object, batch: Batch) -> None:
 
 def make_draws(
     logits: Tensor, seed: int, row_ids: Tensor | None, step: int, temperature: float, softcap: float | None
-) -> Draws:
-    """Checks everything about rows to sample from that shapes and dtypes tell.
+) -> SampleRows:
+    """Check everything about rows to sample from that shapes and dtypes tell.
 
     Raises:
         TypeError: wrong dtype.
@@ -344,230 +384,4 @@ def make_draws(
         if row_ids.device != logits.device:
             raise ValueError(f"row_ids is on {row_ids.device}, logits on {logits.device}; move it there")
         row_ids = row_ids.to(torch.int64).contiguous()
-    return Draws(logits.detach(), seed % 2**64, row_ids, step, 1.0 / float(temperature), float(softcap or 0.0))
-
-
-def check_draws(draws: Draws) -> Draws:
-    """The logits, by value. Returns the draws.
-
-    Raises:
-        ValueError: a row that is no distribution.
-    """
-    z = draws.logits
-    bad = ~(z < math.inf).all(-1) | (z == -math.inf).all(-1)
-    if bool(bad.any()):
-        raise_bad_draw(draws, _first(bad))
-    return draws
-
-
-def raise_bad_draw(draws: Draws, row: int) -> None:
-    """Raises:
-    ValueError: a row that is no distribution.
-    """
-    which = "" if draws.row_ids is None else f" (row id {int(draws.row_ids[row])})"
-    raise ValueError(
-        f"logits hold NaN or +inf, or nothing but -inf, in row {row}{which}: no token can be drawn; the model has "
-        "diverged or its input is masked wrongly"
-    )
-
-
-def _first(bad: Tensor) -> int:
-    return int(bad.nonzero()[0])
-
-
-def place(batch: Batch, row: int) -> str:
-    """Where a row of logits lies, as (sequence, position)."""
-    if batch.part_of is not None:
-        return place(batch.part_of.whole, int(batch.part_of.rows[row]))
-    if batch.cu_seqlens is None:
-        return f"(sequence {row // batch.steps}, position {row % batch.steps})"
-    starts = batch.cu_seqlens.tolist()
-    sequence = max(i for i in range(batch.n_sequences) if starts[i] <= row)
-    return f"(sequence {sequence}, position {row - starts[sequence]}; packed row {row})"
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def check_memory(logits: Tensor) -> None:
-    """Of a FakeTensor or a DTensor the address is 0.
-
-    Raises:
-        TypeError: logits are one.
-    """
-    if type(logits) in _PLAIN:
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a FakeTensor's address is "deprecated"
-        if logits.numel() and not logits.data_ptr():
-            raise TypeError(
-                f"logits are a {type(logits).__name__} and have no memory that a kernel could read: pass a local "
-                "tensor (a DTensor's full_tensor()), trace with torch.compile or torch.export, or take "
-                "dmfast.use_backend('eager')"
-            )
-
-
-def check_cu_seqlens(batch: Batch) -> None:
-    """Where sequences start, by value.
-
-    Raises:
-        ValueError: they are out of order.
-    """
-    if batch.cu_seqlens is None:
-        return
-    starts, n = batch.cu_seqlens.cpu(), batch.n_rows
-    if int(starts[0]) != 0 or int(starts[-1]) != n or bool((starts.diff() < 0).any()):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to N = {n}, the number of packed rows; got {starts[:8].tolist()}"
-            f"{'...' if starts.shape[0] > 8 else ''} ending at {int(starts[-1])}"
-        )
-
-
-def check_rows(batch: Batch) -> None:
-    """Token ids and cu_seqlens, by value.
-
-    Raises:
-        ValueError: with the first place.
-    """
-    check_cu_seqlens(batch)
-    if batch.n_rows == 0:
-        return
-    low, high = torch.aminmax(batch.labels)
-    if int(low) >= 0 and int(high) < batch.vocab:
-        return
-    bad = ((batch.labels < 0) & (batch.labels != IGNORE)) | (batch.labels >= batch.vocab)
-    if bool(bad.any()):
-        row = _first(bad)
-        raise ValueError(
-            f"tokens holds {int(batch.labels[row])} at {place(batch, row)}; a token id must be in "
-            f"[0, {batch.vocab}), or {IGNORE} for a position that is not scored"
-        )
-
-
-def check_logits(batch: Batch) -> Batch:
-    """``check_rows``, and the logits of scored rows by value: for backends whose kernels don't look. Returns the batch.
-
-    Raises:
-        ValueError: as ``check_rows``; NaN or +inf, with the first place.
-    """
-    check_rows(batch)
-    rows = batch.logits.detach().reshape(batch.n_rows, batch.vocab)
-    bad = ~(rows < math.inf).all(-1) & (batch.labels != IGNORE)
-    if bool(bad.any()):
-        raise_bad_row(batch, _first(bad))
-    return batch
-
-
-def check_labels(token_log_prob: Tensor, batch: Batch) -> Tensor:
-    """The log-probability of every label, (rows,) and 0 where none is scored. Returns it.
-
-    Raises:
-        ValueError: -inf, or NaN, which a row of nothing but -inf gives; with the first place.
-    """
-    never = ~(token_log_prob.detach() > -math.inf)
-    if bool(never.any()):
-        raise_bad_label(batch, _first(never))
-    return token_log_prob
-
-
-def _check_values(name: str, value: Tensor | None, minus_infinity: str | None, first_sequence: int) -> None:
-    """minus_infinity: None where it is allowed, else what to do about it."""
-    if value is None or value.shape[0] == 0:
-        return
-    if math.isfinite(float(value.sum())):
-        return
-    bad = ~(value < math.inf) if minus_infinity is None else ~value.isfinite()
-    if bool(bad.any()):
-        i = _first(bad)
-        hint = "" if minus_infinity is None or float(value[i]) != -math.inf else f"; {minus_infinity}"
-        raise ValueError(f"{name} holds {float(value[i])} at sequence {first_sequence + i}{hint}")
-
-
-def _check_left_out(baseline: Tensor, first_sequence: int) -> None:
-    bad = ~baseline.isfinite()
-    if bool(bad.any()):
-        raise ValueError(
-            f"the baseline of sequence {first_sequence + _first(bad)}, which leaves it out, is "
-            f"{float(baseline[_first(bad)])}: the return of another sequence is infinite, whose log_target is -inf or "
-            "far above its log_proposal; drop that one, or take a constant baseline"
-        )
-
-
-def check_terms(terms: Terms, first_sequence: int = 0) -> None:
-    """The per-sequence inputs of sequences from ``first_sequence`` on, by value.
-
-    Raises:
-        ValueError: NaN or +inf, or a -inf that the objective has no finite weight for.
-    """
-    first = first_sequence
-    impossible = "a sequence that q can't draw can't have been drawn from it"
-    _check_values("log_proposal", terms.log_proposal, impossible, first)
-    _check_values("log_target", terms.log_target, None, first)
-    _check_values("log_z", terms.log_z, None, first)
-    _check_values("reward", terms.reward, "a reward must be finite", first)
-    _check_values("log_base", terms.log_base, "the base gives this sequence probability 0; set max_weight or drop it"
-                  if terms.max_weight == math.inf else None, first)  # fmt: skip
-    objective = terms.objective
-    if isinstance(terms.baseline, Tensor):
-        if isinstance(objective, Objective) and isinstance(objective.baseline, str):
-            _check_left_out(terms.baseline, first)
-        else:
-            _check_values("baseline", terms.baseline, "a baseline must be finite", first)
-    if (
-        isinstance(objective, Objective)
-        and objective.name in INFINITE_AT_ZERO
-        and terms.max_weight == math.inf
-        and terms.log_target is not None
-        and bool((terms.log_target == -math.inf).any())
-    ):
-        allowed = ", ".join(name for name in OBJECTIVES if name not in INFINITE_AT_ZERO)
-        raise ValueError(
-            f"objective {objective.name!r} is infinite where P(x) = 0, which is so for sequence "
-            f"{first + _first(terms.log_target == -math.inf)} (log_target = -inf); set max_weight, or use one of "
-            f"{allowed}"
-        )
-
-
-def check_weights(weight: Tensor, first_sequence: int = 0) -> Tensor:
-    """Returns the weights, of sequences from ``first_sequence`` on.
-
-    Raises:
-        ValueError: a weight beyond fp32's range, or NaN.
-    """
-    bad = ~(weight.abs() <= torch.finfo(torch.float32).max)
-    if bool(bad.any()):
-        raise_weight(_first(bad), weight, first_sequence)
-    return weight
-
-
-def raise_weight(i: int, weight: Tensor, first_sequence: int = 0) -> None:
-    """Raises:
-    ValueError: says which sequence has a weight that no fp32 holds.
-    """
-    a = float(weight[i])
-    if math.isnan(a):
-        raise ValueError(f"the weight A of sequence {first_sequence + i} is NaN: the objective has no value there")
-    raise ValueError(
-        f"the weight A of sequence {first_sequence + i} is {a}, beyond fp32's range: its ratio to the "
-        "proposal is out of hand. Check log_proposal and log_z for this sequence, or bound weights with max_weight"
-    )
-
-
-def raise_bad_row(batch: Batch, row: int) -> None:
-    """Raises:
-    ValueError: NaN or +inf among the logits of a scored row.
-    """
-    raise ValueError(
-        f"logits hold NaN or +inf at {place(batch, row)}, a scored position; the model has diverged or its input is "
-        "masked wrongly"
-    )
-
-
-def raise_bad_label(batch: Batch, row: int) -> None:
-    """Raises:
-    ValueError: the label's own logit is -inf.
-    """
-    raise ValueError(
-        f"the logit of token {int(batch.labels[row])} at {place(batch, row)} is -inf: the policy gives the sequence "
-        "probability 0. Mask the position, or don't mask this token's logit"
-    )
+    return SampleRows(logits.detach(), seed % 2**64, row_ids, step, 1.0 / float(temperature), float(softcap or 0.0))

@@ -1,60 +1,159 @@
-"""What a call on a CUDA device needs beside what ``native.py`` does for every device: its stream, memory for the
-counters of blocks, and faults, which the device records and the host reads later.
+"""The compiled CUDA kernels (``csrc/cuda``): a call returns when its kernels are queued, and the device records faults.
 
 ``_C.cuda`` may also be a build of the same kernels for the host (``scripts/ci/host_cuda.sh``), whose device is the CPU.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import reduce
-from typing import Any, NamedTuple, TypeAlias
+import math
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import objectives
 from ..objectives import Terms
-from . import checks
-from .batch import Batch, Draws
-
-Recorded: TypeAlias = Callable[[], object]  # reads what a device has recorded, and raises it
-_BAD_ROW, _BAD_LABEL = 1, 2  # as csrc/batch.h numbers faults; the others say which check to ask
-_WEIGHT_PLACE = 1 << 59  # csrc/cuda/loss.h
+from . import extension, faults
+from .backend import overwritten
+from .batch import Batch, SampleRows, Scores
 
 
-def synchronous() -> bool:
-    """DMFAST_SYNC_CHECKS=1: every call waits for its kernels and raises at once."""
-    return os.environ.get("DMFAST_SYNC_CHECKS", "0") not in ("", "0")
+class Cuda:
+    """The backend ``cuda``."""
+
+    name = "cuda"
+    records_faults = True
+    in_torch = False
+
+    @property
+    def device_type(self) -> str | None:
+        """The type of the devices that the kernels were built for; None where there are none."""
+        if extension._C is None or not hasattr(extension._C, "cuda"):
+            return None
+        return str(extension._C.cuda.device_type)
+
+    def why_not(self, device: torch.device | None, dtype: torch.dtype | None = None) -> str | None:
+        """Return None where it can run, else the reason. Asked of no device, it makes no context on one."""
+        missing = extension.why_not()
+        if missing is not None:
+            return missing
+        of_build = self.device_type
+        if of_build is None:
+            return (
+                "dmfast was installed without its CUDA kernels (no nvcc at install time, or DMFAST_BUILD=cpu); "
+                "reinstall with DMFAST_BUILD=cuda"
+            )
+        if device is None:
+            # in a process that has a context, all is known; else only what needs none
+            here = of_build == "cpu" or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+            index = -1 if not here else 0 if of_build == "cpu" else torch.cuda.current_device()
+            return why_not_on(index)
+        if device.type != of_build:
+            return f"logits are on {device}, for which backend 'cuda' has no kernel"
+        missing = why_not_on(device.index or 0)
+        return missing if missing is not None or dtype is None else extension.why_not_dtype(dtype)
+
+    def detail(self) -> str:
+        """Return what it takes."""
+        return (
+            "fp32, bf16 and fp16 logits on NVIDIA GPUs; what rows hold is checked by out.check(), or at once with "
+            "DMFAST_SYNC_CHECKS=1"
+        )
+
+    def forward(self, batch: Batch, terms: Terms | None, entropy: bool, divide_by: float = 1.0) -> Scores:
+        """Return the scores; see ``Backend``."""
+        assert extension._C is not None
+        assert terms is None or not batch.is_shard
+        scores = _queue(extension._C.cuda.forward, batch, terms, entropy, divide_by)
+        if batch.is_shard:
+            scores.sequences.fill_(math.nan)
+        return scores
+
+    def backward(
+        self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None
+    ) -> None:
+        """Write the gradient; see ``Backend``."""
+        assert extension._C is not None
+        extension._C.cuda.backward(
+            extension.batch_struct(batch), lse.data_ptr(), weight.data_ptr(), factor, extension.pointer(upstream),
+            dz.data_ptr(), *extension.row_strides(dz, batch), _only_stream(dz),
+        )  # fmt: skip
+        overwritten(batch, dz)
+
+    def forward_backward(
+        self, batch: Batch, terms: Terms, entropy: bool, divide_by: float, factor: float, dz: Tensor
+    ) -> Scores:
+        """Return the scores and write the gradient; see ``Backend``."""
+        assert extension._C is not None and not batch.is_shard
+        gradient = (factor, dz.data_ptr(), *extension.row_strides(dz, batch))
+        return _queue(extension._C.cuda.forward_backward, batch, terms, entropy, divide_by, *gradient, dz=dz)
+
+    def scale(self, batch: Batch, dz: Tensor, factor: float, upstream: Tensor) -> None:
+        """Multiply a gradient; see ``Backend``."""
+        assert extension._C is not None
+        extension._C.cuda.scale(
+            extension.batch_struct(batch), factor, upstream.data_ptr(), dz.data_ptr(),
+            *extension.row_strides(dz, batch), _only_stream(dz),
+        )  # fmt: skip
+
+    def scale_matrix(self, x: Tensor, factor: float, upstream: Tensor) -> None:
+        """Multiply a matrix; see ``Backend``."""
+        assert extension._C is not None
+        if x.numel():
+            extension._C.cuda.scale(*extension.matrix_arguments(x, factor, upstream), _only_stream(x))
+
+    def sample(self, rows: SampleRows, uniforms: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return tokens and their log_prob; see ``Backend``."""
+        assert extension._C is not None
+        tokens, log_prob = extension.make_draws(rows)
+        work = make_workspace(rows.logits, 0)
+        first = extension.rows_arguments(rows, uniforms)
+        extension._C.cuda.sample(*first, tokens.data_ptr(), log_prob.data_ptr(), work.struct)
+        if not rows.logits.shape[0]:
+            work.status.fill_(-1)  # nothing was launched
+        return tokens, log_prob, work.status
+
+
+@cache
+def why_not_on(device: int) -> str | None:
+    """Return why the kernels can't run on a device. Known once: it is asked at every call."""
+    assert extension._C is not None
+    return extension._C.cuda.why_not(device) or None
 
 
 def stream_of(x: Tensor) -> tuple[int, int]:
-    """Index of the device, and the handle of its current stream."""
+    """Return the index of the device, and the handle of its current stream."""
     if x.device.type == "cpu":
         return 0, 0
     stream = torch.cuda.current_stream(x.device)
     return stream.device.index, stream.cuda_stream
 
 
+def _only_stream(x: Tensor) -> Any:
+    """A workspace for a kernel that counts nothing."""
+    assert extension._C is not None
+    return extension._C.cuda.Workspace(*stream_of(x), 0, 0, 0)
+
+
 class Workspace(NamedTuple):
-    """Memory of one call. ``native.py`` keeps it until the kernel is queued; torch's allocator, until it has run."""
+    """Memory of one call. It is kept until the kernel is queued; torch's allocator keeps it until it has run."""
 
     device: int
     stream: int
-    values: Tensor
+    faults: Tensor
     counters: Tensor
     status: Tensor  # 0-d int64
 
     @property
-    def arguments(self) -> tuple[int, int, int, int, int]:
-        """For ``_C.cuda.Workspace``."""
-        return self.device, self.stream, self.values.data_ptr(), self.counters.data_ptr(), self.status.data_ptr()
+    def struct(self) -> Any:
+        """As the kernels take it."""
+        assert extension._C is not None
+        pointers = (self.faults.data_ptr(), self.counters.data_ptr(), self.status.data_ptr())
+        return extension._C.cuda.Workspace(self.device, self.stream, *pointers)
 
 
-def make_workspace(x: Tensor, n_values: int, n_counters: int) -> Workspace:
-    """Memory on the device of x, for its current stream.
+def make_workspace(x: Tensor, n_sequences: int) -> Workspace:
+    """Return memory on the device of x, for its current stream.
 
     Counters too are new at every call, for a memset of a few KB: kept ones would be shared by streams, by graphs that
     may be replayed on any, and with torch.compile's pools of memory, which take back what they gave.
@@ -62,109 +161,36 @@ def make_workspace(x: Tensor, n_values: int, n_counters: int) -> Workspace:
     like: dict[str, Any] = {"device": x.device}
     return Workspace(
         *stream_of(x),
-        torch.empty(n_values, dtype=torch.float64, **like),
-        torch.zeros(n_counters, dtype=torch.int32, **like),
+        torch.empty(n_sequences, dtype=torch.int64, **like),
+        torch.zeros(n_sequences + 1, dtype=torch.int32, **like),
         torch.empty((), dtype=torch.int64, **like),
     )
 
 
 def with_order(batch: Batch) -> Batch:
-    """The batch with cu_seqlens that no kernel can be led astray by. Where they are out of order, which the host can't
-    see without waiting, no label is a token, so that all sequences have a fault."""
+    """Return the batch with cu_seqlens that no kernel can be led astray by. Where they are out of order, which the host
+    can't see without waiting, no label is a token, so that all sequences have a fault."""
     starts, n = batch.cu_seqlens, batch.n_rows
-    if starts is None or batch.part_of is not None:
+    if starts is None or batch.origin is not None:
         return batch
     if batch.n_sequences == 0 and n > 0:
-        checks.check_rows(batch)
+        faults.check_rows(batch)
     ordered = (starts[0] == 0) & (starts[-1] == n) & (starts.diff() >= 0).all()
     instead = torch.zeros_like(starts)
     instead[-1] = n
     return batch._replace(
-        cu_seqlens=torch.where(ordered, starts, instead), labels=torch.where(ordered, batch.labels, batch.vocab)
+        cu_seqlens=torch.where(ordered, starts, instead), labels=torch.where(ordered, batch.labels, batch.n_tokens)
     )
 
 
-@dataclass(frozen=True, eq=False)
-class RowFaults:
-    """Raises the first fault of a call as the CPU would have, once the host may wait. Not a closure, so that a graph of
-    torch.compile can give it back."""
-
-    batch: Batch  # without its logits
-    terms: Terms | None
-    log_prob: Tensor
-    status: Tensor  # 0-d int64, -1: none
-
-    def __call__(self) -> None:
-        """Reads on the host."""
-        batch, terms, code = self.batch, self.terms, int(self.status)
-        if code < 0:
-            return
-        place, fault = divmod(code, 8)
-        if fault == _BAD_ROW:
-            checks.raise_bad_row(batch, place)
-        if fault == _BAD_LABEL:
-            checks.raise_bad_label(batch, place)
-        checks.check_rows(batch)
-        assert terms is not None
-        first = batch.part_of.first_sequence if batch.part_of is not None else 0
-        checks.check_terms(terms, first)
-        # what scores.weight has 0 for
-        checks.check_weights(objectives.clipped_weights(terms, self.log_prob), first)
-        raise RuntimeError(f"dmfast: the device refused an input or the weight of sequence {place - _WEIGHT_PLACE}")
-
-
-def row_faults(batch: Batch, terms: Terms | None, log_prob: Tensor, status: Tensor) -> RowFaults:
-    """Does not keep the logits."""
-    return RowFaults(batch._replace(logits=batch.logits.new_empty(0, batch.vocab)), terms, log_prob, status)
-
-
-@dataclass(frozen=True, eq=False)
-class WeightFaults:
-    """Raises what the rows, the inputs or the weights that torch made of them are at fault for."""
-
-    rows: tuple[Recorded, ...]
-    terms: Terms
-    weight: Tensor  # (B,) as made
-    first_sequence: int
-
-    def __call__(self) -> None:
-        """Reads on the host."""
-        for rows in self.rows:
-            rows()
-        checks.check_terms(self.terms, self.first_sequence)
-        checks.check_weights(self.weight, self.first_sequence)
-
-
-def settle_draws(draws: Draws, status: Tensor) -> None:
-    """Raises the first row that was no distribution, if the host is to wait for it."""
-    if synchronous() and int(status) >= 0:
-        checks.raise_bad_draw(draws, int(status))
-
-
-def settle(check: Recorded) -> tuple[Recorded, ...]:
-    """What is left to be read by ``out.check()``."""
-    if not synchronous():
-        return (check,)
-    check()
-    return ()
-
-
-def inputs_ok(terms: Terms) -> Tensor | bool:
-    """Which sequences (B,) have per-sequence inputs that ``checks.check_terms`` allows: the twin of csrc/cuda/loss.cu's
-    for weights that torch makes. Few operations, since each is a launch."""
-    finite = [terms.log_proposal, terms.reward, terms.baseline]
-    below_infinity = [terms.log_target, terms.log_z]
-    (finite if terms.max_weight == torch.inf else below_infinity).append(terms.log_base)
-    ok: Tensor | bool = True
-    if given := [x for x in finite if isinstance(x, Tensor)]:
-        ok = reduce(torch.add, given).isfinite()  # inf - inf is NaN
-    if given := [x for x in below_infinity if isinstance(x, Tensor)]:
-        ok = ok & (reduce(torch.maximum, given) < torch.inf)  # NaN stays in a maximum
-    return ok
-
-
-def usable(weight: Tensor, log_prob: Tensor, terms: Terms) -> Tensor:
-    """Weights (B) made by torch, 0 where fp32 can't hold them and in sequences with a fault: of a row, whose log_prob
-    is NaN, or of an input, on which the weight may not depend."""
-    ok = (weight.abs() <= torch.finfo(torch.float32).max) & ~log_prob.isnan() & inputs_ok(terms)
-    return torch.where(ok, weight, 0.0)
+def _queue(kernel: Any, batch: Batch, terms: Terms | None, entropy: bool, divide_by: float, *gradient: float,
+           dz: Tensor | None = None) -> Scores:  # fmt: skip
+    """Call a kernel, which answers later."""
+    given, batch = batch, with_order(batch)
+    scores, outputs = extension.make_outputs(batch, terms, entropy, divide_by)
+    work = make_workspace(batch.logits, batch.n_sequences)
+    kernel(extension.batch_struct(batch), extension.terms_struct(terms), outputs, *gradient, work.struct)
+    if dz is not None:
+        overwritten(given, dz)
+    check = faults.device_faults(given, terms, scores.log_prob, work.status)
+    return scores._replace(recorded=faults.read_later(check))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def has_fp64(device: torch.device) -> bool:
-    """Whether tensors of a device may be fp64."""
+    """Return whether tensors of a device may be fp64."""
     if device.type == "xpu" and torch.xpu.device_count():
         return _xpu_has_fp64(device)
     return device.type != "mps"
@@ -25,18 +25,18 @@ def _xpu_has_fp64(device: torch.device) -> bool:
     return bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", True))
 
 
-def home(device: torch.device) -> torch.device:
-    """Where the per-sequence values of logits on a device live."""
+def per_sequence_device(device: torch.device) -> torch.device:
+    """Return where the per-sequence values of logits on a device live."""
     return device if device.type == "cpu" or has_fp64(device) else torch.device("cpu")
 
 
-def wide(x: Tensor) -> Tensor:
-    """x in fp64, or in fp32 where its device has none."""
+def widened(x: Tensor) -> Tensor:
+    """Return x in fp64, or in fp32 where its device has none."""
     return x.double() if has_fp64(x.device) else x.float()
 
 
-def lacking() -> list[str]:
-    """The devices here that have none."""
+def devices_without_fp64() -> list[str]:
+    """Return the devices here that have no fp64."""
     found = ["mps"] if torch.backends.mps.is_available() else []
     devices = [torch.device("xpu", i) for i in range(torch.xpu.device_count())]
     return found + [str(device) for device in devices if not has_fp64(device)]

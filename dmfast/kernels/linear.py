@@ -1,6 +1,6 @@
 """The losses on hidden states and a head, whose logits never exist at once: chunk by chunk into one buffer.
 
-Matrix products are torch's; between them run the row kernels of ``native.py``. A chunk holds whole sequences, so that
+Matrix products are torch's; between them run the row kernels of a backend. A chunk holds whole sequences, so that
 log pi, and with it A, is known inside it: logits = H W^T, the kernel's forward, its backward over the logits,
 dH = dZ W, dW += dZ^T H. That is three products and no logit is computed twice, the least for which all three gradients
 can be had. A sequence longer than the buffer, and a loss whose grad_output is not known before backward, take two
@@ -11,23 +11,25 @@ neither its product nor a V x D buffer.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from ..objectives import Terms
-from . import checks, native
-from .autograd import apply, once
-from .batch import Batch, Part, Scores
+from ..objectives import Objective, Terms
+from . import check_ops, faults
+from .autograd import Options, apply, from_log_prob, reduced, refuses_double_backward
+from .backend import Backend
+from .batch import IGNORE, LSE, Batch, Origin, Scores
+from .form import form_loss
 
 _CHUNK_BYTES, _GPU_ROWS = 2**27, 4096
 _HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")
 _ADDS_IN_FP32 = TorchVersion(torch.__version__) >= "2.11"  # addmm with out_dtype to an fp32 matrix: pytorch#167931
 
 
-class Job(NamedTuple):
+class Chunks(NamedTuple):
     """Which rows are scored, and how they are cut."""
 
     whole: Batch  # of the call; its logits are a stand-in with the shape, dtype and device that logits would have
@@ -38,8 +40,8 @@ class Job(NamedTuple):
     chunk_rows: int
 
     def groups(self) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-        """Sequences [i, j) that go through the buffer together, and the rows [first, last) of them. Several such where
-        one sequence is longer than the buffer."""
+        """Yield sequences [i, j) that go through the buffer together, and the rows [first, last) of them. There are
+        several such where one sequence is longer than the buffer."""
         starts = self.bounds
         n, i = len(starts) - 1, 0
         while i < n:
@@ -52,25 +54,26 @@ class Job(NamedTuple):
             i = j
 
     def part(self, i: int, j: int, first: int, last: int, logits: Tensor) -> Batch:
-        """Rows [first, last) of sequences [i, j) as a packed batch."""
+        """Return rows [first, last) of sequences [i, j) as a packed batch."""
         starts = (self.starts[i : j + 1] - first).clamp(0, last - first)
         rows = torch.arange(first, last, device=self.labels.device) if self.rows is None else self.rows[first:last]
-        return Batch(logits, self.labels[first:last], starts, j - i, 0, self.whole.scale, self.whole.softcap,
-                     Part(self.whole, rows, i))  # fmt: skip
+        whole = self.whole
+        return Batch(logits, self.labels[first:last], starts, j - i, 0, whole.scale, whole.softcap, whole.vocab_start,
+                     whole.whole_vocab, Origin(whole, rows, i))  # fmt: skip
 
 
 def rows_of_buffer(vocab: int, itemsize: int, device: torch.device, chunk_bytes: int | None) -> int:
-    """How many rows of logits the buffer holds: what was asked for; by default what adding to dW once a buffer is cheap
-    beside. On a GPU, whose products outrun its memory, that takes more rows."""
+    """Return the rows of logits that fit ``chunk_bytes``; by default so many that adding to dW once a buffer is cheap
+    beside the products. On a GPU, whose products outrun its memory, that takes more rows."""
     row = vocab * itemsize
     if chunk_bytes is not None:
         return max(chunk_bytes // row, 1)
     return max(_CHUNK_BYTES // row, 1 if device.type == "cpu" else _GPU_ROWS)
 
 
-def make_job(whole: Batch, chunk_bytes: int | None) -> Job:
-    """Packs out the rows that are not scored."""
-    scored = whole.labels != checks.IGNORE
+def make_chunks(whole: Batch, chunk_bytes: int | None) -> Chunks:
+    """Pack out the rows that are not scored, and cut the others."""
+    scored = whole.labels != IGNORE
     before = torch.cat([scored.new_zeros(1, dtype=torch.int64), scored.cumsum(0)])
     firsts = whole.cu_seqlens
     if firsts is None:
@@ -79,11 +82,11 @@ def make_job(whole: Batch, chunk_bytes: int | None) -> Job:
     labels = whole.labels if rows is None else whole.labels[rows]
     starts = before[firsts]
     held = rows_of_buffer(whole.vocab, whole.logits.itemsize, whole.logits.device, chunk_bytes)
-    return Job(whole, rows, labels, starts, starts.tolist(), held)
+    return Chunks(whole, rows, labels, starts, starts.tolist(), held)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a @ b, or where it is the ``first`` total = a @ b; total in fp32, and nothing rounded to less.
+    """Add a @ b to total, or where it is the ``first``, write it there; total is fp32, and nothing is rounded to less.
 
     On CUDA torch multiplies 16-bit operands into fp32 itself. Elsewhere they are widened: a copy of the chunk, no
     larger than twice the buffer, where the product as a matrix of its own would be as large as ``total``. From torch
@@ -106,128 +109,171 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 class _Products:
     """The products with the head, through one buffer, and the gradients that they add up to."""
 
-    def __init__(self, job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]) -> None:
-        self.job, self.weight, self.bias = job, weight, bias
+    def __init__(
+        self, chunks: Chunks, hidden: Tensor, head: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]
+    ) -> None:
+        self.chunks, self.head, self.bias = chunks, head, bias
         self.hidden = hidden.reshape(-1, hidden.shape[-1])
-        longest = max((last - first for *_, cuts in job.groups() for first, last in cuts), default=0)
-        self.buffer = hidden.new_empty(longest, weight.shape[0])
-        self.wants_weight = wanted[1]
+        longest = max((last - first for *_, cuts in chunks.groups() for first, last in cuts), default=0)
+        self.buffer = hidden.new_empty(longest, head.shape[0])
+        self.wants_head = wanted[1]
         # with no row left out the products fill all of it
-        empty = torch.empty_like if job.rows is None else torch.zeros_like
+        empty = torch.empty_like if chunks.rows is None else torch.zeros_like
         self.d_hidden = empty(self.hidden) if wanted[0] else None
-        self.d_weight: Tensor | None = None  # fp32, from the first chunk on
+        self.d_head: Tensor | None = None  # fp32, from the first chunk on
         self.d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
 
     def logits(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """H and H W^T + b of rows [first, last)."""
-        rows = self.job.rows
+        """Return H and H W^T + b of rows [first, last)."""
+        rows = self.chunks.rows
         h = self.hidden[first:last] if rows is None else self.hidden.index_select(0, rows[first:last])
         z = self.buffer[: last - first]
         if self.bias is None:
-            torch.mm(h, self.weight.t(), out=z)
+            torch.mm(h, self.head.t(), out=z)
         else:
-            torch.addmm(self.bias, h, self.weight.t(), out=z)
+            torch.addmm(self.bias, h, self.head.t(), out=z)
         return h, z
 
     def add(self, first: int, last: int, h: Tensor, dz: Tensor) -> None:
-        """The gradients of rows [first, last)."""
-        rows = self.job.rows
+        """Add the gradients of rows [first, last)."""
+        rows = self.chunks.rows
         if self.d_hidden is not None:
             if rows is None:
-                torch.mm(dz, self.weight, out=self.d_hidden[first:last])
+                torch.mm(dz, self.head, out=self.d_hidden[first:last])
             else:
-                self.d_hidden.index_copy_(0, rows[first:last], dz @ self.weight)
-        if self.wants_weight:
-            first_chunk = self.d_weight is None
-            if self.d_weight is None:
-                self.d_weight = self.weight.new_empty(self.weight.shape, dtype=torch.float32)
-            add_product(self.d_weight, dz.t(), h, first_chunk)
+                self.d_hidden.index_copy_(0, rows[first:last], dz @ self.head)
+        if self.wants_head:
+            first_chunk = self.d_head is None
+            if self.d_head is None:
+                self.d_head = self.head.new_empty(self.head.shape, dtype=torch.float32)
+            add_product(self.d_head, dz.t(), h, first_chunk)
         if self.d_bias is not None:
             self.d_bias.add_(dz.sum(0, dtype=torch.float32))
 
     def gradients(self, hidden: Tensor) -> list[Tensor | None]:
-        """Of hidden states, weight and bias, in their dtypes."""
+        """Return those of hidden states, head and bias, in their dtypes."""
         d_hidden = None if self.d_hidden is None else self.d_hidden.view(hidden.shape)
-        d_weight = None
-        if self.wants_weight:
-            d_weight = torch.zeros_like(self.weight) if self.d_weight is None else self.d_weight.to(self.weight.dtype)
+        d_head = None
+        if self.wants_head:
+            d_head = torch.zeros_like(self.head) if self.d_head is None else self.d_head.to(self.head.dtype)
         d_bias = None if self.d_bias is None or self.bias is None else self.d_bias.to(self.bias.dtype)
-        return [d_hidden, d_weight, d_bias]
+        return [d_hidden, d_head, d_bias]
 
 
-def _slice(terms: Terms, i: int, j: int) -> Terms:
-    def cut(x: Any) -> Any:
-        return x[i:j] if isinstance(x, Tensor) else x
+class _Pass(NamedTuple):
+    """What all chunks of a call have in common."""
 
-    return Terms(terms.objective, terms.on_policy, terms.max_weight, cut(terms.log_proposal), cut(terms.log_target),
-                 cut(terms.log_z), cut(terms.reward), cut(terms.log_base), cut(terms.baseline))  # fmt: skip
+    backend: Backend
+    chunks: Chunks
+    products: _Products
+    terms: Terms | None
+    entropy: bool
+    divide_by: float
+    expected: float | None  # with it, the gradients of ``expected * total`` are added to products
 
 
-def _score_long(job: Job, products: _Products, i: int, cuts: list[tuple[int, int]], terms: Terms | None, entropy: bool,
-                divide_by: float) -> Scores:  # fmt: skip
+def _score_long(call: _Pass, i: int, cuts: list[tuple[int, int]], terms: Terms | None) -> Scores:
     """Scores of sequence i, which is longer than the buffer."""
-    parts = [native.forward(job.part(i, i + 1, *cut, products.logits(*cut)[1]), None, entropy) for cut in cuts]
-    lse, log_prob = torch.cat([part.lse for part in parts]), torch.stack([part.log_prob for part in parts]).sum(0)
-    h = torch.stack([part.entropy for part in parts if part.entropy is not None]).sum(0) if entropy else None
-    scores = Scores(lse, log_prob, h, recorded=tuple(check for part in parts for check in part.recorded))
+    parts = []
+    for cut in cuts:
+        batch = call.chunks.part(i, i + 1, *cut, call.products.logits(*cut)[1])
+        parts.append(call.backend.forward(batch, None, call.entropy))
+    rows = torch.cat([part.rows for part in parts], 1)
+    sequences = torch.stack([part.sequences for part in parts]).sum(0)
+    recorded = tuple(check for part in parts for check in part.recorded)
+    scores = Scores(rows, sequences, None, recorded)
     if terms is None:
         return scores
-    return native.weighed(job.part(i, i + 1, 0, 0, products.buffer[:0]), scores, terms, divide_by, i)
+    batch = call.chunks.part(i, i + 1, 0, 0, call.products.buffer[:0])
+    return form_loss(batch, rows, scores.log_prob, scores.entropy, terms, call.divide_by,
+                     call.backend.records_faults, recorded)  # fmt: skip
 
 
-def _join(parts: list[Scores], job: Job, terms: Terms | None, entropy: bool) -> Scores:
-    if not parts:  # no sequences: what the kernel makes of none
-        return native.forward(job.part(0, 0, 0, 0, job.whole.logits.reshape(-1, job.whole.vocab)[:0]), terms, entropy)
-    if len(parts) == 1:
-        return parts[0]
-    fields: list[Any] = []
-    for name in Scores._fields:
-        values = [getattr(part, name) for part in parts]
-        if name == "recorded":
-            fields.append(sum(values, ()))
-            continue
-        one = name in ("total", "n_clipped")
-        fields.append(None if values[0] is None else torch.stack(values).sum() if one else torch.cat(values))
-    return Scores(*fields)
+def _group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]]) -> Scores:
+    """Scores of sequences [i, j) and, with ``expected``, their gradients."""
+    backend, products, expected, divide_by = call.backend, call.products, call.expected, call.divide_by
+    terms = None if call.terms is None else call.terms.cut(i, j)
+    if len(cuts) > 1:
+        scores = _score_long(call, i, cuts, terms)
+        if expected is not None:
+            _backward_group(call, i, j, cuts, scores.lse, scores.weight, expected / divide_by)
+        return scores
+    h, z = products.logits(*cuts[0])
+    batch = call.chunks.part(i, j, *cuts[0], z)
+    if expected is not None and terms is not None and terms.weight_known:
+        scores = backend.forward_backward(batch, terms, call.entropy, divide_by, expected / divide_by, z)
+    else:
+        scores = backend.forward(batch, terms, call.entropy, divide_by)
+        if expected is not None:
+            backend.backward(batch, scores.lse, scores.weight, expected / divide_by, z)
+    if expected is not None:
+        products.add(*cuts[0], h, z)
+    return scores
 
 
-def _forward(
-    job: Job, products: _Products, terms: Terms | None, entropy: bool, divide_by: float, expected: float | None
-) -> Scores:
-    """Scores and, with ``expected``, the gradients of ``expected * total``, added to products."""
-    found = []
-    for i, j, cuts in job.groups():
-        part_terms = None if terms is None else _slice(terms, i, j)
-        if len(cuts) > 1:
-            scores = _score_long(job, products, i, cuts, part_terms, entropy, divide_by)
-            if expected is not None:
-                assert scores.weight is not None
-                _backward_group(job, products, i, j, cuts, scores.lse, scores.weight * (expected / divide_by))
-        else:
-            h, z = products.logits(*cuts[0])
-            batch = job.part(i, j, *cuts[0], z)
-            if expected is not None and part_terms is not None and part_terms.weight_known:
-                scores, _ = native.forward_backward(batch, part_terms, entropy, divide_by, expected, inplace=True)
-            else:
-                scores = native.forward(batch, part_terms, entropy, divide_by)
-                if expected is not None:
-                    assert scores.weight is not None
-                    native.backward(batch, scores.lse, scores.weight, expected / divide_by, inplace=True)
-            if expected is not None:
-                products.add(*cuts[0], h, z)
-        found.append(scores)
-    return _join(found, job, terms, entropy)
-
-
-def _backward_group(job: Job, products: _Products, i: int, j: int, cuts: list[tuple[int, int]], lse: Tensor,
-                    coefficient: Tensor) -> None:  # fmt: skip
+def _backward_group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]], lse: Tensor, weight: Tensor,
+                    factor: float) -> None:  # fmt: skip
     """The second phase: logits again, and their gradient. ``lse`` is of the rows of these sequences."""
     for first, last in cuts:
-        h, z = products.logits(first, last)
+        h, z = call.products.logits(first, last)
         from_start = first - cuts[0][0]
         part = lse[from_start : from_start + last - first]
-        native.backward(job.part(i, j, first, last, z), part, coefficient, 1.0, inplace=True)
-        products.add(first, last, h, z)
+        call.backend.backward(call.chunks.part(i, j, first, last, z), part, weight, factor, z)
+        call.products.add(first, last, h, z)
+
+
+def _forward(call: _Pass) -> Scores:
+    """Scores of all rows of the call, those that are not scored among them."""
+    chunks = call.chunks
+    found = [_group(call, i, j, cuts) for i, j, cuts in chunks.groups()]
+    if not found:  # no sequences: what the kernel makes of none
+        nothing = chunks.whole.logits.reshape(-1, chunks.whole.vocab)[:0]
+        found = [call.backend.forward(chunks.part(0, 0, 0, 0, nothing), call.terms, call.entropy)]
+    scores = found[0]
+    if len(found) > 1:
+        rows, sequences = torch.cat([part.rows for part in found], 1), torch.cat([part.sequences for part in found], 1)
+        total = None if call.terms is None else torch.stack([cast(Tensor, part.total) for part in found]).sum()
+        scores = Scores(rows, sequences, total, tuple(check for part in found for check in part.recorded))
+    if chunks.rows is None:
+        return scores
+    rows = scores.rows.new_zeros(scores.rows.shape[0], chunks.whole.n_rows)
+    return scores._replace(rows=rows.index_copy_(1, chunks.rows, scores.rows))
+
+
+def forward(
+    backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, terms: Terms | None,
+    entropy: bool, divide_by: float, expected: float | None, chunk_bytes: int | None, wanted: tuple[bool, ...],
+) -> tuple[Scores, list[Tensor | None]]:  # fmt: skip
+    """Return the scores and, with ``expected``, the ``wanted`` gradients of ``expected * total``: of hidden states,
+    head and bias, each None where it is not wanted."""
+    if backend.records_faults:
+        faults.check_cu_seqlens(batch)  # the host has to wait for them anyway, to cut rows into chunks
+    else:
+        faults.check_rows(batch)
+        if terms is not None:
+            faults.check_terms(terms)
+    chunks = make_chunks(batch, chunk_bytes)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        products = _Products(chunks, hidden, head, bias, wanted if expected is not None else (False, False, False))
+        scores = _forward(_Pass(backend, chunks, products, terms, entropy, divide_by, expected))
+        return scores, products.gradients(hidden)
+
+
+def backward(
+    backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, lse: Tensor,
+    coefficient: Tensor, chunk_bytes: int | None, wanted: tuple[bool, ...],
+) -> list[Tensor | None]:  # fmt: skip
+    """Return the ``wanted`` gradients of -sum_i coefficient_i log pi(x_i), from log-sum-exps (rows): logits again."""
+    chunks = make_chunks(batch, chunk_bytes)
+    if chunks.rows is not None:
+        lse = lse[chunks.rows]
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        products = _Products(chunks, hidden, head, bias, wanted)
+        call = _Pass(backend, chunks, products, None, False, 1.0, None)
+        for i, j, cuts in chunks.groups():
+            rows = lse[chunks.bounds[i] : chunks.bounds[j]]
+            _backward_group(call, i, j, cuts, rows, coefficient[i:j].contiguous(), 1.0)
+        return products.gradients(hidden)
 
 
 class _Linear(torch.autograd.Function):
@@ -235,64 +281,69 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, terms: Terms | None, reduction: str,
-        divide_by: float, entropy: bool, expected: float | None,
+        ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, backend: Backend, batch: Batch,
+        terms: Terms | None, options: Options, chunk_bytes: int | None,
     ) -> tuple[Tensor, Scores]:  # fmt: skip
-        wanted = ctx.needs_input_grad[:3] if expected is not None else (False, False, False)
-        products = _Products(job, hidden, weight, bias, wanted)
-        scores = _forward(job, products, terms, entropy, divide_by, expected)
-        ctx.gradients = products.gradients(hidden) if expected is not None else None
-        ctx.job, ctx.reduction, ctx.divide_by, ctx.expected = job, reduction, divide_by, expected
-        ctx.save_for_backward(hidden, weight, bias, scores.lse, scores.weight)
-        return _result(scores, reduction), scores
+        scores, gradients = forward(
+            backend, hidden, head, bias, batch, terms, options.entropy, options.divide_by, options.expected,
+            chunk_bytes, ctx.needs_input_grad[:3],
+        )  # fmt: skip
+        ctx.gradients = gradients if options.expected is not None else None
+        # the batch's logits are a stand-in, which shares no memory with what is saved
+        ctx.backend, ctx.batch, ctx.options, ctx.chunk_bytes = backend, batch, options, chunk_bytes
+        ctx.save_for_backward(hidden, head, bias, scores.rows, None if terms is None else scores.weight)
+        return scores.log_prob.clone() if terms is None else reduced(scores, options.reduction), scores
 
     @staticmethod
-    @once
+    @refuses_double_backward
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, lse, a = ctx.saved_tensors
-        job: Job = ctx.job
-        if ctx.gradients is not None:
+        hidden, head, bias, rows, a = ctx.saved_tensors
+        options: Options = ctx.options
+        backend: Backend = ctx.backend
+        if ctx.gradients is not None and options.expected is not None:
             gradients, ctx.gradients = ctx.gradients, None  # given away: a second backward computes its own
             for gradient in gradients:
                 if gradient is not None:
-                    native.scale_all_(gradient, 1.0 / ctx.expected, grad)
+                    backend.scale_matrix(gradient, 1.0 / options.expected, grad)
         else:
-            coefficient = grad.to(torch.float64) / ctx.divide_by
+            coefficient = grad.to(torch.float64) / options.divide_by
             coefficient = -coefficient if a is None else a * coefficient
-            products = _Products(job, hidden, weight, bias, ctx.needs_input_grad[:3])
-            with torch.autocast(hidden.device.type, enabled=False):
-                for i, j, cuts in job.groups():
-                    rows = lse[job.bounds[i] : job.bounds[j]]
-                    _backward_group(job, products, i, j, cuts, rows, coefficient[i:j].contiguous())
-            gradients = products.gradients(hidden)
-        return (*gradients, None, None, None, None, None, None)
+            lse = rows.select(0, LSE)
+            gradients = backward(backend, hidden, head, bias, ctx.batch, lse, coefficient, ctx.chunk_bytes,
+                                 ctx.needs_input_grad[:3])  # fmt: skip
+        return (*gradients, None, None, None, None, None)
 
 
-def _result(scores: Scores, reduction: str) -> Tensor:
-    """What carries the gradient."""
-    if scores.loss is None or scores.total is None:
-        return scores.log_prob
-    return scores.loss if reduction == "none" else scores.total
-
-
-def run(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, whole: Batch, terms: Terms | None, reduction: str,
-    divide_by: float, entropy: bool, expected: float | None, chunk_bytes: int | None,
+def _run(
+    backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, terms: Terms | None,
+    options: Options, chunk_bytes: int | None,
 ) -> tuple[Tensor, Scores]:  # fmt: skip
-    """The loss, or log pi (B) where ``terms`` is None, with its gradient where one is wanted; and the scores."""
-    if native.records(whole.logits):
-        checks.check_cu_seqlens(whole)  # the host has to wait for them anyway, to cut rows into chunks
-    else:
-        checks.check_rows(whole)
-        if terms is not None:
-            checks.check_terms(terms)
-    job = make_job(whole, chunk_bytes)
-    inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-            result, scores = apply(_Linear, hidden, weight, bias, job, terms, reduction, divide_by, entropy, expected)
-            return result, scores
-        with torch.no_grad():
-            products = _Products(job, hidden, weight, bias, (False, False, False))
-            scores = _forward(job, products, terms, entropy, divide_by, None)
-    return _result(scores, reduction), scores
+    inputs = (hidden, head) if bias is None else (hidden, head, bias)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        found: tuple[Tensor, Scores] = apply(_Linear, hidden, head, bias, backend, batch, terms, options, chunk_bytes)
+        return found
+    scores, _ = forward(backend, hidden, head, bias, batch, terms, options.entropy, options.divide_by, None,
+                        chunk_bytes, (False, False, False))  # fmt: skip
+    return scores.log_prob if terms is None else reduced(scores, options.reduction), scores
+
+
+def log_prob(
+    backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, entropy: bool,
+    chunk_bytes: int | None,
+) -> tuple[Tensor, Scores]:  # fmt: skip
+    """Return log pi (B,), with gradient where one is wanted, and the scores."""
+    options = Options("none", 1.0, entropy, False, None)
+    return _run(backend, hidden, head, bias, batch, None, options, chunk_bytes)
+
+
+def loss(
+    backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, terms: Terms, options: Options,
+    chunk_bytes: int | None,
+) -> tuple[Tensor, Scores]:  # fmt: skip
+    """Return the reduced loss, with gradient where one is wanted, and the scores."""
+    if isinstance(terms.objective, Objective):
+        return _run(backend, hidden, head, bias, batch, terms, options, chunk_bytes)
+    if not backend.records_faults:
+        batch = check_ops.checked(batch, terms)
+    given, scores = log_prob(backend, hidden, head, bias, batch, options.entropy, chunk_bytes)
+    return from_log_prob(backend, batch, given, scores, terms, options)

@@ -1,10 +1,12 @@
-"""The compiled kernels under torch.compile: ``torch.library`` custom ops, no graph break, fake kernels, autograd.
+"""The losses under torch.compile: ``torch.library`` custom ops, no graph break, fake kernels, autograd.
 
-Eager mode does not come here (``functional.py`` calls ``native.py`` from an ``autograd.Function``, which costs less
-per call). Functional ops carry their derivative by ``register_autograd``. The op that overwrites logits with their
-gradient has none, since register_autograd refuses mutation: ``functional.py`` calls it from an ``autograd.Function``.
-Ops take what ``Batch`` and ``Terms`` hold, flattened, because schemas know tensors and numbers only. The ``status``
-that they return is what a device has recorded, for ``out.check()``; -1 on the CPU, which raises at once.
+Eager mode does not come here (``autograd.py`` and ``linear.py`` cost less per call). An op gets what ``Batch`` and
+``Terms`` hold, flattened, because schemas know tensors and numbers only; the per-sequence inputs are one block, and so
+are the results, which may not alias. It is told the name of its backend, which it asks for itself. The ``status`` that
+it returns is what a device has recorded, for ``out.check()``; -1 where faults are raised at once.
+
+Functional ops carry their derivative by ``register_autograd``. The op that overwrites logits with their gradient has
+none, since register_autograd refuses mutation: an ``autograd.Function`` calls it.
 """
 
 import math
@@ -13,178 +15,159 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from .. import kernels, objectives
 from ..objectives import KINDS, Objective, Terms
-from . import native
-from .batch import Batch, Draws, Scores, batch_of
-from .cuda import RowFaults, WeightFaults
+from . import check_ops, faults, linear
+from .autograd import Options, from_log_prob
+from .backend import Backend, new_gradient
+from .batch import (
+    LOG_PROB,
+    LOSS,
+    LSE,
+    ONLY_SCORED,
+    WEIGHT,
+    WITH_TERMS,
+    Batch,
+    Recorded,
+    SampleRows,
+    Scores,
+    batch_of,
+    flat,
+)
+from .form import reduce
 
-NineTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-TenTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-_KIND_NAMES = {number: name for name, number in KINDS.items()}
+FourTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+FiveTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+SevenTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_NAMES = {kind.number: name for name, kind in reversed(KINDS.items())}  # of two the first: the baseline is a column
 
 
-def flatten_terms(terms: Terms) -> tuple[Any, ...]:
-    """Terms as the arguments of ``score_and_weigh`` from ``kind`` on."""
+def flat_terms(terms: Terms) -> tuple[Any, ...]:
+    """Return terms as the arguments of the ops from ``kind`` on."""
     objective = terms.objective
     assert isinstance(objective, Objective)
-    return (
-        KINDS[objective.kind], terms.on_policy, objective.normalize, objective.beta or 0.0,
-        objective.log_scale or 0.0, terms.max_weight if terms.max_weight < math.inf else 0.0,
-        terms.log_proposal, terms.log_target, terms.log_z, terms.reward, terms.log_base,
-        terms.baseline if isinstance(terms.baseline, Tensor) else None,
-        0.0 if isinstance(terms.baseline, Tensor) else terms.baseline or 0.0,
-    )  # fmt: skip
+    # the bound last, as a number that every compiler can print
+    scalars = [objective.parameter, terms.max_weight if terms.max_weight < math.inf else 0.0, *terms.constants]
+    return (objective.kind.number, terms.on_policy, objective.normalize, terms.block, terms.present, terms.given,
+            scalars)  # fmt: skip
 
 
-def _terms(kind: int, on_policy: bool, normalize: bool, beta: float, log_scale: float, max_weight: float,
-           log_proposal: Tensor | None, log_target: Tensor | None, log_z: Tensor | None, reward: Tensor | None,
-           log_base: Tensor | None, baseline: Tensor | None, constant_baseline: float) -> Terms:  # fmt: skip
-    name = _KIND_NAMES[kind]
-    objective = Objective(
-        name,
-        normalize=normalize,
-        beta=beta if name == "kl_control" else None,
-        log_scale=log_scale if name == "reinforce_p" else None,
-    )
-    return Terms(
-        objective, on_policy, max_weight or math.inf, log_proposal, log_target, log_z, reward, log_base,
-        constant_baseline or None if baseline is None else baseline,
-    )  # fmt: skip
+def terms_of(kind: int, on_policy: bool, normalize: bool, block: Tensor, present: int, given: int,
+             scalars: list[float]) -> Terms:  # fmt: skip
+    """Return the terms that are ``flat_terms`` so."""
+    name = _NAMES[kind]
+    parameter = KINDS[name].parameter
+    objective = Objective(name, normalize=normalize, **({} if parameter is None else {parameter: scalars[0]}))
+    return Terms(objective, on_policy, scalars[1] or math.inf, block, present, given, tuple(scalars[2:]))
 
 
-def _per_sequence(batch: Batch) -> Tensor:
-    return batch.logits.new_empty(batch.n_sequences, dtype=torch.float64)
+def _status(scores: Scores, like: Tensor) -> Tensor:
+    """What a device has recorded about the rows and, where kernels form A, about inputs and weights; 0-d int64."""
+    checks = [check for check in scores.recorded if isinstance(check, faults.DeviceFaults) and check.status is not None]
+    if not checks:
+        return torch.full((), -1, dtype=torch.int64, device=like.device)
+    found = torch.stack([cast(Tensor, check.status) for check in checks])
+    return torch.where(found < 0, 2**62, found).min().where((found >= 0).any(), -1)
 
 
-def _per_row(batch: Batch) -> Tensor:
-    return batch.logits.new_empty(batch.labels.shape[0], dtype=torch.float64)
+def _blocks(batch: Batch, columns: int, entropy: bool, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake rows, sequences and status."""
+    rows = like.new_empty((3 if entropy else 2, batch.labels.shape[0]), dtype=torch.float64)
+    return rows, rows.new_empty((columns, batch.n_sequences)), like.new_empty((), dtype=torch.int64)
 
 
-def _status(scores: Scores) -> Tensor:
-    """0-d int64."""
-    for recorded in scores.recorded:
-        rows = recorded.rows[0] if isinstance(recorded, WeightFaults) else recorded
-        assert isinstance(rows, RowFaults)
-        return rows.status
-    return torch.full((), -1, dtype=torch.int64, device=scores.lse.device)
-
-
-def _flat(scores: Scores) -> NineTensors:
-    """The results in the order in which the ops return them; an entropy that was not asked for is empty."""
-    entropy = scores.lse.new_empty(0) if scores.entropy is None else scores.entropy
-    results = (scores.lse, scores.log_prob, scores.log_ratio, scores.log_target_ratio, scores.weight, scores.loss,
-               scores.n_clipped, _status(scores), entropy)  # fmt: skip
-    return cast(NineTensors, results)
-
-
-# _v2: they return more than they did. torch's cache of compiled graphs, which outlives a process, knows an op by name.
-@torch.library.custom_op("dmfast::score_v2", mutates_args=())
+# A schema can't change under its name: torch stores compiled graphs under a key that holds their own code only, and an
+# old one calls an op by name.
+@torch.library.custom_op("dmfast::score_v3", mutates_args=())
 def score(
-    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log_prob (B), lse (rows), status (0-d), entropy (B) or (0)."""
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool, backend: str
+) -> FourTensors:
+    """log_prob (B), rows, sequences, status."""
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
-    scores = native.forward(batch, None, entropy)
-    return (
-        scores.log_prob,
-        scores.lse.clone(),
-        _status(scores),
-        scores.entropy if scores.entropy is not None else scores.lse.new_empty(0),
-    )
+    scores = kernels.BACKENDS[backend].forward(batch, None, entropy)
+    return scores.log_prob.clone(), scores.rows, scores.sequences, _status(scores, logits)
 
 
 @score.register_fake
-def _(logits, labels, cu_seqlens, scale, softcap, entropy):  # type: ignore[no-untyped-def]
+def _(logits, labels, cu_seqlens, scale, softcap, entropy, backend):  # type: ignore[no-untyped-def]
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
-    h = _per_sequence(batch) if entropy else _per_row(batch).new_empty(0)
-    return _per_sequence(batch), _per_row(batch), logits.new_empty((), dtype=torch.int64), h
+    rows, sequences, status = _blocks(batch, ONLY_SCORED, entropy, logits)
+    return rows.new_empty(batch.n_sequences), rows, sequences, status
 
 
-@torch.library.custom_op("dmfast::score_and_weigh_v2", mutates_args=())
+@torch.library.custom_op("dmfast::score_and_weigh_v3", mutates_args=())
 def score_and_weigh(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
-    kind: int, on_policy: bool, normalize: bool, beta: float, log_scale: float, max_weight: float,
-    log_proposal: Tensor | None, log_target: Tensor | None, log_z: Tensor | None, reward: Tensor | None,
-    log_base: Tensor | None, baseline: Tensor | None, constant_baseline: float,
-) -> NineTensors:  # fmt: skip
-    """lse (rows), log_prob, log_ratio, log_target_ratio, weight, loss (B), n_clipped and status (0-d), entropy (B) or
-    (0)."""
+    backend: str, kind: int, on_policy: bool, normalize: bool, block: Tensor, present: int, given: int,
+    scalars: list[float],
+) -> FourTensors:  # fmt: skip
+    """loss (B), rows, sequences, status."""
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
-    terms = _terms(kind, on_policy, normalize, beta, log_scale, max_weight, log_proposal, log_target, log_z, reward,
-                   log_base, baseline, constant_baseline)  # fmt: skip
-    return _flat(native.forward(batch, terms, entropy))
+    terms = terms_of(kind, on_policy, normalize, block, present, given, scalars)
+    scores = kernels.BACKENDS[backend].forward(batch, terms, entropy)
+    return scores.sequences.select(0, LOSS).clone(), scores.rows, scores.sequences, _status(scores, logits)
 
 
 @score_and_weigh.register_fake
 def _(logits, labels, cu_seqlens, scale, softcap, entropy, *args):  # type: ignore[no-untyped-def]
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
-    return (
-        _per_row(batch),
-        *(_per_sequence(batch) for _ in range(5)),
-        logits.new_empty((), dtype=torch.int64),
-        logits.new_empty((), dtype=torch.int64),
-        _per_sequence(batch) if entropy else logits.new_empty(0, dtype=torch.float64),
-    )
+    rows, sequences, status = _blocks(batch, WITH_TERMS, entropy, logits)
+    return rows.new_empty(batch.n_sequences), rows, sequences, status
 
 
-@torch.library.custom_op("dmfast::score_and_grad_v2", mutates_args=())
+@torch.library.custom_op("dmfast::score_and_grad_v3", mutates_args=())
 def score_and_grad(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
-    kind: int, on_policy: bool, normalize: bool, beta: float, log_scale: float, max_weight: float,
-    log_proposal: Tensor | None, log_target: Tensor | None, log_z: Tensor | None, reward: Tensor | None,
-    log_base: Tensor | None, baseline: Tensor | None, constant_baseline: float, expected: float, divide_by: float,
-) -> TenTensors:  # fmt: skip
+    backend: str, kind: int, on_policy: bool, normalize: bool, block: Tensor, present: int, given: int,
+    scalars: list[float], expected: float, divide_by: float,
+) -> FiveTensors:  # fmt: skip
     """``score_and_weigh`` for a weight that does not depend on pi. Its loss is 0-d, the sum over sequences divided by
-    ``divide_by``; last comes the gradient of ``expected * loss`` in the logits."""
+    ``divide_by``, where 0 stands for their number; last comes the gradient of ``expected * loss`` in the logits."""
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
-    terms = _terms(kind, on_policy, normalize, beta, log_scale, max_weight, log_proposal, log_target, log_z, reward,
-                   log_base, baseline, constant_baseline)  # fmt: skip
-    scores, dz = native.forward_backward(batch, terms, entropy, divide_by, expected, inplace=False)
+    terms, by = terms_of(kind, on_policy, normalize, block, present, given, scalars), _divisor(batch, divide_by)
+    dz = new_gradient(batch, inplace=False)
+    scores = kernels.BACKENDS[backend].forward_backward(batch, terms, entropy, by, expected / by, dz)
     assert scores.total is not None
-    results = _flat(scores)
-    return (*results[:5], scores.total, *results[6:], dz)
+    return scores.total, scores.rows, scores.sequences, _status(scores, logits), dz
 
 
 @score_and_grad.register_fake
 def _(logits, labels, cu_seqlens, scale, softcap, entropy, *args):  # type: ignore[no-untyped-def]
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
-    return (
-        _per_row(batch),
-        *(_per_sequence(batch) for _ in range(4)),
-        logits.new_empty((), dtype=torch.float64),
-        logits.new_empty((), dtype=torch.int64),
-        logits.new_empty((), dtype=torch.int64),
-        _per_sequence(batch) if entropy else logits.new_empty(0, dtype=torch.float64),
-        logits.new_empty(logits.shape),
-    )
+    rows, sequences, status = _blocks(batch, WITH_TERMS, entropy, logits)
+    return rows.new_empty(()), rows, sequences, status, logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("dmfast::grad", mutates_args=())
+@torch.library.custom_op("dmfast::grad_v3", mutates_args=())
 def grad(
-    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, lse: Tensor, weight: Tensor
-) -> Tensor:
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, lse: Tensor,
+    weight: Tensor, backend: str,
+) -> Tensor:  # fmt: skip
     """The gradient of -sum_i weight_i log pi(x_i) in the logits, in a new contiguous tensor."""
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
-    return native.backward(batch, lse, weight, 1.0, inplace=False)
+    dz = new_gradient(batch, inplace=False)
+    kernels.BACKENDS[backend].backward(batch, lse.contiguous(), weight.contiguous(), 1.0, dz)
+    return dz
 
 
 @grad.register_fake
-def _(logits, labels, cu_seqlens, scale, softcap, lse, weight):  # type: ignore[no-untyped-def]
+def _(logits, labels, cu_seqlens, scale, softcap, lse, weight, backend):  # type: ignore[no-untyped-def]
     return logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("dmfast::grad_", mutates_args={"logits"})
+@torch.library.custom_op("dmfast::grad_v3_", mutates_args={"logits"})
 def grad_(
-    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, lse: Tensor, weight: Tensor
-) -> None:
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, lse: Tensor,
+    weight: Tensor, backend: str,
+) -> None:  # fmt: skip
     """``grad`` written over the logits. Not differentiable."""
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
-    native.backward(batch, lse, weight, 1.0, inplace=True)
+    kernels.BACKENDS[backend].backward(batch, lse.contiguous(), weight.contiguous(), 1.0, batch.logits.detach())
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], lse: Tensor, weight: Tensor | None) -> None:
-    logits, labels, cu_seqlens, ctx.scale, ctx.softcap = inputs[:5]
-    saved = [logits, labels, lse] + ([weight] if weight is not None else [])
+def _save(ctx: Any, inputs: tuple[Any, ...], rows: Tensor, sequences: Tensor | None) -> None:
+    logits, labels, cu_seqlens, ctx.scale, ctx.softcap, _, ctx.backend = inputs[:7]
+    saved = [logits, labels, rows] + ([sequences] if sequences is not None else [])
     ctx.has_cu = cu_seqlens is not None
     ctx.save_for_backward(*saved, *([cu_seqlens] if ctx.has_cu else []))
 
@@ -197,60 +180,70 @@ def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> 
 
 def _score_backward(ctx: Any, grad_log_prob: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_log_prob is None:
-        return (None,) * 6
-    logits, labels, lse, *cu = ctx.saved_tensors
-    dz = grad(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, lse, -grad_log_prob.to(torch.float64))
-    return (dz, *(None,) * 5)
+        return (None,) * 7
+    logits, labels, rows, *cu = ctx.saved_tensors
+    dz = grad(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, rows.select(0, LSE),
+              -grad_log_prob.to(torch.float64), ctx.backend)  # fmt: skip
+    return (dz, *(None,) * 6)
 
 
 score.register_autograd(_score_backward, setup_context=_score_setup)
 
 
 def _weigh_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _save(ctx, inputs, output[0], output[4])
-    ctx.mark_non_differentiable(*output[:5], *output[6:])
+    _save(ctx, inputs, output[1], output[2])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _weigh_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    grad_loss = grads[5]  # (B,): the reduction is torch's
+    grad_loss = grads[0]  # (B,): the reduction is torch's
     if grad_loss is None:
-        return (None,) * 19
-    logits, labels, lse, weight, *cu = ctx.saved_tensors
-    dz = grad(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, lse, weight * grad_loss)
-    return (dz, *(None,) * 18)
+        return (None,) * 14
+    logits, labels, rows, sequences, *cu = ctx.saved_tensors
+    lse, weight = rows.select(0, LSE), sequences.select(0, WEIGHT) * grad_loss
+    dz = grad(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, lse, weight, ctx.backend)
+    return (dz, *(None,) * 13)
 
 
 score_and_weigh.register_autograd(_weigh_backward, setup_context=_weigh_setup)
 
 
 def _one_pass_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    ctx.expected = inputs[19]
+    ctx.expected = inputs[14]
     ctx.save_for_backward(output[-1])
-    ctx.mark_non_differentiable(*output[:5], *output[6:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _one_pass_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    if grads[5] is None:
-        return (None,) * 21
+    if grads[0] is None:
+        return (None,) * 16
     (dz,) = ctx.saved_tensors
-    return (dz * (grads[5] / ctx.expected), *(None,) * 20)
+    return (_scaled(dz, grads[0] / ctx.expected), *(None,) * 15)
+
+
+def _scaled(x: Tensor, by: Tensor) -> Tensor:
+    return torch.where(by == 0, 0.0, x * by).to(x.dtype)  # an overflow times 0 is 0
 
 
 score_and_grad.register_autograd(_one_pass_backward, setup_context=_one_pass_setup)
 
 
-@torch.library.custom_op("dmfast::sample", mutates_args=())
+@torch.library.custom_op("dmfast::sample_v3", mutates_args=())
 def sample(
-    logits: Tensor, seed: int, row_ids: Tensor | None, step: int, scale: float, softcap: float
+    logits: Tensor, seed: int, row_ids: Tensor | None, step: int, scale: float, softcap: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     """tokens (N) and their log_prob (N). A seed of 2^63 and more comes as what int64 holds of it."""
-    return native.sample(Draws(logits, seed % 2**64, row_ids, step, scale, softcap))
+    rows = SampleRows(logits, seed % 2**64, row_ids, step, scale, softcap)
+    tokens, log_prob, status = kernels.BACKENDS[backend].sample(rows)
+    if status is not None and faults.at_once() and int(status) >= 0:
+        faults.raise_bad_draw(rows, int(status))
+    return tokens, log_prob
 
 
 @sample.register_fake
-def _(logits, seed, row_ids, step, scale, softcap):  # type: ignore[no-untyped-def]
+def _(logits, seed, row_ids, step, scale, softcap, backend):  # type: ignore[no-untyped-def]
     n = logits.shape[0]
     return logits.new_empty(n, dtype=torch.int64), logits.new_empty(n, dtype=torch.float64)
 
@@ -259,18 +252,18 @@ class _ScoreInPlace(torch.autograd.Function):
     """``score`` whose backward overwrites the logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float,
-                entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        output = score(logits, labels, cu_seqlens, scale, softcap, entropy)
-        _save(ctx, (logits, labels, cu_seqlens, scale, softcap), output[1], None)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = score(*inputs)
+        _save(ctx, inputs, output[1], None)
         ctx.mark_non_differentiable(*output[1:])
-        return cast("tuple[Tensor, Tensor, Tensor, Tensor]", output)
+        return cast("tuple[Tensor, ...]", output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        logits, labels, lse, *cu = ctx.saved_tensors
-        grad_(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, lse, -grads[0].to(torch.float64))
-        return (logits, *(None,) * 5)
+        logits, labels, rows, *cu = ctx.saved_tensors
+        lse, weight = rows.select(0, LSE), -grads[0].to(torch.float64)
+        grad_(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, lse, weight, ctx.backend)
+        return (logits, *(None,) * 6)
 
 
 class _WeighInPlace(torch.autograd.Function):
@@ -279,12 +272,291 @@ class _WeighInPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         output = score_and_weigh(*inputs)
-        _save(ctx, inputs, output[0], output[4])
-        ctx.mark_non_differentiable(*output[:5], *output[6:])
+        _save(ctx, inputs, output[1], output[2])
+        ctx.mark_non_differentiable(*output[1:])
         return cast("tuple[Tensor, ...]", output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        logits, labels, lse, weight, *cu = ctx.saved_tensors
-        grad_(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, lse, weight * grads[5])
-        return (logits, *(None,) * 18)
+        logits, labels, rows, sequences, *cu = ctx.saved_tensors
+        lse, weight = rows.select(0, LSE), sequences.select(0, WEIGHT) * grads[0]
+        grad_(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, lse, weight, ctx.backend)
+        return (logits, *(None,) * 13)
+
+
+# --- hidden states and a head -----------------------------------------------------------------------------------------
+
+
+def _linear_batch(hidden: Tensor, head: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
+                  softcap: float) -> Batch:  # fmt: skip
+    """The batch whose logits are a stand-in."""
+    lead, v = hidden.shape[:-1], head.shape[0]
+    logits = hidden.new_empty(v).as_strided((*lead, v), (*[0] * len(lead), 1))
+    return batch_of(logits, labels, cu_seqlens, scale, softcap)
+
+
+def _or_empty(gradients: list[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+# wanted: bit 0 the gradient of hidden, bit 1 of head, bit 2 of bias, since an op sees no requires_grad
+def _wanted(bits: int) -> tuple[bool, ...]:
+    return bool(bits & 1), bool(bits & 2), bool(bits & 4)
+
+
+@torch.library.custom_op("dmfast::linear_score_v3", mutates_args=())
+def linear_score(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
+    softcap: float, entropy: bool, chunk_bytes: int, backend: str, wanted: int,
+) -> FourTensors:  # fmt: skip
+    """log_prob (B), rows, sequences, status. ``chunk_bytes``: 0 for the default."""
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
+    scores, _ = linear.forward(kernels.BACKENDS[backend], hidden, head, bias, batch, None, entropy, 1.0, None,
+                               chunk_bytes or None, (False,) * 3)  # fmt: skip
+    return scores.log_prob.clone(), scores.rows.clone(), scores.sequences, _status(scores, hidden)
+
+
+@linear_score.register_fake
+def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, entropy, *args):  # type: ignore[no-untyped-def]
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
+    rows, sequences, status = _blocks(batch, ONLY_SCORED, entropy, hidden)
+    return rows.new_empty(batch.n_sequences), rows, sequences, status
+
+
+@torch.library.custom_op("dmfast::linear_weigh_v3", mutates_args=())
+def linear_weigh(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
+    softcap: float, entropy: bool, chunk_bytes: int, backend: str, wanted: int, kind: int, on_policy: bool,
+    normalize: bool, block: Tensor, present: int, given: int, scalars: list[float],
+) -> FourTensors:  # fmt: skip
+    """loss (B), rows, sequences, status."""
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
+    terms = terms_of(kind, on_policy, normalize, block, present, given, scalars)
+    scores, _ = linear.forward(kernels.BACKENDS[backend], hidden, head, bias, batch, terms, entropy, 1.0, None,
+                               chunk_bytes or None, (False,) * 3)  # fmt: skip
+    return scores.sequences.select(0, LOSS).clone(), scores.rows, scores.sequences, _status(scores, hidden)
+
+
+@linear_weigh.register_fake
+def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, entropy, *args):  # type: ignore[no-untyped-def]
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
+    rows, sequences, status = _blocks(batch, WITH_TERMS, entropy, hidden)
+    return rows.new_empty(batch.n_sequences), rows, sequences, status
+
+
+@torch.library.custom_op("dmfast::linear_weigh_and_grad_v3", mutates_args=())
+def linear_weigh_and_grad(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
+    softcap: float, entropy: bool, chunk_bytes: int, backend: str, wanted: int, kind: int, on_policy: bool,
+    normalize: bool, block: Tensor, present: int, given: int, scalars: list[float], expected: float, divide_by: float,
+) -> SevenTensors:  # fmt: skip
+    """The loss, 0-d, rows, sequences, status; then the gradients of ``expected * loss`` in hidden, head and bias."""
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
+    terms = terms_of(kind, on_policy, normalize, block, present, given, scalars)
+    scores, gradients = linear.forward(
+        kernels.BACKENDS[backend], hidden, head, bias, batch, terms, entropy, _divisor(batch, divide_by), expected,
+        chunk_bytes or None, _wanted(wanted),
+    )  # fmt: skip
+    assert scores.total is not None
+    d_hidden, d_head, d_bias = _or_empty(gradients, hidden)
+    return scores.total, scores.rows, scores.sequences, _status(scores, hidden), d_hidden, d_head, d_bias
+
+
+@linear_weigh_and_grad.register_fake
+def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, entropy, chunk_bytes, backend, wanted, *args):  # type: ignore[no-untyped-def]
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
+    rows, sequences, status = _blocks(batch, WITH_TERMS, entropy, hidden)
+    gradients = _fake_gradients(hidden, head, bias, wanted)
+    return rows.new_empty(()), rows, sequences, status, *gradients
+
+
+def _fake_gradients(hidden: Tensor, head: Tensor, bias: Tensor | None, wanted: int) -> tuple[Tensor, ...]:
+    pairs = zip((hidden, head, bias), _wanted(wanted), strict=True)
+    return tuple(x.new_empty(x.shape) if want and x is not None else hidden.new_empty(0) for x, want in pairs)
+
+
+@torch.library.custom_op("dmfast::linear_grad_v3", mutates_args=())
+def linear_grad(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
+    softcap: float, chunk_bytes: int, backend: str, wanted: int, lse: Tensor, coefficient: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of -sum_i coefficient_i log pi(x_i) in hidden, head and bias; empty where not wanted."""
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
+    gradients = linear.backward(kernels.BACKENDS[backend], hidden, head, bias, batch, lse.contiguous(), coefficient,
+                                chunk_bytes or None, _wanted(wanted))  # fmt: skip
+    return cast("tuple[Tensor, Tensor, Tensor]", _or_empty(gradients, hidden))
+
+
+@linear_grad.register_fake
+def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, chunk_bytes, backend, wanted, *args):  # type: ignore[no-untyped-def]
+    return _fake_gradients(hidden, head, bias, wanted)
+
+
+@torch.library.custom_op("dmfast::scale_v3_", mutates_args={"x"})
+def scale_(x: Tensor, by: Tensor, backend: str) -> None:
+    """Multiply a matrix where it lies, so that a gradient of V x D is not copied; where the factor is 1 it is not even
+    read."""
+    kernels.BACKENDS[backend].scale_matrix(x, 1.0, by)
+
+
+def _linear_save(ctx: Any, inputs: tuple[Any, ...], rows: Tensor, sequences: Tensor | None) -> None:
+    hidden, head, bias, labels, cu_seqlens, ctx.scale, ctx.softcap = inputs[:7]
+    ctx.chunk_bytes, ctx.backend, ctx.wanted = inputs[8:11]
+
+    kept = {"bias": bias, "cu_seqlens": cu_seqlens, "sequences": sequences}
+    ctx.kept = [name for name, x in kept.items() if x is not None]
+    ctx.save_for_backward(hidden, head, labels, rows, *(x for x in kept.values() if x is not None))
+
+
+def _linear_backward(ctx: Any, given: Tensor, weighs: bool) -> tuple[Tensor | None, ...]:
+    hidden, head, labels, rows, *others = ctx.saved_tensors
+    kept = dict(zip(ctx.kept, others, strict=True))
+    coefficient = kept["sequences"].select(0, WEIGHT) * given if weighs else -given.to(torch.float64)
+    gradients = linear_grad(hidden, head, kept.get("bias"), labels, kept.get("cu_seqlens"), ctx.scale, ctx.softcap,
+                            ctx.chunk_bytes, ctx.backend, ctx.wanted, rows.select(0, LSE), coefficient)  # fmt: skip
+    return _only_wanted(gradients, ctx.wanted)
+
+
+def _only_wanted(gradients: tuple[Tensor, ...], wanted: int) -> tuple[Tensor | None, ...]:
+    return tuple(x if want else None for x, want in zip(gradients, _wanted(wanted), strict=True))
+
+
+def _linear_score_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _linear_save(ctx, inputs, output[1], None)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _linear_score_backward(ctx: Any, given: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    gradients = (None,) * 3 if given is None else _linear_backward(ctx, given, False)
+    return (*gradients, *(None,) * 8)
+
+
+linear_score.register_autograd(_linear_score_backward, setup_context=_linear_score_setup)
+
+
+def _linear_weigh_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _linear_save(ctx, inputs, output[1], output[2])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _linear_weigh_backward(ctx: Any, given: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    gradients = (None,) * 3 if given is None else _linear_backward(ctx, given, True)
+    return (*gradients, *(None,) * 15)
+
+
+linear_weigh.register_autograd(_linear_weigh_backward, setup_context=_linear_weigh_setup)
+
+
+class _LinearOnePass(torch.autograd.Function):
+    """``linear_weigh_and_grad``, whose backward scales the gradients where they lie."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        total, rows, sequences, status, *gradients = linear_weigh_and_grad(*inputs)
+        ctx.backend, ctx.wanted, ctx.expected = inputs[9], inputs[10], inputs[18]
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(rows, sequences, status)
+        return total, rows, sequences, status
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        gradients, by = ctx.saved_tensors, grads[0] / ctx.expected
+        for gradient, want in zip(gradients, _wanted(ctx.wanted), strict=True):
+            if want:
+                scale_(gradient, by, ctx.backend)
+        return (*_only_wanted(gradients, ctx.wanted), *(None,) * 17)
+
+
+# --- what functional.py calls -----------------------------------------------------------------------------------------
+
+
+def _divisor(batch: Batch, divide_by: float) -> float:
+    """What a sum over sequences is divided by. 0 stands for their number, for which no graph is to be compiled anew."""
+    return divide_by or max(batch.n_sequences, 1)
+
+
+def _recorded(
+    backend: Backend, batch: Batch, terms: Terms | None, sequences: Tensor, status: Tensor
+) -> tuple[Recorded, ...]:
+    if not backend.records_faults:
+        return ()
+    log_prob = sequences.select(0, LOG_PROB)
+    # kernels that leave A to torch tell of the rows alone
+    made = objectives.bounded_weights(terms, log_prob) if terms is not None and backend.name == "triton" else None
+    return (faults.device_faults(batch, terms, log_prob, status, made),)
+
+
+def log_prob(backend: Backend, batch: Batch, entropy: bool, inplace: bool, wants_grad: bool) -> tuple[Tensor, Scores]:
+    """Return log pi (B,), differentiable, and the scores."""
+    call = _ScoreInPlace.apply if inplace else score
+    given, rows, sequences, status = call(*flat(batch), entropy, backend.name)  # type: ignore[no-untyped-call]
+    return given, Scores(rows, sequences, None, _recorded(backend, batch, None, sequences, status))
+
+
+def loss(backend: Backend, batch: Batch, terms: Terms, options: Options, wants_grad: bool) -> tuple[Tensor, Scores]:
+    """Return the reduced loss, differentiable, and the scores."""
+    if not isinstance(terms.objective, Objective):
+        if not backend.records_faults:
+            batch = check_ops.checked(batch, terms)
+        given, scores = log_prob(backend, batch, options.entropy, options.inplace, wants_grad)
+        return from_log_prob(backend, batch, given, scores, terms, options)
+    arguments = (*flat(batch), options.entropy, backend.name, *flat_terms(terms))
+    if options.inplace:
+        # known weights too wait for backward here: one mutating op less, one more read of the logits
+        found, rows, sequences, status = _WeighInPlace.apply(*arguments)  # type: ignore[no-untyped-call]
+    elif options.expected is not None:
+        result, rows, sequences, status, _ = score_and_grad(*arguments, options.expected, options.divide_by)
+        return result, Scores(rows, sequences, None, _recorded(backend, batch, terms, sequences, status))
+    else:
+        found, rows, sequences, status = score_and_weigh(*arguments)
+    scores = Scores(rows, sequences, None, _recorded(backend, batch, terms, sequences, status))
+    return reduce(found, options.reduction, _divisor(batch, options.divide_by)), scores
+
+
+def _linear_arguments(
+    backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, entropy: bool,
+    chunk_bytes: int | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    needs = [x is not None and x.requires_grad for x in (hidden, head, bias)]
+    wanted = sum(1 << i for i, need in enumerate(needs) if need) if torch.is_grad_enabled() else 0
+    return (hidden, head, bias, *flat(batch)[1:], entropy, chunk_bytes or 0, backend.name, wanted)
+
+
+def linear_log_prob(
+    backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, entropy: bool,
+    chunk_bytes: int | None,
+) -> tuple[Tensor, Scores]:  # fmt: skip
+    """Return log pi (B,), differentiable, and the scores."""
+    arguments = _linear_arguments(backend, hidden, head, bias, batch, entropy, chunk_bytes)
+    given, rows, sequences, status = linear_score(*arguments)
+    return given, Scores(rows, sequences, None, _recorded(backend, batch, None, sequences, status))
+
+
+def linear_loss(
+    backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, terms: Terms, options: Options,
+    chunk_bytes: int | None,
+) -> tuple[Tensor, Scores]:  # fmt: skip
+    """Return the reduced loss, differentiable, and the scores."""
+    if not isinstance(terms.objective, Objective):
+        if not backend.records_faults:
+            batch = check_ops.checked(batch, terms)
+        given, scores = linear_log_prob(backend, hidden, head, bias, batch, options.entropy, chunk_bytes)
+        return from_log_prob(backend, batch, given, scores, terms, options)
+    arguments = _linear_arguments(backend, hidden, head, bias, batch, options.entropy, chunk_bytes)
+    if options.expected is not None and arguments[-1]:
+        found, rows, sequences, status = _LinearOnePass.apply(  # type: ignore[no-untyped-call]
+            *arguments, *flat_terms(terms), options.expected, options.divide_by
+        )
+        return found, Scores(rows, sequences, None, _recorded(backend, batch, terms, sequences, status))
+    found, rows, sequences, status = linear_weigh(*arguments, *flat_terms(terms))
+    scores = Scores(rows, sequences, None, _recorded(backend, batch, terms, sequences, status))
+    return reduce(found, options.reduction, _divisor(batch, options.divide_by)), scores
+
+
+def draw(rows: SampleRows, backend: Backend) -> tuple[Tensor, Tensor]:
+    """Return tokens (N) and their log_prob (N)."""
+    seed = rows.seed if rows.seed < 2**63 else rows.seed - 2**64
+    drawn = sample(rows.logits, seed, rows.row_ids, rows.step, rows.scale, rows.softcap, backend.name)
+    return cast("tuple[Tensor, Tensor]", drawn)

@@ -2,42 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .batch import Batch
+from ..objectives import Terms
+from .batch import CLIPPED, ENTROPY, LABEL, LOG_PROB, LOG_RATIO, LOG_TARGET_RATIO, LSE, WEIGHT, Scores
 
 
-@dataclass(eq=False)  # frozen costs a microsecond a call
+@dataclass(eq=False, repr=False)  # frozen costs a microsecond a call
 class DMLossOutput:
-    """The loss and the per-sequence scalars that it came from. All but ``loss`` carry no gradient.
+    """The loss and the per-sequence values that it came from. All but ``loss`` carry no gradient.
+
+    What few callers read is made when it is read, from one block of results and one of inputs.
 
     Attributes:
         loss: 0-d fp64, or (B,) with ``reduction="none"``; carries the gradient.
-        log_prob: (B,) fp64, log pi(x) in nats.
-        log_ratio: (B,) fp64, log rho = log pi - log q; 0 on-policy. None where log_proposal was not given.
-        log_target_ratio: (B,) fp64, log u = log P - log Z - log q; None where log_target or log_z was not given.
-        weight: (B,) fp64, A.
-        n_clipped: 0-d int64, weights that max_weight bounded.
-        entropy: (B,) fp64, nats summed over scored tokens, with ``return_entropy``.
-        log_proposal, log_target, log_z: (B,) fp64, the inputs as the loss used them, or None.
     """
 
     loss: Tensor
-    log_prob: Tensor
-    log_ratio: Tensor | None
-    log_target_ratio: Tensor | None
-    weight: Tensor
-    n_clipped: Tensor
-    entropy: Tensor | None
-    log_proposal: Tensor | None
-    log_target: Tensor | None
-    log_z: Tensor | None
-    _recorded: tuple[Callable[[], object], ...] = ()
-    _scored: Tensor | None = None  # None: all; most calls don't ask, and a tensor costs microseconds
+    _scores: Scores
+    _terms: Terms
+    _shape: tuple[int, ...]  # of the tokens
+    _scored: Tensor | None = None  # None: all
+    _has_entropy: bool = False
+
+    @property
+    def log_prob(self) -> Tensor:
+        """(B,) fp64, log pi(x) in nats."""
+        return self._scores.sequences.select(0, LOG_PROB)
+
+    @property
+    def log_ratio(self) -> Tensor | None:
+        """(B,) fp64, log rho = log pi - log q; 0 on-policy. None where log_proposal was not given."""
+        terms = self._terms
+        return self._scores.sequences.select(0, LOG_RATIO) if terms.given & 1 or terms.on_policy else None
+
+    @property
+    def log_target_ratio(self) -> Tensor | None:
+        """(B,) fp64, log u = log P - log Z - log q; None where log_target or log_z was not given."""
+        if self._terms.given & 6 != 6 or self.log_ratio is None:
+            return None
+        return self._scores.sequences.select(0, LOG_TARGET_RATIO)
+
+    @property
+    def weight(self) -> Tensor:
+        """(B,) fp64, A."""
+        return self._scores.sequences.select(0, WEIGHT)
+
+    @property
+    def n_clipped(self) -> Tensor:
+        """0-d int64, how many weights max_weight bounded."""
+        return self._scores.sequences.select(0, CLIPPED).sum().to(torch.int64)
+
+    @property
+    def entropy(self) -> Tensor | None:
+        """(B,) fp64, nats summed over scored tokens; None without ``return_entropy``."""
+        return self._scores.sequences.select(0, ENTROPY) if self._has_entropy else None
+
+    @property
+    def token_log_prob(self) -> Tensor:
+        """log pi of each token given those before it, nats, fp64 in the shape of ``tokens``; 0 where not scored."""
+        rows = self._scores.rows
+        return (rows.select(0, LABEL) - rows.select(0, LSE)).view(self._shape)
+
+    @property
+    def log_proposal(self) -> Tensor | None:
+        """(B,) fp64, the input as the loss used it, or None."""
+        return self._terms.log_proposal
+
+    @property
+    def log_target(self) -> Tensor | None:
+        """(B,) fp64, the input as the loss used it, or None."""
+        return self._terms.log_target
+
+    @property
+    def log_z(self) -> Tensor | None:
+        """(B,) fp64, the input as the loss used it, or None."""
+        return self._terms.log_z
 
     @property
     def scored(self) -> Tensor:
@@ -47,24 +92,47 @@ class DMLossOutput:
     @property
     def n_empty(self) -> Tensor:
         """0-d int64, sequences whose context has log_z = -inf: their A is 0 and they count in B."""
-        if self.log_z is None:
+        log_z = self.log_z
+        if log_z is None:
             return torch.zeros((), dtype=torch.int64, device=self.weight.device)
-        return (self.log_z == -torch.inf).sum()
+        return (log_z == -torch.inf).sum()
 
     def check(self) -> DMLossOutput:
-        """Raises what a device has recorded and the host has not read yet. The CPU raises at once."""
-        for check in self._recorded:
+        """Raise what a device has recorded and the host has not read yet, and return self. The CPU raises at once."""
+        for check in self._scores.recorded:
             check()
         return self
 
+    def spread(self, kept: Tensor, terms: Terms) -> DMLossOutput:
+        """Return this output of the kept sequences as one of all: the others have weight 0, and log pi is NaN, unless
+        they were drawn from pi, whose log pi the sampler knows.
 
-def denominator(batch: Batch, reduction: str, num_sequences: float | None) -> float:
-    """What the sum over sequences is divided by."""
-    if reduction != "mean":
-        return 1.0
-    return float(num_sequences) if num_sequences is not None else float(max(batch.n_sequences, 1))
+        Args:
+            kept: (N,) bool, which of the N sequences of ``terms`` this output is of.
+            terms: the inputs of all, with log_proposal.
+        """
+        log_q = terms.log_proposal
+        assert log_q is not None
+        rest = terms.with_log_prob(log_q if terms.on_policy else torch.full_like(log_q, math.nan))
+        assert rest.log_prob is not None
+        nothing = torch.zeros_like(log_q)
+        columns = [rest.log_prob, nothing, rest.log_ratio, rest.log_target_ratio, nothing, nothing, nothing]
+        sequences = torch.stack([nothing if column is None else column for column in columns])
+        sequences[:, kept] = self._scores.sequences
+        scores = Scores(self._scores.rows[:, :0], sequences, None, self._scores.recorded)
+        return DMLossOutput(self.loss, scores, terms, (0,), kept, self._has_entropy)
 
+    @staticmethod
+    def join(outputs: Sequence[DMLossOutput], gather: Callable[[Tensor], Tensor] = lambda x: x) -> DMLossOutput:
+        """Return the outputs of the parts of a step as that of one call, without loss and rows.
 
-def reduce(per_sequence: Tensor, reduction: str, divide_by: float) -> Tensor:
-    """mean | sum | none over (B,) losses."""
-    return per_sequence if reduction == "none" else per_sequence.sum() / divide_by
+        Args:
+            outputs: of calls with the same objective and the same inputs.
+            gather: puts the values of all ranks together along the first dimension.
+        """
+        first = outputs[0]
+        sequences = gather(torch.cat([out._scores.sequences.T for out in outputs])).T
+        terms = Terms.join([out._terms for out in outputs], gather)
+        scored = gather(torch.cat([out.scored for out in outputs]))
+        nothing = sequences.new_empty(2, 0)
+        return DMLossOutput(first.loss.detach(), Scores(nothing, sequences), terms, (0,), scored, first._has_entropy)

@@ -53,13 +53,14 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         baseline: a number; ``mean``, the running mean of rho*r over earlier steps; ``leave_one_out`` or
             ``leave_one_out_context``. ``gdc++`` has its own.
         beta: the KL coefficient of ``kl_control``; its value at the start, where ``beta_target_kl`` is given.
-        beta_target_kl: the wanted KL(pi||a), nats per sequence: beta is then steered by ``dmfast.AdaptiveBeta`` with
-            ``beta_horizon`` (sequences), from the samples of each step. Only on-policy: they must be pi's own.
+        beta_target_kl: the wanted KL(pi||a), nats per sequence: beta is then steered by
+            ``dmfast.objectives.AdaptiveBeta`` with ``beta_horizon`` (sequences), from the samples of each step.
+            Only on-policy: they must be pi's own.
         ppo_epochs: optimiser steps taken on each batch of samples, for ``reinforce`` and ``kl_control`` on-policy.
             Above 1 returns, KL penalty and baseline are frozen as they were at the sampling policy, and the ratio is
-            clipped at 1 -+ ``ppo_clip``: ``dmfast.PPOClip``, PPO on whole sequences, not per token with a value head.
-            ``max_steps`` counts every one of them. Resumed in the middle of a batch, a run of one process goes on with
-            it, one of several draws a new one.
+            clipped at 1 -+ ``ppo_clip``: ``dmfast.objectives.PPOClip``, PPO on whole sequences, not per token with a
+            value head. ``max_steps`` counts every one of them. Resumed in the middle of a batch, a run of one process
+            goes on with it, one of several draws a new one.
         normalize: False multiplies A by Z, the paper's scale.
         max_weight: bounds A.
         temperature: of policy, proposal and base, in sampling and in scoring.

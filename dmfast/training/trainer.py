@@ -432,7 +432,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         baseline: Any = values.pop("baseline", None)
         if baseline is None:
             baseline = plain_baseline(objective, len(log_q), log_q.device)
-        return Terms(objective, self.args.on_policy, math.inf, **values, baseline=baseline, log_prob=log_q)
+        return Terms.of(objective, self.args.on_policy, math.inf, **values, baseline=baseline, log_prob=log_q)
 
     def _advantage(self, objective: Objective, inputs: dict[str, Tensor]) -> Tensor:
         """(N,) r - baseline at the sampling policy, which is A there, since rho = 1."""
@@ -440,7 +440,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
     def _leave_one_out(self, objective: Objective, context: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """(N,) fp64: the baseline of this rank's sequences, over those of all ranks."""
-        terms = Terms(objective, self.args.on_policy, math.inf, **{k: self._gather(v) for k, v in inputs.items()})
+        terms = Terms.of(objective, self.args.on_policy, math.inf, **{k: self._gather(v) for k, v in inputs.items()})
         contexts = self._gather(context)
         whole = leave_one_out_baseline(terms, contexts, len(contexts), contexts.device)
         first = self.args.process_index * len(context)
@@ -529,7 +529,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             **(values if everything else {name: value[kept] for name, value in values.items()}),
         )
         if not everything:
-            out = _with_skipped(out, kept, values, on_policy)
+            out = out.spread(kept, Terms.of(objective, on_policy, math.inf, **values))
         self._outputs.append(out)
         return (out.loss, out) if return_outputs else out.loss
 
@@ -572,11 +572,11 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self._interrupt.agreed, terminate = self._gather(torch.tensor([asked], device=self.args.device)).any(0).tolist()
         if self._jit is not None:
             self._jit.agreed = terminate
-        out = _whole_step(outputs, self._gather)
+        out = DMLossOutput.join(outputs, self._gather)
         self._running = step.pending
         self._batch = step if step.epoch + 1 < self.args.ppo_epochs else None
         if self.args.baseline == "mean" and step.epoch == 0:
-            terms = Terms(
+            terms = Terms.of(
                 replace(step.objective, baseline=None, normalize=True), self.args.on_policy, math.inf,
                 log_proposal=out.log_proposal,
                 log_target=out.log_target, log_z=out.log_z,
@@ -997,38 +997,6 @@ def _batch_state(step: _Step) -> dict[str, Any]:
     samples = {f.name: getattr(step.samples, f.name) for f in fields(step.samples) if f.name != "tokenizer"}
     return {"samples": samples, "context": step.context, "features": step.features, "inputs": step.inputs,
             "advantage": step.advantage, "epoch": step.epoch, "beta": step.objective.beta}  # fmt: skip
-
-
-def _whole_step(outputs: Sequence[DMLossOutput], gather: Callable[[Tensor], Tensor]) -> DMLossOutput:
-    """The microbatches of all ranks as the output of one call, without its loss."""
-
-    def whole(name: str) -> Tensor | None:
-        parts = [getattr(out, name) for out in outputs]
-        return None if parts[0] is None else gather(torch.cat(parts))
-
-    names = ("log_prob", "log_ratio", "log_target_ratio", "weight", "log_proposal", "log_target", "log_z")
-    values: dict[str, Any] = {name: whole(name) for name in names} | {"_scored": whole("scored")}
-    n_clipped = gather(torch.stack([out.n_clipped for out in outputs]).sum()[None]).sum()
-    return replace(outputs[0], loss=outputs[0].loss.detach(), n_clipped=n_clipped, entropy=None, _recorded=(), **values)
-
-
-def _with_skipped(out: DMLossOutput, kept: Tensor, inputs: dict[str, Tensor], on_policy: bool) -> DMLossOutput:
-    """The output for the kept sequences as one for all: weight 0 for the others, and log pi NaN, unless they were drawn
-    from pi, whose log pi the sampler knows.
-    """
-
-    def spread(values: Tensor, rest: float) -> Tensor:
-        return torch.full(kept.shape, rest, dtype=values.dtype, device=values.device).masked_scatter(kept, values)
-
-    log_u = inputs["log_target"] - inputs["log_proposal"] - inputs["log_z"]
-    return replace(
-        out,
-        log_prob=torch.where(kept, spread(out.log_prob, math.nan), inputs["log_proposal"] if on_policy else math.nan),
-        log_ratio=None if out.log_ratio is None else spread(out.log_ratio, 0.0 if on_policy else math.nan),
-        log_target_ratio=torch.where(inputs["log_z"] == -math.inf, -math.inf, log_u),
-        weight=spread(out.weight, 0.0), _scored=kept,
-        log_proposal=inputs["log_proposal"], log_target=inputs["log_target"], log_z=inputs["log_z"],
-    )  # fmt: skip
 
 
 def _refuse_arguments(args: DMConfig) -> None:

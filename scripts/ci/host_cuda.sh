@@ -9,6 +9,7 @@ python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") # absolute: the tests run
 here=$(pwd)
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
+[ "$(uname -m)" != x86_64 ] || no_mmx=-mno-mmx
 sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
 
 # Builds what the current directory holds, apart from objects that are there already.
@@ -17,7 +18,7 @@ build() { # directory, flags
   cp -r dmfast "$1/lib/"
   rm -f "$1"/lib/dmfast/_C*.so
   flags="-std=c++17 -fPIC -Wall -Wextra -Wno-unknown-pragmas -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast
-    -fvisibility=hidden -DDMF_NO_CLONES -DDMF_CUDA -DDMF_SHIM -Itests/native -Icsrc $2
+    ${no_mmx:-} -fvisibility=hidden -DDMF_NO_CLONES -DDMF_CUDA -DDMF_SHIM -Itests/native -Icsrc $2
     $("$python" -c 'import pybind11, sysconfig; print("-I" + pybind11.get_include(), "-I" + sysconfig.get_paths()["include"])')"
   for source in csrc/bindings.cpp csrc/cpu/loss.cpp csrc/cpu/rows.cpp csrc/cpu/sample.cpp csrc/cuda/loss.cu \
     csrc/cuda/sample.cu tests/native/shim.cpp; do

@@ -1,4 +1,4 @@
-"""The configurations of ``make gpu``, each by dmfast.bench.worker in a process of its own; go on where they ended.
+"""The configurations of ``make gpu``, each by worker.py in a process of its own; go on where they ended.
 
 ``bench.py OUT [dry]`` writes OUT/bench.json after each; report.py makes a table and a picture of it.
 """
@@ -21,6 +21,7 @@ from dmfast.bench.report import OURS
 from dmfast.bench.worker import Config
 
 DRY = "dry" in sys.argv
+WORKER = f"import runpy; runpy.run_path({str(Path(__file__).with_name('worker.py'))!r}, run_name='__main__')"
 INTERPRETED = {"TRITON_INTERPRET": "1"} if DRY else {}  # Triton's rows too are to run
 VOCABULARIES = (32000, 50257, 128256, 151936)
 
@@ -67,8 +68,7 @@ def main() -> None:
             continue
         print(c.title, flush=True)
         try:
-            code = "from dmfast.bench.worker import main; main()"
-            found["results"].append(in_fresh_process(code, json.dumps(asdict(c)), environment=INTERPRETED))
+            found["results"].append(in_fresh_process(WORKER, json.dumps(asdict(c)), environment=INTERPRETED))
             ours = [f"{k}: {v}" for k, v in found["results"][-1]["not_run"].items() if k.startswith(OURS)]
             if ours:
                 print("dmfast's own did not run:", *ours, sep="\n  ", flush=True)

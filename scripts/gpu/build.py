@@ -6,6 +6,7 @@ As setup.py does, without setuptools or pybind11, which such a machine may not h
 from __future__ import annotations
 
 import importlib.util
+import platform
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ sys.path.insert(0, str(ROOT))
 import cuda_compiler  # noqa: E402
 
 HOST = ["-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+if platform.machine() == "x86_64":
+    HOST.append("-mno-mmx")
 SHIM = ["-DDMF_SHIM", "-DDMF_NO_CLONES", "-Itests/native", "-Icsrc", "-Wno-unknown-pragmas"]
 
 

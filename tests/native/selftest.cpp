@@ -30,7 +30,8 @@ void check(dmf::DType dtype, const char* name, double step) {
         for (auto& x : z) dmf::from_float(normal(random), x);
         if (v > 31) dmf::from_float(-INFINITY, z[0]);
         std::vector<int64_t> labels = {v - 1, v / 2, -100, v / 3};
-        const double log_target[] = {-9.0, -8.5}, log_proposal[] = {-9.5, -8.0}, log_z[] = {0.1, 0.1}, one[] = {1, 1};
+        const double log_target[] = {-9.0, -8.5}, log_proposal[] = {-9.5, -8.0}, log_z[] = {0.1, 0.1};
+        const double columns[] = {-9.5, -8.0, -9.0, -8.5, 0.1, 0.1, 1, 1};  // and the baseline
         dmf::Batch batch{dtype,
                          reinterpret_cast<char*>(z.data()),
                          sequences,
@@ -41,13 +42,13 @@ void check(dmf::DType dtype, const char* name, double step) {
                          nullptr,
                          labels.data(),
                          {v, scale, softcap},
+                         0,
+                         v,
                          2};
-        dmf::Terms terms{
-            {dmf::Kind::dpg, false, true, 0, 0, INFINITY}, log_proposal, log_target, log_z, nullptr, nullptr, one, 0.0};
-        double log_prob[2], lse[4], h[2], rho[2], u[2], weight[2], loss[2];
-        double total = 0;
-        int64_t clipped = 0;
-        dmf::Outputs out{log_prob, lse, h, rho, u, weight, loss, &total, &clipped, 1.0};
+        dmf::Terms terms{{dmf::Kind::dpg, dmf::kHasTarget, 0.0, INFINITY}, columns, 2, 0b100111, {}};
+        double rows[12], per_sequence[14], total = 0;
+        dmf::Outputs out{rows, per_sequence, 4, 2, &total, true, 1.0};
+        const double *lse = rows, *log_prob = per_sequence, *weight = &out.weight(0);
         const dmf::Status status = dmf::forward(batch, terms, out, false);
         expect(status.fault == dmf::Fault::none, "status", name, v, static_cast<double>(status.fault), 0);
         dmf::backward(batch, lse, weight, 0.5, nullptr, {reinterpret_cast<char*>(dz.data()), steps * v, v});

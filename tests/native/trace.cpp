@@ -165,7 +165,7 @@ struct Case {
   int64_t vocab, sequences = 4, steps = 3, rows = 12;
   T *z, *dz;
   int64_t* labels;
-  double *log_prob, *lse, *entropy, *log_ratio, *log_target_ratio, *weight, *loss, *total, *inputs;
+  double *lse, *weight, *total, *inputs;
   dmf::Batch batch;
   dmf::Terms terms;
   dmf::Outputs out;
@@ -179,28 +179,19 @@ struct Case {
     labels = allocate<int64_t>(rows);
     for (int64_t i = 0; i < rows; ++i) labels[i] = i * 31 % v;
     labels[4] = -100;
-    double* values = allocate<double>(8 * sequences + 2 * rows + 8);
-    log_prob = values, entropy = values + sequences, log_ratio = values + 2 * sequences;
-    log_target_ratio = values + 3 * sequences, weight = values + 4 * sequences, loss = values + 5 * sequences;
-    inputs = values + 6 * sequences, lse = values + 8 * sequences, total = lse + rows;
+    double* values = allocate<double>(9 * sequences + 3 * rows + 8);
+    inputs = values + 7 * sequences, lse = values + 9 * sequences, total = lse + 3 * rows;
     for (int64_t i = 0; i < 2 * sequences; ++i) inputs[i] = -20.0;
-    inputs[1] = -INFINITY;  // P = 0 in sequence 1, whose weight is then 0 for dpg
+    inputs[sequences + 1] = -INFINITY;  // P = 0 in sequence 1, whose weight is then 0 for dpg
     int64_t* starts = allocate<int64_t>(sequences + 1);
     std::copy_n(std::array<int64_t, 5>{0, 2, 5, 5, 12}.data(), sequences + 1, starts);
     const dmf::RowOptions options{v, 1.0, how.softcap};
-    batch = {type, reinterpret_cast<char*>(z), sequences, steps, rows, steps * v, v, nullptr, labels, options, 1};
+    batch = {type, reinterpret_cast<char*>(z), sequences, steps, rows, steps * v, v, nullptr, labels, options, 0, v, 1};
     if (how.packed) batch.cu_seqlens = starts, batch.steps = 0, batch.stride_sequence = 0;
-    terms = {{dmf::Kind::dpg, false, true, 0, 0, INFINITY},
-             inputs + sequences,
-             inputs,
-             nullptr,
-             nullptr,
-             nullptr,
-             nullptr,
-             0.0};
-    out = {log_prob, lse, entropy, log_ratio, log_target_ratio, weight, loss, total, allocate<int64_t>(1), 1.0};
-    work = {0, nullptr, allocate<double>(2 * (rows + sequences)), allocate<unsigned>(sequences + 1),
-            allocate<int64_t>(1)};
+    terms = {{dmf::Kind::dpg, dmf::kHasTarget, 0.0, INFINITY}, inputs, sequences, 0b11, {}};
+    out = {lse, values, rows, sequences, total, true, 1.0};
+    weight = &out.weight(0);
+    work = {0, nullptr, allocate<int64_t>(sequences), allocate<unsigned>(sequences + 1), allocate<int64_t>(1)};
   }
   static float& value(float& x) { return x; }
   static dmf::bf16& value(__nv_bfloat16& x) { return x.x; }

@@ -33,14 +33,14 @@ def struct(name: str, **fields: Any) -> Any:
 
 Batch = struct("Batch", dtype=ctypes.c_int, logits=_PTR, sequences=_I64, steps=_I64, rows=_I64, stride_sequence=_I64,
                stride_row=_I64, cu_seqlens=_PTR, labels=_PTR, vocab=_I64, scale=_F64, softcap=_F64,
-               threads=ctypes.c_int)  # fmt: skip
-Terms = struct("Terms", kind=ctypes.c_int, on_policy=ctypes.c_bool, normalize=ctypes.c_bool, beta=_F64, log_scale=_F64,
-               max_weight=_F64, log_proposal=_PTR, log_target=_PTR, log_z=_PTR, reward=_PTR, log_base=_PTR,
-               baseline=_PTR, constant_baseline=_F64)  # fmt: skip
-Outputs = struct("Outputs", log_prob=_PTR, lse=_PTR, entropy=_PTR, log_ratio=_PTR, log_target_ratio=_PTR, weight=_PTR,
-                 loss=_PTR, total=_PTR, clipped=_PTR, divide_by=_F64)  # fmt: skip
+               vocab_start=_I64, whole_vocab=_I64, threads=ctypes.c_int)  # fmt: skip
+Terms = struct("Terms", kind=ctypes.c_int, flags=ctypes.c_int, parameter=_F64, max_weight=_F64, columns=_PTR,
+               stride=_I64, present=ctypes.c_int, constants=_F64 * 6)  # fmt: skip
+Outputs = struct("Outputs", rows_block=_PTR, sequences_block=_PTR, rows=_I64, sequences=_I64, total=_PTR,
+                 entropy=ctypes.c_bool, divide_by=_F64)  # fmt: skip
 Gradient = struct("Gradient", data=_PTR, stride_sequence=_I64, stride_row=_I64)
-Workspace = struct("Workspace", device=ctypes.c_int, stream=_PTR, values=_PTR, counters=_PTR, status=_PTR)
+Workspace = struct("Workspace", device=ctypes.c_int, stream=_PTR, faults=_PTR, counters=_PTR, status=_PTR)
+HAS_TARGET = 4  # a Flag of csrc/objective.h
 PASSES = {"score": 0, "kept": 1, "reread": 2}
 
 
@@ -109,15 +109,17 @@ class Call:
         self.terms = {"log_proposal": log_pi + torch.randn(b).double() / 2, "log_target": log_pi + torch.randn(b),
                       "log_z": torch.randn(b).double()}  # fmt: skip
         self.memory = machine.Memory()
-        self.at = {name: self.memory.add(x.numpy()) for name, x in self.terms.items()}
+        self.at = {"columns": self.memory.add(torch.stack(list(self.terms.values())).numpy())}
         self.at["labels"] = self.memory.add(self.tokens.numpy())
         self.at["logits"] = self.memory.add(numpy_of(self.storage))
         self.at["dz"] = self.memory.add(numpy_of(torch.full((len(self.storage) + 8,), NAN, dtype=self.dtype)))
         # what a kernel gets from torch.empty is anything: NaN and nonsense, so that nothing stale passes
-        sizes = dict.fromkeys(("log_prob", "entropy", "log_ratio", "log_target_ratio", "weight", "loss"), b)
-        sizes |= {"lse": b * t, "values": 2 * b * t + 2 * b, "total": 1, "clipped": 1, "status": 1}
+        sizes = {"sequences": 7 * b, "rows": 3 * b * t, "faults": b, "total": 1, "status": 1}
         for name, n in sizes.items():
             self.at[name] = self.memory.add(np.full(n, NAN))
+        columns = ("log_prob", "entropy", "log_ratio", "log_target_ratio", "weight", "loss", "clipped")
+        self.at |= {name: self.at["sequences"] + 8 * b * i for i, name in enumerate(columns)}
+        self.at["lse"] = self.at["rows"]
         self.at["counters"] = self.memory.add(np.zeros(b + 1, np.int32))
 
     @property
@@ -127,6 +129,7 @@ class Call:
             dtype=list(TYPES).index(self.dtype), logits=self.at["logits"] + self.pad * size, sequences=self.b,
             steps=self.t, rows=self.b * self.t, stride_sequence=self.t * self.stride, stride_row=self.stride,
             labels=self.at["labels"], vocab=self.v, scale=1 / self.temperature, softcap=self.softcap,
+            whole_vocab=self.v,
         )  # fmt: skip
 
     @property
@@ -140,11 +143,11 @@ class Call:
 
     def score(self, objective: str, way: str = "score", seed: int = 0, factor: float = 0.0) -> None:
         kind, baseline = {"gdc++": (1, 1.0), "dpg": (1, 0.0), "js": (3, 0.0)}[objective]
-        terms = Terms(kind=kind, normalize=True, max_weight=math.inf, constant_baseline=baseline,
-                      **{name: self.at[name] for name in self.terms})  # fmt: skip
-        names = ("log_prob", "lse", "entropy", "log_ratio", "log_target_ratio", "weight", "loss", "total", "clipped")
-        out = Outputs(**{name: self.at[name] for name in names}, divide_by=float(self.b))
-        space = Workspace(values=self.at["values"], counters=self.at["counters"], status=self.at["status"])
+        terms = Terms(kind=kind, flags=HAS_TARGET, max_weight=math.inf, columns=self.at["columns"], stride=self.b,
+                      present=0b111, constants=(_F64 * 6)(0, 0, 0, 0, 0, baseline))  # fmt: skip
+        out = Outputs(rows_block=self.at["rows"], sequences_block=self.at["sequences"], rows=self.b * self.t,
+                      sequences=self.b, total=self.at["total"], entropy=True, divide_by=float(self.b))  # fmt: skip
+        space = Workspace(faults=self.at["faults"], counters=self.at["counters"], status=self.at["status"])
         arguments = [bytes(x) for x in (self.batch, terms, out, _F64(factor), self.gradient, space)]
         bytes_of_row = (self.v * self.storage.element_size() + 31) // 16 * 16
         machine.launch(score_rows(self.dtype, self.softcap > 0, True, way), self.memory, self.b * self.t + self.b + 1,

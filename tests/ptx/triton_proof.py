@@ -17,7 +17,7 @@ from test_kernels import SPECIAL, Case, check, make_case, make_terms
 
 import dmfast
 from dmfast import eager
-from dmfast.kernels import checks, native
+from dmfast.kernels import checks, select
 from dmfast.kernels.triton import loss
 
 INF, NAN = math.inf, math.nan
@@ -185,7 +185,7 @@ def test_draws(v: int, dtype: torch.dtype, rows: dict[str, float]) -> None:
     p = ((x if cap is None else cap * torch.tanh(x / cap)) / rows.get("temperature", 1.0)).softmax(0)
     likely = int(p.argmax())
     given = p[:likely].sum() + p[likely] * torch.tensor([0.01, 0.5, 0.99]).double()
-    assert native.sample(draws, given)[0].tolist() == [likely] * 3
+    assert select(draws.logits).sample(draws, given)[0].tolist() == [likely] * 3
     bad = z[:1].clone()
     bad[0, v - 1] = NAN
-    assert native.sample(draws._replace(logits=bad), given[:1])[1].isnan().all()
+    assert select(bad).sample(draws._replace(logits=bad), given[:1])[1].isnan().all()

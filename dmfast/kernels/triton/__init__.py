@@ -1,20 +1,29 @@
-"""The Triton kernels, for those who have no compiler, and for ROCm and XPU. ``launch.py`` has what ``native.py`` calls;
-importing this imports no triton.
+"""The Triton kernels, for those who have no compiler, and for ROCm and XPU: the backend ``triton``. A is formed in
+torch between its launches (``launch.py``). Importing this imports no triton.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from functools import cache
 from importlib import metadata, util
 
 import torch
+from torch import Tensor
 
-from ..fp64 import has_fp64, lacking
+from ... import objectives
+from ...objectives import Terms
+from .. import faults
+from ..backend import overwritten
+from ..batch import Batch, SampleRows, Scores
+from ..extension import why_not_dtype
+from ..form import form_loss
+from ..fp64 import devices_without_fp64, has_fp64
 
 
 def interpreted() -> bool:
-    """TRITON_INTERPRET=1: Triton's interpreter runs the kernels on CPU tensors, for tests."""
+    """Return whether TRITON_INTERPRET=1: Triton's interpreter runs the kernels on CPU tensors, for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
@@ -40,7 +49,7 @@ def _numbers(version: str) -> tuple[int, int]:
 
 
 def devices() -> list[str]:
-    """The types of the devices here that Triton has kernels for."""
+    """Return the types of the devices here that Triton has kernels for."""
     found = ["cuda"] if torch.cuda.is_available() else []  # ROCm's tensors too
     if any(has_fp64(torch.device("xpu", i)) for i in range(torch.xpu.device_count())):
         found.append("xpu")
@@ -48,13 +57,13 @@ def devices() -> list[str]:
 
 
 def why_not(device: torch.device | None = None) -> str | None:
-    """None where the Triton kernels can run (on ``device``, or anywhere here), else the reason that they can't."""
+    """Return None where the Triton kernels can run (on ``device``, or anywhere here), else the reason."""
     missing = _installed()
     if missing is not None:
         return missing
     if not devices():
-        narrow = [name for name in lacking() if name.startswith("xpu")]
-        but = f" and that has fp64, which {', '.join(narrow)} lacks" if narrow else ""
+        without = [name for name in devices_without_fp64() if name.startswith("xpu")]
+        but = f" and that has fp64, which {', '.join(without)} lacks" if without else ""
         return f"there is no CUDA, ROCm or XPU device that torch can use{but}"
     if device is None:
         return None
@@ -63,5 +72,87 @@ def why_not(device: torch.device | None = None) -> str | None:
     return None if has_fp64(device) else f"{device} has no fp64"
 
 
-# as torch.compiler.assume_constant_result does, which would import torch._dynamo
-why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+class Triton:
+    """The backend ``triton``."""
+
+    name = "triton"
+    records_faults = True
+    in_torch = False
+
+    def why_not(self, device: torch.device | None, dtype: torch.dtype | None = None) -> str | None:
+        """Return None where it can run, else the reason."""
+        missing = why_not(device)
+        if missing is not None:
+            return missing if device is None else f"logits are on {device}; {missing}"
+        return None if dtype is None else why_not_dtype(dtype)
+
+    def detail(self) -> str:
+        """Return what it takes."""
+        where = "in its interpreter" if interpreted() else "on " + " and ".join(devices())
+        return f"fp32, bf16 and fp16 logits {where}, where there are no CUDA kernels; checked as by cuda"
+
+    def forward(self, batch: Batch, terms: Terms | None, entropy: bool, divide_by: float = 1.0) -> Scores:
+        """Return the scores; see ``Backend``."""
+        return self._forward(batch, terms, entropy, divide_by, None, None)
+
+    def _forward(
+        self, batch: Batch, terms: Terms | None, entropy: bool, divide_by: float, weights: Tensor | None,
+        dz: Tensor | None,
+    ) -> Scores:  # fmt: skip
+        """``forward``, and with ``dz`` the gradient of the sum of -weights log pi."""
+        from . import launch  # triton is imported where it is used
+
+        scores, fault = launch.score(batch, entropy, weights, dz)
+        if dz is not None:
+            overwritten(batch, dz)
+        worst = fault.min() if fault.numel() else fault.new_full((), launch.NONE)
+        status = torch.where(worst == launch.NONE, -1, worst)
+        check = faults.device_faults(batch, None, scores.log_prob, status)
+        scores = scores._replace(recorded=faults.read_later(check))
+        if terms is not None:
+            return form_loss(batch, scores.rows, scores.log_prob, scores.entropy, terms, divide_by, True,
+                             scores.recorded)  # fmt: skip
+        if batch.is_shard:
+            scores.sequences.fill_(math.nan)
+        return scores
+
+    def backward(
+        self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None
+    ) -> None:
+        """Write the gradient; see ``Backend``."""
+        from . import launch
+
+        launch.backward(batch, lse, weight * factor * (1.0 if upstream is None else upstream), dz)
+        overwritten(batch, dz)
+
+    def forward_backward(
+        self, batch: Batch, terms: Terms, entropy: bool, divide_by: float, factor: float, dz: Tensor
+    ) -> Scores:
+        """Return the scores and write the gradient; see ``Backend``."""
+        stand_in = terms.log_proposal  # for log pi, on which a known weight does not depend
+        if stand_in is None:
+            stand_in = torch.zeros(batch.n_sequences, dtype=torch.float64, device=batch.logits.device)
+        known = objectives.bounded_weights(terms, stand_in)
+        weights = faults.zero_where_faulty(known, stand_in, terms) * factor
+        return self._forward(batch, terms, entropy, divide_by, weights, dz)
+
+    def scale(self, batch: Batch, dz: Tensor, factor: float, upstream: Tensor) -> None:
+        """Multiply a gradient; see ``Backend``."""
+        from . import launch
+
+        launch.scale(batch, dz, (factor * upstream.double()).expand(batch.n_sequences).contiguous())
+
+    def scale_matrix(self, x: Tensor, factor: float, upstream: Tensor) -> None:
+        """Multiply a matrix; see ``Backend``."""
+        if x.numel() == 0:
+            return
+        v = x.shape[-1]
+        n = x.numel() // v
+        rows = x.view(1, n, v)
+        self.scale(Batch(rows, torch.empty(n, device=x.device), None, 1, n, 1.0, 0.0), rows, factor, upstream)
+
+    def sample(self, rows: SampleRows, uniforms: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return tokens and their log_prob; see ``Backend``."""
+        from . import launch
+
+        return launch.draw(rows, uniforms)

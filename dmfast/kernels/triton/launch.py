@@ -1,4 +1,4 @@
-"""Launches the Triton kernels on checked batches. What they return is as ``native.py`` has it of the compiled ones."""
+"""Launches the Triton kernels on checked batches."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import cuda
-from ..batch import Batch, Draws, Scores
+from ..batch import ENTROPY, LABEL, LOG_PROB, LSE, ONLY_SCORED, ROW_ENTROPY, Batch, SampleRows, Scores
+from ..cuda import with_order
 from . import loss, sample
 
 NONE: int = loss.NONE.value
@@ -52,7 +52,8 @@ def _row_strides(x: Tensor, batch: Batch) -> tuple[int, int, int]:
 def _numbers(batch: Batch, dz: Tensor | None) -> tuple[float, ...]:
     steps, *strides = _row_strides(batch.logits, batch)
     _, *dz_strides = _row_strides(batch.logits if dz is None else dz, batch)
-    return batch.vocab, steps, *strides, *dz_strides, *_two(batch.scale), *_two(batch.softcap)
+    return (batch.vocab, batch.vocab_start, batch.n_tokens, steps, *strides, *dz_strides, *_two(batch.scale),
+            *_two(batch.softcap))  # fmt: skip
 
 
 def _same_alignment(batch: Batch, dz: Tensor) -> bool:
@@ -88,34 +89,34 @@ def _options(batch: Batch) -> dict[str, Any]:
 def score(
     batch: Batch, entropy: bool, weights: Tensor | None = None, dz: Tensor | None = None
 ) -> tuple[Scores, Tensor]:
-    """Log-sum-exps, log pi and entropy, and the first fault of each sequence, (B,) int64: row * 8 + fault, or NONE.
+    """Return log-sum-exps, log pi and entropy, and the first fault of each sequence, (B,) int64: row * 8 + fault, or
+    NONE.
 
     With ``weights`` (B) the gradient of sum_i -weights_i log pi(x_i) is written to ``dz``; 0 where there is a fault.
     """
-    given, batch = batch, cuda.with_order(batch)
-    lse = torch.empty(batch.n_rows, dtype=torch.float64, device=batch.logits.device)
-    row_log_prob = torch.empty_like(lse)
-    row_entropy = torch.empty_like(lse) if entropy else lse
-    log_prob = lse.new_empty(batch.n_sequences)
-    h = torch.empty_like(log_prob) if entropy else None
-    faults = torch.empty_like(log_prob, dtype=torch.int64)
+    given, batch = batch, with_order(batch)
+    rows = batch.logits.new_empty(3 if entropy else 2, batch.n_rows, dtype=torch.float64)
+    sequences = rows.new_empty(ONLY_SCORED, batch.n_sequences)
+    lse, label = rows[LSE], rows[LABEL]
+    row_entropy = rows[ROW_ENTROPY] if entropy else lse
+    faults = torch.empty_like(sequences[LOG_PROB], dtype=torch.int64)
     to = batch.logits if dz is None else dz
     sequence_of = batch.labels if weights is None else _sequence_of(batch)
     with _on(lse):
         if batch.n_rows:
             loss.score_rows[(batch.n_rows,)](
-                batch.logits, batch.labels, lse, row_log_prob, row_entropy, sequence_of,
+                batch.logits, batch.labels, lse, label, row_entropy, sequence_of,
                 lse if weights is None else weights, to, *_numbers(batch, dz),
                 ENTROPY=entropy, WRITE=weights is not None, WIDE=_same_alignment(batch, to), **_options(batch),
             )  # fmt: skip
         if batch.n_sequences:
             loss.sum_rows[(batch.n_sequences,)](
-                batch.labels, _starts(batch), lse, row_log_prob, row_entropy, log_prob, log_prob if h is None else h,
-                faults, batch.vocab, ENTROPY=entropy, ROWS=128, num_warps=4,
+                batch.labels, _starts(batch), lse, label, row_entropy, sequences[LOG_PROB], sequences[ENTROPY], faults,
+                batch.vocab, batch.vocab_start, batch.n_tokens, ENTROPY=entropy, ROWS=128, num_warps=4,
             )  # fmt: skip
     if dz is not None:
         scale(given, dz, torch.where(faults == NONE, 1.0, 0.0).double(), sequence_of)
-    return Scores(lse, log_prob, h), faults
+    return Scores(rows, sequences), faults
 
 
 def backward(batch: Batch, lse: Tensor, weights: Tensor, dz: Tensor) -> None:
@@ -147,9 +148,9 @@ def _halves(x: int) -> tuple[int, int]:
     return int(words[0]), int(words[1])
 
 
-def draw(draws: Draws, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens and log_prob (N), and the first row that is no distribution, or -1, 0-d."""
-    z = draws.logits
+def draw(rows: SampleRows, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens and log_prob (N), and the first row that is no distribution, or -1, 0-d."""
+    z = rows.logits
     tokens = torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
     log_prob = torch.empty_like(tokens, dtype=torch.float64)
     if z.shape[0] == 0:
@@ -160,9 +161,9 @@ def draw(draws: Draws, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
     tiles = max(64, 1 << (-(-z.shape[1] // sample.TILE) - 1).bit_length())
     with _on(z):
         sample.sample_rows[(z.shape[0],)](
-            z, tokens if draws.row_ids is None else draws.row_ids, log_prob if uniforms is None else uniforms, tokens,
-            log_prob, z.shape[1], z.stride(0), *_two(draws.scale), *_two(draws.softcap), *_halves(draws.seed),
-            *_halves(draws.step), CAP=draws.softcap > 0, IDS=draws.row_ids is not None, GIVEN=uniforms is not None,
+            z, tokens if rows.row_ids is None else rows.row_ids, log_prob if uniforms is None else uniforms, tokens,
+            log_prob, z.shape[1], z.stride(0), *_two(rows.scale), *_two(rows.softcap), *_halves(rows.seed),
+            *_halves(rows.step), CAP=rows.softcap > 0, IDS=rows.row_ids is not None, GIVEN=uniforms is not None,
             WIDE=wide, TILES=tiles, SIZE=sample.TILE, num_warps=sample.TILE * z.element_size() // 512,
         )  # fmt: skip
     bad = log_prob.isnan()

@@ -34,8 +34,8 @@ from .rows import (
     zero_row,
 )  # fmt: skip
 
-_NUMBERS = ["vocab", "steps", "stride_sequence", "stride_row", "dz_stride_sequence", "dz_stride_row", "scale_high",
-            "scale_low", "cap_high", "cap_low", "n_rows"]  # fmt: skip
+_NUMBERS = ["vocab", "vocab_start", "n_tokens", "steps", "stride_sequence", "stride_row", "dz_stride_sequence",
+            "dz_stride_row", "scale_high", "scale_low", "cap_high", "cap_low", "n_rows"]  # fmt: skip
 NOT_SPECIALIZED = {"do_not_specialize": _NUMBERS, "do_not_specialize_on_alignment": ["logits", "dz"]}
 NONE = tl.constexpr(2**62)  # no fault; else row * 8 + fault, as csrc/batch.h numbers them
 
@@ -61,7 +61,7 @@ def _write_row(
     z, dz, vocab, label, at_label, lse, coefficient, scale, cap, c,
     CAP: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """dz = coefficient * scale * cap'(z) * (softmax - onehot)."""
+    """dz = coefficient * scale * cap'(z) * (softmax - onehot); a label outside [0, vocab) has no one-hot here."""
     reference64 = lse / scale  # a logit whose term is near 1
     if CAP:
         t = tl.minimum(tl.maximum(reference64 / cap, -0.999), 0.999)
@@ -98,26 +98,32 @@ def _write_row(
 def score_rows(
     logits,  # (B,T,V) or (N,V)
     labels,  # (rows) int64
-    lse_of, log_prob_of, entropy_of,  # (rows) fp64, written; entropy_of only with ENTROPY
+    lse_of, label_of, entropy_of,  # (rows) fp64, written; entropy_of only with ENTROPY
     sequence_of,  # (rows) int64 and
     weights,  # (B) fp64, A times what the gradient is multiplied by: only with WRITE
     dz,  # only with WRITE
-    vocab, steps, stride_sequence, stride_row, dz_stride_sequence, dz_stride_row,
+    vocab, vocab_start, n_tokens, steps, stride_sequence, stride_row, dz_stride_sequence, dz_stride_row,
     scale_high, scale_low, cap_high, cap_low,
     CAP: tl.constexpr, ENTROPY: tl.constexpr, WRITE: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp, log-probability of the label and entropy of a row; NaN where its label is no token."""
+    """Log-sum-exp, logit of the label and entropy of a row. The logit is 0 where the label is not here; the log-sum-exp
+    is NaN where it is no token."""
     row = tl.program_id(0)
     label = tl.load(labels + row)
-    token = (label >= 0) & (label < vocab)
+    token = (label >= 0) & (label < n_tokens)
+    column = label - vocab_start
+    here = (column >= 0) & (column < vocab)
     if not token:
         tl.store(lse_of + row, tl.where(label == IGNORE, 0.0, float("nan")).to(tl.float64))
+        tl.store(label_of + row, tl.zeros([], tl.float64))
+        if ENTROPY:
+            tl.store(entropy_of + row, tl.zeros([], tl.float64))
         if WRITE:
             zero_row(dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row), vocab, W, LANES)
     else:
         z = logits + row_offset(row, steps, stride_sequence, stride_row)
-        at_label = tl.load(z + label).to(tl.float32)
+        at_label = tl.load(z + column, mask=here, other=0.0).to(tl.float32)
         scale, cap, c = constants(scale_high, scale_low, cap_high, cap_low, CAP)
         head, packs, body, lane, offsets = packs_of(z, vocab, W, LANES)
 
@@ -168,7 +174,7 @@ def score_rows(
         log_total = tl.log(total)
         lse = scaled(top, scale, cap, CAP) + log_total
         tl.store(lse_of + row, lse)
-        tl.store(log_prob_of + row, scaled(at_label, scale, cap, CAP) - lse)
+        tl.store(label_of + row, tl.where(here, scaled(at_label, scale, cap, CAP), 0.0))
         if ENTROPY:
             moments = tl.where(at_top, moment, tl.where(shrink > 0, shrink * (moment + delta * (rest + ones)), 0.0))
             all_moments = tl.sum(moments, axis=0)
@@ -179,7 +185,7 @@ def score_rows(
             to = dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row)
             if (coefficient != 0.0) & (tl.abs(lse) < INF):
                 tl.debug_barrier()  # every thread has the label's logit before one writes over it
-                _write_row(z, to, vocab, label, at_label, lse, coefficient, scale, cap, c, CAP, WIDE, W, LANES)
+                _write_row(z, to, vocab, column, at_label, lse, coefficient, scale, cap, c, CAP, WIDE, W, LANES)
             else:
                 zero_row(to, vocab, W, LANES)
 
@@ -192,7 +198,7 @@ def write_rows(
     sequence_of,  # (rows) int64
     weights,  # (B) fp64, A times what the gradient is multiplied by
     dz,  # as logits, written
-    vocab, steps, stride_sequence, stride_row, dz_stride_sequence, dz_stride_row,
+    vocab, vocab_start, n_tokens, steps, stride_sequence, stride_row, dz_stride_sequence, dz_stride_row,
     scale_high, scale_low, cap_high, cap_low,
     CAP: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -202,12 +208,13 @@ def write_rows(
     lse = tl.load(lse_of + row)
     coefficient = tl.load(weights + tl.load(sequence_of + row))
     to = dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row)
-    if (label >= 0) & (label < vocab) & (coefficient != 0.0) & (tl.abs(lse) < INF):
+    column = label - vocab_start
+    if (label >= 0) & (label < n_tokens) & (coefficient != 0.0) & (tl.abs(lse) < INF):
         z = logits + row_offset(row, steps, stride_sequence, stride_row)
-        at_label = tl.load(z + label).to(tl.float32)
+        at_label = tl.load(z + column, mask=(column >= 0) & (column < vocab), other=0.0).to(tl.float32)
         tl.debug_barrier()  # every thread has the label's logit before one writes over it
         scale, cap, c = constants(scale_high, scale_low, cap_high, cap_low, CAP)
-        _write_row(z, to, vocab, label, at_label, lse, coefficient, scale, cap, c, CAP, WIDE, W, LANES)
+        _write_row(z, to, vocab, column, at_label, lse, coefficient, scale, cap, c, CAP, WIDE, W, LANES)
     else:
         zero_row(to, vocab, W, LANES)
 
@@ -242,10 +249,10 @@ def sum_rows(
     labels,  # (rows) int64
     starts,  # (B+1) int64
     lse_of,  # (rows) fp64; NaN is written where a sequence has a fault, so that no gradient is made of it
-    log_prob_of, entropy_of,  # (rows) fp64
+    label_of, entropy_of,  # (rows) fp64
     log_prob, entropy,  # (B) fp64, written; entropy only with ENTROPY
     faults,  # (B) int64, written: the first, or NONE
-    vocab,
+    vocab, vocab_start, n_tokens,
     ENTROPY: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """log pi and entropy of a sequence, NaN with a fault."""
@@ -258,13 +265,14 @@ def sum_rows(
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
         label = tl.load(labels + row, mask=row < last, other=IGNORE)
         scored = label != IGNORE
-        token = (label >= 0) & (label < vocab)
+        token = (label >= 0) & (label < n_tokens)
+        here = (label >= vocab_start) & (label < vocab_start + vocab)
         lse = tl.load(lse_of + row, mask=scored, other=0.0)
-        value = tl.load(log_prob_of + row, mask=token, other=0.0)
+        value = tl.load(label_of + row, mask=token, other=0.0) - tl.load(lse_of + row, mask=token, other=0.0)
         sums += value
         if ENTROPY:
             entropies += tl.load(entropy_of + row, mask=token, other=0.0)
-        kind = tl.where(token, tl.where((lse != lse) | (lse == INF), 1, tl.where(value > -INF, 0, 2)), 4)
+        kind = tl.where(token, tl.where((lse != lse) | (lse == INF), 1, tl.where((value > -INF) | ~here, 0, 2)), 4)
         kind = tl.where(scored, kind, 0)
         fault = tl.minimum(fault, tl.where(kind > 0, row * 8 + kind, NONE))
     worst = tl.min(fault, axis=0)

@@ -1,0 +1,141 @@
+"""The compiled module ``dmfast._C``: how batches, terms and results become the pointers and numbers that it takes."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..objectives import Objective, Terms
+from .batch import ONLY_SCORED, WITH_TERMS, Batch, SampleRows, Scores
+
+_C: ModuleType | None
+_IMPORT_ERROR: str | None = None
+try:
+    # after torch, so that the extension runs on the OpenMP that torch has loaded
+    from .. import _C  # type: ignore[no-redef]
+except ImportError as error:
+    _C = None
+    _IMPORT_ERROR = str(error)
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Fault of csrc/batch.h
+BAD_ROW, BAD_LABEL, BAD_WEIGHT, UNUSUAL = 1, 2, 3, 4
+# Flag of csrc/objective.h
+_ON_POLICY, _UNNORMALIZED, _HAS_TARGET, _INFINITE_AT_ZERO = 1, 2, 4, 8
+
+
+def why_not() -> str | None:
+    """Return None where the compiled kernels are there, else the reason that they are not."""
+    if _C is not None:
+        return None
+    return (
+        "dmfast was installed without its compiled kernels (no C++ compiler at install time, or DMFAST_BUILD=none); "
+        f"reinstall with g++ and DMFAST_BUILD=cpu to see the error [{_IMPORT_ERROR}]"
+    )
+
+
+def why_not_dtype(dtype: torch.dtype) -> str | None:
+    """Return None where the kernels take logits of this dtype, else the reason that they don't."""
+    if dtype in DTYPES:
+        return None
+    return f"logits are {dtype}; the compiled kernels take float32, bfloat16 and float16"
+
+
+def pointer(x: Tensor | None) -> int:
+    """Return the address of a tensor; 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def row_strides(x: Tensor, batch: Batch) -> tuple[int, int]:
+    """Return the strides of a sequence and of a row, in logits."""
+    return (0, x.stride(0)) if batch.cu_seqlens is not None else (x.stride(0), x.stride(1))
+
+
+def batch_struct(batch: Batch) -> Any:
+    """Return a batch as the kernels take it. It keeps no tensor alive."""
+    assert _C is not None
+    logits = batch.logits
+    shape = logits.shape
+    if batch.cu_seqlens is None:
+        starts, strides = 0, logits.stride()
+    else:
+        starts, strides = batch.cu_seqlens.data_ptr(), (0, logits.stride(0))
+    vocab = shape[-1]
+    return _C.Batch(
+        DTYPES[logits.dtype], logits.data_ptr(), batch.n_sequences, batch.steps, batch.labels.shape[0], strides[0],
+        strides[1], starts, batch.labels.data_ptr(), vocab, batch.scale, batch.softcap, batch.vocab_start,
+        batch.whole_vocab or vocab, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def flags_of(terms: Terms) -> int:
+    """Return what C++ is told of an objective beside its number and parameter."""
+    objective = terms.objective
+    assert isinstance(objective, Objective)
+    flags = _ON_POLICY if terms.on_policy else 0
+    if not objective.normalize:
+        flags |= _UNNORMALIZED
+    if objective.kind.has_target:
+        flags |= _HAS_TARGET
+    return flags | _INFINITE_AT_ZERO if objective.infinite_at_zero else flags
+
+
+def terms_struct(terms: Terms | None) -> Any:
+    """Return terms as the kernels take them. It keeps no tensor alive."""
+    assert _C is not None
+    if terms is None:
+        return _C.Terms()
+    objective, block = terms.objective, terms.block
+    assert isinstance(objective, Objective)
+    return _C.Terms(objective.kind.number, flags_of(terms), block.data_ptr(), block.stride(0), terms.present,
+                    [objective.parameter, terms.max_weight, *terms.constants])  # fmt: skip
+
+
+def make_outputs(batch: Batch, terms: Terms | None, entropy: bool, divide_by: float) -> tuple[Scores, Any]:
+    """Return empty results and the pointers to them."""
+    assert _C is not None
+    n_rows, n = batch.labels.shape[0], batch.n_sequences
+    # new_empty: torch.empty(..., device=...) costs twice that, and torch.device(...) would move torch.empty elsewhere
+    rows = batch.labels.new_empty((3 if entropy else 2, n_rows), dtype=torch.float64)
+    if terms is None:
+        sequences, total, to = rows.new_empty((ONLY_SCORED, n)), None, 0
+    else:
+        sequences, total = rows.new_empty((WITH_TERMS, n)), rows.new_empty(())
+        to = total.data_ptr()
+    outputs = _C.Outputs(rows.data_ptr(), sequences.data_ptr(), n_rows, n, to, entropy, divide_by)
+    return Scores(rows, sequences, total), outputs
+
+
+def rows_arguments(rows: SampleRows, uniforms: Tensor | None) -> tuple[Any, ...]:
+    """Return what both ``sample`` functions begin with."""
+    logits = rows.logits
+    return (
+        DTYPES[logits.dtype], logits.data_ptr(), logits.shape[0], logits.stride(0), logits.shape[1], rows.scale,
+        rows.softcap, rows.seed, pointer(rows.row_ids), rows.step, pointer(uniforms),
+    )  # fmt: skip
+
+
+def weigh(terms: Terms, log_prob: float, log_proposal: float, log_target: float, log_z: float, reward: float,
+          log_base: float, baseline: float) -> tuple[float, float, float, bool, bool]:  # fmt: skip
+    """Return csrc/objective.h's log_ratio, log_target_ratio, weight, clipped and out_of_range for one sequence."""
+    assert _C is not None
+    result = _C.weigh(terms_struct(terms), log_prob, log_proposal, log_target, log_z, reward, log_base, baseline)
+    return tuple(result)
+
+
+def matrix_arguments(x: Tensor, factor: float, upstream: Tensor) -> tuple[Any, ...]:
+    """Return the arguments of ``scale`` for all rows of a contiguous tensor that is not empty."""
+    assert _C is not None
+    v = x.shape[-1]
+    n = x.numel() // v
+    batch = _C.Batch(DTYPES[x.dtype], 0, 1, n, n, 0, v, 0, 0, v, 1.0, 0.0, 0, v, torch.get_num_threads())
+    return batch, factor, upstream.data_ptr(), x.data_ptr(), 0, v
+
+
+def make_draws(rows: SampleRows) -> tuple[Tensor, Tensor]:
+    """Return empty tokens (N,) and log_prob (N,)."""
+    tokens = rows.logits.new_empty(rows.logits.shape[0], dtype=torch.int64)
+    return tokens, torch.empty_like(tokens, dtype=torch.float64)

@@ -1,0 +1,345 @@
+"""What is wrong with values: found now, where the host can look at them, or recorded by a device and read later.
+
+``checks.py`` sees shapes, dtypes and devices; this module sees what tensors hold. ``check_*`` look and raise;
+``raise_*`` raise for a place that a kernel has found; ``DeviceFaults`` raises what a device has recorded, when the host
+reads it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import objectives
+from ..objectives import OBJECTIVES, Objective, Terms
+from .batch import IGNORE, Batch, Recorded, SampleRows
+
+
+def check_draws(draws: SampleRows) -> SampleRows:
+    """Look at rows to sample from, and return them.
+
+    Raises:
+        ValueError: a row that is no distribution.
+    """
+    z = draws.logits
+    bad = ~(z < math.inf).all(-1) | (z == -math.inf).all(-1)
+    if bool(bad.any()):
+        raise_bad_draw(draws, _first(bad))
+    return draws
+
+
+def raise_bad_draw(draws: SampleRows, row: int) -> None:
+    """Raise ValueError for a row that is no distribution."""
+    which = "" if draws.row_ids is None else f" (row id {int(draws.row_ids[row])})"
+    raise ValueError(
+        f"logits hold NaN or +inf, or nothing but -inf, in row {row}{which}: no token can be drawn; the model has "
+        "diverged or its input is masked wrongly"
+    )
+
+
+def _first(bad: Tensor) -> int:
+    return int(bad.nonzero()[0])
+
+
+def place(batch: Batch, row: int) -> str:
+    """Return where a row of logits lies, as (sequence, position)."""
+    if batch.origin is not None:
+        return place(batch.origin.whole, int(batch.origin.rows[row]))
+    if batch.cu_seqlens is None:
+        return f"(sequence {row // batch.steps}, position {row % batch.steps})"
+    starts = batch.cu_seqlens.tolist()
+    sequence = max(i for i in range(batch.n_sequences) if starts[i] <= row)
+    return f"(sequence {sequence}, position {row - starts[sequence]}; packed row {row})"
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_INSTEAD = "trace with torch.compile or torch.export, or take dmfast.use_backend('eager'), which is plain torch"
+
+
+def check_memory(logits: Tensor) -> None:
+    """Refuse logits whose memory a kernel can't read, or whose computation something records that would not see it.
+
+    Raises:
+        TypeError: a FakeTensor or a DTensor, whose address is 0.
+        RuntimeError: within vmap, grad, jvp or functionalize of torch.func, make_fx, torch.jit.trace or a
+            FakeTensorMode; a dual number of forward-mode AD.
+    """
+    if type(logits) not in _PLAIN:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a FakeTensor's address is "deprecated"
+            if logits.numel() and not logits.data_ptr():
+                raise TypeError(
+                    f"logits are a {type(logits).__name__} and have no memory that a kernel could read: pass a local "
+                    f"tensor (a DTensor's full_tensor()), {_INSTEAD}"
+                )
+    watcher = _watcher(logits)
+    if watcher is not None:
+        raise RuntimeError(
+            f"dmfast's kernels can't run within {watcher}, which does not see what they do to memory: {_INSTEAD}"
+        )
+
+
+def _watcher(logits: Tensor) -> str | None:
+    """What follows the operations on tensors in this thread, beside autograd and torch.compile; None: nothing."""
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func (vmap, grad, jvp, functionalize)"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    if torch._C._len_torch_dispatch_stack():
+        keys = torch._C._TorchDispatchModeKey
+        for key, name in ((keys.PROXY, "make_fx"), (keys.FAKE, "a FakeTensorMode"), (keys.FUNCTIONAL, "functionalize")):
+            if torch._C._get_dispatch_mode(key) is not None:
+                return name
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:  # type: ignore[no-untyped-call]
+        return "forward-mode AD, where logits are a dual number"
+    return None
+
+
+def check_cu_seqlens(batch: Batch) -> None:
+    """Look at where sequences start.
+
+    Raises:
+        ValueError: they are out of order.
+    """
+    if batch.cu_seqlens is None:
+        return
+    starts, n = batch.cu_seqlens.cpu(), batch.n_rows
+    if int(starts[0]) != 0 or int(starts[-1]) != n or bool((starts.diff() < 0).any()):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to N = {n}, the number of packed rows; got {starts[:8].tolist()}"
+            f"{'...' if starts.shape[0] > 8 else ''} ending at {int(starts[-1])}"
+        )
+
+
+def check_rows(batch: Batch) -> None:
+    """Look at token ids and cu_seqlens.
+
+    Raises:
+        ValueError: with the first place.
+    """
+    check_cu_seqlens(batch)
+    if batch.n_rows == 0:
+        return
+    low, high = torch.aminmax(batch.labels)
+    if int(low) >= 0 and int(high) < batch.n_tokens:
+        return
+    bad = ((batch.labels < 0) & (batch.labels != IGNORE)) | (batch.labels >= batch.n_tokens)
+    if bool(bad.any()):
+        row = _first(bad)
+        raise ValueError(
+            f"tokens holds {int(batch.labels[row])} at {place(batch, row)}; a token id must be in "
+            f"[0, {batch.n_tokens}), or {IGNORE} for a position that is not scored"
+        )
+
+
+def check_logits(batch: Batch) -> Batch:
+    """Do what ``check_rows`` does and look at the logits of scored rows, for backends whose kernels don't; return the
+    batch.
+
+    Raises:
+        ValueError: as ``check_rows``; NaN or +inf, with the first place.
+    """
+    check_rows(batch)
+    rows = batch.logits.detach().reshape(batch.n_rows, batch.vocab)
+    bad = ~(rows < math.inf).all(-1) & (batch.labels != IGNORE)
+    if bool(bad.any()):
+        raise_bad_row(batch, _first(bad))
+    return batch
+
+
+def check_labels(token_log_prob: Tensor, batch: Batch) -> Tensor:
+    """Look at the log-probability of every label, (rows,) and 0 where none is scored, and return it.
+
+    Raises:
+        ValueError: -inf, or NaN, which a row of nothing but -inf gives; with the first place.
+    """
+    never = ~(token_log_prob.detach() > -math.inf)
+    if bool(never.any()):
+        raise_bad_label(batch, _first(never))
+    return token_log_prob
+
+
+def _check_values(name: str, value: Tensor | None, minus_infinity: str | None, first_sequence: int) -> None:
+    """``minus_infinity`` is None where that is allowed, else what to do about it."""
+    if value is None or value.shape[0] == 0:
+        return
+    if math.isfinite(float(value.sum())):
+        return
+    bad = ~(value < math.inf) if minus_infinity is None else ~value.isfinite()
+    if bool(bad.any()):
+        i = _first(bad)
+        hint = "" if minus_infinity is None or float(value[i]) != -math.inf else f"; {minus_infinity}"
+        raise ValueError(f"{name} holds {float(value[i])} at sequence {first_sequence + i}{hint}")
+
+
+def _check_left_out(terms: Terms, baseline: Tensor, first_sequence: int) -> None:
+    bad = ~baseline.isfinite()
+    if not bool(bad.any()):
+        return
+    returns = objectives.known_returns(terms, baseline.shape[0], baseline.device)
+    culprit = _first(~returns.isfinite())
+    raise ValueError(
+        f"the return of sequence {first_sequence + culprit} is {float(returns[culprit])}, which the baseline of "
+        f"sequence {first_sequence + _first(bad)} averages over: its log_target is far above its log_proposal, or "
+        "-inf; drop the sequence, or take a constant baseline"
+    )
+
+
+def check_terms(terms: Terms, first_sequence: int = 0) -> None:
+    """Look at the per-sequence inputs of sequences from ``first_sequence`` on.
+
+    Raises:
+        ValueError: NaN or +inf, or a -inf that the objective has no finite weight for.
+    """
+    first, objective = first_sequence, terms.objective
+    impossible = "a sequence that q can't draw can't have been drawn from it"
+    log_target = terms.log_target
+    _check_values("log_proposal", terms.log_proposal, impossible, first)
+    _check_values("log_target", log_target, None, first)
+    _check_values("log_z", terms.log_z, None, first)
+    _check_values("reward", terms.reward, "a reward must be finite", first)
+    _check_values("log_base", terms.log_base, "the base gives this sequence probability 0; set max_weight or drop it"
+                  if terms.max_weight == math.inf else None, first)  # fmt: skip
+    baseline = terms.baseline
+    if isinstance(baseline, Tensor):
+        if isinstance(objective, Objective) and isinstance(objective.baseline, str):
+            _check_left_out(terms, baseline, first)
+        else:
+            _check_values("baseline", baseline, "a baseline must be finite", first)
+    if (
+        isinstance(objective, Objective)
+        and objective.infinite_at_zero
+        and terms.max_weight == math.inf
+        and log_target is not None
+        and bool((log_target == -math.inf).any())
+    ):
+        allowed = ", ".join(name for name in OBJECTIVES if not objectives.KINDS[name].infinite_at_zero(0.0))
+        raise ValueError(
+            f"objective {objective.name!r} is infinite where P(x) = 0, which is so for sequence "
+            f"{first + _first(log_target == -math.inf)} (log_target = -inf); set max_weight, or use one of "
+            f"{allowed}"
+        )
+
+
+def check_weights(weight: Tensor, first_sequence: int = 0) -> Tensor:
+    """Look at the weights of sequences from ``first_sequence`` on, and return them.
+
+    Raises:
+        ValueError: a weight beyond fp32's range, or NaN.
+    """
+    bad = ~(weight.abs() <= torch.finfo(torch.float32).max)
+    if bool(bad.any()):
+        raise_weight(_first(bad), weight, first_sequence)
+    return weight
+
+
+def raise_weight(i: int, weight: Tensor, first_sequence: int = 0) -> None:
+    """Raise ValueError for a sequence whose weight no fp32 holds."""
+    a = float(weight[i])
+    if math.isnan(a):
+        raise ValueError(f"the weight A of sequence {first_sequence + i} is NaN: the objective has no value there")
+    raise ValueError(
+        f"the weight A of sequence {first_sequence + i} is {a}, beyond fp32's range: its ratio to the "
+        "proposal is out of hand. Check log_proposal and log_z for this sequence, or bound weights with max_weight"
+    )
+
+
+def raise_bad_row(batch: Batch, row: int) -> None:
+    """Raise ValueError for NaN or +inf among the logits of a scored row."""
+    raise ValueError(
+        f"logits hold NaN or +inf at {place(batch, row)}, a scored position; the model has diverged or its input is "
+        "masked wrongly"
+    )
+
+
+def raise_bad_label(batch: Batch, row: int) -> None:
+    """Raise ValueError for a label whose own logit is -inf."""
+    raise ValueError(
+        f"the logit of token {int(batch.labels[row])} at {place(batch, row)} is -inf: the policy gives the sequence "
+        "probability 0. Mask the position, or don't mask this token's logit"
+    )
+
+
+# --- recorded by a device ------------------------------------------------------------------------------------------
+
+_BAD_ROW, _BAD_LABEL = 1, 2  # as csrc/batch.h numbers faults; the others say which check to ask
+_WEIGHT_PLACE = 1 << 59  # csrc/cuda/loss.h
+
+
+def at_once() -> bool:
+    """Return whether DMFAST_SYNC_CHECKS=1: every call waits for its kernels and raises."""
+    return os.environ.get("DMFAST_SYNC_CHECKS", "0") not in ("", "0")
+
+
+def read_later(check: Recorded) -> tuple[Recorded, ...]:
+    """Return what is left to be read by ``out.check()``, once what is to be raised at once has been."""
+    if not at_once():
+        return (check,)
+    check()
+    return ()
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceFaults:
+    """Raises the first fault of a call as the CPU would have, once the host may wait. Not a closure, so that a graph of
+    torch.compile can give it back."""
+
+    batch: Batch  # without its logits
+    terms: Terms | None
+    log_prob: Tensor
+    status: Tensor | None  # 0-d int64, -1: none; None: the rows have checks of their own
+    made: Tensor | None  # (B,) A before faults were set to 0, where torch made it; else the status tells of it
+
+    def __call__(self) -> None:
+        """Read on the host."""
+        batch, terms = self.batch, self.terms
+        code = -1 if self.status is None else int(self.status)
+        where, fault = divmod(code, 8)
+        if code >= 0:
+            if fault == _BAD_ROW:
+                raise_bad_row(batch, where)
+            if fault == _BAD_LABEL:
+                raise_bad_label(batch, where)
+            check_rows(batch)
+        if terms is not None and (code >= 0 or self.made is not None):
+            check_terms(terms, batch.first_sequence)
+            made = objectives.bounded_weights(terms, self.log_prob) if self.made is None else self.made
+            check_weights(made, batch.first_sequence)
+        if code >= 0:
+            raise RuntimeError(f"dmfast: the device refused an input or the weight of sequence {where - _WEIGHT_PLACE}")
+
+
+def device_faults(
+    batch: Batch, terms: Terms | None, log_prob: Tensor, status: Tensor | None, made: Tensor | None = None
+) -> DeviceFaults:
+    """Return what raises the faults of a call. It does not keep the logits."""
+    return DeviceFaults(batch._replace(logits=batch.logits.new_empty(0, batch.vocab)), terms, log_prob, status, made)
+
+
+def inputs_ok(terms: Terms) -> Tensor | bool:
+    """Return which sequences (B,) have per-sequence inputs that ``check_terms`` allows: the twin of csrc/cuda/loss.cu's
+    for weights that torch makes. Few operations, since each is a launch."""
+    finite: list[Any] = [terms.log_proposal, terms.reward, terms.baseline]
+    below_infinity: list[Any] = [terms.log_target, terms.log_z]
+    (finite if terms.max_weight == torch.inf else below_infinity).append(terms.log_base)
+    ok: Tensor | bool = True
+    if given := [x for x in finite if isinstance(x, Tensor)]:
+        ok = reduce(torch.add, given).isfinite()  # inf - inf is NaN
+    if given := [x for x in below_infinity if isinstance(x, Tensor)]:
+        ok = ok & (reduce(torch.maximum, given) < torch.inf)  # NaN stays in a maximum
+    return ok
+
+
+def zero_where_faulty(weight: Tensor, log_prob: Tensor, terms: Terms) -> Tensor:
+    """Return weights (B) made by torch with 0 where fp32 can't hold them and in sequences with a fault: of a row, whose
+    log_prob is NaN, or of an input, on which the weight may not depend."""
+    ok = (weight.abs() <= torch.finfo(torch.float32).max) & ~log_prob.isnan() & inputs_ok(terms)
+    return torch.where(ok, weight, 0.0)

@@ -1,0 +1,140 @@
+"""One configuration of bench.py, for a process of its own: dmfast.bench.worker on a CUDA device, with Triton's kernels,
+the rivals that run there, its clock and its memory. Dry: on the CPU, with Triton's kernels in their interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmfast import kernels
+from dmfast.bench import rivals
+from dmfast.bench.rivals import HeadLogProb, TokenLogProb
+from dmfast.bench.worker import Call, Config, Place, Run, run
+from dmfast.kernels import triton
+
+_TRITON = ("dm_loss gdc++, in place", "dm_loss dpg (known weight), in place", "scoring: sequence_log_prob",
+           "linear_dm_loss gdc++")  # fmt: skip
+
+
+def cuda_ms(call: Callable[[], Any]) -> float:
+    """Milliseconds of what a call queues on the current CUDA stream, between two events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def cuda_memory(call: Callable[[], Any], forget: Callable[[], Any] = lambda: None) -> float:
+    """MB that a call has allocated at its peak, above what there was."""
+    forget()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+
+
+def trl_kernel() -> TokenLogProb:
+    # not by way of selective_log_softmax, which without its kernel takes plain torch and does not say so
+    function: Any = getattr(importlib.import_module("trl.kernels"), "selective_log_softmax_and_entropy", None)
+    if function is None:
+        raise ImportError("trl.kernels has no selective_log_softmax_and_entropy: that takes trl 1.16 and triton")
+    return lambda z, x: function(z, x)[0]
+
+
+def _liger_cross_entropy() -> TokenLogProb:
+    function: Any = importlib.import_module("liger_kernel.transformers.functional").liger_cross_entropy
+    return lambda z, x: -function(z.flatten(0, -2), x.flatten(), reduction="none").view(x.shape)
+
+
+def _quack() -> TokenLogProb:
+    function: Any = importlib.import_module("quack.cross_entropy").cross_entropy
+    return lambda z, x: -function(z.flatten(0, -2), x.flatten(), reduction="none").view(x.shape)
+
+
+def _on_triton(call: Call) -> Call:
+    def forced() -> None:
+        # not use_backend(), which looks around on the host at every call, inside the time
+        before, kernels.forced = kernels.forced, "triton"
+        try:
+            call()
+        finally:
+            kernels.forced = before
+
+    return forced
+
+
+class WithTriton(Place):
+    """A place where dmfast's own are measured on the Triton kernels, too."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+
+    def variants(
+        self, found: dict[str, Run], others: dict[str, Call], missing: dict[str, str]
+    ) -> tuple[dict[str, Run], dict[str, Call]]:
+        """Return both with the Triton kernels' rows."""
+        ours = [name for name in (*found, *others) if name in _TRITON]
+        if why := triton.why_not(self.device):
+            missing.update({f"{name} (Triton)": why for name in ours})
+            return found, others
+        for name in ours:
+            if name in found:
+                call, gradients, forget = found[name]
+                found[f"{name} (Triton)"] = (_on_triton(call), gradients, forget)
+            else:
+                others[f"{name} (Triton)"] = _on_triton(others[name])
+        return found, others
+
+
+class OnDevice(WithTriton):
+    """A CUDA device: its clock, its memory, and the rivals that have kernels for it."""
+
+    def on_logits(self, dtype: torch.dtype) -> dict[str, Callable[[], TokenLogProb]]:
+        """Return fewer compilations than on a CPU, and the kernels that there are none of for one."""
+        makers = {n: make for n, make in rivals.on_logits(dtype).items() if not n.startswith(("compiled", "trl"))}
+        makers["compiled log_softmax + gather"] = lambda: rivals.compiled(rivals.log_softmax_gather)
+        return makers | {"liger-kernel cross_entropy": _liger_cross_entropy, "quack cross_entropy": _quack,
+                         "trl fused log-prob and entropy": trl_kernel}  # fmt: skip
+
+    def on_hidden(self) -> dict[str, Callable[[], HeadLogProb]]:
+        """Return cut-cross-entropy with its Triton kernels in the place of its torch.compile."""
+        makers = {n: make for n, make in rivals.on_hidden().items() if not n.startswith("cut-cross-entropy")}
+        return makers | {"cut-cross-entropy cce": lambda: rivals.cut_cross_entropy("cce")}
+
+    def roofs(self, z: Tensor, copy: Tensor) -> dict[str, Call]:
+        """Return a copy: one read and one write per logit."""
+        return {"roof: copy_": lambda: copy.copy_(z)}
+
+    def milliseconds(self, call: Call) -> float:
+        """Return the device's time of what a call queues."""
+        return cuda_ms(call)
+
+    def memory_mb(self, found: Mapping[str, Run]) -> dict[str, float]:
+        """Return the peak of each."""
+        return {name: cuda_memory(call, forget) for name, (call, _, forget) in found.items()}
+
+
+def main() -> None:
+    config = Config(**json.loads(sys.argv[1]))
+    with torch.device(config.device):
+        result = run(config, WithTriton("cpu") if config.device == "cpu" else OnDevice(config.device))
+    print(json.dumps(result))
+    sys.stdout.flush()
+    os._exit(0)  # compilers' pools would keep the process
+
+
+if __name__ == "__main__":
+    main()
