@@ -17,6 +17,7 @@ from .functional import (
 )
 from .kernels import backends, use_backend
 from .kernels.result import DMLossOutput
+from .matcher import Matcher
 from .models import LanguageModel
 from .objectives import OBJECTIVES, Objective, Terms
 from .proposal import OfflineProposal
@@ -36,6 +37,7 @@ __all__ = [
     "DMLossOutput",
     "DMTrainer",
     "LanguageModel",
+    "Matcher",
     "Moment",
     "Objective",
     "OfflineProposal",

@@ -15,6 +15,7 @@ PAGES = ("*.md", "docs/*.md", "benchmarks/**/*.md", "dmfast/data/**/*.md")
 API = "docs/api"
 # The public names that are imported from their modules, not from dmfast.
 BY_MODULE = {
+    "batch": ["Batch", "Part"],
     "diagnostics": ["distinct_n", "self_bleu", "gradient_variance", "GradientVariance", "weight_statistics"],
     "estimators": [
         "PartitionFunction", "PartitionFunctions", "RunningEstimates", "Estimate", "Estimates", "estimate",
@@ -23,10 +24,9 @@ BY_MODULE = {
     "kernels": ["BackendInfo"],
     "models": ["AdapterView"],
     "objectives": ["AdaptiveBeta", "PPOClip", "leave_one_out"],
-    "rejection": [
-        "quasi_rejection_sample", "rejection_curve", "RejectionCurve", "RejectionPoint", "plot_rejection",
-    ],
-    "sampling": ["Sampler", "Prompted", "Mixture"],
+    "ranks": ["Ranks"],
+    "rejection": ["quasi_rejection_sample", "rejection_curve", "RejectionCurve", "RejectionPoint", "plot_rejection"],
+    "sampling": ["Sampler", "Mixture", "Prompted"],
     "targets": ["Feature", "ScorerCounts", "TargetScores", "fit_lambda", "LambdaFit"],
 }  # fmt: skip
 LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
@@ -44,9 +44,10 @@ def public_names() -> dict[str, list[str]]:
     )
     found: dict[str, list[str]] = {}
     for node in ast.walk(tree):  # those for type checkers too
-        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
-            names = [alias.asname or alias.name for alias in node.names]
-            found.setdefault(node.module.split(".")[0], []).extend(f"dmfast.{name}" for name in names if name in public)
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            for name in (alias.asname or alias.name for alias in node.names if (alias.asname or alias.name) in public):
+                module = node.module.split(".")[0] if node.module else name  # from . import eager
+                found.setdefault(module, []).append(f"dmfast.{name}")
     for module, names in BY_MODULE.items():
         found.setdefault(module, []).extend(f"dmfast.{module}.{name}" for name in names)
     return {module: names for module, names in found.items() if names}
@@ -61,9 +62,8 @@ def api_pages() -> dict[str, str]:
         source = path if path.exists() else path.with_suffix("") / "__init__.py"
         about = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
         blocks = [f"::: {name}\n    options:\n      show_root_full_path: true" for name in names]
-        if "dmfast.eager" in names:  # a module: of it what has the signatures of functional
-            twins = ", ".join(sorted(name.split(".")[-1] for name in public["functional"] if "shift" not in name))
-            blocks[names.index("dmfast.eager")] += f"\n      members: [{twins}]"
+        if names == [f"dmfast.{module}"]:  # the module itself is the public name, and its docstring says what it has
+            about, blocks = "", [f"{blocks[0]}\n      members: false"]
         pages[f"{API}/{module}.md"] = "\n\n".join([f"# {module}", about, *blocks]) + "\n"
         links = ", ".join(f"[{name.removeprefix('dmfast.')}]({module}.md#{name})" for name in names)
         index.append(f"- [{module}]({module}.md): {links}")

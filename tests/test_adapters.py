@@ -12,8 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_recipe import SMALL
-from test_trainer import Keep, assert_close, in_process, one_thread, run  # noqa: F401
 from trainer_job import PROMPTS, StopAt, gpt2, tokenizer
+from trainer_tools import Keep, assert_close, in_process, one_thread, run  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dmfast

@@ -12,8 +12,8 @@ import datasets
 import pytest
 import torch
 from tabular import counts, one_thread  # noqa: F401
-from test_trainer import Keep, assert_close, run
 from trainer_job import PROMPTS, WORDS, Gradients, StopAt, digest, gpt2, job, tokenizer
+from trainer_tools import Keep, assert_close, run
 
 import dmfast
 from dmfast import Contains, LanguageModel, Samples, Scorer
@@ -91,7 +91,7 @@ def test_a_step_is_the_gradient_of_the_mean_kl(tmp_path, prompts, partition, obj
         objective=objective, proposal_interval=100, max_steps=4,
     )  # fmt: skip
     trainer.proposal.snapshot.sample = Draws(tokenizer())
-    trainer._q_is_base = False
+    trainer.matcher._q_is_base = False
     base = copy.deepcopy(trainer.model).double()
     trainer.train()
 
@@ -102,15 +102,15 @@ def test_a_step_is_the_gradient_of_the_mean_kl(tmp_path, prompts, partition, obj
     assert all(0.3 < float(x.isfinite().double().mean()) < 0.7 for x in log_p)
     assert len(contexts) == 1 or float(log_z.max() - log_z.min()) > 0.5
     for model, step, found in zip(keep.models, keep.steps, gradients.steps, strict=True):
-        torch.testing.assert_close(step.inputs["log_z"], log_z[step.context], rtol=0, atol=1e-5)
-        policy, rows = copy.deepcopy(model).double(), sorted(set(step.context.tolist()))
+        torch.testing.assert_close(step.inputs["log_z"], log_z[step.samples.context_id], rtol=0, atol=1e-5)
+        policy, rows = copy.deepcopy(model).double(), sorted(set(step.samples.context_id.tolist()))
         assert len(rows) == in_step
         for row in rows:
             p = (log_p[row] - log_z[row]).exp()
             kl = (torch.xlogy(p, p) - p * log_prob(policy, sequences[row])).sum()
             (kl / len(rows)).backward()
         assert_close(found, gradients_of(policy))
-    last = set(keep.steps[-1].context.tolist())
+    last = set(keep.steps[-1].samples.context_id.tolist())
     for row in range(len(contexts)) if partition == "running" else last:
         assert trainer.partitions[row].log_z == pytest.approx(float(log_z[row]), abs=1e-5)
         assert trainer.partitions[row].n == (4 * in_step // len(contexts) if partition == "running" else 1) * n
@@ -140,7 +140,7 @@ def test_contexts_where_p_is_0(tmp_path, partition, objective):
     for visit, (model, step, found) in enumerate(zip(keep.models, keep.steps, gradients, strict=True)):
         policy = copy.deepcopy(model)
         log_pi, log_q, log_target = log_prob(policy, step.samples), step.samples.log_prob, step.inputs["log_target"]
-        empty, was_there = step.context == 0, step.context == 1
+        empty, was_there = step.samples.context_id == 0, step.samples.context_id == 1
         if partition == "step" and visit == 1:
             empty = empty | was_there
         assert bool((step.inputs["log_z"][empty] == -math.inf).all())

@@ -210,8 +210,9 @@ class Remember(TrainerCallback):
         self.taken = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        x, out = self.trainer._step.samples, self.trainer._outputs
-        self.taken.append((copy.deepcopy(model), x, torch.cat([each.weight for each in out])))
+        matcher = self.trainer.matcher
+        x = matcher.batch.samples[torch.cat([part.places for part, _ in matcher._passed])]
+        self.taken.append((copy.deepcopy(model), x, torch.cat([out.weight for _, out in matcher._passed])))
 
 
 @pytest.mark.parametrize(

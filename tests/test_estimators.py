@@ -25,6 +25,7 @@ import dmfast
 from dmfast import estimators
 from dmfast.estimators import (
     PartitionFunction,
+    PartitionFunctions,
     RunningEstimates,
     effective_sample_size,
     estimate,
@@ -477,3 +478,32 @@ def test_values_that_can_not_be(value):
         given[which][3] = value
         with pytest.raises(ValueError, match="log_target holds NaN or"):
             estimate(*given, 0.0)
+
+
+def test_partition_functions_are_persistent():
+    first = PartitionFunctions()
+    ids, log_w = torch.tensor([4, 4, 9]), torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    second = first.updated(ids, log_w, torch.zeros(3, dtype=torch.float64))
+    third = second.updated(ids[:1], log_w[:1], torch.zeros(1, dtype=torch.float64))
+    assert (len(first), len(second), second[4].n, third[4].n) == (0, 2, 2, 3)
+    assert second.log_z(ids).tolist() == pytest.approx([math.log((math.exp(0.5) + math.exp(-1)) / 2)] * 2 + [2.0])
+
+
+def test_partition_functions_go_on_to_the_bit():
+    """Also of a context whose P was 0, and in tensors: a dict for each of many contexts takes seconds to load."""
+    ids = torch.tensor([4, 4, 9, 10**12, 0])
+    log_w = torch.tensor([0.1, -700.3, 2.0 / 3, -math.inf, 1e3], dtype=torch.float64)
+    zero = torch.zeros(5, dtype=torch.float64)
+    first = PartitionFunctions().updated(ids, log_w, zero)
+    state = first.state_dict()
+    assert all(isinstance(column, torch.Tensor) and column.shape == (4,) for column in state.values())
+    second = PartitionFunctions()
+    second.load_state_dict(state)
+    for _ in range(2):
+        assert len(second) == 4
+        for context in ids.tolist():
+            assert second[context].state_dict() == first[context].state_dict()
+            assert type(second[context].n) is int
+        first, second = (z.updated(ids, log_w.flip(0), zero) for z in (first, second))
+    second.load_state_dict(PartitionFunctions().state_dict())
+    assert len(second) == 0

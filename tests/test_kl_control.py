@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 from tabular import Space, kl, one_thread  # noqa: F401
-from test_trainer import assert_close, run
 from trainer_job import PROMPTS, StopAt, digest, gpt2, job, tokenizer
+from trainer_tools import assert_close, run
 
 import dmfast
 from dmfast import LanguageModel, Scorer
@@ -176,10 +176,10 @@ def test_a_batch_adds_once_to_what_is_running(tmp_path):
     trainer, _, keep = run(tmp_path, max_steps=6, baseline="mean", **PPO, **STEERED)
     kept = [keep.steps[0], keep.steps[3]]
     log_w = torch.cat([step.inputs["log_target"] - step.samples.log_prob for step in kept])
-    partitions = trainer._running.partitions
+    partitions = trainer.matcher.running.partitions
     assert partitions[0].n == 16
     assert partitions[0].log_z == pytest.approx(float(log_w.logsumexp(0)) - math.log(16))
-    assert trainer._running.returns[1] == 16
+    assert trainer.matcher.running.returns[1] == 16
     beta, logged = 0.3, [h for h in trainer.state.log_history if "beta" in h]
     for number, (entry, step) in enumerate(zip(logged, keep.steps, strict=True)):
         assert entry["beta"] == pytest.approx(beta, rel=1e-12)
@@ -188,7 +188,7 @@ def test_a_batch_adds_once_to_what_is_running(tmp_path):
         assert entry["kl_policy_base_stderr"] == pytest.approx(float(log_ratio.std()) / 8**0.5, abs=1e-5)
         if number % 3 == 2:
             beta *= 1 + min(max(float(log_ratio.mean()) / 0.05 - 1, -0.2), 0.2) * 8 / 40
-    assert trainer._running.beta.value == pytest.approx(beta, rel=1e-6) != 0.3
+    assert trainer.matcher.running.beta.value == pytest.approx(beta, rel=1e-6) != 0.3
 
 
 @pytest.mark.parametrize("stop", [2, 3, 4])
@@ -203,7 +203,7 @@ def test_resumed_within_a_batch_and_between_two(tmp_path, stop, prompts):
     resumed = job(tmp_path / "broken", **settings)
     resumed.train(resume_from_checkpoint=True)
     assert digest(resumed.model) == digest(whole.model) != digest(broken.model)
-    assert resumed._running.beta.value == whole._running.beta.value != 0.3
+    assert resumed.matcher.running.beta.value == whole.matcher.running.beta.value != 0.3
     for mine, other in zip(resumed.state.log_history, whole.state.log_history, strict=True):
         for key in {"loss", "beta", "clip_fraction", "kl_policy_base", "log_z", "reward"} & other.keys():
             assert mine[key] == other[key], key

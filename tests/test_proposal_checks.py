@@ -9,12 +9,13 @@ import math
 import pytest
 import torch
 from test_proposal import ALL, DIVERGENCES, P_TABLE, Q_TABLE, SPACE, TARGET, Q, Table, policies
-from test_trainer import Keep, one_thread  # noqa: F401
 from torch import nn
 from trainer_job import PROMPTS, digest, gpt2, job, tokenizer
+from trainer_tools import Keep, one_thread  # noqa: F401
 
 import dmfast
 from dmfast import Contains, OfflineProposal, Scorer
+from dmfast.batch import Draw, Prompts
 from dmfast.estimators import PartitionFunction
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
@@ -136,14 +137,14 @@ def test_the_trainer_s_check_is_that_of_the_samples_that_it_drew(tmp_path):
     # steps that are large enough for pi to come nearer to p on any machine, whatever its rounding lets them draw
     trainer = job(tmp_path, max_steps=9, proposal_interval=3, per_device_train_batch_size=128, lambda_=3.0,
                   proposal_criterion=criterion, proposal_check_samples=256)  # fmt: skip
-    draw, fresh = dmfast.LanguageModel.sample, trainer._fresh
+    draw, fresh = dmfast.LanguageModel.sample, trainer.matcher._fresh
 
-    def check():
+    def check(*step):
         drawn = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dmfast.LanguageModel, "sample",
                           lambda self, *a, **k: drawn.append(draw(self, *a, **k)) or drawn[-1])  # fmt: skip
-            found = fresh()
+            found = fresh(*step)
         (x,) = drawn
         assert len(x) == 256
         log_q = trainer.proposal.snapshot.log_prob(x)
@@ -151,14 +152,14 @@ def test_the_trainer_s_check_is_that_of_the_samples_that_it_drew(tmp_path):
         for mine, wanted in zip(found, (trainer.policy.log_prob(x), log_q, log_target), strict=False):
             torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-4)
         z = PartitionFunction()
-        z.load_state_dict(trainer._running.partitions[0].state_dict())
+        z.load_state_dict(step[0].partitions[0].state_dict())
         before = z.log_z
         z.update(found[2], found[1])
         assert found[3].tolist() == pytest.approx([z.log_z] * 256) and z.log_z != before
         seen.append((x, found))
         return found
 
-    trainer._fresh = check
+    trainer.matcher._fresh = check
     trainer.train()
     assert len(seen) == 3 and trainer.proposal.swaps > 0
     assert len({str(x.tokens.tolist()) for x, _ in seen}) == 3
@@ -188,15 +189,15 @@ def test_what_a_check_costs(tmp_path, never_positive, monkeypatch):
 
     monkeypatch.setattr(dmfast.LanguageModel, "sample", drawing)
     monkeypatch.setattr(dmfast.LanguageModel, "log_prob", scoring)
-    costs, fresh = [], trainer._fresh
+    costs, fresh = [], trainer.matcher._fresh
 
-    def check():
+    def check(*step):
         drawn.clear(), scored.clear()
-        found = fresh()
+        found = fresh(*step)
         costs.append((list(drawn), list(scored)))
         return found
 
-    trainer._fresh = check
+    trainer.matcher._fresh = check
     trainer.train()
     if never_positive:
         assert costs == [(["q"], [("pi", 0)])] * 2
@@ -204,7 +205,7 @@ def test_what_a_check_costs(tmp_path, never_positive, monkeypatch):
     assert costs[0] == (["q"], [("pi", 24)])
     trainer.proposal.swap()
     costs.clear()
-    check()
+    check(trainer.matcher.running, Prompts(), Draw(6))
     assert costs == [(["q"], [("a", 24), ("pi", 24)])]
 
 
@@ -217,10 +218,10 @@ def test_contexts_of_a_check(tmp_path):
         seen.append((prompts, n))
         return sample(prompts, n, **options)
 
-    trainer._running.steps = 1
+    trainer.matcher.running.steps = 1
     trainer.proposal.snapshot.sample = drawing
-    for trainer._running.steps in range(1, 9):
-        log_prob, log_proposal, log_target, log_z = trainer._fresh()
+    for trainer.matcher.running.steps in range(1, 9):
+        log_prob, log_proposal, log_target, log_z = trainer.matcher._fresh(trainer.matcher.running, Prompts(), Draw(6))
         assert len(log_prob) == 12
         ratio = (log_target - log_proposal).view(3, 4)
         torch.testing.assert_close(log_z.view(3, 4), (ratio.logsumexp(1, keepdim=True) - math.log(4)).expand(3, 4))

@@ -44,7 +44,7 @@ def gpt2(seed=0, n_positions=24):
 
 
 def job(out, *, model=None, constraints=None, prompts=None, tok=None, callbacks=(), lambda_=1.5, reward=None,
-        lora=None, **args):  # fmt: skip
+        lora=None, eval_dataset=None, objective=None, **args):  # fmt: skip
     """A trainer on GPT-2 of 2 layers x 16: 60% of the sequences have w3. lora: of peft.LoraConfig, on one backbone.
 
     The seed is one with w3 among the samples of every step: without any A is 0 but for its rounding, which Adam would
@@ -67,9 +67,11 @@ def job(out, *, model=None, constraints=None, prompts=None, tok=None, callbacks=
         "learning_rate": 5e-3, "warmup_steps": 2, "proposal_interval": 2, "save_strategy": "no", "disable_tqdm": True,
         "eval_samples": 32, "seed": 29, "enable_jit_checkpoint": False,
     }  # fmt: skip
+    own = {} if objective is None or isinstance(objective, str) else {"objective": objective}
+    named = {"objective": objective} if isinstance(objective, str) else {}
     return dmfast.DMTrainer(
-        model, target, dmfast.DMConfig(**(settings | args)), train_dataset=prompts, processing_class=tok, reward=reward,
-        callbacks=list(callbacks),
+        model, target, dmfast.DMConfig(**(settings | args | named)), train_dataset=prompts, processing_class=tok,
+        reward=reward, callbacks=list(callbacks), eval_dataset=eval_dataset, **own,
     )  # fmt: skip
 
 

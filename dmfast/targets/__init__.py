@@ -1,6 +1,6 @@
 """The target p of distribution matching: constraints, the energy-based model that they define, and its lambda."""
 
-from .constraints import Contains, Feature, Moment, Scorer, ScorerCounts
+from .constraints import Contains, Feature, FeatureValues, Moment, Scorer, ScorerCounts
 from .ebm import EBM, TargetScores
 from .scorers import Classifier, Reward
 from .solver import LambdaFit, fit_lambda
@@ -10,6 +10,7 @@ __all__ = [
     "Classifier",
     "Contains",
     "Feature",
+    "FeatureValues",
     "LambdaFit",
     "Moment",
     "Reward",

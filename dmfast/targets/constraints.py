@@ -12,7 +12,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,11 +39,41 @@ class Feature(ABC):
         """What it is, for JSON."""
 
     def log_b(self, value: Tensor) -> Tensor:
-        """log b(x) from phi(x), where it stands for a pointwise constraint; NaN where phi(x) can't be a b(x)."""
+        """Return log b(x) from phi(x), where it stands for a pointwise constraint; NaN where phi(x) can't be a b(x)."""
         return value.log()
+
+    @property
+    def source(self) -> Feature:
+        """The feature whose values these are: itself, or what it wraps."""
+        return self
+
+    @property
+    def key(self) -> Hashable:
+        """What two features have in common whose values are always the same; by default only a feature and itself."""
+        return id(self)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
+
+
+class FeatureValues:
+    """The values of features on some samples: each feature runs once, however often and by whomever it is asked for.
+
+    Args:
+        samples: N sequences.
+    """
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+        # the feature is kept with its values, so that nothing else can come to have its id
+        self._values: dict[Hashable, tuple[Feature, Tensor]] = {}
+
+    def __call__(self, feature: Feature) -> Tensor:
+        """Return phi(x) of each sequence, (N,) fp64."""
+        source = feature.source
+        if source.key not in self._values:
+            self._values[source.key] = (source, source(self.samples))
+        return self._values[source.key][1]
 
 
 def show(samples: Samples, row: int) -> str:
@@ -250,6 +280,11 @@ class Scorer(Feature):
         self._kept: OrderedDict[tuple[int, ...], float] = OrderedDict()
         self._kept_for: Any = None  # the tokenizer whose ids they are
         self.name = _function_name(fn) if name is None else name
+
+    @property
+    def key(self) -> Hashable:
+        """The function and how it is called, so that a function that was given twice runs once."""
+        return (id(self.fn), self.on, self.batched, self.batch_size, self.binary)
 
     def __call__(self, samples: Samples) -> Tensor:
         """(N,) fp64, checked."""

@@ -15,7 +15,7 @@ from ..estimators import Estimate, estimate_moments
 from ..models import LanguageModel
 from ..samples import Prompt, Samples
 from ..seeds import seed_for
-from .constraints import Feature, Moment, Scorer, as_feature, show
+from .constraints import Feature, FeatureValues, Moment, Scorer, as_feature, show
 from .scorers import Reward
 from .solver import LambdaFit, fit_lambda
 
@@ -125,9 +125,8 @@ class EBM:
         named += [(n, m.feature) for n, m in zip(self.moment_names, self._moments, strict=True)] + self._monitor
         found: dict[int, tuple[str, Scorer]] = {}
         for name, feature in named:
-            inner = feature.fn if isinstance(feature, Reward) else feature
-            if isinstance(inner, Scorer):
-                found.setdefault(id(inner), (name, inner))
+            if isinstance(feature.source, Scorer):
+                found.setdefault(id(feature.source), (name, feature.source))
         return dict(found.values())
 
     @property
@@ -173,38 +172,49 @@ class EBM:
         Raises:
             ValueError: a negative b; the sample is shown.
         """
-        return self._b(samples, _Once(samples))[1].sum(1)
+        return self._b(samples, FeatureValues(samples))[1].sum(1)
 
     def log_prob(self, samples: Samples) -> Tensor:
         """(N,) fp64: log P(x), as ``score`` gives it."""
         return self.score(samples).log_target
 
     @torch.no_grad()
-    def score(self, samples: Samples, log_base: Tensor | None = None, *, batch_size: int | None = None) -> TargetScores:
-        """log P(x) and its parts. Each scorer runs once per sample; the base scores the samples with b > 0 only.
+    def score(
+        self,
+        samples: Samples,
+        log_base: Tensor | None = None,
+        *,
+        batch_size: int | None = None,
+        values: FeatureValues | None = None,
+    ) -> TargetScores:
+        """Return log P(x) and its parts. Each scorer runs once per sample; the base scores those with b > 0 only.
 
         Args:
             samples: N sequences, of whatever model.
             log_base: (N,) log a(x) where it is known already, as log q(x) is while q is a: the base is not run.
                 May be NaN where b = 0.
             batch_size: sequences at a time when the base scores. Default: the EBM's.
+            values: ``FeatureValues`` of these samples. What it holds is not computed again, and it holds afterwards
+                what is computed here, for a reward that is a feature of the target too.
 
         Raises:
             RuntimeError: there are moments and lambda is not known yet; a scorer raised.
-            ValueError: a scorer returned what it must not, a negative b; log_base of another shape or NaN where b > 0;
-                samples at another temperature than those that lambda was fitted on.
+            ValueError: values of other samples; a scorer returned what it must not, a negative b; log_base of another
+                shape or NaN where b > 0; samples at another temperature than those that lambda was fitted on.
         """
         lambda_ = self.lambda_.to(samples.log_prob.device)
         fitted_at = math.nan if self.report is None else self.report.temperature
         if len(samples) and not math.isnan(fitted_at) and samples.temperature != fitted_at:
             raise ValueError(f"lambda was fitted on samples at temperature {fitted_at:g}, these are at "
                              f"{samples.temperature:g}: that is another base distribution; fit again")  # fmt: skip
+        values = FeatureValues(samples) if values is None else values
+        if values.samples is not samples:
+            raise ValueError("values must be the FeatureValues of the samples that are scored, FeatureValues(samples)")
         if log_base is not None and log_base.shape != (len(samples),):
             raise ValueError(f"log_base must be ({len(samples)},), got {tuple(log_base.shape)}")
-        once = _Once(samples)
-        b, each_log_b = self._b(samples, once)
-        features = _columns([once(moment.feature) for moment in self._moments], samples)
-        monitored = torch.cat([b, _columns([once(feature) for _, feature in self._monitor], samples)], 1)
+        b, each_log_b = self._b(samples, values)
+        features = _columns([values(moment.feature) for moment in self._moments], samples)
+        monitored = torch.cat([b, _columns([values(feature) for _, feature in self._monitor], samples)], 1)
         log_b = each_log_b.sum(1)
         positive = log_b > -math.inf
         if log_base is None:
@@ -220,11 +230,11 @@ class EBM:
             raise ValueError(f"log_base is NaN for sample {row}, where b > 0: {show(samples, row)}")
         return TargetScores(log_target, log_b, features, log_base, monitored)
 
-    def _b(self, samples: Samples, once: _Once) -> tuple[Tensor, Tensor]:
+    def _b(self, samples: Samples, values: FeatureValues) -> tuple[Tensor, Tensor]:
         """phi (or 1 - phi) and log b, (N, pointwise constraints) fp64 each, checked."""
         columns, logs = [], []
         for each in self._pointwise:
-            value = once(each.feature)
+            value = values(each.feature)
             columns.append(1 - value if each.negated else value)
             logs.append(each.log_b(columns[-1]))
             bad = logs[-1].isnan()
@@ -283,13 +293,13 @@ class EBM:
         if len(samples) == 0:
             raise ValueError("samples is empty")
         self._check_from_base(samples)
-        once = _Once(samples)
-        b, each_log_b = self._b(samples, once)
+        values = FeatureValues(samples)
+        b, each_log_b = self._b(samples, values)
         rates = dict(zip(self.monitor_names, estimate_moments(b, b.new_zeros(len(b))), strict=False))
         log_b = each_log_b.sum(1)
         if not bool((log_b > -math.inf).any()):
             raise ValueError(_never_satisfied(each_log_b, [each.name for each in self._pointwise]))
-        features = _columns([once(moment.feature) for moment in self._moments], samples)
+        features = _columns([values(moment.feature) for moment in self._moments], samples)
         found = fit_lambda(
             features, [moment.value for moment in self._moments], log_b=log_b, context_id=samples.context_id,
             names=self.moment_names,
@@ -401,19 +411,6 @@ class EBM:
             "monitor": [{**feature.describe(), "name": name} for name, feature in self._monitor],
             "fit": None if self.report is None else self.report.as_dict(),
         }
-
-
-class _Once:
-    """Features of some samples, each run once however often it is asked for."""
-
-    def __init__(self, samples: Samples) -> None:
-        self._samples = samples
-        self._values: dict[int, Tensor] = {}
-
-    def __call__(self, feature: Feature) -> Tensor:
-        if id(feature) not in self._values:
-            self._values[id(feature)] = feature(self._samples)
-        return self._values[id(feature)]
 
 
 class _Names:

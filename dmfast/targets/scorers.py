@@ -131,6 +131,11 @@ class Reward(Feature):
         """(N,) fp64: R(x)."""
         return self.fn(samples)
 
+    @property
+    def source(self) -> Feature:
+        """R without beta."""
+        return self.fn.source
+
     def log_b(self, value: Tensor) -> Tensor:
         """R/beta, never exponentiated on its own: exp(R/beta) may be beyond any float."""
         return value / self.beta

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -122,9 +123,11 @@ class JITCheckpoint(JITCheckpointCallback):  # type: ignore[misc]
 
 
 def log_line(step: int, logs: Mapping[str, Any]) -> str:
-    """One step, evaluation or end of training as a line."""
+    """Return one step, evaluation or end of training as a line."""
     evaluation = any(key.startswith("eval_") for key in logs)
-    prefix = "eval_" if evaluation else ""
+    # eval_, or of one of several eval sets eval_<name>_
+    known = (key.removesuffix("kl_policy_base") for key in logs if re.fullmatch("eval_(.+_)?kl_policy_base", key))
+    prefix = next(known, "eval_") if evaluation else ""
 
     def number(key: str, form: str = ".3f") -> str:
         return format(logs[prefix + key], form) if isinstance(logs.get(prefix + key), (int, float)) else ""
@@ -133,7 +136,8 @@ def log_line(step: int, logs: Mapping[str, Any]) -> str:
         value, error = number(key), number(f"{key}_stderr")
         return f"{value} ± {error}" if error else value
 
-    parts = [f"step {step:4d}" + (" evaluation" if evaluation else "")]
+    of = f" of {prefix[5:-1]}" if len(prefix) > 5 else ""
+    parts = [f"step {step:4d}" + (f" evaluation{of}" if evaluation else "")]
     for key in logs:
         if key.startswith(f"{prefix}phi/") and not key.endswith("_stderr"):
             name = key.split("/", 1)[1]

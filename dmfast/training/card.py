@@ -42,7 +42,8 @@ def model_card(trainer: DMTrainer) -> str:
     header = ["---", f"library_name: {'peft' if is_peft else 'transformers'}", "tags: [dmfast, distribution-matching]"]
     if base and "/" in base:
         header.insert(1, f"base_model: {json.dumps(base)}")
-    settings = {name: getattr(args, name) for name in _SETTINGS} | {"eos_token_id": trainer.policy.eos_token_ids}
+    settings = {name: getattr(args, name) for name in _SETTINGS}
+    settings |= {"objective": trainer.matcher.settings.name, "eos_token_id": trainer.policy.eos_token_ids}
     lines = [
         *header, "---", "", "# A language model matched to a target distribution", "",
         "Fine-tuned with [dmfast](https://arxiv.org/abs/2206.00761) so that its distribution π comes near to "
@@ -66,7 +67,10 @@ def model_card(trainer: DMTrainer) -> str:
 
 
 def _last_evaluation(history: list[dict[str, Any]], until: int) -> dict[str, Any]:
-    return dict(next((h for h in reversed(history) if "eval_kl_policy_base" in h and h["step"] <= until), {}))
+    """Return what the last evaluation has logged, of all eval sets where there are several."""
+    evaluations = [h for h in history if any(k.endswith("kl_policy_base") and k.startswith("eval_") for k in h)]
+    last = max((h["step"] for h in evaluations if h["step"] <= until), default=None)
+    return {name: value for h in evaluations if h["step"] == last for name, value in h.items()}
 
 
 def _with_error(metrics: dict[str, Any], name: str) -> str:

@@ -137,3 +137,30 @@ def load_state(folder: Path, device: torch.device) -> dict[str, Any]:
     except Exception as error:
         raise ValueError(f"{folder / STATE} can't be read: {error}") from error
     return state
+
+
+def upgraded(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's state in the format of this version of dmfast.
+
+    Raises:
+        ValueError: the state of a version that this one does not know.
+    """
+    if "matcher" in state:
+        return state
+    keys = ("partitions", "scale", "returns", "zero_steps", "steps", "beta", "proposal", "target", "contexts", "pool")
+    lacking = [key for key in keys if key not in state]
+    if lacking:
+        raise ValueError(
+            f"the checkpoint's {STATE} is of no format that this version of dmfast reads: it has no 'matcher', and for "
+            f"the format of 0.1 it lacks {', '.join(lacking)}"
+        )
+    batch = state["batch"]
+    if batch is not None:
+        samples = batch["samples"] | {"context_id": batch["context"]}
+        log_base = torch.full_like(samples["log_prob"], torch.nan)  # which a batch that is repeated does not need
+        batch = {key: batch[key] for key in ("inputs", "features", "advantage", "epoch", "beta")}
+        batch |= {"samples": samples, "log_base": log_base}
+    running = {key: state[key] for key in ("beta", "partitions", "scale", "returns", "zero_steps", "steps")}
+    matcher = {key: state[key] for key in ("target", "proposal", "estimates", "q_is_base", "pool")}
+    matcher |= {"format": 2, "running": running | {"lambda": state["target"]["lambda"]}, "batch": batch}
+    return {"contexts": state["contexts"], "matcher": matcher}

@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field
-from typing import Any, cast
+import contextlib
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
 
 from ..diagnostics import nltk
-from ..objectives import Objective, PPOClip
 from ..proposal import CRITERIA
-
-_BASELINES = (None, "mean", "leave_one_out", "leave_one_out_context")
+from ..settings import AnyObjective, Settings
+from .checks import refuse_parallelism
 
 
 def _field(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
-
-
-def refuse_parallelism(args: TrainingArguments) -> None:
-    """More than DDP, whether asked for in the arguments or by ``accelerate launch``.
-
-    Raises:
-        ValueError: it is.
-    """
-    for name, variable, what in (
-        ("fsdp", "ACCELERATE_USE_FSDP", "FSDP"),
-        ("deepspeed", "ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-        ("parallelism_config", "ACCELERATE_USE_PARALLELISM_CONFIG", "tensor, context or sequence parallelism"),
-    ):
-        by_launcher = os.environ.get(variable, "false").lower() in ("true", "1")
-        if by_launcher or getattr(args, name):
-            asked = f"{variable}, which accelerate launch sets," if by_launcher else name
-            raise ValueError(f"DMTrainer does not run under {what} yet, which {asked} asks for; use DDP")
 
 
 @dataclass
@@ -49,7 +31,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     ``enable_jit_checkpoint=True`` (SIGTERM saves a checkpoint).
 
     Args:
-        objective: a name of ``dmfast.OBJECTIVES``.
+        objective: a name of ``dmfast.OBJECTIVES``. ``DMTrainer(objective=...)`` takes functions, too.
         baseline: a number; ``mean``, the running mean of rho*r over earlier steps; ``leave_one_out`` or
             ``leave_one_out_context``. ``gdc++`` has its own.
         beta: the KL coefficient of ``kl_control``; its value at the start, where ``beta_target_kl`` is given.
@@ -98,6 +80,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
 
     Raises:
         ValueError: an unknown objective, criterion or baseline, a number out of range, FSDP, DeepSpeed.
+        TypeError: an objective that is no name.
         ImportError: ``eval_diversity`` without nltk.
     """
 
@@ -106,7 +89,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     warmup_steps: float = _field(10, "Steps of linear warm-up, or their share of all steps if below 1.")
     max_grad_norm: float = _field(0.0, "Maximum gradient norm; 0: no clipping.")
     logging_steps: float = _field(1, "Steps between log lines.")
-    remove_unused_columns: bool = _field(False, "Has no meaning here: only the column 'prompt' is read.")
+    remove_unused_columns: bool = _field(False, "Has no meaning here: the model sees the column 'prompt' only.")
     report_to: None | str | list[str] = _field("none", "Loggers, such as tensorboard.")  # noqa: RUF009, RUF036
     enable_jit_checkpoint: bool = _field(True, "SIGTERM saves a checkpoint.")
 
@@ -146,10 +129,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         for name, value in (
             ("max_new_tokens", self.max_new_tokens), ("temperature", self.temperature),
             ("samples_per_context", self.samples_per_context), ("sampling_batch_size", self.sampling_batch_size),
-            ("max_weight", self.max_weight), ("eval_samples", self.eval_samples),
-            ("proposal_interval", self.proposal_interval), ("patience_zero", self.patience_zero),
-            ("ppo_epochs", self.ppo_epochs), ("beta_target_kl", self.beta_target_kl),
-            ("beta_horizon", self.beta_horizon), ("refit_samples", self.refit_samples),
+            ("eval_samples", self.eval_samples), ("proposal_interval", self.proposal_interval),
         ):  # fmt: skip
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value!r}")
@@ -179,51 +159,27 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
                 "skip_zero_weight=True leaves log pi unknown where P = 0, and proposal_criterion='js' needs it there; "
                 "use kl or tvd, or fresh samples (proposal_check_samples)"
             )
-        if self.partition not in ("running", "step"):
-            raise ValueError(f"partition must be 'running' or 'step', got {self.partition!r}")
         if isinstance(self.baseline, str):
-            try:
+            with contextlib.suppress(ValueError):
                 self.baseline = float(self.baseline)  # from a command line
-            except ValueError:
-                if self.baseline not in _BASELINES:
-                    raise ValueError(
-                        "baseline must be a number, 'mean', 'leave_one_out' or 'leave_one_out_context', got "
-                        f"{self.baseline!r}"
-                    ) from None
-        if self.objective == "reinforce_p" and self.baseline == "mean":
-            raise ValueError(
-                "baseline='mean' averages returns over steps, whose scale differs for reinforce_p; use leave_one_out"
+        if not isinstance(self.objective, str):
+            raise TypeError(
+                "objective of DMConfig must be a name, since a config is written as JSON and read from a command line, "
+                f"got {self.objective!r}; pass an Objective or a function of dmfast.Terms to the trainer, "
+                "DMTrainer(..., objective=...)"
             )
-        if self.beta_target_kl is not None and not (self.on_policy and self.objective == "kl_control"):
-            raise ValueError(
-                "beta_target_kl steers the beta of kl_control by KL(pi||a) on samples of pi itself: it needs "
-                f"objective='kl_control' and on_policy=True, got {self.objective!r} and on_policy={self.on_policy}"
-            )
-        if self.ppo_epochs > 1 and not (self.on_policy and self.objective in ("reinforce", "kl_control")):
-            raise ValueError(
-                "ppo_epochs above 1 clips the ratio to the policy that a batch was drawn from: it needs "
-                f"on_policy=True and objective 'reinforce' or 'kl_control', got {self.objective!r} and "
-                f"on_policy={self.on_policy}"
-            )
-        if not self.refit_ess >= 0:
-            raise ValueError(f"refit_ess must be 0 or more, got {self.refit_ess!r}")
-        PPOClip(self.ppo_clip)
-        self.make_objective()
+        self.settings()
         super().__post_init__()
 
-    def make_objective(self, mean: float = 0.0, log_scale: float = 0.0, beta: float | None = None) -> Objective:
-        """The objective of one step, with the running values that its owner holds.
+    def settings(self, objective: AnyObjective | None = None) -> Settings:
+        """Return what a step is made with.
 
         Args:
-            mean: the running mean of rho*r, for ``baseline="mean"``.
-            log_scale: c of ``reinforce_p``.
-            beta: where it is steered. Default: that of the config.
+            objective: in the place of the config's.
+
+        Raises:
+            ValueError: as ``Settings``.
         """
-        baseline = mean if self.baseline == "mean" else self.baseline
-        return Objective(
-            self.objective,
-            baseline=cast(Any, baseline),
-            normalize=self.normalize,
-            beta=self.beta if beta is None else beta,
-            log_scale=log_scale if self.objective == "reinforce_p" else None,
-        )
+        named = {each.name: getattr(self, each.name) for each in fields(Settings) if hasattr(self, each.name)}
+        named |= {"check_samples": self.proposal_check_samples}
+        return Settings(**(named if objective is None else named | {"objective": objective}))

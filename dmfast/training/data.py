@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..models import LanguageModel
+
 
 class Contexts(Dataset[Any]):
     """Rows of prompts as (row, prompt), where a prompt is a string, a list of chat messages or a list of token ids.
@@ -22,6 +24,7 @@ class Contexts(Dataset[Any]):
     Args:
         rows: a sequence of prompts, or of rows with a column ``prompt`` (``datasets.Dataset`` too); None: the one empty
             context, as ``[""]``.
+        argument: what the rows were given as, for errors.
 
     Raises:
         TypeError: rows that have no length, such as an ``IterableDataset``, or are several data sets, such as a
@@ -29,23 +32,28 @@ class Contexts(Dataset[Any]):
         ValueError: no rows, or a row without a prompt.
     """
 
-    def __init__(self, rows: Any = None) -> None:
+    def __init__(self, rows: Any = None, argument: str = "train_dataset") -> None:
+        self.argument = argument
         if rows is None:
             rows = [""]
         if isinstance(rows, (str, Mapping)) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
             raise TypeError(
-                "train_dataset must have a length and be indexable (a list of prompts, a datasets.Dataset with the "
+                f"{argument} must have a length and be indexable (a list of prompts, a datasets.Dataset with the "
                 "column 'prompt'; of a DatasetDict one split), or be None for the empty context; got "
                 f"{type(rows).__name__}"
             )
         if len(rows) == 0:
-            raise ValueError("train_dataset is empty; pass None for the empty context")
+            raise ValueError(f"{argument} is empty; pass None for the empty context")
+        whole = rows
         if hasattr(rows, "select_columns"):  # a datasets.Dataset, whose rows are read from disk with all their columns
             if "prompt" not in rows.column_names:
-                raise ValueError(f"the data set has no column 'prompt', only {', '.join(rows.column_names)}")
-            rows = rows.select_columns("prompt").with_format(None)
-        self.rows = rows
+                raise ValueError(f"{argument} has no column 'prompt', only {', '.join(rows.column_names)}")
+            whole = rows.with_format(None)
+            rows = whole.select_columns("prompt")
+        self.rows, self._whole = rows, whole
         self[0]  # refuses rows without a prompt now rather than in the middle of a run
+        first = whole[0]
+        self.has_columns = isinstance(first, Mapping) and len(first) > 1
 
     @cached_property
     def digest(self) -> str:
@@ -65,13 +73,38 @@ class Contexts(Dataset[Any]):
         row = self.rows[index]
         if isinstance(row, dict):
             if "prompt" not in row:
-                raise ValueError(f"row {index} of the data set has no column 'prompt', only {', '.join(row)}")
+                raise ValueError(f"row {index} of {self.argument} has no column 'prompt', only {', '.join(row)}")
             row = row["prompt"]
         if not isinstance(row, (str, list)):
             raise ValueError(
-                f"the prompt of row {index} must be a string or a list of chat messages, got {type(row).__name__}"
+                f"{self.argument}: the prompt of row {index} must be a string or a list of chat messages, got "
+                f"{type(row).__name__}"
             )
         return index, row
+
+    def rows_of(self, indices: Sequence[int]) -> list[Mapping[str, Any]] | None:
+        """Return the whole rows, which scorers see, or None where there are prompts only."""
+        return [dict(self._whole[index]) for index in indices] if self.has_columns else None
+
+    def check(self, policy: LanguageModel, max_new_tokens: int) -> None:
+        """Check that all prompts can be sampled from.
+
+        Raises:
+            TypeError, ValueError: as ``LanguageModel.check_prompts``, with the name of the argument.
+        """
+        try:
+            policy.check_prompts([prompt for _, prompt in self], max_new_tokens)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.argument}: {error}") from error
+
+
+def eval_contexts(dataset: Any) -> Contexts | dict[str, Contexts]:
+    """Return the prompts to evaluate on, or those of each of several eval sets by name."""
+    if not isinstance(dataset, Mapping):
+        return Contexts(dataset, "eval_dataset")
+    if not dataset:
+        raise ValueError("eval_dataset is an empty dictionary; pass None to evaluate on the prompts of train_dataset")
+    return {name: Contexts(rows, f"eval_dataset[{name!r}]") for name, rows in dataset.items()}
 
 
 class StepSampler(Sampler[list[int]]):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,7 @@ def examine(
     batch_size: int | None = None,
     texts: int = 0,
     first_row: int = 0,
+    rows: Sequence[Mapping[str, Any]] | None = None,
     gather: Callable[[Tensor], Tensor] = lambda x: x,
     gather_texts: Callable[[list[str]], list[str]] = lambda x: x,
 ) -> Evaluation:
@@ -84,6 +86,7 @@ def examine(
         model: pi. target: its moments and monitored features are the phi, its base is a.
         prompts, max_new_tokens, temperature, seed, batch_size, first_row: as in ``LanguageModel.sample``.
         texts: how many of them ``diversity`` is asked of, the same ones every time, as many of each context; 0: none.
+        rows: for each prompt the row of its data set, which scorers see as ``samples.rows``.
         gather, gather_texts: in distributed training, put the values of all ranks together.
 
     Returns:
@@ -95,6 +98,8 @@ def examine(
         prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size,
         first_row=first_row,
     )  # fmt: skip
+    if rows is not None:
+        x = replace(x, rows=[rows[place] for place in x.context_id.tolist()])
     log_base = target.base.log_prob(x, batch_size=batch_size)
     scores = target.score(x, log_base)
     features = torch.cat([scores.features, scores.monitored], 1)

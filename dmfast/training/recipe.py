@@ -307,7 +307,7 @@ def prepare(
     say(f"dmfast {__version__}: {target}, {args.objective}, {args.max_steps} steps, model {recipe['model']}")
     if fitted is None:
         fit = {"batch_size": args.sampling_batch_size, **(recipe.get("fit") or {})}
-        prompts = None if rows is None else [prompt for _, prompt in Contexts(rows)]
+        prompts = None if rows is None else [prompt for _, prompt in Contexts(rows, "prompts")]
         target.fit(contexts=prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature, **fit)
     else:
         target.load_state_dict(dict(fitted))
@@ -333,7 +333,7 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
     args, target = trainer.args, trainer.target
     out = Path(args.output_dir)
     rows = _prompts(recipe.get("prompts"))
-    prompts = None if rows is None else [prompt for _, prompt in Contexts(rows)]
+    prompts = None if rows is None else [prompt for _, prompt in Contexts(rows, "prompts")]
     settings = {"samples": args.eval_samples, "seed": args.seed + 10**6, "batch_size": args.sampling_batch_size or 256}
     settings |= recipe.get("evaluate") or {}
 

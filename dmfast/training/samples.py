@@ -83,6 +83,16 @@ def write(folder: Path, new: Sequence[dict[str, Any]], step: int) -> None:
     os.replace(beside, folder / NAME)
 
 
+def publish(
+    evaluation: Evaluation, prompts: Sequence[Any] | None, n: int, folder: Path, callbacks: Sequence[TrainerCallback],
+    *, step: int, name: str,
+) -> None:  # fmt: skip
+    """Write at most n sequences of an evaluation into the folder, and send them to the loggers that show tables."""
+    new = rows(evaluation, prompts, n, step=step, name=name)
+    write(folder, new, step)
+    send(callbacks, new, step, f"{name}/samples")
+
+
 def forget(folder: Path) -> None:
     """What a run before this one has left, save of step 0."""
     if (folder / NAME).exists():

@@ -1,0 +1,203 @@
+"""The sequences of an optimiser step, and the parts of them that go through the policy together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .objectives import Objective, Terms
+from .running import Running
+from .samples import Prompt, Samples
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What sequences are drawn from.
+
+    Attributes:
+        prompts: as ``LanguageModel.sample`` takes them; None for the one empty prompt.
+        context_id: an integer for each prompt, the identity of its context over the whole run. None: a digest of the
+            prompt's tokens.
+        rows: for each prompt the row of the data set, or None.
+    """
+
+    prompts: Sequence[Prompt] | None = None
+    context_id: Sequence[int] | Tensor | None = None
+    rows: Sequence[Mapping[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("context_id", "rows"):
+            given = getattr(self, name)
+            if given is not None and len(given) != len(self):
+                raise ValueError(f"{name} must have one entry for each of {len(self)} prompts, got {len(given)}")
+
+    def __len__(self) -> int:
+        return 1 if self.prompts is None else len(self.prompts)
+
+    def of(self, samples: Samples) -> Samples:
+        """Return the sequences that were drawn from these prompts with the identity and the row of their context.
+
+        Raises:
+            TypeError: a context_id that is no integer.
+        """
+        rows = None if self.rows is None else [self.rows[place] for place in samples.context_id.tolist()]
+        if self.context_id is None:
+            identity = _digests(samples)
+        else:
+            ids = torch.as_tensor(self.context_id, device=samples.context_id.device)
+            if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool or ids.dim() != 1:
+                raise TypeError(f"context_id must hold one integer for each prompt, got {self.context_id!r:.200}")
+            identity = ids.to(torch.int64)[samples.context_id]
+        return replace(samples, context_id=identity, rows=rows)
+
+
+def _digests(samples: Samples) -> Tensor:
+    """Return (N,) int64, for each sequence the digest of its prompt's tokens."""
+    places: list[int] = samples.context_id.tolist()
+    first = {place: row for row, place in reversed(list(enumerate(places)))}
+    prompts, seen = samples.tokens[:, : samples.prompt_len], samples.attention_mask[:, : samples.prompt_len].bool()
+    found = {}
+    for place, row in first.items():
+        tokens = ",".join(map(str, prompts[row][seen[row]].tolist()))
+        digest = hashlib.blake2b(tokens.encode(), digest_size=8).digest()
+        found[place] = int.from_bytes(digest, "big", signed=True)
+    return torch.tensor([found[place] for place in places], dtype=torch.int64, device=samples.context_id.device)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How sequences are drawn: what ``LanguageModel.sample`` takes along with prompts, n and seed."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One optimiser step on this rank: N sequences, drawn and scored. ``Matcher.draw`` makes it.
+
+    Attributes:
+        samples: the sequences. Their ``context_id`` is the identity of their context over the run.
+        inputs: (N,) fp64 each, what the loss takes: ``log_target``, ``log_proposal``, ``log_z``, and of ``reward``,
+            ``log_base`` and ``baseline`` what the objective needs.
+        features: (N, F + M) fp64, the target's moments, then what it monitors.
+        log_base: (N,) fp64, log a(x); NaN where b = 0.
+        forwarded: (N,) bool, the sequences that get a forward of the policy.
+        objective: that of this step.
+        pending: what the run carries, with this step's samples; ``Matcher.commit`` makes it what holds.
+        advantage: (N,) fp64, r - baseline at the sampling policy, where the batch serves several optimiser steps.
+        epoch: the steps that the batch has served before.
+        anew: whether lambda is another than before, so that all earlier estimates are void.
+        seconds, counts, gradient: what sampling, scoring and policy took; what the scorers did on this rank; the norm
+            and the variance of the gradient, where they were measured.
+    """
+
+    samples: Samples
+    inputs: dict[str, Tensor]
+    features: Tensor
+    log_base: Tensor
+    forwarded: Tensor
+    objective: Objective | Callable[[Terms], Tensor]
+    pending: Running
+    drawn: tuple[Prompts, Draw] | None = None
+    advantage: Tensor | None = None
+    epoch: int = 0
+    anew: bool = False
+    whole_contexts: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    gradient: dict[str, float] = field(default_factory=dict)
+    _again: Callable[[Batch], Batch] | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def split(self, size: int | None = None) -> list[Part]:
+        """Return the parts that go through the policy one after the other, each sequence in one of them.
+
+        Sequences of about one length go together, so that a part has little padding. The sequences of a context stay
+        together where the objective needs them so (``whole_contexts``).
+
+        Args:
+            size: the most sequences of a part. Default: all of them.
+
+        Raises:
+            ValueError: size is not positive, or too small for the sequences of a context that stay together.
+        """
+        size = len(self) if size is None else size
+        if size < 1:
+            raise ValueError(f"size must be positive, got {size!r}")
+        if size >= len(self):
+            return [Part(self, torch.arange(len(self), device=self.samples.tokens.device))]
+        lengths = self.samples.attention_mask.sum(1)
+        if not self.whole_contexts:
+            return [Part(self, places) for places in torch.split(lengths.argsort(stable=True), size)]
+        contexts: dict[int, list[int]] = {}
+        for place in lengths.argsort(stable=True).tolist():
+            contexts.setdefault(int(self.samples.context_id[place]), []).append(place)
+        parts: list[list[int]] = [[]]
+        for places in contexts.values():
+            if len(places) > size:
+                raise ValueError(
+                    f"the objective needs all sequences of a context in one call of the loss, and a context has "
+                    f"{len(places)} of them: parts of {size} are too small; split({len(places)}) or more"
+                )
+            if len(parts[-1]) + len(places) > size:
+                parts.append([])
+            parts[-1] += sorted(places)
+        return [Part(self, torch.tensor(places, device=lengths.device)) for places in parts]
+
+    def again(self) -> Batch:
+        """Return the batch for another optimiser step, after ``Matcher.commit`` of the step before.
+
+        Raises:
+            RuntimeError: the batch is not committed, or has served all of the matcher's ``ppo_epochs``.
+        """
+        assert self._again is not None
+        return self._again(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what further steps on the batch need, as numbers and tensors; not the rows of the data set."""
+        left_out = ("tokenizer", "rows")
+        samples = {f.name: getattr(self.samples, f.name) for f in fields(self.samples) if f.name not in left_out}
+        return {
+            "samples": samples, "inputs": self.inputs, "features": self.features, "log_base": self.log_base,
+            "advantage": self.advantage, "epoch": self.epoch,
+            "beta": self.objective.beta if isinstance(self.objective, Objective) else None,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Sequences of a batch that go through the policy together.
+
+    Attributes:
+        batch: the whole step.
+        places: (n,) int64, which of its sequences.
+    """
+
+    batch: Batch
+    places: Tensor
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def samples(self) -> Samples:
+        """The part's sequences, without columns that are padding in all of them."""
+        return self.batch.samples[self.places].trimmed()
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """(n,) fp64 each, what the loss takes for them."""
+        inputs = self.batch.inputs
+        if self.batch.advantage is not None:
+            kept = {name: inputs[name] for name in ("log_target", "log_proposal", "log_z")}
+            inputs = kept | {"reward": self.batch.advantage}
+        return {name: value[self.places] for name, value in inputs.items()}

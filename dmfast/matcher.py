@@ -1,0 +1,683 @@
+"""``Matcher``: the step of distribution matching that every training loop shares (arXiv:2206.00761, algorithm 1).
+
+    draw      x ~ q, then log P(x), Z, rewards and the baseline of the whole step, each once
+    loss      log pi(x) of a part of the step and the fused loss, divided by the step's sequences
+    commit    after the optimiser's step: Z, running estimates, q <- pi if pi is nearer to p
+
+What a step adds to Z and to the running values is held back until ``commit``, so that an error within a step, or a
+checkpoint taken in one, finds everything as the step before left it. What a GPU's kernels find (NaN among the logits, a
+weight beyond fp32's range) is raised there too, where the host waits for it: a sequence with such a fault has moved no
+parameter.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import adapters
+from .batch import Batch, Draw, Part, Prompts
+from .diagnostics import gradient_variance
+from .estimators import RunningEstimates
+from .kernels.result import DMLossOutput
+from .metrics import step_metrics
+from .models import AdapterView, LanguageModel
+from .objectives import Objective, PPOClip, Terms, leave_one_out_baseline, plain_baseline, weigh
+from .proposal import OfflineProposal, Scores
+from .ranks import OneProcess, Ranks
+from .running import Running
+from .samples import Prompt, Samples
+from .seeds import seed_for
+from .settings import AnyObjective, Settings
+from .targets import EBM, Feature, FeatureValues, Scorer, TargetScores
+from .targets.constraints import as_feature
+
+_FORMAT = 2  # of state_dict; what DMTrainer wrote before there was a Matcher is 1
+
+
+class Matcher:
+    """Makes ``policy`` equal to the target distribution p = P/Z, one optimiser step at a time.
+
+    The loop around it is yours::
+
+        matcher = dmfast.Matcher(policy, target, dmfast.OfflineProposal(policy, interval=5))
+        for _ in range(steps):
+            batch = matcher.draw(prompts, n=192, max_new_tokens=48)
+            for part in batch.split(64):
+                matcher.loss(part).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            metrics = matcher.commit()
+
+    Args:
+        policy: pi, the model that is trained.
+        target: an ``EBM`` that is fitted, around a base that does not move with the policy.
+        proposal: q, an ``OfflineProposal`` of the policy. None: the policy itself draws (on-policy).
+        objective: a name of ``dmfast.OBJECTIVES``, an ``Objective``, or a function of ``Terms`` that returns the (B,)
+            weights A. A function with the attribute ``whole_contexts = True`` gets all sequences of a context in one
+            call.
+        reward: R(x) for ``reinforce`` and ``kl_control``: a callable on ``Samples`` that returns (N,), such as
+            ``dmfast.Scorer``. One that is a feature of the target too runs once.
+        baseline: a number; ``mean``, the running mean of rho*r over earlier steps; ``leave_one_out`` or
+            ``leave_one_out_context``, over all sequences of the step. ``gdc++`` has its own.
+        normalize: False multiplies A by Z, the paper's scale.
+        beta: the KL coefficient of ``kl_control``; its value at the start, where ``beta_target_kl`` is given.
+        beta_target_kl: the wanted KL(pi||a), nats per sequence: ``AdaptiveBeta`` then steers beta with
+            ``beta_horizon`` (sequences). Only on-policy.
+        max_weight: bounds A to [-max_weight, max_weight].
+        on_policy: whether rho is exactly 1, because pi itself draws. Default: where there is no proposal. False without
+            a proposal forms rho from the log-probabilities that the sampler gave.
+        partition: ``running``: log Z of a context over all its visits; ``step``: from the samples of the step alone.
+        skip_zero_weight: sequences whose weight is known to be 0 before the policy's forward get none.
+        ppo_epochs: optimiser steps on each batch (``Batch.again``), for ``reinforce`` and ``kl_control`` on-policy.
+            Above 1 returns, KL penalty and baseline are frozen as they were at the sampling policy, and the ratio is
+            clipped at 1 -+ ``ppo_clip`` (``PPOClip``).
+        check_samples: fresh sequences of q for each check of the proposal, on which alone its verdict rests. 0: those
+            of the steps since the last swap.
+        check_contexts: gives the contexts of a check from its seed, the same on all ranks. Default: those of the step.
+        refit_ess, refit_samples: while the effective sample size of the target's fit is below ``refit_ess``, lambda is
+            fitted again from the last ``refit_samples`` sequences of the steps (``EBM.refit``). 0: never.
+        decay: the weight of a step's samples in the estimates relative to the next step's, where there is no proposal,
+            which has its own.
+        patience_zero: steps in a row with P(x) = 0 on every sequence, after which a warning says what to do.
+        seed: with the number of the step it gives the seed of each draw.
+        ranks: the processes that take a step together. Default: this one.
+
+    Attributes:
+        running: what is carried from step to step, as of the last commit: ``partitions``, ``steps``, ...
+        estimates: the ``RunningEstimates``, the proposal's where there is one.
+        batch: the batch that was drawn and is not yet committed, or None.
+
+    Raises:
+        ValueError: an option out of range or options that do not go together; a base that is the policy itself; a
+            target that is not fitted; an objective without its reward; a proposal of another policy.
+        TypeError: an objective that is none.
+    """
+
+    def __init__(
+        self,
+        policy: LanguageModel,
+        target: EBM,
+        proposal: OfflineProposal[Any] | None = None,
+        objective: AnyObjective = "gdc++",
+        *,
+        reward: Callable[[Samples], Any] | None = None,
+        baseline: float | str | None = None,
+        normalize: bool = True,
+        beta: float | None = None,
+        beta_target_kl: float | None = None,
+        beta_horizon: float = 10_000,
+        max_weight: float | None = None,
+        on_policy: bool | None = None,
+        partition: str = "running",
+        skip_zero_weight: bool = False,
+        ppo_epochs: int = 1,
+        ppo_clip: float = 0.2,
+        check_samples: int = 0,
+        check_contexts: Callable[[int], Prompts] | None = None,
+        refit_ess: float = 0.0,
+        refit_samples: int = 2048,
+        decay: float = 0.8,
+        patience_zero: int = 5,
+        seed: int = 0,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.settings = Settings(
+            objective, baseline, normalize, beta, beta_target_kl, beta_horizon, max_weight,
+            proposal is None if on_policy is None else on_policy, partition, skip_zero_weight, ppo_epochs, ppo_clip,
+            check_samples, refit_ess, refit_samples, patience_zero, seed,
+        )  # fmt: skip
+        check_target(target, policy.model, self.settings, reward)
+        _check_proposal(proposal, policy, self.settings)
+        self.policy, self.target, self.proposal = policy, target, proposal
+        self.reward = None if reward is None else as_feature(reward, "reward")
+        self.ranks: Ranks = OneProcess() if ranks is None else ranks
+        self.check_contexts = check_contexts
+        self.scorers = _scorers_of(target, self.reward)
+        self.estimates = RunningEstimates(decay) if proposal is None else proposal.running
+        self.running = Running.start(target.lambda_.tolist(), self.settings.steered)
+        self.batch: Batch | None = None
+        self._passed: list[tuple[Part, DMLossOutput]] = []  # the parts of the batch that went through the loss
+        self._to_repeat: Batch | None = None
+        self._pool: list[dict[str, Tensor]] = []  # scored sequences, to fit lambda again
+        self._q_is_base: bool | None = None  # not known before the first step
+        self._wrapped: LanguageModel | None = None
+        self._since = 0.0  # when the batch was ready
+
+    # ---- draw: samples, log P, Z
+
+    @torch.no_grad()
+    def draw(
+        self,
+        prompts: Sequence[Prompt] | None = None,
+        n: int = 1,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        context_id: Sequence[int] | Tensor | None = None,
+        rows: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Batch:
+        """Draw the sequences of a step from q and score them. A batch that was not committed is discarded.
+
+        Until ``commit`` nothing has changed: drawn again, the same sequences come.
+
+        Args:
+            prompts: this rank's share of the step's prompts, as many on each rank; None: the one empty prompt.
+            n: sequences of each prompt.
+            max_new_tokens, temperature: as in ``LanguageModel.sample``; those that lambda was fitted with.
+            seed: of the draw. Default: one that the matcher's seed and the number of the step give.
+            batch_size: sequences at a time in sampling and in scoring by the base. Default: all.
+            context_id: for each prompt an integer that says which context it is over the whole run, since Z is kept
+                for each context. Default: a digest of the prompt's tokens.
+            rows: for each prompt the row of its data set, which scorers see as ``samples.rows``.
+
+        Returns:
+            A ``Batch`` of n * len(prompts) sequences.
+
+        Raises:
+            ValueError: as ``LanguageModel.sample`` and ``EBM.score``; another number of ids or rows than of prompts.
+            TypeError: a context_id that is no integer.
+            RuntimeError: a scorer raised.
+        """
+        self.discard()
+        contexts, how = Prompts(prompts, context_id, rows), Draw(max_new_tokens, temperature, batch_size)
+        start, lambda_ = time.perf_counter(), self.target.lambda_.tolist()
+        anew = self.running.lambda_ != lambda_
+        running = Running.start(lambda_, self.running.beta, self.running.steps) if anew else self.running
+        x = self._sample(contexts, n, how, self._seed(f"step {running.steps}") if seed is None else seed)
+        sampled, done = time.perf_counter(), self._scorer_counts()
+        scores, values, inputs = self._score(x, batch_size, needs_base="log_base" in self.settings.needs)
+        if self.reward is not None:
+            inputs["reward"] = values(self.reward)
+        counts = {name: value - done[name] for name, value in self._scorer_counts().items()}
+        gather = self.ranks.gather
+        of_all = (gather(x.context_id), gather(scores.log_target), gather(x.log_prob))
+        pending = running.after(*of_all, self.settings.partition)
+        inputs["log_z"] = pending.partitions.log_z(x.context_id)
+        log_scale = pending.scale.log_z
+        objective = self.settings.objective_of(
+            running.mean_return, log_scale if math.isfinite(log_scale) else 0.0, running.beta
+        )
+        if pending.beta is not None:
+            log_ratio = gather(x.log_prob - inputs["log_base"])
+            pending.beta.update(float(log_ratio.mean()), len(log_ratio))
+        if isinstance(objective, Objective) and isinstance(objective.baseline, str):
+            inputs["baseline"] = self._leave_one_out(objective, x.context_id, inputs)
+        self.batch = Batch(
+            x, inputs, torch.cat([scores.features, scores.monitored], 1), scores.log_base,
+            self._forwarded(objective, inputs), objective, pending, (contexts, how),
+            advantage=weigh(self._terms(objective, inputs)) if self.settings.ppo_epochs > 1 else None, anew=anew,
+            whole_contexts=self.settings.whole_contexts, counts=counts, _again=self._again,
+            seconds={"sampling": sampled - start, "scoring": time.perf_counter() - sampled},
+        )  # fmt: skip
+        self._since = time.perf_counter()
+        return self.batch
+
+    def _seed(self, what: str) -> int:
+        """One per step, so that a resumed run draws what an unbroken one does; and not that of anything else."""
+        return seed_for(self.settings.seed, what)
+
+    def _sample(self, contexts: Prompts, n: int, how: Draw, seed: int) -> Samples:
+        sampler: Any = self.policy if self.proposal is None else self.proposal
+        drawn: Samples = sampler.sample(
+            contexts.prompts, n, max_new_tokens=how.max_new_tokens, temperature=how.temperature, seed=seed,
+            batch_size=how.batch_size, first_row=self.ranks.rank * len(contexts) * n,
+        )  # fmt: skip
+        return contexts.of(drawn)
+
+    def _score(
+        self, x: Samples, batch_size: int | None, needs_base: bool
+    ) -> tuple[TargetScores, FeatureValues, dict[str, Tensor]]:
+        """What the target says of the sequences, the values of its features, and what the loss takes of it."""
+        log_base = x.log_prob if self._proposal_is_base(x) else None
+        if log_base is None and needs_base:
+            log_base = self.target.base.log_prob(x, batch_size=batch_size)
+        values = FeatureValues(x)
+        scores = self.target.score(x, log_base, batch_size=batch_size, values=values)
+        inputs = {"log_target": scores.log_target, "log_proposal": x.log_prob}
+        if needs_base:
+            inputs["log_base"] = cast(Tensor, log_base)
+        return scores, values, inputs
+
+    def _proposal_is_base(self, x: Samples) -> bool:
+        """Whether q still is a, so that log a(x) = log q(x): found out once, by whether both score alike to a bit."""
+        if self.proposal is None or self.proposal.swaps or self.proposal.sampler is not None:
+            return False
+        if self._q_is_base is None:
+            some, q = x[: min(len(x), 8)], self.proposal.snapshot
+            self._q_is_base = torch.equal(q.log_prob(some.to(q.device)).to(x.log_prob), self.target.base.log_prob(some))
+        return self._q_is_base
+
+    def _scorer_counts(self) -> dict[str, float]:
+        """``ScorerCounts`` of all scorers, flat, with the names that they are logged by."""
+        return {
+            f"scorer/{name}/{what}": value
+            for name, scorer in self.scorers.items() for what, value in vars(scorer.counts).items()
+        }  # fmt: skip
+
+    def _leave_one_out(self, objective: Objective, context_id: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """(N,) fp64: the baseline of this rank's sequences, over those of all ranks."""
+        gathered = {name: self.ranks.gather(value) for name, value in inputs.items()}
+        contexts = self.ranks.gather(context_id)
+        terms = Terms.of(objective, self.settings.on_policy, math.inf, **gathered)
+        whole = leave_one_out_baseline(terms, contexts, len(contexts), contexts.device)
+        first = self.ranks.rank * len(context_id)
+        return whole[first : first + len(context_id)]
+
+    def _forwarded(self, objective: Objective | Callable[[Terms], Tensor], inputs: dict[str, Tensor]) -> Tensor:
+        """(N,) bool: not known to have weight 0."""
+        terms = self._terms(objective, inputs)
+        if not self.settings.skip_zero_weight or not terms.weight_known:
+            return torch.ones_like(inputs["log_target"], dtype=torch.bool)
+        # A does not depend on log pi where it is known, so anything will do
+        return weigh(terms) != 0
+
+    def _terms(self, objective: Objective | Callable[[Terms], Tensor], inputs: dict[str, Tensor]) -> Terms:
+        """The terms of the step's sequences, with log q in the place of log pi."""
+        values, log_q = dict(inputs), inputs["log_proposal"]
+        baseline: Any = values.pop("baseline", None)
+        if baseline is None:
+            baseline = plain_baseline(objective, len(log_q), log_q.device)
+        return Terms.of(objective, self.settings.on_policy, math.inf, **values, baseline=baseline, log_prob=log_q)
+
+    # ---- several optimiser steps on a batch
+
+    @property
+    def to_repeat(self) -> Batch | None:
+        """The batch committed last, where it serves more optimiser steps; also after ``load_state_dict``."""
+        same = self.running.lambda_ == self.target.lambda_.tolist()
+        return self._to_repeat if same else None
+
+    def _again(self, batch: Batch) -> Batch:
+        if batch is not self.to_repeat:
+            raise RuntimeError(
+                f"this batch serves no further step: it is not the one that was committed last, lambda has changed, or "
+                f"it has served ppo_epochs={self.settings.ppo_epochs} steps; call draw"
+            )
+        self.discard()
+        self.batch = replace(
+            batch, epoch=batch.epoch + 1, forwarded=torch.ones_like(batch.forwarded), anew=False, gradient={},
+            seconds=dict.fromkeys(("sampling", "scoring"), 0.0), counts=dict.fromkeys(batch.counts, 0.0),
+            pending=replace(self.running, steps=self.running.steps + 1),
+        )  # fmt: skip
+        self._since = time.perf_counter()
+        return self.batch
+
+    def discard(self) -> None:
+        """Drop the batch that is not committed. The next draw gives the same sequences again."""
+        self.batch, self._passed = None, []
+
+    # ---- loss
+
+    def loss(self, part: Part | Batch, model: nn.Module | None = None, **options: Any) -> DMLossOutput:
+        """Return the fused loss of a part of the batch, divided by the sequences of the whole step.
+
+        Call backward on it and add no division of your own. ``accelerator.backward`` divides by the accelerator's
+        ``gradient_accumulation_steps`` once more, so multiply before it:
+        ``accelerator.backward(out.loss * accelerator.gradient_accumulation_steps)``.
+
+        Args:
+            part: one of ``batch.split(size)``, or the batch itself.
+            model: the module that computes the policy where that is another than ``policy.model``: wrapped by DDP or
+                FSDP, or compiled. Several ranks need it, since nothing else reduces the gradients.
+            options: more of those that ``LanguageModel.loss`` takes, such as ``chunk_bytes``.
+
+        Returns:
+            ``DMLossOutput`` of the part's sequences; ``loss`` carries the gradient of the model's parameters.
+
+        Raises:
+            ValueError: several ranks without a model; as ``dm_loss``.
+            RuntimeError: a part of a batch that is not the last one drawn; sequences that have passed already.
+        """
+        part = part.split()[0] if isinstance(part, Batch) else part
+        batch, places = part.batch, part.places
+        if batch is not self.batch:
+            raise RuntimeError("this part is of a batch that is committed or discarded; split the one drawn last")
+        if self.ranks.size > 1 and model is None:
+            raise ValueError(
+                f"{self.ranks.size} ranks take this step together, and without model= the gradients would not be "
+                "reduced over them: pass the module that DDP or FSDP made of policy.model"
+            )
+        if self._passes()[places].any():
+            raise RuntimeError("sequences of this part have passed the loss already, and would count twice")
+        values, on_policy = part.inputs, self.settings.on_policy and batch.epoch == 0
+        objective: Any = batch.objective
+        if batch.advantage is not None:
+            objective = Objective("reinforce") if on_policy else PPOClip(self.settings.ppo_clip)
+        elif "baseline" in values:
+            objective = replace(objective, baseline=values.pop("baseline"))
+        kept = batch.forwarded[places].clone()
+        if len(kept) and not bool(kept.any()):
+            kept[0] = True  # one forward, for the hooks of whatever is around the model
+        everything = bool(kept.all())
+        out = self._around(model).loss(
+            part.samples if everything else part.samples[kept],
+            objective=objective,
+            on_policy=on_policy,
+            max_weight=self.settings.max_weight,
+            num_sequences=len(batch),  # DDP averages over ranks
+            **(values if everything else {name: value[kept] for name, value in values.items()}),
+            **options,
+        )
+        if not everything:
+            out = out.spread(kept, Terms.of(objective, on_policy, math.inf, **values))
+        self._passed.append((part, out))
+        return out
+
+    def _around(self, model: nn.Module | None) -> LanguageModel:
+        """The policy with the module that something made of it."""
+        if model is None or model is self.policy.model:
+            return self.policy
+        if self._wrapped is None or self._wrapped.model is not model:
+            self._wrapped = self.policy.around(model)
+        return self._wrapped
+
+    def _passes(self) -> Tensor:
+        """(N,) bool, the sequences of the batch that have passed the loss."""
+        assert self.batch is not None
+        passed = torch.zeros_like(self.batch.forwarded)
+        for part, _ in self._passed:
+            passed[part.places] = True
+        return passed
+
+    def _order(self) -> Tensor:
+        """(N,) int64, the place of each sequence of the batch among those that have passed the loss.
+
+        Raises:
+            RuntimeError: there is no batch, or not all of it has passed.
+        """
+        if self.batch is None:
+            raise RuntimeError("there is no batch: call draw, and loss on all parts of what it returns")
+        missing = int((~self._passes()).sum())
+        if missing:
+            raise RuntimeError(
+                f"{missing} of the batch's {len(self.batch)} sequences have not passed the loss: call it on every part "
+                "of batch.split(size), then optimizer.step(), then commit"
+            )
+        return torch.cat([part.places for part, _ in self._passed]).argsort()
+
+    def measure_gradient(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Measure norm and variance of the step's gradient, for the metrics: call it before ``optimizer.step()``.
+
+        Args:
+            reduce: the sum of a tensor over ranks. Default: that of what ``ranks.gather`` gives.
+
+        Raises:
+            RuntimeError: not all of the batch has passed the loss. ValueError: as ``gradient_variance``.
+        """
+        start, order = time.perf_counter(), self._order()
+        batch = cast(Batch, self.batch)
+        for _, out in self._passed:
+            out.check()
+        weight = torch.cat([out.weight for _, out in self._passed])[order]
+        found = gradient_variance(
+            self.policy, batch.samples, weight, reduce=reduce or (lambda x: self.ranks.gather(x[None]).sum(0))
+        )
+        batch.gradient.update(gradient_variance=found.variance, gradient_norm=found.norm)
+        batch.seconds["gradient_variance"] = time.perf_counter() - start
+
+    # ---- commit
+
+    @torch.no_grad()
+    def commit(self) -> dict[str, float]:
+        """Take in the step after ``optimizer.step()``: Z, the mean return, the estimates; then ask whether q <- pi.
+
+        A step that a gradient scaler skipped is committed like any other, since its samples are q's all the same.
+
+        Returns:
+            What is worth logging: ``kl_policy`` (KL(p||pi), nats) and other estimates with their ``_stderr``,
+            ``log_z``, ``ess``, ``phi/<feature>``, ``swapped``, ``seconds_sampling``, ... docs/guide.md says what each
+            is.
+
+        Raises:
+            RuntimeError: there is no batch, or a sequence of it has not passed ``loss``.
+            ValueError: what a device has recorded in the loss. Nothing has changed then: Z, estimates and proposal are
+                as they were, and the batch is still there.
+        """
+        order = self._order()
+        batch, settings, gather = cast(Batch, self.batch), self.settings, self.ranks.gather
+        for _, out in self._passed:  # here, since the host waits for the device below anyway
+            out.check()
+        batch.seconds["policy"] = time.perf_counter() - self._since - batch.seconds.get("gradient_variance", 0.0)
+        # DMLossOutput.join puts the parts together, and these in the batch's order
+        out = DMLossOutput.join([out for _, out in self._passed], lambda values: gather(values[order]))
+        running = batch.pending
+        if settings.baseline == "mean" and batch.epoch == 0:
+            total, count = running.returns
+            returns = self._returns(batch, out)
+            running = replace(running, returns=(total + float(returns.sum()), count + len(returns)))
+        with self._undone_on_error():
+            if batch.anew:
+                self.estimates.clear()
+            if self.proposal is None:
+                self.estimates.update(out)
+            else:
+                self.proposal.update(out)  # into the same estimates
+            now = self.estimates.estimates()
+            swapped = self._maybe_swap(running)
+        self.running, self.batch, self._passed = running, None, []
+        self._to_repeat = batch if batch.epoch + 1 < settings.ppo_epochs else None
+        self._warn_of_zero(len(out.log_prob))
+        metrics = step_metrics(
+            batch, out, now, settings=settings, running=running, target=self.target, proposal=self.proposal,
+            swapped=swapped, ranks=self.ranks,
+        )  # fmt: skip
+        if batch.epoch == 0:
+            self._refit(batch)
+        return metrics
+
+    def _returns(self, batch: Batch, out: DMLossOutput) -> Tensor:
+        """rho*r of the step's sequences on all ranks."""
+        assert isinstance(batch.objective, Objective)
+        inputs = {n: self.ranks.gather(batch.inputs[n]) for n in ("reward", "log_base") if n in batch.inputs}
+        return weigh(Terms.of(
+            replace(batch.objective, baseline=None, normalize=True), self.settings.on_policy, math.inf,
+            log_proposal=out.log_proposal, log_target=out.log_target, log_z=out.log_z,
+            log_prob=out.log_prob if bool(out.scored.all()) else out.log_proposal,  # known weights: any will do
+            **inputs,
+        ))  # fmt: skip
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Estimates and counters of the proposal as they were, if the block ends in an error."""
+        estimates, steps = self.estimates.state_dict(), 0 if self.proposal is None else self.proposal.steps
+        try:
+            yield
+        except BaseException:
+            self.estimates.load_state_dict(estimates)
+            if self.proposal is not None:
+                self.proposal.steps = steps
+            raise
+
+    def _maybe_swap(self, running: Running) -> bool:
+        """Whether q became pi."""
+        if self.proposal is None:
+            return False
+        if not self.settings.check_samples:
+            return self.proposal.maybe_update(self.ranks.agree)
+        start, batch = time.perf_counter(), cast(Batch, self.batch)
+        swapped = self.proposal.maybe_update(
+            self.ranks.agree, fresh=lambda: self._fresh(running, *cast(Any, batch.drawn))
+        )
+        batch.seconds["check"] = time.perf_counter() - start
+        return swapped
+
+    def _fresh(self, running: Running, contexts: Prompts, how: Draw) -> Scores:
+        """Sequences of q for a check of the proposal alone, scored by q, a and pi; those of all ranks.
+
+        They change nothing that a step has: neither its random numbers nor Z.
+        """
+        seed, gather = self._seed(f"check {running.steps}"), self.ranks.gather
+        if self.check_contexts is not None:
+            contexts = self.check_contexts(seed)
+        n = math.ceil(self.settings.check_samples / (len(contexts) * self.ranks.size))
+        x = self._sample(contexts, n, how, seed)
+        log_target = self._score(x, how.batch_size, needs_base=False)[0].log_target
+        # where P = 0, kl and tvd don't need log pi
+        scored = (log_target > -math.inf) | (cast("OfflineProposal[Any]", self.proposal).criterion == "js")
+        log_prob = torch.full_like(log_target, math.nan)
+        log_prob[scored] = self.policy.log_prob(x[scored], batch_size=how.batch_size).to(log_prob)
+        context, log_prob, log_q, log_target = (
+            gather(each) for each in (x.context_id, log_prob, x.log_prob, log_target)
+        )
+        partitions = running.partitions_before(self.settings.partition)
+        return log_prob, log_q, log_target, partitions.updated(context, log_target, log_q).log_z(context)
+
+    def _refit(self, batch: Batch) -> None:
+        """lambda anew, where its fit rests on few samples and enough of the proposals' have been seen."""
+        report, settings, gather = self.target.report, self.settings, self.ranks.gather
+        if report is None or report.ess >= settings.refit_ess or not self.target.moment_names:
+            return
+        x, width = batch.samples, len(self.target.moment_names)
+        log_target, log_q, log_base, features, context = (
+            gather(each) for each in (batch.inputs["log_target"], x.log_prob, batch.log_base,
+                                      batch.features[:, :width], x.context_id)
+        )  # fmt: skip
+        lambda_ = self.target.lambda_.to(features)
+        log_b = torch.where(log_target == -math.inf, -math.inf, log_target - log_base - features @ lambda_)
+        self._pool.append({"features": features, "log_b": log_b, "log_ratio": log_base - log_q, "context_id": context})
+        if sum(len(each["context_id"]) for each in self._pool) < settings.refit_samples:
+            return
+        whole = {name: torch.cat([each[name] for each in self._pool]) for name in self._pool[0]}
+        self._pool = []
+        try:
+            self.target.refit(**whole)
+        except ValueError as error:
+            warnings.warn(f"lambda could not be fitted again and stays as it is: {error}", stacklevel=3)
+        if self.target.report is not report:  # P is another, so Z and all that was estimated under the old one is void
+            self.running = Running.start(self.target.lambda_.tolist(), self.running.beta, self.running.steps)
+            self.estimates.clear()
+
+    def _warn_of_zero(self, batch: int) -> None:
+        steps = self.running.zero_steps
+        if steps and steps % self.settings.patience_zero == 0:
+            n = steps * batch
+            warnings.warn(
+                f"P(x) = 0 for all {n} sequences of the last {steps} steps, so nothing was learned from them. The "
+                f"constraints hold in fewer than {3 / n:.2g} of the proposal's sequences (with 95% confidence). Draw "
+                "more sequences a step, prompt the base towards the constraint, or start from a weaker one "
+                "(Scorer with b > 0 everywhere, or Moment with a value between 0 and 1)",
+                stacklevel=3,
+            )
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next steps need, as of the last commit: lambda, proposal, Z, estimates, running values.
+
+        A batch that serves more steps is in it where one process trains alone; one of several draws a new one.
+        """
+        batch = None if self.ranks.size > 1 or self.to_repeat is None else self.to_repeat.state_dict()
+        return {
+            "format": _FORMAT,
+            "target": self.target.state_dict(),
+            "proposal": None if self.proposal is None else self.proposal.state_dict(),
+            "estimates": self.estimates.state_dict() if self.proposal is None else None,
+            "running": self.running.state_dict(),
+            "q_is_base": self._q_is_base,
+            "pool": self._pool,
+            "batch": batch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken. A batch that is not committed is discarded.
+
+        Raises:
+            ValueError: a state of another format, or of an on-policy run where this one is not, or of one that is not;
+                of another target.
+            RuntimeError: a state of another model. Nothing has changed then.
+        """
+        found = state.get("format")
+        if found != _FORMAT:
+            raise ValueError(f"the state has the format {found!r}, and this version of dmfast reads {_FORMAT}")
+        if (state["proposal"] is None) != (self.proposal is None):
+            raise ValueError("of the checkpoint and this run one is on-policy and one is not; set on_policy alike")
+        running = self.running.loaded(state["running"])
+        batch = None if state["batch"] is None else self._loaded_batch(state["batch"], running)
+        copy.copy(self.target).load_state_dict(state["target"])  # raises where it does not fit
+        decay = self.estimates.decay
+        if self.proposal is not None:
+            self.proposal.load_state_dict(state["proposal"])
+            self.estimates = self.proposal.running
+        else:
+            self.estimates.load_state_dict(state["estimates"])
+        self.estimates.decay = decay
+        self.target.load_state_dict(state["target"])
+        self.discard()
+        self.running, self._to_repeat = running, batch
+        self._pool, self._q_is_base = list(state["pool"]), state["q_is_base"]
+
+    def _loaded_batch(self, state: dict[str, Any], running: Running) -> Batch:
+        """The inverse of ``Batch.state_dict``."""
+        samples = Samples(**state["samples"], tokenizer=self.policy.tokenizer)
+        objective = self.settings.objective_of(0.0, 0.0, None)
+        if state["beta"] is not None:
+            objective = replace(cast(Objective, objective), beta=state["beta"])
+        return Batch(
+            samples, state["inputs"], state["features"], state["log_base"], torch.ones_like(samples.score_mask[:, 0]),
+            objective, running, advantage=state["advantage"], epoch=int(state["epoch"]), _again=self._again,
+        )  # fmt: skip
+
+    def forget(self) -> None:
+        """Draw a new batch next, although the last one serves more steps."""
+        self.discard()
+        self._to_repeat = None
+
+
+def check_target(target: EBM, model: nn.Module, settings: Settings, reward: Callable[[Samples], Any] | None) -> None:
+    """Check what can't be trained, before anything is set up for it.
+
+    Raises:
+        ValueError: a base that would move with the model, a target that is not fitted, an objective without its reward.
+    """
+    base = target.base
+    theirs = getattr(base, "model", None)
+    if isinstance(base, AdapterView) and base.model is model:
+        adapters.check(model)
+    elif isinstance(theirs, nn.Module) and not {p.data_ptr() for p in theirs.parameters()}.isdisjoint(
+        p.data_ptr() for p in model.parameters()
+    ):
+        raise ValueError(
+            "target.base shares parameters with the model that is to be trained, so the target would move with it "
+            "(an adapter put into a model changes that model too); give the EBM a copy from before, "
+            "LanguageModel(copy.deepcopy(model), tokenizer), or for a PEFT model the view without its adapter, "
+            "LanguageModel(model, tokenizer).base()"
+        )
+    if not target.fitted:
+        raise ValueError(f"{target} is not fitted, so its lambda is not known: call target.fit(...) first")
+    if "reward" in settings.needs and reward is None:
+        raise ValueError(f"objective {settings.name!r} needs reward=, a callable on Samples that gives R(x)")
+
+
+def _check_proposal(proposal: OfflineProposal[Any] | None, policy: LanguageModel, settings: Settings) -> None:
+    if proposal is None:
+        return
+    if getattr(proposal.policy, "model", proposal.policy) is not policy.model:
+        raise ValueError("proposal is a copy of another model than policy: write OfflineProposal(policy)")
+    if settings.on_policy:
+        raise ValueError("on_policy=True says that the policy itself draws, and proposal is what draws: leave one out")
+    if settings.skip_zero_weight and proposal.criterion == "js" and not settings.check_samples:
+        raise ValueError(
+            "skip_zero_weight=True leaves log pi unknown where P = 0, and the proposal's criterion 'js' needs it "
+            "there; use kl or tvd, or fresh samples (check_samples)"
+        )
+
+
+def _scorers_of(target: EBM, reward: Feature | None) -> dict[str, Scorer]:
+    """The ``Scorer``s of the target and the reward by the names that their counts are logged by."""
+    found = target.scorers
+    source = None if reward is None else reward.source
+    if isinstance(source, Scorer) and all(source.key != scorer.key for scorer in found.values()):
+        found["reward" if source.name in found else source.name] = source
+    return found

@@ -1,0 +1,93 @@
+"""What is logged of an optimiser step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from .batch import Batch
+from .diagnostics import weight_statistics
+from .estimators import Estimates, effective_sample_size, estimate_moments
+from .kernels.result import DMLossOutput
+from .objectives import Objective, PPOClip
+from .proposal import OfflineProposal
+from .ranks import Ranks
+from .running import Running
+from .settings import Settings
+from .targets import EBM
+
+
+def step_metrics(
+    batch: Batch,
+    out: DMLossOutput,
+    estimates: Estimates,
+    *,
+    settings: Settings,
+    running: Running,
+    target: EBM,
+    proposal: OfflineProposal[Any] | None,
+    swapped: bool,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """Return the metrics of a step by name; docs/guide.md says what each is.
+
+    Args:
+        batch: the step on this rank.
+        out: the whole step on all ranks.
+        estimates: of the window since the last swap.
+        settings, target, proposal: what the step was made with.
+        running: what the run carries, with this step.
+        swapped: whether q became pi after it.
+        ranks: puts together what the batch holds.
+    """
+    gather, inputs, objective = ranks.gather, batch.inputs, batch.objective
+    assert out.log_target is not None and out.log_proposal is not None and out.log_z is not None
+    seen = batch.pending.partitions.log_z(batch.samples.context_id)
+    finite = seen[seen.isfinite()]
+    log_z = float(finite.mean()) if len(finite) else -math.inf
+    log_u = torch.where(out.log_z == -math.inf, -math.inf, out.log_target - out.log_proposal - out.log_z)
+    means = gather(batch.features).mean(0)
+    metrics = {f"phi/{name}": float(v) for name, v in zip(feature_names(target), means, strict=True)}
+    # log_z and ess among the estimates are those of the window since the last swap
+    metrics |= {k: v for k, v in estimates.as_dict().items() if not k.startswith(("log_z", "ess"))}
+    metrics |= {
+        "log_z": log_z,
+        "z": math.exp(log_z) if log_z < 700 else math.inf,
+        "ess": effective_sample_size(log_u).value,
+        "swaps": float(proposal.swaps) if proposal else 0.0,
+        "swapped": float(swapped),
+        **weight_statistics(out.weight),
+        "n_clipped": float(out.n_clipped),
+        "n_empty": float((out.log_z == -math.inf).sum()),
+        "length": float(gather(batch.samples.score_mask.sum(1)).double().mean()),
+    }
+    if proposal is not None and proposal.last_check is not None:
+        metrics |= {"proposal_check": proposal.last_check.value, "proposal_check_stderr": proposal.last_check.stderr}
+    if len(running.partitions) == 1 and settings.partition == "running":
+        metrics["log_z_stderr"] = running.partitions[int(batch.samples.context_id[0])].stderr
+    if settings.baseline == "mean":
+        metrics["baseline"] = running.mean_return
+    if "reward" in inputs:
+        metrics["reward"] = float(gather(inputs["reward"]).mean())
+    if settings.on_policy and "log_base" in inputs:
+        log_ratio = gather(inputs["log_proposal"] - inputs["log_base"])
+        (kl,) = estimate_moments(log_ratio[:, None], torch.zeros_like(log_ratio))
+        metrics |= {"kl_policy_base": kl.value, "kl_policy_base_stderr": kl.stderr}
+    if settings.refit_ess and target.report is not None:
+        named = zip(target.moment_names, target.lambda_.tolist(), strict=True)
+        metrics |= {f"lambda/{name}": value for name, value in named} | {"fit_ess": target.report.ess}
+    if isinstance(objective, Objective) and objective.beta is not None:
+        metrics["beta"] = objective.beta
+    if batch.advantage is not None and out.log_ratio is not None:
+        clipped = PPOClip(settings.ppo_clip).clipped(out.log_ratio, gather(batch.advantage))
+        metrics["clip_fraction"] = float(clipped.double().mean())
+    if settings.name == "reinforce_p" and isinstance(objective, Objective):
+        metrics["log_scale"] = objective.log_scale or 0.0
+    return metrics | batch.gradient | batch.counts | {f"seconds_{what}": took for what, took in batch.seconds.items()}
+
+
+def feature_names(target: EBM) -> list[str]:
+    """Return the names of the columns of ``Batch.features``: the target's moments, then what it monitors."""
+    return [*target.moment_names, *target.monitor_names]

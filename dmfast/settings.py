@@ -1,0 +1,160 @@
+"""What a step of distribution matching is made with, checked in one place for ``Matcher`` and ``DMConfig``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, TypeAlias, cast
+
+from torch import Tensor
+
+from .objectives import KINDS, AdaptiveBeta, Objective, PPOClip, Terms
+
+#: A name of ``OBJECTIVES``, an ``Objective``, or a function of ``Terms`` that returns the (B,) weights A.
+AnyObjective: TypeAlias = "str | Objective | Callable[[Terms], Tensor]"
+
+_BASELINES = ("mean", "leave_one_out", "leave_one_out_context")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a step is made with. The arguments are those of ``Matcher``.
+
+    Raises:
+        ValueError: an unknown objective or baseline, a number out of range, options that do not go together.
+    """
+
+    objective: AnyObjective = "gdc++"
+    baseline: float | str | None = None
+    normalize: bool = True
+    beta: float | None = None
+    beta_target_kl: float | None = None
+    beta_horizon: float = 10_000
+    max_weight: float | None = None
+    on_policy: bool = False
+    partition: str = "running"
+    skip_zero_weight: bool = False
+    ppo_epochs: int = 1
+    ppo_clip: float = 0.2
+    check_samples: int = 0
+    refit_ess: float = 0.0
+    refit_samples: int = 2048
+    patience_zero: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_weight", "beta_target_kl", "beta_horizon", "ppo_epochs", "refit_samples", "patience_zero"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value!r}")
+        for name in ("check_samples", "refit_ess"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)!r}")
+        if self.partition not in ("running", "step"):
+            raise ValueError(f"partition must be 'running' or 'step', got {self.partition!r}")
+        if isinstance(self.baseline, str) and self.baseline not in _BASELINES:
+            raise ValueError(
+                f"baseline must be a number, 'mean', 'leave_one_out' or 'leave_one_out_context', got {self.baseline!r}"
+            )
+        PPOClip(self.ppo_clip)
+        name = self.name
+        if self.on_policy and self.check_samples:
+            raise ValueError(
+                "check_samples are drawn from a proposal to see whether the policy is nearer to the target, and "
+                f"on-policy there is none; got check_samples={self.check_samples!r}"
+            )
+        if name == "reinforce_p" and self.baseline == "mean":
+            raise ValueError(
+                "baseline='mean' averages returns over steps, whose scale differs for reinforce_p; use leave_one_out"
+            )
+        if self.beta_target_kl is not None and not (self.on_policy and name == "kl_control"):
+            raise ValueError(
+                "beta_target_kl steers the beta of kl_control by KL(pi||a) on samples of pi itself: it needs "
+                f"objective='kl_control' and on_policy=True, got {name!r} and on_policy={self.on_policy}"
+            )
+        if self.ppo_epochs > 1 and not (self.on_policy and name in ("reinforce", "kl_control")):
+            raise ValueError(
+                "ppo_epochs above 1 clips the ratio to the policy that a batch was drawn from: it needs "
+                f"on_policy=True and objective 'reinforce' or 'kl_control', got {name!r} and "
+                f"on_policy={self.on_policy}"
+            )
+        self.template  # noqa: B018  # raises what the objective refuses
+
+    @property
+    def name(self) -> str:
+        """The objective's name, or that of the function in its place."""
+        if isinstance(self.objective, str):
+            return self.objective
+        if isinstance(self.objective, Objective):
+            return self.objective.name
+        return getattr(self.objective, "__name__", type(self.objective).__name__)
+
+    @cached_property
+    def template(self) -> Objective | Callable[[Terms], Tensor]:
+        """The objective, as yet without the values that run along with the training."""
+        fixed = self.name in KINDS and KINDS[self.name].baseline is not None  # then Objective refuses any other
+        baseline: Any = None if self.baseline == "mean" and not fixed else self.baseline
+        if isinstance(self.objective, str):
+            log_scale = 0.0 if self.name == "reinforce_p" else None
+            return Objective(self.objective, baseline, self.normalize, self.beta, log_scale)
+        given = [f"{name}={getattr(self, name)!r}" for name in ("beta", "baseline") if getattr(self, name) is not None]
+        given += [] if self.normalize else ["normalize=False"]
+        if not isinstance(self.objective, Objective):
+            if not callable(self.objective):
+                raise TypeError(
+                    "objective must be a name, a dmfast.Objective or a function of dmfast.Terms, got "
+                    f"{self.objective!r}"
+                )
+            if given:
+                raise ValueError(
+                    f"an objective of your own forms its weights itself, so {' and '.join(given)} can't act on it; "
+                    "form them in the function"
+                )
+            return self.objective
+        if given and (self.objective.baseline is not None or any(not each.startswith("baseline") for each in given)):
+            raise ValueError(
+                f"an Objective has its baseline, beta and normalize itself; got {self.objective} and "
+                f"{' and '.join(given)}"
+            )
+        return replace(self.objective, baseline=baseline) if given else self.objective
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The per-sequence inputs that the objective can't do without. A function may look at log a."""
+        return self.template.needs if isinstance(self.template, Objective) else ("log_base",)
+
+    @property
+    def whole_contexts(self) -> bool:
+        """Whether the weight of a sequence depends on the others of its context in the same call of the loss."""
+        return bool(getattr(self.template, "whole_contexts", False))
+
+    @property
+    def steered(self) -> AdaptiveBeta | None:
+        """The coefficient of KL-control where it is steered, as it is at the start."""
+        if self.beta_target_kl is None:
+            return None
+        return AdaptiveBeta(cast(float, cast(Objective, self.template).beta), self.beta_target_kl, self.beta_horizon)
+
+    def options(self) -> dict[str, Any]:
+        """Return the settings as the arguments that they are."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def objective_of(
+        self, mean: float, log_scale: float, beta: AdaptiveBeta | None
+    ) -> Objective | Callable[[Terms], Tensor]:
+        """Return the objective of one step.
+
+        Args:
+            mean: the running mean of rho*r, for ``baseline="mean"``.
+            log_scale: c of ``reinforce_p``, where the objective was given by name.
+            beta: the coefficient of KL-control where it is steered.
+        """
+        objective = self.template
+        if not isinstance(objective, Objective):
+            return objective
+        if self.baseline == "mean":
+            objective = replace(objective, baseline=mean)
+        if self.objective == "reinforce_p":
+            objective = replace(objective, log_scale=log_scale)
+        return objective if beta is None else replace(objective, beta=beta.value)

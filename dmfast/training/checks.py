@@ -1,0 +1,147 @@
+"""What ``DMTrainer`` refuses or warns of before a run: arguments of transformers that it can't honour."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import TrainingArguments
+
+from ..models import LanguageModel
+from ..objectives import TARGET_OBJECTIVES
+from ..targets import EBM
+
+if TYPE_CHECKING:
+    from .config import DMConfig
+
+# of a model's generation_config: what would change the distribution that is sampled from
+_SAMPLER_OPTIONS = (
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+    "no_repeat_ngram_size", "min_length", "min_new_tokens", "suppress_tokens", "begin_suppress_tokens",
+    "forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "sequence_bias", "num_beams",
+)  # fmt: skip
+
+
+def refuse_parallelism(args: TrainingArguments) -> None:
+    """Refuse more than DDP, whether asked for in the arguments or by ``accelerate launch``.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    for name, variable, what in (
+        ("fsdp", "ACCELERATE_USE_FSDP", "FSDP"),
+        ("deepspeed", "ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("parallelism_config", "ACCELERATE_USE_PARALLELISM_CONFIG", "tensor, context or sequence parallelism"),
+    ):
+        by_launcher = os.environ.get(variable, "false").lower() in ("true", "1")
+        if by_launcher or getattr(args, name):
+            asked = f"{variable}, which accelerate launch sets," if by_launcher else name
+            raise ValueError(f"DMTrainer does not run under {what} yet, which {asked} asks for; use DDP")
+
+
+def refuse_arguments(args: TrainingArguments) -> None:
+    """Refuse what transformers offers and distribution matching can't honour.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    refuse_parallelism(args)
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"DMTrainer does not run under DataParallel ({args.n_gpu} GPUs in one process); start one process per "
+            "GPU with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES"
+        )
+    refused = {
+        "auto_find_batch_size": args.auto_find_batch_size,
+        "label_smoothing_factor": args.label_smoothing_factor != 0,
+        "neftune_noise_alpha": args.neftune_noise_alpha is not None,
+    }
+    why = {
+        "auto_find_batch_size": "set per_device_train_batch_size by hand",
+        "label_smoothing_factor": "there are no labels to smooth",
+        "neftune_noise_alpha": "noise in the policy would make log pi(x) another than that of the model",
+    }
+    for name, found in refused.items():
+        if found:
+            raise ValueError(f"DMTrainer refuses {name}={getattr(args, name)!r}: {why[name]}")
+    picks = args.load_best_model_at_end or args.save_strategy == "best"
+    if picks and args.metric_for_best_model in (None, "loss", "eval_loss"):
+        raise ValueError(
+            "load_best_model_at_end and save_strategy='best' need metric_for_best_model, one of what evaluate() gives: "
+            "kl_policy, kl_policy_base, phi/<feature>, and with several eval sets <name>_kl_policy and so on; got "
+            f"{args.metric_for_best_model!r}. An evaluation has no loss"
+        )
+
+
+def refuse_sharded(model: Any) -> None:
+    """Refuse a model that was sharded as it was loaded.
+
+    Raises:
+        ValueError: it was.
+    """
+    if getattr(model, "is_distributed_loading_by_transformers", False) or (getattr(model, "tp_size", None) or 1) > 1:
+        raise ValueError(
+            "DMTrainer does not run under tensor parallelism yet, and the model was sharded as it was loaded; load "
+            "it without tp_plan and distributed_config"
+        )
+
+
+def with_pad_token(tokenizer: Any) -> Any:
+    """Return the tokenizer, which gets EOS as its pad token where it has none."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        warnings.warn(f"the tokenizer has no pad token; padding with EOS, {tokenizer.eos_token!r}", stacklevel=3)
+    return tokenizer
+
+
+def check_fit(
+    policy: LanguageModel, target: EBM, args: DMConfig, contexts: int, objective: str, *, has_prompts: bool
+) -> None:
+    """Check that vocabularies, lengths of sequences, prompts and steps go together.
+
+    Args:
+        policy, target, args: what is trained, towards what and how.
+        contexts: how many the data set has.
+        objective: its name.
+        has_prompts: whether there is a data set.
+
+    Raises:
+        ValueError: they do not.
+    """
+    tokens, base = len(policy.tokenizer), target.base.vocab_size
+    if tokens > policy.vocab_size or policy.vocab_size != base:
+        raise ValueError(
+            f"the tokenizer has {tokens} tokens, the model {policy.vocab_size} embeddings and the base {base}: they "
+            "don't belong together"
+        )
+    fitted_with = None if target.report is None else target.report.max_new_tokens
+    if fitted_with not in (None, args.max_new_tokens):
+        warnings.warn(
+            f"lambda was fitted on samples of up to {fitted_with} new tokens, and DMConfig.max_new_tokens is "
+            f"{args.max_new_tokens}: the moments of longer or shorter sequences are others; fit with the same",
+            stacklevel=3,
+        )
+    if not has_prompts and args.max_steps <= 0:
+        raise ValueError("without a train_dataset there are no epochs to count: set max_steps in DMConfig")
+    if contexts > 1 and (args.samples_per_context or 1) < 2 and objective in TARGET_OBJECTIVES:
+        warnings.warn(
+            "with one sample per context (DMConfig.samples_per_context) a context's first visit estimates its Z "
+            "from that sample alone, which makes the weight of the sample p/q = 1 whatever it is; draw more",
+            stacklevel=3,
+        )
+
+
+def warn_of_generation_config(model: nn.Module) -> None:
+    """Warn of what a model's ``generation_config`` says of sampling, since it is ignored."""
+    config: Any = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    found = {k: v for k, v in config.to_diff_dict().items() if k in _SAMPLER_OPTIONS and v is not None}
+    if found:
+        warnings.warn(
+            f"the model's generation_config sets {found}, which is ignored: sequences are drawn from the model's own "
+            "distribution at DMConfig.temperature, the only one whose log-probabilities are known",
+            stacklevel=3,
+        )

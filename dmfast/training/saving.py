@@ -1,0 +1,87 @@
+"""The policy from a path, and the policy as a plain folder that needs no dmfast."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, set_seed
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from .. import adapters
+
+
+def loaded(model: nn.Module | str | Path) -> nn.Module:
+    """Return a model as it is, or the one of a folder or a name on the hub, in float32."""
+    if not isinstance(model, (str, Path)):
+        return model
+    return cast(nn.Module, AutoModelForCausalLM.from_pretrained(model, dtype="float32"))
+
+
+def with_adapter(model: nn.Module, config: Any, seed: int) -> nn.Module:
+    """Return the model with an adapter around it, where there is a config for one.
+
+    Args:
+        model: what the adapter goes into.
+        config: peft's, or None.
+        seed: what the adapter starts from.
+
+    Raises:
+        ValueError: the model has an adapter already.
+    """
+    if config is None:
+        return model
+    import peft
+
+    if isinstance(model, peft.PeftModel):
+        raise ValueError("peft_config makes an adapter, and the model is a PeftModel already: leave one of them out")
+    set_seed(seed)
+    return cast(nn.Module, peft.get_peft_model(model, config))
+
+
+def save_plainly(
+    model: Any, folder: Path, save: Callable[[], None], eos_token_ids: Sequence[int], *, writes: bool
+) -> None:
+    """Save a model so that ``generate`` ends where training did, and without the adapter that holds q.
+
+    Args:
+        model: the unwrapped model.
+        folder: where ``save`` writes.
+        save: transformers' way of saving.
+        eos_token_ids: what ends a sequence.
+        writes: whether this process writes files.
+    """
+    config = model.generation_config if isinstance(model, PreTrainedModel) else None
+    if config is not None:
+        # transformers refuses to save some that it loads, such as a temperature without do_sample
+        model.generation_config = GenerationConfig()
+    try:
+        with _without_proposal(model):
+            save()
+    finally:
+        if config is not None:
+            model.generation_config = config
+    if writes and config is not None:
+        ends, config = list(eos_token_ids), copy.deepcopy(config)
+        config.eos_token_id = ends[0] if len(ends) == 1 else ends
+        config.to_json_file(folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
+
+
+@contextmanager
+def _without_proposal(model: Any) -> Iterator[None]:
+    """A PEFT model's save_pretrained saves all adapters but that of q."""
+    names = list(getattr(model, "peft_config", None) or ())
+    if adapters.PROPOSAL not in names:
+        yield
+        return
+    names.remove(adapters.PROPOSAL)
+    model.save_pretrained = partial(model.save_pretrained, selected_adapters=names)
+    try:
+        yield
+    finally:
+        del model.save_pretrained

@@ -1,0 +1,668 @@
+"""The step that every loop shares: its gradients, what a commit takes in and when, and that nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+from torch import nn
+from trainer_job import PROMPTS, digest, gpt2, job, tokenizer
+
+import dmfast
+from dmfast import EBM, Contains, LanguageModel, Matcher, Moment, Objective, OfflineProposal, Scorer, Terms
+from dmfast.training.recipe import load
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
+
+KL = {"objective": "kl_control", "beta": 0.3, "reward": Contains("w3")}
+
+
+def matcher(*, proposal=None, constraints=None, model=None, on_policy=False, **options):
+    """A matcher on GPT-2 of 2 layers x 16; lambda is set by hand."""
+    torch.manual_seed(0)
+    model = gpt2() if model is None else model
+    base = LanguageModel(copy.deepcopy(model), tokenizer())
+    if constraints is None:
+        constraints = [Moment(Contains("w3", name="w3"), 0.6)]
+    target = EBM(base, constraints, monitor=[Contains("w4", name="w4")])
+    if target.moment_names:
+        target.lambda_ = [1.5]
+    policy = LanguageModel(model, tokenizer())
+    q = None if on_policy else OfflineProposal(policy, **({"interval": 2} | (proposal or {})))
+    return Matcher(policy, target, q, **({"seed": 29} | options))
+
+
+def draw(m, prompts=None, n=8, **options):
+    return m.draw(prompts, n, **({"max_new_tokens": 6} | options))
+
+
+def step(m, optimizer, prompts=None, n=8, size=None, **options):
+    """One step of the loop; its metrics."""
+    for part in draw(m, prompts, n, **options).split(size):
+        m.loss(part).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return m.commit()
+
+
+def sgd(m, lr=1e-2):
+    return torch.optim.SGD(m.policy.model.parameters(), lr=lr)
+
+
+def gradients(m):
+    found = {name: p.grad.clone() for name, p in m.policy.model.named_parameters() if p.grad is not None}
+    m.policy.model.zero_grad()
+    return found
+
+
+def timeless(metrics):
+    return {name: value for name, value in metrics.items() if not name.startswith("seconds_") and not math.isnan(value)}
+
+
+def state_of(m):
+    """All that a step may change but the policy: as text, to compare. Whether q is a is found out once and stays."""
+    return str({name: value for name, value in m.state_dict().items() if name != "q_is_base"})
+
+
+# --- the loop
+
+
+def test_the_loop_of_the_readme_on_a_real_model():
+    policy = load("tiny-bios")
+    base = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
+    women = Contains(any_of=["she", "her"], name="women")
+    target = EBM(base, [Moment(women, 0.5)]).fit(n=512, max_new_tokens=48)
+    m = Matcher(policy, target, proposal=OfflineProposal(policy, "interval", interval=2))
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-4)
+    before = digest(policy.model)
+    for number in range(1, 4):
+        batch = m.draw(n=24, max_new_tokens=48)
+        assert len(batch) == 24
+        for part in batch.split(10):
+            m.loss(part).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        metrics = m.commit()
+        assert metrics["swaps"] == number // 2 and m.running.steps == number
+        wanted = {"phi/women", "kl_policy", "kl_policy_stderr", "log_z", "ess", "swapped", "seconds_policy", "length"}
+        assert wanted <= metrics.keys()
+    assert digest(policy.model) != before and m.proposal.steps == 3
+
+
+@pytest.mark.parametrize("prompts", [None, PROMPTS])
+def test_a_loop_is_the_trainer(tmp_path, prompts):
+    """The same parameters and metrics for the same seeds."""
+    n = 8 if prompts is None else 2
+    trainer = job(tmp_path, prompts=prompts, samples_per_context=n, max_steps=5, optim="sgd", learning_rate=0.05,
+                  lr_scheduler_type="constant", warmup_steps=0, proposal_criterion="interval",
+                  per_device_train_batch_size=4, gradient_accumulation_steps=2)  # fmt: skip
+    trainer.train()
+    loader, m = trainer.get_train_dataloader(), matcher(proposal={"criterion": "interval"})
+    m.policy.model.train()
+    optimizer, logged = sgd(m, 0.05), []
+    batches = []
+    for epoch in range(5):
+        loader.set_epoch(epoch)
+        batches += list(loader)
+    for number in range(5):
+        rows = [row for batch in batches[2 * number : 2 * number + 2] for row in batch][::n]
+        indices, texts = zip(*rows, strict=True)
+        logged.append(step(m, optimizer, list(texts), n, size=4, context_id=indices))
+    assert digest(m.policy.model) == digest(trainer.model) != digest(trainer.target.base.model)
+    assert digest(m.proposal.snapshot.model) == digest(trainer.proposal.snapshot.model)
+    steps = [h for h in trainer.state.log_history if "kl_policy" in h]
+    for mine, other in zip(logged, steps, strict=True):
+        assert timeless(mine) == {name: other[name] for name in timeless(mine)}
+
+
+CASES = {
+    "gdc++": {},
+    "dpg, leave one out": {"objective": "dpg", "baseline": "leave_one_out_context"},
+    "on-policy": {"on_policy": True, "objective": "reinforce", "reward": Contains("w3"), "baseline": 0.25},
+    "kl_control": KL,
+    "skipping": {"objective": "dpg", "skip_zero_weight": True, "constraints": [Contains("w4")]},
+    "a function": {"objective": lambda t: t.log_target_ratio.exp() - t.log_ratio.exp()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_the_gradient_does_not_depend_on_how_a_step_is_cut(case, size):
+    whole, cut = matcher(**CASES[case]), matcher(**CASES[case])
+    whole.loss(draw(whole, PROMPTS[:4], 4)).loss.backward()
+    for part in draw(cut, PROMPTS[:4], 4).split(size):
+        assert len(part) <= size
+        cut.loss(part).loss.backward()
+    mine, other = gradients(cut), gradients(whole)
+    scale = max(float(g.abs().max()) for g in other.values())
+    for name, gradient in mine.items():
+        torch.testing.assert_close(gradient, other[name], rtol=0, atol=2e-5 * max(scale, 0.1), msg=name)
+    found, wanted = timeless(cut.commit()), timeless(whole.commit())
+    common = found.keys() & wanted.keys()  # js_policy is NaN where a sequence got no forward
+    assert {*found, *wanted} - common <= {"js_policy", "js_policy_stderr"}
+    assert all(found[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5) for name in common)
+
+
+def test_a_function_is_what_its_name_is():
+    named, own = matcher(), matcher(objective=lambda t: t.log_target_ratio.exp() - t.log_ratio.exp())
+    for m in (named, own):
+        m.loss(draw(m)).loss.backward()
+    for (name, mine), other in zip(gradients(own).items(), gradients(named).values(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_function_sees_log_a_and_reward_of_all_sequences():
+    seen = []
+
+    def own(terms):
+        seen.append((terms.log_base, terms.reward))
+        return torch.zeros_like(terms.log_prob)
+
+    m = matcher(objective=own, reward=Contains("w3"), constraints=[Contains("w4")])
+    batch = draw(m, n=16)
+    m.loss(batch)
+    assert 0 < float((batch.inputs["log_target"] > -math.inf).double().mean()) < 1
+    ((log_base, reward),) = seen
+    torch.testing.assert_close(log_base, m.target.base.log_prob(batch.samples), rtol=0, atol=1e-4)
+    assert torch.equal(reward, Contains("w3")(batch.samples))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_accelerate_divides_once_more(steps):
+    """As Matcher.loss says: multiplied by its accumulation steps, the gradient is the same at 1, 2 and 4."""
+    plain, m = matcher(), matcher()
+    plain.loss(draw(plain)).loss.backward()
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=steps, cpu=True)
+    model = accelerator.prepare_model(m.policy.model)
+    for part in draw(m).split(8 // steps):
+        with accelerator.accumulate(model):
+            out = m.loss(part, model)
+            accelerator.backward(out.loss * accelerator.gradient_accumulation_steps)
+    for (name, mine), other in zip(gradients(m).items(), gradients(plain).values(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-6, msg=name)
+    m.commit()
+
+
+def test_a_wrapped_module_is_what_runs():
+    class Wrapped(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.calls = module, 0
+
+        def forward(self, *args, **kwargs):
+            self.calls += 1
+            return self.module(*args, **kwargs)
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.module, name)
+
+    m = matcher()
+    wrapped = Wrapped(m.policy.model)
+    for part in draw(m).split(4):
+        m.loss(part, wrapped).loss.backward()
+    assert wrapped.calls == 2
+    m.commit()
+
+
+# --- several ranks
+
+
+class TwoRanks:
+    """Rank 0 of two that have drawn the same."""
+
+    rank, size = 0, 2
+
+    def __init__(self):
+        self.verdicts = []
+
+    def gather(self, values):
+        return torch.cat([values, values])
+
+    def agree(self, mine):
+        self.verdicts.append(mine)
+        return mine
+
+
+def test_several_ranks_need_the_wrapped_model():
+    ranks = TwoRanks()
+    m = matcher(ranks=ranks)
+    batch = draw(m)
+    with pytest.raises(
+        ValueError, match=r"2 ranks take this step together, and without model= the gradients would not"
+    ):
+        m.loss(batch)
+    out = m.loss(batch, m.policy.model)
+    assert len(out.weight) == 8
+    m.commit()
+    assert next(iter(m.running.partitions._of.values())).n == 16
+    draw(m)
+    m.loss(m.batch, m.policy.model)
+    m.commit()
+    assert len(ranks.verdicts) == 1
+
+
+# --- commit
+
+
+def test_a_commit_wants_every_sequence_once():
+    m = matcher()
+    with pytest.raises(RuntimeError, match="there is no batch: call draw"):
+        m.commit()
+    parts = draw(m).split(3)
+    m.loss(parts[0]), m.loss(parts[1])
+    with pytest.raises(RuntimeError, match="2 of the batch's 8 sequences have not passed the loss"):
+        m.commit()
+    with pytest.raises(RuntimeError, match="have passed the loss already"):
+        m.loss(parts[0])
+    with pytest.raises(RuntimeError, match="have passed the loss already"):
+        m.loss(m.batch)
+    m.loss(parts[2])
+    m.commit()
+    with pytest.raises(RuntimeError, match="there is no batch"):
+        m.commit()
+    with pytest.raises(RuntimeError, match="of a batch that is committed or discarded"):
+        m.loss(parts[2])
+
+
+def test_a_discarded_batch_is_drawn_again():
+    m = matcher()
+    before = state_of(m)
+    first = draw(m, PROMPTS, 2)
+    part = first.split(5)[0]
+    m.loss(part)
+    second = draw(m, PROMPTS, 2)
+    assert state_of(m) == before
+    assert torch.equal(first.samples.tokens, second.samples.tokens)
+    assert all(torch.equal(value, second.inputs[name]) for name, value in first.inputs.items())
+    with pytest.raises(RuntimeError, match="of a batch that is committed or discarded"):
+        m.loss(part)
+    m.loss(second)
+    m.commit()
+    third = draw(m, PROMPTS, 2)
+    assert not torch.equal(third.samples.log_prob, first.samples.log_prob)
+    assert state_of(m) != before
+
+
+def test_a_seed_of_one_s_own():
+    one, other = matcher(), matcher(seed=30)
+    x, y, z = draw(one).samples, draw(other).samples, draw(other, seed=5).samples
+    assert not torch.equal(x.log_prob, y.log_prob) and not torch.equal(y.log_prob, z.log_prob)
+    assert torch.equal(draw(one, seed=5).samples.tokens, z.tokens)
+
+
+def test_an_error_in_a_draw_leaves_all_as_it_was():
+    calls = []
+
+    def scorer(texts):
+        calls.append(1)
+        return [1.0] * len(texts) if len(calls) != 2 else 1 / 0
+
+    m = matcher(constraints=[Scorer(scorer, name="service")])
+    optimizer = sgd(m)
+    step(m, optimizer)
+    before = state_of(m)
+    with pytest.raises(RuntimeError, match="'service' raised ZeroDivisionError"):
+        draw(m)
+    assert state_of(m) == before
+    with pytest.raises(RuntimeError, match="there is no batch"):
+        m.commit()
+    step(m, optimizer)
+
+
+def test_what_a_device_has_recorded_is_raised_before_anything_is_taken_in(monkeypatch):
+    """Of any part; the batch is still there, so that it can be looked at."""
+    m = matcher(objective="dpg", skip_zero_weight=True, constraints=[Contains("w4")])
+    step(m, sgd(m))
+    before, outputs, loss = state_of(m), [], LanguageModel.loss
+
+    def recorded():
+        raise ValueError("NaN at (sequence 1, position 2)")
+
+    def recording(self, *args, **kwargs):
+        out = loss(self, *args, **kwargs)
+        outputs.append(out)
+        return replace(out, _scores=out._scores._replace(recorded=(recorded,))) if len(outputs) == 2 else out
+
+    monkeypatch.setattr(LanguageModel, "loss", recording)
+    for part in draw(m).split(2):
+        m.loss(part)
+    with pytest.raises(ValueError, match=r"NaN at \(sequence 1, position 2\)"):
+        m.commit()
+    assert state_of(m) == before and len(m.batch) == 8 and len(outputs) == 4
+
+
+def test_an_error_in_a_check_of_the_proposal_leaves_all_as_it_was():
+    """It comes after the estimates have been updated."""
+    calls = []
+
+    def scorer(texts):
+        calls.append(1)
+        return [1.0 if "w4" in text else 0.5 for text in texts] if len(calls) != 3 else 1 / 0
+
+    m = matcher(constraints=[Scorer(scorer, name="service")], check_samples=16)
+    optimizer = sgd(m)
+    step(m, optimizer)
+    before = state_of(m)
+    m.loss(draw(m)).loss.backward()
+    with pytest.raises(RuntimeError, match="'service' raised ZeroDivisionError"):
+        m.commit()
+    assert state_of(m) == before
+    metrics = m.commit()  # the scorer is back
+    assert m.running.steps == m.proposal.steps == 2 and "proposal_check" in metrics
+    assert len(m.estimates) == (0 if metrics["swapped"] else 2)
+
+
+def test_a_step_that_a_gradient_scaler_skips_is_committed():
+    m = matcher()
+    optimizer, scaler = sgd(m), torch.amp.GradScaler("cpu")
+    before = digest(m.policy.model)
+    out = m.loss(draw(m))
+    scaler.scale(out.loss * math.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    assert digest(m.policy.model) == before
+    m.commit()
+    assert m.running.steps == 1 and len(m.estimates) == 1 and next(iter(m.running.partitions._of.values())).n == 8
+    step(m, optimizer)
+    assert digest(m.policy.model) != before
+
+
+def test_another_lambda_starts_all_anew_at_the_commit():
+    m = matcher(proposal={"interval": 9})
+    optimizer = sgd(m)
+    step(m, optimizer)
+    before = str(m.running.state_dict())
+    m.target.lambda_ = [-3.0]
+    batch = draw(m)
+    assert str(m.running.state_dict()) == before and len(m.estimates) == 1
+    log_w = batch.inputs["log_target"] - batch.samples.log_prob
+    assert batch.inputs["log_z"].tolist() == pytest.approx([float(log_w.logsumexp(0)) - math.log(8)] * 8)
+    m.loss(batch)
+    m.commit()
+    assert len(m.estimates) == 1 and m.running.lambda_ == [-3.0] and m.running.steps == 2
+
+
+# --- contexts
+
+
+def test_a_context_is_its_prompt_wherever_it_stands():
+    m = matcher()
+    optimizer = sgd(m)
+    step(m, optimizer, ["w1 w2", "w3"], 4)
+    ids = list(m.running.partitions._of)
+    assert len(ids) == 2
+    step(m, optimizer, ["w3", "w7", "w1 w2"], 4)
+    assert list(m.running.partitions._of)[:2] == ids and len(m.running.partitions) == 3
+    assert sorted(m.running.partitions[i].n for i in m.running.partitions._of) == [4, 8, 8]
+    assert len(set(ids)) == 2 and all(-(2**63) <= i < 2**63 for i in ids)
+    other = matcher()  # in another run, too; and of the same prompt twice one context
+    batch = draw(other, ["w3", "w3"], 2)
+    assert batch.samples.context_id.tolist() == [ids[1] if ids[1] in batch.samples.context_id else ids[0]] * 4
+    assert set(batch.samples.context_id.tolist()) < set(ids)
+
+
+def test_the_identity_of_a_context_may_be_given():
+    m = matcher()
+    step(m, sgd(m), ["w1", "w3"], 4, context_id=[7, -5])
+    assert sorted(m.running.partitions._of) == [-5, 7]
+    for wrong, error, match in (
+        ([1], ValueError, "context_id must have one entry for each of 2 prompts, got 1"),
+        ([1.5, 2.0], TypeError, "one integer for each prompt"),
+    ):
+        with pytest.raises(error, match=match):
+            draw(m, ["w1", "w3"], context_id=wrong)
+    with pytest.raises(ValueError, match="rows must have one entry for each of 1 prompts, got 2"):
+        draw(m, rows=[{}, {}])
+
+
+class InGroups:
+    """dpg whose weights need all sequences of a context in a call."""
+
+    whole_contexts = True
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, terms: Terms):
+        self.seen.append(len(terms.log_prob))
+        weight = terms.log_target_ratio.exp().view(-1, 4)
+        return (weight - weight.mean(1, keepdim=True)).flatten()
+
+
+def test_the_sequences_of_a_context_stay_together_where_the_objective_needs_it():
+    whole, cut = matcher(objective=InGroups()), matcher(objective=InGroups())
+    whole.loss(draw(whole, PROMPTS[:5], 4)).loss.backward()
+    batch = draw(cut, PROMPTS[:5], 4)
+    with pytest.raises(ValueError, match=r"a context has 4 of them: parts of 3 are too small; split\(4\) or more"):
+        batch.split(3)
+    parts = batch.split(9)
+    assert [len(part) for part in parts] == [8, 8, 4]
+    for part in parts:
+        ids = part.samples.context_id.tolist()
+        assert all(len(set(ids[i : i + 4])) == 1 for i in range(0, len(ids), 4))
+        cut.loss(part).loss.backward()
+    assert cut.settings.objective.seen == [8, 8, 4]
+    for (name, mine), other in zip(gradients(cut).items(), gradients(whole).values(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-5, msg=name)
+
+
+def test_scorers_see_the_rows():
+    seen = []
+
+    def right(x):
+        seen.append(x.rows)
+        return torch.tensor([float(row["answer"] in text) for row, text in zip(x.rows, x.text, strict=True)])
+
+    rows = [{"prompt": "w1", "answer": "w3"}, {"prompt": "w3", "answer": "w4"}]
+    m = matcher(constraints=[Scorer(right, on="samples", name="right")])
+    batch = draw(m, [row["prompt"] for row in rows], 3, rows=rows)
+    assert [row["answer"] for row in seen[0]] == ["w3"] * 3 + ["w4"] * 3
+    part = batch.split(2)[0]
+    assert [row["prompt"] for row in part.samples.rows] == [PROMPTS_OF[row["answer"]] for row in part.samples.rows]
+
+
+PROMPTS_OF = {"w3": "w1", "w4": "w3"}
+
+
+# --- rewards
+
+
+@pytest.mark.parametrize("how", ["the feature", "the function", "Reward of it"])
+def test_a_reward_that_is_part_of_the_target_is_scored_once(how):
+    """8 sequences, 8 calls."""
+    calls = []
+
+    def score(x):
+        calls.append(1)
+        return float(x.score_mask.sum())
+
+    def whole(x):
+        calls.extend([1] * len(x))
+        return x.score_mask.sum(1).double()
+
+    feature = Scorer(score, on="samples", batched=False, name="score")
+    constraints, reward = {
+        "the feature": ([Moment(feature, 3.0)], feature),
+        "the function": ([whole], whole),
+        "Reward of it": ([dmfast.Reward(feature, beta=2.0)], feature),
+    }[how]
+    m = matcher(constraints=constraints, objective="kl_control", beta=0.3, reward=reward)
+    batch = draw(m)
+    assert len(calls) == 8
+    assert torch.equal(batch.inputs["reward"], batch.samples.score_mask.sum(1).double())
+    assert len(m.scorers) == 1
+
+
+# --- several steps on a batch
+
+
+PPO = {**KL, "on_policy": True, "ppo_epochs": 3, "ppo_clip": 0.1, "baseline": "mean"}
+
+
+def test_again_serves_so_many_steps():
+    m = matcher(**PPO)
+    optimizer = sgd(m, 0.5)
+    batch = draw(m)
+    with pytest.raises(RuntimeError, match="serves no further step"):
+        batch.again()
+    before = []
+    for epoch in range(3):
+        assert (batch.epoch, m.running.steps) == (epoch, epoch)
+        for part in batch.split(3):
+            m.loss(part).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        metrics = m.commit()
+        before.append(metrics)
+        assert (m.to_repeat is None) == (epoch == 2)
+        if epoch < 2:
+            other = batch.again()
+            assert torch.equal(other.samples.tokens, batch.samples.tokens)
+            batch = other
+    assert before[0]["clip_fraction"] == 0 < before[2]["clip_fraction"]
+    assert m.running.returns[1] == 8 and next(iter(m.running.partitions._of.values())).n == 8
+    with pytest.raises(RuntimeError, match="it has served ppo_epochs=3 steps; call draw"):
+        batch.again()
+    assert m.running.steps == 3 and not torch.equal(draw(m).samples.log_prob, batch.samples.log_prob)
+
+
+def test_again_is_not_for_a_batch_of_another_lambda():
+    m = matcher(**PPO)
+    batch = draw(m)
+    m.loss(batch)
+    m.commit()
+    m.target.lambda_ = [0.5]
+    assert m.to_repeat is None
+    with pytest.raises(RuntimeError, match="lambda has changed"):
+        batch.again()
+
+
+# --- state
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"objective": "dpg", "baseline": "mean", "partition": "step"}, {"check_samples": 16},
+     {"objective": "reinforce_p"}, {**PPO, "beta_target_kl": 0.05, "beta_horizon": 40}],
+    ids=["gdc++", "mean baseline", "fresh samples", "reinforce_p", "ppo"],
+)  # fmt: skip
+def test_resumed_is_as_if_never_stopped(options):
+    """Also within a batch that serves three steps, through a file that holds plain values only."""
+    prompts = PROMPTS[:4]
+
+    def steps(m, optimizer, n):
+        found = []
+        for _ in range(n):
+            batch = m.to_repeat.again() if m.to_repeat else draw(m, prompts, 4)
+            for part in batch.split(6):
+                m.loss(part).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(timeless(m.commit()))
+        return found
+
+    whole, broken = matcher(**options), matcher(**options)
+    logged = steps(whole, sgd(whole), 9)
+    steps(broken, sgd(broken), 4)
+    draw(broken, prompts, 4)  # not committed, and so not in the state
+    file = io.BytesIO()
+    torch.save({"matcher": broken.state_dict(), "model": broken.policy.model.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    resumed = matcher(**options)
+    resumed.policy.model.load_state_dict(state["model"])
+    resumed.load_state_dict(state["matcher"])
+    assert steps(resumed, sgd(resumed), 5) == logged[4:]
+    assert digest(resumed.policy.model) == digest(whole.policy.model) != digest(broken.policy.model)
+    assert state_of(resumed) == state_of(whole)
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    m = matcher()
+    step(m, sgd(m))
+    state, before = m.state_dict(), state_of(m)
+    wrong = [
+        (state | {"format": 1}, ValueError, r"the state has the format 1, and this version of dmfast reads 2"),
+        ({}, ValueError, "has the format None"),
+        (state | {"proposal": None}, ValueError, "one is on-policy and one is not"),
+        (state | {"target": state["target"] | {"moment_values": [0.9]}}, ValueError, r"this EBM wants \[0.6\]"),
+        (state | {"proposal": state["proposal"] | {"model": {}}}, RuntimeError, "another model"),
+    ]
+    for each, error, match in wrong:
+        with pytest.raises(error, match=match):
+            m.load_state_dict(each)
+        assert state_of(m) == before
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"objective": "gdc+"}, ValueError, "unknown objective 'gdc\\+'"),
+        ({"objective": 3}, TypeError, "must be a name, a dmfast.Objective or a function"),
+        ({"baseline": "mean"}, ValueError, "gdc\\+\\+.*constant baseline 1.*got baseline='mean'"),
+        ({"objective": Objective("gdc++"), "baseline": "mean"}, ValueError, "constant baseline 1.*got baseline='mean'"),
+        ({"objective": Objective("dpg", baseline=1.0), "baseline": 2.0}, ValueError, "has its baseline, beta and"),
+        ({"objective": Objective("kl_control", beta=1.0), "beta": 2.0}, ValueError, "has its baseline, beta and"),
+        ({"objective": lambda t: t.log_prob, "baseline": 1.0}, ValueError, "baseline=1.0 can't act on it"),
+        ({"objective": "reinforce"}, ValueError, "objective 'reinforce' needs reward="),
+        ({"partition": "global"}, ValueError, "'running' or 'step'"),
+        ({"max_weight": 0}, ValueError, "max_weight must be positive"),
+        ({"check_samples": -1}, ValueError, "check_samples must be 0 or more"),
+        ({"on_policy": True, "check_samples": 8}, ValueError, "on-policy there is none"),
+        ({"proposal": {"criterion": "js"}, "skip_zero_weight": True}, ValueError, "use kl or tvd, or fresh samples"),
+        ({"ppo_epochs": 2}, ValueError, "ppo_epochs above 1 .* needs"),
+    ],
+)  # fmt: skip
+def test_options_that_are_refused(options, error, match):
+    with pytest.raises(error, match=match):
+        matcher(**options)
+
+
+def test_models_that_are_refused():
+    m = matcher()
+    with pytest.raises(ValueError, match="a copy of another model than policy"):
+        Matcher(LanguageModel(gpt2(), tokenizer()), m.target, m.proposal)
+    with pytest.raises(ValueError, match="the target would move with it"):
+        Matcher(m.target.base, m.target)
+    with pytest.raises(ValueError, match="the policy itself draws, and proposal is what draws"):
+        Matcher(m.policy, m.target, m.proposal, on_policy=True)
+    with pytest.raises(ValueError, match="is not fitted"):
+        Matcher(m.policy, EBM(m.target.base, [Moment(Contains("w3"), 0.5)]))
+
+
+def test_without_a_proposal_rho_is_formed_where_asked():
+    """From what the sampler says, which another engine may say otherwise than we."""
+    m = matcher(on_policy=None)
+    assert m.proposal is not None
+    alone = Matcher(m.policy, m.target, on_policy=False)
+    out = alone.loss(draw(alone))
+    assert bool((out.log_ratio.abs() < 1e-4).all()) and bool((out.log_ratio != 0).any())
+    exact = Matcher(m.policy, m.target)
+    assert bool((exact.loss(draw(exact)).log_ratio == 0).all())
+
+
+# --- where it stands
+
+
+def test_it_needs_no_trainer(tmp_path):
+    code = "import dmfast, sys; dmfast.Matcher; assert not {'transformers', 'accelerate', 'triton'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=tmp_path)
+    source = Path(dmfast.__file__).parent
+    for name in ("matcher", "batch", "metrics", "running", "settings", "ranks"):
+        text = (source / f"{name}.py").read_text()
+        assert "torch.distributed" not in text and "transformers import" not in text, name

@@ -1,0 +1,255 @@
+"""What DMTrainer and DMConfig refuse, and what they warn of."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import datasets
+import peft
+import pytest
+import torch
+from accelerate import ParallelismConfig
+from trainer_job import PROMPTS, gpt2, job, tokenizer
+from trainer_tools import (
+    one_thread,  # noqa: F401
+    run,
+    said,
+)
+
+import dmfast
+from dmfast import EBM, Contains, LanguageModel, Moment
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "gdc+"}, "unknown objective"),
+        ({"objective": "reinforce"}, "needs reward="),
+        ({"objective": "kl_control"}, "needs beta"),
+        ({"baseline": "median"}, "baseline must be a number"),
+        ({"baseline": "mean"}, "gdc\\+\\+.*constant baseline 1"),
+        ({"proposal_criterion": "chi2"}, "proposal_criterion must be one of kl, tvd, js, interval"),
+        ({"partition": "global"}, "'running' or 'step'"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be positive"),
+        ({"temperature": -1.0}, "temperature must be positive"),
+        ({"max_steps": -1}, "set max_steps"),
+        ({"auto_find_batch_size": True}, "refuses auto_find_batch_size"),
+        ({"label_smoothing_factor": 0.1}, "no labels to smooth"),
+        ({"neftune_noise_alpha": 5.0}, "noise in the policy"),
+        ({"fsdp": "full_shard"}, "does not run under FSDP yet"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "does not run under DeepSpeed yet"),
+        ({"parallelism_config": ParallelismConfig(tp_size=2)}, "under tensor, context or sequence parallelism yet"),
+        (
+            {
+                "load_best_model_at_end": True,
+                "eval_strategy": "steps",
+                "save_strategy": "steps",
+                "eval_steps": 1,
+                "save_steps": 1,
+            },
+            "need metric_for_best_model, one of",
+        ),
+        ({"objective": "reinforce_p", "baseline": "mean"}, "whose scale differs"),
+        ({"prompts": PROMPTS, "samples_per_context": 1}, "takes 8 contexts of 1 sequences, and the data set has 7"),
+    ],
+)
+def test_what_is_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        job(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("fsdp", True, "does not run under FSDP yet, which fsdp asks for; use DDP"),
+        ("deepspeed", "ds.json", "does not run under DeepSpeed yet, which deepspeed asks for; use DDP"),
+        ("parallelism_config", ParallelismConfig(cp_size=2), "context or sequence parallelism yet"),
+        ("_n_gpu", 2, r"under DataParallel \(2 GPUs in one process\); start one process per GPU"),
+    ],
+)
+def test_parallelism_that_is_set_after_construction_is_refused(tmp_path, name, value, message):
+    trainer = job(tmp_path)
+    setattr(trainer.args, name, value)
+    with pytest.raises(ValueError, match=message):
+        dmfast.DMTrainer(gpt2(), trainer.target, trainer.args)
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "PARALLELISM_CONFIG"])
+def test_parallelism_that_accelerate_launch_sets_is_refused(tmp_path, name, monkeypatch):
+    args = job(tmp_path).args
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    for make in (lambda: job(tmp_path), lambda: dmfast.DMTrainer(gpt2(), job(tmp_path).target, args)):
+        with pytest.raises(
+            ValueError, match=f"yet, which ACCELERATE_USE_{name}, which accelerate launch sets, asks for"
+        ):
+            make()
+
+
+def test_a_sharded_model_is_refused(tmp_path):
+    model = gpt2()
+    model._tp_size = 2  # what from_pretrained(tp_plan="auto") notes
+    with pytest.raises(ValueError, match="tensor parallelism yet, and the model was sharded as it was loaded"):
+        job(tmp_path, model=model)
+
+
+def test_a_base_that_would_move_is_refused(tmp_path):
+    model, tok = gpt2(), tokenizer()
+    target = EBM(LanguageModel(model, tok), [Contains("w3")])
+    adapter = peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    for trained in (model, adapter):
+        with pytest.raises(ValueError, match="the target would move with it"):
+            dmfast.DMTrainer(trained, target, job(tmp_path).args, processing_class=tok)
+
+
+def test_one_sample_per_context_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="from that sample alone"):
+        trainer = job(tmp_path, prompts=PROMPTS, per_device_train_batch_size=4)
+    assert trainer.samples_per_context == 1
+    assert job(tmp_path, prompts=["w1"]).samples_per_context == 8
+
+
+def test_a_target_that_is_not_fitted_is_refused(tmp_path):
+    target = EBM(LanguageModel(gpt2(), tokenizer()), [Moment(Contains("w3"), 0.5)])
+    with pytest.raises(ValueError, match="not fitted"):
+        dmfast.DMTrainer(gpt2(), target, job(tmp_path).args)
+
+
+def test_a_fit_on_sequences_of_another_length_is_warned_of(tmp_path):
+    target = EBM(LanguageModel(gpt2(), tokenizer()), [Moment(Contains("w3"), 0.5)])
+    target.fit(n=256, max_new_tokens=5)
+    with pytest.warns(UserWarning, match="fitted on samples of up to 5 new tokens, and DMConfig.max_new_tokens is 6"):
+        dmfast.DMTrainer(gpt2(), target, job(tmp_path).args)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
+    tok = tokenizer()
+    tok.add_tokens(["w8", "w9"])
+    with pytest.raises(ValueError, match="the tokenizer has 13 tokens, the model 11 embeddings"):
+        job(tmp_path, tok=tok)
+
+
+def test_a_base_of_another_vocabulary_is_refused(tmp_path):
+    trainer, model = job(tmp_path), gpt2()
+    model.resize_token_embeddings(16)
+    with pytest.raises(ValueError, match="the tokenizer has 11 tokens, the model 16 embeddings and the base 11"):
+        dmfast.DMTrainer(model, trainer.target, trainer.args)
+
+
+def test_what_is_said_once_is_said_once(tmp_path):
+    """However many steps, evaluations, checkpoints, and trainers with the tokenizer."""
+    tok, model = tokenizer(pad_token=None), gpt2()
+    model.generation_config.update(top_k=5, temperature=0.5)
+    with warnings.catch_warnings(record=True) as recorded:
+        warnings.simplefilter("always")
+        trainer = job(
+            tmp_path, tok=tok, model=model, max_steps=4, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+            save_steps=1, sampling_batch_size=2, proposal_criterion="interval",
+        )  # fmt: skip
+        trainer.train()
+        trainer.policy.sample(n=2, max_new_tokens=3)
+        trainer.save_model()
+        assert trainer.proposal.swaps == 2
+        assert said(recorded, "no pad token") == 1
+        assert said(recorded, "generation_config sets") == 1
+        job(tmp_path, tok=tok)
+    assert said(recorded, "no pad token") == 1
+
+
+def test_a_missing_pad_token_is_eos_and_said(tmp_path):
+    tok = tokenizer(pad_token=None)
+    with pytest.warns(UserWarning, match="no pad token; padding with EOS, '<e>'"):
+        trainer = job(tmp_path, tok=tok)
+    assert tok.pad_token == "<e>"
+    trainer.train()
+
+
+def test_a_prompt_beyond_the_context_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="prompt 2 has 20 tokens; with max_new_tokens=6 that is beyond"):
+        job(tmp_path, prompts=["w1", "w2", "w1 " * 20])
+
+
+def test_a_prompt_to_evaluate_on_beyond_the_context_is_refused(tmp_path):
+    trainer = job(tmp_path)
+    with pytest.raises(ValueError, match="prompt 1 has 20 tokens; with max_new_tokens=6 that is beyond"):
+        dmfast.DMTrainer(gpt2(), trainer.target, trainer.args, eval_dataset=["w1", "w1 " * 20])
+    with pytest.raises(ValueError, match="the longest prompt has 20 tokens"):
+        trainer.evaluate(["w1 " * 20])
+
+
+def test_generation_config_is_ignored_and_said(tmp_path):
+    plain = run(tmp_path / "plain", max_steps=1)[2].steps[0].samples
+    model = gpt2()
+    model.generation_config.update(do_sample=True, top_k=1, temperature=0.1)
+    with pytest.warns(UserWarning, match=r"generation_config sets .*top_k.*is ignored"):
+        _, _, keep = run(tmp_path / "set", model=model, max_steps=1)
+    assert torch.equal(keep.steps[0].samples.tokens, plain.tokens)
+
+
+def test_the_command_line_parses_a_config():
+    from transformers import HfArgumentParser
+
+    for text, wanted in (("mean", "mean"), ("0.5", 0.5)):
+        line = ["--output_dir", "x", "--objective", "dpg", "--baseline", text, "--report_to", "tensorboard"]
+        (args,) = HfArgumentParser(dmfast.DMConfig).parse_args_into_dataclasses(line)
+        assert args.baseline == wanted
+
+
+def test_the_trainer_comes_with_import_dmfast_only_when_asked(tmp_path):
+    there = "'transformers' in sys.modules"
+    code = f"import dmfast, sys; assert not {there}; dmfast.DMConfig; assert {there}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        ("w1", "^eval_dataset must have a length"),
+        ([], "^eval_dataset is empty"),
+        ([{"text": "w1"}], "^row 0 of eval_dataset has no column 'prompt', only text"),
+        (datasets.Dataset.from_dict({"text": ["w1"]}), "^eval_dataset has no column 'prompt', only text"),
+        ([3], "^eval_dataset: the prompt of row 0 must be a string"),
+        (["w1", "w1 " * 20], "^eval_dataset: prompt 1 has 20 tokens"),
+        ({"a": ["w1"], "b": []}, r"^eval_dataset\['b'\] is empty"),
+        ({"a": ["w1"], "b": ["w1 " * 20]}, r"^eval_dataset\['b'\]: prompt 0 has 20 tokens"),
+        ({}, "^eval_dataset is an empty dictionary"),
+    ],
+)
+def test_faults_of_the_eval_dataset_name_it(tmp_path, rows, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        job(tmp_path, eval_dataset=rows)
+    trainer = job(tmp_path)
+    if "tokens" not in match:  # evaluate() leaves those to sample
+        with pytest.raises((TypeError, ValueError), match=match):
+            trainer.evaluate(rows)
+
+
+def test_faults_of_the_train_dataset_name_it(tmp_path):
+    for rows, match in (([], "^train_dataset is empty"), (["w1 " * 20], "^train_dataset: prompt 0 has 20 tokens")):
+        with pytest.raises(ValueError, match=match):
+            job(tmp_path, prompts=rows, eval_dataset=["w1"])
+
+
+@pytest.mark.parametrize("objective", [lambda t: t.log_prob, dmfast.Objective("dpg")])
+def test_a_config_takes_names_and_the_trainer_objectives(tmp_path, objective):
+    with pytest.raises(TypeError, match=r"objective of DMConfig must be a name.*DMTrainer\(..., objective=...\)"):
+        dmfast.DMConfig(str(tmp_path), objective=objective)
+
+
+def test_a_baseline_of_gdc_is_told_as_it_was_given(tmp_path):
+    with pytest.raises(ValueError, match="got baseline='mean'"):
+        dmfast.DMConfig(str(tmp_path), baseline="mean")
+
+
+def test_an_objective_that_needs_whole_contexts_gets_them(tmp_path):
+    def own(terms):
+        return terms.log_target_ratio.exp().view(-1, 4).mean(1, keepdim=True).expand(-1, 4).flatten()
+
+    own.whole_contexts = True
+    settings = {"objective": own, "prompts": PROMPTS, "samples_per_context": 4, "max_steps": 2}
+    with pytest.raises(ValueError, match="all 4 sequences of a context in one microbatch: per_device_train_batch_size"):
+        job(tmp_path, per_device_train_batch_size=6, gradient_accumulation_steps=2, **settings)
+    job(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings).train()

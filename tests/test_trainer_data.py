@@ -1,0 +1,134 @@
+"""Which contexts a step takes: prompts, rows of a data set, each once an epoch, shared by the ranks."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+import torch
+from trainer_job import PROMPTS, WORDS, job, tokenizer
+from trainer_tools import (
+    one_thread,  # noqa: F401
+    run,
+)
+
+from dmfast import Scorer
+from dmfast.training.data import Contexts, StepSampler
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("contexts", "n", "per_device", "accumulation"), [(7, 1, 2, 2), (12, 2, 4, 3), (5, 6, 4, 3)])
+def test_each_context_once_an_epoch(contexts, n, per_device, accumulation, shuffle):
+    sampler = StepSampler(contexts, n, per_device=per_device, accumulation=accumulation, shuffle=shuffle)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) and max(map(len, batches)) <= per_device
+    rows = [row for batch in batches for row in batch]
+    assert sorted(rows) == sorted([row for row in range(contexts) for _ in range(n)])
+    assert rows == [row for row in rows[::n] for _ in range(n)]  # those of a context lie together
+    sampler.set_epoch(1)
+    assert (list(sampler) != batches) == shuffle
+    sampler.set_epoch(0)
+    assert list(sampler) == batches
+
+
+@pytest.mark.parametrize("contexts", [8, 9, 10, 11, 16])
+def test_ranks_share_the_contexts_of_a_step(contexts):
+    ranks = [
+        StepSampler(contexts, 2, per_device=2, accumulation=2, rank=rank, world=2, shuffle=False) for rank in (0, 1)
+    ]
+    batches = [list(sampler) for sampler in ranks]
+    assert len(batches[0]) == len(batches[1]) == len(ranks[0])
+    assert list(map(len, batches[0])) == list(map(len, batches[1]))
+    rows = {row for rank in batches for batch in rank for row in batch}
+    assert rows == set(range(contexts))
+    assert set(batches[0][0] + batches[0][1]) == {0, 1} and set(batches[1][0] + batches[1][1]) == {2, 3}
+
+
+def test_a_context_that_is_split_is_refused():
+    with pytest.raises(ValueError, match=r"samples_per_context = 3 must divide .* 4 \* 2 = 8"):
+        StepSampler(5, 3, per_device=4, accumulation=2)
+
+
+class Hub:
+    """Like a datasets.Dataset."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return {"prompt": ["w1", "w2 w3"][i], "other": 1}
+
+
+@pytest.mark.parametrize("rows", [["w1", "w2 w3"], [{"prompt": "w1"}, {"prompt": "w2 w3"}], Hub()])
+def test_where_prompts_come_from(rows):
+    assert [prompt for _, prompt in Contexts(rows)] == ["w1", "w2 w3"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (iter(["w1"]), "must have a length"),
+        ({"a": ["w1"]}, "must have a length"),
+        ("w1", "must have a length"),
+        ([], "is empty"),
+        ([{"text": "w1"}], "no column 'prompt', only text"),
+        ([3], "must be a string or a list of chat messages, got int"),
+    ],
+)
+def test_bad_prompts(rows, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        Contexts(rows)
+
+
+def test_chat_messages_go_through_the_template(tmp_path):
+    tok = tokenizer()
+    with pytest.raises(ValueError, match="has no chat_template"):
+        job(tmp_path, prompts=[[{"role": "user", "content": "w1 w2"}]], tok=tok)
+    tok.chat_template = (
+        "{% for m in messages %}{{ m['content'] }} w7 {% endfor %}{% if add_generation_prompt %}w6{% endif %}"
+    )
+    _, _, keep = run(
+        tmp_path, max_steps=1, prompts=[[{"role": "user", "content": "w1 w2"}]], samples_per_context=8, tok=tok
+    )
+    prompt = keep.steps[0].samples.tokens[:, : keep.steps[0].samples.prompt_len]
+    assert prompt.tolist() == [[WORDS.index(w) for w in ("w1", "w2", "w7", "w6")]] * 8
+
+
+@pytest.mark.parametrize("in_arrow", [False, True])
+def test_scorers_see_the_whole_rows(tmp_path, in_arrow):
+    """One for each sequence, of its own prompt; in the order of the steps, through microbatches."""
+    rows = [{"prompt": prompt, "answer": f"answer to {prompt}", "n": i} for i, prompt in enumerate(PROMPTS)]
+    seen = []
+
+    def scorer(x):
+        seen.extend(zip(x.rows, x.tokens.tolist(), x.attention_mask.tolist(), strict=True))
+        return torch.ones(len(x))
+
+    settings = {"constraints": [Scorer(scorer, on="samples", name="s")], "samples_per_context": 2, "max_steps": 3,
+                "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}  # fmt: skip
+    job(tmp_path, prompts=datasets.Dataset.from_list(rows) if in_arrow else rows, **settings).train()
+    assert len(seen) == 12
+    for row, tokens, mask in seen:
+        assert row == rows[row["n"]]
+        ids = [token for token, there in zip(tokens, mask, strict=True) if there]
+        wanted = tokenizer()(row["prompt"])["input_ids"]
+        assert ids[: len(wanted)] == wanted
+
+
+def test_prompts_alone_have_no_rows(tmp_path):
+    _, _, keep = run(tmp_path, max_steps=1, prompts=[{"prompt": p} for p in PROMPTS], samples_per_context=2)
+    assert keep.steps[0].samples.rows is None
+
+
+def test_checks_of_the_proposal_see_the_rows(tmp_path):
+    rows = [{"prompt": prompt, "answer": "w3"} for prompt in PROMPTS]
+    sizes = []
+
+    def scorer(x):
+        sizes.append(len(x.rows))
+        return torch.ones(len(x))
+
+    job(tmp_path, prompts=rows, constraints=[Scorer(scorer, on="samples")], samples_per_context=4, max_steps=2,
+        proposal_check_samples=12).train()  # fmt: skip
+    assert sizes == [8, 8, 12]

@@ -1,0 +1,119 @@
+"""What the tests of DMTrainer share: a job in a process of its own, the steps that a run took, an oracle in fp64."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_job import Gradients, job
+from transformers import TrainerCallback
+
+import dmfast
+from dmfast import Contains, LanguageModel
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def in_process(out, processes=1, **wanted):
+    """A job in a fresh process, or in several under torchrun; what it says of itself."""
+    out.mkdir(parents=True, exist_ok=True)
+    run = [sys.executable]
+    if processes > 1:
+        run += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    run += [str(HERE / "trainer_job.py"), json.dumps({"out": str(out), **wanted})]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300, check=False,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads((out / "result.json").read_text())
+
+
+class Keep(TrainerCallback):
+    """The steps as the trainer drew and scored them, and the policy that each was taken with."""
+
+    def __init__(self):
+        self.steps, self.models, self.snapshots = [], [], []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.steps.append(self.trainer.matcher.batch)
+        self.models.append(copy.deepcopy(model))
+        if self.trainer.proposal:
+            self.snapshots.append(copy.deepcopy(self.trainer.proposal.snapshot.model))
+
+
+def run(out, **wanted):
+    """A finished job with its gradients and steps."""
+    gradients, keep = Gradients(), Keep()
+    trainer = job(out, callbacks=[gradients, keep, *wanted.pop("callbacks", [])], **wanted)
+    keep.trainer = trainer
+    trainer.train()
+    return trainer, gradients.steps, keep
+
+
+def oracle(model, step, inputs=None, **options):
+    """The gradient of a whole step in fp64 and plain torch, and the output of its loss."""
+    if inputs is None:
+        inputs = {name: value for name, value in step.inputs.items() if name != "baseline"}
+    policy = LanguageModel(copy.deepcopy(model).double(), step.samples.tokenizer)
+    logits, labels = policy.logits(step.samples)
+    out = dmfast.eager.dm_loss(logits, labels, objective=step.objective, context_id=step.samples.context_id,
+                               temperature=step.samples.temperature, **inputs, **options)  # fmt: skip
+    out.loss.backward()
+    return {n: p.grad for n, p in policy.model.named_parameters()}, out
+
+
+def inputs_by_hand(trainer, step, objective):
+    """What the objective needs, from base and features, and the baseline of the whole step."""
+    x = step.samples
+    log_base = trainer.target.base.log_prob(x)
+    inputs = {
+        "log_proposal": x.log_prob,
+        "log_target": log_base + 1.5 * Contains("w3")(x),
+        "log_z": step.inputs["log_z"],
+    }
+    if objective == "kl_control":
+        inputs["log_base"] = log_base
+    if objective in ("kl_control", "reinforce"):
+        inputs["reward"] = Contains("w3")(x)
+    return inputs
+
+
+def assert_close(found, wanted, tolerance=2e-5):
+    assert found.keys() == wanted.keys()
+    scale = max(0.1, *(float(g.abs().max()) for g in wanted.values()))  # gdc++ starts with weights of nearly 0
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient.double(), wanted[name].double(), rtol=0, atol=tolerance * scale, msg=name)
+
+
+#: A job some of whose sequences have weight 0, which is known before the policy's forward.
+SKIP = {"constraints": [Contains("w4")], "objective": "dpg", "max_new_tokens": 3, "proposal_interval": 100}
+
+
+class Forwards:
+    """The shapes of the policy's forwards."""
+
+    def __init__(self, model):
+        self.shapes = []
+        model.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module, args, kwargs):
+        if module.training:
+            self.shapes.append(tuple(kwargs["input_ids"].shape))
+
+
+def said(recorded, part):
+    """How often."""
+    return sum(part in str(each.message) for each in recorded)
