@@ -112,14 +112,14 @@ def run_loop(args: argparse.Namespace, train: Callable[..., Iterator[dict[str, f
     assert target.report is not None
     say(str(target.report))
     rate = target.report.base[0].value
-    if tiny:  # known from more samples
-        rate = json.loads((TINY_BIOS / "base_rates.json").read_text())["features"]["female"]["rate"]
     before = {"phi/women": target.report.base[0], "kl_policy_base": Estimate(0.0, 0.0)}
+    if tiny:  # known from more samples; of one binary feature lambda is the difference of the log-odds
+        rate = json.loads((TINY_BIOS / "base_rates.json").read_text())["features"]["female"]["rate"]
+        target.lambda_ = [math.log((1 - rate) / rate)]
     history, training = [], time.perf_counter()
     for metrics in train(
-        policy, about_women, base_rate=rate, prompts=prompts, steps=args.steps, batch_size=args.batch,
-        max_new_tokens=args.max_new_tokens, learning_rate=args.learning_rate, interval=args.interval,
-        objective=args.objective, seed=args.seed,
+        policy, target, prompts=prompts, steps=args.steps, batch_size=args.batch, max_new_tokens=args.max_new_tokens,
+        learning_rate=args.learning_rate, interval=args.interval, objective=args.objective, seed=args.seed,
     ):  # fmt: skip
         history.append(metrics)
         say(f"step {metrics['step']:3.0f}  women under q {metrics['phi/women']:.2f}  KL(p‖π) "

@@ -5,29 +5,24 @@
     python examples/custom_loop.py --model ~/.cache/dmfast/smollm2-135m --batch 32 --learning-rate 1e-5 --eval-batch 64
 
 The target is log P(x) = log a(x) + lambda * phi(x): a the pretrained model, phi(x) = 1 for a biography about a woman.
-For one binary feature lambda has a closed form, the difference of the two log-odds.
+``dmfast.demo`` loads the model, finds lambda, calls ``train`` and measures the policy before and after it.
 """
 
-import copy
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 import dmfast
-from dmfast.estimators import PartitionFunction, effective_sample_size
 
 
 def train(
     policy: dmfast.LanguageModel,
-    feature: Callable[[list[str]], torch.Tensor],
+    target: dmfast.EBM,
     *,
-    base_rate: float,
     prompts: Sequence[str] | None = None,
-    target_rate: float = 0.5,
     steps: int = 60,
     batch_size: int = 192,
+    microbatch: int = 192,
     max_new_tokens: int = 48,
     learning_rate: float = 1e-4,
     warmup: int = 10,
@@ -35,42 +30,33 @@ def train(
     objective: str = "gdc++",
     seed: int = 0,
 ) -> Iterator[dict[str, float]]:
-    """Trains ``policy`` in place; yields the metrics of each step. ``feature``: texts to (N,) of 0 and 1."""
-    log_odds = [math.log(rate / (1 - rate)) for rate in (target_rate, base_rate)]
-    lam = log_odds[0] - log_odds[1]
-    base = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
+    """Train ``policy`` in place and yield the metrics of each step.
+
+    Args:
+        policy: the model that is trained.
+        target: what it is to become equal to, around a base that does not move with it.
+        prompts: what sequences continue. Default: the empty prompt.
+        steps, batch_size: optimiser steps, and the sequences of each.
+        microbatch: sequences that go through the policy at a time.
+        max_new_tokens: where a sequence without EOS ends.
+        learning_rate, warmup: of AdamW, and the steps in which it comes up to that.
+        interval: steps between checks whether q should become pi.
+        objective: one of ``dmfast.OBJECTIVES``.
+        seed: of the sequences that are drawn.
+    """
     proposal = dmfast.OfflineProposal(policy, criterion="kl", interval=interval)
-    z = PartitionFunction()
+    matcher = dmfast.Matcher(policy, target, proposal, objective, seed=seed)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
     policy.model.train()
     for step in range(steps):
-        start = time.perf_counter()
-        per_prompt = batch_size // len(prompts or [""])
-        x = proposal.snapshot.sample(prompts, per_prompt, max_new_tokens=max_new_tokens, seed=seed + step)
-        sampled = time.perf_counter()
-        phi = feature(x.text).double()
-        with torch.no_grad():  # as long as q still is a, log q(x) is log a(x)
-            log_base = base.log_prob(x) if proposal.swaps else x.log_prob
-        log_target = log_base + lam * phi
-        z.update(log_target, x.log_prob)
-        scored = time.perf_counter()
-
-        out = policy.loss(  # linear_dm_loss on the hidden states: logits never exist at once
-            x, log_target=log_target, log_proposal=x.log_prob, log_z=z.log_z, objective=objective
-        )
-        optimizer.zero_grad()
-        out.loss.backward()  # type: ignore[no-untyped-call]
+        batch = matcher.draw(prompts, batch_size // len(prompts or [""]), max_new_tokens=max_new_tokens)
+        for part in batch.split(microbatch):  # hidden states go into the fused loss: logits never exist at once
+            matcher.loss(part).loss.backward()  # divided by the step's sequences already
         optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
-
-        proposal.update(out)
-        now = proposal.running.estimates().as_dict()
-        swapped = proposal.maybe_update()
-        ess = effective_sample_size(log_target - x.log_prob).value
-        yield now | {"step": step + 1, "phi/women": phi.mean().item(), "swapped": swapped, "log_z": z.log_z, "ess": ess,
-                     "seconds_sampling": sampled - start, "seconds_scoring": scored - sampled,
-                     "seconds_policy": time.perf_counter() - scored}  # fmt: skip
+        yield {"step": step + 1, **matcher.commit()}  # q <- pi if pi is nearer to p
 
 
 if __name__ == "__main__":

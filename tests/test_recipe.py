@@ -267,9 +267,10 @@ def test_the_tiny_model_never_changes():
 def test_the_custom_loop(objective):
     policy = load("tiny-bios")
     start = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
-    history = list(
-        train(policy, about_women, base_rate=0.0674, steps=2, batch_size=16, interval=1, objective=objective, warmup=1)
-    )
+    target = EBM(load("tiny-bios"), [Moment(Scorer(about_women, name="women", binary=True), 0.5)])
+    target.lambda_ = [math.log((1 - 0.0674) / 0.0674)]
+    settings = {"steps": 2, "batch_size": 16, "microbatch": 10, "interval": 1, "warmup": 1}
+    history = list(train(policy, target, objective=objective, **settings))
     assert [metrics["step"] for metrics in history] == [1, 2]
     for metrics in history:
         wanted = {"phi/women", "swapped", "log_z", "kl_policy", "kl_policy_stderr", "kl_proposal", "ess"}
