@@ -51,7 +51,7 @@ void sum_rows(const Batch& b, const Outputs& out) {
       if (out.entropy) entropy += out.row_entropy(row);
     }
     out.log_prob(i) = log_prob;
-    if (out.entropy) out.sequence_entropy(i) = entropy;
+    out.sequence_entropy(i) = entropy;  // 0 where it is not wanted
   }
 }
 

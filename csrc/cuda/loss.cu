@@ -79,7 +79,7 @@ __device__ void finish_sequence(const Batch& b, const Terms& t, const Outputs& o
   if (threadIdx.x != 0) return;
   const double log_prob = bad_rows ? static_cast<double>(NAN) : sums.a;
   out.log_prob(i) = log_prob;
-  if (out.entropy) out.sequence_entropy(i) = bad_rows ? static_cast<double>(NAN) : sums.b;
+  out.sequence_entropy(i) = bad_rows ? static_cast<double>(NAN) : sums.b;  // 0 where it is not wanted
   if (t.objective.kind != Kind::none) {
     const Sequence x = sequence(t, i, log_prob);
     Weight w = weigh(t.objective, x);

@@ -21,6 +21,8 @@ suite() { # directory of a tree, tests and options
 suite "$(pwd)" test_triton.py \
   -k "not opcheck and not costs_its_sequence or test_opcheck and False-False or costs_its_sequence and gdc and False"
 said "faults, selection"
+suite "$(pwd)" test_shards.py -k "fused and (fp32 and (plain or capped-sliced) or bf16 and plain-contiguous or not halves)"
+said "halves of a vocabulary"
 suite "$(pwd)" test_kernels.py \
   -k "vocabularies and 127 and (contiguous or unaligned or packed64) or vocabularies and 4096 and sliced or empty_and_short and mean and new and (contiguous-3-0 or packed32-1-1 or contiguous-0-4)"
 said "layouts and vocabularies"

@@ -32,7 +32,7 @@ WORK = ROOT / "build" / ("gpu-dry" if DRY else "gpu")
 OUT = WORK / "results" if DRY else ROOT / "benchmarks" / "results" / "gpu"
 SITE = ROOT / "build" / "gpu" / "site"
 MOST = 600  # seconds of one call
-SUITE = ["test_cuda.py", "test_kernels.py", "test_linear.py", "test_sample.py", "test_errors.py"]
+SUITE = ["test_cuda.py", "test_kernels.py", "test_shards.py", "test_linear.py", "test_sample.py", "test_errors.py"]
 
 
 class Part(NamedTuple):

@@ -254,7 +254,7 @@ def sum_rows(
     starts,  # (B+1) int64
     lse_of,  # (rows) fp64; NaN is written where a sequence has a fault, so that no gradient is made of it
     label_of, entropy_of,  # (rows) fp64
-    log_prob, entropy,  # (B) fp64, written; entropy only with ENTROPY
+    log_prob, entropy,  # (B) fp64, written; entropy is 0 without ENTROPY
     faults,  # (B) int64, written: the first, or NONE
     vocab, vocab_start, n_tokens,
     ENTROPY: tl.constexpr, ROWS: tl.constexpr,
@@ -283,8 +283,7 @@ def sum_rows(
     bad = worst != NONE
     tl.store(faults + i, worst)
     tl.store(log_prob + i, tl.where(bad, float("nan"), tl.sum(sums, axis=0)))
-    if ENTROPY:
-        tl.store(entropy + i, tl.where(bad, float("nan"), tl.sum(entropies, axis=0)))
+    tl.store(entropy + i, tl.where(bad, float("nan"), tl.sum(entropies, axis=0)))  # 0 without ENTROPY
     if bad:
         for start in range(first, last, ROWS):
             row = (start + tl.arange(0, ROWS)).to(tl.int64)
