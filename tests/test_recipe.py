@@ -362,4 +362,4 @@ def test_prepare_takes_a_lambda_that_is_known(tmp_path):
     first = recipe.prepare(given, say=said.append)
     again = recipe.prepare(given, fitted=first.target.state_dict(), reward=lambda x: x.log_prob, say=said.append)
     assert torch.equal(again.target.lambda_, first.target.lambda_) and str(first.target.report) in said
-    assert again.reward is not None and again.policy.model is not again.target.base.model
+    assert again.matcher.reward is not None and again.policy.model is not again.target.base.model
