@@ -305,6 +305,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         """
         has_prompts = eval_dataset is not None or self._eval_rows is not self._rows or self._has_prompts
         if isinstance(eval_dataset, str) and isinstance(self._eval_rows, dict):
+            if eval_dataset not in self._eval_rows:
+                raise ValueError(f"eval_dataset has the sets {', '.join(self._eval_rows)}, and no {eval_dataset!r}")
             rows: Any = self._eval_rows[eval_dataset]
         else:
             rows = self._eval_rows if eval_dataset is None else eval_contexts(eval_dataset)
