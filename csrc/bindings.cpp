@@ -117,10 +117,11 @@ void define_cuda(py::module_& m) {
       release());
   m.def(
       "backward",
-      [](const PyBatch& b, uintptr_t lse, uintptr_t weight, double factor, uintptr_t upstream, uintptr_t gradient_data,
-         int64_t stride_sequence, int64_t stride_row, const PyWorkspace& w) {
+      [](const PyBatch& b, uintptr_t lse, uintptr_t weight, double factor, uintptr_t upstream, double unless,
+         uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row, const PyWorkspace& w) {
         cuda::backward(b, pointer<const double>(lse), pointer<const double>(weight), factor,
-                       pointer<const double>(upstream), gradient(gradient_data, stride_sequence, stride_row), w);
+                       pointer<const double>(upstream), unless, gradient(gradient_data, stride_sequence, stride_row),
+                       w);
       },
       release());
   m.def(

@@ -130,8 +130,8 @@ def dm_loss(
             microbatch of it. A number, or a 0-d tensor, which torch.compile does not compile anew for. Default B.
         grad_scale: the grad_output that backward will bring (a GradScaler's scale, 1 / accumulation steps), if known.
             A gradient written by forward has it folded in before rounding, and float16 logits take the one-pass form
-            only with it. If another grad_output comes, the result is the same, save in place: there a float16 gradient
-            that has overflowed with the announced one stays infinite.
+            only with it. If another grad_output comes, the result is the same, save in place and in the linear losses:
+            there a float16 gradient that has overflowed with the announced one stays infinite.
         max_weight: bounds A to [-max_weight, max_weight].
         inplace: the gradient overwrites the logits, which are undefined after the call, also after an error in a row.
             Saves a tensor of their size. Ignored where no gradient is wanted.

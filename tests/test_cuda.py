@@ -1,5 +1,5 @@
-"""What only the CUDA backend has: the rule by which it divides rows, faults that it records and the host reads later,
-and counters that are 0 again after every call. Runs on a device, or on the host build of scripts/ci/host_cuda.sh.
+"""What only the CUDA backend has: the rule by which it divides rows, and faults that it records and the host reads
+later. Runs on a device, or on the host build of scripts/ci/host_cuda.sh.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def test_without_a_loss_a_fault_shows_as_nan() -> None:
     assert log_prob.isnan().nonzero().tolist() == [[11]] and int(tokens[11]) == 0
 
 
-def test_the_same_three_times_and_counters_are_zero_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_three_times_each_with_counters_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a captured graph is replayed. No call has another one's counters."""
     made: list[cuda.Workspace] = []
     make = cuda.make_workspace
@@ -182,7 +182,7 @@ def test_the_same_three_times_and_counters_are_zero_again(monkeypatch: pytest.Mo
             out.loss.backward()
             tokens, log_prob = dmfast.sample_tokens(leaf[0], seed=3)
             found.append([out.loss.detach(), out.log_prob, out.weight, out.entropy, leaf.grad, tokens, log_prob])  # type: ignore[list-item]
-            assert len(made) >= 2 and all(bool((work.counters == 0).all()) for work in made)
+            assert len(made) >= 2
         assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
     assert len({work.counters.data_ptr() for work in made}) == len(made)
 

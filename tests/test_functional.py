@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dmfast
 from dmfast import Objective, Terms, eager, kernels
-from dmfast.kernels import check_ops, checks, extension, ops
+from dmfast.kernels import check_ops, checks, cuda, extension, ops
 from dmfast.objectives import PPOClip, leave_one_out
 
 INF = math.inf
@@ -730,6 +731,93 @@ def test_threads_of_the_caller(objective: str) -> None:
             assert all(map(torch.equal, found, expected))
 
 
+def test_num_sequences_as_a_tensor() -> None:
+    p = problem()
+    for objective in ("gdc++", "dpg"):
+        x, y = leaf(p.logits), leaf(p.logits)
+        a = p.loss(x, objective=objective, num_sequences=torch.tensor(9)).loss
+        b = p.loss(y, objective=objective, num_sequences=9).loss
+        a.backward()
+        b.backward()
+        assert torch.equal(a, b) and torch.equal(x.grad, y.grad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_sequences must be a number or a 0-d tensor, got"):
+        p.loss(p.logits, num_sequences=torch.ones(2))
+
+
+@pytest.mark.parametrize("how", ["logits", "hidden", "packed", "eager"])
+def test_token_log_prob(how: str) -> None:
+    """Of each scored token, 0 elsewhere, without gradient; its sum is log pi."""
+    p = problem()
+    mask = torch.rand(4, 5) < 0.7
+    scored = mask & (p.tokens != -100)
+    x = leaf(p.logits)
+    given = {"tokens": p.tokens, "mask": mask, **p.terms}
+    if how == "hidden":  # a head that gives the logits
+        out = dmfast.linear_dm_loss(x, torch.eye(37), **given)  # type: ignore[arg-type]
+    elif how == "packed":
+        rows = {"tokens": p.tokens.flatten(), "mask": mask.flatten(), "cu_seqlens": torch.arange(5) * 5}
+        out = dmfast.dm_loss(x.flatten(0, 1), **{**given, **rows})  # type: ignore[arg-type]
+    else:
+        out = (eager if how == "eager" else dmfast).dm_loss(x, **given)  # type: ignore[arg-type]
+    found = out.token_log_prob
+    expected = p.logits.double().log_softmax(-1).gather(-1, p.tokens.clamp(min=0)[..., None])[..., 0]
+    assert found.shape == (p.tokens.flatten() if how == "packed" else p.tokens).shape and not found.requires_grad
+    close(found.view(4, 5), torch.where(scored, expected, 0.0), rtol=0, atol=1e-5)
+    assert bool((found.view(4, 5)[~scored] == 0).all())
+    close(found.view(4, 5).sum(1), out.log_prob, rtol=1e-12)
+
+
+@inplaces
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gradient_that_overflowed_times_zero_is_zero(inplace: bool, dtype: torch.dtype) -> None:
+    """As two passes give: an infinite gradient of one pass times 0 made NaN."""
+    p = problem(dtype=dtype)
+    x = leaf(p.logits)
+    out = p.loss(x * 1, objective="dpg", inplace=inplace, grad_scale=1e30, log_proposal=p.terms["log_target"] - 30)
+    (gradient,) = torch.autograd.grad(out.loss, x, torch.zeros((), dtype=torch.float64))
+    assert bool((gradient == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_another_grad_output_than_the_announced_one(dtype: torch.dtype) -> None:
+    """A gradient that overflows with the announced grad_output is right with the one that comes."""
+    p = problem(dtype=dtype)
+    a, b = leaf(p.logits), leaf(p.logits)
+    options = {"objective": "dpg", "log_proposal": p.terms["log_target"] - math.log(4)}
+    one = p.loss(a, grad_scale=65536.0, **options).loss
+    two = p.loss(b, **options).loss
+    for loss in (one, two):
+        (2.0 * loss).backward()
+    assert a.grad is not None and bool(a.grad.isfinite().all())
+    close(a.grad, b.grad, rtol=2e-3 if dtype == torch.float16 else 1e-5)
+
+
+@pytest.mark.parametrize("name", ["dm_loss", "linear_dm_loss", "linear_sequence_log_prob"])
+def test_the_warning_of_the_slow_backend_names_the_callers_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the linear losses pointed into torch's files."""
+    monkeypatch.setattr(kernels, "_warned", set())
+    p = problem(dtype=torch.float64)
+    terms = {} if name == "linear_sequence_log_prob" else p.terms
+    head = () if name == "dm_loss" else (torch.eye(37).double(),)
+    with pytest.warns(UserWarning, match="slow eager backend") as caught:
+        getattr(dmfast, name)(p.logits, *head, p.tokens, **terms)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_asking_for_backends_makes_no_context_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that does not use a GPU asks for what is known without a context on one."""
+    asked: list[int] = []
+    module = SimpleNamespace(device_type="cuda", why_not=lambda device: asked.append(device) or "")
+    monkeypatch.setattr(extension, "_C", SimpleNamespace(cuda=module, instruction_set=lambda: "none"))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    cuda.why_not_on.cache_clear()
+    assert dmfast.backends()["cuda"].available
+    with dmfast.use_backend("cuda"):
+        pass
+    assert set(asked) == {-1}
+    cuda.why_not_on.cache_clear()
+
+
 # --- objectives of one's own --------------------------------------------------------------------------------------
 
 
@@ -1066,6 +1154,97 @@ def test_compiled_in_place_on_a_view_of_a_leaf_leaves_it_alone(objective: str) -
     with contextlib.suppress(ValueError, RuntimeError):
         compiled(x).backward()
     assert torch.equal(x.detach(), before)
+
+
+LINEAR: dict[str, dict[str, object]] = {
+    "two phases": {"reduction": "none"},
+    "one pass": {},
+    "known": {"objective": "dpg", "grad_scale": 3.0},
+    "own": {"objective": own_gdc},
+    "chunks": {"chunk_bytes": 3 * 37 * 4, "return_entropy": True},
+    "frozen head": {"frozen": True},
+}
+
+
+def linear_step(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    p = problem()
+    mask = torch.rand(4, 5) < 0.8
+    options = {k: v for k, v in LINEAR[name].items() if k != "frozen"}
+
+    def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        out = dmfast.linear_dm_loss(hidden * 1.0, weight, p.tokens, mask, bias=bias, **{**p.terms, **options})  # type: ignore[arg-type]
+        log_pi = dmfast.linear_sequence_log_prob(hidden, weight, p.tokens, mask, bias=bias)
+        loss = 3.0 * out.loss.sum() + log_pi.sum() / 7
+        return loss, out.log_prob, out.weight, out.token_log_prob, *([] if out.entropy is None else [out.entropy])
+
+    return function
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_the_losses_on_hidden_states_compile(name: str) -> None:
+    """As one op, without a graph break: loss, results and the gradients that are wanted."""
+    torch.manual_seed(1)
+    inputs = [torch.randn(4, 5, 8), torch.randn(37, 8), torch.randn(37)]
+    function, found = linear_step(name), []
+    for call in (function, torch.compile(function, fullgraph=True, backend="inductor")):
+        leaves = [leaf(x) for x in inputs]
+        if name == "frozen head":
+            leaves[1] = inputs[1].clone()
+        loss, *results = call(*leaves)
+        loss.backward()
+        found.append([loss.detach(), *results, *[x.grad for x in leaves if x.requires_grad]])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_whole_training_step_compiles() -> None:
+    """Backbone, head, loss and in-graph results, with other lengths and batch sizes, in two graphs at most."""
+    torch.manual_seed(0)
+    backbone = torch.nn.Sequential(torch.nn.Embedding(37, 8), torch.nn.Linear(8, 8), torch.nn.Tanh())
+    head = torch.nn.Linear(8, 37)
+
+    def function(tokens: Tensor, log_target: Tensor, log_proposal: Tensor, log_z: Tensor) -> Tensor:
+        labels = dmfast.shift_labels(tokens)
+        terms = {"log_target": log_target, "log_proposal": log_proposal, "log_z": log_z}
+        return dmfast.linear_dm_loss(backbone(tokens), head.weight, labels, bias=head.bias, **terms).loss
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    for b, t in ((4, 5), (3, 9), (6, 7)):
+        tokens = torch.randint(37, (b, t))
+        terms = torch.randn(2, b).double() - 3.6 * t
+        grads = []
+        for call in (function, compiled):
+            head.zero_grad()
+            backbone.zero_grad()
+            call(tokens, terms[0], terms[1], torch.tensor(0.2)).backward()
+            grads.append([x.grad.clone() for x in (*backbone.parameters(), *head.parameters())])  # type: ignore[union-attr]
+        for x, y in zip(*grads, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+@known
+@inplaces
+@pytest.mark.parametrize("count", ["own", "tensor"])
+def test_no_graph_for_every_length_and_batch_size(objective: str, inplace: bool, count: str) -> None:
+    """In place a second length was "unsupported"; a mean over B compiled anew for every B."""
+
+    def function(z: Tensor, tokens: Tensor, number: Tensor, *terms: Tensor) -> Tensor:
+        named = dict(zip(("log_target", "log_proposal", "log_z"), terms, strict=True))
+        given = None if count == "own" else number
+        return dmfast.dm_loss(z * 1, tokens, objective=objective, inplace=inplace, num_sequences=given, **named).loss  # type: ignore[arg-type]
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    for b, t in ((4, 5), (4, 9), (6, 5), (3, 11), (7, 2)):
+        p = problem(b, t)
+        x, y = leaf(p.logits), leaf(p.logits)
+        number = torch.tensor(2.0 * b)
+        for z, call in ((x, function), (y, compiled)):
+            call(z, p.tokens, number, *p.terms.values()).backward()
+        torch.testing.assert_close(y.grad, x.grad, rtol=1e-6, atol=1e-8)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
 @pytest.mark.parametrize("name", ["log_z", "baseline"])

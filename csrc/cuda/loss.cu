@@ -256,7 +256,9 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
 // 6: what fp32 has anyway, but for sm_80, whose compiler else spills for the sake of 8
 template <class T, bool Cap>
 __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 4 && !Cap ? 6 : 0)
-    write_rows(Batch b, const double* lse, const double* weight, double factor, const double* upstream, Gradient g) {
+    write_rows(Batch b, const double* lse, const double* weight, double factor, const double* upstream, double unless,
+               Gradient g) {
+  if (upstream && *upstream == unless) return;
   struct OneRow {
     double coefficient, at_label;
   };
@@ -363,14 +365,14 @@ void forward_backward(const Batch& b, const Terms& t, const Outputs& out, double
 }
 
 void backward(const Batch& b, const double* lse, const double* weight, double factor, const double* upstream,
-              const Gradient& g, const Workspace& w) {
+              double unless, const Gradient& g, const Workspace& w) {
   if (b.rows == 0) return;
   const OnDevice guard(w.device);
   with_type(b.dtype, [&](auto type) {
     using T = decltype(type);
     const auto kernel = b.options.softcap > 0 ? write_rows<T, true> : write_rows<T, false>;
     DMF_LAUNCH(kernel, grid(b, b.rows), plan_once(b.options.vocab, sizeof(T)).threads, 0,
-               static_cast<cudaStream_t>(w.stream), b, lse, weight, factor, upstream, g);
+               static_cast<cudaStream_t>(w.stream), b, lse, weight, factor, upstream, unless, g);
   });
   check(cudaGetLastError());
 }

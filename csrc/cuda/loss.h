@@ -13,7 +13,7 @@ struct Workspace {
   int device;
   void* stream;
   int64_t* faults;     // (sequences), anything
-  unsigned* counters;  // (sequences + 1), 0; and 0 again after the call
+  unsigned* counters;  // (sequences + 1), 0
   int64_t* status;     // 1: the first fault as place * 8 + fault, -1: none. A weight's place is a sequence, plus 2^59
 };
 
@@ -28,9 +28,10 @@ void forward(const Batch&, const Terms&, const Outputs&, const Workspace&);
 void forward_backward(const Batch&, const Terms&, const Outputs&, double factor, const Gradient&, const Workspace&);
 
 // dz = weight[sequence] * factor * upstream[0] * d(log-softmax); upstream may be null. Rows that are not scored or have
-// no log-sum-exp and sequences of weight 0 are zeroed without being read.
+// no log-sum-exp and sequences of weight 0 are zeroed without being read. Where upstream[0] is unless, dz holds its
+// gradient already and nothing is done.
 void backward(const Batch&, const double* lse, const double* weight, double factor, const double* upstream,
-              const Gradient&, const Workspace&);
+              double unless, const Gradient&, const Workspace&);
 
 // dz *= upstream[0] * factor on scored rows, or on all where labels is null; no gradient is read where that is 1 or 0
 void scale(const Batch&, double factor, const double* upstream, const Gradient&, const Workspace&);

@@ -277,7 +277,6 @@ __device__ inline bool is_last(unsigned* counter, int64_t count, bool& last) {
   if (threadIdx.x == 0) {
     __threadfence();
     last = atomicAdd(counter, 1u) == static_cast<unsigned>(count - 1);
-    if (last) *counter = 0;
     __threadfence();
   }
   __syncthreads();

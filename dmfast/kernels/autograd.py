@@ -126,22 +126,21 @@ class _Loss(torch.autograd.Function):
         options: Options = ctx.options
         backend: Backend = ctx.backend
         inplace, expected, dz = options.inplace, options.expected, ctx.dz
-        if expected is not None and (inplace or dz is not None):
-            # the gradient is there already, multiplied by the grad_output that was expected
-            if inplace:
-                dz = batch.logits.detach()
-            ctx.dz = None  # given away: with retain_graph a second backward computes its own
+        if expected is not None and inplace:
+            dz = batch.logits.detach()
             backend.scale(batch, dz, 1.0 / expected, grad_loss)
-            if inplace:
-                # also where nothing was written: a second backward must not have this again
-                torch.autograd.graph.increment_version(batch.logits)
+            # also where nothing was written: a second backward must not have this again
+            torch.autograd.graph.increment_version(batch.logits)
             return dz, None, None, None, None
-        dz = new_gradient(batch, inplace)
+        ctx.dz = None  # given away: with retain_graph a second backward computes its own
         lse, weight = rows.select(0, LSE), sequences.select(0, WEIGHT)
         if options.reduction == "none":
+            dz = new_gradient(batch, inplace)
             backend.backward(batch, lse, weight * grad_loss.to(torch.float64), 1.0, dz)
         else:
-            backend.backward(batch, lse, weight, 1.0 / options.divide_by, dz, grad_loss)
+            unless = None if dz is None else expected
+            dz = new_gradient(batch, inplace) if dz is None else dz
+            backend.backward(batch, lse, weight, 1.0 / options.divide_by, dz, grad_loss, unless)
         return dz, None, None, None, None
 
 

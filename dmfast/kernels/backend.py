@@ -55,8 +55,9 @@ class Backend(Protocol):
         ...
 
     def backward(
-        self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None
-    ) -> None:
+        self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None,
+        unless: float | None = None,
+    ) -> None:  # fmt: skip
         """Write dz = weight * factor * upstream * d(-log-softmax): one read and one write per logit.
 
         Args:
@@ -66,6 +67,7 @@ class Backend(Protocol):
             factor: a number known to the host.
             dz: like the logits, or the logits themselves.
             upstream: 0-d fp64, read where it lies.
+            unless: the upstream for which dz holds its gradient already; then nothing is read or written.
         """
         ...
 

@@ -338,16 +338,24 @@ def check_call(
                 "inplace=True overwrites logits with their gradient, but logits is a view of a leaf, whose values you "
                 "still need; pass what a model returned, or inplace=False"
             )
-        # rows may lie in any order but must not share memory: (B,T,V) or its transpose, with gaps
-        dims = [(d, s) for d, s in zip(logits.shape, logits.stride(), strict=True) if d > 1]
-        reach = 1
-        for size, stride in sorted(dims, key=lambda x: x[1]):
-            if stride < reach:
-                raise ValueError(
-                    f"inplace=True needs logits whose elements do not share memory, got strides {logits.stride()} for "
-                    f"shape {tuple(logits.shape)} (an expanded tensor?); pass inplace=False or logits.contiguous()"
-                )
-            reach = stride * (size - 1) + reach
+        if _shares_memory(logits):
+            raise ValueError(
+                f"inplace=True needs logits whose elements do not share memory, got strides {logits.stride()} for "
+                f"shape {tuple(logits.shape)} (an expanded tensor?); pass inplace=False or logits.contiguous()"
+            )
+
+
+def _shares_memory(x: Tensor) -> bool:
+    """Whether two elements lie at one address. Rows may lie in any order: (B,T,V) or its transpose, with gaps."""
+    dims = [(d, s) for d, s in zip(x.shape, x.stride(), strict=True) if d > 1]
+    if torch.compiler.is_compiling():  # sizes may be symbols, which can't be put in order
+        return any(stride == 0 for _, stride in dims)
+    reach = 1
+    for size, stride in sorted(dims, key=lambda each: each[1]):
+        if stride < reach:
+            return True
+        reach = stride * (size - 1) + reach
+    return False
 
 
 def check_weight_tensor(weight: object, batch: Batch) -> None:

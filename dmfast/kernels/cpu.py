@@ -48,10 +48,13 @@ class Cpu:
         return scores
 
     def backward(
-        self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None
-    ) -> None:
+        self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None,
+        unless: float | None = None,
+    ) -> None:  # fmt: skip
         """Write the gradient; see ``Backend``."""
         assert extension._C is not None
+        if upstream is not None and unless is not None and float(upstream) == unless:
+            return
         extension._C.backward(
             extension.batch_struct(batch), lse.data_ptr(), weight.data_ptr(), factor, extension.pointer(upstream),
             dz.data_ptr(), *extension.row_strides(dz, batch),

@@ -70,13 +70,14 @@ class Cuda:
         return scores
 
     def backward(
-        self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None
-    ) -> None:
+        self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None,
+        unless: float | None = None,
+    ) -> None:  # fmt: skip
         """Write the gradient; see ``Backend``."""
         assert extension._C is not None
         extension._C.cuda.backward(
             extension.batch_struct(batch), lse.data_ptr(), weight.data_ptr(), factor, extension.pointer(upstream),
-            dz.data_ptr(), *extension.row_strides(dz, batch), _only_stream(dz),
+            math.nan if unless is None else unless, dz.data_ptr(), *extension.row_strides(dz, batch), _only_stream(dz),
         )  # fmt: skip
         overwritten(batch, dz)
 

@@ -167,9 +167,12 @@ class Eager:
 
     @torch.no_grad()
     def backward(
-        self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None
-    ) -> None:
+        self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None,
+        unless: float | None = None,
+    ) -> None:  # fmt: skip
         """Write the gradient; see ``Backend``."""
+        if upstream is not None and unless is not None and float(upstream) == unless:
+            return
         weight = weight * (factor if upstream is None else factor * upstream)
         dz.copy_(gradient(batch, lse, weight).reshape(dz.shape))
         overwritten(batch, dz)

@@ -238,7 +238,7 @@ struct Case {
     expect("forward", scored * kForward, [&] { forward(batch, terms, out, work); });
     for (const bool inplace : {false, true}) {
       expect(inplace ? "backward in place" : "backward", positive * kBackward + (rows - positive) * kSkipped,
-             [&] { backward(batch, lse, weight, 0.5, nullptr, gradient(inplace), work); });
+             [&] { backward(batch, lse, weight, 0.5, nullptr, NAN, gradient(inplace), work); });
       const auto known = [&] { forward_backward(batch, terms, out, 0.5, gradient(inplace), work); };
       // Sequence 1 is read for its log pi, and its gradient is 0. So is the row with a NaN; the others of its sequence
       // have their gradient by the time that it is known. Then all of them are zeroed.

@@ -117,12 +117,14 @@ class Triton:
         return scores
 
     def backward(
-        self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None
-    ) -> None:
+        self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None,
+        unless: float | None = None,
+    ) -> None:  # fmt: skip
         """Write the gradient; see ``Backend``."""
         from . import launch
 
-        launch.backward(batch, lse, weight * factor * (1.0 if upstream is None else upstream), dz)
+        there = None if upstream is None or unless is None else (upstream == unless).to(torch.int32)
+        launch.backward(batch, lse, weight * factor * (1.0 if upstream is None else upstream), dz, there)
         overwritten(batch, dz)
 
     def forward_backward(

@@ -119,13 +119,14 @@ def score(
     return Scores(rows, sequences), faults
 
 
-def backward(batch: Batch, lse: Tensor, weights: Tensor, dz: Tensor) -> None:
-    """dz = weights[sequence] * d(-log-softmax)."""
+def backward(batch: Batch, lse: Tensor, weights: Tensor, dz: Tensor, there: Tensor | None = None) -> None:
+    """Write dz = weights[sequence] * d(-log-softmax), unless ``there`` (0-d int32) says that dz holds it already."""
     if batch.n_rows:
         with _on(dz):
             loss.write_rows[(batch.n_rows,)](
-                batch.logits, batch.labels, lse, _sequence_of(batch), weights, dz, *_numbers(batch, dz),
-                WIDE=_same_alignment(batch, dz), **_options(batch),
+                batch.logits, batch.labels, lse, _sequence_of(batch), weights, dz, lse if there is None else there,
+                *_numbers(batch, dz), MAY_BE_THERE=there is not None, WIDE=_same_alignment(batch, dz),
+                **_options(batch),
             )  # fmt: skip
 
 

@@ -113,17 +113,17 @@ def score_rows(
     label = tl.load(labels + row)
     token = (label >= 0) & (label < n_tokens)
     column = label - vocab_start
-    here = (column >= 0) & (column < vocab)
+    is_here = (column >= 0) & (column < vocab)
     if not token:
         tl.store(lse_of + row, tl.where(label == IGNORE, 0.0, float("nan")).to(tl.float64))
-        tl.store(label_of + row, tl.zeros([], tl.float64))
+        tl.store(label_of + row, tl.full([], 0.0, tl.float64))
         if ENTROPY:
-            tl.store(entropy_of + row, tl.zeros([], tl.float64))
+            tl.store(entropy_of + row, tl.full([], 0.0, tl.float64))
         if WRITE:
             zero_row(dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row), vocab, W, LANES)
     else:
         z = logits + row_offset(row, steps, stride_sequence, stride_row)
-        at_label = tl.load(z + column, mask=here, other=0.0).to(tl.float32)
+        at_label = tl.load(z + column, mask=is_here, other=0.0).to(tl.float32)
         scale, cap, c = constants(scale_high, scale_low, cap_high, cap_low, CAP)
         head, packs, body, lane, offsets = packs_of(z, vocab, W, LANES)
 
@@ -174,7 +174,7 @@ def score_rows(
         log_total = tl.log(total)
         lse = scaled(top, scale, cap, CAP) + log_total
         tl.store(lse_of + row, lse)
-        tl.store(label_of + row, tl.where(here, scaled(at_label, scale, cap, CAP), 0.0))
+        tl.store(label_of + row, tl.where(is_here, scaled(at_label, scale, cap, CAP), 0.0))
         if ENTROPY:
             moments = tl.where(at_top, moment, tl.where(shrink > 0, shrink * (moment + delta * (rest + ones)), 0.0))
             all_moments = tl.sum(moments, axis=0)
@@ -198,11 +198,15 @@ def write_rows(
     sequence_of,  # (rows) int64
     weights,  # (B) fp64, A times what the gradient is multiplied by
     dz,  # as logits, written
+    there,  # int32: whether dz holds its gradient already; only with MAY_BE_THERE
     vocab, vocab_start, n_tokens, steps, stride_sequence, stride_row, dz_stride_sequence, dz_stride_row,
     scale_high, scale_low, cap_high, cap_low,
-    CAP: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr, LANES: tl.constexpr,
+    MAY_BE_THERE: tl.constexpr, CAP: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a row. One that is not scored or has weight 0 is zeroed without being read."""
+    if MAY_BE_THERE:
+        if tl.load(there) != 0:
+            return
     row = tl.program_id(0)
     label = tl.load(labels + row)
     lse = tl.load(lse_of + row)
@@ -266,13 +270,13 @@ def sum_rows(
         label = tl.load(labels + row, mask=row < last, other=IGNORE)
         scored = label != IGNORE
         token = (label >= 0) & (label < n_tokens)
-        here = (label >= vocab_start) & (label < vocab_start + vocab)
+        is_here = (label >= vocab_start) & (label < vocab_start + vocab)
         lse = tl.load(lse_of + row, mask=scored, other=0.0)
         value = tl.load(label_of + row, mask=token, other=0.0) - tl.load(lse_of + row, mask=token, other=0.0)
         sums += value
         if ENTROPY:
             entropies += tl.load(entropy_of + row, mask=token, other=0.0)
-        kind = tl.where(token, tl.where((lse != lse) | (lse == INF), 1, tl.where((value > -INF) | ~here, 0, 2)), 4)
+        kind = tl.where(token, tl.where((lse != lse) | (lse == INF), 1, tl.where((value > -INF) | ~is_here, 0, 2)), 4)
         kind = tl.where(scored, kind, 0)
         fault = tl.minimum(fault, tl.where(kind > 0, row * 8 + kind, NONE))
     worst = tl.min(fault, axis=0)
