@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,7 +46,6 @@ class Prompts:
         Raises:
             TypeError: a context_id that is no integer.
         """
-        rows = None if self.rows is None else [self.rows[place] for place in samples.context_id.tolist()]
         if self.context_id is None:
             identity = _digests(samples)
         else:
@@ -53,7 +53,7 @@ class Prompts:
             if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool or ids.dim() != 1:
                 raise TypeError(f"context_id must hold one integer for each prompt, got {self.context_id!r:.200}")
             identity = ids.to(torch.int64)[samples.context_id]
-        return replace(samples, context_id=identity, rows=rows)
+        return replace(samples.with_rows(self.rows), context_id=identity)
 
 
 def _digests(samples: Samples) -> Tensor:
@@ -88,9 +88,10 @@ class Batch:
             ``log_base`` and ``baseline`` what the objective needs.
         features: (N, F + M) fp64, the target's moments, then what it monitors.
         log_base: (N,) fp64, log a(x); NaN where b = 0.
-        forwarded: (N,) bool, the sequences that get a forward of the policy.
+        forwarded: (N,) bool, on the CPU, the sequences that get a forward of the policy.
         objective: that of this step.
         pending: what the run carries, with this step's samples; ``Matcher.commit`` makes it what holds.
+        drawn: what the sequences were drawn from, and how.
         advantage: (N,) fp64, r - baseline at the sampling policy, where the batch serves several optimiser steps.
         epoch: the steps that the batch has served before.
         anew: whether lambda is another than before, so that all earlier estimates are void.
@@ -134,8 +135,9 @@ class Batch:
         if size < 1:
             raise ValueError(f"size must be positive, got {size!r}")
         if size >= len(self):
-            return [Part(self, torch.arange(len(self), device=self.samples.tokens.device))]
-        lengths = self.samples.attention_mask.sum(1)
+            return [Part(self, torch.arange(len(self)))]
+        # places stay on the CPU, so that no part has to wait for the device to say whether it has passed
+        lengths = self.samples.attention_mask.sum(1).cpu()
         if not self.whole_contexts:
             return [Part(self, places) for places in torch.split(lengths.argsort(stable=True), size)]
         contexts: dict[int, list[int]] = {}
@@ -151,7 +153,7 @@ class Batch:
             if len(parts[-1]) + len(places) > size:
                 parts.append([])
             parts[-1] += sorted(places)
-        return [Part(self, torch.tensor(places, device=lengths.device)) for places in parts]
+        return [Part(self, torch.tensor(places)) for places in parts]
 
     def again(self) -> Batch:
         """Return the batch for another optimiser step, after ``Matcher.commit`` of the step before.
@@ -179,7 +181,7 @@ class Part:
 
     Attributes:
         batch: the whole step.
-        places: (n,) int64, which of its sequences.
+        places: (n,) int64, on the CPU, which of its sequences.
     """
 
     batch: Batch
@@ -188,7 +190,7 @@ class Part:
     def __len__(self) -> int:
         return len(self.places)
 
-    @property
+    @cached_property
     def samples(self) -> Samples:
         """The part's sequences, without columns that are padding in all of them."""
         return self.batch.samples[self.places].trimmed()

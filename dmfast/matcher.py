@@ -24,20 +24,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import adapters
 from .batch import Batch, Draw, Part, Prompts
 from .diagnostics import gradient_variance
 from .estimators import RunningEstimates
 from .kernels.result import DMLossOutput
 from .metrics import step_metrics
-from .models import AdapterView, LanguageModel
+from .models import LanguageModel
 from .objectives import Objective, PPOClip, Terms, leave_one_out_baseline, plain_baseline, weigh
 from .proposal import OfflineProposal, Scores
 from .ranks import OneProcess, Ranks
+from .refit import Refit
 from .running import Running
 from .samples import Prompt, Samples
 from .seeds import seed_for
-from .settings import AnyObjective, Settings
+from .settings import AnyObjective, Settings, check_proposal, check_target
 from .targets import EBM, Feature, FeatureValues, Scorer, TargetScores
 from .targets.constraints import as_feature
 
@@ -94,7 +94,6 @@ class Matcher:
 
     Attributes:
         running: what is carried from step to step, as of the last commit: ``partitions``, ``steps``, ...
-        estimates: the ``RunningEstimates``, the proposal's where there is one.
         batch: the batch that was drawn and is not yet committed, or None.
 
     Raises:
@@ -137,21 +136,27 @@ class Matcher:
             check_samples, refit_ess, refit_samples, patience_zero, seed,
         )  # fmt: skip
         check_target(target, policy.model, self.settings, reward)
-        _check_proposal(proposal, policy, self.settings)
+        check_proposal(proposal, policy, self.settings)
         self.policy, self.target, self.proposal = policy, target, proposal
         self.reward = None if reward is None else as_feature(reward, "reward")
         self.ranks: Ranks = OneProcess() if ranks is None else ranks
         self.check_contexts = check_contexts
         self.scorers = _scorers_of(target, self.reward)
-        self.estimates = RunningEstimates(decay) if proposal is None else proposal.running
+        self._estimates = RunningEstimates(decay)  # where there is no proposal, which has its own
         self.running = Running.start(target.lambda_.tolist(), self.settings.steered)
         self.batch: Batch | None = None
         self._passed: list[tuple[Part, DMLossOutput]] = []  # the parts of the batch that went through the loss
+        self._has_passed = torch.zeros(0, dtype=torch.bool)  # (N,) which of its sequences are in them
         self._to_repeat: Batch | None = None
-        self._pool: list[dict[str, Tensor]] = []  # scored sequences, to fit lambda again
+        self._refit = Refit(target, refit_ess, refit_samples)
         self._q_is_base: bool | None = None  # not known before the first step
         self._wrapped: LanguageModel | None = None
         self._since = 0.0  # when the batch was ready
+
+    @property
+    def estimates(self) -> RunningEstimates:
+        """The estimates of the window since the last swap, the proposal's where there is one."""
+        return self._estimates if self.proposal is None else self.proposal.running
 
     # ---- draw: samples, log P, Z
 
@@ -214,15 +219,19 @@ class Matcher:
             pending.beta.update(float(log_ratio.mean()), len(log_ratio))
         if isinstance(objective, Objective) and isinstance(objective.baseline, str):
             inputs["baseline"] = self._leave_one_out(objective, x.context_id, inputs)
-        self.batch = Batch(
+        batch = Batch(
             x, inputs, torch.cat([scores.features, scores.monitored], 1), scores.log_base,
             self._forwarded(objective, inputs), objective, pending, (contexts, how),
             advantage=weigh(self._terms(objective, inputs)) if self.settings.ppo_epochs > 1 else None, anew=anew,
             whole_contexts=self.settings.whole_contexts, counts=counts, _again=self._again,
             seconds={"sampling": sampled - start, "scoring": time.perf_counter() - sampled},
         )  # fmt: skip
+        return self._opened(batch)
+
+    def _opened(self, batch: Batch) -> Batch:
+        self.batch, self._has_passed = batch, torch.zeros(len(batch), dtype=torch.bool)
         self._since = time.perf_counter()
-        return self.batch
+        return batch
 
     def _seed(self, what: str) -> int:
         """One per step, so that a resumed run draws what an unbroken one does; and not that of anything else."""
@@ -276,12 +285,12 @@ class Matcher:
         return whole[first : first + len(context_id)]
 
     def _forwarded(self, objective: Objective | Callable[[Terms], Tensor], inputs: dict[str, Tensor]) -> Tensor:
-        """(N,) bool: not known to have weight 0."""
+        """(N,) bool, on the CPU: not known to have weight 0."""
         terms = self._terms(objective, inputs)
         if not self.settings.skip_zero_weight or not terms.weight_known:
-            return torch.ones_like(inputs["log_target"], dtype=torch.bool)
+            return torch.ones(len(inputs["log_target"]), dtype=torch.bool)
         # A does not depend on log pi where it is known, so anything will do
-        return weigh(terms) != 0
+        return (weigh(terms) != 0).cpu()
 
     def _terms(self, objective: Objective | Callable[[Terms], Tensor], inputs: dict[str, Tensor]) -> Terms:
         """The terms of the step's sequences, with log q in the place of log pi."""
@@ -306,13 +315,11 @@ class Matcher:
                 f"it has served ppo_epochs={self.settings.ppo_epochs} steps; call draw"
             )
         self.discard()
-        self.batch = replace(
+        return self._opened(replace(
             batch, epoch=batch.epoch + 1, forwarded=torch.ones_like(batch.forwarded), anew=False, gradient={},
             seconds=dict.fromkeys(("sampling", "scoring"), 0.0), counts=dict.fromkeys(batch.counts, 0.0),
             pending=replace(self.running, steps=self.running.steps + 1),
-        )  # fmt: skip
-        self._since = time.perf_counter()
-        return self.batch
+        ))  # fmt: skip
 
     def discard(self) -> None:
         """Drop the batch that is not committed. The next draw gives the same sequences again."""
@@ -349,7 +356,7 @@ class Matcher:
                 f"{self.ranks.size} ranks take this step together, and without model= the gradients would not be "
                 "reduced over them: pass the module that DDP or FSDP made of policy.model"
             )
-        if self._passes()[places].any():
+        if bool(self._has_passed[places].any()):
             raise RuntimeError("sequences of this part have passed the loss already, and would count twice")
         values, on_policy = part.inputs, self.settings.on_policy and batch.epoch == 0
         objective: Any = batch.objective
@@ -371,8 +378,9 @@ class Matcher:
             **options,
         )
         if not everything:
-            out = out.spread(kept, Terms.of(objective, on_policy, math.inf, **values))
+            out = out.spread(kept.to(out.weight.device), Terms.of(objective, on_policy, math.inf, **values))
         self._passed.append((part, out))
+        self._has_passed[places] = True
         return out
 
     def _around(self, model: nn.Module | None) -> LanguageModel:
@@ -383,14 +391,6 @@ class Matcher:
             self._wrapped = self.policy.around(model)
         return self._wrapped
 
-    def _passes(self) -> Tensor:
-        """(N,) bool, the sequences of the batch that have passed the loss."""
-        assert self.batch is not None
-        passed = torch.zeros_like(self.batch.forwarded)
-        for part, _ in self._passed:
-            passed[part.places] = True
-        return passed
-
     def _order(self) -> Tensor:
         """(N,) int64, the place of each sequence of the batch among those that have passed the loss.
 
@@ -399,7 +399,7 @@ class Matcher:
         """
         if self.batch is None:
             raise RuntimeError("there is no batch: call draw, and loss on all parts of what it returns")
-        missing = int((~self._passes()).sum())
+        missing = int((~self._has_passed).sum())
         if missing:
             raise RuntimeError(
                 f"{missing} of the batch's {len(self.batch)} sequences have not passed the loss: call it on every part "
@@ -473,8 +473,10 @@ class Matcher:
             batch, out, now, settings=settings, running=running, target=self.target, proposal=self.proposal,
             swapped=swapped, ranks=self.ranks,
         )  # fmt: skip
-        if batch.epoch == 0:
-            self._refit(batch)
+        if batch.epoch == 0 and self._refit.take(batch, self.ranks):
+            # P is another, so Z and all that was estimated under the old one is void
+            self.running = Running.start(self.target.lambda_.tolist(), self.running.beta, self.running.steps)
+            self.estimates.clear()
         return metrics
 
     def _returns(self, batch: Batch, out: DMLossOutput) -> Tensor:
@@ -534,31 +536,6 @@ class Matcher:
         partitions = running.partitions_before(self.settings.partition)
         return log_prob, log_q, log_target, partitions.updated(context, log_target, log_q).log_z(context)
 
-    def _refit(self, batch: Batch) -> None:
-        """lambda anew, where its fit rests on few samples and enough of the proposals' have been seen."""
-        report, settings, gather = self.target.report, self.settings, self.ranks.gather
-        if report is None or report.ess >= settings.refit_ess or not self.target.moment_names:
-            return
-        x, width = batch.samples, len(self.target.moment_names)
-        log_target, log_q, log_base, features, context = (
-            gather(each) for each in (batch.inputs["log_target"], x.log_prob, batch.log_base,
-                                      batch.features[:, :width], x.context_id)
-        )  # fmt: skip
-        lambda_ = self.target.lambda_.to(features)
-        log_b = torch.where(log_target == -math.inf, -math.inf, log_target - log_base - features @ lambda_)
-        self._pool.append({"features": features, "log_b": log_b, "log_ratio": log_base - log_q, "context_id": context})
-        if sum(len(each["context_id"]) for each in self._pool) < settings.refit_samples:
-            return
-        whole = {name: torch.cat([each[name] for each in self._pool]) for name in self._pool[0]}
-        self._pool = []
-        try:
-            self.target.refit(**whole)
-        except ValueError as error:
-            warnings.warn(f"lambda could not be fitted again and stays as it is: {error}", stacklevel=3)
-        if self.target.report is not report:  # P is another, so Z and all that was estimated under the old one is void
-            self.running = Running.start(self.target.lambda_.tolist(), self.running.beta, self.running.steps)
-            self.estimates.clear()
-
     def _warn_of_zero(self, batch: int) -> None:
         steps = self.running.zero_steps
         if steps and steps % self.settings.patience_zero == 0:
@@ -586,7 +563,7 @@ class Matcher:
             "estimates": self.estimates.state_dict() if self.proposal is None else None,
             "running": self.running.state_dict(),
             "q_is_base": self._q_is_base,
-            "pool": self._pool,
+            "pool": self._refit.state_dict(),
             "batch": batch,
         }
 
@@ -609,14 +586,14 @@ class Matcher:
         decay = self.estimates.decay
         if self.proposal is not None:
             self.proposal.load_state_dict(state["proposal"])
-            self.estimates = self.proposal.running
         else:
             self.estimates.load_state_dict(state["estimates"])
         self.estimates.decay = decay
         self.target.load_state_dict(state["target"])
         self.discard()
         self.running, self._to_repeat = running, batch
-        self._pool, self._q_is_base = list(state["pool"]), state["q_is_base"]
+        self._refit.load_state_dict(state["pool"])
+        self._q_is_base = state["q_is_base"]
 
     def _loaded_batch(self, state: dict[str, Any], running: Running) -> Batch:
         """The inverse of ``Batch.state_dict``."""
@@ -625,7 +602,7 @@ class Matcher:
         if state["beta"] is not None:
             objective = replace(cast(Objective, objective), beta=state["beta"])
         return Batch(
-            samples, state["inputs"], state["features"], state["log_base"], torch.ones_like(samples.score_mask[:, 0]),
+            samples, state["inputs"], state["features"], state["log_base"], torch.ones(len(samples), dtype=torch.bool),
             objective, running, advantage=state["advantage"], epoch=int(state["epoch"]), _again=self._again,
         )  # fmt: skip
 
@@ -633,45 +610,6 @@ class Matcher:
         """Draw a new batch next, although the last one serves more steps."""
         self.discard()
         self._to_repeat = None
-
-
-def check_target(target: EBM, model: nn.Module, settings: Settings, reward: Callable[[Samples], Any] | None) -> None:
-    """Check what can't be trained, before anything is set up for it.
-
-    Raises:
-        ValueError: a base that would move with the model, a target that is not fitted, an objective without its reward.
-    """
-    base = target.base
-    theirs = getattr(base, "model", None)
-    if isinstance(base, AdapterView) and base.model is model:
-        adapters.check(model)
-    elif isinstance(theirs, nn.Module) and not {p.data_ptr() for p in theirs.parameters()}.isdisjoint(
-        p.data_ptr() for p in model.parameters()
-    ):
-        raise ValueError(
-            "target.base shares parameters with the model that is to be trained, so the target would move with it "
-            "(an adapter put into a model changes that model too); give the EBM a copy from before, "
-            "LanguageModel(copy.deepcopy(model), tokenizer), or for a PEFT model the view without its adapter, "
-            "LanguageModel(model, tokenizer).base()"
-        )
-    if not target.fitted:
-        raise ValueError(f"{target} is not fitted, so its lambda is not known: call target.fit(...) first")
-    if "reward" in settings.needs and reward is None:
-        raise ValueError(f"objective {settings.name!r} needs reward=, a callable on Samples that gives R(x)")
-
-
-def _check_proposal(proposal: OfflineProposal[Any] | None, policy: LanguageModel, settings: Settings) -> None:
-    if proposal is None:
-        return
-    if getattr(proposal.policy, "model", proposal.policy) is not policy.model:
-        raise ValueError("proposal is a copy of another model than policy: write OfflineProposal(policy)")
-    if settings.on_policy:
-        raise ValueError("on_policy=True says that the policy itself draws, and proposal is what draws: leave one out")
-    if settings.skip_zero_weight and proposal.criterion == "js" and not settings.check_samples:
-        raise ValueError(
-            "skip_zero_weight=True leaves log pi unknown where P = 0, and the proposal's criterion 'js' needs it "
-            "there; use kl or tvd, or fresh samples (check_samples)"
-        )
 
 
 def _scorers_of(target: EBM, reward: Feature | None) -> dict[str, Scorer]:

@@ -44,8 +44,7 @@ def step_metrics(
     """
     gather, inputs, objective = ranks.gather, batch.inputs, batch.objective
     assert out.log_target is not None and out.log_proposal is not None and out.log_z is not None
-    seen = batch.pending.partitions.log_z(batch.samples.context_id)
-    finite = seen[seen.isfinite()]
+    finite = out.log_z[out.log_z.isfinite()]
     log_z = float(finite.mean()) if len(finite) else -math.inf
     log_u = torch.where(out.log_z == -math.inf, -math.inf, out.log_target - out.log_proposal - out.log_z)
     means = gather(batch.features).mean(0)

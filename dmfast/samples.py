@@ -121,6 +121,14 @@ class Samples:
             raise IndexError(f"the index goes from {int(places.min())} to {int(places.max())}, beyond {n} sequences")
         return places.long()
 
+    def with_rows(self, rows: Sequence[Mapping[str, Any]] | None) -> Samples:
+        """Return the samples with the row of the data set that each sequence's prompt came from.
+
+        Args:
+            rows: one for each prompt, where ``context_id`` still is the prompt's place. None: there are none.
+        """
+        return replace(self, rows=None if rows is None else [rows[place] for place in self.context_id.tolist()])
+
     def to(self, device: torch.device | str) -> Samples:
         """Return the samples with their tensors on a device."""
         return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})

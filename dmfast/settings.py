@@ -7,9 +7,14 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypeAlias, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from . import adapters
+from .models import AdapterView, LanguageModel
 from .objectives import KINDS, AdaptiveBeta, Objective, PPOClip, Terms
+from .proposal import OfflineProposal
+from .samples import Samples
+from .targets import EBM
 
 #: A name of ``OBJECTIVES``, an ``Objective``, or a function of ``Terms`` that returns the (B,) weights A.
 AnyObjective: TypeAlias = "str | Objective | Callable[[Terms], Tensor]"
@@ -158,3 +163,47 @@ class Settings:
         if self.objective == "reinforce_p":
             objective = replace(objective, log_scale=log_scale)
         return objective if beta is None else replace(objective, beta=beta.value)
+
+
+def check_target(target: EBM, model: nn.Module, settings: Settings, reward: Callable[[Samples], Any] | None) -> None:
+    """Check what can't be trained, before anything is set up for it.
+
+    Raises:
+        ValueError: a base that would move with the model, a target that is not fitted, an objective without its reward.
+    """
+    base = target.base
+    theirs = getattr(base, "model", None)
+    if isinstance(base, AdapterView) and base.model is model:
+        adapters.check(model)
+    elif isinstance(theirs, nn.Module) and not {p.data_ptr() for p in theirs.parameters()}.isdisjoint(
+        p.data_ptr() for p in model.parameters()
+    ):
+        raise ValueError(
+            "target.base shares parameters with the model that is to be trained, so the target would move with it "
+            "(an adapter put into a model changes that model too); give the EBM a copy from before, "
+            "LanguageModel(copy.deepcopy(model), tokenizer), or for a PEFT model the view without its adapter, "
+            "LanguageModel(model, tokenizer).base()"
+        )
+    if not target.fitted:
+        raise ValueError(f"{target} is not fitted, so its lambda is not known: call target.fit(...) first")
+    if "reward" in settings.needs and reward is None:
+        raise ValueError(f"objective {settings.name!r} needs reward=, a callable on Samples that gives R(x)")
+
+
+def check_proposal(proposal: OfflineProposal[Any] | None, policy: LanguageModel, settings: Settings) -> None:
+    """Check that a proposal is one of the policy, and goes with the settings.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if proposal is None:
+        return
+    if getattr(proposal.policy, "model", proposal.policy) is not policy.model:
+        raise ValueError("proposal is a copy of another model than policy: write OfflineProposal(policy)")
+    if settings.on_policy:
+        raise ValueError("on_policy=True says that the policy itself draws, and proposal is what draws: leave one out")
+    if settings.skip_zero_weight and proposal.criterion == "js" and not settings.check_samples:
+        raise ValueError(
+            "skip_zero_weight=True leaves log pi unknown where P = 0, and the proposal's criterion 'js' needs it "
+            "there; use kl or tvd, or fresh samples (check_samples)"
+        )

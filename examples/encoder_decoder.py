@@ -11,6 +11,8 @@ sum, which the policy is measured against.
 
 The 16 samples of a sentence with two numbers often hold no right one. As long as P = 0 for all that was seen of a
 context, its Z and its weights are 0, and its sequences count in ``out.n_empty``.
+
+The loop does by hand what ``dmfast.Matcher`` does, which takes a ``LanguageModel`` and so decoder-only models.
 """
 
 import argparse

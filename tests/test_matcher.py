@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -250,6 +252,31 @@ def test_several_ranks_need_the_wrapped_model():
     m.loss(m.batch, m.policy.model)
     m.commit()
     assert len(ranks.verdicts) == 1
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    """Parameters, Z, checks on fresh samples and what is logged, through DDP and a ``Ranks`` of torch.distributed."""
+    found = []
+    for number in (1, 2):
+        run = [sys.executable]
+        if number > 1:
+            run += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+        out = tmp_path / f"{number}.json"
+        run += [str(Path(__file__).parent / "matcher_job.py"), str(out)]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=300, check=False,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        found.append(json.loads(out.read_text()))
+    one, two = found
+    assert one["contexts"] == two["contexts"] and len(one["contexts"]) == 4
+    for name, values in one["parameters"].items():
+        assert two["parameters"][name] == pytest.approx(values, abs=1e-5), name
+    for mine, other in zip(two["log"], one["log"], strict=True):
+        assert mine.keys() == other.keys()
+        for name, value in other.items():
+            if "check" not in name and name not in ("swapped", "swaps"):
+                assert mine[name] == pytest.approx(value, rel=1e-3, abs=1e-4, nan_ok=True), name
+    assert all("proposal_check" in metrics for metrics in two["log"][1:])
 
 
 # --- commit

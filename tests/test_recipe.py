@@ -212,6 +212,24 @@ def test_a_scorer_from_where_the_command_runs(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_scorers_of_a_recipe_see_the_rows_of_its_prompts(tmp_path, monkeypatch):
+    """In the fit, the training, the evaluations before and after."""
+    (tmp_path / "with_rows.py").write_text(
+        "import torch\n\nseen = []\n\n\ndef right(x):\n    seen.append({row['answer'] for row in x.rows})\n"
+        "    return torch.tensor([float(row['answer'] in text) for row, text in zip(x.rows, x.text)])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "He", "answer": "was"}\n{"prompt": "She", "answer": "the"}\n')
+    right = {"scorer": {"function": "with_rows:right", "on": "samples", "binary": True, "name": "right"}}
+    path = write(tmp_path, constraints=[{"moment": right | {"value": 0.9}}], prompts=str(tmp_path / "prompts.jsonl"))
+    overrides = {"train.samples_per_context": 8, "train.output_dir": str(tmp_path / "out")}
+    log = recipe.run(recipe.read(path, overrides), say=lambda line: None)
+    from with_rows import seen
+
+    assert seen == [{"was", "the"}] * len(seen) and len(seen) >= 5
+    assert 0 < log["before"]["phi/right"].value < 1
+
+
 def test_files_that_are_no_recipe(tmp_path):
     with pytest.raises(RecipeError, match="No such file"):
         read(tmp_path / "none.yaml")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import datasets
 import pytest
 import torch
-from trainer_job import PROMPTS, WORDS, job, tokenizer
+from trainer_job import PROMPTS, WORDS, gpt2, job, tokenizer
 from trainer_tools import (
     one_thread,  # noqa: F401
     run,
 )
 
-from dmfast import Scorer
+from dmfast import EBM, LanguageModel, Moment, Scorer
 from dmfast.training.data import Contexts, StepSampler
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
@@ -132,3 +132,20 @@ def test_checks_of_the_proposal_see_the_rows(tmp_path):
     job(tmp_path, prompts=rows, constraints=[Scorer(scorer, on="samples")], samples_per_context=4, max_steps=2,
         proposal_check_samples=12).train()  # fmt: skip
     assert sizes == [8, 8, 12]
+
+
+def test_a_fit_sees_the_rows():
+    """Each scorer's row is that of the sequence's own prompt; samples bring theirs along."""
+    seen = []
+
+    def scorer(x):
+        seen.extend((row["prompt"], x.tokens[i, 0].item()) for i, row in enumerate(x.rows))
+        return torch.tensor([float(row["answer"] in text) for row, text in zip(x.rows, x.text, strict=True)])
+
+    rows = [{"prompt": "w1", "answer": "w3"}, {"prompt": "w7", "answer": "w4"}]
+    base = LanguageModel(gpt2(), tokenizer())
+    target = EBM(base, [Moment(Scorer(scorer, on="samples", name="right"), 0.4)])
+    target.fit(n=400, contexts=[row["prompt"] for row in rows], rows=rows, max_new_tokens=6)
+    assert len(seen) == 400 and all(WORDS[token] == prompt for prompt, token in seen)
+    with pytest.raises(ValueError, match="pass samples or contexts"):
+        target.fit(base.sample(n=8, max_new_tokens=6), rows=rows)

@@ -65,6 +65,8 @@ def test_several_eval_sets_are_told_apart_by_their_names(tmp_path, capsys):
     assert len(trainer.eval_samples) == 6 and trainer.eval_samples.context_id.unique().tolist() == [0, 1, 2]
     alone = trainer.evaluate(sets["long"], metric_key_prefix="x")
     assert alone["x_phi/w3"] == found["eval_long_phi/w3"] == trainer.evaluate("long")["eval_phi/w3"]
+    with pytest.raises(ValueError, match="eval_dataset has the sets short, long, and no 'wide'"):
+        trainer.evaluate("wide")
     other = trainer.evaluate({"other": ["w7"]})
     assert "eval_other_kl_policy" in other
     printed = capsys.readouterr().out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -255,6 +255,7 @@ class EBM:
         *,
         n: int = 10_240,
         contexts: Sequence[Prompt] | None = None,
+        rows: Sequence[Mapping[str, Any]] | None = None,
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         seed: int | None = 0,
@@ -269,6 +270,7 @@ class EBM:
                 the mean over contexts. Default: drawn here.
             n: how many to draw, in all; the same number for each context, rounded up.
             contexts: prompts to draw for. Default: the empty one.
+            rows: for each of the contexts the row of its data set, which scorers see as ``samples.rows``.
             max_new_tokens, temperature: of the samples drawn; they must be those of the training (the defaults are
                 ``DMConfig``'s).
             seed: of the samples drawn. ``evaluate`` and ``rejection_curve`` draw others with the same seed. None: one
@@ -288,7 +290,8 @@ class EBM:
         drawn: int | None = None
         if samples is None:
             samples, drawn = self._draw(n, contexts, max_new_tokens, temperature, seed, batch_size), max_new_tokens
-        elif contexts is not None:
+            samples = samples.with_rows(rows)
+        elif contexts is not None or rows is not None:
             raise ValueError("pass samples or contexts: the contexts of samples are told by their context_id")
         if len(samples) == 0:
             raise ValueError("samples is empty")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ def evaluate(
     seed: int | None = 0,
     batch_size: int | None = None,
     texts: int = 0,
+    rows: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[Samples, dict[str, Estimate]]:
     """Return samples and estimates of ``examine``, in one process.
 
@@ -58,7 +59,7 @@ def evaluate(
     """
     found = examine(
         model, target, prompts, n, max_new_tokens=max_new_tokens, temperature=temperature,
-        seed=None if seed is None else seed_for(seed, "evaluate"), batch_size=batch_size, texts=texts,
+        seed=None if seed is None else seed_for(seed, "evaluate"), batch_size=batch_size, texts=texts, rows=rows,
     )  # fmt: skip
     return found.samples, found.estimates
 
@@ -98,8 +99,7 @@ def examine(
         prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size,
         first_row=first_row,
     )  # fmt: skip
-    if rows is not None:
-        x = replace(x, rows=[rows[place] for place in x.context_id.tolist()])
+    x = x.with_rows(rows)
     log_base = target.base.log_prob(x, batch_size=batch_size)
     scores = target.score(x, log_base)
     features = torch.cat([scores.features, scores.monitored], 1)

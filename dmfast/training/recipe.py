@@ -307,8 +307,15 @@ def prepare(
     say(f"dmfast {__version__}: {target}, {args.objective}, {args.max_steps} steps, model {recipe['model']}")
     if fitted is None:
         fit = {"batch_size": args.sampling_batch_size, **(recipe.get("fit") or {})}
-        prompts = None if rows is None else [prompt for _, prompt in Contexts(rows, "prompts")]
-        target.fit(contexts=prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature, **fit)
+        data = Contexts(rows, "prompts")
+        prompts = None if rows is None else [prompt for _, prompt in data]
+        target.fit(
+            contexts=prompts,
+            rows=data.rows_of(range(len(data))),
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            **fit,
+        )
     else:
         target.load_state_dict(dict(fitted))
     say(str(target.report))
@@ -333,16 +340,17 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
     args, target = trainer.args, trainer.target
     out = Path(args.output_dir)
     rows = _prompts(recipe.get("prompts"))
-    prompts = None if rows is None else [prompt for _, prompt in Contexts(rows, "prompts")]
+    data = Contexts(rows, "prompts")
     settings = {"samples": args.eval_samples, "seed": args.seed + 10**6, "batch_size": args.sampling_batch_size or 256}
     settings |= recipe.get("evaluate") or {}
 
     def now(model: LanguageModel) -> tuple[Samples, dict[str, Estimate]]:
-        some = prompts if prompts is None else prompts[: settings["samples"]]
+        some = range(min(len(data), settings["samples"]))
         return evaluate(
-            model, target, some, math.ceil(settings["samples"] / len(some or [0])), max_new_tokens=args.max_new_tokens,
+            model, target, None if rows is None else [data[i][1] for i in some],
+            math.ceil(settings["samples"] / len(some)), max_new_tokens=args.max_new_tokens,
             temperature=args.temperature, seed=settings["seed"], batch_size=settings["batch_size"],
-            texts=args.eval_diversity,
+            texts=args.eval_diversity, rows=data.rows_of(some),
         )  # fmt: skip
 
     x_before, before = now(target.base)

@@ -35,13 +35,13 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..batch import Batch, Prompts
 from ..estimators import PartitionFunctions
-from ..matcher import Matcher, check_target
+from ..matcher import Matcher
 from ..metrics import feature_names
 from ..models import LanguageModel
 from ..proposal import OfflineProposal
 from ..samples import Samples
 from ..seeds import seed_for
-from ..settings import AnyObjective
+from ..settings import AnyObjective, check_target
 from ..targets import EBM
 from . import checkpoint
 from . import samples as samples_table
@@ -160,6 +160,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             self.policy, target, self.proposal, reward=reward, decay=args.proposal_decay, ranks=self._ranks,
             check_contexts=self._check_contexts, **settings.options(),
         )  # fmt: skip
+        self.reward = self.matcher.reward
         self._metrics: list[dict[str, float]] = []
         self._staging: str | None = None
         self._push_later = False
@@ -304,6 +305,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         """
         has_prompts = eval_dataset is not None or self._eval_rows is not self._rows or self._has_prompts
         if isinstance(eval_dataset, str) and isinstance(self._eval_rows, dict):
+            if eval_dataset not in self._eval_rows:
+                raise ValueError(f"eval_dataset has the sets {', '.join(self._eval_rows)}, and no {eval_dataset!r}")
             rows: Any = self._eval_rows[eval_dataset]
         else:
             rows = self._eval_rows if eval_dataset is None else eval_contexts(eval_dataset)
