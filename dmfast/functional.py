@@ -167,8 +167,8 @@ def dm_loss(
     checks.check_call(batch, reduction, num_sequences, grad_scale, inplace)
     wants_grad = logits.requires_grad and torch.is_grad_enabled()
     options, divisor = _options(batch, reduction, num_sequences, return_entropy, inplace and wants_grad)
-    if wants_grad and divisor is None:
-        options = options._replace(expected=expected_grad(terms.weight_known, logits.dtype, reduction, grad_scale))
+    if wants_grad and divisor is None and terms.weight_known:
+        options = options._replace(expected=expected_grad(True, logits.dtype, reduction, grad_scale))
     chosen = _backend_for(logits, backend)
     run = ops if torch.compiler.is_compiling() and not chosen.in_torch else autograd
     loss, scores = run.loss(chosen, batch, terms, options, wants_grad)

@@ -56,21 +56,18 @@ def expected_grad(weight_known: bool, dtype: torch.dtype, reduction: str, grad_s
     return 1.0 if grad_scale is None else float(grad_scale)
 
 
-_NOTHING = torch.empty(0)  # in a Batch kept for backward, whose tensors save_for_backward holds and watches
-
-
 def _save(ctx: Any, backend: Backend, batch: Batch, scores: Scores) -> None:
     """Keep the batch for backward; tensors that were changed in between raise PyTorch's own error there.
 
     The logits go in detached: that shares their version, and autograd would refuse to keep some views that changed.
     """
-    ctx.backend, ctx.batch = backend, batch._replace(logits=_NOTHING, labels=_NOTHING, cu_seqlens=None)
+    ctx.backend, ctx.batch = backend, batch[3:]
     ctx.save_for_backward(batch.logits.detach(), batch.labels, batch.cu_seqlens, scores.rows, scores.sequences)
 
 
 def _saved(ctx: Any) -> tuple[Batch, Tensor, Tensor]:
     logits, labels, cu_seqlens, rows, sequences = ctx.saved_tensors
-    return ctx.batch._replace(logits=logits, labels=labels, cu_seqlens=cu_seqlens), rows, sequences
+    return Batch(logits, labels, cu_seqlens, *ctx.batch), rows, sequences
 
 
 class _LogProb(torch.autograd.Function):

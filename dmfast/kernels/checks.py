@@ -94,53 +94,52 @@ def make_batch(
     """
     if not isinstance(logits, Tensor) or logits.dtype not in LOGIT_DTYPES:
         raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {describe(logits)}")
-    packed = cu_seqlens is not None
-    if logits.dim() != (2 if packed else 3):
+    shape, packed = logits.shape, cu_seqlens is not None
+    if len(shape) != (2 if packed else 3):
         raise ValueError(
             f"logits must be (B, T, V), or packed (N, V) with cu_seqlens; got {describe(logits)} "
             f"with{'' if packed else 'out'} cu_seqlens"
         )
     _check_logits(logits)
-    shape = logits.shape[:-1]
-    given = (("tokens", tokens),) if mask is None else (("tokens", tokens), ("mask", mask))
-    for name, value in given:
-        if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex:
-            raise TypeError(
-                f"{name} must be an integer{' or bool' if name == 'mask' else ''} tensor, got {describe(value)}"
-            )
-        if value.shape != shape:
-            raise ValueError(
-                f"{name} must have the shape of {what} without {'V' if what == 'logits' else 'D'}, {tuple(shape)}, got "
-                f"{describe(value)}; {what}[:, t] scores tokens[:, t]: use dmfast.shift_labels to align a model's "
-                "input_ids"
-            )
-        if value.device != logits.device:
-            raise ValueError(f"{name} is on {value.device}, {what} on {logits.device}; move it there")
-    if tokens.dtype == torch.bool:
+    _check_rows("tokens", tokens, logits, what)
+    if tokens.dtype is torch.bool:
         raise TypeError("tokens must be an integer tensor, got bool; did you swap tokens and mask?")
-    _check_scaling(temperature, softcap)
-    if packed:
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"cu_seqlens must be int32 or int64, got {describe(cu_seqlens)}")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-            raise ValueError(f"cu_seqlens must be (B+1,), got {describe(cu_seqlens)}")
-        if cu_seqlens.device != logits.device:
-            raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, {what} on {logits.device}; move it there")
-        cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
     labels = tokens if tokens.dtype is torch.int64 else tokens.to(torch.int64)
     if mask is not None:
-        labels = torch.where(mask if mask.dtype == torch.bool else mask != 0, labels, IGNORE)
-    return Batch(
-        logits=logits,
-        labels=labels.reshape(-1).contiguous(),
-        cu_seqlens=cu_seqlens,
-        n_sequences=cu_seqlens.shape[0] - 1 if cu_seqlens is not None else logits.shape[0],
-        steps=0 if packed else logits.shape[1],
-        scale=1.0 / float(temperature),
-        softcap=float(softcap or 0.0),
-        vocab_start=vocab_start,
-        whole_vocab=whole_vocab,
-    )
+        _check_rows("mask", mask, logits, what)
+        labels = torch.where(mask if mask.dtype is torch.bool else mask != 0, labels, IGNORE)
+    if type(temperature) is not float or temperature != 1.0 or softcap is not None:
+        _check_scaling(temperature, softcap)
+    labels = labels.reshape(-1)
+    if not labels.is_contiguous():
+        labels = labels.contiguous()
+    scale, cap = 1.0 / float(temperature), float(softcap or 0.0)
+    if cu_seqlens is None:
+        return Batch(logits, labels, None, shape[0], shape[1], scale, cap, vocab_start, whole_vocab)
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {describe(cu_seqlens)}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must be (B+1,), got {describe(cu_seqlens)}")
+    if cu_seqlens.device != logits.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, {what} on {logits.device}; move it there")
+    starts = cu_seqlens.to(torch.int64).contiguous()
+    return Batch(logits, labels, starts, starts.shape[0] - 1, 0, scale, cap, vocab_start, whole_vocab)
+
+
+def _check_rows(name: str, value: object, logits: Tensor, what: str) -> None:
+    """One integer, or for the mask a bool, for each row of logits."""
+    if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex:
+        raise TypeError(
+            f"{name} must be an integer{' or bool' if name == 'mask' else ''} tensor, got {describe(value)}"
+        )
+    shape = logits.shape[:-1]
+    if value.shape != shape:
+        raise ValueError(
+            f"{name} must have the shape of {what} without {'V' if what == 'logits' else 'D'}, {tuple(shape)}, got "
+            f"{describe(value)}; {what}[:, t] scores tokens[:, t]: use dmfast.shift_labels to align a model's input_ids"
+        )
+    if value.device != logits.device:
+        raise ValueError(f"{name} is on {value.device}, {what} on {logits.device}; move it there")
 
 
 # those without a parameter of their own, made once; a dict that a call fills would have torch.compile compile again
@@ -219,8 +218,6 @@ def _per_sequence(name: str, value: Tensor, device: torch.device, to: torch.devi
             value = value.expand(n)
         else:
             raise ValueError(f"{name} must have one value per sequence, ({n},), got {describe(value)}")
-    if value.requires_grad:
-        value = value.detach()
     return value if given_on == to else value.to(to)
 
 
@@ -245,15 +242,18 @@ def make_terms(
     objective = make_objective(objective)
     device, n = batch.logits.device, batch.n_sequences
     to = per_sequence_device(device)
-    columns, present, given, constants = [], 0, 0, NO_CONSTANTS
-    for c, value in enumerate((log_proposal, log_target, log_z, reward, log_base)):
+    columns: list[Tensor] = []
+    present, given, constants = 0, 0, NO_CONSTANTS
+    for c, value in ((0, log_proposal), (1, log_target), (2, log_z), (3, reward), (4, log_base)):
         if value is None:
             continue
         given |= 1 << c
         if isinstance(value, Tensor):
-            columns.append(_per_sequence(COLUMNS[c], value, device, to, n))
             present |= 1 << c
-        elif COLUMNS[c] == "log_z" and _is_number(value):
+            as_it_is = value.dtype is torch.float64 and value.dim() == 1 and value.shape[0] == n and value.device == to
+            column = value if as_it_is else _per_sequence(COLUMNS[c], value, device, to, n)
+            columns.append(column.detach() if column.requires_grad else column)
+        elif c == 2 and _is_number(value):
             constants = (0.0, 0.0, float(value), 0.0, 0.0, 0.0)
         else:
             raise TypeError(f"{COLUMNS[c]} must be a floating-point tensor, got {describe(value)}")
@@ -268,13 +268,15 @@ def make_terms(
                 f"objective {objective.name!r} needs log_proposal, the log-probability of each sequence under what it "
                 "was sampled from; or on_policy=True where that is the policy itself"
             )
-    if max_weight is not None and not _number(max_weight) > 0:
-        raise ValueError(f"max_weight must be a positive number or None, got {max_weight!r}")
+    bound = math.inf
+    if max_weight is not None:
+        if not _number(max_weight) > 0:
+            raise ValueError(f"max_weight must be a positive number or None, got {max_weight!r}")
+        bound = float(max_weight)
     if context_id is not None and (
         not isinstance(context_id, Tensor) or context_id.dtype.is_floating_point or context_id.shape != (n,)
     ):
         raise ValueError(f"context_id must be an integer tensor ({n},), got {describe(context_id)}")
-    bound = math.inf if max_weight is None else float(max_weight)
     baseline = plain_baseline(objective, n, to)
     if isinstance(baseline, str):
         block = _block(columns, n, to)
@@ -294,8 +296,9 @@ def make_terms(
 def _block(columns: list[Tensor], n: int, device: torch.device) -> Tensor:
     if not columns:
         return torch.empty(0, n, dtype=torch.float64, device=device)
-    # one operation for all columns, and one more where they are not all fp64
-    return torch.stack(columns).double()
+    # one operation for all columns, and one more where none is fp64
+    block = torch.stack(columns)
+    return block if block.dtype is torch.float64 else block.double()
 
 
 def check_call(
