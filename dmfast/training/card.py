@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .. import __version__
-
-if TYPE_CHECKING:
-    from .trainer import DMTrainer
 
 _SETTINGS = (
     "objective", "baseline", "beta", "normalize", "max_weight", "temperature", "max_new_tokens", "samples_per_context",
@@ -23,14 +20,14 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def _base_name(trainer: DMTrainer) -> str | None:
+def _base_name(trainer: Any) -> str | None:
     """A name on the hub, or the last part of a local folder, whose path is nobody else's business."""
     name = str(getattr(trainer.target.base.model.config, "name_or_path", ""))
     return (Path(name).name if Path(name).exists() else name) or None
 
 
-def model_card(trainer: DMTrainer) -> str:
-    """Markdown with target, lambda, settings and the last evaluation."""
+def model_card(trainer: Any) -> str:
+    """Return Markdown with target, lambda, settings and the last evaluation of a ``DMTrainer``."""
     import transformers
 
     args, base = trainer.args, _base_name(trainer)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers import TrainingArguments
@@ -12,9 +11,7 @@ from transformers import TrainingArguments
 from ..models import LanguageModel
 from ..objectives import TARGET_OBJECTIVES
 from ..targets import EBM
-
-if TYPE_CHECKING:
-    from .config import DMConfig
+from .config import DMConfig, refuse_parallelism
 
 # of a model's generation_config: what would change the distribution that is sampled from
 _SAMPLER_OPTIONS = (
@@ -22,23 +19,6 @@ _SAMPLER_OPTIONS = (
     "no_repeat_ngram_size", "min_length", "min_new_tokens", "suppress_tokens", "begin_suppress_tokens",
     "forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "sequence_bias", "num_beams",
 )  # fmt: skip
-
-
-def refuse_parallelism(args: TrainingArguments) -> None:
-    """Refuse more than DDP, whether asked for in the arguments or by ``accelerate launch``.
-
-    Raises:
-        ValueError: it is asked for.
-    """
-    for name, variable, what in (
-        ("fsdp", "ACCELERATE_USE_FSDP", "FSDP"),
-        ("deepspeed", "ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-        ("parallelism_config", "ACCELERATE_USE_PARALLELISM_CONFIG", "tensor, context or sequence parallelism"),
-    ):
-        by_launcher = os.environ.get(variable, "false").lower() in ("true", "1")
-        if by_launcher or getattr(args, name):
-            asked = f"{variable}, which accelerate launch sets," if by_launcher else name
-            raise ValueError(f"DMTrainer does not run under {what} yet, which {asked} asks for; use DDP")
 
 
 def refuse_arguments(args: TrainingArguments) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,11 +12,27 @@ from transformers import SchedulerType, TrainingArguments
 from ..diagnostics import nltk
 from ..proposal import CRITERIA
 from ..settings import AnyObjective, Settings
-from .checks import refuse_parallelism
 
 
 def _field(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+def refuse_parallelism(args: TrainingArguments) -> None:
+    """Refuse more than DDP, whether asked for in the arguments or by ``accelerate launch``.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    for name, variable, what in (
+        ("fsdp", "ACCELERATE_USE_FSDP", "FSDP"),
+        ("deepspeed", "ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("parallelism_config", "ACCELERATE_USE_PARALLELISM_CONFIG", "tensor, context or sequence parallelism"),
+    ):
+        by_launcher = os.environ.get(variable, "false").lower() in ("true", "1")
+        if by_launcher or getattr(args, name):
+            asked = f"{variable}, which accelerate launch sets," if by_launcher else name
+            raise ValueError(f"DMTrainer does not run under {what} yet, which {asked} asks for; use DDP")
 
 
 @dataclass
