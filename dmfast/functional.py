@@ -272,7 +272,7 @@ def linear_dm_loss(
     batch = checks.make_linear_batch(hidden, weight, bias, tokens, mask, cu_seqlens, temperature, softcap, chunk_bytes)
     terms = checks.make_terms(
         batch, objective, on_policy=on_policy, max_weight=max_weight, context_id=context_id,
-        log_proposal=log_proposal, log_target=log_target, log_z=log_z, reward=reward, log_base=log_base,
+        log_proposal=log_proposal, log_target=log_target, log_z=log_z, reward=reward, log_base=log_base, what="hidden",
     )  # fmt: skip
     checks.check_call(batch, reduction, num_sequences, grad_scale)
     options, divisor = _options(batch, reduction, num_sequences, return_entropy, inplace=False)

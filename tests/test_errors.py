@@ -751,3 +751,25 @@ def test_the_eager_backend_takes_transforms() -> None:
     leaf = call.logits.clone().requires_grad_()
     dmfast.dm_loss(leaf, call.tokens, **terms).loss.backward()
     torch.testing.assert_close(found, leaf.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 7), (2, 0, 7), (0, 0, 7)])
+def test_an_empty_array_of_numpy_is_contiguous(shape: tuple[int, ...]) -> None:
+    """Its strides are 0, and ``.contiguous()``, which the message advised, leaves it as it is."""
+    logits = torch.from_numpy(np.zeros(shape, np.float32))
+    assert logits.stride() == (0, 0, 0) and logits.is_contiguous()
+    for x in (logits, logits.clone().requires_grad_() * 1.0):
+        out = dmfast.sequence_log_prob(x, torch.zeros(shape[:2], dtype=torch.int64), inplace=x.requires_grad)
+        assert out.tolist() == [0.0] * shape[0]
+    assert dmfast.sample_tokens(torch.from_numpy(np.zeros((0, 7), np.float32)), seed=1)[0].shape == (0,)
+
+
+def test_the_linear_losses_speak_of_hidden_states() -> None:
+    hidden, head, tokens = torch.randn(2, 3, 4), torch.randn(7, 4), torch.zeros(2, 3, dtype=torch.int64)
+    terms = {"log_target": torch.zeros(2), "log_proposal": torch.zeros(2), "log_z": 0.0}
+    with pytest.raises(ValueError, match="tokens must have the shape of hidden without D"):
+        dmfast.linear_dm_loss(hidden, head, tokens[:, :2], **terms)
+    with pytest.raises(ValueError, match="log_target is on meta, hidden on cpu"):
+        dmfast.linear_dm_loss(hidden, head, tokens, **{**terms, "log_target": torch.zeros(2, device="meta")})
+    with pytest.raises(ValueError, match="weight has an empty vocabulary"):
+        dmfast.linear_dm_loss(hidden, head[:0], tokens, **terms)

@@ -44,7 +44,7 @@ def is_integer(x: object) -> bool:
 def _check_logits(logits: Tensor) -> None:
     if logits.shape[-1] == 0:
         raise ValueError(f"logits has an empty vocabulary: {describe(logits)}")
-    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1 and logits.numel():  # NumPy's empty arrays have strides of 0
         raise ValueError(
             f"the last dimension of logits must be contiguous, got strides {logits.stride()}; "
             "call .contiguous(), or keep the vocabulary as the last dimension"
@@ -195,11 +195,13 @@ def make_linear_batch(
     if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
         raise ValueError(f"chunk_bytes must be a positive integer, got {chunk_bytes!r}")
     v = weight.shape[0]
+    if v == 0:
+        raise ValueError(f"weight has an empty vocabulary: {describe(weight)}")
     logits = hidden.detach().new_empty(v).as_strided((*hidden.shape[:-1], v), (*[0] * (dims - 1), 1))
     return make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap, what="hidden")
 
 
-def _per_sequence(name: str, value: Tensor, device: torch.device, to: torch.device, n: int) -> Tensor:
+def _per_sequence(name: str, value: Tensor, device: torch.device, to: torch.device, n: int, what: str) -> Tensor:
     """(n,) in fp32 or fp64 where per-sequence values live, without gradient."""
     dtype = value.dtype
     if dtype is not torch.float64 and dtype is not torch.float32:
@@ -212,7 +214,7 @@ def _per_sequence(name: str, value: Tensor, device: torch.device, to: torch.devi
             )
     given_on = value.device
     if given_on not in (device, to):
-        raise ValueError(f"{name} is on {given_on}, logits on {device}; move it there")
+        raise ValueError(f"{name} is on {given_on}, {what} on {device}; move it there")
     if value.dim() != 1 or value.shape[0] != n:
         if name == "log_z" and value.dim() == 0:
             value = value.expand(n)
@@ -233,8 +235,11 @@ def make_terms(
     log_z: Tensor | float | None,
     reward: Tensor | None,
     log_base: Tensor | None,
+    what: str = "logits",
 ) -> Terms:
     """Return the per-sequence inputs in fp64, with what the objective needs and the baseline of this call.
+
+    ``what`` is what messages call the tensor that they go with.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device, or an input that the objective lacks.
@@ -251,7 +256,7 @@ def make_terms(
         if isinstance(value, Tensor):
             present |= 1 << c
             as_it_is = value.dtype is torch.float64 and value.dim() == 1 and value.shape[0] == n and value.device == to
-            column = value if as_it_is else _per_sequence(COLUMNS[c], value, device, to, n)
+            column = value if as_it_is else _per_sequence(COLUMNS[c], value, device, to, n, what)
             columns.append(column.detach() if column.requires_grad else column)
         elif c == 2 and _is_number(value):
             constants = (0.0, 0.0, float(value), 0.0, 0.0, 0.0)
@@ -350,6 +355,8 @@ def check_call(
 
 def _shares_memory(x: Tensor) -> bool:
     """Whether two elements lie at one address. Rows may lie in any order: (B,T,V) or its transpose, with gaps."""
+    if not x.numel():
+        return False
     dims = [(d, s) for d, s in zip(x.shape, x.stride(), strict=True) if d > 1]
     if torch.compiler.is_compiling():  # sizes may be symbols, which can't be put in order
         return any(stride == 0 for _, stride in dims)
