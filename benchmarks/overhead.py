@@ -1,5 +1,6 @@
-"""What a call costs beyond its kernel: dm_loss forward + backward on logits so small that the kernel takes no time,
-against a bare autograd.Function on the same tensor. Interleaved, medians, microseconds. Writes a JSON if told where.
+"""Measure what a call costs beyond its kernel: dm_loss forward + backward on logits so small that the kernel takes no
+time, against a bare autograd.Function on the same tensor, and against one that calls the kernels on arguments that were
+checked and converted before. Interleaved, medians, microseconds. Writes a JSON if told where.
 
     python benchmarks/overhead.py [results/overhead.json]
 """
@@ -17,6 +18,10 @@ from typing import Any
 import torch
 
 import dmfast
+from dmfast.kernels import CPU
+from dmfast.kernels.batch import LSE, WEIGHT, Batch
+from dmfast.kernels.checks import make_batch, make_terms
+from dmfast.objectives import Terms
 from dmfast.training.report import machine
 
 
@@ -35,8 +40,28 @@ class Bare(torch.autograd.Function):
         return torch.empty_like(ctx.saved_tensors[0])
 
 
+class Floor(torch.autograd.Function):
+    """The kernels of dm_loss alone: no check, no conversion, no result but the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, z: torch.Tensor, batch: Batch, terms: Terms) -> torch.Tensor:
+        """The loss."""
+        scores = CPU.forward(batch, terms, False, batch.n_sequences)
+        ctx.save_for_backward(z, scores.rows, scores.sequences)
+        ctx.batch = batch
+        return scores.total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Its gradient."""
+        z, rows, sequences = ctx.saved_tensors
+        dz = torch.empty_like(z)
+        CPU.backward(ctx.batch, rows[LSE], sequences[WEIGHT], 1.0 / ctx.batch.n_sequences, dz, grad)
+        return dz, None, None
+
+
 def main() -> None:
-    """Prints and writes the medians."""
+    """Print and write the medians."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     b, t, v, rounds = 4, 4, 32, 3000
@@ -45,8 +70,12 @@ def main() -> None:
     mask = torch.ones(b, t, dtype=torch.bool)
     log_target, log_proposal = torch.full((b,), -14.0), torch.full((b,), -14.2)
     args = {"log_target": log_target, "log_proposal": log_proposal, "log_z": 0.1}
+    batch = make_batch(z, x, mask, None, 1.0, None)
+    nothing = dict.fromkeys(("max_weight", "context_id", "reward", "log_base"))
+    terms = make_terms(batch, "gdc++", on_policy=False, **args, **nothing)
     rivals: dict[str, Callable[[], torch.Tensor]] = {
         "bare autograd.Function": lambda: Bare.apply(z),
+        "the kernels alone": lambda: Floor.apply(z, batch, terms),
         "dm_loss gdc++": lambda: dmfast.dm_loss(z, x, mask, **args).loss,
         "dm_loss gdc++, fp64 (B) inputs": lambda: (
             dmfast.dm_loss(z, x, log_target=log_target.double(), log_proposal=log_proposal.double(), log_z=0.1).loss
