@@ -130,8 +130,10 @@ def _type(name: str, dtype: str) -> str:
         return "*" + dtype
     if name in ("labels", "sequence_of", "starts", "faults", "row_ids", "tokens"):
         return "*i64"
-    if name in ("lse_of", "log_prob_of", "entropy_of", "weights", "factors", "log_prob", "entropy", "uniforms"):
+    if name in ("lse_of", "label_of", "entropy_of", "weights", "factors", "log_prob", "entropy", "uniforms"):
         return "*fp64"
+    if name == "there":
+        return "*i32"
     if name.startswith(("scale_", "cap_")):
         return "fp32"
     return "i64" if "stride" in name else "i32"
@@ -152,7 +154,8 @@ def triton_kernels() -> Iterator[TritonKernel]:
                 name = f"score_rows<{tag}{', entropy' if entropy else ''}{', known weight' if write else ''}>"
                 constants = {**wide, "ENTROPY": entropy, "WRITE": write}
                 yield TritonKernel(name, loss.score_rows, dtype, shape.warps, constants)
-            yield TritonKernel(f"write_rows<{tag}>", loss.write_rows, dtype, shape.warps, wide)
+            writes = {**wide, "MAY_BE_THERE": True}  # one load more than what backward mostly launches
+            yield TritonKernel(f"write_rows<{tag}>", loss.write_rows, dtype, shape.warps, writes)
             if not cap:
                 yield TritonKernel(f"scale_rows<{tag}>", loss.scale_rows, dtype, shape.warps, row)
         for wide in (False, True):
