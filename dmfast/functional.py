@@ -57,11 +57,14 @@ def shift_labels(input_ids: Tensor, mask: Tensor | None = None, prompt_len: int 
     return labels
 
 
-def _backend_for(logits: Tensor, name: str | None) -> Backend:
+def _backend_for(logits: Tensor, name: str | None, *others: Tensor | None) -> Backend:
     """The backend of a call, which can read the logits' memory where it has to."""
+    compiling = torch.compiler.is_compiling()
+    if name is None and logits.is_meta and not compiling:
+        raise TypeError("logits are on the device meta, where they have no values")
     backend = select(logits, name)
-    if not backend.in_torch and not torch.compiler.is_compiling():
-        faults.check_memory(logits)
+    if not backend.in_torch and not compiling:
+        faults.check_memory(logits, *others)
     return backend
 
 
@@ -73,7 +76,8 @@ def _options(
     if isinstance(num_sequences, Tensor):
         if compiling or num_sequences.device.type != "cpu":
             return Options(reduction, 1.0, entropy, inplace, None), num_sequences
-        num_sequences = float(num_sequences)
+        num_sequences = float(num_sequences.detach())
+        checks.check_number("num_sequences", num_sequences)
     if compiling and reduction == "mean" and num_sequences is None:
         return Options(reduction, 0.0, entropy, inplace, None), None  # no graph for every B
     return Options(reduction, denominator(batch, reduction, num_sequences), entropy, inplace, None), None
@@ -279,7 +283,7 @@ def linear_dm_loss(
     if isinstance(terms.objective, Objective) and divisor is None:
         # the weight is formed inside a chunk, whether or not it depends on pi
         options = options._replace(expected=expected_grad(True, hidden.dtype, reduction, grad_scale))
-    chosen = _backend_for(batch.logits, backend)
+    chosen = _backend_for(batch.logits, backend, hidden, weight, bias)
     if chosen.in_torch:
         batch = batch._replace(logits=torch.nn.functional.linear(hidden, weight, bias))
         loss, scores = autograd.loss(chosen, batch, terms, options, True)
@@ -316,7 +320,7 @@ def linear_sequence_log_prob(
     """
     hidden, weight, bias = cast("tuple[Tensor, Tensor, Tensor | None]", _autocast(hidden, weight, bias))
     batch = checks.make_linear_batch(hidden, weight, bias, tokens, mask, cu_seqlens, temperature, softcap, chunk_bytes)
-    chosen = _backend_for(batch.logits, backend)
+    chosen = _backend_for(batch.logits, backend, hidden, weight, bias)
     if chosen.in_torch:
         batch = batch._replace(logits=torch.nn.functional.linear(hidden, weight, bias))
         return autograd.log_prob(chosen, batch, False, False, True)[0]

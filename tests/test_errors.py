@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -557,7 +558,7 @@ def test_leave_one_out() -> None:
     objective = Objective("dpg", baseline="leave_one_out")
     refuses(good(objective=objective, on_policy=True, log_proposal=None), ValueError, "needs returns that are known")
     far = torch.tensor([-9.0, -1e4, -9.0], dtype=torch.float64)
-    message = "the return of sequence 1 is inf, which the baseline of sequence 0 averages over"
+    message = "the return of sequence 1 is inf, over which leave-one-out baselines average"
     refuses(good(objective=objective, log_proposal=far), ValueError, message)
 
 
@@ -701,7 +702,7 @@ def test_an_infinite_return_stays_in_its_own_context() -> None:
     call.logits, call.tokens = call.logits.repeat(2, 1, 1), call.tokens.repeat(2, 1)
     call.options = {k: v.repeat(2) if isinstance(v, Tensor) and v.dim() else v for k, v in call.options.items()}
     call.options["log_proposal"][-1] = -9.0
-    refuses(call, ValueError, "the return of sequence 2 is inf, which the baseline of sequence 1 averages over")
+    refuses(call, ValueError, "the return of sequence 2 is inf, over which leave-one-out baselines average")
 
 
 WATCHED: dict[str, Callable[[Callable[[Tensor], Any], Tensor], Any]] = {
@@ -729,7 +730,9 @@ def test_what_follows_operations_on_tensors_is_refused(how: str, grad_mode: bool
         (lambda h: dmfast.linear_dm_loss(h, weight, call.tokens, **terms).loss, hidden),
         (lambda z: dmfast.sample_tokens(z, seed=1)[1], call.logits[0]),
     ]
-    message = r"dmfast's kernels can't run within .*(torch\.func|make_fx|jit\.trace).*torch\.compile or torch\.export"
+    message = (
+        r"dmfast's kernels can't run within .*(torch\.func|make_fx|jit\.trace).*(or torch\.export|call it outside)"
+    )
     for function, x in functions:
         with torch.set_grad_enabled(grad_mode), pytest.raises(RuntimeError, match=message):
             WATCHED[how](function, x)
@@ -773,3 +776,67 @@ def test_the_linear_losses_speak_of_hidden_states() -> None:
         dmfast.linear_dm_loss(hidden, head, tokens, **{**terms, "log_target": torch.zeros(2, device="meta")})
     with pytest.raises(ValueError, match="weight has an empty vocabulary"):
         dmfast.linear_dm_loss(hidden, head[:0], tokens, **terms)
+
+
+FREED: dict[str, Callable[[Tensor], Tensor]] = {
+    "freed": lambda x: (x.untyped_storage().resize_(0), x)[1],
+    "zero tensor": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
+}
+
+
+@pytest.mark.parametrize("which", ["logits", "tokens", "draws"])
+@pytest.mark.parametrize("how", FREED)
+def test_storage_that_is_gone(how: str, which: str) -> None:
+    """What FSDP and offloading leave behind ended in a segfault."""
+    call = good()
+    if which == "draws":
+        run: Callable[[], Any] = partial(dmfast.sample_tokens, FREED[how](call.logits[0].clone()), seed=1)
+    else:
+        setattr(call, which, FREED[how](getattr(call, which).clone()))
+        run = call
+    with pytest.raises(TypeError, match="no memory that a kernel could read"):
+        run()
+
+
+def test_storage_that_goes_before_backward() -> None:
+    call = good()
+    z = (call.logits.clone().requires_grad_() * 1.0)  # fmt: skip
+    call.logits = z
+    loss = call().loss
+    z.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match="no memory that a kernel could read"):
+        loss.backward()
+
+
+def test_logits_that_are_a_negative_view() -> None:
+    call = good()
+    wanted = dmfast.sequence_log_prob(-call.logits, call.tokens)
+    assert torch.equal(dmfast.sequence_log_prob(torch._neg_view(call.logits), call.tokens), wanted)
+    tokens, log_prob = dmfast.sample_tokens(torch._neg_view(call.logits[0]), seed=3)
+    expected, expected_log_prob = dmfast.sample_tokens(-call.logits[0], seed=3)
+    assert torch.equal(tokens, expected) and torch.equal(log_prob, expected_log_prob)
+
+
+def test_logits_on_meta() -> None:
+    with pytest.raises(TypeError, match="logits are on the device meta"):
+        dmfast.sequence_log_prob(
+            torch.empty(2, 3, 5, device="meta"), torch.empty(2, 3, dtype=torch.int64, device="meta")
+        )
+
+
+@pytest.mark.parametrize("value", [0.0, -2.0, NAN, INF])
+@pytest.mark.parametrize("function", [dmfast.dm_loss, eager.dm_loss])
+def test_a_tensor_of_num_sequences_that_can_not_be(function: Callable[..., Any], value: float) -> None:
+    call = good()
+    with pytest.raises(ValueError, match="num_sequences must be a positive number"):
+        function(call.logits, call.tokens, **{**call.options, "num_sequences": torch.tensor(value)})
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight"])
+def test_a_dual_number_is_refused_by_the_linear_losses(name: str) -> None:
+    inputs = {"hidden": torch.randn(2, 3, 4), "weight": torch.randn(7, 4)}
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    with fwAD.dual_level():
+        inputs[name] = fwAD.make_dual(inputs[name], torch.ones_like(inputs[name]))
+        with pytest.raises(RuntimeError, match="forward-mode AD"):
+            dmfast.linear_sequence_log_prob(**inputs, tokens=tokens)

@@ -1197,6 +1197,46 @@ def test_the_losses_on_hidden_states_compile(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("layout", ["row-major", "transposed"])
+@pytest.mark.parametrize("name", ["one pass", "two phases"])
+def test_hidden_states_of_any_layout_compile(name: str, layout: str) -> None:
+    """A gradient with the strides of hidden was none that the fake kernel had announced."""
+    torch.manual_seed(1)
+    p = problem(b=4, t=5)
+    x = torch.randn(8, 20) if layout == "transposed" else torch.randn(20, 8)
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        hidden = x.t() if layout == "transposed" else x
+        options = {**p.terms, **LINEAR[name]}
+        return (
+            3.0
+            * dmfast.linear_dm_loss(
+                hidden, weight, p.tokens.flatten(), cu_seqlens=torch.arange(5) * 5, **options
+            ).loss.sum()
+        )  # type: ignore[arg-type]
+
+    same_when_compiled(function, x, torch.randn(37, 8), backend="inductor")
+
+
+@pytest.mark.parametrize("objective", ["dpg", own_gdc])
+def test_compiled_messages_name_what_the_plain_call_names(objective: object) -> None:
+    """A constant that can't be; an infinite return behind a leave-one-out baseline."""
+    p = problem()
+    for backend in ("cpu", "eager"):
+        with dmfast.use_backend(backend):
+            compiled = torch.compile(
+                lambda z: p.loss(z, objective=objective, log_z=math.inf).loss, fullgraph=True, backend="aot_eager"
+            )
+            with pytest.raises(ValueError, match="log_z holds inf at sequence 0"):
+                compiled(leaf(p.logits))
+            torch._dynamo.reset()
+    p.terms["log_proposal"][2] = -1e4
+    loo = Objective("dpg", baseline="leave_one_out")
+    compiled = torch.compile(lambda z: p.loss(z, objective=loo).loss, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="the return of sequence 2 is inf, over which leave-one-out baselines average"):
+        compiled(leaf(p.logits))
+
+
 def test_a_whole_training_step_compiles() -> None:
     """Backbone, head, loss and in-graph results, with other lengths and batch sizes, in two graphs at most."""
     torch.manual_seed(0)

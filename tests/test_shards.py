@@ -104,7 +104,8 @@ def test_a_row_whose_half_holds_nothing(backend: str) -> None:
     case.base[1, 2, :CUT] = -torch.inf
     whole, halves = whole_and_halves(case)
     run = backend_of(backend, case.logits)
-    found = run.forward(halves[0], None, False)
+    found = run.forward(halves[0], None, True)
+    assert found.rows[ROW_ENTROPY].view(4, 6)[1, 2] == 0 and bool(found.rows[ROW_ENTROPY].isfinite().all())
     assert found.lse.view(4, 6)[1, 2] == -torch.inf and bool(found.lse.isfinite().sum() == 23)
     dz = torch.full(halves[0].logits.shape, torch.nan)
     run.backward(halves[0], run.forward(whole, None, False).lse, torch.ones(4).double(), 1.0, dz)

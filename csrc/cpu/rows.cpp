@@ -83,7 +83,8 @@ DMF_INLINE void forward_row(const T* z, int64_t label, const RowOptions& o, RowS
   const RowTotal total = scan_row<T, Cap>(z, o, sink);
   out.lse = total.lse(o);
   out.label = label < 0 ? 0.0 : scaled<Cap>(to_float(z[label]), o);
-  if (Entropy) out.entropy = log(total.sum) - o.scale * sink.moment / total.sum;
+  // a shard's row may be nothing but -inf
+  if (Entropy) out.entropy = total.sum > 0 ? log(total.sum) - o.scale * sink.moment / total.sum : total.sum;
 }
 
 // dz[label], without cancellation where p is near 1: 1 - p in one expm1.

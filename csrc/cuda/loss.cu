@@ -130,8 +130,8 @@ struct Write {
   T* dz;
 
   // dz[v] = coefficient * scale * cap'(z[v]) * (softmax[v] - (v == label))
-  __device__ Write(const RowOptions& o, double lse, double coefficient, double at_label, int64_t label, T* dz)
-      : exponent(o), at_label(static_cast<float>(at_label)), label(static_cast<int>(label)), dz(dz) {
+  __device__ Write(const RowOptions& o, double lse, double coefficient, double at_label, int label, T* dz)
+      : exponent(o), at_label(static_cast<float>(at_label)), label(label), dz(dz) {
     double reference = lse / o.scale;  // a logit whose term is near 1
     if (Cap) reference = o.softcap * atanh(fmin(fmax(reference / o.softcap, -0.999), 0.999));
     exponent.set(static_cast<float>(reference));
@@ -178,8 +178,8 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
   constexpr bool kKnown = P != Pass::score;
   DMF_DYNAMIC_SHARED(memory);
   const RowOptions& o = b.options;
-  const int64_t label = b.labels[row], column = b.column(label);
-  const int vocab = static_cast<int>(o.vocab);
+  const int64_t label = b.labels[row];
+  const int column = static_cast<int>(b.column(label)), vocab = static_cast<int>(o.vocab);
   const T* z = reinterpret_cast<const T*>(b.logits) + b.offset(row);
   T* dz = kKnown ? row_of<T>(g, b, row) : nullptr;
   if (!b.is_token(label)) {
@@ -194,9 +194,9 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
   const Cut cut = kKnown ? cut_rows(z, static_cast<const T*>(dz), vocab) : cut_row(z, vocab);
   // the row's packs lie aligned in shared memory too
   T* kept = reinterpret_cast<T*>(memory) + (kWidth<T> - cut.head % kWidth<T>) % kWidth<T>;
-  const bool here = column != kElsewhere;
-  // read before dz, which may be z, is written
-  const float at_label = threadIdx.x == 0 && here ? to_float(z[column]) : 0.0f;
+  // read before dz, which may be z, is written; kept in memory during the sum, which leaves no register for it
+  const float at_label = threadIdx.x == 0 && column != kElsewhere ? to_float(z[column]) : 0.0f;
+  if (threadIdx.x == 0) out.label(row) = at_label;
 
   PartialSum<Cap, Entropy> sum(o);
   for_row<T>(cut, FromRow<T>{z}, [&](int i, const auto& pack) {
@@ -209,8 +209,8 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
   if (threadIdx.x == 0) {
     const double total = sums.a + sums.b, lse = scaled(top, o) + log(total);
     out.lse(row) = lse;
-    out.label(row) = here ? scaled(at_label, o) : 0.0;
-    if (Entropy) out.row_entropy(row) = log(total) - sums.c / total;
+    out.label(row) = scaled(static_cast<float>(out.label(row)), o);                        // 0 stays 0
+    if (Entropy) out.row_entropy(row) = total == 0.0 ? 0.0 : log(total) - sums.c / total;  // nothing but -inf
     if (kKnown) {
       const double coefficient = isfinite(lse) ? known_weight(t, sequence).weight * factor : 0.0;
       shared.lse = lse;
@@ -261,25 +261,30 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 4 && !Cap ? 6 : 0)
   if (upstream && *upstream == unless) return;
   struct OneRow {
     double coefficient, at_label;
+    int column;
   };
   DMF_SHARED(OneRow, shared);
   const RowOptions& o = b.options;
-  const int64_t row = blockIdx.x, label = b.labels[row], column = b.column(label);
+  const int64_t row = blockIdx.x;
   const int vocab = static_cast<int>(o.vocab);
   const T* z = reinterpret_cast<const T*>(b.logits) + b.offset(row);
   T* dz = row_of<T>(g, b, row);
   if (threadIdx.x == 0) {
-    const bool scored = b.is_token(label) && isfinite(lse[row]), here = column != kElsewhere;
+    const int64_t label = b.labels[row], column = b.column(label);
+    const bool scored = b.is_token(label) && isfinite(lse[row]);
     const double coefficient = scored ? weight[b.sequence_of(row)] * factor * (upstream ? *upstream : 1.0) : 0.0;
     shared.coefficient = coefficient;
-    shared.at_label = coefficient == 0.0 || !here ? 0.0 : label_gradient(to_float(z[column]), lse[row], coefficient, o);
+    shared.column = static_cast<int>(column);
+    shared.at_label = coefficient == 0.0 || column == kElsewhere
+                          ? 0.0
+                          : label_gradient(to_float(z[column]), lse[row], coefficient, o);
   }
   __syncthreads();
   if (shared.coefficient == 0.0) {
     zero_row(dz, vocab);
     return;
   }
-  const Write<T, Cap> write(o, lse[row], shared.coefficient, shared.at_label, column, dz);
+  const Write<T, Cap> write(o, lse[row], shared.coefficient, shared.at_label, shared.column, dz);
   for_row<T>(cut_rows(z, static_cast<const T*>(dz), vocab), FromRow<T>{z}, write);
 }
 

@@ -23,11 +23,13 @@ class Backend(Protocol):
         name: what ``use_backend`` calls it.
         records_faults: whether what is wrong with values is recorded by the device and read later, by ``out.check()``;
             else it is raised at once.
+        forms_weight: whether its kernels form A and tell of its faults; else torch does, in ``form.py``.
         in_torch: whether its forward is torch operations on the logits, through which autograd goes.
     """
 
     name: str
     records_faults: bool
+    forms_weight: bool
     in_torch: bool
 
     def why_not(self, device: torch.device | None, dtype: torch.dtype | None = None) -> str | None:

@@ -74,6 +74,7 @@ Flat: TypeAlias = tuple[Tensor, Tensor, Tensor | None, float, float]
 
 def flat(batch: Batch) -> Flat:
     """Return what ``batch_of`` makes a batch of: the schemas of custom ops know tensors and numbers only."""
+    assert not batch.is_shard
     return batch.logits, batch.labels, batch.cu_seqlens, batch.scale, batch.softcap
 
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..objectives import NO_CONSTANTS, Objective, Terms
+from ..objectives import KINDS, Objective, Terms
 from . import faults
 from .batch import Batch, SampleRows, batch_of, flat
 
@@ -36,11 +36,16 @@ def _(logits, labels, cu_seqlens, scale, softcap):  # type: ignore[no-untyped-de
     return torch.empty_like(labels), labels.new_empty(0) if cu_seqlens is None else torch.empty_like(cu_seqlens)
 
 
-@torch.library.custom_op("dmfast::check_terms_v2", **_OPTIONS)
-def _terms(labels: Tensor, block: Tensor, present: int, infinite_at_zero: bool, max_weight: float) -> Tensor:
-    # any objective of the kind will do: what is wrong with its own parameter was refused when it was made
-    objective = Objective("reverse_kl" if infinite_at_zero else "dpg")
-    faults.check_terms(Terms(objective, False, max_weight or math.inf, block, present, present, NO_CONSTANTS))
+@torch.library.custom_op("dmfast::check_terms_v3", **_OPTIONS)
+def _terms(
+    labels: Tensor, block: Tensor, present: int, given: int, scalars: list[float], name: str, left_out: bool
+) -> Tensor:
+    # a user's function is checked as dpg is; what is wrong with a parameter was refused when the objective was made
+    parameter = KINDS[name].parameter
+    baseline = "leave_one_out" if left_out else None
+    objective = Objective(name, baseline=baseline, **({} if parameter is None else {parameter: scalars[0]}))  # type: ignore[arg-type]
+    bound = scalars[1] or math.inf
+    faults.check_terms(Terms(objective, bool(scalars[2]), bound, block, present, given, tuple(scalars[3:])))
     return labels.clone()
 
 
@@ -106,9 +111,13 @@ def check_logits(batch: Batch) -> Batch:
 
 def check_terms(batch: Batch, terms: Terms) -> Batch:
     """Do what ``faults.check_terms`` does, and return the batch."""
-    infinite = isinstance(terms.objective, Objective) and terms.objective.infinite_at_zero
+    objective = terms.objective
     bound = terms.max_weight if terms.max_weight < math.inf else 0.0
-    labels = _terms(batch.labels, terms.block, terms.present, infinite, bound)
+    name, parameter, left_out = "dpg", 0.0, False
+    if isinstance(objective, Objective):
+        name, parameter, left_out = objective.name, objective.parameter, isinstance(objective.baseline, str)
+    scalars = [parameter, bound, float(terms.on_policy), *terms.constants]
+    labels = _terms(batch.labels, terms.block, terms.present, terms.given, scalars, name, left_out)
     return batch_of(batch.logits, labels, *flat(batch)[2:])
 
 

@@ -94,6 +94,8 @@ def make_batch(
     """
     if not isinstance(logits, Tensor) or logits.dtype not in LOGIT_DTYPES:
         raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {describe(logits)}")
+    if logits.is_neg():
+        logits = logits.resolve_neg()  # a view whose memory holds the negative
     shape, packed = logits.shape, cu_seqlens is not None
     if len(shape) != (2 if packed else 3):
         raise ValueError(
@@ -320,17 +322,13 @@ def check_call(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    # beyond 1e30 a gradient leaves fp32's range
     if isinstance(num_sequences, Tensor):
         if num_sequences.dim() or num_sequences.dtype.is_complex or num_sequences.dtype == torch.bool:
             raise ValueError(f"num_sequences must be a number or a 0-d tensor, got {describe(num_sequences)}")
-    elif num_sequences is not None and not 1e-30 <= _number(num_sequences) <= 1e30:
-        raise ValueError(
-            f"num_sequences must be a positive number, from 1e-30 to 1e30, or None, or a 0-d tensor; got "
-            f"{num_sequences!r}"
-        )
-    if grad_scale is not None and not 1e-30 <= _number(grad_scale) <= 1e30:
-        raise ValueError(f"grad_scale must be a positive number, from 1e-30 to 1e30, or None; got {grad_scale!r}")
+    elif num_sequences is not None:
+        check_number("num_sequences", num_sequences)
+    if grad_scale is not None:
+        check_number("grad_scale", grad_scale)
     if num_sequences is not None and reduction != "mean":
         raise ValueError(f"num_sequences is what reduction='mean' divides by; got reduction={reduction!r}")
     if inplace and torch.is_grad_enabled() and batch.logits.requires_grad:
@@ -368,6 +366,16 @@ def _shares_memory(x: Tensor) -> bool:
     return False
 
 
+def check_number(name: str, value: object) -> None:
+    """Check a factor of the gradient.
+
+    Raises:
+        ValueError: beyond what leaves the gradient within fp32's range.
+    """
+    if not 1e-30 <= _number(value) <= 1e30:
+        raise ValueError(f"{name} must be a positive number, from 1e-30 to 1e30, or None; got {value!r}")
+
+
 def check_weight_tensor(weight: object, batch: Batch) -> None:
     """Check what a user's own objective returned.
 
@@ -389,6 +397,8 @@ def make_draws(
     """
     if not isinstance(logits, Tensor) or logits.dtype not in LOGIT_DTYPES:
         raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {describe(logits)}")
+    if logits.is_neg():
+        logits = logits.resolve_neg()
     if logits.dim() != 2:
         raise ValueError(f"logits must be (N, V), one row for each token to draw, got {describe(logits)}")
     _check_logits(logits)

@@ -19,6 +19,7 @@ class Cpu:
 
     name = "cpu"
     records_faults = False
+    forms_weight = True
     in_torch = False
 
     def why_not(self, device: torch.device | None, dtype: torch.dtype | None = None) -> str | None:

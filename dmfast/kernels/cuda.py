@@ -23,6 +23,7 @@ class Cuda:
 
     name = "cuda"
     records_faults = True
+    forms_weight = True
     in_torch = False
 
     @property
@@ -168,26 +169,10 @@ def make_workspace(x: Tensor, n_sequences: int) -> Workspace:
     )
 
 
-def with_order(batch: Batch) -> Batch:
-    """Return the batch with cu_seqlens that no kernel can be led astray by. Where they are out of order, which the host
-    can't see without waiting, no label is a token, so that all sequences have a fault."""
-    starts, n = batch.cu_seqlens, batch.n_rows
-    if starts is None or batch.origin is not None:
-        return batch
-    if batch.n_sequences == 0 and n > 0:
-        faults.check_rows(batch)
-    ordered = (starts[0] == 0) & (starts[-1] == n) & (starts.diff() >= 0).all()
-    instead = torch.zeros_like(starts)
-    instead[-1] = n
-    return batch._replace(
-        cu_seqlens=torch.where(ordered, starts, instead), labels=torch.where(ordered, batch.labels, batch.n_tokens)
-    )
-
-
 def _queue(kernel: Any, batch: Batch, terms: Terms | None, entropy: bool, divide_by: float, *gradient: float,
            dz: Tensor | None = None) -> Scores:  # fmt: skip
     """Call a kernel, which answers later."""
-    given, batch = batch, with_order(batch)
+    given, batch = batch, faults.with_order(batch)
     scores, outputs = extension.make_outputs(batch, terms, entropy, divide_by)
     work = make_workspace(batch.logits, batch.n_sequences)
     kernel(extension.batch_struct(batch), extension.terms_struct(terms), outputs, *gradient, work.struct)

@@ -140,6 +140,7 @@ class Eager:
 
     name = "eager"
     records_faults = False
+    forms_weight = False
     in_torch = True
 
     def why_not(self, device: torch.device | None, dtype: torch.dtype | None = None) -> str | None:

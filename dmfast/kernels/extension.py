@@ -49,6 +49,22 @@ def pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def _address(x: Tensor, name: str) -> int:
+    """The address of an input, which a kernel will read.
+
+    Raises:
+        TypeError: there is nothing at it: a FakeTensor, a zero tensor without storage, or a storage that was freed, as
+            FSDP and offloading do.
+    """
+    address = x.data_ptr()
+    if address == 0 and x.numel():
+        raise TypeError(
+            f"{name} ({x.dtype} {tuple(x.shape)}) have no memory that a kernel could read: their storage is gone, or "
+            "they are a stand-in; pass a tensor that holds its values until backward is done"
+        )
+    return address
+
+
 def row_strides(x: Tensor, batch: Batch) -> tuple[int, int]:
     """Return the strides of a sequence and of a row, in logits."""
     return (0, x.stride(0)) if batch.cu_seqlens is not None else (x.stride(0), x.stride(1))
@@ -62,12 +78,12 @@ def batch_struct(batch: Batch) -> Any:
     if batch.cu_seqlens is None:
         starts, strides = 0, logits.stride()
     else:
-        starts, strides = batch.cu_seqlens.data_ptr(), (0, logits.stride(0))
+        starts, strides = _address(batch.cu_seqlens, "cu_seqlens"), (0, logits.stride(0))
     vocab = shape[-1]
     return _C.Batch(
-        DTYPES[logits.dtype], logits.data_ptr(), batch.n_sequences, batch.steps, batch.labels.shape[0], strides[0],
-        strides[1], starts, batch.labels.data_ptr(), vocab, batch.scale, batch.softcap, batch.vocab_start,
-        batch.whole_vocab or vocab, torch.get_num_threads(),
+        DTYPES[logits.dtype], _address(logits, "logits"), batch.n_sequences, batch.steps, batch.labels.shape[0],
+        strides[0], strides[1], starts, _address(batch.labels, "tokens"), vocab, batch.scale, batch.softcap,
+        batch.vocab_start, batch.whole_vocab or vocab, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -90,7 +106,7 @@ def terms_struct(terms: Terms | None) -> Any:
         return _C.Terms()
     objective, block = terms.objective, terms.block
     assert isinstance(objective, Objective)
-    return _C.Terms(objective.kind.number, flags_of(terms), block.data_ptr(), block.stride(0), terms.present,
+    return _C.Terms(objective.kind.number, flags_of(terms), _address(block, "inputs"), block.stride(0), terms.present,
                     [objective.parameter, terms.max_weight, *terms.constants])  # fmt: skip
 
 
@@ -113,8 +129,8 @@ def rows_arguments(rows: SampleRows, uniforms: Tensor | None) -> tuple[Any, ...]
     """Return what both ``sample`` functions begin with."""
     logits = rows.logits
     return (
-        DTYPES[logits.dtype], logits.data_ptr(), logits.shape[0], logits.stride(0), logits.shape[1], rows.scale,
-        rows.softcap, rows.seed, pointer(rows.row_ids), rows.step, pointer(uniforms),
+        DTYPES[logits.dtype], _address(logits, "logits"), logits.shape[0], logits.stride(0), logits.shape[1],
+        rows.scale, rows.softcap, rows.seed, pointer(rows.row_ids), rows.step, pointer(uniforms),
     )  # fmt: skip
 
 

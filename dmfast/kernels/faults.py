@@ -61,45 +61,57 @@ def place(batch: Batch, row: int) -> str:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_INSTEAD = "trace with torch.compile or torch.export, or take dmfast.use_backend('eager'), which is plain torch"
+_TRACE = "trace with torch.compile or torch.export"
+_PLAIN_TORCH = "take dmfast.use_backend('eager'), which is plain torch"
 
 
-def check_memory(logits: Tensor) -> None:
-    """Refuse logits whose memory a kernel can't read, or whose computation something records that would not see it.
+def check_memory(*inputs: Tensor | None) -> None:
+    """Refuse logits (or hidden states and head) whose memory a kernel can't read, or whose computation something
+    records that would not see it.
 
     Raises:
         TypeError: a FakeTensor or a DTensor, whose address is 0.
         RuntimeError: within vmap, grad, jvp or functionalize of torch.func, make_fx, torch.jit.trace or a
             FakeTensorMode; a dual number of forward-mode AD.
     """
-    if type(logits) not in _PLAIN:
+    for x in inputs:
+        if x is None or type(x) in _PLAIN:
+            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a FakeTensor's address is "deprecated"
-            if logits.numel() and not logits.data_ptr():
+            if x.numel() and not x.data_ptr():
                 raise TypeError(
-                    f"logits are a {type(logits).__name__} and have no memory that a kernel could read: pass a local "
-                    f"tensor (a DTensor's full_tensor()), {_INSTEAD}"
+                    f"logits are a {type(x).__name__} and have no memory that a kernel could read: pass a local "
+                    f"tensor (a DTensor's full_tensor()), {_TRACE}, or {_PLAIN_TORCH}"
                 )
-    watcher = _watcher(logits)
-    if watcher is not None:
+    found = watcher(*inputs)
+    if found is not None:
+        name, instead = found
         raise RuntimeError(
-            f"dmfast's kernels can't run within {watcher}, which does not see what they do to memory: {_INSTEAD}"
+            f"dmfast's kernels can't run within {name}, which does not see what they do to memory: {instead}"
         )
 
 
-def _watcher(logits: Tensor) -> str | None:
-    """What follows the operations on tensors in this thread, beside autograd and torch.compile; None: nothing."""
+def watcher(*inputs: Tensor | None) -> tuple[str, str] | None:
+    """Return what follows the operations on tensors in this thread, beside autograd and torch.compile, and what to do
+    instead; None: nothing does."""
     if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func (vmap, grad, jvp, functionalize)"
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if transform is not None and transform.key() == torch._C._functorch.TransformType.Vmap:
+            return "torch.func.vmap", "call it outside; the first dimension of logits is a batch already"
+        return "a transform of torch.func (grad, jvp, functionalize)", f"{_TRACE}, or {_PLAIN_TORCH}"
     if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace"
+        return "torch.jit.trace", f"{_TRACE}, or {_PLAIN_TORCH}"
     if torch._C._len_torch_dispatch_stack():
         keys = torch._C._TorchDispatchModeKey
         for key, name in ((keys.PROXY, "make_fx"), (keys.FAKE, "a FakeTensorMode"), (keys.FUNCTIONAL, "functionalize")):
             if torch._C._get_dispatch_mode(key) is not None:
-                return name
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:  # type: ignore[no-untyped-call]
-        return "forward-mode AD, where logits are a dual number"
+                return name, _TRACE
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+        for x in inputs
+    ):
+        return "forward-mode AD, where logits are a dual number", f"{_PLAIN_TORCH}"
     return None
 
 
@@ -185,11 +197,14 @@ def _check_left_out(terms: Terms, baseline: Tensor, first_sequence: int) -> None
     if not bool(bad.any()):
         return
     returns = objectives.known_returns(terms, baseline.shape[0], baseline.device)
-    culprit = _first(~returns.isfinite())
+    infinite, victim = ~returns.isfinite(), first_sequence + _first(bad)
+    advice = "its log_target is far above its log_proposal, or -inf; drop the sequence, or take a constant baseline"
+    if not bool(infinite.any()):  # it is in another part of the call
+        raise ValueError(f"the baseline of sequence {victim} averages over a return that is infinite: {advice}")
+    culprit = _first(infinite)
     raise ValueError(
-        f"the return of sequence {first_sequence + culprit} is {float(returns[culprit])}, which the baseline of "
-        f"sequence {first_sequence + _first(bad)} averages over: its log_target is far above its log_proposal, or "
-        "-inf; drop the sequence, or take a constant baseline"
+        f"the return of sequence {first_sequence + culprit} is {float(returns[culprit])}, over which leave-one-out "
+        f"baselines average: {advice}"
     )
 
 
@@ -287,6 +302,22 @@ def read_later(check: Recorded) -> tuple[Recorded, ...]:
     return ()
 
 
+def with_order(batch: Batch) -> Batch:
+    """Return the batch with cu_seqlens that no kernel can be led astray by. Where they are out of order, which the host
+    can't see without waiting, no label is a token, so that all sequences have a fault."""
+    starts, n = batch.cu_seqlens, batch.n_rows
+    if starts is None or batch.origin is not None:
+        return batch
+    if batch.n_sequences == 0 and n > 0:
+        check_rows(batch)
+    ordered = (starts[0] == 0) & (starts[-1] == n) & (starts.diff() >= 0).all()
+    instead = torch.zeros_like(starts)
+    instead[-1] = n
+    return batch._replace(
+        cu_seqlens=torch.where(ordered, starts, instead), labels=torch.where(ordered, batch.labels, batch.n_tokens)
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class DeviceFaults:
     """Raises the first fault of a call as the CPU would have, once the host may wait. Not a closure, so that a graph of
@@ -322,6 +353,21 @@ def device_faults(
 ) -> DeviceFaults:
     """Return what raises the faults of a call. It does not keep the logits."""
     return DeviceFaults(batch._replace(logits=batch.logits.new_empty(0, batch.vocab)), terms, log_prob, status, made)
+
+
+def of_whole(check: DeviceFaults) -> Tensor:
+    """Return the status of a check, 0-d, with its place in the whole call that its batch is a chunk of."""
+    status, origin = check.status, check.batch.origin
+    assert status is not None
+    if origin is None:
+        return status
+    weight_place = _WEIGHT_PLACE * 8
+    if not len(origin.rows):
+        return torch.where(status >= weight_place, status + origin.first_sequence * 8, status)
+    row = origin.rows[(status // 8).clamp(0, len(origin.rows) - 1)]
+    of_row = row * 8 + status % 8
+    of_sequence = status + origin.first_sequence * 8
+    return torch.where(status < 0, status, torch.where(status >= weight_place, of_sequence, of_row))
 
 
 def inputs_ok(terms: Terms) -> Tensor | bool:

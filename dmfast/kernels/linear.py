@@ -119,7 +119,8 @@ class _Products:
         self.wants_head = wanted[1]
         # with no row left out the products fill all of it
         empty = torch.empty_like if chunks.rows is None else torch.zeros_like
-        self.d_hidden = empty(self.hidden) if wanted[0] else None
+        # row by row, whatever the layout of hidden: that is how it is scaled, and what fake kernels say
+        self.d_hidden = empty(self.hidden, memory_format=torch.contiguous_format) if wanted[0] else None
         self.d_head: Tensor | None = None  # fp32, from the first chunk on
         self.d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
 
@@ -155,7 +156,7 @@ class _Products:
         d_hidden = None if self.d_hidden is None else self.d_hidden.view(hidden.shape)
         d_head = None
         if self.wants_head:
-            d_head = torch.zeros_like(self.head) if self.d_head is None else self.d_head.to(self.head.dtype)
+            d_head = self.head.new_zeros(self.head.shape) if self.d_head is None else self.d_head.to(self.head.dtype)
         d_bias = None if self.d_bias is None or self.bias is None else self.d_bias.to(self.bias.dtype)
         return [d_hidden, d_head, d_bias]
 

@@ -39,6 +39,7 @@ from .form import reduce
 FourTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 FiveTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 SevenTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_NORMALIZED, _LEFT_OUT = 1, 2  # flags: what an objective's name and number don't say
 _NAMES = {kind.number: name for name, kind in reversed(KINDS.items())}  # of two the first: the baseline is a column
 
 
@@ -46,27 +47,33 @@ def flat_terms(terms: Terms) -> tuple[Any, ...]:
     """Return terms as the arguments of the ops from ``kind`` on."""
     objective = terms.objective
     assert isinstance(objective, Objective)
-    # the bound last, as a number that every compiler can print
+    flags = (_NORMALIZED if objective.normalize else 0) | (_LEFT_OUT if isinstance(objective.baseline, str) else 0)
+    # no bound is 0: a number that every compiler can print
     scalars = [objective.parameter, terms.max_weight if terms.max_weight < math.inf else 0.0, *terms.constants]
-    return (objective.kind.number, terms.on_policy, objective.normalize, terms.block, terms.present, terms.given,
-            scalars)  # fmt: skip
+    return (objective.kind.number, terms.on_policy, flags, terms.block, terms.present, terms.given, scalars)
 
 
-def terms_of(kind: int, on_policy: bool, normalize: bool, block: Tensor, present: int, given: int,
+def terms_of(kind: int, on_policy: bool, flags: int, block: Tensor, present: int, given: int,
              scalars: list[float]) -> Terms:  # fmt: skip
     """Return the terms that are ``flat_terms`` so."""
     name = _NAMES[kind]
     parameter = KINDS[name].parameter
-    objective = Objective(name, normalize=normalize, **({} if parameter is None else {parameter: scalars[0]}))
+    objective = Objective(
+        name,
+        baseline="leave_one_out" if flags & _LEFT_OUT else None,
+        normalize=bool(flags & _NORMALIZED),
+        **({} if parameter is None else {parameter: scalars[0]}),
+    )
     return Terms(objective, on_policy, scalars[1] or math.inf, block, present, given, tuple(scalars[2:]))
 
 
 def _status(scores: Scores, like: Tensor) -> Tensor:
-    """What a device has recorded about the rows and, where kernels form A, about inputs and weights; 0-d int64."""
+    """What a device has recorded about the rows of the whole call and, where kernels form A, about its inputs and
+    weights; 0-d int64."""
     checks = [check for check in scores.recorded if isinstance(check, faults.DeviceFaults) and check.status is not None]
     if not checks:
         return torch.full((), -1, dtype=torch.int64, device=like.device)
-    found = torch.stack([cast(Tensor, check.status) for check in checks])
+    found = torch.stack([faults.of_whole(check) for check in checks])
     return torch.where(found < 0, 2**62, found).min().where((found >= 0).any(), -1)
 
 
@@ -98,12 +105,12 @@ def _(logits, labels, cu_seqlens, scale, softcap, entropy, backend):  # type: ig
 @torch.library.custom_op("dmfast::score_and_weigh_v3", mutates_args=())
 def score_and_weigh(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
-    backend: str, kind: int, on_policy: bool, normalize: bool, block: Tensor, present: int, given: int,
+    backend: str, kind: int, on_policy: bool, flags: int, block: Tensor, present: int, given: int,
     scalars: list[float],
 ) -> FourTensors:  # fmt: skip
     """loss (B), rows, sequences, status."""
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
-    terms = terms_of(kind, on_policy, normalize, block, present, given, scalars)
+    terms = terms_of(kind, on_policy, flags, block, present, given, scalars)
     scores = kernels.BACKENDS[backend].forward(batch, terms, entropy)
     return scores.sequences.select(0, LOSS).clone(), scores.rows, scores.sequences, _status(scores, logits)
 
@@ -118,13 +125,13 @@ def _(logits, labels, cu_seqlens, scale, softcap, entropy, *args):  # type: igno
 @torch.library.custom_op("dmfast::score_and_grad_v3", mutates_args=())
 def score_and_grad(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
-    backend: str, kind: int, on_policy: bool, normalize: bool, block: Tensor, present: int, given: int,
+    backend: str, kind: int, on_policy: bool, flags: int, block: Tensor, present: int, given: int,
     scalars: list[float], expected: float, divide_by: float,
 ) -> FiveTensors:  # fmt: skip
     """``score_and_weigh`` for a weight that does not depend on pi. Its loss is 0-d, the sum over sequences divided by
     ``divide_by``, where 0 stands for their number; last comes the gradient of ``expected * loss`` in the logits."""
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
-    terms, by = terms_of(kind, on_policy, normalize, block, present, given, scalars), _divisor(batch, divide_by)
+    terms, by = terms_of(kind, on_policy, flags, block, present, given, scalars), _divisor(batch, divide_by)
     dz = new_gradient(batch, inplace=False)
     scores = kernels.BACKENDS[backend].forward_backward(batch, terms, entropy, by, expected / by, dz)
     assert scores.total is not None
@@ -327,11 +334,11 @@ def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, entropy, *args):  
 def linear_weigh(
     hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
     softcap: float, entropy: bool, chunk_bytes: int, backend: str, wanted: int, kind: int, on_policy: bool,
-    normalize: bool, block: Tensor, present: int, given: int, scalars: list[float],
+    flags: int, block: Tensor, present: int, given: int, scalars: list[float],
 ) -> FourTensors:  # fmt: skip
     """loss (B), rows, sequences, status."""
     batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
-    terms = terms_of(kind, on_policy, normalize, block, present, given, scalars)
+    terms = terms_of(kind, on_policy, flags, block, present, given, scalars)
     scores, _ = linear.forward(kernels.BACKENDS[backend], hidden, head, bias, batch, terms, entropy, 1.0, None,
                                chunk_bytes or None, (False,) * 3)  # fmt: skip
     return scores.sequences.select(0, LOSS).clone(), scores.rows, scores.sequences, _status(scores, hidden)
@@ -348,11 +355,11 @@ def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, entropy, *args):  
 def linear_weigh_and_grad(
     hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
     softcap: float, entropy: bool, chunk_bytes: int, backend: str, wanted: int, kind: int, on_policy: bool,
-    normalize: bool, block: Tensor, present: int, given: int, scalars: list[float], expected: float, divide_by: float,
+    flags: int, block: Tensor, present: int, given: int, scalars: list[float], expected: float, divide_by: float,
 ) -> SevenTensors:  # fmt: skip
     """The loss, 0-d, rows, sequences, status; then the gradients of ``expected * loss`` in hidden, head and bias."""
     batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
-    terms = terms_of(kind, on_policy, normalize, block, present, given, scalars)
+    terms = terms_of(kind, on_policy, flags, block, present, given, scalars)
     scores, gradients = linear.forward(
         kernels.BACKENDS[backend], hidden, head, bias, batch, terms, entropy, _divisor(batch, divide_by), expected,
         chunk_bytes or None, _wanted(wanted),
@@ -484,7 +491,7 @@ def _recorded(
         return ()
     log_prob = sequences.select(0, LOG_PROB)
     # kernels that leave A to torch tell of the rows alone
-    made = objectives.bounded_weights(terms, log_prob) if terms is not None and backend.name == "triton" else None
+    made = None if terms is None or backend.forms_weight else objectives.bounded_weights(terms, log_prob)
     return (faults.device_faults(batch, terms, log_prob, status, made),)
 
 
@@ -506,7 +513,9 @@ def loss(backend: Backend, batch: Batch, terms: Terms, options: Options, wants_g
     if options.inplace:
         # known weights too wait for backward here: one mutating op less, one more read of the logits
         found, rows, sequences, status = _WeighInPlace.apply(*arguments)  # type: ignore[no-untyped-call]
-    elif options.expected is not None:
+    elif (
+        options.expected is not None and batch.logits.dtype != torch.float16
+    ):  # which may overflow for another grad_output
         result, rows, sequences, status, _ = score_and_grad(*arguments, options.expected, options.divide_by)
         return result, Scores(rows, sequences, None, _recorded(backend, batch, terms, sequences, status))
     else:

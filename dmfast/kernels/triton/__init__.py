@@ -77,6 +77,7 @@ class Triton:
 
     name = "triton"
     records_faults = True
+    forms_weight = False
     in_torch = False
 
     def why_not(self, device: torch.device | None, dtype: torch.dtype | None = None) -> str | None:

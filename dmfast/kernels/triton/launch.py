@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..batch import ENTROPY, LABEL, LOG_PROB, LSE, ONLY_SCORED, ROW_ENTROPY, Batch, SampleRows, Scores
-from ..cuda import with_order
+from ..faults import with_order
 from . import loss, sample
 
 NONE: int = loss.NONE.value

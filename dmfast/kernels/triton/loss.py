@@ -179,7 +179,8 @@ def score_rows(
             moments = tl.where(at_top, moment, tl.where(shrink > 0, shrink * (moment + delta * (rest + ones)), 0.0))
             all_moments = tl.sum(moments, axis=0)
             all_moments += tl.sum(tl.where(e > 0, e * exponent, 0.0).to(tl.float64), axis=0)
-            tl.store(entropy_of + row, log_total - LN_2 * all_moments / total)
+            # nothing but -inf in a shard's row: 0
+            tl.store(entropy_of + row, tl.where(total == 0.0, 0.0, log_total - LN_2 * all_moments / total))
         if WRITE:
             coefficient = tl.load(weights + tl.load(sequence_of + row))
             to = dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row)
