@@ -56,7 +56,7 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def demo(args: argparse.Namespace) -> dict[str, Any]:
-    """Train with ``DMTrainer`` until half of the biographies are about women, and say whether the run got there."""
+    """Train with ``DMTrainer`` towards half of the biographies about women, and say whether the run reached that."""
     overrides = {"train.max_steps": args.steps, "train.seed": args.seed, "train.output_dir": str(args.out),
                  "evaluate.samples": args.samples}  # fmt: skip
     say = console().print

@@ -283,7 +283,7 @@ def estimate(
 
 
 class PartitionFunction:
-    """Keep the running log Z: the log-mean-exp of log P - log q over all sequences so far, from whatever q.
+    """Keep the running log Z: the log-mean-exp of log P - log q over all sequences so far, from any q.
 
     Update it with a step's samples before the step's loss, so that the Z of a step includes them. Reset it when the
     target changes (a re-fit of lambda).

@@ -103,17 +103,17 @@ class JITCheckpoint(JITCheckpointCallback):  # type: ignore[misc]
         return bool(self.jit_manager.is_checkpoint_requested)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save a checkpoint of the previous step, since this one is not done."""
+        """Save a checkpoint of the previous step if one is asked for, since this step is not done."""
         if args.world_size == 1:
             super().on_pre_optimizer_step(args, state, control, **kwargs)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save a checkpoint of the previous step."""
+        """Save a checkpoint of the previous step if one is asked for."""
         if args.world_size == 1:
             super().on_step_begin(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log and save, in this order, but don't evaluate, because time is short."""
+        """Log, save and stop if asked, in this order, but don't evaluate, because time is short."""
         if self.agreed or (args.world_size == 1 and self.asked):
             self.agreed = self.jit_manager.is_checkpoint_requested = False
             control.should_save = control.should_training_stop = True
