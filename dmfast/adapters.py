@@ -1,9 +1,11 @@
-"""One backbone for a, pi and q: a PEFT model without its adapter is a, with it pi, with a copy of the adapter q.
+"""Share one backbone between a, pi and q, which are a PEFT model with different adapters.
 
-An ``AdapterView`` is a ``LanguageModel`` around the same module that switches before each of its forwards and back
-after it: the policy finds active adapter and requires_grad as it left them, also after an error. PEFT's own switching
-sets requires_grad as it sees fit; here the flags are put back one by one. Nothing of a view has a gradient, so no
-backward has to recompute anything under another adapter than the policy's.
+The model without its adapter is a, with the adapter it is pi, and with a copy of the adapter it is q.
+
+An ``AdapterView`` is a ``LanguageModel`` around the same module. It switches the adapter before each of its forwards
+and switches back after it, also after an error, so that the policy's active adapter and its requires_grad are
+unchanged. PEFT's own switching changes requires_grad, so the flags are restored one by one here. Nothing of a view has
+a gradient, so no backward recomputes anything under an adapter other than the policy's.
 """
 
 from __future__ import annotations
@@ -22,22 +24,22 @@ from .tensors import all_tensors
 
 #: The adapter that holds q.
 PROPOSAL = "dmfast_proposal"
-#: What stands before the names of an adapter's tensors in ``tensors``.
+#: The prefix of the names of an adapter's tensors in ``tensors``.
 ADAPTER = "adapter:"
 
-# whose layers leave the base weights alone, so that switched off they are the pretrained model
+# the layers of these kinds leave the base weights alone, so that switched off they are the pretrained model
 _TYPES = ("LORA", "LOHA", "LOKR", "IA3")
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # the others write into the base weights
 _WHOLE_BASE = "or give the EBM a base of its own, a copy of the model from before the adapter"
 
 
 def check(model: nn.Module) -> str:
-    """The name of the adapter that is the policy, if switching it off leaves the pretrained model.
+    """Return the name of the policy's adapter, if the model is the pretrained one while the adapter is off.
 
     Raises:
-        ValueError: no PEFT model; an adapter that can't be switched, or that is not all that is trained.
+        ValueError: the model is not a PEFT model; its adapter can't be switched, or more than the adapter is trained.
     """
-    library: Any = sys.modules.get("peft")  # nobody has a PeftModel who has not imported it
+    library: Any = sys.modules.get("peft")  # whoever has a PeftModel has imported it
     if library is None or not isinstance(model, library.PeftModel):
         hint = ""
         if getattr(model, "_hf_peft_config_loaded", False):
@@ -69,10 +71,10 @@ def check(model: nn.Module) -> str:
 
 
 def check_config(config: Any) -> None:
-    """Whether a model with an adapter of this ``peft.PeftConfig`` is the pretrained one while the adapter is off.
+    """Check that a model with an adapter of this ``peft.PeftConfig`` is the pretrained one while the adapter is off.
 
     Raises:
-        ValueError: it is not, or not known to be.
+        ValueError: the model is not the pretrained one then, or is not known to be.
     """
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind not in _TYPES:
@@ -105,7 +107,7 @@ def check_config(config: Any) -> None:
 
 
 def weights(model: Any, adapter: str) -> dict[str, Tensor]:
-    """An adapter's parameters by the names that PEFT saves them under, which don't hold the adapter's."""
+    """Return an adapter's parameters by the names that PEFT saves them under, which lack the adapter's name."""
     from peft import get_peft_model_state_dict
 
     found: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
@@ -113,7 +115,7 @@ def weights(model: Any, adapter: str) -> dict[str, Tensor]:
 
 
 def _layers(model: nn.Module) -> list[Any]:
-    """What switches an adapter: the layers of its kind, and wrappers of what is trained beside them."""
+    """Return the modules that switch an adapter: its layers and the wrappers of modules trained beside them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -122,7 +124,7 @@ def _layers(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def _same_flags(model: nn.Module) -> Iterator[None]:
-    """Puts requires_grad of all parameters back, whatever happens within."""
+    """Restore requires_grad of all parameters, whatever happens within."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -134,9 +136,10 @@ def _same_flags(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def switched(model: nn.Module, adapter: str | None) -> Iterator[None]:
-    """The PEFT model with another adapter in the place of the active one; None: with none.
+    """Switch the PEFT model to another adapter, or with None to no adapter, within the block.
 
-    Layer by layer: ``disable_adapter`` of PEFT looks at every module several times, .1 s for 90 layers.
+    The layers are switched one by one, because PEFT's ``disable_adapter`` visits every module several times, which
+    takes 0.1 s for 90 layers.
     """
     layers = [(layer, list(layer.active_adapters)) for layer in _layers(model) if not layer.disable_adapters]
     with _same_flags(model):
@@ -156,7 +159,7 @@ def switched(model: nn.Module, adapter: str | None) -> Iterator[None]:
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return all that a model computes with, by names that are those of another model whose adapter has another name.
+    """Return all tensors that a model computes with, by names that don't depend on the name of its adapter.
 
     A PEFT model with one active adapter gives the tensors of its base, and those of that adapter with ``ADAPTER``
     before the names that PEFT saves them under. Any other model gives its parameters and buffers.
@@ -189,13 +192,13 @@ def saved(folder: Path, base: Collection[str]) -> dict[str, Tensor]:
 
 
 def add_copy(model: Any) -> str:
-    """Put a frozen copy of the active adapter beside it, as ``PROPOSAL``, in the place of an older one.
+    """Add a frozen copy of the active adapter as ``PROPOSAL``, and replace an older copy.
 
     Returns:
         The name of the active adapter.
 
     Raises:
-        ValueError: as ``check``; nothing has changed then.
+        ValueError: as ``check``. Nothing has changed then.
     """
     name = check(model)
     config = copy.deepcopy(model.peft_config[name])
@@ -203,7 +206,7 @@ def add_copy(model: Any) -> str:
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True
     device = next(model.parameters()).device
-    # what PEFT draws to initialise it is not taken from anybody's random numbers
+    # PEFT draws to initialise the copy, and that must not advance the global random state
     with _same_flags(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         if PROPOSAL in model.peft_config:
             model.delete_adapter(PROPOSAL)

@@ -1,5 +1,7 @@
-"""The ``dmfast`` command: ``demo`` trains a small model, ``train`` runs a recipe, ``report`` compares runs, ``bench``
-measures, ``doctor`` tells what runs here.
+"""Run the ``dmfast`` command.
+
+``demo`` trains a small model, ``train`` runs a recipe, ``report`` compares runs, ``bench`` runs benchmarks, and
+``doctor`` shows which backends run here.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 _INSTALL = "pip install 'dmfast[train]'"
-_NEEDED = ("transformers", "accelerate", "safetensors", "yaml", "rich", "matplotlib")  # by demo, train and bench
+_NEEDED = ("transformers", "accelerate", "safetensors", "yaml", "rich", "matplotlib")  # for demo, train and bench
 
 
 def doctor() -> int:
-    """Prints versions, backends and what is missing; 1 if only the slow backend runs."""
+    """Print versions, backends and missing packages, and return 1 if only the slow backend runs."""
     import numpy as np
     import torch
 
@@ -40,7 +42,7 @@ def doctor() -> int:
 
 
 def report(runs: list[str], out: str) -> int:
-    """Writes the page; 1 if a run can't be read."""
+    """Write the page, and return 1 if a run can't be read."""
     from .report import page, read
 
     try:
@@ -56,7 +58,7 @@ def report(runs: list[str], out: str) -> int:
 
 
 def _override(text: str) -> tuple[str, Any]:
-    """``train.max_steps=5`` as the key and its value, read as JSON where it is that."""
+    """Split ``train.max_steps=5`` into the key and its value, which is read as JSON if possible."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"must be KEY=VALUE, such as train.max_steps=5; got {text!r}")
@@ -95,7 +97,7 @@ def _parser(complete: str) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Run the command line and return the exit status."""
     words = sys.argv[1:] if argv is None else argv
     needed = {"demo": _NEEDED, "train": _NEEDED, "bench": _NEEDED, "report": ("matplotlib",)}.get(
         "".join(words[:1]), ()
@@ -127,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from .training import recipe
 
-    sys.path.insert(0, os.getcwd())  # scorers of the user's own
+    sys.path.insert(0, os.getcwd())  # the user's own scorers are found there
     overrides = dict(args.overrides) | ({"train.output_dir": args.out} if args.out else {})
     try:
         recipe.run(recipe.read(args.recipe, overrides), resume=args.resume, say=console().print)

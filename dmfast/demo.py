@@ -1,4 +1,6 @@
-"""``dmfast demo``, and what ``examples/custom_loop.py`` is run with: a real model before and after, a table, a plot."""
+"""Run ``dmfast demo``, and the loop of ``examples/custom_loop.py``.
+
+Both evaluate a real model before and after training, and write a table and a plot."""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from .training.recipe import TINY_BIOS
 
 RECIPES = Path(__file__).parent / "recipes"
 
-# SmolLM2 has not seen our biographies: three of them in the prompt, and a newline ends the fourth.
+# SmolLM2 has not seen our biographies, so the prompt has three of them, and a newline ends the fourth.
 THREE_SHOTS = (
     "Short biographies of notable people.\n\n"
     "Biography: Albert Brown was a Scottish engineer. He built bridges and taught in Glasgow.\n"
@@ -34,19 +36,19 @@ THREE_SHOTS = (
 
 
 def about_women(texts: list[str]) -> Tensor:
-    """(N,) fp64: 1 where a text has a feminine pronoun."""
+    """Return 1 for each text that has a feminine pronoun, else 0; (N,) fp64."""
     return torch.tensor([bool(re.search(r"\b(she|her)\b", text, re.IGNORECASE)) for text in texts], dtype=torch.float64)
 
 
 def console() -> Any:
-    """Where the commands print."""
+    """Return the console that the commands print to."""
     from rich.console import Console
 
-    return Console(markup=False, highlight=False)  # [women] is no markup
+    return Console(markup=False, highlight=False)  # [women] is not markup
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``dmfast demo``."""
+    """Add the options of ``dmfast demo``."""
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=2048, help="fresh samples before and after")
@@ -54,7 +56,7 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def demo(args: argparse.Namespace) -> dict[str, Any]:
-    """Half of the biographies about women, with ``DMTrainer``; says so if it did not come to that."""
+    """Train with ``DMTrainer`` towards half of the biographies about women, and say whether the run reached that."""
     overrides = {"train.max_steps": args.steps, "train.seed": args.seed, "train.output_dir": str(args.out),
                  "evaluate.samples": args.samples}  # fmt: skip
     say = console().print
@@ -64,7 +66,7 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def verdict(log: dict[str, Any], feature: str) -> str:
-    """Whether a run came to its target: the moment within 0.05, KL(pi||a) within a quarter of the ideal."""
+    """Say whether a run reached its target: the moment within 0.05, KL(pi||a) within a quarter of the ideal."""
     share, wanted = log["after"][f"phi/{feature}"], log["ideal"][f"phi/{feature}"].value
     kl, ideal = log["after"]["kl_policy_base"], log["ideal"]["kl_policy_base"].value
     wrong = []
@@ -78,7 +80,7 @@ def verdict(log: dict[str, Any], feature: str) -> str:
 
 
 def loop_parser() -> argparse.ArgumentParser:
-    """The command line of ``examples/custom_loop.py``."""
+    """Return the parser of the command line of ``examples/custom_loop.py``."""
     parser = argparse.ArgumentParser(description="half of the biographies about women, with a loop of your own")
     parser.add_argument("--model", default="tiny-bios", help="tiny-bios or a transformers folder")
     parser.add_argument("--steps", type=int, default=60)
@@ -95,12 +97,14 @@ def loop_parser() -> argparse.ArgumentParser:
 
 
 def main(train: Callable[..., Iterator[dict[str, float]]]) -> None:
-    """``examples/custom_loop.py``, with the loop that stands there."""
+    """Run ``examples/custom_loop.py`` with its training loop."""
     run_loop(loop_parser().parse_args(), train)
 
 
 def run_loop(args: argparse.Namespace, train: Callable[..., Iterator[dict[str, float]]]) -> dict[str, Any]:
-    """Before, training with the loop ``train``, after. Writes ``log.json`` and ``report.png`` into ``args.out``."""
+    """Evaluate, train with the loop ``train``, and evaluate again.
+
+    The results are ``log.json`` and ``report.png`` in ``args.out``."""
     say, tiny, start = console().print, args.model == "tiny-bios", time.perf_counter()
     policy = recipe.load(args.model, stop=None if tiny else "\n")
     base = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
@@ -113,7 +117,7 @@ def run_loop(args: argparse.Namespace, train: Callable[..., Iterator[dict[str, f
     say(str(target.report))
     rate = target.report.base[0].value
     before = {"phi/women": target.report.base[0], "kl_policy_base": Estimate(0.0, 0.0)}
-    if tiny:  # known from more samples; of one binary feature lambda is the difference of the log-odds
+    if tiny:  # the rate is known from more samples; lambda of one binary feature is the difference of the log-odds
         rate = json.loads((TINY_BIOS / "base_rates.json").read_text())["features"]["female"]["rate"]
         target.lambda_ = [math.log((1 - rate) / rate)]
     history, training = [], time.perf_counter()
@@ -147,5 +151,5 @@ def run_loop(args: argparse.Namespace, train: Callable[..., Iterator[dict[str, f
 
 
 def _two_coins(p: float, a: float) -> float:
-    """KL between two coins: KL(p||a) where p differs from a by one binary feature."""
+    """Return the KL between two coins, which is KL(p||a) if p differs from a by one binary feature."""
     return p * math.log(p / a) + (1 - p) * math.log((1 - p) / (1 - a))

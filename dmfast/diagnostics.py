@@ -1,6 +1,6 @@
-"""What the paper shows beside divergences and moments: diversity of samples, variance of gradients and of weights.
+"""Measure the diversity of samples, and the variance of gradients and of weights.
 
-The measures are those of the experiments of Korbak et al. 2022 (arXiv:2206.00761): Distinct-n within a sample,
+The experiments of Korbak et al. 2022 (arXiv:2206.00761) report these measures: Distinct-n within a sample,
 Self-BLEU-5 between samples, the variance of the gradient and of the advantage with and without a baseline.
 """
 
@@ -22,10 +22,10 @@ from .samples import Samples
 
 
 def nltk() -> Any:
-    """The library, when it is asked for.
+    """Return the nltk module, which is imported at the first call.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: nltk is not installed.
     """
     try:
         import nltk
@@ -36,12 +36,13 @@ def nltk() -> Any:
 
 
 def words(texts: Sequence[str]) -> list[list[str]]:
-    """Each text as words and runs of punctuation: nltk's ``wordpunct_tokenize``, which needs no data file.
+    """Split each text into words and runs of punctuation, with nltk's ``wordpunct_tokenize``.
 
-    The paper's code uses ``word_tokenize``, which does; the two differ in contractions and abbreviations.
+    The paper's code uses ``word_tokenize``, which needs a data file; the two differ in contractions and abbreviations.
 
     Raises:
-        TypeError: one string in the place of several. ImportError: no nltk.
+        TypeError: one string came in place of several.
+        ImportError: nltk is not installed.
     """
     if isinstance(texts, str):
         raise TypeError(f"texts must be a list of strings, got the string {texts!r}")
@@ -50,20 +51,22 @@ def words(texts: Sequence[str]) -> list[list[str]]:
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Distinct-n: the number of different n-grams of words in a text over its number of words, mean over the texts.
+    """Return Distinct-n: the different n-grams of words in a text over its number of words, averaged over the texts.
 
-    It falls where a text repeats itself. Li et al. 2016 (arXiv:1510.03055) divide by the words, for every n, over all
-    texts at once; the paper does so within each text, as here: how many texts there are plays no part. At most
-    (T - n + 1)/T for a text of T words, which is 1 for n = 1; 0 where it has fewer than n.
+    It falls where a text repeats itself. Li et al. 2016 (arXiv:1510.03055) divide by the number of words, for every n,
+    over all texts at once. The paper does so within each text, as here, so the number of texts plays no part. A text of
+    T words has at most (T - n + 1)/T, which is 1 for n = 1, and 0 if it has fewer than n words.
 
     Args:
-        texts: N of them. n: 1 or more.
+        texts: the N texts.
+        n: the length of the n-grams, 1 or more.
 
     Returns:
-        From 0 to 1.
+        A value from 0 to 1.
 
     Raises:
-        ValueError: no text, n below 1. TypeError, ImportError: as ``words``.
+        ValueError: there is no text, or n is below 1.
+        TypeError, ImportError: as ``words``.
     """
     shares = _distinct_shares(texts, n)
     return sum(shares) / len(shares)
@@ -77,30 +80,32 @@ def _distinct_shares(texts: Sequence[str], n: int) -> list[float]:
 
 
 def self_bleu(texts: Sequence[str], n: int = 5) -> float:
-    """Self-BLEU-n: how like the others each text is, BLEU-n with all others as its references, mean over the texts.
+    """Return Self-BLEU-n: the BLEU-n of each text with all others as its references, averaged over the texts.
 
-    It is high where samples resemble one another. Zhu et al. 2018 (Texygen), on words, with nltk's ``method1`` in the
-    place of precisions of 0, as there. (The authors' code of 2206.00761 hands nltk strings in the place of lists of
-    words, which makes it a BLEU of characters: its figures are higher than these.)
+    It is high where samples resemble one another. The measure is that of Zhu et al. 2018 (Texygen), on words, with
+    nltk's ``method1`` in place of precisions of 0, as there. (The authors' code of 2206.00761 gives nltk strings in
+    place of lists of words, which makes it a BLEU of characters; its figures are higher than these.)
 
-    The same number as nltk's ``sentence_bleu`` text by text, whose n-grams are counted here once for all of them:
-    n-grams, smoothing, brevity penalty are nltk's. It grows with N, so compare sets of one size.
+    The result equals nltk's ``sentence_bleu`` text by text, but the n-grams are counted once for all texts. N-grams,
+    smoothing and brevity penalty are nltk's. Self-BLEU grows with N, so compare sets of one size.
 
     Args:
-        texts: N of them, 2 or more. n: the longest n-grams; all from 1 to n weigh the same.
+        texts: the N texts, 2 or more.
+        n: the length of the longest n-grams; all lengths from 1 to n weigh the same.
 
     Returns:
-        From 0 to 1.
+        A value from 0 to 1.
 
     Raises:
-        ValueError: fewer than two texts, n below 1. TypeError, ImportError: as ``words``.
+        ValueError: there are fewer than two texts, or n is below 1.
+        TypeError, ImportError: as ``words``.
     """
     if n < 1 or len(texts) < 2:
         raise ValueError(f"self_bleu needs n of 1 or more and two or more texts, got n={n} and {len(texts)} texts")
     ngrams, bleu = nltk().ngrams, nltk().translate.bleu_score
     split = words(texts)
     counts = [[Counter(ngrams(text, order)) for order in range(1, n + 1)] for text in split]
-    # of each n-gram the two highest counts in any text: a text's own may be the highest
+    # keep the two highest counts of each n-gram in any text, because the highest may be the text's own
     top: defaultdict[Any, tuple[int, int]] = defaultdict(lambda: (0, 0))
     for of_text in counts:
         for grams in of_text:
@@ -116,7 +121,7 @@ def self_bleu(texts: Sequence[str], n: int = 5) -> float:
             matches = 0
             for gram, count in grams.items():
                 first, second = top[gram]
-                # of the others the highest is the second where the first is this text's own
+                # where the highest count is this text's own, the highest of the others is the second
                 matches += min(count, second if count == first else first)
             precisions.append(bleu.Fraction(matches, max(1, sum(grams.values())), _normalize=False))
         if precisions[0].numerator == 0:
@@ -129,10 +134,10 @@ def self_bleu(texts: Sequence[str], n: int = 5) -> float:
 
 
 def diversity(texts: Sequence[str]) -> dict[str, Estimate]:
-    """``distinct_1`` to ``distinct_3`` with standard errors, and ``self_bleu_5``, whose error is NaN: not estimated.
+    """Return ``distinct_1`` to ``distinct_3`` with standard errors, and ``self_bleu_5``, whose error is NaN (unknown).
 
     Args:
-        texts: two or more.
+        texts: two texts or more.
 
     Raises:
         ValueError, TypeError, ImportError: as ``self_bleu``.
@@ -145,10 +150,10 @@ def diversity(texts: Sequence[str]) -> dict[str, Estimate]:
 
 
 def weight_statistics(weight: Tensor) -> dict[str, float]:
-    """Of the weights A = rho (r - baseline): mean, standard deviation, mean of |A|.
+    """Return mean, standard deviation and mean absolute value of the weights A = rho (r - baseline).
 
     Args:
-        weight: (N,) A, ``DMLossOutput.weight``. Divided by Z as everywhere in dmfast, where the paper's is not.
+        weight: (N,) A, ``DMLossOutput.weight``. It is divided by Z, as everywhere in dmfast; the paper's is not.
 
     Returns:
         ``weight_mean``, ``weight_std`` (its square is the variance of the advantage), ``weight_abs`` (mean of |A|).
@@ -162,13 +167,14 @@ def weight_statistics(weight: Tensor) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class GradientVariance:
-    """How the gradients of single sequences spread.
+    """Hold the spread of the gradients of single sequences.
 
     Attributes:
-        variance: mean of ||g_i - g||^2, where g_i is the gradient of -A_i log pi(x_i) and g their mean: the trace of
-            their covariance, E||G||^2 - ||E G||^2. The gradient of a step of N sequences has about ``variance`` / N.
-        norm: ||g||, that of the gradient of the step.
-        n: N, the sequences.
+        variance: the mean of ||g_i - g||^2, where g_i is the gradient of -A_i log pi(x_i) and g is their mean. It is
+            the trace of their covariance, E||G||^2 - ||E G||^2. The gradient of a step of N sequences has a variance of
+            about ``variance`` / N.
+        norm: ||g||, the norm of the gradient of the step.
+        n: N, the number of sequences.
     """
 
     variance: float
@@ -183,18 +189,20 @@ def gradient_variance(
     *,
     reduce: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> GradientVariance:
-    """The variance of the gradient over the sequences of a step: exactly, one backward for each of them.
+    """Compute the variance of the gradient over the sequences of a step exactly, with one backward for each.
 
-    Costs what the forwards and backwards of N batches of one sequence do, less those of weight 0, and the memory of two
-    copies of the parameters that are trained. Nothing changes by it: not ``.grad``, nor the random state.
+    This costs the forwards and backwards of N batches of one sequence, except those of weight 0, and the memory of two
+    copies of the parameters that are trained. It changes neither ``.grad`` nor the random state.
 
     Args:
-        policy: pi, in the state in which the step was taken. Parameters that need no gradient have no part in it.
-        samples: N sequences. weight: (N,) A of each, such as ``DMLossOutput.weight``; constants.
-        reduce: in distributed training, the sum of a tensor over ranks; N is then that of all of them.
+        policy: pi, in the state in which the step was taken. Parameters that need no gradient are left out.
+        samples: N sequences.
+        weight: (N,) the weight A of each sequence, such as ``DMLossOutput.weight``; the weights are constants.
+        reduce: returns the sum of a tensor over ranks, in distributed training; N then counts all ranks.
 
     Raises:
-        ValueError: no sequence, another number of weights, one that is not finite, no parameter to train.
+        ValueError: there is no sequence, or no parameter to train; the number of weights is not N, or a weight is not
+            finite.
     """
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     if not len(samples) or weight.shape != (len(samples),) or not bool(weight.isfinite().all()):
@@ -223,12 +231,15 @@ def spread(
     n: int,
     reduce: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> GradientVariance:
-    """Mean and variance of N gradients in one pass (Welford's, which subtracts no two large numbers).
+    """Return mean and variance of N gradients in one pass, by Welford's method.
+
+    Welford's method subtracts no two large numbers from each other.
 
     Args:
-        gradients: at most n; those that are missing, and each None in them, are 0.
-        parameters: what they are the gradients of.
-        n: N on this rank. reduce: as in ``gradient_variance``.
+        gradients: at most n gradients; missing ones, and each None in them, count as 0.
+        parameters: the parameters that the gradients belong to.
+        n: N on this rank.
+        reduce: as in ``gradient_variance``.
     """
     mean = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     squares, seen = torch.zeros((), dtype=torch.float64, device=mean[0].device), 0
@@ -251,5 +262,5 @@ def spread(
 
 
 def _square(x: Tensor) -> Tensor:
-    """The squared norm, 0-d fp64."""
+    """Return the squared norm, 0-d fp64."""
     return (x * x).sum(dtype=torch.float64)

@@ -1,7 +1,8 @@
-"""Estimates of Z, of divergences from the target and of the effective sample size, from the scalars of a training step.
+"""Estimate Z, divergences from the target and the effective sample size from the scalars of a training step.
 
-All come from sequences x ~ q and their log pi(x), log q(x), log P(x): no further forward. With w = P/q, u = p/q and
-rho = pi/q (arXiv:2206.00761, section 3.3 and appendix B; the standard errors are the delta method's):
+All estimates come from sequences x ~ q and their log pi(x), log q(x), log P(x), and need no further forward. With
+w = P/q, u = p/q and rho = pi/q (arXiv:2206.00761, section 3.3 and appendix B; the standard errors are the delta
+method's):
 
     Z            mean w
     KL(p||pi)    mean[u (log P - log Z - log pi)]              KL(p||q) likewise
@@ -10,9 +11,9 @@ rho = pi/q (arXiv:2206.00761, section 3.3 and appendix B; the standard errors ar
     ESS          (sum w)^2 / sum w^2
     E_p[phi]     sum w phi / sum w
 
-The paper writes KL(p||pi) as -log Z + (1/Z) mean[w (log P - log pi)], which is the same in expectation. Ours does not
-change when P is multiplied by a constant: with log Z = -900 the paper's form is the difference of two numbers near 900,
-each with the noise of mean u.
+The paper writes KL(p||pi) as -log Z + (1/Z) mean[w (log P - log pi)], which is the same in expectation. The form here
+does not change when P is multiplied by a constant. With log Z = -900 the paper's form is the difference of two numbers
+near 900, each with the noise of mean u.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ _LOG2 = math.log(2)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its standard error. NaN where no sequence with P > 0 was seen, or where log pi is NaN."""
+    """Hold a value with its standard error.
+
+    Both are NaN where no sequence with P > 0 was seen, or where log pi is NaN."""
 
     value: float
     stderr: float
@@ -44,7 +47,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Estimates:
-    """What a set of sequences from q says about p, pi and q. ``ess`` is in sequences."""
+    """Hold the estimates of p, pi and q from a set of sequences x ~ q; ``ess`` is in sequences."""
 
     log_z: Estimate
     kl_policy: Estimate
@@ -56,7 +59,7 @@ class Estimates:
     ess: Estimate
 
     def as_dict(self) -> dict[str, float]:
-        """Flat, for a logger: ``kl_policy``, ``kl_policy_stderr``, ..."""
+        """Return the estimates as a flat dictionary for a logger: ``kl_policy``, ``kl_policy_stderr``, ..."""
         flat = {}
         for name, estimate in vars(self).items():
             flat[name], flat[f"{name}_stderr"] = estimate.value, estimate.stderr
@@ -67,7 +70,9 @@ _NOTHING = Estimate(math.nan, math.nan)
 
 
 def _from_influence(value: float | Tensor, influence: Tensor, weight: Tensor) -> Estimate:
-    """value with the standard error of a weighted mean whose terms deviate by ``influence``; NaN from one sample."""
+    """Return the value with the standard error of a weighted mean whose terms deviate by ``influence``.
+
+    The error is NaN for one sample."""
     total = weight.sum()
     variance = (weight * influence).square().sum() / total**2
     effective = float(total**2 / weight.square().sum())  # n for equal weights; n / (n - 1) is Bessel's correction
@@ -81,7 +86,7 @@ def _mean(values: Tensor, weight: Tensor) -> Estimate:
 
 
 def _mean_in(context_id: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-    """The mean of each sequence's context, for values (N,) or columns of them (N, F)."""
+    """Return for each sequence the mean over its context, for values (N,) or columns of them (N, F)."""
     contexts, which = torch.unique(context_id, return_inverse=True)
     weight = weight.view(-1, *[1] * (values.dim() - 1))
 
@@ -96,10 +101,12 @@ def _fp64(x: Tensor) -> Tensor:
 
 
 def _check(**each: Tensor | None) -> None:
-    """One value per sequence of all that is given: what broadcast would be averaged as if there were N * N sequences.
+    """Check that each tensor has one value per sequence.
+
+    Shapes that broadcast would be averaged as if there were N * N sequences.
 
     Raises:
-        ValueError: shapes that are not the same (N,).
+        ValueError: the shapes are not the same (N,).
     """
     shapes = {name: tuple(x.shape) for name, x in each.items() if x is not None}
     if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
@@ -115,10 +122,10 @@ def _check_scores(log_target: Tensor, log_proposal: Tensor) -> None:
 
 
 def _weights(like: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """g, (N,) fp64.
+    """Return the sample weights g, (N,) fp64.
 
     Raises:
-        ValueError: one that is not positive and finite.
+        ValueError: a weight is not positive and finite.
     """
     if sample_weight is None:
         return torch.ones_like(like)
@@ -128,7 +135,7 @@ def _weights(like: Tensor, sample_weight: Tensor | None) -> Tensor:
 
 
 def _checked(log_weight: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both in fp64.
+    """Return both tensors in fp64, checked.
 
     Raises:
         ValueError: as ``estimate_log_z``.
@@ -141,10 +148,10 @@ def _checked(log_weight: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, 
 
 
 def estimate_log_z(log_weight: Tensor, sample_weight: Tensor | None = None) -> Estimate:
-    """log Z = log mean w from log_weight = log P - log q, (N,) fp64. -inf if no P > 0.
+    """Estimate log Z = log mean w from log_weight = log P - log q, (N,) fp64; -inf if no P > 0.
 
     Raises:
-        ValueError: other shapes, NaN or +inf in log_weight, weights that are not positive and finite.
+        ValueError: a shape is not (N,), log_weight has NaN or +inf, or weights are not positive and finite.
     """
     return _log_z(*_checked(log_weight, sample_weight))
 
@@ -158,7 +165,7 @@ def _log_z(log_weight: Tensor, g: Tensor) -> Estimate:
 
 
 def effective_sample_size(log_weight: Tensor, sample_weight: Tensor | None = None) -> Estimate:
-    """(sum w)^2 / sum w^2 in sequences, from log_weight = log P - log q, (N,). 0 if no P > 0.
+    """Return (sum w)^2 / sum w^2 in sequences, from log_weight = log P - log q, (N,); 0 if no P > 0.
 
     Raises:
         ValueError: as ``estimate_log_z``.
@@ -180,12 +187,12 @@ def _ess(log_weight: Tensor, g: Tensor) -> Estimate:
 
 
 def estimate_moments(features: Tensor, log_weight: Tensor, sample_weight: Tensor | None = None) -> list[Estimate]:
-    """E_p[phi] for each column of features (N, F), self-normalised, from log_weight = log P - log q, (N,).
+    """Estimate E_p[phi], self-normalised, for each column of features (N, F), from log_weight = log P - log q, (N,).
 
-    With ``log_weight`` all 0 these are plain means, such as E_pi[phi] from samples of pi.
+    If ``log_weight`` is all 0, these are plain means, such as E_pi[phi] from samples of pi.
 
     Raises:
-        ValueError: as ``estimate_log_z``; features that are not (N, F).
+        ValueError: the features are not (N, F); as ``estimate_log_z``.
     """
     log_weight, g = _checked(log_weight, sample_weight)
     if features.dim() != 2 or features.shape[0] != log_weight.shape[0]:
@@ -196,11 +203,11 @@ def estimate_moments(features: Tensor, log_weight: Tensor, sample_weight: Tensor
     return [_mean(column, w) for column in _fp64(features).unbind(1)]
 
 
-# the terms f(u) whose mean is a divergence, and u f'(u): how much they grow with log u, for the error of log Z
+# These are the terms f(u) whose mean is a divergence, and u f'(u), their growth with log u, for the error of log Z.
 
 
 def _kl_terms(u: Tensor, log_gap: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p || .) from log_gap = log p - log of the other."""
+    """Return the terms whose mean is KL(p || .), from log_gap = log p - log of the other distribution."""
     terms = torch.where(u == 0, 0.0, u * log_gap)  # 0 * -inf = 0
     return terms, terms + u
 
@@ -224,21 +231,21 @@ def estimate(
     sample_weight: Tensor | None = None,
     z_of: Tensor | None = None,
 ) -> Estimates:
-    """All estimates from N sequences x ~ q.
+    """Return all estimates from N sequences x ~ q.
 
     Args:
-        log_prob, log_proposal, log_target: (N,) log pi, log q, log P, nats; log_target may be -inf, and log_prob NaN
-            where it is: unknown, since only ``js_policy`` needs it there, which then is NaN too.
-        log_z: log Z as it is known (0-d, float or (N,)); its own error is in the standard errors of divergences only
-            with ``z_of``.
-        sample_weight: (N,) positive, for instance less for older steps. Default 1.
-        z_of: (N,) integers, the context of each sequence, if ``log_z`` is that of these very sequences, for each
-            context its own. Then u has mean 1, whatever the draw, and near p a divergence varies far less than it
+        log_prob, log_proposal, log_target: (N,) log pi, log q, log P, nats. log_target may be -inf, and log_prob may be
+            NaN (unknown) there: only ``js_policy`` needs it and is then NaN too.
+        log_z: the current log Z (0-d, float or (N,)). The standard errors of divergences include its error only with
+            ``z_of``.
+        sample_weight: (N,) positive weights, for instance smaller ones for older steps. Default: 1.
+        z_of: (N,) integers, the context of each sequence, if ``log_z`` was estimated from these very sequences, for
+            each context separately. Then u has mean 1 for every draw, and near p a divergence varies far less than it
             would if log Z were known.
 
     Raises:
-        ValueError: tensors that are not all (N,), a log_target of NaN or +inf, a log_proposal that is not finite,
-            weights that are not positive and finite.
+        ValueError: the tensors are not all (N,), log_target has NaN or +inf, log_proposal is not finite, or weights are
+            not positive and finite.
     """
     of_each = log_z if isinstance(log_z, Tensor) and log_z.dim() else None
     _check(log_prob=log_prob, log_proposal=log_proposal, log_target=log_target, log_z=of_each, z_of=z_of,
@@ -254,13 +261,13 @@ def estimate(
     log_u = torch.where(z == -math.inf, -math.inf, log_w - z)
     log_rho = log_prob - log_proposal
     u, one = log_u.exp(), torch.zeros_like(log_rho)
-    rho = torch.where(u == 0, 0.0, log_rho.exp())  # as good as any there: max(0, u - rho) = 0
+    rho = torch.where(u == 0, 0.0, log_rho.exp())  # any value serves there: max(0, u - rho) = 0
 
     def divergence(terms: Tensor, slope: Tensor) -> Estimate:
         mean = _mean(terms, g)
         if z_of is None:
             return mean
-        # log Z is too large by the mean of u - 1, and u, with it the divergence, too small
+        # log Z is too large by the mean of u - 1, so u is too small, and the divergence with it
         return _from_influence(mean.value, terms - mean.value - _mean_in(z_of, slope, g) * (u - 1), g)
 
     return Estimates(
@@ -276,7 +283,7 @@ def estimate(
 
 
 class PartitionFunction:
-    """The running log Z: log-mean-exp of log P - log q over all sequences so far, whatever q they came from.
+    """Keep the running log Z: the log-mean-exp of log P - log q over all sequences so far, from any q.
 
     Update it with a step's samples before the step's loss, so that the Z of a step includes them. Reset it when the
     target changes (a re-fit of lambda).
@@ -286,16 +293,17 @@ class PartitionFunction:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all samples."""
+        """Forget all samples."""
         self._log_sum = -math.inf  # log sum w
         self._log_sum_squares = -math.inf
         self.n = 0  # sequences seen
 
     def update(self, log_target: Tensor, log_proposal: Tensor) -> None:
-        """Takes in log P and log q of sequences x ~ q, both (N,).
+        """Take in log P and log q of sequences x ~ q, both (N,).
 
         Raises:
-            ValueError: shapes differ, NaN or +inf, log_proposal not finite. Nothing is taken in then.
+            ValueError: the shapes differ, log_target has NaN or +inf, or log_proposal is not finite. Nothing is taken
+                in then.
         """
         if log_target.shape != log_proposal.shape or log_target.dim() != 1:
             raise ValueError(
@@ -312,7 +320,7 @@ class PartitionFunction:
 
     @property
     def log_z(self) -> float:
-        """log Z in nats; -inf as long as no sequence with P > 0 was seen."""
+        """Log Z in nats; -inf until a sequence with P > 0 was seen."""
         return self._log_sum - math.log(self.n) if self.n else -math.inf
 
     @property
@@ -324,17 +332,19 @@ class PartitionFunction:
         return math.sqrt(max(second - 1.0, 0.0) / self.n)
 
     def state_dict(self) -> dict[str, float]:
-        """Everything that ``load_state_dict`` needs to go on."""
+        """Return the state that ``load_state_dict`` restores."""
         return {"log_sum": self._log_sum, "log_sum_squares": self._log_sum_squares, "n": self.n}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Takes the place of what was seen so far."""
+        """Replace the current state by a state of ``state_dict``."""
         log_sum, log_sum_squares, n = state["log_sum"], state["log_sum_squares"], int(state["n"])
         self._log_sum, self._log_sum_squares, self.n = log_sum, log_sum_squares, n
 
 
 class PartitionFunctions:
-    """A running log Z for each context, kept across visits: Z depends on the context and on nothing that is trained."""
+    """Keep a running log Z for each context across visits.
+
+    Z depends on the context and on nothing that is trained."""
 
     def __init__(self) -> None:
         self._of: dict[int, PartitionFunction] = {}
@@ -346,7 +356,7 @@ class PartitionFunctions:
         return self._of[context]
 
     def updated(self, context_id: Tensor, log_target: Tensor, log_proposal: Tensor) -> PartitionFunctions:
-        """What these become with more sequences x ~ q, all (N,); they themselves stay as they are.
+        """Return a copy with more sequences x ~ q taken in, all (N,); the object itself stays as it is.
 
         Raises:
             ValueError: as ``PartitionFunction.update``.
@@ -360,19 +370,19 @@ class PartitionFunctions:
         return new
 
     def log_z(self, context_id: Tensor) -> Tensor:
-        """(N,) fp64, the log Z of each sequence's context, which must have been seen."""
+        """Return the log Z of each sequence's context, (N,) fp64; each context must have been seen."""
         values = [self._of[context].log_z for context in context_id.tolist()]
         return torch.tensor(values, dtype=torch.float64, device=context_id.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that ``load_state_dict`` needs to go on: a column for each thing, a row for each context."""
+        """Return the state that ``load_state_dict`` restores: a column for each quantity, a row for each context."""
         states = [z.state_dict() for z in self._of.values()]
         dtypes = {"log_sum": torch.float64, "log_sum_squares": torch.float64, "n": torch.int64}
         columns = {key: torch.tensor([state[key] for state in states], dtype=dtype) for key, dtype in dtypes.items()}
         return {"context": torch.tensor(list(self._of), dtype=torch.int64), **columns}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes the place of what was seen so far."""
+        """Replace the current state by a state of ``state_dict``."""
         new: dict[int, PartitionFunction] = {}
         columns = {key: column.tolist() for key, column in state.items()}
         for row, context in enumerate(columns.pop("context")):
@@ -382,10 +392,11 @@ class PartitionFunctions:
 
 
 class RunningEstimates:
-    """The scalars of recent steps, recent ones weighing more, and what they say.
+    """Keep the scalars of recent steps, with larger weights for later steps, and estimate from them.
 
     Args:
-        decay: the weight of a step relative to the one after it, in (0, 1]: pi moves, and old log pi with it.
+        decay: the weight of a step relative to the one after it, in (0, 1]. Old values of log pi become stale as pi
+            moves.
     """
 
     _MIN_WEIGHT = 1e-3  # older steps are dropped
@@ -400,15 +411,15 @@ class RunningEstimates:
         return len(self._steps)
 
     def clear(self) -> None:
-        """Forgets all steps."""
+        """Forget all steps."""
         self._steps.clear()
 
     def update(self, *outputs: DMLossOutput) -> None:
         """Take in one optimiser step: the ``dm_loss`` outputs of all of its microbatches.
 
         Raises:
-            ValueError: no output, or one of a loss that had no log_target or log_z; what a device has recorded about
-                one, such as NaN among its logits. Nothing is taken in then.
+            ValueError: there is no output, an output is of a loss that had no log_target or log_z, or a device has
+                recorded a fault of an output, such as NaN among its logits. Nothing is taken in then.
         """
         if not outputs:
             raise ValueError("a step needs the output of one dm_loss call or more")
@@ -426,7 +437,7 @@ class RunningEstimates:
             self._steps.popleft()
 
     def samples(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """log_prob, log_proposal, log_target, log_z and sample_weight of the kept sequences, each (N,) fp64."""
+        """Return log_prob, log_proposal, log_target, log_z and sample_weight of the kept sequences, each (N,) fp64."""
         if not self._steps:
             nothing = torch.empty(0, dtype=torch.float64)
             return nothing, nothing, nothing, nothing, nothing
@@ -436,15 +447,15 @@ class RunningEstimates:
         return log_prob, log_proposal, log_target, log_z, torch.cat(weights)
 
     def estimates(self) -> Estimates:
-        """``estimate`` over the kept sequences, each with the log Z that its step used."""
+        """Return ``estimate`` over the kept sequences, each with the log Z that its step used."""
         log_prob, log_proposal, log_target, log_z, weight = self.samples()
         return estimate(log_prob, log_proposal, log_target, log_z, sample_weight=weight)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that ``load_state_dict`` needs to go on."""
+        """Return the state that ``load_state_dict`` restores."""
         return {"decay": self.decay, "steps": [s.clone() for s in self._steps]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the place of what was seen so far."""
+        """Replace the current state by a state of ``state_dict``."""
         decay, steps = float(state["decay"]), deque(s.clone() for s in state["steps"])
         self.decay, self._steps = decay, steps

@@ -1,8 +1,9 @@
-"""The offline proposal q: a frozen copy of the policy, replaced when the policy gets nearer to the target
-(KL-adaptive DPG; arXiv:2206.00761, algorithm 1).
+"""Keep the offline proposal q: a frozen copy of the policy.
 
-Whether pi is nearer than q is told by the scalars of the training steps since the last swap, which costs no forward;
-or, on request, by fresh samples of q that are drawn and scored for the check, as the paper's code does.
+The policy replaces q when it gets nearer to the target (KL-adaptive DPG; arXiv:2206.00761, algorithm 1).
+
+The scalars of the training steps since the last swap tell whether pi is nearer than q, which costs no forward. On
+request fresh samples of q, drawn and scored for the check, tell it, as in the paper's code.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CRITERIA = ("kl", "tvd", "js", "interval")
 
 
 class HasModel(Protocol):
-    """What wraps a module, such as ``LanguageModel``."""
+    """Describe an object that wraps a module, such as ``LanguageModel``."""
 
     model: nn.Module
 
@@ -44,18 +45,20 @@ def _module(policy: nn.Module | HasModel) -> nn.Module:
 
 
 def _source(policy: nn.Module | HasModel) -> LanguageModel | nn.Module:
-    """Return what a sampler loads of a policy."""
+    """Return the part of a policy that a sampler loads."""
     return policy if isinstance(policy, (nn.Module, LanguageModel)) else policy.model
 
 
 def nearer(
     criterion: str, log_prob: Tensor, log_proposal: Tensor, log_target: Tensor, log_z: Tensor, sample_weight: Tensor
 ) -> Estimate:
-    """D(p, q) - D(p, pi) from sequences x ~ q: positive where pi is nearer to p. The standard error is paired.
+    """Return D(p, q) - D(p, pi) from sequences x ~ q, with a paired standard error.
 
-    ``kl``: the self-normalised mean of u (log pi - log q), from which a Z that all sequences share drops out (that of
-    the steps is a running estimate, and does so up to its drift). ``tvd``,
-    ``js``: u and rho as in ``estimators``. All inputs are (N,) fp64. NaN where no sequence has P > 0.
+    The value is positive where pi is nearer to p.
+
+    ``kl`` is the self-normalised mean of u (log pi - log q). A Z that all sequences share drops out of it; the Z of
+    the steps is a running estimate and drops out up to its drift. ``tvd`` and ``js`` take u and rho as in
+    ``estimators``. All inputs are (N,) fp64. The result is NaN where no sequence has P > 0.
     """
     log_u = torch.where(log_z == -math.inf, -math.inf, log_target - log_z - log_proposal)
     if log_u.numel() == 0 or log_u.max() == -math.inf:
@@ -73,7 +76,7 @@ def nearer(
 
 
 def _copy(module: nn.Module, device: torch.device | str | None) -> nn.Module:
-    """A frozen copy, made on the device and nowhere else."""
+    """Return a frozen copy, which is made directly on the device."""
     memo: dict[int, Any] = {}
     if device is not None:
         for tensor in [*module.parameters(), *module.buffers()]:
@@ -96,7 +99,7 @@ def _as_adapter(policy: Any, device: torch.device | str | None) -> tuple[Any, st
 
 
 def _with_module(policy: Any, module: nn.Module) -> Any:
-    """Return the policy, a module or what wraps one, with another module in its place."""
+    """Return the policy with another module in place of its own."""
     if isinstance(policy, nn.Module):
         return module
     if isinstance(policy, LanguageModel):
@@ -107,10 +110,10 @@ def _with_module(policy: Any, module: nn.Module) -> Any:
 
 
 def _as_samples(scores: Scores) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Fresh scores as ``RunningEstimates.samples`` gives those of the steps: fp64, all of the same weight.
+    """Return fresh scores in the form of ``RunningEstimates.samples``: fp64, all of the same weight.
 
     Raises:
-        ValueError: tensors of different lengths, values that can't be.
+        ValueError: the tensors have different lengths, or hold values that are not possible.
     """
     *each, log_z = (torch.as_tensor(x, dtype=torch.float64, device=scores[0].device).detach() for x in scores)
     shapes = [tuple(x.shape) for x in each]
@@ -129,33 +132,33 @@ def _as_samples(scores: Scores) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class OfflineProposal(Generic[Policy]):
-    """A frozen copy of the policy to sample from, replaced by the policy when that is nearer to the target.
+    """Sample from a frozen copy of the policy and replace it when the policy is nearer to the target.
 
     Args:
         policy: the module under training, or a ``LanguageModel`` around it; copied now.
-        criterion: which divergence from p says that pi is nearer than q: ``kl`` (KL(p||.)), ``tvd``, ``js``; or
-            ``interval``: always.
+        criterion: the divergence from p that decides whether pi is nearer than q: ``kl`` (KL(p||.)), ``tvd`` or
+            ``js``. ``interval`` always swaps.
         interval: optimiser steps between checks.
         best_only: swap only if the divergence of pi is also below what it was at every earlier swap.
-        stderrs: pi must be nearer by this many (paired) standard errors.
+        stderrs: the number of (paired) standard errors by which pi must be nearer.
         decay: the weight of a step's samples relative to the next step's, since pi moves.
-        device: where the copy is kept, such as "cpu" beside a policy on a GPU. Default: where the policy is.
+        device: the device that keeps the copy, such as "cpu" beside a policy on a GPU. Default: the policy's device.
         adapter: keep q as a second adapter in the policy's own model, which must be a ``LanguageModel`` around a PEFT
-            model: its memory is that of an adapter. q <- pi then copies the adapter.
-        sampler: another engine that draws from q. It loads the policy now and at each swap, and q where a state is
-            loaded. The copy above stays, since q has to be where it can be read again: a checkpoint holds it, and an
-            engine that was started anew gets it. Default: the copy itself draws.
+            model. q then needs the memory of one adapter, and q <- pi copies the adapter.
+        sampler: another engine that draws from q. It loads the policy now and at each swap, and it loads q when a
+            state is loaded. The copy above stays, because q must remain readable: a checkpoint holds it, and a
+            restarted engine loads it. Default: the copy itself draws.
 
     Attributes:
         snapshot: q, of the same type as ``policy`` (an ``AdapterView`` with ``adapter``), without gradients.
         sampler: the other engine, or None.
-        swaps: how often q was replaced. 0: q still is what the policy was at the start.
-        last_check: D(p, q) - D(p, pi) of the last check, an ``Estimate``, or None.
+        swaps: how often q was replaced. At 0, q is the policy as it was at the start.
+        last_check: D(p, q) - D(p, pi) at the last check, an ``Estimate``, or None.
 
     Raises:
-        TypeError, ValueError: what is out of range; ``adapter`` with a device, or with another policy than a
-            ``LanguageModel`` around a PEFT model whose adapter can be switched; a sampler that is none, or that moves
-            with the policy. What the sampler's ``load`` raises.
+        TypeError, ValueError: an argument is out of range; ``adapter`` comes with a device, or with a policy that is
+            not a ``LanguageModel`` around a PEFT model whose adapter can be switched; ``sampler`` is not a sampler, or
+            it moves with the policy. The errors of the sampler's ``load`` pass through.
     """
 
     def __init__(
@@ -187,7 +190,7 @@ class OfflineProposal(Generic[Policy]):
         self.policy, self.criterion, self.interval, self.sampler = policy, criterion, interval, sampler
         self.best_only, self.stderrs = best_only, stderrs
         self.running = RunningEstimates(decay)
-        self._adapter: str | None = None  # the policy's, where q is another
+        self._adapter: str | None = None  # the name of the policy's adapter, where q is a second adapter
         if adapter:
             self.snapshot, self._adapter = _as_adapter(policy, device)
         else:
@@ -201,7 +204,7 @@ class OfflineProposal(Generic[Policy]):
 
     @property
     def version(self) -> int:
-        """The number of the current q: 0 at the start, one more with each swap; a state goes on with its own."""
+        """The number of the current q: 0 at the start, one more with each swap. A loaded state brings its own."""
         return self.swaps
 
     def _tell_version(self) -> None:
@@ -211,37 +214,39 @@ class OfflineProposal(Generic[Policy]):
             self.snapshot.version = self.version
 
     def sample(self, *args: Any, **options: Any) -> Samples:
-        """Draw sequences of q, with its ``version``, onto the policy's device.
+        """Draw sequences from q onto the policy's device, marked with the ``version`` of q.
 
         Args:
-            args, options: as ``Sampler.sample`` takes them.
+            args, options: the arguments of ``Sampler.sample``.
         """
         if self.sampler is None:
             drawn: Samples = cast(Any, self.snapshot).sample(*args, **options)
             drawn = replace(drawn, version=torch.full_like(drawn.context_id, self.version))
-        else:  # which may still hold sequences that an earlier q drew: it says itself whose they are
+        else:  # the engine may still hold sequences that an earlier q drew, so it states their version itself
             drawn = self.sampler.sample(*args, **options)
         return drawn.to(next(_module(self.policy).parameters()).device)
 
     def update(self, *outputs: DMLossOutput) -> None:
-        """Takes in one optimiser step: the ``dm_loss`` outputs of all of its microbatches, drawn from q."""
+        """Take in one optimiser step: the ``dm_loss`` outputs of all of its microbatches, drawn from q."""
         self.running.update(*outputs)
         self.steps += 1
 
     def maybe_update(
         self, agree: Callable[[bool], bool] | None = None, *, fresh: Callable[[], Scores] | None = None
     ) -> bool:
-        """Every ``interval`` steps: q <- pi if pi is nearer to p. Returns whether q was replaced.
+        """Replace q by pi if a check is due and pi is nearer to p, and return whether q was replaced.
+
+        A check is due every ``interval`` steps.
 
         Args:
-            agree: in distributed training, makes of this rank's verdict the one that all ranks follow.
-            fresh: draws sequences from q for this check alone and scores them by pi as it is now, q and the target; see
-                ``Scores``. log pi may be NaN where P = 0, but for ``js``. It is called when a check is due and needs
-                samples; the verdict then rests on these only, not on the steps since the last swap.
+            agree: turns this rank's verdict into the verdict that all ranks follow, in distributed training.
+            fresh: draws sequences from q for this check alone and scores them by the current pi, q and the target; see
+                ``Scores``. log pi may be NaN where P = 0, except with ``js``. It is called when a check is due and
+                needs samples. The verdict then rests on these alone and not on the steps since the last swap.
 
         Raises:
-            ValueError: ``fresh`` gave tensors of different lengths, or values that can't be; q stays as it is.
-            RuntimeError: the policy has other parameters than at the start; q stays as it is.
+            ValueError: ``fresh`` gave tensors of different lengths, or values that are not possible; q stays as it is.
+            RuntimeError: the parameters of the policy differ from those at the start; q stays as it is.
         """
         if self.steps % self.interval or self.steps == self._checked:
             return False
@@ -267,11 +272,11 @@ class OfflineProposal(Generic[Policy]):
         return take
 
     def swap(self) -> None:
-        """Replace q by pi, whatever the criterion says. The samples of the old q no longer count.
+        """Replace q by pi, whatever the criterion says, and drop the samples of the old q.
 
         Raises:
-            RuntimeError: the policy has other parameters than at the start. This and what the sampler's ``load`` raises
-                leave q as it was.
+            RuntimeError: the parameters of the policy differ from those at the start. After this, or after an error of
+                the sampler's ``load``, q is as it was.
         """
         source, target = self._tensors()
         differs = difference(source, target)
@@ -287,7 +292,7 @@ class OfflineProposal(Generic[Policy]):
         self._tell_version()
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Those of pi and those of q, by the same names: all of them, or with ``adapter`` those of the adapters."""
+        """Return the tensors of pi and of q by the same names; with ``adapter`` only those of the adapters."""
         if self._adapter is None:
             return all_tensors(_module(self.policy)), all_tensors(_module(self.snapshot))
         view = cast(AdapterView, self.snapshot)
@@ -295,8 +300,10 @@ class OfflineProposal(Generic[Policy]):
         return adapters.weights(view.model, self._adapter), adapters.weights(view.model, adapters.PROPOSAL)
 
     def _moving(self) -> dict[str, Tensor]:
-        """q's parameters and persistent buffers but those frozen in the policy, which are alike in both: of an adapter,
-        little.
+        """Return the parameters and persistent buffers of q that training moves.
+
+        Tensors that are frozen in the policy are left out, because pi and q share their values. For an adapter little
+        remains.
         """
         _, of_q = self._tensors()
         if self._adapter is not None:
@@ -307,7 +314,7 @@ class OfflineProposal(Generic[Policy]):
         return {k: v for k, v in of_q.items() if k in persistent and k not in frozen}
 
     def state_dict(self) -> dict[str, Any]:
-        """q's parameters that training moves, the samples since the last swap, the counters."""
+        """Return the parameters of q that training moves, the samples since the last swap and the counters."""
         return {
             "model": {k: v.clone() for k, v in self._moving().items()},
             "running": self.running.state_dict(),
@@ -319,12 +326,13 @@ class OfflineProposal(Generic[Policy]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where ``state_dict`` was taken.
+        """Restore the state that ``state_dict`` returned.
 
-        A ``sampler`` is loaded with the q of the state, whatever the policy is.
+        A ``sampler`` loads the q of the state, whatever the policy is.
 
         Raises:
-            RuntimeError: q's parameters do not fit. This and what the sampler's ``load`` raises leave all as it was.
+            RuntimeError: the parameters of q do not fit. After this, or after an error of the sampler's ``load``,
+                nothing has changed.
         """
         mine = self._moving()
         if difference(state["model"], mine) is not None:

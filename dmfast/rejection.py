@@ -1,12 +1,14 @@
-"""Samples of the target itself, nearly: quasi-rejection sampling (Eikema, Kruszewski, Dance, Elsahar, Dymetman 2022,
-"An approximate sampler for energy-based models with divergence diagnostics", TMLR, openreview VW4IrC0n0M).
+"""Draw sequences that nearly follow the target itself, by quasi-rejection sampling.
 
-A sequence x ~ q is accepted with probability min(1, P(x)/(beta q(x))). What is accepted has the distribution
+The method is from Eikema, Kruszewski, Dance, Elsahar, Dymetman 2022, "An approximate sampler for energy-based models
+with divergence diagnostics", TMLR, openreview VW4IrC0n0M.
+
+A sequence x ~ q is accepted with probability min(1, P(x)/(beta q(x))). The accepted sequences have the distribution
 
     p_beta(x) = min(P(x), beta q(x)) / Z_beta,     Z_beta = sum_x min(P(x), beta q(x))
 
-which is p where beta >= P/q everywhere. A larger beta is nearer to p and accepts less. With w = P/q, v = min(w, beta),
-all of the following are means over one set of x ~ q, whatever beta:
+which is p if beta >= P/q everywhere. A larger beta comes nearer to p and accepts fewer sequences. With w = P/q and
+v = min(w, beta), all of the following are means over one set of x ~ q, for any beta:
 
     acceptance rate   mean v / beta
     KL(p||p_beta)     mean[w max(0, log w/beta)] / mean w + log(mean v / mean w)
@@ -33,10 +35,13 @@ from .targets import EBM
 
 @dataclass(frozen=True)
 class RejectionPoint:
-    """What one beta gives, each with its standard error.
+    """Hold the acceptance rate and the divergences from p that one beta gives, with standard errors.
 
     Attributes:
-        log_beta: nats. acceptance: the rate. kl: KL(p||p_beta), nats. tvd: TVD(p, p_beta), in [0, 1].
+        log_beta: log beta in nats.
+        acceptance: the acceptance rate, in [0, 1].
+        kl: KL(p||p_beta) in nats.
+        tvd: TVD(p, p_beta), in [0, 1].
     """
 
     log_beta: float
@@ -46,13 +51,15 @@ class RejectionPoint:
 
 
 class RejectionCurve:
-    """Quality against efficiency of quasi-rejection sampling, for all beta from one set of x ~ q of one context.
+    """Relate quality to efficiency of quasi-rejection sampling, for every beta.
+
+    All values come from one set of sequences x ~ q of one context.
 
     Args:
         log_weight: (N,) log P(x) - log q(x), nats; -inf where P = 0.
 
     Raises:
-        ValueError: not (N,) with N of 2 or more, NaN or +inf, or P = 0 everywhere.
+        ValueError: the shape is not (N,) with N of 2 or more, a value is NaN or +inf, or P = 0 everywhere.
     """
 
     def __init__(self, log_weight: Tensor) -> None:
@@ -72,11 +79,11 @@ class RejectionCurve:
 
     @property
     def largest(self) -> float:
-        """max log P/q: from this log beta on these samples can't tell p_beta from p."""
+        """The largest log P/q, nats. At this log beta or above, these samples can't tell p_beta from p."""
         return float(self.log_weight.max())
 
     def at(self, log_beta: float) -> RejectionPoint:
-        """What this beta gives.
+        """Return the acceptance rate and the divergences at this log beta.
 
         Raises:
             ValueError: log_beta is not finite.
@@ -86,7 +93,7 @@ class RejectionCurve:
         log_w, one = self.log_weight, torch.ones_like(self.log_weight)
         w = (log_w - self.largest).exp()  # their scale drops out of all but the acceptance rate
         accepted = (log_w - log_beta).clamp(max=0).exp()  # v / beta
-        # of weights that are all beyond beta, v has the scale of beta; of all below, that of w
+        # where all weights are beyond beta, v has the scale of beta; where all are below it, v has the scale of w
         v = (log_w.clamp(max=log_beta) - min(self.largest, log_beta)).exp()
         shift = min(self.largest, log_beta) - self.largest
         over = torch.where(w == 0, 0.0, w * (log_w - log_beta).clamp(min=0))
@@ -104,10 +111,12 @@ class RejectionCurve:
         )  # fmt: skip
 
     def log_beta_for(self, acceptance: float) -> float:
-        """The log beta at which these samples are accepted at this rate: exact, since the rate is piecewise a/beta + b.
+        """Return the log beta at which these samples are accepted at this rate.
+
+        The result is exact, because the rate is piecewise a/beta + b.
 
         Raises:
-            ValueError: a rate that is not above 0, or that P = 0 forbids.
+            ValueError: the rate is not above 0, or the share of sequences with P > 0 is too small for it.
         """
         if not 0 < acceptance <= self.positive:
             raise ValueError(
@@ -126,7 +135,9 @@ class RejectionCurve:
         return float(sums[k - 1] - math.log(acceptance * n - (m - k)))
 
     def points(self, n: int = 50) -> list[RejectionPoint]:
-        """n points, at acceptance rates from what is possible down to 1/N, in equal steps of their logarithm."""
+        """Return n points at acceptance rates from the highest possible one down to 1/N.
+
+        The rates are equally spaced in their logarithm."""
         rates = torch.logspace(math.log10(self.positive), math.log10(1 / len(self.log_weight)), n, dtype=torch.float64)
         return [self.at(self.log_beta_for(min(float(rate), self.positive))) for rate in rates]
 
@@ -143,14 +154,16 @@ def rejection_curve(
     seed: int | None = 0,
     batch_size: int = 256,
 ) -> RejectionCurve:
-    """Draws n sequences of the proposal, scores them and says what every beta would give.
+    """Draw n sequences from the proposal, score them and return the curve of all beta.
 
     Args:
-        target: P. proposal: q, such as the base, a trained policy, a ``Prompted`` one or a ``Mixture``.
-        prompt: the context of the target. Default: the empty one.
+        target: P.
+        proposal: q, such as the base, a trained policy, a ``Prompted`` one or a ``Mixture``.
+        prompt: the context of the target. Default: the empty context.
         max_new_tokens, temperature, batch_size: as in ``LanguageModel.sample``.
-        seed: of the sequences. ``EBM.fit`` and ``evaluate`` draw others with the same seed, so that the curve is not
-            measured on the sample that lambda was fitted on. None: one from torch's global generator.
+        seed: the seed of the sequences. ``EBM.fit`` and ``evaluate`` draw other sequences with the same seed, so that
+            the curve is not measured on the sample that lambda was fitted on. None takes a seed from torch's global
+            generator.
 
     Raises:
         ValueError: as ``RejectionCurve``, ``LanguageModel.sample``, ``EBM.score``.
@@ -175,19 +188,19 @@ def quasi_rejection_sample(
     batch_size: int = 256,
     max_draws: int = 1_000_000,
 ) -> tuple[Samples, int]:
-    """n independent sequences of p_beta (Eikema et al. 2022, algorithm 1).
+    """Draw n independent sequences from p_beta (Eikema et al. 2022, algorithm 1).
 
     Args:
-        log_beta: such as ``RejectionCurve.log_beta_for`` gives.
-        batch_size: sequences of the proposal that are drawn at a time.
-        max_draws: after so many an error says how many were accepted.
+        log_beta: log beta in nats, for example from ``RejectionCurve.log_beta_for``.
+        batch_size: sequences that are drawn from the proposal at a time.
+        max_draws: the largest number of draws; beyond it an error says how many were accepted.
         all else: as in ``rejection_curve``.
 
     Returns:
-        n ``Samples``, whose ``log_prob`` is log q, and how many sequences were drawn for them.
+        n ``Samples``, whose ``log_prob`` is log q, and the number of sequences that were drawn for them.
 
     Raises:
-        ValueError: n, batch_size or log_beta out of range; as ``LanguageModel.sample`` and ``EBM.score``.
+        ValueError: n, batch_size or log_beta is out of range; as ``LanguageModel.sample`` and ``EBM.score``.
         RuntimeError: max_draws sequences were not enough.
     """
     if n < 1 or batch_size < 1 or not math.isfinite(log_beta):
@@ -208,7 +221,7 @@ def quasi_rejection_sample(
         log_rate = target.score(x, batch_size=batch_size).log_target - x.log_prob - log_beta
         uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)
         taken = (uniform.log() < log_rate.cpu()).nonzero()[:, 0][: n - accepted]
-        # those after the last one that was needed were not looked at
+        # the sequences after the last one that was needed were not looked at
         drawn += batch_size if accepted + len(taken) < n else int(taken[-1]) + 1
         accepted += len(taken)
         kept.append(x[taken.to(x.tokens.device)])
@@ -216,15 +229,18 @@ def quasi_rejection_sample(
 
 
 def plot_rejection(curves: Mapping[str, RejectionCurve], path: str | Path, *, points: int = 50) -> None:
-    """TVD(p, p_beta) and KL(p||p_beta) against the acceptance rate, a line with its standard error for each proposal.
+    """Plot TVD(p, p_beta) and KL(p||p_beta) against the acceptance rate.
 
-    Needs matplotlib (``pip install 'dmfast[train]'``).
+    Each proposal has a line with its standard error.
+
+    The plot needs matplotlib (``pip install 'dmfast[train]'``).
 
     Args:
-        curves: by the name that the legend shows. path: of the picture, a .png, .svg or .pdf.
+        curves: the curves by the names that the legend shows.
+        path: the path of the picture, a .png, .svg or .pdf.
 
     Raises:
-        ValueError: no curve.
+        ValueError: there is no curve.
     """
     from matplotlib.figure import Figure
 

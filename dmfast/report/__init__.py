@@ -1,4 +1,6 @@
-"""``dmfast report``: runs beside one another on one self-contained HTML page. Needs matplotlib, and no trainer."""
+"""Show runs beside one another on one self-contained HTML page, for ``dmfast report``.
+
+This needs matplotlib, and no trainer."""
 
 from .page import page
 from .runs import Run, read

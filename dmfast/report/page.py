@@ -1,4 +1,6 @@
-"""The page: what the runs are, what came of them, plots, samples, the machine. No script, nothing from outside."""
+"""Write the page: settings of the runs, results, plots, samples and machine.
+
+The page has no script and loads nothing from outside."""
 
 from __future__ import annotations
 
@@ -67,7 +69,7 @@ _TITLES = {
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The HTML of one or more runs."""
+    """Return the HTML of one or more runs."""
     colors = ("".join(f"--run{i}: {c};" for i, c in enumerate(each)) for each in (_LIGHT, _DARK))
     css = _CSS.replace("LIGHT", next(colors), 1).replace("DARK", next(colors), 1)
     title = "dmfast: " + (runs[0].name if len(runs) == 1 else f"{len(runs)} runs")
@@ -94,7 +96,9 @@ def _name(number: int, run: Run) -> str:
 
 
 def _table(runs: Sequence[Run], groups: Sequence[tuple[str, Sequence[tuple[str, Sequence[str]]]]]) -> str:
-    """Groups of rows with a column a run; without runs, one for all of them. Cells are HTML already."""
+    """Return a table of groups of rows with a column per run, or without runs one column for all.
+
+    The cells are HTML already."""
     head = "".join(f'<th scope="col">{_name(i, run)}</th>' for i, run in enumerate(runs))
     parts = [f"<thead><tr><td></td>{head}</tr></thead>"] if runs else []
     for title, rows in groups:
@@ -171,11 +175,11 @@ def _summary(runs: Sequence[Run]) -> str:
 
 
 def _phases(runs: Sequence[Run]) -> str:
-    """Mean seconds of a step, as bars of one scale."""
+    """Return the mean seconds of a step as bars of one scale."""
     means = []
     for run in runs:
         found = {name: run.series(f"seconds_{name}")[1] for name in _PHASES}
-        # measured in some of the steps only: its share of the mean step
+        # a phase that only some of the steps have counts with its share of the mean step
         means.append({name: sum(values) / len(run.steps) for name, values in found.items() if values})
     longest = max((sum(mean.values()) for mean in means), default=0.0)
     if not longest > 0:

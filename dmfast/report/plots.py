@@ -1,4 +1,4 @@
-"""One quantity of several runs as a piece of SVG that takes the page's colours."""
+"""Draw one quantity of several runs as a piece of SVG that takes the page's colours."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from typing import Any
 
 from .runs import Run
 
-#: Stand for the page's colours in what matplotlib draws: one for text and lines of the plot, then one a run.
+#: Placeholders for the page's colours in matplotlib's drawing: one for text and lines of the plot, then one per run.
 _INK = "#00fe00"
 COLORS = 8
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A panel.
+    """Describe a panel.
 
     Attributes:
-        title: of the panel. note: what stands below it.
-        lines: what is logged in training; dots: what evaluations log, with error bars. A key of ``Run.steps`` each.
-        ideal: a key of ``Run.ideal``: a dashed line.
-        log: a logarithmic axis, where all values are positive.
-        swaps: marks where q became pi.
+        title: the title of the panel.
+        note: the text below it.
+        lines: keys of ``Run.series`` that are drawn as lines.
+        dots: keys of ``Run.series`` that are drawn as dots with error bars.
+        ideal: a key of ``Run.ideal``, which is drawn as a dashed line.
+        log: whether the axis is logarithmic, if all values are positive.
+        swaps: whether to mark the steps at which q became pi.
     """
 
     title: str
@@ -38,7 +40,7 @@ class Plot:
 
 
 def plots(runs: Sequence[Run]) -> list[Plot]:
-    """All panels for which one of the runs has something to show."""
+    """Return all panels that have values in one of the runs."""
     features = dict.fromkeys(name for run in runs for name in run.features)
     under = "line: under q; dots: under π, in evaluations; dashed: the target"
     panels = [Plot(f"E[{name}]", under, (f"phi/{name}",), (f"eval_phi/{name}",), f"phi/{name}") for name in features]
@@ -59,15 +61,15 @@ def plots(runs: Sequence[Run]) -> list[Plot]:
 
 
 def color(number: int) -> str:
-    """The page's for the run with this number."""
+    """Return the page's colour for the run with this number."""
     return f"var(--run{number % COLORS})"
 
 
 def svg(plot: Plot, runs: Sequence[Run], number: int) -> str:
-    """The panel as an ``<svg>`` element without outside references.
+    """Return the panel as an ``<svg>`` element without outside references.
 
     Args:
-        number: of the panel on the page: its ids begin with it.
+        number: the number of the panel on the page, with which its ids begin.
     """
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -128,7 +130,7 @@ def svg(plot: Plot, runs: Sequence[Run], number: int) -> str:
 
 
 def _embedded(text: str, prefix: str, title: str) -> str:
-    """matplotlib's document as a part of a page: its own ids, the page's colours, no address of anything."""
+    """Return matplotlib's document as a part of a page, with ids of its own, the page's colours and no addresses."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.S)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text).replace("xlink:href", "href")

@@ -1,4 +1,4 @@
-"""A finished or a running job, from the files that it has written."""
+"""Read a finished or a running job from the files that it has written."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ _SAMPLES = 20
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """Hold one run.
 
     Attributes:
-        name: tells it from the other runs of a page.
-        source: the file that it was read from.
-        settings: what it was asked for, flat, with dotted names.
-        steps: what was logged in training, in order; evaluations: what was logged of them. Each entry has ``step``.
-        before, after, ideal: of the base, of the policy at the end, of p: ``phi/<feature>``, ``kl_policy_base``, ...
-        swaps: of the proposal. seconds: of training; None where nobody has said.
+        name: the name that tells the run from the other runs of a page.
+        source: the file that the run was read from.
+        settings: the settings of the run, flat, with dotted names.
+        steps: the logs of training, in order. Each entry has ``step``.
+        evaluations: the logs of evaluations, in order. Each entry has ``step``.
+        before, after, ideal: ``phi/<feature>``, ``kl_policy_base``, ... of the base, of the policy at the end, and of
+            p.
+        swaps: the number of swaps of the proposal.
+        seconds: the seconds of training; None if not known.
         samples_before, samples_after: texts.
-        machine: what it ran on.
+        machine: the machine of the run.
     """
 
     name: str
@@ -46,13 +49,14 @@ class Run:
 
     @property
     def features(self) -> list[str]:
-        """The names of moments and of what is monitored."""
+        """The names of the moments and of the monitored features."""
         names = [*self.steps[0], *self.after]
         return list(dict.fromkeys(name[4:] for name in names if name.startswith("phi/")))
 
     def series(self, key: str) -> tuple[list[float], list[float], list[float]]:
-        """Steps, values and standard errors of what was logged as ``key`` (``eval_...``: at evaluations), where it is
-        finite; an error is NaN where there is none.
+        """Return steps, finite values and standard errors that were logged as ``key``.
+
+        A key ``eval_...`` is read from evaluations. An error is NaN if none was logged.
         """
         x, y, error = [], [], []
         for entry in self.evaluations if key.startswith("eval_") else self.steps:
@@ -69,14 +73,14 @@ def _number(value: Any) -> float:
 
 
 def read(paths: Sequence[str | Path]) -> list[Run]:
-    """The runs in these folders, or in these ``log.json`` files.
+    """Read the runs in these folders, or in these ``log.json`` files.
 
-    A folder is that of ``dmfast train``, ``dmfast demo`` or an example (with ``log.json``), or one of ``DMTrainer`` or
-    of a checkpoint of it (with ``trainer_state.json``; the newest checkpoint's, where there are several).
+    A folder comes from ``dmfast train``, ``dmfast demo`` or an example (with ``log.json``), or from ``DMTrainer`` or
+    one of its checkpoints (with ``trainer_state.json``; with several checkpoints that of the newest is read).
 
     Raises:
-        ValueError: no path; no such folder; nothing in it that a run has written; a file that is half-written, not of a
-            run, or has no steps. The message names the file.
+        ValueError: there is no path, or no such folder; the folder has no file of a run; a file is half-written, is not
+            of a run, or has no steps. The message names the file.
     """
     if not paths:
         raise ValueError("there is no run to report: name a folder with log.json or trainer_state.json")
@@ -85,7 +89,7 @@ def read(paths: Sequence[str | Path]) -> list[Run]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that differ; a number where two are one path."""
+    """Return the shortest ends of the paths that differ, with a number where two paths are the same."""
     ends = [path.resolve().with_suffix("") if path.is_file() else path.resolve() for path in paths]
     parts = [(e.parent if p.is_file() and p.name == "log.json" else e).parts for p, e in zip(paths, ends, strict=True)]
     for length in range(1, max(map(len, parts)) + 1):
@@ -144,7 +148,9 @@ def _read(path: Path, name: str) -> Run:
 
 
 def _of_trainer(log: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """What transformers' state lacks is empty: its first and last evaluation are before and after."""
+    """Read a run from transformers' state.
+
+    The first and the last evaluation are before and after. The fields that the state lacks are empty."""
     history = log["log_history"]
     evaluations = [h for h in history if "eval_kl_policy_base" in h]
     first = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else {}
@@ -161,7 +167,7 @@ def _of_trainer(log: Mapping[str, Any], source: Path) -> dict[str, Any]:
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    """``samples.jsonl`` of the run, which lies beside its checkpoints."""
+    """Return the rows of the run's ``samples.jsonl``, which is beside its checkpoints."""
     for place in (folder, folder.parent):
         path = place / "samples.jsonl"
         if path.is_file():
@@ -191,7 +197,7 @@ def _estimates(log: Mapping[str, Any], key: str, source: Path) -> dict[str, Esti
 
 
 def _settings(log: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe, or the command line, flat; without where it wrote."""
+    """Return the recipe or the command line, flat and without its output folder."""
     flat = _flat(log.get("recipe", log.get("args", {})))
     return {name: value for name, value in flat.items() if name not in ("train.output_dir", "out")}
 

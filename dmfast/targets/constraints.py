@@ -1,7 +1,8 @@
-"""What is asked of sequences: features phi(x), pointwise constraints b(x) and moments E_p[phi] = value.
+"""Define what is asked of sequences: features phi(x), pointwise constraints b(x) and moments E_p[phi] = value.
 
 A feature is a callable on ``Samples`` that gives (N,) fp64. In the constraints of an ``EBM`` a feature stands for a
-pointwise constraint, b(x) = phi(x) >= 0; in a ``Moment`` for a distributional one (arXiv:2012.11635, section 2).
+pointwise constraint, b(x) = phi(x) >= 0. In a ``Moment`` it stands for a distributional one (arXiv:2012.11635,
+section 2).
 """
 
 from __future__ import annotations
@@ -25,31 +26,31 @@ _SHOWN = 200  # characters of a sample in an error
 
 
 class Feature(ABC):
-    """A named number for each sequence. ``binary``: it is always 0 or 1."""
+    """Give a named number for each sequence. If ``binary`` is True, the number is always 0 or 1."""
 
     name: str
     binary: bool
 
     @abstractmethod
     def __call__(self, samples: Samples) -> Tensor:
-        """(N,) fp64, finite, on the device of ``samples.log_prob``."""
+        """Return phi(x), (N,) fp64, finite, on the device of ``samples.log_prob``."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What it is, for JSON."""
+        """Return a description of the feature for JSON."""
 
     def log_b(self, value: Tensor) -> Tensor:
-        """Return log b(x) from phi(x), where it stands for a pointwise constraint; NaN where phi(x) can't be a b(x)."""
+        """Return log b(x) from phi(x) of a pointwise constraint; NaN where phi(x) can't be a b(x)."""
         return value.log()
 
     @property
     def source(self) -> Feature:
-        """The feature whose values these are: itself, or what it wraps."""
+        """The feature that computes the values: this one, or the one that it wraps."""
         return self
 
     @property
     def key(self) -> Hashable:
-        """What two features have in common whose values are always the same; by default only a feature and itself."""
+        """A key that is equal for features whose values are always the same; by default each feature has its own."""
         return id(self)
 
     def __repr__(self) -> str:
@@ -57,7 +58,7 @@ class Feature(ABC):
 
 
 class FeatureValues:
-    """The values of features on some samples: each feature runs once, however often and by whomever it is asked for.
+    """Keep the values of features on some samples, so that each feature runs once.
 
     Args:
         samples: N sequences.
@@ -77,36 +78,37 @@ class FeatureValues:
 
 
 def show(samples: Samples, row: int) -> str:
-    """The text of one sample, quoted and cut, for an error."""
+    """Return the text of one sample, quoted and cut, for an error."""
     text = samples[row : row + 1].text[0]
     return f"{text[:_SHOWN]!r}{'...' if len(text) > _SHOWN else ''}"
 
 
 def scored_tokens(samples: Samples) -> list[list[int]]:
-    """The generated tokens of each sequence up to and with EOS."""
+    """Return the generated tokens of each sequence, up to and including EOS."""
     rows = zip(samples.tokens.tolist(), samples.score_mask.tolist(), strict=True)
     return [[token for token, scored in zip(*row, strict=True) if scored] for row in rows]
 
 
 class Contains(Feature):
-    """1 where the continuation contains a word, one of several words or a match of a regular expression, else 0.
+    """Give 1 where the continuation contains a word, one of several words or a match of a regular expression, else 0.
 
     Prompt, padding and special tokens never count.
 
     Args:
         word: a word or phrase.
-        any_of: several; one is enough.
-        regex: for ``re.search``, as it stands: ``whole_word`` does not act on it.
+        any_of: several words or phrases, one of which is enough.
+        regex: a pattern for ``re.search``, which is used unchanged: ``whole_word`` does not act on it.
         on: "text" searches the decoded continuation. "tokens" searches the generated ids for those of the words (as
             the samples' tokenizer writes them at the start of a text and after a space): a word that the model spells
-            with other tokens does not count. Not with ``regex``.
-        whole_word: not inside a longer word ("she" is not in "shed").
-        ignore_case: on tokens this means as given, lower case, UPPER CASE, Capitalised and Title Case.
-        name: in logs, reports and errors. Default: derived from the words.
+            with other tokens does not count. It can't be used with ``regex``.
+        whole_word: a word inside a longer word does not count ("she" is not in "shed").
+        ignore_case: upper and lower case count alike. On tokens the words are searched as given and in lower case,
+            UPPER CASE, Capitalised and Title Case.
+        name: the name in logs, reports and errors. Default: derived from the words.
 
     Raises:
-        ValueError: not exactly one of word, any_of and regex; a blank word; a regex that does not compile; a regex on
-            tokens. When called: a word that the tokenizer can't write without its unknown token.
+        ValueError: not exactly one of word, any_of and regex is given; a word is blank; the regex does not compile, or
+            is to search tokens. When called: the tokenizer can't write a word without its unknown token.
     """
 
     binary = True
@@ -167,7 +169,7 @@ class Contains(Feature):
         return " (tokens)" if self.on == "tokens" else ""
 
     def __call__(self, samples: Samples) -> Tensor:
-        """(N,) fp64 of 0 and 1."""
+        """Return 0 or 1 for each sequence, (N,) fp64."""
         if self.on == "text":
             hits = [self._search(text) is not None for text in samples.text]
         else:
@@ -210,7 +212,7 @@ class Contains(Feature):
         return False
 
     def describe(self) -> dict[str, Any]:
-        """The arguments that make it, and its name."""
+        """Return the arguments of the feature and its name."""
         what: dict[str, Any] = {"regex": self.regex} if self.regex is not None else {"any_of": self.words}
         return {"type": "Contains", "name": self.name, **what, "on": self.on, "whole_word": self.whole_word,
                 "ignore_case": self.ignore_case}  # fmt: skip
@@ -218,11 +220,12 @@ class Contains(Feature):
 
 @dataclass
 class ScorerCounts:
-    """What a scorer has done so far.
+    """Count what a scorer has done so far.
 
     Attributes:
-        scored: sequences that its function was called for. cached: sequences whose value was known already.
-        seconds: spent in it, with reading texts and cache.
+        scored: sequences that its function was called for.
+        cached: sequences whose value was known already.
+        seconds: the time spent in the scorer, including the reading of texts and cache.
     """
 
     scored: int = 0
@@ -231,26 +234,28 @@ class ScorerCounts:
 
 
 class Scorer(Feature):
-    """A function of your own as a feature.
+    """Turn a function of your own into a feature.
 
     Args:
         fn: with on="text": the continuations, a list of N strings (without special tokens); "tokens": N lists of
             generated token ids (with EOS); "samples": the ``Samples``. It returns N numbers: tensor, array or list.
         batched: False: ``fn`` takes one string, list of ids or ``Samples`` of one sequence, and returns one number.
         batch_size: sequences in a call of a batched ``fn``. Default: all.
-        name: in logs, reports and errors. Default: the function's.
+        name: the name in logs, reports and errors. Default: the function's.
         binary: ``fn`` always gives 0 or 1 (checked).
-        cache: of so many sequences, those asked for last, the value is kept by their generated tokens, and ``fn`` is
-            not called again for them: it must then depend on nothing else. 0: none.
+        cache: the number of sequences whose values are kept, by their generated tokens; the least recently used are
+            dropped first. ``fn`` is not called again for these sequences, so it must depend on nothing but the tokens.
+            0 keeps none.
 
     Attributes:
-        counts: ``ScorerCounts``; the trainer logs what each step adds.
+        counts: a ``ScorerCounts``; the trainer logs what each step adds.
 
     Raises:
-        TypeError, ValueError: fn is not callable, unknown ``on``, batch_size not positive, a negative cache, or one
-            with on="samples", where ``fn`` sees more than the tokens. When called, ValueError with
-            the scorer's name and the first offending sample: not N numbers, NaN or infinite, not 0 or 1 though
-            ``binary``; RuntimeError from what ``fn`` raised.
+        TypeError, ValueError: fn is not callable, ``on`` is unknown, batch_size is not positive, cache is negative, or
+            there is a cache with on="samples", where ``fn`` sees more than the tokens.
+        ValueError: when called, ``fn`` does not return N numbers, or returns NaN, an infinity, or with ``binary`` a
+            number other than 0 and 1. The message has the scorer's name and the first offending sample.
+        RuntimeError: when called, ``fn`` raised an error, which is the cause of this one.
     """
 
     def __init__(
@@ -283,11 +288,11 @@ class Scorer(Feature):
 
     @property
     def key(self) -> Hashable:
-        """The function and how it is called, so that a function that was given twice runs once."""
+        """The function and how it is called, so that a function that is given twice runs once."""
         return (id(self.fn), self.on, self.batched, self.batch_size, self.binary)
 
     def __call__(self, samples: Samples) -> Tensor:
-        """(N,) fp64, checked."""
+        """Return the function's values, (N,) fp64 and checked."""
         if len(samples) == 0:
             return samples.log_prob.new_empty(0, dtype=torch.float64)
         start = time.perf_counter()
@@ -296,7 +301,7 @@ class Scorer(Feature):
         return values
 
     def _with_cache(self, samples: Samples) -> Tensor:
-        """``_scored``, called for each sequence that is not known, once."""
+        """Return the values from the cache, and call ``_scored`` once for each sequence that is not in it."""
         if samples.tokenizer is not self._kept_for:
             self._kept.clear()
             self._kept_for = samples.tokenizer
@@ -367,7 +372,7 @@ class Scorer(Feature):
             )
 
     def describe(self) -> dict[str, Any]:
-        """Its settings and the function's full name."""
+        """Return the scorer's settings and the function's full name."""
         module, inner = getattr(self.fn, "__module__", None), _function_name(self.fn, full=True)
         return {"type": "Scorer", "name": self.name, "function": f"{module}.{inner}" if module else inner,
                 "on": self.on, "batched": self.batched, "batch_size": self.batch_size, "binary": self.binary,
@@ -382,18 +387,19 @@ def _function_name(fn: Any, *, full: bool = False) -> str:
 
 
 class Moment:
-    """A distributional constraint: E_p[feature] = value.
+    """Ask for a mean under the target: the distributional constraint E_p[feature] = value.
 
     A binary feature with the value 1 (or 0) is a pointwise constraint, b = phi (or 1 - phi), and an ``EBM`` takes it as
-    one: as a moment it would need an infinite lambda.
+    one, because as a moment it would need an infinite lambda.
 
     Args:
         feature: a ``Feature``, or a callable on ``Samples``.
         value: the wanted mean of the feature under p, in the feature's units.
-        name: in logs, reports and errors. Default: the feature's.
+        name: the name in logs, reports and errors. Default: the feature's.
 
     Raises:
-        TypeError, ValueError: no callable; value not a finite number, or outside [0, 1] for a binary feature.
+        TypeError, ValueError: the feature is not callable; the value is not a finite number, or is outside [0, 1] for a
+            binary feature.
     """
 
     def __init__(self, feature: Feature | Callable[[Samples], Any], value: float, name: str | None = None) -> None:
@@ -410,11 +416,11 @@ class Moment:
 
     @property
     def pointwise(self) -> bool:
-        """Whether it asks the same of every sequence."""
+        """Whether the moment asks the same of every sequence."""
         return self.feature.binary and self.value in (0.0, 1.0)
 
     def describe(self) -> dict[str, Any]:
-        """Name, value and the feature's description."""
+        """Return the name, the value and the feature's description."""
         return {"type": "Moment", "name": self.name, "value": self.value, "feature": self.feature.describe()}
 
     def __repr__(self) -> str:
@@ -422,7 +428,7 @@ class Moment:
 
 
 def as_feature(feature: Any, argument: str) -> Feature:
-    """A callable on ``Samples`` becomes a ``Scorer``, so that what it returns is checked."""
+    """Return a feature; a callable on ``Samples`` becomes a ``Scorer``, which checks the values that it returns."""
     if isinstance(feature, Feature):
         return feature
     if not callable(feature) or isinstance(feature, type):

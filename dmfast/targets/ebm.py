@@ -1,4 +1,4 @@
-"""The target as an energy-based model: log P(x) = log a(x) + log b(x) + lambda . phi(x)."""
+"""Define the target as an energy-based model: log P(x) = log a(x) + log b(x) + lambda . phi(x)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .solver import LambdaFit, fit_lambda
 
 @dataclass(frozen=True)
 class TargetScores:
-    """What the target says about N sequences.
+    """Hold the target's scores of N sequences.
 
     Attributes:
         log_target: (N,) fp64, log P(x), nats; -inf where b = 0.
@@ -42,34 +42,34 @@ class TargetScores:
 
 @dataclass(frozen=True)
 class _Pointwise:
-    """b(x) = phi(x), or 1 - phi(x)."""
+    """Represent a pointwise constraint b(x) = phi(x), or 1 - phi(x)."""
 
     name: str
     feature: Feature
     negated: bool = False
 
     def log_b(self, column: Tensor) -> Tensor:
-        """(N,) from phi, or 1 - phi."""
+        """Return log b (N,) from phi, or from 1 - phi."""
         return column.log() if self.negated else self.feature.log_b(column)
 
 
 class EBM:
-    """log P(x) = log a(x) + log b(x) + lambda . phi(x): pointwise, distributional or both (arXiv:2012.11635, eq. 1-3).
+    """Define log P(x) = log a(x) + log b(x) + lambda . phi(x) (arXiv:2012.11635, eq. 1-3).
 
-    b is the product of the pointwise constraints, phi are the features of the moments. Z is not part of it. A feature
-    object that is used in several places runs once.
+    The constraints may be pointwise, distributional or both. b is the product of the pointwise constraints, and phi are
+    the features of the moments. Z is not part of log P. A feature object that is used in several places runs once.
 
     Args:
-        base: the pretrained model a. It must not change: train a copy of it.
+        base: the pretrained model a. It must not change, so train a copy of it.
         constraints: pointwise ones (``Contains``, ``Scorer``, ``Classifier`` or a function of ``Samples``; b >= 0;
             ``Reward``: b = exp(R/beta)) and ``Moment``s.
             A ``Moment`` of a binary feature with the value 0 or 1 is taken as a pointwise constraint.
-        monitor: features that are reported with the scores and ask for nothing.
-        batch_size: sequences at a time when the base scores. Default: all.
+        monitor: features that are reported with the scores and constrain nothing.
+        batch_size: the number of sequences that the base scores at a time. Default: all.
 
     Raises:
-        TypeError, ValueError: base is not a ``LanguageModel`` (or has not its sample and log_prob), something among
-            the constraints is none, no constraint at all.
+        TypeError, ValueError: base is not a ``LanguageModel`` (or lacks its sample and log_prob), one of the
+            constraints is not a constraint, or there is no constraint at all.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class EBM:
 
     @property
     def scorers(self) -> dict[str, Scorer]:
-        """The ``Scorer``s among the features, each once, by the first name that it goes by here."""
+        """The ``Scorer``s among the features, each once, by the first name that it has here."""
         named = [(each.name, each.feature) for each in self._pointwise]
         named += [(n, m.feature) for n, m in zip(self.moment_names, self._moments, strict=True)] + self._monitor
         found: dict[int, tuple[str, Scorer]] = {}
@@ -131,15 +131,16 @@ class EBM:
 
     @property
     def fitted(self) -> bool:
-        """Whether ``lambda_`` is known; always so without moments."""
+        """Whether ``lambda_`` is known. It is always True without moments."""
         return self._lambda is not None
 
     @property
     def lambda_(self) -> Tensor:
-        """(F,) fp64 on the CPU, in the order of ``moment_names``; set by ``fit`` or by hand.
+        """Lambda, (F,) fp64 on the CPU, in the order of ``moment_names``; ``fit`` sets it, or the user does.
 
         Raises:
-            RuntimeError: read before it is known. ValueError: set to another shape or to what is not finite.
+            RuntimeError: it is read before it is known.
+            ValueError: it is set to another shape or to a value that is not finite.
         """
         if self._lambda is None:
             raise RuntimeError(
@@ -163,19 +164,19 @@ class EBM:
     # --- scores -------------------------------------------------------------------------------------------------
 
     def features(self, samples: Samples) -> Tensor:
-        """(N, F) fp64: phi(x), in the order of ``moment_names``."""
+        """Return phi(x), (N, F) fp64, in the order of ``moment_names``."""
         return _columns([moment.feature(samples) for moment in self._moments], samples)
 
     def log_b(self, samples: Samples) -> Tensor:
-        """(N,) fp64: log of the product of the pointwise constraints; -inf where one is 0.
+        """Return the log of the product of the pointwise constraints, (N,) fp64; -inf where one of them is 0.
 
         Raises:
-            ValueError: a negative b; the sample is shown.
+            ValueError: a b is negative; the message shows the sample.
         """
         return self._b(samples, FeatureValues(samples))[1].sum(1)
 
     def log_prob(self, samples: Samples) -> Tensor:
-        """(N,) fp64: log P(x), as ``score`` gives it."""
+        """Return log P(x), (N,) fp64, as ``score`` gives it."""
         return self.score(samples).log_target
 
     @torch.no_grad()
@@ -187,20 +188,23 @@ class EBM:
         batch_size: int | None = None,
         values: FeatureValues | None = None,
     ) -> TargetScores:
-        """Return log P(x) and its parts. Each scorer runs once per sample; the base scores those with b > 0 only.
+        """Return log P(x) and its parts.
+
+        Each scorer runs once per sample. The base scores only the samples with b > 0.
 
         Args:
-            samples: N sequences, of whatever model.
-            log_base: (N,) log a(x) where it is known already, as log q(x) is while q is a: the base is not run.
-                May be NaN where b = 0.
-            batch_size: sequences at a time when the base scores. Default: the EBM's.
-            values: ``FeatureValues`` of these samples. What it holds is not computed again, and it holds afterwards
-                what is computed here, for a reward that is a feature of the target too.
+            samples: N sequences, of any model.
+            log_base: (N,) log a(x) where it is known already, as log q(x) is while q is a. The base then does not run.
+                It may be NaN where b = 0.
+            batch_size: the number of sequences that the base scores at a time. Default: the EBM's.
+            values: ``FeatureValues`` of these samples. The values that it holds are not computed again, and the values
+                that are computed here are added to it, so that a reward that is also a feature runs once.
 
         Raises:
-            RuntimeError: there are moments and lambda is not known yet; a scorer raised.
-            ValueError: values of other samples; a scorer returned what it must not, a negative b; log_base of another
-                shape or NaN where b > 0; samples at another temperature than those that lambda was fitted on.
+            RuntimeError: there are moments and lambda is not known yet, or a scorer raised.
+            ValueError: ``values`` is of other samples; a scorer returned a value that is not allowed; a b is negative;
+                log_base has another shape or is NaN where b > 0; the temperature of the samples is not the one that
+                lambda was fitted at.
         """
         lambda_ = self.lambda_.to(samples.log_prob.device)
         fitted_at = math.nan if self.report is None else self.report.temperature
@@ -231,7 +235,7 @@ class EBM:
         return TargetScores(log_target, log_b, features, log_base, monitored)
 
     def _b(self, samples: Samples, values: FeatureValues) -> tuple[Tensor, Tensor]:
-        """phi (or 1 - phi) and log b, (N, pointwise constraints) fp64 each, checked."""
+        """Return phi (or 1 - phi) and log b, each (N, pointwise constraints) fp64 and checked."""
         columns, logs = [], []
         for each in self._pointwise:
             value = values(each.feature)
@@ -261,28 +265,28 @@ class EBM:
         seed: int | None = 0,
         batch_size: int | None = None,
     ) -> EBM:
-        """Finds ``lambda_``, so that E_p[phi] is what the moments ask for, from samples of the base.
+        """Find the ``lambda_`` at which E_p[phi] has the wanted moments, from samples of the base.
 
-        Sets ``report``, too. Without moments there is nothing to fit: the report says so, and nothing is drawn.
+        The fit sets ``report``, too. Without moments there is nothing to fit; the report says so, and nothing is drawn.
 
         Args:
-            samples: of the base. Their ``context_id`` tells contexts apart, and all contexts weigh the same: E_p is
-                the mean over contexts. Default: drawn here.
-            n: how many to draw, in all; the same number for each context, rounded up.
-            contexts: prompts to draw for. Default: the empty one.
-            rows: for each of the contexts the row of its data set, which scorers see as ``samples.rows``.
-            max_new_tokens, temperature: of the samples drawn; they must be those of the training (the defaults are
-                ``DMConfig``'s).
-            seed: of the samples drawn. ``evaluate`` and ``rejection_curve`` draw others with the same seed. None: one
-                from torch's global generator.
+            samples: samples of the base. Their ``context_id`` tells contexts apart, and all contexts weigh the same:
+                E_p is the mean over contexts. Default: they are drawn here.
+            n: the total number of samples to draw; each context gets the same number, rounded up.
+            contexts: the prompts to draw for. Default: the empty context.
+            rows: for each context the row of its data set, which scorers see as ``samples.rows``.
+            max_new_tokens, temperature: the settings of the samples that are drawn; they must be those of the training
+                (the defaults are ``DMConfig``'s).
+            seed: the seed of the samples that are drawn. ``evaluate`` and ``rejection_curve`` draw other sequences with
+                the same seed. None takes a seed from torch's global generator.
             batch_size: sequences drawn at a time. Default: the EBM's, or else 256.
 
         Returns:
             The EBM itself.
 
         Raises:
-            ValueError: contexts along with samples; no sample; samples that are not the base's; no lambda gives the
-                moments (``fit_lambda``). ``lambda_`` stays as it was.
+            ValueError: both contexts and samples are given; there is no sample; the samples are not the base's; no
+                lambda gives the moments (``fit_lambda``). ``lambda_`` stays as it was.
         """
         if not self._moments:
             self.report = _nothing_to_fit(self._notes)
@@ -315,22 +319,24 @@ class EBM:
         return self
 
     def refit(self, features: Tensor, log_b: Tensor, log_ratio: Tensor, context_id: Tensor | None = None) -> LambdaFit:
-        """lambda from samples of a proposal q, by self-normalised importance sampling with the weights a/q: for where
-        samples of a show the features too rarely. ``lambda_`` and ``report`` become what is found if its effective
-        sample size is larger than that of the fit before, and stay as they are if not.
+        """Fit lambda anew from samples of a proposal q, by self-normalised importance sampling with the weights a/q.
 
-        Whoever holds a Z of this target starts it anew after that; the trainer does.
+        This helps where samples of a show the features too rarely. ``lambda_`` and ``report`` take the result if its
+        effective sample size is larger than that of the fit before, and stay as they are if not.
+
+        A caller that holds a Z of this target must start it anew after that; the trainer does.
 
         Args:
             features, log_b: (N, F) and (N,), as ``score`` gives them.
-            log_ratio: (N,) log a(x) - log q(x); looked at where b > 0 only.
+            log_ratio: (N,) log a(x) - log q(x); it is read only where b > 0.
             context_id: (N,), as in ``fit_lambda``.
 
         Returns:
-            What was found, whether or not it was taken.
+            The result of the fit, whether or not it was taken.
 
         Raises:
-            RuntimeError: there was no fit before, or there is no moment. ValueError: as ``fit_lambda``.
+            RuntimeError: there was no fit before, or there is no moment.
+            ValueError: as ``fit_lambda``.
         """
         if self.report is None or not self._moments:
             raise RuntimeError("refit goes on from what fit() found: call fit() first")
@@ -369,7 +375,7 @@ class EBM:
     # --- state --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """lambda, the moments' names and the report: plain numbers, lists and strings."""
+        """Return lambda, the moments' names and the report as plain numbers, lists and strings."""
         return {
             "moment_names": list(self.moment_names),
             "moment_values": [moment.value for moment in self._moments],
@@ -378,10 +384,10 @@ class EBM:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the place of what ``fit`` found.
+        """Restore lambda and the report from a state that ``state_dict`` returned.
 
         Raises:
-            ValueError: of an EBM with other moments, or other values of them. Nothing has changed then.
+            ValueError: the state is of an EBM with other moments or other values of them. Nothing has changed then.
         """
         if state["moment_names"] != self.moment_names:
             raise ValueError(f"the state is of moments {state['moment_names']}, this EBM has {self.moment_names}")
@@ -396,7 +402,7 @@ class EBM:
         self._lambda, self.report = new, report
 
     def describe(self) -> dict[str, Any]:
-        """The target for a model card: JSON."""
+        """Return the target as JSON for a model card."""
         config = getattr(getattr(self.base, "model", None), "config", None)
         lambdas = [None] * len(self._moments) if self._lambda is None else self._lambda.tolist()
         named = zip(self.moment_names, self._moments, lambdas, strict=True)
@@ -417,7 +423,7 @@ class EBM:
 
 
 class _Names:
-    """Makes names unique."""
+    """Make names unique."""
 
     def __init__(self) -> None:
         self._taken: set[str] = set()

@@ -1,4 +1,4 @@
-"""Features with a model or a temperature in them: what a classifier says of a text, and rewards as constraints."""
+"""Provide features from classifiers, and rewards as pointwise constraints."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from .constraints import Feature, Scorer
 
 
 class Classifier(Scorer):
-    """What a sequence classifier of transformers says of the continuation: the probability of a label, its log, or
-    whether it reaches a threshold.
+    """Score the continuation with a sequence classifier of transformers.
+
+    The value is the probability of a label, its log, or whether the probability reaches a threshold.
 
     Args:
         model: a ``...ForSequenceClassification``, or a ``text-classification`` pipeline, whose model and tokenizer are
-            taken. It stays where it is (a GPU serves as it stands) and is put into eval mode.
-        tokenizer: the model's own, not that of the samples. A pipeline brings it.
+            taken. It stays on its device, which may be a GPU, and is put into eval mode.
+        tokenizer: the tokenizer of this model, not that of the samples. A pipeline brings it.
         label: a name of ``model.config.id2label``.
         output: "probability" (softmax over labels; a sigmoid where the labels are independent or there is one),
             "log_probability", or "binary": 1 where the probability is at least ``threshold``, else 0.
-        threshold: of "binary".
+        threshold: the threshold of "binary".
         batch_size: texts in a forward.
-        max_length: tokens of a text that are read. Default: as many as the tokenizer says the model takes.
+        max_length: tokens of a text that are read. Default: the tokenizer's limit for the model.
         cache: as in ``Scorer``.
-        name: in logs, reports and errors. Default: the label.
+        name: the name in logs, reports and errors. Default: the label.
 
     Raises:
-        TypeError, ValueError: no classifier, no tokenizer, an unknown label (the message lists them) or output, a model
-            that was trained for regression, which has no probabilities (use ``Scorer``), a tokenizer without padding.
+        TypeError, ValueError: the model is not a classifier, or was trained for regression and so has no probabilities
+            (use ``Scorer``); there is no tokenizer, or it can't pad; the label is unknown (the message lists the
+            labels), or the output is.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class Classifier(Scorer):
         return log_p.exp() if self.output == "probability" else (log_p.exp() >= self.threshold).double()
 
     def describe(self) -> dict[str, Any]:
-        """Model, label and what is read of it."""
+        """Return the model, the label and the kind of output."""
         config: Any = self.model.config
         return {"type": "Classifier", "name": self.name,
                 "model": getattr(config, "_name_or_path", None) or type(self.model).__name__, "label": self.label,
@@ -105,18 +107,21 @@ class Classifier(Scorer):
 
 
 class Reward(Feature):
-    """A reward R(x). As a pointwise constraint it is b(x) = exp(R(x)/beta): the target a exp(R/beta)/Z is the optimum
-    of KL-control with the coefficient beta (Korbak et al. 2022, arXiv:2206.00761).
+    """Turn a reward R(x) into the pointwise constraint b(x) = exp(R(x)/beta).
 
-    Everywhere else it is R itself: in a ``Moment``, among what is monitored, as ``DMTrainer(reward=...)``, in the logs.
+    The target a exp(R/beta)/Z is the optimum of KL-control with the coefficient beta (Korbak et al. 2022,
+    arXiv:2206.00761).
+
+    In all other places the value is R itself: in a ``Moment``, in ``monitor``, as ``DMTrainer(reward=...)``, in logs.
 
     Args:
         fn: a ``Feature``, or a function, which becomes a ``Scorer``.
-        beta: positive, in units of R.
-        options: those of ``Scorer``, where ``fn`` is a function: ``on``, ``batched``, ``batch_size``, ``cache``, ...
+        beta: the positive temperature, in units of R.
+        options: the options of ``Scorer`` if ``fn`` is a function: ``on``, ``batched``, ``batch_size``, ``cache``, ...
 
     Raises:
-        TypeError, ValueError: beta not positive and finite; as ``Scorer``; options along with a ``Feature``.
+        TypeError, ValueError: beta is not positive and finite; ``fn`` is a ``Feature`` and options
+            are given; as ``Scorer``.
     """
 
     def __init__(self, fn: Feature | Callable[..., Any], beta: float, **options: Any) -> None:
@@ -128,18 +133,18 @@ class Reward(Feature):
         self.beta, self.name, self.binary = float(beta), self.fn.name, False
 
     def __call__(self, samples: Samples) -> Tensor:
-        """(N,) fp64: R(x)."""
+        """Return R(x), (N,) fp64."""
         return self.fn(samples)
 
     @property
     def source(self) -> Feature:
-        """R without beta."""
+        """The feature that computes R, without beta."""
         return self.fn.source
 
     def log_b(self, value: Tensor) -> Tensor:
-        """R/beta, never exponentiated on its own: exp(R/beta) may be beyond any float."""
+        """Return R/beta. It is never exponentiated alone, because exp(R/beta) may overflow."""
         return value / self.beta
 
     def describe(self) -> dict[str, Any]:
-        """beta and the description of R."""
+        """Return beta and the description of R."""
         return {"type": "Reward", "name": self.name, "beta": self.beta, "reward": self.fn.describe()}

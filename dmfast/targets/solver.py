@@ -1,15 +1,16 @@
-"""lambda of a distributional target p(x) ~ a(x) b(x) exp(lambda . phi(x)) from samples of a, by its convex dual.
+"""Find lambda of a distributional target p(x) ~ a(x) b(x) exp(lambda . phi(x)) from samples of a, by its convex dual.
 
 With wanted moments mu, contexts c and samples x ~ a(. | c),
 
     f(lambda) = mean_c log mean_x [b(x) exp(lambda . phi(x))] - lambda . mu
 
-has gradient E_p[phi] - mu and Hessian Cov_p[phi]; its minimum is where the moments hold (arXiv:2012.11635, section 2.2,
-finds the same lambda by stochastic descent on (E_p[phi] - mu)^2). Newton with backtracking reaches it in a few steps.
+has the gradient E_p[phi] - mu and the Hessian Cov_p[phi], and the moments hold at its minimum (arXiv:2012.11635,
+section 2.2, finds the same lambda by stochastic descent on (E_p[phi] - mu)^2). Newton's method with
+backtracking reaches the minimum in a few steps.
 
 The minimum exists if and only if mu is in the interior of the set of reachable moments, the convex hull of the phi(x)
-with b(x) > 0 (for contexts: the mean of their hulls). If it is not, a direction d has
-mean_c max_x d . (phi(x) - mu) <= 0: that is looked for first, and is the proof in the error.
+with b(x) > 0 (for contexts: the mean of their hulls). If mu is not, a direction d has
+mean_c max_x d . (phi(x) - mu) <= 0. The solver looks for such a d first, and the error gives it as the proof.
 """
 
 from __future__ import annotations
@@ -31,22 +32,26 @@ _FEW = 50.0  # effective samples, below which the attained moments say little
 
 @dataclass(frozen=True)
 class LambdaFit:
-    """How lambda was found, and how well the moments hold. Standard errors are for fixed contexts.
+    """Report how lambda was found and how well the moments hold.
+
+    Standard errors are for fixed contexts.
 
     Attributes:
         names, wanted, lambda_: one for each moment; lambda in units of 1 / feature.
         base: E[phi] at lambda = 0, under a(x) b(x), from the same samples.
-        attained: E_p[phi], self-normalised. The value is what was wanted; the error says how well it is known.
+        attained: E_p[phi], self-normalised. The value is the wanted one; the error says how well it is known.
         pointwise: the mean of each pointwise b under a.
-        source: what the samples are of: "a", or "q", a proposal whose samples were weighted by a/q. All means and
-            "under a" are then self-normalised.
-        kl: KL(p||a) in nats, the mean over contexts: the least that any policy with these moments pays.
-        ess: of n, the effective sample size of the weights p/a, or p/q.
-        n, n_positive: samples, and those with b > 0. Those in contexts where b is always 0 are in n alone.
-        contexts: those with some b > 0.
-        temperature: that the samples were drawn at; NaN if not known.
-        max_new_tokens: that they were drawn with; None if not known.
-        notes: what was done on the way. warnings: what to doubt.
+        source: the model that the samples come from: "a", or "q", a proposal whose samples were weighted by a/q. All
+            means, also those under a, are then self-normalised.
+        kl: KL(p||a) in nats, the mean over contexts. No policy with these moments has a smaller one.
+        ess: the effective sample size, out of n, of the weights p/a or p/q.
+        n, n_positive: the number of samples, and of those with b > 0. Samples in contexts where b is always 0 count
+            in n alone.
+        contexts: the number of contexts with some b > 0.
+        temperature: the temperature of the samples; NaN if it is not known.
+        max_new_tokens: the ``max_new_tokens`` of the samples; None if it is not known.
+        notes: what the solver did on the way.
+        warnings: reasons to doubt the result.
     """
 
     names: list[str]
@@ -70,12 +75,12 @@ class LambdaFit:
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it for JSON, which has no NaN: None in its place."""
+        """Return all attributes for JSON, with None in place of NaN, which JSON lacks."""
         return {key: _to_json(value) for key, value in vars(self).items()}
 
     @staticmethod
     def from_dict(state: dict[str, Any]) -> LambdaFit:
-        """The inverse of ``as_dict``."""
+        """Build the report from what ``as_dict`` returned."""
         numbers = {key: math.nan if state[key] is None else state[key] for key in ("ess", "seconds", "temperature")}
         made = {
             "base": [_estimate_of(e) for e in state["base"]],
@@ -122,7 +127,9 @@ def _estimate_of(state: dict[str, Any]) -> Estimate:
 
 @dataclass(frozen=True)
 class _Dual:
-    """f in the coordinates theta = lambda * scale: ``y`` (M, F) is (phi - mu) / scale of the samples with b > 0."""
+    """Evaluate f in the coordinates theta = lambda * scale.
+
+    ``y`` (M, F) is (phi - mu) / scale of the samples with b > 0."""
 
     y: Tensor
     log_b: Tensor  # (M,)
@@ -130,7 +137,7 @@ class _Dual:
     contexts: int
 
     def log_z(self, log_weight: Tensor) -> Tensor:
-        """(contexts,) log sum of exp(log_weight)."""
+        """Return the log of the sum of exp(log_weight) of each context, (contexts,)."""
         top = self._per_context(log_weight)
         total = torch.zeros_like(top).index_add(0, self.context, (log_weight - top[self.context]).exp())
         return top + total.log()
@@ -140,29 +147,29 @@ class _Dual:
         return start.scatter_reduce(0, self.context, values, "amax")
 
     def at(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """(M,) weights of p, 1 in all, and f but for a constant."""
+        """Return the weights of p (M,), whose sum is 1, and f up to a constant."""
         log_weight = self.log_b + self.y @ theta
         log_z = self.log_z(log_weight)
         return (log_weight - log_z[self.context]).exp() / self.contexts, log_z.mean()
 
     def derivatives(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient (F,) and Hessian (F, F)."""
+        """Return the gradient (F,) and the Hessian (F, F)."""
         weighted = weight[:, None] * self.y
         means = self.y.new_zeros(self.contexts, self.y.shape[1]).index_add(0, self.context, self.contexts * weighted)
         centred = self.y - means[self.context]
         return weighted.sum(0), centred.T @ (weight[:, None] * centred)
 
     def highest(self, direction: Tensor) -> float:
-        """mean_c max_x direction . y: not above 0 proves that mu is not in the interior of what can be reached."""
+        """Return mean_c max_x direction . y; a value <= 0 proves that mu is not an interior point of the hulls."""
         return float(self._per_context(self.y @ direction).mean())
 
     def scale_of(self, direction: Tensor) -> Tensor:
-        """(F,) how far each feature moves ``highest``."""
+        """Return how far each feature moves ``highest``, (F,)."""
         return direction.abs() * (self.y.amax(0) - self.y.amin(0))
 
 
 def _newton(dual: _Dual, steps: int = 200) -> tuple[Tensor, int, bool, bool]:
-    """theta, steps taken, whether the gradient vanishes, whether theta proves that there is no minimum."""
+    """Return theta, the number of steps, whether the gradient vanishes and whether theta disproves a minimum."""
     theta = dual.y.new_zeros(dual.y.shape[1])
     weight, f = dual.at(theta)
     gradient, hessian = dual.derivatives(weight)
@@ -197,24 +204,24 @@ def fit_lambda(
     context_id: Tensor | None = None,
     names: Sequence[str] | None = None,
 ) -> LambdaFit:
-    """lambda with E_p[phi] = wanted, from N samples of the base model a, or of another model q.
+    """Find lambda with E_p[phi] = wanted, from N samples of the base model a or of another model q.
 
     Args:
         features: (N, F) phi(x).
         wanted: (F,) mu.
         log_b: (N,) log b(x), -inf where b = 0. Default: 0.
-        log_ratio: (N,) log a(x) - log q(x), for samples of q: each then weighs a/q. It is not looked at where b = 0.
-            Default: 0, samples of a.
-        context_id: (N,) int, which samples belong to one context; all contexts weigh the same. Default: one context.
-        names: F of them, for errors and the report.
+        log_ratio: (N,) log a(x) - log q(x) for samples of q; each then weighs a/q. It is not read where b = 0.
+            Default: 0, for samples of a.
+        context_id: (N,) int, the context of each sample; all contexts weigh the same. Default: one context.
+        names: the F names of the features, for errors and the report.
 
     Raises:
-        ValueError: shapes, NaN; b = 0 in all samples; a moment that no lambda gives, because the feature is constant,
-            the value is outside of what the feature takes, features are linearly dependent, or the moments contradict
-            each other. Each names the features and the numbers.
+        ValueError: a shape is wrong, a value is NaN, or b = 0 in all samples. No lambda gives a moment, because the
+            feature is constant, the value is outside the range of the feature, features are linearly dependent, or the
+            moments contradict each other; the message names the features and the numbers.
 
     Examples:
-        A feature of a quarter of the samples that half are to have: exp(lambda) is 3.
+        A quarter of the samples has the feature and half of them should have it, so exp(lambda) is 3.
 
         >>> fit = fit_lambda(torch.tensor([[1.0]] * 250 + [[0.0]] * 750), [0.5])
         >>> round(math.exp(fit.lambda_[0]), 6)
@@ -228,7 +235,7 @@ def fit_lambda(
     if not bool(kept.any()):
         raise ValueError(f"b(x) = 0 for all {n:,} samples of {of}: the pointwise constraints are never satisfied")
     log_ratio = _checked_ratio(log_ratio, kept)
-    log_b = log_b + log_ratio  # of a b / q, in whose place b stands for samples of a
+    log_b = log_b + log_ratio  # the weight is a b / q for samples of q, and b for samples of a
     ids, dense = torch.unique(context, return_inverse=True)
     alive = torch.zeros(len(ids), dtype=torch.bool).index_fill(0, dense[kept], True)
     in_alive = alive[dense]
@@ -314,7 +321,7 @@ def _checked(
 
 
 def _checked_ratio(log_ratio: Tensor | None, kept: Tensor) -> Tensor:
-    """(N,) fp64, 0 where b = 0."""
+    """Return log_ratio, (N,) fp64 and checked, with 0 where b = 0."""
     if log_ratio is None:
         return torch.zeros(len(kept), dtype=torch.float64)
     if log_ratio.shape != kept.shape:
@@ -326,7 +333,7 @@ def _checked_ratio(log_ratio: Tensor | None, kept: Tensor) -> Tensor:
 
 
 def _moments(phi: Tensor, log_weight: Tensor, context: Tensor, contexts: int) -> list[Estimate]:
-    """The mean over contexts of E_p[phi]."""
+    """Return the mean over contexts of E_p[phi]."""
     order = context.argsort(stable=True)
     sizes = torch.bincount(context, minlength=contexts).tolist()
     parts = zip(torch.split(phi[order], sizes), torch.split(log_weight[order], sizes), strict=True)
@@ -338,11 +345,11 @@ def _moments(phi: Tensor, log_weight: Tensor, context: Tensor, contexts: int) ->
 
 
 def _kl(phi: Tensor, log_u: Tensor, log_ratio: Tensor, context: Tensor, weight: Tensor) -> Estimate:
-    """KL(p||a), the mean over contexts, from u = p/q; all contexts have a ``weight`` of 1.
+    """Return KL(p||a), the mean over contexts, from u = p/q; each context has a ``weight`` of 1.
 
-    Its error is that of samples from which log Z and lambda come too. Through lambda KL moves as log p/a is correlated
-    with phi under p: that part of it is no error, since the moments are held. With no b but 0 and 1 it is all of it,
-    and what is left is log Z's.
+    Its error takes into account that log Z and lambda come from the same samples. Through lambda, KL moves with the
+    part of log p/a that is correlated with phi under p. That part is no error, because the moments are held. If b is
+    only 0 or 1, that part is all of log p/a, and only the error of log Z remains.
     """
     u = log_u.exp()
     gap = torch.where(u > 0, log_u - log_ratio, 0.0)  # log p - log a
@@ -356,7 +363,7 @@ def _kl(phi: Tensor, log_u: Tensor, log_ratio: Tensor, context: Tensor, weight: 
 
 
 def _check_each(support: _Dual, mu: Tensor, names: list[str], where: str) -> list[str]:
-    """Refuses a value that a feature can't have on its own; warns of one that hangs on few samples."""
+    """Refuse a value that a feature can't have on its own, and warn of one that depends on few samples."""
     warnings = []
     for name, column, value in zip(names, support.y.unbind(1), mu.tolist(), strict=True):
         one = replace(support, y=column[:, None])
@@ -395,7 +402,7 @@ def _rule_of_three(fires: int, n: int) -> float:
 
 
 def _check_rank(support: _Dual, mu: Tensor, names: list[str], where: str) -> Tensor:
-    """The features' deviations within contexts (F,). Refuses linearly dependent features."""
+    """Return the features' standard deviations within contexts (F,) and refuse linearly dependent features."""
     weight = 1 / torch.bincount(support.context).double()[support.context] / support.contexts
     _, covariance = support.derivatives(weight)
     scale = covariance.diagonal().sqrt()
@@ -420,7 +427,7 @@ def _check_rank(support: _Dual, mu: Tensor, names: list[str], where: str) -> Ten
 
 
 def _reduced(rows: Tensor) -> Tensor:
-    """Reduced row echelon form with full pivoting: the dependencies with few features each, pivots 1."""
+    """Return the reduced row echelon form with full pivoting: dependencies of few features each, with pivots of 1."""
     rows = rows.clone()
     for i in range(len(rows)):
         pivot = int(rows[i:].abs().argmax())
@@ -433,14 +440,14 @@ def _reduced(rows: Tensor) -> Tensor:
 
 
 def _check_jointly(dual: _Dual, support: _Dual, mu: Tensor, scale: Tensor, names: list[str], where: str) -> None:
-    """Refuses moments that can each be reached, but not together, or only in the limit of an infinite lambda."""
+    """Refuse moments that can each be reached but not together, or only in the limit of an infinite lambda."""
     # moved a little outward, a mu on the boundary is strictly outside, where Newton finds a proof in finite time
     outward, _ = dual.derivatives(dual.at(torch.zeros_like(mu))[0])
     moved = replace(dual, y=dual.y + 1e-6 * outward)
     theta, _, _, proven = _newton(moved)
     if not proven:
         return
-    # features that the proof does not need: without them it is no weaker
+    # drop the features that the proof does not need: it is no weaker without them
     for i in moved.scale_of(theta).argsort().tolist():
         without = theta.clone()
         without[i] = 0
@@ -470,7 +477,7 @@ def _number(x: float, size: float) -> str:
 
 
 def _sum(d: Tensor, among: list[int], names: list[str]) -> str:
-    """d . phi, to be read."""
+    """Return d . phi as text."""
     terms = []
     for i in among:
         size = abs(float(d[i]))

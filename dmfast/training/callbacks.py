@@ -1,4 +1,4 @@
-"""What ``DMTrainer`` hooks into transformers' loop: the end of a step, Ctrl-C, the line that is printed."""
+"""Hook ``DMTrainer`` into transformers' loop: at the end of a step, at Ctrl-C, and to print log lines."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ logger = logging.get_logger(__name__)
 
 
 class StepEnd(TrainerCallback):  # type: ignore[misc]
-    """Calls back before and after ``optimizer.step()``: before anything logs, evaluates or saves this step."""
+    """Call back before and after ``optimizer.step()``, before anything logs, evaluates or saves this step."""
 
     def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
         self._before, self._after = before, after
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """All gradients of the step are there."""
+        """Call back when all gradients of the step are computed."""
         self._before()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The policy has moved; the step is not yet counted."""
+        """Call back when the policy has moved and the step is not yet counted."""
         self._after()
 
 
 class Interrupt(TrainerCallback):  # type: ignore[misc]
-    """Ctrl-C ends training after the current step, with a checkpoint; a second one ends it at once."""
+    """End training at Ctrl-C after the current step, with a checkpoint, and at a second Ctrl-C at once."""
 
     def __init__(self) -> None:
         self.asked = False  # in this process
@@ -41,14 +41,14 @@ class Interrupt(TrainerCallback):  # type: ignore[misc]
         self._installed = False
 
     def install(self) -> None:
-        """Only the main thread may."""
+        """Install the handler of Ctrl-C, if this is the main thread, since no other thread may."""
         self.asked = self.agreed = False
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._ask)
             self._installed = True
 
     def remove(self) -> None:
-        """Puts back what handled Ctrl-C before."""
+        """Restore the handler that Ctrl-C had before."""
         if self._installed:
             signal.signal(signal.SIGINT, self._previous)
             self._installed = False
@@ -61,59 +61,59 @@ class Interrupt(TrainerCallback):  # type: ignore[misc]
         logger.warning("Ctrl-C: training ends after this step, with a checkpoint. Once more ends it at once, without.")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stops and saves, if asked."""
+        """Stop and save, if asked."""
         if self.agreed:
             control.should_training_stop = True
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Notes the step."""
+        """Note the step of the checkpoint."""
         self._saved = state.global_step
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Saves where save_strategy="best" has withdrawn it after an evaluation in the same step."""
+        """Save where save_strategy="best" has withdrawn the request after an evaluation in the same step."""
         if self.agreed and self._saved != state.global_step:
             control.should_save = True
 
 
 class _Manager(CheckpointManager):  # type: ignore[misc]
-    """Writes no sentinel file: ``DMTrainer``'s checkpoints are whole or not there."""
+    """Save without a sentinel file, because ``DMTrainer``'s checkpoints are either whole or absent."""
 
     def execute_jit_checkpoint(self) -> None:
-        """A checkpoint, now."""
+        """Save a checkpoint now."""
         self.is_checkpoint_requested = False
         self.trainer._save_checkpoint(self.trainer.model, trial=None)
 
 
 class JITCheckpoint(JITCheckpointCallback):  # type: ignore[misc]
-    """transformers' checkpoint at SIGTERM; at the end of a step its line is logged first, so that it is in it.
+    """Save transformers' checkpoint at SIGTERM; at the end of a step log its line first, so that the checkpoint has it.
 
-    Several ranks save at the end of a step only, where they agree on it: within a step one of them would be alone.
+    Several ranks save only at the end of a step, where they agree on it. Within a step one of them would save alone.
     """
 
     def set_trainer(self, trainer: Any) -> None:
-        """Takes over SIGTERM."""
+        """Take over SIGTERM."""
         self.trainer, self.agreed = trainer, False
         self.jit_manager = _Manager(trainer)
         self.jit_manager.setup_signal_handler()
 
     @property
     def asked(self) -> bool:
-        """In this process."""
+        """Whether this process has received SIGTERM."""
         return bool(self.jit_manager.is_checkpoint_requested)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Of the step before, since this one is not done."""
+        """Save a checkpoint of the previous step if one is asked for, since this step is not done."""
         if args.world_size == 1:
             super().on_pre_optimizer_step(args, state, control, **kwargs)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Of the step before."""
+        """Save a checkpoint of the previous step if one is asked for."""
         if args.world_size == 1:
             super().on_step_begin(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log and save, in this order, but don't evaluate: time is short."""
+        """Log, save and stop if asked, in this order, but don't evaluate, because time is short."""
         if self.agreed or (args.world_size == 1 and self.asked):
             self.agreed = self.jit_manager.is_checkpoint_requested = False
             control.should_save = control.should_training_stop = True
@@ -125,7 +125,7 @@ class JITCheckpoint(JITCheckpointCallback):  # type: ignore[misc]
 def log_line(step: int, logs: Mapping[str, Any]) -> str:
     """Return one step, evaluation or end of training as a line."""
     evaluation = any(key.startswith("eval_") for key in logs)
-    # eval_, or of one of several eval sets eval_<name>_
+    # the prefix is eval_, or eval_<name>_ for one of several eval sets
     known = (key.removesuffix("kl_policy_base") for key in logs if re.fullmatch("eval_(.+_)?kl_policy_base", key))
     prefix = next(known, "eval_") if evaluation else ""
 
@@ -159,18 +159,18 @@ def log_line(step: int, logs: Mapping[str, Any]) -> str:
 
 
 class LogLine(TrainerCallback):  # type: ignore[misc]
-    """Prints one line a log, for where there is no progress bar."""
+    """Print one line per log, where there is no progress bar."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Prints it on rank 0."""
+        """Print the line on rank 0."""
         if logs and state.is_world_process_zero:
             print(log_line(state.global_step, logs), flush=True)
 
 
 class Progress(ProgressCallback):  # type: ignore[misc]
-    """transformers' progress bar, with the line of ``LogLine`` above it."""
+    """Show transformers' progress bar, with the line of ``LogLine`` above it."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Writes it above the bar."""
+        """Write the line above the bar."""
         if logs and state.is_world_process_zero and self.training_bar is not None:
             self.training_bar.write(log_line(state.global_step, logs))

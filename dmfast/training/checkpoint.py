@@ -1,6 +1,8 @@
-"""Checkpoints that are whole or not there: written beside, listed with their sizes, moved into place.
+"""Write checkpoints that are either whole or absent.
 
-A checkpoint is transformers' folder with two files more: ``dmfast_state.pt`` (proposal, Z, lambda, estimators) and
+The files are written to a folder beside the target, listed with their sizes, and moved into place at the end.
+
+A checkpoint is transformers' folder with two more files: ``dmfast_state.pt`` (proposal, Z, lambda, estimators) and
 ``dmfast_manifest.json``, which lists every file with its size and so tells a truncated checkpoint from a whole one.
 """
 
@@ -22,14 +24,14 @@ _STAGING = "_being-written"
 
 
 def write_manifest(folder: Path) -> None:
-    """Lists the files of a finished checkpoint with their sizes in bytes."""
+    """List the files of a finished checkpoint with their sizes in bytes."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     sizes = {str(p.relative_to(folder)): p.stat().st_size for p in files}
     (folder / MANIFEST).write_text(json.dumps({"version": 1, "files": sizes}, indent=1) + "\n")
 
 
 def fault(folder: Path) -> str | None:
-    """None for a whole checkpoint, else what is wrong with it."""
+    """Return None for a whole checkpoint, else what is wrong with it."""
     if not folder.is_dir():
         return "there is no such folder"
     try:
@@ -50,7 +52,7 @@ def fault(folder: Path) -> str | None:
 
 
 def _in_order(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
+    """Return the checkpoints of a run, newest first."""
     if not output_dir.is_dir():
         return []
     found = [p for p in output_dir.iterdir() if p.is_dir() and re.fullmatch(r"checkpoint-\d+", p.name)]
@@ -58,10 +60,10 @@ def _in_order(output_dir: Path) -> list[Path]:
 
 
 def to_resume(wanted: str | bool, output_dir: Path) -> Path:
-    """The folder to resume from: the one named, or with True the newest one of the run.
+    """Return the folder to resume from: the named one, or with True the newest one of the run.
 
     Raises:
-        ValueError: there is none, or it is truncated; the message names the newest whole one.
+        ValueError: there is no checkpoint, or it is truncated; the message names the newest whole one.
     """
     checkpoints = _in_order(output_dir)
     if wanted is True:
@@ -83,7 +85,9 @@ def to_resume(wanted: str | bool, output_dir: Path) -> Path:
 
 @contextmanager
 def staged(output_dir: Path, name: str, writes: bool, barrier: Callable[[], None]) -> Iterator[Path]:
-    """A folder to write the checkpoint ``name`` in, which becomes ``output_dir/name`` if the block ends well.
+    """Yield a folder for the files of the checkpoint ``name``.
+
+    The folder becomes ``output_dir/name`` if the block ends without an error.
 
     Args:
         writes: whether this process makes, moves and removes folders (rank 0).
@@ -122,15 +126,15 @@ def staged(output_dir: Path, name: str, writes: bool, barrier: Callable[[], None
 
 
 def save_state(state: dict[str, Any], folder: Path) -> None:
-    """Writes what dmfast needs to go on."""
+    """Write dmfast's own state into a checkpoint."""
     torch.save(state, folder / STATE)
 
 
 def load_state(folder: Path, device: torch.device) -> dict[str, Any]:
-    """Reads what ``save_state`` wrote.
+    """Read the state that ``save_state`` wrote.
 
     Raises:
-        ValueError: no such file, or one that can't be read.
+        ValueError: there is no such file, or it can't be read.
     """
     try:
         state: dict[str, Any] = torch.load(folder / STATE, map_location=device, weights_only=True)
@@ -143,7 +147,7 @@ def upgraded(state: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint's state in the format of this version of dmfast.
 
     Raises:
-        ValueError: the state of a version that this one does not know.
+        ValueError: the state is of a version that this one does not know.
     """
     if "matcher" in state:
         return state
@@ -157,7 +161,7 @@ def upgraded(state: dict[str, Any]) -> dict[str, Any]:
     batch = state["batch"]
     if batch is not None:
         samples = batch["samples"] | {"context_id": batch["context"]}
-        log_base = torch.full_like(samples["log_prob"], torch.nan)  # which a batch that is repeated does not need
+        log_base = torch.full_like(samples["log_prob"], torch.nan)  # a repeated batch does not need it
         batch = {key: batch[key] for key in ("inputs", "features", "advantage", "epoch", "beta")}
         batch |= {"samples": samples, "log_base": log_base}
     running = {key: state[key] for key in ("beta", "partitions", "scale", "returns", "zero_steps", "steps")}

@@ -1,7 +1,7 @@
-"""Which contexts an optimiser step samples from: prompts of a data set, or the one empty context.
+"""Choose the contexts that an optimiser step samples from: prompts of a data set, or the one empty context.
 
 A step of B sequences takes B / n contexts and draws n sequences from each. Transformers' Trainer counts microbatches,
-so the loader gives microbatches of rows in which each row of a context stands n times in a row.
+so the loader gives microbatches of rows in which the row of each context comes n times in succession.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from ..models import LanguageModel
 
 
 class Contexts(Dataset[Any]):
-    """Rows of prompts as (row, prompt), where a prompt is a string, a list of chat messages or a list of token ids.
+    """Give rows of prompts as (row, prompt); a prompt is a string, a list of chat messages or a list of token ids.
 
     Args:
-        rows: a sequence of prompts, or of rows with a column ``prompt`` (``datasets.Dataset`` too); None: the one empty
-            context, as ``[""]``.
-        argument: what the rows were given as, for errors.
+        rows: a sequence of prompts, or of rows with a column ``prompt`` (``datasets.Dataset`` too). None is the one
+            empty context, as ``[""]``.
+        argument: the name of the argument that brought the rows, for errors.
 
     Raises:
-        TypeError: rows that have no length, such as an ``IterableDataset``, or are several data sets, such as a
+        TypeError: the rows have no length, such as an ``IterableDataset``, or are several data sets, such as a
             ``DatasetDict``.
-        ValueError: no rows, or a row without a prompt.
+        ValueError: there are no rows, or a row has no prompt.
     """
 
     def __init__(self, rows: Any = None, argument: str = "train_dataset") -> None:
@@ -51,13 +51,13 @@ class Contexts(Dataset[Any]):
             whole = rows.with_format(None)
             rows = whole.select_columns("prompt")
         self.rows, self._whole = rows, whole
-        self[0]  # refuses rows without a prompt now rather than in the middle of a run
+        self[0]  # this refuses rows without a prompt now rather than in the middle of a run
         first = whole[0]
         self.has_columns = isinstance(first, Mapping) and len(first) > 1
 
     @cached_property
     def digest(self) -> str:
-        """Of all prompts: tells one data set from another."""
+        """A hash of all prompts, which tells one data set from another."""
         found = hashlib.blake2b(digest_size=16)
         for row in self:
             found.update(repr(row).encode())
@@ -83,7 +83,7 @@ class Contexts(Dataset[Any]):
         return index, row
 
     def rows_of(self, indices: Sequence[int]) -> list[Mapping[str, Any]] | None:
-        """Return the whole rows, which scorers see, or None where there are prompts only."""
+        """Return the whole rows, which scorers see, or None if there are only prompts."""
         return [dict(self._whole[index]) for index in indices] if self.has_columns else None
 
     def check(self, policy: LanguageModel, max_new_tokens: int) -> None:
@@ -108,17 +108,19 @@ def eval_contexts(dataset: Any) -> Contexts | dict[str, Contexts]:
 
 
 class StepSampler(Sampler[list[int]]):
-    """Microbatches of row indices for one rank: each context of an optimiser step ``n`` times, cut in order.
+    """Give microbatches of row indices for one rank.
+
+    Each context of an optimiser step comes ``n`` times, and the sequence is cut in order.
 
     Args:
-        contexts: rows of the data set.
+        contexts: the number of rows of the data set.
         n: sequences per context.
         per_device, accumulation: sequences in a microbatch, microbatches in an optimiser step.
-        rank, world: which share of each step this process takes.
-        steps: optimiser steps in an epoch; None: as many as the data set fills. With several ranks the last step is
-            filled up from the start of the epoch, so that all ranks have the same number of microbatches.
-        shuffle, seed: a permutation per epoch that depends on nothing else.
-        repeats: how often each step comes, one after the other. Above 1 the last step is filled up with one rank, too.
+        rank, world: the share of each step that this process takes.
+        steps: optimiser steps in an epoch. None takes as many as the data set fills. With several ranks the last step
+            is filled up from the start of the epoch, so that all ranks have the same number of microbatches.
+        shuffle, seed: these give a permutation per epoch, which depends on nothing else.
+        repeats: how often each step comes in succession. Above 1 the last step is filled up with one rank, too.
 
     Raises:
         ValueError: the step's sequences on a rank are not a multiple of n; a step takes more contexts than there are.
@@ -146,7 +148,7 @@ class StepSampler(Sampler[list[int]]):
         self.endless = steps is not None
 
     def set_epoch(self, epoch: int) -> None:
-        """Another permutation."""
+        """Take the permutation of this epoch."""
         self.epoch = epoch
 
     def _order(self) -> list[int]:
@@ -156,7 +158,7 @@ class StepSampler(Sampler[list[int]]):
         return torch.randperm(self.contexts, generator=generator).tolist()
 
     def _step(self, order: list[int], step: int) -> list[int]:
-        """The rows of this rank's sequences in one step."""
+        """Return the rows of this rank's sequences in one step."""
         first = step * self.per_rank * self.world
         last = first + self.per_rank * self.world
         if not self.endless and self.repeats == 1 and last > len(order):
@@ -178,17 +180,19 @@ class StepSampler(Sampler[list[int]]):
 
 
 class ContextLoader(DataLoader[Any]):
-    """Microbatches as lists of (row, prompt). Not for accelerate to shard: the sampler has done so."""
+    """Load microbatches as lists of (row, prompt).
+
+    accelerate must not shard this loader, because the sampler has done so."""
 
     def __init__(self, contexts: Contexts, sampler: StepSampler) -> None:
         super().__init__(contexts, batch_sampler=sampler, collate_fn=list)
         self.step_sampler = sampler
 
     def set_epoch(self, epoch: int) -> None:
-        """What transformers' Trainer calls at the start of an epoch."""
+        """Pass the epoch to the sampler; transformers' Trainer calls this at the start of an epoch."""
         self.step_sampler.set_epoch(epoch)
 
 
 def contexts_of(batches: Sequence[Sequence[tuple[int, Any]]], n: int) -> list[tuple[int, Any]]:
-    """The contexts of a step, each once, from its microbatches."""
+    """Return the contexts of a step, each once, from its microbatches."""
     return [row for batch in batches for row in batch][::n]

@@ -1,4 +1,4 @@
-"""What a model is now, from fresh samples of itself: E_pi[phi], KL(pi||a), KL(p||pi), diversity."""
+"""Evaluate a model on fresh samples of itself: E_pi[phi], KL(pi||a), KL(p||pi), diversity."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ..targets import EBM
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What ``evaluate`` has seen.
+    """Hold the samples and the estimates of an evaluation.
 
     Attributes:
-        samples: N, of this rank.
+        samples: the N samples of this rank.
         log_base: (N,) fp64, log a(x).
-        features: (N, F + M) fp64: moments, then what is monitored, with these ``names``.
-        estimates: of all ranks.
+        features: (N, F + M) fp64: the moments, then the monitored features, with these ``names``.
+        estimates: the estimates over all ranks.
     """
 
     samples: Samples
@@ -35,7 +35,7 @@ class Evaluation:
     estimates: dict[str, Estimate]
 
     def across_contexts(self, n: int) -> Tensor:
-        """Of at most n sequences the places: the first of every context, then the second of every context, ..."""
+        """Return the places of at most n sequences: the first of every context, then the second of each, ..."""
         contexts = int(self.samples.context_id.max()) + 1
         return torch.arange(len(self.samples)).view(contexts, -1).T.flatten()[:n]
 
@@ -53,7 +53,7 @@ def evaluate(
     texts: int = 0,
     rows: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[Samples, dict[str, Estimate]]:
-    """Return samples and estimates of ``examine``, in one process.
+    """Return the samples and the estimates of ``examine``, in one process.
 
     The sequences are not those that ``EBM.fit`` or ``rejection_curve`` draw with the same seed.
     """
@@ -81,19 +81,21 @@ def examine(
     gather: Callable[[Tensor], Tensor] = lambda x: x,
     gather_texts: Callable[[list[str]], list[str]] = lambda x: x,
 ) -> Evaluation:
-    """Draws ``n`` sequences per prompt from ``model`` and says what they are like.
+    """Draw ``n`` sequences per prompt from ``model`` and estimate the model's measures from them.
 
     Args:
-        model: pi. target: its moments and monitored features are the phi, its base is a.
+        model: pi.
+        target: its moments and monitored features are the phi, and its base is a.
         prompts, max_new_tokens, temperature, seed, batch_size, first_row: as in ``LanguageModel.sample``.
-        texts: how many of them ``diversity`` is asked of, the same ones every time, as many of each context; 0: none.
+        texts: the number of texts that ``diversity`` is measured on: the same ones every time, equally many of each
+            context. 0 measures none.
         rows: for each prompt the row of its data set, which scorers see as ``samples.rows``.
-        gather, gather_texts: in distributed training, put the values of all ranks together.
+        gather, gather_texts: collect the values of all ranks, in distributed training.
 
     Returns:
-        With standard errors ``phi/<feature>``, ``kl_policy_base`` (KL(pi||a), nats), ``kl_policy`` (KL(p||pi), nats;
-        with Z from these samples), ``length`` (scored tokens) and ``finished`` (the share that ended in EOS); with
-        ``texts`` what ``dmfast.diagnostics.diversity`` gives.
+        An ``Evaluation``. Its estimates have standard errors: ``phi/<feature>``, ``kl_policy_base`` (KL(pi||a), nats),
+        ``kl_policy`` (KL(p||pi), nats; with Z from these samples), ``length`` (scored tokens) and ``finished`` (the
+        share that ended in EOS). With ``texts`` they include the values of ``dmfast.diagnostics.diversity``.
     """
     x = model.sample(
         prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size,

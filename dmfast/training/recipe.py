@@ -1,4 +1,4 @@
-"""``dmfast train recipe.yaml``: a whole job in one file, from the wish to the report.
+"""Run ``dmfast train recipe.yaml``: a whole job in one file, from the constraints to the report.
 
     model: tiny-bios                # or a folder, or a name on the hub
     prompts: null                   # null: the empty context; a list of strings; a .txt (one a line) or .jsonl file
@@ -16,7 +16,7 @@
     train: {max_steps: 60, ...}     # the arguments of DMConfig
     evaluate: {samples: 2048}       # of the model before and after
 
-Writes into ``train.output_dir``: the model, ``log.json`` (machine, recipe, before, after, every step) and
+The command writes into ``train.output_dir``: the model, ``log.json`` (machine, recipe, before, after, every step) and
 ``report.png``.
 """
 
@@ -52,7 +52,7 @@ _KEYS = ("model", "dtype", "prompts", "stop", "constraints", "monitor", "reward"
 
 
 class RecipeError(ValueError):
-    """A recipe that can't be run; the message names the place in it."""
+    """Report a recipe that can't be run; the message names the place in it."""
 
 
 def _check_keys(given: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
@@ -66,14 +66,14 @@ def _check_keys(given: Mapping[str, Any], known: tuple[str, ...], where: str) ->
 
 
 def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A recipe from a YAML file, checked.
+    """Read a recipe from a YAML file and check it.
 
     Args:
-        path: the file; its relative paths are taken from where the command runs.
+        path: the file. Relative paths in it start from the working directory of the command.
         overrides: dotted keys and their values, such as ``{"train.max_steps": 5}``.
 
     Raises:
-        RecipeError: no such file, no YAML, an unknown entry, no constraint.
+        RecipeError: there is no such file, it is not YAML, an entry is unknown, or there is no constraint.
     """
     import yaml
 
@@ -131,10 +131,13 @@ def _number(text: str, where: str) -> float:
 
 
 def feature(entry: Any, where: str) -> Feature:
-    """``{contains: {...}}``, ``{scorer: {function: "module:name"}}`` or ``{classifier: {model: ..., label: ...}}``.
+    """Build a feature from its entry.
+
+    The entry is ``{contains: {...}}``, ``{scorer: {function: "module:name"}}`` or
+    ``{classifier: {model: ..., label: ...}}``.
 
     Raises:
-        RecipeError: anything else, with the place.
+        RecipeError: the entry has another form; the message names the place.
     """
     kind, arguments = next(iter(entry.items())) if isinstance(entry, Mapping) and len(entry) == 1 else (None, None)
     if not isinstance(arguments, Mapping) or kind not in ("contains", "scorer", "classifier"):
@@ -160,10 +163,12 @@ def _classifier(model: str, **options: Any) -> Classifier:
 
 
 def constraint(entry: Any) -> Feature | Moment:
-    """A pointwise constraint, ``{moment: {contains or scorer: {...}, value: mu}}`` or ``{reward: {...}, beta: beta}``.
+    """Build a constraint from its entry.
+
+    The entry is a feature, ``{moment: {contains or scorer: {...}, value: mu}}`` or ``{reward: {...}, beta: beta}``.
 
     Raises:
-        RecipeError: anything else, with the place.
+        RecipeError: the entry has another form; the message names the place.
     """
     if isinstance(entry, Mapping) and list(entry) == ["reward"]:
         arguments = entry["reward"]
@@ -209,14 +214,14 @@ def _prompts(prompts: Any) -> Any:
 
 
 def load(name: str, *, dtype: str = "float32", stop: str | None = None) -> LanguageModel:
-    """A causal model and its tokenizer.
+    """Load a causal model and its tokenizer.
 
     Args:
         name: ``tiny-bios`` (ships with dmfast), a folder, or a name on the hub.
-        stop: every token whose text has this string ends a sequence, as EOS does.
+        stop: a string; every token whose text contains it ends a sequence, as EOS does.
 
     Raises:
-        RecipeError: there is no such model, or dtype.
+        RecipeError: there is no such model or dtype.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -236,7 +241,7 @@ def load(name: str, *, dtype: str = "float32", stop: str | None = None) -> Langu
 
 
 def _ideal(target: EBM, of_base: Samples) -> dict[str, Estimate]:
-    """What a policy equal to p would show: E_p[phi] and KL(p||a), from samples of the base."""
+    """Return the measures of a policy equal to p: E_p[phi] and KL(p||a), from samples of the base."""
     scores = target.score(of_base, of_base.log_prob)
     log_w = scores.log_target - of_base.log_prob
     # one Z per context, and all contexts weigh the same, as in the fit of lambda
@@ -259,7 +264,9 @@ def _ideal(target: EBM, of_base: Samples) -> dict[str, Estimate]:
 def _model_and_base(
     policy: LanguageModel, lora: dict[str, Any] | None, say: Callable[[Any], None]
 ) -> tuple[torch.nn.Module, LanguageModel]:
-    """What is trained, and a: with an adapter that can be switched its own backbone, else a copy, which is said."""
+    """Return the module to train, and a.
+
+    If an adapter is trained that can be switched, a shares its backbone. Else a is a copy, which ``say`` reports."""
     if not lora:
         return policy.model, policy.around(copy.deepcopy(policy.model).requires_grad_(False))
     import peft
@@ -279,18 +286,19 @@ def prepare(
     recipe: dict[str, Any], *, fitted: Mapping[str, Any] | None = None,
     reward: Callable[[Samples], Any] | None = None, say: Callable[[Any], None] = print,
 ) -> DMTrainer:  # fmt: skip
-    """The trainer of a recipe that ``read`` has checked, with its policy, its base and its fitted target.
+    """Build the trainer of a recipe that ``read`` has checked, with its policy, its base and its fitted target.
 
     Args:
-        fitted: the ``state_dict`` of an ``EBM`` with these constraints, whose lambda is taken. Default: fits it.
-        reward: a callable on ``Samples`` in the place of the recipe's.
+        fitted: the ``state_dict`` of an ``EBM`` with these constraints, whose lambda is taken. Default: lambda is
+            fitted.
+        reward: a callable on ``Samples`` in place of the recipe's reward.
         say: prints a line.
 
     Raises:
         RecipeError, ValueError: as ``read``, ``EBM.fit``, ``DMTrainer``.
     """
     args = DMConfig(**{"output_dir": "dmfast_output", **recipe["train"]})
-    set_seed(args.seed)  # of what an adapter starts from
+    set_seed(args.seed)  # the adapter's initial weights depend on it
     policy = load(recipe["model"], dtype=recipe.get("dtype") or "float32", stop=recipe.get("stop"))
     model, base = _model_and_base(policy, recipe.get("lora"), say)
     rows = _prompts(recipe.get("prompts"))
@@ -323,14 +331,14 @@ def prepare(
 
 
 def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[Any], None] = print) -> dict[str, Any]:
-    """Runs a recipe that ``read`` has checked.
+    """Run a recipe that ``read`` has checked.
 
     Args:
-        resume: a checkpoint's folder, or True: the newest in ``train.output_dir``.
+        resume: a checkpoint's folder, or True for the newest one in ``train.output_dir``.
         say: prints a line or a rich table.
 
     Returns:
-        What ``log.json`` holds.
+        The contents of ``log.json``.
 
     Raises:
         RecipeError, ValueError: as ``read``, ``EBM.fit``, ``DMTrainer``.

@@ -1,4 +1,4 @@
-"""What a run looked like: the machine, a plot, a table."""
+"""Report a run: the machine, a plot, a table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..estimators import Estimate
 
 
 def machine() -> dict[str, Any]:
-    """What a result was taken on: date, versions, processor, threads, backend."""
+    """Return date, versions, processor, threads and backend, to go with a result."""
     import transformers
 
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
@@ -33,13 +33,13 @@ def _lines(path: str) -> list[str]:
 
 
 def write(log: Mapping[str, Any], folder: Path, name: str = "log.json") -> None:
-    """A run as JSON."""
+    """Write a run as JSON."""
     text = json.dumps(for_json(log), indent=1, ensure_ascii=False)
     (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
 def for_json(value: Any) -> Any:
-    """Estimates as value and stderr; what JSON does not have, NaN and infinity, as null."""
+    """Return a value for JSON: an estimate as value and stderr, NaN and infinity as null."""
     if isinstance(value, Estimate):
         return for_json(vars(value))
     if isinstance(value, Mapping):
@@ -52,7 +52,7 @@ def for_json(value: Any) -> Any:
 
 
 def pyplot() -> Any:
-    """matplotlib's, without a screen."""
+    """Return matplotlib's pyplot, set up to work without a screen."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -64,11 +64,11 @@ def pyplot() -> Any:
 def plot(
     history: Sequence[Mapping[str, float]], path: Path, title: str, *, wanted: Mapping[str, float] | None = None
 ) -> None:
-    """E[phi] under q (dots: under pi), the divergences from p with the swaps of q, Z and ESS over steps.
+    """Plot E[phi] under q (dots: under pi), the divergences from p with the swaps of q, Z and ESS over steps.
 
     Args:
         history: the logs of the run in order (``trainer.state.log_history``), steps and evaluations.
-        wanted: the moments of the target by feature, drawn in.
+        wanted: the moments of the target by feature, which are drawn as lines.
     """
     plt = pyplot()
     steps = [h for h in history if "kl_policy" in h]
@@ -115,7 +115,7 @@ def plot(
 
 
 def table(log: Mapping[str, Any]) -> Any:
-    """Before, after and p as a rich table, from the log of a run."""
+    """Return a rich table of before, after and p, from the log of a run."""
     from rich.table import Table
 
     table = Table(title="mean ± standard error, on fresh samples of the model itself")
@@ -144,7 +144,7 @@ def table(log: Mapping[str, Any]) -> Any:
 
 
 def samples_table(before: Sequence[str], after: Sequence[str]) -> Any:
-    """Samples side by side as a rich table."""
+    """Return a rich table of samples side by side."""
     from rich.table import Table
 
     table = Table(title="samples before and after", show_lines=True)

@@ -1,4 +1,4 @@
-"""Samples of an evaluation as a table: ``samples.jsonl``, TensorBoard, Weights & Biases."""
+"""Write samples of an evaluation as a table: to ``samples.jsonl``, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ NAME = "samples.jsonl"
 def rows(
     evaluation: Evaluation, prompts: Sequence[Any] | None, n: int, *, step: int, name: str
 ) -> list[dict[str, Any]]:
-    """At most n sequences of an evaluation, as many of each context.
+    """Return at most n sequences of an evaluation as rows, the same number for each context.
 
     Args:
-        prompts: by ``context_id``; None: the empty context, and then a row has no prompt.
-        step: the optimiser steps so far. name: of the evaluation, its ``metric_key_prefix``.
+        prompts: the prompts by ``context_id``. None is the empty context, and then a row has no prompt.
+        step: the optimiser steps so far.
+        name: the name of the evaluation, its ``metric_key_prefix``.
 
     Returns:
         ``step``, ``evaluation``, ``prompt``, ``text``, ``length`` (scored tokens), ``log_prob`` and ``log_base``
@@ -48,10 +49,10 @@ def rows(
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's ``samples.jsonl``; none where there is no such file.
+    """Return the rows of a run's ``samples.jsonl``, and no rows if there is no such file.
 
     Raises:
-        ValueError: a line that is no row, with its number.
+        ValueError: a line is not a row; the message has its number.
     """
     path = folder / NAME
     # not splitlines(), which also ends a line at U+2028 and others that JSON leaves as they are
@@ -71,8 +72,10 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def write(folder: Path, new: Sequence[dict[str, Any]], step: int) -> None:
-    """Adds the rows of an evaluation, in the place of those that it had before, and of all of later steps: of another
-    run in this folder, or of what came after the checkpoint that this one goes on from.
+    """Add the rows of an evaluation to the run's file.
+
+    They replace the rows that this evaluation had before, and the rows of all later steps. Rows of later steps come
+    from another run in this folder, or from steps after the checkpoint that this run resumed from.
     """
     folder.mkdir(parents=True, exist_ok=True)
     again = {row["evaluation"] for row in new}
@@ -94,13 +97,13 @@ def publish(
 
 
 def forget(folder: Path) -> None:
-    """What a run before this one has left, save of step 0."""
+    """Remove the rows that an earlier run has left, except those of step 0."""
     if (folder / NAME).exists():
         write(folder, [], 0)
 
 
 def send(callbacks: Sequence[TrainerCallback], new: Sequence[dict[str, Any]], step: int, title: str) -> None:
-    """To the loggers that show tables: TensorBoard (as text) and W&B, if transformers' callbacks for them are there."""
+    """Send rows to TensorBoard (as text) and W&B, if transformers' callbacks for them are there."""
     if not new:
         return
     flat = [row | {f"phi/{name}": value for name, value in row["features"].items()} for row in new]

@@ -1,6 +1,6 @@
-"""``DMTrainer``: the ``Matcher`` under transformers' ``Trainer``, which brings data loader, checkpoints and logging.
+"""Run the ``Matcher`` under transformers' ``Trainer``, which brings data loader, checkpoints and logging.
 
-An optimiser step, in the order in which the methods stand below:
+These methods make an optimiser step, in the order in which they are defined below:
 
     get_batch_samples   contexts -> Matcher.draw, then cut into microbatches
     compute_loss        Matcher.loss through the wrapped model
@@ -56,7 +56,7 @@ from .saving import loaded, save_plainly, with_adapter
 
 
 class DMTrainer(Trainer):  # type: ignore[misc]
-    """Makes ``model`` equal to the target distribution p = P/Z (Korbak et al. 2022, arXiv:2206.00761, algorithm 1).
+    """Train ``model`` to match the target distribution p = P/Z (Korbak et al. 2022, arXiv:2206.00761, algorithm 1).
 
     Args:
         model: the policy pi, a causal language model of transformers, or a PEFT model around one; or a folder or a name
@@ -66,29 +66,30 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             around ``LanguageModel(model, tokenizer).base()`` for a PEFT model: a, pi and q then share its backbone, and
             q is a second adapter.
         args: ``DMConfig``.
-        train_dataset: prompts, as ``dmfast.training.data.Contexts`` takes them; None: the empty context. Rows with
+        train_dataset: prompts, as ``dmfast.training.data.Contexts`` takes them; None is the empty context. Rows with
             more columns than the prompt reach scorers as ``samples.rows``, one for each sequence.
         eval_dataset: prompts to evaluate on, or several sets of them by name, whose metrics are ``eval_<name>_...``.
             Default: those of ``train_dataset``.
         processing_class: the tokenizer. Default: the base's.
-        objective: in the place of ``args.objective``: a name, an ``Objective``, or a function of ``Terms``.
+        objective: a name, an ``Objective``, or a function of ``Terms``, in place of ``args.objective``.
         reward: R(x) for ``reinforce`` and ``kl_control``: a callable on ``Samples`` that gives (N,), such as
             ``dmfast.Scorer``.
-        peft_config: of an adapter that is put around ``model``, which then is all that is trained.
+        peft_config: the configuration of an adapter to put around ``model``; then only the adapter is trained.
         callbacks, optimizers, optimizer_cls_and_kwargs: as in ``transformers.Trainer``.
 
     Attributes:
         matcher: the ``Matcher`` that takes the steps.
-        policy: the model as a ``LanguageModel``. proposal: the ``OfflineProposal``, None on-policy.
+        policy: the model as a ``LanguageModel``.
+        proposal: the ``OfflineProposal``; None on-policy.
         eval_samples: the ``Samples`` of the last evaluation.
 
     Raises:
-        ValueError: what can't be trained: a base that is the model itself, a tokenizer that does not fit, an objective
-            without its reward, FSDP, DeepSpeed, DataParallel.
+        ValueError: the training is not possible: the base is the model itself, the tokenizer does not fit, the
+            objective lacks its reward, or FSDP, DeepSpeed or DataParallel is asked for.
     """
 
     control: TrainerControl
-    # what compute_loss returns is divided by the step's sequences already
+    # the loss of compute_loss is already divided by the step's sequences
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -127,7 +128,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         warn_of_generation_config(model)
         self.target = target
         self._interrupt = Interrupt()
-        jit, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False  # handled from train() to its end only
+        jit, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False  # handled only while train() runs
         try:
             super().__init__(
                 model=model,
@@ -174,19 +175,20 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def partitions(self) -> PartitionFunctions:
-        """The Z of each context, by its row in ``train_dataset``, over all of its visits; with ``partition="step"`` of
-        the contexts of the last step alone.
+        """The Z of each context over all of its visits, by the context's row in ``train_dataset``.
+
+        With ``partition="step"`` it has the contexts of the last step alone.
         """
         return self.matcher.running.partitions
 
     @property
     def feature_names(self) -> list[str]:
-        """The target's moments, then what it monitors."""
+        """The names of the target's moments, then of its monitored features."""
         return feature_names(self.target)
 
     @property
     def samples_per_context(self) -> int:
-        """n: sequences of each context in a step."""
+        """The number n of sequences of each context in a step."""
         if self.args.samples_per_context is not None and self._has_prompts:
             return int(self.args.samples_per_context)
         if len(self._rows) > 1:
@@ -264,13 +266,15 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self._metrics = [metrics] if self.args.logging_strategy == "no" else [*self._metrics, metrics]
 
     def _check_contexts(self, seed: int) -> Prompts:
-        """Some of the data set's contexts for a check of the proposal, others at each."""
+        """Draw some of the data set's contexts for a check of the proposal; each check gets others."""
         some = min(len(self._rows), max(self.args.proposal_check_samples // self.samples_per_context, 1))
         order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(seed))[:some].tolist()
         return Prompts([self._rows[index][1] for index in order], order, self._rows.rows_of(order))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """transformers' log with the metrics of the steps since the last one: means of what varies, else the last."""
+        """Log as transformers does, with the metrics of the steps since the last log.
+
+        A metric that varies is the mean of its values, a count is their sum, and any other metric is its last value."""
         if "loss" in logs and self._metrics:
             means = ("phi/", "scorer/", "weight_", "seconds_", "length", "ess", "reward", "clip_fraction")
             sums = ("n_clipped", "n_empty", "swapped")
@@ -289,18 +293,19 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     ) -> dict[str, float]:
         """Return E_pi[phi], KL(pi||a) and KL(p||pi) with standard errors, on ``args.eval_samples`` sequences of pi.
 
-        The same random numbers at every evaluation, so that two differ by what the policy has learned.
+        Every evaluation uses the same random numbers, so that two evaluations differ by what the policy has learned.
 
         Args:
             eval_dataset: prompts in place of the trainer's, several sets of them by name, or the name of one of the
-                trainer's sets. ignore_keys: has no meaning here.
-            metric_key_prefix: of the names of the metrics.
+                trainer's sets.
+            ignore_keys: has no meaning here.
+            metric_key_prefix: the prefix of the names of the metrics.
 
         Returns:
             ``eval_phi/<feature>``, ``eval_kl_policy_base`` (KL(pi||a), nats) and ``eval_kl_policy`` (KL(p||pi), nats,
             by importance weights), each with ``_stderr``; ``eval_length`` (tokens), ``eval_finished`` (share that ended
             in EOS), ``eval_runtime`` (seconds). With ``args.eval_diversity``: ``eval_distinct_1`` to
-            ``eval_distinct_3``, with ``_stderr``, and ``eval_self_bleu_5``. Of several sets those of each, as
+            ``eval_distinct_3``, with ``_stderr``, and ``eval_self_bleu_5``. Several sets have these for each set, as
             ``eval_<name>_...``.
         """
         has_prompts = eval_dataset is not None or self._eval_rows is not self._rows or self._has_prompts
@@ -347,16 +352,16 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Has no meaning here: a distribution has no labels to predict. Use ``evaluate`` or ``policy.sample``."""
+        """Raise an error, because a distribution has no labels to predict. Use ``evaluate`` or ``policy.sample``."""
         raise NotImplementedError("DMTrainer has nothing to predict; use evaluate(), or trainer.policy.sample(...)")
 
     # ---- the run, checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``train``. Ctrl-C ends it after the current step, with a checkpoint.
+        """Train as transformers does. Ctrl-C ends training after the current step, with a checkpoint.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder, or True: the newest of the run.
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest one of the run.
 
         Raises:
             ValueError: the checkpoint is truncated; the message names the newest whole one.
@@ -381,7 +386,9 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 signal.signal(signal.SIGTERM, jit.jit_manager._original_sigterm_handler)
 
     def _install_jit(self) -> JITCheckpoint | None:
-        """transformers' checkpoint at SIGTERM, which its constructor would install for good, and in any thread."""
+        """Install transformers' checkpoint at SIGTERM for this run, in the main thread only.
+
+        The constructor of transformers' Trainer would install it for good, and in any thread."""
         if not self.args.enable_jit_checkpoint:
             return None
         if threading.current_thread() is not threading.main_thread():
@@ -419,7 +426,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         if self._push_later:
             self._push_later = False
             if writes and self.args.hub_strategy != "end":
-                self._write_card(Path(self.args.output_dir))  # which transformers fills with the model and pushes
+                self._write_card(Path(self.args.output_dir))  # transformers then adds the model and pushes
             super()._push_from_checkpoint(str(run_dir / name))
         if writes:
             rotate_checkpoints(
@@ -428,7 +435,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             )  # fmt: skip
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self._push_later = True  # it is not in its place yet
+        self._push_later = True  # the checkpoint is not in its place yet
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         # once: transformers loads it after get_batch_samples, where a scorer may have drawn from it
@@ -437,21 +444,21 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # ours first: it refuses what does not fit before anything has changed
+        # dmfast's state comes first: it refuses what does not fit before anything has changed
         self.load_state_dict(checkpoint.load_state(Path(resume_from_checkpoint), self.args.device))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what dmfast adds to a checkpoint: the matcher's state, and which prompts its Z are of."""
+        """Return dmfast's part of a checkpoint: the matcher's state, and the prompts that its Z belong to."""
         return {"contexts": self._rows.digest, "matcher": self.matcher.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken.
+        """Restore the state that ``state_dict`` returned.
 
         Raises:
-            ValueError: it is that of an on-policy run, or of an offline one, and this is not; of another target; of a
-                format that this version of dmfast does not read.
-            RuntimeError: of another model. Nothing has changed then.
+            ValueError: the state is of an on-policy run and this run is offline, or the reverse; it is of another
+                target; or it has a format that this version of dmfast does not read.
+            RuntimeError: the state is of another model. Nothing has changed then.
         """
         state = checkpoint.upgraded(state)
         matcher = state["matcher"]
