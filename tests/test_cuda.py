@@ -133,6 +133,40 @@ def test_a_users_objective_is_checked_later_too() -> None:
     assert out.weight.tolist() == [1.0, 0.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_under_compile_a_fault_of_a_chunk_names_its_sequence(masked: bool) -> None:
+    """Rows are numbered within a chunk, and after those that are not scored were packed out."""
+    call = good()
+    del call["logits"]
+    hidden, weight = torch.randn(4, 5, 8, device=device()), torch.randn(37, 8, device=device())
+    hidden[2, 1] = NAN
+    mask = torch.ones(4, 5, dtype=torch.bool, device=device())
+    mask[0] = not masked
+
+    def step(hidden: Tensor, mask: Tensor, **rest: Any) -> dmfast.DMLossOutput:
+        return dmfast.linear_dm_loss(hidden * 1.0, weight, mask=mask, **rest, chunk_bytes=8 * 37 * 4)
+
+    torch._dynamo.reset()
+    out = torch.compile(step, backend="aot_eager", fullgraph=True)(hidden, mask, **call)
+    with pytest.raises(ValueError, match=r"NaN or \+inf at \(sequence 2, position 1\)"):
+        out.check()
+
+
+def test_hidden_states_that_are_not_row_major() -> None:
+    """Their gradient lies row by row, which is how another grad_output is brought to it."""
+    call = good()
+    del call["logits"]
+    call["tokens"] = call["tokens"].flatten()
+    weight, cu_seqlens = torch.randn(37, 8, device=device()), torch.arange(5, device=device()) * 5
+    found = []
+    for backend in (None, "eager"):
+        leaf = torch.linspace(-1, 1, 160, device=device()).view(8, 20).t().detach().requires_grad_()
+        out = dmfast.linear_dm_loss(leaf, weight, cu_seqlens=cu_seqlens, backend=backend, **call)
+        out.loss.backward(torch.tensor(2.0, dtype=torch.float64, device=device()))
+        found.append(leaf.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("starts", [[0, 9, 3, 20], [0, 7, 14, 21], [1, 7, 14, 20], [0, -5, 8, 20], [0, 3, 400, 20]])
 def test_cu_seqlens_out_of_order(starts: list[int]) -> None:
     call = good()

@@ -985,7 +985,8 @@ def test_opcheck(entropy: bool, packed: bool) -> None:
     torch.library.opcheck(check_ops._draws, (logits.flatten(0, -2), None))
     torch.library.opcheck(check_ops._labels, (lse.clone().requires_grad_(), logits, *rows))
     block = torch.stack([p.terms[name] for name in ("log_proposal", "log_target", "log_z")])
-    torch.library.opcheck(check_ops._terms, (batch.labels, block, 7, True, 0.0))
+    scalars = [0.0, 0.0, 0.0, *[0.0] * 6]
+    torch.library.opcheck(check_ops._terms, (batch.labels, block, 7, 7, scalars, "js", False))
     torch.library.opcheck(check_ops._weight, (weight, 0))
 
 

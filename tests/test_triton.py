@@ -29,7 +29,9 @@ if kernels.backends()["triton"].in_use:
         test_an_input_that_may_not_be_costs_its_sequence_also_where_the_weight_does_not_need_it,
         test_at_once_if_asked,
         test_cu_seqlens_out_of_order,
+        test_hidden_states_that_are_not_row_major,
         test_under_compile_a_fault_is_raised_by_check_too,
+        test_under_compile_a_fault_of_a_chunk_names_its_sequence,
         test_without_a_loss_a_fault_shows_as_nan,
     )
     from test_functional import _fresh_compiler, test_opcheck  # noqa: F401

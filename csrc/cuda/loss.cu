@@ -194,9 +194,8 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
   const Cut cut = kKnown ? cut_rows(z, static_cast<const T*>(dz), vocab) : cut_row(z, vocab);
   // the row's packs lie aligned in shared memory too
   T* kept = reinterpret_cast<T*>(memory) + (kWidth<T> - cut.head % kWidth<T>) % kWidth<T>;
-  // read before dz, which may be z, is written; kept in memory during the sum, which leaves no register for it
+  // read before dz, which may be z, is written
   const float at_label = threadIdx.x == 0 && column != kElsewhere ? to_float(z[column]) : 0.0f;
-  if (threadIdx.x == 0) out.label(row) = at_label;
 
   PartialSum<Cap, Entropy> sum(o);
   for_row<T>(cut, FromRow<T>{z}, [&](int i, const auto& pack) {
@@ -253,12 +252,13 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
   if (is_last(w.counters + b.sequences, b.sequences + 1, shared.last)) finish_loss(b, t, out, faults, w.status, shared);
 }
 
+constexpr int kThere = -2;  // in place of a column: dz holds the row's gradient already
+
 // 6: what fp32 has anyway, but for sm_80, whose compiler else spills for the sake of 8
 template <class T, bool Cap>
 __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 4 && !Cap ? 6 : 0)
     write_rows(Batch b, const double* lse, const double* weight, double factor, const double* upstream, double unless,
                Gradient g) {
-  if (upstream && *upstream == unless) return;
   struct OneRow {
     double coefficient, at_label;
     int column;
@@ -271,15 +271,17 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 4 && !Cap ? 6 : 0)
   T* dz = row_of<T>(g, b, row);
   if (threadIdx.x == 0) {
     const int64_t label = b.labels[row], column = b.column(label);
+    const double by = upstream ? *upstream : 1.0;
     const bool scored = b.is_token(label) && isfinite(lse[row]);
-    const double coefficient = scored ? weight[b.sequence_of(row)] * factor * (upstream ? *upstream : 1.0) : 0.0;
+    const double coefficient = scored ? weight[b.sequence_of(row)] * factor * by : 0.0;
     shared.coefficient = coefficient;
-    shared.column = static_cast<int>(column);
+    shared.column = by == unless ? kThere : static_cast<int>(column);
     shared.at_label = coefficient == 0.0 || column == kElsewhere
                           ? 0.0
                           : label_gradient(to_float(z[column]), lse[row], coefficient, o);
   }
   __syncthreads();
+  if (shared.column == kThere) return;
   if (shared.coefficient == 0.0) {
     zero_row(dz, vocab);
     return;

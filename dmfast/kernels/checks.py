@@ -94,7 +94,7 @@ def make_batch(
     """
     if not isinstance(logits, Tensor) or logits.dtype not in LOGIT_DTYPES:
         raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {describe(logits)}")
-    if logits.is_neg():
+    if not torch.compiler.is_compiling() and logits.is_neg():
         logits = logits.resolve_neg()  # a view whose memory holds the negative
     shape, packed = logits.shape, cu_seqlens is not None
     if len(shape) != (2 if packed else 3):
@@ -397,7 +397,7 @@ def make_draws(
     """
     if not isinstance(logits, Tensor) or logits.dtype not in LOGIT_DTYPES:
         raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {describe(logits)}")
-    if logits.is_neg():
+    if not torch.compiler.is_compiling() and logits.is_neg():
         logits = logits.resolve_neg()
     if logits.dim() != 2:
         raise ValueError(f"logits must be (N, V), one row for each token to draw, got {describe(logits)}")
