@@ -209,7 +209,6 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
     const double total = sums.a + sums.b, lse = scaled(top, o) + log(total);
     out.lse(row) = lse;
     out.label(row) = scaled(at_label, o);                                                  // 0 where it is elsewhere
-    out.label(row) = scaled(static_cast<float>(out.label(row)), o);                        // 0 stays 0
     if (Entropy) out.row_entropy(row) = total == 0.0 ? 0.0 : log(total) - sums.c / total;  // nothing but -inf
     if (kKnown) {
       const double coefficient = isfinite(lse) ? known_weight(t, sequence).weight * factor : 0.0;
