@@ -58,22 +58,16 @@ struct Batch {
 // The columns of Terms, in the order of dmfast.objectives.COLUMNS.
 enum Column : int { kLogProposal, kLogTarget, kLogZ, kReward, kLogBase, kBaseline, kColumns };
 
-// Per-sequence inputs, fp64: the columns that are there, one after the other, each (sequences). A column that is not
-// there is one constant, 0 where the objective does not need it.
+// Per-sequence inputs, fp64, in one block. A column that is not there is one constant, 0 where the objective does not
+// need it.
 struct Terms {
   Objective objective;
   const double* columns;
-  int64_t stride;  // from one column to the next
-  int present;     // bit c: column c is there
+  int64_t offset[kColumns];  // of each column in the block, or -1
   double constants[kColumns];
 
-  DMF_HD bool has(Column c) const { return (present >> c & 1) != 0; }
-  DMF_HD double at(Column c, int64_t i) const {
-    if (!has(c)) return constants[c];
-    int before = 0;
-    for (int k = 0; k < c; ++k) before += present >> k & 1;
-    return columns[before * stride + i];
-  }
+  DMF_HD bool has(Column c) const { return offset[c] >= 0; }
+  DMF_HD double at(Column c, int64_t i) const { return has(c) ? columns[offset[c] + i] : constants[c]; }
 };
 
 // Where a gradient goes: logits itself, or a tensor of the same shape with strides of its own.

@@ -44,17 +44,23 @@ struct PyBatch : dmf::Batch {
                    threads} {}
 };
 
-// scalars: the parameter of the objective, max_weight, then the constant of each column.
+// The columns whose bit is set in present lie one after the other, stride apart. scalars: the parameter of the
+// objective, max_weight, then the constant of each column.
 struct PyTerms : dmf::Terms {
   PyTerms(int kind, int flags, uintptr_t columns, int64_t stride, int present, const std::vector<double>& scalars)
       : dmf::Terms{{static_cast<dmf::Kind>(kind), flags, scalars.at(0), scalars.at(1)},
                    pointer<const double>(columns),
-                   stride,
-                   present,
+                   {},
                    {}} {
-    for (int c = 0; c < dmf::kColumns; ++c) constants[c] = scalars.at(2 + c);
+    int64_t next = 0;
+    for (int c = 0; c < dmf::kColumns; ++c) {
+      const bool there = (present >> c & 1) != 0;
+      offset[c] = there ? next : -1;
+      next += there ? stride : 0;
+      constants[c] = scalars.at(2 + c);
+    }
   }
-  PyTerms() : dmf::Terms{{dmf::Kind::none, 0, 0.0, INFINITY}, nullptr, 0, 0, {}} {}
+  PyTerms() : dmf::Terms{{dmf::Kind::none, 0, 0.0, INFINITY}, nullptr, {-1, -1, -1, -1, -1, -1}, {}} {}
 };
 
 struct PyOutputs : dmf::Outputs {
