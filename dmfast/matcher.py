@@ -571,29 +571,36 @@ class Matcher:
         """Go on where ``state_dict`` was taken. A batch that is not committed is discarded.
 
         Raises:
-            ValueError: a state of another format, or of an on-policy run where this one is not, or of one that is not;
-                of another target.
-            RuntimeError: a state of another model. Nothing has changed then.
+            ValueError: a state of another format, of another target, of an on-policy run where this one is not (or the
+                reverse), or one that lacks a part.
+            RuntimeError: a state of another model. Nothing has changed in any of these cases.
         """
         found = state.get("format")
         if found != _FORMAT:
             raise ValueError(f"the state has the format {found!r}, and this version of dmfast reads {_FORMAT}")
+        needed = ("target", "proposal", "running", "q_is_base", "pool", "batch")
+        missing = [key for key in needed if key not in state]
+        if missing:
+            raise ValueError(f"the state has no {', '.join(missing)}; pass what Matcher.state_dict returned")
         if (state["proposal"] is None) != (self.proposal is None):
             raise ValueError("of the checkpoint and this run one is on-policy and one is not; set on_policy alike")
+        if self.proposal is None and state.get("estimates") is None:
+            raise ValueError("the state has no estimates, and without a proposal nothing else holds them")
+        # all that may raise comes before the first change: copies try what they are to load
         running = self.running.loaded(state["running"])
         batch = None if state["batch"] is None else self._loaded_batch(state["batch"], running)
-        copy.copy(self.target).load_state_dict(state["target"])  # raises where it does not fit
-        decay = self.estimates.decay
+        q_is_base, decay = state["q_is_base"], self.estimates.decay
+        copy.copy(self.target).load_state_dict(state["target"])
+        copy.copy(self._refit).load_state_dict(state["pool"])
         if self.proposal is not None:
-            self.proposal.load_state_dict(state["proposal"])
+            self.proposal.load_state_dict(state["proposal"])  # which changes all or nothing
         else:
-            self.estimates.load_state_dict(state["estimates"])
+            self.estimates.load_state_dict(state["estimates"])  # as well
         self.estimates.decay = decay
         self.target.load_state_dict(state["target"])
-        self.discard()
-        self.running, self._to_repeat = running, batch
         self._refit.load_state_dict(state["pool"])
-        self._q_is_base = state["q_is_base"]
+        self.discard()
+        self.running, self._to_repeat, self._q_is_base = running, batch, q_is_base
 
     def _loaded_batch(self, state: dict[str, Any], running: Running) -> Batch:
         """The inverse of ``Batch.state_dict``."""

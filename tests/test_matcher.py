@@ -626,11 +626,33 @@ def test_a_state_that_does_not_fit_changes_nothing():
         (state | {"proposal": None}, ValueError, "one is on-policy and one is not"),
         (state | {"target": state["target"] | {"moment_values": [0.9]}}, ValueError, r"this EBM wants \[0.6\]"),
         (state | {"proposal": state["proposal"] | {"model": {}}}, RuntimeError, "another model"),
+        (state | {"pool": None}, ValueError, "the state's pool must be a list .* got None"),
+        (state | {"pool": [{"features": 1}]}, ValueError, "the state's pool must be a list"),
     ]
+    needed = state.keys() - {"format", "estimates"}  # the estimates are the proposal's
+    wrong += [(without(state, key), ValueError, f"the state has no {key}; pass what") for key in needed]
     for each, error, match in wrong:
         with pytest.raises(error, match=match):
             m.load_state_dict(each)
         assert state_of(m) == before
+    other = matcher()
+    other.load_state_dict(without(state, "estimates"))
+    assert state_of(other) == before
+
+
+def test_a_state_without_estimates_is_refused_on_policy():
+    m = matcher(on_policy=True)
+    step(m, sgd(m))
+    state, before = m.state_dict(), state_of(m)
+    for each in (without(state, "estimates"), state | {"estimates": None}):
+        each["running"] = each["running"] | {"steps": 7}
+        with pytest.raises(ValueError, match="the state has no estimates, and without a proposal"):
+            m.load_state_dict(each)
+        assert state_of(m) == before
+
+
+def without(state, key):
+    return {name: value for name, value in state.items() if name != key}
 
 
 # --- what is refused
