@@ -682,6 +682,23 @@ def test_options_that_are_refused(options, error, match):
         matcher(**options)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "match"),
+    [
+        ("kl_control", {"beta_target_kl": 1.0}, "got the function kl_control and on_policy=True"),
+        ("reinforce", {"ppo_epochs": 2}, "got the function reinforce and on_policy=True"),
+        ("reinforce_p", {"baseline": "mean"}, "an objective of your own .* baseline='mean' can't act on it"),
+    ],
+)
+def test_a_function_is_not_the_objective_whose_name_it_has(name, options, match):
+    def own(terms):
+        return terms.log_prob
+
+    own.__name__ = name
+    with pytest.raises(ValueError, match=match):
+        matcher(on_policy=True, objective=own, **options)
+
+
 def test_models_that_are_refused():
     m = matcher()
     with pytest.raises(ValueError, match="a copy of another model than policy"):

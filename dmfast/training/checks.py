@@ -77,14 +77,14 @@ def with_pad_token(tokenizer: Any) -> Any:
 
 
 def check_fit(
-    policy: LanguageModel, target: EBM, args: DMConfig, contexts: int, objective: str, *, has_prompts: bool
+    policy: LanguageModel, target: EBM, args: DMConfig, contexts: int, objective: str | None, *, has_prompts: bool
 ) -> None:
     """Check that vocabularies, lengths of sequences, prompts and steps go together.
 
     Args:
         policy, target, args: what is trained, towards what and how.
         contexts: how many the data set has.
-        objective: its name.
+        objective: the name of the built-in one, or None.
         has_prompts: whether there is a data set.
 
     Raises:
