@@ -9,7 +9,7 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import accelerate
@@ -506,7 +506,18 @@ PROMPTS_OF = {"w3": "w1", "w4": "w3"}
 # --- rewards
 
 
-@pytest.mark.parametrize("how", ["the feature", "the function", "Reward of it"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "the feature",
+        "the function",
+        "Reward of it",
+        "a method",
+        "Reward of a method",
+        "Moment of a method",
+        "a callable",
+    ],
+)
 def test_a_reward_that_is_part_of_the_target_is_scored_once(how):
     """8 sequences, 8 calls."""
     calls = []
@@ -519,17 +530,44 @@ def test_a_reward_that_is_part_of_the_target_is_scored_once(how):
         calls.extend([1] * len(x))
         return x.score_mask.sum(1).double()
 
+    class Model:
+        def score(self, x):
+            return whole(x)
+
+    @dataclass  # which can't be hashed
+    class Callable:
+        def __call__(self, x):
+            return whole(x)
+
+    rm, called = Model(), Callable()
     feature = Scorer(score, on="samples", batched=False, name="score")
     constraints, reward = {
         "the feature": ([Moment(feature, 3.0)], feature),
         "the function": ([whole], whole),
         "Reward of it": ([dmfast.Reward(feature, beta=2.0)], feature),
+        "a method": ([rm.score], rm.score),
+        "Reward of a method": ([dmfast.Reward(rm.score, 1.0, on="samples")], rm.score),
+        "Moment of a method": ([Moment(rm.score, 0.6)], rm.score),
+        "a callable": ([called], called),
     }[how]
     m = matcher(constraints=constraints, objective="kl_control", beta=0.3, reward=reward)
     batch = draw(m)
     assert len(calls) == 8
     assert torch.equal(batch.inputs["reward"], batch.samples.score_mask.sum(1).double())
     assert len(m.scorers) == 1
+
+
+def test_the_same_method_of_two_objects_is_two_rewards():
+    class Model:
+        def __init__(self, value):
+            self.value = value
+
+        def score(self, x):
+            return torch.full((len(x),), self.value)
+
+    one, other = Model(1.0), Model(2.0)
+    m = matcher(constraints=[one.score], objective="reinforce", reward=other.score)
+    assert draw(m).inputs["reward"].tolist() == [2.0] * 8 and len(m.scorers) == 2
 
 
 # --- several steps on a batch
