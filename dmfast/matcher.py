@@ -30,7 +30,7 @@ from .estimators import RunningEstimates
 from .kernels.result import DMLossOutput
 from .metrics import step_metrics
 from .models import LanguageModel
-from .objectives import Objective, PPOClip, Terms, leave_one_out_baseline, plain_baseline, weigh
+from .objectives import Objective, PPOClip, Terms, known_returns, leave_one_out_baseline, plain_baseline, weigh
 from .proposal import OfflineProposal, Scores
 from .ranks import OneProcess, Ranks
 from .refit import Refit
@@ -191,7 +191,8 @@ class Matcher:
             A ``Batch`` of n * len(prompts) sequences.
 
         Raises:
-            ValueError: as ``LanguageModel.sample`` and ``EBM.score``; another number of ids or rows than of prompts.
+            ValueError: as ``LanguageModel.sample`` and ``EBM.score``; another number of ids or rows than of prompts; a
+                leave-one-out baseline that is not finite, with the sequence whose return is to blame.
             TypeError: a context_id that is no integer.
             RuntimeError: a scorer raised.
         """
@@ -276,13 +277,26 @@ class Matcher:
         }  # fmt: skip
 
     def _leave_one_out(self, objective: Objective, context_id: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """(N,) fp64: the baseline of this rank's sequences, over those of all ranks."""
+        """Return (N,) fp64, the baseline of this rank's sequences, over those of all ranks.
+
+        Raises:
+            ValueError: it is not finite. The loss, which sees parts only, could not say for which return.
+        """
         gathered = {name: self.ranks.gather(value) for name, value in inputs.items()}
         contexts = self.ranks.gather(context_id)
         terms = Terms.of(objective, self.settings.on_policy, math.inf, **gathered)
-        whole = leave_one_out_baseline(terms, contexts, len(contexts), contexts.device)
-        first = self.ranks.rank * len(context_id)
-        return whole[first : first + len(context_id)]
+        whole, n = leave_one_out_baseline(terms, contexts, len(contexts), contexts.device), len(context_id)
+        if not bool(whole.isfinite().all()):
+            returns = known_returns(terms, len(contexts), contexts.device)
+            rank, place = divmod(int(returns.abs().nan_to_num(math.inf).argmax()), n)
+            where = f"sequence {place} of " + ("the batch" if self.ranks.size == 1 else f"the batch of rank {rank}")
+            of_it = {name: float(values[rank * n + place]) for name, values in gathered.items()}
+            raise ValueError(
+                f"the return of {where} is {float(returns[rank * n + place])}, so that the mean that is the baseline "
+                f"{objective.baseline!r} of other sequences is not finite: it has {of_it}. Take a constant baseline or "
+                "'mean', with max_weight to bound the weight of such a sequence, or change its reward"
+            )
+        return whole[self.ranks.rank * n :][:n]
 
     def _forwarded(self, objective: Objective | Callable[[Terms], Tensor], inputs: dict[str, Tensor]) -> Tensor:
         """(N,) bool, on the CPU: not known to have weight 0."""

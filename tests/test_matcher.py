@@ -557,6 +557,36 @@ def test_a_reward_that_is_part_of_the_target_is_scored_once(how):
     assert len(m.scorers) == 1
 
 
+@pytest.mark.parametrize("ranks", [None, "two"])
+@pytest.mark.parametrize("baseline", ["leave_one_out", "leave_one_out_context"])
+def test_an_infinite_return_is_named_by_its_place_in_the_batch(baseline, ranks):
+    """A part of the batch would name the first sequence whose baseline averages over it."""
+    reward = dmfast.Reward(at_5(2000.0), 1.0, on="samples")  # exp(2000) is infinite
+    m = matcher(constraints=[reward], objective=Objective("reinforce_p", baseline=baseline, log_scale=0.0),
+                ranks=None if ranks is None else TwoRanks())  # fmt: skip
+    before, where = state_of(m), "the batch" if ranks is None else "the batch of rank 0"
+    with pytest.raises(ValueError, match=rf"return of sequence 5 of {where} is inf.*it has {{'log_target': 19\d\d\."):
+        draw(m)
+    assert state_of(m) == before and m.batch is None
+
+
+def test_finite_returns_whose_sum_is_infinite_are_named_by_the_largest():
+    m = matcher(objective="reinforce", baseline="leave_one_out", reward=at_5(1.7e308, 1.5e308))
+    with pytest.raises(ValueError, match=r"return of sequence 5 of the batch is 1.7e\+308.*'reward': 1.7e\+308"):
+        draw(m)
+
+
+def at_5(*values):
+    """A reward that is 0 but for some sequences."""
+
+    def reward(x):
+        found = torch.zeros(len(x), dtype=torch.float64)
+        found[5 : 5 + len(values)] = torch.tensor(values, dtype=torch.float64)
+        return found
+
+    return reward
+
+
 def test_the_same_method_of_two_objects_is_two_rewards():
     class Model:
         def __init__(self, value):
