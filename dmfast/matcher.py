@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -382,15 +383,16 @@ class Matcher:
         if len(kept) and not bool(kept.any()):
             kept[0] = True  # one forward, for the hooks of whatever is around the model
         everything = bool(kept.all())
-        out = self._around(model).loss(
-            part.samples if everything else part.samples[kept],
-            objective=objective,
-            on_policy=on_policy,
-            max_weight=self.settings.max_weight,
-            num_sequences=len(batch),  # DDP averages over ranks
-            **(values if everything else {name: value[kept] for name, value in values.items()}),
-            **options,
-        )
+        with _placed_in_batch(places[kept]):
+            out = self._around(model).loss(
+                part.samples if everything else part.samples[kept],
+                objective=objective,
+                on_policy=on_policy,
+                max_weight=self.settings.max_weight,
+                num_sequences=len(batch),  # DDP averages over ranks
+                **(values if everything else {name: value[kept] for name, value in values.items()}),
+                **options,
+            )
         if not everything:
             out = out.spread(kept.to(out.weight.device), Terms.of(objective, on_policy, math.inf, **values))
         self._passed.append((part, out))
@@ -421,6 +423,12 @@ class Matcher:
             )
         return torch.cat([part.places for part, _ in self._passed]).argsort()
 
+    def _check(self) -> None:
+        """Raise what a device has recorded in the loss."""
+        for part, out in self._passed:
+            with _placed_in_batch(part.places[out.scored.cpu()]):
+                out.check()
+
     def measure_gradient(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """Measure norm and variance of the step's gradient, for the metrics: call it before ``optimizer.step()``.
 
@@ -432,8 +440,7 @@ class Matcher:
         """
         start, order = time.perf_counter(), self._order()
         batch = cast(Batch, self.batch)
-        for _, out in self._passed:
-            out.check()
+        self._check()
         weight = torch.cat([out.weight for _, out in self._passed])[order]
         found = gradient_variance(
             self.policy, batch.samples, weight, reduce=reduce or (lambda x: self.ranks.gather(x[None]).sum(0))
@@ -461,8 +468,7 @@ class Matcher:
         """
         order = self._order()
         batch, settings, gather = cast(Batch, self.batch), self.settings, self.ranks.gather
-        for _, out in self._passed:  # here, since the host waits for the device below anyway
-            out.check()
+        self._check()  # here, since the host waits for the device below anyway
         batch.seconds["policy"] = time.perf_counter() - self._since - batch.seconds.get("gradient_variance", 0.0)
         # DMLossOutput.join puts the parts together, and these in the batch's order
         out = DMLossOutput.join([out for _, out in self._passed], lambda values: gather(values[order]))
@@ -631,6 +637,23 @@ class Matcher:
         """Draw a new batch next, although the last one serves more steps."""
         self.discard()
         self._to_repeat = None
+
+
+@contextmanager
+def _placed_in_batch(places: Tensor) -> Iterator[None]:
+    """Add to an error about sequences of a call of the loss which of the batch they are.
+
+    Args:
+        places: (n,) int64, the place in the batch of each sequence of the call.
+    """
+    try:
+        yield
+    except ValueError as error:
+        named = [i for i in sorted({int(i) for i in re.findall(r"\bsequence (\d+)", str(error))}) if i < len(places)]
+        if not named:
+            raise
+        of_batch = ", ".join(f"sequence {i} here is sequence {int(places[i])} of the batch" for i in named)
+        raise ValueError(f"{error} ({of_batch})") from error
 
 
 def _scorers_of(target: EBM, reward: Feature | None) -> dict[str, Scorer]:

@@ -369,6 +369,42 @@ def test_what_a_device_has_recorded_is_raised_before_anything_is_taken_in(monkey
     assert state_of(m) == before and len(m.batch) == 8 and len(outputs) == 4
 
 
+@pytest.mark.parametrize(
+    ("options", "here"),
+    [
+        ({}, "[012]"),
+        ({"on_policy": True, "skip_zero_weight": True}, "0"),  # the only one of its part that gets a forward
+    ],
+)
+def test_a_fault_is_named_by_its_place_in_the_batch(options, here):
+    """A part has sequences of one length together, and leaves out those of weight 0."""
+    m = matcher(objective="reinforce", reward=at_5(1e300), **options)
+    part = next(part for part in draw(m).split(3) if 5 in part.places)
+    with pytest.raises(ValueError, match=rf"weight A of sequence {here} .*sequence {here} here is sequence 5 of the b"):
+        m.loss(part)
+
+
+@pytest.mark.parametrize("read", ["commit", "measure_gradient"])
+def test_a_recorded_fault_is_named_by_its_place_in_the_batch(monkeypatch, read):
+    m, loss = (
+        matcher(on_policy=True, objective="reinforce", reward=at_5(1.0), skip_zero_weight=True),
+        LanguageModel.loss,
+    )
+
+    def recorded():
+        raise ValueError("NaN at (sequence 0, position 2)")
+
+    def recording(self, *args, **kwargs):
+        out = loss(self, *args, **kwargs)
+        return replace(out, _scores=out._scores._replace(recorded=(recorded,) if float(out.weight[0]) else ()))
+
+    monkeypatch.setattr(LanguageModel, "loss", recording)
+    for part in draw(m).split(3):
+        m.loss(part)
+    with pytest.raises(ValueError, match=r"NaN at .*position 2\) \(sequence 0 here is sequence 5 of the batch\)"):
+        getattr(m, read)()
+
+
 def test_an_error_in_a_check_of_the_proposal_leaves_all_as_it_was():
     """It comes after the estimates have been updated."""
     calls = []
