@@ -42,6 +42,11 @@ from .settings import AnyObjective, Settings, check_proposal, check_target
 from .targets import EBM, Feature, FeatureValues, Scorer, TargetScores
 from .targets.constraints import as_feature
 
+#: What ``Matcher.loss`` says to ``LanguageModel.loss`` itself.
+_OF_THE_BATCH = frozenset({
+    "objective", "on_policy", "max_weight", "num_sequences", "temperature", "softcap", "cu_seqlens", "log_target",
+    "log_proposal", "log_z", "reward", "log_base",
+})  # fmt: skip
 _FORMAT = 2  # of state_dict; what DMTrainer wrote before there was a Matcher is 1
 
 
@@ -100,7 +105,7 @@ class Matcher:
     Raises:
         ValueError: an option out of range or options that do not go together; a base that is the policy itself; a
             target that is not fitted; an objective without its reward; a proposal of another policy.
-        TypeError: an objective that is none.
+        TypeError: a policy, target, proposal or objective that is none.
     """
 
     def __init__(
@@ -136,6 +141,10 @@ class Matcher:
             proposal is None if on_policy is None else on_policy, partition, skip_zero_weight, ppo_epochs, ppo_clip,
             check_samples, refit_ess, refit_samples, patience_zero, seed,
         )  # fmt: skip
+        if not isinstance(policy, LanguageModel):
+            raise TypeError(
+                f"policy must be a LanguageModel, got a {type(policy).__name__}; write LanguageModel(model, tokenizer)"
+            )
         check_target(target, policy.model, self.settings, reward)
         check_proposal(proposal, policy, self.settings)
         self.policy, self.target, self.proposal = policy, target, proposal
@@ -153,6 +162,7 @@ class Matcher:
         self._q_is_base: bool | None = None  # not known before the first step
         self._wrapped: LanguageModel | None = None
         self._since = 0.0  # when the batch was ready
+        self._warned_of: set[tuple[int, int]] = set()  # lengths of the fit and of a draw
 
     @property
     def estimates(self) -> RunningEstimates:
@@ -194,10 +204,11 @@ class Matcher:
         Raises:
             ValueError: as ``LanguageModel.sample`` and ``EBM.score``; another number of ids or rows than of prompts; a
                 leave-one-out baseline that is not finite, with the sequence whose return is to blame.
-            TypeError: a context_id that is no integer.
+            TypeError: a context_id that is no integer of 64 bits.
             RuntimeError: a scorer raised.
         """
         self.discard()
+        self.check_length(max_new_tokens)
         contexts, how = Prompts(prompts, context_id, rows), Draw(max_new_tokens, temperature, batch_size)
         start, lambda_ = time.perf_counter(), self.target.lambda_.tolist()
         anew = self.running.lambda_ != lambda_
@@ -229,6 +240,24 @@ class Matcher:
             seconds={"sampling": sampled - start, "scoring": time.perf_counter() - sampled},
         )  # fmt: skip
         return self._opened(batch)
+
+    def check_length(self, max_new_tokens: int, name: str = "max_new_tokens", stacklevel: int = 4) -> None:
+        """Warn, once, where sequences get another length than those that lambda was fitted on. ``draw`` does so.
+
+        Args:
+            max_new_tokens: of the sequences.
+            name: what the warning calls it.
+            stacklevel: as in ``warnings.warn``.
+        """
+        fitted_with = None if self.target.report is None else self.target.report.max_new_tokens
+        if fitted_with in (None, max_new_tokens) or (fitted_with, max_new_tokens) in self._warned_of:
+            return
+        self._warned_of.add((fitted_with, max_new_tokens))
+        warnings.warn(
+            f"lambda was fitted on samples of up to {fitted_with} new tokens, and {name} is {max_new_tokens}: the "
+            "moments of longer or shorter sequences are others; fit with the same",
+            stacklevel=stacklevel,
+        )
 
     def _opened(self, batch: Batch) -> Batch:
         self.batch, self._has_passed = batch, torch.zeros(len(batch), dtype=torch.bool)
@@ -359,9 +388,18 @@ class Matcher:
             ``DMLossOutput`` of the part's sequences; ``loss`` carries the gradient of the model's parameters.
 
         Raises:
+            TypeError: no part and no batch; an option that the matcher sets itself.
             ValueError: several ranks without a model; as ``dm_loss``.
             RuntimeError: a part of a batch that is not the last one drawn; sequences that have passed already.
         """
+        if not isinstance(part, (Part, Batch)):
+            raise TypeError(f"part must be one of batch.split(size), or the batch itself, got a {type(part).__name__}")
+        own = sorted(_OF_THE_BATCH & options.keys())
+        if own:
+            raise TypeError(
+                f"the matcher and its batch say what {' and '.join(own)} of the loss is, so it can't be given here: "
+                "temperature is draw's, and the objective and its options are those of Matcher(...)"
+            )
         part = part.split()[0] if isinstance(part, Batch) else part
         batch, places = part.batch, part.places
         if batch is not self.batch:

@@ -174,8 +174,11 @@ def check_target(target: EBM, model: nn.Module, settings: Settings, reward: Call
     """Check what can't be trained, before anything is set up for it.
 
     Raises:
+        TypeError: no target.
         ValueError: a base that would move with the model, a target that is not fitted, an objective without its reward.
     """
+    if not isinstance(target, EBM):
+        raise TypeError(f"target must be a dmfast.EBM, got {target!r:.200}; write EBM(base, constraints)")
     base = target.base
     theirs = getattr(base, "model", None)
     if isinstance(base, AdapterView) and base.model is model:
@@ -199,10 +202,16 @@ def check_proposal(proposal: OfflineProposal[Any] | None, policy: LanguageModel,
     """Check that a proposal is one of the policy, and goes with the settings.
 
     Raises:
+        TypeError: it is no proposal.
         ValueError: it does not.
     """
     if proposal is None:
         return
+    if not isinstance(proposal, OfflineProposal):
+        raise TypeError(
+            f"proposal must be an OfflineProposal of the policy, or None, got {proposal!r:.200}; write "
+            "OfflineProposal(policy)"
+        )
     if getattr(proposal.policy, "model", proposal.policy) is not policy.model:
         raise ValueError("proposal is a copy of another model than policy: write OfflineProposal(policy)")
     if settings.on_policy:

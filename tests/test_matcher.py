@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -483,6 +484,9 @@ def test_the_identity_of_a_context_may_be_given():
     for wrong, error, match in (
         ([1], ValueError, "context_id must have one entry for each of 2 prompts, got 1"),
         ([1.5, 2.0], TypeError, "one integer for each prompt"),
+        (["a", "b"], TypeError, r"one integer for each prompt, .* got \['a', 'b'\]"),
+        (3, TypeError, "one integer for each prompt, .* got 3"),
+        ([0, 2**70], TypeError, r"from -2\*\*63 to 2\*\*63 - 1, got \[0, 1180"),
     ):
         with pytest.raises(error, match=match):
             draw(m, ["w1", "w3"], context_id=wrong)
@@ -813,6 +817,51 @@ def test_models_that_are_refused():
         Matcher(m.policy, m.target, m.proposal, on_policy=True)
     with pytest.raises(ValueError, match="is not fitted"):
         Matcher(m.policy, EBM(m.target.base, [Moment(Contains("w3"), 0.5)]))
+
+
+def test_what_is_of_another_type_is_named():
+    m = matcher()
+    for arguments, match in (
+        ((m.policy, None), "target must be a dmfast.EBM, got None"),
+        ((m.policy.model, m.target), "policy must be a LanguageModel, got a GPT2LMHeadModel; write LanguageModel"),
+        ((m.policy, m.target, "kl"), "proposal must be an OfflineProposal of the policy, or None, got 'kl'"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            Matcher(*arguments)
+    batch = draw(m)
+    with pytest.raises(TypeError, match=r"size must be an integer, .* got 2\.5"):
+        batch.split(2.5)
+    with pytest.raises(TypeError, match=r"part must be one of batch\.split.* got a list"):
+        m.loss([1])
+
+
+def test_an_option_of_the_loss_that_the_batch_has_is_refused():
+    m = matcher()
+    batch = draw(m)
+    for options, match in (
+        ({"temperature": 0.5}, "say what temperature of the loss is"),
+        ({"objective": "dpg", "reward": None, "backend": "eager"}, "say what objective and reward of the loss is"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            m.loss(batch, **options)
+    m.loss(batch, backend="eager", chunk_bytes=1 << 20)
+    m.commit()
+
+
+def test_a_draw_of_another_length_than_the_fit_is_warned_of_once():
+    m = matcher()
+    m.target.fit(m.target.base.sample(n=512, max_new_tokens=6, seed=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(m, max_new_tokens=5)  # the length of samples that were given is not known
+    m.target.fit(n=512, max_new_tokens=6)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        draw(m)
+        draw(m, max_new_tokens=5)
+        draw(m, max_new_tokens=5)
+    mine = [each for each in found if "fitted on samples of up to 6 new tokens" in str(each.message)]
+    assert len(mine) == 1 and "max_new_tokens is 5" in str(mine[0].message) and mine[0].filename == __file__
 
 
 def test_without_a_proposal_rho_is_formed_where_asked():

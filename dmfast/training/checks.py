@@ -96,13 +96,6 @@ def check_fit(
             f"the tokenizer has {tokens} tokens, the model {policy.vocab_size} embeddings and the base {base}: they "
             "don't belong together"
         )
-    fitted_with = None if target.report is None else target.report.max_new_tokens
-    if fitted_with not in (None, args.max_new_tokens):
-        warnings.warn(
-            f"lambda was fitted on samples of up to {fitted_with} new tokens, and DMConfig.max_new_tokens is "
-            f"{args.max_new_tokens}: the moments of longer or shorter sequences are others; fit with the same",
-            stacklevel=3,
-        )
     if not has_prompts and args.max_steps <= 0:
         raise ValueError("without a train_dataset there are no epochs to count: set max_steps in DMConfig")
     if contexts > 1 and (args.samples_per_context or 1) < 2 and objective in TARGET_OBJECTIVES:

@@ -160,6 +160,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             self.policy, target, self.proposal, reward=reward, decay=args.proposal_decay, ranks=self._ranks,
             check_contexts=self._check_contexts, **settings.options(),
         )  # fmt: skip
+        self.matcher.check_length(args.max_new_tokens, "DMConfig.max_new_tokens", stacklevel=3)
         self.reward = self.matcher.reward
         self._metrics: list[dict[str, float]] = []
         self._staging: str | None = None
