@@ -25,6 +25,10 @@ class Prompts:
         context_id: an integer for each prompt, the identity of its context over the whole run. None: a digest of the
             prompt's tokens.
         rows: for each prompt the row of the data set, or None.
+
+    Raises:
+        TypeError: a context_id that is no integer of 64 bits.
+        ValueError: another number of them, or of rows, than of prompts.
     """
 
     prompts: Sequence[Prompt] | None = None
@@ -32,6 +36,8 @@ class Prompts:
     rows: Sequence[Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
+        if self.context_id is not None:
+            object.__setattr__(self, "context_id", _integers(self.context_id))
         for name in ("context_id", "rows"):
             given = getattr(self, name)
             if given is not None and len(given) != len(self):
@@ -41,19 +47,24 @@ class Prompts:
         return 1 if self.prompts is None else len(self.prompts)
 
     def of(self, samples: Samples) -> Samples:
-        """Return the sequences that were drawn from these prompts with the identity and the row of their context.
-
-        Raises:
-            TypeError: a context_id that is no integer.
-        """
+        """Return the sequences that were drawn from these prompts with the identity and the row of their context."""
         if self.context_id is None:
             identity = _digests(samples)
         else:
-            ids = torch.as_tensor(self.context_id, device=samples.context_id.device)
-            if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool or ids.dim() != 1:
-                raise TypeError(f"context_id must hold one integer for each prompt, got {self.context_id!r:.200}")
-            identity = ids.to(torch.int64)[samples.context_id]
+            identity = torch.as_tensor(self.context_id, device=samples.context_id.device)[samples.context_id]
         return replace(samples.with_rows(self.rows), context_id=identity)
+
+
+def _integers(context_id: Any) -> Tensor:
+    """Return the identities of contexts as an int64 tensor of one dimension."""
+    expected = f"context_id must hold one integer for each prompt, from -2**63 to 2**63 - 1, got {context_id!r:.200}"
+    try:
+        ids = torch.as_tensor(context_id)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(expected) from error
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool or ids.dim() != 1:
+        raise TypeError(expected)
+    return ids.to(torch.int64)
 
 
 def _digests(samples: Samples) -> Tensor:
@@ -129,9 +140,12 @@ class Batch:
             size: the most sequences of a part. Default: all of them.
 
         Raises:
+            TypeError: size is no integer.
             ValueError: size is not positive, or too small for the sequences of a context that stay together.
         """
         size = len(self) if size is None else size
+        if not isinstance(size, int):
+            raise TypeError(f"size must be an integer, the most sequences of a part, got {size!r}")
         if size < 1:
             raise ValueError(f"size must be positive, got {size!r}")
         if size >= len(self):

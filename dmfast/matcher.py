@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from .estimators import RunningEstimates
 from .kernels.result import DMLossOutput
 from .metrics import step_metrics
 from .models import LanguageModel
-from .objectives import Objective, PPOClip, Terms, leave_one_out_baseline, plain_baseline, weigh
+from .objectives import Objective, PPOClip, Terms, known_returns, leave_one_out_baseline, plain_baseline, weigh
 from .proposal import OfflineProposal, Scores
 from .ranks import OneProcess, Ranks
 from .refit import Refit
@@ -41,6 +42,11 @@ from .settings import AnyObjective, Settings, check_proposal, check_target
 from .targets import EBM, Feature, FeatureValues, Scorer, TargetScores
 from .targets.constraints import as_feature
 
+#: What ``Matcher.loss`` says to ``LanguageModel.loss`` itself.
+_OF_THE_BATCH = frozenset({
+    "objective", "on_policy", "max_weight", "num_sequences", "temperature", "softcap", "cu_seqlens", "log_target",
+    "log_proposal", "log_z", "reward", "log_base",
+})  # fmt: skip
 _FORMAT = 2  # of state_dict; what DMTrainer wrote before there was a Matcher is 1
 
 
@@ -99,7 +105,7 @@ class Matcher:
     Raises:
         ValueError: an option out of range or options that do not go together; a base that is the policy itself; a
             target that is not fitted; an objective without its reward; a proposal of another policy.
-        TypeError: an objective that is none.
+        TypeError: a policy, target, proposal or objective that is none.
     """
 
     def __init__(
@@ -135,6 +141,10 @@ class Matcher:
             proposal is None if on_policy is None else on_policy, partition, skip_zero_weight, ppo_epochs, ppo_clip,
             check_samples, refit_ess, refit_samples, patience_zero, seed,
         )  # fmt: skip
+        if not isinstance(policy, LanguageModel):
+            raise TypeError(
+                f"policy must be a LanguageModel, got a {type(policy).__name__}; write LanguageModel(model, tokenizer)"
+            )
         check_target(target, policy.model, self.settings, reward)
         check_proposal(proposal, policy, self.settings)
         self.policy, self.target, self.proposal = policy, target, proposal
@@ -152,6 +162,7 @@ class Matcher:
         self._q_is_base: bool | None = None  # not known before the first step
         self._wrapped: LanguageModel | None = None
         self._since = 0.0  # when the batch was ready
+        self._warned_of: set[tuple[int, int]] = set()  # lengths of the fit and of a draw
 
     @property
     def estimates(self) -> RunningEstimates:
@@ -191,11 +202,13 @@ class Matcher:
             A ``Batch`` of n * len(prompts) sequences.
 
         Raises:
-            ValueError: as ``LanguageModel.sample`` and ``EBM.score``; another number of ids or rows than of prompts.
-            TypeError: a context_id that is no integer.
+            ValueError: as ``LanguageModel.sample`` and ``EBM.score``; another number of ids or rows than of prompts; a
+                leave-one-out baseline that is not finite, with the sequence whose return is to blame.
+            TypeError: a context_id that is no integer of 64 bits.
             RuntimeError: a scorer raised.
         """
         self.discard()
+        self.check_length(max_new_tokens)
         contexts, how = Prompts(prompts, context_id, rows), Draw(max_new_tokens, temperature, batch_size)
         start, lambda_ = time.perf_counter(), self.target.lambda_.tolist()
         anew = self.running.lambda_ != lambda_
@@ -227,6 +240,24 @@ class Matcher:
             seconds={"sampling": sampled - start, "scoring": time.perf_counter() - sampled},
         )  # fmt: skip
         return self._opened(batch)
+
+    def check_length(self, max_new_tokens: int, name: str = "max_new_tokens", stacklevel: int = 4) -> None:
+        """Warn, once, where sequences get another length than those that lambda was fitted on. ``draw`` does so.
+
+        Args:
+            max_new_tokens: of the sequences.
+            name: what the warning calls it.
+            stacklevel: as in ``warnings.warn``.
+        """
+        fitted_with = None if self.target.report is None else self.target.report.max_new_tokens
+        if fitted_with in (None, max_new_tokens) or (fitted_with, max_new_tokens) in self._warned_of:
+            return
+        self._warned_of.add((fitted_with, max_new_tokens))
+        warnings.warn(
+            f"lambda was fitted on samples of up to {fitted_with} new tokens, and {name} is {max_new_tokens}: the "
+            "moments of longer or shorter sequences are others; fit with the same",
+            stacklevel=stacklevel,
+        )
 
     def _opened(self, batch: Batch) -> Batch:
         self.batch, self._has_passed = batch, torch.zeros(len(batch), dtype=torch.bool)
@@ -276,13 +307,26 @@ class Matcher:
         }  # fmt: skip
 
     def _leave_one_out(self, objective: Objective, context_id: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """(N,) fp64: the baseline of this rank's sequences, over those of all ranks."""
+        """Return (N,) fp64, the baseline of this rank's sequences, over those of all ranks.
+
+        Raises:
+            ValueError: it is not finite. The loss, which sees parts only, could not say for which return.
+        """
         gathered = {name: self.ranks.gather(value) for name, value in inputs.items()}
         contexts = self.ranks.gather(context_id)
         terms = Terms.of(objective, self.settings.on_policy, math.inf, **gathered)
-        whole = leave_one_out_baseline(terms, contexts, len(contexts), contexts.device)
-        first = self.ranks.rank * len(context_id)
-        return whole[first : first + len(context_id)]
+        whole, n = leave_one_out_baseline(terms, contexts, len(contexts), contexts.device), len(context_id)
+        if not bool(whole.isfinite().all()):
+            returns = known_returns(terms, len(contexts), contexts.device)
+            rank, place = divmod(int(returns.abs().nan_to_num(math.inf).argmax()), n)
+            where = f"sequence {place} of " + ("the batch" if self.ranks.size == 1 else f"the batch of rank {rank}")
+            of_it = {name: float(values[rank * n + place]) for name, values in gathered.items()}
+            raise ValueError(
+                f"the return of {where} is {float(returns[rank * n + place])}, so that the mean that is the baseline "
+                f"{objective.baseline!r} of other sequences is not finite: it has {of_it}. Take a constant baseline or "
+                "'mean', with max_weight to bound the weight of such a sequence, or change its reward"
+            )
+        return whole[self.ranks.rank * n :][:n]
 
     def _forwarded(self, objective: Objective | Callable[[Terms], Tensor], inputs: dict[str, Tensor]) -> Tensor:
         """(N,) bool, on the CPU: not known to have weight 0."""
@@ -344,9 +388,18 @@ class Matcher:
             ``DMLossOutput`` of the part's sequences; ``loss`` carries the gradient of the model's parameters.
 
         Raises:
+            TypeError: no part and no batch; an option that the matcher sets itself.
             ValueError: several ranks without a model; as ``dm_loss``.
             RuntimeError: a part of a batch that is not the last one drawn; sequences that have passed already.
         """
+        if not isinstance(part, (Part, Batch)):
+            raise TypeError(f"part must be one of batch.split(size), or the batch itself, got a {type(part).__name__}")
+        own = sorted(_OF_THE_BATCH & options.keys())
+        if own:
+            raise TypeError(
+                f"the matcher and its batch say what {' and '.join(own)} of the loss is, so it can't be given here: "
+                "temperature is draw's, and the objective and its options are those of Matcher(...)"
+            )
         part = part.split()[0] if isinstance(part, Batch) else part
         batch, places = part.batch, part.places
         if batch is not self.batch:
@@ -368,15 +421,16 @@ class Matcher:
         if len(kept) and not bool(kept.any()):
             kept[0] = True  # one forward, for the hooks of whatever is around the model
         everything = bool(kept.all())
-        out = self._around(model).loss(
-            part.samples if everything else part.samples[kept],
-            objective=objective,
-            on_policy=on_policy,
-            max_weight=self.settings.max_weight,
-            num_sequences=len(batch),  # DDP averages over ranks
-            **(values if everything else {name: value[kept] for name, value in values.items()}),
-            **options,
-        )
+        with _placed_in_batch(places[kept]):
+            out = self._around(model).loss(
+                part.samples if everything else part.samples[kept],
+                objective=objective,
+                on_policy=on_policy,
+                max_weight=self.settings.max_weight,
+                num_sequences=len(batch),  # DDP averages over ranks
+                **(values if everything else {name: value[kept] for name, value in values.items()}),
+                **options,
+            )
         if not everything:
             out = out.spread(kept.to(out.weight.device), Terms.of(objective, on_policy, math.inf, **values))
         self._passed.append((part, out))
@@ -407,6 +461,12 @@ class Matcher:
             )
         return torch.cat([part.places for part, _ in self._passed]).argsort()
 
+    def _check(self) -> None:
+        """Raise what a device has recorded in the loss."""
+        for part, out in self._passed:
+            with _placed_in_batch(part.places[out.scored.cpu()]):
+                out.check()
+
     def measure_gradient(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """Measure norm and variance of the step's gradient, for the metrics: call it before ``optimizer.step()``.
 
@@ -418,8 +478,7 @@ class Matcher:
         """
         start, order = time.perf_counter(), self._order()
         batch = cast(Batch, self.batch)
-        for _, out in self._passed:
-            out.check()
+        self._check()
         weight = torch.cat([out.weight for _, out in self._passed])[order]
         found = gradient_variance(
             self.policy, batch.samples, weight, reduce=reduce or (lambda x: self.ranks.gather(x[None]).sum(0))
@@ -447,8 +506,7 @@ class Matcher:
         """
         order = self._order()
         batch, settings, gather = cast(Batch, self.batch), self.settings, self.ranks.gather
-        for _, out in self._passed:  # here, since the host waits for the device below anyway
-            out.check()
+        self._check()  # here, since the host waits for the device below anyway
         batch.seconds["policy"] = time.perf_counter() - self._since - batch.seconds.get("gradient_variance", 0.0)
         # DMLossOutput.join puts the parts together, and these in the batch's order
         out = DMLossOutput.join([out for _, out in self._passed], lambda values: gather(values[order]))
@@ -571,29 +629,36 @@ class Matcher:
         """Go on where ``state_dict`` was taken. A batch that is not committed is discarded.
 
         Raises:
-            ValueError: a state of another format, or of an on-policy run where this one is not, or of one that is not;
-                of another target.
-            RuntimeError: a state of another model. Nothing has changed then.
+            ValueError: a state of another format, of another target, of an on-policy run where this one is not (or the
+                reverse), or one that lacks a part.
+            RuntimeError: a state of another model. Nothing has changed in any of these cases.
         """
         found = state.get("format")
         if found != _FORMAT:
             raise ValueError(f"the state has the format {found!r}, and this version of dmfast reads {_FORMAT}")
+        needed = ("target", "proposal", "running", "q_is_base", "pool", "batch")
+        missing = [key for key in needed if key not in state]
+        if missing:
+            raise ValueError(f"the state has no {', '.join(missing)}; pass what Matcher.state_dict returned")
         if (state["proposal"] is None) != (self.proposal is None):
             raise ValueError("of the checkpoint and this run one is on-policy and one is not; set on_policy alike")
+        if self.proposal is None and state.get("estimates") is None:
+            raise ValueError("the state has no estimates, and without a proposal nothing else holds them")
+        # all that may raise comes before the first change: copies try what they are to load
         running = self.running.loaded(state["running"])
         batch = None if state["batch"] is None else self._loaded_batch(state["batch"], running)
-        copy.copy(self.target).load_state_dict(state["target"])  # raises where it does not fit
-        decay = self.estimates.decay
+        q_is_base, decay = state["q_is_base"], self.estimates.decay
+        copy.copy(self.target).load_state_dict(state["target"])
+        copy.copy(self._refit).load_state_dict(state["pool"])
         if self.proposal is not None:
-            self.proposal.load_state_dict(state["proposal"])
+            self.proposal.load_state_dict(state["proposal"])  # which changes all or nothing
         else:
-            self.estimates.load_state_dict(state["estimates"])
+            self.estimates.load_state_dict(state["estimates"])  # as well
         self.estimates.decay = decay
         self.target.load_state_dict(state["target"])
-        self.discard()
-        self.running, self._to_repeat = running, batch
         self._refit.load_state_dict(state["pool"])
-        self._q_is_base = state["q_is_base"]
+        self.discard()
+        self.running, self._to_repeat, self._q_is_base = running, batch, q_is_base
 
     def _loaded_batch(self, state: dict[str, Any], running: Running) -> Batch:
         """The inverse of ``Batch.state_dict``."""
@@ -610,6 +675,23 @@ class Matcher:
         """Draw a new batch next, although the last one serves more steps."""
         self.discard()
         self._to_repeat = None
+
+
+@contextmanager
+def _placed_in_batch(places: Tensor) -> Iterator[None]:
+    """Add to an error about sequences of a call of the loss which of the batch they are.
+
+    Args:
+        places: (n,) int64, the place in the batch of each sequence of the call.
+    """
+    try:
+        yield
+    except ValueError as error:
+        named = [i for i in sorted({int(i) for i in re.findall(r"\bsequence (\d+)", str(error))}) if i < len(places)]
+        if not named:
+            raise
+        of_batch = ", ".join(f"sequence {i} here is sequence {int(places[i])} of the batch" for i in named)
+        raise ValueError(f"{error} ({of_batch})") from error
 
 
 def _scorers_of(target: EBM, reward: Feature | None) -> dict[str, Scorer]:

@@ -82,7 +82,7 @@ def step_metrics(
     if batch.advantage is not None and out.log_ratio is not None:
         clipped = PPOClip(settings.ppo_clip).clipped(out.log_ratio, gather(batch.advantage))
         metrics["clip_fraction"] = float(clipped.double().mean())
-    if settings.name == "reinforce_p" and isinstance(objective, Objective):
+    if isinstance(objective, Objective) and objective.name == "reinforce_p":
         metrics["log_scale"] = objective.log_scale or 0.0
     return metrics | batch.gradient | batch.counts | {f"seconds_{what}": took for what, took in batch.seconds.items()}
 

@@ -12,6 +12,8 @@ from .batch import Batch
 from .ranks import Ranks
 from .targets import EBM
 
+_COLUMNS = {"features", "log_b", "log_ratio", "context_id"}  # of each step that is kept
+
 
 class Refit:
     """Collects scored sequences of the steps and fits lambda again from them, weighted by a/q.
@@ -54,5 +56,14 @@ class Refit:
         return self._pool
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        """Go on where ``state_dict`` was taken."""
+        """Go on where ``state_dict`` was taken.
+
+        Raises:
+            ValueError: the state is not a list of the sequences of steps. Nothing has changed then.
+        """
+        if not isinstance(state, list) or any(not isinstance(each, dict) or set(each) != _COLUMNS for each in state):
+            raise ValueError(
+                "the state's pool must be a list with the sequences of each step, as Matcher.state_dict returned it, "
+                f"got {state!r:.200}"
+            )
         self._pool = list(state)

@@ -63,45 +63,50 @@ class Settings:
                 f"baseline must be a number, 'mean', 'leave_one_out' or 'leave_one_out_context', got {self.baseline!r}"
             )
         PPOClip(self.ppo_clip)
-        name = self.name
+        built_in = self.built_in
+        got = f"the function {self.name}" if built_in is None else repr(built_in)
         if self.on_policy and self.check_samples:
             raise ValueError(
                 "check_samples are drawn from a proposal to see whether the policy is nearer to the target, and "
                 f"on-policy there is none; got check_samples={self.check_samples!r}"
             )
-        if name == "reinforce_p" and self.baseline == "mean":
+        if built_in == "reinforce_p" and self.baseline == "mean":
             raise ValueError(
                 "baseline='mean' averages returns over steps, whose scale differs for reinforce_p; use leave_one_out"
             )
-        if self.beta_target_kl is not None and not (self.on_policy and name == "kl_control"):
+        if self.beta_target_kl is not None and not (self.on_policy and built_in == "kl_control"):
             raise ValueError(
                 "beta_target_kl steers the beta of kl_control by KL(pi||a) on samples of pi itself: it needs "
-                f"objective='kl_control' and on_policy=True, got {name!r} and on_policy={self.on_policy}"
+                f"objective='kl_control' and on_policy=True, got {got} and on_policy={self.on_policy}"
             )
-        if self.ppo_epochs > 1 and not (self.on_policy and name in ("reinforce", "kl_control")):
+        if self.ppo_epochs > 1 and not (self.on_policy and built_in in ("reinforce", "kl_control")):
             raise ValueError(
                 "ppo_epochs above 1 clips the ratio to the policy that a batch was drawn from: it needs "
-                f"on_policy=True and objective 'reinforce' or 'kl_control', got {name!r} and "
-                f"on_policy={self.on_policy}"
+                f"on_policy=True and objective 'reinforce' or 'kl_control', got {got} and on_policy={self.on_policy}"
             )
         self.template  # noqa: B018  # raises what the objective refuses
 
     @property
-    def name(self) -> str:
-        """The objective's name, or that of the function in its place."""
+    def built_in(self) -> str | None:
+        """The name of the built-in objective; None where a function is in its place, however that is called."""
         if isinstance(self.objective, str):
             return self.objective
-        if isinstance(self.objective, Objective):
-            return self.objective.name
-        return getattr(self.objective, "__name__", type(self.objective).__name__)
+        return self.objective.name if isinstance(self.objective, Objective) else None
+
+    @property
+    def name(self) -> str:
+        """The objective's name, or that of the function in its place: for messages and cards only."""
+        own: str = getattr(self.objective, "__name__", type(self.objective).__name__)
+        return own if self.built_in is None else self.built_in
 
     @cached_property
     def template(self) -> Objective | Callable[[Terms], Tensor]:
         """The objective, as yet without the values that run along with the training."""
-        fixed = self.name in KINDS and KINDS[self.name].baseline is not None  # then Objective refuses any other
+        kind = KINDS.get(self.built_in or "")
+        fixed = kind is not None and kind.baseline is not None  # then Objective refuses any other
         baseline: Any = None if self.baseline == "mean" and not fixed else self.baseline
         if isinstance(self.objective, str):
-            log_scale = 0.0 if self.name == "reinforce_p" else None
+            log_scale = 0.0 if self.objective == "reinforce_p" else None
             return Objective(self.objective, baseline, self.normalize, self.beta, log_scale)
         given = [f"{name}={getattr(self, name)!r}" for name in ("beta", "baseline") if getattr(self, name) is not None]
         given += [] if self.normalize else ["normalize=False"]
@@ -169,8 +174,11 @@ def check_target(target: EBM, model: nn.Module, settings: Settings, reward: Call
     """Check what can't be trained, before anything is set up for it.
 
     Raises:
+        TypeError: no target.
         ValueError: a base that would move with the model, a target that is not fitted, an objective without its reward.
     """
+    if not isinstance(target, EBM):
+        raise TypeError(f"target must be a dmfast.EBM, got {target!r:.200}; write EBM(base, constraints)")
     base = target.base
     theirs = getattr(base, "model", None)
     if isinstance(base, AdapterView) and base.model is model:
@@ -194,10 +202,16 @@ def check_proposal(proposal: OfflineProposal[Any] | None, policy: LanguageModel,
     """Check that a proposal is one of the policy, and goes with the settings.
 
     Raises:
+        TypeError: it is no proposal.
         ValueError: it does not.
     """
     if proposal is None:
         return
+    if not isinstance(proposal, OfflineProposal):
+        raise TypeError(
+            f"proposal must be an OfflineProposal of the policy, or None, got {proposal!r:.200}; write "
+            "OfflineProposal(policy)"
+        )
     if getattr(proposal.policy, "model", proposal.policy) is not policy.model:
         raise ValueError("proposal is a copy of another model than policy: write OfflineProposal(policy)")
     if settings.on_policy:

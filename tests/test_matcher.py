@@ -9,7 +9,8 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import accelerate
@@ -369,6 +370,42 @@ def test_what_a_device_has_recorded_is_raised_before_anything_is_taken_in(monkey
     assert state_of(m) == before and len(m.batch) == 8 and len(outputs) == 4
 
 
+@pytest.mark.parametrize(
+    ("options", "here"),
+    [
+        ({}, "[012]"),
+        ({"on_policy": True, "skip_zero_weight": True}, "0"),  # the only one of its part that gets a forward
+    ],
+)
+def test_a_fault_is_named_by_its_place_in_the_batch(options, here):
+    """A part has sequences of one length together, and leaves out those of weight 0."""
+    m = matcher(objective="reinforce", reward=at_5(1e300), **options)
+    part = next(part for part in draw(m).split(3) if 5 in part.places)
+    with pytest.raises(ValueError, match=rf"weight A of sequence {here} .*sequence {here} here is sequence 5 of the b"):
+        m.loss(part)
+
+
+@pytest.mark.parametrize("read", ["commit", "measure_gradient"])
+def test_a_recorded_fault_is_named_by_its_place_in_the_batch(monkeypatch, read):
+    m, loss = (
+        matcher(on_policy=True, objective="reinforce", reward=at_5(1.0), skip_zero_weight=True),
+        LanguageModel.loss,
+    )
+
+    def recorded():
+        raise ValueError("NaN at (sequence 0, position 2)")
+
+    def recording(self, *args, **kwargs):
+        out = loss(self, *args, **kwargs)
+        return replace(out, _scores=out._scores._replace(recorded=(recorded,) if float(out.weight[0]) else ()))
+
+    monkeypatch.setattr(LanguageModel, "loss", recording)
+    for part in draw(m).split(3):
+        m.loss(part)
+    with pytest.raises(ValueError, match=r"NaN at .*position 2\) \(sequence 0 here is sequence 5 of the batch\)"):
+        getattr(m, read)()
+
+
 def test_an_error_in_a_check_of_the_proposal_leaves_all_as_it_was():
     """It comes after the estimates have been updated."""
     calls = []
@@ -447,6 +484,9 @@ def test_the_identity_of_a_context_may_be_given():
     for wrong, error, match in (
         ([1], ValueError, "context_id must have one entry for each of 2 prompts, got 1"),
         ([1.5, 2.0], TypeError, "one integer for each prompt"),
+        (["a", "b"], TypeError, r"one integer for each prompt, .* got \['a', 'b'\]"),
+        (3, TypeError, "one integer for each prompt, .* got 3"),
+        ([0, 2**70], TypeError, r"from -2\*\*63 to 2\*\*63 - 1, got \[0, 1180"),
     ):
         with pytest.raises(error, match=match):
             draw(m, ["w1", "w3"], context_id=wrong)
@@ -506,7 +546,18 @@ PROMPTS_OF = {"w3": "w1", "w4": "w3"}
 # --- rewards
 
 
-@pytest.mark.parametrize("how", ["the feature", "the function", "Reward of it"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "the feature",
+        "the function",
+        "Reward of it",
+        "a method",
+        "Reward of a method",
+        "Moment of a method",
+        "a callable",
+    ],
+)
 def test_a_reward_that_is_part_of_the_target_is_scored_once(how):
     """8 sequences, 8 calls."""
     calls = []
@@ -519,17 +570,74 @@ def test_a_reward_that_is_part_of_the_target_is_scored_once(how):
         calls.extend([1] * len(x))
         return x.score_mask.sum(1).double()
 
+    class Model:
+        def score(self, x):
+            return whole(x)
+
+    @dataclass  # which can't be hashed
+    class Callable:
+        def __call__(self, x):
+            return whole(x)
+
+    rm, called = Model(), Callable()
     feature = Scorer(score, on="samples", batched=False, name="score")
     constraints, reward = {
         "the feature": ([Moment(feature, 3.0)], feature),
         "the function": ([whole], whole),
         "Reward of it": ([dmfast.Reward(feature, beta=2.0)], feature),
+        "a method": ([rm.score], rm.score),
+        "Reward of a method": ([dmfast.Reward(rm.score, 1.0, on="samples")], rm.score),
+        "Moment of a method": ([Moment(rm.score, 0.6)], rm.score),
+        "a callable": ([called], called),
     }[how]
     m = matcher(constraints=constraints, objective="kl_control", beta=0.3, reward=reward)
     batch = draw(m)
     assert len(calls) == 8
     assert torch.equal(batch.inputs["reward"], batch.samples.score_mask.sum(1).double())
     assert len(m.scorers) == 1
+
+
+@pytest.mark.parametrize("ranks", [None, "two"])
+@pytest.mark.parametrize("baseline", ["leave_one_out", "leave_one_out_context"])
+def test_an_infinite_return_is_named_by_its_place_in_the_batch(baseline, ranks):
+    """A part of the batch would name the first sequence whose baseline averages over it."""
+    reward = dmfast.Reward(at_5(2000.0), 1.0, on="samples")  # exp(2000) is infinite
+    m = matcher(constraints=[reward], objective=Objective("reinforce_p", baseline=baseline, log_scale=0.0),
+                ranks=None if ranks is None else TwoRanks())  # fmt: skip
+    before, where = state_of(m), "the batch" if ranks is None else "the batch of rank 0"
+    with pytest.raises(ValueError, match=rf"return of sequence 5 of {where} is inf.*it has {{'log_target': 19\d\d\."):
+        draw(m)
+    assert state_of(m) == before and m.batch is None
+
+
+def test_finite_returns_whose_sum_is_infinite_are_named_by_the_largest():
+    m = matcher(objective="reinforce", baseline="leave_one_out", reward=at_5(1.7e308, 1.5e308))
+    with pytest.raises(ValueError, match=r"return of sequence 5 of the batch is 1.7e\+308.*'reward': 1.7e\+308"):
+        draw(m)
+
+
+def at_5(*values):
+    """A reward that is 0 but for some sequences."""
+
+    def reward(x):
+        found = torch.zeros(len(x), dtype=torch.float64)
+        found[5 : 5 + len(values)] = torch.tensor(values, dtype=torch.float64)
+        return found
+
+    return reward
+
+
+def test_the_same_method_of_two_objects_is_two_rewards():
+    class Model:
+        def __init__(self, value):
+            self.value = value
+
+        def score(self, x):
+            return torch.full((len(x),), self.value)
+
+    one, other = Model(1.0), Model(2.0)
+    m = matcher(constraints=[one.score], objective="reinforce", reward=other.score)
+    assert draw(m).inputs["reward"].tolist() == [2.0] * 8 and len(m.scorers) == 2
 
 
 # --- several steps on a batch
@@ -626,11 +734,33 @@ def test_a_state_that_does_not_fit_changes_nothing():
         (state | {"proposal": None}, ValueError, "one is on-policy and one is not"),
         (state | {"target": state["target"] | {"moment_values": [0.9]}}, ValueError, r"this EBM wants \[0.6\]"),
         (state | {"proposal": state["proposal"] | {"model": {}}}, RuntimeError, "another model"),
+        (state | {"pool": None}, ValueError, "the state's pool must be a list .* got None"),
+        (state | {"pool": [{"features": 1}]}, ValueError, "the state's pool must be a list"),
     ]
+    needed = state.keys() - {"format", "estimates"}  # the estimates are the proposal's
+    wrong += [(without(state, key), ValueError, f"the state has no {key}; pass what") for key in needed]
     for each, error, match in wrong:
         with pytest.raises(error, match=match):
             m.load_state_dict(each)
         assert state_of(m) == before
+    other = matcher()
+    other.load_state_dict(without(state, "estimates"))
+    assert state_of(other) == before
+
+
+def test_a_state_without_estimates_is_refused_on_policy():
+    m = matcher(on_policy=True)
+    step(m, sgd(m))
+    state, before = m.state_dict(), state_of(m)
+    for each in (without(state, "estimates"), state | {"estimates": None}):
+        each["running"] = each["running"] | {"steps": 7}
+        with pytest.raises(ValueError, match="the state has no estimates, and without a proposal"):
+            m.load_state_dict(each)
+        assert state_of(m) == before
+
+
+def without(state, key):
+    return {name: value for name, value in state.items() if name != key}
 
 
 # --- what is refused
@@ -660,6 +790,23 @@ def test_options_that_are_refused(options, error, match):
         matcher(**options)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "match"),
+    [
+        ("kl_control", {"beta_target_kl": 1.0}, "got the function kl_control and on_policy=True"),
+        ("reinforce", {"ppo_epochs": 2}, "got the function reinforce and on_policy=True"),
+        ("reinforce_p", {"baseline": "mean"}, "an objective of your own .* baseline='mean' can't act on it"),
+    ],
+)
+def test_a_function_is_not_the_objective_whose_name_it_has(name, options, match):
+    def own(terms):
+        return terms.log_prob
+
+    own.__name__ = name
+    with pytest.raises(ValueError, match=match):
+        matcher(on_policy=True, objective=own, **options)
+
+
 def test_models_that_are_refused():
     m = matcher()
     with pytest.raises(ValueError, match="a copy of another model than policy"):
@@ -670,6 +817,51 @@ def test_models_that_are_refused():
         Matcher(m.policy, m.target, m.proposal, on_policy=True)
     with pytest.raises(ValueError, match="is not fitted"):
         Matcher(m.policy, EBM(m.target.base, [Moment(Contains("w3"), 0.5)]))
+
+
+def test_what_is_of_another_type_is_named():
+    m = matcher()
+    for arguments, match in (
+        ((m.policy, None), "target must be a dmfast.EBM, got None"),
+        ((m.policy.model, m.target), "policy must be a LanguageModel, got a GPT2LMHeadModel; write LanguageModel"),
+        ((m.policy, m.target, "kl"), "proposal must be an OfflineProposal of the policy, or None, got 'kl'"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            Matcher(*arguments)
+    batch = draw(m)
+    with pytest.raises(TypeError, match=r"size must be an integer, .* got 2\.5"):
+        batch.split(2.5)
+    with pytest.raises(TypeError, match=r"part must be one of batch\.split.* got a list"):
+        m.loss([1])
+
+
+def test_an_option_of_the_loss_that_the_batch_has_is_refused():
+    m = matcher()
+    batch = draw(m)
+    for options, match in (
+        ({"temperature": 0.5}, "say what temperature of the loss is"),
+        ({"objective": "dpg", "reward": None, "backend": "eager"}, "say what objective and reward of the loss is"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            m.loss(batch, **options)
+    m.loss(batch, backend="eager", chunk_bytes=1 << 20)
+    m.commit()
+
+
+def test_a_draw_of_another_length_than_the_fit_is_warned_of_once():
+    m = matcher()
+    m.target.fit(m.target.base.sample(n=512, max_new_tokens=6, seed=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(m, max_new_tokens=5)  # the length of samples that were given is not known
+    m.target.fit(n=512, max_new_tokens=6)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        draw(m)
+        draw(m, max_new_tokens=5)
+        draw(m, max_new_tokens=5)
+    mine = [each for each in found if "fitted on samples of up to 6 new tokens" in str(each.message)]
+    assert len(mine) == 1 and "max_new_tokens is 5" in str(mine[0].message) and mine[0].filename == __file__
 
 
 def test_without_a_proposal_rho_is_formed_where_asked():

@@ -232,6 +232,10 @@ def as_before(state):
     }
 
 
+def without(state, *keys):
+    return {name: value for name, value in state.items() if name not in keys}
+
+
 PPO = {"objective": "kl_control", "beta": 0.3, "reward": Contains("w3"), "on_policy": True, "ppo_epochs": 3}
 
 
@@ -256,7 +260,9 @@ def test_a_checkpoint_of_the_format_before_resumes(tmp_path, settings):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda state: {"step": 3}, "of no format that this version of dmfast reads.*lacks partitions, scale"),
+        (lambda state: {"step": 3}, "of no format that this version of dmfast reads.*lacks beta, partitions, scale"),
+        (lambda state: without(as_before(state), "estimates"), "of no format .* it lacks estimates$"),
+        (lambda state: without(as_before(state), "q_is_base", "batch"), "of no format .* it lacks q_is_base, batch$"),
         (lambda state: state | {"matcher": state["matcher"] | {"format": 7}}, "has the format 7, and .* reads 2"),
     ],
 )

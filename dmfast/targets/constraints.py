@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from types import BuiltinMethodType, MethodType
 from typing import Any, Literal
 
 import torch
@@ -289,7 +290,9 @@ class Scorer(Feature):
     @property
     def key(self) -> Hashable:
         """The function and how it is called, so that a function that is given twice runs once."""
-        return (id(self.fn), self.on, self.batched, self.batch_size, self.binary)
+        # rm.score is a new object each time that it is read: methods are the same if object and function are
+        fn = self.fn if isinstance(self.fn, MethodType | BuiltinMethodType) else id(self.fn)
+        return (fn, self.on, self.batched, self.batch_size, self.binary)
 
     def __call__(self, samples: Samples) -> Tensor:
         """Return the function's values, (N,) fp64 and checked."""

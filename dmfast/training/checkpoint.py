@@ -151,12 +151,13 @@ def upgraded(state: dict[str, Any]) -> dict[str, Any]:
     """
     if "matcher" in state:
         return state
-    keys = ("partitions", "scale", "returns", "zero_steps", "steps", "beta", "proposal", "target", "contexts", "pool")
-    lacking = [key for key in keys if key not in state]
-    if lacking:
+    carried = ("beta", "partitions", "scale", "returns", "zero_steps", "steps")
+    kept = ("target", "proposal", "estimates", "q_is_base", "pool")
+    missing = [key for key in (*carried, *kept, "contexts", "batch") if key not in state]
+    if missing:
         raise ValueError(
             f"the checkpoint's {STATE} is of no format that this version of dmfast reads: it has no 'matcher', and for "
-            f"the format of 0.1 it lacks {', '.join(lacking)}"
+            f"the format of 0.1 it lacks {', '.join(missing)}"
         )
     batch = state["batch"]
     if batch is not None:
@@ -164,7 +165,7 @@ def upgraded(state: dict[str, Any]) -> dict[str, Any]:
         log_base = torch.full_like(samples["log_prob"], torch.nan)  # a repeated batch does not need it
         batch = {key: batch[key] for key in ("inputs", "features", "advantage", "epoch", "beta")}
         batch |= {"samples": samples, "log_base": log_base}
-    running = {key: state[key] for key in ("beta", "partitions", "scale", "returns", "zero_steps", "steps")}
-    matcher = {key: state[key] for key in ("target", "proposal", "estimates", "q_is_base", "pool")}
+    running = {key: state[key] for key in carried}
+    matcher = {key: state[key] for key in kept}
     matcher |= {"format": 2, "running": running | {"lambda": state["target"]["lambda"]}, "batch": batch}
     return {"contexts": state["contexts"], "matcher": matcher}

@@ -77,14 +77,14 @@ def with_pad_token(tokenizer: Any) -> Any:
 
 
 def check_fit(
-    policy: LanguageModel, target: EBM, args: DMConfig, contexts: int, objective: str, *, has_prompts: bool
+    policy: LanguageModel, target: EBM, args: DMConfig, contexts: int, objective: str | None, *, has_prompts: bool
 ) -> None:
     """Check that vocabularies, lengths of sequences, prompts and steps go together.
 
     Args:
         policy, target, args: what is trained, towards what and how.
         contexts: how many the data set has.
-        objective: its name.
+        objective: the name of the built-in one, or None.
         has_prompts: whether there is a data set.
 
     Raises:
@@ -95,13 +95,6 @@ def check_fit(
         raise ValueError(
             f"the tokenizer has {tokens} tokens, the model {policy.vocab_size} embeddings and the base {base}: they "
             "don't belong together"
-        )
-    fitted_with = None if target.report is None else target.report.max_new_tokens
-    if fitted_with not in (None, args.max_new_tokens):
-        warnings.warn(
-            f"lambda was fitted on samples of up to {fitted_with} new tokens, and DMConfig.max_new_tokens is "
-            f"{args.max_new_tokens}: the moments of longer or shorter sequences are others; fit with the same",
-            stacklevel=3,
         )
     if not has_prompts and args.max_steps <= 0:
         raise ValueError("without a train_dataset there are no epochs to count: set max_steps in DMConfig")

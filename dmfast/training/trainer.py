@@ -121,7 +121,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         model = with_adapter(model, peft_config, args.seed)
         tokenizer = with_pad_token(target.base.tokenizer if processing_class is None else processing_class)
         self.policy = LanguageModel(model, tokenizer, eos_token_id=target.base.eos_token_ids)
-        check_fit(self.policy, target, args, len(self._rows), settings.name, has_prompts=self._has_prompts)
+        check_fit(self.policy, target, args, len(self._rows), settings.built_in, has_prompts=self._has_prompts)
         sets = list(self._eval_rows.values()) if isinstance(self._eval_rows, dict) else [self._eval_rows]
         for rows in {id(each): each for each in (self._rows, *sets)}.values():
             rows.check(self.policy, args.max_new_tokens)
@@ -161,6 +161,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             self.policy, target, self.proposal, reward=reward, decay=args.proposal_decay, ranks=self._ranks,
             check_contexts=self._check_contexts, **settings.options(),
         )  # fmt: skip
+        self.matcher.check_length(args.max_new_tokens, "DMConfig.max_new_tokens", stacklevel=3)
         self.reward = self.matcher.reward
         self._metrics: list[dict[str, float]] = []
         self._staging: str | None = None
