@@ -120,7 +120,8 @@ __device__ void finish_loss(const Batch& b, const Terms& t, const Outputs& out, 
   if (threadIdx.x == 0) *out.total = total / out.divide_by;
 }
 
-// dz = p * scale of the row, apart from the label's column, whose value is at_label. label: kElsewhere if it has none.
+// dz = p * scale of the row, apart from the label's column, whose value is at_label. A label that is elsewhere has a
+// column outside the row.
 template <class T, bool Cap>
 struct Write {
   Exponent<Cap> exponent;
@@ -179,7 +180,7 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
   DMF_DYNAMIC_SHARED(memory);
   const RowOptions& o = b.options;
   const int64_t label = b.labels[row];
-  const int column = static_cast<int>(b.column(label)), vocab = static_cast<int>(o.vocab);
+  const int column = static_cast<int>(label - b.vocab_start), vocab = static_cast<int>(o.vocab);
   const T* z = reinterpret_cast<const T*>(b.logits) + b.offset(row);
   T* dz = kKnown ? row_of<T>(g, b, row) : nullptr;
   if (!b.is_token(label)) {
@@ -195,7 +196,8 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
   // the row's packs lie aligned in shared memory too
   T* kept = reinterpret_cast<T*>(memory) + (kWidth<T> - cut.head % kWidth<T>) % kWidth<T>;
   // read before dz, which may be z, is written
-  const float at_label = threadIdx.x == 0 && column != kElsewhere ? to_float(z[column]) : 0.0f;
+  const bool here = static_cast<unsigned>(column) < static_cast<unsigned>(vocab);
+  const float at_label = threadIdx.x == 0 && here ? to_float(z[column]) : 0.0f;
 
   PartialSum<Cap, Entropy> sum(o);
   for_row<T>(cut, FromRow<T>{z}, [&](int i, const auto& pack) {
@@ -231,7 +233,7 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
 }
 
 template <class T, bool Cap, bool Entropy, Pass P>
-__global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads)
+__global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads, P == Pass::score ? 4 : 1)
     score_rows(Batch b, Terms t, Outputs out, double factor, Gradient g, Workspace w) {
   DMF_SHARED(Shared, shared);
   constexpr bool kKnown = P != Pass::score;
@@ -252,8 +254,6 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
   if (is_last(w.counters + b.sequences, b.sequences + 1, shared.last)) finish_loss(b, t, out, faults, w.status, shared);
 }
 
-constexpr int kThere = -2;  // in place of a column: dz holds the row's gradient already
-
 // 6: what fp32 has anyway, but for sm_80, whose compiler else spills for the sake of 8
 template <class T, bool Cap>
 __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 4 && !Cap ? 6 : 0)
@@ -261,32 +261,28 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 4 && !Cap ? 6 : 0)
                Gradient g) {
   struct OneRow {
     double coefficient, at_label;
-    int column;
   };
   DMF_SHARED(OneRow, shared);
+  if (upstream && *upstream == unless) return;
   const RowOptions& o = b.options;
-  const int64_t row = blockIdx.x;
-  const int vocab = static_cast<int>(o.vocab);
+  const int64_t row = blockIdx.x, label = b.labels[row];
+  // beyond the row where the label is elsewhere: no pack has it
+  const int column = static_cast<int>(label - b.vocab_start), vocab = static_cast<int>(o.vocab);
   const T* z = reinterpret_cast<const T*>(b.logits) + b.offset(row);
   T* dz = row_of<T>(g, b, row);
   if (threadIdx.x == 0) {
-    const int64_t label = b.labels[row], column = b.column(label);
-    const double by = upstream ? *upstream : 1.0;
     const bool scored = b.is_token(label) && isfinite(lse[row]);
-    const double coefficient = scored ? weight[b.sequence_of(row)] * factor * by : 0.0;
+    const double coefficient = scored ? weight[b.sequence_of(row)] * factor * (upstream ? *upstream : 1.0) : 0.0;
     shared.coefficient = coefficient;
-    shared.column = by == unless ? kThere : static_cast<int>(column);
-    shared.at_label = coefficient == 0.0 || column == kElsewhere
-                          ? 0.0
-                          : label_gradient(to_float(z[column]), lse[row], coefficient, o);
+    const bool here = static_cast<unsigned>(column) < static_cast<unsigned>(vocab);
+    shared.at_label = coefficient == 0.0 || !here ? 0.0 : label_gradient(to_float(z[column]), lse[row], coefficient, o);
   }
   __syncthreads();
-  if (shared.column == kThere) return;
   if (shared.coefficient == 0.0) {
     zero_row(dz, vocab);
     return;
   }
-  const Write<T, Cap> write(o, lse[row], shared.coefficient, shared.at_label, shared.column, dz);
+  const Write<T, Cap> write(o, lse[row], shared.coefficient, shared.at_label, column, dz);
   for_row<T>(cut_rows(z, static_cast<const T*>(dz), vocab), FromRow<T>{z}, write);
 }
 
