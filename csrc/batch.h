@@ -58,16 +58,15 @@ struct Batch {
 // The columns of Terms, in the order of dmfast.objectives.COLUMNS.
 enum Column : int { kLogProposal, kLogTarget, kLogZ, kReward, kLogBase, kBaseline, kColumns };
 
-// Per-sequence inputs, fp64, in one block. A column that is not there is one constant, 0 where the objective does not
-// need it.
+// Per-sequence inputs, fp64: columns of one block. One that is not there is null, and a constant in its place, 0 where
+// the objective does not need it.
 struct Terms {
   Objective objective;
-  const double* columns;
-  int64_t offset[kColumns];  // of each column in the block, or -1
+  const double* columns[kColumns];
   double constants[kColumns];
 
-  DMF_HD bool has(Column c) const { return offset[c] >= 0; }
-  DMF_HD double at(Column c, int64_t i) const { return has(c) ? columns[offset[c] + i] : constants[c]; }
+  DMF_HD bool has(Column c) const { return columns[c] != nullptr; }
+  DMF_HD double at(Column c, int64_t i) const { return has(c) ? columns[c][i] : constants[c]; }
 };
 
 // Where a gradient goes: logits itself, or a tensor of the same shape with strides of its own.

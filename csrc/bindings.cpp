@@ -47,20 +47,17 @@ struct PyBatch : dmf::Batch {
 // The columns whose bit is set in present lie one after the other, stride apart. scalars: the parameter of the
 // objective, max_weight, then the constant of each column.
 struct PyTerms : dmf::Terms {
-  PyTerms(int kind, int flags, uintptr_t columns, int64_t stride, int present, const std::vector<double>& scalars)
-      : dmf::Terms{{static_cast<dmf::Kind>(kind), flags, scalars.at(0), scalars.at(1)},
-                   pointer<const double>(columns),
-                   {},
-                   {}} {
-    int64_t next = 0;
+  PyTerms(int kind, int flags, uintptr_t block, int64_t stride, int present, const std::vector<double>& scalars)
+      : dmf::Terms{{static_cast<dmf::Kind>(kind), flags, scalars.at(0), scalars.at(1)}, {}, {}} {
+    const double* next = pointer<const double>(block);
     for (int c = 0; c < dmf::kColumns; ++c) {
       const bool there = (present >> c & 1) != 0;
-      offset[c] = there ? next : -1;
+      columns[c] = there ? next : nullptr;
       next += there ? stride : 0;
       constants[c] = scalars.at(2 + c);
     }
   }
-  PyTerms() : dmf::Terms{{dmf::Kind::none, 0, 0.0, INFINITY}, nullptr, {-1, -1, -1, -1, -1, -1}, {}} {}
+  PyTerms() : dmf::Terms{{dmf::Kind::none, 0, 0.0, INFINITY}, {}, {}} {}
 };
 
 struct PyOutputs : dmf::Outputs {

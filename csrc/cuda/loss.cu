@@ -199,6 +199,10 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
   const bool here = static_cast<unsigned>(column) < static_cast<unsigned>(vocab);
   const float at_label = threadIdx.x == 0 && here ? to_float(z[column]) : 0.0f;
 
+  // before the sum where that takes the most registers, of which A needs many
+  constexpr bool kEarly = kKnown && Cap && Entropy;
+  if (kEarly && threadIdx.x == 0) shared.coefficient = known_weight(t, sequence).weight * factor;
+
   PartialSum<Cap, Entropy> sum(o);
   for_row<T>(cut, FromRow<T>{z}, [&](int i, const auto& pack) {
     if constexpr (P == Pass::kept) store(kept + i, pack);
@@ -210,10 +214,11 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
   if (threadIdx.x == 0) {
     const double total = sums.a + sums.b, lse = scaled(top, o) + log(total);
     out.lse(row) = lse;
-    out.label(row) = scaled(at_label, o);                                                  // 0 where it is elsewhere
+    out.label(row) = scaled(at_label, o);
     if (Entropy) out.row_entropy(row) = total == 0.0 ? 0.0 : log(total) - sums.c / total;  // nothing but -inf
     if (kKnown) {
-      const double coefficient = isfinite(lse) ? known_weight(t, sequence).weight * factor : 0.0;
+      double coefficient = 0.0;
+      if (isfinite(lse)) coefficient = kEarly ? shared.coefficient : known_weight(t, sequence).weight * factor;
       shared.lse = lse;
       shared.coefficient = coefficient;
       shared.at_label = coefficient == 0.0 ? 0.0 : label_gradient(at_label, lse, coefficient, o);
@@ -233,7 +238,7 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
 }
 
 template <class T, bool Cap, bool Entropy, Pass P>
-__global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads, P == Pass::score ? 4 : 1)
+__global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads)
     score_rows(Batch b, Terms t, Outputs out, double factor, Gradient g, Workspace w) {
   DMF_SHARED(Shared, shared);
   constexpr bool kKnown = P != Pass::score;

@@ -45,7 +45,9 @@ void check(dmf::DType dtype, const char* name, double step) {
                          0,
                          v,
                          2};
-        dmf::Terms terms{{dmf::Kind::dpg, dmf::kHasTarget, 0.0, INFINITY}, columns, {0, 2, 4, -1, -1, 6}, {}};
+        dmf::Terms terms{{dmf::Kind::dpg, dmf::kHasTarget, 0.0, INFINITY},
+                         {columns, columns + 2, columns + 4, nullptr, nullptr, columns + 6},
+                         {}};
         double rows[12], per_sequence[14], total = 0;
         dmf::Outputs out{rows, per_sequence, 4, 2, &total, true, 1.0};
         const double *lse = rows, *log_prob = per_sequence, *weight = &out.weight(0);

@@ -188,7 +188,7 @@ struct Case {
     const dmf::RowOptions options{v, 1.0, how.softcap};
     batch = {type, reinterpret_cast<char*>(z), sequences, steps, rows, steps * v, v, nullptr, labels, options, 0, v, 1};
     if (how.packed) batch.cu_seqlens = starts, batch.steps = 0, batch.stride_sequence = 0;
-    terms = {{dmf::Kind::dpg, dmf::kHasTarget, 0.0, INFINITY}, inputs, {0, sequences, -1, -1, -1, -1}, {}};
+    terms = {{dmf::Kind::dpg, dmf::kHasTarget, 0.0, INFINITY}, {inputs, inputs + sequences}, {}};
     out = {lse, values, rows, sequences, total, true, 1.0};
     weight = &out.weight(0);
     work = {0, nullptr, allocate<int64_t>(sequences), allocate<unsigned>(sequences + 1), allocate<int64_t>(1)};

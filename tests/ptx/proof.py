@@ -34,8 +34,8 @@ def struct(name: str, **fields: Any) -> Any:
 Batch = struct("Batch", dtype=ctypes.c_int, logits=_PTR, sequences=_I64, steps=_I64, rows=_I64, stride_sequence=_I64,
                stride_row=_I64, cu_seqlens=_PTR, labels=_PTR, vocab=_I64, scale=_F64, softcap=_F64,
                vocab_start=_I64, whole_vocab=_I64, threads=ctypes.c_int)  # fmt: skip
-Terms = struct("Terms", kind=ctypes.c_int, flags=ctypes.c_int, parameter=_F64, max_weight=_F64, columns=_PTR,
-               offset=_I64 * 6, constants=_F64 * 6)  # fmt: skip
+Terms = struct("Terms", kind=ctypes.c_int, flags=ctypes.c_int, parameter=_F64, max_weight=_F64,
+               columns=_PTR * 6, constants=_F64 * 6)  # fmt: skip
 Outputs = struct("Outputs", rows_block=_PTR, sequences_block=_PTR, rows=_I64, sequences=_I64, total=_PTR,
                  entropy=ctypes.c_bool, divide_by=_F64)  # fmt: skip
 Gradient = struct("Gradient", data=_PTR, stride_sequence=_I64, stride_row=_I64)
@@ -143,9 +143,9 @@ class Call:
 
     def score(self, objective: str, way: str = "score", seed: int = 0, factor: float = 0.0) -> None:
         kind, baseline = {"gdc++": (1, 1.0), "dpg": (1, 0.0), "js": (3, 0.0)}[objective]
-        offset, constants = (_I64 * 6)(0, self.b, 2 * self.b, -1, -1, -1), (_F64 * 6)(0, 0, 0, 0, 0, baseline)
-        terms = Terms(kind=kind, flags=HAS_TARGET, max_weight=math.inf, columns=self.at["columns"], offset=offset,
-                      constants=constants)  # fmt: skip
+        columns = (_PTR * 6)(*(self.at["columns"] + 8 * self.b * i for i in range(3)))
+        constants = (_F64 * 6)(0, 0, 0, 0, 0, baseline)
+        terms = Terms(kind=kind, flags=HAS_TARGET, max_weight=math.inf, columns=columns, constants=constants)
         out = Outputs(rows_block=self.at["rows"], sequences_block=self.at["sequences"], rows=self.b * self.t,
                       sequences=self.b, total=self.at["total"], entropy=True, divide_by=float(self.b))  # fmt: skip
         space = Workspace(faults=self.at["faults"], counters=self.at["counters"], status=self.at["status"])
