@@ -237,8 +237,9 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
     for_row<T>(cut, FromRow<T>{z}, write);
 }
 
+// 4: what the score has anyway, but for sm_80, whose compiler else spills for the sake of 5
 template <class T, bool Cap, bool Entropy, Pass P>
-__global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads)
+__global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads, P == Pass::score ? 4 : 0)
     score_rows(Batch b, Terms t, Outputs out, double factor, Gradient g, Workspace w) {
   DMF_SHARED(Shared, shared);
   constexpr bool kKnown = P != Pass::score;
