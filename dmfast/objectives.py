@@ -169,6 +169,8 @@ class Objective:
 #: The per-sequence inputs, in the order in which they cross to the kernels (csrc/batch.h has the same).
 COLUMNS = ("log_proposal", "log_target", "log_z", "reward", "log_base", "baseline")
 NO_CONSTANTS = (0.0,) * len(COLUMNS)
+#: The bit of each in ``Terms.present`` and ``Terms.given``.
+LOG_PROPOSAL, LOG_TARGET, LOG_Z, REWARD, LOG_BASE, BASELINE = (1 << c for c in range(len(COLUMNS)))
 
 
 class Terms:
@@ -276,9 +278,9 @@ class Terms:
 
     def under(self, objective: Objective) -> Terms:
         """Return these terms with another objective and without a baseline."""
-        block = self.block[:-1] if self.present & 32 else self.block
-        return Terms(objective, self.on_policy, self.max_weight, block, self.present & 31, self.given & 31,
-                     (*self.constants[:-1], 0.0), self.log_prob)  # fmt: skip
+        block = self.block[:-1] if self.present & BASELINE else self.block
+        present, given, constants = self.present & ~BASELINE, self.given & ~BASELINE, (*self.constants[:-1], 0.0)
+        return Terms(objective, self.on_policy, self.max_weight, block, present, given, constants, self.log_prob)
 
     def cut(self, i: int, j: int) -> Terms:
         """Return the terms of sequences [i, j)."""
@@ -321,8 +323,8 @@ class Terms:
             return False
         kind = self.objective.kind
         if self.on_policy:
-            return bool(self.given & 1) or kind.return_of == "sample"
-        return kind.weight_of != "policy" and not self.given & 32
+            return bool(self.given & LOG_PROPOSAL) or kind.return_of == "sample"
+        return kind.weight_of != "policy" and not self.given & BASELINE
 
     @property
     def _proposal(self) -> Tensor:
@@ -348,7 +350,7 @@ class Terms:
         log_target, log_z = self.log_target, self.log_z
         if log_target is None or log_z is None:
             return None
-        if not self.given & 1 and not self.on_policy:
+        if not self.given & LOG_PROPOSAL and not self.on_policy:
             return None
         log_u = log_target - log_z - self._proposal
         return torch.where(log_z == -math.inf, -math.inf, log_u)
@@ -490,7 +492,8 @@ def leave_one_out_baseline(terms: Terms, context_id: Tensor | None, n_sequences:
     assert isinstance(objective, Objective) and isinstance(objective.baseline, str)
     name = objective.baseline
     kind = objective.kind
-    known = terms.weight_known or kind.return_of == "sample" or (kind.return_of == "proposal" and terms.given & 1)
+    of_proposal = kind.return_of == "proposal" and terms.given & LOG_PROPOSAL
+    known = terms.weight_known or kind.return_of == "sample" or of_proposal
     if not known:
         raise ValueError(
             f"baseline={name!r} needs returns that are known before the forward; with objective "

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ..objectives import (
+    BASELINE,
     COLUMNS,
     KINDS,
+    LOG_PROPOSAL,
     NO_CONSTANTS,
     OBJECTIVES,
     Objective,
@@ -270,7 +272,7 @@ def make_terms(
         missing = [name for name in objective.needs if not given >> COLUMNS.index(name) & 1]
         if missing:
             raise ValueError(f"objective {objective.name!r} needs {' and '.join(missing)}")
-        if not given & 1 and not on_policy:
+        if not given & LOG_PROPOSAL and not on_policy:
             raise ValueError(
                 f"objective {objective.name!r} needs log_proposal, the log-probability of each sequence under what it "
                 "was sampled from; or on_policy=True where that is the policy itself"
@@ -294,9 +296,9 @@ def make_terms(
         if baseline.shape != (n,):
             raise ValueError(f"a baseline tensor must be ({n},), got {describe(baseline)}")
         columns.append(baseline)
-        present, given = present | 32, given | 32
+        present, given = present | BASELINE, given | BASELINE
     elif baseline is not None:
-        given, constants = given | 32, (*constants[:5], baseline)
+        given, constants = given | BASELINE, (*constants[:5], baseline)
     return Terms(objective, on_policy, bound, _block(columns, n, to), present, given, constants)
 
 

@@ -68,8 +68,8 @@ def terms_of(kind: int, on_policy: bool, flags: int, block: Tensor, present: int
 
 
 def _status(scores: Scores, like: Tensor) -> Tensor:
-    """What a device has recorded about the rows of the whole call and, where kernels form A, about its inputs and
-    weights; 0-d int64."""
+    """Return what a device has recorded about the rows of the whole call and, where kernels form A, about its inputs
+    and weights; 0-d int64."""
     checks = [check for check in scores.recorded if isinstance(check, faults.DeviceFaults) and check.status is not None]
     if not checks:
         return torch.full((), -1, dtype=torch.int64, device=like.device)
@@ -78,7 +78,7 @@ def _status(scores: Scores, like: Tensor) -> Tensor:
 
 
 def _blocks(batch: Batch, columns: int, entropy: bool, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Fake rows, sequences and status."""
+    """Return fake rows, sequences and status."""
     rows = like.new_empty((3 if entropy else 2, batch.labels.shape[0]), dtype=torch.float64)
     return rows, rows.new_empty((columns, batch.n_sequences)), like.new_empty((), dtype=torch.int64)
 
@@ -89,7 +89,7 @@ def _blocks(batch: Batch, columns: int, entropy: bool, like: Tensor) -> tuple[Te
 def score(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool, backend: str
 ) -> FourTensors:
-    """log_prob (B), rows, sequences, status."""
+    """Return log_prob (B), rows, sequences and status."""
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
     scores = kernels.BACKENDS[backend].forward(batch, None, entropy)
     return scores.log_prob.clone(), scores.rows, scores.sequences, _status(scores, logits)
@@ -108,7 +108,7 @@ def score_and_weigh(
     backend: str, kind: int, on_policy: bool, flags: int, block: Tensor, present: int, given: int,
     scalars: list[float],
 ) -> FourTensors:  # fmt: skip
-    """loss (B), rows, sequences, status."""
+    """Return loss (B), rows, sequences and status."""
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
     terms = terms_of(kind, on_policy, flags, block, present, given, scalars)
     scores = kernels.BACKENDS[backend].forward(batch, terms, entropy)
@@ -128,8 +128,11 @@ def score_and_grad(
     backend: str, kind: int, on_policy: bool, flags: int, block: Tensor, present: int, given: int,
     scalars: list[float], expected: float, divide_by: float,
 ) -> FiveTensors:  # fmt: skip
-    """``score_and_weigh`` for a weight that does not depend on pi. Its loss is 0-d, the sum over sequences divided by
-    ``divide_by``, where 0 stands for their number; last comes the gradient of ``expected * loss`` in the logits."""
+    """Compute ``score_and_weigh`` and the gradient in one pass, for a weight that does not depend on pi.
+
+    The loss is 0-d: the sum over sequences divided by ``divide_by``, where 0 stands for their number. The last output
+    is the gradient of ``expected * loss`` in the logits.
+    """
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
     terms, by = terms_of(kind, on_policy, flags, block, present, given, scalars), _divisor(batch, divide_by)
     dz = new_gradient(batch, inplace=False)
@@ -150,7 +153,7 @@ def grad(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, lse: Tensor,
     weight: Tensor, backend: str,
 ) -> Tensor:  # fmt: skip
-    """The gradient of -sum_i weight_i log pi(x_i) in the logits, in a new contiguous tensor."""
+    """Return the gradient of -sum_i weight_i log pi(x_i) in the logits, in a new contiguous tensor."""
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
     dz = new_gradient(batch, inplace=False)
     kernels.BACKENDS[backend].backward(batch, lse.contiguous(), weight.contiguous(), 1.0, dz)
@@ -167,7 +170,7 @@ def grad_(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, lse: Tensor,
     weight: Tensor, backend: str,
 ) -> None:  # fmt: skip
-    """``grad`` written over the logits. Not differentiable."""
+    """Compute ``grad`` and write it over the logits. It is not differentiable."""
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
     kernels.BACKENDS[backend].backward(batch, lse.contiguous(), weight.contiguous(), 1.0, batch.logits.detach())
 
@@ -241,7 +244,7 @@ score_and_grad.register_autograd(_one_pass_backward, setup_context=_one_pass_set
 def sample(
     logits: Tensor, seed: int, row_ids: Tensor | None, step: int, scale: float, softcap: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """tokens (N) and their log_prob (N). A seed of 2^63 and more comes as what int64 holds of it."""
+    """Return tokens (N) and their log_prob (N). A seed of 2^63 and more comes as the int64 with the same bits."""
     rows = SampleRows(logits, seed % 2**64, row_ids, step, scale, softcap)
     tokens, log_prob, status = kernels.BACKENDS[backend].sample(rows)
     if status is not None and faults.at_once() and int(status) >= 0:
@@ -256,7 +259,7 @@ def _(logits, seed, row_ids, step, scale, softcap, backend):  # type: ignore[no-
 
 
 class _ScoreInPlace(torch.autograd.Function):
-    """``score`` whose backward overwrites the logits."""
+    """Compute ``score``, whose backward then overwrites the logits."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -274,7 +277,7 @@ class _ScoreInPlace(torch.autograd.Function):
 
 
 class _WeighInPlace(torch.autograd.Function):
-    """``score_and_weigh`` whose backward overwrites the logits."""
+    """Compute ``score_and_weigh``, whose backward then overwrites the logits."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -296,7 +299,7 @@ class _WeighInPlace(torch.autograd.Function):
 
 def _linear_batch(hidden: Tensor, head: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
                   softcap: float) -> Batch:  # fmt: skip
-    """The batch whose logits are a stand-in."""
+    """Return the batch of a linear loss, whose logits are a stand-in."""
     lead, v = hidden.shape[:-1], head.shape[0]
     logits = hidden.new_empty(v).as_strided((*lead, v), (*[0] * len(lead), 1))
     return batch_of(logits, labels, cu_seqlens, scale, softcap)
@@ -316,7 +319,7 @@ def linear_score(
     hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
     softcap: float, entropy: bool, chunk_bytes: int, backend: str, wanted: int,
 ) -> FourTensors:  # fmt: skip
-    """log_prob (B), rows, sequences, status. ``chunk_bytes``: 0 for the default."""
+    """Return log_prob (B), rows, sequences and status. ``chunk_bytes`` 0 stands for the default."""
     batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
     scores, _ = linear.forward(kernels.BACKENDS[backend], hidden, head, bias, batch, None, entropy, 1.0, None,
                                chunk_bytes or None, (False,) * 3)  # fmt: skip
@@ -336,7 +339,7 @@ def linear_weigh(
     softcap: float, entropy: bool, chunk_bytes: int, backend: str, wanted: int, kind: int, on_policy: bool,
     flags: int, block: Tensor, present: int, given: int, scalars: list[float],
 ) -> FourTensors:  # fmt: skip
-    """loss (B), rows, sequences, status."""
+    """Return loss (B), rows, sequences and status."""
     batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
     terms = terms_of(kind, on_policy, flags, block, present, given, scalars)
     scores, _ = linear.forward(kernels.BACKENDS[backend], hidden, head, bias, batch, terms, entropy, 1.0, None,
@@ -357,7 +360,7 @@ def linear_weigh_and_grad(
     softcap: float, entropy: bool, chunk_bytes: int, backend: str, wanted: int, kind: int, on_policy: bool,
     flags: int, block: Tensor, present: int, given: int, scalars: list[float], expected: float, divide_by: float,
 ) -> SevenTensors:  # fmt: skip
-    """The loss, 0-d, rows, sequences, status; then the gradients of ``expected * loss`` in hidden, head and bias."""
+    """Return loss (0-d), rows, sequences, status, then the gradients of ``expected * loss`` in hidden, head, bias."""
     batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
     terms = terms_of(kind, on_policy, flags, block, present, given, scalars)
     scores, gradients = linear.forward(
@@ -387,7 +390,7 @@ def linear_grad(
     hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
     softcap: float, chunk_bytes: int, backend: str, wanted: int, lse: Tensor, coefficient: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of -sum_i coefficient_i log pi(x_i) in hidden, head and bias; empty where not wanted."""
+    """Return the gradients of -sum_i coefficient_i log pi(x_i) in hidden, head and bias; empty where not wanted."""
     batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
     gradients = linear.backward(kernels.BACKENDS[backend], hidden, head, bias, batch, lse.contiguous(), coefficient,
                                 chunk_bytes or None, _wanted(wanted))  # fmt: skip
@@ -457,7 +460,7 @@ linear_weigh.register_autograd(_linear_weigh_backward, setup_context=_linear_wei
 
 
 class _LinearOnePass(torch.autograd.Function):
-    """``linear_weigh_and_grad``, whose backward scales the gradients where they lie."""
+    """Compute ``linear_weigh_and_grad``, whose backward scales the gradients where they lie."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -480,7 +483,7 @@ class _LinearOnePass(torch.autograd.Function):
 
 
 def _divisor(batch: Batch, divide_by: float) -> float:
-    """What a sum over sequences is divided by. 0 stands for their number, for which no graph is to be compiled anew."""
+    """Return what a sum over sequences is divided by. 0 stands for their number: no B needs a graph of its own."""
     return divide_by or max(batch.n_sequences, 1)
 
 

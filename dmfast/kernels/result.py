@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..objectives import Terms
+from ..objectives import LOG_PROPOSAL, LOG_TARGET, LOG_Z, Terms
 from .batch import CLIPPED, ENTROPY, LABEL, LOG_PROB, LOG_RATIO, LOG_TARGET_RATIO, LSE, WEIGHT, Scores
 
 
@@ -39,12 +39,12 @@ class DMLossOutput:
     def log_ratio(self) -> Tensor | None:
         """(B,) fp64, log rho = log pi - log q; 0 on-policy. None where log_proposal was not given."""
         terms = self._terms
-        return self._scores.sequences.select(0, LOG_RATIO) if terms.given & 1 or terms.on_policy else None
+        return self._scores.sequences.select(0, LOG_RATIO) if terms.given & LOG_PROPOSAL or terms.on_policy else None
 
     @property
     def log_target_ratio(self) -> Tensor | None:
         """(B,) fp64, log u = log P - log Z - log q; None where log_target or log_z was not given."""
-        if self._terms.given & 6 != 6 or self.log_ratio is None:
+        if not (self._terms.given & LOG_TARGET and self._terms.given & LOG_Z) or self.log_ratio is None:
             return None
         return self._scores.sequences.select(0, LOG_TARGET_RATIO)
 
