@@ -15,6 +15,7 @@ import torch
 from nltk.tokenize import wordpunct_tokenize
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from trainer_job import digest, gpt2, job, tokenizer
+from trainer_tools import one_thread  # noqa: F401
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
@@ -25,14 +26,6 @@ from dmfast.report import runs
 from dmfast.training import samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*fan_in_fan_out")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- diversity

@@ -15,7 +15,7 @@ from ..objectives import Objective, Terms
 from . import check_ops, eager
 from .backend import Backend, new_gradient
 from .batch import LOSS, LSE, WEIGHT, Batch, Scores
-from .form import form_loss, losses, reduce
+from .form import divisor, form_loss, losses, reduce
 
 
 class Options(NamedTuple):
@@ -153,10 +153,7 @@ def log_prob(backend: Backend, batch: Batch, entropy: bool, inplace: bool, wants
     """Return log pi (B,), with gradient where one is wanted, and the scores."""
     if backend.in_torch:
         scored = eager.score(batch, entropy)
-        detached = scored.log_prob.detach()
-        nothing = torch.zeros_like(detached)
-        sequences = torch.stack([detached, nothing if scored.entropy is None else scored.entropy])
-        return scored.log_prob, Scores(scored.rows(), sequences)
+        return scored.log_prob, Scores(scored.rows(), scored.sequences())
     if not wants_grad:
         scores = backend.forward(batch, None, entropy)
         return scores.log_prob, scores
@@ -182,7 +179,7 @@ def from_log_prob(
     backend: Backend, batch: Batch, given: Tensor, scores: Scores, terms: Terms, options: Options
 ) -> tuple[Tensor, Scores]:
     """Return the loss of log pi (B,), through which its gradient goes, and the scores with A."""
-    by = options.divide_by or max(batch.n_sequences, 1)
+    by = divisor(batch, options.divide_by)
     scores = form_loss(batch, scores.rows, given.detach(), scores.entropy, terms, by, backend.records_faults,
                        scores.recorded)  # fmt: skip
     return reduce(losses(scores.weight, given), options.reduction, by), scores

@@ -15,7 +15,7 @@ from ..objectives import Terms
 from .backend import overwritten
 from .batch import IGNORE, Batch, SampleRows, Scores
 from .check_ops import value_checks
-from .form import form_loss
+from .form import form_loss, scaled
 from .fp64 import devices_without_fp64, per_sequence_device, widened
 
 
@@ -28,8 +28,13 @@ class Scored(NamedTuple):
     log_prob: Tensor  # (B,); of a shard the sum of what is here
     entropy: Tensor | None  # (B,)
 
+    def sequences(self) -> Tensor:
+        """Return the block of the sequences of a pass that only scores; see ``Scores``."""
+        log_prob = self.log_prob.detach()
+        return torch.stack([log_prob, torch.zeros_like(log_prob) if self.entropy is None else self.entropy])
+
     def rows(self) -> Tensor:
-        """The block of the rows; see ``Scores``."""
+        """Return the block of the rows; see ``Scores``."""
         columns = (self.lse, self.label) if self.row_entropy is None else (self.lse, self.label, self.row_entropy)
         return torch.stack([column.to(self.log_prob.device).double() for column in columns])
 
@@ -162,8 +167,7 @@ class Eager:
             rows = scored.rows()
             if terms is not None:
                 return form_loss(batch, rows, scored.log_prob, scored.entropy, terms, divide_by, False)
-            nothing = torch.zeros_like(scored.log_prob)
-            sequences = torch.stack([scored.log_prob, nothing if scored.entropy is None else scored.entropy])
+            sequences = scored.sequences()
             return Scores(rows, sequences.fill_(math.nan) if batch.is_shard else sequences)
 
     @torch.no_grad()
@@ -193,8 +197,7 @@ class Eager:
     @torch.no_grad()
     def scale_matrix(self, x: Tensor, factor: float, upstream: Tensor) -> None:
         """Multiply a tensor; see ``Backend``."""
-        by = (factor * upstream).to(x.device)
-        x.copy_(torch.where(by == 0, 0.0, x * by))
+        x.copy_(scaled(x, (factor * upstream).to(x.device)))
 
     def sample(self, rows: SampleRows, uniforms: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return tokens and their log_prob; see ``Backend``."""

@@ -62,8 +62,18 @@ def reduce(per_sequence: Tensor, reduction: str, divide_by: float) -> Tensor:
     return per_sequence if reduction == "none" else per_sequence.sum() / divide_by
 
 
+def scaled(x: Tensor, by: Tensor) -> Tensor:
+    """Return x * by, and 0 where ``by`` is 0, also of an x that overflowed."""
+    return torch.where(by == 0, 0.0, x * by)
+
+
 def denominator(batch: Batch, reduction: str, num_sequences: float | None) -> float:
     """Return what the sum over sequences is divided by."""
     if reduction != "mean":
         return 1.0
     return float(num_sequences) if num_sequences is not None else float(max(batch.n_sequences, 1))
+
+
+def divisor(batch: Batch, divide_by: float) -> float:
+    """Return what a sum over sequences is divided by, where 0 stands for their number: no B needs its own graph."""
+    return divide_by or denominator(batch, "mean", None)

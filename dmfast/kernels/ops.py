@@ -28,13 +28,12 @@ from .batch import (
     WEIGHT,
     WITH_TERMS,
     Batch,
-    Recorded,
     SampleRows,
     Scores,
     batch_of,
     flat,
 )
-from .form import reduce
+from .form import divisor, reduce, scaled
 
 FourTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 FiveTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -134,7 +133,7 @@ def score_and_grad(
     is the gradient of ``expected * loss`` in the logits.
     """
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
-    terms, by = terms_of(kind, on_policy, flags, block, present, given, scalars), _divisor(batch, divide_by)
+    terms, by = terms_of(kind, on_policy, flags, block, present, given, scalars), divisor(batch, divide_by)
     dz = new_gradient(batch, inplace=False)
     scores = kernels.BACKENDS[backend].forward_backward(batch, terms, entropy, by, expected / by, dz)
     assert scores.total is not None
@@ -182,6 +181,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], rows: Tensor, sequences: Tensor | N
     ctx.save_for_backward(*saved, *([cu_seqlens] if ctx.has_cu else []))
 
 
+def _grad_arguments(ctx: Any, given: Tensor, weighs: bool) -> tuple[Any, ...]:
+    """Return the arguments of ``grad`` and ``grad_``, from what ``_save`` kept.
+
+    Args:
+        ctx: of a call of ``score``, or of ``score_and_weigh`` where ``weighs``.
+        given: (B,), the gradient that arrived at log pi, or at the losses where ``weighs``.
+        weighs: whether the call formed A.
+    """
+    logits, labels, rows, *others = ctx.saved_tensors
+    weight = others.pop(0).select(0, WEIGHT) * given if weighs else -given.to(torch.float64)
+    cu_seqlens = others[0] if ctx.has_cu else None
+    return logits, labels, cu_seqlens, ctx.scale, ctx.softcap, rows.select(0, LSE), weight, ctx.backend
+
+
 def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _save(ctx, inputs, output[1], None)
     ctx.mark_non_differentiable(*output[1:])
@@ -189,11 +202,7 @@ def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> 
 
 
 def _score_backward(ctx: Any, grad_log_prob: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if grad_log_prob is None:
-        return (None,) * 7
-    logits, labels, rows, *cu = ctx.saved_tensors
-    dz = grad(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, rows.select(0, LSE),
-              -grad_log_prob.to(torch.float64), ctx.backend)  # fmt: skip
+    dz = None if grad_log_prob is None else grad(*_grad_arguments(ctx, grad_log_prob, False))
     return (dz, *(None,) * 6)
 
 
@@ -208,11 +217,7 @@ def _weigh_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> 
 
 def _weigh_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     grad_loss = grads[0]  # (B,): the reduction is torch's
-    if grad_loss is None:
-        return (None,) * 14
-    logits, labels, rows, sequences, *cu = ctx.saved_tensors
-    lse, weight = rows.select(0, LSE), sequences.select(0, WEIGHT) * grad_loss
-    dz = grad(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, lse, weight, ctx.backend)
+    dz = None if grad_loss is None else grad(*_grad_arguments(ctx, grad_loss, True))
     return (dz, *(None,) * 13)
 
 
@@ -230,11 +235,7 @@ def _one_pass_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     if grads[0] is None:
         return (None,) * 16
     (dz,) = ctx.saved_tensors
-    return (_scaled(dz, grads[0] / ctx.expected), *(None,) * 15)
-
-
-def _scaled(x: Tensor, by: Tensor) -> Tensor:
-    return torch.where(by == 0, 0.0, x * by).to(x.dtype)  # an overflow times 0 is 0
+    return (scaled(dz, grads[0] / ctx.expected).to(dz.dtype), *(None,) * 15)
 
 
 score_and_grad.register_autograd(_one_pass_backward, setup_context=_one_pass_setup)
@@ -270,10 +271,9 @@ class _ScoreInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        logits, labels, rows, *cu = ctx.saved_tensors
-        lse, weight = rows.select(0, LSE), -grads[0].to(torch.float64)
-        grad_(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, lse, weight, ctx.backend)
-        return (logits, *(None,) * 6)
+        arguments = _grad_arguments(ctx, grads[0], False)
+        grad_(*arguments)
+        return (arguments[0], *(None,) * 6)
 
 
 class _WeighInPlace(torch.autograd.Function):
@@ -288,10 +288,9 @@ class _WeighInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        logits, labels, rows, sequences, *cu = ctx.saved_tensors
-        lse, weight = rows.select(0, LSE), sequences.select(0, WEIGHT) * grads[0]
-        grad_(logits, labels, cu[0] if cu else None, ctx.scale, ctx.softcap, lse, weight, ctx.backend)
-        return (logits, *(None,) * 13)
+        arguments = _grad_arguments(ctx, grads[0], True)
+        grad_(*arguments)
+        return (arguments[0], *(None,) * 13)
 
 
 # --- hidden states and a head -----------------------------------------------------------------------------------------
@@ -364,7 +363,7 @@ def linear_weigh_and_grad(
     batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
     terms = terms_of(kind, on_policy, flags, block, present, given, scalars)
     scores, gradients = linear.forward(
-        kernels.BACKENDS[backend], hidden, head, bias, batch, terms, entropy, _divisor(batch, divide_by), expected,
+        kernels.BACKENDS[backend], hidden, head, bias, batch, terms, entropy, divisor(batch, divide_by), expected,
         chunk_bytes or None, _wanted(wanted),
     )  # fmt: skip
     assert scores.total is not None
@@ -482,27 +481,23 @@ class _LinearOnePass(torch.autograd.Function):
 # --- what functional.py calls -----------------------------------------------------------------------------------------
 
 
-def _divisor(batch: Batch, divide_by: float) -> float:
-    """Return what a sum over sequences is divided by. 0 stands for their number: no B needs a graph of its own."""
-    return divide_by or max(batch.n_sequences, 1)
-
-
-def _recorded(
-    backend: Backend, batch: Batch, terms: Terms | None, sequences: Tensor, status: Tensor
-) -> tuple[Recorded, ...]:
+def _scores(
+    backend: Backend, batch: Batch, terms: Terms | None, rows: Tensor, sequences: Tensor, status: Tensor
+) -> Scores:
+    """Return an op's results as the backend would have returned them, with what a device has recorded."""
     if not backend.records_faults:
-        return ()
+        return Scores(rows, sequences)
     log_prob = sequences.select(0, LOG_PROB)
     # kernels that leave A to torch tell of the rows alone
     made = None if terms is None or backend.forms_weight else objectives.bounded_weights(terms, log_prob)
-    return (faults.device_faults(batch, terms, log_prob, status, made),)
+    return Scores(rows, sequences, None, (faults.device_faults(batch, terms, log_prob, status, made),))
 
 
 def log_prob(backend: Backend, batch: Batch, entropy: bool, inplace: bool, wants_grad: bool) -> tuple[Tensor, Scores]:
     """Return log pi (B,), differentiable, and the scores."""
     call = _ScoreInPlace.apply if inplace else score
     given, rows, sequences, status = call(*flat(batch), entropy, backend.name)  # type: ignore[no-untyped-call]
-    return given, Scores(rows, sequences, None, _recorded(backend, batch, None, sequences, status))
+    return given, _scores(backend, batch, None, rows, sequences, status)
 
 
 def loss(backend: Backend, batch: Batch, terms: Terms, options: Options, wants_grad: bool) -> tuple[Tensor, Scores]:
@@ -520,11 +515,11 @@ def loss(backend: Backend, batch: Batch, terms: Terms, options: Options, wants_g
         options.expected is not None and batch.logits.dtype != torch.float16
     ):  # which may overflow for another grad_output
         result, rows, sequences, status, _ = score_and_grad(*arguments, options.expected, options.divide_by)
-        return result, Scores(rows, sequences, None, _recorded(backend, batch, terms, sequences, status))
+        return result, _scores(backend, batch, terms, rows, sequences, status)
     else:
         found, rows, sequences, status = score_and_weigh(*arguments)
-    scores = Scores(rows, sequences, None, _recorded(backend, batch, terms, sequences, status))
-    return reduce(found, options.reduction, _divisor(batch, options.divide_by)), scores
+    loss = reduce(found, options.reduction, divisor(batch, options.divide_by))
+    return loss, _scores(backend, batch, terms, rows, sequences, status)
 
 
 def _linear_arguments(
@@ -543,7 +538,7 @@ def linear_log_prob(
     """Return log pi (B,), differentiable, and the scores."""
     arguments = _linear_arguments(backend, hidden, head, bias, batch, entropy, chunk_bytes)
     given, rows, sequences, status = linear_score(*arguments)
-    return given, Scores(rows, sequences, None, _recorded(backend, batch, None, sequences, status))
+    return given, _scores(backend, batch, None, rows, sequences, status)
 
 
 def linear_loss(
@@ -561,10 +556,10 @@ def linear_loss(
         found, rows, sequences, status = _LinearOnePass.apply(  # type: ignore[no-untyped-call]
             *arguments, *flat_terms(terms), options.expected, options.divide_by
         )
-        return found, Scores(rows, sequences, None, _recorded(backend, batch, terms, sequences, status))
+        return found, _scores(backend, batch, terms, rows, sequences, status)
     found, rows, sequences, status = linear_weigh(*arguments, *flat_terms(terms))
-    scores = Scores(rows, sequences, None, _recorded(backend, batch, terms, sequences, status))
-    return reduce(found, options.reduction, _divisor(batch, options.divide_by)), scores
+    loss = reduce(found, options.reduction, divisor(batch, options.divide_by))
+    return loss, _scores(backend, batch, terms, rows, sequences, status)
 
 
 def draw(rows: SampleRows, backend: Backend) -> tuple[Tensor, Tensor]:
