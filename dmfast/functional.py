@@ -58,7 +58,7 @@ def shift_labels(input_ids: Tensor, mask: Tensor | None = None, prompt_len: int 
 
 
 def _backend_for(logits: Tensor, name: str | None, *others: Tensor | None) -> Backend:
-    """The backend of a call, which can read the logits' memory where it has to."""
+    """Return the backend of a call, which can read the logits' memory where it has to."""
     compiling = torch.compiler.is_compiling()
     if name is None and logits.is_meta and not compiling:
         raise TypeError("logits are on the device meta, where they have no values")
@@ -71,7 +71,7 @@ def _backend_for(logits: Tensor, name: str | None, *others: Tensor | None) -> Ba
 def _options(
     batch: Batch, reduction: str, num_sequences: float | Tensor | None, entropy: bool, inplace: bool
 ) -> tuple[Options, Tensor | None]:
-    """How a loss is called, and the tensor that its result is divided by: a count that the host does not know."""
+    """Return how a loss is called, and the tensor that divides its result: a count that the host does not know."""
     compiling = torch.compiler.is_compiling()
     if isinstance(num_sequences, Tensor):
         if compiling or num_sequences.device.type != "cpu":

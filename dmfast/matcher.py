@@ -242,7 +242,7 @@ class Matcher:
         return self._opened(batch)
 
     def check_length(self, max_new_tokens: int, name: str = "max_new_tokens", stacklevel: int = 4) -> None:
-        """Warn, once, where sequences get another length than those that lambda was fitted on. ``draw`` does so.
+        """Warn once where sequences get another length than those that lambda was fitted on. ``draw`` calls this.
 
         Args:
             max_new_tokens: of the sequences.
@@ -265,7 +265,7 @@ class Matcher:
         return batch
 
     def _seed(self, what: str) -> int:
-        """One per step, so that a resumed run draws what an unbroken one does; and not that of anything else."""
+        """Return the seed of one use in one step, so that a resumed run draws what an unbroken one does."""
         return seed_for(self.settings.seed, what)
 
     def _sample(self, contexts: Prompts, n: int, how: Draw, seed: int) -> Samples:
@@ -279,7 +279,7 @@ class Matcher:
     def _score(
         self, x: Samples, batch_size: int | None, needs_base: bool
     ) -> tuple[TargetScores, FeatureValues, dict[str, Tensor]]:
-        """What the target says of the sequences, the values of its features, and what the loss takes of it."""
+        """Return the target's scores of the sequences, the values of its features, and the inputs of the loss."""
         log_base = x.log_prob if self._proposal_is_base(x) else None
         if log_base is None and needs_base:
             log_base = self.target.base.log_prob(x, batch_size=batch_size)
@@ -291,7 +291,7 @@ class Matcher:
         return scores, values, inputs
 
     def _proposal_is_base(self, x: Samples) -> bool:
-        """Whether q still is a, so that log a(x) = log q(x): found out once, by whether both score alike to a bit."""
+        """Return whether q still is a, so that log a(x) = log q(x). The first call compares scores bit for bit."""
         if self.proposal is None or self.proposal.swaps or self.proposal.sampler is not None:
             return False
         if self._q_is_base is None:
@@ -300,7 +300,7 @@ class Matcher:
         return self._q_is_base
 
     def _scorer_counts(self) -> dict[str, float]:
-        """``ScorerCounts`` of all scorers, flat, with the names that they are logged by."""
+        """Return the ``ScorerCounts`` of all scorers by the names that the log uses."""
         return {
             f"scorer/{name}/{what}": value
             for name, scorer in self.scorers.items() for what, value in vars(scorer.counts).items()
@@ -329,7 +329,7 @@ class Matcher:
         return whole[self.ranks.rank * n :][:n]
 
     def _forwarded(self, objective: Objective | Callable[[Terms], Tensor], inputs: dict[str, Tensor]) -> Tensor:
-        """(N,) bool, on the CPU: not known to have weight 0."""
+        """Return (N,) bool, on the CPU: the sequences that are not known to have weight 0."""
         terms = self._terms(objective, inputs)
         if not self.settings.skip_zero_weight or not terms.weight_known:
             return torch.ones(len(inputs["log_target"]), dtype=torch.bool)
@@ -337,7 +337,7 @@ class Matcher:
         return (weigh(terms) != 0).cpu()
 
     def _terms(self, objective: Objective | Callable[[Terms], Tensor], inputs: dict[str, Tensor]) -> Terms:
-        """The terms of the step's sequences, with log q in the place of log pi."""
+        """Return the terms of the step's sequences, with log q in the place of log pi."""
         values, log_q = dict(inputs), inputs["log_proposal"]
         baseline: Any = values.pop("baseline", None)
         if baseline is None:
@@ -438,7 +438,7 @@ class Matcher:
         return out
 
     def _around(self, model: nn.Module | None) -> LanguageModel:
-        """The policy with the module that something made of it."""
+        """Return the policy around the module that DDP, FSDP or a compiler made of it."""
         if model is None or model is self.policy.model:
             return self.policy
         if self._wrapped is None or self._wrapped.model is not model:
@@ -446,7 +446,7 @@ class Matcher:
         return self._wrapped
 
     def _order(self) -> Tensor:
-        """(N,) int64, the place of each sequence of the batch among those that have passed the loss.
+        """Return (N,) int64, the place of each sequence of the batch among those that have passed the loss.
 
         Raises:
             RuntimeError: there is no batch, or not all of it has passed.
@@ -538,7 +538,7 @@ class Matcher:
         return metrics
 
     def _returns(self, batch: Batch, out: DMLossOutput) -> Tensor:
-        """rho*r of the step's sequences on all ranks."""
+        """Return rho*r of the step's sequences on all ranks."""
         assert isinstance(batch.objective, Objective)
         inputs = {n: self.ranks.gather(batch.inputs[n]) for n in ("reward", "log_base") if n in batch.inputs}
         return weigh(Terms.of(
@@ -550,7 +550,7 @@ class Matcher:
 
     @contextmanager
     def _undone_on_error(self) -> Iterator[None]:
-        """Estimates and counters of the proposal as they were, if the block ends in an error."""
+        """Restore the estimates and the proposal's counter if the block ends in an error."""
         estimates, steps = self.estimates.state_dict(), 0 if self.proposal is None else self.proposal.steps
         try:
             yield
@@ -561,7 +561,7 @@ class Matcher:
             raise
 
     def _maybe_swap(self, running: Running) -> bool:
-        """Whether q became pi."""
+        """Replace q by pi if a check is due and pi is nearer, and return whether it was replaced."""
         if self.proposal is None:
             return False
         if not self.settings.check_samples:
@@ -574,7 +574,7 @@ class Matcher:
         return swapped
 
     def _fresh(self, running: Running, contexts: Prompts, how: Draw) -> Scores:
-        """Sequences of q for a check of the proposal alone, scored by q, a and pi; those of all ranks.
+        """Return sequences of q for a check of the proposal alone, scored by q, a and pi, of all ranks.
 
         They change nothing that a step has: neither its random numbers nor Z.
         """
@@ -661,7 +661,7 @@ class Matcher:
         self.running, self._to_repeat, self._q_is_base = running, batch, q_is_base
 
     def _loaded_batch(self, state: dict[str, Any], running: Running) -> Batch:
-        """The inverse of ``Batch.state_dict``."""
+        """Return the batch of a state that ``Batch.state_dict`` returned."""
         samples = Samples(**state["samples"], tokenizer=self.policy.tokenizer)
         objective = self.settings.objective_of(0.0, 0.0, None)
         if state["beta"] is not None:
@@ -695,7 +695,7 @@ def _placed_in_batch(places: Tensor) -> Iterator[None]:
 
 
 def _scorers_of(target: EBM, reward: Feature | None) -> dict[str, Scorer]:
-    """The ``Scorer``s of the target and the reward by the names that their counts are logged by."""
+    """Return the scorers of the target and the reward by the names that the log uses for their counts."""
     found = target.scorers
     source = None if reward is None else reward.source
     if isinstance(source, Scorer) and all(source.key != scorer.key for scorer in found.values()):

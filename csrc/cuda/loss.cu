@@ -199,7 +199,7 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
   const bool here = static_cast<unsigned>(column) < static_cast<unsigned>(vocab);
   const float at_label = threadIdx.x == 0 && here ? to_float(z[column]) : 0.0f;
 
-  // before the sum where that takes the most registers, of which A needs many
+  // A needs many registers. It is formed before the sum where the sum needs the most.
   constexpr bool kEarly = kKnown && Cap && Entropy;
   if (kEarly && threadIdx.x == 0) shared.coefficient = known_weight(t, sequence).weight * factor;
 
@@ -237,7 +237,7 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
     for_row<T>(cut, FromRow<T>{z}, write);
 }
 
-// 4: what the score has anyway, but for sm_80, whose compiler else spills for the sake of 5
+// The score reaches 4 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 5.
 template <class T, bool Cap, bool Entropy, Pass P>
 __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads, P == Pass::score ? 4 : 0)
     score_rows(Batch b, Terms t, Outputs out, double factor, Gradient g, Workspace w) {
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
   if (is_last(w.counters + b.sequences, b.sequences + 1, shared.last)) finish_loss(b, t, out, faults, w.status, shared);
 }
 
-// 6: what fp32 has anyway, but for sm_80, whose compiler else spills for the sake of 8
+// fp32 reaches 6 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 8.
 template <class T, bool Cap>
 __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 4 && !Cap ? 6 : 0)
     write_rows(Batch b, const double* lse, const double* weight, double factor, const double* upstream, double unless,

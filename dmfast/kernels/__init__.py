@@ -113,7 +113,7 @@ def select(logits: Tensor, name: str | None = None) -> Backend:
 
 
 def _choose(wanted: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """Its name, which is a constant to torch.compile."""
+    """Return the name of a backend, which torch.compile treats as a constant."""
     if wanted is not None and wanted not in BACKENDS:
         raise ValueError(f"there is no backend {wanted!r}; there are {', '.join(BACKENDS)}")
     if wanted is not None:
@@ -143,7 +143,7 @@ def _candidates(device: torch.device) -> tuple[Backend, ...]:
 
 
 def _cpu_alone() -> bool:
-    """Whether the CPU kernels are there and no others (the host build of the CUDA kernels) take logits on the CPU."""
+    """Return whether the CPU kernels are there and no host build of the CUDA kernels takes CPU logits too."""
     return CPU.why_not(None) is None and CUDA.device_type != "cpu"
 
 

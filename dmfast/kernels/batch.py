@@ -73,13 +73,13 @@ Flat: TypeAlias = tuple[Tensor, Tensor, Tensor | None, float, float]
 
 
 def flat(batch: Batch) -> Flat:
-    """Return what ``batch_of`` makes a batch of: the schemas of custom ops know tensors and numbers only."""
+    """Return the fields that ``batch_of`` needs. Schemas of custom ops accept tensors and numbers only."""
     assert not batch.is_shard
     return batch.logits, batch.labels, batch.cu_seqlens, batch.scale, batch.softcap
 
 
 def batch_of(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float) -> Batch:
-    """Return the batch that is ``flat`` so."""
+    """Return the batch that ``flat`` flattened."""
     packed = cu_seqlens is not None
     n = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else logits.shape[0]
     return Batch(logits, labels, cu_seqlens, n, 0 if packed else logits.shape[1], scale, softcap)

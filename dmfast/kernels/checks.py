@@ -131,7 +131,7 @@ def make_batch(
 
 
 def _check_rows(name: str, value: object, logits: Tensor, what: str) -> None:
-    """One integer, or for the mask a bool, for each row of logits."""
+    """Return one integer, or for the mask a bool, for each row of logits."""
     if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex:
         raise TypeError(
             f"{name} must be an integer{' or bool' if name == 'mask' else ''} tensor, got {describe(value)}"
@@ -206,7 +206,7 @@ def make_linear_batch(
 
 
 def _per_sequence(name: str, value: Tensor, device: torch.device, to: torch.device, n: int, what: str) -> Tensor:
-    """(n,) in fp32 or fp64 where per-sequence values live, without gradient."""
+    """Return (n,) in fp32 or fp64 on the device of per-sequence values, without gradient."""
     dtype = value.dtype
     if dtype is not torch.float64 and dtype is not torch.float32:
         if not dtype.is_floating_point:
@@ -354,7 +354,7 @@ def check_call(
 
 
 def _shares_memory(x: Tensor) -> bool:
-    """Whether two elements lie at one address. Rows may lie in any order: (B,T,V) or its transpose, with gaps."""
+    """Return whether two elements lie at one address. Rows may be in any order: (B,T,V) or its transpose, with gaps."""
     if not x.numel():
         return False
     dims = [(d, s) for d, s in zip(x.shape, x.stride(), strict=True) if d > 1]

@@ -112,8 +112,10 @@ def instruction_set() -> str:
 
 
 def _run(call: Callable[[bool], tuple[int, int]], batch: Batch, terms: Terms | None, scores: Scores) -> None:
-    """Call a kernel, whose argument says whether the values of batch and terms have been checked: it finds out at no
-    cost that they are all ordinary, and only if not they are looked at here.
+    """Call a kernel, and raise what it finds.
+
+    The argument of ``call`` says whether the values of batch and terms have been checked. The kernel notices unusual
+    values at no cost. Only then are they checked here, and the kernel is called again.
     """
     fault, at = call(False)
     if fault == extension.UNUSUAL:

@@ -132,7 +132,7 @@ def stream_of(x: Tensor) -> tuple[int, int]:
 
 
 def _only_stream(x: Tensor) -> Any:
-    """A workspace for a kernel that counts nothing."""
+    """Return a workspace for a kernel that counts nothing."""
     assert extension._C is not None
     return extension._C.cuda.Workspace(*stream_of(x), 0, 0, 0)
 
@@ -148,7 +148,7 @@ class Workspace(NamedTuple):
 
     @property
     def struct(self) -> Any:
-        """As the kernels take it."""
+        """The workspace in the form that the kernels take."""
         assert extension._C is not None
         pointers = (self.faults.data_ptr(), self.counters.data_ptr(), self.status.data_ptr())
         return extension._C.cuda.Workspace(self.device, self.stream, *pointers)
@@ -171,7 +171,7 @@ def make_workspace(x: Tensor, n_sequences: int) -> Workspace:
 
 def _queue(kernel: Any, batch: Batch, terms: Terms | None, entropy: bool, divide_by: float, *gradient: float,
            dz: Tensor | None = None) -> Scores:  # fmt: skip
-    """Call a kernel, which answers later."""
+    """Queue a kernel on the stream of the logits, and return the scores that it will fill."""
     given, batch = batch, faults.with_order(batch)
     scores, outputs = extension.make_outputs(batch, terms, entropy, divide_by)
     work = make_workspace(batch.logits, batch.n_sequences)

@@ -50,7 +50,7 @@ def pointer(x: Tensor | None) -> int:
 
 
 def _address(x: Tensor, name: str) -> int:
-    """The address of an input, which a kernel will read.
+    """Return the address of an input that a kernel will read.
 
     Raises:
         TypeError: there is nothing at it: a FakeTensor, a zero tensor without storage, or a storage that was freed, as

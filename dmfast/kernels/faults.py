@@ -24,7 +24,7 @@ from .batch import IGNORE, Batch, Recorded, SampleRows
 
 
 def check_draws(draws: SampleRows) -> SampleRows:
-    """Look at rows to sample from, and return them.
+    """Check rows to sample from, and return them.
 
     Raises:
         ValueError: a row that is no distribution.
@@ -116,7 +116,7 @@ def watcher(*inputs: Tensor | None) -> tuple[str, str] | None:
 
 
 def check_cu_seqlens(batch: Batch) -> None:
-    """Look at where sequences start.
+    """Check where sequences start.
 
     Raises:
         ValueError: they are out of order.
@@ -132,7 +132,7 @@ def check_cu_seqlens(batch: Batch) -> None:
 
 
 def check_rows(batch: Batch) -> None:
-    """Look at token ids and cu_seqlens.
+    """Check token ids and cu_seqlens.
 
     Raises:
         ValueError: with the first place.
@@ -168,7 +168,7 @@ def check_logits(batch: Batch) -> Batch:
 
 
 def check_labels(token_log_prob: Tensor, batch: Batch) -> Tensor:
-    """Look at the log-probability of every label, (rows,) and 0 where none is scored, and return it.
+    """Check the log-probability of every label, (rows,) and 0 where none is scored, and return it.
 
     Raises:
         ValueError: -inf, or NaN, which a row of nothing but -inf gives; with the first place.
@@ -180,7 +180,7 @@ def check_labels(token_log_prob: Tensor, batch: Batch) -> Tensor:
 
 
 def _check_values(name: str, value: Tensor | None, minus_infinity: str | None, first_sequence: int) -> None:
-    """``minus_infinity`` is None where that is allowed, else what to do about it."""
+    """Check per-sequence values. ``minus_infinity`` is None where -inf is allowed, else the advice of the error."""
     if value is None or value.shape[0] == 0:
         return
     if math.isfinite(float(value.sum())):
@@ -209,7 +209,7 @@ def _check_left_out(terms: Terms, baseline: Tensor, first_sequence: int) -> None
 
 
 def check_terms(terms: Terms, first_sequence: int = 0) -> None:
-    """Look at the per-sequence inputs of sequences from ``first_sequence`` on.
+    """Check the per-sequence inputs of sequences from ``first_sequence`` on.
 
     Raises:
         ValueError: NaN or +inf, or a -inf that the objective has no finite weight for.
@@ -245,7 +245,7 @@ def check_terms(terms: Terms, first_sequence: int = 0) -> None:
 
 
 def check_weights(weight: Tensor, first_sequence: int = 0) -> Tensor:
-    """Look at the weights of sequences from ``first_sequence`` on, and return them.
+    """Check the weights of sequences from ``first_sequence`` on, and return them.
 
     Raises:
         ValueError: a weight beyond fp32's range, or NaN.

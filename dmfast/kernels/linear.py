@@ -72,7 +72,7 @@ def rows_of_buffer(vocab: int, itemsize: int, device: torch.device, chunk_bytes:
 
 
 def make_chunks(whole: Batch, chunk_bytes: int | None) -> Chunks:
-    """Pack out the rows that are not scored, and cut the others."""
+    """Leave out the rows that are not scored, and cut the others into chunks."""
     scored = whole.labels != IGNORE
     before = torch.cat([scored.new_zeros(1, dtype=torch.int64), scored.cumsum(0)])
     firsts = whole.cu_seqlens
@@ -174,7 +174,7 @@ class _Pass(NamedTuple):
 
 
 def _score_long(call: _Pass, i: int, cuts: list[tuple[int, int]], terms: Terms | None) -> Scores:
-    """Scores of sequence i, which is longer than the buffer."""
+    """Return the scores of sequence i, which is longer than the buffer."""
     parts = []
     for cut in cuts:
         batch = call.chunks.part(i, i + 1, *cut, call.products.logits(*cut)[1])
@@ -191,7 +191,7 @@ def _score_long(call: _Pass, i: int, cuts: list[tuple[int, int]], terms: Terms |
 
 
 def _group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]]) -> Scores:
-    """Scores of sequences [i, j) and, with ``expected``, their gradients."""
+    """Return the scores of sequences [i, j) and, with ``expected``, add their gradients to the products."""
     backend, products, expected, divide_by = call.backend, call.products, call.expected, call.divide_by
     terms = None if call.terms is None else call.terms.cut(i, j)
     if len(cuts) > 1:
@@ -214,7 +214,7 @@ def _group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]]) -> Scores:
 
 def _backward_group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]], lse: Tensor, weight: Tensor,
                     factor: float) -> None:  # fmt: skip
-    """The second phase: logits again, and their gradient. ``lse`` is of the rows of these sequences."""
+    """Compute the logits again and add their gradients to the products. ``lse`` belongs to these sequences' rows."""
     for first, last in cuts:
         h, z = call.products.logits(first, last)
         from_start = first - cuts[0][0]
@@ -224,7 +224,7 @@ def _backward_group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]], ls
 
 
 def _forward(call: _Pass) -> Scores:
-    """Scores of all rows of the call, those that are not scored among them."""
+    """Return the scores of all rows of the call, including the rows that are not scored."""
     chunks = call.chunks
     found = [_group(call, i, j, cuts) for i, j, cuts in chunks.groups()]
     if not found:  # no sequences: what the kernel makes of none

@@ -38,8 +38,8 @@ from .form import divisor, reduce, scaled
 FourTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 FiveTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 SevenTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-_NORMALIZED, _LEFT_OUT = 1, 2  # flags: what an objective's name and number don't say
-_NAMES = {kind.number: name for name, kind in reversed(KINDS.items())}  # of two the first: the baseline is a column
+_NORMALIZED, _LEFT_OUT = 1, 2  # flags for what neither the name nor the parameter of an objective says
+_NAMES = {kind.number: name for name, kind in reversed(KINDS.items())}  # dpg, not gdc++, whose baseline is a column
 
 
 def flat_terms(terms: Terms) -> tuple[Any, ...]:
@@ -54,7 +54,7 @@ def flat_terms(terms: Terms) -> tuple[Any, ...]:
 
 def terms_of(kind: int, on_policy: bool, flags: int, block: Tensor, present: int, given: int,
              scalars: list[float]) -> Terms:  # fmt: skip
-    """Return the terms that are ``flat_terms`` so."""
+    """Return the terms that ``flat_terms`` flattened."""
     name = _NAMES[kind]
     parameter = KINDS[name].parameter
     objective = Objective(
@@ -403,8 +403,7 @@ def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, chunk_bytes, backe
 
 @torch.library.custom_op("dmfast::scale_v3_", mutates_args={"x"})
 def scale_(x: Tensor, by: Tensor, backend: str) -> None:
-    """Multiply a matrix where it lies, so that a gradient of V x D is not copied; where the factor is 1 it is not even
-    read."""
+    """Multiply a matrix in place, so that a gradient of V x D is not copied. A factor of 1 reads nothing."""
     kernels.BACKENDS[backend].scale_matrix(x, 1.0, by)
 
 
@@ -511,9 +510,7 @@ def loss(backend: Backend, batch: Batch, terms: Terms, options: Options, wants_g
     if options.inplace:
         # known weights too wait for backward here: one mutating op less, one more read of the logits
         found, rows, sequences, status = _WeighInPlace.apply(*arguments)  # type: ignore[no-untyped-call]
-    elif (
-        options.expected is not None and batch.logits.dtype != torch.float16
-    ):  # which may overflow for another grad_output
+    elif options.expected is not None and batch.logits.dtype != torch.float16:  # fp16 may overflow when it is scaled
         result, rows, sequences, status, _ = score_and_grad(*arguments, options.expected, options.divide_by)
         return result, _scores(backend, batch, terms, rows, sequences, status)
     else:

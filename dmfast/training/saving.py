@@ -74,7 +74,7 @@ def save_plainly(
 
 @contextmanager
 def _without_proposal(model: Any) -> Iterator[None]:
-    """A PEFT model's save_pretrained saves all adapters but that of q."""
+    """Make save_pretrained of a PEFT model leave out the adapter of q within the block."""
     names = list(getattr(model, "peft_config", None) or ())
     if adapters.PROPOSAL not in names:
         yield

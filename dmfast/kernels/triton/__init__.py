@@ -100,7 +100,7 @@ class Triton:
         self, batch: Batch, terms: Terms | None, entropy: bool, divide_by: float, weights: Tensor | None,
         dz: Tensor | None,
     ) -> Scores:  # fmt: skip
-        """``forward``, and with ``dz`` the gradient of the sum of -weights log pi."""
+        """Return ``forward``'s scores and, with ``dz``, write the gradient of the sum of -weights log pi into it."""
         from . import launch  # triton is imported where it is used
 
         scores, fault = launch.score(batch, entropy, weights, dz)
