@@ -390,7 +390,7 @@ def check_weight_tensor(weight: object, batch: Batch) -> None:
         raise ValueError(f"an objective must return float64 weights ({batch.n_sequences},), got {describe(weight)}")
 
 
-def make_draws(
+def make_sample_rows(
     logits: Tensor, seed: int, row_ids: Tensor | None, step: int, temperature: float, softcap: float | None
 ) -> SampleRows:
     """Check everything about rows to sample from that shapes and dtypes tell.
