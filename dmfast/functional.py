@@ -223,6 +223,10 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype.is_floating_point else x for x in tensors)
 
 
+def _eager_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
 def linear_dm_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -247,6 +251,7 @@ def linear_dm_loss(
     max_weight: float | None = None,
     return_entropy: bool = False,
     chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | str = "float32",
     backend: str | None = None,
 ) -> DMLossOutput:
     """Return ``dm_loss`` of ``hidden @ weight.T + bias``, whose logits never exist at once.
@@ -263,7 +268,11 @@ def linear_dm_loss(
         weight: (V, D), hidden's dtype: an nn.Linear's. One that needs no gradient costs no product for it.
         bias: (V,), hidden's dtype.
         chunk_bytes: size of the buffer of logits. A sequence that does not fit goes through it twice. Default: 128 MiB,
-            on a GPU no less than 4,096 rows, so that adding to weight's gradient once a buffer stays cheap.
+            on a GPU up to 1 GiB or 4,096 rows, so that adding to weight's gradient once a buffer stays cheap, and 1,024
+            rows where weight needs no gradient.
+        logits_dtype: ``"float32"``: 16-bit hidden states give fp32 logits, whose products are summed in fp32 and never
+            rounded to 16 bits, which would put log pi off by .1 nats and more. ``"same"``: the dtype of hidden, as
+            nn.Linear gives it, which is faster. Sampler and scorer of a sequence need the same.
         tokens, mask and all else: as in ``dm_loss``.
 
     Returns:
@@ -273,7 +282,8 @@ def linear_dm_loss(
         TypeError, ValueError: as ``dm_loss``; hidden, weight and bias that do not fit together.
     """
     hidden, weight, bias = cast("tuple[Tensor, Tensor, Tensor | None]", _autocast(hidden, weight, bias))
-    batch = checks.make_linear_batch(hidden, weight, bias, tokens, mask, cu_seqlens, temperature, softcap, chunk_bytes)
+    batch = checks.make_linear_batch(hidden, weight, bias, tokens, mask, cu_seqlens, temperature, softcap, chunk_bytes,
+                                     logits_dtype)  # fmt: skip
     terms = checks.make_terms(
         batch, objective, on_policy=on_policy, max_weight=max_weight, context_id=context_id,
         log_proposal=log_proposal, log_target=log_target, log_z=log_z, reward=reward, log_base=log_base, what="hidden",
@@ -285,7 +295,7 @@ def linear_dm_loss(
         options = options._replace(expected=expected_grad(True, hidden.dtype, reduction, grad_scale))
     chosen = _backend_for(batch.logits, backend, hidden, weight, bias)
     if chosen.in_torch:
-        batch = batch._replace(logits=torch.nn.functional.linear(hidden, weight, bias))
+        batch = batch._replace(logits=_eager_logits(hidden, weight, bias, batch.logits.dtype))
         loss, scores = autograd.loss(chosen, batch, terms, options, True)
     else:
         run = ops.linear_loss if torch.compiler.is_compiling() else linear.loss
@@ -304,12 +314,13 @@ def linear_sequence_log_prob(
     softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | str = "float32",
     backend: str | None = None,
 ) -> Tensor:
     """Return ``sequence_log_prob`` of ``hidden @ weight.T + bias``, whose logits never exist at once; differentiable.
 
     Args:
-        hidden, weight, bias, tokens, mask, temperature, softcap, cu_seqlens, chunk_bytes, backend: as in
+        hidden, weight, bias, tokens, mask, temperature, softcap, cu_seqlens, chunk_bytes, logits_dtype, backend: as in
             ``linear_dm_loss``.
 
     Returns:
@@ -319,10 +330,11 @@ def linear_sequence_log_prob(
         TypeError, ValueError: as ``linear_dm_loss``.
     """
     hidden, weight, bias = cast("tuple[Tensor, Tensor, Tensor | None]", _autocast(hidden, weight, bias))
-    batch = checks.make_linear_batch(hidden, weight, bias, tokens, mask, cu_seqlens, temperature, softcap, chunk_bytes)
+    batch = checks.make_linear_batch(hidden, weight, bias, tokens, mask, cu_seqlens, temperature, softcap, chunk_bytes,
+                                     logits_dtype)  # fmt: skip
     chosen = _backend_for(batch.logits, backend, hidden, weight, bias)
     if chosen.in_torch:
-        batch = batch._replace(logits=torch.nn.functional.linear(hidden, weight, bias))
+        batch = batch._replace(logits=_eager_logits(hidden, weight, bias, batch.logits.dtype))
         return autograd.log_prob(chosen, batch, False, False, True)[0]
     run = ops.linear_log_prob if torch.compiler.is_compiling() else linear.log_prob
     return run(chosen, hidden, weight, bias, batch, False, chunk_bytes)[0]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import eager
 from ..functional import sample_tokens
-from ..kernels import linear
+from ..kernels import linear, products
 from . import rivals
 from .measure import extra_memory, interleaved, wall_ms
 
@@ -247,10 +247,11 @@ def _head_runs(
     h, w, frozen = hidden.detach().view(-1, c.dim), head.weight.detach(), head.weight.detach()
     z, dh, dw = (torch.empty(s, dtype=h.dtype) for s in ((len(h), len(w)), h.shape, w.shape))
     sums = torch.empty(w.shape, dtype=torch.float32)
-    rows = min(linear.rows_of_buffer(c.vocab, h.itemsize, h.device, None), len(h))
+    rows = min(linear.rows_of_buffer(c.vocab, torch.float32.itemsize, h.device, None), len(h))
+    way = products.ways(h.device, h.dtype, torch.float32)
     half = torch.rand(p.tokens.shape) < 0.5
 
-    def products(wants_head: bool) -> None:
+    def least(wants_head: bool) -> None:
         torch.mm(h, w.t(), out=z)
         torch.mm(z, w, out=dh)
         if wants_head:
@@ -262,15 +263,15 @@ def _head_runs(
             dz = z[: len(x)]
             torch.mm(x, w.t(), out=dz)
             torch.mm(dz, w, out=dx)
-            linear.add_product(sums, dz.t(), x, first == 0)
+            products.add_product(way.d_head, sums, dz, x, first == 0)
 
     def backward(loss: Tensor) -> None:
         forget()
         loss.backward()  # type: ignore[no-untyped-call]
 
     others: dict[str, Call] = {
-        "roof: its three products": lambda: products(True),
-        "roof: two products": lambda: products(False),
+        "roof: its three products": lambda: least(True),
+        "roof: two products": lambda: least(False),
         "roof: its three products, dW added up in fp32": accumulated,
         "linear_dm_loss, frozen head": lambda: backward(rivals.dmfast_hidden(hidden, frozen, p)),
         "linear_dm_loss, half of the rows masked": lambda: backward(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 #: The label of a row that is not scored.
@@ -83,6 +84,12 @@ def batch_of(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: f
     packed = cu_seqlens is not None
     n = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else logits.shape[0]
     return Batch(logits, labels, cu_seqlens, n, 0 if packed else logits.shape[1], scale, softcap)
+
+
+def logits_to_come(hidden: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
+    """Return a stand-in of the shape, dtype and device that the logits of hidden states will have."""
+    lead = hidden.shape[:-1]
+    return hidden.new_empty(vocab, dtype=dtype).as_strided((*lead, vocab), (*[0] * len(lead), 1))
 
 
 class SampleRows(NamedTuple):

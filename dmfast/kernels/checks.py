@@ -25,7 +25,7 @@ from ..objectives import (
     leave_one_out_baseline,
     plain_baseline,
 )
-from .batch import IGNORE, Batch, SampleRows
+from .batch import IGNORE, Batch, SampleRows, logits_to_come
 from .fp64 import per_sequence_device
 
 _IGNORED = torch.tensor(IGNORE, device="cpu")
@@ -167,6 +167,7 @@ def make_objective(objective: str | Objective | Callable[[Terms], Tensor]) -> Ob
 def make_linear_batch(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, mask: Tensor | None,
     cu_seqlens: Tensor | None, temperature: float, softcap: float | None, chunk_bytes: int | None,
+    logits_dtype: torch.dtype | str,
 ) -> Batch:  # fmt: skip
     """Do ``make_batch`` for hidden states and a head. The logits of the batch are a stand-in for those to come.
 
@@ -203,8 +204,19 @@ def make_linear_batch(
     v = weight.shape[0]
     if v == 0:
         raise ValueError(f"weight has an empty vocabulary: {describe(weight)}")
-    logits = hidden.detach().new_empty(v).as_strided((*hidden.shape[:-1], v), (*[0] * (dims - 1), 1))
+    logits = logits_to_come(hidden.detach(), v, _logits_dtype(logits_dtype, hidden.dtype))
     return make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap, what="hidden")
+
+
+def _logits_dtype(wanted: torch.dtype | str, hidden: torch.dtype) -> torch.dtype:
+    if wanted == "same":
+        return hidden
+    if wanted in ("float32", torch.float32):
+        return torch.promote_types(hidden, torch.float32)
+    raise ValueError(
+        "logits_dtype must be 'float32', in which the logits of 16-bit hidden states are not rounded, or 'same', the "
+        f"dtype of hidden; got {wanted!r}"
+    )
 
 
 def _per_sequence(name: str, value: Tensor, device: torch.device, to: torch.device, n: int, what: str) -> Tensor:

@@ -1,11 +1,11 @@
 """The losses on hidden states and a head, whose logits never exist at once: chunk by chunk into one buffer.
 
-Matrix products are torch's; between them run the row kernels of a backend. A chunk holds whole sequences, so that
-log pi, and with it A, is known inside it: logits = H W^T, the kernel's forward, its backward over the logits,
-dH = dZ W, dW += dZ^T H. That is three products and no logit is computed twice, the least for which all three gradients
-can be had. A sequence longer than the buffer, and a loss whose grad_output is not known before backward, take two
-phases, and so a fourth product. Rows that are not scored are packed out before the first product. A frozen head costs
-neither its product nor a V x D buffer.
+Matrix products are torch's (``products.py``); between them run the row kernels of a backend. A chunk holds whole
+sequences, so that log pi, and with it A, is known inside it: logits = H W^T, the kernel's forward, its backward over
+the logits, dH = dZ W, dW += dZ^T H. That is three products and no logit is computed twice, the least for which all
+three gradients can be had. A sequence longer than the buffer, and a loss whose grad_output is not known before
+backward, take two phases, and so a fourth product. Rows that are not scored are packed out before the first product. A
+frozen head costs neither its product nor a V x D buffer.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from ..objectives import Objective, Terms
-from . import check_ops, faults
+from . import check_ops, faults, products
 from .autograd import Options, apply, from_log_prob, reduced, refuses_double_backward
 from .backend import Backend
 from .batch import IGNORE, LSE, Batch, Origin, Scores
 from .form import form_loss
 
-_CHUNK_BYTES, _GPU_ROWS = 2**27, 4096
-_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")
-_ADDS_IN_FP32 = TorchVersion(torch.__version__) >= "2.11"  # addmm with out_dtype to an fp32 matrix: pytorch#167931
+_CHUNK_BYTES = 2**27
+# With the gradient of the head, adding to it once a chunk must be cheap beside the products.
+_GPU_ROWS, _GPU_BYTES, _GPU_ROWS_WITHOUT_HEAD = 4096, 2**30, 1024
+_ALIGNMENT = 64  # elements of a row of the buffer: 50257 would leave the rows that products read unaligned
 
 
 class Chunks(NamedTuple):
@@ -62,16 +62,26 @@ class Chunks(NamedTuple):
                      whole.whole_vocab, Origin(whole, rows, i))  # fmt: skip
 
 
-def rows_of_buffer(vocab: int, itemsize: int, device: torch.device, chunk_bytes: int | None) -> int:
+def row_stride(vocab: int) -> int:
+    """Return how many elements a row of the buffer takes."""
+    return -(-vocab // _ALIGNMENT) * _ALIGNMENT
+
+
+def rows_of_buffer(
+    vocab: int, itemsize: int, device: torch.device, chunk_bytes: int | None, wants_head: bool = True
+) -> int:
     """Return the rows of logits that fit ``chunk_bytes``; by default so many that adding to dW once a buffer is cheap
     beside the products. On a GPU, whose products outrun its memory, that takes more rows."""
-    row = vocab * itemsize
+    row = row_stride(vocab) * itemsize
     if chunk_bytes is not None:
         return max(chunk_bytes // row, 1)
-    return max(_CHUNK_BYTES // row, 1 if device.type == "cpu" else _GPU_ROWS)
+    rows = _CHUNK_BYTES // row
+    if device.type != "cpu":
+        rows = max(rows, min(_GPU_ROWS, _GPU_BYTES // row) if wants_head else _GPU_ROWS_WITHOUT_HEAD)
+    return max(rows, 1)
 
 
-def make_chunks(whole: Batch, chunk_bytes: int | None) -> Chunks:
+def make_chunks(whole: Batch, chunk_bytes: int | None, wants_head: bool) -> Chunks:
     """Leave out the rows that are not scored, and cut the others into chunks."""
     scored = whole.labels != IGNORE
     before = torch.cat([scored.new_zeros(1, dtype=torch.int64), scored.cumsum(0)])
@@ -81,29 +91,8 @@ def make_chunks(whole: Batch, chunk_bytes: int | None) -> Chunks:
     rows = None if bool(scored.all()) else scored.nonzero()[:, 0]
     labels = whole.labels if rows is None else whole.labels[rows]
     starts = before[firsts]
-    held = rows_of_buffer(whole.vocab, whole.logits.itemsize, whole.logits.device, chunk_bytes)
+    held = rows_of_buffer(whole.vocab, whole.logits.itemsize, whole.logits.device, chunk_bytes, wants_head)
     return Chunks(whole, rows, labels, starts, starts.tolist(), held)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """Add a @ b to total, or where it is the ``first``, write it there; total is fp32, and nothing is rounded to less.
-
-    On CUDA torch multiplies 16-bit operands into fp32 itself. Elsewhere they are widened: a copy of the chunk, no
-    larger than twice the buffer, where the product as a matrix of its own would be as large as ``total``. From torch
-    2.8 to 2.10 on CUDA there is such a matrix.
-    """
-    beta = 0 if first else 1  # 0: what total holds is not read
-    if a.dtype == torch.float32:
-        total.addmm_(a, b, beta=beta)
-    elif a.device.type == "cuda" and torch.version.hip is None and _HAS_OUT_DTYPE:
-        if _ADDS_IN_FP32:
-            torch.addmm(total, a, b, out_dtype=torch.float32, beta=beta, out=total)
-        elif first:
-            torch.mm(a, b, out_dtype=torch.float32, out=total)
-        else:
-            total.add_(torch.mm(a, b, out_dtype=torch.float32))
-    else:
-        total.addmm_(a.float(), b.float(), beta=beta)
 
 
 class _Products:
@@ -115,7 +104,11 @@ class _Products:
         self.chunks, self.head, self.bias = chunks, head, bias
         self.hidden = hidden.reshape(-1, hidden.shape[-1])
         longest = max((last - first for *_, cuts in chunks.groups() for first, last in cuts), default=0)
-        self.buffer = hidden.new_empty(longest, head.shape[0])
+        vocab, dtype = head.shape[0], chunks.whole.logits.dtype
+        padded = hidden.new_empty(longest, row_stride(vocab), dtype=dtype)
+        padded[:, vocab:] = 0  # oneDNN's bf16 products on AMX read one element beyond an odd V, and NaN * 0 is NaN
+        self.buffer = padded[:, :vocab]
+        self.ways = products.ways(hidden.device, hidden.dtype, dtype)
         self.wants_head = wanted[1]
         # with no row left out the products fill all of it
         empty = torch.empty_like if chunks.rows is None else torch.zeros_like
@@ -129,25 +122,22 @@ class _Products:
         rows = self.chunks.rows
         h = self.hidden[first:last] if rows is None else self.hidden.index_select(0, rows[first:last])
         z = self.buffer[: last - first]
-        if self.bias is None:
-            torch.mm(h, self.head.t(), out=z)
-        else:
-            torch.addmm(self.bias, h, self.head.t(), out=z)
+        products.multiply(self.ways.logits, h, self.head, self.bias, z)
         return h, z
 
     def add(self, first: int, last: int, h: Tensor, dz: Tensor) -> None:
         """Add the gradients of rows [first, last)."""
         rows = self.chunks.rows
         if self.d_hidden is not None:
-            if rows is None:
-                torch.mm(dz, self.head, out=self.d_hidden[first:last])
-            else:
-                self.d_hidden.index_copy_(0, rows[first:last], dz @ self.head)
+            dh = self.d_hidden[first:last] if rows is None else torch.empty_like(h)
+            products.multiply_back(self.ways.d_hidden, dz, self.head, dh)
+            if rows is not None:
+                self.d_hidden.index_copy_(0, rows[first:last], dh)
         if self.wants_head:
             first_chunk = self.d_head is None
             if self.d_head is None:
                 self.d_head = self.head.new_empty(self.head.shape, dtype=torch.float32)
-            add_product(self.d_head, dz.t(), h, first_chunk)
+            products.add_product(self.ways.d_head, self.d_head, dz, h, first_chunk)
         if self.d_bias is not None:
             self.d_bias.add_(dz.sum(0, dtype=torch.float32))
 
@@ -166,7 +156,7 @@ class _Pass(NamedTuple):
 
     backend: Backend
     chunks: Chunks
-    products: _Products
+    matrices: _Products
     terms: Terms | None
     entropy: bool
     divide_by: float
@@ -177,7 +167,7 @@ def _score_long(call: _Pass, i: int, cuts: list[tuple[int, int]], terms: Terms |
     """Return the scores of sequence i, which is longer than the buffer."""
     parts = []
     for cut in cuts:
-        batch = call.chunks.part(i, i + 1, *cut, call.products.logits(*cut)[1])
+        batch = call.chunks.part(i, i + 1, *cut, call.matrices.logits(*cut)[1])
         parts.append(call.backend.forward(batch, None, call.entropy))
     rows = torch.cat([part.rows for part in parts], 1)
     sequences = torch.stack([part.sequences for part in parts]).sum(0)
@@ -185,21 +175,21 @@ def _score_long(call: _Pass, i: int, cuts: list[tuple[int, int]], terms: Terms |
     scores = Scores(rows, sequences, None, recorded)
     if terms is None:
         return scores
-    batch = call.chunks.part(i, i + 1, 0, 0, call.products.buffer[:0])
+    batch = call.chunks.part(i, i + 1, 0, 0, call.matrices.buffer[:0])
     return form_loss(batch, rows, scores.log_prob, scores.entropy, terms, call.divide_by,
                      call.backend.records_faults, recorded)  # fmt: skip
 
 
 def _group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]]) -> Scores:
     """Return the scores of sequences [i, j) and, with ``expected``, add their gradients to the products."""
-    backend, products, expected, divide_by = call.backend, call.products, call.expected, call.divide_by
+    backend, matrices, expected, divide_by = call.backend, call.matrices, call.expected, call.divide_by
     terms = None if call.terms is None else call.terms.cut(i, j)
     if len(cuts) > 1:
         scores = _score_long(call, i, cuts, terms)
         if expected is not None:
             _backward_group(call, i, j, cuts, scores.lse, scores.weight, expected / divide_by)
         return scores
-    h, z = products.logits(*cuts[0])
+    h, z = matrices.logits(*cuts[0])
     batch = call.chunks.part(i, j, *cuts[0], z)
     if expected is not None and terms is not None and terms.weight_known:
         scores = backend.forward_backward(batch, terms, call.entropy, divide_by, expected / divide_by, z)
@@ -208,7 +198,7 @@ def _group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]]) -> Scores:
         if expected is not None:
             backend.backward(batch, scores.lse, scores.weight, expected / divide_by, z)
     if expected is not None:
-        products.add(*cuts[0], h, z)
+        matrices.add(*cuts[0], h, z)
     return scores
 
 
@@ -216,11 +206,11 @@ def _backward_group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]], ls
                     factor: float) -> None:  # fmt: skip
     """Compute the logits again and add their gradients to the products. ``lse`` belongs to these sequences' rows."""
     for first, last in cuts:
-        h, z = call.products.logits(first, last)
+        h, z = call.matrices.logits(first, last)
         from_start = first - cuts[0][0]
         part = lse[from_start : from_start + last - first]
         call.backend.backward(call.chunks.part(i, j, first, last, z), part, weight, factor, z)
-        call.products.add(first, last, h, z)
+        call.matrices.add(first, last, h, z)
 
 
 def _forward(call: _Pass) -> Scores:
@@ -253,11 +243,12 @@ def forward(
         faults.check_rows(batch)
         if terms is not None:
             faults.check_terms(terms)
-    chunks = make_chunks(batch, chunk_bytes)
+    wanted = wanted if expected is not None else (False, False, False)
+    chunks = make_chunks(batch, chunk_bytes, wanted[1])
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        products = _Products(chunks, hidden, head, bias, wanted if expected is not None else (False, False, False))
-        scores = _forward(_Pass(backend, chunks, products, terms, entropy, divide_by, expected))
-        return scores, products.gradients(hidden)
+        matrices = _Products(chunks, hidden, head, bias, wanted)
+        scores = _forward(_Pass(backend, chunks, matrices, terms, entropy, divide_by, expected))
+        return scores, matrices.gradients(hidden)
 
 
 def backward(
@@ -265,16 +256,16 @@ def backward(
     coefficient: Tensor, chunk_bytes: int | None, wanted: tuple[bool, ...],
 ) -> list[Tensor | None]:  # fmt: skip
     """Return the ``wanted`` gradients of -sum_i coefficient_i log pi(x_i), from log-sum-exps (rows): logits again."""
-    chunks = make_chunks(batch, chunk_bytes)
+    chunks = make_chunks(batch, chunk_bytes, wanted[1])
     if chunks.rows is not None:
         lse = lse[chunks.rows]
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        products = _Products(chunks, hidden, head, bias, wanted)
-        call = _Pass(backend, chunks, products, None, False, 1.0, None)
+        matrices = _Products(chunks, hidden, head, bias, wanted)
+        call = _Pass(backend, chunks, matrices, None, False, 1.0, None)
         for i, j, cuts in chunks.groups():
             rows = lse[chunks.bounds[i] : chunks.bounds[j]]
             _backward_group(call, i, j, cuts, rows, coefficient[i:j].contiguous(), 1.0)
-        return products.gradients(hidden)
+        return matrices.gradients(hidden)
 
 
 class _Linear(torch.autograd.Function):

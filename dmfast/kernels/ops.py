@@ -32,6 +32,7 @@ from .batch import (
     Scores,
     batch_of,
     flat,
+    logits_to_come,
 )
 from .form import divisor, reduce, scaled
 
@@ -297,10 +298,9 @@ class _WeighInPlace(torch.autograd.Function):
 
 
 def _linear_batch(hidden: Tensor, head: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
-                  softcap: float) -> Batch:  # fmt: skip
+                  softcap: float, logits_dtype: torch.dtype) -> Batch:  # fmt: skip
     """Return the batch of a linear loss, whose logits are a stand-in."""
-    lead, v = hidden.shape[:-1], head.shape[0]
-    logits = hidden.new_empty(v).as_strided((*lead, v), (*[0] * len(lead), 1))
+    logits = logits_to_come(hidden, head.shape[0], logits_dtype)
     return batch_of(logits, labels, cu_seqlens, scale, softcap)
 
 
@@ -313,33 +313,33 @@ def _wanted(bits: int) -> tuple[bool, ...]:
     return bool(bits & 1), bool(bits & 2), bool(bits & 4)
 
 
-@torch.library.custom_op("dmfast::linear_score_v3", mutates_args=())
+@torch.library.custom_op("dmfast::linear_score_v4", mutates_args=())
 def linear_score(
     hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
-    softcap: float, entropy: bool, chunk_bytes: int, backend: str, wanted: int,
+    softcap: float, logits_dtype: torch.dtype, entropy: bool, chunk_bytes: int, backend: str, wanted: int,
 ) -> FourTensors:  # fmt: skip
     """Return log_prob (B), rows, sequences and status. ``chunk_bytes`` 0 stands for the default."""
-    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
     scores, _ = linear.forward(kernels.BACKENDS[backend], hidden, head, bias, batch, None, entropy, 1.0, None,
                                chunk_bytes or None, (False,) * 3)  # fmt: skip
     return scores.log_prob.clone(), scores.rows.clone(), scores.sequences, _status(scores, hidden)
 
 
 @linear_score.register_fake
-def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, entropy, *args):  # type: ignore[no-untyped-def]
-    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
+def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, logits_dtype, entropy, *args):  # type: ignore[no-untyped-def]
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
     rows, sequences, status = _blocks(batch, ONLY_SCORED, entropy, hidden)
     return rows.new_empty(batch.n_sequences), rows, sequences, status
 
 
-@torch.library.custom_op("dmfast::linear_weigh_v3", mutates_args=())
+@torch.library.custom_op("dmfast::linear_weigh_v4", mutates_args=())
 def linear_weigh(
     hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
-    softcap: float, entropy: bool, chunk_bytes: int, backend: str, wanted: int, kind: int, on_policy: bool,
-    flags: int, block: Tensor, present: int, given: int, scalars: list[float],
+    softcap: float, logits_dtype: torch.dtype, entropy: bool, chunk_bytes: int, backend: str, wanted: int, kind: int,
+    on_policy: bool, flags: int, block: Tensor, present: int, given: int, scalars: list[float],
 ) -> FourTensors:  # fmt: skip
     """Return loss (B), rows, sequences and status."""
-    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
     terms = terms_of(kind, on_policy, flags, block, present, given, scalars)
     scores, _ = linear.forward(kernels.BACKENDS[backend], hidden, head, bias, batch, terms, entropy, 1.0, None,
                                chunk_bytes or None, (False,) * 3)  # fmt: skip
@@ -347,20 +347,21 @@ def linear_weigh(
 
 
 @linear_weigh.register_fake
-def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, entropy, *args):  # type: ignore[no-untyped-def]
-    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
+def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, logits_dtype, entropy, *args):  # type: ignore[no-untyped-def]
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
     rows, sequences, status = _blocks(batch, WITH_TERMS, entropy, hidden)
     return rows.new_empty(batch.n_sequences), rows, sequences, status
 
 
-@torch.library.custom_op("dmfast::linear_weigh_and_grad_v3", mutates_args=())
+@torch.library.custom_op("dmfast::linear_weigh_and_grad_v4", mutates_args=())
 def linear_weigh_and_grad(
     hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
-    softcap: float, entropy: bool, chunk_bytes: int, backend: str, wanted: int, kind: int, on_policy: bool,
-    flags: int, block: Tensor, present: int, given: int, scalars: list[float], expected: float, divide_by: float,
+    softcap: float, logits_dtype: torch.dtype, entropy: bool, chunk_bytes: int, backend: str, wanted: int, kind: int,
+    on_policy: bool, flags: int, block: Tensor, present: int, given: int, scalars: list[float], expected: float,
+    divide_by: float,
 ) -> SevenTensors:  # fmt: skip
     """Return loss (0-d), rows, sequences, status, then the gradients of ``expected * loss`` in hidden, head, bias."""
-    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
     terms = terms_of(kind, on_policy, flags, block, present, given, scalars)
     scores, gradients = linear.forward(
         kernels.BACKENDS[backend], hidden, head, bias, batch, terms, entropy, divisor(batch, divide_by), expected,
@@ -372,10 +373,10 @@ def linear_weigh_and_grad(
 
 
 @linear_weigh_and_grad.register_fake
-def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, entropy, chunk_bytes, backend, wanted, *args):  # type: ignore[no-untyped-def]
-    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
+def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, logits_dtype, entropy, chunk_bytes, backend, *args):  # type: ignore[no-untyped-def]
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
     rows, sequences, status = _blocks(batch, WITH_TERMS, entropy, hidden)
-    gradients = _fake_gradients(hidden, head, bias, wanted)
+    gradients = _fake_gradients(hidden, head, bias, args[0])
     return rows.new_empty(()), rows, sequences, status, *gradients
 
 
@@ -384,20 +385,21 @@ def _fake_gradients(hidden: Tensor, head: Tensor, bias: Tensor | None, wanted: i
     return tuple(x.new_empty(x.shape) if want and x is not None else hidden.new_empty(0) for x, want in pairs)
 
 
-@torch.library.custom_op("dmfast::linear_grad_v3", mutates_args=())
+@torch.library.custom_op("dmfast::linear_grad_v4", mutates_args=())
 def linear_grad(
     hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
-    softcap: float, chunk_bytes: int, backend: str, wanted: int, lse: Tensor, coefficient: Tensor,
+    softcap: float, logits_dtype: torch.dtype, chunk_bytes: int, backend: str, wanted: int, lse: Tensor,
+    coefficient: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of -sum_i coefficient_i log pi(x_i) in hidden, head and bias; empty where not wanted."""
-    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap)
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
     gradients = linear.backward(kernels.BACKENDS[backend], hidden, head, bias, batch, lse.contiguous(), coefficient,
                                 chunk_bytes or None, _wanted(wanted))  # fmt: skip
     return cast("tuple[Tensor, Tensor, Tensor]", _or_empty(gradients, hidden))
 
 
 @linear_grad.register_fake
-def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, chunk_bytes, backend, wanted, *args):  # type: ignore[no-untyped-def]
+def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, logits_dtype, chunk_bytes, backend, wanted, *args):  # type: ignore[no-untyped-def]
     return _fake_gradients(hidden, head, bias, wanted)
 
 
@@ -408,8 +410,8 @@ def scale_(x: Tensor, by: Tensor, backend: str) -> None:
 
 
 def _linear_save(ctx: Any, inputs: tuple[Any, ...], rows: Tensor, sequences: Tensor | None) -> None:
-    hidden, head, bias, labels, cu_seqlens, ctx.scale, ctx.softcap = inputs[:7]
-    ctx.chunk_bytes, ctx.backend, ctx.wanted = inputs[8:11]
+    hidden, head, bias, labels, cu_seqlens, ctx.scale, ctx.softcap, ctx.logits_dtype = inputs[:8]
+    ctx.chunk_bytes, ctx.backend, ctx.wanted = inputs[9:12]
 
     kept = {"bias": bias, "cu_seqlens": cu_seqlens, "sequences": sequences}
     ctx.kept = [name for name, x in kept.items() if x is not None]
@@ -421,7 +423,8 @@ def _linear_backward(ctx: Any, given: Tensor, weighs: bool) -> tuple[Tensor | No
     kept = dict(zip(ctx.kept, others, strict=True))
     coefficient = kept["sequences"].select(0, WEIGHT) * given if weighs else -given.to(torch.float64)
     gradients = linear_grad(hidden, head, kept.get("bias"), labels, kept.get("cu_seqlens"), ctx.scale, ctx.softcap,
-                            ctx.chunk_bytes, ctx.backend, ctx.wanted, rows.select(0, LSE), coefficient)  # fmt: skip
+                            ctx.logits_dtype, ctx.chunk_bytes, ctx.backend, ctx.wanted, rows.select(0, LSE),
+                            coefficient)  # fmt: skip
     return _only_wanted(gradients, ctx.wanted)
 
 
@@ -437,7 +440,7 @@ def _linear_score_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ..
 
 def _linear_score_backward(ctx: Any, given: Tensor | None, *_: Any) -> tuple[Any, ...]:
     gradients = (None,) * 3 if given is None else _linear_backward(ctx, given, False)
-    return (*gradients, *(None,) * 8)
+    return (*gradients, *(None,) * 9)
 
 
 linear_score.register_autograd(_linear_score_backward, setup_context=_linear_score_setup)
@@ -451,7 +454,7 @@ def _linear_weigh_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ..
 
 def _linear_weigh_backward(ctx: Any, given: Tensor | None, *_: Any) -> tuple[Any, ...]:
     gradients = (None,) * 3 if given is None else _linear_backward(ctx, given, True)
-    return (*gradients, *(None,) * 15)
+    return (*gradients, *(None,) * 16)
 
 
 linear_weigh.register_autograd(_linear_weigh_backward, setup_context=_linear_weigh_setup)
@@ -463,7 +466,7 @@ class _LinearOnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         total, rows, sequences, status, *gradients = linear_weigh_and_grad(*inputs)
-        ctx.backend, ctx.wanted, ctx.expected = inputs[9], inputs[10], inputs[18]
+        ctx.backend, ctx.wanted, ctx.expected = inputs[10], inputs[11], inputs[19]
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(rows, sequences, status)
         return total, rows, sequences, status
@@ -474,7 +477,7 @@ class _LinearOnePass(torch.autograd.Function):
         for gradient, want in zip(gradients, _wanted(ctx.wanted), strict=True):
             if want:
                 scale_(gradient, by, ctx.backend)
-        return (*_only_wanted(gradients, ctx.wanted), *(None,) * 17)
+        return (*_only_wanted(gradients, ctx.wanted), *(None,) * 18)
 
 
 # --- what functional.py calls -----------------------------------------------------------------------------------------
@@ -525,7 +528,8 @@ def _linear_arguments(
 ) -> tuple[Any, ...]:  # fmt: skip
     needs = [x is not None and x.requires_grad for x in (hidden, head, bias)]
     wanted = sum(1 << i for i, need in enumerate(needs) if need) if torch.is_grad_enabled() else 0
-    return (hidden, head, bias, *flat(batch)[1:], entropy, chunk_bytes or 0, backend.name, wanted)
+    dtype = batch.logits.dtype
+    return (hidden, head, bias, *flat(batch)[1:], dtype, entropy, chunk_bytes or 0, backend.name, wanted)
 
 
 def linear_log_prob(
