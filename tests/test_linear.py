@@ -556,7 +556,7 @@ def test_products_of_chunks_are_not_rounded_before_they_are_added(dtype: torch.d
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gradient_of_the_weight_is_one_matrix_in_fp32_however_many_chunks(
+def test_the_gradient_of_the_weight_is_one_matrix_in_fp32_or_that_of_one_chunk(
     dtype: torch.dtype, reduction: str
 ) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -578,9 +578,11 @@ def test_the_gradient_of_the_weight_is_one_matrix_in_fp32_however_many_chunks(
         tokens = torch.randint(41, (6, 5))
         with Watch():
             out = dmfast.linear_dm_loss(
-                h, w, tokens, log_z=0.0, reduction=reduction, chunk_bytes=rows * 41 * dtype.itemsize, **terms
+                h, w, tokens, log_z=0.0, reduction=reduction, chunk_bytes=rows * 64 * 4, **terms
             )
             out.loss.sum().backward()
         rounded = [] if dtype == torch.float32 else [dtype]
-        assert made == ([] if frozen else [torch.float32, *rounded]), (rows, frozen)
+        widened = products.ways(h.device, dtype, torch.float32).d_hidden == "widened"
+        summed = [torch.float32] if rows == 5 or widened or dtype == torch.float32 else []
+        assert made == ([] if frozen else [*summed, *rounded]), (rows, frozen)
         made.clear()

@@ -103,7 +103,9 @@ class _Products:
     ) -> None:
         self.chunks, self.head, self.bias = chunks, head, bias
         self.hidden = hidden.reshape(-1, hidden.shape[-1])
-        longest = max((last - first for *_, cuts in chunks.groups() for first, last in cuts), default=0)
+        cuts = [cut for *_, found in chunks.groups() for cut in found]
+        longest = max((last - first for first, last in cuts), default=0)
+        self.one_chunk = len(cuts) == 1
         vocab, dtype = head.shape[0], chunks.whole.logits.dtype
         padded = hidden.new_empty(longest, row_stride(vocab), dtype=dtype)
         padded[:, vocab:] = 0  # oneDNN's bf16 products on AMX read one element beyond an odd V, and NaN * 0 is NaN
@@ -114,7 +116,7 @@ class _Products:
         empty = torch.empty_like if chunks.rows is None else torch.zeros_like
         # row by row, whatever the layout of hidden: that is how it is scaled, and what fake kernels say
         self.d_hidden = empty(self.hidden, memory_format=torch.contiguous_format) if wanted[0] else None
-        self.d_head: Tensor | None = None  # fp32, from the first chunk on
+        self.d_head: Tensor | None = None  # from the first chunk on; fp32 where there are several
         self.d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
 
     def logits(self, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -133,7 +135,9 @@ class _Products:
             products.multiply_back(self.ways.d_hidden, dz, self.head, dh)
             if rows is not None:
                 self.d_hidden.index_copy_(0, rows[first:last], dh)
-        if self.wants_head:
+        if self.wants_head and self.one_chunk:
+            self.d_head = products.only_product(self.ways.d_hidden, dz, h)
+        elif self.wants_head:
             first_chunk = self.d_head is None
             if self.d_head is None:
                 self.d_head = self.head.new_empty(self.head.shape, dtype=torch.float32)

@@ -18,7 +18,8 @@ logits would put log pi off by .1 nats and more. Libraries differ in what they o
 | with AVX2, bf16 | 905, -, **421** | 11,100, **378** | 1,720, **348** |
 | with AVX2, fp16 | 890, -, **265** | 11,600, **390** | 2,900, **240** |
 
-dZ^T H is a sum over the chunks of a call, and only a single chunk may leave it in 16 bits.
+dZ^T H is a sum over the chunks of a call in fp32. Where there is one chunk, it leaves the product in 16 bits if the
+operands of dZ W are 16-bit too.
 """
 
 from __future__ import annotations
@@ -129,6 +130,19 @@ def multiply_back(way: str, dz: Tensor, head: Tensor, out: Tensor) -> None:
     for first in range(0, head.shape[0], _BLOCK):
         total.addmm_(dz[:, first : first + _BLOCK].float(), head[first : first + _BLOCK].float())
     out.copy_(total)
+
+
+def only_product(way: str, dz: Tensor, h: Tensor) -> Tensor:
+    """Return dZ^T H in the dtype of h, rounded once.
+
+    Args:
+        way: of ``Ways.d_hidden``.
+        dz: (R, V).
+        h: (R, D).
+    """
+    if way == "widened":
+        return (dz.t().float() @ h.float()).to(h.dtype)
+    return dz.to(h.dtype).t() @ h
 
 
 def add_product(way: str, total: Tensor, dz: Tensor, h: Tensor, first: bool) -> None:
