@@ -37,7 +37,7 @@ def decode(
     draw: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
     eos_token_ids: list[int],
     pad_token_id: int,
-    positions: bool,
+    first_position: int | None,
     cached: bool,
     more: dict[str, Any],
 ) -> Drawn:
@@ -53,7 +53,7 @@ def decode(
             (R,) tokens and their log-probabilities.
         eos_token_ids: what ends a sequence.
         pad_token_id: what follows the end.
-        positions: whether the model is given ``position_ids``.
+        first_position: the position id of a sequence's first token. None: the model is given no position ids.
         cached: False runs the whole sequence in each step.
         more: further inputs of the model, (N, L) tensors each, which are continued as generate continues them.
     """
@@ -69,8 +69,10 @@ def decode(
         alive = torch.ones(n, dtype=torch.bool, device=given.device)
         for name in ("logits_processor", "generation_config", "synced_gpus", "streamer"):
             prepared.pop(name, None)
-        if not positions:
-            prepared.pop("position_ids", None)
+        if "position_ids" in prepared and first_position != 0:
+            given_positions = prepared.pop("position_ids")
+            if first_position is not None:
+                prepared["position_ids"] = given_positions + first_position
         batch = _Steps(model, inner, prepared, prompt_len)
         for end in range(prompt_len, prompt_len + steps):
             drawn, drawn_log_prob = draw(batch.logits(tokens[rows, :end]), rows, end - prompt_len)

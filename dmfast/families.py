@@ -68,12 +68,18 @@ def context_length(model: nn.Module) -> int | None:
     """
     config = text_config(model)
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions", "max_seq_len")]
+    limits = [limit - first_position(model) if isinstance(limit, int) else None for limit in limits]
     limits += [_switches_at(config)]
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            limits.append(module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts from there
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
     return min(known) if known else None
+
+
+def first_position(model: nn.Module) -> int:
+    """Return the id of the first token's position: in RoBERTa and its kin the one after that of padding, else 0."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
 
 
 def _switches_at(config: Any) -> Any:

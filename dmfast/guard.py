@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoding import positions_of
-from .families import context_length, text_inputs, without_adapters
+from .families import first_position, without_adapters
 from .samples import Samples
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Guard:
     """What is known of how a model is to be fed. The copies of a ``LanguageModel`` share it.
 
     Attributes:
-        positions: whether it is given position ids; otherwise it counts itself.
+        first_position: the position id that it is given for the first token. None: it is given none and counts itself.
         padded: whether sequences with prompts of several lengths go together, left-padded.
         cached: whether it is sampled with a cache.
         enabled: whether the model is asked; otherwise its forward's parameters say what they can.
@@ -40,7 +40,8 @@ class Guard:
     def __init__(self, model: nn.Module, enabled: bool) -> None:
         parameters = inspect.signature(without_adapters(model).forward).parameters
         self.enabled = enabled
-        self.positions = self.padded = self._named = "position_ids" in parameters
+        self.padded = self._named = "position_ids" in parameters
+        self.first_position = first_position(model) if self._named else None
         self.cached = True
         self.why_uncached = "its forward returns nothing to go on from"
         self._required = {name for name, each in parameters.items() if each.default is inspect.Parameter.empty}
@@ -51,7 +52,7 @@ class Guard:
 
     @torch.no_grad()
     def probe(self, lm: LanguageModel, tokens: Tensor, mask: Tensor) -> None:
-        """Find out ``positions`` and ``padded`` from three forwards of a few tokens, once.
+        """Find out ``first_position`` and ``padded`` from three forwards of a few tokens, once.
 
         Args:
             lm: the model.
@@ -61,7 +62,7 @@ class Guard:
         if self._probed:
             return
         self._probed = True
-        context = context_length(lm.model) or _PROBE + _PADS
+        context = lm._context or _PROBE + _PADS
         length = min(_PROBE, context - _PADS)
         if length < 2:
             return
@@ -70,16 +71,16 @@ class Guard:
         with _undisturbed(lm, training=False), _rounding_of(lm) as rounding:
             expected = self._plain(lm, ids)
             unit = rounding()
-            if self.positions and "position_ids" not in self._required:
+            if self._named and "position_ids" not in self._required:
                 given = self._whole(lm, ids, torch.ones_like(ids))
-                self.positions = not _differ(given, expected, unit)
+                self.first_position = None if _differ(given, expected, unit) else self.first_position
             shorter = ids[:, : length - 1]
             pads = torch.full((1, _PADS), lm.pad_token_id, device=ids.device)
             both = torch.cat([torch.cat([pads, shorter], 1), torch.cat([pads[:, :_PADS - 1], ids], 1)])
             seen = torch.ones_like(both)
             seen[0, :_PADS], seen[1, : _PADS - 1] = 0, 0
             found = self._whole(lm, both, seen)
-            self.padded = self.positions == self._named and not (
+            self.padded = (self.first_position is None) != self._named and not (
                 _differ(found[:1, _PADS:], expected[:, :-1], unit) or _differ(found[1:, _PADS - 1 :], expected, unit)
             )
 
@@ -88,7 +89,7 @@ class Guard:
         given: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
         if "position_ids" in self._required:
             given["position_ids"] = positions_of(given["attention_mask"])
-        given |= {name: torch.zeros_like(ids) for name in text_inputs(lm.model)}
+        given |= {name: torch.zeros_like(ids) for name in lm._text_inputs}
         logits: Tensor = lm._module()(input_ids=ids, use_cache=False, **given).logits
         return logits
 
@@ -142,7 +143,7 @@ class Guard:
             self.cached = False
             self.why_uncached = "with a cache it draws from another distribution than without"
             return False
-        kind = type(without_adapters(lm.model)).__name__
+        kind = type(without_adapters(lm._module())).__name__
         figures = "; ".join(
             f"{name}: {', '.join(f'{value:.4f}' for value in values.tolist())}"
             for name, values in (

@@ -11,6 +11,7 @@ import copy
 import inspect
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -50,7 +51,8 @@ _WHERE_FROM = ("revision", "token", "cache_dir", "local_files_only", "trust_remo
 class LanguageModel:
     """A transformers causal language model as a distribution over token sequences.
 
-    Sets all dropout of ``model`` to 0, since a sampled sequence and its score must come from one distribution.
+    Sets all dropout and router jitter of ``model`` to 0, since a sampled sequence and its score must come from one
+    distribution. ``docs/models.md`` lists the architectures for which that was tried.
 
     It is a ``Sampler``.
 
@@ -58,6 +60,10 @@ class LanguageModel:
         model: decoder-only, with the forward of transformers; PEFT models too. Device and dtype stay as they are.
         tokenizer: its ``eos_token_id`` ends a sequence, its ``bos_token_id`` (or else EOS) is the empty prompt.
         eos_token_id: other token ids that end a sequence, in the tokenizer's place.
+        check_scores: ask the model itself, in a few small forwards once, whether it can take prompts of several lengths
+            left-padded, and whether two of its first sequences score as they were drawn: alone and together, in
+            training mode and with the cache. False takes that for granted, save that a model whose forward has no
+            ``position_ids`` gets prompts of one length at a time.
 
     Attributes:
         version: what ``Samples.version`` of its draws holds; an ``OfflineProposal`` whose q it is assigns it.
@@ -127,6 +133,7 @@ class LanguageModel:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         eos_token_id: int | Sequence[int] | None = None,
+        check_scores: bool = True,
         **kwargs: Any,
     ) -> LanguageModel:
         """Load model and tokenizer by transformers' ``AutoModelForCausalLM`` and ``AutoTokenizer``.
@@ -135,7 +142,7 @@ class LanguageModel:
             name_or_path: a folder, or a name on the hub.
             dtype: of the parameters. Default: transformers', which is that of the checkpoint.
             device: where the model goes. Default: where transformers puts it.
-            eos_token_id: as in ``LanguageModel``.
+            eos_token_id, check_scores: as in ``LanguageModel``.
             kwargs: go to the model's ``from_pretrained``; those that say where from (``revision``, ``token``,
                 ``cache_dir``, ``local_files_only``, ``trust_remote_code``, ...) to the tokenizer's, too.
 
@@ -150,7 +157,8 @@ class LanguageModel:
         model = AutoModelForCausalLM.from_pretrained(
             name_or_path, **({} if dtype is None else {"dtype": dtype}), **kwargs
         )
-        return cls(model if device is None else model.to(device), tokenizer, eos_token_id=eos_token_id)
+        model = model if device is None else model.to(device)
+        return cls(model, tokenizer, eos_token_id=eos_token_id, check_scores=check_scores)
 
     @torch.no_grad()
     def load(self, source: Source) -> None:
@@ -357,7 +365,7 @@ class LanguageModel:
             warnings.warn(
                 f"dmfast runs the whole sequence in each step of sampling from {type(self._unwrapped()).__name__}, "
                 f"which takes more time: {self._guard.why_uncached}",
-                stacklevel=3,  # torch.no_grad is between
+                stacklevel=_outside(),
             )
         bad = samples.log_prob.isnan()  # what the CPU raises at once, a device has put here
         if bool(bad.any()):
@@ -377,7 +385,7 @@ class LanguageModel:
         prompt = prompts[context_id]
         drawn = decode(
             self.model, without_adapters(self._unwrapped()), prompt, mask[context_id], steps, draw=draw,
-            eos_token_ids=self.eos_token_ids, pad_token_id=self.pad_token_id, positions=self._guard.positions,
+            eos_token_ids=self.eos_token_ids, pad_token_id=self.pad_token_id, first_position=self._guard.first_position,
             cached=self._guard.cached, more={name: torch.zeros_like(prompt) for name in self._text_inputs},
         )  # fmt: skip
         self._guard.cached = drawn.cached
@@ -427,7 +435,8 @@ class LanguageModel:
 
     def _inputs(self, mask: Tensor) -> dict[str, Tensor]:
         """Return what a whole forward takes besides its tokens."""
-        positions = {"position_ids": positions_of(mask)} if self._guard.positions else {}
+        first = self._guard.first_position
+        positions = {} if first is None else {"position_ids": positions_of(mask) + first}
         return {"attention_mask": mask, **positions, **{name: torch.zeros_like(mask) for name in self._text_inputs}}
 
     def _forward(self, samples: Samples) -> Any:
@@ -570,6 +579,7 @@ class AdapterView(LanguageModel):
         if adapter == trained:
             raise ValueError(f"the adapter {adapter!r} is the policy's, which moves; a view of it would move too")
         super().__init__(model, policy.tokenizer, eos_token_id=policy.eos_token_ids)
+        self._guard = policy._guard
         self.adapter = adapter
         self._config = model.peft_config.get(adapter)
 
@@ -629,6 +639,14 @@ class AdapterView(LanguageModel):
             TypeError: always.
         """
         raise TypeError("an AdapterView is frozen, so it has no loss; call loss of the policy's own LanguageModel")
+
+
+def _outside() -> int:
+    """Return the stacklevel at which a warning of the caller is about the code that called dmfast."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("dmfast", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
