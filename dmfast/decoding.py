@@ -73,7 +73,7 @@ def decode(
             given_positions = prepared.pop("position_ids")
             if first_position is not None:
                 prepared["position_ids"] = given_positions + first_position
-        batch = _Steps(model, inner, prepared, prompt_len)
+        batch = _Steps(model, inner, prepared, prompt_len, given.device)
         for end in range(prompt_len, prompt_len + steps):
             drawn, drawn_log_prob = draw(batch.logits(tokens[rows, :end]), rows, end - prompt_len)
             log_prob[rows] += torch.where(alive, drawn_log_prob, 0.0)
@@ -116,10 +116,14 @@ def _within_generate(
     # else what it says would fill what ours leaves open: stop_strings, max_time, cache_implementation, ...
     inner.generation_config = GenerationConfig()
     try:
-        found = inner.generate(
-            prompts, attention_mask=mask, generation_config=rules, custom_generate=loop, **more
-        )  # fmt: skip
-        return cast(Tensor, found)
+        return cast(
+            Tensor,
+            inner.generate(prompts, attention_mask=mask, generation_config=rules, custom_generate=loop, **more),
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise RuntimeError(
+            f"{type(inner).__name__} can't be sampled: transformers' generate fails on it with {error!r}"
+        ) from error
     finally:
         inner.generation_config = theirs
 
@@ -131,38 +135,42 @@ class _Steps:
         cached: whether a forward takes the newest token alone.
     """
 
-    def __init__(self, model: nn.Module, inner: Any, given: dict[str, Any], prompt_len: int) -> None:
+    def __init__(self, model: nn.Module, inner: Any, given: dict[str, Any], prompt_len: int, device: torch.device) -> None:
         self.model, self.inner, self.given = model, inner, given
         self.first = True
         self.cached = bool(given.get("use_cache", True))
         self.can_drop: bool | None = None  # not asked yet
         self.prepare = getattr(inner, "prepare_inputs_for_generation", None)
         self.parameters = inspect.signature(inner.forward).parameters
-        if hasattr(inner, "_get_initial_cache_position"):  # transformers before 5.2 says by it which tokens are new
-            self.given = inner._get_initial_cache_position(prompt_len, self._device(), given)
+        if self.prepare is not None:
+            from transformers import GenerationMixin
 
-    def _device(self) -> torch.device:
-        mask: Any = self.given.get("attention_mask")
-        return next(self.model.parameters()).device if mask is None else mask.device
+            general = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+            self.by_length = "next_sequence_length" in general
+            if not self.by_length:  # older releases say by the places in the cache which tokens are new
+                self.given = inner._get_initial_cache_position(prompt_len, device, given)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return the (R, V) logits of what follows these (R, t) tokens."""
         if self.prepare is None:
             out = self.model(**self._plain(tokens))
         else:
-            from transformers import GenerationMixin
-
-            by_length = "next_sequence_length" in inspect.signature(
-                GenerationMixin.prepare_inputs_for_generation
-            ).parameters  # fmt: skip
-            new = {"next_sequence_length": 1 if self.cached and not self.first else None} if by_length else {}
+            new = {"next_sequence_length": 1 if self.cached and not self.first else None} if self.by_length else {}
             inputs = self.prepare(tokens, is_first_iteration=self.first, **new, **self.given)
             out = self.model(**inputs, return_dict=True)
-        if self.first and all(getattr(out, name, None) is None for name in _STATES):
+        if self.first and not self._goes_on_from(out):
             self.cached = self.given["use_cache"] = False
+            self.given = {name: value for name, value in self.given.items() if name not in _STATES}
         self.first = False
         self._go_on(out)
         return cast(Tensor, out.logits[:, -1])
+
+    def _goes_on_from(self, out: Any) -> bool:
+        """Return whether a forward has returned a state, or has filled the cache that it was given."""
+        given = (self.given.get(name) for name in _STATES)
+        return any(getattr(out, name, None) is not None for name in _STATES) or any(
+            next(_tensors(cache), None) is not None for cache in given
+        )
 
     def _plain(self, tokens: Tensor) -> dict[str, Any]:
         """Return the inputs for a module that does not prepare them itself."""

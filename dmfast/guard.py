@@ -69,11 +69,19 @@ class Guard:
         row = tokens[0][mask[0].bool()]
         ids = row.repeat(_PROBE // len(row) + 1)[None, :length]
         with _undisturbed(lm, training=False), _rounding_of(lm) as rounding:
-            expected = self._plain(lm, ids)
+            try:
+                expected = self._plain(lm, ids)
+            except Exception as error:
+                kind = type(without_adapters(lm._module())).__name__
+                raise RuntimeError(f"{kind} can't be used: a forward of {length} tokens fails: {error}") from error
             unit = rounding()
             if self._named and "position_ids" not in self._required:
-                given = self._whole(lm, ids, torch.ones_like(ids))
-                self.first_position = None if _differ(given, expected, unit) else self.first_position
+                try:
+                    given = self._whole(lm, ids, torch.ones_like(ids))
+                except (RuntimeError, ValueError, TypeError, IndexError):  # it names them, and can't take them
+                    self.first_position = None
+                else:
+                    self.first_position = None if _differ(given, expected, unit) else self.first_position
             shorter = ids[:, : length - 1]
             pads = torch.full((1, _PADS), lm.pad_token_id, device=ids.device)
             both = torch.cat([torch.cat([pads, shorter], 1), torch.cat([pads[:, :_PADS - 1], ids], 1)])
@@ -124,7 +132,11 @@ class Guard:
         scored[first] = 0
         x = drawn[sorted({first, int(((scored + 1) * ends[1]).argmax())})]
         with _undisturbed(lm, training=True), _rounding_of(lm) as rounding:
-            together = lm._score(x.trimmed())[0]
+            try:
+                together = lm._score(x.trimmed())[0]
+            except Exception as error:
+                kind = type(without_adapters(lm._module())).__name__
+                raise RuntimeError(f"{kind} can't be trained: its forward fails in training mode: {error}") from error
             lm.model.eval()
             alone = self._alone(lm, x)
             allowed = rounding() * x.score_mask.sum(1)
