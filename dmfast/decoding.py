@@ -40,6 +40,7 @@ def decode(
     first_position: int | None,
     cached: bool,
     more: dict[str, Any],
+    last_logits: Callable[[Callable[[], Any]], tuple[Any, Tensor]],
 ) -> Drawn:
     """Draw the continuations of N left-padded prompts.
 
@@ -56,6 +57,7 @@ def decode(
         first_position: the position id of a sequence's first token. None: the model is given no position ids.
         cached: False runs the whole sequence in each step.
         more: further inputs of the model, (N, L) tensors each, which are continued as generate continues them.
+        last_logits: runs a forward of the model and returns its output, and (R, V) logits of the last position.
     """
     n, prompt_len = prompts.shape
     tokens = torch.cat([prompts, prompts.new_full((n, steps), pad_token_id)], 1)
@@ -73,7 +75,7 @@ def decode(
             given_positions = prepared.pop("position_ids")
             if first_position is not None:
                 prepared["position_ids"] = given_positions + first_position
-        batch = _Steps(model, inner, prepared, prompt_len, given.device)
+        batch = _Steps(model, inner, prepared, prompt_len, given.device, last_logits)
         for end in range(prompt_len, prompt_len + steps):
             drawn, drawn_log_prob = draw(batch.logits(tokens[rows, :end]), rows, end - prompt_len)
             log_prob[rows] += torch.where(alive, drawn_log_prob, 0.0)
@@ -135,8 +137,11 @@ class _Steps:
         cached: whether a forward takes the newest token alone.
     """
 
-    def __init__(self, model: nn.Module, inner: Any, given: dict[str, Any], prompt_len: int, device: torch.device) -> None:
-        self.model, self.inner, self.given = model, inner, given
+    def __init__(
+        self, model: nn.Module, inner: Any, given: dict[str, Any], prompt_len: int, device: torch.device,
+        last_logits: Callable[[Callable[[], Any]], tuple[Any, Tensor]],
+    ) -> None:  # fmt: skip
+        self.model, self.inner, self.given, self.last_logits = model, inner, given, last_logits
         self.first = True
         self.cached = bool(given.get("use_cache", True))
         self.can_drop: bool | None = None  # not asked yet
@@ -153,17 +158,18 @@ class _Steps:
     def logits(self, tokens: Tensor) -> Tensor:
         """Return the (R, V) logits of what follows these (R, t) tokens."""
         if self.prepare is None:
-            out = self.model(**self._plain(tokens))
+            inputs = self._plain(tokens)
         else:
             new = {"next_sequence_length": 1 if self.cached and not self.first else None} if self.by_length else {}
-            inputs = self.prepare(tokens, is_first_iteration=self.first, **new, **self.given)
-            out = self.model(**inputs, return_dict=True)
+            prepared = self.prepare(tokens, is_first_iteration=self.first, **new, **self.given)
+            inputs = {**prepared, "return_dict": True}
+        out, logits = self.last_logits(lambda: self.model(**inputs))
         if self.first and not self._goes_on_from(out):
             self.cached = self.given["use_cache"] = False
             self.given = {name: value for name, value in self.given.items() if name not in _STATES}
         self.first = False
         self._go_on(out)
-        return cast(Tensor, out.logits[:, -1])
+        return logits
 
     def _goes_on_from(self, out: Any) -> bool:
         """Return whether a forward has returned a state, or has filled the cache that it was given."""

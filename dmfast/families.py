@@ -67,7 +67,9 @@ def context_length(model: nn.Module) -> int | None:
     that share its batch, have other probabilities in one forward than step by step.
     """
     config = text_config(model)
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions", "max_seq_len")]
+    limits = [
+        getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    ]
     limits = [limit - first_position(model) if isinstance(limit, int) else None for limit in limits]
     limits += [_switches_at(config)]
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]

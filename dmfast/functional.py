@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .kernels import autograd, checks, faults, linear, ops, select
+from .kernels import autograd, checks, faults, linear, ops, products, select
 from .kernels.autograd import Options, expected_grad
 from .kernels.backend import Backend
 from .kernels.batch import IGNORE, Batch, Scores
@@ -225,6 +225,22 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _eager_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+@torch.no_grad()
+def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the (N, V) logits that the linear losses make of hidden states, without gradient: fp32 of 16-bit ones.
+
+    Args:
+        hidden: (N, D).
+        weight, bias: (V, D) and (V,), of the dtype of hidden.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    logits = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=dtype)
+    way = products.ways(hidden.device, hidden.dtype, dtype).logits
+    with torch.autocast(hidden.device.type, enabled=False):
+        products.multiply(way, hidden, weight, bias, logits)
+    return logits
 
 
 def linear_dm_loss(

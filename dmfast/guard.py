@@ -84,7 +84,7 @@ class Guard:
                     self.first_position = None if _differ(given, expected, unit) else self.first_position
             shorter = ids[:, : length - 1]
             pads = torch.full((1, _PADS), lm.pad_token_id, device=ids.device)
-            both = torch.cat([torch.cat([pads, shorter], 1), torch.cat([pads[:, :_PADS - 1], ids], 1)])
+            both = torch.cat([torch.cat([pads, shorter], 1), torch.cat([pads[:, : _PADS - 1], ids], 1)])
             seen = torch.ones_like(both)
             seen[0, :_PADS], seen[1, : _PADS - 1] = 0, 0
             found = self._whole(lm, both, seen)

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .functional import linear_logits
+
+_SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
 
 class HiddenAndHead(NamedTuple):
     """What a model's logits are made of: ``cap(scale * (hidden @ weight.T + bias))``."""
@@ -23,6 +27,14 @@ class HiddenAndHead(NamedTuple):
     labels: Tensor  # (N, K) int64, what each position predicts; -100 = not scored
     softcap: float | None
     scale: float
+
+    def logits(self) -> Tensor:
+        """Return the (N, K, V) logits, differentiable; fp32 of 16-bit hidden states."""
+        dtype = torch.promote_types(self.hidden.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            z = nn.functional.linear(self.hidden.to(dtype), self.weight.to(dtype), bias) * self.scale
+            return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -38,11 +50,13 @@ class HeadProbe:
     Attributes:
         verified: whether a forward has shown that they do.
         failure: why they do not, once a forward has shown that; None: no forward has.
+        dtype: in which hidden states and head are multiplied, once a forward has shown it.
     """
 
     def __init__(self) -> None:
         self.verified = False
         self.failure: str | None = None
+        self.dtype: torch.dtype | None = None
 
     def why_not(self, model: nn.Module) -> str | None:
         """Return why hidden states and head can't serve this model, as far as is known without a forward."""
@@ -82,8 +96,61 @@ class HeadProbe:
         """
         if self.why_not(model) is not None:
             return None
-        head = unwrapped(model).get_output_embeddings()
         scale, softcap = _scaling(model)
+        out, captured = self._capture(model, forward, whole=False)
+        if captured is None:
+            return None
+        entered, weight, bias = captured
+        hidden = entered[:, -labels.shape[1] :]
+        found = HiddenAndHead(hidden, weight, bias, labels, softcap, scale)
+        if not self.verified and len(labels):
+            self._compare(out.logits, entered[:2, :2], found)
+        return None if self.failure is not None else found
+
+    def rounds(self, model: nn.Module) -> bool:
+        """Return whether the model's own logits are rounded to 16 bits where the losses' are not."""
+        if self.why_not(model) is not None:
+            return False
+        dtype = self.dtype or unwrapped(model).get_output_embeddings().weight.dtype
+        return dtype in _SIXTEEN_BIT
+
+    def last_logits(self, model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, Tensor]:
+        """Return a forward's output and (R, V) logits of its last position, made as the losses make them.
+
+        Where the head multiplies in 16 bits, that is in fp32 from hidden states and head, so that log q of what is
+        drawn is not rounded where log pi is not.
+
+        Args:
+            model: the module whose head it is, perhaps within DDP.
+            forward: runs the model without a gradient and returns its output, of which ``logits`` is read.
+        """
+        if self.why_not(model) is not None or (self.verified and not self.rounds(model)):
+            out = forward()
+            return out, out.logits[:, -1]
+        out, captured = self._capture(model, forward, whole=not self.verified)
+        if captured is None:
+            return out, out.logits[:, -1]
+        entered, weight, bias = captured
+        scale, softcap = _scaling(model)
+        if not self.verified:
+            unlabelled = HiddenAndHead(entered, weight, bias, entered.new_empty(0), softcap, scale)
+            self._compare(out.logits[:2, :2], entered[:2, :2], unlabelled)
+            if not (self.verified and self.rounds(model)):
+                return out, out.logits[:, -1]
+        logits = linear_logits(entered[:, -1], weight, bias) * scale
+        return out, logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def _capture(
+        self, model: nn.Module, forward: Callable[[], Any], *, whole: bool
+    ) -> tuple[Any, tuple[Tensor, Tensor, Tensor | None] | None]:
+        """Return a forward's output, with the hidden states that entered the head, its weight and bias, in the dtype in
+        which they are multiplied; None where ``failure`` then says why.
+
+        Args:
+            model, forward: as in ``read``.
+            whole: let the head make all of its logits, and not just as many as are compared.
+        """
+        head = unwrapped(model).get_output_embeddings()
         captured: list[Tensor] = []
         dtypes: list[torch.dtype | None] = []
 
@@ -94,6 +161,8 @@ class HeadProbe:
             device = hidden.device.type
             captured.append(hidden)
             dtypes.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+            if whole:
+                return None
             # not detached: DDP looks from the outputs for the parameters that will get a gradient
             return (hidden[:1, :0] if self.verified else hidden[:2, :2], *args[1:])
 
@@ -104,17 +173,18 @@ class HeadProbe:
             hook.remove()
         if len(captured) != 1:
             self.failure = f"the model calls its head {len(captured)} times in a forward, not once"
-            return None
+            return out, None
         hidden, weight, bias = captured[0], head.weight, head.bias
         if dtypes[0] is not None:  # the product ran in autocast's dtype, perhaps within the model's forward only
             hidden, weight = hidden.to(dtypes[0]), weight.to(dtypes[0])
             bias = None if bias is None else bias.to(dtypes[0])
-        hidden = hidden[:, -labels.shape[1] :]
-        found = HiddenAndHead(hidden, weight, bias, labels, softcap, scale)
-        if not self.verified and len(labels):
-            self.failure = _what_differs(out.logits, captured[0], found)
-            self.verified = self.failure is None and bool(out.logits.isfinite().all())
-        return None if self.failure is not None else found
+        return out, (hidden, weight, bias)
+
+    def _compare(self, logits: Tensor, shown: Tensor, found: HiddenAndHead) -> None:
+        """Note whether the model's logits of the shown hidden states are those of the head, or why not."""
+        self.failure = _what_differs(logits, shown, found)
+        self.verified = self.failure is None and bool(logits.isfinite().all())
+        self.dtype = found.weight.dtype
 
 
 def _scaling(model: nn.Module) -> tuple[float, float | None]:

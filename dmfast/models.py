@@ -387,6 +387,7 @@ class LanguageModel:
             self.model, without_adapters(self._unwrapped()), prompt, mask[context_id], steps, draw=draw,
             eos_token_ids=self.eos_token_ids, pad_token_id=self.pad_token_id, first_position=self._guard.first_position,
             cached=self._guard.cached, more={name: torch.zeros_like(prompt) for name in self._text_inputs},
+            last_logits=lambda forward: self._head.last_logits(self.model, forward),
         )  # fmt: skip
         self._guard.cached = drawn.cached
         score = drawn.mask.bool()
@@ -401,12 +402,17 @@ class LanguageModel:
 
         One forward through the model, with gradient where grad mode is on; one for each length of a prompt where the
         model can't take them padded. K is T, or the continuation and the position before it where the model can leave
-        out the logits of the prompt.
+        out the logits of the prompt. Those of a 16-bit head are made from its hidden states in fp32, as the losses do.
         """
+        found = self._hidden(samples) if self._head.rounds(self.model) else None
+        if found is not None:
+            return found.logits(), found.labels
         labels = self._labels(samples)
         parts = self._laid_out(samples)
         if parts is not None:
-            return _joined([(places, self._forward(part).logits[:, -labels.shape[1] :]) for places, part in parts]), labels
+            return _joined(
+                [(places, self._forward(part).logits[:, -labels.shape[1] :]) for places, part in parts]
+            ), labels
         logits = self._forward(samples).logits
         ahead = logits.shape[1] - labels.shape[1]
         return logits, nn.functional.pad(labels, (ahead, 0), value=IGNORE) if ahead else labels

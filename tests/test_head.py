@@ -139,7 +139,33 @@ def test_hidden_states_under_autocast():
     assert policy._head.verified
     log_prob.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in policy.model.parameters())
-    close(log_prob.detach(), through_logits(policy).log_prob(x).detach(), 1e-4)
+    logits, labels = through_logits(policy).logits(x)
+    assert logits.dtype == torch.bfloat16  # which the head's own product rounds, and the losses do not
+    close(log_prob.detach(), dmfast.sequence_log_prob(logits, labels).detach(), 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere"])
+def test_a_16_bit_head_is_multiplied_into_fp32_by_sampler_scorer_and_loss(name, dtype):
+    policy = lm(name)
+    policy.model.to(dtype)
+    x = policy.sample(PROMPTS, 16, max_new_tokens=6, seed=0)
+    assert policy._head.rounds(policy.model)
+    again = policy.sample(PROMPTS, 16, max_new_tokens=6, seed=0)  # the first step knew the head only afterwards
+    assert torch.equal(x.tokens, again.tokens) and torch.equal(x.log_prob, again.log_prob)
+    logits, labels = policy.logits(x)
+    assert logits.dtype == torch.float32
+    with torch.no_grad():
+        scored = policy.log_prob(x)
+        close(dmfast.sequence_log_prob(logits, labels), scored, 1e-4)
+        out = policy.loss(x, log_target=x.log_prob, log_proposal=x.log_prob, log_z=0.0)
+        assert torch.equal(out.log_prob, scored)
+    # what the body's 16 bits do to one forward or another is left
+    rounded = through_logits(policy)
+    drawn, labels = rounded.sample(PROMPTS, 16, max_new_tokens=6, seed=0), rounded.logits(x)[1]
+    apart = (dmfast.sequence_log_prob(rounded.logits(x)[0], labels) - x.log_prob).std()
+    assert (scored - x.log_prob).std() < apart
+    assert (drawn.log_prob - x.log_prob).abs().max() > 0
 
 
 def heads_with_an_adapter(**options):

@@ -1,8 +1,8 @@
 """Try every causal architecture of transformers (tests/families.py) and write docs/models.md.
 
-    families.py            tries all and writes the page
-    families.py --check    tries all; fails where one is wrong or crashes, or where the page says otherwise
-    families.py NAME ...   tries these and prints what was found
+families.py            tries all and writes the page
+families.py --check    tries all; fails where one is wrong or crashes, or where the page says otherwise
+families.py NAME ...   tries these and prints what was found
 """
 
 from __future__ import annotations
