@@ -44,7 +44,7 @@ from ..settings import AnyObjective, check_target
 from ..targets import EBM
 from . import checkpoint
 from . import samples as samples_table
-from .callbacks import Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
+from .callbacks import EpochOrder, Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
 from .card import model_card
 from .checks import check_fit, refuse_arguments, refuse_sharded, warn_of_generation_config, with_pad_token
 from .config import DMConfig
@@ -137,7 +137,12 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 train_dataset=self._rows,
                 eval_dataset=self._eval_rows,
                 processing_class=tokenizer,
-                callbacks=[StepEnd(self._before_optimizer, self._finish_step), self._interrupt, *(callbacks or [])],
+                callbacks=[
+                    EpochOrder(),
+                    StepEnd(self._before_optimizer, self._finish_step),
+                    self._interrupt,
+                    *(callbacks or []),
+                ],
                 optimizers=optimizers,
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
