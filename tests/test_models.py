@@ -629,8 +629,10 @@ def test_language_model_refuses_models_and_tokenizers_that_do_not_fit():
         LanguageModel(t5, tok())
     words = tok("no bos")
     words.eos_token = None
+    endless = build()
+    endless.config.eos_token_id = endless.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match="eos"):
-        LanguageModel(build(), words)
+        LanguageModel(endless, words)
     assert LanguageModel(build(), words, eos_token_id=EOS).eos_token_ids == [EOS]
     with pytest.raises(ValueError, match="eos"):
         LanguageModel(build(), tok(), eos_token_id=[])

@@ -93,7 +93,8 @@ def scored_tokens(samples: Samples) -> list[list[int]]:
 class Contains(Feature):
     """Give 1 where the continuation contains a word, one of several words or a match of a regular expression, else 0.
 
-    Prompt, padding and special tokens never count.
+    Prompt and padding never count. Special tokens, EOS among them, are no part of the text; on tokens they are found
+    where a word is, or has, one of them.
 
     Args:
         word: a word or phrase.
@@ -203,12 +204,14 @@ class Contains(Feature):
     def _in_tokens(self, ids: list[int], sought: list[list[int]], tokenizer: Any) -> bool:
         around = 3  # tokens either side: a letter can be spread over several byte tokens
         for each in sought:
+            # special tokens are left out of the text around a word, so that the text shows it as samples.text does
+            has_special = tokenizer.decode(each) != tokenizer.decode(each, skip_special_tokens=True)
             for start in range(len(ids) - len(each) + 1):
                 end = start + len(each)
                 if ids[start:end] != each:
                     continue
                 window = ids[max(start - around, 0) : end + around]
-                if not self.whole_word or self._search(tokenizer.decode(window, skip_special_tokens=True)):
+                if not self.whole_word or self._search(tokenizer.decode(window, skip_special_tokens=not has_special)):
                     return True
         return False
 
