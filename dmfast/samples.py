@@ -174,16 +174,16 @@ class Samples:
     def cat(parts: Sequence[Samples]) -> Samples:
         """Return one batch of several, padded to one width. ``context_id`` and ``version`` stay as they are.
 
+        Log q of the whole is known where that of all parts is.
+
         Raises:
-            ValueError: no parts, parts drawn at different temperatures, or some with ``rows`` or log q, some without.
+            ValueError: no parts, parts drawn at different temperatures, or some with ``rows`` and some without.
         """
         if not parts or any(part.temperature != parts[0].temperature for part in parts):
             raise ValueError("Samples.cat needs one or more Samples, all of one temperature")
         rows = None if all(part.rows is None for part in parts) else [row for part in parts for row in part.rows or ()]
         if rows is not None and any(part.rows is None for part in parts if len(part)):
             raise ValueError("Samples.cat needs rows on all parts or on none, and some have none")
-        if len({part.has_log_prob for part in parts}) > 1:
-            raise ValueError("Samples.cat needs log q of all parts or of none, and some have none (has_log_prob)")
         prompt = max(part.prompt_len for part in parts)
         rest = max(part.tokens.shape[1] - part.prompt_len for part in parts)
 
@@ -209,4 +209,5 @@ class Samples:
             context_id=torch.cat([part.context_id for part in parts]),
             version=torch.cat([part.version for part in parts]),
             rows=rows,
+            has_log_prob=all(part.has_log_prob for part in parts if len(part)),
         )

@@ -136,10 +136,7 @@ def test_eos_token_id_refuses_what_is_no_integer(given):
 def test_a_string_starts_once_and_has_no_end_of_the_tokenizers(how, bos):
     words = around(how, bos)
     policy = lm(words)
-    if how in ("bos", "both"):
-        start = [BOS]
-    else:
-        start = [EOS] if "one token" in how else []
+    start = {"bos": [BOS], "both": [BOS], "nothing": [], "eos": []}.get(how, [EOS])
     for text in ("w1 w2", "w1 <e>", "w1 <e> <e>", "<p> w3", "w1 <s> w2"):
         ids = words(text, add_special_tokens=False)["input_ids"]
         assert encoded(policy, [text]) == [start + ids], text
@@ -302,7 +299,7 @@ def test_ids_may_be_tensors_and_arrays():
         ({"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}, TypeError, r"dict with input_ids, attention_mask.*mask"),
         ([{"input_ids": [1, 2]}], TypeError, "prompt 0 .*without padding"),
         ([{"prompt": "w1"}], TypeError, r"prompt 0 .*dataset\['prompt'\]"),
-        ([{"role": "user", "content": "w1"}], TypeError, r"prompt 0 .*a conversation is one prompt: write \[messages\]"),
+        ([{"role": "user", "content": "w1"}], TypeError, r"prompt 0 .*is one prompt: write \[messages\]"),
         ([1, 2, 3], TypeError, r"prompt 0 .*got 1; one prompt of ids is \[\[1, 2, 3\]\]"),
         (torch.tensor([1, 2]), TypeError, "prompt 0 .*got tensor"),
         (7, TypeError, "prompts must be a list of prompts.*got a int"),
