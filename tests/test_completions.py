@@ -1,5 +1,7 @@
-"""Sequences that came from elsewhere: laid out as the sampler lays out its own, scored as the same tokens are. With their
-own log q they train as any sample does, and without it by likelihood only."""
+"""Sequences that came from elsewhere: laid out as the sampler lays out its own, scored as the same tokens are.
+
+With their own log q they train as any sample does, and without it by likelihood only.
+"""
 
 from __future__ import annotations
 

@@ -204,14 +204,16 @@ class Contains(Feature):
     def _in_tokens(self, ids: list[int], sought: list[list[int]], tokenizer: Any) -> bool:
         around = 3  # tokens either side: a letter can be spread over several byte tokens
         for each in sought:
-            # special tokens are left out of the text around a word, so that the text shows it as samples.text does
-            has_special = tokenizer.decode(each) != tokenizer.decode(each, skip_special_tokens=True)
+            shown, search = tokenizer.decode(each), self._search
+            special = shown != tokenizer.decode(each, skip_special_tokens=True)
+            if special:  # it is in no text without special tokens, and a tokenizer may set it apart by a space
+                search = re.compile(self._pattern(shown.strip())).search
             for start in range(len(ids) - len(each) + 1):
                 end = start + len(each)
                 if ids[start:end] != each:
                     continue
                 window = ids[max(start - around, 0) : end + around]
-                if not self.whole_word or self._search(tokenizer.decode(window, skip_special_tokens=not has_special)):
+                if not self.whole_word or search(tokenizer.decode(window, skip_special_tokens=not special)):
                     return True
         return False
 
