@@ -204,18 +204,22 @@ class Contains(Feature):
     def _in_tokens(self, ids: list[int], sought: list[list[int]], tokenizer: Any) -> bool:
         around = 3  # tokens either side: a letter can be spread over several byte tokens
         for each in sought:
-            shown, search = tokenizer.decode(each), self._search
-            special = shown != tokenizer.decode(each, skip_special_tokens=True)
-            if special:  # it is in no text without special tokens, and a tokenizer may set it apart by a space
-                search = re.compile(self._pattern(shown.strip())).search
             for start in range(len(ids) - len(each) + 1):
                 end = start + len(each)
                 if ids[start:end] != each:
                     continue
                 window = ids[max(start - around, 0) : end + around]
-                if not self.whole_word or search(tokenizer.decode(window, skip_special_tokens=not special)):
+                if not self.whole_word or self._is_whole(each, window, tokenizer):
                     return True
         return False
+
+    def _is_whole(self, ids: list[int], window: list[int], tokenizer: Any) -> bool:
+        """Return whether a word's tokens are no part of a longer word in the text of the tokens around them."""
+        word = tokenizer.decode(ids)
+        if word == tokenizer.decode(ids, skip_special_tokens=True):
+            return self._search(tokenizer.decode(window, skip_special_tokens=True)) is not None
+        # a special token is in no text that is without them, and some tokenizers set it apart by a space
+        return re.search(self._pattern(word.strip()), tokenizer.decode(window)) is not None
 
     def describe(self) -> dict[str, Any]:
         """Return the arguments of the feature and its name."""
