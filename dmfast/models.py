@@ -1,8 +1,8 @@
 """Causal language models of transformers as distributions: sample sequences, score sequences.
 
 Sampler and scorer share one mask rule, one temperature and no dropout, so that log pi(x) of the scorer is log q(x) of
-the sampler when pi = q. Nothing of the model's generation_config acts (transformers' default has top_k = 50):
-a truncated sampler draws from another distribution than the one that is scored.
+the sampler when pi = q. Of the model's generation_config nothing acts but its EOS (transformers' default has
+top_k = 50): a truncated sampler draws from another distribution than the one that is scored.
 """
 
 from __future__ import annotations
