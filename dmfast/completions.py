@@ -138,7 +138,7 @@ def check_unknown_proposal(options: Mapping[str, Any]) -> None:
         ValueError: its weights would rest on log q.
     """
     given, on_policy = options.get("log_proposal"), bool(options.get("on_policy", False))
-    if given is not None and not bool(given.isnan().any()):
+    if given is not None and not (isinstance(given, Tensor) and bool(given.isnan().any())):
         return  # whoever drew them has scored them since
     objective: str | Objective | Callable[..., Tensor] = options.get("objective", "gdc++")
     name = objective.name if isinstance(objective, Objective) else objective

@@ -64,7 +64,8 @@ class PromptEncoder:
         self.start: int = next(token for token in starts if token is not None)
         self._ends = {*eos_token_ids, tokenizer.eos_token_id}
         # where the padding token has no other meaning, its place at an end of a prompt can only be padding
-        self._pads_only = self.pad_token_id not in {*self._ends, tokenizer.bos_token_id, tokenizer.unk_token_id}
+        others = {*self._ends, tokenizer.bos_token_id, getattr(tokenizer, "unk_token_id", None)}
+        self._pads_only = self.pad_token_id not in others
         self._said = False
 
     def __call__(self, prompts: Sequence[Prompt] | Tensor | None) -> Iterator[list[int]]:
@@ -122,9 +123,9 @@ class PromptEncoder:
             elif "role" in keys:
                 hint = "a conversation is one prompt: write [messages]"
             raise TypeError(f"{name} must be {_KINDS}, got {prompt!r:.100}; {hint}")
-        if not isinstance(prompt, Iterable):
+        if not isinstance(prompt, Iterable) or not hasattr(prompt, "__len__"):
             raise TypeError(f"{name} must be {_KINDS}, got {prompt!r:.100}; one prompt of ids is [[1, 2, 3]]")
-        if not isinstance(prompt, Tensor) and any(isinstance(part, Mapping) for part in prompt):
+        if not isinstance(prompt, Tensor) and isinstance(next(iter(prompt), None), Mapping):
             return self._of_chat(cast("Sequence[Mapping[str, Any]]", prompt), name)
         ids = token_ids(prompt, f"{name} must be {_KINDS}", several=True)
         least = 1 if self._pads_only else 2  # one BOS or EOS at an end may be meant, two are padding
