@@ -89,7 +89,7 @@ class PromptEncoder:
 
         Raises:
             TypeError: it is no string and no token ids.
-            ValueError: it has a token that the model does not have, or none at all.
+            ValueError: it has a token that the model does not have.
         """
         if isinstance(completion, str):
             ids = list(self.tokenizer(completion, add_special_tokens=False)["input_ids"])

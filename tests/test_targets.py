@@ -169,7 +169,7 @@ def test_contains_tokens_of_whole_words():
 def test_contains_tokens_finds_special_tokens(make, whole_word):
     """They are in no text, whose tokens they are all the same: EOS, one of the user's own, one beside a word."""
     tokenizer = make()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<call>"]})
+    tokenizer.add_tokens(["<call>"], special_tokens=True)
     samples = written(["a <call> she", "she a", "a"], ["<call>", "", ""], tokenizer)
     cut = written(["she <call>", "a a"], tokenizer=tokenizer, ended=False)
     for word, expected, of_cut in (
