@@ -70,6 +70,7 @@ def main() -> None:
     mask = torch.ones(b, t, dtype=torch.bool)
     log_target, log_proposal = torch.full((b,), -14.0), torch.full((b,), -14.2)
     args = {"log_target": log_target, "log_proposal": log_proposal, "log_z": 0.1}
+    args64 = {"log_target": log_target.double(), "log_proposal": log_proposal.double(), "log_z": 0.1}
     batch = make_batch(z, x, mask, None, 1.0, None)
     nothing = dict.fromkeys(("max_weight", "context_id", "reward", "log_base"))
     terms = make_terms(batch, "gdc++", on_policy=False, **args, **nothing)
@@ -77,9 +78,7 @@ def main() -> None:
         "bare autograd.Function": lambda: Bare.apply(z),
         "the kernels alone": lambda: Floor.apply(z, batch, terms),
         "dm_loss gdc++": lambda: dmfast.dm_loss(z, x, mask, **args).loss,
-        "dm_loss gdc++, fp64 (B) inputs": lambda: (
-            dmfast.dm_loss(z, x, log_target=log_target.double(), log_proposal=log_proposal.double(), log_z=0.1).loss
-        ),
+        "dm_loss gdc++, fp64 (B) inputs": lambda: dmfast.dm_loss(z, x, **args64).loss,
         "dm_loss dpg (one pass)": lambda: dmfast.dm_loss(z, x, mask, objective="dpg", **args).loss,
         "sequence_log_prob": lambda: dmfast.sequence_log_prob(z, x, mask).sum(),
         "eager log_softmax + gather": lambda: -z.log_softmax(-1).gather(-1, x[..., None]).sum(),

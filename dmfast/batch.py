@@ -81,7 +81,7 @@ def _digests(samples: Samples) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Draw:
+class SamplingOptions:
     """How sequences are drawn: what ``LanguageModel.sample`` takes along with prompts, n and seed."""
 
     max_new_tokens: int
@@ -117,7 +117,7 @@ class Batch:
     forwarded: Tensor
     objective: Objective | Callable[[Terms], Tensor]
     pending: Running
-    drawn: tuple[Prompts, Draw] | None = None
+    drawn: tuple[Prompts, SamplingOptions] | None = None
     advantage: Tensor | None = None
     epoch: int = 0
     anew: bool = False
@@ -130,7 +130,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def split(self, size: int | None = None) -> list[Part]:
+    def split(self, size: int | None = None) -> list[Microbatch]:
         """Return the parts that go through the policy one after the other, each sequence in one of them.
 
         Sequences of about one length go together, so that a part has little padding. The sequences of a context stay
@@ -149,11 +149,11 @@ class Batch:
         if size < 1:
             raise ValueError(f"size must be positive, got {size!r}")
         if size >= len(self):
-            return [Part(self, torch.arange(len(self)))]
+            return [Microbatch(self, torch.arange(len(self)))]
         # places stay on the CPU, so that no part has to wait for the device to say whether it has passed
         lengths = self.samples.attention_mask.sum(1).cpu()
         if not self.whole_contexts:
-            return [Part(self, places) for places in torch.split(lengths.argsort(stable=True), size)]
+            return [Microbatch(self, places) for places in torch.split(lengths.argsort(stable=True), size)]
         contexts: dict[int, list[int]] = {}
         for place in lengths.argsort(stable=True).tolist():
             contexts.setdefault(int(self.samples.context_id[place]), []).append(place)
@@ -167,7 +167,7 @@ class Batch:
             if len(parts[-1]) + len(places) > size:
                 parts.append([])
             parts[-1] += sorted(places)
-        return [Part(self, torch.tensor(places)) for places in parts]
+        return [Microbatch(self, torch.tensor(places)) for places in parts]
 
     def again(self) -> Batch:
         """Return the batch for another optimiser step, after ``Matcher.commit`` of the step before.
@@ -190,7 +190,7 @@ class Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Microbatch:
     """Sequences of a batch that go through the policy together.
 
     Attributes:

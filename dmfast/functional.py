@@ -358,7 +358,7 @@ def sample_tokens(
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; a row that holds NaN or +inf, or
             nothing but -inf.
     """
-    rows = checks.make_draws(logits, seed, row_ids, step, temperature, softcap)
+    rows = checks.make_sample_rows(logits, seed, row_ids, step, temperature, softcap)
     chosen = _backend_for(logits, backend)
     if torch.compiler.is_compiling() and not chosen.in_torch:
         return ops.draw(rows, chosen)

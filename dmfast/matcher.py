@@ -25,7 +25,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch, Draw, Part, Prompts
+from .batch import Batch, Microbatch, Prompts, SamplingOptions
 from .diagnostics import gradient_variance
 from .estimators import RunningEstimates
 from .kernels.result import DMLossOutput
@@ -157,7 +157,7 @@ class Matcher:
         self._estimates = RunningEstimates(decay)  # where there is no proposal, which has its own
         self.running = Running.start(target.lambda_.tolist(), self.settings.steered)
         self.batch: Batch | None = None
-        self._passed: list[tuple[Part, DMLossOutput]] = []  # the parts of the batch that went through the loss
+        self._passed: list[tuple[Microbatch, DMLossOutput]] = []  # the parts of the batch that went through the loss
         self._has_passed = torch.zeros(0, dtype=torch.bool)  # (N,) which of its sequences are in them
         self._to_repeat: Batch | None = None
         self._refit = Refit(target, refit_ess, refit_samples)
@@ -211,7 +211,7 @@ class Matcher:
         """
         self.discard()
         self.check_length(max_new_tokens)
-        contexts, how = Prompts(prompts, context_id, rows), Draw(max_new_tokens, temperature, batch_size)
+        contexts, how = Prompts(prompts, context_id, rows), SamplingOptions(max_new_tokens, temperature, batch_size)
         start, lambda_ = time.perf_counter(), self.target.lambda_.tolist()
         anew = self.running.lambda_ != lambda_
         running = Running.start(lambda_, self.running.beta, self.running.steps) if anew else self.running
@@ -270,7 +270,7 @@ class Matcher:
         """Return the seed of one use in one step, so that a resumed run draws what an unbroken one does."""
         return seed_for(self.settings.seed, what)
 
-    def _sample(self, contexts: Prompts, n: int, how: Draw, seed: int) -> Samples:
+    def _sample(self, contexts: Prompts, n: int, how: SamplingOptions, seed: int) -> Samples:
         sampler: Any = self.policy if self.proposal is None else self.proposal
         drawn: Samples = sampler.sample(
             contexts.prompts, n, max_new_tokens=how.max_new_tokens, temperature=how.temperature, seed=seed,
@@ -374,7 +374,7 @@ class Matcher:
 
     # ---- loss
 
-    def loss(self, part: Part | Batch, model: nn.Module | None = None, **options: Any) -> DMLossOutput:
+    def loss(self, part: Microbatch | Batch, model: nn.Module | None = None, **options: Any) -> DMLossOutput:
         """Return the fused loss of a part of the batch, divided by the sequences of the whole step.
 
         Call backward on it and add no division of your own. ``accelerator.backward`` divides by the accelerator's
@@ -395,7 +395,7 @@ class Matcher:
             ValueError: several ranks without a model; as ``dm_loss``.
             RuntimeError: a part of a batch that is not the last one drawn; sequences that have passed already.
         """
-        if not isinstance(part, (Part, Batch)):
+        if not isinstance(part, (Microbatch, Batch)):
             raise TypeError(f"part must be one of batch.split(size), or the batch itself, got a {type(part).__name__}")
         own = sorted(_OF_THE_BATCH & options.keys())
         if own:
@@ -576,7 +576,7 @@ class Matcher:
         batch.seconds["check"] = time.perf_counter() - start
         return swapped
 
-    def _fresh(self, running: Running, contexts: Prompts, how: Draw) -> Scores:
+    def _fresh(self, running: Running, contexts: Prompts, how: SamplingOptions) -> Scores:
         """Return sequences of q for a check of the proposal alone, scored by q, a and pi, of all ranks.
 
         They change nothing that a step has: neither its random numbers nor Z.

@@ -15,7 +15,7 @@ PAGES = ("*.md", "docs/*.md", "benchmarks/**/*.md", "dmfast/data/**/*.md")
 API = "docs/api"
 # The public names that are imported from their modules, not from dmfast.
 BY_MODULE = {
-    "batch": ["Batch", "Part"],
+    "batch": ["Batch", "Microbatch"],
     "diagnostics": ["distinct_n", "self_bleu", "gradient_variance", "GradientVariance", "weight_statistics"],
     "estimators": [
         "PartitionFunction", "PartitionFunctions", "RunningEstimates", "Estimate", "Estimates", "estimate",

@@ -281,7 +281,7 @@ def test_the_ends_of_the_uniform_draw_no_impossible_token(uniform, monkeypatch):
     table[:, [0, 4, V - 1]] = -INF
 
     def at_the_end(logits, *, seed, row_ids, step, temperature):
-        draws = checks.make_draws(logits, seed, row_ids, step, temperature, None)
+        draws = checks.make_sample_rows(logits, seed, row_ids, step, temperature, None)
         return select(logits).sample(draws, torch.full(logits.shape[:1], uniform, dtype=torch.float64))[:2]
 
     monkeypatch.setattr(dmfast.models, "sample_tokens", at_the_end)

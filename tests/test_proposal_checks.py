@@ -15,7 +15,7 @@ from trainer_tools import Keep, one_thread  # noqa: F401
 
 import dmfast
 from dmfast import Contains, OfflineProposal, Scorer
-from dmfast.batch import Draw, Prompts
+from dmfast.batch import Prompts, SamplingOptions
 from dmfast.estimators import PartitionFunction
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
@@ -205,7 +205,7 @@ def test_what_a_check_costs(tmp_path, never_positive, monkeypatch):
     assert costs[0] == (["q"], [("pi", 24)])
     trainer.proposal.swap()
     costs.clear()
-    check(trainer.matcher.running, Prompts(), Draw(6))
+    check(trainer.matcher.running, Prompts(), SamplingOptions(6))
     assert costs == [(["q"], [("a", 24), ("pi", 24)])]
 
 
@@ -221,7 +221,9 @@ def test_contexts_of_a_check(tmp_path):
     trainer.matcher.running.steps = 1
     trainer.proposal.snapshot.sample = drawing
     for trainer.matcher.running.steps in range(1, 9):
-        log_prob, log_proposal, log_target, log_z = trainer.matcher._fresh(trainer.matcher.running, Prompts(), Draw(6))
+        log_prob, log_proposal, log_target, log_z = trainer.matcher._fresh(
+            trainer.matcher.running, Prompts(), SamplingOptions(6)
+        )
         assert len(log_prob) == 12
         ratio = (log_target - log_proposal).view(3, 4)
         torch.testing.assert_close(log_z.view(3, 4), (ratio.logsumexp(1, keepdim=True) - math.log(4)).expand(3, 4))

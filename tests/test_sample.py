@@ -32,7 +32,7 @@ def log_softmax(z: Tensor, temperature: float = 1.0, softcap: float | None = Non
 
 def draw(z: Tensor, uniform: Tensor, temperature: float = 1.0, softcap: float | None = None) -> tuple[Tensor, Tensor]:
     """The kernel's draw with the uniforms given."""
-    return select(z).sample(checks.make_draws(z, 0, None, 0, temperature, softcap), uniform)[:2]
+    return select(z).sample(checks.make_sample_rows(z, 0, None, 0, temperature, softcap), uniform)[:2]
 
 
 def chi_square(counts: Tensor, p: Tensor) -> None:
@@ -174,7 +174,7 @@ def test_the_tails_draw_no_impossible_token(name: str, temperature: float, dtype
     z = TAILS[name]().to(dtype)
     log_p = log_softmax(z, temperature)
     uniform = torch.tensor([0.0, 2.0**-53, 0.3, 0.5, 1 - 2.0**-30, LAST], dtype=torch.float64)
-    for sample in (draw, lambda z, u, t: oracle.draw(checks.make_draws(z, 0, None, 0, t, None), u)):
+    for sample in (draw, lambda z, u, t: oracle.draw(checks.make_sample_rows(z, 0, None, 0, t, None), u)):
         tokens, log_prob = sample(z.expand(len(uniform), -1), uniform, temperature)
         assert bool((log_p[tokens] > -700).all()), tokens
         assert (log_prob - log_p[tokens]).abs().max() < 1e-6

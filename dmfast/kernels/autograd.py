@@ -14,7 +14,7 @@ from torch import Tensor
 from ..objectives import Objective, Terms
 from . import check_ops, eager
 from .backend import Backend, new_gradient
-from .batch import LOSS, LSE, WEIGHT, Batch, Scores
+from .batch import LOG_PROB, LOSS, LSE, WEIGHT, Batch, Scores
 from .form import divisor, form_loss, losses, reduce
 
 
@@ -80,14 +80,14 @@ class _LogProb(torch.autograd.Function):
         scores = backend.forward(batch, None, entropy)
         _save(ctx, backend, batch, scores)
         ctx.inplace = inplace
-        return scores.log_prob.clone(), scores
+        return scores.sequences[LOG_PROB].clone(), scores
 
     @staticmethod
     @refuses_double_backward
     def backward(ctx: Any, grad_log_prob: Tensor, _: None) -> tuple[Tensor | None, ...]:
         batch, rows, _sequences = _saved(ctx)
         dz = new_gradient(batch, ctx.inplace)
-        ctx.backend.backward(batch, rows.select(0, LSE), (-grad_log_prob.to(torch.float64)).contiguous(), 1.0, dz)
+        ctx.backend.backward(batch, rows[LSE], (-grad_log_prob.to(torch.float64)).contiguous(), 1.0, dz)
         return dz, None, None, None, None
 
 
@@ -130,7 +130,7 @@ class _Loss(torch.autograd.Function):
             torch.autograd.graph.increment_version(batch.logits)
             return dz, None, None, None, None
         ctx.dz = None  # given away: with retain_graph a second backward computes its own
-        lse, weight = rows.select(0, LSE), sequences.select(0, WEIGHT)
+        lse, weight = rows[LSE], sequences[WEIGHT]
         if options.reduction == "none":
             dz = new_gradient(batch, inplace)
             backend.backward(batch, lse, weight * grad_loss.to(torch.float64), 1.0, dz)

@@ -69,9 +69,9 @@ def _(token_log_prob, *args):  # type: ignore[no-untyped-def]
 _labels.register_autograd(lambda ctx, grad: (grad, *(None,) * 5))
 
 
-@torch.library.custom_op("dmfast::check_draws", **_OPTIONS)
+@torch.library.custom_op("dmfast::check_sample_rows", **_OPTIONS)
 def _draws(logits: Tensor, row_ids: Tensor | None) -> Tensor:
-    return faults.check_draws(SampleRows(logits, 0, row_ids, 0, 1.0, 0.0)).logits.clone()
+    return faults.check_sample_rows(SampleRows(logits, 0, row_ids, 0, 1.0, 0.0)).logits.clone()
 
 
 @_draws.register_fake
@@ -126,8 +126,8 @@ def check_labels(token_log_prob: Tensor, batch: Batch) -> Tensor:
     return cast(Tensor, _labels(token_log_prob, batch.logits.detach(), *flat(batch)[1:]))
 
 
-def check_draws(rows: SampleRows) -> SampleRows:
-    """Do what ``faults.check_draws`` does."""
+def check_sample_rows(rows: SampleRows) -> SampleRows:
+    """Do what ``faults.check_sample_rows`` does."""
     logits = cast(Tensor, _draws(rows.logits, rows.row_ids))
     return SampleRows(logits, rows.seed, rows.row_ids, rows.step, rows.scale, rows.softcap)
 

@@ -28,6 +28,7 @@ from ..objectives import (
 from .batch import IGNORE, Batch, SampleRows
 from .fp64 import per_sequence_device
 
+_IGNORED = torch.tensor(IGNORE, device="cpu")
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -111,7 +112,8 @@ def make_batch(
     labels = tokens if tokens.dtype is torch.int64 else tokens.to(torch.int64)
     if mask is not None:
         _check_rows("mask", mask, logits, what)
-        labels = torch.where(mask if mask.dtype is torch.bool else mask != 0, labels, IGNORE)
+        ignored = IGNORE if torch.compiler.is_compiling() else _IGNORED  # a number is made a tensor anew in every call
+        labels = torch.where(mask if mask.dtype is torch.bool else mask != 0, labels, ignored)
     if type(temperature) is not float or temperature != 1.0 or softcap is not None:
         _check_scaling(temperature, softcap)
     labels = labels.reshape(-1)
@@ -388,7 +390,7 @@ def check_weight_tensor(weight: object, batch: Batch) -> None:
         raise ValueError(f"an objective must return float64 weights ({batch.n_sequences},), got {describe(weight)}")
 
 
-def make_draws(
+def make_sample_rows(
     logits: Tensor, seed: int, row_ids: Tensor | None, step: int, temperature: float, softcap: float | None
 ) -> SampleRows:
     """Check everything about rows to sample from that shapes and dtypes tell.

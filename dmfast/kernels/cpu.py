@@ -97,7 +97,7 @@ class Cpu:
     def sample(self, rows: SampleRows, uniforms: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return tokens and their log_prob; see ``Backend``."""
         assert extension._C is not None
-        tokens, log_prob = extension.make_draws(rows)
+        tokens, log_prob = extension.make_sample_outputs(rows)
         first = extension.rows_arguments(rows, uniforms)
         bad = extension._C.sample(*first, torch.get_num_threads(), tokens.data_ptr(), log_prob.data_ptr())
         if bad >= 0:

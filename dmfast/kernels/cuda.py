@@ -107,7 +107,7 @@ class Cuda:
     def sample(self, rows: SampleRows, uniforms: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return tokens and their log_prob; see ``Backend``."""
         assert extension._C is not None
-        tokens, log_prob = extension.make_draws(rows)
+        tokens, log_prob = extension.make_sample_outputs(rows)
         work = make_workspace(rows.logits, 0)
         first = extension.rows_arguments(rows, uniforms)
         extension._C.cuda.sample(*first, tokens.data_ptr(), log_prob.data_ptr(), work.struct)

@@ -124,7 +124,7 @@ def uniforms(seed: int, row_ids: Tensor, step: int) -> Tensor:
 
 def draw(rows: SampleRows, uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return tokens and log_prob of ``Backend.sample``, by inversion of the whole CDF."""
-    rows = value_checks().check_draws(rows)
+    rows = value_checks().check_sample_rows(rows)
     z = widened(rows.logits)
     if rows.softcap:
         z = rows.softcap * torch.tanh(z / rows.softcap)

@@ -151,7 +151,7 @@ def matrix_arguments(x: Tensor, factor: float, upstream: Tensor) -> tuple[Any, .
     return batch, factor, upstream.data_ptr(), x.data_ptr(), 0, v
 
 
-def make_draws(rows: SampleRows) -> tuple[Tensor, Tensor]:
+def make_sample_outputs(rows: SampleRows) -> tuple[Tensor, Tensor]:
     """Return empty tokens (N,) and log_prob (N,)."""
     tokens = rows.logits.new_empty(rows.logits.shape[0], dtype=torch.int64)
     return tokens, torch.empty_like(tokens, dtype=torch.float64)

@@ -23,7 +23,7 @@ from ..objectives import OBJECTIVES, Objective, Terms
 from .batch import IGNORE, Batch, Recorded, SampleRows
 
 
-def check_draws(draws: SampleRows) -> SampleRows:
+def check_sample_rows(draws: SampleRows) -> SampleRows:
     """Check rows to sample from, and return them.
 
     Raises:

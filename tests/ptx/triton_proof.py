@@ -181,7 +181,7 @@ def test_draws(v: int, dtype: torch.dtype, rows: dict[str, float]) -> None:
     mine, log_prob = dmfast.sample_tokens(z, seed=2**64 - 5, row_ids=ids, step=2**33, **rows)
     tokens, truth = eager.sample_tokens(z, seed=2**64 - 5, row_ids=ids, step=2**33, **rows)
     assert torch.equal(mine, tokens) and (log_prob - truth).abs().max() < 1e-6
-    draws = checks.make_draws(z[:1].expand(3, v), 0, None, 0, rows.get("temperature", 1.0), rows.get("softcap"))
+    draws = checks.make_sample_rows(z[:1].expand(3, v), 0, None, 0, rows.get("temperature", 1.0), rows.get("softcap"))
     x, cap = z[0].double(), rows.get("softcap")
     p = ((x if cap is None else cap * torch.tanh(x / cap)) / rows.get("temperature", 1.0)).softmax(0)
     likely = int(p.argmax())
