@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .objectives import KINDS, Objective
-from .prompts import PromptEncoder
+from .prompts import PromptEncoder, token_ids
 from .samples import Prompt, Samples
 
 
@@ -27,7 +26,7 @@ def samples_of(
     rows: Sequence[Mapping[str, Any]] | None,
     device: torch.device,
 ) -> Samples:
-    """Return ``LanguageModel.samples_of``, whose arguments these are.
+    """Return what ``LanguageModel.samples_of`` does, with its arguments.
 
     Raises:
         TypeError, ValueError: as it does.
@@ -48,9 +47,14 @@ def samples_of(
             "log_prob pass completions as lists of token ids"
         )
     ends = set(eos_token_ids)
-    end = eos_token_ids[0] if eos_token_id is None else operator.index(eos_token_id)
-    if end not in ends:
-        raise ValueError(f"eos_token_id must be a token that ends a sequence, one of {sorted(ends)}, got {end}")
+    given_end = (
+        [eos_token_ids[0]] if eos_token_id is None else token_ids(eos_token_id, "eos_token_id must be a token id")
+    )
+    if len(given_end) != 1 or given_end[0] not in ends:
+        raise ValueError(
+            f"eos_token_id must be a token that ends a sequence, one of {sorted(ends)}, got {eos_token_id!r}"
+        )
+    end = given_end[0]
     tails = [
         _ended(encoder.completion(completion, f"completion {i}"), i, ends, end if appends else None)
         for i, (completion, appends) in enumerate(zip(completions, _flags(append_eos, n), strict=True))

@@ -70,8 +70,8 @@ class LanguageModel:
 
     Args:
         model: decoder-only, with the forward of transformers; PEFT models too. Device and dtype stay as they are.
-        tokenizer: its ``bos_token_id`` (or else EOS) is the empty prompt. Of a multimodal processor its tokenizer is
-            taken, since dmfast supports text only.
+        tokenizer: its ``bos_token_id`` (or else EOS) is the empty prompt. A multimodal processor may stand here; only
+            its tokenizer is used, since dmfast supports text only.
         eos_token_id: the token ids that end a sequence. Default: the tokenizer's, and those of the model's
             ``generation_config``, by which transformers' generate ends.
         chat_template_kwargs: what the chat template gets besides the messages of a prompt, such as
@@ -82,9 +82,9 @@ class LanguageModel:
         version: what ``Samples.version`` of its draws holds; an ``OfflineProposal`` whose q it is assigns it.
 
     Raises:
-        TypeError: an eos_token_id that is no integers, chat_template_kwargs that is no mapping.
+        TypeError: an eos_token_id that is not one integer or several, chat_template_kwargs that is no mapping.
         ValueError: an encoder-decoder model, a prompt-learning adapter, no EOS token, or an EOS or padding token that
-            the model does not have; chat_template_kwargs that say what dmfast says itself.
+            the model does not have; chat_template_kwargs with what dmfast sets itself.
     """
 
     def __init__(
@@ -302,7 +302,7 @@ class LanguageModel:
             ``Samples``, N sequences. ``context_id`` counts different prompts in the order in which they come.
 
         Raises:
-            TypeError: arguments that are of another kind.
+            TypeError: an argument of another kind.
             ValueError: prompts, completions and ``log_prob`` that do not pair up, tokens after an EOS, a completion
                 without tokens, log_prob of strings, or that is not finite or above 0; prompt and completion are beyond
                 the model's context; as ``sample`` of a prompt.
@@ -337,7 +337,7 @@ class LanguageModel:
         Args:
             prompts: strings, lists of token ids (a (P, L) tensor of them too), or lists of chat messages, which go
                 through the tokenizer's chat template: where the last message is the assistant's it is continued. None:
-                the one empty prompt. Of a string an EOS is left out that the tokenizer appends, and a second BOS.
+                the one empty prompt. An EOS that the tokenizer appends to a string is left out, and so is a second BOS.
             n: sequences per prompt; those of a prompt lie together.
             max_new_tokens: where a sequence without EOS ends.
             temperature: positive.
@@ -350,7 +350,7 @@ class LanguageModel:
             ``Samples`` with log q, N = n * number of prompts.
 
         Raises:
-            TypeError: prompts that are none, such as a tokenizer's output with padding.
+            TypeError: prompts of another kind, such as a tokenizer's padded output.
             ValueError: n, max_new_tokens, temperature or batch_size not positive, no prompt, a prompt that leaves no
                 room in the model's context, token ids with padding, an image in a message, an error of the chat
                 template, a tokenizer that does not fit the model, logits of the model that are no distribution (NaN,

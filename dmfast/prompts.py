@@ -16,7 +16,7 @@ from .samples import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# what the chat template is called with here, and nobody else may say
+# arguments of apply_chat_template that are set here
 _OWN = (
     "tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask", "add_generation_prompt",
     "continue_final_message", "padding", "truncation", "max_length",
@@ -40,7 +40,7 @@ class PromptEncoder:
 
     Raises:
         TypeError: chat_template_kwargs is no mapping.
-        ValueError: it says what dmfast says itself; padding or EOS is a token that the model does not have.
+        ValueError: it has what dmfast sets itself; padding or EOS is a token that the model does not have.
     """
 
     def __init__(
@@ -273,11 +273,11 @@ def token_ids(given: Any, expected: str, *, several: bool = False) -> list[int]:
 
     Args:
         given: an integer or several, of Python, NumPy or torch.
-        expected: what the error says, up to what came instead.
+        expected: how the error begins; it ends with what came instead.
         several: whether one integer alone is refused.
 
     Raises:
-        TypeError: they are no integers.
+        TypeError: they are not integers.
     """
     values = given.tolist() if hasattr(given, "tolist") else given
     one = isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable)
@@ -298,7 +298,7 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, vocab_size:
     latter, since they are never drawn: a config that was not made for the tokenizer may have one.
 
     Raises:
-        TypeError: what is given is no integers.
+        TypeError: what is given is not one integer or several.
         ValueError: there is none.
     """
     if given is not None:
@@ -327,7 +327,7 @@ def text_part(given: Any, chat_template_kwargs: Mapping[str, Any] | None) -> tup
     """
     kwargs: Mapping[str, Any] = {} if chat_template_kwargs is None else chat_template_kwargs
     inner = getattr(given, "tokenizer", None)
-    if not hasattr(inner, "eos_token_id"):  # what some tokenizers of their own hold under that name is none
+    if not hasattr(inner, "eos_token_id"):  # some tokenizers hold one of another library under this name
         return given, kwargs
     template = getattr(given, "chat_template", None)
     if isinstance(template, Mapping):

@@ -227,6 +227,7 @@ def test_fit_steps_and_rejection_refuse():
         (["w1"], [[1]], {"append_eos": 1}, TypeError, "append_eos must be True, False or one"),
         (["w1"], [[1]], {"append_eos": [True, True]}, TypeError, "each of 1 completions"),
         (["w1"], [[1]], {"eos_token_id": 3}, ValueError, r"one of \[5\], got 3"),
+        (["w1"], [[1]], {"eos_token_id": "<e>"}, TypeError, "eos_token_id must be a token id, got '<e>'"),
         (["w1"], [[1]], {"temperature": 0.0}, ValueError, "temperature must be positive"),
         (["w1"], [[1]], {"log_prob": [-1.0, -1.0]}, ValueError, "for each of 1 completions.*got the shape"),
         (["w1"], [[1]], {"log_prob": torch.tensor([[-1.0]])}, ValueError, "for each of 1 completions"),

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..models import LanguageModel
 
-# what rows hold beside the prompt where a model is to see or hear something
+# columns that a multimodal model would read beside the prompt
 _NOT_TEXT = (
     "image", "images", "video", "videos", "audio", "audios", "pixel_values", "pixel_values_videos", "input_features",
 )  # fmt: skip
