@@ -66,7 +66,7 @@ def test_on_policy_resumes_too(tmp_path):
     assert digest(offline.model) == before
 
 
-@pytest.mark.parametrize("stop", [3, 4], ids=["within an epoch", "between epochs"])
+@pytest.mark.parametrize("stop", [3, 4, 5], ids=["within an epoch", "between epochs", "within a later epoch"])
 def test_random_scorers_go_on_where_they_stopped(tmp_path, stop):
     """Of everything random only a user's function draws from torch's own state."""
     settings = {
