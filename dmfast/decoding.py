@@ -140,6 +140,7 @@ class _Steps:
         self.first = True
         self.cached = bool(given.get("use_cache", True))
         self.can_drop: bool | None = None  # not asked yet
+        self.found = {id(value) for _, _, value in _held(inner)}
         self.prepare = getattr(inner, "prepare_inputs_for_generation", None)
         self.parameters = inspect.signature(inner.forward).parameters
         if self.prepare is not None:
@@ -200,7 +201,18 @@ class _Steps:
         if self.can_drop:
             places = alive.nonzero()[:, 0]
             self.given = {name: _dropped(name, value, places) for name, value in self.given.items()}
+            for module, name, value in list(_held(self.inner)):
+                if id(value) not in self.found and value.shape[0] == len(alive):
+                    setattr(module, name, value.index_select(0, places.to(value.device)))
         return self.can_drop
+
+
+def _held(inner: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Yield what modules hold besides parameters and buffers: a few keep the state of a row there, from step to step."""
+    for module in inner.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.dim() > 1:
+                yield module, name, value
 
 
 def _axis(name: str, value: Tensor) -> int:
