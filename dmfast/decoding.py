@@ -153,18 +153,26 @@ class _Steps:
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return the (R, V) logits of what follows these (R, t) tokens."""
-        if self.prepare is None:
-            out = self.model(**self._plain(tokens))
-        else:
-            new = {"next_sequence_length": 1 if self.cached and not self.first else None} if self.by_length else {}
-            inputs = self.prepare(tokens, is_first_iteration=self.first, **new, **self.given)
-            out = self.model(**inputs, return_dict=True)
+        try:
+            out = self.model(**self._inputs(tokens))
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise RuntimeError(
+                f"{type(self.inner).__name__} can't be sampled: its forward of {tokens.shape[1]} tokens fails with {error!r}"
+            ) from error
         if self.first and not self._goes_on_from(out):
             self.cached = self.given["use_cache"] = False
             self.given = {name: value for name, value in self.given.items() if name not in _STATES}
         self.first = False
         self._go_on(out)
         return cast(Tensor, out.logits[:, -1])
+
+    def _inputs(self, tokens: Tensor) -> dict[str, Any]:
+        if self.prepare is None:
+            return self._plain(tokens)
+        new = {"next_sequence_length": 1 if self.cached and not self.first else None} if self.by_length else {}
+        return {**self.prepare(tokens, is_first_iteration=self.first, **new, **self.given), "return_dict": True}
 
     def _goes_on_from(self, out: Any) -> bool:
         """Return whether a forward has returned a state, or has filled the cache that it was given."""

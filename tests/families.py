@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -25,7 +25,7 @@ from dmfast import LanguageModel
 
 VOCAB, PAD, BOS, ENDS = 48, 0, 1, [2, 11, 12, 13, 20, 21]
 PROMPTS = [[5, 6, 7, 8, 9, 10, 14], [15], [16, 17, 18]]
-NEW_TOKENS, TOLERANCE = 10, 1e-4
+NEW_TOKENS, TOLERANCE, LARGEST = 10, 1e-4, 30_000_000
 
 #: The sizes of a small model, by the names that configurations have for them.
 SIZES: dict[str, Any] = {
@@ -86,6 +86,7 @@ SIZES: dict[str, Any] = {
     "index_topk": 64,
 }  # fmt: skip
 
+MROPE = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}}
 #: What can't be told from names.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -96,6 +97,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cpmant": {"prompt_length": 4},
     "dbrx": {"rope_parameters": None, "attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3, "layer_types": None},
+    "glm4v": MROPE,
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
     "doge": {"keep_window_size": 64},  # beyond it each position keeps the best keys of the whole sequence, later ones too
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
@@ -107,8 +109,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "minicpm3": {"scale_emb": 1, "dim_model_base": 32},
     "recurrent_gemma": {"num_hidden_layers": 3},
+    "qwen2_5_vl": MROPE,
+    "qwen2_vl": {**MROPE, "vision_config": {"embed_dim": 32}},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "attn_layers": ["local", "lsh"],
                  "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 4},
+    "qwen4_exp": {"text_config": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8,
+                                  "indexer_budget": 64, "indexer_compress_ratio": 2}},
     "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64,
                        "indexer_compress_ratio": 2},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
@@ -132,6 +138,11 @@ class Verdict(NamedTuple):
 def families() -> list[str]:
     """Return the names of all causal architectures of transformers' auto-mapping."""
     return list(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def multimodal() -> list[str]:
+    """Return the names of the architectures that take images with text and are in no causal mapping."""
+    return [name for name in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if name not in families()]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -167,6 +178,8 @@ def _shrunk(kind: type[PretrainedConfig], overrides: Mapping[str, Any]) -> Pretr
             given[field] = SIZES[field]
         elif field in SIZES and value is None and field in ("num_key_value_heads", "head_dim"):
             given[field] = SIZES[field]
+        elif ("drop" in field or "jitter" in field) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            given[field] = 0.1  # what must be off
         elif field.endswith(("token_id", "token_index")) and field not in ("decoder_start_token_id",):
             special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": ENDS[0]}
             if field in special:
@@ -221,12 +234,18 @@ def _small_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
 def build(name: str, config: PretrainedConfig | None = None) -> torch.nn.Module:
     """Return a random model of the family in training mode, spread so that each token and position matters."""
     config = small_config(name) if config is None else config
-    for each in _parts(config):
-        if hasattr(each, "is_decoder"):
-            each.is_decoder = True
-    config.is_encoder_decoder = False
+    auto = AutoModelForImageTextToText if name in multimodal() else AutoModelForCausalLM
+    if auto is AutoModelForCausalLM:
+        for each in _parts(config):
+            if hasattr(each, "is_decoder"):
+                each.is_decoder = True
+        config.is_encoder_decoder = False
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in auto.from_config(copy.deepcopy(config)).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size / 1e6:.0f} million parameters although all sizes with a usual name are small")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = auto.from_config(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

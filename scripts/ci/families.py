@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -45,6 +46,15 @@ first samples and refuses with the reason where they differ (`check_scores`).
 | family | | |
 |---|---|---|
 {rows}
+
+## Images with text
+
+Of the architectures of transformers' mapping for images with text that are not above, trained on text alone; images in
+prompts are refused.
+
+| family | | |
+|---|---|---|
+{images}
 """
 NAMES = {"not built": "not tried"}
 
@@ -56,7 +66,8 @@ def row(name: str, found: families.Verdict) -> str:
 
 def brief(text: str) -> str:
     """Return a reason in the width of a table: without the figures of a refusal."""
-    text = text.split("Nats of")[0].replace("|", "/").replace("<", "&lt;").strip()
+    text = re.split(r", so that log q|Nats of", text)[0].removeprefix("RuntimeError: ").removeprefix("ValueError: ")
+    text = text.replace("|", "/").replace("<", "&lt;").strip()
     return text if len(text) <= 240 else text[:237] + "..."
 
 
@@ -64,8 +75,12 @@ def page(found: dict[str, families.Verdict]) -> str:
     kinds = [verdict.kind for verdict in found.values()]
     order = sorted(set(kinds), key=("holds", "refused", "not built", "wrong", "crashes").index)
     totals = "\n".join(f"| {NAMES.get(kind, kind)} | {kinds.count(kind)} |" for kind in order)
-    rows = "\n".join(row(name, verdict) for name, verdict in sorted(found.items()))
-    return TEXT.format(version=transformers.__version__, totals=totals, rows=rows)
+    with_images = set(families.multimodal())
+    rows = [row(name, verdict) for name, verdict in sorted(found.items()) if name not in with_images]
+    images = [row(name, verdict) for name, verdict in sorted(found.items()) if name in with_images]
+    return TEXT.format(
+        version=transformers.__version__, totals=totals, rows="\n".join(rows), images="\n".join(images)
+    )  # fmt: skip
 
 
 def main() -> int:
@@ -73,7 +88,7 @@ def main() -> int:
     names = [name for name in sys.argv[1:] if not name.startswith("-")]
     found: dict[str, families.Verdict] = {}
     start = time.perf_counter()
-    for name in names or families.families():
+    for name in names or families.families() + families.multimodal():
         found[name] = verdict = families.verdict(name)
         if names or verdict.kind in FAILURES:
             print(f"{name}: {verdict.kind}. {verdict.text} {verdict.notes}", flush=True)
