@@ -135,12 +135,14 @@ class _Steps:
         cached: whether a forward takes the newest token alone.
     """
 
-    def __init__(self, model: nn.Module, inner: Any, given: dict[str, Any], prompt_len: int, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, inner: Any, given: dict[str, Any], prompt_len: int, device: torch.device
+    ) -> None:
         self.model, self.inner, self.given = model, inner, given
         self.first = True
         self.cached = bool(given.get("use_cache", True))
         self.can_drop: bool | None = None  # not asked yet
-        self.found = {id(value) for _, _, value in _held(inner)}
+        self.found = {(id(module), name): (value, value._version) for module, name, value in _held(inner)}
         self.prepare = getattr(inner, "prepare_inputs_for_generation", None)
         self.parameters = inspect.signature(inner.forward).parameters
         if self.prepare is not None:
@@ -158,8 +160,9 @@ class _Steps:
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            kind, length = type(self.inner).__name__, tokens.shape[1]
             raise RuntimeError(
-                f"{type(self.inner).__name__} can't be sampled: its forward of {tokens.shape[1]} tokens fails with {error!r}"
+                f"{kind} can't be sampled: its forward of {length} tokens fails with {error!r}"
             ) from error
         if self.first and not self._goes_on_from(out):
             self.cached = self.given["use_cache"] = False
@@ -210,13 +213,15 @@ class _Steps:
             places = alive.nonzero()[:, 0]
             self.given = {name: _dropped(name, value, places) for name, value in self.given.items()}
             for module, name, value in list(_held(self.inner)):
-                if id(value) not in self.found and value.shape[0] == len(alive):
+                before, version = self.found.get((id(module), name), (None, 0))
+                written = value is not before or value._version != version
+                if written and value.shape[0] == len(alive):
                     setattr(module, name, value.index_select(0, places.to(value.device)))
         return self.can_drop
 
 
 def _held(inner: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Yield what modules hold besides parameters and buffers: a few keep the state of a row there, from step to step."""
+    """Yield what modules hold besides parameters and buffers: a few keep the states of rows there."""
     for module in inner.modules():
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and value.dim() > 1:

@@ -12,6 +12,7 @@ from torch import nn
 
 # PhiMoE's router_jitter_noise is left: it is a threshold of the router in evaluation too
 _JITTER = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 _IN_CONFIG = re.compile(r"\bconfig\.(\w*(?:drop|jitter)\w*)")
 
 
@@ -67,7 +68,7 @@ def context_length(model: nn.Module) -> int | None:
     that share its batch, have other probabilities in one forward than step by step.
     """
     config = text_config(model)
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions", "max_seq_len")]
+    limits: list[Any] = [getattr(config, name, None) for name in _LENGTHS]
     limits = [limit - first_position(model) if isinstance(limit, int) else None for limit in limits]
     limits += [_switches_at(config)]
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]

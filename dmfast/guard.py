@@ -75,9 +75,9 @@ class Guard:
                 kind = type(without_adapters(lm._module())).__name__
                 raise RuntimeError(f"{kind} can't be used: a forward of {length} tokens fails: {error}") from error
             unit = rounding()
-            if self._named and "position_ids" not in self._required:
-                if _differ(self._whole(lm, ids, torch.ones_like(ids)), expected, unit):
-                    self.first_position = None
+            optional = self._named and "position_ids" not in self._required
+            if optional and _differ(self._whole(lm, ids, torch.ones_like(ids)), expected, unit):
+                self.first_position = None
             pads = torch.full((1, _PADS), lm.pad_token_id, device=ids.device)
             both = torch.cat([torch.cat([pads, ids[:, :-1]], 1), torch.cat([pads[:, 1:], ids], 1)])
             seen = torch.ones_like(both)
@@ -132,7 +132,8 @@ class Guard:
         scored = drawn.score_mask.sum(1)  # the longest of them show the most, and another of one length beside it
         first = int((scored * ends[0]).argmax())
         scored[first] = 0
-        x = drawn[sorted({first, int(((scored + 1) * ends[1]).argmax())})]
+        picked = sorted({first, int(((scored + 1) * ends[1]).argmax())})
+        x = drawn[picked if self.padded else [*picked, *picked]]  # two of a length, so that a batch has several rows
         with _undisturbed(lm, training=True), _rounding_of(lm) as rounding:
             try:
                 together = lm._score(x.trimmed())[0]

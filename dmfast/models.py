@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
@@ -340,7 +340,7 @@ class LanguageModel:
             batches = torch.split(torch.arange(len(context_id), device=self.device), batch_size or len(context_id))
             if not self._guard.padded:
                 lengths = prompt_mask.sum(1)[context_id]
-                batches = tuple(ids[lengths[ids] == length] for ids in batches for length in lengths[ids].unique())
+                batches = tuple(ids[lengths[ids] == length] for ids in batches for length in set(lengths[ids].tolist()))
             parts = []
             for ids in batches:
                 width = prompt.shape[1] if self._guard.padded else int(prompt_mask[context_id[ids[0]]].sum())
@@ -406,7 +406,8 @@ class LanguageModel:
         labels = self._labels(samples)
         parts = self._laid_out(samples)
         if parts is not None:
-            return _joined([(places, self._forward(part).logits[:, -labels.shape[1] :]) for places, part in parts]), labels
+            kept = slice(-labels.shape[1], None)
+            return _joined([(places, self._forward(part).logits[:, kept]) for places, part in parts]), labels
         logits = self._forward(samples).logits
         ahead = logits.shape[1] - labels.shape[1]
         return logits, nn.functional.pad(labels, (ahead, 0), value=IGNORE) if ahead else labels

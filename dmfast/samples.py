@@ -156,7 +156,7 @@ class Samples:
         """Return the samples in parts whose prompts have one length and no padding, with their places, (M,) int64."""
         lengths = self.attention_mask[:, : self.prompt_len].sum(1)
         parts = []
-        for length in lengths.unique().tolist():
+        for length in sorted(set(lengths.tolist())):
             places = (lengths == length).nonzero()[:, 0]
             first = self.prompt_len - length
             part = self[places]

@@ -1,8 +1,8 @@
-"""Small random models of every causal architecture that transformers' auto-mapping lists, and what dmfast makes of each.
+"""Small random models of every causal architecture that transformers' mapping lists, and what dmfast makes of each.
 
 A configuration is the class's default with every size shrunk by its name (``SIZES``); ``OVERRIDES`` has what can't be
-told from names. ``verdict`` samples, scores and differentiates, and compares each with plain transformers: every sequence
-alone, unpadded, without a cache and with the model's own positions.
+told from names. ``verdict`` samples, scores and differentiates, and compares each with plain transformers: every
+sequence alone, unpadded, without a cache and with the model's own positions.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ SIZES: dict[str, Any] = {
         4),
     **dict.fromkeys(
         ["num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads", "linear_num_key_heads",
-         "linear_num_value_heads", "linear_num_heads", "mamba_n_groups", "n_groups", "mamba_ngroups", "num_query_groups",
-         "num_global_key_value_heads", "o_groups"],
+         "linear_num_value_heads", "linear_num_heads", "mamba_n_groups", "n_groups", "mamba_ngroups",
+         "num_query_groups", "num_global_key_value_heads", "o_groups"],
         2),
     **dict.fromkeys(
         ["head_dim", "kv_channels", "dim_head", "d_head", "attention_head_size", "qk_rope_head_dim", "qk_nope_head_dim",
@@ -64,22 +64,22 @@ SIZES: dict[str, Any] = {
         ["num_experts_per_tok", "moe_topk", "moe_top_k", "num_experts_per_token", "moe_k", "top_k_experts"],
         2),
     **dict.fromkeys(["topk_group", "n_group", "num_expert_group", "n_shared_experts", "num_shared_experts"], 1),
-    **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "o_lora_rank", "adapter_rank", "qk_head_dim", "gated_norm_rank"], 16),
+    **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "o_lora_rank", "adapter_rank", "qk_head_dim"], 16), "gated_norm_rank": 16,
     **dict.fromkeys(
         ["vocab_size", "decoder_vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input", "audio_vocab_size",
          "pronunciation_vocab_size", "shape_vocab_size"],
         VOCAB),
     **dict.fromkeys(
-        ["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions", "max_source_positions",
-         "context_length", "model_max_length"],
+        ["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions",
+         "max_source_positions", "context_length", "model_max_length"],
         64),
     **dict.fromkeys(
         ["sliding_window", "attention_window_size", "sliding_window_size", "local_attention", "keep_window_size",
          "attention_chunk_size", "chunk_size", "mamba_chunk_size", "window_size", "block_size"],
         4),
     "hidden_size_per_layer_input": 8, "laurel_rank": 4, "d_rel": 8, "rel_extent": 8, "moe_num_shared_experts": 1,
-    "rotary_dim": 4, "mamba_d_head": 8, "mamba_n_heads": 8, "mamba_num_heads": 8, "mamba_headdim": 8, "time_step_rank": 4,
-    "mamba_dt_rank": 4, "num_buckets": 8, "position_bias_num_buckets": 8, "hc_lowrank": 8, "router_hidden_size": 16,
+    "rotary_dim": 4, "mamba_d_head": 8, "mamba_n_heads": 8, "mamba_num_heads": 8, "mamba_headdim": 8,
+    "time_step_rank": 4, "mamba_dt_rank": 4, "num_buckets": 8, "position_bias_num_buckets": 8, "hc_lowrank": 8, "router_hidden_size": 16,
     "initializer_range": 0.2, "init_std": 0.2, "floor_scale": 8, "pretraining_tp": 1, "num_nextn_predict_layers": 0,
     "first_k_dense_replace": 1, "query_pre_attn_scalar": 8, "num_kv_shared_layers": 0, "num_dense_layers": 1,
     # a choice among more keys than that has ties, which two forwards of other shapes break in two ways
@@ -96,10 +96,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "cpmant": {"prompt_length": 4},
     "dbrx": {"rope_parameters": None, "attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
-    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3, "layer_types": None},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3,
+             "layer_types": None},
     "glm4v": MROPE,
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
-    "doge": {"keep_window_size": 64},  # beyond it each position keeps the best keys of the whole sequence, later ones too
+    "doge": {"keep_window_size": 64},  # beyond it a position keeps the best keys of all, later ones too
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots3_note_text": {"per_layer_config": {"2": {"head_dim": 16}}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4,
@@ -122,8 +123,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
               "attention_head_dim": 16, "attention_hidden_size": 64, "n_mamba_heads": 2},
-    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_mem_blocks": 1,
-               "n_mamba_heads": 8, "mamba_headdim": 8, "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+               "num_mem_blocks": 1, "n_mamba_heads": 8, "mamba_headdim": 8, "attention_hidden_size": 64, "attention_head_dim": 16},
 }  # fmt: skip
 
 
@@ -174,10 +175,9 @@ def _shrunk(kind: type[PretrainedConfig], overrides: Mapping[str, Any]) -> Pretr
                 sub = CONFIG_MAPPING[value["model_type"]] if isinstance(value, dict) else None
             if sub is not None:
                 given[field] = _shrunk(sub, overrides.get(field, {})).to_dict()
-        elif field in SIZES and value is not None and not isinstance(value, (list, dict)):
-            given[field] = SIZES[field]
-        elif field in SIZES and value is None and field in ("num_key_value_heads", "head_dim"):
-            given[field] = SIZES[field]
+        elif field in SIZES and not isinstance(value, (list, dict)):
+            if value is not None or field in ("num_key_value_heads", "head_dim"):
+                given[field] = SIZES[field]
         elif ("drop" in field or "jitter" in field) and isinstance(value, (int, float)) and not isinstance(value, bool):
             given[field] = 0.1  # what must be off
         elif field.endswith(("token_id", "token_index")) and field not in ("decoder_start_token_id",):

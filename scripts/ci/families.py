@@ -1,8 +1,8 @@
 """Try every causal architecture of transformers (tests/families.py) and write docs/models.md.
 
-    families.py            tries all and writes the page
-    families.py --check    tries all; fails where one is wrong or crashes, or where the page says otherwise
-    families.py NAME ...   tries these and prints what was found
+families.py            tries all and writes the page
+families.py --check    tries all; fails where one is wrong or crashes, or where the page says otherwise
+families.py NAME ...   tries these and prints what was found
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ TEXT = """\
 # Models
 
 dmfast trains the causal language models of transformers: what is drawn from a model is what is scored. This page is
-written by `make families`, which builds a small random model of every architecture that transformers {version} lists for
-causal language modelling, with prompts of several lengths and rows that end early. log q of each drawn sequence, and
+written by `make families`, which builds a small random model of every architecture that transformers {version} lists
+for causal language modelling, with prompts of several lengths and rows that end early. log q of each drawn sequence, and
 its log-probability scored together and alone, in training mode and in evaluation mode, agree within 1e-4 nats in fp32
 with plain transformers: each sequence by itself, unpadded, without a cache. So does the gradient of the loss.
 
