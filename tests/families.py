@@ -64,7 +64,8 @@ SIZES: dict[str, Any] = {
         ["num_experts_per_tok", "moe_topk", "moe_top_k", "num_experts_per_token", "moe_k", "top_k_experts"],
         2),
     **dict.fromkeys(["topk_group", "n_group", "num_expert_group", "n_shared_experts", "num_shared_experts"], 1),
-    **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "o_lora_rank", "adapter_rank", "qk_head_dim"], 16), "gated_norm_rank": 16,
+    **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "o_lora_rank", "adapter_rank", "qk_head_dim"], 16),
+    "gated_norm_rank": 16,
     **dict.fromkeys(
         ["vocab_size", "decoder_vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input", "audio_vocab_size",
          "pronunciation_vocab_size", "shape_vocab_size"],
@@ -79,7 +80,8 @@ SIZES: dict[str, Any] = {
         4),
     "hidden_size_per_layer_input": 8, "laurel_rank": 4, "d_rel": 8, "rel_extent": 8, "moe_num_shared_experts": 1,
     "rotary_dim": 4, "mamba_d_head": 8, "mamba_n_heads": 8, "mamba_num_heads": 8, "mamba_headdim": 8,
-    "time_step_rank": 4, "mamba_dt_rank": 4, "num_buckets": 8, "position_bias_num_buckets": 8, "hc_lowrank": 8, "router_hidden_size": 16,
+    "time_step_rank": 4, "mamba_dt_rank": 4, "num_buckets": 8, "position_bias_num_buckets": 8,
+    "hc_lowrank": 8, "router_hidden_size": 16,
     "initializer_range": 0.2, "init_std": 0.2, "floor_scale": 8, "pretraining_tp": 1, "num_nextn_predict_layers": 0,
     "first_k_dense_replace": 1, "query_pre_attn_scalar": 8, "num_kv_shared_layers": 0, "num_dense_layers": 1,
     # a choice among more keys than that has ties, which two forwards of other shapes break in two ways
@@ -124,7 +126,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
               "attention_head_dim": 16, "attention_hidden_size": 64, "n_mamba_heads": 2},
     "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
-               "num_mem_blocks": 1, "n_mamba_heads": 8, "mamba_headdim": 8, "attention_hidden_size": 64, "attention_head_dim": 16},
+               "num_mem_blocks": 1, "n_mamba_heads": 8, "mamba_headdim": 8, "attention_hidden_size": 64,
+               "attention_head_dim": 16},
 }  # fmt: skip
 
 

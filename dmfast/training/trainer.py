@@ -120,7 +120,9 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         check_target(target, model, settings, reward)
         model = with_adapter(model, peft_config, args.seed)
         tokenizer = with_pad_token(target.base.tokenizer if processing_class is None else processing_class)
-        self.policy = LanguageModel(model, tokenizer, eos_token_id=target.base.eos_token_ids)
+        self.policy = LanguageModel(
+            model, tokenizer, eos_token_id=target.base.eos_token_ids, check_scores=args.check_scores
+        )  # fmt: skip
         check_fit(self.policy, target, args, len(self._rows), settings.built_in, has_prompts=self._has_prompts)
         sets = list(self._eval_rows.values()) if isinstance(self._eval_rows, dict) else [self._eval_rows]
         for rows in {id(each): each for each in (self._rows, *sets)}.values():

@@ -25,8 +25,8 @@ TEXT = """\
 # Models
 
 dmfast trains the causal language models of transformers: what is drawn from a model is what is scored. This page is
-written by `make families`, which builds a small random model of every architecture that transformers {version} lists
-for causal language modelling, with prompts of several lengths and rows that end early. log q of each drawn sequence, and
+written by `scripts/ci/families.py`, which builds a small random model of every architecture that transformers {version} lists
+for causal language modelling, with prompts of several lengths and rows that end early. log q of each drawn sequence and
 its log-probability scored together and alone, in training mode and in evaluation mode, agree within 1e-4 nats in fp32
 with plain transformers: each sequence by itself, unpadded, without a cache. So does the gradient of the loss.
 
