@@ -11,8 +11,9 @@ import copy
 import inspect
 import math
 import os
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 from . import adapters
 from .completions import check_unknown_proposal, samples_of
+from .decoding import decode, positions_of
+from .families import context_length, disable_dropout, execution_device, text_inputs, without_adapters
 from .functional import (
     dm_loss,
     linear_dm_loss,
@@ -30,6 +33,7 @@ from .functional import (
     sequence_log_prob,
     shift_labels,
 )
+from .guard import Guard
 from .head import HeadProbe, HiddenAndHead, unwrapped
 from .kernels.batch import IGNORE
 from .kernels.result import DMLossOutput
@@ -46,25 +50,11 @@ Source: TypeAlias = "LanguageModel | nn.Module | str | os.PathLike[str]"
 _WHERE_FROM = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "force_download", "subfolder")
 
 
-def disable_dropout(model: nn.Module) -> int:
-    """Set every dropout probability of the model to 0, LoRA's too, and return how many were not.
-
-    Not by eval(): training mode stays what it is, gradient checkpointing needs it.
-    """
-    changed = 0
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            is_probability = name == "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "drop" in name
-            if is_probability and isinstance(value, float) and value > 0:
-                setattr(module, name, 0.0)
-                changed += 1
-    return changed
-
-
 class LanguageModel:
     """A transformers causal language model as a distribution over token sequences.
 
-    Sets all dropout of ``model`` to 0, since a sampled sequence and its score must come from one distribution.
+    Sets all dropout and router jitter of ``model`` to 0, since a sampled sequence and its score must come from one
+    distribution. ``docs/models.md`` lists the architectures for which that was tried.
 
     It is a ``Sampler``.
 
@@ -76,6 +66,10 @@ class LanguageModel:
             ``generation_config``, by which transformers' generate ends.
         chat_template_kwargs: what the chat template gets besides the messages of a prompt, such as
             ``{"enable_thinking": False}``, ``tools``, or another ``chat_template``.
+        check_scores: ask the model itself, in a few small forwards once, whether it can take prompts of several lengths
+            left-padded, and whether two of its first sequences score as they were drawn: alone and together, in
+            training mode and with the cache. False takes that for granted, save that a model whose forward has no
+            ``position_ids`` gets prompts of one length at a time.
 
     Attributes:
         eos_token_ids: what ends a sequence.
@@ -91,6 +85,7 @@ class LanguageModel:
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *,
         eos_token_id: int | Sequence[int] | Tensor | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        check_scores: bool = True,
     ) -> None:  # fmt: skip
         config: Any = model.config
         if getattr(config, "is_encoder_decoder", False):
@@ -112,19 +107,18 @@ class LanguageModel:
         self.pad_token_id = self._encoder.pad_token_id
         disable_dropout(model)
         # the forward of a PEFT model takes **kwargs and tells nothing
-        parameters = inspect.signature(_without_adapters(model).forward).parameters
-        self._keeps_logits = "logits_to_keep" in parameters
-        self._cache_name = (
-            "cache" if "cache" in parameters else "past_key_values"
-        )  # the old name, until transformers 5.40
+        self._keeps_logits = "logits_to_keep" in inspect.signature(without_adapters(model).forward).parameters
+        self._text_inputs, self._context = text_inputs(model), context_length(model)
+        self._guard = Guard(model, check_scores)
         self._head = HeadProbe()
         self.version = 0
-        self._said = False
+        self._said = False  # why all logits are formed
+        self._said_uncached = False
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(self.model.parameters()).device
+        return execution_device(self.model)
 
     @property
     def chat_template_kwargs(self) -> dict[str, Any]:
@@ -146,6 +140,7 @@ class LanguageModel:
         device: torch.device | str | None = None,
         eos_token_id: int | Sequence[int] | Tensor | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        check_scores: bool = True,
         **kwargs: Any,
     ) -> LanguageModel:
         """Load model and tokenizer by transformers' ``AutoModelForCausalLM`` and ``AutoTokenizer``.
@@ -154,7 +149,7 @@ class LanguageModel:
             name_or_path: a folder, or a name on the hub.
             dtype: of the parameters. Default: transformers', which is that of the checkpoint.
             device: where the model goes. Default: where transformers puts it.
-            eos_token_id, chat_template_kwargs: as in ``LanguageModel``.
+            eos_token_id, chat_template_kwargs, check_scores: as in ``LanguageModel``.
             kwargs: go to the model's ``from_pretrained``; those that say where from (``revision``, ``token``,
                 ``cache_dir``, ``local_files_only``, ``trust_remote_code``, ...) to the tokenizer's, too.
 
@@ -171,7 +166,7 @@ class LanguageModel:
         )
         return cls(
             model if device is None else model.to(device), tokenizer, eos_token_id=eos_token_id,
-            chat_template_kwargs=chat_template_kwargs,
+            chat_template_kwargs=chat_template_kwargs, check_scores=check_scores,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -212,7 +207,7 @@ class LanguageModel:
             raise FileNotFoundError(f"there is no folder {str(folder)!r} to load a model from")
         if _is_adapter(folder):
             return adapters.saved(folder, self._tensors().keys())
-        return adapters.tensors(_without_adapters(_module_of(self)).from_pretrained(folder, local_files_only=True))
+        return adapters.tensors(without_adapters(_module_of(self)).from_pretrained(folder, local_files_only=True))
 
     def base(self) -> LanguageModel:
         """Return the pretrained model below a PEFT model's adapter: the same module, the adapter off in each forward.
@@ -238,9 +233,9 @@ class LanguageModel:
         """
         tokens, mask = (x.to(samples.tokens.device) for x in self._encode([prompt]))
         rest = slice(samples.prompt_len, None)
-        context = getattr(self.model.config, "max_position_embeddings", None)
+        context = self._context
         width = tokens.shape[1] + samples.tokens.shape[1] - samples.prompt_len
-        if isinstance(context, int) and width > context:
+        if context is not None and width > context:
             raise ValueError(
                 f"the prompt has {tokens.shape[1]} tokens; with the continuations that is {width}, beyond the model's "
                 f"context of {context}"
@@ -261,9 +256,9 @@ class LanguageModel:
         Raises:
             TypeError, ValueError: as ``sample`` of a prompt; with its place.
         """
-        context = getattr(self.model.config, "max_position_embeddings", None)
+        context = self._context
         for i, ids in enumerate(self._encoder(prompts)):
-            if isinstance(context, int) and len(ids) + max_new_tokens > context:
+            if context is not None and len(ids) + max_new_tokens > context:
                 raise ValueError(
                     f"prompt {i} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that is beyond the "
                     f"model's context of {context}"
@@ -311,9 +306,9 @@ class LanguageModel:
             self._encoder, self.eos_token_ids, prompts, completions, append_eos=append_eos, eos_token_id=eos_token_id,
             log_prob=log_prob, temperature=temperature, rows=rows, device=self.device,
         )  # fmt: skip
-        context = getattr(self.model.config, "max_position_embeddings", None)
+        context = self._context
         longest = samples.attention_mask.sum(1)
-        if isinstance(context, int) and int(longest.max()) > context:
+        if context is not None and int(longest.max()) > context:
             raise ValueError(
                 f"prompt and completion {int(longest.argmax())} have {int(longest.max())} tokens, beyond the model's "
                 f"context of {context}"
@@ -361,8 +356,8 @@ class LanguageModel:
             if number is not None and not 0 < number < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {number!r}")
         prompt, prompt_mask = self._encode(prompts)
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        if isinstance(context, int) and prompt.shape[1] + max_new_tokens > context:
+        context = self._context
+        if context is not None and prompt.shape[1] + max_new_tokens > context:
             raise ValueError(
                 f"the longest prompt has {prompt.shape[1]} tokens; with max_new_tokens={max_new_tokens} that is beyond "
                 f"the model's context of {context}"
@@ -370,17 +365,38 @@ class LanguageModel:
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ()))
         context_id = torch.arange(prompt.shape[0], device=self.device).repeat_interleave(n)
+
+        def draw() -> Samples:
+            batches = torch.split(torch.arange(len(context_id), device=self.device), batch_size or len(context_id))
+            if not self._guard.padded:
+                lengths = prompt_mask.sum(1)[context_id]
+                batches = tuple(ids[lengths[ids] == length] for ids in batches for length in set(lengths[ids].tolist()))
+            parts = []
+            for ids in batches:
+                width = prompt.shape[1] if self._guard.padded else int(prompt_mask[context_id[ids[0]]].sum())
+                parts.append(self._sample(prompt[:, -width:], prompt_mask[:, -width:], context_id[ids], first_row + ids,
+                                          max_new_tokens, temperature, seed))  # fmt: skip
+            drawn = Samples.cat(parts)
+            return drawn if self._guard.padded else drawn[torch.cat(batches).argsort()]
+
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()  # gradient checkpointing forbids the KV cache in training mode; dropout is 0 in both
         try:
-            parts = [
-                self._sample(prompt, prompt_mask, context_id[ids], first_row + ids, max_new_tokens, temperature, seed)
-                for ids in torch.split(torch.arange(len(context_id), device=self.device), batch_size or len(context_id))
-            ]
+            self._guard.probe(self, prompt, prompt_mask)
+            samples = draw()
+            if not self._guard.check(self, samples):
+                samples = draw()
+                self._guard.check(self, samples)
         finally:
             for module in training:
                 module.training = True
-        samples = Samples.cat(parts)
+        if not self._guard.cached and not self._said_uncached:
+            self._said_uncached = True
+            warnings.warn(
+                f"dmfast runs the whole sequence in each step of sampling from {type(self._unwrapped()).__name__}, "
+                f"which takes more time: {self._guard.why_uncached}",
+                stacklevel=_outside(),
+            )
         bad = samples.log_prob.isnan()  # what the CPU raises at once, a device has put here
         if bool(bad.any()):
             raise ValueError(
@@ -390,83 +406,39 @@ class LanguageModel:
         return samples
 
     def _sample(
-        self, prompts: Tensor, prompts_mask: Tensor, context_id: Tensor, row_ids: Tensor, steps: int,
-        temperature: float, seed: int,
+        self, prompts: Tensor, mask: Tensor, context_id: Tensor, row_ids: Tensor, steps: int, temperature: float,
+        seed: int,
     ) -> Samples:  # fmt: skip
-        n, prompt_len, device = len(context_id), prompts.shape[1], prompts.device
-        tokens = torch.cat([prompts[context_id], prompts.new_full((n, steps), self.pad_token_id)], 1)
-        mask = torch.cat([prompts_mask[context_id], prompts_mask.new_zeros(n, steps)], 1)
-        log_prob = torch.zeros(n, dtype=torch.float64, device=device)
+        def draw(logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+            return sample_tokens(logits, seed=seed, row_ids=row_ids[rows], step=step, temperature=temperature)
 
-        def draw(_: nn.Module, given: Tensor, *, stopping_criteria: Callable[..., Tensor], **prepared: Any) -> Tensor:
-            # not the model that generate passes: the wrapped one's forward runs the hooks of PEFT and others
-            rows = torch.arange(n, device=device)  # those that are still in the batch, and which of them have not ended
-            alive = torch.ones(n, dtype=torch.bool, device=device)
-            keep = {"logits_to_keep": 1} if self._keeps_logits else {}
-            start, cache = 0, prepared.get(self._cache_name)
-            for end in range(prompt_len, prompt_len + steps):
-                seen = mask[rows, :end]
-                out = self.model(
-                    input_ids=tokens[rows, start:end], attention_mask=seen, position_ids=_positions(seen)[:, start:],
-                    use_cache=True, **{self._cache_name: cache}, **keep,
-                )  # fmt: skip
-                start, cache = end, getattr(out, self._cache_name)
-                drawn, drawn_log_prob = sample_tokens(
-                    out.logits[:, -1], seed=seed, row_ids=row_ids[rows], step=end - prompt_len, temperature=temperature
-                )
-                log_prob[rows] += torch.where(alive, drawn_log_prob, 0.0)
-                tokens[rows, end] = torch.where(alive, drawn, self.pad_token_id)
-                mask[rows, end] = alive.long()
-                alive = alive & ~stopping_criteria(tokens[rows, : end + 1], None)
-                n_alive = int(alive.sum())
-                if n_alive == 0:
-                    break
-                # moving the cache costs a read and a write of it, about what a step costs: not for every row that ends
-                if n_alive <= 0.75 * len(rows) and (cache is None or hasattr(cache, "batch_select_indices")):
-                    if cache is not None:
-                        cache.batch_select_indices(alive.nonzero()[:, 0])
-                    rows, alive = rows[alive], alive[alive]
-            return tokens[:, : end + 1]
-
-        tokens = self._generate(draw, tokens[:, :prompt_len], mask[:, :prompt_len], steps)
-        mask = mask[:, : tokens.shape[1]]
-        score = mask.bool()
-        score[:, :prompt_len] = False
-        return Samples(
-            tokens, mask, score, prompt_len, log_prob, context_id, temperature, self.tokenizer, self.pad_token_id,
-            torch.full_like(context_id, self.version),
+        prompt = prompts[context_id]
+        drawn = decode(
+            self.model, without_adapters(self._unwrapped()), prompt, mask[context_id], steps, draw=draw,
+            eos_token_ids=self.eos_token_ids, pad_token_id=self.pad_token_id, first_position=self._guard.first_position,
+            cached=self._guard.cached, more={name: torch.zeros_like(prompt) for name in self._text_inputs},
         )  # fmt: skip
-
-    def _generate(self, loop: Callable[..., Tensor], prompts: Tensor, mask: Tensor, steps: int) -> Tensor:
-        """Run ``loop`` within transformers' generate, which makes the KV cache and the stopping rules.
-
-        A module without generate gets the rule for EOS alone, and its forward makes its cache.
-        """
-        model = _without_adapters(self._unwrapped())
-        if not hasattr(model, "generate"):
-            eos = torch.tensor(self.eos_token_ids, device=prompts.device)
-            return loop(model, prompts, stopping_criteria=lambda ids, _: torch.isin(ids[:, -1], eos))
-        from transformers import GenerationConfig
-
-        rules = GenerationConfig(
-            max_new_tokens=steps, eos_token_id=self.eos_token_ids, pad_token_id=self.pad_token_id, do_sample=True
-        )
-        theirs = model.generation_config
-        # else what it says would fill what ours leaves open: stop_strings, max_time, cache_implementation, ...
-        model.generation_config = GenerationConfig()
-        try:
-            found = model.generate(prompts, attention_mask=mask, generation_config=rules, custom_generate=loop)
-            return cast(Tensor, found)
-        finally:
-            model.generation_config = theirs
+        self._guard.cached = drawn.cached
+        score = drawn.mask.bool()
+        score[:, : prompts.shape[1]] = False
+        return Samples(
+            drawn.tokens, drawn.mask, score, prompts.shape[1], drawn.log_prob, context_id, temperature, self.tokenizer,
+            self.pad_token_id, torch.full_like(context_id, self.version),
+        )  # fmt: skip
 
     def logits(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Return logits and the labels that they score, for ``dm_loss``: (N, K, V) and (N, K) int64, -100 = not scored.
 
-        One forward through the model, with gradient where grad mode is on. K is T, or the continuation and the
-        position before it where the model can leave out the logits of the prompt.
+        One forward through the model, with gradient where grad mode is on; one for each length of a prompt where the
+        model can't take them padded. K is T, or the continuation and the position before it where the model can leave
+        out the logits of the prompt.
         """
-        logits, labels = self._forward(samples).logits, self._labels(samples)
+        labels = self._labels(samples)
+        parts = self._laid_out(samples)
+        if parts is not None:
+            kept = slice(-labels.shape[1], None)
+            return _joined([(places, self._forward(part).logits[:, kept]) for places, part in parts]), labels
+        logits = self._forward(samples).logits
         ahead = logits.shape[1] - labels.shape[1]
         return logits, nn.functional.pad(labels, (ahead, 0), value=IGNORE) if ahead else labels
 
@@ -475,12 +447,34 @@ class LanguageModel:
         labels = shift_labels(samples.tokens, samples.score_mask, samples.prompt_len)
         return labels[:, samples.prompt_len - 1 :]
 
+    def _laid_out(self, samples: Samples) -> list[tuple[Tensor, Samples]] | None:
+        """Return the samples by the length of their prompts where the model can't take them padded. None: it can."""
+        self._probe(samples.tokens, samples.attention_mask)
+        if self._guard.padded or bool(samples.attention_mask[:, : samples.prompt_len].all()):
+            return None
+        parts = samples.by_prompt_length()
+        if len(parts) > 1 and self.model is not self._unwrapped():
+            raise ValueError(
+                f"{type(self._unwrapped()).__name__} can't take prompts of several lengths in one batch, and under DDP "
+                "all processes must run the same number of forwards: give all prompts of a microbatch one length"
+            )
+        return parts
+
+    def _probe(self, tokens: Tensor, mask: Tensor) -> None:
+        """Ask the model how it takes a batch, before its first forward."""
+        self._guard.probe(self, tokens, mask)
+
+    def _inputs(self, mask: Tensor) -> dict[str, Tensor]:
+        """Return what a whole forward takes besides its tokens."""
+        first = self._guard.first_position
+        positions = {} if first is None else {"position_ids": positions_of(mask) + first}
+        return {"attention_mask": mask, **positions, **{name: torch.zeros_like(mask) for name in self._text_inputs}}
+
     def _forward(self, samples: Samples) -> Any:
         """Run one forward, without the logits of the prompt where the model can leave them out."""
         kept = samples.tokens.shape[1] - samples.prompt_len + 1
         return self.model(
-            input_ids=samples.tokens, attention_mask=samples.attention_mask,
-            position_ids=_positions(samples.attention_mask), use_cache=False,
+            input_ids=samples.tokens, use_cache=False, **self._inputs(samples.attention_mask),
             **({"logits_to_keep": kept} if self._keeps_logits else {}),
         )  # fmt: skip
 
@@ -501,7 +495,21 @@ class LanguageModel:
 
     def _hidden(self, samples: Samples) -> HiddenAndHead | None:
         """Return ``hidden_and_head``, or None where ``HeadProbe.why_not`` says why."""
-        return self._head.read(self.model, self._labels(samples), lambda: self._forward(samples))
+        parts = self._laid_out(samples)
+        if parts is None:
+            return self._head.read(self.model, self._labels(samples), lambda: self._forward(samples))
+        found = []
+        for places, part in parts:
+            read = self._head.read(self.model, self._labels(part), lambda part=part: self._forward(part))  # type: ignore[misc]
+            if read is None:
+                return None
+            found.append((places, read))
+        hidden = _joined([(places, read.hidden) for places, read in found])
+        return found[0][1]._replace(hidden=hidden, labels=self._labels(samples))
+
+    def _module(self) -> Any:
+        """Return the module itself, without what DDP or torch.compile put around it."""
+        return _module_of(self)
 
     def _unwrapped(self) -> Any:
         """Return the model without DDP around it."""
@@ -532,19 +540,24 @@ class LanguageModel:
         size = max(batch_size or len(samples), 1)
         parts = []
         for start in range(0, len(samples), size):
-            part = samples[start : start + size].trimmed()
-            found = self._hidden(part)
-            if found is not None:
-                log_prob = linear_sequence_log_prob(
-                    found.hidden, found.weight, found.labels, bias=found.bias, softcap=found.softcap,
-                    temperature=part.temperature / found.scale,
-                )  # fmt: skip
-            else:
+            log_prob, formed = self._score(samples[start : start + size].trimmed())
+            if formed:
                 self._say_why_logits()
-                logits, labels = self.logits(part)
-                log_prob = sequence_log_prob(logits, labels, temperature=part.temperature, inplace=not logits.is_leaf)
             parts.append(log_prob)
         return torch.cat(parts) if parts else samples.log_prob.new_empty(0)
+
+    def _score(self, samples: Samples) -> tuple[Tensor, bool]:
+        """Return (N,) log pi, and whether all logits were formed for it."""
+        found = self._hidden(samples)
+        if found is None:
+            logits, labels = self.logits(samples)
+            inplace = not logits.is_leaf
+            return sequence_log_prob(logits, labels, temperature=samples.temperature, inplace=inplace), True
+        log_prob = linear_sequence_log_prob(
+            found.hidden, found.weight, found.labels, bias=found.bias, softcap=found.softcap,
+            temperature=samples.temperature / found.scale,
+        )  # fmt: skip
+        return log_prob, False
 
     def loss(self, samples: Samples, **options: Any) -> DMLossOutput:
         """Return ``dm_loss`` of this model on the samples, at their temperature: its forward and the fused loss.
@@ -601,6 +614,7 @@ class AdapterView(LanguageModel):
         super().__init__(
             model, policy.tokenizer, eos_token_id=policy.eos_token_ids, chat_template_kwargs=policy.chat_template_kwargs
         )
+        self._guard = policy._guard
         self.adapter = adapter
         self._config = model.peft_config.get(adapter)
 
@@ -662,14 +676,18 @@ class AdapterView(LanguageModel):
         raise TypeError("an AdapterView is frozen, so it has no loss; call loss of the policy's own LanguageModel")
 
 
-def _without_adapters(model: nn.Module) -> Any:
-    """Return the transformers model within a PEFT model."""
-    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+def _outside() -> int:
+    """Return the stacklevel at which a warning of the caller is about the code that called dmfast."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("dmfast", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
-def _positions(mask: Tensor) -> Tensor:
-    """(N, T) position ids of left-padded rows: the first real token is at 0."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the rows of several parts in the order of their places."""
+    places = torch.cat([each for each, _ in parts])
+    return torch.cat([rows for _, rows in parts])[places.argsort()]
 
 
 def _module_of(source: LanguageModel | nn.Module) -> Any:

@@ -170,6 +170,18 @@ class Samples:
             **{name: getattr(self, name)[:, first:last] for name in _TOKENWISE},
         )  # fmt: skip
 
+    def by_prompt_length(self) -> list[tuple[Tensor, Samples]]:
+        """Return the samples in parts whose prompts have one length and no padding, with their places, (M,) int64."""
+        lengths = self.attention_mask[:, : self.prompt_len].sum(1)
+        parts = []
+        for length in sorted(set(lengths.tolist())):
+            places = (lengths == length).nonzero()[:, 0]
+            first = self.prompt_len - length
+            part = self[places]
+            kept = {name: getattr(part, name)[:, first:] for name in _TOKENWISE}
+            parts.append((places, replace(part, prompt_len=length, **kept)))
+        return parts
+
     @staticmethod
     def cat(parts: Sequence[Samples]) -> Samples:
         """Return one batch of several, padded to one width. ``context_id`` and ``version`` stay as they are.
