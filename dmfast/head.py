@@ -60,6 +60,8 @@ class HeadProbe:
             return f"the head's weight is a {type(head.weight).__qualname__}"
         if head.weight.is_meta or hasattr(head, "_hf_hook"):
             return "the head is offloaded"
+        if "forward" in vars(head):
+            return "the head's forward was replaced on the instance, so that it may compute something else"
         if head._forward_hooks or head._forward_pre_hooks:
             return "the head has hooks, which may change what it computes"
         scale, softcap = _scaling(model)

@@ -1,8 +1,8 @@
 """Causal language models of transformers as distributions: sample sequences, score sequences.
 
 Sampler and scorer share one mask rule, one temperature and no dropout, so that log pi(x) of the scorer is log q(x) of
-the sampler when pi = q. Nothing of the model's generation_config acts (transformers' default has top_k = 50):
-a truncated sampler draws from another distribution than the one that is scored.
+the sampler when pi = q. Of the model's generation_config nothing acts but its EOS (transformers' default has
+top_k = 50): a truncated sampler draws from another distribution than the one that is scored.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import copy
 import inspect
 import math
 import os
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
@@ -21,6 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from . import adapters
+from .completions import check_unknown_proposal, samples_of
+from .decoding import decode, positions_of
+from .families import context_length, disable_dropout, execution_device, text_inputs, without_adapters
 from .functional import (
     dm_loss,
     linear_dm_loss,
@@ -29,9 +33,11 @@ from .functional import (
     sequence_log_prob,
     shift_labels,
 )
+from .guard import Guard
 from .head import HeadProbe, HiddenAndHead, unwrapped
 from .kernels.batch import IGNORE
 from .kernels.result import DMLossOutput
+from .prompts import PromptEncoder, end_tokens, text_part
 from .samples import Prompt, Samples
 from .tensors import copy_into
 
@@ -44,44 +50,43 @@ Source: TypeAlias = "LanguageModel | nn.Module | str | os.PathLike[str]"
 _WHERE_FROM = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "force_download", "subfolder")
 
 
-def disable_dropout(model: nn.Module) -> int:
-    """Set every dropout probability of the model to 0, LoRA's too, and return how many were not.
-
-    Not by eval(): training mode stays what it is, gradient checkpointing needs it.
-    """
-    changed = 0
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            is_probability = name == "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "drop" in name
-            if is_probability and isinstance(value, float) and value > 0:
-                setattr(module, name, 0.0)
-                changed += 1
-    return changed
-
-
 class LanguageModel:
     """A transformers causal language model as a distribution over token sequences.
 
-    Sets all dropout of ``model`` to 0, since a sampled sequence and its score must come from one distribution.
+    Sets all dropout and router jitter of ``model`` to 0, since a sampled sequence and its score must come from one
+    distribution. ``docs/models.md`` lists the architectures for which that was tried.
 
     It is a ``Sampler``.
 
     Args:
         model: decoder-only, with the forward of transformers; PEFT models too. Device and dtype stay as they are.
-        tokenizer: its ``eos_token_id`` ends a sequence, its ``bos_token_id`` (or else EOS) is the empty prompt.
-        eos_token_id: other token ids that end a sequence, in the tokenizer's place.
+        tokenizer: its ``bos_token_id`` (or else EOS) is the empty prompt. A multimodal processor may stand here; only
+            its tokenizer is used, since dmfast supports text only.
+        eos_token_id: the token ids that end a sequence. Default: the tokenizer's, and those of the model's
+            ``generation_config``, by which transformers' generate ends.
+        chat_template_kwargs: what the chat template gets besides the messages of a prompt, such as
+            ``{"enable_thinking": False}``, ``tools``, or another ``chat_template``.
+        check_scores: ask the model itself, in a few small forwards once, whether it can take prompts of several lengths
+            left-padded, and whether two of its first sequences score as they were drawn: alone and together, in
+            training mode and with the cache. False takes that for granted, save that a model whose forward has no
+            ``position_ids`` gets prompts of one length at a time.
 
     Attributes:
+        eos_token_ids: what ends a sequence.
         version: what ``Samples.version`` of its draws holds; an ``OfflineProposal`` whose q it is assigns it.
 
     Raises:
+        TypeError: an eos_token_id that is not one integer or several, chat_template_kwargs that is no mapping.
         ValueError: an encoder-decoder model, a prompt-learning adapter, no EOS token, or an EOS or padding token that
-            the model does not have.
+            the model does not have; chat_template_kwargs with what dmfast sets itself.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, eos_token_id: int | Sequence[int] | None = None
-    ) -> None:
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *,
+        eos_token_id: int | Sequence[int] | Tensor | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        check_scores: bool = True,
+    ) -> None:  # fmt: skip
         config: Any = model.config
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(
@@ -93,37 +98,32 @@ class LanguageModel:
                 "LanguageModel takes no prompt-learning adapters (prefix tuning, prompt tuning): PEFT would put their "
                 "virtual tokens before every token that is sampled; use LoRA or another adapter of weights"
             )
-        eos = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
-        if eos is None or eos == []:
-            raise ValueError("the tokenizer has no eos_token, so no sequence would ever end; pass eos_token_id")
+        tokenizer, chat_template_kwargs = text_part(tokenizer, chat_template_kwargs)
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self.vocab_size: int = cast(Any, model).get_input_embeddings().weight.shape[0]
-        self.eos_token_ids = [eos] if isinstance(eos, int) else list(eos)
-        self.pad_token_id: int = self.eos_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        for name, token in [("pad", self.pad_token_id), *(("eos", token) for token in self.eos_token_ids)]:
-            self._check_token(token, f"{name}_token_id is")
+        self.eos_token_ids = end_tokens(model, tokenizer, self.vocab_size, eos_token_id)
+        self._encoder = PromptEncoder(tokenizer, self.eos_token_ids, self.vocab_size, chat_template_kwargs)
+        self.pad_token_id = self._encoder.pad_token_id
         disable_dropout(model)
         # the forward of a PEFT model takes **kwargs and tells nothing
-        parameters = inspect.signature(_without_adapters(model).forward).parameters
-        self._keeps_logits = "logits_to_keep" in parameters
-        self._cache_name = (
-            "cache" if "cache" in parameters else "past_key_values"
-        )  # the old name, until transformers 5.40
+        self._keeps_logits = "logits_to_keep" in inspect.signature(without_adapters(model).forward).parameters
+        self._text_inputs, self._context = text_inputs(model), context_length(model)
+        self._guard = Guard(model, check_scores)
         self._head = HeadProbe()
         self.version = 0
-        self._said = False
+        self._said = False  # why all logits are formed
+        self._said_uncached = False
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(self.model.parameters()).device
+        return execution_device(self.model)
 
-    def _check_token(self, token: int, what: str) -> None:
-        if not 0 <= token < self.vocab_size:
-            raise ValueError(
-                f"{what} {token}, but the model has {self.vocab_size} embeddings: tokenizer and model don't fit"
-            )
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any]:
+        """What the chat template gets besides the messages of a prompt."""
+        return self._encoder.chat_template_kwargs
 
     def around(self, model: nn.Module) -> LanguageModel:
         """Return the same around another module that computes the same, such as a DDP or compiled wrapper of it."""
@@ -138,7 +138,9 @@ class LanguageModel:
         *,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
+        eos_token_id: int | Sequence[int] | Tensor | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        check_scores: bool = True,
         **kwargs: Any,
     ) -> LanguageModel:
         """Load model and tokenizer by transformers' ``AutoModelForCausalLM`` and ``AutoTokenizer``.
@@ -147,7 +149,7 @@ class LanguageModel:
             name_or_path: a folder, or a name on the hub.
             dtype: of the parameters. Default: transformers', which is that of the checkpoint.
             device: where the model goes. Default: where transformers puts it.
-            eos_token_id: as in ``LanguageModel``.
+            eos_token_id, chat_template_kwargs, check_scores: as in ``LanguageModel``.
             kwargs: go to the model's ``from_pretrained``; those that say where from (``revision``, ``token``,
                 ``cache_dir``, ``local_files_only``, ``trust_remote_code``, ...) to the tokenizer's, too.
 
@@ -162,7 +164,10 @@ class LanguageModel:
         model = AutoModelForCausalLM.from_pretrained(
             name_or_path, **({} if dtype is None else {"dtype": dtype}), **kwargs
         )
-        return cls(model if device is None else model.to(device), tokenizer, eos_token_id=eos_token_id)
+        return cls(
+            model if device is None else model.to(device), tokenizer, eos_token_id=eos_token_id,
+            chat_template_kwargs=chat_template_kwargs, check_scores=check_scores,
+        )  # fmt: skip
 
     @torch.no_grad()
     def load(self, source: Source) -> None:
@@ -202,7 +207,7 @@ class LanguageModel:
             raise FileNotFoundError(f"there is no folder {str(folder)!r} to load a model from")
         if _is_adapter(folder):
             return adapters.saved(folder, self._tensors().keys())
-        return adapters.tensors(_without_adapters(_module_of(self)).from_pretrained(folder, local_files_only=True))
+        return adapters.tensors(without_adapters(_module_of(self)).from_pretrained(folder, local_files_only=True))
 
     def base(self) -> LanguageModel:
         """Return the pretrained model below a PEFT model's adapter: the same module, the adapter off in each forward.
@@ -214,39 +219,9 @@ class LanguageModel:
         """
         return AdapterView(self)
 
-    def _encode(self, prompts: Sequence[Prompt] | None) -> tuple[Tensor, Tensor]:
-        """Return left-padded prompts and their mask, (P, L) each. An empty prompt is the BOS token."""
-        start = self.tokenizer.bos_token_id
-        start = self.eos_token_ids[0] if start is None else start
-        if isinstance(prompts, str):
-            raise TypeError(f"prompts must be a list of strings, got the string {prompts!r}")
-        if prompts is not None and len(prompts) == 0:
-            raise ValueError("prompts is empty; pass None for the one empty prompt")
-        encoded = [self._token_ids(prompt) or [start] for prompt in prompts or [""]]
-        width = max(len(ids) for ids in encoded)
-        tokens = torch.tensor([[self.pad_token_id] * (width - len(ids)) + ids for ids in encoded], device=self.device)
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=self.device)
-        for token in torch.aminmax(tokens):
-            self._check_token(int(token), "the tokenizer gave token")
-        return tokens, mask
-
-    def _token_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, Mapping):
-            raise TypeError(
-                f"a prompt must be a string, a list of token ids or a list of chat messages, got {prompt!r:.100}; of a "
-                "datasets.Dataset pass its column, dataset['prompt']"
-            )
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        if not all(isinstance(part, Mapping) for part in prompt) or not prompt:
-            return list(cast("Sequence[int]", prompt))
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ValueError(
-                "a prompt is a list of chat messages, but the tokenizer has no chat_template; pass strings, or set one"
-            )
-        messages = cast(Any, list(prompt))
-        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        return cast("list[int]", ids)
+    def _encode(self, prompts: Sequence[Prompt] | Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return left-padded prompts and their mask, (P, L) each."""
+        return self._encoder.left_padded(list(self._encoder(prompts)), self.device)
 
     def with_prompt(self, samples: Samples, prompt: Prompt) -> Samples:
         """Return the same continuations after another prompt, the same for all.
@@ -258,9 +233,9 @@ class LanguageModel:
         """
         tokens, mask = (x.to(samples.tokens.device) for x in self._encode([prompt]))
         rest = slice(samples.prompt_len, None)
-        context = getattr(self.model.config, "max_position_embeddings", None)
+        context = self._context
         width = tokens.shape[1] + samples.tokens.shape[1] - samples.prompt_len
-        if isinstance(context, int) and width > context:
+        if context is not None and width > context:
             raise ValueError(
                 f"the prompt has {tokens.shape[1]} tokens; with the continuations that is {width}, beyond the model's "
                 f"context of {context}"
@@ -279,23 +254,71 @@ class LanguageModel:
         """Check that all of them can be sampled from.
 
         Raises:
-            ValueError: a prompt that leaves no room for ``max_new_tokens`` in the model's context, or has a token that
-                the model does not have; with its place.
+            TypeError, ValueError: as ``sample`` of a prompt; with its place.
         """
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        for i, prompt in enumerate(prompts):
-            ids = self._token_ids(prompt)
-            if isinstance(context, int) and len(ids) + max_new_tokens > context:
+        context = self._context
+        for i, ids in enumerate(self._encoder(prompts)):
+            if context is not None and len(ids) + max_new_tokens > context:
                 raise ValueError(
                     f"prompt {i} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that is beyond the "
                     f"model's context of {context}"
                 )
-            self._check_token(max(ids, default=0), f"prompt {i}: the tokenizer gave token")
+
+    def samples_of(
+        self,
+        prompts: Sequence[Prompt] | Tensor | None,
+        completions: Sequence[str | Sequence[int] | Tensor],
+        *,
+        append_eos: bool | Sequence[bool],
+        eos_token_id: int | None = None,
+        log_prob: Sequence[float] | Tensor | None = None,
+        temperature: float = 1.0,
+        rows: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Samples:
+        """Return sequences that came from elsewhere, a file or another engine, as the ``Samples`` that they are here.
+
+        With log q they train like any others. Without it they can be scored, and trained on by likelihood:
+        ``loss(samples, objective="reinforce", on_policy=True, reward=torch.ones(len(samples)))``.
+
+        Args:
+            prompts: as in ``sample``, one for each completion; None: the empty prompt for all of them.
+            completions: N lists of token ids, as they were drawn; or strings, which are tokenized anew, apart from
+                their prompts and without special tokens around them.
+            append_eos: whether EOS is put after a completion that does not end in one: a whole answer has ended, one
+                that was cut at a length has not. One for all, or one for each.
+            eos_token_id: the EOS that is appended. Default: the first of ``eos_token_ids``, the tokenizer's. A chat
+                model may end its turn with another.
+            log_prob: (N,) float32 or float64, log q(x) in nats, of the distribution at ``temperature`` that the token
+                ids were drawn from, EOS included. None: it is not known.
+            temperature: what they were drawn at and are scored at.
+            rows: for each completion the row of its data set, which scorers see as ``samples.rows``.
+
+        Returns:
+            ``Samples``, N sequences. ``context_id`` counts different prompts in the order in which they come.
+
+        Raises:
+            TypeError: an argument of another kind.
+            ValueError: prompts, completions and ``log_prob`` that do not pair up, tokens after an EOS, a completion
+                without tokens, log_prob of strings, or that is not finite or above 0; prompt and completion are beyond
+                the model's context; as ``sample`` of a prompt.
+        """
+        samples = samples_of(
+            self._encoder, self.eos_token_ids, prompts, completions, append_eos=append_eos, eos_token_id=eos_token_id,
+            log_prob=log_prob, temperature=temperature, rows=rows, device=self.device,
+        )  # fmt: skip
+        context = self._context
+        longest = samples.attention_mask.sum(1)
+        if context is not None and int(longest.max()) > context:
+            raise ValueError(
+                f"prompt and completion {int(longest.argmax())} have {int(longest.max())} tokens, beyond the model's "
+                f"context of {context}"
+            )
+        return samples
 
     @torch.no_grad()
     def sample(
         self,
-        prompts: Sequence[Prompt] | None = None,
+        prompts: Sequence[Prompt] | Tensor | None = None,
         n: int = 1,
         *,
         max_new_tokens: int,
@@ -307,8 +330,9 @@ class LanguageModel:
         """Draw n continuations of each prompt from softmax(logits / temperature), token by token with a KV cache.
 
         Args:
-            prompts: strings, lists of token ids, or lists of chat messages, which go through the tokenizer's chat
-                template; None: the one empty prompt.
+            prompts: strings, lists of token ids (a (P, L) tensor of them too), or lists of chat messages, which go
+                through the tokenizer's chat template: where the last message is the assistant's it is continued. None:
+                the one empty prompt. An EOS that the tokenizer appends to a string is left out, and so is a second BOS.
             n: sequences per prompt; those of a prompt lie together.
             max_new_tokens: where a sequence without EOS ends.
             temperature: positive.
@@ -321,17 +345,19 @@ class LanguageModel:
             ``Samples`` with log q, N = n * number of prompts.
 
         Raises:
+            TypeError: prompts of another kind, such as a tokenizer's padded output.
             ValueError: n, max_new_tokens, temperature or batch_size not positive, no prompt, a prompt that leaves no
-                room in the model's context, a tokenizer that does not fit the model, logits of the model that are no
-                distribution (NaN, +inf, nothing but -inf), on any device.
+                room in the model's context, token ids with padding, an image in a message, an error of the chat
+                template, a tokenizer that does not fit the model, logits of the model that are no distribution (NaN,
+                +inf, nothing but -inf), on any device.
         """
         numbers = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
         for name, number in numbers.items():
             if number is not None and not 0 < number < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {number!r}")
         prompt, prompt_mask = self._encode(prompts)
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        if isinstance(context, int) and prompt.shape[1] + max_new_tokens > context:
+        context = self._context
+        if context is not None and prompt.shape[1] + max_new_tokens > context:
             raise ValueError(
                 f"the longest prompt has {prompt.shape[1]} tokens; with max_new_tokens={max_new_tokens} that is beyond "
                 f"the model's context of {context}"
@@ -339,17 +365,38 @@ class LanguageModel:
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ()))
         context_id = torch.arange(prompt.shape[0], device=self.device).repeat_interleave(n)
+
+        def draw() -> Samples:
+            batches = torch.split(torch.arange(len(context_id), device=self.device), batch_size or len(context_id))
+            if not self._guard.padded:
+                lengths = prompt_mask.sum(1)[context_id]
+                batches = tuple(ids[lengths[ids] == length] for ids in batches for length in set(lengths[ids].tolist()))
+            parts = []
+            for ids in batches:
+                width = prompt.shape[1] if self._guard.padded else int(prompt_mask[context_id[ids[0]]].sum())
+                parts.append(self._sample(prompt[:, -width:], prompt_mask[:, -width:], context_id[ids], first_row + ids,
+                                          max_new_tokens, temperature, seed))  # fmt: skip
+            drawn = Samples.cat(parts)
+            return drawn if self._guard.padded else drawn[torch.cat(batches).argsort()]
+
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()  # gradient checkpointing forbids the KV cache in training mode; dropout is 0 in both
         try:
-            parts = [
-                self._sample(prompt, prompt_mask, context_id[ids], first_row + ids, max_new_tokens, temperature, seed)
-                for ids in torch.split(torch.arange(len(context_id), device=self.device), batch_size or len(context_id))
-            ]
+            self._guard.probe(self, prompt, prompt_mask)
+            samples = draw()
+            if not self._guard.check(self, samples):
+                samples = draw()
+                self._guard.check(self, samples)
         finally:
             for module in training:
                 module.training = True
-        samples = Samples.cat(parts)
+        if not self._guard.cached and not self._said_uncached:
+            self._said_uncached = True
+            warnings.warn(
+                f"dmfast runs the whole sequence in each step of sampling from {type(self._unwrapped()).__name__}, "
+                f"which takes more time: {self._guard.why_uncached}",
+                stacklevel=_outside(),
+            )
         bad = samples.log_prob.isnan()  # what the CPU raises at once, a device has put here
         if bool(bad.any()):
             raise ValueError(
@@ -359,83 +406,39 @@ class LanguageModel:
         return samples
 
     def _sample(
-        self, prompts: Tensor, prompts_mask: Tensor, context_id: Tensor, row_ids: Tensor, steps: int,
-        temperature: float, seed: int,
+        self, prompts: Tensor, mask: Tensor, context_id: Tensor, row_ids: Tensor, steps: int, temperature: float,
+        seed: int,
     ) -> Samples:  # fmt: skip
-        n, prompt_len, device = len(context_id), prompts.shape[1], prompts.device
-        tokens = torch.cat([prompts[context_id], prompts.new_full((n, steps), self.pad_token_id)], 1)
-        mask = torch.cat([prompts_mask[context_id], prompts_mask.new_zeros(n, steps)], 1)
-        log_prob = torch.zeros(n, dtype=torch.float64, device=device)
+        def draw(logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+            return sample_tokens(logits, seed=seed, row_ids=row_ids[rows], step=step, temperature=temperature)
 
-        def draw(_: nn.Module, given: Tensor, *, stopping_criteria: Callable[..., Tensor], **prepared: Any) -> Tensor:
-            # not the model that generate passes: the wrapped one's forward runs the hooks of PEFT and others
-            rows = torch.arange(n, device=device)  # those that are still in the batch, and which of them have not ended
-            alive = torch.ones(n, dtype=torch.bool, device=device)
-            keep = {"logits_to_keep": 1} if self._keeps_logits else {}
-            start, cache = 0, prepared.get(self._cache_name)
-            for end in range(prompt_len, prompt_len + steps):
-                seen = mask[rows, :end]
-                out = self.model(
-                    input_ids=tokens[rows, start:end], attention_mask=seen, position_ids=_positions(seen)[:, start:],
-                    use_cache=True, **{self._cache_name: cache}, **keep,
-                )  # fmt: skip
-                start, cache = end, getattr(out, self._cache_name)
-                drawn, drawn_log_prob = sample_tokens(
-                    out.logits[:, -1], seed=seed, row_ids=row_ids[rows], step=end - prompt_len, temperature=temperature
-                )
-                log_prob[rows] += torch.where(alive, drawn_log_prob, 0.0)
-                tokens[rows, end] = torch.where(alive, drawn, self.pad_token_id)
-                mask[rows, end] = alive.long()
-                alive = alive & ~stopping_criteria(tokens[rows, : end + 1], None)
-                n_alive = int(alive.sum())
-                if n_alive == 0:
-                    break
-                # moving the cache costs a read and a write of it, about what a step costs: not for every row that ends
-                if n_alive <= 0.75 * len(rows) and (cache is None or hasattr(cache, "batch_select_indices")):
-                    if cache is not None:
-                        cache.batch_select_indices(alive.nonzero()[:, 0])
-                    rows, alive = rows[alive], alive[alive]
-            return tokens[:, : end + 1]
-
-        tokens = self._generate(draw, tokens[:, :prompt_len], mask[:, :prompt_len], steps)
-        mask = mask[:, : tokens.shape[1]]
-        score = mask.bool()
-        score[:, :prompt_len] = False
-        return Samples(
-            tokens, mask, score, prompt_len, log_prob, context_id, temperature, self.tokenizer, self.pad_token_id,
-            torch.full_like(context_id, self.version),
+        prompt = prompts[context_id]
+        drawn = decode(
+            self.model, without_adapters(self._unwrapped()), prompt, mask[context_id], steps, draw=draw,
+            eos_token_ids=self.eos_token_ids, pad_token_id=self.pad_token_id, first_position=self._guard.first_position,
+            cached=self._guard.cached, more={name: torch.zeros_like(prompt) for name in self._text_inputs},
         )  # fmt: skip
-
-    def _generate(self, loop: Callable[..., Tensor], prompts: Tensor, mask: Tensor, steps: int) -> Tensor:
-        """Run ``loop`` within transformers' generate, which makes the KV cache and the stopping rules.
-
-        A module without generate gets the rule for EOS alone, and its forward makes its cache.
-        """
-        model = _without_adapters(self._unwrapped())
-        if not hasattr(model, "generate"):
-            eos = torch.tensor(self.eos_token_ids, device=prompts.device)
-            return loop(model, prompts, stopping_criteria=lambda ids, _: torch.isin(ids[:, -1], eos))
-        from transformers import GenerationConfig
-
-        rules = GenerationConfig(
-            max_new_tokens=steps, eos_token_id=self.eos_token_ids, pad_token_id=self.pad_token_id, do_sample=True
-        )
-        theirs = model.generation_config
-        # else what it says would fill what ours leaves open: stop_strings, max_time, cache_implementation, ...
-        model.generation_config = GenerationConfig()
-        try:
-            found = model.generate(prompts, attention_mask=mask, generation_config=rules, custom_generate=loop)
-            return cast(Tensor, found)
-        finally:
-            model.generation_config = theirs
+        self._guard.cached = drawn.cached
+        score = drawn.mask.bool()
+        score[:, : prompts.shape[1]] = False
+        return Samples(
+            drawn.tokens, drawn.mask, score, prompts.shape[1], drawn.log_prob, context_id, temperature, self.tokenizer,
+            self.pad_token_id, torch.full_like(context_id, self.version),
+        )  # fmt: skip
 
     def logits(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Return logits and the labels that they score, for ``dm_loss``: (N, K, V) and (N, K) int64, -100 = not scored.
 
-        One forward through the model, with gradient where grad mode is on. K is T, or the continuation and the
-        position before it where the model can leave out the logits of the prompt.
+        One forward through the model, with gradient where grad mode is on; one for each length of a prompt where the
+        model can't take them padded. K is T, or the continuation and the position before it where the model can leave
+        out the logits of the prompt.
         """
-        logits, labels = self._forward(samples).logits, self._labels(samples)
+        labels = self._labels(samples)
+        parts = self._laid_out(samples)
+        if parts is not None:
+            kept = slice(-labels.shape[1], None)
+            return _joined([(places, self._forward(part).logits[:, kept]) for places, part in parts]), labels
+        logits = self._forward(samples).logits
         ahead = logits.shape[1] - labels.shape[1]
         return logits, nn.functional.pad(labels, (ahead, 0), value=IGNORE) if ahead else labels
 
@@ -444,12 +447,34 @@ class LanguageModel:
         labels = shift_labels(samples.tokens, samples.score_mask, samples.prompt_len)
         return labels[:, samples.prompt_len - 1 :]
 
+    def _laid_out(self, samples: Samples) -> list[tuple[Tensor, Samples]] | None:
+        """Return the samples by the length of their prompts where the model can't take them padded. None: it can."""
+        self._probe(samples.tokens, samples.attention_mask)
+        if self._guard.padded or bool(samples.attention_mask[:, : samples.prompt_len].all()):
+            return None
+        parts = samples.by_prompt_length()
+        if len(parts) > 1 and self.model is not self._unwrapped():
+            raise ValueError(
+                f"{type(self._unwrapped()).__name__} can't take prompts of several lengths in one batch, and under DDP "
+                "all processes must run the same number of forwards: give all prompts of a microbatch one length"
+            )
+        return parts
+
+    def _probe(self, tokens: Tensor, mask: Tensor) -> None:
+        """Ask the model how it takes a batch, before its first forward."""
+        self._guard.probe(self, tokens, mask)
+
+    def _inputs(self, mask: Tensor) -> dict[str, Tensor]:
+        """Return what a whole forward takes besides its tokens."""
+        first = self._guard.first_position
+        positions = {} if first is None else {"position_ids": positions_of(mask) + first}
+        return {"attention_mask": mask, **positions, **{name: torch.zeros_like(mask) for name in self._text_inputs}}
+
     def _forward(self, samples: Samples) -> Any:
         """Run one forward, without the logits of the prompt where the model can leave them out."""
         kept = samples.tokens.shape[1] - samples.prompt_len + 1
         return self.model(
-            input_ids=samples.tokens, attention_mask=samples.attention_mask,
-            position_ids=_positions(samples.attention_mask), use_cache=False,
+            input_ids=samples.tokens, use_cache=False, **self._inputs(samples.attention_mask),
             **({"logits_to_keep": kept} if self._keeps_logits else {}),
         )  # fmt: skip
 
@@ -470,7 +495,21 @@ class LanguageModel:
 
     def _hidden(self, samples: Samples) -> HiddenAndHead | None:
         """Return ``hidden_and_head``, or None where ``HeadProbe.why_not`` says why."""
-        return self._head.read(self.model, self._labels(samples), lambda: self._forward(samples))
+        parts = self._laid_out(samples)
+        if parts is None:
+            return self._head.read(self.model, self._labels(samples), lambda: self._forward(samples))
+        found = []
+        for places, part in parts:
+            read = self._head.read(self.model, self._labels(part), lambda part=part: self._forward(part))  # type: ignore[misc]
+            if read is None:
+                return None
+            found.append((places, read))
+        hidden = _joined([(places, read.hidden) for places, read in found])
+        return found[0][1]._replace(hidden=hidden, labels=self._labels(samples))
+
+    def _module(self) -> Any:
+        """Return the module itself, without what DDP or torch.compile put around it."""
+        return _module_of(self)
 
     def _unwrapped(self) -> Any:
         """Return the model without DDP around it."""
@@ -501,19 +540,24 @@ class LanguageModel:
         size = max(batch_size or len(samples), 1)
         parts = []
         for start in range(0, len(samples), size):
-            part = samples[start : start + size].trimmed()
-            found = self._hidden(part)
-            if found is not None:
-                log_prob = linear_sequence_log_prob(
-                    found.hidden, found.weight, found.labels, bias=found.bias, softcap=found.softcap,
-                    temperature=part.temperature / found.scale,
-                )  # fmt: skip
-            else:
+            log_prob, formed = self._score(samples[start : start + size].trimmed())
+            if formed:
                 self._say_why_logits()
-                logits, labels = self.logits(part)
-                log_prob = sequence_log_prob(logits, labels, temperature=part.temperature, inplace=not logits.is_leaf)
             parts.append(log_prob)
         return torch.cat(parts) if parts else samples.log_prob.new_empty(0)
+
+    def _score(self, samples: Samples) -> tuple[Tensor, bool]:
+        """Return (N,) log pi, and whether all logits were formed for it."""
+        found = self._hidden(samples)
+        if found is None:
+            logits, labels = self.logits(samples)
+            inplace = not logits.is_leaf
+            return sequence_log_prob(logits, labels, temperature=samples.temperature, inplace=inplace), True
+        log_prob = linear_sequence_log_prob(
+            found.hidden, found.weight, found.labels, bias=found.bias, softcap=found.softcap,
+            temperature=samples.temperature / found.scale,
+        )  # fmt: skip
+        return log_prob, False
 
     def loss(self, samples: Samples, **options: Any) -> DMLossOutput:
         """Return ``dm_loss`` of this model on the samples, at their temperature: its forward and the fused loss.
@@ -529,10 +573,12 @@ class LanguageModel:
             ``DMLossOutput``; ``loss`` carries the gradient of the model's parameters.
 
         Raises:
-            TypeError, ValueError: as ``dm_loss``; no samples.
+            TypeError, ValueError: as ``dm_loss``; no samples; weights that rest on log q, of samples that have none.
         """
         if len(samples) == 0:
             raise ValueError("samples is empty: there is nothing for the model's forward to take")
+        if not samples.has_log_prob:
+            check_unknown_proposal(options)
         samples = samples.trimmed()
         found = self._hidden(samples)
         if found is not None:
@@ -565,7 +611,10 @@ class AdapterView(LanguageModel):
             raise ValueError(f"the model has no adapter {adapter!r}, only {', '.join(model.peft_config)}")
         if adapter == trained:
             raise ValueError(f"the adapter {adapter!r} is the policy's, which moves; a view of it would move too")
-        super().__init__(model, policy.tokenizer, eos_token_id=policy.eos_token_ids)
+        super().__init__(
+            model, policy.tokenizer, eos_token_id=policy.eos_token_ids, chat_template_kwargs=policy.chat_template_kwargs
+        )
+        self._guard = policy._guard
         self.adapter = adapter
         self._config = model.peft_config.get(adapter)
 
@@ -627,14 +676,18 @@ class AdapterView(LanguageModel):
         raise TypeError("an AdapterView is frozen, so it has no loss; call loss of the policy's own LanguageModel")
 
 
-def _without_adapters(model: nn.Module) -> Any:
-    """Return the transformers model within a PEFT model."""
-    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+def _outside() -> int:
+    """Return the stacklevel at which a warning of the caller is about the code that called dmfast."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("dmfast", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
-def _positions(mask: Tensor) -> Tensor:
-    """(N, T) position ids of left-padded rows: the first real token is at 0."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the rows of several parts in the order of their places."""
+    places = torch.cat([each for each, _ in parts])
+    return torch.cat([rows for _, rows in parts])[places.argsort()]
 
 
 def _module_of(source: LanguageModel | nn.Module) -> Any:

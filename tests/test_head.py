@@ -84,14 +84,21 @@ def test_hidden_states_and_head_give_what_logits_give(name, how):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama tied"])
-def test_the_prompt_is_never_projected_and_no_logits_are_made(name):
+def test_the_prompt_is_never_projected_and_no_logits_are_made(name, monkeypatch):
     policy = lm(name)
     x = policy.sample(PROMPTS, 4, max_new_tokens=6, seed=0)
+    policy = LanguageModel(policy.model, policy.tokenizer, check_scores=False)
     k = x.tokens.shape[1] - x.prompt_len + 1
     shapes = []
     head = policy.model.get_output_embeddings()
-    forward = head.forward
-    head.forward = lambda hidden: shapes.append(tuple(hidden.shape[:2])) or forward(hidden)
+    forward = nn.Linear.forward
+
+    def spy(self, hidden):
+        if self is head:
+            shapes.append(tuple(hidden.shape[:2]))
+        return forward(self, hidden)
+
+    monkeypatch.setattr(nn.Linear, "forward", spy)
     for _ in range(3):
         found = policy.hidden_and_head(x)
         assert (found.hidden.shape, found.labels.shape) == ((len(x), k, 16), (len(x), k))
@@ -99,6 +106,21 @@ def test_the_prompt_is_never_projected_and_no_logits_are_made(name):
     # a few rows once, to compare with; then none
     assert shapes == [(2, 2), (1, 0), (1, 0)]
     assert not head._forward_pre_hooks
+
+
+def test_a_forward_put_on_the_heads_instance_is_heeded():
+    policy = lm("llama")
+    x = policy.sample(PROMPTS, 4, max_new_tokens=6, seed=0)
+    head = policy.model.get_output_embeddings()
+    head.forward = lambda hidden: nn.functional.linear(hidden.double(), head.weight.double()) / 2
+    with pytest.warns(UserWarning, match="head's forward was replaced"):
+        found = policy.log_prob(x)
+    logits = policy.model(input_ids=x.tokens[:1][x.attention_mask[:1].bool()][None]).logits
+    assert logits.dtype == torch.float64
+    n = int(x.score_mask[0].sum())
+    labels = x.tokens[0][x.score_mask[0]]
+    expected = logits[0, -n - 1 : -1].log_softmax(-1).gather(-1, labels[:, None]).sum()
+    assert abs(float(found[0]) - float(expected)) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:.*lower precision")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
+    ProcessorMixin,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -40,7 +41,7 @@ from ..models import LanguageModel
 from ..proposal import OfflineProposal
 from ..samples import Samples
 from ..seeds import seed_for
-from ..settings import AnyObjective, check_target
+from ..settings import AnyObjective, check_target, check_trainable
 from ..targets import EBM
 from . import checkpoint
 from . import samples as samples_table
@@ -70,7 +71,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             more columns than the prompt reach scorers as ``samples.rows``, one for each sequence.
         eval_dataset: prompts to evaluate on, or several sets of them by name, whose metrics are ``eval_<name>_...``.
             Default: those of ``train_dataset``.
-        processing_class: the tokenizer. Default: the base's.
+        processing_class: the tokenizer, or a multimodal processor, which is saved with the model. Default: the base's
+            tokenizer. What ends a sequence and ``chat_template_kwargs`` are the base's.
         objective: a name, an ``Objective``, or a function of ``Terms``, in place of ``args.objective``.
         reward: R(x) for ``reinforce`` and ``kl_control``: a callable on ``Samples`` that gives (N,), such as
             ``dmfast.Scorer``.
@@ -101,7 +103,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         *,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         objective: AnyObjective | None = None,
         reward: Callable[[Samples], Tensor] | None = None,
         peft_config: Any = None,
@@ -120,8 +122,12 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         model = loaded(model)
         check_target(target, model, settings, reward)
         model = with_adapter(model, peft_config, args.seed)
-        tokenizer = with_pad_token(target.base.tokenizer if processing_class is None else processing_class)
-        self.policy = LanguageModel(model, tokenizer, eos_token_id=target.base.eos_token_ids)
+        processing_class = with_pad_token(target.base.tokenizer if processing_class is None else processing_class)
+        self.policy = LanguageModel(
+            model, processing_class, eos_token_id=target.base.eos_token_ids,
+            chat_template_kwargs=target.base.chat_template_kwargs, check_scores=args.check_scores,
+        )  # fmt: skip
+        check_trainable(self.policy)
         check_fit(self.policy, target, args, len(self._rows), settings.built_in, has_prompts=self._has_prompts)
         sets = list(self._eval_rows.values()) if isinstance(self._eval_rows, dict) else [self._eval_rows]
         for rows in {id(each): each for each in (self._rows, *sets)}.values():
@@ -136,7 +142,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 args=args,
                 train_dataset=self._rows,
                 eval_dataset=self._eval_rows,
-                processing_class=tokenizer,
+                processing_class=processing_class,
                 callbacks=[
                     EpochOrder(),
                     StepEnd(self._before_optimizer, self._finish_step),

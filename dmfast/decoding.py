@@ -1,0 +1,279 @@
+"""Draw sequences token by token within transformers' generate, which makes the cache and the rules for the end.
+
+What each forward takes is what the model's own ``prepare_inputs_for_generation`` makes of it, as in generate's own
+loop. Rows that have ended leave the batch where every state that is carried from step to step can be cut to the others.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+# the outputs in which models return what the next step goes on from
+_STATES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+
+
+class Drawn(NamedTuple):
+    """What ``decode`` drew after the prompts, and whether it kept a cache."""
+
+    tokens: Tensor  # (N, prompt and continuation) int64
+    mask: Tensor  # the same shape, 1 on prompt and continuation up to and with the first EOS
+    log_prob: Tensor  # (N,) fp64
+    cached: bool
+
+
+def decode(
+    model: nn.Module,
+    inner: Any,
+    prompts: Tensor,
+    mask: Tensor,
+    steps: int,
+    *,
+    draw: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+    eos_token_ids: list[int],
+    pad_token_id: int,
+    first_position: int | None,
+    cached: bool,
+    more: dict[str, Any],
+) -> Drawn:
+    """Draw the continuations of N left-padded prompts.
+
+    Args:
+        model: what computes: ``inner``, perhaps with adapters around it, whose hooks then run.
+        inner: the transformers model, whose ``generate`` is the frame.
+        prompts: (N, L) int64.
+        mask: (N, L) int64, 0 on padding.
+        steps: where a sequence without EOS ends.
+        draw: takes (R, V) logits, the (R,) places of the rows among the N and the number of the step, and returns
+            (R,) tokens and their log-probabilities.
+        eos_token_ids: what ends a sequence.
+        pad_token_id: what follows the end.
+        first_position: the position id of a sequence's first token. None: the model is given no position ids.
+        cached: False runs the whole sequence in each step.
+        more: further inputs of the model, (N, L) tensors each, which are continued as generate continues them.
+    """
+    n, prompt_len = prompts.shape
+    tokens = torch.cat([prompts, prompts.new_full((n, steps), pad_token_id)], 1)
+    whole = torch.cat([mask, mask.new_zeros(n, steps)], 1)
+    log_prob = torch.zeros(n, dtype=torch.float64, device=prompts.device)
+    kept_cache = cached
+
+    def loop(_: nn.Module, given: Tensor, *, stopping_criteria: Callable[..., Tensor], **prepared: Any) -> Tensor:
+        nonlocal kept_cache
+        rows = torch.arange(n, device=given.device)  # those that are still in the batch, and which have not ended
+        alive = torch.ones(n, dtype=torch.bool, device=given.device)
+        for name in ("logits_processor", "generation_config", "synced_gpus", "streamer"):
+            prepared.pop(name, None)
+        if "position_ids" in prepared and first_position != 0:
+            given_positions = prepared.pop("position_ids")
+            if first_position is not None:
+                prepared["position_ids"] = given_positions + first_position
+        batch = _Steps(model, inner, prepared, prompt_len, given.device)
+        for end in range(prompt_len, prompt_len + steps):
+            drawn, drawn_log_prob = draw(batch.logits(tokens[rows, :end]), rows, end - prompt_len)
+            log_prob[rows] += torch.where(alive, drawn_log_prob, 0.0)
+            tokens[rows, end] = torch.where(alive, drawn, pad_token_id)
+            whole[rows, end] = alive.long()
+            alive = alive & ~stopping_criteria(tokens[rows, : end + 1], None)
+            n_alive = int(alive.sum())
+            if n_alive == 0:
+                break
+            # moving the cache costs a read and a write of it, about what a step costs: not for every row that ends
+            if n_alive <= 0.75 * len(rows) and batch.keep(alive):
+                rows, alive = rows[alive], alive[alive]
+        kept_cache = batch.cached
+        return tokens[:, : end + 1]
+
+    if hasattr(inner, "generate"):
+        found = _within_generate(inner, loop, prompts, mask, steps, eos_token_ids, pad_token_id, cached, more)
+    else:  # the rule for EOS alone, and the forward makes its cache
+        eos = torch.tensor(eos_token_ids, device=prompts.device)
+        given = {"attention_mask": mask, "position_ids": positions_of(mask), "use_cache": cached, **more}
+        found = loop(inner, prompts, stopping_criteria=lambda ids, _: torch.isin(ids[:, -1], eos), **given)
+    return Drawn(found, whole[:, : found.shape[1]], log_prob, kept_cache)
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """(N, T) position ids of left-padded rows: the first real token is at 0."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _within_generate(
+    inner: Any, loop: Callable[..., Tensor], prompts: Tensor, mask: Tensor, steps: int, eos_token_ids: list[int],
+    pad_token_id: int, cached: bool, more: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    from transformers import GenerationConfig
+
+    rules = GenerationConfig(
+        max_new_tokens=steps, eos_token_id=eos_token_ids, pad_token_id=pad_token_id, do_sample=True, use_cache=cached
+    )
+    theirs = inner.generation_config
+    # else what it says would fill what ours leaves open: stop_strings, max_time, cache_implementation, ...
+    inner.generation_config = GenerationConfig()
+    try:
+        return cast(
+            Tensor,
+            inner.generate(prompts, attention_mask=mask, generation_config=rules, custom_generate=loop, **more),
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise RuntimeError(
+            f"{type(inner).__name__} can't be sampled: transformers' generate fails on it with {error!r}"
+        ) from error
+    finally:
+        inner.generation_config = theirs
+
+
+class _Steps:
+    """The forwards of one batch, and what is carried from one to the next.
+
+    Attributes:
+        cached: whether a forward takes the newest token alone.
+    """
+
+    def __init__(
+        self, model: nn.Module, inner: Any, given: dict[str, Any], prompt_len: int, device: torch.device
+    ) -> None:
+        self.model, self.inner, self.given = model, inner, given
+        self.first = True
+        self.cached = bool(given.get("use_cache", True))
+        self.can_drop: bool | None = None  # not asked yet
+        self.found = {(id(module), name): (value, value._version) for module, name, value in _held(inner)}
+        self.prepare = getattr(inner, "prepare_inputs_for_generation", None)
+        self.parameters = inspect.signature(inner.forward).parameters
+        if self.prepare is not None:
+            from transformers import GenerationMixin
+
+            general = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+            self.by_length = "next_sequence_length" in general
+            if not self.by_length:  # older releases say by the places in the cache which tokens are new
+                self.given = inner._get_initial_cache_position(prompt_len, device, given)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return the (R, V) logits of what follows these (R, t) tokens."""
+        try:
+            out = self.model(**self._inputs(tokens))
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            kind, length = type(self.inner).__name__, tokens.shape[1]
+            raise RuntimeError(
+                f"{kind} can't be sampled: its forward of {length} tokens fails with {error!r}"
+            ) from error
+        if self.first and not self._goes_on_from(out):
+            self.cached = self.given["use_cache"] = False
+            self.given = {name: value for name, value in self.given.items() if name not in _STATES}
+        self.first = False
+        self._go_on(out)
+        return cast(Tensor, out.logits[:, -1])
+
+    def _inputs(self, tokens: Tensor) -> dict[str, Any]:
+        if self.prepare is None:
+            return self._plain(tokens)
+        new = {"next_sequence_length": 1 if self.cached and not self.first else None} if self.by_length else {}
+        return {**self.prepare(tokens, is_first_iteration=self.first, **new, **self.given), "return_dict": True}
+
+    def _goes_on_from(self, out: Any) -> bool:
+        """Return whether a forward has returned a state, or has filled the cache that it was given."""
+        given = (self.given.get(name) for name in _STATES)
+        return any(getattr(out, name, None) is not None for name in _STATES) or any(
+            next(_tensors(cache), None) is not None for cache in given
+        )
+
+    def _plain(self, tokens: Tensor) -> dict[str, Any]:
+        """Return the inputs for a module that does not prepare them itself."""
+        start = tokens.shape[1] - 1 if self.cached and not self.first else 0
+        given = {name: value for name, value in self.given.items() if name != "position_ids"}
+        if "position_ids" in self.given and "position_ids" in self.parameters:
+            given["position_ids"] = self.given["position_ids"][:, start:]
+        if "logits_to_keep" in self.parameters:
+            given["logits_to_keep"] = 1
+        return {"input_ids": tokens[:, start:], **given}
+
+    def _go_on(self, out: Any) -> None:
+        if self.prepare is not None:
+            self.given = self.inner._update_model_kwargs_for_generation(out, self.given, is_encoder_decoder=False)
+            return
+        mask = self.given["attention_mask"]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        name = "cache" if "cache" in self.parameters else "past_key_values"
+        self.given = {**self.given, "attention_mask": mask, "position_ids": positions_of(mask)}
+        if self.cached:
+            self.given[name] = getattr(out, name, None)
+
+    def keep(self, alive: Tensor) -> bool:
+        """Drop the rows that are not alive. False: they can't be told apart in what is carried on, and all stay."""
+        if self.can_drop is None:
+            self.can_drop = all(_can_drop(name, value, len(alive)) for name, value in self.given.items())
+        if self.can_drop:
+            places = alive.nonzero()[:, 0]
+            self.given = {name: _dropped(name, value, places) for name, value in self.given.items()}
+            for module, name, value in list(_held(self.inner)):
+                before, version = self.found.get((id(module), name), (None, 0))
+                written = value is not before or value._version != version
+                if written and value.shape[0] == len(alive):
+                    setattr(module, name, value.index_select(0, places.to(value.device)))
+        return self.can_drop
+
+
+def _held(inner: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Yield what modules hold besides parameters and buffers: a few keep the states of rows there."""
+    for module in inner.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.dim() > 1:
+                yield module, name, value
+
+
+def _axis(name: str, value: Tensor) -> int:
+    """Return where the rows are: position ids may come once for each of several axes of an image."""
+    return 1 if name == "position_ids" and value.dim() == 3 else 0
+
+
+def _dropped(name: str, value: Any, places: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        return value if value.dim() < 2 else value.index_select(_axis(name, value), places.to(value.device))
+    if hasattr(value, "reorder_cache"):
+        value.reorder_cache(places)
+    return value
+
+
+def _can_drop(name: str, value: Any, n: int) -> bool:
+    """Return whether ``_dropped`` cuts every tensor of this input to the rows that it is given."""
+    if isinstance(value, Tensor):
+        return value.dim() < 2 or value.shape[_axis(name, value)] == n
+    if not hasattr(value, "reorder_cache"):
+        return value is None or isinstance(value, (bool, int, float, str))
+    before = list(_tensors(value))
+    trial = copy.deepcopy(value, {id(tensor): tensor for tensor in before})  # shares the tensors
+    try:
+        trial.reorder_cache(torch.zeros(1, dtype=torch.int64, device=before[0].device if before else "cpu"))
+    except (NotImplementedError, AttributeError, TypeError, ValueError, IndexError, RuntimeError):
+        return False
+    after = list(_tensors(trial))
+    return len(before) == len(after) and all(
+        old.dim() == 0 or (old.shape[0] == n and new.shape[0] == 1) for old, new in zip(before, after, strict=True)
+    )
+
+
+def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Yield the tensors that a cache holds, in an order that depends on its structure alone."""
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if id(value) in seen or value is None or isinstance(value, (str, int, float, bool, type)):
+        return
+    seen.add(id(value))
+    parts: Any = ()
+    if isinstance(value, dict):
+        parts = value.values()
+    elif isinstance(value, (list, tuple)):
+        parts = value
+    elif hasattr(value, "__dict__") and not hasattr(value, "to_dict"):  # not a config
+        parts = vars(value).values()
+    for part in parts:
+        yield from _tensors(part, seen)

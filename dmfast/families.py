@@ -1,0 +1,126 @@
+"""What can be told of a model from its configuration and its code, without a forward."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+# PhiMoE's router_jitter_noise is left: it is a threshold of the router in evaluation too
+_JITTER = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+_IN_CONFIG = re.compile(r"\bconfig\.(\w*(?:drop|jitter)\w*)")
+
+
+def disable_dropout(model: nn.Module) -> int:
+    """Set every dropout probability and router jitter of the model to 0, LoRA's too, and return how many were not.
+
+    Not by eval(): training mode stays what it is, gradient checkpointing needs it. Where a forward reads a probability
+    from the configuration, it becomes 0 there.
+    """
+    changed = 0
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            is_dropout = name == "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "drop" in name
+            if (is_dropout or name in _JITTER) and isinstance(value, float) and value > 0:
+                setattr(module, name, 0.0)
+                changed += 1
+    for config, name in _read_from_config(model):
+        if isinstance(getattr(config, name, None), float) and getattr(config, name) > 0:
+            setattr(config, name, 0.0)
+            changed += 1
+    return changed
+
+
+def _read_from_config(model: nn.Module) -> Iterator[tuple[Any, str]]:
+    """Yield the configurations of which a forward reads a probability, with its name."""
+    names: dict[type, set[str]] = {}
+    for module in model.modules():
+        kind = type(module)
+        if getattr(module, "config", None) is None or not kind.__module__.startswith("transformers"):
+            continue
+        if kind not in names:
+            names[kind] = set(_IN_CONFIG.findall(inspect.getsource(kind.forward))) - {"router_jitter_noise"}
+        for name in sorted(names[kind]):
+            yield module.config, name
+
+
+def without_adapters(model: nn.Module) -> Any:
+    """Return the transformers model within a PEFT model."""
+    found: Any = model
+    return found.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the configuration of the language model, which in a multimodal one is a part of the whole."""
+    config: Any = without_adapters(model).config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Return how many tokens the model takes, prompt and continuation together. None: no limit is known.
+
+    Where LongRoPE scales positions in another way beyond a length, that length: a sequence that crosses it, and those
+    that share its batch, have other probabilities in one forward than step by step.
+    """
+    config = text_config(model)
+    limits: list[Any] = [getattr(config, name, None) for name in _LENGTHS]
+    limits = [limit - first_position(model) if isinstance(limit, int) else None for limit in limits]
+    limits += [_switches_at(config)]
+    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    return min(known) if known else None
+
+
+def first_position(model: nn.Module) -> int:
+    """Return the id of the first token's position: in RoBERTa and its kin the one after that of padding, else 0."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
+
+
+def _switches_at(config: Any) -> Any:
+    """Return the length at which LongRoPE changes its factors, if the model has it."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(rope, Mapping):
+        return None
+    for each in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
+        if each.get("rope_type", each.get("type")) == "longrope":
+            own = each.get("original_max_position_embeddings")
+            return own or getattr(config, "original_max_position_embeddings", None)
+    return None
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Return where the model's inputs go: of an offloaded model, where its layers run.
+
+    Raises:
+        ValueError: all parameters are on ``meta`` and nothing says where they run.
+    """
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device if not isinstance(device, int) else f"cuda:{device}")
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            return parameter.device
+    raise ValueError(
+        f"all parameters of the {type(model).__name__} are on the device meta, without values; load the model with its "
+        "weights, or dispatch it by accelerate, whose hooks say where it runs"
+    )
+
+
+def text_inputs(model: nn.Module) -> list[str]:
+    """Return the inputs by which a multimodal model tells text from images. They are 0 on text.
+
+    Some models demand them in training.
+    """
+    inner = without_adapters(model)
+    if text_config(inner) is getattr(inner, "config", None):
+        return []  # there, as in GPT-2, they are what they are in BERT: kinds of text
+    parameters = inspect.signature(inner.forward).parameters
+    return [name for name in ("token_type_ids", "mm_token_type_ids") if name in parameters]
