@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints.txt $(shell find csrc dmfast -type f \
 	! -name '*.so' ! -name '*.pyc')
 
-PROOFS := host-cuda ptx sanitize aot interpreter wheel trace gpu-dry docs aarch64
+PROOFS := host-cuda ptx sanitize aot interpreter floors wheel trace gpu-dry docs aarch64
 .PHONY: demo test pytest lint proofs $(PROOFS) gpu paper-quick paper format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
@@ -80,6 +80,10 @@ paper: $(VENV)/demo
 # The wheel as a stranger builds it: pip's isolation, a new environment, no torch; then the tests against it.
 wheel: $(VENV)/test
 	sh scripts/ci/wheel.sh $(PYTHON) $(BIN)/python
+
+# The tests that involve transformers, on the oldest transformers, accelerate and peft that pyproject.toml allows.
+floors: $(VENV)/test
+	$(BIN)/python scripts/ci/floors.py
 
 # The site, with an API reference from the docstrings, in build/site. A warning is an error, which --quiet would hide from
 # --strict too. The variable silences theirs of new versions to come.

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import gpt2_weights  # noqa: F401
 import peft
 import pytest
 import torch
@@ -420,8 +421,9 @@ def test_sampling_runs_within_transformers_generate(how, monkeypatch):
     inner.register_forward_pre_hook(lambda _, __, options: caches.append(options[policy._cache_name]), with_kwargs=True)
     policy.sample(PROMPTS, 2, max_new_tokens=3, seed=0)
     assert len(given) == 1
+    made = given[0].get(policy._cache_name)  # transformers 5.0 leaves it to the model
     assert caches
-    assert all(cache is given[0][policy._cache_name] for cache in caches)
+    assert made is None or all(cache is made for cache in caches)
     assert [type(rule).__name__ for rule in given[0]["stopping_criteria"]] == ["MaxLengthCriteria", "EosTokenCriteria"]
 
 

@@ -15,6 +15,7 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+import transformers.trainer
 from test_prompts import Reader
 from trainer_job import digest, gpt2, job, tokenizer
 from trainer_tools import (
@@ -158,8 +159,10 @@ class Uploads:
 
     def __init__(self, monkeypatch):
         self.pushed = []
-        monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", self.create_repo)
-        monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", self.upload_folder)
+        for name in ("create_repo", "upload_folder"):
+            monkeypatch.setattr(huggingface_hub.HfApi, name, getattr(self, name))
+            if hasattr(transformers.trainer, name):  # older releases took the functions over when they were imported
+                monkeypatch.setattr(transformers.trainer, name, getattr(self, name))
 
     def create_repo(self, repo_id, **kwargs):
         return huggingface_hub.RepoUrl(f"https://huggingface.co/me/{repo_id}")

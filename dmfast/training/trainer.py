@@ -32,7 +32,6 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
 )
-from transformers.trainer_utils import rotate_checkpoints
 
 from ..batch import Batch, Prompts
 from ..estimators import PartitionFunctions
@@ -46,7 +45,7 @@ from ..settings import AnyObjective, check_target, check_trainable
 from ..targets import EBM
 from . import checkpoint
 from . import samples as samples_table
-from .callbacks import Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
+from .callbacks import EpochOrder, Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
 from .card import model_card
 from .checks import check_fit, refuse_arguments, refuse_sharded, warn_of_generation_config, with_pad_token
 from .config import DMConfig
@@ -54,6 +53,7 @@ from .data import ContextLoader, Contexts, StepSampler, contexts_of, eval_contex
 from .evaluation import examine
 from .ranks import AccelerateRanks
 from .saving import loaded, save_plainly, with_adapter
+from .versions import draws_in_random_order, remove_old_checkpoints
 
 
 class DMTrainer(Trainer):  # type: ignore[misc]
@@ -91,7 +91,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     """
 
     control: TrainerControl
-    # the loss of compute_loss is already divided by the step's sequences
+    # the loss of compute_loss is already divided by the step's sequences; until transformers 5.18 compute_loss_func
+    # says so
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -142,12 +143,18 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 train_dataset=self._rows,
                 eval_dataset=self._eval_rows,
                 processing_class=processing_class,
-                callbacks=[StepEnd(self._before_optimizer, self._finish_step), self._interrupt, *(callbacks or [])],
+                callbacks=[
+                    EpochOrder(),
+                    StepEnd(self._before_optimizer, self._finish_step),
+                    self._interrupt,
+                    *(callbacks or []),
+                ],
                 optimizers=optimizers,
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
         finally:
             args.enable_jit_checkpoint = jit
+        self.compute_loss_func = self.compute_loss
         for stock, ours in ((ProgressCallback, Progress), (PrinterCallback, LogLine)):
             for callback in [c for c in self.callback_handler.callbacks if type(c) is stock]:
                 self.callback_handler.callbacks.remove(callback)
@@ -215,7 +222,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             len(self._rows), self.samples_per_context, per_device=args.per_device_train_batch_size,
             accumulation=args.gradient_accumulation_steps, rank=args.process_index, world=args.world_size,
             steps=None if self._has_prompts else math.ceil(args.max_steps / args.ppo_epochs), repeats=args.ppo_epochs,
-            shuffle=args.train_sampling_strategy == "random",
+            shuffle=draws_in_random_order(args),
             seed=args.seed if args.data_seed is None else args.data_seed,
         )  # fmt: skip
         return ContextLoader(self._rows, sampler)
@@ -436,10 +443,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 self._write_card(Path(self.args.output_dir))  # transformers then adds the model and pushes
             super()._push_from_checkpoint(str(run_dir / name))
         if writes:
-            rotate_checkpoints(
-                output_dir=str(run_dir), save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True,
-            )  # fmt: skip
+            remove_old_checkpoints(self, run_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._push_later = True  # the checkpoint is not in its place yet
