@@ -352,7 +352,7 @@ class LanguageModel:
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()  # gradient checkpointing forbids the KV cache in training mode; dropout is 0 in both
         try:
-            self._guard.probe(self, prompt, prompt_mask)
+            self._probe(prompt, prompt_mask)
             samples = draw()
             if not self._guard.check(self, samples):
                 samples = draw()
@@ -432,6 +432,11 @@ class LanguageModel:
 
     def _probe(self, tokens: Tensor, mask: Tensor) -> None:
         """Ask the model how it takes a batch, before its first forward."""
+        if self.device.type == "meta":
+            raise ValueError(
+                f"the parameters of the {type(self._unwrapped()).__name__} are on the device meta, without values; load "
+                "the model with its weights, or dispatch it by accelerate, whose hooks say where it runs"
+            )
         self._guard.probe(self, tokens, mask)
 
     def _inputs(self, mask: Tensor) -> dict[str, Tensor]:
