@@ -96,22 +96,13 @@ def _switches_at(config: Any) -> Any:
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """Return where the model's inputs go: of an offloaded model, where its layers run.
-
-    Raises:
-        ValueError: all parameters are on ``meta`` and nothing says where they run.
-    """
+    """Return where the model's inputs go: of an offloaded model, where its layers run."""
     for module in model.modules():
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:
             return torch.device(device if not isinstance(device, int) else f"cuda:{device}")
-    for parameter in model.parameters():
-        if not parameter.is_meta:
-            return parameter.device
-    raise ValueError(
-        f"all parameters of the {type(model).__name__} are on the device meta, without values; load the model with its "
-        "weights, or dispatch it by accelerate, whose hooks say where it runs"
-    )
+    devices = [parameter.device for parameter in model.parameters()]
+    return next((device for device in devices if device.type != "meta"), devices[0])
 
 
 def text_inputs(model: nn.Module) -> list[str]:

@@ -355,6 +355,7 @@ class LanguageModel:
         for name, number in numbers.items():
             if number is not None and not 0 < number < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {number!r}")
+        self._check_placed()
         prompt, prompt_mask = self._encode(prompts)
         context = self._context
         if context is not None and prompt.shape[1] + max_new_tokens > context:
@@ -382,7 +383,7 @@ class LanguageModel:
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()  # gradient checkpointing forbids the KV cache in training mode; dropout is 0 in both
         try:
-            self._guard.probe(self, prompt, prompt_mask)
+            self._probe(prompt, prompt_mask)
             samples = draw()
             if not self._guard.check(self, samples):
                 samples = draw()
@@ -449,6 +450,7 @@ class LanguageModel:
 
     def _laid_out(self, samples: Samples) -> list[tuple[Tensor, Samples]] | None:
         """Return the samples by the length of their prompts where the model can't take them padded. None: it can."""
+        self._check_placed()
         self._probe(samples.tokens, samples.attention_mask)
         if self._guard.padded or bool(samples.attention_mask[:, : samples.prompt_len].all()):
             return None
@@ -459,6 +461,13 @@ class LanguageModel:
                 "all processes must run the same number of forwards: give all prompts of a microbatch one length"
             )
         return parts
+
+    def _check_placed(self) -> None:
+        if self.device.type == "meta":
+            raise ValueError(
+                f"the parameters of the {type(self._unwrapped()).__name__} are on the device meta, without values: "
+                "load the model with its weights, or dispatch it by accelerate, whose hooks say where it runs"
+            )
 
     def _probe(self, tokens: Tensor, mask: Tensor) -> None:
         """Ask the model how it takes a batch, before its first forward."""

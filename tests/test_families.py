@@ -17,14 +17,13 @@ import pytest
 import torch
 from families import ENDS, PROMPTS, VOCAB
 from test_models import lm
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from dmfast import LanguageModel
 from dmfast.decoding import _can_drop
-from dmfast.families import context_length, disable_dropout, execution_device
+from dmfast.families import context_length, disable_dropout
 
 ONE_LENGTH, NO_CACHE = "prompts of one length at a time", "without a cache"
 
@@ -335,10 +334,10 @@ def test_an_offloaded_model_is_sampled_where_it_runs():
     assert torch.equal(x.tokens, expected.tokens)
     with torch.no_grad(), pytest.warns(UserWarning, match="names no head"):
         assert (policy.log_prob(x) - expected.log_prob).abs().max() < 1e-4
-    with torch.device("meta"):
-        empty = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="Linear are on the device meta"):
-        execution_device(empty)
+    plain.model.to("meta")
+    for use in (draw, lambda policy: policy.log_prob(x)):
+        with pytest.raises(ValueError, match="parameters of the Faulty are on the device meta"):
+            use(plain)
 
 
 def test_peft_passes_on_what_a_model_is_given():
