@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints.txt $(shell find csrc dmfast -type f \
 	! -name '*.so' ! -name '*.pyc')
 
-PROOFS := host-cuda ptx sanitize aot interpreter wheel trace gpu-dry docs aarch64
+PROOFS := host-cuda ptx families sanitize aot interpreter floors wheel trace gpu-dry docs aarch64
 .PHONY: demo test pytest lint proofs $(PROOFS) gpu paper-quick paper format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
@@ -81,10 +81,19 @@ paper: $(VENV)/demo
 wheel: $(VENV)/test
 	sh scripts/ci/wheel.sh $(PYTHON) $(BIN)/python
 
+# The tests that involve transformers, on the oldest transformers, accelerate and peft that pyproject.toml allows.
+floors: $(VENV)/test
+	$(BIN)/python scripts/ci/floors.py
+
 # The site, with an API reference from the docstrings, in build/site. A warning is an error, which --quiet would hide from
 # --strict too. The variable silences theirs of new versions to come.
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build --strict
+
+# Every causal architecture of transformers, small and random, held to plain transformers: docs/models.md is what was found.
+# `scripts/ci/families.py` without --check writes it.
+families: $(VENV)/test
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/ci/families.py --check
 
 # The row kernels compiled for aarch64 and run in qemu.
 aarch64:

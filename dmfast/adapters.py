@@ -111,7 +111,9 @@ def weights(model: Any, adapter: str) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
     found: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    return found
+    # until peft 0.19 IA3, LoHa and LoKr add those of the other adapters, which keep their names
+    others = model.peft_config.keys() - {adapter}
+    return {name: tensor for name, tensor in found.items() if name.rpartition(".")[2] not in others}
 
 
 def _layers(model: nn.Module) -> list[Any]:

@@ -145,6 +145,7 @@ class _Steps:
         self.first = True
         self.cached = bool(given.get("use_cache", True))
         self.can_drop: bool | None = None  # not asked yet
+        self.found = {(id(module), name): (value, value._version) for module, name, value in _held(inner)}
         self.prepare = getattr(inner, "prepare_inputs_for_generation", None)
         self.parameters = inspect.signature(inner.forward).parameters
         if self.prepare is not None:
@@ -157,19 +158,28 @@ class _Steps:
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return the (R, V) logits of what follows these (R, t) tokens."""
-        if self.prepare is None:
-            inputs = self._plain(tokens)
-        else:
-            new = {"next_sequence_length": 1 if self.cached and not self.first else None} if self.by_length else {}
-            prepared = self.prepare(tokens, is_first_iteration=self.first, **new, **self.given)
-            inputs = {**prepared, "return_dict": True}
-        out, logits = self.last_logits(lambda: self.model(**inputs))
+        try:
+            inputs = self._inputs(tokens)
+            out, logits = self.last_logits(lambda: self.model(**inputs))
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            kind, length = type(self.inner).__name__, tokens.shape[1]
+            raise RuntimeError(
+                f"{kind} can't be sampled: its forward of {length} tokens fails with {error!r}"
+            ) from error
         if self.first and not self._goes_on_from(out):
             self.cached = self.given["use_cache"] = False
             self.given = {name: value for name, value in self.given.items() if name not in _STATES}
         self.first = False
         self._go_on(out)
         return logits
+
+    def _inputs(self, tokens: Tensor) -> dict[str, Any]:
+        if self.prepare is None:
+            return self._plain(tokens)
+        new = {"next_sequence_length": 1 if self.cached and not self.first else None} if self.by_length else {}
+        return {**self.prepare(tokens, is_first_iteration=self.first, **new, **self.given), "return_dict": True}
 
     def _goes_on_from(self, out: Any) -> bool:
         """Return whether a forward has returned a state, or has filled the cache that it was given."""
@@ -206,7 +216,20 @@ class _Steps:
         if self.can_drop:
             places = alive.nonzero()[:, 0]
             self.given = {name: _dropped(name, value, places) for name, value in self.given.items()}
+            for module, name, value in list(_held(self.inner)):
+                before, version = self.found.get((id(module), name), (None, 0))
+                written = value is not before or value._version != version
+                if written and value.shape[0] == len(alive):
+                    setattr(module, name, value.index_select(0, places.to(value.device)))
         return self.can_drop
+
+
+def _held(inner: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Yield what modules hold besides parameters and buffers: a few keep the states of rows there."""
+    for module in inner.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.dim() > 1:
+                yield module, name, value
 
 
 def _axis(name: str, value: Tensor) -> int:

@@ -219,7 +219,7 @@ def gradient_variance(
             with torch.enable_grad():
                 # A is a constant, and reinforce on-policy has A = R
                 out = policy.loss(samples[one], objective=Objective("reinforce"), on_policy=True, reward=weight[one],
-                                  log_proposal=samples.log_prob[one])  # fmt: skip
+                                  log_proposal=samples.log_prob[one] if samples.has_log_prob else None)  # fmt: skip
                 yield torch.autograd.grad(out.loss, parameters, allow_unused=True)
 
     return spread(gradients(), parameters, len(samples), reduce)

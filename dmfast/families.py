@@ -12,6 +12,7 @@ from torch import nn
 
 # PhiMoE's router_jitter_noise is left: it is a threshold of the router in evaluation too
 _JITTER = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 _IN_CONFIG = re.compile(r"\bconfig\.(\w*(?:drop|jitter)\w*)")
 
 
@@ -67,9 +68,7 @@ def context_length(model: nn.Module) -> int | None:
     that share its batch, have other probabilities in one forward than step by step.
     """
     config = text_config(model)
-    limits = [
-        getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions", "max_seq_len")
-    ]
+    limits: list[Any] = [getattr(config, name, None) for name in _LENGTHS]
     limits = [limit - first_position(model) if isinstance(limit, int) else None for limit in limits]
     limits += [_switches_at(config)]
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
@@ -97,22 +96,13 @@ def _switches_at(config: Any) -> Any:
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """Return where the model's inputs go: of an offloaded model, where its layers run.
-
-    Raises:
-        ValueError: all parameters are on ``meta`` and nothing says where they run.
-    """
+    """Return where the model's inputs go: of an offloaded model, where its layers run."""
     for module in model.modules():
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:
             return torch.device(device if not isinstance(device, int) else f"cuda:{device}")
-    for parameter in model.parameters():
-        if not parameter.is_meta:
-            return parameter.device
-    raise ValueError(
-        f"all parameters of the {type(model).__name__} are on the device meta, without values; load the model with its "
-        "weights, or dispatch it by accelerate, whose hooks say where it runs"
-    )
+    devices = [parameter.device for parameter in model.parameters()]
+    return next((device for device in devices if device.type != "meta"), devices[0])
 
 
 def text_inputs(model: nn.Module) -> list[str]:

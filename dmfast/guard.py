@@ -75,21 +75,18 @@ class Guard:
                 kind = type(without_adapters(lm._module())).__name__
                 raise RuntimeError(f"{kind} can't be used: a forward of {length} tokens fails: {error}") from error
             unit = rounding()
-            if self._named and "position_ids" not in self._required:
-                try:
-                    given = self._whole(lm, ids, torch.ones_like(ids))
-                except (RuntimeError, ValueError, TypeError, IndexError):  # it names them, and can't take them
-                    self.first_position = None
-                else:
-                    self.first_position = None if _differ(given, expected, unit) else self.first_position
-            shorter = ids[:, : length - 1]
+            optional = self._named and "position_ids" not in self._required
+            if optional and _differ(self._whole(lm, ids, torch.ones_like(ids)), expected, unit):
+                self.first_position = None
             pads = torch.full((1, _PADS), lm.pad_token_id, device=ids.device)
-            both = torch.cat([torch.cat([pads, shorter], 1), torch.cat([pads[:, : _PADS - 1], ids], 1)])
+            both = torch.cat([torch.cat([pads, ids[:, :-1]], 1), torch.cat([pads[:, 1:], ids], 1)])
             seen = torch.ones_like(both)
             seen[0, :_PADS], seen[1, : _PADS - 1] = 0, 0
             found = self._whole(lm, both, seen)
             self.padded = (self.first_position is None) != self._named and not (
-                _differ(found[:1, _PADS:], expected[:, :-1], unit) or _differ(found[1:, _PADS - 1 :], expected, unit)
+                found is None
+                or _differ(found[:1, _PADS:], expected[:, :-1], unit)
+                or _differ(found[1:, _PADS - 1 :], expected, unit)
             )
 
     def _plain(self, lm: LanguageModel, ids: Tensor) -> Tensor:
@@ -101,9 +98,14 @@ class Guard:
         logits: Tensor = lm._module()(input_ids=ids, use_cache=False, **given).logits
         return logits
 
-    def _whole(self, lm: LanguageModel, ids: Tensor, mask: Tensor) -> Tensor:
-        """(N, T, V) logits as ``LanguageModel`` gets them."""
-        logits: Tensor = lm._module()(input_ids=ids, use_cache=False, **lm._inputs(mask)).logits
+    def _whole(self, lm: LanguageModel, ids: Tensor, mask: Tensor) -> Tensor | None:
+        """(N, T, V) logits as ``LanguageModel`` gets them. None: the model can't take such a batch."""
+        try:
+            logits: Tensor = lm._module()(input_ids=ids, use_cache=False, **lm._inputs(mask)).logits
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return None
         return logits
 
     # ---- after the first draw
@@ -130,7 +132,8 @@ class Guard:
         scored = drawn.score_mask.sum(1)  # the longest of them show the most, and another of one length beside it
         first = int((scored * ends[0]).argmax())
         scored[first] = 0
-        x = drawn[sorted({first, int(((scored + 1) * ends[1]).argmax())})]
+        picked = sorted({first, int(((scored + 1) * ends[1]).argmax())})
+        x = drawn[picked if self.padded else [*picked, *picked]]  # two of a length, so that a batch has several rows
         with _undisturbed(lm, training=True), _rounding_of(lm) as rounding:
             try:
                 together = lm._score(x.trimmed())[0]
@@ -222,8 +225,10 @@ def _beyond(a: Tensor, b: Tensor, allowed: Tensor) -> bool:
     return bool(((a != b) & ((a - b).abs() > allowed)).any())
 
 
-def _differ(logits: Tensor, expected: Tensor, unit: float) -> bool:
-    """Return whether two distributions of the next token differ, by the larger part of their mass that does."""
+def _differ(logits: Tensor | None, expected: Tensor, unit: float) -> bool:
+    """Return whether two distributions of the next token differ, by the part of their mass that does; None does."""
+    if logits is None:
+        return True
     distance = (logits.double().softmax(-1) - expected.double().softmax(-1)).abs().sum(-1) / 2
     return bool((distance > unit / 4).any())
 

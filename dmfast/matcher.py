@@ -38,7 +38,7 @@ from .refit import Refit
 from .running import Running
 from .samples import Prompt, Samples
 from .seeds import seed_for
-from .settings import AnyObjective, Settings, check_proposal, check_target
+from .settings import AnyObjective, Settings, check_proposal, check_target, check_trainable
 from .targets import EBM, Feature, FeatureValues, Scorer, TargetScores
 from .targets.constraints import as_feature
 
@@ -103,8 +103,9 @@ class Matcher:
         batch: the batch that was drawn and is not yet committed, or None.
 
     Raises:
-        ValueError: an option out of range or options that do not go together; a base that is the policy itself; a
-            target that is not fitted; an objective without its reward; a proposal of another policy.
+        ValueError: an option out of range or options that do not go together; a policy without a parameter that
+            requires a gradient; a base that is the policy itself; a target that is not fitted; an objective without its
+            reward; a proposal of another policy.
         TypeError: a policy, target, proposal or objective that is none.
     """
 
@@ -145,6 +146,7 @@ class Matcher:
             raise TypeError(
                 f"policy must be a LanguageModel, got a {type(policy).__name__}; write LanguageModel(model, tokenizer)"
             )
+        check_trainable(policy)
         check_target(target, policy.model, self.settings, reward)
         check_proposal(proposal, policy, self.settings)
         self.policy, self.target, self.proposal = policy, target, proposal
@@ -274,6 +276,7 @@ class Matcher:
             contexts.prompts, n, max_new_tokens=how.max_new_tokens, temperature=how.temperature, seed=seed,
             batch_size=how.batch_size, first_row=self.ranks.rank * len(contexts) * n,
         )  # fmt: skip
+        drawn.check_log_prob("a step")  # another engine may have made them by samples_of
         return contexts.of(drawn)
 
     def _score(

@@ -1,8 +1,8 @@
 """Causal language models of transformers as distributions: sample sequences, score sequences.
 
 Sampler and scorer share one mask rule, one temperature and no dropout, so that log pi(x) of the scorer is log q(x) of
-the sampler when pi = q. Nothing of the model's generation_config acts (transformers' default has top_k = 50):
-a truncated sampler draws from another distribution than the one that is scored.
+the sampler when pi = q. Of the model's generation_config nothing acts but its EOS (transformers' default has
+top_k = 50): a truncated sampler draws from another distribution than the one that is scored.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import adapters
+from .completions import check_unknown_proposal, samples_of
 from .decoding import decode, positions_of
 from .families import context_length, disable_dropout, execution_device, text_inputs, without_adapters
 from .functional import (
@@ -36,6 +37,7 @@ from .guard import Guard
 from .head import HeadProbe, HiddenAndHead, unwrapped
 from .kernels.batch import IGNORE
 from .kernels.result import DMLossOutput
+from .prompts import PromptEncoder, end_tokens, text_part
 from .samples import Prompt, Samples
 from .tensors import copy_into
 
@@ -58,23 +60,31 @@ class LanguageModel:
 
     Args:
         model: decoder-only, with the forward of transformers; PEFT models too. Device and dtype stay as they are.
-        tokenizer: its ``eos_token_id`` ends a sequence, its ``bos_token_id`` (or else EOS) is the empty prompt.
-        eos_token_id: other token ids that end a sequence, in the tokenizer's place.
+        tokenizer: its ``bos_token_id`` (or else EOS) is the empty prompt. A multimodal processor may stand here; only
+            its tokenizer is used, since dmfast supports text only.
+        eos_token_id: the token ids that end a sequence. Default: the tokenizer's, and those of the model's
+            ``generation_config``, by which transformers' generate ends.
+        chat_template_kwargs: what the chat template gets besides the messages of a prompt, such as
+            ``{"enable_thinking": False}``, ``tools``, or another ``chat_template``.
         check_scores: ask the model itself, in a few small forwards once, whether it can take prompts of several lengths
             left-padded, and whether two of its first sequences score as they were drawn: alone and together, in
             training mode and with the cache. False takes that for granted, save that a model whose forward has no
             ``position_ids`` gets prompts of one length at a time.
 
     Attributes:
+        eos_token_ids: what ends a sequence.
         version: what ``Samples.version`` of its draws holds; an ``OfflineProposal`` whose q it is assigns it.
 
     Raises:
+        TypeError: an eos_token_id that is not one integer or several, chat_template_kwargs that is no mapping.
         ValueError: an encoder-decoder model, a prompt-learning adapter, no EOS token, or an EOS or padding token that
-            the model does not have.
+            the model does not have; chat_template_kwargs with what dmfast sets itself.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, eos_token_id: int | Sequence[int] | None = None,
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *,
+        eos_token_id: int | Sequence[int] | Tensor | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         check_scores: bool = True,
     ) -> None:  # fmt: skip
         config: Any = model.config
@@ -88,16 +98,13 @@ class LanguageModel:
                 "LanguageModel takes no prompt-learning adapters (prefix tuning, prompt tuning): PEFT would put their "
                 "virtual tokens before every token that is sampled; use LoRA or another adapter of weights"
             )
-        eos = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
-        if eos is None or eos == []:
-            raise ValueError("the tokenizer has no eos_token, so no sequence would ever end; pass eos_token_id")
+        tokenizer, chat_template_kwargs = text_part(tokenizer, chat_template_kwargs)
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self.vocab_size: int = cast(Any, model).get_input_embeddings().weight.shape[0]
-        self.eos_token_ids = [eos] if isinstance(eos, int) else list(eos)
-        self.pad_token_id: int = self.eos_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        for name, token in [("pad", self.pad_token_id), *(("eos", token) for token in self.eos_token_ids)]:
-            self._check_token(token, f"{name}_token_id is")
+        self.eos_token_ids = end_tokens(model, tokenizer, self.vocab_size, eos_token_id)
+        self._encoder = PromptEncoder(tokenizer, self.eos_token_ids, self.vocab_size, chat_template_kwargs)
+        self.pad_token_id = self._encoder.pad_token_id
         disable_dropout(model)
         # the forward of a PEFT model takes **kwargs and tells nothing
         self._keeps_logits = "logits_to_keep" in inspect.signature(without_adapters(model).forward).parameters
@@ -113,11 +120,10 @@ class LanguageModel:
         """Where the model is."""
         return execution_device(self.model)
 
-    def _check_token(self, token: int, what: str) -> None:
-        if not 0 <= token < self.vocab_size:
-            raise ValueError(
-                f"{what} {token}, but the model has {self.vocab_size} embeddings: tokenizer and model don't fit"
-            )
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any]:
+        """What the chat template gets besides the messages of a prompt."""
+        return self._encoder.chat_template_kwargs
 
     def around(self, model: nn.Module) -> LanguageModel:
         """Return the same around another module that computes the same, such as a DDP or compiled wrapper of it."""
@@ -132,7 +138,8 @@ class LanguageModel:
         *,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
+        eos_token_id: int | Sequence[int] | Tensor | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         check_scores: bool = True,
         **kwargs: Any,
     ) -> LanguageModel:
@@ -142,7 +149,7 @@ class LanguageModel:
             name_or_path: a folder, or a name on the hub.
             dtype: of the parameters. Default: transformers', which is that of the checkpoint.
             device: where the model goes. Default: where transformers puts it.
-            eos_token_id, check_scores: as in ``LanguageModel``.
+            eos_token_id, chat_template_kwargs, check_scores: as in ``LanguageModel``.
             kwargs: go to the model's ``from_pretrained``; those that say where from (``revision``, ``token``,
                 ``cache_dir``, ``local_files_only``, ``trust_remote_code``, ...) to the tokenizer's, too.
 
@@ -157,8 +164,10 @@ class LanguageModel:
         model = AutoModelForCausalLM.from_pretrained(
             name_or_path, **({} if dtype is None else {"dtype": dtype}), **kwargs
         )
-        model = model if device is None else model.to(device)
-        return cls(model, tokenizer, eos_token_id=eos_token_id, check_scores=check_scores)
+        return cls(
+            model if device is None else model.to(device), tokenizer, eos_token_id=eos_token_id,
+            chat_template_kwargs=chat_template_kwargs, check_scores=check_scores,
+        )  # fmt: skip
 
     @torch.no_grad()
     def load(self, source: Source) -> None:
@@ -210,39 +219,9 @@ class LanguageModel:
         """
         return AdapterView(self)
 
-    def _encode(self, prompts: Sequence[Prompt] | None) -> tuple[Tensor, Tensor]:
-        """Return left-padded prompts and their mask, (P, L) each. An empty prompt is the BOS token."""
-        start = self.tokenizer.bos_token_id
-        start = self.eos_token_ids[0] if start is None else start
-        if isinstance(prompts, str):
-            raise TypeError(f"prompts must be a list of strings, got the string {prompts!r}")
-        if prompts is not None and len(prompts) == 0:
-            raise ValueError("prompts is empty; pass None for the one empty prompt")
-        encoded = [self._token_ids(prompt) or [start] for prompt in prompts or [""]]
-        width = max(len(ids) for ids in encoded)
-        tokens = torch.tensor([[self.pad_token_id] * (width - len(ids)) + ids for ids in encoded], device=self.device)
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=self.device)
-        for token in torch.aminmax(tokens):
-            self._check_token(int(token), "the tokenizer gave token")
-        return tokens, mask
-
-    def _token_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, Mapping):
-            raise TypeError(
-                f"a prompt must be a string, a list of token ids or a list of chat messages, got {prompt!r:.100}; of a "
-                "datasets.Dataset pass its column, dataset['prompt']"
-            )
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        if not all(isinstance(part, Mapping) for part in prompt) or not prompt:
-            return list(cast("Sequence[int]", prompt))
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ValueError(
-                "a prompt is a list of chat messages, but the tokenizer has no chat_template; pass strings, or set one"
-            )
-        messages = cast(Any, list(prompt))
-        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        return cast("list[int]", ids)
+    def _encode(self, prompts: Sequence[Prompt] | Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return left-padded prompts and their mask, (P, L) each."""
+        return self._encoder.left_padded(list(self._encoder(prompts)), self.device)
 
     def with_prompt(self, samples: Samples, prompt: Prompt) -> Samples:
         """Return the same continuations after another prompt, the same for all.
@@ -275,23 +254,71 @@ class LanguageModel:
         """Check that all of them can be sampled from.
 
         Raises:
-            ValueError: a prompt that leaves no room for ``max_new_tokens`` in the model's context, or has a token that
-                the model does not have; with its place.
+            TypeError, ValueError: as ``sample`` of a prompt; with its place.
         """
         context = self._context
-        for i, prompt in enumerate(prompts):
-            ids = self._token_ids(prompt)
+        for i, ids in enumerate(self._encoder(prompts)):
             if context is not None and len(ids) + max_new_tokens > context:
                 raise ValueError(
                     f"prompt {i} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that is beyond the "
                     f"model's context of {context}"
                 )
-            self._check_token(max(ids, default=0), f"prompt {i}: the tokenizer gave token")
+
+    def samples_of(
+        self,
+        prompts: Sequence[Prompt] | Tensor | None,
+        completions: Sequence[str | Sequence[int] | Tensor],
+        *,
+        append_eos: bool | Sequence[bool],
+        eos_token_id: int | None = None,
+        log_prob: Sequence[float] | Tensor | None = None,
+        temperature: float = 1.0,
+        rows: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Samples:
+        """Return sequences that came from elsewhere, a file or another engine, as the ``Samples`` that they are here.
+
+        With log q they train like any others. Without it they can be scored, and trained on by likelihood:
+        ``loss(samples, objective="reinforce", on_policy=True, reward=torch.ones(len(samples)))``.
+
+        Args:
+            prompts: as in ``sample``, one for each completion; None: the empty prompt for all of them.
+            completions: N lists of token ids, as they were drawn; or strings, which are tokenized anew, apart from
+                their prompts and without special tokens around them.
+            append_eos: whether EOS is put after a completion that does not end in one: a whole answer has ended, one
+                that was cut at a length has not. One for all, or one for each.
+            eos_token_id: the EOS that is appended. Default: the first of ``eos_token_ids``, the tokenizer's. A chat
+                model may end its turn with another.
+            log_prob: (N,) float32 or float64, log q(x) in nats, of the distribution at ``temperature`` that the token
+                ids were drawn from, EOS included. None: it is not known.
+            temperature: what they were drawn at and are scored at.
+            rows: for each completion the row of its data set, which scorers see as ``samples.rows``.
+
+        Returns:
+            ``Samples``, N sequences. ``context_id`` counts different prompts in the order in which they come.
+
+        Raises:
+            TypeError: an argument of another kind.
+            ValueError: prompts, completions and ``log_prob`` that do not pair up, tokens after an EOS, a completion
+                without tokens, log_prob of strings, or that is not finite or above 0; prompt and completion are beyond
+                the model's context; as ``sample`` of a prompt.
+        """
+        samples = samples_of(
+            self._encoder, self.eos_token_ids, prompts, completions, append_eos=append_eos, eos_token_id=eos_token_id,
+            log_prob=log_prob, temperature=temperature, rows=rows, device=self.device,
+        )  # fmt: skip
+        context = self._context
+        longest = samples.attention_mask.sum(1)
+        if context is not None and int(longest.max()) > context:
+            raise ValueError(
+                f"prompt and completion {int(longest.argmax())} have {int(longest.max())} tokens, beyond the model's "
+                f"context of {context}"
+            )
+        return samples
 
     @torch.no_grad()
     def sample(
         self,
-        prompts: Sequence[Prompt] | None = None,
+        prompts: Sequence[Prompt] | Tensor | None = None,
         n: int = 1,
         *,
         max_new_tokens: int,
@@ -303,8 +330,9 @@ class LanguageModel:
         """Draw n continuations of each prompt from softmax(logits / temperature), token by token with a KV cache.
 
         Args:
-            prompts: strings, lists of token ids, or lists of chat messages, which go through the tokenizer's chat
-                template; None: the one empty prompt.
+            prompts: strings, lists of token ids (a (P, L) tensor of them too), or lists of chat messages, which go
+                through the tokenizer's chat template: where the last message is the assistant's it is continued. None:
+                the one empty prompt. An EOS that the tokenizer appends to a string is left out, and so is a second BOS.
             n: sequences per prompt; those of a prompt lie together.
             max_new_tokens: where a sequence without EOS ends.
             temperature: positive.
@@ -317,14 +345,17 @@ class LanguageModel:
             ``Samples`` with log q, N = n * number of prompts.
 
         Raises:
+            TypeError: prompts of another kind, such as a tokenizer's padded output.
             ValueError: n, max_new_tokens, temperature or batch_size not positive, no prompt, a prompt that leaves no
-                room in the model's context, a tokenizer that does not fit the model, logits of the model that are no
-                distribution (NaN, +inf, nothing but -inf), on any device.
+                room in the model's context, token ids with padding, an image in a message, an error of the chat
+                template, a tokenizer that does not fit the model, logits of the model that are no distribution (NaN,
+                +inf, nothing but -inf), on any device.
         """
         numbers = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
         for name, number in numbers.items():
             if number is not None and not 0 < number < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {number!r}")
+        self._check_placed()
         prompt, prompt_mask = self._encode(prompts)
         context = self._context
         if context is not None and prompt.shape[1] + max_new_tokens > context:
@@ -340,7 +371,7 @@ class LanguageModel:
             batches = torch.split(torch.arange(len(context_id), device=self.device), batch_size or len(context_id))
             if not self._guard.padded:
                 lengths = prompt_mask.sum(1)[context_id]
-                batches = tuple(ids[lengths[ids] == length] for ids in batches for length in lengths[ids].unique())
+                batches = tuple(ids[lengths[ids] == length] for ids in batches for length in set(lengths[ids].tolist()))
             parts = []
             for ids in batches:
                 width = prompt.shape[1] if self._guard.padded else int(prompt_mask[context_id[ids[0]]].sum())
@@ -352,7 +383,7 @@ class LanguageModel:
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()  # gradient checkpointing forbids the KV cache in training mode; dropout is 0 in both
         try:
-            self._guard.probe(self, prompt, prompt_mask)
+            self._probe(prompt, prompt_mask)
             samples = draw()
             if not self._guard.check(self, samples):
                 samples = draw()
@@ -410,9 +441,8 @@ class LanguageModel:
         labels = self._labels(samples)
         parts = self._laid_out(samples)
         if parts is not None:
-            return _joined(
-                [(places, self._forward(part).logits[:, -labels.shape[1] :]) for places, part in parts]
-            ), labels
+            kept = slice(-labels.shape[1], None)
+            return _joined([(places, self._forward(part).logits[:, kept]) for places, part in parts]), labels
         logits = self._forward(samples).logits
         ahead = logits.shape[1] - labels.shape[1]
         return logits, nn.functional.pad(labels, (ahead, 0), value=IGNORE) if ahead else labels
@@ -424,6 +454,7 @@ class LanguageModel:
 
     def _laid_out(self, samples: Samples) -> list[tuple[Tensor, Samples]] | None:
         """Return the samples by the length of their prompts where the model can't take them padded. None: it can."""
+        self._check_placed()
         self._probe(samples.tokens, samples.attention_mask)
         if self._guard.padded or bool(samples.attention_mask[:, : samples.prompt_len].all()):
             return None
@@ -434,6 +465,13 @@ class LanguageModel:
                 "all processes must run the same number of forwards: give all prompts of a microbatch one length"
             )
         return parts
+
+    def _check_placed(self) -> None:
+        if self.device.type == "meta":
+            raise ValueError(
+                f"the parameters of the {type(self._unwrapped()).__name__} are on the device meta, without values: "
+                "load the model with its weights, or dispatch it by accelerate, whose hooks say where it runs"
+            )
 
     def _probe(self, tokens: Tensor, mask: Tensor) -> None:
         """Ask the model how it takes a batch, before its first forward."""
@@ -548,10 +586,12 @@ class LanguageModel:
             ``DMLossOutput``; ``loss`` carries the gradient of the model's parameters.
 
         Raises:
-            TypeError, ValueError: as ``dm_loss``; no samples.
+            TypeError, ValueError: as ``dm_loss``; no samples; weights that rest on log q, of samples that have none.
         """
         if len(samples) == 0:
             raise ValueError("samples is empty: there is nothing for the model's forward to take")
+        if not samples.has_log_prob:
+            check_unknown_proposal(options)
         samples = samples.trimmed()
         found = self._hidden(samples)
         if found is not None:
@@ -584,7 +624,9 @@ class AdapterView(LanguageModel):
             raise ValueError(f"the model has no adapter {adapter!r}, only {', '.join(model.peft_config)}")
         if adapter == trained:
             raise ValueError(f"the adapter {adapter!r} is the policy's, which moves; a view of it would move too")
-        super().__init__(model, policy.tokenizer, eos_token_id=policy.eos_token_ids)
+        super().__init__(
+            model, policy.tokenizer, eos_token_id=policy.eos_token_ids, chat_template_kwargs=policy.chat_template_kwargs
+        )
         self._guard = policy._guard
         self.adapter = adapter
         self._config = model.peft_config.get(adapter)

@@ -171,6 +171,7 @@ def rejection_curve(
     x = proposal.sample(None if prompt is None else [prompt], n, max_new_tokens=max_new_tokens,
                         temperature=temperature, seed=None if seed is None else seed_for(seed, "rejection_curve"),
                         batch_size=batch_size)  # fmt: skip
+    x.check_log_prob("a rejection curve")
     return RejectionCurve(target.score(x, batch_size=batch_size).log_target - x.log_prob)
 
 
@@ -218,6 +219,7 @@ def quasi_rejection_sample(
         x = proposal.sample(None if prompt is None else [prompt], batch_size, max_new_tokens=max_new_tokens,
                             temperature=temperature, seed=seed_for(seed, f"quasi_rejection_sample {drawn}"),
                             batch_size=batch_size)  # fmt: skip
+        x.check_log_prob("rejection sampling")
         log_rate = target.score(x, batch_size=batch_size).log_target - x.log_prob - log_beta
         uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)
         taken = (uniform.log() < log_rate.cpu()).nonzero()[:, 0][: n - accepted]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: A string, token ids, or chat messages ({"role": ..., "content": ...}).
-Prompt: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, str]]"
+Prompt: TypeAlias = "str | Sequence[int] | Tensor | Sequence[Mapping[str, Any]]"
 
 _TOKENWISE = ("tokens", "attention_mask", "score_mask")
 _TENSORS = (*_TOKENWISE, "log_prob", "context_id", "version")
@@ -31,7 +31,7 @@ class Samples:
         score_mask: (N, T) bool, True on the tokens whose log-probability counts: the generated ones up to and with
             the first EOS, also when pad == eos.
         prompt_len: the padded width of the prompts.
-        log_prob: (N,) fp64, log q(x) in nats under ``temperature``, as drawn.
+        log_prob: (N,) fp64, log q(x) in nats under ``temperature``, as drawn. NaN where ``has_log_prob`` is False.
         context_id: (N,) int64, which prompt.
         temperature: the temperature that the sequences were drawn at and are scored at.
         tokenizer: what ``text`` decodes with.
@@ -39,6 +39,8 @@ class Samples:
         version: (N,) int64, which version of the proposal drew each sequence. Default: 0 for all.
         rows: one mapping per sequence, the row of the data set that its prompt came from, so that a scorer sees a
             reference answer; None where the data set has prompts only.
+        has_log_prob: whether log q is known. It is not for sequences that came from elsewhere without it
+            (``LanguageModel.samples_of``), which can be scored, and trained on by likelihood only.
 
     Raises:
         ValueError: the tensors or the rows are not those of N sequences.
@@ -55,6 +57,7 @@ class Samples:
     pad_token_id: int
     version: Tensor = None  # type: ignore[assignment]  # __post_init__ makes zeros of it
     rows: Sequence[Mapping[str, Any]] | None = None
+    has_log_prob: bool = True
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2:
@@ -121,6 +124,21 @@ class Samples:
             raise IndexError(f"the index goes from {int(places.min())} to {int(places.max())}, beyond {n} sequences")
         return places.long()
 
+    def check_log_prob(self, use: str) -> None:
+        """Check that log q of the sequences is known.
+
+        Args:
+            use: what needs it, the subject of the error's sentence.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if not self.has_log_prob:
+            raise ValueError(
+                f"{use} needs log q(x) of each sequence, which these samples don't have: LanguageModel.samples_of got "
+                "no log_prob. They can be scored, and trained on by likelihood"
+            )
+
     def with_rows(self, rows: Sequence[Mapping[str, Any]] | None) -> Samples:
         """Return the samples with the row of the data set that each sequence's prompt came from.
 
@@ -156,7 +174,7 @@ class Samples:
         """Return the samples in parts whose prompts have one length and no padding, with their places, (M,) int64."""
         lengths = self.attention_mask[:, : self.prompt_len].sum(1)
         parts = []
-        for length in lengths.unique().tolist():
+        for length in sorted(set(lengths.tolist())):
             places = (lengths == length).nonzero()[:, 0]
             first = self.prompt_len - length
             part = self[places]
@@ -167,6 +185,8 @@ class Samples:
     @staticmethod
     def cat(parts: Sequence[Samples]) -> Samples:
         """Return one batch of several, padded to one width. ``context_id`` and ``version`` stay as they are.
+
+        Log q of the whole is known where that of all parts is.
 
         Raises:
             ValueError: no parts, parts drawn at different temperatures, or some with ``rows`` and some without.
@@ -201,4 +221,5 @@ class Samples:
             context_id=torch.cat([part.context_id for part in parts]),
             version=torch.cat([part.version for part in parts]),
             rows=rows,
+            has_log_prob=all(part.has_log_prob for part in parts if len(part)),
         )

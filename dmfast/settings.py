@@ -170,6 +170,25 @@ class Settings:
         return objective if beta is None else replace(objective, beta=beta.value)
 
 
+def check_trainable(policy: LanguageModel) -> None:
+    """Check that a policy has parameters to train.
+
+    Raises:
+        ValueError: it has none, as an adapter that was loaded for inference.
+    """
+    if isinstance(policy, AdapterView):
+        raise ValueError("policy is an AdapterView, which is frozen; pass the LanguageModel that it is a view of")
+    model: Any = policy.model
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    hint = "call requires_grad_(True) on what is to be trained"
+    if hasattr(model, "peft_config"):
+        hint = "load the adapter by PeftModel.from_pretrained(..., is_trainable=True)"
+    raise ValueError(
+        f"no parameter of the policy's {type(model).__name__} requires a gradient, so there is nothing to train; {hint}"
+    )
+
+
 def check_target(target: EBM, model: nn.Module, settings: Settings, reward: Callable[[Samples], Any] | None) -> None:
     """Check what can't be trained, before anything is set up for it.
 

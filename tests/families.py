@@ -1,8 +1,8 @@
-"""Small random models of every causal architecture that transformers' auto-mapping lists, and what dmfast makes of each.
+"""Small random models of every causal architecture that transformers' mapping lists, and what dmfast makes of each.
 
 A configuration is the class's default with every size shrunk by its name (``SIZES``); ``OVERRIDES`` has what can't be
-told from names. ``verdict`` samples, scores and differentiates, and compares each with plain transformers: every sequence
-alone, unpadded, without a cache and with the model's own positions.
+told from names. ``verdict`` samples, scores and differentiates, and compares each with plain transformers: every
+sequence alone, unpadded, without a cache and with the model's own positions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -25,7 +25,7 @@ from dmfast import LanguageModel
 
 VOCAB, PAD, BOS, ENDS = 48, 0, 1, [2, 11, 12, 13, 20, 21]
 PROMPTS = [[5, 6, 7, 8, 9, 10, 14], [15], [16, 17, 18]]
-NEW_TOKENS, TOLERANCE = 10, 1e-4
+NEW_TOKENS, TOLERANCE, LARGEST = 10, 1e-4, 30_000_000
 
 #: The sizes of a small model, by the names that configurations have for them.
 SIZES: dict[str, Any] = {
@@ -41,8 +41,8 @@ SIZES: dict[str, Any] = {
         4),
     **dict.fromkeys(
         ["num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads", "linear_num_key_heads",
-         "linear_num_value_heads", "linear_num_heads", "mamba_n_groups", "n_groups", "mamba_ngroups", "num_query_groups",
-         "num_global_key_value_heads", "o_groups"],
+         "linear_num_value_heads", "linear_num_heads", "mamba_n_groups", "n_groups", "mamba_ngroups",
+         "num_query_groups", "num_global_key_value_heads", "o_groups"],
         2),
     **dict.fromkeys(
         ["head_dim", "kv_channels", "dim_head", "d_head", "attention_head_size", "qk_rope_head_dim", "qk_nope_head_dim",
@@ -64,28 +64,31 @@ SIZES: dict[str, Any] = {
         ["num_experts_per_tok", "moe_topk", "moe_top_k", "num_experts_per_token", "moe_k", "top_k_experts"],
         2),
     **dict.fromkeys(["topk_group", "n_group", "num_expert_group", "n_shared_experts", "num_shared_experts"], 1),
-    **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "o_lora_rank", "adapter_rank", "qk_head_dim", "gated_norm_rank"], 16),
+    **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "o_lora_rank", "adapter_rank", "qk_head_dim"], 16),
+    "gated_norm_rank": 16,
     **dict.fromkeys(
         ["vocab_size", "decoder_vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input", "audio_vocab_size",
          "pronunciation_vocab_size", "shape_vocab_size"],
         VOCAB),
     **dict.fromkeys(
-        ["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions", "max_source_positions",
-         "context_length", "model_max_length"],
+        ["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions",
+         "max_source_positions", "context_length", "model_max_length"],
         64),
     **dict.fromkeys(
         ["sliding_window", "attention_window_size", "sliding_window_size", "local_attention", "keep_window_size",
          "attention_chunk_size", "chunk_size", "mamba_chunk_size", "window_size", "block_size"],
         4),
     "hidden_size_per_layer_input": 8, "laurel_rank": 4, "d_rel": 8, "rel_extent": 8, "moe_num_shared_experts": 1,
-    "rotary_dim": 4, "mamba_d_head": 8, "mamba_n_heads": 8, "mamba_num_heads": 8, "mamba_headdim": 8, "time_step_rank": 4,
-    "mamba_dt_rank": 4, "num_buckets": 8, "position_bias_num_buckets": 8, "hc_lowrank": 8, "router_hidden_size": 16,
+    "rotary_dim": 4, "mamba_d_head": 8, "mamba_n_heads": 8, "mamba_num_heads": 8, "mamba_headdim": 8,
+    "time_step_rank": 4, "mamba_dt_rank": 4, "num_buckets": 8, "position_bias_num_buckets": 8,
+    "hc_lowrank": 8, "router_hidden_size": 16,
     "initializer_range": 0.2, "init_std": 0.2, "floor_scale": 8, "pretraining_tp": 1, "num_nextn_predict_layers": 0,
     "first_k_dense_replace": 1, "query_pre_attn_scalar": 8, "num_kv_shared_layers": 0, "num_dense_layers": 1,
     # a choice among more keys than that has ties, which two forwards of other shapes break in two ways
     "index_topk": 64,
 }  # fmt: skip
 
+MROPE = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}}
 #: What can't be told from names.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -95,9 +98,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "cpmant": {"prompt_length": 4},
     "dbrx": {"rope_parameters": None, "attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
-    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3, "layer_types": None},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3,
+             "layer_types": None},
+    "glm4v": MROPE,
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
-    "doge": {"keep_window_size": 64},  # beyond it each position keeps the best keys of the whole sequence, later ones too
+    "doge": {"keep_window_size": 64},  # beyond it a position keeps the best keys of all, later ones too
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots3_note_text": {"per_layer_config": {"2": {"head_dim": 16}}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4,
@@ -107,8 +112,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "minicpm3": {"scale_emb": 1, "dim_model_base": 32},
     "recurrent_gemma": {"num_hidden_layers": 3},
+    "qwen2_5_vl": MROPE,
+    "qwen2_vl": {**MROPE, "vision_config": {"embed_dim": 32}},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "attn_layers": ["local", "lsh"],
                  "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 4},
+    "qwen4_exp": {"text_config": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8,
+                                  "indexer_budget": 64, "indexer_compress_ratio": 2}},
     "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64,
                        "indexer_compress_ratio": 2},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
@@ -116,8 +125,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
               "attention_head_dim": 16, "attention_hidden_size": 64, "n_mamba_heads": 2},
-    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_mem_blocks": 1,
-               "n_mamba_heads": 8, "mamba_headdim": 8, "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+               "num_mem_blocks": 1, "n_mamba_heads": 8, "mamba_headdim": 8, "attention_hidden_size": 64,
+               "attention_head_dim": 16},
 }  # fmt: skip
 
 
@@ -132,6 +142,11 @@ class Verdict(NamedTuple):
 def families() -> list[str]:
     """Return the names of all causal architectures of transformers' auto-mapping."""
     return list(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def multimodal() -> list[str]:
+    """Return the names of the architectures that take images with text and are in no causal mapping."""
+    return [name for name in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if name not in families()]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -163,10 +178,11 @@ def _shrunk(kind: type[PretrainedConfig], overrides: Mapping[str, Any]) -> Pretr
                 sub = CONFIG_MAPPING[value["model_type"]] if isinstance(value, dict) else None
             if sub is not None:
                 given[field] = _shrunk(sub, overrides.get(field, {})).to_dict()
-        elif field in SIZES and value is not None and not isinstance(value, (list, dict)):
-            given[field] = SIZES[field]
-        elif field in SIZES and value is None and field in ("num_key_value_heads", "head_dim"):
-            given[field] = SIZES[field]
+        elif field in SIZES and not isinstance(value, (list, dict)):
+            if value is not None or field in ("num_key_value_heads", "head_dim"):
+                given[field] = SIZES[field]
+        elif ("drop" in field or "jitter" in field) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            given[field] = 0.1  # what must be off
         elif field.endswith(("token_id", "token_index")) and field not in ("decoder_start_token_id",):
             special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": ENDS[0]}
             if field in special:
@@ -221,12 +237,18 @@ def _small_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
 def build(name: str, config: PretrainedConfig | None = None) -> torch.nn.Module:
     """Return a random model of the family in training mode, spread so that each token and position matters."""
     config = small_config(name) if config is None else config
-    for each in _parts(config):
-        if hasattr(each, "is_decoder"):
-            each.is_decoder = True
-    config.is_encoder_decoder = False
+    auto = AutoModelForImageTextToText if name in multimodal() else AutoModelForCausalLM
+    if auto is AutoModelForCausalLM:
+        for each in _parts(config):
+            if hasattr(each, "is_decoder"):
+                each.is_decoder = True
+        config.is_encoder_decoder = False
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in auto.from_config(copy.deepcopy(config)).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size / 1e6:.0f} million parameters although all sizes with a usual name are small")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = auto.from_config(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -236,7 +236,8 @@ def test_the_trainer_logs_the_variance_of_all_sequences_of_a_step(tmp_path, sett
         assert len(g) == 8
         assert h["gradient_variance"] == pytest.approx(float(g.var(0, correction=0).sum()), rel=1e-4)
         assert h["gradient_norm"] == pytest.approx(float(g.mean(0).norm()), rel=1e-4)
-        assert h["gradient_norm"] == pytest.approx(h["grad_norm"], rel=1e-4)  # transformers' own, of .grad
+        if "grad_norm" in h:  # transformers' own, of .grad; before 5.3 only where gradients are clipped
+            assert h["gradient_norm"] == pytest.approx(h["grad_norm"], rel=1e-4)
         assert h["weight_std"] == pytest.approx(float(weight.std(correction=0)))
         assert h["weight_mean"] == pytest.approx(float(weight.mean()))
         assert h["weight_abs"] == pytest.approx(float(weight.abs().mean()))

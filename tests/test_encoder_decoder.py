@@ -152,7 +152,7 @@ def test_generate_draws_what_is_scored(name):
 
 @torch.no_grad()
 def test_bart_s_own_generation_config_ends_what_the_model_would_not():
-    """Its config forces EOS at the last token; an argument of None does not undo that, it is filled in again."""
+    """It forces EOS at the last token; an argument of None does not undo that, it is filled in again."""
     model, n = build("bart"), 2000
     inputs = inputs_of("bart", SOURCES[:1])
     labels = everything(2)
@@ -160,7 +160,7 @@ def test_bart_s_own_generation_config_ends_what_the_model_would_not():
     p = dmfast.sequence_log_prob(logits_of(model, inputs_of("bart", SOURCES[:1], len(labels)), labels), labels).exp()
     share = float(p[unfinished].sum())
     assert share > 0.1
-    model.generation_config.update(do_sample=True, top_k=0)
+    model.generation_config.update(do_sample=True, top_k=0, forced_eos_token_id=2)
     assert int(shares(model, inputs, n)[unfinished].sum()) == 0
     plain = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=T, forced_eos_token_id=None)
     rows = model.generate(**{key: value.expand(n, -1) for key, value in inputs.items()}, generation_config=plain)

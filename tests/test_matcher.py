@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import accelerate
+import peft
 import pytest
 import torch
 from torch import nn
@@ -817,6 +818,22 @@ def test_models_that_are_refused():
         Matcher(m.policy, m.target, m.proposal, on_policy=True)
     with pytest.raises(ValueError, match="is not fitted"):
         Matcher(m.policy, EBM(m.target.base, [Moment(Contains("w3"), 0.5)]))
+
+
+def test_a_policy_without_anything_to_train_is_refused():
+    m = matcher()
+    adapted = peft.get_peft_model(gpt2(), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    shared = LanguageModel(adapted, tokenizer())
+    Matcher(shared, EBM(shared.base(), [Contains("w3")]))
+    view = shared.base()
+    adapted.requires_grad_(False)  # as PeftModel.from_pretrained leaves it
+    for target in (m.target, EBM(shared.base(), [Contains("w3")])):
+        with pytest.raises(ValueError, match=r"no parameter of .* PeftModel requires a gradient.*is_trainable=True"):
+            Matcher(shared, target)
+    with pytest.raises(ValueError, match="policy is an AdapterView, which is frozen"):
+        Matcher(view, m.target)
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel requires a gradient.*call requires_grad_\(True\)"):
+        Matcher(LanguageModel(gpt2().requires_grad_(False), tokenizer()), m.target)
 
 
 def test_what_is_of_another_type_is_named():

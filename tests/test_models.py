@@ -16,6 +16,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import gpt2_weights  # noqa: F401
 import peft
 import pytest
 import torch
@@ -424,8 +425,9 @@ def test_sampling_runs_within_transformers_generate(how, monkeypatch):
     policy.sample(PROMPTS, 2, max_new_tokens=3, seed=0)
     assert len(given) == 1
     caches = [cache for cache in caches if cache is not None]  # the forwards that check the scores have none
+    made = given[0].get(name)  # transformers 5.0 leaves it to the model
     assert caches
-    assert all(cache is given[0][name] for cache in caches)
+    assert made is None or all(cache is made for cache in caches)
     assert [type(rule).__name__ for rule in given[0]["stopping_criteria"]] == ["MaxLengthCriteria", "EosTokenCriteria"]
 
 
@@ -633,8 +635,10 @@ def test_language_model_refuses_models_and_tokenizers_that_do_not_fit():
         LanguageModel(t5, tok())
     words = tok("no bos")
     words.eos_token = None
+    endless = build()
+    endless.config.eos_token_id = endless.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match="eos"):
-        LanguageModel(build(), words)
+        LanguageModel(endless, words)
     assert LanguageModel(build(), words, eos_token_id=EOS).eos_token_ids == [EOS]
     with pytest.raises(ValueError, match="eos"):
         LanguageModel(build(), tok(), eos_token_id=[])

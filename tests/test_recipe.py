@@ -381,3 +381,20 @@ def test_prepare_takes_a_lambda_that_is_known(tmp_path):
     again = recipe.prepare(given, fitted=first.target.state_dict(), reward=lambda x: x.log_prob, say=said.append)
     assert torch.equal(again.target.lambda_, first.target.lambda_) and str(first.target.report) in said
     assert again.matcher.reward is not None and again.policy.model is not again.target.base.model
+
+
+def test_a_model_of_a_recipe_ends_by_its_own_ends_beside_the_stop(tmp_path):
+    model = gpt2()
+    model.generation_config.eos_token_id = [5, 8]
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    assert load(str(tmp_path)).eos_token_ids == [5, 8]
+    stopped = load(str(tmp_path), stop="3", chat_template_kwargs={"enable_thinking": False})
+    assert stopped.eos_token_ids == [5, 8, 3] and stopped.chat_template_kwargs == {"enable_thinking": False}
+    path = write(tmp_path, chat_template_kwargs={"enable_thinking": False}, model=str(tmp_path),
+                 constraints=[{"contains": {"word": "w3"}}],
+                 train=SMALL["train"] | {"max_new_tokens": 6, "output_dir": str(tmp_path)})  # fmt: skip
+    for lora in (None, {"target_modules": ["c_attn"], "fan_in_fan_out": True}):
+        trainer = recipe.prepare(read(path) | {"lora": lora}, say=lambda line: None)
+        for each in (trainer.policy, trainer.target.base):
+            assert each.chat_template_kwargs == {"enable_thinking": False} and each.eos_token_ids == [5, 8]

@@ -164,6 +164,26 @@ def test_contains_tokens_of_whole_words():
         Contains("zebra", on="tokens")(unknown)
 
 
+@pytest.mark.parametrize("whole_word", [True, False])
+@pytest.mark.parametrize("make", [byte_tokenizer, lambda: word_tokenizer(["a", "she"])], ids=["bytes", "words"])
+def test_contains_tokens_finds_special_tokens(make, whole_word):
+    """They are in no text, whose tokens they are all the same: EOS, one of the user's own, one beside a word."""
+    tokenizer = make()
+    tokenizer.add_tokens(["<call>"], special_tokens=True)
+    samples = written(["a <call> she", "she a", "a"], ["<call>", "", ""], tokenizer)
+    cut = written(["she <call>", "a a"], tokenizer=tokenizer, ended=False)
+    for word, expected, of_cut in (
+        ("<call>", [1, 0, 0], [1, 0]), (EOS, [1, 1, 1], [0, 0]), (f"she{EOS}", [1, 0, 0], [0, 0]),
+        (PAD, [0, 0, 0], [0, 0]),
+    ):  # fmt: skip
+        feature = Contains(word, on="tokens", whole_word=whole_word)
+        assert feature(samples).tolist() == expected, word
+        assert feature(cut).tolist() == of_cut, word
+    assert Contains(any_of=["<call>", "she"], on="tokens")(cut).tolist() == [1, 0]
+    inside = written(["ashe", "she"], tokenizer=byte_tokenizer())
+    assert Contains(f"she{EOS}", on="tokens")(inside).tolist() == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("regex", "more", "expected"),
     [

@@ -66,11 +66,11 @@ def test_on_policy_resumes_too(tmp_path):
     assert digest(offline.model) == before
 
 
-@pytest.mark.parametrize("stop", [3, 4], ids=["within an epoch", "between epochs"])
+@pytest.mark.parametrize("stop", [3, 4, 6], ids=["within an epoch", "between epochs", "within a later epoch"])
 def test_random_scorers_go_on_where_they_stopped(tmp_path, stop):
     """Of everything random only a user's function draws from torch's own state."""
     settings = {
-        "prompts": PROMPTS[:4], "samples_per_context": 8, "max_steps": 6, "num_train_epochs": 2,
+        "prompts": PROMPTS[:4], "samples_per_context": 8, "max_steps": 8, "num_train_epochs": 2,
         "constraints": [Scorer(lambda texts: torch.rand(len(texts)), name="random")],
     }  # fmt: skip
     straight = job(tmp_path / "a", **settings)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
+import accelerate
 import datasets
 import peft
 import pytest
 import torch
-from accelerate import ParallelismConfig
 from trainer_job import PROMPTS, gpt2, job, tokenizer
 from trainer_tools import (
     one_thread,  # noqa: F401
@@ -20,6 +21,8 @@ from trainer_tools import (
 
 import dmfast
 from dmfast import EBM, Contains, LanguageModel, Moment
+
+ParallelismConfig = getattr(accelerate, "ParallelismConfig", SimpleNamespace)  # accelerate has it since 1.10
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
 

@@ -11,7 +11,8 @@ from trainer_tools import (
     run,
 )
 
-from dmfast import EBM, LanguageModel, Moment, Scorer
+import dmfast
+from dmfast import EBM, Contains, LanguageModel, Moment, Scorer
 from dmfast.training.data import Contexts, StepSampler
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
@@ -74,6 +75,9 @@ def test_where_prompts_come_from(rows):
         ([], "is empty"),
         ([{"text": "w1"}], "no column 'prompt', only text"),
         ([3], "must be a string or a list of chat messages, got int"),
+        (tokenizer()(["w1", "w2"]), "must have a length"),
+        ([{"prompt": "w1", "pixel_values": [0.0]}], "the column 'pixel_values', .* text only"),
+        (datasets.Dataset.from_list([{"prompt": "w1", "images": ["x.png"]}]), "the column 'images', .* text only"),
     ],
 )
 def test_bad_prompts(rows, message):
@@ -93,6 +97,29 @@ def test_chat_messages_go_through_the_template(tmp_path):
     )
     prompt = keep.steps[0].samples.tokens[:, : keep.steps[0].samples.prompt_len]
     assert prompt.tolist() == [[WORDS.index(w) for w in ("w1", "w2", "w7", "w6")]] * 8
+
+
+def test_chats_are_the_same_to_base_and_policy(tmp_path):
+    """Its template's arguments and what it continues, and a row that the template refuses is named."""
+    tok = tokenizer()
+    tok.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m['content'] }} w7 {% endfor %}{{ extra }}{% if add_generation_prompt %} w6{% endif %}"
+    )
+    asked = {"role": "user", "content": [{"type": "text", "text": "w1 w2"}]}
+    prompts = [[asked], [asked, {"role": "assistant", "content": "w4"}]]
+    target = EBM(LanguageModel(gpt2(), tok, chat_template_kwargs={"extra": "w0"}), [Contains("w3")])
+    args = job(tmp_path, max_steps=1, samples_per_context=4).args
+    trainer = dmfast.DMTrainer(gpt2(), target, args, train_dataset=prompts)
+    drawn = [model.sample(prompts, max_new_tokens=2, seed=0) for model in (trainer.policy, target.base)]
+    for x in drawn:
+        rows = zip(x.tokens[:, : x.prompt_len], x.attention_mask[:, : x.prompt_len], strict=True)
+        found = [[WORDS[token] for token in row[seen.bool()]] for row, seen in rows]
+        assert found == [["w1", "w2", "w7", "w0", "w6"], ["w1", "w2", "w7", "w4"]]
+    trainer.train()
+    wrong = [*prompts, [{"role": "system", "content": "w5"}, asked]]
+    with pytest.raises(ValueError, match=r"train_dataset: prompt 2: .*roles system, user: .*no system"):
+        dmfast.DMTrainer(gpt2(), target, args, train_dataset=wrong)
 
 
 @pytest.mark.parametrize("in_arrow", [False, True])

@@ -15,6 +15,8 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+import transformers.trainer
+from test_prompts import Reader
 from trainer_job import digest, gpt2, job, tokenizer
 from trainer_tools import (
     one_thread,  # noqa: F401
@@ -108,13 +110,59 @@ def test_generate_of_a_saved_model_ends_where_training_did(tmp_path, ends):
     assert set(ends) <= set(last)
 
 
+def test_a_saved_model_has_all_ends_of_its_generation_config(tmp_path):
+    """Also those of which the tokenizer knows nothing, as in most chat models; and training ends there too."""
+    model, tok = gpt2(), tokenizer()
+    model.generation_config.eos_token_id = [5, 3, 8]
+    target = EBM(LanguageModel(copy.deepcopy(model), tok), [Contains("w4")])
+    trainer = dmfast.DMTrainer(model, target, job(tmp_path, max_steps=1).args, processing_class=tok)
+    trainer.train()
+    x = trainer.matcher.policy.sample(n=64, max_new_tokens=8, seed=0)
+    assert not any(
+        set(row[scored].tolist()[:-1]) & {5, 3, 8} for row, scored in zip(x.tokens, x.score_mask, strict=True)
+    )
+    trainer.save_model(str(tmp_path / "final"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "final").generation_config.eos_token_id == [5, 3, 8]
+    assert LanguageModel.from_pretrained(tmp_path / "final").eos_token_ids == [5, 3, 8]
+
+
+def test_an_adapter_that_was_loaded_for_inference_is_refused_at_once(tmp_path):
+    adapted = peft.get_peft_model(gpt2(), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    adapted.save_pretrained(tmp_path / "adapter")
+    target = EBM(LanguageModel(gpt2(), tokenizer()), [Contains("w4")])
+    args = job(tmp_path).args
+    frozen = peft.PeftModel.from_pretrained(gpt2(), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"nothing to train; load the adapter by .*is_trainable=True"):
+        dmfast.DMTrainer(frozen, target, args)
+    going_on = peft.PeftModel.from_pretrained(gpt2(), tmp_path / "adapter", is_trainable=True)
+    dmfast.DMTrainer(going_on, target, args)
+
+
+def test_a_processor_trains_as_its_tokenizer_does_and_is_saved_whole(tmp_path):
+    chat = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w6{% endif %}"
+    processor = Reader(tokenizer(pad_token=None), chat)
+    model, prompts = gpt2(), [[{"role": "user", "content": "w1 w2"}]]
+    target = EBM(LanguageModel(gpt2(), processor), [Contains("w4")])
+    with pytest.warns(UserWarning, match="no pad token"):
+        trainer = dmfast.DMTrainer(model, target, job(tmp_path, max_steps=1).args, train_dataset=prompts,
+                                   processing_class=processor)  # fmt: skip
+    trainer.train()
+    batch = trainer.policy.sample(prompts, 2, max_new_tokens=2, seed=0)
+    assert batch.tokens[:, : batch.prompt_len].tolist() == [[1, 2, 8]] * 2
+    trainer.save_model(str(tmp_path / "final"))
+    assert (tmp_path / "final" / "chat_template.jinja").read_text() == chat
+    assert processor.tokenizer.chat_template is None
+
+
 class Uploads:
     """In the place of the hub: what was in a folder when it was pushed, without what was to be left out."""
 
     def __init__(self, monkeypatch):
         self.pushed = []
-        monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", self.create_repo)
-        monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", self.upload_folder)
+        for name in ("create_repo", "upload_folder"):
+            monkeypatch.setattr(huggingface_hub.HfApi, name, getattr(self, name))
+            if hasattr(transformers.trainer, name):  # older releases took the functions over when they were imported
+                monkeypatch.setattr(transformers.trainer, name, getattr(self, name))
 
     def create_repo(self, repo_id, **kwargs):
         return huggingface_hub.RepoUrl(f"https://huggingface.co/me/{repo_id}")

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from trainer_job import PROMPTS, StopAt, digest, gpt2, job, tokenizer
 from trainer_tools import (
     SKIP,
@@ -274,15 +275,13 @@ def test_the_base_scores_in_small_batches(tmp_path, monkeypatch):
     assert sizes[-2:] == [2, 2]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"gradient_checkpointing": True}, {"activation_checkpointing": True}, {"torch_compile": True}],
-    ids=["gradient checkpointing", "activation checkpointing", "torch.compile"],
-)
+@pytest.mark.parametrize("how", ["gradient_checkpointing", "activation_checkpointing", "torch_compile"])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:dmfast forms all logits of OptimizedModule")
-def test_ways_to_run_the_model_change_no_gradient(tmp_path, settings):
+def test_ways_to_run_the_model_change_no_gradient(tmp_path, how):
+    if not hasattr(dmfast.DMConfig, how):
+        pytest.skip(f"transformers {transformers.__version__} has no {how}")
     _, plain, _ = run(tmp_path / "plain", max_steps=1)
-    _, found, _ = run(tmp_path / "other", max_steps=1, **settings)
+    _, found, _ = run(tmp_path / "other", max_steps=1, **{how: True})
     found = [{name.removeprefix("_orig_mod."): g for name, g in step.items()} for step in found]
     assert_close(found[0], plain[0])
 

@@ -14,6 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
+import gpt2_weights  # noqa: F401
 import peft
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers

@@ -69,7 +69,7 @@ class Mixture:
         x = Samples.cat(drawn)
         x = x[torch.cat(rows).argsort().to(x.tokens.device)]
         version = torch.full_like(x.version, self.version)
-        return replace(x, log_prob=self.log_prob(x, batch_size=batch_size), version=version)
+        return replace(x, log_prob=self.log_prob(x, batch_size=batch_size), version=version, has_log_prob=True)
 
     @torch.no_grad()
     def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:

@@ -93,7 +93,8 @@ def scored_tokens(samples: Samples) -> list[list[int]]:
 class Contains(Feature):
     """Give 1 where the continuation contains a word, one of several words or a match of a regular expression, else 0.
 
-    Prompt, padding and special tokens never count.
+    Prompt and padding never count. Special tokens, EOS among them, are no part of the text; on tokens they are found
+    where a word is, or has, one of them.
 
     Args:
         word: a word or phrase.
@@ -208,9 +209,17 @@ class Contains(Feature):
                 if ids[start:end] != each:
                     continue
                 window = ids[max(start - around, 0) : end + around]
-                if not self.whole_word or self._search(tokenizer.decode(window, skip_special_tokens=True)):
+                if not self.whole_word or self._is_whole(each, window, tokenizer):
                     return True
         return False
+
+    def _is_whole(self, ids: list[int], window: list[int], tokenizer: Any) -> bool:
+        """Return whether a word's tokens are no part of a longer word in the text of the tokens around them."""
+        word = tokenizer.decode(ids)
+        if word == tokenizer.decode(ids, skip_special_tokens=True):
+            return self._search(tokenizer.decode(window, skip_special_tokens=True)) is not None
+        # a special token is in no text that is without them, and some tokenizers set it apart by a space
+        return re.search(self._pattern(word.strip()), tokenizer.decode(window)) is not None
 
     def describe(self) -> dict[str, Any]:
         """Return the arguments of the feature and its name."""

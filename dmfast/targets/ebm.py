@@ -299,6 +299,7 @@ class EBM:
             raise ValueError("pass samples or contexts: the contexts of samples are told by their context_id")
         if len(samples) == 0:
             raise ValueError("samples is empty")
+        samples.check_log_prob("a fit of lambda")
         self._check_from_base(samples)
         values = FeatureValues(samples)
         b, each_log_b = self._b(samples, values)

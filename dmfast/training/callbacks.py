@@ -30,6 +30,17 @@ class StepEnd(TrainerCallback):  # type: ignore[misc]
         self._after()
 
 
+class EpochOrder(TrainerCallback):  # type: ignore[misc]
+    """Set the epoch of the rows' order.
+
+    Until transformers 5.16 a resumed run took the first epoch's order: its loader is wrapped to skip what was seen.
+    """
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        """Set it before accelerate wraps the loader."""
+        train_dataloader.set_epoch(int(state.epoch or 0))
+
+
 class Interrupt(TrainerCallback):  # type: ignore[misc]
     """End training at Ctrl-C after the current step, with a checkpoint, and at a second Ctrl-C at once."""
 

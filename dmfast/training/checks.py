@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from ..models import LanguageModel
 from ..objectives import TARGET_OBJECTIVES
+from ..prompts import text_part
 from ..targets import EBM
 from .config import DMConfig, refuse_parallelism
 
@@ -68,12 +69,13 @@ def refuse_sharded(model: Any) -> None:
         )
 
 
-def with_pad_token(tokenizer: Any) -> Any:
-    """Return the tokenizer, which gets EOS as its pad token where it has none."""
+def with_pad_token(processing_class: Any) -> Any:
+    """Return a tokenizer or processor, whose tokenizer gets EOS as its pad token where it has none."""
+    tokenizer, _ = text_part(processing_class, None)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
         warnings.warn(f"the tokenizer has no pad token; padding with EOS, {tokenizer.eos_token!r}", stacklevel=3)
-    return tokenizer
+    return processing_class
 
 
 def check_fit(

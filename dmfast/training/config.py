@@ -67,6 +67,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         samples_per_context: n, sequences drawn from each prompt. Default: one; with one prompt, or without a data set
             (the empty context), all sequences of a step.
         sampling_batch_size: sequences at a time in sampling and in scoring by the base. Default: all of a step.
+        check_scores: as in ``dmfast.LanguageModel``, of the policy.
         skip_zero_weight: sequences whose weight is known to be 0 before the policy's forward (those with P = 0 under
             ``dpg``, for instance) get none; off-policy, ``js_policy`` is NaN in what is logged then.
         on_policy: sample from the policy itself; no proposal is kept.
@@ -123,6 +124,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     max_new_tokens: int = _field(64, "Where a sequence without EOS ends.")
     samples_per_context: int | None = _field(None, "Sequences drawn from each prompt.")
     sampling_batch_size: int | None = _field(None, "Sequences at a time in sampling and scoring.")
+    check_scores: bool = _field(True, "Check once that what the policy draws is what it scores.")
     skip_zero_weight: bool = _field(False, "No policy forward for sequences known to have weight 0.")
     on_policy: bool = _field(False, "Sample from the policy itself.")
     proposal_criterion: str = _field("kl", "When q becomes pi: kl, tvd, js or interval.")

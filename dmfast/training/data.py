@@ -17,6 +17,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..models import LanguageModel
 
+# columns that a multimodal model would read beside the prompt
+_NOT_TEXT = (
+    "image", "images", "video", "videos", "audio", "audios", "pixel_values", "pixel_values_videos", "input_features",
+)  # fmt: skip
+
 
 class Contexts(Dataset[Any]):
     """Give rows of prompts as (row, prompt); a prompt is a string, a list of chat messages or a list of token ids.
@@ -29,7 +34,7 @@ class Contexts(Dataset[Any]):
     Raises:
         TypeError: the rows have no length, such as an ``IterableDataset``, or are several data sets, such as a
             ``DatasetDict``.
-        ValueError: there are no rows, or a row has no prompt.
+        ValueError: there are no rows, a row has no prompt, or the rows have a column of images, video or sound.
     """
 
     def __init__(self, rows: Any = None, argument: str = "train_dataset") -> None:
@@ -54,6 +59,12 @@ class Contexts(Dataset[Any]):
         self[0]  # this refuses rows without a prompt now rather than in the middle of a run
         first = whole[0]
         self.has_columns = isinstance(first, Mapping) and len(first) > 1
+        seen = [name for name in first if name in _NOT_TEXT] if self.has_columns else []
+        if seen:
+            raise ValueError(
+                f"{argument} has the column {seen[0]!r}, which no model would see: dmfast supports text only, without "
+                "images, video or sound. Drop the column, or rename it where only a scorer is to see it"
+            )
 
     @cached_property
     def digest(self) -> str:

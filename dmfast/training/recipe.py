@@ -1,8 +1,10 @@
 """Run ``dmfast train recipe.yaml``: a whole job in one file, from the constraints to the report.
 
     model: tiny-bios                # or a folder, or a name on the hub
-    prompts: null                   # null: the empty context; a list of strings; a .txt (one a line) or .jsonl file
+    prompts: null                   # null: the empty context; a list of strings or of chats (lists of messages); a
+                                    # .txt (one a line) or .jsonl file
     stop: null                      # a sequence ends in EOS; with stop: "\\n" also in a token that has a newline
+    chat_template_kwargs: null      # what the chat template gets besides the messages: {enable_thinking: false}
     constraints:                    # pointwise ones, and moments
       - moment: {contains: {any_of: [she, her], name: women}, value: 0.5}
       - contains: {word: amazing}
@@ -48,7 +50,10 @@ from .evaluation import evaluate
 from .trainer import DMTrainer
 
 TINY_BIOS = Path(__file__).parent.parent / "data" / "tiny_bios"
-_KEYS = ("model", "dtype", "prompts", "stop", "constraints", "monitor", "reward", "fit", "lora", "train", "evaluate")
+_KEYS = (
+    "model", "dtype", "prompts", "stop", "chat_template_kwargs", "constraints", "monitor", "reward", "fit", "lora",
+    "train", "evaluate",
+)  # fmt: skip
 
 
 class RecipeError(ValueError):
@@ -213,12 +218,16 @@ def _prompts(prompts: Any) -> Any:
     return rows
 
 
-def load(name: str, *, dtype: str = "float32", stop: str | None = None) -> LanguageModel:
+def load(
+    name: str, *, dtype: str = "float32", stop: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> LanguageModel:  # fmt: skip
     """Load a causal model and its tokenizer.
 
     Args:
         name: ``tiny-bios`` (ships with dmfast), a folder, or a name on the hub.
         stop: a string; every token whose text contains it ends a sequence, as EOS does.
+        chat_template_kwargs: as in ``LanguageModel``.
 
     Raises:
         RecipeError: there is no such model or dtype.
@@ -234,10 +243,11 @@ def load(name: str, *, dtype: str = "float32", stop: str | None = None) -> Langu
     except (OSError, ValueError) as error:
         hint = "; python scripts/fetch_smollm2.py writes it" if "smollm2" in path else ""
         raise RecipeError(f"model: can't load {name!r}{hint}: {error}") from error
-    ends = [tokenizer.eos_token_id]
-    if stop:
-        ends += [i for i in range(len(tokenizer)) if stop in tokenizer.decode([i])]
-    return LanguageModel(model, tokenizer, eos_token_id=ends)
+    policy = LanguageModel(model, tokenizer, chat_template_kwargs=chat_template_kwargs)
+    if not stop:
+        return policy
+    ends = [*policy.eos_token_ids, *(i for i in range(len(tokenizer)) if stop in tokenizer.decode([i]))]
+    return LanguageModel(model, tokenizer, eos_token_id=ends, chat_template_kwargs=chat_template_kwargs)
 
 
 def _ideal(target: EBM, of_base: Samples) -> dict[str, Estimate]:
@@ -279,7 +289,10 @@ def _model_and_base(
         base = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
         return peft.get_peft_model(policy.model, config), base
     model = peft.get_peft_model(policy.model, config)
-    return model, LanguageModel(model, policy.tokenizer, eos_token_id=policy.eos_token_ids).base()
+    of_adapter = LanguageModel(
+        model, policy.tokenizer, eos_token_id=policy.eos_token_ids, chat_template_kwargs=policy.chat_template_kwargs
+    )
+    return model, of_adapter.base()
 
 
 def prepare(
@@ -299,7 +312,10 @@ def prepare(
     """
     args = DMConfig(**{"output_dir": "dmfast_output", **recipe["train"]})
     set_seed(args.seed)  # the adapter's initial weights depend on it
-    policy = load(recipe["model"], dtype=recipe.get("dtype") or "float32", stop=recipe.get("stop"))
+    policy = load(
+        recipe["model"], dtype=recipe.get("dtype") or "float32", stop=recipe.get("stop"),
+        chat_template_kwargs=recipe.get("chat_template_kwargs"),
+    )  # fmt: skip
     model, base = _model_and_base(policy, recipe.get("lora"), say)
     rows = _prompts(recipe.get("prompts"))
     target = EBM(

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
+    ProcessorMixin,
     ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
 )
-from transformers.trainer_utils import rotate_checkpoints
 
 from ..batch import Batch, Prompts
 from ..estimators import PartitionFunctions
@@ -41,11 +41,11 @@ from ..models import LanguageModel
 from ..proposal import OfflineProposal
 from ..samples import Samples
 from ..seeds import seed_for
-from ..settings import AnyObjective, check_target
+from ..settings import AnyObjective, check_target, check_trainable
 from ..targets import EBM
 from . import checkpoint
 from . import samples as samples_table
-from .callbacks import Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
+from .callbacks import EpochOrder, Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
 from .card import model_card
 from .checks import check_fit, refuse_arguments, refuse_sharded, warn_of_generation_config, with_pad_token
 from .config import DMConfig
@@ -53,6 +53,7 @@ from .data import ContextLoader, Contexts, StepSampler, contexts_of, eval_contex
 from .evaluation import examine
 from .ranks import AccelerateRanks
 from .saving import loaded, save_plainly, with_adapter
+from .versions import draws_in_random_order, remove_old_checkpoints
 
 
 class DMTrainer(Trainer):  # type: ignore[misc]
@@ -70,7 +71,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             more columns than the prompt reach scorers as ``samples.rows``, one for each sequence.
         eval_dataset: prompts to evaluate on, or several sets of them by name, whose metrics are ``eval_<name>_...``.
             Default: those of ``train_dataset``.
-        processing_class: the tokenizer. Default: the base's.
+        processing_class: the tokenizer, or a multimodal processor, which is saved with the model. Default: the base's
+            tokenizer. What ends a sequence and ``chat_template_kwargs`` are the base's.
         objective: a name, an ``Objective``, or a function of ``Terms``, in place of ``args.objective``.
         reward: R(x) for ``reinforce`` and ``kl_control``: a callable on ``Samples`` that gives (N,), such as
             ``dmfast.Scorer``.
@@ -89,7 +91,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     """
 
     control: TrainerControl
-    # the loss of compute_loss is already divided by the step's sequences
+    # the loss of compute_loss is already divided by the step's sequences; until transformers 5.18 compute_loss_func
+    # says so
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -100,7 +103,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         *,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         objective: AnyObjective | None = None,
         reward: Callable[[Samples], Tensor] | None = None,
         peft_config: Any = None,
@@ -119,8 +122,12 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         model = loaded(model)
         check_target(target, model, settings, reward)
         model = with_adapter(model, peft_config, args.seed)
-        tokenizer = with_pad_token(target.base.tokenizer if processing_class is None else processing_class)
-        self.policy = LanguageModel(model, tokenizer, eos_token_id=target.base.eos_token_ids)
+        processing_class = with_pad_token(target.base.tokenizer if processing_class is None else processing_class)
+        self.policy = LanguageModel(
+            model, processing_class, eos_token_id=target.base.eos_token_ids,
+            chat_template_kwargs=target.base.chat_template_kwargs, check_scores=args.check_scores,
+        )  # fmt: skip
+        check_trainable(self.policy)
         check_fit(self.policy, target, args, len(self._rows), settings.built_in, has_prompts=self._has_prompts)
         sets = list(self._eval_rows.values()) if isinstance(self._eval_rows, dict) else [self._eval_rows]
         for rows in {id(each): each for each in (self._rows, *sets)}.values():
@@ -135,13 +142,19 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 args=args,
                 train_dataset=self._rows,
                 eval_dataset=self._eval_rows,
-                processing_class=tokenizer,
-                callbacks=[StepEnd(self._before_optimizer, self._finish_step), self._interrupt, *(callbacks or [])],
+                processing_class=processing_class,
+                callbacks=[
+                    EpochOrder(),
+                    StepEnd(self._before_optimizer, self._finish_step),
+                    self._interrupt,
+                    *(callbacks or []),
+                ],
                 optimizers=optimizers,
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
         finally:
             args.enable_jit_checkpoint = jit
+        self.compute_loss_func = self.compute_loss
         for stock, ours in ((ProgressCallback, Progress), (PrinterCallback, LogLine)):
             for callback in [c for c in self.callback_handler.callbacks if type(c) is stock]:
                 self.callback_handler.callbacks.remove(callback)
@@ -209,7 +222,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             len(self._rows), self.samples_per_context, per_device=args.per_device_train_batch_size,
             accumulation=args.gradient_accumulation_steps, rank=args.process_index, world=args.world_size,
             steps=None if self._has_prompts else math.ceil(args.max_steps / args.ppo_epochs), repeats=args.ppo_epochs,
-            shuffle=args.train_sampling_strategy == "random",
+            shuffle=draws_in_random_order(args),
             seed=args.seed if args.data_seed is None else args.data_seed,
         )  # fmt: skip
         return ContextLoader(self._rows, sampler)
@@ -430,10 +443,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 self._write_card(Path(self.args.output_dir))  # transformers then adds the model and pushes
             super()._push_from_checkpoint(str(run_dir / name))
         if writes:
-            rotate_checkpoints(
-                output_dir=str(run_dir), save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True,
-            )  # fmt: skip
+            remove_old_checkpoints(self, run_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._push_later = True  # the checkpoint is not in its place yet

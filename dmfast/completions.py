@@ -1,0 +1,160 @@
+"""Sequences that came from elsewhere, a file or another engine, as ``Samples``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .objectives import KINDS, Objective
+from .prompts import PromptEncoder, token_ids
+from .samples import Prompt, Samples
+
+
+def samples_of(
+    encoder: PromptEncoder,
+    eos_token_ids: Sequence[int],
+    prompts: Sequence[Prompt] | Tensor | None,
+    completions: Sequence[str | Sequence[int] | Tensor],
+    *,
+    append_eos: bool | Sequence[bool],
+    eos_token_id: int | None,
+    log_prob: Sequence[float] | Tensor | None,
+    temperature: float,
+    rows: Sequence[Mapping[str, Any]] | None,
+    device: torch.device,
+) -> Samples:
+    """Return what ``LanguageModel.samples_of`` does, with its arguments.
+
+    Raises:
+        TypeError, ValueError: as it does.
+    """
+    if isinstance(completions, (str, Mapping)) or not hasattr(completions, "__len__"):
+        raise TypeError(f"completions must be a list of strings or of lists of token ids, got {completions!r:.100}")
+    n = len(completions)
+    if n == 0:
+        raise ValueError("completions is empty")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
+    starts = list(encoder(prompts)) * (n if prompts is None else 1)
+    if len(starts) != n:
+        raise ValueError(f"prompts and completions pair up one to one, got {len(starts)} prompts and {n} completions")
+    if log_prob is not None and any(isinstance(completion, str) for completion in completions):
+        raise ValueError(
+            "log_prob is of the token ids that were drawn, and a text that is tokenized anew may have others: with "
+            "log_prob pass completions as lists of token ids"
+        )
+    ends = set(eos_token_ids)
+    given_end = (
+        [eos_token_ids[0]] if eos_token_id is None else token_ids(eos_token_id, "eos_token_id must be a token id")
+    )
+    if len(given_end) != 1 or given_end[0] not in ends:
+        raise ValueError(
+            f"eos_token_id must be a token that ends a sequence, one of {sorted(ends)}, got {eos_token_id!r}"
+        )
+    end = given_end[0]
+    tails = [
+        _ended(encoder.completion(completion, f"completion {i}"), i, ends, end if appends else None)
+        for i, (completion, appends) in enumerate(zip(completions, _flags(append_eos, n), strict=True))
+    ]
+    left, left_mask = encoder.left_padded(starts, device)
+    width = max(len(tail) for tail in tails)
+    right = torch.tensor([tail + [encoder.pad_token_id] * (width - len(tail)) for tail in tails], device=device)
+    right_mask = torch.tensor([[1] * len(tail) + [0] * (width - len(tail)) for tail in tails], device=device)
+    contexts: dict[tuple[int, ...], int] = {}
+    context_id = [contexts.setdefault(tuple(ids), len(contexts)) for ids in starts]
+    return Samples(
+        tokens=torch.cat([left, right], 1),
+        attention_mask=torch.cat([left_mask, right_mask], 1),
+        score_mask=torch.cat([torch.zeros_like(left_mask), right_mask], 1).bool(),
+        prompt_len=left.shape[1],
+        log_prob=_log_q(log_prob, n).to(device),
+        context_id=torch.tensor(context_id, device=device),
+        temperature=temperature,
+        tokenizer=encoder.tokenizer,
+        pad_token_id=encoder.pad_token_id,
+        rows=rows,
+        has_log_prob=log_prob is not None,
+    )
+
+
+def _flags(append_eos: Any, n: int) -> list[bool]:
+    flags = append_eos.tolist() if hasattr(append_eos, "tolist") else append_eos
+    flags = [flags] * n if isinstance(flags, bool) else flags
+    if not isinstance(flags, (list, tuple)) or len(flags) != n or not all(isinstance(flag, bool) for flag in flags):
+        raise TypeError(
+            f"append_eos must be True, False or one of them for each of {n} completions, got {flags!r:.100}"
+        )
+    return list(flags)
+
+
+def _ended(ids: list[int], i: int, ends: set[int], end: int | None) -> list[int]:
+    """Return a continuation up to and with its EOS, which ``end`` adds where there is none."""
+    first = next((place for place, token in enumerate(ids) if token in ends), None)
+    if first is not None and first + 1 < len(ids):
+        raise ValueError(
+            f"completion {i} goes on after its end: token {first} of {len(ids)}, {ids[first]}, ends a sequence. Cut it "
+            "there, padding too; a model whose sequences end elsewhere is LanguageModel(..., eos_token_id=...)"
+        )
+    if end is not None and first is None:
+        ids = [*ids, end]
+    if not ids:
+        raise ValueError(f"completion {i} has no tokens, so there is nothing to score; append_eos=True ends it at once")
+    return ids
+
+
+def _log_q(log_prob: Any, n: int) -> Tensor:
+    """Return log q (N,) fp64; NaN where it was not given."""
+    if log_prob is None:
+        return torch.full((n,), torch.nan, dtype=torch.float64)
+    # of a list Python's floats, which torch would make fp32
+    given = log_prob if hasattr(log_prob, "dtype") else torch.tensor(log_prob, dtype=torch.float64)
+    values = torch.as_tensor(given).detach()
+    if values.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"log_prob must be float32 or float64, got {values.dtype}: in 16 bits a log-probability of -1,000 is off "
+            "by up to 2 nats"
+        )
+    if values.shape != (n,):
+        raise ValueError(
+            f"log_prob must have one number for each of {n} completions, log q(x) of the whole sequence in nats, got "
+            f"the shape {tuple(values.shape)}"
+        )
+    bad = ~(values.isfinite() & (values <= 1e-4))  # rounding may leave a little above 0
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"log_prob must be the logarithm of a probability, finite and not above 0, got {float(values[row])} for "
+            f"completion {row}"
+        )
+    return values.double()
+
+
+def check_unknown_proposal(options: Mapping[str, Any]) -> None:
+    """Check that a loss of samples without log q does not use it.
+
+    Args:
+        options: of ``LanguageModel.loss``.
+
+    Raises:
+        ValueError: its weights would rest on log q.
+    """
+    given, on_policy = options.get("log_proposal"), bool(options.get("on_policy", False))
+    if given is not None and not (isinstance(given, Tensor) and bool(given.isnan().any())):
+        return  # whoever drew them has scored them since
+    objective: str | Objective | Callable[..., Tensor] = options.get("objective", "gdc++")
+    name = objective.name if isinstance(objective, Objective) else objective
+    if isinstance(name, str):
+        # on_policy=True makes rho 1, so that A is the return of the sample alone
+        fits = given is None and on_policy and name in KINDS and KINDS[name].return_of == "sample"
+    else:
+        fits = given is None and not on_policy
+    if not fits:
+        shown = repr(name) if isinstance(name, str) else "of your own"
+        raise ValueError(
+            f"the objective {shown} with on_policy={on_policy} weighs sequences by log q(x), which these samples don't "
+            "have: LanguageModel.samples_of got no log_prob. Give it there, or train by likelihood, A = reward: "
+            "loss(samples, objective='reinforce', on_policy=True, reward=torch.ones(len(samples)))"
+        )

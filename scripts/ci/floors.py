@@ -1,0 +1,69 @@
+"""Run the tests that involve transformers on the oldest releases that pyproject.toml allows.
+
+    python scripts/ci/floors.py [PACKAGE==VERSION ...] [-- PYTEST ARGUMENTS]
+
+An environment of its own sees the packages of the one that runs this and lies before them: it holds transformers,
+accelerate and peft at their floors and what these need older, nothing else. torch's floor has a job of its own
+(.github/workflows/ci.yml), since it needs another Python. Named releases replace the floors: `transformers==5.17.0`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import tomllib
+
+HERE = Path(__file__).parents[2]
+PACKAGES = ("transformers", "accelerate", "peft")
+# what differed between releases when they were tried, without the slow ones; `-- tests` runs all of them
+TESTS = [
+    "tests/test_models.py", "tests/test_head.py", "tests/test_adapters.py", "tests/test_sampling.py",
+    "tests/test_trainer_step.py", "tests/test_trainer_saving.py", "tests/test_trainer_config.py",
+    "tests/test_trainer_checkpoint.py", "tests/test_trainer_stop.py", "tests/test_diagnostics.py",
+    "-k", "not two_processes and not both and not example and not torch_compile and not never_stopped",
+]  # fmt: skip
+
+
+def floors() -> dict[str, str]:
+    """The oldest releases allowed, by package."""
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+    every = [line for extra in project["optional-dependencies"].values() for line in extra]
+    found = {}
+    for package in PACKAGES:
+        lowest = {match[1] for line in every if (match := re.match(rf"{package}>=([\d.]+)", line))}
+        if len(lowest) != 1:
+            raise SystemExit(f"pyproject.toml must name one floor of {package}, as {package}>=1.2; it has {lowest}")
+        found[package] = lowest.pop()
+    return found
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    named, tests = arguments[:cut], arguments[cut + 1 :]
+    wanted = {package: f"{package}=={floor}" for package, floor in floors().items()}
+    wanted |= {re.split("[=<>~!]", each)[0]: each for each in named}
+    with tempfile.TemporaryDirectory() as folder:
+        python = Path(folder) / "bin" / "python"
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+        site = sysconfig.get_path("purelib", vars={"base": folder})
+        Path(site, "zz_beneath.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-compile"]
+        subprocess.run([*pip, "-c", str(HERE / "constraints.txt"), *wanted.values()], check=True)
+        show = "import sys; from importlib.metadata import version; print(*(f'{p} {version(p)}' for p in sys.argv[1:]))"
+        subprocess.run([str(python), "-c", show, "torch", *PACKAGES], check=True)
+        done = subprocess.run(
+            [str(python), "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *(tests or TESTS)],
+            cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+        )  # fmt: skip
+    raise SystemExit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Sequences that came from elsewhere: laid out as the sampler lays out its own, scored as the same tokens are.
+
+With their own log q they train as any sample does, and without it by likelihood only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_models import BOS, EOS, PAD, V, alone, build, check_gradients, close, gradients, lm, same, tok
+
+from dmfast import EBM, Contains, LanguageModel, Matcher, Moment, Objective, OfflineProposal, Samples
+from dmfast.diagnostics import gradient_variance
+from dmfast.rejection import quasi_rejection_sample, rejection_curve
+from dmfast.sampling import Mixture
+
+PROMPTS = [[1, 2, 3], [4], [6, 1]]
+UNKNOWN = "samples_of got no log_prob"
+
+
+def ids_of(x):
+    """The generated tokens of each sequence, up to and with EOS."""
+    return [row[scored].tolist() for row, scored in zip(x.tokens, x.score_mask, strict=True)]
+
+
+def repeated(prompts, n):
+    return [prompt for prompt in prompts for _ in range(n)]
+
+
+@pytest.mark.parametrize("tokenizer", ["own pad", "pad = eos", "no bos"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_what_the_sampler_drew_comes_back_as_it_was(tokenizer, temperature):
+    policy = lm(tokenizer=tokenizer)
+    for prompts in (PROMPTS, None):
+        x = policy.sample(prompts, 5, max_new_tokens=8, temperature=temperature, seed=3)
+        ended = [ids[-1] == EOS for ids in ids_of(x)]
+        assert {True, False} == set(ended) or prompts is None
+        given = None if prompts is None else repeated(prompts, 5)
+        for completions, append_eos in (
+            (ids_of(x), False),
+            ([ids[:-1] if end and len(ids) > 1 else ids for ids, end in zip(ids_of(x), ended, strict=True)], ended),
+            ([torch.tensor(ids) for ids in ids_of(x)], np.array(ended)),
+        ):
+            y = policy.samples_of(
+                given, completions, append_eos=append_eos, log_prob=x.log_prob, temperature=temperature
+            )
+            assert same(x, y) and y.has_log_prob
+            assert (y.temperature, y.pad_token_id, y.tokenizer) == (temperature, x.pad_token_id, x.tokenizer)
+        assert (policy.log_prob(y) - x.log_prob).abs().max() < 1e-4
+
+
+def test_layout_by_hand():
+    policy = lm()
+    x = policy.samples_of(
+        ["w1 w2", "", "w1 w2"],
+        ["w3", "w4 w4 <e>", [8]],
+        append_eos=[True, False, False],
+        rows=[{"a": i} for i in "xyz"],
+    )
+    assert x.tokens.tolist() == [[1, 2, 3, EOS, PAD], [PAD, BOS, 4, 4, EOS], [1, 2, 8, PAD, PAD]]
+    assert x.attention_mask.tolist() == [[1, 1, 1, 1, 0], [0, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert x.score_mask.int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 1, 0, 0]]
+    assert (x.prompt_len, x.context_id.tolist(), x.version.tolist()) == (2, [0, 1, 0], [0, 0, 0])
+    assert x.text == ["w3", "w4 w4", "w6"] and [row["a"] for row in x.rows] == ["x", "y", "z"]
+    assert x.log_prob.dtype == torch.float64 and x.log_prob.isnan().all() and not x.has_log_prob
+    everything = policy.samples_of(None, ["w3", "w3 <e>"], append_eos=True)
+    assert everything.tokens.tolist() == [[BOS, 3, EOS]] * 2 and everything.context_id.tolist() == [0, 0]
+    other = LanguageModel(build(), tok(), eos_token_id=[EOS, 8])
+    assert other.samples_of([[1]], [[2]], append_eos=True).tokens.tolist() == [[1, 2, EOS]]
+    assert other.samples_of([[1]], [[2]], append_eos=True, eos_token_id=8).tokens.tolist() == [[1, 2, 8]]
+    assert other.samples_of([[1]], [[2, 8]], append_eos=True).tokens.tolist() == [[1, 2, 8]]
+
+
+def test_they_are_scored_as_each_alone_is():
+    policy = lm("llama")
+    completions = [[2, 3, EOS], [4, 8, 8, 1], [10, EOS]]
+    x = policy.samples_of(PROMPTS, completions, append_eos=False, temperature=1.3)
+    found = policy.log_prob(x)
+    assert (found - alone(policy.model, x, PROMPTS, 1)).abs().max() < 1e-4
+    parts = Samples.cat([x[:1], x[1:]])
+    assert not parts.has_log_prob and torch.equal(policy.log_prob(parts), policy.log_prob(x))
+
+
+def test_by_likelihood_the_gradient_is_that_of_the_mean_log_prob():
+    policy = lm()
+    completions = [[2, 3, EOS], [4, 8, 8, 1], [10, EOS]]
+    x = policy.samples_of(PROMPTS, completions, append_eos=False)
+    reward = torch.tensor([1.0, 0.0, 1.0])
+    for weight, loss in (
+        (torch.ones(3), lambda: policy.loss(x, objective="reinforce", on_policy=True, reward=torch.ones(3)).loss),
+        (reward, lambda: policy.loss(x, objective=Objective("reinforce"), on_policy=True, reward=reward).loss),
+        (torch.ones(3), lambda: policy.loss(x, objective=lambda terms: torch.ones_like(terms.log_prob)).loss),
+    ):
+        expected = -(weight * alone(policy.model, x, PROMPTS, 1)).mean()
+        expected.backward()
+        wanted = gradients(policy.model)
+        found = loss()
+        found.backward()
+        close(found.detach(), expected.detach())
+        check_gradients(gradients(policy.model), wanted)
+    assert gradient_variance(policy, x, torch.ones(3).double()).variance > 0
+
+
+def test_with_log_q_they_train_like_any_sample():
+    policy, q = lm(), lm("llama")
+    x = q.sample(PROMPTS, 4, max_new_tokens=6, seed=1)
+    y = policy.samples_of(repeated(PROMPTS, 4), ids_of(x), append_eos=False, log_prob=x.log_prob.tolist())
+    for objective in ("gdc++", "dpg", "reverse_kl"):
+        found = []
+        for samples in (x, y):
+            out = policy.loss(samples, objective=objective, log_target=x.log_prob - 0.3, log_z=0.1,
+                              log_proposal=samples.log_prob)  # fmt: skip
+            out.loss.backward()
+            found.append((out.loss.detach(), gradients(policy.model)))
+        assert found[0][0] == found[1][0]
+        check_gradients(found[0][1], found[1][1])
+
+
+# --- without log q, whatever would use it refuses ---------------------------------------------------------------
+
+
+def unknown(policy=None):
+    policy = lm() if policy is None else policy
+    return policy.samples_of(PROMPTS, [[3, EOS], [2], [4]], append_eos=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"objective": "gdc++", "log_z": 0.0},
+        {"objective": "gdc++", "log_z": 0.0, "on_policy": True},
+        {"objective": "dpg", "log_z": 0.0, "log_proposal": "own"},
+        {"objective": "reinforce", "reward": 1.0},
+        {"objective": "reinforce", "reward": 1.0, "log_proposal": "own", "on_policy": True},
+        {"objective": "kl_control", "reward": 1.0, "log_base": -1.0, "on_policy": True},
+        {"objective": Objective("tv"), "log_z": 0.0, "on_policy": True},
+        {"objective": lambda terms: terms.reward, "reward": 1.0, "on_policy": True},
+    ],
+    ids=lambda options: " ".join(f"{key}" for key in options),
+)
+def test_a_loss_that_would_use_log_q_refuses(options):
+    policy, x = lm(), unknown()
+    given = {name: torch.full((3,), value).double() if isinstance(value, float) else value
+             for name, value in options.items()}  # fmt: skip
+    if given.get("log_proposal") == "own":
+        given["log_proposal"] = x.log_prob
+    if given.get("objective") == "kl_control":
+        given["objective"] = Objective("kl_control", beta=0.1)
+    with pytest.raises(ValueError, match=UNKNOWN):
+        policy.loss(x, log_target=torch.zeros(3), **given)
+    assert not gradients(policy.model)
+
+
+def test_log_q_that_was_scored_later_is_log_q():
+    policy, q = lm(), lm("llama")
+    x = unknown()
+    log_q = q.log_prob(x).detach()
+    out = policy.loss(x, log_target=log_q, log_proposal=log_q, log_z=0.0)
+    known = dataclasses.replace(x, log_prob=log_q, has_log_prob=True)
+    assert torch.equal(out.weight, policy.loss(known, log_target=log_q, log_proposal=known.log_prob, log_z=0.0).weight)
+
+
+class Elsewhere:
+    """A sampler that does not say log q."""
+
+    version = 0
+
+    def __init__(self, model):
+        self.model, self.log_prob, self.load = model, model.log_prob, model.load
+
+    def sample(self, prompts=None, n=1, **options):
+        options.pop("first_row", None)
+        x = self.model.sample(prompts, n, **options)
+        prompts = [[BOS]] * len(x) if prompts is None else repeated(prompts, n)
+        return self.model.samples_of(prompts, ids_of(x), append_eos=False, temperature=x.temperature)
+
+
+def test_fit_steps_and_rejection_refuse():
+    base, policy = lm(), lm()
+    moment = EBM(base, [Moment(Contains("w3"), 0.4)])
+    with pytest.raises(ValueError, match=f"a fit of lambda needs log q.*{UNKNOWN}"):
+        moment.fit(unknown(base))
+    assert not moment.fitted
+    target = EBM(base, [Contains("w3")])
+    elsewhere = Elsewhere(lm())
+    matcher = Matcher(policy, target, OfflineProposal(policy, sampler=elsewhere))
+    with pytest.raises(ValueError, match=f"a step needs log q.*{UNKNOWN}"):
+        matcher.draw(PROMPTS, 2, max_new_tokens=3)
+    with pytest.raises(ValueError, match=f"rejection curve needs log q.*{UNKNOWN}"):
+        rejection_curve(target, elsewhere, 8, max_new_tokens=3)
+    with pytest.raises(ValueError, match=f"rejection sampling needs log q.*{UNKNOWN}"):
+        quasi_rejection_sample(target, elsewhere, 2, log_beta=0.0, max_new_tokens=3)
+    both = Samples.cat([unknown(), lm().sample(PROMPTS, 1, max_new_tokens=2, seed=0)])
+    assert both.log_prob.isnan().tolist() == [True] * 3 + [False] * 3 and not both.has_log_prob
+    mixed = Mixture([elsewhere, base]).sample(None, 16, max_new_tokens=3, seed=0)  # which scores them all
+    assert mixed.has_log_prob and mixed.log_prob.isfinite().all()
+    scores = target.score(unknown())  # the target needs none
+    assert scores.log_target.shape == (3,)
+
+
+# --- what can't be --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "completions", "more", "error", "match"),
+    [
+        (PROMPTS, [[1]], {}, ValueError, "one to one, got 3 prompts and 1 completions"),
+        ([], [[1]], {}, ValueError, "prompts is empty"),
+        (["w1"], [], {}, ValueError, "completions is empty"),
+        (["w1"], "w2", {}, TypeError, "completions must be a list.*'w2'"),
+        (["w1"], {"input_ids": [[1]]}, {}, TypeError, "completions must be a list"),
+        (["w1"], [3], {}, TypeError, "completion 0 must be a string or a list of token ids, got 3"),
+        (["w1"], [[1.5]], {}, TypeError, "completion 0 must be"),
+        (["w1", "w1"], [[1], [1, EOS, 2]], {}, ValueError, "completion 1 goes on after its end: token 1 of 3, 5,"),
+        (["w1"], ["w2 <e> <e>"], {}, ValueError, "completion 0 goes on after its end: token 1 of 3"),
+        (["w1"], [[]], {}, ValueError, "completion 0 has no tokens"),
+        (["w1"], [""], {}, ValueError, "completion 0 has no tokens"),
+        (["w1"], [[V]], {}, ValueError, "completion 0 has token 11, but the model has 11"),
+        (["w1"], [[-1]], {}, ValueError, "completion 0 has token -1"),
+        ([[V]], [[1]], {}, ValueError, "prompt 0: the tokenizer gave token 11"),
+        (["w1"], [[1] * 24], {}, ValueError, "prompt and completion 0 have 25 tokens, .* context of 24"),
+        (["w1"], [[1]], {"append_eos": 1}, TypeError, "append_eos must be True, False or one"),
+        (["w1"], [[1]], {"append_eos": [True, True]}, TypeError, "each of 1 completions"),
+        (["w1"], [[1]], {"eos_token_id": 3}, ValueError, r"one of \[5\], got 3"),
+        (["w1"], [[1]], {"eos_token_id": "<e>"}, TypeError, "eos_token_id must be a token id, got '<e>'"),
+        (["w1"], [[1]], {"temperature": 0.0}, ValueError, "temperature must be positive"),
+        (["w1"], [[1]], {"log_prob": [-1.0, -1.0]}, ValueError, "for each of 1 completions.*got the shape"),
+        (["w1"], [[1]], {"log_prob": torch.tensor([[-1.0]])}, ValueError, "for each of 1 completions"),
+        (["w1"], [[1]], {"log_prob": torch.tensor([-1.0]).half()}, TypeError, "log_prob must be float32 or float64"),
+        (["w1"], [[1]], {"log_prob": [math.nan]}, ValueError, "not above 0, got nan for completion 0"),
+        (["w1"], [[1]], {"log_prob": [-math.inf]}, ValueError, "not above 0, got -inf"),
+        (["w1"], [[1]], {"log_prob": [0.2]}, ValueError, "not above 0, got 0.2"),
+        (["w1", "w1"], [[1], "w2"], {"log_prob": [-1.0, -1.0]}, ValueError, "a text that is tokenized anew may have"),
+        (["w1"], [[1]], {"rows": []}, ValueError, "rows must hold one row"),
+    ],
+)
+def test_samples_of_refuses(prompts, completions, more, error, match):
+    with pytest.raises(error, match=match):
+        lm().samples_of(prompts, completions, **{"append_eos": False, **more})
+
+
+def test_whether_eos_is_appended_has_to_be_said():
+    with pytest.raises(TypeError, match="append_eos"):
+        lm().samples_of(["w1"], ["w2"])
+    assert lm().samples_of(["w1"], [""], append_eos=True).tokens.tolist() == [[1, EOS]]
+    just = lm().samples_of(["w1"], [[1] * 23], append_eos=False)
+    assert just.tokens.shape == (1, 24)
