@@ -47,13 +47,17 @@ class HeadProbe:
 
     It holds no model, so that whoever puts another module in the place of one can copy it.
 
+    Args:
+        logits_dtype: as in ``LanguageModel``.
+
     Attributes:
         verified: whether a forward has shown that they do.
         failure: why they do not, once a forward has shown that; None: no forward has.
         dtype: in which hidden states and head are multiplied, once a forward has shown it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, logits_dtype: str) -> None:
+        self._in_fp32 = logits_dtype == "float32"
         self.verified = False
         self.failure: str | None = None
         self.dtype: torch.dtype | None = None
@@ -108,8 +112,8 @@ class HeadProbe:
         return None if self.failure is not None else found
 
     def rounds(self, model: nn.Module) -> bool:
-        """Return whether the model's own logits are rounded to 16 bits where the losses' are not."""
-        if self.why_not(model) is not None:
+        """Return whether the model's own logits are rounded to 16 bits, and those of the losses are not."""
+        if not self._in_fp32 or self.why_not(model) is not None:
             return False
         dtype = self.dtype or unwrapped(model).get_output_embeddings().weight.dtype
         return dtype in _SIXTEEN_BIT

@@ -11,8 +11,6 @@ import copy
 import inspect
 import math
 import os
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +33,7 @@ from .functional import (
 )
 from .guard import Guard
 from .head import HeadProbe, HiddenAndHead, unwrapped
+from .kernels import warn_caller
 from .kernels.batch import IGNORE
 from .kernels.result import DMLossOutput
 from .prompts import PromptEncoder, end_tokens, text_part
@@ -70,6 +69,8 @@ class LanguageModel:
             left-padded, and whether two of its first sequences score as they were drawn: alone and together, in
             training mode and with the cache. False takes that for granted, save that a model whose forward has no
             ``position_ids`` gets prompts of one length at a time.
+        logits_dtype: ``"float32"``: a 16-bit head gives fp32 logits to sampler, scorer and loss alike, so that log pi
+            is that of the 16-bit tensors and not of rounded logits. ``"same"``: the head's own dtype to all of them.
 
     Attributes:
         eos_token_ids: what ends a sequence.
@@ -78,7 +79,8 @@ class LanguageModel:
     Raises:
         TypeError: an eos_token_id that is not one integer or several, chat_template_kwargs that is no mapping.
         ValueError: an encoder-decoder model, a prompt-learning adapter, no EOS token, or an EOS or padding token that
-            the model does not have; chat_template_kwargs with what dmfast sets itself.
+            the model does not have; chat_template_kwargs with what dmfast sets itself; an unknown
+            logits_dtype.
     """
 
     def __init__(
@@ -86,7 +88,10 @@ class LanguageModel:
         eos_token_id: int | Sequence[int] | Tensor | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         check_scores: bool = True,
+        logits_dtype: str = "float32",
     ) -> None:  # fmt: skip
+        if logits_dtype not in ("float32", "same"):
+            raise ValueError(f"logits_dtype must be 'float32' or 'same', got {logits_dtype!r}")
         config: Any = model.config
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(
@@ -110,10 +115,10 @@ class LanguageModel:
         self._keeps_logits = "logits_to_keep" in inspect.signature(without_adapters(model).forward).parameters
         self._text_inputs, self._context = text_inputs(model), context_length(model)
         self._guard = Guard(model, check_scores)
-        self._head = HeadProbe()
+        self.logits_dtype = logits_dtype
+        self._head = HeadProbe(logits_dtype)
         self.version = 0
-        self._said = False  # why all logits are formed
-        self._said_uncached = False
+        self._said: set[str] = set()
 
     @property
     def device(self) -> torch.device:
@@ -141,6 +146,7 @@ class LanguageModel:
         eos_token_id: int | Sequence[int] | Tensor | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         check_scores: bool = True,
+        logits_dtype: str = "float32",
         **kwargs: Any,
     ) -> LanguageModel:
         """Load model and tokenizer by transformers' ``AutoModelForCausalLM`` and ``AutoTokenizer``.
@@ -149,7 +155,7 @@ class LanguageModel:
             name_or_path: a folder, or a name on the hub.
             dtype: of the parameters. Default: transformers', which is that of the checkpoint.
             device: where the model goes. Default: where transformers puts it.
-            eos_token_id, chat_template_kwargs, check_scores: as in ``LanguageModel``.
+            eos_token_id, chat_template_kwargs, check_scores, logits_dtype: as in ``LanguageModel``.
             kwargs: go to the model's ``from_pretrained``; those that say where from (``revision``, ``token``,
                 ``cache_dir``, ``local_files_only``, ``trust_remote_code``, ...) to the tokenizer's, too.
 
@@ -166,7 +172,7 @@ class LanguageModel:
         )
         return cls(
             model if device is None else model.to(device), tokenizer, eos_token_id=eos_token_id,
-            chat_template_kwargs=chat_template_kwargs, check_scores=check_scores,
+            chat_template_kwargs=chat_template_kwargs, check_scores=check_scores, logits_dtype=logits_dtype,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -391,12 +397,10 @@ class LanguageModel:
         finally:
             for module in training:
                 module.training = True
-        if not self._guard.cached and not self._said_uncached:
-            self._said_uncached = True
-            warnings.warn(
+        if not self._guard.cached:
+            self._say(
                 f"dmfast runs the whole sequence in each step of sampling from {type(self._unwrapped()).__name__}, "
-                f"which takes more time: {self._guard.why_uncached}",
-                stacklevel=_outside(),
+                f"which takes more time: {self._guard.why_uncached}"
             )
         bad = samples.log_prob.isnan()  # what the CPU raises at once, a device has put here
         if bool(bad.any()):
@@ -528,15 +532,17 @@ class LanguageModel:
         """Return the model without DDP around it."""
         return unwrapped(self.model)
 
+    def _say(self, message: str) -> None:
+        """Warn once, at the line that called dmfast."""
+        if message not in self._said:
+            self._said.add(message)
+            warn_caller(message)
+
     def _say_why_logits(self) -> None:
-        """Warn once, at the line that called log_prob or loss."""
-        if not self._said:
-            self._said = True
-            warnings.warn(
-                f"dmfast forms all logits of {type(self.model).__name__}, which takes more memory: "
-                f"{self._head.why_not(self.model)}",
-                stacklevel=3,
-            )
+        self._say(
+            f"dmfast forms all logits of {type(self.model).__name__}, which takes more memory: "
+            f"{self._head.why_not(self.model)}"
+        )
 
     def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
         """Return log pi(x) of each sequence under this model at the samples' temperature, differentiable.
@@ -568,7 +574,7 @@ class LanguageModel:
             return sequence_log_prob(logits, labels, temperature=samples.temperature, inplace=inplace), True
         log_prob = linear_sequence_log_prob(
             found.hidden, found.weight, found.labels, bias=found.bias, softcap=found.softcap,
-            temperature=samples.temperature / found.scale,
+            temperature=samples.temperature / found.scale, logits_dtype=self.logits_dtype,
         )  # fmt: skip
         return log_prob, False
 
@@ -594,10 +600,16 @@ class LanguageModel:
             check_unknown_proposal(options)
         samples = samples.trimmed()
         found = self._hidden(samples)
+        dtype = self._head.dtype or next(self.model.parameters()).dtype
+        if options.get("on_policy") is True and dtype in (torch.bfloat16, torch.float16):
+            self._say(
+                f"on_policy=True takes the importance ratio for 1, but the model computes in {dtype}: by rounding, log "
+                "pi of a sample is not quite the log q that it was drawn with, which on_policy=False would correct"
+            )
         if found is not None:
             return linear_dm_loss(
                 found.hidden, found.weight, found.labels, bias=found.bias, softcap=found.softcap,
-                temperature=samples.temperature / found.scale, **options,
+                temperature=samples.temperature / found.scale, logits_dtype=self.logits_dtype, **options,
             )  # fmt: skip
         self._say_why_logits()
         options.pop("chunk_bytes", None)
@@ -625,8 +637,9 @@ class AdapterView(LanguageModel):
         if adapter == trained:
             raise ValueError(f"the adapter {adapter!r} is the policy's, which moves; a view of it would move too")
         super().__init__(
-            model, policy.tokenizer, eos_token_id=policy.eos_token_ids, chat_template_kwargs=policy.chat_template_kwargs
-        )
+            model, policy.tokenizer, eos_token_id=policy.eos_token_ids, logits_dtype=policy.logits_dtype,
+            chat_template_kwargs=policy.chat_template_kwargs,
+        )  # fmt: skip
         self._guard = policy._guard
         self.adapter = adapter
         self._config = model.peft_config.get(adapter)
@@ -687,14 +700,6 @@ class AdapterView(LanguageModel):
             TypeError: always.
         """
         raise TypeError("an AdapterView is frozen, so it has no loss; call loss of the policy's own LanguageModel")
-
-
-def _outside() -> int:
-    """Return the stacklevel at which a warning of the caller is about the code that called dmfast."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("dmfast", "torch"):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> Tensor:

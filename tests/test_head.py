@@ -44,7 +44,7 @@ def other(family, **changes):
 
 def through_logits(policy):
     """The same model, refused its head."""
-    policy._head.failure, policy._said = "a test", True
+    policy._head.failure = "a test"
     return policy
 
 
@@ -166,6 +166,30 @@ def test_a_16_bit_head_is_multiplied_into_fp32_by_sampler_scorer_and_loss(name, 
     apart = (dmfast.sequence_log_prob(rounded.logits(x)[0], labels) - x.log_prob).std()
     assert (scored - x.log_prob).std() < apart
     assert (drawn.log_prob - x.log_prob).abs().max() > 0
+
+
+def test_with_the_heads_own_dtype_all_three_round():
+    model = lm("llama").model.to(torch.bfloat16)
+    policy = LanguageModel(model, tok(), logits_dtype="same")
+    x = policy.sample(PROMPTS, 4, max_new_tokens=6, seed=0)
+    assert not policy._head.rounds(model) and policy._head.failure is None
+    logits, labels = policy.logits(x)
+    assert logits.dtype == torch.bfloat16
+    close(dmfast.sequence_log_prob(logits, labels).detach(), policy.log_prob(x).detach(), 1e-6)
+    with pytest.raises(ValueError, match="logits_dtype must be 'float32' or 'same', got 'bfloat16'"):
+        LanguageModel(model, tok(), logits_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_policy_with_a_16_bit_model_warns_once(dtype, recwarn):
+    policy = lm("llama")
+    policy.model.to(dtype)
+    x = policy.sample(PROMPTS, 4, max_new_tokens=6, seed=0)
+    for _ in range(2):
+        policy.loss(x, log_target=x.log_prob, log_z=0.0, on_policy=True)
+    said = [each for each in recwarn if "takes the importance ratio for 1" in str(each.message)]
+    assert len(said) == (dtype == torch.bfloat16)
+    assert all(each.filename == __file__ for each in said)
 
 
 def heads_with_an_adapter(**options):

@@ -126,6 +126,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self.policy = LanguageModel(
             model, processing_class, eos_token_id=target.base.eos_token_ids,
             chat_template_kwargs=target.base.chat_template_kwargs, check_scores=args.check_scores,
+            logits_dtype=target.base.logits_dtype,
         )  # fmt: skip
         check_trainable(self.policy)
         check_fit(self.policy, target, args, len(self._rows), settings.built_in, has_prompts=self._has_prompts)
