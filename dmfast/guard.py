@@ -43,6 +43,7 @@ class Guard:
         self.padded = self._named = "position_ids" in parameters
         self.first_position = first_position(model) if self._named else None
         self.cached = True
+        self.said = False  # that it has none
         self.why_uncached = "its forward returns nothing to go on from"
         self._required = {name for name, each in parameters.items() if each.default is inspect.Parameter.empty}
         self._probed = not enabled
