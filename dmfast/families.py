@@ -81,7 +81,7 @@ def why_context(model: nn.Module) -> str:
     if switch is None or switch != context_length(model):
         return ""
     return (
-        f", since its LongRoPE (original_max_position_embeddings={switch}) scales positions in another way beyond it, and "
+        f", since its LongRoPE (original_max_position_embeddings={switch}) scales positions otherwise beyond it, and "
         "a sequence that crosses it has another probability in one forward than step by step"
     )
 
