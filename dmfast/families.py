@@ -75,6 +75,17 @@ def context_length(model: nn.Module) -> int | None:
     return min(known) if known else None
 
 
+def why_context(model: nn.Module) -> str:
+    """Return what to add to a message about the context: why it is less than the config's, where it is."""
+    switch = _switches_at(text_config(model))
+    if switch is None or switch != context_length(model):
+        return ""
+    return (
+        f", since its LongRoPE (original_max_position_embeddings={switch}) scales positions otherwise beyond it, and "
+        "a sequence that crosses it has another probability in one forward than step by step"
+    )
+
+
 def first_position(model: nn.Module) -> int:
     """Return the id of the first token's position: in RoBERTa and its kin the one after that of padding, else 0."""
     for name, module in model.named_modules():

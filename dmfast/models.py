@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import adapters
 from .completions import check_unknown_proposal, samples_of
 from .decoding import decode, positions_of
-from .families import context_length, disable_dropout, execution_device, text_inputs, without_adapters
+from .families import context_length, disable_dropout, execution_device, text_inputs, why_context, without_adapters
 from .functional import (
     dm_loss,
     linear_dm_loss,
@@ -114,6 +114,7 @@ class LanguageModel:
         # the forward of a PEFT model takes **kwargs and tells nothing
         self._keeps_logits = "logits_to_keep" in inspect.signature(without_adapters(model).forward).parameters
         self._text_inputs, self._context = text_inputs(model), context_length(model)
+        self._why_context = why_context(model)
         self._guard = Guard(model, check_scores)
         self.logits_dtype = logits_dtype
         self._head = HeadProbe(logits_dtype)
@@ -189,23 +190,23 @@ class LanguageModel:
             ValueError: the source is this model itself.
             RuntimeError: names or shapes of the parameters differ. This model stays as it was.
         """
-        if not isinstance(source, (str, os.PathLike)) and _module_of(source) is _module_of(self):
+        if not isinstance(source, (str, os.PathLike)) and module_of(source) is module_of(self):
             raise ValueError("a LanguageModel can't be loaded from its own module, with which it already moves")
         mine, given = self._tensors(), self._given(source)
         if _is_adapter(source):
-            mine = _of_adapter(mine) | {name: mine[name] for name in given if name in mine}
+            mine = of_adapter(mine) | {name: mine[name] for name in given if name in mine}
         copy_into(mine, given)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return what this model computes with, by the names of ``adapters.tensors``."""
-        return adapters.tensors(_module_of(self))
+        return adapters.tensors(module_of(self))
 
     def _given(self, source: Source) -> dict[str, Tensor]:
         """Return the tensors of a source, by the same names."""
         if isinstance(source, LanguageModel):
             return source._tensors()
         if isinstance(source, nn.Module):
-            return adapters.tensors(_module_of(source))
+            return adapters.tensors(module_of(source))
         if not isinstance(source, (str, os.PathLike)):
             raise TypeError(f"load takes a LanguageModel, its module or a folder, got a {type(source).__name__}")
         folder = Path(source)
@@ -213,7 +214,7 @@ class LanguageModel:
             raise FileNotFoundError(f"there is no folder {str(folder)!r} to load a model from")
         if _is_adapter(folder):
             return adapters.saved(folder, self._tensors().keys())
-        return adapters.tensors(without_adapters(_module_of(self)).from_pretrained(folder, local_files_only=True))
+        return adapters.tensors(without_adapters(module_of(self)).from_pretrained(folder, local_files_only=True))
 
     def base(self) -> LanguageModel:
         """Return the pretrained model below a PEFT model's adapter: the same module, the adapter off in each forward.
@@ -223,6 +224,8 @@ class LanguageModel:
         Raises:
             ValueError: ``model`` is no PEFT model, or one whose adapter can't be switched: see ``AdapterView``.
         """
+        from .views import AdapterView
+
         return AdapterView(self)
 
     def _encode(self, prompts: Sequence[Prompt] | Tensor | None) -> tuple[Tensor, Tensor]:
@@ -244,7 +247,7 @@ class LanguageModel:
         if context is not None and width > context:
             raise ValueError(
                 f"the prompt has {tokens.shape[1]} tokens; with the continuations that is {width}, beyond the model's "
-                f"context of {context}"
+                f"context of {context}{self._why_context}"
             )
 
         def after(head: Tensor, tail: Tensor) -> Tensor:
@@ -267,7 +270,7 @@ class LanguageModel:
             if context is not None and len(ids) + max_new_tokens > context:
                 raise ValueError(
                     f"prompt {i} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that is beyond the "
-                    f"model's context of {context}"
+                    f"model's context of {context}{self._why_context}"
                 )
 
     def samples_of(
@@ -367,7 +370,7 @@ class LanguageModel:
         if context is not None and prompt.shape[1] + max_new_tokens > context:
             raise ValueError(
                 f"the longest prompt has {prompt.shape[1]} tokens; with max_new_tokens={max_new_tokens} that is beyond "
-                f"the model's context of {context}"
+                f"the model's context of {context}{self._why_context}"
             )
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ()))
@@ -526,7 +529,7 @@ class LanguageModel:
 
     def _module(self) -> Any:
         """Return the module itself, without what DDP or torch.compile put around it."""
-        return _module_of(self)
+        return module_of(self)
 
     def _unwrapped(self) -> Any:
         """Return the model without DDP around it."""
@@ -617,98 +620,13 @@ class LanguageModel:
         return dm_loss(logits, labels, temperature=samples.temperature, inplace=not logits.is_leaf, **options)
 
 
-class AdapterView(LanguageModel):
-    """A policy's backbone under another of its adapters, or under none. It is frozen: nothing has a gradient.
-
-    Args:
-        policy: a ``LanguageModel`` around a ``peft.PeftModel`` with one active adapter of LoRA's kind.
-        adapter: the one to see it under; None: none, the pretrained model.
-
-    Raises:
-        ValueError: what ``policy`` wraps can't be switched (no PEFT model, ``modules_to_save``, trained biases, a
-            merged adapter, several active ones, ...); no such adapter, or the policy's own.
-    """
-
-    def __init__(self, policy: LanguageModel, adapter: str | None = None) -> None:
-        model: Any = policy._unwrapped()
-        trained = adapters.check(model)
-        if adapter is not None and adapter not in model.peft_config:
-            raise ValueError(f"the model has no adapter {adapter!r}, only {', '.join(model.peft_config)}")
-        if adapter == trained:
-            raise ValueError(f"the adapter {adapter!r} is the policy's, which moves; a view of it would move too")
-        super().__init__(
-            model, policy.tokenizer, eos_token_id=policy.eos_token_ids, logits_dtype=policy.logits_dtype,
-            chat_template_kwargs=policy.chat_template_kwargs,
-        )  # fmt: skip
-        self._guard = policy._guard
-        self.adapter = adapter
-        self._config = model.peft_config.get(adapter)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        self.check_there()
-        return adapters.tensors_under(self.model, self.adapter)
-
-    @torch.no_grad()
-    def load(self, source: Source) -> None:
-        """Replace the adapter's weights: q <- pi.
-
-        Args:
-            source: the policy that this is a view of, another view of its model, or a folder with an adapter.
-
-        Raises:
-            TypeError: this is a view under no adapter, or the source is another model, whose base may be another.
-            FileNotFoundError, RuntimeError: as ``LanguageModel.load``; the adapter stays as it was.
-        """
-        if self.adapter is None:
-            raise TypeError("this AdapterView is the base, without an adapter, so there is nothing to load into")
-        if not isinstance(source, (str, os.PathLike)) and _module_of(source) is not self.model:
-            raise TypeError(
-                "an AdapterView loads what is an adapter of its own model, the policy or a folder that has one saved; "
-                f"the source, a {type(source).__name__}, is another model, whose base may be another"
-            )
-        copy_into(_of_adapter(self._tensors()), _of_adapter(self._given(source)))
-
-    def check_there(self) -> None:
-        """Check that the adapter is the one that this is a view of.
-
-        Raises:
-            RuntimeError: it was deleted, or another of its name took its place, as that of a newer proposal does.
-        """
-        model: Any = self.model
-        if self.adapter is not None and model.peft_config.get(self.adapter) is not self._config:
-            raise RuntimeError(
-                f"the adapter {self.adapter!r} that this is a view of was deleted or replaced (a newer OfflineProposal "
-                "of the same model takes the place of an older one); make a new trainer or proposal"
-            )
-
-    def sample(self, *args: Any, **kwargs: Any) -> Samples:
-        """Draw as ``LanguageModel.sample`` does."""
-        self.check_there()
-        with adapters.switched(self.model, self.adapter):
-            return super().sample(*args, **kwargs)
-
-    @torch.no_grad()
-    def _forward(self, samples: Samples) -> Any:
-        self.check_there()
-        with adapters.switched(self.model, self.adapter):
-            return super()._forward(samples)
-
-    def loss(self, samples: Samples, **options: Any) -> NoReturn:
-        """Refuse: a view has no gradient.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError("an AdapterView is frozen, so it has no loss; call loss of the policy's own LanguageModel")
-
-
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Return the rows of several parts in the order of their places."""
     places = torch.cat([each for each, _ in parts])
     return torch.cat([rows for _, rows in parts])[places.argsort()]
 
 
-def _module_of(source: LanguageModel | nn.Module) -> Any:
+def module_of(source: LanguageModel | nn.Module) -> Any:
     """Return the module itself, without what DDP or torch.compile put around it."""
     module = unwrapped(source.model if isinstance(source, LanguageModel) else source)
     return getattr(module, "_orig_mod", module)
@@ -719,5 +637,6 @@ def _is_adapter(source: Source) -> bool:
     return isinstance(source, (str, os.PathLike)) and (Path(source) / "adapter_config.json").is_file()
 
 
-def _of_adapter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def of_adapter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of ``adapters.tensors`` that are an adapter's."""
     return {name: tensor for name, tensor in tensors.items() if name.startswith(adapters.ADAPTER)}

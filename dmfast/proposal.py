@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from . import adapters
 from .estimators import Estimate, RunningEstimates, _js_terms, _mean, estimate
 from .kernels.result import DMLossOutput
-from .models import AdapterView, LanguageModel
+from .models import LanguageModel
 from .samples import Samples
 from .sampling import Sampler
 from .tensors import all_tensors, copy_into, difference
+from .views import AdapterView
 
 CRITERIA = ("kl", "tvd", "js", "interval")
 

@@ -10,11 +10,12 @@ from typing import Any, TypeAlias, cast
 from torch import Tensor, nn
 
 from . import adapters
-from .models import AdapterView, LanguageModel
+from .models import LanguageModel
 from .objectives import KINDS, AdaptiveBeta, Objective, PPOClip, Terms
 from .proposal import OfflineProposal
 from .samples import Samples
 from .targets import EBM
+from .views import AdapterView
 
 #: A name of ``OBJECTIVES``, an ``Objective``, or a function of ``Terms`` that returns the (B,) weights A.
 AnyObjective: TypeAlias = "str | Objective | Callable[[Terms], Tensor]"

@@ -22,7 +22,7 @@ BY_MODULE = {
         "estimate_log_z", "estimate_moments", "effective_sample_size",
     ],
     "kernels": ["BackendInfo"],
-    "models": ["AdapterView"],
+    "views": ["AdapterView"],
     "objectives": ["AdaptiveBeta", "PPOClip", "leave_one_out"],
     "ranks": ["Ranks"],
     "rejection": ["quasi_rejection_sample", "rejection_curve", "RejectionCurve", "RejectionPoint", "plot_rejection"],

@@ -290,7 +290,7 @@ def phi3(original):
 
 def test_longrope_is_not_crossed():
     policy = LanguageModel(phi3(16), families.tokenizer(), eos_token_id=ENDS)
-    with pytest.raises(ValueError, match="context of 16"):
+    with pytest.raises(ValueError, match="context of 16, since its LongRoPE"):
         draw(policy)
     with pytest.raises(ValueError, match="context of 16"):
         policy.check_prompts([[5] * 7], 10)

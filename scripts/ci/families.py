@@ -42,7 +42,8 @@ first samples and refuses with the reason where they differ (`check_scores`).
   dmfast runs a forward for each length of a prompt. *Without a cache*: each step of sampling runs the whole sequence,
   and a warning says so.
 - **refused**: dmfast raises an error with this reason.
-- **not tried**: no small model could be built from its configuration alone.
+- **not tried**: no small model could be built from its configuration alone, or what was built does not run in plain
+  transformers on text alone.
 
 Sparse attention that picks the best keys (DeepSeek V3.2 and its kin, Doge) was tried at lengths below the number that
 it picks. Beyond it, two forwards of different shapes may break a tie in two ways.
