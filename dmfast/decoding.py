@@ -71,11 +71,7 @@ def decode(
         alive = torch.ones(n, dtype=torch.bool, device=given.device)
         for name in ("logits_processor", "generation_config", "synced_gpus", "streamer"):
             prepared.pop(name, None)
-        if "position_ids" in prepared and first_position != 0:
-            given_positions = prepared.pop("position_ids")
-            if first_position is not None:
-                prepared["position_ids"] = given_positions + first_position
-        batch = _Steps(model, inner, prepared, prompt_len, given.device, last_logits)
+        batch = _Steps(model, inner, prepared, prompt_len, given.device, first_position, last_logits)
         for end in range(prompt_len, prompt_len + steps):
             drawn, drawn_log_prob = draw(batch.logits(tokens[rows, :end]), rows, end - prompt_len)
             log_prob[rows] += torch.where(alive, drawn_log_prob, 0.0)
@@ -139,9 +135,10 @@ class _Steps:
 
     def __init__(
         self, model: nn.Module, inner: Any, given: dict[str, Any], prompt_len: int, device: torch.device,
-        last_logits: Callable[[Callable[[], Any]], tuple[Any, Tensor]],
+        first_position: int | None, last_logits: Callable[[Callable[[], Any]], tuple[Any, Tensor]],
     ) -> None:  # fmt: skip
-        self.model, self.inner, self.given, self.last_logits = model, inner, given, last_logits
+        self.model, self.inner, self.given = model, inner, given
+        self.first_position, self.last_logits = first_position, last_logits
         self.first = True
         self.cached = bool(given.get("use_cache", True))
         self.can_drop: bool | None = None  # not asked yet
@@ -179,7 +176,12 @@ class _Steps:
         if self.prepare is None:
             return self._plain(tokens)
         new = {"next_sequence_length": 1 if self.cached and not self.first else None} if self.by_length else {}
-        return {**self.prepare(tokens, is_first_iteration=self.first, **new, **self.given), "return_dict": True}
+        inputs = {**self.prepare(tokens, is_first_iteration=self.first, **new, **self.given), "return_dict": True}
+        if inputs.get("position_ids") is not None and self.first_position != 0:  # generate counts from 0
+            positions = inputs.pop("position_ids")
+            if self.first_position is not None:
+                inputs["position_ids"] = positions + self.first_position
+        return inputs
 
     def _goes_on_from(self, out: Any) -> bool:
         """Return whether a forward has returned a state, or has filled the cache that it was given."""

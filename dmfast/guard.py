@@ -119,7 +119,8 @@ class Guard:
             drawn: one or more sequences.
 
         Returns:
-            False where the cache alone is to blame: ``cached`` is then False, and the draw is to be made again.
+            False where scoring is sound and drawing is not: then ``cached``, and where that was not it ``padded``, has
+            become False, and the draw is to be made again.
 
         Raises:
             RuntimeError: they differ by more than rounding, with what differs and what to do.
@@ -152,11 +153,13 @@ class Guard:
             lm.model.eval()
             in_evaluation = lm._score(x.trimmed())[0]
             step_by_step = self._step_by_step(lm, x)
-        if self.cached and not any(
-            _beyond(each, alone, allowed) for each in (together, again, in_training, in_evaluation, step_by_step)
-        ):
-            self.cached = False
-            self.why_uncached = "with a cache it draws from another distribution than without"
+        scores = (together, again, in_training, in_evaluation, step_by_step)
+        if (self.cached or self.padded) and not any(_beyond(each, alone, allowed) for each in scores):
+            if self.cached:
+                self.cached = False
+                self.why_uncached = "with a cache it draws from another distribution than without"
+            else:
+                self.padded = False  # what generate passes on to it lacks the mask
             return False
         kind = type(without_adapters(lm._module())).__name__
         figures = "; ".join(

@@ -394,9 +394,8 @@ class LanguageModel:
         try:
             self._probe(prompt, prompt_mask)
             samples = draw()
-            if not self._guard.check(self, samples):
+            while not self._guard.check(self, samples):
                 samples = draw()
-                self._guard.check(self, samples)
         finally:
             for module in training:
                 module.training = True
