@@ -71,6 +71,8 @@ class Guard:
         with _undisturbed(lm, training=False), _rounding_of(lm) as rounding:
             try:
                 expected = self._plain(lm, ids)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:
                 kind = type(without_adapters(lm._module())).__name__
                 raise RuntimeError(f"{kind} can't be used: a forward of {length} tokens fails: {error}") from error
@@ -138,6 +140,8 @@ class Guard:
         with _undisturbed(lm, training=True), _rounding_of(lm) as rounding:
             try:
                 together = lm._score(x.trimmed())[0]
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:
                 kind = type(without_adapters(lm._module())).__name__
                 raise RuntimeError(f"{kind} can't be trained: its forward fails in training mode: {error}") from error
