@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -113,6 +114,8 @@ def _within_generate(
     theirs = inner.generation_config
     # else what it says would fill what ours leaves open: stop_strings, max_time, cache_implementation, ...
     inner.generation_config = GenerationConfig()
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_misses_no_mask)
     try:
         return cast(
             Tensor,
@@ -124,6 +127,12 @@ def _within_generate(
         ) from error
     finally:
         inner.generation_config = theirs
+        logger.removeFilter(_misses_no_mask)
+
+
+def _misses_no_mask(record: logging.LogRecord) -> bool:
+    """Return False for the advice to pass a mask: ``prepare_inputs_for_generation`` left it out, as it masks nothing."""
+    return "passing in an `attention_mask`" not in record.getMessage()
 
 
 class _Steps:
