@@ -131,7 +131,7 @@ def _within_generate(
 
 
 def _misses_no_mask(record: logging.LogRecord) -> bool:
-    """Return False for the advice to pass a mask: ``prepare_inputs_for_generation`` left it out, as it masks nothing."""
+    """Return False for the advice to pass a mask: generate itself leaves out one that masks nothing."""
     return "passing in an `attention_mask`" not in record.getMessage()
 
 
