@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .functional import linear_logits
 
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+_SHOWN = (slice(2), slice(-2, None))  # the positions that are compared: the last are never left padding
 
 
 class HiddenAndHead(NamedTuple):
@@ -27,10 +28,13 @@ class HiddenAndHead(NamedTuple):
     labels: Tensor  # (N, K) int64, what each position predicts; -100 = not scored
     softcap: float | None
     scale: float
+    logits_dtype: str  # what the linear losses are to make of them: "float32" or "same"
 
     def logits(self) -> Tensor:
-        """Return the (N, K, V) logits, differentiable; fp32 of 16-bit hidden states."""
-        dtype = torch.promote_types(self.hidden.dtype, torch.float32)
+        """Return the (N, K, V) logits, differentiable; fp32 of 16-bit hidden states where ``logits_dtype`` says so."""
+        dtype = self.hidden.dtype
+        if self.logits_dtype == "float32":
+            dtype = torch.promote_types(dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(self.hidden.device.type, enabled=False):
             z = nn.functional.linear(self.hidden.to(dtype), self.weight.to(dtype), bias) * self.scale
@@ -57,7 +61,8 @@ class HeadProbe:
     """
 
     def __init__(self, logits_dtype: str) -> None:
-        self._in_fp32 = logits_dtype == "float32"
+        self.logits_dtype = logits_dtype
+        self._seen: tuple[Any, ...] = ()  # what the rest was found out of
         self.verified = False
         self.failure: str | None = None
         self.dtype: torch.dtype | None = None
@@ -98,6 +103,7 @@ class HeadProbe:
         Returns:
             What the logits are made of, or None where ``why_not`` says why that can't be had.
         """
+        self._look(model)
         if self.why_not(model) is not None:
             return None
         scale, softcap = _scaling(model)
@@ -106,17 +112,38 @@ class HeadProbe:
             return None
         entered, weight, bias = captured
         hidden = entered[:, -labels.shape[1] :]
-        found = HiddenAndHead(hidden, weight, bias, labels, softcap, scale)
+        found = HiddenAndHead(hidden, weight, bias, labels, softcap, scale, self.logits_dtype)
         if not self.verified and len(labels):
-            self._compare(out.logits, entered[:2, :2], found)
+            self._compare(out.logits, entered[_SHOWN], found)
         return None if self.failure is not None else found
 
+    def _look(self, model: nn.Module) -> None:
+        """Forget what is known where the head has another dtype now, or the model another forward."""
+        inner = unwrapped(model)
+        get: Any = getattr(inner, "get_output_embeddings", None)
+        weight = getattr(get() if get is not None else None, "weight", None)
+        if weight is None:
+            return
+        device = weight.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        seen = (
+            weight.dtype,
+            autocast,
+            vars(inner).get("forward"),
+        )  # accelerate's autocast is a forward on the instance
+        if seen != self._seen:
+            self._seen, self.verified, self.dtype = seen, False, None
+
+    def unknown(self, model: nn.Module) -> bool:
+        """Return whether only a forward can tell what the head makes."""
+        self._look(model)
+        return not self.verified and self.why_not(model) is None
+
     def rounds(self, model: nn.Module) -> bool:
-        """Return whether the model's own logits are rounded to 16 bits, and those of the losses are not."""
-        if not self._in_fp32 or self.why_not(model) is not None:
-            return False
-        dtype = self.dtype or unwrapped(model).get_output_embeddings().weight.dtype
-        return dtype in _SIXTEEN_BIT
+        """Return whether the model's own logits are rounded to 16 bits, and those of the losses are not, as far as a
+        forward has shown."""
+        self._look(model)
+        return self.logits_dtype == "float32" and self.dtype in _SIXTEEN_BIT and self.why_not(model) is None
 
     def last_logits(self, model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, Tensor]:
         """Return a forward's output and (R, V) logits of its last position, made as the losses make them.
@@ -128,6 +155,7 @@ class HeadProbe:
             model: the module whose head it is, perhaps within DDP.
             forward: runs the model without a gradient and returns its output, of which ``logits`` is read.
         """
+        self._look(model)
         known = self.verified and self.dtype not in _SIXTEEN_BIT  # the usual case, at every token
         if known or self.why_not(model) is not None or (self.verified and not self.rounds(model)):
             out = forward()
@@ -138,8 +166,8 @@ class HeadProbe:
         entered, weight, bias = captured
         scale, softcap = _scaling(model)
         if not self.verified:
-            unlabelled = HiddenAndHead(entered, weight, bias, entered.new_empty(0), softcap, scale)
-            self._compare(out.logits[:2, :2], entered[:2, :2], unlabelled)
+            unlabelled = HiddenAndHead(entered, weight, bias, entered.new_empty(0), softcap, scale, self.logits_dtype)
+            self._compare(out.logits[_SHOWN], entered[_SHOWN], unlabelled)
             if not (self.verified and self.rounds(model)):
                 return out, out.logits[:, -1]
         logits = linear_logits(entered[:, -1], weight, bias) * scale
@@ -169,7 +197,7 @@ class HeadProbe:
             if whole:
                 return None
             # not detached: DDP looks from the outputs for the parameters that will get a gradient
-            return (hidden[:1, :0] if self.verified else hidden[:2, :2], *args[1:])
+            return (hidden[:1, :0] if self.verified else hidden[_SHOWN], *args[1:])
 
         hook = head.register_forward_pre_hook(capture)
         try:
@@ -188,7 +216,7 @@ class HeadProbe:
     def _compare(self, logits: Tensor, shown: Tensor, found: HiddenAndHead) -> None:
         """Note whether the model's logits of the shown hidden states are those of the head, or why not."""
         self.failure = _what_differs(logits, shown, found)
-        self.verified = self.failure is None and bool(logits.isfinite().all())
+        self.verified = self.failure is None and bool((logits < torch.inf).all())  # a token may be forbidden, by -inf
         self.dtype = found.weight.dtype
 
 
@@ -205,7 +233,7 @@ def _scaling(model: nn.Module) -> tuple[float, float | None]:
 @torch.no_grad()
 def _what_differs(logits: Tensor, hidden: Tensor, found: HiddenAndHead) -> str | None:
     """Return how the model's logits for a few positions differ from those of their hidden states; None: they don't."""
-    shown = hidden.detach()[:2, :2].to(found.weight.dtype)
+    shown = hidden.detach().to(found.weight.dtype)
     ours = nn.functional.linear(shown, found.weight, found.bias).float() * found.scale
     if found.softcap is not None:
         ours = found.softcap * torch.tanh(ours / found.softcap)
@@ -213,8 +241,10 @@ def _what_differs(logits: Tensor, hidden: Tensor, found: HiddenAndHead) -> str |
     if logits.shape != ours.shape:
         return f"for {tuple(shown.shape)} hidden states the model gives {tuple(logits.shape)} logits"
     tolerance = 1e-4 if found.weight.dtype in (torch.float32, torch.float64) else 2e-2
-    error = float((logits - ours).abs().max())  # NaN where the model has diverged: the loss says where
-    if error > tolerance * max(float(ours.abs().max()), 1.0):
+    largest = float(ours.abs().nan_to_num(0.0, 0.0, 0.0).max())
+    # NaN where the model has diverged: the loss says where
+    error = float(torch.where(logits == ours, 0.0, logits - ours).abs().max())
+    if error > tolerance * max(largest, 1.0):
         return (
             f"the model's logits differ by up to {error:.2g} from those of its hidden states and head: it does "
             "more to them than dmfast knows of"

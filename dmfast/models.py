@@ -88,9 +88,9 @@ class LanguageModel:
         eos_token_id: int | Sequence[int] | Tensor | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         check_scores: bool = True,
-        logits_dtype: str = "float32",
+        logits_dtype: torch.dtype | str = "float32",
     ) -> None:  # fmt: skip
-        if logits_dtype not in ("float32", "same"):
+        if logits_dtype not in ("float32", torch.float32, "same"):
             raise ValueError(f"logits_dtype must be 'float32' or 'same', got {logits_dtype!r}")
         config: Any = model.config
         if getattr(config, "is_encoder_decoder", False):
@@ -116,8 +116,8 @@ class LanguageModel:
         self._text_inputs, self._context = text_inputs(model), context_length(model)
         self._why_context = why_context(model)
         self._guard = Guard(model, check_scores)
-        self.logits_dtype = logits_dtype
-        self._head = HeadProbe(logits_dtype)
+        self.logits_dtype = "same" if logits_dtype == "same" else "float32"
+        self._head = HeadProbe(self.logits_dtype)
         self.version = 0
         self._said: set[str] = set()
 
@@ -147,7 +147,7 @@ class LanguageModel:
         eos_token_id: int | Sequence[int] | Tensor | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         check_scores: bool = True,
-        logits_dtype: str = "float32",
+        logits_dtype: torch.dtype | str = "float32",
         **kwargs: Any,
     ) -> LanguageModel:
         """Load model and tokenizer by transformers' ``AutoModelForCausalLM`` and ``AutoTokenizer``.
@@ -441,6 +441,9 @@ class LanguageModel:
         model can't take them padded. K is T, or the continuation and the position before it where the model can leave
         out the logits of the prompt. Those of a 16-bit head are made from its hidden states in fp32, as the losses do.
         """
+        if self._head.unknown(self.model):
+            with torch.no_grad():
+                self._hidden(samples[:1])
         found = self._hidden(samples) if self._head.rounds(self.model) else None
         if found is not None:
             return found.logits(), found.labels
@@ -546,6 +549,13 @@ class LanguageModel:
             f"{self._head.why_not(self.model)}"
         )
 
+    def _say_what_on_policy_neglects(self, dtype: torch.dtype, options: Mapping[str, Any]) -> None:
+        if options.get("on_policy") is True and dtype in (torch.bfloat16, torch.float16):
+            self._say(
+                f"on_policy=True takes the importance ratio for 1, but the model computes in {dtype}: by rounding, log "
+                "pi of a sample is not quite the log q that it was drawn with, which on_policy=False would correct"
+            )
+
     def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
         """Return log pi(x) of each sequence under this model at the samples' temperature, differentiable.
 
@@ -587,8 +597,8 @@ class LanguageModel:
 
         Args:
             samples: N sequences.
-            options: those of ``linear_dm_loss`` from ``log_target`` on, save ``temperature``, ``softcap`` and
-                ``cu_seqlens``, which the model and the samples say.
+            options: those of ``linear_dm_loss`` from ``log_target`` on, save ``temperature``, ``softcap``,
+                ``cu_seqlens`` and ``logits_dtype``, which the model and the samples say.
 
         Returns:
             ``DMLossOutput``; ``loss`` carries the gradient of the model's parameters.
@@ -598,17 +608,14 @@ class LanguageModel:
         """
         if len(samples) == 0:
             raise ValueError("samples is empty: there is nothing for the model's forward to take")
+        if "logits_dtype" in options:
+            raise TypeError("logits_dtype is LanguageModel(..., logits_dtype=...)'s: sampler and loss need the same")
         if not samples.has_log_prob:
             check_unknown_proposal(options)
         samples = samples.trimmed()
         found = self._hidden(samples)
-        dtype = self._head.dtype or next(self.model.parameters()).dtype
-        if options.get("on_policy") is True and dtype in (torch.bfloat16, torch.float16):
-            self._say(
-                f"on_policy=True takes the importance ratio for 1, but the model computes in {dtype}: by rounding, log "
-                "pi of a sample is not quite the log q that it was drawn with, which on_policy=False would correct"
-            )
         if found is not None:
+            self._say_what_on_policy_neglects(found.weight.dtype, options)
             return linear_dm_loss(
                 found.hidden, found.weight, found.labels, bias=found.bias, softcap=found.softcap,
                 temperature=samples.temperature / found.scale, logits_dtype=self.logits_dtype, **options,
@@ -616,6 +623,7 @@ class LanguageModel:
         self._say_why_logits()
         options.pop("chunk_bytes", None)
         logits, labels = self.logits(samples)
+        self._say_what_on_policy_neglects(logits.dtype, options)
         return dm_loss(logits, labels, temperature=samples.temperature, inplace=not logits.is_leaf, **options)
 
 

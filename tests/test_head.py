@@ -168,6 +168,51 @@ def test_a_16_bit_head_is_multiplied_into_fp32_by_sampler_scorer_and_loss(name, 
     assert (drawn.log_prob - x.log_prob).abs().max() > 0
 
 
+def off_by(policy, x):
+    with torch.no_grad():
+        return float((policy.log_prob(x) - x.log_prob).abs().max())
+
+
+def test_a_model_that_changes_its_dtype_is_asked_again():
+    policy = lm("llama")
+    policy.sample(PROMPTS, 4, max_new_tokens=6, seed=0)
+    policy.model.to(torch.bfloat16)
+    x = policy.sample(PROMPTS, 16, max_new_tokens=6, seed=0)
+    assert policy._head.rounds(policy.model) and policy.logits(x)[0].dtype == torch.float32
+    assert off_by(policy, x) < 1e-3
+    policy.model.float()
+    assert off_by(policy, policy.sample(PROMPTS, 16, max_new_tokens=6, seed=0)) < 1e-4
+    assert not policy._head.rounds(policy.model)
+
+
+def test_autocast_that_comes_later_is_noticed():
+    policy = lm("llama")
+    x = policy.sample(PROMPTS, 16, max_new_tokens=6, seed=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert policy.logits(x)[0].dtype == torch.float32  # the first call
+        x = policy.sample(PROMPTS, 16, max_new_tokens=6, seed=0)
+        assert policy._head.rounds(policy.model) and policy._head.dtype == torch.bfloat16
+        logits, labels = policy.logits(x)
+        close(dmfast.sequence_log_prob(logits, labels).detach(), policy.log_prob(x).detach(), 1e-4)
+
+
+def test_a_forbidden_token_hides_no_head():
+    model = other("Phi").to(torch.bfloat16)
+    with torch.no_grad():
+        model.lm_head.bias[5] = -float("inf")
+    policy = LanguageModel(model, tok())
+    x = policy.sample(PROMPTS, 16, max_new_tokens=6, seed=0)
+    assert policy._head.verified and policy._head.rounds(model)
+    assert off_by(policy, x) < 1e-3
+
+
+def test_the_losses_take_the_models_logits_dtype():
+    policy = lm("llama")
+    x = policy.sample(PROMPTS, 2, max_new_tokens=4, seed=0)
+    with pytest.raises(TypeError, match="logits_dtype is LanguageModel"):
+        policy.loss(x, log_target=x.log_prob, log_z=0.0, logits_dtype="same")
+
+
 def test_with_the_heads_own_dtype_all_three_round():
     model = lm("llama").model.to(torch.bfloat16)
     policy = LanguageModel(model, tok(), logits_dtype="same")

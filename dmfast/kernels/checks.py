@@ -112,7 +112,9 @@ def make_batch(
     labels = tokens if tokens.dtype is torch.int64 else tokens.to(torch.int64)
     if mask is not None:
         _check_rows("mask", mask, logits, what)
-        ignored = IGNORE if torch.compiler.is_compiling() else _IGNORED  # a number is made a tensor anew in every call
+        # a number is made a tensor anew in every call, but fake tensors take no real one beside them
+        fake = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        ignored = IGNORE if fake else _IGNORED
         labels = torch.where(mask if mask.dtype is torch.bool else mask != 0, labels, ignored)
     if type(temperature) is not float or temperature != 1.0 or softcap is not None:
         _check_scaling(temperature, softcap)

@@ -38,6 +38,8 @@ class Chunks(NamedTuple):
     starts: Tensor  # (B+1,) where each sequence starts among the M
     bounds: list[int]  # the same, read once: on a device the host has to wait for it
     chunk_rows: int
+    ways: products.Ways
+    narrow: bool  # whether the gradient of fp32 logits is multiplied in 16 bits
 
     def groups(self) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
         """Yield sequences [i, j) that go through the buffer together, and the rows [first, last) of them. There are
@@ -71,18 +73,33 @@ def rows_of_buffer(
     vocab: int, itemsize: int, device: torch.device, chunk_bytes: int | None, wants_head: bool = True
 ) -> int:
     """Return the rows of logits that fit ``chunk_bytes``; by default so many that adding to dW once a buffer is cheap
-    beside the products. On a GPU, whose products outrun its memory, that takes more rows."""
+    beside the products. On a GPU, whose products outrun its memory, that takes more rows.
+
+    Args:
+        vocab: V.
+        itemsize: what a logit takes, with its gradient where that needs a place of its own.
+        device: where the buffer is.
+        chunk_bytes: as in ``linear_dm_loss``.
+        wants_head: whether the gradient of the head is wanted.
+    """
     row = row_stride(vocab) * itemsize
     if chunk_bytes is not None:
         return max(chunk_bytes // row, 1)
     rows = _CHUNK_BYTES // row
     if device.type != "cpu":
-        rows = max(rows, min(_GPU_ROWS, _GPU_BYTES // row) if wants_head else _GPU_ROWS_WITHOUT_HEAD)
+        rows = max(rows, min(_GPU_ROWS if wants_head else _GPU_ROWS_WITHOUT_HEAD, _GPU_BYTES // row))
     return max(rows, 1)
 
 
-def make_chunks(whole: Batch, chunk_bytes: int | None, wants_head: bool) -> Chunks:
-    """Leave out the rows that are not scored, and cut the others into chunks."""
+def make_chunks(whole: Batch, hidden: Tensor, chunk_bytes: int | None, wanted: tuple[bool, ...]) -> Chunks:
+    """Leave out the rows that are not scored, and cut the others into chunks.
+
+    Args:
+        whole: the batch of the call.
+        hidden: its hidden states.
+        chunk_bytes: as in ``linear_dm_loss``.
+        wanted: which gradients are wanted: of hidden states, head and bias.
+    """
     scored = whole.labels != IGNORE
     before = torch.cat([scored.new_zeros(1, dtype=torch.int64), scored.cumsum(0)])
     firsts = whole.cu_seqlens
@@ -91,8 +108,18 @@ def make_chunks(whole: Batch, chunk_bytes: int | None, wants_head: bool) -> Chun
     rows = None if bool(scored.all()) else scored.nonzero()[:, 0]
     labels = whole.labels if rows is None else whole.labels[rows]
     starts = before[firsts]
-    held = rows_of_buffer(whole.vocab, whole.logits.itemsize, whole.logits.device, chunk_bytes, wants_head)
-    return Chunks(whole, rows, labels, starts, starts.tolist(), held)
+    ways = products.ways(hidden.device, hidden.dtype, whole.logits.dtype)
+    narrow = any(wanted[:2]) and ways.takes_16_bits and whole.logits.dtype != hidden.dtype
+    itemsize = whole.logits.itemsize + (hidden.itemsize if narrow else 0)
+    held = rows_of_buffer(whole.vocab, itemsize, whole.logits.device, chunk_bytes, wanted[1])
+    return Chunks(whole, rows, labels, starts, starts.tolist(), held, ways, narrow)
+
+
+def _rows(hidden: Tensor, n: int, vocab: int, dtype: torch.dtype) -> Tensor:
+    """Return an empty (n, V) buffer, whose rows are aligned."""
+    padded = hidden.new_empty(n, row_stride(vocab), dtype=dtype)
+    padded[:, vocab:] = 0  # oneDNN's bf16 products on AMX read one element beyond an odd V, and NaN * 0 is NaN
+    return padded[:, :vocab]
 
 
 class _Products:
@@ -107,10 +134,9 @@ class _Products:
         longest = max((last - first for first, last in cuts), default=0)
         self.one_chunk = len(cuts) == 1
         vocab, dtype = head.shape[0], chunks.whole.logits.dtype
-        padded = hidden.new_empty(longest, row_stride(vocab), dtype=dtype)
-        padded[:, vocab:] = 0  # oneDNN's bf16 products on AMX read one element beyond an odd V, and NaN * 0 is NaN
-        self.buffer = padded[:, :vocab]
-        self.ways = products.ways(hidden.device, hidden.dtype, dtype)
+        self.buffer = _rows(hidden, longest, vocab, dtype)
+        self.narrow = _rows(hidden, longest, vocab, hidden.dtype) if chunks.narrow else None
+        self.ways = chunks.ways
         self.wants_head = wanted[1]
         # with no row left out the products fill all of it
         empty = torch.empty_like if chunks.rows is None else torch.zeros_like
@@ -130,20 +156,22 @@ class _Products:
     def add(self, first: int, last: int, h: Tensor, dz: Tensor) -> None:
         """Add the gradients of rows [first, last)."""
         rows = self.chunks.rows
+        if self.d_bias is not None:
+            self.d_bias.add_(dz.sum(0, dtype=torch.float32))
+        if self.narrow is not None:
+            dz = self.narrow[: last - first].copy_(dz)
         if self.d_hidden is not None:
             dh = self.d_hidden[first:last] if rows is None else torch.empty_like(h)
             products.multiply_back(self.ways.d_hidden, dz, self.head, dh)
             if rows is not None:
                 self.d_hidden.index_copy_(0, rows[first:last], dh)
-        if self.wants_head and self.one_chunk:
-            self.d_head = products.only_product(self.ways.d_hidden, dz, h)
+        if self.wants_head and self.one_chunk and self.ways.d_hidden == "native":
+            self.d_head = products.only_product(dz, h)
         elif self.wants_head:
             first_chunk = self.d_head is None
             if self.d_head is None:
                 self.d_head = self.head.new_empty(self.head.shape, dtype=torch.float32)
             products.add_product(self.ways.d_head, self.d_head, dz, h, first_chunk)
-        if self.d_bias is not None:
-            self.d_bias.add_(dz.sum(0, dtype=torch.float32))
 
     def gradients(self, hidden: Tensor) -> list[Tensor | None]:
         """Return those of hidden states, head and bias, in their dtypes."""
@@ -248,7 +276,7 @@ def forward(
         if terms is not None:
             faults.check_terms(terms)
     wanted = wanted if expected is not None else (False, False, False)
-    chunks = make_chunks(batch, chunk_bytes, wanted[1])
+    chunks = make_chunks(batch, hidden, chunk_bytes, wanted)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         matrices = _Products(chunks, hidden, head, bias, wanted)
         scores = _forward(_Pass(backend, chunks, matrices, terms, entropy, divide_by, expected))
@@ -260,7 +288,7 @@ def backward(
     coefficient: Tensor, chunk_bytes: int | None, wanted: tuple[bool, ...],
 ) -> list[Tensor | None]:  # fmt: skip
     """Return the ``wanted`` gradients of -sum_i coefficient_i log pi(x_i), from log-sum-exps (rows): logits again."""
-    chunks = make_chunks(batch, chunk_bytes, wanted[1])
+    chunks = make_chunks(batch, hidden, chunk_bytes, wanted)
     if chunks.rows is not None:
         lse = lse[chunks.rows]
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):

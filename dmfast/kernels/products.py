@@ -5,27 +5,27 @@ logits would put log pi off by .1 nats and more. Libraries differ in what they o
 
 - ``native``: the operands as they are, the result in their dtype.
 - ``fp32 output``: the operands as they are, the result in fp32 (CUDA's ``out_dtype``).
-- ``residual``: z = H W^T in 16 bits, then r = H W^T - z, both native; z + r has twice the digits of z.
-- ``widened``: operands in fp32, the head in blocks of its rows, so that no V x D copy of it exists.
+- ``widened``: operands in fp32, the head in blocks of its rows, so that no V x D copy of it exists. bf16 operands lose
+  nothing where oneDNN multiplies them as bf16 again, by a CPU's own instructions if it has them.
 
-``ways`` chooses, from these measurements: milliseconds for 256 rows, D 576, V 50257, one thread.
+``ways`` chooses, from these measurements: milliseconds of native and widened for 256 rows, D 576, V 50257, one thread.
 
-| CPU, operands | H W^T: native, residual, widened | dZ W: native, widened | dZ^T H: native, widened |
+| CPU, operands | H W^T | dZ W | dZ^T H |
 |---|---|---|---|
-| with bf16 instructions (Xeon, AMX), bf16 | 34, **76**, 179 | **60**, 148 | 53, **105** |
-| the same, fp16 | 145, 314, **197** | 172, **214** | 291, **187** |
-| with AVX-512 without AMX (EPYC), bf16 | 72, **229**, 412 | **78**, 380 | 99, **345** |
-| with AVX2, bf16 | 905, -, **421** | 11,100, **378** | 1,720, **348** |
-| with AVX2, fp16 | 890, -, **265** | 11,600, **390** | 2,900, **240** |
+| with bf16 instructions (Xeon, AMX), bf16 | 35, **48** | 34, **54** | 61, **40** |
+| the same, fp16 | 145, **197** | 172, **214** | 291, **187** |
+| with AVX2, bf16 | 905, **421** | 11,100, **378** | 1,720, **348** |
+| with AVX2, fp16 | 890, **265** | 11,600, **390** | 2,900, **240** |
 
-dZ^T H is a sum over the chunks of a call in fp32. Where there is one chunk, it leaves the product in 16 bits if the
-operands of dZ W are 16-bit too.
+``native`` rounds the logits, and takes a copy of dZ in 16 bits, which is not in its figures.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,15 +33,21 @@ from torch.torch_version import TorchVersion
 
 _HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")
 _ADDS_IN_FP32 = TorchVersion(torch.__version__) >= "2.11"  # addmm with out_dtype to an fp32 matrix: pytorch#167931
-_BLOCK = 4096  # rows of the head that go through ``residual`` or ``widened`` at a time
+_ONEDNN: Any = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
+_BLOCK = 4096  # rows of the head that are widened at a time
 
 
 class Ways(NamedTuple):
-    """How the three products are formed: one of ``native``, ``fp32 output``, ``residual``, ``widened`` each."""
+    """How the three products are formed: ``native``, ``fp32 output`` or ``widened`` each."""
 
     logits: str
     d_hidden: str
     d_head: str
+
+    @property
+    def takes_16_bits(self) -> bool:
+        """Whether the gradient of the logits is multiplied in 16 bits."""
+        return self.d_hidden != "widened" or self.d_head != "widened"
 
 
 def ways(device: torch.device, dtype: torch.dtype, logits_dtype: torch.dtype) -> Ways:
@@ -50,10 +56,8 @@ def ways(device: torch.device, dtype: torch.dtype, logits_dtype: torch.dtype) ->
         return Ways("native", "native", "native")
     same = logits_dtype == dtype
     if device.type == "cpu":
-        native = dtype == torch.bfloat16 and _multiplies_bf16()
-        if native:
-            return Ways("native" if same else "residual", "native", "widened")
-        return Ways("widened", "widened", "widened")
+        native = same and dtype == torch.bfloat16 and _multiplies_bf16()
+        return Ways("native", "native", "widened") if native else Ways("widened", "widened", "widened")
     to_fp32 = "fp32 output" if _has_fp32_output(device) else "widened"
     return Ways("native" if same else to_fp32, "native", to_fp32)
 
@@ -72,6 +76,21 @@ def _has_fp32_output(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+@contextmanager
+def _multiplied_as(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Have oneDNN multiply fp32 matrices that hold values of a dtype as bf16 if they are, else as fp32, whatever
+    ``torch.set_float32_matmul_precision`` says."""
+    if device.type != "cpu" or not hasattr(_ONEDNN, "fp32_precision"):
+        yield
+        return
+    before = _ONEDNN.fp32_precision
+    _ONEDNN.fp32_precision = "bf16" if dtype == torch.bfloat16 else "ieee"
+    try:
+        yield
+    finally:
+        _ONEDNN.fp32_precision = before
+
+
 def multiply(way: str, h: Tensor, head: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Write the logits H W^T + b.
 
@@ -87,31 +106,21 @@ def multiply(way: str, h: Tensor, head: Tensor, bias: Tensor | None, out: Tensor
             torch.mm(h, head.t(), out=out)
         else:
             torch.addmm(bias, h, head.t(), out=out)
-        return
-    if way == "fp32 output":
+    elif way == "fp32 output":
         torch.mm(h, head.t(), out_dtype=torch.float32, out=out)
-    elif way == "residual":
-        for first in range(0, head.shape[0], _BLOCK):  # so that z stays in the cache
-            block, to = head[first : first + _BLOCK].t(), out[:, first : first + _BLOCK]
-            z = torch.mm(h, block)
-            to.copy_(z)
-            to.add_(z.addmm_(h, block, beta=-1))
+        if bias is not None:
+            out.add_(bias)
     else:
-        wide, bias32 = h.float(), None if bias is None else bias.float()
+        wide = h.float()
         for first in range(0, head.shape[0], _BLOCK):
             part = slice(first, first + _BLOCK)
-            block, to = head[part].float().t(), out[:, part]
-            if out.dtype != torch.float32:
-                to = torch.empty_like(to, dtype=torch.float32)
-            if bias32 is None:
-                torch.mm(wide, block, out=to)
-            else:
-                torch.addmm(bias32[part], wide, block, out=to)
+            to = out[:, part] if out.dtype == torch.float32 else torch.empty_like(out[:, part], dtype=torch.float32)
+            with _multiplied_as(h.dtype, h.device):
+                torch.mm(wide, head[part].float().t(), out=to)
+            if bias is not None:
+                to.add_(bias[part])
             if out.dtype != torch.float32:
                 out[:, part] = to
-        return
-    if bias is not None:
-        out.add_(bias)
 
 
 def multiply_back(way: str, dz: Tensor, head: Tensor, out: Tensor) -> None:
@@ -119,30 +128,28 @@ def multiply_back(way: str, dz: Tensor, head: Tensor, out: Tensor) -> None:
 
     Args:
         way: of ``Ways.d_hidden``.
-        dz: (R, V).
+        dz: (R, V); the dtype of the head where it is not ``widened``.
         head: (V, D).
         out: (R, D), the dtype of the head.
     """
     if way != "widened":
-        torch.mm(dz.to(head.dtype), head, out=out)
+        torch.mm(dz, head, out=out)
         return
     total = dz.new_zeros(out.shape, dtype=torch.float32)
-    for first in range(0, head.shape[0], _BLOCK):
-        total.addmm_(dz[:, first : first + _BLOCK].float(), head[first : first + _BLOCK].float())
+    with _multiplied_as(head.dtype, head.device):
+        for first in range(0, head.shape[0], _BLOCK):
+            total.addmm_(dz[:, first : first + _BLOCK].float(), head[first : first + _BLOCK].float())
     out.copy_(total)
 
 
-def only_product(way: str, dz: Tensor, h: Tensor) -> Tensor:
-    """Return dZ^T H in the dtype of h, rounded once.
+def only_product(dz: Tensor, h: Tensor) -> Tensor:
+    """Return dZ^T H of operands of one dtype in that dtype, rounded once.
 
     Args:
-        way: of ``Ways.d_hidden``.
         dz: (R, V).
         h: (R, D).
     """
-    if way == "widened":
-        return (dz.t().float() @ h.float()).to(h.dtype)
-    return dz.to(h.dtype).t() @ h
+    return dz.t() @ h
 
 
 def add_product(way: str, total: Tensor, dz: Tensor, h: Tensor, first: bool) -> None:
@@ -153,18 +160,17 @@ def add_product(way: str, total: Tensor, dz: Tensor, h: Tensor, first: bool) -> 
     Args:
         way: of ``Ways.d_head``.
         total: (V, D) fp32.
-        dz: (R, V).
+        dz: (R, V); the dtype of h where it is ``fp32 output``.
         h: (R, D).
         first: whether what total holds is not to be read.
     """
     beta = 0 if first else 1
     if way != "fp32 output":
-        total.addmm_(dz.t().float(), h.float(), beta=beta)
-        return
-    a = dz.to(h.dtype).t()
-    if _ADDS_IN_FP32:
-        torch.addmm(total, a, h, out_dtype=torch.float32, beta=beta, out=total)
+        with _multiplied_as(h.dtype, h.device):
+            total.addmm_(dz.t().float(), h.float(), beta=beta)
+    elif _ADDS_IN_FP32:
+        torch.addmm(total, dz.t(), h, out_dtype=torch.float32, beta=beta, out=total)
     elif first:
-        torch.mm(a, h, out_dtype=torch.float32, out=total)
+        torch.mm(dz.t(), h, out_dtype=torch.float32, out=total)
     else:
-        total.add_(torch.mm(a, h, out_dtype=torch.float32))
+        total.add_(torch.mm(dz.t(), h, out_dtype=torch.float32))
