@@ -98,7 +98,7 @@ def decode(
 
 
 def positions_of(mask: Tensor) -> Tensor:
-    """(N, T) position ids of left-padded rows: the first real token is at 0."""
+    """Return (N, T) position ids of left-padded rows: the first real token is at 0."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
@@ -151,7 +151,7 @@ class _Steps:
         self.first = True
         self.cached = bool(given.get("use_cache", True))
         self.can_drop: bool | None = None  # not asked yet
-        self.found = {(id(module), name): (value, value._version) for module, name, value in _held(inner)}
+        self.found = {(id(module), name): (value, _version(value)) for module, name, value in _held(inner)}
         self.prepare = getattr(inner, "prepare_inputs_for_generation", None)
         self.parameters = inspect.signature(inner.forward).parameters
         if self.prepare is not None:
@@ -229,7 +229,7 @@ class _Steps:
             self.given = {name: _dropped(name, value, places) for name, value in self.given.items()}
             for module, name, value in list(_held(self.inner)):
                 before, version = self.found.get((id(module), name), (None, 0))
-                written = value is not before or value._version != version
+                written = value is not before or _version(value) != version or value.is_inference()
                 if written and value.shape[0] == len(alive):
                     setattr(module, name, value.index_select(0, places.to(value.device)))
         return self.can_drop
@@ -241,6 +241,11 @@ def _held(inner: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and value.dim() > 1:
                 yield module, name, value
+
+
+def _version(x: Tensor) -> int:
+    """Return how often a tensor was written, which those of inference mode do not count."""
+    return 0 if x.is_inference() else x._version
 
 
 def _axis(name: str, value: Tensor) -> int:

@@ -310,8 +310,9 @@ def measure(model: torch.nn.Module) -> tuple[dict[str, float], list[str]]:
             found[f"together, {where}"] = policy.log_prob(x)
             found[f"alone, {where}"] = policy.log_prob(x, batch_size=1)
     model.train()
-    # RoBERTa and its kin count no position for the padding token that they read, even where it was drawn
-    inside = ((x.tokens == PAD) & x.attention_mask.bool()).any(1)
+    inside = torch.zeros(len(x), dtype=torch.bool)
+    if policy._guard.first_position:  # RoBERTa and its kin count no position for a padding token, even a drawn one
+        inside = ((x.tokens == PAD) & x.attention_mask.bool()).any(1)
     expected = torch.where(inside, found["together, eval"], expected)
     errors = {name: float((value - expected).abs().max()) for name, value in found.items()}
     x = x[~inside]
@@ -349,7 +350,8 @@ def verdict(name: str) -> Verdict:
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
             by_us = Path(frames[-1].filename).is_relative_to(Path(dmfast.__file__).parent)
-            return Verdict("refused" if by_us else "crashes", _short(error))
+            named = isinstance(error, (RuntimeError, ValueError)) and type(model).__name__ in str(error)
+            return Verdict("refused" if by_us and named else "crashes", _short(error))
     bad = {name: f"{v:.2g}" for name, v in errors.items() if not v <= TOLERANCE * (10 if name == "gradient" else 1)}
     if bad:
         return Verdict("wrong", str(bad), ", ".join(notes))

@@ -15,7 +15,9 @@ import families
 import peft
 import pytest
 import torch
+import transformers
 from families import ENDS, PROMPTS, VOCAB
+from packaging.version import Version
 from test_models import lm
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
@@ -25,6 +27,7 @@ from dmfast import LanguageModel
 from dmfast.decoding import _can_drop
 from dmfast.families import context_length, disable_dropout
 
+NEWEST = Version(transformers.__version__) >= Version("5.24")
 ONE_LENGTH, NO_CACHE = "prompts of one length at a time", "without a cache"
 
 
@@ -55,7 +58,16 @@ ONE_LENGTH, NO_CACHE = "prompts of one length at a time", "without a cache"
 def test_what_is_drawn_is_what_is_scored(name, notes):
     found = families.verdict(name)
     assert found.kind == "holds", found
-    assert found.notes == notes
+    if NEWEST:  # in older releases more steps go wrong with a cache, or with padding
+        assert found.notes == notes
+
+
+def test_states_in_modules_are_cut_in_inference_mode_too():
+    model = families.build("recurrent_gemma")
+    with torch.inference_mode():
+        policy = LanguageModel(model, families.tokenizer(), eos_token_id=ENDS)
+        x = policy.sample(PROMPTS, 8, max_new_tokens=10, seed=0)
+        assert (policy.log_prob(x) - x.log_prob).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -250,7 +262,7 @@ def test_ended_rows_leave_every_layer(name):
     x = draw(policy, [[5, 6, 7]], 24)
     rows = [n for n in rows if n > 2]
     assert rows[0] == 24
-    assert rows[-1] <= 18
+    assert rows[-1] <= 18 or not NEWEST  # the caches of older releases can't all be cut
     assert (policy.log_prob(x) - x.log_prob).abs().max() < 1e-4
 
 
