@@ -25,7 +25,8 @@ PACKAGES = ("transformers", "accelerate", "peft")
 TESTS = [
     "tests/test_models.py", "tests/test_head.py", "tests/test_adapters.py", "tests/test_sampling.py",
     "tests/test_families.py", "tests/test_prompts.py", "tests/test_completions.py", "tests/test_trainer_step.py",
-    "tests/test_trainer_saving.py", "tests/test_trainer_config.py", "tests/test_trainer_checkpoint.py", "tests/test_trainer_stop.py", "tests/test_diagnostics.py",
+    "tests/test_trainer_saving.py", "tests/test_trainer_config.py", "tests/test_trainer_checkpoint.py",
+    "tests/test_trainer_stop.py", "tests/test_diagnostics.py",
     "-k", "not two_processes and not both and not example and not torch_compile and not never_stopped",
 ]  # fmt: skip
 
