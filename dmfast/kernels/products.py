@@ -65,7 +65,8 @@ def ways(device: torch.device, dtype: torch.dtype, logits_dtype: torch.dtype) ->
 @cache
 def _multiplies_bf16() -> bool:
     """Return whether the CPU has instructions that multiply bf16 and add in fp32."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which of them there are depends on the release
+    return any(getattr(torch.cpu, name, bool)() for name in asked)
 
 
 @cache
