@@ -144,7 +144,7 @@ def test_under_compile_a_fault_of_a_chunk_names_its_sequence(masked: bool) -> No
     mask[0] = not masked
 
     def step(hidden: Tensor, mask: Tensor, **rest: Any) -> dmfast.DMLossOutput:
-        return dmfast.linear_dm_loss(hidden * 1.0, weight, mask=mask, **rest, chunk_bytes=8 * 37 * 4)
+        return dmfast.linear_dm_loss(hidden * 1.0, weight, mask=mask, **rest, chunk_bytes=8 * 64 * 4)
 
     torch._dynamo.reset()
     out = torch.compile(step, backend="aot_eager", fullgraph=True)(hidden, mask, **call)
@@ -283,7 +283,7 @@ def test_a_fault_in_one_chunk_leaves_the_others_of_its_sequence_without_gradient
     del call["logits"]
     call["objective"] = (lambda t: torch.ones_like(t.log_prob)) if objective == "own" else objective
     hidden.requires_grad_()
-    out = dmfast.linear_dm_loss(hidden, weight, **call, chunk_bytes=2 * 37 * 4)  # 2 rows of the 5
+    out = dmfast.linear_dm_loss(hidden, weight, **call, chunk_bytes=2 * 64 * 4)  # 2 rows of the 5
     out.loss.backward()
     assert hidden.grad is not None and bool((hidden.grad[2, :4] == 0).all()) and bool((hidden.grad[1] != 0).any())
     assert float(out.weight[2]) == 0.0 and bool(out.loss.isfinite())
