@@ -603,7 +603,7 @@ def test_dm_loss_in_place_through_the_model(name, how, objective):
     [
         ({"prompts": "w1 w2"}, TypeError, "list of strings.*'w1 w2'"),
         ({"prompts": []}, ValueError, "prompt"),
-        ({"n": 0}, ValueError, "n must be positive"),
+        ({"n": 0}, ValueError, "n must be a number, positive and finite, got 0"),
         ({"n": -3}, ValueError, "positive.*-3"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens"),
         ({"temperature": 0}, ValueError, "temperature"),
