@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ def samples_of(
     n = len(completions)
     if n == 0:
         raise ValueError("completions is empty")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
+    if not (isinstance(temperature, (int, float, Real)) and 0 < temperature < float("inf")):
+        raise ValueError(f"temperature must be a number, positive and finite, got {temperature!r:.100}")
     starts = list(encoder(prompts)) * (n if prompts is None else 1)
     if len(starts) != n:
         raise ValueError(f"prompts and completions pair up one to one, got {len(starts)} prompts and {n} completions")
@@ -56,7 +57,9 @@ def samples_of(
         )
     end = given_end[0]
     tails = [
-        _ended(encoder.completion(completion, f"completion {i}"), i, ends, end if appends else None)
+        _ended(
+            encoder.completion(completion, f"completion {i}"), i, ends, end if appends else None, log_prob is not None
+        )
         for i, (completion, appends) in enumerate(zip(completions, _flags(append_eos, n), strict=True))
     ]
     left, left_mask = encoder.left_padded(starts, device)
@@ -90,8 +93,8 @@ def _flags(append_eos: Any, n: int) -> list[bool]:
     return list(flags)
 
 
-def _ended(ids: list[int], i: int, ends: set[int], end: int | None) -> list[int]:
-    """Return a continuation up to and with its EOS, which ``end`` adds where there is none."""
+def _ended(ids: list[int], i: int, ends: set[int], end: int | None, has_log_prob: bool) -> list[int]:
+    """Return a continuation up to and with its EOS, which ``end`` adds where there is none and log q is not known."""
     first = next((place for place, token in enumerate(ids) if token in ends), None)
     if first is not None and first + 1 < len(ids):
         raise ValueError(
@@ -99,9 +102,17 @@ def _ended(ids: list[int], i: int, ends: set[int], end: int | None) -> list[int]
             "there, padding too; a model whose sequences end elsewhere is LanguageModel(..., eos_token_id=...)"
         )
     if end is not None and first is None:
+        if has_log_prob:
+            raise ValueError(
+                f"completion {i} does not end in EOS, and append_eos would put token {end} after it, which log_prob "
+                "does not cover. Where EOS was drawn, pass it among the ids; where the completion was cut at a length, "
+                "pass append_eos=False for it"
+            )
         ids = [*ids, end]
     if not ids:
-        raise ValueError(f"completion {i} has no tokens, so there is nothing to score; append_eos=True ends it at once")
+        raise ValueError(
+            f"completion {i} has no tokens, so there is nothing to score; one that ended at once is its EOS alone"
+        )
     return ids
 
 
@@ -109,9 +120,15 @@ def _log_q(log_prob: Any, n: int) -> Tensor:
     """Return log q (N,) fp64; NaN where it was not given."""
     if log_prob is None:
         return torch.full((n,), torch.nan, dtype=torch.float64)
-    # of a list Python's floats, which torch would make fp32
-    given = log_prob if hasattr(log_prob, "dtype") else torch.tensor(log_prob, dtype=torch.float64)
-    values = torch.as_tensor(given).detach()
+    try:
+        # of a list Python's floats, which torch would make fp32
+        given = log_prob if hasattr(log_prob, "dtype") else torch.tensor(log_prob, dtype=torch.float64)
+        values = torch.as_tensor(given).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"log_prob must be a list of {n} numbers, or a tensor or array of them, log q(x) of each completion in "
+            f"nats; got {log_prob!r:.100}"
+        ) from error
     if values.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"log_prob must be float32 or float64, got {values.dtype}: in 16 bits a log-probability of -1,000 is off "

@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -294,11 +295,12 @@ class LanguageModel:
             completions: N lists of token ids, as they were drawn; or strings, which are tokenized anew, apart from
                 their prompts and without special tokens around them.
             append_eos: whether EOS is put after a completion that does not end in one: a whole answer has ended, one
-                that was cut at a length has not. One for all, or one for each.
+                that was cut at a length has not. One for all, or one for each. With ``log_prob`` nothing is put after
+                one, since ``log_prob`` would not cover it.
             eos_token_id: the EOS that is appended. Default: the first of ``eos_token_ids``, the tokenizer's. A chat
                 model may end its turn with another.
             log_prob: (N,) float32 or float64, log q(x) in nats, of the distribution at ``temperature`` that the token
-                ids were drawn from, EOS included. None: it is not known.
+                ids were drawn from, EOS included, which is then among the ids. None: it is not known.
             temperature: what they were drawn at and are scored at.
             rows: for each completion the row of its data set, which scorers see as ``samples.rows``.
 
@@ -308,8 +310,9 @@ class LanguageModel:
         Raises:
             TypeError: an argument of another kind.
             ValueError: prompts, completions and ``log_prob`` that do not pair up, tokens after an EOS, a completion
-                without tokens, log_prob of strings, or that is not finite or above 0; prompt and completion are beyond
-                the model's context; as ``sample`` of a prompt.
+                without tokens, log_prob of strings or of a completion that ``append_eos`` would add to, or that is not
+                finite or above 0; a temperature that is no number, positive and finite; prompt and completion are
+                beyond the model's context; as ``sample`` of a prompt.
         """
         samples = samples_of(
             self._encoder, self.eos_token_ids, prompts, completions, append_eos=append_eos, eos_token_id=eos_token_id,
@@ -320,7 +323,7 @@ class LanguageModel:
         if context is not None and int(longest.max()) > context:
             raise ValueError(
                 f"prompt and completion {int(longest.argmax())} have {int(longest.max())} tokens, beyond the model's "
-                f"context of {context}"
+                f"context of {context}{self._why_context}"
             )
         return samples
 
@@ -355,15 +358,15 @@ class LanguageModel:
 
         Raises:
             TypeError: prompts of another kind, such as a tokenizer's padded output.
-            ValueError: n, max_new_tokens, temperature or batch_size not positive, no prompt, a prompt that leaves no
-                room in the model's context, token ids with padding, an image in a message, an error of the chat
+            ValueError: n, max_new_tokens, temperature or batch_size no positive number, no prompt, a prompt that leaves
+                no room in the model's context, token ids with padding, an image in a message, an error of the chat
                 template, a tokenizer that does not fit the model, logits of the model that are no distribution (NaN,
                 +inf, nothing but -inf), on any device.
         """
         numbers = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
         for name, number in numbers.items():
-            if number is not None and not 0 < number < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {number!r}")
+            if number is not None and not (isinstance(number, (int, float, Real)) and 0 < number < math.inf):
+                raise ValueError(f"{name} must be a number, positive and finite, got {number!r:.100}")
         self._check_placed()
         prompt, prompt_mask = self._encode(prompts)
         context = self._context

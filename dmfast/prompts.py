@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from .kernels import warn_caller
 from .samples import Prompt
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ _OWN = (
 )  # fmt: skip
 _PROBE = "dmfast probe"
 _KINDS = "a string, a list of token ids or a list of chat messages"
+_OTHER_IDS = "these are no token ids of this model; pass those of its own tokenizer, or a string"
 
 
 class PromptEncoder:
@@ -59,7 +60,7 @@ class PromptEncoder:
         first = eos_token_ids[0]
         self.pad_token_id: int = first if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         for name, token in [("pad", self.pad_token_id), *(("eos", token) for token in eos_token_ids)]:
-            self._check(token, f"{name}_token_id is")
+            self._check([token], f"{name}_token_id is")
         starts = (tokenizer.bos_token_id, tokenizer.eos_token_id, first)
         self.start: int = next(token for token in starts if token is not None)
         self._ends = {*eos_token_ids, tokenizer.eos_token_id}
@@ -80,8 +81,7 @@ class PromptEncoder:
         for i, prompt in enumerate(_listed(prompts)):
             name = f"prompt {i}"
             ids = self._ids(prompt, name) or [self.start]
-            for token in (min(ids), max(ids)):
-                self._check(token, f"{name}: the tokenizer gave token")
+            self._check(ids, f"{name}: the tokenizer gave token")
             yield ids
 
     def completion(self, completion: str | Sequence[int] | Tensor, name: str) -> list[int]:
@@ -93,10 +93,10 @@ class PromptEncoder:
         """
         if isinstance(completion, str):
             ids = list(self.tokenizer(completion, add_special_tokens=False)["input_ids"])
+            self._check(ids, f"{name}: the tokenizer gave token")
         else:
             ids = token_ids(completion, f"{name} must be a string or a list of token ids", several=True)
-        for token in (min(ids), max(ids)) if ids else ():
-            self._check(token, f"{name} has token")
+            self._check(ids, f"{name} holds token", _OTHER_IDS)
         return ids
 
     def left_padded(self, rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -106,11 +106,10 @@ class PromptEncoder:
         mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows]
         return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
 
-    def _check(self, token: int, what: str) -> None:
-        if not 0 <= token < self.vocab_size:
-            raise ValueError(
-                f"{what} {token}, but the model has {self.vocab_size} embeddings: tokenizer and model don't fit"
-            )
+    def _check(self, ids: Sequence[int], what: str, why: str = "tokenizer and model don't fit") -> None:
+        for token in (min(ids), max(ids)) if ids else ():
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"{what} {token}, but the model has {self.vocab_size} embeddings: {why}")
 
     def _ids(self, prompt: Prompt, name: str) -> list[int]:
         if isinstance(prompt, str):
@@ -135,6 +134,7 @@ class PromptEncoder:
                 f"{name} has padding (token {self.pad_token_id}) at an end: its tokens would be taken for text; pass "
                 "the ids without it, ids[attention_mask.bool()]"
             )
+        self._check(ids, f"{name} holds token", _OTHER_IDS)
         return ids
 
     def _of_text(self, text: str) -> list[int]:
@@ -159,11 +159,10 @@ class PromptEncoder:
     def _say_one_start(self) -> None:
         if not self._said:
             self._said = True
-            warnings.warn(
+            warn_caller(
                 f"a prompt begins with the text of BOS, {self.tokenizer.bos_token!r}, and the tokenizer puts another "
                 "before it; one is kept. A chat that was rendered to a string is such a prompt: pass its messages, or "
-                "token ids",
-                stacklevel=2,
+                "token ids"
             )
 
     # ---- chat messages

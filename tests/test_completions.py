@@ -42,7 +42,7 @@ def test_what_the_sampler_drew_comes_back_as_it_was(tokenizer, temperature):
         given = None if prompts is None else repeated(prompts, 5)
         for completions, append_eos in (
             (ids_of(x), False),
-            ([ids[:-1] if end and len(ids) > 1 else ids for ids, end in zip(ids_of(x), ended, strict=True)], ended),
+            (ids_of(x), ended),  # there is nothing to append
             ([torch.tensor(ids) for ids in ids_of(x)], np.array(ended)),
         ):
             y = policy.samples_of(
@@ -51,6 +51,26 @@ def test_what_the_sampler_drew_comes_back_as_it_was(tokenizer, temperature):
             assert same(x, y) and y.has_log_prob
             assert (y.temperature, y.pad_token_id, y.tokenizer) == (temperature, x.pad_token_id, x.tokenizer)
         assert (policy.log_prob(y) - x.log_prob).abs().max() < 1e-4
+
+
+def test_an_end_that_log_q_does_not_cover_is_not_appended():
+    """A sequence that was cut at max_new_tokens has log q of its tokens, and EOS after it would be drawn by nobody."""
+    policy = lm()
+    x = policy.sample(PROMPTS, 5, max_new_tokens=8, seed=3)
+    cut = [i for i, ids in enumerate(ids_of(x)) if ids[-1] != EOS]
+    given = repeated(PROMPTS, 5)
+    assert 0 < len(cut) < len(x)
+    with pytest.raises(ValueError, match=f"completion {cut[0]} .*put token {EOS} after it, which log_prob does not"):
+        policy.samples_of(given, ids_of(x), append_eos=True, log_prob=x.log_prob)
+    stripped = [[token for token in ids if token != EOS] for ids in ids_of(x)]
+    first = next(i for i, ids in enumerate(ids_of(x)) if ids[-1] == EOS)
+    flags = [i == first for i in range(len(x))]
+    with pytest.raises(ValueError, match=f"completion {first} .*log_prob does not cover.*among the ids"):
+        policy.samples_of(given, stripped, append_eos=flags, log_prob=x.log_prob)
+    with pytest.raises(ValueError, match=r"completion 0 .*log_prob does not cover"):
+        policy.samples_of(["w1"], [[]], append_eos=True, log_prob=[-1.0])
+    known = policy.samples_of(given, stripped, append_eos=True)  # scored anew, it is no fault
+    assert not known.has_log_prob and all(ids[-1] == EOS for ids in ids_of(known))
 
 
 def test_layout_by_hand():
@@ -220,15 +240,28 @@ def test_fit_steps_and_rejection_refuse():
         (["w1"], ["w2 <e> <e>"], {}, ValueError, "completion 0 goes on after its end: token 1 of 3"),
         (["w1"], [[]], {}, ValueError, "completion 0 has no tokens"),
         (["w1"], [""], {}, ValueError, "completion 0 has no tokens"),
-        (["w1"], [[V]], {}, ValueError, "completion 0 has token 11, but the model has 11"),
-        (["w1"], [[-1]], {}, ValueError, "completion 0 has token -1"),
-        ([[V]], [[1]], {}, ValueError, "prompt 0: the tokenizer gave token 11"),
+        (
+            ["w1"],
+            [[V]],
+            {},
+            ValueError,
+            "completion 0 holds token 11, but the model has 11 embeddings: .*of this model",
+        ),
+        (["w1"], [[-1]], {}, ValueError, "completion 0 holds token -1"),
+        ([[V]], [[1]], {}, ValueError, "prompt 0 holds token 11"),
         (["w1"], [[1] * 24], {}, ValueError, "prompt and completion 0 have 25 tokens, .* context of 24"),
         (["w1"], [[1]], {"append_eos": 1}, TypeError, "append_eos must be True, False or one"),
         (["w1"], [[1]], {"append_eos": [True, True]}, TypeError, "each of 1 completions"),
         (["w1"], [[1]], {"eos_token_id": 3}, ValueError, r"one of \[5\], got 3"),
         (["w1"], [[1]], {"eos_token_id": "<e>"}, TypeError, "eos_token_id must be a token id, got '<e>'"),
-        (["w1"], [[1]], {"temperature": 0.0}, ValueError, "temperature must be positive"),
+        (["w1"], [[1]], {"temperature": 0.0}, ValueError, "temperature must be a number, positive and finite, got 0.0"),
+        (["w1"], [[1]], {"temperature": "1"}, ValueError, "temperature must be a number, positive and finite, got '1'"),
+        (["w1"], [[1]], {"temperature": None}, ValueError, "temperature must be a number, .*got None"),
+        (["w1"], [[1]], {"log_prob": [None]}, TypeError, r"log_prob must be a list of 1 numbers.*got \[None\]"),
+        (["w1"], [[1]], {"log_prob": "x"}, TypeError, "log_prob must be a list of 1 numbers.*got 'x'"),
+        (["w1"], [[1]], {"log_prob": {0: -1.0}}, TypeError, "log_prob must be a list of 1 numbers.*got {0: -1.0}"),
+        (["w1"], [[1]], {"log_prob": [[-1.0], [-1.0, -2.0]]}, TypeError, "log_prob must be a list of 1 numbers"),
+        (["w1"], [[1]], {"log_prob": np.array([None])}, TypeError, "log_prob must be a list of 1 numbers.*got array"),
         (["w1"], [[1]], {"log_prob": [-1.0, -1.0]}, ValueError, "for each of 1 completions.*got the shape"),
         (["w1"], [[1]], {"log_prob": torch.tensor([[-1.0]])}, ValueError, "for each of 1 completions"),
         (["w1"], [[1]], {"log_prob": torch.tensor([-1.0]).half()}, TypeError, "log_prob must be float32 or float64"),

@@ -306,6 +306,8 @@ def test_longrope_is_not_crossed():
         draw(policy)
     with pytest.raises(ValueError, match="context of 16"):
         policy.check_prompts([[5] * 7], 10)
+    with pytest.raises(ValueError, match=r"completion 1 have 17 tokens, .*context of 16, since its LongRoPE"):
+        policy.samples_of([[5], [5] * 7], [[6], [6] * 10], append_eos=False)
     x = draw(policy, max_new_tokens=9)
     assert (policy.log_prob(x) - x.log_prob).abs().max() < 1e-4
 

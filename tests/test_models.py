@@ -603,10 +603,12 @@ def test_dm_loss_in_place_through_the_model(name, how, objective):
     [
         ({"prompts": "w1 w2"}, TypeError, "list of strings.*'w1 w2'"),
         ({"prompts": []}, ValueError, "prompt"),
-        ({"n": 0}, ValueError, "n must be positive"),
+        ({"n": 0}, ValueError, "n must be a number, positive and finite, got 0"),
         ({"n": -3}, ValueError, "positive.*-3"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens"),
         ({"temperature": 0}, ValueError, "temperature"),
+        ({"temperature": "1"}, ValueError, "temperature must be a number, positive and finite, got '1'"),
+        ({"max_new_tokens": [3]}, ValueError, r"max_new_tokens must be a number, positive and finite, got \[3\]"),
         ({"temperature": 0.0}, ValueError, "temperature"),
         ({"temperature": -1.0}, ValueError, "temperature"),
         ({"temperature": math.nan}, ValueError, "temperature"),
@@ -777,7 +779,7 @@ def test_import_is_lean(tmp_path):
 
 def test_a_token_below_0_and_no_samples_at_all():
     policy = lm()
-    with pytest.raises(ValueError, match="the tokenizer gave token -1"):
+    with pytest.raises(ValueError, match="prompt 1 holds token -1"):
         policy.sample([[1, 2, 3], [1, -1]], 2, max_new_tokens=2, seed=0)
     none = policy.sample(None, 2, max_new_tokens=2, seed=0)[:0]
     with pytest.raises(ValueError, match="samples is empty"):

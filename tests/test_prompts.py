@@ -163,8 +163,9 @@ def test_a_chat_rendered_to_a_string_has_one_start_as_its_messages_have(how):
     policy = lm(words)
     rendered = words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert rendered.startswith("<s>") and words(rendered)["input_ids"][:2] == [BOS, BOS]
-    with pytest.warns(UserWarning, match="begins with the text of BOS, '<s>'.* one is kept"):
+    with pytest.warns(UserWarning, match="begins with the text of BOS, '<s>'.* one is kept") as said:
         found = encoded(policy, [rendered])
+    assert [warning.filename for warning in said] == [__file__]  # where the user called
     assert found == encoded(policy, [messages]) == [[BOS, 1, 3, 4, EOS, 2]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
@@ -310,7 +311,8 @@ def test_ids_may_be_tensors_and_arrays():
         ([["w1", "w2"]], TypeError, r"prompt 0 must be .*got \['w1', 'w2'\]"),
         ([[[1, 2]]], TypeError, r"prompt 0 must be"),
         ([None], TypeError, "prompt 0 must be .*got None"),
-        (["w1", [1, V]], ValueError, "prompt 1: the tokenizer gave token 11"),
+        (["w1", [1, V]], ValueError, "prompt 1 holds token 11, .*token ids of this model"),
+        ([torch.tensor([1, -100])], ValueError, "prompt 0 holds token -100, .*token ids of this model"),
         ([[1], [PAD, PAD, 1, 2]], ValueError, "prompt 1 has padding .token 7. at an end"),
         ([[PAD, 1, 2]], ValueError, "prompt 0 has padding"),
         ([[1, 2, PAD]], ValueError, "prompt 0 has padding"),
@@ -320,6 +322,17 @@ def test_ids_may_be_tensors_and_arrays():
 def test_prompts_that_are_none(prompts, error, match):
     with pytest.raises(error, match=match):
         lm().sample(prompts, max_new_tokens=2)
+
+
+def test_a_token_of_the_tokenizer_that_the_model_does_not_have_is_laid_to_the_tokenizer():
+    words = tok()
+    words.add_tokens(["<new>"])
+    policy = lm(words)
+    said = f"the tokenizer gave token {V}, but the model has {V} embeddings: tokenizer and model don't fit"
+    with pytest.raises(ValueError, match=f"prompt 1: {said}"):
+        policy.check_prompts(["w1", "w1 <new>"], 2)
+    with pytest.raises(ValueError, match=f"completion 0: {said}"):
+        policy.samples_of(["w1"], ["<new>"], append_eos=True)
 
 
 def test_a_tokenizers_output_is_refused_with_the_way_to_pass_it():

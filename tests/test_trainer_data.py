@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from trainer_job import PROMPTS, WORDS, gpt2, job, tokenizer
@@ -13,7 +14,7 @@ from trainer_tools import (
 
 import dmfast
 from dmfast import EBM, Contains, LanguageModel, Moment, Scorer
-from dmfast.training.data import Contexts, StepSampler
+from dmfast.training.data import Contexts, StepSampler, holds_media
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
 
@@ -83,6 +84,52 @@ def test_where_prompts_come_from(rows):
 def test_bad_prompts(rows, message):
     with pytest.raises((TypeError, ValueError), match=message):
         Contexts(rows)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("image", "x.png"),
+        ("images", None),
+        ("image_1", "x.png"),
+        ("image_url", "https://x/y.png"),
+        ("image_paths", ["x.png"]),
+        ("image_base64", "aGk="),
+        ("audioFile", "x.wav"),
+        ("Audio", {"array": [0.0]}),
+        ("video.bytes", b"0"),
+        ("image_grid_thw", [[1, 2, 2]]),
+        ("image_embeds", torch.zeros(2, 2)),
+        ("pixel_values_videos", [0.0]),
+        ("pixel_attention_mask", [[1, 1]]),
+        ("video_grid_thw", torch.ones(1, 3)),
+        ("input_audio_embeds", [[0.5]]),
+        ("input_features", [[0.5]]),
+        ("input_features_mask", [1]),
+    ],
+)
+def test_columns_of_images_video_and_sound_are_refused(column, value):
+    with pytest.raises(ValueError, match=f"the column '{column}', .* text only"):
+        Contexts([{"prompt": "w1", column: value}])
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("image_caption", "a cat"),
+        ("video_titles", ["a", "b"]),
+        ("num_images", 2),
+        ("audio_seconds", np.float32(1.5)),
+        ("image_caption", None),
+        ("imagery", [0.5]),
+        ("features", [0.5]),
+        ("url", "https://x/y.png"),
+    ],
+)
+def test_columns_of_text_and_numbers_about_images_are_kept(column, value):
+    assert not holds_media(column, value)
+    rows = Contexts([{"prompt": "w1", column: value}])
+    assert rows.rows_of([0]) == [{"prompt": "w1", column: value}]
 
 
 def test_chat_messages_go_through_the_template(tmp_path):

@@ -21,7 +21,7 @@ from trainer_job import digest, gpt2, job, tokenizer
 from trainer_tools import (
     one_thread,  # noqa: F401
 )
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 
 import dmfast
 from dmfast import EBM, Contains, LanguageModel, Moment
@@ -124,6 +124,35 @@ def test_a_saved_model_has_all_ends_of_its_generation_config(tmp_path):
     trainer.save_model(str(tmp_path / "final"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "final").generation_config.eos_token_id == [5, 3, 8]
     assert LanguageModel.from_pretrained(tmp_path / "final").eos_token_ids == [5, 3, 8]
+
+
+@pytest.mark.parametrize("one_backbone", [False, True], ids=["a copy", "one backbone"])
+def test_the_ends_are_saved_beside_an_adapter(tmp_path, one_backbone):
+    base = gpt2()
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.generation_config.update(eos_token_id=[5, 3, 8], top_k=7)
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    if one_backbone:
+        below = LanguageModel(model, tokenizer()).base()
+    else:
+        below = LanguageModel(gpt2(), tokenizer(), eos_token_id=[5, 3, 8])
+    target = EBM(below, [Contains("w4")])
+    args = job(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).args
+    with pytest.warns(UserWarning, match="which is ignored"):
+        trainer = dmfast.DMTrainer(model, target, args, processing_class=tokenizer())
+    assert trainer.policy.eos_token_ids == [5, 3, 8]
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    for folder in (tmp_path / "checkpoint-1", tmp_path / "final"):
+        saved = GenerationConfig.from_pretrained(folder)
+        assert (saved.eos_token_id, saved.top_k) == ([5, 3, 8], 7)
+        loaded = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
+        assert loaded.generation_config.eos_token_id == 5  # PEFT reads that of the base, as the guide says
+        loaded.get_base_model().generation_config = saved
+        assert LanguageModel(loaded, tokenizer()).eos_token_ids == [5, 3, 8]
+    assert not (tmp_path / "final" / "config.json").exists()
+    assert (base.generation_config.eos_token_id, base.generation_config.top_k) == ([5, 3, 8], 7)
 
 
 def test_an_adapter_that_was_loaded_for_inference_is_refused_at_once(tmp_path):

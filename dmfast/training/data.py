@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,10 +19,31 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..models import LanguageModel
 
-# columns that a multimodal model would read beside the prompt
-_NOT_TEXT = (
-    "image", "images", "video", "videos", "audio", "audios", "pixel_values", "pixel_values_videos", "input_features",
-)  # fmt: skip
+# words in the names of columns that a multimodal model would read beside the prompt, and of where such data lies;
+# digits are no part of a word, so that base64 is "base"
+_MEDIA = {"image", "images", "pixel", "pixels", "video", "videos", "audio", "audios"}
+_PLACES = {
+    "url", "urls", "uri", "uris", "path", "paths", "file", "files", "filename", "filenames", "filepath", "data",
+    "bytes", "base",
+}  # fmt: skip
+
+
+def holds_media(column: object, value: Any) -> bool:
+    """Return whether a column holds images, video or sound, or the inputs that a processor makes of them.
+
+    A name that says nothing else, such as ``images``, or that says where they lie, such as ``image_url``, is enough. Of
+    another name with such a word it depends on the value: a string, several strings, a number or None is about an image
+    (``image_caption``, ``num_images``), anything else is of one (``image_grid_thw``, ``pixel_attention_mask``).
+    """
+    words = {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", str(column))}
+    if {"input", "features"} <= words:  # those of sound
+        return True
+    if not words & _MEDIA:
+        return False
+    if words <= _MEDIA | _PLACES:
+        return True
+    several = isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
+    return not (value is None or several or isinstance(value, (str, Real)))
 
 
 class Contexts(Dataset[Any]):
@@ -34,7 +57,8 @@ class Contexts(Dataset[Any]):
     Raises:
         TypeError: the rows have no length, such as an ``IterableDataset``, or are several data sets, such as a
             ``DatasetDict``.
-        ValueError: there are no rows, a row has no prompt, or the rows have a column of images, video or sound.
+        ValueError: there are no rows, a row has no prompt, or the first row has a column of images, video or sound
+            (``holds_media``).
     """
 
     def __init__(self, rows: Any = None, argument: str = "train_dataset") -> None:
@@ -59,7 +83,7 @@ class Contexts(Dataset[Any]):
         self[0]  # this refuses rows without a prompt now rather than in the middle of a run
         first = whole[0]
         self.has_columns = isinstance(first, Mapping) and len(first) > 1
-        seen = [name for name in first if name in _NOT_TEXT] if self.has_columns else []
+        seen = [name for name, value in first.items() if holds_media(name, value)] if self.has_columns else []
         if seen:
             raise ValueError(
                 f"{argument} has the column {seen[0]!r}, which no model would see: dmfast supports text only, without "

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from .. import adapters
+from ..families import without_adapters
 
 
 def loaded(model: nn.Module | str | Path) -> nn.Module:
@@ -49,6 +50,9 @@ def save_plainly(
 ) -> None:
     """Save a model so that ``generate`` ends where training did, and without the adapter that holds q.
 
+    The ``generation_config`` with these ends is saved beside an adapter, too. Nothing that loads an adapter reads it by
+    itself, but ``GenerationConfig.from_pretrained`` of the folder does.
+
     Args:
         model: the unwrapped model.
         folder: where ``save`` writes.
@@ -56,16 +60,17 @@ def save_plainly(
         eos_token_ids: what ends a sequence.
         writes: whether this process writes files.
     """
-    config = model.generation_config if isinstance(model, PreTrainedModel) else None
+    inner = without_adapters(model)
+    config = inner.generation_config if isinstance(inner, PreTrainedModel) else None
     if config is not None:
         # transformers refuses to save some that it loads, such as a temperature without do_sample
-        model.generation_config = GenerationConfig()
+        inner.generation_config = GenerationConfig()
     try:
         with _without_proposal(model):
             save()
     finally:
         if config is not None:
-            model.generation_config = config
+            inner.generation_config = config
     if writes and config is not None:
         ends, config = list(eos_token_ids), copy.deepcopy(config)
         config.eos_token_id = ends[0] if len(ends) == 1 else ends
