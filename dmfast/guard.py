@@ -78,7 +78,7 @@ class Guard:
         with _undisturbed(lm, training=False), _rounding_of(lm) as rounding:
             with _naming(lm, f"of {length} tokens"):
                 expected = self._plain(lm, ids)
-            unit = _unit(rounding(), float(expected.abs().max()))
+            unit = _unit(rounding(), _size(expected.amax(-1)))
             optional = self._named and "position_ids" not in self._required
             if optional and _differ(self._whole(lm, ids, torch.ones_like(ids)), expected, unit):
                 self.first_position = None
@@ -230,13 +230,17 @@ class Guard:
         )
 
     def _alone(self, lm: LanguageModel, x: Samples) -> tuple[Tensor, float]:
-        """Return (N,) log-probability of each sequence by a plain forward, and the largest size of a logit."""
+        """Return (N,) log-probability of each sequence by a plain forward, and the largest size of a logit.
+
+        Of those that matter: a position's highest, and the drawn token's. A forbidden token's may be of any size.
+        """
         values, largest = [], 0.0
         for tokens, mask, scored in zip(x.tokens, x.attention_mask.bool(), x.score_mask, strict=True):
             ids, n = tokens[mask][None], int(scored.sum())
             logits = self._last(lm, ids, n + 1)[:-1]
-            largest = max(largest, float(logits[logits.isfinite()].abs().max()))
-            values.append((logits / x.temperature).log_softmax(-1).gather(-1, ids[0, -n:, None]).sum())
+            places = ids[0, -n:, None]
+            largest = max(largest, _size(logits.amax(-1)), _size(logits.gather(-1, places)))
+            values.append((logits / x.temperature).log_softmax(-1).gather(-1, places).sum())
         return torch.stack(values), largest
 
     def _step_by_step(self, lm: LanguageModel, x: Samples) -> Tensor:
@@ -309,6 +313,10 @@ def _undisturbed(lm: LanguageModel, *, training: bool) -> Iterator[None]:
             for buffer, before in buffers:  # written in place, as by batch norms; dynamic RoPE puts another there
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
+
+
+def _size(logits: Tensor) -> float:
+    return float(logits.nan_to_num(0.0, 0.0, 0.0).abs().max())
 
 
 def _unit(dtype: torch.dtype, largest: float) -> float:

@@ -282,6 +282,15 @@ def test_rounding_of_large_logits_is_no_fault(logits_dtype, scale, steps, seed):
     draw(policy, seed=seed, max_new_tokens=steps)
 
 
+def test_a_forbidden_token_does_not_blind_the_guard():
+    policy = faulty("training")
+    policy.model.bfloat16().lm_head.register_forward_hook(
+        lambda head, args, out: out.index_fill(-1, torch.tensor([7]), torch.finfo(out.dtype).min)
+    )
+    with pytest.raises(RuntimeError, match="training mode computes another"):
+        draw(policy)
+
+
 def test_a_few_coarse_parameters_do_not_blind_the_guard():
     policy = faulty("")
     policy.model.model.norm.to(torch.bfloat16)
