@@ -20,7 +20,8 @@ def disable_dropout(model: nn.Module) -> int:
     """Set every dropout probability and router jitter of the model to 0, LoRA's too, and return how many were not.
 
     Not by eval(): training mode stays what it is, gradient checkpointing needs it. Where a forward reads a probability
-    from the configuration, it becomes 0 there.
+    from the configuration, the configuration is changed, so that a model that is saved afterwards has 0 there. A
+    forward whose source can't be had is taken to read every one of its module's configuration.
     """
     changed = 0
     for module in model.modules():
@@ -38,15 +39,26 @@ def disable_dropout(model: nn.Module) -> int:
 
 def _read_from_config(model: nn.Module) -> Iterator[tuple[Any, str]]:
     """Yield the configurations of which a forward reads a probability, with its name."""
-    names: dict[type, set[str]] = {}
+    names: dict[type, set[str] | None] = {}
     for module in model.modules():
         kind = type(module)
         if getattr(module, "config", None) is None or not kind.__module__.startswith("transformers"):
             continue
         if kind not in names:
-            names[kind] = set(_IN_CONFIG.findall(inspect.getsource(kind.forward))) - {"router_jitter_noise"}
-        for name in sorted(names[kind]):
+            names[kind] = _read_by(kind)
+        found = names[kind]
+        if found is None:
+            found = {name for name in vars(module.config) if "drop" in name or "jitter" in name}
+        for name in sorted(found - {"router_jitter_noise"}):
             yield module.config, name
+
+
+def _read_by(kind: type[nn.Module]) -> set[str] | None:
+    """Return the names of the probabilities that a class's forward reads from its config. None: it has no source."""
+    try:
+        return set(_IN_CONFIG.findall(inspect.getsource(kind.forward)))
+    except (OSError, TypeError):  # made by exec, a build without sources, a compiled extension
+        return None
 
 
 def without_adapters(model: nn.Module) -> Any:

@@ -2,13 +2,15 @@
 
 Before the first forward a probe asks how a batch is to be laid out: whether position ids mean what the model itself
 takes for positions, and whether left padding leaves a sequence's probabilities alone. After the first draw two of its
-sequences are scored as the trainer will, and alone, and must have the log q that they were drawn with.
+sequences are scored as the trainer will, and alone, and must have the log q that they were drawn with. Nothing may be
+random in training mode: a value that two scorings share by chance is no proof, so the draws themselves are looked for.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from .decoding import positions_of
-from .families import first_position, without_adapters
+from .draws import random_draw
+from .families import first_position, text_config, without_adapters
 from .samples import Samples
 
 if TYPE_CHECKING:
     from .models import LanguageModel
 
 _PROBE, _PADS = 8, 3
-#: What rounding may change a token's log-probability by, in nats. TF32 has the 10 bits of fp16.
-_ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+#: What a model may raise that can't take what it is given.
+_FAULTS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+#: What two scorings of one batch may differ by where nothing is random, in nats of a sequence.
+_REPEATED, _REPEATED_RELATIVE = 1e-3, 1e-6
+_KNOWN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_PART = 0.1  # of the parameters' elements: what rounds fewer does not decide
 
 
 class Guard:
@@ -69,14 +76,9 @@ class Guard:
         row = tokens[0][mask[0].bool()]
         ids = row.repeat(_PROBE // len(row) + 1)[None, :length]
         with _undisturbed(lm, training=False), _rounding_of(lm) as rounding:
-            try:
+            with _naming(lm, f"of {length} tokens"):
                 expected = self._plain(lm, ids)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                kind = type(without_adapters(lm._module())).__name__
-                raise RuntimeError(f"{kind} can't be used: a forward of {length} tokens fails: {error}") from error
-            unit = rounding()
+            unit = _unit(rounding(), _size(expected.amax(-1)))
             optional = self._named and "position_ids" not in self._required
             if optional and _differ(self._whole(lm, ids, torch.ones_like(ids)), expected, unit):
                 self.first_position = None
@@ -92,21 +94,35 @@ class Guard:
             )
 
     def _plain(self, lm: LanguageModel, ids: Tensor) -> Tensor:
-        """(1, T, V) logits of an unpadded sequence with the model's own positions, without a cache."""
+        """Run an unpadded sequence with the model's own positions, without a cache, and return (1, T, V) logits."""
+        logits: Tensor = self._output(lm, ids).logits
+        return logits
+
+    def _output(self, lm: LanguageModel, ids: Tensor) -> Any:
         given: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
         if "position_ids" in self._required:
             given["position_ids"] = positions_of(given["attention_mask"])
         given |= {name: torch.zeros_like(ids) for name in lm._text_inputs}
-        logits: Tensor = lm._module()(input_ids=ids, use_cache=False, **given).logits
-        return logits
+        return lm._module()(input_ids=ids, use_cache=False, **given)
+
+    def _last(self, lm: LanguageModel, ids: Tensor, n: int) -> Tensor:
+        """Return ``_plain``'s logits of the last n positions in fp64: (n, V).
+
+        Where sampler and scorer do not round a 16-bit head's logits, these are not rounded either.
+        """
+        if lm._head.rounds(lm.model):
+            found = lm._head.read(lm.model, ids[:, -n:], lambda: self._output(lm, ids))
+            if found is not None:
+                return found.logits()[0].double()
+        return self._plain(lm, ids)[0, -n:].double()
 
     def _whole(self, lm: LanguageModel, ids: Tensor, mask: Tensor) -> Tensor | None:
-        """(N, T, V) logits as ``LanguageModel`` gets them. None: the model can't take such a batch."""
+        """Return (N, T, V) logits as ``LanguageModel`` gets them. None: the model can't take such a batch."""
         try:
             logits: Tensor = lm._module()(input_ids=ids, use_cache=False, **lm._inputs(mask)).logits
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, TypeError, IndexError):
+        except _FAULTS as error:
+            if _is_of_the_machine(error):
+                raise
             return None
         return logits
 
@@ -125,7 +141,8 @@ class Guard:
             become False, and the draw is to be made again.
 
         Raises:
-            RuntimeError: they differ by more than rounding, with what differs and what to do.
+            RuntimeError: they differ by more than rounding, with what differs and what to do; the forward draws random
+                numbers in training mode.
         """
         lengths = drawn.attention_mask[:, : drawn.prompt_len].sum(1)
         ragged = bool((lengths != lengths[0]).any()) and not _several_processes()
@@ -138,27 +155,31 @@ class Guard:
         picked = sorted({first, int(((scored + 1) * ends[1]).argmax())})
         x = drawn[picked if self.padded else [*picked, *picked]]  # two of a length, so that a batch has several rows
         with _undisturbed(lm, training=True), _rounding_of(lm) as rounding:
-            try:
-                together = lm._score(x.trimmed())[0]
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                kind = type(without_adapters(lm._module())).__name__
-                raise RuntimeError(f"{kind} can't be trained: its forward fails in training mode: {error}") from error
+            ids = x.tokens[0][x.attention_mask[0].bool()][None]
+            with _naming(lm, "in training mode"):
+                random = random_draw(lambda: self._output(lm, ids), _devices(lm))
+                together, again = (lm._score(x.trimmed())[0] for _ in range(2))
             lm.model.eval()
-            alone = self._alone(lm, x)
-            allowed = rounding() * x.score_mask.sum(1)
-            if not (_beyond(together, x.log_prob, allowed) or _beyond(alone, x.log_prob, allowed)):
+            alone, largest = self._alone(lm, x)
+            n = x.score_mask.sum(1).double()
+            unit = _unit(rounding(), largest / min(x.temperature, 1.0))
+            # the errors of 16-bit tokens have either sign; those of 32 bits are too small to count on that
+            allowed = unit * (n.sqrt() if torch.finfo(rounding()).bits == 16 else n)
+            equal = _REPEATED + _REPEATED_RELATIVE * together.abs()
+            if lm.device.type != "cpu":  # atomics may add in another order each time
+                equal = equal + 4 * (lm._score(x.trimmed())[0] - lm._score(x.trimmed())[0]).abs()
+            equal = equal.minimum(allowed)
+            repeats = random is None and not _beyond(again, together, equal)
+            if repeats and not (_beyond(together, x.log_prob, allowed) or _beyond(alone, x.log_prob, allowed)):
                 self._checked |= {ragged, False}
                 return True
             lm.model.train()
-            again = lm._score(x.trimmed())[0]
             in_training = torch.cat([lm._score(x[i : i + 1].trimmed())[0] for i in range(len(x))])
             lm.model.eval()
             in_evaluation = lm._score(x.trimmed())[0]
             step_by_step = self._step_by_step(lm, x)
-        scores = (together, again, in_training, in_evaluation, step_by_step)
-        if (self.cached or self.padded) and not any(_beyond(each, alone, allowed) for each in scores):
+        scores = (together, in_training, in_evaluation, step_by_step)
+        if repeats and (self.cached or self.padded) and not any(_beyond(each, alone, allowed) for each in scores):
             if self.cached:
                 self.cached = False
                 self.why_uncached = "with a cache it draws from another distribution than without"
@@ -174,21 +195,29 @@ class Guard:
                 ("each alone by the plain model", alone), ("by prefixes, a token at a time", step_by_step),
             )
         )  # fmt: skip
-        if _beyond(again, together, allowed):
+        if random is not None:
+            why, what = f"in training mode its forward draws random numbers ({random})", (
+                "switch that off where its config can; otherwise it has no log pi to train"
+            )  # fmt: skip
+        elif not repeats:
             why, what = "scoring the same sequences twice in training mode gives different values", (
-                "something in it is random in training (a router's noise, dropout of its own, hashing): switch it off"
+                "something in it is random in training or keeps a state (hashing, a counter): switch it off"
             )  # fmt: skip
         elif _beyond(in_evaluation, together, allowed):
             why, what = "training mode computes another distribution than evaluation mode", (
                 "set what acts in training only to what it is in evaluation"
             )  # fmt: skip
         elif _beyond(step_by_step, alone, allowed):
-            why, what = "a token's probability in a whole sequence is not that after its prefix, so it is not causal", (
-                "set is_decoder=True in the config where it has that; otherwise it is no model to sample from"
-            )  # fmt: skip
-        elif _beyond(together, in_training, allowed) or _beyond(alone, in_training, allowed):
-            why, what = "a sequence's probability depends on what it is batched with", (
+            hint = getattr(text_config(lm._module()), "is_decoder", None) is False
+            why = "a token's probability in a whole sequence is not that after its prefix, so it is not causal"
+            what = "set is_decoder=True in the config" if hint else "take another model, it is none to sample from"
+        elif _beyond(together, in_training, allowed):
+            why, what = "a sequence in a batch has another probability than the same alone", (
                 "train with a batch size of 1, or with another model"
+            )  # fmt: skip
+        elif _beyond(alone, in_training, allowed):
+            why, what = "a forward with the position ids and the mask that dmfast gives differs from one without", (
+                "update transformers, or take another model"
             )  # fmt: skip
         else:
             why, what = "it draws from another distribution than a forward of the whole sequence gives", (
@@ -200,26 +229,50 @@ class Guard:
             "LanguageModel(..., check_scores=False) skips this check"
         )
 
-    def _alone(self, lm: LanguageModel, x: Samples) -> Tensor:
-        """(N,) log-probability of each sequence by a plain forward."""
-        values = []
+    def _alone(self, lm: LanguageModel, x: Samples) -> tuple[Tensor, float]:
+        """Return (N,) log-probability of each sequence by a plain forward, and the largest size of a logit.
+
+        Of those that matter: a position's highest, and the drawn token's. A forbidden token's may be of any size.
+        """
+        values, largest = [], 0.0
         for tokens, mask, scored in zip(x.tokens, x.attention_mask.bool(), x.score_mask, strict=True):
             ids, n = tokens[mask][None], int(scored.sum())
-            log_p = (self._plain(lm, ids)[0, -n - 1 : -1].double() / x.temperature).log_softmax(-1)
-            values.append(log_p.gather(-1, ids[0, -n:, None]).sum())
-        return torch.stack(values)
+            logits = self._last(lm, ids, n + 1)[:-1]
+            places = ids[0, -n:, None]
+            largest = max(largest, _size(logits.amax(-1)), _size(logits.gather(-1, places)))
+            values.append((logits / x.temperature).log_softmax(-1).gather(-1, places).sum())
+        return torch.stack(values), largest
 
     def _step_by_step(self, lm: LanguageModel, x: Samples) -> Tensor:
-        """(N,) the same, each token from a forward of what precedes it."""
+        """Return (N,) the same, each token from a forward of what precedes it."""
         values = []
         for tokens, mask, scored in zip(x.tokens, x.attention_mask.bool(), x.score_mask, strict=True):
             ids, n = tokens[mask][None], int(scored.sum())
             total = ids.new_zeros((), dtype=torch.float64)
             for t in range(ids.shape[1] - n, ids.shape[1]):
-                log_p = (self._plain(lm, ids[:, :t])[0, -1].double() / x.temperature).log_softmax(-1)
+                log_p = (self._last(lm, ids[:, :t], 1)[0] / x.temperature).log_softmax(-1)
                 total = total + log_p[ids[0, t]]
             values.append(total)
         return torch.stack(values)
+
+
+@contextmanager
+def _naming(lm: LanguageModel, what: str) -> Iterator[None]:
+    """Name the model in an error of its forward. What is the machine's or the compiler's fault stays what it is."""
+    try:
+        yield
+    except _FAULTS as error:
+        if _is_of_the_machine(error):
+            raise
+        kind = type(without_adapters(lm._module())).__name__
+        raise RuntimeError(f"{kind} can't be used: a forward {what} fails with {error!r}") from error
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Return whether an error comes from a device or from torch.compile, and not from what a model was given."""
+    device = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+    compilers = ("torch._dynamo", "torch._inductor")
+    return isinstance(error, device) or any(kind.__module__.startswith(compilers) for kind in type(error).__mro__)
 
 
 def _several_processes() -> bool:
@@ -240,31 +293,55 @@ def _differ(logits: Tensor | None, expected: Tensor, unit: float) -> bool:
     return bool((distance > unit / 4).any())
 
 
+def _devices(lm: LanguageModel) -> list[torch.device]:
+    """Return where the model computes, each once."""
+    return list({lm.device, *(parameter.device for parameter in lm.model.parameters())})
+
+
 @contextmanager
 def _undisturbed(lm: LanguageModel, *, training: bool) -> Iterator[None]:
-    """Run in one mode, and leave each module's mode and the random state as they were."""
+    """Run in one mode, and leave each module's mode, what it counts in buffers, and the random state as they were."""
     modes = [(module, module.training) for module in lm.model.modules()]
-    device = lm.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    buffers = [(buffer, buffer.clone()) for buffer in lm.model.buffers() if not buffer.is_meta] if training else []
+    with torch.random.fork_rng([device for device in _devices(lm) if device.type == "cuda"]):
         lm.model.train(training)
         try:
             yield
         finally:
             for module, mode in modes:
                 module.training = mode
+            for buffer, before in buffers:  # written in place, as by batch norms; dynamic RoPE puts another there
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+def _size(logits: Tensor) -> float:
+    return float(logits.nan_to_num(0.0, 0.0, 0.0).abs().max())
+
+
+def _unit(dtype: torch.dtype, largest: float) -> float:
+    """Return what rounding may change a token's log-probability by, in nats.
+
+    Hidden states and logits of 16 bits err by a part of the largest logit. Of SmolLM2-135M in bf16 the standard
+    deviation of 32 tokens' sum is 0.2, and these are 1.4.
+    """
+    return max(2 * torch.finfo(dtype).eps * max(largest, 16.0), 1e-4)
 
 
 @contextmanager
-def _rounding_of(lm: LanguageModel) -> Iterator[Any]:
-    """Give a function that returns what rounding is allowed per token, once forwards have run within.
+def _rounding_of(lm: LanguageModel) -> Iterator[Callable[[], torch.dtype]]:
+    """Give a function that returns the dtype whose rounding decides, once forwards have run within.
 
-    The coarsest dtype decides: of the parameters, of autocast within the forward, of TF32.
+    It is the coarsest of those that a tenth of the parameters' elements have, and of autocast within the forward. TF32
+    has the 10 bits of fp16. Quantised weights count as bf16.
     """
-    dtypes = {each.dtype for each in lm.model.parameters()}
-    coarse = [dtype if dtype in _ROUNDING else torch.bfloat16 for dtype in dtypes] or [torch.float32]
+    elements: Counter[torch.dtype] = Counter()
+    for parameter in lm.model.parameters():
+        elements[parameter.dtype if parameter.dtype in _KNOWN else torch.bfloat16] += parameter.numel()
+    coarse = [dtype for dtype, count in elements.items() if count >= _PART * elements.total()] or [torch.float32]
+    device = lm.device.type  # here, since torch.compile may trace the hook
 
     def note(module: nn.Module, args: Any, out: Any) -> None:
-        device = lm.device.type
         if torch.is_autocast_enabled(device):
             coarse.append(torch.get_autocast_dtype(device))
         if device == "cuda" and torch.get_float32_matmul_precision() != "highest":
@@ -272,6 +349,6 @@ def _rounding_of(lm: LanguageModel) -> Iterator[Any]:
 
     hook = lm._module().get_input_embeddings().register_forward_hook(note)
     try:
-        yield lambda: max(_ROUNDING[dtype] for dtype in coarse)
+        yield lambda: max(coarse, key=lambda dtype: torch.finfo(dtype).eps)
     finally:
         hook.remove()

@@ -25,7 +25,9 @@ from transformers.cache_utils import DynamicCache
 
 from dmfast import LanguageModel
 from dmfast.decoding import _can_drop
+from dmfast.draws import random_draw
 from dmfast.families import context_length, disable_dropout
+from dmfast.guard import _rounding_of
 
 NEWEST = Version(transformers.__version__) >= Version("5.24")
 ONE_LENGTH, NO_CACHE = "prompts of one length at a time", "without a cache"
@@ -73,7 +75,7 @@ def test_states_in_modules_are_cut_in_inference_mode_too():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("phimoe", "PhimoeForCausalLM can't be trained: scoring the same sequences twice in training mode"),
+        ("phimoe", r"PhimoeForCausalLM can't be trained: in training mode its forward draws .*phimoe\.sparsemixer\)"),
         ("xlnet", "XLNetLMHeadModel can't be trained: .* not causal"),
     ],
 )
@@ -96,7 +98,7 @@ class Faulty(LlamaForCausalLM):
 
     def __init__(self, config):
         super().__init__(config)
-        self.forwards = 0
+        self.forwards = self.trained = 0
 
     def get_output_embeddings(self):
         return None  # so that the logits below are what is scored
@@ -109,6 +111,9 @@ class Faulty(LlamaForCausalLM):
         logits = out.logits
         if self.fault == "random" and self.training:
             out.logits = logits + torch.randn_like(logits)
+        elif self.fault == "counter" and self.training:
+            self.trained += 1
+            out.logits = logits * (1 + 0.003 * self.trained)
         elif self.fault == "training" and self.training:
             out.logits = 2 * logits
         elif self.fault == "batch":
@@ -140,10 +145,11 @@ def draw(policy, prompts=PROMPTS, n=8, **options):
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ("random", "Faulty can't be trained: scoring the same sequences twice in training mode"),
+        ("random", r"in training mode its forward draws random numbers \(randn_like in test_families.forward\)"),
+        ("counter", "Faulty can't be trained: scoring the same sequences twice in training mode"),
         ("training", "training mode computes another distribution than evaluation mode"),
-        ("future", "not causal.*set is_decoder=True"),
-        ("batch", "probability depends on what it is batched with"),
+        ("future", "not causal.*take another model"),
+        ("batch", "a sequence in a batch has another probability than the same alone"),
     ],
 )
 @pytest.mark.parametrize("prompts", [PROMPTS, None])
@@ -214,7 +220,7 @@ def test_prompts_of_several_lengths_are_checked_when_they_first_come():
     draw(policy, None)
     policy.model.fault = "batch"
     draw(policy, None)  # checked before
-    with pytest.raises(RuntimeError, match="batched with"):
+    with pytest.raises(RuntimeError, match="in a batch has another probability"):
         draw(policy)
 
 
@@ -227,15 +233,141 @@ def test_a_view_of_an_adapter_is_checked_with_its_policy():
     assert len(calls) == 1
 
 
+def test_is_decoder_is_advised_where_it_can_be_set():
+    policy = faulty("future")
+    policy.model.config.is_decoder = False
+    with pytest.raises(RuntimeError, match=r"not causal.*set is_decoder=True in the config"):
+        draw(policy)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_router_that_seldom_draws_what_matters_is_refused_each_time(seed):
+    config = families.small_config("phimoe")
+    config.router_jitter_noise = 0.01  # its default: two scorings often agree
+    policy = LanguageModel(families.build("phimoe", config), families.tokenizer(), eos_token_id=ENDS)
+    with pytest.raises(RuntimeError, match="sparsemixer"):
+        draw(policy, seed=seed)
+
+
+def test_only_draws_that_can_matter_count():
+    x, cpu = torch.ones(4), [torch.device("cpu")]
+    dropout = torch.nn.functional.dropout
+
+    def attention(p):
+        q = x.view(1, 1, 2, 2)
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=p)
+
+    for harmless in (
+        lambda: x + 1, lambda: torch.rand([]), lambda: dropout(x, 0.0), lambda: x.clone().uniform_(1.0, 1.0),
+        lambda: torch.normal(0.0, 0.0, (4,)), lambda: attention(0.0),
+    ):  # fmt: skip
+        assert random_draw(harmless, cpu) is None
+    here = " in test_families."
+    for harmful in (
+        lambda: torch.rand(4), lambda: dropout(x, 0.1), lambda: x.clone().uniform_(0.9, 1.1), lambda: attention(0.5),
+        lambda: x.clone().exponential_(), lambda: torch.normal(0.0, x), lambda: torch.bernoulli(x / 2),
+        lambda: torch.randperm(4), lambda: torch.multinomial(x, 2),
+    ):  # fmt: skip
+        assert here in random_draw(harmful, cpu)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounding_of_sixteen_bits_is_no_fault(dtype):
     policy = faulty("")
     policy.model.to(dtype)
     draw(policy)
-    broken = faulty("training")
-    broken.model.to(dtype)
-    with pytest.raises(RuntimeError, match="training mode"):
-        draw(broken)
+    for fault in ("training", "counter"):
+        broken = faulty(fault)
+        broken.model.to(dtype)
+        with pytest.raises(RuntimeError, match="training mode"):
+            draw(broken)
+
+
+@pytest.mark.parametrize("logits_dtype", ["float32", "same"])
+@pytest.mark.parametrize(("scale", "steps", "seed"), [(5, 1, 8), (5, 1, 15), (10, 1, 8), (30, 2, 6)])
+def test_rounding_of_large_logits_is_no_fault(logits_dtype, scale, steps, seed):
+    model = families.build("llama")
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight
+        head.copy_(scale * torch.randn(head.shape, generator=torch.Generator().manual_seed(seed)))
+    policy = LanguageModel(model.bfloat16(), families.tokenizer(), eos_token_id=ENDS, logits_dtype=logits_dtype)
+    draw(policy, seed=seed, max_new_tokens=steps)
+
+
+def test_a_forbidden_token_does_not_blind_the_guard():
+    policy = faulty("training")
+    policy.model.bfloat16().lm_head.register_forward_hook(
+        lambda head, args, out: out.index_fill(-1, torch.tensor([7]), torch.finfo(out.dtype).min)
+    )
+    with pytest.raises(RuntimeError, match="training mode computes another"):
+        draw(policy)
+
+
+def test_a_few_coarse_parameters_do_not_blind_the_guard():
+    policy = faulty("")
+    policy.model.model.norm.to(torch.bfloat16)
+    with _rounding_of(policy) as rounding:
+        assert rounding() == torch.float32
+        policy.model.model.layers.to(torch.bfloat16)
+    with _rounding_of(policy) as rounding:
+        assert rounding() == torch.bfloat16
+
+
+def test_a_compiled_model_is_checked():
+    torch._dynamo.reset()
+    policy = faulty("")
+    policy.model.model.layers = policy.model.model.layers[:1]
+    policy = policy.around(torch.compile(policy.model, backend="eager"))
+    x = draw(policy, None, max_new_tokens=2)
+    with torch.no_grad():
+        assert (policy.log_prob(x) - x.log_prob).abs().max() < 1e-4
+    torch._dynamo.reset()
+
+
+def test_the_check_leaves_running_statistics_alone():
+    class Counting(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.norm = inner, torch.nn.BatchNorm1d(32)
+
+        def forward(self, hidden):
+            hidden = self.inner(hidden)
+            return hidden + 0 * self.norm(hidden.transpose(1, 2)).transpose(1, 2)
+
+    policy = faulty("")
+    policy.model.model.norm = Counting(policy.model.model.norm)
+    before = {name: buffer.clone() for name, buffer in policy.model.named_buffers()}
+    draw(policy)
+    for name, buffer in policy.model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    policy.log_prob(draw(policy).trimmed())
+    assert policy.model.model.norm.norm.num_batches_tracked == 1  # the trainer's own forward counts
+
+
+def test_what_is_no_fault_of_the_model_passes_through():
+    class TorchDynamoException(RuntimeError):
+        pass
+
+    TorchDynamoException.__module__ = "torch._dynamo.exc"
+    machine = [TorchDynamoException("no"), torch.OutOfMemoryError("no"), OSError("no")]
+    if hasattr(torch, "AcceleratorError"):
+        machine.append(torch.AcceleratorError("no"))
+    for mode in (True, False):
+        for error in (*machine, ValueError("no")):
+            policy = faulty("")
+
+            def fails(*args, model=policy.model, error=error, mode=mode):
+                if model.training == mode:
+                    raise error
+
+            policy.model.register_forward_pre_hook(fails)
+            if error in machine:
+                with pytest.raises(type(error), match=r"^no$"):
+                    draw(policy)
+            else:
+                where = "in training mode" if mode else "of 8 tokens"
+                with pytest.raises(RuntimeError, match=rf"Faulty can't be used: a forward {where} fails with Value"):
+                    draw(policy)
 
 
 def test_autocast_within_the_forward_is_no_fault():
@@ -334,6 +466,18 @@ def test_probabilities_that_a_forward_reads_from_the_config_are_off():
     assert disable_dropout(model) > 0
     assert disable_dropout(model) == 0
     assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_a_forward_without_source_is_taken_to_read_all_of_its_config(monkeypatch):
+    model = families.build("llama")
+    kind = type(model.model.layers[0].mlp)
+    made = {}
+    exec("def forward(self, x):\n return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))", made)
+    monkeypatch.setattr(kind, "forward", made["forward"])
+    model.config.some_dropout = model.config.router_jitter_noise = 0.5
+    draw(LanguageModel(model, families.tokenizer(), eos_token_id=ENDS))
+    assert model.config.some_dropout == 0
+    assert model.config.router_jitter_noise == 0.5  # of PhiMoE a threshold
 
 
 def test_an_offloaded_model_is_sampled_where_it_runs():
