@@ -96,8 +96,8 @@ class LanguageModel:
         config: Any = model.config
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(
-                "LanguageModel takes decoder-only models; for an encoder-decoder call dm_loss on its logits, as "
-                "examples/encoder_decoder.py does"
+                f"LanguageModel takes decoder-only models, and {type(model).__name__} is none; for an encoder-decoder "
+                "call dm_loss on its logits, as examples/encoder_decoder.py does"
             )
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError(
@@ -134,6 +134,7 @@ class LanguageModel:
 
     def around(self, model: nn.Module) -> LanguageModel:
         """Return the same around another module that computes the same, such as a DDP or compiled wrapper of it."""
+        disable_dropout(model)
         other = copy.copy(self)
         other.model, other._head = model, copy.copy(self._head)
         return other
