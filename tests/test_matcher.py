@@ -256,6 +256,11 @@ def test_several_ranks_need_the_wrapped_model():
     assert len(ranks.verdicts) == 1
 
 
+def launch(run, seconds):
+    return subprocess.run(run, capture_output=True, text=True, timeout=seconds, check=False,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+
+
 def test_two_processes_take_the_steps_of_one(tmp_path):
     """Parameters, Z, checks on fresh samples and what is logged, through DDP and a ``Ranks`` of torch.distributed."""
     found = []
@@ -265,8 +270,10 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
             run += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
         out = tmp_path / f"{number}.json"
         run += [str(Path(__file__).parent / "matcher_job.py"), str(out)]
-        done = subprocess.run(run, capture_output=True, text=True, timeout=300, check=False,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+        try:
+            done = launch(run, 120)
+        except subprocess.TimeoutExpired:  # torchrun's rendezvous hung once beside other work; a deadlock of ours stays
+            done = launch(run, 300)
         assert done.returncode == 0, done.stderr[-4000:]
         found.append(json.loads(out.read_text()))
     one, two = found
