@@ -223,8 +223,8 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype.is_floating_point else x for x in tensors)
 
 
-def _eager_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return all logits, differentiable."""
+def plain_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return all logits in a dtype, differentiable, by a product in that dtype, whatever autocast says."""
     with torch.autocast(hidden.device.type, enabled=False):
         return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -313,7 +313,7 @@ def linear_dm_loss(
         options = options._replace(expected=expected_grad(True, hidden.dtype, reduction, grad_scale))
     chosen = _backend_for(batch.logits, backend, hidden, weight, bias)
     if chosen.in_torch:
-        batch = batch._replace(logits=_eager_logits(hidden, weight, bias, batch.logits.dtype))
+        batch = batch._replace(logits=plain_logits(hidden, weight, bias, batch.logits.dtype))
         loss, scores = autograd.loss(chosen, batch, terms, options, True)
     else:
         run = ops.linear_loss if torch.compiler.is_compiling() else linear.loss
@@ -352,7 +352,7 @@ def linear_sequence_log_prob(
                                      logits_dtype)  # fmt: skip
     chosen = _backend_for(batch.logits, backend, hidden, weight, bias)
     if chosen.in_torch:
-        batch = batch._replace(logits=_eager_logits(hidden, weight, bias, batch.logits.dtype))
+        batch = batch._replace(logits=plain_logits(hidden, weight, bias, batch.logits.dtype))
         return autograd.log_prob(chosen, batch, False, False, True)[0]
     run = ops.linear_log_prob if torch.compiler.is_compiling() else linear.log_prob
     return run(chosen, hidden, weight, bias, batch, False, chunk_bytes)[0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .functional import linear_logits
+from .functional import linear_logits, plain_logits
 
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 _SHOWN = (slice(2), slice(-2, None))  # the positions that are compared: the last are never left padding
@@ -35,10 +35,12 @@ class HiddenAndHead(NamedTuple):
         dtype = self.hidden.dtype
         if self.logits_dtype == "float32":
             dtype = torch.promote_types(dtype, torch.float32)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        with torch.autocast(self.hidden.device.type, enabled=False):
-            z = nn.functional.linear(self.hidden.to(dtype), self.weight.to(dtype), bias) * self.scale
-            return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+        return self.finished(plain_logits(self.hidden, self.weight, self.bias, dtype))
+
+    def finished(self, products: Tensor) -> Tensor:
+        """Scale and cap what the head's product gives, as the model does."""
+        z = products * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -62,7 +64,7 @@ class HeadProbe:
 
     def __init__(self, logits_dtype: str) -> None:
         self.logits_dtype = logits_dtype
-        self._seen: tuple[Any, ...] = ()  # what the rest was found out of
+        self._seen: tuple[Any, ...] = ()  # the dtypes and the forward for which the rest was found
         self.verified = False
         self.failure: str | None = None
         self.dtype: torch.dtype | None = None
@@ -126,11 +128,8 @@ class HeadProbe:
             return
         device = weight.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        seen = (
-            weight.dtype,
-            autocast,
-            vars(inner).get("forward"),
-        )  # accelerate's autocast is a forward on the instance
+        # accelerate puts its autocast into a forward on the instance
+        seen = (weight.dtype, autocast, vars(inner).get("forward"))
         if seen != self._seen:
             self._seen, self.verified, self.dtype = seen, False, None
 
@@ -140,10 +139,12 @@ class HeadProbe:
         return not self.verified and self.why_not(model) is None
 
     def rounds(self, model: nn.Module) -> bool:
-        """Return whether the model's own logits are rounded to 16 bits, and those of the losses are not, as far as a
-        forward has shown."""
+        """Return whether a forward has shown that the model rounds its logits to 16 bits where the losses do not."""
         self._look(model)
-        return self.logits_dtype == "float32" and self.dtype in _SIXTEEN_BIT and self.why_not(model) is None
+        return self._rounds() and self.why_not(model) is None
+
+    def _rounds(self) -> bool:
+        return self.logits_dtype == "float32" and self.dtype in _SIXTEEN_BIT
 
     def last_logits(self, model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, Tensor]:
         """Return a forward's output and (R, V) logits of its last position, made as the losses make them.
@@ -156,8 +157,8 @@ class HeadProbe:
             forward: runs the model without a gradient and returns its output, of which ``logits`` is read.
         """
         self._look(model)
-        known = self.verified and self.dtype not in _SIXTEEN_BIT  # the usual case, at every token
-        if known or self.why_not(model) is not None or (self.verified and not self.rounds(model)):
+        # the usual case comes first, since this is asked at every token
+        if (self.verified and not self._rounds()) or self.why_not(model) is not None:
             out = forward()
             return out, out.logits[:, -1]
         out, captured = self._capture(model, forward, whole=not self.verified)
@@ -165,13 +166,12 @@ class HeadProbe:
             return out, out.logits[:, -1]
         entered, weight, bias = captured
         scale, softcap = _scaling(model)
+        unlabelled = HiddenAndHead(entered, weight, bias, entered.new_empty(0), softcap, scale, self.logits_dtype)
         if not self.verified:
-            unlabelled = HiddenAndHead(entered, weight, bias, entered.new_empty(0), softcap, scale, self.logits_dtype)
             self._compare(out.logits[_SHOWN], entered[_SHOWN], unlabelled)
-            if not (self.verified and self.rounds(model)):
+            if not (self.verified and self._rounds()):
                 return out, out.logits[:, -1]
-        logits = linear_logits(entered[:, -1], weight, bias) * scale
-        return out, logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return out, unlabelled.finished(linear_logits(entered[:, -1], weight, bias))
 
     def _capture(
         self, model: nn.Module, forward: Callable[[], Any], *, whole: bool
@@ -234,9 +234,7 @@ def _scaling(model: nn.Module) -> tuple[float, float | None]:
 def _what_differs(logits: Tensor, hidden: Tensor, found: HiddenAndHead) -> str | None:
     """Return how the model's logits for a few positions differ from those of their hidden states; None: they don't."""
     shown = hidden.detach().to(found.weight.dtype)
-    ours = nn.functional.linear(shown, found.weight, found.bias).float() * found.scale
-    if found.softcap is not None:
-        ours = found.softcap * torch.tanh(ours / found.softcap)
+    ours = found.finished(nn.functional.linear(shown, found.weight, found.bias).float())
     logits = logits.detach().float()
     if logits.shape != ours.shape:
         return f"for {tuple(shown.shape)} hidden states the model gives {tuple(logits.shape)} logits"
