@@ -210,7 +210,7 @@ class Guard:
         elif _beyond(step_by_step, alone, allowed):
             hint = getattr(text_config(lm._module()), "is_decoder", None) is False
             why = "a token's probability in a whole sequence is not that after its prefix, so it is not causal"
-            what = "set is_decoder=True in the config" if hint else "take another model, since this one can not be sampled from"
+            what = "set is_decoder=True in the config" if hint else "take another model; this one can't be sampled"
         elif _beyond(together, in_training, allowed):
             why, what = "a sequence in a batch has another probability than the same alone", (
                 "train with a batch size of 1, or with another model"
