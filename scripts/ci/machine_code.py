@@ -139,15 +139,15 @@ def _type(name: str, dtype: str) -> str:
     return "i64" if "stride" in name else "i32"
 
 
-def triton_kernels() -> Iterator[TritonKernel]:
+def triton_kernels(warp_size: int = 32) -> Iterator[TritonKernel]:
     """What launch.py launches; in bf16 for rows of three lengths."""
     for dtype, size in SIZE.items():
         kinds = {50257: "", 9000: ", middle", 1000: ", short"} if dtype == "bf16" else {50257: ""}
         for (vocab, kind), cap in product(kinds.items(), (False, True)):
             if cap and kind == ", middle":
                 continue  # as longer ones
-            shape = launch.shape_of(vocab, size, cap)
-            row = {"W": 16 // size, "LANES": shape.lanes}
+            shape = launch.shape_of(vocab, size, cap, warp_size)
+            row = {"W": 16 // size, "PACKS": shape.packs, "THREADS": shape.threads}
             wide = {**row, "WIDE": True, "CAP": cap}
             tag = f"{dtype}{', cap' if cap else ''}{kind}"
             for write, entropy in product((False, True), (False, True) if cap and dtype == "bf16" else (False,)):
@@ -161,17 +161,24 @@ def triton_kernels() -> Iterator[TritonKernel]:
         for wide in (False, True):
             constants = {"CAP": False, "IDS": True, "GIVEN": False, "WIDE": wide, "TILES": 64, "SIZE": sample.TILE}
             name = f"sample_rows<{dtype}{', wide' if wide else ''}>"
-            yield TritonKernel(name, sample.sample_rows, dtype, sample.TILE * size // 512, constants)
-    yield TritonKernel("sum_rows", loss.sum_rows, "fp32", 4, {"ENTROPY": True, "ROWS": 128})
+            yield TritonKernel(name, sample.sample_rows, dtype, launch.sample_warps(size, warp_size), constants)
+    yield TritonKernel(
+        "sum_rows", loss.sum_rows, "fp32", launch.SUMMED // warp_size, {"ENTROPY": True, "ROWS": launch.SUMMED}
+    )
 
 
-def triton_code(kernel: TritonKernel, arch: int) -> list[Code]:
+def triton_compiled(kernel: TritonKernel, target: GPUTarget) -> Any:
     """As at run time: nothing is known of a number or an address."""
     names = kernel.function.arg_names
     signature = {n: "constexpr" if n in kernel.constants else _type(n, kernel.dtype) for n in names}
     values = {(names.index(n),): value for n, value in kernel.constants.items()}
     source = ASTSource(fn=kernel.function, signature=signature, constexprs=values, attrs={})
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": kernel.warps})
+    return triton.compile(source, target=target, options={"num_warps": kernel.warps})
+
+
+def triton_code(kernel: TritonKernel, arch: int) -> list[Code]:
+    """What NVIDIA's assembler makes of it."""
+    made = triton_compiled(kernel, GPUTarget("cuda", arch, 32))
     return _read("Triton", bytes(made.asm["cubin"]), arch, lambda _: 32 * kernel.warps, kernel.name)
 
 
