@@ -199,16 +199,16 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
   fetch(packs, z, k, before, vocab);
   spread(packs, before, shared.tile[warp], x);
   for (; k + warps < tiles; k += warps) {
-    fetch(packs, z, k + warps, before, vocab);
+    if (!Cap) fetch(packs, z, k + warps, before, vocab);
     add(k);
+    if (Cap) fetch(packs, z, k + warps, before, vocab);  // its arithmetic needs the registers, and bounds it
     spread(packs, before, shared.tile[warp], x);
   }
   add(k);
   highest = block_max(highest, shared.top);
   exponent.set(highest);
   for (int k = threadIdx.x; k < tiles; k += blockDim.x)
-    if (sums[k].sum != 0.0)
-      sums[k].sum *= exp(static_cast<double>(exponent(sums[k].reference)));  // NaN stays
+    if (sums[k].sum != 0.0) sums[k].sum *= exp(static_cast<double>(exponent(sums[k].reference)));  // NaN stays
   __syncthreads();
   if (warp == 0) {
     const Scan scan(tiles, [&](int k) { return sums[k].sum; });

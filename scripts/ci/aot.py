@@ -27,8 +27,7 @@ WARPS = [
     ("CUDA write_rows cap", 32),
     ("CUDA write_rows", 48),  # the six blocks of its __launch_bounds__
     ("CUDA scale_rows", 48),
-    ("CUDA sample_rows cap", 32),
-    ("CUDA sample_rows", 40),
+    ("CUDA sample_rows", 32),  # two blocks, whose warps load a tile ahead
     ("Triton score_rows known cap", 24),
     ("Triton score_rows", 32),
     ("Triton write_rows cap", 28),

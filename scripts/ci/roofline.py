@@ -22,6 +22,7 @@ from aot import stale
 from machine_code import ROOT, SIZE, Code, all_code, versions
 
 VOCAB = 128256  # of which only the number of packs of a thread depends
+FEW = 151936  # of a row that is sampled beside few others
 
 
 class Card(NamedTuple):
@@ -146,7 +147,7 @@ def per_logit(code: Code) -> tuple[dict[str, float], dict[str, float]]:
         reads, writes = max(loop.accesses("LDG"), loop.accesses("LDS")), loop.accesses("STG")
         logits = width * reads
         tile = code.source == "CUDA" and code.kernel.startswith("sample_rows") and reads > 0
-        if tile:  # of 512 logits for each warp; one that is not aligned has a load more
+        if tile:  # of 512 logits for each warp; the load beside its own is of rows that are not aligned
             logits = 512 // 32
         if logits == 0 or not (writes or loop.accesses("MUFU", ".EX2")):
             continue  # zeros, sums of what blocks have found
@@ -199,9 +200,28 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def few_rows() -> str:
+    """What sampling takes where a row has a multiprocessor to itself."""
+    codes = {
+        c.arch: c
+        for c in all_code("cuda/sample", tuple(card.arch for card in CARDS))
+        if c.kernel == "sample_rows<bf16>"
+    }
+    said = []
+    for card in CARDS:
+        counts, _ = per_logit(codes[card.arch])
+        slowest = max(card.picoseconds(unit, n) for unit, n in counts.items()) * card.multiprocessors
+        memory = 2 / card.bandwidth * card.multiprocessors
+        said.append(f"{FEW * max(slowest, memory) / 1e6:.0f} µs on an {card.name}")
+    return (
+        f"A row of {FEW:,} bf16 logits that has a multiprocessor to itself, as each of 64 has, is summed up for sampling in "
+        f"{' and '.join(said)}.\n"
+    )
+
+
 def main() -> int:
     """The exit status."""
-    made = f"{table()}\nFrom {versions()}.\n"
+    made = f"{table()}\n{few_rows()}\nFrom {versions()}.\n"
     if len(sys.argv) == 1:
         print(made, end="")
         return 0
