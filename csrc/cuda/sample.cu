@@ -32,6 +32,7 @@ struct Shared {
   float terms[kTile];
   Lanes<float> top;
   Lanes<long long> bad;
+  double log_total;
   bool last;
 };
 
@@ -212,8 +213,8 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
   __syncthreads();
   if (warp == 0) {
     const Scan scan(tiles, [&](int k) { return sums[k].sum; });
-    const double total = scan.total(), log_total = scaled(highest, o) + log(total);
-    const bool good = isfinite(log_total);
+    const double total = scan.total();
+    if (threadIdx.x == 0) shared.log_total = scaled(highest, o) + log(total);  // where it takes no register
     const auto id = static_cast<uint64_t>(s.row_ids ? s.row_ids[row] : row);
     double target = (s.uniforms ? s.uniforms[row] : uniform(s.seed, id, s.step)) * total;
     const int picked = scan.pick(target), n = min(kTile, vocab - picked * kTile);
@@ -224,12 +225,13 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
     for (int i = 0; i < kTerms; ++i) shared.terms[place<T>(i)] = term<T>(exponent, x[i], i, n);
     __syncwarp();
     const Scan terms(n, [&](int i) { return static_cast<double>(shared.terms[i]); });
-    target *=
-        terms.total() / sums[picked].sum;  // back from the tile's share of the row; the packs of its sum are rounded
+    target *= terms.total() / sums[picked].sum;  // of the tile itself, whose packs are rounded in its sum
     const int token = terms.pick(target);
     if (threadIdx.x == 0) {
+      const bool good = isfinite(shared.log_total);
       tokens[row] = good ? picked * kTile + token : 0;
-      log_prob[row] = good ? scaled(to_float(z[picked * kTile + token]), o) - log_total : static_cast<double>(NAN);
+      log_prob[row] =
+          good ? scaled(to_float(z[picked * kTile + token]), o) - shared.log_total : static_cast<double>(NAN);
     }
   }
   if (!is_last(counter, gridDim.x, shared.last)) return;

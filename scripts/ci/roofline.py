@@ -214,8 +214,8 @@ def few_rows() -> str:
         memory = 2 / card.bandwidth * card.multiprocessors
         said.append(f"{FEW * max(slowest, memory) / 1e6:.0f} µs on an {card.name}")
     return (
-        f"A row of {FEW:,} bf16 logits that has a multiprocessor to itself, as each of 64 has, is summed up for sampling in "
-        f"{' and '.join(said)}.\n"
+        f"A row of {FEW:,} bf16 logits that has a multiprocessor to itself, as each of 64 has, is summed up by "
+        f"`sample_rows` in {' and '.join(said)}.\n"
     )
 
 
