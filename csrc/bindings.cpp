@@ -132,8 +132,8 @@ void define_cuda(py::module_& m) {
       "forward_backward",
       [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, double factor, int gradient_dtype,
          uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row, const PyWorkspace& w) {
-        cuda::forward_backward(b, t, out, factor,
-                               gradient(gradient_dtype, gradient_data, stride_sequence, stride_row), w);
+        cuda::forward_backward(b, t, out, factor, gradient(gradient_dtype, gradient_data, stride_sequence, stride_row),
+                               w);
       },
       release());
   m.def(
@@ -190,17 +190,17 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     dmf::backward(b, pointer<const double>(lse), pointer<const double>(weight), factor, pointer<const double>(upstream),
                   gradient(gradient_dtype, gradient_data, stride_sequence, stride_row));
   });
-  m.def("forward_backward", [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, bool checked, double factor,
-                               int gradient_dtype, uintptr_t gradient_data, int64_t stride_sequence,
-                               int64_t stride_row) {
-    dmf::Status status;
-    {
-      py::gil_scoped_release release;
-      status = dmf::forward_backward(b, t, out, checked, factor,
-                                     gradient(gradient_dtype, gradient_data, stride_sequence, stride_row));
-    }
-    return as_tuple(status);
-  });
+  m.def("forward_backward",
+        [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, bool checked, double factor, int gradient_dtype,
+           uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row) {
+          dmf::Status status;
+          {
+            py::gil_scoped_release release;
+            status = dmf::forward_backward(b, t, out, checked, factor,
+                                           gradient(gradient_dtype, gradient_data, stride_sequence, stride_row));
+          }
+          return as_tuple(status);
+        });
   m.def("scale", [](const PyBatch& b, double factor, uintptr_t upstream, int gradient_dtype, uintptr_t gradient_data,
                     int64_t stride_sequence, int64_t stride_row) {
     py::gil_scoped_release release;

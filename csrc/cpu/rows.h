@@ -18,8 +18,8 @@ using ForwardRow = void (*)(const void* z, int64_t label, const RowOptions&, boo
 // where they have one dtype; else they share no memory. The label may be kElsewhere here and in ForwardRow.
 using BackwardRow = void (*)(const void* z, void* dz, int64_t label, double weight, double lse, const RowOptions&);
 
-// Both, for a weight that is known before: forward's terms are kept in scratch (an fp32 dz: in dz) and only scaled. Where
-// out.label - out.lse is not finite, dz is undefined.
+// Both, for a weight that is known before: forward's terms are kept in scratch (an fp32 dz: in dz) and only scaled.
+// Where out.label - out.lse is not finite, dz is undefined.
 using BothRow = void (*)(const void* z, void* dz, int64_t label, double weight, const RowOptions&, bool entropy,
                          double* scratch, RowSum& out);
 

@@ -71,8 +71,8 @@ __device__ inline Cut cut_row(const T* z, int vocab) {
   return {vocab, head, packs, head + packs * kWidth<T>};
 }
 
-// Of logits and their gradient, into packs of the gradient: of an fp32 row 8 logits for a 16-bit gradient, two loads and
-// one store. Where the packs of both are not aligned nothing wide can serve both: one logit at a time.
+// Of logits and their gradient, into packs of the gradient: of an fp32 row 8 logits for a 16-bit gradient, two loads
+// and one store. Where the packs of both are not aligned nothing wide can serve both: one logit at a time.
 template <class In, class Out>
 __device__ inline Cut cut_rows(const In* z, const Out* dz, int vocab) {
   const Cut cut = cut_row(dz, vocab);
