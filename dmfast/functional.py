@@ -240,7 +240,7 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logits = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=dtype)
     way = products.ways(hidden.device, hidden.dtype, dtype).logits
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), products.ieee(hidden.device):
         products.multiply(way, hidden, weight, bias, logits)
     return logits
 

@@ -11,6 +11,7 @@ frozen head costs neither its product nor a V x D buffer.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -264,6 +265,16 @@ def _forward(call: _Pass) -> Scores:
     return scores._replace(rows=rows.index_copy_(1, chunks.rows, scores.rows))
 
 
+@contextmanager
+def _as_multiplied(hidden: Tensor, batch: Batch) -> Iterator[None]:
+    """Have products be as a call wants them, without gradient."""
+    with (
+        torch.no_grad(), torch.autocast(hidden.device.type, enabled=False),
+        nullcontext() if batch.as_set else products.ieee(hidden.device),
+    ):  # fmt: skip
+        yield
+
+
 def forward(
     backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, terms: Terms | None,
     entropy: bool, divide_by: float, expected: float | None, chunk_bytes: int | None, wanted: tuple[bool, ...],
@@ -278,7 +289,7 @@ def forward(
             faults.check_terms(terms)
     wanted = wanted if expected is not None else (False, False, False)
     chunks = make_chunks(batch, hidden, chunk_bytes, wanted)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with _as_multiplied(hidden, batch):
         matrices = _Products(chunks, hidden, head, bias, wanted)
         scores = _forward(_Pass(backend, chunks, matrices, terms, entropy, divide_by, expected))
         return scores, matrices.gradients(hidden)
@@ -292,7 +303,7 @@ def backward(
     chunks = make_chunks(batch, hidden, chunk_bytes, wanted)
     if chunks.rows is not None:
         lse = lse[chunks.rows]
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with _as_multiplied(hidden, batch):
         matrices = _Products(chunks, hidden, head, bias, wanted)
         call = _Pass(backend, chunks, matrices, None, False, 1.0, None)
         for i, j, cuts in chunks.groups():

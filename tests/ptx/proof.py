@@ -83,8 +83,8 @@ def numpy_of(x: torch.Tensor) -> np.ndarray[Any, Any]:
 class Call:
     """Sequences of 3 tokens, of which some are not scored. Rows lie at odd places, with NaN in gaps and unscored rows.
 
-    ``pad``: logits between the rows. ``same``: whether the gradient's rows are aligned as the logits' are. ``narrow``: its
-    dtype, where it is not that of the logits.
+    ``pad``: logits between the rows. ``same``: whether the gradient's rows are aligned as the logits' are. ``narrow``:
+    its dtype, where it is not that of the logits.
     """
 
     v: int
@@ -161,7 +161,8 @@ class Call:
         space = Workspace(faults=self.at["faults"], counters=self.at["counters"], status=self.at["status"])
         arguments = [bytes(x) for x in (self.batch, terms, out, _F64(factor), self.gradient, space)]
         bytes_of_row = (self.v * self.storage.element_size() + 31) // 16 * 16
-        machine.launch(score_rows(self.dtype, self.of_gradient, self.softcap > 0, True, way), self.memory, self.b * self.t + self.b + 1,
+        kernel = score_rows(self.dtype, self.of_gradient, self.softcap > 0, True, way)
+        machine.launch(kernel, self.memory, self.b * self.t + self.b + 1,
                        self.threads(256 if way == "score" else 384), arguments,
                        bytes_of_row if way == "kept" else 0, seed)  # fmt: skip
 
@@ -173,8 +174,8 @@ class Call:
                              self.stride)  # fmt: skip
         pointers = [bytes(_PTR(self.at[name])) for name in ("lse", "weight")]
         arguments = [bytes(self.batch), *pointers, bytes(_F64(factor)), bytes(_PTR(0)), bytes(_F64(NAN)), bytes(place)]
-        machine.launch(write_rows(self.dtype, self.of_gradient, self.softcap > 0), self.memory, self.b * self.t, self.threads(256),
-                       arguments, 0, seed)  # fmt: skip
+        kernel = write_rows(self.dtype, self.of_gradient, self.softcap > 0)
+        machine.launch(kernel, self.memory, self.b * self.t, self.threads(256), arguments, 0, seed)
 
     def get(self, name: str, n: int | None = None) -> torch.Tensor:
         like = np.empty(n or self.b, np.float64)
