@@ -261,9 +261,10 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
   if (is_last(w.counters + b.sequences, b.sequences + 1, shared.last)) finish_loss(b, t, out, faults, w.status, shared);
 }
 
-// fp32 reaches 6 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 8.
+// fp32 reaches 6 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 8. With a 16-bit gradient a
+// thread has twice as many logits under way, for which the registers of 6 blocks are too few on sm_100.
 template <class In, class Out, bool Cap>
-__global__ void __launch_bounds__(kMaxThreads, sizeof(In) == 4 && !Cap ? 6 : 0)
+__global__ void __launch_bounds__(kMaxThreads, sizeof(In) == 4 && !Cap ? (sizeof(Out) == 4 ? 6 : 5) : 0)
     write_rows(Batch b, const double* lse, const double* weight, double factor, const double* upstream, double unless,
                Gradient g) {
   struct OneRow {

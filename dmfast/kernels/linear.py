@@ -2,10 +2,11 @@
 
 Matrix products are torch's (``products.py``); between them run the row kernels of a backend. A chunk holds whole
 sequences, so that log pi, and with it A, is known inside it: logits = H W^T, the kernel's forward, its backward over
-the logits, dH = dZ W, dW += dZ^T H. That is three products and no logit is computed twice, the least for which all
-three gradients can be had. A sequence longer than the buffer, and a loss whose grad_output is not known before
-backward, take two phases, and so a fourth product. Rows that are not scored are packed out before the first product. A
-frozen head costs neither its product nor a V x D buffer.
+the logits, or into 16 bits beside them where the next product takes these, dH = dZ W, dW += dZ^T H. That is three
+products and no logit is computed twice, the least for which all three gradients can be had. A sequence longer than the
+buffer, and a loss whose grad_output is not known before backward, take two phases, and so a fourth product. Rows that
+are not scored are packed out before the first product. A frozen head costs neither its product nor a
+V x D buffer.
 """
 
 from __future__ import annotations
