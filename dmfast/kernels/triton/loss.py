@@ -62,7 +62,8 @@ def _write_row(
     CAP: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr, PACKS: tl.constexpr,
     THREADS: tl.constexpr,
 ):  # fmt: skip
-    """dz = coefficient * scale * cap'(z) * (softmax - onehot); a label outside [0, vocab) has no one-hot here."""
+    """dz = coefficient * scale * cap'(z) * (softmax - onehot); a label outside [0, vocab) has no one-hot here. W of dz
+    fill 16 bytes; of z, where it is wider, several times 16."""
     reference64 = lse / scale  # a logit whose term is near 1
     if CAP:
         t = tl.minimum(tl.maximum(reference64 / cap, -0.999), 0.999)
@@ -79,10 +80,10 @@ def _write_row(
     for_label = label_gradient(at_label, lse, coefficient, scale, cap, CAP).to(tl.float32)
 
     out = dz.dtype.element_ty
-    head, packs, body, lane, offsets = packs_of(z, vocab, W, PACKS, THREADS)
-    to = dz + head
+    head, packs, to, lane, offsets = packs_of(dz, vocab, W, PACKS, THREADS)
+    body = z + head
     if WIDE:
-        to = aligned(dz, head)
+        body = aligned(z, head)
     for first in range(0, packs, PACKS * THREADS):
         here = (first + lane < packs)[:, :, None]
         x = tl.load(body + first * W + offsets, mask=here, other=0.0).to(tl.float32)
@@ -106,7 +107,7 @@ def score_rows(
     vocab, vocab_start, n_tokens, steps, stride_sequence, stride_row, dz_stride_sequence, dz_stride_row,
     scale_high, scale_low, cap_high, cap_low,
     CAP: tl.constexpr, ENTROPY: tl.constexpr, WRITE: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr,
-    PACKS: tl.constexpr, THREADS: tl.constexpr,
+    PACKS: tl.constexpr, THREADS: tl.constexpr, DZ_W: tl.constexpr, DZ_PACKS: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp, logit of the label and entropy of a row. The logit is 0 where the label is not here; the log-sum-exp
     is NaN where it is no token."""
@@ -121,7 +122,7 @@ def score_rows(
         if ENTROPY:
             tl.store(entropy_of + row, tl.full([], 0.0, tl.float64))
         if WRITE:
-            zero_row(dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row), vocab, W, PACKS, THREADS)
+            zero_row(dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row), vocab, DZ_W, DZ_PACKS, THREADS)
     else:
         z = logits + row_offset(row, steps, stride_sequence, stride_row)
         at_label = tl.load(z + column, mask=is_here, other=0.0).to(tl.float32)
@@ -191,10 +192,10 @@ def score_rows(
                 # for it: on AMD's gfx9 a barrier alone does not wait for loads (``make aot`` looks at that).
                 tl.debug_barrier()
                 _write_row(
-                    z, to, vocab, column, at_label, lse, coefficient, scale, cap, c, CAP, WIDE, W, PACKS, THREADS
+                    z, to, vocab, column, at_label, lse, coefficient, scale, cap, c, CAP, WIDE, DZ_W, DZ_PACKS, THREADS
                 )
             else:
-                zero_row(to, vocab, W, PACKS, THREADS)
+                zero_row(to, vocab, DZ_W, DZ_PACKS, THREADS)
 
 
 @_jit
@@ -204,11 +205,11 @@ def write_rows(
     lse_of,  # (rows) fp64; NaN: a row of a sequence with a fault
     sequence_of,  # (rows) int64
     weights,  # (B) fp64, A times what the gradient is multiplied by
-    dz,  # as logits, written
+    dz,  # as logits, written; of fp32 logits also 16 bits wide, and then in other memory than theirs
     there,  # int32: whether dz holds its gradient already; only with MAY_BE_THERE
     vocab, vocab_start, n_tokens, steps, stride_sequence, stride_row, dz_stride_sequence, dz_stride_row,
     scale_high, scale_low, cap_high, cap_low,
-    MAY_BE_THERE: tl.constexpr, CAP: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr, PACKS: tl.constexpr,
+    MAY_BE_THERE: tl.constexpr, CAP: tl.constexpr, WIDE: tl.constexpr, DZ_W: tl.constexpr, DZ_PACKS: tl.constexpr,
     THREADS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a row. One that is not scored or has weight 0 is zeroed without being read."""
@@ -226,9 +227,9 @@ def write_rows(
         # The thread that writes over it has read it, since what it writes follows from it; no other needs it.
         at_label = tl.load(z + column, mask=(column >= 0) & (column < vocab), other=0.0).to(tl.float32)
         scale, cap, c = constants(scale_high, scale_low, cap_high, cap_low, CAP)
-        _write_row(z, to, vocab, column, at_label, lse, coefficient, scale, cap, c, CAP, WIDE, W, PACKS, THREADS)
+        _write_row(z, to, vocab, column, at_label, lse, coefficient, scale, cap, c, CAP, WIDE, DZ_W, DZ_PACKS, THREADS)
     else:
-        zero_row(to, vocab, W, PACKS, THREADS)
+        zero_row(to, vocab, DZ_W, DZ_PACKS, THREADS)
 
 
 @_jit
@@ -237,22 +238,21 @@ def scale_rows(
     factors,  # (B) fp64
     dz,  # (B,T,V) or (N,V)
     vocab, steps, dz_stride_sequence, dz_stride_row,
-    W: tl.constexpr, PACKS: tl.constexpr,
-    THREADS: tl.constexpr,
+    DZ_W: tl.constexpr, DZ_PACKS: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """dz *= factor of the sequence; nothing is read where that is 0 or 1."""
     row = tl.program_id(0)
     by = tl.load(factors + tl.load(sequence_of + row)).to(tl.float32)
     to = dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row)
     if by == 0.0:
-        zero_row(to, vocab, W, PACKS, THREADS)
+        zero_row(to, vocab, DZ_W, DZ_PACKS, THREADS)
     elif by != 1.0:
-        head, packs, body, lane, offsets = packs_of(to, vocab, W, PACKS, THREADS)
-        for first in range(0, packs, PACKS * THREADS):
+        head, packs, body, lane, offsets = packs_of(to, vocab, DZ_W, DZ_PACKS, THREADS)
+        for first in range(0, packs, DZ_PACKS * THREADS):
             here = (first + lane < packs)[:, :, None]
-            x = tl.load(body + first * W + offsets, mask=here, other=0.0).to(tl.float32)
-            tl.store(body + first * W + offsets, (x * by).to(dz.dtype.element_ty), mask=here)
-        index, there = ends_of(vocab, head, W)
+            x = tl.load(body + first * DZ_W + offsets, mask=here, other=0.0).to(tl.float32)
+            tl.store(body + first * DZ_W + offsets, (x * by).to(dz.dtype.element_ty), mask=here)
+        index, there = ends_of(vocab, head, DZ_W)
         x = tl.load(to + index, mask=there, other=0.0).to(tl.float32)
         tl.store(to + index, (x * by).to(dz.dtype.element_ty), mask=there)
 
