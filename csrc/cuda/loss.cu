@@ -26,11 +26,13 @@ namespace {
 enum class Pass { score, kept, reread };  // kept, reread: with the gradient; how the row comes a second time
 
 constexpr long long kNone = LLONG_MAX;
+constexpr int kLosses = 128;  // that wait in shared memory to be added up
 
 struct Shared {
   Lanes<float> top;
   Lanes<Sums> sums, sequence;
   Lanes<long long> fault, first;
+  double losses[kLosses];
   double lse, coefficient, at_label;
   bool last;
 };
@@ -110,13 +112,15 @@ __device__ void finish_loss(const Batch& b, const Terms& t, const Outputs& out, 
   fault = block_min(fault, shared.first);
   if (threadIdx.x == 0) *status = fault == kNone ? -1 : fault;
   if (t.objective.kind == Kind::none) return;
-  // A lane of the first warp adds up every 32nd loss in sequence order, then the lanes are added up: the same order in
-  // every block, and a chain of B / 32 sums.
-  if (threadIdx.x >= 32) return;
-  double total = 0;
-#pragma unroll 8
-  for (int64_t i = threadIdx.x; i < b.sequences; i += 32) total += out.loss(i);
-  for (int mask = 16; mask > 0; mask /= 2) total += shuffle(total, mask);
+  double total = 0;  // in sequence order, as on the CPU
+  for (int64_t first = 0; first < b.sequences; first += kLosses) {
+    const int n = static_cast<int>(min(b.sequences - first, int64_t{kLosses}));
+    for (int i = threadIdx.x; i < n; i += blockDim.x) shared.losses[i] = out.loss(first + i);
+    __syncthreads();
+    if (threadIdx.x == 0)
+      for (int i = 0; i < n; ++i) total += shared.losses[i];
+    __syncthreads();  // they are read before the next ones come
+  }
   if (threadIdx.x == 0) *out.total = total / out.divide_by;
 }
 
