@@ -1,8 +1,9 @@
 """How long a device takes for what a call queues, without the time that Python takes to queue it.
 
 On an idle device a kernel of 200 to 500 microseconds waits 60 to 100 for Python, between the two events that time it.
-So the calls are captured in a graph, whose replay is queued at once; where that can't be, they are queued behind a gate,
-a kernel that spins until all is there; where the host waits for the device inside a call, several follow each other.
+So the calls are captured in a graph, whose replay is queued at once, behind a gate: a kernel that spins until all is
+there. What can't be captured is queued behind the gate call by call. Where the host waits for the device inside a call,
+which the gate would never let it, several calls follow each other and Python's latency is in the time.
 Each time says how it was taken, and why not in the way before.
 """
 

@@ -1,7 +1,7 @@
 """What ncu counts of the four row kernels: bytes from memory, hits in the cache, instructions. ``counters.py [dry]``.
 
-ncu runs this file with ``target``, which launches each kernel once, in the order of ``plan``; of what it prints, as CSV,
-the launches are matched to that order by name. A dry run launches them too, and reads a table without values.
+ncu runs this file with ``target``, which launches each kernel once and writes down in which order. The rows of the
+table that ncu prints are matched to that order by name. A dry run launches them too, and reads a table without values.
 """
 
 from __future__ import annotations

@@ -91,7 +91,9 @@ def main() -> None:
     results.write(path, found)
     print(found["device"]["name"])
     for name, rate in found["rates"].items():
-        print(f"{name}: {rate.get('GB/s', rate.get('TFLOP/s'))} {'GB/s' if 'GB/s' in rate else 'TFLOP/s'}, {rate['by']}")
+        print(
+            f"{name}: {rate.get('GB/s', rate.get('TFLOP/s'))} {'GB/s' if 'GB/s' in rate else 'TFLOP/s'}, {rate['by']}"
+        )
 
 
 if __name__ == "__main__":

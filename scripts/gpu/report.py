@@ -19,7 +19,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return Markdown; None is an empty cell."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
-        cells = ["" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x) for x in row]
+        cells = ["" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x) for x in row]
         lines.append("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(lines)
 
@@ -82,7 +82,7 @@ def of_times(times: list[dict[str, Any]], machine: dict[str, Any]) -> str:
         for name, line in x.get("lines", {}).items():
             rate = line.get("GB/s")
             share = f"{rate / copy:.0%}" if rate and copy else None
-            how = line.get("failed") or " ".join(filter(None, (line["by"], line.get("why"))))
+            how = line.get("failed") or "; ".join(filter(None, (line["by"], line.get("why"))))
             rows.append((x["title"], name, line.get("ms"), rate, share, how))
     return table(("", "", "ms", "GB/s of the least traffic", "of a copy", "taken by"), rows)
 
@@ -124,6 +124,8 @@ def of_bench(bench: dict[str, Any]) -> list[str]:
         rows = [(n, t["median"], f"{t['low']:.3f} to {t['high']:.3f}", memory.get(n), off.get(n)) for n, t in order]
         rows += [(name, None, None, None, f"not run: {why}") for name, why in result["not_run"].items()]
         said.append(f"### {result['title']}\n\n" + table(("", "ms", "quartiles", "peak MB", "gradient off"), rows))
+        if result.get("with_latency"):
+            said.append(f"Python's latency is in the times of {', '.join(result['with_latency'])}.")
     return said + [f"not run: {title}: the device has too little memory" for title in bench["no_memory"]]
 
 
@@ -137,7 +139,9 @@ def summary(folder: Path) -> str:
         lines.append("A dry run: no figure on this page was taken on a GPU.")
     lines.append(", ".join(f"{k} {v}" for k, v in {**machine.get("device", {}), **machine.get("versions", {})}.items()
                            if v is not None) or "The machine is not known.")  # fmt: skip
-    lines.append(table(("part", "", "s", ""), [(x["name"], x["status"], x["seconds"], x["why"]) for x in parts["parts"]]))
+    lines.append(
+        table(("part", "", "s", ""), [(x["name"], x["status"], x["seconds"], x["why"]) for x in parts["parts"]])
+    )
     rates = [(name, rate.get("GB/s", rate.get("TFLOP/s")), "TFLOP/s" if "TFLOP/s" in rate else "GB/s", rate["by"])
              for name, rate in machine.get("rates", {}).items()]  # fmt: skip
     if rates:

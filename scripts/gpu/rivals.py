@@ -1,12 +1,13 @@
 """Others' fused losses at the sizes of docs/gpu.md, each in a process of its own: ``rivals.py [dry]``.
 
-From hidden states each computes the mean cross-entropy with both gradients, and of it the gradient of some hidden
-states is held to fp64. From logits each computes log pi of the tokens, and where its name says so the entropy along with it.
+From hidden states each computes the mean cross-entropy with both gradients; the gradient of some hidden states is held
+to fp64. From logits each computes log pi of the tokens, and where its name says so the entropy along with it.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -54,7 +55,8 @@ def quack() -> Callable[..., Any]:
 def liger_cute() -> Callable[..., Any]:
     name = "liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90"
     function: Any = importlib.import_module(name).LigerFusedLinearCrossEntropySM90Function
-    return lambda h, w, x: function.apply(h, w, x)
+    apply: Callable[..., Any] = function.apply
+    return apply
 
 
 def liger_cute_per_token() -> Callable[..., Any]:
@@ -130,7 +132,7 @@ def torch_logits() -> Callable[..., Any]:
 
 
 def our_logits(objective: str) -> Callable[..., Any]:
-    """Return the loss of an objective; with gdc++ the weights depend on log pi, with dpg they are 1 and known before."""
+    """Return the loss of an objective: the weights of gdc++ depend on log pi, those of dpg are 1 and known before."""
     import torch
 
     import dmfast
@@ -151,6 +153,18 @@ LOGITS: dict[str, Callable[[], Callable[..., Any]]] = {
     "liger cross_entropy": liger_logits,
     "torch cross_entropy": torch_logits,
 }
+
+PACKAGES = {"quack": "quack", "liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy", "trl": "trl"}
+FEW = ("dmfast linear_dm_loss", "torch linear_cross_entropy", "dmfast dm_loss gdc++, entropy")  # of a dry run
+
+
+def why_not(name: str) -> str | None:
+    """Return why a rival is not tried, without a process for it."""
+    package = PACKAGES.get(name.split(maxsplit=1)[0])
+    if package is not None and importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    return "left out of a dry run" if DRY and package is None and name not in FEW else None
+
 
 # --- one of them, in this process ----------------------------------------------------------------------------------
 
@@ -231,7 +245,9 @@ def main() -> None:
         part.unlink(missing_ok=True)
         left = LIMIT - 5 - (time.monotonic() - begin)
         entry: dict[str, Any] = {"name": name, "form": "head" if name in HEAD else "logits"}
-        if left < 10:
+        if why := why_not(name):
+            entry["not_run"] = why
+        elif left < 10:
             entry["not_run"] = f"{max(left, 0):.0f} s of {LIMIT:.0f} were left"
         else:
             command = [sys.executable, __file__, "one", name, str(part), *["dry"] * DRY]
@@ -243,7 +259,7 @@ def main() -> None:
         found.append(entry)
         results.write(path, found)
         print(name, entry.get("not_run") or [line["ms"] for line in entry["lines"]], flush=True)
-    broken = [x["name"] for x in found if x["name"].startswith("dmfast") and "not_run" in x]
+    broken = [x["name"] for x in found if x["name"].startswith("dmfast") and not why_not(x["name"]) and "not_run" in x]
     if broken:
         sys.exit(f"dmfast's own did not run: {', '.join(broken)}")
 

@@ -39,6 +39,8 @@ SUITE = ["test_cuda.py", "test_kernels.py"]
 # What parts write. With parts.json, summary.md and log.txt these are all: a machine that is lent may send back eight.
 FILES = {"gpu": ("machine.json", "times.json", "counters.json", "head.json"),
          "rivals": ("machine.json", "rivals.json", "bench.json")}  # fmt: skip
+# To be ended as one, but no session, which would outlive a run that is killed; Python 3.10 has no other way.
+OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 
 
 class Part(NamedTuple):
@@ -142,8 +144,13 @@ def sanitizers(dry: bool, checks: list[str]) -> dict[str, Part]:
     """Return memcheck and racecheck. Dry: stand-ins for one that works and one that refuses the device."""
     py = sys.executable
     if dry:
-        return {"memcheck": Part(checks, 60, 10, control=[py, "-c", "print('ERROR SUMMARY: 0 errors')"]),
-                "racecheck": Part([py, "-c", "1 / 0"], 60, 5, control=[py, "-c", "print('Device not supported')"])}  # fmt: skip
+        works, refuses = (
+            [py, "-c", f"print('{said}')"] for said in ("ERROR SUMMARY: 0 errors", "Device not supported")
+        )
+        return {
+            "memcheck": Part(checks, 60, 10, control=works),
+            "racecheck": Part([py, "-c", "1 / 0"], 60, 5, control=refuses),
+        }
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     missing = None if Path(tool).exists() else "there is no compute-sanitizer on PATH or in /usr/local/cuda/bin"
     found = {}
@@ -185,6 +192,8 @@ def environment(run: Run, name: str, limit: float) -> dict[str, str]:
         found["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # torch's pool would hide reads beyond a tensor
     if name == "triton":
         found["DMFAST_BACKEND"] = "triton"
+    if run.dry and name == "times":
+        found["TRITON_INTERPRET"] = "1"  # Triton's kernels too are to run
     if tests:
         found |= {"DMFAST_SYNC_CHECKS": "1", "DMFAST_TEST_DEVICE": "cpu" if run.dry else "cuda",
                   "DMFAST_GPU_PASSED": str(run.work / f"{name}.passed")}  # fmt: skip
@@ -209,9 +218,8 @@ def process(run: Run, name: str, command: list[str], limit: float) -> tuple[int,
         file.flush()
         start = file.tell()
         cwd = ROOT / "tests" if name in ("suite", "triton") else ROOT
-        # a group of its own, to be ended as one, but no session, which would outlive a run that is killed
         _running = subprocess.Popen(command, cwd=cwd, env=environment(run, name, limit), stdin=subprocess.DEVNULL,
-                                    stdout=file, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp)  # fmt: skip
+                                    stdout=file, stderr=subprocess.STDOUT, **OWN_GROUP)  # fmt: skip
         try:
             code = _running.wait(limit)
         except subprocess.TimeoutExpired:
@@ -260,7 +268,9 @@ def skipped(part: Part, outcomes: dict[str, Outcome], left: float, total: float)
     return None
 
 
-def go(run: Run, command: str, wanted: dict[str, Part], total: float, done: dict[str, str], begin: float) -> list[Outcome]:
+def go(
+    run: Run, command: str, wanted: dict[str, Part], total: float, done: dict[str, str], begin: float
+) -> list[Outcome]:
     """Run the parts, in order, and leave after each one what became of all of them."""
     outcomes = {name: Outcome(name) for name in wanted}
 
@@ -291,7 +301,9 @@ def go(run: Run, command: str, wanted: dict[str, Part], total: float, done: dict
             tell()
             code, text = process(run, name, part.command, min(part.limit, left))
             outcome.status = "passed" if code == 0 else "cut off" if code == 124 else "failed"
-            outcome.why = {0: "", 124: f"after {min(part.limit, left):.0f} s"}.get(code, f"exit {code}: {end_of(text, 1)}")
+            outcome.why = {0: "", 124: f"after {min(part.limit, left):.0f} s"}.get(
+                code, f"exit {code}: {end_of(text, 1)}"
+            )
             print(end_of(text, 3 if code == 0 else 25), flush=True)
             if code == 0:
                 done[name] = run.key

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import results
 import torch
-from clock import Call, Clock, Wall, measure, said
+from clock import ENOUGH, Call, Clock, Wall, measure, said
 from torch import Tensor
 
 from dmfast import kernels
@@ -23,7 +23,7 @@ from dmfast.objectives import Terms
 
 DRY = "dry" in sys.argv
 DEVICE = "cpu" if DRY else "cuda"
-FEW = 64  # rows of a small draw, fewer than a card has multiprocessors
+FEW = 8 if DRY else 64  # rows of a small draw, fewer than a card has multiprocessors
 
 
 class Shape(NamedTuple):
@@ -62,7 +62,7 @@ class Problem(NamedTuple):
 def shapes() -> list[Shape]:
     """Return bf16 first, of which most is asked."""
     if DRY:
-        return [Shape(64, 257, "bfloat16"), Shape(64, 300, "float32")]
+        return [Shape(8, 257, "bfloat16"), Shape(8, 300, "float32")]
     return [Shape(8192, vocab, dtype) for dtype in ("bfloat16", "float32") for vocab in (128256, 50257)]
 
 
@@ -121,7 +121,7 @@ def timed(clock: Clock, shape: Shape, all_lines: Mapping[str, Line]) -> dict[str
     found: dict[str, Any] = {}
     for name, line in all_lines.items():
         try:
-            taken = measure(clock, line.call, rounds=1 if DRY else 7)
+            taken = measure(clock, line.call, rounds=1 if DRY else 7, enough=0 if DRY else ENOUGH)
         except Exception as error:
             found[name] = {"failed": said(error)}
             continue
@@ -135,7 +135,8 @@ def main() -> None:
     path, clock, failed = results.folder() / "times.json", Wall() if DRY else Clock(), []
     found: list[dict[str, Any]] = []
     for backend in (kernels.CUDA, kernels.TRITON):  # Triton compiles for seconds: after all of the others
-        for shape in shapes():
+        interpreted = DRY and backend is kernels.TRITON
+        for shape in shapes()[: 1 if interpreted else None]:
             title = f"{backend.name} ({shape.rows}, {shape.vocab}) {shape.dtype}"
             why = backend.why_not(torch.device(DEVICE), getattr(torch, shape.dtype))
             entry: dict[str, Any] = {"title": title, "backend": backend.name, **shape._asdict()}
