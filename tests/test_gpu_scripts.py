@@ -53,6 +53,15 @@ def test_the_order_of_the_parts() -> None:
     assert [list(x) for x in run.parts(True, Path("work")).values()] == [list(x) for x in found.values()]
 
 
+def test_parts_by_name() -> None:
+    run = script("run")
+    found = run.parts(False, Path("work"))["gpu"]
+    assert list(run.chosen(found, "triton,head")) == ["machine", "build", "head", "triton"]
+    assert run.chosen(found, "") == found
+    with pytest.raises(SystemExit, match=r"there is no part heads; there are machine, build, checks"):
+        run.chosen(found, "heads")
+
+
 def python(code: str) -> list[str]:
     return [sys.executable, "-S", "-c", code]
 
@@ -331,7 +340,8 @@ def test_ncus_table_is_read() -> None:
             for line, kernel in (("scoring", "score_rows"), ("backward", "write_rows"))]  # fmt: skip
     values = dict.fromkeys(counters.METRICS.values(), "1,024.5")
     values |= {"dram__bytes_read.sum": "525,336,576", "lts__t_sectors_op_read.sum": "8,208,384",
-               "launch__registers_per_thread": "40", "smsp__inst_executed.sum": "53,354,496", "lts__t_sector_hit_rate.pct": "n/a"}  # fmt: skip
+               "launch__registers_per_thread": "40", "smsp__inst_executed.sum": "53,354,496",
+               "lts__t_sector_hit_rate.pct": "n/a"}  # fmt: skip
     names = ["void dmf::cuda::score_rows<__nv_bfloat16, 0>(Batch, Terms)", "write_rows"]
     first, second = counters.matched(plan, counters.table(printed(names, values)))
     assert (

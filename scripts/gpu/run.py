@@ -1,12 +1,12 @@
 """``make gpu`` and ``make gpu-rivals``: what to do on a machine with a CUDA device, in parts, the most telling first.
 
-    run.py [gpu | rivals] [--out FOLDER] [--dry] [--again]
+    run.py [gpu | rivals] [--only PART,PART] [--out FOLDER] [--dry] [--again]
 
 Each part is a process, and what it found is in the folder as soon as it has found it: --out, else $OUT, else
 benchmarks/results/gpu. All of them have DMFAST_GPU_SECONDS together (480): a part may take what its limit says and what
 is left, and one for which too little is left is skipped, with the reason. One that fails stops only those that need it.
 What passed is not done again by the next call, nor the tests that a part had behind it when it was cut off; --again
-starts anew. --dry does the same on the host build of the kernels, small, so that the first real run dies of no typo.
+starts anew. --only does these parts, after machine and build. --dry does the same on the host build of the kernels, small, so that the first real run dies of no typo.
 
 Needs torch, nvcc and g++; the suite needs pytest, hypothesis and mpmath too, which may lie in build/gpu/site
 (``make gpu-dry`` fills it, for machines without a network). PYTHONPATH is kept, behind what was built.
@@ -315,6 +315,14 @@ def go(
     return list(outcomes.values())
 
 
+def chosen(all_parts: dict[str, Part], only: str) -> dict[str, Part]:
+    """Return the parts that were named, with the two that come before; all of them where none was."""
+    names = only.split(",") if only else list(all_parts)
+    if unknown := [name for name in names if name not in all_parts]:
+        sys.exit(f"make gpu: there is no part {', '.join(unknown)}; there are {', '.join(all_parts)}")
+    return {name: part for name, part in all_parts.items() if name in (*names, "machine", "build")}
+
+
 def seconds() -> float:
     """Return the total limit."""
     given = os.environ.get("DMFAST_GPU_SECONDS", "")
@@ -343,8 +351,9 @@ def stopped(number: int, frame: Any) -> NoReturn:
 
 def main() -> None:
     begin = time.monotonic()
-    parser = argparse.ArgumentParser(usage="run.py [gpu | rivals] [--out FOLDER] [--dry] [--again]")
+    parser = argparse.ArgumentParser(usage="run.py [gpu | rivals] [--only PART,PART] [--out FOLDER] [--dry] [--again]")
     parser.add_argument("command", nargs="?", default="gpu", choices=("gpu", "rivals"))
+    parser.add_argument("--only", default="")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--again", action="store_true")
@@ -360,7 +369,7 @@ def main() -> None:
         signal.signal(number, stopped)
     run = Run(options.command, folder(options.command, options.out, options.dry), options.dry)
     done = run.begin(options.again)
-    wanted = parts(options.dry, run.work)[options.command]
+    wanted = chosen(parts(options.dry, run.work)[options.command], options.only)
     outcomes = go(run, options.command, wanted, total, done, begin)
     print((run.out / "summary.md").read_text())
     bad = [f"{x.name} ({x.status})" for x in outcomes if x.status not in ("passed", "skipped")]
@@ -369,7 +378,7 @@ def main() -> None:
         print(f"make gpu: not run: {', '.join(not_run)}")
     if bad:
         sys.exit(f"make gpu: {', '.join(bad)}; {run.out / 'log.txt'}")
-    if options.dry and not_run != {"gpu": ["triton", "racecheck"], "rivals": []}[options.command]:
+    if options.dry and not options.only and not_run != {"gpu": ["triton", "racecheck"], "rivals": []}[options.command]:
         sys.exit("make gpu-dry: what was skipped is not what a dry run skips")
 
 
