@@ -310,8 +310,8 @@ def _error(found: list[Tensor], exact: list[Tensor]) -> float:
         # block by block, so that there is no fp64 copy of all of it; added up where they lie, since a device would wait
         # for the host after each block, and of a head's gradient there are as many rows as tokens
         rows = max(2**24 // max(b[0].numel(), 1), 1)
-        blocks = zip(a.split(rows), b.split(rows), strict=True)
-        off = torch.stack([(x - y).pow(2).sum() for x, y in blocks]).sum()
+        parts = [slice(first, first + rows) for first in range(0, len(b), rows)]
+        off = torch.stack([(a[part] - b[part]).pow(2).sum() for part in parts]).sum()
         return math.sqrt(float(off) / float(b.pow(2).sum()))
 
     return max(relative(a, b) for a, b in zip(found, exact, strict=True))

@@ -1,10 +1,10 @@
 """The times that others state of their GPU kernels, with a model of ours beside: written into docs/gpu.md, between its
 marks. No device was involved.
 
-The model of ``linear_dm_loss`` is the three products at the rate that others state for them, and what is done beside them
-one after the other: each row kernel at the least of the data sheet's bandwidth and of what roofline.py counts of its
-instructions. The gradient of the head, added up in fp32 from chunk to chunk, is a range: its traffic overlaps with its
-product in part, between wholly and not at all. Launches and the host's reads are left out.
+The model of ``linear_dm_loss`` is the three products at the rate that others state for them, and after them the row
+kernels, each as long as the slower of its bytes, at the data sheet's bandwidth, and its instructions, as roofline.py
+counts them. The gradient of the head is added up in fp32 from chunk to chunk, whose traffic may be hidden behind its
+product: the model is a range, from wholly to not at all. Launches and the host's reads are left out.
 
     python scripts/ci/stated.py [FILE WRITTEN]    FILE must hold what is found; WRITTEN is it, brought up to date
 """
@@ -12,7 +12,6 @@ product in part, between wholly and not at all. Launches and the host's reads ar
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
 from machine_code import Code, all_code, versions
@@ -66,8 +65,8 @@ def table() -> str:
     logits = LOGITS[0] * LOGITS[1]
     score = milliseconds(H100, codes["score_rows<bf16, entropy>"], logits, BF16)
     least = logits * BF16 / H100.bandwidth / 1e9
-    lines += ["", f"| H100, bf16, {LOGITS}, log π and entropy from logits | trl | one read | scoring with entropy, model |",
-              "|---|---|---|---|", f"| forward | {TRL} | {least:.2f} | {score:.2f} |"]  # fmt: skip
+    lines += ["", f"| H100, bf16, {LOGITS}, from logits | trl | one read | scoring with entropy, model |", "|---|---|---|---|",
+              f"| log π and entropy, forward | {TRL} | {least:.2f} | {score:.2f} |"]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

@@ -6,7 +6,8 @@ Each part is a process, and what it found is in the folder as soon as it has fou
 benchmarks/results/gpu. All of them have DMFAST_GPU_SECONDS together (480): a part may take what its limit says and what
 is left, and one for which too little is left is skipped, with the reason. One that fails stops only those that need it.
 What passed is not done again by the next call, nor the tests that a part had behind it when it was cut off; --again
-starts anew. --only does these parts, after machine and build. --dry does the same on the host build of the kernels, small, so that the first real run dies of no typo.
+starts anew. --only does these parts, after machine and build. --dry does the same on the host build of the kernels,
+small, so that the first real run dies of no typo.
 
 Needs torch, nvcc and g++; the suite needs pytest, hypothesis and mpmath too, which may lie in build/gpu/site
 (``make gpu-dry`` fills it, for machines without a network). PYTHONPATH is kept, behind what was built.
