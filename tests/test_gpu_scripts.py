@@ -45,7 +45,7 @@ def test_the_order_of_the_parts() -> None:
     run = script("run")
     found = run.parts(False, Path("work"))
     assert list(found["gpu"]) == ["machine", "build", "checks", "times", "counters", "suite", "head", "triton",
-                                  "memcheck", "racecheck"]  # fmt: skip
+                                  "memcheck", "racecheck", "more"]  # fmt: skip
     assert list(found["rivals"]) == ["machine", "build", "rivals", "bench"]
     for parts in found.values():
         assert all(part.least <= part.limit < run.SECONDS for part in parts.values())
@@ -339,7 +339,7 @@ def test_ncus_table_is_read() -> None:
     plan = [counters.Launch("cuda", line, kernel, 1024, 128256, "bfloat16")
             for line, kernel in (("scoring", "score_rows"), ("backward", "write_rows"))]  # fmt: skip
     values = dict.fromkeys(counters.METRICS.values(), "1,024.5")
-    values |= {"dram__bytes_read.sum": "525,336,576", "lts__t_sectors_op_read.sum": "8,208,384",
+    values |= {"dram__bytes_read.sum": "525,336,576", "lts__t_sectors_srcunit_tex_op_read.sum": "8,208,384",
                "launch__registers_per_thread": "40", "smsp__inst_executed.sum": "53,354,496",
                "lts__t_sector_hit_rate.pct": "n/a"}  # fmt: skip
     names = ["void dmf::cuda::score_rows<__nv_bfloat16, 0>(Batch, Terms)", "write_rows"]

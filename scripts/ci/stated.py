@@ -65,8 +65,8 @@ def table() -> str:
     logits = LOGITS[0] * LOGITS[1]
     score = milliseconds(H100, codes["score_rows<bf16, entropy>"], logits, BF16)
     least = logits * BF16 / H100.bandwidth / 1e9
-    lines += ["", f"| H100, bf16, {LOGITS}, from logits | trl | one read | scoring with entropy, model |", "|---|---|---|---|",
-              f"| log π and entropy, forward | {TRL} | {least:.2f} | {score:.2f} |"]  # fmt: skip
+    lines += ["", f"| H100, bf16, {LOGITS}, from logits | trl | one read | scoring with entropy, model |",
+              "|---|---|---|---|", f"| log π and entropy, forward | {TRL} | {least:.2f} | {score:.2f} |"]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

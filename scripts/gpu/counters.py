@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ METRICS = {
     "ns": "gpu__time_duration.sum",
     "dram_read": "dram__bytes_read.sum",
     "dram_write": "dram__bytes_write.sum",
-    "l2_read_sectors": "lts__t_sectors_op_read.sum",
+    "l2_read_sectors": "lts__t_sectors_srcunit_tex_op_read.sum",  # by multiprocessors, not between halves of L2
     "l2_hit_percent": "lts__t_sector_hit_rate.pct",
     "instructions": "smsp__inst_executed.sum",  # of warps
     "issue_percent": "smsp__issue_active.avg.pct_of_peak_sustained_active",
@@ -143,11 +144,9 @@ def stand_in(plan: list[Launch]) -> str:
 
 def command(log: Path, plan: Path) -> list[str]:
     """Return the call of ncu. The clocks are left as they are."""
-    import machine
-
-    ncu = machine.tool("ncu")
+    ncu = shutil.which("ncu")
     if ncu is None:
-        raise FileNotFoundError("there is no ncu on PATH or in /usr/local/cuda/bin")
+        sys.exit("there is no ncu on PATH")
     return [ncu, "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none",
             "--profile-from-start", "off", "--kernel-name", "regex:(score|write|sample)_rows",
             "--metrics", ",".join(METRICS.values()), "--log-file", str(log),

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import results
@@ -26,15 +25,9 @@ TOOLS = {
 }  # fmt: skip
 
 
-def tool(name: str) -> str | None:
-    """Return where a tool of CUDA's is; its folder is not always on PATH."""
-    here = Path("/usr/local/cuda/bin") / name
-    return shutil.which(name) or (str(here) if here.exists() else None)
-
-
 def version(name: str) -> str | None:
     """Return what a tool says of itself: the line with a number that looks most like a version."""
-    path = tool(name)
+    path = shutil.which(name)
     if path is None:
         return None
     done = subprocess.run([path, *TOOLS[name][1:]], capture_output=True, text=True, timeout=20, check=False)

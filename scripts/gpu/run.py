@@ -37,6 +37,9 @@ SECONDS = 480.0
 LAST = 4.0  # seconds kept for the summary
 LOG = 2**20  # bytes of a part's output that the log keeps
 SUITE = ["test_cuda.py", "test_kernels.py"]
+MORE = ["test_linear.py", "test_sample.py", "test_shards.py", "test_errors.py"]
+TESTS = ("suite", "triton", "more")
+CUDA = Path("/usr/local/cuda/bin")  # whose tools are not always on PATH
 # What parts write. With parts.json, summary.md and log.txt these are all: a machine that is lent may send back eight.
 FILES = {"gpu": ("machine.json", "times.json", "counters.json", "head.json"),
          "rivals": ("machine.json", "rivals.json", "bench.json")}  # fmt: skip
@@ -132,6 +135,7 @@ def parts(dry: bool, work: Path) -> dict[str, dict[str, Part]]:
             "head": Part(script("head"), 60, 15),
             "triton": on_triton,
             **sanitizers(dry, script("checks", "few")),
+            "more": Part([*pytest, *MORE, "-k", "bad_row or bad_place" if dry else some], 150, 20),
         },
         "rivals": {
             **first,
@@ -152,8 +156,8 @@ def sanitizers(dry: bool, checks: list[str]) -> dict[str, Part]:
             "memcheck": Part(checks, 60, 10, control=works),
             "racecheck": Part([py, "-c", "1 / 0"], 60, 5, control=refuses),
         }
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    missing = None if Path(tool).exists() else "there is no compute-sanitizer on PATH or in /usr/local/cuda/bin"
+    tool = shutil.which("compute-sanitizer") or str(CUDA / "compute-sanitizer")
+    missing = None if Path(tool).exists() else f"there is no compute-sanitizer on PATH or in {CUDA}"
     found = {}
     for name in ("memcheck", "racecheck"):
         # of memcheck alone: errors of calls, of which torch tries some that may fail
@@ -180,13 +184,15 @@ def key(dry: bool) -> str:
 
 def environment(run: Run, name: str, limit: float) -> dict[str, str]:
     """Return that of a part."""
-    tests = name in ("suite", "triton")
+    tests = name in TESTS
     paths = [str(run.work / "lib"), str(ROOT / "tests"), *[str(GPU)] * tests]  # GPU: passed.py
     if SITE.exists() and not all(map(importlib.util.find_spec, ("pytest", "hypothesis", "mpmath"))):
         paths.append(str(SITE))  # before what is installed, so only where that lacks them: hypothesis is compiled
     if given := os.environ.get("PYTHONPATH"):
         paths.append(given)
-    found = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "DMFAST_SYNC_CHECKS": "0",
+    tools = [os.environ.get("PATH", os.defpath), *[str(CUDA)] * CUDA.exists()]
+    found = {**os.environ, "PATH": os.pathsep.join(tools), "PYTHONPATH": os.pathsep.join(paths), 
+             "PYTHONUNBUFFERED": "1", "DMFAST_SYNC_CHECKS": "0",
              "DMFAST_GPU_KEY": run.key, "DMFAST_GPU_OUT": str(run.out), "DMFAST_GPU_WORK": str(run.work),
              "DMFAST_GPU_LIMIT": f"{limit:.0f}"}  # fmt: skip
     if name == "memcheck":
@@ -218,7 +224,7 @@ def process(run: Run, name: str, command: list[str], limit: float) -> tuple[int,
         file.write(f"\n=== {name}\n".encode())
         file.flush()
         start = file.tell()
-        cwd = ROOT / "tests" if name in ("suite", "triton") else ROOT
+        cwd = ROOT / "tests" if name in TESTS else ROOT
         _running = subprocess.Popen(command, cwd=cwd, env=environment(run, name, limit), stdin=subprocess.DEVNULL,
                                     stdout=file, stderr=subprocess.STDOUT, **OWN_GROUP)  # fmt: skip
         try:
