@@ -50,6 +50,7 @@ def test_the_order_of_the_parts() -> None:
     for parts in found.values():
         assert all(part.least <= part.limit < run.SECONDS for part in parts.values())
         assert all(set(part.needs) <= parts.keys() for part in parts.values())
+    assert all((GPU.parents[1] / "tests" / name).exists() for name in run.SUITE + run.MORE)
     assert [list(x) for x in run.parts(True, Path("work")).values()] == [list(x) for x in found.values()]
 
 
