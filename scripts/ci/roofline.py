@@ -195,25 +195,21 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def brought_up_to_date(name: str, made: str, files: list[str]) -> int:
-    """The exit status: whether the page FILE holds what was made, between the marks of a name; WRITTEN then does."""
-    if not files:
+def main() -> int:
+    """The exit status."""
+    made = f"{table()}\nFrom {versions()}.\n"
+    if len(sys.argv) == 1:
         print(made, end="")
         return 0
-    page, written = map(Path, files)
-    before, rest = page.read_text().split(f"<!-- {name} -->\n")
-    after = rest.split(f"<!-- end of {name} -->\n")[1]
-    made = f"{before}<!-- {name} -->\n{made}<!-- end of {name} -->\n{after}"
+    page, written = map(Path, sys.argv[1:])
+    before, rest = page.read_text().split("<!-- roofline -->\n")
+    after = rest.split("<!-- end of roofline -->\n")[1]
+    made = f"{before}<!-- roofline -->\n{made}<!-- end of roofline -->\n{after}"
     written.write_text(made)
     if difference := stale(page, made):
         print(f"{difference}{page} is out of date: cp {written} {page}")
         return 1
     return 0
-
-
-def main() -> int:
-    """The exit status."""
-    return brought_up_to_date("roofline", f"{table()}\nFrom {versions()}.\n", sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ import sys
 
 import torch
 from machine_code import Code, all_code, versions
-from roofline import CARDS, Card, brought_up_to_date, per_logit
+from marked import brought_up_to_date
+from roofline import CARDS, Card, per_logit
 
 from dmfast.kernels import linear
 
-H100 = CARDS[1]
+H100 = next(card for card in CARDS if card.name == "H100")
 H200 = H100._replace(name="H200", bandwidth=4.8)
 DIM, VOCAB, STEPS = 4096, 128256, 512
 PRODUCTS = 33.0 / 8192  # ms of the three products, a token: stated for 8,192 tokens
@@ -45,9 +46,11 @@ def ours(codes: dict[str, Code], tokens: int) -> str:
     """Milliseconds of linear_dm_loss, forward and backward, from bf16 hidden states with fp32 logits."""
     logits, head = tokens * VOCAB, DIM * VOCAB
     rows = milliseconds(H200, codes["score_rows<fp32>"], logits, FP32)
-    rows += (
-        milliseconds(H200, codes["write_rows<fp32>"], logits, 2 * FP32) + logits * (FP32 + BF16) / H200.bandwidth / 1e9
-    )
+    if narrow := codes.get("write_rows<fp32 -> bf16>"):
+        rows += milliseconds(H200, narrow, logits, FP32 + BF16)
+    else:  # the gradient is fp32 too, and then copied into 16 bits
+        rows += milliseconds(H200, codes["write_rows<fp32>"], logits, 2 * FP32)
+        rows += logits * (FP32 + BF16) / H200.bandwidth / 1e9
     least = PRODUCTS * tokens + rows
     n = chunks(tokens)
     # of the sum over chunks: written by each, read by all but the first, then rounded; a product alone writes bf16

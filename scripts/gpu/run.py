@@ -135,7 +135,9 @@ def parts(dry: bool, work: Path) -> dict[str, dict[str, Part]]:
             "head": Part(script("head"), 60, 15),
             "triton": on_triton,
             **sanitizers(dry, script("checks", "few")),
-            "more": Part([*pytest, *MORE, "-k", some], 150, 20, missing="as suite" if dry else None),
+            "more": Part(
+                [*pytest, *MORE, "-k", some], 150, 20, missing="a dry run of suite says as much" if dry else None
+            ),
         },
         "rivals": {
             **first,
