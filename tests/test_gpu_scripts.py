@@ -100,6 +100,15 @@ def test_a_part_that_fails_stops_only_those_that_need_it(make_run: Callable[[], 
     assert sorted(path.name for path in here.out.iterdir()) == ["log.txt", "parts.json", "summary.md"]
 
 
+def test_a_page_that_can_not_be_made_costs_no_part(make_run: Callable[[], Any]) -> None:
+    run, here = script("run"), make_run()
+    leave = "import os; open(os.environ['DMFAST_GPU_OUT'] + '/times.json', 'w').write('[1]')"
+    wanted = {"build": run.Part(python(leave), 9, 0, ()), "head": run.Part(python("pass"), 9, 0)}
+    outcomes = run.go(here, "gpu", wanted, 60, here.begin(False), time.monotonic())
+    assert [x.status for x in outcomes] == ["passed", "passed"]
+    assert "No summary\n\nAttributeError" in (here.out / "summary.md").read_text()
+
+
 def test_late_parts_are_left_out_when_time_is_short_and_say_so(make_run: Callable[[], Any]) -> None:
     run, here = script("run"), make_run()
     wanted = {
@@ -378,3 +387,69 @@ def test_what_the_counters_and_times_decide() -> None:
     assert report.launches_of_known([{"title": "t", "lines": ms}, {"title": "u", "not_run": "why"}]) == [
         "t: two launches (2.000 ms against 1.500; a copy takes 1.000)"
     ]
+
+
+def test_the_page_has_all_that_was_found_and_all_that_was_not(tmp_path: Path) -> None:
+    counters, results, report = script("counters"), script("results"), script("report")
+    launch = counters.Launch("cuda", "known weight", "score_rows", 1024, 1000, "bfloat16")
+    row = dict.fromkeys(counters.METRICS.values(), "2,048,000") | {"launch__registers_per_thread": "n/a"}
+    time_ = {"ms": 2.0, "low": 2.0, "high": 2.0, "by": "graph replay behind a gate", "calls": 1}
+    found: dict[str, Any] = {
+        "parts": {
+            "command": "gpu",
+            "dry": False,
+            "parts": [{"name": "suite", "status": "failed", "seconds": 1.0, "why": "exit 1: 2 failed | 3 passed"}],
+        },
+        "machine": {
+            "device": {"name": "a card"},
+            "versions": {"ncu": None},
+            "rates": {"copy": {"GB/s": 4000.0, **time_}},
+        },
+        "times": [
+            {"title": "cuda", "lines": {"scoring": {**time_, "GB/s": 1000.0}, "backward": {"failed": "an error"}}},
+            {"title": "triton", "not_run": "no triton"},
+        ],
+        "counters": {"launches": [counters.per_logit(launch, row)], "why": "exit 9"},
+        "head": [
+            {
+                "rows": 8192,
+                "lines": {"linear_dm_loss gdc++": {**time_, "peak_mb": 7.0}, "products": {"failed": "an error"}},
+            }
+        ],
+        "rivals": [
+            {"name": "trl", "not_run": "trl is not installed"},
+            {"name": "quack", "lines": [{"rows": 1024, **time_}]},
+        ],
+        "bench": {
+            "results": [
+                {
+                    "title": "logits",
+                    "ms": {"eager": {"median": 1.0, "low": 1.0, "high": 1.0}},
+                    "not_run": {"x": "why"},
+                    "gradient_error": {"eager": 0.5},
+                    "with_latency": ["eager"],
+                }
+            ],
+            "no_memory": ["a large one"],
+        },
+    }
+    for name, value in found.items():
+        results.write(tmp_path / f"{name}.json", value)
+    page = report.summary(tmp_path)
+    for said in (
+        "| suite | failed | 1 | exit 1: 2 failed / 3 passed |",
+        "name a card",
+        "| copy | 4000 | GB/s |",
+        "| cuda | scoring | 2 | 1000 | 25% | graph replay behind a gate |",
+        "| cuda | backward |  |  |  | an error |",
+        "not run: no triton",
+        "the second read comes from L2 (32.00 reads, 1.00 of them from memory)",
+        "Not all of them: exit 9",
+        "| 8192 | linear_dm_loss gdc++ | 2 | 7 |",
+        "not run: trl is not installed",
+        "| quack | 1024 | 2 |",
+        "Python's latency is in the times of eager.",
+        "not run: a large one",
+    ):
+        assert said in page, page
+    assert "dry" not in page

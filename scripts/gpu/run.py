@@ -68,6 +68,12 @@ class Outcome:
     why: str = ""
 
 
+def copy(path: Path, to: Path) -> None:
+    """Copy a file, if there is one, into a folder, where it is whole at any time."""
+    if path.exists():
+        results.write_text(to / path.name, path.read_text())
+
+
 class Run:
     """Where a run keeps what."""
 
@@ -92,16 +98,14 @@ class Run:
         if not (self.work / "lib").exists():
             done.pop("build", None)
         for name in self.files:
-            if (self.kept / name).exists():
-                shutil.copy(self.kept / name, self.out)
+            copy(self.kept / name, self.out)
         self.log.write_text("")
         return done
 
     def end_part(self, done: dict[str, str]) -> None:
         """Keep what there is for the next call."""
         for name in self.files:
-            if (self.out / name).exists():
-                shutil.copy(self.out / name, self.kept)
+            copy(self.out / name, self.kept)
         results.write(self.state, done)
 
 
@@ -275,6 +279,16 @@ def skipped(part: Part, outcomes: dict[str, Outcome], left: float, total: float)
     return None
 
 
+def page(out: Path) -> str:
+    """Return the summary; a fault of it must not cost the parts to come."""
+    import report
+
+    try:
+        return report.summary(out)
+    except Exception as error:
+        return f"# No summary\n\n{type(error).__name__}: {error}\n\nWhat was found is in the JSON files.\n"
+
+
 def go(
     run: Run, command: str, wanted: dict[str, Part], total: float, done: dict[str, str], begin: float
 ) -> list[Outcome]:
@@ -285,9 +299,7 @@ def go(
         said = {"command": command, "dry": run.dry, "seconds": total, "key": run.key,
                 "parts": [asdict(x) for x in outcomes.values()]}  # fmt: skip
         results.write(run.out / "parts.json", said)
-        import report
-
-        results.write_text(run.out / "summary.md", report.summary(run.out))
+        results.write_text(run.out / "summary.md", page(run.out))
 
     for name, part in wanted.items():
         outcome, start = outcomes[name], time.monotonic()
