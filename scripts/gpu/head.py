@@ -72,6 +72,7 @@ def calls(rows: int) -> dict[str, tuple[Any, bool]]:
     return {
         "roof: its three products": (products, True),
         "linear_dm_loss gdc++": (ours(weight), False),
+        "linear_dm_loss gdc++, one chunk": (ours(weight, chunk_bytes=2**34), False),  # no sum of dW over chunks
         "linear_dm_loss gdc++, logits_dtype same": (ours(weight, logits_dtype="same"), False),
         "linear_dm_loss dpg (known weight)": (ours(weight, objective="dpg"), False),
         "linear_dm_loss gdc++, frozen head": (ours(w), False),
