@@ -41,7 +41,8 @@ def script(name: str) -> Any:
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
-def test_the_order_of_the_parts() -> None:
+def test_the_order_of_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DMFAST_GPU_SECONDS", raising=False)
     run = script("run")
     found = run.parts(False, Path("work"))
     assert list(found["gpu"]) == ["machine", "build", "checks", "times", "counters", "suite", "head", "triton",
@@ -51,6 +52,8 @@ def test_the_order_of_the_parts() -> None:
         assert all(part.least <= part.limit < run.SECONDS for part in parts.values())
         assert all(set(part.needs) <= parts.keys() for part in parts.values())
     assert all((GPU.parents[1] / "tests" / name).exists() for name in run.SUITE + run.MORE)
+    assert run.seconds(dry=True) == run.PATIENCE * run.SECONDS
+    assert run.parts(True, Path("work"))["gpu"]["build"].limit == run.PATIENCE * found["gpu"]["build"].limit
     assert [list(x) for x in run.parts(True, Path("work")).values()] == [list(x) for x in found.values()]
 
 

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GPU = ROOT / "scripts" / "gpu"
 SITE = ROOT / "build" / "gpu" / "site"
 SECONDS = 480.0
+PATIENCE = 4  # a dry run's limits are so many times those of a device: it may share its processors
 LAST = 4.0  # seconds kept for the summary
 LOG = 2**20  # bytes of a part's output that the log keeps
 SUITE = ["test_cuda.py", "test_kernels.py"]
@@ -129,7 +130,7 @@ def parts(dry: bool, work: Path) -> dict[str, dict[str, Part]]:
     on_triton = Part([*pytest, "test_kernels.py", "test_triton.py", "-k", f"{triton} or test_triton"], 90, 20, ())
     if dry:  # its interpreter and emulator are other proofs
         on_triton = on_triton._replace(missing="Triton needs a device")
-    return {
+    found = {
         "gpu": {
             **first,
             "checks": Part(script("checks"), 60, 10),
@@ -149,6 +150,8 @@ def parts(dry: bool, work: Path) -> dict[str, dict[str, Part]]:
             "bench": Part(script("bench"), 300, 30),
         },
     }
+    more = PATIENCE if dry else 1
+    return {name: {n: p._replace(limit=more * p.limit) for n, p in some.items()} for name, some in found.items()}
 
 
 def sanitizers(dry: bool, checks: list[str]) -> dict[str, Part]:
@@ -342,11 +345,11 @@ def chosen(all_parts: dict[str, Part], only: str) -> dict[str, Part]:
     return {name: part for name, part in all_parts.items() if name in (*names, "machine", "build")}
 
 
-def seconds() -> float:
+def seconds(dry: bool = False) -> float:
     """Return the total limit."""
     given = os.environ.get("DMFAST_GPU_SECONDS", "")
     try:
-        found = float(given) if given else SECONDS
+        found = float(given) if given else SECONDS * (PATIENCE if dry else 1)
     except ValueError:
         found = -1.0
     if not 0 < found < float("inf"):
@@ -377,7 +380,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--again", action="store_true")
     options = parser.parse_args()
-    total = seconds()
+    total = seconds(options.dry)
     try:
         import torch
     except ImportError:
