@@ -46,11 +46,7 @@ def ours(codes: dict[str, Code], tokens: int) -> str:
     """Milliseconds of linear_dm_loss, forward and backward, from bf16 hidden states with fp32 logits."""
     logits, head = tokens * VOCAB, DIM * VOCAB
     rows = milliseconds(H200, codes["score_rows<fp32>"], logits, FP32)
-    if narrow := codes.get("write_rows<fp32 -> bf16>"):
-        rows += milliseconds(H200, narrow, logits, FP32 + BF16)
-    else:  # the gradient is fp32 too, and then copied into 16 bits
-        rows += milliseconds(H200, codes["write_rows<fp32>"], logits, 2 * FP32)
-        rows += logits * (FP32 + BF16) / H200.bandwidth / 1e9
+    rows += milliseconds(H200, codes["write_rows<fp32 -> bf16>"], logits, FP32 + BF16)
     least = PRODUCTS * tokens + rows
     n = chunks(tokens)
     # of the sum over chunks: written by each, read by all but the first, then rounded; a product alone writes bf16
