@@ -28,6 +28,7 @@ caught narrow "write_rows.*: no 128-bit" aot --only triton/write --archs 90
 caught triton_wait "a load is under way at the barrier" aot --only "amd/score_rows<fp32, known weight>"
 said "seeded bugs"
 "$python" scripts/ci/roofline.py docs/gpu.md build/gpu.md
-said "roofline"
+PYTHONPATH="$here" "$python" scripts/ci/stated.py docs/gpu.md build/stated.md
+said "roofline, and what others state"
 sh scripts/ci/cuda_build.sh "$python"
 said "as a user builds it"
