@@ -98,7 +98,7 @@ struct Outputs {
   double* rows_block;
   double* sequences_block;
   int64_t rows, sequences;
-  double* total;  // 1: the sum of loss in sequence order, divided by divide_by; null when only scoring
+  double* total;  // 1: the sum of loss in a fixed order, divided by divide_by; null when only scoring
   bool entropy;   // whether it is wanted
   double divide_by;
 

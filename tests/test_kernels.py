@@ -706,6 +706,16 @@ def test_empty_and_short(
         assert (out.log_prob.abs().sum() == 0) or layout == "packed32"
 
 
+def test_thousands_of_sequences() -> None:
+    """Their losses are added up in an order of the kernels' own, to a few roundings."""
+    torch.manual_seed(0)
+    b = 3001
+    logits, tokens = torch.randn(b, 1, 5), torch.randint(5, (b, 1))
+    out = dmfast.dm_loss(logits, tokens, log_target=torch.randn(b), log_proposal=torch.randn(b) - 2, log_z=0.0)
+    exact = math.fsum((-out.weight * out.log_prob).tolist()) / b
+    assert abs(out.loss.item() - exact) < 1e-14 * b * float((out.weight * out.log_prob).abs().max())
+
+
 @dtypes
 def test_nothing_scored_at_all(dtype: torch.dtype) -> None:
     case = make_case("contiguous", dtype, 31, b=2)

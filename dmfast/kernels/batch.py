@@ -122,7 +122,7 @@ class Scores(NamedTuple):
 
     rows: Tensor
     sequences: Tensor
-    total: Tensor | None = None  # 0-d: the sum of the losses in sequence order, divided by what the call says
+    total: Tensor | None = None  # 0-d: the sum of the losses in a fixed order, divided by what the call says
     recorded: tuple[Recorded, ...] = ()
 
     @property

@@ -1,6 +1,7 @@
 """Looks at the machine code of every GPU kernel for sm_80, 90, 100 and 120: no stack, no spill (STL, LDL), the wide
-accesses that are meant, registers within what leaves room for the warps that are meant. Exits with 1 if a kernel is not
-as it should be, or if benchmarks/results/aot.md does not say what was found.
+accesses that are meant, registers within what leaves room for the warps that are meant. The same of Triton's for two of
+AMD's architectures (amd_code.py). Exits with 1 if a kernel is not as it should be, or if benchmarks/results/aot.md does
+not say what was found.
 
     python scripts/ci/aot.py [--only NAME] [--archs 90] [--write FILE] [--table FILE]
 """
@@ -12,6 +13,7 @@ import sys
 from difflib import unified_diff
 from pathlib import Path
 
+import amd_code
 from machine_code import ARCHS, Code, all_code, versions
 
 REGISTERS = 65536  # of a multiprocessor, of all these architectures
@@ -26,8 +28,7 @@ WARPS = [
     ("CUDA write_rows ->", 40),  # the five blocks of its __launch_bounds__, with twice as much under way
     ("CUDA write_rows", 48),  # six blocks
     ("CUDA scale_rows", 48),
-    ("CUDA sample_rows cap", 32),
-    ("CUDA sample_rows", 40),
+    ("CUDA sample_rows", 32),  # two blocks, whose warps load a tile ahead
     ("Triton score_rows known cap", 24),
     ("Triton score_rows", 32),
     ("Triton write_rows cap", 28),
@@ -88,13 +89,14 @@ def stale(old: Path, new: str) -> str:
     return "".join(unified_diff(kept.splitlines(True), new.splitlines(True), str(old), "now", n=0))
 
 
-def table(found: list[Code], wrong: list[str]) -> str:
+def table(found: list[Code], of_amd: list[amd_code.AmdCode], wrong: list[str]) -> str:
     """Markdown: a line for each kernel, a figure for each architecture; what is not as it should be."""
     lines = [
         "# What the compilers make of the GPU kernels", "",
         f"By `make aot`, {versions()}; no device was involved. Registers of a thread and 128-bit "
         "loads / stores in the code, for sm_" + ", ".join(map(str, ARCHS)) + " (Triton's fp16 and short rows: sm_90); "
-        f"warps are what the registers of a multiprocessor hold on the worst of them. {len(found)} kernels "
+        "warps are what the registers of a multiprocessor hold on the worst of them. For AMD's "
+        f"{' and '.join(amd_code.ARCHS)} below, they are those of a SIMD unit. {len(found) + len(of_amd)} kernels "
         f"{'as they should be, but for these:' if wrong else 'without stack or spills.'}", "",
         *[f"- {each}" for each in wrong], *[""] * bool(wrong),
         "| | kernel | registers | 128-bit loads / stores | warps | meant |", "|---|---|---|---|---|---|",
@@ -107,29 +109,31 @@ def table(found: list[Code], wrong: list[str]) -> str:
         wide = ", ".join(dict.fromkeys("{} / {}".format(*accesses(code)) for code in same))
         warps = min(resident_warps(code) for code in same)
         lines.append(f"| {source} | `{kernel}` | {registers} | {wide} | {warps} | {intended_warps(same[0])} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n" + amd_code.table(of_amd)
 
 
 def main() -> int:
     """The exit status."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="", help="part of cuda/loss.cu, cuda/sample.cu or triton/KERNEL")
+    parser.add_argument("--only", default="", help="part of cuda/loss.cu, cuda/sample.cu, triton/KERNEL or amd/KERNEL")
     parser.add_argument("--archs", type=int, nargs="*", default=ARCHS)
     parser.add_argument("--table", type=Path, help="where the table is kept, which is to be what is found now")
     parser.add_argument("--write", type=Path, help="where to write it")
     args = parser.parse_args()
 
     found = list(all_code(args.only, tuple(args.archs)))
+    of_amd = list(amd_code.amd_code(args.only))
     wrong = [f"{code.source} {code.kernel} sm_{code.arch}: {said}" for code in found for said in faults(code)]
-    print(*wrong, f"{len(found)} kernels compiled, {len(wrong)} faults", sep="\n")
-    made = table(found, wrong)
+    wrong += [f"{code.kernel} {code.arch}: {said}" for code in of_amd for said in amd_code.faults(code)]
+    print(*wrong, f"{len(found) + len(of_amd)} kernels compiled, {len(wrong)} faults", sep="\n")
+    made = table(found, of_amd, wrong)
     if args.write:
         args.write.parent.mkdir(parents=True, exist_ok=True)
         args.write.write_text(made)
     if args.table and (difference := stale(args.table, made)):
         print(f"{difference}{args.table} is out of date: cp {args.write} {args.table}")
         return 1
-    return 1 if wrong or not found else 0
+    return 1 if wrong or not (found or of_amd) else 0
 
 
 if __name__ == "__main__":

@@ -107,10 +107,16 @@ def readable(kernel: str) -> str:
     return f"{name}<{', '.join((dtype, *said, *pass_))}>"
 
 
+def _most_threads(kernel: str) -> int:
+    """Of a block of a kernel by its mangled name."""
+    if "sample_rows" in kernel:
+        return 512
+    return 768 if re.search(r"Pass\w*?E?[12]E", kernel) else 256
+
+
 def cuda_code(source: str, arch: int) -> list[Code]:
     """The kernels of a file of csrc/cuda."""
-    return _read("CUDA", compiled(ROOT, f"csrc/{source}", "cubin", arch, CACHE), arch,
-                 lambda kernel: 768 if re.search(r"Pass\w*?E?[12]E", kernel) else 256)  # fmt: skip
+    return _read("CUDA", compiled(ROOT, f"csrc/{source}", "cubin", arch, CACHE), arch, _most_threads)
 
 
 # --- Triton -------------------------------------------------------------------------------------------------------
@@ -146,7 +152,7 @@ def _type(name: str, kernel: TritonKernel) -> str:
     return "i64" if "stride" in name else "i32"
 
 
-def triton_kernels() -> Iterator[TritonKernel]:
+def triton_kernels(warp_size: int = 32) -> Iterator[TritonKernel]:
     """What launch.py launches; in bf16 for rows of three lengths."""
     for dtype, gradient in (*((x, x) for x in SIZE), ("fp32", "bf16"), ("fp32", "fp16")):
         size, size_dz, same = SIZE[dtype], SIZE[gradient], dtype == gradient
@@ -154,9 +160,9 @@ def triton_kernels() -> Iterator[TritonKernel]:
         for (vocab, kind), cap in product(kinds.items(), (False, True)):
             if cap and kind == ", middle":
                 continue  # as longer ones
-            shape = launch.shape_of(vocab, size, cap)
-            row = {"W": 16 // size, "LANES": shape.lanes}
-            row_dz = {"DZ_W": 16 // size_dz, "DZ_LANES": shape.lanes * size_dz // size}
+            shape = launch.shape_of(vocab, size, cap, warp_size)
+            row = {"W": 16 // size, "PACKS": shape.packs, "THREADS": shape.threads}
+            row_dz = {"DZ_W": 16 // size_dz, "DZ_PACKS": shape.packs * size_dz // size, "THREADS": shape.threads}
             wide = {"WIDE": True, "CAP": cap}
             tag = f"{dtype if same else f'{dtype} -> {gradient}'}{', cap' if cap else ''}{kind}"
             entropies = (False, True) if cap and dtype == "bf16" else (False,)
@@ -171,17 +177,23 @@ def triton_kernels() -> Iterator[TritonKernel]:
         for wide in (False, True) if same else ():
             constants = {"CAP": False, "IDS": True, "GIVEN": False, "WIDE": wide, "TILES": 64, "SIZE": sample.TILE}
             name = f"sample_rows<{dtype}{', wide' if wide else ''}>"
-            yield TritonKernel(name, sample.sample_rows, dtype, dtype, sample.TILE * size // 512, constants)
-    yield TritonKernel("sum_rows", loss.sum_rows, "fp32", "fp32", 4, {"ENTROPY": True, "ROWS": 128})
+            yield TritonKernel(name, sample.sample_rows, dtype, dtype, launch.sample_warps(size, warp_size), constants)
+    summed = {"ENTROPY": True, "ROWS": launch.SUMMED}
+    yield TritonKernel("sum_rows", loss.sum_rows, "fp32", "fp32", launch.SUMMED // warp_size, summed)
 
 
-def triton_code(kernel: TritonKernel, arch: int) -> list[Code]:
+def triton_compiled(kernel: TritonKernel, target: GPUTarget) -> Any:
     """As at run time: nothing is known of a number or an address."""
     names = kernel.function.arg_names
     signature = {n: "constexpr" if n in kernel.constants else _type(n, kernel) for n in names}
     values = {(names.index(n),): value for n, value in kernel.constants.items()}
     source = ASTSource(fn=kernel.function, signature=signature, constexprs=values, attrs={})
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": kernel.warps})
+    return triton.compile(source, target=target, options={"num_warps": kernel.warps})
+
+
+def triton_code(kernel: TritonKernel, arch: int) -> list[Code]:
+    """What NVIDIA's assembler makes of it."""
+    made = triton_compiled(kernel, GPUTarget("cuda", arch, 32))
     return _read("Triton", bytes(made.asm["cubin"]), arch, lambda _: 32 * kernel.warps, kernel.name)
 
 

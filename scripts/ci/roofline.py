@@ -22,6 +22,7 @@ from aot import stale
 from machine_code import ROOT, SIZE, Code, all_code, versions
 
 VOCAB = 128256  # of which only the number of packs of a thread depends
+FEW = 151936  # of a row that is sampled beside few others
 
 
 class Card(NamedTuple):
@@ -97,12 +98,15 @@ def loops(code: Code) -> list[Loop]:
         for i in range(first, last):
             if i not in length:
                 continue
-            ways = [i + 1] if i not in target or lines[i].predicate or "P" in lines[i].operands else []
-            if i in target and target[i] is not None and first <= target[i] <= last:
+            divides = lines[i].opcode == "BRA.DIV"  # where the threads of a warp are apart, which they are not
+            ways = [i + 1] if i not in target or divides or lines[i].predicate or "P" in lines[i].operands else []
+            if not divides and i in target and target[i] is not None and first <= target[i] <= last:
                 ways.append(target[i])
             for to in ways:
                 if to > i and (to not in length or length[i][0] + 1 < length[to][0]):
                     length[to] = (length[i][0] + 1, i)
+        if last not in length:
+            continue  # what BRA.DIV led to comes back
         at, way = last, {last, first}
         while at != first:
             at = length[at][1]
@@ -153,8 +157,9 @@ def per_logit(code: Code) -> tuple[dict[str, float], dict[str, float]]:
     for loop in loops(code):
         reads, writes = max(loop.accesses("LDG"), loop.accesses("LDS")), loop.accesses("STG")
         logits = width * reads
-        if not reads and code.kernel.startswith("sample_rows"):  # a tile, from shared memory
-            logits = loop.accesses("LDS", "")
+        tile = code.source == "CUDA" and code.kernel.startswith("sample_rows") and reads > 0
+        if tile:  # of 512 logits for each warp; the load beside its own is of rows that are not aligned
+            logits = 512 // 32
         if logits == 0 or not (writes or loop.accesses("MUFU", ".EX2")):
             continue  # zeros, sums of what blocks have found
         count: dict[str, Counter[str]] = defaultdict(Counter)
@@ -163,7 +168,7 @@ def per_logit(code: Code) -> tuple[dict[str, float], dict[str, float]]:
                 for unit in ("issue", UNIT_OF.get(x.opcode.split(".")[0], "")):
                     count[name][unit] += 1 / logits
         # what a pass that writes does on longer ways, it does once a row, for the label
-        often = 0.0 if writes else rises(max(VOCAB // width // code.threads, 1))
+        often = 0.0 if writes or tile else rises(max(VOCAB // width // code.threads, 1))
         for unit in ("issue", *UNITS):
             least[unit] += count["always"][unit]
             random[unit] += count["always"][unit] + often * count["sometimes"][unit]
@@ -204,9 +209,28 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def few_rows() -> str:
+    """What sampling takes where a row has a multiprocessor to itself."""
+    codes = {
+        c.arch: c
+        for c in all_code("cuda/sample", tuple(card.arch for card in CARDS))
+        if c.kernel == "sample_rows<bf16>"
+    }
+    said = []
+    for card in CARDS:
+        counts, _ = per_logit(codes[card.arch])
+        slowest = max(card.picoseconds(unit, n) for unit, n in counts.items()) * card.multiprocessors
+        memory = 2 / card.bandwidth * card.multiprocessors
+        said.append(f"{FEW * max(slowest, memory) / 1e6:.0f} µs on an {card.name}")
+    return (
+        f"A row of {FEW:,} bf16 logits that has a multiprocessor to itself, as each of 64 has, is summed up by "
+        f"`sample_rows` in {' and '.join(said)}.\n"
+    )
+
+
 def main() -> int:
     """The exit status."""
-    made = f"{table()}\nFrom {versions()}.\n"
+    made = f"{table()}\n{few_rows()}\nFrom {versions()}.\n"
     if len(sys.argv) == 1:
         print(made, end="")
         return 0

@@ -141,6 +141,15 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T x, int lanes) {
   return shim::from_lane(mask, x, shim::thread.x % 32 ^ static_cast<unsigned>(lanes));
 }
+template <class T>
+T __shfl_sync(unsigned mask, T x, int lane) {
+  return shim::from_lane(mask, x, static_cast<unsigned>(lane));
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T x, int lanes) {
+  const unsigned lane = shim::thread.x % 32, by = static_cast<unsigned>(lanes);
+  return shim::from_lane(mask, x, lane < by ? lane : lane - by);
+}
 void __threadfence();
 unsigned atomicAdd(unsigned* p, unsigned x);
 
