@@ -14,7 +14,7 @@
 
 #include "loss.h"
 #include "plan.h"
-#include "rows.cuh"
+#include "terms.cuh"
 
 namespace dmf::cuda {
 namespace {
@@ -24,12 +24,20 @@ enum class Pass { score, kept, reread };  // kept, reread: with the gradient; ho
 constexpr long long kNone = LLONG_MAX;
 constexpr int kLosses = 128;  // that wait in shared memory to be added up
 
+// What a block knows of the gradient of its row: made by one thread.
+struct Slope {
+  float reference;
+  float factor, biased;  // dz is factor * 2^(exponents), whose powers have what is left of it in biased
+  float at_label;
+};
+
 struct Shared {
   Lanes<float> top;
   Lanes<Sums> sums, sequence;
   Lanes<long long> fault, first;
   double losses[kLosses];
-  double lse, coefficient, at_label;
+  double coefficient;
+  Slope slope;
   bool last;
 };
 static_assert(sizeof(Shared) <= kStaticShared, "plan.h leaves it that much");
@@ -120,44 +128,63 @@ __device__ void finish_loss(const Batch& b, const Terms& t, const Outputs& out, 
   if (threadIdx.x == 0) *out.total = total / out.divide_by;
 }
 
-// dz = p * scale of the row, apart from the label's column, whose value is at_label. A label that is elsewhere has a
-// column outside the row.
+// dz[v] = coefficient * scale * cap'(z[v]) * (softmax[v] - (v == label))
+template <bool Cap>
+__device__ Slope slope_of(const Constants& c, const RowOptions& o, double lse, double coefficient, double at_label) {
+  double z = lse / o.scale;  // whose term is 1
+  if (Cap) {
+    const double u = z / o.softcap;
+    z = u > 0.999 ? c.bound : o.softcap * atanh(fmax(u, -0.999));  // no logit's term is above that of lse
+  }
+  const float reference = static_cast<float>(z);
+  // mends the rounding of the reference
+  const double full = coefficient * o.scale * exp(scaled(reference, o) - lse);
+  const int power = min(max(ilogb(full) + 32, -120), 120);  // 32: so that what vanishes is below fp32's denormals
+  return {reference, static_cast<float>(ldexp(full, -power)), kBiased + static_cast<float>(power),
+          static_cast<float>(at_label)};
+}
+
+// dz of the row, apart from the label's column, whose value is at_label. A label that is elsewhere has a column outside
+// the row.
 template <class T, bool Cap>
 struct Write {
-  Exponent<Cap> exponent;
-  float factor, after;  // the factor in two parts, so that one at the edges of fp32 keeps its digits
-  float at_label;
+  const Constants& c;
+  Reference<Cap> reference;
+  float factor, biased, at_label;
   int label;
   T* dz;
 
-  // dz[v] = coefficient * scale * cap'(z[v]) * (softmax[v] - (v == label))
-  __device__ Write(const RowOptions& o, double lse, double coefficient, double at_label, int label, T* dz)
-      : exponent(o), at_label(static_cast<float>(at_label)), label(label), dz(dz) {
-    double reference = lse / o.scale;  // a logit whose term is near 1
-    if (Cap) reference = o.softcap * atanh(fmin(fmax(reference / o.softcap, -0.999), 0.999));
-    exponent.set(static_cast<float>(reference));
-    // mends the rounding of the reference
-    const double full = coefficient * o.scale * exp(scaled(exponent.reference, o) - lse), size = fabs(full);
-    after = size > 0x1p100 ? 0x1p64f : (size < 0x1p-60 ? 0x1p-64f : 1.0f);
-    factor = static_cast<float>(full / after);
+  __device__ Write(const Constants& c, const Slope& slope, int label, T* dz)
+      : c(c), reference(c), factor(slope.factor), biased(slope.biased), at_label(slope.at_label), label(label), dz(dz) {
+    reference.set(c, slope.reference);
   }
 
-  template <int N>
-  __device__ void operator()(int first, const Pack<T, N>& pack) const {
-    Pack<T, N> out;
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const float z = to_float(pack.x[j]);
-      float g = factor * expf(exponent(z));
-      if constexpr (Cap) g *= exponent.slope(z);
-      from_float(g * after, out.x[j]);
+  // reference: as the row's; of a round
+  __device__ float gradient(const Reference<Cap>& reference, float z) const {
+    if constexpr (Cap) {
+      z = fminf(z, c.bound);
+      const float full = reference.full(c, z), part = reciprocal_approx(full + 1.0f);
+      const Term e = term_of(reference.distance(c, z, full), c.bits, biased);
+      return e.value() * factor * (4.0f * part * (full * part));  // cap' = 1 - tanh^2; 0 at -inf
+    } else {
+      return term_of(reference.distance(c, z), c.bits, biased).value() * factor;
     }
-    if (static_cast<unsigned>(label - first) < N) {
+  }
+
+  template <int N, int K>
+  __device__ void operator()(int first, const Pack<T, N> (&packs)[K]) const {
+    Reference<Cap> near = reference;
+    if (N > 1 && K > 1) near.z = after(near.z, packs[K - 1], c);
 #pragma unroll
-      for (int j = 0; j < N; ++j)
-        if (first + j == label) from_float(at_label, out.x[j]);
+    for (int k = 0; k < K; ++k) {
+      float out[N];
+#pragma unroll
+      for (int j = 0; j < N; ++j) out[j] = gradient(near, at(packs[k], j));
+      T* const to = dz + first + k * kApart * N;
+      store_last(to, rounded<T>(out));
+      const unsigned there = static_cast<unsigned>(label - first - k * kApart * N);
+      if (there < N) from_float(at_label, to[there]);
     }
-    store(dz + first, out);
   }
 };
 
@@ -175,7 +202,7 @@ __device__ T* row_of(const Gradient& g, const Batch& b, int64_t row) {
 
 template <class T, bool Cap, bool Entropy, Pass P>
 __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
-                          int64_t row, int64_t sequence, Shared& shared) {
+                          const Constants& c, int64_t row, Shared& shared) {
   constexpr bool kKnown = P != Pass::score;
   DMF_DYNAMIC_SHARED(memory);
   const RowOptions& o = b.options;
@@ -199,29 +226,25 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
   const bool here = static_cast<unsigned>(column) < static_cast<unsigned>(vocab);
   const float at_label = threadIdx.x == 0 && here ? to_float(z[column]) : 0.0f;
 
-  // A needs many registers. It is formed before the sum where the sum needs the most.
-  constexpr bool kEarly = kKnown && Cap && Entropy;
-  if (kEarly && threadIdx.x == 0) shared.coefficient = known_weight(t, sequence).weight * factor;
-
-  PartialSum<Cap, Entropy> sum(o);
-  for_row<T>(cut, FromRow<T>{z}, [&](int i, const auto& pack) {
-    if constexpr (P == Pass::kept) store(kept + i, pack);
-    sum.add(pack);
+  WarpSum<Cap, Entropy> sum(c);
+  for_warp<T>(cut, FromRow<T>{z}, [&](bool there, int i, const auto& packs) {
+    if (P == Pass::kept && there) store(kept + i, packs);
+    sum.add(c, there, packs);
   });
-  const float top = block_max(sum.exponent.reference, shared.top);
-  if (top > sum.exponent.reference) sum.rise(top);
+  const float top = block_max(sum.reference.z, shared.top);
+  if (top > sum.reference.z) sum.rise(c, top);
   const Sums sums = block_sum({static_cast<double>(sum.ones), sum.rest, sum.moment}, shared.sums);
   if (threadIdx.x == 0) {
     const double total = sums.a + sums.b, lse = scaled(top, o) + log(total);
     out.lse(row) = lse;
     out.label(row) = scaled(at_label, o);
-    if (Entropy) out.row_entropy(row) = total == 0.0 ? 0.0 : log(total) - sums.c / total;  // nothing but -inf
+    const double nats = Cap ? 2.0 * o.scale * o.softcap : o.scale;
+    if (Entropy) out.row_entropy(row) = total == 0.0 ? 0.0 : log(total) - nats * sums.c / total;  // nothing but -inf
     if (kKnown) {
-      double coefficient = 0.0;
-      if (isfinite(lse)) coefficient = kEarly ? shared.coefficient : known_weight(t, sequence).weight * factor;
-      shared.lse = lse;
+      const double coefficient = isfinite(lse) ? known_weight(t, b.sequence_of(row)).weight * factor : 0.0;
       shared.coefficient = coefficient;
-      shared.at_label = coefficient == 0.0 ? 0.0 : label_gradient(at_label, lse, coefficient, o);
+      if (coefficient != 0.0)
+        shared.slope = slope_of<Cap>(c, o, lse, coefficient, label_gradient(at_label, lse, coefficient, o));
     }
   }
   if (!kKnown) return;
@@ -230,7 +253,7 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
     zero_row(dz, vocab);
     return;
   }
-  const Write<T, Cap> write(o, shared.lse, shared.coefficient, shared.at_label, column, dz);
+  const Write<T, Cap> write(c, shared.slope, column, dz);
   if constexpr (P == Pass::kept)
     for_row<T>(cut, FromRow<T>{kept}, write);
   else
@@ -240,14 +263,14 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
 // The score reaches 4 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 5.
 template <class T, bool Cap, bool Entropy, Pass P>
 __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads, P == Pass::score ? 4 : 0)
-    score_rows(Batch b, Terms t, Outputs out, double factor, Gradient g, Workspace w) {
+    score_rows(Batch b, Terms t, Outputs out, double factor, Gradient g, Workspace w, Constants c) {
   DMF_SHARED(Shared, shared);
   constexpr bool kKnown = P != Pass::score;
   long long* const faults = reinterpret_cast<long long*>(w.faults);
   const int64_t block = blockIdx.x, row = block - b.sequences - 1;
   if (block != b.sequences) {  // that one is the loss's own, for a batch without sequences
+    if (row >= 0) score_row<T, Cap, Entropy, P>(b, t, out, factor, g, c, row, shared);
     const int64_t i = block < b.sequences ? block : b.sequence_of(row);
-    if (row >= 0) score_row<T, Cap, Entropy, P>(b, t, out, factor, g, row, i, shared);
     if (!is_last(w.counters + i, b.first_row(i + 1) - b.first_row(i) + 1, shared.last)) return;
     finish_sequence(b, t, out, faults, i, kKnown, shared);
     if (kKnown) {
@@ -262,11 +285,12 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
 
 // fp32 reaches 6 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 8.
 template <class T, bool Cap>
-__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 4 && !Cap ? 6 : 0)
+__global__ void __launch_bounds__(kMaxThreads, Cap ? 0 : 6)
     write_rows(Batch b, const double* lse, const double* weight, double factor, const double* upstream, double unless,
-               Gradient g) {
+               Gradient g, Constants c) {
   struct OneRow {
-    double coefficient, at_label;
+    double coefficient;
+    Slope slope;
   };
   DMF_SHARED(OneRow, shared);
   if (upstream && *upstream == unless) return;
@@ -280,15 +304,18 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 4 && !Cap ? 6 : 0)
     const bool scored = b.is_token(label) && isfinite(lse[row]);
     const double coefficient = scored ? weight[b.sequence_of(row)] * factor * (upstream ? *upstream : 1.0) : 0.0;
     shared.coefficient = coefficient;
-    const bool here = static_cast<unsigned>(column) < static_cast<unsigned>(vocab);
-    shared.at_label = coefficient == 0.0 || !here ? 0.0 : label_gradient(to_float(z[column]), lse[row], coefficient, o);
+    if (coefficient != 0.0) {
+      const bool here = static_cast<unsigned>(column) < static_cast<unsigned>(vocab);
+      const double at_label = here ? label_gradient(to_float(z[column]), lse[row], coefficient, o) : 0.0;
+      shared.slope = slope_of<Cap>(c, o, lse[row], coefficient, at_label);
+    }
   }
   __syncthreads();
   if (shared.coefficient == 0.0) {
     zero_row(dz, vocab);
     return;
   }
-  const Write<T, Cap> write(o, lse[row], shared.coefficient, shared.at_label, column, dz);
+  const Write<T, Cap> write(c, shared.slope, column, dz);
   for_row<T>(cut_rows(z, static_cast<const T*>(dz), vocab), FromRow<T>{z}, write);
 }
 
@@ -302,10 +329,12 @@ __global__ void __launch_bounds__(kMaxThreads) scale_rows(Batch b, double factor
     zero_row(dz, static_cast<int>(b.options.vocab));
     return;
   }
-  for_row<T>(cut_row(dz, static_cast<int>(b.options.vocab)), FromRow<T>{dz}, [&](int i, const auto& pack) {
-    auto scaled_pack = pack;
-    for (auto& x : scaled_pack.x) from_float(to_float(x) * by, x);
-    store(dz + i, scaled_pack);
+  for_row<T>(cut_row(dz, static_cast<int>(b.options.vocab)), FromRow<T>{dz}, [&](int i, const auto& packs) {
+    for (auto pack : packs) {
+      for (auto& x : pack.x) from_float(to_float(x) * by, x);
+      store(dz + i, pack);
+      i += kApart * kWidth<T>;
+    }
   });
 }
 
@@ -333,7 +362,7 @@ void launch_score(const Batch& b, const Terms& t, const Outputs& out, double fac
   const auto kernel = score_rows<T, Cap, Entropy, P>;
   if (plan.shared > 0) allow_shared(kernel, shared_for_row(shared_limit(w.device)));
   DMF_LAUNCH(kernel, grid(b, b.rows + b.sequences + 1), plan.threads, static_cast<size_t>(plan.shared),
-             static_cast<cudaStream_t>(w.stream), b, t, out, factor, g, w);
+             static_cast<cudaStream_t>(w.stream), b, t, out, factor, g, w, constants_of(b.options));
   check(cudaGetLastError());
 }
 
@@ -381,7 +410,8 @@ void backward(const Batch& b, const double* lse, const double* weight, double fa
     using T = decltype(type);
     const auto kernel = b.options.softcap > 0 ? write_rows<T, true> : write_rows<T, false>;
     DMF_LAUNCH(kernel, grid(b, b.rows), plan_once(b.options.vocab, sizeof(T)).threads, 0,
-               static_cast<cudaStream_t>(w.stream), b, lse, weight, factor, upstream, unless, g);
+               static_cast<cudaStream_t>(w.stream), b, lse, weight, factor, upstream, unless, g,
+               constants_of(b.options));
   });
   check(cudaGetLastError());
 }

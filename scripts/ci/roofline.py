@@ -97,18 +97,29 @@ def loops(code: Code) -> list[Loop]:
         for i in range(first, last):
             if i not in length:
                 continue
-            ways = [i + 1] if i not in target or lines[i].predicate or "P" in lines[i].operands else []
-            if i in target and target[i] is not None and first <= target[i] <= last:
+            divides = lines[i].opcode == "BRA.DIV"  # where the threads of a warp are apart, which they are not
+            ways = [i + 1] if i not in target or divides or lines[i].predicate or "P" in lines[i].operands else []
+            if not divides and i in target and target[i] is not None and first <= target[i] <= last:
                 ways.append(target[i])
             for to in ways:
                 if to > i and (to not in length or length[i][0] + 1 < length[to][0]):
                     length[to] = (length[i][0] + 1, i)
+        if last not in length:
+            continue  # what BRA.DIV led to comes back
         at, way = last, {last, first}
         while at != first:
             at = length[at][1]
             way.add(at)
         found.append(Loop([lines[i] for i in sorted(way)], [lines[i] for i in range(first, last + 1) if i not in way]))
     return found
+
+
+def rounds(code: Code) -> list[Loop]:
+    """The innermost loops that work on logits, but those for the rest of a row: they have fewer wide loads than another
+    that writes, or does not, as they do."""
+    found = [x for x in loops(code) if x.accesses("STG") or x.accesses("MUFU", ".EX2")]
+    wide = [(x.accesses("STG") > 0, max(x.accesses("LDG"), x.accesses("LDS"))) for x in found]
+    return [x for x, (writes, loads) in zip(found, wide, strict=True) if (writes, loads) == max(w for w in wide if w[0] == writes)]
 
 
 # --- the model ----------------------------------------------------------------------------------------------------
@@ -139,7 +150,7 @@ def per_logit(code: Code) -> tuple[dict[str, float], dict[str, float]]:
     width = 16 // SIZE[code.kernel.split("<")[1][:4]]
     least: Counter[str] = Counter()
     random: Counter[str] = Counter()
-    for loop in loops(code):
+    for loop in rounds(code):
         reads, writes = max(loop.accesses("LDG"), loop.accesses("LDS")), loop.accesses("STG")
         logits = width * reads
         if not reads and code.kernel.startswith("sample_rows"):  # a tile, from shared memory
