@@ -139,8 +139,14 @@ __device__ Slope slope_of(const Constants& c, const RowOptions& o, double lse, d
   const float reference = static_cast<float>(z);
   // mends the rounding of the reference
   const double full = coefficient * o.scale * exp(scaled(reference, o) - lse);
-  const int power = min(max(ilogb(full) + 32, -120), 120);  // 32: so that what vanishes is below fp32's denormals
-  return {reference, static_cast<float>(ldexp(full, -power)), kBiased + static_cast<float>(power),
+  int64_t raw;
+  memcpy(&raw, &full, 8);
+  // 32: so that what vanishes is below fp32's denormals
+  const int power = min(max(static_cast<int>(raw >> 52 & 0x7ff) - 1023 + 32, -120), 120);
+  double shrink;  // 2^-power
+  raw = static_cast<int64_t>(1023 - power) << 52;
+  memcpy(&shrink, &raw, 8);
+  return {reference, static_cast<float>(full * shrink), kBiased + static_cast<float>(power),
           static_cast<float>(at_label)};
 }
 

@@ -23,8 +23,8 @@ __device__ inline int bits_of(__nv_bfloat162 p) {
 }
 __device__ inline float low_of(__nv_bfloat162 p) { return __int_as_float(bits_of(p) << 16); }
 __device__ inline float high_of(__nv_bfloat162 p) { return __int_as_float(bits_of(p) & ~0xffff); }
-__device__ inline float low_of(__half2 p) { return __low2float(p); }
-__device__ inline float high_of(__half2 p) { return __high2float(p); }
+__device__ inline float low_of(__half2 p) { return to_float(p.x); }
+__device__ inline float high_of(__half2 p) { return to_float(p.y); }
 __device__ inline __nv_bfloat162 pair_of(float x, float y, bf16) { return __floats2bfloat162_rn(x, y); }
 __device__ inline __half2 pair_of(float x, float y, f16) { return __floats2half2_rn(x, y); }
 __device__ inline void from_float(float x, float& out) { out = x; }
