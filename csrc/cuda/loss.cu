@@ -6,6 +6,10 @@
 // shared memory, in which it waits for its log-sum-exp, else 2 reads, of which the second is meant for the second-level
 // cache (plan.h).
 //
+// A gradient in place is safe where it is as wide as its logits, since a thread then writes only where it has read. A
+// 16-bit gradient of fp32 logits must have memory of its own: gradients 2i and 2i + 1 would overwrite logit i, which
+// another thread may have yet to read.
+//
 // A block has one row. Blocks count themselves on a counter of their sequence, whose last block adds up its rows in a
 // fixed order; the last of all sequences adds up the loss. So there is no atomic on a float, and the result does not
 // depend on who is last. Each sequence has a block of its own besides its rows, so that one without rows ends too.
@@ -152,15 +156,15 @@ __device__ Slope slope_of(const Constants& c, const RowOptions& o, double lse, d
 
 // dz of the row, apart from the label's column, whose value is at_label. A label that is elsewhere has a column outside
 // the row.
-template <class T, bool Cap>
+template <class In, class Out, bool Cap>
 struct Write {
   const Constants& c;
   Reference<Cap> reference;
   float factor, biased, at_label;
   int label;
-  T* dz;
+  Out* dz;
 
-  __device__ Write(const Constants& c, const Slope& slope, int label, T* dz)
+  __device__ Write(const Constants& c, const Slope& slope, int label, Out* dz)
       : c(c), reference(c), factor(slope.factor), biased(slope.biased), at_label(slope.at_label), label(label), dz(dz) {
     reference.set(c, slope.reference);
   }
@@ -178,16 +182,16 @@ struct Write {
   }
 
   template <int N, int K>
-  __device__ void operator()(int first, const Pack<T, N> (&packs)[K]) const {
+  __device__ void operator()(int first, const Pack<In, N> (&packs)[K]) const {
     Reference<Cap> near = reference;
-    if (N > 1 && K > 1) near.z = after(near.z, packs[K - 1], c);
+    if (N > 1) near.z = after(near.z, packs, c);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       float out[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) out[j] = gradient(near, at(packs[k], j));
-      T* const to = dz + first + k * kApart * N;
-      store_last(to, rounded<T>(out));
+      Out* const to = dz + first + k * kApart * N;
+      store_last(to, rounded<Out>(out));
       const unsigned there = static_cast<unsigned>(label - first - k * kApart * N);
       if (there < N) from_float(at_label, to[there]);
     }
@@ -206,7 +210,7 @@ __device__ T* row_of(const Gradient& g, const Batch& b, int64_t row) {
   return reinterpret_cast<T*>(g.data) + g.offset(b, row);
 }
 
-template <class T, bool Cap, bool Entropy, Pass P>
+template <class In, class Out, bool Cap, bool Entropy, Pass P>
 __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
                           const Constants& c, int64_t row, Shared& shared) {
   constexpr bool kKnown = P != Pass::score;
@@ -214,8 +218,8 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
   const RowOptions& o = b.options;
   const int64_t label = b.labels[row];
   const int column = static_cast<int>(label - b.vocab_start), vocab = static_cast<int>(o.vocab);
-  const T* z = reinterpret_cast<const T*>(b.logits) + b.offset(row);
-  T* dz = kKnown ? row_of<T>(g, b, row) : nullptr;
+  const In* z = reinterpret_cast<const In*>(b.logits) + b.offset(row);
+  Out* dz = kKnown ? row_of<Out>(g, b, row) : nullptr;
   if (!b.is_token(label)) {
     if (threadIdx.x == 0) {
       out.lse(row) = label == kIgnore ? 0.0 : static_cast<double>(NAN);
@@ -225,15 +229,15 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
     if (kKnown) zero_row(dz, vocab);
     return;
   }
-  const Cut cut = kKnown ? cut_rows(z, static_cast<const T*>(dz), vocab) : cut_row(z, vocab);
+  const Cut cut = cut_row(z, vocab);
   // the row's packs lie aligned in shared memory too
-  T* kept = reinterpret_cast<T*>(memory) + (kWidth<T> - cut.head % kWidth<T>) % kWidth<T>;
+  In* kept = reinterpret_cast<In*>(memory) + (kWidth<In> - cut.head % kWidth<In>) % kWidth<In>;
   // read before dz, which may be z, is written
   const bool here = static_cast<unsigned>(column) < static_cast<unsigned>(vocab);
   const float at_label = threadIdx.x == 0 && here ? to_float(z[column]) : 0.0f;
 
   WarpSum<Cap, Entropy> sum(c);
-  for_warp<T>(cut, FromRow<T>{z}, [&](bool there, int i, const auto& packs) {
+  for_warp<In>(cut, FromRow<In>{z}, [&](bool there, int i, const auto& packs) {
     if (P == Pass::kept && there) store(kept + i, packs);
     sum.add(c, there, packs);
   });
@@ -259,15 +263,12 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
     zero_row(dz, vocab);
     return;
   }
-  const Write<T, Cap> write(c, shared.slope, column, dz);
-  if constexpr (P == Pass::kept)
-    for_row<T>(cut, FromRow<T>{kept}, write);
-  else
-    for_row<T>(cut, FromRow<T>{z}, write);
+  const Write<In, Out, Cap> write(c, shared.slope, column, dz);
+  for_row<Out>(cut_rows(z, dz, vocab), FromRow<In>{P == Pass::kept ? kept : z}, write);
 }
 
 // The score reaches 4 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 5.
-template <class T, bool Cap, bool Entropy, Pass P>
+template <class In, class Out, bool Cap, bool Entropy, Pass P>
 __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads, P == Pass::score ? 4 : 0)
     score_rows(Batch b, Terms t, Outputs out, double factor, Gradient g, Workspace w, Constants c) {
   DMF_SHARED(Shared, shared);
@@ -275,7 +276,7 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
   long long* const faults = reinterpret_cast<long long*>(w.faults);
   const int64_t block = blockIdx.x, row = block - b.sequences - 1;
   if (block != b.sequences) {  // that one is the loss's own, for a batch without sequences
-    if (row >= 0) score_row<T, Cap, Entropy, P>(b, t, out, factor, g, c, row, shared);
+    if (row >= 0) score_row<In, Out, Cap, Entropy, P>(b, t, out, factor, g, c, row, shared);
     const int64_t i = block < b.sequences ? block : b.sequence_of(row);
     if (!is_last(w.counters + i, b.first_row(i + 1) - b.first_row(i) + 1, shared.last)) return;
     finish_sequence(b, t, out, faults, i, kKnown, shared);
@@ -283,14 +284,14 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
       __syncthreads();
       if (faults[i] != kNone && out.weight(i) == 0.0)
         for (int64_t r = b.first_row(i); r < b.first_row(i + 1); ++r)
-          zero_row(row_of<T>(g, b, r), static_cast<int>(b.options.vocab));
+          zero_row(row_of<Out>(g, b, r), static_cast<int>(b.options.vocab));
     }
   }
   if (is_last(w.counters + b.sequences, b.sequences + 1, shared.last)) finish_loss(b, t, out, faults, w.status, shared);
 }
 
 // fp32 reaches 6 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 8.
-template <class T, bool Cap>
+template <class In, class Out, bool Cap>
 __global__ void __launch_bounds__(kMaxThreads, Cap ? 0 : 6)
     write_rows(Batch b, const double* lse, const double* weight, double factor, const double* upstream, double unless,
                Gradient g, Constants c) {
@@ -304,8 +305,8 @@ __global__ void __launch_bounds__(kMaxThreads, Cap ? 0 : 6)
   const int64_t row = blockIdx.x, label = b.labels[row];
   // beyond the row where the label is elsewhere: no pack has it
   const int column = static_cast<int>(label - b.vocab_start), vocab = static_cast<int>(o.vocab);
-  const T* z = reinterpret_cast<const T*>(b.logits) + b.offset(row);
-  T* dz = row_of<T>(g, b, row);
+  const In* z = reinterpret_cast<const In*>(b.logits) + b.offset(row);
+  Out* dz = row_of<Out>(g, b, row);
   if (threadIdx.x == 0) {
     const bool scored = b.is_token(label) && isfinite(lse[row]);
     const double coefficient = scored ? weight[b.sequence_of(row)] * factor * (upstream ? *upstream : 1.0) : 0.0;
@@ -321,8 +322,8 @@ __global__ void __launch_bounds__(kMaxThreads, Cap ? 0 : 6)
     zero_row(dz, vocab);
     return;
   }
-  const Write<T, Cap> write(c, shared.slope, column, dz);
-  for_row<T>(cut_rows(z, static_cast<const T*>(dz), vocab), FromRow<T>{z}, write);
+  const Write<In, Out, Cap> write(c, shared.slope, column, dz);
+  for_row<Out>(cut_rows(z, dz, vocab), FromRow<In>{z}, write);
 }
 
 template <class T>
@@ -346,7 +347,7 @@ __global__ void __launch_bounds__(kMaxThreads) scale_rows(Batch b, double factor
 
 // --- launching -----------------------------------------------------------------------------------------------------
 
-// Calls body with a value of the type of the logits.
+// Calls body with a value of a dtype's type.
 template <class Body>
 void with_type(DType dtype, Body body) {
   if (dtype == DType::f32)
@@ -357,15 +358,28 @@ void with_type(DType dtype, Body body) {
     body(f16{});
 }
 
+// Calls body with a value of the type of the logits and one of the type of their gradient.
+template <class Body>
+void with_types(DType logits, DType gradient, Body body) {
+  if (logits == gradient)
+    with_type(logits, [&](auto type) { body(type, type); });
+  else if (logits != DType::f32)
+    throw std::runtime_error("the gradient of 16-bit logits has their dtype");
+  else if (gradient == DType::bf16)
+    body(float{}, bf16{});
+  else
+    body(float{}, f16{});
+}
+
 unsigned grid(const Batch& b, int64_t blocks) {
   if (blocks > INT_MAX || b.options.vocab > INT_MAX - 64) throw std::runtime_error("too many rows, or too long ones");
   return static_cast<unsigned>(blocks);
 }
 
-template <class T, bool Cap, bool Entropy, Pass P>
+template <class In, class Out, bool Cap, bool Entropy, Pass P>
 void launch_score(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
                   const Workspace& w, const Plan& plan) {
-  const auto kernel = score_rows<T, Cap, Entropy, P>;
+  const auto kernel = score_rows<In, Out, Cap, Entropy, P>;
   if (plan.shared > 0) allow_shared(kernel, shared_for_row(shared_limit(w.device)));
   DMF_LAUNCH(kernel, grid(b, b.rows + b.sequences + 1), plan.threads, static_cast<size_t>(plan.shared),
              static_cast<cudaStream_t>(w.stream), b, t, out, factor, g, w, constants_of(b.options));
@@ -373,49 +387,54 @@ void launch_score(const Batch& b, const Terms& t, const Outputs& out, double fac
 }
 
 template <class T, bool Cap, bool Entropy>
-void launch_pass(bool known, const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
-                 const Workspace& w) {
-  if (!known) {
-    launch_score<T, Cap, Entropy, Pass::score>(b, t, out, factor, g, w, plan_once(b.options.vocab, sizeof(T)));
-    return;
-  }
-  const Plan plan = plan_known(b.options.vocab, sizeof(T), shared_limit(w.device));
-  const auto launch =
-      plan.kept ? launch_score<T, Cap, Entropy, Pass::kept> : launch_score<T, Cap, Entropy, Pass::reread>;
-  launch(b, t, out, factor, g, w, plan);
+void launch_scoring(const Batch& b, const Terms& t, const Outputs& out, const Workspace& w) {
+  launch_score<T, T, Cap, Entropy, Pass::score>(b, t, out, 0.0, Gradient{}, w, plan_once(b.options.vocab, sizeof(T)));
 }
 
-void score(bool known, const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
-           const Workspace& w) {
-  const OnDevice guard(w.device);
-  with_type(b.dtype, [&](auto type) {
-    using T = decltype(type);
-    const bool cap = b.options.softcap > 0;
-    const auto launch = cap ? (out.entropy ? launch_pass<T, true, true> : launch_pass<T, true, false>)
-                            : (out.entropy ? launch_pass<T, false, true> : launch_pass<T, false, false>);
-    launch(known, b, t, out, factor, g, w);
-  });
+template <class In, class Out, bool Cap, bool Entropy>
+void launch_known(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
+                  const Workspace& w) {
+  const Plan plan = plan_known(b.options.vocab, sizeof(In), shared_limit(w.device));
+  const auto launch =
+      plan.kept ? launch_score<In, Out, Cap, Entropy, Pass::kept> : launch_score<In, Out, Cap, Entropy, Pass::reread>;
+  launch(b, t, out, factor, g, w, plan);
 }
 
 }  // namespace
 
 void forward(const Batch& b, const Terms& t, const Outputs& out, const Workspace& w) {
-  score(false, b, t, out, 0.0, Gradient{nullptr, 0, 0}, w);
+  const OnDevice guard(w.device);
+  with_type(b.dtype, [&](auto type) {
+    using T = decltype(type);
+    const bool cap = b.options.softcap > 0;
+    const auto launch = cap ? (out.entropy ? launch_scoring<T, true, true> : launch_scoring<T, true, false>)
+                            : (out.entropy ? launch_scoring<T, false, true> : launch_scoring<T, false, false>);
+    launch(b, t, out, w);
+  });
 }
 
 void forward_backward(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
                       const Workspace& w) {
-  score(true, b, t, out, factor, g, w);
+  const OnDevice guard(w.device);
+  with_types(b.dtype, g.dtype, [&](auto in, auto of_gradient) {
+    using In = decltype(in);
+    using Out = decltype(of_gradient);
+    const bool cap = b.options.softcap > 0;
+    const auto launch = cap ? (out.entropy ? launch_known<In, Out, true, true> : launch_known<In, Out, true, false>)
+                            : (out.entropy ? launch_known<In, Out, false, true> : launch_known<In, Out, false, false>);
+    launch(b, t, out, factor, g, w);
+  });
 }
 
 void backward(const Batch& b, const double* lse, const double* weight, double factor, const double* upstream,
               double unless, const Gradient& g, const Workspace& w) {
   if (b.rows == 0) return;
   const OnDevice guard(w.device);
-  with_type(b.dtype, [&](auto type) {
-    using T = decltype(type);
-    const auto kernel = b.options.softcap > 0 ? write_rows<T, true> : write_rows<T, false>;
-    DMF_LAUNCH(kernel, grid(b, b.rows), plan_once(b.options.vocab, sizeof(T)).threads, 0,
+  with_types(b.dtype, g.dtype, [&](auto in, auto of_gradient) {
+    using In = decltype(in);
+    using Out = decltype(of_gradient);
+    const auto kernel = b.options.softcap > 0 ? write_rows<In, Out, true> : write_rows<In, Out, false>;
+    DMF_LAUNCH(kernel, grid(b, b.rows), plan_once(b.options.vocab, sizeof(In)).threads, 0,
                static_cast<cudaStream_t>(w.stream), b, lse, weight, factor, upstream, unless, g,
                constants_of(b.options));
   });
@@ -425,7 +444,7 @@ void backward(const Batch& b, const double* lse, const double* weight, double fa
 void scale(const Batch& b, double factor, const double* upstream, const Gradient& g, const Workspace& w) {
   if (b.rows == 0) return;
   const OnDevice guard(w.device);
-  with_type(b.dtype, [&](auto type) {
+  with_type(g.dtype, [&](auto type) {
     using T = decltype(type);
     const auto kernel = scale_rows<T>;
     DMF_LAUNCH(kernel, grid(b, b.rows), plan_once(b.options.vocab, sizeof(T)).threads, 0,

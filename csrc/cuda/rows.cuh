@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "../batch.h"
 #include "device.h"
@@ -33,7 +34,7 @@ __device__ inline void from_float(float x, f16& out) { out = __float2half_rn(x);
 
 // --- a row, divided among threads -------------------------------------------------------------------------------
 
-// N logits that lie together: one 128-bit access where N fills it, else a single one.
+// N logits that lie together: 128-bit accesses, as many as N fills, or a single logit.
 template <class T>
 constexpr int kWidth = 16 / sizeof(T);
 
@@ -53,8 +54,11 @@ __device__ inline Pack<T, N> load(const T* p) {
   if constexpr (N == 1) {
     pack.x[0] = *p;
   } else {
-    const uint4 raw = *reinterpret_cast<const uint4*>(p);
-    memcpy(&pack, &raw, 16);
+#pragma unroll
+    for (int j = 0; j < N; j += kWidth<T>) {
+      const uint4 raw = *reinterpret_cast<const uint4*>(p + j);
+      memcpy(pack.x + j, &raw, 16);
+    }
   }
   return pack;
 }
@@ -64,6 +68,7 @@ __device__ inline void store(T* p, const Pack<T, N>& pack) {
   if constexpr (N == 1) {
     *p = pack.x[0];
   } else {
+    static_assert(N == kWidth<T>, "");
     uint4 raw;
     memcpy(&raw, &pack, 16);
     *reinterpret_cast<uint4*>(p) = raw;
@@ -76,6 +81,7 @@ __device__ inline void store_last(T* p, const Pack<T, N>& pack) {
   if constexpr (N == 1) {
     *p = pack.x[0];
   } else {
+    static_assert(N == kWidth<T>, "");
     uint4 raw;
     memcpy(&raw, &pack, 16);
     __stcs(reinterpret_cast<uint4*>(p), raw);
@@ -135,31 +141,36 @@ __device__ inline Cut cut_row(const T* z, int vocab) {
   return {vocab, head, packs, head + packs * kWidth<T>};
 }
 
-// Where source and destination are aligned differently nothing wide can serve both: one logit at a time.
-template <class T>
-__device__ inline Cut cut_rows(const T* z, const T* dz, int vocab) {
-  const bool same = reinterpret_cast<uintptr_t>(z) % 16 == reinterpret_cast<uintptr_t>(dz) % 16;
-  return same ? cut_row(z, vocab) : Cut{vocab, vocab, 0, vocab};
+// Of logits and their gradient, into packs of the gradient: of an fp32 row 8 logits for a 16-bit gradient, two loads
+// and one store. Where the packs of both are not aligned nothing wide can serve both: one logit at a time.
+template <class In, class Out>
+__device__ inline Cut cut_rows(const In* z, const Out* dz, int vocab) {
+  const Cut cut = cut_row(dz, vocab);
+  return reinterpret_cast<uintptr_t>(z + cut.head) % 16 == 0 ? cut : Cut{vocab, vocab, 0, vocab};
 }
 
 // How the threads of a block divide the packs of a row: a warp takes 64 at a time, of which a lane has two, 32 apart. The
 // last packs, fewer than 64, and head and tail go one by one. A thread gets the same logits every time.
 constexpr int kRound = 64, kApart = 32;
 
-// body(there, first logit, packs), called by all threads of a warp together, some of which may have nothing there.
+template <class Fetch, int N>
+using PackOf = decltype(std::declval<const Fetch&>().template operator()<N>(0));
+
+// body(there, first logit, packs), called by all threads of a warp together, some of which may have nothing there, in
+// packs of T.
 template <class T, class Fetch, class Body>
 __device__ inline void for_warp(const Cut& cut, Fetch fetch, Body body) {
   constexpr int W = kWidth<T>;
   const int thread = threadIdx.x, threads = blockDim.x, lane = thread % 32;
   const auto one = [&](bool there, int i, auto width) {
     constexpr int N = decltype(width)::value;
-    Pack<T, N> pack[1] = {};
+    PackOf<Fetch, N> pack[1] = {};
     if (there) pack[0] = fetch.template operator()<N>(i);
     body(there, i, pack);
   };
   const int rounds = cut.packs / kRound * kRound, end = cut.head + rounds * W;
   for (int i = cut.head + ((thread - lane) * 2 + lane) * W; i < end; i += 2 * threads * W) {
-    const Pack<T, W> packs[2] = {fetch.template operator()<W>(i), fetch.template operator()<W>(i + kApart * W)};
+    const PackOf<Fetch, W> packs[2] = {fetch.template operator()<W>(i), fetch.template operator()<W>(i + kApart * W)};
     body(true, i, packs);
   }
   for (int i = rounds + thread; i - lane < cut.packs; i += threads) one(i < cut.packs, cut.head + i * W, Width<W>());

@@ -46,13 +46,18 @@ __device__ inline Term term_of(float distance, const Double& bits, float biased 
   return {exp2_approx(part), __int_as_float(__float_as_int(shifted) << 23)};
 }
 
-// x, which has to wait for a pack. What all terms of a round need goes through here, so that both of its loads stand
-// before its arithmetic: else ptxas puts the second off until the first pack is done.
-template <class T, int N>
-__device__ inline float after(float x, const Pack<T, N>& pack, const Constants& c) {
-  int word;
-  memcpy(&word, &pack, 4);
-  return __int_as_float(__float_as_int(x) | (word & c.zero));
+// x, which has to wait for the packs of a round. What all terms of a round need goes through here, so that all of its
+// loads stand before its arithmetic: else ptxas puts the second off until the first pack is done.
+template <class T, int N, int K>
+__device__ inline float after(float x, const Pack<T, N> (&packs)[K], const Constants& c) {
+  int bits = __float_as_int(x);
+#pragma unroll
+  for (int j = 0; j < K * N; j += kWidth<T>) {
+    int word;
+    memcpy(&word, &packs[j / N].x[j % N], 4);
+    bits |= word & c.zero;
+  }
+  return __int_as_float(bits);
 }
 
 // --- distances ---------------------------------------------------------------------------------------------------
