@@ -2,9 +2,9 @@
 // forms ratios, weights and the loss, in one launch. It reads every logit of a scored row once and writes nothing per
 // logit: less is impossible, since each logit counts in the sum.
 //
-// For weights that do not depend on pi it writes the gradient too: 1 read and 1 write per logit where the row fits
-// shared memory, in which it waits for its log-sum-exp, else 2 reads, of which the second is meant for the second-level
-// cache (plan.h).
+// For weights that do not depend on pi it writes the gradient too, where two rows fit shared memory, in which they wait
+// for their log-sum-exp: 1 read and 1 write per logit. Longer rows take write_rows after it, and are read twice
+// (plan.h).
 //
 // A gradient in place is safe where it is as wide as its logits, since a thread then writes only where it has read. A
 // 16-bit gradient of fp32 logits must have memory of its own: gradients 2i and 2i + 1 would overwrite logit i, which
@@ -23,7 +23,7 @@
 namespace dmf::cuda {
 namespace {
 
-enum class Pass { score, kept, reread };  // kept, reread: with the gradient; how the row comes a second time
+enum class Pass { score, kept };  // kept: with the gradient, for which the row stays in shared memory
 
 constexpr long long kNone = LLONG_MAX;
 constexpr int kLosses = 128;  // that wait in shared memory to be added up
@@ -264,7 +264,7 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
     return;
   }
   const Write<In, Out, Cap> write(c, shared.slope, column, dz);
-  for_row<Out>(cut_rows(z, dz, vocab), FromRow<In>{P == Pass::kept ? kept : z}, write);
+  for_row<Out>(cut_rows(z, dz, vocab), FromRow<In>{kept}, write);
 }
 
 // The score reaches 4 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 5.
@@ -395,9 +395,7 @@ template <class In, class Out, bool Cap, bool Entropy>
 void launch_known(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
                   const Workspace& w) {
   const Plan plan = plan_known(b.options.vocab, sizeof(In), shared_limit(w.device));
-  const auto launch =
-      plan.kept ? launch_score<In, Out, Cap, Entropy, Pass::kept> : launch_score<In, Out, Cap, Entropy, Pass::reread>;
-  launch(b, t, out, factor, g, w, plan);
+  launch_score<In, Out, Cap, Entropy, Pass::kept>(b, t, out, factor, g, w, plan);
 }
 
 }  // namespace
@@ -416,6 +414,12 @@ void forward(const Batch& b, const Terms& t, const Outputs& out, const Workspace
 void forward_backward(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
                       const Workspace& w) {
   const OnDevice guard(w.device);
+  const int64_t itemsize = b.dtype == DType::f32 ? 4 : 2;
+  if (!plan_known(b.options.vocab, itemsize, shared_limit(w.device)).kept) {
+    forward(b, t, out, w);
+    backward(b, &out.lse(0), &out.weight(0), factor, nullptr, NAN, g, w);
+    return;
+  }
   with_types(b.dtype, g.dtype, [&](auto in, auto of_gradient) {
     using In = decltype(in);
     using Out = decltype(of_gradient);

@@ -149,8 +149,8 @@ __device__ inline Cut cut_rows(const In* z, const Out* dz, int vocab) {
   return reinterpret_cast<uintptr_t>(z + cut.head) % 16 == 0 ? cut : Cut{vocab, vocab, 0, vocab};
 }
 
-// How the threads of a block divide the packs of a row: a warp takes 64 at a time, of which a lane has two, 32 apart. The
-// last packs, fewer than 64, and head and tail go one by one. A thread gets the same logits every time.
+// How the threads of a block divide the packs of a row: a warp takes 64 at a time, of which a lane has two, 32 apart.
+// The last packs, fewer than 64, and head and tail go one by one. A thread gets the same logits every time.
 constexpr int kRound = 64, kApart = 32;
 
 template <class Fetch, int N>

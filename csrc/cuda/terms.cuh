@@ -29,8 +29,8 @@ inline Constants constants_of(const RowOptions& o) {
 
 // --- 2^x ---------------------------------------------------------------------------------------------------------
 
-constexpr float kShift = 12582912.0f;        // 1.5 * 2^23: added to a float, it leaves an integer in the low bits
-constexpr float kBiased = kShift + 127.0f;   // which is then the exponent's field of a float
+constexpr float kShift = 12582912.0f;       // 1.5 * 2^23: added to a float, it leaves an integer in the low bits
+constexpr float kBiased = kShift + 127.0f;  // which is then the exponent's field of a float
 
 // 2^x = part * power, so that a sum of terms takes one multiply-add for each.
 struct Term {
@@ -74,8 +74,8 @@ struct Reference {
 };
 
 // (cap(x) - cap(z)) / 2c = (tanh(x/c) - tanh(z/c)) / 2 = s(2z/c) expm1(2(x - z)/c) / (e^(2x/c) + 1), s the logistic
-// function: right to a few 2^-22 of the difference itself, by ex2.approx, rcp.approx and a polynomial, each off by 2^-22
-// at most. tanh's own difference would be off by an ulp of c, too much to be summed up over 1,024 tokens.
+// function: right to a few 2^-22 of the difference itself, by ex2.approx, rcp.approx and a polynomial, each off by
+// 2^-22 at most. tanh's own difference would be off by an ulp of c, too much to be summed up over 1,024 tokens.
 template <>
 struct Reference<true> {
   float z, logistic;
@@ -131,8 +131,8 @@ __device__ inline float top_of(const Pack<T, N> (&packs)[K]) {
 
 // A thread's part of a row's sum of terms. The reference is shared by a warp, so that it rises rarely. Terms are fp32,
 // packs of them are added up in fp64. Terms that are 1, such as the largest, are counted apart: beside them an fp32 sum
-// would lose small terms, all in one direction, and with them the digits of 1 - p where p is near 1. They are looked for
-// only where a thread of the warp has a logit that is near the reference or above.
+// would lose small terms, all in one direction, and with them the digits of 1 - p where p is near 1. They are looked
+// for only where a thread of the warp has a logit that is near the reference or above.
 template <bool Cap, bool Entropy>
 struct WarpSum {
   Reference<Cap> reference;
@@ -164,7 +164,7 @@ struct WarpSum {
       if (top > reference.z) rise(c, top);
     }
     if (!there) return;
-    if (Entropy || __builtin_expect(rare, false)) {
+    if (__builtin_expect(rare, false)) {
 #pragma unroll
       for (int j = 0; j < K * N; ++j) {
         const float d = reference.distance(c, at(packs[j / N], j % N)), e = term_of(d, c.bits).value();
@@ -177,8 +177,10 @@ struct WarpSum {
     } else {
 #pragma unroll
       for (int j = 0; j < K * N; ++j) {
-        const Term e = term_of(reference.distance(c, at(packs[j / N], j % N)), c.bits);
+        const float d = reference.distance(c, at(packs[j / N], j % N));
+        const Term e = term_of(d, c.bits);
         s[j / N] = fmaf(e.part, e.power, s[j / N]);
+        if (Entropy) m = fmaf(e.value(), fmaxf(d, -FLT_MAX), m);
       }
     }
 #pragma unroll

@@ -103,14 +103,14 @@ def readable(kernel: str) -> str:
         dtype += f" -> {names[of_gradient]}"
     flags = re.findall(r"L(?:b|N\w*?Pass)E?(\d)", arguments)
     said = [(), ("cap",)][flags[:1] == ["1"]] + [(), ("entropy",)][flags[1:2] == ["1"]]
-    pass_ = {"1": ("known weight, kept",), "2": ("known weight, read twice",)}.get("".join(flags[2:3]), ())
+    pass_ = ("known weight, kept",) if flags[2:3] == ["1"] else ()
     return f"{name}<{', '.join((dtype, *said, *pass_))}>"
 
 
 def cuda_code(source: str, arch: int) -> list[Code]:
     """The kernels of a file of csrc/cuda."""
     return _read("CUDA", compiled(ROOT, f"csrc/{source}", "cubin", arch, CACHE), arch,
-                 lambda kernel: 768 if re.search(r"Pass\w*?E?[12]E", kernel) else 256)  # fmt: skip
+                 lambda kernel: 384 if re.search(r"Pass\w*?E?1E", kernel) else 256)  # fmt: skip
 
 
 # --- Triton -------------------------------------------------------------------------------------------------------

@@ -100,7 +100,9 @@ struct __nv_bfloat162 {
 struct __half2 {
   __half x, y;
 };
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 inline float __low2float(__nv_bfloat162 p) { return __bfloat162float(p.x); }
 inline float __high2float(__nv_bfloat162 p) { return __bfloat162float(p.y); }

@@ -43,7 +43,7 @@ Constants = struct("Constants", bits=ctypes.c_float * 2, inverse=ctypes.c_float 
                    step=ctypes.c_float, zero=ctypes.c_int)  # fmt: skip
 Workspace = struct("Workspace", device=ctypes.c_int, stream=_PTR, faults=_PTR, counters=_PTR, status=_PTR)
 HAS_TARGET = 4  # a Flag of csrc/objective.h
-PASSES = {"score": 0, "kept": 1, "reread": 2}
+PASSES = {"score": 0, "kept": 1}
 
 
 @functools.cache
@@ -266,12 +266,11 @@ def test_forward_and_backward(shape: dict[str, Any], inplace: bool) -> None:
 
 
 @shapes
-@pytest.mark.parametrize("way", ["kept", "reread"])
-def test_known_weight(shape: dict[str, Any], way: str) -> None:
+def test_known_weight(shape: dict[str, Any]) -> None:
     call = Call(**shape)
-    call.score("dpg", way, factor=0.5)
+    call.score("dpg", "kept", factor=0.5)
     call.check_scores("dpg")
-    call.check_traffic("logits", reads=1 if way == "kept" else 2, writes=0, more=1)
+    call.check_traffic("logits", reads=1, writes=0, more=1)
     call.check_gradient(call.written(), 0.5)
 
 
@@ -292,13 +291,13 @@ def test_any_order_of_blocks(seed: int) -> None:
     ],
     ids=lambda s: "-".join(str(x) for x in s.values()),
 )
-@pytest.mark.parametrize("way", ["score", "kept", "reread"])
+@pytest.mark.parametrize("way", ["score", "kept"])
 def test_gradient_narrower_than_its_logits(shape: dict[str, Any], way: str) -> None:
     call = Call(**shape)
     objective = "gdc++" if way == "score" else "dpg"
     call.score(objective, way, factor=0.5)
     call.check_scores(objective)
-    call.check_traffic("logits", reads=2 if way == "reread" else 1, writes=0, more=1)
+    call.check_traffic("logits", reads=1, writes=0, more=1)
     if way == "score":
         call.write(0.5, inplace=False)
         call.check_traffic("logits", reads=1, writes=0, more=1)
@@ -317,7 +316,7 @@ def test_a_fault_costs_its_sequence_alone() -> None:
     call = Call(v=37)
     call.logits[1, 0, 5] = NAN
     call.at["logits"] = call.memory.add(numpy_of(call.storage))
-    call.score("dpg", "reread", factor=1.0)
+    call.score("dpg", "kept", factor=1.0)
     assert call.get("log_prob").isnan().tolist() == [False, True] and call.get("weight")[1] == 0
     code = int(call.memory.get(call.at["status"], np.empty(1, np.int64))[0])
     assert divmod(code, 8) == (3, 1)  # row 3: NaN
@@ -332,4 +331,4 @@ def test_every_kernel_fences_before_and_after_its_atomics() -> None:
     assert not missing
     counting = [name for name, kernel in with_sampling.items() if module.atomics(kernel)]
     found = {name: sum(name in x for x in counting) for name in ("score_rows", "sample_rows")}
-    assert found == {"score_rows": 52, "sample_rows": 6} and len(counting) == 58, "each instance of both"
+    assert found == {"score_rows": 32, "sample_rows": 6} and len(counting) == 38, "each instance of both"
