@@ -89,19 +89,22 @@ DMF_INLINE void forward_row(const T* z, int64_t label, const RowOptions& o, RowS
 
 // dz[label], without cancellation where p is near 1: 1 - p in one expm1.
 template <bool Cap>
-DMF_INLINE double at_label(double y, double full, double lse, const RowOptions& o) {
+DMF_INLINE double at_label(double y, const RowWeight& w, double lse, const RowOptions& o) {
   const double t = Cap ? tanh_of(y * (1.0 / o.softcap)) : 0.0;
-  return full * (1.0 - t * t) * expm1(o.scale * (Cap ? o.softcap * t : y) - lse);
+  const double log_p = o.scale * (Cap ? o.softcap * t : y) - lse;
+  double g = w.weight * expm1(log_p);
+  if (w.bonus != 0.0) g += w.bonus * exp(log_p) * (log_p + w.entropy);
+  return o.scale * (1.0 - t * t) * g;
 }
 
-// Without softcap and for weights within fp32.
+// Without softcap and bonus, for weights within fp32.
 template <class T>
-DMF_INLINE void both_row(const T* z, T* dz, int64_t label, double weight, const RowOptions& o, double* scratch,
+DMF_INLINE void both_row(const T* z, T* dz, int64_t label, const RowWeight& w, const RowOptions& o, double* scratch,
                          RowSum& out) {
   float buffer[kBlock];
   float* kept = reinterpret_cast<float*>(Kept<T>::kInGradient ? static_cast<void*>(dz) : scratch + n_blocks(o));
   Kept<T> sink{kept, buffer, scratch};
-  const double y = to_float(z[label]), full = weight * o.scale;
+  const double y = to_float(z[label]), full = w.weight * o.scale;
   const RowTotal total = scan_row<T, false>(z, o, sink);
   out.lse = total.lse(o);
   out.label = o.scale * y;
@@ -112,17 +115,56 @@ DMF_INLINE void both_row(const T* z, T* dz, int64_t label, double weight, const 
 #pragma omp simd
     for (int64_t i = first; i < first + n; ++i) from_finite(factor * kept[i], dz[i]);
   }
-  from_float(static_cast<float>(at_label<false>(y, full, out.lse, o)), dz[label]);
+  from_float(static_cast<float>(at_label<false>(y, w, out.lse, o)), dz[label]);
+}
+
+// The gradient with an entropy bonus, apart from the label's -weight: p (weight + bonus (log p + H)).
+template <class T, bool Cap>
+DMF_INLINE void bonus_row(const T* z, T* dz, const RowWeight& w, double lse, const RowOptions& o) {
+  const Slope slope(o.scale * kLog2e);
+  const float floor = slope.floor;  // below it p is 0, which times log p is 0
+  const double full = w.weight * o.scale, bonus = w.bonus * o.scale;
+  if (Cap) {
+    const double inverse_cap = 1.0 / o.softcap, reference = lse / o.scale;
+    const double constant = full + bonus * w.entropy, linear = bonus * o.scale;
+#pragma omp simd
+    for (int64_t i = 0; i < o.vocab; ++i) {
+      const double th = tanh_of(static_cast<double>(to_float(z[i])) * inverse_cap);
+      const float d = static_cast<float>(o.softcap * th - reference);
+      const double of_p = constant + linear * static_cast<double>(d);
+      from_float(static_cast<float>((1.0 - th * th) * exp2_of(d, slope) * of_p), dz[i]);
+    }
+    return;
+  }
+  const float reference = static_cast<float>(lse / o.scale);
+  const double off = o.scale * reference - lse, mend = exp(off);  // of the rounding of reference
+  const double constant = mend * (full + bonus * (off + w.entropy)), linear = mend * bonus * o.scale;
+  if (std::fabs(constant) + std::fabs(linear * floor) <= FLT_MAX) {
+    const float constant32 = static_cast<float>(constant), linear32 = static_cast<float>(linear);
+#pragma omp simd
+    for (int64_t i = 0; i < o.vocab; ++i) {
+      const float d = to_float(z[i]) - reference;
+      from_finite(exp2_of(d, slope) * (constant32 + linear32 * (d < floor ? floor : d)), dz[i]);
+    }
+  } else {  // weights at the edge of fp32
+    for (int64_t i = 0; i < o.vocab; ++i) {
+      const float d = to_float(z[i]) - reference;
+      const double of_p = constant + linear * static_cast<double>(d < floor ? floor : d);
+      from_float(static_cast<float>(of_p * exp2_of(d, slope)), dz[i]);
+    }
+  }
 }
 
 template <class T, bool Cap>
-DMF_INLINE void backward_row(const T* z, T* dz, int64_t label, double weight, double lse, const RowOptions& o) {
+DMF_INLINE void backward_row(const T* z, T* dz, int64_t label, const RowWeight& w, double lse, const RowOptions& o) {
   const Slope slope(o.scale * kLog2e);
   const double inverse_cap = Cap ? 1.0 / o.softcap : 0.0;
-  const double full = weight * o.scale;
+  const double full = w.weight * o.scale;
   // before the row is overwritten
-  const double label_gradient = label < 0 ? 0.0 : at_label<Cap>(to_float(z[label]), full, lse, o);
-  if (Cap) {
+  const double label_gradient = label < 0 ? 0.0 : at_label<Cap>(to_float(z[label]), w, lse, o);
+  if (w.bonus != 0.0) {
+    bonus_row<T, Cap>(z, dz, w, lse, o);
+  } else if (Cap) {
     const double reference = lse / o.scale;
 #pragma omp simd
     for (int64_t i = 0; i < o.vocab; ++i) {
@@ -155,22 +197,24 @@ DMF_INLINE void forward_any(const void* z, int64_t label, const RowOptions& o, b
 }
 
 template <class T>
-DMF_INLINE void backward_any(const void* z, void* dz, int64_t label, double weight, double lse, const RowOptions& o) {
+DMF_INLINE void backward_any(const void* z, void* dz, int64_t label, const RowWeight& w, double lse,
+                             const RowOptions& o) {
   if (o.softcap > 0)
-    backward_row<T, true>(static_cast<const T*>(z), static_cast<T*>(dz), label, weight, lse, o);
+    backward_row<T, true>(static_cast<const T*>(z), static_cast<T*>(dz), label, w, lse, o);
   else
-    backward_row<T, false>(static_cast<const T*>(z), static_cast<T*>(dz), label, weight, lse, o);
+    backward_row<T, false>(static_cast<const T*>(z), static_cast<T*>(dz), label, w, lse, o);
 }
 
 template <class T>
-DMF_INLINE void both_any(const void* z, void* dz, int64_t label, double weight, const RowOptions& o, bool entropy,
+DMF_INLINE void both_any(const void* z, void* dz, int64_t label, const RowWeight& w, const RowOptions& o, bool entropy,
                          double* scratch, RowSum& out) {
-  if (o.softcap == 0 && !entropy && std::fabs(weight * o.scale) <= FLT_MAX) {
-    both_row<T>(static_cast<const T*>(z), static_cast<T*>(dz), label, weight, o, scratch, out);
+  if (o.softcap == 0 && !entropy && std::fabs(w.weight * o.scale) <= FLT_MAX) {
+    both_row<T>(static_cast<const T*>(z), static_cast<T*>(dz), label, w, o, scratch, out);
     return;
   }
   forward_any<T>(z, label, o, entropy, out);
-  if (std::isfinite(out.label - out.lse)) backward_any<T>(z, dz, label, weight, out.lse, o);
+  if (std::isfinite(out.label - out.lse))
+    backward_any<T>(z, dz, label, RowWeight{w.weight, w.bonus, out.entropy}, out.lse, o);
 }
 
 template <class T>
@@ -183,17 +227,18 @@ DMF_INLINE void scale_any(void* dz, int64_t vocab, float factor) {
 }  // namespace
 
 // target_clones takes no templates, hence the twelve functions.
-#define DMF_ROWS(T, NAME)                                                                                            \
-  DMF_CLONES void forward_##NAME(const void* z, int64_t label, const RowOptions& o, bool entropy, RowSum& out) {     \
-    forward_any<T>(z, label, o, entropy, out);                                                                       \
-  }                                                                                                                  \
-  DMF_CLONES void backward_##NAME(const void* z, void* dz, int64_t label, double w, double l, const RowOptions& o) { \
-    backward_any<T>(z, dz, label, w, l, o);                                                                          \
-  }                                                                                                                  \
-  DMF_CLONES void both_##NAME(const void* z, void* dz, int64_t label, double w, const RowOptions& o, bool entropy,   \
-                              double* scratch, RowSum& out) {                                                        \
-    both_any<T>(z, dz, label, w, o, entropy, scratch, out);                                                          \
-  }                                                                                                                  \
+#define DMF_ROWS(T, NAME)                                                                                        \
+  DMF_CLONES void forward_##NAME(const void* z, int64_t label, const RowOptions& o, bool entropy, RowSum& out) { \
+    forward_any<T>(z, label, o, entropy, out);                                                                   \
+  }                                                                                                              \
+  DMF_CLONES void backward_##NAME(const void* z, void* dz, int64_t label, const RowWeight& w, double l,          \
+                                  const RowOptions& o) {                                                         \
+    backward_any<T>(z, dz, label, w, l, o);                                                                      \
+  }                                                                                                              \
+  DMF_CLONES void both_##NAME(const void* z, void* dz, int64_t label, const RowWeight& w, const RowOptions& o,   \
+                              bool entropy, double* scratch, RowSum& out) {                                      \
+    both_any<T>(z, dz, label, w, o, entropy, scratch, out);                                                      \
+  }                                                                                                              \
   DMF_CLONES void scale_##NAME(void* dz, int64_t vocab, float factor) { scale_any<T>(dz, vocab, factor); }
 
 DMF_ROWS(float, f32)
