@@ -54,9 +54,10 @@ def score(batch: Batch, entropy: bool = False) -> Scored:
     token_log_prob = checks.check_labels(token_log_prob, batch)
     row_entropy = None
     if entropy:
+        # 0 * -inf = 0, and so in the gradient: a token that can't be drawn is left out before it is multiplied
         p = log_p.exp()
-        # 0 * -inf = 0, and so in the gradient: log p of a token that can't be drawn is left out before it is multiplied
-        row_entropy = -(p * torch.where(p > 0, log_p, 0.0)).sum(-1)
+        may = p > 0
+        row_entropy = -(torch.where(may, p, 0.0) * torch.where(may, log_p, 0.0)).sum(-1)
         row_entropy = torch.where(scored, row_entropy, 0.0).to(to).double()
     sequence = sequence_of_rows(batch).to(to)
 

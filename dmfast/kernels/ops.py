@@ -87,33 +87,34 @@ def _blocks(batch: Batch, columns: int, entropy: bool, like: Tensor) -> tuple[Te
     return rows, rows.new_empty((columns, batch.n_sequences)), like.new_empty((), dtype=torch.int64)
 
 
-def _log_prob_and_entropy(scores: Scores) -> tuple[Tensor, Tensor]:
-    """Return what may carry a gradient; an entropy that is not wanted is empty."""
+def _differentiable(scores: Scores, bonus: bool) -> tuple[Tensor, Tensor]:
+    """Return log_prob and entropy, which is empty without a bonus: a graph would bring zeros as its gradient."""
     log_prob, entropy = copies(scores)
-    return log_prob, log_prob.new_empty(0) if entropy is None else entropy
+    return log_prob, entropy if bonus and entropy is not None else log_prob.new_empty(0)
 
 
-def _fake_log_prob_and_entropy(batch: Batch, rows: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(batch.n_sequences), rows.new_empty(batch.n_sequences if entropy else 0)
+def _fake_differentiable(batch: Batch, rows: Tensor, bonus: bool) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(batch.n_sequences), rows.new_empty(batch.n_sequences if bonus else 0)
 
 
 # A schema can't change under its name: torch stores compiled graphs under a key that holds their own code only, and an
 # old one calls an op by name.
 @torch.library.custom_op("dmfast::score_v4", mutates_args=())
 def score(
-    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool, backend: str
-) -> FiveTensors:
-    """Return log_prob (B), entropy (B) or (0), rows, sequences and status."""
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
+    backend: str, bonus: bool,
+) -> FiveTensors:  # fmt: skip
+    """Return log_prob (B), with ``bonus`` the entropy (B), which then has a gradient, rows, sequences and status."""
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
     scores = kernels.BACKENDS[backend].forward(batch, None, entropy)
-    return *_log_prob_and_entropy(scores), scores.rows, scores.sequences, _status(scores, logits)
+    return *_differentiable(scores, bonus), scores.rows, scores.sequences, _status(scores, logits)
 
 
 @score.register_fake
-def _(logits, labels, cu_seqlens, scale, softcap, entropy, backend):  # type: ignore[no-untyped-def]
+def _(logits, labels, cu_seqlens, scale, softcap, entropy, backend, bonus):  # type: ignore[no-untyped-def]
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
     rows, sequences, status = _blocks(batch, ONLY_SCORED, entropy, logits)
-    return *_fake_log_prob_and_entropy(batch, rows, entropy), rows, sequences, status
+    return *_fake_differentiable(batch, rows, bonus), rows, sequences, status
 
 
 @torch.library.custom_op("dmfast::score_and_weigh_v4", mutates_args=())
@@ -200,7 +201,10 @@ def grad_(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], rows: Tensor, sequences: Tensor | None) -> None:
     logits, labels, cu_seqlens, ctx.scale, ctx.softcap, _, ctx.backend = inputs[:7]
-    ctx.coefficient = 0.0 if sequences is None else _coefficient(inputs[-1])
+    if sequences is None:
+        ctx.bonus = inputs[7]
+    else:
+        ctx.coefficient = _coefficient(inputs[-1])
     saved = [logits, labels, rows] + ([sequences] if sequences is not None else [])
     ctx.has_cu = cu_seqlens is not None
     ctx.save_for_backward(*saved, *([cu_seqlens] if ctx.has_cu else []))
@@ -218,11 +222,11 @@ def _of_losses(rows: Tensor, sequences: Tensor, given: Tensor, coefficient: floa
 
 def _of_log_prob(rows: Tensor, given: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor, Bonus | None]:
     """Return the same from the gradients (B) that arrived at log pi and entropy, one of them at least."""
-    bonus = None if of_entropy is None else bonus_of(rows, -of_entropy)
-    if given is None:
-        assert of_entropy is not None
-        return torch.zeros_like(of_entropy), bonus
-    return -given.to(torch.float64), bonus
+    if of_entropy is None:
+        assert given is not None
+        return -given.to(torch.float64), None
+    bonus = bonus_of(rows, -of_entropy)
+    return torch.zeros_like(bonus.weight) if given is None else -given.to(torch.float64), bonus
 
 
 def _grad_arguments(ctx: Any, given: Tensor | None, of_entropy: Tensor | None, weighs: bool) -> tuple[Any, ...]:
@@ -239,7 +243,7 @@ def _grad_arguments(ctx: Any, given: Tensor | None, of_entropy: Tensor | None, w
         assert given is not None
         weight, bonus = _of_losses(rows, others.pop(0), given, ctx.coefficient)
     else:
-        weight, bonus = _of_log_prob(rows, given, of_entropy)
+        weight, bonus = _of_log_prob(rows, given, of_entropy if ctx.bonus else None)
     cu_seqlens = others[0] if ctx.has_cu else None
     return (logits, labels, cu_seqlens, ctx.scale, ctx.softcap, rows.select(0, LSE), weight, ctx.backend,
             *(bonus or (None, None)))  # fmt: skip
@@ -254,7 +258,7 @@ def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> 
 def _score_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     nothing = grads[0] is None and grads[1] is None
     dz = None if nothing else grad(*_grad_arguments(ctx, grads[0], grads[1], False))
-    return (dz, *(None,) * 6)
+    return (dz, *(None,) * 7)
 
 
 score.register_autograd(_score_backward, setup_context=_score_setup)
@@ -325,7 +329,7 @@ class _ScoreInPlace(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         arguments = _grad_arguments(ctx, grads[0], grads[1], False)
         grad_(*arguments)
-        return (arguments[0], *(None,) * 6)
+        return (arguments[0], *(None,) * 7)
 
 
 class _WeighInPlace(torch.autograd.Function):
@@ -367,20 +371,20 @@ def _wanted(bits: int) -> tuple[bool, ...]:
 @torch.library.custom_op("dmfast::linear_score_v5", mutates_args=())
 def linear_score(
     hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
-    softcap: float, logits_dtype: torch.dtype, entropy: bool, chunk_bytes: int, backend: str, wanted: int,
+    softcap: float, logits_dtype: torch.dtype, entropy: bool, chunk_bytes: int, backend: str, wanted: int, bonus: bool,
 ) -> FiveTensors:  # fmt: skip
-    """Return log_prob (B), entropy (B) or (0), rows, sequences and status. ``chunk_bytes`` 0 stands for the default."""
+    """Return what ``score`` does. ``chunk_bytes`` 0 stands for the default."""
     batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
     scores, _ = linear.forward(kernels.BACKENDS[backend], hidden, head, bias, batch, None, entropy, 1.0, None,
                                chunk_bytes or None, (False,) * 3)  # fmt: skip
-    return *_log_prob_and_entropy(scores), scores.rows.clone(), scores.sequences, _status(scores, hidden)
+    return *_differentiable(scores, bonus), scores.rows.clone(), scores.sequences, _status(scores, hidden)
 
 
 @linear_score.register_fake
 def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, logits_dtype, entropy, *args):  # type: ignore[no-untyped-def]
     batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
     rows, sequences, status = _blocks(batch, ONLY_SCORED, entropy, hidden)
-    return *_fake_log_prob_and_entropy(batch, rows, entropy), rows, sequences, status
+    return *_fake_differentiable(batch, rows, args[-1]), rows, sequences, status
 
 
 @torch.library.custom_op("dmfast::linear_weigh_v5", mutates_args=())
@@ -464,7 +468,10 @@ def scale_(x: Tensor, by: Tensor, backend: str) -> None:
 def _linear_save(ctx: Any, inputs: tuple[Any, ...], rows: Tensor, sequences: Tensor | None) -> None:
     hidden, head, bias, labels, cu_seqlens, ctx.scale, ctx.softcap, ctx.logits_dtype = inputs[:8]
     ctx.chunk_bytes, ctx.backend, ctx.wanted = inputs[9:12]
-    ctx.coefficient = 0.0 if sequences is None else _coefficient(inputs[-1])
+    if sequences is None:
+        ctx.bonus = inputs[12]
+    else:
+        ctx.coefficient = _coefficient(inputs[-1])
     kept = {"bias": bias, "cu_seqlens": cu_seqlens, "sequences": sequences}
     ctx.kept = [name for name, x in kept.items() if x is not None]
     ctx.save_for_backward(hidden, head, labels, rows, *(x for x in kept.values() if x is not None))
@@ -477,7 +484,7 @@ def _linear_backward(ctx: Any, given: Tensor | None, of_entropy: Tensor | None) 
         assert given is not None
         coefficient, bonus = _of_losses(rows, kept["sequences"], given, ctx.coefficient)
     else:
-        coefficient, bonus = _of_log_prob(rows, given, of_entropy)
+        coefficient, bonus = _of_log_prob(rows, given, of_entropy if ctx.bonus else None)
     gradients = linear_grad(hidden, head, kept.get("bias"), labels, kept.get("cu_seqlens"), ctx.scale, ctx.softcap,
                             ctx.logits_dtype, ctx.chunk_bytes, ctx.backend, ctx.wanted, rows.select(0, LSE),
                             coefficient, *(bonus or (None, None)))  # fmt: skip
@@ -497,7 +504,7 @@ def _linear_score_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ..
 def _linear_score_backward(ctx: Any, given: Tensor | None, of_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     nothing = given is None and of_entropy is None
     gradients = (None,) * 3 if nothing else _linear_backward(ctx, given, of_entropy)
-    return (*gradients, *(None,) * 9)
+    return (*gradients, *(None,) * 10)
 
 
 linear_score.register_autograd(_linear_score_backward, setup_context=_linear_score_setup)
@@ -552,11 +559,13 @@ def _scores(
     return Scores(rows, sequences, None, (faults.device_faults(batch, terms, log_prob, status, made),))
 
 
-def log_prob(backend: Backend, batch: Batch, entropy: bool, inplace: bool, wants_grad: bool) -> LogProb:
-    """Return log pi (B,) and, where it is wanted, the entropy (B,), differentiable; the scores."""
+def log_prob(
+    backend: Backend, batch: Batch, entropy: bool, inplace: bool, wants_grad: bool, bonus: bool = False
+) -> LogProb:
+    """Return log pi (B,) and, with ``bonus``, the entropy (B,), differentiable; the scores."""
     call = _ScoreInPlace.apply if inplace else score
-    given, of_entropy, *blocks = call(*flat(batch), entropy, backend.name)  # type: ignore[no-untyped-call]
-    return given, of_entropy if entropy else None, _scores(backend, batch, None, *blocks)
+    given, of_sequences, *blocks = call(*flat(batch), entropy, backend.name, bonus)  # type: ignore[no-untyped-call]
+    return given, of_sequences if bonus else None, _scores(backend, batch, None, *blocks)
 
 
 def loss(backend: Backend, batch: Batch, terms: Terms, options: Options, wants_grad: bool) -> tuple[Tensor, Scores]:
@@ -564,7 +573,8 @@ def loss(backend: Backend, batch: Batch, terms: Terms, options: Options, wants_g
     if not isinstance(terms.objective, Objective):
         if not backend.records_faults:
             batch = check_ops.checked(batch, terms)
-        given = log_prob(backend, batch, options.entropy, options.inplace, wants_grad)
+        bonus = terms.entropy_coefficient != 0.0
+        given = log_prob(backend, batch, options.entropy, options.inplace, wants_grad, bonus)
         return from_log_prob(backend, batch, given, terms, options)
     arguments = (*flat(batch), options.entropy, backend.name, *flat_terms(terms))
     if options.inplace:
@@ -591,12 +601,12 @@ def _linear_arguments(
 
 def linear_log_prob(
     backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, entropy: bool,
-    chunk_bytes: int | None,
+    chunk_bytes: int | None, bonus: bool = False,
 ) -> LogProb:  # fmt: skip
-    """Return log pi (B,) and, where it is wanted, the entropy (B,), differentiable; the scores."""
+    """Return log pi (B,) and, with ``bonus``, the entropy (B,), differentiable; the scores."""
     arguments = _linear_arguments(backend, hidden, head, bias, batch, entropy, chunk_bytes)
-    given, of_entropy, *blocks = linear_score(*arguments)
-    return given, of_entropy if entropy else None, _scores(backend, batch, None, *blocks)
+    given, of_sequences, *blocks = linear_score(*arguments, bonus)
+    return given, of_sequences if bonus else None, _scores(backend, batch, None, *blocks)
 
 
 def linear_loss(
@@ -607,7 +617,8 @@ def linear_loss(
     if not isinstance(terms.objective, Objective):
         if not backend.records_faults:
             batch = check_ops.checked(batch, terms)
-        given = linear_log_prob(backend, hidden, head, bias, batch, options.entropy, chunk_bytes)
+        bonus = terms.entropy_coefficient != 0.0
+        given = linear_log_prob(backend, hidden, head, bias, batch, options.entropy, chunk_bytes, bonus)
         return from_log_prob(backend, batch, given, terms, options)
     arguments = _linear_arguments(backend, hidden, head, bias, batch, options.entropy, chunk_bytes)
     if options.expected is not None and arguments[-1]:
