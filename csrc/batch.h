@@ -62,16 +62,18 @@ enum Column : int { kLogProposal, kLogTarget, kLogZ, kReward, kLogBase, kBaselin
 // the objective does not need it.
 struct Terms {
   Objective objective;
-  double entropy_coefficient;  // what the entropy is multiplied by in the loss; 0: it is not in it
   const double* columns[kColumns];
   double constants[kColumns];
+  double entropy_coefficient = 0.0;  // what the entropy is multiplied by in the loss; 0: it is not in it
 
   DMF_HD bool has(Column c) const { return columns[c] != nullptr; }
   DMF_HD double at(Column c, int64_t i) const { return has(c) ? columns[c][i] : constants[c]; }
 };
 
-// Where a gradient goes: logits itself, or a tensor of the same shape with strides of its own.
+// Where a gradient goes: logits itself, or a tensor of the same shape with strides of its own. Of fp32 logits it may
+// also be 16 bits wide; then the two share no memory (cuda/loss.cu says why).
 struct Gradient {
+  DType dtype;
   char* data;
   int64_t stride_sequence, stride_row;
   DMF_HD int64_t offset(const Batch& b, int64_t row) const {

@@ -48,7 +48,7 @@ struct PyBatch : dmf::Batch {
 // objective, max_weight, the coefficient of the entropy, then the constant of each column.
 struct PyTerms : dmf::Terms {
   PyTerms(int kind, int flags, uintptr_t block, int64_t stride, int present, const std::vector<double>& scalars)
-      : dmf::Terms{{static_cast<dmf::Kind>(kind), flags, scalars.at(0), scalars.at(1)}, scalars.at(2), {}, {}} {
+      : dmf::Terms{{static_cast<dmf::Kind>(kind), flags, scalars.at(0), scalars.at(1)}, {}, {}, scalars.at(2)} {
     const double* next = pointer<const double>(block);
     for (int c = 0; c < dmf::kColumns; ++c) {
       const bool there = (present >> c & 1) != 0;
@@ -57,7 +57,7 @@ struct PyTerms : dmf::Terms {
       constants[c] = scalars.at(3 + c);
     }
   }
-  PyTerms() : dmf::Terms{{dmf::Kind::none, 0, 0.0, INFINITY}, 0.0, {}, {}} {}
+  PyTerms() : dmf::Terms{{dmf::Kind::none, 0, 0.0, INFINITY}, {}, {}} {}
 };
 
 struct PyOutputs : dmf::Outputs {
@@ -76,8 +76,8 @@ dmf::Bonus bonus(uintptr_t entropy, uintptr_t weight) {
   return {pointer<const double>(entropy), pointer<const double>(weight)};
 }
 
-dmf::Gradient gradient(uintptr_t data, int64_t stride_sequence, int64_t stride_row) {
-  return {pointer<char>(data), stride_sequence, stride_row};
+dmf::Gradient gradient(int dtype, uintptr_t data, int64_t stride_sequence, int64_t stride_row) {
+  return {static_cast<dmf::DType>(dtype), pointer<char>(data), stride_sequence, stride_row};
 }
 
 dmf::SampleRows sample_rows(int dtype, uintptr_t logits, int64_t rows, int64_t stride_row, int64_t vocab, double scale,
@@ -124,26 +124,28 @@ void define_cuda(py::module_& m) {
       release());
   m.def(
       "backward",
-      [](const PyBatch& b, uintptr_t lse, uintptr_t weight, double factor, uintptr_t upstream, double unless,
-         uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row, const PyWorkspace& w) {
-        cuda::backward(b, pointer<const double>(lse), pointer<const double>(weight), factor,
-                       pointer<const double>(upstream), unless, gradient(gradient_data, stride_sequence, stride_row),
-                       w);
+      [](const PyBatch& b, uintptr_t lse, uintptr_t weight, uintptr_t entropy, uintptr_t bonus_weight, double factor,
+         uintptr_t upstream, double unless, int gradient_dtype, uintptr_t gradient_data, int64_t stride_sequence,
+         int64_t stride_row, const PyWorkspace& w) {
+        cuda::backward(b, pointer<const double>(lse), pointer<const double>(weight), bonus(entropy, bonus_weight),
+                       factor, pointer<const double>(upstream), unless,
+                       gradient(gradient_dtype, gradient_data, stride_sequence, stride_row), w);
       },
       release());
   m.def(
       "forward_backward",
-      [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, double factor, uintptr_t gradient_data,
-         int64_t stride_sequence, int64_t stride_row, const PyWorkspace& w) {
-        cuda::forward_backward(b, t, out, factor, gradient(gradient_data, stride_sequence, stride_row), w);
+      [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, double factor, int gradient_dtype,
+         uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row, const PyWorkspace& w) {
+        cuda::forward_backward(b, t, out, factor, gradient(gradient_dtype, gradient_data, stride_sequence, stride_row),
+                               w);
       },
       release());
   m.def(
       "scale",
-      [](const PyBatch& b, double factor, uintptr_t upstream, uintptr_t gradient_data, int64_t stride_sequence,
-         int64_t stride_row, const PyWorkspace& w) {
-        cuda::scale(b, factor, pointer<const double>(upstream), gradient(gradient_data, stride_sequence, stride_row),
-                    w);
+      [](const PyBatch& b, double factor, uintptr_t upstream, int gradient_dtype, uintptr_t gradient_data,
+         int64_t stride_sequence, int64_t stride_row, const PyWorkspace& w) {
+        cuda::scale(b, factor, pointer<const double>(upstream),
+                    gradient(gradient_dtype, gradient_data, stride_sequence, stride_row), w);
       },
       release());
   m.def(
@@ -186,26 +188,30 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     }
     return as_tuple(status);
   });
-  m.def("backward",
-        [](const PyBatch& b, uintptr_t lse, uintptr_t weight, uintptr_t entropy, uintptr_t bonus_weight, double factor,
-           uintptr_t upstream, uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row) {
-          py::gil_scoped_release release;
-          dmf::backward(b, pointer<const double>(lse), pointer<const double>(weight), bonus(entropy, bonus_weight),
-                        factor, pointer<const double>(upstream), gradient(gradient_data, stride_sequence, stride_row));
-        });
-  m.def("forward_backward", [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, bool checked, double factor,
-                               uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row) {
-    dmf::Status status;
-    {
-      py::gil_scoped_release release;
-      status = dmf::forward_backward(b, t, out, checked, factor, gradient(gradient_data, stride_sequence, stride_row));
-    }
-    return as_tuple(status);
+  m.def("backward", [](const PyBatch& b, uintptr_t lse, uintptr_t weight, uintptr_t entropy, uintptr_t bonus_weight,
+                       double factor, uintptr_t upstream, int gradient_dtype, uintptr_t gradient_data,
+                       int64_t stride_sequence, int64_t stride_row) {
+    py::gil_scoped_release release;
+    dmf::backward(b, pointer<const double>(lse), pointer<const double>(weight), bonus(entropy, bonus_weight), factor,
+                  pointer<const double>(upstream),
+                  gradient(gradient_dtype, gradient_data, stride_sequence, stride_row));
   });
-  m.def("scale", [](const PyBatch& b, double factor, uintptr_t upstream, uintptr_t gradient_data,
+  m.def("forward_backward",
+        [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, bool checked, double factor, int gradient_dtype,
+           uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row) {
+          dmf::Status status;
+          {
+            py::gil_scoped_release release;
+            status = dmf::forward_backward(b, t, out, checked, factor,
+                                           gradient(gradient_dtype, gradient_data, stride_sequence, stride_row));
+          }
+          return as_tuple(status);
+        });
+  m.def("scale", [](const PyBatch& b, double factor, uintptr_t upstream, int gradient_dtype, uintptr_t gradient_data,
                     int64_t stride_sequence, int64_t stride_row) {
     py::gil_scoped_release release;
-    dmf::scale(b, factor, pointer<const double>(upstream), gradient(gradient_data, stride_sequence, stride_row));
+    dmf::scale(b, factor, pointer<const double>(upstream),
+               gradient(gradient_dtype, gradient_data, stride_sequence, stride_row));
   });
   m.def("sample", [](int dtype, uintptr_t logits, int64_t rows, int64_t stride_row, int64_t vocab, double scale,
                      double softcap, uint64_t seed, uintptr_t row_ids, uint64_t step, uintptr_t uniforms, int threads,

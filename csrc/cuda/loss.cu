@@ -6,6 +6,11 @@
 // shared memory, in which it waits for its log-sum-exp, else 2 reads, of which the second is meant for the second-level
 // cache (plan.h).
 //
+// The gradient of fp32 logits may be 16 bits wide. Then it never lies in the place of its logits: gradients 2i and 2i +
+// 1 would overwrite logit i, which another thread may not have read yet, and no barrier of a thread's own reads and
+// writes orders that. Only where a thread writes just what it has read itself, of one width, is a gradient in place
+// safe.
+//
 // A block has one row. Blocks count themselves on a counter of their sequence, whose last block adds up its rows in a
 // fixed order; the last of all sequences adds up the loss. So there is no atomic on a float, and the result does not
 // depend on who is last. Each sequence has a block of its own besides its rows, so that one without rows ends too.
@@ -24,12 +29,19 @@ enum class Pass { score, kept, reread };  // kept, reread: with the gradient; ho
 constexpr long long kNone = LLONG_MAX;
 constexpr int kLosses = 128;  // that wait in shared memory to be added up
 
+// What a row's gradient is made of: weight times that of -log pi of its label, and bonus times that of -H.
+struct RowGradient {
+  double weight, bonus;
+  double lse, entropy, at_label;
+  __device__ bool is_zero() const { return weight == 0.0 && bonus == 0.0; }
+};
+
 struct Shared {
   Lanes<float> top;
   Lanes<Sums> sums, sequence;
   Lanes<long long> fault, first;
   double losses[kLosses];
-  double lse, coefficient, at_label;
+  RowGradient gradient;
   bool last;
 };
 static_assert(sizeof(Shared) <= kStaticShared, "plan.h leaves it that much");
@@ -96,7 +108,7 @@ __device__ void finish_sequence(const Batch& b, const Terms& t, const Outputs& o
     }
     const double weight = fault == kNone ? w.weight : 0.0;
     out.weight(i) = weight;
-    out.loss(i) = weight == 0.0 ? 0.0 : -weight * log_prob;  // 0 * -inf = 0
+    out.loss(i) = bad_rows ? 0.0 : loss_of(weight, log_prob, t.entropy_coefficient, sums.b);
   }
   faults[i] = fault;
 }
@@ -120,35 +132,46 @@ __device__ void finish_loss(const Batch& b, const Terms& t, const Outputs& out, 
   if (threadIdx.x == 0) *out.total = total / out.divide_by;
 }
 
-// dz = p * scale of the row, apart from the label's column, whose value is at_label. A label that is elsewhere has a
-// column outside the row.
-template <class T, bool Cap>
+// dz = p * factor of the row, apart from the label's column, whose value is at_label. A label that is elsewhere has a
+// column outside the row. With a bonus the factor is linear in log p.
+template <class In, class Out, bool Cap, bool WithBonus>
 struct Write {
   Exponent<Cap> exponent;
   float factor, after;  // the factor in two parts, so that one at the edges of fp32 keeps its digits
+  float linear;
   float at_label;
   int label;
-  T* dz;
+  Out* dz;
 
-  // dz[v] = coefficient * scale * cap'(z[v]) * (softmax[v] - (v == label))
-  __device__ Write(const RowOptions& o, double lse, double coefficient, double at_label, int label, T* dz)
-      : exponent(o), at_label(static_cast<float>(at_label)), label(label), dz(dz) {
-    double reference = lse / o.scale;  // a logit whose term is near 1
+  // dz[v] = scale * cap'(z[v]) * (weight * (p[v] - (v == label)) + bonus * p[v] * (log p[v] + H))
+  __device__ Write(const RowOptions& o, const RowGradient& row, int label, Out* dz)
+      : exponent(o), at_label(static_cast<float>(row.at_label)), label(label), dz(dz) {
+    double reference = row.lse / o.scale;  // a logit whose term is near 1
     if (Cap) reference = o.softcap * atanh(fmin(fmax(reference / o.softcap, -0.999), 0.999));
     exponent.set(static_cast<float>(reference));
-    // mends the rounding of the reference
-    const double full = coefficient * o.scale * exp(scaled(exponent.reference, o) - lse), size = fabs(full);
+    const double off = scaled(exponent.reference, o) - row.lse, mend = exp(off);  // of the rounding of the reference
+    double full = row.weight * o.scale * mend, size = fabs(full), slope = 0.0;
+    if (WithBonus) {
+      slope = row.bonus * o.scale * mend;
+      full += slope * (off + row.entropy);
+      size = fmax(fabs(full), fabs(slope));
+    }
     after = size > 0x1p100 ? 0x1p64f : (size < 0x1p-60 ? 0x1p-64f : 1.0f);
     factor = static_cast<float>(full / after);
+    linear = static_cast<float>(slope / after);
   }
 
+  // x is log p but for what the constructor mends; below -128 p is 0, which times log p is 0.
+  __device__ float of_p(float x) const { return WithBonus ? fmaf(linear, fmaxf(x, -128.0f), factor) : factor; }
+
   template <int N>
-  __device__ void operator()(int first, const Pack<T, N>& pack) const {
-    Pack<T, N> out;
+  __device__ void operator()(int first, const Pack<In, N>& pack) const {
+    Pack<Out, N> out;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const float z = to_float(pack.x[j]);
-      float g = factor * expf(exponent(z));
+      const float x = exponent(z);
+      float g = of_p(x) * expf(x);
       if constexpr (Cap) g *= exponent.slope(z);
       from_float(g * after, out.x[j]);
     }
@@ -163,9 +186,11 @@ struct Write {
 
 // The label's column in one subtraction, without cancellation where p is near 1. To be called before dz, which may be
 // z, is written.
-__device__ double label_gradient(float z, double lse, double coefficient, const RowOptions& o) {
-  const double t = o.softcap > 0 ? tanh(z / o.softcap) : 0.0;
-  return coefficient * o.scale * (1.0 - t * t) * expm1(scaled(z, o) - lse);
+__device__ double label_gradient(float z, const RowGradient& row, const RowOptions& o) {
+  const double t = o.softcap > 0 ? tanh(z / o.softcap) : 0.0, slope = 1.0 - t * t, log_p = scaled(z, o) - row.lse;
+  double g = row.weight * o.scale * slope * expm1(log_p);
+  if (row.bonus != 0.0 && log_p > -INFINITY) g += row.bonus * o.scale * slope * exp(log_p) * (log_p + row.entropy);
+  return g;
 }
 
 template <class T>
@@ -173,7 +198,7 @@ __device__ T* row_of(const Gradient& g, const Batch& b, int64_t row) {
   return reinterpret_cast<T*>(g.data) + g.offset(b, row);
 }
 
-template <class T, bool Cap, bool Entropy, Pass P>
+template <class In, class Out, bool Cap, bool Entropy, Pass P>
 __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
                           int64_t row, int64_t sequence, Shared& shared) {
   constexpr bool kKnown = P != Pass::score;
@@ -181,8 +206,8 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
   const RowOptions& o = b.options;
   const int64_t label = b.labels[row];
   const int column = static_cast<int>(label - b.vocab_start), vocab = static_cast<int>(o.vocab);
-  const T* z = reinterpret_cast<const T*>(b.logits) + b.offset(row);
-  T* dz = kKnown ? row_of<T>(g, b, row) : nullptr;
+  const In* z = reinterpret_cast<const In*>(b.logits) + b.offset(row);
+  Out* dz = kKnown ? row_of<Out>(g, b, row) : nullptr;
   if (!b.is_token(label)) {
     if (threadIdx.x == 0) {
       out.lse(row) = label == kIgnore ? 0.0 : static_cast<double>(NAN);
@@ -192,19 +217,19 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
     if (kKnown) zero_row(dz, vocab);
     return;
   }
-  const Cut cut = kKnown ? cut_rows(z, static_cast<const T*>(dz), vocab) : cut_row(z, vocab);
+  const Cut cut = cut_row(z, vocab);
   // the row's packs lie aligned in shared memory too
-  T* kept = reinterpret_cast<T*>(memory) + (kWidth<T> - cut.head % kWidth<T>) % kWidth<T>;
+  In* kept = reinterpret_cast<In*>(memory) + (kWidth<In> - cut.head % kWidth<In>) % kWidth<In>;
   // read before dz, which may be z, is written
   const bool here = static_cast<unsigned>(column) < static_cast<unsigned>(vocab);
   const float at_label = threadIdx.x == 0 && here ? to_float(z[column]) : 0.0f;
 
   // A needs many registers. It is formed before the sum where the sum needs the most.
   constexpr bool kEarly = kKnown && Cap && Entropy;
-  if (kEarly && threadIdx.x == 0) shared.coefficient = known_weight(t, sequence).weight * factor;
+  if (kEarly && threadIdx.x == 0) shared.gradient.weight = known_weight(t, sequence).weight * factor;
 
   PartialSum<Cap, Entropy> sum(o);
-  for_row<T>(cut, FromRow<T>{z}, [&](int i, const auto& pack) {
+  for_row<In>(cut, FromRow<In>{z}, [&](int i, const auto& pack) {
     if constexpr (P == Pass::kept) store(kept + i, pack);
     sum.add(pack);
   });
@@ -215,30 +240,32 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
     const double total = sums.a + sums.b, lse = scaled(top, o) + log(total);
     out.lse(row) = lse;
     out.label(row) = scaled(at_label, o);
-    if (Entropy) out.row_entropy(row) = total == 0.0 ? 0.0 : log(total) - sums.c / total;  // nothing but -inf
+    const double entropy = total == 0.0 ? 0.0 : log(total) - sums.c / total;  // nothing but -inf
+    if (Entropy) out.row_entropy(row) = entropy;
     if (kKnown) {
-      double coefficient = 0.0;
-      if (isfinite(lse)) coefficient = kEarly ? shared.coefficient : known_weight(t, sequence).weight * factor;
-      shared.lse = lse;
-      shared.coefficient = coefficient;
-      shared.at_label = coefficient == 0.0 ? 0.0 : label_gradient(at_label, lse, coefficient, o);
+      RowGradient& of_row = shared.gradient;
+      double weight = 0.0;
+      if (isfinite(lse)) weight = kEarly ? of_row.weight : known_weight(t, sequence).weight * factor;
+      of_row = {weight, Entropy && isfinite(lse) ? t.entropy_coefficient * factor : 0.0, lse, entropy, 0.0};
+      if (!of_row.is_zero()) of_row.at_label = label_gradient(at_label, of_row, o);
     }
   }
   if (!kKnown) return;
   __syncthreads();
-  if (shared.coefficient == 0.0) {
+  if (shared.gradient.is_zero()) {
     zero_row(dz, vocab);
     return;
   }
-  const Write<T, Cap> write(o, shared.lse, shared.coefficient, shared.at_label, column, dz);
-  if constexpr (P == Pass::kept)
-    for_row<T>(cut, FromRow<T>{kept}, write);
+  const Cut both = cut_rows(z, dz, vocab);
+  const FromRow<In> from{P == Pass::kept ? kept : z};
+  if (Entropy && shared.gradient.bonus != 0.0)
+    for_row<Out>(both, from, Write<In, Out, Cap, true>(o, shared.gradient, column, dz));
   else
-    for_row<T>(cut, FromRow<T>{z}, write);
+    for_row<Out>(both, from, Write<In, Out, Cap, false>(o, shared.gradient, column, dz));
 }
 
 // The score reaches 4 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 5.
-template <class T, bool Cap, bool Entropy, Pass P>
+template <class In, class Out, bool Cap, bool Entropy, Pass P>
 __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads, P == Pass::score ? 4 : 0)
     score_rows(Batch b, Terms t, Outputs out, double factor, Gradient g, Workspace w) {
   DMF_SHARED(Shared, shared);
@@ -247,49 +274,51 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
   const int64_t block = blockIdx.x, row = block - b.sequences - 1;
   if (block != b.sequences) {  // that one is the loss's own, for a batch without sequences
     const int64_t i = block < b.sequences ? block : b.sequence_of(row);
-    if (row >= 0) score_row<T, Cap, Entropy, P>(b, t, out, factor, g, row, i, shared);
+    if (row >= 0) score_row<In, Out, Cap, Entropy, P>(b, t, out, factor, g, row, i, shared);
     if (!is_last(w.counters + i, b.first_row(i + 1) - b.first_row(i) + 1, shared.last)) return;
     finish_sequence(b, t, out, faults, i, kKnown, shared);
     if (kKnown) {
       __syncthreads();
-      if (faults[i] != kNone && out.weight(i) == 0.0)
+      if (isnan(out.log_prob(i)))  // a row has a fault; one of the weight has made that 0
         for (int64_t r = b.first_row(i); r < b.first_row(i + 1); ++r)
-          zero_row(row_of<T>(g, b, r), static_cast<int>(b.options.vocab));
+          zero_row(row_of<Out>(g, b, r), static_cast<int>(b.options.vocab));
     }
   }
   if (is_last(w.counters + b.sequences, b.sequences + 1, shared.last)) finish_loss(b, t, out, faults, w.status, shared);
 }
 
 // fp32 reaches 6 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 8.
-template <class T, bool Cap>
-__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 4 && !Cap ? 6 : 0)
-    write_rows(Batch b, const double* lse, const double* weight, double factor, const double* upstream, double unless,
-               Gradient g) {
-  struct OneRow {
-    double coefficient, at_label;
-  };
-  DMF_SHARED(OneRow, shared);
+template <class In, class Out, bool Cap, bool WithBonus>
+__global__ void __launch_bounds__(kMaxThreads, sizeof(In) == 4 && !Cap ? 6 : 0)
+    write_rows(Batch b, const double* lse, const double* weight, Bonus bonus, double factor, const double* upstream,
+               double unless, Gradient g) {
+  DMF_SHARED(RowGradient, shared);
   if (upstream && *upstream == unless) return;
   const RowOptions& o = b.options;
   const int64_t row = blockIdx.x, label = b.labels[row];
   // beyond the row where the label is elsewhere: no pack has it
   const int column = static_cast<int>(label - b.vocab_start), vocab = static_cast<int>(o.vocab);
-  const T* z = reinterpret_cast<const T*>(b.logits) + b.offset(row);
-  T* dz = row_of<T>(g, b, row);
+  const In* z = reinterpret_cast<const In*>(b.logits) + b.offset(row);
+  Out* dz = row_of<Out>(g, b, row);
   if (threadIdx.x == 0) {
     const bool scored = b.is_token(label) && isfinite(lse[row]);
-    const double coefficient = scored ? weight[b.sequence_of(row)] * factor * (upstream ? *upstream : 1.0) : 0.0;
-    shared.coefficient = coefficient;
     const bool here = static_cast<unsigned>(column) < static_cast<unsigned>(vocab);
-    shared.at_label = coefficient == 0.0 || !here ? 0.0 : label_gradient(to_float(z[column]), lse[row], coefficient, o);
+    const int64_t sequence = b.sequence_of(row);
+    const double by = upstream ? *upstream : 1.0;
+    shared = {scored ? weight[sequence] * factor * by : 0.0, 0.0, lse[row], 0.0, 0.0};
+    if (WithBonus && scored) {
+      shared.bonus = bonus.weight[sequence] * factor * by;
+      shared.entropy = bonus.entropy[row];
+    }
+    if (!shared.is_zero() && here) shared.at_label = label_gradient(to_float(z[column]), shared, o);
   }
   __syncthreads();
-  if (shared.coefficient == 0.0) {
+  if (shared.is_zero()) {
     zero_row(dz, vocab);
     return;
   }
-  const Write<T, Cap> write(o, lse[row], shared.coefficient, shared.at_label, column, dz);
-  for_row<T>(cut_rows(z, static_cast<const T*>(dz), vocab), FromRow<T>{z}, write);
+  const Write<In, Out, Cap, WithBonus> write(o, shared, column, dz);
+  for_row<Out>(cut_rows(z, dz, vocab), FromRow<In>{z}, write);
 }
 
 template <class T>
@@ -311,7 +340,7 @@ __global__ void __launch_bounds__(kMaxThreads) scale_rows(Batch b, double factor
 
 // --- launching -----------------------------------------------------------------------------------------------------
 
-// Calls body with a value of the type of the logits.
+// Calls body with a value of a dtype's type.
 template <class Body>
 void with_type(DType dtype, Body body) {
   if (dtype == DType::f32)
@@ -322,15 +351,28 @@ void with_type(DType dtype, Body body) {
     body(f16{});
 }
 
+// Calls body with a value of the type of the logits and one of the type of their gradient.
+template <class Body>
+void with_types(DType logits, DType gradient, Body body) {
+  if (logits == gradient)
+    with_type(logits, [&](auto type) { body(type, type); });
+  else if (logits != DType::f32)
+    throw std::runtime_error("the gradient of 16-bit logits has their dtype");
+  else if (gradient == DType::bf16)
+    body(float{}, bf16{});
+  else
+    body(float{}, f16{});
+}
+
 unsigned grid(const Batch& b, int64_t blocks) {
   if (blocks > INT_MAX || b.options.vocab > INT_MAX - 64) throw std::runtime_error("too many rows, or too long ones");
   return static_cast<unsigned>(blocks);
 }
 
-template <class T, bool Cap, bool Entropy, Pass P>
+template <class In, class Out, bool Cap, bool Entropy, Pass P>
 void launch_score(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
                   const Workspace& w, const Plan& plan) {
-  const auto kernel = score_rows<T, Cap, Entropy, P>;
+  const auto kernel = score_rows<In, Out, Cap, Entropy, P>;
   if (plan.shared > 0) allow_shared(kernel, shared_for_row(shared_limit(w.device)));
   DMF_LAUNCH(kernel, grid(b, b.rows + b.sequences + 1), plan.threads, static_cast<size_t>(plan.shared),
              static_cast<cudaStream_t>(w.stream), b, t, out, factor, g, w);
@@ -338,50 +380,57 @@ void launch_score(const Batch& b, const Terms& t, const Outputs& out, double fac
 }
 
 template <class T, bool Cap, bool Entropy>
-void launch_pass(bool known, const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
-                 const Workspace& w) {
-  if (!known) {
-    launch_score<T, Cap, Entropy, Pass::score>(b, t, out, factor, g, w, plan_once(b.options.vocab, sizeof(T)));
-    return;
-  }
-  const Plan plan = plan_known(b.options.vocab, sizeof(T), shared_limit(w.device));
-  const auto launch =
-      plan.kept ? launch_score<T, Cap, Entropy, Pass::kept> : launch_score<T, Cap, Entropy, Pass::reread>;
-  launch(b, t, out, factor, g, w, plan);
+void launch_scoring(const Batch& b, const Terms& t, const Outputs& out, const Workspace& w) {
+  launch_score<T, T, Cap, Entropy, Pass::score>(b, t, out, 0.0, Gradient{}, w, plan_once(b.options.vocab, sizeof(T)));
 }
 
-void score(bool known, const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
-           const Workspace& w) {
-  const OnDevice guard(w.device);
-  with_type(b.dtype, [&](auto type) {
-    using T = decltype(type);
-    const bool cap = b.options.softcap > 0;
-    const auto launch = cap ? (out.entropy ? launch_pass<T, true, true> : launch_pass<T, true, false>)
-                            : (out.entropy ? launch_pass<T, false, true> : launch_pass<T, false, false>);
-    launch(known, b, t, out, factor, g, w);
-  });
+template <class In, class Out, bool Cap, bool Entropy>
+void launch_known(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
+                  const Workspace& w) {
+  const Plan plan = plan_known(b.options.vocab, sizeof(In), shared_limit(w.device));
+  const auto launch =
+      plan.kept ? launch_score<In, Out, Cap, Entropy, Pass::kept> : launch_score<In, Out, Cap, Entropy, Pass::reread>;
+  launch(b, t, out, factor, g, w, plan);
 }
 
 }  // namespace
 
 void forward(const Batch& b, const Terms& t, const Outputs& out, const Workspace& w) {
-  score(false, b, t, out, 0.0, Gradient{nullptr, 0, 0}, w);
+  const OnDevice guard(w.device);
+  with_type(b.dtype, [&](auto type) {
+    using T = decltype(type);
+    const bool cap = b.options.softcap > 0;
+    const auto launch = cap ? (out.entropy ? launch_scoring<T, true, true> : launch_scoring<T, true, false>)
+                            : (out.entropy ? launch_scoring<T, false, true> : launch_scoring<T, false, false>);
+    launch(b, t, out, w);
+  });
 }
 
 void forward_backward(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
                       const Workspace& w) {
-  score(true, b, t, out, factor, g, w);
+  const OnDevice guard(w.device);
+  with_types(b.dtype, g.dtype, [&](auto in, auto of_gradient) {
+    using In = decltype(in);
+    using Out = decltype(of_gradient);
+    const bool cap = b.options.softcap > 0;
+    const auto launch = cap ? (out.entropy ? launch_known<In, Out, true, true> : launch_known<In, Out, true, false>)
+                            : (out.entropy ? launch_known<In, Out, false, true> : launch_known<In, Out, false, false>);
+    launch(b, t, out, factor, g, w);
+  });
 }
 
-void backward(const Batch& b, const double* lse, const double* weight, double factor, const double* upstream,
-              double unless, const Gradient& g, const Workspace& w) {
+void backward(const Batch& b, const double* lse, const double* weight, const Bonus& bonus, double factor,
+              const double* upstream, double unless, const Gradient& g, const Workspace& w) {
   if (b.rows == 0) return;
   const OnDevice guard(w.device);
-  with_type(b.dtype, [&](auto type) {
-    using T = decltype(type);
-    const auto kernel = b.options.softcap > 0 ? write_rows<T, true> : write_rows<T, false>;
-    DMF_LAUNCH(kernel, grid(b, b.rows), plan_once(b.options.vocab, sizeof(T)).threads, 0,
-               static_cast<cudaStream_t>(w.stream), b, lse, weight, factor, upstream, unless, g);
+  with_types(b.dtype, g.dtype, [&](auto in, auto of_gradient) {
+    using In = decltype(in);
+    using Out = decltype(of_gradient);
+    const bool cap = b.options.softcap > 0;
+    const auto kernel = bonus.weight ? (cap ? write_rows<In, Out, true, true> : write_rows<In, Out, false, true>)
+                                     : (cap ? write_rows<In, Out, true, false> : write_rows<In, Out, false, false>);
+    DMF_LAUNCH(kernel, grid(b, b.rows), plan_once(b.options.vocab, sizeof(In)).threads, 0,
+               static_cast<cudaStream_t>(w.stream), b, lse, weight, bonus, factor, upstream, unless, g);
   });
   check(cudaGetLastError());
 }
@@ -389,7 +438,7 @@ void backward(const Batch& b, const double* lse, const double* weight, double fa
 void scale(const Batch& b, double factor, const double* upstream, const Gradient& g, const Workspace& w) {
   if (b.rows == 0) return;
   const OnDevice guard(w.device);
-  with_type(b.dtype, [&](auto type) {
+  with_type(g.dtype, [&](auto type) {
     using T = decltype(type);
     const auto kernel = scale_rows<T>;
     DMF_LAUNCH(kernel, grid(b, b.rows), plan_once(b.options.vocab, sizeof(T)).threads, 0,

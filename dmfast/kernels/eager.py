@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import Terms
-from .backend import overwritten
+from .backend import check_gradient, overwritten
 from .batch import IGNORE, Batch, Bonus, SampleRows, Scores
 from .check_ops import value_checks
 from .form import form_loss, scaled
@@ -187,6 +187,7 @@ class Eager:
         """Write the gradient; see ``Backend``."""
         if upstream is not None and unless is not None and float(upstream) == unless:
             return
+        check_gradient(batch, dz)
         by = factor if upstream is None else factor * upstream
         bonus = None if bonus is None else bonus._replace(weight=bonus.weight * by)
         dz.copy_(gradient(batch, lse, weight * by, bonus).reshape(dz.shape))

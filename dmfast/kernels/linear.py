@@ -135,7 +135,8 @@ class _Products:
         self.one_chunk = len(cuts) == 1
         vocab, dtype = head.shape[0], chunks.whole.logits.dtype
         self.buffer = _rows(hidden, longest, vocab, dtype)
-        self.narrow = _rows(hidden, longest, vocab, hidden.dtype) if chunks.narrow else None
+        # that of the gradient: the same one, unless the next product takes another dtype (backend.check_gradient)
+        self.gradient = _rows(hidden, longest, vocab, hidden.dtype) if chunks.narrow else self.buffer
         self.ways = chunks.ways
         self.wants_head = wanted[1]
         # with no row left out the products fill all of it
@@ -158,8 +159,6 @@ class _Products:
         rows = self.chunks.rows
         if self.d_bias is not None:
             self.d_bias.add_(dz.sum(0, dtype=torch.float32))
-        if self.narrow is not None:
-            dz = self.narrow[: last - first].copy_(dz)
         if self.d_hidden is not None:
             dh = self.d_hidden[first:last] if rows is None else torch.empty_like(h)
             products.multiply_back(self.ways.d_hidden, dz, self.head, dh)
@@ -224,16 +223,17 @@ def _group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]]) -> Scores:
             _backward_group(call, i, j, cuts, scores.lse, scores.weight, expected / divide_by, bonus)
         return scores
     h, z = matrices.logits(*cuts[0])
+    dz = matrices.gradient[: z.shape[0]]
     batch = call.chunks.part(i, j, *cuts[0], z)
     if expected is not None and terms is not None and terms.weight_known:
-        scores = backend.forward_backward(batch, terms, call.entropy, divide_by, expected / divide_by, z)
+        scores = backend.forward_backward(batch, terms, call.entropy, divide_by, expected / divide_by, dz)
     else:
         scores = backend.forward(batch, terms, call.entropy, divide_by)
         if expected is not None:
             bonus = scores.bonus(coefficient)
-            backend.backward(batch, scores.lse, scores.weight, expected / divide_by, z, bonus=bonus)
+            backend.backward(batch, scores.lse, scores.weight, expected / divide_by, dz, bonus=bonus)
     if expected is not None:
-        matrices.add(*cuts[0], h, z)
+        matrices.add(*cuts[0], h, dz)
     return scores
 
 
@@ -246,8 +246,9 @@ def _backward_group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]], ls
         from_start = first - cuts[0][0]
         part = slice(from_start, from_start + last - first)
         of_part = None if bonus is None else bonus._replace(entropy=bonus.entropy[part])
-        call.backend.backward(call.chunks.part(i, j, first, last, z), lse[part], weight, factor, z, bonus=of_part)
-        call.matrices.add(first, last, h, z)
+        dz = call.matrices.gradient[: last - first]
+        call.backend.backward(call.chunks.part(i, j, first, last, z), lse[part], weight, factor, dz, bonus=of_part)
+        call.matrices.add(first, last, h, dz)
 
 
 def _forward(call: _Pass) -> Scores:
