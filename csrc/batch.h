@@ -70,8 +70,8 @@ struct Terms {
   DMF_HD double at(Column c, int64_t i) const { return has(c) ? columns[c][i] : constants[c]; }
 };
 
-// Where a gradient goes: logits itself, or a tensor of the same shape with strides of its own. Of fp32 logits it may
-// also be 16 bits wide; then the two share no memory (cuda/loss.cu says why).
+// Where a gradient goes: logits itself, or a tensor of the same shape with strides of its own. That of fp32 logits may
+// have 16 bits; then it shares no memory with them (cuda/loss.cu says why).
 struct Gradient {
   DType dtype;
   char* data;

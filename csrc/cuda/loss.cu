@@ -6,10 +6,9 @@
 // shared memory, in which it waits for its log-sum-exp, else 2 reads, of which the second is meant for the second-level
 // cache (plan.h).
 //
-// The gradient of fp32 logits may be 16 bits wide. Then it never lies in the place of its logits: gradients 2i and 2i +
-// 1 would overwrite logit i, which another thread may not have read yet, and no barrier of a thread's own reads and
-// writes orders that. Only where a thread writes just what it has read itself, of one width, is a gradient in place
-// safe.
+// A gradient in place is safe where it is as wide as its logits, since a thread then writes only where it has read. A
+// 16-bit gradient of fp32 logits must have memory of its own: gradients 2i and 2i + 1 would overwrite logit i, which
+// another thread may have yet to read.
 //
 // A block has one row. Blocks count themselves on a counter of their sequence, whose last block adds up its rows in a
 // fixed order; the last of all sequences adds up the loss. So there is no atomic on a float, and the result does not
