@@ -157,7 +157,8 @@ def test_sequences_of_weight_0_have_the_bonus(objective: str, dtype: torch.dtype
     case = make_case("contiguous", dtype, 127, unscored="none")
     of = own_dpg if objective == "own" else objective
     log_z = torch.tensor([-INF, -INF, 0.0, -INF]).double()
-    given = {"log_proposal": torch.zeros(4), "log_target": torch.full((4,), -INF), "objective": of, "max_weight": 1e-30}
+    given = {"log_proposal": torch.zeros(4), "log_target": torch.full((4,), -INF), "objective": of,
+             "max_weight": 1e-30}  # fmt: skip
     out, dz = run(case, False, None, entropy_coefficient=0.5, log_z=log_z, **given)
     if objective == "dpg":
         assert bool((out.weight == 0).all())
@@ -241,8 +242,9 @@ def test_linear(objective: str, reduction: str, rows: int) -> None:
     tokens, mask = torch.randint(53, (4, 6)), torch.rand(4, 6) > 0.3
     mask[1] = False
     of = own_dpg if objective == "own" else objective
+    target = torch.tensor([-9.0, -INF, -8.0, -9.5]).double()
     options = {"objective": of, "reduction": reduction, "entropy_coefficient": 0.6, "softcap": 4.0, "log_z": 0.1,
-               "log_target": torch.tensor([-9.0, -INF, -8.0, -9.5]).double(), "log_proposal": torch.full((4,), -9.0)}  # fmt: skip
+               "log_target": target, "log_proposal": torch.full((4,), -9.0)}  # fmt: skip
     inputs = [torch.randn(4, 6, 8), torch.randn(53, 8), torch.randn(53)]
     found = []
     for f, dtype, more in ((dmfast.linear_dm_loss, torch.float32, {"chunk_bytes": rows * 64 * 4}),

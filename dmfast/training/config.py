@@ -62,9 +62,9 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             goes on with it, one of several draws a new one.
         normalize: False multiplies A by Z, the paper's scale.
         max_weight: bounds A.
-        entropy_coefficient: c of the entropy bonus, which adds -c times the mean over sequences of the policy's entropy,
-            summed over their tokens (nats), to the loss: of all sequences as they were drawn, not weighted. That mean
-            is logged as ``entropy``. Not with ``skip_zero_weight``.
+        entropy_coefficient: c of the entropy bonus, which adds -c times the mean over sequences of the policy's
+            entropy, summed over their tokens (nats), to the loss: of all sequences as they were drawn, not weighted.
+            That mean is logged as ``entropy``. Not with ``skip_zero_weight``.
         temperature: of policy, proposal and base, in sampling and in scoring.
         max_new_tokens: where a sequence without EOS ends.
         samples_per_context: n, sequences drawn from each prompt. Default: one; with one prompt, or without a data set

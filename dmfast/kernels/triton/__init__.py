@@ -100,8 +100,8 @@ class Triton:
         self, batch: Batch, terms: Terms | None, entropy: bool, divide_by: float, weights: Tensor | None,
         dz: Tensor | None, bonuses: Tensor | None = None,
     ) -> Scores:  # fmt: skip
-        """Return ``forward``'s scores and, with ``dz``, write the gradient of the sum of -weights log pi - bonuses H into
-        it."""
+        """Return ``forward``'s scores and, with ``dz``, write the gradient of the sum of -weights log pi - bonuses H
+        there."""
         from . import launch  # triton is imported where it is used
 
         if dz is not None:
