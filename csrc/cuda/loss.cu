@@ -28,10 +28,18 @@ enum class Pass { score, kept };  // kept: with the gradient, for which the row 
 constexpr long long kNone = LLONG_MAX;
 constexpr int kLosses = 128;  // that wait in shared memory to be added up
 
-// What a block knows of the gradient of its row: made by one thread.
+// What a row's gradient is made of: weight times that of -log pi of its label, and bonus times that of -H.
+struct RowGradient {
+  double weight, bonus;
+  double lse, entropy, at_label;
+  __device__ bool is_zero() const { return weight == 0.0 && bonus == 0.0; }
+};
+
+// The same as the threads of a block need it, made by one of them.
 struct Slope {
   float reference;
-  float factor, biased;  // dz is factor * 2^(exponents), whose powers have what is left of it in biased
+  float factor, linear;  // dz is 2^exponent * (factor + linear * distance), with the powers by
+  float biased;          // more than in biased
   float at_label;
 };
 
@@ -40,7 +48,7 @@ struct Shared {
   Lanes<Sums> sums, sequence;
   Lanes<long long> fault, first;
   double losses[kLosses];
-  double coefficient;
+  RowGradient gradient;
   Slope slope;
   bool last;
 };
@@ -108,7 +116,7 @@ __device__ void finish_sequence(const Batch& b, const Terms& t, const Outputs& o
     }
     const double weight = fault == kNone ? w.weight : 0.0;
     out.weight(i) = weight;
-    out.loss(i) = weight == 0.0 ? 0.0 : -weight * log_prob;  // 0 * -inf = 0
+    out.loss(i) = bad_rows ? 0.0 : loss_of(weight, log_prob, t.entropy_coefficient, sums.b);
   }
   faults[i] = fault;
 }
@@ -132,52 +140,61 @@ __device__ void finish_loss(const Batch& b, const Terms& t, const Outputs& out, 
   if (threadIdx.x == 0) *out.total = total / out.divide_by;
 }
 
-// dz[v] = coefficient * scale * cap'(z[v]) * (softmax[v] - (v == label))
+// dz[v] = scale * cap'(z[v]) * (weight * (p[v] - (v == label)) + bonus * p[v] * (log p[v] + H)), with the softmax p
 template <bool Cap>
-__device__ Slope slope_of(const Constants& c, const RowOptions& o, double lse, double coefficient, double at_label) {
-  double z = lse / o.scale;  // whose term is 1
+__device__ Slope slope_of(const Constants& c, const RowOptions& o, const RowGradient& row) {
+  double z = row.lse / o.scale;  // whose term is 1
   if (Cap) {
     const double u = z / o.softcap;
     z = u > 0.999 ? c.bound : o.softcap * atanh(fmax(u, -0.999));  // no logit's term is above that of lse
   }
   const float reference = static_cast<float>(z);
-  // mends the rounding of the reference
-  const double full = coefficient * o.scale * exp(scaled(reference, o) - lse);
+  const double off = scaled(reference, o) - row.lse, mend = exp(off);  // of the rounding of the reference
+  const double slope = row.bonus * o.scale * mend, full = row.weight * o.scale * mend + slope * (off + row.entropy);
+  const double size = fmax(fabs(full), fabs(slope));
   int64_t raw;
-  memcpy(&raw, &full, 8);
+  memcpy(&raw, &size, 8);
   // 32: so that what vanishes is below fp32's denormals
   const int power = min(max(static_cast<int>(raw >> 52 & 0x7ff) - 1023 + 32, -120), 120);
   double shrink;  // 2^-power
   raw = static_cast<int64_t>(1023 - power) << 52;
   memcpy(&shrink, &raw, 8);
-  return {reference, static_cast<float>(full * shrink), kBiased + static_cast<float>(power),
-          static_cast<float>(at_label)};
+  const double nats = Cap ? 2.0 * o.scale * o.softcap : o.scale;  // of a distance
+  return {reference, static_cast<float>(full * shrink), static_cast<float>(slope * nats * shrink),
+          kBiased + static_cast<float>(power), static_cast<float>(row.at_label)};
 }
 
 // dz of the row, apart from the label's column, whose value is at_label. A label that is elsewhere has a column outside
-// the row.
-template <class In, class Out, bool Cap>
+// the row. With a bonus the factor is linear in log p.
+template <class In, class Out, bool Cap, bool WithBonus>
 struct Write {
   const Constants& c;
   Reference<Cap> reference;
-  float factor, biased, at_label;
+  Slope slope;
   int label;
   Out* dz;
 
   __device__ Write(const Constants& c, const Slope& slope, int label, Out* dz)
-      : c(c), reference(c), factor(slope.factor), biased(slope.biased), at_label(slope.at_label), label(label), dz(dz) {
+      : c(c), reference(c), slope(slope), label(label), dz(dz) {
     reference.set(c, slope.reference);
   }
 
-  // reference: as the row's; of a round
+  // Below least p is 0, which times log p is 0.
+  __device__ float of_p(float distance) const {
+    return WithBonus ? fmaf(slope.linear, fmaxf(distance, c.least), slope.factor) : slope.factor;
+  }
+
+  // reference: the row's, in a round
   __device__ float gradient(const Reference<Cap>& reference, float z) const {
     if constexpr (Cap) {
       z = fminf(z, c.bound);
       const float full = reference.full(c, z), part = reciprocal_approx(full + 1.0f);
-      const Term e = term_of(reference.distance(c, z, full), c.bits, biased);
-      return e.value() * factor * (4.0f * part * (full * part));  // cap' = 1 - tanh^2; 0 at -inf
+      const float d = reference.distance(c, z, full);
+      // cap' = 1 - tanh^2; 0 at -inf
+      return term_of(d, c.bits, slope.biased).value() * of_p(d) * (4.0f * part * (full * part));
     } else {
-      return term_of(reference.distance(c, z), c.bits, biased).value() * factor;
+      const float d = reference.distance(c, z);
+      return term_of(d, c.bits, slope.biased).value() * of_p(d);
     }
   }
 
@@ -193,16 +210,18 @@ struct Write {
       Out* const to = dz + first + k * kApart * N;
       store_last(to, rounded<Out>(out));
       const unsigned there = static_cast<unsigned>(label - first - k * kApart * N);
-      if (there < N) from_float(at_label, to[there]);
+      if (there < N) from_float(slope.at_label, to[there]);
     }
   }
 };
 
 // The label's column in one subtraction, without cancellation where p is near 1. To be called before dz, which may be
 // z, is written.
-__device__ double label_gradient(float z, double lse, double coefficient, const RowOptions& o) {
-  const double t = o.softcap > 0 ? tanh(z / o.softcap) : 0.0;
-  return coefficient * o.scale * (1.0 - t * t) * expm1(scaled(z, o) - lse);
+__device__ double label_gradient(float z, const RowGradient& row, const RowOptions& o) {
+  const double t = o.softcap > 0 ? tanh(z / o.softcap) : 0.0, slope = 1.0 - t * t, log_p = scaled(z, o) - row.lse;
+  double g = row.weight * o.scale * slope * expm1(log_p);
+  if (row.bonus != 0.0 && log_p > -INFINITY) g += row.bonus * o.scale * slope * exp(log_p) * (log_p + row.entropy);
+  return g;
 }
 
 template <class T>
@@ -213,7 +232,7 @@ __device__ T* row_of(const Gradient& g, const Batch& b, int64_t row) {
 template <class In, class Out, bool Cap, bool Entropy, Pass P>
 __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
                           const Constants& c, int64_t row, Shared& shared) {
-  constexpr bool kKnown = P != Pass::score;
+  constexpr bool kKnown = P == Pass::kept;
   DMF_DYNAMIC_SHARED(memory);
   const RowOptions& o = b.options;
   const int64_t label = b.labels[row];
@@ -248,23 +267,31 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
     const double total = sums.a + sums.b, lse = scaled(top, o) + log(total);
     out.lse(row) = lse;
     out.label(row) = scaled(at_label, o);
-    const double nats = Cap ? 2.0 * o.scale * o.softcap : o.scale;
-    if (Entropy) out.row_entropy(row) = total == 0.0 ? 0.0 : log(total) - nats * sums.c / total;  // nothing but -inf
+    const double nats = Cap ? 2.0 * o.scale * o.softcap : o.scale;                   // of a distance
+    const double entropy = total == 0.0 ? 0.0 : log(total) - nats * sums.c / total;  // nothing but -inf
+    if (Entropy) out.row_entropy(row) = entropy;
     if (kKnown) {
-      const double coefficient = isfinite(lse) ? known_weight(t, b.sequence_of(row)).weight * factor : 0.0;
-      shared.coefficient = coefficient;
-      if (coefficient != 0.0)
-        shared.slope = slope_of<Cap>(c, o, lse, coefficient, label_gradient(at_label, lse, coefficient, o));
+      RowGradient& of_row = shared.gradient;
+      const bool good = isfinite(lse);
+      of_row = {good ? known_weight(t, b.sequence_of(row)).weight * factor : 0.0,
+                Entropy && good ? t.entropy_coefficient * factor : 0.0, lse, entropy, 0.0};
+      if (!of_row.is_zero()) {
+        of_row.at_label = label_gradient(at_label, of_row, o);
+        shared.slope = slope_of<Cap>(c, o, of_row);
+      }
     }
   }
   if (!kKnown) return;
   __syncthreads();
-  if (shared.coefficient == 0.0) {
+  if (shared.gradient.is_zero()) {
     zero_row(dz, vocab);
     return;
   }
-  const Write<In, Out, Cap> write(c, shared.slope, column, dz);
-  for_row<Out>(cut_rows(z, dz, vocab), FromRow<In>{kept}, write);
+  const Cut both = cut_rows(z, dz, vocab);
+  if (Entropy && shared.gradient.bonus != 0.0)
+    for_row<Out>(both, FromRow<In>{kept}, Write<In, Out, Cap, true>(c, shared.slope, column, dz));
+  else
+    for_row<Out>(both, FromRow<In>{kept}, Write<In, Out, Cap, false>(c, shared.slope, column, dz));
 }
 
 // The score reaches 4 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 5.
@@ -272,7 +299,7 @@ template <class In, class Out, bool Cap, bool Entropy, Pass P>
 __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads, P == Pass::score ? 4 : 0)
     score_rows(Batch b, Terms t, Outputs out, double factor, Gradient g, Workspace w, Constants c) {
   DMF_SHARED(Shared, shared);
-  constexpr bool kKnown = P != Pass::score;
+  constexpr bool kKnown = P == Pass::kept;
   long long* const faults = reinterpret_cast<long long*>(w.faults);
   const int64_t block = blockIdx.x, row = block - b.sequences - 1;
   if (block != b.sequences) {  // that one is the loss's own, for a batch without sequences
@@ -282,7 +309,7 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
     finish_sequence(b, t, out, faults, i, kKnown, shared);
     if (kKnown) {
       __syncthreads();
-      if (faults[i] != kNone && out.weight(i) == 0.0)
+      if (isnan(out.log_prob(i)))  // a row has a fault; one of the weight has made that 0
         for (int64_t r = b.first_row(i); r < b.first_row(i + 1); ++r)
           zero_row(row_of<Out>(g, b, r), static_cast<int>(b.options.vocab));
     }
@@ -291,12 +318,12 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
 }
 
 // fp32 reaches 6 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 8.
-template <class In, class Out, bool Cap>
+template <class In, class Out, bool Cap, bool WithBonus>
 __global__ void __launch_bounds__(kMaxThreads, Cap ? 0 : 6)
-    write_rows(Batch b, const double* lse, const double* weight, double factor, const double* upstream, double unless,
-               Gradient g, Constants c) {
+    write_rows(Batch b, const double* lse, const double* weight, Bonus bonus, double factor, const double* upstream,
+               double unless, Gradient g, Constants c) {
   struct OneRow {
-    double coefficient;
+    RowGradient gradient;
     Slope slope;
   };
   DMF_SHARED(OneRow, shared);
@@ -309,20 +336,26 @@ __global__ void __launch_bounds__(kMaxThreads, Cap ? 0 : 6)
   Out* dz = row_of<Out>(g, b, row);
   if (threadIdx.x == 0) {
     const bool scored = b.is_token(label) && isfinite(lse[row]);
-    const double coefficient = scored ? weight[b.sequence_of(row)] * factor * (upstream ? *upstream : 1.0) : 0.0;
-    shared.coefficient = coefficient;
-    if (coefficient != 0.0) {
-      const bool here = static_cast<unsigned>(column) < static_cast<unsigned>(vocab);
-      const double at_label = here ? label_gradient(to_float(z[column]), lse[row], coefficient, o) : 0.0;
-      shared.slope = slope_of<Cap>(c, o, lse[row], coefficient, at_label);
+    const bool here = static_cast<unsigned>(column) < static_cast<unsigned>(vocab);
+    const int64_t sequence = b.sequence_of(row);
+    const double by = factor * (upstream ? *upstream : 1.0);
+    RowGradient& of_row = shared.gradient;
+    of_row = {scored ? weight[sequence] * by : 0.0, 0.0, lse[row], 0.0, 0.0};
+    if (WithBonus && scored) {
+      of_row.bonus = (bonus.weight ? bonus.weight[sequence] : bonus.constant) * by;
+      of_row.entropy = bonus.entropy[row];
+    }
+    if (!of_row.is_zero()) {
+      if (here) of_row.at_label = label_gradient(to_float(z[column]), of_row, o);
+      shared.slope = slope_of<Cap>(c, o, of_row);
     }
   }
   __syncthreads();
-  if (shared.coefficient == 0.0) {
+  if (shared.gradient.is_zero()) {
     zero_row(dz, vocab);
     return;
   }
-  const Write<In, Out, Cap> write(c, shared.slope, column, dz);
+  const Write<In, Out, Cap, WithBonus> write(c, shared.slope, column, dz);
   for_row<Out>(cut_rows(z, dz, vocab), FromRow<In>{z}, write);
 }
 
@@ -417,7 +450,9 @@ void forward_backward(const Batch& b, const Terms& t, const Outputs& out, double
   const int64_t itemsize = b.dtype == DType::f32 ? 4 : 2;
   if (!plan_known(b.options.vocab, itemsize, shared_limit(w.device)).kept) {
     forward(b, t, out, w);
-    backward(b, &out.lse(0), &out.weight(0), factor, nullptr, NAN, g, w);
+    const bool has_bonus = out.entropy && t.entropy_coefficient != 0.0;
+    const Bonus bonus{has_bonus ? &out.row_entropy(0) : nullptr, nullptr, t.entropy_coefficient};
+    backward(b, &out.lse(0), &out.weight(0), bonus, factor, nullptr, NAN, g, w);
     return;
   }
   with_types(b.dtype, g.dtype, [&](auto in, auto of_gradient) {
@@ -430,16 +465,18 @@ void forward_backward(const Batch& b, const Terms& t, const Outputs& out, double
   });
 }
 
-void backward(const Batch& b, const double* lse, const double* weight, double factor, const double* upstream,
-              double unless, const Gradient& g, const Workspace& w) {
+void backward(const Batch& b, const double* lse, const double* weight, const Bonus& bonus, double factor,
+              const double* upstream, double unless, const Gradient& g, const Workspace& w) {
   if (b.rows == 0) return;
   const OnDevice guard(w.device);
   with_types(b.dtype, g.dtype, [&](auto in, auto of_gradient) {
     using In = decltype(in);
     using Out = decltype(of_gradient);
-    const auto kernel = b.options.softcap > 0 ? write_rows<In, Out, true> : write_rows<In, Out, false>;
+    const bool cap = b.options.softcap > 0;
+    const auto kernel = bonus.entropy ? (cap ? write_rows<In, Out, true, true> : write_rows<In, Out, false, true>)
+                                      : (cap ? write_rows<In, Out, true, false> : write_rows<In, Out, false, false>);
     DMF_LAUNCH(kernel, grid(b, b.rows), plan_once(b.options.vocab, sizeof(In)).threads, 0,
-               static_cast<cudaStream_t>(w.stream), b, lse, weight, factor, upstream, unless, g,
+               static_cast<cudaStream_t>(w.stream), b, lse, weight, bonus, factor, upstream, unless, g,
                constants_of(b.options));
   });
   check(cudaGetLastError());

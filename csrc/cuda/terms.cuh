@@ -17,14 +17,20 @@ struct Constants {
   Double inverse;  // 2 log2(e) / c, with which 2^(inverse z) = e^(2z/c)
   float bound;     // 14c, beyond which tanh(z / c) is +-1: to 1.4e-12
   float step;      // how much less a logit is whose term is 1 - 2^-23 ln 2, where the cap has slope 1
+  float least;     // of a distance: 2^-192 is 0 in fp32
   int zero;        // which no compiler knows to be 0
 };
 
 inline Constants constants_of(const RowOptions& o) {
   constexpr double kLog2E = 1.4426950408889634;
-  const double bits = kLog2E * o.scale, c = o.softcap > 0 ? o.softcap : 1.0;
-  return {Double(o.softcap > 0 ? 2 * c * bits : bits), Double(2 * kLog2E / c), static_cast<float>(14 * c),
-          static_cast<float>(0x1p-23 / bits), 0};
+  const double c = o.softcap > 0 ? o.softcap : 1.0, bits = kLog2E * o.scale;
+  const double of_distance = o.softcap > 0 ? 2 * c * bits : bits;
+  return {Double(of_distance),
+          Double(2 * kLog2E / c),
+          static_cast<float>(14 * c),
+          static_cast<float>(0x1p-23 / bits),
+          static_cast<float>(-192 / of_distance),
+          0};
 }
 
 // --- 2^x ---------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def bound(card: Card, kernel: str, counts: dict[str, float]) -> tuple[str, float
 
 def shown(code: Code) -> bool:
     """A row's kernel as most calls take it: long rows, no entropy, fp16 as bf16."""
-    others = ("fp16", "short", "middle", "entropy", "sum_rows")
+    others = ("fp16", "short", "middle", "entropy", "bonus", "sum_rows")
     narrow = code.source == "Triton" and code.kernel.startswith("sample_rows") and "wide" not in code.kernel
     return not narrow and not any(word in code.kernel for word in others)
 
