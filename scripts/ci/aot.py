@@ -43,10 +43,13 @@ WARPS = [
 # in its name.
 INSTRUCTIONS = [
     ("CUDA score_rows known cap", 84.0),
+    ("CUDA score_rows known entropy", 34.0),
     ("CUDA score_rows known", 30.0),
-    ("CUDA score_rows cap", 40.0),
-    ("CUDA score_rows", 15.0),
-    ("CUDA write_rows cap", 60.0),
+    ("CUDA score_rows cap", 42.0),
+    ("CUDA score_rows entropy", 18.0),
+    ("CUDA score_rows", 14.0),
+    ("CUDA write_rows cap", 45.0),
+    ("CUDA write_rows bonus", 18.0),
     ("CUDA write_rows", 15.0),
 ]
 

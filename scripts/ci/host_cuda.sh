@@ -65,7 +65,7 @@ SHIM_SEED=1 suite "$out/plain" test_cuda.py test_kernels.py test_shards.py test_
   -k "$small and not own_interval and not num_sequences"
 said "the suite"
 SHIM_SEED=2 suite "$out/plain" test_kernels.py -k "50257 and (vocabularies and contiguous or log_sum_exp)"
-SHIM_SEED=3 SHIM_SHARED=6000 suite "$out/plain" test_cuda.py test_kernels.py -k "any_shape or empty or test_cuda or (4096 and vocabularies)"
+SHIM_SEED=3 SHIM_SHARED=12000 suite "$out/plain" test_cuda.py test_kernels.py -k "any_shape or empty or test_cuda or (4096 and vocabularies)"
 SHIM_SEED=4 suite "$out/plain" test_cuda.py test_kernels.py -k "any_shape or test_cuda"
 said "large rows, other schedules, rows read twice"
 

@@ -103,13 +103,13 @@ def loops(code: Code) -> list[Loop]:
 
 
 def rounds(code: Code) -> list[Loop]:
-    """The innermost loops that work on logits, but those for the rest of a row: they have fewer wide loads than another
-    that writes, or does not, as they do."""
+    """The innermost loops that work on logits: of those that write, and of those that don't, the longest of those with
+    the most wide loads. Others are for the rest of a row, or for a row without a bonus. Of sampling all."""
     found = [x for x in loops(code) if x.accesses("STG") or x.accesses("MUFU", ".EX2")]
-    most: dict[bool, int] = defaultdict(int)
-    for loop in found:
-        most[loop.accesses("STG") > 0] = max(most[loop.accesses("STG") > 0], loop.loads)
-    return [x for x in found if x.loads == most[x.accesses("STG") > 0]]
+    if code.kernel.startswith("sample_rows"):
+        return found
+    passes = [[x for x in found if (x.accesses("STG") > 0) == writes] for writes in (False, True)]
+    return [max(those, key=lambda x: (x.loads, len(x.always))) for those in passes if those]
 
 
 def rises(packs: int, loads: int, shared: bool) -> float:
