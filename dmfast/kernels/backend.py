@@ -144,7 +144,7 @@ def check_gradient(batch: Batch, dz: Tensor) -> None:
     (first, end), (first_dz, end_dz) = _span(z), _span(dz)
     if first < end_dz and first_dz < end:
         raise ValueError(
-            f"dz ({dz.dtype}) lies in the memory of the logits ({z.dtype}), of which a thread would overwrite some that "
+            f"dz ({dz.dtype}) lies in the memory of the logits ({z.dtype}), of which one thread would overwrite what "
             "another has yet to read; pass a tensor of its own, or for a gradient in place the logits themselves"
         )
 

@@ -2,15 +2,17 @@
 
 Matrix products are torch's (``products.py``); between them run the row kernels of a backend. A chunk holds whole
 sequences, so that log pi, and with it A, is known inside it: logits = H W^T, the kernel's forward, its backward over
-the logits, dH = dZ W, dW += dZ^T H. That is three products and no logit is computed twice, the least for which all
-three gradients can be had. A sequence longer than the buffer, and a loss whose grad_output is not known before
-backward, take two phases, and so a fourth product. Rows that are not scored are packed out before the first product. A
-frozen head costs neither its product nor a V x D buffer.
+the logits, or into 16 bits beside them where the next product takes these, dH = dZ W, dW += dZ^T H. That is three
+products and no logit is computed twice, the least for which all three gradients can be had. A sequence longer than the
+buffer, and a loss whose grad_output is not known before backward, take two phases, and so a fourth product. Rows that
+are not scored are packed out before the first product. A frozen head costs neither its product nor a
+V x D buffer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -269,6 +271,16 @@ def _forward(call: _Pass) -> Scores:
     return scores._replace(rows=rows.index_copy_(1, chunks.rows, scores.rows))
 
 
+@contextmanager
+def _as_multiplied(hidden: Tensor, batch: Batch) -> Iterator[None]:
+    """Have products be as a call wants them, without gradient."""
+    with (
+        torch.no_grad(), torch.autocast(hidden.device.type, enabled=False),
+        nullcontext() if batch.as_set else products.ieee(hidden.device),
+    ):  # fmt: skip
+        yield
+
+
 def forward(
     backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, terms: Terms | None,
     entropy: bool, divide_by: float, expected: float | None, chunk_bytes: int | None, wanted: tuple[bool, ...],
@@ -283,7 +295,7 @@ def forward(
             faults.check_terms(terms)
     wanted = wanted if expected is not None else (False, False, False)
     chunks = make_chunks(batch, hidden, chunk_bytes, wanted)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with _as_multiplied(hidden, batch):
         matrices = _Products(chunks, hidden, head, bias, wanted)
         scores = _forward(_Pass(backend, chunks, matrices, terms, entropy, divide_by, expected))
         return scores, matrices.gradients(hidden)
@@ -299,7 +311,7 @@ def backward(
     if chunks.rows is not None:
         lse = lse[chunks.rows]
         bonus = None if bonus is None else bonus._replace(entropy=bonus.entropy[chunks.rows])
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with _as_multiplied(hidden, batch):
         matrices = _Products(chunks, hidden, head, bias, wanted)
         call = _Pass(backend, chunks, matrices, None, False, 1.0, None)
         for i, j, cuts in chunks.groups():

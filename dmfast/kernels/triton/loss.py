@@ -66,8 +66,8 @@ def _write_row(
     CAP: tl.constexpr, BONUS: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """dz = scale * cap'(z) * (coefficient * (p - onehot) + bonus * p * (log p + entropy)), p the softmax; without BONUS
-    the first part alone. A label outside [0, vocab) has no one-hot here. W fills 16
-    bytes of dz, and where z is wider several of it."""
+    the first part alone. A label outside [0, vocab) has no one-hot here. W of dz fill 16 bytes; of z, where it is
+    wider, several times 16."""
     reference64 = lse / scale  # a logit whose term is near 1
     if CAP:
         t = tl.minimum(tl.maximum(reference64 / cap, -0.999), 0.999)
