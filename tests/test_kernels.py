@@ -609,7 +609,7 @@ def check_narrow(case: Case, dtype: torch.dtype, known: bool, aligned: bool, **r
     dz, expected, weight = write_narrow(case, dtype, known, aligned, **rows)
     assert dz.dtype == dtype
     coefficient = case.rows_of((weight * case.batch(**rows).scale).abs())
-    assert_gradient(dz, expected, case, coefficient, 1, 1.0, bool(rows.get("softcap")))
+    assert_gradient(dz, expected, case, coefficient, 1, 1.0, bool(rows.get("softcap")), None)
 
 
 @narrow_dtypes

@@ -294,9 +294,9 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
     for_row<Out>(both, FromRow<In>{kept}, Write<In, Out, Cap, false>(c, shared.slope, column, dz));
 }
 
-// The score reaches 4 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 5.
+// The score reaches 4 blocks anyway, and a kept row is one of 2. Without the bounds, the compiler spills to reach more.
 template <class In, class Out, bool Cap, bool Entropy, Pass P>
-__global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads, P == Pass::score ? 4 : 0)
+__global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads, P == Pass::score ? 4 : 2)
     score_rows(Batch b, Terms t, Outputs out, double factor, Gradient g, Workspace w, Constants c) {
   DMF_SHARED(Shared, shared);
   constexpr bool kKnown = P == Pass::kept;
@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
   if (is_last(w.counters + b.sequences, b.sequences + 1, shared.last)) finish_loss(b, t, out, faults, w.status, shared);
 }
 
-// fp32 reaches 6 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 8.
+// Without a softcap 6 blocks, which some reach anyway; without the bound, the compiler spills on sm_80 to reach 8.
 template <class In, class Out, bool Cap, bool WithBonus>
 __global__ void __launch_bounds__(kMaxThreads, Cap ? 0 : 6)
     write_rows(Batch b, const double* lse, const double* weight, Bonus bonus, double factor, const double* upstream,
