@@ -294,9 +294,10 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
     for_row<Out>(both, FromRow<In>{kept}, Write<In, Out, Cap, false>(c, shared.slope, column, dz));
 }
 
-// The score reaches 4 blocks anyway, and a kept row is one of 2. Without the bounds, the compiler spills to reach more.
+// The score reaches 4 blocks anyway, and a kept row is one of 2: without the bounds, the compiler spills to reach more.
 template <class In, class Out, bool Cap, bool Entropy, Pass P>
-__global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads, P == Pass::score ? 4 : 2)
+__global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads,
+                                  P == Pass::score ? 4 : (Cap ? 0 : 2))
     score_rows(Batch b, Terms t, Outputs out, double factor, Gradient g, Workspace w, Constants c) {
   DMF_SHARED(Shared, shared);
   constexpr bool kKnown = P == Pass::kept;
@@ -317,9 +318,11 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
   if (is_last(w.counters + b.sequences, b.sequences + 1, shared.last)) finish_loss(b, t, out, faults, w.status, shared);
 }
 
-// Without a softcap 6 blocks, which some reach anyway; without the bound, the compiler spills on sm_80 to reach 8.
+// Without a softcap 6 blocks, or 5 with twice as much under way: without the bound, the compiler spills to reach 8.
 template <class In, class Out, bool Cap, bool WithBonus>
-__global__ void __launch_bounds__(kMaxThreads, Cap ? 0 : 6)
+__global__ void __launch_bounds__(kMaxThreads, Cap                         ? 0
+                                               : sizeof(In) == sizeof(Out) ? 6
+                                                                           : 5)
     write_rows(Batch b, const double* lse, const double* weight, Bonus bonus, double factor, const double* upstream,
                double unless, Gradient g, Constants c) {
   struct OneRow {
