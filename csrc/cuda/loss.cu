@@ -187,7 +187,7 @@ struct Write {
   // reference: the row's, in a round
   __device__ float gradient(const Reference<Cap>& reference, float z) const {
     if constexpr (Cap) {
-      z = fminf(z, c.bound);
+      z = fminf(z, 2.0f * c.bound);  // so that full is finite; 1 - tanh^2 is 2e-24 there
       const float full = reference.full(c, z), part = reciprocal_approx(full + 1.0f);
       const float d = reference.distance(c, z, full);
       // cap' = 1 - tanh^2; 0 at -inf

@@ -2,9 +2,9 @@
 //
 // A distance is that of a logit from the reference, the largest logit that the warp has seen: z - reference without a
 // softcap. The product with bits is kept in two parts, an integer, which becomes the exponent of a float, and what is
-// left of it, at most 1/2, which ex2.approx takes: off by 2^-22 of a term at most, says PTX's manual, and by less than
-// that of the expf of CUDA's library, which uses it too. The constants are two floats each, since the rounding of one
-// would tilt every term of a row the same way.
+// left of it, at most 1/2, which ex2.approx takes: off by 2^-22 of a term at most, says PTX's manual; the expf of
+// CUDA's library takes it, too. The constants are two floats each, since the rounding of one would tilt every term of a
+// row the same way.
 #pragma once
 #include "rows.cuh"
 

@@ -39,9 +39,8 @@ WARPS = [
     ("Triton sum_rows", 24),  # a sequence each, few
 ]
 
-
-# Instructions for each logit that a kernel's rounds take at most, on the shortest way: the first line whose words are all
-# in its name.
+# Instructions for each logit that a kernel's rounds take at most, on the shortest way: the first line whose words are
+# all in its name.
 INSTRUCTIONS = [
     ("CUDA score_rows known cap", 84.0),
     ("CUDA score_rows known entropy", 34.0),
@@ -122,21 +121,23 @@ def table(found: list[Code], wrong: list[str]) -> str:
         "# What the compilers make of the GPU kernels", "",
         f"By `make aot`, {versions()}; no device was involved. Registers of a thread and 128-bit "
         "loads / stores in the code, for sm_" + ", ".join(map(str, ARCHS)) + " (Triton's fp16 and short rows: sm_90); "
-        "warps are what the registers of a multiprocessor hold on the worst of them; instructions for each logit are those "
-        f"of the inner loops, on the shortest way. {len(found)} kernels "
+        "warps are what the registers of a multiprocessor hold on the worst of them; instructions for each logit, of "
+        f"how many at most, are those of the inner loops, on the shortest way. {len(found)} kernels "
         f"{'as they should be, but for these:' if wrong else 'without stack or spills.'}", "",
         *[f"- {each}" for each in wrong], *[""] * bool(wrong),
-        "| | kernel | registers | 128-bit loads / stores | instructions | warps | meant |", "|---|---|---|---|---|---|---|",
+        "| | kernel | registers | 128-bit loads / stores | instructions | warps | meant |", "|---|" + "---|" * 6,
     ]  # fmt: skip
     kernels: dict[tuple[str, str], list[Code]] = {}
     for code in found:
         kernels.setdefault((code.source, code.kernel), []).append(code)
     for (source, kernel), same in sorted(kernels.items()):
+        meant = intended_warps(same[0])
         registers = ", ".join(str(code.registers) for code in same)
         wide = ", ".join(dict.fromkeys("{} / {}".format(*accesses(code)) for code in same))
-        taken = ", ".join(f"{per_logit(code)[0].get('issue', 0):.1f}" for code in same if kernel != "sum_rows")
+        most = intended_instructions(same[0])
+        taken = ", ".join(f"{per_logit(code)[0]['issue']:.1f}" for code in same) + f" of {most:.0f}" if most else ""
         warps = min(resident_warps(code) for code in same)
-        lines.append(f"| {source} | `{kernel}` | {registers} | {wide} | {taken} | {warps} | {intended_warps(same[0])} |")
+        lines.append(f"| {source} | `{kernel}` | {registers} | {wide} | {taken} | {warps} | {meant} |")
     return "\n".join(lines) + "\n"
 
 
