@@ -16,6 +16,7 @@ from torch import Tensor
 import dmfast
 from dmfast import eager, kernels
 from dmfast.kernels import checks, select
+from dmfast.kernels import eager as eager_kernel
 from dmfast.kernels.batch import ROW_ENTROPY, Bonus
 from dmfast.objectives import Terms
 
@@ -230,6 +231,26 @@ def test_halves_of_a_vocabulary(backend: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(dz, full[..., first:last], rtol=tolerance, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_narrow_gradients(softcap: float | None, dtype: torch.dtype) -> None:
+    """The gradient of fp32 logits in 16 bits: that of two passes, and of one."""
+    case = make_case("sliced", torch.float32, 1031)
+    batch, given = case.batch(softcap=softcap), make_terms(case)
+    needed = {"on_policy": False, "max_weight": None, "entropy_coefficient": 0.7}
+    terms = checks.make_terms(batch, "dpg", **given, **needed)
+    run_on = select(case.logits)
+    dz = torch.full((2, *case.logits.shape), torch.nan, dtype=dtype)
+    scores = run_on.forward_backward(batch, terms, True, 1.0, 0.5, dz[0])
+    bonus = scores.bonus(0.7)
+    assert bonus is not None
+    run_on.backward(batch, scores.lse, scores.weight, 0.5, dz[1], bonus=bonus)
+    wide = batch._replace(logits=case.logits.double())
+    exact = eager_kernel.gradient(wide, scores.lse, 0.5 * scores.weight, bonus._replace(weight=0.5 * bonus.weight))
+    for found in dz:
+        torch.testing.assert_close(found.double(), exact.reshape(found.shape), rtol=2.0**-8, atol=2e-6)
+
+
 # --- hidden states and a head -------------------------------------------------------------------------------------
 
 
@@ -267,3 +288,37 @@ def test_a_coefficient_that_is_no_number(bad: object) -> None:
                  lambda **o: dmfast.linear_dm_loss(torch.zeros(1, 1, 2), torch.zeros(3, 2), tokens, **o)):  # fmt: skip
         with pytest.raises(ValueError, match="entropy_coefficient must be a number from -1e30 to 1e30"):
             call(entropy_coefficient=bad, **terms_of(0.0))
+
+
+# --- faults that a device records ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["gdc++", "dpg"])
+def test_a_fault_of_a_row_costs_its_sequence_and_one_of_a_weight_its_weight(
+    objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bonus of a sequence whose weight fp32 can't hold stays, in one pass or in two."""
+    monkeypatch.setenv("DMFAST_SYNC_CHECKS", "0")
+    if not select(torch.zeros(1, 1, 3)).records_faults:
+        pytest.skip("the CPU raises at once")
+    case = make_case("contiguous", torch.float32, 127, unscored="none")
+    terms = make_terms(case, zeros=False)
+    terms["log_target"][3] = terms["log_proposal"][3] + 200.0
+    case.base[1, 2, 5] = math.nan
+    leaf = case.base.clone().requires_grad_()
+    out = dmfast.dm_loss(leaf, case.tokens, objective=objective, entropy_coefficient=0.5, **terms)
+    out.loss.backward()
+    assert out.entropy is not None and leaf.grad is not None and bool(leaf.grad.isfinite().all())
+    assert bool(out.entropy.isnan().tolist() == [False, True, False, False])
+    assert out.weight[1] == out.weight[3] == 0 and bool((leaf.grad[1] == 0).all())
+    wide = case.base.double().nan_to_num(0.0).requires_grad_()
+    weight = out.weight
+    kept = [0, 2, 3]
+    truth = eager.dm_loss(wide[kept], case.tokens[kept], objective=lambda _: weight[kept], entropy_coefficient=0.5,
+                          num_sequences=4)  # fmt: skip
+    truth.loss.backward()
+    assert wide.grad is not None
+    torch.testing.assert_close(leaf.grad.double(), wide.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(out.loss, truth.loss, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"NaN or \+inf at \(sequence 1, position 2\)"):
+        out.check()

@@ -260,7 +260,7 @@ TERMS = {
 
 def assert_gradient(
     dz: Tensor, expected: Tensor, case: Case, coefficient: Tensor, roundings: int, enlarged: float, cap: bool,
-    bonus: Tensor | None,
+    bonus: Tensor | None = None,
 ) -> None:  # fmt: skip
     """|dz - expected| within the rounding of the dtype: truncation, twice that, fails."""
     dtype = dz.dtype
