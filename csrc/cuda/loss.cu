@@ -184,10 +184,10 @@ struct Write {
     return WithBonus ? fmaf(slope.linear, fmaxf(distance, c.least), slope.factor) : slope.factor;
   }
 
-  // reference: the row's, in a round
-  __device__ float gradient(const Reference<Cap>& reference, float z) const {
+  // reference, most: the row's, in a round
+  __device__ float gradient(const Reference<Cap>& reference, float most, float z) const {
     if constexpr (Cap) {
-      z = fminf(z, 2.0f * c.bound);  // so that full is finite; 1 - tanh^2 is 2e-24 there
+      z = fminf(z, most);  // so that full is finite; 1 - tanh^2 is 2e-24 there
       const float full = reference.full(c, z), part = reciprocal_approx(full + 1.0f);
       const float d = reference.distance(c, z, full);
       // cap' = 1 - tanh^2; 0 at -inf
@@ -201,12 +201,13 @@ struct Write {
   template <int N, int K>
   __device__ void operator()(int first, const Pack<In, N> (&packs)[K]) const {
     Reference<Cap> near = reference;
-    if (N > 1) near.z = after(near.z, packs, c);
+    float most = 2.0f * c.bound;
+    if (N > 1) (Cap ? most : near.z) = after(Cap ? most : near.z, packs, c);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       float out[N];
 #pragma unroll
-      for (int j = 0; j < N; ++j) out[j] = gradient(near, at(packs[k], j));
+      for (int j = 0; j < N; ++j) out[j] = gradient(near, most, at(packs[k], j));
       Out* const to = dz + first + k * kApart * N;
       store_last(to, rounded<Out>(out));
       const unsigned there = static_cast<unsigned>(label - first - k * kApart * N);
@@ -297,7 +298,7 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
 // The score reaches 4 blocks anyway, and a kept row is one of 2: without the bounds, the compiler spills to reach more.
 template <class In, class Out, bool Cap, bool Entropy, Pass P>
 __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads,
-                                  P == Pass::score ? 4 : (Cap ? 0 : 2))
+                                  P == Pass::score ? 4 : (Cap && sizeof(In) != sizeof(Out) ? 0 : 2))
     score_rows(Batch b, Terms t, Outputs out, double factor, Gradient g, Workspace w, Constants c) {
   DMF_SHARED(Shared, shared);
   constexpr bool kKnown = P == Pass::kept;

@@ -52,10 +52,10 @@ class Loop(NamedTuple):
 
     @property
     def late_loads(self) -> int:
-        """Wide loads behind the first instruction of the special-function unit."""
+        """Wide loads from memory behind the first instruction of the special-function unit."""
         special = [x.opcode.startswith("MUFU") for x in self.always]
         behind = self.always[special.index(True) :] if any(special) else []
-        return sum(x.opcode.startswith(("LDG", "LDS")) and ".128" in x.opcode for x in behind)
+        return sum(x.opcode.startswith("LDG") and ".128" in x.opcode for x in behind)
 
 
 def _way(first: int, last: int, leads: dict[int, list[int]], better: Callable[[int, int], bool]) -> set[int] | None:

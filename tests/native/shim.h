@@ -133,6 +133,7 @@ extern dim3 thread, block, threads, blocks;
 
 // Is told what orders the threads of a kernel: tests/native/trace.cpp.
 struct Observer {
+  virtual void starts_launch() = 0;  // after all of the launch before, as in a stream
   virtual void starts_block() = 0;
   virtual void passes_barrier() = 0;           // all threads of the block
   virtual void exchanges(unsigned warp) = 0;   // all threads of the warp

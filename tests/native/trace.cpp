@@ -56,11 +56,10 @@ struct Tracer : shim::Observer {
   const char *begin = nullptr, *end = nullptr;  // logits, and then their gradient
   uint64_t loaded = 0, stored = 0;
 
-  void start_kernel() {
+  void start_call() { loaded = stored = races = 0; }
+  void starts_launch() override {
     global.clear();
     counters.clear();
-    loaded = stored = 0;
-    races = 0;
   }
   void starts_block() override {
     local.clear();
@@ -221,7 +220,7 @@ struct Case {
     std::fill_n(work.counters, sequences + 1, 0u);
     tracer.begin = reinterpret_cast<const char*>(z);
     tracer.end = reinterpret_cast<const char*>(dz + rows * vocab);
-    tracer.start_kernel();
+    tracer.start_call();
     shim::observer = &tracer;
     call();
     shim::observer = nullptr;
