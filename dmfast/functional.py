@@ -342,6 +342,8 @@ def linear_dm_loss(
         if isinstance(terms.objective, Objective) and divisor is None:
             # the weight is formed inside a chunk, whether or not it depends on pi
             options = options._replace(expected=expected_grad(True, hidden.dtype, reduction, grad_scale))
+        if group is None:
+            return (batch, terms, options, divisor), {}
         same = _same(batch, hidden, weight, bias, chunk_bytes)
         return (batch, terms, options, divisor), same | {
             "log_target, log_proposal, log_z, reward, log_base or baseline": terms.block,
