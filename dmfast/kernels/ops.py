@@ -451,7 +451,7 @@ def linear_grad(
     not wanted. ``entropy`` (rows) and ``bonus`` (B) are both there or both None."""
     batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
     gradients = linear.backward(kernels.BACKENDS[backend], hidden, head, bias, batch, lse.contiguous(), coefficient,
-                                chunk_bytes or None, _wanted(wanted), _bonus(entropy, bonus))  # fmt: skip
+                                chunk_bytes or None, _wanted(wanted), bonus=_bonus(entropy, bonus))  # fmt: skip
     return cast("tuple[Tensor, Tensor, Tensor]", _or_empty(gradients, hidden))
 
 
