@@ -89,8 +89,8 @@ def _read(source: str, cubin: Path | bytes, arch: int, threads: Callable[[str], 
 
 
 def readable(kernel: str) -> str:
-    """``score_rows<fp32, cap, entropy, known weight>`` of a mangled name; ``fp32 -> bf16`` where the gradient of fp32
-    logits has another dtype."""
+    """``score_rows<fp32, cap, entropy, known weight>`` or ``write_rows<fp32, cap, bonus>`` of a mangled name; ``fp32 ->
+    bf16`` where the gradient of fp32 logits has another dtype."""
     found = re.search(r"\d+(score_rows|write_rows|scale_rows|sample_rows)I(.*?)EEv", kernel)
     if found is None:
         return kernel
@@ -102,8 +102,9 @@ def readable(kernel: str) -> str:
     if of_gradient and of_gradient != of_logits:
         dtype += f" -> {names[of_gradient]}"
     flags = re.findall(r"L(?:b|N\w*?Pass)E?(\d)", arguments)
-    said = [(), ("cap",)][flags[:1] == ["1"]] + [(), ("entropy",)][flags[1:2] == ["1"]]
-    pass_ = {"1": ("known weight, kept",), "2": ("known weight, read twice",)}.get("".join(flags[2:3]), ())
+    second = "bonus" if name == "write_rows" else "entropy"
+    said = [(), ("cap",)][flags[:1] == ["1"]] + [(), (second,)][flags[1:2] == ["1"]]
+    pass_ = ("known weight, kept",) if flags[2:3] == ["1"] else ()
     return f"{name}<{', '.join((dtype, *said, *pass_))}>"
 
 
@@ -111,7 +112,7 @@ def _most_threads(kernel: str) -> int:
     """Of a block of a kernel by its mangled name."""
     if "sample_rows" in kernel:
         return 512
-    return 768 if re.search(r"Pass\w*?E?[12]E", kernel) else 256
+    return 384 if re.search(r"Pass\w*?E?1E", kernel) else 256
 
 
 def cuda_code(source: str, arch: int) -> list[Code]:
@@ -143,7 +144,7 @@ def _type(name: str, kernel: TritonKernel) -> str:
         return "*" + (kernel.dtype if name == "logits" else kernel.gradient)
     if name in ("labels", "sequence_of", "starts", "faults", "row_ids", "tokens"):
         return "*i64"
-    if name in ("lse_of", "label_of", "entropy_of", "weights", "factors", "log_prob", "entropy", "uniforms"):
+    if name in ("lse_of", "label_of", "entropy_of", "weights", "bonuses", "factors", "log_prob", "entropy", "uniforms"):
         return "*fp64"
     if name == "there":
         return "*i32"
@@ -168,10 +169,14 @@ def triton_kernels(warp_size: int = 32) -> Iterator[TritonKernel]:
             entropies = (False, True) if cap and dtype == "bf16" else (False,)
             for write, entropy in product((False, True) if same else (True,), entropies):
                 name = f"score_rows<{tag}{', entropy' if entropy else ''}{', known weight' if write else ''}>"
-                constants = {**row, **row_dz, **wide, "ENTROPY": entropy, "WRITE": write}
+                # of those with a bonus that with the most to do
+                constants = {**row, **row_dz, **wide, "ENTROPY": entropy, "WRITE": write, "BONUS": entropy and write}
                 yield TritonKernel(name, loss.score_rows, dtype, gradient, shape.warps, constants)
-            writes = {**row_dz, **wide, "MAY_BE_THERE": True}  # one load more than what backward mostly launches
-            yield TritonKernel(f"write_rows<{tag}>", loss.write_rows, dtype, gradient, shape.warps, writes)
+            for bonus in (False, True) if gradient == "bf16" and not kind else (False,):
+                # one load more than what backward mostly launches
+                writes = {**row_dz, **wide, "MAY_BE_THERE": True, "BONUS": bonus}
+                name = f"write_rows<{tag}{', bonus' if bonus else ''}>"
+                yield TritonKernel(name, loss.write_rows, dtype, gradient, shape.warps, writes)
             if same and not cap:
                 yield TritonKernel(f"scale_rows<{tag}>", loss.scale_rows, dtype, dtype, shape.warps, row_dz)
         for wide in (False, True) if same else ():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from ..batch import ENTROPY, LABEL, LOG_PROB, LSE, ONLY_SCORED, ROW_ENTROPY, Batch, SampleRows, Scores
+from ..batch import ENTROPY, LABEL, LOG_PROB, LSE, ONLY_SCORED, ROW_ENTROPY, Batch, Bonus, SampleRows, Scores
 from ..faults import with_order
 from . import loss, sample
 
@@ -111,12 +111,14 @@ def _shape(batch: Batch) -> Shape:
 
 
 def score(
-    batch: Batch, entropy: bool, weights: Tensor | None = None, dz: Tensor | None = None
-) -> tuple[Scores, Tensor]:
+    batch: Batch, entropy: bool, weights: Tensor | None = None, dz: Tensor | None = None,
+    bonuses: Tensor | None = None,
+) -> tuple[Scores, Tensor]:  # fmt: skip
     """Return log-sum-exps, log pi and entropy, and the first fault of each sequence, (B,) int64: row * 8 + fault, or
     NONE.
 
-    With ``weights`` (B) the gradient of sum_i -weights_i log pi(x_i) is written to ``dz``; 0 where there is a fault.
+    With ``weights`` (B) the gradient of sum_i -weights_i log pi(x_i) is written to ``dz``, with ``bonuses`` (B) that of
+    sum_i -bonuses_i H(x_i) as well, which needs ``entropy``; 0 where there is a fault.
     """
     given, batch = batch, with_order(batch)
     rows = batch.logits.new_empty(3 if entropy else 2, batch.n_rows, dtype=torch.float64)
@@ -131,8 +133,9 @@ def score(
         if batch.n_rows:
             loss.score_rows[(batch.n_rows,)](
                 batch.logits, batch.labels, lse, label, row_entropy, sequence_of,
-                lse if weights is None else weights, to, *_numbers(batch, dz),
-                CAP=batch.softcap > 0, ENTROPY=entropy, WRITE=weights is not None, WIDE=_same_alignment(batch, to),
+                lse if weights is None else weights, lse if bonuses is None else bonuses, to, *_numbers(batch, dz),
+                CAP=batch.softcap > 0, ENTROPY=entropy, WRITE=weights is not None, BONUS=bonuses is not None,
+                WIDE=_same_alignment(batch, to),
                 **_for_logits(batch, shape), **_for_gradient(batch, to, shape), num_warps=shape.warps,
             )  # fmt: skip
         if batch.n_sequences:
@@ -146,14 +149,18 @@ def score(
     return Scores(rows, sequences), faults
 
 
-def backward(batch: Batch, lse: Tensor, weights: Tensor, dz: Tensor, there: Tensor | None = None) -> None:
-    """Write dz = weights[sequence] * d(-log-softmax), unless ``there`` (0-d int32) says that dz holds it already."""
+def backward(
+    batch: Batch, lse: Tensor, weights: Tensor, dz: Tensor, there: Tensor | None = None, bonus: Bonus | None = None
+) -> None:
+    """Write dz = weights[sequence] * d(-log-softmax), and the gradient of a bonus, unless ``there`` (0-d int32) says
+    that dz holds it already."""
     if batch.n_rows:
         shape = _shape(batch)
         with _on(dz.device):
             loss.write_rows[(batch.n_rows,)](
-                batch.logits, batch.labels, lse, _sequence_of(batch), weights, dz, lse if there is None else there,
-                *_numbers(batch, dz), MAY_BE_THERE=there is not None, CAP=batch.softcap > 0,
+                batch.logits, batch.labels, lse, _sequence_of(batch), weights, *(bonus or (lse, lse)), dz,
+                lse if there is None else there, *_numbers(batch, dz),
+                MAY_BE_THERE=there is not None, CAP=batch.softcap > 0, BONUS=bonus is not None,
                 WIDE=_same_alignment(batch, dz), **_for_gradient(batch, dz, shape), num_warps=shape.warps,
             )  # fmt: skip
 

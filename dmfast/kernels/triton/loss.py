@@ -25,6 +25,7 @@ from .rows import (
     distance,
     ends_of,
     exp2_of,
+    label_bonus,
     label_gradient,
     logistic_of,
     packs_of,
@@ -47,10 +48,13 @@ def _jit(kernel):
 
 
 @triton.jit
-def _gradient(x, factor, after, reference, logistic, c, CAP: tl.constexpr):
-    """dz of logits x apart from the label's, in fp32."""
-    g, _ = exp2_of(distance(x, reference, logistic, c, CAP), c[0], c[1])
-    g *= factor
+def _gradient(x, factor, linear, after, reference, logistic, c, CAP: tl.constexpr, BONUS: tl.constexpr):
+    """dz of logits x apart from the label's, in fp32. With a bonus the factor of p is linear in log p."""
+    g, exponent = exp2_of(distance(x, reference, logistic, c, CAP), c[0], c[1])
+    if BONUS:
+        g = tl.where(g > 0, g * (factor + linear * exponent), 0.0)  # 0 * -inf = 0
+    else:
+        g *= factor
     if CAP:
         g *= slope(x, c)
     return g * after
@@ -58,12 +62,13 @@ def _gradient(x, factor, after, reference, logistic, c, CAP: tl.constexpr):
 
 @triton.jit
 def _write_row(
-    z, dz, vocab, label, at_label, lse, coefficient, scale, cap, c,
-    CAP: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr, PACKS: tl.constexpr,
+    z, dz, vocab, label, at_label, lse, coefficient, bonus, entropy, scale, cap, c,
+    CAP: tl.constexpr, BONUS: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr, PACKS: tl.constexpr,
     THREADS: tl.constexpr,
 ):  # fmt: skip
-    """dz = coefficient * scale * cap'(z) * (softmax - onehot); a label outside [0, vocab) has no one-hot here. W of dz
-    fill 16 bytes; of z, where it is wider, several times 16."""
+    """dz = scale * cap'(z) * (coefficient * (p - onehot) + bonus * p * (log p + entropy)), p the softmax; without BONUS
+    the first part alone. A label outside [0, vocab) has no one-hot here. W of dz fill 16 bytes; of z, where it is
+    wider, several times 16."""
     reference64 = lse / scale  # a logit whose term is near 1
     if CAP:
         t = tl.minimum(tl.maximum(reference64 / cap, -0.999), 0.999)
@@ -71,13 +76,23 @@ def _write_row(
     reference = reference64.to(tl.float32)
     logistic = logistic_of(reference, c, CAP)
     # mends the rounding of the reference; in two parts, so that one at the edges of fp32 keeps its digits
-    full = coefficient * scale * tl.exp(scaled(reference, scale, cap, CAP) - lse)
+    off = scaled(reference, scale, cap, CAP) - lse
+    full = coefficient * scale * tl.exp(off)
     size = tl.abs(full)
+    linear = tl.full([], 0.0, tl.float32)
+    if BONUS:
+        of_log_p = bonus * scale * tl.exp(off)
+        full += of_log_p * (off + entropy)
+        size = tl.maximum(tl.abs(full), tl.abs(of_log_p))
     after = tl.where(size > 1.2676506002282294e30, 1.8446744073709552e19,
                      tl.where(size < 8.673617379884035e-19, 5.421010862427522e-20, 1.0))  # fmt: skip
     factor = (full / after).to(tl.float32)
+    for_label = label_gradient(at_label, lse, coefficient, scale, cap, CAP)
+    if BONUS:
+        linear = (of_log_p * LN_2 / after).to(tl.float32)  # exponents are of 2
+        for_label += label_bonus(at_label, lse, bonus, entropy, scale, cap, CAP)
+    for_label = for_label.to(tl.float32)
     after = after.to(tl.float32)
-    for_label = label_gradient(at_label, lse, coefficient, scale, cap, CAP).to(tl.float32)
 
     out = dz.dtype.element_ty
     head, packs, to, lane, offsets = packs_of(dz, vocab, W, PACKS, THREADS)
@@ -87,12 +102,13 @@ def _write_row(
     for first in range(0, packs, PACKS * THREADS):
         here = (first + lane < packs)[:, :, None]
         x = tl.load(body + first * W + offsets, mask=here, other=0.0).to(tl.float32)
-        g = _gradient(x, factor, after, reference, logistic, c, CAP)
+        g = _gradient(x, factor, linear, after, reference, logistic, c, CAP, BONUS)
         g = tl.where(head + first * W + offsets == label, for_label, g)
         tl.store(to + first * W + offsets, g.to(out), mask=here)
     index, there = ends_of(vocab, head, W)
     x = tl.load(z + index, mask=there, other=0.0).to(tl.float32)
-    g = tl.where(index == label, for_label, _gradient(x, factor, after, reference, logistic, c, CAP))
+    g = _gradient(x, factor, linear, after, reference, logistic, c, CAP, BONUS)
+    g = tl.where(index == label, for_label, g)
     tl.store(dz + index, g.to(out), mask=there)
 
 
@@ -103,11 +119,12 @@ def score_rows(
     lse_of, label_of, entropy_of,  # (rows) fp64, written; entropy_of only with ENTROPY
     sequence_of,  # (rows) int64 and
     weights,  # (B) fp64, A times what the gradient is multiplied by: only with WRITE
+    bonuses,  # (B) fp64, the same of the entropy: only with WRITE and BONUS
     dz,  # only with WRITE
     vocab, vocab_start, n_tokens, steps, stride_sequence, stride_row, dz_stride_sequence, dz_stride_row,
     scale_high, scale_low, cap_high, cap_low,
-    CAP: tl.constexpr, ENTROPY: tl.constexpr, WRITE: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr,
-    PACKS: tl.constexpr, THREADS: tl.constexpr, DZ_W: tl.constexpr, DZ_PACKS: tl.constexpr,
+    CAP: tl.constexpr, ENTROPY: tl.constexpr, WRITE: tl.constexpr, BONUS: tl.constexpr, WIDE: tl.constexpr,
+    W: tl.constexpr, PACKS: tl.constexpr, THREADS: tl.constexpr, DZ_W: tl.constexpr, DZ_PACKS: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp, logit of the label and entropy of a row. The logit is 0 where the label is not here; the log-sum-exp
     is NaN where it is no token."""
@@ -178,22 +195,27 @@ def score_rows(
         lse = scaled(top, scale, cap, CAP) + log_total
         tl.store(lse_of + row, lse)
         tl.store(label_of + row, tl.where(is_here, scaled(at_label, scale, cap, CAP), 0.0))
+        entropy = tl.full([], 0.0, tl.float64)
         if ENTROPY:
             moments = tl.where(at_top, moment, tl.where(shrink > 0, shrink * (moment + delta * (rest + ones)), 0.0))
             all_moments = tl.sum(moments, axis=0)
             all_moments += tl.sum(tl.where(e > 0, e * exponent, 0.0).to(tl.float64), axis=0)
             # nothing but -inf in a shard's row: 0
-            tl.store(entropy_of + row, tl.where(total == 0.0, 0.0, log_total - LN_2 * all_moments / total))
+            entropy = tl.where(total == 0.0, 0.0, log_total - LN_2 * all_moments / total)
+            tl.store(entropy_of + row, entropy)
         if WRITE:
-            coefficient = tl.load(weights + tl.load(sequence_of + row))
+            sequence = tl.load(sequence_of + row)
+            coefficient = tl.load(weights + sequence)
+            bonus = tl.full([], 0.0, tl.float64)
+            if BONUS:
+                bonus = tl.load(bonuses + sequence)
             to = dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row)
-            if (coefficient != 0.0) & (tl.abs(lse) < INF):
+            if ((coefficient != 0.0) | (bonus != 0.0)) & (tl.abs(lse) < INF):
                 # The thread that has stored the label's logit has read it before another writes over it. It had to wait
                 # for it: on AMD's gfx9 a barrier alone does not wait for loads (``make aot`` looks at that).
                 tl.debug_barrier()
-                _write_row(
-                    z, to, vocab, column, at_label, lse, coefficient, scale, cap, c, CAP, WIDE, DZ_W, DZ_PACKS, THREADS
-                )
+                _write_row(z, to, vocab, column, at_label, lse, coefficient, bonus, entropy, scale, cap, c,
+                           CAP, BONUS, WIDE, DZ_W, DZ_PACKS, THREADS)  # fmt: skip
             else:
                 zero_row(to, vocab, DZ_W, DZ_PACKS, THREADS)
 
@@ -205,12 +227,13 @@ def write_rows(
     lse_of,  # (rows) fp64; NaN: a row of a sequence with a fault
     sequence_of,  # (rows) int64
     weights,  # (B) fp64, A times what the gradient is multiplied by
+    entropy_of, bonuses,  # (rows), and (B) the same of the entropy, fp64; only with BONUS
     dz,  # as logits, written; of fp32 logits also 16 bits wide, and then in other memory than theirs
     there,  # int32: whether dz holds its gradient already; only with MAY_BE_THERE
     vocab, vocab_start, n_tokens, steps, stride_sequence, stride_row, dz_stride_sequence, dz_stride_row,
     scale_high, scale_low, cap_high, cap_low,
-    MAY_BE_THERE: tl.constexpr, CAP: tl.constexpr, WIDE: tl.constexpr, DZ_W: tl.constexpr, DZ_PACKS: tl.constexpr,
-    THREADS: tl.constexpr,
+    MAY_BE_THERE: tl.constexpr, CAP: tl.constexpr, BONUS: tl.constexpr, WIDE: tl.constexpr, DZ_W: tl.constexpr,
+    DZ_PACKS: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a row. One that is not scored or has weight 0 is zeroed without being read."""
     if MAY_BE_THERE:
@@ -219,15 +242,22 @@ def write_rows(
     row = tl.program_id(0)
     label = tl.load(labels + row)
     lse = tl.load(lse_of + row)
-    coefficient = tl.load(weights + tl.load(sequence_of + row))
+    sequence = tl.load(sequence_of + row)
+    coefficient = tl.load(weights + sequence)
+    bonus = tl.full([], 0.0, tl.float64)
+    entropy = bonus
+    if BONUS:
+        bonus = tl.load(bonuses + sequence)
+        entropy = tl.load(entropy_of + row)
     to = dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row)
     column = label - vocab_start
-    if (label >= 0) & (label < n_tokens) & (coefficient != 0.0) & (tl.abs(lse) < INF):
+    if (label >= 0) & (label < n_tokens) & ((coefficient != 0.0) | (bonus != 0.0)) & (tl.abs(lse) < INF):
         z = logits + row_offset(row, steps, stride_sequence, stride_row)
         # The thread that writes over it has read it, since what it writes follows from it; no other needs it.
         at_label = tl.load(z + column, mask=(column >= 0) & (column < vocab), other=0.0).to(tl.float32)
         scale, cap, c = constants(scale_high, scale_low, cap_high, cap_low, CAP)
-        _write_row(z, to, vocab, column, at_label, lse, coefficient, scale, cap, c, CAP, WIDE, DZ_W, DZ_PACKS, THREADS)
+        _write_row(z, to, vocab, column, at_label, lse, coefficient, bonus, entropy, scale, cap, c,
+                   CAP, BONUS, WIDE, DZ_W, DZ_PACKS, THREADS)  # fmt: skip
     else:
         zero_row(to, vocab, DZ_W, DZ_PACKS, THREADS)
 

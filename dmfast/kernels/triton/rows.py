@@ -186,3 +186,14 @@ def label_gradient(z, lse, coefficient, scale, cap, CAP: tl.constexpr):
         t = tanh(z.to(tl.float64) / cap)
         g *= 1.0 - t * t
     return g
+
+
+@triton.jit
+def label_bonus(z, lse, bonus, entropy, scale, cap, CAP: tl.constexpr):
+    """bonus * scale * cap'(z) * p * (log p + entropy); 0 where p is."""
+    log_p = scaled(z, scale, cap, CAP) - lse
+    g = bonus * scale * tl.where(log_p > -INF, tl.exp(log_p) * (log_p + entropy), 0.0)
+    if CAP:
+        t = tanh(z.to(tl.float64) / cap)
+        g *= 1.0 - t * t
+    return g
