@@ -17,13 +17,13 @@ using f16 = __half;
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(f16 x) { return __half2float(x); }
-__device__ inline int bits_of(__nv_bfloat162 p) {
-  int bits;
+__device__ inline unsigned bits_of(__nv_bfloat162 p) {
+  unsigned bits;
   memcpy(&bits, &p, 4);
   return bits;
 }
-__device__ inline float low_of(__nv_bfloat162 p) { return __int_as_float(bits_of(p) << 16); }
-__device__ inline float high_of(__nv_bfloat162 p) { return __int_as_float(bits_of(p) & ~0xffff); }
+__device__ inline float low_of(__nv_bfloat162 p) { return __uint_as_float(bits_of(p) << 16); }
+__device__ inline float high_of(__nv_bfloat162 p) { return __uint_as_float(bits_of(p) & 0xffff0000u); }
 __device__ inline float low_of(__half2 p) { return to_float(p.x); }
 __device__ inline float high_of(__half2 p) { return to_float(p.y); }
 __device__ inline __nv_bfloat162 pair_of(float x, float y, bf16) { return __floats2bfloat162_rn(x, y); }

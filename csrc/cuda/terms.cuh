@@ -49,7 +49,7 @@ struct Term {
 __device__ inline Term term_of(float distance, const Double& bits, float biased = kBiased) {
   const float shifted = fmaxf(fmaf(distance, bits.high, biased), kShift), whole = shifted - biased;
   const float part = fmaf(distance, bits.low, fmaf(distance, bits.high, -whole));
-  return {exp2_approx(part), __int_as_float(__float_as_int(shifted) << 23)};
+  return {exp2_approx(part), __uint_as_float(__float_as_uint(shifted) << 23)};
 }
 
 // x, which has to wait for the packs of a round. What all terms of a round need goes through here, so that all of its
@@ -98,7 +98,7 @@ struct Reference<true> {
     const float d = fmaxf(x - z, -2.0f * c.bound);
     const float shifted = fmaf(d, c.inverse.high, kBiased), whole = shifted - kBiased;
     const float p = fmaf(d, c.inverse.low, fmaf(d, c.inverse.high, -whole));
-    const float power = __int_as_float(__float_as_int(shifted) << 23);
+    const float power = __uint_as_float(__float_as_uint(shifted) << 23);
     // 2^p - 1 = p * q for |p| <= 1/2, to 1.3e-8 of it
     float q = 1.5453163e-4f;
     q = fmaf(q, p, 1.3390863e-3f);

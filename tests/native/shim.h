@@ -116,6 +116,8 @@ Pair __hmax2(Pair a, Pair b) {
 inline void __stcs(uint4* p, uint4 x) { *p = x; }
 inline int __float_as_int(float x) { return dmf::bit_cast<int>(x); }
 inline float __int_as_float(int x) { return dmf::bit_cast<float>(x); }
+inline unsigned __float_as_uint(float x) { return dmf::bit_cast<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return dmf::bit_cast<float>(x); }
 
 namespace dmf::cuda {
 inline float exp2_approx(float x) {
