@@ -166,8 +166,8 @@ __device__ Slope slope_of(const Constants& c, const RowOptions& o, const RowGrad
 
 // dz of the row, apart from the label's column, whose value is at_label. A label that is elsewhere has a column outside
 // the row. With a bonus the factor is linear in log p.
-template <class In, class Out, bool Cap, bool WithBonus>
-struct Write {
+template <class In, class Out, bool Cap, bool WithBonus, bool Kept = false>
+struct Write {  // Kept: its logits come from shared memory, where a late load costs little
   const Constants& c;
   Reference<Cap> reference;
   Slope slope;
@@ -202,7 +202,7 @@ struct Write {
   __device__ void operator()(int first, const Pack<In, N> (&packs)[K]) const {
     Reference<Cap> near = reference;
     float most = 2.0f * c.bound;
-    if (N > 1) (Cap ? most : near.z) = after(Cap ? most : near.z, packs, c);
+    if (N > 1 && !Kept) (Cap ? most : near.z) = after(Cap ? most : near.z, packs, c);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       float out[N];
@@ -290,15 +290,14 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
   }
   const Cut both = cut_rows(z, dz, vocab);
   if (Entropy && shared.gradient.bonus != 0.0)
-    for_row<Out>(both, FromRow<In>{kept}, Write<In, Out, Cap, true>(c, shared.slope, column, dz));
+    for_row<Out>(both, FromRow<In>{kept}, Write<In, Out, Cap, true, true>(c, shared.slope, column, dz));
   else
-    for_row<Out>(both, FromRow<In>{kept}, Write<In, Out, Cap, false>(c, shared.slope, column, dz));
+    for_row<Out>(both, FromRow<In>{kept}, Write<In, Out, Cap, false, true>(c, shared.slope, column, dz));
 }
 
 // The score reaches 4 blocks anyway, and a kept row is one of 2: without the bounds, the compiler spills to reach more.
 template <class In, class Out, bool Cap, bool Entropy, Pass P>
-__global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads,
-                                  P == Pass::score ? 4 : (Cap && sizeof(In) != sizeof(Out) ? 0 : 2))
+__global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads, P == Pass::score ? 4 : 2)
     score_rows(Batch b, Terms t, Outputs out, double factor, Gradient g, Workspace w, Constants c) {
   DMF_SHARED(Shared, shared);
   constexpr bool kKnown = P == Pass::kept;
@@ -319,11 +318,11 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
   if (is_last(w.counters + b.sequences, b.sequences + 1, shared.last)) finish_loss(b, t, out, faults, w.status, shared);
 }
 
-// Without a softcap 6 blocks, or 5 with twice as much under way: without the bound, the compiler spills to reach 8.
+// Without a softcap 5 or 6 blocks, by what ptxas does not spill for on one of the architectures.
 template <class In, class Out, bool Cap, bool WithBonus>
-__global__ void __launch_bounds__(kMaxThreads, Cap                         ? 0
-                                               : sizeof(In) == sizeof(Out) ? 6
-                                                                           : 5)
+__global__ void __launch_bounds__(kMaxThreads, Cap                                                            ? 0
+                                               : sizeof(In) != sizeof(Out) || (sizeof(In) == 2 && !WithBonus) ? 5
+                                                                                                              : 6)
     write_rows(Batch b, const double* lse, const double* weight, Bonus bonus, double factor, const double* upstream,
                double unless, Gradient g, Constants c) {
   struct OneRow {

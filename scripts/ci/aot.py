@@ -26,8 +26,7 @@ WARPS = [
     ("CUDA score_rows known", 24),  # two blocks of plan.h's 384 threads
     ("CUDA score_rows", 32),
     ("CUDA write_rows cap", 32),
-    ("CUDA write_rows ->", 40),  # the five blocks of its __launch_bounds__, with twice as much under way
-    ("CUDA write_rows", 48),  # six blocks
+    ("CUDA write_rows", 40),  # the five blocks of its __launch_bounds__, or six
     ("CUDA scale_rows", 48),
     ("CUDA sample_rows", 32),  # two blocks, whose warps load a tile ahead
     ("Triton score_rows known cap", 24),
