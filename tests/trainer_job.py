@@ -18,7 +18,14 @@ import gpt2_weights  # noqa: F401
 import peft
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 import dmfast
 from dmfast import EBM, Contains, Moment
@@ -40,6 +47,17 @@ def gpt2(seed=0, n_positions=24):
         GPT2Config(
             vocab_size=len(WORDS), n_positions=n_positions, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3,
             bos_token_id=9, eos_token_id=5,
+        )
+    )  # fmt: skip
+
+
+def llama(seed=0):
+    """A model whose head is not its embedding."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, max_position_embeddings=24, initializer_range=0.3, bos_token_id=9, eos_token_id=5,
         )
     )  # fmt: skip
 
@@ -94,6 +112,11 @@ class AtOnce(threading.Timer):
         self.function()
 
 
+def whole(tensor):
+    """All of a tensor, of which this rank may have a shard."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 class Gradients(TrainerCallback):
     """The gradients of each optimiser step, by parameter."""
 
@@ -102,7 +125,7 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         named = model.named_parameters()
-        self.steps.append({n.removeprefix("module."): p.grad.clone() for n, p in named if p.grad is not None})
+        self.steps.append({n.removeprefix("module."): whole(p.grad).clone() for n, p in named if p.grad is not None})
 
 
 class Kill(TrainerCallback):
@@ -120,7 +143,7 @@ class Kill(TrainerCallback):
 
 def digest(model):
     """Of all parameters, to the bit."""
-    parts = [p.detach().contiguous().numpy().tobytes() for _, p in sorted(model.state_dict().items())]
+    parts = [whole(p.detach()).contiguous().numpy().tobytes() for _, p in sorted(model.state_dict().items())]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
@@ -128,6 +151,9 @@ def main():
     """Runs the job that the command line asks for."""
     torch.set_num_threads(1)
     wanted = json.loads(sys.argv[1])
+    if wanted.get("fsdp"):
+        import cpu_fsdp  # noqa: F401
+    wanted["model"] = {"llama": llama}.get(wanted.pop("model", None), gpt2)()
     resume, stop, interrupt, terminate = (wanted.pop(n, None) for n in ("resume", "stop", "interrupt", "terminate"))
     gradients = Gradients()
     callbacks = [gradients, *([StopAt(stop)] if stop else [])]
@@ -141,7 +167,8 @@ def main():
     result = {
         "digest": digest(trainer.model),
         "steps": trainer.state.global_step,
-        "swaps": trainer.proposal.swaps,
+        "swaps": trainer.proposal.swaps if trainer.proposal else 0,
+        "shards": sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in trainer.model.parameters()),
         "log": [h for h in trainer.state.log_history if "kl_policy" in h],
         "evaluations": [h for h in trainer.state.log_history if "eval_runtime" in h],
         "gradients": {name: g.flatten().tolist() for name, g in gradients.steps[0].items()},

@@ -12,6 +12,7 @@ from ..models import LanguageModel
 from ..objectives import TARGET_OBJECTIVES
 from ..prompts import text_part
 from ..targets import EBM
+from . import fsdp
 from .config import DMConfig, refuse_parallelism
 
 # of a model's generation_config: what would change the distribution that is sampled from
@@ -29,6 +30,7 @@ def refuse_arguments(args: TrainingArguments) -> None:
         ValueError: it is asked for.
     """
     refuse_parallelism(args)
+    fsdp.refuse_arguments(args)
     if args.n_gpu > 1:
         raise ValueError(
             f"DMTrainer does not run under DataParallel ({args.n_gpu} GPUs in one process); start one process per "
@@ -65,7 +67,7 @@ def refuse_sharded(model: Any) -> None:
     if getattr(model, "is_distributed_loading_by_transformers", False) or (getattr(model, "tp_size", None) or 1) > 1:
         raise ValueError(
             "DMTrainer does not run under tensor parallelism yet, and the model was sharded as it was loaded; load "
-            "it without tp_plan and distributed_config"
+            "it without tp_plan and distributed_config (for FSDP2 set fsdp=True in DMConfig, and DMTrainer shards it)"
         )
 
 

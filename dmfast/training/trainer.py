@@ -43,7 +43,7 @@ from ..samples import Samples
 from ..seeds import seed_for
 from ..settings import AnyObjective, check_target, check_trainable
 from ..targets import EBM
-from . import checkpoint
+from . import checkpoint, fsdp
 from . import samples as samples_table
 from .callbacks import EpochOrder, Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
 from .card import model_card
@@ -87,7 +87,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
     Raises:
         ValueError: the training is not possible: the base is the model itself, the tokenizer does not fit, the
-            objective lacks its reward, or FSDP, DeepSpeed or DataParallel is asked for.
+            objective lacks its reward, DeepSpeed or DataParallel is asked for, or FSDP in a way that was not tried or
+            that the launcher did not give.
     """
 
     control: TrainerControl
@@ -155,6 +156,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             )
         finally:
             args.enable_jit_checkpoint = jit
+        fsdp.refuse_plugin(self.accelerator, args)
+        self.policy.gather_for_sampling = args.gather_for_sampling
         self.compute_loss_func = self.compute_loss
         for stock, ours in ((ProgressCallback, Progress), (PrinterCallback, LogLine)):
             for callback in [c for c in self.callback_handler.callbacks if type(c) is stock]:
@@ -162,7 +165,9 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 self.add_callback(ours)
         shared = target.base.model is model  # then it is on the device, and the policy's to train
         if not shared:
-            target.base.model.to(self.args.device).requires_grad_(False)
+            target.base.model.requires_grad_(False)
+            if not self.is_fsdp_enabled:
+                target.base.model.to(self.args.device)
         self.proposal: OfflineProposal[LanguageModel] | None = None
         if not args.on_policy:
             self.proposal = OfflineProposal(
@@ -170,6 +175,9 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 stderrs=args.proposal_stderrs, decay=args.proposal_decay, device=args.proposal_device,
                 adapter=shared and args.proposal_device is None,
             )  # fmt: skip
+        if self.is_fsdp_enabled:
+            of_q = [] if shared or self.proposal is None else [self.proposal.snapshot.model]
+            fsdp.shard(self.accelerator, [*([] if shared else [target.base.model]), *of_q, model], kept_whole=of_q)
         self._ranks = AccelerateRanks(self.accelerator)
         self.matcher = Matcher(
             self.policy, target, self.proposal, reward=reward, decay=args.proposal_decay, ranks=self._ranks,
@@ -221,7 +229,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             )
         sampler = StepSampler(
             len(self._rows), self.samples_per_context, per_device=args.per_device_train_batch_size,
-            accumulation=args.gradient_accumulation_steps, rank=args.process_index, world=args.world_size,
+            accumulation=args.gradient_accumulation_steps, rank=self._ranks.rank, world=self._ranks.size,
             steps=None if self._has_prompts else math.ceil(args.max_steps / args.ppo_epochs), repeats=args.ppo_epochs,
             shuffle=draws_in_random_order(args),
             seed=args.seed if args.data_seed is None else args.data_seed,
@@ -341,15 +349,15 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     def _evaluate_on(self, rows: Contexts, prefix: str, has_prompts: bool) -> dict[str, float]:
         start, args = time.perf_counter(), self.args
         some = range(min(len(rows), args.eval_samples))
-        mine = math.ceil(math.ceil(args.eval_samples / len(some)) / args.world_size)  # of each context, on this rank
+        mine = math.ceil(math.ceil(args.eval_samples / len(some)) / self._ranks.size)  # of each context, on this rank
         prompts = [rows[i][1] for i in some]
         with self.accelerator.autocast():
             found = examine(
                 self.policy, self.target, prompts, mine, max_new_tokens=args.max_new_tokens,
                 temperature=args.temperature, seed=seed_for(args.seed, "evaluation"),
                 batch_size=args.sampling_batch_size or args.per_device_train_batch_size,
-                texts=args.eval_diversity, first_row=args.process_index * mine * len(some), rows=rows.rows_of(some),
-                gather=self._ranks.gather, gather_texts=gather_object if args.world_size > 1 else lambda texts: texts,
+                texts=args.eval_diversity, first_row=self._ranks.rank * mine * len(some), rows=rows.rows_of(some),
+                gather=self._ranks.gather, gather_texts=gather_object if self._ranks.size > 1 else lambda texts: texts,
             )  # fmt: skip
         self.eval_samples, metrics = found.samples, {}
         for name, estimate in found.estimates.items():
