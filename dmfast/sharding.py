@@ -83,7 +83,7 @@ def most(model: nn.Module, mine: int) -> int:
     """Return the largest of what the ranks give that hold a sharded model; of another model what this one gives."""
     if not is_sharded(model):
         return mine
-    value = torch.tensor(mine, device=local(next(model.parameters())).device)
+    value = torch.tensor(int(mine), device=local(next(model.parameters())).device)
     torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=group_of(model))
     return int(value)
 

@@ -13,7 +13,7 @@ _init = AcceleratorState.__init__
 
 def _with_fsdp(self, *args, fsdp_plugin=None, **options):
     _init(self, *args, fsdp_plugin=fsdp_plugin, **options)
-    if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+    if fsdp_plugin is not None and self.distributed_type in (DistributedType.MULTI_CPU, DistributedType.FSDP):
         self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         if self.mixed_precision != "no":
             fsdp_plugin.set_mixed_precision(self.mixed_precision)
@@ -21,3 +21,8 @@ def _with_fsdp(self, *args, fsdp_plugin=None, **options):
 
 
 AcceleratorState.__init__ = _with_fsdp
+
+
+def reset():
+    """Let the next Accelerator of this process have another FSDP plugin."""
+    AcceleratorState._reset_state()

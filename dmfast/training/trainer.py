@@ -177,7 +177,10 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             )  # fmt: skip
         if self.is_fsdp_enabled:
             of_q = [] if shared or self.proposal is None else [self.proposal.snapshot.model]
-            fsdp.shard(self.accelerator, [*([] if shared else [target.base.model]), *of_q, model], kept_whole=of_q)
+            fsdp.shard(
+                self.accelerator, [*([] if shared else [target.base.model]), *of_q, model],
+                kept_whole=of_q if args.gather_for_sampling else [],
+            )  # fmt: skip
         self._ranks = AccelerateRanks(self.accelerator)
         self.matcher = Matcher(
             self.policy, target, self.proposal, reward=reward, decay=args.proposal_decay, ranks=self._ranks,

@@ -1,0 +1,71 @@
+"""Training jobs one after the other, each under DDP or FSDP2, as a rank of several: ``python fsdp_job.py JSON``.
+
+The JSON has ``out``, ``fsdp`` and ``variants``: by name what ``trainer_job.job`` takes, and ``model``, ``resume``,
+``stop`` and ``fsdp_config``. Rank 0 writes what came of them to ``result.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import cpu_fsdp
+import torch
+from trainer_job import Gradients, StopAt, gpt2, job, llama, whole
+
+from dmfast import Contains
+
+
+def hooked():
+    """A model whose head has a hook, so that all of its logits are formed."""
+    model = llama()
+    model.lm_head.register_forward_hook(lambda *_: None)
+    return model
+
+
+MODELS = {"gpt2": gpt2, "llama": llama, "hooked": hooked}
+
+
+def run(out, fsdp, name, *, model="gpt2", resume=None, stop=None, fsdp_config=None, skip=False, lora=None, **wanted):
+    """A finished job: its parameters, the gradients of its first step, what it logged and warned of."""
+    cpu_fsdp.reset()
+    if fsdp:
+        wanted |= {"fsdp": True, "fsdp_config": dict(fsdp_config or {})}
+    if skip:
+        wanted["constraints"] = [Contains("w4")]
+    gradients = Gradients()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer = job(Path(out, name), model=MODELS[model](), lora=lora,
+                      callbacks=[gradients, *([StopAt(stop)] if stop else [])], **wanted)  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+    parameters = {n: whole(p.detach()) for n, p in trainer.model.named_parameters()}
+    held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in trainer.model.parameters())
+    return {
+        "parameters": {n: p.flatten().tolist() for n, p in parameters.items()},
+        "gradients": {n: g.flatten().tolist() for n, g in (gradients.steps or [{}])[0].items()},
+        "held": held / sum(p.numel() for p in parameters.values()),
+        "steps": trainer.state.global_step,
+        "swaps": trainer.proposal.swaps if trainer.proposal else None,
+        "log": [h for h in trainer.state.log_history if "kl_policy" in h],
+        "evaluations": [h for h in trainer.state.log_history if "eval_runtime" in h],
+        "said": sorted({str(each.message) for each in said if "dmfast" in str(each.message)}),
+    }
+
+
+def main():
+    """Runs the jobs that the command line asks for."""
+    torch.set_num_threads(1)
+    wanted = json.loads(sys.argv[1])
+    fsdp = bool(wanted["fsdp"])
+    results = {name: run(wanted["out"], fsdp, name, **options) for name, options in wanted["variants"].items()}
+    if torch.distributed.get_rank() == 0:
+        Path(wanted["out"], "result.json").write_text(json.dumps(results))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
