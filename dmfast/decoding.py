@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from . import sharding
+
 # the outputs in which models return what the next step goes on from
 _STATES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
@@ -130,7 +132,7 @@ def _within_generate(
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise RuntimeError(
-            f"{type(inner).__name__} can't be sampled: transformers' generate fails on it with {error!r}"
+            f"{sharding.class_of(inner).__name__} can't be sampled: transformers' generate fails on it with {error!r}"
         ) from error
     finally:
         inner.generation_config = theirs
@@ -178,7 +180,7 @@ class _Steps:
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            kind, length = type(self.inner).__name__, tokens.shape[1]
+            kind, length = sharding.class_of(self.inner).__name__, tokens.shape[1]
             raise RuntimeError(
                 f"{kind} can't be sampled: its forward of {length} tokens fails with {error!r}"
             ) from error

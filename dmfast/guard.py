@@ -281,7 +281,7 @@ def _naming(lm: LanguageModel, what: str) -> Iterator[None]:
     except _FAULTS as error:
         if _is_of_the_machine(error):
             raise
-        kind = type(without_adapters(lm._module())).__name__
+        kind = sharding.class_of(without_adapters(lm._module())).__name__
         raise RuntimeError(f"{kind} can't be used: a forward {what} fails with {error!r}") from error
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -394,7 +395,7 @@ class LanguageModel:
                 batches = tuple(ids[lengths[ids] == length] for ids in batches for length in set(lengths[ids].tolist()))
                 if self.in_step and len(batches) > whole:
                     raise ValueError(
-                        f"{type(self._unwrapped()).__name__} can't take prompts of several lengths in one batch, and "
+                        f"{sharding.class_of(self._unwrapped()).__name__} can't take prompts of several lengths in one batch, and "
                         "with gather_for_sampling=False all processes must run the same number of forwards: give all "
                         "prompts of a step one length, or set gather_for_sampling=True"
                     )
@@ -421,7 +422,7 @@ class LanguageModel:
         sharding.reshard(self.model)
         if not self._guard.cached:
             self._say(
-                f"dmfast runs the whole sequence in each step of sampling from {type(self._unwrapped()).__name__}, "
+                f"dmfast runs the whole sequence in each step of sampling from {sharding.class_of(self._unwrapped()).__name__}, "
                 f"which takes more time: {self._guard.why_uncached}"
             )
         bad = samples.log_prob.isnan()  # what the CPU raises at once, a device has put here
@@ -476,15 +477,17 @@ class LanguageModel:
             return None
         return lambda mine: bool(sharding.most(self.model, mine))
 
-    def _in_forward(self, samples: Samples, function: Callable[[], _T]) -> _T:
+    def _in_forward(
+        self, samples: Samples, function: Callable[[], _T], outputs: Callable[[_T], object] = operator.itemgetter(0)
+    ) -> _T:
         """Run what needs the parameters of a sharded model within one of its forwards.
 
         Args:
             samples: what it runs on, by which the model is asked before how it takes them.
-            function: returns tensors with a gradient in plain tuples only.
+            function, outputs: as in ``sharding.call``.
         """
         self._probe(samples.tokens, samples.attention_mask)
-        return sharding.call(self.model, function)
+        return sharding.call(self.model, function, outputs)
 
     def logits(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Return logits and the labels that they score, for ``dm_loss``: (N, K, V) and (N, K) int64, -100 = not scored.
@@ -525,7 +528,7 @@ class LanguageModel:
         parts = samples.by_prompt_length()
         if len(parts) > 1 and (self.model is not self._unwrapped() or sharding.in_step(self.model)):
             raise ValueError(
-                f"{type(self._unwrapped()).__name__} can't take prompts of several lengths in one batch, and under "
+                f"{sharding.class_of(self._unwrapped()).__name__} can't take prompts of several lengths in one batch, and under "
                 f"{'FSDP' if sharding.is_sharded(self.model) else 'DDP'} all processes must run the same number of "
                 "forwards: give all prompts of a microbatch one length"
             )
@@ -534,7 +537,7 @@ class LanguageModel:
     def _check_placed(self) -> None:
         if self.device.type == "meta":
             raise ValueError(
-                f"the parameters of the {type(self._unwrapped()).__name__} are on the device meta, without values: "
+                f"the parameters of the {sharding.class_of(self._unwrapped()).__name__} are on the device meta, without values: "
                 "load the model with its weights, or dispatch it by accelerate, whose hooks say where it runs"
             )
 
@@ -606,7 +609,7 @@ class LanguageModel:
 
     def _say_why_logits(self) -> None:
         self._say(
-            f"dmfast forms all logits of {type(self.model).__name__}, which takes more memory: "
+            f"dmfast forms all logits of {sharding.class_of(self.model).__name__}, which takes more memory: "
             f"{self._head.why_not(self.model)}"
         )
 
@@ -709,13 +712,7 @@ class LanguageModel:
         if not samples.has_log_prob:
             check_unknown_proposal(options)
         samples = samples.trimmed()
-
-        def function() -> tuple[Tensor, DMLossOutput]:
-            out = self._loss(samples, options)
-            return out.loss, out
-
-        _, out = self._in_forward(samples, function)
-        return out
+        return self._in_forward(samples, lambda: self._loss(samples, options), operator.attrgetter("loss"))
 
     def _loss(self, samples: Samples, options: dict[str, Any]) -> DMLossOutput:
         found = self._hidden(samples)

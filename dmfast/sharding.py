@@ -144,11 +144,16 @@ def gathered(model: Any) -> Iterator[None]:
             part.reshard()
 
 
-def call(model: Any, function: Callable[[], _T]) -> _T:
-    """Run a function as one forward of a sharded model, which it runs by ``model.forward``, and return what it returns.
+def call(model: Any, function: Callable[[], _T], outputs: Callable[[_T], object] = lambda _: None) -> _T:
+    """Run a function as one forward of a sharded model, which it runs by ``forward_of``, and return what it returns.
 
-    Parameters of the root are whole within it, and of what it returns backward starts as FSDP needs it: the tensors
-    that carry a gradient have to be in plain tuples.
+    Parameters of the root are whole within it, and backward starts at its outputs as FSDP needs it.
+
+    Args:
+        model: what is sharded, or any other model, of which this only calls the function.
+        function: what needs whole parameters.
+        outputs: gives of what the function returns the tensors that carry a gradient, one or a tuple of them. Only
+            these does FSDP see, whose mixed precision would round all that it sees to 16 bits.
     """
     if not is_sharded(model) or model in _inside:
         return function()
@@ -158,14 +163,20 @@ def call(model: Any, function: Callable[[], _T]) -> _T:
 
         setattr(model, _METHOD, lambda inner: inner())
         register_fsdp_forward_method(model, _METHOD)
+    returned: list[_T] = []
+
+    def run() -> object:
+        returned.append(function())
+        return outputs(returned[0])
+
     _inside.add(model)
     try:
-        out: _T = getattr(model, _METHOD)(function)
+        getattr(model, _METHOD)(run)
     finally:
         _inside.discard(model)
     if not torch.is_grad_enabled():
         reshard(model)
-    return out
+    return returned[0]
 
 
 def forward_of(model: Any) -> Callable[..., Any]:

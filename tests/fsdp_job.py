@@ -40,7 +40,8 @@ def run(out, fsdp, name, *, model="gpt2", resume=None, stop=None, fsdp_config=No
         warnings.simplefilter("always")
         trainer = job(Path(out, name), model=MODELS[model](), lora=lora,
                       callbacks=[gradients, *([StopAt(stop)] if stop else [])], **wanted)  # fmt: skip
-        trainer.train(resume_from_checkpoint=resume)
+        trainer.train(resume_from_checkpoint=resume and str(Path(out, resume)))
+        trainer.save_model(str(Path(out, name, "saved")))
     parameters = {n: whole(p.detach()) for n, p in trainer.model.named_parameters()}
     held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in trainer.model.parameters())
     return {

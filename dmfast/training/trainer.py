@@ -447,8 +447,10 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 self.state.best_model_checkpoint = str(folder) if folder.is_dir() or folder.name == name else None
             if writes:
                 self.state.save_to_json(str(staging / name / "trainer_state.json"))
-                if not self.args.save_only_model:
-                    checkpoint.save_state(self.state_dict(), staging / name)
+            if not self.args.save_only_model:
+                checkpoint.save_state(
+                    self.state_dict(), staging / name, writes=writes, sharded=bool(self.is_fsdp_enabled)
+                )
         if self._push_later:
             self._push_later = False
             if writes and self.args.hub_strategy != "end":
@@ -468,7 +470,17 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # dmfast's state comes first: it refuses what does not fit before anything has changed
-        self.load_state_dict(checkpoint.load_state(Path(resume_from_checkpoint), self.args.device))
+        folder = Path(resume_from_checkpoint)
+        state, sharded = checkpoint.load_state(folder, self.args.device), bool(self.is_fsdp_enabled)
+        if bool(state.get("sharded")) != sharded:
+            raise ValueError(
+                f"the checkpoint {folder} is of a run {'without' if sharded else 'under'} FSDP, and this run is "
+                f"{'under' if sharded else 'without'} it: optimiser and proposal are kept in another way. Go on as the "
+                "run began, or train the saved model anew"
+            )
+        if sharded and self.proposal is not None and state["matcher"]["proposal"] is not None:
+            state = checkpoint.load_shards(state, folder, self.proposal.state_dict()["model"])
+        self.load_state_dict(state)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def state_dict(self) -> dict[str, Any]:
@@ -489,6 +501,15 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             warnings.warn("the checkpoint is of a run on other prompts: Z of each context starts anew", stacklevel=2)
             matcher = matcher | {"running": matcher["running"] | {"partitions": PartitionFunctions().state_dict()}}
         self.matcher.load_state_dict(matcher)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as transformers does, and under FSDP whole, whatever a checkpoint holds. All ranks call it."""
+        if self.is_fsdp_enabled and not _internal_call:  # transformers writes nothing where checkpoints are sharded
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
