@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import cpu_fsdp
+import peft
 import torch
 from trainer_job import Gradients, StopAt, gpt2, job, llama, whole
 
@@ -25,7 +26,12 @@ def hooked():
     return model
 
 
-MODELS = {"gpt2": gpt2, "llama": llama, "hooked": hooked}
+def with_lora():
+    """A model with an adapter, of which the base and the proposal are whole copies."""
+    return peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+
+
+MODELS = {"gpt2": gpt2, "llama": llama, "hooked": hooked, "with_lora": with_lora}
 
 
 def run(out, fsdp, name, *, model="gpt2", resume=None, stop=None, fsdp_config=None, skip=False, lora=None, **wanted):
@@ -35,6 +41,8 @@ def run(out, fsdp, name, *, model="gpt2", resume=None, stop=None, fsdp_config=No
         wanted |= {"fsdp": True, "fsdp_config": dict(fsdp_config or {})}
     if skip:
         wanted["constraints"] = [Contains("w4")]
+    if wanted.get("objective") == "kl_control":
+        wanted["reward"] = Contains("w3")
     gradients = Gradients()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
