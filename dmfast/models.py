@@ -223,7 +223,8 @@ class LanguageModel:
             raise FileNotFoundError(f"there is no folder {str(folder)!r} to load a model from")
         if _is_adapter(folder):
             return adapters.saved(folder, self._tensors().keys())
-        return adapters.tensors(without_adapters(module_of(self)).from_pretrained(folder, local_files_only=True))
+        kind: Any = sharding.class_of(without_adapters(module_of(self)))
+        return adapters.tensors(kind.from_pretrained(folder, local_files_only=True))
 
     def base(self) -> LanguageModel:
         """Return the pretrained model below a PEFT model's adapter: the same module, the adapter off in each forward.
@@ -395,7 +396,7 @@ class LanguageModel:
                 batches = tuple(ids[lengths[ids] == length] for ids in batches for length in set(lengths[ids].tolist()))
                 if self.in_step and len(batches) > whole:
                     raise ValueError(
-                        f"{sharding.class_of(self._unwrapped()).__name__} can't take prompts of several lengths in one batch, and "
+                        f"{self._kind} can't take prompts of several lengths in one batch, and "
                         "with gather_for_sampling=False all processes must run the same number of forwards: give all "
                         "prompts of a step one length, or set gather_for_sampling=True"
                     )
@@ -422,7 +423,7 @@ class LanguageModel:
         sharding.reshard(self.model)
         if not self._guard.cached:
             self._say(
-                f"dmfast runs the whole sequence in each step of sampling from {sharding.class_of(self._unwrapped()).__name__}, "
+                f"dmfast runs the whole sequence in each step of sampling from {self._kind}, "
                 f"which takes more time: {self._guard.why_uncached}"
             )
         bad = samples.log_prob.isnan()  # what the CPU raises at once, a device has put here
@@ -478,7 +479,7 @@ class LanguageModel:
         return lambda mine: bool(sharding.most(self.model, mine))
 
     def _in_forward(
-        self, samples: Samples, function: Callable[[], _T], outputs: Callable[[_T], object] = operator.itemgetter(0)
+        self, samples: Samples, function: Callable[[], _T], outputs: Callable[[Any], object] = operator.itemgetter(0)
     ) -> _T:
         """Run what needs the parameters of a sharded model within one of its forwards.
 
@@ -528,7 +529,7 @@ class LanguageModel:
         parts = samples.by_prompt_length()
         if len(parts) > 1 and (self.model is not self._unwrapped() or sharding.in_step(self.model)):
             raise ValueError(
-                f"{sharding.class_of(self._unwrapped()).__name__} can't take prompts of several lengths in one batch, and under "
+                f"{self._kind} can't take prompts of several lengths in one batch, and under "
                 f"{'FSDP' if sharding.is_sharded(self.model) else 'DDP'} all processes must run the same number of "
                 "forwards: give all prompts of a microbatch one length"
             )
@@ -537,7 +538,7 @@ class LanguageModel:
     def _check_placed(self) -> None:
         if self.device.type == "meta":
             raise ValueError(
-                f"the parameters of the {sharding.class_of(self._unwrapped()).__name__} are on the device meta, without values: "
+                f"the parameters of the {self._kind} are on the device meta, without values: "
                 "load the model with its weights, or dispatch it by accelerate, whose hooks say where it runs"
             )
 
@@ -597,6 +598,11 @@ class LanguageModel:
         """Return the module itself, without what DDP or torch.compile put around it."""
         return module_of(self)
 
+    @property
+    def _kind(self) -> str:
+        """The name of the model's class."""
+        return sharding.class_of(self._unwrapped()).__name__
+
     def _unwrapped(self) -> Any:
         """Return the model without DDP around it."""
         return unwrapped(self.model)
@@ -608,10 +614,7 @@ class LanguageModel:
             warn_caller(message)
 
     def _say_why_logits(self) -> None:
-        self._say(
-            f"dmfast forms all logits of {sharding.class_of(self.model).__name__}, which takes more memory: "
-            f"{self._head.why_not(self.model)}"
-        )
+        self._say(f"dmfast forms all logits of {self._kind}, which takes more memory: {self._head.why_not(self.model)}")
 
     def _say_what_on_policy_neglects(self, dtype: torch.dtype, options: Mapping[str, Any]) -> None:
         if options.get("on_policy") is True and dtype in (torch.bfloat16, torch.float16):
@@ -659,11 +662,11 @@ class LanguageModel:
         """
         if not self.in_step:
             return 0
-        most = sharding.most(self.model, batches)
-        if torch.is_grad_enabled() and sharding.most(self.model, most - batches):
+        most, fewest = sharding.most(self.model, batches), -sharding.most(self.model, -batches)
+        if torch.is_grad_enabled() and most > fewest:
             raise ValueError(
-                f"log_prob with a gradient needs equally many batches on all ranks of a model that FSDP has sharded; "
-                f"this one has {batches} and another {most}"
+                "log_prob with a gradient needs equally many batches on all ranks of a model that FSDP has sharded; "
+                f"they have from {fewest} to {most}, and this one {batches}"
             )
         return most - batches
 
@@ -712,7 +715,7 @@ class LanguageModel:
         if not samples.has_log_prob:
             check_unknown_proposal(options)
         samples = samples.trimmed()
-        return self._in_forward(samples, lambda: self._loss(samples, options), operator.attrgetter("loss"))
+        return self._in_forward(samples, lambda: self._loss(samples, options), lambda out: out.loss)
 
     def _loss(self, samples: Samples, options: dict[str, Any]) -> DMLossOutput:
         found = self._hidden(samples)

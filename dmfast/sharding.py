@@ -49,9 +49,9 @@ def is_shard(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """Return what this rank holds of a tensor."""
-    found: Tensor = tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[operator]
+    found: Tensor = tensor.to_local() if is_shard(tensor) else tensor
     return found
 
 
@@ -72,9 +72,8 @@ def is_own_hook(hook: Any) -> bool:
 def group_of(model: nn.Module) -> Any:
     """Return the process group that a sharded model's parameters are spread over."""
     if model not in _groups:
-        shard: Any = next((each for each in model.parameters() if is_shard(each)), None)
-        if shard is None:
-            raise RuntimeError(f"no parameter of the {type(model).__name__} is a shard, although it is an FSDP module")
+        reshard(model)  # a forward may have left all of them whole
+        shard: Any = next(each for each in model.parameters() if is_shard(each))
         _groups[model] = shard.device_mesh.get_group()
     return _groups[model]
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-_init = AcceleratorState.__init__
+_init, _bare = AcceleratorState.__init__, False
 
 
 def _with_fsdp(self, *args, fsdp_plugin=None, **options):
     _init(self, *args, fsdp_plugin=fsdp_plugin, **options)
-    if fsdp_plugin is not None and self.distributed_type in (DistributedType.MULTI_CPU, DistributedType.FSDP):
+    if (
+        not _bare
+        and fsdp_plugin is not None
+        and self.distributed_type in (DistributedType.MULTI_CPU, DistributedType.FSDP)
+    ):
         self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         if self.mixed_precision != "no":
             fsdp_plugin.set_mixed_precision(self.mixed_precision)
@@ -23,6 +27,10 @@ def _with_fsdp(self, *args, fsdp_plugin=None, **options):
 AcceleratorState.__init__ = _with_fsdp
 
 
-def reset():
-    """Let the next Accelerator of this process have another FSDP plugin."""
+def reset(bare=False):
+    """Let the next Accelerator of this process have another FSDP plugin. bare: as accelerate has it on a CPU."""
+    global _bare
+    _bare = bare
     AcceleratorState._reset_state()
+    if bare and PartialState._shared_state:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU

@@ -1,7 +1,8 @@
 """Training jobs one after the other, each under DDP or FSDP2, as a rank of several: ``python fsdp_job.py JSON``.
 
 The JSON has ``out``, ``fsdp`` and ``variants``: by name what ``trainer_job.job`` takes, and ``model``, ``resume``,
-``stop`` and ``fsdp_config``. Rank 0 writes what came of them to ``result.json``.
+``stop``, ``fsdp_config``, ``bare`` (accelerate as it is on a CPU) and ``refused`` (that it is). ``checks`` names those
+of ``fsdp_checks.py``. Rank r writes what came of them to ``result-r.json``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import cpu_fsdp
 import peft
 import torch
+from fsdp_checks import CHECKS
 from trainer_job import Gradients, StopAt, gpt2, job, llama, whole
 
 from dmfast import Contains
@@ -34,9 +36,19 @@ def with_lora():
 MODELS = {"gpt2": gpt2, "llama": llama, "hooked": hooked, "with_lora": with_lora}
 
 
-def run(out, fsdp, name, *, model="gpt2", resume=None, stop=None, fsdp_config=None, skip=False, lora=None, **wanted):
+def refused(out, fsdp, name, **options):
+    """Why a job is."""
+    try:
+        run(out, fsdp, name, **options)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def run(out, fsdp, name, *, model="gpt2", resume=None, stop=None, fsdp_config=None, skip=False, lora=None, bare=False,
+        **wanted):  # fmt: skip
     """A finished job: its parameters, the gradients of its first step, what it logged and warned of."""
-    cpu_fsdp.reset()
+    cpu_fsdp.reset(bare)
     if fsdp:
         wanted |= {"fsdp": True, "fsdp_config": dict(fsdp_config or {})}
     if skip:
@@ -69,9 +81,12 @@ def main():
     torch.set_num_threads(1)
     wanted = json.loads(sys.argv[1])
     fsdp = bool(wanted["fsdp"])
-    results = {name: run(wanted["out"], fsdp, name, **options) for name, options in wanted["variants"].items()}
-    if torch.distributed.get_rank() == 0:
-        Path(wanted["out"], "result.json").write_text(json.dumps(results))
+    results = {}
+    for name, options in wanted["variants"].items():
+        results[name] = (refused if options.pop("refused", False) else run)(wanted["out"], fsdp, name, **options)
+    for name in wanted.get("checks", ()):
+        results[name] = CHECKS[name]()
+    Path(wanted["out"], f"result-{torch.distributed.get_rank()}.json").write_text(json.dumps(results))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -32,6 +32,11 @@ def refuse_parallelism(args: TrainingArguments) -> None:
         if by_launcher or getattr(args, name):
             asked = f"{variable}, which accelerate launch sets," if by_launcher else name
             raise ValueError(f"DMTrainer does not run under {what} yet, which {asked} asks for; use DDP or FSDP2")
+    if "hybrid" in f"{args.fsdp} {args.fsdp_config}".lower():
+        raise ValueError(
+            f"hybrid sharding (HSDP), which fsdp={args.fsdp!r} with fsdp_config={args.fsdp_config!r} asks for, was not "
+            "tried with DMTrainer: leave it out, so that all processes share one set of shards"
+        )
 
 
 @dataclass

@@ -6,6 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import accelerate
+import torch
+import transformers
 from packaging.version import Version
 from torch import nn
 from transformers import TrainingArguments
@@ -13,14 +16,15 @@ from transformers import TrainingArguments
 from .. import sharding
 
 _HOW = "fsdp=True in DMConfig, started by torchrun or accelerate launch with one process for each GPU"
-_TRIED = {"torch": "2.13", "accelerate": "1.15", "transformers": "5.24"}
+TRIED = {"torch": "2.13", "accelerate": "1.15", "transformers": "5.24"}
 
 
 def asked(args: TrainingArguments) -> str | None:
     """Return what asks for FSDP, an argument or ``accelerate launch``; None: nothing does."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-        return "ACCELERATE_USE_FSDP, which accelerate launch sets,"
-    return "fsdp" if args.fsdp else None
+    if args.fsdp:
+        return "fsdp"
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    return "ACCELERATE_USE_FSDP, which accelerate launch sets," if by_launcher else None
 
 
 def refuse_arguments(args: TrainingArguments) -> None:
@@ -33,31 +37,23 @@ def refuse_arguments(args: TrainingArguments) -> None:
     by = asked(args)
     if by is None:
         return
-    import accelerate
-    import torch
-    import transformers
-
+    if args.world_size == 1:
+        raise ValueError(f"{by} asks for FSDP, and this is one process, which can't shard anything: {_HOW}")
     for library in (torch, accelerate, transformers):
-        floor = _TRIED[library.__name__]
+        floor = TRIED[library.__name__]
         if Version(library.__version__) < Version(floor):
             raise ImportError(
                 f"FSDP, which {by} asks for, was tried with {library.__name__} {floor}, and {library.__version__} is "
                 "installed: update it, or use DDP"
             )
-    if args.world_size == 1:
-        raise ValueError(f"{by} asks for FSDP, and this is one process, which can't shard anything: {_HOW}")
     refused = {
-        "gradient_variance_steps": "it differentiates each sequence alone, outside of FSDP's forward; measure it in one "
-        "process",
+        "gradient_variance_steps": "it differentiates each sequence alone; measure it in one process",
         "proposal_device": "the proposal is sharded like the policy",
         "torch_compile": "that was not tried",
     }
     for name, why in refused.items():
         if getattr(args, name):
             raise ValueError(f"{name}={getattr(args, name)!r} does not run under FSDP, which {by} asks for: {why}")
-    if "hybrid" in str(getattr(args, "fsdp_config", None)).lower():
-        raise ValueError(f"hybrid sharding (HSDP), which fsdp_config={args.fsdp_config!r} asks for, was not tried; "
-                         "leave it out, so that all processes share one set of shards")  # fmt: skip
     if not args.gather_for_sampling and args.check_scores:
         raise ValueError(
             "gather_for_sampling=False leaves the model sharded, and check_scores=True compares scores with draws in "
