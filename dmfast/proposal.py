@@ -88,9 +88,10 @@ def nearer(
 def _copy(module: nn.Module, device: torch.device | str | None) -> nn.Module:
     """Return a frozen copy, which is made directly on the device."""
     if sharding.parts(module):
+        kind = sharding.class_of(module).__name__
         raise ValueError(
-            f"the {sharding.class_of(module).__name__} is sharded already, and FSDP can't copy it: make the "
-            "OfflineProposal before fully_shard, and shard proposal.snapshot.model as the policy; DMTrainer with DMConfig(fsdp=True) does both"
+            f"the {kind} is sharded already, and FSDP can't copy it: make the OfflineProposal before fully_shard, and "
+            "shard proposal.snapshot.model as the policy; DMTrainer with DMConfig(fsdp=True) does both"
         )
     memo: dict[int, Any] = {}
     if device is not None:

@@ -143,7 +143,7 @@ def gathered(model: Any) -> Iterator[None]:
             part.reshard()
 
 
-def call(model: Any, function: Callable[[], _T], outputs: Callable[[_T], object] = lambda _: None) -> _T:
+def call(model: Any, function: Callable[[], _T], outputs: Callable[[Any], object] = lambda _: None) -> _T:
     """Run a function as one forward of a sharded model, which it runs by ``forward_of``, and return what it returns.
 
     Parameters of the root are whole within it, and backward starts at its outputs as FSDP needs it.
