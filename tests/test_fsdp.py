@@ -42,7 +42,7 @@ def launched(out, variants, checks=(), processes=2, under_fsdp=True):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Two ranks of one launch, which takes longer to start than all that it does."""
-    checks = ["gradients", "sampling", "scoring", "agreement", "swaps", "refusals"]
+    checks = ["gradients", "sampling", "scoring", "agreement", "swaps", "loop", "refusals"]
     return launched(tmp_path_factory.mktemp("fsdp"), {"gpt2": {}, "bare": {"bare": True, "refused": True}}, checks)
 
 
@@ -102,6 +102,12 @@ def test_what_one_rank_finds_holds_for_all(ranks):
 def test_a_swap_copies_shards_and_gathers_nothing(ranks):
     for found in ranks:
         assert found["swaps"] == {"collectives": 0, "of a gathering": 1, "equal": True, "loaded": True}
+
+
+@FOR_FSDP
+def test_a_loop_of_ones_own_ends_as_under_ddp(ranks):
+    for found in ranks:
+        assert found["loop"] == {"parameters": True, "log": True}
 
 
 @FOR_FSDP
