@@ -70,12 +70,23 @@ RUNS = {
 }
 #: The norm's terms are added in another order; FSDP computes in bf16 what autocast leaves in fp32.
 ROUNDED = {"clipping": 1e-5, "bf16": 0.1}
+#: What ``accelerate launch --use_fsdp --fsdp_version 2`` puts into the environment.
+LAUNCHER = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
 #: Other ways to run one of them.
 WAYS = {
     "in step": ("head of its own", {"gather_for_sampling": False, "check_scores": False}),
     "in step, LoRA": ("LoRA on one backbone", {"gather_for_sampling": False, "check_scores": False}),
     "never resharded": ("head of its own", {"fsdp_config": {"reshard_after_forward": False}}),
     "the root alone": ("head of its own", {"fsdp_config": {"auto_wrap_policy": "NO_WRAP"}}),
+    "accelerate launch": ("head of its own", {"launcher": LAUNCHER}),
     "loaded on rank 0": ("head of its own", {"fsdp_config": {"cpu_ram_efficient_loading": True}}),
 }
 STEPS = {"max_steps": 5, "proposal_criterion": "interval", "proposal_interval": 2, "warmup_steps": 0}
