@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from matcher_job import Ranks
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
@@ -215,9 +216,12 @@ def refusals():
     target = EBM(base, [Moment(Contains("w3"), 0.6)])
     target.lambda_ = [1.0]
     plain = LanguageModel(copy.deepcopy(base.model), tokenizer())
+    hybrid = llama()
+    fully_shard(hybrid, mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("copies", "shards")))
     in_step = sharded()
     in_step.gather_for_sampling = False
     return {
+        "hybrid": _told(lambda: LanguageModel(hybrid, tokenizer()).log_prob(x)),
         "copy": _told(lambda: OfflineProposal(lm)),
         "hidden": _told(lambda: lm.hidden_and_head(x)),
         "variance": _told(Matcher(lm, target).measure_gradient),

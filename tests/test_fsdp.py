@@ -124,6 +124,7 @@ def test_a_loop_of_ones_own_ends_as_under_ddp(ranks):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
+        ("hybrid", "lie on a mesh of 2 dimensions; hybrid sharding (HSDP)"),
         ("copy", "make the OfflineProposal before fully_shard"),
         ("hidden", "FSDP has whole parameters within a forward only"),
         ("variance", "does not run on a sharded policy"),
