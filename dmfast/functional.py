@@ -240,7 +240,7 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logits = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=dtype)
     way = products.ways(hidden.device, hidden.dtype, dtype).logits
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), products.ieee(hidden.device):
         products.multiply(way, hidden, weight, bias, logits)
     return logits
 
@@ -290,7 +290,8 @@ def linear_dm_loss(
             rows where weight needs no gradient.
         logits_dtype: ``"float32"``: 16-bit hidden states give fp32 logits, whose products are summed in fp32 and never
             rounded to 16 bits, which would put log pi off by .1 nats and more. ``"same"``: the dtype of hidden, as
-            nn.Linear gives it, which is faster. Sampler and scorer of a sequence need the same.
+            nn.Linear gives it, which is faster. fp32 products are formed in fp32, not in TF32 or bf16, whatever torch
+            is set to; with ``"same"`` its setting holds. Sampler and scorer of a sequence need the same.
         tokens, mask and all else: as in ``dm_loss``.
 
     Returns:

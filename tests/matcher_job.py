@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from trainer_job import gpt2, tokenizer
+from trainer_job import end, gpt2, tokenizer
 
 from dmfast import EBM, Contains, LanguageModel, Matcher, Moment, OfflineProposal
 
@@ -63,9 +63,7 @@ def main():
         partitions = matcher.running.partitions.state_dict()
         result = {"parameters": parameters, "log": logged, "contexts": sorted(partitions["context"].tolist())}
         Path(sys.argv[1]).write_text(json.dumps(result))
-    if several:
-        distributed.barrier()
-        distributed.destroy_process_group()
+    end()
 
 
 if __name__ == "__main__":

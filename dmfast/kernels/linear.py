@@ -2,15 +2,17 @@
 
 Matrix products are torch's (``products.py``); between them run the row kernels of a backend. A chunk holds whole
 sequences, so that log pi, and with it A, is known inside it: logits = H W^T, the kernel's forward, its backward over
-the logits, dH = dZ W, dW += dZ^T H. That is three products and no logit is computed twice, the least for which all
-three gradients can be had. A sequence longer than the buffer, and a loss whose grad_output is not known before
-backward, take two phases, and so a fourth product. Rows that are not scored are packed out before the first product. A
-frozen head costs neither its product nor a V x D buffer.
+the logits, or into 16 bits beside them where the next product takes these, dH = dZ W, dW += dZ^T H. That is three
+products and no logit is computed twice, the least for which all three gradients can be had. A sequence longer than the
+buffer, and a loss whose grad_output is not known before backward, take two phases, and so a fourth product. Rows that
+are not scored are packed out before the first product. A frozen head costs neither its product nor a
+V x D buffer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -135,7 +137,8 @@ class _Products:
         self.one_chunk = len(cuts) == 1
         vocab, dtype = head.shape[0], chunks.whole.logits.dtype
         self.buffer = _rows(hidden, longest, vocab, dtype)
-        self.narrow = _rows(hidden, longest, vocab, hidden.dtype) if chunks.narrow else None
+        # that of the gradient: the same one, unless the next product takes another dtype (backend.check_gradient)
+        self.gradient = _rows(hidden, longest, vocab, hidden.dtype) if chunks.narrow else self.buffer
         self.ways = chunks.ways
         self.wants_head = wanted[1]
         # with no row left out the products fill all of it
@@ -158,8 +161,6 @@ class _Products:
         rows = self.chunks.rows
         if self.d_bias is not None:
             self.d_bias.add_(dz.sum(0, dtype=torch.float32))
-        if self.narrow is not None:
-            dz = self.narrow[: last - first].copy_(dz)
         if self.d_hidden is not None:
             dh = self.d_hidden[first:last] if rows is None else torch.empty_like(h)
             products.multiply_back(self.ways.d_hidden, dz, self.head, dh)
@@ -222,15 +223,16 @@ def _group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]]) -> Scores:
             _backward_group(call, i, j, cuts, scores.lse, scores.weight, expected / divide_by)
         return scores
     h, z = matrices.logits(*cuts[0])
+    dz = matrices.gradient[: z.shape[0]]
     batch = call.chunks.part(i, j, *cuts[0], z)
     if expected is not None and terms is not None and terms.weight_known:
-        scores = backend.forward_backward(batch, terms, call.entropy, divide_by, expected / divide_by, z)
+        scores = backend.forward_backward(batch, terms, call.entropy, divide_by, expected / divide_by, dz)
     else:
         scores = backend.forward(batch, terms, call.entropy, divide_by)
         if expected is not None:
-            backend.backward(batch, scores.lse, scores.weight, expected / divide_by, z)
+            backend.backward(batch, scores.lse, scores.weight, expected / divide_by, dz)
     if expected is not None:
-        matrices.add(*cuts[0], h, z)
+        matrices.add(*cuts[0], h, dz)
     return scores
 
 
@@ -241,8 +243,9 @@ def _backward_group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]], ls
         h, z = call.matrices.logits(first, last)
         from_start = first - cuts[0][0]
         part = lse[from_start : from_start + last - first]
-        call.backend.backward(call.chunks.part(i, j, first, last, z), part, weight, factor, z)
-        call.matrices.add(first, last, h, z)
+        dz = call.matrices.gradient[: last - first]
+        call.backend.backward(call.chunks.part(i, j, first, last, z), part, weight, factor, dz)
+        call.matrices.add(first, last, h, dz)
 
 
 def _forward(call: _Pass) -> Scores:
@@ -263,6 +266,16 @@ def _forward(call: _Pass) -> Scores:
     return scores._replace(rows=rows.index_copy_(1, chunks.rows, scores.rows))
 
 
+@contextmanager
+def _as_multiplied(hidden: Tensor, batch: Batch) -> Iterator[None]:
+    """Have products be as a call wants them, without gradient."""
+    with (
+        torch.no_grad(), torch.autocast(hidden.device.type, enabled=False),
+        nullcontext() if batch.as_set else products.ieee(hidden.device),
+    ):  # fmt: skip
+        yield
+
+
 def forward(
     backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, terms: Terms | None,
     entropy: bool, divide_by: float, expected: float | None, chunk_bytes: int | None, wanted: tuple[bool, ...],
@@ -277,7 +290,7 @@ def forward(
             faults.check_terms(terms)
     wanted = wanted if expected is not None else (False, False, False)
     chunks = make_chunks(batch, hidden, chunk_bytes, wanted)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with _as_multiplied(hidden, batch):
         matrices = _Products(chunks, hidden, head, bias, wanted)
         scores = _forward(_Pass(backend, chunks, matrices, terms, entropy, divide_by, expected))
         return scores, matrices.gradients(hidden)
@@ -291,7 +304,7 @@ def backward(
     chunks = make_chunks(batch, hidden, chunk_bytes, wanted)
     if chunks.rows is not None:
         lse = lse[chunks.rows]
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with _as_multiplied(hidden, batch):
         matrices = _Products(chunks, hidden, head, bias, wanted)
         call = _Pass(backend, chunks, matrices, None, False, 1.0, None)
         for i, j, cuts in chunks.groups():
