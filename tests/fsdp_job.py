@@ -18,7 +18,7 @@ import cpu_fsdp
 import peft
 import torch
 from fsdp_checks import CHECKS
-from trainer_job import Gradients, StopAt, gpt2, job, llama, whole
+from trainer_job import Gradients, StopAt, end, gpt2, job, llama, whole
 
 from dmfast import Contains
 
@@ -97,8 +97,7 @@ def main():
     for name in wanted.get("checks", ()):
         results[name] = CHECKS[name]()
     Path(wanted["out"], f"result-{torch.distributed.get_rank()}.json").write_text(json.dumps(results))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    end()
 
 
 if __name__ == "__main__":
