@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints
 	! -name '*.so' ! -name '*.pyc')
 
 PROOFS := host-cuda ptx families fsdp sanitize aot interpreter floors wheel trace gpu-dry docs aarch64
-.PHONY: demo test pytest lint proofs $(PROOFS) gpu paper-quick paper format clean
+.PHONY: demo test pytest lint proofs $(PROOFS) gpu gpu-rivals paper-quick paper format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
 
@@ -55,13 +55,19 @@ interpreter: $(VENV)/triton
 aot: $(VENV)/triton
 	sh scripts/ci/aot.sh $(BIN)/python
 
-# On a machine with an NVIDIA GPU, with its own Python (torch, nvcc, g++; no network): builds, tests, measures.
+# On a machine with an NVIDIA GPU, with its own Python (torch, nvcc, g++; no network): builds, tests, measures, within
+# DMFAST_GPU_SECONDS (480), into $$OUT or benchmarks/results/gpu. What to look at: docs/gpu-first-run.md.
 gpu:
-	$(PYTHON) scripts/gpu/run.py
+	$(PYTHON) scripts/gpu/run.py gpu
 
-# The same scripts on the host build of the kernels. Leaves what the suite needs in build/gpu/site, to be copied along.
+# The same of others' kernels, as far as they are installed, beside ours; and `dmfast bench` on the device.
+gpu-rivals:
+	$(PYTHON) scripts/gpu/run.py rivals
+
+# Both on the host build of the kernels. Leaves what the suite needs in build/gpu/site, to be copied along.
 gpu-dry: $(VENV)/triton
-	$(BIN)/python scripts/gpu/run.py dry again
+	$(BIN)/python scripts/gpu/run.py gpu --dry --again
+	$(BIN)/python scripts/gpu/run.py rivals --dry
 	$(PIP) --target build/gpu/site --upgrade pytest hypothesis mpmath
 
 # The experiments of the paper (docs/paper.md). paper-quick: two tasks, GDC and GDC++, a quarter of the sequences, minutes.

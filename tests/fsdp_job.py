@@ -17,8 +17,9 @@ from pathlib import Path
 import cpu_fsdp
 import peft
 import torch
+from ending import end
 from fsdp_checks import CHECKS
-from trainer_job import Gradients, StopAt, end, gpt2, job, llama, whole
+from trainer_job import Gradients, StopAt, gpt2, job, llama, whole
 
 from dmfast import Contains
 

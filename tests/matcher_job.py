@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
+from ending import end
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from trainer_job import end, gpt2, tokenizer
+from trainer_job import gpt2, tokenizer
 
 from dmfast import EBM, Contains, LanguageModel, Matcher, Moment, OfflineProposal
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import gpt2_weights  # noqa: F401
 import peft
 import torch
+from ending import end
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -172,17 +173,6 @@ def main():
     if trainer.is_world_process_zero():
         Path(wanted["out"], "result.json").write_text(json.dumps(result))
     end()
-
-
-def end():
-    """Ends a rank of several. torch's DDP keeps gloo's threads alive, and one that still holds a tensor when the
-    interpreter is gone aborts the process, which torchrun takes for a failure."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 if __name__ == "__main__":

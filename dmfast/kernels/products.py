@@ -54,16 +54,24 @@ class Ways(NamedTuple):
         return self.d_hidden != "widened" or self.d_head != "widened"
 
 
-def ways(device: torch.device, dtype: torch.dtype, logits_dtype: torch.dtype) -> Ways:
-    """Return how to multiply hidden states and head of a dtype into logits of a dtype, and back."""
+def ways(device: torch.device, dtype: torch.dtype, logits_dtype: torch.dtype, parts: bool = False) -> Ways:
+    """Return how to multiply hidden states and head of a dtype into logits of a dtype, and back.
+
+    Args:
+        device: where they are.
+        dtype: of hidden states and head.
+        logits_dtype: of the logits.
+        parts: whether dH is one of several parts that will be summed, which is not rounded before.
+    """
     if dtype not in (torch.bfloat16, torch.float16):
         return Ways("native", "native", "native")
     same = logits_dtype == dtype
     if device.type == "cpu":
         native = same and dtype == torch.bfloat16 and _multiplies_bf16()
-        return Ways("native", "native", "widened") if native else Ways("widened", "widened", "widened")
+        back = "widened" if parts or not native else "native"
+        return Ways("native" if native else "widened", back, "widened")
     to_fp32 = "fp32 output" if _has_fp32_output(device) else "widened"
-    return Ways("native" if same else to_fp32, "native", to_fp32)
+    return Ways("native" if same else to_fp32, to_fp32 if parts else "native", to_fp32)
 
 
 @cache
@@ -161,10 +169,13 @@ def multiply_back(way: str, dz: Tensor, head: Tensor, out: Tensor) -> None:
         way: of ``Ways.d_hidden``.
         dz: (R, V); the dtype of the head where it is not ``widened``.
         head: (V, D).
-        out: (R, D), the dtype of the head.
+        out: (R, D), the dtype of the head where it is ``native``, else fp32 or that of the head.
     """
-    if way != "widened":
+    if way == "native":
         torch.mm(dz, head, out=out)
+        return
+    if way == "fp32 output":
+        torch.mm(dz, head, out_dtype=torch.float32, out=out)
         return
     total = dz.new_zeros(out.shape, dtype=torch.float32)
     with _multiplied_as(head.dtype, head.device):
