@@ -64,6 +64,7 @@ struct Terms {
   Objective objective;
   const double* columns[kColumns];
   double constants[kColumns];
+  double entropy_coefficient = 0.0;  // what the entropy is multiplied by in the loss; 0: it is not in it
 
   DMF_HD bool has(Column c) const { return columns[c] != nullptr; }
   DMF_HD double at(Column c, int64_t i) const { return has(c) ? columns[c][i] : constants[c]; }
@@ -79,6 +80,20 @@ struct Gradient {
     return b.cu_seqlens ? row * stride_row : row / b.steps * stride_sequence + row % b.steps * stride_row;
   }
 };
+
+// The part of an entropy bonus in a gradient, that of -sum_i weight[i] H_i: a row's dH/dz_j is -p_j (log p_j + H),
+// through scale and softcap. entropy null: none.
+struct Bonus {
+  const double* entropy;  // (rows), of the whole vocabulary
+  const double* weight;   // (sequences); CUDA: or null, and constant in its place
+  double constant = 0.0;
+};
+
+// The loss of a sequence, -A log pi - coefficient * H; 0 * -inf = 0.
+DMF_HD double loss_of(double weight, double log_prob, double coefficient, double entropy) {
+  const double loss = weight == 0.0 ? 0.0 : -weight * log_prob;
+  return coefficient == 0.0 ? loss : loss - coefficient * entropy;
+}
 
 DMF_HD Sequence sequence(const Terms& t, int64_t i, double log_prob) {
   Sequence x{};
@@ -98,7 +113,7 @@ struct Outputs {
   double* rows_block;
   double* sequences_block;
   int64_t rows, sequences;
-  double* total;  // 1: the sum of loss in sequence order, divided by divide_by; null when only scoring
+  double* total;  // 1: the sum of loss in a fixed order, divided by divide_by; null when only scoring
   bool entropy;   // whether it is wanted
   double divide_by;
 
@@ -110,7 +125,7 @@ struct Outputs {
   DMF_HD double& log_ratio(int64_t i) const { return sequences_block[2 * sequences + i]; }
   DMF_HD double& log_target_ratio(int64_t i) const { return sequences_block[3 * sequences + i]; }
   DMF_HD double& weight(int64_t i) const { return sequences_block[4 * sequences + i]; }
-  DMF_HD double& loss(int64_t i) const { return sequences_block[5 * sequences + i]; }     // -A log pi
+  DMF_HD double& loss(int64_t i) const { return sequences_block[5 * sequences + i]; }     // loss_of
   DMF_HD double& clipped(int64_t i) const { return sequences_block[6 * sequences + i]; }  // 1 where max_weight acts
 };
 

@@ -45,16 +45,16 @@ struct PyBatch : dmf::Batch {
 };
 
 // The columns whose bit is set in present lie one after the other, stride apart. scalars: the parameter of the
-// objective, max_weight, then the constant of each column.
+// objective, max_weight, the coefficient of the entropy, then the constant of each column.
 struct PyTerms : dmf::Terms {
   PyTerms(int kind, int flags, uintptr_t block, int64_t stride, int present, const std::vector<double>& scalars)
-      : dmf::Terms{{static_cast<dmf::Kind>(kind), flags, scalars.at(0), scalars.at(1)}, {}, {}} {
+      : dmf::Terms{{static_cast<dmf::Kind>(kind), flags, scalars.at(0), scalars.at(1)}, {}, {}, scalars.at(2)} {
     const double* next = pointer<const double>(block);
     for (int c = 0; c < dmf::kColumns; ++c) {
       const bool there = (present >> c & 1) != 0;
       columns[c] = there ? next : nullptr;
       next += there ? stride : 0;
-      constants[c] = scalars.at(2 + c);
+      constants[c] = scalars.at(3 + c);
     }
   }
   PyTerms() : dmf::Terms{{dmf::Kind::none, 0, 0.0, INFINITY}, {}, {}} {}
@@ -71,6 +71,10 @@ struct PyOutputs : dmf::Outputs {
                      entropy,
                      divide_by} {}
 };
+
+dmf::Bonus bonus(uintptr_t entropy, uintptr_t weight) {
+  return {pointer<const double>(entropy), pointer<const double>(weight)};
+}
 
 dmf::Gradient gradient(int dtype, uintptr_t data, int64_t stride_sequence, int64_t stride_row) {
   return {static_cast<dmf::DType>(dtype), pointer<char>(data), stride_sequence, stride_row};
@@ -120,11 +124,11 @@ void define_cuda(py::module_& m) {
       release());
   m.def(
       "backward",
-      [](const PyBatch& b, uintptr_t lse, uintptr_t weight, double factor, uintptr_t upstream, double unless,
-         int gradient_dtype, uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row,
-         const PyWorkspace& w) {
-        cuda::backward(b, pointer<const double>(lse), pointer<const double>(weight), factor,
-                       pointer<const double>(upstream), unless,
+      [](const PyBatch& b, uintptr_t lse, uintptr_t weight, uintptr_t entropy, uintptr_t bonus_weight, double factor,
+         uintptr_t upstream, double unless, int gradient_dtype, uintptr_t gradient_data, int64_t stride_sequence,
+         int64_t stride_row, const PyWorkspace& w) {
+        cuda::backward(b, pointer<const double>(lse), pointer<const double>(weight), bonus(entropy, bonus_weight),
+                       factor, pointer<const double>(upstream), unless,
                        gradient(gradient_dtype, gradient_data, stride_sequence, stride_row), w);
       },
       release());
@@ -184,10 +188,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     }
     return as_tuple(status);
   });
-  m.def("backward", [](const PyBatch& b, uintptr_t lse, uintptr_t weight, double factor, uintptr_t upstream,
-                       int gradient_dtype, uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row) {
+  m.def("backward", [](const PyBatch& b, uintptr_t lse, uintptr_t weight, uintptr_t entropy, uintptr_t bonus_weight,
+                       double factor, uintptr_t upstream, int gradient_dtype, uintptr_t gradient_data,
+                       int64_t stride_sequence, int64_t stride_row) {
     py::gil_scoped_release release;
-    dmf::backward(b, pointer<const double>(lse), pointer<const double>(weight), factor, pointer<const double>(upstream),
+    dmf::backward(b, pointer<const double>(lse), pointer<const double>(weight), bonus(entropy, bonus_weight), factor,
+                  pointer<const double>(upstream),
                   gradient(gradient_dtype, gradient_data, stride_sequence, stride_row));
   });
   m.def("forward_backward",

@@ -187,17 +187,20 @@ def gradient_variance(
     samples: Samples,
     weight: Tensor,
     *,
+    entropy_coefficient: float = 0.0,
     reduce: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> GradientVariance:
     """Compute the variance of the gradient over the sequences of a step exactly, with one backward for each.
 
-    This costs the forwards and backwards of N batches of one sequence, except those of weight 0, and the memory of two
-    copies of the parameters that are trained. It changes neither ``.grad`` nor the random state.
+    This costs the forwards and backwards of N batches of one sequence, except those of weight 0 where there is no
+    entropy bonus, and the memory of two copies of the parameters that are trained. It changes neither ``.grad`` nor the
+    random state.
 
     Args:
         policy: pi, in the state in which the step was taken. Parameters that need no gradient are left out.
         samples: N sequences.
         weight: (N,) the weight A of each sequence, such as ``DMLossOutput.weight``; the weights are constants.
+        entropy_coefficient: as in ``dm_loss``: the bonus's gradient is part of each sequence's.
         reduce: returns the sum of a tensor over ranks, in distributed training; N then counts all ranks.
 
     Raises:
@@ -214,11 +217,12 @@ def gradient_variance(
         raise ValueError("gradient_variance: no parameter of the policy requires a gradient")
 
     def gradients() -> Iterator[Sequence[Tensor | None]]:
-        for i in weight.nonzero()[:, 0].tolist():
+        for i in range(len(weight)) if entropy_coefficient else weight.nonzero()[:, 0].tolist():
             one = slice(i, i + 1)
             with torch.enable_grad():
                 # A is a constant, and reinforce on-policy has A = R
                 out = policy.loss(samples[one], objective=Objective("reinforce"), on_policy=True, reward=weight[one],
+                                  entropy_coefficient=entropy_coefficient,
                                   log_proposal=samples.log_prob[one] if samples.has_log_prob else None)  # fmt: skip
                 yield torch.autograd.grad(out.loss, parameters, allow_unused=True)
 

@@ -107,6 +107,7 @@ def dm_loss(
     num_sequences: float | Tensor | None = None,
     grad_scale: float | None = None,
     max_weight: float | None = None,
+    entropy_coefficient: float = 0.0,
     inplace: bool = False,
     return_entropy: bool = False,
     backend: str | None = None,
@@ -114,6 +115,8 @@ def dm_loss(
     """Return the fused loss ``-(1/B) sum_i A_i log pi(x_i)``, A a constant (arXiv:2206.00761, sec. 2-3).
 
     Sequences x are drawn from a proposal q; ``log pi(x) = sum_t mask_t log softmax(cap(z_t) / temperature)[x_t]``.
+    With an ``entropy_coefficient`` c the loss is ``-(1/B) sum_i (A_i log pi(x_i) + c H(x_i))``, where
+    ``H(x) = sum_t mask_t H(softmax(cap(z_t) / temperature))`` has a gradient.
 
     Args:
         logits: (B, T, V), or packed (N, V) with ``cu_seqlens``; float32, bfloat16, float16 (float64 through the eager
@@ -141,9 +144,13 @@ def dm_loss(
             only with it. If another grad_output comes, the result is the same, save in place and in the linear losses:
             there a float16 gradient that has overflowed with the announced one stays infinite.
         max_weight: bounds A to [-max_weight, max_weight].
+        entropy_coefficient: c, in loss per nat of a sequence's summed entropy. Every sequence has the bonus, as it was
+            drawn and not weighted by rho, also where A is 0. Its gradient is exact and costs no further read of the
+            logits. Below 0 it is a penalty.
         inplace: the gradient overwrites the logits, which are undefined after the call, also after an error in a row.
             Saves a tensor of their size. Ignored where no gradient is wanted.
-        return_entropy: ``out.entropy``, the policy's entropy summed over scored tokens, in nats.
+        return_entropy: ``out.entropy``, the policy's entropy summed over scored tokens, in nats. It is there with an
+            ``entropy_coefficient``, too.
         backend: a name of ``backends()``; default: the one for these logits, or what ``use_backend`` forces.
 
     Returns:
@@ -171,7 +178,9 @@ def dm_loss(
     terms = checks.make_terms(
         batch, objective, on_policy=on_policy, max_weight=max_weight, context_id=context_id,
         log_proposal=log_proposal, log_target=log_target, log_z=log_z, reward=reward, log_base=log_base,
+        entropy_coefficient=entropy_coefficient,
     )  # fmt: skip
+    return_entropy = return_entropy or terms.entropy_coefficient != 0.0
     checks.check_call(batch, reduction, num_sequences, grad_scale, inplace)
     wants_grad = logits.requires_grad and torch.is_grad_enabled()
     options, divisor = _options(batch, reduction, num_sequences, return_entropy, inplace and wants_grad)
@@ -214,7 +223,7 @@ def sequence_log_prob(
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     chosen = _backend_for(logits, backend)
     run = ops if torch.compiler.is_compiling() and not chosen.in_torch else autograd
-    found: tuple[Tensor, Scores] = run.log_prob(chosen, batch, False, inplace and wants_grad, wants_grad)
+    found: autograd.LogProb = run.log_prob(chosen, batch, False, inplace and wants_grad, wants_grad)
     return found[0]
 
 
@@ -271,6 +280,7 @@ def linear_dm_loss(
     num_sequences: float | Tensor | None = None,
     grad_scale: float | None = None,
     max_weight: float | None = None,
+    entropy_coefficient: float = 0.0,
     return_entropy: bool = False,
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | str = "float32",
@@ -324,19 +334,22 @@ def linear_dm_loss(
         terms = checks.make_terms(
             batch, objective, on_policy=on_policy, max_weight=max_weight, context_id=context_id,
             log_proposal=log_proposal, log_target=log_target, log_z=log_z, reward=reward, log_base=log_base,
-            what="hidden",
+            entropy_coefficient=entropy_coefficient, what="hidden",
         )  # fmt: skip
         checks.check_call(batch, reduction, num_sequences, grad_scale)
-        options, divisor = _options(batch, reduction, num_sequences, return_entropy, inplace=False)
+        wants_entropy = return_entropy or terms.entropy_coefficient != 0.0
+        options, divisor = _options(batch, reduction, num_sequences, wants_entropy, inplace=False)
         if isinstance(terms.objective, Objective) and divisor is None:
             # the weight is formed inside a chunk, whether or not it depends on pi
             options = options._replace(expected=expected_grad(True, hidden.dtype, reduction, grad_scale))
+        if group is None:
+            return (batch, terms, options, divisor), {}
         same = _same(batch, hidden, weight, bias, chunk_bytes)
         return (batch, terms, options, divisor), same | {
             "log_target, log_proposal, log_z, reward, log_base or baseline": terms.block,
             "objective and options": (
                 repr(terms.objective) if isinstance(terms.objective, Objective) else "a function", terms.on_policy,
-                terms.max_weight, terms.constants, terms.present, options, divisor is None,
+                terms.max_weight, terms.entropy_coefficient, terms.constants, terms.present, options, divisor is None,
             ),
         }  # fmt: skip
 
@@ -350,7 +363,7 @@ def linear_dm_loss(
         loss, scores = ops.linear_loss(chosen, hidden, weight, bias, batch, terms, options, chunk_bytes)
     else:
         loss, scores = linear.loss(chosen, hidden, weight, bias, batch, terms, options, chunk_bytes, shards)
-    return _output(loss if divisor is None else loss / divisor, scores, terms, tokens, return_entropy)
+    return _output(loss if divisor is None else loss / divisor, scores, terms, tokens, options.entropy)
 
 
 def _same(

@@ -46,7 +46,7 @@ from .targets.constraints import as_feature
 #: What ``Matcher.loss`` says to ``LanguageModel.loss`` itself.
 _OF_THE_BATCH = frozenset({
     "objective", "on_policy", "max_weight", "num_sequences", "temperature", "softcap", "cu_seqlens", "log_target",
-    "log_proposal", "log_z", "reward", "log_base",
+    "log_proposal", "log_z", "reward", "log_base", "entropy_coefficient",
 })  # fmt: skip
 _FORMAT = 2  # of state_dict; what DMTrainer wrote before there was a Matcher is 1
 
@@ -81,6 +81,8 @@ class Matcher:
         beta_target_kl: the wanted KL(pi||a), nats per sequence: ``AdaptiveBeta`` then steers beta with
             ``beta_horizon`` (sequences). Only on-policy.
         max_weight: bounds A to [-max_weight, max_weight].
+        entropy_coefficient: c of the entropy bonus, -c times the mean over sequences of the policy's entropy summed
+            over their tokens, added to the loss (``dm_loss``). The mean is logged as ``entropy``.
         on_policy: whether rho is exactly 1, because pi itself draws. Default: where there is no proposal. False without
             a proposal forms rho from the log-probabilities that the sampler gave.
         partition: ``running``: log Z of a context over all its visits; ``step``: from the samples of the step alone.
@@ -124,6 +126,7 @@ class Matcher:
         beta_target_kl: float | None = None,
         beta_horizon: float = 10_000,
         max_weight: float | None = None,
+        entropy_coefficient: float = 0.0,
         on_policy: bool | None = None,
         partition: str = "running",
         skip_zero_weight: bool = False,
@@ -139,7 +142,7 @@ class Matcher:
         ranks: Ranks | None = None,
     ) -> None:
         self.settings = Settings(
-            objective, baseline, normalize, beta, beta_target_kl, beta_horizon, max_weight,
+            objective, baseline, normalize, beta, beta_target_kl, beta_horizon, max_weight, entropy_coefficient,
             proposal is None if on_policy is None else on_policy, partition, skip_zero_weight, ppo_epochs, ppo_clip,
             check_samples, refit_ess, refit_samples, patience_zero, seed,
         )  # fmt: skip
@@ -433,6 +436,7 @@ class Matcher:
                 objective=objective,
                 on_policy=on_policy,
                 max_weight=self.settings.max_weight,
+                entropy_coefficient=self.settings.entropy_coefficient,
                 num_sequences=len(batch),  # DDP averages over ranks
                 **(values if everything else {name: value[kept] for name, value in values.items()}),
                 **options,
@@ -493,8 +497,9 @@ class Matcher:
         self._check()
         weight = torch.cat([out.weight for _, out in self._passed])[order]
         found = gradient_variance(
-            self.policy, batch.samples, weight, reduce=reduce or (lambda x: self.ranks.gather(x[None]).sum(0))
-        )
+            self.policy, batch.samples, weight, entropy_coefficient=self.settings.entropy_coefficient,
+            reduce=reduce or (lambda x: self.ranks.gather(x[None]).sum(0)),
+        )  # fmt: skip
         batch.gradient.update(gradient_variance=found.variance, gradient_norm=found.norm)
         batch.seconds["gradient_variance"] = time.perf_counter() - start
 

@@ -66,6 +66,8 @@ def step_metrics(
         metrics |= {"proposal_check": proposal.last_check.value, "proposal_check_stderr": proposal.last_check.stderr}
     if len(running.partitions) == 1 and settings.partition == "running":
         metrics["log_z_stderr"] = running.partitions[int(batch.samples.context_id[0])].stderr
+    if out.entropy is not None:
+        metrics["entropy"] = float(out.entropy[out.scored].mean())
     if settings.baseline == "mean":
         metrics["baseline"] = running.mean_return
     if "reward" in inputs:

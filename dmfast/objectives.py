@@ -188,15 +188,18 @@ class Terms:
         given: the same for columns and constants.
         constants: for each of ``COLUMNS`` its constant, or 0.
         log_prob: (B,) fp64 log pi, once it is known.
+        entropy_coefficient: what the policy's entropy is multiplied by in the loss; 0: it is not in the loss.
     """
 
     def __init__(
         self, objective: Objective | Callable[[Terms], Tensor], on_policy: bool, max_weight: float, block: Tensor,
         present: int, given: int, constants: tuple[float, ...] = NO_CONSTANTS, log_prob: Tensor | None = None,
+        entropy_coefficient: float = 0.0,
     ) -> None:  # fmt: skip
         self.objective, self.on_policy, self.max_weight = objective, on_policy, max_weight
         self.block, self.present, self.given, self.constants = block, present, given, constants
         self.log_prob = log_prob
+        self.entropy_coefficient = entropy_coefficient
 
     @staticmethod
     def of(
@@ -274,19 +277,20 @@ class Terms:
     def with_log_prob(self, log_prob: Tensor) -> Terms:
         """Return these terms with log pi, (B,) fp64 without gradient."""
         return Terms(self.objective, self.on_policy, self.max_weight, self.block, self.present, self.given,
-                     self.constants, log_prob)  # fmt: skip
+                     self.constants, log_prob, self.entropy_coefficient)  # fmt: skip
 
     def under(self, objective: Objective) -> Terms:
         """Return these terms with another objective and without a baseline."""
         block = self.block[:-1] if self.present & BASELINE else self.block
         present, given, constants = self.present & ~BASELINE, self.given & ~BASELINE, (*self.constants[:-1], 0.0)
-        return Terms(objective, self.on_policy, self.max_weight, block, present, given, constants, self.log_prob)
+        return Terms(objective, self.on_policy, self.max_weight, block, present, given, constants, self.log_prob,
+                     self.entropy_coefficient)  # fmt: skip
 
     def cut(self, i: int, j: int) -> Terms:
         """Return the terms of sequences [i, j)."""
         log_prob = None if self.log_prob is None else self.log_prob[i:j]
         return Terms(self.objective, self.on_policy, self.max_weight, self.block[:, i:j], self.present, self.given,
-                     self.constants, log_prob)  # fmt: skip
+                     self.constants, log_prob, self.entropy_coefficient)  # fmt: skip
 
     @staticmethod
     def join(parts: Sequence[Terms], gather: Callable[[Tensor], Tensor] = lambda x: x) -> Terms:
@@ -309,7 +313,8 @@ class Terms:
             block = gather(torch.cat([part.block.T for part in parts])).T
         else:
             block = gather(torch.cat([torch.stack([part._filled(c) for c in columns], 1) for part in parts])).T
-        return Terms(first.objective, first.on_policy, first.max_weight, block, present, given, first.constants)
+        return Terms(first.objective, first.on_policy, first.max_weight, block, present, given, first.constants,
+                     None, first.entropy_coefficient)  # fmt: skip
 
     def _filled(self, c: int) -> Tensor:
         value = self._tensor(c)

@@ -39,6 +39,7 @@ class Settings:
     beta_target_kl: float | None = None
     beta_horizon: float = 10_000
     max_weight: float | None = None
+    entropy_coefficient: float = 0.0
     on_policy: bool = False
     partition: str = "running"
     skip_zero_weight: bool = False
@@ -58,6 +59,13 @@ class Settings:
         for name in ("check_samples", "refit_ess"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)!r}")
+        if not abs(self.entropy_coefficient) <= 1e30:
+            raise ValueError(f"entropy_coefficient must be from -1e30 to 1e30, got {self.entropy_coefficient!r}")
+        if self.entropy_coefficient and self.skip_zero_weight:
+            raise ValueError(
+                "the entropy bonus is of every sequence, and skip_zero_weight=True spares those of weight 0 the "
+                f"policy's forward; leave one of them out, got entropy_coefficient={self.entropy_coefficient!r}"
+            )
         if self.partition not in ("running", "step"):
             raise ValueError(f"partition must be 'running' or 'step', got {self.partition!r}")
         if isinstance(self.baseline, str) and self.baseline not in _BASELINES:

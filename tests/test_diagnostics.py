@@ -130,7 +130,7 @@ def drawn(model, n=9):
     return policy, x, weight
 
 
-def per_sequence(policy, x, weight, names):
+def per_sequence(policy, x, weight, names, coefficient=0.0):
     """(N, parameters) fp64, by torch.func.vmap over a plain forward of the model."""
     model = copy.deepcopy(policy.model).double()
     model.config._attn_implementation = "eager"
@@ -144,8 +144,10 @@ def per_sequence(policy, x, weight, names):
             model, parameters | trained, (tokens[None],),
             {"attention_mask": mask[None], "position_ids": positions[None], "use_cache": False},
         ).logits[0, :-1]  # fmt: skip
-        log_p = logits.log_softmax(-1).gather(1, labels[1:, None].clamp(min=0))[:, 0]
-        return -weight * (log_p * (labels[1:] != -100)).sum()
+        log_p = logits.log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        each = weight * log_p.gather(1, labels[1:, None].clamp(min=0))[:, 0] + coefficient * entropy
+        return -(each * (labels[1:] != -100)).sum()
 
     rows = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0, 0))(
         trained, x.tokens, x.attention_mask, labels, weight
@@ -172,6 +174,17 @@ def test_gradient_variance_is_torch_func_s(kind):
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     g = per_sequence(policy, x, weight, {n for n, p in model.named_parameters() if p.requires_grad})
     assert found.n == 9
+    assert found.variance == pytest.approx(float(g.var(0, correction=0).sum()), rel=1e-5)
+    assert found.norm == pytest.approx(float(g.mean(0).norm()), rel=1e-5)
+
+
+def test_gradient_variance_with_an_entropy_bonus():
+    """Sequences of weight 0 have a gradient, too."""
+    policy, x, weight = drawn(gpt2())
+    weight[2:5] = 0.0
+    found = gradient_variance(policy, x, weight, entropy_coefficient=0.3)
+    g = per_sequence(policy, x, weight, {n for n, _ in policy.model.named_parameters()}, 0.3)
+    assert bool((g[3] != 0).any()) and found.n == 9
     assert found.variance == pytest.approx(float(g.var(0, correction=0).sum()), rel=1e-5)
     assert found.norm == pytest.approx(float(g.mean(0).norm()), rel=1e-5)
 

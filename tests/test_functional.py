@@ -974,13 +974,15 @@ def test_opcheck(entropy: bool, packed: bool) -> None:
 
     for requires_grad in (False, True):
         z = logits.clone().requires_grad_(requires_grad)
-        torch.library.opcheck(ops.score, (z, *rows, entropy, name))
-        torch.library.opcheck(ops.score_and_weigh, (z, *rows, entropy, *flat("gdc++", max_weight=0.5)))
-        torch.library.opcheck(ops.score_and_grad, (z, *rows, entropy, *flat("dpg"), 2.0, 3.0))
-    lse = kernels.select(batch.logits).forward(batch, None, False).lse
-    weight = f64(1.0, -0.5, 0.0)
-    torch.library.opcheck(ops.grad, (logits, *rows, lse, weight, name))
-    torch.library.opcheck(ops.grad_, (logits.clone(), *rows, lse, weight, name))
+        bonus = {"entropy_coefficient": 0.7 * entropy}
+        torch.library.opcheck(ops.score, (z, *rows, entropy, name, entropy))
+        torch.library.opcheck(ops.score_and_weigh, (z, *rows, entropy, *flat("gdc++", max_weight=0.5, **bonus)))
+        torch.library.opcheck(ops.score_and_grad, (z, *rows, entropy, *flat("dpg", **bonus), 2.0, 3.0))
+    scores = kernels.select(batch.logits).forward(batch, None, True)
+    lse, weight = scores.lse, f64(1.0, -0.5, 0.0)
+    of_bonus = (scores.rows[2], f64(0.0, 2.0, 0.0)) if entropy else (None, None)
+    torch.library.opcheck(ops.grad, (logits, *rows, lse, weight, name, *of_bonus))
+    torch.library.opcheck(ops.grad_, (logits.clone(), *rows, lse, weight, name, *of_bonus))
     torch.library.opcheck(check_ops._logits, (logits, *rows))
     torch.library.opcheck(check_ops._draws, (logits.flatten(0, -2), None))
     torch.library.opcheck(check_ops._labels, (lse.clone().requires_grad_(), logits, *rows))
@@ -1020,6 +1022,9 @@ COMPILED: dict[str, dict[str, object]] = {
     "none": {"reduction": "none", "softcap": 9.0},
     "own": {"objective": own_gdc, "temperature": 0.7},
     "own in place": {"objective": own_gdc, "inplace": True, "return_entropy": True},
+    "bonus": {"entropy_coefficient": 0.4, "reduction": "none"},
+    "dpg, bonus": {"objective": "dpg", "entropy_coefficient": 0.4},
+    "own in place, bonus": {"objective": own_gdc, "inplace": True, "entropy_coefficient": 0.4},
     "baseline": {"objective": Objective("reverse_kl", baseline=0.3, normalize=False), "max_weight": 1.0},
     "ppo": {"objective": PPOClip(0.3), "reward": f64(0.3, -1.0, 0.5, 2.0)},
     "leave_one_out": {"objective": Objective("dpg", baseline="leave_one_out")},
@@ -1164,6 +1169,8 @@ LINEAR: dict[str, dict[str, object]] = {
     "own": {"objective": own_gdc},
     "chunks": {"chunk_bytes": 3 * 37 * 4, "return_entropy": True},
     "frozen head": {"frozen": True},
+    "two phases, bonus": {"reduction": "none", "entropy_coefficient": 0.4},
+    "own, bonus": {"objective": own_gdc, "entropy_coefficient": 0.4},
 }
 
 

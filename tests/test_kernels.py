@@ -26,7 +26,7 @@ import dmfast
 from dmfast import Objective, eager, objectives
 from dmfast.kernels import checks, extension, select
 from dmfast.kernels.batch import CLIPPED, LOG_RATIO, LOG_TARGET_RATIO, LOSS, WEIGHT, Batch, Scores
-from dmfast.kernels.eager import gradient, score, sequence_of_rows
+from dmfast.kernels.eager import gradient, logits_of, score, sequence_of_rows
 from dmfast.kernels.form import denominator, form_loss
 
 INF, NAN = math.inf, math.nan
@@ -217,7 +217,7 @@ def check(
     reduction = options.get("reduction", "mean")
     divide_by = denominator(batch, reduction, options.get("num_sequences"))
     terms = checks.make_terms(batch, **{k: options.get(k, default) for k, default in TERMS.items()})
-    made = form_loss(batch, out.log_prob.new_empty(2, 0), out.log_prob, None, terms, divide_by, records_faults=False)
+    made = form_loss(batch, out.log_prob.new_empty(2, 0), out.log_prob, out.entropy, terms, divide_by, False)
     columns = {"log_ratio": LOG_RATIO, "log_target_ratio": LOG_TARGET_RATIO, "weight": WEIGHT}
     for name, column in columns.items():
         if getattr(out, name) is not None:
@@ -233,20 +233,35 @@ def check(
     (expected,) = torch.autograd.grad(frozen.loss, wide, grad)
     factor = torch.ones(()) if grad is None else grad
     coefficient = case.rows_of((out.weight * factor * batch.scale / divide_by).abs().expand(batch.n_sequences))
-    assert_gradient(dz, expected, case, coefficient, roundings, enlarged, bool(rows.get("softcap")))
+    bonus = of_bonus(case, batch, terms.entropy_coefficient, factor / divide_by)
+    assert_gradient(dz, expected, case, coefficient, roundings, enlarged, bool(rows.get("softcap")), bonus)
     return out
+
+
+def of_bonus(case: Case, batch: Batch, coefficient: float, factor: Tensor) -> Tensor | None:
+    """By how much the entropy's part of the gradient may be off, like the logits: it is put together from parts that
+    cancel, fp32 terms and an H that may be off by 3e-6; and a p below 2^-126 is 0, whose log is around -100."""
+    if not coefficient:
+        return None
+    log_p = logits_of(batch).detach().log_softmax(-1)
+    p = log_p.exp()
+    entropy = -(p * log_p.where(p > 0, 0.0)).sum(-1, keepdim=True)
+    parts = (p * (log_p.where(p > 0, 0.0).abs() + entropy + 1.0)).reshape(case.logits.shape)
+    error = 4e-6 * parts + 100 * 2.0**-125
+    return error * case.rows_of((coefficient * factor * batch.scale).abs().expand(batch.n_sequences))
 
 
 # what makes up the weight, and what it is where not given
 TERMS = {
     "objective": "gdc++", "on_policy": False, "max_weight": None, "context_id": None, "log_proposal": None,
-    "log_target": None, "log_z": None, "reward": None, "log_base": None,
+    "log_target": None, "log_z": None, "reward": None, "log_base": None, "entropy_coefficient": 0.0,
 }  # fmt: skip
 
 
 def assert_gradient(
-    dz: Tensor, expected: Tensor, case: Case, coefficient: Tensor, roundings: int, enlarged: float, cap: bool
-) -> None:
+    dz: Tensor, expected: Tensor, case: Case, coefficient: Tensor, roundings: int, enlarged: float, cap: bool,
+    bonus: Tensor | None = None,
+) -> None:  # fmt: skip
     """|dz - expected| within the rounding of the dtype: truncation, twice that, fails."""
     dtype = dz.dtype
     relative = (1 + ROUNDING[dtype]) ** roundings - 1 + 1e-5
@@ -255,9 +270,13 @@ def assert_gradient(
     error = error + coefficient * (1e-13 if cap else 2.0**-125)
     # the label's column is coefficient * (1 - p), p from a log-sum-exp that may be off by 1e-6
     label = torch.zeros_like(error).scatter_(-1, case.tokens.clamp(min=0)[..., None], 1.0)
-    assert_within(dz.double(), expected, error + 1e-6 * coefficient * label, "gradient")
+    error = error + 1e-6 * coefficient * label
+    if bonus is not None:
+        error = error + bonus
+    assert_within(dz.double(), expected, error, "gradient")
     scored = case.batch().labels.reshape(case.tokens.shape) != -100
-    nothing = (~scored[..., None] | (coefficient == 0) | (case.logits == -INF)).expand_as(dz)
+    zero = torch.zeros_like(coefficient, dtype=torch.bool) if bonus is not None else coefficient == 0
+    nothing = (~scored[..., None] | zero | (case.logits == -INF)).expand_as(dz)
     assert bool((dz[nothing] == 0).all()), "a row that is not scored, a weight of 0 or a -inf logit has a gradient"
 
 
@@ -590,7 +609,7 @@ def check_narrow(case: Case, dtype: torch.dtype, known: bool, aligned: bool, **r
     dz, expected, weight = write_narrow(case, dtype, known, aligned, **rows)
     assert dz.dtype == dtype
     coefficient = case.rows_of((weight * case.batch(**rows).scale).abs())
-    assert_gradient(dz, expected, case, coefficient, 1, 1.0, bool(rows.get("softcap")))
+    assert_gradient(dz, expected, case, coefficient, 1, 1.0, bool(rows.get("softcap")), None)
 
 
 @narrow_dtypes
@@ -704,6 +723,16 @@ def test_empty_and_short(
         assert float(out.loss) == 0.0
     if t == 0:
         assert (out.log_prob.abs().sum() == 0) or layout == "packed32"
+
+
+def test_thousands_of_sequences() -> None:
+    """Their losses are added up in an order of the kernels' own, to a few roundings."""
+    torch.manual_seed(0)
+    b = 3001
+    logits, tokens = torch.randn(b, 1, 5), torch.randint(5, (b, 1))
+    out = dmfast.dm_loss(logits, tokens, log_target=torch.randn(b), log_proposal=torch.randn(b) - 2, log_z=0.0)
+    exact = math.fsum((-out.weight * out.log_prob).tolist()) / b
+    assert abs(out.loss.item() - exact) < 1e-14 * b * float((out.weight * out.log_prob).abs().max())
 
 
 @dtypes

@@ -134,6 +134,7 @@ CASES = {
     "kl_control": KL,
     "skipping": {"objective": "dpg", "skip_zero_weight": True, "constraints": [Contains("w4")]},
     "a function": {"objective": lambda t: t.log_target_ratio.exp() - t.log_ratio.exp()},
+    "entropy": {"objective": "dpg", "entropy_coefficient": 0.3, "constraints": [Contains("w4")]},
 }  # fmt: skip
 
 
@@ -787,6 +788,8 @@ def without(state, key):
         ({"objective": "reinforce"}, ValueError, "objective 'reinforce' needs reward="),
         ({"partition": "global"}, ValueError, "'running' or 'step'"),
         ({"max_weight": 0}, ValueError, "max_weight must be positive"),
+        ({"entropy_coefficient": math.nan}, ValueError, "entropy_coefficient must be from -1e30 to 1e30, got nan"),
+        ({"entropy_coefficient": 0.1, "skip_zero_weight": True}, ValueError, "bonus is of every sequence"),
         ({"check_samples": -1}, ValueError, "check_samples must be 0 or more"),
         ({"on_policy": True, "check_samples": 8}, ValueError, "on-policy there is none"),
         ({"proposal": {"criterion": "js"}, "skip_zero_weight": True}, ValueError, "use kl or tvd, or fresh samples"),
@@ -909,3 +912,18 @@ def test_it_needs_no_trainer(tmp_path):
     for name in ("matcher", "batch", "metrics", "running", "settings", "ranks"):
         text = (source / f"{name}.py").read_text()
         assert "torch.distributed" not in text and "transformers import" not in text, name
+
+
+def test_the_entropy_of_a_step_is_logged_and_the_loss_has_it():
+    """The mean over the step's sequences, P = 0 or not; what was asked for without a bonus is logged as well."""
+    plain, bonus = (matcher(constraints=[Contains("w4")], entropy_coefficient=c) for c in (0.0, 0.25))
+    found = {}
+    for m in (plain, bonus):
+        parts = draw(m, n=8).split(3)
+        outs = [m.loss(part, return_entropy=True) for part in parts]
+        found[m] = sum(float(out.loss) for out in outs)
+        mean = torch.cat([out.entropy for out in outs]).mean()
+        assert m.commit()["entropy"] == pytest.approx(float(mean), rel=1e-9)
+    assert found[bonus] == pytest.approx(found[plain] - 0.25 * float(mean), rel=1e-6)
+    with pytest.raises(TypeError, match="entropy_coefficient of the loss is, so it can't be given here"):
+        m.loss(draw(m), entropy_coefficient=0.5)

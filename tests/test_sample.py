@@ -149,6 +149,23 @@ def test_every_token_by_its_own_interval(v: int, temperature: float, softcap: fl
         assert (log_prob - log_p[tokens]).abs().max() < 1e-6
 
 
+@dtypes
+def test_a_row_of_many_blocks(dtype: torch.dtype) -> None:
+    """More blocks than a warp has lanes; a stretch of them without a possible token, and the last."""
+    torch.manual_seed(0)
+    v = 20_011
+    z = torch.randn(v).to(dtype)
+    z[600:9000] = z[-700:] = -INF
+    log_p = log_softmax(z)
+    p = log_p.exp()
+    aimed = torch.tensor([0, 1, 511, 512, 599, 9000, 9215, 9216, 15_000, 16_383, 16_384, v - 701])
+    uniform = p.cumsum(0)[aimed] - p[aimed] / 2
+    ends = torch.tensor([0.0, LAST], dtype=torch.float64)
+    tokens, log_prob = draw(z.expand(len(aimed) + 2, v), torch.cat([uniform, ends]))
+    assert tokens.tolist() == [*aimed.tolist(), 0, v - 701]
+    assert (log_prob - log_p[tokens]).abs().max() < 1e-6
+
+
 def blocks(*parts: float | None) -> Tensor:
     """Blocks of 512 logits: None is -inf, else noise around a value."""
     return torch.cat([torch.full((512,), -INF) if x is None else x + torch.randn(512) for x in parts])
@@ -245,6 +262,19 @@ def test_strides(dtype: torch.dtype) -> None:
         assert torch.equal(left[0], right[0]) and torch.equal(left[1], right[1])
     unaligned = torch.randn(7001, dtype=torch.float32)[1:].view(10, 700)
     assert torch.equal(dmfast.sample_tokens(unaligned, seed=1)[0], dmfast.sample_tokens(unaligned.clone(), seed=1)[0])
+
+
+@dtypes
+def test_a_row_at_any_address(dtype: torch.dtype) -> None:
+    """The draw and its log-probability are functions of the logits alone, to the last bit."""
+    torch.manual_seed(0)
+    z = (3 * torch.randn(3, 2600)).to(dtype)
+    tokens, log_prob = dmfast.sample_tokens(z, seed=1)
+    for offset in range(1, 8):
+        base = torch.full((offset + z.numel() + 8,), math.nan, dtype=dtype)
+        moved = base[offset : offset + z.numel()].view_as(z).copy_(z)
+        again = dmfast.sample_tokens(moved, seed=1)
+        assert torch.equal(again[0], tokens) and torch.equal(again[1], log_prob)
 
 
 def test_nothing_to_draw_no_gradient_and_the_logits_as_they_were() -> None:

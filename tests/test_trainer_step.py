@@ -33,6 +33,7 @@ CASES = {
     "temperature": {"temperature": 0.7},
     "max_weight": {"objective": "chi2", "max_weight": 0.5},
     "the paper's scale": {"normalize": False},
+    "entropy": {"entropy_coefficient": 0.05},
     "on-policy": {"on_policy": True},
     "reinforce": {"objective": "reinforce", "reward": Contains("w3"), "on_policy": True},
     "reinforce_p": {"objective": "reinforce_p"},
@@ -48,7 +49,7 @@ CASES = {
 def test_gradients_are_the_oracle_s(tmp_path, case):
     """On the last of several steps, when pi, q and a differ."""
     trainer, gradients, keep = run(tmp_path, max_steps=3, **CASES[case])
-    options = {"max_weight": trainer.args.max_weight, "on_policy": trainer.args.on_policy}
+    options = {name: getattr(trainer.args, name) for name in ("max_weight", "on_policy", "entropy_coefficient")}
     for model, step, found in zip(keep.models, keep.steps, gradients, strict=True):
         inputs = inputs_by_hand(trainer, step, trainer.args.objective)
         assert_close(found, oracle(model, step, inputs, **options)[0], 2e-4)

@@ -4,6 +4,8 @@ are those of CUDA, and their tests are test_cuda.py's. Runs under the plugin int
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +94,28 @@ def test_how_rows_are_divided() -> None:
     warps = [launch.shape_of(v, 2, cap=False).warps for v in (31, 6143, 6144, 12287, 12288, 50257)]
     assert warps == [1, 1, 4, 4, 8, 8]
     shapes = [launch.shape_of(v, size, cap=True) for size in (4, 2) for v in (50257, 700)]
-    assert shapes == [(256, 4), (64, 1), (128, 4), (32, 1)]
+    assert shapes == [(2, 128, 4), (2, 32, 1), (1, 128, 4), (1, 32, 1)]
+
+
+@in_use
+def test_warps_of_64_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMD's gfx9 has them: as many threads to a row as elsewhere, in half as many warps, and one warp at least."""
+    for v, cap, size in itertools.product((31, 6144, 50257), (False, True), (2, 4)):
+        narrow, wide = (launch.shape_of(v, size, cap, warp_size) for warp_size in (32, 64))
+        assert wide.threads == 64 * wide.warps == max(narrow.threads, 64) and wide.packs == narrow.packs
+    assert [launch.sample_warps(size, 64) for size in (2, 4)] == [2, 4]
+
+    class Driver:
+        def get_current_target(self) -> SimpleNamespace:
+            return SimpleNamespace(backend="hip", arch="gfx942", warp_size=64)
+
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=Driver()))
+    monkeypatch.setattr(launch, "_on", lambda device: contextlib.nullcontext())
+    launch.warp_size.cache_clear()
+    try:
+        assert launch.warp_size(torch.device("cuda", 0)) == 64 and launch.warp_size(torch.device("cpu")) == 32
+    finally:
+        launch.warp_size.cache_clear()
 
 
 @in_use

@@ -33,10 +33,11 @@ int64_t score_row(const Batch& b, const RowKernels& k, const Outputs& out, int64
   return keep_row(out, row, sum, column >= 0);
 }
 
-void write_row(const Batch& b, const RowKernels& k, int64_t row, double lse, double weight, const Gradient& g) {
+void write_row(const Batch& b, const RowKernels& k, int64_t row, double lse, const RowWeight& weight,
+               const Gradient& g) {
   char* dz = g.data + g.offset(b, row) * k.gradient_itemsize;
   const int64_t label = b.labels[row];
-  if (label < 0 || weight == 0.0)
+  if (label < 0 || weight.is_zero())
     std::memset(dz, 0, static_cast<size_t>(b.options.vocab * k.gradient_itemsize));
   else
     k.backward(b.logits + b.offset(row) * k.itemsize, dz, b.column(label), weight, lse, b.options);
@@ -69,8 +70,7 @@ Status form_weights(const Batch& b, const Terms& t, const Outputs& out, bool kno
       out.clipped(i) = w.clipped;
       if (w.out_of_range && result.fault == Fault::none) result = {Fault::weight, i};
     }
-    // 0 * -inf = 0
-    out.loss(i) = out.weight(i) == 0.0 ? 0.0 : -out.weight(i) * out.log_prob(i);
+    out.loss(i) = loss_of(out.weight(i), out.log_prob(i), t.entropy_coefficient, out.sequence_entropy(i));
     *out.total += out.loss(i);
   }
   *out.total /= out.divide_by;
@@ -120,12 +120,14 @@ Status forward(const Batch& b, const Terms& t, const Outputs& out, bool checked)
   return form_weights(b, t, out, false);
 }
 
-void backward(const Batch& b, const double* lse, const double* weight, double factor, const double* upstream,
-              const Gradient& g) {
+void backward(const Batch& b, const double* lse, const double* weight, const Bonus& bonus, double factor,
+              const double* upstream, const Gradient& g) {
   const RowKernels& k = row_kernels(b.dtype, g.dtype);
   if (upstream) factor *= *upstream;
   for_rows(b, [&](int64_t row, int64_t sequence) {
-    write_row(b, k, row, lse[row], weight[sequence] * factor, g);
+    RowWeight of_row{weight[sequence] * factor, 0.0, 0.0};
+    if (bonus.weight) of_row = {of_row.weight, bonus.weight[sequence] * factor, bonus.entropy[row]};
+    write_row(b, k, row, lse[row], of_row, g);
     return kNoFault;
   });
 }
@@ -134,17 +136,20 @@ Status forward_backward(const Batch& b, const Terms& t, const Outputs& out, bool
                         const Gradient& g) {
   if (!checked && !is_plain(b, t)) return {Fault::unusual, -1};
   const RowKernels& k = row_kernels(b.dtype, g.dtype);
-  for (int64_t i = 0; i < b.sequences; ++i) out.log_prob(i) = t.at(kLogProposal, i);
+  for (int64_t i = 0; i < b.sequences; ++i) {
+    out.log_prob(i) = t.at(kLogProposal, i);
+    out.sequence_entropy(i) = 0.0;
+  }
   const Status weights = form_weights(b, t, out, false);
   if (weights.fault != Fault::none) return weights;
   const int64_t size = scratch_size(b.options);
   const std::unique_ptr<double[]> scratch(new double[size * b.threads]);  // a thread touches its own part only
   const int64_t fault = for_rows(b, [&](int64_t row, int64_t sequence) {
-    const double weight = out.weight(sequence) * factor;
+    const RowWeight weight{out.weight(sequence) * factor, t.entropy_coefficient * factor, 0.0};
     const int64_t label = b.labels[row];
-    if (label < 0 || weight == 0.0) {
+    if (label < 0 || weight.is_zero()) {
       const int64_t f = score_row(b, k, out, row);
-      if (f == kNoFault) write_row(b, k, row, 0.0, 0.0, g);
+      if (f == kNoFault) write_row(b, k, row, 0.0, RowWeight{0.0, 0.0, 0.0}, g);
       return f;
     }
     RowSum sum;

@@ -12,10 +12,11 @@ bool is_plain(const Batch&, const Terms&);
 // One read of the logits of scored rows: log-sum-exp, log pi, weights, loss. Unless checked, is_plain is asked first.
 Status forward(const Batch&, const Terms&, const Outputs&, bool checked);
 
-// dz = weight[sequence] * factor * upstream[0] * d(log-softmax), where upstream may be null; one read and one write per
-// logit; rows that are not scored and sequences of weight 0 are zeroed without being read.
-void backward(const Batch&, const double* lse, const double* weight, double factor, const double* upstream,
-              const Gradient&);
+// dz = factor * upstream[0] * (weight[sequence] * d(-log-softmax) - bonus.weight[sequence] * dH), where upstream may be
+// null; one read and one write per logit; rows that are not scored, and sequences whose weights are 0, are zeroed
+// without being read.
+void backward(const Batch&, const double* lse, const double* weight, const Bonus& bonus, double factor,
+              const double* upstream, const Gradient&);
 
 // forward and backward in one pass over the rows, for weights that do not depend on pi: a row is still in the
 // second-level cache when its gradient is written. Weights are formed, and refused, before a row is touched.

@@ -90,19 +90,22 @@ DMF_INLINE void forward_row(const T* z, int64_t label, const RowOptions& o, RowS
 
 // dz[label], without cancellation where p is near 1: 1 - p in one expm1.
 template <bool Cap>
-DMF_INLINE double at_label(double y, double full, double lse, const RowOptions& o) {
+DMF_INLINE double at_label(double y, const RowWeight& w, double lse, const RowOptions& o) {
   const double t = Cap ? tanh_of(y * (1.0 / o.softcap)) : 0.0;
-  return full * (1.0 - t * t) * expm1(o.scale * (Cap ? o.softcap * t : y) - lse);
+  const double log_p = o.scale * (Cap ? o.softcap * t : y) - lse;
+  double g = w.weight * expm1(log_p);
+  if (w.bonus != 0.0) g += w.bonus * exp(log_p) * (log_p + w.entropy);
+  return o.scale * (1.0 - t * t) * g;
 }
 
-// Without softcap and for weights within fp32.
+// Without softcap and bonus, for weights within fp32.
 template <class In, class Out>
-DMF_INLINE void both_row(const In* z, Out* dz, int64_t label, double weight, const RowOptions& o, double* scratch,
+DMF_INLINE void both_row(const In* z, Out* dz, int64_t label, const RowWeight& w, const RowOptions& o, double* scratch,
                          RowSum& out) {
   float buffer[kBlock];
   float* kept = reinterpret_cast<float*>(Kept<Out>::kInGradient ? static_cast<void*>(dz) : scratch + n_blocks(o));
   Kept<Out> sink{kept, buffer, scratch};
-  const double y = to_float(z[label]), full = weight * o.scale;
+  const double y = to_float(z[label]), full = w.weight * o.scale;
   const RowTotal total = scan_row<In, false>(z, o, sink);
   out.lse = total.lse(o);
   out.label = o.scale * y;
@@ -113,17 +116,56 @@ DMF_INLINE void both_row(const In* z, Out* dz, int64_t label, double weight, con
 #pragma omp simd
     for (int64_t i = first; i < first + n; ++i) from_finite(factor * kept[i], dz[i]);
   }
-  from_float(static_cast<float>(at_label<false>(y, full, out.lse, o)), dz[label]);
+  from_float(static_cast<float>(at_label<false>(y, w, out.lse, o)), dz[label]);
+}
+
+// The gradient with an entropy bonus, apart from the label's -weight: p (weight + bonus (log p + H)).
+template <class In, class Out, bool Cap>
+DMF_INLINE void bonus_row(const In* z, Out* dz, const RowWeight& w, double lse, const RowOptions& o) {
+  const Slope slope(o.scale * kLog2e);
+  const float floor = slope.floor;  // below it p is 0, which times log p is 0
+  const double full = w.weight * o.scale, bonus = w.bonus * o.scale;
+  if (Cap) {
+    const double inverse_cap = 1.0 / o.softcap, reference = lse / o.scale;
+    const double constant = full + bonus * w.entropy, linear = bonus * o.scale;
+#pragma omp simd
+    for (int64_t i = 0; i < o.vocab; ++i) {
+      const double th = tanh_of(static_cast<double>(to_float(z[i])) * inverse_cap);
+      const float d = static_cast<float>(o.softcap * th - reference);
+      const double of_p = constant + linear * static_cast<double>(d);
+      from_float(static_cast<float>((1.0 - th * th) * exp2_of(d, slope) * of_p), dz[i]);
+    }
+    return;
+  }
+  const float reference = static_cast<float>(lse / o.scale);
+  const double off = o.scale * reference - lse, mend = exp(off);  // of the rounding of reference
+  const double constant = mend * (full + bonus * (off + w.entropy)), linear = mend * bonus * o.scale;
+  if (std::fabs(constant) + std::fabs(linear * floor) <= FLT_MAX) {
+    const float constant32 = static_cast<float>(constant), linear32 = static_cast<float>(linear);
+#pragma omp simd
+    for (int64_t i = 0; i < o.vocab; ++i) {
+      const float d = to_float(z[i]) - reference;
+      from_finite(exp2_of(d, slope) * (constant32 + linear32 * (d < floor ? floor : d)), dz[i]);
+    }
+  } else {  // weights at the edge of fp32
+    for (int64_t i = 0; i < o.vocab; ++i) {
+      const float d = to_float(z[i]) - reference;
+      const double of_p = constant + linear * static_cast<double>(d < floor ? floor : d);
+      from_float(static_cast<float>(of_p * exp2_of(d, slope)), dz[i]);
+    }
+  }
 }
 
 template <class In, class Out, bool Cap>
-DMF_INLINE void backward_row(const In* z, Out* dz, int64_t label, double weight, double lse, const RowOptions& o) {
+DMF_INLINE void backward_row(const In* z, Out* dz, int64_t label, const RowWeight& w, double lse, const RowOptions& o) {
   const Slope slope(o.scale * kLog2e);
   const double inverse_cap = Cap ? 1.0 / o.softcap : 0.0;
-  const double full = weight * o.scale;
+  const double full = w.weight * o.scale;
   // before the row is overwritten
-  const double label_gradient = label < 0 ? 0.0 : at_label<Cap>(to_float(z[label]), full, lse, o);
-  if (Cap) {
+  const double label_gradient = label < 0 ? 0.0 : at_label<Cap>(to_float(z[label]), w, lse, o);
+  if (w.bonus != 0.0) {
+    bonus_row<In, Out, Cap>(z, dz, w, lse, o);
+  } else if (Cap) {
     const double reference = lse / o.scale;
 #pragma omp simd
     for (int64_t i = 0; i < o.vocab; ++i) {
@@ -156,22 +198,24 @@ DMF_INLINE void forward_any(const void* z, int64_t label, const RowOptions& o, b
 }
 
 template <class In, class Out>
-DMF_INLINE void backward_any(const void* z, void* dz, int64_t label, double weight, double lse, const RowOptions& o) {
+DMF_INLINE void backward_any(const void* z, void* dz, int64_t label, const RowWeight& w, double lse,
+                             const RowOptions& o) {
   if (o.softcap > 0)
-    backward_row<In, Out, true>(static_cast<const In*>(z), static_cast<Out*>(dz), label, weight, lse, o);
+    backward_row<In, Out, true>(static_cast<const In*>(z), static_cast<Out*>(dz), label, w, lse, o);
   else
-    backward_row<In, Out, false>(static_cast<const In*>(z), static_cast<Out*>(dz), label, weight, lse, o);
+    backward_row<In, Out, false>(static_cast<const In*>(z), static_cast<Out*>(dz), label, w, lse, o);
 }
 
 template <class In, class Out>
-DMF_INLINE void both_any(const void* z, void* dz, int64_t label, double weight, const RowOptions& o, bool entropy,
+DMF_INLINE void both_any(const void* z, void* dz, int64_t label, const RowWeight& w, const RowOptions& o, bool entropy,
                          double* scratch, RowSum& out) {
-  if (o.softcap == 0 && !entropy && std::fabs(weight * o.scale) <= FLT_MAX) {
-    both_row<In, Out>(static_cast<const In*>(z), static_cast<Out*>(dz), label, weight, o, scratch, out);
+  if (o.softcap == 0 && !entropy && std::fabs(w.weight * o.scale) <= FLT_MAX) {
+    both_row<In, Out>(static_cast<const In*>(z), static_cast<Out*>(dz), label, w, o, scratch, out);
     return;
   }
   forward_any<In>(z, label, o, entropy, out);
-  if (std::isfinite(out.label - out.lse)) backward_any<In, Out>(z, dz, label, weight, out.lse, o);
+  if (std::isfinite(out.label - out.lse))
+    backward_any<In, Out>(z, dz, label, RowWeight{w.weight, w.bonus, out.entropy}, out.lse, o);
 }
 
 template <class T>
@@ -189,13 +233,14 @@ DMF_INLINE void scale_any(void* dz, int64_t vocab, float factor) {
     forward_any<T>(z, label, o, entropy, out);                                                                   \
   }                                                                                                              \
   DMF_CLONES void scale_##NAME(void* dz, int64_t vocab, float factor) { scale_any<T>(dz, vocab, factor); }
-#define DMF_GRADIENTS(In, Out, NAME)                                                                                 \
-  DMF_CLONES void backward_##NAME(const void* z, void* dz, int64_t label, double w, double l, const RowOptions& o) { \
-    backward_any<In, Out>(z, dz, label, w, l, o);                                                                    \
-  }                                                                                                                  \
-  DMF_CLONES void both_##NAME(const void* z, void* dz, int64_t label, double w, const RowOptions& o, bool entropy,   \
-                              double* scratch, RowSum& out) {                                                        \
-    both_any<In, Out>(z, dz, label, w, o, entropy, scratch, out);                                                    \
+#define DMF_GRADIENTS(In, Out, NAME)                                                                           \
+  DMF_CLONES void backward_##NAME(const void* z, void* dz, int64_t label, const RowWeight& w, double l,        \
+                                  const RowOptions& o) {                                                       \
+    backward_any<In, Out>(z, dz, label, w, l, o);                                                              \
+  }                                                                                                            \
+  DMF_CLONES void both_##NAME(const void* z, void* dz, int64_t label, const RowWeight& w, const RowOptions& o, \
+                              bool entropy, double* scratch, RowSum& out) {                                    \
+    both_any<In, Out>(z, dz, label, w, o, entropy, scratch, out);                                              \
   }
 
 DMF_ROWS(float, f32)

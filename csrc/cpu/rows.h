@@ -11,16 +11,24 @@ struct RowSum {
   double entropy;  // -sum p log p, nats
 };
 
+// What a row's gradient is: weight times that of -log pi of its label, and bonus times that of -H.
+struct RowWeight {
+  double weight, bonus;
+  double entropy;  // H; anything where bonus is 0
+  bool is_zero() const { return weight == 0.0 && bonus == 0.0; }
+};
+
 // Reads the row once.
 using ForwardRow = void (*)(const void* z, int64_t label, const RowOptions&, bool entropy, RowSum&);
 
-// dz[v] = weight * scale * cap'(z[v]) * (softmax[v] - (v == label)), rounded once to the gradient's dtype. dz may be z
-// where they have one dtype; else they share no memory. The label may be kElsewhere here and in ForwardRow.
-using BackwardRow = void (*)(const void* z, void* dz, int64_t label, double weight, double lse, const RowOptions&);
+// dz[v] = scale * cap'(z[v]) * (weight * (p[v] - (v == label)) + bonus * p[v] * (log p[v] + H)), p the softmax, rounded
+// once to the gradient's dtype. dz may be z where they have one dtype; else they share no memory. The label may be
+// kElsewhere here and in ForwardRow.
+using BackwardRow = void (*)(const void* z, void* dz, int64_t label, const RowWeight&, double lse, const RowOptions&);
 
-// Both, for a weight that is known before: forward's terms are kept in scratch (an fp32 dz: in dz) and only scaled.
-// Where out.label - out.lse is not finite, dz is undefined.
-using BothRow = void (*)(const void* z, void* dz, int64_t label, double weight, const RowOptions&, bool entropy,
+// Both, for a weight that is known before: forward's terms are kept in scratch (an fp32 dz: in dz) and only scaled. A
+// bonus needs the entropy, which is then the row's own. Where out.label - out.lse is not finite, dz is undefined.
+using BothRow = void (*)(const void* z, void* dz, int64_t label, const RowWeight&, const RowOptions&, bool entropy,
                          double* scratch, RowSum& out);
 
 // dz[v] *= factor

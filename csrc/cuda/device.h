@@ -16,6 +16,26 @@
 
 namespace dmf::cuda {
 
+#ifndef DMF_SHIM
+// To 2^-22 of the result; denormals are 0.
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// To an ulp.
+__device__ inline float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#endif
+// To half of an ulp, nearly.
+__device__ inline float reciprocal(float x) {
+  const float y = reciprocal_approx(x);
+  return isinf(x) ? y : fmaf(y, fmaf(-x, y, 1.0f), y);
+}
+
 inline void check(cudaError_t error) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // which keeps it, for whoever asks next

@@ -2,9 +2,9 @@
 // forms ratios, weights and the loss, in one launch. It reads every logit of a scored row once and writes nothing per
 // logit: less is impossible, since each logit counts in the sum.
 //
-// For weights that do not depend on pi it writes the gradient too: 1 read and 1 write per logit where the row fits
-// shared memory, in which it waits for its log-sum-exp, else 2 reads, of which the second is meant for the second-level
-// cache (plan.h).
+// For weights that do not depend on pi it writes the gradient too, where two rows fit shared memory, in which they wait
+// for their log-sum-exp: 1 read and 1 write per logit. Longer rows take write_rows after it, and are read twice
+// (plan.h).
 //
 // A gradient in place is safe where it is as wide as its logits, since a thread then writes only where it has read. A
 // 16-bit gradient of fp32 logits must have memory of its own: gradients 2i and 2i + 1 would overwrite logit i, which
@@ -18,22 +18,38 @@
 
 #include "loss.h"
 #include "plan.h"
-#include "rows.cuh"
+#include "terms.cuh"
 
 namespace dmf::cuda {
 namespace {
 
-enum class Pass { score, kept, reread };  // kept, reread: with the gradient; how the row comes a second time
+enum class Pass { score, kept };  // kept: with the gradient, for which the row stays in shared memory
 
 constexpr long long kNone = LLONG_MAX;
 constexpr int kLosses = 128;  // that wait in shared memory to be added up
+
+// What a row's gradient is made of: weight times that of -log pi of its label, and bonus times that of -H.
+struct RowGradient {
+  double weight, bonus;
+  double lse, entropy, at_label;
+  __device__ bool is_zero() const { return weight == 0.0 && bonus == 0.0; }
+};
+
+// The same as the threads of a block need it, made by one of them.
+struct Slope {
+  float reference;
+  float factor, linear;  // dz is 2^exponent * (factor + linear * distance), with the powers by
+  float biased;          // more than in biased
+  float at_label;
+};
 
 struct Shared {
   Lanes<float> top;
   Lanes<Sums> sums, sequence;
   Lanes<long long> fault, first;
   double losses[kLosses];
-  double lse, coefficient, at_label;
+  RowGradient gradient;
+  Slope slope;
   bool last;
 };
 static_assert(sizeof(Shared) <= kStaticShared, "plan.h leaves it that much");
@@ -100,7 +116,7 @@ __device__ void finish_sequence(const Batch& b, const Terms& t, const Outputs& o
     }
     const double weight = fault == kNone ? w.weight : 0.0;
     out.weight(i) = weight;
-    out.loss(i) = weight == 0.0 ? 0.0 : -weight * log_prob;  // 0 * -inf = 0
+    out.loss(i) = bad_rows ? 0.0 : loss_of(weight, log_prob, t.entropy_coefficient, sums.b);
   }
   faults[i] = fault;
 }
@@ -124,52 +140,89 @@ __device__ void finish_loss(const Batch& b, const Terms& t, const Outputs& out, 
   if (threadIdx.x == 0) *out.total = total / out.divide_by;
 }
 
-// dz = p * scale of the row, apart from the label's column, whose value is at_label. A label that is elsewhere has a
-// column outside the row.
-template <class In, class Out, bool Cap>
+// dz[v] = scale * cap'(z[v]) * (weight * (p[v] - (v == label)) + bonus * p[v] * (log p[v] + H)), with the softmax p
+template <bool Cap>
+__device__ Slope slope_of(const Constants& c, const RowOptions& o, const RowGradient& row) {
+  double z = row.lse / o.scale;  // whose term is 1
+  if (Cap) {
+    const double u = z / o.softcap;
+    z = u > 0.999 ? c.bound : o.softcap * atanh(fmax(u, -0.999));  // no logit's term is above that of lse
+  }
+  const float reference = static_cast<float>(z);
+  const double off = scaled(reference, o) - row.lse, mend = exp(off);  // of the rounding of the reference
+  const double slope = row.bonus * o.scale * mend, full = row.weight * o.scale * mend + slope * (off + row.entropy);
+  const double size = fmax(fabs(full), fabs(slope));
+  int64_t raw;
+  memcpy(&raw, &size, 8);
+  // 32: so that what vanishes is below fp32's denormals
+  const int power = min(max(static_cast<int>(raw >> 52 & 0x7ff) - 1023 + 32, -120), 120);
+  double shrink;  // 2^-power
+  raw = static_cast<int64_t>(1023 - power) << 52;
+  memcpy(&shrink, &raw, 8);
+  const double nats = Cap ? 2.0 * o.scale * o.softcap : o.scale;  // of a distance
+  return {reference, static_cast<float>(full * shrink), static_cast<float>(slope * nats * shrink),
+          kBiased + static_cast<float>(power), static_cast<float>(row.at_label)};
+}
+
+// dz of the row, apart from the label's column, whose value is at_label. A label that is elsewhere has a column outside
+// the row. With a bonus the factor is linear in log p.
+template <class In, class Out, bool Cap, bool WithBonus>
 struct Write {
-  Exponent<Cap> exponent;
-  float factor, after;  // the factor in two parts, so that one at the edges of fp32 keeps its digits
-  float at_label;
+  const Constants& c;
+  Reference<Cap> reference;
+  Slope slope;
   int label;
   Out* dz;
 
-  // dz[v] = coefficient * scale * cap'(z[v]) * (softmax[v] - (v == label))
-  __device__ Write(const RowOptions& o, double lse, double coefficient, double at_label, int label, Out* dz)
-      : exponent(o), at_label(static_cast<float>(at_label)), label(label), dz(dz) {
-    double reference = lse / o.scale;  // a logit whose term is near 1
-    if (Cap) reference = o.softcap * atanh(fmin(fmax(reference / o.softcap, -0.999), 0.999));
-    exponent.set(static_cast<float>(reference));
-    // mends the rounding of the reference
-    const double full = coefficient * o.scale * exp(scaled(exponent.reference, o) - lse), size = fabs(full);
-    after = size > 0x1p100 ? 0x1p64f : (size < 0x1p-60 ? 0x1p-64f : 1.0f);
-    factor = static_cast<float>(full / after);
+  __device__ Write(const Constants& c, const Slope& slope, int label, Out* dz)
+      : c(c), reference(c), slope(slope), label(label), dz(dz) {
+    reference.set(c, slope.reference);
   }
 
-  template <int N>
-  __device__ void operator()(int first, const Pack<In, N>& pack) const {
-    Pack<Out, N> out;
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const float z = to_float(pack.x[j]);
-      float g = factor * expf(exponent(z));
-      if constexpr (Cap) g *= exponent.slope(z);
-      from_float(g * after, out.x[j]);
+  // Below least p is 0, which times log p is 0.
+  __device__ float of_p(float distance) const {
+    return WithBonus ? fmaf(slope.linear, fmaxf(distance, c.least), slope.factor) : slope.factor;
+  }
+
+  // reference, most: the row's, in a round
+  __device__ float gradient(const Reference<Cap>& reference, float most, float z) const {
+    if constexpr (Cap) {
+      z = fminf(z, most);  // so that full is finite; 1 - tanh^2 is 2e-24 there
+      const float full = reference.full(c, z), part = reciprocal_approx(full + 1.0f);
+      const float d = reference.distance(c, z, full);
+      // cap' = 1 - tanh^2; 0 at -inf
+      return term_of(d, c.bits, slope.biased).value() * of_p(d) * (4.0f * part * (full * part));
+    } else {
+      const float d = reference.distance(c, z);
+      return term_of(d, c.bits, slope.biased).value() * of_p(d);
     }
-    if (static_cast<unsigned>(label - first) < N) {
+  }
+
+  template <int N, int K>
+  __device__ void operator()(int first, const Pack<In, N> (&packs)[K]) const {
+    Reference<Cap> near = reference;
+    float most = 2.0f * c.bound;
+    if (N > 1) (Cap ? most : near.z) = after(Cap ? most : near.z, packs, c);
 #pragma unroll
-      for (int j = 0; j < N; ++j)
-        if (first + j == label) from_float(at_label, out.x[j]);
+    for (int k = 0; k < K; ++k) {
+      float out[N];
+#pragma unroll
+      for (int j = 0; j < N; ++j) out[j] = gradient(near, most, at(packs[k], j));
+      Out* const to = dz + first + k * kApart * N;
+      store_last(to, rounded<Out>(out));
+      const unsigned there = static_cast<unsigned>(label - first - k * kApart * N);
+      if (there < N) from_float(slope.at_label, to[there]);
     }
-    store(dz + first, out);
   }
 };
 
 // The label's column in one subtraction, without cancellation where p is near 1. To be called before dz, which may be
 // z, is written.
-__device__ double label_gradient(float z, double lse, double coefficient, const RowOptions& o) {
-  const double t = o.softcap > 0 ? tanh(z / o.softcap) : 0.0;
-  return coefficient * o.scale * (1.0 - t * t) * expm1(scaled(z, o) - lse);
+__device__ double label_gradient(float z, const RowGradient& row, const RowOptions& o) {
+  const double t = o.softcap > 0 ? tanh(z / o.softcap) : 0.0, slope = 1.0 - t * t, log_p = scaled(z, o) - row.lse;
+  double g = row.weight * o.scale * slope * expm1(log_p);
+  if (row.bonus != 0.0 && log_p > -INFINITY) g += row.bonus * o.scale * slope * exp(log_p) * (log_p + row.entropy);
+  return g;
 }
 
 template <class T>
@@ -179,8 +232,8 @@ __device__ T* row_of(const Gradient& g, const Batch& b, int64_t row) {
 
 template <class In, class Out, bool Cap, bool Entropy, Pass P>
 __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
-                          int64_t row, int64_t sequence, Shared& shared) {
-  constexpr bool kKnown = P != Pass::score;
+                          const Constants& c, int64_t row, Shared& shared) {
+  constexpr bool kKnown = P == Pass::kept;
   DMF_DYNAMIC_SHARED(memory);
   const RowOptions& o = b.options;
   const int64_t label = b.labels[row];
@@ -203,57 +256,62 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
   const bool here = static_cast<unsigned>(column) < static_cast<unsigned>(vocab);
   const float at_label = threadIdx.x == 0 && here ? to_float(z[column]) : 0.0f;
 
-  // A needs many registers. It is formed before the sum where the sum needs the most.
-  constexpr bool kEarly = kKnown && Cap && Entropy;
-  if (kEarly && threadIdx.x == 0) shared.coefficient = known_weight(t, sequence).weight * factor;
-
-  PartialSum<Cap, Entropy> sum(o);
-  for_row<In>(cut, FromRow<In>{z}, [&](int i, const auto& pack) {
-    if constexpr (P == Pass::kept) store(kept + i, pack);
-    sum.add(pack);
+  WarpSum<Cap, Entropy> sum(c);
+  for_warp<In>(cut, FromRow<In>{z}, [&](bool there, int i, const auto& packs) {
+    if (P == Pass::kept && there) store(kept + i, packs);
+    sum.add(c, there, packs);
   });
-  const float top = block_max(sum.exponent.reference, shared.top);
-  if (top > sum.exponent.reference) sum.rise(top);
+  const float top = block_max(sum.reference.z, shared.top);
+  if (top > sum.reference.z) sum.rise(c, top);
   const Sums sums = block_sum({static_cast<double>(sum.ones), sum.rest, sum.moment}, shared.sums);
   if (threadIdx.x == 0) {
     const double total = sums.a + sums.b, lse = scaled(top, o) + log(total);
     out.lse(row) = lse;
     out.label(row) = scaled(at_label, o);
-    if (Entropy) out.row_entropy(row) = total == 0.0 ? 0.0 : log(total) - sums.c / total;  // nothing but -inf
+    const double nats = Cap ? 2.0 * o.scale * o.softcap : o.scale;                   // of a distance
+    const double entropy = total == 0.0 ? 0.0 : log(total) - nats * sums.c / total;  // nothing but -inf
+    if (Entropy) out.row_entropy(row) = entropy;
     if (kKnown) {
-      double coefficient = 0.0;
-      if (isfinite(lse)) coefficient = kEarly ? shared.coefficient : known_weight(t, sequence).weight * factor;
-      shared.lse = lse;
-      shared.coefficient = coefficient;
-      shared.at_label = coefficient == 0.0 ? 0.0 : label_gradient(at_label, lse, coefficient, o);
+      RowGradient& of_row = shared.gradient;
+      const bool good = isfinite(lse);
+      of_row = {good ? known_weight(t, b.sequence_of(row)).weight * factor : 0.0,
+                Entropy && good ? t.entropy_coefficient * factor : 0.0, lse, entropy, 0.0};
+      if (!of_row.is_zero()) {
+        of_row.at_label = label_gradient(at_label, of_row, o);
+        shared.slope = slope_of<Cap>(c, o, of_row);
+      }
     }
   }
   if (!kKnown) return;
   __syncthreads();
-  if (shared.coefficient == 0.0) {
+  if (shared.gradient.is_zero()) {
     zero_row(dz, vocab);
     return;
   }
-  const Write<In, Out, Cap> write(o, shared.lse, shared.coefficient, shared.at_label, column, dz);
-  for_row<Out>(cut_rows(z, dz, vocab), FromRow<In>{P == Pass::kept ? kept : z}, write);
+  const Cut both = cut_rows(z, dz, vocab);
+  if (Entropy && shared.gradient.bonus != 0.0)
+    for_row<Out>(both, FromRow<In>{kept}, Write<In, Out, Cap, true>(c, shared.slope, column, dz));
+  else
+    for_row<Out>(both, FromRow<In>{kept}, Write<In, Out, Cap, false>(c, shared.slope, column, dz));
 }
 
-// The score reaches 4 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 5.
+// The score reaches 4 blocks anyway, and a kept row is one of 2: without the bounds, the compiler spills to reach more.
 template <class In, class Out, bool Cap, bool Entropy, Pass P>
-__global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads, P == Pass::score ? 4 : 0)
-    score_rows(Batch b, Terms t, Outputs out, double factor, Gradient g, Workspace w) {
+__global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads,
+                                  P == Pass::score ? 4 : (Cap && sizeof(In) != sizeof(Out) ? 0 : 2))
+    score_rows(Batch b, Terms t, Outputs out, double factor, Gradient g, Workspace w, Constants c) {
   DMF_SHARED(Shared, shared);
-  constexpr bool kKnown = P != Pass::score;
+  constexpr bool kKnown = P == Pass::kept;
   long long* const faults = reinterpret_cast<long long*>(w.faults);
   const int64_t block = blockIdx.x, row = block - b.sequences - 1;
   if (block != b.sequences) {  // that one is the loss's own, for a batch without sequences
+    if (row >= 0) score_row<In, Out, Cap, Entropy, P>(b, t, out, factor, g, c, row, shared);
     const int64_t i = block < b.sequences ? block : b.sequence_of(row);
-    if (row >= 0) score_row<In, Out, Cap, Entropy, P>(b, t, out, factor, g, row, i, shared);
     if (!is_last(w.counters + i, b.first_row(i + 1) - b.first_row(i) + 1, shared.last)) return;
     finish_sequence(b, t, out, faults, i, kKnown, shared);
     if (kKnown) {
       __syncthreads();
-      if (faults[i] != kNone && out.weight(i) == 0.0)
+      if (isnan(out.log_prob(i)))  // a row has a fault; one of the weight has made that 0
         for (int64_t r = b.first_row(i); r < b.first_row(i + 1); ++r)
           zero_row(row_of<Out>(g, b, r), static_cast<int>(b.options.vocab));
     }
@@ -261,14 +319,16 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
   if (is_last(w.counters + b.sequences, b.sequences + 1, shared.last)) finish_loss(b, t, out, faults, w.status, shared);
 }
 
-// fp32 reaches 6 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 8. With a 16-bit gradient a
-// thread has twice as many logits under way, for which the registers of 6 blocks are too few on sm_100.
-template <class In, class Out, bool Cap>
-__global__ void __launch_bounds__(kMaxThreads, sizeof(In) == 4 && !Cap ? (sizeof(Out) == 4 ? 6 : 5) : 0)
-    write_rows(Batch b, const double* lse, const double* weight, double factor, const double* upstream, double unless,
-               Gradient g) {
+// Without a softcap 6 blocks, or 5 with twice as much under way: without the bound, the compiler spills to reach 8.
+template <class In, class Out, bool Cap, bool WithBonus>
+__global__ void __launch_bounds__(kMaxThreads, Cap                         ? 0
+                                               : sizeof(In) == sizeof(Out) ? 6
+                                                                           : 5)
+    write_rows(Batch b, const double* lse, const double* weight, Bonus bonus, double factor, const double* upstream,
+               double unless, Gradient g, Constants c) {
   struct OneRow {
-    double coefficient, at_label;
+    RowGradient gradient;
+    Slope slope;
   };
   DMF_SHARED(OneRow, shared);
   if (upstream && *upstream == unless) return;
@@ -280,17 +340,26 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(In) == 4 && !Cap ? (sizeof
   Out* dz = row_of<Out>(g, b, row);
   if (threadIdx.x == 0) {
     const bool scored = b.is_token(label) && isfinite(lse[row]);
-    const double coefficient = scored ? weight[b.sequence_of(row)] * factor * (upstream ? *upstream : 1.0) : 0.0;
-    shared.coefficient = coefficient;
     const bool here = static_cast<unsigned>(column) < static_cast<unsigned>(vocab);
-    shared.at_label = coefficient == 0.0 || !here ? 0.0 : label_gradient(to_float(z[column]), lse[row], coefficient, o);
+    const int64_t sequence = b.sequence_of(row);
+    const double by = factor * (upstream ? *upstream : 1.0);
+    RowGradient& of_row = shared.gradient;
+    of_row = {scored ? weight[sequence] * by : 0.0, 0.0, lse[row], 0.0, 0.0};
+    if (WithBonus && scored) {
+      of_row.bonus = (bonus.weight ? bonus.weight[sequence] : bonus.constant) * by;
+      of_row.entropy = bonus.entropy[row];
+    }
+    if (!of_row.is_zero()) {
+      if (here) of_row.at_label = label_gradient(to_float(z[column]), of_row, o);
+      shared.slope = slope_of<Cap>(c, o, of_row);
+    }
   }
   __syncthreads();
-  if (shared.coefficient == 0.0) {
+  if (shared.gradient.is_zero()) {
     zero_row(dz, vocab);
     return;
   }
-  const Write<In, Out, Cap> write(o, lse[row], shared.coefficient, shared.at_label, column, dz);
+  const Write<In, Out, Cap, WithBonus> write(c, shared.slope, column, dz);
   for_row<Out>(cut_rows(z, dz, vocab), FromRow<In>{z}, write);
 }
 
@@ -304,10 +373,12 @@ __global__ void __launch_bounds__(kMaxThreads) scale_rows(Batch b, double factor
     zero_row(dz, static_cast<int>(b.options.vocab));
     return;
   }
-  for_row<T>(cut_row(dz, static_cast<int>(b.options.vocab)), FromRow<T>{dz}, [&](int i, const auto& pack) {
-    auto scaled_pack = pack;
-    for (auto& x : scaled_pack.x) from_float(to_float(x) * by, x);
-    store(dz + i, scaled_pack);
+  for_row<T>(cut_row(dz, static_cast<int>(b.options.vocab)), FromRow<T>{dz}, [&](int i, const auto& packs) {
+    for (auto pack : packs) {
+      for (auto& x : pack.x) from_float(to_float(x) * by, x);
+      store(dz + i, pack);
+      i += kApart * kWidth<T>;
+    }
   });
 }
 
@@ -348,7 +419,7 @@ void launch_score(const Batch& b, const Terms& t, const Outputs& out, double fac
   const auto kernel = score_rows<In, Out, Cap, Entropy, P>;
   if (plan.shared > 0) allow_shared(kernel, shared_for_row(shared_limit(w.device)));
   DMF_LAUNCH(kernel, grid(b, b.rows + b.sequences + 1), plan.threads, static_cast<size_t>(plan.shared),
-             static_cast<cudaStream_t>(w.stream), b, t, out, factor, g, w);
+             static_cast<cudaStream_t>(w.stream), b, t, out, factor, g, w, constants_of(b.options));
   check(cudaGetLastError());
 }
 
@@ -361,9 +432,7 @@ template <class In, class Out, bool Cap, bool Entropy>
 void launch_known(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
                   const Workspace& w) {
   const Plan plan = plan_known(b.options.vocab, sizeof(In), shared_limit(w.device));
-  const auto launch =
-      plan.kept ? launch_score<In, Out, Cap, Entropy, Pass::kept> : launch_score<In, Out, Cap, Entropy, Pass::reread>;
-  launch(b, t, out, factor, g, w, plan);
+  launch_score<In, Out, Cap, Entropy, Pass::kept>(b, t, out, factor, g, w, plan);
 }
 
 }  // namespace
@@ -382,6 +451,14 @@ void forward(const Batch& b, const Terms& t, const Outputs& out, const Workspace
 void forward_backward(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
                       const Workspace& w) {
   const OnDevice guard(w.device);
+  const int64_t itemsize = b.dtype == DType::f32 ? 4 : 2;
+  if (!plan_known(b.options.vocab, itemsize, shared_limit(w.device)).kept) {
+    forward(b, t, out, w);
+    const bool has_bonus = out.entropy && t.entropy_coefficient != 0.0;
+    const Bonus bonus{has_bonus ? &out.row_entropy(0) : nullptr, nullptr, t.entropy_coefficient};
+    backward(b, &out.lse(0), &out.weight(0), bonus, factor, nullptr, NAN, g, w);
+    return;
+  }
   with_types(b.dtype, g.dtype, [&](auto in, auto of_gradient) {
     using In = decltype(in);
     using Out = decltype(of_gradient);
@@ -392,16 +469,19 @@ void forward_backward(const Batch& b, const Terms& t, const Outputs& out, double
   });
 }
 
-void backward(const Batch& b, const double* lse, const double* weight, double factor, const double* upstream,
-              double unless, const Gradient& g, const Workspace& w) {
+void backward(const Batch& b, const double* lse, const double* weight, const Bonus& bonus, double factor,
+              const double* upstream, double unless, const Gradient& g, const Workspace& w) {
   if (b.rows == 0) return;
   const OnDevice guard(w.device);
   with_types(b.dtype, g.dtype, [&](auto in, auto of_gradient) {
     using In = decltype(in);
     using Out = decltype(of_gradient);
-    const auto kernel = b.options.softcap > 0 ? write_rows<In, Out, true> : write_rows<In, Out, false>;
+    const bool cap = b.options.softcap > 0;
+    const auto kernel = bonus.entropy ? (cap ? write_rows<In, Out, true, true> : write_rows<In, Out, false, true>)
+                                      : (cap ? write_rows<In, Out, true, false> : write_rows<In, Out, false, false>);
     DMF_LAUNCH(kernel, grid(b, b.rows), plan_once(b.options.vocab, sizeof(In)).threads, 0,
-               static_cast<cudaStream_t>(w.stream), b, lse, weight, factor, upstream, unless, g);
+               static_cast<cudaStream_t>(w.stream), b, lse, weight, bonus, factor, upstream, unless, g,
+               constants_of(b.options));
   });
   check(cudaGetLastError());
 }

@@ -20,18 +20,19 @@ struct Workspace {
 constexpr int64_t kWeightPlace = int64_t{1} << 59;
 
 // One read of the logits of scored rows: log-sum-exp, log pi, weights, loss. cu_seqlens must be in order; labels and
-// per-sequence inputs may be anything. A sequence with a fault has log pi NaN, log-sum-exp NaN, weight and loss 0.
+// per-sequence inputs may be anything. A sequence with a fault has weight 0; one with a fault of a row also log pi and
+// log-sum-exps NaN and loss 0.
 void forward(const Batch&, const Terms&, const Outputs&, const Workspace&);
 
 // forward, and the gradient of upstream * factor * sum of losses, for weights that do not depend on pi. A sequence with
-// a fault has gradient 0.
+// a fault of a row has gradient 0.
 void forward_backward(const Batch&, const Terms&, const Outputs&, double factor, const Gradient&, const Workspace&);
 
-// dz = weight[sequence] * factor * upstream[0] * d(log-softmax); upstream may be null. Rows that are not scored or have
-// no log-sum-exp and sequences of weight 0 are zeroed without being read. Where upstream[0] is unless, dz holds its
-// gradient already and nothing is done.
-void backward(const Batch&, const double* lse, const double* weight, double factor, const double* upstream,
-              double unless, const Gradient&, const Workspace&);
+// dz = factor * upstream[0] * (weight[sequence] * d(-log-softmax) - bonus.weight[sequence] * dH); upstream may be null.
+// Rows that are not scored or have no log-sum-exp and sequences whose weights are 0 are zeroed without being read.
+// Where upstream[0] is unless, dz holds its gradient already and nothing is done.
+void backward(const Batch&, const double* lse, const double* weight, const Bonus&, double factor,
+              const double* upstream, double unless, const Gradient&, const Workspace&);
 
 // dz *= upstream[0] * factor on scored rows, or on all where labels is null; no gradient is read where that is 1 or 0
 void scale(const Batch&, double factor, const double* upstream, const Gradient&, const Workspace&);

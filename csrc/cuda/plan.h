@@ -7,7 +7,7 @@ namespace dmf::cuda {
 
 struct Plan {
   int threads;     // a multiple of 32
-  bool kept;       // the row stays in shared memory between its two reads
+  bool kept;       // the row stays in shared memory, from which it is read again
   int64_t shared;  // bytes of dynamic shared memory
 };
 
@@ -23,7 +23,7 @@ inline Traffic sampling(int64_t vocab, int64_t tile) {
 }
 
 constexpr int kMaxThreads = 256;       // of a kernel that visits a row once
-constexpr int kMaxKnownThreads = 768;  // of one that visits it twice, of which few fit a multiprocessor
+constexpr int kMaxKnownThreads = 384;  // of one that keeps it, of which few fit a multiprocessor
 constexpr int64_t kStaticShared = 4096;
 
 // Two loads of 16 bytes a thread, at least a warp.
@@ -39,15 +39,14 @@ inline Plan plan_once(int64_t vocab, int64_t itemsize) {
 // What a row may have of that. limit: the shared memory that one block may have.
 inline int64_t shared_for_row(int64_t limit) { return std::max<int64_t>(limit - kStaticShared, 0); }
 
-// limit as above. A row that exceeds it is read twice; then a block asks for all of
-// the memory, which it does not use, so that one row a multiprocessor is under way and all of them stay in the
-// second-level cache (132 rows of 300 KB on an H100, which has 50 MB).
+// limit as above. A row is kept where two fit a multiprocessor, so that one is read while the other is summed up or
+// written. Another takes two launches, a score and a gradient, which read it twice: a block that kept it alone would
+// idle for 4 to 5 us a row, from its last load to its first store and again until the next row comes, and one that did
+// not keep it would read it from memory again all the same, since the rows under way exceed the second-level cache.
 inline Plan plan_known(int64_t vocab, int64_t itemsize, int64_t limit) {
-  const int64_t available = shared_for_row(limit);
   const int64_t bytes = (vocab * itemsize + 31) / 16 * 16;  // with room to shift the row to its alignment
-  const bool kept = bytes <= available, alone = 2 * (bytes + kStaticShared) > limit;
-  const int most = alone ? kMaxKnownThreads : kMaxKnownThreads / 2;
-  return {threads_for(vocab * itemsize, most), kept, kept ? bytes : available};
+  const bool kept = 2 * (bytes + kStaticShared) <= limit;
+  return {threads_for(vocab * itemsize, kMaxKnownThreads), kept, kept ? bytes : 0};
 }
 
 }  // namespace dmf::cuda

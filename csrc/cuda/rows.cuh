@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "../batch.h"
 #include "device.h"
@@ -16,6 +17,17 @@ using f16 = __half;
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(f16 x) { return __half2float(x); }
+__device__ inline unsigned bits_of(__nv_bfloat162 p) {
+  unsigned bits;
+  memcpy(&bits, &p, 4);
+  return bits;
+}
+__device__ inline float low_of(__nv_bfloat162 p) { return __uint_as_float(bits_of(p) << 16); }
+__device__ inline float high_of(__nv_bfloat162 p) { return __uint_as_float(bits_of(p) & 0xffff0000u); }
+__device__ inline float low_of(__half2 p) { return to_float(p.x); }
+__device__ inline float high_of(__half2 p) { return to_float(p.y); }
+__device__ inline __nv_bfloat162 pair_of(float x, float y, bf16) { return __floats2bfloat162_rn(x, y); }
+__device__ inline __half2 pair_of(float x, float y, f16) { return __floats2half2_rn(x, y); }
 __device__ inline void from_float(float x, float& out) { out = x; }
 __device__ inline void from_float(float x, bf16& out) { out = __float2bfloat16_rn(x); }
 __device__ inline void from_float(float x, f16& out) { out = __float2half_rn(x); }
@@ -29,6 +41,11 @@ constexpr int kWidth = 16 / sizeof(T);
 template <class T, int N>
 struct Pack {
   T x[N];
+};
+
+template <int N>
+struct Width {
+  static constexpr int value = N;
 };
 
 template <int N, class T>
@@ -58,6 +75,59 @@ __device__ inline void store(T* p, const Pack<T, N>& pack) {
   }
 }
 
+// As store, of what nobody reads soon: it is the first to leave the caches.
+template <class T, int N>
+__device__ inline void store_last(T* p, const Pack<T, N>& pack) {
+  if constexpr (N == 1) {
+    *p = pack.x[0];
+  } else {
+    static_assert(N == kWidth<T>, "");
+    uint4 raw;
+    memcpy(&raw, &pack, 16);
+    __stcs(reinterpret_cast<uint4*>(p), raw);
+  }
+}
+
+// Two of the 16-bit types side by side.
+template <class T>
+struct PairOf {};
+template <>
+struct PairOf<bf16> {
+  using type = __nv_bfloat162;
+};
+template <>
+struct PairOf<f16> {
+  using type = __half2;
+};
+
+// The j-th logit of a pack: of bf16 the upper half of a word is a float as it stands.
+template <class T, int N>
+__device__ inline float at(const Pack<T, N>& pack, int j) {
+  if constexpr (sizeof(T) == sizeof(bf16) && N > 1) {
+    typename PairOf<T>::type pair;
+    memcpy(&pair, &pack.x[j / 2 * 2], 4);
+    return j % 2 ? high_of(pair) : low_of(pair);
+  } else {
+    return to_float(pack.x[j]);
+  }
+}
+
+template <class T, int N>
+__device__ inline Pack<T, N> rounded(const float (&x)[N]) {
+  Pack<T, N> pack;
+  if constexpr (sizeof(T) == sizeof(bf16) && N > 1) {
+#pragma unroll
+    for (int j = 0; j < N; j += 2) {
+      const auto pair = pair_of(x[j], x[j + 1], T());
+      memcpy(&pack.x[j], &pair, 4);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; ++j) from_float(x[j], pack.x[j]);
+  }
+  return pack;
+}
+
 // A row is a head up to the first 16-byte boundary, 128-bit packs, and a tail. Head and tail have fewer logits than
 // a pack: V and the row's address may be anything.
 struct Cut {
@@ -79,22 +149,43 @@ __device__ inline Cut cut_rows(const In* z, const Out* dz, int vocab) {
   return reinterpret_cast<uintptr_t>(z + cut.head) % 16 == 0 ? cut : Cut{vocab, vocab, 0, vocab};
 }
 
-// body(first logit, pack) for this thread's part of the row, in packs of T; fetch<N>(first logit) brings one. Two packs
-// are under way at a time. A thread gets the same logits every time.
+// How the threads of a block divide the packs of a row: a warp takes 64 at a time, of which a lane has two, 32 apart.
+// The last packs, fewer than 64, and head and tail go one by one. A thread gets the same logits every time.
+constexpr int kRound = 64, kApart = 32;
+
+template <class Fetch, int N>
+using PackOf = decltype(std::declval<const Fetch&>().template operator()<N>(0));
+
+// body(there, first logit, packs), called by all threads of a warp together, some of which may have nothing there, in
+// packs of T.
+template <class T, class Fetch, class Body>
+__device__ inline void for_warp(const Cut& cut, Fetch fetch, Body body) {
+  constexpr int W = kWidth<T>;
+  const int thread = threadIdx.x, threads = blockDim.x, lane = thread % 32;
+  const auto one = [&](bool there, int i, auto width) {
+    constexpr int N = decltype(width)::value;
+    PackOf<Fetch, N> pack[1] = {};
+    if (there) pack[0] = fetch.template operator()<N>(i);
+    body(there, i, pack);
+  };
+  const int rounds = cut.packs / kRound * kRound, end = cut.head + rounds * W;
+  for (int i = cut.head + ((thread - lane) * 2 + lane) * W; i < end; i += 2 * threads * W) {
+    const PackOf<Fetch, W> packs[2] = {fetch.template operator()<W>(i), fetch.template operator()<W>(i + kApart * W)};
+    body(true, i, packs);
+  }
+  for (int i = rounds + thread; i - lane < cut.packs; i += threads) one(i < cut.packs, cut.head + i * W, Width<W>());
+  const int singles = cut.head + cut.vocab - cut.tail;
+  for (int j = thread; j - lane < singles; j += threads)
+    one(j < singles, j < cut.head ? j : cut.tail + j - cut.head, Width<1>());
+}
+
+// body(first logit, packs) for this thread's part of the row; the packs are two, or one. fetch<N>(first logit) brings
+// one.
 template <class T, class Fetch, class Body>
 __device__ inline void for_row(const Cut& cut, Fetch fetch, Body body) {
-  constexpr int W = kWidth<T>;
-  const int thread = threadIdx.x, threads = blockDim.x;
-  for (int i = thread; i < cut.head; i += threads) body(i, fetch.template operator()<1>(i));
-  int i = thread;
-  for (; i + threads < cut.packs; i += 2 * threads) {
-    const int first = cut.head + i * W, second = first + threads * W;
-    const auto a = fetch.template operator()<W>(first), b = fetch.template operator()<W>(second);
-    body(first, a);
-    body(second, b);
-  }
-  if (i < cut.packs) body(cut.head + i * W, fetch.template operator()<W>(cut.head + i * W));
-  for (int j = cut.tail + thread; j < cut.vocab; j += threads) body(j, fetch.template operator()<1>(j));
+  for_warp<T>(cut, fetch, [&](bool there, int first, const auto& packs) {
+    if (there) body(first, packs);
+  });
 }
 
 template <class T>
@@ -116,9 +207,16 @@ struct Zero {
   }
 };
 
+// The packs of a round, of which the first begins at p.
+template <class T, int N, int K>
+__device__ inline void store(T* p, const Pack<T, N> (&packs)[K]) {
+#pragma unroll
+  for (int k = 0; k < K; ++k) store(p + k * kApart * N, packs[k]);
+}
+
 template <class T>
 __device__ inline void zero_row(T* dz, int vocab) {
-  for_row<T>(cut_row(dz, vocab), Zero<T>(), [&](int i, const auto& pack) { store(dz + i, pack); });
+  for_row<T>(cut_row(dz, vocab), Zero<T>(), [&](int i, const auto& packs) { store(dz + i, packs); });
 }
 
 // --- the terms of a row's sum ------------------------------------------------------------------------------------
@@ -127,9 +225,9 @@ __device__ inline void zero_row(T* dz, int vocab) {
 // rounding of a single float would tilt every term of a row the same way.
 struct Double {
   float high, low;
-  __device__ explicit Double(double x) {
-    high = __double2float_rd(x);
-    if (static_cast<double>(high) == x) high = nextafterf(high, 0.0f);
+  DMF_HD explicit Double(double x) {
+    high = static_cast<float>(x);
+    if (static_cast<double>(high) >= x) high = nextafterf(high, 0.0f);
     low = static_cast<float>(x - high);
   }
   __device__ float times(float x) const { return fmaf(x, high, x * low); }

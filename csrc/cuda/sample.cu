@@ -3,9 +3,10 @@
 // counts in the sum. The sums of the tiles wait in shared memory; a uniform number picks a tile from them, which is
 // read a second time for its terms, and a token in it.
 //
-// A block has one row, a warp a tile. A tile passes through shared memory, so that which thread adds up which logits
-// does not depend on the row's address: the draw and its log-probability are functions of the logits alone. A token of
-// probability 0 is never drawn: its term adds nothing to the running sum, which must exceed the target.
+// A block has one row, a warp a tile, of which the next one is under way while its terms are formed. Which thread adds
+// up which logits, and in which order, follows from their places in the row, whatever its address: where rows are not
+// aligned a tile passes through shared memory. So the draw and its log-probability are functions of the logits alone. A
+// token of probability 0 is never drawn: its term adds nothing to the running sum, which must exceed the target.
 #include <climits>
 
 #include "../random.h"
@@ -16,7 +17,8 @@
 namespace dmf::cuda {
 namespace {
 
-constexpr int kTile = 512, kWarps = 8;
+constexpr int kTile = 512, kWarps = 16;
+constexpr int kTerms = kTile / 32;      // of a thread
 constexpr int64_t kUnasked = 48 << 10;  // shared memory that a block has on every device
 
 struct TileSum {
@@ -26,89 +28,210 @@ struct TileSum {
 
 template <class T>
 struct Shared {
-  alignas(16) T tile[kWarps][kTile + 2 * kWidth<T>];
+  alignas(16) T tile[kWarps][kTile + kWidth<T>];
   float terms[kTile];
   Lanes<float> top;
   Lanes<long long> bad;
-  double target, log_total;
-  int picked;
+  double log_total;
   bool last;
 };
 
-// Copies logits [first, last) of a row to shared memory and returns where the first one is there.
+// --- a tile ---------------------------------------------------------------------------------------------------------
+
+// A thread's packs of 16 bytes in which a tile lies. One that is not aligned ends in a pack more, which lane 0 has.
 template <class T>
-__device__ const T* fetch(const T* z, int first, int last, int vocab, T* tile) {
-  const T* from = z + first;
-  const int before = static_cast<int>(reinterpret_cast<uintptr_t>(from) % 16 / sizeof(T));
-  const int packs = (before + last - first + kWidth<T> - 1) / kWidth<T>;
-  for (int pack = threadIdx.x % 32; pack < packs; pack += 32) {
-    const int i = first - before + pack * kWidth<T>;  // may reach into the next tile, not beyond the row
-    if (i >= 0 && i + kWidth<T> <= vocab)
-      store(tile + pack * kWidth<T>, load<kWidth<T>>(z + i));
-    else
-      for (int j = max(i, 0); j < min(i + kWidth<T>, vocab); ++j) tile[j - first + before] = z[j];
-  }
-  __syncwarp();
-  return tile + before;
+struct Packs {
+  static constexpr int kOwn = kTerms / kWidth<T>;
+  Pack<T, kWidth<T>> own[kOwn], end;
+};
+
+// Where in a tile a thread's i-th logit is.
+template <class T>
+__device__ int place(int i) {
+  constexpr int W = kWidth<T>;
+  return (i / W * 32 + static_cast<int>(threadIdx.x % 32)) * W + i % W;
 }
 
+// Logits that the row does not have are -inf.
+template <class T>
+__device__ Pack<T, kWidth<T>> load_within(const T* z, int first, int vocab) {
+  Pack<T, kWidth<T>> pack;
+#pragma unroll
+  for (int j = 0; j < kWidth<T>; ++j) {
+    from_float(-INFINITY, pack.x[j]);
+    if (first + j >= 0 && first + j < vocab) pack.x[j] = z[first + j];
+  }
+  return pack;
+}
+
+// before: logits between the 16-byte boundary before a tile and the tile.
+template <class T>
+__device__ void fetch(Packs<T>& packs, const T* z, int tile, int before, int vocab) {
+  constexpr int W = kWidth<T>, K = Packs<T>::kOwn;
+  const int first = tile * kTile - before;
+  const bool has_end = before && threadIdx.x % 32 == 0;
+  if (first >= 0 && first + kTile + W <= vocab) {
+    const T* from = z + first + place<T>(0);
+#pragma unroll
+    for (int k = 0; k < K; ++k) packs.own[k] = load<W>(from + k * 32 * W);
+    if (has_end) packs.end = load<W>(from + kTile);
+  } else {
+#pragma unroll
+    for (int k = 0; k < K; ++k) packs.own[k] = load_within(z, first + place<T>(k * W), vocab);
+    if (has_end) packs.end = load_within(z, first + kTile, vocab);
+  }
+}
+
+// The thread's logits of the tile, in x.
+template <class T>
+__device__ void spread(const Packs<T>& packs, int before, T* shared, float (&x)[kTerms]) {
+  constexpr int W = kWidth<T>, K = Packs<T>::kOwn;
+  if (before == 0) {
+#pragma unroll
+    for (int i = 0; i < kTerms; ++i) x[i] = to_float(packs.own[i / W].x[i % W]);
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < K; ++k) store(shared + place<T>(k * W), packs.own[k]);
+  if (threadIdx.x % 32 == 0) store(shared + kTile, packs.end);
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kTerms; ++i) x[i] = to_float(shared[before + place<T>(i)]);
+  __syncwarp();  // it is read before the next tile comes
+}
+
+// The term of a logit. What is not in the row has none, also under a softcap, where -inf has one.
 template <class T, bool Cap>
-__global__ void __launch_bounds__(kWarps * 32)
+__device__ float term(const Exponent<Cap>& exponent, float z, int i, int n) {
+  const float e = expf(exponent(z));  // also where it is not used: a branch costs more
+  return Cap && place<T>(i) >= n ? 0.0f : e;
+}
+
+// Of a tile with n logits. Terms are fp32, packs of them are added up in fp64; terms that are 1 are counted apart, as
+// in PartialSum of rows.cuh.
+template <class T, bool Cap>
+__device__ TileSum sum_of(const float (&x)[kTerms], int n, Exponent<Cap>& exponent) {
+  float top = -FLT_MAX;
+#pragma unroll
+  for (int i = 0; i < kTerms; ++i) top = fmaxf(top, x[i]);  // passes over NaN, which is found in the sum
+  for (int mask = 16; mask > 0; mask /= 2) top = fmaxf(top, shuffle(top, mask));
+  exponent.set(top);
+  int ones = 0;
+  double sum = 0;
+#pragma unroll
+  for (int first = 0; first < kTerms; first += kWidth<T>) {
+    float of_pack = 0.0f;
+#pragma unroll
+    for (int i = first; i < first + kWidth<T>; ++i) {
+      const float e = term<T>(exponent, x[i], i, n);
+      if (e == 1.0f)
+        ++ones;
+      else
+        of_pack += e;
+    }
+    sum += of_pack;
+  }
+  sum += ones;
+  for (int mask = 16; mask > 0; mask /= 2) sum += shuffle(sum, mask);
+  return {top == INFINITY ? static_cast<double>(NAN) : sum, top};
+}
+
+// --- picking --------------------------------------------------------------------------------------------------------
+
+// n weights, of which each lane of a warp has a 32nd, in order. Its sum, and the running sum over the lanes up to it,
+// are formed in an order that depends on n alone.
+template <class Weight>
+struct Scan {
+  int first, last;
+  double own = 0, before, through;
+  Weight weight;
+
+  __device__ Scan(int n, Weight weight) : weight(weight) {
+    const int lane = threadIdx.x % 32, each = (n + 31) / 32;
+    first = min(lane * each, n), last = min(first + each, n);
+    for (int i = first; i < last; ++i) own += weight(i);
+    through = own;
+    for (int k = 1; k < 32; k *= 2) {
+      const double x = __shfl_up_sync(0xffffffffu, through, k);
+      if (lane >= k) through += x;
+    }
+    before = __shfl_up_sync(0xffffffffu, through, 1);
+    if (lane == 0) before = 0;
+  }
+  __device__ double total() const { return __shfl_sync(0xffffffffu, through, 31); }
+
+  // As pick of sample.h, in every lane. 0 where a weight is NaN.
+  __device__ int pick(double& target) const {
+    const int lane = threadIdx.x % 32;
+    // the first lane whose running sum exceeds the target, else the last; none whose weights are all 0
+    int of = !(own > 0) ? 96 : through > target ? lane : 64 - lane;
+    for (int mask = 16; mask > 0; mask /= 2) of = min(of, shuffle(of, mask));
+    of = of < 32 ? of : (64 - of) & 31;
+    double rest = target - before;
+    const int picked = lane == of ? first + dmf::pick(last - first, rest, [&](int i) { return weight(first + i); }) : 0;
+    target = __shfl_sync(0xffffffffu, rest, of);
+    return __shfl_sync(0xffffffffu, picked, of);
+  }
+};
+
+template <class T, bool Cap>
+__global__ void __launch_bounds__(kWarps * 32, 2)
     sample_rows(SampleRows s, int64_t* tokens, double* log_prob, unsigned* counter, long long* status) {
   DMF_SHARED(Shared<T>, shared);
   DMF_DYNAMIC_SHARED(memory);
   const RowOptions& o = s.options;
   const int64_t row = blockIdx.x;
   const int vocab = static_cast<int>(o.vocab), tiles = (vocab + kTile - 1) / kTile;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  // the same in a warp, of which the compiler knows by this
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0), warps = blockDim.x / 32;
   TileSum* sums = reinterpret_cast<TileSum*>(memory);
   const T* z = reinterpret_cast<const T*>(s.logits) + row * s.stride_row;
+  const int before = static_cast<int>(reinterpret_cast<uintptr_t>(z) % 16 / sizeof(T));
 
-  float highest = -INFINITY;
-  for (int k = warp; k < tiles; k += kWarps) {
-    const int first = k * kTile, n = min(kTile, vocab - first);
-    const T* x = fetch(z, first, first + n, vocab, shared.tile[warp]);
-    PartialSum<Cap, false> sum(o);
-    for (int i = lane; i < n; i += 32) sum.add(Pack<T, 1>{{x[i]}});
-    float top = sum.exponent.reference;
-    for (int mask = 16; mask > 0; mask /= 2) top = fmaxf(top, shuffle(top, mask));
-    if (top > sum.exponent.reference) sum.rise(top);
-    double total = sum.ones + sum.rest;
-    for (int mask = 16; mask > 0; mask /= 2) total += shuffle(total, mask);
-    if (lane == 0) sums[k] = {total, top};
-    highest = fmaxf(highest, top);
-    __syncwarp();  // the tile is read before the next one comes
-  }
-  highest = block_max(highest, shared.top);
   Exponent<Cap> exponent(o);
+  Packs<T> packs;
+  float x[kTerms], highest = -INFINITY;
+  const auto add = [&](int k) {
+    const TileSum sum = sum_of<T>(x, vocab - k * kTile, exponent);
+    if (threadIdx.x % 32 == 0) sums[k] = sum;
+    highest = fmaxf(highest, sum.reference);
+  };
+  int k = warp;  // there are no more warps than tiles
+  fetch(packs, z, k, before, vocab);
+  spread(packs, before, shared.tile[warp], x);
+  for (; k + warps < tiles; k += warps) {
+    if (!Cap) fetch(packs, z, k + warps, before, vocab);
+    add(k);
+    if (Cap) fetch(packs, z, k + warps, before, vocab);  // its arithmetic needs the registers, and bounds it
+    spread(packs, before, shared.tile[warp], x);
+  }
+  add(k);
+  highest = block_max(highest, shared.top);
   exponent.set(highest);
   for (int k = threadIdx.x; k < tiles; k += blockDim.x)
     if (sums[k].sum != 0.0) sums[k].sum *= exp(static_cast<double>(exponent(sums[k].reference)));  // NaN stays
   __syncthreads();
-  if (threadIdx.x == 0) {
-    const auto weight = [&](int k) { return sums[k].sum; };
-    double total = 0;
-    for (int k = 0; k < tiles; ++k) total += weight(k);
+  if (warp == 0) {
+    const Scan scan(tiles, [&](int k) { return sums[k].sum; });
+    const double total = scan.total();
+    if (threadIdx.x == 0) shared.log_total = scaled(highest, o) + log(total);  // where it takes no register
     const auto id = static_cast<uint64_t>(s.row_ids ? s.row_ids[row] : row);
     double target = (s.uniforms ? s.uniforms[row] : uniform(s.seed, id, s.step)) * total;
-    const int k = pick(tiles, target, weight);
-    shared.picked = k;
-    shared.target = target / exp(static_cast<double>(exponent(sums[k].reference)));
-    shared.log_total = scaled(highest, o) + log(total);
-  }
-  __syncthreads();
-  const bool good = isfinite(shared.log_total);
-  const int first = shared.picked * kTile, n = min(kTile, vocab - first);
-  exponent.set(sums[shared.picked].reference);
-  if (warp == 0) {
-    const T* x = fetch(z, first, first + n, vocab, shared.tile[0]);
-    for (int i = lane; i < n; i += 32) shared.terms[i] = expf(exponent(to_float(x[i])));
+    const int picked = scan.pick(target), n = min(kTile, vocab - picked * kTile);
+    fetch(packs, z, picked, before, vocab);
+    spread(packs, before, shared.tile[0], x);
+    exponent.set(sums[picked].reference);
+#pragma unroll
+    for (int i = 0; i < kTerms; ++i) shared.terms[place<T>(i)] = term<T>(exponent, x[i], i, n);
     __syncwarp();
-    if (lane == 0) {
-      double target = shared.target;
-      const int token = good ? pick(n, target, [&](int i) { return static_cast<double>(shared.terms[i]); }) : 0;
-      tokens[row] = good ? first + token : 0;
-      log_prob[row] = good ? scaled(to_float(x[token]), o) - shared.log_total : static_cast<double>(NAN);
+    const Scan terms(n, [&](int i) { return static_cast<double>(shared.terms[i]); });
+    target *= terms.total() / sums[picked].sum;  // of the tile itself, whose packs are rounded in its sum
+    const int token = terms.pick(target);
+    if (threadIdx.x == 0) {
+      const bool good = isfinite(shared.log_total);
+      tokens[row] = good ? picked * kTile + token : 0;
+      log_prob[row] =
+          good ? scaled(to_float(z[picked * kTile + token]), o) - shared.log_total : static_cast<double>(NAN);
     }
   }
   if (!is_last(counter, gridDim.x, shared.last)) return;
@@ -129,7 +252,9 @@ void launch(const SampleRows& s, int64_t* tokens, double* log_prob, const Worksp
     if (shared > available) throw std::runtime_error("too long rows");
     allow_shared(kernel, available);
   }
-  DMF_LAUNCH(kernel, static_cast<unsigned>(s.rows), kWarps * 32, static_cast<size_t>(shared),
+  const int64_t tiles = shared / static_cast<int64_t>(sizeof(TileSum));
+  const int warps = static_cast<int>(std::min<int64_t>(tiles, kWarps));
+  DMF_LAUNCH(kernel, static_cast<unsigned>(s.rows), warps * 32, static_cast<size_t>(shared),
              static_cast<cudaStream_t>(w.stream), s, tokens, log_prob, w.counters,
              reinterpret_cast<long long*>(w.status));
   check(cudaGetLastError());

@@ -6,7 +6,7 @@ Under torch.compile ``ops.py`` takes this module's place.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..objectives import Objective, Terms
 from . import check_ops, eager
 from .backend import Backend, new_gradient
-from .batch import LOG_PROB, LOSS, LSE, WEIGHT, Batch, Scores
+from .batch import LOSS, LSE, WEIGHT, Batch, Scores, bonus_of
 from .form import divisor, form_loss, losses, reduce
 
 
@@ -23,7 +23,7 @@ class Options(NamedTuple):
 
     reduction: str
     divide_by: float  # what the sum over sequences is divided by; 0, under torch.compile: by their number
-    entropy: bool
+    entropy: bool  # whether it is wanted, for the loss or beside it
     inplace: bool  # the gradient overwrites the logits
     expected: float | None  # the grad_output to fold into a gradient that forward writes; None: backward writes it
 
@@ -71,24 +71,35 @@ def _saved(ctx: Any) -> tuple[Batch, Tensor, Tensor]:
 
 
 class _LogProb(torch.autograd.Function):
-    """log pi per sequence."""
+    """log pi per sequence, and its entropy where that is wanted."""
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, backend: Backend, batch: Batch, entropy: bool, inplace: bool
-    ) -> tuple[Tensor, Scores]:
+    ) -> tuple[Tensor, Tensor | None, Scores]:
         scores = backend.forward(batch, None, entropy)
         _save(ctx, backend, batch, scores)
         ctx.inplace = inplace
-        return scores.sequences[LOG_PROB].clone(), scores
+        ctx.set_materialize_grads(False)
+        return *copies(scores), scores
 
     @staticmethod
     @refuses_double_backward
-    def backward(ctx: Any, grad_log_prob: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        batch, rows, _sequences = _saved(ctx)
+    def backward(
+        ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        batch, rows, sequences = _saved(ctx)
         dz = new_gradient(batch, ctx.inplace)
-        ctx.backend.backward(batch, rows[LSE], (-grad_log_prob.to(torch.float64)).contiguous(), 1.0, dz)
+        given = torch.zeros_like(sequences[0]) if grad_log_prob is None else -grad_log_prob.to(torch.float64)
+        bonus = None if grad_entropy is None else bonus_of(rows, -grad_entropy)
+        ctx.backend.backward(batch, rows[LSE], given.contiguous(), 1.0, dz, bonus=bonus)
         return dz, None, None, None, None
+
+
+def copies(scores: Scores) -> tuple[Tensor, Tensor | None]:
+    """Return log pi and entropy as tensors that may carry a gradient, which the blocks of the scores do not."""
+    entropy = scores.entropy
+    return scores.log_prob.clone(), None if entropy is None else entropy.clone()
 
 
 class _Loss(torch.autograd.Function):
@@ -113,7 +124,7 @@ class _Loss(torch.autograd.Function):
         else:
             scores = backend.forward(batch, terms, options.entropy, options.divide_by)
         _save(ctx, backend, batch, scores)
-        ctx.options = options
+        ctx.options, ctx.coefficient = options, terms.entropy_coefficient
         return reduced(scores, options.reduction), scores
 
     @staticmethod
@@ -130,14 +141,16 @@ class _Loss(torch.autograd.Function):
             torch.autograd.graph.increment_version(batch.logits)
             return dz, None, None, None, None
         ctx.dz = None  # given away: with retain_graph a second backward computes its own
-        lse, weight = rows[LSE], sequences[WEIGHT]
+        lse, weight, coefficient = rows[LSE], sequences[WEIGHT], ctx.coefficient
         if options.reduction == "none":
             dz = new_gradient(batch, inplace)
-            backend.backward(batch, lse, weight * grad_loss.to(torch.float64), 1.0, dz)
+            bonus = bonus_of(rows, coefficient * grad_loss) if coefficient else None
+            backend.backward(batch, lse, weight * grad_loss.to(torch.float64), 1.0, dz, bonus=bonus)
         else:
             unless = None if dz is None else expected
             dz = new_gradient(batch, inplace) if dz is None else dz
-            backend.backward(batch, lse, weight, 1.0 / options.divide_by, dz, grad_loss, unless)
+            bonus = Scores(rows, sequences).bonus(coefficient)
+            backend.backward(batch, lse, weight, 1.0 / options.divide_by, dz, grad_loss, unless, bonus)
         return dz, None, None, None, None
 
 
@@ -149,15 +162,18 @@ def reduced(scores: Scores, reduction: str) -> Tensor:
     return scores.total
 
 
-def log_prob(backend: Backend, batch: Batch, entropy: bool, inplace: bool, wants_grad: bool) -> tuple[Tensor, Scores]:
-    """Return log pi (B,), with gradient where one is wanted, and the scores."""
+LogProb: TypeAlias = tuple[Tensor, "Tensor | None", Scores]
+
+
+def log_prob(backend: Backend, batch: Batch, entropy: bool, inplace: bool, wants_grad: bool) -> LogProb:
+    """Return log pi (B,) and, where it is wanted, the entropy (B,), with gradient where one is wanted; the scores."""
     if backend.in_torch:
         scored = eager.score(batch, entropy)
-        return scored.log_prob, Scores(scored.rows(), scored.sequences())
+        return scored.log_prob, scored.entropy, Scores(scored.rows(), scored.sequences())
     if not wants_grad:
         scores = backend.forward(batch, None, entropy)
-        return scores.log_prob, scores
-    found: tuple[Tensor, Scores] = apply(_LogProb, batch.logits, backend, batch, entropy, inplace)
+        return scores.log_prob, scores.entropy, scores
+    found: LogProb = apply(_LogProb, batch.logits, backend, batch, entropy, inplace)
     return found
 
 
@@ -171,15 +187,17 @@ def loss(backend: Backend, batch: Batch, terms: Terms, options: Options, wants_g
         return reduced(scores, options.reduction), scores
     if not backend.records_faults:
         batch = check_ops.checked(batch, terms)
-    given, scores = log_prob(backend, batch, options.entropy, options.inplace, wants_grad)
-    return from_log_prob(backend, batch, given, scores, terms, options)
+    given = log_prob(backend, batch, options.entropy, options.inplace, wants_grad)
+    return from_log_prob(backend, batch, given, terms, options)
 
 
 def from_log_prob(
-    backend: Backend, batch: Batch, given: Tensor, scores: Scores, terms: Terms, options: Options
+    backend: Backend, batch: Batch, given: LogProb, terms: Terms, options: Options
 ) -> tuple[Tensor, Scores]:
-    """Return the loss of log pi (B,), through which its gradient goes, and the scores with A."""
+    """Return the loss of log pi and entropy, through which its gradient goes, and the scores with A."""
+    of_sequences, entropy, scores = given
     by = divisor(batch, options.divide_by)
-    scores = form_loss(batch, scores.rows, given.detach(), scores.entropy, terms, by, backend.records_faults,
+    scores = form_loss(batch, scores.rows, of_sequences.detach(), scores.entropy, terms, by, backend.records_faults,
                        scores.recorded)  # fmt: skip
-    return reduce(losses(scores.weight, given), options.reduction, by), scores
+    loss = losses(scores.weight, of_sequences, entropy, terms.entropy_coefficient)
+    return reduce(loss, options.reduction, by), scores

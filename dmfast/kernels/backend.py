@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..objectives import Terms
-from .batch import Batch, SampleRows, Scores
+from .batch import Batch, Bonus, SampleRows, Scores
 
 
 class Backend(Protocol):
@@ -46,7 +46,7 @@ class Backend(Protocol):
         Args:
             batch: may be a shard where ``terms`` is None.
             terms: None: only score. Else with an ``Objective``.
-            entropy: whether that of the rows is wanted.
+            entropy: whether that of the rows is wanted, as it is where ``terms`` have a coefficient for it.
             divide_by: what ``total`` is divided by.
 
         Raises:
@@ -58,9 +58,10 @@ class Backend(Protocol):
 
     def backward(
         self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None,
-        unless: float | None = None,
+        unless: float | None = None, bonus: Bonus | None = None,
     ) -> None:  # fmt: skip
-        """Write dz = weight * factor * upstream * d(-log-softmax): one read and one write per logit.
+        """Write dz = factor * upstream * (weight * d(-log-softmax) - bonus.weight * dH): one read and one write per
+        logit.
 
         Args:
             batch: may be a shard.
@@ -70,6 +71,7 @@ class Backend(Protocol):
             dz: as ``check_gradient`` has it.
             upstream: 0-d fp64, read where it lies.
             unless: the upstream for which dz holds its gradient already; then nothing is read or written.
+            bonus: that of the entropy. A row has it also where ``weight`` is 0.
         """
         ...
 

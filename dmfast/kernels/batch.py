@@ -71,6 +71,16 @@ class Batch(NamedTuple):
         return 0 if self.origin is None else self.origin.first_sequence
 
 
+class Bonus(NamedTuple):
+    """The part of an entropy bonus in a gradient: that of -sum_i weight_i H_i, H_i summed over the rows of sequence i.
+
+    dH/dz_j = -p_j (log p_j + H) for a row, through scale and softcap.
+    """
+
+    entropy: Tensor  # (rows,) fp64, H of each row, over the whole vocabulary
+    weight: Tensor  # (B,) fp64, contiguous
+
+
 Flat: TypeAlias = tuple[Tensor, Tensor, Tensor | None, float, float]
 
 
@@ -117,12 +127,12 @@ class Scores(NamedTuple):
     ``rows`` is (2, R), or (3, R) with entropy: log-sum-exp, the label's logit after scale and softcap (0 where it is
     not here), entropy. ``sequences`` is (7, B): log pi, entropy, log rho, log u, A, -A log pi, and 1 where max_weight
     bounds A; where a pass only scores, it is (2, B). Of a shard ``sequences`` means nothing before its rows are put
-    together with those of the others, and is NaN.
+    together with those of the others, and is NaN. With an entropy coefficient c the losses are -A log pi - c H.
     """
 
     rows: Tensor
     sequences: Tensor
-    total: Tensor | None = None  # 0-d: the sum of the losses in sequence order, divided by what the call says
+    total: Tensor | None = None  # 0-d: the sum of the losses in a fixed order, divided by what the call says
     recorded: tuple[Recorded, ...] = ()
 
     @property
@@ -144,3 +154,12 @@ class Scores(NamedTuple):
     def weight(self) -> Tensor:
         """(B,) A."""
         return self.sequences.select(0, WEIGHT)
+
+    def bonus(self, coefficient: float) -> Bonus | None:
+        """Return the bonus of the entropy of every sequence times a coefficient; None for 0."""
+        return bonus_of(self.rows, self.weight.new_full(self.weight.shape, coefficient)) if coefficient else None
+
+
+def bonus_of(rows: Tensor, weight: Tensor) -> Bonus:
+    """Return the bonus of a block of rows with entropy, and weights (B,) of any dtype."""
+    return Bonus(rows.select(0, ROW_ENTROPY), weight.to(torch.float64).contiguous())

@@ -256,6 +256,7 @@ def make_terms(
     log_z: Tensor | float | None,
     reward: Tensor | None,
     log_base: Tensor | None,
+    entropy_coefficient: float = 0.0,
     what: str = "logits",
 ) -> Terms:
     """Return the per-sequence inputs in fp64, with what the objective needs and the baseline of this call.
@@ -299,6 +300,11 @@ def make_terms(
         if not _number(max_weight) > 0:
             raise ValueError(f"max_weight must be a positive number or None, got {max_weight!r}")
         bound = float(max_weight)
+    if not abs(_number(entropy_coefficient)) <= 1e30:
+        raise ValueError(
+            "entropy_coefficient must be a number from -1e30 to 1e30, which is 0 where the loss is to have no entropy "
+            f"in it; got {entropy_coefficient!r}"
+        )
     if context_id is not None and (
         not isinstance(context_id, Tensor) or context_id.dtype.is_floating_point or context_id.shape != (n,)
     ):
@@ -316,7 +322,8 @@ def make_terms(
         present, given = present | BASELINE, given | BASELINE
     elif baseline is not None:
         given, constants = given | BASELINE, (*constants[:5], baseline)
-    return Terms(objective, on_policy, bound, _block(columns, n, to), present, given, constants)
+    return Terms(objective, on_policy, bound, _block(columns, n, to), present, given, constants, None,
+                 float(entropy_coefficient))  # fmt: skip
 
 
 def _block(columns: list[Tensor], n: int, device: torch.device) -> Tensor:

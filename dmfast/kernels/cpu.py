@@ -11,7 +11,7 @@ from torch import Tensor
 from ..objectives import Terms
 from . import extension, faults
 from .backend import check_gradient, overwritten
-from .batch import Batch, SampleRows, Scores
+from .batch import Batch, Bonus, SampleRows, Scores
 
 
 class Cpu:
@@ -50,7 +50,7 @@ class Cpu:
 
     def backward(
         self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None,
-        unless: float | None = None,
+        unless: float | None = None, bonus: Bonus | None = None,
     ) -> None:  # fmt: skip
         """Write the gradient; see ``Backend``."""
         assert extension._C is not None
@@ -58,8 +58,8 @@ class Cpu:
             return
         check_gradient(batch, dz)
         extension._C.backward(
-            extension.batch_struct(batch), lse.data_ptr(), weight.data_ptr(), factor, extension.pointer(upstream),
-            *extension.gradient_arguments(dz, batch),
+            extension.batch_struct(batch), lse.data_ptr(), weight.data_ptr(), *extension.bonus_pointers(bonus), factor,
+            extension.pointer(upstream), *extension.gradient_arguments(dz, batch),
         )  # fmt: skip
         overwritten(batch, dz)
 

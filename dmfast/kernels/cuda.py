@@ -15,7 +15,7 @@ from torch import Tensor
 from ..objectives import Terms
 from . import extension, faults
 from .backend import check_gradient, overwritten
-from .batch import Batch, SampleRows, Scores
+from .batch import Batch, Bonus, SampleRows, Scores
 
 
 class Cuda:
@@ -72,14 +72,15 @@ class Cuda:
 
     def backward(
         self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None,
-        unless: float | None = None,
+        unless: float | None = None, bonus: Bonus | None = None,
     ) -> None:  # fmt: skip
         """Write the gradient; see ``Backend``."""
         assert extension._C is not None
         check_gradient(batch, dz)
         extension._C.cuda.backward(
-            extension.batch_struct(batch), lse.data_ptr(), weight.data_ptr(), factor, extension.pointer(upstream),
-            math.nan if unless is None else unless, *extension.gradient_arguments(dz, batch), _only_stream(dz),
+            extension.batch_struct(batch), lse.data_ptr(), weight.data_ptr(), *extension.bonus_pointers(bonus), factor,
+            extension.pointer(upstream), math.nan if unless is None else unless,
+            *extension.gradient_arguments(dz, batch), _only_stream(dz),
         )  # fmt: skip
         overwritten(batch, dz)
 

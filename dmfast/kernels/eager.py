@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ..objectives import Terms
 from .backend import check_gradient, overwritten
-from .batch import IGNORE, Batch, SampleRows, Scores
+from .batch import IGNORE, Batch, Bonus, SampleRows, Scores
 from .check_ops import value_checks
 from .form import form_loss, scaled
 from .fp64 import devices_without_fp64, per_sequence_device, widened
 
 
 class Scored(NamedTuple):
-    """What ``score`` gives: rows without gradient, log pi with it."""
+    """What ``score`` gives: rows without gradient, log pi and entropy of the sequences with it."""
 
     lse: Tensor  # (rows,) log-sum-exp of scale * cap(z)
     label: Tensor  # (rows,) scale * cap(z) of the label; 0 where it is not here
@@ -31,7 +31,7 @@ class Scored(NamedTuple):
     def sequences(self) -> Tensor:
         """Return the block of the sequences of a pass that only scores; see ``Scores``."""
         log_prob = self.log_prob.detach()
-        return torch.stack([log_prob, torch.zeros_like(log_prob) if self.entropy is None else self.entropy])
+        return torch.stack([log_prob, torch.zeros_like(log_prob) if self.entropy is None else self.entropy.detach()])
 
     def rows(self) -> Tensor:
         """Return the block of the rows; see ``Scores``."""
@@ -40,7 +40,8 @@ class Scored(NamedTuple):
 
 
 def score(batch: Batch, entropy: bool = False) -> Scored:
-    """Return log pi(x) = sum_t m_t log softmax(scale * cap(z_t))[x_t] of each sequence, with autograd to the logits."""
+    """Return log pi(x) = sum_t m_t log softmax(scale * cap(z_t))[x_t] of each sequence and sum_t m_t H_t, the entropies
+    of the same rows, with autograd to the logits."""
     checks = value_checks()
     batch = checks.check_logits(batch)
     scored, column = batch.labels != IGNORE, batch.labels - batch.vocab_start
@@ -53,8 +54,10 @@ def score(batch: Batch, entropy: bool = False) -> Scored:
     token_log_prob = checks.check_labels(token_log_prob, batch)
     row_entropy = None
     if entropy:
-        p = log_p.detach().exp()
-        row_entropy = -torch.where(p > 0, p * log_p.detach(), 0.0).sum(-1)
+        # 0 * -inf = 0, and so in the gradient: a token that can't be drawn is left out before it is multiplied
+        p = log_p.exp()
+        may = p > 0
+        row_entropy = -(torch.where(may, p, 0.0) * torch.where(may, log_p, 0.0)).sum(-1)
         row_entropy = torch.where(scored, row_entropy, 0.0).to(to).double()
     sequence = sequence_of_rows(batch).to(to)
 
@@ -64,7 +67,7 @@ def score(batch: Batch, entropy: bool = False) -> Scored:
     return Scored(
         lse=torch.where(scored, torch.logsumexp(y, dim=-1).detach(), 0.0),
         label=torch.where(here, y.detach().gather(-1, column)[:, 0], 0.0),
-        row_entropy=row_entropy,
+        row_entropy=None if row_entropy is None else row_entropy.detach(),
         log_prob=per_sequence(token_log_prob),
         entropy=per_sequence(row_entropy) if row_entropy is not None else None,
     )
@@ -88,17 +91,23 @@ def sequence_of_rows(batch: Batch) -> Tensor:
     return sequences.repeat_interleave(batch.cu_seqlens.diff(), output_size=batch.n_rows)
 
 
-def gradient(batch: Batch, lse: Tensor, weight: Tensor) -> Tensor:
-    """Return (rows, V) fp64, weight * (softmax - onehot) through scale and softcap, softmax from a log-sum-exp that may
-    be that of a whole vocabulary of which the batch is a shard."""
+def gradient(batch: Batch, lse: Tensor, weight: Tensor, bonus: Bonus | None = None) -> Tensor:
+    """Return (rows, V) fp64, weight * (softmax - onehot) + bonus.weight * softmax * (log softmax + H) through scale and
+    softcap, softmax from a log-sum-exp that may be that of a whole vocabulary of which the batch is a shard."""
     with torch.enable_grad():
         z = batch.logits.detach().requires_grad_()
         y = logits_of(batch._replace(logits=z))
         scored, column = batch.labels != IGNORE, batch.labels - batch.vocab_start
         here = scored & (column >= 0) & (column < batch.vocab)
-        p = torch.where(scored[:, None], (y.detach() - lse[:, None]).exp(), 0.0)
-        p = p - here[:, None] * torch.nn.functional.one_hot(torch.where(here, column, 0), batch.vocab)
-        (dz,) = torch.autograd.grad(y, z, weight[sequence_of_rows(batch)][:, None] * p)
+        sequence = sequence_of_rows(batch)
+        log_p = y.detach() - lse[:, None]
+        p = torch.where(scored[:, None], log_p.exp(), 0.0)
+        one_hot = here[:, None] * torch.nn.functional.one_hot(torch.where(here, column, 0), batch.vocab)
+        dy = weight[sequence][:, None] * (p - one_hot)
+        if bonus is not None:
+            of_p = torch.where(p > 0, log_p + bonus.entropy[:, None], 0.0)
+            dy = dy + bonus.weight[sequence][:, None] * p * of_p
+        (dz,) = torch.autograd.grad(y, z, dy)
     return dz.reshape(batch.n_rows, batch.vocab)
 
 
@@ -173,14 +182,15 @@ class Eager:
     @torch.no_grad()
     def backward(
         self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None,
-        unless: float | None = None,
+        unless: float | None = None, bonus: Bonus | None = None,
     ) -> None:  # fmt: skip
         """Write the gradient; see ``Backend``."""
         if upstream is not None and unless is not None and float(upstream) == unless:
             return
         check_gradient(batch, dz)
-        weight = weight * (factor if upstream is None else factor * upstream)
-        dz.copy_(gradient(batch, lse, weight).reshape(dz.shape))
+        by = factor if upstream is None else factor * upstream
+        bonus = None if bonus is None else bonus._replace(weight=bonus.weight * by)
+        dz.copy_(gradient(batch, lse, weight * by, bonus).reshape(dz.shape))
         overwritten(batch, dz)
 
     def forward_backward(
@@ -188,7 +198,8 @@ class Eager:
     ) -> Scores:
         """Return the scores and write the gradient; see ``Backend``."""
         scores = self.forward(batch, terms, entropy, divide_by)
-        self.backward(batch, scores.lse, scores.weight, factor, dz)
+        bonus = scores.bonus(terms.entropy_coefficient)
+        self.backward(batch, scores.lse, scores.weight, factor, dz, bonus=bonus)
         return scores
 
     def scale(self, batch: Batch, dz: Tensor, factor: float, upstream: Tensor) -> None:

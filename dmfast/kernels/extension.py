@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import Objective, Terms
-from .batch import ONLY_SCORED, WITH_TERMS, Batch, SampleRows, Scores
+from .batch import ONLY_SCORED, WITH_TERMS, Batch, Bonus, SampleRows, Scores
 
 _C: ModuleType | None
 _IMPORT_ERROR: str | None = None
@@ -47,6 +47,11 @@ def why_not_dtype(dtype: torch.dtype) -> str | None:
 def pointer(x: Tensor | None) -> int:
     """Return the address of a tensor; 0 for None."""
     return 0 if x is None else x.data_ptr()
+
+
+def bonus_pointers(bonus: Bonus | None) -> tuple[int, int]:
+    """Return the addresses of the rows' entropies and the sequences' weights; 0 where there is no bonus."""
+    return (0, 0) if bonus is None else (bonus.entropy.data_ptr(), bonus.weight.data_ptr())
 
 
 def _address(x: Tensor, name: str) -> int:
@@ -112,7 +117,7 @@ def terms_struct(terms: Terms | None) -> Any:
     objective, block = terms.objective, terms.block
     assert isinstance(objective, Objective)
     return _C.Terms(objective.kind.number, flags_of(terms), _address(block, "inputs"), block.stride(0), terms.present,
-                    [objective.parameter, terms.max_weight, *terms.constants])  # fmt: skip
+                    [objective.parameter, terms.max_weight, terms.entropy_coefficient, *terms.constants])  # fmt: skip
 
 
 def make_outputs(batch: Batch, terms: Terms | None, entropy: bool, divide_by: float) -> tuple[Scores, Any]:

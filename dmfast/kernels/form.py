@@ -24,7 +24,7 @@ def form_loss(
         batch: says where the sequences lie, for errors.
         rows: the block of the rows; see ``Scores``.
         log_prob, entropy: (B,) fp64 without gradient; no entropy: 0.
-        terms: with an ``Objective`` or a function.
+        terms: with an ``Objective`` or a function; entropy must be there where they have a coefficient for it.
         divide_by: what ``total`` is divided by.
         records_faults: whether a fault costs its sequence alone, and is read later.
         recorded: what the pass that made log pi has recorded.
@@ -45,16 +45,21 @@ def form_loss(
         recorded = (*recorded, *faults.read_later(faults.device_faults(batch, terms, log_prob, None, made)))
     else:
         weight = value_checks().check_weights(weight, batch.first_sequence)
-    loss = losses(weight, log_prob)
+    loss = losses(weight, log_prob, entropy, terms.entropy_coefficient)
     nothing = torch.zeros_like(log_prob)
     columns = [log_prob, entropy, terms.log_ratio, terms.log_target_ratio, weight, loss, clipped]
     sequences = torch.stack([nothing if column is None else column for column in columns])
     return Scores(rows, sequences, loss.sum() / divide_by, recorded)
 
 
-def losses(weight: Tensor, log_prob: Tensor) -> Tensor:
-    """Return -A log pi of each sequence, (B,); 0 * -inf = 0. The gradient goes to log_prob alone."""
-    return -torch.where(weight == 0, 0.0, weight * log_prob)
+def losses(weight: Tensor, log_prob: Tensor, entropy: Tensor | None = None, coefficient: float = 0.0) -> Tensor:
+    """Return -A log pi - coefficient * H of each sequence, (B,); 0 * -inf = 0. The gradient goes to log_prob and
+    entropy. A sequence with a fault of a row, where both are NaN, has loss 0."""
+    loss = -torch.where(weight == 0, 0.0, weight * log_prob)
+    if not coefficient:
+        return loss
+    assert entropy is not None
+    return loss - coefficient * torch.where(log_prob.isnan(), 0.0, entropy)
 
 
 def reduce(per_sequence: Tensor, reduction: str, divide_by: float) -> Tensor:

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from ..objectives import Objective, Terms
 from . import check_ops, faults, products
-from .autograd import Options, apply, from_log_prob, reduced, refuses_double_backward
+from .autograd import LogProb, Options, apply, copies, from_log_prob, reduced, refuses_double_backward
 from .backend import Backend
-from .batch import IGNORE, LSE, Batch, Origin, Recorded, Scores
+from .batch import IGNORE, LSE, Batch, Bonus, Origin, Recorded, Scores, bonus_of
 from .form import form_loss
 from .shards import RowFaults, Shards, sums_of_sequences, whole_rows
 
@@ -271,13 +271,17 @@ def _group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]]) -> Scores:
     """Return the scores of sequences [i, j) and, with ``expected``, add their gradients to the products."""
     backend, matrices, expected, divide_by = call.backend, call.matrices, call.expected, call.divide_by
     terms = None if call.terms is None else call.terms.cut(i, j)
+    coefficient = 0.0 if terms is None else terms.entropy_coefficient
     if len(cuts) > 1 or call.shards is not None:
         scores, last = _score_chunks(call, i, j, cuts, terms)
-        if expected is not None and len(cuts) > 1:
-            _backward_group(call, i, j, cuts, scores.lse, scores.weight, expected / divide_by)
-        elif expected is not None:
+        if expected is None:
+            return scores
+        bonus = scores.bonus(coefficient)
+        if len(cuts) > 1:
+            _backward_group(call, i, j, cuts, scores.lse, scores.weight, expected / divide_by, bonus)
+        else:
             _backward_chunk(call, i, j, cuts[0], last.hidden, last.logits, scores.lse, scores.weight,
-                            expected / divide_by)  # fmt: skip
+                            expected / divide_by, bonus)  # fmt: skip
         return scores
     h, z = matrices.logits(*cuts[0])
     dz = matrices.gradient[: z.shape[0]]
@@ -287,28 +291,31 @@ def _group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]]) -> Scores:
     else:
         scores = backend.forward(batch, terms, call.entropy, divide_by)
         if expected is not None:
-            backend.backward(batch, scores.lse, scores.weight, expected / divide_by, dz)
+            bonus = scores.bonus(coefficient)
+            backend.backward(batch, scores.lse, scores.weight, expected / divide_by, dz, bonus=bonus)
     if expected is not None:
         matrices.add(*cuts[0], h, dz)
     return scores
 
 
 def _backward_chunk(call: _Pass, i: int, j: int, cut: tuple[int, int], h: Tensor, z: Tensor, lse: Tensor,
-                    weight: Tensor, factor: float) -> None:  # fmt: skip
-    """Add the gradients of logits that are there to the products. ``lse`` belongs to the chunk's rows."""
+                    weight: Tensor, factor: float, bonus: Bonus | None) -> None:  # fmt: skip
+    """Add the gradients of logits that are there to the products. ``lse`` and ``bonus`` belong to the chunk's rows."""
     dz = call.matrices.gradient[: cut[1] - cut[0]]
-    call.backend.backward(call.chunks.part(i, j, *cut, z), lse, weight, factor, dz)
+    call.backend.backward(call.chunks.part(i, j, *cut, z), lse, weight, factor, dz, bonus=bonus)
     call.matrices.add(*cut, h, dz)
 
 
 def _backward_group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]], lse: Tensor, weight: Tensor,
-                    factor: float) -> None:  # fmt: skip
-    """Compute the logits again and add their gradients to the products. ``lse`` belongs to these sequences' rows."""
+                    factor: float, bonus: Bonus | None) -> None:  # fmt: skip
+    """Compute the logits again and add their gradients to the products. ``lse`` and ``bonus`` belong to these
+    sequences."""
     for first, last in cuts:
         h, z = call.matrices.logits(first, last)
         from_start = first - cuts[0][0]
-        part = lse[from_start : from_start + last - first]
-        _backward_chunk(call, i, j, (first, last), h, z, part, weight, factor)
+        part = slice(from_start, from_start + last - first)
+        of_part = None if bonus is None else bonus._replace(entropy=bonus.entropy[part])
+        _backward_chunk(call, i, j, (first, last), h, z, lse[part], weight, factor, of_part)
 
 
 def _forward(call: _Pass) -> Scores:
@@ -363,28 +370,33 @@ def forward(
 def backward(
     backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, lse: Tensor,
     coefficient: Tensor, chunk_bytes: int | None, wanted: tuple[bool, ...], shards: Shards | None = None,
+    bonus: Bonus | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Return the ``wanted`` gradients of -sum_i coefficient_i log pi(x_i), from log-sum-exps (rows): logits again."""
+    """Return the ``wanted`` gradients of -sum_i (coefficient_i log pi(x_i) + bonus_i H(x_i)), from log-sum-exps and
+    entropies (rows): logits again."""
     chunks = make_chunks(batch, hidden, chunk_bytes, wanted, shards)
     if chunks.rows is not None:
         lse = lse[chunks.rows]
+        bonus = None if bonus is None else bonus._replace(entropy=bonus.entropy[chunks.rows])
     with _as_multiplied(hidden, batch):
         matrices = _Products(chunks, hidden, head, bias, wanted, shards)
         call = _Pass(backend, chunks, matrices, None, False, 1.0, None, shards)
         for i, j, cuts in chunks.groups():
-            rows = lse[chunks.bounds[i] : chunks.bounds[j]]
-            _backward_group(call, i, j, cuts, rows, coefficient[i:j].contiguous(), 1.0)
+            rows = slice(chunks.bounds[i], chunks.bounds[j])
+            of_group = None if bonus is None else Bonus(bonus.entropy[rows], bonus.weight[i:j])
+            _backward_group(call, i, j, cuts, lse[rows], coefficient[i:j].contiguous(), 1.0, of_group)
         return matrices.gradients(hidden)
 
 
 class _Linear(torch.autograd.Function):
-    """log pi (B) where ``terms`` is None, else the loss. With ``expected`` forward has computed the gradients."""
+    """log pi and entropy (B) where ``terms`` is None, else the loss. With ``expected`` forward has computed the
+    gradients."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, backend: Backend, batch: Batch,
         terms: Terms | None, options: Options, chunk_bytes: int | None, shards: Shards | None,
-    ) -> tuple[Tensor, Scores]:  # fmt: skip
+    ) -> LogProb:  # fmt: skip
         scores, gradients = forward(
             backend, hidden, head, bias, batch, terms, options.entropy, options.divide_by, options.expected,
             chunk_bytes, ctx.needs_input_grad[:3], shards,
@@ -393,12 +405,17 @@ class _Linear(torch.autograd.Function):
         # the batch's logits are a stand-in, which shares no memory with what is saved
         ctx.backend, ctx.batch, ctx.options, ctx.chunk_bytes, ctx.shards = backend, batch, options, chunk_bytes, shards
         ctx.save_for_backward(hidden, head, bias, scores.rows, None if terms is None else scores.weight)
-        return scores.log_prob.clone() if terms is None else reduced(scores, options.reduction), scores
+        ctx.coefficient = 0.0 if terms is None else terms.entropy_coefficient
+        ctx.set_materialize_grads(False)
+        if terms is None:
+            return *copies(scores), scores
+        return reduced(scores, options.reduction), None, scores
 
     @staticmethod
     @refuses_double_backward
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         hidden, head, bias, rows, a = ctx.saved_tensors
+        grad = rows.new_zeros(ctx.batch.n_sequences) if grad is None else grad  # only the entropy is used
         options: Options = ctx.options
         backend: Backend = ctx.backend
         if ctx.gradients is not None and options.expected is not None:
@@ -408,32 +425,35 @@ class _Linear(torch.autograd.Function):
                     backend.scale_matrix(gradient, 1.0 / options.expected, grad)
         else:
             coefficient = grad.to(torch.float64) / options.divide_by
+            bonus = None if grad_entropy is None else bonus_of(rows, -grad_entropy)
+            if a is not None and ctx.coefficient:
+                bonus = bonus_of(rows, (ctx.coefficient * coefficient).expand(a.shape))
             coefficient = -coefficient if a is None else a * coefficient
-            lse = rows.select(0, LSE)
-            gradients = backward(backend, hidden, head, bias, ctx.batch, lse, coefficient, ctx.chunk_bytes,
-                                 ctx.needs_input_grad[:3], ctx.shards)  # fmt: skip
+            gradients = backward(backend, hidden, head, bias, ctx.batch, rows.select(0, LSE), coefficient,
+                                 ctx.chunk_bytes, ctx.needs_input_grad[:3], ctx.shards, bonus)  # fmt: skip
         return (*gradients, None, None, None, None, None, None)
 
 
 def _run(
     backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, terms: Terms | None,
     options: Options, chunk_bytes: int | None, shards: Shards | None,
-) -> tuple[Tensor, Scores]:  # fmt: skip
+) -> LogProb:  # fmt: skip
     inputs = (hidden, head) if bias is None else (hidden, head, bias)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        found: tuple[Tensor, Scores] = apply(_Linear, hidden, head, bias, backend, batch, terms, options, chunk_bytes,
-                                             shards)  # fmt: skip
+        found: LogProb = apply(_Linear, hidden, head, bias, backend, batch, terms, options, chunk_bytes, shards)
         return found
     scores, _ = forward(backend, hidden, head, bias, batch, terms, options.entropy, options.divide_by, None,
                         chunk_bytes, (False, False, False), shards)  # fmt: skip
-    return scores.log_prob if terms is None else reduced(scores, options.reduction), scores
+    if terms is None:
+        return scores.log_prob, scores.entropy, scores
+    return reduced(scores, options.reduction), None, scores
 
 
 def log_prob(
     backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, entropy: bool,
     chunk_bytes: int | None, shards: Shards | None = None,
-) -> tuple[Tensor, Scores]:  # fmt: skip
-    """Return log pi (B,), with gradient where one is wanted, and the scores."""
+) -> LogProb:  # fmt: skip
+    """Return log pi (B,) and, where it is wanted, the entropy (B,), with gradient where one is wanted; the scores."""
     options = Options("none", 1.0, entropy, False, None)
     return _run(backend, hidden, head, bias, batch, None, options, chunk_bytes, shards)
 
@@ -444,8 +464,9 @@ def loss(
 ) -> tuple[Tensor, Scores]:  # fmt: skip
     """Return the reduced loss, with gradient where one is wanted, and the scores."""
     if isinstance(terms.objective, Objective):
-        return _run(backend, hidden, head, bias, batch, terms, options, chunk_bytes, shards)
+        found, _, scores = _run(backend, hidden, head, bias, batch, terms, options, chunk_bytes, shards)
+        return found, scores
     if not backend.records_faults:
         batch = check_ops.checked(batch, terms)
-    given, scores = log_prob(backend, hidden, head, bias, batch, options.entropy, chunk_bytes, shards)
-    return from_log_prob(backend, batch, given, scores, terms, options)
+    given = log_prob(backend, hidden, head, bias, batch, options.entropy, chunk_bytes, shards)
+    return from_log_prob(backend, batch, given, terms, options)

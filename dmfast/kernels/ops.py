@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import kernels, objectives
 from ..objectives import KINDS, Objective, Terms
 from . import check_ops, faults, linear
-from .autograd import Options, from_log_prob
+from .autograd import LogProb, Options, copies, from_log_prob
 from .backend import Backend, new_gradient
 from .batch import (
     LOG_PROB,
@@ -28,9 +28,11 @@ from .batch import (
     WEIGHT,
     WITH_TERMS,
     Batch,
+    Bonus,
     SampleRows,
     Scores,
     batch_of,
+    bonus_of,
     flat,
     logits_to_come,
 )
@@ -49,7 +51,8 @@ def flat_terms(terms: Terms) -> tuple[Any, ...]:
     assert isinstance(objective, Objective)
     flags = (_NORMALIZED if objective.normalize else 0) | (_LEFT_OUT if isinstance(objective.baseline, str) else 0)
     # no bound is 0: a number that every compiler can print
-    scalars = [objective.parameter, terms.max_weight if terms.max_weight < math.inf else 0.0, *terms.constants]
+    bound = terms.max_weight if terms.max_weight < math.inf else 0.0
+    scalars = [objective.parameter, bound, terms.entropy_coefficient, *terms.constants]
     return (objective.kind.number, terms.on_policy, flags, terms.block, terms.present, terms.given, scalars)
 
 
@@ -64,7 +67,8 @@ def terms_of(kind: int, on_policy: bool, flags: int, block: Tensor, present: int
         normalize=bool(flags & _NORMALIZED),
         **({} if parameter is None else {parameter: scalars[0]}),
     )
-    return Terms(objective, on_policy, scalars[1] or math.inf, block, present, given, tuple(scalars[2:]))
+    bound, coefficient, *constants = scalars[1:]
+    return Terms(objective, on_policy, bound or math.inf, block, present, given, tuple(constants), None, coefficient)
 
 
 def _status(scores: Scores, like: Tensor) -> Tensor:
@@ -83,26 +87,37 @@ def _blocks(batch: Batch, columns: int, entropy: bool, like: Tensor) -> tuple[Te
     return rows, rows.new_empty((columns, batch.n_sequences)), like.new_empty((), dtype=torch.int64)
 
 
+def _differentiable(scores: Scores, bonus: bool) -> tuple[Tensor, Tensor]:
+    """Return log_prob and entropy, which is empty without a bonus: a graph would bring zeros as its gradient."""
+    log_prob, entropy = copies(scores)
+    return log_prob, entropy if bonus and entropy is not None else log_prob.new_empty(0)
+
+
+def _fake_differentiable(batch: Batch, rows: Tensor, bonus: bool) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(batch.n_sequences), rows.new_empty(batch.n_sequences if bonus else 0)
+
+
 # A schema can't change under its name: torch stores compiled graphs under a key that holds their own code only, and an
 # old one calls an op by name.
-@torch.library.custom_op("dmfast::score_v3", mutates_args=())
+@torch.library.custom_op("dmfast::score_v4", mutates_args=())
 def score(
-    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool, backend: str
-) -> FourTensors:
-    """Return log_prob (B), rows, sequences and status."""
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
+    backend: str, bonus: bool,
+) -> FiveTensors:  # fmt: skip
+    """Return log_prob (B), with ``bonus`` the entropy (B), which then has a gradient, rows, sequences and status."""
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
     scores = kernels.BACKENDS[backend].forward(batch, None, entropy)
-    return scores.log_prob.clone(), scores.rows, scores.sequences, _status(scores, logits)
+    return *_differentiable(scores, bonus), scores.rows, scores.sequences, _status(scores, logits)
 
 
 @score.register_fake
-def _(logits, labels, cu_seqlens, scale, softcap, entropy, backend):  # type: ignore[no-untyped-def]
+def _(logits, labels, cu_seqlens, scale, softcap, entropy, backend, bonus):  # type: ignore[no-untyped-def]
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
     rows, sequences, status = _blocks(batch, ONLY_SCORED, entropy, logits)
-    return rows.new_empty(batch.n_sequences), rows, sequences, status
+    return *_fake_differentiable(batch, rows, bonus), rows, sequences, status
 
 
-@torch.library.custom_op("dmfast::score_and_weigh_v3", mutates_args=())
+@torch.library.custom_op("dmfast::score_and_weigh_v4", mutates_args=())
 def score_and_weigh(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
     backend: str, kind: int, on_policy: bool, flags: int, block: Tensor, present: int, given: int,
@@ -122,7 +137,7 @@ def _(logits, labels, cu_seqlens, scale, softcap, entropy, *args):  # type: igno
     return rows.new_empty(batch.n_sequences), rows, sequences, status
 
 
-@torch.library.custom_op("dmfast::score_and_grad_v3", mutates_args=())
+@torch.library.custom_op("dmfast::score_and_grad_v4", mutates_args=())
 def score_and_grad(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
     backend: str, kind: int, on_policy: bool, flags: int, block: Tensor, present: int, given: int,
@@ -148,63 +163,102 @@ def _(logits, labels, cu_seqlens, scale, softcap, entropy, *args):  # type: igno
     return rows.new_empty(()), rows, sequences, status, logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("dmfast::grad_v3", mutates_args=())
+@torch.library.custom_op("dmfast::grad_v4", mutates_args=())
 def grad(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, lse: Tensor,
-    weight: Tensor, backend: str,
+    weight: Tensor, backend: str, entropy: Tensor | None, bonus: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of -sum_i weight_i log pi(x_i) in the logits, in a new contiguous tensor."""
+    """Return the gradient of -sum_i (weight_i log pi(x_i) + bonus_i H(x_i)) in the logits, in a new contiguous tensor.
+
+    ``entropy`` (rows) and ``bonus`` (B) are both there or both None.
+    """
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
     dz = new_gradient(batch, inplace=False)
-    kernels.BACKENDS[backend].backward(batch, lse.contiguous(), weight.contiguous(), 1.0, dz)
+    kernels.BACKENDS[backend].backward(batch, lse.contiguous(), weight.contiguous(), 1.0, dz,
+                                       bonus=_bonus(entropy, bonus))  # fmt: skip
     return dz
 
 
+def _bonus(entropy: Tensor | None, weight: Tensor | None) -> Bonus | None:
+    return None if entropy is None or weight is None else Bonus(entropy.contiguous(), weight.contiguous())
+
+
 @grad.register_fake
-def _(logits, labels, cu_seqlens, scale, softcap, lse, weight, backend):  # type: ignore[no-untyped-def]
+def _(logits, labels, cu_seqlens, scale, softcap, lse, weight, backend, entropy, bonus):  # type: ignore[no-untyped-def]
     return logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("dmfast::grad_v3_", mutates_args={"logits"})
+@torch.library.custom_op("dmfast::grad_v4_", mutates_args={"logits"})
 def grad_(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, lse: Tensor,
-    weight: Tensor, backend: str,
+    weight: Tensor, backend: str, entropy: Tensor | None, bonus: Tensor | None,
 ) -> None:  # fmt: skip
     """Compute ``grad`` and write it over the logits. It is not differentiable."""
     batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
-    kernels.BACKENDS[backend].backward(batch, lse.contiguous(), weight.contiguous(), 1.0, batch.logits.detach())
+    kernels.BACKENDS[backend].backward(batch, lse.contiguous(), weight.contiguous(), 1.0, batch.logits.detach(),
+                                       bonus=_bonus(entropy, bonus))  # fmt: skip
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], rows: Tensor, sequences: Tensor | None) -> None:
     logits, labels, cu_seqlens, ctx.scale, ctx.softcap, _, ctx.backend = inputs[:7]
+    if sequences is None:
+        ctx.bonus = inputs[7]
+    else:
+        ctx.coefficient = _coefficient(inputs[-1])
     saved = [logits, labels, rows] + ([sequences] if sequences is not None else [])
     ctx.has_cu = cu_seqlens is not None
     ctx.save_for_backward(*saved, *([cu_seqlens] if ctx.has_cu else []))
 
 
-def _grad_arguments(ctx: Any, given: Tensor, weighs: bool) -> tuple[Any, ...]:
+def _coefficient(scalars: list[float]) -> float:
+    """Return that of the entropy among the scalars of ``flat_terms``."""
+    return scalars[2]
+
+
+def _of_losses(rows: Tensor, sequences: Tensor, given: Tensor, coefficient: float) -> tuple[Tensor, Bonus | None]:
+    """Return the weights of log pi and the bonus, from the gradient (B) that arrived at losses."""
+    return sequences.select(0, WEIGHT) * given, bonus_of(rows, coefficient * given) if coefficient else None
+
+
+def _of_log_prob(rows: Tensor, given: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor, Bonus | None]:
+    """Return the same from the gradients (B) that arrived at log pi and entropy, one of them at least."""
+    if of_entropy is None:
+        assert given is not None
+        return -given.to(torch.float64), None
+    bonus = bonus_of(rows, -of_entropy)
+    return torch.zeros_like(bonus.weight) if given is None else -given.to(torch.float64), bonus
+
+
+def _grad_arguments(ctx: Any, given: Tensor | None, of_entropy: Tensor | None, weighs: bool) -> tuple[Any, ...]:
     """Return the arguments of ``grad`` and ``grad_``, from what ``_save`` kept.
 
     Args:
         ctx: of a call of ``score``, or of ``score_and_weigh`` where ``weighs``.
         given: (B,), the gradient that arrived at log pi, or at the losses where ``weighs``.
+        of_entropy: (B,), the gradient that arrived at the entropy where not ``weighs``.
         weighs: whether the call formed A.
     """
     logits, labels, rows, *others = ctx.saved_tensors
-    weight = others.pop(0).select(0, WEIGHT) * given if weighs else -given.to(torch.float64)
+    if weighs:
+        assert given is not None
+        weight, bonus = _of_losses(rows, others.pop(0), given, ctx.coefficient)
+    else:
+        weight, bonus = _of_log_prob(rows, given, of_entropy if ctx.bonus else None)
     cu_seqlens = others[0] if ctx.has_cu else None
-    return logits, labels, cu_seqlens, ctx.scale, ctx.softcap, rows.select(0, LSE), weight, ctx.backend
+    return (logits, labels, cu_seqlens, ctx.scale, ctx.softcap, rows.select(0, LSE), weight, ctx.backend,
+            *(bonus or (None, None)))  # fmt: skip
 
 
 def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _save(ctx, inputs, output[1], None)
-    ctx.mark_non_differentiable(*output[1:])
+    _save(ctx, inputs, output[2], None)
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _score_backward(ctx: Any, grad_log_prob: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    dz = None if grad_log_prob is None else grad(*_grad_arguments(ctx, grad_log_prob, False))
-    return (dz, *(None,) * 6)
+def _score_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    nothing = grads[0] is None and grads[1] is None
+    dz = None if nothing else grad(*_grad_arguments(ctx, grads[0], grads[1], False))
+    return (dz, *(None,) * 7)
 
 
 score.register_autograd(_score_backward, setup_context=_score_setup)
@@ -218,7 +272,7 @@ def _weigh_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> 
 
 def _weigh_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     grad_loss = grads[0]  # (B,): the reduction is torch's
-    dz = None if grad_loss is None else grad(*_grad_arguments(ctx, grad_loss, True))
+    dz = None if grad_loss is None else grad(*_grad_arguments(ctx, grad_loss, None, True))
     return (dz, *(None,) * 13)
 
 
@@ -266,15 +320,16 @@ class _ScoreInPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         output = score(*inputs)
-        _save(ctx, inputs, output[1], None)
-        ctx.mark_non_differentiable(*output[1:])
+        _save(ctx, inputs, output[2], None)
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
         return cast("tuple[Tensor, ...]", output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        arguments = _grad_arguments(ctx, grads[0], False)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        arguments = _grad_arguments(ctx, grads[0], grads[1], False)
         grad_(*arguments)
-        return (arguments[0], *(None,) * 6)
+        return (arguments[0], *(None,) * 7)
 
 
 class _WeighInPlace(torch.autograd.Function):
@@ -289,7 +344,7 @@ class _WeighInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        arguments = _grad_arguments(ctx, grads[0], True)
+        arguments = _grad_arguments(ctx, grads[0], None, True)
         grad_(*arguments)
         return (arguments[0], *(None,) * 13)
 
@@ -313,26 +368,27 @@ def _wanted(bits: int) -> tuple[bool, ...]:
     return bool(bits & 1), bool(bits & 2), bool(bits & 4)
 
 
-@torch.library.custom_op("dmfast::linear_score_v4", mutates_args=())
+@torch.library.custom_op("dmfast::linear_score_v5", mutates_args=())
 def linear_score(
     hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
     softcap: float, logits_dtype: torch.dtype | None, entropy: bool, chunk_bytes: int, backend: str, wanted: int,
-) -> FourTensors:  # fmt: skip
-    """Return log_prob (B), rows, sequences and status. ``chunk_bytes`` 0 stands for the default."""
+    bonus: bool,
+) -> FiveTensors:  # fmt: skip
+    """Return what ``score`` does. ``chunk_bytes`` 0 stands for the default."""
     batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
     scores, _ = linear.forward(kernels.BACKENDS[backend], hidden, head, bias, batch, None, entropy, 1.0, None,
                                chunk_bytes or None, (False,) * 3)  # fmt: skip
-    return scores.log_prob.clone(), scores.rows.clone(), scores.sequences, _status(scores, hidden)
+    return *_differentiable(scores, bonus), scores.rows.clone(), scores.sequences, _status(scores, hidden)
 
 
 @linear_score.register_fake
 def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, logits_dtype, entropy, *args):  # type: ignore[no-untyped-def]
     batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
     rows, sequences, status = _blocks(batch, ONLY_SCORED, entropy, hidden)
-    return rows.new_empty(batch.n_sequences), rows, sequences, status
+    return *_fake_differentiable(batch, rows, args[-1]), rows, sequences, status
 
 
-@torch.library.custom_op("dmfast::linear_weigh_v4", mutates_args=())
+@torch.library.custom_op("dmfast::linear_weigh_v5", mutates_args=())
 def linear_weigh(
     hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
     softcap: float, logits_dtype: torch.dtype | None, entropy: bool, chunk_bytes: int, backend: str, wanted: int,
@@ -353,7 +409,7 @@ def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, logits_dtype, entr
     return rows.new_empty(batch.n_sequences), rows, sequences, status
 
 
-@torch.library.custom_op("dmfast::linear_weigh_and_grad_v4", mutates_args=())
+@torch.library.custom_op("dmfast::linear_weigh_and_grad_v5", mutates_args=())
 def linear_weigh_and_grad(
     hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
     softcap: float, logits_dtype: torch.dtype | None, entropy: bool, chunk_bytes: int, backend: str, wanted: int,
@@ -385,16 +441,17 @@ def _fake_gradients(hidden: Tensor, head: Tensor, bias: Tensor | None, wanted: i
     return tuple(x.new_empty(x.shape) if want and x is not None else hidden.new_empty(0) for x, want in pairs)
 
 
-@torch.library.custom_op("dmfast::linear_grad_v4", mutates_args=())
+@torch.library.custom_op("dmfast::linear_grad_v5", mutates_args=())
 def linear_grad(
     hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
     softcap: float, logits_dtype: torch.dtype | None, chunk_bytes: int, backend: str, wanted: int, lse: Tensor,
-    coefficient: Tensor,
+    coefficient: Tensor, entropy: Tensor | None, bonus: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of -sum_i coefficient_i log pi(x_i) in hidden, head and bias; empty where not wanted."""
+    """Return the gradients of -sum_i (coefficient_i log pi(x_i) + bonus_i H(x_i)) in hidden, head and bias; empty where
+    not wanted. ``entropy`` (rows) and ``bonus`` (B) are both there or both None."""
     batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
     gradients = linear.backward(kernels.BACKENDS[backend], hidden, head, bias, batch, lse.contiguous(), coefficient,
-                                chunk_bytes or None, _wanted(wanted))  # fmt: skip
+                                chunk_bytes or None, _wanted(wanted), bonus=_bonus(entropy, bonus))  # fmt: skip
     return cast("tuple[Tensor, Tensor, Tensor]", _or_empty(gradients, hidden))
 
 
@@ -412,19 +469,26 @@ def scale_(x: Tensor, by: Tensor, backend: str) -> None:
 def _linear_save(ctx: Any, inputs: tuple[Any, ...], rows: Tensor, sequences: Tensor | None) -> None:
     hidden, head, bias, labels, cu_seqlens, ctx.scale, ctx.softcap, ctx.logits_dtype = inputs[:8]
     ctx.chunk_bytes, ctx.backend, ctx.wanted = inputs[9:12]
-
+    if sequences is None:
+        ctx.bonus = inputs[12]
+    else:
+        ctx.coefficient = _coefficient(inputs[-1])
     kept = {"bias": bias, "cu_seqlens": cu_seqlens, "sequences": sequences}
     ctx.kept = [name for name, x in kept.items() if x is not None]
     ctx.save_for_backward(hidden, head, labels, rows, *(x for x in kept.values() if x is not None))
 
 
-def _linear_backward(ctx: Any, given: Tensor, weighs: bool) -> tuple[Tensor | None, ...]:
+def _linear_backward(ctx: Any, given: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
     hidden, head, labels, rows, *others = ctx.saved_tensors
     kept = dict(zip(ctx.kept, others, strict=True))
-    coefficient = kept["sequences"].select(0, WEIGHT) * given if weighs else -given.to(torch.float64)
+    if "sequences" in kept:
+        assert given is not None
+        coefficient, bonus = _of_losses(rows, kept["sequences"], given, ctx.coefficient)
+    else:
+        coefficient, bonus = _of_log_prob(rows, given, of_entropy if ctx.bonus else None)
     gradients = linear_grad(hidden, head, kept.get("bias"), labels, kept.get("cu_seqlens"), ctx.scale, ctx.softcap,
                             ctx.logits_dtype, ctx.chunk_bytes, ctx.backend, ctx.wanted, rows.select(0, LSE),
-                            coefficient)  # fmt: skip
+                            coefficient, *(bonus or (None, None)))  # fmt: skip
     return _only_wanted(gradients, ctx.wanted)
 
 
@@ -433,14 +497,15 @@ def _only_wanted(gradients: tuple[Tensor, ...], wanted: int) -> tuple[Tensor | N
 
 
 def _linear_score_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _linear_save(ctx, inputs, output[1], None)
-    ctx.mark_non_differentiable(*output[1:])
+    _linear_save(ctx, inputs, output[2], None)
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _linear_score_backward(ctx: Any, given: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    gradients = (None,) * 3 if given is None else _linear_backward(ctx, given, False)
-    return (*gradients, *(None,) * 9)
+def _linear_score_backward(ctx: Any, given: Tensor | None, of_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    nothing = given is None and of_entropy is None
+    gradients = (None,) * 3 if nothing else _linear_backward(ctx, given, of_entropy)
+    return (*gradients, *(None,) * 10)
 
 
 linear_score.register_autograd(_linear_score_backward, setup_context=_linear_score_setup)
@@ -453,7 +518,7 @@ def _linear_weigh_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ..
 
 
 def _linear_weigh_backward(ctx: Any, given: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    gradients = (None,) * 3 if given is None else _linear_backward(ctx, given, True)
+    gradients = (None,) * 3 if given is None else _linear_backward(ctx, given, None)
     return (*gradients, *(None,) * 16)
 
 
@@ -495,11 +560,13 @@ def _scores(
     return Scores(rows, sequences, None, (faults.device_faults(batch, terms, log_prob, status, made),))
 
 
-def log_prob(backend: Backend, batch: Batch, entropy: bool, inplace: bool, wants_grad: bool) -> tuple[Tensor, Scores]:
-    """Return log pi (B,), differentiable, and the scores."""
+def log_prob(
+    backend: Backend, batch: Batch, entropy: bool, inplace: bool, wants_grad: bool, bonus: bool = False
+) -> LogProb:
+    """Return log pi (B,) and, with ``bonus``, the entropy (B,), differentiable; the scores."""
     call = _ScoreInPlace.apply if inplace else score
-    given, rows, sequences, status = call(*flat(batch), entropy, backend.name)  # type: ignore[no-untyped-call]
-    return given, _scores(backend, batch, None, rows, sequences, status)
+    given, of_sequences, *blocks = call(*flat(batch), entropy, backend.name, bonus)  # type: ignore[no-untyped-call]
+    return given, of_sequences if bonus else None, _scores(backend, batch, None, *blocks)
 
 
 def loss(backend: Backend, batch: Batch, terms: Terms, options: Options, wants_grad: bool) -> tuple[Tensor, Scores]:
@@ -507,8 +574,9 @@ def loss(backend: Backend, batch: Batch, terms: Terms, options: Options, wants_g
     if not isinstance(terms.objective, Objective):
         if not backend.records_faults:
             batch = check_ops.checked(batch, terms)
-        given, scores = log_prob(backend, batch, options.entropy, options.inplace, wants_grad)
-        return from_log_prob(backend, batch, given, scores, terms, options)
+        bonus = terms.entropy_coefficient != 0.0
+        given = log_prob(backend, batch, options.entropy, options.inplace, wants_grad, bonus)
+        return from_log_prob(backend, batch, given, terms, options)
     arguments = (*flat(batch), options.entropy, backend.name, *flat_terms(terms))
     if options.inplace:
         # known weights too wait for backward here: one mutating op less, one more read of the logits
@@ -534,12 +602,12 @@ def _linear_arguments(
 
 def linear_log_prob(
     backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, entropy: bool,
-    chunk_bytes: int | None,
-) -> tuple[Tensor, Scores]:  # fmt: skip
-    """Return log pi (B,), differentiable, and the scores."""
+    chunk_bytes: int | None, bonus: bool = False,
+) -> LogProb:  # fmt: skip
+    """Return log pi (B,) and, with ``bonus``, the entropy (B,), differentiable; the scores."""
     arguments = _linear_arguments(backend, hidden, head, bias, batch, entropy, chunk_bytes)
-    given, rows, sequences, status = linear_score(*arguments)
-    return given, _scores(backend, batch, None, rows, sequences, status)
+    given, of_sequences, *blocks = linear_score(*arguments, bonus)
+    return given, of_sequences if bonus else None, _scores(backend, batch, None, *blocks)
 
 
 def linear_loss(
@@ -550,8 +618,9 @@ def linear_loss(
     if not isinstance(terms.objective, Objective):
         if not backend.records_faults:
             batch = check_ops.checked(batch, terms)
-        given, scores = linear_log_prob(backend, hidden, head, bias, batch, options.entropy, chunk_bytes)
-        return from_log_prob(backend, batch, given, scores, terms, options)
+        bonus = terms.entropy_coefficient != 0.0
+        given = linear_log_prob(backend, hidden, head, bias, batch, options.entropy, chunk_bytes, bonus)
+        return from_log_prob(backend, batch, given, terms, options)
     arguments = _linear_arguments(backend, hidden, head, bias, batch, options.entropy, chunk_bytes)
     if options.expected is not None and arguments[-1]:
         found, rows, sequences, status = _LinearOnePass.apply(  # type: ignore[no-untyped-call]

@@ -60,7 +60,7 @@ class DMLossOutput:
 
     @property
     def entropy(self) -> Tensor | None:
-        """(B,) fp64, nats summed over scored tokens; None without ``return_entropy``."""
+        """(B,) fp64, nats summed over scored tokens; None without ``return_entropy`` or an ``entropy_coefficient``."""
         return self._scores.sequences.select(0, ENTROPY) if self._has_entropy else None
 
     @property

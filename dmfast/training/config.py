@@ -66,6 +66,9 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             goes on with it, one of several draws a new one.
         normalize: False multiplies A by Z, the paper's scale.
         max_weight: bounds A.
+        entropy_coefficient: c of the entropy bonus, which adds -c times the mean over sequences of the policy's
+            entropy, summed over their tokens (nats), to the loss: of all sequences as they were drawn, not weighted.
+            That mean is logged as ``entropy``. Not with ``skip_zero_weight``.
         temperature: of policy, proposal and base, in sampling and in scoring.
         max_new_tokens: where a sequence without EOS ends.
         samples_per_context: n, sequences drawn from each prompt. Default: one; with one prompt, or without a data set
@@ -127,6 +130,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     ppo_clip: float = _field(0.2, "Where the ratio is clipped, with more than one step on a batch.")
     normalize: bool = _field(True, "False multiplies A by Z.")
     max_weight: float | None = _field(None, "Bounds A to [-max_weight, max_weight].")
+    entropy_coefficient: float = _field(0.0, "What the policy's entropy is multiplied by in the loss; 0: no bonus.")
     temperature: float = _field(1.0, "Of policy, proposal and base.")
     max_new_tokens: int = _field(64, "Where a sequence without EOS ends.")
     samples_per_context: int | None = _field(None, "Sequences drawn from each prompt.")

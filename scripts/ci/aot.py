@@ -1,6 +1,7 @@
 """Looks at the machine code of every GPU kernel for sm_80, 90, 100 and 120: no stack, no spill (STL, LDL), the wide
-accesses that are meant, registers within what leaves room for the warps that are meant. Exits with 1 if a kernel is not
-as it should be, or if benchmarks/results/aot.md does not say what was found.
+accesses that are meant, registers within what leaves room for the warps that are meant. The same of Triton's for two of
+AMD's architectures (amd_code.py). Exits with 1 if a kernel is not as it should be, or if benchmarks/results/aot.md does
+not say what was found.
 
     python scripts/ci/aot.py [--only NAME] [--archs 90] [--write FILE] [--table FILE]
 """
@@ -12,6 +13,8 @@ import sys
 from difflib import unified_diff
 from pathlib import Path
 
+import amd_code
+from inner_loops import per_logit, rounds
 from machine_code import ARCHS, Code, all_code, versions
 
 REGISTERS = 65536  # of a multiprocessor, of all these architectures
@@ -20,14 +23,13 @@ REGISTERS = 65536  # of a multiprocessor, of all these architectures
 # memory answers after 0.7 us. What is not bound by memory needs more to hide its arithmetic, and has it but where a
 # softcap takes the registers.
 WARPS = [
-    ("CUDA score_rows known", 24),  # one block of plan.h's 768 threads
+    ("CUDA score_rows known", 24),  # two blocks of plan.h's 384 threads
     ("CUDA score_rows", 32),
     ("CUDA write_rows cap", 32),
     ("CUDA write_rows ->", 40),  # the five blocks of its __launch_bounds__, with twice as much under way
     ("CUDA write_rows", 48),  # six blocks
     ("CUDA scale_rows", 48),
-    ("CUDA sample_rows cap", 32),
-    ("CUDA sample_rows", 40),
+    ("CUDA sample_rows", 32),  # two blocks, whose warps load a tile ahead
     ("Triton score_rows known cap", 24),
     ("Triton score_rows", 32),
     ("Triton write_rows cap", 28),
@@ -37,6 +39,26 @@ WARPS = [
     ("Triton sample_rows", 24),
     ("Triton sum_rows", 24),  # a sequence each, few
 ]
+
+# Instructions for each logit that a kernel's rounds take at most, on the shortest way: the first line whose words are
+# all in its name.
+INSTRUCTIONS = [
+    ("CUDA score_rows known cap", 84.0),
+    ("CUDA score_rows known entropy", 34.0),
+    ("CUDA score_rows known", 30.0),
+    ("CUDA score_rows cap", 42.0),
+    ("CUDA score_rows entropy", 18.0),
+    ("CUDA score_rows", 14.0),
+    ("CUDA write_rows cap", 45.0),
+    ("CUDA write_rows bonus", 18.0),
+    ("CUDA write_rows", 15.0),
+]
+
+
+def intended_instructions(code: Code) -> float | None:
+    """As INSTRUCTIONS has it; None where it says nothing."""
+    name = f"{code.source} {code.kernel}"
+    return next((most for words, most in INSTRUCTIONS if all(word in name for word in words.split())), None)
 
 
 def intended_warps(code: Code) -> int:
@@ -70,6 +92,12 @@ def faults(code: Code) -> list[str]:
         said.append("no 128-bit load")
     if not stores and (name in ("write_rows", "scale_rows") or "known" in code.kernel):
         said.append("no 128-bit store")
+    late = sum(loop.late_loads for loop in rounds(code))
+    if late and code.source == "CUDA" and name in ("score_rows", "write_rows"):
+        said.append(f"{late} 128-bit loads of a round stand behind its first special-function instruction")
+    most = intended_instructions(code)
+    if most is not None and (taken := per_logit(code)[0]["issue"]) > most:
+        said.append(f"{taken:.1f} instructions for each logit, {most:.0f} are meant")
     if resident_warps(code) < intended_warps(code):
         said.append(
             f"{code.registers} registers leave room for {resident_warps(code)} warps, {intended_warps(code)} are meant"
@@ -88,48 +116,55 @@ def stale(old: Path, new: str) -> str:
     return "".join(unified_diff(kept.splitlines(True), new.splitlines(True), str(old), "now", n=0))
 
 
-def table(found: list[Code], wrong: list[str]) -> str:
+def table(found: list[Code], of_amd: list[amd_code.AmdCode], wrong: list[str]) -> str:
     """Markdown: a line for each kernel, a figure for each architecture; what is not as it should be."""
     lines = [
         "# What the compilers make of the GPU kernels", "",
         f"By `make aot`, {versions()}; no device was involved. Registers of a thread and 128-bit "
         "loads / stores in the code, for sm_" + ", ".join(map(str, ARCHS)) + " (Triton's fp16 and short rows: sm_90); "
-        f"warps are what the registers of a multiprocessor hold on the worst of them. {len(found)} kernels "
+        "warps are what the registers of a multiprocessor hold on the worst of them; instructions for each logit, of "
+        "how many at most, are those of the inner loops, on the shortest way. For AMD's "
+        f"{' and '.join(amd_code.ARCHS)} below, warps are those of a SIMD unit. {len(found) + len(of_amd)} kernels "
         f"{'as they should be, but for these:' if wrong else 'without stack or spills.'}", "",
         *[f"- {each}" for each in wrong], *[""] * bool(wrong),
-        "| | kernel | registers | 128-bit loads / stores | warps | meant |", "|---|---|---|---|---|---|",
+        "| | kernel | registers | 128-bit loads / stores | instructions | warps | meant |", "|---|" + "---|" * 6,
     ]  # fmt: skip
     kernels: dict[tuple[str, str], list[Code]] = {}
     for code in found:
         kernels.setdefault((code.source, code.kernel), []).append(code)
     for (source, kernel), same in sorted(kernels.items()):
+        meant = intended_warps(same[0])
         registers = ", ".join(str(code.registers) for code in same)
         wide = ", ".join(dict.fromkeys("{} / {}".format(*accesses(code)) for code in same))
+        most = intended_instructions(same[0])
+        taken = ", ".join(f"{per_logit(code)[0]['issue']:.1f}" for code in same) + f" of {most:.0f}" if most else ""
         warps = min(resident_warps(code) for code in same)
-        lines.append(f"| {source} | `{kernel}` | {registers} | {wide} | {warps} | {intended_warps(same[0])} |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {source} | `{kernel}` | {registers} | {wide} | {taken} | {warps} | {meant} |")
+    return "\n".join(lines) + "\n\n" + amd_code.table(of_amd)
 
 
 def main() -> int:
     """The exit status."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="", help="part of cuda/loss.cu, cuda/sample.cu or triton/KERNEL")
+    parser.add_argument("--only", default="", help="part of cuda/loss.cu, cuda/sample.cu, triton/KERNEL or amd/KERNEL")
     parser.add_argument("--archs", type=int, nargs="*", default=ARCHS)
     parser.add_argument("--table", type=Path, help="where the table is kept, which is to be what is found now")
     parser.add_argument("--write", type=Path, help="where to write it")
     args = parser.parse_args()
 
     found = list(all_code(args.only, tuple(args.archs)))
+    of_amd = list(amd_code.amd_code(args.only))
     wrong = [f"{code.source} {code.kernel} sm_{code.arch}: {said}" for code in found for said in faults(code)]
-    print(*wrong, f"{len(found)} kernels compiled, {len(wrong)} faults", sep="\n")
-    made = table(found, wrong)
+    wrong += [f"{code.kernel} {code.arch}: {said}" for code in of_amd for said in amd_code.faults(code)]
+    print(*wrong, f"{len(found) + len(of_amd)} kernels compiled, {len(wrong)} faults", sep="\n")
+    made = table(found, of_amd, wrong)
     if args.write:
         args.write.parent.mkdir(parents=True, exist_ok=True)
         args.write.write_text(made)
     if args.table and (difference := stale(args.table, made)):
         print(f"{difference}{args.table} is out of date: cp {args.write} {args.table}")
         return 1
-    return 1 if wrong or not found else 0
+    return 1 if wrong or not (found or of_amd) else 0
 
 
 if __name__ == "__main__":

@@ -61,11 +61,12 @@ said() { echo "$(($(date +%s) - start)) s: $*"; }
 small="not 50257 and not 32003 and not 1024_tokens and not million and not under_compile and not formula and not threads"
 
 build "$out/plain" "-O2"
-SHIM_SEED=1 suite "$out/plain" test_cuda.py test_kernels.py test_shards.py test_sample.py test_linear.py test_errors.py \
+SHIM_SEED=1 suite "$out/plain" test_cuda.py test_kernels.py test_entropy.py test_shards.py test_sample.py test_linear.py \
+  test_errors.py \
   -k "$small and not own_interval and not num_sequences"
 said "the suite"
 SHIM_SEED=2 suite "$out/plain" test_kernels.py -k "50257 and (vocabularies and contiguous or log_sum_exp)"
-SHIM_SEED=3 SHIM_SHARED=6000 suite "$out/plain" test_cuda.py test_kernels.py -k "any_shape or empty or test_cuda or (4096 and vocabularies)"
+SHIM_SEED=3 SHIM_SHARED=12000 suite "$out/plain" test_cuda.py test_kernels.py -k "any_shape or empty or test_cuda or (4096 and vocabularies)"
 SHIM_SEED=4 suite "$out/plain" test_cuda.py test_kernels.py -k "any_shape or test_cuda"
 said "large rows, other schedules, rows read twice"
 
@@ -76,6 +77,7 @@ said "sanitizers"
 
 caught missing_barrier "^FAILED test_kernels" seeded "$out/plain" "-O1" suite test_kernels.py -k "vocabularies and 1000"
 caught truncation "^FAILED .*rounded_to_nearest" seeded "$out/plain" "-O1" suite test_kernels.py -k rounded_to_nearest
+caught ones "^FAILED .*log_sum_exp" seeded "$out/plain" "-O1" suite test_kernels.py -k "log_sum_exp and peaked and 1000"
 caught out_of_bounds "AddressSanitizer: heap-buffer-overflow" seeded "$out/sanitized" "$sanitizers" sanitized \
   test_kernels.py -k "empty_and_short and contiguous-1-1"
 said "seeded bugs"

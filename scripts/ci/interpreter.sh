@@ -33,9 +33,13 @@ suite "$(pwd)" test_kernels.py -k "test_objectives and bf16 and off-policy and (
 suite "$(pwd)" test_kernels.py -k "50257 and vocabularies and unaligned and bf16"
 suite "$(pwd)" test_kernels.py -k "narrow_gradients and (127-contiguous-bf16 or 127-unaligned-fp16) or may_not_be_written"
 said "objectives, options, a large row, gradients narrower than logits"
+suite "$(pwd)" test_entropy.py \
+  -k "layouts and (sliced or packed64) and bf16 and new or special and 1.7 and (scattered or rising) and bf16 or reductions and 5.0 and none and fp32 and gdc or halves and fused and fp32 or fault or linear and dpg and mean-3"
+said "the entropy bonus"
 suite "$(pwd)" test_linear.py test_sample.py -k "test_dtypes and gdc or thousandth and 48 and GPU or bad_place or tails and 1.0 and bf16 or bad_row or strides and not wrong"
 said "hidden states, sampling"
 
 caught triton_tail "^FAILED " suite -x test_kernels.py -k "vocabularies and 127 and contiguous and fp32"
 caught triton_rounding "^FAILED " suite -x test_kernels.py -k "label_gradient and 30-600-fp32"
+caught triton_bonus "^FAILED " suite -x test_entropy.py -k "special and 1.7 and scattered and bf16"
 said "seeded bugs"

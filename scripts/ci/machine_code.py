@@ -89,8 +89,8 @@ def _read(source: str, cubin: Path | bytes, arch: int, threads: Callable[[str], 
 
 
 def readable(kernel: str) -> str:
-    """``score_rows<fp32, cap, entropy, known weight>`` of a mangled name; ``fp32 -> bf16`` where the gradient of fp32
-    logits has another dtype."""
+    """``score_rows<fp32, cap, entropy, known weight>`` or ``write_rows<fp32, cap, bonus>`` of a mangled name; ``fp32 ->
+    bf16`` where the gradient of fp32 logits has another dtype."""
     found = re.search(r"\d+(score_rows|write_rows|scale_rows|sample_rows)I(.*?)EEv", kernel)
     if found is None:
         return kernel
@@ -102,15 +102,22 @@ def readable(kernel: str) -> str:
     if of_gradient and of_gradient != of_logits:
         dtype += f" -> {names[of_gradient]}"
     flags = re.findall(r"L(?:b|N\w*?Pass)E?(\d)", arguments)
-    said = [(), ("cap",)][flags[:1] == ["1"]] + [(), ("entropy",)][flags[1:2] == ["1"]]
-    pass_ = {"1": ("known weight, kept",), "2": ("known weight, read twice",)}.get("".join(flags[2:3]), ())
+    second = "bonus" if name == "write_rows" else "entropy"
+    said = [(), ("cap",)][flags[:1] == ["1"]] + [(), (second,)][flags[1:2] == ["1"]]
+    pass_ = ("known weight, kept",) if flags[2:3] == ["1"] else ()
     return f"{name}<{', '.join((dtype, *said, *pass_))}>"
+
+
+def _most_threads(kernel: str) -> int:
+    """Of a block of a kernel by its mangled name."""
+    if "sample_rows" in kernel:
+        return 512
+    return 384 if re.search(r"Pass\w*?E?1E", kernel) else 256
 
 
 def cuda_code(source: str, arch: int) -> list[Code]:
     """The kernels of a file of csrc/cuda."""
-    return _read("CUDA", compiled(ROOT, f"csrc/{source}", "cubin", arch, CACHE), arch,
-                 lambda kernel: 768 if re.search(r"Pass\w*?E?[12]E", kernel) else 256)  # fmt: skip
+    return _read("CUDA", compiled(ROOT, f"csrc/{source}", "cubin", arch, CACHE), arch, _most_threads)
 
 
 # --- Triton -------------------------------------------------------------------------------------------------------
@@ -137,7 +144,7 @@ def _type(name: str, kernel: TritonKernel) -> str:
         return "*" + (kernel.dtype if name == "logits" else kernel.gradient)
     if name in ("labels", "sequence_of", "starts", "faults", "row_ids", "tokens"):
         return "*i64"
-    if name in ("lse_of", "label_of", "entropy_of", "weights", "factors", "log_prob", "entropy", "uniforms"):
+    if name in ("lse_of", "label_of", "entropy_of", "weights", "bonuses", "factors", "log_prob", "entropy", "uniforms"):
         return "*fp64"
     if name == "there":
         return "*i32"
@@ -146,7 +153,7 @@ def _type(name: str, kernel: TritonKernel) -> str:
     return "i64" if "stride" in name else "i32"
 
 
-def triton_kernels() -> Iterator[TritonKernel]:
+def triton_kernels(warp_size: int = 32) -> Iterator[TritonKernel]:
     """What launch.py launches; in bf16 for rows of three lengths."""
     for dtype, gradient in (*((x, x) for x in SIZE), ("fp32", "bf16"), ("fp32", "fp16")):
         size, size_dz, same = SIZE[dtype], SIZE[gradient], dtype == gradient
@@ -154,34 +161,44 @@ def triton_kernels() -> Iterator[TritonKernel]:
         for (vocab, kind), cap in product(kinds.items(), (False, True)):
             if cap and kind == ", middle":
                 continue  # as longer ones
-            shape = launch.shape_of(vocab, size, cap)
-            row = {"W": 16 // size, "LANES": shape.lanes}
-            row_dz = {"DZ_W": 16 // size_dz, "DZ_LANES": shape.lanes * size_dz // size}
+            shape = launch.shape_of(vocab, size, cap, warp_size)
+            row = {"W": 16 // size, "PACKS": shape.packs, "THREADS": shape.threads}
+            row_dz = {"DZ_W": 16 // size_dz, "DZ_PACKS": shape.packs * size_dz // size, "THREADS": shape.threads}
             wide = {"WIDE": True, "CAP": cap}
             tag = f"{dtype if same else f'{dtype} -> {gradient}'}{', cap' if cap else ''}{kind}"
             entropies = (False, True) if cap and dtype == "bf16" else (False,)
             for write, entropy in product((False, True) if same else (True,), entropies):
                 name = f"score_rows<{tag}{', entropy' if entropy else ''}{', known weight' if write else ''}>"
-                constants = {**row, **row_dz, **wide, "ENTROPY": entropy, "WRITE": write}
+                # of those with a bonus that with the most to do
+                constants = {**row, **row_dz, **wide, "ENTROPY": entropy, "WRITE": write, "BONUS": entropy and write}
                 yield TritonKernel(name, loss.score_rows, dtype, gradient, shape.warps, constants)
-            writes = {**row_dz, **wide, "MAY_BE_THERE": True}  # one load more than what backward mostly launches
-            yield TritonKernel(f"write_rows<{tag}>", loss.write_rows, dtype, gradient, shape.warps, writes)
+            for bonus in (False, True) if gradient == "bf16" and not kind else (False,):
+                # one load more than what backward mostly launches
+                writes = {**row_dz, **wide, "MAY_BE_THERE": True, "BONUS": bonus}
+                name = f"write_rows<{tag}{', bonus' if bonus else ''}>"
+                yield TritonKernel(name, loss.write_rows, dtype, gradient, shape.warps, writes)
             if same and not cap:
                 yield TritonKernel(f"scale_rows<{tag}>", loss.scale_rows, dtype, dtype, shape.warps, row_dz)
         for wide in (False, True) if same else ():
             constants = {"CAP": False, "IDS": True, "GIVEN": False, "WIDE": wide, "TILES": 64, "SIZE": sample.TILE}
             name = f"sample_rows<{dtype}{', wide' if wide else ''}>"
-            yield TritonKernel(name, sample.sample_rows, dtype, dtype, sample.TILE * size // 512, constants)
-    yield TritonKernel("sum_rows", loss.sum_rows, "fp32", "fp32", 4, {"ENTROPY": True, "ROWS": 128})
+            yield TritonKernel(name, sample.sample_rows, dtype, dtype, launch.sample_warps(size, warp_size), constants)
+    summed = {"ENTROPY": True, "ROWS": launch.SUMMED}
+    yield TritonKernel("sum_rows", loss.sum_rows, "fp32", "fp32", launch.SUMMED // warp_size, summed)
 
 
-def triton_code(kernel: TritonKernel, arch: int) -> list[Code]:
+def triton_compiled(kernel: TritonKernel, target: GPUTarget) -> Any:
     """As at run time: nothing is known of a number or an address."""
     names = kernel.function.arg_names
     signature = {n: "constexpr" if n in kernel.constants else _type(n, kernel) for n in names}
     values = {(names.index(n),): value for n, value in kernel.constants.items()}
     source = ASTSource(fn=kernel.function, signature=signature, constexprs=values, attrs={})
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": kernel.warps})
+    return triton.compile(source, target=target, options={"num_warps": kernel.warps})
+
+
+def triton_code(kernel: TritonKernel, arch: int) -> list[Code]:
+    """What NVIDIA's assembler makes of it."""
+    made = triton_compiled(kernel, GPUTarget("cuda", arch, 32))
     return _read("Triton", bytes(made.asm["cubin"]), arch, lambda _: 32 * kernel.warps, kernel.name)
 
 

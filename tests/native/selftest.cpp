@@ -54,7 +54,9 @@ void check(dmf::DType dtype, const char* name, double step, dmf::DType of_gradie
         const double *lse = rows, *log_prob = per_sequence, *weight = &out.weight(0);
         const dmf::Status status = dmf::forward(batch, terms, out, false);
         expect(status.fault == dmf::Fault::none, "status", name, v, static_cast<double>(status.fault), 0);
-        dmf::backward(batch, lse, weight, 0.5, nullptr,
+        // the bonus in sequence 0 alone
+        const double of_bonus[2] = {0.3, 0.0};
+        dmf::backward(batch, lse, weight, {&out.row_entropy(0), of_bonus}, 0.5, nullptr,
                       {of_gradient, reinterpret_cast<char*>(dz.data()), steps * v, v});
 
         for (long i = 0; i < sequences; ++i) {
@@ -76,11 +78,14 @@ void check(dmf::DType dtype, const char* name, double step, dmf::DType of_gradie
             const long double exact = max + std::log(sum);
             expected += y(labels[row]) - exact;
             expect(std::fabs(lse[row] - static_cast<double>(exact)) < 1e-6, "lse", name, v, lse[row], exact);
+            long double entropy = 0;
+            for (long k = 0; k < v; ++k) entropy -= std::exp(y(k) - exact) * (y(k) - exact);
             for (long k = 0; k < v; ++k) {
-              const long double x = dmf::to_float(z[row * v + k]);
+              const long double x = dmf::to_float(z[row * v + k]), log_p = y(k) - exact, p = std::exp(log_p);
               const long double slope = softcap > 0 ? 1 - std::pow(std::tanh(x / softcap), 2) : 1;
-              const double want = static_cast<double>(0.5L * weight[i] * scale * slope *
-                                                      (std::exp(y(k) - exact) - (k == labels[row] ? 1 : 0)));
+              const long double of_row =
+                  weight[i] * (p - (k == labels[row] ? 1 : 0)) + of_bonus[i] * p * (log_p + entropy);
+              const double want = static_cast<double>(0.5L * scale * slope * of_row);
               const double got = dmf::to_float(dz[row * v + k]);
               expect(std::fabs(got - want) <= step * std::fabs(want) + 1e-7, "gradient", name, v, got, want);
             }

@@ -178,6 +178,7 @@ void launch(unsigned grid, unsigned block_size, size_t shared_bytes, const std::
   if (block_size % 32 || block_size > 1024) fail("a block must be whole warps, 1024 threads at most");
   const char* seed = std::getenv("SHIM_SEED");
   std::mt19937 random(seed ? std::atoi(seed) : 0);
+  if (observer) observer->starts_launch();
   threads = {block_size};
   blocks = {grid};
   body = &kernel;

@@ -93,6 +93,40 @@ inline float __double2float_rd(double x) {
   return static_cast<double>(f) > x ? nextafterf(f, -INFINITY) : f;
 }
 
+// Two side by side. Of a NaN and a number the number is the larger.
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+struct __half2 {
+  __half x, y;
+};
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+inline float __low2float(__nv_bfloat162 p) { return __bfloat162float(p.x); }
+inline float __high2float(__nv_bfloat162 p) { return __bfloat162float(p.y); }
+inline float __low2float(__half2 p) { return __half2float(p.x); }
+inline float __high2float(__half2 p) { return __half2float(p.y); }
+template <class Pair>
+Pair __hmax2(Pair a, Pair b) {
+  const bool x = !(__low2float(a) >= __low2float(b)), y = !(__high2float(a) >= __high2float(b));
+  return {x && !isnan(__low2float(b)) ? b.x : a.x, y && !isnan(__high2float(b)) ? b.y : a.y};
+}
+inline void __stcs(uint4* p, uint4 x) { *p = x; }
+inline int __float_as_int(float x) { return dmf::bit_cast<int>(x); }
+inline float __int_as_float(int x) { return dmf::bit_cast<float>(x); }
+inline unsigned __float_as_uint(float x) { return dmf::bit_cast<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return dmf::bit_cast<float>(x); }
+
+namespace dmf::cuda {
+inline float exp2_approx(float x) {
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0.0f : y;
+}
+inline float reciprocal_approx(float x) { return 1.0f / x; }
+}  // namespace dmf::cuda
+
 // --- a block ----------------------------------------------------------------------------------------------------
 
 namespace shim {
@@ -101,6 +135,7 @@ extern dim3 thread, block, threads, blocks;
 
 // Is told what orders the threads of a kernel: tests/native/trace.cpp.
 struct Observer {
+  virtual void starts_launch() = 0;  // after all of the launch before, as in a stream
   virtual void starts_block() = 0;
   virtual void passes_barrier() = 0;           // all threads of the block
   virtual void exchanges(unsigned warp) = 0;   // all threads of the warp
@@ -140,6 +175,20 @@ inline void __syncwarp() { shim::from_lane(0xffffffffu, 0, shim::thread.x % 32);
 template <class T>
 T __shfl_xor_sync(unsigned mask, T x, int lanes) {
   return shim::from_lane(mask, x, shim::thread.x % 32 ^ static_cast<unsigned>(lanes));
+}
+template <class T>
+T __shfl_sync(unsigned mask, T x, int lane) {
+  return shim::from_lane(mask, x, static_cast<unsigned>(lane));
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T x, int lanes) {
+  const unsigned lane = shim::thread.x % 32, by = static_cast<unsigned>(lanes);
+  return shim::from_lane(mask, x, lane < by ? lane : lane - by);
+}
+inline int __any_sync(unsigned mask, bool x) {
+  int any = x;
+  for (int lanes = 16; lanes > 0; lanes /= 2) any |= __shfl_xor_sync(mask, any, lanes);
+  return any;
 }
 void __threadfence();
 unsigned atomicAdd(unsigned* p, unsigned x);

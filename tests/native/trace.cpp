@@ -56,11 +56,10 @@ struct Tracer : shim::Observer {
   const char *begin = nullptr, *end = nullptr;  // logits, and then their gradient
   uint64_t loaded = 0, stored = 0;
 
-  void start_kernel() {
+  void start_call() { loaded = stored = races = 0; }
+  void starts_launch() override {
     global.clear();
     counters.clear();
-    loaded = stored = 0;
-    races = 0;
   }
   void starts_block() override {
     local.clear();
@@ -167,7 +166,7 @@ struct Case {
   In* z;
   Out* dz;
   int64_t* labels;
-  double *lse, *weight, *total, *inputs;
+  double *lse, *weight, *total, *bonus, *inputs;
   dmf::Batch batch;
   dmf::Terms terms;
   dmf::Outputs out;
@@ -186,7 +185,8 @@ struct Case {
     for (int64_t i = 0; i < rows; ++i) labels[i] = i * 31 % v;
     labels[4] = -100;
     double* values = allocate<double>(9 * sequences + 3 * rows + 8);
-    inputs = values + 7 * sequences, lse = values + 9 * sequences, total = lse + 3 * rows;
+    inputs = values + 7 * sequences, lse = values + 9 * sequences, total = lse + 3 * rows, bonus = total + 1;
+    std::fill_n(bonus, sequences, 0.3);
     for (int64_t i = 0; i < 2 * sequences; ++i) inputs[i] = -20.0;
     inputs[sequences + 1] = -INFINITY;  // P = 0 in sequence 1, whose weight is then 0 for dpg
     int64_t* starts = allocate<int64_t>(sequences + 1);
@@ -220,7 +220,7 @@ struct Case {
     std::fill_n(work.counters, sequences + 1, 0u);
     tracer.begin = reinterpret_cast<const char*>(z);
     tracer.end = reinterpret_cast<const char*>(dz + rows * vocab);
-    tracer.start_kernel();
+    tracer.start_call();
     shim::observer = &tracer;
     call();
     shim::observer = nullptr;
@@ -246,20 +246,29 @@ struct Case {
     for (const bool inplace : {false, true}) {
       if (inplace && sizeof(In) != sizeof(Out)) continue;
       expect(inplace ? "backward in place" : "backward", positive * kBackward + (rows - positive) * kSkipped,
-             [&] { backward(batch, lse, weight, 0.5, nullptr, NAN, gradient(inplace), work); });
-      const auto known = [&] { forward_backward(batch, terms, out, 0.5, gradient(inplace), work); };
-      // Sequence 1 is read for its log pi, and its gradient is 0. So is the row with a NaN; the others of its sequence
-      // have their gradient by the time that it is known. Then all of them are zeroed.
-      const auto declared = [&](Traffic row) {
-        const Traffic read_only{kForward.reads, kSkipped.writes};
-        const Traffic of_faulty = faulty ? (faulty - 1) * row + read_only + faulty * kSkipped : Traffic{0, 0};
-        return positive * row + 2 * read_only + kSkipped + of_faulty;
-      };
-      expect(inplace ? "known weight, kept, in place" : "known weight, kept", declared(kKnownKept), known);
-      setenv("SHIM_SHARED", "0", 1);
-      expect(inplace ? "known weight, read twice, in place" : "known weight, read twice", declared(kKnownReread),
-             known);
-      unsetenv("SHIM_SHARED");
+             [&] { backward(batch, lse, weight, {nullptr, nullptr}, 0.5, nullptr, NAN, gradient(inplace), work); });
+      const dmf::Bonus of_entropy{&out.row_entropy(0), bonus};
+      const int64_t with_bonus = scored - faulty;
+      expect(inplace ? "bonus, in place" : "bonus", with_bonus * kBackward + (rows - with_bonus) * kSkipped,
+             [&] { backward(batch, lse, weight, of_entropy, 0.5, nullptr, NAN, gradient(inplace), work); });
+      for (const double coefficient : {0.0, 0.3}) {
+        terms.entropy_coefficient = coefficient;
+        const auto known = [&] { forward_backward(batch, terms, out, 0.5, gradient(inplace), work); };
+        // Sequence 1 is read for its log pi, and its gradient is 0 but for a bonus. So is the row with a NaN; the
+        // others of its sequence have their gradient by the time that it is known. Then all of them are zeroed.
+        // Where it is read twice, by two launches, the second knows.
+        const auto declared = [&](Traffic row, bool kept) {
+          const Traffic read_only{kForward.reads, kSkipped.writes};
+          Traffic of_faulty = faulty * read_only;
+          if (faulty && kept) of_faulty = (faulty - 1) * row + read_only + faulty * kSkipped;
+          return positive * row + 2 * (coefficient != 0.0 ? row : read_only) + kSkipped + of_faulty;
+        };
+        expect(inplace ? "known weight, kept, in place" : "known weight, kept", declared(kKnownKept, true), known);
+        setenv("SHIM_SHARED", "0", 1);
+        expect(inplace ? "known weight, read twice, in place" : "known weight, read twice",
+               declared(kKnownReread, false), known);
+        unsetenv("SHIM_SHARED");
+      }
     }
     *total = 0.5;  // grad_output
     expect("scale", scored * kScale, [&] { scale(batch, 1.0, total, gradient(false), work); }, sizeof(Out));

@@ -294,7 +294,9 @@ class Program:
             return self._shuffle(i)
         if name == "mov" and (x[0].startswith("{") or x[1].startswith("{")):
             return self._pack(i)
-        if name in ("mul24", "prmt", "vote", "match", "activemask", "call", "mma", "cp"):
+        if name == "vote":
+            return self._vote(i)
+        if name in ("mul24", "prmt", "match", "activemask", "call", "mma", "cp"):
             raise NotImplementedError(i.text)
         if name in ("ldmatrix", "stmatrix"):
             return self._matrices(i)
@@ -307,6 +309,8 @@ class Program:
             return self._convert(i, write)
         if kind == "f32x2":
             return self._pairs(i, write)
+        if kind in ("bf16x2", "f16x2"):
+            return self._maxima(i, write)
         if name in ("add", "sub") and op[1:-1] == ("rn", "f32"):  # fp32 of a narrower first operand
             narrow, a, b = kind == "bf16", self._read(x[1], np.uint16), self._read(x[2], np.float32)
             wide: Callable[[Array], Array] = _of_bf16 if narrow else lambda v: v.view(np.float16).astype(np.float32)
@@ -333,6 +337,10 @@ class Program:
             assert kind in ("u32", "s32") and first + n <= 32 and n > 0, i.text
             up, down, a = np.uint32(32 - first - n), np.uint32(32 - n), self._read(x[1], np.uint32)
             return lambda w: write(w, (a(w) << up).view(t) >> down.astype(t))
+        if name == "bfi":
+            a, b, (first, n) = self._read(x[1], t), self._read(x[2], t), map(int, x[3:])
+            field = t.type((1 << n) - 1)
+            return lambda w: write(w, b(w) & ~(field << t.type(first)) | (a(w) & field) << t.type(first))
         if name == "popc":
             a, bits = self._read(x[1], t), np.arange(t.itemsize * 8, dtype=t)[:, None]
             return lambda w: write(w, (a(w) >> bits & t.type(1)).sum(0, dtype=np.uint32))
@@ -361,6 +369,32 @@ class Program:
         function = {"fma": _fma, **_TWO}[i.op[0]]
         reads = [self._read(x, np.uint64) for x in i.operands[1:]]
         return lambda w: write(w, function(*(r(w).view(np.float32) for r in reads)).view(np.uint64))
+
+    def _maxima(self, i: Instruction, write: Any) -> Action:
+        """The larger of each of two pairs of 16-bit floats; of a NaN and a number that is the number."""
+        assert i.op[0] == "max" and len(i.op) == 2, i.text
+        a, b = (self._read(x, np.uint32) for x in i.operands[1:])
+        wide: Callable[[Array], Array] = _of_bf16 if i.op[1] == "bf16x2" else lambda v: v.view(np.float16)
+
+        def act(w: Warp) -> None:
+            x, y = (np.ascontiguousarray(r(w)).view(np.uint16) for r in (a, b))
+            first = (wide(x) >= wide(y)) | np.isnan(wide(y))
+            write(w, np.where(first, x, y).view(np.uint32))
+
+        return act
+
+    def _vote(self, i: Instruction) -> Action:
+        """Whether a predicate holds for any thread of a warp."""
+        assert i.op[1:3] == ("sync", "any") and i.op[-1] == "pred", i.text
+        write, p, members = self._write(i.operands[0]), self._read(i.operands[1], np.bool_), self._read(
+            i.operands[2], np.uint32
+        )  # fmt: skip
+
+        def act(w: Warp) -> None:
+            w.meet(members(w))
+            write(w, np.full(LANES, p(w)[w.active].any()))
+
+        return act
 
     def _shift(self, name: str, t: Any, a: Any, n: Any, write: Any) -> Action:
         bits = t.itemsize * 8

@@ -16,7 +16,7 @@ from ... import objectives
 from ...objectives import Terms
 from .. import faults
 from ..backend import check_gradient, overwritten
-from ..batch import Batch, SampleRows, Scores
+from ..batch import Batch, Bonus, SampleRows, Scores
 from ..extension import why_not_dtype
 from ..form import form_loss
 from ..fp64 import devices_without_fp64, has_fp64
@@ -98,14 +98,15 @@ class Triton:
 
     def _forward(
         self, batch: Batch, terms: Terms | None, entropy: bool, divide_by: float, weights: Tensor | None,
-        dz: Tensor | None,
+        dz: Tensor | None, bonuses: Tensor | None = None,
     ) -> Scores:  # fmt: skip
-        """Return ``forward``'s scores and, with ``dz``, write the gradient of the sum of -weights log pi into it."""
+        """Return ``forward``'s scores and, with ``dz``, write the gradient of the sum of -weights log pi - bonuses H
+        there."""
         from . import launch  # triton is imported where it is used
 
         if dz is not None:
             check_gradient(batch, dz)
-        scores, fault = launch.score(batch, entropy, weights, dz)
+        scores, fault = launch.score(batch, entropy, weights, dz, bonuses)
         if dz is not None:
             overwritten(batch, dz)
         worst = fault.min() if fault.numel() else fault.new_full((), launch.NONE)
@@ -121,14 +122,17 @@ class Triton:
 
     def backward(
         self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None,
-        unless: float | None = None,
+        unless: float | None = None, bonus: Bonus | None = None,
     ) -> None:  # fmt: skip
         """Write the gradient; see ``Backend``."""
         from . import launch
 
         check_gradient(batch, dz)
         there = None if upstream is None or unless is None else (upstream == unless).to(torch.int32)
-        launch.backward(batch, lse, weight * factor * (1.0 if upstream is None else upstream), dz, there)
+        given = 1.0 if upstream is None else upstream
+        if bonus is not None:
+            bonus = Bonus(bonus.entropy, bonus.weight * factor * given)
+        launch.backward(batch, lse, weight * factor * given, dz, there, bonus)
         overwritten(batch, dz)
 
     def forward_backward(
@@ -140,7 +144,9 @@ class Triton:
             stand_in = torch.zeros(batch.n_sequences, dtype=torch.float64, device=batch.logits.device)
         known = objectives.bounded_weights(terms, stand_in)
         weights = faults.zero_where_faulty(known, stand_in, terms) * factor
-        return self._forward(batch, terms, entropy, divide_by, weights, dz)
+        coefficient = terms.entropy_coefficient
+        bonuses = torch.full_like(weights, coefficient * factor) if coefficient else None
+        return self._forward(batch, terms, entropy, divide_by, weights, dz, bonuses)
 
     def scale(self, batch: Batch, dz: Tensor, factor: float, upstream: Tensor) -> None:
         """Multiply a gradient; see ``Backend``."""

@@ -3,37 +3,52 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
-from ..batch import ENTROPY, LABEL, LOG_PROB, LSE, ONLY_SCORED, ROW_ENTROPY, Batch, SampleRows, Scores
+from ..batch import ENTROPY, LABEL, LOG_PROB, LSE, ONLY_SCORED, ROW_ENTROPY, Batch, Bonus, SampleRows, Scores
 from ..faults import with_order
 from . import loss, sample
 
 NONE: int = loss.NONE.value
+SUMMED = 128  # rows that are added up at a time, a thread each
 
 
 class Shape(NamedTuple):
     """How a row is divided among the threads of a program."""
 
-    lanes: int  # packs of 16 bytes that are under way at a time: two for each thread, or one
+    packs: int  # of 16 bytes, that a thread has under way at a time
+    threads: int
     warps: int
 
 
-def shape_of(vocab: int, itemsize: int, cap: bool) -> Shape:
-    """A third of a row at most, so that few threads idle; three kinds, each compiled once.
+def shape_of(vocab: int, itemsize: int, cap: bool, warp_size: int = 32) -> Shape:
+    """A third of a row at most is under way, so that few threads idle; three kinds, each compiled once.
 
-    With a softcap a thread has 8 logits under way, a program 4 warps: 16, or 8 warps, spill registers (``make aot``).
+    With a softcap a thread has 8 logits under way, a program 128 threads: 16, or 256 threads, spill registers (``make
+    aot``).
     """
-    warps = next((w for w in ((4,) if cap else (8, 4)) if vocab * itemsize >= 3 * 64 * w * 16), 1)
-    return Shape(32 * warps if cap and itemsize == 2 else 64 * warps, warps)
+    long = (t for t in ((128,) if cap else (256, 128)) if vocab * itemsize >= 3 * 2 * t * 16)
+    threads = next(long, warp_size)
+    return Shape(1 if cap and itemsize == 2 else 2, threads, threads // warp_size)
 
 
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    """Makes x's device the current one, on which Triton launches."""
-    return nullcontext() if x.device.type == "cpu" else torch.get_device_module(x.device).device(x.device)
+@cache
+def warp_size(device: torch.device) -> int:
+    """Threads of a warp on a device: 64 on AMD's gfx9, 32 on the others; 32 in the interpreter, which has none."""
+    if device.type == "cpu":
+        return 32
+    with _on(device):
+        return int(driver.active.get_current_target().warp_size)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a device the current one, on which Triton launches."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 def _two(x: float) -> tuple[float, float]:
@@ -82,26 +97,28 @@ def _sequence_of(batch: Batch) -> Tensor:
 
 
 def _for_logits(batch: Batch, shape: Shape) -> dict[str, int]:
-    return {"W": 16 // batch.logits.element_size(), "LANES": shape.lanes}
+    return {"W": 16 // batch.logits.element_size(), "PACKS": shape.packs}
 
 
 def _for_gradient(batch: Batch, dz: Tensor, shape: Shape) -> dict[str, int]:
     """Where the gradient is narrower, so many logits in fewer packs."""
     wider = batch.logits.element_size() // dz.element_size()
-    return {"DZ_W": 16 // dz.element_size(), "DZ_LANES": shape.lanes // wider}
+    return {"DZ_W": 16 // dz.element_size(), "DZ_PACKS": shape.packs // wider, "THREADS": shape.threads}
 
 
 def _shape(batch: Batch) -> Shape:
-    return shape_of(batch.vocab, batch.logits.element_size(), batch.softcap > 0)
+    return shape_of(batch.vocab, batch.logits.element_size(), batch.softcap > 0, warp_size(batch.logits.device))
 
 
 def score(
-    batch: Batch, entropy: bool, weights: Tensor | None = None, dz: Tensor | None = None
-) -> tuple[Scores, Tensor]:
+    batch: Batch, entropy: bool, weights: Tensor | None = None, dz: Tensor | None = None,
+    bonuses: Tensor | None = None,
+) -> tuple[Scores, Tensor]:  # fmt: skip
     """Return log-sum-exps, log pi and entropy, and the first fault of each sequence, (B,) int64: row * 8 + fault, or
     NONE.
 
-    With ``weights`` (B) the gradient of sum_i -weights_i log pi(x_i) is written to ``dz``; 0 where there is a fault.
+    With ``weights`` (B) the gradient of sum_i -weights_i log pi(x_i) is written to ``dz``, with ``bonuses`` (B) that of
+    sum_i -bonuses_i H(x_i) as well, which needs ``entropy``; 0 where there is a fault.
     """
     given, batch = batch, with_order(batch)
     rows = batch.logits.new_empty(3 if entropy else 2, batch.n_rows, dtype=torch.float64)
@@ -112,32 +129,38 @@ def score(
     to = batch.logits if dz is None else dz
     sequence_of = batch.labels if weights is None else _sequence_of(batch)
     shape = _shape(batch)
-    with _on(lse):
+    with _on(lse.device):
         if batch.n_rows:
             loss.score_rows[(batch.n_rows,)](
                 batch.logits, batch.labels, lse, label, row_entropy, sequence_of,
-                lse if weights is None else weights, to, *_numbers(batch, dz),
-                CAP=batch.softcap > 0, ENTROPY=entropy, WRITE=weights is not None, WIDE=_same_alignment(batch, to),
+                lse if weights is None else weights, lse if bonuses is None else bonuses, to, *_numbers(batch, dz),
+                CAP=batch.softcap > 0, ENTROPY=entropy, WRITE=weights is not None, BONUS=bonuses is not None,
+                WIDE=_same_alignment(batch, to),
                 **_for_logits(batch, shape), **_for_gradient(batch, to, shape), num_warps=shape.warps,
             )  # fmt: skip
         if batch.n_sequences:
             loss.sum_rows[(batch.n_sequences,)](
                 batch.labels, _starts(batch), lse, label, row_entropy, sequences[LOG_PROB], sequences[ENTROPY], faults,
-                batch.vocab, batch.vocab_start, batch.n_tokens, ENTROPY=entropy, ROWS=128, num_warps=4,
+                batch.vocab, batch.vocab_start, batch.n_tokens, ENTROPY=entropy, ROWS=SUMMED,
+                num_warps=SUMMED // warp_size(lse.device),
             )  # fmt: skip
     if dz is not None:
         scale(given, dz, torch.where(faults == NONE, 1.0, 0.0).double(), sequence_of)
     return Scores(rows, sequences), faults
 
 
-def backward(batch: Batch, lse: Tensor, weights: Tensor, dz: Tensor, there: Tensor | None = None) -> None:
-    """Write dz = weights[sequence] * d(-log-softmax), unless ``there`` (0-d int32) says that dz holds it already."""
+def backward(
+    batch: Batch, lse: Tensor, weights: Tensor, dz: Tensor, there: Tensor | None = None, bonus: Bonus | None = None
+) -> None:
+    """Write dz = weights[sequence] * d(-log-softmax), and the gradient of a bonus, unless ``there`` (0-d int32) says
+    that dz holds it already."""
     if batch.n_rows:
         shape = _shape(batch)
-        with _on(dz):
+        with _on(dz.device):
             loss.write_rows[(batch.n_rows,)](
-                batch.logits, batch.labels, lse, _sequence_of(batch), weights, dz, lse if there is None else there,
-                *_numbers(batch, dz), MAY_BE_THERE=there is not None, CAP=batch.softcap > 0,
+                batch.logits, batch.labels, lse, _sequence_of(batch), weights, *(bonus or (lse, lse)), dz,
+                lse if there is None else there, *_numbers(batch, dz),
+                MAY_BE_THERE=there is not None, CAP=batch.softcap > 0, BONUS=bonus is not None,
                 WIDE=_same_alignment(batch, dz), **_for_gradient(batch, dz, shape), num_warps=shape.warps,
             )  # fmt: skip
 
@@ -148,7 +171,7 @@ def scale(batch: Batch, dz: Tensor, factors: Tensor, sequence_of: Tensor | None 
         of_gradient = batch._replace(logits=dz, softcap=0.0)
         shape = _shape(of_gradient)
         steps, *strides = _row_strides(dz, batch)
-        with _on(dz):
+        with _on(dz.device):
             loss.scale_rows[(batch.n_rows,)](
                 _sequence_of(batch) if sequence_of is None else sequence_of, factors, dz, batch.vocab, steps, *strides,
                 **_for_gradient(of_gradient, dz, shape), num_warps=shape.warps,
@@ -159,6 +182,11 @@ def _halves(x: int) -> tuple[int, int]:
     """64 bits as two int32, so that no number is of another type than the one before."""
     words = torch.tensor([x % 2**64 - (2**64 if x % 2**64 >= 2**63 else 0)], device="cpu").view(torch.int32)
     return int(words[0]), int(words[1])
+
+
+def sample_warps(itemsize: int, warp_size: int = 32) -> int:
+    """A thread has 16 bytes of a tile."""
+    return sample.TILE * itemsize // 16 // warp_size
 
 
 def draw(rows: SampleRows, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,12 +200,13 @@ def draw(rows: SampleRows, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Ten
         z.data_ptr() % 16 == 0 and z.shape[1] % 8 == 0 and (z.shape[0] == 1 or z.stride(0) * z.element_size() % 16 == 0)
     )
     tiles = max(64, 1 << (-(-z.shape[1] // sample.TILE) - 1).bit_length())
-    with _on(z):
+    with _on(z.device):
         sample.sample_rows[(z.shape[0],)](
             z, tokens if rows.row_ids is None else rows.row_ids, log_prob if uniforms is None else uniforms, tokens,
             log_prob, z.shape[1], z.stride(0), *_two(rows.scale), *_two(rows.softcap), *_halves(rows.seed),
             *_halves(rows.step), CAP=rows.softcap > 0, IDS=rows.row_ids is not None, GIVEN=uniforms is not None,
-            WIDE=wide, TILES=tiles, SIZE=sample.TILE, num_warps=sample.TILE * z.element_size() // 512,
+            WIDE=wide, TILES=tiles, SIZE=sample.TILE,
+            num_warps=sample_warps(z.element_size(), warp_size(z.device)),
         )  # fmt: skip
     bad = log_prob.isnan()
     return tokens, log_prob, torch.where(bad.any(), bad.int().argmax(), -1)

@@ -25,6 +25,7 @@ from .rows import (
     distance,
     ends_of,
     exp2_of,
+    label_bonus,
     label_gradient,
     logistic_of,
     packs_of,
@@ -47,10 +48,13 @@ def _jit(kernel):
 
 
 @triton.jit
-def _gradient(x, factor, after, reference, logistic, c, CAP: tl.constexpr):
-    """dz of logits x apart from the label's, in fp32."""
-    g, _ = exp2_of(distance(x, reference, logistic, c, CAP), c[0], c[1])
-    g *= factor
+def _gradient(x, factor, linear, after, reference, logistic, c, CAP: tl.constexpr, BONUS: tl.constexpr):
+    """dz of logits x apart from the label's, in fp32. With a bonus the factor of p is linear in log p."""
+    g, exponent = exp2_of(distance(x, reference, logistic, c, CAP), c[0], c[1])
+    if BONUS:
+        g = tl.where(g > 0, g * (factor + linear * exponent), 0.0)  # 0 * -inf = 0
+    else:
+        g *= factor
     if CAP:
         g *= slope(x, c)
     return g * after
@@ -58,11 +62,13 @@ def _gradient(x, factor, after, reference, logistic, c, CAP: tl.constexpr):
 
 @triton.jit
 def _write_row(
-    z, dz, vocab, label, at_label, lse, coefficient, scale, cap, c,
-    CAP: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr, LANES: tl.constexpr,
+    z, dz, vocab, label, at_label, lse, coefficient, bonus, entropy, scale, cap, c,
+    CAP: tl.constexpr, BONUS: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr, PACKS: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
-    """dz = coefficient * scale * cap'(z) * (softmax - onehot); a label outside [0, vocab) has no one-hot here. W of dz
-    fill 16 bytes; of z, where it is wider, several times 16."""
+    """dz = scale * cap'(z) * (coefficient * (p - onehot) + bonus * p * (log p + entropy)), p the softmax; without BONUS
+    the first part alone. A label outside [0, vocab) has no one-hot here. W of dz fill 16 bytes; of z, where it is
+    wider, several times 16."""
     reference64 = lse / scale  # a logit whose term is near 1
     if CAP:
         t = tl.minimum(tl.maximum(reference64 / cap, -0.999), 0.999)
@@ -70,28 +76,39 @@ def _write_row(
     reference = reference64.to(tl.float32)
     logistic = logistic_of(reference, c, CAP)
     # mends the rounding of the reference; in two parts, so that one at the edges of fp32 keeps its digits
-    full = coefficient * scale * tl.exp(scaled(reference, scale, cap, CAP) - lse)
+    off = scaled(reference, scale, cap, CAP) - lse
+    full = coefficient * scale * tl.exp(off)
     size = tl.abs(full)
+    linear = tl.full([], 0.0, tl.float32)
+    if BONUS:
+        of_log_p = bonus * scale * tl.exp(off)
+        full += of_log_p * (off + entropy)
+        size = tl.maximum(tl.abs(full), tl.abs(of_log_p))
     after = tl.where(size > 1.2676506002282294e30, 1.8446744073709552e19,
                      tl.where(size < 8.673617379884035e-19, 5.421010862427522e-20, 1.0))  # fmt: skip
     factor = (full / after).to(tl.float32)
+    for_label = label_gradient(at_label, lse, coefficient, scale, cap, CAP)
+    if BONUS:
+        linear = (of_log_p * LN_2 / after).to(tl.float32)  # exponents are of 2
+        for_label += label_bonus(at_label, lse, bonus, entropy, scale, cap, CAP)
+    for_label = for_label.to(tl.float32)
     after = after.to(tl.float32)
-    for_label = label_gradient(at_label, lse, coefficient, scale, cap, CAP).to(tl.float32)
 
     out = dz.dtype.element_ty
-    head, packs, to, lane, offsets = packs_of(dz, vocab, W, LANES)
+    head, packs, to, lane, offsets = packs_of(dz, vocab, W, PACKS, THREADS)
     body = z + head
     if WIDE:
         body = aligned(z, head)
-    for first in range(0, packs, LANES):
-        here = (first + lane < packs)[:, None]
+    for first in range(0, packs, PACKS * THREADS):
+        here = (first + lane < packs)[:, :, None]
         x = tl.load(body + first * W + offsets, mask=here, other=0.0).to(tl.float32)
-        g = _gradient(x, factor, after, reference, logistic, c, CAP)
+        g = _gradient(x, factor, linear, after, reference, logistic, c, CAP, BONUS)
         g = tl.where(head + first * W + offsets == label, for_label, g)
         tl.store(to + first * W + offsets, g.to(out), mask=here)
     index, there = ends_of(vocab, head, W)
     x = tl.load(z + index, mask=there, other=0.0).to(tl.float32)
-    g = tl.where(index == label, for_label, _gradient(x, factor, after, reference, logistic, c, CAP))
+    g = _gradient(x, factor, linear, after, reference, logistic, c, CAP, BONUS)
+    g = tl.where(index == label, for_label, g)
     tl.store(dz + index, g.to(out), mask=there)
 
 
@@ -102,11 +119,12 @@ def score_rows(
     lse_of, label_of, entropy_of,  # (rows) fp64, written; entropy_of only with ENTROPY
     sequence_of,  # (rows) int64 and
     weights,  # (B) fp64, A times what the gradient is multiplied by: only with WRITE
+    bonuses,  # (B) fp64, the same of the entropy: only with WRITE and BONUS
     dz,  # only with WRITE
     vocab, vocab_start, n_tokens, steps, stride_sequence, stride_row, dz_stride_sequence, dz_stride_row,
     scale_high, scale_low, cap_high, cap_low,
-    CAP: tl.constexpr, ENTROPY: tl.constexpr, WRITE: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr,
-    LANES: tl.constexpr, DZ_W: tl.constexpr, DZ_LANES: tl.constexpr,
+    CAP: tl.constexpr, ENTROPY: tl.constexpr, WRITE: tl.constexpr, BONUS: tl.constexpr, WIDE: tl.constexpr,
+    W: tl.constexpr, PACKS: tl.constexpr, THREADS: tl.constexpr, DZ_W: tl.constexpr, DZ_PACKS: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp, logit of the label and entropy of a row. The logit is 0 where the label is not here; the log-sum-exp
     is NaN where it is no token."""
@@ -121,25 +139,26 @@ def score_rows(
         if ENTROPY:
             tl.store(entropy_of + row, tl.full([], 0.0, tl.float64))
         if WRITE:
-            zero_row(dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row), vocab, DZ_W, DZ_LANES)
+            zero_row(dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row), vocab, DZ_W, DZ_PACKS, THREADS)
     else:
         z = logits + row_offset(row, steps, stride_sequence, stride_row)
         at_label = tl.load(z + column, mask=is_here, other=0.0).to(tl.float32)
         scale, cap, c = constants(scale_high, scale_low, cap_high, cap_low, CAP)
-        head, packs, body, lane, offsets = packs_of(z, vocab, W, LANES)
+        head, packs, body, lane, offsets = packs_of(z, vocab, W, PACKS, THREADS)
 
-        # A lane's part of the sum, against the largest logit that it has seen. Packs are added up in fp64. Terms that
-        # are 1, such as the largest, are counted apart: beside them an fp32 sum would lose small terms, all in one
-        # direction, and with them the digits of 1 - p where p is near 1.
-        reference = tl.full([LANES], LOWEST, tl.float32)
+        # A thread's part of the sum, against the largest logit that it has seen: of all its packs, so that they are
+        # loaded before the first term is formed. Packs are added up in fp64. Terms that are 1, such as the largest, are
+        # counted apart: beside them an fp32 sum would lose small terms, all in one direction, and with them the digits
+        # of 1 - p where p is near 1.
+        reference = tl.full([THREADS], LOWEST, tl.float32)
         logistic = logistic_of(reference, c, CAP)
-        ones = tl.zeros([LANES], tl.int32)
-        rest = tl.zeros([LANES], tl.float64)
-        moment = tl.zeros([LANES], tl.float64)  # sum of e^x times the exponent of 2
-        for first in range(0, packs, LANES):
-            here = (first + lane < packs)[:, None]
+        ones = tl.zeros([THREADS], tl.int32)
+        rest = tl.zeros([THREADS], tl.float64)
+        moment = tl.zeros([THREADS], tl.float64)  # sum of e^x times the exponent of 2
+        for first in range(0, packs, PACKS * THREADS):
+            here = (first + lane < packs)[:, :, None]
             x = tl.load(body + first * W + offsets, mask=here, other=-INF).to(tl.float32)
-            top = tl.maximum(reference, tl.max(x, axis=1))
+            top = tl.maximum(reference, tl.max(tl.max(x, axis=2), axis=0))
             higher = logistic_of(top, c, CAP)
             shrink, delta = exp2_of(distance(reference, top, higher, c, CAP), c[0], c[1])
             rises = top > reference
@@ -149,14 +168,14 @@ def score_rows(
             rest = tl.where(rises, shrink * sum, rest)
             ones = tl.where(rises, 0, ones)
             reference, logistic = top, higher
-            e, exponent = exp2_of(distance(x, reference[:, None], logistic[:, None], c, CAP), c[0], c[1])
+            e, exponent = exp2_of(distance(x, reference[None, :, None], logistic[None, :, None], c, CAP), c[0], c[1])
             if CAP:
                 e = tl.where(here, e, 0.0)
             one = e == 1.0
-            ones += tl.sum(one.to(tl.int32), axis=1)
-            rest += tl.sum(tl.where(one, 0.0, e), axis=1).to(tl.float64)
+            ones += tl.sum(tl.sum(one.to(tl.int32), axis=2), axis=0)
+            rest += tl.sum(tl.sum(tl.where(one, 0.0, e), axis=2).to(tl.float64), axis=0)
             if ENTROPY:
-                moment += tl.sum(tl.where(e > 0, e * exponent, 0.0), axis=1).to(tl.float64)
+                moment += tl.sum(tl.sum(tl.where(e > 0, e * exponent, 0.0), axis=2).to(tl.float64), axis=0)
 
         index, there = ends_of(vocab, head, W)
         x = tl.load(z + index, mask=there, other=-INF).to(tl.float32)
@@ -176,20 +195,29 @@ def score_rows(
         lse = scaled(top, scale, cap, CAP) + log_total
         tl.store(lse_of + row, lse)
         tl.store(label_of + row, tl.where(is_here, scaled(at_label, scale, cap, CAP), 0.0))
+        entropy = tl.full([], 0.0, tl.float64)
         if ENTROPY:
             moments = tl.where(at_top, moment, tl.where(shrink > 0, shrink * (moment + delta * (rest + ones)), 0.0))
             all_moments = tl.sum(moments, axis=0)
             all_moments += tl.sum(tl.where(e > 0, e * exponent, 0.0).to(tl.float64), axis=0)
             # nothing but -inf in a shard's row: 0
-            tl.store(entropy_of + row, tl.where(total == 0.0, 0.0, log_total - LN_2 * all_moments / total))
+            entropy = tl.where(total == 0.0, 0.0, log_total - LN_2 * all_moments / total)
+            tl.store(entropy_of + row, entropy)
         if WRITE:
-            coefficient = tl.load(weights + tl.load(sequence_of + row))
+            sequence = tl.load(sequence_of + row)
+            coefficient = tl.load(weights + sequence)
+            bonus = tl.full([], 0.0, tl.float64)
+            if BONUS:
+                bonus = tl.load(bonuses + sequence)
             to = dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row)
-            if (coefficient != 0.0) & (tl.abs(lse) < INF):
-                tl.debug_barrier()  # every thread has the label's logit before one writes over it
-                _write_row(z, to, vocab, column, at_label, lse, coefficient, scale, cap, c, CAP, WIDE, DZ_W, DZ_LANES)
+            if ((coefficient != 0.0) | (bonus != 0.0)) & (tl.abs(lse) < INF):
+                # The thread that has stored the label's logit has read it before another writes over it. It had to wait
+                # for it: on AMD's gfx9 a barrier alone does not wait for loads (``make aot`` looks at that).
+                tl.debug_barrier()
+                _write_row(z, to, vocab, column, at_label, lse, coefficient, bonus, entropy, scale, cap, c,
+                           CAP, BONUS, WIDE, DZ_W, DZ_PACKS, THREADS)  # fmt: skip
             else:
-                zero_row(to, vocab, DZ_W, DZ_LANES)
+                zero_row(to, vocab, DZ_W, DZ_PACKS, THREADS)
 
 
 @_jit
@@ -199,11 +227,13 @@ def write_rows(
     lse_of,  # (rows) fp64; NaN: a row of a sequence with a fault
     sequence_of,  # (rows) int64
     weights,  # (B) fp64, A times what the gradient is multiplied by
+    entropy_of, bonuses,  # (rows), and (B) the same of the entropy, fp64; only with BONUS
     dz,  # as logits, written; of fp32 logits also 16 bits wide, and then in other memory than theirs
     there,  # int32: whether dz holds its gradient already; only with MAY_BE_THERE
     vocab, vocab_start, n_tokens, steps, stride_sequence, stride_row, dz_stride_sequence, dz_stride_row,
     scale_high, scale_low, cap_high, cap_low,
-    MAY_BE_THERE: tl.constexpr, CAP: tl.constexpr, WIDE: tl.constexpr, DZ_W: tl.constexpr, DZ_LANES: tl.constexpr,
+    MAY_BE_THERE: tl.constexpr, CAP: tl.constexpr, BONUS: tl.constexpr, WIDE: tl.constexpr, DZ_W: tl.constexpr,
+    DZ_PACKS: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a row. One that is not scored or has weight 0 is zeroed without being read."""
     if MAY_BE_THERE:
@@ -212,17 +242,24 @@ def write_rows(
     row = tl.program_id(0)
     label = tl.load(labels + row)
     lse = tl.load(lse_of + row)
-    coefficient = tl.load(weights + tl.load(sequence_of + row))
+    sequence = tl.load(sequence_of + row)
+    coefficient = tl.load(weights + sequence)
+    bonus = tl.full([], 0.0, tl.float64)
+    entropy = bonus
+    if BONUS:
+        bonus = tl.load(bonuses + sequence)
+        entropy = tl.load(entropy_of + row)
     to = dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row)
     column = label - vocab_start
-    if (label >= 0) & (label < n_tokens) & (coefficient != 0.0) & (tl.abs(lse) < INF):
+    if (label >= 0) & (label < n_tokens) & ((coefficient != 0.0) | (bonus != 0.0)) & (tl.abs(lse) < INF):
         z = logits + row_offset(row, steps, stride_sequence, stride_row)
+        # The thread that writes over it has read it, since what it writes follows from it; no other needs it.
         at_label = tl.load(z + column, mask=(column >= 0) & (column < vocab), other=0.0).to(tl.float32)
-        tl.debug_barrier()  # every thread has the label's logit before one writes over it
         scale, cap, c = constants(scale_high, scale_low, cap_high, cap_low, CAP)
-        _write_row(z, to, vocab, column, at_label, lse, coefficient, scale, cap, c, CAP, WIDE, DZ_W, DZ_LANES)
+        _write_row(z, to, vocab, column, at_label, lse, coefficient, bonus, entropy, scale, cap, c,
+                   CAP, BONUS, WIDE, DZ_W, DZ_PACKS, THREADS)  # fmt: skip
     else:
-        zero_row(to, vocab, DZ_W, DZ_LANES)
+        zero_row(to, vocab, DZ_W, DZ_PACKS, THREADS)
 
 
 @_jit
@@ -231,18 +268,18 @@ def scale_rows(
     factors,  # (B) fp64
     dz,  # (B,T,V) or (N,V)
     vocab, steps, dz_stride_sequence, dz_stride_row,
-    DZ_W: tl.constexpr, DZ_LANES: tl.constexpr,
+    DZ_W: tl.constexpr, DZ_PACKS: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """dz *= factor of the sequence; nothing is read where that is 0 or 1."""
     row = tl.program_id(0)
     by = tl.load(factors + tl.load(sequence_of + row)).to(tl.float32)
     to = dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row)
     if by == 0.0:
-        zero_row(to, vocab, DZ_W, DZ_LANES)
+        zero_row(to, vocab, DZ_W, DZ_PACKS, THREADS)
     elif by != 1.0:
-        head, packs, body, lane, offsets = packs_of(to, vocab, DZ_W, DZ_LANES)
-        for first in range(0, packs, DZ_LANES):
-            here = (first + lane < packs)[:, None]
+        head, packs, body, lane, offsets = packs_of(to, vocab, DZ_W, DZ_PACKS, THREADS)
+        for first in range(0, packs, DZ_PACKS * THREADS):
+            here = (first + lane < packs)[:, :, None]
             x = tl.load(body + first * DZ_W + offsets, mask=here, other=0.0).to(tl.float32)
             tl.store(body + first * DZ_W + offsets, (x * by).to(dz.dtype.element_ty), mask=here)
         index, there = ends_of(vocab, head, DZ_W)

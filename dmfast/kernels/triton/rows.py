@@ -41,12 +41,12 @@ def aligned(z, head):
 
 
 @triton.jit
-def packs_of(z, vocab, W: tl.constexpr, LANES: tl.constexpr):
-    """The head's length; the number of packs behind it, the address of the first, the lanes that take one each, and
-    where a lane's logits lie (LANES, W)."""
+def packs_of(z, vocab, W: tl.constexpr, PACKS: tl.constexpr, THREADS: tl.constexpr):
+    """The head's length; the number of packs behind it, the address of the first, the lanes that take one each
+    (PACKS, THREADS), and where their logits lie (PACKS, THREADS, W). PACKS of them are one thread's."""
     head = head_of(z, vocab, W)
-    lane = tl.arange(0, LANES)
-    return head, (vocab - head) // W, aligned(z, head), lane, lane[:, None] * W + tl.arange(0, W)[None, :]
+    lane = tl.arange(0, PACKS)[:, None] * THREADS + tl.arange(0, THREADS)[None, :]
+    return head, (vocab - head) // W, aligned(z, head), lane, lane[:, :, None] * W + tl.arange(0, W)[None, None, :]
 
 
 @triton.jit
@@ -59,12 +59,12 @@ def ends_of(vocab, head, W: tl.constexpr):
 
 
 @triton.jit
-def zero_row(dz, vocab, W: tl.constexpr, LANES: tl.constexpr):
+def zero_row(dz, vocab, W: tl.constexpr, PACKS: tl.constexpr, THREADS: tl.constexpr):
     """Writes zeros over the row at dz."""
-    head, packs, body, lane, offsets = packs_of(dz, vocab, W, LANES)
-    nothing = tl.zeros([LANES, W], dz.dtype.element_ty)
-    for first in range(0, packs, LANES):
-        tl.store(body + first * W + offsets, nothing, mask=(first + lane < packs)[:, None])
+    head, packs, body, lane, offsets = packs_of(dz, vocab, W, PACKS, THREADS)
+    nothing = tl.zeros([PACKS, THREADS, W], dz.dtype.element_ty)
+    for first in range(0, packs, PACKS * THREADS):
+        tl.store(body + first * W + offsets, nothing, mask=(first + lane < packs)[:, :, None])
     index, there = ends_of(vocab, head, W)
     tl.store(dz + index, tl.zeros([2 * W], dz.dtype.element_ty), mask=there)
 
@@ -182,6 +182,17 @@ def label_gradient(z, lse, coefficient, scale, cap, CAP: tl.constexpr):
     log_u = tl.log(u)
     minus = tl.where(u == 1.0, x, tl.where(u == 0.0, -1.0, (u - 1.0) * x / tl.where(log_u == 0.0, 1.0, log_u)))
     g = coefficient * scale * minus
+    if CAP:
+        t = tanh(z.to(tl.float64) / cap)
+        g *= 1.0 - t * t
+    return g
+
+
+@triton.jit
+def label_bonus(z, lse, bonus, entropy, scale, cap, CAP: tl.constexpr):
+    """bonus * scale * cap'(z) * p * (log p + entropy); 0 where p is."""
+    log_p = scaled(z, scale, cap, CAP) - lse
+    g = bonus * scale * tl.where(log_p > -INF, tl.exp(log_p) * (log_p + entropy), 0.0)
     if CAP:
         t = tanh(z.to(tl.float64) / cap)
         g *= 1.0 - t * t

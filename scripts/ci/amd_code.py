@@ -1,0 +1,121 @@
+"""Compiles the Triton kernels for two of AMD's architectures without a device and looks at the machine code: gfx942
+(MI300), whose warps have 64 threads, and gfx1100 (RX 7900), whose have 32. For aot.py.
+
+A barrier of theirs does not wait for loads. Before a row that may be the logits' own is written, a load must have ended
+that another thread's store could overtake: the wait before the barrier is looked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import NamedTuple
+
+from machine_code import TritonKernel, triton_compiled, triton_kernels
+from triton.backends.compiler import GPUTarget
+
+
+class Arch(NamedTuple):
+    """What the registers of a SIMD unit are, for each thread of its warps, and how many a warp gets at a time."""
+
+    warp_size: int
+    registers: int
+    granularity: int
+
+
+ARCHS = {"gfx942": Arch(64, 512, 8), "gfx1100": Arch(32, 1536, 24)}
+# Warps that a SIMD unit is to hold at least: as many 128-bit loads, two a thread, are under way as memory needs. What a
+# softcap binds by its arithmetic needs fewer.
+WARPS = {"gfx942": 4, "gfx1100": 8}
+WARPS_OF_CAP = {"gfx942": 3, "gfx1100": 6}
+
+
+class AmdCode(NamedTuple):
+    """One Triton kernel as it is compiled for one of AMD's architectures."""
+
+    kernel: str
+    arch: str
+    registers: int
+    spills: int  # to memory: registers, and bytes of stack. Scalar registers spill to lanes of vector registers
+    assembly: str
+
+    @property
+    def warps(self) -> int:
+        """That the registers of a SIMD unit hold."""
+        _, registers, granularity = ARCHS[self.arch]
+        return registers // (-(-self.registers // granularity) * granularity)
+
+    def accesses(self) -> tuple[int, int]:
+        """Loads and stores of 128 bits."""
+        loads, stores = (rf"(?:global|buffer)_{kind}_(?:dwordx4|b128)" for kind in ("load", "store"))
+        return len(re.findall(loads, self.assembly)), len(re.findall(stores, self.assembly))
+
+    def waits(self) -> bool:
+        """Whether no load is under way at the last barrier, after which the row is written over."""
+        *before, _ = self.assembly.split("s_barrier")
+        lines = re.findall(r"(?:global|buffer)_load|s_waitcnt.*vmcnt\(0\)", "".join(before))
+        return not lines or lines[-1].startswith("s_waitcnt")
+
+
+def faults(code: AmdCode) -> list[str]:
+    """What is not as it should be."""
+    said = []
+    loads, stores = code.accesses()
+    if code.spills:
+        said.append(f"spills: {code.spills}")
+    if not loads and code.kernel != "sum_rows":
+        said.append("no 128-bit load")
+    if not stores and (code.kernel.startswith(("write_rows", "scale_rows")) or "known" in code.kernel):
+        said.append("no 128-bit store")
+    meant = (WARPS_OF_CAP if ", cap" in code.kernel else WARPS)[code.arch]
+    if code.warps < meant:
+        said.append(f"{code.registers} registers leave room for {code.warps} warps, {meant} are meant")
+    if "known" in code.kernel and not code.waits():
+        said.append("a load is under way at the barrier before the row is written over")
+    return said
+
+
+def _kernels(arch: str) -> list[TritonKernel]:
+    """Those of long rows; not fp16, which is as bf16, nor what sampling and entropy have otherwise."""
+    others = ("fp16", "short", "middle", "entropy")
+    return [
+        kernel
+        for kernel in triton_kernels(ARCHS[arch].warp_size)
+        if not any(word in kernel.name for word in others)
+        and (not kernel.name.startswith("sample_rows") or "wide" in kernel.name)
+    ]
+
+
+def _code(job: tuple[str, str]) -> AmdCode:
+    name, arch = job
+    kernel = next(k for k in _kernels(arch) if k.name == name)
+    made = triton_compiled(kernel, GPUTarget("hip", arch, ARCHS[arch].warp_size))
+    assembly = made.asm["amdgcn"]
+    registers, spills, stack = (
+        int(re.findall(rf"\.{count}:\s+(\d+)", assembly)[0])
+        for count in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    )
+    return AmdCode(name, arch, registers, spills + stack, assembly)
+
+
+def amd_code(only: str = "") -> Iterator[AmdCode]:
+    """The kernels whose names, after amd/, hold ``only``, on two cores."""
+    jobs = [(kernel.name, arch) for arch in ARCHS for kernel in _kernels(arch) if only in f"amd/{kernel.name}"]
+    with ProcessPoolExecutor(2, get_context("fork")) as pool:
+        yield from pool.map(_code, jobs)
+
+
+def table(found: list[AmdCode]) -> str:
+    """Markdown: a line for each kernel."""
+    lines = ["| | kernel | registers | 128-bit loads / stores | warps |", "|---|---|---|---|---|"]
+    kernels: dict[str, list[AmdCode]] = {}
+    for code in found:
+        kernels.setdefault(code.kernel, []).append(code)
+    for kernel, same in sorted(kernels.items()):
+        registers = ", ".join(str(code.registers) for code in same)
+        wide = ", ".join(dict.fromkeys("{} / {}".format(*code.accesses()) for code in same))
+        warps = ", ".join(str(code.warps) for code in same)
+        lines.append(f"| Triton | `{kernel}` | {registers} | {wide} | {warps} |")
+    return "\n".join(lines) + "\n"
