@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .tensors import all_tensors
+from .tensors import address, all_tensors
 
 #: The adapter that holds q.
 PROPOSAL = "dmfast_proposal"
@@ -59,8 +59,8 @@ def check(model: nn.Module) -> str:
         raise ValueError("the adapter is merged into the base weights, so it can't be switched off: unmerge_adapter()")
     if any(layer.disable_adapters for layer in layers):
         raise ValueError("the adapter is disabled, so the policy would be the base: call model.enable_adapter_layers()")
-    own = {tensor.data_ptr() for tensor in weights(peft, name).values()}
-    others = [n for n, p in peft.named_parameters() if p.requires_grad and p.data_ptr() not in own]
+    own = {address(tensor) for tensor in weights(peft, name).values()}
+    others = [n for n, p in peft.named_parameters() if p.requires_grad and address(p) not in own]
     if others:
         raise ValueError(
             f"one backbone needs the adapter {name!r} to be all that is trained, and {len(others)} other parameters "
@@ -174,8 +174,9 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def tensors_under(model: Any, adapter: str | None) -> dict[str, Tensor]:
     """Return ``tensors`` of a PEFT model as if this adapter were active, or none."""
-    of_adapters = {tensor.data_ptr() for name in model.peft_config for tensor in weights(model, name).values()}
-    found = {name: tensor for name, tensor in all_tensors(model).items() if tensor.data_ptr() not in of_adapters}
+    everything = all_tensors(model)
+    of_adapters = {address(tensor) for name in model.peft_config for tensor in weights(model, name).values()}
+    found = {name: tensor for name, tensor in everything.items() if address(tensor) not in of_adapters}
     own = {} if adapter is None else weights(model, adapter)
     return found | {ADAPTER + name: tensor for name, tensor in own.items()}
 

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from . import sharding
+
 # the outputs in which models return what the next step goes on from
 _STATES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
@@ -42,6 +44,7 @@ def decode(
     cached: bool,
     more: dict[str, Any],
     last_logits: Callable[[Callable[[], Any]], tuple[Any, Tensor]],
+    others: Callable[[bool], bool] | None = None,
 ) -> Drawn:
     """Draw the continuations of N left-padded prompts.
 
@@ -59,6 +62,8 @@ def decode(
         cached: False runs the whole sequence in each step.
         more: further inputs of the model, (N, L) tensors each, which are continued as generate continues them.
         last_logits: runs a forward of the model and returns its output, and (R, V) logits of the last position.
+        others: tells, of whether this rank runs another forward, whether any rank does, where each forward is one of
+            all ranks: those that have ended then take part until none is left.
     """
     n, prompt_len = prompts.shape
     tokens = torch.cat([prompts, prompts.new_full((n, steps), pad_token_id)], 1)
@@ -72,7 +77,7 @@ def decode(
         alive = torch.ones(n, dtype=torch.bool, device=given.device)
         for name in ("logits_processor", "generation_config", "synced_gpus", "streamer"):
             prepared.pop(name, None)
-        batch = _Steps(model, inner, prepared, prompt_len, given.device, first_position, last_logits)
+        batch = _Steps(model, inner, prepared, prompt_len, given.device, first_position, last_logits, list(more))
         for end in range(prompt_len, prompt_len + steps):
             drawn, drawn_log_prob = draw(batch.logits(tokens[rows, :end]), rows, end - prompt_len)
             log_prob[rows] += torch.where(alive, drawn_log_prob, 0.0)
@@ -80,6 +85,10 @@ def decode(
             whole[rows, end] = alive.long()
             alive = alive & ~stopping_criteria(tokens[rows, : end + 1], None)
             n_alive = int(alive.sum())
+            if others is not None:
+                goes_on = n_alive > 0 and end + 1 < prompt_len + steps
+                if others(goes_on) and not goes_on:
+                    batch.take_part(others)
             if n_alive == 0:
                 break
             # moving the cache costs a read and a write of it, about what a step costs: not for every row that ends
@@ -123,7 +132,7 @@ def _within_generate(
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise RuntimeError(
-            f"{type(inner).__name__} can't be sampled: transformers' generate fails on it with {error!r}"
+            f"{sharding.class_of(inner).__name__} can't be sampled: transformers' generate fails on it with {error!r}"
         ) from error
     finally:
         inner.generation_config = theirs
@@ -144,9 +153,10 @@ class _Steps:
 
     def __init__(
         self, model: nn.Module, inner: Any, given: dict[str, Any], prompt_len: int, device: torch.device,
-        first_position: int | None, last_logits: Callable[[Callable[[], Any]], tuple[Any, Tensor]],
+        first_position: int | None, last_logits: Callable[[Callable[[], Any]], tuple[Any, Tensor]], more: list[str],
     ) -> None:  # fmt: skip
         self.model, self.inner, self.given = model, inner, given
+        self.device, self.more = device, more
         self.first_position, self.last_logits = first_position, last_logits
         self.first = True
         self.cached = bool(given.get("use_cache", True))
@@ -170,7 +180,7 @@ class _Steps:
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            kind, length = type(self.inner).__name__, tokens.shape[1]
+            kind, length = sharding.class_of(self.inner).__name__, tokens.shape[1]
             raise RuntimeError(
                 f"{kind} can't be sampled: its forward of {length} tokens fails with {error!r}"
             ) from error
@@ -180,6 +190,17 @@ class _Steps:
         self.first = False
         self._go_on(out)
         return logits
+
+    def take_part(self, others: Callable[[bool], bool]) -> None:
+        """Run forwards of one token until no rank runs another."""
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        given: dict[str, Any] = {"attention_mask": torch.ones_like(token)}
+        if "position_ids" in self.parameters:
+            given["position_ids"] = torch.zeros_like(token)
+        given |= {name: torch.zeros_like(token) for name in self.more}
+        self.model(input_ids=token, use_cache=False, **given)
+        while others(False):
+            self.model(input_ids=token, use_cache=False, **given)
 
     def _inputs(self, tokens: Tensor) -> dict[str, Any]:
         if self.prepare is None:

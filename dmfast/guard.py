@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import sharding
 from .decoding import positions_of
 from .draws import random_draw
 from .families import first_position, text_config, without_adapters
@@ -55,6 +56,11 @@ class Guard:
         self._probed = not enabled
         self._checked: set[bool] = {True, False} if not enabled else set()
 
+    @property
+    def to_check(self) -> bool:
+        """Whether the next draw will be checked."""
+        return False not in self._checked
+
     # ---- before the first forward
 
     @torch.no_grad()
@@ -65,6 +71,8 @@ class Guard:
             lm: the model.
             tokens: (N, T) int64, of which the first row's are taken.
             mask: (N, T) int64, 0 on padding.
+
+        Ranks that hold a sharded model together call it together, and go on in the same way.
         """
         if self._probed:
             return
@@ -80,18 +88,21 @@ class Guard:
                 expected = self._plain(lm, ids)
             unit = _unit(rounding(), _size(expected.amax(-1)))
             optional = self._named and "position_ids" not in self._required
-            if optional and _differ(self._whole(lm, ids, torch.ones_like(ids)), expected, unit):
+            differs = optional and _differ(self._whole(lm, ids, torch.ones_like(ids)), expected, unit)
+            if not sharding.agree(lm.model, not differs):
                 self.first_position = None
             pads = torch.full((1, _PADS), lm.pad_token_id, device=ids.device)
             both = torch.cat([torch.cat([pads, ids[:, :-1]], 1), torch.cat([pads[:, 1:], ids], 1)])
             seen = torch.ones_like(both)
             seen[0, :_PADS], seen[1, : _PADS - 1] = 0, 0
             found = self._whole(lm, both, seen)
-            self.padded = (self.first_position is None) != self._named and not (
+            padded = (self.first_position is None) != self._named and not (
                 found is None
                 or _differ(found[:1, _PADS:], expected[:, :-1], unit)
                 or _differ(found[1:, _PADS - 1 :], expected, unit)
             )
+            self.padded = sharding.agree(lm.model, padded)
+        sharding.reshard(lm.model)
 
     def _plain(self, lm: LanguageModel, ids: Tensor) -> Tensor:
         """Run an unpadded sequence with the model's own positions, without a cache, and return (1, T, V) logits."""
@@ -136,6 +147,8 @@ class Guard:
             lm: the model that drew them.
             drawn: one or more sequences.
 
+        Ranks that hold a sharded model together call it together while that is gathered, and go on in the same way.
+
         Returns:
             False where scoring is sound and drawing is not: then ``cached``, and where that was not it ``padded``, has
             become False, and the draw is to be made again.
@@ -170,7 +183,8 @@ class Guard:
                 equal = equal + 4 * (lm._score(x.trimmed())[0] - lm._score(x.trimmed())[0]).abs()
             equal = equal.minimum(allowed)
             repeats = random is None and not _beyond(again, together, equal)
-            if repeats and not (_beyond(together, x.log_prob, allowed) or _beyond(alone, x.log_prob, allowed)):
+            sound = repeats and not (_beyond(together, x.log_prob, allowed) or _beyond(alone, x.log_prob, allowed))
+            if sharding.agree(lm.model, sound):
                 self._checked |= {ragged, False}
                 return True
             lm.model.train()
@@ -179,14 +193,17 @@ class Guard:
             in_evaluation = lm._score(x.trimmed())[0]
             step_by_step = self._step_by_step(lm, x)
         scores = (together, in_training, in_evaluation, step_by_step)
-        if repeats and (self.cached or self.padded) and not any(_beyond(each, alone, allowed) for each in scores):
+        only_drawing = repeats and not any(_beyond(each, alone, allowed) for each in scores)
+        if sharding.agree(lm.model, only_drawing and (self.cached or self.padded)):
             if self.cached:
                 self.cached = False
                 self.why_uncached = "with a cache it draws from another distribution than without"
             else:
                 self.padded = False  # what generate passes on to it lacks the mask
             return False
-        kind = type(without_adapters(lm._module())).__name__
+        kind = sharding.class_of(without_adapters(lm._module())).__name__
+        if sound:
+            raise RuntimeError(f"{kind} can't be trained: the message of another rank says what that rank has found")
         figures = "; ".join(
             f"{name}: {', '.join(f'{value:.4f}' for value in values.tolist())}"
             for name, values in (
@@ -264,7 +281,7 @@ def _naming(lm: LanguageModel, what: str) -> Iterator[None]:
     except _FAULTS as error:
         if _is_of_the_machine(error):
             raise
-        kind = type(without_adapters(lm._module())).__name__
+        kind = sharding.class_of(without_adapters(lm._module())).__name__
         raise RuntimeError(f"{kind} can't be used: a forward {what} fails with {error!r}") from error
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from . import sharding
 from .functional import linear_logits, plain_logits
 
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -66,6 +67,7 @@ class HeadProbe:
         self.logits_dtype = logits_dtype
         self._seen: tuple[Any, ...] = ()  # the dtypes and the forward for which the rest was found
         self.verified = False
+        self._agreed = False  # whether all ranks that hold a sharded model know the same
         self.failure: str | None = None
         self.dtype: torch.dtype | None = None
 
@@ -79,15 +81,17 @@ class HeadProbe:
         head = get() if get is not None else None
         if head is None:
             return "the model names no head (get_output_embeddings)"
-        if type(head) is not nn.Linear:  # adapters, modules_to_save, quantised layers
-            return f"the head is a {type(head).__module__}.{type(head).__qualname__}, not an nn.Linear"
-        if type(head.weight) not in (nn.Parameter, Tensor):  # DTensor
-            return f"the head's weight is a {type(head.weight).__qualname__}"
+        kind = sharding.class_of(head)
+        if kind is not nn.Linear:  # adapters, modules_to_save, quantised layers
+            return f"the head is a {kind.__module__}.{kind.__qualname__}, not an nn.Linear"
+        if type(head.weight) not in (nn.Parameter, Tensor) and not _is_shard_of(unwrapped(model), head.weight):
+            return f"the head's weight is a {type(head.weight).__qualname__}"  # a DTensor of tensor parallelism
         if head.weight.is_meta or hasattr(head, "_hf_hook"):
             return "the head is offloaded"
         if "forward" in vars(head):
             return "the head's forward was replaced on the instance, so that it may compute something else"
-        if head._forward_hooks or head._forward_pre_hooks:
+        hooks = [*head._forward_hooks.values(), *head._forward_pre_hooks.values()]
+        if not all(sharding.is_own_hook(hook) for hook in hooks):
             return "the head has hooks, which may change what it computes"
         scale, softcap = _scaling(model)
         if not scale > 0 or (softcap is not None and scale != 1.0):
@@ -117,7 +121,22 @@ class HeadProbe:
         found = HiddenAndHead(hidden, weight, bias, labels, softcap, scale, self.logits_dtype)
         if not self.verified and len(labels):
             self._compare(out.logits, entered[_SHOWN], found)
+        if sharding.in_step(model):
+            self.agree(model)
         return None if self.failure is not None else found
+
+    def agree(self, model: nn.Module) -> None:
+        """Take for found what all ranks found, since ranks that hold a sharded model must run the same forwards.
+
+        They call it together. Once they agree it does nothing.
+        """
+        if self._agreed or not sharding.is_sharded(model):
+            return
+        failed = not sharding.agree(model, self.failure is None)
+        verified = sharding.agree(model, self.verified)
+        if failed and self.failure is None:
+            self.failure = "on another rank the model's logits differ from those of its hidden states and head"
+        self.verified, self._agreed = verified and not failed, verified or failed
 
     def _look(self, model: nn.Module) -> None:
         """Forget what is known where the head has another dtype now, or the model another forward."""
@@ -131,7 +150,7 @@ class HeadProbe:
         # accelerate puts its autocast into a forward on the instance
         seen = (weight.dtype, autocast, vars(inner).get("forward"))
         if seen != self._seen:
-            self._seen, self.verified, self.dtype = seen, False, None
+            self._seen, self.verified, self._agreed, self.dtype = seen, False, False, None
 
     def unknown(self, model: nn.Module) -> bool:
         """Return whether only a forward can tell what the head makes."""
@@ -207,6 +226,11 @@ class HeadProbe:
         if len(captured) != 1:
             self.failure = f"the model calls its head {len(captured)} times in a forward, not once"
             return out, None
+        if sharding.is_shard(head.weight) and hasattr(head, "unshard"):
+            head.unshard()  # FSDP has given it away after the head's own forward
+        if sharding.is_shard(head.weight):
+            self.failure = "the head's parameters are shards after a forward"
+            return out, None
         hidden, weight, bias = captured[0], head.weight, head.bias
         if dtypes[0] is not None:  # the product ran in autocast's dtype, perhaps within the model's forward only
             hidden, weight = hidden.to(dtypes[0]), weight.to(dtypes[0])
@@ -218,6 +242,11 @@ class HeadProbe:
         self.failure = _what_differs(logits, shown, found)
         self.verified = self.failure is None and bool((logits < torch.inf).all())  # a token may be forbidden, by -inf
         self.dtype = found.weight.dtype
+
+
+def _is_shard_of(model: nn.Module, weight: Any) -> bool:
+    """Return whether a head's weight is a shard that FSDP makes whole in a forward, and nothing else cuts it."""
+    return sharding.is_sharded(model) and sharding.is_shard(weight) and weight.device_mesh.ndim == 1
 
 
 def _scaling(model: nn.Module) -> tuple[float, float | None]:

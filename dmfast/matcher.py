@@ -25,6 +25,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from . import sharding
 from .batch import Batch, Microbatch, Prompts, SamplingOptions
 from .diagnostics import gradient_variance
 from .estimators import RunningEstimates
@@ -302,7 +303,9 @@ class Matcher:
             return False
         if self._q_is_base is None:
             some, q = x[: min(len(x), 8)], self.proposal.snapshot
-            self._q_is_base = torch.equal(q.log_prob(some.to(q.device)).to(x.log_prob), self.target.base.log_prob(some))
+            of_q, of_base = q.log_prob(some.to(q.device)).to(x.log_prob), self.target.base.log_prob(some)
+            same = torch.tensor([torch.equal(of_q, of_base)], device=x.tokens.device)
+            self._q_is_base = bool(self.ranks.gather(same).all())  # or one of them would let the base run, and one not
         return self._q_is_base
 
     def _scorer_counts(self) -> dict[str, float]:
@@ -481,8 +484,14 @@ class Matcher:
             reduce: the sum of a tensor over ranks. Default: that of what ``ranks.gather`` gives.
 
         Raises:
-            RuntimeError: not all of the batch has passed the loss. ValueError: as ``gradient_variance``.
+            RuntimeError: not all of the batch has passed the loss.
+            ValueError: as ``gradient_variance``; the policy is sharded.
         """
+        if sharding.is_sharded(self.policy.model):
+            raise ValueError(
+                "measure_gradient differentiates each sequence alone, outside of the forward that FSDP knows, so it "
+                "does not run on a sharded policy; measure in one process"
+            )
         start, order = time.perf_counter(), self._order()
         batch = cast(Batch, self.batch)
         self._check()

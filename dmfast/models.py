@@ -10,17 +10,19 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import adapters
+from . import adapters, sharding
 from .completions import check_unknown_proposal, samples_of
 from .decoding import decode, positions_of
 from .families import context_length, disable_dropout, execution_device, text_inputs, why_context, without_adapters
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 #: What a sampler is loaded from: a model, or a folder that its ``save_pretrained`` wrote.
 Source: TypeAlias = "LanguageModel | nn.Module | str | os.PathLike[str]"
 
+_T = TypeVar("_T")
 _WHERE_FROM = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "force_download", "subfolder")
 
 
@@ -75,6 +78,9 @@ class LanguageModel:
 
     Attributes:
         eos_token_ids: what ends a sequence.
+        gather_for_sampling: whether a model that FSDP has sharded is made whole on every rank while it is sampled from.
+            False: each layer is gathered in each forward, and a rank whose sequences have ended takes part until those
+            of all ranks have. That needs less memory and more time, and ``check_scores=False``.
         version: what ``Samples.version`` of its draws holds; an ``OfflineProposal`` whose q it is assigns it.
 
     Raises:
@@ -120,6 +126,7 @@ class LanguageModel:
         self.logits_dtype = "same" if logits_dtype == "same" else "float32"
         self._head = HeadProbe(self.logits_dtype)
         self.version = 0
+        self.gather_for_sampling = True
         self._said: set[str] = set()
 
     @property
@@ -216,7 +223,8 @@ class LanguageModel:
             raise FileNotFoundError(f"there is no folder {str(folder)!r} to load a model from")
         if _is_adapter(folder):
             return adapters.saved(folder, self._tensors().keys())
-        return adapters.tensors(without_adapters(module_of(self)).from_pretrained(folder, local_files_only=True))
+        kind: Any = sharding.class_of(without_adapters(module_of(self)))
+        return adapters.tensors(kind.from_pretrained(folder, local_files_only=True))
 
     def base(self) -> LanguageModel:
         """Return the pretrained model below a PEFT model's adapter: the same module, the adapter off in each forward.
@@ -384,7 +392,14 @@ class LanguageModel:
             batches = torch.split(torch.arange(len(context_id), device=self.device), batch_size or len(context_id))
             if not self._guard.padded:
                 lengths = prompt_mask.sum(1)[context_id]
+                whole = len(batches)
                 batches = tuple(ids[lengths[ids] == length] for ids in batches for length in set(lengths[ids].tolist()))
+                if self.in_step and len(batches) > whole:
+                    raise ValueError(
+                        f"{self._kind} can't take prompts of several lengths in one batch, and "
+                        "with gather_for_sampling=False all processes must run the same number of forwards: give all "
+                        "prompts of a step one length, or set gather_for_sampling=True"
+                    )
             parts = []
             for ids in batches:
                 width = prompt.shape[1] if self._guard.padded else int(prompt_mask[context_id[ids[0]]].sum())
@@ -396,16 +411,19 @@ class LanguageModel:
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()  # gradient checkpointing forbids the KV cache in training mode; dropout is 0 in both
         try:
-            self._probe(prompt, prompt_mask)
-            samples = draw()
-            while not self._guard.check(self, samples):
+            with self._ready_to_sample():
+                self._probe(prompt, prompt_mask)
                 samples = draw()
+                while not self._guard.check(self, samples):
+                    samples = draw()
         finally:
             for module in training:
                 module.training = True
+        self._head.agree(self.model)
+        sharding.reshard(self.model)
         if not self._guard.cached:
             self._say(
-                f"dmfast runs the whole sequence in each step of sampling from {type(self._unwrapped()).__name__}, "
+                f"dmfast runs the whole sequence in each step of sampling from {self._kind}, "
                 f"which takes more time: {self._guard.why_uncached}"
             )
         bad = samples.log_prob.isnan()  # what the CPU raises at once, a device has put here
@@ -415,6 +433,22 @@ class LanguageModel:
                 f"sequences, first in sequence {int(bad.nonzero()[0, 0])}: there is no distribution to draw from"
             )
         return samples
+
+    def _ready_to_sample(self) -> AbstractContextManager[None]:
+        """Make a sharded model whole within a block, unless each forward is to be one of all ranks.
+
+        Raises:
+            ValueError: it stays sharded, and its scores are still to be checked.
+        """
+        if self.gather_for_sampling or not sharding.is_sharded(self.model):
+            return sharding.gathered(self.model)
+        if self._guard.to_check:
+            raise ValueError(
+                "gather_for_sampling=False leaves the model sharded, and check_scores=True compares scores with draws "
+                "in forwards whose number differs by rank: set check_scores=False, after a run of the same model "
+                "with gather_for_sampling=True has passed the check"
+            )
+        return nullcontext()
 
     def _sample(
         self, prompts: Tensor, mask: Tensor, context_id: Tensor, row_ids: Tensor, steps: int, temperature: float,
@@ -428,7 +462,7 @@ class LanguageModel:
             self.model, without_adapters(self._unwrapped()), prompt, mask[context_id], steps, draw=draw,
             eos_token_ids=self.eos_token_ids, pad_token_id=self.pad_token_id, first_position=self._guard.first_position,
             cached=self._guard.cached, more={name: torch.zeros_like(prompt) for name in self._text_inputs},
-            last_logits=lambda forward: self._head.last_logits(self.model, forward),
+            last_logits=lambda forward: self._head.last_logits(self.model, forward), others=self._others(),
         )  # fmt: skip
         self._guard.cached = drawn.cached
         score = drawn.mask.bool()
@@ -438,6 +472,24 @@ class LanguageModel:
             self.pad_token_id, torch.full_like(context_id, self.version),
         )  # fmt: skip
 
+    def _others(self) -> Callable[[bool], bool] | None:
+        """Return what tells, of whether this rank goes on drawing, whether any does; None: that does not matter."""
+        if not sharding.in_step(self.model):
+            return None
+        return lambda mine: bool(sharding.most(self.model, mine))
+
+    def _in_forward(
+        self, samples: Samples, function: Callable[[], _T], outputs: Callable[[Any], object] = operator.itemgetter(0)
+    ) -> _T:
+        """Run what needs the parameters of a sharded model within one of its forwards.
+
+        Args:
+            samples: what it runs on, by which the model is asked before how it takes them.
+            function, outputs: as in ``sharding.call``.
+        """
+        self._probe(samples.tokens, samples.attention_mask)
+        return sharding.call(self.model, function, outputs)
+
     def logits(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Return logits and the labels that they score, for ``dm_loss``: (N, K, V) and (N, K) int64, -100 = not scored.
 
@@ -445,6 +497,9 @@ class LanguageModel:
         model can't take them padded. K is T, or the continuation and the position before it where the model can leave
         out the logits of the prompt. Those of a 16-bit head are made from its hidden states in fp32, as the losses do.
         """
+        return self._in_forward(samples, lambda: self._logits(samples))
+
+    def _logits(self, samples: Samples) -> tuple[Tensor, Tensor]:
         if self._head.unknown(self.model):
             with torch.no_grad():
                 self._hidden(samples[:1])
@@ -472,17 +527,18 @@ class LanguageModel:
         if self._guard.padded or bool(samples.attention_mask[:, : samples.prompt_len].all()):
             return None
         parts = samples.by_prompt_length()
-        if len(parts) > 1 and self.model is not self._unwrapped():
+        if len(parts) > 1 and (self.model is not self._unwrapped() or sharding.in_step(self.model)):
             raise ValueError(
-                f"{type(self._unwrapped()).__name__} can't take prompts of several lengths in one batch, and under DDP "
-                "all processes must run the same number of forwards: give all prompts of a microbatch one length"
+                f"{self._kind} can't take prompts of several lengths in one batch, and under "
+                f"{'FSDP' if sharding.is_sharded(self.model) else 'DDP'} all processes must run the same number of "
+                "forwards: give all prompts of a microbatch one length"
             )
         return parts
 
     def _check_placed(self) -> None:
         if self.device.type == "meta":
             raise ValueError(
-                f"the parameters of the {type(self._unwrapped()).__name__} are on the device meta, without values: "
+                f"the parameters of the {self._kind} are on the device meta, without values: "
                 "load the model with its weights, or dispatch it by accelerate, whose hooks say where it runs"
             )
 
@@ -499,7 +555,7 @@ class LanguageModel:
     def _forward(self, samples: Samples) -> Any:
         """Run one forward, without the logits of the prompt where the model can leave them out."""
         kept = samples.tokens.shape[1] - samples.prompt_len + 1
-        return self.model(
+        return sharding.forward_of(self.model)(
             input_ids=samples.tokens, use_cache=False, **self._inputs(samples.attention_mask),
             **({"logits_to_keep": kept} if self._keeps_logits else {}),
         )  # fmt: skip
@@ -514,6 +570,11 @@ class LanguageModel:
                 its config: a head that is quantised, sharded, offloaded or has an adapter, or logits that are processed
                 in another way (found on the first use, by comparing a few). ``logits`` serves such models.
         """
+        if sharding.is_sharded(self.model):
+            raise ValueError(
+                "hidden_and_head: FSDP has whole parameters within a forward only, and starts backward at what it "
+                "returns; use loss(), log_prob() or logits()"
+            )
         found = self._hidden(samples)
         if found is None:
             raise ValueError(f"hidden_and_head: {self._head.why_not(self.model)}; use logits() and dm_loss")
@@ -537,6 +598,11 @@ class LanguageModel:
         """Return the module itself, without what DDP or torch.compile put around it."""
         return module_of(self)
 
+    @property
+    def _kind(self) -> str:
+        """The name of the model's class."""
+        return sharding.class_of(self._unwrapped()).__name__
+
     def _unwrapped(self) -> Any:
         """Return the model without DDP around it."""
         return unwrapped(self.model)
@@ -548,10 +614,7 @@ class LanguageModel:
             warn_caller(message)
 
     def _say_why_logits(self) -> None:
-        self._say(
-            f"dmfast forms all logits of {type(self.model).__name__}, which takes more memory: "
-            f"{self._head.why_not(self.model)}"
-        )
+        self._say(f"dmfast forms all logits of {self._kind}, which takes more memory: {self._head.why_not(self.model)}")
 
     def _say_what_on_policy_neglects(self, dtype: torch.dtype, options: Mapping[str, Any]) -> None:
         if options.get("on_policy") is True and dtype in (torch.bfloat16, torch.float16):
@@ -573,19 +636,54 @@ class LanguageModel:
             (N,) fp64, nats.
         """
         size = max(batch_size or len(samples), 1)
+        batches = [samples[start : start + size].trimmed() for start in range(0, len(samples), size)]
+        fewer = self._fewer_than_others(len(batches))
         parts = []
-        for start in range(0, len(samples), size):
-            log_prob, formed = self._score(samples[start : start + size].trimmed())
+        for batch in batches:
+            log_prob, formed = self._in_forward(batch, lambda batch=batch: self._score(batch))  # type: ignore[misc]
             if formed:
                 self._say_why_logits()
             parts.append(log_prob)
+        for _ in range(fewer):
+            one = self._any_sample(samples)
+            self._in_forward(one, lambda one=one: self._score(one))  # type: ignore[misc]
         return torch.cat(parts) if parts else samples.log_prob.new_empty(0)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether each forward is one of all ranks, so that all of them have to call what runs one."""
+        return sharding.in_step(self.model)
+
+    def _fewer_than_others(self, batches: int) -> int:
+        """Return how many batches fewer than another this rank has, where each forward is one of all ranks.
+
+        Raises:
+            ValueError: their numbers differ, and a gradient is wanted.
+        """
+        if not self.in_step:
+            return 0
+        most, fewest = sharding.most(self.model, batches), -sharding.most(self.model, -batches)
+        if torch.is_grad_enabled() and most > fewest:
+            raise ValueError(
+                "log_prob with a gradient needs equally many batches on all ranks of a model that FSDP has sharded; "
+                f"they have from {fewest} to {most}, and this one {batches}"
+            )
+        return most - batches
+
+    def _any_sample(self, like: Samples) -> Samples:
+        """Return a sequence for a forward in which this rank only takes part."""
+        tokens = torch.full((1, 2), self.eos_token_ids[0], device=self.device)
+        ones, zeros = torch.ones_like(tokens), torch.zeros_like(tokens[:, 0])
+        return replace(
+            like, tokens=tokens, attention_mask=ones, score_mask=ones.cumsum(1) == 2, prompt_len=1,
+            log_prob=zeros.double(), context_id=zeros, version=zeros, rows=None,
+        )  # fmt: skip
 
     def _score(self, samples: Samples) -> tuple[Tensor, bool]:
         """Return (N,) log pi, and whether all logits were formed for it."""
         found = self._hidden(samples)
         if found is None:
-            logits, labels = self.logits(samples)
+            logits, labels = self._logits(samples)
             inplace = not logits.is_leaf
             return sequence_log_prob(logits, labels, temperature=samples.temperature, inplace=inplace), True
         log_prob = linear_sequence_log_prob(
@@ -617,6 +715,9 @@ class LanguageModel:
         if not samples.has_log_prob:
             check_unknown_proposal(options)
         samples = samples.trimmed()
+        return self._in_forward(samples, lambda: self._loss(samples, options), lambda out: out.loss)
+
+    def _loss(self, samples: Samples, options: dict[str, Any]) -> DMLossOutput:
         found = self._hidden(samples)
         if found is not None:
             self._say_what_on_policy_neglects(found.weight.dtype, options)
@@ -626,7 +727,7 @@ class LanguageModel:
             )  # fmt: skip
         self._say_why_logits()
         options.pop("chunk_bytes", None)
-        logits, labels = self.logits(samples)
+        logits, labels = self._logits(samples)
         self._say_what_on_policy_neglects(logits.dtype, options)
         return dm_loss(logits, labels, temperature=samples.temperature, inplace=not logits.is_leaf, **options)
 

@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from . import adapters
+from . import adapters, sharding
 from .estimators import Estimate, RunningEstimates, _js_terms, _mean, estimate
 from .kernels.result import DMLossOutput
 from .models import LanguageModel
@@ -46,7 +46,16 @@ def _module(policy: nn.Module | HasModel) -> nn.Module:
 
 
 def _source(policy: nn.Module | HasModel) -> LanguageModel | nn.Module:
-    """Return the part of a policy that a sampler loads."""
+    """Return the part of a policy that a sampler loads.
+
+    Raises:
+        RuntimeError: it is sharded.
+    """
+    if sharding.is_sharded(_module(policy)):
+        raise RuntimeError(
+            "the policy is sharded by FSDP, and another engine needs whole parameters: OfflineProposal(sampler=...) "
+            "does not run under FSDP yet"
+        )
     return policy if isinstance(policy, (nn.Module, LanguageModel)) else policy.model
 
 
@@ -78,6 +87,12 @@ def nearer(
 
 def _copy(module: nn.Module, device: torch.device | str | None) -> nn.Module:
     """Return a frozen copy, which is made directly on the device."""
+    if sharding.parts(module):
+        kind = sharding.class_of(module).__name__
+        raise ValueError(
+            f"the {kind} is sharded already, and FSDP can't copy it: make the OfflineProposal before fully_shard, and "
+            "shard proposal.snapshot.model as the policy; DMTrainer with DMConfig(fsdp=True) does both"
+        )
     memo: dict[int, Any] = {}
     if device is not None:
         for tensor in [*module.parameters(), *module.buffers()]:
@@ -159,7 +174,7 @@ class OfflineProposal(Generic[Policy]):
     Raises:
         TypeError, ValueError: an argument is out of range; ``adapter`` comes with a device, or with a policy that is
             not a ``LanguageModel`` around a PEFT model whose adapter can be switched; ``sampler`` is not a sampler, or
-            it moves with the policy. The errors of the sampler's ``load`` pass through.
+            it moves with the policy; the policy is sharded already. The errors of the sampler's ``load`` pass through.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from .objectives import KINDS, AdaptiveBeta, Objective, PPOClip, Terms
 from .proposal import OfflineProposal
 from .samples import Samples
 from .targets import EBM
+from .tensors import address
 from .views import AdapterView
 
 #: A name of ``OBJECTIVES``, an ``Objective``, or a function of ``Terms`` that returns the (B,) weights A.
@@ -211,8 +212,8 @@ def check_target(target: EBM, model: nn.Module, settings: Settings, reward: Call
     theirs = getattr(base, "model", None)
     if isinstance(base, AdapterView) and base.model is model:
         adapters.check(model)
-    elif isinstance(theirs, nn.Module) and not {p.data_ptr() for p in theirs.parameters()}.isdisjoint(
-        p.data_ptr() for p in model.parameters()
+    elif isinstance(theirs, nn.Module) and not {address(p) for p in theirs.parameters()}.isdisjoint(
+        address(p) for p in model.parameters()
     ):
         raise ValueError(
             "target.base shares parameters with the model that is to be trained, so the target would move with it "

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import sharding
+
 
 def all_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers, also those that a state_dict leaves out, and not what else a state_dict holds."""
+    """Return parameters and buffers, also those that a state_dict leaves out, and not what else a state_dict holds.
+
+    Those of a sharded model are shards, wherever it was last.
+    """
+    sharding.reshard(module)
     return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+
+
+def address(tensor: Tensor) -> int:
+    """Return where a tensor's values lie, of a shard this rank's, which has memory of its own even if it is empty."""
+    return sharding.local(tensor).untyped_storage().data_ptr() if sharding.is_shard(tensor) else tensor.data_ptr()
 
 
 def difference(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> str | None:
@@ -22,18 +34,34 @@ def difference(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> st
     for name, tensor in target.items():
         if source[name].shape != tensor.shape:
             return f"{name} is {tuple(source[name].shape)} in the source, and {tuple(tensor.shape)} here"
+        if sharding.is_shard(source[name]) and not _cut_alike(source[name], tensor):
+            return f"{name} is sharded in the source, and in another way or not at all here"
     return None
+
+
+def _cut_alike(source: Any, target: Any) -> bool:
+    """Return whether two tensors are shards that lie where the other's do, so that nothing is gathered for a copy."""
+    return (
+        sharding.is_shard(target)
+        and source.device_mesh == target.device_mesh
+        and tuple(source.placements) == tuple(target.placements)
+    )
 
 
 @torch.no_grad()
 def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
     """Copy the values of all tensors, to the device and dtype that each of the targets has.
 
+    Of shards each rank copies its own, and of whole tensors, which every rank has, those that its shards take.
+
     Raises:
-        RuntimeError: names or shapes differ; nothing is changed.
+        RuntimeError: names or shapes differ, or how the tensors are sharded; nothing is changed.
     """
     differs = difference(source, target)
     if differs is not None:
         raise RuntimeError(f"the parameters do not fit: {differs}")
     for name, tensor in target.items():
-        tensor.copy_(source[name])
+        value = source[name]
+        if sharding.is_shard(tensor) and not sharding.is_shard(value):
+            value = sharding.spread(value, tensor)
+        tensor.copy_(value)

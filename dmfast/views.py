@@ -38,6 +38,7 @@ class AdapterView(LanguageModel):
             chat_template_kwargs=policy.chat_template_kwargs,
         )  # fmt: skip
         self._guard, self._said = policy._guard, policy._said
+        self.gather_for_sampling = policy.gather_for_sampling
         self.adapter = adapter
         self._config = model.peft_config.get(adapter)
 
@@ -81,7 +82,7 @@ class AdapterView(LanguageModel):
     def sample(self, *args: Any, **kwargs: Any) -> Samples:
         """Draw as ``LanguageModel.sample`` does."""
         self.check_there()
-        with adapters.switched(self.model, self.adapter):
+        with self._ready_to_sample(), adapters.switched(self.model, self.adapter):
             return super().sample(*args, **kwargs)
 
     @torch.no_grad()

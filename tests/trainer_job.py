@@ -19,7 +19,14 @@ import peft
 import torch
 from ending import end
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 import dmfast
 from dmfast import EBM, Contains, Moment
@@ -41,6 +48,17 @@ def gpt2(seed=0, n_positions=24):
         GPT2Config(
             vocab_size=len(WORDS), n_positions=n_positions, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3,
             bos_token_id=9, eos_token_id=5,
+        )
+    )  # fmt: skip
+
+
+def llama(seed=0):
+    """A model whose head is not its embedding."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, max_position_embeddings=24, initializer_range=0.3, bos_token_id=9, eos_token_id=5,
         )
     )  # fmt: skip
 
@@ -95,6 +113,11 @@ class AtOnce(threading.Timer):
         self.function()
 
 
+def whole(tensor):
+    """All of a tensor, of which this rank may have a shard."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 class Gradients(TrainerCallback):
     """The gradients of each optimiser step, by parameter."""
 
@@ -103,7 +126,7 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         named = model.named_parameters()
-        self.steps.append({n.removeprefix("module."): p.grad.clone() for n, p in named if p.grad is not None})
+        self.steps.append({n.removeprefix("module."): whole(p.grad).clone() for n, p in named if p.grad is not None})
 
 
 class Kill(TrainerCallback):

@@ -223,7 +223,7 @@ class EBM:
         positive = log_b > -math.inf
         if log_base is None:
             log_base = torch.full_like(log_b, math.nan)
-            if bool(positive.any()):
+            if bool(positive.any()) or getattr(self.base, "in_step", False):
                 scored = self.base.log_prob(samples[positive], batch_size=batch_size or self.batch_size)
                 log_base[positive] = scored.to(log_base)
         else:

@@ -4,6 +4,8 @@ The files are written to a folder beside the target, listed with their sizes, an
 
 A checkpoint is transformers' folder with two more files: ``dmfast_state.pt`` (proposal, Z, lambda, estimators) and
 ``dmfast_manifest.json``, which lists every file with its size and so tells a truncated checkpoint from a whole one.
+Under FSDP each rank writes its shards of the proposal into a folder beside them, ``dmfast_proposal``, by
+``torch.distributed.checkpoint``, which another number of ranks can read.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch
 
-STATE, MANIFEST = "dmfast_state.pt", "dmfast_manifest.json"
+STATE, MANIFEST, SHARDS = "dmfast_state.pt", "dmfast_manifest.json", "dmfast_proposal"
 _STAGING = "_being-written"
 
 
@@ -125,9 +127,51 @@ def staged(output_dir: Path, name: str, writes: bool, barrier: Callable[[], None
     barrier()
 
 
-def save_state(state: dict[str, Any], folder: Path) -> None:
-    """Write dmfast's own state into a checkpoint."""
-    torch.save(state, folder / STATE)
+def save_state(state: dict[str, Any], folder: Path, *, writes: bool, sharded: bool) -> None:
+    """Write dmfast's own state into a checkpoint. All ranks call it.
+
+    Args:
+        state: what ``DMTrainer.state_dict`` returned.
+        folder: the checkpoint.
+        writes: whether this process writes what all of them have.
+        sharded: whether the proposal's parameters are shards, which each process writes.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    proposal = state["matcher"]["proposal"]
+    if sharded and proposal is not None:
+        from torch.distributed import checkpoint
+
+        try:
+            checkpoint.save({"proposal": proposal["model"]}, checkpoint_id=folder / SHARDS)
+        except checkpoint.CheckpointException as error:  # no Exception, though it is one
+            raise OSError(f"{folder / SHARDS} could not be written: {error}") from error
+        proposal = proposal | {"model": None}
+    if writes:
+        matcher = state["matcher"] | {"proposal": proposal}
+        torch.save(state | {"matcher": matcher, "sharded": sharded}, folder / STATE)
+
+
+def load_shards(state: dict[str, Any], folder: Path, shards: dict[str, Any]) -> dict[str, Any]:
+    """Return the state with the proposal's parameters as this rank's shards. All ranks call it.
+
+    Args:
+        state: of a run under FSDP, as ``load_state`` read it.
+        folder: the checkpoint.
+        shards: tensors like those of the proposal, which are overwritten.
+
+    Raises:
+        RuntimeError: the checkpoint is of another model.
+    """
+    from torch.distributed import checkpoint
+
+    try:
+        checkpoint.load({"proposal": shards}, checkpoint_id=folder / SHARDS)
+    except (checkpoint.CheckpointException, RuntimeError, ValueError, OSError) as error:
+        raise RuntimeError(f"{folder / SHARDS} does not hold the parameters of this proposal: {error}") from error
+    proposal = state["matcher"]["proposal"] | {"model": shards}
+    return state | {"matcher": state["matcher"] | {"proposal": proposal}}
 
 
 def load_state(folder: Path, device: torch.device) -> dict[str, Any]:
@@ -136,8 +180,11 @@ def load_state(folder: Path, device: torch.device) -> dict[str, Any]:
     Raises:
         ValueError: there is no such file, or it can't be read.
     """
+    where = (
+        "cpu" if device.type == "cpu" else device
+    )  # torch.load does not know cpu:0, which accelerate says under FSDP
     try:
-        state: dict[str, Any] = torch.load(folder / STATE, map_location=device, weights_only=True)
+        state: dict[str, Any] = torch.load(folder / STATE, map_location=where, weights_only=True)
     except Exception as error:
         raise ValueError(f"{folder / STATE} can't be read: {error}") from error
     return state

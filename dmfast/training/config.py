@@ -19,20 +19,24 @@ def _field(default: Any, text: str) -> Any:
 
 
 def refuse_parallelism(args: TrainingArguments) -> None:
-    """Refuse more than DDP, whether asked for in the arguments or by ``accelerate launch``.
+    """Refuse more than DDP and FSDP, whether asked for in the arguments or by ``accelerate launch``.
 
     Raises:
         ValueError: it is asked for.
     """
     for name, variable, what in (
-        ("fsdp", "ACCELERATE_USE_FSDP", "FSDP"),
         ("deepspeed", "ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("parallelism_config", "ACCELERATE_USE_PARALLELISM_CONFIG", "tensor, context or sequence parallelism"),
     ):
         by_launcher = os.environ.get(variable, "false").lower() in ("true", "1")
         if by_launcher or getattr(args, name):
             asked = f"{variable}, which accelerate launch sets," if by_launcher else name
-            raise ValueError(f"DMTrainer does not run under {what} yet, which {asked} asks for; use DDP")
+            raise ValueError(f"DMTrainer does not run under {what} yet, which {asked} asks for; use DDP or FSDP2")
+    if "hybrid" in f"{args.fsdp} {args.fsdp_config}".lower():
+        raise ValueError(
+            f"hybrid sharding (HSDP), which fsdp={args.fsdp!r} with fsdp_config={args.fsdp_config!r} asks for, was not "
+            "tried with DMTrainer: leave it out, so that all processes share one set of shards"
+        )
 
 
 @dataclass
@@ -95,12 +99,15 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         log_samples: so many of them are written to ``samples.jsonl`` in ``output_dir``, with log pi, log a and
             features (a push to the hub takes it along), and as a table to TensorBoard and W&B where they are among
             ``report_to``. 0: none.
+        gather_for_sampling: under FSDP, whether the model is made whole on every process while it is sampled from.
+            False: each of its layers is gathered in each forward, which needs less memory and more time, and
+            ``check_scores=False``.
         gradient_variance_steps: every so many optimiser steps the variance of the gradient over the sequences of the
             step is logged, exactly: one backward for each (``dmfast.diagnostics.gradient_variance``). 0: never.
         patience_zero: steps in a row with P(x) = 0 on every sequence, after which a warning says what to do.
 
     Raises:
-        ValueError: an unknown objective, criterion or baseline, a number out of range, FSDP, DeepSpeed.
+        ValueError: an unknown objective, criterion or baseline, a number out of range, DeepSpeed.
         TypeError: an objective that is no name.
         ImportError: ``eval_diversity`` without nltk.
     """
@@ -144,6 +151,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     eval_samples: int = _field(512, "Sequences of the policy at an evaluation.")
     eval_diversity: int = _field(0, "Sequences of an evaluation whose diversity is measured; 0: none.")
     log_samples: int = _field(0, "Sequences of an evaluation that are logged as a table; 0: none.")
+    gather_for_sampling: bool = _field(True, "Under FSDP, whether the model is whole while it is sampled from.")
     gradient_variance_steps: int = _field(0, "Steps between measurements of the gradient's variance; 0: never.")
     patience_zero: int = _field(5, "Steps with P = 0 on all sequences before a warning.")
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 class AccelerateRanks:
-    """``dmfast.ranks.Ranks`` over an ``accelerate.Accelerator``.
+    """``dmfast.ranks.Ranks`` over an ``accelerate.Accelerator``: those that draw sequences of their own.
+
+    Under DDP and FSDP these are all of its processes. Under tensor parallelism they would not be.
 
     Args:
         accelerator: whose processes take a step together.
@@ -20,12 +22,12 @@ class AccelerateRanks:
 
     @property
     def rank(self) -> int:
-        """The number of this process."""
+        """The number of this process among those that draw."""
         return int(self.accelerator.process_index)
 
     @property
     def size(self) -> int:
-        """The number of processes."""
+        """The number of processes that draw."""
         return int(self.accelerator.num_processes)
 
     def gather(self, values: Tensor) -> Tensor:

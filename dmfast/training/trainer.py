@@ -43,11 +43,11 @@ from ..samples import Samples
 from ..seeds import seed_for
 from ..settings import AnyObjective, check_target, check_trainable
 from ..targets import EBM
-from . import checkpoint
+from . import checkpoint, fsdp
 from . import samples as samples_table
 from .callbacks import EpochOrder, Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
 from .card import model_card
-from .checks import check_fit, refuse_arguments, refuse_sharded, warn_of_generation_config, with_pad_token
+from .checks import check_alike, check_fit, refuse_arguments, refuse_sharded, warn_of_generation_config, with_pad_token
 from .config import DMConfig
 from .data import ContextLoader, Contexts, StepSampler, contexts_of, eval_contexts
 from .evaluation import examine
@@ -87,7 +87,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
     Raises:
         ValueError: the training is not possible: the base is the model itself, the tokenizer does not fit, the
-            objective lacks its reward, or FSDP, DeepSpeed or DataParallel is asked for.
+            objective lacks its reward, the processes do not train the same thing, DeepSpeed or DataParallel is asked
+            for, or FSDP in a way that was not tried or that the launcher did not give.
     """
 
     control: TrainerControl
@@ -155,6 +156,17 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             )
         finally:
             args.enable_jit_checkpoint = jit
+        fsdp.refuse_plugin(self.accelerator, args)
+        self._ranks = AccelerateRanks(self.accelerator)
+        check_alike(
+            self._ranks,
+            self.policy,
+            target,
+            args,
+            self._rows.digest,
+            weights=not fsdp.loads_on_rank_0(self.accelerator),
+        )
+        self.policy.gather_for_sampling = args.gather_for_sampling
         self.compute_loss_func = self.compute_loss
         for stock, ours in ((ProgressCallback, Progress), (PrinterCallback, LogLine)):
             for callback in [c for c in self.callback_handler.callbacks if type(c) is stock]:
@@ -162,7 +174,9 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 self.add_callback(ours)
         shared = target.base.model is model  # then it is on the device, and the policy's to train
         if not shared:
-            target.base.model.to(self.args.device).requires_grad_(False)
+            target.base.model.requires_grad_(False)
+            if not self.is_fsdp_enabled:
+                target.base.model.to(self.args.device)
         self.proposal: OfflineProposal[LanguageModel] | None = None
         if not args.on_policy:
             self.proposal = OfflineProposal(
@@ -170,7 +184,12 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 stderrs=args.proposal_stderrs, decay=args.proposal_decay, device=args.proposal_device,
                 adapter=shared and args.proposal_device is None,
             )  # fmt: skip
-        self._ranks = AccelerateRanks(self.accelerator)
+        if self.is_fsdp_enabled:
+            of_q = [] if shared or self.proposal is None else [self.proposal.snapshot.model]
+            fsdp.shard(
+                self.accelerator, [*([] if shared else [target.base.model]), *of_q, model],
+                kept_whole=of_q if args.gather_for_sampling else [],
+            )  # fmt: skip
         self.matcher = Matcher(
             self.policy, target, self.proposal, reward=reward, decay=args.proposal_decay, ranks=self._ranks,
             check_contexts=self._check_contexts, **settings.options(),
@@ -221,7 +240,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             )
         sampler = StepSampler(
             len(self._rows), self.samples_per_context, per_device=args.per_device_train_batch_size,
-            accumulation=args.gradient_accumulation_steps, rank=args.process_index, world=args.world_size,
+            accumulation=args.gradient_accumulation_steps, rank=self._ranks.rank, world=self._ranks.size,
             steps=None if self._has_prompts else math.ceil(args.max_steps / args.ppo_epochs), repeats=args.ppo_epochs,
             shuffle=draws_in_random_order(args),
             seed=args.seed if args.data_seed is None else args.data_seed,
@@ -341,15 +360,15 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     def _evaluate_on(self, rows: Contexts, prefix: str, has_prompts: bool) -> dict[str, float]:
         start, args = time.perf_counter(), self.args
         some = range(min(len(rows), args.eval_samples))
-        mine = math.ceil(math.ceil(args.eval_samples / len(some)) / args.world_size)  # of each context, on this rank
+        mine = math.ceil(math.ceil(args.eval_samples / len(some)) / self._ranks.size)  # of each context, on this rank
         prompts = [rows[i][1] for i in some]
         with self.accelerator.autocast():
             found = examine(
                 self.policy, self.target, prompts, mine, max_new_tokens=args.max_new_tokens,
                 temperature=args.temperature, seed=seed_for(args.seed, "evaluation"),
                 batch_size=args.sampling_batch_size or args.per_device_train_batch_size,
-                texts=args.eval_diversity, first_row=args.process_index * mine * len(some), rows=rows.rows_of(some),
-                gather=self._ranks.gather, gather_texts=gather_object if args.world_size > 1 else lambda texts: texts,
+                texts=args.eval_diversity, first_row=self._ranks.rank * mine * len(some), rows=rows.rows_of(some),
+                gather=self._ranks.gather, gather_texts=gather_object if self._ranks.size > 1 else lambda texts: texts,
             )  # fmt: skip
         self.eval_samples, metrics = found.samples, {}
         for name, estimate in found.estimates.items():
@@ -436,8 +455,10 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 self.state.best_model_checkpoint = str(folder) if folder.is_dir() or folder.name == name else None
             if writes:
                 self.state.save_to_json(str(staging / name / "trainer_state.json"))
-                if not self.args.save_only_model:
-                    checkpoint.save_state(self.state_dict(), staging / name)
+            if not self.args.save_only_model:
+                checkpoint.save_state(
+                    self.state_dict(), staging / name, writes=writes, sharded=bool(self.is_fsdp_enabled)
+                )
         if self._push_later:
             self._push_later = False
             if writes and self.args.hub_strategy != "end":
@@ -457,7 +478,17 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # dmfast's state comes first: it refuses what does not fit before anything has changed
-        self.load_state_dict(checkpoint.load_state(Path(resume_from_checkpoint), self.args.device))
+        folder = Path(resume_from_checkpoint)
+        state, sharded = checkpoint.load_state(folder, self.args.device), bool(self.is_fsdp_enabled)
+        if bool(state.get("sharded")) != sharded:
+            raise ValueError(
+                f"the checkpoint {folder} is of a run {'without' if sharded else 'under'} FSDP, and this run is "
+                f"{'under' if sharded else 'without'} it: optimiser and proposal are kept in another way. Go on as the "
+                "run began, or train the saved model anew"
+            )
+        if sharded and self.proposal is not None and state["matcher"]["proposal"] is not None:
+            state = checkpoint.load_shards(state, folder, self.proposal.state_dict()["model"])
+        self.load_state_dict(state)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def state_dict(self) -> dict[str, Any]:
@@ -478,6 +509,15 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             warnings.warn("the checkpoint is of a run on other prompts: Z of each context starts anew", stacklevel=2)
             matcher = matcher | {"running": matcher["running"] | {"partitions": PartitionFunctions().state_dict()}}
         self.matcher.load_state_dict(matcher)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as transformers does, and under FSDP whole, whatever a checkpoint holds. All ranks call it."""
+        if self.is_fsdp_enabled and not _internal_call:  # transformers writes nothing where checkpoints are sharded
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
