@@ -8,8 +8,8 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints.txt $(shell find csrc dmfast -type f \
 	! -name '*.so' ! -name '*.pyc')
 
-PROOFS := host-cuda ptx families sanitize aot interpreter floors wheel trace gpu-dry docs aarch64
-.PHONY: demo test pytest lint proofs $(PROOFS) gpu paper-quick paper format clean
+PROOFS := host-cuda ptx families fsdp sanitize aot interpreter floors wheel trace gpu-dry docs aarch64
+.PHONY: demo test pytest lint proofs $(PROOFS) gpu gpu-rivals paper-quick paper format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
 
@@ -55,13 +55,19 @@ interpreter: $(VENV)/triton
 aot: $(VENV)/triton
 	sh scripts/ci/aot.sh $(BIN)/python
 
-# On a machine with an NVIDIA GPU, with its own Python (torch, nvcc, g++; no network): builds, tests, measures.
+# On a machine with an NVIDIA GPU, with its own Python (torch, nvcc, g++; no network): builds, tests, measures, within
+# DMFAST_GPU_SECONDS (480), into $$OUT or benchmarks/results/gpu. What to look at: docs/gpu-first-run.md.
 gpu:
-	$(PYTHON) scripts/gpu/run.py
+	$(PYTHON) scripts/gpu/run.py gpu
 
-# The same scripts on the host build of the kernels. Leaves what the suite needs in build/gpu/site, to be copied along.
+# The same of others' kernels, as far as they are installed, beside ours; and `dmfast bench` on the device.
+gpu-rivals:
+	$(PYTHON) scripts/gpu/run.py rivals
+
+# Both on the host build of the kernels. Leaves what the suite needs in build/gpu/site, to be copied along.
 gpu-dry: $(VENV)/triton
-	$(BIN)/python scripts/gpu/run.py dry again
+	$(BIN)/python scripts/gpu/run.py gpu --dry --again
+	$(BIN)/python scripts/gpu/run.py rivals --dry
 	$(PIP) --target build/gpu/site --upgrade pytest hypothesis mpmath
 
 # The experiments of the paper (docs/paper.md). paper-quick: two tasks, GDC and GDC++, a quarter of the sequences, minutes.
@@ -94,6 +100,10 @@ docs: $(VENV)/docs
 # `scripts/ci/families.py` without --check writes it.
 families: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/ci/families.py --check
+
+# Training under FSDP2 on two and three CPU processes against DDP, and resumed runs, in some 3 minutes: docs/scale.md.
+fsdp: $(VENV)/test
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/ci/fsdp.py
 
 # The row kernels compiled for aarch64 and run in qemu.
 aarch64:

@@ -69,8 +69,10 @@ struct Terms {
   DMF_HD double at(Column c, int64_t i) const { return has(c) ? columns[c][i] : constants[c]; }
 };
 
-// Where a gradient goes: logits itself, or a tensor of the same shape with strides of its own.
+// Where a gradient goes: logits itself, or a tensor of the same shape with strides of its own. That of fp32 logits may
+// have 16 bits; then it shares no memory with them (cuda/loss.cu says why).
 struct Gradient {
+  DType dtype;
   char* data;
   int64_t stride_sequence, stride_row;
   DMF_HD int64_t offset(const Batch& b, int64_t row) const {

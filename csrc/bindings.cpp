@@ -72,8 +72,8 @@ struct PyOutputs : dmf::Outputs {
                      divide_by} {}
 };
 
-dmf::Gradient gradient(uintptr_t data, int64_t stride_sequence, int64_t stride_row) {
-  return {pointer<char>(data), stride_sequence, stride_row};
+dmf::Gradient gradient(int dtype, uintptr_t data, int64_t stride_sequence, int64_t stride_row) {
+  return {static_cast<dmf::DType>(dtype), pointer<char>(data), stride_sequence, stride_row};
 }
 
 dmf::SampleRows sample_rows(int dtype, uintptr_t logits, int64_t rows, int64_t stride_row, int64_t vocab, double scale,
@@ -121,25 +121,27 @@ void define_cuda(py::module_& m) {
   m.def(
       "backward",
       [](const PyBatch& b, uintptr_t lse, uintptr_t weight, double factor, uintptr_t upstream, double unless,
-         uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row, const PyWorkspace& w) {
+         int gradient_dtype, uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row,
+         const PyWorkspace& w) {
         cuda::backward(b, pointer<const double>(lse), pointer<const double>(weight), factor,
-                       pointer<const double>(upstream), unless, gradient(gradient_data, stride_sequence, stride_row),
-                       w);
+                       pointer<const double>(upstream), unless,
+                       gradient(gradient_dtype, gradient_data, stride_sequence, stride_row), w);
       },
       release());
   m.def(
       "forward_backward",
-      [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, double factor, uintptr_t gradient_data,
-         int64_t stride_sequence, int64_t stride_row, const PyWorkspace& w) {
-        cuda::forward_backward(b, t, out, factor, gradient(gradient_data, stride_sequence, stride_row), w);
+      [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, double factor, int gradient_dtype,
+         uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row, const PyWorkspace& w) {
+        cuda::forward_backward(b, t, out, factor, gradient(gradient_dtype, gradient_data, stride_sequence, stride_row),
+                               w);
       },
       release());
   m.def(
       "scale",
-      [](const PyBatch& b, double factor, uintptr_t upstream, uintptr_t gradient_data, int64_t stride_sequence,
-         int64_t stride_row, const PyWorkspace& w) {
-        cuda::scale(b, factor, pointer<const double>(upstream), gradient(gradient_data, stride_sequence, stride_row),
-                    w);
+      [](const PyBatch& b, double factor, uintptr_t upstream, int gradient_dtype, uintptr_t gradient_data,
+         int64_t stride_sequence, int64_t stride_row, const PyWorkspace& w) {
+        cuda::scale(b, factor, pointer<const double>(upstream),
+                    gradient(gradient_dtype, gradient_data, stride_sequence, stride_row), w);
       },
       release());
   m.def(
@@ -183,24 +185,27 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     return as_tuple(status);
   });
   m.def("backward", [](const PyBatch& b, uintptr_t lse, uintptr_t weight, double factor, uintptr_t upstream,
-                       uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row) {
+                       int gradient_dtype, uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row) {
     py::gil_scoped_release release;
     dmf::backward(b, pointer<const double>(lse), pointer<const double>(weight), factor, pointer<const double>(upstream),
-                  gradient(gradient_data, stride_sequence, stride_row));
+                  gradient(gradient_dtype, gradient_data, stride_sequence, stride_row));
   });
-  m.def("forward_backward", [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, bool checked, double factor,
-                               uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row) {
-    dmf::Status status;
-    {
-      py::gil_scoped_release release;
-      status = dmf::forward_backward(b, t, out, checked, factor, gradient(gradient_data, stride_sequence, stride_row));
-    }
-    return as_tuple(status);
-  });
-  m.def("scale", [](const PyBatch& b, double factor, uintptr_t upstream, uintptr_t gradient_data,
+  m.def("forward_backward",
+        [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, bool checked, double factor, int gradient_dtype,
+           uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row) {
+          dmf::Status status;
+          {
+            py::gil_scoped_release release;
+            status = dmf::forward_backward(b, t, out, checked, factor,
+                                           gradient(gradient_dtype, gradient_data, stride_sequence, stride_row));
+          }
+          return as_tuple(status);
+        });
+  m.def("scale", [](const PyBatch& b, double factor, uintptr_t upstream, int gradient_dtype, uintptr_t gradient_data,
                     int64_t stride_sequence, int64_t stride_row) {
     py::gil_scoped_release release;
-    dmf::scale(b, factor, pointer<const double>(upstream), gradient(gradient_data, stride_sequence, stride_row));
+    dmf::scale(b, factor, pointer<const double>(upstream),
+               gradient(gradient_dtype, gradient_data, stride_sequence, stride_row));
   });
   m.def("sample", [](int dtype, uintptr_t logits, int64_t rows, int64_t stride_row, int64_t vocab, double scale,
                      double softcap, uint64_t seed, uintptr_t row_ids, uint64_t step, uintptr_t uniforms, int threads,

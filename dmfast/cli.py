@@ -127,6 +127,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"dmfast bench: {error}", file=sys.stderr)
             return 1
         return 0
+    from accelerate import PartialState
+
     from .training import recipe
 
     sys.path.insert(0, os.getcwd())  # the user's own scorers are found there
@@ -136,4 +138,5 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"dmfast train: {error}", file=sys.stderr)
         return 1
+    PartialState().destroy_process_group()  # of several processes; torch warns where a process ends with one
     return 0

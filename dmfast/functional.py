@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from . import parallel
 from .kernels import autograd, checks, faults, linear, ops, products, select
 from .kernels.autograd import Options, expected_grad
 from .kernels.backend import Backend
 from .kernels.batch import IGNORE, Batch, Scores
 from .kernels.form import denominator
 from .kernels.result import DMLossOutput
+from .kernels.shards import Shards
 from .objectives import Objective, Terms
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "sequence_log_prob",
     "shift_labels",
 ]
+
+_T = TypeVar("_T")
 
 
 def shift_labels(input_ids: Tensor, mask: Tensor | None = None, prompt_len: int = 0) -> Tensor:
@@ -240,7 +244,7 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logits = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=dtype)
     way = products.ways(hidden.device, hidden.dtype, dtype).logits
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), products.ieee(hidden.device):
         products.multiply(way, hidden, weight, bias, logits)
     return logits
 
@@ -270,6 +274,8 @@ def linear_dm_loss(
     return_entropy: bool = False,
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | str = "float32",
+    group: Any = None,
+    vocab_start: int | None = None,
     backend: str | None = None,
 ) -> DMLossOutput:
     """Return ``dm_loss`` of ``hidden @ weight.T + bias``, whose logits never exist at once.
@@ -290,35 +296,96 @@ def linear_dm_loss(
             rows where weight needs no gradient.
         logits_dtype: ``"float32"``: 16-bit hidden states give fp32 logits, whose products are summed in fp32 and never
             rounded to 16 bits, which would put log pi off by .1 nats and more. ``"same"``: the dtype of hidden, as
-            nn.Linear gives it, which is faster. Sampler and scorer of a sequence need the same.
+            nn.Linear gives it, which is faster. fp32 products are formed in fp32, not in TF32 or bf16, whatever torch
+            is set to; with ``"same"`` its setting holds. Sampler and scorer of a sequence need the same.
+        group: the process group (or DeviceMesh of one dimension) among whose ranks the vocabulary is cut: ``weight``
+            and ``bias`` are this rank's rows, and everything else is the same on all ranks, which is checked. A weight
+            that is a DTensor with ``Shard(0)`` says so itself. No rank ever holds V columns: a chunk costs one exchange
+            of 16 bytes a row (24 with the entropy), hidden's gradient one sum a call, and a weight that is known before
+            the forward takes two passes. A, loss and hidden's gradient are the same on all ranks.
+        vocab_start: with ``group``, the first token of this rank's rows. Default: the ranks' rows in their order. The
+            ranks need not have the same number of rows.
         tokens, mask and all else: as in ``dm_loss``.
 
     Returns:
         ``DMLossOutput``; ``out.loss`` carries the gradients of hidden, weight (summed in fp32) and bias.
 
     Raises:
-        TypeError, ValueError: as ``dm_loss``; hidden, weight and bias that do not fit together.
+        TypeError, ValueError: as ``dm_loss``; hidden, weight and bias that do not fit together; with ``group``, what
+            the ranks were given differs, or their rows are not the vocabulary.
+        RuntimeError: another rank of ``group`` has failed; ``group`` under torch.compile.
     """
+    weight, bias, group = parallel.local_head(weight, bias, group, vocab_start)
     hidden, weight, bias = cast("tuple[Tensor, Tensor, Tensor | None]", _autocast(hidden, weight, bias))
-    batch = checks.make_linear_batch(hidden, weight, bias, tokens, mask, cu_seqlens, temperature, softcap, chunk_bytes,
-                                     logits_dtype)  # fmt: skip
-    terms = checks.make_terms(
-        batch, objective, on_policy=on_policy, max_weight=max_weight, context_id=context_id,
-        log_proposal=log_proposal, log_target=log_target, log_z=log_z, reward=reward, log_base=log_base, what="hidden",
-    )  # fmt: skip
-    checks.check_call(batch, reduction, num_sequences, grad_scale)
-    options, divisor = _options(batch, reduction, num_sequences, return_entropy, inplace=False)
-    if isinstance(terms.objective, Objective) and divisor is None:
-        # the weight is formed inside a chunk, whether or not it depends on pi
-        options = options._replace(expected=expected_grad(True, hidden.dtype, reduction, grad_scale))
+
+    def check() -> tuple[tuple[Batch, Terms, Options, Tensor | None], dict[str, object]]:
+        batch = checks.make_linear_batch(hidden, weight, bias, tokens, mask, cu_seqlens, temperature, softcap,
+                                         chunk_bytes, logits_dtype)  # fmt: skip
+        terms = checks.make_terms(
+            batch, objective, on_policy=on_policy, max_weight=max_weight, context_id=context_id,
+            log_proposal=log_proposal, log_target=log_target, log_z=log_z, reward=reward, log_base=log_base,
+            what="hidden",
+        )  # fmt: skip
+        checks.check_call(batch, reduction, num_sequences, grad_scale)
+        options, divisor = _options(batch, reduction, num_sequences, return_entropy, inplace=False)
+        if isinstance(terms.objective, Objective) and divisor is None:
+            # the weight is formed inside a chunk, whether or not it depends on pi
+            options = options._replace(expected=expected_grad(True, hidden.dtype, reduction, grad_scale))
+        same = _same(batch, hidden, weight, bias, chunk_bytes)
+        return (batch, terms, options, divisor), same | {
+            "log_target, log_proposal, log_z, reward, log_base or baseline": terms.block,
+            "objective and options": (
+                repr(terms.objective) if isinstance(terms.objective, Objective) else "a function", terms.on_policy,
+                terms.max_weight, terms.constants, terms.present, options, divisor is None,
+            ),
+        }  # fmt: skip
+
+    (batch, terms, options, divisor), shards = _on_all_ranks(check, group, vocab_start, weight)
+    batch = _of_whole(batch, shards)
     chosen = _backend_for(batch.logits, backend, hidden, weight, bias)
-    if chosen.in_torch:
+    if chosen.in_torch and shards is None:
         batch = batch._replace(logits=plain_logits(hidden, weight, bias, batch.logits.dtype))
         loss, scores = autograd.loss(chosen, batch, terms, options, True)
+    elif torch.compiler.is_compiling():
+        loss, scores = ops.linear_loss(chosen, hidden, weight, bias, batch, terms, options, chunk_bytes)
     else:
-        run = ops.linear_loss if torch.compiler.is_compiling() else linear.loss
-        loss, scores = run(chosen, hidden, weight, bias, batch, terms, options, chunk_bytes)
+        loss, scores = linear.loss(chosen, hidden, weight, bias, batch, terms, options, chunk_bytes, shards)
     return _output(loss if divisor is None else loss / divisor, scores, terms, tokens, return_entropy)
+
+
+def _same(
+    batch: Batch, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_bytes: int | None
+) -> dict[str, object]:
+    """Return by name what must be the same on all ranks that share a vocabulary, but for per-sequence inputs."""
+    grads = torch.is_grad_enabled(), *(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    starts = batch.labels[:0] if batch.cu_seqlens is None else batch.cu_seqlens
+    return {
+        "tokens or mask": batch.labels,
+        "cu_seqlens": starts,
+        "shape or dtype of hidden": (tuple(hidden.shape), hidden.dtype, batch.logits.dtype),
+        "temperature or softcap": (batch.scale, batch.softcap),
+        "chunk_bytes": chunk_bytes,
+        "bias, or wish for gradients": (bias is None, grads),
+    }
+
+
+def _on_all_ranks(
+    check: Callable[[], tuple[_T, dict[str, object]]], group: Any, vocab_start: int | None, weight: Tensor
+) -> tuple[_T, Shards | None]:
+    """Return what ``check`` makes of a call's arguments, and who has which tokens where the vocabulary is cut."""
+    if group is None:
+        return check()[0], None
+    if torch.compiler.is_compiling():
+        raise RuntimeError("a vocabulary that is cut among ranks is not compiled: call the loss outside torch.compile")
+    made, shards = parallel.together(group, vocab_start, weight, check)
+    return made, shards
+
+
+def _of_whole(batch: Batch, shards: Shards | None) -> Batch:
+    """Return the batch as this rank's columns of a vocabulary that is cut among ranks."""
+    if shards is None:
+        return batch
+    return batch._replace(vocab_start=shards.start, whole_vocab=shards.vocab)
 
 
 def linear_sequence_log_prob(
@@ -333,13 +400,15 @@ def linear_sequence_log_prob(
     cu_seqlens: Tensor | None = None,
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | str = "float32",
+    group: Any = None,
+    vocab_start: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Return ``sequence_log_prob`` of ``hidden @ weight.T + bias``, whose logits never exist at once; differentiable.
 
     Args:
-        hidden, weight, bias, tokens, mask, temperature, softcap, cu_seqlens, chunk_bytes, logits_dtype, backend: as in
-            ``linear_dm_loss``.
+        hidden, weight, bias, tokens, mask, temperature, softcap, cu_seqlens, chunk_bytes, logits_dtype, group,
+            vocab_start, backend: as in ``linear_dm_loss``.
 
     Returns:
         (B,) fp64, nats. Its backward computes the logits again.
@@ -347,15 +416,23 @@ def linear_sequence_log_prob(
     Raises:
         TypeError, ValueError: as ``linear_dm_loss``.
     """
+    weight, bias, group = parallel.local_head(weight, bias, group, vocab_start)
     hidden, weight, bias = cast("tuple[Tensor, Tensor, Tensor | None]", _autocast(hidden, weight, bias))
-    batch = checks.make_linear_batch(hidden, weight, bias, tokens, mask, cu_seqlens, temperature, softcap, chunk_bytes,
-                                     logits_dtype)  # fmt: skip
+
+    def check() -> tuple[Batch, dict[str, object]]:
+        batch = checks.make_linear_batch(hidden, weight, bias, tokens, mask, cu_seqlens, temperature, softcap,
+                                         chunk_bytes, logits_dtype)  # fmt: skip
+        return batch, _same(batch, hidden, weight, bias, chunk_bytes)
+
+    batch, shards = _on_all_ranks(check, group, vocab_start, weight)
+    batch = _of_whole(batch, shards)
     chosen = _backend_for(batch.logits, backend, hidden, weight, bias)
-    if chosen.in_torch:
+    if chosen.in_torch and shards is None:
         batch = batch._replace(logits=plain_logits(hidden, weight, bias, batch.logits.dtype))
         return autograd.log_prob(chosen, batch, False, False, True)[0]
-    run = ops.linear_log_prob if torch.compiler.is_compiling() else linear.log_prob
-    return run(chosen, hidden, weight, bias, batch, False, chunk_bytes)[0]
+    if torch.compiler.is_compiling():
+        return ops.linear_log_prob(chosen, hidden, weight, bias, batch, False, chunk_bytes)[0]
+    return linear.log_prob(chosen, hidden, weight, bias, batch, False, chunk_bytes, shards)[0]
 
 
 def sample_tokens(

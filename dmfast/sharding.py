@@ -70,10 +70,20 @@ def is_own_hook(hook: Any) -> bool:
 
 
 def group_of(model: nn.Module) -> Any:
-    """Return the process group that a sharded model's parameters are spread over."""
+    """Return the process group that a sharded model's parameters are spread over.
+
+    Raises:
+        ValueError: they are spread over one, and copied over another.
+    """
     if model not in _groups:
         reshard(model)  # a forward may have left all of them whole
         shard: Any = next(each for each in model.parameters() if is_shard(each))
+        if shard.device_mesh.ndim != 1:
+            raise ValueError(
+                f"the parameters of the {class_of(model).__name__} lie on a mesh of {shard.device_mesh.ndim} "
+                "dimensions; hybrid sharding (HSDP) and FSDP with tensor parallelism were not tried: shard over all "
+                "processes alike"
+            )
         _groups[model] = shard.device_mesh.get_group()
     return _groups[model]
 

@@ -7,9 +7,12 @@ import tempfile
 from dataclasses import replace
 
 import torch
+from matcher_job import Ranks
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
 from trainer_job import llama, tokenizer, whole
 
 from dmfast import EBM, Contains, LanguageModel, Matcher, Moment, OfflineProposal, guard, head, sharding
@@ -213,9 +216,12 @@ def refusals():
     target = EBM(base, [Moment(Contains("w3"), 0.6)])
     target.lambda_ = [1.0]
     plain = LanguageModel(copy.deepcopy(base.model), tokenizer())
+    hybrid = llama()
+    fully_shard(hybrid, mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("copies", "shards")))
     in_step = sharded()
     in_step.gather_for_sampling = False
     return {
+        "hybrid": _told(lambda: LanguageModel(hybrid, tokenizer()).log_prob(x)),
         "copy": _told(lambda: OfflineProposal(lm)),
         "hidden": _told(lambda: lm.hidden_and_head(x)),
         "variance": _told(Matcher(lm, target).measure_gradient),
@@ -225,4 +231,37 @@ def refusals():
     }
 
 
-CHECKS = {each.__name__: each for each in (gradients, sampling, scoring, agreement, swaps, refusals)}
+def _loop(around):
+    """Parameters and logs after two steps of a Matcher of which a function puts something around the models."""
+    model = llama()
+    policy, base = LanguageModel(model, tokenizer()), LanguageModel(llama(), tokenizer())
+    target = EBM(base, [Moment(Contains("w3"), 0.6)])
+    target.lambda_ = [1.5]
+    proposal = OfflineProposal(policy, "interval", 1)
+    wrapped = around(model, proposal.snapshot.model, base.model)
+    matcher = Matcher(policy, target, proposal, "dpg", baseline="leave_one_out", seed=29, ranks=Ranks())
+    optimizer, logged = torch.optim.SGD(model.parameters(), lr=1e-2), []
+    for _ in range(2):
+        batch = matcher.draw([("w3", "w1 w2")[distributed.get_rank()]], 16, max_new_tokens=6)
+        matcher.loss(batch, wrapped).loss.backward()  # in one part: DDP and FSDP add those of several in another order
+        optimizer.step()
+        optimizer.zero_grad()
+        metrics = matcher.commit()
+        logged.append({name: x for name, x in metrics.items() if not name.startswith("seconds_")})
+    return {n: whole(p.detach()) for n, p in model.named_parameters()}, logged
+
+
+def loop():
+    """Whether a loop around Matcher ends under FSDP as under DDP."""
+
+    def shards(model, *others):
+        for each in (model, *others):
+            tail_together(each)
+        return model
+
+    parameters, logged = _loop(shards)
+    right, log = _loop(lambda model, *_: DistributedDataParallel(model))
+    return {"parameters": all(parameters[n].equal(right[n]) for n in right), "log": logged == log}
+
+
+CHECKS = {each.__name__: each for each in (gradients, sampling, scoring, agreement, swaps, loop, refusals)}

@@ -1,13 +1,15 @@
 """Training jobs one after the other, each under DDP or FSDP2, as a rank of several: ``python fsdp_job.py JSON``.
 
 The JSON has ``out``, ``fsdp`` and ``variants``: by name what ``trainer_job.job`` takes, and ``model``, ``resume``,
-``stop``, ``fsdp_config``, ``bare`` (accelerate as it is on a CPU) and ``refused`` (that it is). ``checks`` names those
-of ``fsdp_checks.py``. Rank r writes what came of them to ``result-r.json``.
+``stop``, ``fsdp_config``, ``launcher`` (what accelerate launch puts into the environment), ``bare`` (accelerate as it
+is on a CPU), ``differs`` (what does on rank 1) and ``refused`` (that it is). ``checks`` names those of
+``fsdp_checks.py``. Rank r writes what came of them to ``result-r.json``.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import cpu_fsdp
 import peft
 import torch
+from ending import end
 from fsdp_checks import CHECKS
 from trainer_job import Gradients, StopAt, gpt2, job, llama, whole
 
@@ -33,7 +36,7 @@ def with_lora():
     return peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
 
 
-MODELS = {"gpt2": gpt2, "llama": llama, "hooked": hooked, "with_lora": with_lora}
+MODELS = {"gpt2": gpt2, "llama": llama, "hooked": hooked, "with_lora": with_lora, "seed 1": lambda: gpt2(seed=1)}
 
 
 def refused(out, fsdp, name, **options):
@@ -45,11 +48,19 @@ def refused(out, fsdp, name, **options):
     return None
 
 
+ALONE = {"seed": {"seed": 30}, "lambda": {"lambda_": 1.6}, "prompts": {"prompts": ["w3"]}}  # on rank 1
+
+
 def run(out, fsdp, name, *, model="gpt2", resume=None, stop=None, fsdp_config=None, skip=False, lora=None, bare=False,
-        **wanted):  # fmt: skip
+        launcher=None, differs=None, **wanted):  # fmt: skip
     """A finished job: its parameters, the gradients of its first step, what it logged and warned of."""
     cpu_fsdp.reset(bare)
-    if fsdp:
+    torch.distributed.is_initialized() and torch.distributed.barrier()
+    os.environ.update(launcher or {})
+    if differs and torch.distributed.get_rank() == 1:
+        wanted |= ALONE.get(differs, {})
+        model = model if differs != "weights" else "seed 1"
+    if fsdp and launcher is None:
         wanted |= {"fsdp": True, "fsdp_config": dict(fsdp_config or {})}
     if skip:
         wanted["constraints"] = [Contains("w4")]
@@ -87,8 +98,7 @@ def main():
     for name in wanted.get("checks", ()):
         results[name] = CHECKS[name]()
     Path(wanted["out"], f"result-{torch.distributed.get_rank()}.json").write_text(json.dumps(results))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    end()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from ending import end
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from trainer_job import gpt2, tokenizer
@@ -63,9 +64,7 @@ def main():
         partitions = matcher.running.partitions.state_dict()
         result = {"parameters": parameters, "log": logged, "contexts": sorted(partitions["context"].tolist())}
         Path(sys.argv[1]).write_text(json.dumps(result))
-    if several:
-        distributed.barrier()
-        distributed.destroy_process_group()
+    end()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 import types
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -70,7 +71,8 @@ def gpu_worker() -> types.ModuleType:
     spec = importlib.util.spec_from_file_location("gpu_worker", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with patch.object(sys, "path", [str(path.parent), *sys.path]):  # it finds clock.py beside it
+        spec.loader.exec_module(module)
     return module
 
 
@@ -82,7 +84,7 @@ def test_a_gpu_has_rivals_and_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -
         "liger-kernel cross_entropy", "quack cross_entropy", "trl fused log-prob and entropy"}  # fmt: skip
     assert [name for name in place.on_logits(torch.float32) if "compiled" in name] == ["compiled log_softmax + gather"]
     assert place.on_hidden().keys() - rivals.on_hidden().keys() == {"cut-cross-entropy cce"}
-    monkeypatch.setattr(module, "cuda_ms", lambda call: (call(), 7.0)[1])
+    monkeypatch.setattr(module, "cuda_ms", lambda call: (7.0, call() is not None))  # those that return nothing "wait"
     monkeypatch.setattr(module, "cuda_memory", lambda call, forget: 3.0)
     monkeypatch.setattr(module.OnDevice, "on_logits", lambda self, dtype: rivals.on_logits(dtype))
     result = worker.run(TINY, place)
@@ -91,6 +93,7 @@ def test_a_gpu_has_rivals_and_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     assert said == {f"{name} (Triton)" for name in ours}  # there is no such device, or no Triton, here
     assert "roof: copy_" in result["ms"] and {t["median"] for t in result["ms"].values()} == {7.0}
     assert result["memory_mb"] == dict.fromkeys(result["gradient_error"], 3.0)
+    assert "dm_loss gdc++" in place.with_latency and not place.with_latency & {"roof: copy_", "roof: read-sum"}
 
 
 def test_trl_without_its_kernel_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,14 @@ FOR_FSDP = pytest.mark.skipif(
     reason="FSDP is refused with these versions",
 )
 
+LAUNCHER = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
+DIFFERENT = {
+    "seed": "they differ in DMConfig.seed. ",
+    "lambda": "they differ in the target's lambda ([1.5]; [1.6]). ",
+    "prompts": "they differ in the data set. ",
+    "weights": "they differ in the model's weights, the base's weights. ",
+}
+
 
 def launched(out, variants, checks=(), processes=2, under_fsdp=True):
     """What the ranks of ``fsdp_job.py`` say, a dictionary each."""
@@ -42,8 +50,10 @@ def launched(out, variants, checks=(), processes=2, under_fsdp=True):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Two ranks of one launch, which takes longer to start than all that it does."""
-    checks = ["gradients", "sampling", "scoring", "agreement", "swaps", "refusals"]
-    return launched(tmp_path_factory.mktemp("fsdp"), {"gpt2": {}, "bare": {"bare": True, "refused": True}}, checks)
+    checks = ["gradients", "sampling", "scoring", "agreement", "swaps", "loop", "refusals"]
+    runs = {"gpt2": {}, "bare": {"bare": True, "refused": True}, "FSDP1": {"launcher": LAUNCHER, "refused": True}}
+    runs |= {f"differs in {what}": {"differs": what, "refused": True} for what in DIFFERENT}
+    return launched(tmp_path_factory.mktemp("fsdp"), runs, checks)
 
 
 @FOR_FSDP
@@ -105,9 +115,16 @@ def test_a_swap_copies_shards_and_gathers_nothing(ranks):
 
 
 @FOR_FSDP
+def test_a_loop_of_ones_own_ends_as_under_ddp(ranks):
+    for found in ranks:
+        assert found["loop"] == {"parameters": True, "log": True}
+
+
+@FOR_FSDP
 @pytest.mark.parametrize(
     ("what", "message"),
     [
+        ("hybrid", "lie on a mesh of 2 dimensions; hybrid sharding (HSDP)"),
         ("copy", "make the OfflineProposal before fully_shard"),
         ("hidden", "FSDP has whole parameters within a forward only"),
         ("variance", "does not run on a sharded policy"),
@@ -127,6 +144,19 @@ def test_a_launcher_that_does_not_shard_is_found(ranks):
     for found in ranks:
         assert found["bare"].startswith("ValueError: fsdp asks for FSDP, and accelerate runs MULTI_CPU on cpu")
         assert "where nothing is sharded" in found["bare"]
+
+
+@FOR_FSDP
+def test_a_launcher_that_asks_for_fsdp1_is_refused(ranks):
+    for found in ranks:
+        assert "DMTrainer runs under FSDP2 and not under FSDP1" in found["FSDP1"]
+
+
+@FOR_FSDP
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_ranks_that_train_something_else_are_refused(ranks, what):
+    for found in ranks:
+        assert "the 2 processes do not train the same thing: " + DIFFERENT[what] in found[f"differs in {what}"]
 
 
 def test_one_process_is_refused(tmp_path, monkeypatch):

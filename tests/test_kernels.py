@@ -26,7 +26,7 @@ import dmfast
 from dmfast import Objective, eager, objectives
 from dmfast.kernels import checks, extension, select
 from dmfast.kernels.batch import CLIPPED, LOG_RATIO, LOG_TARGET_RATIO, LOSS, WEIGHT, Batch, Scores
-from dmfast.kernels.eager import score, sequence_of_rows
+from dmfast.kernels.eager import gradient, score, sequence_of_rows
 from dmfast.kernels.form import denominator, form_loss
 
 INF, NAN = math.inf, math.nan
@@ -530,6 +530,11 @@ def test_gradients_are_rounded_to_nearest(dtype: torch.dtype, objective: str) ->
     wide = case.logits.double().requires_grad_()
     frozen = eager.dm_loss(wide, case.tokens, objective=lambda _: out.weight, **terms, temperature=1.3)
     (expected,) = torch.autograd.grad(frozen.loss, wide, grad)
+    assert_rounded_to_nearest(dz, expected)
+
+
+def assert_rounded_to_nearest(dz: Tensor, expected: Tensor) -> None:
+    dtype = dz.dtype
     rounded = expected.to(dtype)
     steps = (bits(dz).int() - bits(rounded).int()).abs()
     assert int(steps.max()) <= 1 and float((steps > 0).double().mean()) < 1e-3
@@ -539,6 +544,142 @@ def test_gradients_are_rounded_to_nearest(dtype: torch.dtype, objective: str) ->
     error = error[size > 2.0**-14]  # the normal numbers of fp16
     assert error.numel() > 2000
     assert abs(float(error.mean())) < 4 * 0.45 / math.sqrt(error.numel())
+
+
+# --- a gradient narrower than its logits --------------------------------------------------------------------------
+
+narrow_dtypes = pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bf16", "fp16"])
+
+
+def write_narrow(
+    case: Case,
+    dtype: torch.dtype,
+    known: bool,
+    aligned: bool,
+    factor: float = 0.5,
+    zeros: bool = True,
+    **rows: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of fp32 logits in 16 bits, through the backend; the oracle's given the same weights; A * factor. Its
+    rows lie as those of the logits do, or one element beside an aligned place."""
+    batch = case.batch(**rows)
+    given = {**make_terms(case, zeros=zeros, **rows), "objective": "dpg" if known else "gdc++"}
+    terms = checks.make_terms(batch, **{**TERMS, **given})
+    if aligned:
+        storage = torch.full(case.base.shape, NAN, dtype=dtype)
+        dz = case.cut(storage)
+    else:
+        storage = torch.full((case.logits.numel() + 1,), NAN, dtype=dtype)
+        dz = storage[1:].view(case.logits.shape)
+    backend, before = select(batch.logits), case.base.clone()
+    if known:
+        scores = backend.forward_backward(batch, terms, False, 1.0, factor, dz)
+    else:
+        scores = backend.forward(batch, terms, False)
+        backend.backward(batch, scores.lse, scores.weight, factor, dz)
+    found = dz.clone()
+    dz.fill_(NAN)
+    assert bool(storage.isnan().all()), "written between the rows"
+    assert torch.equal(bits(case.base), bits(before)), "the logits changed"
+    wide = batch._replace(logits=case.logits.double())
+    weight = scores.weight * factor
+    return found, gradient(wide, score(wide).lse, weight).reshape(found.shape), weight
+
+
+def check_narrow(case: Case, dtype: torch.dtype, known: bool, aligned: bool, **rows: float | None) -> None:
+    dz, expected, weight = write_narrow(case, dtype, known, aligned, **rows)
+    assert dz.dtype == dtype
+    coefficient = case.rows_of((weight * case.batch(**rows).scale).abs())
+    assert_gradient(dz, expected, case, coefficient, 1, 1.0, bool(rows.get("softcap")))
+
+
+@narrow_dtypes
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "unaligned", "packed64"])
+@pytest.mark.parametrize("v", [1, 7, 31, 127, 1000, 4099])
+def test_narrow_gradients(v: int, layout: str, dtype: torch.dtype) -> None:
+    case = make_case(layout, torch.float32, v)
+    for known, aligned in itertools.product((False, True), (False, True)):
+        check_narrow(case, dtype, known, aligned)
+
+
+@narrow_dtypes
+@pytest.mark.parametrize("name", ["scattered -inf", "one finite logit", "first block -inf", "+-1e4", "rising"])
+def test_narrow_gradients_of_special_logits(name: str, dtype: torch.dtype) -> None:
+    case = make_case("sliced", torch.float32, 1300, values=SPECIAL[name])
+    for known, rows in itertools.product(
+        (False, True), ({"temperature": 1.7, "softcap": None}, {"temperature": 0.7, "softcap": 5.0})
+    ):
+        check_narrow(case, dtype, known, True, **rows)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["weight of pi", "known weight"])
+@narrow_dtypes
+def test_narrow_gradients_are_rounded_to_nearest(dtype: torch.dtype, known: bool) -> None:
+    case = make_case("contiguous", torch.float32, 20011, b=3, t=3, unscored="none")
+    dz, expected, _ = write_narrow(case, dtype, known, True, factor=1000.0, zeros=False)
+    assert_rounded_to_nearest(dz, expected)
+
+
+@narrow_dtypes
+def test_narrow_gradients_of_a_shard(dtype: torch.dtype) -> None:
+    """The softmax of the whole vocabulary, less 1 where the label is here."""
+    case = make_case("contiguous", torch.float32, 600, unscored="none")
+    whole = case.batch()
+    lse, weight = forward(whole).lse, torch.randn(4).double()
+    for first, last in ((0, 301), (301, 600)):
+        part = case.logits[..., first:last].clone()
+        batch = whole._replace(logits=part, vocab_start=first, whole_vocab=600)
+        dz = torch.full_like(part, NAN, dtype=dtype)
+        select(part).backward(batch, lse, weight, 1.0, dz)
+        exact = gradient(batch._replace(logits=part.double()), lse, weight).reshape(part.shape)
+        error = (ROUNDING[dtype] + 1e-5) * exact.abs() + SMALLEST[dtype]
+        assert_within(dz.double(), exact, error + 2e-6 * weight.abs()[:, None, None] * (exact < 0), "gradient")
+
+
+@narrow_dtypes
+def test_narrow_gradients_with_a_grad_output(dtype: torch.dtype) -> None:
+    """A factor that the host does not know; one for which the gradient is there already; and scaled afterwards."""
+    case = make_case("sliced", torch.float32, 131)
+    batch, weight = case.batch(), torch.randn(4).double()
+    backend, lse = select(batch.logits), forward(case.batch()).lse
+    dz = torch.full(case.logits.shape, NAN, dtype=dtype)
+    three = torch.tensor(3.0).double()
+    backend.backward(batch, lse, weight, 0.5, dz, three, 3.0)
+    assert bool(dz.isnan().all())
+    backend.backward(batch, lse, weight, 0.5, dz, three, 2.0)
+    again = torch.empty_like(dz)
+    backend.backward(batch, lse, weight, 1.5, again)
+    assert torch.equal(dz, again)
+    backend.scale(batch, dz, 2.0, torch.tensor(-1.0).double())
+    assert torch.equal(dz, -2 * again)
+    backend.scale(batch, dz, 2.0, torch.tensor(0.0).double())
+    scored = batch.labels.reshape(case.tokens.shape) != -100
+    assert not dz[scored].any()
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["backward", "forward_backward"])
+def test_where_a_gradient_may_not_be_written(known: bool) -> None:
+    case = make_case("contiguous", torch.float32, 32, b=2, t=3)
+    batch = case.batch()
+    terms = checks.make_terms(batch, **{**TERMS, **make_terms(case), "objective": "dpg"})
+    backend = select(batch.logits)
+
+    def write(batch: Batch, dz: Tensor) -> None:
+        if known:
+            backend.forward_backward(batch, terms, False, 1.0, 1.0, dz)
+        else:
+            backend.backward(batch, torch.zeros(6).double(), torch.ones(2).double(), 1.0, dz)
+
+    for first in (0, 32):  # of 64 halves of a row
+        with pytest.raises(ValueError, match=r"dz \(torch.bfloat16\) lies in the memory of the logits"):
+            write(batch, case.base.view(torch.bfloat16)[..., first : first + 32])
+    with pytest.raises(TypeError, match=r"dz must be torch.float32, torch.bfloat16 or torch.float16 for logits"):
+        write(batch, torch.empty(2, 3, 32, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"dz must have the shape of the logits, \(2, 3, 32\), got \(6, 32\)"):
+        write(batch, torch.empty(6, 32))
+    half = batch._replace(logits=case.logits.nan_to_num(0.0).half())
+    with pytest.raises(TypeError, match=r"dz must be torch.float16 for logits of torch.float16, got torch.float32"):
+        write(half, torch.empty(2, 3, 32))
 
 
 # --- shapes without rows, labels of other kinds ------------------------------------------------------------------

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import dmfast
-from dmfast import Objective, eager
+from dmfast import Objective, eager, functional
 from dmfast.kernels import linear, products
 
 INF = math.inf
@@ -169,14 +169,14 @@ WAYS = {
 
 @pytest.mark.parametrize("where", WAYS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("spread", [2.0, 6.0])
+@pytest.mark.parametrize(("length", "spread"), [(1024, 2.0), (1024, 6.0), (48, 6.0)])
 def test_log_prob_of_16_bit_states_is_within_a_thousandth_of_fp64(
-    dtype: torch.dtype, where: str, spread: float, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, where: str, length: int, spread: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 1,024 tokens, where rounded logits are off by more. Gradients are no worse than those of nn.Linear's logits in
-    fp32."""
+    """Of 1,024 tokens, or as much less as there are fewer, where rounded logits are off by more. Gradients are no worse
+    than those of nn.Linear's logits in fp32."""
     torch.manual_seed(1)
-    length, vocab, dim = 1024, 4999, 32
+    vocab, dim = 4999, 32
     hidden, weight = torch.randn(1, length, dim).to(dtype), (torch.randn(vocab, dim) * spread / dim**0.5).to(dtype)
     bias = torch.randn(vocab).to(dtype)
     tokens = torch.randint(vocab, (1, length))
@@ -200,7 +200,7 @@ def test_log_prob_of_16_bit_states_is_within_a_thousandth_of_fp64(
     inputs = (hidden, weight, bias)
     truth, exact = graded(tuple(x.double() for x in inputs), plain)
     found, ours = graded(inputs, fused)
-    error = float((found - truth).abs().max())
+    error = float((found - truth).abs().max()) * 1024 / length
     if where == "same":
         assert error > 1e-3  # what fp32 logits are for
         return
@@ -224,6 +224,180 @@ def test_log_prob_at_the_size_of_a_model(dtype: torch.dtype, precision: str) -> 
     finally:
         torch.set_float32_matmul_precision("highest")
     assert (found - exact).abs() < 1e-3
+
+
+@pytest.fixture
+def settings() -> Iterator[None]:
+    """How torch multiplies fp32 matrices, which is as it was afterwards."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for each in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        if hasattr(each, "fp32_precision"):
+            each.fp32_precision = "none"
+
+
+def set_new(parent: bool) -> None:
+    for each in [torch.backends] if parent else [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]:
+        each.fp32_precision = "tf32"
+
+
+SET: dict[str, Callable[[], None]] = {
+    "nothing": lambda: None,
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "fp32_precision": lambda: set_new(False),
+    "fp32_precision of all": lambda: set_new(True),
+}
+
+
+def fp32_settings() -> dict[str, object]:
+    read: dict[str, Callable[[], object]] = {
+        "cuda": lambda: torch.backends.cuda.matmul.fp32_precision,
+        "mkldnn": lambda: torch.backends.mkldnn.matmul.fp32_precision,
+        "allow_tf32": lambda: torch.backends.cuda.matmul.allow_tf32,
+        "precision": torch.get_float32_matmul_precision,
+    }
+    found: dict[str, object] = {}
+    for name, get in read.items():
+        try:
+            found[name] = get()
+        except (AttributeError, RuntimeError) as error:  # of another torch; torch's own, of a mixture
+            found[name] = type(error)
+    return found
+
+
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize("how", SET)
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
+def test_the_switch_to_ieee_products_is_put_back(device: str, how: str) -> None:
+    """After an error too. What was inherited is inherited again."""
+    if "fp32_precision" in how and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has one setting for all devices")
+    SET[how]()
+    before = fp32_settings()
+    name = "cuda" if device == "cuda" else "mkldnn"
+    inside: dict[str, object] = {}
+
+    def fail() -> None:
+        with products.ieee(torch.device(device)):
+            inside.update(fp32_settings())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert inside[name] == "ieee" or inside["precision"] == "highest"
+    assert fp32_settings() == before
+    if how == "fp32_precision of all":
+        torch.backends.fp32_precision = "ieee"
+        assert fp32_settings()[name] == "ieee"
+
+
+@pytest.mark.usefixtures("settings")
+def test_the_switch_of_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_SETTINGS", {"cuda": object()})
+    torch.set_float32_matmul_precision("medium")
+    with products.ieee(torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize("logits_dtype", ["float32", "same"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_fp32_products_of_the_head_are_ieee_unless_same(
+    logits_dtype: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the gradients too, in a backward that comes later; and of the logits to sample from."""
+    case = make()
+    h, w, _ = case.inputs(False)
+    seen: dict[str, set[object]] = {}
+    name = "cuda" if h.device.type == "cuda" else "mkldnn"
+    name = name if hasattr(torch.backends.cuda.matmul, "fp32_precision") else "precision"
+
+    def watched(product: str) -> Callable[..., object]:
+        plain = getattr(products, product)
+
+        def call(*args: object) -> object:
+            seen.setdefault(product, set()).add(fp32_settings()[name])
+            return plain(*args)
+
+        return call
+
+    for product in ("multiply", "multiply_back", "add_product"):
+        monkeypatch.setattr(products, product, watched(product))
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        return dmfast.linear_dm_loss(h, w, case.tokens, case.mask, logits_dtype=logits_dtype,
+                                     chunk_bytes=case.chunk_bytes(7), reduction="none", **case.terms).loss  # fmt: skip
+
+    torch.set_float32_matmul_precision("medium")
+    before = fp32_settings()
+    found = torch.compile(loss, backend="aot_eager")(h, w) if compiled else loss(h, w)
+    found.sum().backward()
+    assert fp32_settings() == before
+    exact = "highest" if name == "precision" else "ieee"
+    wanted = exact if logits_dtype == "float32" else before[name]
+    assert seen == {key: {wanted} for key in ("multiply", "multiply_back", "add_product")}
+    seen.clear()
+    functional.linear_logits(h[0], w)
+    assert seen == {"multiply": {exact}}
+
+
+DEVICES = {  # name: capability, whether torch is ROCm's, whether it has mm(out_dtype=)
+    "sm_75": ((7, 5), False, True),
+    "sm_80": ((8, 0), False, True),
+    "sm_90": ((9, 0), False, True),
+    "old torch": ((9, 0), False, False),
+    "ROCm": ((9, 4), True, True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("where", DEVICES)
+def test_products_into_fp32_where_device_and_torch_have_them(
+    where: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capability, rocm, has = DEVICES[where]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", "6.4" if rocm else None)
+    monkeypatch.setattr(products, "_HAS_OUT_DTYPE", has)
+    device = torch.device("cuda", 5)
+    products._has_fp32_output.cache_clear()
+    found = products.ways(device, dtype, torch.float32), products.ways(device, dtype, dtype)
+    products._has_fp32_output.cache_clear()
+    way = "fp32 output" if where in ("sm_80", "sm_90") else "widened"
+    assert found == (products.Ways(way, "native", way), products.Ways("native", "native", way))
+    assert products.ways(device, torch.float32, torch.float32) == products.Ways("native", "native", "native")
+
+
+@pytest.mark.parametrize("adds", [False, True], ids=["to 2.10", "from 2.11"])
+def test_dw_is_added_up_where_a_product_gives_fp32(adds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From torch 2.11 on by addmm, before by a product of its own: addmm(out_dtype=) fails there. A CPU has neither, so
+    they are stood in for."""
+    called: list[str] = []
+
+    def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        called.append("mm")
+        product = a.to(out_dtype) @ b.to(out_dtype)
+        return product if out is None else out.copy_(product)
+
+    def addmm(total: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype, beta: int, out: Tensor) -> Tensor:
+        called.append("addmm")
+        product = a.to(out_dtype) @ b.to(out_dtype)
+        return out.copy_(product if beta == 0 else beta * total + product)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(products, "_ADDS_IN_FP32", adds)
+    dz, h = torch.randn(300, 7).bfloat16(), torch.randn(300, 5).bfloat16()
+    total = torch.full((7, 5), torch.nan)
+    products.add_product("fp32 output", total, dz, h, True)
+    products.add_product("fp32 output", total, dz, h, False)
+    torch.testing.assert_close(total.double(), 2 * (dz.double().t() @ h.double()), rtol=0, atol=2e-4)
+    assert called == (["addmm", "addmm"] if adds else ["mm", "mm"])
+    logits = torch.empty(300, 7)
+    products.multiply("fp32 output", h, total.bfloat16(), torch.ones(7).bfloat16(), logits)
+    torch.testing.assert_close(logits.double(), h.double() @ total.bfloat16().double().t() + 1, rtol=1e-5, atol=1e-4)
 
 
 def test_eager_logits_are_fp32_under_autocast_too() -> None:

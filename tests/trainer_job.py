@@ -17,6 +17,7 @@ from pathlib import Path
 import gpt2_weights  # noqa: F401
 import peft
 import torch
+from ending import end
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -171,9 +172,7 @@ def main():
     }
     if trainer.is_world_process_zero():
         Path(wanted["out"], "result.json").write_text(json.dumps(result))
-    if torch.distributed.is_initialized():  # or gloo's threads may abort a process at its end
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    end()
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ int64_t score_row(const Batch& b, const RowKernels& k, const Outputs& out, int64
 }
 
 void write_row(const Batch& b, const RowKernels& k, int64_t row, double lse, double weight, const Gradient& g) {
-  char* dz = g.data + g.offset(b, row) * k.itemsize;
+  char* dz = g.data + g.offset(b, row) * k.gradient_itemsize;
   const int64_t label = b.labels[row];
   if (label < 0 || weight == 0.0)
-    std::memset(dz, 0, static_cast<size_t>(b.options.vocab * k.itemsize));
+    std::memset(dz, 0, static_cast<size_t>(b.options.vocab * k.gradient_itemsize));
   else
     k.backward(b.logits + b.offset(row) * k.itemsize, dz, b.column(label), weight, lse, b.options);
 }
@@ -113,7 +113,7 @@ bool is_plain(const Batch& b, const Terms& t) {
 
 Status forward(const Batch& b, const Terms& t, const Outputs& out, bool checked) {
   if (!checked && !is_plain(b, t)) return {Fault::unusual, -1};
-  const RowKernels& k = row_kernels(b.dtype);
+  const RowKernels& k = row_kernels(b.dtype, b.dtype);
   const int64_t fault = for_rows(b, [&](int64_t row, int64_t) { return score_row(b, k, out, row); });
   if (fault != kNoFault) return status(fault);
   sum_rows(b, out);
@@ -122,7 +122,7 @@ Status forward(const Batch& b, const Terms& t, const Outputs& out, bool checked)
 
 void backward(const Batch& b, const double* lse, const double* weight, double factor, const double* upstream,
               const Gradient& g) {
-  const RowKernels& k = row_kernels(b.dtype);
+  const RowKernels& k = row_kernels(b.dtype, g.dtype);
   if (upstream) factor *= *upstream;
   for_rows(b, [&](int64_t row, int64_t sequence) {
     write_row(b, k, row, lse[row], weight[sequence] * factor, g);
@@ -133,7 +133,7 @@ void backward(const Batch& b, const double* lse, const double* weight, double fa
 Status forward_backward(const Batch& b, const Terms& t, const Outputs& out, bool checked, double factor,
                         const Gradient& g) {
   if (!checked && !is_plain(b, t)) return {Fault::unusual, -1};
-  const RowKernels& k = row_kernels(b.dtype);
+  const RowKernels& k = row_kernels(b.dtype, g.dtype);
   for (int64_t i = 0; i < b.sequences; ++i) out.log_prob(i) = t.at(kLogProposal, i);
   const Status weights = form_weights(b, t, out, false);
   if (weights.fault != Fault::none) return weights;
@@ -148,8 +148,8 @@ Status forward_backward(const Batch& b, const Terms& t, const Outputs& out, bool
       return f;
     }
     RowSum sum;
-    k.both(b.logits + b.offset(row) * k.itemsize, g.data + g.offset(b, row) * k.itemsize, label, weight, b.options,
-           out.entropy, scratch.get() + size * omp_get_thread_num(), sum);
+    k.both(b.logits + b.offset(row) * k.itemsize, g.data + g.offset(b, row) * k.gradient_itemsize, label, weight,
+           b.options, out.entropy, scratch.get() + size * omp_get_thread_num(), sum);
     return keep_row(out, row, sum, true);
   });
   if (fault != kNoFault) return status(fault);
@@ -160,13 +160,13 @@ Status forward_backward(const Batch& b, const Terms& t, const Outputs& out, bool
 void scale(const Batch& b, double factor, const double* upstream, const Gradient& g) {
   const auto by = static_cast<float>(factor * *upstream);
   if (by == 1.0f) return;
-  const RowKernels& k = row_kernels(b.dtype);
+  const RowKernels& k = row_kernels(g.dtype, g.dtype);
 #pragma omp parallel for schedule(static) num_threads(b.threads)
   for (int64_t row = 0; row < b.rows; ++row) {
     if (b.labels && b.labels[row] < 0) continue;
-    char* dz = g.data + g.offset(b, row) * k.itemsize;
+    char* dz = g.data + g.offset(b, row) * k.gradient_itemsize;
     if (by == 0.0f)
-      std::memset(dz, 0, static_cast<size_t>(b.options.vocab * k.itemsize));
+      std::memset(dz, 0, static_cast<size_t>(b.options.vocab * k.gradient_itemsize));
     else
       k.scale(dz, b.options.vocab, by);
   }

@@ -22,6 +22,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 
 #include "scan.h"
 
@@ -56,11 +57,11 @@ struct Summed {
   }
 };
 
-// The terms of the whole row, in scratch; in fp32 where the gradient goes, which may be the row itself: a block is
-// copied there once it is done with.
-template <class T>
+// The terms of the whole row, in scratch; where the gradient is fp32 in its place, which may be the row itself: a block
+// is copied there once it is done with.
+template <class Out>
 struct Kept {
-  static constexpr bool kInGradient = sizeof(T) == sizeof(float);
+  static constexpr bool kInGradient = sizeof(Out) == sizeof(float);
   float *kept, *buffer;
   double* references;  // one per block
 
@@ -95,14 +96,14 @@ DMF_INLINE double at_label(double y, double full, double lse, const RowOptions& 
 }
 
 // Without softcap and for weights within fp32.
-template <class T>
-DMF_INLINE void both_row(const T* z, T* dz, int64_t label, double weight, const RowOptions& o, double* scratch,
+template <class In, class Out>
+DMF_INLINE void both_row(const In* z, Out* dz, int64_t label, double weight, const RowOptions& o, double* scratch,
                          RowSum& out) {
   float buffer[kBlock];
-  float* kept = reinterpret_cast<float*>(Kept<T>::kInGradient ? static_cast<void*>(dz) : scratch + n_blocks(o));
-  Kept<T> sink{kept, buffer, scratch};
+  float* kept = reinterpret_cast<float*>(Kept<Out>::kInGradient ? static_cast<void*>(dz) : scratch + n_blocks(o));
+  Kept<Out> sink{kept, buffer, scratch};
   const double y = to_float(z[label]), full = weight * o.scale;
-  const RowTotal total = scan_row<T, false>(z, o, sink);
+  const RowTotal total = scan_row<In, false>(z, o, sink);
   out.lse = total.lse(o);
   out.label = o.scale * y;
   if (!std::isfinite(out.label - out.lse)) return;
@@ -115,8 +116,8 @@ DMF_INLINE void both_row(const T* z, T* dz, int64_t label, double weight, const 
   from_float(static_cast<float>(at_label<false>(y, full, out.lse, o)), dz[label]);
 }
 
-template <class T, bool Cap>
-DMF_INLINE void backward_row(const T* z, T* dz, int64_t label, double weight, double lse, const RowOptions& o) {
+template <class In, class Out, bool Cap>
+DMF_INLINE void backward_row(const In* z, Out* dz, int64_t label, double weight, double lse, const RowOptions& o) {
   const Slope slope(o.scale * kLog2e);
   const double inverse_cap = Cap ? 1.0 / o.softcap : 0.0;
   const double full = weight * o.scale;
@@ -154,23 +155,23 @@ DMF_INLINE void forward_any(const void* z, int64_t label, const RowOptions& o, b
     entropy ? forward_row<T, false, true>(row, label, o, out) : forward_row<T, false, false>(row, label, o, out);
 }
 
-template <class T>
+template <class In, class Out>
 DMF_INLINE void backward_any(const void* z, void* dz, int64_t label, double weight, double lse, const RowOptions& o) {
   if (o.softcap > 0)
-    backward_row<T, true>(static_cast<const T*>(z), static_cast<T*>(dz), label, weight, lse, o);
+    backward_row<In, Out, true>(static_cast<const In*>(z), static_cast<Out*>(dz), label, weight, lse, o);
   else
-    backward_row<T, false>(static_cast<const T*>(z), static_cast<T*>(dz), label, weight, lse, o);
+    backward_row<In, Out, false>(static_cast<const In*>(z), static_cast<Out*>(dz), label, weight, lse, o);
 }
 
-template <class T>
+template <class In, class Out>
 DMF_INLINE void both_any(const void* z, void* dz, int64_t label, double weight, const RowOptions& o, bool entropy,
                          double* scratch, RowSum& out) {
   if (o.softcap == 0 && !entropy && std::fabs(weight * o.scale) <= FLT_MAX) {
-    both_row<T>(static_cast<const T*>(z), static_cast<T*>(dz), label, weight, o, scratch, out);
+    both_row<In, Out>(static_cast<const In*>(z), static_cast<Out*>(dz), label, weight, o, scratch, out);
     return;
   }
-  forward_any<T>(z, label, o, entropy, out);
-  if (std::isfinite(out.label - out.lse)) backward_any<T>(z, dz, label, weight, out.lse, o);
+  forward_any<In>(z, label, o, entropy, out);
+  if (std::isfinite(out.label - out.lse)) backward_any<In, Out>(z, dz, label, weight, out.lse, o);
 }
 
 template <class T>
@@ -182,33 +183,46 @@ DMF_INLINE void scale_any(void* dz, int64_t vocab, float factor) {
 
 }  // namespace
 
-// target_clones takes no templates, hence the twelve functions.
-#define DMF_ROWS(T, NAME)                                                                                            \
-  DMF_CLONES void forward_##NAME(const void* z, int64_t label, const RowOptions& o, bool entropy, RowSum& out) {     \
-    forward_any<T>(z, label, o, entropy, out);                                                                       \
-  }                                                                                                                  \
+// target_clones takes no templates, hence the sixteen functions.
+#define DMF_ROWS(T, NAME)                                                                                        \
+  DMF_CLONES void forward_##NAME(const void* z, int64_t label, const RowOptions& o, bool entropy, RowSum& out) { \
+    forward_any<T>(z, label, o, entropy, out);                                                                   \
+  }                                                                                                              \
+  DMF_CLONES void scale_##NAME(void* dz, int64_t vocab, float factor) { scale_any<T>(dz, vocab, factor); }
+#define DMF_GRADIENTS(In, Out, NAME)                                                                                 \
   DMF_CLONES void backward_##NAME(const void* z, void* dz, int64_t label, double w, double l, const RowOptions& o) { \
-    backward_any<T>(z, dz, label, w, l, o);                                                                          \
+    backward_any<In, Out>(z, dz, label, w, l, o);                                                                    \
   }                                                                                                                  \
   DMF_CLONES void both_##NAME(const void* z, void* dz, int64_t label, double w, const RowOptions& o, bool entropy,   \
                               double* scratch, RowSum& out) {                                                        \
-    both_any<T>(z, dz, label, w, o, entropy, scratch, out);                                                          \
-  }                                                                                                                  \
-  DMF_CLONES void scale_##NAME(void* dz, int64_t vocab, float factor) { scale_any<T>(dz, vocab, factor); }
+    both_any<In, Out>(z, dz, label, w, o, entropy, scratch, out);                                                    \
+  }
 
 DMF_ROWS(float, f32)
 DMF_ROWS(bf16, bf16)
 DMF_ROWS(fp16, f16)
+DMF_GRADIENTS(float, float, f32)
+DMF_GRADIENTS(bf16, bf16, bf16)
+DMF_GRADIENTS(fp16, fp16, f16)
+DMF_GRADIENTS(float, bf16, f32_bf16)
+DMF_GRADIENTS(float, fp16, f32_f16)
 
 int64_t scratch_size(const RowOptions& o) { return n_blocks(o) + (o.vocab + 1) / 2; }
 
-const RowKernels& row_kernels(DType dtype) {
-  static const RowKernels kernels[] = {
-      {forward_f32, backward_f32, both_f32, scale_f32, 4},
-      {forward_bf16, backward_bf16, both_bf16, scale_bf16, 2},
-      {forward_f16, backward_f16, both_f16, scale_f16, 2},
+const RowKernels& row_kernels(DType logits, DType gradient) {
+  static const RowKernels same[] = {
+      {forward_f32, backward_f32, both_f32, scale_f32, 4, 4},
+      {forward_bf16, backward_bf16, both_bf16, scale_bf16, 2, 2},
+      {forward_f16, backward_f16, both_f16, scale_f16, 2, 2},
   };
-  return kernels[static_cast<int>(dtype)];
+  static const RowKernels from_f32[] = {
+      same[0],
+      {forward_f32, backward_f32_bf16, both_f32_bf16, scale_bf16, 4, 2},
+      {forward_f32, backward_f32_f16, both_f32_f16, scale_f16, 4, 2},
+  };
+  if (logits != DType::f32 && gradient != logits)
+    throw std::invalid_argument("16-bit logits have a gradient of theirs");
+  return (logits == DType::f32 ? from_f32 : same)[static_cast<int>(gradient)];
 }
 
 const char* instruction_set() {

@@ -77,7 +77,7 @@ DMF_SAMPLE(fp16, f16)
 Status sample(const SampleRows& s, int threads, int64_t* tokens, double* log_prob) {
   static constexpr decltype(&sample_f32) kKernels[] = {sample_f32, sample_bf16, sample_f16};
   const auto kernel = kKernels[static_cast<int>(s.dtype)];
-  const int64_t itemsize = row_kernels(s.dtype).itemsize;
+  const int64_t itemsize = row_kernels(s.dtype, s.dtype).itemsize;
   int64_t first_fault = INT64_MAX;
 #pragma omp parallel num_threads(threads) reduction(min : first_fault)
   {

@@ -6,6 +6,10 @@
 // shared memory, in which it waits for its log-sum-exp, else 2 reads, of which the second is meant for the second-level
 // cache (plan.h).
 //
+// A gradient in place is safe where it is as wide as its logits, since a thread then writes only where it has read. A
+// 16-bit gradient of fp32 logits must have memory of its own: gradients 2i and 2i + 1 would overwrite logit i, which
+// another thread may have yet to read.
+//
 // A block has one row. Blocks count themselves on a counter of their sequence, whose last block adds up its rows in a
 // fixed order; the last of all sequences adds up the loss. So there is no atomic on a float, and the result does not
 // depend on who is last. Each sequence has a block of its own besides its rows, so that one without rows ends too.
@@ -122,16 +126,16 @@ __device__ void finish_loss(const Batch& b, const Terms& t, const Outputs& out, 
 
 // dz = p * scale of the row, apart from the label's column, whose value is at_label. A label that is elsewhere has a
 // column outside the row.
-template <class T, bool Cap>
+template <class In, class Out, bool Cap>
 struct Write {
   Exponent<Cap> exponent;
   float factor, after;  // the factor in two parts, so that one at the edges of fp32 keeps its digits
   float at_label;
   int label;
-  T* dz;
+  Out* dz;
 
   // dz[v] = coefficient * scale * cap'(z[v]) * (softmax[v] - (v == label))
-  __device__ Write(const RowOptions& o, double lse, double coefficient, double at_label, int label, T* dz)
+  __device__ Write(const RowOptions& o, double lse, double coefficient, double at_label, int label, Out* dz)
       : exponent(o), at_label(static_cast<float>(at_label)), label(label), dz(dz) {
     double reference = lse / o.scale;  // a logit whose term is near 1
     if (Cap) reference = o.softcap * atanh(fmin(fmax(reference / o.softcap, -0.999), 0.999));
@@ -143,8 +147,8 @@ struct Write {
   }
 
   template <int N>
-  __device__ void operator()(int first, const Pack<T, N>& pack) const {
-    Pack<T, N> out;
+  __device__ void operator()(int first, const Pack<In, N>& pack) const {
+    Pack<Out, N> out;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const float z = to_float(pack.x[j]);
@@ -173,7 +177,7 @@ __device__ T* row_of(const Gradient& g, const Batch& b, int64_t row) {
   return reinterpret_cast<T*>(g.data) + g.offset(b, row);
 }
 
-template <class T, bool Cap, bool Entropy, Pass P>
+template <class In, class Out, bool Cap, bool Entropy, Pass P>
 __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
                           int64_t row, int64_t sequence, Shared& shared) {
   constexpr bool kKnown = P != Pass::score;
@@ -181,8 +185,8 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
   const RowOptions& o = b.options;
   const int64_t label = b.labels[row];
   const int column = static_cast<int>(label - b.vocab_start), vocab = static_cast<int>(o.vocab);
-  const T* z = reinterpret_cast<const T*>(b.logits) + b.offset(row);
-  T* dz = kKnown ? row_of<T>(g, b, row) : nullptr;
+  const In* z = reinterpret_cast<const In*>(b.logits) + b.offset(row);
+  Out* dz = kKnown ? row_of<Out>(g, b, row) : nullptr;
   if (!b.is_token(label)) {
     if (threadIdx.x == 0) {
       out.lse(row) = label == kIgnore ? 0.0 : static_cast<double>(NAN);
@@ -192,9 +196,9 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
     if (kKnown) zero_row(dz, vocab);
     return;
   }
-  const Cut cut = kKnown ? cut_rows(z, static_cast<const T*>(dz), vocab) : cut_row(z, vocab);
+  const Cut cut = cut_row(z, vocab);
   // the row's packs lie aligned in shared memory too
-  T* kept = reinterpret_cast<T*>(memory) + (kWidth<T> - cut.head % kWidth<T>) % kWidth<T>;
+  In* kept = reinterpret_cast<In*>(memory) + (kWidth<In> - cut.head % kWidth<In>) % kWidth<In>;
   // read before dz, which may be z, is written
   const bool here = static_cast<unsigned>(column) < static_cast<unsigned>(vocab);
   const float at_label = threadIdx.x == 0 && here ? to_float(z[column]) : 0.0f;
@@ -204,7 +208,7 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
   if (kEarly && threadIdx.x == 0) shared.coefficient = known_weight(t, sequence).weight * factor;
 
   PartialSum<Cap, Entropy> sum(o);
-  for_row<T>(cut, FromRow<T>{z}, [&](int i, const auto& pack) {
+  for_row<In>(cut, FromRow<In>{z}, [&](int i, const auto& pack) {
     if constexpr (P == Pass::kept) store(kept + i, pack);
     sum.add(pack);
   });
@@ -230,15 +234,12 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
     zero_row(dz, vocab);
     return;
   }
-  const Write<T, Cap> write(o, shared.lse, shared.coefficient, shared.at_label, column, dz);
-  if constexpr (P == Pass::kept)
-    for_row<T>(cut, FromRow<T>{kept}, write);
-  else
-    for_row<T>(cut, FromRow<T>{z}, write);
+  const Write<In, Out, Cap> write(o, shared.lse, shared.coefficient, shared.at_label, column, dz);
+  for_row<Out>(cut_rows(z, dz, vocab), FromRow<In>{P == Pass::kept ? kept : z}, write);
 }
 
 // The score reaches 4 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 5.
-template <class T, bool Cap, bool Entropy, Pass P>
+template <class In, class Out, bool Cap, bool Entropy, Pass P>
 __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads, P == Pass::score ? 4 : 0)
     score_rows(Batch b, Terms t, Outputs out, double factor, Gradient g, Workspace w) {
   DMF_SHARED(Shared, shared);
@@ -247,22 +248,23 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
   const int64_t block = blockIdx.x, row = block - b.sequences - 1;
   if (block != b.sequences) {  // that one is the loss's own, for a batch without sequences
     const int64_t i = block < b.sequences ? block : b.sequence_of(row);
-    if (row >= 0) score_row<T, Cap, Entropy, P>(b, t, out, factor, g, row, i, shared);
+    if (row >= 0) score_row<In, Out, Cap, Entropy, P>(b, t, out, factor, g, row, i, shared);
     if (!is_last(w.counters + i, b.first_row(i + 1) - b.first_row(i) + 1, shared.last)) return;
     finish_sequence(b, t, out, faults, i, kKnown, shared);
     if (kKnown) {
       __syncthreads();
       if (faults[i] != kNone && out.weight(i) == 0.0)
         for (int64_t r = b.first_row(i); r < b.first_row(i + 1); ++r)
-          zero_row(row_of<T>(g, b, r), static_cast<int>(b.options.vocab));
+          zero_row(row_of<Out>(g, b, r), static_cast<int>(b.options.vocab));
     }
   }
   if (is_last(w.counters + b.sequences, b.sequences + 1, shared.last)) finish_loss(b, t, out, faults, w.status, shared);
 }
 
-// fp32 reaches 6 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 8.
-template <class T, bool Cap>
-__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 4 && !Cap ? 6 : 0)
+// fp32 reaches 6 blocks anyway. Without the bound, the compiler spills on sm_80 to reach 8. With a 16-bit gradient a
+// thread has twice as many logits under way, for which the registers of 6 blocks are too few on sm_100.
+template <class In, class Out, bool Cap>
+__global__ void __launch_bounds__(kMaxThreads, sizeof(In) == 4 && !Cap ? (sizeof(Out) == 4 ? 6 : 5) : 0)
     write_rows(Batch b, const double* lse, const double* weight, double factor, const double* upstream, double unless,
                Gradient g) {
   struct OneRow {
@@ -274,8 +276,8 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 4 && !Cap ? 6 : 0)
   const int64_t row = blockIdx.x, label = b.labels[row];
   // beyond the row where the label is elsewhere: no pack has it
   const int column = static_cast<int>(label - b.vocab_start), vocab = static_cast<int>(o.vocab);
-  const T* z = reinterpret_cast<const T*>(b.logits) + b.offset(row);
-  T* dz = row_of<T>(g, b, row);
+  const In* z = reinterpret_cast<const In*>(b.logits) + b.offset(row);
+  Out* dz = row_of<Out>(g, b, row);
   if (threadIdx.x == 0) {
     const bool scored = b.is_token(label) && isfinite(lse[row]);
     const double coefficient = scored ? weight[b.sequence_of(row)] * factor * (upstream ? *upstream : 1.0) : 0.0;
@@ -288,8 +290,8 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 4 && !Cap ? 6 : 0)
     zero_row(dz, vocab);
     return;
   }
-  const Write<T, Cap> write(o, lse[row], shared.coefficient, shared.at_label, column, dz);
-  for_row<T>(cut_rows(z, static_cast<const T*>(dz), vocab), FromRow<T>{z}, write);
+  const Write<In, Out, Cap> write(o, lse[row], shared.coefficient, shared.at_label, column, dz);
+  for_row<Out>(cut_rows(z, dz, vocab), FromRow<In>{z}, write);
 }
 
 template <class T>
@@ -311,7 +313,7 @@ __global__ void __launch_bounds__(kMaxThreads) scale_rows(Batch b, double factor
 
 // --- launching -----------------------------------------------------------------------------------------------------
 
-// Calls body with a value of the type of the logits.
+// Calls body with a value of a dtype's type.
 template <class Body>
 void with_type(DType dtype, Body body) {
   if (dtype == DType::f32)
@@ -322,15 +324,28 @@ void with_type(DType dtype, Body body) {
     body(f16{});
 }
 
+// Calls body with a value of the type of the logits and one of the type of their gradient.
+template <class Body>
+void with_types(DType logits, DType gradient, Body body) {
+  if (logits == gradient)
+    with_type(logits, [&](auto type) { body(type, type); });
+  else if (logits != DType::f32)
+    throw std::runtime_error("the gradient of 16-bit logits has their dtype");
+  else if (gradient == DType::bf16)
+    body(float{}, bf16{});
+  else
+    body(float{}, f16{});
+}
+
 unsigned grid(const Batch& b, int64_t blocks) {
   if (blocks > INT_MAX || b.options.vocab > INT_MAX - 64) throw std::runtime_error("too many rows, or too long ones");
   return static_cast<unsigned>(blocks);
 }
 
-template <class T, bool Cap, bool Entropy, Pass P>
+template <class In, class Out, bool Cap, bool Entropy, Pass P>
 void launch_score(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
                   const Workspace& w, const Plan& plan) {
-  const auto kernel = score_rows<T, Cap, Entropy, P>;
+  const auto kernel = score_rows<In, Out, Cap, Entropy, P>;
   if (plan.shared > 0) allow_shared(kernel, shared_for_row(shared_limit(w.device)));
   DMF_LAUNCH(kernel, grid(b, b.rows + b.sequences + 1), plan.threads, static_cast<size_t>(plan.shared),
              static_cast<cudaStream_t>(w.stream), b, t, out, factor, g, w);
@@ -338,49 +353,54 @@ void launch_score(const Batch& b, const Terms& t, const Outputs& out, double fac
 }
 
 template <class T, bool Cap, bool Entropy>
-void launch_pass(bool known, const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
-                 const Workspace& w) {
-  if (!known) {
-    launch_score<T, Cap, Entropy, Pass::score>(b, t, out, factor, g, w, plan_once(b.options.vocab, sizeof(T)));
-    return;
-  }
-  const Plan plan = plan_known(b.options.vocab, sizeof(T), shared_limit(w.device));
-  const auto launch =
-      plan.kept ? launch_score<T, Cap, Entropy, Pass::kept> : launch_score<T, Cap, Entropy, Pass::reread>;
-  launch(b, t, out, factor, g, w, plan);
+void launch_scoring(const Batch& b, const Terms& t, const Outputs& out, const Workspace& w) {
+  launch_score<T, T, Cap, Entropy, Pass::score>(b, t, out, 0.0, Gradient{}, w, plan_once(b.options.vocab, sizeof(T)));
 }
 
-void score(bool known, const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
-           const Workspace& w) {
-  const OnDevice guard(w.device);
-  with_type(b.dtype, [&](auto type) {
-    using T = decltype(type);
-    const bool cap = b.options.softcap > 0;
-    const auto launch = cap ? (out.entropy ? launch_pass<T, true, true> : launch_pass<T, true, false>)
-                            : (out.entropy ? launch_pass<T, false, true> : launch_pass<T, false, false>);
-    launch(known, b, t, out, factor, g, w);
-  });
+template <class In, class Out, bool Cap, bool Entropy>
+void launch_known(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
+                  const Workspace& w) {
+  const Plan plan = plan_known(b.options.vocab, sizeof(In), shared_limit(w.device));
+  const auto launch =
+      plan.kept ? launch_score<In, Out, Cap, Entropy, Pass::kept> : launch_score<In, Out, Cap, Entropy, Pass::reread>;
+  launch(b, t, out, factor, g, w, plan);
 }
 
 }  // namespace
 
 void forward(const Batch& b, const Terms& t, const Outputs& out, const Workspace& w) {
-  score(false, b, t, out, 0.0, Gradient{nullptr, 0, 0}, w);
+  const OnDevice guard(w.device);
+  with_type(b.dtype, [&](auto type) {
+    using T = decltype(type);
+    const bool cap = b.options.softcap > 0;
+    const auto launch = cap ? (out.entropy ? launch_scoring<T, true, true> : launch_scoring<T, true, false>)
+                            : (out.entropy ? launch_scoring<T, false, true> : launch_scoring<T, false, false>);
+    launch(b, t, out, w);
+  });
 }
 
 void forward_backward(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
                       const Workspace& w) {
-  score(true, b, t, out, factor, g, w);
+  const OnDevice guard(w.device);
+  with_types(b.dtype, g.dtype, [&](auto in, auto of_gradient) {
+    using In = decltype(in);
+    using Out = decltype(of_gradient);
+    const bool cap = b.options.softcap > 0;
+    const auto launch = cap ? (out.entropy ? launch_known<In, Out, true, true> : launch_known<In, Out, true, false>)
+                            : (out.entropy ? launch_known<In, Out, false, true> : launch_known<In, Out, false, false>);
+    launch(b, t, out, factor, g, w);
+  });
 }
 
 void backward(const Batch& b, const double* lse, const double* weight, double factor, const double* upstream,
               double unless, const Gradient& g, const Workspace& w) {
   if (b.rows == 0) return;
   const OnDevice guard(w.device);
-  with_type(b.dtype, [&](auto type) {
-    using T = decltype(type);
-    const auto kernel = b.options.softcap > 0 ? write_rows<T, true> : write_rows<T, false>;
-    DMF_LAUNCH(kernel, grid(b, b.rows), plan_once(b.options.vocab, sizeof(T)).threads, 0,
+  with_types(b.dtype, g.dtype, [&](auto in, auto of_gradient) {
+    using In = decltype(in);
+    using Out = decltype(of_gradient);
+    const auto kernel = b.options.softcap > 0 ? write_rows<In, Out, true> : write_rows<In, Out, false>;
+    DMF_LAUNCH(kernel, grid(b, b.rows), plan_once(b.options.vocab, sizeof(In)).threads, 0,
                static_cast<cudaStream_t>(w.stream), b, lse, weight, factor, upstream, unless, g);
   });
   check(cudaGetLastError());
@@ -389,7 +409,7 @@ void backward(const Batch& b, const double* lse, const double* weight, double fa
 void scale(const Batch& b, double factor, const double* upstream, const Gradient& g, const Workspace& w) {
   if (b.rows == 0) return;
   const OnDevice guard(w.device);
-  with_type(b.dtype, [&](auto type) {
+  with_type(g.dtype, [&](auto type) {
     using T = decltype(type);
     const auto kernel = scale_rows<T>;
     DMF_LAUNCH(kernel, grid(b, b.rows), plan_once(b.options.vocab, sizeof(T)).threads, 0,

@@ -22,7 +22,7 @@ __device__ inline void from_float(float x, f16& out) { out = __float2half_rn(x);
 
 // --- a row, divided among threads -------------------------------------------------------------------------------
 
-// N logits that lie together: one 128-bit access where N fills it, else a single one.
+// N logits that lie together: 128-bit accesses, as many as N fills, or a single logit.
 template <class T>
 constexpr int kWidth = 16 / sizeof(T);
 
@@ -37,8 +37,11 @@ __device__ inline Pack<T, N> load(const T* p) {
   if constexpr (N == 1) {
     pack.x[0] = *p;
   } else {
-    const uint4 raw = *reinterpret_cast<const uint4*>(p);
-    memcpy(&pack, &raw, 16);
+#pragma unroll
+    for (int j = 0; j < N; j += kWidth<T>) {
+      const uint4 raw = *reinterpret_cast<const uint4*>(p + j);
+      memcpy(pack.x + j, &raw, 16);
+    }
   }
   return pack;
 }
@@ -48,6 +51,7 @@ __device__ inline void store(T* p, const Pack<T, N>& pack) {
   if constexpr (N == 1) {
     *p = pack.x[0];
   } else {
+    static_assert(N == kWidth<T>, "");
     uint4 raw;
     memcpy(&raw, &pack, 16);
     *reinterpret_cast<uint4*>(p) = raw;
@@ -67,15 +71,16 @@ __device__ inline Cut cut_row(const T* z, int vocab) {
   return {vocab, head, packs, head + packs * kWidth<T>};
 }
 
-// Where source and destination are aligned differently nothing wide can serve both: one logit at a time.
-template <class T>
-__device__ inline Cut cut_rows(const T* z, const T* dz, int vocab) {
-  const bool same = reinterpret_cast<uintptr_t>(z) % 16 == reinterpret_cast<uintptr_t>(dz) % 16;
-  return same ? cut_row(z, vocab) : Cut{vocab, vocab, 0, vocab};
+// Of logits and their gradient, into packs of the gradient: of an fp32 row 8 logits for a 16-bit gradient, two loads
+// and one store. Where the packs of both are not aligned nothing wide can serve both: one logit at a time.
+template <class In, class Out>
+__device__ inline Cut cut_rows(const In* z, const Out* dz, int vocab) {
+  const Cut cut = cut_row(dz, vocab);
+  return reinterpret_cast<uintptr_t>(z + cut.head) % 16 == 0 ? cut : Cut{vocab, vocab, 0, vocab};
 }
 
-// body(first logit, pack) for this thread's part of the row; fetch<N>(first logit) brings a pack. Two packs are under
-// way at a time. A thread gets the same logits every time.
+// body(first logit, pack) for this thread's part of the row, in packs of T; fetch<N>(first logit) brings one. Two packs
+// are under way at a time. A thread gets the same logits every time.
 template <class T, class Fetch, class Body>
 __device__ inline void for_row(const Cut& cut, Fetch fetch, Body body) {
   constexpr int W = kWidth<T>;
@@ -84,7 +89,7 @@ __device__ inline void for_row(const Cut& cut, Fetch fetch, Body body) {
   int i = thread;
   for (; i + threads < cut.packs; i += 2 * threads) {
     const int first = cut.head + i * W, second = first + threads * W;
-    const Pack<T, W> a = fetch.template operator()<W>(first), b = fetch.template operator()<W>(second);
+    const auto a = fetch.template operator()<W>(first), b = fetch.template operator()<W>(second);
     body(first, a);
     body(second, b);
   }

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.report import pyplot
-
 Result = Mapping[str, Any]  # what worker.run returns
 _BESIDE = ("roof", "scoring")  # what is no rival of the loss
 OURS = ("dm_loss", "linear_dm_loss", "sample_tokens", "scoring: sequence_log_prob", "nn.Linear, dm_loss")
@@ -72,6 +70,8 @@ def ratios(results: Sequence[Result]) -> list[tuple[str, str, float]]:
 
 def chart(results: Sequence[Result], path: Path) -> None:
     """Time of each rival, ours dark, quartiles as whiskers, the roofs as lines; a panel per configuration."""
+    from ..training.report import pyplot  # and with it transformers, which a table needs not
+
     plt = pyplot()
     sizes = [sum(not n.startswith(_BESIDE) for n in r["ms"]) for r in results]
     figure, axes = plt.subplots(
@@ -133,6 +133,8 @@ def step_table(result: Result) -> Any:
 
 def step_chart(result: Result, path: Path) -> None:
     """Both steps as stacked bars."""
+    from ..training.report import pyplot  # and with it transformers, which a table needs not
+
     plt = pyplot()
     from .step import PHASES
 

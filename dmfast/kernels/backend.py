@@ -67,7 +67,7 @@ class Backend(Protocol):
             lse: (rows,) fp64, of the whole vocabulary.
             weight: (B,) fp64, contiguous.
             factor: a number known to the host.
-            dz: like the logits, or the logits themselves.
+            dz: as ``check_gradient`` has it.
             upstream: 0-d fp64, read where it lies.
             unless: the upstream for which dz holds its gradient already; then nothing is read or written.
         """
@@ -78,7 +78,7 @@ class Backend(Protocol):
     ) -> Scores:
         """Return ``forward``'s scores and write the gradient of ``factor`` times the sum of the losses, in one pass.
 
-        Only for ``terms.weight_known``.
+        Only for ``terms.weight_known``. ``dz`` is as ``check_gradient`` has it.
 
         Raises:
             ValueError: as ``forward``; on the CPU a weight beyond fp32's range is found before a row is touched.
@@ -114,6 +114,46 @@ def new_gradient(batch: Batch, inplace: bool) -> Tensor:
     if inplace:
         return batch.logits.detach()
     return torch.empty_like(batch.logits, memory_format=torch.contiguous_format)
+
+
+def check_gradient(batch: Batch, dz: Tensor) -> None:
+    """Raise where the gradient of a batch can't be written to dz.
+
+    It may be the logits themselves or a tensor of their shape and dtype; of fp32 logits also a bf16 or fp16 one, into
+    which fp32 values are rounded once. In place of fp32 logits that would be a race on a GPU: gradients 2i and 2i + 1
+    overwrite logit i, which another thread may not have read yet. So it is refused on every device.
+
+    Args:
+        batch: whose logits the gradient is of.
+        dz: where it goes.
+
+    Raises:
+        TypeError: dz has another dtype.
+        ValueError: dz has another shape, or another dtype than the logits and memory that is theirs.
+    """
+    z = batch.logits
+    if dz.shape != z.shape:
+        raise ValueError(f"dz must have the shape of the logits, {tuple(z.shape)}, got {tuple(dz.shape)}")
+    if dz.dtype == z.dtype:
+        return
+    if z.dtype != torch.float32 or dz.dtype not in (torch.bfloat16, torch.float16):
+        others = ", torch.bfloat16 or torch.float16" if z.dtype == torch.float32 else ""
+        raise TypeError(f"dz must be {z.dtype}{others} for logits of {z.dtype}, got {dz.dtype}")
+    (first, end), (first_dz, end_dz) = _span(z), _span(dz)
+    if first < end_dz and first_dz < end:
+        raise ValueError(
+            f"dz ({dz.dtype}) lies in the memory of the logits ({z.dtype}), of which one thread would overwrite what "
+            "another has yet to read; pass a tensor of its own, or for a gradient in place the logits themselves"
+        )
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """Return the first address of a tensor's elements and the one after its last."""
+    if x.numel() == 0:
+        return 0, 0
+    first = x.data_ptr()
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return first, first + (last + 1) * x.element_size()
 
 
 def overwritten(batch: Batch, dz: Tensor) -> None:

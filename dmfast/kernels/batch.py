@@ -43,6 +43,7 @@ class Batch(NamedTuple):
     vocab_start: int = 0
     whole_vocab: int = 0  # 0: V, no shard
     origin: Origin | None = None  # for errors
+    as_set: bool = False  # whether torch's settings say how a head's fp32 products are formed; else they are IEEE's
 
     @property
     def vocab(self) -> int:

@@ -118,7 +118,7 @@ def check_terms(batch: Batch, terms: Terms) -> Batch:
         name, parameter, left_out = objective.name, objective.parameter, isinstance(objective.baseline, str)
     scalars = [parameter, bound, float(terms.on_policy), *terms.constants]
     labels = _terms(batch.labels, terms.block, terms.present, terms.given, scalars, name, left_out)
-    return batch_of(batch.logits, labels, *flat(batch)[2:])
+    return batch._replace(labels=labels)
 
 
 def check_labels(token_log_prob: Tensor, batch: Batch) -> Tensor:

@@ -207,7 +207,8 @@ def make_linear_batch(
     if v == 0:
         raise ValueError(f"weight has an empty vocabulary: {describe(weight)}")
     logits = logits_to_come(hidden.detach(), v, _logits_dtype(logits_dtype, hidden.dtype))
-    return make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap, what="hidden")
+    batch = make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap, what="hidden")
+    return batch._replace(as_set=logits_dtype == "same")
 
 
 def _logits_dtype(wanted: torch.dtype | str, hidden: torch.dtype) -> torch.dtype:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..objectives import Terms
 from . import extension, faults
-from .backend import overwritten
+from .backend import check_gradient, overwritten
 from .batch import Batch, SampleRows, Scores
 
 
@@ -56,9 +56,10 @@ class Cpu:
         assert extension._C is not None
         if upstream is not None and unless is not None and float(upstream) == unless:
             return
+        check_gradient(batch, dz)
         extension._C.backward(
             extension.batch_struct(batch), lse.data_ptr(), weight.data_ptr(), factor, extension.pointer(upstream),
-            dz.data_ptr(), *extension.row_strides(dz, batch),
+            *extension.gradient_arguments(dz, batch),
         )  # fmt: skip
         overwritten(batch, dz)
 
@@ -67,12 +68,13 @@ class Cpu:
     ) -> Scores:
         """Return the scores and write the gradient; see ``Backend``."""
         assert extension._C is not None and not batch.is_shard
+        check_gradient(batch, dz)
         scores, outputs = extension.make_outputs(batch, terms, entropy, divide_by)
         kernel, c_batch = extension._C.forward_backward, extension.batch_struct(batch)
-        c_terms, strides = extension.terms_struct(terms), extension.row_strides(dz, batch)
+        c_terms, gradient = extension.terms_struct(terms), extension.gradient_arguments(dz, batch)
 
         def call(checked: bool) -> tuple[int, int]:
-            status: tuple[int, int] = kernel(c_batch, c_terms, outputs, checked, factor, dz.data_ptr(), *strides)
+            status: tuple[int, int] = kernel(c_batch, c_terms, outputs, checked, factor, *gradient)
             if status[0] not in (extension.BAD_WEIGHT, extension.UNUSUAL):
                 overwritten(batch, dz)  # also where a row's fault was found among others that are written
             return status
@@ -84,9 +86,8 @@ class Cpu:
         """Multiply a gradient; see ``Backend``."""
         assert extension._C is not None
         extension._C.scale(
-            extension.batch_struct(batch), factor, upstream.data_ptr(), dz.data_ptr(),
-            *extension.row_strides(dz, batch),
-        )  # fmt: skip
+            extension.batch_struct(batch), factor, upstream.data_ptr(), *extension.gradient_arguments(dz, batch)
+        )
 
     def scale_matrix(self, x: Tensor, factor: float, upstream: Tensor) -> None:
         """Multiply a matrix; see ``Backend``."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..objectives import Terms
 from . import extension, faults
-from .backend import overwritten
+from .backend import check_gradient, overwritten
 from .batch import Batch, SampleRows, Scores
 
 
@@ -76,9 +76,10 @@ class Cuda:
     ) -> None:  # fmt: skip
         """Write the gradient; see ``Backend``."""
         assert extension._C is not None
+        check_gradient(batch, dz)
         extension._C.cuda.backward(
             extension.batch_struct(batch), lse.data_ptr(), weight.data_ptr(), factor, extension.pointer(upstream),
-            math.nan if unless is None else unless, dz.data_ptr(), *extension.row_strides(dz, batch), _only_stream(dz),
+            math.nan if unless is None else unless, *extension.gradient_arguments(dz, batch), _only_stream(dz),
         )  # fmt: skip
         overwritten(batch, dz)
 
@@ -87,15 +88,16 @@ class Cuda:
     ) -> Scores:
         """Return the scores and write the gradient; see ``Backend``."""
         assert extension._C is not None and not batch.is_shard
-        gradient = (factor, dz.data_ptr(), *extension.row_strides(dz, batch))
+        check_gradient(batch, dz)
+        gradient = (factor, *extension.gradient_arguments(dz, batch))
         return _queue(extension._C.cuda.forward_backward, batch, terms, entropy, divide_by, *gradient, dz=dz)
 
     def scale(self, batch: Batch, dz: Tensor, factor: float, upstream: Tensor) -> None:
         """Multiply a gradient; see ``Backend``."""
         assert extension._C is not None
         extension._C.cuda.scale(
-            extension.batch_struct(batch), factor, upstream.data_ptr(), dz.data_ptr(),
-            *extension.row_strides(dz, batch), _only_stream(dz),
+            extension.batch_struct(batch), factor, upstream.data_ptr(), *extension.gradient_arguments(dz, batch),
+            _only_stream(dz),
         )  # fmt: skip
 
     def scale_matrix(self, x: Tensor, factor: float, upstream: Tensor) -> None:

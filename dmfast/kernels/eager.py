@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import Terms
-from .backend import overwritten
+from .backend import check_gradient, overwritten
 from .batch import IGNORE, Batch, SampleRows, Scores
 from .check_ops import value_checks
 from .form import form_loss, scaled
@@ -178,6 +178,7 @@ class Eager:
         """Write the gradient; see ``Backend``."""
         if upstream is not None and unless is not None and float(upstream) == unless:
             return
+        check_gradient(batch, dz)
         weight = weight * (factor if upstream is None else factor * upstream)
         dz.copy_(gradient(batch, lse, weight).reshape(dz.shape))
         overwritten(batch, dz)

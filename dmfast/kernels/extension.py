@@ -66,8 +66,13 @@ def _address(x: Tensor, name: str) -> int:
 
 
 def row_strides(x: Tensor, batch: Batch) -> tuple[int, int]:
-    """Return the strides of a sequence and of a row, in logits."""
+    """Return the strides of a sequence and of a row, in elements."""
     return (0, x.stride(0)) if batch.cu_seqlens is not None else (x.stride(0), x.stride(1))
+
+
+def gradient_arguments(dz: Tensor, batch: Batch) -> tuple[int, ...]:
+    """Return where a gradient goes, as the kernels take it."""
+    return DTYPES[dz.dtype], dz.data_ptr(), *row_strides(dz, batch)
 
 
 def batch_struct(batch: Batch) -> Any:
@@ -148,7 +153,7 @@ def matrix_arguments(x: Tensor, factor: float, upstream: Tensor) -> tuple[Any, .
     v = x.shape[-1]
     n = x.numel() // v
     batch = _C.Batch(DTYPES[x.dtype], 0, 1, n, n, 0, v, 0, 0, v, 1.0, 0.0, 0, v, torch.get_num_threads())
-    return batch, factor, upstream.data_ptr(), x.data_ptr(), 0, v
+    return batch, factor, upstream.data_ptr(), DTYPES[x.dtype], x.data_ptr(), 0, v
 
 
 def make_sample_outputs(rows: SampleRows) -> tuple[Tensor, Tensor]:

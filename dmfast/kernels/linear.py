@@ -2,15 +2,21 @@
 
 Matrix products are torch's (``products.py``); between them run the row kernels of a backend. A chunk holds whole
 sequences, so that log pi, and with it A, is known inside it: logits = H W^T, the kernel's forward, its backward over
-the logits, dH = dZ W, dW += dZ^T H. That is three products and no logit is computed twice, the least for which all
-three gradients can be had. A sequence longer than the buffer, and a loss whose grad_output is not known before
-backward, take two phases, and so a fourth product. Rows that are not scored are packed out before the first product. A
-frozen head costs neither its product nor a V x D buffer.
+the logits, or into 16 bits beside them where the next product takes these, dH = dZ W, dW += dZ^T H. That is three
+products and no logit is computed twice, the least for which all three gradients can be had. A sequence longer than the
+buffer, and a loss whose grad_output is not known before backward, take two phases, and so a fourth product. Rows that
+are not scored are packed out before the first product. A frozen head costs neither its product nor a
+V x D buffer.
+
+Where the vocabulary is cut among ranks (``shards.py``) a chunk is the same on all of them: each makes the logits of its
+own columns, one exchange makes the rows whole, and dH, to which every rank has a part, is summed once a call. A is
+formed in torch between forward and backward, so that a known weight takes two passes there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,8 +26,9 @@ from ..objectives import Objective, Terms
 from . import check_ops, faults, products
 from .autograd import Options, apply, from_log_prob, reduced, refuses_double_backward
 from .backend import Backend
-from .batch import IGNORE, LSE, Batch, Origin, Scores
+from .batch import IGNORE, LSE, Batch, Origin, Recorded, Scores
 from .form import form_loss
+from .shards import RowFaults, Shards, sums_of_sequences, whole_rows
 
 _CHUNK_BYTES = 2**27
 # With the gradient of the head, adding to it once a chunk must be cheap beside the products.
@@ -91,7 +98,9 @@ def rows_of_buffer(
     return max(rows, 1)
 
 
-def make_chunks(whole: Batch, hidden: Tensor, chunk_bytes: int | None, wanted: tuple[bool, ...]) -> Chunks:
+def make_chunks(
+    whole: Batch, hidden: Tensor, chunk_bytes: int | None, wanted: tuple[bool, ...], shards: Shards | None = None
+) -> Chunks:
     """Leave out the rows that are not scored, and cut the others into chunks.
 
     Args:
@@ -99,6 +108,7 @@ def make_chunks(whole: Batch, hidden: Tensor, chunk_bytes: int | None, wanted: t
         hidden: its hidden states.
         chunk_bytes: as in ``linear_dm_loss``.
         wanted: which gradients are wanted: of hidden states, head and bias.
+        shards: the ranks among which the vocabulary is cut, or None.
     """
     scored = whole.labels != IGNORE
     before = torch.cat([scored.new_zeros(1, dtype=torch.int64), scored.cumsum(0)])
@@ -108,10 +118,11 @@ def make_chunks(whole: Batch, hidden: Tensor, chunk_bytes: int | None, wanted: t
     rows = None if bool(scored.all()) else scored.nonzero()[:, 0]
     labels = whole.labels if rows is None else whole.labels[rows]
     starts = before[firsts]
-    ways = products.ways(hidden.device, hidden.dtype, whole.logits.dtype)
+    ways = products.ways(hidden.device, hidden.dtype, whole.logits.dtype, shards is not None)
     narrow = any(wanted[:2]) and ways.takes_16_bits and whole.logits.dtype != hidden.dtype
     itemsize = whole.logits.itemsize + (hidden.itemsize if narrow else 0)
-    held = rows_of_buffer(whole.vocab, itemsize, whole.logits.device, chunk_bytes, wanted[1])
+    vocab = whole.vocab if shards is None else shards.largest
+    held = rows_of_buffer(vocab, itemsize, whole.logits.device, chunk_bytes, wanted[1])
     return Chunks(whole, rows, labels, starts, starts.tolist(), held, ways, narrow)
 
 
@@ -126,22 +137,26 @@ class _Products:
     """The products with the head, through one buffer, and the gradients that they add up to."""
 
     def __init__(
-        self, chunks: Chunks, hidden: Tensor, head: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]
-    ) -> None:
-        self.chunks, self.head, self.bias = chunks, head, bias
+        self, chunks: Chunks, hidden: Tensor, head: Tensor, bias: Tensor | None, wanted: tuple[bool, ...],
+        shards: Shards | None,
+    ) -> None:  # fmt: skip
+        self.chunks, self.head, self.bias, self.shards = chunks, head, bias, shards
         self.hidden = hidden.reshape(-1, hidden.shape[-1])
         cuts = [cut for *_, found in chunks.groups() for cut in found]
         longest = max((last - first for first, last in cuts), default=0)
         self.one_chunk = len(cuts) == 1
         vocab, dtype = head.shape[0], chunks.whole.logits.dtype
         self.buffer = _rows(hidden, longest, vocab, dtype)
-        self.narrow = _rows(hidden, longest, vocab, hidden.dtype) if chunks.narrow else None
+        # that of the gradient: the same one, unless the next product takes another dtype (backend.check_gradient)
+        self.gradient = _rows(hidden, longest, vocab, hidden.dtype) if chunks.narrow else self.buffer
         self.ways = chunks.ways
         self.wants_head = wanted[1]
         # with no row left out the products fill all of it
         empty = torch.empty_like if chunks.rows is None else torch.zeros_like
         # row by row, whatever the layout of hidden: that is how it is scaled, and what fake kernels say
-        self.d_hidden = empty(self.hidden, memory_format=torch.contiguous_format) if wanted[0] else None
+        # one of several parts is not rounded before they are summed
+        dtype = hidden.dtype if shards is None else torch.promote_types(hidden.dtype, torch.float32)
+        self.d_hidden = empty(self.hidden, memory_format=torch.contiguous_format, dtype=dtype) if wanted[0] else None
         self.d_head: Tensor | None = None  # from the first chunk on; fp32 where there are several
         self.d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
 
@@ -158,10 +173,8 @@ class _Products:
         rows = self.chunks.rows
         if self.d_bias is not None:
             self.d_bias.add_(dz.sum(0, dtype=torch.float32))
-        if self.narrow is not None:
-            dz = self.narrow[: last - first].copy_(dz)
         if self.d_hidden is not None:
-            dh = self.d_hidden[first:last] if rows is None else torch.empty_like(h)
+            dh = self.d_hidden[first:last] if rows is None else torch.empty_like(h, dtype=self.d_hidden.dtype)
             products.multiply_back(self.ways.d_hidden, dz, self.head, dh)
             if rows is not None:
                 self.d_hidden.index_copy_(0, rows[first:last], dh)
@@ -175,7 +188,11 @@ class _Products:
 
     def gradients(self, hidden: Tensor) -> list[Tensor | None]:
         """Return those of hidden states, head and bias, in their dtypes."""
-        d_hidden = None if self.d_hidden is None else self.d_hidden.view(hidden.shape)
+        d_hidden = None
+        if self.d_hidden is not None:
+            if self.shards is not None:
+                self.shards.add(self.d_hidden)
+            d_hidden = self.d_hidden.to(hidden.dtype).view(hidden.shape)
         d_head = None
         if self.wants_head:
             d_head = self.head.new_zeros(self.head.shape) if self.d_head is None else self.d_head.to(self.head.dtype)
@@ -193,45 +210,95 @@ class _Pass(NamedTuple):
     entropy: bool
     divide_by: float
     expected: float | None  # with it, the gradients of ``expected * total`` are added to products
+    shards: Shards | None
 
 
-def _score_long(call: _Pass, i: int, cuts: list[tuple[int, int]], terms: Terms | None) -> Scores:
-    """Return the scores of sequence i, which is longer than the buffer."""
-    parts = []
-    for cut in cuts:
-        batch = call.chunks.part(i, i + 1, *cut, call.matrices.logits(*cut)[1])
-        parts.append(call.backend.forward(batch, None, call.entropy))
+class _Scored(NamedTuple):
+    """A chunk that has been scored."""
+
+    hidden: Tensor
+    logits: Tensor
+    rows: Tensor  # of the whole vocabulary
+    sequences: Tensor  # log pi and entropy of what is in the chunk
+    recorded: tuple[Recorded, ...]
+
+
+def _score_chunk(call: _Pass, i: int, j: int, cut: tuple[int, int]) -> _Scored:
+    """Score one chunk without terms."""
+    if call.shards is not None:
+        return _score_shard(call, call.shards, i, j, cut)
+    h, z = call.matrices.logits(*cut)
+    scores = call.backend.forward(call.chunks.part(i, j, *cut, z), None, call.entropy)
+    return _Scored(h, z, scores.rows, scores.sequences, scores.recorded)
+
+
+def _score_shard(call: _Pass, shards: Shards, i: int, j: int, cut: tuple[int, int]) -> _Scored:
+    """Score a chunk of which this rank has some columns. A rank that fails still takes part in the exchange, so that
+    the others need not wait for it for ever."""
+    look, shape = not call.backend.records_faults, (3 if call.entropy else 2, cut[1] - cut[0])
+    try:
+        h, z = call.matrices.logits(*cut)
+        batch = call.chunks.part(i, j, *cut, z)
+        mine = call.backend.forward(batch, None, call.entropy).rows
+    except Exception:
+        shards.exchange(None, shape, look=False)
+        raise
+    rows = whole_rows(shards.exchange(mine, shape, look))
+    check = RowFaults(batch._replace(logits=z.new_empty(0, z.shape[-1])), rows)
+    if look:
+        check()
+    assert batch.cu_seqlens is not None
+    return _Scored(h, z, rows, sums_of_sequences(rows, batch.cu_seqlens), () if look else faults.read_later(check))
+
+
+def _score_chunks(
+    call: _Pass, i: int, j: int, cuts: list[tuple[int, int]], terms: Terms | None
+) -> tuple[Scores, _Scored]:
+    """Return the scores of sequences [i, j), whose loss torch forms, and the last chunk of them."""
+    parts = [_score_chunk(call, i, j, cut) for cut in cuts]
     rows = torch.cat([part.rows for part in parts], 1)
     sequences = torch.stack([part.sequences for part in parts]).sum(0)
     recorded = tuple(check for part in parts for check in part.recorded)
     scores = Scores(rows, sequences, None, recorded)
-    if terms is None:
-        return scores
-    batch = call.chunks.part(i, i + 1, 0, 0, call.matrices.buffer[:0])
-    return form_loss(batch, rows, scores.log_prob, scores.entropy, terms, call.divide_by,
-                     call.backend.records_faults, recorded)  # fmt: skip
+    if terms is not None:
+        batch = call.chunks.part(i, j, 0, 0, call.matrices.buffer[:0])
+        scores = form_loss(batch, rows, scores.log_prob, scores.entropy, terms, call.divide_by,
+                           call.backend.records_faults, recorded)  # fmt: skip
+    return scores, parts[-1]
 
 
 def _group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]]) -> Scores:
     """Return the scores of sequences [i, j) and, with ``expected``, add their gradients to the products."""
     backend, matrices, expected, divide_by = call.backend, call.matrices, call.expected, call.divide_by
     terms = None if call.terms is None else call.terms.cut(i, j)
-    if len(cuts) > 1:
-        scores = _score_long(call, i, cuts, terms)
-        if expected is not None:
+    if len(cuts) > 1 or call.shards is not None:
+        scores, last = _score_chunks(call, i, j, cuts, terms)
+        if expected is not None and len(cuts) > 1:
             _backward_group(call, i, j, cuts, scores.lse, scores.weight, expected / divide_by)
+        elif expected is not None:
+            _backward_chunk(call, i, j, cuts[0], last.hidden, last.logits, scores.lse, scores.weight,
+                            expected / divide_by)  # fmt: skip
         return scores
     h, z = matrices.logits(*cuts[0])
+    dz = matrices.gradient[: z.shape[0]]
     batch = call.chunks.part(i, j, *cuts[0], z)
     if expected is not None and terms is not None and terms.weight_known:
-        scores = backend.forward_backward(batch, terms, call.entropy, divide_by, expected / divide_by, z)
+        scores = backend.forward_backward(batch, terms, call.entropy, divide_by, expected / divide_by, dz)
     else:
         scores = backend.forward(batch, terms, call.entropy, divide_by)
         if expected is not None:
-            backend.backward(batch, scores.lse, scores.weight, expected / divide_by, z)
+            backend.backward(batch, scores.lse, scores.weight, expected / divide_by, dz)
     if expected is not None:
-        matrices.add(*cuts[0], h, z)
+        matrices.add(*cuts[0], h, dz)
     return scores
+
+
+def _backward_chunk(call: _Pass, i: int, j: int, cut: tuple[int, int], h: Tensor, z: Tensor, lse: Tensor,
+                    weight: Tensor, factor: float) -> None:  # fmt: skip
+    """Add the gradients of logits that are there to the products. ``lse`` belongs to the chunk's rows."""
+    dz = call.matrices.gradient[: cut[1] - cut[0]]
+    call.backend.backward(call.chunks.part(i, j, *cut, z), lse, weight, factor, dz)
+    call.matrices.add(*cut, h, dz)
 
 
 def _backward_group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]], lse: Tensor, weight: Tensor,
@@ -241,8 +308,7 @@ def _backward_group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]], ls
         h, z = call.matrices.logits(first, last)
         from_start = first - cuts[0][0]
         part = lse[from_start : from_start + last - first]
-        call.backend.backward(call.chunks.part(i, j, first, last, z), part, weight, factor, z)
-        call.matrices.add(first, last, h, z)
+        _backward_chunk(call, i, j, (first, last), h, z, part, weight, factor)
 
 
 def _forward(call: _Pass) -> Scores:
@@ -263,12 +329,23 @@ def _forward(call: _Pass) -> Scores:
     return scores._replace(rows=rows.index_copy_(1, chunks.rows, scores.rows))
 
 
+@contextmanager
+def _as_multiplied(hidden: Tensor, batch: Batch) -> Iterator[None]:
+    """Have products be as a call wants them, without gradient."""
+    with (
+        torch.no_grad(), torch.autocast(hidden.device.type, enabled=False),
+        nullcontext() if batch.as_set else products.ieee(hidden.device),
+    ):  # fmt: skip
+        yield
+
+
 def forward(
     backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, terms: Terms | None,
     entropy: bool, divide_by: float, expected: float | None, chunk_bytes: int | None, wanted: tuple[bool, ...],
+    shards: Shards | None = None,
 ) -> tuple[Scores, list[Tensor | None]]:  # fmt: skip
     """Return the scores and, with ``expected``, the ``wanted`` gradients of ``expected * total``: of hidden states,
-    head and bias, each None where it is not wanted."""
+    head and bias, each None where it is not wanted. With ``shards`` head and bias are this rank's rows of them."""
     if backend.records_faults:
         faults.check_cu_seqlens(batch)  # the host has to wait for them anyway, to cut rows into chunks
     else:
@@ -276,24 +353,24 @@ def forward(
         if terms is not None:
             faults.check_terms(terms)
     wanted = wanted if expected is not None else (False, False, False)
-    chunks = make_chunks(batch, hidden, chunk_bytes, wanted)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        matrices = _Products(chunks, hidden, head, bias, wanted)
-        scores = _forward(_Pass(backend, chunks, matrices, terms, entropy, divide_by, expected))
+    chunks = make_chunks(batch, hidden, chunk_bytes, wanted, shards)
+    with _as_multiplied(hidden, batch):
+        matrices = _Products(chunks, hidden, head, bias, wanted, shards)
+        scores = _forward(_Pass(backend, chunks, matrices, terms, entropy, divide_by, expected, shards))
         return scores, matrices.gradients(hidden)
 
 
 def backward(
     backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, lse: Tensor,
-    coefficient: Tensor, chunk_bytes: int | None, wanted: tuple[bool, ...],
+    coefficient: Tensor, chunk_bytes: int | None, wanted: tuple[bool, ...], shards: Shards | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Return the ``wanted`` gradients of -sum_i coefficient_i log pi(x_i), from log-sum-exps (rows): logits again."""
-    chunks = make_chunks(batch, hidden, chunk_bytes, wanted)
+    chunks = make_chunks(batch, hidden, chunk_bytes, wanted, shards)
     if chunks.rows is not None:
         lse = lse[chunks.rows]
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        matrices = _Products(chunks, hidden, head, bias, wanted)
-        call = _Pass(backend, chunks, matrices, None, False, 1.0, None)
+    with _as_multiplied(hidden, batch):
+        matrices = _Products(chunks, hidden, head, bias, wanted, shards)
+        call = _Pass(backend, chunks, matrices, None, False, 1.0, None, shards)
         for i, j, cuts in chunks.groups():
             rows = lse[chunks.bounds[i] : chunks.bounds[j]]
             _backward_group(call, i, j, cuts, rows, coefficient[i:j].contiguous(), 1.0)
@@ -306,15 +383,15 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, backend: Backend, batch: Batch,
-        terms: Terms | None, options: Options, chunk_bytes: int | None,
+        terms: Terms | None, options: Options, chunk_bytes: int | None, shards: Shards | None,
     ) -> tuple[Tensor, Scores]:  # fmt: skip
         scores, gradients = forward(
             backend, hidden, head, bias, batch, terms, options.entropy, options.divide_by, options.expected,
-            chunk_bytes, ctx.needs_input_grad[:3],
+            chunk_bytes, ctx.needs_input_grad[:3], shards,
         )  # fmt: skip
         ctx.gradients = gradients if options.expected is not None else None
         # the batch's logits are a stand-in, which shares no memory with what is saved
-        ctx.backend, ctx.batch, ctx.options, ctx.chunk_bytes = backend, batch, options, chunk_bytes
+        ctx.backend, ctx.batch, ctx.options, ctx.chunk_bytes, ctx.shards = backend, batch, options, chunk_bytes, shards
         ctx.save_for_backward(hidden, head, bias, scores.rows, None if terms is None else scores.weight)
         return scores.log_prob.clone() if terms is None else reduced(scores, options.reduction), scores
 
@@ -334,40 +411,41 @@ class _Linear(torch.autograd.Function):
             coefficient = -coefficient if a is None else a * coefficient
             lse = rows.select(0, LSE)
             gradients = backward(backend, hidden, head, bias, ctx.batch, lse, coefficient, ctx.chunk_bytes,
-                                 ctx.needs_input_grad[:3])  # fmt: skip
-        return (*gradients, None, None, None, None, None)
+                                 ctx.needs_input_grad[:3], ctx.shards)  # fmt: skip
+        return (*gradients, None, None, None, None, None, None)
 
 
 def _run(
     backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, terms: Terms | None,
-    options: Options, chunk_bytes: int | None,
+    options: Options, chunk_bytes: int | None, shards: Shards | None,
 ) -> tuple[Tensor, Scores]:  # fmt: skip
     inputs = (hidden, head) if bias is None else (hidden, head, bias)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        found: tuple[Tensor, Scores] = apply(_Linear, hidden, head, bias, backend, batch, terms, options, chunk_bytes)
+        found: tuple[Tensor, Scores] = apply(_Linear, hidden, head, bias, backend, batch, terms, options, chunk_bytes,
+                                             shards)  # fmt: skip
         return found
     scores, _ = forward(backend, hidden, head, bias, batch, terms, options.entropy, options.divide_by, None,
-                        chunk_bytes, (False, False, False))  # fmt: skip
+                        chunk_bytes, (False, False, False), shards)  # fmt: skip
     return scores.log_prob if terms is None else reduced(scores, options.reduction), scores
 
 
 def log_prob(
     backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, entropy: bool,
-    chunk_bytes: int | None,
+    chunk_bytes: int | None, shards: Shards | None = None,
 ) -> tuple[Tensor, Scores]:  # fmt: skip
     """Return log pi (B,), with gradient where one is wanted, and the scores."""
     options = Options("none", 1.0, entropy, False, None)
-    return _run(backend, hidden, head, bias, batch, None, options, chunk_bytes)
+    return _run(backend, hidden, head, bias, batch, None, options, chunk_bytes, shards)
 
 
 def loss(
     backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, terms: Terms, options: Options,
-    chunk_bytes: int | None,
+    chunk_bytes: int | None, shards: Shards | None = None,
 ) -> tuple[Tensor, Scores]:  # fmt: skip
     """Return the reduced loss, with gradient where one is wanted, and the scores."""
     if isinstance(terms.objective, Objective):
-        return _run(backend, hidden, head, bias, batch, terms, options, chunk_bytes)
+        return _run(backend, hidden, head, bias, batch, terms, options, chunk_bytes, shards)
     if not backend.records_faults:
         batch = check_ops.checked(batch, terms)
-    given, scores = log_prob(backend, hidden, head, bias, batch, options.entropy, chunk_bytes)
+    given, scores = log_prob(backend, hidden, head, bias, batch, options.entropy, chunk_bytes, shards)
     return from_log_prob(backend, batch, given, scores, terms, options)

@@ -298,10 +298,10 @@ class _WeighInPlace(torch.autograd.Function):
 
 
 def _linear_batch(hidden: Tensor, head: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
-                  softcap: float, logits_dtype: torch.dtype) -> Batch:  # fmt: skip
-    """Return the batch of a linear loss, whose logits are a stand-in."""
-    logits = logits_to_come(hidden, head.shape[0], logits_dtype)
-    return batch_of(logits, labels, cu_seqlens, scale, softcap)
+                  softcap: float, logits_dtype: torch.dtype | None) -> Batch:  # fmt: skip
+    """Return the batch of a linear loss, whose logits are a stand-in. A dtype of None is that of hidden, ``as_set``."""
+    logits = logits_to_come(hidden, head.shape[0], logits_dtype or hidden.dtype)
+    return batch_of(logits, labels, cu_seqlens, scale, softcap)._replace(as_set=logits_dtype is None)
 
 
 def _or_empty(gradients: list[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
@@ -316,7 +316,7 @@ def _wanted(bits: int) -> tuple[bool, ...]:
 @torch.library.custom_op("dmfast::linear_score_v4", mutates_args=())
 def linear_score(
     hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
-    softcap: float, logits_dtype: torch.dtype, entropy: bool, chunk_bytes: int, backend: str, wanted: int,
+    softcap: float, logits_dtype: torch.dtype | None, entropy: bool, chunk_bytes: int, backend: str, wanted: int,
 ) -> FourTensors:  # fmt: skip
     """Return log_prob (B), rows, sequences and status. ``chunk_bytes`` 0 stands for the default."""
     batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
@@ -335,8 +335,8 @@ def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, logits_dtype, entr
 @torch.library.custom_op("dmfast::linear_weigh_v4", mutates_args=())
 def linear_weigh(
     hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
-    softcap: float, logits_dtype: torch.dtype, entropy: bool, chunk_bytes: int, backend: str, wanted: int, kind: int,
-    on_policy: bool, flags: int, block: Tensor, present: int, given: int, scalars: list[float],
+    softcap: float, logits_dtype: torch.dtype | None, entropy: bool, chunk_bytes: int, backend: str, wanted: int,
+    kind: int, on_policy: bool, flags: int, block: Tensor, present: int, given: int, scalars: list[float],
 ) -> FourTensors:  # fmt: skip
     """Return loss (B), rows, sequences and status."""
     batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
@@ -356,9 +356,9 @@ def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, logits_dtype, entr
 @torch.library.custom_op("dmfast::linear_weigh_and_grad_v4", mutates_args=())
 def linear_weigh_and_grad(
     hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
-    softcap: float, logits_dtype: torch.dtype, entropy: bool, chunk_bytes: int, backend: str, wanted: int, kind: int,
-    on_policy: bool, flags: int, block: Tensor, present: int, given: int, scalars: list[float], expected: float,
-    divide_by: float,
+    softcap: float, logits_dtype: torch.dtype | None, entropy: bool, chunk_bytes: int, backend: str, wanted: int,
+    kind: int, on_policy: bool, flags: int, block: Tensor, present: int, given: int, scalars: list[float],
+    expected: float, divide_by: float,
 ) -> SevenTensors:  # fmt: skip
     """Return loss (0-d), rows, sequences, status, then the gradients of ``expected * loss`` in hidden, head, bias."""
     batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
@@ -388,7 +388,7 @@ def _fake_gradients(hidden: Tensor, head: Tensor, bias: Tensor | None, wanted: i
 @torch.library.custom_op("dmfast::linear_grad_v4", mutates_args=())
 def linear_grad(
     hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
-    softcap: float, logits_dtype: torch.dtype, chunk_bytes: int, backend: str, wanted: int, lse: Tensor,
+    softcap: float, logits_dtype: torch.dtype | None, chunk_bytes: int, backend: str, wanted: int, lse: Tensor,
     coefficient: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of -sum_i coefficient_i log pi(x_i) in hidden, head and bias; empty where not wanted."""
@@ -528,7 +528,7 @@ def _linear_arguments(
 ) -> tuple[Any, ...]:  # fmt: skip
     needs = [x is not None and x.requires_grad for x in (hidden, head, bias)]
     wanted = sum(1 << i for i, need in enumerate(needs) if need) if torch.is_grad_enabled() else 0
-    dtype = batch.logits.dtype
+    dtype = None if batch.as_set else batch.logits.dtype
     return (hidden, head, bias, *flat(batch)[1:], dtype, entropy, chunk_bytes or 0, backend.name, wanted)
 
 

@@ -17,13 +17,15 @@ logits would put log pi off by .1 nats and more. Libraries differ in what they o
 | with AVX2, bf16 | 905, **421** | 11,100, **378** | 1,720, **348** |
 | with AVX2, fp16 | 890, **265** | 11,600, **390** | 2,900, **240** |
 
-``native`` rounds the logits, and takes a copy of dZ in 16 bits, which is not in its figures.
+``native`` rounds the logits, and takes dZ in 16 bits, as the row kernels then write it.
+
+Products of fp32 matrices are IEEE's, whatever torch is set to (``ieee``), unless ``logits_dtype="same"`` is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -33,7 +35,9 @@ from torch.torch_version import TorchVersion
 
 _HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")
 _ADDS_IN_FP32 = TorchVersion(torch.__version__) >= "2.11"  # addmm with out_dtype to an fp32 matrix: pytorch#167931
-_ONEDNN: Any = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
+_ONEDNN: Any = getattr(torch.backends.mkldnn, "matmul", None)
+# what has the attribute fp32_precision, from torch 2.9 on; ROCm's devices are cuda to torch
+_SETTINGS: dict[str, Any] = {"cpu": _ONEDNN, "cuda": torch.backends.cuda.matmul, "xpu": _ONEDNN}
 _BLOCK = 4096  # rows of the head that are widened at a time
 
 
@@ -50,16 +54,24 @@ class Ways(NamedTuple):
         return self.d_hidden != "widened" or self.d_head != "widened"
 
 
-def ways(device: torch.device, dtype: torch.dtype, logits_dtype: torch.dtype) -> Ways:
-    """Return how to multiply hidden states and head of a dtype into logits of a dtype, and back."""
+def ways(device: torch.device, dtype: torch.dtype, logits_dtype: torch.dtype, parts: bool = False) -> Ways:
+    """Return how to multiply hidden states and head of a dtype into logits of a dtype, and back.
+
+    Args:
+        device: where they are.
+        dtype: of hidden states and head.
+        logits_dtype: of the logits.
+        parts: whether dH is one of several parts that will be summed, which is not rounded before.
+    """
     if dtype not in (torch.bfloat16, torch.float16):
         return Ways("native", "native", "native")
     same = logits_dtype == dtype
     if device.type == "cpu":
         native = same and dtype == torch.bfloat16 and _multiplies_bf16()
-        return Ways("native", "native", "widened") if native else Ways("widened", "widened", "widened")
+        back = "widened" if parts or not native else "native"
+        return Ways("native" if native else "widened", back, "widened")
     to_fp32 = "fp32 output" if _has_fp32_output(device) else "widened"
-    return Ways("native" if same else to_fp32, "native", to_fp32)
+    return Ways("native" if same else to_fp32, to_fp32 if parts else "native", to_fp32)
 
 
 @cache
@@ -77,19 +89,45 @@ def _has_fp32_output(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def ieee(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which fp32 matrices are multiplied in fp32, not in TF32 or bf16, whatever torch is set to.
+
+    TF32 keeps 10 bits of an operand, no more than fp16 has.
+
+    Args:
+        device: where they are.
+    """
+    return _fp32_products(device, "ieee")
+
+
+def _multiplied_as(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
+    """Have oneDNN multiply fp32 matrices that hold values of a dtype as bf16 if they are; others, and those on another
+    device, in fp32."""
+    return _fp32_products(device, "bf16" if dtype == torch.bfloat16 and device.type == "cpu" else "ieee")
+
+
 @contextmanager
-def _multiplied_as(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Have oneDNN multiply fp32 matrices that hold values of a dtype as bf16 if they are, else as fp32, whatever
-    ``torch.set_float32_matmul_precision`` says."""
-    if device.type != "cpu" or not hasattr(_ONEDNN, "fp32_precision"):
+def _fp32_products(device: torch.device, precision: str) -> Iterator[None]:
+    """Set how torch multiplies fp32 matrices on a device, and then what was set before."""
+    settings: Any = _SETTINGS.get(device.type)
+    if hasattr(settings, "fp32_precision"):
+        before = settings.fp32_precision
+        settings.fp32_precision = precision
+        try:
+            yield
+        finally:
+            settings.fp32_precision = "none"  # as what is above it, such as torch.backends.fp32_precision
+            if settings.fp32_precision != before:
+                settings.fp32_precision = before
+    elif precision == "ieee":  # before torch 2.9 there is one setting for all devices
+        old = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(old)
+    else:
         yield
-        return
-    before = _ONEDNN.fp32_precision
-    _ONEDNN.fp32_precision = "bf16" if dtype == torch.bfloat16 else "ieee"
-    try:
-        yield
-    finally:
-        _ONEDNN.fp32_precision = before
 
 
 def multiply(way: str, h: Tensor, head: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -131,10 +169,13 @@ def multiply_back(way: str, dz: Tensor, head: Tensor, out: Tensor) -> None:
         way: of ``Ways.d_hidden``.
         dz: (R, V); the dtype of the head where it is not ``widened``.
         head: (V, D).
-        out: (R, D), the dtype of the head.
+        out: (R, D), the dtype of the head where it is ``native``, else fp32 or that of the head.
     """
-    if way != "widened":
+    if way == "native":
         torch.mm(dz, head, out=out)
+        return
+    if way == "fp32 output":
+        torch.mm(dz, head, out_dtype=torch.float32, out=out)
         return
     total = dz.new_zeros(out.shape, dtype=torch.float32)
     with _multiplied_as(head.dtype, head.device):

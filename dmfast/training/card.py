@@ -11,7 +11,8 @@ import torch
 
 from .. import __version__
 
-_SETTINGS = (
+#: What of ``DMConfig`` decides what a run comes to.
+SETTINGS = (
     "objective", "baseline", "beta", "normalize", "max_weight", "temperature", "max_new_tokens", "samples_per_context",
     "beta_target_kl", "beta_horizon", "ppo_epochs", "ppo_clip", "on_policy", "partition", "proposal_criterion",
     "proposal_interval", "proposal_stderrs", "proposal_best_only", "proposal_check_samples", "refit_ess",
@@ -39,7 +40,7 @@ def model_card(trainer: Any) -> str:
     header = ["---", f"library_name: {'peft' if is_peft else 'transformers'}", "tags: [dmfast, distribution-matching]"]
     if base and "/" in base:
         header.insert(1, f"base_model: {json.dumps(base)}")
-    settings = {name: getattr(args, name) for name in _SETTINGS}
+    settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"objective": trainer.matcher.settings.name, "eos_token_id": trainer.policy.eos_token_ids}
     lines = [
         *header, "---", "", "# A language model matched to a target distribution", "",

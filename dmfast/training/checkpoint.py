@@ -135,12 +135,18 @@ def save_state(state: dict[str, Any], folder: Path, *, writes: bool, sharded: bo
         folder: the checkpoint.
         writes: whether this process writes what all of them have.
         sharded: whether the proposal's parameters are shards, which each process writes.
+
+    Raises:
+        OSError: it could not be written.
     """
     proposal = state["matcher"]["proposal"]
     if sharded and proposal is not None:
         from torch.distributed import checkpoint
 
-        checkpoint.save({"proposal": proposal["model"]}, checkpoint_id=folder / SHARDS)
+        try:
+            checkpoint.save({"proposal": proposal["model"]}, checkpoint_id=folder / SHARDS)
+        except checkpoint.CheckpointException as error:  # no Exception, though it is one
+            raise OSError(f"{folder / SHARDS} could not be written: {error}") from error
         proposal = proposal | {"model": None}
     if writes:
         matcher = state["matcher"] | {"proposal": proposal}

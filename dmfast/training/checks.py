@@ -5,14 +5,18 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 
 from ..models import LanguageModel
 from ..objectives import TARGET_OBJECTIVES
 from ..prompts import text_part
+from ..ranks import Ranks
+from ..seeds import seed_for
 from ..targets import EBM
 from . import fsdp
+from .card import SETTINGS
 from .config import DMConfig, refuse_parallelism
 
 # of a model's generation_config: what would change the distribution that is sampled from
@@ -122,3 +126,44 @@ def warn_of_generation_config(model: nn.Module) -> None:
             "distribution at DMConfig.temperature, the only one whose log-probabilities are known",
             stacklevel=3,
         )
+
+
+def check_alike(
+    ranks: Ranks, policy: LanguageModel, target: EBM, args: DMConfig, data: str, *, weights: bool = True
+) -> None:
+    """Check that all ranks train the same model towards the same target on the same data.
+
+    Args:
+        ranks: which call this together.
+        policy, target, args: of this rank.
+        data: a digest of its data set.
+        weights: False where they come from rank 0 later.
+
+    Raises:
+        ValueError: they do not, on every rank, with what differs.
+    """
+    if ranks.size == 1:
+        return
+    mine = {f"DMConfig.{name}": str(getattr(args, name)) for name in SETTINGS}
+    mine |= {"the data set": data, "the tokenizer": f"{len(policy.tokenizer)} {policy.eos_token_ids}"}
+    mine["the target's constraints"] = f"{target.moment_names} {list(target.scorers)} {target.monitor_names}"
+    if weights:
+        mine |= {"the model's weights": _digest(policy.model), "the base's weights": _digest(target.base.model)}
+    digests = ranks.gather(torch.tensor([[seed_for(0, each) for each in mine.values()]], device=args.device))
+    differs = (digests != digests[0]).any(0).tolist()
+    found = [name for name, each in zip(mine, differs, strict=True) if each]
+    if "the target's constraints" not in found and target.moment_names:
+        lambdas = ranks.gather(target.lambda_.to(args.device)[None])
+        if bool(((lambdas - lambdas[0]).abs() > 1e-3 * lambdas[0].abs().clamp(min=1.0)).any()):
+            found.append(f"the target's lambda ({'; '.join(str(each) for each in lambdas.tolist())})")
+    if found:
+        raise ValueError(
+            f"the {ranks.size} processes do not train the same thing: they differ in {', '.join(found)}. Give all of "
+            "them the same arguments and files, and set a seed before whatever is made at random"
+        )
+
+
+def _digest(model: nn.Module) -> str:
+    """Return a digest of a few values of each parameter."""
+    there = [parameter.detach() for parameter in model.parameters() if not parameter.is_meta]
+    return str([float(parameter.flatten()[:8].double().sum()) for parameter in there])

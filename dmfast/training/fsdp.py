@@ -98,6 +98,12 @@ def refuse_plugin(accelerator: Any, args: TrainingArguments) -> None:
         raise ValueError(f"mixed precision in {accelerator.mixed_precision} was not tried under FSDP; take bf16=True")
 
 
+def loads_on_rank_0(accelerator: Any) -> bool:
+    """Return whether only rank 0 has the weights of a model before it is sharded."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    return plugin is not None and bool(plugin.cpu_ram_efficient_loading)
+
+
 def shard(accelerator: Any, models: Sequence[nn.Module], kept_whole: Sequence[nn.Module]) -> None:
     """Shard models in place, as accelerate shards a model that it prepares.
 

@@ -47,7 +47,7 @@ from . import checkpoint, fsdp
 from . import samples as samples_table
 from .callbacks import EpochOrder, Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
 from .card import model_card
-from .checks import check_fit, refuse_arguments, refuse_sharded, warn_of_generation_config, with_pad_token
+from .checks import check_alike, check_fit, refuse_arguments, refuse_sharded, warn_of_generation_config, with_pad_token
 from .config import DMConfig
 from .data import ContextLoader, Contexts, StepSampler, contexts_of, eval_contexts
 from .evaluation import examine
@@ -87,8 +87,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
     Raises:
         ValueError: the training is not possible: the base is the model itself, the tokenizer does not fit, the
-            objective lacks its reward, DeepSpeed or DataParallel is asked for, or FSDP in a way that was not tried or
-            that the launcher did not give.
+            objective lacks its reward, the processes do not train the same thing, DeepSpeed or DataParallel is asked
+            for, or FSDP in a way that was not tried or that the launcher did not give.
     """
 
     control: TrainerControl
@@ -157,6 +157,15 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         finally:
             args.enable_jit_checkpoint = jit
         fsdp.refuse_plugin(self.accelerator, args)
+        self._ranks = AccelerateRanks(self.accelerator)
+        check_alike(
+            self._ranks,
+            self.policy,
+            target,
+            args,
+            self._rows.digest,
+            weights=not fsdp.loads_on_rank_0(self.accelerator),
+        )
         self.policy.gather_for_sampling = args.gather_for_sampling
         self.compute_loss_func = self.compute_loss
         for stock, ours in ((ProgressCallback, Progress), (PrinterCallback, LogLine)):
@@ -181,7 +190,6 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 self.accelerator, [*([] if shared else [target.base.model]), *of_q, model],
                 kept_whole=of_q if args.gather_for_sampling else [],
             )  # fmt: skip
-        self._ranks = AccelerateRanks(self.accelerator)
         self.matcher = Matcher(
             self.policy, target, self.proposal, reward=reward, decay=args.proposal_decay, ranks=self._ranks,
             check_contexts=self._check_contexts, **settings.options(),

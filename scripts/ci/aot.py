@@ -23,7 +23,8 @@ WARPS = [
     ("CUDA score_rows known", 24),  # one block of plan.h's 768 threads
     ("CUDA score_rows", 32),
     ("CUDA write_rows cap", 32),
-    ("CUDA write_rows", 48),  # the six blocks of its __launch_bounds__
+    ("CUDA write_rows ->", 40),  # the five blocks of its __launch_bounds__, with twice as much under way
+    ("CUDA write_rows", 48),  # six blocks
     ("CUDA scale_rows", 48),
     ("CUDA sample_rows cap", 32),
     ("CUDA sample_rows", 40),

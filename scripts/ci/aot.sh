@@ -27,6 +27,7 @@ caught registers "write_rows.*registers leave room for" aot --only "triton/write
 caught narrow "write_rows.*: no 128-bit" aot --only triton/write --archs 90
 said "seeded bugs"
 "$python" scripts/ci/roofline.py docs/gpu.md build/gpu.md
-said "roofline"
+PYTHONPATH="$here" "$python" scripts/ci/stated.py docs/gpu.md build/stated.md
+said "roofline, and what others state"
 sh scripts/ci/cuda_build.sh "$python"
 said "as a user builds it"

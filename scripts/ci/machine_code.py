@@ -89,12 +89,18 @@ def _read(source: str, cubin: Path | bytes, arch: int, threads: Callable[[str], 
 
 
 def readable(kernel: str) -> str:
-    """``score_rows<fp32, cap, entropy, known weight>`` of a mangled name."""
+    """``score_rows<fp32, cap, entropy, known weight>`` of a mangled name; ``fp32 -> bf16`` where the gradient of fp32
+    logits has another dtype."""
     found = re.search(r"\d+(score_rows|write_rows|scale_rows|sample_rows)I(.*?)EEv", kernel)
     if found is None:
         return kernel
     name, arguments = found.groups()
-    dtype = {"f": "fp32", "1": "bf16", "6": "fp16"}[arguments[0]]
+    names = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
+    one = "|".join(names)
+    of_logits, of_gradient = re.findall(rf"^({one})({one})?", arguments)[0]
+    dtype = names[of_logits]
+    if of_gradient and of_gradient != of_logits:
+        dtype += f" -> {names[of_gradient]}"
     flags = re.findall(r"L(?:b|N\w*?Pass)E?(\d)", arguments)
     said = [(), ("cap",)][flags[:1] == ["1"]] + [(), ("entropy",)][flags[1:2] == ["1"]]
     pass_ = {"1": ("known weight, kept",), "2": ("known weight, read twice",)}.get("".join(flags[2:3]), ())
@@ -115,19 +121,20 @@ class TritonKernel(NamedTuple):
 
     name: str
     function: Any
-    dtype: str
+    dtype: str  # of the logits
+    gradient: str
     warps: int
     constants: dict[str, Any]
 
     @property
     def archs(self) -> tuple[int, ...]:
         """What it is looked at for: fp16, which is as bf16, and rows that are not long for one of them."""
-        return (90,) if self.dtype == "fp16" or "short" in self.name or "middle" in self.name else ARCHS
+        return (90,) if self.gradient == "fp16" or "short" in self.name or "middle" in self.name else ARCHS
 
 
-def _type(name: str, dtype: str) -> str:
+def _type(name: str, kernel: TritonKernel) -> str:
     if name in ("logits", "dz"):
-        return "*" + dtype
+        return "*" + (kernel.dtype if name == "logits" else kernel.gradient)
     if name in ("labels", "sequence_of", "starts", "faults", "row_ids", "tokens"):
         return "*i64"
     if name in ("lse_of", "label_of", "entropy_of", "weights", "factors", "log_prob", "entropy", "uniforms"):
@@ -141,34 +148,37 @@ def _type(name: str, dtype: str) -> str:
 
 def triton_kernels() -> Iterator[TritonKernel]:
     """What launch.py launches; in bf16 for rows of three lengths."""
-    for dtype, size in SIZE.items():
+    for dtype, gradient in (*((x, x) for x in SIZE), ("fp32", "bf16"), ("fp32", "fp16")):
+        size, size_dz, same = SIZE[dtype], SIZE[gradient], dtype == gradient
         kinds = {50257: "", 9000: ", middle", 1000: ", short"} if dtype == "bf16" else {50257: ""}
         for (vocab, kind), cap in product(kinds.items(), (False, True)):
             if cap and kind == ", middle":
                 continue  # as longer ones
             shape = launch.shape_of(vocab, size, cap)
             row = {"W": 16 // size, "LANES": shape.lanes}
-            wide = {**row, "WIDE": True, "CAP": cap}
-            tag = f"{dtype}{', cap' if cap else ''}{kind}"
-            for write, entropy in product((False, True), (False, True) if cap and dtype == "bf16" else (False,)):
+            row_dz = {"DZ_W": 16 // size_dz, "DZ_LANES": shape.lanes * size_dz // size}
+            wide = {"WIDE": True, "CAP": cap}
+            tag = f"{dtype if same else f'{dtype} -> {gradient}'}{', cap' if cap else ''}{kind}"
+            entropies = (False, True) if cap and dtype == "bf16" else (False,)
+            for write, entropy in product((False, True) if same else (True,), entropies):
                 name = f"score_rows<{tag}{', entropy' if entropy else ''}{', known weight' if write else ''}>"
-                constants = {**wide, "ENTROPY": entropy, "WRITE": write}
-                yield TritonKernel(name, loss.score_rows, dtype, shape.warps, constants)
-            writes = {**wide, "MAY_BE_THERE": True}  # one load more than what backward mostly launches
-            yield TritonKernel(f"write_rows<{tag}>", loss.write_rows, dtype, shape.warps, writes)
-            if not cap:
-                yield TritonKernel(f"scale_rows<{tag}>", loss.scale_rows, dtype, shape.warps, row)
-        for wide in (False, True):
+                constants = {**row, **row_dz, **wide, "ENTROPY": entropy, "WRITE": write}
+                yield TritonKernel(name, loss.score_rows, dtype, gradient, shape.warps, constants)
+            writes = {**row_dz, **wide, "MAY_BE_THERE": True}  # one load more than what backward mostly launches
+            yield TritonKernel(f"write_rows<{tag}>", loss.write_rows, dtype, gradient, shape.warps, writes)
+            if same and not cap:
+                yield TritonKernel(f"scale_rows<{tag}>", loss.scale_rows, dtype, dtype, shape.warps, row_dz)
+        for wide in (False, True) if same else ():
             constants = {"CAP": False, "IDS": True, "GIVEN": False, "WIDE": wide, "TILES": 64, "SIZE": sample.TILE}
             name = f"sample_rows<{dtype}{', wide' if wide else ''}>"
-            yield TritonKernel(name, sample.sample_rows, dtype, sample.TILE * size // 512, constants)
-    yield TritonKernel("sum_rows", loss.sum_rows, "fp32", 4, {"ENTROPY": True, "ROWS": 128})
+            yield TritonKernel(name, sample.sample_rows, dtype, dtype, sample.TILE * size // 512, constants)
+    yield TritonKernel("sum_rows", loss.sum_rows, "fp32", "fp32", 4, {"ENTROPY": True, "ROWS": 128})
 
 
 def triton_code(kernel: TritonKernel, arch: int) -> list[Code]:
     """As at run time: nothing is known of a number or an address."""
     names = kernel.function.arg_names
-    signature = {n: "constexpr" if n in kernel.constants else _type(n, kernel.dtype) for n in names}
+    signature = {n: "constexpr" if n in kernel.constants else _type(n, kernel) for n in names}
     values = {(names.index(n),): value for n, value in kernel.constants.items()}
     source = ASTSource(fn=kernel.function, signature=signature, constexprs=values, attrs={})
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": kernel.warps})

@@ -128,6 +128,17 @@ def declared(kernel: str) -> tuple[float, float]:
     return traffic()[names[kernel.split("_", 1)[0]]]
 
 
+def sizes(kernel: str) -> tuple[int, int]:
+    """Bytes of a logit and of its gradient."""
+    dtype, gradient = re.findall(r"<(\w+)(?: -> (\w+))?", kernel)[0]
+    return SIZE[dtype], SIZE[gradient or dtype]
+
+
+def bytes_of(kernel: str) -> float:
+    """That are moved for each logit."""
+    return sum(times * size for times, size in zip(declared(kernel), sizes(kernel), strict=True))
+
+
 def rises(packs: int) -> float:
     """In how many of a thread's packs its warp takes a new maximum, on average: where one of 32 threads does, which is
     so for a thread's k-th pack of independent logits with probability 1/k."""
@@ -136,7 +147,7 @@ def rises(packs: int) -> float:
 
 def per_logit(code: Code) -> tuple[dict[str, float], dict[str, float]]:
     """Instructions of each unit for each logit, at least and on random logits."""
-    width = 16 // SIZE[code.kernel.split("<")[1][:4]]
+    width = 16 // sizes(code.kernel)[0]
     least: Counter[str] = Counter()
     random: Counter[str] = Counter()
     for loop in loops(code):
@@ -159,9 +170,9 @@ def per_logit(code: Code) -> tuple[dict[str, float], dict[str, float]]:
     return dict(least), dict(random)
 
 
-def bound(card: Card, dtype: str, reads: float, writes: float, counts: dict[str, float]) -> tuple[str, float]:
+def bound(card: Card, bytes_moved: float, counts: dict[str, float]) -> tuple[str, float]:
     """What takes longest, and the share of the card's bandwidth that it leaves."""
-    memory = (reads + writes) * SIZE[dtype] / card.bandwidth
+    memory = bytes_moved / card.bandwidth
     times = {unit: card.picoseconds(unit, n) for unit, n in counts.items()}
     slowest = max(times, key=lambda unit: times[unit])
     return ("memory", 1.0) if times[slowest] <= memory else (slowest, memory / times[slowest])
@@ -179,19 +190,17 @@ def table() -> str:
     head = " | ".join(f"{card.name}: instructions | bound by | bandwidth" for card in CARDS)
     lines = [f"| | kernel | bytes | {head} |", "|---|---|---|" + "---|" * 3 * len(CARDS)]
     for source, kernel in sorted({(source, kernel) for source, kernel, _ in codes}):
-        dtype = kernel.split("<")[1][:4]
-        reads, writes = declared(kernel)
-        cells = []
+        moved, cells = bytes_of(kernel), []
         for card in CARDS:
             least, random = per_logit(codes[source, kernel, card.arch])
             said = f"{least['issue']:.1f}"
             if random["issue"] > least["issue"] + 0.05:
                 said += f" to {random['issue']:.1f}"
-            unit, share = bound(card, dtype, reads, writes, random)
-            best = bound(card, dtype, reads, writes, least)[1]
+            unit, share = bound(card, moved, random)
+            best = bound(card, moved, least)[1]
             shares = f"{share:.0%}" if f"{share:.0%}" == f"{best:.0%}" else f"{share:.0%} to {best:.0%}"
             cells += [said, unit, shares]
-        lines.append(f"| {source} | `{kernel}` | {(reads + writes) * SIZE[dtype]:g} | {' | '.join(cells)} |")
+        lines.append(f"| {source} | `{kernel}` | {moved:g} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

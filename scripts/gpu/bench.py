@@ -1,6 +1,6 @@
-"""The configurations of ``make gpu``, each by worker.py in a process of its own; go on where they ended.
+"""``dmfast bench`` on the device, each configuration by worker.py in a process of its own: ``bench.py [dry]``.
 
-``bench.py OUT [dry]`` writes OUT/bench.json after each; report.py makes a table and a picture of it.
+It goes on where it was cut off: bench.json, written after each, holds what is there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 
 from dmfast.bench.measure import in_fresh_process
@@ -21,7 +22,9 @@ from dmfast.bench.report import OURS
 from dmfast.bench.worker import Config
 
 DRY = "dry" in sys.argv
-WORKER = f"import runpy; runpy.run_path({str(Path(__file__).with_name('worker.py'))!r}, run_name='__main__')"
+HERE = Path(__file__).parent
+WORKER = (f"import runpy, sys; sys.path.append({str(HERE)!r}); "
+          f"runpy.run_path({str(HERE / 'worker.py')!r}, run_name='__main__')")  # fmt: skip
 INTERPRETED = {"TRITON_INTERPRET": "1"} if DRY else {}  # Triton's rows too are to run
 VOCABULARIES = (32000, 50257, 128256, 151936)
 
@@ -31,8 +34,7 @@ def configs() -> list[Config]:
     memory of the latter should not show. What tells most comes first. Dry: small and on the CPU."""
     if DRY:
         small = {"dtype": "bfloat16", "rounds": 1, "steps": 8}
-        return [Config("logits", 16, 257, **small), Config("head", 16, 257, 32, **small),
-                Config("head", 64, 257, 32, **small)]  # fmt: skip
+        return [Config("logits", 16, 257, **small), Config("head", 16, 257, 32, **small)]
     given = {"dtype": "bfloat16", "rounds": 7, "steps": 1024, "device": "cuda"}
     logits = [Config("logits", 8192, v, **given) for v in VOCABULARIES]
     head = [Config("head", rows, v, 4096, **given)
@@ -57,11 +59,11 @@ def machine() -> dict[str, Any]:
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) / "bench.json"
+    path = results.folder() / "bench.json"
     found: dict[str, Any] = {"machine": machine(), "unit": "ms", "results": [], "no_memory": []}
-    if path.exists():
-        earlier = json.loads(path.read_text())
-        found = earlier if earlier["machine"] == found["machine"] else found
+    earlier = results.read(path)
+    if earlier is not None and earlier["machine"] == found["machine"]:
+        found = earlier
     failed = False
     for c in configs():
         if asdict(c) in [r["config"] for r in found["results"]] or c.title in found["no_memory"]:
@@ -79,7 +81,7 @@ def main() -> None:
                 failed = True
                 continue
             found["no_memory"].append(c.title)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        results.write(path, found)
     if failed:
         sys.exit("a configuration failed")
 

@@ -72,6 +72,16 @@ def build(target: Path, dry: bool) -> None:
     subprocess.run([*link, *made, *libraries, "-o", str(target / "dmfast" / f"_C{suffix}")], check=True)
 
 
+def why_not(target: Path) -> str | None:
+    """Why the CUDA kernels of what was built can't run here: what can't be loaded is found now, not by each part."""
+    code = "import dmfast; info = dmfast.backends()['cuda']; print(info.available or info.detail)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=target, capture_output=True, text=True, check=False)
+    said = (done.stdout + done.stderr).strip()
+    return None if said == "True" else said
+
+
 if __name__ == "__main__":
     build(Path(sys.argv[1]), dry=sys.argv[2:] == ["dry"])
+    if why := why_not(Path(sys.argv[1])):
+        sys.exit(f"built {sys.argv[1]}, whose kernels can't run: {why}")
     print("built", sys.argv[1])

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import clock
 import torch
 from torch import Tensor
 
@@ -24,15 +25,14 @@ _TRITON = ("dm_loss gdc++, in place", "dm_loss dpg (known weight), in place", "s
            "linear_dm_loss gdc++")  # fmt: skip
 
 
-def cuda_ms(call: Callable[[], Any]) -> float:
-    """Milliseconds of what a call queues on the current CUDA stream, between two events."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end))
+def cuda_ms(call: Callable[[], Any]) -> tuple[float, bool]:
+    """Milliseconds of what a call queues on the current CUDA stream, and whether it was queued behind a gate; if not,
+    the host waits for the device in it, and Python's latency is in the time."""
+    for cycles in clock.GATES:
+        gated = clock.Clock().gated(call, cycles)
+        if gated is not None:
+            return gated, True
+    return clock.Clock().in_a_row(call), False
 
 
 def cuda_memory(call: Callable[[], Any], forget: Callable[[], Any] = lambda: None) -> float:
@@ -100,7 +100,23 @@ class WithTriton(Place):
 
 
 class OnDevice(WithTriton):
-    """A CUDA device: its clock, its memory, and the rivals that have kernels for it."""
+    """A CUDA device: its clock, its memory, and the rivals that have kernels for it.
+
+    ``with_latency`` holds the names of the calls in whose times Python's latency is.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self.names: dict[int, str] = {}
+        self.with_latency: set[str] = set()
+
+    def variants(
+        self, found: dict[str, Run], others: dict[str, Call], missing: dict[str, str]
+    ) -> tuple[dict[str, Run], dict[str, Call]]:
+        """Return both with the Triton kernels' rows, and keep their names."""
+        found, others = super().variants(found, others, missing)
+        self.names = {id(call): name for name, (call, *_) in found.items()} | {id(c): n for n, c in others.items()}
+        return found, others
 
     def on_logits(self, dtype: torch.dtype) -> dict[str, Callable[[], TokenLogProb]]:
         """Return fewer compilations than on a CPU, and the kernels that there are none of for one."""
@@ -120,7 +136,10 @@ class OnDevice(WithTriton):
 
     def milliseconds(self, call: Call) -> float:
         """Return the device's time of what a call queues."""
-        return cuda_ms(call)
+        ms, gated = cuda_ms(call)
+        if not gated:
+            self.with_latency.add(self.names.get(id(call), "a call"))
+        return ms
 
     def memory_mb(self, found: Mapping[str, Run]) -> dict[str, float]:
         """Return the peak of each."""
@@ -129,8 +148,11 @@ class OnDevice(WithTriton):
 
 def main() -> None:
     config = Config(**json.loads(sys.argv[1]))
+    place = WithTriton("cpu") if config.device == "cpu" else OnDevice(config.device)
     with torch.device(config.device):
-        result = run(config, WithTriton("cpu") if config.device == "cpu" else OnDevice(config.device))
+        result = run(config, place)
+    if isinstance(place, OnDevice):
+        result["with_latency"] = sorted(place.with_latency)
     print(json.dumps(result))
     sys.stdout.flush()
     os._exit(0)  # compilers' pools would keep the process

@@ -18,15 +18,16 @@ void expect(bool ok, const char* what, const char* dtype, long v, double got, do
   ++failures;
 }
 
-template <class T>
-void check(dmf::DType dtype, const char* name, double step) {
+template <class T, class Out = T>
+void check(dmf::DType dtype, const char* name, double step, dmf::DType of_gradient) {
   std::mt19937 random(7);
   std::normal_distribution<float> normal(0, 4);
   for (const long v : {1L, 2L, 31L, 513L, 4099L})
     for (const double softcap : {0.0, 20.0})
       for (const double scale : {1.0, 0.6}) {
         const long sequences = 2, steps = 2;
-        std::vector<T> z(sequences * steps * v), dz(z.size());
+        std::vector<T> z(sequences * steps * v);
+        std::vector<Out> dz(z.size());
         for (auto& x : z) dmf::from_float(normal(random), x);
         if (v > 31) dmf::from_float(-INFINITY, z[0]);
         std::vector<int64_t> labels = {v - 1, v / 2, -100, v / 3};
@@ -53,7 +54,8 @@ void check(dmf::DType dtype, const char* name, double step) {
         const double *lse = rows, *log_prob = per_sequence, *weight = &out.weight(0);
         const dmf::Status status = dmf::forward(batch, terms, out, false);
         expect(status.fault == dmf::Fault::none, "status", name, v, static_cast<double>(status.fault), 0);
-        dmf::backward(batch, lse, weight, 0.5, nullptr, {reinterpret_cast<char*>(dz.data()), steps * v, v});
+        dmf::backward(batch, lse, weight, 0.5, nullptr,
+                      {of_gradient, reinterpret_cast<char*>(dz.data()), steps * v, v});
 
         for (long i = 0; i < sequences; ++i) {
           long double expected = 0;
@@ -95,9 +97,12 @@ void check(dmf::DType dtype, const char* name, double step) {
 }  // namespace
 
 int main() {
-  check<float>(dmf::DType::f32, "fp32", 3e-6);
-  check<dmf::bf16>(dmf::DType::bf16, "bf16", 1.0 / 256);
-  check<dmf::fp16>(dmf::DType::f16, "fp16", 1.0 / 1024);
+  using dmf::DType;
+  check<float>(DType::f32, "fp32", 3e-6, DType::f32);
+  check<dmf::bf16>(DType::bf16, "bf16", 1.0 / 256, DType::bf16);
+  check<dmf::fp16>(DType::f16, "fp16", 1.0 / 1024, DType::f16);
+  check<float, dmf::bf16>(DType::f32, "fp32 -> bf16", 1.0 / 256, DType::bf16);
+  check<float, dmf::fp16>(DType::f32, "fp32 -> fp16", 1.0 / 1024, DType::f16);
   std::printf("%s: %d failures, instruction set %s\n", failures ? "FAILED" : "ok", failures, dmf::instruction_set());
   return failures != 0;
 }

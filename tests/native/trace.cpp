@@ -157,13 +157,15 @@ struct Variant {
 };
 constexpr Variant kPlain{"", 0, false, false};
 
-// Logits and their gradient lie side by side, so that both are counted by address.
-template <class T>
+// Logits and their gradient lie side by side, so that both are counted by address. What a kernel reads are logits, or
+// of scale the gradient; what it writes is the gradient.
+template <class In, class Out = In>
 struct Case {
   const char* dtype;
   Variant variant;
   int64_t vocab, sequences = 4, steps = 3, rows = 12;
-  T *z, *dz;
+  In* z;
+  Out* dz;
   int64_t* labels;
   double *lse, *weight, *total, *inputs;
   dmf::Batch batch;
@@ -171,11 +173,15 @@ struct Case {
   dmf::Outputs out;
   dmf::cuda::Workspace work;
 
-  Case(const char* name, DType type, int64_t v, Variant how = kPlain) : dtype(name), variant(how), vocab(v) {
+  DType type_dz;
+
+  Case(const char* name, DType type, int64_t v, Variant how = kPlain) : Case(name, type, type, v, how) {}
+  Case(const char* name, DType type, DType of_gradient, int64_t v, Variant how = kPlain)
+      : dtype(name), variant(how), vocab(v), type_dz(of_gradient) {
     used = 0;
     std::memset(memory, 0, sizeof(memory));
-    z = allocate<T>(rows * v, 1);  // no row is aligned
-    dz = allocate<T>(rows * v, 1);
+    z = allocate<In>(rows * v, 1);  // no row is aligned
+    dz = allocate<Out>(rows * v, 1);
     labels = allocate<int64_t>(rows);
     for (int64_t i = 0; i < rows; ++i) labels[i] = i * 31 % v;
     labels[4] = -100;
@@ -198,7 +204,7 @@ struct Case {
   static dmf::fp16& value(__half& x) { return x.x; }
 
   dmf::Gradient gradient(bool inplace) const {
-    return {reinterpret_cast<char*>(inplace ? z : dz), steps * vocab, vocab};
+    return {type_dz, inplace ? reinterpret_cast<char*>(z) : reinterpret_cast<char*>(dz), steps * vocab, vocab};
   }
 
   void fill() {
@@ -209,7 +215,7 @@ struct Case {
 
   // What the kernel does, against what plan.h declares for all rows.
   template <class Call>
-  void expect(const char* kernel, Traffic want, Call call) {
+  void expect(const char* kernel, Traffic want, Call call, size_t read_size = sizeof(In)) {
     fill();  // a call before may have written its gradient there
     std::fill_n(work.counters, sequences + 1, 0u);
     tracer.begin = reinterpret_cast<const char*>(z);
@@ -218,8 +224,8 @@ struct Case {
     shim::observer = &tracer;
     call();
     shim::observer = nullptr;
-    const double row = static_cast<double>(vocab * sizeof(T));
-    const double reads = static_cast<double>(tracer.loaded) / row, writes = static_cast<double>(tracer.stored) / row;
+    const double reads = static_cast<double>(tracer.loaded) / static_cast<double>(vocab * read_size);
+    const double writes = static_cast<double>(tracer.stored) / static_cast<double>(vocab * sizeof(Out));
     const bool near =
         std::fabs(reads - want.reads) <= 0.03 * want.reads && std::fabs(writes - want.writes) <= 0.03 * want.writes;
     const bool ok = near && tracer.races == 0;
@@ -234,10 +240,11 @@ struct Case {
     // sequence 1 has weight 0 and the masked row; the one with the NaN is the last of the packed ones
     const int64_t scored = rows - 1, faulty = variant.nan ? (variant.packed ? 7 : steps) : 0;
     const int64_t positive = scored - 2 - faulty;
-    const Plan plan = plan_known(vocab, sizeof(T), 227 << 10);
+    const Plan plan = plan_known(vocab, sizeof(In), 227 << 10);
     if (!plan.kept) std::abort();
     expect("forward", scored * kForward, [&] { forward(batch, terms, out, work); });
     for (const bool inplace : {false, true}) {
+      if (inplace && sizeof(In) != sizeof(Out)) continue;
       expect(inplace ? "backward in place" : "backward", positive * kBackward + (rows - positive) * kSkipped,
              [&] { backward(batch, lse, weight, 0.5, nullptr, NAN, gradient(inplace), work); });
       const auto known = [&] { forward_backward(batch, terms, out, 0.5, gradient(inplace), work); };
@@ -255,7 +262,7 @@ struct Case {
       unsetenv("SHIM_SHARED");
     }
     *total = 0.5;  // grad_output
-    expect("scale", scored * kScale, [&] { scale(batch, 1.0, total, gradient(false), work); });
+    expect("scale", scored * kScale, [&] { scale(batch, 1.0, total, gradient(false), work); }, sizeof(Out));
     const dmf::SampleRows draws{batch.dtype, batch.logits, rows, vocab, batch.options, 3, nullptr, 5, nullptr};
     expect("sample", rows * sampling(vocab, 512), [&] { sample(draws, labels, lse, work); });
   }
@@ -289,11 +296,14 @@ int main() {
     Case<float>("fp32", DType::f32, v).run();
     Case<__nv_bfloat16>("bf16", DType::bf16, v).run();
     Case<__half>("fp16", DType::f16, v).run();
+    Case<float, __nv_bfloat16>("fp32 -> bf16", DType::f32, DType::bf16, v).run();
+    Case<float, __half>("fp32 -> fp16", DType::f32, DType::f16, v).run();
   }
   for (const Variant how : {Variant{", softcap", 30, false, false}, Variant{", packed", 0, true, false},
                             Variant{", NaN", 0, false, true}, Variant{", all of them", 30, true, true}}) {
     Case<float>("fp32", DType::f32, 1000, how).run();
     Case<__nv_bfloat16>("bf16", DType::bf16, 1000, how).run();
+    Case<float, __nv_bfloat16>("fp32 -> bf16", DType::f32, DType::bf16, 1000, how).run();
   }
   std::printf("%s\n", failures ? "FAILED" : "ok");
   return failures != 0;

@@ -38,7 +38,7 @@ Terms = struct("Terms", kind=ctypes.c_int, flags=ctypes.c_int, parameter=_F64, m
                columns=_PTR * 6, constants=_F64 * 6)  # fmt: skip
 Outputs = struct("Outputs", rows_block=_PTR, sequences_block=_PTR, rows=_I64, sequences=_I64, total=_PTR,
                  entropy=ctypes.c_bool, divide_by=_F64)  # fmt: skip
-Gradient = struct("Gradient", data=_PTR, stride_sequence=_I64, stride_row=_I64)
+Gradient = struct("Gradient", dtype=ctypes.c_int, data=_PTR, stride_sequence=_I64, stride_row=_I64)
 Workspace = struct("Workspace", device=ctypes.c_int, stream=_PTR, faults=_PTR, counters=_PTR, status=_PTR)
 HAS_TARGET = 4  # a Flag of csrc/objective.h
 PASSES = {"score": 0, "kept": 1, "reread": 2}
@@ -59,12 +59,19 @@ def program(pattern: str) -> machine.Program:
 TYPES = {torch.float32: "f", torch.bfloat16: "13__nv_bfloat16", torch.float16: "6__half"}
 
 
-def score_rows(dtype: torch.dtype, cap: bool, entropy: bool, way: str) -> machine.Program:
-    return program(f"score_rowsI{TYPES[dtype]}Lb{cap:d}ELb{entropy:d}ELNS\\w*_4PassE{PASSES[way]}E")
+def types(dtype: torch.dtype, of_gradient: torch.dtype) -> str:
+    """As a mangled name has them: one that is a struct comes back as a substitution."""
+    again = "S\\d*_" if dtype == of_gradient != torch.float32 else TYPES[of_gradient]
+    return TYPES[dtype] + again
 
 
-def write_rows(dtype: torch.dtype, cap: bool) -> machine.Program:
-    return program(f"write_rowsI{TYPES[dtype]}Lb{cap:d}E")
+def score_rows(dtype: torch.dtype, of_gradient: torch.dtype, cap: bool, entropy: bool, way: str) -> machine.Program:
+    names = types(dtype, dtype if way == "score" else of_gradient)
+    return program(f"score_rowsI{names}Lb{cap:d}ELb{entropy:d}ELNS\\w*_4PassE{PASSES[way]}E")
+
+
+def write_rows(dtype: torch.dtype, of_gradient: torch.dtype, cap: bool) -> machine.Program:
+    return program(f"write_rowsI{types(dtype, of_gradient)}Lb{cap:d}E")
 
 
 def numpy_of(x: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -76,7 +83,8 @@ def numpy_of(x: torch.Tensor) -> np.ndarray[Any, Any]:
 class Call:
     """Sequences of 3 tokens, of which some are not scored. Rows lie at odd places, with NaN in gaps and unscored rows.
 
-    ``pad``: logits between the rows. ``same``: whether the gradient's rows are aligned as the logits' are.
+    ``pad``: logits between the rows. ``same``: whether the gradient's rows are aligned as the logits' are. ``narrow``:
+    its dtype, where it is not that of the logits.
     """
 
     v: int
@@ -87,11 +95,13 @@ class Call:
     b: int = 2
     t: int = 3
     same: bool = True
+    narrow: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.v)
         b, t, v = self.b, self.t, self.v
         self.stride = v + self.pad
+        self.of_gradient = self.narrow or self.dtype
         self.tokens = torch.randint(v, (b, t))
         self.tokens[0, 1] = -100
         self.storage = torch.full((b * t * self.stride + 8,), NAN, dtype=self.dtype)
@@ -112,7 +122,7 @@ class Call:
         self.at = {"columns": self.memory.add(torch.stack(list(self.terms.values())).numpy())}
         self.at["labels"] = self.memory.add(self.tokens.numpy())
         self.at["logits"] = self.memory.add(numpy_of(self.storage))
-        self.at["dz"] = self.memory.add(numpy_of(torch.full((len(self.storage) + 8,), NAN, dtype=self.dtype)))
+        self.at["dz"] = self.memory.add(numpy_of(torch.full((len(self.storage) + 8,), NAN, dtype=self.of_gradient)))
         # what a kernel gets from torch.empty is anything: NaN and nonsense, so that nothing stale passes
         sizes = {"sequences": 7 * b, "rows": 3 * b * t, "faults": b, "total": 1, "status": 1}
         for name, n in sizes.items():
@@ -135,8 +145,8 @@ class Call:
     @property
     def gradient(self) -> Any:
         """In a new tensor with the strides of the logits."""
-        start = self.at["dz"] + (self.pad + (not self.same)) * self.storage.element_size()
-        return Gradient(start, self.t * self.stride, self.stride)
+        start = self.at["dz"] + (self.pad + (not self.same)) * self.of_gradient.itemsize
+        return Gradient(list(TYPES).index(self.of_gradient), start, self.t * self.stride, self.stride)
 
     def threads(self, most: int) -> int:  # csrc/cuda/plan.h
         return min(most // 32, max(-(-self.v * self.storage.element_size() // 1024), 1)) * 32
@@ -151,7 +161,8 @@ class Call:
         space = Workspace(faults=self.at["faults"], counters=self.at["counters"], status=self.at["status"])
         arguments = [bytes(x) for x in (self.batch, terms, out, _F64(factor), self.gradient, space)]
         bytes_of_row = (self.v * self.storage.element_size() + 31) // 16 * 16
-        machine.launch(score_rows(self.dtype, self.softcap > 0, True, way), self.memory, self.b * self.t + self.b + 1,
+        kernel = score_rows(self.dtype, self.of_gradient, self.softcap > 0, True, way)
+        machine.launch(kernel, self.memory, self.b * self.t + self.b + 1,
                        self.threads(256 if way == "score" else 384), arguments,
                        bytes_of_row if way == "kept" else 0, seed)  # fmt: skip
 
@@ -159,11 +170,12 @@ class Call:
         size = self.storage.element_size()
         place = self.gradient
         if inplace:
-            place = Gradient(self.at["logits"] + self.pad * size, self.t * self.stride, self.stride)
+            place = Gradient(list(TYPES).index(self.dtype), self.at["logits"] + self.pad * size, self.t * self.stride,
+                             self.stride)  # fmt: skip
         pointers = [bytes(_PTR(self.at[name])) for name in ("lse", "weight")]
         arguments = [bytes(self.batch), *pointers, bytes(_F64(factor)), bytes(_PTR(0)), bytes(_F64(NAN)), bytes(place)]
-        machine.launch(write_rows(self.dtype, self.softcap > 0), self.memory, self.b * self.t, self.threads(256),
-                       arguments, 0, seed)  # fmt: skip
+        kernel = write_rows(self.dtype, self.of_gradient, self.softcap > 0)
+        machine.launch(kernel, self.memory, self.b * self.t, self.threads(256), arguments, 0, seed)
 
     def get(self, name: str, n: int | None = None) -> torch.Tensor:
         like = np.empty(n or self.b, np.float64)
@@ -171,8 +183,8 @@ class Call:
 
     def written(self) -> torch.Tensor:
         """The gradient as (B,T,V), after a look at the gaps between its rows, which must be as they were."""
-        empty = torch.empty(len(self.storage) + 8, dtype=self.dtype)
-        raw = torch.from_numpy(self.memory.get(self.at["dz"], numpy_of(empty))).view(self.dtype)
+        empty = torch.empty(len(self.storage) + 8, dtype=self.of_gradient)
+        raw = torch.from_numpy(self.memory.get(self.at["dz"], numpy_of(empty))).view(self.of_gradient)
         rows = raw[self.pad + (not self.same) :].as_strided(self.logits.shape, self.logits.stride())
         found = rows.clone()
         rows.fill_(NAN)
@@ -208,7 +220,7 @@ class Call:
         (want,) = torch.autograd.grad((self.get("weight") * factor * -self.log_prob).sum(), self.oracle)
         # dz = weight * factor * (softmax - onehot): the sign of the loss, -A log pi, is in it
         assert bool((found[0, 1] == 0).all()), "a row that is not scored has gradient 0"
-        rounding = {torch.float32: 4e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[self.dtype]
+        rounding = {torch.float32: 4e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[found.dtype]
         assert bool(((found.double() - want).abs() <= rounding * want.abs() + 1e-7).all())
 
 
@@ -255,6 +267,28 @@ def test_any_order_of_blocks(seed: int) -> None:
     call.check_scores("gdc++")
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(v=261, pad=3, narrow=torch.bfloat16),
+        dict(v=133, pad=1, softcap=5.0, narrow=torch.float16),
+        dict(v=71, pad=1, narrow=torch.bfloat16, same=False),
+    ],
+    ids=lambda s: "-".join(str(x) for x in s.values()),
+)
+@pytest.mark.parametrize("way", ["score", "kept", "reread"])
+def test_gradient_narrower_than_its_logits(shape: dict[str, Any], way: str) -> None:
+    call = Call(**shape)
+    objective = "gdc++" if way == "score" else "dpg"
+    call.score(objective, way, factor=0.5)
+    call.check_scores(objective)
+    call.check_traffic("logits", reads=2 if way == "reread" else 1, writes=0, more=1)
+    if way == "score":
+        call.write(0.5, inplace=False)
+        call.check_traffic("logits", reads=1, writes=0, more=1)
+    call.check_gradient(call.written(), 0.5)
+
+
 def test_source_and_gradient_aligned_differently() -> None:
     call = Call(v=71, pad=1, same=False)
     call.score("js")
@@ -282,4 +316,4 @@ def test_every_kernel_fences_before_and_after_its_atomics() -> None:
     assert not missing
     counting = [name for name, kernel in with_sampling.items() if module.atomics(kernel)]
     found = {name: sum(name in x for x in counting) for name in ("score_rows", "sample_rows")}
-    assert found == {"score_rows": 36, "sample_rows": 6} and len(counting) == 42, "each instance of both"
+    assert found == {"score_rows": 52, "sample_rows": 6} and len(counting) == 58, "each instance of both"

@@ -13,7 +13,7 @@ from typing import Any
 import emulated
 import pytest
 import torch
-from test_kernels import SPECIAL, Case, check, make_case, make_terms
+from test_kernels import SPECIAL, Case, check, check_narrow, make_case, make_terms
 
 import dmfast
 from dmfast import eager
@@ -72,6 +72,14 @@ def test_known_weight(shape: dict[str, Any], inplace: bool) -> None:
     assert 0 < out.weight.count_nonzero() < len(out.weight)
     anew = set() if inplace else {"write_rows"}  # from the logits, which in place are gone
     assert kernels() == {"score_rows", "sum_rows", "scale_rows"} | anew
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "not aligned"])
+@pytest.mark.parametrize("known", [False, True], ids=["weight of pi", "known weight"])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+def test_gradient_narrower_than_its_logits(dtype: torch.dtype, known: bool, aligned: bool) -> None:
+    for layout, v, softcap in (("contiguous", 37, None), ("unaligned", 152, 5.0)):
+        check_narrow(make_case(layout, FP32, v, b=2, t=2), dtype, known, aligned, softcap=softcap)
 
 
 def test_sm_100(monkeypatch: pytest.MonkeyPatch) -> None:

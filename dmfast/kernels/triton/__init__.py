@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import objectives
 from ...objectives import Terms
 from .. import faults
-from ..backend import overwritten
+from ..backend import check_gradient, overwritten
 from ..batch import Batch, SampleRows, Scores
 from ..extension import why_not_dtype
 from ..form import form_loss
@@ -103,6 +103,8 @@ class Triton:
         """Return ``forward``'s scores and, with ``dz``, write the gradient of the sum of -weights log pi into it."""
         from . import launch  # triton is imported where it is used
 
+        if dz is not None:
+            check_gradient(batch, dz)
         scores, fault = launch.score(batch, entropy, weights, dz)
         if dz is not None:
             overwritten(batch, dz)
@@ -124,6 +126,7 @@ class Triton:
         """Write the gradient; see ``Backend``."""
         from . import launch
 
+        check_gradient(batch, dz)
         there = None if upstream is None or unless is None else (upstream == unless).to(torch.int32)
         launch.backward(batch, lse, weight * factor * (1.0 if upstream is None else upstream), dz, there)
         overwritten(batch, dz)

@@ -57,11 +57,12 @@ def _numbers(batch: Batch, dz: Tensor | None) -> tuple[float, ...]:
 
 
 def _same_alignment(batch: Batch, dz: Tensor) -> bool:
-    """Whether every row of the gradient is aligned as its logits are, so that one wide access serves each."""
-    z, size = batch.logits, batch.logits.element_size()
-    apart = [(z.data_ptr() - dz.data_ptr()) % 16]
+    """Whether every row of the gradient is aligned as its logits are, so that wide accesses serve both: where one has a
+    pack of 16 bytes, the other has one or several."""
+    z, fewest = batch.logits, 16 // batch.logits.element_size()
+    apart = [(z.data_ptr() // z.element_size() - dz.data_ptr() // dz.element_size()) % fewest]
     for n, a, b in zip(z.shape[:-1], z.stride(), dz.stride(), strict=False):
-        apart.append((a - b) * size % 16 if n > 1 else 0)
+        apart.append((a - b) % fewest if n > 1 else 0)
     return not any(apart)
 
 
@@ -80,10 +81,18 @@ def _sequence_of(batch: Batch) -> Tensor:
     return found.clamp_(max=batch.n_sequences - 1)  # cu_seqlens out of order, whose rows all have a fault
 
 
-def _options(batch: Batch) -> dict[str, Any]:
-    size = batch.logits.element_size()
-    shape = shape_of(batch.vocab, size, batch.softcap > 0)
-    return {"CAP": batch.softcap > 0, "W": 16 // size, "LANES": shape.lanes, "num_warps": shape.warps}
+def _for_logits(batch: Batch, shape: Shape) -> dict[str, int]:
+    return {"W": 16 // batch.logits.element_size(), "LANES": shape.lanes}
+
+
+def _for_gradient(batch: Batch, dz: Tensor, shape: Shape) -> dict[str, int]:
+    """Where the gradient is narrower, so many logits in fewer packs."""
+    wider = batch.logits.element_size() // dz.element_size()
+    return {"DZ_W": 16 // dz.element_size(), "DZ_LANES": shape.lanes // wider}
+
+
+def _shape(batch: Batch) -> Shape:
+    return shape_of(batch.vocab, batch.logits.element_size(), batch.softcap > 0)
 
 
 def score(
@@ -102,12 +111,14 @@ def score(
     faults = torch.empty_like(sequences[LOG_PROB], dtype=torch.int64)
     to = batch.logits if dz is None else dz
     sequence_of = batch.labels if weights is None else _sequence_of(batch)
+    shape = _shape(batch)
     with _on(lse):
         if batch.n_rows:
             loss.score_rows[(batch.n_rows,)](
                 batch.logits, batch.labels, lse, label, row_entropy, sequence_of,
                 lse if weights is None else weights, to, *_numbers(batch, dz),
-                ENTROPY=entropy, WRITE=weights is not None, WIDE=_same_alignment(batch, to), **_options(batch),
+                CAP=batch.softcap > 0, ENTROPY=entropy, WRITE=weights is not None, WIDE=_same_alignment(batch, to),
+                **_for_logits(batch, shape), **_for_gradient(batch, to, shape), num_warps=shape.warps,
             )  # fmt: skip
         if batch.n_sequences:
             loss.sum_rows[(batch.n_sequences,)](
@@ -122,24 +133,25 @@ def score(
 def backward(batch: Batch, lse: Tensor, weights: Tensor, dz: Tensor, there: Tensor | None = None) -> None:
     """Write dz = weights[sequence] * d(-log-softmax), unless ``there`` (0-d int32) says that dz holds it already."""
     if batch.n_rows:
+        shape = _shape(batch)
         with _on(dz):
             loss.write_rows[(batch.n_rows,)](
                 batch.logits, batch.labels, lse, _sequence_of(batch), weights, dz, lse if there is None else there,
-                *_numbers(batch, dz), MAY_BE_THERE=there is not None, WIDE=_same_alignment(batch, dz),
-                **_options(batch),
+                *_numbers(batch, dz), MAY_BE_THERE=there is not None, CAP=batch.softcap > 0,
+                WIDE=_same_alignment(batch, dz), **_for_gradient(batch, dz, shape), num_warps=shape.warps,
             )  # fmt: skip
 
 
 def scale(batch: Batch, dz: Tensor, factors: Tensor, sequence_of: Tensor | None = None) -> None:
     """dz *= factors[sequence]."""
     if batch.n_rows:
-        options = _options(batch._replace(softcap=0.0))
-        del options["CAP"]
+        of_gradient = batch._replace(logits=dz, softcap=0.0)
+        shape = _shape(of_gradient)
         steps, *strides = _row_strides(dz, batch)
         with _on(dz):
             loss.scale_rows[(batch.n_rows,)](
                 _sequence_of(batch) if sequence_of is None else sequence_of, factors, dz, batch.vocab, steps, *strides,
-                **options,
+                **_for_gradient(of_gradient, dz, shape), num_warps=shape.warps,
             )  # fmt: skip
 
 

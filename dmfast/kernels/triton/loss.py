@@ -61,7 +61,8 @@ def _write_row(
     z, dz, vocab, label, at_label, lse, coefficient, scale, cap, c,
     CAP: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """dz = coefficient * scale * cap'(z) * (softmax - onehot); a label outside [0, vocab) has no one-hot here."""
+    """dz = coefficient * scale * cap'(z) * (softmax - onehot); a label outside [0, vocab) has no one-hot here. W of dz
+    fill 16 bytes; of z, where it is wider, several times 16."""
     reference64 = lse / scale  # a logit whose term is near 1
     if CAP:
         t = tl.minimum(tl.maximum(reference64 / cap, -0.999), 0.999)
@@ -78,10 +79,10 @@ def _write_row(
     for_label = label_gradient(at_label, lse, coefficient, scale, cap, CAP).to(tl.float32)
 
     out = dz.dtype.element_ty
-    head, packs, body, lane, offsets = packs_of(z, vocab, W, LANES)
-    to = dz + head
+    head, packs, to, lane, offsets = packs_of(dz, vocab, W, LANES)
+    body = z + head
     if WIDE:
-        to = aligned(dz, head)
+        body = aligned(z, head)
     for first in range(0, packs, LANES):
         here = (first + lane < packs)[:, None]
         x = tl.load(body + first * W + offsets, mask=here, other=0.0).to(tl.float32)
@@ -105,7 +106,7 @@ def score_rows(
     vocab, vocab_start, n_tokens, steps, stride_sequence, stride_row, dz_stride_sequence, dz_stride_row,
     scale_high, scale_low, cap_high, cap_low,
     CAP: tl.constexpr, ENTROPY: tl.constexpr, WRITE: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr,
-    LANES: tl.constexpr,
+    LANES: tl.constexpr, DZ_W: tl.constexpr, DZ_LANES: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp, logit of the label and entropy of a row. The logit is 0 where the label is not here; the log-sum-exp
     is NaN where it is no token."""
@@ -120,7 +121,7 @@ def score_rows(
         if ENTROPY:
             tl.store(entropy_of + row, tl.full([], 0.0, tl.float64))
         if WRITE:
-            zero_row(dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row), vocab, W, LANES)
+            zero_row(dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row), vocab, DZ_W, DZ_LANES)
     else:
         z = logits + row_offset(row, steps, stride_sequence, stride_row)
         at_label = tl.load(z + column, mask=is_here, other=0.0).to(tl.float32)
@@ -186,9 +187,9 @@ def score_rows(
             to = dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row)
             if (coefficient != 0.0) & (tl.abs(lse) < INF):
                 tl.debug_barrier()  # every thread has the label's logit before one writes over it
-                _write_row(z, to, vocab, column, at_label, lse, coefficient, scale, cap, c, CAP, WIDE, W, LANES)
+                _write_row(z, to, vocab, column, at_label, lse, coefficient, scale, cap, c, CAP, WIDE, DZ_W, DZ_LANES)
             else:
-                zero_row(to, vocab, W, LANES)
+                zero_row(to, vocab, DZ_W, DZ_LANES)
 
 
 @_jit
@@ -198,11 +199,11 @@ def write_rows(
     lse_of,  # (rows) fp64; NaN: a row of a sequence with a fault
     sequence_of,  # (rows) int64
     weights,  # (B) fp64, A times what the gradient is multiplied by
-    dz,  # as logits, written
+    dz,  # as logits, written; of fp32 logits also 16 bits wide, and then in other memory than theirs
     there,  # int32: whether dz holds its gradient already; only with MAY_BE_THERE
     vocab, vocab_start, n_tokens, steps, stride_sequence, stride_row, dz_stride_sequence, dz_stride_row,
     scale_high, scale_low, cap_high, cap_low,
-    MAY_BE_THERE: tl.constexpr, CAP: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr, LANES: tl.constexpr,
+    MAY_BE_THERE: tl.constexpr, CAP: tl.constexpr, WIDE: tl.constexpr, DZ_W: tl.constexpr, DZ_LANES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a row. One that is not scored or has weight 0 is zeroed without being read."""
     if MAY_BE_THERE:
@@ -219,9 +220,9 @@ def write_rows(
         at_label = tl.load(z + column, mask=(column >= 0) & (column < vocab), other=0.0).to(tl.float32)
         tl.debug_barrier()  # every thread has the label's logit before one writes over it
         scale, cap, c = constants(scale_high, scale_low, cap_high, cap_low, CAP)
-        _write_row(z, to, vocab, column, at_label, lse, coefficient, scale, cap, c, CAP, WIDE, W, LANES)
+        _write_row(z, to, vocab, column, at_label, lse, coefficient, scale, cap, c, CAP, WIDE, DZ_W, DZ_LANES)
     else:
-        zero_row(to, vocab, W, LANES)
+        zero_row(to, vocab, DZ_W, DZ_LANES)
 
 
 @_jit
@@ -230,21 +231,21 @@ def scale_rows(
     factors,  # (B) fp64
     dz,  # (B,T,V) or (N,V)
     vocab, steps, dz_stride_sequence, dz_stride_row,
-    W: tl.constexpr, LANES: tl.constexpr,
+    DZ_W: tl.constexpr, DZ_LANES: tl.constexpr,
 ):  # fmt: skip
     """dz *= factor of the sequence; nothing is read where that is 0 or 1."""
     row = tl.program_id(0)
     by = tl.load(factors + tl.load(sequence_of + row)).to(tl.float32)
     to = dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row)
     if by == 0.0:
-        zero_row(to, vocab, W, LANES)
+        zero_row(to, vocab, DZ_W, DZ_LANES)
     elif by != 1.0:
-        head, packs, body, lane, offsets = packs_of(to, vocab, W, LANES)
-        for first in range(0, packs, LANES):
+        head, packs, body, lane, offsets = packs_of(to, vocab, DZ_W, DZ_LANES)
+        for first in range(0, packs, DZ_LANES):
             here = (first + lane < packs)[:, None]
-            x = tl.load(body + first * W + offsets, mask=here, other=0.0).to(tl.float32)
-            tl.store(body + first * W + offsets, (x * by).to(dz.dtype.element_ty), mask=here)
-        index, there = ends_of(vocab, head, W)
+            x = tl.load(body + first * DZ_W + offsets, mask=here, other=0.0).to(tl.float32)
+            tl.store(body + first * DZ_W + offsets, (x * by).to(dz.dtype.element_ty), mask=here)
+        index, there = ends_of(vocab, head, DZ_W)
         x = tl.load(to + index, mask=there, other=0.0).to(tl.float32)
         tl.store(to + index, (x * by).to(dz.dtype.element_ty), mask=there)
 

@@ -1,0 +1,110 @@
+"""Rows whose vocabulary is cut among the ranks of a group: what each rank knows of its columns, put together.
+
+A rank's kernel gives the log-sum-exp of its columns, the label's logit where the label is among them, and if wanted the
+entropy. One exchange a chunk, of two or three fp64 numbers a row, makes them those of the whole row, the same bits on
+every rank, so that A is the same too. The gradient of a rank's columns then needs nothing from another rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import faults
+from .batch import IGNORE, LABEL, LSE, ROW_ENTROPY, Batch
+
+
+class Shards(Protocol):
+    """The ranks among which a vocabulary is cut.
+
+    Attributes:
+        start: the first token of this rank.
+        vocab: the size of the whole vocabulary.
+        largest: the most columns that a rank has. Chunks are cut by it, so that all ranks cut the same ones.
+    """
+
+    @property
+    def start(self) -> int: ...  # noqa: D102
+
+    @property
+    def vocab(self) -> int: ...  # noqa: D102
+
+    @property
+    def largest(self) -> int: ...  # noqa: D102
+
+    def exchange(self, mine: Tensor | None, shape: tuple[int, int], look: bool) -> Tensor:
+        """Return (S, *shape) fp64, what each of the S ranks has of the rows, in the order of the ranks.
+
+        Args:
+            mine: fp64 of that shape; None: this rank has failed.
+            shape: what mine has on all ranks.
+            look: whether to wait for the values, and to raise where another rank has failed.
+
+        Raises:
+            RuntimeError: with ``look``, another rank has failed.
+        """
+        ...
+
+    def add(self, x: Tensor) -> None:
+        """Replace x by its sum over the ranks."""
+        ...
+
+
+def whole_rows(parts: Tensor) -> Tensor:
+    """Return the block of the whole rows, as ``Scores.rows``, from those of their shards.
+
+    With l_s and H_s the log-sum-exp and the entropy of shard s and w_s = e^(l_s - l), l = log sum_s e^(l_s) and
+    H = l - sum_s w_s (l_s - H_s).
+
+    Args:
+        parts: (S, K, R) fp64.
+    """
+    lse_of = parts[:, LSE]
+    lse = torch.logsumexp(lse_of, 0)
+    columns = [lse, parts[:, LABEL].sum(0)]
+    if parts.shape[1] > ROW_ENTROPY:
+        share = torch.where(lse_of == -torch.inf, 0.0, (lse_of - lse).exp())
+        mean = torch.where(share == 0, 0.0, share * (lse_of - parts[:, ROW_ENTROPY]))
+        columns.append(lse - mean.sum(0))
+    return torch.stack(columns)
+
+
+def sums_of_sequences(rows: Tensor, starts: Tensor) -> Tensor:
+    """Return (2, B), log pi and entropy of sequences, from the block of their rows. The order of a sum is fixed.
+
+    Args:
+        rows: (K, R) fp64.
+        starts: (B+1,) int64, where each sequence starts.
+    """
+    token_log_prob = rows[LABEL] - rows[LSE]
+    entropy = rows[ROW_ENTROPY] if rows.shape[0] > ROW_ENTROPY else torch.zeros_like(token_log_prob)
+    values = torch.stack([token_log_prob, entropy], 1)
+    if not len(values):
+        return values.new_zeros(2, len(starts) - 1)
+    return torch.segment_reduce(values, "sum", offsets=starts, initial=0.0).T.contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class RowFaults:
+    """Raises the first fault of rows that were put together, the same one on every rank."""
+
+    batch: Batch  # packed, without its logits
+    rows: Tensor
+
+    def __call__(self) -> None:
+        """Read on the host.
+
+        Raises:
+            ValueError: NaN or +inf in a row, or a label whose logit is -inf.
+        """
+        never = ~(self.rows[LABEL] - self.rows[LSE] > -torch.inf) & (self.batch.labels != IGNORE)
+        if not bool(never.any()):
+            return
+        faults.check_rows(self.batch)  # a label that is no token makes a row NaN too
+        row = int(never.nonzero()[0])
+        if bool(self.rows[LSE, row].isnan()):
+            faults.raise_bad_row(self.batch, row)
+        faults.raise_bad_label(self.batch, row)
