@@ -1,5 +1,7 @@
 """Draw sequences token by token within transformers' generate, which makes the cache and the rules for the end.
 
+Sequences that continue one prompt share its forward: what it leaves is then copied for each of them.
+
 What each forward takes is what the model's own ``prepare_inputs_for_generation`` makes of it, as in generate's own
 loop. Rows that have ended leave the batch where every state that is carried from step to step can be cut to the others.
 """
@@ -22,12 +24,13 @@ _STATES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_bu
 
 
 class Drawn(NamedTuple):
-    """What ``decode`` drew after the prompts, and whether it kept a cache."""
+    """What ``decode`` drew after the prompts, whether it kept a cache, and whether it could share prompts."""
 
     tokens: Tensor  # (N, prompt and continuation) int64
     mask: Tensor  # the same shape, 1 on prompt and continuation up to and with the first EOS
     log_prob: Tensor  # (N,) fp64
     cached: bool
+    shared: bool
 
 
 def decode(
@@ -45,6 +48,7 @@ def decode(
     more: dict[str, Any],
     last_logits: Callable[[Callable[[], Any]], tuple[Any, Tensor]],
     others: Callable[[bool], bool] | None = None,
+    share: bool = True,
 ) -> Drawn:
     """Draw the continuations of N left-padded prompts.
 
@@ -64,22 +68,33 @@ def decode(
         last_logits: runs a forward of the model and returns its output, and (R, V) logits of the last position.
         others: tells, of whether this rank runs another forward, whether any rank does, where each forward is one of
             all ranks: those that have ended then take part until none is left.
+        share: whether equal prompts are to be computed once.
     """
     n, prompt_len = prompts.shape
     tokens = torch.cat([prompts, prompts.new_full((n, steps), pad_token_id)], 1)
     whole = torch.cat([mask, mask.new_zeros(n, steps)], 1)
     log_prob = torch.zeros(n, dtype=torch.float64, device=prompts.device)
     kept_cache = cached
+    places, copies = _distinct(torch.stack([prompts, mask, *more.values()], -1))
+    # with ``others`` the number of forwards must not depend on this rank's prompts
+    shared = share and others is None and prompt_len > 1 and len(places) < n
 
     def loop(_: nn.Module, given: Tensor, *, stopping_criteria: Callable[..., Tensor], **prepared: Any) -> Tensor:
-        nonlocal kept_cache
+        nonlocal kept_cache, shared
         rows = torch.arange(n, device=given.device)  # those that are still in the batch, and which have not ended
         alive = torch.ones(n, dtype=torch.bool, device=given.device)
         for name in ("logits_processor", "generation_config", "synced_gpus", "streamer"):
             prepared.pop(name, None)
         batch = _Steps(model, inner, prepared, prompt_len, given.device, first_position, last_logits, list(more))
         for end in range(prompt_len, prompt_len + steps):
-            drawn, drawn_log_prob = draw(batch.logits(tokens[rows, :end]), rows, end - prompt_len)
+            if end == prompt_len and shared:
+                logits = batch.logits(prompts[places])[copies]
+                if not batch.copy(copies, len(places)):
+                    shared = False
+                    return prompts
+            else:
+                logits = batch.logits(tokens[rows, :end])
+            drawn, drawn_log_prob = draw(logits, rows, end - prompt_len)
             log_prob[rows] += torch.where(alive, drawn_log_prob, 0.0)
             tokens[rows, end] = torch.where(alive, drawn, pad_token_id)
             whole[rows, end] = alive.long()
@@ -97,13 +112,30 @@ def decode(
         kept_cache = batch.cached
         return tokens[:, : end + 1]
 
-    if hasattr(inner, "generate"):
-        found = _within_generate(inner, loop, prompts, mask, steps, eos_token_ids, pad_token_id, cached, more)
-    else:  # the rule for EOS alone, and the forward makes its cache
+    def run(rows: Tensor | slice) -> Tensor:
+        given = {name: value[rows] for name, value in more.items()}
+        if hasattr(inner, "generate"):
+            return _within_generate(inner, loop, prompts[rows], mask[rows], steps, eos_token_ids, pad_token_id, cached,
+                                    given)  # fmt: skip
+        # the rule for EOS alone, and the forward makes its cache
         eos = torch.tensor(eos_token_ids, device=prompts.device)
-        given = {"attention_mask": mask, "position_ids": positions_of(mask), "use_cache": cached, **more}
-        found = loop(inner, prompts, stopping_criteria=lambda ids, _: torch.isin(ids[:, -1], eos), **given)
-    return Drawn(found, whole[:, : found.shape[1]], log_prob, kept_cache)
+        given |= {"attention_mask": mask[rows], "position_ids": positions_of(mask[rows])}
+        return loop(inner, prompts[rows], stopping_criteria=lambda ids, _: torch.isin(ids[:, -1], eos),
+                    use_cache=cached, **given)  # fmt: skip
+
+    could = shared
+    found = run(places if shared else slice(None))
+    if could and not shared:  # what the forward left can't be copied
+        found = run(slice(None))
+    return Drawn(found, whole[:, : found.shape[1]], log_prob, kept_cache, share and (shared or not could))
+
+
+def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a place of each distinct row, and (N,) which of these each row is equal to."""
+    _, which = torch.unique(rows.flatten(1), dim=0, return_inverse=True)
+    n = len(which)
+    places = which.new_full((int(which.max()) + 1 if n else 0,), n)
+    return places.scatter_reduce(0, which, torch.arange(n, device=which.device), "amin"), which
 
 
 def positions_of(mask: Tensor) -> Tensor:
@@ -160,7 +192,7 @@ class _Steps:
         self.first_position, self.last_logits = first_position, last_logits
         self.first = True
         self.cached = bool(given.get("use_cache", True))
-        self.can_drop: bool | None = None  # not asked yet
+        self.can_select: bool | None = None  # not asked yet
         self.found = {(id(module), name): (value, _version(value)) for module, name, value in _held(inner)}
         self.prepare = getattr(inner, "prepare_inputs_for_generation", None)
         self.parameters = inspect.signature(inner.forward).parameters
@@ -243,17 +275,23 @@ class _Steps:
 
     def keep(self, alive: Tensor) -> bool:
         """Drop the rows that are not alive. False: they can't be told apart in what is carried on, and all stay."""
-        if self.can_drop is None:
-            self.can_drop = all(_can_drop(name, value, len(alive)) for name, value in self.given.items())
-        if self.can_drop:
-            places = alive.nonzero()[:, 0]
-            self.given = {name: _dropped(name, value, places) for name, value in self.given.items()}
+        return self._select(alive.nonzero()[:, 0], len(alive))
+
+    def copy(self, places: Tensor, n: int) -> bool:
+        """Put row ``places[i]`` of n into row i. False: rows can't be told apart in what is carried on."""
+        return self._select(places, n)
+
+    def _select(self, places: Tensor, n: int) -> bool:
+        if self.can_select is None:
+            self.can_select = all(_can_select(name, value, n) for name, value in self.given.items())
+        if self.can_select:
+            self.given = {name: _selected(name, value, places) for name, value in self.given.items()}
             for module, name, value in list(_held(self.inner)):
                 before, version = self.found.get((id(module), name), (None, 0))
                 written = value is not before or _version(value) != version or value.is_inference()
-                if written and value.shape[0] == len(alive):
+                if written and value.shape[0] == n:
                     setattr(module, name, value.index_select(0, places.to(value.device)))
-        return self.can_drop
+        return self.can_select
 
 
 def _held(inner: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -274,7 +312,7 @@ def _axis(name: str, value: Tensor) -> int:
     return 1 if name == "position_ids" and value.dim() == 3 else 0
 
 
-def _dropped(name: str, value: Any, places: Tensor) -> Any:
+def _selected(name: str, value: Any, places: Tensor) -> Any:
     if isinstance(value, Tensor):
         return value if value.dim() < 2 else value.index_select(_axis(name, value), places.to(value.device))
     if hasattr(value, "reorder_cache"):
@@ -282,8 +320,8 @@ def _dropped(name: str, value: Any, places: Tensor) -> Any:
     return value
 
 
-def _can_drop(name: str, value: Any, n: int) -> bool:
-    """Return whether ``_dropped`` cuts every tensor of this input to the rows that it is given."""
+def _can_select(name: str, value: Any, n: int) -> bool:
+    """Return whether ``_selected`` takes the rows that it is given from every tensor of this input."""
     if isinstance(value, Tensor):
         return value.dim() < 2 or value.shape[_axis(name, value)] == n
     if not hasattr(value, "reorder_cache"):

@@ -127,6 +127,7 @@ class LanguageModel:
         self._head = HeadProbe(self.logits_dtype)
         self.version = 0
         self.gather_for_sampling = True
+        self._shares_prompts = True  # until a forward leaves what can't be copied for several sequences
         self._said: set[str] = set()
 
     @property
@@ -463,8 +464,9 @@ class LanguageModel:
             eos_token_ids=self.eos_token_ids, pad_token_id=self.pad_token_id, first_position=self._guard.first_position,
             cached=self._guard.cached, more={name: torch.zeros_like(prompt) for name in self._text_inputs},
             last_logits=lambda forward: self._head.last_logits(self.model, forward), others=self._others(),
+            share=self._shares_prompts,
         )  # fmt: skip
-        self._guard.cached = drawn.cached
+        self._guard.cached, self._shares_prompts = drawn.cached, drawn.shared
         score = drawn.mask.bool()
         score[:, : prompts.shape[1]] = False
         return Samples(

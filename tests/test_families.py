@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 from transformers.cache_utils import DynamicCache
 
 from dmfast import LanguageModel
-from dmfast.decoding import _can_drop
+from dmfast.decoding import _can_select
 from dmfast.draws import random_draw
 from dmfast.families import context_length, disable_dropout
 from dmfast.guard import _rounding_of
@@ -408,13 +408,13 @@ def test_rows_stay_where_a_part_of_the_cache_would_keep_them():
     cache.update(torch.zeros(4, 2, 5, 8), torch.zeros(4, 2, 5, 8), 0)
     half = Half()
     half.update(torch.zeros(4, 2, 5, 8), torch.zeros(4, 2, 5, 8), 0)
-    assert _can_drop("cache", cache, 4)
+    assert _can_select("cache", cache, 4)
     assert cache.layers[0].keys.shape[0] == 4  # only tried
-    assert not _can_drop("cache", half, 4)
-    assert not _can_drop("state", [torch.zeros(4, 3)], 4)
-    assert _can_drop("position_ids", torch.zeros(3, 4, 5), 4)
-    assert not _can_drop("token_type_ids", torch.zeros(2, 5), 4)
-    assert not _can_drop("cache", SimpleNamespace(reorder_cache=None), 4)
+    assert not _can_select("cache", half, 4)
+    assert not _can_select("state", [torch.zeros(4, 3)], 4)
+    assert _can_select("position_ids", torch.zeros(3, 4, 5), 4)
+    assert not _can_select("token_type_ids", torch.zeros(2, 5), 4)
+    assert not _can_select("cache", SimpleNamespace(reorder_cache=None), 4)
 
 
 # --- what a configuration tells ---------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
@@ -325,11 +327,48 @@ def test_ended_rows_leave_the_batch_and_the_cache(name):
     )
     x = policy.sample(PROMPTS, 16, max_new_tokens=12, seed=0)
     hook.remove()
-    alive = [64, *x.score_mask[:, x.prompt_len :].sum(0).tolist()[1:]]
-    for width, now in zip(widths, alive, strict=True):
+    alive = x.score_mask[:, x.prompt_len :].sum(0).tolist()
+    assert widths[0] == len(PROMPTS), "sequences of one prompt share its forward"
+    for width, now in zip(widths[1:], alive[1:], strict=True):
         assert now <= width and 0.75 * width < now, (widths, alive)
     assert widths[-1] < 48
     assert (policy.log_prob(x) - x.log_prob).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mamba"])
+def test_what_is_drawn_does_not_depend_on_whether_prompts_are_shared(name, cached):
+    torch.manual_seed(0)
+    model = build(name) if name != "mamba" else MambaForCausalLM(
+        MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.4)
+    )  # fmt: skip
+    policy = LanguageModel(model, tok(), check_scores=False)
+    widths = []
+    policy.model.register_forward_pre_hook(lambda *args: widths.append(len(args[2]["input_ids"])), with_kwargs=True)
+    policy.sample(PROMPTS, 1, max_new_tokens=2, seed=1)  # probes
+    policy._guard.cached = cached
+    found = []
+    for shares in (True, False):
+        widths.clear()
+        policy._shares_prompts = shares
+        found.append(policy.sample(["w1 w2 w3", "w4 w5 w6", "w1 w2 w3"], 5, max_new_tokens=6, seed=2))
+        assert widths[0] == (2 if shares else 15)
+        assert policy._shares_prompts == shares
+    assert torch.equal(found[0].tokens, found[1].tokens)
+    close(found[0].log_prob, found[1].log_prob)
+
+
+def test_prompts_are_not_shared_where_no_state_can_be_copied(monkeypatch):
+    monkeypatch.setattr("dmfast.decoding._can_select", lambda *_: False)
+    policy, truth = lm("gpt2"), lm("gpt2")
+    truth._shares_prompts = False
+    widths = []
+    policy.model.register_forward_pre_hook(lambda *args: widths.append(len(args[2]["input_ids"])), with_kwargs=True)
+    x, y = (each.sample(PROMPTS, 4, max_new_tokens=5, seed=2) for each in (policy, truth))
+    assert torch.equal(x.tokens, y.tokens) and not policy._shares_prompts
+    widths.clear()
+    policy.sample(PROMPTS, 4, max_new_tokens=5, seed=2)
+    assert set(widths) == {4 * len(PROMPTS)}, "known from the first call on"
 
 
 @tokenizers
