@@ -268,64 +268,12 @@ struct Exponent<true> {
     const float grown = expm1f(inverse.times(z - reference)) / (expf(inverse.times(z)) + 1.0f);
     return factor.times(grown * logistic);
   }
-  // 1 - tanh^2; of the logit as it is, so that -inf gives 0
-  __device__ float slope(float z) const {
-    const float u = expf(inverse.times(fminf(z, bound))), r = 1.0f / (u + 1.0f);
-    return 4.0f * r * (u * r);
-  }
 };
 
 // scale * cap(z), once a row
 __device__ inline double scaled(float z, const RowOptions& o) {
   return o.scale * (o.softcap > 0 ? o.softcap * tanh(z / o.softcap) : z);
 }
-
-// A thread's part of a row's sum of e^exponent, against the largest logit that it has seen. Terms are fp32, packs of
-// them are added up in fp64. Terms that are 1, such as the largest, are counted apart: beside them an fp32 sum would
-// lose small terms, all in one direction, and with them the digits of 1 - p where p is near 1.
-template <bool Cap, bool Entropy>
-struct PartialSum {
-  Exponent<Cap> exponent;
-  int ones = 0;
-  double rest = 0, moment = 0;  // moment: sum of e^x x
-
-  __device__ explicit PartialSum(const RowOptions& o) : exponent(o) {}
-
-  __device__ void rise(float top) {
-    Exponent<Cap> higher = exponent;
-    higher.set(top);
-    const float delta = higher(exponent.reference), shrink = expf(delta);
-    const double sum = ones + rest;
-    if (Entropy) moment = shrink > 0.0f ? shrink * (moment + delta * sum) : 0.0;
-    rest = top == INFINITY ? static_cast<double>(NAN) : shrink * sum;
-    ones = 0;
-    exponent = higher;
-  }
-
-  template <class T, int N>
-  __device__ void add(const Pack<T, N>& pack) {
-    float z[N], top = -FLT_MAX;
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      z[j] = to_float(pack.x[j]);
-      top = fmaxf(top, z[j]);  // passes over NaN, which is found in the sum
-    }
-    top = top == INFINITY ? top : exponent.clamp(top);
-    if (top > exponent.reference) rise(top);
-    float s = 0.0f, m = 0.0f;
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const float x = exponent(z[j]), e = expf(x);
-      if (e == 1.0f)
-        ++ones;
-      else
-        s += e;
-      if (Entropy) m += e > 0.0f ? e * x : 0.0f;
-    }
-    rest += s;
-    if (Entropy) moment += m;
-  }
-};
 
 // --- over a block --------------------------------------------------------------------------------------------------
 

@@ -108,7 +108,7 @@ __device__ float term(const Exponent<Cap>& exponent, float z, int i, int n) {
 }
 
 // Of a tile with n logits. Terms are fp32, packs of them are added up in fp64; terms that are 1 are counted apart, as
-// in PartialSum of rows.cuh.
+// in terms.cuh.
 template <class T, bool Cap>
 __device__ TileSum sum_of(const float (&x)[kTerms], int n, Exponent<Cap>& exponent) {
   float top = -FLT_MAX;
