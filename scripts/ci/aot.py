@@ -31,6 +31,8 @@ WARPS = [
     ("CUDA sample_rows", 32),  # two blocks, whose warps load a tile ahead
     ("Triton score_rows known cap", 24),
     ("Triton score_rows", 32),
+    ("Triton write_rows cap bonus", 24),
+    ("Triton write_rows bonus", 32),
     ("Triton write_rows cap", 28),
     ("Triton write_rows short", 32),  # blocks of one warp, of which there are 32
     ("Triton write_rows", 40),

@@ -120,7 +120,7 @@ def few_rows() -> str:
         said.append(f"{FEW * max(slowest, memory) / 1e6:.0f} µs on an {card.name}")
     return (
         f"A row of {FEW:,} bf16 logits that has a multiprocessor to itself, as each of 64 has, is summed up by "
-        f"`sample_rows` in {' and '.join(said)}.\n"
+        f"`sample_rows` in {', '.join(said[:-1])} and {said[-1]}.\n"
     )
 
 
