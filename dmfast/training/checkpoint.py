@@ -180,9 +180,8 @@ def load_state(folder: Path, device: torch.device) -> dict[str, Any]:
     Raises:
         ValueError: there is no such file, or it can't be read.
     """
-    where = (
-        "cpu" if device.type == "cpu" else device
-    )  # torch.load does not know cpu:0, which accelerate says under FSDP
+    # torch.load does not know cpu:0, which accelerate says under FSDP
+    where = torch.device("cpu") if device.type == "cpu" else device
     try:
         state: dict[str, Any] = torch.load(folder / STATE, map_location=where, weights_only=True)
     except Exception as error:

@@ -79,12 +79,13 @@ void check(dmf::DType dtype, const char* name, double step, dmf::DType of_gradie
             expected += y(labels[row]) - exact;
             expect(std::fabs(lse[row] - static_cast<double>(exact)) < 1e-6, "lse", name, v, lse[row], exact);
             long double entropy = 0;
-            for (long k = 0; k < v; ++k) entropy -= std::exp(y(k) - exact) * (y(k) - exact);
+            for (long k = 0; k < v; ++k)
+              if (y(k) > -INFINITY) entropy -= std::exp(y(k) - exact) * (y(k) - exact);  // 0 * -inf = 0
             for (long k = 0; k < v; ++k) {
               const long double x = dmf::to_float(z[row * v + k]), log_p = y(k) - exact, p = std::exp(log_p);
               const long double slope = softcap > 0 ? 1 - std::pow(std::tanh(x / softcap), 2) : 1;
-              const long double of_row =
-                  weight[i] * (p - (k == labels[row] ? 1 : 0)) + of_bonus[i] * p * (log_p + entropy);
+              const long double bonus = p > 0 ? of_bonus[i] * p * (log_p + entropy) : 0;
+              const long double of_row = weight[i] * (p - (k == labels[row] ? 1 : 0)) + bonus;
               const double want = static_cast<double>(0.5L * scale * slope * of_row);
               const double got = dmf::to_float(dz[row * v + k]);
               expect(std::fabs(got - want) <= step * std::fabs(want) + 1e-7, "gradient", name, v, got, want);
