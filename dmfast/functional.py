@@ -420,8 +420,8 @@ def linear_sequence_log_prob(
     """Return ``sequence_log_prob`` of ``hidden @ weight.T + bias``, whose logits never exist at once; differentiable.
 
     Args:
-        hidden, weight, bias, tokens, mask, temperature, softcap, cu_seqlens, chunk_bytes, logits_dtype, group,
-            vocab_start, backend: as in ``linear_dm_loss``.
+        hidden, weight, bias, tokens, mask, temperature, softcap, cu_seqlens: as in ``linear_dm_loss``.
+        chunk_bytes, logits_dtype, group, vocab_start, backend: as in ``linear_dm_loss``.
 
     Returns:
         (B,) fp64, nats. Its backward computes the logits again.

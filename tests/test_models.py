@@ -353,7 +353,8 @@ def test_what_is_drawn_does_not_depend_on_whether_prompts_are_shared(name, cache
         policy._shares_prompts = shares
         found.append(policy.sample(["w1 w2 w3", "w4 w5 w6", "w1 w2 w3"], 5, max_new_tokens=6, seed=2))
         assert widths[0] == (2 if shares else 15)
-        assert policy._shares_prompts == shares
+        # the state of transformers 5.0's Mamba has no rows that could be copied
+        assert policy._shares_prompts == shares or (name == "mamba" and not policy._shares_prompts)
     assert torch.equal(found[0].tokens, found[1].tokens)
     close(found[0].log_prob, found[1].log_prob)
 
