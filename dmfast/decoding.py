@@ -75,9 +75,11 @@ def decode(
     whole = torch.cat([mask, mask.new_zeros(n, steps)], 1)
     log_prob = torch.zeros(n, dtype=torch.float64, device=prompts.device)
     kept_cache = cached
-    places, copies = _distinct(torch.stack([prompts, mask, *more.values()], -1))
     # with ``others`` the number of forwards must not depend on this rank's prompts
-    shared = share and others is None and prompt_len > 1 and len(places) < n
+    shared = share and others is None and prompt_len > 1
+    if shared:
+        places, copies = _distinct(torch.stack([prompts, mask, *more.values()], -1))
+        shared = len(places) < n
 
     def loop(_: nn.Module, given: Tensor, *, stopping_criteria: Callable[..., Tensor], **prepared: Any) -> Tensor:
         nonlocal kept_cache, shared

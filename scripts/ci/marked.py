@@ -8,7 +8,13 @@ from aot import stale
 
 
 def brought_up_to_date(name: str, made: str, files: list[str]) -> int:
-    """The exit status: whether the page FILE holds what was made; WRITTEN then does. Without files it is printed."""
+    """Write a page with what was made between its marks, and return the exit status: 1 where the page is out of date.
+
+    Args:
+        name: that of the marks.
+        made: what belongs between them.
+        files: the page, and where to write it as it should be; none of them prints what was made.
+    """
     if not files:
         print(made, end="")
         return 0

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
-from aot import stale
 from inner_loops import per_logit
 from machine_code import ROOT, SIZE, Code, all_code, versions
+from marked import brought_up_to_date
 
 FEW = 151936  # of a row that is sampled beside few others
 
@@ -126,19 +125,7 @@ def few_rows() -> str:
 
 def main() -> int:
     """The exit status."""
-    made = f"{table()}\n{few_rows()}\nFrom {versions()}.\n"
-    if len(sys.argv) == 1:
-        print(made, end="")
-        return 0
-    page, written = map(Path, sys.argv[1:])
-    before, rest = page.read_text().split("<!-- roofline -->\n")
-    after = rest.split("<!-- end of roofline -->\n")[1]
-    made = f"{before}<!-- roofline -->\n{made}<!-- end of roofline -->\n{after}"
-    written.write_text(made)
-    if difference := stale(page, made):
-        print(f"{difference}{page} is out of date: cp {written} {page}")
-        return 1
-    return 0
+    return brought_up_to_date("roofline", f"{table()}\n{few_rows()}\nFrom {versions()}.\n", sys.argv[1:])
 
 
 if __name__ == "__main__":

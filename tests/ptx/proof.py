@@ -293,6 +293,17 @@ def test_any_order_of_blocks(seed: int) -> None:
     call.check_scores("gdc++")
 
 
+def score_and_write(call: Call, way: str) -> None:
+    """Score and write a gradient beside the logits, in one pass where the row is kept, and check scores and reads."""
+    objective = "gdc++" if way == "score" else "dpg"
+    call.score(objective, way, factor=0.5)
+    call.check_scores(objective)
+    call.check_traffic("logits", reads=1, writes=0, more=1)
+    if way == "score":
+        call.write(0.5, inplace=False)
+        call.check_traffic("logits", reads=1, writes=0, more=1)
+
+
 @pytest.mark.parametrize(
     "shape",
     [
@@ -305,13 +316,7 @@ def test_any_order_of_blocks(seed: int) -> None:
 @pytest.mark.parametrize("way", ["score", "kept"])
 def test_gradient_narrower_than_its_logits(shape: dict[str, Any], way: str) -> None:
     call = Call(**shape)
-    objective = "gdc++" if way == "score" else "dpg"
-    call.score(objective, way, factor=0.5)
-    call.check_scores(objective)
-    call.check_traffic("logits", reads=1, writes=0, more=1)
-    if way == "score":
-        call.write(0.5, inplace=False)
-        call.check_traffic("logits", reads=1, writes=0, more=1)
+    score_and_write(call, way)
     call.check_gradient(call.written(), 0.5)
 
 
@@ -328,13 +333,7 @@ def test_gradient_narrower_than_its_logits(shape: dict[str, Any], way: str) -> N
 def test_entropy_bonus(shape: dict[str, Any], way: str) -> None:
     """No read or write more; sequence 1 has weight 0, and its gradient is the entropy's alone."""
     call = Call(**shape, bonus=0.4)
-    objective = "gdc++" if way == "score" else "dpg"
-    call.score(objective, way, factor=0.5)
-    call.check_scores(objective)
-    call.check_traffic("logits", reads=1, writes=0, more=1)
-    if way == "score":
-        call.write(0.5, inplace=False)
-        call.check_traffic("logits", reads=1, writes=0, more=1)
+    score_and_write(call, way)
     found = call.written()
     call.check_gradient(found, 0.5)
     assert bool((found[1] != 0).any())
