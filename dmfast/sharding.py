@@ -110,7 +110,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def keep_whole(model: Any) -> None:
-    """Let a sharded model's layers stay whole after a forward from now on: a frozen one's that is only sampled from."""
+    """Keep the layers of a sharded model whole after each forward from now on, as sampling alone needs it."""
     model.set_reshard_after_forward(False)
     _kept.add(model)
 

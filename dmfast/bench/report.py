@@ -70,7 +70,7 @@ def ratios(results: Sequence[Result]) -> list[tuple[str, str, float]]:
 
 def chart(results: Sequence[Result], path: Path) -> None:
     """Time of each rival, ours dark, quartiles as whiskers, the roofs as lines; a panel per configuration."""
-    from ..training.report import pyplot  # and with it transformers, which a table needs not
+    from ..training.report import pyplot  # imports transformers, which a table does not need
 
     plt = pyplot()
     sizes = [sum(not n.startswith(_BESIDE) for n in r["ms"]) for r in results]
@@ -133,7 +133,7 @@ def step_table(result: Result) -> Any:
 
 def step_chart(result: Result, path: Path) -> None:
     """Both steps as stacked bars."""
-    from ..training.report import pyplot  # and with it transformers, which a table needs not
+    from ..training.report import pyplot  # imports transformers, which a table does not need
 
     plt = pyplot()
     from .step import PHASES

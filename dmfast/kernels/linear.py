@@ -201,7 +201,7 @@ class _Products:
 
 
 class _Pass(NamedTuple):
-    """What all chunks of a call have in common."""
+    """Hold what all chunks of a call have in common."""
 
     backend: Backend
     chunks: Chunks
@@ -214,7 +214,7 @@ class _Pass(NamedTuple):
 
 
 class _Scored(NamedTuple):
-    """A chunk that has been scored."""
+    """Hold a chunk that has been scored."""
 
     hidden: Tensor
     logits: Tensor
@@ -338,7 +338,7 @@ def _forward(call: _Pass) -> Scores:
 
 @contextmanager
 def _as_multiplied(hidden: Tensor, batch: Batch) -> Iterator[None]:
-    """Have products be as a call wants them, without gradient."""
+    """Set how fp32 products are formed in a call, and switch autograd and autocast off."""
     with (
         torch.no_grad(), torch.autocast(hidden.device.type, enabled=False),
         nullcontext() if batch.as_set else products.ieee(hidden.device),

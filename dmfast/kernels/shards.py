@@ -89,13 +89,13 @@ def sums_of_sequences(rows: Tensor, starts: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class RowFaults:
-    """Raises the first fault of rows that were put together, the same one on every rank."""
+    """Raise the first fault of rows that were put together, the same one on every rank."""
 
     batch: Batch  # packed, without its logits
     rows: Tensor
 
     def __call__(self) -> None:
-        """Read on the host.
+        """Wait for the rows and look at them.
 
         Raises:
             ValueError: NaN or +inf in a row, or a label whose logit is -inf.

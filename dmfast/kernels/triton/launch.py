@@ -39,7 +39,7 @@ def shape_of(vocab: int, itemsize: int, cap: bool, warp_size: int = 32) -> Shape
 
 @cache
 def warp_size(device: torch.device) -> int:
-    """Threads of a warp on a device: 64 on AMD's gfx9, 32 on the others; 32 in the interpreter, which has none."""
+    """Return the threads of a warp on a device: 64 on AMD's gfx9, 32 on the others; 32 in the interpreter, which has none."""
     if device.type == "cpu":
         return 32
     with _on(device):
@@ -72,8 +72,8 @@ def _numbers(batch: Batch, dz: Tensor | None) -> tuple[float, ...]:
 
 
 def _same_alignment(batch: Batch, dz: Tensor) -> bool:
-    """Whether every row of the gradient is aligned as its logits are, so that wide accesses serve both: where one has a
-    pack of 16 bytes, the other has one or several."""
+    """Return whether every row of the gradient is aligned as its logits are, so that both take wide accesses: a pack of
+    16 bytes of one is one pack or several of the other."""
     z, fewest = batch.logits, 16 // batch.logits.element_size()
     apart = [(z.data_ptr() // z.element_size() - dz.data_ptr() // dz.element_size()) % fewest]
     for n, a, b in zip(z.shape[:-1], z.stride(), dz.stride(), strict=False):
@@ -101,7 +101,7 @@ def _for_logits(batch: Batch, shape: Shape) -> dict[str, int]:
 
 
 def _for_gradient(batch: Batch, dz: Tensor, shape: Shape) -> dict[str, int]:
-    """Where the gradient is narrower, so many logits in fewer packs."""
+    """Return how the gradient is cut: where it is narrower than its logits, as many of them take fewer packs."""
     wider = batch.logits.element_size() // dz.element_size()
     return {"DZ_W": 16 // dz.element_size(), "DZ_PACKS": shape.packs // wider, "THREADS": shape.threads}
 
