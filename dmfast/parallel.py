@@ -116,7 +116,7 @@ def together(
         group: the process group.
         vocab_start: the first token of this rank; None: ranks have the tokens in their order.
         weight: this rank's rows of the head.
-        check: raises what is wrong on this rank, or returns what it has made and, by name, what all ranks must have alike.
+        check: raises what is wrong here, or returns what it has made and, by name, what all ranks must have alike.
 
     Raises:
         RuntimeError: torch.distributed is not initialised, or another rank refused its arguments.

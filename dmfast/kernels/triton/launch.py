@@ -39,7 +39,7 @@ def shape_of(vocab: int, itemsize: int, cap: bool, warp_size: int = 32) -> Shape
 
 @cache
 def warp_size(device: torch.device) -> int:
-    """Return the threads of a warp on a device: 64 on AMD's gfx9, 32 on the others; 32 in the interpreter, which has none."""
+    """Return the threads of a warp on a device: 64 on AMD's gfx9, 32 on the others; 32 in its interpreter."""
     if device.type == "cpu":
         return 32
     with _on(device):
