@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from test_targets import Base, byte_tokenizer, written
-from verifier_functions import bad, right
+from verifier_functions import bad, equals, right
 
 from dmfast import EBM, Verifier
 
@@ -155,3 +155,9 @@ def test_settings_that_can_not_be_are_refused(options, error, message):
 def test_a_function_that_no_process_can_load_is_refused():
     with pytest.raises(TypeError, match="can be pickled"):
         Verifier(lambda texts, rows: [True], workers=1)
+
+
+@pytest.mark.parametrize("options", [{}, {"workers": 1}])
+def test_mathematics_is_compared_by_math_verify(options):
+    x = samples(["$\\frac{1}{2}$", "0.5", "$\\frac{2}{3}$", "so it is $x = 1/2$"], ["$1/2$"] * 4)
+    assert Verifier(equals, **options)(x).tolist() == [1.0, 1.0, 0.0, 1.0]

@@ -21,3 +21,10 @@ def bad(texts, rows):
     if text == "raise":
         raise ArithmeticError("no such number")
     return [text == rows[0]["answer"]]
+
+
+def equals(texts, rows):
+    """The answer as mathematics, by the library of the extra ``verify``."""
+    from math_verify import parse, verify
+
+    return [verify(parse(row["answer"]), parse(text)) for text, row in zip(texts, rows, strict=True)]

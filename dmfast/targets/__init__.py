@@ -4,7 +4,7 @@ from .constraints import Contains, Feature, FeatureValues, Moment, Scorer, Score
 from .ebm import EBM, TargetScores
 from .scorers import Classifier, Reward
 from .solver import LambdaFit, fit_lambda
-from .verifier import Verifier
+from .verifier import Verifier, VerifierCounts
 
 __all__ = [
     "EBM",
@@ -19,5 +19,6 @@ __all__ = [
     "ScorerCounts",
     "TargetScores",
     "Verifier",
+    "VerifierCounts",
     "fit_lambda",
 ]
