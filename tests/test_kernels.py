@@ -397,7 +397,7 @@ def test_label_gradient_where_a_later_block_dominates(first: float, dtype: torch
 
 # --- the objectives -----------------------------------------------------------------------------------------------
 
-PARAMETERS = {"kl_control": {"beta": 0.1}, "reinforce_p": {"log_scale": -20.0}}
+PARAMETERS = {"kl_control": {"beta": 0.1}, "reinforce_p": {"log_scale": -20.0}, "alpha": {"alpha": 0.6}}
 MODES = {"off-policy": (False, True), "on-policy": (True, False), "on-policy, log q stored": (True, True)}
 
 
@@ -979,6 +979,10 @@ def exact_weight(
         r = [one_over_t**2, mpmath.mpf(-1)]
     elif kind == "reverse_chi2":
         r = [mpmath.mpf(2), -2 * t]
+    elif kind == "alpha":
+        power = 1 - mpmath.mpf(objective.alpha)
+        gain = -log_t if power == 0 else t**-power - 1  # (p/pi)^(1 - alpha) - 1, or its slope at alpha = 1
+        r = [gain / power if objective.normalize_alpha and power != 0 else gain]
     elif kind == "reinforce":
         r = [value["reward"]]
     elif kind == "reinforce_p":
@@ -1018,7 +1022,7 @@ normalized = pytest.mark.parametrize(
 
 
 def make_objective(name: str, normalize: bool) -> Objective:
-    parameters = {"kl_control": {"beta": 0.3}, "reinforce_p": {"log_scale": -19.5}}.get(name, {})
+    parameters = {"kl_control": {"beta": 0.3}, "reinforce_p": {"log_scale": -19.5}, "alpha": {"alpha": 0.6}}.get(name, {})
     return Objective(name, normalize=normalize, **parameters)
 
 

@@ -41,7 +41,7 @@ from .form import divisor, reduce, scaled
 FourTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 FiveTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 SevenTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-_NORMALIZED, _LEFT_OUT = 1, 2  # flags for what neither the name nor the parameter of an objective says
+_NORMALIZED, _LEFT_OUT, _FACTOR_LEFT_OUT = 1, 2, 4  # flags for what neither the name nor the parameter of an objective says
 _NAMES = {kind.number: name for name, kind in reversed(KINDS.items())}  # dpg, not gdc++, whose baseline is a column
 
 
@@ -50,6 +50,7 @@ def flat_terms(terms: Terms) -> tuple[Any, ...]:
     objective = terms.objective
     assert isinstance(objective, Objective)
     flags = (_NORMALIZED if objective.normalize else 0) | (_LEFT_OUT if isinstance(objective.baseline, str) else 0)
+    flags |= 0 if objective.normalize_alpha else _FACTOR_LEFT_OUT
     # no bound is 0: a number that every compiler can print
     bound = terms.max_weight if terms.max_weight < math.inf else 0.0
     scalars = [objective.parameter, bound, terms.entropy_coefficient, *terms.constants]
@@ -65,6 +66,7 @@ def terms_of(kind: int, on_policy: bool, flags: int, block: Tensor, present: int
         name,
         baseline="leave_one_out" if flags & _LEFT_OUT else None,
         normalize=bool(flags & _NORMALIZED),
+        normalize_alpha=not flags & _FACTOR_LEFT_OUT,
         **({} if parameter is None else {parameter: scalars[0]}),
     )
     bound, coefficient, *constants = scalars[1:]
