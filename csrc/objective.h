@@ -43,6 +43,7 @@ struct Objective {
   int flags;
   double parameter;   // alpha; beta of kl_control; log_scale of reinforce_p, whose R is exp(log P - log_scale)
   double max_weight;  // +inf: not clipped
+  double max_log_return = INFINITY;  // of alpha: the bound of log (p/pi)^(1 - alpha)
   DMF_HD bool is(Flag flag) const { return (flags & flag) != 0; }
 };
 
@@ -60,8 +61,8 @@ struct Weight {
   double log_ratio;         // log rho = log pi(x) - log q(x)
   double log_target_ratio;  // log u = log P(x) - log Z - log q(x)
   double weight;            // A
-  bool clipped;
-  bool out_of_range;  // A does not fit fp32, or is NaN
+  bool clipped;             // a bound of the weight or of the return acts
+  bool out_of_range;        // A does not fit fp32, or is NaN
 };
 
 DMF_HD double softplus(double x) { return fmax(x, 0.0) + log1p(exp(-fabs(x))); }
@@ -123,7 +124,10 @@ DMF_HD Weight weigh(const Objective& o, const Sequence& x) {
       on_rho = x.reward - o.parameter * (log_pi - x.log_base);
       break;
     case Kind::alpha: {
-      const double power = 1.0 - o.parameter, log_return = -power * log_t;  // of (p/pi)^(1 - alpha)
+      const double power = 1.0 - o.parameter;
+      double log_return = -power * log_t;  // log (p/pi)^(1 - alpha)
+      out.clipped = log_return > o.max_log_return;
+      if (out.clipped) log_return = o.max_log_return;
       const double factor = o.is(kFactorLeftOut) ? 1.0 : 1.0 / power;
       if (power == 0.0)
         on_rho = -log_t;

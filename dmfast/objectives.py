@@ -106,6 +106,8 @@ class Objective:
         alpha: that of the divergence that ``alpha`` descends, any finite number: 0 is KL(p||pi), 1 is KL(pi||p).
         normalize_alpha: ``False`` leaves the factor 1/(1 - alpha) out of ``alpha``'s return, which keeps A of the same
             size as alpha comes near to 1. Only where alpha is below 1: beyond, the factor is negative.
+        max_return: M, positive: bounds (p/pi)^(1 - alpha) - 1 of ``alpha`` above, before the factor 1/(1 - alpha) and the
+            baseline. Only where alpha is below 1.
 
     Raises:
         ValueError: unknown name, or a parameter that the objective does not have or lacks, or that has no such value.
@@ -118,6 +120,7 @@ class Objective:
     log_scale: float | None = None
     alpha: float | None = None
     normalize_alpha: bool = True
+    max_return: float | None = None
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
@@ -159,10 +162,13 @@ class Objective:
             allowed, words = kind.allowed
             if value is not None and not (is_number(value) and allowed(value)):
                 raise ValueError(f"{parameter} must be a number that is {words}, got {value!r}")
-        if not self.normalize_alpha and not (self.alpha is not None and self.alpha < 1):
+        if self.max_return is not None and not (is_number(self.max_return) and 0 < self.max_return < math.inf):
+            raise ValueError(f"max_return must be a positive finite number or None, got {self.max_return!r}")
+        if (self.max_return is not None or not self.normalize_alpha) and not (self.alpha is not None and self.alpha < 1):
+            what = "max_return bounds the return" if self.normalize_alpha else "normalize_alpha=False leaves the factor out"
             raise ValueError(
-                "normalize_alpha=False leaves the factor 1/(1 - alpha) out of objective 'alpha' with alpha below 1; got "
-                f"objective {self.name!r}" + (f" with alpha={self.alpha!r}" if self.alpha is not None else "")
+                f"{what} of objective 'alpha' with alpha below 1; got objective {self.name!r}"
+                + (f" with alpha={self.alpha!r}" if self.alpha is not None else "")
             )
 
     @property
@@ -177,11 +183,16 @@ class Objective:
         return 0.0 if name is None else float(getattr(self, name))
 
     @property
+    def max_log_return(self) -> float:
+        """The bound of log (p/pi)^(1 - alpha), log(1 + max_return); inf: none."""
+        return math.inf if self.max_return is None else math.log1p(self.max_return)
+
+    @property
     def alone(self) -> Objective:
         """This objective without a baseline, normalised by Z."""
         name = self.kind.parameter
         parameter = {} if name is None else {name: self.parameter}
-        return Objective(self.name, normalize_alpha=self.normalize_alpha, **parameter)  # type: ignore[arg-type]
+        return Objective(self.name, normalize_alpha=self.normalize_alpha, max_return=self.max_return, **parameter)  # type: ignore[arg-type]
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -444,7 +455,7 @@ def weigh(terms: Terms) -> Tensor:
             on_rho = -log_t
         else:
             power = 1 - objective.parameter
-            log_return = -power * log_t  # of (p/pi)^(1 - alpha)
+            log_return = _log_return(objective, log_t).clamp(max=objective.max_log_return)
             factor = 1 / power if objective.normalize_alpha else 1.0
             near = log_return.abs() < 1  # where the difference of two exponentials would lose its digits
             first, exponent = torch.full_like(log_rho, factor).masked_fill(near, 0.0), log_rho + log_return
@@ -459,6 +470,21 @@ def weigh(terms: Terms) -> Tensor:
     # normalize=False multiplies by Z inside the exponent, where Z = e^-900 still is a number
     shift = 0.0 if objective.normalize else torch.where(empty, 0.0, log_z)
     return torch.where(empty, 0.0, _signed_sum(first, exponent + shift, on_rho, log_rho + shift))
+
+
+def _log_return(objective: Objective, log_t: Tensor) -> Tensor:
+    """log (p/pi)^(1 - alpha) of ``alpha``, before its bound."""
+    return (objective.parameter - 1) * log_t
+
+
+def bounded_returns(
+    objective: Objective | Callable[[Terms], Tensor], log_ratio: Tensor | None, log_target_ratio: Tensor | None
+) -> Tensor | None:
+    """Return which returns ``max_return`` bounds, (B,) bool, from log rho and log u; None where there is no such bound."""
+    if not isinstance(objective, Objective) or objective.max_return is None:
+        return None
+    assert log_ratio is not None and log_target_ratio is not None
+    return _log_return(objective, log_ratio - log_target_ratio) > objective.max_log_return
 
 
 def clip(weight: Tensor, max_weight: float) -> tuple[Tensor, Tensor]:

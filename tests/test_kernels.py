@@ -982,6 +982,7 @@ def exact_weight(
     elif kind == "alpha":
         power = 1 - mpmath.mpf(objective.alpha)
         gain = -log_t if power == 0 else t**-power - 1  # (p/pi)^(1 - alpha) - 1, or its slope at alpha = 1
+        gain = gain if objective.max_return is None else min(gain, mpmath.mpf(objective.max_return))
         r = [gain / power if objective.normalize_alpha and power != 0 else gain]
     elif kind == "reinforce":
         r = [value["reward"]]
@@ -1061,9 +1062,12 @@ def extremes() -> list[tuple[float, dict[str, Tensor]]]:
 @pytest.mark.parametrize("on_policy", [False, True])
 @normalized
 def test_the_formula_at_extremes(name: str, normalize: bool, on_policy: bool) -> None:
+    check_extremes(make_objective(name, normalize), on_policy)
+
+
+def check_extremes(objective: Objective, on_policy: bool) -> None:
     """P = 0, Z = 0, ratios of e^+-11500: A is right where fp32 holds it; beyond, it is nothing that fp32 holds (the
     error that names the sequence) or, with max_weight, the bound with A's sign, and never NaN."""
-    objective = make_objective(name, normalize)
     largest = torch.finfo(torch.float32).max
     wrong = []
     for log_prob, terms in extremes():

@@ -119,7 +119,8 @@ def terms_struct(terms: Terms | None) -> Any:
     objective, block = terms.objective, terms.block
     assert isinstance(objective, Objective)
     return _C.Terms(objective.kind.number, flags_of(terms), _address(block, "inputs"), block.stride(0), terms.present,
-                    [objective.parameter, terms.max_weight, terms.entropy_coefficient, *terms.constants])  # fmt: skip
+                    [objective.parameter, terms.max_weight, terms.entropy_coefficient, *terms.constants,
+                     objective.max_log_return])  # fmt: skip
 
 
 def make_outputs(batch: Batch, terms: Terms | None, entropy: bool, divide_by: float) -> tuple[Scores, Any]:
