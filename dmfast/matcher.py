@@ -80,6 +80,7 @@ class Matcher:
         beta: the KL coefficient of ``kl_control``; its value at the start, where ``beta_target_kl`` is given.
         beta_target_kl: the wanted KL(pi||a), nats per sequence: ``AdaptiveBeta`` then steers beta with
             ``beta_horizon`` (sequences). Only on-policy.
+        alpha, normalize_alpha, max_return: of the objective ``alpha``, as in ``dmfast.Objective``.
         max_weight: bounds A to [-max_weight, max_weight].
         entropy_coefficient: c of the entropy bonus, -c times the mean over sequences of the policy's entropy summed
             over their tokens, added to the loss (``dm_loss``). The mean is logged as ``entropy``.
@@ -125,6 +126,9 @@ class Matcher:
         beta: float | None = None,
         beta_target_kl: float | None = None,
         beta_horizon: float = 10_000,
+        alpha: float | None = None,
+        normalize_alpha: bool = True,
+        max_return: float | None = None,
         max_weight: float | None = None,
         entropy_coefficient: float = 0.0,
         on_policy: bool | None = None,
@@ -142,9 +146,9 @@ class Matcher:
         ranks: Ranks | None = None,
     ) -> None:
         self.settings = Settings(
-            objective, baseline, normalize, beta, beta_target_kl, beta_horizon, max_weight, entropy_coefficient,
-            proposal is None if on_policy is None else on_policy, partition, skip_zero_weight, ppo_epochs, ppo_clip,
-            check_samples, refit_ess, refit_samples, patience_zero, seed,
+            objective, baseline, normalize, beta, beta_target_kl, beta_horizon, alpha, normalize_alpha, max_return,
+            max_weight, entropy_coefficient, proposal is None if on_policy is None else on_policy, partition,
+            skip_zero_weight, ppo_epochs, ppo_clip, check_samples, refit_ess, refit_samples, patience_zero, seed,
         )  # fmt: skip
         if not isinstance(policy, LanguageModel):
             raise TypeError(

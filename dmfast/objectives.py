@@ -164,8 +164,14 @@ class Objective:
                 raise ValueError(f"{parameter} must be a number that is {words}, got {value!r}")
         if self.max_return is not None and not (is_number(self.max_return) and 0 < self.max_return < math.inf):
             raise ValueError(f"max_return must be a positive finite number or None, got {self.max_return!r}")
-        if (self.max_return is not None or not self.normalize_alpha) and not (self.alpha is not None and self.alpha < 1):
-            what = "max_return bounds the return" if self.normalize_alpha else "normalize_alpha=False leaves the factor out"
+        if (self.max_return is not None or not self.normalize_alpha) and not (
+            self.alpha is not None and self.alpha < 1
+        ):
+            what = (
+                "max_return bounds the return"
+                if self.normalize_alpha
+                else "normalize_alpha=False leaves the factor out"
+            )
             raise ValueError(
                 f"{what} of objective 'alpha' with alpha below 1; got objective {self.name!r}"
                 + (f" with alpha={self.alpha!r}" if self.alpha is not None else "")

@@ -266,7 +266,9 @@ def test_gradient_of_the_loss_is_that_of_a_constant_weight(name: str) -> None:
     """Central differences of -(1/B) sum A log pi, A held at its value at these logits."""
     p = problem(b=3, t=2, v=4, dtype=torch.float64)
     p.terms |= {"reward": f64(1.0, -2.0, 0.0), "log_base": p.terms["log_proposal"] + 0.3}
-    parameters = {"kl_control": {"beta": 0.3}, "reinforce_p": {"log_scale": -5.0}, "alpha": {"alpha": 0.7}}.get(name, {})
+    parameters = {"kl_control": {"beta": 0.3}, "reinforce_p": {"log_scale": -5.0}, "alpha": {"alpha": 0.7}}.get(
+        name, {}
+    )
     objective = Objective(name, **parameters)
     gradient = p.gradient(objective=objective)
     weight = p.oracle(p.logits, objective=objective).weight
@@ -1030,6 +1032,11 @@ COMPILED: dict[str, dict[str, object]] = {
     "ppo": {"objective": PPOClip(0.3), "reward": f64(0.3, -1.0, 0.5, 2.0)},
     "leave_one_out": {"objective": Objective("dpg", baseline="leave_one_out")},
     "float log_z": {"log_z": 0.2},
+    "alpha": {"objective": Objective("alpha", alpha=0.4, max_return=0.5, baseline=0.1)},
+    "alpha, known": {
+        "objective": Objective("alpha", alpha=0.4, max_return=0.5, normalize_alpha=False, baseline="leave_one_out"),
+        "on_policy": True,
+    },
 }
 
 

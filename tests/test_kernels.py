@@ -981,9 +981,15 @@ def exact_weight(
         r = [mpmath.mpf(2), -2 * t]
     elif kind == "alpha":
         power = 1 - mpmath.mpf(objective.alpha)
-        gain = -log_t if power == 0 else t**-power - 1  # (p/pi)^(1 - alpha) - 1, or its slope at alpha = 1
-        gain = gain if objective.max_return is None else min(gain, mpmath.mpf(objective.max_return))
-        r = [gain / power if objective.normalize_alpha and power != 0 else gain]
+        factor = 1 if power == 0 or not objective.normalize_alpha else 1 / power
+        log_return = -log_t if power == 0 else -power * log_t  # log (p/pi)^(1 - alpha)
+        gain = log_return if power == 0 else mpmath.expm1(log_return)
+        if objective.max_return is not None and gain > objective.max_return:
+            r = [factor * mpmath.mpf(objective.max_return)]
+        elif power == 0 or abs(log_return) < 1:
+            r = [factor * gain]
+        else:
+            r = [factor * mpmath.exp(log_return), mpmath.mpf(-factor)]
     elif kind == "reinforce":
         r = [value["reward"]]
     elif kind == "reinforce_p":
@@ -993,7 +999,8 @@ def exact_weight(
         r = [value["reward"], -beta * log_pi, beta * value["log_base"]]
     scale = rho if objective.normalize else rho * mpmath.exp(log_z)
     parts = [x * scale for x in (*r, -baseline)]
-    return mpmath.fsum(parts), mpmath.fsum(map(abs, parts))
+    # what is subtracted first: fsum drops what is 2^340 times smaller than the rest, also where the rest is then 0
+    return mpmath.fsum([parts[0], mpmath.fsum(parts[1:])]), mpmath.fsum(map(abs, parts))
 
 
 def formula(
@@ -1023,7 +1030,9 @@ normalized = pytest.mark.parametrize(
 
 
 def make_objective(name: str, normalize: bool) -> Objective:
-    parameters = {"kl_control": {"beta": 0.3}, "reinforce_p": {"log_scale": -19.5}, "alpha": {"alpha": 0.6}}.get(name, {})
+    parameters = {"kl_control": {"beta": 0.3}, "reinforce_p": {"log_scale": -19.5}, "alpha": {"alpha": 0.6}}.get(
+        name, {}
+    )
     return Objective(name, normalize=normalize, **parameters)
 
 

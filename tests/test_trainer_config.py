@@ -33,6 +33,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*fr
         ({"objective": "gdc+"}, "unknown objective"),
         ({"objective": "reinforce"}, "needs reward="),
         ({"objective": "kl_control"}, "needs beta"),
+        ({"objective": "alpha"}, "needs alpha"),
+        ({"objective": "alpha", "alpha": 0.5, "max_return": -1.0}, "max_return must be a positive finite number"),
         ({"baseline": "median"}, "baseline must be a number"),
         ({"baseline": "mean"}, "gdc\\+\\+.*constant baseline 1"),
         ({"proposal_criterion": "chi2"}, "proposal_criterion must be one of kl, tvd, js, interval"),

@@ -65,6 +65,10 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             value head. ``max_steps`` counts every one of them. Resumed in the middle of a batch, a run of one process
             goes on with it, one of several draws a new one.
         normalize: False multiplies A by Z, the paper's scale.
+        alpha: that of the objective ``alpha``: 0 descends KL(p||pi), which covers p, 1 descends KL(pi||p).
+        normalize_alpha: False leaves the factor 1/(1 - alpha) out of A, which keeps A of the same size as alpha comes
+            near to 1.
+        max_return: bounds (p/pi)^(1 - alpha) - 1 above, before that factor and the baseline.
         max_weight: bounds A.
         entropy_coefficient: c of the entropy bonus, which adds -c times the mean over sequences of the policy's
             entropy, summed over their tokens (nats), to the loss: of all sequences as they were drawn, not weighted.
@@ -129,6 +133,9 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     ppo_epochs: int = _field(1, "Optimiser steps on each batch of samples.")
     ppo_clip: float = _field(0.2, "Where the ratio is clipped, with more than one step on a batch.")
     normalize: bool = _field(True, "False multiplies A by Z.")
+    alpha: float | None = _field(None, "Of the objective alpha.")
+    normalize_alpha: bool = _field(True, "False leaves the factor 1/(1 - alpha) out of A.")
+    max_return: float | None = _field(None, "Bounds (p/pi)^(1 - alpha) - 1 above.")
     max_weight: float | None = _field(None, "Bounds A to [-max_weight, max_weight].")
     entropy_coefficient: float = _field(0.0, "What the policy's entropy is multiplied by in the loss; 0: no bonus.")
     temperature: float = _field(1.0, "Of policy, proposal and base.")

@@ -311,7 +311,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         A metric that varies is the mean of its values, a count is their sum, and any other metric is its last value."""
         if "loss" in logs and self._metrics:
             means = ("phi/", "scorer/", "weight_", "seconds_", "length", "ess", "reward", "entropy", "clip_fraction")
-            sums = ("n_clipped", "n_empty", "swapped")
+            sums = ("n_clipped", "n_clipped_return", "n_empty", "swapped")
             for key in {key: None for metrics in self._metrics for key in metrics}:
                 values = [m[key] for m in self._metrics if key in m]
                 # what is done in some steps only takes no time in the others
