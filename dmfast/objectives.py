@@ -106,8 +106,8 @@ class Objective:
         alpha: that of the divergence that ``alpha`` descends, any finite number: 0 is KL(p||pi), 1 is KL(pi||p).
         normalize_alpha: ``False`` leaves the factor 1/(1 - alpha) out of ``alpha``'s return, which keeps A of the same
             size as alpha comes near to 1. Only where alpha is below 1: beyond, the factor is negative.
-        max_return: M, positive: bounds (p/pi)^(1 - alpha) - 1 of ``alpha`` above, before the factor 1/(1 - alpha) and the
-            baseline. Only where alpha is below 1.
+        max_return: M, positive: bounds (p/pi)^(1 - alpha) - 1 of ``alpha`` above, before the factor 1/(1 - alpha) and
+            the baseline. Only where alpha is below 1.
 
     Raises:
         ValueError: unknown name, or a parameter that the objective does not have or lacks, or that has no such value.
@@ -164,14 +164,11 @@ class Objective:
                 raise ValueError(f"{parameter} must be a number that is {words}, got {value!r}")
         if self.max_return is not None and not (is_number(self.max_return) and 0 < self.max_return < math.inf):
             raise ValueError(f"max_return must be a positive finite number or None, got {self.max_return!r}")
-        if (self.max_return is not None or not self.normalize_alpha) and not (
-            self.alpha is not None and self.alpha < 1
-        ):
-            what = (
-                "max_return bounds the return"
-                if self.normalize_alpha
-                else "normalize_alpha=False leaves the factor out"
-            )
+        below_one = self.alpha is not None and self.alpha < 1
+        if not below_one and (self.max_return is not None or not self.normalize_alpha):
+            what = "max_return bounds the return"
+            if not self.normalize_alpha:
+                what = "normalize_alpha=False leaves the factor 1/(1 - alpha) out of the return"
             raise ValueError(
                 f"{what} of objective 'alpha' with alpha below 1; got objective {self.name!r}"
                 + (f" with alpha={self.alpha!r}" if self.alpha is not None else "")
@@ -486,7 +483,7 @@ def _log_return(objective: Objective, log_t: Tensor) -> Tensor:
 def bounded_returns(
     objective: Objective | Callable[[Terms], Tensor], log_ratio: Tensor | None, log_target_ratio: Tensor | None
 ) -> Tensor | None:
-    """Return which returns ``max_return`` bounds, (B,) bool, from log rho and log u; None where there is no such bound."""
+    """Return which returns ``max_return`` bounds, (B,) bool, from log rho and log u; None where there is no bound."""
     if not isinstance(objective, Objective) or objective.max_return is None:
         return None
     assert log_ratio is not None and log_target_ratio is not None

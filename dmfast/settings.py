@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import adapters
 from .models import LanguageModel
 from .objectives import KINDS, AdaptiveBeta, Objective, PPOClip, Terms
-from .proposal import OfflineProposal
+from .proposal import NEED_ALL, OfflineProposal
 from .samples import Samples
 from .targets import EBM
 from .tensors import address
@@ -145,6 +145,11 @@ class Settings:
         return replace(self.objective, baseline=baseline) if given else self.objective
 
     @property
+    def own_alpha(self) -> float | None:
+        """The alpha of the objective ``alpha``; None with any other."""
+        return self.template.alpha if isinstance(self.template, Objective) else None
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """The per-sequence inputs that the objective can't do without. A function may look at log a."""
         return self.template.needs if isinstance(self.template, Objective) else ("log_base",)
@@ -250,8 +255,8 @@ def check_proposal(proposal: OfflineProposal[Any] | None, policy: LanguageModel,
         raise ValueError("proposal is a copy of another model than policy: write OfflineProposal(policy)")
     if settings.on_policy:
         raise ValueError("on_policy=True says that the policy itself draws, and proposal is what draws: leave one out")
-    if settings.skip_zero_weight and proposal.criterion == "js" and not settings.check_samples:
+    if settings.skip_zero_weight and proposal.criterion in NEED_ALL and not settings.check_samples:
         raise ValueError(
-            "skip_zero_weight=True leaves log pi unknown where P = 0, and the proposal's criterion 'js' needs it "
-            "there; use kl or tvd, or fresh samples (check_samples)"
+            f"skip_zero_weight=True leaves log pi unknown where P = 0, and the proposal's criterion "
+            f"{proposal.criterion!r} needs it there; use kl or tvd, or fresh samples (check_samples)"
         )

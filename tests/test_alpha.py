@@ -11,12 +11,14 @@ from typing import Any
 import mpmath
 import pytest
 import torch
-from tabular import Space, hard_target, soft_target
+from tabular import Space, Target, hard_target, soft_target
 from test_kernels import check_extremes, exact_weight, formula, one
 
 import dmfast
 from dmfast import Objective
+from dmfast.estimators import estimate
 from dmfast.objectives import bounded_returns
+from dmfast.proposal import nearer
 
 INF = math.inf
 HOW = ("C++", "Python")
@@ -87,8 +89,8 @@ def test_extremes(alpha: float, on_policy: bool, options: dict[str, Any]) -> Non
 def test_near_one_a_filter_is_reinforce_with_baseline_one(how: str) -> None:
     """P = a v, v in {0, 1}: as alpha -> 1 from below, (1 - alpha) A -> rho (v - 1), that of the reward v."""
     reinforce = Objective("reinforce", baseline=1.0)
-    for terms, v in itertools.product(inputs(40), (0.0, 1.0)):
-        terms = {**terms, "reward": torch.tensor([v]).double(), "baseline": torch.ones(1).double()}
+    for given, v in itertools.product(inputs(40), (0.0, 1.0)):
+        terms = {**given, "reward": torch.tensor([v]).double(), "baseline": torch.ones(1).double()}
         terms["log_target"] = terms["log_base"] + terms["reward"].log()
         expected = formula(how, reinforce, False, -20.0, terms, INF)
         assert expected == pytest.approx(math.exp(-20.0 - float(terms["log_proposal"])) * (v - 1))
@@ -133,7 +135,7 @@ def loss(objective: Objective, backend: str, **options: Any) -> dmfast.functiona
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
 def test_p_of_zero_is_refused_from_one_on(backend: str, alpha: float) -> None:
     objective = Objective("alpha", alpha=alpha)
-    with pytest.raises(ValueError, match="'alpha' is infinite where P.x. = 0, .* sequence 2 .*alpha with alpha=0"):
+    with pytest.raises(ValueError, match=r"'alpha' is infinite where P\(x\) = 0, .* sequence 2 .*alpha with alpha=0"):
         loss(objective, backend)
     out = loss(objective, backend, max_weight=2.0)
     assert out.weight[2] == -2 and out.weight[4] == 0 and int(out.n_clipped) == int((out.weight.abs() == 2).sum())
@@ -223,6 +225,75 @@ def test_the_expected_gradient_is_the_divergence_s(alpha: float, target: str, on
     # a factor of 1/(1 - alpha) is in A where P = 0, and cancels in the expectation
     tolerance = (2e-6 if backend == "cpu" else 1e-12) * max(1.0, 1 / abs(1 - alpha) if alpha != 1 else 1.0)
     torch.testing.assert_close(leaf.grad, table.grad, rtol=0, atol=tolerance * max(float(table.grad.abs().max()), 1))
+
+
+def exact_divergence(alpha: float, target: Target, log_pi: torch.Tensor) -> float:
+    """(1 - sum p^(1-alpha) pi^alpha)/(alpha (1-alpha)) and its limits, over all sequences."""
+    p, pi = target.p, log_pi.exp()
+    if alpha == 0:
+        return float(torch.xlogy(p, p).sum() - torch.xlogy(p, pi).sum())
+    if alpha == 1:
+        return float((pi * (log_pi - p.log())).sum())
+    return float((1 - (p ** (1 - alpha) * pi**alpha).sum()) / (alpha * (1 - alpha)))
+
+
+CRITERION = [(a, t) for a in (-1.0, 0.0, 1e-9, 0.25, 0.75, 0.999, 1 - 1e-9, 1.0, 1.5) for t in TARGETS
+             if a < 1 or t == "soft"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("alpha", "target"), CRITERION)
+def test_the_divergence_of_pi_and_of_q_by_enumeration(alpha: float, target: str) -> None:
+    """Each sequence counts as often as q draws it: estimates and their paired difference are exact, at the limits 0 and
+    1 and beside them, where the formula as it stands is a 0/0."""
+    log_pi, p = SPACE.log_prob(POLICY), TARGETS[target]
+    scores = log_pi, PROPOSAL, p.log_score, p.z.log().expand(SPACE.n)
+    found = estimate(*scores, sample_weight=PROPOSAL.exp(), alpha=alpha)
+    near = {1e-9: 0.0, 1 - 1e-9: 1.0}.get(alpha, alpha) if target == "soft" else alpha
+    of_pi, of_q = (exact_divergence(near, p, each) for each in (log_pi, PROPOSAL))
+    # 1 - 1e-9 on a target with zeros: 1/(1 - alpha) times what pi gives to them; and 1e-9 is what the limit is off by
+    tolerance = 1e-6 if near != alpha or abs(alpha - 1) < 1e-3 or 0 < alpha < 1e-3 else 1e-11
+    assert found.alpha_policy is not None and found.alpha_proposal is not None
+    assert found.alpha_policy.value == pytest.approx(of_pi, rel=tolerance)
+    assert found.alpha_proposal.value == pytest.approx(of_q, rel=tolerance)
+    check = nearer("alpha", *scores, PROPOSAL.exp(), alpha)
+    assert check.value == pytest.approx(of_q - of_pi, rel=tolerance * 10)
+    assert {"alpha_policy", "alpha_policy_stderr", "alpha_proposal"} <= found.as_dict().keys()
+    assert "alpha_policy" not in estimate(*scores).as_dict()
+
+
+@pytest.mark.parametrize(
+    ("alpha", "target"), [(0.0, "soft"), (0.5, "hard"), (0.9, "hard"), (0.999, "soft"), (0.999, "hard"), (1.0, "soft")]
+)
+def test_standard_errors_of_the_criterion(alpha: float, target: str) -> None:
+    """300 repetitions: right in size; and near alpha = 1 still as small as what is to be told apart, where the formula
+    as it stands varies with rho times 1/(1 - alpha)."""
+    base, log_q = SPACE.log_prob(SPACE.table(1, 0.5)), SPACE.log_prob(SPACE.table(2, 0.25))
+    soft = soft_target(base, SPACE.tokens)
+    p = soft if target == "soft" else hard_target(base)
+    log_pi = SPACE.log_prob(torch.lerp(SPACE.table_of(log_q.exp()), SPACE.table_of(soft.p), 0.3))
+    generator, found = torch.Generator().manual_seed(8), []
+    exact = exact_divergence(alpha, p, log_q) - exact_divergence(alpha, p, log_pi)
+    for _ in range(300):
+        which = torch.multinomial(log_q.exp(), 1000, replacement=True, generator=generator)
+        scores = log_pi[which], log_q[which], p.log_score[which], p.z.log().expand(1000)
+        check = nearer("alpha", *scores, torch.ones(1000).double(), alpha)
+        found.append((check.value - exact) / check.stderr)
+    errors = torch.tensor(found)
+    assert abs(float(errors.mean())) < 0.25
+    assert 0.85 < float(errors.std()) < 1.15
+    if target == "soft":
+        assert check.stderr < 0.25 * abs(exact)
+
+
+def test_the_criterion_stays_where_it_is_infinite() -> None:
+    """From alpha = 1 on both divergences are infinite where P = 0; and two samples say nothing of an error."""
+    log_pi, p = SPACE.log_prob(POLICY), TARGETS["hard"]
+    scores = log_pi, PROPOSAL, p.log_score, p.z.log().expand(SPACE.n)
+    for alpha in (1.0, 1.5):
+        assert math.isnan(nearer("alpha", *scores, PROPOSAL.exp(), alpha).value)
+        assert estimate(*scores, alpha=alpha).alpha_policy.value == INF
+    two = [x[:2] for x in (log_pi, PROPOSAL, TARGETS["soft"].log_score, scores[3])]
+    assert math.isnan(nearer("alpha", *two, torch.ones(2).double(), 0.5).stderr)
 
 
 def test_exact_weight_is_itself_right_at_one() -> None:

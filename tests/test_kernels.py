@@ -1030,10 +1030,8 @@ normalized = pytest.mark.parametrize(
 
 
 def make_objective(name: str, normalize: bool) -> Objective:
-    parameters = {"kl_control": {"beta": 0.3}, "reinforce_p": {"log_scale": -19.5}, "alpha": {"alpha": 0.6}}.get(
-        name, {}
-    )
-    return Objective(name, normalize=normalize, **parameters)
+    parameters = {"kl_control": {"beta": 0.3}, "reinforce_p": {"log_scale": -19.5}, "alpha": {"alpha": 0.6}}
+    return Objective(name, normalize=normalize, **parameters.get(name, {}))
 
 
 @pytest.mark.parametrize("on_policy", [False, True])

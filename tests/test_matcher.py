@@ -791,7 +791,7 @@ def without(state, key):
         ({"alpha": 0.5}, ValueError, "'gdc\\+\\+' does not take alpha"),
         ({"objective": "alpha", "alpha": 1.5, "max_return": 10}, ValueError, "max_return .* below 1; .* alpha=1.5"),
         ({"objective": "alpha", "alpha": 0.5, "max_return": 0}, ValueError, "max_return must be a positive finite num"),
-        ({"objective": Objective("alpha", alpha=0.5), "alpha": 0.4}, ValueError, "other parameters itself; .*alpha=0.4"),
+        ({"objective": Objective("alpha", alpha=0.5), "alpha": 0.4}, ValueError, "parameters itself; .*alpha=0.4"),
         ({"objective": lambda t: t.log_prob, "normalize_alpha": False}, ValueError, "normalize_alpha=False can't act"),
         ({"partition": "global"}, ValueError, "'running' or 'step'"),
         ({"max_weight": 0}, ValueError, "max_weight must be positive"),

@@ -41,11 +41,8 @@ from .form import divisor, reduce, scaled
 FourTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 FiveTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 SevenTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-_NORMALIZED, _LEFT_OUT, _FACTOR_LEFT_OUT = (
-    1,
-    2,
-    4,
-)  # flags for what neither the name nor the parameter of an objective says
+# flags for what neither the name nor the parameter of an objective says
+_NORMALIZED, _LEFT_OUT, _FACTOR_LEFT_OUT = 1, 2, 4
 _NAMES = {kind.number: name for name, kind in reversed(KINDS.items())}  # dpg, not gdc++, whose baseline is a column
 
 

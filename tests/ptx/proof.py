@@ -175,8 +175,8 @@ class Call:
         kind, baseline = {"gdc++": (1, 1.0), "dpg": (1, 0.0), "js": (3, 0.0)}[objective]
         columns = (_PTR * 6)(*(self.at["columns"] + 8 * self.b * i for i in range(3)))
         constants = (_F64 * 6)(0, 0, 0, 0, 0, baseline)
-        terms = Terms(kind=kind, flags=HAS_TARGET, max_weight=math.inf, max_log_return=math.inf, columns=columns, constants=constants,
-                      entropy_coefficient=self.bonus)  # fmt: skip
+        terms = Terms(kind=kind, flags=HAS_TARGET, max_weight=math.inf, max_log_return=math.inf, columns=columns,
+                      constants=constants, entropy_coefficient=self.bonus)  # fmt: skip
         out = Outputs(rows_block=self.at["rows"], sequences_block=self.at["sequences"], rows=self.b * self.t,
                       sequences=self.b, total=self.at["total"], entropy=True, divide_by=float(self.b))  # fmt: skip
         space = Workspace(faults=self.at["faults"], counters=self.at["counters"], status=self.at["status"])
