@@ -277,7 +277,7 @@ class OfflineProposal(Generic[Policy]):
             agree: turns this rank's verdict into the verdict that all ranks follow, in distributed training.
             fresh: draws sequences from q for this check alone and scores them by the current pi, q and the target; see
                 ``Scores``. log pi may be NaN where P = 0, except with ``js`` and ``alpha``. It is called when a check
-                is due and needs samples. The verdict then rests on these alone and not on the steps since the last swap.
+                is due and needs samples. The verdict then rests on these alone, not on the steps since the last swap.
 
         Raises:
             ValueError: ``fresh`` gave tensors of different lengths, or values that are not possible; q stays as it is.

@@ -58,7 +58,7 @@ def exact(target):
 
 
 def values(estimates):
-    return {name: e.value for name, e in vars(estimates).items()}
+    return {name: e.value for name, e in vars(estimates).items() if e is not None}
 
 
 def outputs(target, which=slice(None), log_z=None, **kwargs):
