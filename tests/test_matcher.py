@@ -22,6 +22,8 @@ from trainer_job import PROMPTS, digest, gpt2, job, tokenizer
 
 import dmfast
 from dmfast import EBM, Contains, LanguageModel, Matcher, Moment, Objective, OfflineProposal, Scorer, Terms
+from dmfast.estimators import estimate
+from dmfast.proposal import nearer
 from dmfast.training.recipe import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
@@ -771,6 +773,33 @@ def test_a_state_without_estimates_is_refused_on_policy():
 
 def without(state, key):
     return {name: value for name, value in state.items() if name != key}
+
+
+def test_the_log_has_the_divergence_of_alpha_and_the_returns_that_were_bounded():
+    """By which the proposal is judged, too; other objectives have none of it."""
+    alpha, most = 0.25, 0.1
+    m = matcher(objective="alpha", alpha=alpha, max_return=most, proposal={"criterion": "alpha", "alpha": alpha})
+    optimizer, bounded, passed = sgd(m, 0.5), 0, []
+    for _ in range(2):
+        out = m.loss(draw(m, n=32))
+        count = int((((1 - alpha) * (out.log_target_ratio - out.log_ratio)).expm1() > most).sum())
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        passed.append((out.log_prob, out.log_proposal, out.log_target, out.log_z))
+        found = m.commit()
+        assert found["n_clipped_return"] == found["n_clipped"] == count
+        bounded += count
+    assert bounded > 0
+    scores = [torch.cat(each) for each in zip(*passed, strict=True)]
+    recent = torch.tensor([0.8] * 32 + [1.0] * 32, dtype=torch.float64)  # the decay of the window
+    expected = estimate(*scores, sample_weight=recent, alpha=alpha).as_dict()
+    for name in ("alpha_policy", "alpha_policy_stderr", "alpha_proposal", "alpha_proposal_stderr"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-9)
+    check = nearer("alpha", *scores, recent, alpha)
+    assert found["proposal_check"] == pytest.approx(check.value, rel=1e-9) and found["swapped"] == (check.value > 0)
+    plain = matcher()
+    assert not {"alpha_policy", "n_clipped_return"} & step(plain, sgd(plain)).keys()
 
 
 # --- what is refused
