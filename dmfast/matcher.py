@@ -33,7 +33,7 @@ from .kernels.result import DMLossOutput
 from .metrics import step_metrics
 from .models import LanguageModel
 from .objectives import Objective, PPOClip, Terms, known_returns, leave_one_out_baseline, plain_baseline, weigh
-from .proposal import OfflineProposal, Scores
+from .proposal import NEED_ALL, OfflineProposal, Scores
 from .ranks import OneProcess, Ranks
 from .refit import Refit
 from .running import Running
@@ -80,6 +80,7 @@ class Matcher:
         beta: the KL coefficient of ``kl_control``; its value at the start, where ``beta_target_kl`` is given.
         beta_target_kl: the wanted KL(pi||a), nats per sequence: ``AdaptiveBeta`` then steers beta with
             ``beta_horizon`` (sequences). Only on-policy.
+        alpha, normalize_alpha, max_return: of the objective ``alpha``, as in ``dmfast.Objective``.
         max_weight: bounds A to [-max_weight, max_weight].
         entropy_coefficient: c of the entropy bonus, -c times the mean over sequences of the policy's entropy summed
             over their tokens, added to the loss (``dm_loss``). The mean is logged as ``entropy``.
@@ -125,6 +126,9 @@ class Matcher:
         beta: float | None = None,
         beta_target_kl: float | None = None,
         beta_horizon: float = 10_000,
+        alpha: float | None = None,
+        normalize_alpha: bool = True,
+        max_return: float | None = None,
         max_weight: float | None = None,
         entropy_coefficient: float = 0.0,
         on_policy: bool | None = None,
@@ -142,9 +146,9 @@ class Matcher:
         ranks: Ranks | None = None,
     ) -> None:
         self.settings = Settings(
-            objective, baseline, normalize, beta, beta_target_kl, beta_horizon, max_weight, entropy_coefficient,
-            proposal is None if on_policy is None else on_policy, partition, skip_zero_weight, ppo_epochs, ppo_clip,
-            check_samples, refit_ess, refit_samples, patience_zero, seed,
+            objective, baseline, normalize, beta, beta_target_kl, beta_horizon, alpha, normalize_alpha, max_return,
+            max_weight, entropy_coefficient, proposal is None if on_policy is None else on_policy, partition,
+            skip_zero_weight, ppo_epochs, ppo_clip, check_samples, refit_ess, refit_samples, patience_zero, seed,
         )  # fmt: skip
         if not isinstance(policy, LanguageModel):
             raise TypeError(
@@ -174,6 +178,12 @@ class Matcher:
     def estimates(self) -> RunningEstimates:
         """The estimates of the window since the last swap, the proposal's where there is one."""
         return self._estimates if self.proposal is None else self.proposal.running
+
+    @property
+    def _alpha(self) -> float | None:
+        """The alpha whose divergence is logged: the objective's, else the one that the proposal is judged by."""
+        own = self.settings.own_alpha
+        return self.proposal.alpha if own is None and self.proposal is not None else own
 
     # ---- draw: samples, log P, Z
 
@@ -539,7 +549,7 @@ class Matcher:
                 self.estimates.update(out)
             else:
                 self.proposal.update(out)  # into the same estimates
-            now = self.estimates.estimates()
+            now = self.estimates.estimates(self._alpha)
             swapped = self._maybe_swap(running)
         self.running, self.batch, self._passed = running, None, []
         self._to_repeat = batch if batch.epoch + 1 < settings.ppo_epochs else None
@@ -602,7 +612,7 @@ class Matcher:
         x = self._sample(contexts, n, how, seed)
         log_target = self._score(x, how.batch_size, needs_base=False)[0].log_target
         # where P = 0, kl and tvd don't need log pi
-        scored = (log_target > -math.inf) | (cast("OfflineProposal[Any]", self.proposal).criterion == "js")
+        scored = (log_target > -math.inf) | (cast("OfflineProposal[Any]", self.proposal).criterion in NEED_ALL)
         log_prob = torch.full_like(log_target, math.nan)
         log_prob[scored] = self.policy.log_prob(x[scored], batch_size=how.batch_size).to(log_prob)
         context, log_prob, log_q, log_target = (

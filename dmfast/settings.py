@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import adapters
 from .models import LanguageModel
 from .objectives import KINDS, AdaptiveBeta, Objective, PPOClip, Terms
-from .proposal import OfflineProposal
+from .proposal import NEED_ALL, OfflineProposal
 from .samples import Samples
 from .targets import EBM
 from .tensors import address
@@ -38,6 +38,9 @@ class Settings:
     beta: float | None = None
     beta_target_kl: float | None = None
     beta_horizon: float = 10_000
+    alpha: float | None = None
+    normalize_alpha: bool = True
+    max_return: float | None = None
     max_weight: float | None = None
     entropy_coefficient: float = 0.0
     on_policy: bool = False
@@ -117,9 +120,11 @@ class Settings:
         baseline: Any = None if self.baseline == "mean" and not fixed else self.baseline
         if isinstance(self.objective, str):
             log_scale = 0.0 if self.objective == "reinforce_p" else None
-            return Objective(self.objective, baseline, self.normalize, self.beta, log_scale)
-        given = [f"{name}={getattr(self, name)!r}" for name in ("beta", "baseline") if getattr(self, name) is not None]
-        given += [] if self.normalize else ["normalize=False"]
+            own = {name: getattr(self, name) for name in ("beta", "alpha", "normalize_alpha", "max_return")}
+            return Objective(self.objective, baseline, self.normalize, log_scale=log_scale, **own)
+        named = ("beta", "alpha", "max_return", "baseline")
+        given = [f"{name}={getattr(self, name)!r}" for name in named if getattr(self, name) is not None]
+        given += [f"{name}=False" for name in ("normalize", "normalize_alpha") if not getattr(self, name)]
         if not isinstance(self.objective, Objective):
             if not callable(self.objective):
                 raise TypeError(
@@ -134,10 +139,15 @@ class Settings:
             return self.objective
         if given and (self.objective.baseline is not None or any(not each.startswith("baseline") for each in given)):
             raise ValueError(
-                f"an Objective has its baseline, beta and normalize itself; got {self.objective} and "
+                f"an Objective has its baseline, beta and other parameters itself; got {self.objective} and "
                 f"{' and '.join(given)}"
             )
         return replace(self.objective, baseline=baseline) if given else self.objective
+
+    @property
+    def own_alpha(self) -> float | None:
+        """The alpha of the objective ``alpha``; None with any other."""
+        return self.template.alpha if isinstance(self.template, Objective) else None
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -245,8 +255,8 @@ def check_proposal(proposal: OfflineProposal[Any] | None, policy: LanguageModel,
         raise ValueError("proposal is a copy of another model than policy: write OfflineProposal(policy)")
     if settings.on_policy:
         raise ValueError("on_policy=True says that the policy itself draws, and proposal is what draws: leave one out")
-    if settings.skip_zero_weight and proposal.criterion == "js" and not settings.check_samples:
+    if settings.skip_zero_weight and proposal.criterion in NEED_ALL and not settings.check_samples:
         raise ValueError(
-            "skip_zero_weight=True leaves log pi unknown where P = 0, and the proposal's criterion 'js' needs it "
-            "there; use kl or tvd, or fresh samples (check_samples)"
+            f"skip_zero_weight=True leaves log pi unknown where P = 0, and the proposal's criterion "
+            f"{proposal.criterion!r} needs it there; use kl or tvd, or fresh samples (check_samples)"
         )

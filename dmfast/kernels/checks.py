@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,6 +20,7 @@ from ..objectives import (
     OBJECTIVES,
     Objective,
     Terms,
+    is_number,
     leave_one_out_baseline,
     plain_baseline,
 )
@@ -54,14 +53,9 @@ def _check_logits(logits: Tensor) -> None:
         )
 
 
-def _is_number(x: object) -> TypeGuard[float]:
-    """Python's or NumPy's; a bool is none."""
-    return isinstance(x, (float, int, Real)) and not isinstance(x, bool)
-
-
 def _number(x: object) -> float:
     """NaN for what is none."""
-    return float(x) if _is_number(x) else math.nan
+    return float(x) if is_number(x) else math.nan
 
 
 def _check_scaling(temperature: float, softcap: float | None) -> None:
@@ -280,7 +274,7 @@ def make_terms(
             as_it_is = value.dtype is torch.float64 and value.dim() == 1 and value.shape[0] == n and value.device == to
             column = value if as_it_is else _per_sequence(COLUMNS[c], value, device, to, n, what)
             columns.append(column.detach() if column.requires_grad else column)
-        elif c == 2 and _is_number(value):
+        elif c == 2 and is_number(value):
             constants = (0.0, 0.0, float(value), 0.0, 0.0, 0.0)
         else:
             raise TypeError(f"{COLUMNS[c]} must be a floating-point tensor, got {describe(value)}")
