@@ -46,7 +46,7 @@ from .targets.constraints import as_feature
 #: What ``Matcher.loss`` says to ``LanguageModel.loss`` itself.
 _OF_THE_BATCH = frozenset({
     "objective", "on_policy", "max_weight", "num_sequences", "temperature", "softcap", "cu_seqlens", "log_target",
-    "log_proposal", "log_z", "reward", "log_base", "entropy_coefficient",
+    "log_proposal", "log_z", "reward", "log_base", "entropy_coefficient", "context_id", "num_tokens",
 })  # fmt: skip
 _FORMAT = 2  # of state_dict; what DMTrainer wrote before there was a Matcher is 1
 
@@ -248,14 +248,41 @@ class Matcher:
             pending.beta.update(float(log_ratio.mean()), len(log_ratio))
         if isinstance(objective, Objective) and isinstance(objective.baseline, str):
             inputs["baseline"] = self._leave_one_out(objective, x.context_id, inputs)
+        if self.settings.whole_contexts:
+            self._check_groups(of_all[0])
+        n_tokens = float(gather(x.score_mask.sum()[None].double()).mean()) if callable(objective) else 1.0
         batch = Batch(
             x, inputs, torch.cat([scores.features, scores.monitored], 1), scores.log_base,
             self._forwarded(objective, inputs), objective, pending, (contexts, how),
             advantage=weigh(self._terms(objective, inputs)) if self.settings.ppo_epochs > 1 else None, anew=anew,
-            whole_contexts=self.settings.whole_contexts, counts=counts, _again=self._again,
+            whole_contexts=self.settings.whole_contexts, n_tokens=n_tokens, counts=counts, _again=self._again,
             seconds={"sampling": sampled - start, "scoring": time.perf_counter() - sampled},
         )  # fmt: skip
         return self._opened(batch)
+
+    def _check_groups(self, context_id: Tensor) -> None:
+        """Check that the sequences of a context lie on one rank, and are two or more.
+
+        Args:
+            context_id: (size * N,) of all ranks.
+
+        Raises:
+            ValueError: they do not, or are not.
+        """
+        by_rank = context_id.view(self.ranks.size, -1)
+        found: dict[int, int] = {}
+        for rank, contexts in enumerate(by_rank.tolist()):
+            for context in set(contexts):
+                if found.setdefault(context, rank) != rank:
+                    raise ValueError(
+                        f"the objective {self.settings.name!r} needs all sequences of a prompt on one rank, and those "
+                        f"of context {context} are on ranks {found[context]} and {rank}: give each its own prompts"
+                    )
+                if contexts.count(context) < 2:
+                    raise ValueError(
+                        f"the objective {self.settings.name!r} compares the sequences of a prompt, and context "
+                        f"{context} has one: draw n >= 2 of each prompt (samples_per_context)"
+                    )
 
     def check_length(self, max_new_tokens: int, name: str = "max_new_tokens", stacklevel: int = 4) -> None:
         """Warn once where sequences get another length than those that lambda was fitted on. ``draw`` calls this.
@@ -448,6 +475,7 @@ class Matcher:
                 max_weight=self.settings.max_weight,
                 entropy_coefficient=self.settings.entropy_coefficient,
                 num_sequences=len(batch),  # DDP averages over ranks
+                **({} if isinstance(objective, Objective) else self._of_group(batch, places[kept])),
                 **(values if everything else {name: value[kept] for name, value in values.items()}),
                 **options,
             )
@@ -456,6 +484,11 @@ class Matcher:
         self._passed.append((part, out))
         self._has_passed[places] = True
         return out
+
+    def _of_group(self, batch: Batch, places: Tensor) -> dict[str, Any]:
+        """Return what an objective that is a function gets beside its inputs: contexts, and the step's tokens."""
+        # those of this rank on average, as num_sequences is, since DDP averages over ranks
+        return {"context_id": batch.samples.context_id[places], "num_tokens": batch.n_tokens}
 
     def _around(self, model: nn.Module | None) -> LanguageModel:
         """Return the policy around the module that DDP, FSDP or a compiler made of it."""

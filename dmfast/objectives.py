@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, TypeAlias, TypeGuard
+from typing import Literal, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -215,6 +215,22 @@ NO_CONSTANTS = (0.0,) * len(COLUMNS)
 LOG_PROPOSAL, LOG_TARGET, LOG_Z, REWARD, LOG_BASE, BASELINE = (1 << c for c in range(len(COLUMNS)))
 
 
+class Group(NamedTuple):
+    """What a function of ``Terms`` may know of B sequences beside their inputs.
+
+    Attributes:
+        length: (B,) fp64, the scored tokens of each.
+        n_tokens: 0-d fp64 or a number, the scored tokens of the whole optimiser step.
+        n_sequences: the sequences of the whole optimiser step.
+        context_id: (B,) int64, the prompt of each; None: it was not given, and all are of one.
+    """
+
+    length: Tensor
+    n_tokens: Tensor | float
+    n_sequences: Tensor | float
+    context_id: Tensor | None = None
+
+
 class Terms:
     """What is known of B sequences: fp64 (B,) tensors without gradient, or None where not given.
 
@@ -231,17 +247,18 @@ class Terms:
         constants: for each of ``COLUMNS`` its constant, or 0.
         log_prob: (B,) fp64 log pi, once it is known.
         entropy_coefficient: what the policy's entropy is multiplied by in the loss; 0: it is not in the loss.
+        group: lengths and contexts, where the objective is a function.
     """
 
     def __init__(
         self, objective: Objective | Callable[[Terms], Tensor], on_policy: bool, max_weight: float, block: Tensor,
         present: int, given: int, constants: tuple[float, ...] = NO_CONSTANTS, log_prob: Tensor | None = None,
-        entropy_coefficient: float = 0.0,
+        entropy_coefficient: float = 0.0, group: Group | None = None,
     ) -> None:  # fmt: skip
         self.objective, self.on_policy, self.max_weight = objective, on_policy, max_weight
         self.block, self.present, self.given, self.constants = block, present, given, constants
         self.log_prob = log_prob
-        self.entropy_coefficient = entropy_coefficient
+        self.entropy_coefficient, self.group = entropy_coefficient, group
 
     @staticmethod
     def of(
@@ -316,17 +333,67 @@ class Terms:
         """(B,) or a number, what is subtracted from the return r."""
         return self.column(5)
 
+    def _of_group(self) -> Group:
+        if self.group is None:
+            raise ValueError(
+                "these Terms know no lengths and no contexts: dm_loss, linear_dm_loss and LanguageModel.loss give them "
+                "to an objective that is a function"
+            )
+        return self.group
+
+    @property
+    def context_id(self) -> Tensor | None:
+        """(B,) int64, the prompt of each sequence; None where the call got none."""
+        return self._of_group().context_id
+
+    @property
+    def length(self) -> Tensor:
+        """(B,) fp64, the scored tokens of each sequence."""
+        return self._of_group().length
+
+    @property
+    def n_tokens(self) -> Tensor | float:
+        """The scored tokens of the whole optimiser step: ``num_tokens`` of the call, or those of its sequences."""
+        return self._of_group().n_tokens
+
+    @property
+    def n_sequences(self) -> Tensor | float:
+        """The sequences of the whole optimiser step: ``num_sequences`` of the call, or those of the call."""
+        return self._of_group().n_sequences
+
+    def group_size(self) -> Tensor:
+        """Return for each sequence the number of its prompt's sequences in this call, (B,) fp64."""
+        context_id, length = self.context_id, self.length
+        if context_id is None:
+            return torch.full_like(length, len(length))
+        return (context_id[:, None] == context_id[None, :]).sum(1).to(length.dtype)
+
+    def group_mean(self, values: Tensor, leave_one_out: bool = False) -> Tensor:
+        """Return for each sequence the mean of the values of its prompt's sequences in this call, (B,).
+
+        All of them must be in the call: a function that takes such means has the attribute ``whole_contexts = True``,
+        by which a ``Matcher`` never cuts a group.
+
+        Args:
+            values: (B,).
+            leave_one_out: without the sequence itself.
+
+        Raises:
+            ValueError: a sequence is the only one of its prompt.
+        """
+        return _group_mean(values, self.context_id, leave_one_out)
+
     def with_log_prob(self, log_prob: Tensor) -> Terms:
         """Return these terms with log pi, (B,) fp64 without gradient."""
         return Terms(self.objective, self.on_policy, self.max_weight, self.block, self.present, self.given,
-                     self.constants, log_prob, self.entropy_coefficient)  # fmt: skip
+                     self.constants, log_prob, self.entropy_coefficient, self.group)  # fmt: skip
 
     def under(self, objective: Objective) -> Terms:
         """Return these terms with another objective and without a baseline."""
         block = self.block[:-1] if self.present & BASELINE else self.block
         present, given, constants = self.present & ~BASELINE, self.given & ~BASELINE, (*self.constants[:-1], 0.0)
         return Terms(objective, self.on_policy, self.max_weight, block, present, given, constants, self.log_prob,
-                     self.entropy_coefficient)  # fmt: skip
+                     self.entropy_coefficient, self.group)  # fmt: skip
 
     def cut(self, i: int, j: int) -> Terms:
         """Return the terms of sequences [i, j)."""
@@ -519,7 +586,7 @@ def leave_one_out(values: Tensor, context_id: Tensor | None = None) -> Tensor:
     rest, others = torch.where(finite, values, 0.0), (~finite).to(values.dtype)
     if context_id is None:
         if n == 1:
-            raise ValueError("a leave-one-out baseline needs two sequences or more; sequence 0 is alone")
+            raise ValueError("a mean over the sequences of a prompt needs two or more; sequence 0 is alone")
         mean, infinite = (rest.sum() - rest) / (n - 1), others.sum() - others
     else:
         same = context_id[:, None] == context_id[None, :]
@@ -527,12 +594,23 @@ def leave_one_out(values: Tensor, context_id: Tensor | None = None) -> Tensor:
         if not torch.compiler.is_compiling() and bool((counts < 2).any()):
             alone = int((counts < 2).nonzero()[0])
             raise ValueError(
-                f"a leave-one-out baseline needs two sequences or more in every group; sequence {alone} "
+                f"a mean over the sequences of a prompt needs two or more of each; sequence {alone} "
                 f"(context_id {int(context_id[alone])}) is alone"
             )
         in_group = same.to(values.dtype)
         mean, infinite = (in_group @ rest - rest) / (counts - 1), in_group @ others - others
     return torch.where(infinite > 0, math.inf, mean)
+
+
+def _group_mean(values: Tensor, context_id: Tensor | None, without_own: bool) -> Tensor:
+    """Return ``Terms.group_mean``."""
+    others = leave_one_out(values, context_id)
+    if without_own:
+        return others
+    if context_id is None:
+        return values.mean().expand_as(values)
+    same = (context_id[:, None] == context_id[None, :]).to(values.dtype)
+    return same @ values / same.sum(1)
 
 
 def plain_baseline(

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, cast
 from torch import Tensor, nn
 
 from . import adapters
+from .methods import METHODS
 from .models import LanguageModel
 from .objectives import KINDS, AdaptiveBeta, Objective, PPOClip, Terms
 from .proposal import NEED_ALL, OfflineProposal
@@ -103,12 +104,14 @@ class Settings:
     def built_in(self) -> str | None:
         """The name of the built-in objective; None where a function is in its place, however that is called."""
         if isinstance(self.objective, str):
-            return self.objective
+            return None if self.objective in METHODS else self.objective
         return self.objective.name if isinstance(self.objective, Objective) else None
 
     @property
     def name(self) -> str:
         """The objective's name, or that of the function in its place: for messages and cards only."""
+        if isinstance(self.objective, str):
+            return self.objective
         own: str = getattr(self.objective, "__name__", type(self.objective).__name__)
         return own if self.built_in is None else self.built_in
 
@@ -118,31 +121,31 @@ class Settings:
         kind = KINDS.get(self.built_in or "")
         fixed = kind is not None and kind.baseline is not None  # then Objective refuses any other
         baseline: Any = None if self.baseline == "mean" and not fixed else self.baseline
-        if isinstance(self.objective, str):
+        chosen = METHODS.get(self.objective, self.objective) if isinstance(self.objective, str) else self.objective
+        if isinstance(chosen, str):
             log_scale = 0.0 if self.objective == "reinforce_p" else None
             own = {name: getattr(self, name) for name in ("beta", "alpha", "normalize_alpha", "max_return")}
-            return Objective(self.objective, baseline, self.normalize, log_scale=log_scale, **own)
+            return Objective(chosen, baseline, self.normalize, log_scale=log_scale, **own)
         named = ("beta", "alpha", "max_return", "baseline")
         given = [f"{name}={getattr(self, name)!r}" for name in named if getattr(self, name) is not None]
         given += [f"{name}=False" for name in ("normalize", "normalize_alpha") if not getattr(self, name)]
-        if not isinstance(self.objective, Objective):
-            if not callable(self.objective):
+        if not isinstance(chosen, Objective):
+            if not callable(chosen):
                 raise TypeError(
-                    "objective must be a name, a dmfast.Objective or a function of dmfast.Terms, got "
-                    f"{self.objective!r}"
+                    f"objective must be a name, a dmfast.Objective or a function of dmfast.Terms, got {chosen!r}"
                 )
             if given:
                 raise ValueError(
-                    f"an objective of your own forms its weights itself, so {' and '.join(given)} can't act on it; "
-                    "form them in the function"
+                    f"an objective that is a function forms its weights itself, so {' and '.join(given)} can't act on "
+                    "it; form them in the function"
                 )
-            return self.objective
-        if given and (self.objective.baseline is not None or any(not each.startswith("baseline") for each in given)):
+            return chosen
+        if given and (chosen.baseline is not None or any(not each.startswith("baseline") for each in given)):
             raise ValueError(
-                f"an Objective has its baseline, beta and other parameters itself; got {self.objective} and "
+                f"an Objective has its baseline, beta and other parameters itself; got {chosen} and "
                 f"{' and '.join(given)}"
             )
-        return replace(self.objective, baseline=baseline) if given else self.objective
+        return replace(chosen, baseline=baseline) if given else chosen
 
     @property
     def own_alpha(self) -> float | None:
@@ -151,8 +154,12 @@ class Settings:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The per-sequence inputs that the objective can't do without. A function may look at log a."""
-        return self.template.needs if isinstance(self.template, Objective) else ("log_base",)
+        """The per-sequence inputs that the objective can't do without.
+
+        A function says so by an attribute ``needs``; one that says nothing may look at log a.
+        """
+        needs: tuple[str, ...] = getattr(self.template, "needs", ("log_base",))
+        return needs
 
     @property
     def whole_contexts(self) -> bool:

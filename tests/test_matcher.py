@@ -537,6 +537,44 @@ def test_the_sequences_of_a_context_stay_together_where_the_objective_needs_it()
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("objective", ["dapo", "gspo", "vargrad"])
+def test_a_step_of_a_group_method_is_the_same_in_parts(objective):
+    options = {"on_policy": objective == "dapo", "reward": lambda x: x.tokens.sum(1).double()}
+    if objective == "vargrad":  # log P is finite everywhere
+        options = {"constraints": [Moment(lambda x: x.score_mask.sum(1).double(), 3.0)]}
+    grads = []
+    for size in (20, 9):
+        m = matcher(objective=objective, **options)
+        for part in draw(m, PROMPTS[:5], 4).split(size):
+            m.loss(part).loss.backward()
+        m.commit()
+        grads.append(gradients(m))
+    assert max(float(each.abs().max()) for each in grads[0].values()) > 1e-6
+    for (name, mine), other in zip(grads[0].items(), grads[1].values(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_group_method_is_refused_where_its_groups_are_cut():
+    m = matcher(objective="dapo", on_policy=True, reward=lambda x: x.tokens.sum(1).double())
+    with pytest.raises(ValueError, match=r"'dapo' compares the sequences of a prompt, and context .* has one"):
+        draw(m, PROMPTS[:5], 1)
+    with pytest.raises(ValueError, match="objective 'dapo' needs reward="):
+        matcher(objective="dapo", on_policy=True)
+
+    class TwoRanks:
+        rank, size = 0, 2
+
+        def gather(self, values):
+            return torch.cat([values, values])
+
+        def agree(self, mine):
+            return mine
+
+    m.ranks = TwoRanks()
+    with pytest.raises(ValueError, match="needs all sequences of a prompt on one rank, and those of context"):
+        draw(m, PROMPTS[:5], 4)
+
+
 def test_scorers_see_the_rows():
     seen = []
 
