@@ -1,0 +1,528 @@
+"""What samplers around another engine share: requests become Samples, a load is proved whole, lost weights return.
+
+An engine computes with other kernels, often in 16 bits, so its log-probabilities differ from the model's by rounding.
+Those of the tokens that it drew are log q here; the importance weights then correct its rounding exactly.
+
+A load must be whole. Rounding hides from scores that half of the parameters are old ones, as long as the policy has
+moved little. So before the first load a copy whose every parameter is visibly another is loaded and compared, by scores
+and, where the engine gives digests, tensor by tensor. Every later load is compared by scores, and where the engine
+gives checksums that do not depend on layout by these, exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import sharding
+from ..families import without_adapters
+from ..models import LanguageModel, Source, module_of
+from ..samples import Prompt, Samples
+from ..seeds import seed_for
+from . import weights
+
+_AT_ONCE = 256  # sequences of one prompt in one request
+_PROBES, _PROBE_TOKENS = 8, 16
+_LOST = 3  # how often weights that an engine has lost are loaded again within one call
+
+
+class EngineError(OSError):
+    """An engine is gone, fails, or holds other weights than q's, and trying again within bounds did not help."""
+
+
+class Completion(NamedTuple):
+    """A continuation as an engine returned it: its tokens, the log-probability of each, and why it ended."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    finish: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an engine says of itself.
+
+    Attributes:
+        name: what messages call it.
+        context: tokens of prompt and continuation; None: not known.
+        dtype: what it computes in.
+        any_temperature: whether its log-probabilities are those at the temperature of a request, and not those at 1.
+    """
+
+    name: str
+    context: int | None
+    dtype: torch.dtype
+    any_temperature: bool
+
+
+class Gate:
+    """Let requests run together, and a load alone."""
+
+    def __init__(self) -> None:
+        self._free, self._running, self._loading = threading.Condition(), 0, False
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Wait until nothing is loaded, and hold back loads within the block."""
+        with self._free:
+            self._free.wait_for(lambda: not self._loading)
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._running -= 1
+                self._free.notify_all()
+
+    @contextmanager
+    def load(self) -> Iterator[None]:
+        """Wait until no request runs, and hold back requests within the block."""
+        with self._free:
+            self._free.wait_for(lambda: not self._loading)
+            self._loading = True
+            self._free.wait_for(lambda: not self._running)
+        try:
+            yield
+        finally:
+            with self._free:
+                self._loading = False
+                self._free.notify_all()
+
+
+class Engine:
+    """The part of a ``Sampler`` around an engine that does not depend on how the engine is reached.
+
+    Args:
+        like: the policy, or a model like it: its tokenizer, what ends a sequence, its context.
+        check_load: prove at the first load that every parameter reaches the engine. It takes a second copy of the model
+            for that time. Loads are compared by a few scores without it, too.
+        concurrency: requests at a time, one for each prompt.
+
+    Attributes:
+        version: the number of the q that the engine holds.
+        facts: what the engine says of itself.
+        context: tokens that both the model and the engine take; None: no limit is known.
+    """
+
+    facts: Facts
+
+    def __init__(self, like: LanguageModel, *, check_load: bool = True, concurrency: int = 32) -> None:
+        if not isinstance(like, LanguageModel):
+            raise TypeError(f"an engine needs the policy as a LanguageModel, got a {type(like).__name__}")
+        if not isinstance(concurrency, int) or concurrency < 1:
+            raise ValueError(f"concurrency must be an integer, 1 or more, got {concurrency!r}")
+        refuse_adapters(like)
+        self.version = 0
+        self._like, self._check_load, self._concurrency = like, check_load, concurrency
+        self._gate = Gate()
+        self._tag: str | None = None  # what the engine must call its weights
+        self._comparable = False  # whether the engine's checksums are those of the model
+        self._digests_of_load: dict[str, str] | None = None
+        self._sums_of_load: dict[str, int] = {}
+
+    # ---- what an engine has to offer
+
+    def _complete(self, ids: list[int], n: int, how: Mapping[str, Any]) -> list[Completion]:
+        """Return n continuations of one prompt.
+
+        Args:
+            ids: the prompt.
+            n: how many; the i-th is drawn with the seed of ``how`` plus i.
+            how: ``max_new_tokens``, ``temperature`` and ``seed``.
+
+        Raises:
+            EngineError: the engine failed, after what was tried.
+        """
+        raise NotImplementedError
+
+    def _prompt_log_probs(self, ids: list[int]) -> list[float]:
+        """Return the log-probability at temperature 1 of each token after the first."""
+        raise NotImplementedError
+
+    def _put(self, model: nn.Module, tag: str) -> None:
+        """Replace the engine's parameters by those of a plain model, and let the engine call them by this tag."""
+        raise NotImplementedError
+
+    def _put_back(self) -> None:
+        """Replace the engine's parameters by those of the last load that was kept, and their tag with them."""
+        raise NotImplementedError
+
+    def _keep(self) -> None:
+        """Take the parameters that were put last for those of q."""
+        raise NotImplementedError
+
+    def _held_tag(self) -> str:
+        """Return what the engine calls the weights that it holds now."""
+        raise NotImplementedError
+
+    def _digests(self) -> dict[str, str] | None:
+        """Return a digest of each tensor of the engine. None: it gives none."""
+        raise NotImplementedError
+
+    def _checksums(self) -> int | None:
+        """Return the sum of ``weights.checksum`` over the engine's parameters. None: it can't tell."""
+        raise NotImplementedError
+
+    def _spoil(self) -> None:
+        """Let the engine call its weights by another tag than q's."""
+        raise NotImplementedError
+
+    def _new_tag(self) -> str:
+        """Return a tag that no weights of any run have had."""
+        return f"dmfast {uuid.uuid4().hex}"
+
+    # ---- the protocol of samplers
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that both the model and the engine take; None: no limit is known."""
+        known = [limit for limit in (self._like._context, self.facts.context) if limit is not None]
+        return min(known) if known else None
+
+    def check(self, *, max_new_tokens: int, temperature: float, prompts: Sequence[Prompt] | None = None) -> None:
+        """Check, before anything is drawn, that the engine can draw so.
+
+        Raises:
+            ValueError: prompt and continuation are beyond the engine's context; its log-probabilities are not those at
+                this temperature.
+        """
+        self._ids(prompts, max_new_tokens, temperature)
+
+    def _ids(self, prompts: Any, max_new_tokens: int, temperature: float) -> list[list[int]]:
+        if temperature != 1.0 and not self.facts.any_temperature:
+            raise ValueError(
+                f"{self.facts.name} gives log-probabilities at temperature 1 only, and the temperature is "
+                f"{temperature!r}: start it with --logprobs-mode processed_logprobs, as dmfast serve-proposal does"
+            )
+        ids = list(self._like._encoder(prompts))
+        longest, context = max(map(len, ids)), self.context
+        if context is not None and longest + max_new_tokens > context:
+            raise ValueError(
+                f"the longest prompt has {longest} tokens; with max_new_tokens={max_new_tokens} that is beyond the "
+                f"context of {context} of {self.facts.name} and the model"
+            )
+        return ids
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[Prompt] | None = None, n: int = 1, *, max_new_tokens: int, temperature: float = 1.0,
+        seed: int | None = None, batch_size: int | None = None, first_row: int = 0,
+    ) -> Samples:  # fmt: skip
+        """Draw n sequences of each prompt with the engine's own log q.
+
+        Several threads may call it. What is drawn is a function of the seed and of a sequence's place, as far as the
+        engine's kernels give the same logits in batches of other sizes.
+
+        Args:
+            prompts, n, max_new_tokens, temperature, seed, first_row: as in ``LanguageModel.sample``.
+            batch_size: has no meaning here: the engine forms its own batches.
+
+        Returns:
+            ``Samples`` on the CPU.
+
+        Raises:
+            ValueError: as ``LanguageModel.sample``; as ``check``.
+            EngineError: the engine failed or holds other weights than q's, after what was tried.
+        """
+        numbers = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature}
+        for name, number in numbers.items():
+            if not (isinstance(number, (int, float, Real)) and 0 < number < math.inf):
+                raise ValueError(f"{name} must be a number, positive and finite, got {number!r:.100}")
+        ids = self._ids(prompts, max_new_tokens, temperature)
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        first = seed_for(seed, "an engine's sequences") + first_row
+        how = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        # a seed for each request: prompts that share a request would share its seed, and so their random numbers
+        requests = [
+            (prompt, min(_AT_ONCE, n - start), how | {"seed": first + place * n + start})
+            for place, prompt in enumerate(ids) for start in range(0, n, _AT_ONCE)
+        ]  # fmt: skip
+        for _ in range(_LOST):
+            with self._gate.request():
+                version = self.version
+                drawn = self._all(requests)
+            if drawn is not None:
+                return self._samples(ids, n, drawn, temperature, version)
+            self._restore()
+        raise EngineError(
+            f"{self.facts.name} lost the weights of q {_LOST} times while it drew: it was started anew, or something "
+            "else loads weights into it. Let one run use one engine"
+        )
+
+    def _all(self, requests: Sequence[tuple[list[int], int, Mapping[str, Any]]]) -> list[Completion] | None:
+        """Return the continuations of all requests in their order. None: the engine does not hold q's weights."""
+        if self._tag is None:
+            raise RuntimeError(f"{self.facts.name} holds no q yet: call load(policy), as OfflineProposal does")
+        if self._held_tag() != self._tag:
+            return None
+        if len(requests) == 1:
+            parts = [self._checked(*requests[0])]
+        else:
+            with ThreadPoolExecutor(min(self._concurrency, len(requests))) as pool:
+                parts = list(pool.map(lambda request: self._checked(*request), requests))
+        return [each for part in parts for each in part] if self._held_tag() == self._tag else None
+
+    def _checked(self, ids: list[int], n: int, how: Mapping[str, Any]) -> list[Completion]:
+        """Return the continuations of one request, which end where dmfast's rule says.
+
+        Raises:
+            EngineError: they do not.
+        """
+        found, ends, most = self._complete(ids, n, how), set(self._like.eos_token_ids), how["max_new_tokens"]
+        if len(found) != n:
+            raise EngineError(f"{self.facts.name} gave {len(found)} sequences of {n}")
+        for each in found:
+            tokens = each.token_ids
+            ended = next((place for place, token in enumerate(tokens) if token in ends), None)
+            right = len(tokens) == most if ended is None else ended == len(tokens) - 1 < most
+            if not right or len(each.log_probs) != len(tokens):
+                raise EngineError(
+                    f"{self.facts.name} gave {len(tokens)} tokens with {len(each.log_probs)} log-probabilities, ended "
+                    f"by {each.finish!r}, and dmfast's rule ends a sequence at the first of {sorted(ends)} or after "
+                    f"{most} tokens: something else ends it, such as max_new_tokens of a generation_config"
+                )
+            if not all(-9999.0 < value <= 1e-3 for value in each.log_probs):
+                raise EngineError(
+                    f"{self.facts.name} gave a log-probability that is none, {min(each.log_probs)} to "
+                    f"{max(each.log_probs)}: its weights may hold NaN"
+                )
+        return found
+
+    def _samples(
+        self, prompts: Sequence[list[int]], n: int, drawn: Sequence[Completion], temperature: float, version: int
+    ) -> Samples:
+        like, cpu = self._like, torch.device("cpu")
+        left, left_mask = like._encoder.left_padded(prompts, cpu)
+        context_id = torch.arange(len(prompts), device=cpu).repeat_interleave(n)
+        width, pad = max(len(each.token_ids) for each in drawn), like.pad_token_id
+        right = torch.tensor([each.token_ids + [pad] * (width - len(each.token_ids)) for each in drawn], device=cpu)
+        ones = [[1] * len(each.token_ids) + [0] * (width - len(each.token_ids)) for each in drawn]
+        right_mask = torch.tensor(ones, device=cpu)
+        none = torch.zeros(len(drawn), left.shape[1], dtype=torch.int64, device=cpu)
+        return Samples(
+            tokens=torch.cat([left[context_id], right], 1),
+            attention_mask=torch.cat([left_mask[context_id], right_mask], 1),
+            score_mask=torch.cat([none, right_mask], 1).bool(),
+            prompt_len=left.shape[1],
+            log_prob=torch.tensor([math.fsum(each.log_probs) for each in drawn], dtype=torch.float64, device=cpu),
+            context_id=context_id,
+            temperature=temperature,
+            tokenizer=like.tokenizer,
+            pad_token_id=pad,
+            version=torch.full_like(context_id, version),
+        )
+
+    def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
+        """Return (N,) fp64, log q(x) in nats by the engine, which scores at temperature 1.
+
+        Args:
+            samples: N sequences, each shorter by a token than the engine's context.
+            batch_size: has no meaning here.
+
+        Raises:
+            ValueError: samples of another temperature; ``OfflineProposal.snapshot`` scores them.
+            EngineError: as ``sample``.
+        """
+        if samples.temperature != 1.0:
+            raise ValueError(
+                f"{self.facts.name} scores sequences at temperature 1 only, and these have {samples.temperature!r}: "
+                "score them by OfflineProposal.snapshot"
+            )
+        for _ in range(_LOST):
+            with self._gate.request():
+                if self._held_tag() == self._tag:
+                    scores = self._scores(samples)
+                    if self._held_tag() == self._tag:
+                        return scores.to(samples.log_prob.device)
+            self._restore()
+        raise EngineError(f"{self.facts.name} lost the weights of q {_LOST} times while it scored")
+
+    def _scores(self, samples: Samples) -> Tensor:
+        rows = [
+            (tokens[mask.bool()].tolist(), int(scored.sum()))
+            for tokens, mask, scored in zip(samples.tokens, samples.attention_mask, samples.score_mask, strict=True)
+        ]
+        with ThreadPoolExecutor(min(self._concurrency, max(len(rows), 1))) as pool:
+            each = list(pool.map(lambda row: self._prompt_log_probs(row[0])[-row[1] :] if row[1] else [], rows))
+        return torch.tensor([math.fsum(values) for values in each], dtype=torch.float64, device="cpu")
+
+    # ---- loading
+
+    @torch.no_grad()
+    def load(self, source: Source) -> None:
+        """Replace the engine's parameters by those of a policy or a folder: q <- pi. Requests that run end first.
+
+        Raises:
+            TypeError, FileNotFoundError: the source is no model and no folder.
+            ValueError: a model with an adapter, or a sharded one.
+            RuntimeError: the engine did not take all parameters. It holds q as before.
+            EngineError: the engine failed. It holds q as before, or gets q again before it draws.
+        """
+        model = self._model(source)
+        with self._gate.load(), torch.autocast(model.device.type, enabled=False):
+            try:
+                if self._tag is None and self._check_load:
+                    self._prove(model)
+                self._put(module_of(model), self._new_tag())
+                self._compare(model)
+            except BaseException as error:
+                self._undo(error)
+                raise
+            self._keep()
+            self._tag = self._held_tag()
+
+    def _model(self, source: Source) -> LanguageModel:
+        like = self._like
+        if isinstance(source, LanguageModel):
+            model = source
+        elif isinstance(source, nn.Module):
+            model = like.around(source)
+        elif isinstance(source, (str, Path)) or hasattr(source, "__fspath__"):
+            if not Path(source).is_dir():
+                raise FileNotFoundError(f"there is no folder {str(source)!r} to load a model from")
+            kind: Any = sharding.class_of(without_adapters(module_of(like)))
+            model = like.around(kind.from_pretrained(Path(source), local_files_only=True).to(like.device))
+        else:
+            raise TypeError(f"load takes a LanguageModel, its module or a folder, got a {type(source).__name__}")
+        refuse_adapters(model)
+        if sharding.is_sharded(model.model):
+            raise ValueError("an engine needs whole parameters, and this model is sharded by FSDP")
+        return model
+
+    def _undo(self, error: BaseException) -> None:
+        """Give the engine q again after a load that failed; where that fails too, ``sample`` tries it once more."""
+        if self._tag is None:
+            return
+        try:
+            self._put_back()
+        except OSError as again:  # sample tries once more
+            error.__context__ = again
+
+    def _restore(self) -> None:
+        """Give q again to an engine that holds other weights, such as those that it was started with.
+
+        Raises:
+            EngineError: it could not be given, or not whole.
+        """
+        with self._gate.load():
+            if self._tag is None or self._held_tag() == self._tag:
+                return  # another thread was faster
+            self._put_back()
+            if self._comparable:
+                whole = self._checksums() == weights.total(self._sums_of_load)
+            else:
+                whole = self._digests_of_load is None or self._digests() == self._digests_of_load
+            if not whole:
+                self._spoil()
+                raise EngineError(f"{self.facts.name} was given q again, and did not take all of its parameters")
+            warnings.warn(
+                f"{self.facts.name} held other weights than q's, as after a restart; it was given q again", stacklevel=2
+            )
+
+    def _prove(self, model: LanguageModel) -> None:
+        """Load a copy that differs in every parameter, and compare.
+
+        Raises:
+            RuntimeError: the engine did not take all of it.
+        """
+        before = self._digests()
+        other = model.around(weights.perturbed(module_of(model)))
+        self._put(other.model, "dmfast: every parameter perturbed")
+        after, found = self._digests(), self._scores(self._random(other))
+        if before is not None and after is not None:
+            stale = sorted(name for name, digest in after.items() if before.get(name) == digest)
+            if stale:
+                raise RuntimeError(
+                    self._half(f"{len(stale)} of its {len(after)} tensors, {', '.join(stale[:3])}, stay")
+                )
+        wanted = other.log_prob(self._random(other), batch_size=_PROBES).cpu()
+        self._refuse_scores("a copy in which every parameter is another", found, wanted, self._random(other))
+        self._comparable = self._checksums() == weights.total(weights.checksums(other.model, self.facts.dtype))
+
+    def _half(self, what: str) -> str:
+        hint = "dmfast serve-proposal starts it so that it does (on a CPU vLLM packs the weights of linear layers away)"
+        return f"{self.facts.name} does not take all parameters when weights are loaded: {what} as they were; {hint}"
+
+    def _refuse_scores(self, what: str, found: Tensor, wanted: Tensor, x: Samples) -> None:
+        allowed = self._allowed(x)
+        if bool(((found - wanted).abs() > allowed).any()) or not bool(found.isfinite().all()):
+            raise RuntimeError(
+                f"{self.facts.name} was given {what}, and its log-probabilities of {len(x)} sequences are not that "
+                f"model's: {_few(found)} in the place of {_few(wanted)} nats (rounding: up to {float(allowed.max()):.2g}). "
+                "It has loaded a part only, computes another model, or draws from another distribution (truncated, "
+                "or with a logits processor)"
+            )
+
+    def _compare(self, model: LanguageModel) -> None:
+        """Compare what the engine holds with the model that was loaded.
+
+        Raises:
+            RuntimeError: they differ by more than rounding, or in a checksum.
+        """
+        sums = weights.checksums(module_of(model), self.facts.dtype)
+        if self._comparable and self._checksums() != weights.total(sums):
+            raise RuntimeError(self._half("the checksum over all of them is not the model's: some stay"))
+        digests = None if self._comparable else self._digests()
+        old, before = self._digests_of_load, self._sums_of_load
+        if digests is not None and old is not None:
+            changed = {name.rpartition(":")[2] for name, digest in digests.items() if old.get(name) != digest}
+            stale = {name.rpartition(":")[2] for name in digests} - changed  # before the colon stands the worker
+            same = sum(before.get(name) == each for name, each in sums.items())
+            if len(stale) > same:  # each tensor of the engine is made of one of the model, or of several
+                raise RuntimeError(self._half(f"{len(stale)} tensors, where {same} of the policy have not moved, stay"))
+        x = self._drawn()
+        self._refuse_scores("q", x.log_prob, model.log_prob(x.to(model.device), batch_size=_PROBES).cpu(), x)
+        self._digests_of_load, self._sums_of_load = digests, sums
+
+    def _drawn(self) -> Samples:
+        """Return a few sequences that the engine draws now."""
+        context, start = self.context, [self._like._encoder.start]
+        tokens = _PROBE_TOKENS if context is None else max(min(_PROBE_TOKENS, context - 1), 1)
+        how = {"max_new_tokens": tokens, "temperature": 1.0, "seed": 0}
+        return self._samples([start], _PROBES, self._checked(start, _PROBES, how), 1.0, self.version)
+
+    def _random(self, model: LanguageModel) -> Samples:
+        """Return a few sequences of random tokens, whose scores depend on much of the model."""
+        context = self.context
+        length = _PROBE_TOKENS + 1 if context is None else max(min(_PROBE_TOKENS + 1, context - 1), 2)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self._like.vocab_size, (_PROBES, length), generator=generator)
+        drawn = [Completion(row[1:], [0.0] * (length - 1), "length") for row in ids.tolist()]
+        x = self._samples([row[:1] for row in ids.tolist()], 1, drawn, 1.0, 0)
+        return x.to(model.device)
+
+    def _allowed(self, x: Samples) -> Tensor:
+        """Return (N,) nats by which rounding may change a score: .25 a token in bf16, whose signs differ by token."""
+        own = next(self._like.model.parameters()).dtype
+        eps = max(torch.finfo(dtype).eps for dtype in (self.facts.dtype, own))
+        n = x.score_mask.sum(1).double().cpu()
+        return max(32 * eps, 1e-4) * (n.sqrt() * 2 if eps > 1e-4 else n)
+
+
+def refuse_adapters(model: LanguageModel) -> None:
+    """Refuse a model with an adapter.
+
+    Raises:
+        ValueError: it has one.
+    """
+    if without_adapters(module_of(model)) is not module_of(model):
+        raise ValueError(
+            "an engine draws from plain models, and the policy has a PEFT adapter (LoRA), which is not handed over "
+            "yet: train the whole model, or leave the sampler at 'model'"
+        )
+
+
+def _few(values: Tensor) -> str:
+    return ", ".join(f"{value:.4g}" for value in values[:4].tolist()) + (", ..." if len(values) > 4 else "")
