@@ -15,8 +15,7 @@ import math
 import threading
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
@@ -43,11 +42,20 @@ class EngineError(OSError):
 
 
 class Completion(NamedTuple):
-    """A continuation as an engine returned it: its tokens, the log-probability of each, and why it ended."""
+    """A continuation as an engine returned it: its tokens, and the log-probability of each."""
 
     token_ids: list[int]
     log_probs: list[float]
-    finish: str
+
+
+class Request(NamedTuple):
+    """What an engine is asked for: n continuations of one prompt, the i-th with the seed ``seed + i``."""
+
+    ids: list[int]
+    n: int
+    seed: int
+    max_new_tokens: int
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,6 @@ class Engine:
         like: the policy, or a model like it: its tokenizer, what ends a sequence, its context.
         check_load: prove at the first load that every parameter reaches the engine. It takes a second copy of the model
             for that time. Loads are compared by a few scores without it, too.
-        concurrency: requests at a time, one for each prompt.
 
     Attributes:
         version: the number of the q that the engine holds.
@@ -118,14 +125,12 @@ class Engine:
 
     facts: Facts
 
-    def __init__(self, like: LanguageModel, *, check_load: bool = True, concurrency: int = 32) -> None:
+    def __init__(self, like: LanguageModel, *, check_load: bool = True) -> None:
         if not isinstance(like, LanguageModel):
             raise TypeError(f"an engine needs the policy as a LanguageModel, got a {type(like).__name__}")
-        if not isinstance(concurrency, int) or concurrency < 1:
-            raise ValueError(f"concurrency must be an integer, 1 or more, got {concurrency!r}")
         refuse_adapters(like)
         self.version = 0
-        self._like, self._check_load, self._concurrency = like, check_load, concurrency
+        self._like, self._check_load = like, check_load
         self._gate = Gate()
         self._tag: str | None = None  # what the engine must call its weights
         self._comparable = False  # whether the engine's checksums are those of the model
@@ -134,21 +139,16 @@ class Engine:
 
     # ---- what an engine has to offer
 
-    def _complete(self, ids: list[int], n: int, how: Mapping[str, Any]) -> list[Completion]:
-        """Return n continuations of one prompt.
-
-        Args:
-            ids: the prompt.
-            n: how many; the i-th is drawn with the seed of ``how`` plus i.
-            how: ``max_new_tokens``, ``temperature`` and ``seed``.
+    def _complete(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """Return the continuations of each request.
 
         Raises:
             EngineError: the engine failed, after what was tried.
         """
         raise NotImplementedError
 
-    def _prompt_log_probs(self, ids: list[int]) -> list[float]:
-        """Return the log-probability at temperature 1 of each token after the first."""
+    def _prompt_log_probs(self, rows: Sequence[list[int]]) -> list[list[float]]:
+        """Return of each sequence the log-probability at temperature 1 of each token after the first."""
         raise NotImplementedError
 
     def _put(self, model: nn.Module, tag: str) -> None:
@@ -243,10 +243,9 @@ class Engine:
         ids = self._ids(prompts, max_new_tokens, temperature)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         first = seed_for(seed, "an engine's sequences") + first_row
-        how = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         # a seed for each request: prompts that share a request would share its seed, and so their random numbers
         requests = [
-            (prompt, min(_AT_ONCE, n - start), how | {"seed": first + place * n + start})
+            Request(prompt, min(_AT_ONCE, n - start), first + place * n + start, max_new_tokens, temperature)
             for place, prompt in enumerate(ids) for start in range(0, n, _AT_ONCE)
         ]  # fmt: skip
         for _ in range(_LOST):
@@ -261,44 +260,45 @@ class Engine:
             "else loads weights into it. Let one run use one engine"
         )
 
-    def _all(self, requests: Sequence[tuple[list[int], int, Mapping[str, Any]]]) -> list[Completion] | None:
+    def _all(self, requests: Sequence[Request]) -> list[Completion] | None:
         """Return the continuations of all requests in their order. None: the engine does not hold q's weights."""
         if self._tag is None:
             raise RuntimeError(f"{self.facts.name} holds no q yet: call load(policy), as OfflineProposal does")
         if self._held_tag() != self._tag:
             return None
-        if len(requests) == 1:
-            parts = [self._checked(*requests[0])]
-        else:
-            with ThreadPoolExecutor(min(self._concurrency, len(requests))) as pool:
-                parts = list(pool.map(lambda request: self._checked(*request), requests))
-        return [each for part in parts for each in part] if self._held_tag() == self._tag else None
+        found = self._checked(requests)
+        return found if self._held_tag() == self._tag else None
 
-    def _checked(self, ids: list[int], n: int, how: Mapping[str, Any]) -> list[Completion]:
-        """Return the continuations of one request, which end where dmfast's rule says.
+    def _checked(self, requests: Sequence[Request]) -> list[Completion]:
+        """Return the continuations of all requests, which end where dmfast's rule says.
 
         Raises:
-            EngineError: they do not.
+            EngineError: they do not, or are none.
         """
-        found, ends, most = self._complete(ids, n, how), set(self._like.eos_token_ids), how["max_new_tokens"]
-        if len(found) != n:
-            raise EngineError(f"{self.facts.name} gave {len(found)} sequences of {n}")
-        for each in found:
-            tokens = each.token_ids
-            ended = next((place for place, token in enumerate(tokens) if token in ends), None)
-            right = len(tokens) == most if ended is None else ended == len(tokens) - 1 < most
-            if not right or len(each.log_probs) != len(tokens):
-                raise EngineError(
-                    f"{self.facts.name} gave {len(tokens)} tokens with {len(each.log_probs)} log-probabilities, ended "
-                    f"by {each.finish!r}, and dmfast's rule ends a sequence at the first of {sorted(ends)} or after "
-                    f"{most} tokens: something else ends it, such as max_new_tokens of a generation_config"
-                )
-            if not all(-9999.0 < value <= 1e-3 for value in each.log_probs):
-                raise EngineError(
-                    f"{self.facts.name} gave a log-probability that is none, {min(each.log_probs)} to "
-                    f"{max(each.log_probs)}: its weights may hold NaN"
-                )
+        ends, found = set(self._like.eos_token_ids), []
+        for request, drawn in zip(requests, self._complete(requests), strict=True):
+            if len(drawn) != request.n:
+                raise EngineError(f"{self.facts.name} gave {len(drawn)} sequences of {request.n}")
+            for each in drawn:
+                self._check(each, ends, request.max_new_tokens)
+            found += drawn
         return found
+
+    def _check(self, each: Completion, ends: set[int], most: int) -> None:
+        tokens, values = each
+        ended = next((place for place, token in enumerate(tokens) if token in ends), None)
+        right = len(tokens) == most if ended is None else ended == len(tokens) - 1 < most
+        if not right or len(values) != len(tokens):
+            raise EngineError(
+                f"{self.facts.name} gave {len(tokens)} tokens with {len(values)} log-probabilities, and dmfast's rule "
+                f"ends a sequence at the first of {sorted(ends)} or after {most} tokens: something else ends it, such "
+                "as max_new_tokens of a generation_config"
+            )
+        if not all(-9999.0 < value <= 1e-3 for value in values):  # vLLM says -9999 for -inf
+            raise EngineError(
+                f"{self.facts.name} gave what is no log-probability, {min(values)} to {max(values)}: its weights may "
+                "hold NaN"
+            )
 
     def _samples(
         self, prompts: Sequence[list[int]], n: int, drawn: Sequence[Completion], temperature: float, version: int
@@ -354,9 +354,9 @@ class Engine:
             (tokens[mask.bool()].tolist(), int(scored.sum()))
             for tokens, mask, scored in zip(samples.tokens, samples.attention_mask, samples.score_mask, strict=True)
         ]
-        with ThreadPoolExecutor(min(self._concurrency, max(len(rows), 1))) as pool:
-            each = list(pool.map(lambda row: self._prompt_log_probs(row[0])[-row[1] :] if row[1] else [], rows))
-        return torch.tensor([math.fsum(values) for values in each], dtype=torch.float64, device="cpu")
+        each = self._prompt_log_probs([tokens for tokens, _ in rows])
+        sums = [math.fsum(values[len(values) - n :]) for values, (_, n) in zip(each, rows, strict=True)]
+        return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
     # ---- loading
 
@@ -367,8 +367,8 @@ class Engine:
         Raises:
             TypeError, FileNotFoundError: the source is no model and no folder.
             ValueError: a model with an adapter, or a sharded one.
-            RuntimeError: the engine did not take all parameters. It holds q as before.
-            EngineError: the engine failed. It holds q as before, or gets q again before it draws.
+            EngineError: the engine failed, or did not take all parameters. It holds q as before, or gets q again before
+                it draws.
         """
         model = self._model(source)
         with self._gate.load(), torch.autocast(model.device.type, enabled=False):
@@ -435,7 +435,7 @@ class Engine:
         """Load a copy that differs in every parameter, and compare.
 
         Raises:
-            RuntimeError: the engine did not take all of it.
+            EngineError: the engine did not take all of it.
         """
         before = self._digests()
         other = model.around(weights.perturbed(module_of(model)))
@@ -444,9 +444,7 @@ class Engine:
         if before is not None and after is not None:
             stale = sorted(name for name, digest in after.items() if before.get(name) == digest)
             if stale:
-                raise RuntimeError(
-                    self._half(f"{len(stale)} of its {len(after)} tensors, {', '.join(stale[:3])}, stay")
-                )
+                raise EngineError(self._half(f"{len(stale)} of its {len(after)} tensors, {', '.join(stale[:3])}, stay"))
         wanted = other.log_prob(self._random(other), batch_size=_PROBES).cpu()
         self._refuse_scores("a copy in which every parameter is another", found, wanted, self._random(other))
         self._comparable = self._checksums() == weights.total(weights.checksums(other.model, self.facts.dtype))
@@ -458,9 +456,9 @@ class Engine:
     def _refuse_scores(self, what: str, found: Tensor, wanted: Tensor, x: Samples) -> None:
         allowed = self._allowed(x)
         if bool(((found - wanted).abs() > allowed).any()) or not bool(found.isfinite().all()):
-            raise RuntimeError(
-                f"{self.facts.name} was given {what}, and its log-probabilities of {len(x)} sequences are not that "
-                f"model's: {_few(found)} in the place of {_few(wanted)} nats (rounding: up to {float(allowed.max()):.2g}). "
+            raise EngineError(
+                f"{self.facts.name} was given {what}, and its log-probabilities of {len(x)} sequences are not "
+                f"its: {_few(found)} in the place of {_few(wanted)} nats (rounding: {float(allowed.max()):.2g}). "
                 "It has loaded a part only, computes another model, or draws from another distribution (truncated, "
                 "or with a logits processor)"
             )
@@ -469,11 +467,11 @@ class Engine:
         """Compare what the engine holds with the model that was loaded.
 
         Raises:
-            RuntimeError: they differ by more than rounding, or in a checksum.
+            EngineError: they differ by more than rounding, or in a checksum.
         """
         sums = weights.checksums(module_of(model), self.facts.dtype)
         if self._comparable and self._checksums() != weights.total(sums):
-            raise RuntimeError(self._half("the checksum over all of them is not the model's: some stay"))
+            raise EngineError(self._half("the checksum over all of them is not the model's: some stay"))
         digests = None if self._comparable else self._digests()
         old, before = self._digests_of_load, self._sums_of_load
         if digests is not None and old is not None:
@@ -481,7 +479,7 @@ class Engine:
             stale = {name.rpartition(":")[2] for name in digests} - changed  # before the colon stands the worker
             same = sum(before.get(name) == each for name, each in sums.items())
             if len(stale) > same:  # each tensor of the engine is made of one of the model, or of several
-                raise RuntimeError(self._half(f"{len(stale)} tensors, where {same} of the policy have not moved, stay"))
+                raise EngineError(self._half(f"{len(stale)} tensors, where {same} of the policy have not moved, stay"))
         x = self._drawn()
         self._refuse_scores("q", x.log_prob, model.log_prob(x.to(model.device), batch_size=_PROBES).cpu(), x)
         self._digests_of_load, self._sums_of_load = digests, sums
@@ -490,8 +488,8 @@ class Engine:
         """Return a few sequences that the engine draws now."""
         context, start = self.context, [self._like._encoder.start]
         tokens = _PROBE_TOKENS if context is None else max(min(_PROBE_TOKENS, context - 1), 1)
-        how = {"max_new_tokens": tokens, "temperature": 1.0, "seed": 0}
-        return self._samples([start], _PROBES, self._checked(start, _PROBES, how), 1.0, self.version)
+        drawn = self._checked([Request(start, _PROBES, 0, tokens, 1.0)])
+        return self._samples([start], _PROBES, drawn, 1.0, self.version)
 
     def _random(self, model: LanguageModel) -> Samples:
         """Return a few sequences of random tokens, whose scores depend on much of the model."""
@@ -499,7 +497,7 @@ class Engine:
         length = _PROBE_TOKENS + 1 if context is None else max(min(_PROBE_TOKENS + 1, context - 1), 2)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(self._like.vocab_size, (_PROBES, length), generator=generator)
-        drawn = [Completion(row[1:], [0.0] * (length - 1), "length") for row in ids.tolist()]
+        drawn = [Completion(row[1:], [0.0] * (length - 1)) for row in ids.tolist()]
         x = self._samples([row[:1] for row in ids.tolist()], 1, drawn, 1.0, 0)
         return x.to(model.device)
 

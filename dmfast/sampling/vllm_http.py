@@ -9,9 +9,10 @@ import shutil
 import ssl
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -19,8 +20,10 @@ from torch import nn
 
 from ..models import LanguageModel
 from . import weights
-from .engine import Completion, Engine, EngineError, Facts
+from .engine import Completion, Engine, EngineError, Facts, Request
 
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 _LOADING = "dmfast: being loaded"
 _START = "start it with `dmfast serve-proposal`, or with the options that docs/engines.md lists"
 # of a generation_config: what would draw from another distribution, if a request did not override it
@@ -51,7 +54,8 @@ class HTTPSampler(Engine):
         patience: seconds in which a server that does not answer is asked again, such as while it starts anew.
         retries: how often a request that timed out or failed in the server is made again, beyond ``patience`` too.
         api_key: what ``Authorization: Bearer`` holds.
-        check_load, concurrency: as in ``Engine``.
+        concurrency: requests at a time, one for each prompt.
+        check_load: prove at the first load that every parameter reaches the server, by a copy that differs in each.
 
     Raises:
         EngineError: there is no server at this address, or it does not answer as vLLM does.
@@ -64,7 +68,10 @@ class HTTPSampler(Engine):
         timeout: float = 600.0, patience: float = 60.0, retries: int = 2, api_key: str | None = None,
         check_load: bool = True, concurrency: int = 32,
     ) -> None:  # fmt: skip
-        super().__init__(like, check_load=check_load, concurrency=concurrency)
+        super().__init__(like, check_load=check_load)
+        if not isinstance(concurrency, int) or concurrency < 1:
+            raise ValueError(f"concurrency must be an integer, 1 or more, got {concurrency!r}")
+        self._concurrency = concurrency
         self._server = Server(url, timeout=timeout, patience=patience, retries=retries, api_key=api_key)
         if folder is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="dmfast-q-")
@@ -155,29 +162,38 @@ class HTTPSampler(Engine):
 
     # ---- sampling
 
-    def _complete(self, ids: list[int], n: int, how: Mapping[str, Any]) -> list[Completion]:
-        request = {
-            "model": self._name, "prompt": ids, "n": n, "seed": how["seed"], "temperature": how["temperature"],
-            "max_tokens": how["max_new_tokens"], "logprobs": 0, "return_token_ids": True,
-            "return_tokens_as_token_ids": True, "ignore_eos": True, "stop_token_ids": self._like.eos_token_ids,
-        } | _WHOLE  # fmt: skip
-        drawn: list[Completion] = self._server.post(
-            "/v1/completions", request, read=lambda answer: _completions(answer, n)
-        )
-        return drawn
+    def _complete(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        def ask(request: Request) -> list[Completion]:
+            body = {
+                "model": self._name, "prompt": request.ids, "n": request.n, "seed": request.seed,
+                "temperature": request.temperature, "max_tokens": request.max_new_tokens, "logprobs": 0,
+                "return_token_ids": True, "return_tokens_as_token_ids": True, "ignore_eos": True,
+                "stop_token_ids": self._like.eos_token_ids,
+            } | _WHOLE  # fmt: skip
+            drawn: list[Completion] = self._server.post(
+                "/v1/completions", body, read=lambda answer: _completions(answer, request.n)
+            )
+            return drawn
 
-    def _prompt_log_probs(self, ids: list[int]) -> list[float]:
-        request = {
-            "model": self._name, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0,
-            "return_tokens_as_token_ids": True,
-        } | _WHOLE  # fmt: skip
+        return self._together(ask, requests)
 
-        def read(answer: Any) -> list[float]:
-            found = answer["choices"][0]["prompt_logprobs"][1:]
-            return [float(each[str(token)]["logprob"]) for each, token in zip(found, ids[1:], strict=True)]
+    def _prompt_log_probs(self, rows: Sequence[list[int]]) -> list[list[float]]:
+        def ask(ids: list[int]) -> list[float]:
+            body = {
+                "model": self._name, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0,
+                "return_tokens_as_token_ids": True,
+            } | _WHOLE  # fmt: skip
+            scores: list[float] = self._server.post("/v1/completions", body, read=lambda answer: _scores(answer, ids))
+            return scores
 
-        scores: list[float] = self._server.post("/v1/completions", request, read=read)
-        return scores
+        return self._together(ask, rows)
+
+    def _together(self, ask: Callable[[_T], _R], requests: Sequence[_T]) -> list[_R]:
+        """Make several requests at a time, since the server batches those that it has together."""
+        if len(requests) == 1:
+            return [ask(requests[0])]
+        with ThreadPoolExecutor(min(self._concurrency, max(len(requests), 1))) as pool:
+            return list(pool.map(ask, requests))
 
     # ---- weights
 
@@ -254,10 +270,19 @@ def _completions(answer: Any, n: int) -> list[Completion]:
         if each["finish_reason"] not in ("stop", "length"):
             raise ValueError(f"a sequence ended by {each['finish_reason']!r}")
     return [
-        Completion(list(map(int, each["token_ids"])), list(map(float, each["logprobs"]["token_logprobs"])),
-                   each["finish_reason"])
+        Completion(list(map(int, each["token_ids"])), list(map(float, each["logprobs"]["token_logprobs"])))
         for each in found
-    ]  # fmt: skip
+    ]
+
+
+def _scores(answer: Any, ids: list[int]) -> list[float]:
+    """Return the log-probability of each token after the first of a prompt, from an answer of /v1/completions.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is not whole.
+    """
+    found = answer["choices"][0]["prompt_logprobs"][1:]
+    return [float(each[str(token)]["logprob"]) for each, token in zip(found, ids[1:], strict=True)]
 
 
 class Server:
@@ -270,7 +295,9 @@ class Server:
         ValueError: no URL of http or https, or a number out of range.
     """
 
-    def __init__(self, url: str, *, timeout: float, patience: float, retries: int, api_key: str | None) -> None:
+    def __init__(
+        self, url: str, *, timeout: float = 600.0, patience: float = 60.0, retries: int = 2, api_key: str | None = None
+    ) -> None:
         parts = urlsplit(str(url))
         try:
             port = parts.port
