@@ -111,6 +111,10 @@ def main(argv: list[str] | None = None) -> int:
     if missing and not {"-h", "--help"} & set(words):
         print(f"dmfast {words[0]} needs {', '.join(missing)}: {_INSTALL}", file=sys.stderr)
         return 1
+    rest: list[str] = []
+    if words[:1] == ["serve-proposal"] and "--" in words:  # argparse would look for its own options there
+        cut = words.index("--")
+        words, rest = words[:cut], words[cut + 1 :]
     args = _parser("" if missing else "".join(words[:1])).parse_args(words)
     if args.command == "doctor":
         return doctor()
@@ -124,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "serve-proposal":
         from .sampling.serve import serve
 
+        args.vllm = rest
         try:
             serve(args)
         except (ValueError, OSError) as error:

@@ -6,6 +6,7 @@ It answers as vLLM 0.32.0 does, whose recorded answers are in ``vllm_answers.jso
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -24,6 +25,24 @@ CONFIG = {
     "dtype": "torch.float32", "logprobs_mode": "processed_logprobs", "generation_config": "vllm",
     "override_generation_config": {}, "logits_processors": None, "quantization": None,
 }  # fmt: skip
+
+#: What the recorded answers are answers to.
+REQUEST = {"model": "q", "prompt": [1, 2], "n": 2, "seed": 5, "max_tokens": 3, "logprobs": 0, "prompt_logprobs": 0,
+           "return_token_ids": True, "return_tokens_as_token_ids": True, "stop_token_ids": [5]}  # fmt: skip
+EXCHANGES = {
+    "models": ("GET", "/v1/models", None),
+    "weight_info": ("GET", "/weight_info", None),
+    "completions": ("POST", "/v1/completions", REQUEST),
+    "beyond the vocabulary": ("POST", "/v1/completions", {"model": "q", "prompt": [10**6], "max_tokens": 1}),
+    "tokenize": ("POST", "/tokenize", {"model": "q", "prompt": "w1", "add_special_tokens": False}),
+    "pause": ("POST", "/pause", None),
+    "reset_prefix_cache": ("POST", "/reset_prefix_cache", None),
+    "resume": ("POST", "/resume", None),
+    "update_weight_version": ("POST", "/update_weight_version", {"new_version": "7"}),
+    "weight_checker": ("POST", "/weight_checker", {"action": "checksum"}),
+    "checksums": ("POST", "/collective_rpc", {"method": "dmfast_checksums"}),
+    "no method": ("POST", "/collective_rpc", {"method": "nothing"}),
+}
 
 
 @dataclass
@@ -77,7 +96,7 @@ class StandIn:
         self.restart()
 
     def restart(self):
-        """What is left after the server was started anew: the weights and the name of those that it was started with."""
+        """What is left after the server was started anew: the weights that it was started with, and their name."""
         self.model, self.weight_version, self.paused = copy.deepcopy(self.started_with), "default", False
 
     def __enter__(self):
@@ -131,10 +150,8 @@ class StandIn:
             handler.wfile.write(data[: len(data) // 2])
             handler.connection.close()
             return
-        try:
+        with contextlib.suppress(OSError):  # the client has gone, by its own time limit
             handler.wfile.write(data)
-        except OSError:
-            pass  # the client has gone, by its own time limit
 
     def _take(self, name):
         with self._lock:

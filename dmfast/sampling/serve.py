@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="who may connect; whoever may can run code in vLLM's workers")  # fmt: skip
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--dtype", default="auto", help="what vLLM computes in; log q is its own in any")
-    parser.add_argument("vllm", nargs="*", metavar="-- OPTIONS", help="further options of vLLM's server, after --")
+    parser.epilog = "What follows after -- are further options of vLLM's server, such as -- --tensor-parallel-size 2."
+    parser.set_defaults(vllm=[])
 
 
 def command(model: str, options: Sequence[str], *, host: str, port: int, dtype: str) -> list[str]:
@@ -42,8 +43,8 @@ def command(model: str, options: Sequence[str], *, host: str, port: int, dtype: 
             f"serve-proposal can't take {', '.join(own)}: dmfast sets it, or q would not be the model's distribution"
         )
     return [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", host, "--port", str(port),
-        "--dtype", dtype, "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", host, "--port",
+        str(port), "--dtype", dtype, "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
         "--worker-extension-cls", _WORKER, *options,
     ]  # fmt: skip
 
