@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import threading
 import uuid
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from .. import sharding
 from ..families import without_adapters
+from ..kernels import warn_caller
 from ..models import LanguageModel, Source, module_of
 from ..samples import Prompt, Samples
 from ..seeds import seed_for
@@ -381,7 +381,13 @@ class Engine:
                 self._undo(error)
                 raise
             self._keep()
-            self._tag = self._held_tag()
+            first, self._tag = self._tag is None, self._held_tag()
+        if first and not self._comparable:
+            by = "a few scores only" if self._digests_of_load is None else "a few scores and by which tensors change"
+            warn_caller(
+                f"{self.facts.name} gives no checksums that are the policy's, so its loads are compared by {by}; "
+                "dmfast serve-proposal starts one that gives them"
+            )
 
     def _model(self, source: Source) -> LanguageModel:
         like = self._like
@@ -427,9 +433,7 @@ class Engine:
             if not whole:
                 self._spoil()
                 raise EngineError(f"{self.facts.name} was given q again, and did not take all of its parameters")
-            warnings.warn(
-                f"{self.facts.name} held other weights than q's, as after a restart; it was given q again", stacklevel=2
-            )
+            warn_caller(f"{self.facts.name} held other weights than q's, as after a restart; it was given q again")
 
     def _prove(self, model: LanguageModel) -> None:
         """Load a copy that differs in every parameter, and compare.
@@ -457,8 +461,8 @@ class Engine:
         allowed = self._allowed(x)
         if bool(((found - wanted).abs() > allowed).any()) or not bool(found.isfinite().all()):
             raise EngineError(
-                f"{self.facts.name} was given {what}, and its log-probabilities of {len(x)} sequences are not "
-                f"its: {_few(found)} in the place of {_few(wanted)} nats (rounding: {float(allowed.max()):.2g}). "
+                f"{self.facts.name} was given {what}, and gives {len(x)} sequences other log-probabilities than the "
+                f"model: {_few(found)} in the place of {_few(wanted)} nats (rounding: {float(allowed.max()):.2g}). "
                 "It has loaded a part only, computes another model, or draws from another distribution (truncated, "
                 "or with a logits processor)"
             )

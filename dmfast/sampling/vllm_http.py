@@ -9,7 +9,7 @@ import shutil
 import ssl
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,8 @@ from .engine import Completion, Engine, EngineError, Facts, Request
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
+_FOLDER = "dmfast-q-"
+_MISSING, _REFUSED, _FAILED = (404, 405), range(400, 500), range(400, 600)
 _LOADING = "dmfast: being loaded"
 _START = "start it with `dmfast serve-proposal`, or with the options that docs/engines.md lists"
 # of a generation_config: what would draw from another distribution, if a request did not override it
@@ -47,8 +49,8 @@ class HTTPSampler(Engine):
     Args:
         url: such as ``http://127.0.0.1:8000``.
         like: the policy, or a model like it: its tokenizer, what ends a sequence, its context.
-        folder: where q is written for the server, which reads it under the same path. Default: a folder of its own
-            under the system's temporary one, which goes with this process.
+        folder: where q is written for the server, which reads it under the same path; of this run alone. Default: one
+            under the system's temporary folder, which goes with this process.
         model: the name that the server gives the model; needed where it serves several.
         timeout: seconds for one request, which draws up to 256 sequences.
         patience: seconds in which a server that does not answer is asked again, such as while it starts anew.
@@ -107,9 +109,9 @@ class HTTPSampler(Engine):
         return Facts(f"the engine at {server}", context, getattr(torch, dtype), mode == "processed_logprobs")
 
     def _config(self) -> Mapping[str, Any]:
-        info = self._server.get("/server_info?config_format=json", missing=True)
+        info = self._server.get("/server_info?config_format=json", none=_MISSING)
         found = info.get("vllm_config", {}).get("model_config") if isinstance(info, dict) else None
-        if not isinstance(found, Mapping) or self._server.get("/weight_info", missing=True) is None:
+        if not isinstance(found, Mapping) or self._server.get("/weight_info", none=_MISSING) is None:
             raise ValueError(
                 f"{self._server} has no /server_info and /weight_info, by which dmfast knows what it draws from: start "
                 f"it with VLLM_SERVER_DEV_MODE=1, vLLM 0.32 or later; {_START}"
@@ -144,7 +146,7 @@ class HTTPSampler(Engine):
         text = str(tokenizer.decode(list(some), skip_special_tokens=True))
         own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         answer = server.post(
-            "/tokenize", {"model": self._name, "prompt": text, "add_special_tokens": False}, missing=True
+            "/tokenize", {"model": self._name, "prompt": text, "add_special_tokens": False}, none=_MISSING
         )
         if answer is not None and answer.get("tokens") != own:
             raise ValueError(
@@ -153,7 +155,7 @@ class HTTPSampler(Engine):
             )
         for token, there in ((like.vocab_size - 1, True), (like.vocab_size, False)):
             request = {"model": self._name, "prompt": [token], "max_tokens": 1}
-            if (server.post("/v1/completions", request, refused=True) is not None) != there:
+            if (server.post("/v1/completions", request, none=_REFUSED) is not None) != there:
                 takes = "takes token" if not there else "does not take token"
                 raise ValueError(
                     f"{server} has another vocabulary than the policy: it {takes} {token}, and the policy has "
@@ -199,7 +201,7 @@ class HTTPSampler(Engine):
 
     def _put(self, model: nn.Module, tag: str) -> None:
         self._loads += 1
-        folder = self._folder / f"q-{os.getpid()}-{self._loads}"
+        folder = self._folder / f"{_FOLDER}{os.getpid()}-{self._loads}"
         weights.write(model, folder)
         if self._put_last is not None and self._put_last != self._held:
             shutil.rmtree(self._put_last[0], ignore_errors=True)
@@ -211,9 +213,11 @@ class HTTPSampler(Engine):
         self._reload(*self._held)
 
     def _keep(self) -> None:
-        before, self._held = self._held, self._put_last
-        if before is not None:
-            shutil.rmtree(before[0], ignore_errors=True)
+        assert self._put_last is not None
+        self._held = self._put_last
+        for each in self._folder.glob(f"{_FOLDER}*"):  # of an earlier process of the run, too
+            if each != self._held[0]:
+                shutil.rmtree(each, ignore_errors=True)
 
     def _reload(self, folder: Path, tag: str) -> None:
         server = self._server
@@ -233,13 +237,13 @@ class HTTPSampler(Engine):
         return str(self._server.get("/weight_info", read=lambda answer: answer["weight_version"]))
 
     def _digests(self) -> dict[str, str] | None:
-        found = self._server.post("/weight_checker", {"action": "checksum"}, missing=True)
+        found = self._server.post("/weight_checker", {"action": "checksum"}, none=_MISSING)
         return None if found is None else {str(name): str(digest) for name, digest in found["checksums"].items()}
 
     def _checksums(self) -> int | None:
         if not self._has_sums:
             return None
-        answer = self._server.post("/collective_rpc", {"method": "dmfast_checksums"}, refused=True)
+        answer = self._server.post("/collective_rpc", {"method": "dmfast_checksums"}, none=_FAILED)
         workers = None if answer is None else answer.get("results")
         if not workers or not all(isinstance(each, Mapping) for each in workers):
             self._has_sums = False  # it runs without dmfast's extension of its workers
@@ -329,9 +333,8 @@ class Server:
         Args:
             path: of the endpoint.
             body: what becomes JSON; None: nothing.
-            how: ``missing=True`` returns None where there is no such endpoint (404, 405), ``refused=True`` where the
-                server refuses or fails; ``once=True`` asks once; ``read`` reads the answer, which is asked for again
-                where that raises.
+            how: ``none`` holds the statuses that are no error and return None; ``once=True`` asks once; ``read``
+                reads the answer, which is asked for again where that raises.
 
         Raises:
             EngineError: the server could not be reached, failed or refused, after what was tried.
@@ -339,8 +342,8 @@ class Server:
         return self._asked("POST", path, None if body is None else json.dumps(body).encode(), **how)
 
     def _asked(
-        self, method: str, path: str, body: bytes | None, *, missing: bool = False, refused: bool = False,
-        once: bool = False, read: Any = None,
+        self, method: str, path: str, body: bytes | None, *, none: Container[int] = (), once: bool = False,
+        read: Any = None,
     ) -> Any:  # fmt: skip
         start, tries, wait = time.monotonic(), 0, 0.25
         while True:
@@ -350,7 +353,7 @@ class Server:
                 if status < 400:
                     answer = json.loads(text) if text else None
                     return answer if read is None else read(answer)
-                if refused or (missing and status in (404, 405)):
+                if status in none:
                     return None
                 fault = f"it answered {status}: {_message(text)}"
                 if status < 500 and status not in (408, 429):

@@ -40,7 +40,7 @@ from dmfast.sampling import EngineError, HTTPSampler, VLLMSampler  # noqa: E402
 from dmfast.training.recipe import TINY_BIOS  # noqa: E402
 
 ANSWERS = ROOT / "tests" / "vllm_answers.json"
-SECONDS = 300  # until a server is up
+SECONDS = 600  # until a server is up
 
 
 def free_port() -> int:
