@@ -17,11 +17,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from engine_stand_in import EXCHANGES, StandIn
+from engine_stand_in import EXCHANGES, Refused, StandIn
 from test_models import EOS, PAD, PROMPTS, V, check_layout, ids_of, lm, tok
 from test_sampling import moved
-from trainer_job import digest, job
+from trainer_job import Gradients, digest, job
 from trainer_tools import (
+    in_process,
     one_thread,  # noqa: F401
 )
 
@@ -534,6 +535,88 @@ def test_tokens_that_end_elsewhere_are_an_error(server):
         sampler.sample(["w1"], 30, max_new_tokens=6, seed=0)
 
 
+# ---- several ranks
+
+
+class Threads:
+    """The ranks of threads that meet at every gather."""
+
+    def __init__(self, rank, meeting, given):
+        self.rank, self.size, self._meeting, self._given = rank, len(given), meeting, given
+
+    def gather(self, values):
+        self._given[self.rank] = values
+        self._meeting.wait(60)
+        found = torch.cat(self._given)
+        self._meeting.wait(60)
+        return found
+
+    def agree(self, mine):
+        return bool(self.gather(torch.tensor([mine]))[0])
+
+
+def together(samplers, call):
+    """What each rank's call gives, or raises."""
+    meeting, given, found = threading.Barrier(len(samplers)), [None] * len(samplers), [None] * len(samplers)
+
+    def run(rank):
+        samplers[rank].ranks = Threads(rank, meeting, given)
+        try:
+            found[rank] = call(rank, samplers[rank])
+        except Exception as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(samplers))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_several_ranks_draw_from_one_engine_that_rank_0_loads(server, tmp_path):
+    policies = [moved(lm()) for _ in range(2)]
+    samplers = [connected(server, policy, folder=tmp_path) for policy in policies]
+    assert together(samplers, lambda rank, sampler: sampler.load(policies[rank])) == [None, None]
+    assert server.loads == 2 and len(list(tmp_path.iterdir())) == 1
+    how = {"max_new_tokens": 6, "seed": 3}
+    drawn = together(samplers, lambda rank, sampler: sampler.sample(["w1"], 8, first_row=8 * rank, **how))
+    alone = loaded(server, policies[0]).sample(["w1"], 16, **how)
+    for rank, x in enumerate(drawn):
+        assert (x.log_prob - policies[rank].log_prob(x)).abs().max() < 1e-4
+        assert (x.log_prob - alone.log_prob[8 * rank :][:8]).abs().max() < 1e-4
+    server.restart()  # any of them gives q again, and proves it whole
+    with pytest.warns(UserWarning, match="given q again"):
+        again = together(samplers[::-1], lambda rank, sampler: sampler.sample(["w1"], 8, first_row=8 - 8 * rank, **how))
+    assert torch.equal(again[0].log_prob, drawn[1].log_prob)
+
+
+def test_what_fails_for_one_rank_fails_for_all(server, tmp_path):
+    policies = [lm(), lm()]
+    samplers = [connected(server, policy, folder=tmp_path) for policy in policies]
+    together(samplers, lambda rank, sampler: sampler.load(policies[rank]))
+    answer, times = server._v1_completions, []
+
+    def failing(body):
+        times.append(body)
+        if len(times) == 1:
+            raise Refused(400, "this one")
+        return answer(body)
+
+    server._v1_completions = failing
+    errors = together(samplers, lambda rank, sampler: sampler.sample(["w1"], 8, max_new_tokens=6, seed=3))
+    assert sorted("failed for another rank" in str(each) for each in errors) == [False, True]
+    server._v1_completions = answer
+    x = together(samplers, lambda rank, sampler: sampler.sample(["w1"], 8, max_new_tokens=6, seed=3))[0]
+    server.faults.stale = ("wte",)
+    moved(policies[0])
+    errors = together(samplers, lambda rank, sampler: sampler.load(policies[0]))
+    assert "does not take all parameters" in str(errors[0]) and "rank 0 says why" in str(errors[1])
+    server.faults.stale = ()
+    for each in together(samplers, lambda rank, sampler: sampler.sample(["w1"], 8, max_new_tokens=6, seed=3)):
+        assert torch.equal(each.log_prob, x.log_prob)  # q stays
+
+
 # ---- training
 
 SETTINGS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 100, "proposal_criterion": "interval"}
@@ -580,6 +663,22 @@ def test_a_resumed_run_gives_the_engine_q_and_is_the_unbroken_one(other, tmp_pat
     assert resumed.proposal.version == straight.proposal.version == 3
 
 
+def test_two_processes_draw_from_one_engine(other, tmp_path):
+    """Rank 0 loads, both draw: the run of one process, on the same sequences."""
+    engine = {"sampler": other.url, "sampler_options": QUICK}
+    settings = SETTINGS | engine | {"max_steps": 2}
+    both = in_process(tmp_path / "both", processes=2, per_device_train_batch_size=4, **settings)
+    alone = trained(tmp_path / "alone", other, per_device_train_batch_size=8, max_steps=2)
+    gradients = Gradients()
+    alone.add_callback(gradients)
+    alone.train()
+    assert other.loads == 2 * (2 + 1)  # by two processes as by one: a copy and q, and a swap
+    assert both["swaps"] == 1
+    for name, gradient in both["gradients"].items():
+        wanted = gradients.steps[0][name.removeprefix("module.")].flatten()
+        assert (torch.tensor(gradient) - wanted).abs().max() < 1e-5, name
+
+
 @pytest.mark.parametrize("when", ["draw", "swap"])
 def test_a_run_whose_engine_fails_ends_with_a_checkpoint_and_goes_on(other, tmp_path, when):
     """At the draw of step 4, or at the swap after it; nothing is lost, and nothing is trained twice."""
@@ -623,6 +722,7 @@ def test_a_run_whose_engine_fails_before_the_first_step(other, tmp_path):
 REFUSED = {
     "on-policy": ({"on_policy": True, "objective": "dpg"}, "differ by its rounding; leave on_policy out"),
     "LoRA": ({"lora": {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}}, "has a PEFT adapter"),
+    "FSDP": ({"fsdp": True}, "does not run under FSDP yet"),
     "too long": ({"max_new_tokens": 24, "prompts": ["w1 w2"]}, "beyond the model's context"),
 }
 

@@ -28,6 +28,7 @@ from .. import sharding
 from ..families import without_adapters
 from ..kernels import warn_caller
 from ..models import LanguageModel, Source, module_of
+from ..ranks import OneProcess, Ranks
 from ..samples import Prompt, Samples
 from ..seeds import seed_for
 from . import weights
@@ -119,6 +120,7 @@ class Engine:
 
     Attributes:
         version: the number of the q that the engine holds.
+        ranks: the processes of a run that draw from one engine; then all of them call ``load``, and rank 0 loads.
         facts: what the engine says of itself.
         context: tokens that both the model and the engine take; None: no limit is known.
     """
@@ -130,6 +132,7 @@ class Engine:
             raise TypeError(f"an engine needs the policy as a LanguageModel, got a {type(like).__name__}")
         refuse_adapters(like)
         self.version = 0
+        self.ranks: Ranks = OneProcess()
         self._like, self._check_load = like, check_load
         self._gate = Gate()
         self._tag: str | None = None  # what the engine must call its weights
@@ -155,12 +158,12 @@ class Engine:
         """Replace the engine's parameters by those of a plain model, and let the engine call them by this tag."""
         raise NotImplementedError
 
-    def _put_back(self) -> None:
-        """Replace the engine's parameters by those of the last load that was kept, and their tag with them."""
+    def _put_back(self, tag: str) -> None:
+        """Replace the engine's parameters by those of q, which were kept under this tag."""
         raise NotImplementedError
 
-    def _keep(self) -> None:
-        """Take the parameters that were put last for those of q."""
+    def _keep(self, tag: str) -> None:
+        """Take the parameters that were put last, under this tag, for those of q. All ranks call it."""
         raise NotImplementedError
 
     def _held_tag(self) -> str:
@@ -180,8 +183,9 @@ class Engine:
         raise NotImplementedError
 
     def _new_tag(self) -> str:
-        """Return a tag that no weights of any run have had."""
-        return f"dmfast {uuid.uuid4().hex}"
+        """Return a tag that no weights of any run have had, the same on all ranks."""
+        mine = torch.tensor([uuid.uuid4().int % 2**62], device=self._like.device)
+        return f"dmfast-{int(self.ranks.gather(mine)[0]):x}"
 
     # ---- the protocol of samplers
 
@@ -222,7 +226,8 @@ class Engine:
     ) -> Samples:  # fmt: skip
         """Draw n sequences of each prompt with the engine's own log q.
 
-        Several threads may call it. What is drawn is a function of the seed and of a sequence's place, as far as the
+        Several threads may call it where ``ranks`` is one process; of several ranks all call it together, in one
+        thread. What is drawn is a function of the seed and of a sequence's place, as far as the
         engine's kernels give the same logits in batches of other sizes.
 
         Args:
@@ -248,12 +253,30 @@ class Engine:
             Request(prompt, min(_AT_ONCE, n - start), first + place * n + start, max_new_tokens, temperature)
             for place, prompt in enumerate(ids) for start in range(0, n, _AT_ONCE)
         ]  # fmt: skip
+        error: EngineError | None = None
+        try:
+            drawn, version = self._drawn_by_q(requests)
+        except EngineError as caught:
+            error = caught
+        if self.ranks.size > 1:  # or the others would wait for this one in their next collective
+            mine = torch.tensor([error is not None], device=self._like.device)
+            if bool(self.ranks.gather(mine).any()) and error is None:
+                error = EngineError(f"{self.facts.name} failed for another rank, whose error says how")
+        if error is not None:
+            raise error
+        return self._samples(ids, n, drawn, temperature, version)
+
+    def _drawn_by_q(self, requests: Sequence[Request]) -> tuple[list[Completion], int]:
+        """Return the continuations of all requests, and the version of the q that drew every one of them.
+
+        Raises:
+            EngineError: as ``sample``.
+        """
         for _ in range(_LOST):
             with self._gate.request():
-                version = self.version
-                drawn = self._all(requests)
+                drawn, version = self._all(requests), self.version
             if drawn is not None:
-                return self._samples(ids, n, drawn, temperature, version)
+                return drawn, version
             self._restore()
         raise EngineError(
             f"{self.facts.name} lost the weights of q {_LOST} times while it drew: it was started anew, or something "
@@ -371,17 +394,18 @@ class Engine:
                 it draws.
         """
         model = self._model(source)
+        tag, first = self._new_tag(), self._tag is None
         with self._gate.load(), torch.autocast(model.device.type, enabled=False):
-            try:
-                if self._tag is None and self._check_load:
-                    self._prove(model)
-                self._put(module_of(model), self._new_tag())
-                self._compare(model)
-            except BaseException as error:
-                self._undo(error)
-                raise
-            self._keep()
-            first, self._tag = self._tag is None, self._held_tag()
+            error = self._loaded(model, tag) if self.ranks.rank == 0 else None
+            if not self.ranks.agree(error is None):
+                raise error or EngineError(
+                    f"{self.facts.name} could not be loaded with q: the error of rank 0 says why"
+                )
+            self._comparable = self.ranks.agree(self._comparable)
+            if self.ranks.rank:
+                self._note(model)
+            self._keep(tag)
+            self._tag = tag
         if first and not self._comparable:
             by = "a few scores only" if self._digests_of_load is None else "a few scores and by which tensors change"
             warn_caller(
@@ -407,12 +431,26 @@ class Engine:
             raise ValueError("an engine needs whole parameters, and this model is sharded by FSDP")
         return model
 
+    def _loaded(self, model: LanguageModel, tag: str) -> Exception | None:
+        """Load and compare. Return the error after which the engine was given q again; None: it holds the model."""
+        try:
+            if self._tag is None and self._check_load:
+                self._prove(model)
+            self._put(module_of(model), tag)
+            self._compare(model)
+        except BaseException as error:
+            self._undo(error)
+            if not isinstance(error, Exception):
+                raise
+            return error
+        return None
+
     def _undo(self, error: BaseException) -> None:
         """Give the engine q again after a load that failed; where that fails too, ``sample`` tries it once more."""
         if self._tag is None:
             return
         try:
-            self._put_back()
+            self._put_back(self._tag)
         except OSError as again:  # sample tries once more
             error.__context__ = again
 
@@ -425,7 +463,7 @@ class Engine:
         with self._gate.load():
             if self._tag is None or self._held_tag() == self._tag:
                 return  # another thread was faster
-            self._put_back()
+            self._put_back(self._tag)
             if self._comparable:
                 whole = self._checksums() == weights.total(self._sums_of_load)
             else:
@@ -443,7 +481,7 @@ class Engine:
         """
         before = self._digests()
         other = model.around(weights.perturbed(module_of(model)))
-        self._put(other.model, "dmfast: every parameter perturbed")
+        self._put(other.model, "dmfast-perturbed")
         after, found = self._digests(), self._scores(self._random(other))
         if before is not None and after is not None:
             stale = sorted(name for name, digest in after.items() if before.get(name) == digest)
@@ -484,11 +522,16 @@ class Engine:
             same = sum(before.get(name) == each for name, each in sums.items())
             if len(stale) > same:  # each tensor of the engine is made of one of the model, or of several
                 raise EngineError(self._half(f"{len(stale)} tensors, where {same} of the policy have not moved, stay"))
-        x = self._drawn()
+        x = self._some()
         self._refuse_scores("q", x.log_prob, model.log_prob(x.to(model.device), batch_size=_PROBES).cpu(), x)
         self._digests_of_load, self._sums_of_load = digests, sums
 
-    def _drawn(self) -> Samples:
+    def _note(self, model: LanguageModel) -> None:
+        """Note what rank 0 has compared the engine with, so that this rank can prove whole what it gives again."""
+        self._sums_of_load = weights.checksums(module_of(model), self.facts.dtype)
+        self._digests_of_load = None if self._comparable else self._digests()
+
+    def _some(self) -> Samples:
         """Return a few sequences that the engine draws now."""
         context, start = self.context, [self._like._encoder.start]
         tokens = _PROBE_TOKENS if context is None else max(min(_PROBE_TOKENS, context - 1), 1)

@@ -24,7 +24,6 @@ from .engine import Completion, Engine, EngineError, Facts, Request
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-_FOLDER = "dmfast-q-"
 _MISSING, _REFUSED, _FAILED = (404, 405), range(400, 500), range(400, 600)
 _LOADING = "dmfast: being loaded"
 _START = "start it with `dmfast serve-proposal`, or with the options that docs/engines.md lists"
@@ -79,9 +78,6 @@ class HTTPSampler(Engine):
             self._temporary = tempfile.TemporaryDirectory(prefix="dmfast-q-")
             folder = self._temporary.name
         self._folder = Path(folder).absolute()
-        self._held: tuple[Path, str] | None = None  # the folder of q, and its tag
-        self._put_last: tuple[Path, str] | None = None
-        self._loads = 0
         self._name, self._has_sums = "", True
         self.facts = self._compare_facts(model)
 
@@ -199,25 +195,21 @@ class HTTPSampler(Engine):
 
     # ---- weights
 
+    def _folder_of(self, tag: str) -> Path:
+        return self._folder / f"q-{tag}"
+
     def _put(self, model: nn.Module, tag: str) -> None:
-        self._loads += 1
-        folder = self._folder / f"{_FOLDER}{os.getpid()}-{self._loads}"
-        weights.write(model, folder)
-        if self._put_last is not None and self._put_last != self._held:
-            shutil.rmtree(self._put_last[0], ignore_errors=True)
-        self._put_last = folder, tag
-        self._reload(folder, tag)
+        weights.write(model, self._folder_of(tag))
+        self._reload(self._folder_of(tag), tag)
 
-    def _put_back(self) -> None:
-        assert self._held is not None
-        self._reload(*self._held)
+    def _put_back(self, tag: str) -> None:
+        self._reload(self._folder_of(tag), tag)
 
-    def _keep(self) -> None:
-        assert self._put_last is not None
-        self._held = self._put_last
-        for each in self._folder.glob(f"{_FOLDER}*"):  # of an earlier process of the run, too
-            if each != self._held[0]:
-                shutil.rmtree(each, ignore_errors=True)
+    def _keep(self, tag: str) -> None:
+        if self.ranks.rank == 0:
+            for each in self._folder.glob("q-dmfast-*"):  # of loads that failed and of an earlier process, too
+                if each != self._folder_of(tag):
+                    shutil.rmtree(each, ignore_errors=True)
 
     def _reload(self, folder: Path, tag: str) -> None:
         server = self._server

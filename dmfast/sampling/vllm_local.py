@@ -70,7 +70,6 @@ class VLLMSampler(Engine):
             )  # fmt: skip
         self._lock = threading.Lock()
         self._own_tag, self._kept, self._last = "", list[tuple[str, Tensor]](), list[tuple[str, Tensor]]()
-        self._kept_tag = ""
         config = self._llm.llm_engine.model_config
         self.facts = Facts("vLLM in this process", int(config.max_model_len), config.dtype, True)
 
@@ -120,11 +119,11 @@ class VLLMSampler(Engine):
             self._llm.reset_prefix_cache()
         self._own_tag = tag
 
-    def _put_back(self) -> None:
-        self._load(self._kept, self._kept_tag)
+    def _put_back(self, tag: str) -> None:
+        self._load(self._kept, tag)
 
-    def _keep(self) -> None:
-        self._kept, self._kept_tag, self._last = self._last, self._own_tag, []
+    def _keep(self, tag: str) -> None:
+        self._kept, self._last = self._last, []
 
     def _spoil(self) -> None:
         self._own_tag = ""

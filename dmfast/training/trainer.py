@@ -161,6 +161,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             args.enable_jit_checkpoint = jit
         fsdp.refuse_plugin(self.accelerator, args)
         self._ranks = AccelerateRanks(self.accelerator)
+        if engine is not None:
+            engine.ranks = self._ranks
         check_alike(
             self._ranks,
             self.policy,
@@ -284,7 +286,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         try:
             with self.accelerator.autocast():
                 batch = self._draw(batches) if kept is None else kept.again()
-        except EngineError as error:
+        except EngineError as error:  # on all ranks
             step = self.state.global_step
             if step and checkpoint.fault(Path(self._get_output_dir(None)) / f"checkpoint-{step}") is not None:
                 self._save_checkpoint(self.model, trial=None)
