@@ -419,6 +419,21 @@ def test_a_swap_that_loads_a_part_is_found_by_scores_where_there_is_nothing_else
             sampler.load(moved(policy))
 
 
+def test_tensors_that_an_engine_keeps_elsewhere_are_left_to_scores():
+    """vLLM on a CPU does so with o_proj in bf16: its parameter is empty."""
+    policy = lm()
+    with StandIn(lm().model, tok(), packed="c_proj") as server:
+        with pytest.warns(UserWarning, match="gives no checksums that are the policy's"):
+            sampler = loaded(server, policy)
+        sampler.load(moved(policy, by=1e-6))
+        server.faults.stale = ("c_fc",)
+        with pytest.raises(EngineError, match="does not take all parameters"):
+            sampler.load(moved(policy, by=1e-6))
+        server.faults.stale = ("c_proj",)
+        with pytest.raises(EngineError, match="other log-probabilities"):
+            connected(server).load(policy)
+
+
 def test_frozen_parameters_do_not_count_as_stale():
     """Without checksums digests are compared, and a tensor that has not moved has the same one."""
     policy = lm()

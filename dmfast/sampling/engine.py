@@ -172,7 +172,10 @@ class Engine:
         raise NotImplementedError
 
     def _digests(self) -> dict[str, str] | None:
-        """Return a digest of each tensor of the engine. None: it gives none."""
+        """Return a digest of each tensor of the engine. None: it gives none.
+
+        A tensor that was emptied, since the engine keeps its values packed elsewhere, is left out: scores show it.
+        """
         raise NotImplementedError
 
     def _checksums(self) -> int | None:
