@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from . import adapters, sharding
+from . import adapters, sharding, tensor_parallel
 from .completions import check_unknown_proposal, samples_of
 from .decoding import decode, positions_of
 from .families import context_length, disable_dropout, execution_device, text_inputs, why_context, without_adapters
@@ -110,6 +110,7 @@ class LanguageModel:
                 "LanguageModel takes no prompt-learning adapters (prefix tuning, prompt tuning): PEFT would put their "
                 "virtual tokens before every token that is sampled; use LoRA or another adapter of weights"
             )
+        tensor_parallel.refuse(model)
         tokenizer, chat_template_kwargs = text_part(tokenizer, chat_template_kwargs)
         self.model = model
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
@@ -386,7 +387,7 @@ class LanguageModel:
                 f"the model's context of {context}{self._why_context}"
             )
         if seed is None:
-            seed = int(torch.randint(2**63 - 1, ()))
+            seed = tensor_parallel.from_first(self.model, int(torch.randint(2**63 - 1, ())))
         context_id = torch.arange(prompt.shape[0], device=self.device).repeat_interleave(n)
 
         def draw() -> Samples:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import adapters, sharding
+from .copies import frozen_copy
 from .estimators import Estimate, RunningEstimates, _js_terms, _mean, estimate
 from .kernels.result import DMLossOutput
 from .models import LanguageModel
@@ -83,25 +84,6 @@ def nearer(
         return _mean((u - 1).clamp(min=0) - (u - rho).clamp(min=0), sample_weight)
     of_q, of_pi = (_js_terms(log_u, other)[0] for other in (torch.zeros_like(log_rho), log_rho))
     return _mean(of_q - of_pi, sample_weight)
-
-
-def _copy(module: nn.Module, device: torch.device | str | None) -> nn.Module:
-    """Return a frozen copy, which is made directly on the device."""
-    if sharding.parts(module):
-        kind = sharding.class_of(module).__name__
-        raise ValueError(
-            f"the {kind} is sharded already, and FSDP can't copy it: make the OfflineProposal before fully_shard, and "
-            "shard proposal.snapshot.model as the policy; DMTrainer with DMConfig(fsdp=True) does both"
-        )
-    memo: dict[int, Any] = {}
-    if device is not None:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            if type(tensor) in (nn.Parameter, Tensor):
-                moved = tensor.detach().to(device, copy=True)
-                memo[id(tensor)] = nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
-    copied = copy.deepcopy(module, memo).requires_grad_(False)
-    copied.zero_grad(set_to_none=True)
-    return copied if device is None else copied.to(device)
 
 
 def _as_adapter(policy: Any, device: torch.device | str | None) -> tuple[Any, str]:
@@ -210,7 +192,7 @@ class OfflineProposal(Generic[Policy]):
         if adapter:
             self.snapshot, self._adapter = _as_adapter(policy, device)
         else:
-            self.snapshot = _with_module(policy, _copy(_module(policy), device))
+            self.snapshot = _with_module(policy, frozen_copy(_module(policy), device))
         self.steps = 0
         self._checked = 0  # the step of the last check
         self.swaps = 0

@@ -19,6 +19,8 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
+from . import tensor_parallel
+
 _T = TypeVar("_T")
 _METHOD = "dmfast_call"  # the method that FSDP takes for a forward
 
@@ -89,16 +91,20 @@ def group_of(model: nn.Module) -> Any:
 
 
 def most(model: nn.Module, mine: int) -> int:
-    """Return the largest of what the ranks give that hold a sharded model; of another model what this one gives."""
-    if not is_sharded(model):
+    """Return the largest of what the ranks give that hold parts of a model; of a whole one what this rank gives."""
+    if is_sharded(model):
+        group = group_of(model)
+    elif tensor_parallel.is_cut(model):
+        group = tensor_parallel.group_of(model)
+    else:
         return mine
     value = torch.tensor(int(mine), device=local(next(model.parameters())).device)
-    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=group_of(model))
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=group)
     return int(value)
 
 
 def agree(model: nn.Module, mine: bool) -> bool:
-    """Return whether all ranks that hold a sharded model say yes; of another model what this rank says."""
+    """Return whether all ranks that hold parts of a model say yes; of a whole one what this rank says."""
     return not most(model, not mine)
 
 
