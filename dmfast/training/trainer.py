@@ -32,6 +32,7 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
 )
+from transformers.trainer import SCHEDULER_NAME
 
 from ..batch import Batch, Prompts
 from ..estimators import PartitionFunctions
@@ -43,11 +44,12 @@ from ..samples import Samples
 from ..seeds import seed_for
 from ..settings import AnyObjective, check_target, check_trainable
 from ..targets import EBM
-from . import checkpoint, fsdp
+from ..tensor_parallel import is_cut
+from . import checkpoint, fsdp, tensor_parallel
 from . import samples as samples_table
 from .callbacks import EpochOrder, Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
 from .card import model_card
-from .checks import check_alike, check_fit, refuse_arguments, refuse_sharded, warn_of_generation_config, with_pad_token
+from .checks import check_alike, check_fit, refuse_arguments, warn_of_generation_config, with_pad_token
 from .config import DMConfig
 from .data import ContextLoader, Contexts, StepSampler, contexts_of, eval_contexts
 from .evaluation import examine
@@ -116,7 +118,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         if not isinstance(args, DMConfig):
             raise TypeError(f"args must be a dmfast.DMConfig, got {type(args).__name__}")
         refuse_arguments(args)
-        refuse_sharded(model)
+        tensor_parallel.refuse_model(model, getattr(getattr(target, "base", None), "model", None), args, peft_config)
         self._rows, self._has_prompts = Contexts(train_dataset), train_dataset is not None
         self._eval_rows = self._rows if eval_dataset is None else eval_contexts(eval_dataset)
         settings = args.settings(objective)
@@ -138,6 +140,9 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self.target = target
         self._interrupt = Interrupt()
         jit, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False  # handled only while train() runs
+        only_model, self._parts = args.save_only_model, tensor_parallel.size_of(model)
+        if self._parts > 1:
+            args.save_only_model = True  # transformers refuses to write the optimiser, which is written here
         try:
             super().__init__(
                 model=model,
@@ -155,11 +160,11 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
         finally:
-            args.enable_jit_checkpoint = jit
+            args.enable_jit_checkpoint, args.save_only_model = jit, only_model
         fsdp.refuse_plugin(self.accelerator, args)
-        self._ranks = AccelerateRanks(self.accelerator)
+        self._ranks = AccelerateRanks(self.accelerator, self._parts)
         check_alike(
-            self._ranks,
+            self._ranks.processes,
             self.policy,
             target,
             args,
@@ -175,7 +180,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         shared = target.base.model is model  # then it is on the device, and the policy's to train
         if not shared:
             target.base.model.requires_grad_(False)
-            if not self.is_fsdp_enabled:
+            if not (self.is_fsdp_enabled or is_cut(target.base.model)):
                 target.base.model.to(self.args.device)
         self.proposal: OfflineProposal[LanguageModel] | None = None
         if not args.on_policy:
@@ -291,7 +296,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
     def _finish_step(self) -> None:
         asked = [self._interrupt.asked, self._jit is not None and self._jit.asked]
-        agreed = self._ranks.gather(torch.tensor([asked], device=self.args.device)).any(0)
+        agreed = self._ranks.processes.gather(torch.tensor([asked], device=self.args.device)).any(0)
         with self.accelerator.autocast():
             metrics = self.matcher.commit()
         self._interrupt.agreed, terminate = agreed.tolist()
@@ -434,7 +439,10 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         return jit
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        if self._parts > 1:
+            self.policy.load(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
         self._model_step = self.state.best_global_step
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -456,9 +464,10 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             if writes:
                 self.state.save_to_json(str(staging / name / "trainer_state.json"))
             if not self.args.save_only_model:
-                checkpoint.save_state(
-                    self.state_dict(), staging / name, writes=writes, sharded=bool(self.is_fsdp_enabled)
-                )
+                state = self.state_dict()
+                if self._parts > 1:
+                    self._save_parts(staging / name, state["matcher"]["proposal"])
+                checkpoint.save_state(state, staging / name, writes=writes, sharded=self._sharding)
         if self._push_later:
             self._push_later = False
             if writes and self.args.hub_strategy != "end":
@@ -479,17 +488,47 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # dmfast's state comes first: it refuses what does not fit before anything has changed
         folder = Path(resume_from_checkpoint)
-        state, sharded = checkpoint.load_state(folder, self.args.device), bool(self.is_fsdp_enabled)
-        if bool(state.get("sharded")) != sharded:
-            raise ValueError(
-                f"the checkpoint {folder} is of a run {'without' if sharded else 'under'} FSDP, and this run is "
-                f"{'under' if sharded else 'without'} it: optimiser and proposal are kept in another way. Go on as the "
-                "run began, or train the saved model anew"
-            )
-        if sharded and self.proposal is not None and state["matcher"]["proposal"] is not None:
-            state = checkpoint.load_shards(state, folder, self.proposal.state_dict()["model"])
+        state, of_q = checkpoint.load_state(folder, self.args.device), {}
+        checkpoint.check_kind(state, folder, self._sharding)
+        if self._parts > 1:
+            parts = tensor_parallel.load_parts(folder, self.args.process_index, self.args.world_size)
+        if self.proposal is not None and state["matcher"]["proposal"] is not None and self._sharding:
+            of_q = self.proposal.state_dict()["model"]
+            if self._parts > 1:
+                state = checkpoint.with_proposal(state, tensor_parallel.proposal_of(parts, of_q))
+            else:
+                state = checkpoint.load_shards(state, folder, of_q)
         self.load_state_dict(state)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._parts > 1:
+            self.policy.load(folder)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    @property
+    def _sharding(self) -> str | None:
+        """What has made shards of the parameters."""
+        if self._parts > 1:
+            return checkpoint.TENSOR_PARALLELISM
+        return checkpoint.FSDP if self.is_fsdp_enabled else None
+
+    def _save_parts(self, folder: Path, proposal: dict[str, Any] | None) -> None:
+        q = None if proposal is None else proposal["model"]
+        tensor_parallel.save_parts(folder, self.args.process_index, self.args.world_size, self.optimizer, q)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._parts == 1:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:  # the optimiser's states are written with q's parameters
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._parts == 1 or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        parts = tensor_parallel.load_parts(folder, self.args.process_index, self.args.world_size)
+        tensor_parallel.load_optimizer(self.optimizer, parts)
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Return dmfast's part of a checkpoint: the matcher's state, and the prompts that its Z belong to."""
