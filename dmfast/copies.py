@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import copy
 import types
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import sharding, tensor_parallel
+from . import sharding
+from .tensors import all_tensors, copy_into, difference
 
 
 def frozen_copy(module: nn.Module, device: torch.device | str | None) -> nn.Module:
     """Return a frozen copy, which is made directly on the device.
 
     Raises:
-        ValueError: the model is sharded by FSDP, or it is cut by tensor parallelism and a device is named.
+        ValueError: the model is sharded and transformers has not sharded it as it loaded it; a device is named for a
+            copy of one that is spread over processes.
     """
+    by_transformers = getattr(module, "is_distributed_loading_by_transformers", False)
+    if device is not None and by_transformers:
+        raise ValueError(
+            f"device={device!r}: transformers has spread the model over processes as it loaded it, and the proposal "
+            "lies where the model does; leave device out"
+        )
+    if sharding.parts(module) and by_transformers:
+        return _sharded_alike(module)
     if sharding.parts(module):
         kind = sharding.class_of(module).__name__
         raise ValueError(
             f"the {kind} is sharded already, and FSDP can't copy it: make the OfflineProposal before fully_shard, and "
             "shard proposal.snapshot.model as the policy; DMTrainer with DMConfig(fsdp=True) does both"
-        )
-    if device is not None and tensor_parallel.is_cut(module):
-        raise ValueError(
-            f"device={device!r}: the model is cut by tensor parallelism, and the proposal lies where the model does; "
-            "leave device out"
         )
     memo: dict[int, Any] = {}
     for tensor in [*module.parameters(), *module.buffers()]:
@@ -74,3 +79,46 @@ def _about(value: Any, copies: dict[int, Any]) -> Any:
         except ValueError:  # nothing is in it
             continue
     return function
+
+
+def _sharded_alike(module: Any) -> nn.Module:
+    """Return a copy of what transformers has sharded as it loaded it, made of its config in the same way.
+
+    Raises:
+        ValueError: the model has parts or hooks that its config does not make.
+    """
+    from transformers import initialization
+
+    kind: Any = sharding.class_of(module)
+    with torch.device("meta"), initialization.no_tie_weights(), initialization.no_init_weights():
+        made: Any = kind(copy.deepcopy(module.config))
+    dtypes = {name: tensor.dtype for name, tensor in module.named_parameters(remove_duplicate=False)}
+    for name, parameter in made.named_parameters(remove_duplicate=False):
+        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+    made = kind.maybe_distribute_model(made, made.config.distributed_config, module._mesh_manager)
+    made.to_empty(device=sharding.local(next(module.parameters())).device)
+    made.tie_weights()
+    made.requires_grad_(False)
+    made.generation_config = copy.deepcopy(module.generation_config)
+    source, target = all_tensors(module), all_tensors(made)
+    if _layout(module) != _layout(made) or difference(source, target) is not None:
+        raise ValueError(
+            f"the {kind.__name__} is sharded, and it has modules, hooks or parameters that its config does not make, "
+            "so that no copy can be made of it for the proposal: load it without distributed_config, and set fsdp=True "
+            "in DMConfig"
+        )
+    copy_into(target, source)
+    made.train(module.training)
+    return cast(nn.Module, made)
+
+
+def _layout(model: nn.Module) -> list[tuple[str, type, int]]:
+    """Return names, classes and numbers of hooks of a model's modules."""
+    return [
+        (name, sharding.class_of(each), sum(not sharding.is_own_hook(hook) for hook in _hooks(each)))
+        for name, each in model.named_modules()
+    ]
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]

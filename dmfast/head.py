@@ -232,7 +232,8 @@ class HeadProbe:
             return out, None
         if sharding.is_shard(head.weight) and hasattr(head, "unshard"):
             head.unshard()  # FSDP has given it away after the head's own forward
-        if sharding.is_shard(head.weight) and not tensor_parallel.cuts_vocabulary(head):
+        own = tensor_parallel.cuts_vocabulary(head) and head.weight.device_mesh.ndim == 1
+        if sharding.is_shard(head.weight) and not own:
             self.failure = "the head's parameters are shards after a forward"
             return out, None
         hidden, weight, bias = captured[0], head.weight, head.bias

@@ -225,8 +225,11 @@ class LanguageModel:
             raise FileNotFoundError(f"there is no folder {str(folder)!r} to load a model from")
         if _is_adapter(folder):
             return adapters.saved(folder, self._tensors().keys())
-        kind: Any = sharding.class_of(without_adapters(module_of(self)))
-        return adapters.tensors(kind.from_pretrained(folder, local_files_only=True))
+        mine = without_adapters(module_of(self))
+        kind: Any = sharding.class_of(mine)
+        spread = getattr(mine, "is_distributed_loading_by_transformers", False)
+        how = {"distributed_config": mine.config.distributed_config} if spread else {}  # each process reads its parts
+        return adapters.tensors(kind.from_pretrained(folder, local_files_only=True, **how))
 
     def base(self) -> LanguageModel:
         """Return the pretrained model below a PEFT model's adapter: the same module, the adapter off in each forward.

@@ -24,7 +24,7 @@ from . import tensor_parallel
 _T = TypeVar("_T")
 _METHOD = "dmfast_call"  # the method that FSDP takes for a forward
 
-_groups: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_groups: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 _gathered: WeakSet[nn.Module] = WeakSet()
 _inside: WeakSet[nn.Module] = WeakSet()
 _kept: WeakSet[nn.Module] = WeakSet()  # whose layers stay whole after a forward
@@ -71,35 +71,36 @@ def is_own_hook(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp")
 
 
-def group_of(model: nn.Module) -> Any:
-    """Return the process group that a sharded model's parameters are spread over.
+def groups_of(model: nn.Module) -> list[Any]:
+    """Return the process groups that a sharded model's parameters are spread over: one, and that of tensor parallelism.
 
     Raises:
-        ValueError: they are spread over one, and copied over another.
+        ValueError: they are spread over one group, and copied over another.
     """
     if model not in _groups:
         reshard(model)  # a forward may have left all of them whole
         shard: Any = next(each for each in model.parameters() if is_shard(each))
-        if shard.device_mesh.ndim != 1:
+        mesh = shard.device_mesh
+        if mesh.ndim != 1 and mesh.mesh_dim_names != ("fsdp", "tp"):
             raise ValueError(
-                f"the parameters of the {class_of(model).__name__} lie on a mesh of {shard.device_mesh.ndim} "
-                "dimensions; hybrid sharding (HSDP) and FSDP with tensor parallelism were not tried: shard over all "
-                "processes alike"
+                f"the parameters of the {class_of(model).__name__} lie on a mesh of {mesh.ndim} dimensions; hybrid "
+                "sharding (HSDP) was not tried: shard over all processes alike"
             )
-        _groups[model] = shard.device_mesh.get_group()
+        _groups[model] = mesh.get_all_groups()
     return _groups[model]
 
 
 def most(model: nn.Module, mine: int) -> int:
     """Return the largest of what the ranks give that hold parts of a model; of a whole one what this rank gives."""
     if is_sharded(model):
-        group = group_of(model)
+        groups = groups_of(model)
     elif tensor_parallel.is_cut(model):
-        group = tensor_parallel.group_of(model)
+        groups = [tensor_parallel.group_of(model)]
     else:
         return mine
     value = torch.tensor(int(mine), device=local(next(model.parameters())).device)
-    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=group)
+    for group in groups:
+        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=group)
     return int(value)
 
 
@@ -117,6 +118,8 @@ def reshard(model: nn.Module) -> None:
 
 def keep_whole(model: Any) -> None:
     """Keep the layers of a sharded model whole after each forward from now on, as sampling alone needs it."""
+    if not is_sharded(model):
+        return
     model.set_reshard_after_forward(False)
     _kept.add(model)
 
@@ -137,7 +140,7 @@ def gathered(model: Any) -> Iterator[None]:
         yield
         return
     found, changes = parts(model), model not in _kept
-    group_of(model)
+    groups_of(model)
     with torch.no_grad():
         call(model, lambda: None)  # FSDP finds its root in a forward, and sets up what the root shares with its parts
     if changes:
@@ -172,7 +175,7 @@ def call(model: Any, function: Callable[[], _T], outputs: Callable[[Any], object
     """
     if not is_sharded(model) or model in _inside:
         return function()
-    group_of(model)
+    groups_of(model)
     if _METHOD not in vars(model):
         from torch.distributed.fsdp import register_fsdp_forward_method
 

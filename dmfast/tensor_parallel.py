@@ -36,16 +36,16 @@ def group_of(model: Any) -> Any:
 
 
 def cuts_vocabulary(head: Any) -> bool:
-    """Return whether transformers' tensor parallelism has cut the rows of a head, and made it return whole logits.
+    """Return whether transformers' tensor parallelism has cut the rows of a head, which FSDP may have sharded besides.
 
-    That the logits are whole is not read from here: ``HeadProbe`` compares them.
+    That its forward gives whole logits is not read from here: ``HeadProbe`` compares them.
     """
     forward, weight = vars(head).get("forward"), head.weight
     return (
         getattr(forward, "__module__", None) == _LIBRARY
         and hasattr(weight, "device_mesh")
-        and weight.device_mesh.ndim == 1
-        and weight.placements[0].is_shard(0)
+        and (weight.device_mesh.ndim == 1 or weight.device_mesh.mesh_dim_names[-1] == "tp")
+        and weight.placements[-1].is_shard(0)
         and (head.bias is None or getattr(head.bias, "placements", None) == weight.placements)
     )
 

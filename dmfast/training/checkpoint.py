@@ -23,7 +23,7 @@ import torch
 
 STATE, MANIFEST, SHARDS = "dmfast_state.pt", "dmfast_manifest.json", "dmfast_proposal"
 _STAGING = "_being-written"
-FSDP, TENSOR_PARALLELISM = "FSDP", "tensor parallelism"  # how a run may be sharded
+FSDP, SPREAD = "FSDP", "a distributed_config"  # how the parameters of a run may be sharded
 
 
 def write_manifest(folder: Path) -> None:

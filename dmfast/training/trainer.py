@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.trainer import SCHEDULER_NAME
 
+from .. import sharding
 from ..batch import Batch, Prompts
 from ..estimators import PartitionFunctions
 from ..matcher import Matcher
@@ -44,8 +45,7 @@ from ..samples import Samples
 from ..seeds import seed_for
 from ..settings import AnyObjective, check_target, check_trainable
 from ..targets import EBM
-from ..tensor_parallel import is_cut
-from . import checkpoint, fsdp, tensor_parallel
+from . import checkpoint, distributed_config, fsdp
 from . import samples as samples_table
 from .callbacks import EpochOrder, Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
 from .card import model_card
@@ -118,7 +118,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         if not isinstance(args, DMConfig):
             raise TypeError(f"args must be a dmfast.DMConfig, got {type(args).__name__}")
         refuse_arguments(args)
-        tensor_parallel.refuse_model(model, getattr(getattr(target, "base", None), "model", None), args, peft_config)
+        distributed_config.refuse_model(model, getattr(getattr(target, "base", None), "model", None), args, peft_config)
         self._rows, self._has_prompts = Contexts(train_dataset), train_dataset is not None
         self._eval_rows = self._rows if eval_dataset is None else eval_contexts(eval_dataset)
         settings = args.settings(objective)
@@ -140,8 +140,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self.target = target
         self._interrupt = Interrupt()
         jit, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False  # handled only while train() runs
-        only_model, self._parts = args.save_only_model, tensor_parallel.size_of(model)
-        if self._parts > 1:
+        only_model, self._is_spread = args.save_only_model, distributed_config.is_spread(model)
+        if self._is_spread:
             args.save_only_model = True  # transformers refuses to write the optimiser, which is written here
         try:
             super().__init__(
@@ -162,7 +162,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         finally:
             args.enable_jit_checkpoint, args.save_only_model = jit, only_model
         fsdp.refuse_plugin(self.accelerator, args)
-        self._ranks = AccelerateRanks(self.accelerator, self._parts)
+        self._ranks = AccelerateRanks(self.accelerator, distributed_config.processes_of(model))
         check_alike(
             self._ranks.processes,
             self.policy,
@@ -180,7 +180,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         shared = target.base.model is model  # then it is on the device, and the policy's to train
         if not shared:
             target.base.model.requires_grad_(False)
-            if not (self.is_fsdp_enabled or is_cut(target.base.model)):
+            if not (self.is_fsdp_enabled or distributed_config.is_spread(target.base.model)):
                 target.base.model.to(self.args.device)
         self.proposal: OfflineProposal[LanguageModel] | None = None
         if not args.on_policy:
@@ -189,6 +189,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 stderrs=args.proposal_stderrs, decay=args.proposal_decay, device=args.proposal_device,
                 adapter=shared and args.proposal_device is None,
             )  # fmt: skip
+        if self._is_spread and self.proposal is not None and args.gather_for_sampling:
+            sharding.keep_whole(self.proposal.snapshot.model)
         if self.is_fsdp_enabled:
             of_q = [] if shared or self.proposal is None else [self.proposal.snapshot.model]
             fsdp.shard(
@@ -439,7 +441,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         return jit
 
     def _load_best_model(self) -> None:
-        if self._parts > 1:
+        if self._is_spread:
             self.policy.load(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
@@ -465,7 +467,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 self.state.save_to_json(str(staging / name / "trainer_state.json"))
             if not self.args.save_only_model:
                 state = self.state_dict()
-                if self._parts > 1:
+                if self._is_spread:
                     self._save_parts(staging / name, state["matcher"]["proposal"])
                 checkpoint.save_state(state, staging / name, writes=writes, sharded=self._sharding)
         if self._push_later:
@@ -490,16 +492,16 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         folder = Path(resume_from_checkpoint)
         state, of_q = checkpoint.load_state(folder, self.args.device), {}
         checkpoint.check_kind(state, folder, self._sharding)
-        if self._parts > 1:
-            parts = tensor_parallel.load_parts(folder, self.args.process_index, self.args.world_size)
+        if self._is_spread:
+            parts = distributed_config.load_parts(folder, self.args.process_index, self.model)
         if self.proposal is not None and state["matcher"]["proposal"] is not None and self._sharding:
             of_q = self.proposal.state_dict()["model"]
-            if self._parts > 1:
-                state = checkpoint.with_proposal(state, tensor_parallel.proposal_of(parts, of_q))
+            if self._is_spread:
+                state = checkpoint.with_proposal(state, distributed_config.proposal_of(parts, of_q))
             else:
                 state = checkpoint.load_shards(state, folder, of_q)
         self.load_state_dict(state)
-        if self._parts > 1:
+        if self._is_spread:
             self.policy.load(folder)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -507,27 +509,27 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     @property
     def _sharding(self) -> str | None:
         """What has made shards of the parameters."""
-        if self._parts > 1:
-            return checkpoint.TENSOR_PARALLELISM
+        if self._is_spread:
+            return checkpoint.SPREAD
         return checkpoint.FSDP if self.is_fsdp_enabled else None
 
     def _save_parts(self, folder: Path, proposal: dict[str, Any] | None) -> None:
         q = None if proposal is None else proposal["model"]
-        tensor_parallel.save_parts(folder, self.args.process_index, self.args.world_size, self.optimizer, q)
+        distributed_config.save_parts(folder, self.args.process_index, self.model, self.optimizer, q)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._parts == 1:
+        if not self._is_spread:
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:  # the optimiser's states are written with q's parameters
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self._parts == 1 or checkpoint is None:
+        if not self._is_spread or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         folder = Path(checkpoint)
-        parts = tensor_parallel.load_parts(folder, self.args.process_index, self.args.world_size)
-        tensor_parallel.load_optimizer(self.optimizer, parts)
+        parts = distributed_config.load_parts(folder, self.args.process_index, self.model)
+        distributed_config.load_optimizer(self.optimizer, parts)
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Tensor parallelism under ``DMTrainer``: what is refused of models that transformers cut as it loaded them, and what a
-checkpoint holds of such a run.
+"""Models that transformers has spread over processes as it loaded them, by a ``DistributedConfig``, under ``DMTrainer``:
+what is refused, and what a checkpoint holds of such a run.
 
-transformers writes the model of a checkpoint whole, and refuses to write an optimiser whose states are parts. So each
-process writes its own parts of optimiser and proposal, and as many processes read them again.
+They are cut by tensor parallelism, sharded by FSDP2, or both. transformers writes the model of a checkpoint whole, and
+refuses to write an optimiser whose states are parts. So each process writes its own parts of optimiser and proposal,
+and processes that are spread alike read them again.
 """
 
 from __future__ import annotations
@@ -25,13 +26,18 @@ _PARTS = "dmfast_parts_{}.pt"
 _LOCAL = "dmfast_local"  # marks this process's part of a tensor
 
 
-def size_of(model: nn.Module) -> int:
-    """Return among how many processes the layers of a model are cut."""
-    return int(getattr(model, "tp_size", None) or 1) if tensor_parallel.is_cut(model) else 1
+def is_spread(model: Any) -> bool:
+    """Return whether transformers has spread a model over processes as it loaded it."""
+    return bool(getattr(model, "is_distributed_loading_by_transformers", False)) or tensor_parallel.is_cut(model)
+
+
+def processes_of(model: Any) -> int:
+    """Return how many processes, one after the other, work on the same sequences."""
+    return int(model.tp_size) if tensor_parallel.is_cut(model) else 1
 
 
 def refuse_model(model: Any, base: Any, args: TrainingArguments, peft_config: Any) -> None:
-    """Refuse a model that was cut as it was loaded in a way that was not tried, or together with something else.
+    """Refuse a model that was spread in a way that was not tried, or together with something that was not.
 
     Args:
         model: the policy, or where it will be loaded from.
@@ -43,58 +49,76 @@ def refuse_model(model: Any, base: Any, args: TrainingArguments, peft_config: An
         ValueError: it was.
         ImportError: a library is older than those that it was tried with.
     """
-    cut = tensor_parallel.is_cut(model)
-    if isinstance(base, nn.Module) and tensor_parallel.is_cut(base) and not cut:
+    if is_spread(base) and not is_spread(model):
         raise ValueError(
-            "the target's base was cut by tensor parallelism as it was loaded, and the policy was not: each process "
-            "would draw other sequences, which the base's processes must share; load both with one distributed_config"
+            "the target's base was loaded with a distributed_config, and the policy was not: the processes of the base "
+            "run its forwards together, and the policy's would not; load both with the same"
         )
-    if not cut and not getattr(model, "is_distributed_loading_by_transformers", False):
+    if not is_spread(model):
         return
     tensor_parallel.refuse(model)
-    config = getattr(model.config, "distributed_config", None)
-    sharded = max(getattr(config, "fsdp_size", None) or 1, getattr(config, "dp_replicate_size", None) or 1)
-    if not cut:
+    config: Any = getattr(model.config, "distributed_config", None)
+    if (getattr(config, "dp_replicate_size", None) or 1) > 1:
         raise ValueError(
-            "the model was sharded as it was loaded, by distributed_config, and FSDP can't copy it for the proposal: "
-            "load it without, and set fsdp=True in DMConfig, by which DMTrainer shards policy, base and proposal alike"
+            f"copies of a sharded model (HSDP), which DistributedConfig(dp_replicate_size={config.dp_replicate_size}) "
+            "asks for, were not tried with DMTrainer: shard it over all processes by fsdp_size"
         )
-    if sharded > 1:
+    theirs = getattr(getattr(base, "config", None), "distributed_config", None)
+    if is_spread(base) and _sizes(theirs) != _sizes(config):
         raise ValueError(
-            f"tensor parallelism together with FSDP or its copies (HSDP), which distributed_config asks for "
-            f"(tp_size={size_of(model)}, fsdp_size={config.fsdp_size}, dp_replicate_size={config.dp_replicate_size}), "
-            "was not tried with DMTrainer: give tp_size all processes, or load the model without distributed_config "
-            "and set fsdp=True in DMConfig"
+            f"the target's base was loaded with {_named(theirs)}, and the policy with {_named(config)}: load both with "
+            "the same distributed_config, since the same processes run their forwards together"
         )
     for library in (torch, accelerate, transformers):
         floor = fsdp.TRIED[library.__name__]
         if Version(library.__version__) < Version(floor):
             raise ImportError(
-                f"tensor parallelism was tried with {library.__name__} {floor}, and {library.__version__} is "
-                "installed: update it, or load the model without distributed_config"
+                f"a model loaded with a distributed_config was tried with {library.__name__} {floor}, and "
+                f"{library.__version__} is installed: update it, or load the model without distributed_config"
             )
     if peft_config is not None or hasattr(model, "peft_config"):
-        raise ValueError("adapters (PEFT) were not tried under tensor parallelism; train the whole model, or use FSDP2")
+        raise ValueError(
+            "adapters (PEFT) were not tried on a model that was loaded with a distributed_config: load it without, and "
+            "set fsdp=True in DMConfig, or train the whole model"
+        )
     if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError("quantised models were not tried under tensor parallelism; load the model in bfloat16")
+        raise ValueError("quantised models were not tried with a distributed_config; load the model in bfloat16")
     refused = {
         "gradient_variance_steps": "it differentiates each sequence alone; measure it in one process",
         "proposal_device": "the proposal lies where the policy does",
         "torch_compile": "that was not tried",
-        "fsdp": "load the model without distributed_config for that",
+        "fsdp": "it is sharded already, or load it without",
         "fp16": "that was not tried; take bf16=True",
     }
     for name, why in refused.items():
         if getattr(args, name):
-            raise ValueError(f"{name}={getattr(args, name)!r} does not run under tensor parallelism: {why}")
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} does not run with a model that was loaded with a distributed_config: "
+                f"{why}"
+            )
+    if getattr(config, "fsdp_cpu_offload", False):
+        raise ValueError("fsdp_cpu_offload of DistributedConfig was not tried with DMTrainer; leave it out")
+    if not args.gather_for_sampling and args.check_scores and sharding.is_sharded(model):
+        raise ValueError(fsdp.UNCHECKED)
 
 
-def save_parts(folder: Path, rank: int, processes: int, optimizer: Any, proposal: Mapping[str, Tensor] | None) -> None:
+def _sizes(config: Any) -> list[int]:
+    """Return over how many processes a model is sharded, and among how many it is cut."""
+    return [int(getattr(config, name, None) or 1) for name in ("fsdp_size", "tp_size")]
+
+
+def _named(config: Any) -> str:
+    sharded, cut = _sizes(config)
+    return f"DistributedConfig(fsdp_size={sharded}, tp_size={cut})"
+
+
+def save_parts(folder: Path, rank: int, model: Any, optimizer: Any, proposal: Mapping[str, Tensor] | None) -> None:
     """Write this process's parts of optimiser and proposal into a checkpoint.
 
     Args:
         folder: the checkpoint.
-        rank, processes: which process this is, and of how many.
+        rank: which process this is.
+        model: whose config says how it is spread.
         optimizer: its states are parts, or whole and the same on all processes.
         proposal: what ``OfflineProposal.state_dict`` holds of q.
 
@@ -109,26 +133,26 @@ def save_parts(folder: Path, rank: int, processes: int, optimizer: Any, proposal
         for place, values in state["state"].items()
     }
     q = None if proposal is None else {name: sharding.local(tensor) for name, tensor in proposal.items()}
-    parts = {"processes": processes, "optimizer": state | {"state": states}, "proposal": q}
+    parts = {"sizes": _sizes(model.config.distributed_config), "optimizer": state | {"state": states}, "proposal": q}
     torch.save(parts, folder / _PARTS.format(rank))
 
 
-def load_parts(folder: Path, rank: int, processes: int) -> dict[str, Any]:
+def load_parts(folder: Path, rank: int, model: Any) -> dict[str, Any]:
     """Read what ``save_parts`` wrote.
 
     Raises:
-        ValueError: another number of processes wrote it.
+        ValueError: a model that was spread in another way wrote it.
     """
     path = folder / _PARTS.format(rank)
-    parts: dict[str, Any] = {}
-    if path.is_file():
-        parts = torch.load(path, map_location="cpu", weights_only=True)
-    if parts.get("processes") != processes:
+    found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
+    config = model.config.distributed_config
+    if found.get("sizes") != _sizes(config):
+        was = "more processes" if not found else "fsdp_size={}, tp_size={}".format(*found["sizes"])
         raise ValueError(
-            f"the checkpoint {folder} is of a run under tensor parallelism with another number of processes than the "
-            f"{processes} of this one: go on with as many, or train the saved model anew"
+            f"the checkpoint {folder} is of a model that was spread in another way ({was}) than this one, "
+            f"{_named(config)}: go on as the run began, or train the saved model anew"
         )
-    return parts
+    return found
 
 
 def load_optimizer(optimizer: Any, parts: Mapping[str, Any]) -> None:
@@ -164,7 +188,7 @@ def _taken_apart(value: Any, parameter: Any, name: str, optimizer: Any) -> Any:
     if not sharding.is_shard(parameter) or (value.shape, value.placements) != (parameter.shape, parameter.placements):  # type: ignore[attr-defined]
         raise ValueError(
             f"{name} of {type(getattr(optimizer, 'optimizer', optimizer)).__name__} is cut in another way than its "
-            "parameter, and was not tried in a checkpoint under tensor parallelism: take AdamW, or save_only_model=True"
+            "parameter, and can't be written into a checkpoint: take AdamW, or save_only_model=True"
         )
     return {_LOCAL: sharding.local(value)}
 
