@@ -110,7 +110,7 @@ class LanguageModel:
                 "LanguageModel takes no prompt-learning adapters (prefix tuning, prompt tuning): PEFT would put their "
                 "virtual tokens before every token that is sampled; use LoRA or another adapter of weights"
             )
-        tensor_parallel.refuse(model)
+        sharding.refuse(model)
         tokenizer, chat_template_kwargs = text_part(tokenizer, chat_template_kwargs)
         self.model = model
         self.tokenizer: PreTrainedTokenizerBase = tokenizer

@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from . import adapters, sharding
+from . import adapters, sharding, tensor_parallel
 from .copies import frozen_copy
 from .estimators import Estimate, RunningEstimates, _js_terms, _mean, estimate
 from .kernels.result import DMLossOutput
@@ -52,10 +52,11 @@ def _source(policy: nn.Module | HasModel) -> LanguageModel | nn.Module:
     Raises:
         RuntimeError: it is sharded.
     """
-    if sharding.is_sharded(_module(policy)):
+    by = "FSDP" if sharding.is_sharded(_module(policy)) else "tensor parallelism"
+    if by == "FSDP" or tensor_parallel.is_cut(_module(policy)):
         raise RuntimeError(
-            "the policy is sharded by FSDP, and another engine needs whole parameters: OfflineProposal(sampler=...) "
-            "does not run under FSDP yet"
+            f"the policy is sharded by {by}, and another engine needs whole parameters: OfflineProposal(sampler=...) "
+            f"does not run under {by} yet"
         )
     return policy if isinstance(policy, (nn.Module, LanguageModel)) else policy.model
 

@@ -109,6 +109,30 @@ def agree(model: nn.Module, mine: bool) -> bool:
     return not most(model, not mine)
 
 
+def refuse(model: Any) -> None:
+    """Refuse a model that transformers has spread over processes in a way that was not tried, or that does not work.
+
+    Raises:
+        ValueError: it has pipeline or expert parallelism, or FSDP has sharded a tied head into shares of several sizes.
+    """
+    tensor_parallel.refuse(model)
+    if not (is_sharded(model) and getattr(model, "is_distributed_loading_by_transformers", False)):
+        return
+    reshard(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    rows, shares = head.weight.shape[0], head.weight.device_mesh.size()
+    if rows % shares:
+        raise ValueError(
+            f"the head of the {class_of(model).__name__} is its embedding, and the {rows} rows do not divide among "
+            f"{shares} processes: transformers ties them after it has sharded them, and torch then keeps two copies of "
+            "the last rows, of which an optimiser moves one. Pad them, by model.resize_token_embeddings(len(tokenizer),"
+            f" pad_to_multiple_of={shares}) of the whole model, or load it without distributed_config and set "
+            "fsdp=True in DMConfig"
+        )
+
+
 def reshard(model: nn.Module) -> None:
     """Put the shards in the place of the whole parameters that a forward may have left there."""
     if is_sharded(model) and model not in _gathered:

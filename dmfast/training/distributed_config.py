@@ -56,7 +56,7 @@ def refuse_model(model: Any, base: Any, args: TrainingArguments, peft_config: An
         )
     if not is_spread(model):
         return
-    tensor_parallel.refuse(model)
+    sharding.refuse(model)
     config: Any = getattr(model.config, "distributed_config", None)
     if (getattr(config, "dp_replicate_size", None) or 1) > 1:
         raise ValueError(
