@@ -250,8 +250,8 @@ class HeadProbe:
 
 
 def _is_shard_of(model: nn.Module, weight: Any) -> bool:
-    """Return whether a head's weight is a shard that FSDP makes whole in a forward, and nothing else cuts it."""
-    return sharding.is_sharded(model) and sharding.is_shard(weight) and weight.device_mesh.ndim == 1
+    """Return whether a head's weight is a shard, which FSDP makes whole in a forward."""
+    return sharding.is_sharded(model) and sharding.is_shard(weight)
 
 
 def _scaling(model: nn.Module) -> tuple[float, float | None]:

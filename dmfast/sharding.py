@@ -10,6 +10,7 @@ Only public functions of torch are used. Nothing here does anything to a model t
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from . import tensor_parallel
 
 _T = TypeVar("_T")
+_BY_TRANSFORMERS = (("fsdp", "tp"), ("dp_replicate", "fsdp"))  # the meshes of its DistributedConfig that were tried
 _METHOD = "dmfast_call"  # the method that FSDP takes for a forward
 
 _groups: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
@@ -72,19 +74,20 @@ def is_own_hook(hook: Any) -> bool:
 
 
 def groups_of(model: nn.Module) -> list[Any]:
-    """Return the process groups that a sharded model's parameters are spread over: one, and that of tensor parallelism.
+    """Return the process groups that a sharded model's parameters are spread over, one for each dimension of their mesh.
 
     Raises:
-        ValueError: they are spread over one group, and copied over another.
+        ValueError: there are several, and transformers has not made them.
     """
     if model not in _groups:
         reshard(model)  # a forward may have left all of them whole
         shard: Any = next(each for each in model.parameters() if is_shard(each))
         mesh = shard.device_mesh
-        if mesh.ndim != 1 and mesh.mesh_dim_names != ("fsdp", "tp"):
+        if mesh.ndim != 1 and mesh.mesh_dim_names not in _BY_TRANSFORMERS:
             raise ValueError(
                 f"the parameters of the {class_of(model).__name__} lie on a mesh of {mesh.ndim} dimensions; hybrid "
-                "sharding (HSDP) was not tried: shard over all processes alike"
+                "sharding (HSDP) and FSDP with tensor parallelism were tried with models that transformers has sharded "
+                "so, by a DistributedConfig: load it with one, or shard over all processes alike"
             )
         _groups[model] = mesh.get_all_groups()
     return _groups[model]
@@ -122,7 +125,9 @@ def refuse(model: Any) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:
         return
-    rows, shares = head.weight.shape[0], head.weight.device_mesh.size()
+    weight: Any = head.weight
+    rows, mesh = weight.shape[0], weight.device_mesh
+    shares = math.prod(mesh.size(k) for k, placement in enumerate(weight.placements) if not placement.is_replicate())
     if rows % shares:
         raise ValueError(
             f"the head of the {class_of(model).__name__} is its embedding, and the {rows} rows do not divide among "

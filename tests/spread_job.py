@@ -1,7 +1,7 @@
 """Models that transformers spreads over processes as it loads them, as a rank of several: ``python spread_job.py JSON``.
 
-The JSON has ``out``, ``sizes`` (of the ``DistributedConfig``), ``checks`` (names of those below) and ``runs``: by name
-what ``trainer_job.job`` takes, and ``model`` (what ``made`` takes), ``whole_base``, ``resume``, ``stop``, ``reward``,
+The JSON has ``out``, ``all`` (whether checks are to look at all that they can) and ``ways``: by name ``sizes`` (of a
+``DistributedConfig``), ``checks`` (names of those below) and ``runs``: by name what ``trainer_job.job`` takes, and ``model`` (what ``made`` takes), ``whole_base``, ``resume``, ``stop``, ``reward``,
 ``interrupt`` (the step at which rank 1 gets a SIGINT), ``differs`` (what does on rank 1), and ``refused`` (that it is).
 Rank r compares with the whole model, which it loads beside its parts, and writes what it found to ``result-r.json``.
 """
@@ -14,10 +14,12 @@ import os
 import signal
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import cpu_spread  # noqa: F401
 import torch
+from accelerate.state import AcceleratorState
 from ending import end
 from torch import distributed
 from trainer_job import WORDS, Gradients, Kill, StopAt, job, tokenizer, whole
@@ -134,14 +136,16 @@ def mean_of_ranks(gradient):
 
 def heads():
     """``compared`` of several heads."""
-    hook = {"spoil": lambda model: model.lm_head.register_forward_hook(lambda *_: None)}
-    return {"own": compared(), "tied": compared(**tied()), "hooked": compared(**hook)}
+    found = {"own": compared(), "tied": compared(**tied())}
+    if WANTED.get("all"):
+        found["hooked"] = compared(lambda model: model.lm_head.register_forward_hook(lambda *_: None))
+    return found
 
 
 def alike():
     """Whether the ranks of one model draw alike without a seed, and score alike to the bit, in 16 bits too."""
     found = {}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16") if WANTED.get("all") else ("float32",):
         lm = LanguageModel(spread(saved(dtype=dtype)), tokenizer())
         torch.manual_seed(distributed.get_rank())
         x = lm.sample(PROMPTS, 4, max_new_tokens=6)
@@ -156,7 +160,7 @@ def alike():
 def proposal():
     """Whether q stays while pi moves, and is pi after a swap, and what else a copy goes through."""
     found = {}
-    for name, options in (("own", {}), ("tied", tied())):
+    for name, options in (("own", {}), ("tied", tied())) if WANTED.get("all") else (("own", {}),):
         policy = LanguageModel(spread(saved(**options)), tokenizer())
         q = OfflineProposal(policy)
         x = q.sample(PROMPTS, 4, max_new_tokens=6, seed=3)
@@ -196,41 +200,40 @@ def shrunk(model):
 
 def refusals():
     """What is refused, by what is tried."""
-    found, folder, out = {}, saved(), Path(WANTED["out"], "refused")
+    found, out = {}, Path(WANTED["out"], "refused")
+    alone, model, base = loaded(saved()), spread(saved()), spread(saved())
+    config = model.config.distributed_config
 
-    def tried(name, model=None, base=None, **options):
-        found[name] = told(lambda: job(out, model=model or spread(folder), base=base or loaded(folder), **options))
+    def tried(name, model=model, base=alone, **options):
+        found[name] = told(lambda: job(out, model=model, base=base, **options))
 
     if "fsdp_size" in WANTED["sizes"]:
         tied_unevenly = spread(saved(tied=True))
         found["tied unevenly"] = told(lambda: LanguageModel(tied_unevenly, tokenizer()))
         tried("in step", gather_for_sampling=False)
-    tried("variance", gradient_variance_steps=1)
-    tried("device", proposal_device="cpu")
-    tried("compile", torch_compile=True)
-    tried("fp16", model=spread(folder), fp16=True, use_cpu=False)
-    tried("base alone", model=loaded(folder), base=spread(folder))
+    for name, value in {
+        "gradient_variance_steps": 1, "proposal_device": "cpu", "torch_compile": True, "fp16": True, "fsdp": True,
+    }.items():  # fmt: skip
+        tried(name, **{name: value})
+    tried("base alone", model=alone, base=base)
     for name in ("pp_size", "ep_size", "dp_replicate_size", "fsdp_cpu_offload"):
-        model = spread(folder)
-        setattr(model.config.distributed_config, name, 2)
-        tried(name, model=model)
-    model, base = spread(folder), spread(folder)
-    tried("fsdp", fsdp=True)
+        before = getattr(config, name)
+        setattr(config, name, 2)
+        tried(name)
+        setattr(config, name, before)
     base.config.distributed_config.fsdp_size = 4
-    tried("base otherwise", model=model, base=base)
-    model = spread(folder)
-    model.hf_quantizer = object()
-    tried("quantised", model=model)
-    model = spread(folder)
-    model.peft_config = {}
-    tried("adapter", model=model)
+    tried("base otherwise", base=base)
+    for name in ("hf_quantizer", "peft_config"):
+        setattr(model, name, {"some": "thing"})
+        tried(name)
+        delattr(model, name)
     return found
 
 
 # --- runs
 
 
-def run(name, *, model=None, whole_base=False, resume=None, stop=None, reward=None, interrupt=None, differs=None,
+def run(out, *, model=None, whole_base=False, resume=None, stop=None, reward=None, interrupt=None, differs=None,
         **wanted):  # fmt: skip
     """A finished job: its parameters, the gradients of its first step, what it logged and warned of."""
     folder, second = saved(**(model or {})), distributed.get_rank() == 1
@@ -244,13 +247,13 @@ def run(name, *, model=None, whole_base=False, resume=None, stop=None, reward=No
         callbacks.append(Kill(signal.SIGINT, interrupt, event="on_step_end"))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        trainer = job(Path(WANTED["out"], name), model=spread(folder),
+        trainer = job(out, model=spread(folder),
                       base=loaded(folder) if whole_base else spread(folder), callbacks=callbacks, **wanted)  # fmt: skip
         trainer.train(resume_from_checkpoint=resume and str(Path(WANTED["out"], resume)))
-        trainer.save_model(str(Path(WANTED["out"], name, "saved")))
+        trainer.save_model(str(out / "saved"))
     distributed.barrier()
     parameters = {n: whole(p.detach()) for n, p in trainer.model.named_parameters()}
-    written = loaded(str(Path(WANTED["out"], name, "saved"))).state_dict()
+    written = loaded(str(out / "saved")).state_dict()
     return {
         "parameters": {n: p.flatten().tolist() for n, p in parameters.items()},
         "gradients": {n: g.flatten().tolist() for n, g in (gradients.steps or [{}])[0].items()},
@@ -271,10 +274,15 @@ def main():
     utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     distributed.init_process_group("gloo")
-    found = {name: CHECKS[name]() for name in WANTED.get("checks", ())}
-    for name, options in WANTED.get("runs", {}).items():
-        refused = options.pop("refused", False)
-        found[name] = told(lambda name=name, options=options: run(name, **options)) if refused else run(name, **options)
+    found = {}
+    for way, wanted in WANTED["ways"].items():
+        WANTED["sizes"] = wanted["sizes"]
+        found[way] = {name: CHECKS[name]() for name in wanted.get("checks", ())}
+        for name, options in wanted.get("runs", {}).items():
+            AcceleratorState._reset_state()
+            refused = options.pop("refused", False)
+            attempt = partial(run, Path(WANTED["out"], way, name), **options)
+            found[way][name] = told(attempt) if refused else attempt()
     Path(WANTED["out"], f"result-{os.environ['RANK']}.json").write_text(json.dumps(found))
     end()
 

@@ -23,6 +23,7 @@ from .. import sharding, tensor_parallel
 from . import fsdp
 
 _PARTS = "dmfast_parts_{}.pt"
+_SIZES = ("dp_replicate_size", "fsdp_size", "tp_size")
 _LOCAL = "dmfast_local"  # marks this process's part of a tensor
 
 
@@ -58,10 +59,10 @@ def refuse_model(model: Any, base: Any, args: TrainingArguments, peft_config: An
         return
     sharding.refuse(model)
     config: Any = getattr(model.config, "distributed_config", None)
-    if (getattr(config, "dp_replicate_size", None) or 1) > 1:
+    if _sizes(config)[0] > 1 and _sizes(config)[2] > 1:
         raise ValueError(
-            f"copies of a sharded model (HSDP), which DistributedConfig(dp_replicate_size={config.dp_replicate_size}) "
-            "asks for, were not tried with DMTrainer: shard it over all processes by fsdp_size"
+            f"tensor parallelism together with copies of a sharded model (HSDP), {_named(config)}, was not tried with "
+            "DMTrainer: leave dp_replicate_size or tp_size out"
         )
     theirs = getattr(getattr(base, "config", None), "distributed_config", None)
     if is_spread(base) and _sizes(theirs) != _sizes(config):
@@ -103,13 +104,12 @@ def refuse_model(model: Any, base: Any, args: TrainingArguments, peft_config: An
 
 
 def _sizes(config: Any) -> list[int]:
-    """Return over how many processes a model is sharded, and among how many it is cut."""
-    return [int(getattr(config, name, None) or 1) for name in ("fsdp_size", "tp_size")]
+    """Return how many copies of a model there are, over how many processes each is sharded, and among how many cut."""
+    return [int(getattr(config, name, None) or 1) for name in _SIZES]
 
 
 def _named(config: Any) -> str:
-    sharded, cut = _sizes(config)
-    return f"DistributedConfig(fsdp_size={sharded}, tp_size={cut})"
+    return f"DistributedConfig({', '.join(f'{n}={k}' for n, k in zip(_SIZES, _sizes(config), strict=True))})"
 
 
 def save_parts(folder: Path, rank: int, model: Any, optimizer: Any, proposal: Mapping[str, Tensor] | None) -> None:
@@ -147,7 +147,7 @@ def load_parts(folder: Path, rank: int, model: Any) -> dict[str, Any]:
     found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
     config = model.config.distributed_config
     if found.get("sizes") != _sizes(config):
-        was = "more processes" if not found else "fsdp_size={}, tp_size={}".format(*found["sizes"])
+        was = "fewer processes" if not found else f"{', '.join(_SIZES)} of {found['sizes']}"
         raise ValueError(
             f"the checkpoint {folder} is of a model that was spread in another way ({was}) than this one, "
             f"{_named(config)}: go on as the run began, or train the saved model anew"
