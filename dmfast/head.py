@@ -37,7 +37,9 @@ class HiddenAndHead(NamedTuple):
         dtype = self.hidden.dtype
         if self.logits_dtype == "float32":
             dtype = torch.promote_types(dtype, torch.float32)
-        products = whole_logits(lambda *head: plain_logits(*head, dtype), self.hidden, self.weight, self.bias)
+        products = whole_logits(
+            lambda hidden, weight, bias: plain_logits(hidden, weight, bias, dtype), self.hidden, self.weight, self.bias
+        )
         return self.finished(products)
 
     def finished(self, products: Tensor) -> Tensor:

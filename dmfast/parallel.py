@@ -197,7 +197,7 @@ class _Shared(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         whole = gradient.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(whole, group=ctx.group)
         return whole, None
@@ -215,7 +215,7 @@ class _Columns(torch.autograd.Function):
         return torch.cat(_gathered(padded, group), -1)[..., :width]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient[..., ctx.start : ctx.start + ctx.columns], None, None
 
 

@@ -74,7 +74,7 @@ def is_own_hook(hook: Any) -> bool:
 
 
 def groups_of(model: nn.Module) -> list[Any]:
-    """Return the process groups that a sharded model's parameters are spread over, one for each dimension of their mesh.
+    """Return the process groups that a sharded model's parameters are spread over, one for each dimension of the mesh.
 
     Raises:
         ValueError: there are several, and transformers has not made them.

@@ -51,7 +51,7 @@ def cuts_vocabulary(head: Any) -> bool:
 
 
 def from_first(model: Any, number: int) -> int:
-    """Return the number that the first rank of a model's group gives; of a model that is not cut what this one gives."""
+    """Return the number that the first rank of a model's group gives; of a model that is not cut this one's."""
     if not is_cut(model):
         return number
     group = group_of(model)

@@ -1,9 +1,10 @@
-"""Models that transformers spreads over processes as it loads them, as a rank of several: ``python spread_job.py JSON``.
+"""Models that transformers spreads over processes as it loads them, as a rank of several: ``spread_job.py JSON``.
 
 The JSON has ``out``, ``all`` (whether checks are to look at all that they can) and ``ways``: by name ``sizes`` (of a
-``DistributedConfig``), ``checks`` (names of those below) and ``runs``: by name what ``trainer_job.job`` takes, and ``model`` (what ``made`` takes), ``whole_base``, ``resume``, ``stop``, ``reward``,
-``interrupt`` (the step at which rank 1 gets a SIGINT), ``differs`` (what does on rank 1), and ``refused`` (that it is).
-Rank r compares with the whole model, which it loads beside its parts, and writes what it found to ``result-r.json``.
+``DistributedConfig``), ``checks`` (names of those below) and ``runs``: by name what ``trainer_job.job`` takes, and
+``model`` (what ``made`` takes), ``whole_base``, ``resume``, ``stop``, ``reward``, ``interrupt`` (the step at which rank
+1 gets a SIGINT), ``differs`` (what does on rank 1), and ``refused`` (that it is). Rank r compares with the whole model,
+which it loads beside its parts, and writes what it found to ``result-r.json``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from accelerate.state import AcceleratorState
 from ending import end
 from torch import distributed
-from trainer_job import WORDS, Gradients, Kill, StopAt, job, tokenizer, whole
+from trainer_job import Gradients, Kill, StopAt, job, tokenizer, whole
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, utils
 from transformers.distributed import DistributedConfig
 
@@ -32,7 +33,7 @@ PROMPTS = ["w1 w2", "w3"]
 WANTED = json.loads(sys.argv[1]) if __name__ == "__main__" else {}
 
 
-def made(tied=False, dtype="float32", seed=0, rows=len(WORDS)):
+def made(tied=False, dtype="float32", seed=0, rows=11):
     """A Llama whose vocabulary of 11 is cut 6 and 5."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(

@@ -168,7 +168,7 @@ def check_kind(state: dict[str, Any], folder: Path, sharded: str | None) -> None
         ValueError: it is not.
     """
     found = state.get("sharded")
-    found = FSDP if found is True else found or None  # until 0.3 it said only whether
+    found = FSDP if found is True else found or None  # which it said before
     if found != sharded:
         of, this = ("without sharding" if each is None else f"under {each}" for each in (found, sharded))
         raise ValueError(

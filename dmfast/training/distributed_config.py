@@ -1,5 +1,5 @@
-"""Models that transformers has spread over processes as it loaded them, by a ``DistributedConfig``, under ``DMTrainer``:
-what is refused, and what a checkpoint holds of such a run.
+"""Models that transformers has spread over processes as it loaded them, by a ``DistributedConfig``, under
+``DMTrainer``: what is refused, and what a checkpoint holds of such a run.
 
 They are cut by tensor parallelism, sharded by FSDP2, or both. transformers writes the model of a checkpoint whole, and
 refuses to write an optimiser whose states are parts. So each process writes its own parts of optimiser and proposal,
@@ -16,7 +16,7 @@ import accelerate
 import torch
 import transformers
 from packaging.version import Version
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainingArguments
 
 from .. import sharding, tensor_parallel
@@ -204,7 +204,7 @@ def _part_of(value: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     on_device = value.to(sharding.local(like).device)
-    part: Tensor = DTensor.from_local(  # type: ignore[no-untyped-call]
+    part: Tensor = DTensor.from_local(
         on_device, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
     return part

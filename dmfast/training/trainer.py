@@ -90,7 +90,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     Raises:
         ValueError: the training is not possible: the base is the model itself, the tokenizer does not fit, the
             objective lacks its reward, the processes do not train the same thing, DeepSpeed or DataParallel is asked
-            for, or FSDP in a way that was not tried or that the launcher did not give.
+            for, or FSDP in a way that was not tried or that the launcher did not give, or the model was spread over
+            processes in a way that was not tried.
     """
 
     control: TrainerControl
