@@ -31,9 +31,9 @@ def refuse_parallelism(args: TrainingArguments) -> None:
         by_launcher = os.environ.get(variable, "false").lower() in ("true", "1")
         if by_launcher or getattr(args, name):
             asked = f"{variable}, which accelerate launch sets," if by_launcher else name
+            other = ", or load the model with DistributedConfig(tp_size=...)" if name == "parallelism_config" else ""
             raise ValueError(
-                f"DMTrainer does not run under {what} of accelerate, which {asked} asks for; use DDP or FSDP2, or load "
-                "the model with a DistributedConfig of transformers, which may have tensor parallelism"
+                f"DMTrainer does not run under {what} yet, which {asked} asks for; use DDP or FSDP2{other}"
             )
     if "hybrid" in f"{args.fsdp} {args.fsdp_config}".lower():
         raise ValueError(
