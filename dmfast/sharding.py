@@ -24,6 +24,10 @@ from . import tensor_parallel
 
 _T = TypeVar("_T")
 _BY_TRANSFORMERS = (("fsdp", "tp"), ("dp_replicate", "fsdp"))  # the meshes of its DistributedConfig that were tried
+NO_ADAPTERS = (
+    "adapters (PEFT) were not tried on a model that was loaded with a distributed_config: load it without, and set "
+    "fsdp=True in DMConfig, or train the whole model"
+)
 _METHOD = "dmfast_call"  # the method that FSDP takes for a forward
 
 _groups: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
@@ -116,9 +120,11 @@ def refuse(model: Any) -> None:
     """Refuse a model that transformers has spread over processes in a way that was not tried, or that does not work.
 
     Raises:
-        ValueError: it has pipeline or expert parallelism, or FSDP has sharded a tied head into shares of several sizes.
+        ValueError: it has an adapter, pipeline or expert parallelism, or a tied head whose shares have several sizes.
     """
     tensor_parallel.refuse(model)
+    if getattr(model, "is_distributed_loading_by_transformers", False) and hasattr(model, "peft_config"):
+        raise ValueError(NO_ADAPTERS)
     if not (is_sharded(model) and getattr(model, "is_distributed_loading_by_transformers", False)):
         return
     reshard(model)

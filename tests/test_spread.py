@@ -199,6 +199,7 @@ def test_processes_that_hold_one_model_are_one_rank():
     alone = AccelerateRanks(SimpleNamespace(process_index=1, num_processes=2), 2)
     assert (ranks.rank, ranks.size) == (1, 2)
     assert ranks.gather(torch.tensor([[1, 2], [3, 4]])).tolist() == [[1, 2], [3, 4], [21, 22], [23, 24]]
+    assert ranks.gather_texts(["a"]) == ["a"] and alone.gather_texts(["a", "b"]) == ["a", "b"]
     assert ranks.sum(torch.tensor([3.0])).tolist() == [6.0]
     assert (ranks.processes.rank, ranks.processes.size) == (2, 4)
     assert ranks.processes.gather(torch.tensor([0])).tolist() == [0, 10, 20, 30]

@@ -77,11 +77,8 @@ def refuse_model(model: Any, base: Any, args: TrainingArguments, peft_config: An
                 f"a model loaded with a distributed_config was tried with {library.__name__} {floor}, and "
                 f"{library.__version__} is installed: update it, or load the model without distributed_config"
             )
-    if peft_config is not None or hasattr(model, "peft_config"):
-        raise ValueError(
-            "adapters (PEFT) were not tried on a model that was loaded with a distributed_config: load it without, and "
-            "set fsdp=True in DMConfig, or train the whole model"
-        )
+    if peft_config is not None:
+        raise ValueError(sharding.NO_ADAPTERS)
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("quantised models were not tried with a distributed_config; load the model in bfloat16")
     refused = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 
@@ -44,6 +45,13 @@ class AccelerateRanks:
         everything = cast(Tensor, self.accelerator.gather(values.contiguous()))
         each = everything.view(self.size, self.parts, *values.shape)  # the parts of a rank give the same
         return each[:, 0].reshape(-1, *values.shape[1:])
+
+    def gather_texts(self, texts: list[str]) -> list[str]:
+        """Return the texts of all ranks in their order."""
+        if self.size == 1:
+            return texts
+        of_processes = cast(list[list[str]], gather_object([texts]))
+        return [text for each in of_processes[:: self.parts] for text in each]
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over all ranks."""

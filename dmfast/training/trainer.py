@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
@@ -376,7 +375,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 temperature=args.temperature, seed=seed_for(args.seed, "evaluation"),
                 batch_size=args.sampling_batch_size or args.per_device_train_batch_size,
                 texts=args.eval_diversity, first_row=self._ranks.rank * mine * len(some), rows=rows.rows_of(some),
-                gather=self._ranks.gather, gather_texts=gather_object if self._ranks.size > 1 else lambda texts: texts,
+                gather=self._ranks.gather, gather_texts=self._ranks.gather_texts,
             )  # fmt: skip
         self.eval_samples, metrics = found.samples, {}
         for name, estimate in found.estimates.items():
