@@ -490,11 +490,11 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # dmfast's state comes first: it refuses what does not fit before anything has changed
         folder = Path(resume_from_checkpoint)
-        state, of_q = checkpoint.load_state(folder, self.args.device), {}
+        state = checkpoint.load_state(folder, self.args.device)
         checkpoint.check_kind(state, folder, self._sharding)
         if self._is_spread:
             parts = distributed_config.load_parts(folder, self.args.process_index, self.model)
-        if self.proposal is not None and state["matcher"]["proposal"] is not None and self._sharding:
+        if self._sharding and self.proposal is not None and state["matcher"]["proposal"] is not None:
             of_q = self.proposal.state_dict()["model"]
             if self._is_spread:
                 state = checkpoint.with_proposal(state, distributed_config.proposal_of(parts, of_q))
