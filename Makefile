@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints.txt $(shell find csrc dmfast -type f \
 	! -name '*.so' ! -name '*.pyc')
 
-PROOFS := host-cuda ptx families fsdp sanitize aot interpreter floors wheel trace gpu-dry docs aarch64
+PROOFS := host-cuda ptx families fsdp spread sanitize aot interpreter floors wheel trace gpu-dry docs aarch64
 .PHONY: demo test pytest lint proofs $(PROOFS) vllm gpu gpu-rivals paper-quick paper format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
@@ -111,6 +111,10 @@ fsdp: $(VENV)/test
 # not among the proofs for that reason): docs/engines.md. Python 3.11.
 vllm: $(VENV)/vllm
 	$(VLLM)/bin/python scripts/ci/engines.py
+
+# Models that transformers spreads over processes as it loads them, on two and four CPU processes: docs/scale.md.
+spread: $(VENV)/test
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/ci/spread.py
 
 # The row kernels compiled for aarch64 and run in qemu.
 aarch64:

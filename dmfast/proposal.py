@@ -19,7 +19,8 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from . import adapters, sharding
+from . import adapters, sharding, tensor_parallel
+from .copies import frozen_copy
 from .estimators import Estimate, RunningEstimates, _alpha_terms, _js_terms, _mean, _mean_given_one, estimate
 from .kernels.result import DMLossOutput
 from .models import LanguageModel
@@ -56,10 +57,11 @@ def _source(policy: nn.Module | HasModel) -> LanguageModel | nn.Module:
     Raises:
         RuntimeError: it is sharded.
     """
-    if sharding.is_sharded(_module(policy)):
+    by = "FSDP" if sharding.is_sharded(_module(policy)) else "tensor parallelism"
+    if by == "FSDP" or tensor_parallel.is_cut(_module(policy)):
         raise RuntimeError(
-            "the policy is sharded by FSDP, and another engine needs whole parameters: OfflineProposal(sampler=...) "
-            "does not run under FSDP yet"
+            f"the policy is sharded by {by}, and another engine needs whole parameters: OfflineProposal(sampler=...) "
+            f"does not run under {by} yet"
         )
     return policy if isinstance(policy, (nn.Module, LanguageModel)) else policy.model
 
@@ -96,25 +98,6 @@ def nearer(
     if criterion == "alpha":
         return _mean_given_one(of_q - of_pi, log_rho.exp(), sample_weight)
     return _mean(of_q - of_pi, sample_weight)
-
-
-def _copy(module: nn.Module, device: torch.device | str | None) -> nn.Module:
-    """Return a frozen copy, which is made directly on the device."""
-    if sharding.parts(module):
-        kind = sharding.class_of(module).__name__
-        raise ValueError(
-            f"the {kind} is sharded already, and FSDP can't copy it: make the OfflineProposal before fully_shard, and "
-            "shard proposal.snapshot.model as the policy; DMTrainer with DMConfig(fsdp=True) does both"
-        )
-    memo: dict[int, Any] = {}
-    if device is not None:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            if type(tensor) in (nn.Parameter, Tensor):
-                moved = tensor.detach().to(device, copy=True)
-                memo[id(tensor)] = nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
-    copied = copy.deepcopy(module, memo).requires_grad_(False)
-    copied.zero_grad(set_to_none=True)
-    return copied if device is None else copied.to(device)
 
 
 def _as_adapter(policy: Any, device: torch.device | str | None) -> tuple[Any, str]:
@@ -230,7 +213,7 @@ class OfflineProposal(Generic[Policy]):
         if adapter:
             self.snapshot, self._adapter = _as_adapter(policy, device)
         else:
-            self.snapshot = _with_module(policy, _copy(_module(policy), device))
+            self.snapshot = _with_module(policy, frozen_copy(_module(policy), device))
         self.steps = 0
         self._stays = False
         self._checked = 0  # the step of the last check

@@ -50,7 +50,7 @@ def model_card(trainer: Any) -> str:
         + (f" `{base}`." if base else "."), "",
         f"dmfast {__version__}, transformers {transformers.__version__}, torch {torch.__version__}; "
         f"{step} optimiser steps of "
-        f"{args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size} sequences.", "",
+        f"{args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer._ranks.size} sequences.", "",
         "## Target", "", "```json", json.dumps(target, indent=1, ensure_ascii=False), "```", "",
         *([] if fit is None else ["How λ was found:", "", "```text", str(fit), "```", ""]),
         "## Settings", "", "| setting | value |", "|---|---|",

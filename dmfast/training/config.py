@@ -33,11 +33,15 @@ def refuse_parallelism(args: TrainingArguments) -> None:
         by_launcher = os.environ.get(variable, "false").lower() in ("true", "1")
         if by_launcher or getattr(args, name):
             asked = f"{variable}, which accelerate launch sets," if by_launcher else name
-            raise ValueError(f"DMTrainer does not run under {what} yet, which {asked} asks for; use DDP or FSDP2")
+            other = ", or load the model with DistributedConfig(tp_size=...)" if name == "parallelism_config" else ""
+            raise ValueError(
+                f"DMTrainer does not run under {what} yet, which {asked} asks for; use DDP or FSDP2{other}"
+            )
     if "hybrid" in f"{args.fsdp} {args.fsdp_config}".lower():
         raise ValueError(
             f"hybrid sharding (HSDP), which fsdp={args.fsdp!r} with fsdp_config={args.fsdp_config!r} asks for, was not "
-            "tried with DMTrainer: leave it out, so that all processes share one set of shards"
+            "tried with DMTrainer: leave it out, so that all processes share one set of shards, or load the model with "
+            "a DistributedConfig(dp_replicate_size=..., fsdp_size=...)"
         )
 
 
@@ -46,7 +50,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     """The arguments of ``DMTrainer``: transformers' own and those below.
 
     An optimiser step has B = ``per_device_train_batch_size`` * ``gradient_accumulation_steps`` * processes sequences,
-    all drawn and scored before the first microbatch.
+    all drawn and scored before the first microbatch. Under tensor parallelism the processes that hold one model
+    together count as one.
 
     Defaults that differ from transformers': a constant learning rate of 1.41e-5 with a warm-up of 10 steps (the paper's
     rate; small models want more), no gradient clipping (it would bias the estimate of the gradient by its size),
