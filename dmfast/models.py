@@ -87,7 +87,7 @@ class LanguageModel:
         TypeError: an eos_token_id that is not one integer or several, chat_template_kwargs that is no mapping.
         ValueError: an encoder-decoder model, a prompt-learning adapter, no EOS token, or an EOS or padding token that
             the model does not have; chat_template_kwargs with what dmfast sets itself; an unknown
-            logits_dtype.
+            logits_dtype; parameters that DeepSpeed has cut.
     """
 
     def __init__(
@@ -109,6 +109,12 @@ class LanguageModel:
             raise ValueError(
                 "LanguageModel takes no prompt-learning adapters (prefix tuning, prompt tuning): PEFT would put their "
                 "virtual tokens before every token that is sampled; use LoRA or another adapter of weights"
+            )
+        if sharding.is_cut_by_zero(model):
+            raise ValueError(
+                f"DeepSpeed's ZeRO-3 has cut the parameters of the {type(model).__name__} (deepspeed.zero.Init, or "
+                "from_pretrained while a DeepSpeed config with stage 3 exists), and LanguageModel needs them whole: "
+                "load the model before that config is made; DMTrainer lets DeepSpeed cut the policy"
             )
         tokenizer, chat_template_kwargs = text_part(tokenizer, chat_template_kwargs)
         self.model = model

@@ -12,6 +12,7 @@ from transformers import SchedulerType, TrainingArguments
 from ..diagnostics import nltk
 from ..proposal import CRITERIA
 from ..settings import AnyObjective, Settings
+from . import deepspeed
 
 
 def _field(default: Any, text: str) -> Any:
@@ -19,19 +20,21 @@ def _field(default: Any, text: str) -> Any:
 
 
 def refuse_parallelism(args: TrainingArguments) -> None:
-    """Refuse more than DDP and FSDP, whether asked for in the arguments or by ``accelerate launch``.
+    """Refuse more than DDP, FSDP and DeepSpeed, whether asked for in the arguments or by ``accelerate launch``.
 
     Raises:
         ValueError: it is asked for.
+        ImportError: DeepSpeed is asked for and not installed.
     """
-    for name, variable, what in (
-        ("deepspeed", "ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-        ("parallelism_config", "ACCELERATE_USE_PARALLELISM_CONFIG", "tensor, context or sequence parallelism"),
-    ):
-        by_launcher = os.environ.get(variable, "false").lower() in ("true", "1")
-        if by_launcher or getattr(args, name):
-            asked = f"{variable}, which accelerate launch sets," if by_launcher else name
-            raise ValueError(f"DMTrainer does not run under {what} yet, which {asked} asks for; use DDP or FSDP2")
+    variable = "ACCELERATE_USE_PARALLELISM_CONFIG"
+    by_launcher = os.environ.get(variable, "false").lower() in ("true", "1")
+    if by_launcher or args.parallelism_config:
+        asked = f"{variable}, which accelerate launch sets," if by_launcher else "parallelism_config"
+        raise ValueError(
+            f"DMTrainer does not run under tensor, context or sequence parallelism yet, which {asked} asks for; use "
+            "DDP, FSDP2 or DeepSpeed"
+        )
+    deepspeed.refuse_absent(args)
     if "hybrid" in f"{args.fsdp} {args.fsdp_config}".lower():
         raise ValueError(
             f"hybrid sharding (HSDP), which fsdp={args.fsdp!r} with fsdp_config={args.fsdp_config!r} asks for, was not "
@@ -107,7 +110,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         patience_zero: steps in a row with P(x) = 0 on every sequence, after which a warning says what to do.
 
     Raises:
-        ValueError: an unknown objective, criterion or baseline, a number out of range, DeepSpeed.
+        ValueError: an unknown objective, criterion or baseline, a number out of range, parallelism.
         TypeError: an objective that is no name.
         ImportError: ``eval_diversity`` without nltk.
     """
@@ -201,6 +204,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             )
         self.settings()
         super().__post_init__()
+        if self.deepspeed_plugin is not None:
+            deepspeed.load_models_whole()
 
     def settings(self, objective: AnyObjective | None = None) -> Settings:
         """Return what a step is made with.

@@ -43,7 +43,7 @@ from ..samples import Samples
 from ..seeds import seed_for
 from ..settings import AnyObjective, check_target, check_trainable
 from ..targets import EBM
-from . import checkpoint, fsdp
+from . import checkpoint, deepspeed, fsdp
 from . import samples as samples_table
 from .callbacks import EpochOrder, Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
 from .card import model_card
@@ -87,8 +87,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
     Raises:
         ValueError: the training is not possible: the base is the model itself, the tokenizer does not fit, the
-            objective lacks its reward, the processes do not train the same thing, DeepSpeed or DataParallel is asked
-            for, or FSDP in a way that was not tried or that the launcher did not give.
+            objective lacks its reward, the processes do not train the same thing, DataParallel is asked for, or FSDP or
+            DeepSpeed in a way that was not tried or that the launcher did not give.
     """
 
     control: TrainerControl
@@ -124,7 +124,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         check_target(target, model, settings, reward)
         model = with_adapter(model, peft_config, args.seed)
         processing_class = with_pad_token(target.base.tokenizer if processing_class is None else processing_class)
-        self.policy = LanguageModel(
+        kind_of_policy, kind_of_proposal = deepspeed.kinds(args)
+        self.policy = kind_of_policy(
             model, processing_class, eos_token_id=target.base.eos_token_ids,
             chat_template_kwargs=target.base.chat_template_kwargs, check_scores=args.check_scores,
             logits_dtype=target.base.logits_dtype,
@@ -157,6 +158,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         finally:
             args.enable_jit_checkpoint = jit
         fsdp.refuse_plugin(self.accelerator, args)
+        deepspeed.refuse_plugin(self.accelerator, args)
         self._ranks = AccelerateRanks(self.accelerator)
         check_alike(
             self._ranks,
@@ -173,13 +175,16 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 self.callback_handler.callbacks.remove(callback)
                 self.add_callback(ours)
         shared = target.base.model is model  # then it is on the device, and the policy's to train
+        deepspeed.refuse_model(self.accelerator, model, shared=shared)
+        if self.is_deepspeed_enabled:
+            model.to(self.args.device)  # which transformers leaves to DeepSpeed, and q is copied before that
         if not shared:
             target.base.model.requires_grad_(False)
             if not self.is_fsdp_enabled:
                 target.base.model.to(self.args.device)
         self.proposal: OfflineProposal[LanguageModel] | None = None
         if not args.on_policy:
-            self.proposal = OfflineProposal(
+            self.proposal = kind_of_proposal(
                 self.policy, args.proposal_criterion, args.proposal_interval, best_only=args.proposal_best_only,
                 stderrs=args.proposal_stderrs, decay=args.proposal_decay, device=args.proposal_device,
                 adapter=shared and args.proposal_device is None,
@@ -456,9 +461,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             if writes:
                 self.state.save_to_json(str(staging / name / "trainer_state.json"))
             if not self.args.save_only_model:
-                checkpoint.save_state(
-                    self.state_dict(), staging / name, writes=writes, sharded=bool(self.is_fsdp_enabled)
-                )
+                state = self.state_dict() | deepspeed.mark(self.accelerator)
+                checkpoint.save_state(state, staging / name, writes=writes, sharded=bool(self.is_fsdp_enabled))
         if self._push_later:
             self._push_later = False
             if writes and self.args.hub_strategy != "end":
@@ -478,7 +482,31 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # dmfast's state comes first: it refuses what does not fit before anything has changed
-        folder = Path(resume_from_checkpoint)
+        self.load_state_dict(self._state_in(Path(resume_from_checkpoint)))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # transformers lets DeepSpeed load its own checkpoint here, and calls no _load_from_checkpoint
+        state = self._state_in(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
+        if self.deepspeed is not None:
+            raise ValueError(
+                "a trainer under DeepSpeed trains once: transformers would go on with the engine, the optimiser and "
+                "the learning rates of the first train(). Make another DMTrainer, and resume its run or start anew"
+            )
+        found = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        deepspeed.begin(self.deepspeed, self.policy, self.proposal)
+        if state is not None:
+            self.load_state_dict(state)
+        return found
+
+    def _state_in(self, folder: Path) -> dict[str, Any]:
+        """Return dmfast's part of a checkpoint of a run like this one.
+
+        Raises:
+            ValueError: it can't be read, or the run was sharded in another way.
+        """
         state, sharded = checkpoint.load_state(folder, self.args.device), bool(self.is_fsdp_enabled)
         if bool(state.get("sharded")) != sharded:
             raise ValueError(
@@ -486,10 +514,10 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 f"{'under' if sharded else 'without'} it: optimiser and proposal are kept in another way. Go on as the "
                 "run began, or train the saved model anew"
             )
+        deepspeed.refuse_state(state, folder, self.accelerator)
         if sharded and self.proposal is not None and state["matcher"]["proposal"] is not None:
             state = checkpoint.load_shards(state, folder, self.proposal.state_dict()["model"])
-        self.load_state_dict(state)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        return state
 
     def state_dict(self) -> dict[str, Any]:
         """Return dmfast's part of a checkpoint: the matcher's state, and the prompts that its Z belong to."""
@@ -512,6 +540,9 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as transformers does, and under FSDP whole, whatever a checkpoint holds. All ranks call it."""
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            self._save(output_dir)  # training has not begun, and the model is still whole
+            return
         if self.is_fsdp_enabled and not _internal_call:  # transformers writes nothing where checkpoints are sharded
             self._save(output_dir, self.accelerator.get_state_dict(self.model))
             if self.args.push_to_hub:
