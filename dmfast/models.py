@@ -90,6 +90,8 @@ class LanguageModel:
             logits_dtype; parameters that DeepSpeed has cut.
     """
 
+    _gathers_zero = False  # whether it makes whole what DeepSpeed's ZeRO-3 has cut
+
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *,
         eos_token_id: int | Sequence[int] | Tensor | None = None,
@@ -544,6 +546,11 @@ class LanguageModel:
         return parts
 
     def _check_placed(self) -> None:
+        if not self._gathers_zero and sharding.is_cut_by_zero(self.model):
+            raise ValueError(
+                f"DeepSpeed's ZeRO-3 has cut the parameters of the {self._kind}, which LanguageModel and Matcher need "
+                "whole: train by DMTrainer, or take ZeRO-2"
+            )
         if self.device.type == "meta":
             raise ValueError(
                 f"the parameters of the {self._kind} are on the device meta, without values: "

@@ -1,9 +1,9 @@
 """Training jobs one after the other, each under DDP or DeepSpeed, as a rank of several: ``python deepspeed_job.py JSON``.
 
-The JSON has ``out``, ``zero`` (whether DeepSpeed runs) and ``variants``: by name what ``trainer_job.job`` takes, and
-``config`` (of DeepSpeed, over ``CONFIG``), ``stage``, ``model``, ``resume``, ``stop``, ``launcher`` (what accelerate
-launch puts into the environment), ``bare`` (accelerate as it is on a CPU), ``check`` (a function of ``CHECKS``, run on
-the trained trainer) and ``refused`` (that the job is). Rank r writes what came of them to ``result-r.json``.
+The JSON has ``out`` and ``variants``: by name what ``trainer_job.job`` takes, and ``stage`` (of ZeRO; 0: DDP),
+``config`` (of DeepSpeed, over ``CONFIG``), ``model``, ``resume``, ``stop``, ``launcher`` (what accelerate launch puts
+into the environment), ``check`` (a function of ``CHECKS``, run on the trained trainer) and ``refused`` (that the job
+is). Rank r writes what came of them to ``result-r.json``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import cpu_deepspeed
 import peft
 import torch
 from ending import end
@@ -51,8 +50,7 @@ def with_lora():
     return peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
 
 
-MODELS = {"gpt2": gpt2, "llama": llama, "hooked": hooked, "with_lora": with_lora, "seed 1": lambda: gpt2(seed=1),
-          "llama bf16": lambda: llama().bfloat16()}  # fmt: skip
+MODELS = {"gpt2": gpt2, "llama": llama, "hooked": hooked, "with_lora": with_lora}
 
 
 class EngineGradients(TrainerCallback):
@@ -78,10 +76,11 @@ class EngineGradients(TrainerCallback):
 
 def scored(trainer):
     """What the trained policy draws and scores, on this rank alone, and that it stays cut before and after."""
-    how = {"n": 6, "max_new_tokens": 8, "seed": 22, "first_row": 6 * torch.distributed.get_rank()}
+    rank = torch.distributed.get_rank()
+    how = {"n": 2, "max_new_tokens": 8, "seed": 22, "first_row": 2 * rank}
     drawn = trainer.policy.sample(["w3"], **how)
     with torch.no_grad():
-        again = trainer.policy.log_prob(drawn[: 2 + 4 * torch.distributed.get_rank()], batch_size=1)
+        again = trainer.policy.log_prob(drawn[: rank + 1], batch_size=1)
         logits, _ = trainer.policy.logits(drawn)
     said = []
     for what in (trainer.policy.log_prob, trainer.policy.logits, trainer.policy.hidden_and_head):
@@ -122,10 +121,10 @@ def twice(trainer):
 CHECKS = {each.__name__: each for each in (scored, broken, twice)}
 
 
-def refused(out, zero, name, **options):
+def refused(out, name, **options):
     """Why a job is."""
     try:
-        run(out, zero, name, **options)
+        run(out, name, **options)
     except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
@@ -143,18 +142,15 @@ def merged(config, more):
     return config
 
 
-def run(out, zero, name, *, model="gpt2", stage=2, config=None, resume=None, stop=None, skip=False, lora=None,
-        bare=False, launcher=None, check=None, **wanted):  # fmt: skip
+def run(out, name, *, model="gpt2", stage=0, config=None, resume=None, stop=None, skip=False, lora=None,
+        launcher=None, check=None, **wanted):  # fmt: skip
     """A finished job: its parameters, the gradients of its first step, what it logged and warned of."""
-    cpu_deepspeed.bare(bare)
+    zero = stage > 0
     torch.distributed.is_initialized() and torch.distributed.barrier()
     before = dict(os.environ)
     os.environ.update(launcher or {})
     if zero and launcher is None:
-        wanted["deepspeed"] = merged(copy.deepcopy(CONFIG), {"zero_optimization": {"stage": stage}} | (config or {}))
-        wanted["deepspeed"]["zero_optimization"].setdefault("stage", stage)
-    if zero:
-        wanted |= {"use_cpu": False} | wanted
+        wanted["deepspeed"] = merged(merged(copy.deepcopy(CONFIG), {"zero_optimization": {"stage": stage}}), config)
     if skip:
         wanted["constraints"] = [Contains("w4")]
     if wanted.get("objective") == "kl_control":
@@ -166,13 +162,16 @@ def run(out, zero, name, *, model="gpt2", stage=2, config=None, resume=None, sto
             trainer = job(Path(out, name), model=MODELS[model](), lora=lora,
                           callbacks=[gradients, *([StopAt(stop)] if stop else [])], **wanted)  # fmt: skip
             gradients.trainer = trainer
+            if check == "scored":
+                trainer.evaluate()  # where nothing is cut yet
+                trainer.save_model(str(Path(out, name, "whole")))
             trainer.train(resume_from_checkpoint=resume and str(Path(out, resume)))
             checked = None if check is None else CHECKS[check](trainer)
             trainer.save_model(str(Path(out, name, "saved")))
     finally:
         os.environ.clear()
         os.environ.update(before)
-    with dmfast_deepspeed.gathered(trainer.deepspeed if stage == 3 and zero else None):
+    with dmfast_deepspeed.gathered(trainer.deepspeed if stage == 3 else None):
         parameters = {n: p.detach().float().clone() for n, p in trainer.model.named_parameters()}
     held = sum(getattr(p, "ds_tensor", p).numel() for p in trainer.model.parameters())
     return {
@@ -193,10 +192,10 @@ def main():
     """Runs the jobs that the command line asks for."""
     torch.set_num_threads(1)
     wanted = json.loads(sys.argv[1])
-    zero = bool(wanted["zero"])
     results = {}
     for name, options in wanted["variants"].items():
-        results[name] = (refused if options.pop("refused", False) else run)(wanted["out"], zero, name, **options)
+        print(name, flush=True)  # for whoever looks for the one that waits
+        results[name] = (refused if options.pop("refused", False) else run)(wanted["out"], name, **options)
     rank = os.environ["RANK"]
     Path(wanted["out"], f"result-{rank}.json").write_text(json.dumps(results))
     end()

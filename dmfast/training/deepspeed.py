@@ -29,7 +29,7 @@ from ..models import LanguageModel
 from ..proposal import OfflineProposal
 from ..samples import Samples
 
-TRIED = {"torch": "2.13", "accelerate": "1.15", "transformers": "5.24", "deepspeed": "0.19"}
+TRIED = {"torch": "2.13", "accelerate": "1.15", "transformers": "5.24", "deepspeed": "0.19.8"}
 STAGES = (1, 2, 3)
 _HOW = "start one process for each GPU by accelerate launch, torchrun or deepspeed"
 #: What a DeepSpeed config may hold. Anything else changes what is computed, or was not tried.
@@ -106,7 +106,7 @@ def refuse_arguments(args: TrainingArguments) -> None:
         if processes > 1:
             raise ValueError(
                 f"{by} asks for DeepSpeed in {processes} processes, and accelerate found no accelerator, so that each "
-                "of them would train alone: DeepSpeed needs a GPU for each process. On CPUs leave it out, which is DDP"
+                "of them would train alone: DeepSpeed needs a GPU for each process. On CPUs set use_cpu=True"
             )
         raise ValueError(f"{by} asks for DeepSpeed, and this is one process, which has nothing to share: {_HOW}")
     for library, floor in TRIED.items():
@@ -146,11 +146,16 @@ def refuse_plugin(accelerator: Any, args: TrainingArguments) -> None:
     if plugin is None:
         raise ValueError(
             f"{by} asks for DeepSpeed, and accelerate runs {accelerator.distributed_type.value} on "
-            f"{accelerator.device}: {_HOW}, without use_cpu. On CPUs leave it out, which is DDP"
+            f"{accelerator.device}: {_HOW}"
+        )
+    if accelerator.device.type == "cpu" and torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        raise ValueError(
+            f"{by} asks for DeepSpeed, which takes the GPUs of this machine, and use_cpu={args.use_cpu!r} lets "
+            "everything else run on its CPUs: set DS_ACCELERATOR=cpu in the environment, or leave use_cpu out"
         )
     config: dict[str, Any] = plugin.deepspeed_config
     zero: dict[str, Any] = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
+    stage = _stage(plugin)
     if stage not in STAGES:
         raise ValueError(
             f"zero_optimization.stage={stage!r} of the DeepSpeed config was not tried with DMTrainer: take "
@@ -231,7 +236,11 @@ def refuse_model(accelerator: Any, model: nn.Module, *, shared: bool) -> None:
 def stage_of(accelerator: Any) -> int:
     """Return the stage of ZeRO that runs; 0: DeepSpeed does not."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    return 0 if plugin is None else int(plugin.zero_stage)
+    return 0 if plugin is None else _stage(plugin)
+
+
+def _stage(plugin: Any) -> int:
+    return int(plugin.deepspeed_config.get("zero_optimization", {}).get("stage", 0))
 
 
 def mark(accelerator: Any) -> dict[str, int]:
@@ -279,20 +288,22 @@ def gathered(engine: Any) -> Iterator[None]:
     if engine is None or engine in _gathered:
         yield
         return
-    from deepspeed.runtime.zero import unwrap_model_for_generation
+    import deepspeed
 
-    failed: BaseException | None = None
+    offload = engine.optimizer.parameter_offload
     _gathered.add(engine)
     try:
-        with unwrap_model_for_generation(engine):
+        with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+            # DeepSpeed's unwrap_model_for_generation leaves the hook that lets ranks compare their forwards, and waits
+            # for ever where their numbers differ
+            offload._remove_module_hooks()
+            offload.forward_hooks, offload.backward_hooks = [], []
             try:
                 yield
-            except BaseException as error:  # DeepSpeed puts its hooks back only where the block ends without one
-                failed = error
+            finally:
+                offload.setup_zero_stage3_hooks()
     finally:
         _gathered.discard(engine)
-    if failed is not None:
-        raise failed
 
 
 class PartitionedModel(LanguageModel):
@@ -303,6 +314,7 @@ class PartitionedModel(LanguageModel):
     """
 
     engine: Any = None
+    _gathers_zero = True
 
     def cut_by(self, engine: Any) -> None:
         """Note the engine that has cut the parameters, which the fused losses can't read between two forwards."""
@@ -347,7 +359,7 @@ class PartitionedProposal(OfflineProposal[LanguageModel]):
 
 def kinds(args: TrainingArguments) -> tuple[type[LanguageModel], type[OfflineProposal[LanguageModel]]]:
     """Return the classes of policy and proposal for these arguments."""
-    if asked(args) is not None and args.deepspeed_plugin.zero_stage == 3:
+    if asked(args) is not None and _stage(args.deepspeed_plugin) == 3:
         return PartitionedModel, PartitionedProposal
     return LanguageModel, OfflineProposal
 

@@ -406,6 +406,11 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             ValueError: the checkpoint is truncated; the message names the newest whole one.
             OSError: a checkpoint could not be written; the previous ones are as they were.
         """
+        if self.is_deepspeed_enabled and self.deepspeed is not None:
+            raise ValueError(
+                "a trainer under DeepSpeed trains once: transformers would go on with the engine, the optimiser and "
+                "the learning rates of the first train(). Make another DMTrainer, and resume its run or start anew"
+            )
         if resume_from_checkpoint:
             resume_from_checkpoint = str(checkpoint.to_resume(resume_from_checkpoint, Path(self.args.output_dir)))
         self._metrics, self._model_step = [], None
@@ -490,11 +495,6 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         # transformers lets DeepSpeed load its own checkpoint here, and calls no _load_from_checkpoint
         state = self._state_in(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
-        if self.deepspeed is not None:
-            raise ValueError(
-                "a trainer under DeepSpeed trains once: transformers would go on with the engine, the optimiser and "
-                "the learning rates of the first train(). Make another DMTrainer, and resume its run or start anew"
-            )
         found = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         deepspeed.begin(self.deepspeed, self.policy, self.proposal)
         if state is not None:
