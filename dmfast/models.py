@@ -548,8 +548,8 @@ class LanguageModel:
     def _check_placed(self) -> None:
         if not self._gathers_zero and sharding.is_cut_by_zero(self.model):
             raise ValueError(
-                f"DeepSpeed's ZeRO-3 has cut the parameters of the {self._kind}, which LanguageModel and Matcher need "
-                "whole: train by DMTrainer, or take ZeRO-2"
+                f"DeepSpeed's ZeRO-3 has cut the parameters of the {self._kind}, which LanguageModel needs whole "
+                "outside of DMTrainer: train by that, or take ZeRO-2"
             )
         if self.device.type == "meta":
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Training jobs one after the other, each under DDP or DeepSpeed, as a rank of several: ``python deepspeed_job.py JSON``.
+"""Training jobs one after the other, each under DDP or DeepSpeed, as a rank of two: ``python deepspeed_job.py JSON``.
 
 The JSON has ``out`` and ``variants``: by name what ``trainer_job.job`` takes, and ``stage`` (of ZeRO; 0: DDP),
 ``config`` (of DeepSpeed, over ``CONFIG``), ``model``, ``resume``, ``stop``, ``launcher`` (what accelerate launch puts

@@ -4,8 +4,8 @@ ZeRO-1 and ZeRO-2 leave every parameter whole, so that all runs as under DDP. Ze
 parameter. A forward through the engine gathers them layer by layer, which is one of all processes. What a forward alone
 does not serve, sampling, scoring and q <- pi, finds them whole within ``gathered``.
 
-The proposal and the base are never cut: they are frozen, so that there is neither a gradient nor an optimiser's state to
-share, and q has to be whole while it is sampled from.
+The proposal and the base are never cut: they are frozen, so that there is neither a gradient nor an optimiser's state
+to share, and q has to be whole while it is sampled from.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from .. import sharding
 from ..models import LanguageModel
 from ..proposal import OfflineProposal
 from ..samples import Samples
@@ -195,7 +194,7 @@ def refuse_plugin(accelerator: Any, args: TrainingArguments) -> None:
 def _is_off(value: Any) -> bool:
     """Return whether a value of a DeepSpeed config switches off what it belongs to."""
     if isinstance(value, dict):
-        return "enabled" in value and not value["enabled"] or value.get("device") in (None, "none") and "device" in value
+        return value.get("enabled") is False or value.get("device") == "none"
     return value in _OFF
 
 
