@@ -3,7 +3,7 @@
 The JSON has ``out`` and ``variants``: by name what ``trainer_job.job`` takes, and ``stage`` (of ZeRO; 0: DDP),
 ``config`` (of DeepSpeed, over ``CONFIG``), ``model``, ``resume``, ``stop``, ``launcher`` (what accelerate launch puts
 into the environment), ``check`` (a function of ``CHECKS``, run on the trained trainer) and ``refused`` (that the job
-is). Rank r writes what came of them to ``result-r.json``.
+is). ``loaded`` asks how a model is loaded beside such a config. Rank r writes what came of them to ``result-r.json``.
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ import sys
 import warnings
 from pathlib import Path
 
+import deepspeed
 import peft
 import torch
 from ending import end
 from trainer_job import Gradients, StopAt, gpt2, job, llama
-from transformers import TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
 
+import dmfast
 from dmfast import Contains
 from dmfast.training import deepspeed as dmfast_deepspeed
+
+# else every new environment compiles an all-reduce of DeepSpeed's own against torch's headers, for a minute
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 #: What the guides of transformers put into a DeepSpeed config; no parameter is so small that ZeRO-3 keeps it whole.
 CONFIG = {
@@ -36,6 +41,7 @@ CONFIG = {
         "stage3_gather_16bit_weights_on_model_save": True,
     },
 }  # fmt: skip
+ZERO_3 = {"zero_optimization": {"stage": 3}}
 
 
 def hooked():
@@ -75,9 +81,9 @@ class EngineGradients(TrainerCallback):
 
 
 def scored(trainer):
-    """What the trained policy draws and scores, on this rank alone, and that it stays cut before and after."""
+    """What the trained policy draws and scores, on this rank alone; that it stays cut, others load whole."""
     rank = torch.distributed.get_rank()
-    how = {"n": 2, "max_new_tokens": 8, "seed": 22, "first_row": 2 * rank}
+    how = {"n": 2, "max_new_tokens": 3 + 5 * rank, "seed": 22, "first_row": 2 * rank}
     drawn = trainer.policy.sample(["w3"], **how)
     with torch.no_grad():
         again = trainer.policy.log_prob(drawn[: rank + 1], batch_size=1)
@@ -88,8 +94,10 @@ def scored(trainer):
             what(drawn)
         except ValueError as error:
             said.append(str(error))
+    loaded = LlamaForCausalLM.from_pretrained(Path(trainer.args.output_dir, "whole"))
     return {
-        "length": drawn.tokens.shape[1], "tokens": drawn.tokens.tolist(), "log_prob": drawn.log_prob.tolist(),
+        "loaded": [p.numel() for p in loaded.parameters()], "length": drawn.tokens.shape[1],
+        "tokens": drawn.tokens.tolist(), "log_prob": drawn.log_prob.tolist(),
         "again": again.tolist(), "finite": bool(logits.isfinite().all()), "said": said,
         "held": [p.numel() for p in trainer.model.parameters()],
     }  # fmt: skip
@@ -107,6 +115,12 @@ def broken(trainer):
     with torch.no_grad():
         logits = trainer.deepspeed(input_ids=drawn.tokens).logits
         return {"message": message, "finite": bool(logits.isfinite().all())}
+
+
+def loaded(folder):
+    """How large the parameters are of a model that is loaded once a config with ZeRO-3 exists."""
+    dmfast.DMConfig(str(folder / "unused"), use_cpu=True, deepspeed=merged(copy.deepcopy(CONFIG), ZERO_3))
+    return [p.numel() for p in LlamaForCausalLM.from_pretrained(folder / "ZeRO-3" / "whole").parameters()]
 
 
 def twice(trainer):
@@ -197,6 +211,8 @@ def main():
         print(name, flush=True)  # for whoever looks for the one that waits
         results[name] = (refused if options.pop("refused", False) else run)(wanted["out"], name, **options)
     rank = os.environ["RANK"]
+    if wanted.get("loaded"):
+        results["loaded"] = loaded(Path(wanted["out"]))
     Path(wanted["out"], f"result-{rank}.json").write_text(json.dumps(results))
     end()
 

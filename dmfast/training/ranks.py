@@ -11,7 +11,7 @@ from torch import Tensor
 class AccelerateRanks:
     """``dmfast.ranks.Ranks`` over an ``accelerate.Accelerator``: those that draw sequences of their own.
 
-    Under DDP and FSDP these are all of its processes. Under tensor parallelism they would not be.
+    Under DDP, FSDP and DeepSpeed these are all of its processes. Under tensor parallelism they would not be.
 
     Args:
         accelerator: whose processes take a step together.

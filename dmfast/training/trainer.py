@@ -177,6 +177,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         shared = target.base.model is model  # then it is on the device, and the policy's to train
         deepspeed.refuse_model(self.accelerator, model, shared=shared)
         if self.is_deepspeed_enabled:
+            deepspeed.load_models_whole()  # the accelerator has made another such config
             model.to(self.args.device)  # which transformers leaves to DeepSpeed, and q is copied before that
         if not shared:
             target.base.model.requires_grad_(False)
@@ -540,11 +541,9 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as transformers does, and under FSDP whole, whatever a checkpoint holds. All ranks call it."""
-        if self.is_deepspeed_enabled and self.deepspeed is None:
-            self._save(output_dir)  # training has not begun, and the model is still whole
-            return
-        if self.is_fsdp_enabled and not _internal_call:  # transformers writes nothing where checkpoints are sharded
-            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        whole = bool(self.is_deepspeed_enabled) and self.deepspeed is None  # since training has not begun
+        if whole or (self.is_fsdp_enabled and not _internal_call):  # where transformers fails, or may write nothing
+            self._save(output_dir, None if whole else self.accelerator.get_state_dict(self.model))
             if self.args.push_to_hub:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         else:
