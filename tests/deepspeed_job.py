@@ -3,7 +3,8 @@
 The JSON has ``out`` and ``variants``: by name what ``trainer_job.job`` takes, and ``stage`` (of ZeRO; 0: DDP),
 ``config`` (of DeepSpeed, over ``CONFIG``), ``model``, ``resume``, ``stop``, ``launcher`` (what accelerate launch puts
 into the environment), ``check`` (a function of ``CHECKS``, run on the trained trainer) and ``refused`` (that the job
-is). ``loaded`` asks how a model is loaded beside such a config. Rank r writes what came of them to ``result-r.json``.
+is). ``loaded`` names a job whose model is loaded beside such a config. Rank r writes what came of them to
+``result-r.json``.
 """
 
 from __future__ import annotations
@@ -44,19 +45,12 @@ CONFIG = {
 ZERO_3 = {"zero_optimization": {"stage": 3}}
 
 
-def hooked():
-    """A model whose head has a hook, so that all of its logits are formed."""
-    model = llama()
-    model.lm_head.register_forward_hook(lambda *_: None)
-    return model
-
-
 def with_lora():
     """A model with an adapter, of which the base and the proposal are whole copies."""
     return peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
 
 
-MODELS = {"gpt2": gpt2, "llama": llama, "hooked": hooked, "with_lora": with_lora}
+MODELS = {"gpt2": gpt2, "llama": llama, "with_lora": with_lora}
 
 
 class EngineGradients(TrainerCallback):
@@ -120,7 +114,7 @@ def broken(trainer):
 def loaded(folder):
     """How large the parameters are of a model that is loaded once a config with ZeRO-3 exists."""
     dmfast.DMConfig(str(folder / "unused"), use_cpu=True, deepspeed=merged(copy.deepcopy(CONFIG), ZERO_3))
-    return [p.numel() for p in LlamaForCausalLM.from_pretrained(folder / "ZeRO-3" / "whole").parameters()]
+    return [p.numel() for p in LlamaForCausalLM.from_pretrained(folder / "whole").parameters()]
 
 
 def twice(trainer):
@@ -212,7 +206,7 @@ def main():
         results[name] = (refused if options.pop("refused", False) else run)(wanted["out"], name, **options)
     rank = os.environ["RANK"]
     if wanted.get("loaded"):
-        results["loaded"] = loaded(Path(wanted["out"]))
+        results["loaded"] = loaded(Path(wanted["out"], wanted["loaded"]))
     Path(wanted["out"], f"result-{rank}.json").write_text(json.dumps(results))
     end()
 

@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from dmfast import LanguageModel  # noqa: E402
 
 LORA = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}
+STEPS = {"max_steps": 5, "proposal_criterion": "interval", "proposal_interval": 2, "warmup_steps": 0}
 #: By name what a run does, and the stages of ZeRO that it is run under.
 RUNS = {
-    "tied head": ({}, (1, 2, 3)),
-    "head of its own": ({"model": "llama"}, (2, 3)),
-    "logits": ({"model": "hooked"}, (2,)),
+    "tied head, clipping": ({"max_grad_norm": 0.1, "optim": "sgd", "learning_rate": 1.0}, (1, 2, 3)),
+    "head of its own": ({"model": "llama", **STEPS}, (2, 3)),
     "accumulation, checkpointing": (
         {
             "model": "llama", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
@@ -37,15 +37,10 @@ RUNS = {
         },
         (2, 3),
     ),
-    "clipping": ({"max_grad_norm": 0.1, "optim": "sgd", "learning_rate": 1.0}, (2, 3)),
-    "zero weights skipped": (
-        {"skip": True, "objective": "dpg", "max_new_tokens": 3, "proposal_interval": 100, "skip_zero_weight": True},
-        (2, 3),
-    ),
-    "prompts, fresh checks": (
+    "prompts, fresh checks, zero weights skipped": (
         {
-            "model": "llama", "prompts": ["w1 w2", "w3", "w4 w5 w6", "w7"], "samples_per_context": 4, "max_steps": 3,
-            "proposal_check_samples": 32,
+            "prompts": ["w1 w2", "w3", "w4 w5 w6", "w7"], "samples_per_context": 4, "skip": True, "objective": "dpg",
+            "max_new_tokens": 3, "skip_zero_weight": True, "proposal_check_samples": 32,
         },
         (2, 3),
     ),
@@ -53,7 +48,6 @@ RUNS = {
         {"on_policy": True, "objective": "kl_control", "beta": 0.1, "ppo_epochs": 2, "baseline": "leave_one_out"},
         (2, 3),
     ),
-    "KL control": ({"objective": "kl_control", "beta": 0.1, "baseline": "mean"}, (2, 3)),
     "evaluation, the best model": (
         {
             "model": "llama", "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3, "save_strategy": "steps",
@@ -62,9 +56,9 @@ RUNS = {
         },
         (2, 3),
     ),
-    "LoRA on one backbone": ({"lora": LORA}, (2,)),
-    "LoRA on copies": ({"model": "with_lora"}, (2, 3)),
-    "bf16": ({"model": "llama", "bf16": True, "proposal_interval": 100}, (2, 3)),
+    "LoRA on one backbone": ({"lora": LORA, **STEPS}, (2,)),
+    "LoRA on copies": ({"model": "with_lora", **STEPS}, (2, 3)),
+    "bf16": ({"model": "llama", "bf16": True, **STEPS}, (2, 3)),
 }  # fmt: skip
 #: What ``accelerate launch --use_deepspeed --zero_stage 3`` puts into the environment.
 LAUNCHER = {
@@ -79,18 +73,19 @@ LAUNCHER = {
 #: Other ways to run one of them.
 WAYS = {"accelerate launch": ("head of its own", {"stage": 3, "launcher": LAUNCHER})}
 #: What is added in another order: ZeRO-2 sums microbatches in buckets, ZeRO-3 multiplies by another kernel.
-ROUNDING = 2e-6
+ROUNDING = 1e-5
 #: DDP keeps fp32 parameters and multiplies in 16 bits, DeepSpeed keeps 16-bit copies of them.
 ROUNDED = {"bf16": 0.1}
-STEPS = {"max_steps": 5, "proposal_criterion": "interval", "proposal_interval": 2, "warmup_steps": 0}
-#: Runs that are stopped and resumed.
-RESUMED = {
-    "ZeRO-2": {"model": "llama", "stage": 2},
-    "ZeRO-3": {"model": "llama", "stage": 3},
-    "ZeRO-2, LoRA on one backbone": {"lora": LORA, "stage": 2},
-    "ZeRO-3, LoRA on copies": {"model": "with_lora", "stage": 3},
-    "ZeRO-3, bf16": {"model": "llama", "stage": 3, "bf16": True},
-}
+#: Runs that are also stopped after three steps and resumed.
+RESUMED = [
+    "head of its own, ZeRO-2", "head of its own, ZeRO-3", "LoRA on one backbone, ZeRO-2", "LoRA on copies, ZeRO-3",
+    "bf16, ZeRO-3",
+]  # fmt: skip
+#: What ``deepspeed_job.py`` looks at after a run.
+CHECKS = {
+    "head of its own, ZeRO-3": "scored", "head of its own, ZeRO-3 stopped": "broken",
+    "head of its own, ZeRO-2 stopped": "twice",
+}  # fmt: skip
 #: Jobs that are refused, with what the message says.
 REFUSED = {
     "no accelerator": ({"stage": 2, "use_cpu": False}, "each of them would train alone"),
@@ -111,22 +106,26 @@ REFUSED = {
     ),
     "LoRA on one backbone, ZeRO-3": ({"lora": LORA, "stage": 3}, "LoRA on one backbone does not run under ZeRO-3"),
     "another stage": (
-        {"model": "llama", "stage": 2, "resume": "ZeRO-3 stopped/checkpoint-3"}, "is of a run under ZeRO-3 of 2",
+        {"model": "llama", "stage": 2, "resume": f"{RESUMED[1]} stopped/checkpoint-3"}, "is of a run under ZeRO-3 of 2",
     ),
     "DDP's": (
         {"model": "llama", "stage": 2, "resume": "DDP/checkpoint-3"}, "is of a run without DeepSpeed, and this run is",
     ),
     "without DeepSpeed": (
-        {"model": "llama", "resume": "ZeRO-2 stopped/checkpoint-3"}, "and this run is without DeepSpeed",
+        {"model": "llama", "resume": f"{RESUMED[0]} stopped/checkpoint-3"}, "and this run is without DeepSpeed",
     ),
-    "of another model": ({"stage": 2, "resume": "ZeRO-2 stopped/checkpoint-3"}, "RuntimeError"),
+    "of another model": ({"stage": 2, "resume": f"{RESUMED[0]} stopped/checkpoint-3"}, "RuntimeError"),
 }  # fmt: skip
 
 
 def launched(out, variants):
     """Return what the ranks of ``deepspeed_job.py`` say, a dictionary each."""
     out.mkdir(parents=True, exist_ok=True)
-    wanted = {"out": str(out), "variants": variants, "loaded": "ZeRO-3" in variants}
+    wanted = {
+        "out": str(out),
+        "variants": variants,
+        "loaded": RESUMED[1] if f"{RESUMED[1]} stopped" in variants else None,
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*command, str(JOB), json.dumps(wanted)], capture_output=True, text=True, timeout=500,
                           check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
@@ -149,9 +148,9 @@ def compare(way, name, stage, found, right):
     assert found["swaps"] == right["swaps"], way
     assert (0.45 < found["held"] < 0.55) if stage == 3 else found["held"] == 1, (way, found["held"])
     assert len(found["log"]) == len(right["log"]), way
-    assert any("forms all logits" in each for each in found["said"]) == (stage == 3 or name == "logits"), found["said"]
+    assert any("forms all logits" in each for each in found["said"]) == (stage == 3), found["said"]
     errors = {what: furthest(found[what], right[what]) for what in ("gradients", "parameters")}
-    if name == "clipping":
+    if "clipping" in name:
         del errors["gradients"]  # DDP clips before they are looked at
     if name in ROUNDED:
         assert found["q"] == ["torch.bfloat16"], found["q"]
@@ -166,23 +165,23 @@ def compare(way, name, stage, found, right):
 
 def resumes(folder, found):
     """Compare resumed runs with unbroken ones, and saved models with those in memory."""
-    for kind in RESUMED:
-        right, resumed = found[kind], found[f"{kind} resumed"]
-        assert resumed["parameters"] == right["parameters"], kind
-        assert resumed["swaps"] == right["swaps"] == 2, kind
-        assert resumed["log"][-1]["z"] == right["log"][-1]["z"], kind
-        print(f"{kind}, resumed: as the unbroken run, to the bit", flush=True)
-    for kind in ("ZeRO-2", "ZeRO-3"):
-        saved = load_file(folder / kind / "saved" / "model.safetensors")
-        for key, values in found[kind]["parameters"].items():
-            assert saved[key].flatten().tolist() == values, (kind, key)
+    for way in RESUMED:
+        right, resumed = found[way], found[f"{way} resumed"]
+        assert resumed["parameters"] == right["parameters"], way
+        assert resumed["swaps"] == right["swaps"] == 2, way
+        assert resumed["log"][-1]["z"] == right["log"][-1]["z"], way
+        print(f"{way}, resumed: as the unbroken run, to the bit", flush=True)
+    for way in RESUMED[:2]:
+        saved = load_file(folder / way / "saved" / "model.safetensors")
+        for key, values in found[way]["parameters"].items():
+            assert saved[key].flatten().tolist() == values, (way, key)
 
 
 def gathers(folder, ranks):
     """Compare what a policy under ZeRO-3 draws and scores, on each rank alone, with the model that it saved."""
-    lm = LanguageModel(AutoModelForCausalLM.from_pretrained(folder / "ZeRO-3" / "saved"), tokenizer())
-    lengths = set()
-    for rank, found in enumerate(each["ZeRO-3"]["check"] for each in ranks):
+    way = RESUMED[1]
+    lm = LanguageModel(AutoModelForCausalLM.from_pretrained(folder / way / "saved"), tokenizer())
+    for rank, found in enumerate(each[way]["check"] for each in ranks):
         drawn = lm.sample(["w3"], n=2, max_new_tokens=3 + 5 * rank, seed=22, first_row=2 * rank)
         assert found["tokens"] == drawn.tokens.tolist()
         assert torch.allclose(torch.tensor(found["log_prob"]).double(), drawn.log_prob, atol=1e-5)
@@ -191,13 +190,10 @@ def gathers(folder, ranks):
         assert not any(found["held"])
         assert all(found["loaded"])
         assert [each.partition(" ")[0] for each in found["said"]] == ["log_prob", "logits", "hidden_and_head:"]
-        assert (folder / "ZeRO-3" / "whole" / "model.safetensors").is_file()
-        lengths.add(found["length"])
-    assert len(lengths) == 2, lengths
     for found in ranks:
         assert all(found["loaded"])
-        assert found["ZeRO-3 stopped"]["check"] == {"message": "'within'", "finite": True}
-        assert "a trainer under DeepSpeed trains once" in found["ZeRO-2 stopped"]["check"]
+        assert found[f"{RESUMED[1]} stopped"]["check"] == {"message": "'within'", "finite": True}
+        assert "a trainer under DeepSpeed trains once" in found[f"{RESUMED[0]} stopped"]["check"]
     print("ZeRO-3: ranks that end at different lengths draw what the saved model draws", flush=True)
 
 
@@ -208,14 +204,12 @@ def main(names):
     ways |= {way: (name, more) for way, (name, more) in WAYS.items() if name in jobs}
     jobs |= {way: RUNS[name][0] | more for way, (name, more) in ways.items()}
     if not names:
-        checks = {"ZeRO-3": "scored", "ZeRO-3 stopped": "broken", "ZeRO-2 stopped": "twice"}
-        for kind, options in RESUMED.items():
-            stopped = f"{kind} stopped"
-            jobs[kind] = STEPS | options | {"check": checks.get(kind)}
-            jobs[stopped] = STEPS | options | {"stop": 3, "check": checks.get(stopped)}
-            jobs[f"{kind} resumed"] = STEPS | options | {"resume": f"{stopped}/checkpoint-3"}
+        for way in RESUMED:
+            jobs[f"{way} stopped"] = jobs[way] | {"stop": 3}
+            jobs[f"{way} resumed"] = jobs[way] | {"resume": f"{way} stopped/checkpoint-3"}
         jobs["DDP"] = STEPS | {"model": "llama", "stop": 3}
         jobs |= {f"refused: {what}": STEPS | options | {"refused": True} for what, (options, _) in REFUSED.items()}
+        jobs |= {way: jobs[way] | {"check": check} for way, check in CHECKS.items()}
     with tempfile.TemporaryDirectory() as out:
         ranks = launched(Path(out), jobs)
         found = ranks[0]
