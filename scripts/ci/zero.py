@@ -71,7 +71,13 @@ LAUNCHER = {
     "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
 }
 #: Other ways to run one of them.
-WAYS = {"accelerate launch": ("head of its own", {"stage": 3, "launcher": LAUNCHER})}
+WAYS = {
+    f"accelerate launch, ZeRO-{stage}": (
+        "head of its own",
+        {"stage": stage, "launcher": LAUNCHER | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}},
+    )
+    for stage in (2, 3)
+}
 #: What is added in another order: ZeRO-2 sums microbatches in buckets, ZeRO-3 multiplies by another kernel.
 ROUNDING = 1e-5
 #: DDP keeps fp32 parameters and multiplies in 16 bits, DeepSpeed keeps 16-bit copies of them.
