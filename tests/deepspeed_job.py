@@ -154,6 +154,7 @@ def run(out, name, *, model="gpt2", stage=0, config=None, resume=None, stop=None
         launcher=None, check=None, **wanted):  # fmt: skip
     """A finished job: its parameters, the gradients of its first step, what it logged and warned of."""
     zero = stage > 0
+    wanted = {"warmup_steps": 0} | wanted  # after a step of learning rate 0 pi is q, and rounding decides a swap
     torch.distributed.is_initialized() and torch.distributed.barrier()
     before = dict(os.environ)
     os.environ.update(launcher or {})

@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from dmfast import LanguageModel  # noqa: E402
 
 LORA = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}
-STEPS = {"max_steps": 5, "proposal_criterion": "interval", "proposal_interval": 2, "warmup_steps": 0}
+STEPS = {"max_steps": 5, "proposal_criterion": "interval", "proposal_interval": 2}
 #: By name what a run does, and the stages of ZeRO that it is run under.
 RUNS = {
-    "tied head, clipping": ({"max_grad_norm": 0.1, "optim": "sgd", "learning_rate": 1.0}, (1, 2, 3)),
+    "tied head, clipping": ({"max_grad_norm": 0.1, "optim": "sgd", "learning_rate": 0.2}, (1, 2, 3)),
     "head of its own": ({"model": "llama", **STEPS}, (2, 3)),
     "accumulation, checkpointing": (
         {
