@@ -27,7 +27,8 @@ BY_MODULE = {
     "ranks": ["Ranks"],
     "rejection": ["quasi_rejection_sample", "rejection_curve", "RejectionCurve", "RejectionPoint", "plot_rejection"],
     "sampling": ["Sampler", "Mixture", "Prompted"],
-    "targets": ["Feature", "ScorerCounts", "TargetScores", "fit_lambda", "LambdaFit"],
+    "verified": ["pass_at_k", "maj_at_k", "coverage", "distinct_at_k"],
+    "targets": ["Feature", "ScorerCounts", "VerifierCounts", "TargetScores", "fit_lambda", "LambdaFit"],
 }  # fmt: skip
 LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 
