@@ -26,7 +26,7 @@ def arguments(**settings):
     plugin = SimpleNamespace(deepspeed_config=CONFIG)
     usual = {"deepspeed": CONFIG, "deepspeed_plugin": plugin, "fsdp": False, "world_size": 2, "max_grad_norm": 0.0,
              "gradient_variance_steps": 0, "proposal_device": None, "torch_compile": False, "fp16": False,
-             "bf16": False, "gather_for_sampling": True, "use_cpu": False}  # fmt: skip
+             "bf16": False, "gather_for_sampling": True, "use_cpu": False, "sampler": "model"}  # fmt: skip
     return SimpleNamespace(**(usual | settings))
 
 
@@ -72,6 +72,7 @@ def test_processes_that_would_each_train_alone_are_refused(installed, monkeypatc
         ("torch_compile", True, "torch_compile=True does not run under DeepSpeed"),
         ("fp16", True, "fp16=True does not run under DeepSpeed.*take bf16=True"),
         ("gather_for_sampling", False, "gather_for_sampling=False is FSDP's"),
+        ("sampler", "vllm", "sampler='vllm' does not run under DeepSpeed"),
         ("deepspeed_plugin", None, "DMConfig was made before that"),
     ],
 )

@@ -124,6 +124,10 @@ def refuse_arguments(args: TrainingArguments) -> None:
     for name, why in refused.items():
         if getattr(args, name):
             raise ValueError(f"{name}={getattr(args, name)!r} does not run under DeepSpeed, which {by} asks for: {why}")
+    if args.sampler != "model":
+        raise ValueError(
+            f"sampler={args.sampler!r} does not run under DeepSpeed, which {by} asks for: that was not tried"
+        )
     if not args.gather_for_sampling:
         raise ValueError(
             "gather_for_sampling=False is FSDP's: under DeepSpeed q is whole on every process, and pi is made whole to "
