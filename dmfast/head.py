@@ -49,8 +49,8 @@ class HiddenAndHead(NamedTuple):
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """Return the model without DDP around it."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """Return the model without DDP or DeepSpeed's engine around it."""
+    return model.module if isinstance(model, DistributedDataParallel) or sharding.is_engine(model) else model
 
 
 class HeadProbe:

@@ -91,8 +91,10 @@ class LanguageModel:
         TypeError: an eos_token_id that is not one integer or several, chat_template_kwargs that is no mapping.
         ValueError: an encoder-decoder model, a prompt-learning adapter, no EOS token, or an EOS or padding token that
             the model does not have; chat_template_kwargs with what dmfast sets itself; an unknown
-            logits_dtype.
+            logits_dtype; parameters that DeepSpeed has cut.
     """
+
+    _gathers_zero = False  # whether it makes whole what DeepSpeed's ZeRO-3 has cut
 
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *,
@@ -115,6 +117,12 @@ class LanguageModel:
                 "virtual tokens before every token that is sampled; use LoRA or another adapter of weights"
             )
         sharding.refuse(model)
+        if sharding.is_cut_by_zero(model):
+            raise ValueError(
+                f"DeepSpeed's ZeRO-3 has cut the parameters of the {type(model).__name__} (deepspeed.zero.Init, or "
+                "from_pretrained while a DeepSpeed config with stage 3 exists), and LanguageModel needs them whole: "
+                "load the model before that config is made; DMTrainer lets DeepSpeed cut the policy"
+            )
         tokenizer, chat_template_kwargs = text_part(tokenizer, chat_template_kwargs)
         self.model = model
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
@@ -547,6 +555,11 @@ class LanguageModel:
         return parts
 
     def _check_placed(self) -> None:
+        if not self._gathers_zero and sharding.is_cut_by_zero(self.model):
+            raise ValueError(
+                f"DeepSpeed's ZeRO-3 has cut the parameters of the {self._kind}, which LanguageModel needs whole "
+                "outside of DMTrainer: train by that, or take ZeRO-2"
+            )
         if self.device.type == "meta":
             raise ValueError(
                 f"the parameters of the {self._kind} are on the device meta, without values: "

@@ -245,3 +245,17 @@ def spread(value: Tensor, target: Any) -> Tensor:
     whole = value.to(local(target).device, target.dtype)
     shards: Tensor = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
     return shards
+
+
+# ---- DeepSpeed, which DMTrainer alone runs under
+
+
+def is_engine(module: nn.Module) -> bool:
+    """Return whether this is what DeepSpeed puts around a model. Whoever made one has imported DeepSpeed."""
+    deepspeed: Any = sys.modules.get("deepspeed")
+    return deepspeed is not None and isinstance(module, deepspeed.DeepSpeedEngine)
+
+
+def is_cut_by_zero(model: nn.Module) -> bool:
+    """Return whether DeepSpeed's ZeRO-3 has cut the model's parameters."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

@@ -46,7 +46,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*fr
         ({"auto_find_batch_size": True}, "refuses auto_find_batch_size"),
         ({"label_smoothing_factor": 0.1}, "no labels to smooth"),
         ({"neftune_noise_alpha": 5.0}, "noise in the policy"),
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "does not run under DeepSpeed yet"),
         ({"parallelism_config": ParallelismConfig(tp_size=2)}, "under tensor, context or sequence parallelism yet"),
         (
             {
@@ -71,7 +70,6 @@ def test_what_is_refused(tmp_path, settings, message):
     ("name", "value", "message"),
     [
         ("fsdp", True, "fsdp asks for FSDP, and this is one process"),
-        ("deepspeed", "ds.json", "does not run under DeepSpeed yet, which deepspeed asks for; use DDP or FSDP2"),
         ("parallelism_config", ParallelismConfig(cp_size=2), "context or sequence parallelism yet"),
         ("_n_gpu", 2, r"under DataParallel \(2 GPUs in one process\); start one process per GPU"),
     ],
@@ -83,9 +81,8 @@ def test_parallelism_that_is_set_after_construction_is_refused(tmp_path, name, v
         dmfast.DMTrainer(gpt2(), trainer.target, trainer.args)
 
 
-@pytest.mark.parametrize("name", ["DEEPSPEED", "PARALLELISM_CONFIG"])
-def test_parallelism_that_accelerate_launch_sets_is_refused(tmp_path, name, monkeypatch):
-    args = job(tmp_path).args
+def test_parallelism_that_accelerate_launch_sets_is_refused(tmp_path, monkeypatch):
+    args, name = job(tmp_path).args, "PARALLELISM_CONFIG"
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     for make in (lambda: job(tmp_path), lambda: dmfast.DMTrainer(gpt2(), job(tmp_path).target, args)):
         with pytest.raises(

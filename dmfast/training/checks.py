@@ -16,7 +16,7 @@ from ..prompts import text_part
 from ..ranks import Ranks
 from ..seeds import seed_for
 from ..targets import EBM
-from . import fsdp
+from . import deepspeed, fsdp
 from .card import SETTINGS
 from .config import DMConfig, refuse_parallelism
 
@@ -36,6 +36,7 @@ def refuse_arguments(args: TrainingArguments) -> None:
     """
     refuse_parallelism(args)
     fsdp.refuse_arguments(args)
+    deepspeed.refuse_arguments(args)
     if args.n_gpu > 1:
         raise ValueError(
             f"DMTrainer does not run under DataParallel ({args.n_gpu} GPUs in one process); start one process per "

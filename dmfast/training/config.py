@@ -14,6 +14,7 @@ from ..diagnostics import nltk
 from ..proposal import CRITERIA, NEED_ALL
 from ..sampling import check_options
 from ..settings import AnyObjective, Settings
+from . import deepspeed
 
 
 def _field(default: Any, text: str) -> Any:
@@ -21,22 +22,21 @@ def _field(default: Any, text: str) -> Any:
 
 
 def refuse_parallelism(args: TrainingArguments) -> None:
-    """Refuse more than DDP and FSDP, whether asked for in the arguments or by ``accelerate launch``.
+    """Refuse more than DDP, FSDP and DeepSpeed, whether asked for in the arguments or by ``accelerate launch``.
 
     Raises:
         ValueError: it is asked for.
+        ImportError: DeepSpeed is asked for and not installed.
     """
-    for name, variable, what in (
-        ("deepspeed", "ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-        ("parallelism_config", "ACCELERATE_USE_PARALLELISM_CONFIG", "tensor, context or sequence parallelism"),
-    ):
-        by_launcher = os.environ.get(variable, "false").lower() in ("true", "1")
-        if by_launcher or getattr(args, name):
-            asked = f"{variable}, which accelerate launch sets," if by_launcher else name
-            other = ", or load the model with DistributedConfig(tp_size=...)" if name == "parallelism_config" else ""
-            raise ValueError(
-                f"DMTrainer does not run under {what} yet, which {asked} asks for; use DDP or FSDP2{other}"
-            )
+    variable = "ACCELERATE_USE_PARALLELISM_CONFIG"
+    by_launcher = os.environ.get(variable, "false").lower() in ("true", "1")
+    if by_launcher or args.parallelism_config:
+        asked = f"{variable}, which accelerate launch sets," if by_launcher else "parallelism_config"
+        raise ValueError(
+            f"DMTrainer does not run under tensor, context or sequence parallelism yet, which {asked} asks for; use "
+            "DDP, FSDP2 or DeepSpeed, or load the model with DistributedConfig(tp_size=...)"
+        )
+    deepspeed.refuse_absent(args)
     if "hybrid" in f"{args.fsdp} {args.fsdp_config}".lower():
         raise ValueError(
             f"hybrid sharding (HSDP), which fsdp={args.fsdp!r} with fsdp_config={args.fsdp_config!r} asks for, was not "
@@ -122,7 +122,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         patience_zero: steps in a row with P(x) = 0 on every sequence, after which a warning says what to do.
 
     Raises:
-        ValueError: an unknown objective, criterion or baseline, a number out of range, DeepSpeed.
+        ValueError: an unknown objective, criterion or baseline, a number out of range, parallelism.
         TypeError: an objective that is no name.
         ImportError: ``eval_diversity`` without nltk.
     """
@@ -222,6 +222,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             )
         self.settings()
         super().__post_init__()
+        if self.deepspeed_plugin is not None:
+            deepspeed.load_models_whole()
         self._check_sampler()
 
     def _check_sampler(self) -> None:

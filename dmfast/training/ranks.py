@@ -12,8 +12,8 @@ from torch import Tensor
 class AccelerateRanks:
     """``dmfast.ranks.Ranks`` over an ``accelerate.Accelerator``: those that draw sequences of their own.
 
-    Under DDP and FSDP these are all of its processes. Under tensor parallelism the processes that hold parts of one
-    model draw the same sequences, and are one rank together.
+    Under DDP, FSDP and DeepSpeed these are all of its processes. Under tensor parallelism the processes that hold parts
+    of one model draw the same sequences, and are one rank together.
 
     Args:
         accelerator: whose processes take a step together.

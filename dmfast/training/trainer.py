@@ -46,7 +46,7 @@ from ..sampling.engine import Engine
 from ..seeds import seed_for
 from ..settings import AnyObjective, check_target, check_trainable
 from ..targets import EBM
-from . import checkpoint, distributed_config, fsdp
+from . import checkpoint, deepspeed, distributed_config, fsdp
 from . import samples as samples_table
 from .callbacks import EpochOrder, Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
 from .card import model_card
@@ -90,8 +90,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
     Raises:
         ValueError: the training is not possible: the base is the model itself, the tokenizer does not fit, the
-            objective lacks its reward, the processes do not train the same thing, DeepSpeed or DataParallel is asked
-            for, or FSDP in a way that was not tried or that the launcher did not give, or the model was spread over
+            objective lacks its reward, the processes do not train the same thing, DataParallel is asked for, FSDP or
+            DeepSpeed in a way that was not tried or that the launcher did not give, or the model was spread over
             processes in a way that was not tried.
     """
 
@@ -133,7 +133,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         check_target(target, model, settings, reward)
         model = with_adapter(model, peft_config, args.seed)
         processing_class = with_pad_token(target.base.tokenizer if processing_class is None else processing_class)
-        self.policy = LanguageModel(
+        kind_of_policy, kind_of_proposal = deepspeed.kinds(args)
+        self.policy = kind_of_policy(
             model, processing_class, eos_token_id=target.base.eos_token_ids,
             chat_template_kwargs=target.base.chat_template_kwargs, check_scores=args.check_scores,
             logits_dtype=target.base.logits_dtype,
@@ -170,6 +171,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         finally:
             args.enable_jit_checkpoint, args.save_only_model = jit, only_model
         fsdp.refuse_plugin(self.accelerator, args)
+        deepspeed.refuse_plugin(self.accelerator, args)
         self._ranks = AccelerateRanks(self.accelerator, distributed_config.processes_of(model))
         if engine is not None:
             engine.ranks = self._ranks
@@ -188,13 +190,17 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 self.callback_handler.callbacks.remove(callback)
                 self.add_callback(ours)
         shared = target.base.model is model  # then it is on the device, and the policy's to train
+        deepspeed.refuse_model(self.accelerator, model, shared=shared)
+        if self.is_deepspeed_enabled:
+            deepspeed.load_models_whole()  # the accelerator has made another such config
+            model.to(self.args.device)  # which transformers leaves to DeepSpeed, and q is copied before that
         if not shared:
             target.base.model.requires_grad_(False)
             if not (self.is_fsdp_enabled or distributed_config.is_spread(target.base.model)):
                 target.base.model.to(self.args.device)
         self.proposal: OfflineProposal[LanguageModel] | None = None
         if not args.on_policy:
-            self.proposal = OfflineProposal(
+            self.proposal = kind_of_proposal(
                 self.policy, args.proposal_criterion, args.proposal_interval, best_only=args.proposal_best_only,
                 stderrs=args.proposal_stderrs, decay=args.proposal_decay, device=args.proposal_device,
                 adapter=shared and args.proposal_device is None, sampler=engine,
@@ -464,6 +470,11 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             EngineError: the engine that draws has failed, and trying again within bounds did not help. The run has
                 ended with a checkpoint.
         """
+        if self.is_deepspeed_enabled and self.deepspeed is not None:
+            raise ValueError(
+                "a trainer under DeepSpeed trains once: transformers would go on with the engine, the optimiser and "
+                "the learning rates of the first train(). Make another DMTrainer, and resume its run or start anew"
+            )
         if resume_from_checkpoint:
             resume_from_checkpoint = str(checkpoint.to_resume(resume_from_checkpoint, Path(self.args.output_dir)))
         self._metrics, self._model_step, self._engine_error = [], None, None
@@ -525,7 +536,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             if writes:
                 self.state.save_to_json(str(staging / name / "trainer_state.json"))
             if not self.args.save_only_model:
-                state = self.state_dict()
+                state = self.state_dict() | deepspeed.mark(self.accelerator)
                 if self._is_spread:
                     self._save_parts(staging / name, state["matcher"]["proposal"])
                 checkpoint.save_state(state, staging / name, writes=writes, sharded=self._sharding)
@@ -549,21 +560,39 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # dmfast's state comes first: it refuses what does not fit before anything has changed
         folder = Path(resume_from_checkpoint)
-        state = checkpoint.load_state(folder, self.args.device)
-        checkpoint.check_kind(state, folder, self._sharding)
-        if self._is_spread:
-            parts = distributed_config.load_parts(folder, self.args.process_index, self.model)
-        if self._sharding and self.proposal is not None and state["matcher"]["proposal"] is not None:
-            of_q = self.proposal.state_dict()["model"]
-            if self._is_spread:
-                state = checkpoint.with_proposal(state, distributed_config.proposal_of(parts, of_q))
-            else:
-                state = checkpoint.load_shards(state, folder, of_q)
-        self.load_state_dict(state)
+        self.load_state_dict(self._state_in(folder))
         if self._is_spread:
             self.policy.load(folder)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # transformers lets DeepSpeed load its own checkpoint here, and calls no _load_from_checkpoint
+        state = self._state_in(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
+        found = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        deepspeed.begin(self.deepspeed, self.policy, self.proposal)
+        if state is not None:
+            self.load_state_dict(state)
+        return found
+
+    def _state_in(self, folder: Path) -> dict[str, Any]:
+        """Return dmfast's part of a checkpoint of a run like this one.
+
+        Raises:
+            ValueError: it can't be read, or the run was sharded in another way.
+        """
+        state = checkpoint.load_state(folder, self.args.device)
+        checkpoint.check_kind(state, folder, self._sharding)
+        deepspeed.refuse_state(state, folder, self.accelerator)
+        if not self._sharding or self.proposal is None or state["matcher"]["proposal"] is None:
+            return state
+        of_q = self.proposal.state_dict()["model"]
+        if not self._is_spread:
+            return checkpoint.load_shards(state, folder, of_q)
+        parts = distributed_config.load_parts(folder, self.args.process_index, self.model)
+        return checkpoint.with_proposal(state, distributed_config.proposal_of(parts, of_q))
 
     @property
     def _sharding(self) -> str | None:
@@ -612,8 +641,9 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as transformers does, and under FSDP whole, whatever a checkpoint holds. All ranks call it."""
-        if self.is_fsdp_enabled and not _internal_call:  # transformers writes nothing where checkpoints are sharded
-            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        whole = bool(self.is_deepspeed_enabled) and self.deepspeed is None  # since training has not begun
+        if whole or (self.is_fsdp_enabled and not _internal_call):  # where transformers fails, or may write nothing
+            self._save(output_dir, None if whole else self.accelerator.get_state_dict(self.model))
             if self.args.push_to_hub:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         else:

@@ -1,0 +1,216 @@
+"""Training jobs one after the other, each under DDP or DeepSpeed, as a rank of two: ``python deepspeed_job.py JSON``.
+
+The JSON has ``out`` and ``variants``: by name what ``trainer_job.job`` takes, and ``stage`` (of ZeRO; 0: DDP),
+``config`` (of DeepSpeed, over ``CONFIG``), ``model``, ``resume``, ``stop``, ``launcher`` (what accelerate launch puts
+into the environment), ``check`` (a function of ``CHECKS``, run on the trained trainer) and ``refused`` (that the job
+is). ``loaded`` names a job whose model is loaded beside such a config. Rank r writes what came of them to
+``result-r.json``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import deepspeed
+import peft
+import torch
+from ending import end
+from trainer_job import Gradients, StopAt, gpt2, job, llama
+from transformers import LlamaForCausalLM, TrainerCallback
+
+import dmfast
+from dmfast import Contains
+from dmfast.training import deepspeed as dmfast_deepspeed
+
+# else every new environment compiles an all-reduce of DeepSpeed's own against torch's headers, for a minute
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+#: What the guides of transformers put into a DeepSpeed config; no parameter is so small that ZeRO-3 keeps it whole.
+CONFIG = {
+    "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "steps_per_print": 2000, "wall_clock_breakdown": False,
+    "zero_optimization": {
+        "stage": 2, "overlap_comm": True, "contiguous_gradients": True, "reduce_scatter": True,
+        "reduce_bucket_size": "auto", "allgather_partitions": True, "allgather_bucket_size": 2e8,
+        "sub_group_size": 1e9, "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}  # fmt: skip
+ZERO_3 = {"zero_optimization": {"stage": 3}}
+
+
+def with_lora():
+    """A model with an adapter, of which the base and the proposal are whole copies."""
+    return peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+
+
+MODELS = {"gpt2": gpt2, "llama": llama, "with_lora": with_lora}
+
+
+class EngineGradients(TrainerCallback):
+    """The gradients of the first optimiser step as the engine has them: it takes its step within the last backward."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        from deepspeed.utils import safe_get_full_grad
+
+        engine = self.trainer.deepspeed
+        step = engine.step
+
+        def noted(*arguments, **options):
+            if not self.steps and engine.is_gradient_accumulation_boundary():
+                named = [(n, safe_get_full_grad(p)) for n, p in model.named_parameters() if p.requires_grad]
+                self.steps.append({n: g.clone() for n, g in named if g is not None})
+            return step(*arguments, **options)
+
+        engine.step = noted
+
+
+def scored(trainer):
+    """What the trained policy draws and scores, on this rank alone; that it stays cut, others load whole."""
+    rank = torch.distributed.get_rank()
+    how = {"n": 2, "max_new_tokens": 3 + 5 * rank, "seed": 22, "first_row": 2 * rank}
+    drawn = trainer.policy.sample(["w3"], **how)
+    with torch.no_grad():
+        again = trainer.policy.log_prob(drawn[: rank + 1], batch_size=1)
+        logits, _ = trainer.policy.logits(drawn)
+    said = []
+    for what in (trainer.policy.log_prob, trainer.policy.logits, trainer.policy.hidden_and_head):
+        try:
+            what(drawn)
+        except ValueError as error:
+            said.append(str(error))
+    loaded = LlamaForCausalLM.from_pretrained(Path(trainer.args.output_dir, "whole"))
+    return {
+        "loaded": [p.numel() for p in loaded.parameters()], "length": drawn.tokens.shape[1],
+        "tokens": drawn.tokens.tolist(), "log_prob": drawn.log_prob.tolist(),
+        "again": again.tolist(), "finite": bool(logits.isfinite().all()), "said": said,
+        "held": [p.numel() for p in trainer.model.parameters()],
+    }  # fmt: skip
+
+
+def broken(trainer):
+    """An error within a gathering passes through, and the model trains no worse for it: its forward still gathers."""
+    message = None
+    try:
+        with dmfast_deepspeed.gathered(trainer.deepspeed):
+            raise KeyError("within")
+    except KeyError as error:
+        message = str(error)
+    drawn = trainer.proposal.sample(["w3"], n=4, max_new_tokens=6, seed=3)
+    with torch.no_grad():
+        logits = trainer.deepspeed(input_ids=drawn.tokens).logits
+        return {"message": message, "finite": bool(logits.isfinite().all())}
+
+
+def loaded(folder):
+    """How large the parameters are of a model that is loaded once a config with ZeRO-3 exists."""
+    dmfast.DMConfig(str(folder / "unused"), use_cpu=True, deepspeed=merged(copy.deepcopy(CONFIG), ZERO_3))
+    return [p.numel() for p in LlamaForCausalLM.from_pretrained(folder / "whole").parameters()]
+
+
+def twice(trainer):
+    """Why a second train() is refused."""
+    try:
+        trainer.train()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+CHECKS = {each.__name__: each for each in (scored, broken, twice)}
+
+
+def refused(out, name, **options):
+    """Why a job is."""
+    try:
+        run(out, name, **options)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def merged(config, more):
+    """A config with another's sections over its own; None takes a key out."""
+    for name, value in (more or {}).items():
+        if isinstance(value, dict) and isinstance(config.get(name), dict):
+            merged(config[name], value)
+        elif value is None:
+            config.pop(name, None)
+        else:
+            config[name] = value
+    return config
+
+
+def run(out, name, *, model="gpt2", stage=0, config=None, resume=None, stop=None, skip=False, lora=None,
+        launcher=None, check=None, **wanted):  # fmt: skip
+    """A finished job: its parameters, the gradients of its first step, what it logged and warned of."""
+    zero = stage > 0
+    wanted = {"warmup_steps": 0} | wanted  # after a step of learning rate 0 pi is q, and rounding decides a swap
+    torch.distributed.is_initialized() and torch.distributed.barrier()
+    before = dict(os.environ)
+    os.environ.update(launcher or {})
+    if zero and launcher is None:
+        wanted["deepspeed"] = merged(merged(copy.deepcopy(CONFIG), {"zero_optimization": {"stage": stage}}), config)
+    if skip:
+        wanted["constraints"] = [Contains("w4")]
+    if wanted.get("objective") == "kl_control":
+        wanted["reward"] = Contains("w3")
+    gradients = EngineGradients() if zero else Gradients()
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer = job(Path(out, name), model=MODELS[model](), lora=lora,
+                          callbacks=[gradients, *([StopAt(stop)] if stop else [])], **wanted)  # fmt: skip
+            gradients.trainer = trainer
+            if check == "scored":
+                trainer.evaluate()  # where nothing is cut yet
+                trainer.save_model(str(Path(out, name, "whole")))
+            trainer.train(resume_from_checkpoint=resume and str(Path(out, resume)))
+            checked = None if check is None else CHECKS[check](trainer)
+            trainer.save_model(str(Path(out, name, "saved")))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    with dmfast_deepspeed.gathered(trainer.deepspeed if stage == 3 else None):
+        parameters = {n: p.detach().float().clone() for n, p in trainer.model.named_parameters()}
+    held = sum(getattr(p, "ds_tensor", p).numel() for p in trainer.model.parameters())
+    return {
+        "parameters": {n: p.flatten().tolist() for n, p in parameters.items()},
+        "gradients": {n: g.float().flatten().tolist() for n, g in (gradients.steps or [{}])[0].items()},
+        "held": held / sum(p.numel() for p in parameters.values()),
+        "steps": trainer.state.global_step,
+        "swaps": trainer.proposal.swaps if trainer.proposal else None,
+        "q": sorted({str(p.dtype) for p in trainer.proposal.snapshot.model.parameters()}) if trainer.proposal else None,
+        "log": [h for h in trainer.state.log_history if "kl_policy" in h],
+        "evaluations": [h for h in trainer.state.log_history if "eval_runtime" in h],
+        "said": sorted({str(each.message) for each in said if "dmfast" in str(each.message)}),
+        "check": checked,
+    }
+
+
+def main():
+    """Runs the jobs that the command line asks for."""
+    torch.set_num_threads(1)
+    wanted = json.loads(sys.argv[1])
+    results = {}
+    for name, options in wanted["variants"].items():
+        print(name, flush=True)  # for whoever looks for the one that waits
+        results[name] = (refused if options.pop("refused", False) else run)(wanted["out"], name, **options)
+    rank = os.environ["RANK"]
+    if wanted.get("loaded"):
+        results["loaded"] = loaded(Path(wanted["out"], wanted["loaded"]))
+    Path(wanted["out"], f"result-{rank}.json").write_text(json.dumps(results))
+    end()
+
+
+if __name__ == "__main__":
+    main()
