@@ -124,6 +124,11 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self._rows, self._has_prompts = Contexts(train_dataset), train_dataset is not None
         self._eval_rows = self._rows if eval_dataset is None else eval_contexts(eval_dataset)
         settings = args.settings(objective)
+        if args.proposal_criterion == "alpha" and settings.own_alpha is None and not args.on_policy:
+            raise ValueError(
+                "proposal_criterion='alpha' compares the divergence that objective 'alpha' descends, got objective "
+                f"{settings.name!r}; take kl, tvd or js"
+            )
         model = loaded(model)
         check_target(target, model, settings, reward)
         model = with_adapter(model, peft_config, args.seed)
@@ -193,6 +198,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 self.policy, args.proposal_criterion, args.proposal_interval, best_only=args.proposal_best_only,
                 stderrs=args.proposal_stderrs, decay=args.proposal_decay, device=args.proposal_device,
                 adapter=shared and args.proposal_device is None, sampler=engine,
+                alpha=settings.own_alpha if args.proposal_criterion == "alpha" else None,
             )  # fmt: skip
         if self._is_spread and self.proposal is not None and args.gather_for_sampling:
             sharding.keep_whole(self.proposal.snapshot.model)
@@ -366,7 +372,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         A metric that varies is the mean of its values, a count is their sum, and any other metric is its last value."""
         if "loss" in logs and self._metrics:
             means = ("phi/", "scorer/", "weight_", "seconds_", "length", "ess", "reward", "entropy", "clip_fraction")
-            sums = ("n_clipped", "n_empty", "swapped")
+            sums = ("n_clipped", "n_clipped_return", "n_empty", "swapped")
             for key in {key: None for metrics in self._metrics for key in metrics}:
                 values = [m[key] for m in self._metrics if key in m]
                 # what is done in some steps only takes no time in the others
