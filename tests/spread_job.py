@@ -214,6 +214,7 @@ def refusals():
         tried("in step", gather_for_sampling=False)
     for name, value in {
         "gradient_variance_steps": 1, "proposal_device": "cpu", "torch_compile": True, "fp16": True, "fsdp": True,
+        "sampler": "http://127.0.0.1:9",
     }.items():  # fmt: skip
         tried(name, **{name: value})
     tried("base alone", model=alone, base=base)

@@ -71,6 +71,7 @@ REFUSED = {
     "proposal_device": "proposal_device='cpu' does not run with a model that was loaded with a distributed_config",
     "torch_compile": "torch_compile=True does not run with a model that was loaded with a distributed_config",
     "fp16": "that was not tried; take bf16=True",
+    "sampler": "sampler='http://127.0.0.1:9' does not run with a model that was loaded with a",
     "fsdp": "fsdp=True does not run with a model that was loaded with a distributed_config: it is sharded already",
     "base alone": "the target's base was loaded with a distributed_config, and the policy was not",
     "base otherwise": "the target's base was loaded with DistributedConfig(dp_replicate_size=1, fsdp_size=4",

@@ -88,6 +88,8 @@ def refuse_model(model: Any, base: Any, args: TrainingArguments, peft_config: An
         "fsdp": "it is sharded already, or load it without",
         "fp16": "that was not tried; take bf16=True",
     }
+    if args.sampler != "model":
+        refused["sampler"] = "another engine needs whole parameters; leave it out"
     for name, why in refused.items():
         if getattr(args, name):
             raise ValueError(
