@@ -310,7 +310,18 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
         A metric that varies is the mean of its values, a count is their sum, and any other metric is its last value."""
         if "loss" in logs and self._metrics:
-            means = ("phi/", "scorer/", "weight_", "seconds_", "length", "ess", "reward", "entropy", "clip_fraction")
+            means = (
+                "phi/",
+                "scorer/",
+                "weight_",
+                "seconds_",
+                "length",
+                "lag",
+                "ess",
+                "reward",
+                "entropy",
+                "clip_fraction",
+            )
             sums = ("n_clipped", "n_empty", "swapped")
             for key in {key: None for metrics in self._metrics for key in metrics}:
                 values = [m[key] for m in self._metrics if key in m]
