@@ -31,8 +31,8 @@ _MODEL, _Q = "model.pt", "q.pt"
 class ProcessSampler:
     """A copy of a policy that samples in a process of its own, such as on another device or another core.
 
-    It draws what the policy itself would draw with the same seed, up to the rounding of another device. Around it
-    ``AsyncSampler`` draws while the policy is trained.
+    It draws what an ``OfflineProposal``'s own copy draws with the same seed, up to the rounding of another device.
+    Around it ``AsyncSampler`` draws while the policy is trained.
 
     q lies in a folder that is removed in the end, so that a process which has died is started again with q, at the next
     call. The call that it died in raises ``ConnectionError``.
@@ -65,9 +65,8 @@ class ProcessSampler:
         self._tokenizer, self._device, self._threads = policy.tokenizer, str(device or policy.device), threads
         self._lock = threading.Lock()
         self._folder = Path(tempfile.mkdtemp(prefix="dmfast_sampler_"))
-        self._child: _Child | None = None
-        self._holder: list[_Child] = []
-        self.close: Callable[[], Any] = weakref.finalize(self, _end, self._holder, self._folder)
+        self._children: list[_Child] = []  # one, or none after it has died
+        self.close: Callable[[], Any] = weakref.finalize(self, _end, self._children, self._folder)
         try:
             torch.save(policy, self._folder / _MODEL)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -131,28 +130,25 @@ class ProcessSampler:
     # ---- the process
 
     def _start(self) -> None:
-        self._child = _Child(self._folder, self._device, self._threads)
-        self._holder[:] = [self._child]
+        self._children.append(_Child(self._threads))
         q = self._folder / _Q
-        _, error = self._child.ask("start", str(self._folder / _MODEL), str(q) if q.exists() else None, self._device,
-                                   timeout=self.timeout)  # fmt: skip
+        _, error = self._children[0].ask("start", str(self._folder / _MODEL), str(q) if q.exists() else None,
+                                         self._device, timeout=self.timeout)  # fmt: skip
         if error is not None:
             raise error
 
     def _stop(self) -> None:
-        child, self._child = self._child, None
-        self._holder[:] = []
-        if child is not None:
-            child.end()
+        while self._children:
+            self._children.pop().end()
 
     def _ask(self, what: str, *args: Any, **options: Any) -> Any:
         with self._lock:
             if not cast(Any, self.close).alive:
                 raise RuntimeError("this ProcessSampler is closed; make another one")
             try:
-                if self._child is None:
+                if not self._children:
                     self._start()
-                value, error = cast(_Child, self._child).ask(what, *args, timeout=self.timeout, **options)
+                value, error = self._children[0].ask(what, *args, timeout=self.timeout, **options)
             except BaseException:  # such as Ctrl-C: an answer that nobody waits for must not become another call's
                 self._stop()
                 raise
@@ -164,7 +160,7 @@ class ProcessSampler:
 class _Child:
     """A process, and the pipe to it."""
 
-    def __init__(self, folder: Path, device: str, threads: int | None) -> None:
+    def __init__(self, threads: int | None) -> None:
         self.pipe, theirs = Pipe()
         # the same modules as here, whatever the working directory has
         start = f"import sys; sys.path[:] = {sys.path!r}; from dmfast.sampling.process import serve; "
@@ -255,7 +251,9 @@ class _Copy:
     def start(self, model: str, q: str | None, device: str) -> None:
         """Read the policy, and q where there is one."""
         self.model = torch.load(model, map_location=device, weights_only=False)
-        self.model.model.to(device)
+        self.model.model.to(device).requires_grad_(
+            False
+        )  # frozen as an OfflineProposal's own copy: torch then rounds alike
         if q is not None:
             copy_into(self.model._tensors(), torch.load(q, map_location=device, weights_only=True))
 
