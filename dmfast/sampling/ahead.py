@@ -29,7 +29,7 @@ from .protocol import Sampler
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LOST = (OSError, EOFError)  # connections that end, processes that die, timeouts
+_LOST = (ConnectionError, TimeoutError, EOFError)
 
 
 class _Job:
@@ -87,11 +87,13 @@ class _Request:
         asked: the arguments of ``sample``.
         version: of the q that it was asked of.
         job: None until it is queued.
+        taken: whether ``sample`` has returned it.
     """
 
     asked: dict[str, Any]
     version: int = 0
     job: _Job | None = None
+    taken: bool = False
 
     @property
     def drawn(self) -> Samples | None:
@@ -120,7 +122,7 @@ class AsyncSampler:
 
     Args:
         sampler: an engine that draws outside of this process, such as ``ProcessSampler`` or a server's client. Where
-            the connection to it is lost (``OSError``, ``EOFError``, which includes timeouts) the same request is
+            the connection to it is lost (``ConnectionError``, ``TimeoutError``, ``EOFError``) the same request is
             repeated, so an engine that has died should start again at the next call, with the q that it had.
         ahead: for how many steps beyond the current one batches are drawn, where the loop says from which prompts.
         max_lag: the most swaps of q between the draw of a batch and its use. A batch that a swap makes older is drawn
@@ -289,6 +291,7 @@ class AsyncSampler:
             if request.job.ended.is_set():  # not where Ctrl-C ends the waiting
                 request.job = None
             raise
+        request.taken = True
         return drawn
 
     def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
@@ -332,7 +335,9 @@ class AsyncSampler:
         if version != self.sampler.version:
             self._drain()
         self.sampler.version = version
-        for request in self._older_than(version):
+        too_old = self._older_than(version)
+        self._requests = [each for each in self._requests if not (each in too_old and each.taken)]  # a step has it
+        for request in too_old:
             request.job = None
         self._queue()
 
