@@ -214,7 +214,7 @@ class Matcher:
         Raises:
             ValueError: as ``LanguageModel.sample`` and ``EBM.score``; another number of ids or rows than of prompts; a
                 leave-one-out baseline that is not finite, with the sequence whose return is to blame; next_prompts
-                with a seed, or that are not what the steps after this one came to draw from.
+                with a seed or without a proposal, or that are not what the steps after this one came to draw from.
             TypeError: a context_id that is no integer of 64 bits.
             RuntimeError: a scorer raised.
         """
@@ -222,6 +222,10 @@ class Matcher:
             raise ValueError(
                 f"next_prompts are drawn with seeds that the matcher gives, and seed={seed!r} is for this step alone: "
                 "leave one of them out"
+            )
+        if self.proposal is None and len(next_prompts):
+            raise ValueError(
+                "next_prompts is for a proposal's sampler that runs ahead, and here the policy itself draws"
             )
         self.discard()
         self.check_length(max_new_tokens)

@@ -342,6 +342,10 @@ def test_a_batch_is_fixed_at_its_request():
     assert len(m.draw([PROMPTS[0]], 4, max_new_tokens=6, seed=3)) == 4  # a seed of one's own draws now
     m.forget()
     assert len(m.draw([PROMPTS[2]], 4, max_new_tokens=6)) == 4
+    with pytest.raises(
+        ValueError, match="next_prompts is for a proposal's sampler that runs ahead, and here the policy"
+    ):
+        matcher(on_policy=True).draw(None, 4, max_new_tokens=6, next_prompts=[None])
 
 
 @pytest.mark.parametrize("kind", ["tokens", "tensor", "chat"])
