@@ -41,6 +41,7 @@ class Guard:
     Attributes:
         first_position: the position id that it is given for the first token. None: it is given none and counts itself.
         padded: whether sequences with prompts of several lengths go together, left-padded.
+        packed: whether it takes sequences that lie end to end in a row, told apart by their position ids.
         cached: whether it is sampled with a cache.
         enabled: whether the model is asked; otherwise its forward's parameters say what they can.
     """
@@ -50,6 +51,10 @@ class Guard:
         self.enabled = enabled
         self.padded = self._named = "position_ids" in parameters
         self.first_position = first_position(model) if self._named else None
+        self.packed = False
+        self.why_padded = "no forward has shown yet whether the model can take sequences end to end in a row"
+        if not enabled:
+            self.why_padded = "check_scores=False: nothing shows that the model can take sequences end to end in a row"
         self.cached = True
         self.why_uncached = "its forward returns nothing to go on from"
         self._required = {name for name, each in parameters.items() if each.default is inspect.Parameter.empty}
@@ -65,7 +70,7 @@ class Guard:
 
     @torch.no_grad()
     def probe(self, lm: LanguageModel, tokens: Tensor, mask: Tensor) -> None:
-        """Find out ``first_position`` and ``padded`` from three forwards of a few tokens, once.
+        """Find out ``first_position``, ``padded`` and ``packed`` from four forwards of a few tokens, once.
 
         Args:
             lm: the model.
@@ -102,7 +107,34 @@ class Guard:
                 or _differ(found[1:, _PADS - 1 :], expected, unit)
             )
             self.padded = sharding.agree(lm.model, padded)
+            fault = self._why_not_packed(lm, ids, expected, unit)
+            self.packed = sharding.agree(lm.model, fault is None)
+            self.why_padded = fault or "another rank's model can't take sequences end to end in a row"
         sharding.reshard(lm.model)
+
+    def _why_not_packed(self, lm: LanguageModel, ids: Tensor, expected: Tensor, unit: float) -> str | None:
+        """Return why the model can't take sequences end to end in a row; None: it can.
+
+        Args:
+            ids: (1, T) int64. Another sequence comes before it in one row, and after it in another.
+            expected: (1, T, V), its logits alone.
+            unit: as in ``_unit``.
+        """
+        length, context = ids.shape[1], lm._context
+        if not self.padded or self.first_position is None:
+            return "the model's forward takes no position ids by which sequences in a row could be told apart"
+        if getattr(text_config(lm._module()), "attention_chunk_size", None) is not None:
+            return "the model attends in chunks, which may be counted from the start of a row"
+        if context is not None and 2 * length > context:
+            return f"the model's context of {context} holds no two sequences"
+        other = (ids + 1) % lm.vocab_size
+        both = torch.cat([torch.cat([other, ids], 1), torch.cat([ids, other], 1)])
+        positions = torch.arange(length, device=ids.device).repeat(2).expand(2, -1)
+        found = self._given(lm, both, {"position_ids": positions + self.first_position})
+        apart = found is not None and not (
+            _differ(found[:1, length:], expected, unit) or _differ(found[1:, :length], expected, unit)
+        )
+        return None if apart else "a sequence has another probability behind another one in a row than alone"
 
     def _plain(self, lm: LanguageModel, ids: Tensor) -> Tensor:
         """Run an unpadded sequence with the model's own positions, without a cache, and return (1, T, V) logits."""
@@ -129,8 +161,13 @@ class Guard:
 
     def _whole(self, lm: LanguageModel, ids: Tensor, mask: Tensor) -> Tensor | None:
         """Return (N, T, V) logits as ``LanguageModel`` gets them. None: the model can't take such a batch."""
+        return self._given(lm, ids, lm._inputs(mask))
+
+    def _given(self, lm: LanguageModel, ids: Tensor, inputs: dict[str, Tensor]) -> Tensor | None:
+        """Return (N, T, V) logits of a batch with these inputs. None: the model can't take it."""
+        inputs = {name: torch.zeros_like(ids) for name in lm._text_inputs} | inputs
         try:
-            logits: Tensor = lm._module()(input_ids=ids, use_cache=False, **lm._inputs(mask)).logits
+            logits: Tensor = lm._module()(input_ids=ids, use_cache=False, **inputs).logits
         except _FAULTS as error:
             if _is_of_the_machine(error):
                 raise

@@ -39,6 +39,7 @@ from .head import HeadProbe, HiddenAndHead, unwrapped
 from .kernels import warn_caller
 from .kernels.batch import IGNORE
 from .kernels.result import DMLossOutput
+from .packing import Costs, Packed, arrange, costs_of, pack
 from .prompts import PromptEncoder, end_tokens, text_part
 from .samples import Prompt, Samples
 from .tensors import copy_into
@@ -81,6 +82,9 @@ class LanguageModel:
         gather_for_sampling: whether a model that FSDP has sharded is made whole on every rank while it is sampled from.
             False: each layer is gathered in each forward, and a rank whose sequences have ended takes part until those
             of all ranks have. That needs less memory and more time, and ``check_scores=False``.
+        packs: whether sequences of several lengths are laid end to end in fewer rows where loss and ``log_prob`` are
+            made from hidden states and that is estimated to compute less than padding them. ``why_padded`` says why
+            that is never so.
         version: what ``Samples.version`` of its draws holds; an ``OfflineProposal`` whose q it is assigns it.
 
     Raises:
@@ -126,7 +130,8 @@ class LanguageModel:
         self.logits_dtype = "same" if logits_dtype == "same" else "float32"
         self._head = HeadProbe(self.logits_dtype)
         self.version = 0
-        self.gather_for_sampling = True
+        self.gather_for_sampling = self.packs = True
+        self._costs: Costs | None = None
         self._shares_prompts = True  # until a forward leaves what can't be copied for several sequences
         self._said: set[str] = set()
 
@@ -557,10 +562,62 @@ class LanguageModel:
     def _forward(self, samples: Samples) -> Any:
         """Run one forward, without the logits of the prompt where the model can leave them out."""
         kept = samples.tokens.shape[1] - samples.prompt_len + 1
-        return sharding.forward_of(self.model)(
-            input_ids=samples.tokens, use_cache=False, **self._inputs(samples.attention_mask),
-            **({"logits_to_keep": kept} if self._keeps_logits else {}),
-        )  # fmt: skip
+        more = {"logits_to_keep": kept} if self._keeps_logits else {}
+        return self._run(samples.tokens, **self._inputs(samples.attention_mask), **more)
+
+    def _run(self, tokens: Tensor, **inputs: Any) -> Any:
+        """Run one forward of the model with a gradient where one is wanted."""
+        return sharding.forward_of(self.model)(input_ids=tokens, use_cache=False, **inputs)
+
+    @property
+    def why_padded(self) -> str | None:
+        """Why sequences of several lengths are never packed; None: they are where that computes less.
+
+        The first forward tells whether the model can take them so.
+        """
+        if not self.packs:
+            return "packs is False"
+        if not self._guard.packed:
+            return self._guard.why_padded
+        fault = self._head.why_not(self.model)
+        if fault is not None:
+            return f"all logits are formed: {fault}"
+        costs = costs_of(self._unwrapped())
+        if costs is None:
+            return "the model's configuration has no hidden_size and num_hidden_layers, by which its cost is estimated"
+        if self._rounds_otherwise_in_rows(costs):
+            return f"in {self._head.dtype} attention over longer rows rounds otherwise than the sampler's"
+        return None
+
+    def _rounds_otherwise_in_rows(self, costs: Costs) -> bool:
+        """Return whether a packed forward would add to what log pi and log q of a sequence differ by.
+
+        In 16 bits attention over a longer row, most of it masked, rounds otherwise than the sampler's.
+        """
+        return self._head.dtype in (torch.bfloat16, torch.float16) and not costs.varlen
+
+    def _packed(self, samples: Samples) -> Packed | None:
+        """Return the samples laid end to end, or None where padding them computes no more or is the only way."""
+        if len(samples) < 2 or not self.packs or not self._guard.packed:
+            return None
+        if self._head.unknown(self.model):  # asked now, so that the first batch is laid out like all later ones
+            with torch.no_grad():
+                self._hidden(samples[:1])
+        if self._head.why_not(self.model) is not None:
+            return None
+        if self._costs is None:
+            self._costs = costs_of(self._unwrapped())
+        if self._costs is None or self._rounds_otherwise_in_rows(self._costs):
+            return None
+        rows = arrange(samples.attention_mask.sum(1).tolist(), self._costs, self._context)
+        return None if rows is None else pack(samples, rows)
+
+    def _forward_packed(self, packed: Packed) -> Any:
+        """Run one forward over sequences that lie end to end, which the model tells apart by their positions."""
+        first = self._guard.first_position
+        assert first is not None
+        more = {name: torch.zeros_like(packed.tokens) for name in self._text_inputs}
+        return self._run(packed.tokens, position_ids=packed.positions + first, **more)
 
     def hidden_and_head(self, samples: Samples) -> HiddenAndHead:
         """Return what the logits are made of, for ``linear_dm_loss``: one forward in which the head projects nothing.
@@ -585,6 +642,13 @@ class LanguageModel:
     def _hidden(self, samples: Samples) -> HiddenAndHead | None:
         """Return ``hidden_and_head``, or None where ``HeadProbe.why_not`` says why."""
         parts = self._laid_out(samples)
+        packed = self._packed(samples)  # only a model that can take them padded is known to take them packed
+        if packed is not None:
+            read = self._head.read(self.model, packed.tokens, lambda: self._forward_packed(packed))
+            if read is None:
+                return None
+            labels = self._labels(samples)
+            return read._replace(hidden=packed.padded(read.hidden, labels.shape[1]), labels=labels)
         if parts is None:
             return self._head.read(self.model, self._labels(samples), lambda: self._forward(samples))
         found = []

@@ -38,7 +38,7 @@ class AdapterView(LanguageModel):
             chat_template_kwargs=policy.chat_template_kwargs,
         )  # fmt: skip
         self._guard, self._said = policy._guard, policy._said
-        self.gather_for_sampling = policy.gather_for_sampling
+        self.gather_for_sampling, self.packs = policy.gather_for_sampling, policy.packs
         self.adapter = adapter
         self._config = model.peft_config.get(adapter)
 
@@ -86,10 +86,10 @@ class AdapterView(LanguageModel):
             return super().sample(*args, **kwargs)
 
     @torch.no_grad()
-    def _forward(self, samples: Samples) -> Any:
+    def _run(self, tokens: Tensor, **inputs: Any) -> Any:
         self.check_there()
         with adapters.switched(self.model, self.adapter):
-            return super()._forward(samples)
+            return super()._run(tokens, **inputs)
 
     def loss(self, samples: Samples, **options: Any) -> NoReturn:
         """Refuse: a view has no gradient.

@@ -236,3 +236,13 @@ def test_the_api_reference_has_every_public_name():
 def test_the_readme_has_a_row_for_each_objective():
     section = (ROOT / "README.md").read_text().split("\n## Objectives")[1].split("\n## ")[0]
     assert sorted(re.findall(r"^\| `(\S+)` \|", section, re.M)) == sorted(dmfast.OBJECTIVES)
+
+
+def test_the_model_of_large_policies_is_what_its_script_makes():
+    if not PAGES:
+        pytest.skip("there is no documentation beside the tests")
+    spec = importlib.util.spec_from_file_location("scale", ROOT / "scripts" / "scale.py")
+    scale = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scale)
+    made = (ROOT / "docs" / "scale.md").read_text().split(scale.MARKS[0])[1].split(scale.MARKS[1])[0]
+    assert made == scale.table(), "python scripts/scale.py docs/scale.md brings the page up to date"
