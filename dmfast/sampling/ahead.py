@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..models import LanguageModel, Source
 from ..samples import Prompt, Samples
+from .engine import Engine, EngineError
 from .mixture import Mixture
 from .prompted import Prompted
 from .protocol import Sampler
@@ -52,7 +53,11 @@ class _Job:
                 self.value = self.call()
             except _LOST as error:
                 if attempt == retries:
-                    self.error = error
+                    times = "once" if retries == 0 else f"{retries + 1} times with the same request"
+                    self.error = EngineError(
+                        f"the engine was lost {times}, at last with {type(error).__name__}: {error}"
+                    )
+                    self.error.__cause__ = error
                     return
                 self.failures.append(f"{type(error).__name__}: {error}")
                 time.sleep(pause * 2**attempt)
@@ -129,7 +134,7 @@ class AsyncSampler:
             again from the new q, with the same seed; with 0 the sequences are those of a sampler that does not run
             ahead. Default: no bound but ``ahead``.
         threads: requests that the engine gets at a time, where it takes several.
-        retries: how often a request that was lost is repeated; then its error ends the run at the step of the batch.
+        retries: how often a request that was lost is repeated; then ``EngineError`` is raised at the step of the batch.
         pause: seconds before the first repetition, twice as many before each next one.
 
     Raises:
@@ -181,9 +186,15 @@ class AsyncSampler:
                 each has a seed of its own. What was asked for before and is not among them is dropped.
 
         Raises:
-            ValueError: a batch was asked for with the same seed and other arguments; no seed.
+            ValueError: a batch was asked for with the same seed and other arguments; no seed; an engine that draws for
+                several ranks together.
         """
         self._check_open()
+        if isinstance(self.sampler, Engine) and self.sampler.ranks.size > 1:
+            raise ValueError(
+                f"the {self.sampler.ranks.size} ranks of this engine agree on what each of them drew, in one order and "
+                "in their main threads, so it can't run ahead; take it without AsyncSampler"
+            )
         wanted = []
         for given in coming[: self.ahead + 1]:
             asked = _as_asked(**given)
@@ -274,7 +285,8 @@ class AsyncSampler:
         Raises:
             ValueError: a batch was asked for with the same seed and other arguments.
             RuntimeError: the engine answered with sequences of another q.
-            Exception: what the engine has raised. Asked again, the engine gets the same request again.
+            EngineError: the engine was lost, and repeating the request did not help.
+            Exception: what the engine has raised. Asked again after any of these, it gets the same request again.
         """
         self._check_open()
         asked = _as_asked(prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,

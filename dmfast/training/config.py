@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import SchedulerType, TrainingArguments
 
 from ..diagnostics import nltk
 from ..proposal import CRITERIA
+from ..sampling import check_options
 from ..settings import AnyObjective, Settings
 
 
@@ -78,6 +80,13 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         skip_zero_weight: sequences whose weight is known to be 0 before the policy's forward (those with P = 0 under
             ``dpg``, for instance) get none; off-policy, ``js_policy`` is NaN in what is logged then.
         on_policy: sample from the policy itself; no proposal is kept.
+        sampler: what draws from q: ``model``, the copy of the policy itself; ``vllm``, vLLM in this process
+            (``dmfast.sampling.VLLMSampler``); or the address of a vLLM server, ``http://host:port``
+            (``dmfast.sampling.HTTPSampler``). log q is then the engine's own (docs/engines.md).
+        sampler_options: the further arguments of that class, a mapping, or JSON of one.
+        sampler_ahead, sampler_max_lag: for how many of the next steps the engine draws while this one is trained
+            (``dmfast.sampling.AsyncSampler``; docs/scale.md), 0: none; and the most swaps of q between the draw of a
+            batch and its use. Default: no bound.
         proposal_criterion, proposal_interval, proposal_stderrs, proposal_best_only, proposal_decay: as in
             ``dmfast.OfflineProposal``.
         proposal_check_samples: sequences drawn from q for each check of the proposal and scored by q, a and pi as they
@@ -138,6 +147,10 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     check_scores: bool = _field(True, "Check once that what the policy draws is what it scores.")
     skip_zero_weight: bool = _field(False, "No policy forward for sequences known to have weight 0.")
     on_policy: bool = _field(False, "Sample from the policy itself.")
+    sampler: str = _field("model", "What draws from q: model, vllm, or the http:// address of a vLLM server.")
+    sampler_options: dict[str, Any] | str | None = _field(None, "Arguments of the sampler, a mapping or its JSON.")  # noqa: RUF009
+    sampler_ahead: int = _field(0, "Steps whose sequences an engine draws ahead; 0: none.")
+    sampler_max_lag: int | None = _field(None, "The most swaps of q between a draw ahead and its use.")
     proposal_criterion: str = _field("kl", "When q becomes pi: kl, tvd, js or interval.")
     proposal_interval: int = _field(10, "Optimiser steps between checks of the proposal.")
     proposal_stderrs: float = _field(0.0, "By how many standard errors pi must be nearer.")
@@ -201,6 +214,51 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             )
         self.settings()
         super().__post_init__()
+        self._check_sampler()
+
+    def _check_sampler(self) -> None:
+        """Read ``sampler_options`` and refuse what does not go with an engine.
+
+        Raises:
+            ValueError: there is something.
+        """
+        if isinstance(self.sampler_options, str):
+            try:
+                self.sampler_options = json.loads(self.sampler_options)
+            except ValueError as error:
+                raise ValueError(f"sampler_options must be JSON of a mapping, got {self.sampler_options!r}") from error
+        check_options(self.sampler, self.sampler_options)
+        for name, value in (("sampler_ahead", self.sampler_ahead), ("sampler_max_lag", self.sampler_max_lag)):
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise ValueError(f"{name} must be an integer, 0 or more, got {value!r}")
+        if self.sampler_max_lag is not None and not self.sampler_ahead:
+            raise ValueError(
+                f"sampler_max_lag={self.sampler_max_lag!r} bounds what is drawn ahead, and sampler_ahead is 0: set both"
+            )
+        refused = {
+            "sampler='model', which draws in this process: take an engine": self.sampler == "model",
+            "several processes, which agree on each draw": self.world_size > 1,
+            "ignore_data_skip=True, after which the prompts of a resumed run are not those of its steps":
+                self.ignore_data_skip,
+        }  # fmt: skip
+        for what, asked in refused.items():
+            if self.sampler_ahead and asked:
+                raise ValueError(f"sampler_ahead={self.sampler_ahead!r} does not go with {what}")
+        if self.sampler == "model":
+            return
+        if self.on_policy:
+            raise ValueError(
+                f"on_policy=True takes the ratio of pi and q for 1, and the sequences that sampler={self.sampler!r} "
+                "draws have the engine's log-probabilities, which differ by its rounding; leave on_policy out: with "
+                "proposal_criterion='interval' and proposal_interval=1 the engine gets pi after every step"
+            )
+        if self.fsdp:
+            raise ValueError(f"sampler={self.sampler!r} does not run under FSDP yet: an engine needs whole parameters")
+        if self.sampler == "vllm" and self.world_size > 1:
+            raise ValueError(
+                "sampler='vllm' does not run in several processes, whose process group vLLM's own would meet: start a "
+                "server (dmfast serve-proposal), which all of them draw from"
+            )
 
     def settings(self, objective: AnyObjective | None = None) -> Settings:
         """Return what a step is made with.

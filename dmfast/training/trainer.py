@@ -40,6 +40,8 @@ from ..metrics import feature_names
 from ..models import LanguageModel
 from ..proposal import OfflineProposal
 from ..samples import Samples
+from ..sampling import AsyncSampler, EngineError, Sampler, make
+from ..sampling.engine import Engine
 from ..seeds import seed_for
 from ..settings import AnyObjective, check_target, check_trainable
 from ..targets import EBM
@@ -135,6 +137,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         for rows in {id(each): each for each in (self._rows, *sets)}.values():
             rows.check(self.policy, args.max_new_tokens)
         warn_of_generation_config(model)
+        engine = self._engine(args)
         self.target = target
         self._interrupt = Interrupt()
         jit, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False  # handled only while train() runs
@@ -158,6 +161,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             args.enable_jit_checkpoint = jit
         fsdp.refuse_plugin(self.accelerator, args)
         self._ranks = AccelerateRanks(self.accelerator)
+        if engine is not None:
+            engine.ranks = self._ranks
         check_alike(
             self._ranks,
             self.policy,
@@ -182,7 +187,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             self.proposal = OfflineProposal(
                 self.policy, args.proposal_criterion, args.proposal_interval, best_only=args.proposal_best_only,
                 stderrs=args.proposal_stderrs, decay=args.proposal_decay, device=args.proposal_device,
-                adapter=shared and args.proposal_device is None,
+                adapter=shared and args.proposal_device is None, sampler=self._sampler(engine, args),
             )  # fmt: skip
         if self.is_fsdp_enabled:
             of_q = [] if shared or self.proposal is None else [self.proposal.snapshot.model]
@@ -199,11 +204,37 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self._metrics: list[dict[str, float]] = []
         self._staging: str | None = None
         self._push_later = False
+        self._engine_error: EngineError | None = None  # of a swap in this run
         self._jit: JITCheckpoint | None = None  # while train() runs
         self._random_state_of: str | None = None  # the checkpoint to go on from, until its random state is there
         self._model_step: int | None = None  # where it is not the last one
         self.eval_samples: Samples | None = None
         self.get_train_dataloader()  # refuses now what it would refuse in train()
+
+    @staticmethod
+    def _sampler(engine: Engine | None, args: DMConfig) -> Sampler | None:
+        """Return what draws for the proposal: the engine, which may run ahead."""
+        if engine is None or not args.sampler_ahead:
+            return engine
+        return AsyncSampler(engine, args.sampler_ahead, max_lag=args.sampler_max_lag)
+
+    def _engine(self, args: DMConfig) -> Engine | None:
+        """Return the engine that draws from q, connected or started; None: the proposal's own copy draws.
+
+        Raises:
+            ValueError, EngineError, ImportError: as ``dmfast.sampling.make``; the engine can't draw as the run asks.
+        """
+        if args.sampler == "model":
+            return None
+        options: dict[str, Any] = dict(cast("dict[str, Any]", args.sampler_options) or {})
+        if args.sampler != "vllm":
+            options = {"folder": str(Path(args.output_dir) / "q"), **options}
+        engine = make(args.sampler, self.policy, options)
+        engine.check(
+            max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+            prompts=[prompt for _, prompt in self._rows],
+        )  # fmt: skip
+        return engine
 
     # ---- the data
 
@@ -245,6 +276,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             shuffle=draws_in_random_order(args),
             seed=args.seed if args.data_seed is None else args.data_seed,
         )  # fmt: skip
+        self._step_sampler = sampler
         return ContextLoader(self._rows, sampler)
 
     # ---- the step
@@ -259,17 +291,26 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         if self._random_state_of is not None:
             self._load_rng_state(self._random_state_of)
         kept = self.matcher.to_repeat
-        with self.accelerator.autocast():
-            batch = self._draw(batches) if kept is None else kept.again()
+        try:
+            with self.accelerator.autocast():
+                batch = self._draw(batches) if kept is None else kept.again()
+        except EngineError as error:  # on all ranks
+            step = self.state.global_step
+            if step and checkpoint.fault(Path(self._get_output_dir(None)) / f"checkpoint-{step}") is not None:
+                self._save_checkpoint(self.model, trial=None)
+            raise self._ended(error) from error
         parts = batch.split(self.args.per_device_train_batch_size)
         return [{"input_ids": part.samples.tokens, "part": part} for part in parts], None
 
     def _draw(self, batches: Sequence[Any]) -> Batch:
         args, n = self.args, self.samples_per_context
         indices, prompts = zip(*contexts_of(batches, n), strict=True)
+        step, steps = self.state.global_step, self._step_sampler
+        coming = range(step + 1, min(step + 1 + args.sampler_ahead, self.state.max_steps))
         return self.matcher.draw(
             prompts, n, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
             batch_size=args.sampling_batch_size, context_id=indices, rows=self._rows.rows_of(indices),
+            next_prompts=[[self._rows[row][1] for row in steps.contexts_of_step(each)] for each in coming],
         )  # fmt: skip
 
     def compute_loss(
@@ -292,12 +333,29 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     def _finish_step(self) -> None:
         asked = [self._interrupt.asked, self._jit is not None and self._jit.asked]
         agreed = self._ranks.gather(torch.tensor([asked], device=self.args.device)).any(0)
-        with self.accelerator.autocast():
-            metrics = self.matcher.commit()
         self._interrupt.agreed, terminate = agreed.tolist()
+        with self.accelerator.autocast():
+            try:
+                metrics = self.matcher.commit()
+            except EngineError as error:
+                # the policy has moved: the step counts, q stays, and the run ends after it with a checkpoint
+                self._engine_error, self._interrupt.agreed = error, True
+                with cast("OfflineProposal[Any]", self.proposal).staying():
+                    metrics = self.matcher.commit()
         if self._jit is not None:
             self._jit.agreed = terminate
         self._metrics = [metrics] if self.args.logging_strategy == "no" else [*self._metrics, metrics]
+
+    def _ended(self, error: EngineError) -> EngineError:
+        """Return what a run ends with that its engine has failed."""
+        step = self.state.global_step
+        if step == 0:
+            return EngineError(f"{error}. The run has not taken a step yet")
+        folder = Path(self._get_output_dir(None)) / f"checkpoint-{step}"
+        return EngineError(
+            f"{error}. The run ends after step {step}, and {folder} holds all of it, q too: when an engine runs again, "
+            "go on with resume_from_checkpoint=True (dmfast train --resume)"
+        )
 
     def _check_contexts(self, seed: int) -> Prompts:
         """Draw some of the data set's contexts for a check of the proposal; each check gets others."""
@@ -411,10 +469,12 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         Raises:
             ValueError: the checkpoint is truncated; the message names the newest whole one.
             OSError: a checkpoint could not be written; the previous ones are as they were.
+            EngineError: the engine that draws has failed, and trying again within bounds did not help. The run has
+                ended with a checkpoint.
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = str(checkpoint.to_resume(resume_from_checkpoint, Path(self.args.output_dir)))
-        self._metrics, self._model_step = [], None
+        self._metrics, self._model_step, self._engine_error = [], None, None
         self.matcher.forget()
         self._random_state_of = resume_from_checkpoint or None
         if not resume_from_checkpoint and self.args.log_samples and self.is_world_process_zero():
@@ -422,7 +482,10 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self._jit = jit = self._install_jit()
         self._interrupt.install()
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            if self._engine_error is not None:
+                raise self._ended(self._engine_error)
+            return result
         finally:
             self._interrupt.remove()
             self._jit = None

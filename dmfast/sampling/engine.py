@@ -1,0 +1,573 @@
+"""What samplers around another engine share: requests become Samples, a load is proved whole, lost weights return.
+
+An engine computes with other kernels, often in 16 bits, so its log-probabilities differ from the model's by rounding.
+Those of the tokens that it drew are log q here; the importance weights then correct its rounding exactly.
+
+A load must be whole. Rounding hides from scores that half of the parameters are old ones, as long as the policy has
+moved little. So before the first load a copy whose every parameter is visibly another is loaded and compared, by scores
+and, where the engine gives digests, tensor by tensor. Every later load is compared by scores, and where the engine
+gives checksums that do not depend on layout by these, exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import sharding
+from ..families import without_adapters
+from ..kernels import warn_caller
+from ..models import LanguageModel, Source, module_of
+from ..ranks import OneProcess, Ranks
+from ..samples import Prompt, Samples
+from ..seeds import seed_for
+from . import weights
+
+_AT_ONCE = 256  # sequences of one prompt in one request
+_PROBES, _PROBE_TOKENS = 8, 16
+_LOST = 3  # how often weights that an engine has lost are loaded again within one call
+
+
+class EngineError(OSError):
+    """An engine is gone, fails, or holds other weights than q's, and trying again within bounds did not help."""
+
+
+class Completion(NamedTuple):
+    """A continuation as an engine returned it: its tokens, and the log-probability of each."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+
+
+class Request(NamedTuple):
+    """What an engine is asked for: n continuations of one prompt, the i-th with the seed ``seed + i``."""
+
+    ids: list[int]
+    n: int
+    seed: int
+    max_new_tokens: int
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an engine says of itself.
+
+    Attributes:
+        name: what messages call it.
+        context: tokens of prompt and continuation; None: not known.
+        dtype: what it computes in.
+        any_temperature: whether its log-probabilities are those at the temperature of a request, and not those at 1.
+    """
+
+    name: str
+    context: int | None
+    dtype: torch.dtype
+    any_temperature: bool
+
+
+class Gate:
+    """Let requests run together, and a load alone."""
+
+    def __init__(self) -> None:
+        self._free, self._running, self._loading = threading.Condition(), 0, False
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Wait until nothing is loaded, and hold back loads within the block."""
+        with self._free:
+            self._free.wait_for(lambda: not self._loading)
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._running -= 1
+                self._free.notify_all()
+
+    @contextmanager
+    def load(self) -> Iterator[None]:
+        """Wait until no request runs, and hold back requests within the block."""
+        with self._free:
+            self._free.wait_for(lambda: not self._loading)
+            self._loading = True
+            self._free.wait_for(lambda: not self._running)
+        try:
+            yield
+        finally:
+            with self._free:
+                self._loading = False
+                self._free.notify_all()
+
+
+class Engine:
+    """The part of a ``Sampler`` around an engine that does not depend on how the engine is reached.
+
+    Args:
+        like: the policy, or a model like it: its tokenizer, what ends a sequence, its context.
+        check_load: prove at the first load that every parameter reaches the engine. It takes a second copy of the model
+            for that time. Loads are compared by a few scores without it, too.
+
+    Attributes:
+        version: the number of the q that the engine holds.
+        ranks: the processes of a run that draw from one engine; then all of them call ``load``, and rank 0 loads.
+        facts: what the engine says of itself.
+        context: tokens that both the model and the engine take; None: no limit is known.
+    """
+
+    facts: Facts
+
+    def __init__(self, like: LanguageModel, *, check_load: bool = True) -> None:
+        if not isinstance(like, LanguageModel):
+            raise TypeError(f"an engine needs the policy as a LanguageModel, got a {type(like).__name__}")
+        refuse_adapters(like)
+        self.version = 0
+        self.ranks: Ranks = OneProcess()
+        self._like, self._check_load = like, check_load
+        self._gate = Gate()
+        self._tag: str | None = None  # what the engine must call its weights
+        self._comparable = False  # whether the engine's checksums are those of the model
+        self._digests_of_load: dict[str, str] | None = None
+        self._sums_of_load: dict[str, int] = {}
+
+    # ---- what an engine has to offer
+
+    def _complete(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """Return the continuations of each request.
+
+        Raises:
+            EngineError: the engine failed, after what was tried.
+        """
+        raise NotImplementedError
+
+    def _prompt_log_probs(self, rows: Sequence[list[int]]) -> list[list[float]]:
+        """Return of each sequence the log-probability at temperature 1 of each token after the first."""
+        raise NotImplementedError
+
+    def _put(self, model: nn.Module, tag: str) -> None:
+        """Replace the engine's parameters by those of a plain model, and let the engine call them by this tag."""
+        raise NotImplementedError
+
+    def _put_back(self, tag: str) -> None:
+        """Replace the engine's parameters by those of q, which were kept under this tag."""
+        raise NotImplementedError
+
+    def _keep(self, tag: str) -> None:
+        """Take the parameters that were put last, under this tag, for those of q. All ranks call it."""
+        raise NotImplementedError
+
+    def _held_tag(self) -> str:
+        """Return what the engine calls the weights that it holds now."""
+        raise NotImplementedError
+
+    def _digests(self) -> dict[str, str] | None:
+        """Return a digest of each tensor of the engine. None: it gives none."""
+        raise NotImplementedError
+
+    def _checksums(self) -> int | None:
+        """Return the sum of ``weights.checksum`` over the engine's parameters. None: it can't tell."""
+        raise NotImplementedError
+
+    def _spoil(self) -> None:
+        """Let the engine call its weights by another tag than q's."""
+        raise NotImplementedError
+
+    def _new_tag(self) -> str:
+        """Return a tag that no weights of any run have had, the same on all ranks."""
+        mine = torch.tensor([uuid.uuid4().int % 2**62], device=self._like.device)
+        return f"dmfast-{int(self.ranks.gather(mine)[0]):x}"
+
+    # ---- the protocol of samplers
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that both the model and the engine take; None: no limit is known."""
+        known = [limit for limit in (self._like._context, self.facts.context) if limit is not None]
+        return min(known) if known else None
+
+    def check(self, *, max_new_tokens: int, temperature: float, prompts: Sequence[Prompt] | None = None) -> None:
+        """Check, before anything is drawn, that the engine can draw so.
+
+        Raises:
+            ValueError: prompt and continuation are beyond the engine's context; its log-probabilities are not those at
+                this temperature.
+        """
+        self._ids(prompts, max_new_tokens, temperature)
+
+    def _ids(self, prompts: Any, max_new_tokens: int, temperature: float) -> list[list[int]]:
+        if temperature != 1.0 and not self.facts.any_temperature:
+            raise ValueError(
+                f"{self.facts.name} gives log-probabilities at temperature 1 only, and the temperature is "
+                f"{temperature!r}: start it with --logprobs-mode processed_logprobs, as dmfast serve-proposal does"
+            )
+        ids = list(self._like._encoder(prompts))
+        longest, context = max(map(len, ids)), self.context
+        if context is not None and longest + max_new_tokens > context:
+            raise ValueError(
+                f"the longest prompt has {longest} tokens; with max_new_tokens={max_new_tokens} that is beyond the "
+                f"context of {context} of {self.facts.name} and the model"
+            )
+        return ids
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[Prompt] | None = None, n: int = 1, *, max_new_tokens: int, temperature: float = 1.0,
+        seed: int | None = None, batch_size: int | None = None, first_row: int = 0,
+    ) -> Samples:  # fmt: skip
+        """Draw n sequences of each prompt with the engine's own log q.
+
+        Several threads may call it where ``ranks`` is one process; of several ranks all call it together, in one
+        thread. What is drawn is a function of the seed and of a sequence's place, as far as the
+        engine's kernels give the same logits in batches of other sizes.
+
+        Args:
+            prompts, n, max_new_tokens, temperature, seed, first_row: as in ``LanguageModel.sample``.
+            batch_size: has no meaning here: the engine forms its own batches.
+
+        Returns:
+            ``Samples`` on the CPU.
+
+        Raises:
+            ValueError: as ``LanguageModel.sample``; as ``check``.
+            EngineError: the engine failed or holds other weights than q's, after what was tried.
+        """
+        numbers = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature}
+        for name, number in numbers.items():
+            if not (isinstance(number, (int, float, Real)) and 0 < number < math.inf):
+                raise ValueError(f"{name} must be a number, positive and finite, got {number!r:.100}")
+        ids = self._ids(prompts, max_new_tokens, temperature)
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        first = seed_for(seed, "an engine's sequences") + first_row
+        # a seed for each request: prompts that share a request would share its seed, and so their random numbers
+        requests = [
+            Request(prompt, min(_AT_ONCE, n - start), first + place * n + start, max_new_tokens, temperature)
+            for place, prompt in enumerate(ids) for start in range(0, n, _AT_ONCE)
+        ]  # fmt: skip
+        error: EngineError | None = None
+        try:
+            drawn, version = self._drawn_by_q(requests)
+        except EngineError as caught:
+            error = caught
+        if self.ranks.size > 1:  # or the others would wait for this one in their next collective
+            mine = torch.tensor([error is not None], device=self._like.device)
+            if bool(self.ranks.gather(mine).any()) and error is None:
+                error = EngineError(f"{self.facts.name} failed for another rank, whose error says how")
+        if error is not None:
+            raise error
+        return self._samples(ids, n, drawn, temperature, version)
+
+    def _drawn_by_q(self, requests: Sequence[Request]) -> tuple[list[Completion], int]:
+        """Return the continuations of all requests, and the version of the q that drew every one of them.
+
+        Raises:
+            EngineError: as ``sample``.
+        """
+        for _ in range(_LOST):
+            with self._gate.request():
+                drawn, version = self._all(requests), self.version
+            if drawn is not None:
+                return drawn, version
+            self._restore()
+        raise EngineError(
+            f"{self.facts.name} lost the weights of q {_LOST} times while it drew: it was started anew, or something "
+            "else loads weights into it. Let one run use one engine"
+        )
+
+    def _all(self, requests: Sequence[Request]) -> list[Completion] | None:
+        """Return the continuations of all requests in their order. None: the engine does not hold q's weights."""
+        if self._tag is None:
+            raise RuntimeError(f"{self.facts.name} holds no q yet: call load(policy), as OfflineProposal does")
+        if self._held_tag() != self._tag:
+            return None
+        found = self._checked(requests)
+        return found if self._held_tag() == self._tag else None
+
+    def _checked(self, requests: Sequence[Request]) -> list[Completion]:
+        """Return the continuations of all requests, which end where dmfast's rule says.
+
+        Raises:
+            EngineError: they do not, or are none.
+        """
+        ends, found = set(self._like.eos_token_ids), []
+        for request, drawn in zip(requests, self._complete(requests), strict=True):
+            if len(drawn) != request.n:
+                raise EngineError(f"{self.facts.name} gave {len(drawn)} sequences of {request.n}")
+            for each in drawn:
+                self._check(each, ends, request.max_new_tokens)
+            found += drawn
+        return found
+
+    def _check(self, each: Completion, ends: set[int], most: int) -> None:
+        tokens, values = each
+        ended = next((place for place, token in enumerate(tokens) if token in ends), None)
+        right = len(tokens) == most if ended is None else ended == len(tokens) - 1 < most
+        if not right or len(values) != len(tokens):
+            raise EngineError(
+                f"{self.facts.name} gave {len(tokens)} tokens with {len(values)} log-probabilities, and dmfast's rule "
+                f"ends a sequence at the first of {sorted(ends)} or after {most} tokens: something else ends it, such "
+                "as max_new_tokens of a generation_config"
+            )
+        if not all(-9999.0 < value <= 1e-3 for value in values):  # vLLM says -9999 for -inf
+            raise EngineError(
+                f"{self.facts.name} gave what is no log-probability, {min(values)} to {max(values)}: its weights may "
+                "hold NaN"
+            )
+
+    def _samples(
+        self, prompts: Sequence[list[int]], n: int, drawn: Sequence[Completion], temperature: float, version: int
+    ) -> Samples:
+        like, cpu = self._like, torch.device("cpu")
+        left, left_mask = like._encoder.left_padded(prompts, cpu)
+        context_id = torch.arange(len(prompts), device=cpu).repeat_interleave(n)
+        width, pad = max(len(each.token_ids) for each in drawn), like.pad_token_id
+        right = torch.tensor([each.token_ids + [pad] * (width - len(each.token_ids)) for each in drawn], device=cpu)
+        ones = [[1] * len(each.token_ids) + [0] * (width - len(each.token_ids)) for each in drawn]
+        right_mask = torch.tensor(ones, device=cpu)
+        none = torch.zeros(len(drawn), left.shape[1], dtype=torch.int64, device=cpu)
+        return Samples(
+            tokens=torch.cat([left[context_id], right], 1),
+            attention_mask=torch.cat([left_mask[context_id], right_mask], 1),
+            score_mask=torch.cat([none, right_mask], 1).bool(),
+            prompt_len=left.shape[1],
+            log_prob=torch.tensor([math.fsum(each.log_probs) for each in drawn], dtype=torch.float64, device=cpu),
+            context_id=context_id,
+            temperature=temperature,
+            tokenizer=like.tokenizer,
+            pad_token_id=pad,
+            version=torch.full_like(context_id, version),
+        )
+
+    def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
+        """Return (N,) fp64, log q(x) in nats by the engine, which scores at temperature 1.
+
+        Args:
+            samples: N sequences, each shorter by a token than the engine's context.
+            batch_size: has no meaning here.
+
+        Raises:
+            ValueError: samples of another temperature; ``OfflineProposal.snapshot`` scores them.
+            EngineError: as ``sample``.
+        """
+        if samples.temperature != 1.0:
+            raise ValueError(
+                f"{self.facts.name} scores sequences at temperature 1 only, and these have {samples.temperature!r}: "
+                "score them by OfflineProposal.snapshot"
+            )
+        for _ in range(_LOST):
+            with self._gate.request():
+                if self._held_tag() == self._tag:
+                    scores = self._scores(samples)
+                    if self._held_tag() == self._tag:
+                        return scores.to(samples.log_prob.device)
+            self._restore()
+        raise EngineError(f"{self.facts.name} lost the weights of q {_LOST} times while it scored")
+
+    def _scores(self, samples: Samples) -> Tensor:
+        rows = [
+            (tokens[mask.bool()].tolist(), int(scored.sum()))
+            for tokens, mask, scored in zip(samples.tokens, samples.attention_mask, samples.score_mask, strict=True)
+        ]
+        each = self._prompt_log_probs([tokens for tokens, _ in rows])
+        sums = [math.fsum(values[len(values) - n :]) for values, (_, n) in zip(each, rows, strict=True)]
+        return torch.tensor(sums, dtype=torch.float64, device="cpu")
+
+    # ---- loading
+
+    @torch.no_grad()
+    def load(self, source: Source) -> None:
+        """Replace the engine's parameters by those of a policy or a folder: q <- pi. Requests that run end first.
+
+        Raises:
+            TypeError, FileNotFoundError: the source is no model and no folder.
+            ValueError: a model with an adapter, or a sharded one.
+            EngineError: the engine failed, or did not take all parameters. It holds q as before, or gets q again before
+                it draws.
+        """
+        model = self._model(source)
+        tag, first = self._new_tag(), self._tag is None
+        with self._gate.load(), torch.autocast(model.device.type, enabled=False):
+            error = self._loaded(model, tag) if self.ranks.rank == 0 else None
+            if not self.ranks.agree(error is None):
+                raise error or EngineError(
+                    f"{self.facts.name} could not be loaded with q: the error of rank 0 says why"
+                )
+            self._comparable = self.ranks.agree(self._comparable)
+            if self.ranks.rank:
+                self._note(model)
+            self._keep(tag)
+            self._tag = tag
+        if first and not self._comparable:
+            by = "a few scores only" if self._digests_of_load is None else "a few scores and by which tensors change"
+            warn_caller(
+                f"{self.facts.name} gives no checksums that are the policy's, so its loads are compared by {by}; "
+                "dmfast serve-proposal starts one that gives them"
+            )
+
+    def _model(self, source: Source) -> LanguageModel:
+        like = self._like
+        if isinstance(source, LanguageModel):
+            model = source
+        elif isinstance(source, nn.Module):
+            model = like.around(source)
+        elif isinstance(source, (str, Path)) or hasattr(source, "__fspath__"):
+            if not Path(source).is_dir():
+                raise FileNotFoundError(f"there is no folder {str(source)!r} to load a model from")
+            kind: Any = sharding.class_of(without_adapters(module_of(like)))
+            model = like.around(kind.from_pretrained(Path(source), local_files_only=True).to(like.device))
+        else:
+            raise TypeError(f"load takes a LanguageModel, its module or a folder, got a {type(source).__name__}")
+        refuse_adapters(model)
+        if sharding.is_sharded(model.model):
+            raise ValueError("an engine needs whole parameters, and this model is sharded by FSDP")
+        return model
+
+    def _loaded(self, model: LanguageModel, tag: str) -> Exception | None:
+        """Load and compare. Return the error after which the engine was given q again; None: it holds the model."""
+        try:
+            if self._tag is None and self._check_load:
+                self._prove(model)
+            self._put(module_of(model), tag)
+            self._compare(model)
+        except BaseException as error:
+            self._undo(error)
+            if not isinstance(error, Exception):
+                raise
+            return error
+        return None
+
+    def _undo(self, error: BaseException) -> None:
+        """Give the engine q again after a load that failed; where that fails too, ``sample`` tries it once more."""
+        if self._tag is None:
+            return
+        try:
+            self._put_back(self._tag)
+        except OSError as again:  # sample tries once more
+            error.__context__ = again
+
+    def _restore(self) -> None:
+        """Give q again to an engine that holds other weights, such as those that it was started with.
+
+        Raises:
+            EngineError: it could not be given, or not whole.
+        """
+        with self._gate.load():
+            if self._tag is None or self._held_tag() == self._tag:
+                return  # another thread was faster
+            self._put_back(self._tag)
+            if self._comparable:
+                whole = self._checksums() == weights.total(self._sums_of_load)
+            else:
+                whole = self._digests_of_load is None or self._digests() == self._digests_of_load
+            if not whole:
+                self._spoil()
+                raise EngineError(f"{self.facts.name} was given q again, and did not take all of its parameters")
+            warn_caller(f"{self.facts.name} held other weights than q's, as after a restart; it was given q again")
+
+    def _prove(self, model: LanguageModel) -> None:
+        """Load a copy that differs in every parameter, and compare.
+
+        Raises:
+            EngineError: the engine did not take all of it.
+        """
+        before = self._digests()
+        other = model.around(weights.perturbed(module_of(model)))
+        self._put(other.model, "dmfast-perturbed")
+        after, found = self._digests(), self._scores(self._random(other))
+        if before is not None and after is not None:
+            stale = sorted(name for name, digest in after.items() if before.get(name) == digest)
+            if stale:
+                raise EngineError(self._half(f"{len(stale)} of its {len(after)} tensors, {', '.join(stale[:3])}, stay"))
+        wanted = other.log_prob(self._random(other), batch_size=_PROBES).cpu()
+        self._refuse_scores("a copy in which every parameter is another", found, wanted, self._random(other))
+        self._comparable = self._checksums() == weights.total(weights.checksums(other.model, self.facts.dtype))
+
+    def _half(self, what: str) -> str:
+        hint = "dmfast serve-proposal starts it so that it does (on a CPU vLLM packs the weights of linear layers away)"
+        return f"{self.facts.name} does not take all parameters when weights are loaded: {what} as they were; {hint}"
+
+    def _refuse_scores(self, what: str, found: Tensor, wanted: Tensor, x: Samples) -> None:
+        allowed = self._allowed(x)
+        if bool(((found - wanted).abs() > allowed).any()) or not bool(found.isfinite().all()):
+            raise EngineError(
+                f"{self.facts.name} was given {what}, and gives {len(x)} sequences other log-probabilities than the "
+                f"model: {_few(found)} in the place of {_few(wanted)} nats (rounding: {float(allowed.max()):.2g}). "
+                "It has loaded a part only, computes another model, or draws from another distribution (truncated, "
+                "or with a logits processor)"
+            )
+
+    def _compare(self, model: LanguageModel) -> None:
+        """Compare what the engine holds with the model that was loaded.
+
+        Raises:
+            EngineError: they differ by more than rounding, or in a checksum.
+        """
+        sums = weights.checksums(module_of(model), self.facts.dtype)
+        if self._comparable and self._checksums() != weights.total(sums):
+            raise EngineError(self._half("the checksum over all of them is not the model's: some stay"))
+        digests = None if self._comparable else self._digests()
+        old, before = self._digests_of_load, self._sums_of_load
+        if digests is not None and old is not None:
+            changed = {name.rpartition(":")[2] for name, digest in digests.items() if old.get(name) != digest}
+            stale = {name.rpartition(":")[2] for name in digests} - changed  # before the colon stands the worker
+            same = sum(before.get(name) == each for name, each in sums.items())
+            if len(stale) > same:  # each tensor of the engine is made of one of the model, or of several
+                raise EngineError(self._half(f"{len(stale)} tensors, where {same} of the policy have not moved, stay"))
+        x = self._some()
+        self._refuse_scores("q", x.log_prob, model.log_prob(x.to(model.device), batch_size=_PROBES).cpu(), x)
+        self._digests_of_load, self._sums_of_load = digests, sums
+
+    def _note(self, model: LanguageModel) -> None:
+        """Note what rank 0 has compared the engine with, so that this rank can prove whole what it gives again."""
+        self._sums_of_load = weights.checksums(module_of(model), self.facts.dtype)
+        self._digests_of_load = None if self._comparable else self._digests()
+
+    def _some(self) -> Samples:
+        """Return a few sequences that the engine draws now."""
+        context, start = self.context, [self._like._encoder.start]
+        tokens = _PROBE_TOKENS if context is None else max(min(_PROBE_TOKENS, context - 1), 1)
+        drawn = self._checked([Request(start, _PROBES, 0, tokens, 1.0)])
+        return self._samples([start], _PROBES, drawn, 1.0, self.version)
+
+    def _random(self, model: LanguageModel) -> Samples:
+        """Return a few sequences of random tokens, whose scores depend on much of the model."""
+        context = self.context
+        length = _PROBE_TOKENS + 1 if context is None else max(min(_PROBE_TOKENS + 1, context - 1), 2)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self._like.vocab_size, (_PROBES, length), generator=generator)
+        drawn = [Completion(row[1:], [0.0] * (length - 1)) for row in ids.tolist()]
+        x = self._samples([row[:1] for row in ids.tolist()], 1, drawn, 1.0, 0)
+        return x.to(model.device)
+
+    def _allowed(self, x: Samples) -> Tensor:
+        """Return (N,) nats by which rounding may change a score: .25 a token in bf16, whose signs differ by token."""
+        own = next(self._like.model.parameters()).dtype
+        eps = max(torch.finfo(dtype).eps for dtype in (self.facts.dtype, own))
+        n = x.score_mask.sum(1).double().cpu()
+        return max(32 * eps, 1e-4) * (n.sqrt() * 2 if eps > 1e-4 else n)
+
+
+def refuse_adapters(model: LanguageModel) -> None:
+    """Refuse a model with an adapter.
+
+    Raises:
+        ValueError: it has one.
+    """
+    if without_adapters(module_of(model)) is not module_of(model):
+        raise ValueError(
+            "an engine draws from plain models, and the policy has a PEFT adapter (LoRA), which is not handed over "
+            "yet: train the whole model, or leave the sampler at 'model'"
+        )
+
+
+def _few(values: Tensor) -> str:
+    return ", ".join(f"{value:.4g}" for value in values[:4].tolist()) + (", ..." if len(values) > 4 else "")

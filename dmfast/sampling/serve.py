@@ -1,0 +1,70 @@
+"""``dmfast serve-proposal``: a vLLM server that draws from q, started with the options that ``HTTPSampler`` needs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import util
+from pathlib import Path
+from typing import NoReturn
+
+_WORKER = "dmfast.sampling.vllm_worker.Worker"
+_OWN = ("--model", "--generation-config", "--override-generation-config", "--logprobs-mode", "--worker-extension-cls",
+        "--logits-processors", "--speculative-config", "--quantization")  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``dmfast serve-proposal``."""
+    parser.add_argument("model", help="tiny-bios, a folder, or a name on the hub: the one that is trained")
+    parser.add_argument("--host", default="127.0.0.1",
+                        help="who may connect; whoever may can run code in vLLM's workers")  # fmt: skip
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--dtype", default="auto", help="what vLLM computes in; log q is its own in any")
+    parser.epilog = "What follows after -- are further options of vLLM's server, such as -- --tensor-parallel-size 2."
+    parser.set_defaults(vllm=[])
+
+
+def command(model: str, options: Sequence[str], *, host: str, port: int, dtype: str) -> list[str]:
+    """Return the command that starts the server.
+
+    Args:
+        model: a folder or a name on the hub.
+        options: further ones of vLLM's server.
+        host, port, dtype: vLLM's.
+
+    Raises:
+        ValueError: an option that dmfast sets itself, or that would draw from another distribution.
+    """
+    own = [each for each in options if each.partition("=")[0] in _OWN]
+    if own:
+        raise ValueError(
+            f"serve-proposal can't take {', '.join(own)}: dmfast sets it, or q would not be the model's distribution"
+        )
+    return [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", host, "--port",
+        str(port), "--dtype", dtype, "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
+        "--worker-extension-cls", _WORKER, *options,
+    ]  # fmt: skip
+
+
+def environment(given: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of the server: its endpoints for weights are those of vLLM's development mode."""
+    return {**given, "VLLM_SERVER_DEV_MODE": "1"}
+
+
+def serve(args: argparse.Namespace) -> NoReturn:
+    """Become the server.
+
+    Raises:
+        ValueError: vLLM is not installed here; as ``command``.
+    """
+    if util.find_spec("vllm") is None:
+        raise ValueError("vLLM is not installed in this environment: pip install vllm, and dmfast beside it")
+    tiny = Path(__file__).parent.parent / "data" / "tiny_bios"
+    model = str(tiny) if args.model == "tiny-bios" else args.model
+    line = command(model, args.vllm, host=args.host, port=args.port, dtype=args.dtype)
+    print(f"q will be served at http://{args.host}:{args.port}: train with sampler=http://{args.host}:{args.port}")
+    sys.stdout.flush()
+    os.execve(sys.executable, line, environment(os.environ))

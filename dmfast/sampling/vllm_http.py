@@ -1,0 +1,391 @@
+"""A vLLM server as a sampler, over its OpenAI-compatible HTTP interface and its endpoints for weights."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import ssl
+import tempfile
+import time
+from collections.abc import Callable, Container, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+from torch import nn
+
+from ..models import LanguageModel
+from . import weights
+from .engine import Completion, Engine, EngineError, Facts, Request
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+_MISSING, _REFUSED, _FAILED = (404, 405), range(400, 500), range(400, 600)
+_LOADING = "dmfast: being loaded"
+_START = "start it with `dmfast serve-proposal`, or with the options that docs/engines.md lists"
+# of a generation_config: what would draw from another distribution, if a request did not override it
+_TRUNCATES = (
+    "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens",
+    "logit_bias", "bad_words", "allowed_token_ids", "max_new_tokens", "max_tokens",
+)  # fmt: skip
+# in each request, so that no default of the server acts
+_WHOLE = {
+    "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+    "frequency_penalty": 0.0, "min_tokens": 0, "stop": [], "use_beam_search": False,
+}  # fmt: skip
+
+
+class HTTPSampler(Engine):
+    """q in a vLLM server: it draws, says log q, and takes new weights from a folder that it can read.
+
+    Several runs can't share a server, since it holds one q. Its own tokenizer, context and options are compared with
+    the policy's here, and its weights at each ``load``. It was tried with vLLM 0.32.0 on a CPU.
+
+    Args:
+        url: such as ``http://127.0.0.1:8000``.
+        like: the policy, or a model like it: its tokenizer, what ends a sequence, its context.
+        folder: where q is written for the server, which reads it under the same path; of this run alone. Default: one
+            under the system's temporary folder, which goes with this process.
+        model: the name that the server gives the model; needed where it serves several.
+        timeout: seconds for one request, which draws up to 256 sequences.
+        patience: seconds in which a server that does not answer is asked again, such as while it starts anew.
+        retries: how often a request that timed out or failed in the server is made again, beyond ``patience`` too.
+        api_key: what ``Authorization: Bearer`` holds.
+        concurrency: requests at a time, one for each prompt.
+        check_load: prove at the first load that every parameter reaches the server, by a copy that differs in each.
+
+    Raises:
+        EngineError: there is no server at this address, or it does not answer as vLLM does.
+        ValueError: its tokenizer, vocabulary or context are not the policy's; it was started with options that draw
+            from another distribution, or without those that dmfast needs.
+    """
+
+    def __init__(
+        self, url: str, like: LanguageModel, *, folder: str | os.PathLike[str] | None = None, model: str | None = None,
+        timeout: float = 600.0, patience: float = 60.0, retries: int = 2, api_key: str | None = None,
+        check_load: bool = True, concurrency: int = 32,
+    ) -> None:  # fmt: skip
+        super().__init__(like, check_load=check_load)
+        if not isinstance(concurrency, int) or concurrency < 1:
+            raise ValueError(f"concurrency must be an integer, 1 or more, got {concurrency!r}")
+        self._concurrency = concurrency
+        self._server = Server(url, timeout=timeout, patience=patience, retries=retries, api_key=api_key)
+        if folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="dmfast-q-")
+            folder = self._temporary.name
+        self._folder = Path(folder).absolute()
+        self._name, self._has_sums = "", True
+        self.facts = self._compare_facts(model)
+
+    # ---- what the server says of itself
+
+    def _compare_facts(self, model: str | None) -> Facts:
+        server, like = self._server, self._like
+        served = server.get("/v1/models", once=True)
+        try:
+            models = {each["id"]: each for each in served["data"] if not each.get("parent")}
+        except (KeyError, TypeError) as error:
+            raise EngineError(f"{server} does not answer as vLLM does: /v1/models gave {served!r:.200}") from error
+        if (len(models) != 1) if model is None else (model not in models):
+            raise ValueError(f"{server} serves {', '.join(models)}: model= must name one of them, got {model!r}")
+        self._name = next(iter(models)) if model is None else model
+        config = self._config()
+        context, own = models[self._name].get("max_model_len"), like._context
+        if context is not None and own is not None and context > own:
+            raise ValueError(
+                f"{server} takes {context} tokens of context and the policy {own}: it serves another model; {_START}"
+            )
+        self._refuse_options(config)
+        self._compare_tokens()
+        mode, dtype = config.get("logprobs_mode"), str(config.get("dtype")).removeprefix("torch.")
+        return Facts(f"the engine at {server}", context, getattr(torch, dtype), mode == "processed_logprobs")
+
+    def _config(self) -> Mapping[str, Any]:
+        info = self._server.get("/server_info?config_format=json", none=_MISSING)
+        found = info.get("vllm_config", {}).get("model_config") if isinstance(info, dict) else None
+        if not isinstance(found, Mapping) or self._server.get("/weight_info", none=_MISSING) is None:
+            raise ValueError(
+                f"{self._server} has no /server_info and /weight_info, by which dmfast knows what it draws from: start "
+                f"it with VLLM_SERVER_DEV_MODE=1, vLLM 0.32 or later; {_START}"
+            )
+        return {**found, "speculative_config": info["vllm_config"].get("speculative_config")}
+
+    def _refuse_options(self, config: Mapping[str, Any]) -> None:
+        overrides = config.get("override_generation_config") or {}
+        found = {name: overrides[name] for name in _TRUNCATES if name in overrides}
+        for name in ("logits_processors", "quantization", "speculative_config"):
+            if config.get(name):
+                found[name] = config[name]
+        if found:
+            raise ValueError(
+                f"{self._server} was started with {found!r:.300}: q must be the model's own distribution, whose "
+                "log-probabilities are known and whose parameters can be replaced; start it without"
+            )
+        if config.get("logprobs_mode") not in ("raw_logprobs", "processed_logprobs"):
+            raise ValueError(
+                f"{self._server} was started with --logprobs-mode {config.get('logprobs_mode')}, and log q is a sum of "
+                f"log-probabilities: take processed_logprobs; {_START}"
+            )
+
+    def _compare_tokens(self) -> None:
+        """Compare tokenizer and vocabulary with the policy's.
+
+        Raises:
+            ValueError: they differ.
+        """
+        like, server, tokenizer = self._like, self._server, self._like.tokenizer
+        some = range(0, len(tokenizer), max(len(tokenizer) // 20, 1))
+        text = str(tokenizer.decode(list(some), skip_special_tokens=True))
+        own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        answer = server.post(
+            "/tokenize", {"model": self._name, "prompt": text, "add_special_tokens": False}, none=_MISSING
+        )
+        if answer is not None and answer.get("tokens") != own:
+            raise ValueError(
+                f"{server} has another tokenizer than the policy: of the text {text!r:.60} it makes "
+                f"{answer.get('tokens')!r:.60}, and the policy's {own!r:.60}"
+            )
+        for token, there in ((like.vocab_size - 1, True), (like.vocab_size, False)):
+            request = {"model": self._name, "prompt": [token], "max_tokens": 1}
+            if (server.post("/v1/completions", request, none=_REFUSED) is not None) != there:
+                takes = "takes token" if not there else "does not take token"
+                raise ValueError(
+                    f"{server} has another vocabulary than the policy: it {takes} {token}, and the policy has "
+                    f"{like.vocab_size} embeddings"
+                )
+
+    # ---- sampling
+
+    def _complete(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        def ask(request: Request) -> list[Completion]:
+            body = {
+                "model": self._name, "prompt": request.ids, "n": request.n, "seed": request.seed,
+                "temperature": request.temperature, "max_tokens": request.max_new_tokens, "logprobs": 0,
+                "return_token_ids": True, "return_tokens_as_token_ids": True, "ignore_eos": True,
+                "stop_token_ids": self._like.eos_token_ids,
+            } | _WHOLE  # fmt: skip
+            drawn: list[Completion] = self._server.post(
+                "/v1/completions", body, read=lambda answer: _completions(answer, request.n)
+            )
+            return drawn
+
+        return self._together(ask, requests)
+
+    def _prompt_log_probs(self, rows: Sequence[list[int]]) -> list[list[float]]:
+        def ask(ids: list[int]) -> list[float]:
+            body = {
+                "model": self._name, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0,
+                "return_tokens_as_token_ids": True,
+            } | _WHOLE  # fmt: skip
+            scores: list[float] = self._server.post("/v1/completions", body, read=lambda answer: _scores(answer, ids))
+            return scores
+
+        return self._together(ask, rows)
+
+    def _together(self, ask: Callable[[_T], _R], requests: Sequence[_T]) -> list[_R]:
+        """Make several requests at a time, since the server batches those that it has together."""
+        if len(requests) == 1:
+            return [ask(requests[0])]
+        with ThreadPoolExecutor(min(self._concurrency, max(len(requests), 1))) as pool:
+            return list(pool.map(ask, requests))
+
+    # ---- weights
+
+    def _folder_of(self, tag: str) -> Path:
+        return self._folder / f"q-{tag}"
+
+    def _put(self, model: nn.Module, tag: str) -> None:
+        weights.write(model, self._folder_of(tag))
+        self._reload(self._folder_of(tag), tag)
+
+    def _put_back(self, tag: str) -> None:
+        self._reload(self._folder_of(tag), tag)
+
+    def _keep(self, tag: str) -> None:
+        if self.ranks.rank == 0:
+            for each in self._folder.glob("q-dmfast-*"):  # of loads that failed and of an earlier process, too
+                if each != self._folder_of(tag):
+                    shutil.rmtree(each, ignore_errors=True)
+
+    def _reload(self, folder: Path, tag: str) -> None:
+        server = self._server
+        server.post("/pause?mode=abort", None)
+        try:
+            server.post("/update_weight_version", {"new_version": _LOADING})  # until it holds all of them
+            server.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+            server.post("/reset_prefix_cache", None)
+            server.post("/update_weight_version", {"new_version": tag})
+        finally:
+            server.post("/resume", None)
+
+    def _spoil(self) -> None:
+        self._server.post("/update_weight_version", {"new_version": _LOADING})
+
+    def _held_tag(self) -> str:
+        return str(self._server.get("/weight_info", read=lambda answer: answer["weight_version"]))
+
+    def _digests(self) -> dict[str, str] | None:
+        found = self._server.post("/weight_checker", {"action": "checksum"}, none=_MISSING)
+        return None if found is None else {str(name): str(digest) for name, digest in found["checksums"].items()}
+
+    def _checksums(self) -> int | None:
+        if not self._has_sums:
+            return None
+        answer = self._server.post("/collective_rpc", {"method": "dmfast_checksums"}, none=_FAILED)
+        workers = None if answer is None else answer.get("results")
+        if not workers or not all(isinstance(each, Mapping) for each in workers):
+            self._has_sums = False  # it runs without dmfast's extension of its workers
+            return None
+        return over_workers(workers)
+
+
+def over_workers(workers: list[Mapping[str, str]]) -> int:
+    """Return the sum of checksums over the workers of an engine: what all of them hold alike counts once."""
+    names = {name for each in workers for name in each}
+    sums = {}
+    for name in names:
+        values = [int(each[name]) for each in workers if name in each]
+        sums[name] = values[0] if len(set(values)) == 1 else sum(values)
+    return weights.total(sums)
+
+
+def _completions(answer: Any, n: int) -> list[Completion]:
+    """Return the continuations in an answer of /v1/completions.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is not whole.
+    """
+    found = sorted(answer["choices"], key=lambda each: each["index"])
+    if [each["index"] for each in found] != list(range(n)):
+        raise ValueError(f"{len(found)} sequences of {n}")
+    for each in found:
+        if each["finish_reason"] not in ("stop", "length"):
+            raise ValueError(f"a sequence ended by {each['finish_reason']!r}")
+    return [
+        Completion(list(map(int, each["token_ids"])), list(map(float, each["logprobs"]["token_logprobs"])))
+        for each in found
+    ]
+
+
+def _scores(answer: Any, ids: list[int]) -> list[float]:
+    """Return the log-probability of each token after the first of a prompt, from an answer of /v1/completions.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is not whole.
+    """
+    found = answer["choices"][0]["prompt_logprobs"][1:]
+    return [float(each[str(token)]["logprob"]) for each, token in zip(found, ids[1:], strict=True)]
+
+
+class Server:
+    """Requests to an HTTP server, which are made again within bounds where it fails or is gone.
+
+    Args:
+        url, timeout, patience, retries, api_key: as in ``HTTPSampler``.
+
+    Raises:
+        ValueError: no URL of http or https, or a number out of range.
+    """
+
+    def __init__(
+        self, url: str, *, timeout: float = 600.0, patience: float = 60.0, retries: int = 2, api_key: str | None = None
+    ) -> None:
+        parts = urlsplit(str(url))
+        try:
+            port = parts.port
+        except ValueError:
+            port = -1
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
+            raise ValueError(f"the address of an engine must be http://host:port, got {url!r}")
+        for name, value in (("timeout", timeout), ("patience", patience), ("retries", retries)):
+            if not isinstance(value, (int, float)) or not value >= 0 or (name == "timeout" and value == 0):
+                raise ValueError(f"{name} must be a positive number of {'times' if name == 'retries' else 'seconds'}, "
+                                 f"got {value!r}")  # fmt: skip
+        self._url, self._host, self._port, self._tls = str(url), parts.hostname, port, parts.scheme == "https"
+        self._path = parts.path.rstrip("/").removesuffix("/v1")
+        self._timeout, self._patience, self._retries = timeout, patience, retries
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+
+    def __str__(self) -> str:
+        return self._url
+
+    def get(self, path: str, **how: Any) -> Any:
+        """Return the JSON of a GET; ``how`` is that of ``post``."""
+        return self._asked("GET", path, None, **how)
+
+    def post(self, path: str, body: Any, **how: Any) -> Any:
+        """Return the JSON of a POST.
+
+        Args:
+            path: of the endpoint.
+            body: what becomes JSON; None: nothing.
+            how: ``none`` holds the statuses that are no error and return None; ``once=True`` asks once; ``read``
+                reads the answer, which is asked for again where that raises.
+
+        Raises:
+            EngineError: the server could not be reached, failed or refused, after what was tried.
+        """
+        return self._asked("POST", path, None if body is None else json.dumps(body).encode(), **how)
+
+    def _asked(
+        self, method: str, path: str, body: bytes | None, *, none: Container[int] = (), once: bool = False,
+        read: Any = None,
+    ) -> Any:  # fmt: skip
+        start, tries, wait = time.monotonic(), 0, 0.25
+        while True:
+            tries += 1
+            try:
+                status, text = self._request(method, path, body)
+                if status < 400:
+                    answer = json.loads(text) if text else None
+                    return answer if read is None else read(answer)
+                if status in none:
+                    return None
+                fault = f"it answered {status}: {_message(text)}"
+                if status < 500 and status not in (408, 429):
+                    raise EngineError(f"the engine at {self} refused {method} {path}: {fault}")
+            except EngineError:
+                raise
+            except (OSError, http.client.HTTPException) as error:
+                fault = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+                fault = f"its answer can't be read ({type(error).__name__}: {error})"
+            passed = time.monotonic() - start
+            if once:
+                raise EngineError(f"there is no engine at {self} ({fault}): {_START}")
+            if tries > self._retries and passed >= self._patience:
+                raise EngineError(
+                    f"the engine at {self} failed {tries} times in {passed:.0f} s at {method} {path}, at last: {fault}"
+                )
+            time.sleep(min(wait, 5.0))
+            wait *= 2
+
+    def _request(self, method: str, path: str, body: bytes | None) -> tuple[int, str]:
+        # a connection for each request: threads share none, and one that the server closed is never met
+        connection: http.client.HTTPConnection
+        if self._tls:
+            connection = http.client.HTTPSConnection(
+                self._host, self._port, timeout=self._timeout, context=ssl.create_default_context()
+            )
+        else:
+            connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout)
+        try:
+            connection.request(method, self._path + path, body, self._headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        finally:
+            connection.close()
+
+
+def _message(text: str) -> str:
+    """Return what an error of the server says."""
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return text[:300]

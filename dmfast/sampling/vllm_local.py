@@ -1,0 +1,151 @@
+"""vLLM in this process as a sampler."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models import LanguageModel, module_of
+from . import weights
+from .engine import Completion, Engine, Facts, Request, refuse_adapters
+from .vllm_http import over_workers
+
+_WORKER = "dmfast.sampling.vllm_worker.Worker"
+# what dmfast sets itself
+_OWN = ("model", "tokenizer", "dtype", "generation_config", "logprobs_mode", "worker_extension_cls", "max_model_len")
+
+
+class VLLMSampler(Engine):
+    """q in vLLM's ``LLM`` in this process: it draws, says log q, and takes new weights from memory.
+
+    vLLM holds a model of its own beside the policy, in ``gpu_memory_utilization`` of the device's memory. It was tried
+    with vLLM 0.32.0 on a CPU.
+
+    Args:
+        like: the policy: its architecture, tokenizer, what ends a sequence, its context.
+        dtype: what vLLM computes in, ``auto``, ``float32`` or ``bfloat16``. Default: the policy's.
+        max_model_len: tokens of prompt and continuation. Default: the model's context.
+        engine: further arguments of ``vllm.LLM``, such as ``{"gpu_memory_utilization": 0.4}``.
+        check_load: prove at the first load that every parameter reaches vLLM, by a copy that differs in each.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        ValueError: ``engine`` has what dmfast sets itself; the policy has an adapter.
+    """
+
+    def __init__(
+        self, like: LanguageModel, *, dtype: str | None = None, max_model_len: int | None = None,
+        engine: Mapping[str, Any] | None = None, check_load: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(like, check_load=check_load)
+        refuse_adapters(like)
+        own = [name for name in _OWN if name in (engine or {})]
+        if own:
+            raise ValueError(f"engine can't hold {', '.join(own)}, which dmfast sets itself")
+        # the weights are handed over in memory, which an engine in a process of its own does not share
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ImportError(f"sampler='vllm' needs vLLM in this environment (docs/engines.md): {error}") from error
+        from .vllm_worker import no_packed_weights
+
+        no_packed_weights()
+        policy = next(like.model.parameters()).dtype
+        dtype = str(policy).removeprefix("torch.") if dtype is None else dtype
+        with tempfile.TemporaryDirectory(prefix="dmfast-vllm-") as folder:
+            start = Path(folder) / "policy"
+            weights.write(module_of(like), start)
+            like.tokenizer.save_pretrained(start)
+            self._llm: Any = LLM(
+                str(start), dtype=dtype, generation_config="vllm", logprobs_mode="processed_logprobs",
+                worker_extension_cls=_WORKER, max_model_len=max_model_len, **(engine or {}),
+            )  # fmt: skip
+        self._lock = threading.Lock()
+        self._own_tag, self._kept, self._last = "", list[tuple[str, Tensor]](), list[tuple[str, Tensor]]()
+        config = self._llm.llm_engine.model_config
+        self.facts = Facts("vLLM in this process", int(config.max_model_len), config.dtype, True)
+
+    def _complete(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        from vllm import SamplingParams
+
+        prompts, parameters = [], []
+        for request in requests:
+            for place in range(request.n):
+                prompts.append({"prompt_token_ids": request.ids})
+                parameters.append(SamplingParams(
+                    temperature=request.temperature, top_p=1.0, top_k=-1, min_p=0.0, seed=request.seed + place,
+                    max_tokens=request.max_new_tokens, logprobs=0, ignore_eos=True, detokenize=False,
+                    stop_token_ids=self._like.eos_token_ids,
+                ))  # fmt: skip
+        with self._lock:
+            outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        drawn = []
+        for output in outputs:
+            each = output.outputs[0]
+            ids = list(each.token_ids)
+            drawn.append(
+                Completion(ids, [values[token].logprob for values, token in zip(each.logprobs, ids, strict=True)])
+            )
+        rest: Iterator[Completion] = iter(drawn)
+        return [[next(rest) for _ in range(request.n)] for request in requests]
+
+    def _prompt_log_probs(self, rows: Sequence[list[int]]) -> list[list[float]]:
+        from vllm import SamplingParams
+
+        how = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        with self._lock:
+            outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in rows], how, use_tqdm=False)
+        return [
+            [values[token].logprob for values, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
+            for output, ids in zip(outputs, rows, strict=True)
+        ]
+
+    def _put(self, model: nn.Module, tag: str) -> None:
+        self._last = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in _named(model)]
+        self._load(self._last, tag)
+
+    def _load(self, tensors: Sequence[tuple[str, Tensor]], tag: str) -> None:
+        self._spoil()
+        with self._lock:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
+            self._llm.reset_prefix_cache()
+        self._own_tag = tag
+
+    def _put_back(self, tag: str) -> None:
+        self._load(self._kept, tag)
+
+    def _keep(self, tag: str) -> None:
+        self._kept, self._last = self._last, []
+
+    def _spoil(self) -> None:
+        self._own_tag = ""
+
+    def _held_tag(self) -> str:
+        return self._own_tag
+
+    def _digests(self) -> dict[str, str] | None:
+        return {
+            name: each
+            for worker in self._llm.collective_rpc("compute_weight_checksums")
+            for name, each in worker.items()
+        }
+
+    def _checksums(self) -> int | None:
+        return over_workers(self._llm.collective_rpc("dmfast_checksums"))
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a model under the names of its state, tied ones once, as ``save_pretrained`` writes them."""
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor) and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            yield name, tensor

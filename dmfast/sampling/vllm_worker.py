@@ -1,0 +1,34 @@
+"""What runs inside vLLM's workers: ``--worker-extension-cls dmfast.sampling.vllm_worker.Worker``.
+
+vLLM imports it in each worker before the model is loaded, and calls its methods by ``collective_rpc``. On a CPU vLLM
+packs the weights of linear layers by oneDNN, and ``reload_weights`` then leaves the packed copies as they were, without
+a word; so packing is switched off here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from .weights import checksum
+
+
+def no_packed_weights() -> None:
+    """Make vLLM on a CPU keep the weights of linear layers where ``reload_weights`` finds them."""
+    from vllm import _custom_ops
+
+    _custom_ops._supports_onednn = False
+
+
+class Worker:
+    """The methods that dmfast adds to a worker of vLLM."""
+
+    model_runner: Any
+
+    def dmfast_checksums(self) -> dict[str, str]:
+        """Return the checksum of each parameter that this worker holds, as strings, since JSON ends at 2^53."""
+        return {name: str(checksum(parameter)) for name, parameter in self.model_runner.get_model().named_parameters()}
+
+
+with contextlib.suppress(ImportError):  # where it is read without vLLM, as by the documentation
+    no_packed_weights()

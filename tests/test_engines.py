@@ -1,0 +1,775 @@
+"""Samplers around an engine, against a stand-in that answers as vLLM's server does (``engine_stand_in.py``).
+
+What it draws is q, whose log-probabilities are the engine's; a load is whole or refused; what can go wrong with a
+server is found before a run, retried within bounds, or ends a run with a checkpoint that nothing is lost from.
+``make vllm`` holds the same to the real vLLM.
+"""
+
+from __future__ import annotations
+
+import http.client
+import inspect
+import json
+import threading
+from contextlib import nullcontext
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from engine_stand_in import EXCHANGES, Refused, StandIn
+from test_models import EOS, PAD, PROMPTS, V, check_layout, ids_of, lm, tok
+from test_sampling import moved
+from trainer_job import Gradients, digest, job
+from trainer_tools import (
+    in_process,
+    one_thread,  # noqa: F401
+)
+
+import dmfast
+from dmfast import LanguageModel, OfflineProposal, cli
+from dmfast.sampling import EngineError, HTTPSampler, Sampler, VLLMSampler, check_options, serve, vllm_worker, weights
+from dmfast.training import checkpoint
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*past_key_values", "ignore:fan_in_fan_out", "ignore:.*gives no checksums"
+)
+QUICK = {"patience": 0.0, "retries": 1, "timeout": 20.0}
+
+
+@pytest.fixture
+def server():
+    with StandIn(lm().model, tok()) as server:
+        yield server
+
+
+def connected(server, policy=None, **options):
+    return HTTPSampler(server.url, lm() if policy is None else policy, **(QUICK | options))
+
+
+def loaded(server, policy, **options):
+    sampler = connected(server, policy, **options)
+    sampler.load(policy)
+    return sampler
+
+
+# ---- what it draws
+
+
+@pytest.mark.parametrize("kind", [HTTPSampler, VLLMSampler])
+@pytest.mark.parametrize("method", ["sample", "log_prob", "load"])
+def test_engines_take_what_the_protocol_says(kind, method):
+    asked, given = (inspect.signature(getattr(each, method)).parameters for each in (Sampler, kind))
+    assert [(p.name, p.kind, p.default) for p in given.values()] == [
+        (p.name, p.kind, p.default) for p in asked.values()
+    ]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.6])
+def test_what_is_drawn_is_q_with_its_log_probability(server, temperature):
+    policy = moved(lm())
+    sampler = loaded(server, policy)
+    assert isinstance(sampler, Sampler)
+    sampler.version = 3
+    x = sampler.sample(PROMPTS, 5, max_new_tokens=6, seed=1, temperature=temperature)
+    check_layout(x, ids_of(PROMPTS, "own pad"), 5, 6, PAD)
+    assert x.version.tolist() == [3] * 20 and x.temperature == temperature
+    assert (x.log_prob - policy.log_prob(x)).abs().max() < 1e-4
+    assert (x.log_prob - lm().log_prob(x)).abs().max() > 0.01  # not what the server was started with
+    ended = (x.tokens == EOS) & x.score_mask
+    assert 0 < int(ended.any(1).sum()) < len(x)
+    if temperature == 1.0:
+        assert (sampler.log_prob(x) - x.log_prob).abs().max() < 1e-4
+    else:
+        with pytest.raises(ValueError, match="scores sequences at temperature 1 only"):
+            sampler.log_prob(x)
+
+
+def test_a_sequence_is_a_function_of_the_seed_and_its_place(server):
+    sampler = loaded(server, lm())
+    x = sampler.sample(PROMPTS, 4, max_new_tokens=8, seed=1)
+    again, other = (sampler.sample(PROMPTS, 4, max_new_tokens=8, seed=seed) for seed in (1, 2))
+    assert torch.equal(x.tokens, again.tokens) and torch.equal(x.log_prob, again.log_prob)
+    assert not torch.equal(x.log_prob, other.log_prob)
+    share = sampler.sample(PROMPTS[2:], 4, max_new_tokens=8, seed=1, first_row=8)
+    assert torch.equal(share.log_prob, x.log_prob[8:])
+    seeds = [body["seed"] + i for path, body in server.asked if "completions" in path and "seed" in body
+             for i in range(body["n"])][-32:]  # fmt: skip
+    assert len(set(seeds[:16])) == 16  # prompts of a step share no random numbers
+    torch.manual_seed(0)
+    drawn = [sampler.sample(None, 3, max_new_tokens=8).log_prob for _ in range(2)]
+    assert not torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("ends", [[EOS], [EOS, 2, 3], [4]])
+def test_a_sequence_ends_where_dmfast_ends_it(server, ends):
+    """Not by the server's own EOS: [4] is another one."""
+    policy = LanguageModel(lm().model, tok(), eos_token_id=ends)
+    x = loaded(server, policy).sample(["w1"], 40, max_new_tokens=6, seed=0)
+    check_layout(x, [[1]], 40, 6, PAD, eos=tuple(ends))
+    assert all(body["ignore_eos"] for path, body in server.asked if "completions" in path and "logprobs" in body)
+
+
+def test_long_requests_are_cut_and_draw_the_same(server, monkeypatch):
+    sampler = loaded(server, lm())
+    x = sampler.sample(["w1", "w2 w3"], 5, max_new_tokens=3, seed=4)
+    monkeypatch.setattr("dmfast.sampling.engine._AT_ONCE", 2)
+    assert torch.equal(sampler.sample(["w1", "w2 w3"], 5, max_new_tokens=3, seed=4).tokens, x.tokens)
+    assert max(body["n"] for path, body in server.asked[-8:] if "completions" in path) == 2
+
+
+def test_several_threads_draw_what_one_does(server):
+    sampler = loaded(server, lm())
+    wanted = [sampler.sample(PROMPTS, 2, max_new_tokens=4, seed=seed) for seed in range(4)]
+    found = {}
+
+    def draw(seed):
+        found[seed] = sampler.sample(PROMPTS, 2, max_new_tokens=4, seed=seed)
+
+    threads = [threading.Thread(target=draw, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[seed].log_prob, wanted[seed].log_prob) for seed in range(4))
+
+
+def test_a_load_waits_for_what_is_being_drawn(server):
+    """No batch is of two versions of q, whatever the threads do."""
+    policy = lm()
+    sampler = loaded(server, policy)
+    x = sampler.sample(["w1"], 30, max_new_tokens=6, seed=0)
+    drawn, server.faults.slow = [], 0.1
+    thread = threading.Thread(target=lambda: drawn.append(sampler.sample(["w1"], 30, max_new_tokens=6, seed=0)))
+    thread.start()
+    while not server.faults.slow or server.asked[-1][0] != "/v1/completions":
+        pass
+    server.faults.slow = 0.0
+    sampler.load(moved(policy))
+    thread.join()
+    assert torch.equal(drawn[0].log_prob, x.log_prob)
+    assert (sampler.sample(["w1"], 30, max_new_tokens=6, seed=0).log_prob - x.log_prob).abs().max() > 0.01
+
+
+def shape(value):
+    """The names and kinds of values in an answer; of a list those of its first value that is not None."""
+    if isinstance(value, dict):
+        words = [key for key in value if not any(c.isdigit() for c in key) and "." not in key]
+        return {key: shape(value[key]) for key in words} or {"names": shape(next(iter(value.values())))}
+    if isinstance(value, list):
+        return [shape(next((each for each in value if each is not None), None))]
+    return "number" if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value).__name__
+
+
+def alike(mine, theirs):
+    """Whether two shapes are the same, where what has a value in one of them and none in the other may be anything."""
+    if "NoneType" in (mine, theirs):
+        return True
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        return mine.keys() == theirs.keys() and all(alike(mine[key], theirs[key]) for key in mine)
+    if isinstance(mine, list) and isinstance(theirs, list):
+        return alike(mine[0], theirs[0])
+    return mine == theirs
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_the_stand_in_answers_as_vllm_did(server, name):
+    recorded = json.loads((Path(__file__).parent / "vllm_answers.json").read_text())["answers"][name]
+    connection = http.client.HTTPConnection("127.0.0.1", int(server.url.rpartition(":")[2]))
+    method, path, body = EXCHANGES[name]
+    connection.request(method, path, None if body is None else json.dumps(body))
+    answer = connection.getresponse()
+    found = {"status": answer.status, "answer": json.loads(answer.read() or b"null")}
+    connection.close()
+    assert found["status"] == recorded["status"]
+    assert alike(shape(found["answer"]), shape(recorded["answer"]))
+
+
+# ---- what is compared at the start
+
+LONG = {"n_positions": 48}
+
+
+def other_words():
+    words = tok()
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    named = sorted(words.get_vocab(), reverse=True)
+    other = Tokenizer(models.WordLevel({word: i for i, word in enumerate(named)}, unk_token="w0"))
+    other.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=other, eos_token="<e>", pad_token="<p>", bos_token="<s>")
+
+
+def larger():
+    model = lm().model
+    model.resize_token_embeddings(V + 3)
+    return model
+
+
+UNFIT = {
+    "another tokenizer": ({"tokenizer": other_words}, "has another tokenizer than the policy"),
+    "a larger vocabulary": ({"model": larger}, rf"another vocabulary than the policy: it takes token {V}"),
+    "a longer context": ({"context": 48}, "takes 48 tokens of context and the policy 24"),
+    "top-p": ({"config": {"override_generation_config": {"top_p": 0.9}}}, "was started with {'top_p': 0.9}"),
+    "top-k": ({"config": {"override_generation_config": {"top_k": 20}}}, "was started with {'top_k': 20}"),
+    "a logits processor": ({"config": {"logits_processors": ["mine"]}}, "was started with {'logits_processors'"),
+    "quantised": ({"config": {"quantization": "fp8"}}, "was started with {'quantization': 'fp8'}"),
+    "logits": ({"config": {"logprobs_mode": "raw_logits"}}, "--logprobs-mode raw_logits"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_an_engine_that_does_not_fit_is_refused_when_it_is_connected(case):
+    options, match = UNFIT[case]
+    options = {key: value() if callable(value) else value for key, value in options.items()}
+    with (
+        StandIn(options.pop("model", None) or lm().model, options.pop("tokenizer", None) or tok(), **options) as server,
+        pytest.raises(ValueError, match=match),
+    ):
+        connected(server)
+
+
+def test_a_server_without_its_development_endpoints_is_refused(server):
+    for path in ("/server_info", "/weight_info"):
+        server.faults.missing = {path}
+        with pytest.raises(ValueError, match=r"has no /server_info and /weight_info.*VLLM_SERVER_DEV_MODE=1"):
+            connected(server)
+    server.faults.missing = {"/tokenize"}  # it may have no tokenizer: token ids go in and out
+    connected(server)
+
+
+def test_an_address_without_an_engine(server):
+    with pytest.raises(EngineError, match=r"there is no engine at http://127.0.0.1:9 .*dmfast serve-proposal"):
+        HTTPSampler("http://127.0.0.1:9", lm())
+    with pytest.raises(ValueError, match="model= must name one of them, got 'mine'"):
+        connected(server, model="mine")
+
+
+def test_an_engine_with_a_shorter_context_draws_what_fits():
+    with StandIn(lm().model, tok(), context=8) as server:
+        sampler = loaded(server, lm())
+        assert sampler.context == 8
+        sampler.check(max_new_tokens=6, temperature=1.0, prompts=["w1 w2"])
+        for call in (sampler.check, sampler.sample):
+            with pytest.raises(ValueError, match="prompt has 3 tokens; with max_new_tokens=6 that is beyond"):
+                call(max_new_tokens=6, temperature=1.0, prompts=["w1", "w1 w2 w3"])
+
+
+def test_an_engine_that_knows_temperature_1_only_refuses_others():
+    with StandIn(lm().model, tok(), config={"logprobs_mode": "raw_logprobs"}) as server:
+        sampler = loaded(server, lm())
+        sampler.sample(["w1"], 2, max_new_tokens=2)
+        with pytest.raises(ValueError, match=r"at temperature 1 only, and the temperature is 0\.7"):
+            sampler.sample(["w1"], 2, max_new_tokens=2, temperature=0.7)
+
+
+BAD_OPTIONS = {
+    "no such sampler": ("vlm", None, "sampler must be 'model', 'vllm' or the address of a vLLM server"),
+    "no address": ("http://", None, "must be http://host:port"),
+    "no port": ("http://host:port", None, "must be http://host:port"),
+    "an unknown option": (
+        "http://h:1",
+        {"time": 3},
+        "has time, which sampler=.* does not take; it takes folder",
+    ),
+    "options of none": ("model", {"timeout": 3}, "sampler='model' has no options"),
+    "no mapping": ("vllm", [1], "must be a mapping"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_options_are_refused_before_anything_is_reached(case):
+    sampler, options, match = BAD_OPTIONS[case]
+    with pytest.raises(ValueError, match=match):
+        check_options(sampler, options)
+    with pytest.raises(ValueError, match=match):
+        dmfast.DMConfig("out", use_cpu=True, sampler=sampler, sampler_options=options)
+
+
+def test_numbers_out_of_range_are_refused(server):
+    for name in ("timeout", "patience", "retries"):
+        with pytest.raises(ValueError, match=f"{name} must be a positive number"):
+            connected(server, **{name: -1})
+    with pytest.raises(ValueError, match="concurrency must be an integer, 1 or more"):
+        connected(server, concurrency=0)
+    sampler = loaded(server, lm())
+    for name, value in (("n", 0), ("max_new_tokens", -1), ("temperature", 0.0)):
+        with pytest.raises(ValueError, match=f"{name} must be a number, positive and finite"):
+            sampler.sample(["w1"], **({"n": 1, "max_new_tokens": 2} | {name: value}))
+
+
+def test_what_is_not_handed_over_is_refused(server):
+    with pytest.raises(ValueError, match="the policy has a PEFT adapter"):
+        connected(server, lm(how="lora"))
+    sampler = connected(server)
+    with pytest.raises(ValueError, match="the policy has a PEFT adapter"):
+        sampler.load(lm(how="lora"))
+    with pytest.raises(FileNotFoundError, match="there is no folder 'no/such'"):
+        sampler.load("no/such")
+    with pytest.raises(TypeError, match="a LanguageModel, its module or a folder, got a int"):
+        sampler.load(5)
+    with pytest.raises(RuntimeError, match="holds no q yet"):
+        sampler.sample(["w1"], 1, max_new_tokens=1)
+
+
+# ---- loads
+
+
+@pytest.mark.parametrize("source", ["policy", "module", "folder"])
+def test_an_engine_becomes_what_it_is_loaded_from(server, source, tmp_path):
+    policy = moved(lm())
+    weights.write(policy.model, tmp_path / "saved")
+    sampler = connected(server)
+    sampler.load({"policy": policy, "module": policy.model, "folder": tmp_path / "saved"}[source])
+    x = sampler.sample(PROMPTS, 3, max_new_tokens=5, seed=0)
+    assert (x.log_prob - policy.log_prob(x)).abs().max() < 1e-4
+    assert not server.paused
+
+
+def test_only_q_stays_on_disk(server, tmp_path):
+    policy = lm()
+    sampler = loaded(server, policy, folder=tmp_path)
+    for seed in range(2):
+        sampler.load(moved(policy, seed=seed))
+        assert len(list(tmp_path.iterdir())) == 1
+    again = LanguageModel(type(policy.model).from_pretrained(next(tmp_path.iterdir())), tok())
+    x = policy.sample(PROMPTS, 3, max_new_tokens=5, seed=0)
+    assert (again.log_prob(x) - x.log_prob).abs().max() < 1e-4
+
+
+TENSORS = ["wte.weight", "wpe.weight", "h.0.ln_1.bias", "h.1.attn.c_attn.bias", "h.1.mlp.c_proj.weight", "ln_f.weight"]
+
+
+@pytest.mark.parametrize("sums", [True, False], ids=["with checksums", "by scores"])
+@pytest.mark.parametrize("stale", [("c_attn", "c_proj", "c_fc"), ("wte",)], ids=["linears", "embedding"])
+def test_a_half_load_is_found_at_the_start(stale, sums):
+    with StandIn(lm().model, tok(), sums=sums) as server:
+        server.faults.stale = stale
+        if not sums:
+            server.faults.missing = {"/weight_checker"}
+        with pytest.raises(EngineError, match=r"other log-prob|does not take all parameters.*stay as they were"):
+            connected(server).load(lm())
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_one_stale_tensor_is_found_at_the_start(server, name):
+    server.faults.stale, server.faults.missing = (name,), set()
+    with pytest.raises(EngineError, match=f"1 of its 28 tensors, .*{name}, stay as they were"):
+        connected(server).load(lm())
+
+
+@pytest.mark.parametrize("how", ["checksums", "digests"])
+def test_a_swap_that_loads_a_part_is_found_however_small_the_move(how):
+    """By a millionth: no score shows that."""
+    policy = lm()
+    with StandIn(lm().model, tok(), sums=how == "checksums") as server:
+        sampler = loaded(server, policy)
+        x = sampler.sample(PROMPTS, 3, max_new_tokens=5, seed=0)
+        moved(policy, by=1e-6)
+        server.faults.stale = ("h.1.mlp.c_fc.weight",)
+        with pytest.raises(EngineError, match="does not take all parameters"):
+            sampler.load(policy)
+        assert torch.equal(sampler.sample(PROMPTS, 3, max_new_tokens=5, seed=0).log_prob, x.log_prob)  # q stays
+        server.faults.stale = ()
+        sampler.load(policy)
+        drawn = sampler.sample(PROMPTS, 3, max_new_tokens=5, seed=0)
+        assert (drawn.log_prob - policy.log_prob(drawn)).abs().max() < 1e-4
+
+
+def test_a_swap_that_loads_a_part_is_found_by_scores_where_there_is_nothing_else():
+    policy = lm()
+    with StandIn(lm().model, tok(), sums=False) as server:
+        server.faults.missing = {"/weight_checker"}
+        with pytest.warns(UserWarning, match="gives no checksums .* compared by a few scores only"):
+            sampler = loaded(server, policy)
+        server.faults.stale = ("mlp", "attn")
+        with pytest.raises(EngineError, match="gives 8 sequences other log-probabilities than the model"):
+            sampler.load(moved(policy))
+
+
+def test_frozen_parameters_do_not_count_as_stale():
+    """Without checksums digests are compared, and a tensor that has not moved has the same one."""
+    policy = lm()
+    with StandIn(lm().model, tok(), sums=False) as server:
+        with pytest.warns(UserWarning, match="compared by a few scores and by which tensors change"):
+            sampler = loaded(server, policy)
+        with torch.no_grad():
+            policy.model.transformer.h[0].mlp.c_fc.weight.add_(0.01)
+        sampler.load(policy)
+
+
+def test_an_engine_that_truncates_is_refused(server):
+    server.faults.truncates = True
+    with pytest.raises(EngineError, match=r"other log-probabilities.*draws from another distribution \(truncated"):
+        connected(server).load(lm())
+
+
+def test_a_sum_of_bits_does_not_depend_on_layout():
+    tensors = [torch.randn(3, 5, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+    for tensor in tensors:
+        whole = weights.checksum(tensor)
+        assert whole == weights.checksum(tensor.T) == weights.checksum(tensor.flip(0))
+        assert whole == weights.checksum(torch.cat([tensor, torch.zeros(2, 5, dtype=tensor.dtype)]))
+        assert (weights.checksum(tensor[:1]) + weights.checksum(tensor[1:]) - whole) % 2**64 == 0
+        other = tensor.clone()
+        other[1, 2] *= 1 + 2 * torch.finfo(tensor.dtype).eps
+        assert weights.checksum(other) != whole
+
+
+def test_a_perturbed_copy_differs_in_every_parameter_in_16_bits_too():
+    model = lm().model
+    before = digest(model)
+    other = weights.perturbed(model)
+    assert digest(model) == before
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert float((a.bfloat16() != b.bfloat16()).double().mean()) > 0.8, name
+
+
+# ---- a server that fails
+
+
+def test_a_request_that_fails_is_made_again_with_the_same_result(server):
+    sampler = loaded(server, lm(), retries=3)
+    x = sampler.sample(PROMPTS, 2, max_new_tokens=4, seed=0)
+    for name, value in (("broken", 1), ("aborts", 1), ("status", {"/v1/completions": [500, 503, None]})):
+        setattr(server.faults, name, value)
+        again = sampler.sample(PROMPTS, 2, max_new_tokens=4, seed=0)
+        assert torch.equal(again.log_prob, x.log_prob)
+        assert not getattr(server.faults, name) or name == "status"
+
+
+def answers(*status):
+    return lambda server: server.faults.status.update({"/v1/completions": list(status)})
+
+
+GONE = {
+    "dead engine": (answers(500), "failed 2 times in .*answered 500: the engine is dead"),
+    "refused": (answers(400), "refused POST /v1/completions: it answered 400"),
+    "timeout": (lambda server: setattr(server.faults, "slow", 0.4), "failed 2 times in .*[Tt]ime"),
+    "broken": (lambda server: setattr(server.faults, "broken", 99), "failed 2 times in .*IncompleteRead"),
+    "gone": (lambda server: server.__exit__(), "failed 2 times in .*refused"),
+}
+
+
+@pytest.mark.parametrize("case", GONE)
+def test_a_server_that_fails_for_good_is_an_error_after_bounded_tries(case):
+    harm, match = GONE[case]
+    server = StandIn(lm().model, tok()).__enter__()
+    sampler = loaded(server, lm())
+    sampler._server._timeout = 0.2 if case == "timeout" else 20.0
+    harm(server)
+    with pytest.raises(EngineError, match=match):
+        sampler.sample(["w1"], 1, max_new_tokens=1)
+    if case != "gone":
+        server.__exit__()
+
+
+def test_a_server_that_comes_back_in_time_is_waited_for():
+    server = StandIn(lm().model, tok()).__enter__()
+    policy = moved(lm())
+    sampler = loaded(server, policy, patience=20.0)
+    x = sampler.sample(PROMPTS, 2, max_new_tokens=4, seed=0)
+    server.__exit__()
+    server.restart()  # with the weights that it was started with
+    threading.Timer(0.3, server.__enter__).start()
+    with pytest.warns(UserWarning, match="held other weights than q's, as after a restart; it was given q again"):
+        again = sampler.sample(PROMPTS, 2, max_new_tokens=4, seed=0)
+    server.__exit__()
+    assert torch.equal(again.log_prob, x.log_prob)
+
+
+def test_a_restart_while_it_draws_is_found(server):
+    policy = moved(lm())
+    sampler = loaded(server, policy)
+    x = sampler.sample(["w1"], 20, max_new_tokens=6, seed=0)
+    answer, times = server._v1_completions, []
+
+    def restarting(body):
+        if not times:
+            server.restart()
+        times.append(1)
+        return answer(body)
+
+    server._v1_completions = restarting
+    with pytest.warns(UserWarning, match="given q again"):
+        again = sampler.sample(["w1"], 20, max_new_tokens=6, seed=0)
+    assert len(times) == 2 and torch.equal(again.log_prob, x.log_prob)
+    server._v1_completions = lambda body: (server.restart(), answer(body))[1]
+    again = pytest.warns(UserWarning, match="given q again")
+    with again, pytest.raises(EngineError, match="lost the weights of q 3 times while it drew"):
+        sampler.sample(["w1"], 20, max_new_tokens=6, seed=0)
+
+
+def test_weights_that_are_given_back_in_part_are_no_q(server):
+    sampler = loaded(server, moved(lm()))
+    server.restart()
+    server.faults.stale = ("ln_f",)
+    with pytest.raises(EngineError, match="was given q again, and did not take all of its parameters"):
+        sampler.sample(["w1"], 1, max_new_tokens=1)
+    server.faults.stale = ()
+    with pytest.warns(UserWarning, match="given q again"):
+        sampler.sample(["w1"], 1, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("path", ["/collective_rpc", "/reset_prefix_cache", "/update_weight_version"])
+def test_a_load_that_fails_leaves_q(server, path):
+    policy = lm()
+    sampler = loaded(server, policy)
+    x = sampler.sample(PROMPTS, 2, max_new_tokens=4, seed=0)
+    server.faults.status[path] = [500]
+    with pytest.raises(EngineError, match=path):
+        sampler.load(moved(policy))
+    server.faults.status.clear()
+    spoiled = path != "/update_weight_version"  # then nothing was touched yet
+    with pytest.warns(UserWarning, match="given q again") if spoiled else nullcontext():
+        again = sampler.sample(PROMPTS, 2, max_new_tokens=4, seed=0)
+    assert torch.equal(again.log_prob, x.log_prob) and not server.paused
+
+
+def test_tokens_that_end_elsewhere_are_an_error(server):
+    sampler = loaded(server, lm())
+    answer = server._v1_completions
+    server._v1_completions = lambda body: answer(body | {"max_tokens": 2})
+    with pytest.raises(EngineError, match=r"gave . tokens .* something else ends it"):
+        sampler.sample(["w1"], 30, max_new_tokens=6, seed=0)
+
+
+# ---- several ranks
+
+
+class Threads:
+    """The ranks of threads that meet at every gather."""
+
+    def __init__(self, rank, meeting, given):
+        self.rank, self.size, self._meeting, self._given = rank, len(given), meeting, given
+
+    def gather(self, values):
+        self._given[self.rank] = values
+        self._meeting.wait(60)
+        found = torch.cat(self._given)
+        self._meeting.wait(60)
+        return found
+
+    def agree(self, mine):
+        return bool(self.gather(torch.tensor([mine]))[0])
+
+
+def together(samplers, call):
+    """What each rank's call gives, or raises."""
+    meeting, given, found = threading.Barrier(len(samplers)), [None] * len(samplers), [None] * len(samplers)
+
+    def run(rank):
+        samplers[rank].ranks = Threads(rank, meeting, given)
+        try:
+            found[rank] = call(rank, samplers[rank])
+        except Exception as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(samplers))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_several_ranks_draw_from_one_engine_that_rank_0_loads(server, tmp_path):
+    policies = [moved(lm()) for _ in range(2)]
+    samplers = [connected(server, policy, folder=tmp_path) for policy in policies]
+    assert together(samplers, lambda rank, sampler: sampler.load(policies[rank])) == [None, None]
+    assert server.loads == 2 and len(list(tmp_path.iterdir())) == 1
+    how = {"max_new_tokens": 6, "seed": 3}
+    drawn = together(samplers, lambda rank, sampler: sampler.sample(["w1"], 8, first_row=8 * rank, **how))
+    alone = loaded(server, policies[0]).sample(["w1"], 16, **how)
+    for rank, x in enumerate(drawn):
+        assert (x.log_prob - policies[rank].log_prob(x)).abs().max() < 1e-4
+        assert (x.log_prob - alone.log_prob[8 * rank :][:8]).abs().max() < 1e-4
+    server.restart()  # any of them gives q again, and proves it whole
+    with pytest.warns(UserWarning, match="given q again"):
+        again = together(samplers[::-1], lambda rank, sampler: sampler.sample(["w1"], 8, first_row=8 - 8 * rank, **how))
+    assert torch.equal(again[0].log_prob, drawn[1].log_prob)
+
+
+def test_what_fails_for_one_rank_fails_for_all(server, tmp_path):
+    policies = [lm(), lm()]
+    samplers = [connected(server, policy, folder=tmp_path) for policy in policies]
+    together(samplers, lambda rank, sampler: sampler.load(policies[rank]))
+    answer, times = server._v1_completions, []
+
+    def failing(body):
+        times.append(body)
+        if len(times) == 1:
+            raise Refused(400, "this one")
+        return answer(body)
+
+    server._v1_completions = failing
+    errors = together(samplers, lambda rank, sampler: sampler.sample(["w1"], 8, max_new_tokens=6, seed=3))
+    assert sorted("failed for another rank" in str(each) for each in errors) == [False, True]
+    server._v1_completions = answer
+    x = together(samplers, lambda rank, sampler: sampler.sample(["w1"], 8, max_new_tokens=6, seed=3))[0]
+    server.faults.stale = ("wte",)
+    moved(policies[0])
+    errors = together(samplers, lambda rank, sampler: sampler.load(policies[0]))
+    assert "does not take all parameters" in str(errors[0]) and "rank 0 says why" in str(errors[1])
+    server.faults.stale = ()
+    for each in together(samplers, lambda rank, sampler: sampler.sample(["w1"], 8, max_new_tokens=6, seed=3)):
+        assert torch.equal(each.log_prob, x.log_prob)  # q stays
+
+
+# ---- training
+
+SETTINGS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 100, "proposal_criterion": "interval"}
+
+
+def trained(out, server, callbacks=(), **settings):
+    """A run whose q is in the server, which was started with other weights."""
+    options = QUICK | settings.pop("sampler_options", {})
+    return job(out, callbacks=callbacks, sampler=server.url, sampler_options=options, **(SETTINGS | settings))
+
+
+@pytest.fixture
+def other():
+    """A server for the trainer's job that was started with weights of its own."""
+    from trainer_job import gpt2, tokenizer
+
+    with StandIn(gpt2(seed=7), tokenizer()) as server:
+        yield server
+
+
+def test_a_run_with_q_in_an_engine(other, tmp_path):
+    trainer = trained(tmp_path, other)
+    assert isinstance(trainer.proposal.sampler, HTTPSampler)
+    trainer.train()
+    assert trainer.proposal.swaps == trainer.proposal.sampler.version == 3
+    x = trainer.proposal.sample(["w1"], 20, max_new_tokens=6, seed=0)
+    assert x.version.tolist() == [3] * 20
+    assert (x.log_prob - trainer.proposal.snapshot.log_prob(x)).abs().max() < 1e-4
+    assert all(h["swaps"] for h in trainer.state.log_history[2:] if "swaps" in h)
+    assert len(list((tmp_path / "q").iterdir())) == 1
+
+
+def test_a_resumed_run_gives_the_engine_q_and_is_the_unbroken_one(other, tmp_path):
+    straight = trained(tmp_path / "straight", other)
+    straight.train()
+    from trainer_job import StopAt
+
+    broken = trained(tmp_path / "broken", other, callbacks=[StopAt(3)])
+    broken.train()
+    other.restart()
+    resumed = trained(tmp_path / "broken", other)
+    resumed.train(resume_from_checkpoint=True)
+    assert digest(resumed.model) == digest(straight.model)
+    assert resumed.proposal.version == straight.proposal.version == 3
+
+
+def test_two_processes_draw_from_one_engine(other, tmp_path):
+    """Rank 0 loads, both draw: the run of one process, on the same sequences."""
+    engine = {"sampler": other.url, "sampler_options": QUICK}
+    settings = SETTINGS | engine | {"max_steps": 2}
+    both = in_process(tmp_path / "both", processes=2, per_device_train_batch_size=4, **settings)
+    alone = trained(tmp_path / "alone", other, per_device_train_batch_size=8, max_steps=2)
+    gradients = Gradients()
+    alone.add_callback(gradients)
+    alone.train()
+    assert other.loads == 2 * (2 + 1)  # by two processes as by one: a copy and q, and a swap
+    assert both["swaps"] == 1
+    for name, gradient in both["gradients"].items():
+        wanted = gradients.steps[0][name.removeprefix("module.")].flatten()
+        assert (torch.tensor(gradient) - wanted).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize("when", ["draw", "swap"])
+def test_a_run_whose_engine_fails_ends_with_a_checkpoint_and_goes_on(other, tmp_path, when):
+    """At the draw of step 4, or at the swap after it; nothing is lost, and nothing is trained twice."""
+    from transformers import TrainerCallback
+
+    class Harm(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if when == "swap" and state.global_step == 3:
+                other.faults.status["/collective_rpc"] = [500]
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if when == "draw" and state.global_step == 3:
+                other.faults.status["/v1/completions"] = [500]
+
+    last = 3 if when == "draw" else 4
+    trainer = trained(tmp_path / "broken", other, callbacks=[Harm()])
+    with pytest.raises(EngineError, match=rf"The run ends after step {last}, and .*checkpoint-{last} holds all of it"):
+        trainer.train()
+    assert checkpoint.fault(tmp_path / "broken" / f"checkpoint-{last}") is None
+    assert trainer.state.global_step == last and trainer.proposal.swaps == 1
+    other.faults.status.clear()
+    other.restart()
+    resumed = trained(tmp_path / "broken", other)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert [h["step"] for h in resumed.state.log_history if "kl_policy" in h][-2:] == [5, 6]
+    if when == "draw":  # the swap of the other comes with the next check
+        straight = trained(tmp_path / "straight", other)
+        straight.train()
+        assert digest(resumed.model) == digest(straight.model)
+
+
+def test_a_run_whose_engine_fails_before_the_first_step(other, tmp_path):
+    trainer = trained(tmp_path, other)
+    other.faults.status["/v1/completions"] = [500]
+    with pytest.raises(EngineError, match="The run has not taken a step yet"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+REFUSED = {
+    "on-policy": ({"on_policy": True, "objective": "dpg"}, "differ by its rounding; leave on_policy out"),
+    "LoRA": ({"lora": {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}}, "has a PEFT adapter"),
+    "FSDP": ({"fsdp": True}, "does not run under FSDP yet"),
+    "too long": ({"max_new_tokens": 24, "prompts": ["w1 w2"]}, "beyond the model's context"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_go_with_an_engine_is_refused_before_a_run(other, tmp_path, case):
+    settings, match = REFUSED[case]
+    with pytest.raises(ValueError, match=match):
+        trained(tmp_path, other, **settings)
+
+
+def test_a_config_takes_options_as_json():
+    args = dmfast.DMConfig("out", use_cpu=True, sampler="http://h:1", sampler_options='{"timeout": 5}')
+    assert args.sampler_options == {"timeout": 5}
+    with pytest.raises(ValueError, match="must be JSON of a mapping"):
+        dmfast.DMConfig("out", use_cpu=True, sampler="http://h:1", sampler_options="{timeout")
+
+
+def test_serve_proposal_starts_vllm_with_what_the_sampler_needs():
+    line = serve.command("m", ["--max-model-len", "9"], host="h", port=5, dtype="float32")
+    assert line[1:] == [
+        "-m", "vllm.entrypoints.openai.api_server", "--model", "m", "--host", "h", "--port", "5", "--dtype", "float32",
+        "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
+        "--worker-extension-cls", f"{vllm_worker.__name__}.{vllm_worker.Worker.__name__}", "--max-model-len", "9",
+    ]  # fmt: skip
+    assert serve.environment({"A": "b"}) == {"A": "b", "VLLM_SERVER_DEV_MODE": "1"}
+    for option in ("--generation-config=auto", "--logprobs-mode", "--quantization"):
+        with pytest.raises(ValueError, match="serve-proposal can't take"):
+            serve.command("m", [option], host="h", port=5, dtype="auto")
+
+
+def test_serve_proposal_without_vllm_is_an_error_with_a_reason(capsys):
+    assert cli.main(["serve-proposal", "tiny-bios", "--port", "8001", "--", "--max-model-len", "9"]) == 1
+    assert "vLLM is not installed in this environment" in capsys.readouterr().err
+
+
+def test_vllm_in_this_process_says_what_is_missing():
+    with pytest.raises(ImportError, match="sampler='vllm' needs vLLM in this environment"):
+        VLLMSampler(lm())
+    with pytest.raises(ValueError, match="engine can't hold logprobs_mode"):
+        VLLMSampler(lm(), engine={"logprobs_mode": "raw_logits"})
+    assert peft  # the refusal of its adapters is above
+
+
+def test_a_proposal_whose_engine_is_here_is_loaded_once_at_the_start(server):
+    policy = lm()
+    proposal = OfflineProposal(policy, interval=1, sampler=connected(server, policy))
+    assert server.loads == 2  # a copy that differs in every parameter, and q
+    proposal.swap()
+    assert server.loads == 3
