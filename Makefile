@@ -109,7 +109,7 @@ fsdp: $(VENV)/test
 # The samplers of engines against the real vLLM on a CPU, in an environment of its own (3.5 GB, minutes to make and to run;
 # not among the proofs for that reason): docs/engines.md. Python 3.11.
 vllm: $(VENV)/vllm
-	$(VLLM)/bin/python scripts/ci/vllm.py
+	$(VLLM)/bin/python scripts/ci/engines.py
 
 # The row kernels compiled for aarch64 and run in qemu.
 aarch64:

@@ -1,6 +1,6 @@
 """A vLLM server in the place of the real one: a small model of transformers behind the same HTTP answers.
 
-It answers as vLLM 0.32.0 does, whose recorded answers are in ``vllm_answers.json`` (``scripts/ci/vllm.py --record``);
+It answers as vLLM 0.32.0 does, whose recorded answers are in ``vllm_answers.json`` (``scripts/ci/engines.py --record``);
 ``test_engines.py`` compares their shapes. What can go wrong with a server can be asked for: see ``Faults``.
 """
 

@@ -287,6 +287,13 @@ def test_bad_options_are_refused_before_anything_is_reached(case):
         dmfast.DMConfig("out", use_cpu=True, sampler=sampler, sampler_options=options)
 
 
+def test_a_key_is_sent_from_an_option_or_a_variable(server, monkeypatch):
+    assert "Authorization" not in connected(server)._server._headers
+    monkeypatch.setenv("DMFAST_ENGINE_KEY", "from a variable")
+    assert connected(server)._server._headers["Authorization"] == "Bearer from a variable"
+    assert connected(server, api_key="mine")._server._headers["Authorization"] == "Bearer mine"
+
+
 def test_numbers_out_of_range_are_refused(server):
     for name in ("timeout", "patience", "retries"):
         with pytest.raises(ValueError, match=f"{name} must be a positive number"):
@@ -646,7 +653,7 @@ def test_a_run_with_q_in_an_engine(other, tmp_path):
     assert x.version.tolist() == [3] * 20
     assert (x.log_prob - trainer.proposal.snapshot.log_prob(x)).abs().max() < 1e-4
     assert all(h["swaps"] for h in trainer.state.log_history[2:] if "swaps" in h)
-    assert len(list((tmp_path / "q").iterdir())) == 1
+    assert len(list((tmp_path / "_q").iterdir())) == 1
 
 
 def test_a_resumed_run_gives_the_engine_q_and_is_the_unbroken_one(other, tmp_path):

@@ -54,7 +54,8 @@ class HTTPSampler(Engine):
         timeout: seconds for one request, which draws up to 256 sequences.
         patience: seconds in which a server that does not answer is asked again, such as while it starts anew.
         retries: how often a request that timed out or failed in the server is made again, beyond ``patience`` too.
-        api_key: what ``Authorization: Bearer`` holds.
+        api_key: what ``Authorization: Bearer`` holds. Default: the variable DMFAST_ENGINE_KEY; a run's options are
+            written into its log.
         concurrency: requests at a time, one for each prompt.
         check_load: prove at the first load that every parameter reaches the server, by a copy that differs in each.
 
@@ -309,6 +310,7 @@ class Server:
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self._timeout, self._patience, self._retries = timeout, patience, retries
         self._headers = {"Content-Type": "application/json"}
+        api_key = os.environ.get("DMFAST_ENGINE_KEY") if api_key is None else api_key
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
 

@@ -228,7 +228,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             return None
         options: dict[str, Any] = dict(cast("dict[str, Any]", args.sampler_options) or {})
         if args.sampler != "vllm":
-            options = {"folder": str(Path(args.output_dir) / "q"), **options}
+            # a push to the hub leaves out what begins with _
+            options = {"folder": str(Path(args.output_dir) / "_q"), **options}
         engine = make(args.sampler, self.policy, options)
         engine.check(
             max_new_tokens=args.max_new_tokens, temperature=args.temperature,

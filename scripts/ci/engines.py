@@ -1,7 +1,7 @@
 """Hold dmfast's samplers to the real vLLM on a CPU: over HTTP, started by ``dmfast serve-proposal``, and in process.
 
-vllm.py                the checks, for which ``make vllm`` makes an environment
-vllm.py --record       writes the server's answers to tests/vllm_answers.json, for the tests' stand-in
+engines.py             the checks, for which ``make vllm`` makes an environment
+engines.py --record    writes the server's answers to tests/vllm_answers.json, for the tests' stand-in
 
 The environment that runs this has vLLM, dmfast's dependencies and dmfast. It takes a few minutes on two cores.
 """
