@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints.txt $(shell find csrc dmfast -type f \
 	! -name '*.so' ! -name '*.pyc')
 
-PROOFS := host-cuda ptx families fsdp sanitize aot interpreter floors wheel trace gpu-dry docs aarch64
+PROOFS := host-cuda ptx families fsdp ray sanitize aot interpreter floors wheel trace gpu-dry docs aarch64
 .PHONY: demo test pytest lint proofs $(PROOFS) vllm gpu gpu-rivals paper-quick paper format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
@@ -28,7 +28,7 @@ lint: $(VENV)/test
 	$(BIN)/mypy
 
 # Two at a time. passive: threads that wait must not keep the other's from the core.
-proofs: $(VENV)/triton $(VENV)/docs
+proofs: $(VENV)/triton $(VENV)/docs $(VENV)/ray
 	OMP_WAIT_POLICY=passive $(MAKE) -j2 -Otarget $(PROOFS)
 
 # The CPU kernels, built for the baseline instruction set (no AVX2), under AddressSanitizer and UBSan.
@@ -111,6 +111,10 @@ fsdp: $(VENV)/test
 vllm: $(VENV)/vllm
 	$(VLLM)/bin/python scripts/ci/engines.py
 
+# Sampling that runs ahead in actors of Ray: docs/scale.md.
+ray: $(VENV)/ray
+	OMP_NUM_THREADS=1 $(VENV)/ray/bin/python scripts/ci/ray_actors.py
+
 # The row kernels compiled for aarch64 and run in qemu.
 aarch64:
 	sh scripts/ci/aarch64.sh
@@ -146,6 +150,14 @@ $(VENV)/vllm: $(VENV)/torch $(SOURCES)
 
 $(VENV)/docs: $(VENV)/test
 	$(PIP) mkdocs-material 'mkdocstrings[python]'
+	@touch $@
+
+# An environment above the tests', which Ray's own packages must not change.
+$(VENV)/ray: $(VENV)/test
+	$(BIN)/python -m venv --without-pip $@
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$($@/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_beneath.pth"
+	$(BIN)/python -m pip --python $@/bin/python install -q -c constraints.txt ray
 	@touch $@
 
 # torch first, so that nothing that depends on it brings another build of it
