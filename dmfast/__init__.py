@@ -22,7 +22,7 @@ from .models import LanguageModel
 from .objectives import OBJECTIVES, Objective, Terms
 from .proposal import OfflineProposal
 from .samples import Samples
-from .targets import EBM, Classifier, Contains, Moment, Reward, Scorer
+from .targets import EBM, Classifier, Contains, Moment, Reward, Scorer, Verifier
 
 if TYPE_CHECKING:
     from .training import DMConfig, DMTrainer
@@ -45,6 +45,7 @@ __all__ = [
     "Samples",
     "Scorer",
     "Terms",
+    "Verifier",
     "backends",
     "dm_loss",
     "eager",

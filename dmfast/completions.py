@@ -80,6 +80,7 @@ def samples_of(
         pad_token_id=encoder.pad_token_id,
         rows=rows,
         has_log_prob=log_prob is not None,
+        eos_token_ids=tuple(eos_token_ids),
     )
 
 

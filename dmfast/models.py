@@ -476,7 +476,7 @@ class LanguageModel:
         score[:, : prompts.shape[1]] = False
         return Samples(
             drawn.tokens, drawn.mask, score, prompts.shape[1], drawn.log_prob, context_id, temperature, self.tokenizer,
-            self.pad_token_id, torch.full_like(context_id, self.version),
+            self.pad_token_id, torch.full_like(context_id, self.version), eos_token_ids=tuple(self.eos_token_ids),
         )  # fmt: skip
 
     def _others(self) -> Callable[[bool], bool] | None:

@@ -41,6 +41,7 @@ class Samples:
             reference answer; None where the data set has prompts only.
         has_log_prob: whether log q is known. It is not for sequences that came from elsewhere without it
             (``LanguageModel.samples_of``), which can be scored, and trained on by likelihood only.
+        eos_token_ids: what ends a sequence, by which a verifier tells whether one has ended. Empty: the tokenizer's.
 
     Raises:
         ValueError: the tensors or the rows are not those of N sequences.
@@ -58,6 +59,7 @@ class Samples:
     version: Tensor = None  # type: ignore[assignment]  # __post_init__ makes zeros of it
     rows: Sequence[Mapping[str, Any]] | None = None
     has_log_prob: bool = True
+    eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2:

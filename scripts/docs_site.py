@@ -29,7 +29,8 @@ BY_MODULE = {
     "sampling": [
         "Sampler", "AsyncSampler", "ProcessSampler", "Mixture", "Prompted", "HTTPSampler", "VLLMSampler", "EngineError",
     ],
-    "targets": ["Feature", "ScorerCounts", "TargetScores", "fit_lambda", "LambdaFit"],
+    "verified": ["pass_at_k", "maj_at_k", "coverage", "distinct_at_k"],
+    "targets": ["Feature", "ScorerCounts", "VerifierCounts", "TargetScores", "fit_lambda", "LambdaFit"],
 }  # fmt: skip
 LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 

@@ -4,6 +4,7 @@ from .constraints import Contains, Feature, FeatureValues, Moment, Scorer, Score
 from .ebm import EBM, TargetScores
 from .scorers import Classifier, Reward
 from .solver import LambdaFit, fit_lambda
+from .verifier import Verifier, VerifierCounts
 
 __all__ = [
     "EBM",
@@ -17,5 +18,7 @@ __all__ = [
     "Scorer",
     "ScorerCounts",
     "TargetScores",
+    "Verifier",
+    "VerifierCounts",
     "fit_lambda",
 ]

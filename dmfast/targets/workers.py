@@ -1,0 +1,209 @@
+"""Run a function of one text in processes of its own, so that a call that hangs, dies or leaks costs one verdict.
+
+A process that misbehaves is ended and another takes its place. This is no sandbox: the function has all rights of the
+user who trains.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+#: What a call may end in beside a value.
+TIMED_OUT, RAISED, DIED, OUT_OF_MEMORY, LACKS = "timed_out", "raised", "died", "out_of_memory", "lacks"
+_STATM = Path("/proc/self/statm")
+_STARTED = "started"
+#: Seconds until a new process must have loaded the function.
+_START_LIMIT = 120.0
+
+
+class Verdict(NamedTuple):
+    """What a call that gave no value ended in.
+
+    Attributes:
+        kind: ``TIMED_OUT``, ``RAISED``, ``DIED``, ``OUT_OF_MEMORY``, or ``LACKS`` where the row has no such column.
+        detail: the error's type and message, or the name of the column; empty for the others.
+    """
+
+    kind: str
+    detail: str = ""
+
+
+class Row(Mapping[str, Any]):
+    """A row that remembers which column was read and is not there."""
+
+    def __init__(self, columns: Mapping[str, Any]) -> None:
+        self._columns, self.lacking = dict(columns), ""
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._columns:
+            self.lacking = name
+        return self._columns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+
+Item = tuple[str, Row]
+
+
+class _Worker:
+    """A process and this end of the pipe to it."""
+
+    def __init__(self, fn: Callable[..., Any], memory_limit: int | None) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, fn, memory_limit), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.item: int | None = None
+        self.deadline = time.monotonic() + _START_LIMIT
+        self.started = False
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+class Workers:
+    """Processes that call ``fn([text], [row])``, an item at a time each.
+
+    Args:
+        fn: can be pickled: a function at the top of a module. A script that makes ``Workers`` guards what it runs by
+            ``if __name__ == "__main__":``, since each process imports it.
+        n: the number of processes. They start with the first call.
+        time_limit: seconds of one item. None: no limit.
+        memory_limit: bytes that a process may take beyond what it has once ``fn`` is loaded. None: no limit.
+
+    Raises:
+        TypeError: fn can't be pickled.
+        ValueError: there is no way to limit memory on this system.
+    """
+
+    def __init__(
+        self, fn: Callable[..., Any], n: int, *, time_limit: float | None = None, memory_limit: int | None = None
+    ) -> None:
+        try:
+            pickle.dumps(fn)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise TypeError(
+                f"workers={n} needs a function that can be pickled, one at the top of a module and no lambda or inner "
+                f"function, got {fn!r} ({error})"
+            ) from error
+        if memory_limit is not None and not _STATM.exists():
+            raise ValueError("memory_limit needs Linux, whose processes say what memory they have; leave it None here")
+        self.fn, self.n, self.time_limit, self.memory_limit = fn, n, time_limit, memory_limit
+        self._workers: list[_Worker] = []
+
+    def __call__(self, items: Sequence[Item]) -> list[Any]:
+        """Return for each item what ``fn`` gave for it alone, or a ``Verdict``.
+
+        Raises:
+            RuntimeError: a process can't load the function.
+        """
+        found: list[Any] = [None] * len(items)
+        left = deque(range(len(items)))
+        try:
+            while left or any(worker.item is not None for worker in self._workers):
+                while len(self._workers) < min(self.n, len(left) + self._busy()):
+                    self._workers.append(_Worker(self.fn, self.memory_limit))
+                for worker in self._workers:
+                    if left and worker.started and worker.item is None:
+                        self._give(worker, left.popleft(), items)
+                self._wait(found)
+        except BaseException:
+            self.close()  # what is under way would otherwise answer the next call
+            raise
+        return found
+
+    def _busy(self) -> int:
+        return sum(worker.item is not None for worker in self._workers)
+
+    def _give(self, worker: _Worker, place: int, items: Sequence[Item]) -> None:
+        worker.item = place
+        worker.deadline = time.monotonic() + (float("inf") if self.time_limit is None else self.time_limit)
+        text, row = items[place]
+        try:
+            worker.connection.send((text, row))
+        except (BrokenPipeError, ConnectionResetError):
+            worker.deadline = 0.0  # found dead when it is waited for
+
+    def _wait(self, found: list[Any]) -> None:
+        """Take the answers that are there, and end the processes that are over their time."""
+        waited = [worker for worker in self._workers if worker.item is not None or not worker.started]
+        soonest = min(worker.deadline for worker in waited)
+        limit = None if soonest == float("inf") else max(soonest - time.monotonic(), 0.0)
+        connections: list[Connection] = [worker.connection for worker in waited]
+        ready = set(wait(connections, limit))
+        for worker in waited:
+            if worker.connection in ready:
+                try:
+                    answer = worker.connection.recv()
+                except (EOFError, ConnectionResetError):
+                    self._replace(worker, found, Verdict(DIED))
+                    continue
+                if not worker.started:
+                    worker.started = answer == _STARTED
+                    if not worker.started:
+                        raise RuntimeError(f"a worker process can't run the function: {answer}")
+                    continue
+                assert worker.item is not None
+                found[worker.item], worker.item = answer, None
+                if isinstance(answer, Verdict) and answer.kind == OUT_OF_MEMORY:
+                    self._replace(worker, found, answer)
+            elif worker.deadline <= time.monotonic():
+                self._replace(worker, found, Verdict(TIMED_OUT))
+
+    def _replace(self, worker: _Worker, found: list[Any], verdict: Verdict) -> None:
+        if not worker.started:
+            raise RuntimeError(
+                f"a worker process {verdict.kind.replace('_', ' ')} before it had loaded the function: a script that "
+                'makes workers must guard what it runs by if __name__ == "__main__":, since each worker imports it'
+            )
+        if worker.item is not None:
+            found[worker.item] = verdict
+        worker.end()
+        self._workers.remove(worker)
+
+    def close(self) -> None:
+        """End the processes. A further call starts new ones."""
+        for worker in self._workers:
+            worker.end()
+        self._workers.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_workers": []}
+
+
+def _serve(connection: Connection, fn: Callable[..., Any], memory_limit: int | None) -> None:
+    """Answer one item after the other, in a process of its own."""
+    if memory_limit is not None:
+        import resource
+
+        used = int(_STATM.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + memory_limit, resource.RLIM_INFINITY))
+    connection.send(_STARTED)
+    while True:
+        try:
+            text, row = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer: Any = fn([text], [row])
+        except MemoryError:
+            answer = Verdict(OUT_OF_MEMORY)
+        except KeyError as error:
+            answer = Verdict(LACKS, row.lacking) if row.lacking else Verdict(RAISED, f"KeyError: {error}")
+        except Exception as error:
+            answer = Verdict(RAISED, f"{type(error).__name__}: {error}")
+        connection.send(answer)

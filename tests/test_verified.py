@@ -1,0 +1,83 @@
+"""pass@k, maj@k, coverage and distinct answers against enumeration of every choice of k samples."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from dmfast.verified import coverage, distinct_at_k, maj_at_k, pass_at_k
+
+RIGHT = torch.tensor([1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1])
+CONTEXT = torch.tensor([7] * 5 + [2] * 5 + [9] * 5)
+ANSWERS = list("abbacxxyzwrsstt")
+
+
+def choices(k):
+    """For each prompt, every choice of k of its samples."""
+    for context in (7, 2, 9):
+        yield [list(each) for each in itertools.combinations((context == CONTEXT).nonzero()[:, 0].tolist(), k)]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
+def test_pass_at_k_and_distinct_at_k_are_those_of_every_choice(k):
+    passed, distinct = [], []
+    for of_prompt in choices(k):
+        passed.append(sum(any(RIGHT[i] for i in each) for each in of_prompt) / len(of_prompt))
+        distinct.append(sum(len({ANSWERS[i] for i in each if RIGHT[i]}) for each in of_prompt) / len(of_prompt))
+    for found, values in (
+        (pass_at_k(RIGHT, CONTEXT, k), passed),
+        (distinct_at_k(ANSWERS, RIGHT, CONTEXT, k), distinct),
+    ):
+        expected = torch.tensor(values, dtype=torch.float64)
+        assert found.value == pytest.approx(float(expected.mean()), abs=1e-12)
+        assert found.stderr == pytest.approx(float(expected.std() / math.sqrt(3)), abs=1e-12)
+
+
+def test_pass_at_k_of_many_samples_does_not_overflow():
+    right = torch.zeros(10_000, dtype=torch.bool)
+    right[:3] = True
+    found = pass_at_k(right, torch.zeros(10_000, dtype=torch.int64), 5000)
+    assert found.value == pytest.approx(1 - 5000 * 4999 * 4998 / (10_000 * 9999 * 9998), abs=1e-12)
+    assert math.isnan(found.stderr)
+
+
+def test_pass_at_k_of_samples_of_a_policy_is_what_it_estimates():
+    s, n, k = 0.2, 4, 3
+    values = [
+        pass_at_k(torch.tensor(each), torch.zeros(n), k).value * s ** sum(each) * (1 - s) ** (n - sum(each))
+        for each in itertools.product((0, 1), repeat=n)
+    ]
+    assert sum(values) == pytest.approx(1 - (1 - s) ** k, abs=1e-12)
+
+
+def test_maj_at_k_counts_ties_by_their_part():
+    assert maj_at_k(ANSWERS, RIGHT, CONTEXT, 5).value == pytest.approx((0.5 + 0 + 1) / 3)
+    first = [(RIGHT[i] * 1.0).item() for i in range(5)]
+    found = maj_at_k(ANSWERS[:5], RIGHT[:5], CONTEXT[:5], 1)
+    assert found.value == pytest.approx(sum(first) / 5, abs=0.15)
+    assert maj_at_k(ANSWERS[:5], RIGHT[:5], CONTEXT[:5], 1).value == found.value  # the draws have a seed
+
+
+def test_coverage_is_the_share_of_prompts_with_a_right_sample():
+    assert coverage(RIGHT, CONTEXT).value == pytest.approx(2 / 3) == pass_at_k(RIGHT, CONTEXT, 5).value
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: pass_at_k(RIGHT * 0.5, CONTEXT, 1), "v >= 0.5"),
+        (lambda: pass_at_k(RIGHT, CONTEXT, 6), "from 1 to the fewest samples of a prompt, 5, got 6"),
+        (lambda: pass_at_k(RIGHT, CONTEXT, 0), "got 0"),
+        (lambda: pass_at_k(RIGHT[:3], CONTEXT, 1), r"got \(3,\) and \(15,\)"),
+        (lambda: coverage(RIGHT[:0], CONTEXT[:0]), "N >= 1"),
+        (lambda: maj_at_k(ANSWERS[1:], RIGHT, CONTEXT, 1), "one for each of 15 samples, got 14"),
+        (lambda: distinct_at_k(ANSWERS[1:], RIGHT, CONTEXT, 1), "one for each of 15 samples, got 14"),
+        (lambda: maj_at_k(["a"] * 15, RIGHT, CONTEXT, 5), "'a' of context 7 is right in one sample, not in another"),
+    ],
+)
+def test_what_can_not_be_measured_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
