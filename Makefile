@@ -105,6 +105,7 @@ families: $(VENV)/test
 # Training under FSDP2 on two and three CPU processes against DDP, and resumed runs, in some 3 minutes: docs/scale.md.
 fsdp: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/ci/fsdp.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine_processes.py
 
 # The samplers of engines against the real vLLM on a CPU, in an environment of its own (3.5 GB, minutes to make and to run;
 # not among the proofs for that reason): docs/engines.md. Python 3.11.

@@ -1,6 +1,6 @@
 """A vLLM server in the place of the real one: a small model of transformers behind the same HTTP answers.
 
-It answers as vLLM 0.32.0 does, whose recorded answers are in ``vllm_answers.json`` (``scripts/ci/engines.py --record``);
+It answers as vLLM 0.32.0 does, whose answers ``scripts/ci/engines.py --record`` wrote into ``vllm_answers.json``;
 ``test_engines.py`` compares their shapes. What can go wrong with a server can be asked for: see ``Faults``.
 """
 
@@ -85,11 +85,12 @@ class StandIn:
         context: max_model_len.
         config: of /server_info, in the place of ``CONFIG``'s.
         sums: whether it runs with dmfast's extension of its workers.
+        packed: a part of the names of tensors that it empties, since it keeps their values elsewhere.
     """
 
-    def __init__(self, model, tokenizer, *, context=24, config=None, sums=True):
+    def __init__(self, model, tokenizer, *, context=24, config=None, sums=True, packed=""):
         self.started_with = copy.deepcopy(model).eval()
-        self.tokenizer, self.context, self.sums = tokenizer, context, sums
+        self.tokenizer, self.context, self.sums, self.packed = tokenizer, context, sums, packed
         self.config, self.faults = CONFIG | {"max_model_len": context} | (config or {}), Faults()
         self.asked, self.loads = [], 0
         self._lock, self._http = threading.Lock(), None
@@ -210,7 +211,8 @@ class StandIn:
 
     def _weight_checker(self, body):
         named = self.model.named_parameters()
-        digests = {f"dp0:pp0:pcp0:tp0:{n}": hashlib.sha256(p.numpy().tobytes()).hexdigest() for n, p in named}
+        values = {n: b"" if self.packed and self.packed in n else p.numpy().tobytes() for n, p in named}
+        digests = {f"dp0:pp0:pcp0:tp0:{n}": hashlib.sha256(each).hexdigest() for n, each in values.items()}
         return {"checksums": digests}
 
     def _collective_rpc(self, body):
@@ -225,7 +227,9 @@ class StandIn:
             self.loads += 1
             return {"results": [None]}
         if body["method"] == "dmfast_checksums" and self.sums:
-            return {"results": [{name: str(weights.checksum(p)) for name, p in self.model.named_parameters()}]}
+            named = self.model.named_parameters()
+            shown = {n: p[:0] if self.packed and self.packed in n else p for n, p in named}
+            return {"results": [{name: str(weights.checksum(each)) for name, each in shown.items()}]}
         message = f"Worker failed with error ''CPUWorker' object has no attribute '{body['method']}''"
         raise Refused(500, f"Call to collective_rpc method failed: {message}, please check the stack trace above")
 

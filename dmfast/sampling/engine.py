@@ -11,6 +11,7 @@ gives checksums that do not depend on layout by these, exactly.
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 import uuid
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from ..models import LanguageModel, Source, module_of
 from ..ranks import OneProcess, Ranks
 from ..samples import Prompt, Samples
 from ..seeds import seed_for
+from ..views import AdapterView
 from . import weights
 
 _AT_ONCE = 256  # sequences of one prompt in one request
@@ -130,7 +132,6 @@ class Engine:
     def __init__(self, like: LanguageModel, *, check_load: bool = True) -> None:
         if not isinstance(like, LanguageModel):
             raise TypeError(f"an engine needs the policy as a LanguageModel, got a {type(like).__name__}")
-        refuse_adapters(like)
         self.version = 0
         self.ranks: Ranks = OneProcess()
         self._like, self._check_load = like, check_load
@@ -171,7 +172,10 @@ class Engine:
         raise NotImplementedError
 
     def _digests(self) -> dict[str, str] | None:
-        """Return a digest of each tensor of the engine. None: it gives none."""
+        """Return a digest of each tensor of the engine. None: it gives none.
+
+        A tensor that was emptied, since the engine keeps its values packed elsewhere, is left out: scores show it.
+        """
         raise NotImplementedError
 
     def _checksums(self) -> int | None:
@@ -387,15 +391,21 @@ class Engine:
     def load(self, source: Source) -> None:
         """Replace the engine's parameters by those of a policy or a folder: q <- pi. Requests that run end first.
 
+        The engine gets an adapter merged into a copy of its base, which takes the memory of that copy meanwhile.
+
         Raises:
             TypeError, FileNotFoundError: the source is no model and no folder.
-            ValueError: a model with an adapter, or a sharded one.
+            ValueError: an adapter that can't be merged, or is another model then; a folder with an adapter alone; a
+                sharded model.
             EngineError: the engine failed, or did not take all parameters. It holds q as before, or gets q again before
                 it draws.
         """
-        model = self._model(source)
+        with torch.autocast(self._like.device.type, enabled=False):
+            self._load(self._model(source))
+
+    def _load(self, model: LanguageModel) -> None:
         tag, first = self._new_tag(), self._tag is None
-        with self._gate.load(), torch.autocast(model.device.type, enabled=False):
+        with self._gate.load():
             error = self._loaded(model, tag) if self.ranks.rank == 0 else None
             if not self.ranks.agree(error is None):
                 raise error or EngineError(
@@ -422,14 +432,33 @@ class Engine:
         elif isinstance(source, (str, Path)) or hasattr(source, "__fspath__"):
             if not Path(source).is_dir():
                 raise FileNotFoundError(f"there is no folder {str(source)!r} to load a model from")
+            if (Path(source) / "adapter_config.json").is_file():
+                raise ValueError(f"{str(source)!r} holds an adapter alone: load a model that has it, or a whole one")
             kind: Any = sharding.class_of(without_adapters(module_of(like)))
             model = like.around(kind.from_pretrained(Path(source), local_files_only=True).to(like.device))
         else:
             raise TypeError(f"load takes a LanguageModel, its module or a folder, got a {type(source).__name__}")
-        refuse_adapters(model)
         if sharding.is_sharded(model.model):
             raise ValueError("an engine needs whole parameters, and this model is sharded by FSDP")
-        return model
+        whole = plain(model)
+        return model if whole is module_of(model) else self._same(like.around(whole), model)
+
+    def _same(self, merged: LanguageModel, model: LanguageModel) -> LanguageModel:
+        """Return the merged model.
+
+        Raises:
+            ValueError: it computes another distribution than the model with its adapter, as where the embedding that
+                has the adapter is the head, too.
+        """
+        x = self._random(model)
+        found, wanted = (each.log_prob(x, batch_size=_PROBES).cpu() for each in (merged, model))
+        if bool(((found - wanted).abs() > self._allowed(x)).any()):
+            raise ValueError(
+                f"merged into its base the adapter gives other log-probabilities, {_few(found)} in the place of "
+                f"{_few(wanted)} nats, as where it is on an embedding that is the head, too: an engine can't draw from "
+                "it; leave such layers out of target_modules"
+            )
+        return merged
 
     def _loaded(self, model: LanguageModel, tag: str) -> Exception | None:
         """Load and compare. Return the error after which the engine was given q again; None: it holds the model."""
@@ -556,17 +585,23 @@ class Engine:
         return max(32 * eps, 1e-4) * (n.sqrt() * 2 if eps > 1e-4 else n)
 
 
-def refuse_adapters(model: LanguageModel) -> None:
-    """Refuse a model with an adapter.
+def plain(model: LanguageModel) -> nn.Module:
+    """Return the module without adapters that computes what a model does: itself, or a copy with its adapter merged.
 
     Raises:
-        ValueError: it has one.
+        ValueError: it has an adapter that can't be merged.
     """
-    if without_adapters(module_of(model)) is not module_of(model):
+    module = module_of(model)
+    if without_adapters(module) is module:
+        return cast(nn.Module, module)
+    other = copy.deepcopy(module).requires_grad_(False)
+    name = model.adapter if isinstance(model, AdapterView) else next(iter(other.active_adapters))
+    try:
+        return cast(nn.Module, other.unload() if name is None else other.merge_and_unload(adapter_names=[name]))
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
         raise ValueError(
-            "an engine draws from plain models, and the policy has a PEFT adapter (LoRA), which is not handed over "
-            "yet: train the whole model, or leave the sampler at 'model'"
-        )
+            f"an engine draws from plain models, and the adapter {name!r} can't be merged into its base: {error}"
+        ) from error
 
 
 def _few(values: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import os
@@ -231,7 +232,7 @@ class HTTPSampler(Engine):
 
     def _digests(self) -> dict[str, str] | None:
         found = self._server.post("/weight_checker", {"action": "checksum"}, none=_MISSING)
-        return None if found is None else {str(name): str(digest) for name, digest in found["checksums"].items()}
+        return None if found is None else with_values(found["checksums"])
 
     def _checksums(self) -> int | None:
         if not self._has_sums:
@@ -242,6 +243,12 @@ class HTTPSampler(Engine):
             self._has_sums = False  # it runs without dmfast's extension of its workers
             return None
         return over_workers(workers)
+
+
+def with_values(digests: Mapping[str, str]) -> dict[str, str]:
+    """Return vLLM's digests of the tensors that are not empty."""
+    empty = hashlib.sha256(b"").hexdigest()
+    return {name: digest for name, digest in digests.items() if digest != empty}
 
 
 def over_workers(workers: list[Mapping[str, str]]) -> int:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import LanguageModel, module_of
+from ..models import LanguageModel
 from . import weights
-from .engine import Completion, Engine, Facts, Request, refuse_adapters
+from .engine import Completion, Engine, Facts, Request, plain
 from .vllm_http import over_workers
 
 _WORKER = "dmfast.sampling.vllm_worker.Worker"
@@ -37,7 +37,7 @@ class VLLMSampler(Engine):
 
     Raises:
         ImportError: vLLM is not installed.
-        ValueError: ``engine`` has what dmfast sets itself; the policy has an adapter.
+        ValueError: ``engine`` has what dmfast sets itself; the policy has an adapter that can't be merged.
     """
 
     def __init__(
@@ -45,7 +45,6 @@ class VLLMSampler(Engine):
         engine: Mapping[str, Any] | None = None, check_load: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(like, check_load=check_load)
-        refuse_adapters(like)
         own = [name for name in _OWN if name in (engine or {})]
         if own:
             raise ValueError(f"engine can't hold {', '.join(own)}, which dmfast sets itself")
@@ -62,7 +61,7 @@ class VLLMSampler(Engine):
         dtype = str(policy).removeprefix("torch.") if dtype is None else dtype
         with tempfile.TemporaryDirectory(prefix="dmfast-vllm-") as folder:
             start = Path(folder) / "policy"
-            weights.write(module_of(like), start)
+            weights.write(plain(like), start)
             like.tokenizer.save_pretrained(start)
             self._llm: Any = LLM(
                 str(start), dtype=dtype, generation_config="vllm", logprobs_mode="processed_logprobs",
@@ -110,9 +109,9 @@ class VLLMSampler(Engine):
 
     def _put(self, model: nn.Module, tag: str) -> None:
         self._last = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in _named(model)]
-        self._load(self._last, tag)
+        self._reload(self._last, tag)
 
-    def _load(self, tensors: Sequence[tuple[str, Tensor]], tag: str) -> None:
+    def _reload(self, tensors: Sequence[tuple[str, Tensor]], tag: str) -> None:
         self._spoil()
         with self._lock:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
@@ -120,7 +119,7 @@ class VLLMSampler(Engine):
         self._own_tag = tag
 
     def _put_back(self, tag: str) -> None:
-        self._load(self._kept, tag)
+        self._reload(self._kept, tag)
 
     def _keep(self, tag: str) -> None:
         self._kept, self._last = self._last, []
