@@ -31,8 +31,6 @@ BY_MODULE = {
     ],
     "verified": ["pass_at_k", "maj_at_k", "coverage", "distinct_at_k"],
     "targets": ["Feature", "ScorerCounts", "VerifierCounts", "TargetScores", "fit_lambda", "LambdaFit"],
-    "verified": ["pass_at_k", "maj_at_k", "coverage", "distinct_at_k"],
-    "targets": ["Feature", "ScorerCounts", "VerifierCounts", "TargetScores", "fit_lambda", "LambdaFit"],
 }  # fmt: skip
 LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 
