@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints.txt $(shell find csrc dmfast -type f \
 	! -name '*.so' ! -name '*.pyc')
 
-PROOFS := host-cuda ptx families fsdp spread deepspeed sanitize aot interpreter floors wheel trace gpu-dry docs aarch64
+PROOFS := host-cuda ptx families fsdp spread deepspeed ray sanitize aot interpreter floors wheel trace gpu-dry docs aarch64
 .PHONY: demo test pytest lint proofs $(PROOFS) vllm gpu gpu-rivals paper-quick paper format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
@@ -28,7 +28,7 @@ lint: $(VENV)/test
 	$(BIN)/mypy
 
 # Two at a time. passive: threads that wait must not keep the other's from the core.
-proofs: $(VENV)/triton $(VENV)/docs $(VENV)/deepspeed
+proofs: $(VENV)/triton $(VENV)/docs $(VENV)/deepspeed $(VENV)/ray
 	OMP_WAIT_POLICY=passive $(MAKE) -j2 -Otarget $(PROOFS)
 
 # The CPU kernels, built for the baseline instruction set (no AVX2), under AddressSanitizer and UBSan.
@@ -120,6 +120,10 @@ spread: $(VENV)/test
 deepspeed: $(VENV)/deepspeed
 	OMP_NUM_THREADS=1 $(VENV)/deepspeed/bin/python scripts/ci/zero.py
 
+# Sampling that runs ahead in actors of Ray: docs/scale.md.
+ray: $(VENV)/ray
+	OMP_NUM_THREADS=1 $(VENV)/ray/bin/python scripts/ci/ray_actors.py
+
 # The row kernels compiled for aarch64 and run in qemu.
 aarch64:
 	sh scripts/ci/aarch64.sh
@@ -157,13 +161,13 @@ $(VENV)/docs: $(VENV)/test
 	$(PIP) mkdocs-material 'mkdocstrings[python]'
 	@touch $@
 
-# DeepSpeed changes what transformers and accelerate do where it is installed, so that it has an environment of its own,
-# which sees the packages of the tests' beneath its own.
-$(VENV)/deepspeed: $(VENV)/test
+# DeepSpeed changes what transformers and accelerate do where it is installed, and Ray brings packages of its own. Each has
+# an environment of its own, which sees the packages of the tests' beneath it.
+$(VENV)/deepspeed $(VENV)/ray: $(VENV)/test
 	$(BIN)/python -m venv --without-pip $@
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		"$$($@/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_beneath.pth"
-	$(BIN)/python -m pip --python $@/bin/python install -q -c constraints.txt deepspeed
+	$(BIN)/python -m pip --python $@/bin/python install -q -c constraints.txt $(notdir $@)
 	@touch $@
 
 # torch first, so that nothing that depends on it brings another build of it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -183,11 +183,9 @@ class Batch:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what further steps on the batch need, as numbers and tensors; not the rows of the data set."""
-        left_out = ("tokenizer", "rows")
-        samples = {f.name: getattr(self.samples, f.name) for f in fields(self.samples) if f.name not in left_out}
         return {
-            "samples": samples, "inputs": self.inputs, "features": self.features, "log_base": self.log_base,
-            "advantage": self.advantage, "epoch": self.epoch,
+            "samples": self.samples.state_dict(), "inputs": self.inputs, "features": self.features,
+            "log_base": self.log_base, "advantage": self.advantage, "epoch": self.epoch,
             "beta": self.objective.beta if isinstance(self.objective, Objective) else None,
         }  # fmt: skip
 

@@ -458,8 +458,13 @@ class RunningEstimates:
         """Forget all steps."""
         self._steps.clear()
 
-    def update(self, *outputs: DMLossOutput) -> None:
+    def update(self, *outputs: DMLossOutput, of_q: Tensor | None = None) -> None:
         """Take in one optimiser step: the ``dm_loss`` outputs of all of its microbatches.
+
+        Args:
+            outputs: of sequences x ~ q.
+            of_q: (N,) bool, which of them this q drew, where an earlier one drew some. Default: all. A step with none
+                of them is no step here.
 
         Raises:
             ValueError: there is no output, an output is of a loss that had no log_target or log_z, or a device has
@@ -476,7 +481,12 @@ class RunningEstimates:
                 )
             log_proposal = out.log_prob if out.log_proposal is None else out.log_proposal
             columns.append(torch.stack([out.log_prob, log_proposal, out.log_target, out.log_z]))
-        self._steps.append(torch.cat(columns, 1))
+        step = torch.cat(columns, 1)
+        if of_q is not None:
+            step = step[:, of_q]
+            if not step.shape[1]:
+                return
+        self._steps.append(step)
         while self.decay ** (len(self._steps) - 1) < self._MIN_WEIGHT:
             self._steps.popleft()
 

@@ -42,6 +42,7 @@ class Guard:
         first_position: the position id that it is given for the first token. None: it is given none and counts itself.
         padded: whether sequences with prompts of several lengths go together, left-padded.
         packed: whether it takes sequences that lie end to end in a row, told apart by their position ids.
+        rounding: the dtype whose rounding decides what it computes, once a forward has shown it.
         cached: whether it is sampled with a cache.
         enabled: whether the model is asked; otherwise its forward's parameters say what they can.
     """
@@ -52,6 +53,7 @@ class Guard:
         self.padded = self._named = "position_ids" in parameters
         self.first_position = first_position(model) if self._named else None
         self.packed = False
+        self.rounding: torch.dtype | None = None
         self.why_padded = "no forward has shown yet whether the model can take sequences end to end in a row"
         if not enabled:
             self.why_padded = "check_scores=False: nothing shows that the model can take sequences end to end in a row"
@@ -110,6 +112,7 @@ class Guard:
             fault = self._why_not_packed(lm, ids, expected, unit)
             self.packed = sharding.agree(lm.model, fault is None)
             self.why_padded = fault or "another rank's model can't take sequences end to end in a row"
+            self.rounding = rounding()
         sharding.reshard(lm.model)
 
     def _why_not_packed(self, lm: LanguageModel, ids: Tensor, expected: Tensor, unit: float) -> str | None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from . import sharding
 from .batch import Batch, Microbatch, Prompts, SamplingOptions
 from .diagnostics import gradient_variance
-from .estimators import RunningEstimates
+from .estimators import Estimates, RunningEstimates
 from .kernels.result import DMLossOutput
 from .metrics import step_metrics
 from .models import LanguageModel
@@ -199,6 +199,7 @@ class Matcher:
         batch_size: int | None = None,
         context_id: Sequence[int] | Tensor | None = None,
         rows: Sequence[Mapping[str, Any]] | None = None,
+        next_prompts: Sequence[Sequence[Prompt] | None] = (),
     ) -> Batch:
         """Draw the sequences of a step from q and score them. A batch that was not committed is discarded.
 
@@ -213,22 +214,40 @@ class Matcher:
             context_id: for each prompt an integer that says which context it is over the whole run, since Z is kept
                 for each context. Default: a digest of the prompt's tokens.
             rows: for each prompt the row of its data set, which scorers see as ``samples.rows``.
+            next_prompts: ``prompts`` of the steps after this one, in their order, all drawn alike. A sampler that runs
+                ahead (``sampling.AsyncSampler``) draws the first of them while this step is trained. Others draw a step
+                when its turn comes.
 
         Returns:
             A ``Batch`` of n * len(prompts) sequences.
 
         Raises:
             ValueError: as ``LanguageModel.sample`` and ``EBM.score``; another number of ids or rows than of prompts; a
-                leave-one-out baseline that is not finite, with the sequence whose return is to blame.
+                leave-one-out baseline that is not finite, with the sequence whose return is to blame; next_prompts
+                with a seed or without a proposal, or that are not what the steps after this one came to draw from.
             TypeError: a context_id that is no integer of 64 bits.
             RuntimeError: a scorer raised.
         """
+        if seed is not None and len(next_prompts):
+            raise ValueError(
+                f"next_prompts are drawn with seeds that the matcher gives, and seed={seed!r} is for this step alone: "
+                "leave one of them out"
+            )
+        if self.proposal is None and len(next_prompts):
+            raise ValueError(
+                "next_prompts is for a proposal's sampler that runs ahead, and here the policy itself draws"
+            )
         self.discard()
         self.check_length(max_new_tokens)
         contexts, how = Prompts(prompts, context_id, rows), SamplingOptions(max_new_tokens, temperature, batch_size)
         start, lambda_ = time.perf_counter(), self.target.lambda_.tolist()
         anew = self.running.lambda_ != lambda_
         running = Running.start(lambda_, self.running.beta, self.running.steps) if anew else self.running
+        if self.proposal is not None and seed is None:
+            self.proposal.request([
+                self._arguments(Prompts(each), n, how, self._seed(f"step {running.steps + k}"))
+                for k, each in enumerate([prompts, *next_prompts])
+            ])  # fmt: skip
         x = self._sample(contexts, n, how, self._seed(f"step {running.steps}") if seed is None else seed)
         sampled, done = time.perf_counter(), self._scorer_counts()
         scores, values, inputs = self._score(x, batch_size, needs_base="log_base" in self.settings.needs)
@@ -311,12 +330,16 @@ class Matcher:
         """Return the seed of one use in one step, so that a resumed run draws what an unbroken one does."""
         return seed_for(self.settings.seed, what)
 
+    def _arguments(self, contexts: Prompts, n: int, how: SamplingOptions, seed: int) -> dict[str, Any]:
+        """Return the arguments of ``Sampler.sample``."""
+        return {
+            "prompts": contexts.prompts, "n": n, "max_new_tokens": how.max_new_tokens, "temperature": how.temperature,
+            "seed": seed, "batch_size": how.batch_size, "first_row": self.ranks.rank * len(contexts) * n,
+        }  # fmt: skip
+
     def _sample(self, contexts: Prompts, n: int, how: SamplingOptions, seed: int) -> Samples:
         sampler: Any = self.policy if self.proposal is None else self.proposal
-        drawn: Samples = sampler.sample(
-            contexts.prompts, n, max_new_tokens=how.max_new_tokens, temperature=how.temperature, seed=seed,
-            batch_size=how.batch_size, first_row=self.ranks.rank * len(contexts) * n,
-        )  # fmt: skip
+        drawn: Samples = sampler.sample(**self._arguments(contexts, n, how, seed))
         drawn.check_log_prob("a step")  # another engine may have made them by samples_of
         return contexts.of(drawn)
 
@@ -564,7 +587,7 @@ class Matcher:
             ValueError: what a device has recorded in the loss. Nothing has changed then: Z, estimates and proposal are
                 as they were, and the batch is still there.
         """
-        order = self._order()
+        order, lag = self._order(), 0.0
         batch, settings, gather = cast(Batch, self.batch), self.settings, self.ranks.gather
         self._check()  # here, since the host waits for the device below anyway
         batch.seconds["policy"] = time.perf_counter() - self._since - batch.seconds.get("gradient_variance", 0.0)
@@ -581,21 +604,31 @@ class Matcher:
             if self.proposal is None:
                 self.estimates.update(out)
             else:
-                self.proposal.update(out)  # into the same estimates
-            now = self.estimates.estimates(self._alpha)
+                version = gather(batch.samples.version)
+                lag = float((self.proposal.version - version).double().mean())
+                self.proposal.update(out, version=version)  # into the same estimates
+            now = self._estimates_with(out)
             swapped = self._maybe_swap(running)
         self.running, self.batch, self._passed = running, None, []
         self._to_repeat = batch if batch.epoch + 1 < settings.ppo_epochs else None
         self._warn_of_zero(len(out.log_prob))
         metrics = step_metrics(
             batch, out, now, settings=settings, running=running, target=self.target, proposal=self.proposal,
-            swapped=swapped, ranks=self.ranks,
+            swapped=swapped, ranks=self.ranks, lag=lag,
         )  # fmt: skip
         if batch.epoch == 0 and self._refit.take(batch, self.ranks):
             # P is another, so Z and all that was estimated under the old one is void
             self.running = Running.start(self.target.lambda_.tolist(), self.running.beta, self.running.steps)
             self.estimates.clear()
         return metrics
+
+    def _estimates_with(self, out: DMLossOutput) -> Estimates:
+        """Return the estimates of the window; of the step alone where earlier q's drew all since the last swap."""
+        window = self.estimates
+        if not len(window):
+            window = RunningEstimates()
+            window.update(out)
+        return window.estimates(self._alpha)
 
     def _returns(self, batch: Batch, out: DMLossOutput) -> Tensor:
         """Return rho*r of the step's sequences on all ranks."""
@@ -732,9 +765,11 @@ class Matcher:
         )  # fmt: skip
 
     def forget(self) -> None:
-        """Draw a new batch next, although the last one serves more steps."""
+        """Draw a new batch next, although the last one serves more steps, or batches were drawn ahead."""
         self.discard()
         self._to_repeat = None
+        if self.proposal is not None:
+            self.proposal.request([])
 
 
 @contextmanager

@@ -30,6 +30,7 @@ def step_metrics(
     proposal: OfflineProposal[Any] | None,
     swapped: bool,
     ranks: Ranks,
+    lag: float = 0.0,
 ) -> dict[str, float]:
     """Return the metrics of a step by name; docs/guide.md says what each is.
 
@@ -41,6 +42,7 @@ def step_metrics(
         running: what the run carries, with this step.
         swapped: whether q became pi after it.
         ranks: puts together what the batch holds.
+        lag: swaps of q since the step's sequences were drawn, their mean.
     """
     gather, inputs, objective = ranks.gather, batch.inputs, batch.objective
     assert out.log_target is not None and out.log_proposal is not None and out.log_z is not None
@@ -64,6 +66,8 @@ def step_metrics(
     }
     if proposal is not None and proposal.last_check is not None:
         metrics |= {"proposal_check": proposal.last_check.value, "proposal_check_stderr": proposal.last_check.stderr}
+    if proposal is not None and proposal.sampler is not None:
+        metrics["lag"] = lag
     if len(running.partitions) == 1 and settings.partition == "running":
         metrics["log_z_stderr"] = running.partitions[int(batch.samples.context_id[0])].stderr
     if out.entropy is not None:

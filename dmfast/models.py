@@ -603,7 +603,7 @@ class LanguageModel:
         if costs is None:
             return "the model's configuration has no hidden_size and num_hidden_layers, by which its cost is estimated"
         if self._rounds_otherwise_in_rows(costs):
-            return f"in {self._head.dtype} attention over longer rows rounds otherwise than the sampler's"
+            return f"in {self._guard.rounding} attention over longer rows rounds otherwise than the sampler's"
         return None
 
     def _rounds_otherwise_in_rows(self, costs: Costs) -> bool:
@@ -611,16 +611,11 @@ class LanguageModel:
 
         In 16 bits attention over a longer row, most of it masked, rounds otherwise than the sampler's.
         """
-        return self._head.dtype in (torch.bfloat16, torch.float16) and not costs.varlen
+        return self._guard.rounding in (torch.bfloat16, torch.float16) and not costs.varlen
 
     def _packed(self, samples: Samples) -> Packed | None:
         """Return the samples laid end to end, or None where padding them computes no more or is the only way."""
-        if len(samples) < 2 or not self.packs or not self._guard.packed:
-            return None
-        if self._head.unknown(self.model):  # asked now, so that the first batch is laid out like all later ones
-            with torch.no_grad():
-                self._hidden(samples[:1])
-        if self._head.why_not(self.model) is not None:
+        if not self.packs or not self._guard.packed or self._head.why_not(self.model) is not None:
             return None
         if self._costs is None:
             self._costs = costs_of(self._unwrapped())

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,7 @@ from .kernels.result import DMLossOutput
 from .models import LanguageModel
 from .objectives import is_number
 from .samples import Samples
-from .sampling import Sampler
+from .sampling import AsyncSampler, Sampler
 from .tensors import all_tensors, copy_into, difference
 from .views import AdapterView
 
@@ -160,7 +161,8 @@ class OfflineProposal(Generic[Policy]):
             model. q then needs the memory of one adapter, and q <- pi copies the adapter.
         sampler: another engine that draws from q. It loads the policy now and at each swap, and it loads q when a
             state is loaded. The copy above stays, because q must remain readable: a checkpoint holds it, and a
-            restarted engine loads it. Default: the copy itself draws.
+            restarted engine loads it. ``sampling.AsyncSampler`` around an engine draws ahead of the steps. Default:
+            the copy itself draws.
 
     Attributes:
         snapshot: q, of the same type as ``policy`` (an ``AdapterView`` with ``adapter``), without gradients.
@@ -246,9 +248,24 @@ class OfflineProposal(Generic[Policy]):
             drawn = self.sampler.sample(*args, **options)
         return drawn.to(next(_module(self.policy).parameters()).device)
 
-    def update(self, *outputs: DMLossOutput) -> None:
-        """Take in one optimiser step: the ``dm_loss`` outputs of all of its microbatches, drawn from q."""
-        self.running.update(*outputs)
+    def request(self, coming: Sequence[Mapping[str, Any]]) -> None:
+        """Tell a sampler that runs ahead what the next batches are drawn from; others draw a batch when it is its turn.
+
+        Args:
+            coming: as in ``AsyncSampler.request``.
+        """
+        if isinstance(self.sampler, AsyncSampler):
+            self.sampler.request(coming)
+
+    def update(self, *outputs: DMLossOutput, version: Tensor | None = None) -> None:
+        """Take in one optimiser step: the ``dm_loss`` outputs of all of its microbatches.
+
+        Args:
+            outputs: of sequences that q drew.
+            version: (N,), of the q that drew each of them. The criterion takes those of this q alone. Default: all
+                are.
+        """
+        self.running.update(*outputs, of_q=None if version is None else version == self.version)
         self.steps += 1
 
     def maybe_update(
@@ -343,7 +360,10 @@ class OfflineProposal(Generic[Policy]):
         return {k: v for k, v in of_q.items() if k in persistent and k not in frozen}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the parameters of q that training moves, the samples since the last swap and the counters."""
+        """Return the parameters of q that training moves, the samples since the last swap and the counters.
+
+        Also the batches that a sampler has drawn ahead.
+        """
         return {
             "model": {k: v.clone() for k, v in self._moving().items()},
             "running": self.running.state_dict(),
@@ -352,6 +372,7 @@ class OfflineProposal(Generic[Policy]):
             "last_check": self.last_check and (self.last_check.value, self.last_check.stderr),
             "swaps": self.swaps,
             "best": self.best,
+            "drawn_ahead": self.sampler.state_dict() if isinstance(self.sampler, AsyncSampler) else [],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -360,10 +381,21 @@ class OfflineProposal(Generic[Policy]):
         A ``sampler`` loads the q of the state, whatever the policy is.
 
         Raises:
-            RuntimeError: the parameters of q do not fit. After this, or after an error of the sampler's ``load``,
-                nothing has changed.
+            RuntimeError: the parameters of q do not fit.
+            ValueError: it does not hold what a sampler has drawn ahead in the form in which it was saved. After these,
+                or after an error of the sampler's ``load``, nothing has changed.
         """
-        mine = self._moving()
+        mine, drawn = self._moving(), state.get("drawn_ahead", [])
+        ahead = self.sampler if isinstance(self.sampler, AsyncSampler) else None
+        tokenizer: Any = getattr(self.snapshot, "tokenizer", None)
+        if ahead is not None:
+            ahead.check_state_dict(drawn, tokenizer)
+        elif drawn:
+            warnings.warn(
+                f"the state holds {len(drawn)} batches that were drawn ahead, and this run's sampler does not run "
+                "ahead: they are drawn anew, from the newest q",
+                stacklevel=3,
+            )
         if difference(state["model"], mine) is not None:
             raise RuntimeError(
                 "this state holds the parameters of another model, or of a proposal that was kept in another way (as a "
@@ -383,4 +415,6 @@ class OfflineProposal(Generic[Policy]):
                 raise
         self.running, self.steps, self._checked, self.swaps = running, steps, checked, swaps
         self.best, self.last_check = best, last_check
+        if ahead is not None:
+            ahead.load_state_dict(drawn, tokenizer)
         self._tell_version()

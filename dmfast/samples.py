@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -160,6 +160,10 @@ class Samples:
         kept = [[token for token, scored in zip(*row, strict=True) if scored] for row in rows]
         texts: list[str] = self.tokenizer.batch_decode(kept, skip_special_tokens=True) if kept else []
         return texts
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all but the tokenizer and the rows of the data set: ``Samples(**state, tokenizer=...)``."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("tokenizer", "rows")}
 
     def trimmed(self) -> Samples:
         """Return the samples without the columns that are padding in every one of these sequences."""

@@ -12,9 +12,10 @@ import torch
 from ending import end
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from trainer_job import gpt2, tokenizer
+from trainer_job import digest, gpt2, tokenizer
 
 from dmfast import EBM, Contains, LanguageModel, Matcher, Moment, OfflineProposal
+from dmfast.sampling import AsyncSampler
 
 PROMPTS = ["w1 w2", "w3", "w4 w5 w6", "w7"]
 N = 16
@@ -35,34 +36,67 @@ class Ranks:
         return bool(self.gather(torch.tensor([mine]))[0])
 
 
-def main():
-    """Takes four steps of 64 sequences, and writes what came of them on rank 0."""
-    torch.set_num_threads(1)
-    several = "RANK" in os.environ
-    if several:
-        distributed.init_process_group("gloo")
-    ranks = Ranks() if several else None
+class Engine:
+    """A copy of the policy that a thread calls."""
+
+    version = 0
+
+    def sample(self, *args, **options):
+        self.model.version = self.version
+        return self.model.sample(*args, **options)
+
+    def log_prob(self, samples, *, batch_size=None):
+        return self.model.log_prob(samples, batch_size=batch_size)
+
+    def load(self, source):
+        self.model = LanguageModel(
+            copy.deepcopy(source.model).requires_grad_(False), source.tokenizer, check_scores=False
+        )
+
+
+def trained(ranks, sampler=None):
+    """The matcher after four steps of 64 sequences, and what was logged."""
     model = gpt2()
     policy = LanguageModel(model, tokenizer())
     target = EBM(LanguageModel(copy.deepcopy(model), tokenizer()), [Moment(Contains("w3", name="w3"), 0.6)])
     target.lambda_ = [1.5]
-    matcher = Matcher(policy, target, OfflineProposal(policy, interval=2), "dpg", baseline="leave_one_out",
-                      check_samples=64, seed=29, ranks=ranks)  # fmt: skip
-    wrapped = DistributedDataParallel(model) if several else model
+    matcher = Matcher(policy, target, OfflineProposal(policy, interval=2, sampler=sampler), "dpg",
+                      baseline="leave_one_out", check_samples=64, seed=29, ranks=ranks)  # fmt: skip
+    wrapped = model if ranks is None else DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     mine = PROMPTS if ranks is None else PROMPTS[ranks.rank * 2 : ranks.rank * 2 + 2]
     logged = []
-    for _ in range(4):
-        batch = matcher.draw(mine, N, max_new_tokens=6)
+    for k in range(4):
+        batch = matcher.draw(mine, N, max_new_tokens=6, next_prompts=[mine] * min(2, 3 - k))
         for part in batch.split(10):
             matcher.loss(part, wrapped).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         logged.append({name: x for name, x in matcher.commit().items() if not name.startswith("seconds_")})
+    return matcher, logged
+
+
+def main():
+    """Trains, and writes what came of it on rank 0."""
+    torch.set_num_threads(1)
+    several = "RANK" in os.environ
+    if several:
+        distributed.init_process_group("gloo")
+    ranks = Ranks() if several else None
+    matcher, logged = trained(ranks)
+    model = matcher.policy.model
+    alone, lag_0, ahead = (
+        trained(ranks, sampler)
+        for sampler in (Engine(), AsyncSampler(Engine(), 2, max_lag=0), AsyncSampler(Engine(), 2))
+    )
     if ranks is None or ranks.rank == 0:
         parameters = {name: p.flatten().tolist() for name, p in model.named_parameters()}
         partitions = matcher.running.partitions.state_dict()
-        result = {"parameters": parameters, "log": logged, "contexts": sorted(partitions["context"].tolist())}
+        result = {
+            "parameters": parameters, "log": logged, "contexts": sorted(partitions["context"].tolist()),
+            "lag 0 is the same": digest(lag_0[0].policy.model) == digest(alone[0].policy.model),
+            "log ahead": ahead[1],
+        }  # fmt: skip
         Path(sys.argv[1]).write_text(json.dumps(result))
     end()
 

@@ -284,12 +284,15 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     assert one["contexts"] == two["contexts"] and len(one["contexts"]) == 4
     for name, values in one["parameters"].items():
         assert two["parameters"][name] == pytest.approx(values, abs=1e-5), name
-    for mine, other in zip(two["log"], one["log"], strict=True):
+    for mine, other in zip(two["log"] + two["log ahead"], one["log"] + one["log ahead"], strict=True):
         assert mine.keys() == other.keys()
         for name, value in other.items():
-            if "check" not in name and name not in ("swapped", "swaps"):
+            if "check" not in name and name not in ("swapped", "swaps", "lag"):
                 assert mine[name] == pytest.approx(value, rel=1e-3, abs=1e-4, nan_ok=True), name
     assert all("proposal_check" in metrics for metrics in two["log"][1:])
+    for each in found:  # sampling that runs ahead
+        swapped = each["log ahead"][1]["swapped"]  # when the batches of the next two steps are drawn
+        assert each["lag 0 is the same"] and [step["lag"] for step in each["log ahead"]] == [0, 0, swapped, swapped]
 
 
 # --- commit

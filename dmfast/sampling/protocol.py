@@ -36,6 +36,8 @@ class Sampler(Protocol):
     def load(self, source: Source) -> None:
         """Replace the parameters by those of a policy, or of a model that was saved into a folder: q <- pi.
 
+        What was computed from the old ones goes with them, such as cached prompts.
+
         Raises:
             TypeError: this sampler has no parameters of its own that could be replaced.
             FileNotFoundError, ValueError, RuntimeError: the source does not fit. The sampler stays as it was.

@@ -93,6 +93,9 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             (``dmfast.sampling.VLLMSampler``); or the address of a vLLM server, ``http://host:port``
             (``dmfast.sampling.HTTPSampler``). log q is then the engine's own (docs/engines.md).
         sampler_options: the further arguments of that class, a mapping, or JSON of one.
+        sampler_ahead, sampler_max_lag: for how many of the next steps the engine draws while this one is trained
+            (``dmfast.sampling.AsyncSampler``; docs/scale.md), 0: none; and the most swaps of q between the draw of a
+            batch and its use. Default: no bound.
         proposal_criterion, proposal_interval, proposal_stderrs, proposal_best_only, proposal_decay: as in
             ``dmfast.OfflineProposal``. The criterion ``alpha`` has the alpha of the objective ``alpha``.
         proposal_check_samples: sequences drawn from q for each check of the proposal and scored by q, a and pi as they
@@ -158,6 +161,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     on_policy: bool = _field(False, "Sample from the policy itself.")
     sampler: str = _field("model", "What draws from q: model, vllm, or the http:// address of a vLLM server.")
     sampler_options: dict[str, Any] | str | None = _field(None, "Arguments of the sampler, a mapping or its JSON.")  # noqa: RUF009
+    sampler_ahead: int = _field(0, "Steps whose sequences an engine draws ahead; 0: none.")
+    sampler_max_lag: int | None = _field(None, "The most swaps of q between a draw ahead and its use.")
     proposal_criterion: str = _field("kl", "When q becomes pi: kl, tvd, js, alpha or interval.")
     proposal_interval: int = _field(10, "Optimiser steps between checks of the proposal.")
     proposal_stderrs: float = _field(0.0, "By how many standard errors pi must be nearer.")
@@ -238,6 +243,22 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             except ValueError as error:
                 raise ValueError(f"sampler_options must be JSON of a mapping, got {self.sampler_options!r}") from error
         check_options(self.sampler, self.sampler_options)
+        for name, value in (("sampler_ahead", self.sampler_ahead), ("sampler_max_lag", self.sampler_max_lag)):
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise ValueError(f"{name} must be an integer, 0 or more, got {value!r}")
+        if self.sampler_max_lag is not None and not self.sampler_ahead:
+            raise ValueError(
+                f"sampler_max_lag={self.sampler_max_lag!r} bounds what is drawn ahead, and sampler_ahead is 0: set both"
+            )
+        refused = {
+            "sampler='model', which draws in this process: take an engine": self.sampler == "model",
+            "several processes, which agree on each draw": self.world_size > 1,
+            "ignore_data_skip=True, after which the prompts of a resumed run are not those of its steps":
+                self.ignore_data_skip,
+        }  # fmt: skip
+        for what, asked in refused.items():
+            if self.sampler_ahead and asked:
+                raise ValueError(f"sampler_ahead={self.sampler_ahead!r} does not go with {what}")
         if self.sampler == "model":
             return
         if self.on_policy:

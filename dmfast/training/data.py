@@ -186,10 +186,15 @@ class StepSampler(Sampler[list[int]]):
         """Take the permutation of this epoch."""
         self.epoch = epoch
 
-    def _order(self) -> list[int]:
+    def contexts_of_step(self, step: int) -> list[int]:
+        """Return the rows of this rank's contexts in one optimiser step of a run, each once, without ``repeats``."""
+        epoch, place = divmod(step, self.steps)
+        return self._step(self._order(epoch), place)[:: self.n]
+
+    def _order(self, epoch: int) -> list[int]:
         if not self.shuffle:
             return list(range(self.contexts))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(self.contexts, generator=generator).tolist()
 
     def _step(self, order: list[int], step: int) -> list[int]:
@@ -203,7 +208,7 @@ class StepSampler(Sampler[list[int]]):
         return [order[i % len(order)] for i in range(first, first + mine) for _ in range(self.n)]
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
+        order = self._order(self.epoch)
         for step in range(self.steps):
             rows = self._step(order, step)
             for start in list(range(0, len(rows), self.per_device)) * self.repeats:

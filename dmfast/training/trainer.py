@@ -41,7 +41,7 @@ from ..metrics import feature_names
 from ..models import LanguageModel
 from ..proposal import OfflineProposal
 from ..samples import Samples
-from ..sampling import EngineError, make
+from ..sampling import AsyncSampler, EngineError, Sampler, make
 from ..sampling.engine import Engine
 from ..seeds import seed_for
 from ..settings import AnyObjective, check_target, check_trainable
@@ -203,7 +203,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             self.proposal = kind_of_proposal(
                 self.policy, args.proposal_criterion, args.proposal_interval, best_only=args.proposal_best_only,
                 stderrs=args.proposal_stderrs, decay=args.proposal_decay, device=args.proposal_device,
-                adapter=shared and args.proposal_device is None, sampler=engine,
+                adapter=shared and args.proposal_device is None, sampler=self._sampler(engine, args),
                 alpha=settings.own_alpha if args.proposal_criterion == "alpha" else None,
             )  # fmt: skip
         if self._is_spread and self.proposal is not None and args.gather_for_sampling:
@@ -229,6 +229,13 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self._model_step: int | None = None  # where it is not the last one
         self.eval_samples: Samples | None = None
         self.get_train_dataloader()  # refuses now what it would refuse in train()
+
+    @staticmethod
+    def _sampler(engine: Engine | None, args: DMConfig) -> Sampler | None:
+        """Return what draws for the proposal: the engine, which may run ahead."""
+        if engine is None or not args.sampler_ahead:
+            return engine
+        return AsyncSampler(engine, args.sampler_ahead, max_lag=args.sampler_max_lag)
 
     def _engine(self, args: DMConfig) -> Engine | None:
         """Return the engine that draws from q, connected or started; None: the proposal's own copy draws.
@@ -289,6 +296,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             shuffle=draws_in_random_order(args),
             seed=args.seed if args.data_seed is None else args.data_seed,
         )  # fmt: skip
+        self._step_sampler = sampler
         return ContextLoader(self._rows, sampler)
 
     # ---- the step
@@ -317,9 +325,12 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     def _draw(self, batches: Sequence[Any]) -> Batch:
         args, n = self.args, self.samples_per_context
         indices, prompts = zip(*contexts_of(batches, n), strict=True)
+        step, steps = self.state.global_step, self._step_sampler
+        coming = range(step + 1, min(step + 1 + args.sampler_ahead, self.state.max_steps))
         return self.matcher.draw(
             prompts, n, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
             batch_size=args.sampling_batch_size, context_id=indices, rows=self._rows.rows_of(indices),
+            next_prompts=[[self._rows[row][1] for row in steps.contexts_of_step(each)] for each in coming],
         )  # fmt: skip
 
     def compute_loss(
@@ -377,7 +388,9 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
         A metric that varies is the mean of its values, a count is their sum, and any other metric is its last value."""
         if "loss" in logs and self._metrics:
-            means = ("phi/", "scorer/", "weight_", "seconds_", "length", "ess", "reward", "entropy", "clip_fraction")
+            means = (
+                "phi/", "scorer/", "weight_", "seconds_", "length", "lag", "ess", "reward", "entropy", "clip_fraction",
+            )  # fmt: skip
             sums = ("n_clipped", "n_clipped_return", "n_empty", "swapped")
             for key in {key: None for metrics in self._metrics for key in metrics}:
                 values = [m[key] for m in self._metrics if key in m]
