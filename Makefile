@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints.txt $(shell find csrc dmfast -type f \
 	! -name '*.so' ! -name '*.pyc')
 
-PROOFS := host-cuda ptx families fsdp deepspeed sanitize aot interpreter floors wheel trace gpu-dry docs aarch64
+PROOFS := host-cuda ptx families fsdp spread deepspeed sanitize aot interpreter floors wheel trace gpu-dry docs aarch64
 .PHONY: demo test pytest lint proofs $(PROOFS) vllm gpu gpu-rivals paper-quick paper format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
@@ -115,6 +115,10 @@ vllm: $(VENV)/vllm
 # Training under DeepSpeed on two CPU processes against DDP, and resumed runs: docs/scale.md.
 deepspeed: $(VENV)/deepspeed
 	OMP_NUM_THREADS=1 $(VENV)/deepspeed/bin/python scripts/ci/zero.py
+
+# Models that transformers spreads over processes as it loads them, on two and four CPU processes: docs/scale.md.
+spread: $(VENV)/test
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/ci/spread.py
 
 # The row kernels compiled for aarch64 and run in qemu.
 aarch64:

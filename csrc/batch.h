@@ -126,7 +126,7 @@ struct Outputs {
   DMF_HD double& log_target_ratio(int64_t i) const { return sequences_block[3 * sequences + i]; }
   DMF_HD double& weight(int64_t i) const { return sequences_block[4 * sequences + i]; }
   DMF_HD double& loss(int64_t i) const { return sequences_block[5 * sequences + i]; }     // loss_of
-  DMF_HD double& clipped(int64_t i) const { return sequences_block[6 * sequences + i]; }  // 1 where max_weight acts
+  DMF_HD double& clipped(int64_t i) const { return sequences_block[6 * sequences + i]; }  // 1 where a bound acts
 };
 
 enum class Fault : int64_t {

@@ -45,10 +45,13 @@ struct PyBatch : dmf::Batch {
 };
 
 // The columns whose bit is set in present lie one after the other, stride apart. scalars: the parameter of the
-// objective, max_weight, the coefficient of the entropy, then the constant of each column.
+// objective, max_weight, the coefficient of the entropy, the constant of each column, then max_log_return.
 struct PyTerms : dmf::Terms {
   PyTerms(int kind, int flags, uintptr_t block, int64_t stride, int present, const std::vector<double>& scalars)
-      : dmf::Terms{{static_cast<dmf::Kind>(kind), flags, scalars.at(0), scalars.at(1)}, {}, {}, scalars.at(2)} {
+      : dmf::Terms{{static_cast<dmf::Kind>(kind), flags, scalars.at(0), scalars.at(1), scalars.at(3 + dmf::kColumns)},
+                   {},
+                   {},
+                   scalars.at(2)} {
     const double* next = pointer<const double>(block);
     for (int c = 0; c < dmf::kColumns; ++c) {
       const bool there = (present >> c & 1) != 0;

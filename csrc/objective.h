@@ -27,6 +27,7 @@ enum class Kind : int {
   reinforce = 7,
   reinforce_p = 8,
   kl_control = 9,
+  alpha = 10,
 };
 
 enum Flag : int {
@@ -34,13 +35,15 @@ enum Flag : int {
   kUnnormalized = 2,    // A is multiplied by Z
   kHasTarget = 4,       // A needs log_target and log_z, and is 0 in a context where every P is 0
   kInfiniteAtZero = 8,  // r is infinite where P = 0
+  kFactorLeftOut = 16,  // of alpha: r is not divided by 1 - alpha
 };
 
 struct Objective {
   Kind kind;
   int flags;
-  double parameter;   // beta of kl_control; log_scale of reinforce_p, whose R is exp(log P - log_scale)
+  double parameter;   // alpha; beta of kl_control; log_scale of reinforce_p, whose R is exp(log P - log_scale)
   double max_weight;  // +inf: not clipped
+  double max_log_return = INFINITY;  // of alpha: the bound of log (p/pi)^(1 - alpha)
   DMF_HD bool is(Flag flag) const { return (flags & flag) != 0; }
 };
 
@@ -58,8 +61,8 @@ struct Weight {
   double log_ratio;         // log rho = log pi(x) - log q(x)
   double log_target_ratio;  // log u = log P(x) - log Z - log q(x)
   double weight;            // A
-  bool clipped;
-  bool out_of_range;  // A does not fit fp32, or is NaN
+  bool clipped;             // a bound of the weight or of the return acts
+  bool out_of_range;        // A does not fit fp32, or is NaN
 };
 
 DMF_HD double softplus(double x) { return fmax(x, 0.0) + log1p(exp(-fabs(x))); }
@@ -120,6 +123,20 @@ DMF_HD Weight weigh(const Objective& o, const Sequence& x) {
     case Kind::kl_control:
       on_rho = x.reward - o.parameter * (log_pi - x.log_base);
       break;
+    case Kind::alpha: {
+      const double power = 1.0 - o.parameter;
+      double log_return = -power * log_t;  // log (p/pi)^(1 - alpha)
+      out.clipped = log_return > o.max_log_return;
+      if (out.clipped) log_return = o.max_log_return;
+      const double factor = o.is(kFactorLeftOut) ? 1.0 : 1.0 / power;
+      if (power == 0.0)
+        on_rho = -log_t;
+      else if (fabs(log_return) < 1.0)  // where the difference of two exponentials would lose its digits
+        on_rho = factor * expm1(log_return);
+      else
+        first = factor, exponent = log_rho + log_return, on_rho = -factor;
+      break;
+    }
   }
   double a = signed_sum(first, exponent + shift, on_rho - x.baseline, log_rho + shift);
   if (empty && o.is(kHasTarget)) a = 0.0;

@@ -106,6 +106,8 @@ class Batch:
         advantage: (N,) fp64, r - baseline at the sampling policy, where the batch serves several optimiser steps.
         epoch: the steps that the batch has served before.
         anew: whether lambda is another than before, so that all earlier estimates are void.
+        whole_contexts: whether the sequences of a context go through the loss together.
+        n_tokens: the scored tokens of the step, on an average rank.
         seconds, counts, gradient: what sampling, scoring and policy took; what the scorers did on this rank; the norm
             and the variance of the gradient, where they were measured.
     """
@@ -122,6 +124,7 @@ class Batch:
     epoch: int = 0
     anew: bool = False
     whole_contexts: bool = False
+    n_tokens: float = 1.0
     seconds: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     gradient: dict[str, float] = field(default_factory=dict)

@@ -8,12 +8,16 @@ method's):
     KL(p||pi)    mean[u (log P - log Z - log pi)]              KL(p||q) likewise
     TVD(p, pi)   mean max(0, u - rho)                          TVD(p, q) = mean max(0, u - 1)
     JS(p, pi)    (1/2) mean[u log(2u / (u + rho)) + rho log(2 rho / (u + rho))]
+    D_a(p, pi)   mean[(1 - a) u + a rho - u^(1-a) rho^a] / (a (1 - a))
     ESS          (sum w)^2 / sum w^2
     E_p[phi]     sum w phi / sum w
 
 The paper writes KL(p||pi) as -log Z + (1/Z) mean[w (log P - log pi)], which is the same in expectation. The form here
 does not change when P is multiplied by a constant. With log Z = -900 the paper's form is the difference of two numbers
 near 900, each with the noise of mean u.
+
+D_a is that of the objective ``alpha``, (1 - mean[u^(1-a) rho^a]) / (a (1 - a)). E_q[u] = E_q[rho] = 1 stands in for the
+1, which leaves a mean of numbers that are 0 or more and vanish near p. The limits are KL(p||pi) at 0, KL(pi||p) at 1.
 """
 
 from __future__ import annotations
@@ -47,7 +51,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Estimates:
-    """Hold the estimates of p, pi and q from a set of sequences x ~ q; ``ess`` is in sequences."""
+    """Hold the estimates of p, pi and q from a set of sequences x ~ q; ``ess`` is in sequences.
+
+    ``alpha_policy`` and ``alpha_proposal`` are there where an alpha was asked for."""
 
     log_z: Estimate
     kl_policy: Estimate
@@ -57,11 +63,15 @@ class Estimates:
     js_policy: Estimate
     js_proposal: Estimate
     ess: Estimate
+    alpha_policy: Estimate | None = None
+    alpha_proposal: Estimate | None = None
 
     def as_dict(self) -> dict[str, float]:
         """Return the estimates as a flat dictionary for a logger: ``kl_policy``, ``kl_policy_stderr``, ..."""
         flat = {}
         for name, estimate in vars(self).items():
+            if estimate is None:
+                continue
             flat[name], flat[f"{name}_stderr"] = estimate.value, estimate.stderr
         return flat
 
@@ -222,6 +232,34 @@ def _js_terms(log_u: Tensor, log_rho: Tensor) -> tuple[Tensor, Tensor]:
     return (from_p + log_rho.exp() * (_LOG2 + log_rho - log_sum)) / 2, from_p / 2
 
 
+def _alpha_terms(alpha: float, log_u: Tensor, log_rho: Tensor) -> tuple[Tensor, Tensor]:
+    """Each of two forms keeps its digits where the other is 0/0: near alpha = 0, and near 1."""
+    u, rho, log_gap = log_u.exp(), log_rho.exp(), log_u - log_rho
+    if alpha < 0.5:
+        of_u = torch.where(u == 0, 0.0, u * _scaled_expm1(-alpha, log_gap))
+        return (rho - u + of_u) / (1 - alpha), of_u
+    of_rho = rho * _scaled_expm1(1 - alpha, log_gap)
+    return (u - rho - of_rho) / alpha, (u - rho - (1 - alpha) * of_rho) / alpha
+
+
+def _scaled_expm1(k: float, x: Tensor) -> Tensor:
+    """Return (e^(kx) - 1)/k, which is x where k = 0."""
+    return x if k == 0 else (k * x).expm1() / k
+
+
+def _mean_given_one(values: Tensor, rho: Tensor, weight: Tensor) -> Estimate:
+    """Return the mean of values under q, with less error, since the mean of rho is known to be 1.
+
+    Of the multiples of rho - 1 the one is subtracted that leaves the least variance: a control variate. One in the
+    values drops out."""
+    deviation = rho - (weight * rho).sum() / weight.sum()
+    square = (weight * deviation.square()).sum()
+    slope = torch.where(square > 0, (weight * deviation * values).sum() / square, 0.0)
+    found = _mean(values - slope * (rho - 1), weight)
+    n = float(weight.sum() ** 2 / weight.square().sum())  # one is lost to the mean, one to the slope
+    return Estimate(found.value, found.stderr * math.sqrt((n - 1) / (n - 2)) if n > 2 + 1e-9 else math.nan)
+
+
 def estimate(
     log_prob: Tensor,
     log_proposal: Tensor,
@@ -230,6 +268,7 @@ def estimate(
     *,
     sample_weight: Tensor | None = None,
     z_of: Tensor | None = None,
+    alpha: float | None = None,
 ) -> Estimates:
     """Return all estimates from N sequences x ~ q.
 
@@ -242,6 +281,8 @@ def estimate(
         z_of: (N,) integers, the context of each sequence, if ``log_z`` was estimated from these very sequences, for
             each context separately. Then u has mean 1 for every draw, and near p a divergence varies far less than it
             would if log Z were known.
+        alpha: that of the divergences ``alpha_policy`` and ``alpha_proposal``. None: they are left out. From 1 on they
+            are infinite where P = 0.
 
     Raises:
         ValueError: the tensors are not all (N,), log_target has NaN or +inf, log_proposal is not finite, or weights are
@@ -256,7 +297,8 @@ def estimate(
     log_w = log_target - log_proposal
     if log_w.numel() == 0 or log_w.max() == -math.inf:
         nan = _NOTHING
-        return Estimates(_log_z(log_w, g), nan, nan, nan, nan, nan, nan, _ess(log_w, g))
+        of_alpha = [None if alpha is None else nan] * 2
+        return Estimates(_log_z(log_w, g), nan, nan, nan, nan, nan, nan, _ess(log_w, g), *of_alpha)
     z = torch.as_tensor(log_z, dtype=torch.float64, device=log_w.device).expand_as(log_w)
     log_u = torch.where(z == -math.inf, -math.inf, log_w - z)
     log_rho = log_prob - log_proposal
@@ -279,6 +321,8 @@ def estimate(
         js_policy=divergence(*_js_terms(log_u, log_rho)),
         js_proposal=divergence(*_js_terms(log_u, one)),
         ess=_ess(log_u, g),
+        alpha_policy=None if alpha is None else divergence(*_alpha_terms(alpha, log_u, log_rho)),
+        alpha_proposal=None if alpha is None else divergence(*_alpha_terms(alpha, log_u, one)),
     )
 
 
@@ -446,10 +490,10 @@ class RunningEstimates:
         log_prob, log_proposal, log_target, log_z = torch.cat(list(self._steps), 1)
         return log_prob, log_proposal, log_target, log_z, torch.cat(weights)
 
-    def estimates(self) -> Estimates:
+    def estimates(self, alpha: float | None = None) -> Estimates:
         """Return ``estimate`` over the kept sequences, each with the log Z that its step used."""
         log_prob, log_proposal, log_target, log_z, weight = self.samples()
-        return estimate(log_prob, log_proposal, log_target, log_z, sample_weight=weight)
+        return estimate(log_prob, log_proposal, log_target, log_z, sample_weight=weight, alpha=alpha)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that ``load_state_dict`` restores."""

@@ -105,6 +105,7 @@ def dm_loss(
     context_id: Tensor | None = None,
     reduction: str = "mean",
     num_sequences: float | Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
     grad_scale: float | None = None,
     max_weight: float | None = None,
     entropy_coefficient: float = 0.0,
@@ -135,10 +136,13 @@ def dm_loss(
         log_base: (B,) log a(x), for ``kl_control``.
         temperature, softcap: of the policy: logits become softcap * tanh(logits / softcap), then / temperature.
         cu_seqlens: (B+1,) int32 or int64, where packed sequences start; from 0 to N.
-        context_id: (B,) integer, for the baseline ``leave_one_out_context``.
+        context_id: (B,) integer, the prompt of each sequence: for the baseline ``leave_one_out_context`` and for
+            objectives that are functions (``Terms.context_id``).
         reduction: ``mean`` over sequences, ``sum``, or ``none``: a (B,) loss.
         num_sequences: what ``mean`` divides by: the sequences of the whole optimiser step, where this call is one
             microbatch of it. A number, or a 0-d tensor, which torch.compile does not compile anew for. Default B.
+        num_tokens: the scored tokens of the whole optimiser step, for an objective that is a function
+            (``Terms.n_tokens``). Default: those of this call.
         grad_scale: the grad_output that backward will bring (a GradScaler's scale, 1 / accumulation steps), if known.
             A gradient written by forward has it folded in before rounding, and float16 logits take the one-pass form
             only with it. If another grad_output comes, the result is the same, save in place and in the linear losses:
@@ -178,7 +182,7 @@ def dm_loss(
     terms = checks.make_terms(
         batch, objective, on_policy=on_policy, max_weight=max_weight, context_id=context_id,
         log_proposal=log_proposal, log_target=log_target, log_z=log_z, reward=reward, log_base=log_base,
-        entropy_coefficient=entropy_coefficient,
+        entropy_coefficient=entropy_coefficient, num_sequences=num_sequences, num_tokens=num_tokens,
     )  # fmt: skip
     return_entropy = return_entropy or terms.entropy_coefficient != 0.0
     checks.check_call(batch, reduction, num_sequences, grad_scale, inplace)
@@ -278,6 +282,7 @@ def linear_dm_loss(
     context_id: Tensor | None = None,
     reduction: str = "mean",
     num_sequences: float | Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
     grad_scale: float | None = None,
     max_weight: float | None = None,
     entropy_coefficient: float = 0.0,
@@ -334,7 +339,7 @@ def linear_dm_loss(
         terms = checks.make_terms(
             batch, objective, on_policy=on_policy, max_weight=max_weight, context_id=context_id,
             log_proposal=log_proposal, log_target=log_target, log_z=log_z, reward=reward, log_base=log_base,
-            entropy_coefficient=entropy_coefficient, what="hidden",
+            entropy_coefficient=entropy_coefficient, num_sequences=num_sequences, num_tokens=num_tokens, what="hidden",
         )  # fmt: skip
         checks.check_call(batch, reduction, num_sequences, grad_scale)
         wants_entropy = return_entropy or terms.entropy_coefficient != 0.0

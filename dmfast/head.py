@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import sharding
+from . import sharding, tensor_parallel
 from .functional import linear_logits, plain_logits
+from .parallel import whole_logits
 
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 _SHOWN = (slice(2), slice(-2, None))  # the positions that are compared: the last are never left padding
@@ -24,8 +25,8 @@ class HiddenAndHead(NamedTuple):
     """What a model's logits are made of: ``cap(scale * (hidden @ weight.T + bias))``."""
 
     hidden: Tensor  # (N, K, D)
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
+    weight: Tensor  # (V, D); a DTensor where the vocabulary is cut among ranks
+    bias: Tensor | None  # (V,), as weight
     labels: Tensor  # (N, K) int64, what each position predicts; -100 = not scored
     softcap: float | None
     scale: float
@@ -36,7 +37,10 @@ class HiddenAndHead(NamedTuple):
         dtype = self.hidden.dtype
         if self.logits_dtype == "float32":
             dtype = torch.promote_types(dtype, torch.float32)
-        return self.finished(plain_logits(self.hidden, self.weight, self.bias, dtype))
+        products = whole_logits(
+            lambda hidden, weight, bias: plain_logits(hidden, weight, bias, dtype), self.hidden, self.weight, self.bias
+        )
+        return self.finished(products)
 
     def finished(self, products: Tensor) -> Tensor:
         """Scale and cap what the head's product gives, as the model does."""
@@ -84,11 +88,13 @@ class HeadProbe:
         kind = sharding.class_of(head)
         if kind is not nn.Linear:  # adapters, modules_to_save, quantised layers
             return f"the head is a {kind.__module__}.{kind.__qualname__}, not an nn.Linear"
-        if type(head.weight) not in (nn.Parameter, Tensor) and not _is_shard_of(unwrapped(model), head.weight):
-            return f"the head's weight is a {type(head.weight).__qualname__}"  # a DTensor of tensor parallelism
+        cut = tensor_parallel.cuts_vocabulary(head)
+        plain = type(head.weight) in (nn.Parameter, Tensor)
+        if not (plain or cut or _is_shard_of(unwrapped(model), head.weight)):
+            return f"the head's weight is a {type(head.weight).__qualname__} that is not cut along the vocabulary"
         if head.weight.is_meta or hasattr(head, "_hf_hook"):
             return "the head is offloaded"
-        if "forward" in vars(head):
+        if "forward" in vars(head) and not cut:
             return "the head's forward was replaced on the instance, so that it may compute something else"
         hooks = [*head._forward_hooks.values(), *head._forward_pre_hooks.values()]
         if not all(sharding.is_own_hook(hook) for hook in hooks):
@@ -121,16 +127,16 @@ class HeadProbe:
         found = HiddenAndHead(hidden, weight, bias, labels, softcap, scale, self.logits_dtype)
         if not self.verified and len(labels):
             self._compare(out.logits, entered[_SHOWN], found)
-        if sharding.in_step(model):
+        if sharding.in_step(model) or tensor_parallel.is_cut(model):
             self.agree(model)
         return None if self.failure is not None else found
 
     def agree(self, model: nn.Module) -> None:
-        """Take for found what all ranks found, since ranks that hold a sharded model must run the same forwards.
+        """Take for found what all ranks found, since ranks that hold parts of a model must run the same forwards.
 
         They call it together. Once they agree it does nothing.
         """
-        if self._agreed or not sharding.is_sharded(model):
+        if self._agreed or not (sharding.is_sharded(model) or tensor_parallel.is_cut(model)):
             return
         failed = not sharding.agree(model, self.failure is None)
         verified = sharding.agree(model, self.verified)
@@ -190,7 +196,7 @@ class HeadProbe:
             self._compare(out.logits[_SHOWN], entered[_SHOWN], unlabelled)
             if not (self.verified and self._rounds()):
                 return out, out.logits[:, -1]
-        return out, unlabelled.finished(linear_logits(entered[:, -1], weight, bias))
+        return out, unlabelled.finished(whole_logits(linear_logits, entered[:, -1], weight, bias))
 
     def _capture(
         self, model: nn.Module, forward: Callable[[], Any], *, whole: bool
@@ -228,7 +234,8 @@ class HeadProbe:
             return out, None
         if sharding.is_shard(head.weight) and hasattr(head, "unshard"):
             head.unshard()  # FSDP has given it away after the head's own forward
-        if sharding.is_shard(head.weight):
+        own = tensor_parallel.cuts_vocabulary(head) and head.weight.device_mesh.ndim == 1
+        if sharding.is_shard(head.weight) and not own:
             self.failure = "the head's parameters are shards after a forward"
             return out, None
         hidden, weight, bias = captured[0], head.weight, head.bias
@@ -245,8 +252,8 @@ class HeadProbe:
 
 
 def _is_shard_of(model: nn.Module, weight: Any) -> bool:
-    """Return whether a head's weight is a shard that FSDP makes whole in a forward, and nothing else cuts it."""
-    return sharding.is_sharded(model) and sharding.is_shard(weight) and weight.device_mesh.ndim == 1
+    """Return whether a head's weight is a shard, which FSDP makes whole in a forward."""
+    return sharding.is_sharded(model) and sharding.is_shard(weight)
 
 
 def _scaling(model: nn.Module) -> tuple[float, float | None]:
@@ -263,7 +270,7 @@ def _scaling(model: nn.Module) -> tuple[float, float | None]:
 def _what_differs(logits: Tensor, hidden: Tensor, found: HiddenAndHead) -> str | None:
     """Return how the model's logits for a few positions differ from those of their hidden states; None: they don't."""
     shown = hidden.detach().to(found.weight.dtype)
-    ours = found.finished(nn.functional.linear(shown, found.weight, found.bias).float())
+    ours = found.finished(whole_logits(nn.functional.linear, shown, found.weight, found.bias).float())
     logits = logits.detach().float()
     if logits.shape != ours.shape:
         return f"for {tuple(shown.shape)} hidden states the model gives {tuple(logits.shape)} logits"

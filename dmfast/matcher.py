@@ -33,7 +33,7 @@ from .kernels.result import DMLossOutput
 from .metrics import step_metrics
 from .models import LanguageModel
 from .objectives import Objective, PPOClip, Terms, known_returns, leave_one_out_baseline, plain_baseline, weigh
-from .proposal import OfflineProposal, Scores
+from .proposal import NEED_ALL, OfflineProposal, Scores
 from .ranks import OneProcess, Ranks
 from .refit import Refit
 from .running import Running
@@ -46,7 +46,7 @@ from .targets.constraints import as_feature
 #: What ``Matcher.loss`` says to ``LanguageModel.loss`` itself.
 _OF_THE_BATCH = frozenset({
     "objective", "on_policy", "max_weight", "num_sequences", "temperature", "softcap", "cu_seqlens", "log_target",
-    "log_proposal", "log_z", "reward", "log_base", "entropy_coefficient",
+    "log_proposal", "log_z", "reward", "log_base", "entropy_coefficient", "context_id", "num_tokens",
 })  # fmt: skip
 _FORMAT = 2  # of state_dict; what DMTrainer wrote before there was a Matcher is 1
 
@@ -80,6 +80,7 @@ class Matcher:
         beta: the KL coefficient of ``kl_control``; its value at the start, where ``beta_target_kl`` is given.
         beta_target_kl: the wanted KL(pi||a), nats per sequence: ``AdaptiveBeta`` then steers beta with
             ``beta_horizon`` (sequences). Only on-policy.
+        alpha, normalize_alpha, max_return: of the objective ``alpha``, as in ``dmfast.Objective``.
         max_weight: bounds A to [-max_weight, max_weight].
         entropy_coefficient: c of the entropy bonus, -c times the mean over sequences of the policy's entropy summed
             over their tokens, added to the loss (``dm_loss``). The mean is logged as ``entropy``.
@@ -125,6 +126,9 @@ class Matcher:
         beta: float | None = None,
         beta_target_kl: float | None = None,
         beta_horizon: float = 10_000,
+        alpha: float | None = None,
+        normalize_alpha: bool = True,
+        max_return: float | None = None,
         max_weight: float | None = None,
         entropy_coefficient: float = 0.0,
         on_policy: bool | None = None,
@@ -142,9 +146,9 @@ class Matcher:
         ranks: Ranks | None = None,
     ) -> None:
         self.settings = Settings(
-            objective, baseline, normalize, beta, beta_target_kl, beta_horizon, max_weight, entropy_coefficient,
-            proposal is None if on_policy is None else on_policy, partition, skip_zero_weight, ppo_epochs, ppo_clip,
-            check_samples, refit_ess, refit_samples, patience_zero, seed,
+            objective, baseline, normalize, beta, beta_target_kl, beta_horizon, alpha, normalize_alpha, max_return,
+            max_weight, entropy_coefficient, proposal is None if on_policy is None else on_policy, partition,
+            skip_zero_weight, ppo_epochs, ppo_clip, check_samples, refit_ess, refit_samples, patience_zero, seed,
         )  # fmt: skip
         if not isinstance(policy, LanguageModel):
             raise TypeError(
@@ -174,6 +178,12 @@ class Matcher:
     def estimates(self) -> RunningEstimates:
         """The estimates of the window since the last swap, the proposal's where there is one."""
         return self._estimates if self.proposal is None else self.proposal.running
+
+    @property
+    def _alpha(self) -> float | None:
+        """The alpha whose divergence is logged: the objective's, else the one that the proposal is judged by."""
+        own = self.settings.own_alpha
+        return self.proposal.alpha if own is None and self.proposal is not None else own
 
     # ---- draw: samples, log P, Z
 
@@ -238,14 +248,41 @@ class Matcher:
             pending.beta.update(float(log_ratio.mean()), len(log_ratio))
         if isinstance(objective, Objective) and isinstance(objective.baseline, str):
             inputs["baseline"] = self._leave_one_out(objective, x.context_id, inputs)
+        if self.settings.whole_contexts:
+            self._check_groups(of_all[0])
+        n_tokens = float(gather(x.score_mask.sum()[None].double()).mean()) if callable(objective) else 1.0
         batch = Batch(
             x, inputs, torch.cat([scores.features, scores.monitored], 1), scores.log_base,
             self._forwarded(objective, inputs), objective, pending, (contexts, how),
             advantage=weigh(self._terms(objective, inputs)) if self.settings.ppo_epochs > 1 else None, anew=anew,
-            whole_contexts=self.settings.whole_contexts, counts=counts, _again=self._again,
+            whole_contexts=self.settings.whole_contexts, n_tokens=n_tokens, counts=counts, _again=self._again,
             seconds={"sampling": sampled - start, "scoring": time.perf_counter() - sampled},
         )  # fmt: skip
         return self._opened(batch)
+
+    def _check_groups(self, context_id: Tensor) -> None:
+        """Check that the sequences of a context lie on one rank, and are two or more.
+
+        Args:
+            context_id: (size * N,) of all ranks.
+
+        Raises:
+            ValueError: they do not, or are not.
+        """
+        by_rank = context_id.view(self.ranks.size, -1)
+        found: dict[int, int] = {}
+        for rank, contexts in enumerate(by_rank.tolist()):
+            for context in set(contexts):
+                if found.setdefault(context, rank) != rank:
+                    raise ValueError(
+                        f"the objective {self.settings.name!r} needs all sequences of a prompt on one rank, and those "
+                        f"of context {context} are on ranks {found[context]} and {rank}: give each its own prompts"
+                    )
+                if contexts.count(context) < 2:
+                    raise ValueError(
+                        f"the objective {self.settings.name!r} compares the sequences of a prompt, and context "
+                        f"{context} has one: draw n >= 2 of each prompt (samples_per_context)"
+                    )
 
     def check_length(self, max_new_tokens: int, name: str = "max_new_tokens", stacklevel: int = 4) -> None:
         """Warn once where sequences get another length than those that lambda was fitted on. ``draw`` calls this.
@@ -438,6 +475,7 @@ class Matcher:
                 max_weight=self.settings.max_weight,
                 entropy_coefficient=self.settings.entropy_coefficient,
                 num_sequences=len(batch),  # DDP averages over ranks
+                **({} if isinstance(objective, Objective) else self._of_group(batch, places[kept])),
                 **(values if everything else {name: value[kept] for name, value in values.items()}),
                 **options,
             )
@@ -446,6 +484,11 @@ class Matcher:
         self._passed.append((part, out))
         self._has_passed[places] = True
         return out
+
+    def _of_group(self, batch: Batch, places: Tensor) -> dict[str, Any]:
+        """Return what an objective that is a function gets beside its inputs: contexts, and the step's tokens."""
+        # those of this rank on average, as num_sequences is, since DDP averages over ranks
+        return {"context_id": batch.samples.context_id[places], "num_tokens": batch.n_tokens}
 
     def _around(self, model: nn.Module | None) -> LanguageModel:
         """Return the policy around the module that DDP, FSDP or a compiler made of it."""
@@ -539,7 +582,7 @@ class Matcher:
                 self.estimates.update(out)
             else:
                 self.proposal.update(out)  # into the same estimates
-            now = self.estimates.estimates()
+            now = self.estimates.estimates(self._alpha)
             swapped = self._maybe_swap(running)
         self.running, self.batch, self._passed = running, None, []
         self._to_repeat = batch if batch.epoch + 1 < settings.ppo_epochs else None
@@ -602,7 +645,7 @@ class Matcher:
         x = self._sample(contexts, n, how, seed)
         log_target = self._score(x, how.batch_size, needs_base=False)[0].log_target
         # where P = 0, kl and tvd don't need log pi
-        scored = (log_target > -math.inf) | (cast("OfflineProposal[Any]", self.proposal).criterion == "js")
+        scored = (log_target > -math.inf) | (cast("OfflineProposal[Any]", self.proposal).criterion in NEED_ALL)
         log_prob = torch.full_like(log_target, math.nan)
         log_prob[scored] = self.policy.log_prob(x[scored], batch_size=how.batch_size).to(log_prob)
         context, log_prob, log_q, log_target = (

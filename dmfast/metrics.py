@@ -11,7 +11,7 @@ from .batch import Batch
 from .diagnostics import weight_statistics
 from .estimators import Estimates, effective_sample_size, estimate_moments
 from .kernels.result import DMLossOutput
-from .objectives import Objective, PPOClip
+from .objectives import Objective, PPOClip, bounded_returns
 from .proposal import OfflineProposal
 from .ranks import Ranks
 from .running import Running
@@ -84,6 +84,9 @@ def step_metrics(
     if batch.advantage is not None and out.log_ratio is not None:
         clipped = PPOClip(settings.ppo_clip).clipped(out.log_ratio, gather(batch.advantage))
         metrics["clip_fraction"] = float(clipped.double().mean())
+    bounded = bounded_returns(objective, out.log_ratio, out.log_target_ratio)
+    if bounded is not None:
+        metrics["n_clipped_return"] = float(bounded.sum())
     if isinstance(objective, Objective) and objective.name == "reinforce_p":
         metrics["log_scale"] = objective.log_scale or 0.0
     return metrics | batch.gradient | batch.counts | {f"seconds_{what}": took for what, took in batch.seconds.items()}

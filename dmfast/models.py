@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from . import adapters, sharding
+from . import adapters, sharding, tensor_parallel
 from .completions import check_unknown_proposal, samples_of
 from .decoding import decode, positions_of
 from .families import context_length, disable_dropout, execution_device, text_inputs, why_context, without_adapters
@@ -122,6 +122,7 @@ class LanguageModel:
                 "from_pretrained while a DeepSpeed config with stage 3 exists), and LanguageModel needs them whole: "
                 "load the model before that config is made; DMTrainer lets DeepSpeed cut the policy"
             )
+        sharding.refuse(model)
         tokenizer, chat_template_kwargs = text_part(tokenizer, chat_template_kwargs)
         self.model = model
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
@@ -237,8 +238,11 @@ class LanguageModel:
             raise FileNotFoundError(f"there is no folder {str(folder)!r} to load a model from")
         if _is_adapter(folder):
             return adapters.saved(folder, self._tensors().keys())
-        kind: Any = sharding.class_of(without_adapters(module_of(self)))
-        return adapters.tensors(kind.from_pretrained(folder, local_files_only=True))
+        mine = without_adapters(module_of(self))
+        kind: Any = sharding.class_of(mine)
+        spread = getattr(mine, "is_distributed_loading_by_transformers", False)
+        how = {"distributed_config": mine.config.distributed_config} if spread else {}  # each process reads its parts
+        return adapters.tensors(kind.from_pretrained(folder, local_files_only=True, **how))
 
     def base(self) -> LanguageModel:
         """Return the pretrained model below a PEFT model's adapter: the same module, the adapter off in each forward.
@@ -399,7 +403,7 @@ class LanguageModel:
                 f"the model's context of {context}{self._why_context}"
             )
         if seed is None:
-            seed = int(torch.randint(2**63 - 1, ()))
+            seed = tensor_parallel.from_first(self.model, int(torch.randint(2**63 - 1, ())))
         context_id = torch.arange(prompt.shape[0], device=self.device).repeat_interleave(n)
 
         def draw() -> Samples:

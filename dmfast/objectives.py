@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from numbers import Real
+from typing import Literal, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,6 +25,15 @@ def _never(_: float) -> bool:
 
 def _always(_: float) -> bool:
     return True
+
+
+def _from_one(value: float) -> bool:
+    return value >= 1
+
+
+def is_number(x: object) -> TypeGuard[float]:
+    """Return whether x is a number of Python's or NumPy's; a bool is none."""
+    return isinstance(x, (float, int, Real)) and not isinstance(x, bool)
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ KINDS: dict[str, Kind] = {
     "tv": Kind(4),
     "chi2": Kind(5),
     "reverse_chi2": Kind(6, infinite_at_zero=_always),
+    "alpha": Kind(10, infinite_at_zero=_from_one, parameter="alpha"),
     "reinforce": Kind(7, needs=("reward",), return_of="sample", has_target=False),
     "reinforce_p": Kind(8, needs=("log_target",), return_of="sample", has_target=False, parameter="log_scale"),
     "kl_control": Kind(9, needs=("reward", "log_base"), has_target=False, parameter="beta"),
@@ -92,9 +103,14 @@ class Objective:
             Only for objectives with a target.
         beta: the KL coefficient of ``kl_control``: r = R - beta (log pi - log a).
         log_scale: c of ``reinforce_p``, whose reward is R = exp(log P - c): P itself underflows.
+        alpha: that of the divergence that ``alpha`` descends, any finite number: 0 is KL(p||pi), 1 is KL(pi||p).
+        normalize_alpha: ``False`` leaves the factor 1/(1 - alpha) out of ``alpha``'s return, which keeps A of the same
+            size as alpha comes near to 1. Only where alpha is below 1: beyond, the factor is negative.
+        max_return: M, positive: bounds (p/pi)^(1 - alpha) - 1 of ``alpha`` above, before the factor 1/(1 - alpha) and
+            the baseline. Only where alpha is below 1.
 
     Raises:
-        ValueError: unknown name, or a parameter that the objective does not have or lacks.
+        ValueError: unknown name, or a parameter that the objective does not have or lacks, or that has no such value.
     """
 
     name: str
@@ -102,6 +118,9 @@ class Objective:
     normalize: bool = True
     beta: float | None = None
     log_scale: float | None = None
+    alpha: float | None = None
+    normalize_alpha: bool = True
+    max_return: float | None = None
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
@@ -141,8 +160,19 @@ class Objective:
                 verb = "needs" if parameter == kind.parameter else "does not take"
                 raise ValueError(f"objective {self.name!r} {verb} {parameter}, got {value!r}")
             allowed, words = kind.allowed
-            if value is not None and not allowed(value):
-                raise ValueError(f"{parameter} must be {words}, got {value!r}")
+            if value is not None and not (is_number(value) and allowed(value)):
+                raise ValueError(f"{parameter} must be a number that is {words}, got {value!r}")
+        if self.max_return is not None and not (is_number(self.max_return) and 0 < self.max_return < math.inf):
+            raise ValueError(f"max_return must be a positive finite number or None, got {self.max_return!r}")
+        below_one = self.alpha is not None and self.alpha < 1
+        if not below_one and (self.max_return is not None or not self.normalize_alpha):
+            what = "max_return bounds the return"
+            if not self.normalize_alpha:
+                what = "normalize_alpha=False leaves the factor 1/(1 - alpha) out of the return"
+            raise ValueError(
+                f"{what} of objective 'alpha' with alpha below 1; got objective {self.name!r}"
+                + (f" with alpha={self.alpha!r}" if self.alpha is not None else "")
+            )
 
     @property
     def kind(self) -> Kind:
@@ -154,6 +184,18 @@ class Objective:
         """The value of its parameter; 0 for an objective that has none."""
         name = self.kind.parameter
         return 0.0 if name is None else float(getattr(self, name))
+
+    @property
+    def max_log_return(self) -> float:
+        """The bound of log (p/pi)^(1 - alpha), log(1 + max_return); inf: none."""
+        return math.inf if self.max_return is None else math.log1p(self.max_return)
+
+    @property
+    def alone(self) -> Objective:
+        """This objective without a baseline, normalised by Z."""
+        name = self.kind.parameter
+        parameter = {} if name is None else {name: self.parameter}
+        return Objective(self.name, normalize_alpha=self.normalize_alpha, max_return=self.max_return, **parameter)  # type: ignore[arg-type]
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -173,6 +215,22 @@ NO_CONSTANTS = (0.0,) * len(COLUMNS)
 LOG_PROPOSAL, LOG_TARGET, LOG_Z, REWARD, LOG_BASE, BASELINE = (1 << c for c in range(len(COLUMNS)))
 
 
+class Group(NamedTuple):
+    """What a function of ``Terms`` may know of B sequences beside their inputs.
+
+    Attributes:
+        length: (B,) fp64, the scored tokens of each.
+        n_tokens: 0-d fp64 or a number, the scored tokens of the whole optimiser step.
+        n_sequences: the sequences of the whole optimiser step.
+        context_id: (B,) int64, the prompt of each; None: it was not given, and all are of one.
+    """
+
+    length: Tensor
+    n_tokens: Tensor | float
+    n_sequences: Tensor | float
+    context_id: Tensor | None = None
+
+
 class Terms:
     """What is known of B sequences: fp64 (B,) tensors without gradient, or None where not given.
 
@@ -189,17 +247,18 @@ class Terms:
         constants: for each of ``COLUMNS`` its constant, or 0.
         log_prob: (B,) fp64 log pi, once it is known.
         entropy_coefficient: what the policy's entropy is multiplied by in the loss; 0: it is not in the loss.
+        group: lengths and contexts, where the objective is a function.
     """
 
     def __init__(
         self, objective: Objective | Callable[[Terms], Tensor], on_policy: bool, max_weight: float, block: Tensor,
         present: int, given: int, constants: tuple[float, ...] = NO_CONSTANTS, log_prob: Tensor | None = None,
-        entropy_coefficient: float = 0.0,
+        entropy_coefficient: float = 0.0, group: Group | None = None,
     ) -> None:  # fmt: skip
         self.objective, self.on_policy, self.max_weight = objective, on_policy, max_weight
         self.block, self.present, self.given, self.constants = block, present, given, constants
         self.log_prob = log_prob
-        self.entropy_coefficient = entropy_coefficient
+        self.entropy_coefficient, self.group = entropy_coefficient, group
 
     @staticmethod
     def of(
@@ -274,17 +333,67 @@ class Terms:
         """(B,) or a number, what is subtracted from the return r."""
         return self.column(5)
 
+    def _of_group(self) -> Group:
+        if self.group is None:
+            raise ValueError(
+                "these Terms know no lengths and no contexts: dm_loss, linear_dm_loss and LanguageModel.loss give them "
+                "to an objective that is a function"
+            )
+        return self.group
+
+    @property
+    def context_id(self) -> Tensor | None:
+        """(B,) int64, the prompt of each sequence; None where the call got none."""
+        return self._of_group().context_id
+
+    @property
+    def length(self) -> Tensor:
+        """(B,) fp64, the scored tokens of each sequence."""
+        return self._of_group().length
+
+    @property
+    def n_tokens(self) -> Tensor | float:
+        """The scored tokens of the whole optimiser step: ``num_tokens`` of the call, or those of its sequences."""
+        return self._of_group().n_tokens
+
+    @property
+    def n_sequences(self) -> Tensor | float:
+        """The sequences of the whole optimiser step: ``num_sequences`` of the call, or those of the call."""
+        return self._of_group().n_sequences
+
+    def group_size(self) -> Tensor:
+        """Return for each sequence the number of its prompt's sequences in this call, (B,) fp64."""
+        context_id, length = self.context_id, self.length
+        if context_id is None:
+            return torch.full_like(length, len(length))
+        return (context_id[:, None] == context_id[None, :]).sum(1).to(length.dtype)
+
+    def group_mean(self, values: Tensor, leave_one_out: bool = False) -> Tensor:
+        """Return for each sequence the mean of the values of its prompt's sequences in this call, (B,).
+
+        All of them must be in the call: a function that takes such means has the attribute ``whole_contexts = True``,
+        by which a ``Matcher`` never cuts a group.
+
+        Args:
+            values: (B,).
+            leave_one_out: without the sequence itself.
+
+        Raises:
+            ValueError: a sequence is the only one of its prompt.
+        """
+        return _group_mean(values, self.context_id, leave_one_out)
+
     def with_log_prob(self, log_prob: Tensor) -> Terms:
         """Return these terms with log pi, (B,) fp64 without gradient."""
         return Terms(self.objective, self.on_policy, self.max_weight, self.block, self.present, self.given,
-                     self.constants, log_prob, self.entropy_coefficient)  # fmt: skip
+                     self.constants, log_prob, self.entropy_coefficient, self.group)  # fmt: skip
 
     def under(self, objective: Objective) -> Terms:
         """Return these terms with another objective and without a baseline."""
         block = self.block[:-1] if self.present & BASELINE else self.block
         present, given, constants = self.present & ~BASELINE, self.given & ~BASELINE, (*self.constants[:-1], 0.0)
         return Terms(objective, self.on_policy, self.max_weight, block, present, given, constants, self.log_prob,
-                     self.entropy_coefficient)  # fmt: skip
+                     self.entropy_coefficient, self.group)  # fmt: skip
 
     def cut(self, i: int, j: int) -> Terms:
         """Return the terms of sequences [i, j)."""
@@ -385,7 +494,8 @@ def weigh(terms: Terms) -> Tensor:
         return objective(terms)
     name, log_rho, log_u = objective.name, terms.log_ratio, terms.log_target_ratio
     assert log_rho is not None
-    first, exponent, on_rho = 0.0, log_rho, torch.zeros_like(log_rho)
+    first: Tensor | float = 0.0
+    exponent, on_rho = log_rho, torch.zeros_like(log_rho)
     if name == "reinforce":
         assert terms.reward is not None
         on_rho = terms.reward
@@ -409,8 +519,17 @@ def weigh(terms: Terms) -> Tensor:
             on_rho = -log_t.sign() / 2
         elif name == "chi2":
             first, exponent, on_rho = 1.0, 2 * log_u - log_rho, on_rho - 1
-        else:  # reverse_chi2
+        elif name == "reverse_chi2":
             first, exponent, on_rho = -2.0, 2 * log_rho - log_u, on_rho + 2
+        elif objective.parameter == 1:  # alpha
+            on_rho = -log_t
+        else:
+            power = 1 - objective.parameter
+            log_return = _log_return(objective, log_t).clamp(max=objective.max_log_return)
+            factor = 1 / power if objective.normalize_alpha else 1.0
+            near = log_return.abs() < 1  # where the difference of two exponentials would lose its digits
+            first, exponent = torch.full_like(log_rho, factor).masked_fill(near, 0.0), log_rho + log_return
+            on_rho = torch.where(near, factor * log_return.expm1(), -factor)
     baseline, log_z = terms.baseline, terms.log_z
     if baseline is not None:
         on_rho = on_rho - baseline
@@ -421,6 +540,21 @@ def weigh(terms: Terms) -> Tensor:
     # normalize=False multiplies by Z inside the exponent, where Z = e^-900 still is a number
     shift = 0.0 if objective.normalize else torch.where(empty, 0.0, log_z)
     return torch.where(empty, 0.0, _signed_sum(first, exponent + shift, on_rho, log_rho + shift))
+
+
+def _log_return(objective: Objective, log_t: Tensor) -> Tensor:
+    """log (p/pi)^(1 - alpha) of ``alpha``, before its bound."""
+    return (objective.parameter - 1) * log_t
+
+
+def bounded_returns(
+    objective: Objective | Callable[[Terms], Tensor], log_ratio: Tensor | None, log_target_ratio: Tensor | None
+) -> Tensor | None:
+    """Return which returns ``max_return`` bounds, (B,) bool, from log rho and log u; None where there is no bound."""
+    if not isinstance(objective, Objective) or objective.max_return is None:
+        return None
+    assert log_ratio is not None and log_target_ratio is not None
+    return _log_return(objective, log_ratio - log_target_ratio) > objective.max_log_return
 
 
 def clip(weight: Tensor, max_weight: float) -> tuple[Tensor, Tensor]:
@@ -452,7 +586,7 @@ def leave_one_out(values: Tensor, context_id: Tensor | None = None) -> Tensor:
     rest, others = torch.where(finite, values, 0.0), (~finite).to(values.dtype)
     if context_id is None:
         if n == 1:
-            raise ValueError("a leave-one-out baseline needs two sequences or more; sequence 0 is alone")
+            raise ValueError("a mean over the sequences of a prompt needs two or more; sequence 0 is alone")
         mean, infinite = (rest.sum() - rest) / (n - 1), others.sum() - others
     else:
         same = context_id[:, None] == context_id[None, :]
@@ -460,12 +594,23 @@ def leave_one_out(values: Tensor, context_id: Tensor | None = None) -> Tensor:
         if not torch.compiler.is_compiling() and bool((counts < 2).any()):
             alone = int((counts < 2).nonzero()[0])
             raise ValueError(
-                f"a leave-one-out baseline needs two sequences or more in every group; sequence {alone} "
+                f"a mean over the sequences of a prompt needs two or more of each; sequence {alone} "
                 f"(context_id {int(context_id[alone])}) is alone"
             )
         in_group = same.to(values.dtype)
         mean, infinite = (in_group @ rest - rest) / (counts - 1), in_group @ others - others
     return torch.where(infinite > 0, math.inf, mean)
+
+
+def _group_mean(values: Tensor, context_id: Tensor | None, without_own: bool) -> Tensor:
+    """Return ``Terms.group_mean``."""
+    others = leave_one_out(values, context_id)
+    if without_own:
+        return others
+    if context_id is None:
+        return values.mean().expand_as(values)
+    same = (context_id[:, None] == context_id[None, :]).to(values.dtype)
+    return same @ values / same.sum(1)
 
 
 def plain_baseline(
@@ -520,9 +665,7 @@ def known_returns(terms: Terms, n_sequences: int, device: torch.device) -> Tenso
     assert isinstance(objective, Objective)
     if at_one is None:
         at_one = torch.zeros(n_sequences, dtype=torch.float64, device=device)
-    parameter = objective.kind.parameter
-    alone = Objective(objective.name, **({} if parameter is None else {parameter: objective.parameter}))  # type: ignore[arg-type]
-    return weigh(terms.with_log_prob(at_one).under(alone))
+    return weigh(terms.with_log_prob(at_one).under(objective.alone))
 
 
 @dataclass(frozen=True)

@@ -186,3 +186,52 @@ def _digest(value: object) -> int:
         value = (tuple(value.shape), int((bits * (places * 0x9E3779B97F4A7C1)).sum()))  # wraps
     digest = hashlib.blake2b(repr(value).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+class _Shared(torch.autograd.Function):
+    """What all ranks have alike, and each rank's columns are made of: its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        whole = gradient.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(whole, group=ctx.group)
+        return whole, None
+
+
+class _Columns(torch.autograd.Function):
+    """The columns of all ranks, of which each has its own."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, group: Any, width: int) -> Tensor:
+        largest = -(-width // distributed.get_world_size(group))
+        ctx.start, ctx.columns = distributed.get_rank(group) * largest, mine.shape[-1]
+        padded = torch.nn.functional.pad(mine, (0, largest - mine.shape[-1])).contiguous()
+        # only the last ranks have fewer, so that what was added lies behind all columns
+        return torch.cat(_gathered(padded, group), -1)[..., :width]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient[..., ctx.start : ctx.start + ctx.columns], None, None
+
+
+def whole_logits(
+    make: Callable[[Tensor, Tensor, Tensor | None], Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Return the logits of all tokens, differentiable, also where a head is cut among ranks, which all call this.
+
+    Args:
+        make: makes (..., V) logits of hidden states, head and bias.
+        hidden: (..., D), the same on all ranks.
+        weight, bias: the head; a DTensor where it is cut, with the rows in the ranks' order.
+    """
+    local, own, group = local_head(weight, bias, None, None)
+    if group is None:
+        return make(hidden, weight, bias)
+    mine = make(_Shared.apply(hidden, group), local, own)  # type: ignore[no-untyped-call]
+    found: Tensor = _Columns.apply(mine, group, weight.shape[0])  # type: ignore[no-untyped-call]
+    return found

@@ -13,21 +13,26 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import adapters, sharding
-from .estimators import Estimate, RunningEstimates, _js_terms, _mean, estimate
+from . import adapters, sharding, tensor_parallel
+from .copies import frozen_copy
+from .estimators import Estimate, RunningEstimates, _alpha_terms, _js_terms, _mean, _mean_given_one, estimate
 from .kernels.result import DMLossOutput
 from .models import LanguageModel
+from .objectives import is_number
 from .samples import Samples
 from .sampling import Sampler
 from .tensors import all_tensors, copy_into, difference
 from .views import AdapterView
 
-CRITERIA = ("kl", "tvd", "js", "interval")
+CRITERIA = ("kl", "tvd", "js", "alpha", "interval")
+#: The criteria for which log pi must be known also where P = 0.
+NEED_ALL = frozenset({"js", "alpha"})
 
 
 class HasModel(Protocol):
@@ -52,24 +57,30 @@ def _source(policy: nn.Module | HasModel) -> LanguageModel | nn.Module:
     Raises:
         RuntimeError: it is sharded.
     """
-    if sharding.is_sharded(_module(policy)):
+    by = "FSDP" if sharding.is_sharded(_module(policy)) else "tensor parallelism"
+    if by == "FSDP" or tensor_parallel.is_cut(_module(policy)):
         raise RuntimeError(
-            "the policy is sharded by FSDP, and another engine needs whole parameters: OfflineProposal(sampler=...) "
-            "does not run under FSDP yet"
+            f"the policy is sharded by {by}, and another engine needs whole parameters: OfflineProposal(sampler=...) "
+            f"does not run under {by} yet"
         )
     return policy if isinstance(policy, (nn.Module, LanguageModel)) else policy.model
 
 
 def nearer(
-    criterion: str, log_prob: Tensor, log_proposal: Tensor, log_target: Tensor, log_z: Tensor, sample_weight: Tensor
-) -> Estimate:
+    criterion: str, log_prob: Tensor, log_proposal: Tensor, log_target: Tensor, log_z: Tensor, sample_weight: Tensor,
+    alpha: float | None = None,
+) -> Estimate:  # fmt: skip
     """Return D(p, q) - D(p, pi) from sequences x ~ q, with a paired standard error.
 
     The value is positive where pi is nearer to p.
 
     ``kl`` is the self-normalised mean of u (log pi - log q). A Z that all sequences share drops out of it; the Z of
     the steps is a running estimate and drops out up to its drift. ``tvd`` and ``js`` take u and rho as in
-    ``estimators``. All inputs are (N,) fp64. The result is NaN where no sequence has P > 0.
+    ``estimators``. ``alpha`` is E_q[u^(1-alpha) (rho^alpha - 1)]/(alpha (1-alpha)), whose sign no Z changes that all
+    sequences share; E_q[rho] = 1 takes out of it what varies with rho, which grows beyond all bounds as alpha -> 1.
+
+    All inputs are (N,) fp64. The result is NaN where no sequence has P > 0, and for an alpha from 1 on where one has
+    P = 0.
     """
     log_u = torch.where(log_z == -math.inf, -math.inf, log_target - log_z - log_proposal)
     if log_u.numel() == 0 or log_u.max() == -math.inf:
@@ -82,27 +93,11 @@ def nearer(
         u = log_u.exp()
         rho = torch.where(u > 0, log_rho.exp(), 0.0)  # log pi may be unknown where P = 0
         return _mean((u - 1).clamp(min=0) - (u - rho).clamp(min=0), sample_weight)
-    of_q, of_pi = (_js_terms(log_u, other)[0] for other in (torch.zeros_like(log_rho), log_rho))
+    terms = _js_terms if criterion == "js" else partial(_alpha_terms, cast(float, alpha))
+    of_q, of_pi = (terms(log_u, other)[0] for other in (torch.zeros_like(log_rho), log_rho))
+    if criterion == "alpha":
+        return _mean_given_one(of_q - of_pi, log_rho.exp(), sample_weight)
     return _mean(of_q - of_pi, sample_weight)
-
-
-def _copy(module: nn.Module, device: torch.device | str | None) -> nn.Module:
-    """Return a frozen copy, which is made directly on the device."""
-    if sharding.parts(module):
-        kind = sharding.class_of(module).__name__
-        raise ValueError(
-            f"the {kind} is sharded already, and FSDP can't copy it: make the OfflineProposal before fully_shard, and "
-            "shard proposal.snapshot.model as the policy; DMTrainer with DMConfig(fsdp=True) does both"
-        )
-    memo: dict[int, Any] = {}
-    if device is not None:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            if type(tensor) in (nn.Parameter, Tensor):
-                moved = tensor.detach().to(device, copy=True)
-                memo[id(tensor)] = nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
-    copied = copy.deepcopy(module, memo).requires_grad_(False)
-    copied.zero_grad(set_to_none=True)
-    return copied if device is None else copied.to(device)
 
 
 def _as_adapter(policy: Any, device: torch.device | str | None) -> tuple[Any, str]:
@@ -154,8 +149,9 @@ class OfflineProposal(Generic[Policy]):
     Args:
         policy: the module under training, or a ``LanguageModel`` around it; copied now.
         criterion: the divergence from p that decides whether pi is nearer than q: ``kl`` (KL(p||.)), ``tvd`` or
-            ``js``. ``interval`` always swaps.
+            ``js``, or ``alpha``: the divergence that the objective ``alpha`` descends. ``interval`` always swaps.
         interval: optimiser steps between checks.
+        alpha: that of the criterion ``alpha``, a finite number. From 1 on q stays while a sequence has P = 0.
         best_only: swap only if the divergence of pi is also below what it was at every earlier swap.
         stderrs: the number of (paired) standard errors by which pi must be nearer.
         decay: the weight of a step's samples relative to the next step's, since pi moves.
@@ -184,6 +180,7 @@ class OfflineProposal(Generic[Policy]):
         criterion: str = "kl",
         interval: int = 10,
         *,
+        alpha: float | None = None,
         best_only: bool = False,
         stderrs: float = 0.0,
         decay: float = 0.8,
@@ -193,6 +190,11 @@ class OfflineProposal(Generic[Policy]):
     ) -> None:
         if criterion not in CRITERIA:
             raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+        if (criterion == "alpha") != (alpha is not None):
+            verb = "needs" if alpha is None else "does not take"
+            raise ValueError(f"criterion {criterion!r} {verb} alpha, that of the divergence, got {alpha!r}")
+        if alpha is not None and not (is_number(alpha) and math.isfinite(alpha)):
+            raise ValueError(f"alpha must be a number that is finite, got {alpha!r}")
         if not isinstance(interval, int) or interval < 1:
             raise ValueError(f"interval must be an integer, 1 step or more, got {interval!r}")
         if not 0 <= stderrs < math.inf:
@@ -205,13 +207,13 @@ class OfflineProposal(Generic[Policy]):
                 )
             sampler.load(_source(policy))
         self.policy, self.criterion, self.interval, self.sampler = policy, criterion, interval, sampler
-        self.best_only, self.stderrs = best_only, stderrs
+        self.alpha, self.best_only, self.stderrs = alpha, best_only, stderrs
         self.running = RunningEstimates(decay)
         self._adapter: str | None = None  # the name of the policy's adapter, where q is a second adapter
         if adapter:
             self.snapshot, self._adapter = _as_adapter(policy, device)
         else:
-            self.snapshot = _with_module(policy, _copy(_module(policy), device))
+            self.snapshot = _with_module(policy, frozen_copy(_module(policy), device))
         self.steps = 0
         self._stays = False
         self._checked = 0  # the step of the last check
@@ -259,8 +261,8 @@ class OfflineProposal(Generic[Policy]):
         Args:
             agree: turns this rank's verdict into the verdict that all ranks follow, in distributed training.
             fresh: draws sequences from q for this check alone and scores them by the current pi, q and the target; see
-                ``Scores``. log pi may be NaN where P = 0, except with ``js``. It is called when a check is due and
-                needs samples. The verdict then rests on these alone and not on the steps since the last swap.
+                ``Scores``. log pi may be NaN where P = 0, except with ``js`` and ``alpha``. It is called when a check
+                is due and needs samples. The verdict then rests on these alone, not on the steps since the last swap.
 
         Raises:
             ValueError: ``fresh`` gave tensors of different lengths, or values that are not possible; q stays as it is.
@@ -274,12 +276,12 @@ class OfflineProposal(Generic[Policy]):
         else:
             samples = _as_samples(fresh())
         if self.criterion != "interval":
-            check = nearer(self.criterion, *samples)
+            check = nearer(self.criterion, *samples, alpha=self.alpha)
             take = check.value > (self.stderrs * check.stderr if self.stderrs else 0.0)  # NaN: stay
         if take and self.best_only:
             name = "kl" if self.criterion == "interval" else self.criterion
             *scores, weight = samples
-            divergence = getattr(estimate(*scores, sample_weight=weight), f"{name}_policy").value
+            divergence = getattr(estimate(*scores, sample_weight=weight, alpha=self.alpha), f"{name}_policy").value
             take = divergence < self.best
         if agree is not None:
             take = agree(take)

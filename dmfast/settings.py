@@ -10,9 +10,10 @@ from typing import Any, TypeAlias, cast
 from torch import Tensor, nn
 
 from . import adapters
+from .methods import METHODS
 from .models import LanguageModel
 from .objectives import KINDS, AdaptiveBeta, Objective, PPOClip, Terms
-from .proposal import OfflineProposal
+from .proposal import NEED_ALL, OfflineProposal
 from .samples import Samples
 from .targets import EBM
 from .tensors import address
@@ -38,6 +39,9 @@ class Settings:
     beta: float | None = None
     beta_target_kl: float | None = None
     beta_horizon: float = 10_000
+    alpha: float | None = None
+    normalize_alpha: bool = True
+    max_return: float | None = None
     max_weight: float | None = None
     entropy_coefficient: float = 0.0
     on_policy: bool = False
@@ -100,12 +104,14 @@ class Settings:
     def built_in(self) -> str | None:
         """The name of the built-in objective; None where a function is in its place, however that is called."""
         if isinstance(self.objective, str):
-            return self.objective
+            return None if self.objective in METHODS else self.objective
         return self.objective.name if isinstance(self.objective, Objective) else None
 
     @property
     def name(self) -> str:
         """The objective's name, or that of the function in its place: for messages and cards only."""
+        if isinstance(self.objective, str):
+            return self.objective
         own: str = getattr(self.objective, "__name__", type(self.objective).__name__)
         return own if self.built_in is None else self.built_in
 
@@ -115,34 +121,45 @@ class Settings:
         kind = KINDS.get(self.built_in or "")
         fixed = kind is not None and kind.baseline is not None  # then Objective refuses any other
         baseline: Any = None if self.baseline == "mean" and not fixed else self.baseline
-        if isinstance(self.objective, str):
+        chosen = METHODS.get(self.objective, self.objective) if isinstance(self.objective, str) else self.objective
+        if isinstance(chosen, str):
             log_scale = 0.0 if self.objective == "reinforce_p" else None
-            return Objective(self.objective, baseline, self.normalize, self.beta, log_scale)
-        given = [f"{name}={getattr(self, name)!r}" for name in ("beta", "baseline") if getattr(self, name) is not None]
-        given += [] if self.normalize else ["normalize=False"]
-        if not isinstance(self.objective, Objective):
-            if not callable(self.objective):
+            own = {name: getattr(self, name) for name in ("beta", "alpha", "normalize_alpha", "max_return")}
+            return Objective(chosen, baseline, self.normalize, log_scale=log_scale, **own)
+        named = ("beta", "alpha", "max_return", "baseline")
+        given = [f"{name}={getattr(self, name)!r}" for name in named if getattr(self, name) is not None]
+        given += [f"{name}=False" for name in ("normalize", "normalize_alpha") if not getattr(self, name)]
+        if not isinstance(chosen, Objective):
+            if not callable(chosen):
                 raise TypeError(
-                    "objective must be a name, a dmfast.Objective or a function of dmfast.Terms, got "
-                    f"{self.objective!r}"
+                    f"objective must be a name, a dmfast.Objective or a function of dmfast.Terms, got {chosen!r}"
                 )
             if given:
                 raise ValueError(
-                    f"an objective of your own forms its weights itself, so {' and '.join(given)} can't act on it; "
-                    "form them in the function"
+                    f"an objective that is a function forms its weights itself, so {' and '.join(given)} can't act on "
+                    "it; form them in the function"
                 )
-            return self.objective
-        if given and (self.objective.baseline is not None or any(not each.startswith("baseline") for each in given)):
+            return chosen
+        if given and (chosen.baseline is not None or any(not each.startswith("baseline") for each in given)):
             raise ValueError(
-                f"an Objective has its baseline, beta and normalize itself; got {self.objective} and "
+                f"an Objective has its baseline, beta and other parameters itself; got {chosen} and "
                 f"{' and '.join(given)}"
             )
-        return replace(self.objective, baseline=baseline) if given else self.objective
+        return replace(chosen, baseline=baseline) if given else chosen
+
+    @property
+    def own_alpha(self) -> float | None:
+        """The alpha of the objective ``alpha``; None with any other."""
+        return self.template.alpha if isinstance(self.template, Objective) else None
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The per-sequence inputs that the objective can't do without. A function may look at log a."""
-        return self.template.needs if isinstance(self.template, Objective) else ("log_base",)
+        """The per-sequence inputs that the objective can't do without.
+
+        A function says so by an attribute ``needs``; one that says nothing may look at log a.
+        """
+        needs: tuple[str, ...] = getattr(self.template, "needs", ("log_base",))
+        return needs
 
     @property
     def whole_contexts(self) -> bool:
@@ -245,8 +262,8 @@ def check_proposal(proposal: OfflineProposal[Any] | None, policy: LanguageModel,
         raise ValueError("proposal is a copy of another model than policy: write OfflineProposal(policy)")
     if settings.on_policy:
         raise ValueError("on_policy=True says that the policy itself draws, and proposal is what draws: leave one out")
-    if settings.skip_zero_weight and proposal.criterion == "js" and not settings.check_samples:
+    if settings.skip_zero_weight and proposal.criterion in NEED_ALL and not settings.check_samples:
         raise ValueError(
-            "skip_zero_weight=True leaves log pi unknown where P = 0, and the proposal's criterion 'js' needs it "
-            "there; use kl or tvd, or fresh samples (check_samples)"
+            f"skip_zero_weight=True leaves log pi unknown where P = 0, and the proposal's criterion "
+            f"{proposal.criterion!r} needs it there; use kl or tvd, or fresh samples (check_samples)"
         )

@@ -10,6 +10,7 @@ Only public functions of torch are used. Nothing here does anything to a model t
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,10 +20,17 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
+from . import tensor_parallel
+
 _T = TypeVar("_T")
+_BY_TRANSFORMERS = (("fsdp", "tp"), ("dp_replicate", "fsdp"))  # the meshes of its DistributedConfig that were tried
+NO_ADAPTERS = (
+    "adapters (PEFT) were not tried on a model that was loaded with a distributed_config: load it without, and set "
+    "fsdp=True in DMConfig, or train the whole model"
+)
 _METHOD = "dmfast_call"  # the method that FSDP takes for a forward
 
-_groups: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_groups: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 _gathered: WeakSet[nn.Module] = WeakSet()
 _inside: WeakSet[nn.Module] = WeakSet()
 _kept: WeakSet[nn.Module] = WeakSet()  # whose layers stay whole after a forward
@@ -69,37 +77,71 @@ def is_own_hook(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp")
 
 
-def group_of(model: nn.Module) -> Any:
-    """Return the process group that a sharded model's parameters are spread over.
+def groups_of(model: nn.Module) -> list[Any]:
+    """Return the process groups that a sharded model's parameters are spread over, one for each dimension of the mesh.
 
     Raises:
-        ValueError: they are spread over one, and copied over another.
+        ValueError: there are several, and transformers has not made them.
     """
     if model not in _groups:
         reshard(model)  # a forward may have left all of them whole
         shard: Any = next(each for each in model.parameters() if is_shard(each))
-        if shard.device_mesh.ndim != 1:
+        mesh = shard.device_mesh
+        if mesh.ndim != 1 and mesh.mesh_dim_names not in _BY_TRANSFORMERS:
             raise ValueError(
-                f"the parameters of the {class_of(model).__name__} lie on a mesh of {shard.device_mesh.ndim} "
-                "dimensions; hybrid sharding (HSDP) and FSDP with tensor parallelism were not tried: shard over all "
-                "processes alike"
+                f"the parameters of the {class_of(model).__name__} lie on a mesh of {mesh.ndim} dimensions; hybrid "
+                "sharding (HSDP) and FSDP with tensor parallelism were tried with models that transformers has sharded "
+                "so, by a DistributedConfig: load it with one, or shard over all processes alike"
             )
-        _groups[model] = shard.device_mesh.get_group()
+        _groups[model] = mesh.get_all_groups()
     return _groups[model]
 
 
 def most(model: nn.Module, mine: int) -> int:
-    """Return the largest of what the ranks give that hold a sharded model; of another model what this one gives."""
-    if not is_sharded(model):
+    """Return the largest of what the ranks give that hold parts of a model; of a whole one what this rank gives."""
+    if is_sharded(model):
+        groups = groups_of(model)
+    elif tensor_parallel.is_cut(model):
+        groups = [tensor_parallel.group_of(model)]
+    else:
         return mine
     value = torch.tensor(int(mine), device=local(next(model.parameters())).device)
-    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=group_of(model))
+    for group in groups:
+        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=group)
     return int(value)
 
 
 def agree(model: nn.Module, mine: bool) -> bool:
-    """Return whether all ranks that hold a sharded model say yes; of another model what this rank says."""
+    """Return whether all ranks that hold parts of a model say yes; of a whole one what this rank says."""
     return not most(model, not mine)
+
+
+def refuse(model: Any) -> None:
+    """Refuse a model that transformers has spread over processes in a way that was not tried, or that does not work.
+
+    Raises:
+        ValueError: it has an adapter, pipeline or expert parallelism, or a tied head whose shares have several sizes.
+    """
+    tensor_parallel.refuse(model)
+    if getattr(model, "is_distributed_loading_by_transformers", False) and hasattr(model, "peft_config"):
+        raise ValueError(NO_ADAPTERS)
+    if not (is_sharded(model) and getattr(model, "is_distributed_loading_by_transformers", False)):
+        return
+    reshard(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    weight: Any = head.weight
+    rows, mesh = weight.shape[0], weight.device_mesh
+    shares = math.prod(mesh.size(k) for k, placement in enumerate(weight.placements) if not placement.is_replicate())
+    if rows % shares:
+        raise ValueError(
+            f"the head of the {class_of(model).__name__} is its embedding, and the {rows} rows do not divide among "
+            f"{shares} processes: transformers ties them after it has sharded them, and torch then keeps two copies of "
+            "the last rows, of which an optimiser moves one. Pad them, by model.resize_token_embeddings(len(tokenizer),"
+            f" pad_to_multiple_of={shares}) of the whole model, or load it without distributed_config and set "
+            "fsdp=True in DMConfig"
+        )
 
 
 def reshard(model: nn.Module) -> None:
@@ -111,6 +153,8 @@ def reshard(model: nn.Module) -> None:
 
 def keep_whole(model: Any) -> None:
     """Keep the layers of a sharded model whole after each forward from now on, as sampling alone needs it."""
+    if not is_sharded(model):
+        return
     model.set_reshard_after_forward(False)
     _kept.add(model)
 
@@ -131,7 +175,7 @@ def gathered(model: Any) -> Iterator[None]:
         yield
         return
     found, changes = parts(model), model not in _kept
-    group_of(model)
+    groups_of(model)
     with torch.no_grad():
         call(model, lambda: None)  # FSDP finds its root in a forward, and sets up what the root shares with its parts
     if changes:
@@ -166,7 +210,7 @@ def call(model: Any, function: Callable[[], _T], outputs: Callable[[Any], object
     """
     if not is_sharded(model) or model in _inside:
         return function()
-    group_of(model)
+    groups_of(model)
     if _METHOD not in vars(model):
         from torch.distributed.fsdp import register_fsdp_forward_method
 

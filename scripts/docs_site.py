@@ -27,6 +27,7 @@ BY_MODULE = {
     "ranks": ["Ranks"],
     "rejection": ["quasi_rejection_sample", "rejection_curve", "RejectionCurve", "RejectionPoint", "plot_rejection"],
     "sampling": ["Sampler", "Mixture", "Prompted", "HTTPSampler", "VLLMSampler", "EngineError"],
+    "methods": ["trajectory_balance", "vargrad", "maxrl", "gspo", "vespo", "grpo", "dapo", "DrGRPO"],
     "verified": ["pass_at_k", "maj_at_k", "coverage", "distinct_at_k"],
     "targets": ["Feature", "ScorerCounts", "VerifierCounts", "TargetScores", "fit_lambda", "LambdaFit"],
 }  # fmt: skip

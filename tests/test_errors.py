@@ -379,7 +379,9 @@ NEEDS = {
     "reinforce_p": ("log_target",),
     "kl_control": ("reward", "log_base"),
 }
-PARAMETERS: dict[str, dict[str, Any]] = {"kl_control": {"beta": 0.1}, "reinforce_p": {"log_scale": -9.0}}
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "kl_control": {"beta": 0.1}, "reinforce_p": {"log_scale": -9.0}, "alpha": {"alpha": 0.5},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", dmfast.OBJECTIVES)
@@ -423,12 +425,22 @@ def test_what_is_no_objective(objective: Any) -> None:
         (("reinforce", None, False), "normalize=False multiplies A by Z, which objective 'reinforce' does not have"),
         (("kl_control", None, False, 0.1), "normalize=False"),
         (("kl_control",), "'kl_control' needs beta"),
-        (("kl_control", None, True, NAN), "beta must be finite"),
+        (("kl_control", None, True, NAN), "beta must be a number that is finite"),
         (("dpg", None, True, 0.1), "'dpg' does not take beta"),
         (("reinforce_p",), "'reinforce_p' needs log_scale"),
-        (("reinforce_p", None, True, None, INF), "log_scale must be finite"),
+        (("reinforce_p", None, True, None, INF), "log_scale must be a number that is finite"),
         (("reinforce_p", None, True, 0.1, -3.0), "'reinforce_p' does not take beta"),
         (("js", None, True, None, -3.0), "'js' does not take log_scale"),
+        (("alpha",), "'alpha' needs alpha, got None"),
+        (("dpg", None, True, None, None, 0.5), "'dpg' does not take alpha, got 0.5"),
+        (("alpha", None, True, 0.1, None, 0.5), "'alpha' does not take beta"),
+        (("alpha", None, True, None, None, NAN), "alpha must be a number that is finite, got nan"),
+        (("alpha", None, True, None, None, -INF), "alpha must be a number that is finite, got -inf"),
+        (("alpha", None, True, None, None, "half"), "alpha must be a number that is finite, got 'half'"),
+        (("alpha", None, True, None, None, True), "alpha must be a number that is finite, got True"),
+        (("alpha", None, True, None, None, 1.0, False), "normalize_alpha=False .* alpha below 1; .* with alpha=1.0"),
+        (("alpha", None, True, None, None, 2, False), "normalize_alpha=False .* alpha below 1; .* with alpha=2"),
+        (("dpg", None, True, None, None, None, False), "normalize_alpha=False .*; got objective 'dpg'"),
     ],
 )
 def test_parameters_of_an_objective(arguments: tuple[Any, ...], message: str) -> None:
@@ -446,7 +458,7 @@ def test_infinite_returns(name: str) -> None:
     """Refused with the names of those that allow P = 0; max_weight bounds them, and they are counted."""
     call = good(objective=name)
     call.options["log_target"][1:] = -INF
-    allowed = "dpg, gdc[+][+], js, tv, chi2, reinforce, reinforce_p, kl_control$"
+    allowed = "dpg, gdc[+][+], js, tv, chi2, alpha with alpha=0, reinforce, reinforce_p, kl_control$"
     message = rf"objective '{name}' is infinite where P\(x\) = 0, .*sequence 1 .*max_weight.*one of {allowed}"
     refuses(call, ValueError, message)
     call.options["max_weight"] = 2.0
@@ -549,7 +561,7 @@ def test_leave_one_out() -> None:
     refuses(good(objective=context), ValueError, r"'leave_one_out_context' needs context_id \(B,\)")
     with pytest.raises(ValueError, match="sequence 0"):
         leave_one_out(torch.ones(1))
-    for name in ("reverse_kl", "js", "tv", "chi2", "reverse_chi2", "kl_control"):
+    for name in ("reverse_kl", "js", "tv", "chi2", "reverse_chi2", "alpha", "kl_control"):
         objective = Objective(name, baseline="leave_one_out", **PARAMETERS.get(name, {}))
         message = rf"known before the forward; with objective '{name}'.*on_policy=True and log_proposal"
         refuses(good(objective=objective), ValueError, message)

@@ -117,6 +117,7 @@ BY_HAND = {
     "tv": ({}, 1.0),
     "chi2": ({}, 2 * 3.0),
     "reverse_chi2": ({}, 2 * 2 * 0.5),
+    "alpha": ({"alpha": 0.5}, 2 * 2 * (math.sqrt(2) - 1)),
     "reinforce": ({}, 6.0),
     "reinforce_p": ({"log_scale": math.log(0.5)}, 2 * 2 / 3),
     "kl_control": ({"beta": 0.5}, 2 * (3 - 0.5 * math.log(5 / 4))),
@@ -147,7 +148,8 @@ def test_every_objective_by_hand(name: str, backend: str) -> None:
     # on-policy rho = 1 and pi is what the sampler stored, here q: u = 4, t = q/p = 1/4
     on_policy = {
         "dpg": 4.0, "gdc++": 3.0, "reverse_kl": math.log(4) - 1, "js": math.log(5 / 2), "tv": 0.5, "chi2": 15.0,
-        "reverse_chi2": 1.5, "reinforce": 3.0, "reinforce_p": 2 / 3, "kl_control": 3 - 0.5 * math.log(5 / 8),
+        "reverse_chi2": 1.5, "alpha": 2 * (2 - 1), "reinforce": 3.0, "reinforce_p": 2 / 3,
+        "kl_control": 3 - 0.5 * math.log(5 / 8),
     }  # fmt: skip
     assert weight(on_policy=True) == pytest.approx(on_policy[name], rel=1e-6)
 
@@ -265,8 +267,8 @@ def test_gradient_of_the_loss_is_that_of_a_constant_weight(name: str) -> None:
     """Central differences of -(1/B) sum A log pi, A held at its value at these logits."""
     p = problem(b=3, t=2, v=4, dtype=torch.float64)
     p.terms |= {"reward": f64(1.0, -2.0, 0.0), "log_base": p.terms["log_proposal"] + 0.3}
-    parameters = {"kl_control": {"beta": 0.3}, "reinforce_p": {"log_scale": -5.0}}.get(name, {})
-    objective = Objective(name, **parameters)
+    parameters = {"kl_control": {"beta": 0.3}, "reinforce_p": {"log_scale": -5.0}, "alpha": {"alpha": 0.7}}
+    objective = Objective(name, **parameters.get(name, {}))
     gradient = p.gradient(objective=objective)
     weight = p.oracle(p.logits, objective=objective).weight
 
@@ -1029,6 +1031,11 @@ COMPILED: dict[str, dict[str, object]] = {
     "ppo": {"objective": PPOClip(0.3), "reward": f64(0.3, -1.0, 0.5, 2.0)},
     "leave_one_out": {"objective": Objective("dpg", baseline="leave_one_out")},
     "float log_z": {"log_z": 0.2},
+    "alpha": {"objective": Objective("alpha", alpha=0.4, max_return=0.5, baseline=0.1)},
+    "alpha, known": {
+        "objective": Objective("alpha", alpha=0.4, max_return=0.5, normalize_alpha=False, baseline="leave_one_out"),
+        "on_policy": True,
+    },
 }
 
 

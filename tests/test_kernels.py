@@ -397,7 +397,7 @@ def test_label_gradient_where_a_later_block_dominates(first: float, dtype: torch
 
 # --- the objectives -----------------------------------------------------------------------------------------------
 
-PARAMETERS = {"kl_control": {"beta": 0.1}, "reinforce_p": {"log_scale": -20.0}}
+PARAMETERS = {"kl_control": {"beta": 0.1}, "reinforce_p": {"log_scale": -20.0}, "alpha": {"alpha": 0.6}}
 MODES = {"off-policy": (False, True), "on-policy": (True, False), "on-policy, log q stored": (True, True)}
 
 
@@ -979,6 +979,17 @@ def exact_weight(
         r = [one_over_t**2, mpmath.mpf(-1)]
     elif kind == "reverse_chi2":
         r = [mpmath.mpf(2), -2 * t]
+    elif kind == "alpha":
+        power = 1 - mpmath.mpf(objective.alpha)
+        factor = 1 if power == 0 or not objective.normalize_alpha else 1 / power
+        log_return = -log_t if power == 0 else -power * log_t  # log (p/pi)^(1 - alpha)
+        gain = log_return if power == 0 else mpmath.expm1(log_return)
+        if objective.max_return is not None and gain > objective.max_return:
+            r = [factor * mpmath.mpf(objective.max_return)]
+        elif power == 0 or abs(log_return) < 1:
+            r = [factor * gain]
+        else:
+            r = [factor * mpmath.exp(log_return), mpmath.mpf(-factor)]
     elif kind == "reinforce":
         r = [value["reward"]]
     elif kind == "reinforce_p":
@@ -988,7 +999,8 @@ def exact_weight(
         r = [value["reward"], -beta * log_pi, beta * value["log_base"]]
     scale = rho if objective.normalize else rho * mpmath.exp(log_z)
     parts = [x * scale for x in (*r, -baseline)]
-    return mpmath.fsum(parts), mpmath.fsum(map(abs, parts))
+    # what is subtracted first: fsum drops what is 2^340 times smaller than the rest, also where the rest is then 0
+    return mpmath.fsum([parts[0], mpmath.fsum(parts[1:])]), mpmath.fsum(map(abs, parts))
 
 
 def formula(
@@ -1018,8 +1030,8 @@ normalized = pytest.mark.parametrize(
 
 
 def make_objective(name: str, normalize: bool) -> Objective:
-    parameters = {"kl_control": {"beta": 0.3}, "reinforce_p": {"log_scale": -19.5}}.get(name, {})
-    return Objective(name, normalize=normalize, **parameters)
+    parameters = {"kl_control": {"beta": 0.3}, "reinforce_p": {"log_scale": -19.5}, "alpha": {"alpha": 0.6}}
+    return Objective(name, normalize=normalize, **parameters.get(name, {}))
 
 
 @pytest.mark.parametrize("on_policy", [False, True])
@@ -1057,9 +1069,12 @@ def extremes() -> list[tuple[float, dict[str, Tensor]]]:
 @pytest.mark.parametrize("on_policy", [False, True])
 @normalized
 def test_the_formula_at_extremes(name: str, normalize: bool, on_policy: bool) -> None:
+    check_extremes(make_objective(name, normalize), on_policy)
+
+
+def check_extremes(objective: Objective, on_policy: bool) -> None:
     """P = 0, Z = 0, ratios of e^+-11500: A is right where fp32 holds it; beyond, it is nothing that fp32 holds (the
     error that names the sequence) or, with max_weight, the bound with A's sign, and never NaN."""
-    objective = make_objective(name, normalize)
     largest = torch.finfo(torch.float32).max
     wrong = []
     for log_prob, terms in extremes():

@@ -417,7 +417,7 @@ def test_a_forbidden_token_stays_forbidden() -> None:
     close(found, dmfast.linear_sequence_log_prob(hidden, weight[rest], tokens - 1), 1e-5, "log_prob")
 
 
-PARAMETERS = {"reinforce_p": {"log_scale": -25.0}, "kl_control": {"beta": 0.3}}
+PARAMETERS = {"reinforce_p": {"log_scale": -25.0}, "kl_control": {"beta": 0.3}, "alpha": {"alpha": 0.5}}
 
 
 @pytest.mark.parametrize("rows", [2, 8, 1000])

@@ -22,6 +22,8 @@ from trainer_job import PROMPTS, digest, gpt2, job, tokenizer
 
 import dmfast
 from dmfast import EBM, Contains, LanguageModel, Matcher, Moment, Objective, OfflineProposal, Scorer, Terms
+from dmfast.estimators import estimate
+from dmfast.proposal import nearer
 from dmfast.training.recipe import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
@@ -132,6 +134,7 @@ CASES = {
     "dpg, leave one out": {"objective": "dpg", "baseline": "leave_one_out_context"},
     "on-policy": {"on_policy": True, "objective": "reinforce", "reward": Contains("w3"), "baseline": 0.25},
     "kl_control": KL,
+    "alpha": {"objective": "alpha", "alpha": 0.5, "max_return": 0.1, "normalize_alpha": False, "baseline": "mean"},
     "skipping": {"objective": "dpg", "skip_zero_weight": True, "constraints": [Contains("w4")]},
     "a function": {"objective": lambda t: t.log_target_ratio.exp() - t.log_ratio.exp()},
     "entropy": {"objective": "dpg", "entropy_coefficient": 0.3, "constraints": [Contains("w4")]},
@@ -534,6 +537,44 @@ def test_the_sequences_of_a_context_stay_together_where_the_objective_needs_it()
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("objective", ["dapo", "gspo", "vargrad"])
+def test_a_step_of_a_group_method_is_the_same_in_parts(objective):
+    options = {"on_policy": objective == "dapo", "reward": lambda x: x.tokens.sum(1).double()}
+    if objective == "vargrad":  # log P is finite everywhere
+        options = {"constraints": [Moment(lambda x: x.score_mask.sum(1).double(), 3.0)]}
+    grads = []
+    for size in (20, 9):
+        m = matcher(objective=objective, **options)
+        for part in draw(m, PROMPTS[:5], 4).split(size):
+            m.loss(part).loss.backward()
+        m.commit()
+        grads.append(gradients(m))
+    assert max(float(each.abs().max()) for each in grads[0].values()) > 1e-6
+    for (name, mine), other in zip(grads[0].items(), grads[1].values(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_group_method_is_refused_where_its_groups_are_cut():
+    m = matcher(objective="dapo", on_policy=True, reward=lambda x: x.tokens.sum(1).double())
+    with pytest.raises(ValueError, match=r"'dapo' compares the sequences of a prompt, and context .* has one"):
+        draw(m, PROMPTS[:5], 1)
+    with pytest.raises(ValueError, match="objective 'dapo' needs reward="):
+        matcher(objective="dapo", on_policy=True)
+
+    class TwoRanks:
+        rank, size = 0, 2
+
+        def gather(self, values):
+            return torch.cat([values, values])
+
+        def agree(self, mine):
+            return mine
+
+    m.ranks = TwoRanks()
+    with pytest.raises(ValueError, match="needs all sequences of a prompt on one rank, and those of context"):
+        draw(m, PROMPTS[:5], 4)
+
+
 def test_scorers_see_the_rows():
     seen = []
 
@@ -772,6 +813,33 @@ def without(state, key):
     return {name: value for name, value in state.items() if name != key}
 
 
+def test_the_log_has_the_divergence_of_alpha_and_the_returns_that_were_bounded():
+    """By which the proposal is judged, too; other objectives have none of it."""
+    alpha, most = 0.25, 0.1
+    m = matcher(objective="alpha", alpha=alpha, max_return=most, proposal={"criterion": "alpha", "alpha": alpha})
+    optimizer, bounded, passed = sgd(m, 0.5), 0, []
+    for _ in range(2):
+        out = m.loss(draw(m, n=32))
+        count = int((((1 - alpha) * (out.log_target_ratio - out.log_ratio)).expm1() > most).sum())
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        passed.append((out.log_prob, out.log_proposal, out.log_target, out.log_z))
+        found = m.commit()
+        assert found["n_clipped_return"] == found["n_clipped"] == count
+        bounded += count
+    assert bounded > 0
+    scores = [torch.cat(each) for each in zip(*passed, strict=True)]
+    recent = torch.tensor([0.8] * 32 + [1.0] * 32, dtype=torch.float64)  # the decay of the window
+    expected = estimate(*scores, sample_weight=recent, alpha=alpha).as_dict()
+    for name in ("alpha_policy", "alpha_policy_stderr", "alpha_proposal", "alpha_proposal_stderr"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-9)
+    check = nearer("alpha", *scores, recent, alpha)
+    assert found["proposal_check"] == pytest.approx(check.value, rel=1e-9) and found["swapped"] == (check.value > 0)
+    plain = matcher()
+    assert not {"alpha_policy", "n_clipped_return"} & step(plain, sgd(plain)).keys()
+
+
 # --- what is refused
 
 
@@ -786,6 +854,12 @@ def without(state, key):
         ({"objective": Objective("kl_control", beta=1.0), "beta": 2.0}, ValueError, "has its baseline, beta and"),
         ({"objective": lambda t: t.log_prob, "baseline": 1.0}, ValueError, "baseline=1.0 can't act on it"),
         ({"objective": "reinforce"}, ValueError, "objective 'reinforce' needs reward="),
+        ({"objective": "alpha"}, ValueError, "'alpha' needs alpha"),
+        ({"alpha": 0.5}, ValueError, "'gdc\\+\\+' does not take alpha"),
+        ({"objective": "alpha", "alpha": 1.5, "max_return": 10}, ValueError, "max_return .* below 1; .* alpha=1.5"),
+        ({"objective": "alpha", "alpha": 0.5, "max_return": 0}, ValueError, "max_return must be a positive finite num"),
+        ({"objective": Objective("alpha", alpha=0.5), "alpha": 0.4}, ValueError, "parameters itself; .*alpha=0.4"),
+        ({"objective": lambda t: t.log_prob, "normalize_alpha": False}, ValueError, "normalize_alpha=False can't act"),
         ({"partition": "global"}, ValueError, "'running' or 'step'"),
         ({"max_weight": 0}, ValueError, "max_weight must be positive"),
         ({"entropy_coefficient": math.nan}, ValueError, "entropy_coefficient must be from -1e30 to 1e30, got nan"),

@@ -31,7 +31,11 @@ COUNTS = counts(SPACE.log_prob(SPACE.table(2, 0.25)).exp(), 1000)
 Q = COUNTS / COUNTS.sum().double()
 Q_TABLE, P_TABLE = SPACE.table_of(Q), SPACE.table_of(TARGET.p)
 ALL = torch.arange(SPACE.n).repeat_interleave(COUNTS)
-DIVERGENCES = {"kl": kl, "tvd": tv, "js": js}
+ALPHA = 0.4
+DIVERGENCES = {
+    "kl": kl, "tvd": tv, "js": js,
+    "alpha": lambda p, q: (1 - (p ** (1 - ALPHA) * q**ALPHA).sum()) / (ALPHA * (1 - ALPHA)),
+}  # fmt: skip
 
 
 class Table(nn.Module):
@@ -54,6 +58,14 @@ class Wrapper:
 
     def __init__(self, model):
         self.model, self.note = model, "kept"
+
+
+def alpha_of(criterion):
+    return ALPHA if criterion == "alpha" else None
+
+
+def proposal_of(criterion, table=Q_TABLE, **options):
+    return OfflineProposal(Table(table), criterion, alpha=alpha_of(criterion), **options)
 
 
 def log_prob(policy):
@@ -80,11 +92,11 @@ def policies():
         yield torch.lerp(Q_TABLE, P_TABLE, 0.3) + (0.2 * (seed % 3) + 0.3) * SPACE.table(100 + seed)
 
 
-@pytest.mark.parametrize("criterion", ["kl", "tvd", "js"])
+@pytest.mark.parametrize("criterion", DIVERGENCES)
 def test_decides_as_the_exact_divergences_do(criterion):
     divergence, decisions = DIVERGENCES[criterion], []
     for table in policies():
-        proposal = OfflineProposal(Table(Q_TABLE), criterion, interval=1)
+        proposal = proposal_of(criterion, interval=1)
         proposal.policy.set(table)
         exact = divergence(TARGET.p, Q) - divergence(TARGET.p, SPACE.log_prob(table).exp())
         proposal.update(step(proposal))
@@ -107,14 +119,14 @@ def test_criteria_disagree_where_the_divergences_do():
             continue
         found += 1
         for criterion in ("kl", "tvd"):
-            proposal = OfflineProposal(Table(Q_TABLE), criterion, interval=1)
+            proposal = proposal_of(criterion, interval=1)
             proposal.policy.set(table)
             proposal.update(step(proposal))
             assert proposal.maybe_update() == signs[criterion]
     assert found > 0
 
 
-@pytest.mark.parametrize("criterion", ["kl", "tvd", "js"])
+@pytest.mark.parametrize("criterion", DIVERGENCES)
 def test_paired_standard_error(criterion):
     """300 repetitions: right in size; and near q far below that of the two divergences taken one by one."""
     table, generator, scores = torch.lerp(Q_TABLE, P_TABLE, 0.1), torch.Generator().manual_seed(3), []
@@ -123,12 +135,12 @@ def test_paired_standard_error(criterion):
     for _ in range(300):
         which = torch.multinomial(Q, 2000, replacement=True, generator=generator)
         values = log_pi[which], log_q[which], TARGET.log_score[which]
-        check = nearer(criterion, *values, log_z, torch.ones(2000))
+        check = nearer(criterion, *values, log_z, torch.ones(2000), alpha_of(criterion))
         scores.append((check.value - exact) / check.stderr)
     scores = torch.tensor(scores)
     assert abs(float(scores.mean())) < 0.2
     assert 0.8 < float(scores.std()) < 1.2
-    alone = getattr(dmfast.estimators.estimate(*values, TARGET.z.log()), f"{criterion}_policy")
+    alone = getattr(dmfast.estimators.estimate(*values, TARGET.z.log(), alpha=ALPHA), f"{criterion}_policy")
     assert check.stderr < 0.5 * alone.stderr
 
 
@@ -140,7 +152,7 @@ def test_scale_of_the_score_and_z_drop_out_of_kl():
         assert (check.value, check.stderr) == pytest.approx((plain.value, plain.stderr), rel=1e-9)
 
 
-@pytest.mark.parametrize("criterion", ["kl", "tvd", "js"])
+@pytest.mark.parametrize("criterion", DIVERGENCES)
 def test_contexts_count_alike_whatever_their_z(criterion):
     """Two contexts, one with P scaled by e^-12: pi is nearer in one and farther in the other, by known amounts, and
     the check is the difference of the mean divergences."""
@@ -150,14 +162,16 @@ def test_contexts_count_alike_whatever_their_z(criterion):
     assert exact < 0
     log_z = torch.cat([TARGET.z.log().expand(SPACE.n), TARGET.z.log().expand(SPACE.n) - 12])
     log_target = torch.cat([TARGET.log_score, TARGET.log_score - 12])
-    check = nearer(criterion, torch.cat([near, far]), log_q.repeat(2), log_target, log_z, Q.repeat(2))
+    check = nearer(
+        criterion, torch.cat([near, far]), log_q.repeat(2), log_target, log_z, Q.repeat(2), alpha_of(criterion)
+    )
     assert check.value == pytest.approx(exact, rel=1e-9)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_interval_is_respected(criterion):
     """Always-nearer policy, a check every third step and at no other time; microbatches make one step."""
-    proposal, generator = OfflineProposal(Table(Q_TABLE), criterion, interval=3), torch.Generator().manual_seed(14)
+    proposal, generator = proposal_of(criterion, interval=3), torch.Generator().manual_seed(14)
     assert not proposal.maybe_update()
     swapped = []
     for i in range(9):
@@ -177,10 +191,10 @@ def test_interval_criterion_always_swaps():
     assert proposal.last_check is None
 
 
-@pytest.mark.parametrize("criterion", ["kl", "tvd", "js"])
+@pytest.mark.parametrize("criterion", DIVERGENCES)
 def test_nothing_known_means_no_swap(criterion):
     """P = 0 on every sequence, or no step since the last swap."""
-    proposal = OfflineProposal(Table(Q_TABLE), criterion, interval=1)
+    proposal = proposal_of(criterion, interval=1)
     proposal.policy.set(P_TABLE)
     nothing = Target(torch.full_like(TARGET.log_score, -math.inf))
     proposal.update(step(proposal, target=nothing, log_z=0.0))
@@ -192,10 +206,10 @@ def test_nothing_known_means_no_swap(criterion):
     assert proposal.swaps == 1
 
 
-@pytest.mark.parametrize("criterion", ["kl", "tvd", "js"])
+@pytest.mark.parametrize("criterion", DIVERGENCES)
 def test_only_samples_since_the_last_swap_count(criterion):
     """A window full of steps that say no, then a swap: the next check equals that of a fresh proposal."""
-    used, fresh = (OfflineProposal(Table(Q_TABLE), criterion, interval=1, decay=1.0) for _ in range(2))
+    used, fresh = (proposal_of(criterion, interval=1, decay=1.0) for _ in range(2))
     used.policy.set(torch.lerp(Q_TABLE, P_TABLE, -1.5))
     for _ in range(5):
         used.update(step(used))
@@ -220,12 +234,12 @@ def test_recent_steps_weigh_more():
         assert proposal.maybe_update() == expected
 
 
-@pytest.mark.parametrize("criterion", ["kl", "tvd", "js"])
+@pytest.mark.parametrize("criterion", DIVERGENCES)
 def test_standard_error_hysteresis(criterion):
     """Nearer by r standard errors: swaps for stderrs below r, not above."""
 
     def run(stderrs):
-        proposal = OfflineProposal(Table(Q_TABLE), criterion, interval=1, stderrs=stderrs)
+        proposal = proposal_of(criterion, interval=1, stderrs=stderrs)
         proposal.policy.set(torch.lerp(Q_TABLE, P_TABLE, 0.3))
         which = torch.multinomial(Q, 50, replacement=True, generator=torch.Generator().manual_seed(12))
         proposal.update(step(proposal, which))
@@ -240,14 +254,14 @@ def test_standard_error_hysteresis(criterion):
 
 
 @pytest.mark.parametrize("alone", [False, True])
-@pytest.mark.parametrize("criterion", ["kl", "tvd", "js"])
+@pytest.mark.parametrize("criterion", DIVERGENCES)
 def test_one_sample_passes_no_hysteresis(criterion, alone):
     """The only sequence with P > 0 among many, or the only sequence: the standard error is unknown, not 0."""
     hard = Target(torch.where(torch.arange(SPACE.n) == 17, 0.0, -math.inf))
     table = Q_TABLE.clone()
     table[SPACE.rows[17], SPACE.tokens[17]] += 0.1
     which = torch.tensor([17]) if alone else torch.arange(SPACE.n)
-    proposal = OfflineProposal(Table(Q_TABLE), criterion, interval=1, stderrs=3.0)
+    proposal = proposal_of(criterion, interval=1, stderrs=3.0)
     proposal.policy.set(table)
     proposal.update(step(proposal, which, target=hard, log_z=-3.0))
     assert not proposal.maybe_update()
@@ -259,7 +273,7 @@ def test_best_only(criterion):
     name = "kl" if criterion == "interval" else criterion
     exact = float(DIVERGENCES[name](TARGET.p, SPACE.log_prob(torch.lerp(Q_TABLE, P_TABLE, 0.3)).exp()))
     for best, expected in ((exact - 1e-6, False), (exact + 1e-6, True), (math.inf, True)):
-        proposal = OfflineProposal(Table(Q_TABLE), criterion, interval=1, best_only=True)
+        proposal = proposal_of(criterion, interval=1, best_only=True)
         proposal.best = best
         proposal.policy.set(torch.lerp(Q_TABLE, P_TABLE, 0.3))
         proposal.update(step(proposal))
@@ -378,6 +392,9 @@ def test_what_fails_changes_nothing():
     ("name", "kwargs"),
     [
         ("kl, tvd", {"criterion": "nothing"}),
+        ("criterion 'alpha' needs alpha", {"criterion": "alpha"}),
+        ("criterion 'kl' does not take alpha, that of the divergence, got 0.5", {"alpha": 0.5}),
+        *(("alpha must be a number that is finite", {"criterion": "alpha", "alpha": x}) for x in (math.nan, "half")),
         *(("interval must be an integer, 1 step or more", {"interval": x}) for x in (0, 2.5, math.nan, "5")),
         *(("stderrs must be a number, 0 or more", {"stderrs": x}) for x in (-1.0, math.nan, math.inf)),
         ("decay", {"decay": 0.0}),
@@ -394,7 +411,7 @@ def test_goes_on_after_a_break(criterion):
     generator = torch.Generator().manual_seed(13)
 
     def make(table):
-        return OfflineProposal(Table(table), criterion, interval=3, best_only=True, decay=0.9)
+        return proposal_of(criterion, table, interval=3, best_only=True, decay=0.9)
 
     straight, resumed = make(Q_TABLE), make(Q_TABLE)
     swaps = []

@@ -35,7 +35,7 @@ PROPOSAL = SPACE.log_prob(SPACE.table(2))
 POLICY = SPACE.table(3)
 REWARD = torch.randn(SPACE.n, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 TARGETS = {"hard": hard_target(BASE), "soft": soft_target(BASE, SPACE.tokens)}
-BETA, LOG_SCALE = 0.4, -2.3
+BETA, LOG_SCALE, ALPHA = 0.4, -2.3, 0.3
 
 # What each objective minimises, t = pi/p, and r = -dD/dpi up to a constant:
 FUNCTIONS = {
@@ -47,6 +47,8 @@ FUNCTIONS = {
     "tv": lambda pi, p, P: tv(p, pi),  # dD/dpi = sign(pi - p)/2 = sign(log t)/2
     "chi2": lambda pi, p, P: ((p - pi) ** 2 / pi).sum(),  # = sum p^2/pi - 1; dD/dpi = -(p/pi)^2
     "reverse_chi2": lambda pi, p, P: ((pi - p) ** 2 / p).sum(),  # = sum pi^2/p - 1; dD/dpi = 2t
+    # dD/dpi = -(p/pi)^(1 - alpha) / (1 - alpha)
+    "alpha": lambda pi, p, P: (1 - (p ** (1 - ALPHA) * pi**ALPHA).sum()) / (ALPHA * (1 - ALPHA)),
     "reinforce": lambda pi, p, P: -(pi * REWARD).sum(),
     "reinforce_p": lambda pi, p, P: -(pi * P * math.exp(-LOG_SCALE)).sum(),
     # dD/dpi = -R + beta (log pi - log a + 1)
@@ -54,7 +56,7 @@ FUNCTIONS = {
 }
 # The factor that the table of the design leaves out: A is the gradient of FACTORS[name] times the usual divergence.
 FACTORS = {"js": 2.0}
-PARAMETERS = {"kl_control": {"beta": BETA}, "reinforce_p": {"log_scale": LOG_SCALE}}
+PARAMETERS = {"kl_control": {"beta": BETA}, "reinforce_p": {"log_scale": LOG_SCALE}, "alpha": {"alpha": ALPHA}}
 INFINITE_AT_ZERO = ("reverse_kl", "reverse_chi2")
 MODES = ("off_policy", "on_policy", "on_policy_stored")  # stored: the sampler's log-probabilities are given
 CASES = [
@@ -329,7 +331,7 @@ def test_leave_one_out_is_unbiased(backend, name, mode):
 @pytest.mark.parametrize(
     ("name", "mode"),
     [("dpg", "on_policy")]
-    + [(n, m) for n in ("reverse_kl", "js", "tv", "chi2", "reverse_chi2", "kl_control") for m in MODES[:2]],
+    + [(n, m) for n in ("reverse_kl", "js", "tv", "chi2", "reverse_chi2", "alpha", "kl_control") for m in MODES[:2]],
 )
 def test_leave_one_out_is_refused_where_returns_are_unknown(backend, name, mode):
     """All but dpg off-policy and rewards that do not depend on pi: r is only known once pi is."""
@@ -343,7 +345,7 @@ def test_stationary_at_the_optimum(backend, name, mode):
     """At pi = p the expected gradient is 0; gdc++'s weights and those with r = f(t), f(1) = 0 are 0 one by one."""
     target = TARGETS["soft"]
     table = SPACE.table_of(target.p)
-    gradient, out = expected_gradient(backend, name, target, mode, table=table)
+    gradient, out = expected_gradient(backend, objective(name), target, mode, table=table)
     assert_close(gradient, torch.zeros_like(gradient), backend, scale=1.0)
     if name not in ("dpg", "reverse_kl"):  # r = 1 and -1 there
         assert_close(out.weight, torch.zeros_like(out.weight), backend, scale=10 * float(out.log_ratio.exp().max()))

@@ -33,9 +33,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*fr
         ({"objective": "gdc+"}, "unknown objective"),
         ({"objective": "reinforce"}, "needs reward="),
         ({"objective": "kl_control"}, "needs beta"),
+        ({"objective": "alpha"}, "needs alpha"),
+        ({"objective": "alpha", "alpha": 0.5, "max_return": -1.0}, "max_return must be a positive finite number"),
         ({"baseline": "median"}, "baseline must be a number"),
         ({"baseline": "mean"}, "gdc\\+\\+.*constant baseline 1"),
-        ({"proposal_criterion": "chi2"}, "proposal_criterion must be one of kl, tvd, js, interval"),
+        ({"proposal_criterion": "chi2"}, "proposal_criterion must be one of kl, tvd, js, alpha, interval"),
+        ({"proposal_criterion": "alpha"}, "compares the divergence that objective 'alpha' .* 'gdc\\+\\+'"),
         ({"partition": "global"}, "'running' or 'step'"),
         ({"max_new_tokens": 0}, "max_new_tokens must be positive"),
         ({"temperature": -1.0}, "temperature must be positive"),
@@ -88,11 +91,19 @@ def test_parallelism_that_accelerate_launch_sets_is_refused(tmp_path, monkeypatc
             make()
 
 
-def test_a_sharded_model_is_refused(tmp_path):
+@pytest.mark.parametrize(("name", "what"), [("pp_size", "pipeline"), ("ep_size", "expert")])
+def test_a_model_that_was_spread_in_a_way_that_was_not_tried_is_refused(tmp_path, name, what):
     model = gpt2()
-    model._tp_size = 2  # what from_pretrained(tp_plan="auto") notes
-    with pytest.raises(ValueError, match="tensor parallelism yet, and the model was sharded as it was loaded"):
-        job(tmp_path, model=model)
+    model.config.distributed_config = SimpleNamespace(
+        **{name: 2}
+    )  # as from_pretrained(distributed_config=...) leaves it
+    with pytest.raises(
+        ValueError, match=rf"DistributedConfig\({name}=2\), and dmfast does not run under {what} parall"
+    ):
+        dmfast.LanguageModel(model, tokenizer())
+    trainer = job(tmp_path)
+    with pytest.raises(ValueError, match=f"does not run under {what} parallelism"):
+        dmfast.DMTrainer(model, trainer.target, trainer.args)
 
 
 def test_a_base_that_would_move_is_refused(tmp_path):

@@ -37,6 +37,7 @@ CASES = {
     "on-policy": {"on_policy": True},
     "reinforce": {"objective": "reinforce", "reward": Contains("w3"), "on_policy": True},
     "reinforce_p": {"objective": "reinforce_p"},
+    "alpha": {"objective": "alpha", "alpha": 0.5, "proposal_criterion": "alpha"},
     "kl_control": {"objective": "kl_control", "beta": 0.3, "reward": Contains("w3")},
     "prompts": {"prompts": PROMPTS, "samples_per_context": 4},
     "prompts, baseline within each": {

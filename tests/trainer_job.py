@@ -63,9 +63,10 @@ def llama(seed=0):
     )  # fmt: skip
 
 
-def job(out, *, model=None, constraints=None, prompts=None, tok=None, callbacks=(), lambda_=1.5, reward=None,
+def job(out, *, model=None, base=None, constraints=None, prompts=None, tok=None, callbacks=(), lambda_=1.5, reward=None,
         lora=None, eval_dataset=None, objective=None, **args):  # fmt: skip
     """A trainer on GPT-2 of 2 layers x 16: 60% of the sequences have w3. lora: of peft.LoraConfig, on one backbone.
+    base: the model of a, in place of a copy.
 
     The seed is one with w3 among the samples of every step: without any A is 0 but for its rounding, which Adam would
     make a step of full size, another one on every machine. And pi is nearer to p than q by .4 nats at step 4.
@@ -73,7 +74,7 @@ def job(out, *, model=None, constraints=None, prompts=None, tok=None, callbacks=
     model = gpt2() if model is None else model
     tok = tokenizer() if tok is None else tok
     if lora is None:
-        base = dmfast.LanguageModel(copy.deepcopy(model), tok)
+        base = dmfast.LanguageModel(copy.deepcopy(model) if base is None else base, tok)
     else:
         model = peft.get_peft_model(model, peft.LoraConfig(**lora))
         base = dmfast.LanguageModel(model, tok).base()

@@ -126,8 +126,8 @@ class Scores(NamedTuple):
 
     ``rows`` is (2, R), or (3, R) with entropy: log-sum-exp, the label's logit after scale and softcap (0 where it is
     not here), entropy. ``sequences`` is (7, B): log pi, entropy, log rho, log u, A, -A log pi, and 1 where max_weight
-    bounds A; where a pass only scores, it is (2, B). Of a shard ``sequences`` means nothing before its rows are put
-    together with those of the others, and is NaN. With an entropy coefficient c the losses are -A log pi - c H.
+    or max_return acts; where a pass only scores, it is (2, B). Of a shard ``sequences`` means nothing before its rows
+    are put together with those of the others, and is NaN. With an entropy coefficient c the losses are -A log pi - c H.
     """
 
     rows: Tensor

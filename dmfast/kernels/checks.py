@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from ..methods import METHODS
 from ..objectives import (
     BASELINE,
     COLUMNS,
@@ -20,8 +19,10 @@ from ..objectives import (
     LOG_PROPOSAL,
     NO_CONSTANTS,
     OBJECTIVES,
+    Group,
     Objective,
     Terms,
+    is_number,
     leave_one_out_baseline,
     plain_baseline,
 )
@@ -54,14 +55,9 @@ def _check_logits(logits: Tensor) -> None:
         )
 
 
-def _is_number(x: object) -> TypeGuard[float]:
-    """Python's or NumPy's; a bool is none."""
-    return isinstance(x, (float, int, Real)) and not isinstance(x, bool)
-
-
 def _number(x: object) -> float:
     """NaN for what is none."""
-    return float(x) if _is_number(x) else math.nan
+    return float(x) if is_number(x) else math.nan
 
 
 def _check_scaling(temperature: float, softcap: float | None) -> None:
@@ -157,6 +153,8 @@ _BY_NAME = {name: Objective(name) for name, kind in KINDS.items() if kind.parame
 def make_objective(objective: str | Objective | Callable[[Terms], Tensor]) -> Objective | Callable[[Terms], Tensor]:
     """Return the ``Objective`` of a name; a function of ``Terms`` stays one."""
     if isinstance(objective, str):
+        if objective in METHODS:
+            return METHODS[objective]
         return _BY_NAME[objective] if objective in _BY_NAME else Objective(objective)
     if isinstance(objective, Objective) or callable(objective):
         return objective
@@ -257,6 +255,8 @@ def make_terms(
     reward: Tensor | None,
     log_base: Tensor | None,
     entropy_coefficient: float = 0.0,
+    num_sequences: float | Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
     what: str = "logits",
 ) -> Terms:
     """Return the per-sequence inputs in fp64, with what the objective needs and the baseline of this call.
@@ -280,7 +280,7 @@ def make_terms(
             as_it_is = value.dtype is torch.float64 and value.dim() == 1 and value.shape[0] == n and value.device == to
             column = value if as_it_is else _per_sequence(COLUMNS[c], value, device, to, n, what)
             columns.append(column.detach() if column.requires_grad else column)
-        elif c == 2 and _is_number(value):
+        elif c == 2 and is_number(value):
             constants = (0.0, 0.0, float(value), 0.0, 0.0, 0.0)
         else:
             raise TypeError(f"{COLUMNS[c]} must be a floating-point tensor, got {describe(value)}")
@@ -309,6 +309,8 @@ def make_terms(
         not isinstance(context_id, Tensor) or context_id.dtype.is_floating_point or context_id.shape != (n,)
     ):
         raise ValueError(f"context_id must be an integer tensor ({n},), got {describe(context_id)}")
+    if num_tokens is not None and not isinstance(num_tokens, Tensor) and not _number(num_tokens) > 0:
+        raise ValueError(f"num_tokens must be a positive number, a 0-d tensor or None, got {num_tokens!r}")
     baseline = plain_baseline(objective, n, to)
     if isinstance(baseline, str):
         block = _block(columns, n, to)
@@ -322,8 +324,27 @@ def make_terms(
         present, given = present | BASELINE, given | BASELINE
     elif baseline is not None:
         given, constants = given | BASELINE, (*constants[:5], baseline)
+    group = None if isinstance(objective, Objective) else _group(batch, context_id, num_sequences, num_tokens, to)
     return Terms(objective, on_policy, bound, _block(columns, n, to), present, given, constants, None,
-                 float(entropy_coefficient))  # fmt: skip
+                 float(entropy_coefficient), group)  # fmt: skip
+
+
+def _group(
+    batch: Batch, context_id: Tensor | None, num_sequences: float | Tensor | None, num_tokens: float | Tensor | None,
+    to: torch.device,
+) -> Group:  # fmt: skip
+    """Return what a function of ``Terms`` may know beside the inputs."""
+    scored = (batch.labels != IGNORE).to(torch.float64)
+    if batch.cu_seqlens is None:
+        length = scored.view(batch.n_sequences, batch.steps).sum(1)
+    else:
+        before = torch.cat([scored.new_zeros(1), scored.cumsum(0)])
+        length = before[batch.cu_seqlens].diff()
+    tokens, sequences = (x.detach().to(to, torch.float64) if isinstance(x, Tensor) else x
+                         for x in (num_tokens, num_sequences))  # fmt: skip
+    return Group(length.to(to), length.sum().to(to) if tokens is None else tokens,
+                 float(max(batch.n_sequences, 1)) if sequences is None else sequences,
+                 None if context_id is None else context_id.to(to))  # fmt: skip
 
 
 def _block(columns: list[Tensor], n: int, device: torch.device) -> Tensor:

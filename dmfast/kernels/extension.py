@@ -24,7 +24,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Fault of csrc/batch.h
 BAD_ROW, BAD_LABEL, BAD_WEIGHT, UNUSUAL = 1, 2, 3, 4
 # Flag of csrc/objective.h
-_ON_POLICY, _UNNORMALIZED, _HAS_TARGET, _INFINITE_AT_ZERO = 1, 2, 4, 8
+_ON_POLICY, _UNNORMALIZED, _HAS_TARGET, _INFINITE_AT_ZERO, _FACTOR_LEFT_OUT = 1, 2, 4, 8, 16
 
 
 def why_not() -> str | None:
@@ -106,6 +106,8 @@ def flags_of(terms: Terms) -> int:
         flags |= _UNNORMALIZED
     if objective.kind.has_target:
         flags |= _HAS_TARGET
+    if not objective.normalize_alpha:
+        flags |= _FACTOR_LEFT_OUT
     return flags | _INFINITE_AT_ZERO if objective.infinite_at_zero else flags
 
 
@@ -117,7 +119,8 @@ def terms_struct(terms: Terms | None) -> Any:
     objective, block = terms.objective, terms.block
     assert isinstance(objective, Objective)
     return _C.Terms(objective.kind.number, flags_of(terms), _address(block, "inputs"), block.stride(0), terms.present,
-                    [objective.parameter, terms.max_weight, terms.entropy_coefficient, *terms.constants])  # fmt: skip
+                    [objective.parameter, terms.max_weight, terms.entropy_coefficient, *terms.constants,
+                     objective.max_log_return])  # fmt: skip
 
 
 def make_outputs(batch: Batch, terms: Terms | None, entropy: bool, divide_by: float) -> tuple[Scores, Any]:

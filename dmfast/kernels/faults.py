@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import objectives
-from ..objectives import OBJECTIVES, Objective, Terms
+from ..objectives import Objective, Terms
 from .batch import IGNORE, Batch, Recorded, SampleRows
 
 
@@ -236,12 +236,19 @@ def check_terms(terms: Terms, first_sequence: int = 0) -> None:
         and log_target is not None
         and bool((log_target == -math.inf).any())
     ):
-        allowed = ", ".join(name for name in OBJECTIVES if not objectives.KINDS[name].infinite_at_zero(0.0))
         raise ValueError(
             f"objective {objective.name!r} is infinite where P(x) = 0, which is so for sequence "
             f"{first + _first(log_target == -math.inf)} (log_target = -inf); set max_weight, or use one of "
-            f"{allowed}"
+            f"{', '.join(_finite_at_zero())}"
         )
+
+
+def _finite_at_zero() -> list[str]:
+    found = []
+    for name, kind in objectives.KINDS.items():
+        if not kind.infinite_at_zero(0.0):
+            found.append(name if not kind.infinite_at_zero(math.inf) else f"{name} with {kind.parameter}=0")
+    return found
 
 
 def check_weights(weight: Tensor, first_sequence: int = 0) -> Tensor:

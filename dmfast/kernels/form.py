@@ -38,7 +38,9 @@ def form_loss(
     checks.check_weight_tensor(weight, batch)
     weight = weight.detach()
     bound = terms.max_weight
-    clipped = (weight.abs() > bound).double()
+    clipped = weight.abs() > bound
+    bounded = objectives.bounded_returns(terms.objective, terms.log_ratio, terms.log_target_ratio)
+    clipped = (clipped if bounded is None else clipped | bounded).double()
     weight = weight.clamp(-bound, bound)
     if records_faults:
         made, weight = weight, faults.zero_where_faulty(weight, log_prob, terms)

@@ -41,7 +41,8 @@ from .form import divisor, reduce, scaled
 FourTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 FiveTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 SevenTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-_NORMALIZED, _LEFT_OUT = 1, 2  # flags for what neither the name nor the parameter of an objective says
+# flags for what neither the name nor the parameter of an objective says
+_NORMALIZED, _LEFT_OUT, _FACTOR_LEFT_OUT = 1, 2, 4
 _NAMES = {kind.number: name for name, kind in reversed(KINDS.items())}  # dpg, not gdc++, whose baseline is a column
 
 
@@ -50,9 +51,11 @@ def flat_terms(terms: Terms) -> tuple[Any, ...]:
     objective = terms.objective
     assert isinstance(objective, Objective)
     flags = (_NORMALIZED if objective.normalize else 0) | (_LEFT_OUT if isinstance(objective.baseline, str) else 0)
+    flags |= 0 if objective.normalize_alpha else _FACTOR_LEFT_OUT
     # no bound is 0: a number that every compiler can print
     bound = terms.max_weight if terms.max_weight < math.inf else 0.0
-    scalars = [objective.parameter, bound, terms.entropy_coefficient, *terms.constants]
+    max_return = 0.0 if objective.max_return is None else objective.max_return
+    scalars = [objective.parameter, bound, terms.entropy_coefficient, *terms.constants, max_return]
     return (objective.kind.number, terms.on_policy, flags, terms.block, terms.present, terms.given, scalars)
 
 
@@ -60,14 +63,16 @@ def terms_of(kind: int, on_policy: bool, flags: int, block: Tensor, present: int
              scalars: list[float]) -> Terms:  # fmt: skip
     """Return the terms that ``flat_terms`` flattened."""
     name = _NAMES[kind]
+    bound, coefficient, *constants, max_return = scalars[1:]
     parameter = KINDS[name].parameter
     objective = Objective(
         name,
         baseline="leave_one_out" if flags & _LEFT_OUT else None,
         normalize=bool(flags & _NORMALIZED),
+        normalize_alpha=not flags & _FACTOR_LEFT_OUT,
+        max_return=max_return or None,
         **({} if parameter is None else {parameter: scalars[0]}),
     )
-    bound, coefficient, *constants = scalars[1:]
     return Terms(objective, on_policy, bound or math.inf, block, present, given, tuple(constants), None, coefficient)
 
 
@@ -117,7 +122,7 @@ def _(logits, labels, cu_seqlens, scale, softcap, entropy, backend, bonus):  # t
     return *_fake_differentiable(batch, rows, bonus), rows, sequences, status
 
 
-@torch.library.custom_op("dmfast::score_and_weigh_v4", mutates_args=())
+@torch.library.custom_op("dmfast::score_and_weigh_v5", mutates_args=())
 def score_and_weigh(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
     backend: str, kind: int, on_policy: bool, flags: int, block: Tensor, present: int, given: int,
@@ -137,7 +142,7 @@ def _(logits, labels, cu_seqlens, scale, softcap, entropy, *args):  # type: igno
     return rows.new_empty(batch.n_sequences), rows, sequences, status
 
 
-@torch.library.custom_op("dmfast::score_and_grad_v4", mutates_args=())
+@torch.library.custom_op("dmfast::score_and_grad_v5", mutates_args=())
 def score_and_grad(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
     backend: str, kind: int, on_policy: bool, flags: int, block: Tensor, present: int, given: int,
@@ -388,7 +393,7 @@ def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, logits_dtype, entr
     return *_fake_differentiable(batch, rows, args[-1]), rows, sequences, status
 
 
-@torch.library.custom_op("dmfast::linear_weigh_v5", mutates_args=())
+@torch.library.custom_op("dmfast::linear_weigh_v6", mutates_args=())
 def linear_weigh(
     hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
     softcap: float, logits_dtype: torch.dtype | None, entropy: bool, chunk_bytes: int, backend: str, wanted: int,
@@ -409,7 +414,7 @@ def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, logits_dtype, entr
     return rows.new_empty(batch.n_sequences), rows, sequences, status
 
 
-@torch.library.custom_op("dmfast::linear_weigh_and_grad_v5", mutates_args=())
+@torch.library.custom_op("dmfast::linear_weigh_and_grad_v6", mutates_args=())
 def linear_weigh_and_grad(
     hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
     softcap: float, logits_dtype: torch.dtype | None, entropy: bool, chunk_bytes: int, backend: str, wanted: int,

@@ -55,7 +55,7 @@ class DMLossOutput:
 
     @property
     def n_clipped(self) -> Tensor:
-        """0-d int64, how many weights max_weight bounded."""
+        """0-d int64, in how many sequences max_weight bounded the weight or max_return the return."""
         return self._scores.sequences.select(0, CLIPPED).sum().to(torch.int64)
 
     @property

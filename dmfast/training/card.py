@@ -13,8 +13,8 @@ from .. import __version__
 
 #: What of ``DMConfig`` decides what a run comes to.
 SETTINGS = (
-    "objective", "baseline", "beta", "normalize", "max_weight", "entropy_coefficient", "temperature", "max_new_tokens",
-    "samples_per_context",
+    "objective", "baseline", "beta", "alpha", "normalize", "normalize_alpha", "max_return", "max_weight",
+    "entropy_coefficient", "temperature", "max_new_tokens", "samples_per_context",
     "beta_target_kl", "beta_horizon", "ppo_epochs", "ppo_clip", "on_policy", "partition", "proposal_criterion",
     "proposal_interval", "proposal_stderrs", "proposal_best_only", "proposal_check_samples", "refit_ess",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size",
@@ -50,7 +50,7 @@ def model_card(trainer: Any) -> str:
         + (f" `{base}`." if base else "."), "",
         f"dmfast {__version__}, transformers {transformers.__version__}, torch {torch.__version__}; "
         f"{step} optimiser steps of "
-        f"{args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size} sequences.", "",
+        f"{args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer._ranks.size} sequences.", "",
         "## Target", "", "```json", json.dumps(target, indent=1, ensure_ascii=False), "```", "",
         *([] if fit is None else ["How λ was found:", "", "```text", str(fit), "```", ""]),
         "## Settings", "", "| setting | value |", "|---|---|",

@@ -23,6 +23,7 @@ import torch
 
 STATE, MANIFEST, SHARDS = "dmfast_state.pt", "dmfast_manifest.json", "dmfast_proposal"
 _STAGING = "_being-written"
+FSDP, SPREAD = "FSDP", "a distributed_config"  # how the parameters of a run may be sharded
 
 
 def write_manifest(folder: Path) -> None:
@@ -127,30 +128,59 @@ def staged(output_dir: Path, name: str, writes: bool, barrier: Callable[[], None
     barrier()
 
 
-def save_state(state: dict[str, Any], folder: Path, *, writes: bool, sharded: bool) -> None:
+def save_state(state: dict[str, Any], folder: Path, *, writes: bool, sharded: str | None) -> None:
     """Write dmfast's own state into a checkpoint. All ranks call it.
 
     Args:
         state: what ``DMTrainer.state_dict`` returned.
         folder: the checkpoint.
         writes: whether this process writes what all of them have.
-        sharded: whether the proposal's parameters are shards, which each process writes.
+        sharded: what has made the proposal's parameters shards, which each process writes: ``FSDP``, or something else
+            that has written them already; None: they are whole.
 
     Raises:
         OSError: it could not be written.
     """
     proposal = state["matcher"]["proposal"]
-    if sharded and proposal is not None:
+    if sharded == FSDP and proposal is not None:
         from torch.distributed import checkpoint
 
         try:
             checkpoint.save({"proposal": proposal["model"]}, checkpoint_id=folder / SHARDS)
         except checkpoint.CheckpointException as error:  # no Exception, though it is one
             raise OSError(f"{folder / SHARDS} could not be written: {error}") from error
+    if sharded and proposal is not None:
         proposal = proposal | {"model": None}
     if writes:
         matcher = state["matcher"] | {"proposal": proposal}
         torch.save(state | {"matcher": matcher, "sharded": sharded}, folder / STATE)
+
+
+def check_kind(state: dict[str, Any], folder: Path, sharded: str | None) -> None:
+    """Check that a checkpoint is of a run that was sharded as this one is.
+
+    Args:
+        state: as ``load_state`` read it.
+        folder: the checkpoint.
+        sharded: as in ``save_state``.
+
+    Raises:
+        ValueError: it is not.
+    """
+    found = state.get("sharded")
+    found = FSDP if found is True else found or None  # which it said before
+    if found != sharded:
+        of, this = ("without sharding" if each is None else f"under {each}" for each in (found, sharded))
+        raise ValueError(
+            f"the checkpoint {folder} is of a run {of}, and this run is {this}: optimiser and proposal are kept in "
+            "another way. Go on as the run began, or train the saved model anew"
+        )
+
+
+def with_proposal(state: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+    """Return the state with q's parameters in it."""
+    proposal = state["matcher"]["proposal"] | {"model": tensors}
+    return state | {"matcher": state["matcher"] | {"proposal": proposal}}
 
 
 def load_shards(state: dict[str, Any], folder: Path, shards: dict[str, Any]) -> dict[str, Any]:
@@ -170,8 +200,7 @@ def load_shards(state: dict[str, Any], folder: Path, shards: dict[str, Any]) -> 
         checkpoint.load({"proposal": shards}, checkpoint_id=folder / SHARDS)
     except (checkpoint.CheckpointException, RuntimeError, ValueError, OSError) as error:
         raise RuntimeError(f"{folder / SHARDS} does not hold the parameters of this proposal: {error}") from error
-    proposal = state["matcher"]["proposal"] | {"model": shards}
-    return state | {"matcher": state["matcher"] | {"proposal": proposal}}
+    return with_proposal(state, shards)
 
 
 def load_state(folder: Path, device: torch.device) -> dict[str, Any]:

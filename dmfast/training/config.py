@@ -11,7 +11,7 @@ from typing import Any
 from transformers import SchedulerType, TrainingArguments
 
 from ..diagnostics import nltk
-from ..proposal import CRITERIA
+from ..proposal import CRITERIA, NEED_ALL
 from ..sampling import check_options
 from ..settings import AnyObjective, Settings
 from . import deepspeed
@@ -34,13 +34,14 @@ def refuse_parallelism(args: TrainingArguments) -> None:
         asked = f"{variable}, which accelerate launch sets," if by_launcher else "parallelism_config"
         raise ValueError(
             f"DMTrainer does not run under tensor, context or sequence parallelism yet, which {asked} asks for; use "
-            "DDP, FSDP2 or DeepSpeed"
+            "DDP, FSDP2 or DeepSpeed, or load the model with DistributedConfig(tp_size=...)"
         )
     deepspeed.refuse_absent(args)
     if "hybrid" in f"{args.fsdp} {args.fsdp_config}".lower():
         raise ValueError(
             f"hybrid sharding (HSDP), which fsdp={args.fsdp!r} with fsdp_config={args.fsdp_config!r} asks for, was not "
-            "tried with DMTrainer: leave it out, so that all processes share one set of shards"
+            "tried with DMTrainer: leave it out, so that all processes share one set of shards, or load the model with "
+            "a DistributedConfig(dp_replicate_size=..., fsdp_size=...)"
         )
 
 
@@ -49,7 +50,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     """The arguments of ``DMTrainer``: transformers' own and those below.
 
     An optimiser step has B = ``per_device_train_batch_size`` * ``gradient_accumulation_steps`` * processes sequences,
-    all drawn and scored before the first microbatch.
+    all drawn and scored before the first microbatch. Under tensor parallelism the processes that hold one model
+    together count as one.
 
     Defaults that differ from transformers': a constant learning rate of 1.41e-5 with a warm-up of 10 steps (the paper's
     rate; small models want more), no gradient clipping (it would bias the estimate of the gradient by its size),
@@ -70,6 +72,10 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             value head. ``max_steps`` counts every one of them. Resumed in the middle of a batch, a run of one process
             goes on with it, one of several draws a new one.
         normalize: False multiplies A by Z, the paper's scale.
+        alpha: that of the objective ``alpha``: 0 descends KL(p||pi), which covers p, 1 descends KL(pi||p).
+        normalize_alpha: False leaves the factor 1/(1 - alpha) out of A, which keeps A of the same size as alpha comes
+            near to 1.
+        max_return: bounds (p/pi)^(1 - alpha) - 1 above, before that factor and the baseline.
         max_weight: bounds A.
         entropy_coefficient: c of the entropy bonus, which adds -c times the mean over sequences of the policy's
             entropy, summed over their tokens (nats), to the loss: of all sequences as they were drawn, not weighted.
@@ -88,7 +94,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             (``dmfast.sampling.HTTPSampler``). log q is then the engine's own (docs/engines.md).
         sampler_options: the further arguments of that class, a mapping, or JSON of one.
         proposal_criterion, proposal_interval, proposal_stderrs, proposal_best_only, proposal_decay: as in
-            ``dmfast.OfflineProposal``.
+            ``dmfast.OfflineProposal``. The criterion ``alpha`` has the alpha of the objective ``alpha``.
         proposal_check_samples: sequences drawn from q for each check of the proposal and scored by q, a and pi as they
             are then, as the paper's code does; the verdict rests on them alone, and ``seconds_check`` is logged. They
             come from ``proposal_check_samples / samples_per_context`` contexts, others at each check; their Z takes
@@ -138,6 +144,9 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     ppo_epochs: int = _field(1, "Optimiser steps on each batch of samples.")
     ppo_clip: float = _field(0.2, "Where the ratio is clipped, with more than one step on a batch.")
     normalize: bool = _field(True, "False multiplies A by Z.")
+    alpha: float | None = _field(None, "Of the objective alpha.")
+    normalize_alpha: bool = _field(True, "False leaves the factor 1/(1 - alpha) out of A.")
+    max_return: float | None = _field(None, "Bounds (p/pi)^(1 - alpha) - 1 above.")
     max_weight: float | None = _field(None, "Bounds A to [-max_weight, max_weight].")
     entropy_coefficient: float = _field(0.0, "What the policy's entropy is multiplied by in the loss; 0: no bonus.")
     temperature: float = _field(1.0, "Of policy, proposal and base.")
@@ -149,7 +158,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     on_policy: bool = _field(False, "Sample from the policy itself.")
     sampler: str = _field("model", "What draws from q: model, vllm, or the http:// address of a vLLM server.")
     sampler_options: dict[str, Any] | str | None = _field(None, "Arguments of the sampler, a mapping or its JSON.")  # noqa: RUF009
-    proposal_criterion: str = _field("kl", "When q becomes pi: kl, tvd, js or interval.")
+    proposal_criterion: str = _field("kl", "When q becomes pi: kl, tvd, js, alpha or interval.")
     proposal_interval: int = _field(10, "Optimiser steps between checks of the proposal.")
     proposal_stderrs: float = _field(0.0, "By how many standard errors pi must be nearer.")
     proposal_best_only: bool = _field(False, "Swap only if pi is nearer than at every earlier swap.")
@@ -196,10 +205,11 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
                 "proposal_check_samples and proposal_device are of the proposal, and with on_policy=True there is "
                 f"none; got {self.proposal_check_samples!r} and {self.proposal_device!r}"
             )
-        if self.skip_zero_weight and self.proposal_criterion == "js" and not self.proposal_check_samples:
+        if self.skip_zero_weight and self.proposal_criterion in NEED_ALL and not self.proposal_check_samples:
             raise ValueError(
-                "skip_zero_weight=True leaves log pi unknown where P = 0, and proposal_criterion='js' needs it there; "
-                "use kl or tvd, or fresh samples (proposal_check_samples)"
+                "skip_zero_weight=True leaves log pi unknown where P = 0, and "
+                f"proposal_criterion={self.proposal_criterion!r} needs it there; use kl or tvd, or fresh samples "
+                "(proposal_check_samples)"
             )
         if isinstance(self.baseline, str):
             with contextlib.suppress(ValueError):

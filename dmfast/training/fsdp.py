@@ -16,6 +16,11 @@ from transformers import TrainingArguments
 from .. import sharding
 
 _HOW = "fsdp=True in DMConfig, started by torchrun or accelerate launch with one process for each GPU"
+UNCHECKED = (
+    "gather_for_sampling=False leaves the model sharded, and check_scores=True compares scores with draws in forwards "
+    "whose number differs by rank: set check_scores=False, after a short run with gather_for_sampling=True, or a "
+    "smaller model of the same family, has passed the check"
+)
 TRIED = {"torch": "2.13", "accelerate": "1.15", "transformers": "5.24"}
 
 
@@ -55,11 +60,7 @@ def refuse_arguments(args: TrainingArguments) -> None:
         if getattr(args, name):
             raise ValueError(f"{name}={getattr(args, name)!r} does not run under FSDP, which {by} asks for: {why}")
     if not args.gather_for_sampling and args.check_scores:
-        raise ValueError(
-            "gather_for_sampling=False leaves the model sharded, and check_scores=True compares scores with draws in "
-            "forwards whose number differs by rank: set check_scores=False, after a short run with "
-            "gather_for_sampling=True, or a smaller model of the same family, has passed the check"
-        )
+        raise ValueError(UNCHECKED)
 
 
 def refuse_plugin(accelerator: Any, args: TrainingArguments) -> None:

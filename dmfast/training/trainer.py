@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
@@ -32,7 +31,9 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
 )
+from transformers.trainer import SCHEDULER_NAME
 
+from .. import sharding
 from ..batch import Batch, Prompts
 from ..estimators import PartitionFunctions
 from ..matcher import Matcher
@@ -45,11 +46,11 @@ from ..sampling.engine import Engine
 from ..seeds import seed_for
 from ..settings import AnyObjective, check_target, check_trainable
 from ..targets import EBM
-from . import checkpoint, deepspeed, fsdp
+from . import checkpoint, deepspeed, distributed_config, fsdp
 from . import samples as samples_table
 from .callbacks import EpochOrder, Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
 from .card import model_card
-from .checks import check_alike, check_fit, refuse_arguments, refuse_sharded, warn_of_generation_config, with_pad_token
+from .checks import check_alike, check_fit, refuse_arguments, warn_of_generation_config, with_pad_token
 from .config import DMConfig
 from .data import ContextLoader, Contexts, StepSampler, contexts_of, eval_contexts
 from .evaluation import examine
@@ -90,7 +91,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
     Raises:
         ValueError: the training is not possible: the base is the model itself, the tokenizer does not fit, the
             objective lacks its reward, the processes do not train the same thing, DataParallel is asked for, or FSDP or
-            DeepSpeed in a way that was not tried or that the launcher did not give.
+            DeepSpeed in a way that was not tried or that the launcher did not give, or the model was spread over
+            processes in a way that was not tried.
     """
 
     control: TrainerControl
@@ -118,10 +120,15 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         if not isinstance(args, DMConfig):
             raise TypeError(f"args must be a dmfast.DMConfig, got {type(args).__name__}")
         refuse_arguments(args)
-        refuse_sharded(model)
+        distributed_config.refuse_model(model, getattr(getattr(target, "base", None), "model", None), args, peft_config)
         self._rows, self._has_prompts = Contexts(train_dataset), train_dataset is not None
         self._eval_rows = self._rows if eval_dataset is None else eval_contexts(eval_dataset)
         settings = args.settings(objective)
+        if args.proposal_criterion == "alpha" and settings.own_alpha is None and not args.on_policy:
+            raise ValueError(
+                "proposal_criterion='alpha' compares the divergence that objective 'alpha' descends, got objective "
+                f"{settings.name!r}; take kl, tvd or js"
+            )
         model = loaded(model)
         check_target(target, model, settings, reward)
         model = with_adapter(model, peft_config, args.seed)
@@ -142,6 +149,9 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self.target = target
         self._interrupt = Interrupt()
         jit, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False  # handled only while train() runs
+        only_model, self._is_spread = args.save_only_model, distributed_config.is_spread(model)
+        if self._is_spread:
+            args.save_only_model = True  # transformers refuses to write the optimiser, which is written here
         try:
             super().__init__(
                 model=model,
@@ -159,14 +169,14 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
         finally:
-            args.enable_jit_checkpoint = jit
+            args.enable_jit_checkpoint, args.save_only_model = jit, only_model
         fsdp.refuse_plugin(self.accelerator, args)
         deepspeed.refuse_plugin(self.accelerator, args)
-        self._ranks = AccelerateRanks(self.accelerator)
+        self._ranks = AccelerateRanks(self.accelerator, distributed_config.processes_of(model))
         if engine is not None:
             engine.ranks = self._ranks
         check_alike(
-            self._ranks,
+            self._ranks.processes,
             self.policy,
             target,
             args,
@@ -186,7 +196,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             model.to(self.args.device)  # which transformers leaves to DeepSpeed, and q is copied before that
         if not shared:
             target.base.model.requires_grad_(False)
-            if not self.is_fsdp_enabled:
+            if not (self.is_fsdp_enabled or distributed_config.is_spread(target.base.model)):
                 target.base.model.to(self.args.device)
         self.proposal: OfflineProposal[LanguageModel] | None = None
         if not args.on_policy:
@@ -194,7 +204,10 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 self.policy, args.proposal_criterion, args.proposal_interval, best_only=args.proposal_best_only,
                 stderrs=args.proposal_stderrs, decay=args.proposal_decay, device=args.proposal_device,
                 adapter=shared and args.proposal_device is None, sampler=engine,
+                alpha=settings.own_alpha if args.proposal_criterion == "alpha" else None,
             )  # fmt: skip
+        if self._is_spread and self.proposal is not None and args.gather_for_sampling:
+            sharding.keep_whole(self.proposal.snapshot.model)
         if self.is_fsdp_enabled:
             of_q = [] if shared or self.proposal is None else [self.proposal.snapshot.model]
             fsdp.shard(
@@ -328,7 +341,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
     def _finish_step(self) -> None:
         asked = [self._interrupt.asked, self._jit is not None and self._jit.asked]
-        agreed = self._ranks.gather(torch.tensor([asked], device=self.args.device)).any(0)
+        agreed = self._ranks.processes.gather(torch.tensor([asked], device=self.args.device)).any(0)
         self._interrupt.agreed, terminate = agreed.tolist()
         with self.accelerator.autocast():
             try:
@@ -365,7 +378,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         A metric that varies is the mean of its values, a count is their sum, and any other metric is its last value."""
         if "loss" in logs and self._metrics:
             means = ("phi/", "scorer/", "weight_", "seconds_", "length", "ess", "reward", "entropy", "clip_fraction")
-            sums = ("n_clipped", "n_empty", "swapped")
+            sums = ("n_clipped", "n_clipped_return", "n_empty", "swapped")
             for key in {key: None for metrics in self._metrics for key in metrics}:
                 values = [m[key] for m in self._metrics if key in m]
                 # what is done in some steps only takes no time in the others
@@ -422,7 +435,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 temperature=args.temperature, seed=seed_for(args.seed, "evaluation"),
                 batch_size=args.sampling_batch_size or args.per_device_train_batch_size,
                 texts=args.eval_diversity, first_row=self._ranks.rank * mine * len(some), rows=rows.rows_of(some),
-                gather=self._ranks.gather, gather_texts=gather_object if self._ranks.size > 1 else lambda texts: texts,
+                gather=self._ranks.gather, gather_texts=self._ranks.gather_texts,
             )  # fmt: skip
         self.eval_samples, metrics = found.samples, {}
         for name, estimate in found.estimates.items():
@@ -498,7 +511,10 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         return jit
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        if self._is_spread:
+            self.policy.load(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
         self._model_step = self.state.best_global_step
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -521,7 +537,9 @@ class DMTrainer(Trainer):  # type: ignore[misc]
                 self.state.save_to_json(str(staging / name / "trainer_state.json"))
             if not self.args.save_only_model:
                 state = self.state_dict() | deepspeed.mark(self.accelerator)
-                checkpoint.save_state(state, staging / name, writes=writes, sharded=bool(self.is_fsdp_enabled))
+                if self._is_spread:
+                    self._save_parts(staging / name, state["matcher"]["proposal"])
+                checkpoint.save_state(state, staging / name, writes=writes, sharded=self._sharding)
         if self._push_later:
             self._push_later = False
             if writes and self.args.hub_strategy != "end":
@@ -541,8 +559,21 @@ class DMTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # dmfast's state comes first: it refuses what does not fit before anything has changed
-        self.load_state_dict(self._state_in(Path(resume_from_checkpoint)))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint)
+        state = self._state_in(folder)
+        if self._is_spread:
+            parts = distributed_config.load_parts(folder, self.args.process_index, self.model)
+        if self._sharding and self.proposal is not None and state["matcher"]["proposal"] is not None:
+            of_q = self.proposal.state_dict()["model"]
+            if self._is_spread:
+                state = checkpoint.with_proposal(state, distributed_config.proposal_of(parts, of_q))
+            else:
+                state = checkpoint.load_shards(state, folder, of_q)
+        self.load_state_dict(state)
+        if self._is_spread:
+            self.policy.load(folder)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if not self.is_deepspeed_enabled:
@@ -561,17 +592,36 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         Raises:
             ValueError: it can't be read, or the run was sharded in another way.
         """
-        state, sharded = checkpoint.load_state(folder, self.args.device), bool(self.is_fsdp_enabled)
-        if bool(state.get("sharded")) != sharded:
-            raise ValueError(
-                f"the checkpoint {folder} is of a run {'without' if sharded else 'under'} FSDP, and this run is "
-                f"{'under' if sharded else 'without'} it: optimiser and proposal are kept in another way. Go on as the "
-                "run began, or train the saved model anew"
-            )
+        state = checkpoint.load_state(folder, self.args.device)
+        checkpoint.check_kind(state, folder, self._sharding)
         deepspeed.refuse_state(state, folder, self.accelerator)
-        if sharded and self.proposal is not None and state["matcher"]["proposal"] is not None:
-            state = checkpoint.load_shards(state, folder, self.proposal.state_dict()["model"])
         return state
+
+    @property
+    def _sharding(self) -> str | None:
+        """What has made shards of the parameters."""
+        if self._is_spread:
+            return checkpoint.SPREAD
+        return checkpoint.FSDP if self.is_fsdp_enabled else None
+
+    def _save_parts(self, folder: Path, proposal: dict[str, Any] | None) -> None:
+        q = None if proposal is None else proposal["model"]
+        distributed_config.save_parts(folder, self.args.process_index, self.model, self.optimizer, q)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._is_spread:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:  # the optimiser's states are written with q's parameters
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self._is_spread or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        parts = distributed_config.load_parts(folder, self.args.process_index, self.model)
+        distributed_config.load_optimizer(self.optimizer, parts)
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Return dmfast's part of a checkpoint: the matcher's state, and the prompts that its Z belong to."""

@@ -145,7 +145,7 @@ def resumes(folder):
     runs["of DDP"] = plain | {"resume": "../ddp/plain/checkpoint-3", "refused": True}
     runs["of another model"] = STEPS | {"resume": "FULL stopped/checkpoint-3", "refused": True}
     found = launched(folder / "fsdp", runs)[0]
-    assert "is of a run without FSDP, and this run is under it" in found["of DDP"], found["of DDP"]
+    assert "is of a run without sharding, and this run is under FSDP" in found["of DDP"], found["of DDP"]
     assert "does not hold the parameters of this proposal" in found["of another model"], found["of another model"]
     for name in [name for name in runs if name.endswith("resumed")]:
         right = found[name.removesuffix(" resumed")]
@@ -161,7 +161,7 @@ def resumes(folder):
         {"of FSDP": plain | {"resume": "../fsdp/FULL stopped/checkpoint-3", "refused": True}},
         under_fsdp=False,
     )[0]
-    assert "is of a run under FSDP, and this run is without it" in other["of FSDP"], other["of FSDP"]
+    assert "is of a run under FSDP, and this run is without sharding" in other["of FSDP"], other["of FSDP"]
 
 
 def resumes_on_other_ranks(folder):

@@ -527,14 +527,18 @@ class Program:
         parameter, shared = "param" in i.op, any(part.startswith("shared") for part in i.op)
         writes = [self._write(p) for p in names] if loads else []
         reads = [] if loads else [self._read(p, kind) for p in names]
-        assert not parameter or (loads and base in self.kernel.parameters), i.text
+        assert not parameter or loads, i.text
+        named = base in self.kernel.parameters  # else a register holds the place, which mov took of a parameter's name
 
         def act(w: Warp) -> None:
             where = address(w)
             if loads:
                 raw = np.zeros((LANES, n * len(names)), np.uint8)
-                if parameter:
+                if parameter and named:
                     raw[:] = w.block.parameters[int(where[0]) :][: raw.shape[1]]
+                elif parameter:
+                    bytes_of = where[w.active][:, None].astype(np.int64) + np.arange(raw.shape[1])
+                    raw[w.active] = w.block.parameters[bytes_of]
                 elif w.active.any():
                     raw[w.active] = w.block.load(shared, where[w.active], raw.shape[1])
                 for k, write in enumerate(writes):

@@ -35,7 +35,7 @@ Batch = struct("Batch", dtype=ctypes.c_int, logits=_PTR, sequences=_I64, steps=_
                stride_row=_I64, cu_seqlens=_PTR, labels=_PTR, vocab=_I64, scale=_F64, softcap=_F64,
                vocab_start=_I64, whole_vocab=_I64, threads=ctypes.c_int)  # fmt: skip
 Terms = struct("Terms", kind=ctypes.c_int, flags=ctypes.c_int, parameter=_F64, max_weight=_F64,
-               columns=_PTR * 6, constants=_F64 * 6, entropy_coefficient=_F64)  # fmt: skip
+               max_log_return=_F64, columns=_PTR * 6, constants=_F64 * 6, entropy_coefficient=_F64)  # fmt: skip
 Outputs = struct("Outputs", rows_block=_PTR, sequences_block=_PTR, rows=_I64, sequences=_I64, total=_PTR,
                  entropy=ctypes.c_bool, divide_by=_F64)  # fmt: skip
 Gradient = struct("Gradient", dtype=ctypes.c_int, data=_PTR, stride_sequence=_I64, stride_row=_I64)
@@ -175,8 +175,8 @@ class Call:
         kind, baseline = {"gdc++": (1, 1.0), "dpg": (1, 0.0), "js": (3, 0.0)}[objective]
         columns = (_PTR * 6)(*(self.at["columns"] + 8 * self.b * i for i in range(3)))
         constants = (_F64 * 6)(0, 0, 0, 0, 0, baseline)
-        terms = Terms(kind=kind, flags=HAS_TARGET, max_weight=math.inf, columns=columns, constants=constants,
-                      entropy_coefficient=self.bonus)  # fmt: skip
+        terms = Terms(kind=kind, flags=HAS_TARGET, max_weight=math.inf, max_log_return=math.inf, columns=columns,
+                      constants=constants, entropy_coefficient=self.bonus)  # fmt: skip
         out = Outputs(rows_block=self.at["rows"], sequences_block=self.at["sequences"], rows=self.b * self.t,
                       sequences=self.b, total=self.at["total"], entropy=True, divide_by=float(self.b))  # fmt: skip
         space = Workspace(faults=self.at["faults"], counters=self.at["counters"], status=self.at["status"])

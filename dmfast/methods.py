@@ -1,0 +1,224 @@
+"""Neighbouring methods as objectives: functions of ``Terms`` that return A of ``loss = -(1/B) sum_i A_i log pi(x_i)``.
+
+Each is what its authors' released code does for whole sequences, with its formula and its source. Of a group, the
+sequences of one prompt, all must be in one call of the loss; a ``Matcher`` sees to it, and refuses what can't be.
+
+Notation as in ``objectives.py``: rho = pi/q, u = p/q, t = pi/p, R the reward, |x| the scored tokens. R of a group is
+compared with the group: R_hat = (R - mean)/(std + 1e-6), std that of a sample (n - 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .objectives import Terms
+
+_Function = TypeVar("_Function", bound=Callable[[Terms], Tensor])
+_EPSILON = 1e-6
+
+
+def _of_whole_groups(*needs: str) -> Callable[[_Function], _Function]:
+    """Mark an objective whose weights depend on the other sequences of the prompt, and say what it needs."""
+
+    def mark(function: _Function) -> _Function:
+        function.whole_contexts, function.needs = True, needs  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def _needed(terms: Terms, method: str, *names: str) -> list[Tensor]:
+    found = [getattr(terms, name) for name in names]
+    missing = [name for name, value in zip(names, found, strict=True) if value is None]
+    if missing:
+        raise ValueError(f"{method} needs {' and '.join(missing)}")
+    return found
+
+
+def _log_ratio(terms: Terms, method: str) -> Tensor:
+    log_ratio = terms.log_ratio
+    if log_ratio is None:
+        raise ValueError(f"{method} needs log_proposal, or on_policy=True where the policy itself drew the sequences")
+    return log_ratio
+
+
+def _refuse_zeros(log_target: Tensor, method: str) -> None:
+    if not torch.compiler.is_compiling() and bool((log_target == -math.inf).any()):
+        at = int((log_target == -math.inf).nonzero()[0, 0])
+        raise ValueError(
+            f"{method} compares log pi with log P, which is -inf for sequence {at}, where P = 0: take a target that is "
+            "positive everywhere, such as a exp(R/beta) by Reward, or another objective"
+        )
+
+
+def _on_policy_only(terms: Terms, method: str) -> None:
+    if not terms.on_policy:
+        raise ValueError(
+            f"{method} is its method for sequences of the policy itself only: set on_policy=True. Off-policy the "
+            "method clips each token, which a weight of a sequence can't do"
+        )
+
+
+def advantage(terms: Terms, method: str) -> Tensor:
+    """Return R_hat, (B,): the reward less the mean of its group, over the group's standard deviation.
+
+    Raises:
+        ValueError: no reward; a sequence is the only one of its prompt.
+    """
+    (reward,) = _needed(terms, method, "reward")
+    centred = reward - terms.group_mean(reward)
+    n = terms.group_size()
+    std = (terms.group_mean(centred * centred) * n / (n - 1)).sqrt()
+    return centred / (std + _EPSILON)
+
+
+def trajectory_balance(terms: Terms) -> Tensor:
+    """Return A = -2 log t, so that the loss has the gradient of (log pi - log p)^2 with log Z known, at any q.
+
+    Malkin et al. 2022, arXiv:2201.13259, eq. 14, with a Z that is estimated and not learned. There is no rho: the
+    square is 0 for every sequence at pi = p, whatever q draws. On-policy it is twice ``reverse_kl`` with baseline -1.
+
+    Raises:
+        ValueError: no log_target, log_z or log q; a sequence with P = 0.
+    """
+    log_target, log_z, log_prob = _needed(terms, "trajectory_balance", "log_target", "log_z", "log_prob")
+    _refuse_zeros(log_target, "trajectory_balance")
+    return -2 * (log_prob - log_target + log_z)
+
+
+trajectory_balance.needs = ()  # type: ignore[attr-defined]
+
+
+@_of_whole_groups()
+def vargrad(terms: Terms) -> Tensor:
+    """Return A = -2 (d - the group's mean of d), d = log pi - log P.
+
+    Richter et al. 2020, arXiv:2010.10436: the gradient of the variance of d over q, which needs no Z. Its expectation
+    is (n - 1)/n of that gradient for n sequences of a prompt.
+
+    Raises:
+        ValueError: no log_target; a sequence with P = 0, or the only one of its prompt.
+    """
+    log_target, log_prob = _needed(terms, "vargrad", "log_target", "log_prob")
+    _refuse_zeros(log_target, "vargrad")
+    d = log_prob - log_target
+    return -2 * (d - terms.group_mean(d))
+
+
+@_of_whole_groups("log_base")
+def maxrl(terms: Terms) -> Tensor:
+    """Return A = (v - v_mean)/v_mean, and 0 where no sequence of the prompt is right.
+
+    arXiv:2602.02710. v is ``reward``, or without one P/a of a target a v. For v in {0, 1} its expectation is the
+    gradient of the sum of pass@k/k over k < n.
+
+    Raises:
+        ValueError: neither a reward nor log_target and log_base; ``on_policy`` is not True; a sequence is the only one
+            of its prompt.
+    """
+    _on_policy_only(terms, "maxrl")
+    v = terms.reward
+    if v is None:
+        log_target, log_base = _needed(terms, "maxrl without a reward", "log_target", "log_base")
+        v = torch.where(log_target == -math.inf, 0.0, (log_target - log_base).exp())
+    mean = terms.group_mean(v)
+    return torch.where(mean == 0, 0.0, (v - mean) / torch.where(mean == 0, 1.0, mean))
+
+
+@_of_whole_groups("reward")
+def gspo(terms: Terms) -> Tensor:
+    """Return A = s R_hat/|x| with s = rho^(1/|x|), or 0 where s is clipped.
+
+    That is where R_hat > 0 and s > 1 + 4e-4, and where R_hat < 0 and s < 1 - 3e-4.
+
+    Zheng et al. 2025, arXiv:2507.18071, eq. 5-7.
+
+    Raises:
+        ValueError: no reward or log q; a sequence is the only one of its prompt.
+    """
+    log_ratio, value = _log_ratio(terms, "gspo"), advantage(terms, "gspo")
+    length = terms.length.clamp(min=1)
+    log_s = log_ratio / length
+    clipped = (value > 0) & (log_s > math.log1p(4e-4)) | (value < 0) & (log_s < math.log1p(-3e-4))
+    return torch.where(clipped | (value == 0), 0.0, log_s.exp() * value / length)
+
+
+@_of_whole_groups("reward")
+def vespo(terms: Terms) -> Tensor:
+    """Return A = f(rho) R_hat with f(w) = w^k e^(c (1 - w)): (k, c) = (2, 3) where R_hat >= 0, else (3, 2); f(0) = 0.
+
+    arXiv:2602.10693.
+
+    Raises:
+        ValueError: no reward or log q; a sequence is the only one of its prompt.
+    """
+    log_ratio, value = _log_ratio(terms, "vespo"), advantage(terms, "vespo")
+    k, c = torch.where(value >= 0, 2.0, 3.0).double(), torch.where(value >= 0, 3.0, 2.0).double()
+    ratio = log_ratio.clamp(max=700).exp()  # beyond, e^(-c rho) is 0 already
+    return torch.where(log_ratio == -math.inf, 0.0, (k * log_ratio + c * (1 - ratio)).exp() * value)
+
+
+@_of_whole_groups("reward")
+def grpo(terms: Terms) -> Tensor:
+    """Return A = R_hat/|x|: GRPO on sequences of the policy itself (Shao et al. 2024, arXiv:2402.03300, eq. 3).
+
+    Raises:
+        ValueError: no reward; ``on_policy`` is not True; a sequence is the only one of its prompt.
+    """
+    _on_policy_only(terms, "grpo")
+    return advantage(terms, "grpo") / terms.length.clamp(min=1)
+
+
+@_of_whole_groups("reward")
+def dapo(terms: Terms) -> Tensor:
+    """Return A = R_hat B/(the step's tokens), B the step's sequences: DAPO on sequences of the policy itself.
+
+    Yu et al. 2025, arXiv:2503.14476, eq. 8. B is that of the call, so that a step in several parts needs
+    ``num_sequences`` and ``num_tokens`` of the step; a ``Matcher`` gives both.
+
+    Raises:
+        ValueError: no reward; ``on_policy`` is not True; a sequence is the only one of its prompt.
+    """
+    _on_policy_only(terms, "dapo")
+    return advantage(terms, "dapo") * terms.n_sequences / terms.n_tokens
+
+
+@dataclass(frozen=True)
+class DrGRPO:
+    """Return A = (R - the group's mean)/``max_length``: Dr. GRPO on sequences of the policy itself.
+
+    Liu et al. 2025, arXiv:2503.20783, eq. 3.
+
+    Args:
+        max_length: the tokens that a sequence may have, positive.
+
+    Raises:
+        ValueError: max_length is not positive. When called: no reward; ``on_policy`` is not True; a sequence is the
+            only one of its prompt.
+    """
+
+    max_length: float
+    whole_contexts = True
+    needs = ("reward",)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_length < math.inf:
+            raise ValueError(f"max_length must be positive and finite, got {self.max_length!r}")
+
+    def __call__(self, terms: Terms) -> Tensor:
+        """Return A, (B,) fp64."""
+        _on_policy_only(terms, "DrGRPO")
+        (reward,) = _needed(terms, "DrGRPO", "reward")
+        return (reward - terms.group_mean(reward)) / self.max_length
+
+
+#: The functions by the names that ``DMConfig(objective=...)`` takes.
+METHODS: dict[str, Callable[[Terms], Tensor]] = {
+    each.__name__: each for each in (trajectory_balance, vargrad, maxrl, gspo, vespo, grpo, dapo)
+}

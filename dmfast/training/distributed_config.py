@@ -1,0 +1,207 @@
+"""Models that transformers has spread over processes as it loaded them, by a ``DistributedConfig``, under
+``DMTrainer``: what is refused, and what a checkpoint holds of such a run.
+
+They are cut by tensor parallelism, sharded by FSDP2, or both. transformers writes the model of a checkpoint whole, and
+refuses to write an optimiser whose states are parts. So each process writes its own parts of optimiser and proposal,
+and processes that are spread alike read them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor
+from transformers import TrainingArguments
+
+from .. import sharding, tensor_parallel
+from . import fsdp
+
+_PARTS = "dmfast_parts_{}.pt"
+_SIZES = ("dp_replicate_size", "fsdp_size", "tp_size")
+_LOCAL = "dmfast_local"  # marks this process's part of a tensor
+
+
+def is_spread(model: Any) -> bool:
+    """Return whether transformers has spread a model over processes as it loaded it."""
+    return bool(getattr(model, "is_distributed_loading_by_transformers", False)) or tensor_parallel.is_cut(model)
+
+
+def processes_of(model: Any) -> int:
+    """Return how many processes, one after the other, work on the same sequences."""
+    return int(model.tp_size) if tensor_parallel.is_cut(model) else 1
+
+
+def refuse_model(model: Any, base: Any, args: TrainingArguments, peft_config: Any) -> None:
+    """Refuse a model that was spread in a way that was not tried, or together with something that was not.
+
+    Args:
+        model: the policy, or where it will be loaded from.
+        base: the target's model.
+        args: those of the run.
+        peft_config: the adapter that is asked for.
+
+    Raises:
+        ValueError: it was.
+        ImportError: a library is older than those that it was tried with.
+    """
+    if is_spread(base) and not is_spread(model):
+        raise ValueError(
+            "the target's base was loaded with a distributed_config, and the policy was not: the processes of the base "
+            "run its forwards together, and the policy's would not; load both with the same"
+        )
+    if not is_spread(model):
+        return
+    sharding.refuse(model)
+    config: Any = getattr(model.config, "distributed_config", None)
+    if _sizes(config)[0] > 1 and _sizes(config)[2] > 1:
+        raise ValueError(
+            f"tensor parallelism together with copies of a sharded model (HSDP), {_named(config)}, was not tried with "
+            "DMTrainer: leave dp_replicate_size or tp_size out"
+        )
+    theirs = getattr(getattr(base, "config", None), "distributed_config", None)
+    if is_spread(base) and _sizes(theirs) != _sizes(config):
+        raise ValueError(
+            f"the target's base was loaded with {_named(theirs)}, and the policy with {_named(config)}: load both with "
+            "the same distributed_config, since the same processes run their forwards together"
+        )
+    for library in (torch, accelerate, transformers):
+        floor = fsdp.TRIED[library.__name__]
+        if Version(library.__version__) < Version(floor):
+            raise ImportError(
+                f"a model loaded with a distributed_config was tried with {library.__name__} {floor}, and "
+                f"{library.__version__} is installed: update it, or load the model without distributed_config"
+            )
+    if peft_config is not None:
+        raise ValueError(sharding.NO_ADAPTERS)
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError("quantised models were not tried with a distributed_config; load the model in bfloat16")
+    refused = {
+        "gradient_variance_steps": "it differentiates each sequence alone; measure it in one process",
+        "proposal_device": "the proposal lies where the policy does",
+        "torch_compile": "that was not tried",
+        "fsdp": "it is sharded already, or load it without",
+        "fp16": "that was not tried; take bf16=True",
+    }
+    for name, why in refused.items():
+        if getattr(args, name):
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} does not run with a model that was loaded with a distributed_config: "
+                f"{why}"
+            )
+    if getattr(config, "fsdp_cpu_offload", False):
+        raise ValueError("fsdp_cpu_offload of DistributedConfig was not tried with DMTrainer; leave it out")
+    if not args.gather_for_sampling and args.check_scores and sharding.is_sharded(model):
+        raise ValueError(fsdp.UNCHECKED)
+
+
+def _sizes(config: Any) -> list[int]:
+    """Return how many copies of a model there are, over how many processes each is sharded, and among how many cut."""
+    return [int(getattr(config, name, None) or 1) for name in _SIZES]
+
+
+def _named(config: Any) -> str:
+    return f"DistributedConfig({', '.join(f'{n}={k}' for n, k in zip(_SIZES, _sizes(config), strict=True))})"
+
+
+def save_parts(folder: Path, rank: int, model: Any, optimizer: Any, proposal: Mapping[str, Tensor] | None) -> None:
+    """Write this process's parts of optimiser and proposal into a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        rank: which process this is.
+        model: whose config says how it is spread.
+        optimizer: its states are parts, or whole and the same on all processes.
+        proposal: what ``OfflineProposal.state_dict`` holds of q.
+
+    Raises:
+        ValueError: the optimiser has states that are cut in another way than their parameters.
+        OSError, RuntimeError: they could not be written.
+    """
+    state = optimizer.state_dict()
+    parameters = _parameters(optimizer)
+    states = {
+        place: {name: _taken_apart(value, parameters[place], name, optimizer) for name, value in values.items()}
+        for place, values in state["state"].items()
+    }
+    q = None if proposal is None else {name: sharding.local(tensor) for name, tensor in proposal.items()}
+    parts = {"sizes": _sizes(model.config.distributed_config), "optimizer": state | {"state": states}, "proposal": q}
+    torch.save(parts, folder / _PARTS.format(rank))
+
+
+def load_parts(folder: Path, rank: int, model: Any) -> dict[str, Any]:
+    """Read what ``save_parts`` wrote.
+
+    Raises:
+        ValueError: a model that was spread in another way wrote it.
+    """
+    path = folder / _PARTS.format(rank)
+    found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
+    config = model.config.distributed_config
+    if found.get("sizes") != _sizes(config):
+        was = "fewer processes" if not found else f"{', '.join(_SIZES)} of {found['sizes']}"
+        raise ValueError(
+            f"the checkpoint {folder} is of a model that was spread in another way ({was}) than this one, "
+            f"{_named(config)}: go on as the run began, or train the saved model anew"
+        )
+    return found
+
+
+def load_optimizer(optimizer: Any, parts: Mapping[str, Any]) -> None:
+    """Give an optimiser the states that ``load_parts`` returned."""
+    state, parameters = parts["optimizer"], _parameters(optimizer)
+    states = {
+        place: {name: _put_together(value, parameters[place]) for name, value in values.items()}
+        for place, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": states})
+
+
+def proposal_of(parts: Mapping[str, Any], mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return q's tensors from what ``load_parts`` returned, in the form of those that it has.
+
+    Raises:
+        RuntimeError: they are of another model.
+    """
+    found = parts["proposal"]
+    if found.keys() != mine.keys() or any(found[name].shape != sharding.local(mine[name]).shape for name in found):
+        raise RuntimeError("the checkpoint does not hold the parameters of this proposal: it is of another model")
+    return {name: _part_of(value, mine[name]) for name, value in found.items()}
+
+
+def _parameters(optimizer: Any) -> list[Any]:
+    """Return an optimiser's parameters in the order of its state's numbers."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _taken_apart(value: Any, parameter: Any, name: str, optimizer: Any) -> Any:
+    if not (isinstance(value, Tensor) and sharding.is_shard(value)):
+        return value
+    if not sharding.is_shard(parameter) or (value.shape, value.placements) != (parameter.shape, parameter.placements):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{name} of {type(getattr(optimizer, 'optimizer', optimizer)).__name__} is cut in another way than its "
+            "parameter, and can't be written into a checkpoint: take AdamW, or save_only_model=True"
+        )
+    return {_LOCAL: sharding.local(value)}
+
+
+def _put_together(value: Any, parameter: Any) -> Any:
+    return _part_of(value[_LOCAL], parameter) if isinstance(value, dict) and _LOCAL in value else value
+
+
+def _part_of(value: Tensor, like: Any) -> Tensor:
+    """Return this process's part in the form of a tensor that is cut in the same way; of a whole one, as it is."""
+    if not sharding.is_shard(like):
+        return value
+    from torch.distributed.tensor import DTensor
+
+    on_device = value.to(sharding.local(like).device)
+    part: Tensor = DTensor.from_local(
+        on_device, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return part

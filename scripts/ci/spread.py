@@ -1,0 +1,123 @@
+"""Train models that transformers spreads over processes as it loads them, and compare with one process: two CPU
+processes that cut a model or shard it, four that do both or hold copies of shards; checkpoints and resumed runs.
+
+spread.py            runs all
+spread.py NAME ...   runs these of ``WAYS``
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+
+from test_spread import STEPS, check_alike, check_heads, check_proposal, check_run, launched  # noqa: E402
+from trainer_job import PROMPTS, Gradients, job, llama  # noqa: E402
+
+from dmfast import Contains  # noqa: E402
+
+THREE = STEPS | {"max_steps": 3, "proposal_interval": 1}
+PPO = {
+    "max_steps": 2, "warmup_steps": 0, "on_policy": True, "objective": "kl_control", "beta": 0.1, "ppo_epochs": 2,
+    "baseline": "leave_one_out", "reward": "w3",
+}  # fmt: skip
+#: By name what a run does, which ends as that of one process but for rounding.
+RUNS = {
+    "at once": THREE | {
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
+        "max_grad_norm": 0.1, "proposal_check_samples": 16, "prompts": PROMPTS[:4], "samples_per_context": 8,
+    },
+    "PPO": PPO,
+    "the best model": THREE | {
+        "max_steps": 2,
+        "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
+        "load_best_model_at_end": True, "metric_for_best_model": "kl_policy", "greater_is_better": False,
+    },
+    "whole base": THREE | {"max_steps": 2, "whole_base": True},
+    "PPO in step": PPO | {"gather_for_sampling": False, "check_scores": False},
+}  # fmt: skip
+#: By name over how many processes a model is spread, and what is looked at.
+WAYS = {
+    "cut": {
+        "sizes": {"tp_size": 2}, "checks": ["heads", "alike", "proposal"],
+        "runs": ["at once", "PPO", "the best model", "whole base"], "more": {"interrupted": THREE | {"interrupt": 1}},
+    },
+    "sharded": {
+        "sizes": {"fsdp_size": 2}, "checks": ["heads", "proposal"],
+        "runs": ["at once", "PPO in step"],
+    },
+    "cut and sharded": {
+        "sizes": {"fsdp_size": 2, "tp_size": 2}, "checks": ["heads"], "runs": ["at once"],
+    },
+    "copies of shards": {
+        "sizes": {"dp_replicate_size": 2, "fsdp_size": 2}, "checks": ["heads"], "runs": ["at once"],
+    },
+}  # fmt: skip
+
+
+def wanted(name, way):
+    """Return what ``spread_job.py`` is to do."""
+    whole = RUNS["at once"]
+    runs = {each: RUNS[each] for each in way["runs"]} | way.get("more", {})
+    runs |= {"stopped": whole | {"stop": 1}, "resumed": whole | {"resume": f"{name}/stopped/checkpoint-1"}}
+    return {"sizes": way["sizes"], "checks": way["checks"], "runs": runs}
+
+
+def alone(folder, name, ranks):
+    """Return the trainer and the gradients of one process that takes what this many ranks take."""
+    options = {key: value for key, value in RUNS[name].items() if key not in ("whole_base", "reward")}
+    options["per_device_train_batch_size"] = ranks * options.get("per_device_train_batch_size", 8)
+    gradients = Gradients()
+    reward = {"reward": Contains(RUNS[name]["reward"])} if "reward" in RUNS[name] else {}
+    trainer = job(Path(folder, name), model=llama(), callbacks=[gradients], **options, **reward)
+    trainer.train()
+    return trainer, gradients.steps
+
+
+def compare(name, way, found, folder):
+    """Say how a way ends beside one process, and fail where it should not."""
+    sizes = way["sizes"]
+    ranks = sizes.get("fsdp_size", 1) * sizes.get("dp_replicate_size", 1)
+    for rank, each in enumerate(found):
+        check_heads(each)
+        if "alike" in way["checks"]:
+            check_alike(each, (6, 5)[rank])
+        if "proposal" in way["checks"]:
+            check_proposal(each["proposal"], "FSDP" if "fsdp_size" in sizes else "tensor parallelism")
+    print(f"{name}: heads{', proposal' * ('proposal' in way['checks'])}", flush=True)
+    for run in way["runs"]:
+        trainer, gradients = alone(folder / name, run, ranks)
+        for each in found:
+            check_run(each[run], trainer, gradients)
+        print(f"{name}, {run}: as one process", flush=True)
+    for each in found:
+        assert each["resumed"]["parameters"] == each["at once"]["parameters"], name
+        assert each["resumed"]["swaps"] == each["at once"]["swaps"] == 3, name
+    print(f"{name}: resumed as the unbroken run, to the bit", flush=True)
+    for each in found if "interrupted" in way.get("more", {}) else ():
+        assert each["interrupted"]["steps"] == 2, each["interrupted"]["steps"]  # asked for at the end of the first
+
+
+def main(names):
+    """Run what is asked for."""
+    torch.set_num_threads(1)
+    ways = {name: WAYS[name] for name in names or WAYS}
+    with tempfile.TemporaryDirectory() as folder:
+        for processes in (2, 4):
+            some = {
+                name: way for name, way in ways.items() if torch.tensor(list(way["sizes"].values())).prod() == processes
+            }
+            if some:
+                jobs = {name: wanted(name, way) for name, way in some.items()}
+                found = launched(Path(folder, str(processes)), processes, jobs, everything=processes == 2)
+                for name, way in some.items():
+                    compare(name, way, [each[name] for each in found], Path(folder, "alone"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
