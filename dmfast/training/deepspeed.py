@@ -24,6 +24,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from .. import sharding
 from ..models import LanguageModel
 from ..proposal import OfflineProposal
 from ..samples import Samples
@@ -226,6 +227,11 @@ def refuse_model(accelerator: Any, model: nn.Module, *, shared: bool) -> None:
         return
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("quantised models were not tried under DeepSpeed; load the model in bfloat16 or float32")
+    if any(sharding.is_shard(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            "the model was spread over processes as it was loaded, which was not tried under DeepSpeed: load it "
+            "without tp_plan and distributed_config"
+        )
     if shared and stage_of(accelerator) == 3:
         raise ValueError(
             "LoRA on one backbone does not run under ZeRO-3, which cuts the backbone: take ZeRO-2, or give the EBM a "
