@@ -883,7 +883,7 @@ def test_options_that_are_refused(options, error, match):
     [
         ("kl_control", {"beta_target_kl": 1.0}, "got the function kl_control and on_policy=True"),
         ("reinforce", {"ppo_epochs": 2}, "got the function reinforce and on_policy=True"),
-        ("reinforce_p", {"baseline": "mean"}, "an objective of your own .* baseline='mean' can't act on it"),
+        ("reinforce_p", {"baseline": "mean"}, "an objective that is a function .* baseline='mean' can't act on it"),
     ],
 )
 def test_a_function_is_not_the_objective_whose_name_it_has(name, options, match):
