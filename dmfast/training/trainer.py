@@ -6,7 +6,7 @@ These methods make an optimiser step, in the order in which they are defined bel
     compute_loss        Matcher.loss through the wrapped model
     _finish_step        Matcher.commit
     evaluate            fresh samples of pi; some of them as a table
-    _save_checkpoint    all of it, whole or not at all
+    _save_checkpoint    all of it, whole or not at all (checkpointing.py)
 """
 
 from __future__ import annotations
@@ -27,11 +27,9 @@ from transformers import (
     PrinterCallback,
     ProcessorMixin,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
 )
-from transformers.trainer import SCHEDULER_NAME
 
 from .. import sharding
 from ..batch import Batch, Prompts
@@ -41,25 +39,24 @@ from ..metrics import feature_names
 from ..models import LanguageModel
 from ..proposal import OfflineProposal
 from ..samples import Samples
-from ..sampling import AsyncSampler, EngineError, Sampler, make
-from ..sampling.engine import Engine
+from ..sampling import EngineError
 from ..seeds import seed_for
 from ..settings import AnyObjective, check_target, check_trainable
 from ..targets import EBM
-from . import checkpoint, deepspeed, distributed_config, fsdp
+from . import checkpoint, deepspeed, distributed_config, engines, fsdp
 from . import samples as samples_table
 from .callbacks import EpochOrder, Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
-from .card import model_card
+from .checkpointing import CheckpointingTrainer
 from .checks import check_alike, check_fit, refuse_arguments, warn_of_generation_config, with_pad_token
 from .config import DMConfig
 from .data import ContextLoader, Contexts, StepSampler, contexts_of, eval_contexts
 from .evaluation import examine
 from .ranks import AccelerateRanks
-from .saving import loaded, save_plainly, with_adapter
-from .versions import draws_in_random_order, remove_old_checkpoints
+from .saving import loaded, with_adapter
+from .versions import draws_in_random_order
 
 
-class DMTrainer(Trainer):  # type: ignore[misc]
+class DMTrainer(CheckpointingTrainer):
     """Train ``model`` to match the target distribution p = P/Z (Korbak et al. 2022, arXiv:2206.00761, algorithm 1).
 
     Args:
@@ -145,7 +142,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         for rows in {id(each): each for each in (self._rows, *sets)}.values():
             rows.check(self.policy, args.max_new_tokens)
         warn_of_generation_config(model)
-        engine = self._engine(args)
+        engine = engines.engine_of(args, self.policy, self._rows)
         self.target = target
         self._interrupt = Interrupt()
         jit, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False  # handled only while train() runs
@@ -203,7 +200,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             self.proposal = kind_of_proposal(
                 self.policy, args.proposal_criterion, args.proposal_interval, best_only=args.proposal_best_only,
                 stderrs=args.proposal_stderrs, decay=args.proposal_decay, device=args.proposal_device,
-                adapter=shared and args.proposal_device is None, sampler=self._sampler(engine, args),
+                adapter=shared and args.proposal_device is None, sampler=engines.sampler_of(engine, args),
                 alpha=settings.own_alpha if args.proposal_criterion == "alpha" else None,
             )  # fmt: skip
         if self._is_spread and self.proposal is not None and args.gather_for_sampling:
@@ -221,40 +218,10 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         self.matcher.check_length(args.max_new_tokens, "DMConfig.max_new_tokens", stacklevel=3)
         self.reward = self.matcher.reward
         self._metrics: list[dict[str, float]] = []
-        self._staging: str | None = None
-        self._push_later = False
         self._engine_error: EngineError | None = None  # of a swap in this run
         self._jit: JITCheckpoint | None = None  # while train() runs
-        self._random_state_of: str | None = None  # the checkpoint to go on from, until its random state is there
-        self._model_step: int | None = None  # where it is not the last one
         self.eval_samples: Samples | None = None
         self.get_train_dataloader()  # refuses now what it would refuse in train()
-
-    @staticmethod
-    def _sampler(engine: Engine | None, args: DMConfig) -> Sampler | None:
-        """Return what draws for the proposal: the engine, which may run ahead."""
-        if engine is None or not args.sampler_ahead:
-            return engine
-        return AsyncSampler(engine, args.sampler_ahead, max_lag=args.sampler_max_lag)
-
-    def _engine(self, args: DMConfig) -> Engine | None:
-        """Return the engine that draws from q, connected or started; None: the proposal's own copy draws.
-
-        Raises:
-            ValueError, EngineError, ImportError: as ``dmfast.sampling.make``; the engine can't draw as the run asks.
-        """
-        if args.sampler == "model":
-            return None
-        options: dict[str, Any] = dict(cast("dict[str, Any]", args.sampler_options) or {})
-        if args.sampler != "vllm":
-            # a push to the hub leaves out what begins with _
-            options = {"folder": str(Path(args.output_dir) / "_q"), **options}
-        engine = make(args.sampler, self.policy, options)
-        engine.check(
-            max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-            prompts=[prompt for _, prompt in self._rows],
-        )  # fmt: skip
-        return engine
 
     # ---- the data
 
@@ -318,7 +285,7 @@ class DMTrainer(Trainer):  # type: ignore[misc]
             step = self.state.global_step
             if step and checkpoint.fault(Path(self._get_output_dir(None)) / f"checkpoint-{step}") is not None:
                 self._save_checkpoint(self.model, trial=None)
-            raise self._ended(error) from error
+            raise engines.ended(error, Path(self._get_output_dir(None)), step) from error
         parts = batch.split(self.args.per_device_train_batch_size)
         return [{"input_ids": part.samples.tokens, "part": part} for part in parts], None
 
@@ -365,17 +332,6 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         if self._jit is not None:
             self._jit.agreed = terminate
         self._metrics = [metrics] if self.args.logging_strategy == "no" else [*self._metrics, metrics]
-
-    def _ended(self, error: EngineError) -> EngineError:
-        """Return what a run ends with that its engine has failed."""
-        step = self.state.global_step
-        if step == 0:
-            return EngineError(f"{error}. The run has not taken a step yet")
-        folder = Path(self._get_output_dir(None)) / f"checkpoint-{step}"
-        return EngineError(
-            f"{error}. The run ends after step {step}, and {folder} holds all of it, q too: when an engine runs again, "
-            "go on with resume_from_checkpoint=True (dmfast train --resume)"
-        )
 
     def _check_contexts(self, seed: int) -> Prompts:
         """Draw some of the data set's contexts for a check of the proposal; each check gets others."""
@@ -500,7 +456,8 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
             if self._engine_error is not None:
-                raise self._ended(self._engine_error)
+                folder = Path(self._get_output_dir(None))
+                raise engines.ended(self._engine_error, folder, self.state.global_step)
             return result
         finally:
             self._interrupt.remove()
@@ -522,160 +479,3 @@ class DMTrainer(Trainer):  # type: ignore[misc]
         jit.set_trainer(self)
         self.add_callback(jit)
         return jit
-
-    def _load_best_model(self) -> None:
-        if self._is_spread:
-            self.policy.load(self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
-        self._model_step = self.state.best_global_step
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._staging or cast(str, super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run_dir, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        writes = bool(self.args.should_save)
-        with checkpoint.staged(run_dir, name, writes, self.accelerator.wait_for_everyone) as staging:
-            self._staging = str(staging)
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            best = self.state.best_global_step
-            if best:
-                folder = run_dir / f"checkpoint-{best}"
-                self.state.best_model_checkpoint = str(folder) if folder.is_dir() or folder.name == name else None
-            if writes:
-                self.state.save_to_json(str(staging / name / "trainer_state.json"))
-            if not self.args.save_only_model:
-                state = self.state_dict() | deepspeed.mark(self.accelerator)
-                if self._is_spread:
-                    self._save_parts(staging / name, state["matcher"]["proposal"])
-                checkpoint.save_state(state, staging / name, writes=writes, sharded=self._sharding)
-        if self._push_later:
-            self._push_later = False
-            if writes and self.args.hub_strategy != "end":
-                self._write_card(Path(self.args.output_dir))  # transformers then adds the model and pushes
-            super()._push_from_checkpoint(str(run_dir / name))
-        if writes:
-            remove_old_checkpoints(self, run_dir)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self._push_later = True  # the checkpoint is not in its place yet
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        # once: transformers loads it after get_batch_samples, where a scorer may have drawn from it
-        if self._random_state_of is not None:
-            self._random_state_of = None
-            super()._load_rng_state(checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # dmfast's state comes first: it refuses what does not fit before anything has changed
-        folder = Path(resume_from_checkpoint)
-        self.load_state_dict(self._state_in(folder))
-        if self._is_spread:
-            self.policy.load(folder)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        if not self.is_deepspeed_enabled:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        # transformers lets DeepSpeed load its own checkpoint here, and calls no _load_from_checkpoint
-        state = self._state_in(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
-        found = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        deepspeed.begin(self.deepspeed, self.policy, self.proposal)
-        if state is not None:
-            self.load_state_dict(state)
-        return found
-
-    def _state_in(self, folder: Path) -> dict[str, Any]:
-        """Return dmfast's part of a checkpoint of a run like this one.
-
-        Raises:
-            ValueError: it can't be read, or the run was sharded in another way.
-        """
-        state = checkpoint.load_state(folder, self.args.device)
-        checkpoint.check_kind(state, folder, self._sharding)
-        deepspeed.refuse_state(state, folder, self.accelerator)
-        if not self._sharding or self.proposal is None or state["matcher"]["proposal"] is None:
-            return state
-        of_q = self.proposal.state_dict()["model"]
-        if not self._is_spread:
-            return checkpoint.load_shards(state, folder, of_q)
-        parts = distributed_config.load_parts(folder, self.args.process_index, self.model)
-        return checkpoint.with_proposal(state, distributed_config.proposal_of(parts, of_q))
-
-    @property
-    def _sharding(self) -> str | None:
-        """What has made shards of the parameters."""
-        if self._is_spread:
-            return checkpoint.SPREAD
-        return checkpoint.FSDP if self.is_fsdp_enabled else None
-
-    def _save_parts(self, folder: Path, proposal: dict[str, Any] | None) -> None:
-        q = None if proposal is None else proposal["model"]
-        distributed_config.save_parts(folder, self.args.process_index, self.model, self.optimizer, q)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self._is_spread:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:  # the optimiser's states are written with q's parameters
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self._is_spread or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        folder = Path(checkpoint)
-        parts = distributed_config.load_parts(folder, self.args.process_index, self.model)
-        distributed_config.load_optimizer(self.optimizer, parts)
-        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return dmfast's part of a checkpoint: the matcher's state, and the prompts that its Z belong to."""
-        return {"contexts": self._rows.digest, "matcher": self.matcher.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that ``state_dict`` returned.
-
-        Raises:
-            ValueError: the state is of an on-policy run and this run is offline, or the reverse; it is of another
-                target; or it has a format that this version of dmfast does not read.
-            RuntimeError: the state is of another model. Nothing has changed then.
-        """
-        state = checkpoint.upgraded(state)
-        matcher = state["matcher"]
-        if state["contexts"] != self._rows.digest:
-            warnings.warn("the checkpoint is of a run on other prompts: Z of each context starts anew", stacklevel=2)
-            matcher = matcher | {"running": matcher["running"] | {"partitions": PartitionFunctions().state_dict()}}
-        self.matcher.load_state_dict(matcher)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as transformers does, and under FSDP whole, whatever a checkpoint holds. All ranks call it."""
-        whole = bool(self.is_deepspeed_enabled) and self.deepspeed is None  # since training has not begun
-        if whole or (self.is_fsdp_enabled and not _internal_call):  # where transformers fails, or may write nothing
-            self._save(output_dir, None if whole else self.accelerator.get_state_dict(self.model))
-            if self.args.push_to_hub:
-                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-        else:
-            super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        save_plainly(
-            model, folder, lambda: super(DMTrainer, self)._save(output_dir, state_dict), self.policy.eos_token_ids,
-            writes=self.args.should_save,
-        )  # fmt: skip
-        if self.args.should_save:
-            self._write_card(folder)
-
-    def _write_card(self, folder: Path) -> None:
-        (folder / "README.md").write_text(model_card(self), encoding="utf-8")
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card of ``save_model`` into ``args.output_dir``."""
-        if self.is_world_process_zero():
-            self._write_card(Path(self.args.output_dir))
