@@ -72,6 +72,7 @@ def test_what_is_drawn_is_q_with_its_log_probability(server, temperature):
     x = sampler.sample(PROMPTS, 5, max_new_tokens=6, seed=1, temperature=temperature)
     check_layout(x, ids_of(PROMPTS, "own pad"), 5, 6, PAD)
     assert x.version.tolist() == [3] * 20 and x.temperature == temperature
+    assert x.eos_token_ids == tuple(policy.eos_token_ids)
     assert (x.log_prob - policy.log_prob(x)).abs().max() < 1e-4
     assert (x.log_prob - lm().log_prob(x)).abs().max() > 0.01  # not what the server was started with
     ended = (x.tokens == EOS) & x.score_mask

@@ -349,6 +349,7 @@ class Engine:
             tokenizer=like.tokenizer,
             pad_token_id=pad,
             version=torch.full_like(context_id, version),
+            eos_token_ids=tuple(like.eos_token_ids),
         )
 
     def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
