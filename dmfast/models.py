@@ -603,7 +603,7 @@ class LanguageModel:
         if costs is None:
             return "the model's configuration has no hidden_size and num_hidden_layers, by which its cost is estimated"
         if self._rounds_otherwise_in_rows(costs):
-            return f"in {self._guard.rounding} attention over longer rows rounds otherwise than the sampler's"
+            return f"in {self._in_16_bits()} attention over longer rows rounds otherwise than the sampler's"
         return None
 
     def _rounds_otherwise_in_rows(self, costs: Costs) -> bool:
@@ -611,7 +611,14 @@ class LanguageModel:
 
         In 16 bits attention over a longer row, most of it masked, rounds otherwise than the sampler's.
         """
-        return self._guard.rounding in (torch.bfloat16, torch.float16) and not costs.varlen
+        return not costs.varlen and self._in_16_bits() is not None
+
+    def _in_16_bits(self) -> torch.dtype | None:
+        """Return the dtype of 16 bits that the model computes in; None: none, as far as can be told before a forward."""
+        device = self.device.type
+        cast_to = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        seen = (self._guard.rounding, self._unwrapped().get_input_embeddings().weight.dtype, cast_to)
+        return next((dtype for dtype in seen if dtype in (torch.bfloat16, torch.float16)), None)
 
     def _packed(self, samples: Samples) -> Packed | None:
         """Return the samples laid end to end, or None where padding them computes no more or is the only way."""

@@ -552,11 +552,11 @@ def test_leave_one_out() -> None:
     call = good(objective=loo)
     call.logits, call.tokens = call.logits[:1], call.tokens[:1]
     call.options = {k: v[:1] if isinstance(v, Tensor) else v for k, v in call.options.items()}
-    refuses(call, ValueError, "leave-one-out baseline needs two sequences or more.*sequence 0")
+    refuses(call, ValueError, "a mean over the sequences of a prompt needs two or more; sequence 0 is alone")
     refuses(
         good(objective=context, context_id=torch.tensor([5, 7, 5])),
         ValueError,
-        r"two sequences or more in every group; sequence 1 \(context_id 7\) is alone",
+        r"needs two or more of each; sequence 1 \(context_id 7\) is alone",
     )
     refuses(good(objective=context), ValueError, r"'leave_one_out_context' needs context_id \(B,\)")
     with pytest.raises(ValueError, match="sequence 0"):

@@ -118,7 +118,8 @@ def test_standard_errors(name, weighted, z):
             g = torch.ones(n) if sample_weight is None else sample_weight
             of_context = [estimate_log_z((log_p - log_q)[z_of == c], g[z_of == c]).value for c in z_of.unique()]
             log_z = torch.tensor(of_context).double()[z_of]
-        found = dict(vars(estimate(LOG_PI[which], log_q, log_p, log_z, sample_weight=sample_weight, z_of=z_of)))
+        estimates = estimate(LOG_PI[which], log_q, log_p, log_z, sample_weight=sample_weight, z_of=z_of)
+        found = {key: e for key, e in vars(estimates).items() if e is not None}  # no alpha was asked for
         for k, moment in enumerate(estimators.estimate_moments(FEATURES[which], log_p - log_q, sample_weight)):
             found[f"moment_{k}"] = moment
         for key, e in found.items():
@@ -156,6 +157,8 @@ def test_standard_errors_shrink_with_n():
     once = torch.arange(SPACE.n).repeat_interleave(COUNTS)
     small, large = (estimate(LOG_PI[w], LOG_Q[w], target.log_score[w], target.z.log()) for w in (once, once.repeat(4)))
     for name, e in vars(small).items():
+        if e is None:  # no alpha was asked for
+            continue
         factor = 2.0 if name == "ess" else 0.5  # ess is in sequences
         assert getattr(large, name).stderr == pytest.approx(factor * e.stderr, rel=1e-3), name
 
