@@ -614,7 +614,7 @@ class LanguageModel:
         return not costs.varlen and self._in_16_bits() is not None
 
     def _in_16_bits(self) -> torch.dtype | None:
-        """Return the dtype of 16 bits that the model computes in; None: none, as far as can be told before a forward."""
+        """Return the 16-bit dtype that the model computes in; None: none, as far as it shows before a forward."""
         device = self.device.type
         cast_to = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         seen = (self._guard.rounding, self._unwrapped().get_input_embeddings().weight.dtype, cast_to)
