@@ -18,10 +18,12 @@ from test_fsdp import launched  # noqa: E402
 
 LORA = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
+#: Ways below that take no check of scores, without which sequences are padded, are held to runs without one.
+UNCHECKED = {"check_scores": False}
 #: By name what a run does. Each ends with the bits of DDP but for those of ROUNDED.
 RUNS = {
     "tied head": {},
-    "head of its own": {"model": "llama"},
+    "head of its own": {"model": "llama", **UNCHECKED},
     "logits": {"model": "hooked"},
     "gradient accumulation": {
         "model": "llama",
@@ -63,7 +65,7 @@ RUNS = {
         "metric_for_best_model": "kl_policy",
         "greater_is_better": True,
     },
-    "LoRA on one backbone": {"lora": LORA},
+    "LoRA on one backbone": {"lora": LORA, **UNCHECKED},
     "LoRA, checkpointing": {"lora": LORA, "gradient_checkpointing": True},
     "LoRA on copies": {"model": "with_lora"},
     "bf16": {"model": "llama", "bf16": True, "proposal_interval": 100},
@@ -82,8 +84,8 @@ LAUNCHER = {
 }
 #: Other ways to run one of them.
 WAYS = {
-    "in step": ("head of its own", {"gather_for_sampling": False, "check_scores": False}),
-    "in step, LoRA": ("LoRA on one backbone", {"gather_for_sampling": False, "check_scores": False}),
+    "in step": ("head of its own", {"gather_for_sampling": False}),
+    "in step, LoRA": ("LoRA on one backbone", {"gather_for_sampling": False}),
     "never resharded": ("head of its own", {"fsdp_config": {"reshard_after_forward": False}}),
     "the root alone": ("head of its own", {"fsdp_config": {"auto_wrap_policy": "NO_WRAP"}}),
     "accelerate launch": ("head of its own", {"launcher": LAUNCHER}),
