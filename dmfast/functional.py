@@ -130,7 +130,8 @@ def dm_loss(
             sampler's stored log pi, optional: with it the weight is known before the forward and one pass does all.
         log_z: float, 0-d or (B,): log Z, one per sequence where contexts differ. -inf for a context whose P are all 0.
             Under torch.compile give a running one as a tensor: torch compiles anew for every value of a float.
-        objective: a name of ``dmfast.OBJECTIVES``, an ``Objective``, or a function of ``Terms`` giving A, (B,) fp64.
+        objective: a name of ``dmfast.OBJECTIVES`` or ``dmfast.methods.METHODS``, an ``Objective``, or a function of
+            ``Terms`` giving A, (B,) fp64.
         on_policy: x was drawn from the policy itself: rho = 1 exactly.
         reward: (B,) R(x), for ``reinforce`` and ``kl_control``.
         log_base: (B,) log a(x), for ``kl_control``.
@@ -356,6 +357,7 @@ def linear_dm_loss(
                 repr(terms.objective) if isinstance(terms.objective, Objective) else "a function", terms.on_policy,
                 terms.max_weight, terms.entropy_coefficient, terms.constants, terms.present, options, divisor is None,
             ),
+            **({} if terms.group is None else terms.group.told()),
         }  # fmt: skip
 
     (batch, terms, options, divisor), shards = _on_all_ranks(check, group, vocab_start, weight)

@@ -119,7 +119,7 @@ class Guard:
         """Return why the model can't take sequences end to end in a row; None: it can.
 
         Args:
-            ids: (1, T) int64. Another sequence comes before it in one row, and after it in another.
+            ids: (1, T) int64, which goes into rows of three, behind another sequence and before it.
             expected: (1, T, V), its logits alone.
             unit: as in ``_unit``.
         """
@@ -128,14 +128,18 @@ class Guard:
             return "the model's forward takes no position ids by which sequences in a row could be told apart"
         if getattr(text_config(lm._module()), "attention_chunk_size", None) is not None:
             return "the model attends in chunks, which may be counted from the start of a row"
-        if context is not None and 2 * length > context:
-            return f"the model's context of {context} holds no two sequences"
+        if context is not None and 3 * length > context:
+            return f"the model's context of {context} is too short for several sequences in a row"
         other = (ids + 1) % lm.vocab_size
-        both = torch.cat([torch.cat([other, ids], 1), torch.cat([ids, other], 1)])
-        positions = torch.arange(length, device=ids.device).repeat(2).expand(2, -1)
-        found = self._given(lm, both, {"position_ids": positions + self.first_position})
-        apart = found is not None and not (
-            _differ(found[:1, length:], expected, unit) or _differ(found[1:, :length], expected, unit)
+        # flash attention tells sequences apart in one row only, and gets one
+        flash = str(getattr(text_config(lm._module()), "_attn_implementation", "")).startswith("flash")
+        row = torch.cat([other, ids, ids], 1)
+        rows = row if flash else torch.cat([row, torch.cat([ids, other, ids], 1)])
+        positions = torch.arange(length, device=ids.device).repeat(3).expand(len(rows), -1)
+        found = self._given(lm, rows, {"position_ids": positions + self.first_position})
+        places = [(0, 1), (0, 2)] if flash else [(0, 1), (0, 2), (1, 0), (1, 2)]
+        apart = found is not None and not any(
+            _differ(found[r : r + 1, k * length : (k + 1) * length], expected, unit) for r, k in places
         )
         return None if apart else "a sequence has another probability behind another one in a row than alone"
 

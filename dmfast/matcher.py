@@ -69,9 +69,9 @@ class Matcher:
         policy: pi, the model that is trained.
         target: an ``EBM`` that is fitted, around a base that does not move with the policy.
         proposal: q, an ``OfflineProposal`` of the policy. None: the policy itself draws (on-policy).
-        objective: a name of ``dmfast.OBJECTIVES``, an ``Objective``, or a function of ``Terms`` that returns the (B,)
-            weights A. A function with the attribute ``whole_contexts = True`` gets all sequences of a context in one
-            call.
+        objective: a name of ``dmfast.OBJECTIVES`` or ``dmfast.methods.METHODS``, an ``Objective``, or a function of
+            ``Terms`` that returns the (B,) weights A. A function with the attribute ``whole_contexts = True`` gets all
+            sequences of a context in one call; they may not lie on several ranks.
         reward: R(x) for ``reinforce`` and ``kl_control``: a callable on ``Samples`` that returns (N,), such as
             ``dmfast.Scorer``. One that is a feature of the target too runs once.
         baseline: a number; ``mean``, the running mean of rho*r over earlier steps; ``leave_one_out`` or
@@ -280,7 +280,7 @@ class Matcher:
         return self._opened(batch)
 
     def _check_groups(self, context_id: Tensor) -> None:
-        """Check that the sequences of a context lie on one rank, and are two or more.
+        """Check that the sequences of a context lie on one rank, and are as many as the objective needs.
 
         Args:
             context_id: (size * N,) of all ranks.
@@ -297,7 +297,7 @@ class Matcher:
                         f"the objective {self.settings.name!r} needs all sequences of a prompt on one rank, and those "
                         f"of context {context} are on ranks {found[context]} and {rank}: give each its own prompts"
                     )
-                if contexts.count(context) < 2:
+                if contexts.count(context) < getattr(self.settings.template, "least_of_context", 1):
                     raise ValueError(
                         f"the objective {self.settings.name!r} compares the sequences of a prompt, and context "
                         f"{context} has one: draw n >= 2 of each prompt (samples_per_context)"

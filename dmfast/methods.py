@@ -27,7 +27,7 @@ def _of_whole_groups(*needs: str) -> Callable[[_Function], _Function]:
     """Mark an objective whose weights depend on the other sequences of the prompt, and say what it needs."""
 
     def mark(function: _Function) -> _Function:
-        function.whole_contexts, function.needs = True, needs  # type: ignore[attr-defined]
+        function.whole_contexts, function.needs, function.least_of_context = True, needs, 2  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -179,8 +179,8 @@ def grpo(terms: Terms) -> Tensor:
 def dapo(terms: Terms) -> Tensor:
     """Return A = R_hat B/(the step's tokens), B the step's sequences: DAPO on sequences of the policy itself.
 
-    Yu et al. 2025, arXiv:2503.14476, eq. 8. B is that of the call, so that a step in several parts needs
-    ``num_sequences`` and ``num_tokens`` of the step; a ``Matcher`` gives both.
+    Yu et al. 2025, arXiv:2503.14476, eq. 8. Where a step goes through the loss in several parts, ``num_sequences`` and
+    ``num_tokens`` say what the whole step has; a ``Matcher`` gives both. Without them they are those of the call.
 
     Raises:
         ValueError: no reward; ``on_policy`` is not True; a sequence is the only one of its prompt.
@@ -205,6 +205,7 @@ class DrGRPO:
 
     max_length: float
     whole_contexts = True
+    least_of_context = 2
     needs = ("reward",)
 
     def __post_init__(self) -> None:

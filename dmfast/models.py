@@ -603,7 +603,8 @@ class LanguageModel:
         if costs is None:
             return "the model's configuration has no hidden_size and num_hidden_layers, by which its cost is estimated"
         if self._rounds_otherwise_in_rows(costs):
-            return f"in {self._in_16_bits()} attention over longer rows rounds otherwise than the sampler's"
+            what = f"{self._in_16_bits()}, or in TF32, which has the precision of float16"
+            return f"attention over longer rows rounds otherwise than the sampler's in {what}"
         return None
 
     def _rounds_otherwise_in_rows(self, costs: Costs) -> bool:

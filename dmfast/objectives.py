@@ -230,6 +230,14 @@ class Group(NamedTuple):
     n_sequences: Tensor | float
     context_id: Tensor | None = None
 
+    def told(self) -> dict[str, object]:
+        """Return by name what must be the same on ranks that share a vocabulary."""
+        numbers = tuple(float(x) if isinstance(x, Tensor) else x for x in (self.n_tokens, self.n_sequences))
+        return {
+            "context_id": self.length[:0] if self.context_id is None else self.context_id,
+            "num_tokens or num_sequences": numbers,
+        }
+
 
 class Terms:
     """What is known of B sequences: fp64 (B,) tensors without gradient, or None where not given.
@@ -375,7 +383,7 @@ class Terms:
         by which a ``Matcher`` never cuts a group.
 
         Args:
-            values: (B,).
+            values: (B,). The mean of a group with a value that is not finite is inf.
             leave_one_out: without the sequence itself.
 
         Raises:
@@ -607,10 +615,15 @@ def _group_mean(values: Tensor, context_id: Tensor | None, without_own: bool) ->
     others = leave_one_out(values, context_id)
     if without_own:
         return others
+    # a value that is not finite is counted apart, since 0 * inf would make NaN in other groups
+    finite = values.isfinite()
+    rest, infinite = torch.where(finite, values, 0.0), (~finite).to(values.dtype)
     if context_id is None:
-        return values.mean().expand_as(values)
-    same = (context_id[:, None] == context_id[None, :]).to(values.dtype)
-    return same @ values / same.sum(1)
+        mean, any_infinite = rest.mean().expand_as(values), infinite.sum().expand_as(values)
+    else:
+        same = (context_id[:, None] == context_id[None, :]).to(values.dtype)
+        mean, any_infinite = same @ rest / same.sum(1), same @ infinite
+    return torch.where(any_infinite > 0, math.inf, mean)
 
 
 def plain_baseline(

@@ -1,5 +1,5 @@
 """A head whose rows are cut among the ranks of a process group: what the linear losses take as ``group``, or find in a
-DTensor. This module, ``sharding.py`` and ``training/`` know torch.distributed, and nothing else does.
+DTensor. Besides this module only ``sharding.py``, ``tensor_parallel.py`` and ``training/`` know torch.distributed.
 
 Every rank has the same hidden states and inputs, and its own rows of the head. Before anything is computed the ranks
 compare what they were given, so that a rank that was called wrongly ends all of them, and none waits for it.

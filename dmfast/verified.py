@@ -66,12 +66,7 @@ def maj_at_k(answers: Sequence[Hashable], right: Tensor, context_id: Tensor, k: 
     values = []
     for context in _contexts(context_id):
         places = (context_id == context).nonzero()[:, 0].tolist()
-        verdict: dict[Hashable, bool] = {}
-        for i in places:
-            if verdict.setdefault(answers[i], bool(right[i])) != bool(right[i]):
-                raise ValueError(
-                    f"the answer {answers[i]!r} of context {context} is right in one sample, not in another"
-                )
+        verdict = _verdicts(answers, right, places, context)
         draws = 1 if len(places) == k else 200
         total = 0.0
         for _ in range(draws):
@@ -109,9 +104,19 @@ def distinct_at_k(answers: Sequence[Hashable], right: Tensor, context_id: Tensor
     values = []
     for context in _contexts(context_id):
         places = (context_id == context).nonzero()[:, 0].tolist()
-        counts = Counter(answers[i] for i in places if bool(right[i]))
+        verdict = _verdicts(answers, right, places, context)
+        counts = Counter(answers[i] for i in places if verdict[answers[i]])
         values.append(sum(1 - _none_of(len(places), m, k) for m in counts.values()))
     return _over_prompts(values)
+
+
+def _verdicts(answers: Sequence[Hashable], right: Tensor, places: list[int], context: int) -> dict[Hashable, bool]:
+    """Return for each answer of a prompt whether it is right."""
+    found: dict[Hashable, bool] = {}
+    for i in places:
+        if found.setdefault(answers[i], bool(right[i])) != bool(right[i]):
+            raise ValueError(f"the answer {answers[i]!r} of context {context} is right in one sample, not in another")
+    return found
 
 
 def _none_of(n: int, c: int, k: int) -> float:

@@ -384,6 +384,10 @@ def test_a_run_that_is_ahead_of_an_engine_that_fails_ends_with_a_checkpoint_and_
 HTTP = {"sampler": "http://h:1"}
 CONFIGS = {
     "model": ({"sampler_ahead": 2}, "sampler_ahead=2 does not go with sampler='model', which draws in this process"),
+    "vllm": (
+        {"sampler": "vllm", "sampler_ahead": 2},
+        "sampler_ahead=2 does not go with sampler='vllm', which draws in this process",
+    ),
     "negative": (HTTP | {"sampler_ahead": -1}, "sampler_ahead must be an integer, 0 or more, got -1"),
     "lag": (HTTP | {"sampler_ahead": 2, "sampler_max_lag": 0.5}, "sampler_max_lag must be an integer, 0 or more"),
     "lag alone": (

@@ -220,6 +220,18 @@ def test_group_means():
     assert torch.allclose(seen["others"], leave_one_out(reward.double())) and float(seen["terms"].n_tokens) == 16
 
 
+def test_an_infinite_value_stays_in_its_group():
+    def look(terms):
+        seen.append(terms.group_mean(terms.log_target))
+        return torch.zeros_like(terms.log_target)
+
+    seen: list[Tensor] = []
+    logits, x, mask, _, context = batch()
+    log_target = torch.tensor([-math.inf, -1.0, -2.0, -3.0, -1.0, -4.0])
+    dm_loss(logits, x, mask, objective=look, log_target=log_target, on_policy=True, context_id=context)
+    assert bool(seen[0][context == 3].isinf().all()) and seen[0][context == 8].tolist() == [-3.0] * 3
+
+
 @pytest.mark.parametrize(
     ("objective", "change", "message"),
     [

@@ -115,9 +115,9 @@ def test_a_packed_loss_is_the_padded_one_in_every_part(shapes: Any) -> None:
     [
         (lambda: BloomForCausalLM(BloomConfig(**SMALL, hidden_size=64, n_layer=2, n_head=4)), {}, "no position ids"),
         (lambda: Mixing(LlamaConfig(**LLAMA)), {}, "another probability behind another one"),
-        (lambda: llama(max_position_embeddings=15), {}, "context of 15 holds no two"),
+        (lambda: llama(max_position_embeddings=15), {}, "context of 15 is too short"),
         (llama, {"check_scores": False}, "check_scores=False"),
-        (lambda: llama().bfloat16(), {}, "bfloat16 attention over longer rows rounds"),
+        (lambda: llama().bfloat16(), {}, "longer rows rounds otherwise than the sampler's in torch.bfloat16"),
     ],
 )
 def test_a_model_that_can_not_take_packed_sequences_gets_them_padded(

@@ -75,6 +75,7 @@ def test_coverage_is_the_share_of_prompts_with_a_right_sample():
         (lambda: coverage(RIGHT[:0], CONTEXT[:0]), "N >= 1"),
         (lambda: maj_at_k(ANSWERS[1:], RIGHT, CONTEXT, 1), "one for each of 15 samples, got 14"),
         (lambda: distinct_at_k(ANSWERS[1:], RIGHT, CONTEXT, 1), "one for each of 15 samples, got 14"),
+        (lambda: distinct_at_k(["a"] * 15, RIGHT, CONTEXT, 5), "'a' of context 7 is right in one sample, not in"),
         (lambda: maj_at_k(["a"] * 15, RIGHT, CONTEXT, 5), "'a' of context 7 is right in one sample, not in another"),
     ],
 )

@@ -114,6 +114,40 @@ def test_a_column_that_a_row_does_not_have_is_named():
         Verifier(right, workers=1)(x)
 
 
+def careful(texts, rows):
+    """Asks for a column that is not there, and fails for another reason."""
+    assert "hint" not in rows[0] and rows[0].get("hint") is None
+    return {}["other"]
+
+
+@pytest.mark.parametrize("options", [{}, {"workers": 1}])
+def test_asking_whether_a_column_is_there_is_not_reading_it(options):
+    x = samples(["4"], ["4"])
+    if options:
+        with pytest.warns(UserWarning, match="KeyError"):
+            assert Verifier(careful, **options)(x).tolist() == [0.0]
+        return
+    with pytest.raises(RuntimeError, match="'careful' raised KeyError: 'other'"):
+        Verifier(careful)(x)
+
+
+def test_a_worker_that_died_while_idle_costs_nothing():
+    verifier = Verifier(right, workers=1, cache=0)
+    x = samples(["4"], ["4"])
+    assert verifier(x).tolist() == [1.0]
+    verifier._pool._workers[0].process.kill()
+    verifier._pool._workers[0].process.join()
+    assert verifier(x).tolist() == [1.0] and verifier.counts.died == 0
+
+
+def test_rows_that_differ_in_the_middle_of_an_array_are_two():
+    fn = Seen(lambda texts, rows: [float(row["table"][2000]) for row in rows])
+    one, other = torch.zeros(4000), torch.zeros(4000)
+    other[2000] = 1.0
+    x = dataclasses.replace(samples(["4", "4"], ["", ""]), rows=[{"table": one}, {"table": other}])
+    assert Verifier(fn)(x).tolist() == [0.0, 1.0]
+
+
 def test_an_error_of_the_function_is_raised_with_the_completion():
     with pytest.raises(RuntimeError, match=r"verifier 'bad' raised ArithmeticError: no such number; .*'raise'"):
         Verifier(bad, batch_size=1)(samples(["raise"], ["4"]))

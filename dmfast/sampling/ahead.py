@@ -26,6 +26,7 @@ from .engine import Engine, EngineError
 from .mixture import Mixture
 from .prompted import Prompted
 from .protocol import Sampler
+from .vllm_local import VLLMSampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -152,7 +153,7 @@ class AsyncSampler:
                 "sampler must have what dmfast.sampling.Sampler lists (sample, log_prob, load, version), got a "
                 f"{type(sampler).__name__}"
             )
-        if isinstance(sampler, (LanguageModel, Mixture, Prompted, AsyncSampler)):
+        if isinstance(sampler, (LanguageModel, Mixture, Prompted, AsyncSampler, VLLMSampler)):
             raise TypeError(
                 f"a {type(sampler).__name__} runs in this process, and its forwards belong to the main thread, which "
                 "trains meanwhile; take an engine in another process, such as dmfast.sampling.ProcessSampler(policy)"

@@ -184,9 +184,10 @@ class Verifier(Scorer):
         return found
 
     def _why(self, error: Exception, rows: Sequence[Row], samples: Samples, place: int) -> str:
-        lacking = next((row for row in rows if row.lacking), None)
-        if isinstance(error, KeyError) and lacking is not None:
-            return self._lacks(lacking.lacking, lacking)
+        if isinstance(error, KeyError):
+            lacking = next((row for row in rows if row.is_lacking(error)), None)
+            if lacking is not None:
+                return self._lacks(lacking.lacking, lacking)
         first = show(samples, place)
         return f"verifier {self.name!r} raised {type(error).__name__}: {error}; first completion: {first}"
 
@@ -251,4 +252,6 @@ def rows_of(samples: Samples) -> list[Row]:
 
 
 def _canonical(row: Mapping[str, Any]) -> str:
-    return repr(sorted((name, repr(value)) for name, value in row.items()))
+    # the repr of a long array leaves out its middle
+    whole = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+    return repr(sorted((name, repr(value)) for name, value in whole.items()))

@@ -46,6 +46,17 @@ class Row(Mapping[str, Any]):
             self.lacking = name
         return self._columns[name]
 
+    def __contains__(self, name: object) -> bool:  # asking is not reading
+        return name in self._columns
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a column, or what stands in its place."""
+        return self._columns.get(name, default)
+
+    def is_lacking(self, error: KeyError) -> bool:
+        """Return whether an error is that a column was read which is not there."""
+        return bool(self.lacking) and error.args == (self.lacking,)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._columns)
 
@@ -117,9 +128,13 @@ class Workers:
             while left or any(worker.item is not None for worker in self._workers):
                 while len(self._workers) < min(self.n, len(left) + self._busy()):
                     self._workers.append(_Worker(self.fn, self.memory_limit))
-                for worker in self._workers:
+                for worker in list(self._workers):
                     if left and worker.started and worker.item is None:
-                        self._give(worker, left.popleft(), items)
+                        if self._give(worker, left[0], items):
+                            left.popleft()
+                        else:  # it died while it had nothing to do
+                            worker.end()
+                            self._workers.remove(worker)
                 self._wait(found)
         except BaseException:
             self.close()  # what is under way would otherwise answer the next call
@@ -129,18 +144,24 @@ class Workers:
     def _busy(self) -> int:
         return sum(worker.item is not None for worker in self._workers)
 
-    def _give(self, worker: _Worker, place: int, items: Sequence[Item]) -> None:
+    def _give(self, worker: _Worker, place: int, items: Sequence[Item]) -> bool:
+        """Give a worker an item, and return whether it lives."""
+        if not worker.process.is_alive():
+            return False
         worker.item = place
         worker.deadline = time.monotonic() + (float("inf") if self.time_limit is None else self.time_limit)
         text, row = items[place]
         try:
             worker.connection.send((text, row))
         except (BrokenPipeError, ConnectionResetError):
-            worker.deadline = 0.0  # found dead when it is waited for
+            return False
+        return True
 
     def _wait(self, found: list[Any]) -> None:
         """Take the answers that are there, and end the processes that are over their time."""
         waited = [worker for worker in self._workers if worker.item is not None or not worker.started]
+        if not waited:
+            return
         soonest = min(worker.deadline for worker in waited)
         limit = None if soonest == float("inf") else max(soonest - time.monotonic(), 0.0)
         connections: list[Connection] = [worker.connection for worker in waited]
@@ -203,7 +224,8 @@ def _serve(connection: Connection, fn: Callable[..., Any], memory_limit: int | N
         except MemoryError:
             answer = Verdict(OUT_OF_MEMORY)
         except KeyError as error:
-            answer = Verdict(LACKS, row.lacking) if row.lacking else Verdict(RAISED, f"KeyError: {error}")
+            lacks = row.is_lacking(error)
+            answer = Verdict(LACKS, row.lacking) if lacks else Verdict(RAISED, f"KeyError: {error}")
         except Exception as error:
             answer = Verdict(RAISED, f"{type(error).__name__}: {error}")
         connection.send(answer)

@@ -42,6 +42,8 @@ def model_card(trainer: Any) -> str:
     if base and "/" in base:
         header.insert(1, f"base_model: {json.dumps(base)}")
     settings = {name: getattr(args, name) for name in SETTINGS}
+    if trainer.matcher.settings.own_alpha is None:
+        del settings["normalize_alpha"]
     settings |= {"objective": trainer.matcher.settings.name, "eos_token_id": trainer.policy.eos_token_ids}
     lines = [
         *header, "---", "", "# A language model matched to a target distribution", "",

@@ -33,8 +33,8 @@ def refuse_parallelism(args: TrainingArguments) -> None:
     if by_launcher or args.parallelism_config:
         asked = f"{variable}, which accelerate launch sets," if by_launcher else "parallelism_config"
         raise ValueError(
-            f"DMTrainer does not run under tensor, context or sequence parallelism yet, which {asked} asks for; use "
-            "DDP, FSDP2 or DeepSpeed, or load the model with DistributedConfig(tp_size=...)"
+            f"DMTrainer takes no parallelism_config (tensor, context or sequence parallelism), which {asked} asks for; "
+            "use DDP, FSDP2 or DeepSpeed, or load the model with DistributedConfig(tp_size=...)"
         )
     deepspeed.refuse_absent(args)
     if "hybrid" in f"{args.fsdp} {args.fsdp_config}".lower():
@@ -59,7 +59,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     ``enable_jit_checkpoint=True`` (SIGTERM saves a checkpoint).
 
     Args:
-        objective: a name of ``dmfast.OBJECTIVES``. ``DMTrainer(objective=...)`` takes functions, too.
+        objective: a name of ``dmfast.OBJECTIVES`` or of ``dmfast.methods.METHODS``. ``DMTrainer(objective=...)`` takes
+            functions, too.
         baseline: a number; ``mean``, the running mean of rho*r over earlier steps; ``leave_one_out`` or
             ``leave_one_out_context``. ``gdc++`` has its own.
         beta: the KL coefficient of ``kl_control``; its value at the start, where ``beta_target_kl`` is given.
@@ -139,7 +140,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     report_to: None | str | list[str] = _field("none", "Loggers, such as tensorboard.")  # noqa: RUF009, RUF036
     enable_jit_checkpoint: bool = _field(True, "SIGTERM saves a checkpoint.")
 
-    objective: str = _field("gdc++", "The objective, one of dmfast.OBJECTIVES.")
+    objective: str = _field("gdc++", "The objective, one of dmfast.OBJECTIVES or dmfast.methods.METHODS.")
     baseline: float | str | None = _field(None, "None, a number, mean, leave_one_out or leave_one_out_context.")
     beta: float | None = _field(None, "The KL coefficient of kl_control.")
     beta_target_kl: float | None = _field(None, "The wanted KL(pi||a) in nats; None: beta is fixed.")
@@ -252,6 +253,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             )
         refused = {
             "sampler='model', which draws in this process: take an engine": self.sampler == "model",
+            "sampler='vllm', which draws in this process: take a server": self.sampler == "vllm",
             "several processes, which agree on each draw": self.world_size > 1,
             "ignore_data_skip=True, after which the prompts of a resumed run are not those of its steps":
                 self.ignore_data_skip,

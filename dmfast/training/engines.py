@@ -38,16 +38,22 @@ def sampler_of(engine: Engine | None, args: DMConfig) -> Sampler | None:
     return AsyncSampler(engine, args.sampler_ahead, max_lag=args.sampler_max_lag)
 
 
-def ended(error: EngineError, run: Path, step: int) -> EngineError:
-    """Return what a run ends with that its engine has failed.
+def ended(error: EngineError, args: DMConfig, run: Path, step: int) -> EngineError:
+    """Return the error with which a run ends whose engine has failed.
 
     Args:
         error: the failure.
+        args: those of the run.
         run: the folder of the run.
         step: how many steps it has taken.
     """
     if step == 0:
         return EngineError(f"{error}. The run has not taken a step yet")
+    if args.save_only_model:
+        return EngineError(
+            f"{error}. The run ends after step {step}; with save_only_model=True {run / f'checkpoint-{step}'} holds "
+            "the policy alone, from which no run goes on"
+        )
     return EngineError(
         f"{error}. The run ends after step {step}, and {run / f'checkpoint-{step}'} holds all of it, q too: when an "
         "engine runs again, go on with resume_from_checkpoint=True (dmfast train --resume)"

@@ -285,7 +285,7 @@ class DMTrainer(CheckpointingTrainer):
             step = self.state.global_step
             if step and checkpoint.fault(Path(self._get_output_dir(None)) / f"checkpoint-{step}") is not None:
                 self._save_checkpoint(self.model, trial=None)
-            raise engines.ended(error, Path(self._get_output_dir(None)), step) from error
+            raise engines.ended(error, self.args, Path(self._get_output_dir(None)), step) from error
         parts = batch.split(self.args.per_device_train_batch_size)
         return [{"input_ids": part.samples.tokens, "part": part} for part in parts], None
 
@@ -457,7 +457,7 @@ class DMTrainer(CheckpointingTrainer):
             result = super().train(resume_from_checkpoint, *args, **kwargs)
             if self._engine_error is not None:
                 folder = Path(self._get_output_dir(None))
-                raise engines.ended(self._engine_error, folder, self.state.global_step)
+                raise engines.ended(self._engine_error, self.args, folder, self.state.global_step)
             return result
         finally:
             self._interrupt.remove()
