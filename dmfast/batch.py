@@ -107,7 +107,7 @@ class Batch:
         epoch: the steps that the batch has served before.
         anew: whether lambda is another than before, so that all earlier estimates are void.
         whole_contexts: whether the sequences of a context go through the loss together.
-        n_tokens: the scored tokens of the step, on an average rank.
+        n_tokens: the scored tokens of the step on an average rank, where the objective is a function; else 1.
         seconds, counts, gradient: what sampling, scoring and policy took; what the scorers did on this rank; the norm
             and the variance of the gradient, where they were measured.
     """

@@ -57,10 +57,14 @@ def frozen_copy(module: nn.Module, device: torch.device | str | None) -> nn.Modu
 
 
 def _about(value: Any, copies: dict[int, Any]) -> Any:
-    """Return what is about modules in the same form about their copies, by the ids of the modules.
+    """Return a function or method with the copies of modules in the place of the modules that it refers to.
 
-    deepcopy takes a function as it is, and tensor parallelism puts functions in the place of forwards, each of which
-    would go on computing with the model that was copied.
+    deepcopy does not copy functions. Where a function has taken the place of a module's forward, as under tensor
+    parallelism, the copy's would go on computing with the model that was copied.
+
+    Args:
+        value: what a module's forward is, or refers to.
+        copies: the copy of each module, by the id of the module.
     """
     if id(value) in copies:
         return copies[id(value)]

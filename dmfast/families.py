@@ -73,6 +73,11 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def attends_by_flash(model: nn.Module) -> bool:
+    """Return whether attention computes the pairs of one sequence only, which lies with others in one row."""
+    return str(getattr(text_config(model), "_attn_implementation", "")).startswith("flash")
+
+
 def context_length(model: nn.Module) -> int | None:
     """Return how many tokens the model takes, prompt and continuation together. None: no limit is known.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import sharding
 from .decoding import positions_of
 from .draws import random_draw
-from .families import first_position, text_config, without_adapters
+from .families import attends_by_flash, first_position, text_config, without_adapters
 from .samples import Samples
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class Guard:
             return f"the model's context of {context} is too short for several sequences in a row"
         other = (ids + 1) % lm.vocab_size
         # flash attention tells sequences apart in one row only, and gets one
-        flash = str(getattr(text_config(lm._module()), "_attn_implementation", "")).startswith("flash")
+        flash = attends_by_flash(lm._module())
         row = torch.cat([other, ids, ids], 1)
         rows = row if flash else torch.cat([row, torch.cat([ids, other, ids], 1)])
         positions = torch.arange(length, device=ids.device).repeat(3).expand(len(rows), -1)

@@ -17,7 +17,7 @@ from . import sharding, tensor_parallel
 from .functional import linear_logits, plain_logits
 from .parallel import whole_logits
 
-_SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 _SHOWN = (slice(2), slice(-2, None))  # the positions that are compared: the last are never left padding
 
 
@@ -169,7 +169,7 @@ class HeadProbe:
         return self._rounds() and self.why_not(model) is None
 
     def _rounds(self) -> bool:
-        return self.logits_dtype == "float32" and self.dtype in _SIXTEEN_BIT
+        return self.logits_dtype == "float32" and self.dtype in SIXTEEN_BIT
 
     def last_logits(self, model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, Tensor]:
         """Return a forward's output and (R, V) logits of its last position, made as the losses make them.

@@ -17,6 +17,7 @@ import math
 import re
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -291,13 +292,13 @@ class Matcher:
         by_rank = context_id.view(self.ranks.size, -1)
         found: dict[int, int] = {}
         for rank, contexts in enumerate(by_rank.tolist()):
-            for context in set(contexts):
+            for context, count in Counter(contexts).items():
                 if found.setdefault(context, rank) != rank:
                     raise ValueError(
                         f"the objective {self.settings.name!r} needs all sequences of a prompt on one rank, and those "
                         f"of context {context} are on ranks {found[context]} and {rank}: give each its own prompts"
                     )
-                if contexts.count(context) < getattr(self.settings.template, "least_of_context", 1):
+                if count < getattr(self.settings.template, "least_of_context", 1):
                     raise ValueError(
                         f"the objective {self.settings.name!r} compares the sequences of a prompt, and context "
                         f"{context} has one: draw n >= 2 of each prompt (samples_per_context)"

@@ -35,7 +35,7 @@ from .functional import (
     shift_labels,
 )
 from .guard import Guard
-from .head import HeadProbe, HiddenAndHead, unwrapped
+from .head import SIXTEEN_BIT, HeadProbe, HiddenAndHead, unwrapped
 from .kernels import warn_caller
 from .kernels.batch import IGNORE
 from .kernels.result import DMLossOutput
@@ -599,36 +599,28 @@ class LanguageModel:
         fault = self._head.why_not(self.model)
         if fault is not None:
             return f"all logits are formed: {fault}"
-        costs = costs_of(self._unwrapped())
-        if costs is None:
+        if self._costs is None:
+            self._costs = costs_of(self._unwrapped())
+        if self._costs is None:
             return "the model's configuration has no hidden_size and num_hidden_layers, by which its cost is estimated"
-        if self._rounds_otherwise_in_rows(costs):
-            what = f"{self._in_16_bits()}, or in TF32, which has the precision of float16"
+        dtype = self._in_16_bits()
+        if dtype is not None and not self._costs.varlen:  # most of a longer row is masked
+            what = f"{dtype}, or in TF32, which has the precision of float16"
             return f"attention over longer rows rounds otherwise than the sampler's in {what}"
         return None
 
-    def _rounds_otherwise_in_rows(self, costs: Costs) -> bool:
-        """Return whether a packed forward would add to what log pi and log q of a sequence differ by.
-
-        In 16 bits attention over a longer row, most of it masked, rounds otherwise than the sampler's.
-        """
-        return not costs.varlen and self._in_16_bits() is not None
-
     def _in_16_bits(self) -> torch.dtype | None:
-        """Return the 16-bit dtype that the model computes in; None: none, as far as it shows before a forward."""
+        """Return the 16-bit dtype that the model computes in, as far as that is known before a forward; None: none."""
         device = self.device.type
         cast_to = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         seen = (self._guard.rounding, self._unwrapped().get_input_embeddings().weight.dtype, cast_to)
-        return next((dtype for dtype in seen if dtype in (torch.bfloat16, torch.float16)), None)
+        return next((dtype for dtype in seen if dtype in SIXTEEN_BIT), None)
 
     def _packed(self, samples: Samples) -> Packed | None:
         """Return the samples laid end to end, or None where padding them computes no more or is the only way."""
-        if not self.packs or not self._guard.packed or self._head.why_not(self.model) is not None:
+        if self.why_padded is not None:
             return None
-        if self._costs is None:
-            self._costs = costs_of(self._unwrapped())
-        if self._costs is None or self._rounds_otherwise_in_rows(self._costs):
-            return None
+        assert self._costs is not None
         rows = arrange(samples.attention_mask.sum(1).tolist(), self._costs, self._context)
         return None if rows is None else pack(samples, rows)
 
@@ -703,7 +695,7 @@ class LanguageModel:
         self._say(f"dmfast forms all logits of {self._kind}, which takes more memory: {self._head.why_not(self.model)}")
 
     def _say_what_on_policy_neglects(self, dtype: torch.dtype, options: Mapping[str, Any]) -> None:
-        if options.get("on_policy") is True and dtype in (torch.bfloat16, torch.float16):
+        if options.get("on_policy") is True and dtype in SIXTEEN_BIT:
             self._say(
                 f"on_policy=True takes the importance ratio for 1, but the model computes in {dtype}: by rounding, log "
                 "pi of a sample is not quite the log q that it was drawn with, which on_policy=False would correct"

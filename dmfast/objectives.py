@@ -589,41 +589,42 @@ def leave_one_out(values: Tensor, context_id: Tensor | None = None) -> Tensor:
         >>> leave_one_out(torch.tensor([1.0, 2.0, 6.0]))
         tensor([4.0000, 3.5000, 1.5000])
     """
+    rest, infinite, of_group, infinite_of_group, n = _group_sums(values, context_id)
+    return torch.where(infinite_of_group - infinite > 0, math.inf, (of_group - rest) / (n - 1))
+
+
+def _group_sums(values: Tensor, context_id: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | int]:
+    """Return values with 0 for what is not finite, and 1 where that is; the sums of both over each group, and its size.
+
+    A value that is not finite is counted apart: 0 * inf and inf - inf would make NaN where it has no part.
+
+    Raises:
+        ValueError: a sequence is the only one of its group.
+    """
     n, finite = values.shape[0], values.isfinite()
-    # a value that is not finite is counted apart: 0 * inf and inf - inf would make NaN where it has no part
-    rest, others = torch.where(finite, values, 0.0), (~finite).to(values.dtype)
+    rest, infinite = torch.where(finite, values, 0.0), (~finite).to(values.dtype)
     if context_id is None:
         if n == 1:
             raise ValueError("a mean over the sequences of a prompt needs two or more; sequence 0 is alone")
-        mean, infinite = (rest.sum() - rest) / (n - 1), others.sum() - others
-    else:
-        same = context_id[:, None] == context_id[None, :]
-        counts = same.sum(1)
-        if not torch.compiler.is_compiling() and bool((counts < 2).any()):
-            alone = int((counts < 2).nonzero()[0])
-            raise ValueError(
-                f"a mean over the sequences of a prompt needs two or more of each; sequence {alone} "
-                f"(context_id {int(context_id[alone])}) is alone"
-            )
-        in_group = same.to(values.dtype)
-        mean, infinite = (in_group @ rest - rest) / (counts - 1), in_group @ others - others
-    return torch.where(infinite > 0, math.inf, mean)
+        return rest, infinite, rest.sum(), infinite.sum(), n
+    same = context_id[:, None] == context_id[None, :]
+    counts = same.sum(1)
+    if not torch.compiler.is_compiling() and bool((counts < 2).any()):
+        alone = int((counts < 2).nonzero()[0])
+        raise ValueError(
+            f"a mean over the sequences of a prompt needs two or more of each; sequence {alone} "
+            f"(context_id {int(context_id[alone])}) is alone"
+        )
+    in_group = same.to(values.dtype)
+    return rest, infinite, in_group @ rest, in_group @ infinite, counts
 
 
 def _group_mean(values: Tensor, context_id: Tensor | None, without_own: bool) -> Tensor:
     """Return ``Terms.group_mean``."""
-    others = leave_one_out(values, context_id)
     if without_own:
-        return others
-    # a value that is not finite is counted apart, since 0 * inf would make NaN in other groups
-    finite = values.isfinite()
-    rest, infinite = torch.where(finite, values, 0.0), (~finite).to(values.dtype)
-    if context_id is None:
-        mean, any_infinite = rest.mean().expand_as(values), infinite.sum().expand_as(values)
-    else:
-        same = (context_id[:, None] == context_id[None, :]).to(values.dtype)
-        mean, any_infinite = same @ rest / same.sum(1), same @ infinite
-    return torch.where(any_infinite > 0, math.inf, mean)
+        return leave_one_out(values, context_id)
+    _, _, of_group, infinite_of_group, n = _group_sums(values, context_id)
+    return torch.where(infinite_of_group > 0, math.inf, of_group / n).expand_as(values)
 
 
 def plain_baseline(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .families import text_config
+from .families import attends_by_flash, text_config
 from .samples import Samples
 
 #: Sequences are packed only where that is estimated to save this part of a forward, since copies are not counted.
@@ -57,8 +57,7 @@ def costs_of(model: nn.Module) -> Costs | None:
     active = getattr(config, "num_experts_per_tok", None)
     if isinstance(experts, int) and isinstance(active, int) and experts > active > 0:
         body = body * active // experts
-    varlen = str(getattr(config, "_attn_implementation", "")).startswith("flash")
-    return Costs(body / layers, 2.0 * width, varlen)
+    return Costs(body / layers, 2.0 * width, attends_by_flash(model))
 
 
 def arrange(lengths: Sequence[int], costs: Costs, longest: int | None) -> list[list[int]] | None:

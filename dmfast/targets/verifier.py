@@ -113,13 +113,13 @@ class Verifier(Scorer):
         """The verifier itself: another one of the same function may judge otherwise."""
         return id(self)
 
-    def _with_cache(self, samples: Samples) -> Tensor:
+    def _with_cache(self, samples: Samples) -> Tensor:  # a verdict is of a text and a row, and not of tokens alone
         return self._scored(samples)
 
     def _scored(self, samples: Samples) -> Tensor:
-        texts, rows, ended = samples.text, rows_of(samples), finished(samples)
+        texts, rows = samples.text, rows_of(samples)
         values = torch.zeros(len(samples), dtype=torch.float64)
-        keys = {i: (texts[i], _canonical(rows[i])) for i in range(len(samples)) if self._judges(ended[i])}
+        keys = {i: (texts[i], _canonical(rows[i])) for i in range(len(samples)) if self._judges(rows[i])}
         self.counts.unfinished += len(samples) - len(keys)
         new: dict[tuple[str, str], int] = {}
         for i, key in keys.items():
@@ -136,8 +136,8 @@ class Verifier(Scorer):
         self._remember(keys.values(), judged)
         return values.to(samples.log_prob.device)
 
-    def _judges(self, ended: bool) -> bool:
-        return ended or self.truncated == "judge"
+    def _judges(self, row: Row) -> bool:
+        return row["finished"] or self.truncated == "judge"
 
     def _remember(self, used: Iterable[tuple[str, str]], judged: Mapping[tuple[str, str], Any]) -> None:
         for key, value in judged.items():

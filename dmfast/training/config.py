@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..diagnostics import nltk
 from ..proposal import CRITERIA, NEED_ALL
 from ..sampling import check_options
 from ..settings import AnyObjective, Settings
-from . import deepspeed
+from . import deepspeed, launcher
 
 
 def _field(default: Any, text: str) -> Any:
@@ -28,13 +27,11 @@ def refuse_parallelism(args: TrainingArguments) -> None:
         ValueError: it is asked for.
         ImportError: DeepSpeed is asked for and not installed.
     """
-    variable = "ACCELERATE_USE_PARALLELISM_CONFIG"
-    by_launcher = os.environ.get(variable, "false").lower() in ("true", "1")
-    if by_launcher or args.parallelism_config:
-        asked = f"{variable}, which accelerate launch sets," if by_launcher else "parallelism_config"
+    asked = launcher.asked(args, "parallelism_config", "ACCELERATE_USE_PARALLELISM_CONFIG")
+    if asked is not None:
         raise ValueError(
-            f"DMTrainer takes no parallelism_config (tensor, context or sequence parallelism), which {asked} asks for; "
-            "use DDP, FSDP2 or DeepSpeed, or load the model with DistributedConfig(tp_size=...)"
+            f"DMTrainer does not run under tensor, context or sequence parallelism yet, which {asked} asks for; use "
+            "DDP, FSDP2 or DeepSpeed, or for tensor parallelism load the model with DistributedConfig(tp_size=...)"
         )
     deepspeed.refuse_absent(args)
     if "hybrid" in f"{args.fsdp} {args.fsdp_config}".lower():

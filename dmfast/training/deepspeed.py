@@ -28,6 +28,7 @@ from .. import sharding
 from ..models import LanguageModel
 from ..proposal import OfflineProposal
 from ..samples import Samples
+from . import launcher
 
 TRIED = {"torch": "2.13", "accelerate": "1.15", "transformers": "5.24", "deepspeed": "0.19.8"}
 STAGES = (1, 2, 3)
@@ -52,10 +53,7 @@ _OFF = (None, False, 0, "none")
 
 def asked(args: TrainingArguments) -> str | None:
     """Return what asks for DeepSpeed, an argument or ``accelerate launch``; None: nothing does."""
-    if args.deepspeed:
-        return "deepspeed"
-    by_launcher = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
-    return "ACCELERATE_USE_DEEPSPEED, which accelerate launch sets," if by_launcher else None
+    return launcher.asked(args, "deepspeed", "ACCELERATE_USE_DEEPSPEED")
 
 
 def refuse_absent(args: TrainingArguments) -> None:

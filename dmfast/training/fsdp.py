@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from .. import sharding
+from . import launcher
 
 _HOW = "fsdp=True in DMConfig, started by torchrun or accelerate launch with one process for each GPU"
 UNCHECKED = (
@@ -26,10 +26,7 @@ TRIED = {"torch": "2.13", "accelerate": "1.15", "transformers": "5.24"}
 
 def asked(args: TrainingArguments) -> str | None:
     """Return what asks for FSDP, an argument or ``accelerate launch``; None: nothing does."""
-    if args.fsdp:
-        return "fsdp"
-    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
-    return "ACCELERATE_USE_FSDP, which accelerate launch sets," if by_launcher else None
+    return launcher.asked(args, "fsdp", "ACCELERATE_USE_FSDP")
 
 
 def refuse_arguments(args: TrainingArguments) -> None:
