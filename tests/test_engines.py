@@ -632,10 +632,40 @@ def test_several_ranks_draw_from_one_engine_that_rank_0_loads(server, tmp_path):
     for rank, x in enumerate(drawn):
         assert (x.log_prob - policies[rank].log_prob(x)).abs().max() < 1e-4
         assert (x.log_prob - alone.log_prob[8 * rank :][:8]).abs().max() < 1e-4
-    server.restart()  # any of them gives q again, and proves it whole
+    server.restart()  # rank 0 gives q again and proves it whole, while the others wait
+    loads = server.loads
     with pytest.warns(UserWarning, match="given q again"):
         again = together(samplers[::-1], lambda rank, sampler: sampler.sample(["w1"], 8, first_row=8 - 8 * rank, **how))
+    assert server.loads == loads + 1
     assert torch.equal(again[0].log_prob, drawn[1].log_prob)
+    server.restart()
+    with pytest.warns(UserWarning, match="given q again"):
+        scores = together(samplers, lambda rank, sampler: sampler.log_prob(drawn[rank]))
+    assert server.loads == loads + 2
+    assert all((found - x.log_prob).abs().max() < 1e-4 for found, x in zip(scores, drawn, strict=True))
+
+
+def test_an_engine_that_loses_q_for_one_rank_gets_it_again_from_rank_0(server, tmp_path):
+    policies = [moved(lm()) for _ in range(2)]
+    samplers = [connected(server, policy, folder=tmp_path) for policy in policies]
+    together(samplers, lambda rank, sampler: sampler.load(policies[rank]))
+    how = {"max_new_tokens": 6, "seed": 3}
+    drawn = together(samplers, lambda rank, sampler: sampler.sample(["w1"], 8, first_row=8 * rank, **how))
+    answer, loads, asked = server._v1_completions, server.loads, []
+
+    def restarting(body):
+        found = answer(body)
+        asked.append(body)
+        if len(asked) == 2:  # the first rank that is done may have looked at the weights already
+            server.restart()
+        return found
+
+    server._v1_completions = restarting
+    with pytest.warns(UserWarning, match="given q again"):
+        again = together(samplers, lambda rank, sampler: sampler.sample(["w1"], 8, first_row=8 * rank, **how))
+    assert server.loads == loads + 1 and len(asked) in (3, 4)
+    for x, y in zip(drawn, again, strict=True):
+        assert torch.equal(x.log_prob, y.log_prob)
 
 
 def test_what_fails_for_one_rank_fails_for_all(server, tmp_path):

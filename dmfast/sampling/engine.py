@@ -15,12 +15,12 @@ import copy
 import math
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from ..seeds import seed_for
 from ..views import AdapterView
 from . import weights
 
+_T = TypeVar("_T")
 _AT_ONCE = 256  # sequences of one prompt in one request
 _PROBES, _PROBE_TOKENS = 8, 16
 _LOST = 3  # how often weights that an engine has lost are loaded again within one call
@@ -257,44 +258,54 @@ class Engine:
             Request(prompt, min(_AT_ONCE, n - start), first + place * n + start, max_new_tokens, temperature)
             for place, prompt in enumerate(ids) for start in range(0, n, _AT_ONCE)
         ]  # fmt: skip
-        error: EngineError | None = None
-        try:
-            drawn, version = self._drawn_by_q(requests)
-        except EngineError as caught:
-            error = caught
-        if self.ranks.size > 1:  # or the others would wait for this one in their next collective
-            mine = torch.tensor([error is not None], device=self._like.device)
-            if bool(self.ranks.gather(mine).any()) and error is None:
-                error = EngineError(f"{self.facts.name} failed for another rank, whose error says how")
-        if error is not None:
-            raise error
+        drawn, version = self._by_q(lambda: self._checked(requests), "drew")
         return self._samples(ids, n, drawn, temperature, version)
 
-    def _drawn_by_q(self, requests: Sequence[Request]) -> tuple[list[Completion], int]:
-        """Return the continuations of all requests, and the version of the q that drew every one of them.
+    def _by_q(self, call: Callable[[], _T], did: str) -> tuple[_T, int]:
+        """Return what a call to the engine gives while it holds q's weights, and the version of that q.
+
+        Of several ranks all call it together. Rank 0 alone gives lost weights again, while the others wait: two ranks
+        that load into one engine would each see the other's load as another loss.
 
         Raises:
-            EngineError: as ``sample``.
+            EngineError: the engine failed, for this rank or another, or loses q's weights again and again.
         """
+        if self._tag is None:
+            raise RuntimeError(f"{self.facts.name} holds no q yet: call load(policy), as OfflineProposal does")
+        done: tuple[_T, int] | None = None
         for _ in range(_LOST):
-            with self._gate.request():
-                drawn, version = self._all(requests), self.version
-            if drawn is not None:
-                return drawn, version
+            error: EngineError | None = None
+            if done is None:
+                try:
+                    done = self._while_q_is_held(call)
+                except EngineError as caught:
+                    error = caught
+            self._fail_together(error)
+            if self._on_all_ranks(done is not None):
+                assert done is not None
+                return done
             self._restore()
         raise EngineError(
-            f"{self.facts.name} lost the weights of q {_LOST} times while it drew: it was started anew, or something "
+            f"{self.facts.name} lost the weights of q {_LOST} times while it {did}: it was started anew, or something "
             "else loads weights into it. Let one run use one engine"
         )
 
-    def _all(self, requests: Sequence[Request]) -> list[Completion] | None:
-        """Return the continuations of all requests in their order. None: the engine does not hold q's weights."""
-        if self._tag is None:
-            raise RuntimeError(f"{self.facts.name} holds no q yet: call load(policy), as OfflineProposal does")
-        if self._held_tag() != self._tag:
-            return None
-        found = self._checked(requests)
-        return found if self._held_tag() == self._tag else None
+    def _while_q_is_held(self, call: Callable[[], _T]) -> tuple[_T, int] | None:
+        """Return what a call gives, and the version of q. None: the engine did not hold q before or after it."""
+        with self._gate.request():
+            if self._held_tag() != self._tag:
+                return None
+            found = call()
+            return (found, self.version) if self._held_tag() == self._tag else None
+
+    def _on_all_ranks(self, mine: bool) -> bool:
+        """Return whether this is so on every rank."""
+        return bool(self.ranks.gather(torch.tensor([mine], device=self._like.device)).all())
+
+    def _fail_together(self, error: EngineError | None) -> None:
+        """Raise on every rank what one of them met, since the others would wait for it in their next collective."""
+        if not self._on_all_ranks(error is None):
+            raise error or EngineError(f"{self.facts.name} failed for another rank, whose error says how")
 
     def _checked(self, requests: Sequence[Request]) -> list[Completion]:
         """Return the continuations of all requests, which end where dmfast's rule says.
@@ -355,6 +366,8 @@ class Engine:
     def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
         """Return (N,) fp64, log q(x) in nats by the engine, which scores at temperature 1.
 
+        Of several ranks all call it together.
+
         Args:
             samples: N sequences, each shorter by a token than the engine's context.
             batch_size: has no meaning here.
@@ -368,14 +381,8 @@ class Engine:
                 f"{self.facts.name} scores sequences at temperature 1 only, and these have {samples.temperature!r}: "
                 "score them by OfflineProposal.snapshot"
             )
-        for _ in range(_LOST):
-            with self._gate.request():
-                if self._held_tag() == self._tag:
-                    scores = self._scores(samples)
-                    if self._held_tag() == self._tag:
-                        return scores.to(samples.log_prob.device)
-            self._restore()
-        raise EngineError(f"{self.facts.name} lost the weights of q {_LOST} times while it scored")
+        scores, _ = self._by_q(lambda: self._scores(samples), "scored")
+        return scores.to(samples.log_prob.device)
 
     def _scores(self, samples: Samples) -> Tensor:
         rows = [
@@ -485,14 +492,24 @@ class Engine:
             error.__context__ = again
 
     def _restore(self) -> None:
-        """Give q again to an engine that holds other weights, such as those that it was started with.
+        """Give q again to an engine that holds other weights, such as those that it was started with; rank 0 does it.
 
         Raises:
             EngineError: it could not be given, or not whole.
         """
+        error: EngineError | None = None
+        if self.ranks.rank == 0:
+            try:
+                self._give_again()
+            except EngineError as caught:
+                error = caught
+        self._fail_together(error)
+
+    def _give_again(self) -> None:
         with self._gate.load():
-            if self._tag is None or self._held_tag() == self._tag:
+            if self._held_tag() == self._tag:
                 return  # another thread was faster
+            assert self._tag is not None
             self._put_back(self._tag)
             if self._comparable:
                 whole = self._checksums() == weights.total(self._sums_of_load)
