@@ -110,7 +110,8 @@ class EBM:
         self.moment_names = [unique(moment.name) for moment in self._moments]
         watched = [as_feature(each, "a monitored feature") for each in monitor]
         self._monitor = list(zip([unique(feature.name) for feature in watched], watched, strict=True))
-        self.monitor_names = [each.name for each in self._pointwise] + [name for name, _ in self._monitor]
+        self.pointwise_names = [each.name for each in self._pointwise]
+        self.monitor_names = self.pointwise_names + [name for name, _ in self._monitor]
         self._lambda: Tensor | None = torch.empty(0, dtype=torch.float64) if not self._moments else None
         self.report: LambdaFit | None = None
 

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,7 @@ def to_resume(wanted: str | bool, output_dir: Path) -> Path:
         if not checkpoints:
             raise ValueError(f"resume_from_checkpoint=True, but there is no checkpoint in {output_dir}")
         folder = checkpoints[0]
+        _warn_of_another_run(checkpoints)
     else:
         folder = Path(str(wanted))
         checkpoints = checkpoints or _in_order(folder.parent)
@@ -84,6 +86,31 @@ def to_resume(wanted: str | bool, output_dir: Path) -> Path:
         f"the newest whole one is {whole}: pass resume_from_checkpoint={str(whole)!r}" if whole else "no other is whole"
     )
     raise ValueError(f"the checkpoint {folder} can't be resumed from: {wrong}; {hint}")
+
+
+def _warn_of_another_run(checkpoints: list[Path]) -> None:
+    """Warn where the checkpoint of the highest step, the first of them, was written before another one."""
+    written = {folder: (folder / MANIFEST).stat().st_mtime for folder in checkpoints if (folder / MANIFEST).is_file()}
+    last = max(written, key=lambda folder: written[folder], default=checkpoints[0])
+    if checkpoints[0] in written and written[checkpoints[0]] < written[last]:
+        warnings.warn(
+            f"the run goes on from {checkpoints[0]}, which has the highest step, although {last} was written later, "
+            "probably by another run into the same folder; to go on with that, pass "
+            f"resume_from_checkpoint={str(last)!r}",
+            stacklevel=4,
+        )
+
+
+def warn_of_earlier_run(output_dir: Path) -> None:
+    """Warn where a run that starts anew finds checkpoints of another one in its folder."""
+    found = _in_order(output_dir)
+    if found:
+        warnings.warn(
+            f"this run starts anew, and {output_dir} has {found[0].name} of an earlier one, from which "
+            "resume_from_checkpoint=True would go on while its step is the highest; give each run an output_dir of its "
+            "own, or remove the old checkpoints",
+            stacklevel=3,
+        )
 
 
 @contextmanager

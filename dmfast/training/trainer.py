@@ -147,6 +147,7 @@ class DMTrainer(CheckpointingTrainer):
         self._interrupt = Interrupt()
         jit, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False  # handled only while train() runs
         only_model, self._is_spread = args.save_only_model, distributed_config.is_spread(model)
+        self._changes, self.brings_optimizer = {}, optimizers[0] is not None or optimizer_cls_and_kwargs is not None
         if self._is_spread:
             args.save_only_model = True  # transformers refuses to write the optimiser, which is written here
         try:
@@ -446,6 +447,9 @@ class DMTrainer(CheckpointingTrainer):
             )
         if resume_from_checkpoint:
             resume_from_checkpoint = str(checkpoint.to_resume(resume_from_checkpoint, Path(self.args.output_dir)))
+        elif self.is_world_process_zero():
+            checkpoint.warn_of_earlier_run(Path(self.args.output_dir))
+        self._changes = {}
         self._metrics, self._model_step, self._engine_error = [], None, None
         self.matcher.forget()
         self._random_state_of = resume_from_checkpoint or None
