@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     overrides = dict(args.overrides) | ({"train.output_dir": args.out} if args.out else {})
     try:
         recipe.run(recipe.read(args.recipe, overrides), resume=args.resume, say=console().print)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"dmfast train: {error}", file=sys.stderr)
         return 1
     PartialState().destroy_process_group()  # of several processes; torch warns where a process ends with one

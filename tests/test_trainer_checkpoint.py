@@ -186,7 +186,8 @@ def test_other_prompts_have_another_z(tmp_path):
 def test_the_policy_of_the_config_holds_after_resuming(tmp_path):
     job(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     other = job(tmp_path, max_steps=2, proposal_decay=0.3)
-    other.train(resume_from_checkpoint=True)
+    with pytest.warns(UserWarning, match="proposal_decay was 0.8 and is 0.3, which holds from here on"):
+        other.train(resume_from_checkpoint=True)
     assert other.proposal.running.decay == 0.3
 
 

@@ -131,6 +131,11 @@ class EBM:
         return dict(found.values())
 
     @property
+    def wanted(self) -> dict[str, float]:
+        """The moments' wanted values by their names."""
+        return {name: moment.value for name, moment in zip(self.moment_names, self._moments, strict=True)}
+
+    @property
     def fitted(self) -> bool:
         """Whether ``lambda_`` is known. It is always True without moments."""
         return self._lambda is not None

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
+from ..kernels import warn_caller
 from ..matcher import Matcher
 from ..models import LanguageModel
 from ..proposal import OfflineProposal
@@ -110,16 +111,26 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
             self.load_state_dict(state)
         return found
 
+    def resumable_state(self, folder: Path) -> dict[str, Any]:
+        """Return what a checkpoint holds of dmfast's own, without shards of q, and change nothing.
+
+        Raises:
+            ValueError: it can't be read, the run was sharded in another way, or a setting has changed that its state
+                depends on.
+        """
+        state = checkpoint.load_state(folder, self.args.device)
+        checkpoint.check_kind(state, folder, self._sharding)
+        deepspeed.refuse_state(state, folder, self.accelerator)
+        self._refuse_changes(state, folder)
+        return state
+
     def _state_in(self, folder: Path) -> dict[str, Any]:
         """Return dmfast's part of a checkpoint of a run like this one.
 
         Raises:
             ValueError: it can't be read, or the run was sharded in another way.
         """
-        state = checkpoint.load_state(folder, self.args.device)
-        checkpoint.check_kind(state, folder, self._sharding)
-        deepspeed.refuse_state(state, folder, self.accelerator)
-        self._refuse_changes(state, folder)
+        state = self.resumable_state(folder)
         if not self._sharding or self.proposal is None or state["matcher"]["proposal"] is None:
             return state
         of_q = self.proposal.state_dict()["model"]
@@ -206,14 +217,13 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         self._changes = changes
         said = resume.describe(changes, steered=steered)
         if not self.args.refit_ess and self.target.lambda_.tolist() != given:
-            warnings.warn(
+            warn_caller(
                 f"the checkpoint's lambda of {', '.join(map(repr, self.target.moment_names))} is kept, "
                 f"{self.target.lambda_.tolist()}, and not what this run's target was given, {given}: Z, estimates and "
-                "the policy so far are of the former",
-                stacklevel=2,
+                "the policy so far are of the former"
             )
         if said:
-            warnings.warn(said, stacklevel=2)
+            warn_caller(said)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as transformers does, and under FSDP whole, whatever a checkpoint holds. All ranks call it."""

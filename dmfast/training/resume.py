@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ import torch
 from .. import sharding
 from ..adapters import PROPOSAL
 from ..estimators import PartitionFunctions
+from ..kernels import warn_caller
 from ..views import AdapterView
 
 if TYPE_CHECKING:
@@ -238,10 +238,9 @@ def set_hyperparameters(
         loaded, given = ([group.get("initial_lr", group["lr"]) for group in groups]
                          for groups in (optimizer.param_groups, fresh))  # fmt: skip
         if loaded != given:
-            warnings.warn(
+            warn_caller(
                 f"the optimiser that was passed has the learning rates {given}, and those of the checkpoint are kept: "
-                f"{loaded}; set them in a callback's on_train_begin where you want others",
-                stacklevel=2,
+                f"{loaded}; set them in a callback's on_train_begin where you want others"
             )
         return
     keys = {key for name, key in OF_OPTIMIZER.items() if name in changes}
