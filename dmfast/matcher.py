@@ -172,6 +172,7 @@ class Matcher:
         self._has_passed = torch.zeros(0, dtype=torch.bool)  # (N,) which of its sequences are in them
         self._to_repeat: Batch | None = None
         self._refit = Refit(target, refit_ess, refit_samples)
+        self._unseen_in_check: dict[str, float] = {}
         self._compared_z = False
         self._seen = Seen(target.wanted)  # of the window since the last swap
         self._q_is_base: bool | None = None  # not known before the first step
@@ -683,19 +684,19 @@ class Matcher:
                 return False
             return self.proposal.maybe_update(self.ranks.agree)
         start, batch = time.perf_counter(), cast(Batch, self.batch)
-        of_check: dict[str, float] = {}
+        self._unseen_in_check = {}
         swapped = self.proposal.maybe_update(
-            lambda take: self.ranks.agree(take and not of_check),
-            fresh=lambda: self._fresh(running, of_check, *cast(Any, batch.drawn)),
+            lambda take: self.ranks.agree(take and not self._unseen_in_check),
+            fresh=lambda: self._fresh(running, *cast(Any, batch.drawn)),
         )
         batch.seconds["check"] = time.perf_counter() - start
         return swapped
 
-    def _fresh(self, running: Running, missing: dict[str, float], contexts: Prompts, how: SamplingOptions) -> Scores:
+    def _fresh(self, running: Running, contexts: Prompts, how: SamplingOptions) -> Scores:
         """Return sequences of q for a check of the proposal alone, scored by q, a and pi, of all ranks.
 
-        They change nothing that a step has: neither its random numbers nor Z. ``missing`` takes the moments whose
-        feature they do not show.
+        They change nothing that a step has: neither its random numbers nor Z. Which moments' features they do not
+        show is noted in ``_unseen_in_check``.
         """
         seed, gather = self._seed(f"check {running.steps}"), self.ranks.gather
         if self.check_contexts is not None:
@@ -704,7 +705,7 @@ class Matcher:
         x = self._sample(contexts, n, how, seed)
         scores = self._score(x, how.batch_size, needs_base=False)[0]
         log_target = scores.log_target
-        missing.update(unseen(gather(scores.features), self.target.wanted))
+        self._unseen_in_check = unseen(gather(scores.features), self.target.wanted)
         # where P = 0, kl and tvd don't need log pi
         scored = (log_target > -math.inf) | (cast("OfflineProposal[Any]", self.proposal).criterion in NEED_ALL)
         log_prob = torch.full_like(log_target, math.nan)

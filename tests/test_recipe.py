@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -77,6 +79,25 @@ def test_a_recipe_from_the_wish_to_the_report(tmp_path, capsys):
     for part in ("E[women]", "KL(π‖a), nats", "before", "after", "converged", "swaps of q"):
         assert part in printed, part
     assert load(str(out)).vocab_size == 1466
+
+
+def test_files_of_prompts(tmp_path):
+    rows = [{"prompt": "He was, once", "answer": "1"}, {"prompt": "She", "answer": "2"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (tmp_path / "a.csv").write_text('prompt,answer\n"He was, once",1\nShe,2\n')
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for suffix in ("jsonl", "csv", "parquet"):
+        assert recipe._prompts(str(tmp_path / f"a.{suffix}")) == rows
+    (tmp_path / "a.txt").write_text("He was, once\nShe\n")
+    assert recipe._prompts(str(tmp_path / "a.txt")) == [row["prompt"] for row in rows]
+    for name, text, message in (
+        ("b.jsonl", '{"prompt": "He"}\n\n{"prompt"\n', "b.jsonl: line 3 is no JSON: .*"),
+        ("b.csv", "question,answer\nHe,1\n", "must name a column 'prompt', got question, answer"),
+        ("b.json", "[]", "a file of prompts is .txt .*, got '.json'"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(RecipeError, match=message):
+            recipe._prompts(str(tmp_path / name))
 
 
 def test_a_recipe_with_a_reward(tmp_path):

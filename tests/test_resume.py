@@ -150,3 +150,27 @@ def test_two_runs_in_one_folder(tmp_path):
     os.utime(tmp_path / "checkpoint-2" / "dmfast_manifest.json", (1, 1))
     with pytest.warns(UserWarning, match=r"goes on from .*checkpoint-2, .* although .*checkpoint-1 was written later"):
         job(tmp_path, max_steps=3).train(resume_from_checkpoint=True)
+
+
+def test_a_tied_head_is_stored_once_and_not_missed(tmp_path, monkeypatch):
+    job(tmp_path, **SAVED).train()
+    state = torch.load(tmp_path / "checkpoint-1" / "dmfast_state.pt", weights_only=True)
+    of_q = state["matcher"]["proposal"]["model"]
+    assert "transformer.wte.weight" in of_q and "lm_head.weight" not in of_q
+    other, said = job(tmp_path, max_steps=1), []
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda text, *args: said.append(text))
+    other.train(resume_from_checkpoint=True)
+    assert not any("missing keys" in text for text in said)
+    of_q["lm_head.weight"] = of_q["transformer.wte.weight"].clone()  # as a state of before has it
+    other.load_state_dict(state)
+    assert torch.equal(other.proposal.snapshot.model.lm_head.weight, of_q["transformer.wte.weight"])
+    of_q["more"] = of_q["transformer.wte.weight"]
+    with pytest.raises(RuntimeError, match="of another model"):
+        other.load_state_dict(state)
+
+
+def test_what_transformers_says_without_a_word(tmp_path):
+    with pytest.raises(ValueError, match="fp16=True has no effect on a CPU"):
+        job(tmp_path, fp16=True)
+    with pytest.warns(UserWarning, match=r"the warm-up takes 4 steps \(warmup_steps=4\) and the run 4"):
+        job(tmp_path, warmup_steps=4)

@@ -15,6 +15,7 @@ from ..kernels import warn_caller
 from ..matcher import Matcher
 from ..models import LanguageModel
 from ..proposal import OfflineProposal
+from ..tensors import address
 from . import checkpoint, deepspeed, distributed_config, resume
 from .card import model_card
 from .data import Contexts
@@ -138,6 +139,13 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
             return checkpoint.load_shards(state, folder, of_q)
         parts = distributed_config.load_parts(folder, self.args.process_index, self.model)
         return checkpoint.with_proposal(state, distributed_config.proposal_of(parts, of_q))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # a file holds tied parameters by one of their names, and loading that one has loaded all
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        loaded = {address(p) for name, p in named.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if name not in named or address(named[name]) not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     @property
     def _sharding(self) -> str | None:

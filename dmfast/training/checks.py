@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .. import sharding
+from ..kernels import warn_caller
 from ..models import LanguageModel
 from ..objectives import TARGET_OBJECTIVES
 from ..prompts import text_part
@@ -46,6 +47,11 @@ def refuse_arguments(args: TrainingArguments) -> None:
         raise ValueError(
             f"DMTrainer does not run under DataParallel ({args.n_gpu} GPUs in one process); start one process per "
             "GPU with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES"
+        )
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError(
+            "fp16=True has no effect on a CPU, which would train in float32 without a word; take bf16=True, or leave "
+            "it out"
         )
     refused = {
         "auto_find_batch_size": args.auto_find_batch_size,
@@ -172,6 +178,13 @@ def check_fit(
         )
     if not has_prompts and args.max_steps <= 0:
         raise ValueError("without a train_dataset there are no epochs to count: set max_steps in DMConfig")
+    warmup = args.get_warmup_steps(args.max_steps) if args.lr_scheduler_type != "constant" else 0
+    if 0 < args.max_steps <= warmup:
+        warn_caller(
+            f"the warm-up takes {warmup} steps (warmup_steps={args.warmup_steps:g}) and the run {args.max_steps} "
+            f"(max_steps): it ends before it has come to learning_rate={args.learning_rate:g}; lower warmup_steps or "
+            "raise max_steps"
+        )
     if contexts > 1 and (args.samples_per_context or 1) < 2 and objective in TARGET_OBJECTIVES:
         warnings.warn(
             "with one sample per context (DMConfig.samples_per_context) a context's first visit estimates its Z "

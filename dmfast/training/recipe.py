@@ -2,7 +2,7 @@
 
     model: tiny-bios                # or a folder, or a name on the hub
     prompts: null                   # null: the empty context; a list of strings or of chats (lists of messages); a
-                                    # .txt (one a line) or .jsonl file
+                                    # .txt (one a line), .jsonl, .csv or .parquet file with a column prompt
     stop: null                      # a sequence ends in EOS; with stop: "\\n" also in a token that has a newline
     chat_template_kwargs: null      # what the chat template gets besides the messages: {enable_thinking: false}
     constraints:                    # pointwise ones, and moments
@@ -25,6 +25,7 @@ The command writes into ``train.output_dir``: the model, ``log.json`` (machine, 
 from __future__ import annotations
 
 import copy
+import csv
 import difflib
 import importlib
 import json
@@ -230,10 +231,39 @@ def _prompts(prompts: Any) -> Any:
         return prompts
     path = Path(prompts).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) if path.suffix == ".jsonl" else line for line in lines if line]
-    except (OSError, ValueError) as error:
+        return _read_prompts(path)
+    except (OSError, ValueError, ImportError) as error:
         raise RecipeError(f"prompts: can't read {path}: {error}") from error
+
+
+def _read_prompts(path: Path) -> list[Any]:
+    """Return the rows of a file of prompts.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it has another kind or another form; the message names the line.
+        ImportError: a .parquet file without pyarrow.
+    """
+    if path.suffix == ".parquet":
+        parquet = importlib.import_module("pyarrow.parquet")
+        rows: list[Any] = parquet.read_table(path).to_pylist()
+        return rows
+    if path.suffix not in (".txt", ".jsonl", ".csv", ""):
+        raise ValueError(f"a file of prompts is .txt (one a line), .jsonl, .csv or .parquet, got {path.suffix!r}")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".csv":
+        table = csv.DictReader(text.splitlines(keepends=True))
+        if "prompt" not in (table.fieldnames or ()):
+            raise ValueError(f"its first line must name a column 'prompt', got {', '.join(table.fieldnames or ())}")
+        return list(table)
+    if path.suffix != ".jsonl":
+        return [line for line in text.split("\n") if line]
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number} is no JSON: {error}") from error
     return rows
 
 
