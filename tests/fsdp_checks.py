@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import replace
 
 import torch
+from engine_stand_in import load_spread
 from matcher_job import Ranks
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -227,8 +228,15 @@ def refusals():
         "variance": _told(Matcher(lm, target).measure_gradient),
         "whole <- shards": _told(lambda: plain.load(lm)),
         "unchecked": _told(lambda: in_step.sample(max_new_tokens=3)),
-        "engine": _told(lambda: OfflineProposal(lm, sampler=plain)),
+        "another sampler": _told(lambda: OfflineProposal(lm, sampler=plain)),
     }
+
+
+def engine():
+    """What an engine of rank 0's says that was given the shards of all ranks."""
+    lm, x = sharded(), _drawn()
+    refusal, scores = load_spread(lm, llama(seed=7), x, Ranks())
+    return {"refusal": refusal, "error": float((scores - lm.log_prob(x)).abs().max())}
 
 
 def _loop(around):
@@ -264,4 +272,4 @@ def loop():
     return {"parameters": all(parameters[n].equal(right[n]) for n in right), "log": logged == log}
 
 
-CHECKS = {each.__name__: each for each in (gradients, sampling, scoring, agreement, swaps, loop, refusals)}
+CHECKS = {each.__name__: each for each in (gradients, sampling, scoring, agreement, swaps, engine, loop, refusals)}

@@ -50,7 +50,7 @@ def launched(out, variants, checks=(), processes=2, under_fsdp=True):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Two ranks of one launch, which takes longer to start than all that it does."""
-    checks = ["gradients", "sampling", "scoring", "agreement", "swaps", "loop", "refusals"]
+    checks = ["gradients", "sampling", "scoring", "agreement", "swaps", "engine", "loop", "refusals"]
     runs = {"gpt2": {}, "bare": {"bare": True, "refused": True}, "FSDP1": {"launcher": LAUNCHER, "refused": True}}
     runs |= {f"differs in {what}": {"differs": what, "refused": True} for what in DIFFERENT}
     return launched(tmp_path_factory.mktemp("fsdp"), runs, checks)
@@ -115,6 +115,13 @@ def test_a_swap_copies_shards_and_gathers_nothing(ranks):
 
 
 @FOR_FSDP
+def test_an_engine_gets_the_shards_of_all_ranks_as_whole_parameters(ranks):
+    for found in ranks:
+        assert found["engine"]["refusal"].startswith("2 processes hold parts of the LlamaForCausalLM, and the sampler's")
+        assert found["engine"]["error"] < 1e-4
+
+
+@FOR_FSDP
 def test_a_loop_of_ones_own_ends_as_under_ddp(ranks):
     for found in ranks:
         assert found["loop"] == {"parameters": True, "log": True}
@@ -130,7 +137,7 @@ def test_a_loop_of_ones_own_ends_as_under_ddp(ranks):
         ("variance", "does not run on a sharded policy"),
         ("whole <- shards", "is sharded in the source, and in another way or not at all here"),
         ("unchecked", "gather_for_sampling=False leaves the model sharded"),
-        ("engine", "does not run under FSDP yet"),
+        ("another sampler", "is sharded in the source, and in another way or not at all here"),
     ],
 )
 def test_what_a_sharded_model_refuses(ranks, what, message):
