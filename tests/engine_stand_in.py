@@ -316,6 +316,7 @@ def load_spread(policy, other, samples, ranks):
         url = [started.url if started else None]
         torch.distributed.broadcast_object_list(url)
         sampler = HTTPSampler(url[0], policy, patience=0.0, retries=1)
+        torch.distributed.barrier()  # or one that refuses would end while another still connects
         refusal = None
         try:
             sampler.load(policy)

@@ -6,6 +6,7 @@ import copy
 import tempfile
 from dataclasses import replace
 
+import peft
 import torch
 from engine_stand_in import load_spread
 from matcher_job import Ranks
@@ -236,7 +237,13 @@ def engine():
     """What an engine of rank 0's says that was given the shards of all ranks."""
     lm, x = sharded(), _drawn()
     refusal, scores = load_spread(lm, llama(seed=7), x, Ranks())
-    return {"refusal": refusal, "error": float((scores - lm.log_prob(x)).abs().max())}
+    with_adapter = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    fully_shard(with_adapter)
+    adapted = LanguageModel(with_adapter, tokenizer())
+    return {
+        "refusal": refusal, "error": float((scores - lm.log_prob(x)).abs().max()),
+        "adapter": _told(lambda: load_spread(adapted, llama(), x, Ranks())),
+    }  # fmt: skip
 
 
 def _loop(around):

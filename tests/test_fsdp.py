@@ -10,15 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
+import peft
 import pytest
 import torch
 import transformers
 from packaging.version import Version
 from torch.distributed.fsdp import CPUOffloadPolicy
-from trainer_job import job
+from trainer_job import job, llama, tokenizer
 from trainer_tools import one_thread, run  # noqa: F401
 
-from dmfast.training import fsdp
+from dmfast import LanguageModel
+from dmfast.training import engines, fsdp
 
 HERE = Path(__file__).parent
 LIBRARIES = (torch, accelerate, transformers)
@@ -119,6 +121,15 @@ def test_an_engine_gets_the_shards_of_all_ranks_as_whole_parameters(ranks):
     for found in ranks:
         assert found["engine"]["refusal"].startswith("2 processes hold parts of the LlamaForCausalLM, and the")
         assert found["engine"]["error"] < 1e-4
+        assert "was not tried with a model that is sharded by FSDP" in found["engine"]["adapter"]
+
+
+def test_an_engine_and_an_adapter_are_refused_before_the_engine_is_asked(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    args = SimpleNamespace(sampler="http://127.0.0.1:9", sampler_options=None, fsdp=None)
+    with pytest.raises(ValueError, match="an adapter merged into its base, which was not tried under FSDP"):
+        engines.engine_of(args, LanguageModel(model, tokenizer()), [])
 
 
 @FOR_FSDP
