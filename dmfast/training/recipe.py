@@ -109,7 +109,7 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
     for f in fields(DMConfig):
         if f.type in (float, "float", "float | None") and isinstance(recipe["train"].get(f.name), str):
             recipe["train"][f.name] = _number(recipe["train"][f.name], f"train.{f.name}")
-    _check_keys(recipe.get("fit") or {}, ("n", "seed", "batch_size"), "fit")
+    _check_keys(recipe.get("fit") or {}, ("n", "seed", "batch_size", "max_stderr"), "fit")
     _check_keys(recipe.get("evaluate") or {}, ("samples", "seed", "batch_size"), "evaluate")
     _check_sizes(recipe)
     for each in recipe["constraints"]:
