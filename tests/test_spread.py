@@ -74,7 +74,7 @@ REFUSED = {
     "gradient_variance_steps": "gradient_variance_steps=1 does not run with a model that was loaded with a distributed",
     "proposal_device": "proposal_device='cpu' does not run with a model that was loaded with a distributed_config",
     "torch_compile": "torch_compile=True does not run with a model that was loaded with a distributed_config",
-    "fp16": "that was not tried; take bf16=True",
+    "fp16": "fp16=True has no effect on a CPU",
     "fsdp": "fsdp=True does not run with a model that was loaded with a distributed_config: it is sharded already",
     "base alone": "the target's base was loaded with a distributed_config, and the policy was not",
     "base otherwise": "the target's base was loaded with DistributedConfig(dp_replicate_size=1, fsdp_size=4",
