@@ -103,11 +103,13 @@ class Batch:
         objective: that of this step.
         pending: what the run carries, with this step's samples; ``Matcher.commit`` makes it what holds.
         drawn: what the sequences were drawn from, and how.
-        advantage: (N,) fp64, r - baseline at the sampling policy, where the batch serves several optimiser steps.
+        advantage: (N,) fp64, what the log-probabilities are weighted by, where that is fixed when the step is drawn:
+            r - baseline at the sampling policy, where the batch serves several optimiser steps; A of an objective with
+            ``weight_known``.
         epoch: the steps that the batch has served before.
         anew: whether lambda is another than before, so that all earlier estimates are void.
         whole_contexts: whether the sequences of a context go through the loss together.
-        n_tokens: the scored tokens of the step on an average rank, where the objective is a function; else 1.
+        whole: the terms of the whole step, over all ranks, where the objective is a function.
         seconds, counts, gradient: what sampling, scoring and policy took; what the scorers did on this rank; the norm
             and the variance of the gradient, where they were measured.
     """
@@ -124,7 +126,7 @@ class Batch:
     epoch: int = 0
     anew: bool = False
     whole_contexts: bool = False
-    n_tokens: float = 1.0
+    whole: Terms | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     gradient: dict[str, float] = field(default_factory=dict)

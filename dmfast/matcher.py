@@ -33,7 +33,17 @@ from .estimators import Estimates, RunningEstimates
 from .kernels.result import DMLossOutput
 from .metrics import step_metrics
 from .models import LanguageModel
-from .objectives import Objective, PPOClip, Terms, known_returns, leave_one_out_baseline, plain_baseline, weigh
+from .objectives import (
+    Group,
+    Objective,
+    OfStep,
+    PPOClip,
+    Terms,
+    known_returns,
+    leave_one_out_baseline,
+    plain_baseline,
+    weigh,
+)
 from .proposal import NEED_ALL, OfflineProposal, Scores
 from .ranks import OneProcess, Ranks
 from .refit import Refit
@@ -71,8 +81,10 @@ class Matcher:
         target: an ``EBM`` that is fitted, around a base that does not move with the policy.
         proposal: q, an ``OfflineProposal`` of the policy. None: the policy itself draws (on-policy).
         objective: a name of ``dmfast.OBJECTIVES`` or ``dmfast.methods.METHODS``, an ``Objective``, or a function of
-            ``Terms`` that returns the (B,) weights A. A function with the attribute ``whole_contexts = True`` gets all
-            sequences of a context in one call; they may not lie on several ranks.
+            ``Terms`` that returns the (B,) weights A. What depends on other sequences and not on log pi, such as the
+            mean reward of a prompt, is fixed when a step is drawn, over all ranks (``Terms.at_draw``). A function with
+            the attribute ``whole_contexts = True`` gets all sequences of a context in one call; they may not lie on
+            several ranks. One with ``weight_known = True`` forms A without log pi, once, when the step is drawn.
         reward: R(x) for ``reinforce`` and ``kl_control``: a callable on ``Samples`` that returns (N,), such as
             ``dmfast.Scorer``. One that is a feature of the target too runs once.
         baseline: a number; ``mean``, the running mean of rho*r over earlier steps; ``leave_one_out`` or
@@ -268,40 +280,61 @@ class Matcher:
             pending.beta.update(float(log_ratio.mean()), len(log_ratio))
         if isinstance(objective, Objective) and isinstance(objective.baseline, str):
             inputs["baseline"] = self._leave_one_out(objective, x.context_id, inputs)
-        if self.settings.whole_contexts:
+        whole, advantage = None, None
+        if not isinstance(objective, Objective):
             self._check_groups(of_all[0])
-        n_tokens = float(gather(x.score_mask.sum()[None].double()).mean()) if callable(objective) else 1.0
+            whole = self._whole_step(objective, x, inputs)
+        if self.settings.weight_known:
+            advantage = self._of_rank(weigh(cast(Terms, whole)))
+        elif self.settings.ppo_epochs > 1:
+            advantage = weigh(self._terms(objective, inputs))
         batch = Batch(
             x, inputs, torch.cat([scores.features, scores.monitored], 1), scores.log_base,
-            self._forwarded(objective, inputs), objective, pending, (contexts, how),
-            advantage=weigh(self._terms(objective, inputs)) if self.settings.ppo_epochs > 1 else None, anew=anew,
-            whole_contexts=self.settings.whole_contexts, n_tokens=n_tokens, counts=counts, _again=self._again,
+            self._forwarded(objective, inputs, advantage), objective, pending, (contexts, how), advantage=advantage,
+            anew=anew, whole_contexts=self.settings.whole_contexts, whole=whole, counts=counts, _again=self._again,
             seconds={"sampling": sampled - start, "scoring": time.perf_counter() - sampled},
         )  # fmt: skip
         return self._opened(batch)
 
+    def _of_rank(self, values: Tensor) -> Tensor:
+        """Return the values of this rank's sequences, of those of all ranks."""
+        n = len(values) // self.ranks.size
+        return values[self.ranks.rank * n :][:n]
+
+    def _whole_step(self, objective: Callable[[Terms], Tensor], x: Samples, inputs: dict[str, Tensor]) -> Terms:
+        """Return the terms of the step's sequences on all ranks, for an objective that is a function."""
+        gather, length = self.ranks.gather, x.score_mask.sum(1).double()
+        terms = Terms.of(objective, self.settings.on_policy, math.inf, **{k: gather(v) for k, v in inputs.items()})
+        length = gather(length.to(terms.block.device))
+        # tokens and sequences are those of a rank on average, since DDP averages over ranks
+        group = Group(length, float(length.sum()) / self.ranks.size, float(len(x)), gather(x.context_id))
+        return terms.with_group(group)
+
     def _check_groups(self, context_id: Tensor) -> None:
-        """Check that the sequences of a context lie on one rank, and are as many as the objective needs.
+        """Check that the sequences of a context are as many as the objective needs, and where it needs them.
 
         Args:
             context_id: (size * N,) of all ranks.
 
         Raises:
-            ValueError: they do not, or are not.
+            ValueError: they are fewer; or they lie on several ranks and the objective needs them in one call.
         """
-        by_rank = context_id.view(self.ranks.size, -1)
+        least = getattr(self.settings.template, "least_of_context", 1)
+        for context, count in Counter(context_id.tolist()).items():
+            if count < least:
+                raise ValueError(
+                    f"the objective {self.settings.name!r} compares the sequences of a prompt, and context "
+                    f"{context} has one: draw n >= {least} of each prompt (samples_per_context)"
+                )
+        if not self.settings.whole_contexts:
+            return
         found: dict[int, int] = {}
-        for rank, contexts in enumerate(by_rank.tolist()):
-            for context, count in Counter(contexts).items():
+        for rank, contexts in enumerate(context_id.view(self.ranks.size, -1).tolist()):
+            for context in set(contexts):
                 if found.setdefault(context, rank) != rank:
                     raise ValueError(
                         f"the objective {self.settings.name!r} needs all sequences of a prompt on one rank, and those "
                         f"of context {context} are on ranks {found[context]} and {rank}: give each its own prompts"
-                    )
-                if count < getattr(self.settings.template, "least_of_context", 1):
-                    raise ValueError(
-                        f"the objective {self.settings.name!r} compares the sequences of a prompt, and context "
-                        f"{context} has one: draw n >= 2 of each prompt (samples_per_context)"
                     )
 
     def check_length(self, max_new_tokens: int, name: str = "max_new_tokens", stacklevel: int = 4) -> None:
@@ -396,11 +429,15 @@ class Matcher:
                 f"{objective.baseline!r} of other sequences is not finite: it has {of_it}. Take a constant baseline or "
                 "'mean', with max_weight to bound the weight of such a sequence, or change its reward"
             )
-        return whole[self.ranks.rank * n :][:n]
+        return self._of_rank(whole)
 
-    def _forwarded(self, objective: Objective | Callable[[Terms], Tensor], inputs: dict[str, Tensor]) -> Tensor:
+    def _forwarded(
+        self, objective: Objective | Callable[[Terms], Tensor], inputs: dict[str, Tensor], advantage: Tensor | None
+    ) -> Tensor:
         """Return (N,) bool, on the CPU: the sequences that are not known to have weight 0."""
         terms = self._terms(objective, inputs)
+        if self.settings.skip_zero_weight and advantage is not None:
+            return (advantage != 0).cpu()
         if not self.settings.skip_zero_weight or not terms.weight_known:
             return torch.ones(len(inputs["log_target"]), dtype=torch.bool)
         # A does not depend on log pi where it is known, so anything will do
@@ -490,6 +527,10 @@ class Matcher:
         kept = batch.forwarded[places].clone()
         if len(kept) and not bool(kept.any()):
             kept[0] = True  # one forward, for the hooks of whatever is around the model
+        of_step: dict[str, Any] = {}
+        if batch.whole is not None and batch.advantage is None:
+            objective = OfStep(objective, batch.whole, places[kept] + self.ranks.rank * len(batch))
+            of_step = {"context_id": batch.samples.context_id[places[kept]], "num_tokens": batch.whole.n_tokens}
         everything = bool(kept.all())
         with _placed_in_batch(places[kept]):
             out = self._around(model).loss(
@@ -499,7 +540,7 @@ class Matcher:
                 max_weight=self.settings.max_weight,
                 entropy_coefficient=self.settings.entropy_coefficient,
                 num_sequences=len(batch),  # DDP averages over ranks
-                **({} if isinstance(objective, Objective) else self._of_group(batch, places[kept])),
+                **of_step,
                 **(values if everything else {name: value[kept] for name, value in values.items()}),
                 **options,
             )
@@ -508,11 +549,6 @@ class Matcher:
         self._passed.append((part, out))
         self._has_passed[places] = True
         return out
-
-    def _of_group(self, batch: Batch, places: Tensor) -> dict[str, Any]:
-        """Return what an objective that is a function gets beside its inputs: contexts, and the step's tokens."""
-        # those of this rank on average, as num_sequences is, since DDP averages over ranks
-        return {"context_id": batch.samples.context_id[places], "num_tokens": batch.n_tokens}
 
     def _around(self, model: nn.Module | None) -> LanguageModel:
         """Return the policy around the module that DDP, FSDP or a compiler made of it."""

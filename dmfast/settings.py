@@ -98,7 +98,12 @@ class Settings:
                 "ppo_epochs above 1 clips the ratio to the policy that a batch was drawn from: it needs "
                 f"on_policy=True and objective 'reinforce' or 'kl_control', got {got} and on_policy={self.on_policy}"
             )
-        self.template  # noqa: B018  # raises what the objective refuses
+        template = self.template  # raises what the objective refuses
+        if getattr(template, "only_on_policy", False) and not self.on_policy:
+            raise ValueError(
+                f"{self.name} is its method for sequences of the policy itself only, and on_policy is False: set "
+                "on_policy=True. Off-policy the method clips each token, which a weight of a sequence can't do"
+            )
 
     @property
     def built_in(self) -> str | None:
@@ -165,6 +170,11 @@ class Settings:
     def whole_contexts(self) -> bool:
         """Whether the weight of a sequence depends on the others of its context in the same call of the loss."""
         return bool(getattr(self.template, "whole_contexts", False))
+
+    @property
+    def weight_known(self) -> bool:
+        """Whether a function forms its weights without log pi, so that they are known when a step is drawn."""
+        return not isinstance(self.template, Objective) and bool(getattr(self.template, "weight_known", False))
 
     @property
     def steered(self) -> AdaptiveBeta | None:
