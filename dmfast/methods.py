@@ -1,14 +1,15 @@
 """Neighbouring methods as objectives: functions of ``Terms`` that return A of ``loss = -(1/B) sum_i A_i log pi(x_i)``.
 
 Each is what its authors' released code does for whole sequences, with its formula and its source. What compares the
-rewards of a group, the sequences of one prompt, is fixed when a step is drawn (``Terms.at_draw``): a ``Matcher`` may cut
-the group, and ranks may share it. ``vargrad`` compares log pi: there all sequences of a prompt must be in one call of
-the loss, which a ``Matcher`` sees to, and refuses where it can't be.
+rewards of a group, the sequences of one prompt, is fixed when a step is drawn (``Terms.at_draw``): a ``Matcher`` may
+cut the group, and ranks may share it. ``vargrad`` compares log pi: there all sequences of a prompt must be in one call
+of the loss, which a ``Matcher`` sees to, and refuses where it can't be.
 
-A ``Matcher`` reads these attributes of a function: ``needs``, the inputs that it can't do without; ``whole_contexts``,
-as of ``vargrad``; ``least_of_context``, how many sequences of a prompt it compares at least; ``weight_known``, whether A
-does not depend on log pi, so that it is formed once, when the step is drawn, and one pass over the logits is enough;
-``centred``, whether A is 0 for all sequences of a prompt whose values are equal; ``only_on_policy``.
+A ``Matcher`` reads these attributes of a function: ``needs``, the inputs that it can't do without;
+``whole_contexts``, as of ``vargrad``; ``least_of_context``, how many sequences of a prompt it compares at least;
+``weight_known``, whether A does not depend on log pi, so that it is formed once, when the step is drawn, and one pass
+over the logits is enough; ``centred``, whether A is 0 for all sequences of a prompt whose values are equal;
+``only_on_policy``.
 
 Notation as in ``objectives.py``: rho = pi/q, u = p/q, t = pi/p, R the reward, |x| the scored tokens. R of a group is
 compared with the group: R_hat = (R - mean)/(std + 1e-6), std that of a sample (n - 1).
