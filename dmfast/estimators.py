@@ -413,9 +413,16 @@ class PartitionFunctions:
             new._of[context] = z
         return new
 
-    def log_z(self, context_id: Tensor) -> Tensor:
-        """Return the log Z of each sequence's context, (N,) fp64; each context must have been seen."""
-        values = [self._of[context].log_z for context in context_id.tolist()]
+    def log_z(self, context_id: Tensor, *, most: float = math.inf, unknown: float = -math.inf) -> Tensor:
+        """Return the log Z of each sequence's context, (N,) fp64; each context must have been seen.
+
+        Args:
+            context_id: (N,) integers.
+            most: what log Z is known to be at most. An estimate above it is read as this; the sums stay as they are.
+            unknown: what is returned for a context of which no sequence with P > 0 was seen.
+        """
+        values = [min(self._of[context].log_z, most) for context in context_id.tolist()]
+        values = [unknown if value == -math.inf else value for value in values]
         return torch.tensor(values, dtype=torch.float64, device=context_id.device)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from . import sharding
 from .batch import Batch, Microbatch, Prompts, SamplingOptions
 from .diagnostics import gradient_variance
-from .estimators import Estimates, RunningEstimates
+from .estimators import Estimates, PartitionFunctions, RunningEstimates
 from .kernels.result import DMLossOutput
 from .metrics import step_metrics
 from .models import LanguageModel
@@ -100,6 +100,10 @@ class Matcher:
         on_policy: whether rho is exactly 1, because pi itself draws. Default: where there is no proposal. False without
             a proposal forms rho from the log-probabilities that the sampler gave.
         partition: ``running``: log Z of a context over all its visits; ``step``: from the samples of the step alone.
+            Where no constraint is above 1 and there is no ``Moment`` or ``Reward`` (``EBM.is_filter``), Z is read as 1
+            where its estimate is above 1.
+        z_floor: what Z is read as for a context of which no sequence with P > 0 was seen yet, above 0 and at most 1.
+            None: such a context has weight 0. Only for such a target.
         skip_zero_weight: sequences whose weight is known to be 0 before the policy's forward get none.
         ppo_epochs: optimiser steps on each batch (``Batch.again``), for ``reinforce`` and ``kl_control`` on-policy.
             Above 1 returns, KL penalty and baseline are frozen as they were at the sampling policy, and the ratio is
@@ -146,6 +150,7 @@ class Matcher:
         entropy_coefficient: float = 0.0,
         on_policy: bool | None = None,
         partition: str = "running",
+        z_floor: float | None = None,
         skip_zero_weight: bool = False,
         ppo_epochs: int = 1,
         ppo_clip: float = 0.2,
@@ -161,7 +166,8 @@ class Matcher:
         self.settings = Settings(
             objective, baseline, normalize, beta, beta_target_kl, beta_horizon, alpha, normalize_alpha, max_return,
             max_weight, entropy_coefficient, proposal is None if on_policy is None else on_policy, partition,
-            skip_zero_weight, ppo_epochs, ppo_clip, check_samples, refit_ess, refit_samples, patience_zero, seed,
+            z_floor, skip_zero_weight, ppo_epochs, ppo_clip, check_samples, refit_ess, refit_samples, patience_zero,
+            seed,
         )  # fmt: skip
         if not isinstance(policy, LanguageModel):
             raise TypeError(
@@ -270,7 +276,7 @@ class Matcher:
         gather = self.ranks.gather
         of_all = (gather(x.context_id), gather(scores.log_target), gather(x.log_prob))
         pending = running.after(*of_all, self.settings.partition)
-        inputs["log_z"] = pending.partitions.log_z(x.context_id)
+        inputs["log_z"] = self._log_z(pending.partitions, x.context_id)
         log_scale = pending.scale.log_z
         objective = self.settings.objective_of(
             running.mean_return, log_scale if math.isfinite(log_scale) else 0.0, running.beta
@@ -295,6 +301,14 @@ class Matcher:
             seconds={"sampling": sampled - start, "scoring": time.perf_counter() - sampled},
         )  # fmt: skip
         return self._opened(batch)
+
+    def _log_z(self, partitions: PartitionFunctions, context_id: Tensor) -> Tensor:
+        """Return log Z of each sequence's context, as it is read from the sums."""
+        floor = self.settings.z_floor
+        return partitions.log_z(
+            context_id, most=0.0 if self.target.is_filter else math.inf,
+            unknown=-math.inf if floor is None else math.log(floor),
+        )  # fmt: skip
 
     def _of_rank(self, values: Tensor) -> Tensor:
         """Return the values of this rank's sequences, of those of all ranks."""
@@ -722,7 +736,7 @@ class Matcher:
             gather(each) for each in (x.context_id, log_prob, x.log_prob, log_target)
         )
         partitions = running.partitions_before(self.settings.partition)
-        return log_prob, log_q, log_target, partitions.updated(context, log_target, log_q).log_z(context)
+        return log_prob, log_q, log_target, self._log_z(partitions.updated(context, log_target, log_q), context)
 
     def _warn_of_zero(self, batch: int) -> None:
         steps = self.running.zero_steps

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import adapters
 from .methods import METHODS
 from .models import LanguageModel
-from .objectives import KINDS, AdaptiveBeta, Objective, PPOClip, Terms
+from .objectives import KINDS, AdaptiveBeta, Objective, PPOClip, Terms, is_number
 from .proposal import NEED_ALL, OfflineProposal
 from .samples import Samples
 from .targets import EBM
@@ -46,6 +46,7 @@ class Settings:
     entropy_coefficient: float = 0.0
     on_policy: bool = False
     partition: str = "running"
+    z_floor: float | None = None
     skip_zero_weight: bool = False
     ppo_epochs: int = 1
     ppo_clip: float = 0.2
@@ -72,6 +73,11 @@ class Settings:
             )
         if self.partition not in ("running", "step"):
             raise ValueError(f"partition must be 'running' or 'step', got {self.partition!r}")
+        if self.z_floor is not None and not (is_number(self.z_floor) and 0 < self.z_floor <= 1):
+            raise ValueError(
+                "z_floor must be above 0 and at most 1, what the Z of a prompt is read as while none of its sequences "
+                f"was right, or None to leave such prompts out; got {self.z_floor!r}"
+            )
         if isinstance(self.baseline, str) and self.baseline not in _BASELINES:
             raise ValueError(
                 f"baseline must be a number, 'mean', 'leave_one_out' or 'leave_one_out_context', got {self.baseline!r}"
@@ -250,6 +256,12 @@ def check_target(target: EBM, model: nn.Module, settings: Settings, reward: Call
         )
     if not target.fitted:
         raise ValueError(f"{target} is not fitted, so its lambda is not known: call target.fit(...) first")
+    if settings.z_floor is not None and not target.is_filter:
+        raise ValueError(
+            f"z_floor={settings.z_floor!r} is a share of the base's sequences, and {target} is not the base filtered "
+            "by constraints that are known to be 1 or less: leave z_floor out, or write the constraint as a Verifier "
+            "(or as a Scorer with binary=True)"
+        )
     if "reward" in settings.needs and reward is None:
         raise ValueError(f"objective {settings.name!r} needs reward=, a callable on Samples that gives R(x)")
 
