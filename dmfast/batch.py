@@ -46,6 +46,14 @@ class Prompts:
     def __len__(self) -> int:
         return 1 if self.prompts is None else len(self.prompts)
 
+    def at(self, places: Sequence[int]) -> Prompts:
+        """Return some of the prompts."""
+        return Prompts(
+            None if self.prompts is None else [self.prompts[place] for place in places],
+            None if self.context_id is None else torch.as_tensor(self.context_id)[list(places)],
+            None if self.rows is None else [self.rows[place] for place in places],
+        )  # fmt: skip
+
     def of(self, samples: Samples) -> Samples:
         """Return the sequences that were drawn from these prompts with the identity and the row of their context."""
         if self.context_id is None:
@@ -110,6 +118,8 @@ class Batch:
         anew: whether lambda is another than before, so that all earlier estimates are void.
         whole_contexts: whether the sequences of a context go through the loss together.
         whole: the terms of the whole step, over all ranks, where the objective is a function.
+        n_sequences: the sequences that the step's mean is over, on an average rank. None: all.
+        first: log q, log P and log Z of what was drawn at first, (N,) fp64 each, where some of it was drawn again.
         seconds, counts, gradient: what sampling, scoring and policy took; what the scorers did on this rank; the norm
             and the variance of the gradient, where they were measured.
     """
@@ -127,6 +137,8 @@ class Batch:
     anew: bool = False
     whole_contexts: bool = False
     whole: Terms | None = None
+    n_sequences: float | None = None
+    first: tuple[Tensor, Tensor, Tensor] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     gradient: dict[str, float] = field(default_factory=dict)

@@ -493,6 +493,13 @@ class RunningEstimates:
             step = step[:, of_q]
             if not step.shape[1]:
                 return
+        self._append(step)
+
+    def take(self, log_prob: Tensor, log_proposal: Tensor, log_target: Tensor, log_z: Tensor) -> None:
+        """Take in one optimiser step by its scalars, each (N,), nats, of sequences x ~ q."""
+        self._append(torch.stack([_fp64(each) for each in (log_prob, log_proposal, log_target, log_z)]))
+
+    def _append(self, step: Tensor) -> None:
         self._steps.append(step)
         while self.decay ** (len(self._steps) - 1) < self._MIN_WEIGHT:
             self._steps.popleft()

@@ -30,6 +30,7 @@ from . import sharding
 from .batch import Batch, Microbatch, Prompts, SamplingOptions
 from .diagnostics import gradient_variance
 from .estimators import Estimates, PartitionFunctions, RunningEstimates
+from .groups import Drawn, are_uniform
 from .kernels.result import DMLossOutput
 from .metrics import step_metrics
 from .models import LanguageModel
@@ -104,6 +105,11 @@ class Matcher:
             where its estimate is above 1.
         z_floor: what Z is read as for a context of which no sequence with P > 0 was seen yet, above 0 and at most 1.
             None: such a context has weight 0. Only for such a target.
+        uniform_groups: what happens to prompts whose sequences all have the same reward (without a reward: the same
+            b(x)), where an objective that compares the sequences of a prompt gives all of them the weight 0. ``keep``:
+            they count in the mean. ``skip``: the mean is over the others. ``redraw``: they are drawn again, up to
+            ``max_redraws`` times, then skipped; what was drawn before still counts in Z and in the estimates of
+            divergences. Only on-policy. ``n_uniform`` and ``n_redrawn`` are logged.
         skip_zero_weight: sequences whose weight is known to be 0 before the policy's forward get none.
         ppo_epochs: optimiser steps on each batch (``Batch.again``), for ``reinforce`` and ``kl_control`` on-policy.
             Above 1 returns, KL penalty and baseline are frozen as they were at the sampling policy, and the ratio is
@@ -151,6 +157,8 @@ class Matcher:
         on_policy: bool | None = None,
         partition: str = "running",
         z_floor: float | None = None,
+        uniform_groups: str = "keep",
+        max_redraws: int = 4,
         skip_zero_weight: bool = False,
         ppo_epochs: int = 1,
         ppo_clip: float = 0.2,
@@ -166,8 +174,8 @@ class Matcher:
         self.settings = Settings(
             objective, baseline, normalize, beta, beta_target_kl, beta_horizon, alpha, normalize_alpha, max_return,
             max_weight, entropy_coefficient, proposal is None if on_policy is None else on_policy, partition,
-            z_floor, skip_zero_weight, ppo_epochs, ppo_clip, check_samples, refit_ess, refit_samples, patience_zero,
-            seed,
+            z_floor, uniform_groups, max_redraws, skip_zero_weight, ppo_epochs, ppo_clip, check_samples, refit_ess,
+            refit_samples, patience_zero, seed,
         )  # fmt: skip
         if not isinstance(policy, LanguageModel):
             raise TypeError(
@@ -259,7 +267,7 @@ class Matcher:
         self.discard()
         self.check_length(max_new_tokens)
         contexts, how = Prompts(prompts, context_id, rows), SamplingOptions(max_new_tokens, temperature, batch_size)
-        start, lambda_ = time.perf_counter(), self.target.lambda_.tolist()
+        lambda_ = self.target.lambda_.tolist()
         anew = self.running.lambda_ != lambda_
         running = Running.start(lambda_, self.running.beta, self.running.steps) if anew else self.running
         if self.proposal is not None and seed is None:
@@ -267,38 +275,46 @@ class Matcher:
                 self._arguments(Prompts(each), n, how, self._seed(f"step {running.steps + k}"))
                 for k, each in enumerate([prompts, *next_prompts])
             ])  # fmt: skip
-        x = self._sample(contexts, n, how, self._seed(f"step {running.steps}") if seed is None else seed)
-        sampled, done = time.perf_counter(), self._scorer_counts()
-        scores, values, inputs = self._score(x, batch_size, needs_base="log_base" in self.settings.needs)
-        if self.reward is not None:
-            inputs["reward"] = values(self.reward)
-        counts = {name: value - done[name] for name, value in self._scorer_counts().items()}
-        gather = self.ranks.gather
-        of_all = (gather(x.context_id), gather(scores.log_target), gather(x.log_prob))
-        pending = running.after(*of_all, self.settings.partition)
+        done, seconds = self._scorer_counts(), {"sampling": 0.0, "scoring": 0.0}
+        seed = self._seed(f"step {running.steps}") if seed is None else seed
+        taken = [self._drawn(contexts, n, how, seed, seconds)]
+        drawn, uniform, n_groups = self._regrouped(taken, contexts, n, how, seed, seconds)
+        x, inputs = drawn.samples, dict(drawn.inputs)
+        counts = {name: value - done[name] for name, value in self._scorer_counts().items()} | n_groups
+        # every draw counts in Z, also one whose sequences do not stay
+        pending = running.after(*self._of_all(taken), self.settings.partition)
         inputs["log_z"] = self._log_z(pending.partitions, x.context_id)
         log_scale = pending.scale.log_z
         objective = self.settings.objective_of(
             running.mean_return, log_scale if math.isfinite(log_scale) else 0.0, running.beta
         )
         if pending.beta is not None:
-            log_ratio = gather(x.log_prob - inputs["log_base"])
+            log_ratio = self.ranks.gather(x.log_prob - inputs["log_base"])
             pending.beta.update(float(log_ratio.mean()), len(log_ratio))
         if isinstance(objective, Objective) and isinstance(objective.baseline, str):
             inputs["baseline"] = self._leave_one_out(objective, x.context_id, inputs)
         whole, advantage = None, None
+        stays, n_sequences = torch.ones(len(x), dtype=torch.bool, device=x.tokens.device), float(len(x))
+        if uniform is not None and self.settings.uniform_groups != "keep":
+            left = float(self.ranks.gather(~uniform).sum()) / self.ranks.size
+            if left:  # else all weights are 0
+                stays, n_sequences = ~uniform, left
         if not isinstance(objective, Objective):
-            self._check_groups(of_all[0])
-            whole = self._whole_step(objective, x, inputs)
+            whole = self._whole_step(objective, x, inputs, stays, n_sequences)
         if self.settings.weight_known:
             advantage = self._of_rank(weigh(cast(Terms, whole)))
         elif self.settings.ppo_epochs > 1:
             advantage = weigh(self._terms(objective, inputs))
+        first = None
+        if len(taken) > 1:
+            of_first = taken[0].samples
+            log_z = self._log_z(pending.partitions, of_first.context_id)
+            first = (of_first.log_prob, taken[0].inputs["log_target"], log_z)
         batch = Batch(
-            x, inputs, torch.cat([scores.features, scores.monitored], 1), scores.log_base,
-            self._forwarded(objective, inputs, advantage), objective, pending, (contexts, how), advantage=advantage,
-            anew=anew, whole_contexts=self.settings.whole_contexts, whole=whole, counts=counts, _again=self._again,
-            seconds={"sampling": sampled - start, "scoring": time.perf_counter() - sampled},
+            x, inputs, drawn.features, drawn.log_base, self._forwarded(objective, inputs, advantage) & stays.cpu(),
+            objective, pending, (contexts, how), advantage=advantage, anew=anew, first=first,
+            whole_contexts=self.settings.whole_contexts, whole=whole, n_sequences=n_sequences, counts=counts,
+            _again=self._again, seconds=seconds,
         )  # fmt: skip
         return self._opened(batch)
 
@@ -315,13 +331,88 @@ class Matcher:
         n = len(values) // self.ranks.size
         return values[self.ranks.rank * n :][:n]
 
-    def _whole_step(self, objective: Callable[[Terms], Tensor], x: Samples, inputs: dict[str, Tensor]) -> Terms:
-        """Return the terms of the step's sequences on all ranks, for an objective that is a function."""
+    def _drawn(self, contexts: Prompts, n: int, how: SamplingOptions, seed: int, seconds: dict[str, float]) -> Drawn:
+        """Return sequences that are drawn and scored, and add the time that it took to ``seconds``."""
+        start = time.perf_counter()
+        x = self._sample(contexts, n, how, seed)
+        sampled = time.perf_counter()
+        needs_base = "log_base" in self.settings.needs or (self.settings.centred and self.reward is None)
+        scores, values, inputs = self._score(x, how.batch_size, needs_base=needs_base)
+        if self.reward is not None:
+            inputs["reward"] = values(self.reward)
+        seconds["sampling"] += sampled - start
+        seconds["scoring"] += time.perf_counter() - sampled
+        return Drawn(x, inputs, torch.cat([scores.features, scores.monitored], 1), scores.log_base)
+
+    def _of_all(self, taken: list[Drawn]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return contexts, log P and log q of what was drawn on all ranks."""
+        gather = self.ranks.gather
+        return (
+            torch.cat([gather(each.samples.context_id) for each in taken]),
+            torch.cat([gather(each.inputs["log_target"]) for each in taken]),
+            torch.cat([gather(each.samples.log_prob) for each in taken]),
+        )
+
+    def _regrouped(
+        self, taken: list[Drawn], contexts: Prompts, n: int, how: SamplingOptions, seed: int,
+        seconds: dict[str, float],
+    ) -> tuple[Drawn, Tensor | None, dict[str, float]]:  # fmt: skip
+        """Draw again what is to be drawn again, and return the step's sequences.
+
+        Args:
+            taken: the first draw; what is drawn here is added to it.
+
+        Returns:
+            The sequences; (N,) bool, which of them are of prompts whose values are all equal, where the objective
+            compares these; the counts to log.
+        """
+        drawn, gather = taken[0], self.ranks.gather
+        if not isinstance(self.settings.template, Objective):
+            self._check_groups(gather(drawn.samples.context_id))
+        if not self.settings.centred:
+            return drawn, None, {}
+
+        def look(drawn: Drawn) -> tuple[Tensor, float]:
+            ids = gather(drawn.samples.context_id)
+            found = are_uniform(ids, gather(drawn.values))
+            return self._of_rank(found), float(len(set(ids[found].tolist())))
+
+        uniform, n_uniform = look(drawn)
+        counts = {"n_uniform": n_uniform}
+        if self.settings.uniform_groups != "redraw":
+            return drawn, uniform, counts
+        counts["n_redrawn"] = 0.0
+        for k in range(self.settings.max_redraws):
+            mine: list[int] = uniform[::n].nonzero()[:, 0].tolist()
+            most = int(gather(torch.tensor([len(mine)], device=uniform.device)).max())
+            if not most:
+                break
+            # all ranks draw equally many; what fills up counts in Z like the rest, and is not used otherwise
+            rest = [place for place in range(len(contexts)) if place not in set(mine)]
+            again = contexts.at([*mine, *rest[: most - len(mine)]])
+            taken.append(self._drawn(again, n, how, seed_for(seed, f"redraw {k}"), seconds))
+            drawn = drawn.replaced(mine, taken[-1], n)
+            counts["n_redrawn"] += float(gather(uniform).sum())
+            uniform, _ = look(drawn)
+        return drawn, uniform, counts
+
+    def _whole_step(
+        self, objective: Callable[[Terms], Tensor], x: Samples, inputs: dict[str, Tensor], stays: Tensor,
+        n_sequences: float,
+    ) -> Terms:  # fmt: skip
+        """Return the terms of the step's sequences on all ranks, for an objective that is a function.
+
+        Args:
+            objective, x, inputs: of the step.
+            stays: (N,) bool, the sequences that the step's mean is over.
+            n_sequences: their number on an average rank.
+        """
         gather, length = self.ranks.gather, x.score_mask.sum(1).double()
         terms = Terms.of(objective, self.settings.on_policy, math.inf, **{k: gather(v) for k, v in inputs.items()})
         length = gather(length.to(terms.block.device))
         # tokens and sequences are those of a rank on average, since DDP averages over ranks
-        group = Group(length, float(length.sum()) / self.ranks.size, float(len(x)), gather(x.context_id))
+        n_tokens = float(length[gather(stays).to(length.device)].sum()) / self.ranks.size
+        group = Group(length, n_tokens, n_sequences, gather(x.context_id))
         return terms.with_group(group)
 
     def _check_groups(self, context_id: Tensor) -> None:
@@ -533,16 +624,17 @@ class Matcher:
         if bool(self._has_passed[places].any()):
             raise RuntimeError("sequences of this part have passed the loss already, and would count twice")
         values, on_policy = part.inputs, self.settings.on_policy and batch.epoch == 0
-        objective: Any = batch.objective
-        if batch.advantage is not None:
-            objective = Objective("reinforce") if on_policy else PPOClip(self.settings.ppo_clip)
-        elif "baseline" in values:
-            objective = replace(objective, baseline=values.pop("baseline"))
         kept = batch.forwarded[places].clone()
         if len(kept) and not bool(kept.any()):
             kept[0] = True  # one forward, for the hooks of whatever is around the model
+        objective: Any = batch.objective
         of_step: dict[str, Any] = {}
-        if batch.whole is not None and batch.advantage is None:
+        baseline: Any = values.pop("baseline", None)
+        if batch.advantage is not None:
+            objective = Objective("reinforce") if on_policy else PPOClip(self.settings.ppo_clip)
+        elif baseline is not None:
+            objective = replace(objective, baseline=baseline[kept])
+        elif batch.whole is not None:
             objective = OfStep(objective, batch.whole, places[kept] + self.ranks.rank * len(batch))
             of_step = {"context_id": batch.samples.context_id[places[kept]], "num_tokens": batch.whole.n_tokens}
         everything = bool(kept.all())
@@ -553,13 +645,16 @@ class Matcher:
                 on_policy=on_policy,
                 max_weight=self.settings.max_weight,
                 entropy_coefficient=self.settings.entropy_coefficient,
-                num_sequences=len(batch),  # DDP averages over ranks
+                num_sequences=batch.n_sequences or len(batch),  # DDP averages over ranks
                 **of_step,
                 **(values if everything else {name: value[kept] for name, value in values.items()}),
                 **options,
             )
         if not everything:
-            out = out.spread(kept.to(out.weight.device), Terms.of(objective, on_policy, math.inf, **values))
+            if baseline is None:
+                baseline = plain_baseline(objective, len(places), out.weight.device)
+            terms = Terms.of(objective, on_policy, math.inf, **values, baseline=baseline)
+            out = out.spread(kept.to(out.weight.device), terms)
         self._passed.append((part, out))
         self._has_passed[places] = True
         return out
@@ -613,6 +708,7 @@ class Matcher:
         batch = cast(Batch, self.batch)
         self._check()
         weight = torch.cat([out.weight for _, out in self._passed])[order]
+        weight = weight * (len(batch) / (batch.n_sequences or len(batch)))  # that of the mean over all
         found = gradient_variance(
             self.policy, batch.samples, weight, entropy_coefficient=self.settings.entropy_coefficient,
             reduce=reduce or (lambda x: self.ranks.gather(x[None]).sum(0)),
@@ -652,7 +748,10 @@ class Matcher:
         with self._undone_on_error():
             if batch.anew:
                 self.estimates.clear()
-            if self.proposal is None:
+            if self.proposal is None and batch.first is not None:
+                log_q, log_target, log_z = (gather(each) for each in batch.first)
+                self.estimates.take(log_q, log_q, log_target, log_z)  # on-policy, where log q is log pi
+            elif self.proposal is None:
                 self.estimates.update(out)
             else:
                 version = gather(batch.samples.version)

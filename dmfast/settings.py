@@ -47,6 +47,8 @@ class Settings:
     on_policy: bool = False
     partition: str = "running"
     z_floor: float | None = None
+    uniform_groups: str = "keep"
+    max_redraws: int = 4
     skip_zero_weight: bool = False
     ppo_epochs: int = 1
     ppo_clip: float = 0.2
@@ -104,12 +106,51 @@ class Settings:
                 "ppo_epochs above 1 clips the ratio to the policy that a batch was drawn from: it needs "
                 f"on_policy=True and objective 'reinforce' or 'kl_control', got {got} and on_policy={self.on_policy}"
             )
+        self._check_uniform_groups()
         template = self.template  # raises what the objective refuses
         if getattr(template, "only_on_policy", False) and not self.on_policy:
             raise ValueError(
                 f"{self.name} is its method for sequences of the policy itself only, and on_policy is False: set "
                 "on_policy=True. Off-policy the method clips each token, which a weight of a sequence can't do"
             )
+
+    def _check_uniform_groups(self) -> None:
+        if self.uniform_groups not in ("keep", "skip", "redraw"):
+            raise ValueError(f"uniform_groups must be 'keep', 'skip' or 'redraw', got {self.uniform_groups!r}")
+        if not isinstance(self.max_redraws, int) or self.max_redraws < 1:
+            raise ValueError(f"max_redraws must be an integer of 1 or more, got {self.max_redraws!r}")
+        if self.uniform_groups == "keep":
+            return
+        what = f"uniform_groups={self.uniform_groups!r} leaves out prompts whose sequences all have one value"
+        if not self.centred:
+            raise ValueError(
+                f"{what}, and the weights of {self.name} are not 0 there, so that its gradient would get a bias: keep "
+                "them, or take an objective that compares the sequences of a prompt alone (maxrl, grpo, dapo, gspo, "
+                "vespo, DrGRPO, or reinforce with baseline='leave_one_out_context')"
+            )
+        if not self.on_policy:
+            raise ValueError(
+                f"{what}, and log pi of them is known without a forward only where the policy itself draws: set "
+                "on_policy=True, got on_policy=False"
+            )
+        for name, other in (("entropy_coefficient", 0.0), ("ppo_epochs", 1)):
+            if getattr(self, name) != other:
+                raise ValueError(
+                    f"{what}, and {name}={getattr(self, name)!r} needs every sequence that was drawn: keep them, or "
+                    f"leave {name} out"
+                )
+        if self.uniform_groups == "redraw" and self.refit_ess:
+            raise ValueError(
+                "uniform_groups='redraw' keeps sequences by what they are, and refit_ess fits lambda from them as if "
+                f"they were all that q draws: leave one of them out, got refit_ess={self.refit_ess!r}"
+            )
+
+    @property
+    def centred(self) -> bool:
+        """Whether the weights are 0 for all sequences of a prompt whose values are equal, for q = pi."""
+        if isinstance(self.template, Objective):
+            return self.template.name == "reinforce" and self.template.baseline == "leave_one_out_context"
+        return bool(getattr(self.template, "centred", False))
 
     @property
     def built_in(self) -> str | None:
