@@ -20,7 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from . import adapters, sharding, tensor_parallel
+from . import adapters, tensor_parallel
 from .copies import frozen_copy
 from .estimators import Estimate, RunningEstimates, _alpha_terms, _js_terms, _mean, _mean_given_one, estimate
 from .kernels.result import DMLossOutput
@@ -56,13 +56,13 @@ def _source(policy: nn.Module | HasModel) -> LanguageModel | nn.Module:
     """Return the part of a policy that a sampler loads.
 
     Raises:
-        RuntimeError: it is sharded.
+        RuntimeError: it is cut by tensor parallelism.
     """
-    by = "FSDP" if sharding.is_sharded(_module(policy)) else "tensor parallelism"
-    if by == "FSDP" or tensor_parallel.is_cut(_module(policy)):
+    if tensor_parallel.is_cut(_module(policy)):
         raise RuntimeError(
-            f"the policy is sharded by {by}, and another engine needs whole parameters: OfflineProposal(sampler=...) "
-            f"does not run under {by} yet"
+            "the policy is cut by tensor parallelism, whose processes need the same sequences, and each of them would "
+            "draw its own from the engine: OfflineProposal(sampler=...) does not run under tensor parallelism; load "
+            "the model with fsdp_size alone, or leave sampler out"
         )
     return policy if isinstance(policy, (nn.Module, LanguageModel)) else policy.model
 

@@ -296,8 +296,6 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
                 "draws have the engine's log-probabilities, which differ by its rounding; leave on_policy out: with "
                 "proposal_criterion='interval' and proposal_interval=1 the engine gets pi after every step"
             )
-        if self.fsdp:
-            raise ValueError(f"sampler={self.sampler!r} does not run under FSDP yet: an engine needs whole parameters")
         if self.sampler == "vllm" and self.world_size > 1:
             raise ValueError(
                 "sampler='vllm' does not run in several processes, whose process group vLLM's own would meet: start a "

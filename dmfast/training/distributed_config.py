@@ -88,8 +88,11 @@ def refuse_model(model: Any, base: Any, args: TrainingArguments, peft_config: An
         "fsdp": "it is sharded already, or load it without",
         "fp16": "that was not tried; take bf16=True",
     }
-    if args.sampler != "model":
-        refused["sampler"] = "another engine needs whole parameters; leave it out"
+    if args.sampler != "model" and _sizes(config)[2] > 1:
+        refused["sampler"] = (
+            "the processes among which tensor parallelism cuts it need the same sequences, and each would draw its own "
+            "from the engine; leave tp_size out, or sampler"
+        )
     for name, why in refused.items():
         if getattr(args, name):
             raise ValueError(
