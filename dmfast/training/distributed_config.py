@@ -174,9 +174,10 @@ def proposal_of(parts: Mapping[str, Any], mine: Mapping[str, Tensor]) -> dict[st
         RuntimeError: they are of another model.
     """
     found = parts["proposal"]
-    if found.keys() != mine.keys() or any(found[name].shape != sharding.local(mine[name]).shape for name in found):
+    # one of before has tied parameters by each of their names
+    if not mine.keys() <= found.keys() or any(found[name].shape != sharding.local(mine[name]).shape for name in mine):
         raise RuntimeError("the checkpoint does not hold the parameters of this proposal: it is of another model")
-    return {name: _part_of(value, mine[name]) for name, value in found.items()}
+    return {name: _part_of(found[name], of_q) for name, of_q in mine.items()}
 
 
 def _parameters(optimizer: Any) -> list[Any]:
