@@ -46,6 +46,14 @@ class Prompts:
     def __len__(self) -> int:
         return 1 if self.prompts is None else len(self.prompts)
 
+    def at(self, places: Sequence[int]) -> Prompts:
+        """Return some of the prompts."""
+        return Prompts(
+            None if self.prompts is None else [self.prompts[place] for place in places],
+            None if self.context_id is None else torch.as_tensor(self.context_id)[list(places)],
+            None if self.rows is None else [self.rows[place] for place in places],
+        )  # fmt: skip
+
     def of(self, samples: Samples) -> Samples:
         """Return the sequences that were drawn from these prompts with the identity and the row of their context."""
         if self.context_id is None:
@@ -103,11 +111,15 @@ class Batch:
         objective: that of this step.
         pending: what the run carries, with this step's samples; ``Matcher.commit`` makes it what holds.
         drawn: what the sequences were drawn from, and how.
-        advantage: (N,) fp64, r - baseline at the sampling policy, where the batch serves several optimiser steps.
+        advantage: (N,) fp64, what the log-probabilities are weighted by, where that is fixed when the step is drawn:
+            r - baseline at the sampling policy, where the batch serves several optimiser steps; A of an objective with
+            ``weight_known``.
         epoch: the steps that the batch has served before.
         anew: whether lambda is another than before, so that all earlier estimates are void.
         whole_contexts: whether the sequences of a context go through the loss together.
-        n_tokens: the scored tokens of the step on an average rank, where the objective is a function; else 1.
+        whole: the terms of the whole step, over all ranks, where the objective is a function.
+        n_sequences: the sequences that the step's mean is over, on an average rank. None: all.
+        first: log q, log P and log Z of what was drawn at first, (N,) fp64 each, where some of it was drawn again.
         seconds, counts, gradient: what sampling, scoring and policy took; what the scorers did on this rank; the norm
             and the variance of the gradient, where they were measured.
     """
@@ -124,7 +136,9 @@ class Batch:
     epoch: int = 0
     anew: bool = False
     whole_contexts: bool = False
-    n_tokens: float = 1.0
+    whole: Terms | None = None
+    n_sequences: float | None = None
+    first: tuple[Tensor, Tensor, Tensor] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     gradient: dict[str, float] = field(default_factory=dict)

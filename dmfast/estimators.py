@@ -417,9 +417,16 @@ class PartitionFunctions:
             new._of[context] = z
         return new
 
-    def log_z(self, context_id: Tensor) -> Tensor:
-        """Return the log Z of each sequence's context, (N,) fp64; each context must have been seen."""
-        values = [self._of[context].log_z for context in context_id.tolist()]
+    def log_z(self, context_id: Tensor, *, most: float = math.inf, unknown: float = -math.inf) -> Tensor:
+        """Return the log Z of each sequence's context, (N,) fp64; each context must have been seen.
+
+        Args:
+            context_id: (N,) integers.
+            most: what log Z is known to be at most. An estimate above it is read as this; the sums stay as they are.
+            unknown: what is returned for a context of which no sequence with P > 0 was seen.
+        """
+        values = [min(self._of[context].log_z, most) for context in context_id.tolist()]
+        values = [unknown if value == -math.inf else value for value in values]
         return torch.tensor(values, dtype=torch.float64, device=context_id.device)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -490,6 +497,13 @@ class RunningEstimates:
             step = step[:, of_q]
             if not step.shape[1]:
                 return
+        self._append(step)
+
+    def take(self, log_prob: Tensor, log_proposal: Tensor, log_target: Tensor, log_z: Tensor) -> None:
+        """Take in one optimiser step by its scalars, each (N,), nats, of sequences x ~ q."""
+        self._append(torch.stack([_fp64(each) for each in (log_prob, log_proposal, log_target, log_z)]))
+
+    def _append(self, step: Tensor) -> None:
         self._steps.append(step)
         while self.decay ** (len(self._steps) - 1) < self._MIN_WEIGHT:
             self._steps.popleft()

@@ -29,12 +29,23 @@ from torch import Tensor, nn
 from . import sharding
 from .batch import Batch, Microbatch, Prompts, SamplingOptions
 from .diagnostics import gradient_variance
-from .estimators import Estimates, RunningEstimates
+from .estimators import Estimates, PartitionFunctions, RunningEstimates
+from .groups import Drawn, are_uniform
 from .kernels import warn_caller
 from .kernels.result import DMLossOutput
 from .metrics import step_metrics
 from .models import LanguageModel
-from .objectives import Objective, PPOClip, Terms, known_returns, leave_one_out_baseline, plain_baseline, weigh
+from .objectives import (
+    Group,
+    Objective,
+    OfStep,
+    PPOClip,
+    Terms,
+    known_returns,
+    leave_one_out_baseline,
+    plain_baseline,
+    weigh,
+)
 from .proposal import NEED_ALL, OfflineProposal, Scores
 from .ranks import OneProcess, Ranks
 from .refit import Refit
@@ -73,8 +84,10 @@ class Matcher:
         target: an ``EBM`` that is fitted, around a base that does not move with the policy.
         proposal: q, an ``OfflineProposal`` of the policy. None: the policy itself draws (on-policy).
         objective: a name of ``dmfast.OBJECTIVES`` or ``dmfast.methods.METHODS``, an ``Objective``, or a function of
-            ``Terms`` that returns the (B,) weights A. A function with the attribute ``whole_contexts = True`` gets all
-            sequences of a context in one call; they may not lie on several ranks.
+            ``Terms`` that returns the (B,) weights A. What depends on other sequences and not on log pi, such as the
+            mean reward of a prompt, is fixed when a step is drawn, over all ranks (``Terms.at_draw``). A function with
+            the attribute ``whole_contexts = True`` gets all sequences of a context in one call; they may not lie on
+            several ranks. One with ``weight_known = True`` forms A without log pi, once, when the step is drawn.
         reward: R(x) for ``reinforce`` and ``kl_control``: a callable on ``Samples`` that returns (N,), such as
             ``dmfast.Scorer``. One that is a feature of the target too runs once.
         baseline: a number; ``mean``, the running mean of rho*r over earlier steps; ``leave_one_out`` or
@@ -90,6 +103,15 @@ class Matcher:
         on_policy: whether rho is exactly 1, because pi itself draws. Default: where there is no proposal. False without
             a proposal forms rho from the log-probabilities that the sampler gave.
         partition: ``running``: log Z of a context over all its visits; ``step``: from the samples of the step alone.
+            Where no constraint is above 1 and there is no ``Moment`` or ``Reward`` (``EBM.is_filter``), Z is read as 1
+            where its estimate is above 1.
+        z_floor: what Z is read as for a context of which no sequence with P > 0 was seen yet, above 0 and at most 1.
+            None: such a context has weight 0. Only for such a target.
+        uniform_groups: what happens to prompts whose sequences all have the same reward (without a reward: the same
+            b(x)), where an objective that compares the sequences of a prompt gives all of them the weight 0. ``keep``:
+            they count in the mean. ``skip``: the mean is over the others. ``redraw``: they are drawn again, up to
+            ``max_redraws`` times, then skipped; what was drawn before still counts in Z and in the estimates of
+            divergences. Only on-policy. ``n_uniform`` and ``n_redrawn`` are logged.
         skip_zero_weight: sequences whose weight is known to be 0 before the policy's forward get none.
         ppo_epochs: optimiser steps on each batch (``Batch.again``), for ``reinforce`` and ``kl_control`` on-policy.
             Above 1 returns, KL penalty and baseline are frozen as they were at the sampling policy, and the ratio is
@@ -136,6 +158,9 @@ class Matcher:
         entropy_coefficient: float = 0.0,
         on_policy: bool | None = None,
         partition: str = "running",
+        z_floor: float | None = None,
+        uniform_groups: str = "keep",
+        max_redraws: int = 4,
         skip_zero_weight: bool = False,
         ppo_epochs: int = 1,
         ppo_clip: float = 0.2,
@@ -151,7 +176,8 @@ class Matcher:
         self.settings = Settings(
             objective, baseline, normalize, beta, beta_target_kl, beta_horizon, alpha, normalize_alpha, max_return,
             max_weight, entropy_coefficient, proposal is None if on_policy is None else on_policy, partition,
-            skip_zero_weight, ppo_epochs, ppo_clip, check_samples, refit_ess, refit_samples, patience_zero, seed,
+            z_floor, uniform_groups, max_redraws, skip_zero_weight, ppo_epochs, ppo_clip, check_samples, refit_ess,
+            refit_samples, patience_zero, seed,
         )  # fmt: skip
         if not isinstance(policy, LanguageModel):
             raise TypeError(
@@ -246,7 +272,7 @@ class Matcher:
         self.discard()
         self.check_length(max_new_tokens)
         contexts, how = Prompts(prompts, context_id, rows), SamplingOptions(max_new_tokens, temperature, batch_size)
-        start, lambda_ = time.perf_counter(), self.target.lambda_.tolist()
+        lambda_ = self.target.lambda_.tolist()
         anew = self.running.lambda_ != lambda_
         running = Running.start(lambda_, self.running.beta, self.running.steps) if anew else self.running
         if self.proposal is not None and seed is None:
@@ -254,59 +280,171 @@ class Matcher:
                 self._arguments(Prompts(each), n, how, self._seed(f"step {running.steps + k}"))
                 for k, each in enumerate([prompts, *next_prompts])
             ])  # fmt: skip
-        x = self._sample(contexts, n, how, self._seed(f"step {running.steps}") if seed is None else seed)
-        sampled, done = time.perf_counter(), self._scorer_counts()
-        scores, values, inputs = self._score(x, batch_size, needs_base="log_base" in self.settings.needs)
-        if self.reward is not None:
-            inputs["reward"] = values(self.reward)
-        counts = {name: value - done[name] for name, value in self._scorer_counts().items()}
-        gather = self.ranks.gather
-        of_all = (gather(x.context_id), gather(scores.log_target), gather(x.log_prob))
-        pending = running.after(*of_all, self.settings.partition)
-        inputs["log_z"] = pending.partitions.log_z(x.context_id)
+        done, seconds = self._scorer_counts(), {"sampling": 0.0, "scoring": 0.0}
+        seed = self._seed(f"step {running.steps}") if seed is None else seed
+        taken = [self._drawn(contexts, n, how, seed, seconds)]
+        drawn, uniform, n_groups = self._regrouped(taken, contexts, n, how, seed, seconds)
+        x, inputs = drawn.samples, dict(drawn.inputs)
+        counts = {name: value - done[name] for name, value in self._scorer_counts().items()} | n_groups
+        # every draw counts in Z, also one whose sequences do not stay
+        pending = running.after(*self._of_all(taken), self.settings.partition)
+        inputs["log_z"] = self._log_z(pending.partitions, x.context_id)
         log_scale = pending.scale.log_z
         objective = self.settings.objective_of(
             running.mean_return, log_scale if math.isfinite(log_scale) else 0.0, running.beta
         )
         if pending.beta is not None:
-            log_ratio = gather(x.log_prob - inputs["log_base"])
+            log_ratio = self.ranks.gather(x.log_prob - inputs["log_base"])
             pending.beta.update(float(log_ratio.mean()), len(log_ratio))
         if isinstance(objective, Objective) and isinstance(objective.baseline, str):
             inputs["baseline"] = self._leave_one_out(objective, x.context_id, inputs)
-        if self.settings.whole_contexts:
-            self._check_groups(of_all[0])
-        n_tokens = float(gather(x.score_mask.sum()[None].double()).mean()) if callable(objective) else 1.0
+        whole, advantage = None, None
+        stays, n_sequences = torch.ones(len(x), dtype=torch.bool, device=x.tokens.device), float(len(x))
+        if uniform is not None and self.settings.uniform_groups != "keep":
+            left = float(self.ranks.gather(~uniform).sum()) / self.ranks.size
+            if left:  # else all weights are 0
+                stays, n_sequences = ~uniform, left
+        if not isinstance(objective, Objective):
+            whole = self._whole_step(objective, x, inputs, stays, n_sequences)
+        if self.settings.weight_known:
+            advantage = self._of_rank(weigh(cast(Terms, whole)))
+        elif self.settings.ppo_epochs > 1:
+            advantage = weigh(self._terms(objective, inputs))
+        first = None
+        if len(taken) > 1:
+            of_first = taken[0].samples
+            log_z = self._log_z(pending.partitions, of_first.context_id)
+            first = (of_first.log_prob, taken[0].inputs["log_target"], log_z)
         batch = Batch(
-            x, inputs, torch.cat([scores.features, scores.monitored], 1), scores.log_base,
-            self._forwarded(objective, inputs), objective, pending, (contexts, how),
-            advantage=weigh(self._terms(objective, inputs)) if self.settings.ppo_epochs > 1 else None, anew=anew,
-            whole_contexts=self.settings.whole_contexts, n_tokens=n_tokens, counts=counts, _again=self._again,
-            seconds={"sampling": sampled - start, "scoring": time.perf_counter() - sampled},
+            x, inputs, drawn.features, drawn.log_base, self._forwarded(objective, inputs, advantage) & stays.cpu(),
+            objective, pending, (contexts, how), advantage=advantage, anew=anew, first=first,
+            whole_contexts=self.settings.whole_contexts, whole=whole, n_sequences=n_sequences, counts=counts,
+            _again=self._again, seconds=seconds,
         )  # fmt: skip
         return self._opened(batch)
 
+    def _log_z(self, partitions: PartitionFunctions, context_id: Tensor) -> Tensor:
+        """Return log Z of each sequence's context, as it is read from the sums."""
+        floor = self.settings.z_floor
+        return partitions.log_z(
+            context_id, most=0.0 if self.target.is_filter else math.inf,
+            unknown=-math.inf if floor is None else math.log(floor),
+        )  # fmt: skip
+
+    def _of_rank(self, values: Tensor) -> Tensor:
+        """Return the values of this rank's sequences, of those of all ranks."""
+        n = len(values) // self.ranks.size
+        return values[self.ranks.rank * n :][:n]
+
+    def _drawn(self, contexts: Prompts, n: int, how: SamplingOptions, seed: int, seconds: dict[str, float]) -> Drawn:
+        """Return sequences that are drawn and scored, and add the time that it took to ``seconds``."""
+        start = time.perf_counter()
+        x = self._sample(contexts, n, how, seed)
+        sampled = time.perf_counter()
+        needs_base = "log_base" in self.settings.needs or (self.settings.centred and self.reward is None)
+        scores, values, inputs = self._score(x, how.batch_size, needs_base=needs_base)
+        if self.reward is not None:
+            inputs["reward"] = values(self.reward)
+        seconds["sampling"] += sampled - start
+        seconds["scoring"] += time.perf_counter() - sampled
+        return Drawn(x, inputs, torch.cat([scores.features, scores.monitored], 1), scores.log_base)
+
+    def _of_all(self, taken: list[Drawn]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return contexts, log P and log q of what was drawn on all ranks."""
+        gather = self.ranks.gather
+        return (
+            torch.cat([gather(each.samples.context_id) for each in taken]),
+            torch.cat([gather(each.inputs["log_target"]) for each in taken]),
+            torch.cat([gather(each.samples.log_prob) for each in taken]),
+        )
+
+    def _regrouped(
+        self, taken: list[Drawn], contexts: Prompts, n: int, how: SamplingOptions, seed: int,
+        seconds: dict[str, float],
+    ) -> tuple[Drawn, Tensor | None, dict[str, float]]:  # fmt: skip
+        """Draw again what is to be drawn again, and return the step's sequences.
+
+        Args:
+            taken: the first draw; what is drawn here is added to it.
+
+        Returns:
+            The sequences; (N,) bool, which of them are of prompts whose values are all equal, where the objective
+            compares these; the counts to log.
+        """
+        drawn, gather = taken[0], self.ranks.gather
+        if not isinstance(self.settings.template, Objective):
+            self._check_groups(gather(drawn.samples.context_id))
+        if not self.settings.centred:
+            return drawn, None, {}
+
+        def look(drawn: Drawn) -> tuple[Tensor, float]:
+            ids = gather(drawn.samples.context_id)
+            found = are_uniform(ids, gather(drawn.values))
+            return self._of_rank(found), float(len(set(ids[found].tolist())))
+
+        uniform, n_uniform = look(drawn)
+        counts = {"n_uniform": n_uniform}
+        if self.settings.uniform_groups != "redraw":
+            return drawn, uniform, counts
+        counts["n_redrawn"] = 0.0
+        for k in range(self.settings.max_redraws):
+            mine: list[int] = uniform[::n].nonzero()[:, 0].tolist()
+            most = int(gather(torch.tensor([len(mine)], device=uniform.device)).max())
+            if not most:
+                break
+            # all ranks draw equally many; what fills up counts in Z like the rest, and is not used otherwise
+            rest = [place for place in range(len(contexts)) if place not in set(mine)]
+            again = contexts.at([*mine, *rest[: most - len(mine)]])
+            taken.append(self._drawn(again, n, how, seed_for(seed, f"redraw {k}"), seconds))
+            drawn = drawn.replaced(mine, taken[-1], n)
+            counts["n_redrawn"] += float(gather(uniform).sum())
+            uniform, _ = look(drawn)
+        return drawn, uniform, counts
+
+    def _whole_step(
+        self, objective: Callable[[Terms], Tensor], x: Samples, inputs: dict[str, Tensor], stays: Tensor,
+        n_sequences: float,
+    ) -> Terms:  # fmt: skip
+        """Return the terms of the step's sequences on all ranks, for an objective that is a function.
+
+        Args:
+            objective, x, inputs: of the step.
+            stays: (N,) bool, the sequences that the step's mean is over.
+            n_sequences: their number on an average rank.
+        """
+        gather, length = self.ranks.gather, x.score_mask.sum(1).double()
+        terms = Terms.of(objective, self.settings.on_policy, math.inf, **{k: gather(v) for k, v in inputs.items()})
+        length = gather(length.to(terms.block.device))
+        # tokens and sequences are those of a rank on average, since DDP averages over ranks
+        n_tokens = float(length[gather(stays).to(length.device)].sum()) / self.ranks.size
+        group = Group(length, n_tokens, n_sequences, gather(x.context_id))
+        return terms.with_group(group)
+
     def _check_groups(self, context_id: Tensor) -> None:
-        """Check that the sequences of a context lie on one rank, and are as many as the objective needs.
+        """Check that the sequences of a context are as many as the objective needs, and where it needs them.
 
         Args:
             context_id: (size * N,) of all ranks.
 
         Raises:
-            ValueError: they do not, or are not.
+            ValueError: they are fewer; or they lie on several ranks and the objective needs them in one call.
         """
-        by_rank = context_id.view(self.ranks.size, -1)
+        least = getattr(self.settings.template, "least_of_context", 1)
+        for context, count in Counter(context_id.tolist()).items():
+            if count < least:
+                raise ValueError(
+                    f"the objective {self.settings.name!r} compares the sequences of a prompt, and context "
+                    f"{context} has one: draw n >= {least} of each prompt (samples_per_context)"
+                )
+        if not self.settings.whole_contexts:
+            return
         found: dict[int, int] = {}
-        for rank, contexts in enumerate(by_rank.tolist()):
-            for context, count in Counter(contexts).items():
+        for rank, contexts in enumerate(context_id.view(self.ranks.size, -1).tolist()):
+            for context in set(contexts):
                 if found.setdefault(context, rank) != rank:
                     raise ValueError(
                         f"the objective {self.settings.name!r} needs all sequences of a prompt on one rank, and those "
                         f"of context {context} are on ranks {found[context]} and {rank}: give each its own prompts"
-                    )
-                if count < getattr(self.settings.template, "least_of_context", 1):
-                    raise ValueError(
-                        f"the objective {self.settings.name!r} compares the sequences of a prompt, and context "
-                        f"{context} has one: draw n >= 2 of each prompt (samples_per_context)"
                     )
 
     def check_length(self, max_new_tokens: int, name: str = "max_new_tokens", stacklevel: int = 4) -> None:
@@ -401,11 +539,15 @@ class Matcher:
                 f"{objective.baseline!r} of other sequences is not finite: it has {of_it}. Take a constant baseline or "
                 "'mean', with max_weight to bound the weight of such a sequence, or change its reward"
             )
-        return whole[self.ranks.rank * n :][:n]
+        return self._of_rank(whole)
 
-    def _forwarded(self, objective: Objective | Callable[[Terms], Tensor], inputs: dict[str, Tensor]) -> Tensor:
+    def _forwarded(
+        self, objective: Objective | Callable[[Terms], Tensor], inputs: dict[str, Tensor], advantage: Tensor | None
+    ) -> Tensor:
         """Return (N,) bool, on the CPU: the sequences that are not known to have weight 0."""
         terms = self._terms(objective, inputs)
+        if self.settings.skip_zero_weight and advantage is not None:
+            return (advantage != 0).cpu()
         if not self.settings.skip_zero_weight or not terms.weight_known:
             return torch.ones(len(inputs["log_target"]), dtype=torch.bool)
         # A does not depend on log pi where it is known, so anything will do
@@ -487,14 +629,19 @@ class Matcher:
         if bool(self._has_passed[places].any()):
             raise RuntimeError("sequences of this part have passed the loss already, and would count twice")
         values, on_policy = part.inputs, self.settings.on_policy and batch.epoch == 0
-        objective: Any = batch.objective
-        if batch.advantage is not None:
-            objective = Objective("reinforce") if on_policy else PPOClip(self.settings.ppo_clip)
-        elif "baseline" in values:
-            objective = replace(objective, baseline=values.pop("baseline"))
         kept = batch.forwarded[places].clone()
         if len(kept) and not bool(kept.any()):
             kept[0] = True  # one forward, for the hooks of whatever is around the model
+        objective: Any = batch.objective
+        of_step: dict[str, Any] = {}
+        baseline: Any = values.pop("baseline", None)
+        if batch.advantage is not None:
+            objective = Objective("reinforce") if on_policy else PPOClip(self.settings.ppo_clip)
+        elif baseline is not None:
+            objective = replace(objective, baseline=baseline[kept])
+        elif batch.whole is not None:
+            objective = OfStep(objective, batch.whole, places[kept] + self.ranks.rank * len(batch))
+            of_step = {"context_id": batch.samples.context_id[places[kept]], "num_tokens": batch.whole.n_tokens}
         everything = bool(kept.all())
         with _placed_in_batch(places[kept]):
             out = self._around(model).loss(
@@ -503,21 +650,19 @@ class Matcher:
                 on_policy=on_policy,
                 max_weight=self.settings.max_weight,
                 entropy_coefficient=self.settings.entropy_coefficient,
-                num_sequences=len(batch),  # DDP averages over ranks
-                **({} if isinstance(objective, Objective) else self._of_group(batch, places[kept])),
+                num_sequences=batch.n_sequences or len(batch),  # DDP averages over ranks
+                **of_step,
                 **(values if everything else {name: value[kept] for name, value in values.items()}),
                 **options,
             )
         if not everything:
-            out = out.spread(kept.to(out.weight.device), Terms.of(objective, on_policy, math.inf, **values))
+            if baseline is None:
+                baseline = plain_baseline(objective, len(places), out.weight.device)
+            terms = Terms.of(objective, on_policy, math.inf, **values, baseline=baseline)
+            out = out.spread(kept.to(out.weight.device), terms)
         self._passed.append((part, out))
         self._has_passed[places] = True
         return out
-
-    def _of_group(self, batch: Batch, places: Tensor) -> dict[str, Any]:
-        """Return what an objective that is a function gets beside its inputs: contexts, and the step's tokens."""
-        # those of this rank on average, as num_sequences is, since DDP averages over ranks
-        return {"context_id": batch.samples.context_id[places], "num_tokens": batch.n_tokens}
 
     def _around(self, model: nn.Module | None) -> LanguageModel:
         """Return the policy around the module that DDP, FSDP or a compiler made of it."""
@@ -568,6 +713,7 @@ class Matcher:
         batch = cast(Batch, self.batch)
         self._check()
         weight = torch.cat([out.weight for _, out in self._passed])[order]
+        weight = weight * (len(batch) / (batch.n_sequences or len(batch)))  # that of the mean over all
         found = gradient_variance(
             self.policy, batch.samples, weight, entropy_coefficient=self.settings.entropy_coefficient,
             reduce=reduce or (lambda x: self.ranks.gather(x[None]).sum(0)),
@@ -610,7 +756,10 @@ class Matcher:
                 self._seen.clear()
             self._seen.update(gather(batch.features))
             missing = self._seen.unseen()
-            if self.proposal is None:
+            if self.proposal is None and batch.first is not None:
+                log_q, log_target, log_z = (gather(each) for each in batch.first)
+                self.estimates.take(log_q, log_q, log_target, log_z)  # on-policy, where log q is log pi
+            elif self.proposal is None:
                 self.estimates.update(out)
             else:
                 version = gather(batch.samples.version)
@@ -714,7 +863,7 @@ class Matcher:
             gather(each) for each in (x.context_id, log_prob, x.log_prob, log_target)
         )
         partitions = running.partitions_before(self.settings.partition)
-        return log_prob, log_q, log_target, partitions.updated(context, log_target, log_q).log_z(context)
+        return log_prob, log_q, log_target, self._log_z(partitions.updated(context, log_target, log_q), context)
 
     def _compare_z(self) -> None:
         """Warn once where Z of the steps is far from what the fit of lambda found, for a single context."""

@@ -1,7 +1,15 @@
 """Neighbouring methods as objectives: functions of ``Terms`` that return A of ``loss = -(1/B) sum_i A_i log pi(x_i)``.
 
-Each is what its authors' released code does for whole sequences, with its formula and its source. Of a group, the
-sequences of one prompt, all must be in one call of the loss; a ``Matcher`` sees to it, and refuses what can't be.
+Each is what its authors' released code does for whole sequences, with its formula and its source. What compares the
+rewards of a group, the sequences of one prompt, is fixed when a step is drawn (``Terms.at_draw``): a ``Matcher`` may
+cut the group, and ranks may share it. ``vargrad`` compares log pi: there all sequences of a prompt must be in one call
+of the loss, which a ``Matcher`` sees to, and refuses where it can't be.
+
+A ``Matcher`` reads these attributes of a function: ``needs``, the inputs that it can't do without;
+``whole_contexts``, as of ``vargrad``; ``least_of_context``, how many sequences of a prompt it compares at least;
+``weight_known``, whether A does not depend on log pi, so that it is formed once, when the step is drawn, and one pass
+over the logits is enough; ``centred``, whether A is 0 for all sequences of a prompt whose values are equal;
+``only_on_policy``.
 
 Notation as in ``objectives.py``: rho = pi/q, u = p/q, t = pi/p, R the reward, |x| the scored tokens. R of a group is
 compared with the group: R_hat = (R - mean)/(std + 1e-6), std that of a sample (n - 1).
@@ -23,14 +31,19 @@ _Function = TypeVar("_Function", bound=Callable[[Terms], Tensor])
 _EPSILON = 1e-6
 
 
-def _of_whole_groups(*needs: str) -> Callable[[_Function], _Function]:
-    """Mark an objective whose weights depend on the other sequences of the prompt, and say what it needs."""
+def _marked(*needs: str, **attributes: object) -> Callable[[_Function], _Function]:
+    """Give a function what a ``Matcher`` reads of it."""
 
     def mark(function: _Function) -> _Function:
-        function.whole_contexts, function.needs, function.least_of_context = True, needs, 2  # type: ignore[attr-defined]
+        for name, value in {"needs": needs, **attributes}.items():
+            setattr(function, name, value)
         return function
 
     return mark
+
+
+_GROUP = {"least_of_context": 2, "centred": True}  # of values that are known when a step is drawn
+_ON_POLICY_GROUP = {**_GROUP, "weight_known": True, "only_on_policy": True}
 
 
 def _needed(terms: Terms, method: str, *names: str) -> list[Tensor]:
@@ -71,13 +84,22 @@ def advantage(terms: Terms, method: str) -> Tensor:
     Raises:
         ValueError: no reward; a sequence is the only one of its prompt.
     """
-    (reward,) = _needed(terms, method, "reward")
-    centred = reward - terms.group_mean(reward)
-    n = terms.group_size()
+    _needed(terms, method, "reward")
+    return terms.at_draw(_standardised)
+
+
+def _standardised(terms: Terms) -> Tensor:
+    centred, n = _centred(terms), terms.group_size()
     std = (terms.group_mean(centred * centred) * n / (n - 1)).sqrt()
     return centred / (std + _EPSILON)
 
 
+def _centred(terms: Terms) -> Tensor:
+    (reward,) = _needed(terms, "a mean of rewards", "reward")
+    return reward - terms.group_mean(reward)
+
+
+@_marked()
 def trajectory_balance(terms: Terms) -> Tensor:
     """Return A = -2 log t, so that the loss has the gradient of (log pi - log p)^2 with log Z known, at any q.
 
@@ -92,10 +114,7 @@ def trajectory_balance(terms: Terms) -> Tensor:
     return -2 * (log_prob - log_target + log_z)
 
 
-trajectory_balance.needs = ()  # type: ignore[attr-defined]
-
-
-@_of_whole_groups()
+@_marked(whole_contexts=True, least_of_context=2)
 def vargrad(terms: Terms) -> Tensor:
     """Return A = -2 (d - the group's mean of d), d = log pi - log P.
 
@@ -111,7 +130,7 @@ def vargrad(terms: Terms) -> Tensor:
     return -2 * (d - terms.group_mean(d))
 
 
-@_of_whole_groups("log_base")
+@_marked("log_base", **_ON_POLICY_GROUP)
 def maxrl(terms: Terms) -> Tensor:
     """Return A = (v - v_mean)/v_mean, and 0 where no sequence of the prompt is right.
 
@@ -123,6 +142,10 @@ def maxrl(terms: Terms) -> Tensor:
             of its prompt.
     """
     _on_policy_only(terms, "maxrl")
+    return terms.at_draw(_over_the_mean)
+
+
+def _over_the_mean(terms: Terms) -> Tensor:
     v = terms.reward
     if v is None:
         log_target, log_base = _needed(terms, "maxrl without a reward", "log_target", "log_base")
@@ -131,7 +154,7 @@ def maxrl(terms: Terms) -> Tensor:
     return torch.where(mean == 0, 0.0, (v - mean) / torch.where(mean == 0, 1.0, mean))
 
 
-@_of_whole_groups("reward")
+@_marked("reward", **_GROUP)
 def gspo(terms: Terms) -> Tensor:
     """Return A = s R_hat/|x| with s = rho^(1/|x|), or 0 where s is clipped.
 
@@ -149,7 +172,7 @@ def gspo(terms: Terms) -> Tensor:
     return torch.where(clipped | (value == 0), 0.0, log_s.exp() * value / length)
 
 
-@_of_whole_groups("reward")
+@_marked("reward", **_GROUP)
 def vespo(terms: Terms) -> Tensor:
     """Return A = f(rho) R_hat with f(w) = w^k e^(c (1 - w)): (k, c) = (2, 3) where R_hat >= 0, else (3, 2); f(0) = 0.
 
@@ -164,7 +187,7 @@ def vespo(terms: Terms) -> Tensor:
     return torch.where(log_ratio == -math.inf, 0.0, (k * log_ratio + c * (1 - ratio)).exp() * value)
 
 
-@_of_whole_groups("reward")
+@_marked("reward", **_ON_POLICY_GROUP)
 def grpo(terms: Terms) -> Tensor:
     """Return A = R_hat/|x|: GRPO on sequences of the policy itself (Shao et al. 2024, arXiv:2402.03300, eq. 3).
 
@@ -175,7 +198,7 @@ def grpo(terms: Terms) -> Tensor:
     return advantage(terms, "grpo") / terms.length.clamp(min=1)
 
 
-@_of_whole_groups("reward")
+@_marked("reward", **_ON_POLICY_GROUP)
 def dapo(terms: Terms) -> Tensor:
     """Return A = R_hat B/(the step's tokens), B the step's sequences: DAPO on sequences of the policy itself.
 
@@ -204,9 +227,9 @@ class DrGRPO:
     """
 
     max_length: float
-    whole_contexts = True
-    least_of_context = 2
     needs = ("reward",)
+    least_of_context = 2
+    weight_known = centred = only_on_policy = True
 
     def __post_init__(self) -> None:
         if not 0 < self.max_length < math.inf:
@@ -215,8 +238,8 @@ class DrGRPO:
     def __call__(self, terms: Terms) -> Tensor:
         """Return A, (B,) fp64."""
         _on_policy_only(terms, "DrGRPO")
-        (reward,) = _needed(terms, "DrGRPO", "reward")
-        return (reward - terms.group_mean(reward)) / self.max_length
+        _needed(terms, "DrGRPO", "reward")
+        return terms.at_draw(_centred) / self.max_length
 
 
 #: The functions by the names that ``DMConfig(objective=...)`` takes.

@@ -90,7 +90,7 @@ def step_metrics(
         metrics |= {f"lambda/{name}": value for name, value in named} | {"fit_ess": target.report.ess}
     if isinstance(objective, Objective) and objective.beta is not None:
         metrics["beta"] = objective.beta
-    if batch.advantage is not None and out.log_ratio is not None:
+    if settings.ppo_epochs > 1 and batch.advantage is not None and out.log_ratio is not None:
         clipped = PPOClip(settings.ppo_clip).clipped(out.log_ratio, gather(batch.advantage))
         metrics["clip_fraction"] = float(clipped.double().mean())
     bounded = bounded_returns(objective, out.log_ratio, out.log_target_ratio)

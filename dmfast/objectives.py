@@ -224,12 +224,14 @@ class Group(NamedTuple):
         n_tokens: 0-d fp64 or a number, the scored tokens of the whole optimiser step.
         n_sequences: the sequences of the whole optimiser step.
         context_id: (B,) int64, the prompt of each; None: it was not given, and all are of one.
+        step: the whole step, where the B sequences are a part of it; None: they are all of it.
     """
 
     length: Tensor
     n_tokens: Tensor | float
     n_sequences: Tensor | float
     context_id: Tensor | None = None
+    step: OfStep | None = None
 
     def told(self) -> dict[str, object]:
         """Return by name what must be the same on ranks that share a vocabulary."""
@@ -380,22 +382,55 @@ class Terms:
     def group_mean(self, values: Tensor, leave_one_out: bool = False) -> Tensor:
         """Return for each sequence the mean of the values of its prompt's sequences in this call, (B,).
 
-        All of them must be in the call: a function that takes such means has the attribute ``whole_contexts = True``,
-        by which a ``Matcher`` never cuts a group.
+        All of them must be in the call. Means of what is known when a step is drawn (R, log P, log a, log q) are taken
+        inside ``at_draw``, which sees the whole step. A function that takes means of log pi has the attribute
+        ``whole_contexts = True``, by which a ``Matcher`` never cuts a group and refuses one that lies on several ranks.
 
         Args:
             values: (B,). The mean of a group with a value that is not finite is inf.
             leave_one_out: without the sequence itself.
 
         Raises:
-            ValueError: a sequence is the only one of its prompt.
+            ValueError: a sequence is the only one of its prompt; the call has a part of a step, and the function has no
+                ``whole_contexts``.
         """
+        step = self._of_group().step
+        if step is not None and not getattr(step.objective, "whole_contexts", False):
+            name = getattr(step.objective, "__name__", type(step.objective).__name__)
+            raise ValueError(
+                f"{name} takes a mean over the sequences of a prompt in a call that has a part of the step, which may "
+                "cut the prompt's sequences. Where the values are known when a step is drawn, such as the reward, "
+                "write terms.at_draw(lambda terms: terms.group_mean(terms.reward)); where they depend on log pi, set "
+                f"{name}.whole_contexts = True"
+            )
         return _group_mean(values, self.context_id, leave_one_out)
+
+    def at_draw(self, function: Callable[[Terms], Tensor]) -> Tensor:
+        """Return the function's values of these sequences, (B,), as they are fixed when the step is drawn.
+
+        The function gets the ``Terms`` of the whole optimiser step, over all ranks, without log pi, and returns a value
+        for each sequence. So a mean over a prompt's sequences is the same however the step is cut into microbatches,
+        and wherever the sequences lie. A call of ``dm_loss`` outside of a ``Matcher`` is taken for the whole step.
+
+        Args:
+            function: of ``Terms``, whose ``log_prob`` is None. It may be called several times in a step.
+        """
+        step = self._of_group().step
+        if step is None:
+            return function(self._with(None, self.group))
+        return function(step.whole)[step.places].to(self.block.device)
+
+    def _with(self, log_prob: Tensor | None, group: Group | None) -> Terms:
+        return Terms(self.objective, self.on_policy, self.max_weight, self.block, self.present, self.given,
+                     self.constants, log_prob, self.entropy_coefficient, group)  # fmt: skip
+
+    def with_group(self, group: Group) -> Terms:
+        """Return these terms with what is known beside the inputs."""
+        return self._with(self.log_prob, group)
 
     def with_log_prob(self, log_prob: Tensor) -> Terms:
         """Return these terms with log pi, (B,) fp64 without gradient."""
-        return Terms(self.objective, self.on_policy, self.max_weight, self.block, self.present, self.given,
-                     self.constants, log_prob, self.entropy_coefficient, self.group)  # fmt: skip
+        return self._with(log_prob, self.group)
 
     def under(self, objective: Objective) -> Terms:
         """Return these terms with another objective and without a baseline."""
@@ -477,6 +512,25 @@ class Terms:
             return None
         log_u = log_target - log_z - self._proposal
         return torch.where(log_z == -math.inf, -math.inf, log_u)
+
+
+@dataclass(frozen=True, eq=False)
+class OfStep:
+    """A function of ``Terms`` for a part of an optimiser step, with the whole step beside it (``Terms.at_draw``).
+
+    Args:
+        objective: the function.
+        whole: the terms of all sequences of the step, over all ranks, without log pi.
+        places: (B,) int64, which of them a call of the loss has.
+    """
+
+    objective: Callable[[Terms], Tensor]
+    whole: Terms
+    places: Tensor
+
+    def __call__(self, terms: Terms) -> Tensor:
+        """Return A, (B,) fp64."""
+        return self.objective(terms.with_group(terms._of_group()._replace(step=self)))
 
 
 def _signed_sum(c1: Tensor | float, e1: Tensor, c2: Tensor, e2: Tensor) -> Tensor:

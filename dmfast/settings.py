@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import adapters
 from .methods import METHODS
 from .models import LanguageModel
-from .objectives import KINDS, AdaptiveBeta, Objective, PPOClip, Terms
+from .objectives import KINDS, AdaptiveBeta, Objective, PPOClip, Terms, is_number
 from .proposal import NEED_ALL, OfflineProposal
 from .samples import Samples
 from .targets import EBM
@@ -46,6 +46,9 @@ class Settings:
     entropy_coefficient: float = 0.0
     on_policy: bool = False
     partition: str = "running"
+    z_floor: float | None = None
+    uniform_groups: str = "keep"
+    max_redraws: int = 4
     skip_zero_weight: bool = False
     ppo_epochs: int = 1
     ppo_clip: float = 0.2
@@ -72,6 +75,11 @@ class Settings:
             )
         if self.partition not in ("running", "step"):
             raise ValueError(f"partition must be 'running' or 'step', got {self.partition!r}")
+        if self.z_floor is not None and not (is_number(self.z_floor) and 0 < self.z_floor <= 1):
+            raise ValueError(
+                "z_floor must be above 0 and at most 1, what the Z of a prompt is read as while none of its sequences "
+                f"was right, or None to leave such prompts out; got {self.z_floor!r}"
+            )
         if isinstance(self.baseline, str) and self.baseline not in _BASELINES:
             raise ValueError(
                 f"baseline must be a number, 'mean', 'leave_one_out' or 'leave_one_out_context', got {self.baseline!r}"
@@ -98,7 +106,51 @@ class Settings:
                 "ppo_epochs above 1 clips the ratio to the policy that a batch was drawn from: it needs "
                 f"on_policy=True and objective 'reinforce' or 'kl_control', got {got} and on_policy={self.on_policy}"
             )
-        self.template  # noqa: B018  # raises what the objective refuses
+        self._check_uniform_groups()
+        template = self.template  # raises what the objective refuses
+        if getattr(template, "only_on_policy", False) and not self.on_policy:
+            raise ValueError(
+                f"{self.name} is its method for sequences of the policy itself only, and on_policy is False: set "
+                "on_policy=True. Off-policy the method clips each token, which a weight of a sequence can't do"
+            )
+
+    def _check_uniform_groups(self) -> None:
+        if self.uniform_groups not in ("keep", "skip", "redraw"):
+            raise ValueError(f"uniform_groups must be 'keep', 'skip' or 'redraw', got {self.uniform_groups!r}")
+        if not isinstance(self.max_redraws, int) or self.max_redraws < 1:
+            raise ValueError(f"max_redraws must be an integer of 1 or more, got {self.max_redraws!r}")
+        if self.uniform_groups == "keep":
+            return
+        what = f"uniform_groups={self.uniform_groups!r} leaves out prompts whose sequences all have one value"
+        if not self.centred:
+            raise ValueError(
+                f"{what}, and the weights of {self.name} are not 0 there, so that its gradient would get a bias: keep "
+                "them, or take an objective that compares the sequences of a prompt alone (maxrl, grpo, dapo, gspo, "
+                "vespo, DrGRPO, or reinforce with baseline='leave_one_out_context')"
+            )
+        if not self.on_policy:
+            raise ValueError(
+                f"{what}, and log pi of them is known without a forward only where the policy itself draws: set "
+                "on_policy=True, got on_policy=False"
+            )
+        for name, other in (("entropy_coefficient", 0.0), ("ppo_epochs", 1)):
+            if getattr(self, name) != other:
+                raise ValueError(
+                    f"{what}, and {name}={getattr(self, name)!r} needs every sequence that was drawn: keep them, or "
+                    f"leave {name} out"
+                )
+        if self.uniform_groups == "redraw" and self.refit_ess:
+            raise ValueError(
+                "uniform_groups='redraw' keeps sequences by what they are, and refit_ess fits lambda from them as if "
+                f"they were all that q draws: leave one of them out, got refit_ess={self.refit_ess!r}"
+            )
+
+    @property
+    def centred(self) -> bool:
+        """Whether the weights are 0 for all sequences of a prompt whose values are equal, for q = pi."""
+        if isinstance(self.template, Objective):
+            return self.template.name == "reinforce" and self.template.baseline == "leave_one_out_context"
+        return bool(getattr(self.template, "centred", False))
 
     @property
     def built_in(self) -> str | None:
@@ -165,6 +217,11 @@ class Settings:
     def whole_contexts(self) -> bool:
         """Whether the weight of a sequence depends on the others of its context in the same call of the loss."""
         return bool(getattr(self.template, "whole_contexts", False))
+
+    @property
+    def weight_known(self) -> bool:
+        """Whether a function forms its weights without log pi, so that they are known when a step is drawn."""
+        return not isinstance(self.template, Objective) and bool(getattr(self.template, "weight_known", False))
 
     @property
     def steered(self) -> AdaptiveBeta | None:
@@ -240,6 +297,12 @@ def check_target(target: EBM, model: nn.Module, settings: Settings, reward: Call
         )
     if not target.fitted:
         raise ValueError(f"{target} is not fitted, so its lambda is not known: call target.fit(...) first")
+    if settings.z_floor is not None and not target.is_filter:
+        raise ValueError(
+            f"z_floor={settings.z_floor!r} is a share of the base's sequences, and {target} is not the base filtered "
+            "by constraints that are known to be 1 or less: leave z_floor out, or write the constraint as a Verifier "
+            "(or as a Scorer with binary=True)"
+        )
     if "reward" in settings.needs and reward is None:
         raise ValueError(f"objective {settings.name!r} needs reward=, a callable on Samples that gives R(x)")
 

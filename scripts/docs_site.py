@@ -30,6 +30,7 @@ BY_MODULE = {
         "Sampler", "AsyncSampler", "ProcessSampler", "Mixture", "Prompted", "HTTPSampler", "VLLMSampler", "EngineError",
     ],
     "methods": ["trajectory_balance", "vargrad", "maxrl", "gspo", "vespo", "grpo", "dapo", "DrGRPO"],
+    "presets": ["PRESETS", "Preset"],
     "verified": ["pass_at_k", "maj_at_k", "coverage", "distinct_at_k"],
     "targets": ["Feature", "ScorerCounts", "VerifierCounts", "TargetScores", "fit_lambda", "LambdaFit"],
 }  # fmt: skip

@@ -546,7 +546,7 @@ def test_a_step_of_a_group_method_is_the_same_in_parts(objective):
     if objective == "vargrad":  # log P is finite everywhere
         options = {"constraints": [Moment(lambda x: x.score_mask.sum(1).double(), 3.0)]}
     grads = []
-    for size in (20, 9):
+    for size in (20, 9 if objective == "vargrad" else 3):
         m = matcher(objective=objective, **options)
         for part in draw(m, PROMPTS[:5], 4).split(size):
             m.loss(part).loss.backward()
@@ -557,25 +557,12 @@ def test_a_step_of_a_group_method_is_the_same_in_parts(objective):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-5, msg=name)
 
 
-def test_a_group_method_is_refused_where_its_groups_are_cut():
+def test_a_group_method_is_refused_without_groups():
     m = matcher(objective="dapo", on_policy=True, reward=lambda x: x.tokens.sum(1).double())
     with pytest.raises(ValueError, match=r"'dapo' compares the sequences of a prompt, and context .* has one"):
         draw(m, PROMPTS[:5], 1)
     with pytest.raises(ValueError, match="objective 'dapo' needs reward="):
         matcher(objective="dapo", on_policy=True)
-
-    class TwoRanks:
-        rank, size = 0, 2
-
-        def gather(self, values):
-            return torch.cat([values, values])
-
-        def agree(self, mine):
-            return mine
-
-    m.ranks = TwoRanks()
-    with pytest.raises(ValueError, match="needs all sequences of a prompt on one rank, and those of context"):
-        draw(m, PROMPTS[:5], 4)
 
 
 def test_scorers_see_the_rows():

@@ -45,6 +45,11 @@ class Feature(ABC):
         return value.log()
 
     @property
+    def at_most_one(self) -> bool:
+        """Whether b(x) of a pointwise constraint is known to be 1 or less for every sequence."""
+        return self.binary
+
+    @property
     def source(self) -> Feature:
         """The feature that computes the values: this one, or the one that it wraps."""
         return self

@@ -132,6 +132,15 @@ class EBM:
         return dict(found.values())
 
     @property
+    def is_filter(self) -> bool:
+        """Whether P(x) <= a(x) is known for every x, so that no Z is above 1.
+
+        That is so without a ``Moment`` or a ``Reward`` where every pointwise constraint is at most 1: ``Contains``, a
+        ``Verifier``, probabilities of a ``Classifier``, and a ``Scorer`` with ``binary=True``.
+        """
+        return not self._moments and all(each.feature.at_most_one for each in self._pointwise)
+
+    @property
     def wanted(self) -> dict[str, float]:
         """The moments' wanted values by their names."""
         return {name: moment.value for name, moment in zip(self.moment_names, self._moments, strict=True)}

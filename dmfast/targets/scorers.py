@@ -80,6 +80,11 @@ class Classifier(Scorer):
         self._column = next(i for i, each in enumerate(names.values()) if each == label)
         self._independent = kind == "multi_label_classification" or len(names) == 1
 
+    @property
+    def at_most_one(self) -> bool:
+        """Whether the value is a probability, or 0 or 1."""
+        return self.output != "log_probability"
+
     @torch.no_grad()
     def _classify(self, texts: list[str]) -> Tensor:
         # a text of no tokens would be a row of nothing but padding

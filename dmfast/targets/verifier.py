@@ -113,6 +113,11 @@ class Verifier(Scorer):
         """The verifier itself: another one of the same function may judge otherwise."""
         return id(self)
 
+    @property
+    def at_most_one(self) -> bool:
+        """True: a verdict is a number from 0 to 1, which is checked."""
+        return True
+
     def _with_cache(self, samples: Samples) -> Tensor:  # a verdict is of a text and a row, and not of tokens alone
         return self._scored(samples)
 

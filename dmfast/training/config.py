@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import SchedulerType, TrainingArguments
 
+from .. import presets
 from ..diagnostics import nltk
 from ..proposal import CRITERIA, NEED_ALL
 from ..sampling import check_options
@@ -101,6 +102,10 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             (the empty context), all sequences of a step.
         sampling_batch_size: sequences at a time in sampling and in scoring by the base. Default: all of a step.
         check_scores: as in ``dmfast.LanguageModel``, of the policy.
+        uniform_groups, max_redraws: what happens to prompts whose sequences all have the same reward, where an
+            objective that compares the sequences of a prompt gives them the weight 0. ``keep``: they count in the mean.
+            ``skip``: the mean is over the others. ``redraw``: they are drawn again, up to ``max_redraws`` times, and
+            then skipped (DAPO's dynamic sampling). Only on-policy. ``n_uniform`` and ``n_redrawn`` are logged.
         skip_zero_weight: sequences whose weight is known to be 0 before the policy's forward (those with P = 0 under
             ``dpg``, for instance) get none; off-policy, ``js_policy`` is NaN in what is logged then.
         on_policy: sample from the policy itself; no proposal is kept.
@@ -122,6 +127,9 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             as slow as that device is. Default: on the policy's; where the target's base is a view of the policy
             (``LanguageModel.base``), as a second adapter in it.
         partition: ``running``: log Z of a context over all its visits; ``step``: from the samples of the step alone.
+            Of a target that only filters the base (``EBM.is_filter``) it is read as min(Z, 1).
+        z_floor: what Z is read as for a prompt of which no sequence with P > 0 was seen yet, above 0 and at most 1.
+            None: the weights of such a prompt are 0. Only for a target that filters the base.
         refit_ess, refit_samples: while the effective sample size of the target's fit is below ``refit_ess``, lambda is
             fitted again from the last ``refit_samples`` sequences of the steps, each weighted by a/q with the q that it
             was drawn from, and replaced where that has a larger effective sample size (``EBM.refit``); Z then starts
@@ -172,6 +180,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     samples_per_context: int | None = _field(None, "Sequences drawn from each prompt.")
     sampling_batch_size: int | None = _field(None, "Sequences at a time in sampling and scoring.")
     check_scores: bool = _field(True, "Check once that what the policy draws is what it scores.")
+    uniform_groups: str = _field("keep", "Prompts whose sequences have one reward: keep, skip or redraw.")
+    max_redraws: int = _field(4, "How often they are drawn again at most.")
     skip_zero_weight: bool = _field(False, "No policy forward for sequences known to have weight 0.")
     on_policy: bool = _field(False, "Sample from the policy itself.")
     sampler: str = _field("model", "What draws from q: model, vllm, or the http:// address of a vLLM server.")
@@ -186,6 +196,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     proposal_check_samples: int = _field(0, "Fresh sequences of q for each check; 0: those of the training steps.")
     proposal_device: str | None = _field(None, "Where q is kept; None: where the policy is.")
     partition: str = _field("running", "running or step.")
+    z_floor: float | None = _field(None, "What Z is read as for a prompt of which nothing was right; None: left out.")
     refit_ess: float = _field(0.0, "Below which effective sample size lambda is fitted again; 0: never.")
     refit_samples: int = _field(2048, "Sequences of a proposal that lambda is fitted again from.")
     eval_samples: int = _field(512, "Sequences of the policy at an evaluation.")
@@ -194,6 +205,25 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     gather_for_sampling: bool = _field(True, "Under FSDP, whether the model is whole while it is sampled from.")
     gradient_variance_steps: int = _field(0, "Steps between measurements of the gradient's variance; 0: never.")
     patience_zero: int = _field(5, "Steps with P = 0 on all sequences before a warning.")
+
+    @classmethod
+    def preset(cls, name: str, **arguments: Any) -> DMConfig:
+        """Return the arguments of a published run by its name.
+
+        Args:
+            name: one of ``dmfast.presets.PRESETS``: ``alpha_dpg`` (arXiv:2512.05962), which takes ``alpha`` beside.
+            arguments: of ``DMConfig``. One that the preset has, too, takes the place of the preset's.
+
+        Raises:
+            ValueError: there is no such preset; as ``DMConfig``.
+
+        Examples:
+            >>> args = DMConfig.preset("alpha_dpg", output_dir="out", alpha=0.5)
+            >>> args.max_return, args.samples_per_context, args.on_policy
+            (10.0, 4, True)
+        """
+        found = presets.named(name)
+        return cls(**{"samples_per_context": found.samples_per_context, **found.options, **arguments})
 
     def __post_init__(self) -> None:
         refuse_parallelism(self)  # before transformers asks for deepspeed to be installed

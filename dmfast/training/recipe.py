@@ -15,7 +15,7 @@
     reward: null                    # of reinforce and kl_control: a feature, such as {scorer: {...}}
     fit: {n: 10240, seed: 0}        # lambda, from samples of the base
     lora: null                      # or the arguments of peft.LoraConfig: a, pi and q then share one backbone
-    train: {max_steps: 60, ...}     # the arguments of DMConfig
+    train: {max_steps: 60, ...}     # the arguments of DMConfig; with preset: alpha_dpg those of DMConfig.preset
     evaluate: {samples: 2048}       # of the model before and after
 
 The command writes into ``train.output_dir``: the model, ``log.json`` (machine, recipe, before, after, every step) and
@@ -40,7 +40,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from .. import __version__, adapters
+from .. import __version__, adapters, presets
 from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moments
 from ..models import LanguageModel
 from ..samples import Samples
@@ -105,7 +105,12 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
     for key in ("model", "constraints", "train"):
         if not recipe.get(key):
             raise RecipeError(f"{path} has no {key}")
-    _check_keys(recipe["train"], tuple(f.name for f in fields(DMConfig) if f.init), "train")
+    _check_keys(recipe["train"], ("preset", *(f.name for f in fields(DMConfig) if f.init)), "train")
+    if recipe["train"].get("preset") is not None:
+        try:
+            presets.named(recipe["train"]["preset"])
+        except ValueError as error:
+            raise RecipeError(f"train: {error}") from error
     for f in fields(DMConfig):
         if f.type in (float, "float", "float | None") and isinstance(recipe["train"].get(f.name), str):
             recipe["train"][f.name] = _number(recipe["train"][f.name], f"train.{f.name}")
@@ -362,7 +367,8 @@ def prepare(
     Raises:
         RecipeError, ValueError: as ``read``, ``EBM.fit``, ``DMTrainer``.
     """
-    args = DMConfig(**{"output_dir": "dmfast_output", **recipe["train"]})
+    train = {"output_dir": "dmfast_output", **recipe["train"]}
+    args = DMConfig(**train) if train.get("preset") is None else DMConfig.preset(train.pop("preset"), **train)
     refuse_arguments(args)
     check_environment(args)
     folder = None if not resume else checkpoint.to_resume(resume, Path(args.output_dir))
@@ -488,5 +494,5 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
 def _title(recipe: Mapping[str, Any], log: Mapping[str, Any]) -> str:
     names = [name for name in log["after"] if name.startswith("phi/")]
     change = ", ".join(f"{name[4:]} {log['before'][name]} → {log['after'][name]}" for name in names)
-    objective = recipe["train"].get("objective", "gdc++")
+    objective = recipe["train"].get("objective") or recipe["train"].get("preset") or "gdc++"
     return f"{objective} on {Path(recipe['model']).name}: {change}"

@@ -361,7 +361,7 @@ class DMTrainer(CheckpointingTrainer):
             means = (
                 "phi/", "scorer/", "weight_", "seconds_", "length", "lag", "ess", "reward", "entropy", "clip_fraction",
             )  # fmt: skip
-            sums = ("n_clipped", "n_clipped_return", "n_empty", "swapped")
+            sums = ("n_clipped", "n_clipped_return", "n_empty", "n_uniform", "n_redrawn", "swapped")
             for key in {key: None for metrics in self._metrics for key in metrics}:
                 values = [m[key] for m in self._metrics if key in m]
                 # what is done in some steps only takes no time in the others
