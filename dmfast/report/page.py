@@ -64,7 +64,7 @@ _PHASES = {"sampling": "#4e79a7", "scoring": "#f28e2b", "policy": "#59a14f", "ch
 _TITLES = {
     "kl_policy_base": "KL(π‖a), nats", "kl_policy": "KL(p‖π), nats", "distinct_1": "Distinct-1",
     "distinct_2": "Distinct-2", "distinct_3": "Distinct-3", "self_bleu_5": "Self-BLEU-5", "length": "tokens",
-    "finished": "ended in EOS",
+    "finished": "ended in EOS", "truncated": "cut off",
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from ..seeds import seed_for
 from .constraints import Feature, FeatureValues, Moment, Scorer, as_feature, show
 from .scorers import Reward
 from .solver import LambdaFit, fit_lambda
+from .verifier import Verifier
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,17 @@ class EBM:
             if isinstance(feature.source, Scorer):
                 found.setdefault(id(feature.source), (name, feature.source))
         return dict(found.values())
+
+    @property
+    def verifiers(self) -> list[Verifier]:
+        """The ``Verifier``s that say what is right: those of the pointwise constraints; without any, all others."""
+        pointwise = [each.feature for each in self._pointwise if not each.negated]
+        others = [*(moment.feature for moment in self._moments), *(feature for _, feature in self._monitor)]
+        for features in (pointwise, others):
+            found = {id(f.source): f.source for f in features if isinstance(f.source, Verifier)}
+            if found:
+                return list(found.values())
+        return []
 
     @property
     def fitted(self) -> bool:

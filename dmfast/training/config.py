@@ -112,6 +112,10 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         eval_samples: sequences of the policy at an evaluation.
         eval_diversity: of so many of them, the same at every evaluation, Distinct-1/2/3 and Self-BLEU-5 of words
             (``dmfast.diagnostics.diversity``; needs nltk). 0: none.
+        eval_pass_k: the k of ``eval_pass@k`` and its kin, where a ``Verifier`` of the target, or a binary reward, tells
+            right from wrong (``dmfast.verified``). Default: 1, 4, 16, ... up to the samples of a prompt, which are
+            ``eval_samples`` over the number of prompts.
+        eval_threshold: the value of a verifier from which on an answer is right.
         log_samples: so many of them are written to ``samples.jsonl`` in ``output_dir``, with log pi, log a and
             features (a push to the hub takes it along), and as a table to TensorBoard and W&B where they are among
             ``report_to``. 0: none.
@@ -173,6 +177,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     refit_samples: int = _field(2048, "Sequences of a proposal that lambda is fitted again from.")
     eval_samples: int = _field(512, "Sequences of the policy at an evaluation.")
     eval_diversity: int = _field(0, "Sequences of an evaluation whose diversity is measured; 0: none.")
+    eval_pass_k: list[int] | None = _field(None, "The k of pass@k in evaluations; None: 1, 4, 16, ...")  # noqa: RUF009
+    eval_threshold: float = _field(0.5, "The value of a verifier from which on an answer is right.")
     log_samples: int = _field(0, "Sequences of an evaluation that are logged as a table; 0: none.")
     gather_for_sampling: bool = _field(True, "Under FSDP, whether the model is whole while it is sampled from.")
     gradient_variance_steps: int = _field(0, "Steps between measurements of the gradient's variance; 0: never.")
@@ -195,6 +201,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
                 "eval_diversity compares sequences of an evaluation: it must be 0, or from 2 to eval_samples="
                 f"{self.eval_samples}, got {self.eval_diversity!r}"
             )
+        self._check_pass_k()
         if self.eval_diversity:
             nltk()  # raises now what it would raise at an evaluation
         if self.proposal_criterion not in CRITERIA:
@@ -273,6 +280,17 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
                 "sampler='vllm' does not run in several processes, whose process group vLLM's own would meet: start a "
                 "server (dmfast serve-proposal), which all of them draw from"
             )
+
+    def _check_pass_k(self) -> None:
+        if not 0 < self.eval_threshold <= 1:
+            raise ValueError(f"eval_threshold must be above 0 and at most 1, got {self.eval_threshold!r}")
+        if self.eval_pass_k is None:
+            return
+        given = self.eval_pass_k
+        several = isinstance(given, (list, tuple)) and len(given) > 0
+        if not several or any(not isinstance(k, int) or isinstance(k, bool) or k < 1 for k in given):
+            raise ValueError(f"eval_pass_k must hold one or more positive integers, such as [1, 4, 16], got {given!r}")
+        self.eval_pass_k = sorted(set(given))
 
     def settings(self, objective: AnyObjective | None = None) -> Settings:
         """Return what a step is made with.

@@ -374,7 +374,7 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
             model, target, None if rows is None else [data[i][1] for i in some],
             math.ceil(settings["samples"] / len(some)), max_new_tokens=args.max_new_tokens,
             temperature=args.temperature, seed=settings["seed"], batch_size=settings["batch_size"],
-            texts=args.eval_diversity, rows=data.rows_of(some),
+            texts=args.eval_diversity, rows=data.rows_of(some), judge=trainer.judge,
         )  # fmt: skip
 
     x_before, before = now(target.base)

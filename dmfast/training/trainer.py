@@ -43,6 +43,7 @@ from ..sampling import EngineError
 from ..seeds import seed_for
 from ..settings import AnyObjective, check_target, check_trainable
 from ..targets import EBM
+from ..targets.constraints import as_feature
 from . import checkpoint, deepspeed, distributed_config, engines, fsdp
 from . import samples as samples_table
 from .callbacks import EpochOrder, Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
@@ -51,6 +52,7 @@ from .checks import check_alike, check_fit, refuse_arguments, warn_of_generation
 from .config import DMConfig
 from .data import ContextLoader, Contexts, StepSampler, contexts_of, eval_contexts
 from .evaluation import examine
+from .judge import is_over_prompts, judge_of
 from .ranks import AccelerateRanks
 from .saving import loaded, with_adapter
 from .versions import draws_in_random_order
@@ -84,6 +86,7 @@ class DMTrainer(CheckpointingTrainer):
         policy: the model as a ``LanguageModel``.
         proposal: the ``OfflineProposal``; None on-policy.
         eval_samples: the ``Samples`` of the last evaluation.
+        judge: what tells right from wrong in evaluations, a ``training.judge.Judge``; None: nothing does.
 
     Raises:
         ValueError: the training is not possible: the base is the model itself, the tokenizer does not fit, the
@@ -141,6 +144,13 @@ class DMTrainer(CheckpointingTrainer):
         sets = list(self._eval_rows.values()) if isinstance(self._eval_rows, dict) else [self._eval_rows]
         for rows in {id(each): each for each in (self._rows, *sets)}.values():
             rows.check(self.policy, args.max_new_tokens)
+        self.judge = judge_of(
+            target, [] if reward is None else [as_feature(reward, "reward")], threshold=args.eval_threshold,
+            k=args.eval_pass_k,
+        )  # fmt: skip
+        if self.judge is not None:
+            for rows in sets:
+                self.judge.check(args.eval_samples, len(rows), rows.argument)
         warn_of_generation_config(model)
         engine = engines.engine_of(args, self.policy, self._rows)
         self.target = target
@@ -375,8 +385,10 @@ class DMTrainer(CheckpointingTrainer):
             ``eval_phi/<feature>``, ``eval_kl_policy_base`` (KL(pi||a), nats) and ``eval_kl_policy`` (KL(p||pi), nats,
             by importance weights), each with ``_stderr``; ``eval_length`` (tokens), ``eval_finished`` (share that ended
             in EOS), ``eval_runtime`` (seconds). With ``args.eval_diversity``: ``eval_distinct_1`` to
-            ``eval_distinct_3``, with ``_stderr``, and ``eval_self_bleu_5``. Several sets have these for each set, as
-            ``eval_<name>_...``.
+            ``eval_distinct_3``, with ``_stderr``, and ``eval_self_bleu_5``. Where a verifier tells right from wrong:
+            ``eval_pass@k``, ``eval_coverage``, ``eval_distinct@k``, ``eval_truncated`` and, with its ``answer``,
+            ``eval_maj@k``, with ``_stderr`` over prompts where there are several, as ``eval_length`` has then. Several
+            sets have these for each set, as ``eval_<name>_...``.
         """
         has_prompts = eval_dataset is not None or self._eval_rows is not self._rows or self._has_prompts
         if isinstance(eval_dataset, str) and isinstance(self._eval_rows, dict):
@@ -395,6 +407,8 @@ class DMTrainer(CheckpointingTrainer):
     @torch.no_grad()
     def _evaluate_on(self, rows: Contexts, prefix: str, has_prompts: bool) -> dict[str, float]:
         start, args = time.perf_counter(), self.args
+        if self.judge is not None:
+            self.judge.check(args.eval_samples, len(rows), rows.argument)
         some = range(min(len(rows), args.eval_samples))
         mine = math.ceil(math.ceil(args.eval_samples / len(some)) / self._ranks.size)  # of each context, on this rank
         prompts = [rows[i][1] for i in some]
@@ -404,12 +418,13 @@ class DMTrainer(CheckpointingTrainer):
                 temperature=args.temperature, seed=seed_for(args.seed, "evaluation"),
                 batch_size=args.sampling_batch_size or args.per_device_train_batch_size,
                 texts=args.eval_diversity, first_row=self._ranks.rank * mine * len(some), rows=rows.rows_of(some),
-                gather=self._ranks.gather, gather_texts=self._ranks.gather_texts,
+                judge=self.judge, gather=self._ranks.gather, gather_texts=self._ranks.gather_texts,
             )  # fmt: skip
         self.eval_samples, metrics = found.samples, {}
         for name, estimate in found.estimates.items():
             metrics[f"{prefix}_{name}"] = estimate.value
-            if name not in ("length", "finished", "self_bleu_5"):
+            over_prompts = self.judge is not None and is_over_prompts(name)
+            if math.isfinite(estimate.stderr) if over_prompts else name not in ("length", "finished", "self_bleu_5"):
                 metrics[f"{prefix}_{name}_stderr"] = estimate.stderr
         metrics[f"{prefix}_runtime"] = time.perf_counter() - start
         self.log(metrics)
