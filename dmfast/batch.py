@@ -107,6 +107,7 @@ class Batch:
         epoch: the steps that the batch has served before.
         anew: whether lambda is another than before, so that all earlier estimates are void.
         whole_contexts: whether the sequences of a context go through the loss together.
+        rewards: (N,) fp64 each, the rewards by name where there are several.
         n_tokens: the scored tokens of the step on an average rank, where the objective is a function; else 1.
         seconds, counts, gradient: what sampling, scoring and policy took; what the scorers did on this rank; the norm
             and the variance of the gradient, where they were measured.
@@ -128,6 +129,7 @@ class Batch:
     seconds: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     gradient: dict[str, float] = field(default_factory=dict)
+    rewards: dict[str, Tensor] = field(default_factory=dict)
     _again: Callable[[Batch], Batch] | None = None
 
     def __len__(self) -> int:
@@ -186,6 +188,7 @@ class Batch:
         return {
             "samples": self.samples.state_dict(), "inputs": self.inputs, "features": self.features,
             "log_base": self.log_base, "advantage": self.advantage, "epoch": self.epoch,
+            "rewards": self.rewards,
             "beta": self.objective.beta if isinstance(self.objective, Objective) else None,
         }  # fmt: skip
 

@@ -33,7 +33,7 @@ def about_its_field(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> 
 
 
 def shown(metrics: Mapping[str, float]) -> dict[str, str]:
-    """Return an evaluation's pass@k, and the different right answers in k samples, with standard errors over prompts."""
+    """Return an evaluation's pass@k and distinct right answers in k samples, with standard errors over prompts."""
     names = [name for name in metrics if "@" in name and not name.endswith("_stderr")]
     return {name.removeprefix("eval_"): str(Estimate(metrics[name], metrics[f"{name}_stderr"])) for name in names}
 

@@ -159,14 +159,14 @@ def test_measures_of_two_ranks_are_those_of_all_their_samples(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"eval_pass_k": [1, 16]}, ValueError, r"\[1, 16\] needs 16 samples of each prompt.* 11 of each of the 3 prompts of "
-         r"train_dataset: set eval_samples=48 or more"),
+        ({"eval_pass_k": [1, 16]}, ValueError, r"\[1, 16\] needs 16 samples of each prompt.* 11 of each of the 3 "
+         "prompts of train_dataset: set eval_samples=48 or more"),
         ({"eval_pass_k": []}, ValueError, r"eval_pass_k must hold one or more positive integers.*got \[\]"),
         ({"eval_pass_k": [0]}, ValueError, r"got \[0\]"),
         ({"eval_pass_k": [1, 2.5]}, ValueError, r"got \[1, 2.5\]"),
         ({"eval_pass_k": 4}, ValueError, "got 4"),
         ({"eval_threshold": 0.0}, ValueError, "eval_threshold must be above 0"),
-        ({"eval_pass_k": [1], "constraints": [Contains("w3")]}, ValueError, "needs something that tells right from wrong"),
+        ({"eval_pass_k": [1], "constraints": [Contains("w3")]}, ValueError, "something that tells right from wrong"),
     ],
 )  # fmt: skip
 def test_measures_that_can_not_be_had_are_refused(tmp_path, settings, error, message):

@@ -226,7 +226,7 @@ class Verifier(Scorer):
         return found
 
     def answers(self, texts: Sequence[str], finished: Sequence[bool]) -> list[Hashable] | None:
-        """Return the answer of each completion, None for one that gives none or does not count; None without ``answer``.
+        """Return the answer of each completion, None for one that gives none; None without ``answer``.
 
         Args:
             texts: N completions.

@@ -13,7 +13,8 @@ from .. import __version__
 
 #: What of ``DMConfig`` decides what a run comes to.
 SETTINGS = (
-    "objective", "baseline", "beta", "alpha", "normalize", "normalize_alpha", "max_return", "max_weight",
+    "objective", "reward_weights", "baseline", "beta", "alpha", "normalize", "normalize_alpha", "max_return",
+    "max_weight",
     "entropy_coefficient", "temperature", "max_new_tokens", "samples_per_context",
     "beta_target_kl", "beta_horizon", "ppo_epochs", "ppo_clip", "on_policy", "partition", "proposal_criterion",
     "proposal_interval", "proposal_stderrs", "proposal_best_only", "proposal_check_samples", "refit_ess",

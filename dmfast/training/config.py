@@ -60,6 +60,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             functions, too.
         baseline: a number; ``mean``, the running mean of rho*r over earlier steps; ``leave_one_out`` or
             ``leave_one_out_context``. ``gdc++`` has its own.
+        reward_weights: the weights of several rewards of ``DMTrainer(reward=[...])``, in their order. Default: 1 for
+            each.
         beta: the KL coefficient of ``kl_control``; its value at the start, where ``beta_target_kl`` is given.
         beta_target_kl: the wanted KL(pi||a), nats per sequence: beta is then steered by
             ``dmfast.objectives.AdaptiveBeta`` with ``beta_horizon`` (sequences), from the samples of each step.
@@ -143,6 +145,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
 
     objective: str = _field("gdc++", "The objective, one of dmfast.OBJECTIVES or dmfast.methods.METHODS.")
     baseline: float | str | None = _field(None, "None, a number, mean, leave_one_out or leave_one_out_context.")
+    reward_weights: list[float] | None = _field(None, "The weights of several rewards.")  # noqa: RUF009
     beta: float | None = _field(None, "The KL coefficient of kl_control.")
     beta_target_kl: float | None = _field(None, "The wanted KL(pi||a) in nats; None: beta is fixed.")
     beta_horizon: float = _field(10_000, "In how many sequences beta may change by about e^0.2.")

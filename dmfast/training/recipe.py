@@ -12,7 +12,8 @@
       - classifier: {model: folder or name, label: POSITIVE, output: binary}
       - reward: {scorer: {...}, beta: 0.5}      # b(x) = exp(R(x)/beta)
     monitor: []                     # features that are only looked at
-    reward: null                    # of reinforce and kl_control: a feature, such as {scorer: {...}}
+    reward: null                    # of reinforce and kl_control: a feature, such as {scorer: {...}}, or a list
+                                    # of them, whose sum is weighted by train.reward_weights
     fit: {n: 10240, seed: 0}        # lambda, from samples of the base
     lora: null                      # or the arguments of peft.LoraConfig: a, pi and q then share one backbone
     train: {max_steps: 60, ...}     # the arguments of DMConfig
@@ -43,6 +44,7 @@ from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moment
 from ..models import LanguageModel
 from ..samples import Samples
 from ..targets import EBM, Classifier, Contains, Feature, Moment, Reward, Scorer
+from ..targets.rewards import AnyReward
 from . import report
 from .config import DMConfig
 from .data import Contexts
@@ -113,7 +115,7 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
     for each in recipe.get("monitor") or []:
         feature(each, "monitor")
     if recipe.get("reward"):
-        feature(recipe["reward"], "reward")
+        rewards(recipe["reward"])
     if recipe.get("lora"):
         _lora_config(recipe["lora"])
     return recipe
@@ -165,6 +167,13 @@ def _classifier(model: str, **options: Any) -> Classifier:
     return Classifier(
         AutoModelForSequenceClassification.from_pretrained(path), AutoTokenizer.from_pretrained(path), **options
     )
+
+
+def rewards(entry: Any) -> Feature | list[Feature]:
+    """Build the reward, or the several, of its entry."""
+    if not isinstance(entry, list):
+        return feature(entry, "reward")
+    return [feature(each, f"reward {i}") for i, each in enumerate(entry, 1)]
 
 
 def constraint(entry: Any) -> Feature | Moment:
@@ -297,14 +306,14 @@ def _model_and_base(
 
 def prepare(
     recipe: dict[str, Any], *, fitted: Mapping[str, Any] | None = None,
-    reward: Callable[[Samples], Any] | None = None, say: Callable[[Any], None] = print,
+    reward: AnyReward | None = None, say: Callable[[Any], None] = print,
 ) -> DMTrainer:  # fmt: skip
     """Build the trainer of a recipe that ``read`` has checked, with its policy, its base and its fitted target.
 
     Args:
         fitted: the ``state_dict`` of an ``EBM`` with these constraints, whose lambda is taken. Default: lambda is
             fitted.
-        reward: a callable on ``Samples`` in place of the recipe's reward.
+        reward: one or several, in place of the recipe's reward.
         say: prints a line.
 
     Raises:
@@ -324,8 +333,8 @@ def prepare(
         monitor=[feature(each, "monitor") for each in recipe.get("monitor") or []],
     )
     if reward is None and recipe.get("reward"):
-        reward = feature(recipe["reward"], "reward")
-    for scorer in (*target.scorers.values(), reward):
+        reward = rewards(recipe["reward"])
+    for scorer in (*target.scorers.values(), *(reward if isinstance(reward, list) else [reward])):
         if isinstance(scorer, Classifier):
             scorer.model.to(args.device)
     say(f"dmfast {__version__}: {target}, {args.objective}, {args.max_steps} steps, model {recipe['model']}")

@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +43,7 @@ from ..sampling import EngineError
 from ..seeds import seed_for
 from ..settings import AnyObjective, check_target, check_trainable
 from ..targets import EBM
-from ..targets.constraints import as_feature
+from ..targets.rewards import AnyReward, as_reward, parts_of
 from . import checkpoint, deepspeed, distributed_config, engines, fsdp
 from . import samples as samples_table
 from .callbacks import EpochOrder, Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
@@ -77,7 +77,8 @@ class DMTrainer(CheckpointingTrainer):
             tokenizer. What ends a sequence and ``chat_template_kwargs`` are the base's.
         objective: a name, an ``Objective``, or a function of ``Terms``, in place of ``args.objective``.
         reward: R(x) for ``reinforce`` and ``kl_control``: a callable on ``Samples`` that gives (N,), such as
-            ``dmfast.Scorer``.
+            ``dmfast.Scorer``. Or several, by name or in a list, whose sum, weighted by
+            ``args.reward_weights``, is R(x).
         peft_config: the configuration of an adapter to put around ``model``; then only the adapter is trained.
         callbacks, optimizers, optimizer_cls_and_kwargs: as in ``transformers.Trainer``.
 
@@ -110,7 +111,7 @@ class DMTrainer(CheckpointingTrainer):
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         objective: AnyObjective | None = None,
-        reward: Callable[[Samples], Tensor] | None = None,
+        reward: AnyReward | None = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -131,6 +132,9 @@ class DMTrainer(CheckpointingTrainer):
             )
         model = loaded(model)
         check_target(target, model, settings, reward)
+        if reward is None and args.reward_weights is not None:
+            raise ValueError(f"reward_weights={args.reward_weights!r} is for several rewards, and there is no reward")
+        of_run = None if reward is None else as_reward(reward, args.reward_weights)
         model = with_adapter(model, peft_config, args.seed)
         processing_class = with_pad_token(target.base.tokenizer if processing_class is None else processing_class)
         kind_of_policy, kind_of_proposal = deepspeed.kinds(args)
@@ -145,8 +149,7 @@ class DMTrainer(CheckpointingTrainer):
         for rows in {id(each): each for each in (self._rows, *sets)}.values():
             rows.check(self.policy, args.max_new_tokens)
         self.judge = judge_of(
-            target, [] if reward is None else [as_feature(reward, "reward")], threshold=args.eval_threshold,
-            k=args.eval_pass_k,
+            target, list(parts_of(of_run).values()), threshold=args.eval_threshold, k=args.eval_pass_k,
         )  # fmt: skip
         if self.judge is not None:
             for rows in sets:
@@ -222,7 +225,7 @@ class DMTrainer(CheckpointingTrainer):
                 kept_whole=of_q if args.gather_for_sampling else [],
             )  # fmt: skip
         self.matcher = Matcher(
-            self.policy, target, self.proposal, reward=reward, decay=args.proposal_decay, ranks=self._ranks,
+            self.policy, target, self.proposal, reward=of_run, decay=args.proposal_decay, ranks=self._ranks,
             check_contexts=self._check_contexts, **settings.options(),
         )  # fmt: skip
         self.matcher.check_length(args.max_new_tokens, "DMConfig.max_new_tokens", stacklevel=3)
