@@ -19,6 +19,7 @@ from . import checkpoint, deepspeed, distributed_config
 from .card import model_card
 from .data import Contexts
 from .saving import save_plainly
+from .stream import Stream
 from .versions import remove_old_checkpoints
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
     policy: LanguageModel
     proposal: OfflineProposal[LanguageModel] | None
     matcher: Matcher
-    _rows: Contexts
+    _rows: Contexts | Stream
     _is_spread: bool  # whether transformers spread the model over processes as it loaded it
     _staging: str | None = None  # where a checkpoint is written before it is whole
     _push_later: bool = False
@@ -154,7 +155,8 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Return dmfast's part of a checkpoint: the matcher's state, and the prompts that its Z belong to."""
-        return {"contexts": self._rows.digest, "matcher": self.matcher.state_dict()}
+        read = self._rows.read if isinstance(self._rows, Stream) else None
+        return {"contexts": self._rows.digest, "matcher": self.matcher.state_dict(), "stream": read}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that ``state_dict`` returned.
@@ -170,6 +172,8 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
             warnings.warn("the checkpoint is of a run on other prompts: Z of each context starts anew", stacklevel=2)
             matcher = matcher | {"running": matcher["running"] | {"partitions": PartitionFunctions().state_dict()}}
         self.matcher.load_state_dict(matcher)
+        if isinstance(self._rows, Stream):
+            self._rows.expect(None if self.args.ignore_data_skip else state.get("stream"))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as transformers does, and under FSDP whole, whatever a checkpoint holds. All ranks call it."""

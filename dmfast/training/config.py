@@ -81,6 +81,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             entropy, summed over their tokens (nats), to the loss: of all sequences as they were drawn, not weighted.
             That mean is logged as ``entropy``. Not with ``skip_zero_weight``.
         temperature: of policy, proposal and base, in sampling and in scoring.
+        max_prompt_length: prompts of more tokens are left out, which a warning counts; they are not cut. Default: all
+            are kept, and one that does not fit into the model's context is refused.
         max_new_tokens: where a sequence without EOS ends.
         samples_per_context: n, sequences drawn from each prompt. Default: one; with one prompt, or without a data set
             (the empty context), all sequences of a step.
@@ -158,6 +160,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     max_weight: float | None = _field(None, "Bounds A to [-max_weight, max_weight].")
     entropy_coefficient: float = _field(0.0, "What the policy's entropy is multiplied by in the loss; 0: no bonus.")
     temperature: float = _field(1.0, "Of policy, proposal and base.")
+    max_prompt_length: int | None = _field(None, "Prompts of more tokens are left out.")
     max_new_tokens: int = _field(64, "Where a sequence without EOS ends.")
     samples_per_context: int | None = _field(None, "Sequences drawn from each prompt.")
     sampling_batch_size: int | None = _field(None, "Sequences at a time in sampling and scoring.")
@@ -190,7 +193,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     def __post_init__(self) -> None:
         refuse_parallelism(self)  # before transformers asks for deepspeed to be installed
         for name, value in (
-            ("max_new_tokens", self.max_new_tokens), ("temperature", self.temperature),
+            ("max_new_tokens", self.max_new_tokens), ("max_prompt_length", self.max_prompt_length),
+            ("temperature", self.temperature),
             ("samples_per_context", self.samples_per_context), ("sampling_batch_size", self.sampling_batch_size),
             ("eval_samples", self.eval_samples), ("proposal_interval", self.proposal_interval),
         ):  # fmt: skip

@@ -341,10 +341,11 @@ def prepare(
     if fitted is None:
         fit = {"batch_size": args.sampling_batch_size, **(recipe.get("fit") or {})}
         data = Contexts(rows, "prompts")
+        data.check(policy, args.max_new_tokens, args.max_prompt_length, warn=False)  # DMTrainer does
         prompts = None if rows is None else [prompt for _, prompt in data]
         target.fit(
             contexts=prompts,
-            rows=data.rows_of(range(len(data))),
+            rows=data.whole(list(data)),
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             **fit,
@@ -374,16 +375,17 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
     out = Path(args.output_dir)
     rows = _prompts(recipe.get("prompts"))
     data = Contexts(rows, "prompts")
+    data.check(trainer.policy, args.max_new_tokens, args.max_prompt_length, warn=False)
     settings = {"samples": args.eval_samples, "seed": args.seed + 10**6, "batch_size": args.sampling_batch_size or 256}
     settings |= recipe.get("evaluate") or {}
 
     def now(model: LanguageModel) -> tuple[Samples, dict[str, Estimate]]:
-        some = range(min(len(data), settings["samples"]))
+        some = [data[i] for i in range(min(len(data), settings["samples"]))]
         return evaluate(
-            model, target, None if rows is None else [data[i][1] for i in some],
+            model, target, None if rows is None else [prompt for _, prompt in some],
             math.ceil(settings["samples"] / len(some)), max_new_tokens=args.max_new_tokens,
             temperature=args.temperature, seed=settings["seed"], batch_size=settings["batch_size"],
-            texts=args.eval_diversity, rows=data.rows_of(some), judge=trainer.judge,
+            texts=args.eval_diversity, rows=data.whole(some), judge=trainer.judge,
         )  # fmt: skip
 
     x_before, before = now(target.base)

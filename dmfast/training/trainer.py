@@ -48,14 +48,22 @@ from . import checkpoint, deepspeed, distributed_config, engines, fsdp
 from . import samples as samples_table
 from .callbacks import EpochOrder, Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
 from .checkpointing import CheckpointingTrainer
-from .checks import check_alike, check_fit, refuse_arguments, warn_of_generation_config, with_pad_token
+from .checks import check_alike, check_fit, refuse_arguments, refuse_stream, warn_of_generation_config, with_pad_token
 from .config import DMConfig
 from .data import ContextLoader, Contexts, StepSampler, contexts_of, eval_contexts
 from .evaluation import examine
 from .judge import is_over_prompts, judge_of
 from .ranks import AccelerateRanks
 from .saving import loaded, with_adapter
+from .stream import Stream, StreamLoader, is_stream
 from .versions import draws_in_random_order
+
+
+def _sets(rows: Contexts | dict[str, Contexts] | None) -> list[Contexts]:
+    """Return the sets to evaluate on."""
+    if rows is None:
+        return []
+    return list(rows.values()) if isinstance(rows, dict) else [rows]
 
 
 class DMTrainer(CheckpointingTrainer):
@@ -69,10 +77,11 @@ class DMTrainer(CheckpointingTrainer):
             around ``LanguageModel(model, tokenizer).base()`` for a PEFT model: a, pi and q then share its backbone, and
             q is a second adapter.
         args: ``DMConfig``.
-        train_dataset: prompts, as ``dmfast.training.data.Contexts`` takes them; None is the empty context. Rows with
-            more columns than the prompt reach scorers as ``samples.rows``, one for each sequence.
+        train_dataset: prompts, as ``dmfast.training.data.Contexts`` takes them, or an ``IterableDataset`` of them, as
+            ``dmfast.training.stream.Stream`` does; None is the empty context. Rows with more columns than the prompt
+            reach scorers as ``samples.rows``, one for each sequence.
         eval_dataset: prompts to evaluate on, or several sets of them by name, whose metrics are ``eval_<name>_...``.
-            Default: those of ``train_dataset``.
+            Default: those of ``train_dataset``, unless that is a stream.
         processing_class: the tokenizer, or a multimodal processor, which is saved with the model. Default: the base's
             tokenizer. What ends a sequence and ``chat_template_kwargs`` are the base's.
         objective: a name, an ``Objective``, or a function of ``Terms``, in place of ``args.objective``.
@@ -122,8 +131,13 @@ class DMTrainer(CheckpointingTrainer):
             raise TypeError(f"args must be a dmfast.DMConfig, got {type(args).__name__}")
         refuse_arguments(args)
         distributed_config.refuse_model(model, getattr(getattr(target, "base", None), "model", None), args, peft_config)
-        self._rows, self._has_prompts = Contexts(train_dataset), train_dataset is not None
-        self._eval_rows = self._rows if eval_dataset is None else eval_contexts(eval_dataset)
+        self._rows: Contexts | Stream = Stream(train_dataset) if is_stream(train_dataset) else Contexts(train_dataset)
+        self._has_prompts = train_dataset is not None
+        if isinstance(self._rows, Stream):
+            refuse_stream(args, has_eval=eval_dataset is not None)
+        self._eval_rows = eval_contexts(eval_dataset) if eval_dataset is not None else None
+        if eval_dataset is None and isinstance(self._rows, Contexts):
+            self._eval_rows = self._rows
         settings = args.settings(objective)
         if args.proposal_criterion == "alpha" and settings.own_alpha is None and not args.on_policy:
             raise ValueError(
@@ -144,16 +158,17 @@ class DMTrainer(CheckpointingTrainer):
             logits_dtype=target.base.logits_dtype,
         )  # fmt: skip
         check_trainable(self.policy)
-        check_fit(self.policy, target, args, len(self._rows), settings.built_in, has_prompts=self._has_prompts)
-        sets = list(self._eval_rows.values()) if isinstance(self._eval_rows, dict) else [self._eval_rows]
+        contexts = 2 if isinstance(self._rows, Stream) else len(self._rows)  # more than one
+        check_fit(self.policy, target, args, contexts, settings.built_in, has_prompts=self._has_prompts)
+        sets = _sets(self._eval_rows)
         for rows in {id(each): each for each in (self._rows, *sets)}.values():
-            rows.check(self.policy, args.max_new_tokens)
+            rows.check(self.policy, args.max_new_tokens, args.max_prompt_length)
         self.judge = judge_of(
             target, list(parts_of(of_run).values()), threshold=args.eval_threshold, k=args.eval_pass_k,
         )  # fmt: skip
         if self.judge is not None:
-            for rows in sets:
-                self.judge.check(args.eval_samples, len(rows), rows.argument)
+            for each in sets:
+                self.judge.check(args.eval_samples, len(each), each.argument)
         warn_of_generation_config(model)
         engine = engines.engine_of(args, self.policy, self._rows)
         self.target = target
@@ -226,7 +241,7 @@ class DMTrainer(CheckpointingTrainer):
             )  # fmt: skip
         self.matcher = Matcher(
             self.policy, target, self.proposal, reward=of_run, decay=args.proposal_decay, ranks=self._ranks,
-            check_contexts=self._check_contexts, **settings.options(),
+            check_contexts=None if isinstance(self._rows, Stream) else self._check_contexts, **settings.options(),
         )  # fmt: skip
         self.matcher.check_length(args.max_new_tokens, "DMConfig.max_new_tokens", stacklevel=3)
         self.reward = self.matcher.reward
@@ -256,11 +271,11 @@ class DMTrainer(CheckpointingTrainer):
         """The number n of sequences of each context in a step."""
         if self.args.samples_per_context is not None and self._has_prompts:
             return int(self.args.samples_per_context)
-        if len(self._rows) > 1:
+        if isinstance(self._rows, Stream) or len(self._rows) > 1:
             return 1
         return int(self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps)
 
-    def get_train_dataloader(self) -> ContextLoader:
+    def get_train_dataloader(self) -> ContextLoader | StreamLoader:
         """Return microbatches of contexts."""
         args = self.args
         if self.matcher.settings.whole_contexts and args.per_device_train_batch_size % self.samples_per_context:
@@ -269,6 +284,12 @@ class DMTrainer(CheckpointingTrainer):
                 "per_device_train_batch_size must be a multiple of that (samples_per_context), got "
                 f"{args.per_device_train_batch_size}"
             )
+        if isinstance(self._rows, Stream):
+            return StreamLoader(
+                self._rows, self.samples_per_context, per_device=args.per_device_train_batch_size,
+                accumulation=args.gradient_accumulation_steps, rank=self._ranks.rank, world=self._ranks.size,
+                repeats=args.ppo_epochs,
+            )  # fmt: skip
         sampler = StepSampler(
             len(self._rows), self.samples_per_context, per_device=args.per_device_train_batch_size,
             accumulation=args.gradient_accumulation_steps, rank=self._ranks.rank, world=self._ranks.size,
@@ -304,14 +325,20 @@ class DMTrainer(CheckpointingTrainer):
 
     def _draw(self, batches: Sequence[Any]) -> Batch:
         args, n = self.args, self.samples_per_context
-        indices, prompts = zip(*contexts_of(batches, n), strict=True)
-        step, steps = self.state.global_step, self._step_sampler
-        coming = range(step + 1, min(step + 1 + args.sampler_ahead, self.state.max_steps))
+        contexts = contexts_of(batches, n)
         return self.matcher.draw(
-            prompts, n, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-            batch_size=args.sampling_batch_size, context_id=indices, rows=self._rows.rows_of(indices),
-            next_prompts=[[self._rows[row][1] for row in steps.contexts_of_step(each)] for each in coming],
+            [each[1] for each in contexts], n, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+            batch_size=args.sampling_batch_size, context_id=[each[0] for each in contexts],
+            rows=self._rows.whole(contexts), next_prompts=self._coming_prompts(),
         )  # fmt: skip
+
+    def _coming_prompts(self) -> list[list[Any]]:
+        """Return the prompts of the steps that an engine draws ahead."""
+        rows, step = self._rows, self.state.global_step
+        if isinstance(rows, Stream):
+            return []
+        coming = range(step + 1, min(step + 1 + self.args.sampler_ahead, self.state.max_steps))
+        return [[rows[place][1] for place in self._step_sampler.contexts_of_step(each)] for each in coming]
 
     def compute_loss(
         self,
@@ -344,13 +371,18 @@ class DMTrainer(CheckpointingTrainer):
                     metrics = self.matcher.commit()
         if self._jit is not None:
             self._jit.agreed = terminate
+        if isinstance(self._rows, Stream) and self.args.max_prompt_length is not None:
+            metrics["n_too_long"] = float(self._rows.too_long)
         self._metrics = [metrics] if self.args.logging_strategy == "no" else [*self._metrics, metrics]
 
     def _check_contexts(self, seed: int) -> Prompts:
         """Draw some of the data set's contexts for a check of the proposal; each check gets others."""
+        assert isinstance(self._rows, Contexts)
         some = min(len(self._rows), max(self.args.proposal_check_samples // self.samples_per_context, 1))
         order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(seed))[:some].tolist()
-        return Prompts([self._rows[index][1] for index in order], order, self._rows.rows_of(order))
+        contexts = [self._rows[place] for place in order]
+        rows, prompts = zip(*contexts, strict=True)
+        return Prompts(prompts, rows, self._rows.rows_of(rows))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as transformers does, with the metrics of the steps since the last log.
@@ -398,8 +430,17 @@ class DMTrainer(CheckpointingTrainer):
             if eval_dataset not in self._eval_rows:
                 raise ValueError(f"eval_dataset has the sets {', '.join(self._eval_rows)}, and no {eval_dataset!r}")
             rows: Any = self._eval_rows[eval_dataset]
+        elif eval_dataset is None:
+            rows = self._eval_rows
+            if rows is None:
+                raise ValueError(
+                    "train_dataset is a stream, which an evaluation does not read: give DMTrainer an eval_dataset, or "
+                    "evaluate one (for instance list(stream.take(128)))"
+                )
         else:
-            rows = self._eval_rows if eval_dataset is None else eval_contexts(eval_dataset)
+            rows = eval_contexts(eval_dataset)
+            for each in _sets(rows):
+                each.check(self.policy, self.args.max_new_tokens, self.args.max_prompt_length)
         if not isinstance(rows, dict):
             return self._evaluate_on(rows, metric_key_prefix, has_prompts)
         found: dict[str, float] = {}
@@ -414,13 +455,13 @@ class DMTrainer(CheckpointingTrainer):
             self.judge.check(args.eval_samples, len(rows), rows.argument)
         some = range(min(len(rows), args.eval_samples))
         mine = math.ceil(math.ceil(args.eval_samples / len(some)) / self._ranks.size)  # of each context, on this rank
-        prompts = [rows[i][1] for i in some]
+        indices, prompts = zip(*(rows[i] for i in some), strict=True)
         with self.accelerator.autocast():
             found = examine(
                 self.policy, self.target, prompts, mine, max_new_tokens=args.max_new_tokens,
                 temperature=args.temperature, seed=seed_for(args.seed, "evaluation"),
                 batch_size=args.sampling_batch_size or args.per_device_train_batch_size,
-                texts=args.eval_diversity, first_row=self._ranks.rank * mine * len(some), rows=rows.rows_of(some),
+                texts=args.eval_diversity, first_row=self._ranks.rank * mine * len(some), rows=rows.rows_of(indices),
                 judge=self.judge, gather=self._ranks.gather, gather_texts=self._ranks.gather_texts,
             )  # fmt: skip
         self.eval_samples, metrics = found.samples, {}
