@@ -120,6 +120,7 @@ class Batch:
         whole: the terms of the whole step, over all ranks, where the objective is a function.
         n_sequences: the sequences that the step's mean is over, on an average rank. None: all.
         first: log q, log P and log Z of what was drawn at first, (N,) fp64 each, where some of it was drawn again.
+        rewards: (N,) fp64 each, the rewards by name where there are several.
         seconds, counts, gradient: what sampling, scoring and policy took; what the scorers did on this rank; the norm
             and the variance of the gradient, where they were measured.
     """
@@ -142,6 +143,7 @@ class Batch:
     seconds: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     gradient: dict[str, float] = field(default_factory=dict)
+    rewards: dict[str, Tensor] = field(default_factory=dict)
     _again: Callable[[Batch], Batch] | None = None
 
     def __len__(self) -> int:
@@ -200,6 +202,7 @@ class Batch:
         return {
             "samples": self.samples.state_dict(), "inputs": self.inputs, "features": self.features,
             "log_base": self.log_base, "advantage": self.advantage, "epoch": self.epoch,
+            "rewards": self.rewards,
             "beta": self.objective.beta if isinstance(self.objective, Objective) else None,
         }  # fmt: skip
 

@@ -21,12 +21,14 @@ class Drawn:
         inputs: (N,) fp64 each, what the loss takes, by name.
         features: (N, F + M) fp64, as ``Batch.features``.
         log_base: (N,) fp64, log a(x); NaN where b = 0.
+        rewards: (N,) fp64 each, the rewards by name where there are several.
     """
 
     samples: Samples
     inputs: dict[str, Tensor]
     features: Tensor
     log_base: Tensor
+    rewards: dict[str, Tensor]
 
     @property
     def values(self) -> Tensor:
@@ -55,6 +57,7 @@ class Drawn:
             Samples.cat([self.samples, others.samples])[places].trimmed(),
             {name: chosen(value, others.inputs[name]) for name, value in self.inputs.items()},
             chosen(self.features, others.features), chosen(self.log_base, others.log_base),
+            {name: chosen(value, others.rewards[name]) for name, value in self.rewards.items()},
         )  # fmt: skip
 
 

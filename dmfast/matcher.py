@@ -54,7 +54,7 @@ from .samples import Prompt, Samples
 from .seeds import seed_for
 from .settings import AnyObjective, Settings, check_proposal, check_target, check_trainable
 from .targets import EBM, Feature, FeatureValues, Scorer, TargetScores
-from .targets.constraints import as_feature
+from .targets.rewards import AnyReward, WeightedSum, Weights, as_reward, parts_of
 from .unseen import Seen, unknown, unseen
 
 #: What ``Matcher.loss`` says to ``LanguageModel.loss`` itself.
@@ -89,7 +89,10 @@ class Matcher:
             the attribute ``whole_contexts = True`` gets all sequences of a context in one call; they may not lie on
             several ranks. One with ``weight_known = True`` forms A without log pi, once, when the step is drawn.
         reward: R(x) for ``reinforce`` and ``kl_control``: a callable on ``Samples`` that returns (N,), such as
-            ``dmfast.Scorer``. One that is a feature of the target too runs once.
+            ``dmfast.Scorer``. One that is a feature of the target too runs once. Or several, by name or in a list,
+            whose weighted sum is R(x); mean and standard deviation of each are logged as ``rewards/<name>/mean`` and
+            ``rewards/<name>/std``.
+        reward_weights: the weights of several rewards, in their order or by name. Default: 1 for each.
         baseline: a number; ``mean``, the running mean of rho*r over earlier steps; ``leave_one_out`` or
             ``leave_one_out_context``, over all sequences of the step. ``gdc++`` has its own.
         normalize: False multiplies A by Z, the paper's scale.
@@ -145,7 +148,8 @@ class Matcher:
         proposal: OfflineProposal[Any] | None = None,
         objective: AnyObjective = "gdc++",
         *,
-        reward: Callable[[Samples], Any] | None = None,
+        reward: AnyReward | None = None,
+        reward_weights: Weights | None = None,
         baseline: float | str | None = None,
         normalize: bool = True,
         beta: float | None = None,
@@ -187,7 +191,9 @@ class Matcher:
         check_target(target, policy.model, self.settings, reward)
         check_proposal(proposal, policy, self.settings)
         self.policy, self.target, self.proposal = policy, target, proposal
-        self.reward = None if reward is None else as_feature(reward, "reward")
+        if reward is None and reward_weights is not None:
+            raise ValueError(f"reward_weights={reward_weights!r} is for several rewards, and there is no reward")
+        self.reward = None if reward is None else as_reward(reward, reward_weights)
         self.ranks: Ranks = OneProcess() if ranks is None else ranks
         self.check_contexts = check_contexts
         self.scorers = _scorers_of(target, self.reward)
@@ -319,7 +325,7 @@ class Matcher:
             x, inputs, drawn.features, drawn.log_base, self._forwarded(objective, inputs, advantage) & stays.cpu(),
             objective, pending, (contexts, how), advantage=advantage, anew=anew, first=first,
             whole_contexts=self.settings.whole_contexts, whole=whole, n_sequences=n_sequences, counts=counts,
-            _again=self._again, seconds=seconds,
+            rewards=drawn.rewards, _again=self._again, seconds=seconds,
         )  # fmt: skip
         return self._opened(batch)
 
@@ -345,9 +351,12 @@ class Matcher:
         scores, values, inputs = self._score(x, how.batch_size, needs_base=needs_base)
         if self.reward is not None:
             inputs["reward"] = values(self.reward)
+        rewards = {} if not isinstance(self.reward, WeightedSum) else {
+            name: values(part) for name, part in self.reward.parts.items()
+        }  # fmt: skip
         seconds["sampling"] += sampled - start
         seconds["scoring"] += time.perf_counter() - sampled
-        return Drawn(x, inputs, torch.cat([scores.features, scores.monitored], 1), scores.log_base)
+        return Drawn(x, inputs, torch.cat([scores.features, scores.monitored], 1), scores.log_base, rewards)
 
     def _of_all(self, taken: list[Drawn]) -> tuple[Tensor, Tensor, Tensor]:
         """Return contexts, log P and log q of what was drawn on all ranks."""
@@ -957,7 +966,8 @@ class Matcher:
             objective = replace(cast(Objective, objective), beta=state["beta"])
         return Batch(
             samples, state["inputs"], state["features"], state["log_base"], torch.ones(len(samples), dtype=torch.bool),
-            objective, running, advantage=state["advantage"], epoch=int(state["epoch"]), _again=self._again,
+            objective, running, advantage=state["advantage"], epoch=int(state["epoch"]),
+            rewards=state.get("rewards", {}), _again=self._again,
         )  # fmt: skip
 
     def forget(self) -> None:
@@ -988,7 +998,8 @@ def _placed_in_batch(places: Tensor) -> Iterator[None]:
 def _scorers_of(target: EBM, reward: Feature | None) -> dict[str, Scorer]:
     """Return the scorers of the target and the reward by the names that the log uses for their counts."""
     found = target.scorers
-    source = None if reward is None else reward.source
-    if isinstance(source, Scorer) and all(source.key != scorer.key for scorer in found.values()):
-        found["reward" if source.name in found else source.name] = source
+    for name, part in parts_of(reward).items():
+        source = part.source
+        if isinstance(source, Scorer) and all(source.key != scorer.key for scorer in found.values()):
+            found[name if source.name in found else source.name] = source
     return found

@@ -81,6 +81,12 @@ def step_metrics(
         metrics["baseline"] = running.mean_return
     if "reward" in inputs:
         metrics["reward"] = float(gather(inputs["reward"]).mean())
+    for name, values in batch.rewards.items():
+        of_all = gather(values)
+        metrics |= {
+            f"rewards/{name}/mean": float(of_all.mean()),
+            f"rewards/{name}/std": float(of_all.std(correction=0)),
+        }
     if settings.on_policy and "log_base" in inputs:
         log_ratio = gather(inputs["log_proposal"] - inputs["log_base"])
         (kl,) = estimate_moments(log_ratio[:, None], torch.zeros_like(log_ratio))

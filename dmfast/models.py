@@ -292,19 +292,26 @@ class LanguageModel:
             prompt_len=tokens.shape[1], context_id=torch.zeros_like(samples.context_id),
         )  # fmt: skip
 
-    def check_prompts(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
-        """Check that all of them can be sampled from.
+    def check_prompts(self, prompts: Sequence[Prompt], max_new_tokens: int, longest: int | None = None) -> list[int]:
+        """Check that all of them can be sampled from, and return the tokens of each.
+
+        Args:
+            prompts, max_new_tokens: as in ``sample``.
+            longest: prompts of more tokens need not fit, since they are left out.
 
         Raises:
             TypeError, ValueError: as ``sample`` of a prompt; with its place.
         """
-        context = self._context
+        context, lengths = self._context, []
         for i, ids in enumerate(self._encoder(prompts)):
-            if context is not None and len(ids) + max_new_tokens > context:
+            lengths.append(len(ids))
+            left_out = longest is not None and len(ids) > longest
+            if context is not None and len(ids) + max_new_tokens > context and not left_out:
                 raise ValueError(
                     f"prompt {i} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that is beyond the "
                     f"model's context of {context}{self._why_context}"
                 )
+        return lengths
 
     def samples_of(
         self,

@@ -41,7 +41,7 @@ class Samples:
             reference answer; None where the data set has prompts only.
         has_log_prob: whether log q is known. It is not for sequences that came from elsewhere without it
             (``LanguageModel.samples_of``), which can be scored, and trained on by likelihood only.
-        eos_token_ids: what ends a sequence, by which a verifier tells whether one has ended. Empty: the tokenizer's.
+        eos_token_ids: what ends a sequence, by which ``finished`` tells whether one has. Empty: the tokenizer's.
 
     Raises:
         ValueError: the tensors or the rows are not those of N sequences.
@@ -160,6 +160,15 @@ class Samples:
         kept = [[token for token, scored in zip(*row, strict=True) if scored] for row in rows]
         texts: list[str] = self.tokenizer.batch_decode(kept, skip_special_tokens=True) if kept else []
         return texts
+
+    @cached_property
+    def finished(self) -> Tensor:
+        """(N,) bool: whether each sequence ended by itself, in an EOS, and was not cut off at a length."""
+        places = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        last = torch.where(self.score_mask, places, -1).amax(1)
+        ends = [token for token in self.eos_token_ids or (self.tokenizer.eos_token_id,) if token is not None]
+        token = self.tokens.gather(1, last.clamp(min=0)[:, None])[:, 0]
+        return torch.isin(token, torch.tensor(ends, dtype=torch.int64, device=token.device)) & (last >= 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all but the tokenizer and the rows of the data set: ``Samples(**state, tokenizer=...)``."""

@@ -14,7 +14,6 @@ from .methods import METHODS
 from .models import LanguageModel
 from .objectives import KINDS, AdaptiveBeta, Objective, PPOClip, Terms, is_number
 from .proposal import NEED_ALL, OfflineProposal
-from .samples import Samples
 from .targets import EBM
 from .tensors import address
 from .views import AdapterView
@@ -273,7 +272,7 @@ def check_trainable(policy: LanguageModel) -> None:
     )
 
 
-def check_target(target: EBM, model: nn.Module, settings: Settings, reward: Callable[[Samples], Any] | None) -> None:
+def check_target(target: EBM, model: nn.Module, settings: Settings, reward: Any) -> None:
     """Check what can't be trained, before anything is set up for it.
 
     Raises:

@@ -51,7 +51,7 @@ def maj_at_k(answers: Sequence[Hashable], right: Tensor, context_id: Tensor, k: 
 
     Args:
         answers: N, of any kind that can be compared, such as the string after "answer:". Equal answers of a prompt must
-            be equally right.
+            be equally right. None is no answer: it has no vote, and k samples without any are wrong.
         right, context_id, k: as in ``pass_at_k``.
         seed: of the draws.
 
@@ -71,7 +71,9 @@ def maj_at_k(answers: Sequence[Hashable], right: Tensor, context_id: Tensor, k: 
         total = 0.0
         for _ in range(draws):
             chosen = torch.randperm(len(places), generator=generator)[:k].tolist()
-            counts = Counter(answers[places[i]] for i in chosen)
+            counts = Counter(answers[places[i]] for i in chosen if answers[places[i]] is not None)
+            if not counts:
+                continue
             most = max(counts.values())
             first = [answer for answer, count in counts.items() if count == most]
             total += sum(verdict[answer] for answer in first) / len(first)
@@ -110,11 +112,54 @@ def distinct_at_k(answers: Sequence[Hashable], right: Tensor, context_id: Tensor
     return _over_prompts(values)
 
 
+def measure(
+    right: Tensor,
+    context_id: Tensor,
+    k: Sequence[int],
+    *,
+    texts: Sequence[str],
+    finished: Tensor,
+    length: Tensor,
+    answers: Sequence[Hashable] | None = None,
+) -> dict[str, Estimate]:
+    """Return all measures of samples of a policy by name, each with its standard error over prompts.
+
+    Args:
+        right: (N,) bool.
+        context_id: (N,) integer, the prompt of each.
+        k: the numbers of samples that pass@k and its kin are asked for.
+        texts: N completions; right ones that differ beyond white space at their ends are distinct.
+        finished: (N,) bool, whether each ended by itself.
+        length: (N,) scored tokens.
+        answers: as in ``maj_at_k``. None: maj@k is not among the measures.
+
+    Returns:
+        ``pass@k`` for each k; ``coverage``, which is pass@n of all n samples of a prompt; ``distinct@k``, the different
+        right completions among k, and with answers ``maj@k``, for each k above 1; ``length``; ``truncated``, the share
+        that was cut off.
+
+    Raises:
+        ValueError: as ``pass_at_k`` and ``maj_at_k``.
+    """
+    found = {f"pass@{each}": pass_at_k(right, context_id, each) for each in k}
+    found["coverage"] = coverage(right, context_id)
+    # a text that is right once and wrong once, as one that was cut off, is two
+    named = [(bool(each), text.strip()) for each, text in zip(right, texts, strict=True)]
+    found |= {f"distinct@{each}": distinct_at_k(named, right, context_id, each) for each in k if each > 1}
+    if answers is not None:
+        found |= {f"maj@{each}": maj_at_k(answers, right, context_id, each) for each in k if each > 1}
+    for name, values in (("length", length), ("truncated", ~finished.bool())):
+        found[name] = _over_prompts([float(each.double().mean()) for each in _by_context(values, context_id)])
+    return found
+
+
 def _verdicts(answers: Sequence[Hashable], right: Tensor, places: list[int], context: int) -> dict[Hashable, bool]:
     """Return for each answer of a prompt whether it is right."""
     found: dict[Hashable, bool] = {}
     for i in places:
-        if found.setdefault(answers[i], bool(right[i])) != bool(right[i]):
+        if answers[i] is None:
+            found[None] = False
+        elif found.setdefault(answers[i], bool(right[i])) != bool(right[i]):
             raise ValueError(f"the answer {answers[i]!r} of context {context} is right in one sample, not in another")
     return found
 

@@ -31,7 +31,7 @@ BY_MODULE = {
     ],
     "methods": ["trajectory_balance", "vargrad", "maxrl", "gspo", "vespo", "grpo", "dapo", "DrGRPO"],
     "presets": ["PRESETS", "Preset"],
-    "verified": ["pass_at_k", "maj_at_k", "coverage", "distinct_at_k"],
+    "verified": ["pass_at_k", "maj_at_k", "coverage", "distinct_at_k", "measure"],
     "targets": ["Feature", "ScorerCounts", "VerifierCounts", "TargetScores", "fit_lambda", "LambdaFit"],
 }  # fmt: skip
 LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")

@@ -13,6 +13,7 @@ from trainer_job import job
 
 from dmfast import cli
 from dmfast.report import page, read
+from dmfast.report.curves import legend
 from dmfast.training import samples
 
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
@@ -192,6 +193,75 @@ def test_what_runs_say_is_text(tmp_path):
     assert NASTY.strip() in found.items
     assert f"E[{NASTY}]" in found.headings
     assert any(folder in item for item in found.items)
+
+
+def with_passes(seed, k, before, after):
+    """A log with pass@k of three evaluations: the base, midway, the policy."""
+    log = a_log(seed)
+
+    def measures(values):
+        return {f"pass@{each}": estimate(value, 0.01) for each, value in zip(k, values, strict=True)}
+
+    middle = [(a + b) / 2 + 0.05 for a, b in zip(before, after, strict=True)]
+    log["before"] |= measures(before)
+    log["after"] |= measures(after)
+    for name, each in measures(middle).items():
+        log["history"][-1] |= {f"eval_{name}": each["value"], f"eval_{name}_stderr": each["stderr"]}
+    log["history"][-1]["eval_truncated"] = 0.25
+    for i, step in enumerate(log["history"][:-1]):
+        step |= {"rewards/short/mean": 0.1 * i, "rewards/short/std": 0.5}
+    return log, list(zip(*([each[at] for each in (before, middle, after)] for at in (-1, 0)), strict=True))
+
+
+def points(figure, number, length):
+    """The drawn lines of a run with so many points, each (length, 2)."""
+    lines = [p["d"] for p in Parsed(figure).paths if f"stroke: var(--run{number})" in p.get("style", "")]
+    found = [re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", line) for line in lines if "fill" not in line]
+    return [torch.tensor([[float(v) for v in pair] for pair in line]) for line in found if len(line) == length]
+
+
+def test_right_answers_are_drawn_over_k_and_against_each_other(tmp_path):
+    """Through the points of the logs, each run with a mark and a dash of its own."""
+    k = (1, 4, 16)
+    passes = [(0.1, 0.4, 0.9), (0.3, 0.6, 0.95)], [(0.1, 0.4, 0.9), (0.7, 0.75, 0.8)]
+    logs, fronts = zip(*(with_passes(i, k, *each) for i, each in enumerate(passes)), strict=True)
+    runs = read([write(tmp_path / f"run{i}", log) for i, log in enumerate(logs)])
+    html = page(runs)
+    found = Parsed(html)
+    assert {"pass@k", "precision against coverage", "pass@1", "pass@16", "short", "cut off"} <= set(found.headings)
+    ids = [value for _, name, value in found.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert found.tables[0]["pass@4", "after"] == ["0.6 ± 0.01", "0.75 ± 0.01"]
+    over_k, front = (
+        re.search(rf"<figure><h3>{title}</h3>(.*?)</figure>", html, re.S)[1]
+        for title in ("pass@k", "precision against coverage")
+    )
+    for figure, wanted in (
+        (over_k, [[(i, v) for i, v in enumerate(after)] for _, after in passes]),
+        (front, fronts),
+    ):
+        drawn = torch.stack([points(figure, i, 3)[0] for i in range(2)])
+        values = torch.tensor(wanted)
+        for axis in (0, 1):
+            at, of = drawn[..., axis].flatten(), values[..., axis].flatten()
+            low, high = int(of.argmin()), int(of.argmax())
+            scale = (at[high] - at[low]) / (of[high] - of[low])
+            torch.testing.assert_close(at - at[low], scale * (of - of[low]), rtol=0, atol=0.01)
+    marks = re.search(r'<div class="key marks">(.*?)</div>', html, re.S)[1]
+    shapes, dashes = re.findall(r'points="([^"]*)"', marks), re.findall(r"<line [^>]*>", marks)
+    assert len(set(shapes)) == len(set(dashes)) == 2 and "run0" in marks and "run1" in marks
+    assert "stroke-dasharray" in over_k and over_k.count("<use") >= 6
+
+
+def test_sixteen_runs_differ_in_mark_or_dash(tmp_path):
+    logs = [with_passes(i, (1, 4), (0.1, 0.2), (0.2, 0.3 + i / 100))[0] for i in range(16)]
+    marks = legend(read([write(tmp_path / f"run{i}", log) for i, log in enumerate(logs)]))
+    shown = [re.sub(r"color:[^\"]*", "", each) for each in re.findall(r"<svg.*?</svg>", marks)]
+    assert len(shown) == len(set(shown)) == 16
+
+
+def test_runs_without_a_verifier_have_no_right_answers(two):
+    assert "Right answers" not in two[1] and "key marks" not in two[1]
 
 
 def of_trainer(tmp_path):

@@ -93,6 +93,17 @@ def test_another_objective_starts_the_mean_of_the_returns_anew(tmp_path):
     assert other.matcher.running.partitions.state_dict()["n"].tolist() == [8]  # Z is of the target alone
 
 
+def test_other_rewards_start_the_mean_of_the_returns_anew(tmp_path):
+    several = {**KL, "reward": [Contains("w3"), Contains("w4")]}
+    first = job(tmp_path, **several)
+    state = first.state_dict()
+    assert not first._changes_since(state)
+    for changed in ({"reward": [Contains("w3"), Contains("w5")]}, {"reward_weights": [1.0, 2.0]}):
+        other = job(tmp_path, **{**several, **changed})
+        with pytest.warns(UserWarning, match=f"{next(iter(changed))} was .* the running mean of the returns"):
+            other.load_state_dict(state)
+
+
 def test_a_batch_that_serves_more_steps_is_dropped_with_the_objective_it_was_drawn_for(tmp_path):
     job(tmp_path, ppo_epochs=3, callbacks=[StopAt(1)], **KL).train()
     state = torch.load(tmp_path / "checkpoint-1" / "dmfast_state.pt", weights_only=True)

@@ -186,7 +186,7 @@ def test_a_prompt_to_evaluate_on_beyond_the_context_is_refused(tmp_path):
     trainer = job(tmp_path)
     with pytest.raises(ValueError, match="prompt 1 has 20 tokens; with max_new_tokens=6 that is beyond"):
         dmfast.DMTrainer(gpt2(), trainer.target, trainer.args, eval_dataset=["w1", "w1 " * 20])
-    with pytest.raises(ValueError, match="the longest prompt has 20 tokens"):
+    with pytest.raises(ValueError, match="eval_dataset: prompt 0 has 20 tokens"):
         trainer.evaluate(["w1 " * 20])
 
 

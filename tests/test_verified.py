@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from dmfast.verified import coverage, distinct_at_k, maj_at_k, pass_at_k
+from dmfast.verified import coverage, distinct_at_k, maj_at_k, measure, pass_at_k
 
 RIGHT = torch.tensor([1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1])
 CONTEXT = torch.tensor([7] * 5 + [2] * 5 + [9] * 5)
@@ -63,6 +63,36 @@ def test_maj_at_k_counts_ties_by_their_part():
 
 def test_coverage_is_the_share_of_prompts_with_a_right_sample():
     assert coverage(RIGHT, CONTEXT).value == pytest.approx(2 / 3) == pass_at_k(RIGHT, CONTEXT, 5).value
+
+
+def test_what_gives_no_answer_has_no_vote():
+    right, context = torch.tensor([1, 0, 0, 0]), torch.zeros(4, dtype=torch.int64)
+    assert maj_at_k(["a", None, None, None], right, context, 4).value == 1
+    assert maj_at_k(["a", "b", None, None], right, context, 4).value == 0.5
+    assert maj_at_k([None] * 4, right * 0, context, 4).value == 0
+    # one of four has an answer, and k = 1 asks for that one a quarter of the time
+    assert maj_at_k(["a", None, None, None], right, context, 1).value == pytest.approx(0.25, abs=0.1)
+
+
+def test_all_measures_by_hand():
+    """Two prompts with four samples each: 1 right of 4, and 2 different right ones and 1 of them twice."""
+    right = torch.tensor([1, 0, 0, 0, 1, 1, 1, 0], dtype=torch.bool)
+    found = measure(
+        right, torch.tensor([5] * 4 + [3] * 4), (1, 2), texts=["a", "b", "a ", "c", "x", " x", "y", "z"],
+        answers=["1", "2", "2", None, "7", "7", "7", "8"],
+        finished=torch.tensor([1, 1, 0, 0, 1, 1, 1, 1], dtype=torch.bool),
+        length=torch.tensor([1, 2, 3, 4, 1, 1, 1, 1]),
+    )  # fmt: skip
+    by_hand = {
+        "pass@1": (1 / 4, 3 / 4), "pass@2": (1 / 2, 1), "coverage": (1, 1), "distinct@2": (1 / 2, 5 / 6 + 1 / 2),
+        "length": (2.5, 1), "truncated": (0.5, 0),
+    }  # fmt: skip
+    assert found.keys() == {*by_hand, "maj@2"}
+    for name, (first, second) in by_hand.items():
+        assert found[name].value == pytest.approx((first + second) / 2, abs=1e-12), name
+        assert found[name].stderr == pytest.approx(abs(first - second) / 2, abs=1e-12), name
+    # pairs of 1, 2, 2, None: 1 wins (1, None) and half of (1, 2) twice, so 2 of 6; of 7, 7, 7, 8: 3 and half of 3
+    assert found["maj@2"].value == pytest.approx((2 / 6 + 4.5 / 6) / 2, abs=0.04)
 
 
 @pytest.mark.parametrize(

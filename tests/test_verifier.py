@@ -195,3 +195,26 @@ def test_a_function_that_no_process_can_load_is_refused():
 def test_mathematics_is_compared_by_math_verify(options):
     x = samples(["$\\frac{1}{2}$", "0.5", "$\\frac{2}{3}$", "so it is $x = 1/2$"], ["$1/2$"] * 4)
     assert Verifier(equals, **options)(x).tolist() == [1.0, 1.0, 0.0, 1.0]
+
+
+def test_answers_are_those_of_completions_that_count():
+    ended = [True, False, True]
+    by_word = Verifier(right, answer=lambda text: text.split()[-1] if text else None)
+    assert by_word.answers(["so 4", "so 5", ""], ended) == ["4", None, None]
+    assert Verifier(right, answer=str.upper, truncated="judge").answers(["a", "b", "c"], ended) == ["A", "B", "C"]
+    assert Verifier(right).answers(["a"], [True]) is None
+    with pytest.raises(TypeError, match=r"must return a string, .* can be hashed, got list \['a'\] for 'a'"):
+        Verifier(right, answer=list).answers(["a"], [True])
+    with pytest.raises(RuntimeError, match=r"answer of the verifier 'right' raised ValueError: .*; completion: 'x'"):
+        Verifier(right, answer=int).answers(["x"], [True])
+    with pytest.raises(TypeError, match=r"answer must be a function .*got 3"):
+        Verifier(right, answer=3)
+
+
+def test_what_has_finished_is_what_ends_in_an_eos():
+    x = samples(["4", "5", ""], ["4"] * 3, ended=[True, False, True])
+    assert x.finished.tolist() == [True, False, True]
+    nothing = dataclasses.replace(x, score_mask=torch.zeros_like(x.score_mask))
+    assert nothing.finished.tolist() == [False] * 3
+    other = dataclasses.replace(x, eos_token_ids=(int(x.tokens[0, x.prompt_len]),))  # "4" is an end, EOS is none
+    assert other.finished.tolist() == [False] * 3

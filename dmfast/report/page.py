@@ -14,7 +14,8 @@ from typing import Any
 
 from .. import __version__
 from ..estimators import Estimate
-from .plots import COLORS, color, plots, svg
+from .curves import curves, legend
+from .plots import COLORS, color, drawn, plots, svg
 from .runs import Run
 
 _SAMPLES = 8
@@ -50,6 +51,7 @@ svg * { stroke-linejoin: round; stroke-linecap: butt; }
 .phases { display: grid; grid-template-columns: auto auto 1fr; gap: .35rem .8rem; align-items: center; }
 .bar { display: flex; height: 1.1rem; } .bar span { min-width: 1px; }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin-bottom: .5rem; }
+.marks svg { vertical-align: -.1em; }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
 .samples section { border: 1px solid var(--rule); border-radius: 6px; padding: .7rem .9rem; }
 .samples ol { margin: .4rem 0 0; padding: 0; list-style: none; } .samples li { white-space: pre-wrap; padding: .35rem 0;
@@ -64,7 +66,7 @@ _PHASES = {"sampling": "#4e79a7", "scoring": "#f28e2b", "policy": "#59a14f", "ch
 _TITLES = {
     "kl_policy_base": "KL(π‖a), nats", "kl_policy": "KL(p‖π), nats", "distinct_1": "Distinct-1",
     "distinct_2": "Distinct-2", "distinct_3": "Distinct-3", "self_bleu_5": "Self-BLEU-5", "length": "tokens",
-    "finished": "ended in EOS",
+    "finished": "ended in EOS", "truncated": "cut off",
 }  # fmt: skip
 
 
@@ -79,6 +81,13 @@ def page(runs: Sequence[Run]) -> str:
         f'<figcaption class="faint">{escape(panel.note)}</figcaption></figure>'
         for i, panel in enumerate(panels)
     ]
+    right = [
+        f"<figure><h3>{escape(curve.title)}</h3>{drawn(curve.draw, curve.title, len(panels) + i)}"
+        f'<figcaption class="faint">{escape(curve.note)}</figcaption></figure>'
+        for i, curve in enumerate(curves(runs))
+    ]
+    if right:
+        right = ["<h2>Right answers</h2>", legend(runs), '<div class="plots">', *right, "</div>"]
     names = "".join(f"<li>{_name(i, run)} <small>{escape(str(run.source))}</small></li>" for i, run in enumerate(runs))
     return "\n".join([
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -86,7 +95,7 @@ def page(runs: Sequence[Run]) -> str:
         f"<title>{escape(title)}</title>\n<style>{css}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>",
         f'<p class="faint">dmfast {__version__}, {date.today().isoformat()}</p>\n<ul class="runs">{names}</ul>',
         "<h2>Results</h2>", _summary(runs),
-        '<h2>Over the steps</h2>\n<div class="plots">', *figures, "</div>",
+        *right, '<h2>Over the steps</h2>\n<div class="plots">', *figures, "</div>",
         _phases(runs), _samples(runs), _machines(runs), "</body>\n</html>\n",
     ])  # fmt: skip
 

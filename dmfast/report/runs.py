@@ -53,6 +53,36 @@ class Run:
         names = [*self.steps[0], *self.after]
         return list(dict.fromkeys(name[4:] for name in names if name.startswith("phi/")))
 
+    @property
+    def rewards(self) -> list[str]:
+        """The names of the rewards, where there are several."""
+        logged = dict.fromkeys(key for step in self.steps for key in step if key.startswith("rewards/"))
+        return [key[len("rewards/") : -len("/mean")] for key in logged if key.endswith("/mean")]
+
+    @property
+    def asked(self) -> list[int]:
+        """The k of pass@k, ascending."""
+        return sorted(self.passed(self.after) or self.passed(self.before))
+
+    @staticmethod
+    def passed(measures: Mapping[str, Estimate]) -> dict[int, Estimate]:
+        """Return pass@k by k, ascending, of ``before`` or ``after``; those that are finite."""
+        found = {int(m[1]): e for name, e in measures.items() if (m := re.fullmatch(r"pass@(\d+)", name))}
+        return {k: found[k] for k in sorted(found) if math.isfinite(found[k].value)}
+
+    def front(self, k: int) -> list[tuple[Estimate, Estimate]]:
+        """Return pass@k and pass@1 of each evaluation in order, with before and after where they are others."""
+        of_evaluations = [_evaluated(entry) for entry in self.evaluations]
+        found: list[tuple[Estimate, Estimate]] = []
+        for each in (self.before, *of_evaluations, self.after):
+            of_k = self.passed(each)
+            if not {1, k} <= of_k.keys():
+                continue
+            pair = of_k[k], of_k[1]
+            if not found or [e.value for e in found[-1]] != [e.value for e in pair]:
+                found.append(pair)
+        return found
+
     def series(self, key: str) -> tuple[list[float], list[float], list[float]]:
         """Return steps, finite values and standard errors that were logged as ``key``.
 

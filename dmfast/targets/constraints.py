@@ -40,6 +40,10 @@ class Feature(ABC):
     def describe(self) -> dict[str, Any]:
         """Return a description of the feature for JSON."""
 
+    def of_values(self, values: FeatureValues) -> Tensor:
+        """Return phi(x) of the samples of these values, (N,) fp64; what is made of other features takes theirs."""
+        return self(values.samples)
+
     def log_b(self, value: Tensor) -> Tensor:
         """Return log b(x) from phi(x) of a pointwise constraint; NaN where phi(x) can't be a b(x)."""
         return value.log()
@@ -79,7 +83,7 @@ class FeatureValues:
         """Return phi(x) of each sequence, (N,) fp64."""
         source = feature.source
         if source.key not in self._values:
-            self._values[source.key] = (source, source(self.samples))
+            self._values[source.key] = (source, source.of_values(self))
         return self._values[source.key][1]
 
 

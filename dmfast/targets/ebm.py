@@ -19,6 +19,7 @@ from .constraints import Feature, FeatureValues, Moment, Scorer, as_feature, sho
 from .drawing import batch_within, drawn_in_parts
 from .scorers import Reward
 from .solver import LambdaFit, fit_lambda
+from .verifier import Verifier
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,17 @@ class EBM:
         ``Verifier``, probabilities of a ``Classifier``, and a ``Scorer`` with ``binary=True``.
         """
         return not self._moments and all(each.feature.at_most_one for each in self._pointwise)
+
+    @property
+    def verifiers(self) -> list[Verifier]:
+        """The ``Verifier``s that say what is right: those of the pointwise constraints; without any, all others."""
+        pointwise = [each.feature for each in self._pointwise if not each.negated]
+        others = [*(moment.feature for moment in self._moments), *(feature for _, feature in self._monitor)]
+        for features in (pointwise, others):
+            found = {id(f.source): f.source for f in features if isinstance(f.source, Verifier)}
+            if found:
+                return list(found.values())
+        return []
 
     @property
     def wanted(self) -> dict[str, float]:

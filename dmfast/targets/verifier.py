@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels import warn_caller
 from ..samples import Samples
-from .constraints import Scorer, ScorerCounts, scored_tokens, show
+from .constraints import Scorer, ScorerCounts, show
 from .workers import LACKS, RAISED, Row, Verdict, Workers
 
 
@@ -55,6 +55,9 @@ class Verifier(Scorer):
             kept. 0 keeps none.
         name: the name in logs, reports and errors. Default: the function's.
         binary: ``fn`` always gives 0 or 1 (checked).
+        answer: ``answer(text)`` returns the answer that a completion gives, a string, a number or whatever can be
+            compared and hashed, or None where it gives none; the commonest of k is what maj@k asks about. None: maj@k
+            is not measured.
 
     Attributes:
         counts: a ``VerifierCounts``; the trainer logs what each step adds.
@@ -87,7 +90,10 @@ class Verifier(Scorer):
         cache: int = 16_384,
         name: str | None = None,
         binary: bool = False,
+        answer: Callable[[str], Hashable] | None = None,
     ) -> None:
+        if answer is not None and not callable(answer):
+            raise TypeError(f"answer must be a function of a completion's text, or None, got {answer!r}")
         if not isinstance(cache, int) or cache < 0:
             raise ValueError(f"cache must be an integer of 0 or more, got {cache!r}")
         super().__init__(fn, on="samples", batch_size=batch_size, name=name, binary=binary)
@@ -102,7 +108,7 @@ class Verifier(Scorer):
                 raise ValueError(f"{each} must be positive or None, got {limit!r}")
         if workers and batch_size not in (None, 1):
             raise ValueError(f"workers take one completion at a time, got batch_size={batch_size!r}; leave it None")
-        self.truncated, self.workers = truncated, workers
+        self.truncated, self.workers, self.answer = truncated, workers, answer
         self.time_limit, self.memory_limit = time_limit, memory_limit
         self.cache, self.counts = cache, VerifierCounts()
         self._pool = Workers(fn, workers, time_limit=time_limit, memory_limit=memory_limit) if workers else None
@@ -224,6 +230,34 @@ class Verifier(Scorer):
         found: list[float] = values.tolist()
         return found
 
+    def answers(self, texts: Sequence[str], finished: Sequence[bool]) -> list[Hashable] | None:
+        """Return the answer of each completion, None for one that gives none; None without ``answer``.
+
+        Args:
+            texts: N completions.
+            finished: whether each ended by itself; one that did not gives no answer unless ``truncated`` is "judge".
+
+        Raises:
+            RuntimeError: ``answer`` raised.
+            TypeError: it returned what can't be hashed.
+        """
+        if self.answer is None:
+            return None
+        found: list[Hashable] = []
+        for text, ended in zip(texts, finished, strict=True):
+            try:
+                each = self.answer(text) if ended or self.truncated == "judge" else None
+            except Exception as error:
+                why = f"answer of the verifier {self.name!r} raised {type(error).__name__}: {error}; completion: "
+                raise RuntimeError(f"{why}{text[:200]!r}") from error
+            if not isinstance(each, Hashable):
+                raise TypeError(
+                    f"answer of the verifier {self.name!r} must return a string, a number, None or another value that "
+                    f"can be hashed, got {type(each).__name__} {each!r:.100} for {text[:200]!r}"
+                )
+            found.append(each)
+        return found
+
     def describe(self) -> dict[str, Any]:
         """Return the verifier's settings and the function's full name."""
         kept = {"name", "function", "batch_size", "binary", "cache"}
@@ -232,15 +266,9 @@ class Verifier(Scorer):
                 "time_limit": self.time_limit, "memory_limit": self.memory_limit}  # fmt: skip
 
 
-def finished(samples: Samples) -> list[bool]:
-    """Return for each sequence whether it ended by itself: whether its last token is an EOS."""
-    ends = samples.eos_token_ids or (samples.tokenizer.eos_token_id,)
-    return [bool(ids) and ids[-1] in ends for ids in scored_tokens(samples)]
-
-
 def rows_of(samples: Samples) -> list[Row]:
     """Return for each sequence the columns of its row, with ``prompt`` and ``finished``."""
-    ended = finished(samples)
+    ended = samples.finished.tolist()
     given: Sequence[Mapping[str, Any]] = samples.rows or [{}] * len(samples)
     prompts: dict[tuple[int, ...], str] = {}
     found = []

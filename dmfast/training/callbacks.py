@@ -158,6 +158,8 @@ def log_line(step: int, logs: Mapping[str, Any]) -> str:
             name = key.split("/", 1)[1]
             under = "π" if evaluation else "q"
             parts.append(f"E_{under}[{name}] {with_error(f'phi/{name}') if evaluation else number(f'phi/{name}')}")
+    of_k = [key.removeprefix(prefix) for key in logs if re.fullmatch(rf"{re.escape(prefix)}pass@\d+", key)]
+    parts += [f"{key} {with_error(key)}" for key in dict.fromkeys([*of_k[:1], *of_k[-1:]])]
     for key, title in (("kl_policy", "KL(p‖π)"), ("kl_policy_base", "KL(π‖a)"), ("z", "Z"), ("ess", "ESS"),
                        ("swaps", "swaps"), ("runtime", "seconds")):  # fmt: skip
         if prefix + key in logs and not (key == "runtime" and not evaluation):

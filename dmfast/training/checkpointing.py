@@ -20,6 +20,7 @@ from . import checkpoint, deepspeed, distributed_config, resume
 from .card import model_card
 from .data import Contexts
 from .saving import save_plainly
+from .stream import Stream
 from .versions import remove_old_checkpoints
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
     policy: LanguageModel
     proposal: OfflineProposal[LanguageModel] | None
     matcher: Matcher
-    _rows: Contexts
+    _rows: Contexts | Stream
     _is_spread: bool  # whether transformers spread the model over processes as it loaded it
     _staging: str | None = None  # where a checkpoint is written before it is whole
     _push_later: bool = False
@@ -187,10 +188,12 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Return dmfast's part of a checkpoint: the matcher's state, the prompts that its Z belong to, the settings."""
+        read = self._rows.read if isinstance(self._rows, Stream) else None
         return {
             "contexts": self._rows.digest,
             "matcher": self.matcher.state_dict(),
             "settings": resume.settings_of(cast("DMTrainer", self)),
+            "stream": read,
         }
 
     def _changes_since(self, state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -222,6 +225,8 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
             matcher = resume.without_z(matcher)
         given = self.target.lambda_.tolist()
         self.matcher.load_state_dict(matcher)
+        if isinstance(self._rows, Stream):
+            self._rows.expect(None if self.args.ignore_data_skip else state.get("stream"))
         self._changes = changes
         said = resume.describe(changes, steered=steered)
         if not self.args.refit_ess and self.target.lambda_.tolist() != given:

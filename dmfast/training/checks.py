@@ -75,6 +75,27 @@ def refuse_arguments(args: TrainingArguments) -> None:
         )
 
 
+def refuse_stream(args: DMConfig, *, has_eval: bool) -> None:
+    """Refuse what needs to know the prompts of a data set without a length.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    if args.max_steps <= 0:
+        raise ValueError("train_dataset is a stream, which has no epochs to count: set max_steps in DMConfig")
+    if args.sampler_ahead:
+        raise ValueError(
+            f"sampler_ahead={args.sampler_ahead} draws the sequences of coming steps, whose prompts a stream has not "
+            "given yet: set sampler_ahead=0, or give a train_dataset with a length"
+        )
+    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" or args.eval_on_start
+    if evaluates and not has_eval:
+        raise ValueError(
+            "train_dataset is a stream, which an evaluation does not read: give an eval_dataset (for instance "
+            "list(stream.take(128))), or set eval_strategy='no'"
+        )
+
+
 def check_environment(args: DMConfig, *, own_optimizer: bool = False) -> None:
     """Check what a run needs beside its model, before anything is loaded or drawn.
 

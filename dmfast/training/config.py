@@ -78,6 +78,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             functions, too.
         baseline: a number; ``mean``, the running mean of rho*r over earlier steps; ``leave_one_out`` or
             ``leave_one_out_context``. ``gdc++`` has its own.
+        reward_weights: the weights of several rewards of ``DMTrainer(reward=[...])``, in their order. Default: 1 for
+            each.
         beta: the KL coefficient of ``kl_control``; its value at the start, where ``beta_target_kl`` is given.
         beta_target_kl: the wanted KL(pi||a), nats per sequence: beta is then steered by
             ``dmfast.objectives.AdaptiveBeta`` with ``beta_horizon`` (sequences), from the samples of each step.
@@ -97,6 +99,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             entropy, summed over their tokens (nats), to the loss: of all sequences as they were drawn, not weighted.
             That mean is logged as ``entropy``. Not with ``skip_zero_weight``.
         temperature: of policy, proposal and base, in sampling and in scoring.
+        max_prompt_length: prompts of more tokens are left out, which a warning counts; they are not cut. Default: all
+            are kept, and one that does not fit into the model's context is refused.
         max_new_tokens: where a sequence without EOS ends.
         samples_per_context: n, sequences drawn from each prompt. Default: one; with one prompt, or without a data set
             (the empty context), all sequences of a step.
@@ -137,6 +141,10 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         eval_samples: sequences of the policy at an evaluation.
         eval_diversity: of so many of them, the same at every evaluation, Distinct-1/2/3 and Self-BLEU-5 of words
             (``dmfast.diagnostics.diversity``; needs nltk). 0: none.
+        eval_pass_k: the k of ``eval_pass@k`` and its kin, where a ``Verifier`` of the target, or a binary reward, tells
+            right from wrong (``dmfast.verified``). Default: 1, 4, 16, ... up to the samples of a prompt, which are
+            ``eval_samples`` over the number of prompts.
+        eval_threshold: the value of a verifier from which on an answer is right.
         log_samples: so many of them are written to ``samples.jsonl`` in ``output_dir``, with log pi, log a and
             features (a push to the hub takes it along), and as a table to TensorBoard and W&B where they are among
             ``report_to``. 0: none.
@@ -164,6 +172,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
 
     objective: str = _field("gdc++", "The objective, one of dmfast.OBJECTIVES or dmfast.methods.METHODS.")
     baseline: float | str | None = _field(None, "None, a number, mean, leave_one_out or leave_one_out_context.")
+    reward_weights: list[float] | None = _field(None, "The weights of several rewards.")  # noqa: RUF009
     beta: float | None = _field(None, "The KL coefficient of kl_control.")
     beta_target_kl: float | None = _field(None, "The wanted KL(pi||a) in nats; None: beta is fixed.")
     beta_horizon: float = _field(10_000, "In how many sequences beta may change by about e^0.2.")
@@ -176,6 +185,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     max_weight: float | None = _field(None, "Bounds A to [-max_weight, max_weight].")
     entropy_coefficient: float = _field(0.0, "What the policy's entropy is multiplied by in the loss; 0: no bonus.")
     temperature: float = _field(1.0, "Of policy, proposal and base.")
+    max_prompt_length: int | None = _field(None, "Prompts of more tokens are left out.")
     max_new_tokens: int = _field(64, "Where a sequence without EOS ends.")
     samples_per_context: int | None = _field(None, "Sequences drawn from each prompt.")
     sampling_batch_size: int | None = _field(None, "Sequences at a time in sampling and scoring.")
@@ -201,6 +211,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     refit_samples: int = _field(2048, "Sequences of a proposal that lambda is fitted again from.")
     eval_samples: int = _field(512, "Sequences of the policy at an evaluation.")
     eval_diversity: int = _field(0, "Sequences of an evaluation whose diversity is measured; 0: none.")
+    eval_pass_k: list[int] | None = _field(None, "The k of pass@k in evaluations; None: 1, 4, 16, ...")  # noqa: RUF009
+    eval_threshold: float = _field(0.5, "The value of a verifier from which on an answer is right.")
     log_samples: int = _field(0, "Sequences of an evaluation that are logged as a table; 0: none.")
     gather_for_sampling: bool = _field(True, "Under FSDP, whether the model is whole while it is sampled from.")
     gradient_variance_steps: int = _field(0, "Steps between measurements of the gradient's variance; 0: never.")
@@ -228,7 +240,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     def __post_init__(self) -> None:
         refuse_parallelism(self)  # before transformers asks for deepspeed to be installed
         for name, value in (
-            ("max_new_tokens", self.max_new_tokens), ("temperature", self.temperature),
+            ("max_new_tokens", self.max_new_tokens), ("max_prompt_length", self.max_prompt_length),
+            ("temperature", self.temperature),
             ("samples_per_context", self.samples_per_context), ("sampling_batch_size", self.sampling_batch_size),
             ("eval_samples", self.eval_samples), ("proposal_interval", self.proposal_interval),
             ("per_device_train_batch_size", self.per_device_train_batch_size),
@@ -245,6 +258,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
                 "eval_diversity compares sequences of an evaluation: it must be 0, or from 2 to eval_samples="
                 f"{self.eval_samples}, got {self.eval_diversity!r}"
             )
+        self._check_pass_k()
         if self.eval_diversity:
             nltk()  # raises now what it would raise at an evaluation
         if self.proposal_criterion not in CRITERIA:
@@ -321,6 +335,17 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
                 "sampler='vllm' does not run in several processes, whose process group vLLM's own would meet: start a "
                 "server (dmfast serve-proposal), which all of them draw from"
             )
+
+    def _check_pass_k(self) -> None:
+        if not 0 < self.eval_threshold <= 1:
+            raise ValueError(f"eval_threshold must be above 0 and at most 1, got {self.eval_threshold!r}")
+        if self.eval_pass_k is None:
+            return
+        given = self.eval_pass_k
+        several = isinstance(given, (list, tuple)) and len(given) > 0
+        if not several or any(not isinstance(k, int) or isinstance(k, bool) or k < 1 for k in given):
+            raise ValueError(f"eval_pass_k must hold one or more positive integers, such as [1, 4, 16], got {given!r}")
+        self.eval_pass_k = sorted(set(given))
 
     def settings(self, objective: AnyObjective | None = None) -> Settings:
         """Return what a step is made with.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from numbers import Real
@@ -46,6 +47,47 @@ def holds_media(column: object, value: Any) -> bool:
     return not (value is None or several or isinstance(value, (str, Real)))
 
 
+def has_columns(first: Any, argument: str) -> bool:
+    """Return whether the first row of a data set has more columns than its prompt.
+
+    Raises:
+        ValueError: one of them holds images, video or sound.
+    """
+    if not isinstance(first, Mapping) or len(first) < 2:
+        return False
+    seen = [name for name, value in first.items() if holds_media(name, value)]
+    if seen:
+        raise ValueError(
+            f"{argument} has the column {seen[0]!r}, which no model would see: dmfast supports text only, without "
+            "images, video or sound. Drop the column, or rename it where only a scorer is to see it"
+        )
+    return True
+
+
+def prompt_of(row: Any, index: int, argument: str) -> Any:
+    """Return the prompt of a row.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if isinstance(row, Mapping):
+        if "prompt" not in row:
+            raise ValueError(f"row {index} of {argument} has no column 'prompt', only {', '.join(map(str, row))}")
+        row = row["prompt"]
+    if not isinstance(row, (str, list)):
+        raise ValueError(
+            f"{argument}: the prompt of row {index} must be a string or a list of chat messages, got "
+            f"{type(row).__name__}"
+        )
+    return row
+
+
+def _too_long_hint(error: Exception, max_prompt_length: int | None) -> str:
+    if max_prompt_length is not None or "beyond the model's context" not in str(error):
+        return ""
+    return "; DMConfig.max_prompt_length leaves out prompts of more tokens"
+
+
 class Contexts(Dataset[Any]):
     """Give rows of prompts as (row, prompt); a prompt is a string, a list of chat messages or a list of token ids.
 
@@ -80,15 +122,9 @@ class Contexts(Dataset[Any]):
             whole = rows.with_format(None)
             rows = whole.select_columns("prompt")
         self.rows, self._whole = rows, whole
+        self._kept: Sequence[int] = range(len(rows))
         self[0]  # this refuses rows without a prompt now rather than in the middle of a run
-        first = whole[0]
-        self.has_columns = isinstance(first, Mapping) and len(first) > 1
-        seen = [name for name, value in first.items() if holds_media(name, value)] if self.has_columns else []
-        if seen:
-            raise ValueError(
-                f"{argument} has the column {seen[0]!r}, which no model would see: dmfast supports text only, without "
-                "images, video or sound. Drop the column, or rename it where only a scorer is to see it"
-            )
+        self.has_columns = has_columns(whole[0], argument)
 
     @cached_property
     def digest(self) -> str:
@@ -99,38 +135,59 @@ class Contexts(Dataset[Any]):
         return found.hexdigest()
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._kept)
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, index: int) -> tuple[int, Any]:
-        row = self.rows[index]
-        if isinstance(row, dict):
-            if "prompt" not in row:
-                raise ValueError(f"row {index} of {self.argument} has no column 'prompt', only {', '.join(row)}")
-            row = row["prompt"]
-        if not isinstance(row, (str, list)):
-            raise ValueError(
-                f"{self.argument}: the prompt of row {index} must be a string or a list of chat messages, got "
-                f"{type(row).__name__}"
-            )
-        return index, row
+    def __getitem__(self, place: int) -> tuple[int, Any]:
+        """Return the row, by its number in the data set, and the prompt of one of those that are kept."""
+        index = self._kept[place]
+        return index, prompt_of(self.rows[index], index, self.argument)
 
     def rows_of(self, indices: Sequence[int]) -> list[Mapping[str, Any]] | None:
         """Return the whole rows, which scorers see, or None if there are only prompts."""
         return [dict(self._whole[index]) for index in indices] if self.has_columns else None
 
-    def check(self, policy: LanguageModel, max_new_tokens: int) -> None:
-        """Check that all prompts can be sampled from.
+    def whole(self, contexts: Sequence[tuple[Any, ...]]) -> list[Mapping[str, Any]] | None:
+        """Return the whole rows of what iteration gave."""
+        return self.rows_of([index for index, _ in contexts])
+
+    def check(
+        self, policy: LanguageModel, max_new_tokens: int, max_prompt_length: int | None = None, *, warn: bool = True
+    ) -> None:
+        """Leave out the prompts that are too long, and check that all others can be sampled from.
+
+        Args:
+            policy: what is to sample.
+            max_new_tokens: as in ``LanguageModel.sample``.
+            max_prompt_length: the most tokens of a prompt. None: all are kept.
+            warn: whether to say how many are left out.
 
         Raises:
             TypeError, ValueError: as ``LanguageModel.check_prompts``, with the name of the argument.
+            ValueError: no prompt is left.
         """
         try:
-            policy.check_prompts([prompt for _, prompt in self], max_new_tokens)
+            lengths = policy.check_prompts([prompt for _, prompt in self], max_new_tokens, max_prompt_length)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{self.argument}: {error}") from error
+            raise type(error)(f"{self.argument}: {error}{_too_long_hint(error, max_prompt_length)}") from error
+        if max_prompt_length is None:
+            return
+        kept = [row for row, length in zip(self._kept, lengths, strict=True) if length <= max_prompt_length]
+        if not kept:
+            raise ValueError(
+                f"{self.argument} has no prompt of at most max_prompt_length={max_prompt_length} tokens: its "
+                f"{len(self)} prompts have from {min(lengths)} to {max(lengths)}"
+            )
+        if warn and len(kept) < len(self):
+            warnings.warn(
+                f"{self.argument}: {len(self) - len(kept)} of {len(self)} prompts have more than max_prompt_length="
+                f"{max_prompt_length} tokens and are left out; the longest has {max(lengths)}",
+                stacklevel=3,
+            )
+        self._kept = kept
+        self.__dict__.pop("digest", None)
 
 
 def eval_contexts(dataset: Any) -> Contexts | dict[str, Contexts]:
@@ -140,6 +197,21 @@ def eval_contexts(dataset: Any) -> Contexts | dict[str, Contexts]:
     if not dataset:
         raise ValueError("eval_dataset is an empty dictionary; pass None to evaluate on the prompts of train_dataset")
     return {name: Contexts(rows, f"eval_dataset[{name!r}]") for name, rows in dataset.items()}
+
+
+def check_divides(n: int, per_device: int, accumulation: int) -> int:
+    """Return the sequences of a step on a rank, of which each context has n.
+
+    Raises:
+        ValueError: they are not a multiple of n.
+    """
+    local = per_device * accumulation
+    if local % n:
+        raise ValueError(
+            f"samples_per_context = {n} must divide the sequences that a process takes in an optimiser step, "
+            f"per_device_train_batch_size * gradient_accumulation_steps = {per_device} * {accumulation} = {local}"
+        )
+    return local
 
 
 class StepSampler(Sampler[list[int]]):
@@ -165,12 +237,7 @@ class StepSampler(Sampler[list[int]]):
         self, contexts: int, n: int, *, per_device: int, accumulation: int, rank: int = 0, world: int = 1,
         steps: int | None = None, shuffle: bool = True, seed: int = 0, repeats: int = 1,
     ) -> None:  # fmt: skip
-        local = per_device * accumulation
-        if local % n:
-            raise ValueError(
-                f"samples_per_context = {n} must divide the sequences that a process takes in an optimiser step, "
-                f"per_device_train_batch_size * gradient_accumulation_steps = {per_device} * {accumulation} = {local}"
-            )
+        local = check_divides(n, per_device, accumulation)
         self.contexts, self.n, self.per_device, self.accumulation = contexts, n, per_device, accumulation
         self.rank, self.world, self.shuffle, self.seed, self.epoch = rank, world, shuffle, seed, 0
         self.per_rank, self.repeats = local // n, repeats  # contexts of a step
@@ -233,6 +300,6 @@ class ContextLoader(DataLoader[Any]):
         self.step_sampler.set_epoch(epoch)
 
 
-def contexts_of(batches: Sequence[Sequence[tuple[int, Any]]], n: int) -> list[tuple[int, Any]]:
+def contexts_of(batches: Sequence[Sequence[tuple[Any, ...]]], n: int) -> list[tuple[Any, ...]]:
     """Return the contexts of a step, each once, from its microbatches."""
     return [row for batch in batches for row in batch][::n]

@@ -12,9 +12,10 @@ from ..sampling.engine import Engine
 from . import fsdp
 from .config import DMConfig
 from .data import Contexts
+from .stream import Stream
 
 
-def engine_of(args: DMConfig, policy: LanguageModel, rows: Contexts) -> Engine | None:
+def engine_of(args: DMConfig, policy: LanguageModel, rows: Contexts | Stream) -> Engine | None:
     """Return the engine that draws from q, connected or started; None: the proposal's own copy draws.
 
     Raises:
@@ -33,9 +34,8 @@ def engine_of(args: DMConfig, policy: LanguageModel, rows: Contexts) -> Engine |
         # a push to the hub leaves out what begins with _
         options = {"folder": str(Path(args.output_dir) / "_q"), **options}
     engine = make(args.sampler, policy, options)
-    engine.check(
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature, prompts=[prompt for _, prompt in rows],
-    )  # fmt: skip
+    prompts = rows.first or None if isinstance(rows, Stream) else [prompt for _, prompt in rows]
+    engine.check(max_new_tokens=args.max_new_tokens, temperature=args.temperature, prompts=prompts)
     return engine
 
 

@@ -14,8 +14,9 @@ from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moment
 from ..models import LanguageModel
 from ..samples import Prompt, Samples
 from ..seeds import seed_for
-from ..targets import EBM
+from ..targets import EBM, FeatureValues
 from ..unseen import unknown, unseen
+from .judge import Judge
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,7 @@ def evaluate(
     batch_size: int | None = None,
     texts: int = 0,
     rows: Sequence[Mapping[str, Any]] | None = None,
+    judge: Judge | None = None,
 ) -> tuple[Samples, dict[str, Estimate]]:
     """Return the samples and the estimates of ``examine``, in one process.
 
@@ -63,6 +65,7 @@ def evaluate(
     found = examine(
         model, target, prompts, n, max_new_tokens=max_new_tokens, temperature=temperature,
         seed=None if seed is None else seed_for(seed, "evaluate"), batch_size=batch_size, texts=texts, rows=rows,
+        judge=judge,
     )  # fmt: skip
     return found.samples, found.estimates
 
@@ -81,6 +84,7 @@ def examine(
     texts: int = 0,
     first_row: int = 0,
     rows: Sequence[Mapping[str, Any]] | None = None,
+    judge: Judge | None = None,
     gather: Callable[[Tensor], Tensor] = lambda x: x,
     gather_texts: Callable[[list[str]], list[str]] = lambda x: x,
 ) -> Evaluation:
@@ -93,12 +97,14 @@ def examine(
         texts: the number of texts that ``diversity`` is measured on: the same ones every time, equally many of each
             context. 0 measures none.
         rows: for each prompt the row of its data set, which scorers see as ``samples.rows``.
+        judge: what tells right answers from wrong ones. None: nothing does.
         gather, gather_texts: collect the values of all ranks, in distributed training.
 
     Returns:
         An ``Evaluation``. Its estimates have standard errors: ``phi/<feature>``, ``kl_policy_base`` (KL(pi||a), nats),
         ``kl_policy`` (KL(p||pi), nats; with Z from these samples), ``length`` (scored tokens) and ``finished`` (the
-        share that ended in EOS). With ``texts`` they include the values of ``dmfast.diagnostics.diversity``.
+        share that ended in EOS). With ``texts`` they include the values of ``dmfast.diagnostics.diversity``, and with a
+        judge those of ``dmfast.verified.measure``, whose standard errors are over prompts.
     """
     x = model.sample(
         prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size,
@@ -106,13 +112,12 @@ def examine(
     )  # fmt: skip
     x = x.with_rows(rows)
     log_base = target.base.log_prob(x, batch_size=batch_size)
-    scores = target.score(x, log_base)
+    values = FeatureValues(x)
+    scores = target.score(x, log_base, values=values)
     features = torch.cat([scores.features, scores.monitored], 1)
     names = [*target.moment_names, *target.monitor_names]
     columns_of = [*(f"phi/{name}" for name in names), "kl_policy_base", "length", "finished"]
-    last = x.tokens.gather(1, x.score_mask.long().cumsum(1).argmax(1, keepdim=True))[:, 0]
-    finished = torch.isin(last, torch.tensor(model.eos_token_ids, device=last.device))
-    one_each = torch.stack([x.log_prob - log_base, x.score_mask.sum(1).double(), finished.double()], 1)
+    one_each = torch.stack([x.log_prob - log_base, x.score_mask.sum(1).double(), x.finished.double()], 1)
     columns = gather(torch.cat([features, one_each], 1))
     found = dict(zip(columns_of, estimate_moments(columns, torch.zeros_like(columns[:, 0])), strict=True))
     contexts, log_target, log_prob = gather(x.context_id), gather(scores.log_target), gather(x.log_prob)
@@ -120,6 +125,8 @@ def examine(
     estimates = estimate(log_prob, log_prob, log_target, log_z, z_of=contexts)
     missing = unseen(columns, target.wanted)
     found["kl_policy"] = (unknown(estimates) if missing else estimates).kl_policy
+    if judge is not None:
+        found |= judge.measured(x, judge.right(values), gather, gather_texts)
     evaluation = Evaluation(x, log_base, features, names, found, missing)
     if texts:
         shown = gather_texts(x[evaluation.across_contexts(texts)].text)

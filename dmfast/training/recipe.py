@@ -12,7 +12,8 @@
       - classifier: {model: folder or name, label: POSITIVE, output: binary}
       - reward: {scorer: {...}, beta: 0.5}      # b(x) = exp(R(x)/beta)
     monitor: []                     # features that are only looked at
-    reward: null                    # of reinforce and kl_control: a feature, such as {scorer: {...}}
+    reward: null                    # of reinforce and kl_control: a feature, such as {scorer: {...}}, or a list
+                                    # of them, whose sum is weighted by train.reward_weights
     fit: {n: 10240, seed: 0}        # lambda, from samples of the base
     lora: null                      # or the arguments of peft.LoraConfig: a, pi and q then share one backbone
     train: {max_steps: 60, ...}     # the arguments of DMConfig; with preset: alpha_dpg those of DMConfig.preset
@@ -45,6 +46,7 @@ from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moment
 from ..models import LanguageModel
 from ..samples import Samples
 from ..targets import EBM, Classifier, Contains, Feature, Moment, Reward, Scorer
+from ..targets.rewards import AnyReward
 from . import checkpoint, report
 from .checks import check_alike, check_environment, refuse_arguments
 from .config import DMConfig
@@ -122,7 +124,7 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
     for each in recipe.get("monitor") or []:
         feature(each, "monitor")
     if recipe.get("reward"):
-        feature(recipe["reward"], "reward")
+        rewards(recipe["reward"])
     if recipe.get("lora"):
         _lora_config(recipe["lora"])
     return recipe
@@ -190,6 +192,13 @@ def _classifier(model: str, **options: Any) -> Classifier:
     return Classifier(
         AutoModelForSequenceClassification.from_pretrained(path), AutoTokenizer.from_pretrained(path), **options
     )
+
+
+def rewards(entry: Any) -> Feature | list[Feature]:
+    """Build the reward, or the several, of its entry."""
+    if not isinstance(entry, list):
+        return feature(entry, "reward")
+    return [feature(each, f"reward {i}") for i, each in enumerate(entry, 1)]
 
 
 def constraint(entry: Any) -> Feature | Moment:
@@ -351,7 +360,7 @@ def _model_and_base(
 
 def prepare(
     recipe: dict[str, Any], *, fitted: Mapping[str, Any] | None = None,
-    reward: Callable[[Samples], Any] | None = None, resume: str | bool = False, say: Callable[[Any], None] = print,
+    reward: AnyReward | None = None, resume: str | bool = False, say: Callable[[Any], None] = print,
 ) -> DMTrainer:  # fmt: skip
     """Build the trainer of a recipe that ``read`` has checked, with its policy, its base and its fitted target.
 
@@ -361,7 +370,7 @@ def prepare(
         fitted: the ``state_dict`` of an ``EBM`` with these constraints, whose lambda is taken. Default: lambda is
             fitted.
         resume: as in ``run``: lambda is then the checkpoint's.
-        reward: a callable on ``Samples`` in place of the recipe's reward.
+        reward: one or several, in place of the recipe's reward.
         say: prints a line.
 
     Raises:
@@ -385,8 +394,8 @@ def prepare(
         monitor=[feature(each, "monitor") for each in recipe.get("monitor") or []],
     )
     if reward is None and recipe.get("reward"):
-        reward = feature(recipe["reward"], "reward")
-    for scorer in (*target.scorers.values(), reward):
+        reward = rewards(recipe["reward"])
+    for scorer in (*target.scorers.values(), *(reward if isinstance(reward, list) else [reward])):
         if isinstance(scorer, Classifier):
             scorer.model.to(args.device)
     say(f"dmfast {__version__}: {target}, {args.objective}, {args.max_steps} steps, model {recipe['model']}")
@@ -400,10 +409,11 @@ def prepare(
     if fitted is None:
         fit = {"batch_size": args.sampling_batch_size, **(recipe.get("fit") or {})}
         data = Contexts(rows, "prompts")
+        data.check(policy, args.max_new_tokens, args.max_prompt_length, warn=False)  # DMTrainer does
         prompts = None if rows is None else [prompt for _, prompt in data]
         target.fit(
             contexts=prompts,
-            rows=data.rows_of(range(len(data))),
+            rows=data.whole(list(data)),
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             **fit,
@@ -435,16 +445,17 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
     out = Path(args.output_dir)
     rows = _prompts(recipe.get("prompts"))
     data = Contexts(rows, "prompts")
+    data.check(trainer.policy, args.max_new_tokens, args.max_prompt_length, warn=False)
     settings = {"samples": args.eval_samples, "seed": args.seed + 10**6, "batch_size": args.sampling_batch_size or 256}
     settings |= recipe.get("evaluate") or {}
 
     def now(model: LanguageModel) -> tuple[Samples, dict[str, Estimate]]:
-        some = range(min(len(data), settings["samples"]))
+        some = [data[i] for i in range(min(len(data), settings["samples"]))]
         return evaluate(
-            model, target, None if rows is None else [data[i][1] for i in some],
+            model, target, None if rows is None else [prompt for _, prompt in some],
             math.ceil(settings["samples"] / len(some)), max_new_tokens=args.max_new_tokens,
             temperature=args.temperature, seed=settings["seed"], batch_size=settings["batch_size"],
-            texts=args.eval_diversity, rows=data.rows_of(some),
+            texts=args.eval_diversity, rows=data.whole(some), judge=trainer.judge,
         )  # fmt: skip
 
     x_before, before = now(target.base)

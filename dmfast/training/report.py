@@ -131,6 +131,7 @@ def table(log: Mapping[str, Any]) -> Any:
         "distinct_2": "Distinct-2",
         "distinct_3": "Distinct-3",
         "self_bleu_5": "Self-BLEU-5",
+        "truncated": "cut off",
     }
 
     def shown(found: Estimate | None) -> str:
@@ -139,7 +140,7 @@ def table(log: Mapping[str, Any]) -> Any:
         return str(found) if found.stderr > 0 else f"{found.value:.4g}"  # NaN: not estimated; 0: known
 
     for name, before in log["before"].items():
-        title = f"E[{name[4:]}]" if name.startswith("phi/") else titles[name]
+        title = f"E[{name[4:]}]" if name.startswith("phi/") else titles.get(name, name)
         cells = [shown(before), shown(log["after"][name]), shown(log["ideal"].get(name))]
         if name == "kl_policy":
             cells[:2] = [_unknown(log, key) or cell for key, cell in zip(("before", "after"), cells[:2], strict=True)]

@@ -18,6 +18,7 @@ from .. import sharding
 from ..adapters import PROPOSAL
 from ..estimators import PartitionFunctions
 from ..kernels import warn_caller
+from ..targets.rewards import WeightedSum
 from ..views import AdapterView
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ RENEWED = {
     "baseline": (_RETURNS, _BATCH),
     "normalize": (_RETURNS, _BATCH),
     "reward": (_RETURNS, _BATCH),
+    "reward_weights": (_RETURNS, _BATCH),
     "beta": (_RETURNS, _BATCH),
     "alpha": (_RETURNS, _BATCH, _BEST),
     "normalize_alpha": (_RETURNS, _BATCH),
@@ -73,12 +75,13 @@ HONOURED = (
     "data_seed", "max_weight", "entropy_coefficient", "beta_target_kl", "beta_horizon", "ppo_clip", "partition",
     "proposal_interval", "proposal_stderrs", "proposal_best_only", "proposal_decay", "proposal_check_samples",
     "z_floor", "uniform_groups", "max_redraws", "refit_ess", "refit_samples", "skip_zero_weight", "sampler",
-    "sampler_ahead", "sampler_max_lag", "bf16", "fp16",
+    "sampler_ahead", "sampler_max_lag", "bf16", "fp16", "max_prompt_length",
 )  # fmt: skip
 
 #: These may change without a word, since they change no result.
 NOT_COMPARED = (
     "sampling_batch_size", "check_scores", "sampler_options", "proposal_device", "eval_samples", "eval_diversity",
+    "eval_pass_k", "eval_threshold",
     "log_samples", "gather_for_sampling", "gradient_variance_steps", "patience_zero",
 )  # fmt: skip
 
@@ -97,13 +100,18 @@ def settings_of(trainer: DMTrainer) -> dict[str, Any]:
             found.pop(name, None)
     return found | {
         "objective": trainer.matcher.settings.name,
-        "reward": None if reward is None else reward.name,
+        "reward": _name_of(reward),
         "eos_token_id": _plain(sorted(trainer.policy.eos_token_ids)),
         "chat_template_kwargs": _plain(dict(trainer.policy.chat_template_kwargs)),
         "the pointwise constraints": _plain(sorted(target.pointwise_names)),
         "the base's weights": _digest(trainer),
         "the adapter": _adapter(trainer.policy.model),
     }
+
+
+def _name_of(reward: Any) -> Any:
+    """Return the name of a reward, or of several those of all."""
+    return _plain(list(reward.parts)) if isinstance(reward, WeightedSum) else getattr(reward, "name", None)
 
 
 def _plain(value: Any) -> Any:

@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,6 +43,7 @@ from ..sampling import EngineError
 from ..seeds import seed_for
 from ..settings import AnyObjective, check_target, check_trainable
 from ..targets import EBM
+from ..targets.rewards import AnyReward, as_reward, parts_of
 from . import checkpoint, deepspeed, distributed_config, engines, fsdp
 from . import samples as samples_table
 from .callbacks import EpochOrder, Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
@@ -53,15 +54,25 @@ from .checks import (
     check_fit,
     check_space,
     refuse_arguments,
+    refuse_stream,
     warn_of_generation_config,
     with_pad_token,
 )
 from .config import DMConfig
 from .data import ContextLoader, Contexts, StepSampler, contexts_of, eval_contexts
 from .evaluation import examine
+from .judge import is_over_prompts, judge_of
 from .ranks import AccelerateRanks
 from .saving import loaded, with_adapter
+from .stream import Stream, StreamLoader, is_stream
 from .versions import draws_in_random_order
+
+
+def _sets(rows: Contexts | dict[str, Contexts] | None) -> list[Contexts]:
+    """Return the sets to evaluate on."""
+    if rows is None:
+        return []
+    return list(rows.values()) if isinstance(rows, dict) else [rows]
 
 
 class DMTrainer(CheckpointingTrainer):
@@ -75,15 +86,17 @@ class DMTrainer(CheckpointingTrainer):
             around ``LanguageModel(model, tokenizer).base()`` for a PEFT model: a, pi and q then share its backbone, and
             q is a second adapter.
         args: ``DMConfig``.
-        train_dataset: prompts, as ``dmfast.training.data.Contexts`` takes them; None is the empty context. Rows with
-            more columns than the prompt reach scorers as ``samples.rows``, one for each sequence.
+        train_dataset: prompts, as ``dmfast.training.data.Contexts`` takes them, or an ``IterableDataset`` of them, as
+            ``dmfast.training.stream.Stream`` does; None is the empty context. Rows with more columns than the prompt
+            reach scorers as ``samples.rows``, one for each sequence.
         eval_dataset: prompts to evaluate on, or several sets of them by name, whose metrics are ``eval_<name>_...``.
-            Default: those of ``train_dataset``.
+            Default: those of ``train_dataset``, unless that is a stream.
         processing_class: the tokenizer, or a multimodal processor, which is saved with the model. Default: the base's
             tokenizer. What ends a sequence and ``chat_template_kwargs`` are the base's.
         objective: a name, an ``Objective``, or a function of ``Terms``, in place of ``args.objective``.
         reward: R(x) for ``reinforce`` and ``kl_control``: a callable on ``Samples`` that gives (N,), such as
-            ``dmfast.Scorer``.
+            ``dmfast.Scorer``. Or several, by name or in a list, whose sum, weighted by
+            ``args.reward_weights``, is R(x).
         peft_config: the configuration of an adapter to put around ``model``; then only the adapter is trained.
         callbacks, optimizers, optimizer_cls_and_kwargs: as in ``transformers.Trainer``.
 
@@ -92,6 +105,7 @@ class DMTrainer(CheckpointingTrainer):
         policy: the model as a ``LanguageModel``.
         proposal: the ``OfflineProposal``; None on-policy.
         eval_samples: the ``Samples`` of the last evaluation.
+        judge: what tells right from wrong in evaluations, a ``training.judge.Judge``; None: nothing does.
 
     Raises:
         ValueError: the training is not possible: the base is the model itself, the tokenizer does not fit, the
@@ -117,7 +131,7 @@ class DMTrainer(CheckpointingTrainer):
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         objective: AnyObjective | None = None,
-        reward: Callable[[Samples], Tensor] | None = None,
+        reward: AnyReward | None = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -129,8 +143,13 @@ class DMTrainer(CheckpointingTrainer):
         refuse_arguments(args)
         check_environment(args, own_optimizer=optimizers[0] is not None or optimizer_cls_and_kwargs is not None)
         distributed_config.refuse_model(model, getattr(getattr(target, "base", None), "model", None), args, peft_config)
-        self._rows, self._has_prompts = Contexts(train_dataset), train_dataset is not None
-        self._eval_rows = self._rows if eval_dataset is None else eval_contexts(eval_dataset)
+        self._rows: Contexts | Stream = Stream(train_dataset) if is_stream(train_dataset) else Contexts(train_dataset)
+        self._has_prompts = train_dataset is not None
+        if isinstance(self._rows, Stream):
+            refuse_stream(args, has_eval=eval_dataset is not None)
+        self._eval_rows = eval_contexts(eval_dataset) if eval_dataset is not None else None
+        if eval_dataset is None and isinstance(self._rows, Contexts):
+            self._eval_rows = self._rows
         settings = args.settings(objective)
         if args.proposal_criterion == "alpha" and settings.own_alpha is None and not args.on_policy:
             raise ValueError(
@@ -139,6 +158,9 @@ class DMTrainer(CheckpointingTrainer):
             )
         model = loaded(model)
         check_target(target, model, settings, reward)
+        if reward is None and args.reward_weights is not None:
+            raise ValueError(f"reward_weights={args.reward_weights!r} is for several rewards, and there is no reward")
+        of_run = None if reward is None else as_reward(reward, args.reward_weights)
         model = with_adapter(model, peft_config, args.seed)
         processing_class = with_pad_token(target.base.tokenizer if processing_class is None else processing_class)
         kind_of_policy, kind_of_proposal = deepspeed.kinds(args)
@@ -150,10 +172,17 @@ class DMTrainer(CheckpointingTrainer):
         check_trainable(self.policy)
         if args.should_save:
             check_space(Path(args.output_dir), model, checkpoints=args.save_strategy != "no")
-        check_fit(self.policy, target, args, len(self._rows), settings.built_in, has_prompts=self._has_prompts)
-        sets = list(self._eval_rows.values()) if isinstance(self._eval_rows, dict) else [self._eval_rows]
+        contexts = 2 if isinstance(self._rows, Stream) else len(self._rows)  # more than one
+        check_fit(self.policy, target, args, contexts, settings.built_in, has_prompts=self._has_prompts)
+        sets = _sets(self._eval_rows)
         for rows in {id(each): each for each in (self._rows, *sets)}.values():
-            rows.check(self.policy, args.max_new_tokens)
+            rows.check(self.policy, args.max_new_tokens, args.max_prompt_length)
+        self.judge = judge_of(
+            target, list(parts_of(of_run).values()), threshold=args.eval_threshold, k=args.eval_pass_k,
+        )  # fmt: skip
+        if self.judge is not None:
+            for each in sets:
+                self.judge.check(args.eval_samples, len(each), each.argument)
         warn_of_generation_config(model)
         engine = engines.engine_of(args, self.policy, self._rows)
         self.target = target
@@ -226,8 +255,8 @@ class DMTrainer(CheckpointingTrainer):
                 kept_whole=of_q if args.gather_for_sampling else [],
             )  # fmt: skip
         self.matcher = Matcher(
-            self.policy, target, self.proposal, reward=reward, decay=args.proposal_decay, ranks=self._ranks,
-            check_contexts=self._check_contexts, **settings.options(),
+            self.policy, target, self.proposal, reward=of_run, decay=args.proposal_decay, ranks=self._ranks,
+            check_contexts=None if isinstance(self._rows, Stream) else self._check_contexts, **settings.options(),
         )  # fmt: skip
         self.matcher.check_length(args.max_new_tokens, "DMConfig.max_new_tokens", stacklevel=3)
         self.reward = self.matcher.reward
@@ -257,11 +286,11 @@ class DMTrainer(CheckpointingTrainer):
         """The number n of sequences of each context in a step."""
         if self.args.samples_per_context is not None and self._has_prompts:
             return int(self.args.samples_per_context)
-        if len(self._rows) > 1:
+        if isinstance(self._rows, Stream) or len(self._rows) > 1:
             return 1
         return int(self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps)
 
-    def get_train_dataloader(self) -> ContextLoader:
+    def get_train_dataloader(self) -> ContextLoader | StreamLoader:
         """Return microbatches of contexts."""
         args = self.args
         if self.matcher.settings.whole_contexts and args.per_device_train_batch_size % self.samples_per_context:
@@ -270,6 +299,12 @@ class DMTrainer(CheckpointingTrainer):
                 "per_device_train_batch_size must be a multiple of that (samples_per_context), got "
                 f"{args.per_device_train_batch_size}"
             )
+        if isinstance(self._rows, Stream):
+            return StreamLoader(
+                self._rows, self.samples_per_context, per_device=args.per_device_train_batch_size,
+                accumulation=args.gradient_accumulation_steps, rank=self._ranks.rank, world=self._ranks.size,
+                repeats=args.ppo_epochs,
+            )  # fmt: skip
         sampler = StepSampler(
             len(self._rows), self.samples_per_context, per_device=args.per_device_train_batch_size,
             accumulation=args.gradient_accumulation_steps, rank=self._ranks.rank, world=self._ranks.size,
@@ -305,14 +340,20 @@ class DMTrainer(CheckpointingTrainer):
 
     def _draw(self, batches: Sequence[Any]) -> Batch:
         args, n = self.args, self.samples_per_context
-        indices, prompts = zip(*contexts_of(batches, n), strict=True)
-        step, steps = self.state.global_step, self._step_sampler
-        coming = range(step + 1, min(step + 1 + args.sampler_ahead, self.state.max_steps))
+        contexts = contexts_of(batches, n)
         return self.matcher.draw(
-            prompts, n, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-            batch_size=args.sampling_batch_size, context_id=indices, rows=self._rows.rows_of(indices),
-            next_prompts=[[self._rows[row][1] for row in steps.contexts_of_step(each)] for each in coming],
+            [each[1] for each in contexts], n, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+            batch_size=args.sampling_batch_size, context_id=[each[0] for each in contexts],
+            rows=self._rows.whole(contexts), next_prompts=self._coming_prompts(),
         )  # fmt: skip
+
+    def _coming_prompts(self) -> list[list[Any]]:
+        """Return the prompts of the steps that an engine draws ahead."""
+        rows, step = self._rows, self.state.global_step
+        if isinstance(rows, Stream):
+            return []
+        coming = range(step + 1, min(step + 1 + self.args.sampler_ahead, self.state.max_steps))
+        return [[rows[place][1] for place in self._step_sampler.contexts_of_step(each)] for each in coming]
 
     def compute_loss(
         self,
@@ -345,13 +386,18 @@ class DMTrainer(CheckpointingTrainer):
                     metrics = self.matcher.commit()
         if self._jit is not None:
             self._jit.agreed = terminate
+        if isinstance(self._rows, Stream) and self.args.max_prompt_length is not None:
+            metrics["n_too_long"] = float(self._rows.too_long)
         self._metrics = [metrics] if self.args.logging_strategy == "no" else [*self._metrics, metrics]
 
     def _check_contexts(self, seed: int) -> Prompts:
         """Draw some of the data set's contexts for a check of the proposal; each check gets others."""
+        assert isinstance(self._rows, Contexts)
         some = min(len(self._rows), max(self.args.proposal_check_samples // self.samples_per_context, 1))
         order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(seed))[:some].tolist()
-        return Prompts([self._rows[index][1] for index in order], order, self._rows.rows_of(order))
+        contexts = [self._rows[place] for place in order]
+        rows, prompts = zip(*contexts, strict=True)
+        return Prompts(prompts, rows, self._rows.rows_of(rows))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as transformers does, with the metrics of the steps since the last log.
@@ -391,16 +437,27 @@ class DMTrainer(CheckpointingTrainer):
             ``eval_phi/<feature>``, ``eval_kl_policy_base`` (KL(pi||a), nats) and ``eval_kl_policy`` (KL(p||pi), nats,
             by importance weights), each with ``_stderr``; ``eval_length`` (tokens), ``eval_finished`` (share that ended
             in EOS), ``eval_runtime`` (seconds). With ``args.eval_diversity``: ``eval_distinct_1`` to
-            ``eval_distinct_3``, with ``_stderr``, and ``eval_self_bleu_5``. Several sets have these for each set, as
-            ``eval_<name>_...``.
+            ``eval_distinct_3``, with ``_stderr``, and ``eval_self_bleu_5``. Where a verifier tells right from wrong:
+            ``eval_pass@k``, ``eval_coverage``, ``eval_distinct@k``, ``eval_truncated`` and, with its ``answer``,
+            ``eval_maj@k``, with ``_stderr`` over prompts where there are several, as ``eval_length`` has then. Several
+            sets have these for each set, as ``eval_<name>_...``.
         """
         has_prompts = eval_dataset is not None or self._eval_rows is not self._rows or self._has_prompts
         if isinstance(eval_dataset, str) and isinstance(self._eval_rows, dict):
             if eval_dataset not in self._eval_rows:
                 raise ValueError(f"eval_dataset has the sets {', '.join(self._eval_rows)}, and no {eval_dataset!r}")
             rows: Any = self._eval_rows[eval_dataset]
+        elif eval_dataset is None:
+            rows = self._eval_rows
+            if rows is None:
+                raise ValueError(
+                    "train_dataset is a stream, which an evaluation does not read: give DMTrainer an eval_dataset, or "
+                    "evaluate one (for instance list(stream.take(128)))"
+                )
         else:
-            rows = self._eval_rows if eval_dataset is None else eval_contexts(eval_dataset)
+            rows = eval_contexts(eval_dataset)
+            for each in _sets(rows):
+                each.check(self.policy, self.args.max_new_tokens, self.args.max_prompt_length)
         if not isinstance(rows, dict):
             return self._evaluate_on(rows, metric_key_prefix, has_prompts)
         found: dict[str, float] = {}
@@ -411,21 +468,24 @@ class DMTrainer(CheckpointingTrainer):
     @torch.no_grad()
     def _evaluate_on(self, rows: Contexts, prefix: str, has_prompts: bool) -> dict[str, float]:
         start, args = time.perf_counter(), self.args
+        if self.judge is not None:
+            self.judge.check(args.eval_samples, len(rows), rows.argument)
         some = range(min(len(rows), args.eval_samples))
         mine = math.ceil(math.ceil(args.eval_samples / len(some)) / self._ranks.size)  # of each context, on this rank
-        prompts = [rows[i][1] for i in some]
+        indices, prompts = zip(*(rows[i] for i in some), strict=True)
         with self.accelerator.autocast():
             found = examine(
                 self.policy, self.target, prompts, mine, max_new_tokens=args.max_new_tokens,
                 temperature=args.temperature, seed=seed_for(args.seed, "evaluation"),
                 batch_size=args.sampling_batch_size or args.per_device_train_batch_size,
-                texts=args.eval_diversity, first_row=self._ranks.rank * mine * len(some), rows=rows.rows_of(some),
-                gather=self._ranks.gather, gather_texts=self._ranks.gather_texts,
+                texts=args.eval_diversity, first_row=self._ranks.rank * mine * len(some), rows=rows.rows_of(indices),
+                judge=self.judge, gather=self._ranks.gather, gather_texts=self._ranks.gather_texts,
             )  # fmt: skip
         self.eval_samples, metrics = found.samples, {}
         for name, estimate in found.estimates.items():
             metrics[f"{prefix}_{name}"] = estimate.value
-            if name not in ("length", "finished", "self_bleu_5"):
+            over_prompts = self.judge is not None and is_over_prompts(name)
+            if math.isfinite(estimate.stderr) if over_prompts else name not in ("length", "finished", "self_bleu_5"):
                 metrics[f"{prefix}_{name}_stderr"] = estimate.stderr
         metrics |= {f"{prefix}_unseen/{name}": value for name, value in found.missing.items()}
         metrics[f"{prefix}_runtime"] = time.perf_counter() - start
