@@ -16,11 +16,13 @@ struct RowOptions {
 
 constexpr int64_t kIgnore = -100;  // the label of a row that is not scored and not read
 constexpr int64_t kElsewhere = -1;
+constexpr double kMaxTokenWeight = 1e30;  // dmfast.kernels.batch has the same
 
 // A batch of logits, (B,T,V) with any batch and time strides or packed (N,V) with cu_seqlens. labels holds
 // n_rows tokens in sequence order. A row holds the logits of tokens [vocab_start, vocab_start + options.vocab) of a
 // vocabulary of whole_vocab tokens. A row whose label is none of these is scored all the same: its terms count in its
 // log-sum-exp, its label's logit is that of another shard, and its gradient is the softmax without the one-hot.
+// token_weight multiplies what a row's log pi has in the gradient, and nothing else.
 struct Batch {
   DType dtype;
   char* logits;
@@ -31,6 +33,7 @@ struct Batch {
   RowOptions options;
   int64_t vocab_start, whole_vocab;
   int threads;
+  const double* token_weight = nullptr;  // (rows), 0 where a row is not scored; null: all 1
 
   DMF_HD bool is_token(int64_t label) const { return label >= 0 && label < whole_vocab; }
   DMF_HD bool is_shard() const { return options.vocab != whole_vocab; }
@@ -38,6 +41,14 @@ struct Batch {
   DMF_HD int64_t column(int64_t label) const {
     const int64_t here = label - vocab_start;
     return here >= 0 && here < options.vocab ? here : kElsewhere;
+  }
+
+  static DMF_HD bool is_token_weight(double w) { return w >= -kMaxTokenWeight && w <= kMaxTokenWeight; }
+  // What a row's share of the gradient is multiplied by; 0 for one that may not be.
+  DMF_HD double share(int64_t row) const {
+    if (!token_weight) return 1.0;
+    const double w = token_weight[row];
+    return is_token_weight(w) ? w : 0.0;
   }
 
   DMF_HD int64_t first_row(int64_t sequence) const { return cu_seqlens ? cu_seqlens[sequence] : sequence * steps; }

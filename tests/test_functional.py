@@ -966,7 +966,8 @@ def test_opcheck(entropy: bool, packed: bool) -> None:
     if packed:
         logits, tokens, cu_seqlens = logits.flatten(0, 1), tokens.flatten(), torch.tensor([0, 4, 4, 12])
     batch = checks.make_batch(logits, tokens, None, cu_seqlens, 0.8, 5.0)
-    rows = (batch.labels, batch.cu_seqlens, batch.scale, batch.softcap)
+    token_weight = torch.randn(batch.n_rows).double() if packed else None
+    rows = (batch.labels, batch.cu_seqlens, token_weight, batch.scale, batch.softcap)
     name = kernels.select(logits).name
 
     def flat(objective: str, **options: object) -> tuple[object, ...]:
@@ -1031,6 +1032,17 @@ COMPILED: dict[str, dict[str, object]] = {
     "ppo": {"objective": PPOClip(0.3), "reward": f64(0.3, -1.0, 0.5, 2.0)},
     "leave_one_out": {"objective": Objective("dpg", baseline="leave_one_out")},
     "float log_z": {"log_z": 0.2},
+    "token_weight": {"token_weight": torch.linspace(-1.0, 2.0, 20).view(4, 5), "reduction": "none"},
+    "dpg, token_weight": {
+        "token_weight": torch.linspace(-1.0, 2.0, 20).view(4, 5),
+        "objective": "dpg",
+        "entropy_coefficient": 0.4,
+    },
+    "own in place, token_weight": {
+        "token_weight": torch.linspace(-1.0, 2.0, 20).view(4, 5),
+        "objective": own_gdc,
+        "inplace": True,
+    },
     "alpha": {"objective": Objective("alpha", alpha=0.4, max_return=0.5, baseline=0.1)},
     "alpha, known": {
         "objective": Objective("alpha", alpha=0.4, max_return=0.5, normalize_alpha=False, baseline="leave_one_out"),

@@ -171,7 +171,7 @@ def test_without_a_graph_break_on_devices_that_are_not_here(
         loss = torch.compile(dmfast.dm_loss, backend=look, fullgraph=True)(
             logits, tokens, objective=objective, **terms
         ).loss  # type: ignore[call-overload]
-    assert seen == ["dmfast.score_and_weigh_v5.default"] and loss.device.type == device
+    assert seen == ["dmfast.score_and_weigh_v6.default"] and loss.device.type == device
 
 
 # What docs/gpu.md states of Triton's log pi, in nats against fp64 of the same stored logits: the largest error of a row

@@ -16,6 +16,7 @@ from ..objectives import Terms
 from . import extension, faults
 from .backend import check_gradient, overwritten
 from .batch import Batch, Bonus, SampleRows, Scores
+from .form import with_token_weight
 
 
 class Cuda:
@@ -182,4 +183,5 @@ def _queue(kernel: Any, batch: Batch, terms: Terms | None, entropy: bool, divide
     if dz is not None:
         overwritten(given, dz)
     check = faults.device_faults(given, terms, scores.log_prob, work.status)
+    scores = with_token_weight(given, terms, scores, divide_by)
     return scores._replace(recorded=faults.read_later(check))
