@@ -1016,33 +1016,28 @@ def same_when_compiled(function: Callable[..., Tensor], *arguments: Tensor, **op
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+TOKEN_WEIGHT = torch.linspace(-1.0, 2.0, 20).view(4, 5)
 COMPILED: dict[str, dict[str, object]] = {
     "gdc++": {},
     "gdc++ in place": {"inplace": True},
     "dpg": {"objective": "dpg", "return_entropy": True},
     "dpg in place": {"objective": "dpg", "inplace": True},
     "known on-policy, scaled": {"objective": "js", "on_policy": True, "grad_scale": 4.0, "num_sequences": 9},
-    "none": {"reduction": "none", "softcap": 9.0},
+    "none": {"reduction": "none", "softcap": 9.0, "token_weight": TOKEN_WEIGHT},
     "own": {"objective": own_gdc, "temperature": 0.7},
     "own in place": {"objective": own_gdc, "inplace": True, "return_entropy": True},
     "bonus": {"entropy_coefficient": 0.4, "reduction": "none"},
-    "dpg, bonus": {"objective": "dpg", "entropy_coefficient": 0.4},
-    "own in place, bonus": {"objective": own_gdc, "inplace": True, "entropy_coefficient": 0.4},
+    "dpg, bonus": {"objective": "dpg", "entropy_coefficient": 0.4, "token_weight": TOKEN_WEIGHT},
+    "own in place, bonus": {
+        "objective": own_gdc,
+        "inplace": True,
+        "entropy_coefficient": 0.4,
+        "token_weight": TOKEN_WEIGHT,
+    },  # fmt: skip
     "baseline": {"objective": Objective("reverse_kl", baseline=0.3, normalize=False), "max_weight": 1.0},
     "ppo": {"objective": PPOClip(0.3), "reward": f64(0.3, -1.0, 0.5, 2.0)},
     "leave_one_out": {"objective": Objective("dpg", baseline="leave_one_out")},
     "float log_z": {"log_z": 0.2},
-    "token_weight": {"token_weight": torch.linspace(-1.0, 2.0, 20).view(4, 5), "reduction": "none"},
-    "dpg, token_weight": {
-        "token_weight": torch.linspace(-1.0, 2.0, 20).view(4, 5),
-        "objective": "dpg",
-        "entropy_coefficient": 0.4,
-    },
-    "own in place, token_weight": {
-        "token_weight": torch.linspace(-1.0, 2.0, 20).view(4, 5),
-        "objective": own_gdc,
-        "inplace": True,
-    },
     "alpha": {"objective": Objective("alpha", alpha=0.4, max_return=0.5, baseline=0.1)},
     "alpha, known": {
         "objective": Objective("alpha", alpha=0.4, max_return=0.5, normalize_alpha=False, baseline="leave_one_out"),
