@@ -1033,7 +1033,7 @@ COMPILED: dict[str, dict[str, object]] = {
         "inplace": True,
         "entropy_coefficient": 0.4,
         "token_weight": TOKEN_WEIGHT,
-    },  # fmt: skip
+    },
     "baseline": {"objective": Objective("reverse_kl", baseline=0.3, normalize=False), "max_weight": 1.0},
     "ppo": {"objective": PPOClip(0.3), "reward": f64(0.3, -1.0, 0.5, 2.0)},
     "leave_one_out": {"objective": Objective("dpg", baseline="leave_one_out")},
