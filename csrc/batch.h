@@ -25,6 +25,7 @@ constexpr double kMaxTokenWeight = 1e30;  // dmfast.kernels.batch has the same
 // token_weight multiplies what a row's log pi has in the gradient, and nothing else.
 struct Batch {
   DType dtype;
+  int threads;  // beside dtype: what follows keeps its place, on which ptxas's code for a softcap depends
   char* logits;
   int64_t sequences, steps, rows;       // rows = sequences * steps, or N
   int64_t stride_sequence, stride_row;  // in logits; packed: stride_row only
@@ -32,8 +33,7 @@ struct Batch {
   const int64_t* labels;                // (rows), each kIgnore or a token of the whole vocabulary
   RowOptions options;
   int64_t vocab_start, whole_vocab;
-  int threads;
-  const double* token_weight = nullptr;  // (rows), 0 where a row is not scored; null: all 1
+  const double* token_weight = nullptr;  // (rows), 0 where a row is not scored; null: all 1. CUDA: finite
 
   DMF_HD bool is_token(int64_t label) const { return label >= 0 && label < whole_vocab; }
   DMF_HD bool is_shard() const { return options.vocab != whole_vocab; }
@@ -43,13 +43,8 @@ struct Batch {
     return here >= 0 && here < options.vocab ? here : kElsewhere;
   }
 
-  static DMF_HD bool is_token_weight(double w) { return w >= -kMaxTokenWeight && w <= kMaxTokenWeight; }
-  // What a row's share of the gradient is multiplied by; 0 for one that may not be.
-  DMF_HD double share(int64_t row) const {
-    if (!token_weight) return 1.0;
-    const double w = token_weight[row];
-    return is_token_weight(w) ? w : 0.0;
-  }
+  // What a row's share of the gradient is multiplied by.
+  DMF_HD double share(int64_t row) const { return token_weight ? token_weight[row] : 1.0; }
 
   DMF_HD int64_t first_row(int64_t sequence) const { return cu_seqlens ? cu_seqlens[sequence] : sequence * steps; }
   DMF_HD int64_t sequence_of(int64_t row) const {

@@ -30,6 +30,7 @@ struct PyBatch : dmf::Batch {
           int64_t stride_row, uintptr_t cu_seqlens, uintptr_t labels, int64_t vocab, double scale, double softcap,
           int64_t vocab_start, int64_t whole_vocab, int threads, uintptr_t token_weight)
       : dmf::Batch{static_cast<dmf::DType>(dtype),
+                   threads,
                    pointer<char>(logits),
                    sequences,
                    steps,
@@ -41,7 +42,6 @@ struct PyBatch : dmf::Batch {
                    {vocab, scale, softcap},
                    vocab_start,
                    whole_vocab,
-                   threads,
                    pointer<const double>(token_weight)} {}
 };
 

@@ -230,7 +230,7 @@ def test_what_it_must_be(weight: object, error: type[Exception], message: str) -
                               objective="reinforce", on_policy=True, token_weight=weight)  # type: ignore[arg-type]  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("backend", [None, "eager"], ids=["kernels", "eager"])
 @pytest.mark.parametrize("value", [NAN, INF, -(2.0**100)])
 def test_values_that_may_not_be(value: float, backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Named with their place, and only where a token is scored."""

@@ -27,6 +27,7 @@ if kernels.backends()["triton"].in_use:
     from test_cuda import (  # noqa: F401
         _asynchronous,
         test_a_fault_is_raised_by_check_and_costs_its_sequence_alone,
+        test_a_token_weight_that_may_not_be_costs_its_token_alone,
         test_a_users_objective_is_checked_later_too,
         test_an_input_that_may_not_be_costs_its_sequence_also_where_the_weight_does_not_need_it,
         test_at_once_if_asked,

@@ -99,7 +99,7 @@ bool is_plain(const Batch& b, const Terms& t) {
   }
   for (int64_t row = 0; row < b.rows; ++row) plain &= b.is_token(b.labels[row]) || b.labels[row] == kIgnore;
   if (b.token_weight)
-    for (int64_t row = 0; row < b.rows; ++row) plain &= b.is_token_weight(b.token_weight[row]);
+    for (int64_t row = 0; row < b.rows; ++row) plain &= std::fabs(b.token_weight[row]) <= kMaxTokenWeight;
   const bool none_at_zero = t.objective.is(kInfiniteAtZero);
   for (int c = 0; c < kColumns; ++c) {
     const auto column = static_cast<Column>(c);

@@ -150,6 +150,12 @@ def check_token_weight(batch: Batch) -> None:
     )
 
 
+def usable(token_weight: Tensor) -> Tensor:
+    """Return token weights with 0 in the place of those that ``check_token_weight`` refuses: a fault that is recorded
+    costs its token alone."""
+    return torch.where(token_weight.abs() <= MAX_TOKEN_WEIGHT, token_weight, 0.0)
+
+
 def check_rows(batch: Batch) -> None:
     """Check token ids, cu_seqlens and token weights.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import objectives
 from ..objectives import Terms
 from . import checks, faults
-from .batch import LABEL, LOSS, LSE, MAX_TOKEN_WEIGHT, Batch, Recorded, Scores
+from .batch import LABEL, LOSS, LSE, Batch, Recorded, Scores
 from .check_ops import value_checks
 
 
@@ -26,7 +26,7 @@ def weighted_log_prob(batch: Batch, rows: Tensor, log_prob: Tensor) -> Tensor:
     w = batch.token_weight
     if w is None:
         return log_prob
-    w = torch.where(w.abs() <= MAX_TOKEN_WEIGHT, w, 0.0)  # a device's fault costs its token alone, as in the gradient
+    w = faults.usable(w)
     # 0 * -inf = 0
     values = torch.where(w == 0, 0.0, w * (rows.select(0, LABEL) - rows.select(0, LSE)))
     if batch.cu_seqlens is None:

@@ -15,7 +15,6 @@ from ..batch import (
     LABEL,
     LOG_PROB,
     LSE,
-    MAX_TOKEN_WEIGHT,
     ONLY_SCORED,
     ROW_ENTROPY,
     Batch,
@@ -23,7 +22,7 @@ from ..batch import (
     SampleRows,
     Scores,
 )
-from ..faults import with_order
+from ..faults import usable, with_order
 from . import loss, sample
 
 NONE: int = loss.NONE.value
@@ -121,8 +120,7 @@ def _of_rows(batch: Batch, weights: Tensor, bonuses: Tensor | None) -> _OfRows:
     sequence_of, w = _sequence_of(batch), batch.token_weight
     if w is None or not batch.n_rows:
         return _OfRows(sequence_of, weights, bonuses)
-    shares = torch.where(w.abs() <= MAX_TOKEN_WEIGHT, w, 0.0)  # a fault costs its token alone, and is told of later
-    return _OfRows(torch.arange(batch.n_rows, device=w.device), weights[sequence_of] * shares,
+    return _OfRows(torch.arange(batch.n_rows, device=w.device), weights[sequence_of] * usable(w),
                    None if bonuses is None else bonuses[sequence_of])  # fmt: skip
 
 
