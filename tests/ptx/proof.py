@@ -32,8 +32,8 @@ def struct(name: str, **fields: Any) -> Any:
 
 
 Batch = struct("Batch", dtype=ctypes.c_int, threads=ctypes.c_int, logits=_PTR, sequences=_I64, steps=_I64, rows=_I64,
-               stride_sequence=_I64, stride_row=_I64, cu_seqlens=_PTR, labels=_PTR, vocab=_I64, scale=_F64, softcap=_F64,
-               vocab_start=_I64, whole_vocab=_I64, token_weight=_PTR)  # fmt: skip
+               stride_sequence=_I64, stride_row=_I64, cu_seqlens=_PTR, labels=_PTR, vocab=_I64, scale=_F64,
+               softcap=_F64, vocab_start=_I64, whole_vocab=_I64, token_weight=_PTR)  # fmt: skip
 Terms = struct("Terms", kind=ctypes.c_int, flags=ctypes.c_int, parameter=_F64, max_weight=_F64,
                max_log_return=_F64, columns=_PTR * 6, constants=_F64 * 6, entropy_coefficient=_F64)  # fmt: skip
 Outputs = struct("Outputs", rows_block=_PTR, sequences_block=_PTR, rows=_I64, sequences=_I64, total=_PTR,
