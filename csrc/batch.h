@@ -16,13 +16,16 @@ struct RowOptions {
 
 constexpr int64_t kIgnore = -100;  // the label of a row that is not scored and not read
 constexpr int64_t kElsewhere = -1;
+constexpr double kMaxTokenWeight = 1e30;  // dmfast.kernels.batch has the same
 
 // A batch of logits, (B,T,V) with any batch and time strides or packed (N,V) with cu_seqlens. labels holds
 // n_rows tokens in sequence order. A row holds the logits of tokens [vocab_start, vocab_start + options.vocab) of a
 // vocabulary of whole_vocab tokens. A row whose label is none of these is scored all the same: its terms count in its
 // log-sum-exp, its label's logit is that of another shard, and its gradient is the softmax without the one-hot.
+// token_weight multiplies what a row's log pi has in the gradient, and nothing else.
 struct Batch {
   DType dtype;
+  int threads;  // beside dtype: what follows keeps its place, on which ptxas's code for a softcap depends
   char* logits;
   int64_t sequences, steps, rows;       // rows = sequences * steps, or N
   int64_t stride_sequence, stride_row;  // in logits; packed: stride_row only
@@ -30,7 +33,7 @@ struct Batch {
   const int64_t* labels;                // (rows), each kIgnore or a token of the whole vocabulary
   RowOptions options;
   int64_t vocab_start, whole_vocab;
-  int threads;
+  const double* token_weight = nullptr;  // (rows), 0 where a row is not scored; null: all 1. CUDA: finite
 
   DMF_HD bool is_token(int64_t label) const { return label >= 0 && label < whole_vocab; }
   DMF_HD bool is_shard() const { return options.vocab != whole_vocab; }
@@ -39,6 +42,9 @@ struct Batch {
     const int64_t here = label - vocab_start;
     return here >= 0 && here < options.vocab ? here : kElsewhere;
   }
+
+  // What a row's share of the gradient is multiplied by.
+  DMF_HD double share(int64_t row) const { return token_weight ? token_weight[row] : 1.0; }
 
   DMF_HD int64_t first_row(int64_t sequence) const { return cu_seqlens ? cu_seqlens[sequence] : sequence * steps; }
   DMF_HD int64_t sequence_of(int64_t row) const {

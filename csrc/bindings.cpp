@@ -28,8 +28,9 @@ T* pointer(uintptr_t address) {
 struct PyBatch : dmf::Batch {
   PyBatch(int dtype, uintptr_t logits, int64_t sequences, int64_t steps, int64_t rows, int64_t stride_sequence,
           int64_t stride_row, uintptr_t cu_seqlens, uintptr_t labels, int64_t vocab, double scale, double softcap,
-          int64_t vocab_start, int64_t whole_vocab, int threads)
+          int64_t vocab_start, int64_t whole_vocab, int threads, uintptr_t token_weight)
       : dmf::Batch{static_cast<dmf::DType>(dtype),
+                   threads,
                    pointer<char>(logits),
                    sequences,
                    steps,
@@ -41,7 +42,7 @@ struct PyBatch : dmf::Batch {
                    {vocab, scale, softcap},
                    vocab_start,
                    whole_vocab,
-                   threads} {}
+                   pointer<const double>(token_weight)} {}
 };
 
 // The columns whose bit is set in present lie one after the other, stride apart. scalars: the parameter of the
@@ -177,7 +178,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   py::class_<PyBatch>(m, "Batch")
       .def(py::init<int, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t, double,
-                    double, int64_t, int64_t, int>());
+                    double, int64_t, int64_t, int, uintptr_t>());
   py::class_<PyTerms>(m, "Terms")
       .def(py::init<int, int, uintptr_t, int64_t, int, const std::vector<double>&>())
       .def(py::init<>());  // of a call that only scores

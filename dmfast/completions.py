@@ -23,6 +23,7 @@ def samples_of(
     append_eos: bool | Sequence[bool],
     eos_token_id: int | None,
     log_prob: Sequence[float] | Tensor | None,
+    score_mask: Sequence[Sequence[bool] | Tensor] | None,
     temperature: float,
     rows: Sequence[Mapping[str, Any]] | None,
     device: torch.device,
@@ -42,10 +43,11 @@ def samples_of(
     starts = list(encoder(prompts)) * (n if prompts is None else 1)
     if len(starts) != n:
         raise ValueError(f"prompts and completions pair up one to one, got {len(starts)} prompts and {n} completions")
-    if log_prob is not None and any(isinstance(completion, str) for completion in completions):
+    of_ids = "log_prob" if log_prob is not None else "score_mask"
+    if (log_prob is not None or score_mask is not None) and any(isinstance(each, str) for each in completions):
         raise ValueError(
-            "log_prob is of the token ids that were drawn, and a text that is tokenized anew may have others: with "
-            "log_prob pass completions as lists of token ids"
+            f"{of_ids} is of the token ids that were drawn, and a text that is tokenized anew may have others: with "
+            f"{of_ids} pass completions as lists of token ids"
         )
     ends = set(eos_token_ids)
     given_end = (
@@ -56,22 +58,22 @@ def samples_of(
             f"eos_token_id must be a token that ends a sequence, one of {sorted(ends)}, got {eos_token_id!r}"
         )
     end = given_end[0]
-    tails = [
-        _ended(
-            encoder.completion(completion, f"completion {i}"), i, ends, end if appends else None, log_prob is not None
-        )
-        for i, (completion, appends) in enumerate(zip(completions, _flags(append_eos, n), strict=True))
-    ]
+    ids = [encoder.completion(completion, f"completion {i}") for i, completion in enumerate(completions)]
+    drawn = _drawn(score_mask, ids)
+    appends = [end if flag else None for flag in _flags(append_eos, n)]
+    tails = [_ended(ids[i], drawn[i], i, ends, appends[i], log_prob is not None) for i in range(n)]
+    scored = [flags + [True] * (len(tail) - len(flags)) for flags, tail in zip(drawn, tails, strict=True)]
     left, left_mask = encoder.left_padded(starts, device)
     width = max(len(tail) for tail in tails)
     right = torch.tensor([tail + [encoder.pad_token_id] * (width - len(tail)) for tail in tails], device=device)
     right_mask = torch.tensor([[1] * len(tail) + [0] * (width - len(tail)) for tail in tails], device=device)
+    right_scored = torch.tensor([flags + [False] * (width - len(flags)) for flags in scored], device=device)
     contexts: dict[tuple[int, ...], int] = {}
     context_id = [contexts.setdefault(tuple(ids), len(contexts)) for ids in starts]
     return Samples(
         tokens=torch.cat([left, right], 1),
         attention_mask=torch.cat([left_mask, right_mask], 1),
-        score_mask=torch.cat([torch.zeros_like(left_mask), right_mask], 1).bool(),
+        score_mask=torch.cat([torch.zeros_like(left_mask).bool(), right_scored], 1),
         prompt_len=left.shape[1],
         log_prob=_log_q(log_prob, n).to(device),
         context_id=torch.tensor(context_id, device=device),
@@ -94,15 +96,50 @@ def _flags(append_eos: Any, n: int) -> list[bool]:
     return list(flags)
 
 
-def _ended(ids: list[int], i: int, ends: set[int], end: int | None, has_log_prob: bool) -> list[int]:
-    """Return a continuation up to and with its EOS, which ``end`` adds where there is none and log q is not known."""
-    first = next((place for place, token in enumerate(ids) if token in ends), None)
-    if first is not None and first + 1 < len(ids):
+def _drawn(score_mask: Any, ids: Sequence[Sequence[int]]) -> list[list[bool]]:
+    """Return for each token of each completion whether it was drawn."""
+    if score_mask is None:
+        return [[True] * len(each) for each in ids]
+    if isinstance(score_mask, (str, Mapping)) or not hasattr(score_mask, "__len__") or len(score_mask) != len(ids):
         raise ValueError(
-            f"completion {i} goes on after its end: token {first} of {len(ids)}, {ids[first]}, ends a sequence. Cut it "
-            "there, padding too; a model whose sequences end elsewhere is LanguageModel(..., eos_token_id=...)"
+            f"score_mask must hold bools for each of {len(ids)} completions, True on tokens that were drawn, got "
+            f"{score_mask!r:.100}"
         )
-    if end is not None and first is None:
+    found = []
+    for i, (given, each) in enumerate(zip(score_mask, ids, strict=True)):
+        flags = given.tolist() if hasattr(given, "tolist") else given
+        right = isinstance(flags, (list, tuple)) and all(isinstance(flag, bool) for flag in flags)
+        if not right or len(flags) != len(each):
+            raise ValueError(
+                f"score_mask of completion {i} must be {len(each)} bools, one for each of its token ids, True where it "
+                f"was drawn and False on context, got {flags!r:.100}"
+            )
+        if each and not any(flags):
+            raise ValueError(
+                f"completion {i} has no token that was drawn, by its score_mask: there is nothing to score"
+            )
+        found.append(list(flags))
+    return found
+
+
+def _ended(ids: list[int], drawn: list[bool], i: int, ends: set[int], end: int | None, has_log_prob: bool) -> list[int]:
+    """Return a continuation up to and with its EOS, which ``end`` adds where there is none and log q is not known.
+
+    A turn that was drawn ends at its first EOS: context follows, or nothing.
+    """
+    for place, token in enumerate(ids[:-1]):
+        if token in ends and drawn[place] and drawn[place + 1]:
+            raise ValueError(
+                f"completion {i} goes on after its end: token {place} of {len(ids)}, {token}, ends a sequence. Cut it "
+                "there, padding too; a model whose sequences end elsewhere is LanguageModel(..., eos_token_id=...); "
+                "context between turns is what score_mask tells"
+            )
+    if end is not None and ids and not drawn[-1]:
+        raise ValueError(
+            f"completion {i} ends in context, by its score_mask, after which append_eos would put an EOS that was not "
+            "drawn there: pass append_eos=False for it, or cut the context off"
+        )
+    if end is not None and (not ids or ids[-1] not in ends):
         if has_log_prob:
             raise ValueError(
                 f"completion {i} does not end in EOS, and append_eos would put token {end} after it, which log_prob "

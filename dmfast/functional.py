@@ -103,6 +103,7 @@ def dm_loss(
     softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     context_id: Tensor | None = None,
+    token_weight: Tensor | None = None,
     reduction: str = "mean",
     num_sequences: float | Tensor | None = None,
     num_tokens: float | Tensor | None = None,
@@ -118,6 +119,8 @@ def dm_loss(
     Sequences x are drawn from a proposal q; ``log pi(x) = sum_t mask_t log softmax(cap(z_t) / temperature)[x_t]``.
     With an ``entropy_coefficient`` c the loss is ``-(1/B) sum_i (A_i log pi(x_i) + c H(x_i))``, where
     ``H(x) = sum_t mask_t H(softmax(cap(z_t) / temperature))`` has a gradient.
+    With a ``token_weight`` w the loss is ``-(1/B) sum_i A_i sum_t w_it mask_it log pi(x_it)``, where A is what it is
+    without one: log pi(x) and the ratios that it is made of stay plain sums.
 
     Args:
         logits: (B, T, V), or packed (N, V) with ``cu_seqlens``; float32, bfloat16, float16 (float64 through the eager
@@ -139,6 +142,12 @@ def dm_loss(
         cu_seqlens: (B+1,) int32 or int64, where packed sequences start; from 0 to N.
         context_id: (B,) integer, the prompt of each sequence: for the baseline ``leave_one_out_context`` and for
             objectives that are functions (``Terms.context_id``).
+        token_weight: a floating-point tensor of the shape of ``tokens``: what each token's share of the gradient is
+            multiplied by; no gradient flows through it. A token's logits get A_i w_it where they would get A_i. Any
+            sign; 0 leaves a token out of the gradient and not of log pi (``mask`` does both). It does not touch the
+            bonus of ``entropy_coefficient``. What it holds where nothing is scored does not count. Weights that are
+            made of the policy's own log pi of each token (off-policy GRPO, DAPO, CISPO) take a call that scores before:
+            one more read of the logits, or one more product with the head (``linear_dm_loss``), beside this call.
         reduction: ``mean`` over sequences, ``sum``, or ``none``: a (B,) loss.
         num_sequences: what ``mean`` divides by: the sequences of the whole optimiser step, where this call is one
             microbatch of it. A number, or a 0-d tensor, which torch.compile does not compile anew for. Default B.
@@ -179,7 +188,7 @@ def dm_loss(
         >>> logits.grad[0, 0]  # -(A/2) (onehot - softmax)
         tensor([-0.4000,  0.1000,  0.1000,  0.1000,  0.1000])
     """
-    batch = checks.make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap)
+    batch = checks.make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap, token_weight=token_weight)
     terms = checks.make_terms(
         batch, objective, on_policy=on_policy, max_weight=max_weight, context_id=context_id,
         log_proposal=log_proposal, log_target=log_target, log_z=log_z, reward=reward, log_base=log_base,
@@ -281,6 +290,7 @@ def linear_dm_loss(
     softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     context_id: Tensor | None = None,
+    token_weight: Tensor | None = None,
     reduction: str = "mean",
     num_sequences: float | Tensor | None = None,
     num_tokens: float | Tensor | None = None,
@@ -336,7 +346,7 @@ def linear_dm_loss(
 
     def check() -> tuple[tuple[Batch, Terms, Options, Tensor | None], dict[str, object]]:
         batch = checks.make_linear_batch(hidden, weight, bias, tokens, mask, cu_seqlens, temperature, softcap,
-                                         chunk_bytes, logits_dtype)  # fmt: skip
+                                         chunk_bytes, logits_dtype, token_weight)  # fmt: skip
         terms = checks.make_terms(
             batch, objective, on_policy=on_policy, max_weight=max_weight, context_id=context_id,
             log_proposal=log_proposal, log_target=log_target, log_z=log_z, reward=reward, log_base=log_base,
@@ -381,6 +391,7 @@ def _same(
     starts = batch.labels[:0] if batch.cu_seqlens is None else batch.cu_seqlens
     return {
         "tokens or mask": batch.labels,
+        "token_weight": batch.labels[:0] if batch.token_weight is None else batch.token_weight,
         "cu_seqlens": starts,
         "shape or dtype of hidden": (tuple(hidden.shape), hidden.dtype, batch.logits.dtype),
         "temperature or softcap": (batch.scale, batch.softcap),

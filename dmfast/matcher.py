@@ -608,7 +608,8 @@ class Matcher:
             part: one of ``batch.split(size)``, or the batch itself.
             model: the module that computes the policy where that is another than ``policy.model``: wrapped by DDP or
                 FSDP, or compiled. Several ranks need it, since nothing else reduces the gradients.
-            options: more of those that ``LanguageModel.loss`` takes, such as ``chunk_bytes``.
+            options: more of those that ``LanguageModel.loss`` takes, such as ``chunk_bytes``, or ``token_weight`` for
+                the tokens of ``part.samples``.
 
         Returns:
             ``DMLossOutput`` of the part's sequences; ``loss`` carries the gradient of the model's parameters.
@@ -652,6 +653,9 @@ class Matcher:
             objective = OfStep(objective, batch.whole, places[kept] + self.ranks.rank * len(batch))
             of_step = {"context_id": batch.samples.context_id[places[kept]], "num_tokens": batch.whole.n_tokens}
         everything = bool(kept.all())
+        token_weight = options.get("token_weight")
+        if not everything and isinstance(token_weight, Tensor) and len(token_weight) == len(kept):
+            options["token_weight"] = token_weight[kept]
         with _placed_in_batch(places[kept]):
             out = self._around(model).loss(
                 part.samples if everything else part.samples[kept],

@@ -39,6 +39,7 @@ from .head import SIXTEEN_BIT, HeadProbe, HiddenAndHead, unwrapped
 from .kernels import warn_caller
 from .kernels.batch import IGNORE
 from .kernels.result import DMLossOutput
+from .objectives import Terms
 from .packing import Costs, Packed, arrange, costs_of, pack
 from .prompts import PromptEncoder, end_tokens, text_part
 from .samples import Prompt, Samples
@@ -321,6 +322,7 @@ class LanguageModel:
         append_eos: bool | Sequence[bool],
         eos_token_id: int | None = None,
         log_prob: Sequence[float] | Tensor | None = None,
+        score_mask: Sequence[Sequence[bool] | Tensor] | None = None,
         temperature: float = 1.0,
         rows: Sequence[Mapping[str, Any]] | None = None,
     ) -> Samples:
@@ -340,6 +342,10 @@ class LanguageModel:
                 model may end its turn with another.
             log_prob: (N,) float32 or float64, log q(x) in nats, of the distribution at ``temperature`` that the token
                 ids were drawn from, EOS included, which is then among the ids. None: it is not known.
+            score_mask: for each completion as many bools as it has token ids, True on those that were drawn and False
+                on context that came in between: a tool's output, another speaker's turn. Context feeds the model, and
+                has no part in ``log_prob``, here and in what scores, in the loss, in the length or in ``text``. An EOS
+                that was drawn may then end a turn, before context. None: all were drawn.
             temperature: what they were drawn at and are scored at.
             rows: for each completion the row of its data set, which scorers see as ``samples.rows``.
 
@@ -349,13 +355,14 @@ class LanguageModel:
         Raises:
             TypeError: an argument of another kind.
             ValueError: prompts, completions and ``log_prob`` that do not pair up, tokens after an EOS, a completion
-                without tokens, log_prob of strings or of a completion that ``append_eos`` would add to, or that is not
-                finite or above 0; a temperature that is no number, positive and finite; prompt and completion are
-                beyond the model's context; as ``sample`` of a prompt.
+                without tokens that were drawn; log_prob or score_mask of strings; log_prob of a completion that
+                ``append_eos`` would add to, or that is not finite or above 0; a score_mask of another length, or one
+                that ends in context with ``append_eos``; a temperature that is no number, positive and finite; prompt
+                and completion are beyond the model's context; as ``sample`` of a prompt.
         """
         samples = samples_of(
             self._encoder, self.eos_token_ids, prompts, completions, append_eos=append_eos, eos_token_id=eos_token_id,
-            log_prob=log_prob, temperature=temperature, rows=rows, device=self.device,
+            log_prob=log_prob, score_mask=score_mask, temperature=temperature, rows=rows, device=self.device,
         )  # fmt: skip
         context = self._context
         longest = samples.attention_mask.sum(1)
@@ -739,6 +746,30 @@ class LanguageModel:
             self._in_forward(one, lambda one=one: self._score(one))  # type: ignore[misc]
         return torch.cat(parts) if parts else samples.log_prob.new_empty(0)
 
+    @torch.no_grad()
+    def token_log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
+        """Return log pi of each of ``samples.tokens`` given those before it, at the samples' temperature, no gradient.
+
+        What a ``token_weight`` of ``loss`` is made of: under q once, when a batch was drawn, and under the policy.
+
+        Args:
+            samples, batch_size: as in ``log_prob``.
+
+        Returns:
+            (N, T) fp64, nats; 0 where a token is not scored.
+        """
+        size = max(batch_size or len(samples), 1)
+        found = torch.zeros(samples.tokens.shape, dtype=torch.float64, device=samples.tokens.device)
+        for start in range(0, len(samples), size):
+            part = samples[start : start + size]
+            short = part.trimmed()
+            width = short.tokens.shape[1] - short.prompt_len
+            out = self.loss(short, objective=_no_weight)
+            # a label is at the position before its token, and the last position predicts nothing
+            values = out.check().token_log_prob[:, -width - 1 : -1]
+            found[start : start + size, part.prompt_len : part.prompt_len + width] = values
+        return found
+
     @property
     def in_step(self) -> bool:
         """Whether each forward is one of all ranks, so that all of them have to call what runs one."""
@@ -790,7 +821,8 @@ class LanguageModel:
         Args:
             samples: N sequences.
             options: those of ``linear_dm_loss`` from ``log_target`` on, save ``temperature``, ``softcap``,
-                ``cu_seqlens`` and ``logits_dtype``, which the model and the samples say.
+                ``cu_seqlens`` and ``logits_dtype``, which the model and the samples say. ``token_weight`` is (N, T),
+                a weight for each of ``samples.tokens``, of which those of scored tokens count.
 
         Returns:
             ``DMLossOutput``; ``loss`` carries the gradient of the model's parameters.
@@ -804,7 +836,13 @@ class LanguageModel:
             raise TypeError("logits_dtype is LanguageModel(..., logits_dtype=...)'s: sampler and loss need the same")
         if not samples.has_log_prob:
             check_unknown_proposal(options)
-        samples = samples.trimmed()
+        token_weight = options.pop("token_weight", None)
+        _check_token_weight(token_weight, samples)
+        whole, samples = samples, samples.trimmed()
+        if token_weight is not None:
+            after = slice(whole.prompt_len, whole.prompt_len + samples.tokens.shape[1] - samples.prompt_len)
+            # as the labels: the last position predicts nothing
+            options["token_weight"] = nn.functional.pad(token_weight[:, after], (0, 1))
         return self._in_forward(samples, lambda: self._loss(samples, options), lambda out: out.loss)
 
     def _loss(self, samples: Samples, options: dict[str, Any]) -> DMLossOutput:
@@ -818,8 +856,27 @@ class LanguageModel:
         self._say_why_logits()
         options.pop("chunk_bytes", None)
         logits, labels = self._logits(samples)
+        if "token_weight" in options:
+            ahead = labels.shape[1] - options["token_weight"].shape[1]
+            options["token_weight"] = nn.functional.pad(options["token_weight"], (ahead, 0))
         self._say_what_on_policy_neglects(logits.dtype, options)
         return dm_loss(logits, labels, temperature=samples.temperature, inplace=not logits.is_leaf, **options)
+
+
+def _no_weight(terms: Terms) -> Tensor:
+    assert terms.log_prob is not None
+    return torch.zeros_like(terms.log_prob)
+
+
+def _check_token_weight(token_weight: Any, samples: Samples) -> None:
+    if token_weight is None:
+        return
+    if not isinstance(token_weight, Tensor) or token_weight.shape != samples.tokens.shape:
+        got = tuple(token_weight.shape) if isinstance(token_weight, Tensor) else f"{token_weight!r:.100}"
+        raise ValueError(
+            f"token_weight must have a weight for each of samples.tokens, {tuple(samples.tokens.shape)}, prompt and "
+            f"padding included, got {got}"
+        )
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -29,7 +29,8 @@ class Samples:
         tokens: (N, T) int64, prompt then continuation. Prompts are left-padded; after EOS comes padding.
         attention_mask: (N, T) int64, 1 on prompt and continuation up to and with the first EOS: what feeds the model.
         score_mask: (N, T) bool, True on the tokens whose log-probability counts: the generated ones up to and with
-            the first EOS, also when pad == eos.
+            the first EOS, also when pad == eos. Context that came between them, a tool's output or another speaker's
+            turn, is False (``LanguageModel.samples_of(score_mask=)``): it feeds the model and is not scored.
         prompt_len: the padded width of the prompts.
         log_prob: (N,) fp64, log q(x) in nats under ``temperature``, as drawn. NaN where ``has_log_prob`` is False.
         context_id: (N,) int64, which prompt.
@@ -155,7 +156,7 @@ class Samples:
 
     @cached_property
     def text(self) -> list[str]:
-        """The continuations, without special tokens. They are decoded on first use."""
+        """The scored tokens of the continuations, without special tokens. They are decoded on first use."""
         rows = zip(self.tokens.tolist(), self.score_mask.tolist(), strict=True)
         kept = [[token for token, scored in zip(*row, strict=True) if scored] for row in rows]
         texts: list[str] = self.tokenizer.batch_decode(kept, skip_special_tokens=True) if kept else []

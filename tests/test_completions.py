@@ -283,3 +283,115 @@ def test_whether_eos_is_appended_has_to_be_said():
     assert lm().samples_of(["w1"], [""], append_eos=True).tokens.tolist() == [[1, EOS]]
     just = lm().samples_of(["w1"], [[1] * 23], append_eos=False)
     assert just.tokens.shape == (1, 24)
+
+
+# --- context between the tokens that were drawn --------------------------------------------------------------------
+
+TURNS = [[3, 4, EOS, 6, 1, 2, 4, EOS], [2, 6, 1, 6], [4, 1, EOS]]
+DRAWN = [
+    [True, True, True, False, False, False, True, True],  # a turn, a tool's output, a turn
+    [True, False, True, False],  # it ends in context
+    [False, True, True],  # the prompt goes on
+]
+
+
+def with_context(policy, **changed):
+    given = {"append_eos": False, "score_mask": DRAWN, "temperature": 0.8, **changed}
+    return policy.samples_of(PROMPTS, TURNS, **given)
+
+
+def by_hand(policy, i):
+    """log pi of each token of prompt and completion given those before it, from a plain forward."""
+    ids = torch.tensor([PROMPTS[i] + TURNS[i]])
+    with torch.no_grad():
+        log_p = (policy.model(ids).logits[0, :-1] / 0.8).double().log_softmax(-1)
+    of_tokens = log_p.gather(-1, ids[0, 1:, None])[:, 0]
+    return of_tokens[-len(TURNS[i]) :]
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_context_feeds_the_model_and_is_not_scored(name, packs):
+    policy = lm(name)
+    policy.packs = packs
+    x = with_context(policy, log_prob=[-3.0, -4.0, -5.0])
+    n = x.prompt_len
+    assert x.score_mask[:, n:].tolist() == [row + [False] * (8 - len(row)) for row in DRAWN]
+    assert x.attention_mask[:, n:].sum(1).tolist() == [8, 4, 3] and x.score_mask[:, :n].sum() == 0
+    assert x.text == ["w3 w4 w4", "w2 w1", "w1"] and x.log_prob.tolist() == [-3.0, -4.0, -5.0]
+    expected = [by_hand(policy, i) for i in range(3)]
+    sums = torch.stack([each[torch.tensor(drawn)].sum() for each, drawn in zip(expected, DRAWN, strict=True)])
+    close(policy.log_prob(x).detach(), sums)
+    each = policy.token_log_prob(x, batch_size=2)
+    for i, drawn in enumerate(DRAWN):
+        found = each[i, n : n + len(drawn)]
+        close(found, torch.where(torch.tensor(drawn), expected[i], 0.0))
+    assert each.shape == x.tokens.shape and bool((each[~x.score_mask] == 0).all()) and not each.requires_grad
+    both = Samples.cat([x[:1], x[1:]])
+    close(policy.log_prob(both[[2, 0]]).detach(), sums[[2, 0]])
+
+
+@pytest.mark.filterwarnings("ignore:dmfast forms all logits")
+def test_a_token_weight_is_of_the_samples_tokens():
+    """Its gradient is that of the weighted log pi of the scored tokens, however the logits are made and laid out."""
+    policy = lm()
+    x = with_context(policy, log_prob=[-3.0, -4.0, -5.0])
+    w = torch.randn(x.tokens.shape, generator=torch.Generator().manual_seed(0))
+    a = torch.tensor([1.0, -2.0, 0.5])
+    known = {"objective": "reinforce", "on_policy": True, "reward": a}
+
+    labels = torch.where(x.score_mask, x.tokens, 0)[:, 1:, None]
+    logits = policy.model(x.tokens, attention_mask=x.attention_mask,
+                          position_ids=(x.attention_mask.cumsum(1) - 1).clamp(min=0)).logits  # fmt: skip
+    log_pi = (logits[:, :-1].double() / 0.8).log_softmax(-1).gather(-1, labels)[..., 0] * x.score_mask[:, 1:]
+    loss = -(a * (w[:, 1:] * log_pi).sum(1)).mean()
+    loss.backward()
+    expected = gradients(policy.model)
+    wide = Samples.cat([x, with_context(policy)])[:3]  # with padding that is trimmed away
+    wide = dataclasses.replace(
+        wide, **{name: torch.nn.functional.pad(getattr(wide, name), (2, 3)) for name in ("tokens", "attention_mask",
+                                                                                          "score_mask")},
+        prompt_len=wide.prompt_len + 2,
+    )  # fmt: skip
+    for samples, weights in ((x, w), (wide, torch.nn.functional.pad(w, (2, 3), value=7.0))):
+        for form in (False, True):
+            made = lm()
+            made.model.load_state_dict(policy.model.state_dict())
+            if form:
+                made._head.why_not = lambda model: "a test"
+                made._head.read = lambda *_: None
+            out = made.loss(samples, token_weight=weights, **known)
+            close(out.loss.detach(), loss.detach())
+            out.loss.backward()
+            check_gradients(gradients(made.model), expected)
+    with pytest.raises(
+        ValueError, match=r"a weight for each of samples.tokens, \(3, 11\), prompt and padding included"
+    ):
+        policy.loss(x, token_weight=w[:, 1:], **known)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"score_mask": DRAWN[:2]}, "score_mask must hold bools for each of 3 completions"),
+        (
+            {"score_mask": [DRAWN[0], [True], DRAWN[2]]},
+            "score_mask of completion 1 must be 4 bools, one for each of its",
+        ),
+        ({"score_mask": [DRAWN[0], [1, 0, 1, 0], DRAWN[2]]}, r"score_mask of completion 1 must be 4 bools.*got \[1, 0"),
+        (
+            {"score_mask": [DRAWN[0], [False] * 4, DRAWN[2]]},
+            "completion 1 has no token that was drawn, by its score_mask",
+        ),
+        ({"score_mask": [[True] * 8, *DRAWN[1:]]}, "completion 0 goes on after its end.*score_mask tells"),
+        ({"append_eos": True}, "completion 1 ends in context, by its score_mask, after which append_eos"),
+    ],
+)
+def test_what_a_score_mask_may_not_be(changed, message):
+    with pytest.raises(ValueError, match=message):
+        with_context(lm(), **changed)
+
+
+def test_a_score_mask_is_of_token_ids():
+    with pytest.raises(ValueError, match="score_mask is of the token ids that were drawn"):
+        lm().samples_of(None, ["w1"], append_eos=True, score_mask=[[True]])

@@ -66,6 +66,28 @@ def test_threads_of_a_row() -> None:
 
 
 @pytest.mark.parametrize("objective", ["gdc++", "dpg"])
+@pytest.mark.parametrize("value", [NAN, INF, -1e31])
+def test_a_token_weight_that_may_not_be_costs_its_token_alone(value: float, objective: str) -> None:
+    call = good()
+    call["logits"].requires_grad_()
+    found = []
+    for bad in (value, 0.0):
+        w = torch.ones(4, 5, dtype=torch.float64, device=device())
+        w[2, 1] = bad
+        out = dmfast.dm_loss(**call, objective=objective, token_weight=w)
+        found.append((*torch.autograd.grad(out.loss, call["logits"]), out.loss.detach()))
+        if bad == 0.0:
+            out.check()
+        else:
+            for _ in range(2):
+                with pytest.raises(
+                    ValueError, match=r"token_weight holds .* at \(sequence 2, position 1\), a scored pos"
+                ):
+                    out.check()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("objective", ["gdc++", "dpg"])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("bad", ["nan", "inf", "token", "label", "weight", "input"])
 def test_a_fault_is_raised_by_check_and_costs_its_sequence_alone(bad: str, inplace: bool, objective: str) -> None:

@@ -7,6 +7,7 @@ server is found before a run, retried within bounds, or ends a run with a checkp
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import inspect
 import json
@@ -79,6 +80,9 @@ def test_what_is_drawn_is_q_with_its_log_probability(server, temperature):
     assert 0 < int(ended.any(1).sum()) < len(x)
     if temperature == 1.0:
         assert (sampler.log_prob(x) - x.log_prob).abs().max() < 1e-4
+        among = x.score_mask & (torch.arange(x.tokens.shape[1]) % 2 == 0)  # the others are context
+        context = dataclasses.replace(x, score_mask=among)
+        assert (sampler.log_prob(context) - policy.log_prob(context)).abs().max() < 1e-4
     else:
         with pytest.raises(ValueError, match="scores sequences at temperature 1 only"):
             sampler.log_prob(x)

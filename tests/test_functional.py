@@ -966,7 +966,8 @@ def test_opcheck(entropy: bool, packed: bool) -> None:
     if packed:
         logits, tokens, cu_seqlens = logits.flatten(0, 1), tokens.flatten(), torch.tensor([0, 4, 4, 12])
     batch = checks.make_batch(logits, tokens, None, cu_seqlens, 0.8, 5.0)
-    rows = (batch.labels, batch.cu_seqlens, batch.scale, batch.softcap)
+    token_weight = torch.randn(batch.n_rows).double() if packed else None
+    rows = (batch.labels, batch.cu_seqlens, token_weight, batch.scale, batch.softcap)
     name = kernels.select(logits).name
 
     def flat(objective: str, **options: object) -> tuple[object, ...]:
@@ -1015,18 +1016,24 @@ def same_when_compiled(function: Callable[..., Tensor], *arguments: Tensor, **op
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+TOKEN_WEIGHT = torch.linspace(-1.0, 2.0, 20).view(4, 5)
 COMPILED: dict[str, dict[str, object]] = {
     "gdc++": {},
     "gdc++ in place": {"inplace": True},
     "dpg": {"objective": "dpg", "return_entropy": True},
     "dpg in place": {"objective": "dpg", "inplace": True},
     "known on-policy, scaled": {"objective": "js", "on_policy": True, "grad_scale": 4.0, "num_sequences": 9},
-    "none": {"reduction": "none", "softcap": 9.0},
+    "none": {"reduction": "none", "softcap": 9.0, "token_weight": TOKEN_WEIGHT},
     "own": {"objective": own_gdc, "temperature": 0.7},
     "own in place": {"objective": own_gdc, "inplace": True, "return_entropy": True},
     "bonus": {"entropy_coefficient": 0.4, "reduction": "none"},
-    "dpg, bonus": {"objective": "dpg", "entropy_coefficient": 0.4},
-    "own in place, bonus": {"objective": own_gdc, "inplace": True, "entropy_coefficient": 0.4},
+    "dpg, bonus": {"objective": "dpg", "entropy_coefficient": 0.4, "token_weight": TOKEN_WEIGHT},
+    "own in place, bonus": {
+        "objective": own_gdc,
+        "inplace": True,
+        "entropy_coefficient": 0.4,
+        "token_weight": TOKEN_WEIGHT,
+    },
     "baseline": {"objective": Objective("reverse_kl", baseline=0.3, normalize=False), "max_weight": 1.0},
     "ppo": {"objective": PPOClip(0.3), "reward": f64(0.3, -1.0, 0.5, 2.0)},
     "leave_one_out": {"objective": Objective("dpg", baseline="leave_one_out")},

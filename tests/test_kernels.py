@@ -217,7 +217,11 @@ def check(
     reduction = options.get("reduction", "mean")
     divide_by = denominator(batch, reduction, options.get("num_sequences"))
     terms = checks.make_terms(batch, **{k: options.get(k, default) for k, default in TERMS.items()})
-    made = form_loss(batch, out.log_prob.new_empty(2, 0), out.log_prob, out.entropy, terms, divide_by, False)
+    share = torch.where(batch.labels == -100, 0.0, options.get("token_weight", torch.ones(case.tokens.shape)).flatten())
+    weighted = torch.zeros(batch.n_sequences).double()
+    weighted.index_add_(0, sequence_of_rows(batch), share * out.token_log_prob.flatten())
+    made = form_loss(batch, out.log_prob.new_empty(2, 0), out.log_prob, out.entropy, terms, divide_by, False,
+                     weighted=weighted)  # fmt: skip
     columns = {"log_ratio": LOG_RATIO, "log_target_ratio": LOG_TARGET_RATIO, "weight": WEIGHT}
     for name, column in columns.items():
         if getattr(out, name) is not None:
@@ -233,6 +237,7 @@ def check(
     (expected,) = torch.autograd.grad(frozen.loss, wide, grad)
     factor = torch.ones(()) if grad is None else grad
     coefficient = case.rows_of((out.weight * factor * batch.scale / divide_by).abs().expand(batch.n_sequences))
+    coefficient = coefficient * share.abs().reshape(coefficient.shape)
     bonus = of_bonus(case, batch, terms.entropy_coefficient, factor / divide_by)
     assert_gradient(dz, expected, case, coefficient, roundings, enlarged, bool(rows.get("softcap")), bonus)
     return out

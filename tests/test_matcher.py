@@ -400,6 +400,30 @@ def test_a_fault_is_named_by_its_place_in_the_batch(options, here):
         m.loss(part)
 
 
+def test_a_token_weight_is_of_a_part_s_samples():
+    """Also where sequences of weight 0 get no forward: a weight of 2 doubles a sequence's share, 0 leaves it out."""
+    m = matcher(objective="dpg", skip_zero_weight=True, constraints=[Contains("w4")])
+    torch.manual_seed(0)
+    scale = torch.rand(8) * 3
+    found = []
+    for weighted in (True, False):
+        batch = draw(m)
+        for part in batch.split(5):
+            if weighted:
+                w = scale[part.places][:, None].expand_as(part.samples.tokens)
+                m.loss(part, token_weight=w).loss.backward()
+            else:
+                kept = batch.forwarded[part.places]
+                assert 0 < int(kept.sum()) < len(kept) or len(part.places) != 5
+                inputs = {name: value[kept] for name, value in part.inputs.items()}
+                loss = m.policy.loss(part.samples[kept], objective="dpg", reduction="none", **inputs).loss
+                ((loss * scale[part.places][kept]).sum() / len(batch)).backward()
+        found.append(gradients(m))
+        m.discard()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("read", ["commit", "measure_gradient"])
 def test_a_recorded_fault_is_named_by_its_place_in_the_batch(monkeypatch, read):
     m, loss = (

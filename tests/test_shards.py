@@ -26,17 +26,18 @@ def backend_of(name: str, logits: Tensor) -> Backend:
 
 def whole_and_halves(case: Case, **rows: Any) -> tuple[Batch, list[Batch]]:
     given = (case.tokens, case.mask, case.cu_seqlens, rows.get("temperature", 1.0), rows.get("softcap"))
+    share = torch.randn(case.tokens.shape) if rows else None
     halves = [
-        checks.make_batch(case.logits[..., first:last], *given, vocab_start=first, whole_vocab=V)
+        checks.make_batch(case.logits[..., first:last], *given, vocab_start=first, whole_vocab=V, token_weight=share)
         for first, last in ((0, CUT), (CUT, V))
     ]
-    return checks.make_batch(case.logits, *given), halves
+    return checks.make_batch(case.logits, *given, token_weight=share), halves
 
 
 @backends
 @dtypes
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "packed64"])
-@pytest.mark.parametrize("rows", [{}, {"temperature": 0.7, "softcap": 9.0}], ids=["plain", "capped"])
+@pytest.mark.parametrize("rows", [{}, {"temperature": 0.7, "softcap": 9.0}], ids=["plain", "capped and weighted"])
 def test_two_halves_are_the_whole(backend: str, dtype: torch.dtype, layout: str, rows: dict[str, float]) -> None:
     case = make_case(layout, dtype, V)
     whole, halves = whole_and_halves(case, **rows)

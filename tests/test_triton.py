@@ -27,6 +27,7 @@ if kernels.backends()["triton"].in_use:
     from test_cuda import (  # noqa: F401
         _asynchronous,
         test_a_fault_is_raised_by_check_and_costs_its_sequence_alone,
+        test_a_token_weight_that_may_not_be_costs_its_token_alone,
         test_a_users_objective_is_checked_later_too,
         test_an_input_that_may_not_be_costs_its_sequence_also_where_the_weight_does_not_need_it,
         test_at_once_if_asked,
@@ -171,7 +172,7 @@ def test_without_a_graph_break_on_devices_that_are_not_here(
         loss = torch.compile(dmfast.dm_loss, backend=look, fullgraph=True)(
             logits, tokens, objective=objective, **terms
         ).loss  # type: ignore[call-overload]
-    assert seen == ["dmfast.score_and_weigh_v5.default"] and loss.device.type == device
+    assert seen == ["dmfast.score_and_weigh_v6.default"] and loss.device.type == device
 
 
 # What docs/gpu.md states of Triton's log pi, in nats against fp64 of the same stored logits: the largest error of a row

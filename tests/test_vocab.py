@@ -61,6 +61,7 @@ def test_shards_need_not_be_equal(ranks):
     ("other_tokens", "ValueError: all ranks of the group must get the same tokens or mask, and rank 1 got", None),
     ("other_target", "ValueError: all ranks of the group must get the same log_target, log_proposal", None),
     ("other_temperature", "ValueError: all ranks of the group must get the same temperature or softcap", None),
+    ("other_token_weight", "ValueError: all ranks of the group must get the same token_weight, and rank 1 got", None),
     ("overlap", "ValueError: the rows of weight on the ranks must make a vocabulary", None),
     ("wrong_dtype", "TypeError: weight must have the dtype of hidden", "rank 0 of the group has refused its arguments"),
     ("token_too_large", "ValueError: tokens holds 41 at (sequence 1, position 2); a token id must be in [0, 41)", None),

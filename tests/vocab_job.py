@@ -44,11 +44,13 @@ def shares(vocab, ranks, uneven):
 
 
 def losses(vocab=41, dtype=torch.float32, uneven=False, bias=False, dtensor=False, frozen=False, log_prob=False,
-           packed=False, backend=None, **options):  # fmt: skip
+           packed=False, weighted=False, backend=None, **options):  # fmt: skip
     """The errors of this rank against fp64 of one process, and those of one process's own."""
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     hidden, head, tokens, mask, given, b = inputs(vocab, dtype, bias=bias)
     first, last = shares(vocab, ranks, uneven)[rank]
+    if weighted:
+        options["token_weight"] = torch.randn(B, T, generator=torch.Generator().manual_seed(1))
     if packed:
         keep = mask.reshape(-1)
         hidden, tokens, mask = hidden.reshape(-1, D)[keep], tokens.reshape(-1)[keep], None
@@ -173,6 +175,12 @@ def other_temperature(rank, call):
     call["temperature"] = 1.0 + rank
 
 
+def other_token_weight(rank, call):
+    call["token_weight"] = torch.ones(B, T)
+    call["token_weight"][1, 2] += rank
+    call["mask"][:] = True
+
+
 def breaks_within(rank, call):
     """A rank whose kernel fails once the exchange has begun."""
     if rank == 1:
@@ -187,7 +195,7 @@ def breaks_within(rank, call):
 
 FAULTS = {f.__name__: f for f in (
     nan_in_one, recorded, label_of_probability_0, other_tokens, other_target, overlap, wrong_dtype, token_too_large,
-    other_temperature, breaks_within,
+    other_temperature, other_token_weight, breaks_within,
 )}  # fmt: skip
 CASES = {
     "plain": {},
@@ -203,6 +211,9 @@ CASES = {
     "bonus, long sequences": {"entropy_coefficient": 0.3, "chunk_bytes": 64 * 4 * 3},
     "bonus, own": {"entropy_coefficient": 0.3, "objective": lambda terms: terms.log_target - terms.log_proposal},
     "own objective": {"objective": lambda terms: terms.log_target - terms.log_proposal},
+    "token_weight": {"weighted": True, "uneven": True, "bias": True},
+    "token_weight, long sequences": {"weighted": True, "chunk_bytes": 64 * 4 * 3, "entropy_coefficient": 0.3},
+    "token_weight, own": {"weighted": True, "objective": lambda terms: terms.log_target - terms.log_proposal},
     "log_prob": {"log_prob": True, "uneven": True},
     "bf16": {"dtype": torch.bfloat16, "bias": True, "vocab": 301},
     "bf16 same": {"dtype": torch.bfloat16, "logits_dtype": "same"},

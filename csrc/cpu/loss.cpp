@@ -98,6 +98,8 @@ bool is_plain(const Batch& b, const Terms& t) {
     for (int64_t i = 0; i < b.sequences; ++i) plain &= b.cu_seqlens[i] <= b.cu_seqlens[i + 1];
   }
   for (int64_t row = 0; row < b.rows; ++row) plain &= b.is_token(b.labels[row]) || b.labels[row] == kIgnore;
+  if (b.token_weight)
+    for (int64_t row = 0; row < b.rows; ++row) plain &= std::fabs(b.token_weight[row]) <= kMaxTokenWeight;
   const bool none_at_zero = t.objective.is(kInfiniteAtZero);
   for (int c = 0; c < kColumns; ++c) {
     const auto column = static_cast<Column>(c);
@@ -125,7 +127,7 @@ void backward(const Batch& b, const double* lse, const double* weight, const Bon
   const RowKernels& k = row_kernels(b.dtype, g.dtype);
   if (upstream) factor *= *upstream;
   for_rows(b, [&](int64_t row, int64_t sequence) {
-    RowWeight of_row{weight[sequence] * factor, 0.0, 0.0};
+    RowWeight of_row{weight[sequence] * b.share(row) * factor, 0.0, 0.0};
     if (bonus.weight) of_row = {of_row.weight, bonus.weight[sequence] * factor, bonus.entropy[row]};
     write_row(b, k, row, lse[row], of_row, g);
     return kNoFault;
@@ -145,7 +147,7 @@ Status forward_backward(const Batch& b, const Terms& t, const Outputs& out, bool
   const int64_t size = scratch_size(b.options);
   const std::unique_ptr<double[]> scratch(new double[size * b.threads]);  // a thread touches its own part only
   const int64_t fault = for_rows(b, [&](int64_t row, int64_t sequence) {
-    const RowWeight weight{out.weight(sequence) * factor, t.entropy_coefficient * factor, 0.0};
+    const RowWeight weight{out.weight(sequence) * b.share(row) * factor, t.entropy_coefficient * factor, 0.0};
     const int64_t label = b.labels[row];
     if (label < 0 || weight.is_zero()) {
       const int64_t f = score_row(b, k, out, row);

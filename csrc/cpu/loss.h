@@ -6,15 +6,16 @@
 namespace dmf {
 
 // Whether all values are ordinary: labels in [0, V) or -100, cu_seqlens rising from 0 to the number of rows, inputs
-// finite (log_target and log_z may be -inf). If not, Python finds out whether something is wrong, and what.
+// finite (log_target and log_z may be -inf), token weights in their range. If not, Python finds out whether something
+// is wrong, and what.
 bool is_plain(const Batch&, const Terms&);
 
 // One read of the logits of scored rows: log-sum-exp, log pi, weights, loss. Unless checked, is_plain is asked first.
 Status forward(const Batch&, const Terms&, const Outputs&, bool checked);
 
-// dz = factor * upstream[0] * (weight[sequence] * d(-log-softmax) - bonus.weight[sequence] * dH), where upstream may be
-// null; one read and one write per logit; rows that are not scored, and sequences whose weights are 0, are zeroed
-// without being read.
+// dz = factor * upstream[0] * (weight[sequence] * share(row) * d(-log-softmax) - bonus.weight[sequence] * dH), where
+// upstream may be null; one read and one write per logit; rows that are not scored or have weight 0 are zeroed without
+// being read.
 void backward(const Batch&, const double* lse, const double* weight, const Bonus& bonus, double factor,
               const double* upstream, const Gradient&);
 

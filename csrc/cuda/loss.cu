@@ -274,7 +274,7 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
     if (kKnown) {
       RowGradient& of_row = shared.gradient;
       const bool good = isfinite(lse);
-      of_row = {good ? known_weight(t, b.sequence_of(row)).weight * factor : 0.0,
+      of_row = {good ? known_weight(t, b.sequence_of(row)).weight * b.share(row) * factor : 0.0,
                 Entropy && good ? t.entropy_coefficient * factor : 0.0, lse, entropy, 0.0};
       if (!of_row.is_zero()) {
         of_row.at_label = label_gradient(at_label, of_row, o);
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(kMaxThreads, Cap                              
     const int64_t sequence = b.sequence_of(row);
     const double by = factor * (upstream ? *upstream : 1.0);
     RowGradient& of_row = shared.gradient;
-    of_row = {scored ? weight[sequence] * by : 0.0, 0.0, lse[row], 0.0, 0.0};
+    of_row = {scored ? weight[sequence] * b.share(row) * by : 0.0, 0.0, lse[row], 0.0, 0.0};
     if (WithBonus && scored) {
       of_row.bonus = (bonus.weight ? bonus.weight[sequence] : bonus.constant) * by;
       of_row.entropy = bonus.entropy[row];

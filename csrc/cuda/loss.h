@@ -28,8 +28,8 @@ void forward(const Batch&, const Terms&, const Outputs&, const Workspace&);
 // a fault of a row has gradient 0.
 void forward_backward(const Batch&, const Terms&, const Outputs&, double factor, const Gradient&, const Workspace&);
 
-// dz = factor * upstream[0] * (weight[sequence] * d(-log-softmax) - bonus.weight[sequence] * dH); upstream may be null.
-// Rows that are not scored or have no log-sum-exp and sequences whose weights are 0 are zeroed without being read.
+// dz = factor * upstream[0] * (weight[sequence] * share(row) * d(-log-softmax) - bonus.weight[sequence] * dH); upstream
+// may be null. Rows that are not scored, have no log-sum-exp or have weight 0 are zeroed without being read.
 // Where upstream[0] is unless, dz holds its gradient already and nothing is done.
 void backward(const Batch&, const double* lse, const double* weight, const Bonus&, double factor,
               const double* upstream, double unless, const Gradient&, const Workspace&);

@@ -15,7 +15,7 @@ from ..objectives import Objective, Terms
 from . import check_ops, eager
 from .backend import Backend, new_gradient
 from .batch import LOSS, LSE, WEIGHT, Batch, Scores, bonus_of
-from .form import divisor, form_loss, losses, reduce
+from .form import divisor, form_loss, losses, reduce, weighted_log_prob
 
 
 class Options(NamedTuple):
@@ -71,7 +71,7 @@ def _saved(ctx: Any) -> tuple[Batch, Tensor, Tensor]:
 
 
 class _LogProb(torch.autograd.Function):
-    """log pi per sequence, and its entropy where that is wanted."""
+    """log pi per sequence, weighted where the batch has token weights, and its entropy where that is wanted."""
 
     @staticmethod
     def forward(
@@ -81,7 +81,7 @@ class _LogProb(torch.autograd.Function):
         _save(ctx, backend, batch, scores)
         ctx.inplace = inplace
         ctx.set_materialize_grads(False)
-        return *copies(scores), scores
+        return *copies(batch, scores), scores
 
     @staticmethod
     @refuses_double_backward
@@ -96,10 +96,12 @@ class _LogProb(torch.autograd.Function):
         return dz, None, None, None, None
 
 
-def copies(scores: Scores) -> tuple[Tensor, Tensor | None]:
-    """Return log pi and entropy as tensors that may carry a gradient, which the blocks of the scores do not."""
+def copies(batch: Batch, scores: Scores) -> tuple[Tensor, Tensor | None]:
+    """Return ``weighted_log_prob`` and entropy as tensors that may carry a gradient, which the blocks of the scores do
+    not."""
     entropy = scores.entropy
-    return scores.log_prob.clone(), None if entropy is None else entropy.clone()
+    log_prob = weighted_log_prob(batch, scores.rows, scores.log_prob)
+    return log_prob.clone(), None if entropy is None else entropy.clone()
 
 
 class _Loss(torch.autograd.Function):
@@ -166,13 +168,14 @@ LogProb: TypeAlias = tuple[Tensor, "Tensor | None", Scores]
 
 
 def log_prob(backend: Backend, batch: Batch, entropy: bool, inplace: bool, wants_grad: bool) -> LogProb:
-    """Return log pi (B,) and, where it is wanted, the entropy (B,), with gradient where one is wanted; the scores."""
+    """Return ``weighted_log_prob`` (B,) and, where it is wanted, the entropy (B,), with gradient where one is wanted;
+    the scores."""
     if backend.in_torch:
         scored = eager.score(batch, entropy)
-        return scored.log_prob, scored.entropy, Scores(scored.rows(), scored.sequences())
+        return scored.weighted, scored.entropy, Scores(scored.rows(), scored.sequences())
     if not wants_grad:
         scores = backend.forward(batch, None, entropy)
-        return scores.log_prob, scores.entropy, scores
+        return weighted_log_prob(batch, scores.rows, scores.log_prob), scores.entropy, scores
     found: LogProb = apply(_LogProb, batch.logits, backend, batch, entropy, inplace)
     return found
 
@@ -194,10 +197,10 @@ def loss(backend: Backend, batch: Batch, terms: Terms, options: Options, wants_g
 def from_log_prob(
     backend: Backend, batch: Batch, given: LogProb, terms: Terms, options: Options
 ) -> tuple[Tensor, Scores]:
-    """Return the loss of log pi and entropy, through which its gradient goes, and the scores with A."""
+    """Return the loss of weighted log pi and entropy, through which its gradient goes, and the scores with A."""
     of_sequences, entropy, scores = given
     by = divisor(batch, options.divide_by)
-    scores = form_loss(batch, scores.rows, of_sequences.detach(), scores.entropy, terms, by, backend.records_faults,
-                       scores.recorded)  # fmt: skip
+    scores = form_loss(batch, scores.rows, scores.log_prob, scores.entropy, terms, by, backend.records_faults,
+                       scores.recorded, of_sequences.detach())  # fmt: skip
     loss = losses(scores.weight, of_sequences, entropy, terms.entropy_coefficient)
     return reduce(loss, options.reduction, by), scores

@@ -60,8 +60,8 @@ class Backend(Protocol):
         self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None,
         unless: float | None = None, bonus: Bonus | None = None,
     ) -> None:  # fmt: skip
-        """Write dz = factor * upstream * (weight * d(-log-softmax) - bonus.weight * dH): one read and one write per
-        logit.
+        """Write dz = factor * upstream * (weight * w * d(-log-softmax) - bonus.weight * dH), w the token weight of the
+        row, else 1: one read and one write per logit.
 
         Args:
             batch: may be a shard.
@@ -71,7 +71,7 @@ class Backend(Protocol):
             dz: as ``check_gradient`` has it.
             upstream: 0-d fp64, read where it lies.
             unless: the upstream for which dz holds its gradient already; then nothing is read or written.
-            bonus: that of the entropy. A row has it also where ``weight`` is 0.
+            bonus: that of the entropy. A row has it also where ``weight`` or w is 0.
         """
         ...
 

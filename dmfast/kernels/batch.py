@@ -10,6 +10,8 @@ from torch import Tensor
 
 #: The label of a row that is not scored.
 IGNORE = -100
+#: The largest magnitude of a token weight; csrc/batch.h has the same.
+MAX_TOKEN_WEIGHT = 1e30
 #: Reads what a device has recorded about a call, and raises it.
 Recorded: TypeAlias = Callable[[], object]
 
@@ -31,6 +33,9 @@ class Batch(NamedTuple):
     A batch may be a shard: its V logits are those of the tokens from ``vocab_start`` on, of a vocabulary of
     ``whole_vocab``. A row whose label is in another shard is scored but not here: its exponentials count, the logit of
     its label is absent, and its gradient is the softmax without the one-hot.
+
+    With ``token_weight`` a row's log pi counts in the loss, and so in the gradient, as often as it says. log pi of a
+    sequence, with its ratios and A, and the entropy stay plain sums.
     """
 
     logits: Tensor
@@ -44,6 +49,7 @@ class Batch(NamedTuple):
     whole_vocab: int = 0  # 0: V, no shard
     origin: Origin | None = None  # for errors
     as_set: bool = False  # whether torch's settings say how a head's fp32 products are formed; else they are IEEE's
+    token_weight: Tensor | None = None  # (rows,) fp64, contiguous, 0 where a row is not scored; None: all 1
 
     @property
     def vocab(self) -> int:
@@ -81,20 +87,23 @@ class Bonus(NamedTuple):
     weight: Tensor  # (B,) fp64, contiguous
 
 
-Flat: TypeAlias = tuple[Tensor, Tensor, Tensor | None, float, float]
+Flat: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float, float]
 
 
 def flat(batch: Batch) -> Flat:
     """Return the fields that ``batch_of`` needs. Schemas of custom ops accept tensors and numbers only."""
     assert not batch.is_shard
-    return batch.logits, batch.labels, batch.cu_seqlens, batch.scale, batch.softcap
+    return batch.logits, batch.labels, batch.cu_seqlens, batch.token_weight, batch.scale, batch.softcap
 
 
-def batch_of(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float) -> Batch:
+def batch_of(
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, token_weight: Tensor | None, scale: float, softcap: float
+) -> Batch:
     """Return the batch that ``flat`` flattened."""
     packed = cu_seqlens is not None
     n = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else logits.shape[0]
-    return Batch(logits, labels, cu_seqlens, n, 0 if packed else logits.shape[1], scale, softcap)
+    return Batch(logits, labels, cu_seqlens, n, 0 if packed else logits.shape[1], scale, softcap,
+                 token_weight=token_weight)  # fmt: skip
 
 
 def logits_to_come(hidden: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
@@ -128,6 +137,7 @@ class Scores(NamedTuple):
     not here), entropy. ``sequences`` is (7, B): log pi, entropy, log rho, log u, A, -A log pi, and 1 where max_weight
     or max_return acts; where a pass only scores, it is (2, B). Of a shard ``sequences`` means nothing before its rows
     are put together with those of the others, and is NaN. With an entropy coefficient c the losses are -A log pi - c H.
+    With token weights w the losses, and they alone, have sum_t w_t log pi(x_t) in the place of log pi.
     """
 
     rows: Tensor

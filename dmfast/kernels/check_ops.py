@@ -22,17 +22,17 @@ if hasattr(torch.Tag, "cudagraph_unsafe"):
     _OPTIONS["tags"] = (torch.Tag.cudagraph_unsafe,)
 
 
-@torch.library.custom_op("dmfast::check_logits", **_OPTIONS)
+@torch.library.custom_op("dmfast::check_logits_v2", **_OPTIONS)
 def _logits(
-    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, token_weight: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
+    batch = batch_of(logits, labels, cu_seqlens, token_weight, scale, softcap)
     faults.check_logits(batch)
     return labels.clone(), labels.new_empty(0) if cu_seqlens is None else cu_seqlens.clone()
 
 
 @_logits.register_fake
-def _(logits, labels, cu_seqlens, scale, softcap):  # type: ignore[no-untyped-def]
+def _(logits, labels, cu_seqlens, token_weight, scale, softcap):  # type: ignore[no-untyped-def]
     return torch.empty_like(labels), labels.new_empty(0) if cu_seqlens is None else torch.empty_like(cu_seqlens)
 
 
@@ -54,11 +54,13 @@ def _(labels, *args):  # type: ignore[no-untyped-def]
     return torch.empty_like(labels)
 
 
-@torch.library.custom_op("dmfast::check_labels", **_OPTIONS)
+@torch.library.custom_op("dmfast::check_labels_v2", **_OPTIONS)
 def _labels(
-    token_log_prob: Tensor, logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float
-) -> Tensor:
-    return faults.check_labels(token_log_prob, batch_of(logits, labels, cu_seqlens, scale, softcap)).clone()
+    token_log_prob: Tensor, logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, token_weight: Tensor | None,
+    scale: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    batch = batch_of(logits, labels, cu_seqlens, token_weight, scale, softcap)
+    return faults.check_labels(token_log_prob, batch).clone()
 
 
 @_labels.register_fake
@@ -66,7 +68,7 @@ def _(token_log_prob, *args):  # type: ignore[no-untyped-def]
     return torch.empty_like(token_log_prob)
 
 
-_labels.register_autograd(lambda ctx, grad: (grad, *(None,) * 5))
+_labels.register_autograd(lambda ctx, grad: (grad, *(None,) * 6))
 
 
 @torch.library.custom_op("dmfast::check_sample_rows", **_OPTIONS)
@@ -104,9 +106,8 @@ def checked(batch: Batch, terms: Terms) -> Batch:
 
 def check_logits(batch: Batch) -> Batch:
     """Do what ``faults.check_logits`` does."""
-    logits, labels, cu_seqlens, scale, softcap = flat(batch)
-    labels, starts = _logits(logits.detach(), labels, cu_seqlens, scale, softcap)
-    return batch_of(logits, labels, None if cu_seqlens is None else starts, scale, softcap)
+    labels, starts = _logits(batch.logits.detach(), *flat(batch)[1:])
+    return batch._replace(labels=labels, cu_seqlens=None if batch.cu_seqlens is None else starts)
 
 
 def check_terms(batch: Batch, terms: Terms) -> Batch:

@@ -79,6 +79,7 @@ def make_batch(
     vocab_start: int = 0,
     whole_vocab: int = 0,
     what: str = "logits",
+    token_weight: Tensor | None = None,
 ) -> Batch:
     """Check everything about the logits and their labels that shapes and dtypes tell.
 
@@ -86,6 +87,7 @@ def make_batch(
         logits, tokens, mask, cu_seqlens, temperature, softcap: as in ``dm_loss``.
         vocab_start, whole_vocab: of a shard; see ``Batch``.
         what: what messages call the tensor that ``tokens`` are aligned with.
+        token_weight: as in ``dm_loss``.
 
     Raises:
         TypeError: wrong dtype.
@@ -118,8 +120,10 @@ def make_batch(
     if not labels.is_contiguous():
         labels = labels.contiguous()
     scale, cap = 1.0 / float(temperature), float(softcap or 0.0)
+    of_rows = None if token_weight is None else _token_weight(token_weight, labels, logits, what)
     if cu_seqlens is None:
-        return Batch(logits, labels, None, shape[0], shape[1], scale, cap, vocab_start, whole_vocab)
+        return Batch(logits, labels, None, shape[0], shape[1], scale, cap, vocab_start, whole_vocab,
+                     token_weight=of_rows)  # fmt: skip
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {describe(cu_seqlens)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
@@ -127,7 +131,27 @@ def make_batch(
     if cu_seqlens.device != logits.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, {what} on {logits.device}; move it there")
     starts = cu_seqlens.to(torch.int64).contiguous()
-    return Batch(logits, labels, starts, starts.shape[0] - 1, 0, scale, cap, vocab_start, whole_vocab)
+    return Batch(logits, labels, starts, starts.shape[0] - 1, 0, scale, cap, vocab_start, whole_vocab,
+                 token_weight=of_rows)  # fmt: skip
+
+
+def _token_weight(value: object, labels: Tensor, logits: Tensor, what: str) -> Tensor:
+    """Return (rows,) fp64 without gradient on the device of per-sequence values, 0 where a row is not scored, whatever
+    it holds there."""
+    if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+        raise TypeError(
+            f"token_weight must be a floating-point tensor, got {describe(value)}; call .float(), or pass it as mask "
+            "if what it leaves out is not to count in log pi either"
+        )
+    shape, to = logits.shape[:-1], per_sequence_device(logits.device)
+    if value.shape != shape:
+        raise ValueError(
+            f"token_weight must have the shape of tokens, {tuple(shape)}, one weight for each, got {describe(value)}"
+        )
+    if value.device not in (logits.device, to):
+        raise ValueError(f"token_weight is on {value.device}, {what} on {logits.device}; move it there")
+    weights = value.detach().to(to).to(torch.float64).reshape(-1)
+    return torch.where(labels.to(to) == IGNORE, 0.0, weights).contiguous()
 
 
 def _check_rows(name: str, value: object, logits: Tensor, what: str) -> None:
@@ -167,7 +191,7 @@ def make_objective(objective: str | Objective | Callable[[Terms], Tensor]) -> Ob
 def make_linear_batch(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, mask: Tensor | None,
     cu_seqlens: Tensor | None, temperature: float, softcap: float | None, chunk_bytes: int | None,
-    logits_dtype: torch.dtype | str,
+    logits_dtype: torch.dtype | str, token_weight: Tensor | None = None,
 ) -> Batch:  # fmt: skip
     """Do ``make_batch`` for hidden states and a head. The logits of the batch are a stand-in for those to come.
 
@@ -205,7 +229,8 @@ def make_linear_batch(
     if v == 0:
         raise ValueError(f"weight has an empty vocabulary: {describe(weight)}")
     logits = logits_to_come(hidden.detach(), v, _logits_dtype(logits_dtype, hidden.dtype))
-    batch = make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap, what="hidden")
+    batch = make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap, what="hidden",
+                       token_weight=token_weight)  # fmt: skip
     return batch._replace(as_set=logits_dtype == "same")
 
 

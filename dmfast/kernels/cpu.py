@@ -12,6 +12,7 @@ from ..objectives import Terms
 from . import extension, faults
 from .backend import check_gradient, overwritten
 from .batch import Batch, Bonus, SampleRows, Scores
+from .form import with_token_weight
 
 
 class Cpu:
@@ -46,7 +47,7 @@ class Cpu:
         _run(lambda checked: kernel(c_batch, c_terms, outputs, checked), batch, terms, scores)
         if batch.is_shard:
             scores.sequences.fill_(math.nan)
-        return scores
+        return with_token_weight(batch, terms, scores, divide_by)
 
     def backward(
         self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None,
@@ -80,7 +81,7 @@ class Cpu:
             return status
 
         _run(call, batch, terms, scores)
-        return scores
+        return with_token_weight(batch, terms, scores, divide_by)
 
     def scale(self, batch: Batch, dz: Tensor, factor: float, upstream: Tensor) -> None:
         """Multiply a gradient; see ``Backend``."""

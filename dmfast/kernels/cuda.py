@@ -16,6 +16,7 @@ from ..objectives import Terms
 from . import extension, faults
 from .backend import check_gradient, overwritten
 from .batch import Batch, Bonus, SampleRows, Scores
+from .form import with_token_weight
 
 
 class Cuda:
@@ -77,8 +78,9 @@ class Cuda:
         """Write the gradient; see ``Backend``."""
         assert extension._C is not None
         check_gradient(batch, dz)
+        read = _usable(batch)
         extension._C.cuda.backward(
-            extension.batch_struct(batch), lse.data_ptr(), weight.data_ptr(), *extension.bonus_pointers(bonus), factor,
+            extension.batch_struct(read), lse.data_ptr(), weight.data_ptr(), *extension.bonus_pointers(bonus), factor,
             extension.pointer(upstream), math.nan if unless is None else unless,
             *extension.gradient_arguments(dz, batch), _only_stream(dz),
         )  # fmt: skip
@@ -172,14 +174,21 @@ def make_workspace(x: Tensor, n_sequences: int) -> Workspace:
     )
 
 
+def _usable(batch: Batch) -> Batch:
+    """Return the batch with token weights that a kernel may take. It has to be kept until the kernel is queued."""
+    w = batch.token_weight
+    return batch if w is None else batch._replace(token_weight=faults.usable(w))
+
+
 def _queue(kernel: Any, batch: Batch, terms: Terms | None, entropy: bool, divide_by: float, *gradient: float,
            dz: Tensor | None = None) -> Scores:  # fmt: skip
     """Queue a kernel on the stream of the logits, and return the scores that it will fill."""
-    given, batch = batch, faults.with_order(batch)
+    given, batch = batch, _usable(faults.with_order(batch))
     scores, outputs = extension.make_outputs(batch, terms, entropy, divide_by)
     work = make_workspace(batch.logits, batch.n_sequences)
     kernel(extension.batch_struct(batch), extension.terms_struct(terms), outputs, *gradient, work.struct)
     if dz is not None:
         overwritten(given, dz)
     check = faults.device_faults(given, terms, scores.log_prob, work.status)
+    scores = with_token_weight(given, terms, scores, divide_by)
     return scores._replace(recorded=faults.read_later(check))

@@ -26,6 +26,7 @@ class Scored(NamedTuple):
     label: Tensor  # (rows,) scale * cap(z) of the label; 0 where it is not here
     row_entropy: Tensor | None  # (rows,)
     log_prob: Tensor  # (B,); of a shard the sum of what is here
+    weighted: Tensor  # (B,), sum_t w_t log pi(x_t); log_prob where there are no token weights
     entropy: Tensor | None  # (B,)
 
     def sequences(self) -> Tensor:
@@ -64,11 +65,13 @@ def score(batch: Batch, entropy: bool = False) -> Scored:
     def per_sequence(values: Tensor) -> Tensor:
         return values.new_zeros(batch.n_sequences).index_add(0, sequence, values)
 
+    log_prob = per_sequence(token_log_prob)
     return Scored(
         lse=torch.where(scored, torch.logsumexp(y, dim=-1).detach(), 0.0),
         label=torch.where(here, y.detach().gather(-1, column)[:, 0], 0.0),
         row_entropy=None if row_entropy is None else row_entropy.detach(),
-        log_prob=per_sequence(token_log_prob),
+        log_prob=log_prob,
+        weighted=log_prob if batch.token_weight is None else per_sequence(batch.token_weight * token_log_prob),
         entropy=per_sequence(row_entropy) if row_entropy is not None else None,
     )
 
@@ -92,8 +95,9 @@ def sequence_of_rows(batch: Batch) -> Tensor:
 
 
 def gradient(batch: Batch, lse: Tensor, weight: Tensor, bonus: Bonus | None = None) -> Tensor:
-    """Return (rows, V) fp64, weight * (softmax - onehot) + bonus.weight * softmax * (log softmax + H) through scale and
-    softcap, softmax from a log-sum-exp that may be that of a whole vocabulary of which the batch is a shard."""
+    """Return (rows, V) fp64, weight * w * (softmax - onehot) + bonus.weight * softmax * (log softmax + H) through
+    scale and softcap, w the row's token weight, softmax from a log-sum-exp that may be that of a whole vocabulary of
+    which the batch is a shard."""
     with torch.enable_grad():
         z = batch.logits.detach().requires_grad_()
         y = logits_of(batch._replace(logits=z))
@@ -103,7 +107,8 @@ def gradient(batch: Batch, lse: Tensor, weight: Tensor, bonus: Bonus | None = No
         log_p = y.detach() - lse[:, None]
         p = torch.where(scored[:, None], log_p.exp(), 0.0)
         one_hot = here[:, None] * torch.nn.functional.one_hot(torch.where(here, column, 0), batch.vocab)
-        dy = weight[sequence][:, None] * (p - one_hot)
+        of_row = weight[sequence] if batch.token_weight is None else weight[sequence] * batch.token_weight
+        dy = of_row[:, None] * (p - one_hot)
         if bonus is not None:
             of_p = torch.where(p > 0, log_p + bonus.entropy[:, None], 0.0)
             dy = dy + bonus.weight[sequence][:, None] * p * of_p

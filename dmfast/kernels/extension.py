@@ -110,7 +110,7 @@ def batch_struct(batch: Batch) -> Any:
     return _C.Batch(
         DTYPES[logits.dtype], _address(logits, "logits"), batch.n_sequences, batch.steps, batch.labels.shape[0],
         strides[0], strides[1], starts, _address(batch.labels, "tokens"), vocab, batch.scale, batch.softcap,
-        batch.vocab_start, batch.whole_vocab or vocab, torch.get_num_threads(),
+        batch.vocab_start, batch.whole_vocab or vocab, torch.get_num_threads(), pointer(batch.token_weight),
     )  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def matrix_arguments(x: Tensor, factor: float, upstream: Tensor) -> tuple[Any, .
     assert _C is not None
     v = x.shape[-1]
     n = x.numel() // v
-    batch = _C.Batch(DTYPES[x.dtype], 0, 1, n, n, 0, v, 0, 0, v, 1.0, 0.0, 0, v, torch.get_num_threads())
+    batch = _C.Batch(DTYPES[x.dtype], 0, 1, n, n, 0, v, 0, 0, v, 1.0, 0.0, 0, v, torch.get_num_threads(), 0)
     return batch, factor, upstream.data_ptr(), DTYPES[x.dtype], x.data_ptr(), 0, v
 
 

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from .. import objectives
 from ..objectives import Objective, Terms
-from .batch import IGNORE, Batch, Recorded, SampleRows
+from .batch import IGNORE, MAX_TOKEN_WEIGHT, Batch, Recorded, SampleRows
 
 
 def check_sample_rows(draws: SampleRows) -> SampleRows:
@@ -131,13 +131,39 @@ def check_cu_seqlens(batch: Batch) -> None:
         )
 
 
+def check_token_weight(batch: Batch) -> None:
+    """Check token weights.
+
+    Raises:
+        ValueError: NaN, infinite, or beyond what leaves the gradient within fp32's range; with the first place.
+    """
+    w = batch.token_weight
+    if w is None or len(w) == 0:
+        return
+    low, high = torch.aminmax(w)  # NaN where one is
+    if float(low) >= -MAX_TOKEN_WEIGHT and float(high) <= MAX_TOKEN_WEIGHT:
+        return
+    row = _first(~(w.abs() <= MAX_TOKEN_WEIGHT))
+    raise ValueError(
+        f"token_weight holds {float(w[row])} at {place(batch, row)}, a scored position; it must be a number from -1e30 "
+        "to 1e30, and 0 leaves the token out of the gradient"
+    )
+
+
+def usable(token_weight: Tensor) -> Tensor:
+    """Return token weights with 0 in the place of those that ``check_token_weight`` refuses: a fault that is recorded
+    costs its token alone."""
+    return torch.where(token_weight.abs() <= MAX_TOKEN_WEIGHT, token_weight, 0.0)
+
+
 def check_rows(batch: Batch) -> None:
-    """Check token ids and cu_seqlens.
+    """Check token ids, cu_seqlens and token weights.
 
     Raises:
         ValueError: with the first place.
     """
     check_cu_seqlens(batch)
+    check_token_weight(batch)
     if batch.n_rows == 0:
         return
     low, high = torch.aminmax(batch.labels)
@@ -341,6 +367,7 @@ class DeviceFaults:
         batch, terms = self.batch, self.terms
         code = -1 if self.status is None else int(self.status)
         where, fault = divmod(code, 8)
+        check_token_weight(batch)
         if code >= 0:
             if fault == _BAD_ROW:
                 raise_bad_row(batch, where)

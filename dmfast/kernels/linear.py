@@ -27,7 +27,7 @@ from . import check_ops, faults, products
 from .autograd import LogProb, Options, apply, copies, from_log_prob, reduced, refuses_double_backward
 from .backend import Backend
 from .batch import IGNORE, LSE, Batch, Bonus, Origin, Recorded, Scores, bonus_of
-from .form import form_loss
+from .form import form_loss, weighted_log_prob
 from .shards import RowFaults, Shards, sums_of_sequences, whole_rows
 
 _CHUNK_BYTES = 2**27
@@ -42,6 +42,7 @@ class Chunks(NamedTuple):
     whole: Batch  # of the call; its logits are a stand-in with the shape, dtype and device that logits would have
     rows: Tensor | None  # (M,) the scored rows among all; None: all of them
     labels: Tensor  # (M,)
+    token_weight: Tensor | None  # (M,)
     starts: Tensor  # (B+1,) where each sequence starts among the M
     bounds: list[int]  # the same, read once: on a device the host has to wait for it
     chunk_rows: int
@@ -66,9 +67,10 @@ class Chunks(NamedTuple):
         """Return rows [first, last) of sequences [i, j) as a packed batch."""
         starts = (self.starts[i : j + 1] - first).clamp(0, last - first)
         rows = torch.arange(first, last, device=self.labels.device) if self.rows is None else self.rows[first:last]
-        whole = self.whole
+        whole, token_weight = self.whole, self.token_weight
         return Batch(logits, self.labels[first:last], starts, j - i, 0, whole.scale, whole.softcap, whole.vocab_start,
-                     whole.whole_vocab, Origin(whole, rows, i))  # fmt: skip
+                     whole.whole_vocab, Origin(whole, rows, i),
+                     token_weight=None if token_weight is None else token_weight[first:last])  # fmt: skip
 
 
 def row_stride(vocab: int) -> int:
@@ -117,13 +119,14 @@ def make_chunks(
         firsts = torch.arange(whole.n_sequences + 1, device=scored.device) * whole.steps
     rows = None if bool(scored.all()) else scored.nonzero()[:, 0]
     labels = whole.labels if rows is None else whole.labels[rows]
+    token_weight = whole.token_weight if rows is None or whole.token_weight is None else whole.token_weight[rows]
     starts = before[firsts]
     ways = products.ways(hidden.device, hidden.dtype, whole.logits.dtype, shards is not None)
     narrow = any(wanted[:2]) and ways.takes_16_bits and whole.logits.dtype != hidden.dtype
     itemsize = whole.logits.itemsize + (hidden.itemsize if narrow else 0)
     vocab = whole.vocab if shards is None else shards.largest
     held = rows_of_buffer(vocab, itemsize, whole.logits.device, chunk_bytes, wanted[1])
-    return Chunks(whole, rows, labels, starts, starts.tolist(), held, ways, narrow)
+    return Chunks(whole, rows, labels, token_weight, starts, starts.tolist(), held, ways, narrow)
 
 
 def _rows(hidden: Tensor, n: int, vocab: int, dtype: torch.dtype) -> Tensor:
@@ -261,7 +264,7 @@ def _score_chunks(
     recorded = tuple(check for part in parts for check in part.recorded)
     scores = Scores(rows, sequences, None, recorded)
     if terms is not None:
-        batch = call.chunks.part(i, j, 0, 0, call.matrices.buffer[:0])
+        batch = call.chunks.part(i, j, cuts[0][0], cuts[-1][1], call.matrices.buffer[:0])
         scores = form_loss(batch, rows, scores.log_prob, scores.entropy, terms, call.divide_by,
                            call.backend.records_faults, recorded)  # fmt: skip
     return scores, parts[-1]
@@ -372,8 +375,8 @@ def backward(
     coefficient: Tensor, chunk_bytes: int | None, wanted: tuple[bool, ...], shards: Shards | None = None,
     bonus: Bonus | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Return the ``wanted`` gradients of -sum_i (coefficient_i log pi(x_i) + bonus_i H(x_i)), from log-sum-exps and
-    entropies (rows): logits again."""
+    """Return the ``wanted`` gradients of -sum_i (coefficient_i log pi(x_i) + bonus_i H(x_i)), log pi weighted by the
+    batch's token weights, from log-sum-exps and entropies (rows): logits again."""
     chunks = make_chunks(batch, hidden, chunk_bytes, wanted, shards)
     if chunks.rows is not None:
         lse = lse[chunks.rows]
@@ -389,8 +392,8 @@ def backward(
 
 
 class _Linear(torch.autograd.Function):
-    """log pi and entropy (B) where ``terms`` is None, else the loss. With ``expected`` forward has computed the
-    gradients."""
+    """Weighted log pi and entropy (B) where ``terms`` is None, else the loss. With ``expected`` forward has computed
+    the gradients."""
 
     @staticmethod
     def forward(
@@ -408,7 +411,7 @@ class _Linear(torch.autograd.Function):
         ctx.coefficient = 0.0 if terms is None else terms.entropy_coefficient
         ctx.set_materialize_grads(False)
         if terms is None:
-            return *copies(scores), scores
+            return *copies(batch, scores), scores
         return reduced(scores, options.reduction), None, scores
 
     @staticmethod
@@ -445,7 +448,7 @@ def _run(
     scores, _ = forward(backend, hidden, head, bias, batch, terms, options.entropy, options.divide_by, None,
                         chunk_bytes, (False, False, False), shards)  # fmt: skip
     if terms is None:
-        return scores.log_prob, scores.entropy, scores
+        return weighted_log_prob(batch, scores.rows, scores.log_prob), scores.entropy, scores
     return reduced(scores, options.reduction), None, scores
 
 
@@ -453,7 +456,8 @@ def log_prob(
     backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, entropy: bool,
     chunk_bytes: int | None, shards: Shards | None = None,
 ) -> LogProb:  # fmt: skip
-    """Return log pi (B,) and, where it is wanted, the entropy (B,), with gradient where one is wanted; the scores."""
+    """Return ``weighted_log_prob`` (B,) and, where it is wanted, the entropy (B,), with gradient where one is wanted;
+    the scores."""
     options = Options("none", 1.0, entropy, False, None)
     return _run(backend, hidden, head, bias, batch, None, options, chunk_bytes, shards)
 

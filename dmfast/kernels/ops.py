@@ -92,9 +92,9 @@ def _blocks(batch: Batch, columns: int, entropy: bool, like: Tensor) -> tuple[Te
     return rows, rows.new_empty((columns, batch.n_sequences)), like.new_empty((), dtype=torch.int64)
 
 
-def _differentiable(scores: Scores, bonus: bool) -> tuple[Tensor, Tensor]:
-    """Return log_prob and entropy, which is empty without a bonus: a graph would bring zeros as its gradient."""
-    log_prob, entropy = copies(scores)
+def _differentiable(batch: Batch, scores: Scores, bonus: bool) -> tuple[Tensor, Tensor]:
+    """Return weighted log_prob, and entropy, which is empty without a bonus: a graph would bring its gradient as 0."""
+    log_prob, entropy = copies(batch, scores)
     return log_prob, entropy if bonus and entropy is not None else log_prob.new_empty(0)
 
 
@@ -104,56 +104,57 @@ def _fake_differentiable(batch: Batch, rows: Tensor, bonus: bool) -> tuple[Tenso
 
 # A schema can't change under its name: torch stores compiled graphs under a key that holds their own code only, and an
 # old one calls an op by name.
-@torch.library.custom_op("dmfast::score_v4", mutates_args=())
+@torch.library.custom_op("dmfast::score_v5", mutates_args=())
 def score(
-    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
-    backend: str, bonus: bool,
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, token_weight: Tensor | None, scale: float,
+    softcap: float, entropy: bool, backend: str, bonus: bool,
 ) -> FiveTensors:  # fmt: skip
-    """Return log_prob (B), with ``bonus`` the entropy (B), which then has a gradient, rows, sequences and status."""
-    batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
+    """Return weighted log_prob (B), with ``bonus`` the entropy (B), which then has a gradient, rows, sequences and
+    status."""
+    batch = batch_of(logits, labels, cu_seqlens, token_weight, scale, softcap)
     scores = kernels.BACKENDS[backend].forward(batch, None, entropy)
-    return *_differentiable(scores, bonus), scores.rows, scores.sequences, _status(scores, logits)
+    return *_differentiable(batch, scores, bonus), scores.rows, scores.sequences, _status(scores, logits)
 
 
 @score.register_fake
-def _(logits, labels, cu_seqlens, scale, softcap, entropy, backend, bonus):  # type: ignore[no-untyped-def]
-    batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
+def _(logits, labels, cu_seqlens, token_weight, scale, softcap, entropy, backend, bonus):  # type: ignore[no-untyped-def]
+    batch = batch_of(logits, labels, cu_seqlens, token_weight, scale, softcap)
     rows, sequences, status = _blocks(batch, ONLY_SCORED, entropy, logits)
     return *_fake_differentiable(batch, rows, bonus), rows, sequences, status
 
 
-@torch.library.custom_op("dmfast::score_and_weigh_v5", mutates_args=())
+@torch.library.custom_op("dmfast::score_and_weigh_v6", mutates_args=())
 def score_and_weigh(
-    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
-    backend: str, kind: int, on_policy: bool, flags: int, block: Tensor, present: int, given: int,
-    scalars: list[float],
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, token_weight: Tensor | None, scale: float,
+    softcap: float, entropy: bool, backend: str, kind: int, on_policy: bool, flags: int, block: Tensor, present: int,
+    given: int, scalars: list[float],
 ) -> FourTensors:  # fmt: skip
     """Return loss (B), rows, sequences and status."""
-    batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
+    batch = batch_of(logits, labels, cu_seqlens, token_weight, scale, softcap)
     terms = terms_of(kind, on_policy, flags, block, present, given, scalars)
     scores = kernels.BACKENDS[backend].forward(batch, terms, entropy)
     return scores.sequences.select(0, LOSS).clone(), scores.rows, scores.sequences, _status(scores, logits)
 
 
 @score_and_weigh.register_fake
-def _(logits, labels, cu_seqlens, scale, softcap, entropy, *args):  # type: ignore[no-untyped-def]
-    batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
+def _(logits, labels, cu_seqlens, token_weight, scale, softcap, entropy, *args):  # type: ignore[no-untyped-def]
+    batch = batch_of(logits, labels, cu_seqlens, token_weight, scale, softcap)
     rows, sequences, status = _blocks(batch, WITH_TERMS, entropy, logits)
     return rows.new_empty(batch.n_sequences), rows, sequences, status
 
 
-@torch.library.custom_op("dmfast::score_and_grad_v5", mutates_args=())
+@torch.library.custom_op("dmfast::score_and_grad_v6", mutates_args=())
 def score_and_grad(
-    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, entropy: bool,
-    backend: str, kind: int, on_policy: bool, flags: int, block: Tensor, present: int, given: int,
-    scalars: list[float], expected: float, divide_by: float,
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, token_weight: Tensor | None, scale: float,
+    softcap: float, entropy: bool, backend: str, kind: int, on_policy: bool, flags: int, block: Tensor, present: int,
+    given: int, scalars: list[float], expected: float, divide_by: float,
 ) -> FiveTensors:  # fmt: skip
     """Compute ``score_and_weigh`` and the gradient in one pass, for a weight that does not depend on pi.
 
     The loss is 0-d: the sum over sequences divided by ``divide_by``, where 0 stands for their number. The last output
     is the gradient of ``expected * loss`` in the logits.
     """
-    batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
+    batch = batch_of(logits, labels, cu_seqlens, token_weight, scale, softcap)
     terms, by = terms_of(kind, on_policy, flags, block, present, given, scalars), divisor(batch, divide_by)
     dz = new_gradient(batch, inplace=False)
     scores = kernels.BACKENDS[backend].forward_backward(batch, terms, entropy, by, expected / by, dz)
@@ -162,22 +163,23 @@ def score_and_grad(
 
 
 @score_and_grad.register_fake
-def _(logits, labels, cu_seqlens, scale, softcap, entropy, *args):  # type: ignore[no-untyped-def]
-    batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
+def _(logits, labels, cu_seqlens, token_weight, scale, softcap, entropy, *args):  # type: ignore[no-untyped-def]
+    batch = batch_of(logits, labels, cu_seqlens, token_weight, scale, softcap)
     rows, sequences, status = _blocks(batch, WITH_TERMS, entropy, logits)
     return rows.new_empty(()), rows, sequences, status, logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("dmfast::grad_v4", mutates_args=())
+@torch.library.custom_op("dmfast::grad_v5", mutates_args=())
 def grad(
-    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, lse: Tensor,
-    weight: Tensor, backend: str, entropy: Tensor | None, bonus: Tensor | None,
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, token_weight: Tensor | None, scale: float,
+    softcap: float, lse: Tensor, weight: Tensor, backend: str, entropy: Tensor | None, bonus: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of -sum_i (weight_i log pi(x_i) + bonus_i H(x_i)) in the logits, in a new contiguous tensor.
+    """Return the gradient of -sum_i (weight_i log pi(x_i) + bonus_i H(x_i)) in the logits, log pi weighted by the
+    token weights, in a new contiguous tensor.
 
     ``entropy`` (rows) and ``bonus`` (B) are both there or both None.
     """
-    batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
+    batch = batch_of(logits, labels, cu_seqlens, token_weight, scale, softcap)
     dz = new_gradient(batch, inplace=False)
     kernels.BACKENDS[backend].backward(batch, lse.contiguous(), weight.contiguous(), 1.0, dz,
                                        bonus=_bonus(entropy, bonus))  # fmt: skip
@@ -189,30 +191,39 @@ def _bonus(entropy: Tensor | None, weight: Tensor | None) -> Bonus | None:
 
 
 @grad.register_fake
-def _(logits, labels, cu_seqlens, scale, softcap, lse, weight, backend, entropy, bonus):  # type: ignore[no-untyped-def]
+def _(logits, labels, cu_seqlens, token_weight, scale, softcap, lse, weight, backend, entropy, bonus):  # type: ignore[no-untyped-def]
     return logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("dmfast::grad_v4_", mutates_args={"logits"})
+@torch.library.custom_op("dmfast::grad_v5_", mutates_args={"logits"})
 def grad_(
-    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float, softcap: float, lse: Tensor,
-    weight: Tensor, backend: str, entropy: Tensor | None, bonus: Tensor | None,
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, token_weight: Tensor | None, scale: float,
+    softcap: float, lse: Tensor, weight: Tensor, backend: str, entropy: Tensor | None, bonus: Tensor | None,
 ) -> None:  # fmt: skip
     """Compute ``grad`` and write it over the logits. It is not differentiable."""
-    batch = batch_of(logits, labels, cu_seqlens, scale, softcap)
+    batch = batch_of(logits, labels, cu_seqlens, token_weight, scale, softcap)
     kernels.BACKENDS[backend].backward(batch, lse.contiguous(), weight.contiguous(), 1.0, batch.logits.detach(),
                                        bonus=_bonus(entropy, bonus))  # fmt: skip
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], rows: Tensor, sequences: Tensor | None) -> None:
-    logits, labels, cu_seqlens, ctx.scale, ctx.softcap, _, ctx.backend = inputs[:7]
+    logits, labels, cu_seqlens, token_weight, ctx.scale, ctx.softcap, _, ctx.backend = inputs[:8]
     if sequences is None:
-        ctx.bonus = inputs[7]
+        ctx.bonus = inputs[8]
     else:
         ctx.coefficient = _coefficient(inputs[-1])
-    saved = [logits, labels, rows] + ([sequences] if sequences is not None else [])
-    ctx.has_cu = cu_seqlens is not None
-    ctx.save_for_backward(*saved, *([cu_seqlens] if ctx.has_cu else []))
+    _keep(ctx, [logits, labels, rows], {"cu_seqlens": cu_seqlens, "token_weight": token_weight, "sequences": sequences})
+
+
+def _keep(ctx: Any, always: list[Tensor], maybe: dict[str, Tensor | None]) -> None:
+    """Save tensors of which some may be None; ``_kept`` returns them."""
+    ctx.kept = [name for name, x in maybe.items() if x is not None]
+    ctx.save_for_backward(*always, *(x for x in maybe.values() if x is not None))
+
+
+def _kept(ctx: Any, always: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+    saved = list(ctx.saved_tensors)
+    return saved[:always], dict(zip(ctx.kept, saved[always:], strict=True))
 
 
 def _coefficient(scalars: list[float]) -> float:
@@ -243,15 +254,14 @@ def _grad_arguments(ctx: Any, given: Tensor | None, of_entropy: Tensor | None, w
         of_entropy: (B,), the gradient that arrived at the entropy where not ``weighs``.
         weighs: whether the call formed A.
     """
-    logits, labels, rows, *others = ctx.saved_tensors
+    (logits, labels, rows), kept = _kept(ctx, 3)
     if weighs:
         assert given is not None
-        weight, bonus = _of_losses(rows, others.pop(0), given, ctx.coefficient)
+        weight, bonus = _of_losses(rows, kept["sequences"], given, ctx.coefficient)
     else:
         weight, bonus = _of_log_prob(rows, given, of_entropy if ctx.bonus else None)
-    cu_seqlens = others[0] if ctx.has_cu else None
-    return (logits, labels, cu_seqlens, ctx.scale, ctx.softcap, rows.select(0, LSE), weight, ctx.backend,
-            *(bonus or (None, None)))  # fmt: skip
+    return (logits, labels, kept.get("cu_seqlens"), kept.get("token_weight"), ctx.scale, ctx.softcap,
+            rows.select(0, LSE), weight, ctx.backend, *(bonus or (None, None)))  # fmt: skip
 
 
 def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -263,7 +273,7 @@ def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> 
 def _score_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     nothing = grads[0] is None and grads[1] is None
     dz = None if nothing else grad(*_grad_arguments(ctx, grads[0], grads[1], False))
-    return (dz, *(None,) * 7)
+    return (dz, *(None,) * 8)
 
 
 score.register_autograd(_score_backward, setup_context=_score_setup)
@@ -278,14 +288,14 @@ def _weigh_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> 
 def _weigh_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     grad_loss = grads[0]  # (B,): the reduction is torch's
     dz = None if grad_loss is None else grad(*_grad_arguments(ctx, grad_loss, None, True))
-    return (dz, *(None,) * 13)
+    return (dz, *(None,) * 14)
 
 
 score_and_weigh.register_autograd(_weigh_backward, setup_context=_weigh_setup)
 
 
 def _one_pass_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    ctx.expected = inputs[14]
+    ctx.expected = inputs[15]
     ctx.save_for_backward(output[-1])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -293,9 +303,9 @@ def _one_pass_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) 
 
 def _one_pass_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     if grads[0] is None:
-        return (None,) * 16
+        return (None,) * 17
     (dz,) = ctx.saved_tensors
-    return (scaled(dz, grads[0] / ctx.expected).to(dz.dtype), *(None,) * 15)
+    return (scaled(dz, grads[0] / ctx.expected).to(dz.dtype), *(None,) * 16)
 
 
 score_and_grad.register_autograd(_one_pass_backward, setup_context=_one_pass_setup)
@@ -334,7 +344,7 @@ class _ScoreInPlace(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         arguments = _grad_arguments(ctx, grads[0], grads[1], False)
         grad_(*arguments)
-        return (arguments[0], *(None,) * 7)
+        return (arguments[0], *(None,) * 8)
 
 
 class _WeighInPlace(torch.autograd.Function):
@@ -351,17 +361,18 @@ class _WeighInPlace(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         arguments = _grad_arguments(ctx, grads[0], None, True)
         grad_(*arguments)
-        return (arguments[0], *(None,) * 13)
+        return (arguments[0], *(None,) * 14)
 
 
 # --- hidden states and a head -----------------------------------------------------------------------------------------
 
 
-def _linear_batch(hidden: Tensor, head: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
-                  softcap: float, logits_dtype: torch.dtype | None) -> Batch:  # fmt: skip
+def _linear_batch(hidden: Tensor, head: Tensor, labels: Tensor, cu_seqlens: Tensor | None,
+                  token_weight: Tensor | None, scale: float, softcap: float,
+                  logits_dtype: torch.dtype | None) -> Batch:  # fmt: skip
     """Return the batch of a linear loss, whose logits are a stand-in. A dtype of None is that of hidden, ``as_set``."""
     logits = logits_to_come(hidden, head.shape[0], logits_dtype or hidden.dtype)
-    return batch_of(logits, labels, cu_seqlens, scale, softcap)._replace(as_set=logits_dtype is None)
+    return batch_of(logits, labels, cu_seqlens, token_weight, scale, softcap)._replace(as_set=logits_dtype is None)
 
 
 def _or_empty(gradients: list[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
@@ -373,34 +384,36 @@ def _wanted(bits: int) -> tuple[bool, ...]:
     return bool(bits & 1), bool(bits & 2), bool(bits & 4)
 
 
-@torch.library.custom_op("dmfast::linear_score_v5", mutates_args=())
+@torch.library.custom_op("dmfast::linear_score_v6", mutates_args=())
 def linear_score(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
-    softcap: float, logits_dtype: torch.dtype | None, entropy: bool, chunk_bytes: int, backend: str, wanted: int,
+    hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None,
+    token_weight: Tensor | None, scale: float, softcap: float, logits_dtype: torch.dtype | None, entropy: bool,
+    chunk_bytes: int, backend: str, wanted: int,
     bonus: bool,
 ) -> FiveTensors:  # fmt: skip
     """Return what ``score`` does. ``chunk_bytes`` 0 stands for the default."""
-    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, token_weight, scale, softcap, logits_dtype)
     scores, _ = linear.forward(kernels.BACKENDS[backend], hidden, head, bias, batch, None, entropy, 1.0, None,
                                chunk_bytes or None, (False,) * 3)  # fmt: skip
-    return *_differentiable(scores, bonus), scores.rows.clone(), scores.sequences, _status(scores, hidden)
+    return *_differentiable(batch, scores, bonus), scores.rows.clone(), scores.sequences, _status(scores, hidden)
 
 
 @linear_score.register_fake
-def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, logits_dtype, entropy, *args):  # type: ignore[no-untyped-def]
-    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
+def _(hidden, head, bias, labels, cu_seqlens, token_weight, scale, softcap, logits_dtype, entropy, *args):  # type: ignore[no-untyped-def]
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, token_weight, scale, softcap, logits_dtype)
     rows, sequences, status = _blocks(batch, ONLY_SCORED, entropy, hidden)
     return *_fake_differentiable(batch, rows, args[-1]), rows, sequences, status
 
 
-@torch.library.custom_op("dmfast::linear_weigh_v6", mutates_args=())
+@torch.library.custom_op("dmfast::linear_weigh_v7", mutates_args=())
 def linear_weigh(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
-    softcap: float, logits_dtype: torch.dtype | None, entropy: bool, chunk_bytes: int, backend: str, wanted: int,
+    hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None,
+    token_weight: Tensor | None, scale: float, softcap: float, logits_dtype: torch.dtype | None, entropy: bool,
+    chunk_bytes: int, backend: str, wanted: int,
     kind: int, on_policy: bool, flags: int, block: Tensor, present: int, given: int, scalars: list[float],
 ) -> FourTensors:  # fmt: skip
     """Return loss (B), rows, sequences and status."""
-    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, token_weight, scale, softcap, logits_dtype)
     terms = terms_of(kind, on_policy, flags, block, present, given, scalars)
     scores, _ = linear.forward(kernels.BACKENDS[backend], hidden, head, bias, batch, terms, entropy, 1.0, None,
                                chunk_bytes or None, (False,) * 3)  # fmt: skip
@@ -408,21 +421,22 @@ def linear_weigh(
 
 
 @linear_weigh.register_fake
-def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, logits_dtype, entropy, *args):  # type: ignore[no-untyped-def]
-    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
+def _(hidden, head, bias, labels, cu_seqlens, token_weight, scale, softcap, logits_dtype, entropy, *args):  # type: ignore[no-untyped-def]
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, token_weight, scale, softcap, logits_dtype)
     rows, sequences, status = _blocks(batch, WITH_TERMS, entropy, hidden)
     return rows.new_empty(batch.n_sequences), rows, sequences, status
 
 
-@torch.library.custom_op("dmfast::linear_weigh_and_grad_v6", mutates_args=())
+@torch.library.custom_op("dmfast::linear_weigh_and_grad_v7", mutates_args=())
 def linear_weigh_and_grad(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
-    softcap: float, logits_dtype: torch.dtype | None, entropy: bool, chunk_bytes: int, backend: str, wanted: int,
+    hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None,
+    token_weight: Tensor | None, scale: float, softcap: float, logits_dtype: torch.dtype | None, entropy: bool,
+    chunk_bytes: int, backend: str, wanted: int,
     kind: int, on_policy: bool, flags: int, block: Tensor, present: int, given: int, scalars: list[float],
     expected: float, divide_by: float,
 ) -> SevenTensors:  # fmt: skip
     """Return loss (0-d), rows, sequences, status, then the gradients of ``expected * loss`` in hidden, head, bias."""
-    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, token_weight, scale, softcap, logits_dtype)
     terms = terms_of(kind, on_policy, flags, block, present, given, scalars)
     scores, gradients = linear.forward(
         kernels.BACKENDS[backend], hidden, head, bias, batch, terms, entropy, divisor(batch, divide_by), expected,
@@ -434,10 +448,10 @@ def linear_weigh_and_grad(
 
 
 @linear_weigh_and_grad.register_fake
-def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, logits_dtype, entropy, chunk_bytes, backend, *args):  # type: ignore[no-untyped-def]
-    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
+def _(hidden, head, bias, labels, cu_seqlens, token_weight, scale, softcap, logits_dtype, entropy, *args):  # type: ignore[no-untyped-def]
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, token_weight, scale, softcap, logits_dtype)
     rows, sequences, status = _blocks(batch, WITH_TERMS, entropy, hidden)
-    gradients = _fake_gradients(hidden, head, bias, args[0])
+    gradients = _fake_gradients(hidden, head, bias, args[2])
     return rows.new_empty(()), rows, sequences, status, *gradients
 
 
@@ -446,23 +460,23 @@ def _fake_gradients(hidden: Tensor, head: Tensor, bias: Tensor | None, wanted: i
     return tuple(x.new_empty(x.shape) if want and x is not None else hidden.new_empty(0) for x, want in pairs)
 
 
-@torch.library.custom_op("dmfast::linear_grad_v5", mutates_args=())
+@torch.library.custom_op("dmfast::linear_grad_v6", mutates_args=())
 def linear_grad(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, scale: float,
-    softcap: float, logits_dtype: torch.dtype | None, chunk_bytes: int, backend: str, wanted: int, lse: Tensor,
-    coefficient: Tensor, entropy: Tensor | None, bonus: Tensor | None,
+    hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None,
+    token_weight: Tensor | None, scale: float, softcap: float, logits_dtype: torch.dtype | None, chunk_bytes: int,
+    backend: str, wanted: int, lse: Tensor, coefficient: Tensor, entropy: Tensor | None, bonus: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of -sum_i (coefficient_i log pi(x_i) + bonus_i H(x_i)) in hidden, head and bias; empty where
     not wanted. ``entropy`` (rows) and ``bonus`` (B) are both there or both None."""
-    batch = _linear_batch(hidden, head, labels, cu_seqlens, scale, softcap, logits_dtype)
+    batch = _linear_batch(hidden, head, labels, cu_seqlens, token_weight, scale, softcap, logits_dtype)
     gradients = linear.backward(kernels.BACKENDS[backend], hidden, head, bias, batch, lse.contiguous(), coefficient,
                                 chunk_bytes or None, _wanted(wanted), bonus=_bonus(entropy, bonus))  # fmt: skip
     return cast("tuple[Tensor, Tensor, Tensor]", _or_empty(gradients, hidden))
 
 
 @linear_grad.register_fake
-def _(hidden, head, bias, labels, cu_seqlens, scale, softcap, logits_dtype, chunk_bytes, backend, wanted, *args):  # type: ignore[no-untyped-def]
-    return _fake_gradients(hidden, head, bias, wanted)
+def _(hidden, head, bias, *args):  # type: ignore[no-untyped-def]
+    return _fake_gradients(hidden, head, bias, args[8])
 
 
 @torch.library.custom_op("dmfast::scale_v3_", mutates_args={"x"})
@@ -472,28 +486,26 @@ def scale_(x: Tensor, by: Tensor, backend: str) -> None:
 
 
 def _linear_save(ctx: Any, inputs: tuple[Any, ...], rows: Tensor, sequences: Tensor | None) -> None:
-    hidden, head, bias, labels, cu_seqlens, ctx.scale, ctx.softcap, ctx.logits_dtype = inputs[:8]
-    ctx.chunk_bytes, ctx.backend, ctx.wanted = inputs[9:12]
+    hidden, head, bias, labels, cu_seqlens, token_weight, ctx.scale, ctx.softcap, ctx.logits_dtype = inputs[:9]
+    ctx.chunk_bytes, ctx.backend, ctx.wanted = inputs[10:13]
     if sequences is None:
-        ctx.bonus = inputs[12]
+        ctx.bonus = inputs[13]
     else:
         ctx.coefficient = _coefficient(inputs[-1])
-    kept = {"bias": bias, "cu_seqlens": cu_seqlens, "sequences": sequences}
-    ctx.kept = [name for name, x in kept.items() if x is not None]
-    ctx.save_for_backward(hidden, head, labels, rows, *(x for x in kept.values() if x is not None))
+    maybe = {"bias": bias, "cu_seqlens": cu_seqlens, "token_weight": token_weight, "sequences": sequences}
+    _keep(ctx, [hidden, head, labels, rows], maybe)
 
 
 def _linear_backward(ctx: Any, given: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-    hidden, head, labels, rows, *others = ctx.saved_tensors
-    kept = dict(zip(ctx.kept, others, strict=True))
+    (hidden, head, labels, rows), kept = _kept(ctx, 4)
     if "sequences" in kept:
         assert given is not None
         coefficient, bonus = _of_losses(rows, kept["sequences"], given, ctx.coefficient)
     else:
         coefficient, bonus = _of_log_prob(rows, given, of_entropy if ctx.bonus else None)
-    gradients = linear_grad(hidden, head, kept.get("bias"), labels, kept.get("cu_seqlens"), ctx.scale, ctx.softcap,
-                            ctx.logits_dtype, ctx.chunk_bytes, ctx.backend, ctx.wanted, rows.select(0, LSE),
-                            coefficient, *(bonus or (None, None)))  # fmt: skip
+    gradients = linear_grad(hidden, head, kept.get("bias"), labels, kept.get("cu_seqlens"), kept.get("token_weight"),
+                            ctx.scale, ctx.softcap, ctx.logits_dtype, ctx.chunk_bytes, ctx.backend, ctx.wanted,
+                            rows.select(0, LSE), coefficient, *(bonus or (None, None)))  # fmt: skip
     return _only_wanted(gradients, ctx.wanted)
 
 
@@ -510,7 +522,7 @@ def _linear_score_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ..
 def _linear_score_backward(ctx: Any, given: Tensor | None, of_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     nothing = given is None and of_entropy is None
     gradients = (None,) * 3 if nothing else _linear_backward(ctx, given, of_entropy)
-    return (*gradients, *(None,) * 10)
+    return (*gradients, *(None,) * 11)
 
 
 linear_score.register_autograd(_linear_score_backward, setup_context=_linear_score_setup)
@@ -524,7 +536,7 @@ def _linear_weigh_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ..
 
 def _linear_weigh_backward(ctx: Any, given: Tensor | None, *_: Any) -> tuple[Any, ...]:
     gradients = (None,) * 3 if given is None else _linear_backward(ctx, given, None)
-    return (*gradients, *(None,) * 16)
+    return (*gradients, *(None,) * 17)
 
 
 linear_weigh.register_autograd(_linear_weigh_backward, setup_context=_linear_weigh_setup)
@@ -536,7 +548,7 @@ class _LinearOnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         total, rows, sequences, status, *gradients = linear_weigh_and_grad(*inputs)
-        ctx.backend, ctx.wanted, ctx.expected = inputs[10], inputs[11], inputs[19]
+        ctx.backend, ctx.wanted, ctx.expected = inputs[11], inputs[12], inputs[20]
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(rows, sequences, status)
         return total, rows, sequences, status
@@ -547,7 +559,7 @@ class _LinearOnePass(torch.autograd.Function):
         for gradient, want in zip(gradients, _wanted(ctx.wanted), strict=True):
             if want:
                 scale_(gradient, by, ctx.backend)
-        return (*_only_wanted(gradients, ctx.wanted), *(None,) * 18)
+        return (*_only_wanted(gradients, ctx.wanted), *(None,) * 19)
 
 
 # --- what functional.py calls -----------------------------------------------------------------------------------------
@@ -568,7 +580,7 @@ def _scores(
 def log_prob(
     backend: Backend, batch: Batch, entropy: bool, inplace: bool, wants_grad: bool, bonus: bool = False
 ) -> LogProb:
-    """Return log pi (B,) and, with ``bonus``, the entropy (B,), differentiable; the scores."""
+    """Return ``weighted_log_prob`` (B,) and, with ``bonus``, the entropy (B,), differentiable; the scores."""
     call = _ScoreInPlace.apply if inplace else score
     given, of_sequences, *blocks = call(*flat(batch), entropy, backend.name, bonus)  # type: ignore[no-untyped-call]
     return given, of_sequences if bonus else None, _scores(backend, batch, None, *blocks)
@@ -609,7 +621,7 @@ def linear_log_prob(
     backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, entropy: bool,
     chunk_bytes: int | None, bonus: bool = False,
 ) -> LogProb:  # fmt: skip
-    """Return log pi (B,) and, with ``bonus``, the entropy (B,), differentiable; the scores."""
+    """Return ``weighted_log_prob`` (B,) and, with ``bonus``, the entropy (B,), differentiable; the scores."""
     arguments = _linear_arguments(backend, hidden, head, bias, batch, entropy, chunk_bytes)
     given, of_sequences, *blocks = linear_score(*arguments, bonus)
     return given, of_sequences if bonus else None, _scores(backend, batch, None, *blocks)

@@ -387,11 +387,14 @@ class Engine:
 
     def _scores(self, samples: Samples) -> Tensor:
         rows = [
-            (tokens[mask.bool()].tolist(), int(scored.sum()))
+            (tokens[mask.bool()].tolist(), scored[mask.bool()].tolist())
             for tokens, mask, scored in zip(samples.tokens, samples.attention_mask, samples.score_mask, strict=True)
         ]
         each = self._prompt_log_probs([tokens for tokens, _ in rows])
-        sums = [math.fsum(values[len(values) - n :]) for values, (_, n) in zip(each, rows, strict=True)]
+        sums = [
+            math.fsum(value for value, is_scored in zip(values, scored[-len(values) :], strict=True) if is_scored)
+            for values, (_, scored) in zip(each, rows, strict=True)
+        ]
         return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
     # ---- loading

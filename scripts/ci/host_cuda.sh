@@ -63,8 +63,8 @@ small="not 50257 and not 32003 and not 1024_tokens and not million and not under
 small="$small and not (fp16 and not (vocabularies or special_logits))"
 
 build "$out/plain" "-O2"
-SHIM_SEED=1 suite "$out/plain" test_cuda.py test_kernels.py test_entropy.py test_shards.py test_sample.py test_linear.py \
-  test_errors.py \
+SHIM_SEED=1 suite "$out/plain" test_cuda.py test_kernels.py test_entropy.py test_token_weight.py test_shards.py test_sample.py \
+  test_linear.py test_errors.py \
   -k "$small and not own_interval and not num_sequences"
 said "the suite"
 SHIM_SEED=2 suite "$out/plain" test_kernels.py -k "50257 and (vocabularies and contiguous or log_sum_exp)"

@@ -36,6 +36,9 @@ said "objectives, options, a large row, gradients narrower than logits"
 suite "$(pwd)" test_entropy.py \
   -k "layouts and (sliced or packed64) and bf16 and new or special and 1.7 and (scattered or rising) and bf16 or reductions and 5.0 and none and fp32 and gdc or halves and fused and fp32 or fault or linear and dpg and mean-3"
 said "the entropy bonus"
+suite "$(pwd)" test_token_weight.py \
+  -k "layouts and (sliced and bf16 or packed64 and fp32 and own) and new or special and scattered and bf16 or grad_output and sum and bf16 or linear and packed-3 or may_not_be and kernels or clip and kernels"
+said "weights of tokens"
 suite "$(pwd)" test_linear.py test_sample.py -k "test_dtypes and gdc or thousandth and 48 and GPU or bad_place or tails and 1.0 and bf16 or bad_row or strides and not wrong"
 said "hidden states, sampling"
 

@@ -34,6 +34,7 @@ void check(dmf::DType dtype, const char* name, double step, dmf::DType of_gradie
         const double log_target[] = {-9.0, -8.5}, log_proposal[] = {-9.5, -8.0}, log_z[] = {0.1, 0.1};
         const double columns[] = {-9.5, -8.0, -9.0, -8.5, 0.1, 0.1, 1, 1};  // and the baseline
         dmf::Batch batch{dtype,
+                         2,
                          reinterpret_cast<char*>(z.data()),
                          sequences,
                          steps,
@@ -44,8 +45,7 @@ void check(dmf::DType dtype, const char* name, double step, dmf::DType of_gradie
                          labels.data(),
                          {v, scale, softcap},
                          0,
-                         v,
-                         2};
+                         v};
         dmf::Terms terms{{dmf::Kind::dpg, dmf::kHasTarget, 0.0, INFINITY},
                          {columns, columns + 2, columns + 4, nullptr, nullptr, columns + 6},
                          {}};

@@ -192,7 +192,7 @@ struct Case {
     int64_t* starts = allocate<int64_t>(sequences + 1);
     std::copy_n(std::array<int64_t, 5>{0, 2, 5, 5, 12}.data(), sequences + 1, starts);
     const dmf::RowOptions options{v, 1.0, how.softcap};
-    batch = {type, reinterpret_cast<char*>(z), sequences, steps, rows, steps * v, v, nullptr, labels, options, 0, v, 1};
+    batch = {type, 1, reinterpret_cast<char*>(z), sequences, steps, rows, steps * v, v, nullptr, labels, options, 0, v};
     if (how.packed) batch.cu_seqlens = starts, batch.steps = 0, batch.stride_sequence = 0;
     terms = {{dmf::Kind::dpg, dmf::kHasTarget, 0.0, INFINITY}, {inputs, inputs + sequences}, {}};
     out = {lse, values, rows, sequences, total, true, 1.0};

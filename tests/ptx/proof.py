@@ -31,9 +31,9 @@ def struct(name: str, **fields: Any) -> Any:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-Batch = struct("Batch", dtype=ctypes.c_int, logits=_PTR, sequences=_I64, steps=_I64, rows=_I64, stride_sequence=_I64,
-               stride_row=_I64, cu_seqlens=_PTR, labels=_PTR, vocab=_I64, scale=_F64, softcap=_F64,
-               vocab_start=_I64, whole_vocab=_I64, threads=ctypes.c_int)  # fmt: skip
+Batch = struct("Batch", dtype=ctypes.c_int, threads=ctypes.c_int, logits=_PTR, sequences=_I64, steps=_I64, rows=_I64,
+               stride_sequence=_I64, stride_row=_I64, cu_seqlens=_PTR, labels=_PTR, vocab=_I64, scale=_F64,
+               softcap=_F64, vocab_start=_I64, whole_vocab=_I64, token_weight=_PTR)  # fmt: skip
 Terms = struct("Terms", kind=ctypes.c_int, flags=ctypes.c_int, parameter=_F64, max_weight=_F64,
                max_log_return=_F64, columns=_PTR * 6, constants=_F64 * 6, entropy_coefficient=_F64)  # fmt: skip
 Outputs = struct("Outputs", rows_block=_PTR, sequences_block=_PTR, rows=_I64, sequences=_I64, total=_PTR,
@@ -94,7 +94,8 @@ class Call:
     """Sequences of 3 tokens, of which some are not scored. Rows lie at odd places, with NaN in gaps and unscored rows.
 
     ``pad``: logits between the rows. ``same``: whether the gradient's rows are aligned as the logits' are. ``narrow``:
-    its dtype, where it is not that of the logits. ``bonus``: the coefficient of the entropy in the loss.
+    its dtype, where it is not that of the logits. ``bonus``: the coefficient of the entropy in the loss. ``weighted``:
+    whether tokens have weights.
     """
 
     v: int
@@ -107,6 +108,7 @@ class Call:
     same: bool = True
     narrow: torch.dtype | None = None
     bonus: float = 0.0
+    weighted: bool = False
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.v)
@@ -134,6 +136,9 @@ class Call:
         self.memory = machine.Memory()
         self.at = {"columns": self.memory.add(torch.stack(list(self.terms.values())).numpy())}
         self.at["labels"] = self.memory.add(self.tokens.numpy())
+        self.token_weight = torch.randn(b, t).double() if self.weighted else torch.ones(b, t).double()
+        self.token_weight[0, 0] = 0.0 if self.weighted else 1.0
+        self.at["token_weight"] = self.memory.add(self.token_weight.numpy()) if self.weighted else 0
         self.at["logits"] = self.memory.add(numpy_of(self.storage))
         self.at["dz"] = self.memory.add(numpy_of(torch.full((len(self.storage) + 8,), NAN, dtype=self.of_gradient)))
         # what a kernel gets from torch.empty is anything: NaN and nonsense, so that nothing stale passes
@@ -152,7 +157,7 @@ class Call:
             dtype=list(TYPES).index(self.dtype), logits=self.at["logits"] + self.pad * size, sequences=self.b,
             steps=self.t, rows=self.b * self.t, stride_sequence=self.t * self.stride, stride_row=self.stride,
             labels=self.at["labels"], vocab=self.v, scale=1 / self.temperature, softcap=self.softcap,
-            whole_vocab=self.v,
+            whole_vocab=self.v, token_weight=self.at["token_weight"],
         )  # fmt: skip
 
     @property
@@ -243,7 +248,8 @@ class Call:
     def check_gradient(self, found: torch.Tensor, factor: float) -> None:
         weight = self.get("weight")
         loss = eager.dm_loss(self.oracle, self.tokens, self.mask, objective=lambda _: weight, reduction="sum",
-                             entropy_coefficient=self.bonus, **self.terms, **self.rows).loss  # fmt: skip
+                             token_weight=self.token_weight, entropy_coefficient=self.bonus, **self.terms,
+                             **self.rows).loss  # fmt: skip
         (want,) = torch.autograd.grad(loss * factor, self.oracle)
         # dz = weight * factor * (softmax - onehot): the sign of the loss, -A log pi, is in it
         assert bool((found[0, 1] == 0).all()), "a row that is not scored has gradient 0"
@@ -337,6 +343,24 @@ def test_entropy_bonus(shape: dict[str, Any], way: str) -> None:
     found = call.written()
     call.check_gradient(found, 0.5)
     assert bool((found[1] != 0).any())
+
+
+@pytest.mark.parametrize(
+    "shape", [dict(v=133, pad=1, softcap=5.0), dict(v=150, pad=1, dtype=torch.bfloat16, bonus=0.4)],
+    ids=lambda s: "-".join(str(x) for x in s.values()),
+)  # fmt: skip
+@pytest.mark.parametrize("way", ["score", "kept"])
+def test_token_weights(shape: dict[str, Any], way: str) -> None:
+    """A row of weight 0 has the gradient of the entropy alone, and the scores stay what they are."""
+    call = Call(**shape, weighted=True)
+    objective = "gdc++" if way == "score" else "dpg"
+    call.score(objective, way, factor=0.5)
+    call.check_scores(objective)
+    if way == "score":
+        call.write(0.5, inplace=False)
+    found = call.written()
+    call.check_gradient(found, 0.5)
+    assert bool((found[0, 0] != 0).any()) == bool(call.bonus) and bool((found[1] != 0).any())
 
 
 def test_source_and_gradient_aligned_differently() -> None:

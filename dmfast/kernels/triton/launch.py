@@ -10,8 +10,19 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from ..batch import ENTROPY, LABEL, LOG_PROB, LSE, ONLY_SCORED, ROW_ENTROPY, Batch, Bonus, SampleRows, Scores
-from ..faults import with_order
+from ..batch import (
+    ENTROPY,
+    LABEL,
+    LOG_PROB,
+    LSE,
+    ONLY_SCORED,
+    ROW_ENTROPY,
+    Batch,
+    Bonus,
+    SampleRows,
+    Scores,
+)
+from ..faults import usable, with_order
 from . import loss, sample
 
 NONE: int = loss.NONE.value
@@ -96,6 +107,23 @@ def _sequence_of(batch: Batch) -> Tensor:
     return found.clamp_(max=batch.n_sequences - 1)  # cu_seqlens out of order, whose rows all have a fault
 
 
+class _OfRows(NamedTuple):
+    """The factors of the rows' gradients as the kernels read them: at ``places[row]``."""
+
+    places: Tensor  # (rows,) int64
+    weights: Tensor  # fp64
+    bonuses: Tensor | None  # fp64
+
+
+def _of_rows(batch: Batch, weights: Tensor, bonuses: Tensor | None) -> _OfRows:
+    """Return the factors of sequences (B) for their rows, in one more gather only where there are token weights."""
+    sequence_of, w = _sequence_of(batch), batch.token_weight
+    if w is None or not batch.n_rows:
+        return _OfRows(sequence_of, weights, bonuses)
+    return _OfRows(torch.arange(batch.n_rows, device=w.device), weights[sequence_of] * usable(w),
+                   None if bonuses is None else bonuses[sequence_of])  # fmt: skip
+
+
 def _for_logits(batch: Batch, shape: Shape) -> dict[str, int]:
     return {"W": 16 // batch.logits.element_size(), "PACKS": shape.packs}
 
@@ -117,8 +145,9 @@ def score(
     """Return log-sum-exps, log pi and entropy, and the first fault of each sequence, (B,) int64: row * 8 + fault, or
     NONE.
 
-    With ``weights`` (B) the gradient of sum_i -weights_i log pi(x_i) is written to ``dz``, with ``bonuses`` (B) that of
-    sum_i -bonuses_i H(x_i) as well, which needs ``entropy``; 0 where there is a fault.
+    With ``weights`` (B) the gradient of sum_i -weights_i log pi(x_i), in which token weights count, is written to
+    ``dz``, with ``bonuses`` (B) that of sum_i -bonuses_i H(x_i) as well, which needs ``entropy``; 0 where there is a
+    fault.
     """
     given, batch = batch, with_order(batch)
     rows = batch.logits.new_empty(3 if entropy else 2, batch.n_rows, dtype=torch.float64)
@@ -127,13 +156,13 @@ def score(
     row_entropy = rows[ROW_ENTROPY] if entropy else lse
     faults = torch.empty_like(sequences[LOG_PROB], dtype=torch.int64)
     to = batch.logits if dz is None else dz
-    sequence_of = batch.labels if weights is None else _sequence_of(batch)
+    of_rows = _OfRows(batch.labels, lse, None) if weights is None else _of_rows(batch, weights, bonuses)
     shape = _shape(batch)
     with _on(lse.device):
         if batch.n_rows:
             loss.score_rows[(batch.n_rows,)](
-                batch.logits, batch.labels, lse, label, row_entropy, sequence_of,
-                lse if weights is None else weights, lse if bonuses is None else bonuses, to, *_numbers(batch, dz),
+                batch.logits, batch.labels, lse, label, row_entropy, of_rows.places, of_rows.weights,
+                lse if of_rows.bonuses is None else of_rows.bonuses, to, *_numbers(batch, dz),
                 CAP=batch.softcap > 0, ENTROPY=entropy, WRITE=weights is not None, BONUS=bonuses is not None,
                 WIDE=_same_alignment(batch, to),
                 **_for_logits(batch, shape), **_for_gradient(batch, to, shape), num_warps=shape.warps,
@@ -145,21 +174,22 @@ def score(
                 num_warps=SUMMED // warp_size(lse.device),
             )  # fmt: skip
     if dz is not None:
-        scale(given, dz, torch.where(faults == NONE, 1.0, 0.0).double(), sequence_of)
+        scale(given, dz, torch.where(faults == NONE, 1.0, 0.0).double(), _sequence_of(batch))
     return Scores(rows, sequences), faults
 
 
 def backward(
     batch: Batch, lse: Tensor, weights: Tensor, dz: Tensor, there: Tensor | None = None, bonus: Bonus | None = None
 ) -> None:
-    """Write dz = weights[sequence] * d(-log-softmax), and the gradient of a bonus, unless ``there`` (0-d int32) says
-    that dz holds it already."""
+    """Write dz = weights[sequence] * w[row] * d(-log-softmax), w the token weights, and the gradient of a bonus, unless
+    ``there`` (0-d int32) says that dz holds it already."""
     if batch.n_rows:
         shape = _shape(batch)
+        places, weights, bonuses = _of_rows(batch, weights, None if bonus is None else bonus.weight)
         with _on(dz.device):
             loss.write_rows[(batch.n_rows,)](
-                batch.logits, batch.labels, lse, _sequence_of(batch), weights, *(bonus or (lse, lse)), dz,
-                lse if there is None else there, *_numbers(batch, dz),
+                batch.logits, batch.labels, lse, places, weights, lse if bonus is None else bonus.entropy,
+                lse if bonuses is None else bonuses, dz, lse if there is None else there, *_numbers(batch, dz),
                 MAY_BE_THERE=there is not None, CAP=batch.softcap > 0, BONUS=bonus is not None,
                 WIDE=_same_alignment(batch, dz), **_for_gradient(batch, dz, shape), num_warps=shape.warps,
             )  # fmt: skip
