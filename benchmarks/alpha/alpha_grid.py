@@ -32,7 +32,7 @@ RESULTS = HERE.parent / "results" / "alpha"
 
 import store  # noqa: E402  # of the paper's runs: files, and their archive
 from exact import KS  # noqa: E402
-from train_one import LIKELIHOOD, METHODS, STEPS, Data, run  # noqa: E402
+from train_one import BASE, EVALUATIONS, LIKELIHOOD, METHODS, STEPS, Data, run  # noqa: E402
 
 RATES = (2e-4, 5e-4, 1e-4, 5e-5)  # the likeliest first
 BETAS = (0.1, 0.2, 0.05)
@@ -56,6 +56,7 @@ class Run:
     seed: int
     beta: float | None = None
     steps: int = STEPS
+    evaluations: int = EVALUATIONS
 
     @property
     def name(self) -> str:
@@ -72,12 +73,12 @@ class Run:
 
 def has_beta(method: str) -> bool:
     """Whether a method's target is a exp(v/beta)."""
-    return method != LIKELIHOOD and METHODS[method].beta
+    return method in METHODS and METHODS[method].beta
 
 
 def score(result: Mapping[str, Any], by: str) -> float:
     """What a rate is chosen by: pass@1 or pass@64 on the validation prompts at the end of a run."""
-    value: float = result["evaluations"][-1]["validation"]["pass"][CHOICES[by]]
+    value: float = result["end"]["validation"]["pass"][CHOICES[by]]
     return value
 
 
@@ -123,15 +124,20 @@ def other_seeds(results: Results, methods: Sequence[str], seeds: Sequence[int] =
     ]  # fmt: skip
 
 
+def untrained() -> Run:
+    """Return what evaluates the base."""
+    return Run(BASE, 0.0, SEEDS[0], steps=0)
+
+
 def quick(_: Results) -> list[Run]:
     """Return four methods at one rate and one seed, a twelfth of the steps."""
     methods = ("alpha=0", "alpha=0.9", "reinforce", LIKELIHOOD)
-    return [Run(method, 5e-4, SEEDS[0], steps=STEPS // 12) for method in methods]
+    return [untrained(), *(Run(method, 5e-4, SEEDS[0], steps=STEPS // 12, evaluations=2) for method in methods)]
 
 
 #: Each has its runs from the results that are there.
 STAGES: tuple[Callable[[Results], list[Run]], ...] = (
-    lambda results: rates(results, CORE),
+    lambda results: [untrained(), *rates(results, CORE)],
     lambda results: other_seeds(results, CORE, SEEDS[1:2]),
     lambda results: rates(results, ALL),
     lambda results: other_seeds(results, ALL),
@@ -155,7 +161,8 @@ def _work(each: Run, folder: Path) -> tuple[Run, str | None]:
     """Run it and write its result; the error if it failed."""
     assert _data is not None
     try:
-        result = run(_data, each.method, each.rate, each.seed, beta=each.beta, steps=each.steps)
+        how = {"beta": each.beta, "steps": each.steps, "evaluations": each.evaluations}
+        result = run(_data, each.method, each.rate, each.seed, **how)
     except (ValueError, RuntimeError, ArithmeticError):
         error = traceback.format_exc()
         write(folder / each.name_of_failure, {"method": each.method, "error": error.splitlines()[-15:]})

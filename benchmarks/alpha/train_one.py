@@ -8,6 +8,7 @@ at best come to in so many steps.
 from __future__ import annotations
 
 import copy
+import hashlib
 import random
 import time
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import dmfast
 from dmfast.targets import Reward
 
 PROMPTS, SAMPLES, STEPS, WARMUP, EVALUATIONS = 32, 16, 600, 20, 6
+ON_THE_WAY = 32  # prompts of each split in an evaluation before the end
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 0.9, 0.999)
 
 
@@ -56,14 +58,16 @@ METHODS: dict[str, Method] = {
     "vargrad": Method({"objective": "vargrad"}, beta=True),
     "kl_control": Method({"objective": "kl_control", "baseline": "leave_one_out_context"}, rewarded=True, beta=True),
 }
-LIKELIHOOD = "likelihood"
+LIKELIHOOD, BASE = "likelihood", "base"
 
 
 class Data:
-    """The base, the pairs of each split, all their right answers and log a of these."""
+    """The base, its name, the pairs of each split, all their right answers and log a of these."""
 
     def __init__(self, folder: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        weights = torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
+        self.name = hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:12]
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.pairs, self.right = language.splits(), language.right_answers()
         self.log_a = {
@@ -133,24 +137,24 @@ def matcher_of(data: Data, policy: dmfast.LanguageModel, name: str, beta: float 
 
 def run(
     data: Data, method: str, rate: float, seed: int, *, beta: float | None = None, steps: int = STEPS,
-    evaluations: int = EVALUATIONS, prompts: int | None = None,
+    evaluations: int = EVALUATIONS,
 ) -> dict[str, Any]:  # fmt: skip
     """Train from the base.
 
     Args:
         data: the task and its base.
-        method: a name of ``METHODS``, or "likelihood".
+        method: a name of ``METHODS``, "likelihood", or "base", which is not trained.
         rate: the learning rate of AdamW, after a warm-up.
         seed: of prompts and sequences.
         beta: of the methods that have one.
         steps: of the optimiser.
-        evaluations: evenly over the steps, the last at the end. Those before it take 32 prompts of each split.
-        prompts: of each split in the last one. Default: all.
+        evaluations: evenly over the steps, the last at the end, of the first 32 prompts of each split. At the end all
+            prompts are evaluated, too.
     """
     start, spent = time.perf_counter(), 0.0
     model = copy.deepcopy(data.model)
     policy = dmfast.LanguageModel(model, data.tokenizer)
-    matcher = None if method == LIKELIHOOD else matcher_of(data, policy, method, beta, seed)
+    matcher = None if method in (LIKELIHOOD, BASE) else matcher_of(data, policy, method, beta, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     curve: list[dict[str, Any]] = []
     train = data.pairs["train"]
@@ -176,13 +180,16 @@ def run(
         done = step + 1
         if done == steps or done * evaluations // steps > step * evaluations // steps:
             before = time.perf_counter()
-            few = max(1, len(data.pairs["validation"]) // 2)
-            measured = data.measured(model, prompts if done == steps else min(few, prompts or few))
-            curve.append({"step": done} | measured)
+            curve.append({"step": done} | data.measured(model, ON_THE_WAY))
             spent += time.perf_counter() - before
+    before = time.perf_counter()
+    end = data.measured(model)
+    if method == BASE:
+        curve.append({"step": 0} | data.measured(model, ON_THE_WAY))
+    spent += time.perf_counter() - before
     whole = time.perf_counter() - start
     return {
-        "method": method, "rate": rate, "seed": seed, "beta": beta, "steps": steps,
+        "method": method, "rate": rate, "seed": seed, "beta": beta, "steps": steps, "base": data.name,
         "swaps": matcher.proposal.swaps if matcher is not None and matcher.proposal is not None else None,
-        "seconds": round(whole, 1), "seconds_evaluations": round(spent, 1), "evaluations": curve,
+        "seconds": round(whole, 1), "seconds_evaluations": round(spent, 1), "curve": curve, "end": end,
     }  # fmt: skip
