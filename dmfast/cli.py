@@ -10,10 +10,13 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
+
+from . import __version__
 
 _INSTALL = "pip install 'dmfast[train]'"
 _NEEDED = ("transformers", "accelerate", "safetensors", "yaml", "rich", "matplotlib")  # for demo, train and bench
@@ -24,7 +27,7 @@ def doctor() -> int:
     import numpy as np
     import torch
 
-    from . import __version__, backends
+    from . import backends
 
     print(f"dmfast {__version__}, python {platform.python_version()}, {platform.platform()}")
     print(f"torch {torch.__version__}, numpy {np.__version__}, {torch.get_num_threads()} threads")
@@ -70,15 +73,17 @@ def _override(text: str) -> tuple[str, Any]:
 
 def _parser(complete: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dmfast", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"dmfast {__version__}", help="print it and leave")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="half of the biographies about women, in a minute or two")
     train = commands.add_parser("train", help="run a job from a YAML file")
     train.add_argument("recipe", help="the file; dmfast/recipes/ has some")
     train.add_argument("--set", dest="overrides", type=_override, action="append", default=[], metavar="KEY=VALUE",
                        help="replaces an entry, such as train.max_steps=5")  # fmt: skip
-    train.add_argument("--out", help="train.output_dir")
+    train.add_argument("--out", help="the folder that the run writes into; replaces train.output_dir")
     train.add_argument("--resume", nargs="?", const=True, default=False, metavar="CHECKPOINT",
-                       help="go on from a checkpoint; without its name from the newest")  # fmt: skip
+                       help="go on from a checkpoint, by its folder or its name in the run; without one from the "
+                       "newest")  # fmt: skip
     report = commands.add_parser("report", help="one HTML page that compares runs")
     report.add_argument("runs", nargs="+", metavar="RUN",
                         help="a folder with log.json (train, demo) or trainer_state.json (DMTrainer)")  # fmt: skip
@@ -103,6 +108,16 @@ def _parser(complete: str) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # what reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return status
+
+
+def _run(argv: list[str] | None) -> int:
     words = sys.argv[1:] if argv is None else argv
     needed = {"demo": _NEEDED, "train": _NEEDED, "bench": _NEEDED, "report": ("matplotlib",)}.get(
         "".join(words[:1]), ()
@@ -153,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     overrides = dict(args.overrides) | ({"train.output_dir": args.out} if args.out else {})
     try:
         recipe.run(recipe.read(args.recipe, overrides), resume=args.resume, say=console().print)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"dmfast train: {error}", file=sys.stderr)
         return 1
     PartialState().destroy_process_group()  # of several processes; torch warns where a process ends with one

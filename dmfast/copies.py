@@ -1,4 +1,4 @@
-"""A frozen copy of a model, which shares nothing with it."""
+"""Copies of a model that share nothing with it: a frozen one, and a whole one of a model that is sharded."""
 
 from __future__ import annotations
 
@@ -85,12 +85,43 @@ def _about(value: Any, copies: dict[int, Any]) -> Any:
     return function
 
 
-def _sharded_alike(module: Any) -> nn.Module:
-    """Return a copy of what transformers has sharded as it loaded it, made of its config in the same way.
+def whole_copy(module: Any, wanted: bool) -> nn.Module | None:
+    """Return a whole copy of a sharded model on the CPU to the processes that want one, and None to the others.
+
+    All processes that hold parts of the model call it together. Each tensor is given up again before the next is
+    gathered.
 
     Raises:
         ValueError: the model has parts or hooks that its config does not make.
     """
+    made, source = _of_config(module), all_tensors(module)
+    target = dict([*made.named_parameters(remove_duplicate=False), *made.named_buffers(remove_duplicate=False)])
+    if _layout(module) != _layout(made) or _shapes(source) != _shapes(target):
+        raise ValueError(
+            f"the {sharding.class_of(module).__name__} is sharded, and it has modules, hooks or parameters that its "
+            "config does not make, so that no whole copy can be made of it for another engine: leave sampler out, or "
+            "train without sharding"
+        )
+    if wanted:
+        if getattr(made.config, "distributed_config", None) is not None:
+            made.config.distributed_config = None  # engines read what is written of it
+        made.to_empty(device="cpu")
+        made.tie_weights()
+        target = all_tensors(made)
+    with torch.no_grad():
+        for name, tensor in source.items():
+            value: Tensor = tensor.full_tensor() if sharding.is_shard(tensor) else tensor  # type: ignore[attr-defined]
+            if wanted:
+                target[name].copy_(value)
+    return made.requires_grad_(False).eval() if wanted else None
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _of_config(module: Any) -> Any:
+    """Return a model of a sharded one's class, config and dtypes, without values and whole."""
     from transformers import initialization
 
     kind: Any = sharding.class_of(module)
@@ -99,11 +130,21 @@ def _sharded_alike(module: Any) -> nn.Module:
     dtypes = {name: tensor.dtype for name, tensor in module.named_parameters(remove_duplicate=False)}
     for name, parameter in made.named_parameters(remove_duplicate=False):
         parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
-    made = kind.maybe_distribute_model(made, made.config.distributed_config, module._mesh_manager)
+    made.generation_config = copy.deepcopy(module.generation_config)
+    return made
+
+
+def _sharded_alike(module: Any) -> nn.Module:
+    """Return a copy of what transformers has sharded as it loaded it, made of its config in the same way.
+
+    Raises:
+        ValueError: the model has parts or hooks that its config does not make.
+    """
+    kind, made = sharding.class_of(module), _of_config(module)
+    made = cast(Any, kind).maybe_distribute_model(made, made.config.distributed_config, module._mesh_manager)
     made.to_empty(device=sharding.local(next(module.parameters())).device)
     made.tie_weights()
     made.requires_grad_(False)
-    made.generation_config = copy.deepcopy(module.generation_config)
     source, target = all_tensors(module), all_tensors(made)
     if _layout(module) != _layout(made) or difference(source, target) is not None:
         raise ValueError(

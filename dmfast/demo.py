@@ -60,23 +60,7 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
     overrides = {"train.max_steps": args.steps, "train.seed": args.seed, "train.output_dir": str(args.out),
                  "evaluate.samples": args.samples}  # fmt: skip
     say = console().print
-    log = recipe.run(recipe.read(RECIPES / "tiny_bios.yaml", overrides), say=say)
-    say(verdict(log, "women"))
-    return log
-
-
-def verdict(log: dict[str, Any], feature: str) -> str:
-    """Say whether a run reached its target: the moment within 0.05, KL(pi||a) within a quarter of the ideal."""
-    share, wanted = log["after"][f"phi/{feature}"], log["ideal"][f"phi/{feature}"].value
-    kl, ideal = log["after"]["kl_policy_base"], log["ideal"]["kl_policy_base"].value
-    wrong = []
-    if abs(share.value - wanted) > 0.05:
-        wrong.append(f"E[{feature}] is {share}, more than 0.05 from {wanted:g}")
-    if abs(kl.value / ideal - 1) > 0.25:
-        wrong.append(f"KL(π‖a) is {kl}, more than a quarter from the ideal {ideal:.3f}")
-    if wrong:
-        return "the run did not come to its target: " + "; ".join(wrong) + ". Try more steps or another learning rate"
-    return f"the policy matches the target: E[{feature}] {share} (wanted {wanted:g}), KL(π‖a) {kl} (ideal {ideal:.3f})"
+    return recipe.run(recipe.read(RECIPES / "tiny_bios.yaml", overrides), say=say)
 
 
 def loop_parser() -> argparse.ArgumentParser:
@@ -138,6 +122,7 @@ def run_loop(args: argparse.Namespace, train: Callable[..., Iterator[dict[str, f
         "seconds_all": time.perf_counter() - start, "samples_before": samples.text[:20],
         "samples_after": x.text[:20], "history": history,
     }  # fmt: skip
+    log["verdict"] = report.verdict(before, after, ideal, ["women"])
     args.out.mkdir(parents=True, exist_ok=True)
     report.write(log, args.out)
     say(report.table(log))
@@ -146,7 +131,7 @@ def run_loop(args: argparse.Namespace, train: Callable[..., Iterator[dict[str, f
     report.plot(history, args.out / "report.png", title, wanted={"women": 0.5})
     say(f"{log['swaps']:.0f} swaps of q, training {training:.0f} s, all {log['seconds_all']:.0f} s; "
         f"wrote {args.out}/log.json and {args.out}/report.png")  # fmt: skip
-    say(verdict(log, "women"))
+    say(log["verdict"])
     return log
 
 

@@ -399,6 +399,10 @@ class PartitionFunctions:
     def __getitem__(self, context: int) -> PartitionFunction:
         return self._of[context]
 
+    def values(self) -> list[PartitionFunction]:
+        """Return the running Z of each context that was seen."""
+        return list(self._of.values())
+
     def updated(self, context_id: Tensor, log_target: Tensor, log_proposal: Tensor) -> PartitionFunctions:
         """Return a copy with more sequences x ~ q taken in, all (N,); the object itself stays as it is.
 

@@ -133,7 +133,7 @@ def dm_loss(
         objective: a name of ``dmfast.OBJECTIVES`` or ``dmfast.methods.METHODS``, an ``Objective``, or a function of
             ``Terms`` giving A, (B,) fp64.
         on_policy: x was drawn from the policy itself: rho = 1 exactly.
-        reward: (B,) R(x), for ``reinforce`` and ``kl_control``.
+        reward: (B,) R(x), for ``reinforce`` and ``kl_control``; of any dtype, such as bool for right and wrong.
         log_base: (B,) log a(x), for ``kl_control``.
         temperature, softcap: of the policy: logits become softcap * tanh(logits / softcap), then / temperature.
         cu_seqlens: (B+1,) int32 or int64, where packed sequences start; from 0 to N.

@@ -30,6 +30,7 @@ from . import sharding
 from .batch import Batch, Microbatch, Prompts, SamplingOptions
 from .diagnostics import gradient_variance
 from .estimators import Estimates, RunningEstimates
+from .kernels import warn_caller
 from .kernels.result import DMLossOutput
 from .metrics import step_metrics
 from .models import LanguageModel
@@ -43,6 +44,7 @@ from .seeds import seed_for
 from .settings import AnyObjective, Settings, check_proposal, check_target, check_trainable
 from .targets import EBM, Feature, FeatureValues, Scorer, TargetScores
 from .targets.constraints import as_feature
+from .unseen import Seen, unknown, unseen
 
 #: What ``Matcher.loss`` says to ``LanguageModel.loss`` itself.
 _OF_THE_BATCH = frozenset({
@@ -170,6 +172,9 @@ class Matcher:
         self._has_passed = torch.zeros(0, dtype=torch.bool)  # (N,) which of its sequences are in them
         self._to_repeat: Batch | None = None
         self._refit = Refit(target, refit_ess, refit_samples)
+        self._unseen_in_check: dict[str, float] = {}
+        self._compared_z = False
+        self._seen = Seen(target.wanted)  # of the window since the last swap
         self._q_is_base: bool | None = None  # not known before the first step
         self._wrapped: LanguageModel | None = None
         self._since = 0.0  # when the batch was ready
@@ -602,6 +607,9 @@ class Matcher:
         with self._undone_on_error():
             if batch.anew:
                 self.estimates.clear()
+                self._seen.clear()
+            self._seen.update(gather(batch.features))
+            missing = self._seen.unseen()
             if self.proposal is None:
                 self.estimates.update(out)
             else:
@@ -609,18 +617,24 @@ class Matcher:
                 lag = float((self.proposal.version - version).double().mean())
                 self.proposal.update(out, version=version)  # into the same estimates
             now = self._estimates_with(out)
-            swapped = self._maybe_swap(running)
+            now = unknown(now) if missing else now
+            swapped = self._maybe_swap(running, missing)
         self.running, self.batch, self._passed = running, None, []
         self._to_repeat = batch if batch.epoch + 1 < settings.ppo_epochs else None
         self._warn_of_zero(len(out.log_prob))
         metrics = step_metrics(
             batch, out, now, settings=settings, running=running, target=self.target, proposal=self.proposal,
-            swapped=swapped, ranks=self.ranks, lag=lag,
+            swapped=swapped, ranks=self.ranks, lag=lag, missing=missing,
         )  # fmt: skip
+        if swapped:
+            self._seen.clear()
+        if not missing:
+            self._compare_z()
         if batch.epoch == 0 and self._refit.take(batch, self.ranks):
             # P is another, so Z and all that was estimated under the old one is void
             self.running = Running.start(self.target.lambda_.tolist(), self.running.beta, self.running.steps)
             self.estimates.clear()
+            self._seen.clear()
         return metrics
 
     def _estimates_with(self, out: DMLossOutput) -> Estimates:
@@ -646,23 +660,34 @@ class Matcher:
     def _undone_on_error(self) -> Iterator[None]:
         """Restore the estimates and the proposal's counter if the block ends in an error."""
         estimates, steps = self.estimates.state_dict(), 0 if self.proposal is None else self.proposal.steps
+        seen = self._seen.state_dict()
         try:
             yield
         except BaseException:
             self.estimates.load_state_dict(estimates)
+            self._seen.load_state_dict(seen)
             if self.proposal is not None:
                 self.proposal.steps = steps
             raise
 
-    def _maybe_swap(self, running: Running) -> bool:
-        """Replace q by pi if a check is due and pi is nearer, and return whether it was replaced."""
+    def _maybe_swap(self, running: Running, missing: Mapping[str, float]) -> bool:
+        """Replace q by pi if a check is due and pi is nearer, and return whether it was replaced.
+
+        Args:
+            running: what the run carries, with this step.
+            missing: the moments whose feature the window's sequences do not show: no divergence rests on them.
+        """
         if self.proposal is None:
             return False
         if not self.settings.check_samples:
+            if missing and self.proposal.criterion != "interval":
+                return False
             return self.proposal.maybe_update(self.ranks.agree)
         start, batch = time.perf_counter(), cast(Batch, self.batch)
+        self._unseen_in_check = {}
         swapped = self.proposal.maybe_update(
-            self.ranks.agree, fresh=lambda: self._fresh(running, *cast(Any, batch.drawn))
+            lambda take: self.ranks.agree(take and not self._unseen_in_check),
+            fresh=lambda: self._fresh(running, *cast(Any, batch.drawn)),
         )
         batch.seconds["check"] = time.perf_counter() - start
         return swapped
@@ -670,14 +695,17 @@ class Matcher:
     def _fresh(self, running: Running, contexts: Prompts, how: SamplingOptions) -> Scores:
         """Return sequences of q for a check of the proposal alone, scored by q, a and pi, of all ranks.
 
-        They change nothing that a step has: neither its random numbers nor Z.
+        They change nothing that a step has: neither its random numbers nor Z. Which moments' features they do not
+        show is noted in ``_unseen_in_check``.
         """
         seed, gather = self._seed(f"check {running.steps}"), self.ranks.gather
         if self.check_contexts is not None:
             contexts = self.check_contexts(seed)
         n = math.ceil(self.settings.check_samples / (len(contexts) * self.ranks.size))
         x = self._sample(contexts, n, how, seed)
-        log_target = self._score(x, how.batch_size, needs_base=False)[0].log_target
+        scores = self._score(x, how.batch_size, needs_base=False)[0]
+        log_target = scores.log_target
+        self._unseen_in_check = unseen(gather(scores.features), self.target.wanted)
         # where P = 0, kl and tvd don't need log pi
         scored = (log_target > -math.inf) | (cast("OfflineProposal[Any]", self.proposal).criterion in NEED_ALL)
         log_prob = torch.full_like(log_target, math.nan)
@@ -687,6 +715,22 @@ class Matcher:
         )
         partitions = running.partitions_before(self.settings.partition)
         return log_prob, log_q, log_target, partitions.updated(context, log_target, log_q).log_z(context)
+
+    def _compare_z(self) -> None:
+        """Warn once where Z of the steps is far from what the fit of lambda found, for a single context."""
+        report, partitions = self.target.report, self.running.partitions
+        if report is None or report.contexts != 1 or len(partitions) != 1 or self._compared_z:
+            return
+        (found,) = partitions.values()
+        gap = abs(found.log_z - report.log_z.value)
+        # NaN, where either is not known, compares as no difference
+        if gap > max(5 * math.hypot(found.stderr, report.log_z.stderr), 0.2) and found.n >= 100:
+            self._compared_z = True
+            warn_caller(
+                f"log Z is {found.log_z:.3f} ± {found.stderr:.2g} after {found.n:,} sequences of the steps, and the "
+                f"fit of lambda found {report.log_z}: the proposal does not show a part of p, or the fit saw another "
+                "distribution (prompts, max_new_tokens, temperature). Divergences from p are wrong by about as much"
+            )
 
     def _warn_of_zero(self, batch: int) -> None:
         steps = self.running.zero_steps
@@ -716,6 +760,7 @@ class Matcher:
             "running": self.running.state_dict(),
             "q_is_base": self._q_is_base,
             "pool": self._refit.state_dict(),
+            "seen": self._seen.state_dict(),
             "batch": batch,
         }
 
@@ -751,6 +796,7 @@ class Matcher:
         self.estimates.decay = decay
         self.target.load_state_dict(state["target"])
         self._refit.load_state_dict(state["pool"])
+        self._seen.load_state_dict(state.get("seen"))  # not in a state of before
         self.discard()
         self.running, self._to_repeat, self._q_is_base = running, batch, q_is_base
 

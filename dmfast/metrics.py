@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ def step_metrics(
     swapped: bool,
     ranks: Ranks,
     lag: float = 0.0,
+    missing: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Return the metrics of a step by name; docs/guide.md says what each is.
 
@@ -43,6 +45,7 @@ def step_metrics(
         swapped: whether q became pi after it.
         ranks: puts together what the batch holds.
         lag: swaps of q since the step's sequences were drawn, their mean.
+        missing: moments whose feature had one value in all sequences of the window.
     """
     gather, inputs, objective = ranks.gather, batch.inputs, batch.objective
     assert out.log_target is not None and out.log_proposal is not None and out.log_z is not None
@@ -62,6 +65,8 @@ def step_metrics(
         **weight_statistics(out.weight),
         "n_clipped": float(out.n_clipped),
         "n_empty": float((out.log_z == -math.inf).sum()),
+        "sequences": float(len(out.log_prob)),
+        **{f"unseen/{name}": value for name, value in (missing or {}).items()},
         "length": float(gather(batch.samples.score_mask.sum(1)).double().mean()),
     }
     if proposal is not None and proposal.last_check is not None:

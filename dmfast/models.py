@@ -150,6 +150,11 @@ class LanguageModel:
         return execution_device(self.model)
 
     @property
+    def checks_scores(self) -> bool:
+        """Whether the first forwards and draws are compared with plain ones."""
+        return self._guard.enabled
+
+    @property
     def chat_template_kwargs(self) -> dict[str, Any]:
         """What the chat template gets besides the messages of a prompt."""
         return self._encoder.chat_template_kwargs

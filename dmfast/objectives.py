@@ -95,7 +95,8 @@ class Objective:
     Args:
         name: one of ``OBJECTIVES``.
         baseline: subtracted from the return r, so that ``A = rho * (r - baseline)``. ``None``; a
-            float (a constant, or a running mean of rho*r over earlier steps); a (B,) tensor; or
+            float (a constant, or a running mean of rho*r over earlier steps); a (B,) tensor, or one
+            number as a 0-d tensor; or
             ``"leave_one_out"`` / ``"leave_one_out_context"``: the mean of the other sequences of
             this call (of the same ``context_id``), only where it is known before the forward.
             ``gdc++`` has the baseline 1 and takes no other.
@@ -638,7 +639,8 @@ def plain_baseline(
     own = objective.kind.baseline
     baseline = objective.baseline if own is None else own
     if isinstance(baseline, Tensor):
-        return baseline.detach().to(device=device, dtype=torch.float64).contiguous()
+        baseline = baseline.detach().to(device=device, dtype=torch.float64)
+        return (baseline.expand(n_sequences) if baseline.dim() == 0 else baseline).contiguous()
     if baseline is None or isinstance(baseline, str):
         return baseline
     if torch.compiler.is_compiling():  # a tensor, so that a running mean does not compile anew at every step

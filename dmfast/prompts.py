@@ -113,7 +113,13 @@ class PromptEncoder:
 
     def _ids(self, prompt: Prompt, name: str) -> list[int]:
         if isinstance(prompt, str):
-            return self._of_text(prompt)
+            try:
+                return self._of_text(prompt)
+            except Exception as error:
+                if type(error) is not Exception:
+                    raise
+                # what tokenizers raises of a word that a vocabulary without an unknown token lacks
+                raise ValueError(f"{name} can't be made token ids, {error}: {prompt!r:.200}") from error
         if isinstance(prompt, Mapping):
             keys: set[Any] = set(prompt)
             hint = "of a datasets.Dataset pass its column, dataset['prompt']"

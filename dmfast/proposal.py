@@ -20,7 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from . import adapters, sharding, tensor_parallel
+from . import adapters, tensor_parallel
 from .copies import frozen_copy
 from .estimators import Estimate, RunningEstimates, _alpha_terms, _js_terms, _mean, _mean_given_one, estimate
 from .kernels.result import DMLossOutput
@@ -28,7 +28,7 @@ from .models import LanguageModel
 from .objectives import is_number
 from .samples import Samples
 from .sampling import AsyncSampler, Sampler
-from .tensors import all_tensors, copy_into, difference
+from .tensors import all_tensors, copy_into, difference, without_aliases
 from .views import AdapterView
 
 CRITERIA = ("kl", "tvd", "js", "alpha", "interval")
@@ -56,13 +56,13 @@ def _source(policy: nn.Module | HasModel) -> LanguageModel | nn.Module:
     """Return the part of a policy that a sampler loads.
 
     Raises:
-        RuntimeError: it is sharded.
+        RuntimeError: it is cut by tensor parallelism.
     """
-    by = "FSDP" if sharding.is_sharded(_module(policy)) else "tensor parallelism"
-    if by == "FSDP" or tensor_parallel.is_cut(_module(policy)):
+    if tensor_parallel.is_cut(_module(policy)):
         raise RuntimeError(
-            f"the policy is sharded by {by}, and another engine needs whole parameters: OfflineProposal(sampler=...) "
-            f"does not run under {by} yet"
+            "the policy is cut by tensor parallelism, whose processes need the same sequences, and each of them would "
+            "draw its own from the engine: OfflineProposal(sampler=...) does not run under tensor parallelism; load "
+            "the model with fsdp_size alone, or leave sampler out"
         )
     return policy if isinstance(policy, (nn.Module, LanguageModel)) else policy.model
 
@@ -357,7 +357,7 @@ class OfflineProposal(Generic[Policy]):
         named = _module(self.policy).named_parameters(remove_duplicate=False)
         frozen = {name for name, parameter in named if not parameter.requires_grad}
         persistent = _module(self.snapshot).state_dict().keys()
-        return {k: v for k, v in of_q.items() if k in persistent and k not in frozen}
+        return without_aliases({k: v for k, v in of_q.items() if k in persistent and k not in frozen})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the parameters of q that training moves, the samples since the last swap and the counters.
@@ -396,7 +396,10 @@ class OfflineProposal(Generic[Policy]):
                 "ahead: they are drawn anew, from the newest q",
                 stacklevel=3,
             )
-        if difference(state["model"], mine) is not None:
+        _, of_q = self._tensors()
+        # a state of before has tied parameters by each of their names
+        model = {name: value for name, value in state["model"].items() if name in mine or name not in of_q}
+        if difference(model, mine) is not None:
             raise RuntimeError(
                 "this state holds the parameters of another model, or of a proposal that was kept in another way (as a "
                 "copy of the model, as a second adapter)"
@@ -406,7 +409,7 @@ class OfflineProposal(Generic[Policy]):
         steps, checked, swaps = (int(state[key]) for key in ("steps", "checked", "swaps"))
         best, last_check = float(state["best"]), state["last_check"] and Estimate(*state["last_check"])
         before = {} if self.sampler is None else {key: value.clone() for key, value in mine.items()}
-        copy_into(mine, state["model"])
+        copy_into(mine, model)
         if self.sampler is not None:
             try:
                 self.sampler.load(_source(self.snapshot))

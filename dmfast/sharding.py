@@ -97,6 +97,13 @@ def groups_of(model: nn.Module) -> list[Any]:
     return _groups[model]
 
 
+def holders(model: nn.Module) -> int:
+    """Return how many processes hold parts of a sharded model, or copies of parts."""
+    reshard(model)
+    shard: Any = next(each for each in model.parameters() if is_shard(each))
+    return int(shard.device_mesh.size())
+
+
 def most(model: nn.Module, mine: int) -> int:
     """Return the largest of what the ranks give that hold parts of a model; of a whole one what this rank gives."""
     if is_sharded(model):

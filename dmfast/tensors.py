@@ -25,6 +25,18 @@ def address(tensor: Tensor) -> int:
     return sharding.local(tensor).untyped_storage().data_ptr() if sharding.is_shard(tensor) else tensor.data_ptr()
 
 
+def without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors, of those that are the same memory by several names (tied embeddings) only the first."""
+    found: dict[str, Tensor] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for name, tensor in tensors.items():
+        one = (address(tensor), tuple(tensor.shape), tensor.dtype)
+        if tensor.is_meta or not tensor.numel() or one not in seen:
+            seen.add(one)
+            found[name] = tensor
+    return found
+
+
 def difference(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> str | None:
     """Return how names or shapes of two models' tensors differ; None: they do not."""
     for what, names in (("lacks", target.keys() - source.keys()), ("has also", source.keys() - target.keys())):

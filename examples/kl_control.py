@@ -35,19 +35,20 @@ def main() -> dict[str, float]:
     parser.add_argument("--steps", type=int, default=80, help="optimiser steps, four of them on each batch")
     parser.add_argument("--batch", type=int, default=192)
     parser.add_argument("--learning-rate", type=float, default=1.5e-4)
+    parser.add_argument("--samples", type=int, default=4096, help="for the base's rate, a quarter for the evaluation")
     options = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(TINY_BIOS)
     tokenizer = AutoTokenizer.from_pretrained(TINY_BIOS)
     base = dmfast.LanguageModel(copy.deepcopy(model), tokenizer)
-    rate = float(WOMEN(base.sample(n=4096, max_new_tokens=48, seed=1, batch_size=512)).mean())
+    rate = float(WOMEN(base.sample(n=options.samples, max_new_tokens=48, seed=1, batch_size=512)).mean())
     with tempfile.TemporaryDirectory() as folder:
         args = dmfast.DMConfig(
             folder, objective="kl_control", on_policy=True, baseline="mean", ppo_epochs=4, ppo_clip=0.2,
             beta=options.beta or 0.5, beta_target_kl=None if options.beta else options.target_kl, beta_horizon=1000,
             max_steps=options.steps, per_device_train_batch_size=options.batch, learning_rate=options.learning_rate,
-            max_new_tokens=48, save_strategy="no", eval_samples=1024, logging_steps=4, disable_tqdm=True,
-            seed=0,
+            max_new_tokens=48, save_strategy="no", eval_samples=options.samples // 4, logging_steps=4,
+            disable_tqdm=True, seed=0,
         )  # fmt: skip
         # what the logs measure against: the optimum itself, at the first beta
         target = dmfast.EBM(base, [dmfast.Reward(WOMEN, beta=args.beta)])

@@ -25,6 +25,7 @@ WOMEN = dmfast.Contains(any_of=["she", "her"], name="women")
 def main() -> dict[str, RejectionPoint]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="of training")
+    parser.add_argument("--fit-samples", type=int, default=4096, help="of the base, for lambda")
     parser.add_argument("--samples", type=int, default=2048, help="of each proposal, for the curves")
     parser.add_argument("--accept", type=int, default=512, help="sequences to draw")
     parser.add_argument("--out", type=Path, default=Path("quasi_rejection.png"))
@@ -33,7 +34,7 @@ def main() -> dict[str, RejectionPoint]:
     model = AutoModelForCausalLM.from_pretrained(TINY_BIOS)
     tokenizer = AutoTokenizer.from_pretrained(TINY_BIOS)
     base = dmfast.LanguageModel(copy.deepcopy(model), tokenizer)
-    target = dmfast.EBM(base, [dmfast.Moment(WOMEN, 0.5)]).fit(n=4096, max_new_tokens=48)
+    target = dmfast.EBM(base, [dmfast.Moment(WOMEN, 0.5)]).fit(n=options.fit_samples, max_new_tokens=48)
     with tempfile.TemporaryDirectory() as folder:
         args = dmfast.DMConfig(
             folder, max_steps=options.steps, per_device_train_batch_size=128, learning_rate=1.5e-4, max_new_tokens=48,

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from dmfast.sampling import weights
+from dmfast.sampling import HTTPSampler, weights
 
 CONFIG = {
     "dtype": "torch.float32", "logprobs_mode": "processed_logprobs", "generation_config": "vllm",
@@ -297,3 +297,32 @@ class StandIn:
             {str(token): {"logprob": float(log_p[place, token]), "rank": 1, "decoded_token": f"token_id:{token}"}}
             for place, token in enumerate(ids[1:])
         ]
+
+
+def load_spread(policy, other, samples, ranks):
+    """Load a policy whose parameters are spread over processes into a server of rank 0's. All processes call it.
+
+    Args:
+        policy: a ``LanguageModel``.
+        other: a whole model like it, which the server is started with.
+        samples: what the engine scores.
+        ranks: the processes.
+
+    Returns:
+        What ``load`` says before the sampler knows the processes, and log q of the samples.
+    """
+    started = StandIn(other, policy.tokenizer) if ranks.rank == 0 else None
+    with started or contextlib.nullcontext():
+        url = [started.url if started else None]
+        torch.distributed.broadcast_object_list(url)
+        sampler = HTTPSampler(url[0], policy, patience=0.0, retries=1)
+        torch.distributed.barrier()  # or one that refuses would end while another still connects
+        refusal = None
+        try:
+            sampler.load(policy)
+        except ValueError as error:
+            refusal = str(error)
+        sampler.ranks = ranks
+        sampler.load(policy)
+        assert (started.loads if started else 2) == 2  # of the copy that differs everywhere, and of q
+        return refusal, sampler.log_prob(samples)  # for which all ranks meet at its end

@@ -6,7 +6,9 @@ import copy
 import tempfile
 from dataclasses import replace
 
+import peft
 import torch
+from engine_stand_in import load_spread
 from matcher_job import Ranks
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -227,8 +229,21 @@ def refusals():
         "variance": _told(Matcher(lm, target).measure_gradient),
         "whole <- shards": _told(lambda: plain.load(lm)),
         "unchecked": _told(lambda: in_step.sample(max_new_tokens=3)),
-        "engine": _told(lambda: OfflineProposal(lm, sampler=plain)),
+        "another sampler": _told(lambda: OfflineProposal(lm, sampler=plain)),
     }
+
+
+def engine():
+    """What an engine of rank 0's says that was given the shards of all ranks."""
+    lm, x = sharded(), _drawn()
+    refusal, scores = load_spread(lm, llama(seed=7), x, Ranks())
+    with_adapter = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    fully_shard(with_adapter)
+    adapted = LanguageModel(with_adapter, tokenizer())
+    return {
+        "refusal": refusal, "error": float((scores - lm.log_prob(x)).abs().max()),
+        "adapter": _told(lambda: load_spread(adapted, llama(), x, Ranks())),
+    }  # fmt: skip
 
 
 def _loop(around):
@@ -264,4 +279,4 @@ def loop():
     return {"parameters": all(parameters[n].equal(right[n]) for n in right), "log": logged == log}
 
 
-CHECKS = {each.__name__: each for each in (gradients, sampling, scoring, agreement, swaps, loop, refusals)}
+CHECKS = {each.__name__: each for each in (gradients, sampling, scoring, agreement, swaps, engine, loop, refusals)}

@@ -22,6 +22,8 @@ import cpu_spread  # noqa: F401
 import torch
 from accelerate.state import AcceleratorState
 from ending import end
+from engine_stand_in import load_spread
+from matcher_job import Ranks
 from torch import distributed
 from trainer_job import Gradients, Kill, StopAt, job, tokenizer, whole
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, utils
@@ -183,7 +185,11 @@ def proposal():
                 "loaded": policy.log_prob(x).equal(before),
             }  # fmt: skip
     found["device"] = told(lambda: OfflineProposal(policy, device="cpu"))
-    found["engine"] = told(lambda: OfflineProposal(policy, sampler=LanguageModel(loaded(saved()), tokenizer())))
+    if sharding.is_sharded(policy.model):
+        refusal, scores = load_spread(policy, loaded(saved(seed=7)), x, Ranks())
+        found["engine"] = {"refusal": refusal, "error": float((scores - policy.log_prob(x)).abs().max())}
+    else:
+        found["engine"] = told(lambda: OfflineProposal(policy, sampler=LanguageModel(loaded(saved()), tokenizer())))
     found["whole <- parts"] = told(lambda: LanguageModel(loaded(saved()), tokenizer()).load(policy))
     spoiled = spread(saved())
     spoiled.model.norm.register_forward_hook(lambda *_: None)
@@ -214,9 +220,10 @@ def refusals():
         tried("in step", gather_for_sampling=False)
     for name, value in {
         "gradient_variance_steps": 1, "proposal_device": "cpu", "torch_compile": True, "fp16": True, "fsdp": True,
-        "sampler": "http://127.0.0.1:9",
     }.items():  # fmt: skip
         tried(name, **{name: value})
+    if "tp_size" in WANTED["sizes"]:
+        tried("sampler", sampler="http://127.0.0.1:9")
     tried("base alone", model=alone, base=base)
     for name in ("pp_size", "ep_size", "dp_replicate_size", "fsdp_cpu_offload"):
         before = getattr(config, name)

@@ -305,7 +305,25 @@ def test_dtype_and_shape_of_inputs(
 ) -> None:
     call = good(objective=objective_for(name))
     call.options[name] = change(call.options[name])
+    if name == "reward" and getattr(call.options[name], "dtype", None) in (torch.int64, torch.bool):
+        return  # test_rewards_of_any_dtype
     refuses(call, error, f"{name} {message}")
+
+
+@pytest.mark.parametrize("backend", [COMPILED, "eager"])
+def test_rewards_of_any_dtype_and_a_baseline_of_no_dimension(backend: str) -> None:
+    def loss(reward: Tensor, baseline: Any) -> float:
+        call = good(objective=Objective("reinforce", baseline=baseline))
+        call.options["reward"] = reward
+        with dmfast.use_backend(backend):
+            return float(call().loss)
+
+    right = torch.tensor([True, False, True])
+    wanted = loss(right.double(), 0.3)
+    assert wanted != loss(right.double(), 0.0)
+    for reward in (right, right.int(), right.to(torch.uint8)):
+        for baseline in (0.3, torch.tensor(0.3, dtype=torch.float64), torch.full((B,), 0.3, dtype=torch.float64)):
+            assert loss(reward, baseline) == wanted
 
 
 @pytest.mark.parametrize("name", ["log_target", "log_proposal", "reward", "log_base"])

@@ -10,15 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
+import peft
 import pytest
 import torch
 import transformers
 from packaging.version import Version
 from torch.distributed.fsdp import CPUOffloadPolicy
-from trainer_job import job
+from trainer_job import job, llama, tokenizer
 from trainer_tools import one_thread, run  # noqa: F401
 
-from dmfast.training import fsdp
+from dmfast import LanguageModel
+from dmfast.training import engines, fsdp
 
 HERE = Path(__file__).parent
 LIBRARIES = (torch, accelerate, transformers)
@@ -50,7 +52,7 @@ def launched(out, variants, checks=(), processes=2, under_fsdp=True):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Two ranks of one launch, which takes longer to start than all that it does."""
-    checks = ["gradients", "sampling", "scoring", "agreement", "swaps", "loop", "refusals"]
+    checks = ["gradients", "sampling", "scoring", "agreement", "swaps", "engine", "loop", "refusals"]
     runs = {"gpt2": {}, "bare": {"bare": True, "refused": True}, "FSDP1": {"launcher": LAUNCHER, "refused": True}}
     runs |= {f"differs in {what}": {"differs": what, "refused": True} for what in DIFFERENT}
     return launched(tmp_path_factory.mktemp("fsdp"), runs, checks)
@@ -115,6 +117,22 @@ def test_a_swap_copies_shards_and_gathers_nothing(ranks):
 
 
 @FOR_FSDP
+def test_an_engine_gets_the_shards_of_all_ranks_as_whole_parameters(ranks):
+    for found in ranks:
+        assert found["engine"]["refusal"].startswith("2 processes hold parts of the LlamaForCausalLM, and the")
+        assert found["engine"]["error"] < 1e-4
+        assert "was not tried with a model that is sharded by FSDP" in found["engine"]["adapter"]
+
+
+def test_an_engine_and_an_adapter_are_refused_before_the_engine_is_asked(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    args = SimpleNamespace(sampler="http://127.0.0.1:9", sampler_options=None, fsdp=None)
+    with pytest.raises(ValueError, match="an adapter merged into its base, which was not tried under FSDP"):
+        engines.engine_of(args, LanguageModel(model, tokenizer()), [])
+
+
+@FOR_FSDP
 def test_a_loop_of_ones_own_ends_as_under_ddp(ranks):
     for found in ranks:
         assert found["loop"] == {"parameters": True, "log": True}
@@ -130,7 +148,7 @@ def test_a_loop_of_ones_own_ends_as_under_ddp(ranks):
         ("variance", "does not run on a sharded policy"),
         ("whole <- shards", "is sharded in the source, and in another way or not at all here"),
         ("unchecked", "gather_for_sampling=False leaves the model sharded"),
-        ("engine", "does not run under FSDP yet"),
+        ("another sampler", "is sharded in the source, and in another way or not at all here"),
     ],
 )
 def test_what_a_sharded_model_refuses(ranks, what, message):

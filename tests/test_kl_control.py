@@ -253,7 +253,7 @@ def test_one_epoch_is_plain_kl_control(tmp_path):
 def test_the_example_runs(monkeypatch, capsys):
     import kl_control
 
-    monkeypatch.setattr("sys.argv", ["kl_control.py", "--steps", "4", "--batch", "16"])
+    monkeypatch.setattr("sys.argv", ["kl_control.py", "--steps", "4", "--batch", "16", "--samples", "256"])
     kl_control.main()
     assert "the optimum at this beta: E_p[R]" in capsys.readouterr().out
     share, nats = kl_control.optimum(0.5, 0.1)

@@ -790,7 +790,7 @@ def test_a_state_that_does_not_fit_changes_nothing():
         (state | {"pool": None}, ValueError, "the state's pool must be a list .* got None"),
         (state | {"pool": [{"features": 1}]}, ValueError, "the state's pool must be a list"),
     ]
-    needed = state.keys() - {"format", "estimates"}  # the estimates are the proposal's
+    needed = state.keys() - {"format", "estimates", "seen"}  # the estimates are the proposal's; seen is new
     wrong += [(without(state, key), ValueError, f"the state has no {key}; pass what") for key in needed]
     for each, error, match in wrong:
         with pytest.raises(error, match=match):

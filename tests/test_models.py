@@ -40,7 +40,7 @@ from transformers import (
 import dmfast
 import dmfast.cli
 from dmfast.demo import about_women
-from dmfast.kernels import checks, select
+from dmfast.kernels import checks, extension, select
 from dmfast.models import LanguageModel, disable_dropout
 from dmfast.training.recipe import TINY_BIOS, load
 
@@ -799,6 +799,33 @@ def test_offline_proposal_of_a_language_model(name, how):
     fresh.load_state_dict(after)
     assert fresh.swaps == 1
     close(fresh.snapshot.log_prob(x), policy.log_prob(x))
+
+
+def test_doctor_into_a_pipe_that_closes():
+    command = f"{sys.executable} -c 'import sys; from dmfast.cli import main; sys.exit(main())' doctor | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.startswith("dmfast ") and "Traceback" not in done.stderr and "Broken" not in done.stderr
+
+
+def test_sources_without_kernels_in_the_place_of_the_installation(monkeypatch, tmp_path):
+    """The working directory is a clone, and the installation comes later on the path."""
+    (tmp_path / "dmfast").mkdir()
+    (tmp_path / "dmfast" / "_C.abi3.so").touch()
+    monkeypatch.setattr(extension, "_C", None)
+    monkeypatch.setattr(extension, "__file__", "/clone/dmfast/kernels/extension.py")
+    (tmp_path / "clone").mkdir()
+    monkeypatch.chdir(tmp_path / "clone")
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path)])
+    why = extension.why_not()
+    assert "imported from /clone/dmfast" in why and f"the installation in {tmp_path / 'dmfast'}" in why
+    monkeypatch.setattr(sys, "path", [""])
+    assert "installed without its compiled kernels" in extension.why_not()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        dmfast.cli.main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"dmfast {dmfast.__version__}\n"
 
 
 def test_doctor(capsys):

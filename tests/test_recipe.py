@@ -9,7 +9,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -17,11 +20,12 @@ from custom_loop import train
 from trainer_job import WORDS, gpt2, tokenizer
 
 import dmfast.cli
-from dmfast import EBM, Classifier, Contains, LanguageModel, Moment, Scorer
-from dmfast.demo import RECIPES, about_women, loop_parser, run_loop, verdict
+from dmfast import EBM, Classifier, Contains, DMTrainer, LanguageModel, Moment, Scorer
+from dmfast.demo import RECIPES, about_women, loop_parser, run_loop
 from dmfast.estimators import Estimate
 from dmfast.training import recipe
 from dmfast.training.recipe import TINY_BIOS, RecipeError, constraint, feature, load, read
+from dmfast.training.report import verdict
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
 
@@ -71,9 +75,29 @@ def test_a_recipe_from_the_wish_to_the_report(tmp_path, capsys):
         "finished",
     }
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert " ".join(log["verdict"].split()) in " ".join(printed.split()) and "Criterion: " in log["verdict"]
     for part in ("E[women]", "KL(π‖a), nats", "before", "after", "converged", "swaps of q"):
         assert part in printed, part
     assert load(str(out)).vocab_size == 1466
+
+
+def test_files_of_prompts(tmp_path):
+    rows = [{"prompt": "He was, once", "answer": "1"}, {"prompt": "She", "answer": "2"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (tmp_path / "a.csv").write_text('prompt,answer\n"He was, once",1\nShe,2\n')
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for suffix in ("jsonl", "csv", "parquet"):
+        assert recipe._prompts(str(tmp_path / f"a.{suffix}")) == rows
+    (tmp_path / "a.txt").write_text("He was, once\nShe\n")
+    assert recipe._prompts(str(tmp_path / "a.txt")) == [row["prompt"] for row in rows]
+    for name, text, message in (
+        ("b.jsonl", '{"prompt": "He"}\n\n{"prompt"\n', "b.jsonl: line 3 is no JSON: .*"),
+        ("b.csv", "question,answer\nHe,1\n", "must name a column 'prompt', got question, answer"),
+        ("b.json", "[]", "a file of prompts is .txt .*, got '.json'"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(RecipeError, match=message):
+            recipe._prompts(str(tmp_path / name))
 
 
 def test_a_recipe_with_a_reward(tmp_path):
@@ -144,11 +168,18 @@ def test_the_ideal_of_several_contexts(which):
         assert error < 0.02 and abs(ideal[name].value - wanted) < 4 * error + 1e-9, (name, ideal[name], wanted)
 
 
-def test_a_recipe_resumes(tmp_path):
+def test_a_recipe_resumes(tmp_path, monkeypatch):
+    """With the lambda of its checkpoint; and other settings are refused before anything is drawn."""
     settings = SMALL["train"] | {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / "out")}
     recipe.run(read(write(tmp_path, train=settings)), say=lambda line: None)
-    log = recipe.run(read(write(tmp_path, train=settings | {"max_steps": 3})), resume=True, say=lambda line: None)
+    monkeypatch.setattr(EBM, "fit", lambda *args, **options: pytest.fail("lambda was fitted again"))
+    said, longer = [], read(write(tmp_path, train=settings | {"max_steps": 3}))
+    log = recipe.run(longer, resume="checkpoint-2", say=lambda line: said.append(str(line)))
     assert [h["step"] for h in log["history"] if "kl_policy" in h] == [1, 2, 3]
+    assert any("512 samples of a; effective sample size" in each for each in said)
+    monkeypatch.setattr(LanguageModel, "sample", lambda *args, **options: pytest.fail("a sample was drawn"))
+    with pytest.raises(ValueError, match="max_new_tokens was 48 and is 40"):
+        recipe.run(read(write(tmp_path, train=settings | {"max_new_tokens": 40})), resume=True, say=lambda line: None)
 
 
 def test_lora_and_prompts_from_a_file(tmp_path):
@@ -190,6 +221,61 @@ def test_mistakes_are_found_before_anything_runs(tmp_path, changed, message, cap
         read(path)
     assert dmfast.cli.main(["train", str(path)]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+NO_ROOM = "output_dir='.*' has 0 GB free, and the model need 0.0024 GB"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be positive, got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be positive, got 0"),
+        ({"proposal_device": "cuda:7"}, "proposal_device must be a device that this machine has, .* got 'cuda:7'"),
+        ({"report_to": ["clearml"]}, "report_to=.*clearml.* not installed"),
+        ({"report_to": ["nonsense"]}, "nonsense is not supported"),
+        ({"optim": "lion_8bit"}, "optim='lion_8bit' can't be made: .*bitsandbytes"),
+        ({"samples_per_context": 5, "prompts": ["He"]}, "samples_per_context = 5 must divide"),
+        ({"objective": "reinforce"}, "objective 'reinforce' needs reward="),
+        ({"proposal_criterion": "alpha"}, "proposal_criterion='alpha' compares"),
+        ({"max_steps": -1}, "max_steps"),
+        ({"auto_find_batch_size": True}, "refuses auto_find_batch_size"),
+        ({"output_dir": "/proc/here"}, "nothing can be written into output_dir='/proc/here'"),
+        ({"resume": True}, "there is no checkpoint in"),
+        ({"resume": "checkpoint-4"}, "checkpoint-4 can't be resumed from: there is no such folder"),
+        ({"fit": {"n": 0}}, "fit.n must be a positive integer, got 0"),
+        ({"evaluate": {"samples": 0.5}}, "evaluate.samples must be a positive integer, got 0.5"),
+        ({"prompts": ["He", "Zxq ☃"]}, "prompt 1 can't be made token ids, .*UNK.*Zxq"),
+        ({"free": 0}, NO_ROOM),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_nothing_is_sampled_before_all_is_checked(tmp_path, changed, message, capsys, monkeypatch):
+    def sampled(*args, **options):
+        raise AssertionError("a sample was drawn before this was found")
+
+    monkeypatch.setattr(LanguageModel, "sample", sampled)
+    if "free" in changed:
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=changed["free"]))
+    resume, entries = changed.get("resume"), {k: v for k, v in changed.items() if k in ("fit", "evaluate", "prompts")}
+    own = ("fit", "evaluate", "prompts", "free", "resume")
+    train = {"samples_per_context": 8} | {k: v for k, v in changed.items() if k not in own}
+    path = write(tmp_path, **entries, train={**SMALL["train"], "output_dir": str(tmp_path / "out"), **train})
+    words = ["--resume", *([resume] if isinstance(resume, str) else [])] if resume else []
+    assert dmfast.cli.main(["train", str(path), *words]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_model_that_can_t_be_saved_loses_nothing_else(tmp_path, monkeypatch, capsys):
+    def full(self, *args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(DMTrainer, "save_model", full)
+    out = tmp_path / "out"
+    assert dmfast.cli.main(["train", str(write(tmp_path)), "--out", str(out)]) == 1
+    printed = capsys.readouterr()
+    assert re.search("model could not be written into .*No space left on device.*log.json and report.png", printed.err)
+    assert "before" in printed.out and of_json(out / "log.json")["after"] and (out / "report.png").exists()
 
 
 def test_numbers_that_yaml_takes_for_strings(tmp_path):
@@ -260,18 +346,29 @@ def test_the_demo(tmp_path, capsys):
     out = tmp_path / "demo"
     assert dmfast.cli.main(["demo", "--steps", "2", "--samples", "32", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "the run did not come to its target" in printed and "samples before and after" in printed
+    assert printed.count("The run did not come to its target") == 1 and "samples before and after" in printed
     assert (out / "report.png").exists() and of_json(out / "log.json")["steps"] == 2
 
 
 @pytest.mark.parametrize(
-    ("share", "kl", "verdict_says"),
-    [(0.52, 0.7, "matches the target"), (0.56, 0.7, "more than 0.05 from 0.5"), (0.5, 0.95, "more than a quarter")],
+    ("share", "kl", "says"),
+    [
+        (0.476, 0.7, "matches the target: E\\[women\\] is 0.476 ± 0.01, wanted 0.5; KL"),
+        (0.43, 0.7, "did not come to its target: E\\[women\\] is 0.43 ± 0.01, wanted 0.5, which may differ by 0.063. "),
+        (0.56, 0.7, "matches"),
+        (0.57, 0.7, "did not come"),
+        (0.5, 0.91, "matches"),
+        (0.5, 0.95, "KL.* is 0.95 ± 0.03, ideal 0.69, which may differ by 0.24 .the policy has moved"),
+        (0.5, 0.44, "did not come to its target: KL"),
+        (math.nan, 0.7, "did not come"),
+    ],
 )
-def test_the_verdict(share, kl, verdict_says):
+def test_the_verdict(share, kl, says):
+    before = {"phi/women": Estimate(0.067, 0.003), "kl_policy_base": Estimate(0.0, 0.0)}
     after = {"phi/women": Estimate(share, 0.01), "kl_policy_base": Estimate(kl, 0.03)}
     ideal = {"phi/women": Estimate(0.5, 0.0), "kl_policy_base": Estimate(0.69, 0.02)}
-    assert verdict_says in verdict({"after": after, "ideal": ideal}, "women")
+    found = verdict(before, after, ideal, ["women"])
+    assert re.search(says, found) and "nine tenths of its way" in found and "two standard errors" in found
 
 
 def test_the_tiny_model_never_changes():

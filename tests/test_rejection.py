@@ -313,7 +313,7 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     import quasi_rejection
 
     out = tmp_path / "curve.png"
-    small = ["--steps", "1", "--samples", "256", "--accept", "64", "--out", str(out)]
+    small = ["--steps", "1", "--fit-samples", "512", "--samples", "256", "--accept", "64", "--out", str(out)]
     monkeypatch.setattr("sys.argv", ["quasi_rejection.py", *small])
     points = quasi_rejection.main()
     assert set(points) == {"base", "policy", "mixture"} and out.read_bytes().startswith(b"\x89PNG")

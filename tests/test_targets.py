@@ -993,9 +993,12 @@ def test_fit_warns_once_at_the_callers_line():
 def test_fit_draws_from_the_base(args, asked):
     base = Base(drawn=bios())
     target = EBM(base, [Moment(Contains("king"), 0.2)]).fit(**args)
-    assert base.asked == [base.asked[0]]
+    asked = {"seed": seed_for(0, "fit"), **asked} if "seed" not in args else asked
+    if "contexts" not in args:  # in parts
+        assert sum(each["n"] for each in base.asked) == 10_240
+        asked = {key: value for key, value in asked.items() if key != "n"}
     assert target.report.max_new_tokens == base.asked[0]["max_new_tokens"]
-    assert {key: base.asked[0][key] for key in asked} == asked
+    assert all({key: each[key] for key in asked} == asked for each in base.asked)
 
 
 def test_fit_uses_the_contexts_of_the_samples():

@@ -13,6 +13,7 @@ from trainer_tools import (
     SKIP,
     Forwards,
     assert_close,
+    here,
     in_process,
     inputs_by_hand,
     one_thread,  # noqa: F401
@@ -116,7 +117,7 @@ def test_two_processes_give_one_process_s_gradients_and_swaps(tmp_path):
     # not Adam, which makes steps of full size out of rounding where a gradient is nearly 0
     common = {"max_steps": 6, "proposal_interval": 2, "optim": "sgd", "learning_rate": 1e-2, "warmup_steps": 0}
     common |= {"gradient_variance_steps": 1, "eval_strategy": "steps", "eval_steps": 6, "eval_diversity": 32}
-    one = in_process(tmp_path / "one", per_device_train_batch_size=32, **common)
+    one = here(tmp_path / "one", per_device_train_batch_size=32, **common)
     two = in_process(tmp_path / "two", processes=2, per_device_train_batch_size=16, **common)
     assert_close(*({n: torch.tensor(g) for n, g in r["gradients"].items()} for r in (two, one)))
     assert [h["swapped"] for h in two["log"]] == [h["swapped"] for h in one["log"]]

@@ -163,7 +163,15 @@ def main():
         callbacks.append(Kill(signal.SIGTERM, terminate, event="on_step_begin"))
     trainer = job(callbacks=callbacks, **wanted)
     trainer.train(resume_from_checkpoint=resume)
-    result = {
+    result = said(trainer, gradients)
+    if trainer.is_world_process_zero():
+        Path(wanted["out"], "result.json").write_text(json.dumps(result))
+    end()
+
+
+def said(trainer, gradients):
+    """What a run that has ended says of itself."""
+    return {
         "digest": digest(trainer.model),
         "steps": trainer.state.global_step,
         "swaps": trainer.proposal.swaps,
@@ -171,9 +179,6 @@ def main():
         "evaluations": [h for h in trainer.state.log_history if "eval_runtime" in h],
         "gradients": {name: g.flatten().tolist() for name, g in gradients.steps[0].items()},
     }
-    if trainer.is_world_process_zero():
-        Path(wanted["out"], "result.json").write_text(json.dumps(result))
-    end()
 
 
 if __name__ == "__main__":

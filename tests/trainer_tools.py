@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_job import Gradients, job
+from trainer_job import Gradients, StopAt, job
+from trainer_job import said as of_job
 from transformers import TrainerCallback
 
 import dmfast
@@ -39,6 +40,14 @@ def in_process(out, processes=1, **wanted):
                           env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads((out / "result.json").read_text())
+
+
+def here(out, *, resume=None, stop=None, **wanted):
+    """A job in this process; what it says of itself."""
+    gradients = Gradients()
+    trainer = job(out, callbacks=[gradients, *([StopAt(stop)] if stop else [])], **wanted)
+    trainer.train(resume_from_checkpoint=resume)
+    return of_job(trainer, gradients)
 
 
 class Keep(TrainerCallback):

@@ -224,7 +224,9 @@ def _per_sequence(name: str, value: Tensor, device: torch.device, to: torch.devi
     """Return (n,) in fp32 or fp64 on the device of per-sequence values, without gradient."""
     dtype = value.dtype
     if dtype is not torch.float64 and dtype is not torch.float32:
-        if not dtype.is_floating_point:
+        if name == "reward" and not dtype.is_complex and not dtype.is_floating_point:
+            value = value.double()  # right or wrong, or a count
+        elif not dtype.is_floating_point:
             raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
         if name != "reward":
             raise TypeError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +18,7 @@ _C: ModuleType | None
 _IMPORT_ERROR: str | None = None
 try:
     # after torch, so that the extension runs on the OpenMP that torch has loaded
-    from .. import _C  # type: ignore[no-redef]
+    _C = importlib.import_module("dmfast._C")
 except ImportError as error:
     _C = None
     _IMPORT_ERROR = str(error)
@@ -27,10 +30,24 @@ BAD_ROW, BAD_LABEL, BAD_WEIGHT, UNUSUAL = 1, 2, 3, 4
 _ON_POLICY, _UNNORMALIZED, _HAS_TARGET, _INFINITE_AT_ZERO, _FACTOR_LEFT_OUT = 1, 2, 4, 8, 16
 
 
+def _installed_elsewhere(here: Path) -> Path | None:
+    """Return the folder of a dmfast with kernels that comes later on Python's path than the one that was imported."""
+    folders = (Path(entry or ".").resolve() / "dmfast" for entry in sys.path)
+    return next((each for each in folders if each != here.resolve() and any(each.glob("_C*.*"))), None)
+
+
 def why_not() -> str | None:
     """Return None where the compiled kernels are there, else the reason that they are not."""
     if _C is not None:
         return None
+    here = Path(__file__).parents[1]
+    other = _installed_elsewhere(here)
+    if other is not None:
+        return (
+            f"dmfast is imported from {here}, a folder of sources without compiled kernels, in the place of the "
+            f"installation in {other}, since Python looks into the working directory first: run from another one, or "
+            "build the kernels in the sources by pip install -e ."
+        )
     return (
         "dmfast was installed without its compiled kernels (no C++ compiler at install time, or DMFAST_BUILD=none); "
         f"reinstall with g++ and DMFAST_BUILD=cpu to see the error [{_IMPORT_ERROR}]"

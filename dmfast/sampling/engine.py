@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import sharding
+from ..copies import whole_copy
 from ..families import without_adapters
 from ..kernels import warn_caller
 from ..models import LanguageModel, Source, module_of
@@ -399,29 +400,28 @@ class Engine:
     def load(self, source: Source) -> None:
         """Replace the engine's parameters by those of a policy or a folder: q <- pi. Requests that run end first.
 
-        The engine gets an adapter merged into a copy of its base, which takes the memory of that copy meanwhile.
+        The engine gets an adapter merged into a copy of its base, which takes the memory of that copy meanwhile. A
+        policy that is sharded by FSDP is made whole for it in rank 0's memory, tensor by tensor.
 
         Raises:
             TypeError, FileNotFoundError: the source is no model and no folder.
             ValueError: an adapter that can't be merged, or is another model then; a folder with an adapter alone; a
-                sharded model.
+                sharded model with an adapter, or of processes that ``ranks`` does not name.
             EngineError: the engine failed, or did not take all parameters. It holds q as before, or gets q again before
                 it draws.
         """
         with torch.autocast(self._like.device.type, enabled=False):
             self._load(self._model(source))
 
-    def _load(self, model: LanguageModel) -> None:
+    def _load(self, model: LanguageModel | None) -> None:
         tag, first = self._new_tag(), self._tag is None
         with self._gate.load():
-            error = self._loaded(model, tag) if self.ranks.rank == 0 else None
+            error = None if model is None else self._loaded(model, tag)
             if not self.ranks.agree(error is None):
                 raise error or EngineError(
                     f"{self.facts.name} could not be loaded with q: the error of rank 0 says why"
                 )
             self._comparable = self.ranks.agree(self._comparable)
-            if self.ranks.rank:
-                self._note(model)
             self._keep(tag)
             self._tag = tag
         if first and not self._comparable:
@@ -431,8 +431,9 @@ class Engine:
                 "dmfast serve-proposal starts one that gives them"
             )
 
-    def _model(self, source: Source) -> LanguageModel:
-        like = self._like
+    def _model(self, source: Source) -> LanguageModel | None:
+        """Return the model that the engine is to hold, without adapter, to rank 0, and None to the other ranks."""
+        like, first = self._like, self.ranks.rank == 0
         if isinstance(source, LanguageModel):
             model = source
         elif isinstance(source, nn.Module):
@@ -447,9 +448,40 @@ class Engine:
         else:
             raise TypeError(f"load takes a LanguageModel, its module or a folder, got a {type(source).__name__}")
         if sharding.is_sharded(model.model):
-            raise ValueError("an engine needs whole parameters, and this model is sharded by FSDP")
+            gathered = self._gathered(module_of(model))
+            return None if gathered is None else self._alone(gathered)
         whole = plain(model)
-        return model if whole is module_of(model) else self._same(like.around(whole), model)
+        model = model if whole is module_of(model) else self._same(like.around(whole), model)
+        if self.ranks.size == 1:
+            return model
+        return self._alone(module_of(model)) if first else None
+
+    def _alone(self, module: nn.Module) -> LanguageModel:
+        """Return the model that is loaded, for the forwards of rank 0 alone.
+
+        What a first forward finds of a model the ranks of a sharded one find together. So nothing that rank 0 finds
+        here may be known of the policy.
+        """
+        like = self._like
+        return LanguageModel(
+            module, like.tokenizer, eos_token_id=like.eos_token_ids, chat_template_kwargs=like.chat_template_kwargs,
+            check_scores=like.checks_scores, logits_dtype=like.logits_dtype,
+        )  # fmt: skip
+
+    def _gathered(self, module: nn.Module) -> nn.Module | None:
+        holders = sharding.holders(module)
+        if holders > self.ranks.size:
+            raise ValueError(
+                f"{holders} processes hold parts of the {sharding.class_of(module).__name__}, and the sampler's ranks "
+                f"say {self.ranks.size}, so that each of them would load the engine: set sampler.ranks, as to "
+                "AccelerateRanks(accelerator)"
+            )
+        if without_adapters(module) is not module:
+            raise ValueError(
+                "an engine gets an adapter merged into its base, which was not tried with a model that is sharded by "
+                "FSDP: train the whole model, or without FSDP"
+            )
+        return whole_copy(module, self.ranks.rank == 0)
 
     def _same(self, merged: LanguageModel, model: LanguageModel) -> LanguageModel:
         """Return the merged model.
@@ -572,11 +604,6 @@ class Engine:
         x = self._some()
         self._refuse_scores("q", x.log_prob, model.log_prob(x.to(model.device), batch_size=_PROBES).cpu(), x)
         self._digests_of_load, self._sums_of_load = digests, sums
-
-    def _note(self, model: LanguageModel) -> None:
-        """Note what rank 0 has compared the engine with, so that this rank can prove whole what it gives again."""
-        self._sums_of_load = weights.checksums(module_of(model), self.facts.dtype)
-        self._digests_of_load = None if self._comparable else self._digests()
 
     def _some(self) -> Samples:
         """Return a few sequences that the engine draws now."""

@@ -16,6 +16,7 @@ from ..models import LanguageModel
 from ..samples import Prompt, Samples
 from ..seeds import seed_for
 from .constraints import Feature, FeatureValues, Moment, Scorer, as_feature, show
+from .drawing import batch_within, drawn_in_parts
 from .scorers import Reward
 from .solver import LambdaFit, fit_lambda
 
@@ -110,7 +111,8 @@ class EBM:
         self.moment_names = [unique(moment.name) for moment in self._moments]
         watched = [as_feature(each, "a monitored feature") for each in monitor]
         self._monitor = list(zip([unique(feature.name) for feature in watched], watched, strict=True))
-        self.monitor_names = [each.name for each in self._pointwise] + [name for name, _ in self._monitor]
+        self.pointwise_names = [each.name for each in self._pointwise]
+        self.monitor_names = self.pointwise_names + [name for name, _ in self._monitor]
         self._lambda: Tensor | None = torch.empty(0, dtype=torch.float64) if not self._moments else None
         self.report: LambdaFit | None = None
 
@@ -128,6 +130,11 @@ class EBM:
             if isinstance(feature.source, Scorer):
                 found.setdefault(id(feature.source), (name, feature.source))
         return dict(found.values())
+
+    @property
+    def wanted(self) -> dict[str, float]:
+        """The moments' wanted values by their names."""
+        return {name: moment.value for name, moment in zip(self.moment_names, self._moments, strict=True)}
 
     @property
     def fitted(self) -> bool:
@@ -264,6 +271,8 @@ class EBM:
         temperature: float = 1.0,
         seed: int | None = 0,
         batch_size: int | None = None,
+        max_stderr: float | None = None,
+        progress: bool | None = None,
     ) -> EBM:
         """Find the ``lambda_`` at which E_p[phi] has the wanted moments, from samples of the base.
 
@@ -279,21 +288,30 @@ class EBM:
                 (the defaults are ``DMConfig``'s).
             seed: the seed of the samples that are drawn. ``evaluate`` and ``rejection_curve`` draw other sequences with
                 the same seed. None takes a seed from torch's global generator.
-            batch_size: sequences drawn at a time. Default: the EBM's, or else 256.
+            batch_size: sequences drawn at a time. Default: the EBM's, or else as many as fit into 4 GiB with their
+                cache and logits, 256 at most.
+            max_stderr: stop drawing, before there are n samples, once the error of every attained moment (in the
+                feature's units) is no larger than this. It is looked at after every 1,024 samples of a single context;
+                of several contexts all n are drawn. Default: n samples.
+            progress: whether a line on stderr says how many are drawn. Default: where stderr is a terminal.
 
         Returns:
             The EBM itself.
 
         Raises:
-            ValueError: both contexts and samples are given; there is no sample; the samples are not the base's; no
-                lambda gives the moments (``fit_lambda``). ``lambda_`` stays as it was.
+            ValueError: both contexts and samples are given; max_stderr is not positive; there is no sample; the samples
+                are not the base's; no lambda gives the moments (``fit_lambda``). ``lambda_`` stays as it was.
         """
         if not self._moments:
             self.report = _nothing_to_fit(self._notes)
             return self
         drawn: int | None = None
+        if max_stderr is not None and not max_stderr > 0:
+            raise ValueError(f"max_stderr must be positive, got {max_stderr!r}")
         if samples is None:
-            samples, drawn = self._draw(n, contexts, max_new_tokens, temperature, seed, batch_size), max_new_tokens
+            samples, drawn = self._draw(
+                n, contexts, max_new_tokens, temperature, seed, batch_size, max_stderr, progress
+            ), max_new_tokens  # fmt: skip
             samples = samples.with_rows(rows)
         elif contexts is not None or rows is not None:
             raise ValueError("pass samples or contexts: the contexts of samples are told by their context_id")
@@ -351,16 +369,33 @@ class EBM:
 
     def _draw(
         self, n: int, contexts: Sequence[Prompt] | None, max_new_tokens: int, temperature: float,
-        seed: int | None, batch_size: int | None,
+        seed: int | None, batch_size: int | None, max_stderr: float | None, progress: bool | None,
     ) -> Samples:  # fmt: skip
         if n < 1:
             raise ValueError(f"n must be positive, got {n!r}")
         each = n if contexts is None else math.ceil(n / max(len(contexts), 1))
-        return self.base.sample(
-            contexts, each, max_new_tokens=max_new_tokens, temperature=temperature,
-            seed=None if seed is None else seed_for(seed, "fit"),
-            batch_size=batch_size or self.batch_size or 256,
-        )  # fmt: skip
+        size = batch_size or self.batch_size or batch_within(self.base, contexts, max_new_tokens)
+        parts: list[Samples] = []
+        for part in drawn_in_parts(
+            self.base, contexts, each, max_new_tokens=max_new_tokens, temperature=temperature,
+            seed=None if seed is None else seed_for(seed, "fit"), batch_size=size, progress=progress,
+        ):  # fmt: skip
+            parts.append(part)
+            one = contexts is None or len(contexts) == 1
+            if max_stderr is not None and one and self._suffice(Samples.cat(parts), max_stderr):
+                break
+        return parts[0] if len(parts) == 1 else Samples.cat(parts)
+
+    def _suffice(self, samples: Samples, max_stderr: float) -> bool:
+        """Return whether these samples of the base tell every moment of p to within an error."""
+        values = FeatureValues(samples)
+        log_b = self._b(samples, values)[1].sum(1)
+        features = _columns([values(moment.feature) for moment in self._moments], samples)
+        try:
+            found = fit_lambda(features, [moment.value for moment in self._moments], log_b=log_b)
+        except ValueError:  # a feature that has not been seen yet, which more samples may show
+            return False
+        return found.converged and all(each.stderr <= max_stderr for each in found.attained)
 
     @torch.no_grad()
     def _check_from_base(self, samples: Samples) -> None:

@@ -50,6 +50,7 @@ class LambdaFit:
         contexts: the number of contexts with some b > 0.
         temperature: the temperature of the samples; NaN if it is not known.
         max_new_tokens: the ``max_new_tokens`` of the samples; None if it is not known.
+        log_z: log Z of the target with this lambda, nats, the mean over contexts; NaN in a state of before.
         notes: what the solver did on the way.
         warnings: reasons to doubt the result.
     """
@@ -69,6 +70,7 @@ class LambdaFit:
     seconds: float
     temperature: float = math.nan
     max_new_tokens: int | None = None
+    log_z: Estimate = Estimate(math.nan, math.nan)  # noqa: RUF009  # an Estimate is frozen
     source: str = "a"
     pointwise: dict[str, Estimate] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -86,6 +88,7 @@ class LambdaFit:
             "base": [_estimate_of(e) for e in state["base"]],
             "attained": [_estimate_of(e) for e in state["attained"]],
             "kl": _estimate_of(state["kl"]),
+            "log_z": _estimate_of(state["log_z"]) if "log_z" in state else Estimate(math.nan, math.nan),
             "pointwise": {name: _estimate_of(e) for name, e in state["pointwise"].items()},
         }
         return LambdaFit(**{**state, **numbers, **made})
@@ -280,6 +283,7 @@ def fit_lambda(
         base=_moments(phi, log_b, dense, contexts),
         attained=_moments(phi, log_weight, dense, contexts),
         kl=_kl(phi, log_u, log_ratio, dense, each),
+        log_z=_from_influence(log_z.mean() + mu @ lambda_, log_u.exp() - 1, each),
         source="a" if of == "the base" else "q",
         ess=ess,
         n=n,

@@ -12,6 +12,8 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
 from transformers.utils import logging
 
+from ..unseen import said
+
 logger = logging.get_logger(__name__)
 
 
@@ -147,6 +149,8 @@ def log_line(step: int, logs: Mapping[str, Any]) -> str:
         value, error = number(key), number(f"{key}_stderr")
         return f"{value} ± {error}" if error else value
 
+    missing = {k.split("/", 1)[1]: v for k, v in logs.items() if k.startswith(f"{prefix}unseen/")}
+    unknown = f"unknown: {said(missing)}" if missing else ""
     of = f" of {prefix[5:-1]}" if len(prefix) > 5 else ""
     parts = [f"step {step:4d}" + (f" evaluation{of}" if evaluation else "")]
     for key in logs:
@@ -158,7 +162,12 @@ def log_line(step: int, logs: Mapping[str, Any]) -> str:
                        ("swaps", "swaps"), ("runtime", "seconds")):  # fmt: skip
         if prefix + key in logs and not (key == "runtime" and not evaluation):
             form = {"z": "#.4g", "ess": ".0f", "swaps": ".0f", "runtime": ".1f"}.get(key)
-            parts.append(f"{title} {number(key, form) if form else with_error(key)}")
+            shown = number(key, form) if form else with_error(key)
+            if key == "kl_policy" and unknown:
+                shown = unknown
+            if key == "ess" and "sequences" in logs:
+                shown = "unknown" if unknown else f"{shown} of {logs['sequences']:.0f}"
+            parts.append(f"{title} {shown}")
     if "seconds_sampling" in logs:
         seconds = "  ".join(f"{what} {logs[f'seconds_{what}']:.2f}" for what in ("sampling", "scoring", "policy"))
         parts.append(f"seconds: {seconds}")

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from ..kernels import warn_caller
+
 STATE, MANIFEST, SHARDS = "dmfast_state.pt", "dmfast_manifest.json", "dmfast_proposal"
 _STAGING = "_being-written"
 FSDP, SPREAD = "FSDP", "a distributed_config"  # how the parameters of a run may be sharded
@@ -63,7 +65,7 @@ def _in_order(output_dir: Path) -> list[Path]:
 
 
 def to_resume(wanted: str | bool, output_dir: Path) -> Path:
-    """Return the folder to resume from: the named one, or with True the newest one of the run.
+    """Return the folder to resume from: the named one, also by its name in the run, or with True the newest of the run.
 
     Raises:
         ValueError: there is no checkpoint, or it is truncated; the message names the newest whole one.
@@ -73,8 +75,11 @@ def to_resume(wanted: str | bool, output_dir: Path) -> Path:
         if not checkpoints:
             raise ValueError(f"resume_from_checkpoint=True, but there is no checkpoint in {output_dir}")
         folder = checkpoints[0]
+        _warn_of_another_run(checkpoints)
     else:
         folder = Path(str(wanted))
+        if not folder.is_dir() and (output_dir / folder).is_dir():  # checkpoint-40 of the run
+            folder = output_dir / folder
         checkpoints = checkpoints or _in_order(folder.parent)
     wrong = fault(folder)
     if wrong is None:
@@ -84,6 +89,29 @@ def to_resume(wanted: str | bool, output_dir: Path) -> Path:
         f"the newest whole one is {whole}: pass resume_from_checkpoint={str(whole)!r}" if whole else "no other is whole"
     )
     raise ValueError(f"the checkpoint {folder} can't be resumed from: {wrong}; {hint}")
+
+
+def _warn_of_another_run(checkpoints: list[Path]) -> None:
+    """Warn where the checkpoint of the highest step, the first of them, was written before another one."""
+    written = {folder: (folder / MANIFEST).stat().st_mtime for folder in checkpoints if (folder / MANIFEST).is_file()}
+    last = max(written, key=lambda folder: written[folder], default=checkpoints[0])
+    if checkpoints[0] in written and written[checkpoints[0]] < written[last]:
+        warn_caller(
+            f"the run goes on from {checkpoints[0]}, which has the highest step, although {last} was written later, "
+            "probably by another run into the same folder; to go on with that, pass "
+            f"resume_from_checkpoint={str(last)!r}"
+        )
+
+
+def warn_of_earlier_run(output_dir: Path) -> None:
+    """Warn where a run that starts anew finds checkpoints of another one in its folder."""
+    found = _in_order(output_dir)
+    if found:
+        warn_caller(
+            f"this run starts anew, and {output_dir} has {found[0].name} of an earlier one, from which "
+            "resume_from_checkpoint=True would go on while its step is the highest; give each run an output_dir of its "
+            "own, or remove the old checkpoints"
+        )
 
 
 @contextmanager

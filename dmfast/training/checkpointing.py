@@ -11,11 +11,12 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
-from ..estimators import PartitionFunctions
+from ..kernels import warn_caller
 from ..matcher import Matcher
 from ..models import LanguageModel
 from ..proposal import OfflineProposal
-from . import checkpoint, deepspeed, distributed_config
+from ..tensors import address
+from . import checkpoint, deepspeed, distributed_config, resume
 from .card import model_card
 from .data import Contexts
 from .saving import save_plainly
@@ -41,6 +42,8 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
     _push_later: bool = False
     _random_state_of: str | None = None  # the checkpoint to go on from, until its random state is there
     _model_step: int | None = None  # where it is not the last one
+    _changes: dict[str, tuple[Any, Any]]  # of the settings since the checkpoint to go on from
+    brings_optimizer: bool  # whether the optimiser is not made from the arguments
 
     def _load_best_model(self) -> None:
         if self._is_spread:
@@ -109,15 +112,26 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
             self.load_state_dict(state)
         return found
 
+    def resumable_state(self, folder: Path) -> dict[str, Any]:
+        """Return what a checkpoint holds of dmfast's own, without shards of q, and change nothing.
+
+        Raises:
+            ValueError: it can't be read, the run was sharded in another way, or a setting has changed that its state
+                depends on.
+        """
+        state = checkpoint.load_state(folder, self.args.device)
+        checkpoint.check_kind(state, folder, self._sharding)
+        deepspeed.refuse_state(state, folder, self.accelerator)
+        self._refuse_changes(state, folder)
+        return state
+
     def _state_in(self, folder: Path) -> dict[str, Any]:
         """Return dmfast's part of a checkpoint of a run like this one.
 
         Raises:
             ValueError: it can't be read, or the run was sharded in another way.
         """
-        state = checkpoint.load_state(folder, self.args.device)
-        checkpoint.check_kind(state, folder, self._sharding)
-        deepspeed.refuse_state(state, folder, self.accelerator)
+        state = self.resumable_state(folder)
         if not self._sharding or self.proposal is None or state["matcher"]["proposal"] is None:
             return state
         of_q = self.proposal.state_dict()["model"]
@@ -125,6 +139,13 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
             return checkpoint.load_shards(state, folder, of_q)
         parts = distributed_config.load_parts(folder, self.args.process_index, self.model)
         return checkpoint.with_proposal(state, distributed_config.proposal_of(parts, of_q))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # a file holds tied parameters by one of their names, and loading that one has loaded all
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        loaded = {address(p) for name, p in named.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if name not in named or address(named[name]) not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     @property
     def _sharding(self) -> str | None:
@@ -144,7 +165,19 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self._is_spread or checkpoint is None:
+        if checkpoint is None:
+            return
+        if self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self._load_optimizer_states(checkpoint)
+        resume.set_hyperparameters(
+            self.optimizer, self.lr_scheduler, fresh, self._changes, kept=self.brings_optimizer
+        )  # fmt: skip
+
+    def _load_optimizer_states(self, checkpoint: str) -> None:
+        if not self._is_spread:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         folder = Path(checkpoint)
@@ -153,23 +186,52 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return dmfast's part of a checkpoint: the matcher's state, and the prompts that its Z belong to."""
-        return {"contexts": self._rows.digest, "matcher": self.matcher.state_dict()}
+        """Return dmfast's part of a checkpoint: the matcher's state, the prompts that its Z belong to, the settings."""
+        return {
+            "contexts": self._rows.digest,
+            "matcher": self.matcher.state_dict(),
+            "settings": resume.settings_of(cast("DMTrainer", self)),
+        }
+
+    def _changes_since(self, state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Return the settings that are others than in a checkpoint's state; none where it has not recorded them."""
+        return resume.changed(state.get("settings", {}), resume.settings_of(cast("DMTrainer", self)))
+
+    def _refuse_changes(self, state: dict[str, Any], folder: object) -> None:
+        kind = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
+        resume.refuse(
+            self._changes_since(state), folder, deepspeed=bool(self.is_deepspeed_enabled),
+            scheduler="" if self.brings_optimizer else kind,
+        )  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that ``state_dict`` returned.
+        """Restore the state that ``state_dict`` returned. A warning says which settings differ and what comes of it.
 
         Raises:
             ValueError: the state is of an on-policy run and this run is offline, or the reverse; it is of another
-                target; or it has a format that this version of dmfast does not read.
+                target; a setting has changed that its parts depend on (``training/resume.py``); or it has a format that
+                this version of dmfast does not read.
             RuntimeError: the state is of another model. Nothing has changed then.
         """
         state = checkpoint.upgraded(state)
-        matcher = state["matcher"]
+        changes, steered = self._changes_since(state), self.matcher.settings.steered is not None
+        self._refuse_changes(state, "the checkpoint")
+        matcher = resume.renewed(state["matcher"], changes, steered=steered)
         if state["contexts"] != self._rows.digest:
             warnings.warn("the checkpoint is of a run on other prompts: Z of each context starts anew", stacklevel=2)
-            matcher = matcher | {"running": matcher["running"] | {"partitions": PartitionFunctions().state_dict()}}
+            matcher = resume.without_z(matcher)
+        given = self.target.lambda_.tolist()
         self.matcher.load_state_dict(matcher)
+        self._changes = changes
+        said = resume.describe(changes, steered=steered)
+        if not self.args.refit_ess and self.target.lambda_.tolist() != given:
+            warn_caller(
+                f"the checkpoint's lambda of {', '.join(map(repr, self.target.moment_names))} is kept, "
+                f"{self.target.lambda_.tolist()}, and not what this run's target was given, {given}: Z, estimates and "
+                "the policy so far are of the former"
+            )
+        if said:
+            warn_caller(said)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as transformers does, and under FSDP whole, whatever a checkpoint holds. All ranks call it."""

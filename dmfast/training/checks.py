@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from .. import sharding
+from ..kernels import warn_caller
 from ..models import LanguageModel
 from ..objectives import TARGET_OBJECTIVES
 from ..prompts import text_part
 from ..ranks import Ranks
 from ..seeds import seed_for
 from ..targets import EBM
+from ..tensors import address
 from . import deepspeed, fsdp
 from .card import SETTINGS
 from .config import DMConfig, refuse_parallelism
@@ -42,6 +48,11 @@ def refuse_arguments(args: TrainingArguments) -> None:
             f"DMTrainer does not run under DataParallel ({args.n_gpu} GPUs in one process); start one process per "
             "GPU with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES"
         )
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError(
+            "fp16=True has no effect on a CPU, which would train in float32 without a word; take bf16=True, or leave "
+            "it out"
+        )
     refused = {
         "auto_find_batch_size": args.auto_find_batch_size,
         "label_smoothing_factor": args.label_smoothing_factor != 0,
@@ -61,6 +72,78 @@ def refuse_arguments(args: TrainingArguments) -> None:
             "load_best_model_at_end and save_strategy='best' need metric_for_best_model, one of what evaluate() gives: "
             "kl_policy, kl_policy_base, phi/<feature>, and with several eval sets <name>_kl_policy and so on; got "
             f"{args.metric_for_best_model!r}. An evaluation has no loss"
+        )
+
+
+def check_environment(args: DMConfig, *, own_optimizer: bool = False) -> None:
+    """Check what a run needs beside its model, before anything is loaded or drawn.
+
+    Args:
+        args: of the run.
+        own_optimizer: whether the arguments do not say which optimiser it is.
+
+    Raises:
+        ImportError: a package of ``report_to`` or ``optim`` is not installed.
+        ValueError: ``report_to`` or ``optim`` is unknown.
+        OSError: nothing can be written into ``output_dir``.
+    """
+    for each in get_reporting_integration_callbacks(args.report_to):
+        try:
+            each()
+        except (ImportError, RuntimeError, AssertionError, ValueError) as error:
+            raise ImportError(f"report_to={args.report_to!r} needs a package that is not installed: {error}") from error
+    if not own_optimizer:
+        _check_optimizer(args)
+    if args.should_save:
+        check_writable(Path(args.output_dir))
+
+
+def _check_optimizer(args: DMConfig) -> None:
+    of_a_model = ("galore", "apollo", "lomo", "flash")  # transformers makes these of the model's own parameters
+    name = str(getattr(args.optim, "value", args.optim))
+    if name.startswith(of_a_model) or name.startswith("adalomo"):
+        return
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise type(error)(f"optim={name!r} can't be made: {error}") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Check that files can be written into a folder, which is made where it is not there.
+
+    Raises:
+        OSError: they can't; the message names the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise OSError(f"nothing can be written into output_dir={str(folder)!r}: {error.strerror or error}") from error
+
+
+def check_space(folder: Path, model: nn.Module, *, checkpoints: bool) -> None:
+    """Check that a disk has room for a model, and for one checkpoint where some are to be written.
+
+    Args:
+        folder: where they are written.
+        model: what is saved. Of a PEFT model that is its adapter, which needs no check.
+        checkpoints: whether there are any: each holds the model, two moments of Adam and q.
+
+    Raises:
+        OSError: it has not; the message has both sizes.
+    """
+    if hasattr(model, "peft_config"):
+        return
+    parameters = {address(p): p.numel() * p.element_size() for p in model.parameters() if not sharding.is_shard(p)}
+    needed = sum(parameters.values()) * (5 if checkpoints else 1)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        what = "the model and a checkpoint with optimiser and q" if checkpoints else "the model"
+        raise OSError(
+            f"output_dir={str(folder)!r} has {free / 1e9:.2g} GB free, and {what} need {needed / 1e9:.2g} GB: free "
+            "some, choose another folder" + (", or set save_strategy='no'" if checkpoints else "")
         )
 
 
@@ -95,6 +178,13 @@ def check_fit(
         )
     if not has_prompts and args.max_steps <= 0:
         raise ValueError("without a train_dataset there are no epochs to count: set max_steps in DMConfig")
+    warmup = args.get_warmup_steps(args.max_steps) if args.lr_scheduler_type != "constant" else 0
+    if 0 < args.max_steps <= warmup:
+        warn_caller(
+            f"the warm-up takes {warmup} steps (warmup_steps={args.warmup_steps:g}) and the run {args.max_steps} "
+            f"(max_steps): it ends before it has come to learning_rate={args.learning_rate:g}; lower warmup_steps or "
+            "raise max_steps"
+        )
     if contexts > 1 and (args.samples_per_context or 1) < 2 and objective in TARGET_OBJECTIVES:
         warnings.warn(
             "with one sample per context (DMConfig.samples_per_context) a context's first visit estimates its Z "

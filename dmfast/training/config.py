@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import SchedulerType, TrainingArguments
 
 from ..diagnostics import nltk
@@ -40,6 +41,22 @@ def refuse_parallelism(args: TrainingArguments) -> None:
             "tried with DMTrainer: leave it out, so that all processes share one set of shards, or load the model with "
             "a DistributedConfig(dp_replicate_size=..., fsdp_size=...)"
         )
+
+
+def refuse_absent_device(name: str, device: str | None) -> None:
+    """Refuse a device that this machine does not have.
+
+    Raises:
+        ValueError: torch can't put a tensor there; the message names the argument.
+    """
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"{name} must be a device that this machine has, such as 'cpu', got {device!r}: {error}"
+        ) from error
 
 
 @dataclass
@@ -184,9 +201,12 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             ("max_new_tokens", self.max_new_tokens), ("temperature", self.temperature),
             ("samples_per_context", self.samples_per_context), ("sampling_batch_size", self.sampling_batch_size),
             ("eval_samples", self.eval_samples), ("proposal_interval", self.proposal_interval),
+            ("per_device_train_batch_size", self.per_device_train_batch_size),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps),
         ):  # fmt: skip
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value!r}")
+        refuse_absent_device("proposal_device", self.proposal_device)
         for name in ("log_samples", "gradient_variance_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)!r}")
@@ -266,8 +286,6 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
                 "draws have the engine's log-probabilities, which differ by its rounding; leave on_policy out: with "
                 "proposal_criterion='interval' and proposal_interval=1 the engine gets pi after every step"
             )
-        if self.fsdp:
-            raise ValueError(f"sampler={self.sampler!r} does not run under FSDP yet: an engine needs whole parameters")
         if self.sampler == "vllm" and self.world_size > 1:
             raise ValueError(
                 "sampler='vllm' does not run in several processes, whose process group vLLM's own would meet: start a "

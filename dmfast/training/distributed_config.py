@@ -88,8 +88,11 @@ def refuse_model(model: Any, base: Any, args: TrainingArguments, peft_config: An
         "fsdp": "it is sharded already, or load it without",
         "fp16": "that was not tried; take bf16=True",
     }
-    if args.sampler != "model":
-        refused["sampler"] = "another engine needs whole parameters; leave it out"
+    if args.sampler != "model" and _sizes(config)[2] > 1:
+        refused["sampler"] = (
+            "the processes among which tensor parallelism cuts it need the same sequences, and each would draw its own "
+            "from the engine; leave tp_size out, or sampler"
+        )
     for name, why in refused.items():
         if getattr(args, name):
             raise ValueError(
@@ -171,9 +174,10 @@ def proposal_of(parts: Mapping[str, Any], mine: Mapping[str, Tensor]) -> dict[st
         RuntimeError: they are of another model.
     """
     found = parts["proposal"]
-    if found.keys() != mine.keys() or any(found[name].shape != sharding.local(mine[name]).shape for name in found):
+    # one of before has tied parameters by each of their names
+    if not mine.keys() <= found.keys() or any(found[name].shape != sharding.local(mine[name]).shape for name in mine):
         raise RuntimeError("the checkpoint does not hold the parameters of this proposal: it is of another model")
-    return {name: _part_of(value, mine[name]) for name, value in found.items()}
+    return {name: _part_of(found[name], of_q) for name, of_q in mine.items()}
 
 
 def _parameters(optimizer: Any) -> list[Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+from ..families import without_adapters
 from ..models import LanguageModel
 from ..sampling import AsyncSampler, EngineError, Sampler, make
 from ..sampling.engine import Engine
+from . import fsdp
 from .config import DMConfig
 from .data import Contexts
 
@@ -16,10 +18,16 @@ def engine_of(args: DMConfig, policy: LanguageModel, rows: Contexts) -> Engine |
     """Return the engine that draws from q, connected or started; None: the proposal's own copy draws.
 
     Raises:
-        ValueError, EngineError, ImportError: as ``dmfast.sampling.make``; the engine can't draw as the run asks.
+        ValueError, EngineError, ImportError: as ``dmfast.sampling.make``; the engine can't draw as the run asks, or the
+            policy has an adapter under FSDP.
     """
     if args.sampler == "model":
         return None
+    if fsdp.asked(args) is not None and without_adapters(policy.model) is not policy.model:
+        raise ValueError(
+            f"sampler={args.sampler!r} gets an adapter merged into its base, which was not tried under FSDP: train the "
+            "whole model, or without FSDP"
+        )
     options: dict[str, Any] = dict(cast("dict[str, Any]", args.sampler_options) or {})
     if args.sampler != "vllm":
         # a push to the hub leaves out what begins with _

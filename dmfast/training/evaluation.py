@@ -15,6 +15,7 @@ from ..models import LanguageModel
 from ..samples import Prompt, Samples
 from ..seeds import seed_for
 from ..targets import EBM
+from ..unseen import unknown, unseen
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,7 @@ class Evaluation:
         samples: the N samples of this rank.
         log_base: (N,) fp64, log a(x).
         features: (N, F + M) fp64: the moments, then the monitored features, with these ``names``.
+        missing: the moments whose feature had one value in all samples, with it; KL(p||pi) is unknown then (NaN).
         estimates: the estimates over all ranks.
     """
 
@@ -33,6 +35,7 @@ class Evaluation:
     features: Tensor
     names: list[str]
     estimates: dict[str, Estimate]
+    missing: dict[str, float]
 
     def across_contexts(self, n: int) -> Tensor:
         """Return the places of at most n sequences: the first of every context, then the second of each, ..."""
@@ -114,8 +117,10 @@ def examine(
     found = dict(zip(columns_of, estimate_moments(columns, torch.zeros_like(columns[:, 0])), strict=True))
     contexts, log_target, log_prob = gather(x.context_id), gather(scores.log_target), gather(x.log_prob)
     log_z = PartitionFunctions().updated(contexts, log_target, log_prob).log_z(contexts)
-    found["kl_policy"] = estimate(log_prob, log_prob, log_target, log_z, z_of=contexts).kl_policy
-    evaluation = Evaluation(x, log_base, features, names, found)
+    estimates = estimate(log_prob, log_prob, log_target, log_z, z_of=contexts)
+    missing = unseen(columns, target.wanted)
+    found["kl_policy"] = (unknown(estimates) if missing else estimates).kl_policy
+    evaluation = Evaluation(x, log_base, features, names, found, missing)
     if texts:
         shown = gather_texts(x[evaluation.across_contexts(texts)].text)
         found |= diversity(shown[:texts])

@@ -2,7 +2,7 @@
 
     model: tiny-bios                # or a folder, or a name on the hub
     prompts: null                   # null: the empty context; a list of strings or of chats (lists of messages); a
-                                    # .txt (one a line) or .jsonl file
+                                    # .txt (one a line), .jsonl, .csv or .parquet file with a column prompt
     stop: null                      # a sequence ends in EOS; with stop: "\\n" also in a token that has a newline
     chat_template_kwargs: null      # what the chat template gets besides the messages: {enable_thinking: false}
     constraints:                    # pointwise ones, and moments
@@ -19,12 +19,13 @@
     evaluate: {samples: 2048}       # of the model before and after
 
 The command writes into ``train.output_dir``: the model, ``log.json`` (machine, recipe, before, after, every step) and
-``report.png``.
+``report.png``. Its last line says whether the run came to its target, and by which criterion.
 """
 
 from __future__ import annotations
 
 import copy
+import csv
 import difflib
 import importlib
 import json
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import set_seed
 
 from .. import __version__, adapters
@@ -43,7 +45,8 @@ from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moment
 from ..models import LanguageModel
 from ..samples import Samples
 from ..targets import EBM, Classifier, Contains, Feature, Moment, Reward, Scorer
-from . import report
+from . import checkpoint, report
+from .checks import check_alike, check_environment, refuse_arguments
 from .config import DMConfig
 from .data import Contexts
 from .evaluation import evaluate
@@ -106,8 +109,9 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
     for f in fields(DMConfig):
         if f.type in (float, "float", "float | None") and isinstance(recipe["train"].get(f.name), str):
             recipe["train"][f.name] = _number(recipe["train"][f.name], f"train.{f.name}")
-    _check_keys(recipe.get("fit") or {}, ("n", "seed", "batch_size"), "fit")
+    _check_keys(recipe.get("fit") or {}, ("n", "seed", "batch_size", "max_stderr"), "fit")
     _check_keys(recipe.get("evaluate") or {}, ("samples", "seed", "batch_size"), "evaluate")
+    _check_sizes(recipe)
     for each in recipe["constraints"]:
         constraint(each)
     for each in recipe.get("monitor") or []:
@@ -117,6 +121,22 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
     if recipe.get("lora"):
         _lora_config(recipe["lora"])
     return recipe
+
+
+def _check_sizes(recipe: Mapping[str, Any]) -> None:
+    """Check the numbers of samples of the fit and the evaluation.
+
+    Raises:
+        RecipeError: one is not a positive integer.
+    """
+    for where in ("fit", "evaluate"):
+        for key, value in (recipe.get(where) or {}).items():
+            if (
+                key in ("n", "samples", "batch_size")
+                and value is not None
+                and not (isinstance(value, int) and value > 0)
+            ):
+                raise RecipeError(f"{where}.{key} must be a positive integer, got {value!r}")
 
 
 def _lora_config(arguments: Any) -> Any:
@@ -211,10 +231,39 @@ def _prompts(prompts: Any) -> Any:
         return prompts
     path = Path(prompts).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) if path.suffix == ".jsonl" else line for line in lines if line]
-    except (OSError, ValueError) as error:
+        return _read_prompts(path)
+    except (OSError, ValueError, ImportError) as error:
         raise RecipeError(f"prompts: can't read {path}: {error}") from error
+
+
+def _read_prompts(path: Path) -> list[Any]:
+    """Return the rows of a file of prompts.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it has another kind or another form; the message names the line.
+        ImportError: a .parquet file without pyarrow.
+    """
+    if path.suffix == ".parquet":
+        parquet = importlib.import_module("pyarrow.parquet")
+        rows: list[Any] = parquet.read_table(path).to_pylist()
+        return rows
+    if path.suffix not in (".txt", ".jsonl", ".csv", ""):
+        raise ValueError(f"a file of prompts is .txt (one a line), .jsonl, .csv or .parquet, got {path.suffix!r}")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".csv":
+        table = csv.DictReader(text.splitlines(keepends=True))
+        if "prompt" not in (table.fieldnames or ()):
+            raise ValueError(f"its first line must name a column 'prompt', got {', '.join(table.fieldnames or ())}")
+        return list(table)
+    if path.suffix != ".jsonl":
+        return [line for line in text.split("\n") if line]
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number} is no JSON: {error}") from error
     return rows
 
 
@@ -297,13 +346,16 @@ def _model_and_base(
 
 def prepare(
     recipe: dict[str, Any], *, fitted: Mapping[str, Any] | None = None,
-    reward: Callable[[Samples], Any] | None = None, say: Callable[[Any], None] = print,
+    reward: Callable[[Samples], Any] | None = None, resume: str | bool = False, say: Callable[[Any], None] = print,
 ) -> DMTrainer:  # fmt: skip
     """Build the trainer of a recipe that ``read`` has checked, with its policy, its base and its fitted target.
+
+    Everything that can be refused is refused before the first sample is drawn.
 
     Args:
         fitted: the ``state_dict`` of an ``EBM`` with these constraints, whose lambda is taken. Default: lambda is
             fitted.
+        resume: as in ``run``: lambda is then the checkpoint's.
         reward: a callable on ``Samples`` in place of the recipe's reward.
         say: prints a line.
 
@@ -311,6 +363,9 @@ def prepare(
         RecipeError, ValueError: as ``read``, ``EBM.fit``, ``DMTrainer``.
     """
     args = DMConfig(**{"output_dir": "dmfast_output", **recipe["train"]})
+    refuse_arguments(args)
+    check_environment(args)
+    folder = None if not resume else checkpoint.to_resume(resume, Path(args.output_dir))
     set_seed(args.seed)  # the adapter's initial weights depend on it
     policy = load(
         recipe["model"], dtype=recipe.get("dtype") or "float32", stop=recipe.get("stop"),
@@ -329,6 +384,13 @@ def prepare(
         if isinstance(scorer, Classifier):
             scorer.model.to(args.device)
     say(f"dmfast {__version__}: {target}, {args.objective}, {args.max_steps} steps, model {recipe['model']}")
+    if not target.fitted:
+        target.lambda_ = [0.0] * len(target.moment_names)  # any will do until the trainer has checked all else
+    trainer = DMTrainer(model, target, args, train_dataset=rows, processing_class=policy.tokenizer, reward=reward)
+    if folder is not None:
+        state = checkpoint.upgraded(trainer.resumable_state(folder))
+        fitted = state["matcher"]["target"]
+        say(f"going on from {folder}, with its lambda")
     if fitted is None:
         fit = {"batch_size": args.sampling_batch_size, **(recipe.get("fit") or {})}
         data = Contexts(rows, "prompts")
@@ -340,27 +402,29 @@ def prepare(
             temperature=args.temperature,
             **fit,
         )
+        check_alike(trainer._ranks.processes, trainer.policy, target, args, data.digest, weights=False)
     else:
         target.load_state_dict(dict(fitted))
     say(str(target.report))
-    return DMTrainer(model, target, args, train_dataset=rows, processing_class=policy.tokenizer, reward=reward)
+    return trainer
 
 
 def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[Any], None] = print) -> dict[str, Any]:
     """Run a recipe that ``read`` has checked.
 
     Args:
-        resume: a checkpoint's folder, or True for the newest one in ``train.output_dir``.
+        resume: a checkpoint's folder, or its name in ``train.output_dir``, or True for the newest one there.
         say: prints a line or a rich table.
 
     Returns:
         The contents of ``log.json``.
 
     Raises:
-        RecipeError, ValueError: as ``read``, ``EBM.fit``, ``DMTrainer``.
+        RecipeError, ValueError, ImportError: as ``read``, ``EBM.fit``, ``DMTrainer``.
+        OSError: as ``DMTrainer``; the model could not be saved, and all else is written.
     """
     start = time.perf_counter()
-    trainer = prepare(recipe, say=say)
+    trainer = prepare(recipe, resume=resume, say=say)
     args, target = trainer.args, trainer.target
     out = Path(args.output_dir)
     rows = _prompts(recipe.get("prompts"))
@@ -381,19 +445,25 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
     training = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume or None)
     training = time.perf_counter() - training
-    trainer.save_model()
+    not_saved: OSError | SafetensorError | None = None
+    try:
+        trainer.save_model()
+    except (OSError, SafetensorError) as error:  # raised below, when what the run has found is written
+        not_saved = error
     x_after, after = now(trainer.policy)
+    ideal = _ideal(target, x_before)
     log: dict[str, Any] = {
         "machine": report.machine(),
         "recipe": recipe,
         "target": target.describe(),
         "before": before,
         "after": after,
-        "ideal": _ideal(target, x_before),
+        "ideal": ideal,
         "swaps": trainer.proposal.swaps if trainer.proposal else 0,
         "steps": trainer.state.global_step,
         "seconds_training": training,
         "seconds_all": time.perf_counter() - start,
+        "verdict": report.verdict(before, after, ideal, [*target.moment_names, *target.pointwise_names]),
         "samples_before": x_before.text[:20],
         "samples_after": x_after.text[:20],
         "history": [h for h in trainer.state.log_history if "train_runtime" not in h],
@@ -405,7 +475,13 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
                     wanted={m["name"]: m["value"] for m in log["target"]["moments"]})  # fmt: skip
         report.write(log, out)
         say(f"{log['swaps']} swaps of q, training {training:.0f} s, all {log['seconds_all']:.0f} s; "
-            f"wrote {out}/log.json, {out}/report.png and the model")  # fmt: skip
+            f"wrote {out}/log.json, {out}/report.png" + ("" if not_saved else " and the model"))  # fmt: skip
+        say(log["verdict"])
+    if not_saved is not None:
+        raise OSError(
+            f"the model could not be written into {out}: {not_saved}. log.json and report.png are there; free some "
+            "space, and where there is a checkpoint, go on from it with --resume"
+        ) from not_saved
     return log
 
 

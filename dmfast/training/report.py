@@ -14,6 +14,7 @@ import torch
 
 from .. import __version__, kernels
 from ..estimators import Estimate
+from ..unseen import said
 
 
 def machine() -> dict[str, Any]:
@@ -139,8 +140,71 @@ def table(log: Mapping[str, Any]) -> Any:
 
     for name, before in log["before"].items():
         title = f"E[{name[4:]}]" if name.startswith("phi/") else titles[name]
-        table.add_row(title, *map(shown, (before, log["after"][name], log["ideal"].get(name))))
+        cells = [shown(before), shown(log["after"][name]), shown(log["ideal"].get(name))]
+        if name == "kl_policy":
+            cells[:2] = [_unknown(log, key) or cell for key, cell in zip(("before", "after"), cells[:2], strict=True)]
+        table.add_row(title, *cells)
     return table
+
+
+def _unknown(log: Mapping[str, Any], key: str) -> str | None:
+    """Return why KL(p||pi) is not known, where a moment had one value in all samples."""
+    if not math.isnan(log[key]["kl_policy"].value):
+        return None
+    names = [m["name"] for m in log.get("target", {}).get("moments", [])]
+    never = {name: log[key][f"phi/{name}"] for name in names}
+    missing = {name: e.value for name, e in never.items() if e.stderr == 0}
+    return f"unknown: {said(missing)}" if missing else None
+
+
+_LEFT, _KL = 0.1, 0.25  # what may be left of the way; by how much KL(pi||a) may be off
+
+
+def verdict(
+    before: Mapping[str, Estimate], after: Mapping[str, Estimate], ideal: Mapping[str, Estimate], names: Sequence[str]
+) -> str:
+    """Say whether a run came to its target, and by which criterion.
+
+    Each feature must have come nine tenths of the way from where it began to where p has it, and KL(pi||a) must be
+    within a quarter of KL(p||a). Two standard errors are allowed beyond either.
+
+    Args:
+        before, after, ideal: the measures of the policy at the start, at the end, and of p.
+        names: the features that are constrained.
+    """
+    wrong, right = [], []
+    for name in names:
+        now, wanted = after[f"phi/{name}"], ideal[f"phi/{name}"]
+        gap, way = abs(now.value - wanted.value), abs(before[f"phi/{name}"].value - wanted.value)
+        allowed = _LEFT * way + 2 * _error_of(now, wanted)
+        said = f"E[{name}] is {now}, wanted {wanted.value:.4g}"
+        if not gap <= allowed:  # NaN is no match
+            wrong.append(f"{said}, which may differ by {allowed:.2g}")
+        else:
+            right.append(said)
+    now, wanted = after["kl_policy_base"], ideal["kl_policy_base"]
+    allowed = _KL * wanted.value + 2 * _error_of(now, wanted)
+    said = f"KL(π‖a) is {now}, ideal {wanted.value:.4g}"
+    if not abs(now.value - wanted.value) <= allowed:
+        hint = " (the policy has moved in ways that nobody asked for)" if now.value > wanted.value else ""
+        wrong.append(f"{said}, which may differ by {allowed:.2g}{hint}")
+    else:
+        right.append(said)
+    criterion = (
+        "Criterion: each E has come nine tenths of its way, KL(π‖a) is within a quarter of KL(p‖a), "
+        "each give or take two standard errors."
+    )
+    if wrong:
+        return (
+            f"The run did not come to its target: {'; '.join(wrong)}. Try more steps, a lower learning rate where "
+            f"KL(π‖a) is too large, or more sequences a step. {criterion}"
+        )
+    return f"The policy matches the target: {'; '.join(right)}. {criterion}"
+
+
+def _error_of(*estimates: Estimate) -> float:
+    """Return the standard error of a difference; an error that is not known counts as none."""
+    return math.hypot(*(e.stderr for e in estimates if math.isfinite(e.stderr)))
 
 
 def samples_table(before: Sequence[str], after: Sequence[str]) -> Any:

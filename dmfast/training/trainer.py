@@ -47,7 +47,15 @@ from . import checkpoint, deepspeed, distributed_config, engines, fsdp
 from . import samples as samples_table
 from .callbacks import EpochOrder, Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
 from .checkpointing import CheckpointingTrainer
-from .checks import check_alike, check_fit, refuse_arguments, warn_of_generation_config, with_pad_token
+from .checks import (
+    check_alike,
+    check_environment,
+    check_fit,
+    check_space,
+    refuse_arguments,
+    warn_of_generation_config,
+    with_pad_token,
+)
 from .config import DMConfig
 from .data import ContextLoader, Contexts, StepSampler, contexts_of, eval_contexts
 from .evaluation import examine
@@ -90,6 +98,8 @@ class DMTrainer(CheckpointingTrainer):
             objective lacks its reward, the processes do not train the same thing, DataParallel is asked for, FSDP or
             DeepSpeed in a way that was not tried or that the launcher did not give, or the model was spread over
             processes in a way that was not tried.
+        ImportError: a package of ``args.report_to`` or ``args.optim`` is missing.
+        OSError: ``args.output_dir`` can't be written into, or its disk has no room for the model.
     """
 
     control: TrainerControl
@@ -117,6 +127,7 @@ class DMTrainer(CheckpointingTrainer):
         if not isinstance(args, DMConfig):
             raise TypeError(f"args must be a dmfast.DMConfig, got {type(args).__name__}")
         refuse_arguments(args)
+        check_environment(args, own_optimizer=optimizers[0] is not None or optimizer_cls_and_kwargs is not None)
         distributed_config.refuse_model(model, getattr(getattr(target, "base", None), "model", None), args, peft_config)
         self._rows, self._has_prompts = Contexts(train_dataset), train_dataset is not None
         self._eval_rows = self._rows if eval_dataset is None else eval_contexts(eval_dataset)
@@ -137,6 +148,8 @@ class DMTrainer(CheckpointingTrainer):
             logits_dtype=target.base.logits_dtype,
         )  # fmt: skip
         check_trainable(self.policy)
+        if args.should_save:
+            check_space(Path(args.output_dir), model, checkpoints=args.save_strategy != "no")
         check_fit(self.policy, target, args, len(self._rows), settings.built_in, has_prompts=self._has_prompts)
         sets = list(self._eval_rows.values()) if isinstance(self._eval_rows, dict) else [self._eval_rows]
         for rows in {id(each): each for each in (self._rows, *sets)}.values():
@@ -147,6 +160,7 @@ class DMTrainer(CheckpointingTrainer):
         self._interrupt = Interrupt()
         jit, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False  # handled only while train() runs
         only_model, self._is_spread = args.save_only_model, distributed_config.is_spread(model)
+        self._changes, self.brings_optimizer = {}, optimizers[0] is not None or optimizer_cls_and_kwargs is not None
         if self._is_spread:
             args.save_only_model = True  # transformers refuses to write the optimiser, which is written here
         try:
@@ -353,6 +367,8 @@ class DMTrainer(CheckpointingTrainer):
                 # what is done in some steps only takes no time in the others
                 mean = sum(values) / (len(self._metrics) if key.startswith("seconds_") else len(values))
                 logs[key] = sum(values) if key in sums else mean if key.startswith(means) else values[-1]
+            for key in [key for key in logs if key.startswith("unseen/") and key not in self._metrics[-1]]:
+                del logs[key]  # it was seen since
             self._metrics = []
         super().log(logs, start_time)
 
@@ -411,6 +427,7 @@ class DMTrainer(CheckpointingTrainer):
             metrics[f"{prefix}_{name}"] = estimate.value
             if name not in ("length", "finished", "self_bleu_5"):
                 metrics[f"{prefix}_{name}_stderr"] = estimate.stderr
+        metrics |= {f"{prefix}_unseen/{name}": value for name, value in found.missing.items()}
         metrics[f"{prefix}_runtime"] = time.perf_counter() - start
         self.log(metrics)
         if args.log_samples and self.is_world_process_zero():
@@ -446,6 +463,9 @@ class DMTrainer(CheckpointingTrainer):
             )
         if resume_from_checkpoint:
             resume_from_checkpoint = str(checkpoint.to_resume(resume_from_checkpoint, Path(self.args.output_dir)))
+        elif self.is_world_process_zero():
+            checkpoint.warn_of_earlier_run(Path(self.args.output_dir))
+        self._changes = {}
         self._metrics, self._model_step, self._engine_error = [], None, None
         self.matcher.forget()
         self._random_state_of = resume_from_checkpoint or None

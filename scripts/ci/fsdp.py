@@ -13,8 +13,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
+from engine_stand_in import StandIn  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from test_fsdp import launched  # noqa: E402
+from trainer_job import llama, tokenizer  # noqa: E402
 
 LORA = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
@@ -70,6 +72,9 @@ RUNS = {
     "LoRA on copies": {"model": "with_lora"},
     "bf16": {"model": "llama", "bf16": True, "proposal_interval": 100},
 }
+#: Draws from q for one of the runs above.
+ENGINE = "another engine"
+RUNS[ENGINE] = {"model": "llama", "check_scores": False, "save_strategy": "steps", "save_steps": 3}
 #: The norm's terms are added in another order; FSDP computes in bf16 what autocast leaves in fp32.
 ROUNDED = {"clipping": 1e-5, "bf16": 0.1}
 #: What ``accelerate launch --use_fsdp --fsdp_version 2`` puts into the environment.
@@ -126,8 +131,10 @@ def compare(name, found, right):
 def trains_as_ddp(folder, names):
     """Compare every run with DDP's."""
     ways = {name: RUNS[of] | more for name, (of, more) in WAYS.items() if of in names}
-    under_fsdp = launched(folder / "fsdp", {name: RUNS[name] for name in names} | ways)[0]
-    under_ddp = launched(folder / "ddp", {name: RUNS[name] for name in names}, under_fsdp=False)[0]
+    with StandIn(llama(seed=7), tokenizer()) as server:
+        RUNS[ENGINE]["sampler"] = server.url
+        under_fsdp = launched(folder / "fsdp", {name: RUNS[name] for name in names} | ways)[0]
+        under_ddp = launched(folder / "ddp", {name: RUNS[name] for name in names}, under_fsdp=False)[0]
     for name in names:
         compare(name, under_fsdp[name], under_ddp[name])
     for name in ways:
@@ -146,7 +153,11 @@ def resumes(folder):
     launched(folder / "ddp", {"plain": plain}, under_fsdp=False)
     runs["of DDP"] = plain | {"resume": "../ddp/plain/checkpoint-3", "refused": True}
     runs["of another model"] = STEPS | {"resume": "FULL stopped/checkpoint-3", "refused": True}
-    found = launched(folder / "fsdp", runs)[0]
+    with StandIn(llama(seed=7), tokenizer()) as server:
+        options = STEPS | {"model": "llama", "sampler": server.url, "check_scores": False}
+        runs |= {"engine": options, "engine stopped": options | {"stop": 3}}
+        runs["engine resumed"] = options | {"resume": "engine stopped/checkpoint-3"}
+        found = launched(folder / "fsdp", runs)[0]
     assert "is of a run without sharding, and this run is under FSDP" in found["of DDP"], found["of DDP"]
     assert "does not hold the parameters of this proposal" in found["of another model"], found["of another model"]
     for name in [name for name in runs if name.endswith("resumed")]:

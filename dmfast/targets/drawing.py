@@ -1,0 +1,85 @@
+"""Draw the samples of a fit in parts: within a memory budget, with a line of progress, until they suffice."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..models import LanguageModel
+from ..samples import Prompt, Samples
+
+PART = 1024  # samples between two lines of progress, and between two looks at the standard errors
+BUDGET = 4 << 30  # bytes of a batch's keys, values and logits
+
+
+def batch_within(
+    model: LanguageModel, prompts: Sequence[Prompt] | None, max_new_tokens: int, budget: int = BUDGET
+) -> int:
+    """Return how many sequences to draw at a time, 256 at most, for a cache and logits of about ``budget`` bytes.
+
+    The cache counts three times, since each step of sampling makes a longer copy of it.
+    """
+    config: Any = getattr(getattr(model, "model", None), "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    layers, heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
+    width = getattr(config, "hidden_size", None)
+    if not (layers and heads and width):
+        return 256
+    of_head = getattr(config, "head_dim", None) or width // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    # characters of a text, which are no fewer than its tokens
+    longest = max((len(each) for each in prompts or [""] if isinstance(each, (str, list))), default=0)
+    size = next(iter(model.model.parameters())).element_size()
+    cache = 2 * layers * kept * of_head * size * (longest + max_new_tokens)
+    fitting: int = budget // (3 * cache + 32 * model.vocab_size)
+    return max(1, min(256, fitting))
+
+
+def drawn_in_parts(
+    model: LanguageModel, contexts: Sequence[Prompt] | None, n: int, *, max_new_tokens: int, temperature: float,
+    seed: int | None, batch_size: int, progress: bool | None = None,
+) -> Iterator[Samples]:  # fmt: skip
+    """Yield n samples of each context in parts; together they are those that one call of ``sample`` draws.
+
+    Of one context a part has ``PART`` samples, or as many as fill its batches; of several it has whole contexts.
+
+    Args:
+        model, contexts, n, max_new_tokens, temperature, batch_size: as in ``LanguageModel.sample``.
+        seed: as there; without one, all are drawn at once.
+        progress: whether a line on stderr says how many there are. Default: where stderr is a terminal.
+    """
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed,
+                           "batch_size": batch_size}  # fmt: skip
+    several = 1 if contexts is None else len(contexts)
+    if seed is None or several * n <= PART:
+        yield model.sample(contexts, n, **how)
+        return
+    shown = sys.stderr.isatty() if progress is None else progress
+    done = 0
+    if several == 1:
+        each = math.ceil(PART / batch_size) * batch_size
+        parts: Iterator[Samples] = (
+            model.sample(contexts, min(each, n - first), first_row=first, **how) for first in range(0, n, each)
+        )
+    else:
+        some, prompts = max(1, PART // n), contexts or []
+        parts = (
+            _moved(model.sample(prompts[first : first + some], n, first_row=first * n, **how), first)
+            for first in range(0, several, some)
+        )
+    try:
+        for part in parts:
+            done += len(part)
+            if shown:
+                print(f"\rlambda: {done:,} of {several * n:,} samples of the base", end="", file=sys.stderr, flush=True)
+            yield part
+    finally:
+        if shown:
+            print(file=sys.stderr)
+
+
+def _moved(samples: Samples, first: int) -> Samples:
+    return replace(samples, context_id=samples.context_id + first)

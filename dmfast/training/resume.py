@@ -1,0 +1,266 @@
+"""What becomes of a setting that is another one than in the checkpoint from which a run goes on.
+
+Every field that ``DMConfig`` adds stands in one of the tables below, and so does what steers the optimiser
+among transformers' arguments. A changed setting holds from here on, or what depends on it starts anew, or the run is
+refused. ``docs/guide.md`` has the same in words.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import sharding
+from ..adapters import PROPOSAL
+from ..estimators import PartitionFunctions
+from ..kernels import warn_caller
+from ..views import AdapterView
+
+if TYPE_CHECKING:
+    from .trainer import DMTrainer
+
+_ANOTHER_P = "lambda, Z and the proposal of the checkpoint are of the other target"
+_START_ANEW = "Set them as they were, or start a new run whose model is the saved one"
+
+#: A change of these is refused, with the reason.
+REFUSED = {
+    "temperature": _ANOTHER_P,
+    "max_new_tokens": _ANOTHER_P,
+    "eos_token_id": _ANOTHER_P,
+    "the base's weights": _ANOTHER_P,
+    "the pointwise constraints": _ANOTHER_P,
+    "on_policy": "of the checkpoint and this run one is on-policy and one is not",
+    "the adapter": "the same parameters make another model",
+    "optim": "the state in the checkpoint is of another optimiser",
+    "optim_args": "the state in the checkpoint is of another optimiser",
+}  # fmt: skip
+
+_RETURNS, _BATCH = "the running mean of the returns", "a batch that serves more steps"
+_BEST, _Z = "the best divergence of earlier swaps", "Z of each context"
+
+#: A change of these holds from here on, and what depends on the old value starts anew.
+RENEWED = {
+    "objective": (_RETURNS, _BATCH),
+    "baseline": (_RETURNS, _BATCH),
+    "normalize": (_RETURNS, _BATCH),
+    "reward": (_RETURNS, _BATCH),
+    "beta": (_RETURNS, _BATCH),
+    "alpha": (_RETURNS, _BATCH, _BEST),
+    "normalize_alpha": (_RETURNS, _BATCH),
+    "max_return": (_RETURNS, _BATCH),
+    "ppo_epochs": (_BATCH,),
+    "proposal_criterion": (_BEST,),
+    "chat_template_kwargs": (_Z,),
+}  # fmt: skip
+
+#: A change of these holds from here on. The names are of parameter groups that the checkpoint's optimiser has as well.
+OF_OPTIMIZER = {
+    "learning_rate": "initial_lr",
+    "weight_decay": "weight_decay",
+    "adam_beta1": "betas",
+    "adam_beta2": "betas",
+    "adam_epsilon": "eps",
+}
+
+#: A change of these holds from here on, and nothing depends on the old value.
+HONOURED = (
+    *OF_OPTIMIZER, "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs",
+    "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "samples_per_context", "seed",
+    "data_seed", "max_weight", "entropy_coefficient", "beta_target_kl", "beta_horizon", "ppo_clip", "partition",
+    "proposal_interval", "proposal_stderrs", "proposal_best_only", "proposal_decay", "proposal_check_samples",
+    "refit_ess", "refit_samples", "skip_zero_weight", "sampler", "sampler_ahead", "sampler_max_lag", "bf16", "fp16",
+)  # fmt: skip
+
+#: These may change without a word, since they change no result.
+NOT_COMPARED = (
+    "sampling_batch_size", "check_scores", "sampler_options", "proposal_device", "eval_samples", "eval_diversity",
+    "log_samples", "gather_for_sampling", "gradient_variance_steps", "patience_zero",
+)  # fmt: skip
+
+_LONGER = ("max_steps", "num_train_epochs")  # whoever goes on changes these on purpose
+
+# transformers' schedulers of these kinds keep more than the number of the step
+_WITH_STATE = ("reduce_lr_on_plateau", "greedy")
+
+
+def settings_of(trainer: DMTrainer) -> dict[str, Any]:
+    """Return what a checkpoint records of a run's settings, as numbers, strings, True, False and None."""
+    args, target, reward = trainer.args, trainer.target, trainer.matcher.reward
+    found = {name: _plain(getattr(args, name)) for name in (*REFUSED, *RENEWED, *HONOURED) if hasattr(args, name)}
+    if trainer.brings_optimizer:
+        for name in (*OF_OPTIMIZER, "optim", "optim_args"):
+            found.pop(name, None)
+    return found | {
+        "objective": trainer.matcher.settings.name,
+        "reward": None if reward is None else reward.name,
+        "eos_token_id": _plain(sorted(trainer.policy.eos_token_ids)),
+        "chat_template_kwargs": _plain(dict(trainer.policy.chat_template_kwargs)),
+        "the pointwise constraints": _plain(sorted(target.pointwise_names)),
+        "the base's weights": _digest(trainer),
+        "the adapter": _adapter(trainer.policy.model),
+    }
+
+
+def _plain(value: Any) -> Any:
+    value = getattr(value, "value", value)
+    return json.dumps(value, default=str, sort_keys=True) if isinstance(value, (Mapping, list, tuple)) else value
+
+
+def _digest(trainer: DMTrainer) -> str | None:
+    """Return a few numbers of the base's weights, or None where this process does not hold them whole."""
+    base: Any = trainer.target.base
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or sharding.is_sharded(base.model):
+        return None
+    own = {*getattr(base.model, "peft_config", {}), PROPOSAL} if isinstance(base, AdapterView) else set()
+    there = [p for name, p in base.model.named_parameters() if own.isdisjoint(name.split("."))]
+    if any(p.is_meta or sharding.is_shard(p) for p in there):
+        return None
+    sums = torch.stack([p.detach().flatten()[:8].double().sum().cpu() for p in there])
+    weights = torch.arange(1, len(sums) + 1, dtype=torch.float64)
+    return f"{len(sums)} tensors, {float(sums.sum()):.5g}, {float((weights * sums).sum()):.5g}"
+
+
+def _adapter(model: Any) -> str | None:
+    """Return the settings of an adapter that its parameters do not tell, or None where there is none."""
+    configs = {name: each for name, each in getattr(model, "peft_config", {}).items() if name != PROPOSAL}
+    names = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")
+    found = {name: {key: _plain(getattr(each, key, None)) for key in names} for name, each in configs.items()}
+    return _plain(found) if found else None
+
+
+def changed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs by name, as (in the checkpoint, now). A name that only one of them has is not compared."""
+    both = [name for name in (*REFUSED, *RENEWED, *HONOURED) if name in recorded and name in now]
+    unknown = "the base's weights"  # None where they were sharded
+    return {
+        name: (recorded[name], now[name]) for name in both
+        if recorded[name] != now[name] and not (name == unknown and None in (recorded[name], now[name]))
+    }  # fmt: skip
+
+
+def refuse(
+    changes: Mapping[str, tuple[Any, Any]], folder: object, *, deepspeed: bool = False, scheduler: str = ""
+) -> None:
+    """Refuse to go on with settings that the checkpoint's state does not go with.
+
+    Args:
+        changes: as ``changed`` returned them.
+        folder: the checkpoint, for the message.
+        deepspeed: whether DeepSpeed restores the optimiser, with the numbers that it had.
+        scheduler: the kind of this run's scheduler.
+
+    Raises:
+        ValueError: a change is refused; the message names all of them.
+    """
+    reasons = {name: REFUSED[name] for name in changes if name in REFUSED}
+    if deepspeed:
+        reasons |= {name: "DeepSpeed restores the old value" for name in changes if name in OF_OPTIMIZER}
+    if any(kind in _WITH_STATE for kind in changes.get("lr_scheduler_type", ())):
+        reasons["lr_scheduler_type"] = "the state in the checkpoint is of another kind of scheduler"
+    if scheduler in _WITH_STATE and "learning_rate" in changes:
+        reasons["learning_rate"] = f"the scheduler {scheduler} goes on from the rate that it had come to"
+    if reasons:
+        said = "; ".join(f"{_said(name, changes[name])}: {why}" for name, why in reasons.items())
+        raise ValueError(f"{folder} can't be gone on from with other settings. {said}. {_START_ANEW}")
+
+
+def _said(name: str, change: tuple[Any, Any]) -> str:
+    return f"{name} was {change[0]!r} and is {change[1]!r}"
+
+
+def describe(changes: Mapping[str, tuple[Any, Any]], *, steered: bool = False) -> str | None:
+    """Return the warning that says which settings changed and what comes of it, or None where there is nothing to say.
+
+    Args:
+        changes: as ``changed`` returned them, none of them refused.
+        steered: whether beta is steered by KL(pi||a), and so goes on from the checkpoint's value.
+    """
+    parts = []
+    for name, change in changes.items():
+        if name in _LONGER:
+            continue
+        renewed = RENEWED.get(name, ())
+        if name == "beta" and steered:
+            parts.append(f"{_said(name, change)}, and the steered value of the checkpoint is kept")
+        elif renewed:
+            parts.append(f"{_said(name, change)}, which holds from here on, and {' and '.join(renewed)} start anew")
+        else:
+            parts.append(f"{_said(name, change)}, which holds from here on")
+    return "the run goes on with other settings than its checkpoint: " + "; ".join(parts) if parts else None
+
+
+def renewed(matcher: Mapping[str, Any], changes: Mapping[str, tuple[Any, Any]], *, steered: bool) -> dict[str, Any]:
+    """Return a matcher's state in which what depends on a changed setting starts anew.
+
+    Args:
+        matcher: what ``Matcher.state_dict`` returned.
+        changes: as ``changed`` returned them.
+        steered: as in ``describe``.
+    """
+    state, gone = dict(matcher), {what for name in changes for what in RENEWED.get(name, ())}
+    if steered and set(changes) & set(RENEWED) == {"beta"}:
+        return state
+    if _RETURNS in gone:
+        state["running"] = state["running"] | {"returns": (0.0, 0)}
+    if _BATCH in gone:
+        state["batch"] = None
+    if _BEST in gone and state["proposal"] is not None:
+        state["proposal"] = state["proposal"] | {"best": math.inf, "last_check": None}
+    return without_z(state) if _Z in gone else state
+
+
+def without_z(matcher: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a matcher's state that knows no Z yet."""
+    return {**matcher, "running": matcher["running"] | {"partitions": PartitionFunctions().state_dict()}}
+
+
+def set_hyperparameters(
+    optimizer: Any, scheduler: Any, fresh: list[dict[str, Any]], changes: Mapping[str, Any], *, kept: bool = False
+) -> None:
+    """Give an optimiser and a scheduler that were loaded from a checkpoint the settings of this run.
+
+    Args:
+        optimizer, scheduler: as they were loaded.
+        fresh: the parameter groups, without their parameters, as this run made them.
+        changes: as ``changed`` returned them. Only what is in them is set.
+        kept: whether the optimiser is one that was passed, whose numbers no argument tells. They stay as they were
+            loaded, and a warning says so where its learning rate is another.
+
+    Raises:
+        ValueError: the learning rate has changed, and the scheduler is of a kind that does not tell its rate from the
+            step alone. Nothing has changed then.
+    """
+    if kept:
+        loaded, given = ([group.get("initial_lr", group["lr"]) for group in groups]
+                         for groups in (optimizer.param_groups, fresh))  # fmt: skip
+        if loaded != given:
+            warn_caller(
+                f"the optimiser that was passed has the learning rates {given}, and those of the checkpoint are kept: "
+                f"{loaded}; set them in a callback's on_train_begin where you want others"
+            )
+        return
+    keys = {key for name, key in OF_OPTIMIZER.items() if name in changes}
+    of_rate = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps"}
+    new_rate = not of_rate.isdisjoint(changes)
+    if "learning_rate" in changes and not hasattr(scheduler, "lr_lambdas"):
+        raise ValueError(
+            f"{_said('learning_rate', changes['learning_rate'])}, and a {type(scheduler).__name__} can't be "
+            "moved to another rate: set the rate as it was, or start a new run whose model is the saved one"
+        )
+    for group, made in zip(optimizer.param_groups, fresh, strict=True):
+        group.update({key: made[key] for key in keys if key in group and key in made})
+    if not (new_rate and hasattr(scheduler, "lr_lambdas")):
+        return
+    scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    rates = [base * of_step(scheduler.last_epoch)
+             for base, of_step in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]  # fmt: skip
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    scheduler._last_lr = rates

@@ -1,0 +1,87 @@
+"""Tell where samples can't know a divergence from p, because none of them shows what p differs by.
+
+Of sixteen sequences without a feature that half of p has, all weights P/q are equal: they say KL(p||pi) = 0 with an
+error of 0, effective sample size 16, and a Z without the part of p that they lack. Where a moment's feature had one
+value in all sequences, and p has another mean, estimates from them are unknown and no swap of q rests on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .estimators import Estimate, Estimates
+
+#: So much of p may lie in what was never seen; a rarer feature is worth less than the error of the estimates.
+_SHARE = 0.05
+
+
+class Seen:
+    """Keep the smallest and the largest value of each moment's feature since the last swap.
+
+    Args:
+        wanted: the moments' values by name, in the order of the columns.
+    """
+
+    def __init__(self, wanted: Mapping[str, float]) -> None:
+        self.wanted = dict(wanted)
+        self._range: Tensor | None = None  # (2, F)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._range = None
+
+    def update(self, features: Tensor) -> None:
+        """Take in the features of sequences, (N, F) or more columns, of which the first F are the moments'."""
+        if not len(features) or not self.wanted:
+            return
+        columns = features[:, : len(self.wanted)].detach().double().cpu()
+        new = torch.stack([columns.amin(0), columns.amax(0)])
+        old = new if self._range is None else self._range
+        self._range = torch.stack([torch.minimum(old[0], new[0]), torch.maximum(old[1], new[1])])
+
+    def unseen(self) -> dict[str, float]:
+        """Return the moments whose feature never varied and has another mean under p, with the value that it had."""
+        if self._range is None:
+            return {}
+        found = {}
+        for name, low, high in zip(self.wanted, *self._range.tolist(), strict=True):
+            if low == high and abs(self.wanted[name] - low) > (_SHARE if low in (0, 1) else 0.0):
+                found[name] = low
+        return found
+
+    def state_dict(self) -> Tensor | None:
+        """Return the ranges, or None where nothing was taken in."""
+        return self._range
+
+    def load_state_dict(self, state: Tensor | None) -> None:
+        """Go on where ``state_dict`` was taken."""
+        self._range = None if state is None else state.clone()
+
+
+def unseen(features: Tensor, wanted: Mapping[str, float]) -> dict[str, float]:
+    """Return ``Seen.unseen`` of these sequences alone."""
+    seen = Seen(wanted)
+    seen.update(features)
+    return seen.unseen()
+
+
+def unknown(estimates: Estimates) -> Estimates:
+    """Return the estimates without the divergences, which are NaN."""
+    nothing = Estimate(math.nan, math.nan)
+    divergences = {
+        name: nothing for name, each in vars(estimates).items() if name[:2] in ("kl", "tv", "js", "al") and each
+    }
+    return replace(estimates, **divergences)
+
+
+def said(missing: Mapping[str, float]) -> str:
+    """Return "no sequence had women" in words, for each of the moments that ``unseen`` returned."""
+    how = {0.0: "no sequence had {}", 1.0: "every sequence had {}"}
+    return ", ".join(
+        how.get(value, "{} was " + f"{value:g} in every sequence").format(n) for n, value in missing.items()
+    )

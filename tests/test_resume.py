@@ -1,0 +1,176 @@
+"""What becomes of a setting that is another one than in the checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+
+import pytest
+import torch
+from trainer_job import StopAt, digest, gpt2, job
+from trainer_tools import (
+    one_thread,  # noqa: F401
+)
+from transformers import TrainingArguments
+
+import dmfast
+from dmfast import Contains
+from dmfast.training import resume
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
+
+SAVED = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+KL = {"objective": "kl_control", "beta": 0.3, "reward": Contains("w3"), "on_policy": True, "baseline": "mean"}
+
+
+def test_every_setting_has_its_place():
+    """One that is added to DMConfig has to be put into a table of resume.py."""
+    own = {f.name for f in dataclasses.fields(dmfast.DMConfig)} - {
+        f.name for f in dataclasses.fields(TrainingArguments)
+    }
+    placed = [*resume.REFUSED, *resume.RENEWED, *resume.HONOURED, *resume.NOT_COMPARED]
+    assert own <= set(placed) and len(placed) == len(set(placed))
+
+
+def test_a_changed_learning_rate_holds(tmp_path):
+    """Each step's rate is what a run with the new rate has there, and Adam's moments are those of the checkpoint."""
+    settings = {"lr_scheduler_type": "linear", "max_steps": 4, "weight_decay": 0.1}
+    job(tmp_path, learning_rate=1e-3, callbacks=[StopAt(2)], **settings).train()
+    other = job(tmp_path, learning_rate=1e-4, adam_beta2=0.9, **settings)
+    with pytest.warns(
+        UserWarning, match=r"learning_rate was 0.001 and is 0.0001, which holds .*; adam_beta2 was 0.999"
+    ):
+        other.train(resume_from_checkpoint=True)
+    straight = job(tmp_path / "straight", learning_rate=1e-4, **settings)
+    straight.train()
+    rates = [[h["learning_rate"] for h in each.state.log_history if "kl_policy" in h] for each in (other, straight)]
+    assert rates[0][2:] == rates[1][2:] and rates[0][1] == 10 * rates[1][1]
+    assert {group["betas"] for group in other.optimizer.param_groups} == {(0.9, 0.9)}
+    assert all(float(state["step"]) == 4 for state in other.optimizer.state.values())
+    assert {group["weight_decay"] for group in other.optimizer.param_groups} == {0.1, 0.0}
+
+
+def test_what_has_not_changed_is_not_said(tmp_path):
+    job(tmp_path, **SAVED).train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*goes on with other settings")
+        job(tmp_path, save_strategy="no", max_steps=2, eval_samples=7).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"max_new_tokens": 4}, "max_new_tokens was 6 and is 4: lambda, Z and the proposal"),
+        ({"temperature": 2.0}, "temperature was 1.0 and is 2.0: lambda, Z"),
+        ({"optim": "sgd", "learning_rate": 1.0}, "optim was 'adamw_torch.*' and is 'sgd': .* of another optimiser"),
+        ({"constraints": [Contains("w4", name="w4")]}, r"pointwise constraints was '\[\]' and is '\[\"w4\"\]'"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, "of another kind of scheduler"),
+        ({"base": gpt2(seed=5)}, "the base's weights was '.*' and is '.*': lambda, Z"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_a_change_that_the_state_does_not_go_with_is_refused(tmp_path, change, match):
+    job(tmp_path, **SAVED).train()
+    other = job(tmp_path, **change)
+    before = digest(other.model)
+    with pytest.raises(
+        ValueError, match=f"checkpoint-1 can't be gone on from with other settings. .*{match}.*saved one"
+    ):
+        other.train(resume_from_checkpoint=True)
+    assert digest(other.model) == before and other.matcher.running.steps == 0
+
+
+def test_another_objective_starts_the_mean_of_the_returns_anew(tmp_path):
+    settings = {"proposal_interval": 9, "max_steps": 2}
+    first = job(tmp_path, objective="dpg", baseline="mean", callbacks=[StopAt(1)], **settings)
+    first.train()
+    assert first.matcher.running.returns[1] == 8
+    state, other = first.state_dict(), job(tmp_path, objective="reverse_kl", **settings)
+    with pytest.warns(UserWarning, match="objective was 'dpg' and is 'reverse_kl', .* the running mean of the returns"):
+        other.load_state_dict(state)
+    assert other.matcher.running.returns == (0.0, 0)
+    assert other.matcher.running.partitions.state_dict()["n"].tolist() == [8]  # Z is of the target alone
+
+
+def test_a_batch_that_serves_more_steps_is_dropped_with_the_objective_it_was_drawn_for(tmp_path):
+    job(tmp_path, ppo_epochs=3, callbacks=[StopAt(1)], **KL).train()
+    state = torch.load(tmp_path / "checkpoint-1" / "dmfast_state.pt", weights_only=True)
+    for change, kept in (({"ppo_clip": 0.1}, True), ({"beta": 0.5}, False), ({"ppo_epochs": 1}, False)):
+        other = job(tmp_path, **(KL | {"ppo_epochs": 3} | change))
+        with pytest.warns(UserWarning, match=f"{next(iter(change))} was"):
+            other.load_state_dict(state)
+        assert (other.matcher.to_repeat is not None) == kept
+
+
+def test_a_steered_beta_goes_on_from_the_checkpoint(tmp_path):
+    settings = KL | {"beta_target_kl": 0.7, "beta_horizon": 100.0}
+    first = job(tmp_path, callbacks=[StopAt(2)], **settings)
+    first.train()
+    other = job(tmp_path, **(settings | {"beta": 0.9}))
+    with pytest.warns(UserWarning, match="beta was 0.3 and is 0.9, and the steered value of the checkpoint is kept$"):
+        other.load_state_dict(first.state_dict())
+    assert other.matcher.running.beta.value == first.matcher.running.beta.value != 0.9
+    assert other.matcher.running.returns == first.matcher.running.returns
+
+
+def test_another_criterion_knows_no_best_divergence(tmp_path):
+    first = job(tmp_path, proposal_interval=1, proposal_best_only=True, callbacks=[StopAt(3)])
+    first.train()
+    other = job(tmp_path, proposal_criterion="tvd", proposal_best_only=True)
+    with pytest.warns(UserWarning, match="proposal_criterion was 'kl' and is 'tvd', .* the best divergence"):
+        other.load_state_dict(first.state_dict())
+    assert other.proposal.best == float("inf")
+
+
+def test_a_lambda_that_was_given_anew_is_not_taken(tmp_path):
+    job(tmp_path, **SAVED).train()
+    other = job(tmp_path, lambda_=1.4)
+    with pytest.warns(UserWarning, match=r"lambda of 'w3' is kept, \[1.5\], and not what .* was given, \[1.4\]"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_an_optimiser_that_was_passed_keeps_the_rate_of_the_checkpoint(tmp_path):
+    def with_rate(rate, **settings):
+        trainer = job(tmp_path, **settings)
+        trainer.brings_optimizer, trainer.optimizer = True, torch.optim.SGD(trainer.model.parameters(), lr=rate)
+        return trainer
+
+    with_rate(1.0, **SAVED).train()
+    other = with_rate(0.5, max_steps=2)
+    with pytest.warns(UserWarning, match=r"passed has the learning rates \[0.5\], and .* are kept: \[1.0\]"):
+        other.train(resume_from_checkpoint=True)
+    assert other.state.global_step == 2
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    job(tmp_path, **(SAVED | {"max_steps": 2, "save_steps": 2})).train()
+    with pytest.warns(UserWarning, match="starts anew, and .* has checkpoint-2 of an earlier one"):
+        job(tmp_path, **SAVED).train()
+    os.utime(tmp_path / "checkpoint-2" / "dmfast_manifest.json", (1, 1))
+    with pytest.warns(UserWarning, match=r"goes on from .*checkpoint-2, .* although .*checkpoint-1 was written later"):
+        job(tmp_path, max_steps=3).train(resume_from_checkpoint=True)
+
+
+def test_a_tied_head_is_stored_once_and_not_missed(tmp_path, monkeypatch):
+    job(tmp_path, **SAVED).train()
+    state = torch.load(tmp_path / "checkpoint-1" / "dmfast_state.pt", weights_only=True)
+    of_q = state["matcher"]["proposal"]["model"]
+    assert "transformer.wte.weight" in of_q and "lm_head.weight" not in of_q
+    other, said = job(tmp_path, max_steps=1), []
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda text, *args: said.append(text))
+    other.train(resume_from_checkpoint=True)
+    assert not any("missing keys" in text for text in said)
+    of_q["lm_head.weight"] = of_q["transformer.wte.weight"].clone()  # as a state of before has it
+    other.load_state_dict(state)
+    assert torch.equal(other.proposal.snapshot.model.lm_head.weight, of_q["transformer.wte.weight"])
+    of_q["more"] = of_q["transformer.wte.weight"]
+    with pytest.raises(RuntimeError, match="of another model"):
+        other.load_state_dict(state)
+
+
+def test_what_transformers_says_without_a_word(tmp_path):
+    with pytest.raises(ValueError, match="fp16=True has no effect on a CPU"):
+        job(tmp_path, fp16=True)
+    with pytest.warns(UserWarning, match=r"the warm-up takes 4 steps \(warmup_steps=4\) and the run 4"):
+        job(tmp_path, warmup_steps=4)
