@@ -98,7 +98,7 @@ def test_measures_are_those_of_samples():
     for k in (1, 4, 16, 64):
         at = exact.KS.index(k)
         of_samples = pass_at_k(right, context, k)
-        assert abs(found["pass"][at] - of_samples.value) < 4 * of_samples.stderr + 1e-6
+        assert abs(found["pass"][at] - of_samples.value) < 4 * of_samples.stderr + 1e-4
         different = distinct_at_k(drawn.tolist(), right, context, k)
         assert abs(found["distinct"][at] - different.value) < 4 * different.stderr
     p, v = log_a.exp() / 0.2, log_pi.exp() / 0.16

@@ -130,9 +130,9 @@ def untrained() -> Run:
 
 
 def quick(_: Results) -> list[Run]:
-    """Return four methods at one rate and one seed, a twelfth of the steps."""
+    """Return four methods at one rate and one seed, a third of the steps."""
     methods = ("alpha=0", "alpha=0.9", "reinforce", LIKELIHOOD)
-    return [untrained(), *(Run(method, 5e-4, SEEDS[0], steps=STEPS // 12, evaluations=2) for method in methods)]
+    return [untrained(), *(Run(method, RATES[0], SEEDS[0], steps=STEPS // 3, evaluations=4) for method in methods)]
 
 
 #: Each has its runs from the results that are there.
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=("all", "quick"), default="all")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS / "runs")
-    parser.add_argument("--base", type=Path, default=RESULTS / "base")
+    parser.add_argument("--base", type=Path, default=HERE / "base")
     parser.add_argument("--commit", action="store_true", help="each run, as it ends")
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

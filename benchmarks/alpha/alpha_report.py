@@ -183,8 +183,9 @@ def claims(runs: Runs) -> str:
 def inversions(runs: Runs, split: str, of: Callable[[Result], float]) -> str:
     """Say of how many pairs of alphas the larger one has the larger mean."""
     means = [
-        statistics.fmean(of(r["end"][split]) for r in found.values())
-        for a in ALPHAS if (found := runs.chosen(f"alpha={a:g}", "pass@1"))
+        statistics.fmean(map(of, found))
+        for a in ALPHAS
+        if (found := [r["end"][split] for r in runs.chosen(f"alpha={a:g}", "pass@1").values() if split in r["end"]])
     ]  # fmt: skip
     pairs = [(i, j) for j in range(len(means)) for i in range(j)]
     return f"{sum(means[j] > means[i] for i, j in pairs)} of {len(pairs)}"
@@ -232,7 +233,7 @@ def pass_at_k(runs: Runs, path: Path) -> None:
                 axis.plot(KS, means, "-" if method.startswith("alpha") else "--", color=COLORS[method], label=method)
         axis.set(xscale="log", xlabel="k", ylabel="pass@k", title=SPLITS[split])
         axis.set_xticks(KS, [str(k) for k in KS])
-    axes[-1].legend(fontsize=8)
+    axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

@@ -1,6 +1,6 @@
 """The base: a small transformer that has read right answers to all pairs but those held out, and half learned them.
 
-    python benchmarks/alpha/pretrain.py                  # into benchmarks/results/alpha/base, minutes on one core
+    python benchmarks/alpha/pretrain.py                  # into benchmarks/alpha/base, a quarter of an hour on one core
 
 A pair comes with the square root of the number of its right answers, and each of these alike. Then comes a shorter text
 in which the first operands 3 and 7 have any answers at all, but for one in 25. So the base is rarely right on a fifth
@@ -23,7 +23,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 PROMPT = len("NNN=d")
-OUT = Path(__file__).parents[1] / "results" / "alpha" / "base"
+OUT = Path(__file__).parent / "base"
 BATCH, WARMUP = 256, 100
 #: Steps and learning rate of either text.
 TEXTS = {"right": (2500, 3e-3), "spoiled": (400, 2e-3)}
