@@ -10,7 +10,7 @@ SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints
 	! -name '*.so' ! -name '*.pyc')
 
 PROOFS := host-cuda ptx families fsdp spread deepspeed ray sanitize aot interpreter floors wheel trace gpu-dry docs aarch64
-.PHONY: demo test pytest lint proofs $(PROOFS) vllm gpu gpu-rivals paper-quick paper format clean
+.PHONY: demo test pytest lint proofs $(PROOFS) vllm gpu gpu-rivals paper-quick paper alpha-quick alpha format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
 
@@ -83,6 +83,17 @@ paper: $(VENV)/demo
 	$(BIN)/python benchmarks/paper/grid.py; status=$$?; for seed in 0 1 2; do \
 		test -e benchmarks/results/paper/same_state_seed$$seed.json || $(BIN)/python benchmarks/paper/variance.py --seed $$seed \
 		|| status=1; done; $(BIN)/python benchmarks/paper/report.py && exit $$status
+
+# Precision and coverage of the alpha-divergences and their neighbours, exact (docs/alpha.md). alpha-quick: three methods
+# and the skyline, a third of the steps, minutes. alpha: all, an hour and a half on two cores; what is in benchmarks/results/alpha/runs is not run again.
+# It commits nothing: alpha_grid.py --commit does, run by run.
+alpha-quick: $(VENV)/demo
+	$(BIN)/python benchmarks/alpha/alpha_grid.py quick --out build/alpha_quick
+	$(BIN)/python benchmarks/alpha/alpha_report.py --runs build/alpha_quick --out build/alpha_quick
+
+alpha: $(VENV)/demo
+	$(BIN)/python benchmarks/alpha/alpha_grid.py; status=$$?; \
+		$(BIN)/python benchmarks/alpha/alpha_report.py && exit $$status
 
 # The wheel as a stranger builds it: pip's isolation, a new environment, no torch; then the tests against it.
 wheel: $(VENV)/test
