@@ -10,6 +10,7 @@ import io
 import os
 import random
 import signal
+import math
 import threading
 import time
 import weakref
@@ -180,7 +181,8 @@ def test_the_criterion_has_samples_of_the_newest_q_and_z_has_all():
     assert kept[4][:2] == (8, 0) and kept[4][2] == 1
     (z,) = m.running.partitions._of.values()
     assert z.n == 6 * 8
-    assert all(each["kl_policy"] == each["kl_policy"] for each in log)  # of the step alone, where q has none
+    known = [each for each in log if not any(name.startswith("unseen/") for name in each)]
+    assert len(known) > 3 and all(math.isfinite(each["kl_policy"]) for each in known)  # of the step, where q has none
     assert not any(each["swapped"] for each in log[:5])  # a check without a sample of q leaves q
 
 
