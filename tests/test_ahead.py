@@ -7,10 +7,10 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import math
 import os
 import random
 import signal
-import math
 import threading
 import time
 import weakref
