@@ -462,6 +462,11 @@ class RunningEstimates:
         self.decay = decay
         self._steps: deque[Tensor] = deque()  # each (4, N): log_prob, log_proposal, log_target, log_z
 
+    @classmethod
+    def kept_steps(cls, decay: float) -> int | None:
+        """Return how many steps are kept with a decay. None: all of them."""
+        return None if decay == 1 else math.floor(math.log(cls._MIN_WEIGHT) / math.log(decay)) + 1
+
     def __len__(self) -> int:
         return len(self._steps)
 

@@ -13,7 +13,7 @@ from .samples import Samples
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
+class Scored:
     """Hold N sequences that were drawn and scored.
 
     Attributes:
@@ -38,7 +38,7 @@ class Drawn:
         log_target = self.inputs["log_target"]
         return torch.where(log_target == -math.inf, 0.0, (log_target - self.inputs["log_base"]).exp())
 
-    def replaced(self, prompts: Sequence[int], others: Drawn, n: int) -> Drawn:
+    def replaced(self, prompts: Sequence[int], others: Scored, n: int) -> Scored:
         """Return these sequences with those of some prompts replaced by the first ones of others.
 
         Args:
@@ -53,7 +53,7 @@ class Drawn:
         def chosen(mine: Tensor, theirs: Tensor) -> Tensor:
             return torch.cat([mine, theirs])[places.to(mine.device)]
 
-        return Drawn(
+        return Scored(
             Samples.cat([self.samples, others.samples])[places].trimmed(),
             {name: chosen(value, others.inputs[name]) for name, value in self.inputs.items()},
             chosen(self.features, others.features), chosen(self.log_base, others.log_base),

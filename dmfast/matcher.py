@@ -30,7 +30,7 @@ from . import sharding
 from .batch import Batch, Microbatch, Prompts, SamplingOptions
 from .diagnostics import gradient_variance
 from .estimators import Estimates, PartitionFunctions, RunningEstimates
-from .groups import Drawn, are_uniform
+from .groups import Scored, are_uniform
 from .kernels import warn_caller
 from .kernels.result import DMLossOutput
 from .metrics import step_metrics
@@ -206,7 +206,8 @@ class Matcher:
         self._refit = Refit(target, refit_ess, refit_samples)
         self._unseen_in_check: dict[str, float] = {}
         self._compared_z = False
-        self._seen = Seen(target.wanted)  # of the window since the last swap
+        self._weighs_tokens = False  # whether a loss of the batch got a weight for each token
+        self._seen = Seen(target.wanted, decay)  # of the window since the last swap
         self._q_is_base: bool | None = None  # not known before the first step
         self._wrapped: LanguageModel | None = None
         self._since = 0.0  # when the batch was ready
@@ -342,7 +343,7 @@ class Matcher:
         n = len(values) // self.ranks.size
         return values[self.ranks.rank * n :][:n]
 
-    def _drawn(self, contexts: Prompts, n: int, how: SamplingOptions, seed: int, seconds: dict[str, float]) -> Drawn:
+    def _drawn(self, contexts: Prompts, n: int, how: SamplingOptions, seed: int, seconds: dict[str, float]) -> Scored:
         """Return sequences that are drawn and scored, and add the time that it took to ``seconds``."""
         start = time.perf_counter()
         x = self._sample(contexts, n, how, seed)
@@ -356,9 +357,9 @@ class Matcher:
         }  # fmt: skip
         seconds["sampling"] += sampled - start
         seconds["scoring"] += time.perf_counter() - sampled
-        return Drawn(x, inputs, torch.cat([scores.features, scores.monitored], 1), scores.log_base, rewards)
+        return Scored(x, inputs, torch.cat([scores.features, scores.monitored], 1), scores.log_base, rewards)
 
-    def _of_all(self, taken: list[Drawn]) -> tuple[Tensor, Tensor, Tensor]:
+    def _of_all(self, taken: list[Scored]) -> tuple[Tensor, Tensor, Tensor]:
         """Return contexts, log P and log q of what was drawn on all ranks."""
         gather = self.ranks.gather
         return (
@@ -368,9 +369,9 @@ class Matcher:
         )
 
     def _regrouped(
-        self, taken: list[Drawn], contexts: Prompts, n: int, how: SamplingOptions, seed: int,
+        self, taken: list[Scored], contexts: Prompts, n: int, how: SamplingOptions, seed: int,
         seconds: dict[str, float],
-    ) -> tuple[Drawn, Tensor | None, dict[str, float]]:  # fmt: skip
+    ) -> tuple[Scored, Tensor | None, dict[str, float]]:  # fmt: skip
         """Draw again what is to be drawn again, and return the step's sequences.
 
         Args:
@@ -386,7 +387,7 @@ class Matcher:
         if not self.settings.centred:
             return drawn, None, {}
 
-        def look(drawn: Drawn) -> tuple[Tensor, float]:
+        def look(drawn: Scored) -> tuple[Tensor, float]:
             ids = gather(drawn.samples.context_id)
             found = are_uniform(ids, gather(drawn.values))
             return self._of_rank(found), float(len(set(ids[found].tolist())))
@@ -476,6 +477,7 @@ class Matcher:
 
     def _opened(self, batch: Batch) -> Batch:
         self.batch, self._has_passed = batch, torch.zeros(len(batch), dtype=torch.bool)
+        self._weighs_tokens = False
         self._since = time.perf_counter()
         return batch
 
@@ -654,6 +656,7 @@ class Matcher:
             of_step = {"context_id": batch.samples.context_id[places[kept]], "num_tokens": batch.whole.n_tokens}
         everything = bool(kept.all())
         token_weight = options.get("token_weight")
+        self._weighs_tokens = self._weighs_tokens or token_weight is not None
         if not everything and isinstance(token_weight, Tensor) and len(token_weight) == len(kept):
             options["token_weight"] = token_weight[kept]
         with _placed_in_batch(places[kept]):
@@ -715,8 +718,13 @@ class Matcher:
 
         Raises:
             RuntimeError: not all of the batch has passed the loss.
-            ValueError: as ``gradient_variance``; the policy is sharded.
+            ValueError: as ``gradient_variance``; the policy is sharded; ``loss`` got a token_weight.
         """
+        if self._weighs_tokens:
+            raise ValueError(
+                "measure_gradient weighs each sequence as a whole, and loss got token_weight: what it measured would "
+                "be another gradient; leave one of them out"
+            )
         if sharding.is_sharded(self.policy.model):
             raise ValueError(
                 "measure_gradient differentiates each sequence alone, outside of the forward that FSDP knows, so it "
@@ -842,7 +850,7 @@ class Matcher:
         if self.proposal is None:
             return False
         if not self.settings.check_samples:
-            if missing and self.proposal.criterion != "interval":
+            if missing and (self.proposal.criterion != "interval" or self.proposal.best_only):
                 return False
             return self.proposal.maybe_update(self.ranks.agree)
         start, batch = time.perf_counter(), cast(Batch, self.batch)

@@ -87,7 +87,7 @@ def step_metrics(
             f"rewards/{name}/mean": float(of_all.mean()),
             f"rewards/{name}/std": float(of_all.std(correction=0)),
         }
-    if settings.on_policy and "log_base" in inputs:
+    if settings.on_policy and "log_base" in inputs and batch.first is None:  # else they were chosen by their rewards
         log_ratio = gather(inputs["log_proposal"] - inputs["log_base"])
         (kl,) = estimate_moments(log_ratio[:, None], torch.zeros_like(log_ratio))
         metrics |= {"kl_policy_base": kl.value, "kl_policy_base_stderr": kl.stderr}

@@ -106,6 +106,12 @@ class Settings:
                 f"on_policy=True and objective 'reinforce' or 'kl_control', got {got} and on_policy={self.on_policy}"
             )
         self._check_uniform_groups()
+        if self.weight_known and not self.on_policy and not getattr(self.template, "only_on_policy", False):
+            raise ValueError(
+                f"{self.name} has weight_known=True, so that its weights are formed before log pi is known, and "
+                "on_policy is False: off-policy a weight has the ratio of pi and q in it; set on_policy=True, or leave "
+                "the attribute out"
+            )
         template = self.template  # raises what the objective refuses
         if getattr(template, "only_on_policy", False) and not self.on_policy:
             raise ValueError(

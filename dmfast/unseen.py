@@ -8,59 +8,62 @@ value in all sequences, and p has another mean, estimates from them are unknown 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .estimators import Estimate, Estimates
+from .estimators import Estimate, Estimates, RunningEstimates
 
 #: So much of p may lie in what was never seen; a rarer feature is worth less than the error of the estimates.
 _SHARE = 0.05
 
 
 class Seen:
-    """Keep the smallest and the largest value of each moment's feature since the last swap.
+    """Keep the smallest and the largest value of each moment's feature, of the steps that ``RunningEstimates`` keeps.
 
     Args:
         wanted: the moments' values by name, in the order of the columns.
+        decay: that of the estimates.
     """
 
-    def __init__(self, wanted: Mapping[str, float]) -> None:
+    def __init__(self, wanted: Mapping[str, float], decay: float = 0.8) -> None:
         self.wanted = dict(wanted)
-        self._range: Tensor | None = None  # (2, F)
+        self._steps: deque[Tensor] = deque(maxlen=RunningEstimates.kept_steps(decay))  # each (2, F)
 
     def clear(self) -> None:
         """Forget all."""
-        self._range = None
+        self._steps.clear()
 
     def update(self, features: Tensor) -> None:
-        """Take in the features of sequences, (N, F) or more columns, of which the first F are the moments'."""
+        """Take in the features of a step's sequences, (N, F) or more columns, of which the first F are the moments'."""
         if not len(features) or not self.wanted:
             return
         columns = features[:, : len(self.wanted)].detach().double().cpu()
-        new = torch.stack([columns.amin(0), columns.amax(0)])
-        old = new if self._range is None else self._range
-        self._range = torch.stack([torch.minimum(old[0], new[0]), torch.maximum(old[1], new[1])])
+        self._steps.append(torch.stack([columns.amin(0), columns.amax(0)]))
 
     def unseen(self) -> dict[str, float]:
         """Return the moments whose feature never varied and has another mean under p, with the value that it had."""
-        if self._range is None:
+        if not self._steps:
             return {}
+        low_high = torch.stack(list(self._steps))
+        lows, highs = low_high[:, 0].amin(0).tolist(), low_high[:, 1].amax(0).tolist()
         found = {}
-        for name, low, high in zip(self.wanted, *self._range.tolist(), strict=True):
+        for name, low, high in zip(self.wanted, lows, highs, strict=True):
             if low == high and abs(self.wanted[name] - low) > (_SHARE if low in (0, 1) else 0.0):
                 found[name] = low
         return found
 
     def state_dict(self) -> Tensor | None:
-        """Return the ranges, or None where nothing was taken in."""
-        return self._range
+        """Return the ranges of the steps, (steps, 2, F), or None where nothing was taken in."""
+        return torch.stack(list(self._steps)) if self._steps else None
 
     def load_state_dict(self, state: Tensor | None) -> None:
         """Go on where ``state_dict`` was taken."""
-        self._range = None if state is None else state.clone()
+        self._steps.clear()
+        self._steps.extend(() if state is None else state.clone())
 
 
 def unseen(features: Tensor, wanted: Mapping[str, float]) -> dict[str, float]:

@@ -186,7 +186,7 @@ def proposal():
             }  # fmt: skip
     found["device"] = told(lambda: OfflineProposal(policy, device="cpu"))
     if sharding.is_sharded(policy.model):
-        refusal, scores = load_spread(policy, loaded(saved(seed=7)), x, Ranks())
+        refusal, scores = load_spread(policy, loaded(saved(**options | {"seed": 7})), x, Ranks())
         found["engine"] = {"refusal": refusal, "error": float((scores - policy.log_prob(x)).abs().max())}
     else:
         found["engine"] = told(lambda: OfflineProposal(policy, sampler=LanguageModel(loaded(saved()), tokenizer())))

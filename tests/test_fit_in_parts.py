@@ -62,5 +62,7 @@ def test_a_batch_fits_into_its_budget():
 
     smollm2 = model(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576)
     assert drawing.batch_within(smollm2, ["x" * 100], 64) == (4 << 30) // (3 * 2 * 30 * 192 * 4 * 164 + 32 * 49152)
+    chat = [{"role": "user", "content": "x" * 100}]
+    assert drawing.batch_within(smollm2, [chat], 64) <= drawing.batch_within(smollm2, ["x" * 100], 64)
     assert drawing.batch_within(smollm2, None, 64, budget=1) == 1
     assert drawing.batch_within(smollm2, None, 8) == 256 == drawing.batch_within(model(), None, 64)

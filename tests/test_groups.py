@@ -13,6 +13,7 @@ from test_matcher import PROMPTS, draw, gradients, matcher
 from dmfast import Contains, Moment, dm_loss
 from dmfast.methods import DrGRPO
 from dmfast.objectives import OfStep
+from dmfast.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
 
@@ -270,3 +271,13 @@ def test_ranks_that_draw_again_draw_equally_many():
 def test_what_does_not_go_with_leaving_groups_out_is_refused(options, match):
     with pytest.raises(ValueError, match=match):
         matcher(**{"objective": "grpo", "on_policy": True, "reward": w3, "uniform_groups": "skip"} | options)
+
+
+def test_weights_that_are_known_before_log_pi_are_refused_off_policy():
+    def advantage(terms):
+        return terms.reward
+
+    advantage.weight_known = True
+    with pytest.raises(ValueError, match=r"has weight_known=True, .* set on_policy=True"):
+        Settings(objective=advantage)
+    assert Settings(objective=advantage, on_policy=True).weight_known

@@ -466,6 +466,17 @@ def test_an_error_in_a_check_of_the_proposal_leaves_all_as_it_was():
     assert len(m.estimates) == (0 if metrics["swapped"] else 2)
 
 
+def test_a_gradient_that_weighs_tokens_is_not_measured_as_another():
+    m = matcher()
+    (part,) = draw(m).split()
+    m.loss(part, token_weight=torch.zeros(part.samples.tokens.shape)).loss.backward()
+    with pytest.raises(ValueError, match="loss got token_weight"):
+        m.measure_gradient()
+    m.loss(draw(m)).loss.backward()
+    m.measure_gradient()
+    assert m.batch.gradient["gradient_norm"] > 0
+
+
 def test_a_step_that_a_gradient_scaler_skips_is_committed():
     m = matcher()
     optimizer, scaler = sgd(m), torch.amp.GradScaler("cpu")

@@ -185,3 +185,16 @@ def test_what_transformers_says_without_a_word(tmp_path):
         job(tmp_path, fp16=True)
     with pytest.warns(UserWarning, match=r"the warm-up takes 4 steps \(warmup_steps=4\) and the run 4"):
         job(tmp_path, warmup_steps=4)
+
+
+@pytest.mark.parametrize("name", ["max_steps", "num_train_epochs", "per_device_train_batch_size"])
+def test_the_first_rate_after_a_resume_is_that_of_the_new_length(name):
+    """The schedule came to its end with the old length, and is half-way with the new one."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    fresh = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 8)
+    scheduler.last_epoch = 4
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    resume.set_hyperparameters(optimizer, scheduler, fresh, {name: (1, 2)})
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5]

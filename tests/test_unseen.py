@@ -11,7 +11,7 @@ from trainer_job import gpt2, tokenizer
 
 import dmfast
 from dmfast import EBM, LanguageModel, Moment, OfflineProposal, Scorer
-from dmfast.estimators import Estimate
+from dmfast.estimators import Estimate, RunningEstimates
 from dmfast.targets import LambdaFit, fit_lambda
 from dmfast.training import report
 from dmfast.training.callbacks import log_line
@@ -92,6 +92,30 @@ def test_no_swap_and_no_certainty_rest_on_sequences_without_the_feature(check_sa
     metrics = step(of)
     assert "unseen/women" not in metrics and metrics["kl_policy_stderr"] > 0.05
     assert f"ESS {metrics['ess']:.0f} of 16" in log_line(4, metrics)
+
+
+def test_what_the_estimates_have_forgotten_is_forgotten():
+    seen = Seen({"women": 0.5}, decay=0.8)
+    seen.update(torch.tensor([[0.0], [1.0]]))
+    for _ in range(30):
+        seen.update(torch.zeros(16, 1))
+        assert seen.unseen() == {}
+    state = seen.state_dict()
+    seen.update(torch.zeros(16, 1))
+    assert seen.unseen() == {"women": 0.0}
+    seen.load_state_dict(state)
+    assert seen.unseen() == {}
+    running = RunningEstimates(0.8)
+    for _ in range(40):
+        running.take(*torch.zeros(4, 1, dtype=torch.float64))
+    assert len(running) == RunningEstimates.kept_steps(0.8) == 31
+    assert RunningEstimates.kept_steps(1.0) is None
+
+
+def test_the_best_divergence_rests_on_no_sequences_without_the_feature():
+    m = matcher(lambda texts: [0.0] * len(texts), criterion="interval", best_only=True)
+    step(m)
+    assert m.proposal.best == math.inf and m.proposal.swaps == 0
 
 
 def test_who_always_swaps_still_does():

@@ -48,8 +48,19 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    # without the factor 1/(1 - alpha), so that clipping the gradient means the same for all
-    **{f"alpha={a:g}": Method({"objective": "alpha", "alpha": a, "normalize_alpha": False}) for a in ALPHAS},
+    # without the factor 1/(1 - alpha), so that clipping the gradient means the same for all; without a baseline nearly
+    # all returns are negative for alpha near 1, and their noise spoils the policy
+    **{
+        f"alpha={a:g}": Method(
+            {
+                "objective": "alpha",
+                "alpha": a,
+                "normalize_alpha": False,
+                "baseline": "leave_one_out_context",
+            }
+        )
+        for a in ALPHAS
+    },
     "gdc++ offline": Method({"objective": "gdc++"}, proposal=("kl", 5)),
     "reinforce": Method({"objective": "reinforce", "baseline": "leave_one_out_context"}, rewarded=True),
     "maxrl": Method({"objective": "maxrl"}, rewarded=True),

@@ -42,7 +42,7 @@ def why_not() -> str | None:
         return None
     here = Path(__file__).parents[1]
     other = _installed_elsewhere(here)
-    if other is not None:
+    if other is not None and (here.parent / "csrc").is_dir():
         return (
             f"dmfast is imported from {here}, a folder of sources without compiled kernels, in the place of the "
             f"installation in {other}, since Python looks into the working directory first: run from another one, or "

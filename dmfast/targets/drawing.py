@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,12 +30,19 @@ def batch_within(
         return 256
     of_head = getattr(config, "head_dim", None) or width // heads
     kept = getattr(config, "num_key_value_heads", None) or heads
-    # characters of a text, which are no fewer than its tokens
-    longest = max((len(each) for each in prompts or [""] if isinstance(each, (str, list))), default=0)
+    # characters are no fewer than tokens
+    longest = max((_length(each) for each in prompts or [""]), default=0)
     size = next(iter(model.model.parameters())).element_size()
     cache = 2 * layers * kept * of_head * size * (longest + max_new_tokens)
     fitting: int = budget // (3 * cache + 32 * model.vocab_size)
     return max(1, min(256, fitting))
+
+
+def _length(prompt: Prompt) -> int:
+    """Return the characters of a text or of the messages of a chat, or the number of token ids."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(len(str(part)) if isinstance(part, Mapping) else 1 for part in prompt)
 
 
 def drawn_in_parts(

@@ -44,7 +44,7 @@ class AccelerateRanks:
             return values
         everything = cast(Tensor, self.accelerator.gather(values.contiguous()))
         each = everything.view(self.size, self.parts, *values.shape)  # the parts of a rank give the same
-        return each[:, 0].reshape(-1, *values.shape[1:])
+        return each[:, 0].reshape(self.size * values.shape[0], *values.shape[1:])  # -1 would not do for (N, 0)
 
     def gather_texts(self, texts: list[str]) -> list[str]:
         """Return the texts of all ranks in their order."""

@@ -85,6 +85,9 @@ NOT_COMPARED = (
     "log_samples", "gather_for_sampling", "gradient_variance_steps", "patience_zero",
 )  # fmt: skip
 
+#: What the length of a run in steps depends on, and so its schedule.
+_OF_LENGTH = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+              "samples_per_context")  # fmt: skip
 _LONGER = ("max_steps", "num_train_epochs")  # whoever goes on changes these on purpose
 
 # transformers' schedulers of these kinds keep more than the number of the step
@@ -215,7 +218,7 @@ def renewed(matcher: Mapping[str, Any], changes: Mapping[str, tuple[Any, Any]], 
         return state
     if _RETURNS in gone:
         state["running"] = state["running"] | {"returns": (0.0, 0)}
-    if _BATCH in gone:
+    if _BATCH in gone or not set(_OF_LENGTH[2:]).isdisjoint(changes):  # the batch has the old number of sequences
         state["batch"] = None
     if _BEST in gone and state["proposal"] is not None:
         state["proposal"] = state["proposal"] | {"best": math.inf, "last_check": None}
@@ -253,7 +256,7 @@ def set_hyperparameters(
             )
         return
     keys = {key for name, key in OF_OPTIMIZER.items() if name in changes}
-    of_rate = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps"}
+    of_rate = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", *_OF_LENGTH}
     new_rate = not of_rate.isdisjoint(changes)
     if "learning_rate" in changes and not hasattr(scheduler, "lr_lambdas"):
         raise ValueError(

@@ -94,7 +94,7 @@ class Stream:
         return [row or {} for _, _, row in contexts] if self.has_columns else None
 
     def expect(self, read: tuple[int, str] | None) -> None:
-        """Raise as soon as a later iteration has read so many steps and their rows are not those of this digest."""
+        """Raise as soon as a later iteration has read so many rows and they are not those of this digest."""
         self._expected = None if read is None else (int(read[0]), str(read[1]))
 
     def steps(self, contexts: int) -> Iterator[list[Context]]:
@@ -109,39 +109,40 @@ class Stream:
         """
         self.read, self.too_long = (0, ""), 0
         self._start()
-        rows, seen = self._passes(), hashlib.blake2b(digest_size=16)
-        for step in itertools.count(1):
+        rows = self._passes()
+        while True:
             taken: list[Context] = []
             times: Counter[str] = Counter()
-            for prompt, row in itertools.islice(rows, contexts):
-                written = _written(prompt if row is None else row)
-                seen.update(written.encode())
+            for prompt, row, written in itertools.islice(rows, contexts):
                 taken.append((_identity(written, times[written]), prompt, row))
                 times[written] += 1
-            self.read = step, seen.hexdigest()
-            if self._expected is not None and step == self._expected[0] and self.read != self._expected:
-                raise ValueError(
-                    f"{self.argument} gives other rows than it gave the run of the checkpoint in its first {step} "
-                    "steps, so that the run would not go on where it was: let it give the same rows each time (a "
-                    "shuffle with a seed), or set ignore_data_skip=True, with which it begins anew"
-                )
             yield taken
 
     def _start(self) -> None:
         if hasattr(self._rows, "set_epoch"):
             self._rows.set_epoch(0)
 
-    def _passes(self) -> Iterator[tuple[Any, Mapping[str, Any] | None]]:
-        """Give prompt and row of all rows that fit, pass after pass."""
+    def _passes(self) -> Iterator[tuple[Any, Mapping[str, Any] | None, str]]:
+        """Give prompt, row and what tells the row from others, of all rows that fit, pass after pass.
+
+        All rows count as read, also those that are left out, so that another number of prompts in a step, or another
+        ``max_prompt_length``, does not make the same rows look like others.
+        """
+        seen = hashlib.blake2b(digest_size=16)
         for number in itertools.count():
             if number and hasattr(self._rows, "set_epoch"):
                 self._rows.set_epoch(number)
             kept = -1
             for index, row in enumerate(self._rows):
                 prompt = prompt_of(row, index, self.argument)
+                columns = dict(row) if self.has_columns and isinstance(row, Mapping) else None
+                written = _written(prompt if columns is None else columns)
+                seen.update(written.encode())
+                self.read = self.read[0] + 1, seen.hexdigest()
+                self._compare()
                 if self._fits(prompt, index):
                     kept = index
-                    yield prompt, dict(row) if self.has_columns and isinstance(row, Mapping) else None
+                    yield prompt, columns, written
                 elif number == 0:
                     self.too_long += 1
             if kept < 0:
@@ -150,6 +151,14 @@ class Stream:
                     if self.too_long
                     else f"{self.argument} gave no rows in pass {number + 1}"
                 )
+
+    def _compare(self) -> None:
+        if self._expected is not None and self.read[0] == self._expected[0] and self.read != self._expected:
+            raise ValueError(
+                f"{self.argument} gives other rows than it gave the run of the checkpoint among its first "
+                f"{self.read[0]}, so that the run would not go on where it was: let it give the same rows each time (a "
+                "shuffle with a seed), or set ignore_data_skip=True, with which it begins anew"
+            )
 
     def _fits(self, prompt: Any, index: int) -> bool:
         if self._policy is None:
