@@ -812,12 +812,16 @@ def test_sources_without_kernels_in_the_place_of_the_installation(monkeypatch, t
     (tmp_path / "dmfast").mkdir()
     (tmp_path / "dmfast" / "_C.abi3.so").touch()
     monkeypatch.setattr(extension, "_C", None)
-    monkeypatch.setattr(extension, "__file__", "/clone/dmfast/kernels/extension.py")
-    (tmp_path / "clone").mkdir()
+    monkeypatch.setattr(extension, "__file__", str(tmp_path / "clone" / "dmfast" / "kernels" / "extension.py"))
+    (tmp_path / "clone" / "csrc").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "clone")
     monkeypatch.setattr(sys, "path", ["", str(tmp_path)])
     why = extension.why_not()
-    assert "imported from /clone/dmfast" in why and f"the installation in {tmp_path / 'dmfast'}" in why
+    assert f"imported from {tmp_path / 'clone' / 'dmfast'}" in why
+    assert f"the installation in {tmp_path / 'dmfast'}" in why
+    (tmp_path / "clone" / "csrc").rmdir()  # an installation without kernels, and another one beside it
+    assert "installed without its compiled kernels" in extension.why_not()
+    (tmp_path / "clone" / "csrc").mkdir()
     monkeypatch.setattr(sys, "path", [""])
     assert "installed without its compiled kernels" in extension.why_not()
 
