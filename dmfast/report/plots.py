@@ -147,23 +147,27 @@ def name_lines(axis: Any, ends: Sequence[tuple[int, float, float]]) -> None:
     Args:
         ends: for each line the number of its run and its last point. The limits of the axis must be final.
     """
-    height = 0.085  # of a letter, where the axis is 1
     place = axis.transScale + axis.transLimits
-    found = sorted((*reversed(place.transform((x, y)).tolist()), number) for number, x, y in ends)
-    bottom = -math.inf
-    heights = []
-    for y, *_ in found:
-        bottom = max(y, bottom + height)
-        heights.append(bottom)
-    over = max(heights[-1] - 1.03, 0.0) if heights else 0.0
-    for at in range(len(heights) - 1, -1, -1):  # the highest down into the picture, and those that it pushes
-        highest = 1.03 if at == len(heights) - 1 else heights[at + 1] - height
-        heights[at] = min(heights[at], highest) if over else heights[at]
-    for (_, x, number), y in zip(found, heights, strict=True):
-        axis.text(
-            x + 0.018, y, letter(number), transform=axis.transAxes, color=ink(number), fontsize=8.5, fontweight="bold",
-            va="center",
-        )  # fmt: skip
+    at = [(number, *place.transform((x, y)).tolist()) for number, x, y in ends]
+    for column in {round(10 * x) for _, x, _ in at}:
+        here = sorted((end for end in at if round(10 * end[1]) == column), key=lambda end: end[2])
+        for (number, x, _), y in zip(here, _apart([y for *_, y in here]), strict=True):
+            axis.text(
+                x + 0.018, y, letter(number), transform=axis.transAxes, color=ink(number), fontsize=8.5,
+                fontweight="bold", va="center",
+            )  # fmt: skip
+
+
+def _apart(wanted: Sequence[float]) -> list[float]:
+    """Return ascending heights moved apart to the height of a letter: upwards, and down again where the axis ends."""
+    letters, top = 0.085, 1.03  # where the axis has height 1
+    heights: list[float] = []
+    for y in wanted:
+        heights.append(max(y, heights[-1] + letters) if heights else y)
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], top)
+        top = heights[i] - letters
+    return heights
 
 
 def _unknown(run: Run, key: str) -> bool:

@@ -20,6 +20,7 @@ TITLES = {
     "distinct_2": "Distinct-2", "distinct_3": "Distinct-3", "self_bleu_5": "Self-BLEU-5", "length": "tokens",
     "finished": "ended in EOS", "truncated": "cut off",
 }  # fmt: skip
+_MISSING = "–"
 _CHIPS = 4  # so many settings that differ are shown beside the name of a run
 
 
@@ -31,7 +32,7 @@ def number(value: float) -> str:
 def estimate(found: Estimate | None) -> str:
     """Return a value with as many digits as its standard error allows, and 0 for what is smaller than ``ZERO``."""
     if found is None or not math.isfinite(found.value):
-        return "–"
+        return _MISSING
     value = 0.0 if abs(found.value) < ZERO else found.value
     if not found.stderr >= ZERO or not math.isfinite(found.stderr):  # not estimated, or known
         return number(value)
@@ -101,9 +102,7 @@ def verdicts(runs: Sequence[Run]) -> str:
 
 
 _SAID = {"The policy matches the target": ("yes", "✓ "), "The run did not come to its target": ("no", "✗ ")}
-_NONE = (
-    "No verdict. The file of this run does not say what the target has; a log.json of dmfast train or dmfast demo does."
-)
+_NONE = "No verdict: the file of this run has none. dmfast train and dmfast demo write one into log.json."
 
 
 def measures(runs: Sequence[Run]) -> str:
@@ -127,7 +126,8 @@ def measures(runs: Sequence[Run]) -> str:
         if len(runs) == 1:
             groups.append(("", [(escape(title), cells[0])]))
         else:
-            groups.append((title, [(name(i, run, len(runs)), cells[i]) for i, run in enumerate(runs)]))
+            rows = [(name(i, run, len(runs)), cells[i]) for i, run in enumerate(runs)]
+            groups.append((title, [row for row in rows if set(row[1]) != {_MISSING}]))
     if len(runs) == 1:
         groups = [("", [row for _, rows in groups for row in rows])]
     return (
@@ -153,13 +153,13 @@ def training(runs: Sequence[Run]) -> str:
     def last(key: str) -> Callable[[Run], str]:
         def cell(run: Run) -> str:
             values = run.series(key)[1]
-            return number(0.0 if abs(values[-1]) < ZERO else values[-1]) if values else "–"
+            return number(0.0 if abs(values[-1]) < ZERO else values[-1]) if values else _MISSING
 
         return cell
 
     rows = [
         row("steps", lambda run: f"{run.steps[-1]['step']:g}"),
-        row("seconds", lambda run: "–" if run.seconds is None else number(run.seconds)),
+        row("seconds", lambda run: _MISSING if run.seconds is None else number(run.seconds)),
         row("swaps of q", lambda run: str(run.swaps)),
         row("KL(p‖π), last step", last("kl_policy")),
         row("KL(p‖q), last step", last("kl_proposal")),
@@ -171,7 +171,7 @@ def training(runs: Sequence[Run]) -> str:
 def _settings(runs: Sequence[Run]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Return the settings that differ and those that do not: HTML of the values by name."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
-    value = {name: [plain(run.settings[name]) if name in run.settings else "–" for run in runs] for name in names}
+    value = {name: [plain(run.settings[name]) if name in run.settings else _MISSING for run in runs] for name in names}
     differ = {name: cells for name, cells in value.items() if len(set(cells)) > 1}
     return differ, {name: cells for name, cells in value.items() if name not in differ}
 

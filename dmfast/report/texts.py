@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from .marks import name
+from .marks import name, short
 from .runs import Run
 
+_Texts = dict[str | None, list[str]]
 _SAMPLES = 8  # of a column
 _LONG = 200  # a prompt with more characters is folded, and its end is shown
 _UNKNOWN = "(one of several prompts; the log does not say which)"
@@ -15,14 +16,14 @@ _UNKNOWN = "(one of several prompts; the log does not say which)"
 
 def samples(runs: Sequence[Run]) -> str:
     """Return HTML with a part for each prompt, in which before and after are columns."""
+    columns: list[tuple[str, _Texts]] = []
     before = [_by_prompt(run, run.samples_before, run.prompts_before) for run in runs]
-    shared = next((each for each in before if each), {})
-    one = all(each == shared for each in before if each)  # runs from one base
-    columns = [("before", shared)] if one and shared else []
+    of_one = len({str(each) for each in before if each}) == 1
     for i, run in enumerate(runs):
         whose = "" if len(runs) == 1 else f": {name(i, run, len(runs))}"
-        if before[i] and not one:
-            columns.append((f"before{whose}", before[i]))
+        if before[i] and before[i] not in before[:i]:  # runs from one base have it alike
+            same = [short(k, other) for k, other in enumerate(runs) if before[k] == before[i]]
+            columns.append(("before" if of_one else f"before: {', '.join(same)}", before[i]))
         if run.samples_after:
             columns.append((f"after{whose}", _by_prompt(run, run.samples_after, run.prompts_after)))
     if not columns:
@@ -38,9 +39,9 @@ def samples(runs: Sequence[Run]) -> str:
     return f"<h2>Samples</h2>{''.join(parts)}"
 
 
-def _by_prompt(run: Run, texts: Sequence[str], prompts: Sequence[str | None]) -> dict[str | None, list[str]]:
+def _by_prompt(run: Run, texts: Sequence[str], prompts: Sequence[str | None]) -> _Texts:
     several = run.settings.get("prompts") is not None
-    found: dict[str | None, list[str]] = {}
+    found: _Texts = {}
     for i, text in enumerate(texts):
         prompt = prompts[i] if i < len(prompts) else _UNKNOWN if several else None
         found.setdefault(prompt, []).append(text)
