@@ -174,7 +174,7 @@ def test_the_verdict_comes_first_and_settings_are_folded(tmp_path):
     yes, no, none = re.findall(r'<section class="(\w*)"><h3>.*?<strong>(.*?)</strong>', html)
     assert yes == ("yes", "✓ The policy matches the target: ")
     assert no == ("no", "✗ The run did not come to its target: ")
-    assert none[0] == "" and none[1].startswith("No verdict.")
+    assert none[0] == "" and none[1].startswith("No verdict: ")
     assert html.count("Criterion: ") == 1
     places = [html.index(each) for each in ("Result<", "Criterion", "<figure>", "Samples<", "Training<", "Settings<")]
     assert places == sorted(places)

@@ -19,6 +19,7 @@ from .measure import Phases, extra_memory, in_fresh_process, spread
 
 RANDOM_GPT2 = "random-gpt2"  # 4 layers of 128, V = 50257
 PHASES = ("sampling", "scoring by q", "scoring by a", "policy forward", "policy backward", "optimiser")
+BOTH = "policy forward + backward"
 
 
 def load(name: str) -> LanguageModel:
@@ -104,7 +105,9 @@ def profile(name: str, batch: int, length: int, rounds: int) -> dict[str, Any]:
             steps[kind]()
             whole = time.perf_counter() - start
             if i:
-                for phase, seconds in {**steps[kind].seconds, "whole step": whole}.items():
+                found = steps[kind].seconds
+                both = found["policy forward"] + found["policy backward"]
+                for phase, seconds in {**found, BOTH: both, "whole step": whole}.items():
                     times[kind].setdefault(phase, []).append(seconds * 1e3)
     return {
         "model": name, "parameters": sum(p.numel() for p in load(name).model.parameters()),
