@@ -102,8 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in [each for each in pages(SITE) if args.only in each] if SITE.is_dir() else []:
             wrong += look(browser, home + path, args.out / path.removesuffix(".html").replace("/", "_"))
         if SITE.is_dir():
-            for address in (home + "index.html", (SITE / "index.html").as_uri()):  # by a server, and from disk
-                wrong += search(browser, address, args.out)
+            wrong += search(browser, home + "index.html", args.out)
         for report in args.report:
             wrong += look(browser, report.resolve().as_uri(), args.out / f"report_{report.stem}")
         browser.close()
