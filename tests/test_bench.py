@@ -125,6 +125,12 @@ def test_the_order_is_rotated_and_the_first_round_does_not_count() -> None:
     assert found.keys() == rivals_.keys()
 
 
+def test_quartiles_are_never_beyond_the_values() -> None:
+    assert measure.spread([1.0, 5.0]) == {"median": 3.0, "low": 1.0, "high": 5.0}  # extrapolated: 0 and 6
+    assert measure.spread([2.0]) == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert measure.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "low": 1.5, "high": 4.5}
+
+
 def test_extra_memory_sees_what_a_call_takes_at_its_peak() -> None:
     config = replace(TINY, rows=512, vocab=20000)  # 41 MB of logits
     in_place, fresh = (

@@ -1,4 +1,4 @@
-"""``dmfast bench``: which configurations, each in a process of its own; the report as it grows."""
+"""Run ``dmfast bench``: measure each configuration in a process of its own, and write the report as it grows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPES = ((512, 50257), (2048, 50257), (512, 151936), (4096, 1319))
 
 
 def quick() -> list[Config]:
-    """A minute or two."""
+    """Return the configurations that take a minute or two."""
     threads = torch.get_num_threads()
     return [
         Config("logits", 512, 50257, threads=threads, rounds=10),
@@ -34,7 +34,10 @@ def quick() -> list[Config]:
 
 
 def full() -> list[Config]:
-    """All of it, every combination for the first shape, one change at a time for the others; what tells most first."""
+    """Return all configurations, those that tell most first.
+
+    The first shape has every combination, and the others have one change at a time.
+    """
     return sorted(_all(), key=lambda c: (c.threads == 1) + c.huge_pages + (c.logits == "model"))
 
 
@@ -57,15 +60,15 @@ def _all() -> Iterator[Config]:
 
 
 def _wants_memory(c: Config) -> bool:
-    """At GPT-2's vocabulary, once per shape and dtype: neither threads nor values matter to it."""
+    """Tell whether memory is measured: once per shape and dtype, since neither threads nor values matter to it."""
     return c.form != "sampling" and c.vocab == 50257 and c.logits == "randn" and not c.huge_pages and c.threads != 1
 
 
 def in_process(c: Config) -> dict[str, Any]:
-    """What worker.run returns, from a fresh process.
+    """Return what ``worker.run`` returns in a fresh process.
 
     Raises:
-        RuntimeError: it failed; with what it said.
+        RuntimeError: the process failed; the message has what it said.
     """
     environment = {"THP_MEM_ALLOC_ENABLE": "1" if c.huge_pages else "0", "OMP_NUM_THREADS": str(c.threads)}
     code = "from dmfast.bench.worker import main; main()"
@@ -93,7 +96,7 @@ def measure(c: Config, say: Callable[[Any], None]) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of ``dmfast bench``."""
+    """Add the options of ``dmfast bench``."""
     parser.add_argument(
         "--full",
         action="store_true",
@@ -114,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(args: argparse.Namespace, say: Callable[[Any], None]) -> None:
-    """Runs what ``args`` say; writes ``bench.json`` and ``bench.png``, or ``step.json`` and ``step.png``."""
+    """Run what ``args`` say, and write ``bench.json`` and ``bench.png``, or ``step.json`` and ``step.png``."""
     args.out.mkdir(parents=True, exist_ok=True)
     if args.model:
         from .step import profile
@@ -155,7 +158,7 @@ def bench(args: argparse.Namespace, say: Callable[[Any], None]) -> None:
 
 
 def _rivals() -> dict[str, str]:
-    """Their versions."""
+    """Return the versions of the rivals that are installed."""
     found = {}
     for package in ("trl", "cut-cross-entropy", "liger-kernel", "triton"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -164,7 +167,7 @@ def _rivals() -> dict[str, str]:
 
 
 def _for_chart(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first of each form at 2 threads, or whatever there is."""
+    """Return the first result of each form."""
     chosen: dict[str, dict[str, Any]] = {}
     for r in results:
         chosen.setdefault(r["config"]["form"], r)
