@@ -71,7 +71,7 @@ def table() -> str:
 
 def main() -> int:
     """The exit status."""
-    return brought_up_to_date("stated", f"{table()}\nFrom {versions()}.\n", sys.argv[1:])
+    return brought_up_to_date("stated", f"{table()}\nThe machine code comes from {versions()}.\n", sys.argv[1:])
 
 
 if __name__ == "__main__":
