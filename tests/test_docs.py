@@ -176,7 +176,7 @@ FEATURES = [line for page in PAGES if page.stem == "features" for line in page.r
     "row", [line for line in FEATURES if "::" in line or "| `make " in line], ids=lambda row: row.split("|")[1].strip()
 )
 def test_every_feature_has_its_test_and_its_example(row):
-    _, _, _, test, example, _ = row.split("|")
+    _, _, _, example, test, _ = row.split("|")
     file, _, name = test.strip(" `").partition("::")
     if name:
         assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.M), name
