@@ -109,14 +109,14 @@ def seconds(model: Model, way: Way, gpus: int) -> dict[str, float]:
 
 def table() -> str:
     """Return the two tables."""
-    lines = [f"GB that a GPU holds at the most. What is **bold** does not fit one of {MEMORY} GB.", ""]
-    lines += [f"| | {' | '.join(f'{m.name}, {g} GPUs' for m in MODELS for g in GPUS)} |", f"|---|{'---|' * 6}"]
+    lines = [f"The table gives the largest memory that a GPU needs, in GB. **Bold** figures do not fit one of {MEMORY} GB.", ""]
+    lines += [f"| way | {' | '.join(f'{m.name}, {g} GPUs' for m in MODELS for g in GPUS)} |", f"|---|{'---|' * 6}"]
     for way in WAYS:
         needs = [gigabytes(model, way, gpus) for model in MODELS for gpus in GPUS]
         cells = [f"**{need:.0f}**" if need > MEMORY else f"{need:.0f}" for need in needs]
         lines.append(f"| {way.name} | {' | '.join(cells)} |")
-    lines += ["", "Seconds that the two longest parts of a step take, each alone.", ""]
-    lines += [f"| | | {' | '.join(f'{gpus} GPUs' for gpus in GPUS)} |", "|---|---|---|---|---|"]
+    lines += ["", "The table gives the two longest parts of a step, and the seconds that each would take alone.", ""]
+    lines += [f"| model | way | {' | '.join(f'{gpus} GPUs' for gpus in GPUS)} |", "|---|---|---|---|---|"]
     for model in MODELS:
         for way in WAYS:
             cells = []
