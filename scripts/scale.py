@@ -109,7 +109,8 @@ def seconds(model: Model, way: Way, gpus: int) -> dict[str, float]:
 
 def table() -> str:
     """Return the two tables."""
-    lines = [f"The table gives the largest memory that a GPU needs, in GB. **Bold** figures do not fit one of {MEMORY} GB.", ""]
+    lines = ["The table gives the largest memory that a GPU needs, in GB. **Bold** figures do not fit one of "
+             f"{MEMORY} GB.", ""]  # fmt: skip
     lines += [f"| way | {' | '.join(f'{m.name}, {g} GPUs' for m in MODELS for g in GPUS)} |", f"|---|{'---|' * 6}"]
     for way in WAYS:
         needs = [gigabytes(model, way, gpus) for model in MODELS for gpus in GPUS]

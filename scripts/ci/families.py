@@ -28,31 +28,31 @@ dmfast trains the causal language models of transformers. For each of them, the 
 distribution that is scored. This page lists what was found for every architecture that transformers {version} lists for
 causal language modelling. `scripts/ci/families.py` writes it.
 
-The script builds a small random model of each architecture and draws samples from it, with prompts of several lengths and
-rows that end early. The configurations enable dropout and router jitter, which dmfast has to switch off. The script
-checks two conditions in fp32:
+The script builds a small random model of each architecture and draws samples from it, with prompts of several lengths
+and rows that end early. The configurations enable dropout and router jitter, which dmfast has to switch off. The
+script checks two conditions in fp32:
 
 - The log q of each sequence and its log-probability agree within 1e-4 nats with plain transformers, which gets each
   sequence by itself, unpadded and without a cache. dmfast scores the sequences together and alone, in training mode and
   in evaluation mode.
 - The gradient of the loss agrees within 1e-3 of its largest entry.
 
-A model that is not listed, or that brings its own code, is checked when it is first used. `LanguageModel` then scores two of
-its first samples. If the scores differ, it refuses the model and says why (`check_scores`).
+A model that is not listed, or that brings its own code, is checked when it is first used. `LanguageModel` then scores
+two of its first samples. If the scores differ, it refuses the model and says why (`check_scores`).
 
 | result | families |
 |---|---|
 {totals}
 
-- **holds**: both conditions hold. *Prompts of one length at a time* means that the model counts positions itself or does
-  not ignore padding, so that dmfast runs a forward pass for each length of a prompt. *Without a cache* means that each step
-  of sampling runs the whole sequence; a warning says so.
+- **holds**: both conditions hold. *Prompts of one length at a time* means that the model counts positions itself or
+  does not ignore padding, so that dmfast runs a forward pass for each length of a prompt. *Without a cache* means
+  that each step of sampling runs the whole sequence; a warning says so.
 - **refused**: dmfast raises an error with the reason given.
-- **not tried**: a small model cannot be built from its configuration alone, or the model does not run in plain transformers
-  on text alone.
+- **not tried**: a small model cannot be built from its configuration alone, or the model does not run in plain
+  transformers on text alone.
 
-Sparse attention that selects the best keys (DeepSeek V3.2 and its relatives, Doge) was tried at lengths below the number of
-selected keys. At greater lengths, two forward passes of different shapes may resolve a tie differently.
+Sparse attention that selects the best keys (DeepSeek V3.2 and its relatives, Doge) was tried at lengths below the
+number of selected keys. At greater lengths, two forward passes of different shapes may resolve a tie differently.
 
 | family | result | note |
 |---|---|---|
@@ -60,8 +60,8 @@ selected keys. At greater lengths, two forward passes of different shapes may re
 
 ## Images with text
 
-This table has the architectures of transformers' mapping for images with text that are not listed above. They were trained
-on text alone, because dmfast refuses images in prompts.
+This table has the architectures of transformers' mapping for images with text that are not listed above. They were
+trained on text alone, because dmfast refuses images in prompts.
 
 | family | result | note |
 |---|---|---|

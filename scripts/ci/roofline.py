@@ -118,14 +118,15 @@ def few_rows() -> str:
         memory = 2 / card.bandwidth * card.multiprocessors
         said.append(f"{FEW * max(slowest, memory) / 1e6:.0f} µs on an {card.name}")
     return (
-        f"Where a batch has 64 rows of {FEW:,} bf16 logits, each row has a multiprocessor to itself. `sample_rows` then "
-        f"sums up a row in {', '.join(said[:-1])} and {said[-1]}.\n"
+        f"Where a batch has 64 rows of {FEW:,} bf16 logits, each row has a multiprocessor to itself. `sample_rows` "
+        f"then sums up a row in {', '.join(said[:-1])} and {said[-1]}.\n"
     )
 
 
 def main() -> int:
     """The exit status."""
-    return brought_up_to_date("roofline", f"{table()}\n{few_rows()}\nThe machine code comes from {versions()}.\n", sys.argv[1:])
+    made = f"{table()}\n{few_rows()}\nThe machine code comes from {versions()}.\n"
+    return brought_up_to_date("roofline", made, sys.argv[1:])
 
 
 if __name__ == "__main__":
