@@ -118,7 +118,7 @@ def few_rows() -> str:
         memory = 2 / card.bandwidth * card.multiprocessors
         said.append(f"{FEW * max(slowest, memory) / 1e6:.0f} µs on an {card.name}")
     return (
-        f"Where a batch has 64 rows of {FEW:,} bf16 logits, each row has a multiprocessor to itself. `sample_rows` "
+        f"Where a batch has 64 rows of {FEW:,} bf16 logits, each row has a multiprocessor to itself. `sample_rows`\n"
         f"then sums up a row in {', '.join(said[:-1])} and {said[-1]}.\n"
     )
 
