@@ -76,7 +76,7 @@ def row(name: str, found: families.Verdict) -> str:
 
 
 def brief(text: str) -> str:
-    """Return a reason in the width of a table: without the figures of a refusal."""
+    """Return a reason in the width of a table, without the figures of a refusal."""
     text = re.split(r", so that log q|Nats of", text)[0].removeprefix("RuntimeError: ").removeprefix("ValueError: ")
     text = text.replace("|", "/").replace("<", "&lt;").strip()
     return text if len(text) <= 240 else text[:237] + "..."
