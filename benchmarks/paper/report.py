@@ -196,7 +196,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def paired(first: Mapping[int, float], second: Mapping[int, float]) -> tuple[float, float, int]:
-    """Return the mean of first - second over the seeds of both, half the width of its 95% interval, and their number."""
+    """Return the mean of first - second over the seeds of both, half the width of its 95% interval, and the count."""
     differences = [first[seed] - second[seed] for seed in sorted(first) if seed in second]
     return *interval(differences), len(differences)
 
