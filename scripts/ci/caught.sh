@@ -1,7 +1,7 @@
 # The proofs source this file. $out is their scratch folder.
 
-# caught BUG MESSAGE COMMAND [ARGUMENT...] applies tests/native/bugs/BUG.patch to a copy of the sources. COMMAND, which gets
-# the path of the copy before its arguments, must then fail and print MESSAGE.
+# caught BUG MESSAGE COMMAND [ARGUMENT...] applies tests/native/bugs/BUG.patch to a copy of the sources. COMMAND, which
+# gets the path of the copy before its arguments, must then fail and print MESSAGE.
 caught() {
   bug=$1 message=$2 command=$3 tree=$out/bugs/$1
   shift 3

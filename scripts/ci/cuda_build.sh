@@ -1,6 +1,7 @@
 #!/bin/sh
-# Builds the extension with its CUDA kernels by pip, as a user does, and checks what it says without a device. The build is
-# not optimised, which takes half the time, because aot.py checks the code. The library is kept by the hash of its sources.
+# Builds the extension with its CUDA kernels by pip, as a user does, and checks what it says without a device. The build
+# is not optimised, which takes half the time, because aot.py checks the code. The library is kept by the hash of its
+# sources.
 set -eu
 python=$1
 out=$(mktemp -d)

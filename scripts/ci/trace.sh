@@ -1,6 +1,6 @@
 #!/bin/sh
-# Checks loads, stores and races of the CUDA kernels on the host (tests/native/trace.cpp). Then the fence that the counters
-# of blocks need is removed, which must be found.
+# Checks loads, stores and races of the CUDA kernels on the host (tests/native/trace.cpp). Then the fence that the
+# counters of blocks need is removed, which must be found.
 set -eu
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
