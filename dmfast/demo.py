@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from .estimators import Estimate
-from .models import TINY_BIOS
 from .targets import EBM, Moment, Scorer
 from .training import recipe, report
 from .training.evaluation import evaluate
+from .training.recipe import TINY_BIOS
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -51,16 +51,8 @@ if TYPE_CHECKING:
 #: What a sampler is loaded from: a model, or a folder that its ``save_pretrained`` wrote.
 Source: TypeAlias = "LanguageModel | nn.Module | str | os.PathLike[str]"
 
-#: The folder of the small model of biographies that dmfast ships, which ``"tiny-bios"`` names.
-TINY_BIOS = Path(__file__).parent / "data" / "tiny_bios"
-
 _T = TypeVar("_T")
 _WHERE_FROM = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "force_download", "subfolder")
-
-
-def located(name_or_path: str | os.PathLike[str]) -> str:
-    """Return what transformers finds a model by: the folder for ``"tiny-bios"``, and any other name or folder as is."""
-    return str(TINY_BIOS if name_or_path == "tiny-bios" else name_or_path)
 
 
 class LanguageModel:
@@ -191,7 +183,7 @@ class LanguageModel:
         """Load model and tokenizer by transformers' ``AutoModelForCausalLM`` and ``AutoTokenizer``.
 
         Args:
-            name_or_path: a folder, a name on the hub, or ``"tiny-bios"`` for the small model that dmfast ships.
+            name_or_path: a folder, or a name on the hub.
             dtype: of the parameters. Default: transformers', which is that of the checkpoint.
             device: where the model goes. Default: where transformers puts it.
             eos_token_id, chat_template_kwargs, check_scores, logits_dtype: as in ``LanguageModel``.
@@ -204,10 +196,11 @@ class LanguageModel:
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        path = located(name_or_path)
         where = {name: value for name, value in kwargs.items() if name in _WHERE_FROM}
-        tokenizer = AutoTokenizer.from_pretrained(path, **where)
-        model = AutoModelForCausalLM.from_pretrained(path, **({} if dtype is None else {"dtype": dtype}), **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **where)
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path, **({} if dtype is None else {"dtype": dtype}), **kwargs
+        )
         return cls(
             model if device is None else model.to(device), tokenizer, eos_token_id=eos_token_id,
             chat_template_kwargs=chat_template_kwargs, check_scores=check_scores, logits_dtype=logits_dtype,
