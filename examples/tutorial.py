@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import dmfast
-from dmfast.models import TINY_BIOS
+from dmfast.shipped import TINY_BIOS
 
 STEPS, SEQUENCES, SAMPLES = 60, 192, 2048
 LENGTH = 48  # tokens of a text at most

@@ -48,7 +48,7 @@ LAYERS = (
     Layer(
         "Model", "makes a transformers model a distribution: sample, score, loss",
         ("models", "views", "samples", "prompts", "completions", "head", "decoding", "guard", "families", "draws",
-         "packing", "copies", "adapters", "tensors", "sharding", "tensor_parallel", "seeds"),
+         "packing", "copies", "adapters", "tensors", "sharding", "tensor_parallel", "seeds", "shipped"),
     ),
     Layer(
         "Loss", "takes logits, or hidden states and a head; picks a backend",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("*.md", "docs/*.md", "benchmarks/**/*.md", "dmfast/data/**/*.md")
+PAGES = ("*.md", "docs/*.md", "docs/guide/*.md", "benchmarks/**/*.md", "dmfast/data/**/*.md")
 API = "docs/api"
 # The public names that are imported from their modules, not from dmfast.
 BY_MODULE = {
