@@ -71,8 +71,8 @@ print(target.report)
 
 # %% [markdown]
 # You can see what the target will do before you train: samples of the original, weighted by the factor, are samples of
-# the target. The share of women goes to a half. The topics stay about where they were. They move a little only because
-# biographies of women have other topics than those of men in this model.
+# the target. The share of women goes to a half. The topics move only as far as the model gives women other topics than
+# men. A part of the difference in the picture is noise, because only about 140 of these samples are about women.
 
 # %%
 weight = (target.lambda_ * women(x)[:, None]).exp().squeeze(1)

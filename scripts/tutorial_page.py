@@ -89,8 +89,10 @@ def page(all_cells: Sequence[Cell], printed: Sequence[str]) -> str:
         if lines := next(rest).splitlines():
             parts.append("".join(f"    {line}".rstrip() + "\n" for line in lines))
         for name in re.findall(r'savefig\("(\S+)"', cell.text):
-            title = re.findall(r'title(?:=|\()f?"([^"]+)"', cell.text)
-            parts.append(f"![{'; '.join(title) or name}](assets/tutorial/{name})\n")
+            titles = re.findall(r'title(?:=|\()f?"([^"{]+)', cell.text)
+            parts.append(
+                f"![{'; '.join(title.removesuffix(', of ') for title in titles) or name}](assets/tutorial/{name})\n"
+            )
     return "\n".join(parts)
 
 
