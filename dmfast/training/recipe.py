@@ -45,7 +45,7 @@ from .. import __version__, adapters, presets
 from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moments
 from ..models import LanguageModel
 from ..samples import Samples
-from ..shipped import TINY_BIOS as TINY_BIOS
+from ..shipped import TINY_BIOS as TINY_BIOS  # noqa: PLC0414  # for those who import it from here
 from ..shipped import located
 from ..targets import EBM, Classifier, Contains, Feature, Moment, Reward, Scorer
 from ..targets.rewards import AnyReward
