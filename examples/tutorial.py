@@ -199,6 +199,6 @@ figure.savefig("features.png", dpi=110)
 # %% [markdown]
 # ## Where to go next
 #
-# - [The guide](guide.md) goes through the same tasks with your own model, your own wish, prompts, LoRA and many GPUs.
+# - [The guide](guide/index.md) shows the same with your own model, wish and prompts, with LoRA and on many GPUs.
 # - `DMTrainer` runs the loop under transformers' `Trainer`, with checkpoints, evaluation and logging.
 # - [The method](method.md) has the formulas behind `Matcher`.
