@@ -28,7 +28,7 @@ class Layer(NamedTuple):
 
 #: From the top to the bottom. A module imports modules of its own layer and of layers below it.
 LAYERS = (
-    Layer("Commands", "run a recipe, measure, report", ("cli", "demo", "bench", "report", "__main__")),
+    Layer("Commands", "run a recipe, measure, report", ("cli", "demo", "bench", "report", "extras", "moved", "__main__")),
     Layer(
         "Trainer", "puts the step under transformers' Trainer: data, checkpoints, evaluation",
         ("training", "presets", "integrations"),
@@ -52,7 +52,7 @@ LAYERS = (
     ),
     Layer(
         "Loss", "takes logits, or hidden states and a head; picks a backend",
-        ("functional", "kernels", "eager", "parallel"),
+        ("functional", "log_probs", "kernels", "eager", "parallel"),
     ),
     Layer("Formula", "turns log-probabilities into the weight A of a sequence", ("objectives", "methods")),
 )  # fmt: skip
