@@ -28,7 +28,10 @@ class Layer(NamedTuple):
 
 #: From the top to the bottom. A module imports modules of its own layer and of layers below it.
 LAYERS = (
-    Layer("Commands", "run a recipe, measure, report", ("cli", "demo", "bench", "report", "extras", "moved", "__main__")),
+    Layer(
+        "Commands", "run a recipe, measure, report",
+        ("cli", "demo", "bench", "report", "extras", "moved", "__main__"),
+    ),
     Layer(
         "Trainer", "puts the step under transformers' Trainer: data, checkpoints, evaluation",
         ("training", "presets", "integrations"),
