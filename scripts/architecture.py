@@ -10,7 +10,7 @@ the drawing is not the one that this script makes.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,10 @@ class Layer(NamedTuple):
 
 #: From the top to the bottom. A module imports modules of its own layer and of layers below it.
 LAYERS = (
-    Layer("Commands", "run a recipe, measure, report", ("cli", "demo", "bench", "report", "extras", "moved", "__main__")),
+    Layer(
+        "Commands", "run a recipe, measure, report",
+        ("cli", "demo", "bench", "report", "extras", "moved", "__main__"),
+    ),
     Layer(
         "Trainer", "puts the step under transformers' Trainer: data, checkpoints, evaluation",
         ("training", "presets", "integrations"),
@@ -66,12 +69,17 @@ class Import(NamedTuple):
     place: str
 
 
-def imports(package: Path) -> Iterator[Import]:
-    """Yield the imports between the modules and packages right below a package, also those within functions.
+def modules(package: Path) -> set[str]:
+    """Return the modules and packages right below a package."""
+    return {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+
+
+def imports(package: Path) -> list[Import]:
+    """Return the imports between the modules and packages right below a package, also those within functions.
 
     Imports by ``__init__.py`` are left out, since it only gathers the public names.
     """
-    known = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    known, found = modules(package), []
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
         if parts == ("__init__",):
@@ -79,7 +87,8 @@ def imports(package: Path) -> Iterator[Import]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             for target in _targets(node, package.name, parts[:-1]):
                 if target in known and target != parts[0]:
-                    yield Import(parts[0], target, f"{path.relative_to(package.parent)}:{node.lineno}")
+                    found.append(Import(parts[0], target, f"{path.relative_to(package.parent)}:{node.lineno}"))
+    return found
 
 
 def _targets(node: ast.AST, package: str, inside: Sequence[str]) -> list[str]:
@@ -104,13 +113,12 @@ def layer_of(layers: Sequence[Layer] = LAYERS) -> Mapping[str, int]:
     return {module: place for place, layer in enumerate(layers) for module in layer.modules}
 
 
-def problems(package: Path, layers: Sequence[Layer] = LAYERS) -> list[str]:
+def problems(package: Path, given: Sequence[Import], layers: Sequence[Layer] = LAYERS) -> list[str]:
     """Return what contradicts the layers: modules in none of them, and imports that point upwards."""
     place, found = layer_of(layers), []
-    names = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    for name in sorted(names - {"__init__"} - set(place)):
+    for name in sorted(modules(package) - {"__init__"} - set(place)):
         found.append(f"{name} is in no layer of scripts/architecture.py")
-    for each in imports(package):
+    for each in given:
         if each.source in place and each.target in place and place[each.target] < place[each.source]:
             found.append(
                 f"{each.place}: {each.source} ({layers[place[each.source]].name}) imports "
@@ -119,10 +127,10 @@ def problems(package: Path, layers: Sequence[Layer] = LAYERS) -> list[str]:
     return found
 
 
-def arrows(package: Path, layers: Sequence[Layer] = LAYERS) -> set[tuple[int, int]]:
+def arrows(given: Sequence[Import], layers: Sequence[Layer] = LAYERS) -> set[tuple[int, int]]:
     """Return the arrows between layers that the imports make, without those that follow from two others."""
     place = layer_of(layers)
-    direct = {(place[each.source], place[each.target]) for each in imports(package) if {*each[:2]} <= set(place)}
+    direct = {(place[each.source], place[each.target]) for each in given if {*each[:2]} <= set(place)}
     direct = {(a, b) for a, b in direct if a != b}
     reach = {a: {a} for a in range(len(layers))}
     for a in reversed(range(len(layers))):  # from the bottom, since arrows point down
@@ -150,7 +158,7 @@ text { font-family: system-ui, sans-serif; fill: #1c2330 }
 WIDTH, LEFT, BOX, GAP, LINE = 760, 14, 690, 26, 17
 
 
-def drawing(package: Path, layers: Sequence[Layer] = LAYERS) -> str:
+def drawing(package: Path, given: Sequence[Import], layers: Sequence[Layer] = LAYERS) -> str:
     """Return the drawing as SVG."""
     here = {path.stem for path in package.iterdir()}
     body, tops, bottoms, y = [], [], [], 14
@@ -166,7 +174,7 @@ def drawing(package: Path, layers: Sequence[Layer] = LAYERS) -> str:
             body.append(f'<text class="modules" x="{LEFT + 116}" y="{y + 39 + LINE * i}">{line}</text>')
         y += height + GAP
     aside = 0  # arrows that pass a layer run at the right, each on a line of its own
-    for a, b in sorted(arrows(package, layers)):
+    for a, b in sorted(arrows(given, layers)):
         if b == a + 1:
             x = LEFT + 48
             body.append(f'<path class="arrow" d="M{x} {bottoms[a]}V{tops[b] - 7}"/>')
@@ -196,6 +204,7 @@ def _wrapped(words: Sequence[str], width: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    if found := problems(ROOT / "dmfast"):
-        raise SystemExit("\n".join(found))
-    DRAWING.write_text(drawing(ROOT / "dmfast"), encoding="utf-8")
+    of_code = imports(ROOT / "dmfast")
+    if faults := problems(ROOT / "dmfast", of_code):
+        raise SystemExit("\n".join(faults))
+    DRAWING.write_text(drawing(ROOT / "dmfast", of_code), encoding="utf-8")

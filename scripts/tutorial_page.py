@@ -24,8 +24,8 @@ SCRIPT, PAGE = ROOT / "examples" / "tutorial.py", ROOT / "docs" / "tutorial.md"
 PICTURES = ROOT / "docs" / "assets" / "tutorial"
 #: What makes the tutorial long, and what tests/test_docs.py puts there.
 SMALLER = {
-    "STEPS, SEQUENCES, SAMPLES = 60, 192, 2048": "STEPS, SEQUENCES, SAMPLES = 2, 8, 32",
-    "fit(max_new_tokens": "fit(n=512, max_new_tokens",
+    "STEPS, SEQUENCES, SAMPLES = 60, 192, 2048": "STEPS, SEQUENCES, SAMPLES = 2, 4, 16",
+    "fit(max_new_tokens": "fit(n=256, max_new_tokens",
 }
 CELL = re.compile(r"^# %%( \[markdown\])?\n", re.M)
 
