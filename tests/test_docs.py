@@ -169,6 +169,22 @@ def test_block(pages, path, number, monkeypatch):
     pages[path].run(number)
 
 
+@pytest.mark.skipif(not PAGES, reason="no docs beside the tests")
+def test_the_guide_explains_every_number_of_a_log(pages, monkeypatch):
+    page = pages[ROOT / "docs" / "guide" / "reading-a-run.md"]
+    monkeypatch.chdir(page.folder)
+    page.run(0)
+    of_transformers = {"epoch", "step", "learning_rate", "grad_norm", "total_flos", "eval_runtime"}
+    named = re.findall(r"`([^`\n]+)`", page.path.read_text(encoding="utf-8"))
+    explained = {name.rstrip("…") for name in named if name.endswith("…")}, set(named)
+    short = {"eval_distinct_2": "_2", "eval_distinct_3": "_3"}
+    for logged in page.names["trainer"].state.log_history:
+        for key in logged.keys() - of_transformers:
+            name = key.removesuffix("_stderr")
+            if not name.startswith("train_"):
+                assert short.get(name, name) in explained[1] or name.startswith(tuple(explained[0])), key
+
+
 FEATURES = [line for page in PAGES if page.stem == "features" for line in page.read_text(encoding="utf-8").split("\n")]
 
 
@@ -230,22 +246,6 @@ def test_the_api_reference_has_every_public_name():
     assert sorted(name for _, name in linked) == sorted(shown)
     for page, name in linked:
         assert f"::: {name}\n" in pages[f"docs/api/{page}"]
-
-
-@pytest.mark.skipif(not PAGES, reason="no docs beside the tests")
-def test_the_guide_explains_every_number_of_a_log(pages, monkeypatch):
-    page = pages[ROOT / "docs" / "guide" / "reading-a-run.md"]
-    monkeypatch.chdir(page.folder)
-    page.run(0)
-    of_transformers = {"epoch", "step", "learning_rate", "grad_norm", "total_flos", "eval_runtime"}
-    named = re.findall(r"`([^`\n]+)`", page.path.read_text(encoding="utf-8"))
-    explained = {name.rstrip("…") for name in named if name.endswith("…")}, set(named)
-    short = {"eval_distinct_2": "_2", "eval_distinct_3": "_3"}
-    for logged in page.names["trainer"].state.log_history:
-        for key in logged.keys() - of_transformers:
-            name = key.removesuffix("_stderr")
-            if not name.startswith("train_"):
-                assert short.get(name, name) in explained[1] or name.startswith(tuple(explained[0])), key
 
 
 @pytest.mark.skipif(not PAGES, reason="no docs beside the tests")
