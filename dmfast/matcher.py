@@ -53,7 +53,7 @@ from .running import Running
 from .samples import Prompt, Samples
 from .seeds import seed_for
 from .settings import AnyObjective, Settings, check_proposal, check_target, check_trainable
-from .targets import EBM, Feature, FeatureValues, Scorer, TargetScores
+from .targets import EBM, Feature, FeatureValues, Scorer, TargetScores, pass_rates
 from .targets.rewards import AnyReward, WeightedSum, Weights, as_reward, parts_of
 from .unseen import Seen, unknown, unseen
 
@@ -110,6 +110,8 @@ class Matcher:
             where its estimate is above 1.
         z_floor: what Z is read as for a context of which no sequence with P > 0 was seen yet, above 0 and at most 1.
             None: such a context has weight 0. Only for such a target.
+        z_from_rows: whether Z of a context starts from the columns ``pass_rate`` and ``pass_rate_n`` of its row, which
+            ``EBM.fit_z`` makes, as if these n samples of the base had been seen. Only for such a target.
         uniform_groups: what happens to prompts whose sequences all have the same reward (without a reward: the same
             b(x)), where an objective that compares the sequences of a prompt gives all of them the weight 0. ``keep``:
             they count in the mean. ``skip``: the mean is over the others. ``redraw``: they are drawn again, up to
@@ -163,6 +165,7 @@ class Matcher:
         on_policy: bool | None = None,
         partition: str = "running",
         z_floor: float | None = None,
+        z_from_rows: bool = False,
         uniform_groups: str = "keep",
         max_redraws: int = 4,
         skip_zero_weight: bool = False,
@@ -180,8 +183,8 @@ class Matcher:
         self.settings = Settings(
             objective, baseline, normalize, beta, beta_target_kl, beta_horizon, alpha, normalize_alpha, max_return,
             max_weight, entropy_coefficient, proposal is None if on_policy is None else on_policy, partition,
-            z_floor, uniform_groups, max_redraws, skip_zero_weight, ppo_epochs, ppo_clip, check_samples, refit_ess,
-            refit_samples, patience_zero, seed,
+            z_floor, z_from_rows, uniform_groups, max_redraws, skip_zero_weight, ppo_epochs, ppo_clip, check_samples,
+            refit_ess, refit_samples, patience_zero, seed,
         )  # fmt: skip
         if not isinstance(policy, LanguageModel):
             raise TypeError(
@@ -287,9 +290,12 @@ class Matcher:
                 self._arguments(Prompts(each), n, how, self._seed(f"step {running.steps + k}"))
                 for k, each in enumerate([prompts, *next_prompts])
             ])  # fmt: skip
+        if self.settings.z_from_rows:
+            pass_rates.read(contexts.rows)  # an error comes before the first sample
         done, seconds = self._scorer_counts(), {"sampling": 0.0, "scoring": 0.0}
         seed = self._seed(f"step {running.steps}") if seed is None else seed
         taken = [self._drawn(contexts, n, how, seed, seconds)]
+        running = self._started(running, taken[0].samples)
         drawn, uniform, n_groups = self._regrouped(taken, contexts, n, how, seed, seconds)
         x, inputs = drawn.samples, dict(drawn.inputs)
         counts = {name: value - done[name] for name, value in self._scorer_counts().items()} | n_groups
@@ -329,6 +335,14 @@ class Matcher:
             rewards=drawn.rewards, _again=self._again, seconds=seconds,
         )  # fmt: skip
         return self._opened(batch)
+
+    def _started(self, running: Running, x: Samples) -> Running:
+        """Return what is carried, where contexts that were not seen yet start from the pass rates of their rows."""
+        if not self.settings.z_from_rows:
+            return running
+        context_id, found = (self.ranks.gather(each.to(x.tokens.device))
+                             for each in (x.context_id, pass_rates.read(x.rows)))  # fmt: skip
+        return running.started(context_id, *found.unbind(1))
 
     def _log_z(self, partitions: PartitionFunctions, context_id: Tensor) -> Tensor:
         """Return log Z of each sequence's context, as it is read from the sums."""
@@ -883,7 +897,7 @@ class Matcher:
         context, log_prob, log_q, log_target = (
             gather(each) for each in (x.context_id, log_prob, x.log_prob, log_target)
         )
-        partitions = running.partitions_before(self.settings.partition)
+        partitions = self._started(running, x).partitions_before(self.settings.partition)
         return log_prob, log_q, log_target, self._log_z(partitions.updated(context, log_target, log_q), context)
 
     def _compare_z(self) -> None:

@@ -134,6 +134,9 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             Of a target that only filters the base (``EBM.is_filter``) it is read as min(Z, 1).
         z_floor: what Z is read as for a prompt of which no sequence with P > 0 was seen yet, above 0 and at most 1.
             None: the weights of such a prompt are 0. Only for a target that filters the base.
+        z_from_rows: whether Z of each prompt starts from the columns ``pass_rate`` and ``pass_rate_n`` of its row,
+            which ``EBM.fit_z`` makes, as if these n completions of the base had been seen in the run. Only for a target
+            that filters the base, and with ``partition="running"``.
         refit_ess, refit_samples: while the effective sample size of the target's fit is below ``refit_ess``, lambda is
             fitted again from the last ``refit_samples`` sequences of the steps, each weighted by a/q with the q that it
             was drawn from, and replaced where that has a larger effective sample size (``EBM.refit``); Z then starts
@@ -207,6 +210,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     proposal_device: str | None = _field(None, "Where q is kept; None: where the policy is.")
     partition: str = _field("running", "running or step.")
     z_floor: float | None = _field(None, "What Z is read as for a prompt of which nothing was right; None: left out.")
+    z_from_rows: bool = _field(False, "Start Z of each prompt from the columns that EBM.fit_z makes.")
     refit_ess: float = _field(0.0, "Below which effective sample size lambda is fitted again; 0: never.")
     refit_samples: int = _field(2048, "Sequences of a proposal that lambda is fitted again from.")
     eval_samples: int = _field(512, "Sequences of the policy at an evaluation.")

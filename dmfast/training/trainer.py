@@ -177,6 +177,8 @@ class DMTrainer(CheckpointingTrainer):
         sets = _sets(self._eval_rows)
         for rows in {id(each): each for each in (self._rows, *sets)}.values():
             rows.check(self.policy, args.max_new_tokens, args.max_prompt_length)
+        if args.z_from_rows and isinstance(self._rows, Contexts):
+            self._rows.check_pass_rates()
         self.judge = judge_of(
             target, list(parts_of(of_run).values()), threshold=args.eval_threshold, k=args.eval_pass_k,
         )  # fmt: skip
