@@ -126,8 +126,10 @@ class Settings:
             )
 
     def _check_uniform_groups(self) -> None:
-        if self.uniform_groups not in ("keep", "skip", "redraw"):
-            raise ValueError(f"uniform_groups must be 'keep', 'skip' or 'redraw', got {self.uniform_groups!r}")
+        if self.uniform_groups not in ("keep", "skip", "redraw", "replace"):
+            raise ValueError(
+                f"uniform_groups must be 'keep', 'skip', 'redraw' or 'replace', got {self.uniform_groups!r}"
+            )
         if not isinstance(self.max_redraws, int) or self.max_redraws < 1:
             raise ValueError(f"max_redraws must be an integer of 1 or more, got {self.max_redraws!r}")
         if self.uniform_groups == "keep":
@@ -150,10 +152,11 @@ class Settings:
                     f"{what}, and {name}={getattr(self, name)!r} needs every sequence that was drawn: keep them, or "
                     f"leave {name} out"
                 )
-        if self.uniform_groups == "redraw" and self.refit_ess:
+        if self.uniform_groups in ("redraw", "replace") and self.refit_ess:
             raise ValueError(
-                "uniform_groups='redraw' keeps sequences by what they are, and refit_ess fits lambda from them as if "
-                f"they were all that q draws: leave one of them out, got refit_ess={self.refit_ess!r}"
+                f"uniform_groups={self.uniform_groups!r} keeps sequences by what they are, and refit_ess fits lambda "
+                "from them as if they were all that q draws: leave one of them out, got "
+                f"refit_ess={self.refit_ess!r}"
             )
 
     @property

@@ -109,7 +109,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         uniform_groups, max_redraws: what happens to prompts whose sequences all have the same reward, where an
             objective that compares the sequences of a prompt gives them the weight 0. ``keep``: they count in the mean.
             ``skip``: the mean is over the others. ``redraw``: they are drawn again, up to ``max_redraws`` times, and
-            then skipped (DAPO's dynamic sampling). Only on-policy. ``n_uniform`` and ``n_redrawn`` are logged.
+            then skipped. ``replace``: the same with other prompts of the data set in their place, at random (DAPO's
+            dynamic sampling); not with a stream. Only on-policy. ``n_uniform`` and ``n_redrawn`` are logged.
         skip_zero_weight: sequences whose weight is known to be 0 before the policy's forward (those with P = 0 under
             ``dpg``, for instance) get none; off-policy, ``js_policy`` is NaN in what is logged then.
         on_policy: sample from the policy itself; no proposal is kept.
@@ -193,7 +194,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     samples_per_context: int | None = _field(None, "Sequences drawn from each prompt.")
     sampling_batch_size: int | None = _field(None, "Sequences at a time in sampling and scoring.")
     check_scores: bool = _field(True, "Check once that what the policy draws is what it scores.")
-    uniform_groups: str = _field("keep", "Prompts whose sequences have one reward: keep, skip or redraw.")
+    uniform_groups: str = _field("keep", "Prompts whose sequences have one reward: keep, skip, redraw or replace.")
     max_redraws: int = _field(4, "How often they are drawn again at most.")
     skip_zero_weight: bool = _field(False, "No policy forward for sequences known to have weight 0.")
     on_policy: bool = _field(False, "Sample from the policy itself.")
