@@ -58,8 +58,8 @@ def main() -> dict[str, dict[str, str]]:
         args = dmfast.DMConfig(
             folder, max_steps=options.steps, samples_per_context=options.samples,
             per_device_train_batch_size=options.samples * len(ROWS), learning_rate=options.learning_rate,
-            max_new_tokens=48, proposal_interval=5, z_from_rows=True, save_strategy="no", logging_steps=10, disable_tqdm=True,
-            eval_samples=options.eval_samples * len(ROWS), eval_pass_k=sorted({1, min(4, k), k}),
+            max_new_tokens=48, proposal_interval=5, z_from_rows=True, save_strategy="no", logging_steps=10,
+            disable_tqdm=True, eval_samples=options.eval_samples * len(ROWS), eval_pass_k=sorted({1, min(4, k), k}),
         )  # fmt: skip
         trainer = dmfast.DMTrainer(model, target, args, train_dataset=rows, processing_class=tokenizer)
         found = {"base": shown(trainer.evaluate())}  # pi is the base yet
