@@ -561,6 +561,56 @@ def test_three_products_two_with_a_frozen_head_one_for_scoring(objective: str, b
     assert sum(m for m, n, k in products(True, True, rows=1) if (n, k) == (V, D)) > scored
 
 
+def centred_log_ratio(terms: dmfast.Terms) -> torch.Tensor:
+    assert terms.log_prob is not None and terms.log_target is not None
+    gap = terms.log_prob - torch.where(terms.log_target == -INF, -9.0, terms.log_target)
+    return terms.group_mean(gap) - gap + terms.at_draw(lambda whole: whole.group_mean(whole.log_proposal))
+
+
+@pytest.mark.parametrize("kind", ["whole_contexts", "per_sequence", None])
+def test_three_products_for_a_function_of_log_pi_where_what_goes_together_fits(kind: str | None) -> None:
+    case = make()
+    context = (torch.arange(len(case.tokens)) // 2).clamp(max=1)
+    terms = case.terms | {"context_id": context}
+    scored = ((case.tokens != -100) & case.mask).sum(1)
+
+    def own(terms: dmfast.Terms) -> torch.Tensor:
+        if kind != "per_sequence":
+            return centred_log_ratio(terms)
+        assert terms.log_prob is not None
+        return terms.log_prob + terms.at_draw(lambda whole: whole.group_mean(whole.log_proposal))
+
+    if kind:
+        setattr(own, kind, True)
+
+    def found(rows: int | None, **options: object) -> tuple[list[int], list[torch.Tensor]]:
+        h, w, b = case.inputs(False)
+        with Counter() as products:
+            size = None if rows is None else case.chunk_bytes(rows)
+            out = dmfast.linear_dm_loss(h, w, case.tokens, case.mask, bias=b, objective=own,
+                                        chunk_bytes=size, entropy_coefficient=0.1, **terms, **options)  # fmt: skip
+            out.loss.sum().backward()
+        return [m for m, n, k in products if (n, k) == (V, D)], [out.weight, h.grad, w.grad, b.grad]
+
+    forwards, expected = found(None, reduction="none")
+    assert sum(forwards) == 2 * int(scored.sum())  # the logits again, in backward
+    expected = [expected[0], *(gradient / len(case.tokens) for gradient in expected[1:])]
+    of_context = int(torch.stack([scored[context == c].sum() for c in context.unique()]).max())
+    enough = {"whole_contexts": of_context, "per_sequence": int(scored.max()), None: int(scored.sum())}[kind]
+    for rows, times in ((enough, 1), (1, 2)):
+        forwards, values = found(rows)
+        assert sum(forwards) == times * int(scored.sum())
+        for value, wanted in zip(values, expected, strict=True):
+            torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5)
+    assert kind is None or len(found(enough)[0]) > 1  # it was cut
+    h, w, _ = case.inputs(False)
+    out = dmfast.linear_dm_loss(h, w, case.tokens, case.mask, objective=own, **terms)
+    (out.loss / 2).backward(retain_graph=True)  # another grad_output than was expected
+    first = h.grad.clone()
+    out.loss.backward()
+    torch.testing.assert_close(h.grad, 3 * first)
+
+
 def test_the_largest_tensor_is_the_buffer() -> None:
     case = make(unscored=False)
     made = []

@@ -74,8 +74,8 @@ HONOURED = (
     "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "samples_per_context", "seed",
     "data_seed", "max_weight", "entropy_coefficient", "beta_target_kl", "beta_horizon", "ppo_clip", "partition",
     "proposal_interval", "proposal_stderrs", "proposal_best_only", "proposal_decay", "proposal_check_samples",
-    "z_floor", "uniform_groups", "max_redraws", "refit_ess", "refit_samples", "skip_zero_weight", "sampler",
-    "sampler_ahead", "sampler_max_lag", "bf16", "fp16", "max_prompt_length",
+    "z_floor", "z_from_rows", "uniform_groups", "max_redraws", "refit_ess", "refit_samples", "skip_zero_weight",
+    "sampler", "sampler_ahead", "sampler_max_lag", "bf16", "fp16", "max_prompt_length",
 )  # fmt: skip
 
 #: These may change without a word, since they change no result.
