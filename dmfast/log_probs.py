@@ -84,8 +84,11 @@ def dm_loss_from_log_probs(
         num_sequences=num_sequences, num_tokens=num_tokens, what="token_log_probs",
     )  # fmt: skip
     checks.check_call(batch, reduction, num_sequences)
-    divisor = num_sequences if isinstance(num_sequences, Tensor) else None
-    divide_by = 1.0 if divisor is not None else denominator(batch, reduction, num_sequences)
+    divisor, divide_by = None, 1.0
+    if isinstance(num_sequences, Tensor):
+        divisor = num_sequences
+    else:
+        divide_by = denominator(batch, reduction, num_sequences)
     batch = check_ops.checked(batch, terms)
     faults.check_cu_seqlens(batch)
     faults.check_token_weight(batch)

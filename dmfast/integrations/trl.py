@@ -71,7 +71,7 @@ class DMGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         place = torch.arange(len(tokens), device=tokens.device)
         return Samples(tokens, attended, scored, d["prompt_ids"].shape[1], place.double() if log_q is None else log_q,
                        place, self.temperature, self.policy.tokenizer, self.policy.pad_token_id,
-                       eos_token_ids=self.policy.eos_token_ids)  # fmt: skip
+                       eos_token_ids=tuple(self.policy.eos_token_ids))  # fmt: skip
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
         of_functions: Tensor = super()._calculate_rewards(*args)  # of all processes
@@ -132,6 +132,7 @@ class DMGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             self._samples(inputs, own.get("log_proposal")), **own, objective=objective, on_policy=self._on_policy,
             max_weight=self.max_weight, num_sequences=len(place) * parts, num_tokens=tokens, return_entropy=True,
         )  # fmt: skip
+        assert out.entropy is not None
         now = torch.stack([out.entropy.sum() / mask.sum().clamp(min=1), out.weight.abs().mean()])
         for name, value in zip(("entropy", "weight_abs"), self.accelerator.reduce(now, "mean").tolist(), strict=True):
             self._metrics[mode][name].append(value)
