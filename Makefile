@@ -138,10 +138,13 @@ ray: $(VENV)/ray
 # The trainer that puts dmfast's loss into trl, against trl's own losses; loggers: docs/integrations.md.
 trl: $(VENV)/trl
 	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python scripts/ci/trl_trainer.py
+	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python scripts/ci/loggers.py
+	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python -m pytest tests/test_docs.py -k integrations
 
 # The policy loss and the advantage estimator for verl, in verl's own registries: docs/integrations.md.
 verl: $(VENV)/verl
 	OMP_NUM_THREADS=1 $(VENV)/verl/bin/python scripts/ci/verl_loss.py
+	OMP_NUM_THREADS=1 $(VENV)/verl/bin/python -m pytest tests/test_docs.py -k integrations
 
 # The row kernels compiled for aarch64 and run in qemu.
 aarch64:
