@@ -17,6 +17,7 @@ from .functional import (
 )
 from .kernels import backends, use_backend
 from .kernels.result import DMLossOutput
+from .log_probs import dm_loss_from_log_probs
 from .matcher import Matcher
 from .models import LanguageModel
 from .objectives import OBJECTIVES, Objective, Terms
@@ -48,6 +49,7 @@ __all__ = [
     "Verifier",
     "backends",
     "dm_loss",
+    "dm_loss_from_log_probs",
     "eager",
     "linear_dm_loss",
     "linear_sequence_log_prob",

@@ -35,14 +35,29 @@ def doctor() -> int:
     print("backends:")
     for info in backends().values():
         print(f"  {info.name:6} {'in use' if info.in_use else 'not in use':11} {info.detail}")
-    print("extras:")
+    print("packages:")
     for package in ("transformers", "accelerate", "safetensors", "pyyaml", "rich", "matplotlib", "nltk", "peft"):
         try:
             found = metadata.version(package)
         except metadata.PackageNotFoundError:
             found = "missing: " + ("for LoRA, pip install peft" if package == "peft" else _INSTALL)
         print(f"  {package:12} {found}")
+    print("extras, each by pip install 'dmfast[NAME]':")
+    for line in _extras():
+        print(f"  {line}")
     return 0 if backends()["cpu"].available else 1
+
+
+def _extras() -> list[str]:
+    """Return a line for each extra: whether it is there, what it would bring, what clashes."""
+    from .extras import extras
+
+    try:
+        return [f"{extra.name:12} {extra}" for extra in extras()]
+    except metadata.PackageNotFoundError:
+        return ["unknown: dmfast runs from its sources and is not installed, so that pip has no list of them"]
+    except ModuleNotFoundError as error:
+        return [f"unknown: {error}; pip install packaging"]
 
 
 def report(runs: list[str], out: str) -> int:

@@ -12,6 +12,7 @@ HTML comments before a block, invisible to readers, make it small or name it:
     <!-- test: run                 Python that runs before the block, up to the line with the end of the comment
     <!-- test: replace A => B -->  the block runs with B in the place of A, which must be in it; ROOT is the repository
     <!-- test: file NAME -->       the yaml block is written to this file, for an sh block to find
+    <!-- test: needs NAME -->      the python block runs where this package is installed, as in `make NAME`
 
 Examples in docstrings are doctest's.
 """
@@ -71,6 +72,11 @@ class Block:
                 code = code.replace(old, new.replace("ROOT", str(ROOT)))
         return code
 
+    @property
+    def missing(self) -> list[str]:
+        """Return the packages that the block needs and that are not installed."""
+        return [name for name in self.named("needs") if importlib.util.find_spec(name) is None]
+
     def named(self, kind: str) -> list[str]:
         return [text for each, text in self.comments if each == kind]
 
@@ -91,6 +97,8 @@ class Page:
             getattr(self, f"run_{block.language or 'nothing'}")(block)
 
     def run_python(self, block: Block) -> None:
+        if block.missing:
+            return
         for code in block.named("run"):
             exec(compile(code, f"{self.path}, before line {block.line}", "exec"), self.names)
         with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -166,7 +174,10 @@ def pages(tmp_path_factory):
 )
 def test_block(pages, path, number, monkeypatch):
     monkeypatch.chdir(pages[path].folder)
-    pages[path].run(number)
+    page = pages[path]
+    if page.blocks[number].missing:
+        pytest.skip(f"{page.blocks[number].missing[0]} is not installed")
+    page.run(number)
 
 
 @pytest.mark.skipif(not PAGES, reason="no docs beside the tests")

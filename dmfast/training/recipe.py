@@ -2,7 +2,8 @@
 
     model: tiny-bios                # or a folder, or a name on the hub
     prompts: null                   # null: the empty context; a list of strings or of chats (lists of messages); a
-                                    # .txt (one a line), .jsonl, .csv or .parquet file with a column prompt
+                                    # .txt (one a line), .jsonl, .csv or .parquet file with a column prompt; or
+                                    # {dataset: name on the hub or folder, name: ..., split: train, column: prompt}
     stop: null                      # a sequence ends in EOS; with stop: "\\n" also in a token that has a newline
     chat_template_kwargs: null      # what the chat template gets besides the messages: {enable_thinking: false}
     constraints:                    # pointwise ones, and moments
@@ -58,6 +59,7 @@ from .checks import check_alike, check_environment, refuse_arguments
 from .config import DMConfig
 from .data import Contexts
 from .evaluation import evaluate
+from .hub import prompts_of
 from .trainer import DMTrainer
 
 _KEYS = (
@@ -242,6 +244,11 @@ def constraint(entry: Any) -> Feature | Moment:
 
 
 def _prompts(prompts: Any) -> Any:
+    if isinstance(prompts, Mapping):
+        try:
+            return prompts_of(prompts)
+        except (ValueError, ImportError) as error:
+            raise RecipeError(f"prompts: {error}") from error
     if not isinstance(prompts, str):
         return prompts
     path = Path(prompts).expanduser()
