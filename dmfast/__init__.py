@@ -6,7 +6,7 @@ sampling and the like are imported from their modules, such as ``dmfast.estimato
 
 from typing import TYPE_CHECKING, Any
 
-from . import eager
+from . import eager, moved
 from .functional import (
     dm_loss,
     linear_dm_loss,
@@ -27,7 +27,7 @@ from .targets import EBM, Classifier, Contains, Moment, Reward, Scorer, Verifier
 if TYPE_CHECKING:
     from .training import DMConfig, DMTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "EBM",
     "OBJECTIVES",
@@ -59,9 +59,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The trainer, when it is asked for: it brings transformers, which ``import dmfast`` must not."""
+    """Return the trainer, whose transformers ``import dmfast`` must not bring, or a name that has moved."""
     if name in ("DMConfig", "DMTrainer"):
         from . import training
 
         return getattr(training, name)
-    raise AttributeError(f"module 'dmfast' has no attribute {name!r}")
+    return moved.find(name)

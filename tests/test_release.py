@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import tomllib
 import yaml
 
 import dmfast
+from dmfast import moved
 
 ROOT = Path(__file__).parent.parent
 # not where the tests stand alone, as beside an installed wheel
@@ -81,3 +84,21 @@ def test_the_extra_of_deepspeed_is_held_to_what_the_trainer_refuses():
     assert "transformers 5.20.2 is older than 5.24" in extras.faults(["deepspeed"], older)[0]
     lines = tomllib.loads(text("pyproject.toml"))["project"]["optional-dependencies"]["deepspeed"]
     assert [f"{package}>={floor}" in lines for package, floor in TRIED.items()] == [True] * len(TRIED)
+
+
+@pytest.mark.parametrize("name", moved.MOVED)
+def test_a_name_of_0_1_is_found_and_says_where_it_went(name):
+    with pytest.warns(DeprecationWarning, match=rf"from {re.escape(moved.MOVED[name])} import {name}\b") as caught:
+        found = getattr(dmfast, name)
+    assert [warning.filename for warning in caught] == [__file__]  # at the line that asks
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert found is getattr(importlib.import_module(moved.MOVED[name]), name)
+    assert name not in dmfast.__all__
+
+
+def test_a_name_that_never_was_is_no_deprecation():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(AttributeError, match="no attribute 'estimates'"):
+            _ = dmfast.estimates

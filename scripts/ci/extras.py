@@ -2,10 +2,11 @@
 
     python scripts/ci/extras.py UV
 
-UV is the program `uv`, which reads what packages say that they need and downloads none of them. Every extra for users is
-resolved alone, with the releases that constraints.txt pins, on the oldest Python that the extra has. What users combine is
-resolved without pins on the newest Python, as is each extra that asks for an older release of another package. A resolution is refused that holds releases that dmfast refuses, or that were never run, such as
-transformers 4 beside an old vLLM. A resolver would not refuse it where an extra does not name a floor.
+UV is the program `uv`, which reads what packages say that they need and downloads none of them. Every extra for users
+is resolved alone, with the releases that constraints.txt pins, on the oldest Python that the extra has. What users
+combine is resolved without pins on the newest Python, and so is vLLM. A resolution is refused that holds releases that
+dmfast refuses, or that were never run, such as transformers 4 beside an old vLLM. A resolver takes these where an extra
+does not name a floor.
 """
 
 from __future__ import annotations
@@ -25,16 +26,18 @@ DEVELOPERS = {"test", "docs", "demo"}  # demo is another name of train
 NEWEST = "3.13"
 OLDEST = {"trl": "3.11", "vllm": "3.11", "bench": "3.11", "deepspeed": "3.11"}  # of the others: FIRST
 FIRST = "3.10"
-#: Extras that are resolved together, with nothing pinned. DeepSpeed is apart from vLLM: it was tried with transformers 5.24.
+#: Resolved together, with nothing pinned. DeepSpeed was tried with transformers 5.24, which vLLM 0.33 does not take.
 TOGETHER = [
     ("vllm",),
     ("train", "vllm", "trl", "ray", "triton", "verify", "bench"),
     ("deepspeed", "trl", "ray", "triton"),
 ]
 BRINGS = {"train": "transformers", "verify": "math-verify", "bench": "liger-kernel"}  # of the others: their own name
-#: The oldest releases that dmfast runs on, as docs/versions.md and docs/engines.md have them, written apart from pyproject.toml.
+#: The oldest releases that dmfast runs on, by docs/versions.md and docs/engines.md. They are not read from
+#: pyproject.toml, so that a floor that is lost there is found.
 FLOORS = {
-    "torch": "2.6", "numpy": "1.26", "transformers": "5.0", "accelerate": "1.3", "vllm": "0.32", "trl": "1.16", "ray": "2.60",
+    "torch": "2.6", "numpy": "1.26", "transformers": "5.0", "accelerate": "1.3", "vllm": "0.32", "trl": "1.16",
+    "ray": "2.60",
 }  # fmt: skip
 
 
@@ -80,8 +83,9 @@ def resolve(uv: str, extras: Iterable[str], python: str, pinned: bool) -> dict[s
     Raises:
         RuntimeError: there is no solution.
     """
-    command = [uv, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--cache-dir", str(Path(uv).parents[1] / "cache"),
-               "--python-version", python, "pyproject.toml"]  # fmt: skip
+    cache = str(Path(uv).parents[1] / "cache")
+    command = [uv, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--cache-dir", cache]
+    command += ["--python-version", python, "pyproject.toml"]
     for extra in extras:
         command += ["--extra", extra]
     if pinned:
@@ -111,8 +115,8 @@ def main() -> None:
     with ThreadPoolExecutor(8) as pool:  # they wait for the network
         for (extras, python, pinned), (resolved, found) in zip(cases, pool.map(one, cases), strict=True):
             names = sorted({*FLOORS, *tried("deepspeed"), "triton"} & set(resolved))
-            print(f"[{','.join(extras)}] Python {python}{', constraints.txt' if pinned else ''}: {len(resolved)} packages, "
-                  + ", ".join(f"{name} {resolved[name]}" for name in names))  # fmt: skip
+            asked = f"[{','.join(extras)}] Python {python}{', constraints.txt' * pinned}"
+            print(f"{asked}: {len(resolved)} packages, {', '.join(f'{name} {resolved[name]}' for name in names)}")
             for fault in found:
                 bad += 1
                 print(f"  FAULT: {fault}")

@@ -40,7 +40,7 @@ def floors() -> dict[str, str]:
         lowest = {match[1] for line in every if (match := re.match(rf"{package}>=([\d.]+)", line))}
         if len(lowest) != 1:
             raise SystemExit(
-                f"[train] or [test] of pyproject.toml must name one floor of {package}, as {package}>=1.2; it has {lowest}"
+                f"[train] and [test] must name one floor of {package}, as {package}>=1.2; they have {lowest}"
             )
         found[package] = lowest.pop()
     return found
