@@ -103,7 +103,7 @@ wheel: $(VENV)/test
 floors: $(VENV)/test
 	$(BIN)/python scripts/ci/floors.py
 
-# What each extra of pyproject.toml resolves to: nothing that dmfast refuses. It installs nothing: docs/versions.md.
+# What each extra of pyproject.toml resolves to: nothing that dmfast refuses. It installs nothing, and asks the registry.
 extras: $(VENV)/extras/bin/uv
 	$(VENV)/extras/bin/python scripts/ci/extras.py $(VENV)/extras/bin/uv
 
