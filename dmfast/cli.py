@@ -75,7 +75,7 @@ def _parser(complete: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dmfast", description=__doc__)
     parser.add_argument("--version", action="version", version=f"dmfast {__version__}", help="print it and leave")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="half of the biographies about women, in a minute or two")
+    demo = commands.add_parser("demo", help="train a small model until half of its biographies are about women")
     train = commands.add_parser("train", help="run a job from a YAML file")
     train.add_argument("recipe", help="the file; dmfast/recipes/ has some")
     train.add_argument("--set", dest="overrides", type=_override, action="append", default=[], metavar="KEY=VALUE",
@@ -84,12 +84,14 @@ def _parser(complete: str) -> argparse.ArgumentParser:
     train.add_argument("--resume", nargs="?", const=True, default=False, metavar="CHECKPOINT",
                        help="go on from a checkpoint, by its folder or its name in the run; without one from the "
                        "newest")  # fmt: skip
-    report = commands.add_parser("report", help="one HTML page that compares runs")
+    report = commands.add_parser("report", help="write one HTML page that compares runs")
     report.add_argument("runs", nargs="+", metavar="RUN",
                         help="a folder with log.json (train, demo) or trainer_state.json (DMTrainer)")  # fmt: skip
-    report.add_argument("--out", default="report.html", help="the page")
-    bench = commands.add_parser("bench", help="the fused losses against what else there is; a step of your own model")
-    serve = commands.add_parser("serve-proposal", help="a vLLM server that draws from q for a run")
+    report.add_argument("--out", default="report.html", help="the file of the page")
+    bench = commands.add_parser(
+        "bench", help="time the fused losses beside other ones, or one training step of your own model"
+    )
+    serve = commands.add_parser("serve-proposal", help="start a vLLM server that draws from the proposal of a run")
     commands.add_parser("doctor", help="versions, backends, what is missing")
     if complete == "serve-proposal":
         from .sampling.serve import add_arguments as add_serve_arguments

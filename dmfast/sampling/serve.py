@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="tiny-bios, a folder, or a name on the hub: the one that is trained")
     parser.add_argument("--host", default="127.0.0.1",
                         help="who may connect; whoever may can run code in vLLM's workers")  # fmt: skip
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=8000, help="where it listens")
     parser.add_argument("--dtype", default="auto", help="what vLLM computes in; log q is its own in any")
     parser.epilog = "What follows after -- are further options of vLLM's server, such as -- --tensor-parallel-size 2."
     parser.set_defaults(vllm=[])
