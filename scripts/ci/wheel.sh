@@ -63,7 +63,8 @@ if [ -n "$oldest" ]; then
   DMFAST_BUILD=cpu DMFAST_CXXFLAGS=-O0 "$out/oldest/bin/python" -m pip wheel -q --disable-pip-version-check --no-deps -w "$out/old" "$sdist"
   auditwheel=$out/venv/bin/auditwheel
   PATH="$out/venv/bin:$PATH" "$auditwheel" repair --exclude libgomp.so.1 -w "$out/oldhouse" "$out"/old/*.whl >"$out/log" 2>&1 || { cat "$out/log" >&2; exit 1; }
-  PATH="$out/venv/bin:$PATH" "$auditwheel" show "$out"/oldhouse/*.whl | grep -A1 "consistent with"
+  # auditwheel show would say linux_x86_64 of it, because libgomp is torch's
+  echo "for release: $(basename "$out"/oldhouse/*.whl)"
   "$out/oldest/bin/python" -m pip install -q --disable-pip-version-check --no-deps "$out"/oldhouse/*.whl
   "$out/oldest/bin/python" - <<'PYTHON'
 import compileall, importlib.util, sys
