@@ -66,7 +66,7 @@ if [ -n "$oldest" ]; then
   # auditwheel show would say linux_x86_64 of it, because libgomp is torch's
   echo "for release: $(basename "$out"/oldhouse/*.whl)"
   "$out/oldest/bin/python" -m pip install -q --disable-pip-version-check --no-deps "$out"/oldhouse/*.whl
-  "$out/oldest/bin/python" - <<'PYTHON'
+  "$out/oldest/bin/python" -I - <<'PYTHON'
 import compileall, importlib.util, sys
 from importlib import metadata
 from pathlib import Path
