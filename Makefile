@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints.txt $(shell find csrc dmfast -type f \
 	! -name '*.so' ! -name '*.pyc')
 
-PROOFS := host-cuda ptx families fsdp spread deepspeed ray trl verl sanitize aot interpreter floors wheel trace gpu-dry docs aarch64
+PROOFS := host-cuda ptx families fsdp spread deepspeed ray trl verl sanitize aot interpreter floors wheel trace gpu-dry docs extras aarch64
 .PHONY: demo test pytest lint proofs $(PROOFS) vllm gpu gpu-rivals paper-quick paper alpha-quick alpha format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
@@ -28,7 +28,7 @@ lint: $(VENV)/test
 	$(BIN)/mypy
 
 # Two at a time. passive: threads that wait must not keep the other's from the core.
-proofs: $(VENV)/triton $(VENV)/docs $(VENV)/deepspeed $(VENV)/ray $(VENV)/trl $(VENV)/verl
+proofs: $(VENV)/triton $(VENV)/docs $(VENV)/deepspeed $(VENV)/ray $(VENV)/trl $(VENV)/verl $(VENV)/extras/bin/uv
 	OMP_WAIT_POLICY=passive $(MAKE) -j2 -Otarget $(PROOFS)
 
 # The CPU kernels, built for the baseline instruction set (no AVX2), under AddressSanitizer and UBSan.
@@ -102,6 +102,10 @@ wheel: $(VENV)/test
 # The tests that involve transformers, on the oldest transformers, accelerate and peft that pyproject.toml allows.
 floors: $(VENV)/test
 	$(BIN)/python scripts/ci/floors.py
+
+# What each extra of pyproject.toml resolves to: nothing that dmfast refuses. It installs nothing, and asks the registry.
+extras: $(VENV)/extras/bin/uv
+	$(VENV)/extras/bin/python scripts/ci/extras.py $(VENV)/extras/bin/uv
 
 # The site, with an API reference from the docstrings, in build/site. A warning is an error, which --quiet would hide from
 # --strict too. The variable silences theirs of new versions to come.
@@ -193,6 +197,10 @@ $(VENV)/deepspeed $(VENV)/ray $(VENV)/trl $(VENV)/verl: $(VENV)/test
 		"$$($@/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_beneath.pth"
 	$(BIN)/python -m pip --python $@/bin/python install -q -c constraints.txt $(BRINGS)
 	@touch $@
+
+$(VENV)/extras/bin/uv:
+	$(PYTHON) -m venv $(VENV)/extras
+	$(VENV)/extras/bin/python -m pip install -q uv
 
 # torch first, so that nothing that depends on it brings another build of it
 $(VENV)/torch: constraints.txt

@@ -6,7 +6,7 @@ sampling and the like are imported from their modules, such as ``dmfast.estimato
 
 from typing import TYPE_CHECKING, Any
 
-from . import eager
+from . import eager, moved
 from .functional import (
     dm_loss,
     linear_dm_loss,
@@ -61,9 +61,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The trainer, when it is asked for: it brings transformers, which ``import dmfast`` must not."""
+    """Return the trainer, whose transformers ``import dmfast`` must not bring, or a name that has moved."""
     if name in ("DMConfig", "DMTrainer"):
         from . import training
 
         return getattr(training, name)
-    raise AttributeError(f"module 'dmfast' has no attribute {name!r}")
+    return moved.find(name)
