@@ -27,7 +27,7 @@ from .targets import EBM, Classifier, Contains, Moment, Reward, Scorer, Verifier
 if TYPE_CHECKING:
     from .training import DMConfig, DMTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "EBM",
     "OBJECTIVES",

@@ -752,8 +752,8 @@ class Matcher:
 
         Returns:
             What is worth logging: ``kl_policy`` (KL(p||pi), nats) and other estimates with their ``_stderr``,
-            ``log_z``, ``ess``, ``phi/<feature>``, ``swapped``, ``seconds_sampling``, ... docs/guide.md says what each
-            is.
+            ``log_z``, ``ess``, ``phi/<feature>``, ``swapped``, ``seconds_sampling``, ...
+            docs/guide/reading-a-run.md says what each is.
 
         Raises:
             RuntimeError: there is no batch, or a sequence of it has not passed ``loss``.

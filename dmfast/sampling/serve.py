@@ -7,8 +7,9 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import util
-from pathlib import Path
 from typing import NoReturn
+
+from ..shipped import located
 
 _WORKER = "dmfast.sampling.vllm_worker.Worker"
 _OWN = ("--model", "--generation-config", "--override-generation-config", "--logprobs-mode", "--worker-extension-cls",
@@ -62,9 +63,7 @@ def serve(args: argparse.Namespace) -> NoReturn:
     """
     if util.find_spec("vllm") is None:
         raise ValueError("vLLM is not installed in this environment: pip install vllm, and dmfast beside it")
-    tiny = Path(__file__).parent.parent / "data" / "tiny_bios"
-    model = str(tiny) if args.model == "tiny-bios" else args.model
-    line = command(model, args.vllm, host=args.host, port=args.port, dtype=args.dtype)
+    line = command(str(located(args.model)), args.vllm, host=args.host, port=args.port, dtype=args.dtype)
     print(f"q will be served at http://{args.host}:{args.port}: train with sampler=http://{args.host}:{args.port}")
     sys.stdout.flush()
     os.execve(sys.executable, line, environment(os.environ))

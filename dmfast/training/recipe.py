@@ -45,6 +45,8 @@ from .. import __version__, adapters, presets
 from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moments
 from ..models import LanguageModel
 from ..samples import Samples
+from ..shipped import TINY_BIOS as TINY_BIOS  # noqa: PLC0414  # for those who import it from here
+from ..shipped import located
 from ..targets import EBM, Classifier, Contains, Feature, Moment, Reward, Scorer
 from ..targets.rewards import AnyReward
 from . import checkpoint, report
@@ -54,7 +56,6 @@ from .data import Contexts
 from .evaluation import evaluate
 from .trainer import DMTrainer
 
-TINY_BIOS = Path(__file__).parent.parent / "data" / "tiny_bios"
 _KEYS = (
     "model", "dtype", "prompts", "stop", "chat_template_kwargs", "constraints", "monitor", "reward", "fit", "lora",
     "train", "evaluate",
@@ -299,7 +300,7 @@ def load(
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise RecipeError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    path = str(TINY_BIOS) if name == "tiny-bios" else str(Path(name).expanduser())
+    path = str(located(str(Path(name).expanduser())))
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))

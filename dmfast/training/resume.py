@@ -2,7 +2,7 @@
 
 Every field that ``DMConfig`` adds stands in one of the tables below, and so does what steers the optimiser
 among transformers' arguments. A changed setting holds from here on, or what depends on it starts anew, or the run is
-refused. ``docs/guide.md`` has the same in words.
+refused. ``docs/guide/when-it-goes-wrong.md`` has the same in words.
 """
 
 from __future__ import annotations

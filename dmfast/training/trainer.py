@@ -79,9 +79,9 @@ class DMTrainer(CheckpointingTrainer):
     """Train ``model`` to match the target distribution p = P/Z (Korbak et al. 2022, arXiv:2206.00761, algorithm 1).
 
     Args:
-        model: the policy pi, a causal language model of transformers, or a PEFT model around one; or a folder or a name
-            on the hub, which is loaded in float32. Its dropout is set to 0, since a sequence and its score must come
-            from one distribution.
+        model: the policy pi, a causal language model of transformers, or a PEFT model around one; or ``tiny-bios``, a
+            folder or a name on the hub, which is loaded in float32. Its dropout is set to 0, since a sequence and its
+            score must come from one distribution.
         target: an ``EBM`` that is fitted, around a base of its own (not ``model`` itself: the base must not move), or
             around ``LanguageModel(model, tokenizer).base()`` for a PEFT model: a, pi and q then share its backbone, and
             q is a second adapter.

@@ -1,7 +1,7 @@
 #!/bin/sh
-# The Triton kernels in Triton's interpreter, on CPU tensors, through the kernel suite against the fp64 oracle, at reduced
-# sizes: a row takes milliseconds there. tests/interpreter.py mends what the interpreter gets wrong. Then each seeded bug
-# of tests/native/bugs, which must be caught.
+# Runs the Triton kernels in Triton's interpreter on CPU tensors. The kernel suite compares them with the fp64 oracle at
+# reduced sizes, because a row takes milliseconds there. tests/interpreter.py corrects the interpreter's errors. Then
+# each seeded bug of tests/native/bugs must be caught.
 set -eu
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") # absolute: the tests run elsewhere
 out=$(mktemp -d)
