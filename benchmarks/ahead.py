@@ -1,5 +1,8 @@
-"""Measure what sampling ahead is worth: the same training with q in a process of its own, whose batches are drawn when
-their turn comes, and drawn ahead. tiny-bios, one thread in each of the two processes. Writes a JSON if told where.
+"""Measure the benefit of sampling ahead.
+
+The same training runs twice with q in a process of its own. In one run each batch is drawn when it is needed, in the
+other run batches are drawn ahead. The model is tiny-bios, and each of the two processes has one thread. With a file
+name, the results are written as JSON.
 
     python benchmarks/ahead.py [results/ahead.json] [--seeds 0 1 2] [--steps 60]
 """
@@ -28,7 +31,7 @@ AHEAD, BATCH, LENGTH, RATE, WARMUP, INTERVAL, FRESH = 2, 192, 48, 1.5e-4, 10, 5,
 
 
 def trained(engine: ProcessSampler, ahead: bool, seed: int, steps: int) -> dict[str, Any]:
-    """One training, and what came of it."""
+    """Train once, and return the results."""
     policy = load("tiny-bios")
     base = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
     target = dmfast.EBM(base, [dmfast.Moment(dmfast.Scorer(about_women, name="women", binary=True), 0.5)])
@@ -63,7 +66,7 @@ def trained(engine: ProcessSampler, ahead: bool, seed: int, steps: int) -> dict[
 
 
 def main() -> None:
-    """Train each seed in both ways, one after the other, and print and write what was found."""
+    """Train each seed in both ways, one after the other, and print and write the results."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", nargs="?", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

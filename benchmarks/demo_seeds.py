@@ -1,6 +1,8 @@
-"""The demo's recipe for seeds 0, 1 and 2, whose settings were chosen on seeds from 100 on. Writes results/demo/.
+"""Run the demo's recipe for seeds 0, 1 and 2, and write results/demo/.
 
-python benchmarks/demo_seeds.py [--seeds 0 1 2] [--out benchmarks/results/demo]
+The recipe's settings were chosen on seeds from 100 on.
+
+    python benchmarks/demo_seeds.py [--seeds 0 1 2] [--out benchmarks/results/demo]
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dmfast.training import recipe, report
 
 
 def main() -> None:
-    """Runs them one after the other; prints a line for each."""
+    """Run the seeds one after the other, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "demo")

@@ -1,6 +1,7 @@
-"""Measure what fp32 logits of 16-bit hidden states cost and what they are worth: linear_dm_loss and
-linear_sequence_log_prob with ``logits_dtype`` "same" and "float32", interleaved, medians; and how far log pi is off
-from fp64 on the same 16-bit tensors.
+"""Measure the cost and the benefit of fp32 logits from 16-bit hidden states.
+
+linear_dm_loss and linear_sequence_log_prob run with ``logits_dtype`` "same" and "float32" in alternation, and the
+medians are reported. The error of log pi is taken against fp64 on the same 16-bit tensors.
 
     python benchmarks/head_dtype.py [results/head_dtype.json]
 """

@@ -1,5 +1,8 @@
-"""Memory of a LoRA training with a, pi and q as three models, and as one backbone with two adapters: GPT-2's size (124M
-parameters, fp32, random), three steps of 8 sequences of 16 tokens, a swap of q at each. Each in a fresh process.
+"""Compare the memory of a LoRA training with three models and with one backbone.
+
+The three models are a, pi and q. The backbone has two adapters. The model has GPT-2's size (124M random fp32
+parameters). Each variant takes three steps of 8 sequences of 16 tokens, swaps q at each step, and runs in a fresh
+process.
 
     python benchmarks/lora_memory.py [results/lora_memory.json]
 """
@@ -27,19 +30,19 @@ MB = 1e6
 
 
 def peak() -> float:
-    """The largest resident set of this process so far, MB."""
+    """Return the largest resident set of this process so far, in MB."""
     status = Path("/proc/self/status").read_text()
     return float(status.split("VmHWM:")[1].split()[0]) * 1024 / MB
 
 
 def bytes_of(*models: torch.nn.Module) -> float:
-    """Of their parameters, shared ones once, MB."""
+    """Return the MB of the parameters, and count shared parameters once."""
     found = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in models for p in m.parameters()}
     return sum(found.values()) / MB
 
 
 def run(kind: str) -> dict[str, float]:
-    """``three`` models or ``one`` backbone."""
+    """Train with ``three`` models or with ``one`` backbone."""
     torch.set_num_threads(1)
     tokenizer = load(RANDOM_GPT2).tokenizer
     before = peak()
@@ -66,7 +69,7 @@ def run(kind: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints both, or runs one of them."""
+    """Run one variant, or run both and print their results."""
     if sys.argv[1:2] == ["--run"]:
         found = run(sys.argv[2])
         print(json.dumps(found))

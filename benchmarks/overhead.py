@@ -1,6 +1,8 @@
-"""Measure what a call costs beyond its kernel: dm_loss forward + backward on logits so small that the kernel takes no
-time, against a bare autograd.Function on the same tensor, and against one that calls the kernels on arguments that were
-checked and converted before. Interleaved, medians, microseconds. Writes a JSON if told where.
+"""Measure what a call costs beyond its kernel.
+
+dm_loss runs forward and backward on logits that are so small that the kernel takes no time. It is compared with a bare
+autograd.Function on the same tensor, and with one that calls the kernels on arguments that were checked and converted
+before. The calls alternate, and the medians are given in microseconds. With a file name, they are written as JSON.
 
     python benchmarks/overhead.py [results/overhead.json]
 """
@@ -26,26 +28,26 @@ from dmfast.training.report import machine
 
 
 class Bare(torch.autograd.Function):
-    """The least that an autograd.Function can do."""
+    """Do the least that an autograd.Function can do."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        """One number."""
+        """Return one number."""
         ctx.save_for_backward(x)
         return x.new_zeros((), dtype=torch.float64)
 
     @staticmethod
     def backward(ctx: Any, _: torch.Tensor) -> torch.Tensor:
-        """A gradient."""
+        """Return a gradient."""
         return torch.empty_like(ctx.saved_tensors[0])
 
 
 class Floor(torch.autograd.Function):
-    """The kernels of dm_loss alone: no check, no conversion, no result but the loss."""
+    """Call the kernels of dm_loss alone, without checks and conversions, and return only the loss."""
 
     @staticmethod
     def forward(ctx: Any, z: torch.Tensor, batch: Batch, terms: Terms) -> torch.Tensor:
-        """The loss."""
+        """Return the loss."""
         scores = CPU.forward(batch, terms, False, batch.n_sequences)
         ctx.save_for_backward(z)
         ctx.batch, ctx.scores = batch, scores
@@ -53,7 +55,7 @@ class Floor(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """Its gradient."""
+        """Return the gradient of the loss."""
         dz = torch.empty_like(ctx.saved_tensors[0])
         CPU.backward_of(ctx.batch, ctx.scores, 1.0 / ctx.batch.n_sequences, dz, grad)
         return dz, None, None

@@ -1,6 +1,8 @@
-"""Measure what it is worth to lay sequences of several lengths end to end instead of padding them: a loss and its
-gradient with and without, interleaved, medians, of a model of SmolLM2-135M's width with six layers and of one of
-tiny-bios' size. Writes a JSON if told where.
+"""Measure the benefit of packed sequences over padded ones.
+
+A loss and its gradient run with sequences of several lengths laid end to end, and with the same sequences padded. They
+alternate, and the medians are reported. One model has SmolLM2-135M's width and six layers, the other has the size of
+tiny-bios. With a file name, the results are written as JSON.
 
     python benchmarks/packing.py [results/packing.json]
 """
@@ -24,7 +26,7 @@ from dmfast.training.report import machine
 WIDE = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 9,
         "num_key_value_heads": 3}  # fmt: skip
 TINY = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
-#: The model, the number of sequences, and the shortest and the longest of their lengths, which are spread evenly.
+#: The model, the number of sequences, and their shortest and longest lengths. Lengths are spread evenly.
 CASES = [("wide", WIDE, 16, 8, 64), ("wide", WIDE, 16, 64, 256), ("wide", WIDE, 16, 200, 256),
          ("tiny", TINY, 64, 5, 48)]  # fmt: skip
 ROUNDS = 7
@@ -39,7 +41,7 @@ def main() -> None:
         words = Tokenizer(models.WordLevel({"<e>": 0, "w": 1}, unk_token="w"))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>", pad_token="<e>")
         policy = dmfast.LanguageModel(model, tokenizer)
-        policy.sample(None, 2, max_new_tokens=2, seed=0)  # asks the model whether it can be packed
+        policy.sample(None, 2, max_new_tokens=2, seed=0)  # this checks whether the model can be packed
         lengths = torch.linspace(shortest, longest, n).long().tolist()
         texts = [torch.randint(1, 4096, (length,)).tolist() for length in lengths]
         x = policy.samples_of(None, texts, append_eos=False, log_prob=torch.full((n,), -1000.0))

@@ -1,5 +1,8 @@
-"""Measure what FSDP2 costs and saves on two CPU processes: bytes of parameters a process, a loss and its gradient, and
-sampling with the model gathered once and in each forward. Medians, of the bundled model. Writes a JSON if told where.
+"""Measure what FSDP2 costs and saves on two CPU processes.
+
+The figures are the bytes of parameters in a process, the time of a loss and its gradient, and the time of sampling
+with the model gathered once and in each forward pass. They are medians of the bundled model. With a file name, they are
+written as JSON.
 
     torchrun --standalone --nproc-per-node 2 benchmarks/sharded.py [results/sharded.json]
 """
@@ -28,7 +31,7 @@ SEQUENCES, NEW, ROUNDS = 64, 48, 7
 
 
 def policy(*, sharded: bool) -> dmfast.LanguageModel:
-    """Return the bundled model, whole or as this process's shards."""
+    """Return the bundled model, either whole or as the shards of this process."""
     lm = dmfast.LanguageModel.from_pretrained(TINY_BIOS, check_scores=False)
     if sharded:
         for layer in lm.model.transformer.h:
@@ -38,7 +41,7 @@ def policy(*, sharded: bool) -> dmfast.LanguageModel:
 
 
 def median(call: Callable[[int], object]) -> float:
-    """Return the seconds of a call, the first left out. The processes begin together."""
+    """Return the median seconds of a call without the first one. The processes begin together."""
     taken = []
     for i in range(ROUNDS + 1):
         distributed.barrier()
@@ -79,7 +82,7 @@ def main() -> None:
     distributed.barrier()
     distributed.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # DDP keeps gloo's threads, which may abort an interpreter that ends
+    os._exit(0)  # gloo threads that DDP keeps may abort an interpreter that ends
 
 
 if __name__ == "__main__":

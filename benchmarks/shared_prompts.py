@@ -1,5 +1,7 @@
-"""Measure what it is worth to compute a prompt once for all sequences that continue it: ``LanguageModel.sample`` with
-and without, interleaved, medians. Writes a JSON if told where.
+"""Measure the benefit of computing a prompt once for all sequences that continue it.
+
+``LanguageModel.sample`` runs with and without sharing in alternation, and the medians are reported. With a file name,
+they are written as JSON.
 
     python benchmarks/shared_prompts.py [results/shared_prompts.json]
 """
@@ -25,7 +27,7 @@ PROMPT, N, NEW, ROUNDS = 512, 16, 32, 5
 def main() -> None:
     """Print and write the medians."""
     torch.manual_seed(0)
-    # SmolLM2-135M's shape with a third of its layers
+    # this is the shape of SmolLM2-135M with a third of its layers
     config = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=10,
                          num_attention_heads=9, num_key_value_heads=3, eos_token_id=0)  # fmt: skip
     words = Tokenizer(models.WordLevel({"<e>": 0, "w": 1}, unk_token="w"))

@@ -1,4 +1,4 @@
-"""For mkdocs.yml: the defaults of ``DMConfig``'s fields without the help text beside them."""
+"""Show the defaults of ``DMConfig``'s fields without their help text, for mkdocs.yml."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import griffe
 
 
 class Fields(griffe.Extension):
-    """``_field(default, text)`` -> default."""
+    """Replace ``_field(default, text)`` by the default."""
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
-        """Before griffe makes a constructor of the fields."""
+        """Change the fields before griffe makes a constructor of them."""
         value = attr.value
         if isinstance(value, griffe.ExprCall) and str(value.function) == "_field":
             attr.value = value.arguments[0]

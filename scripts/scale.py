@@ -1,7 +1,8 @@
-"""A model of the memory and the traffic of large policies on many GPUs: written into docs/scale.md, between its marks.
-No device was involved, and nothing of it was measured.
+"""Predict the memory and the traffic of large policies on many GPUs, and write them between the marks of docs/scale.md.
 
-    python scripts/scale.py [docs/scale.md]    prints it, or brings the page up to date
+This is a model. No device is involved, and nothing was measured.
+
+    python scripts/scale.py [docs/scale.md]    prints the tables, or updates the page
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ MARKS = "<!-- scale -->\n", "<!-- end of scale -->\n"
 
 
 class Model(NamedTuple):
-    """A causal language model.
+    """Describe a causal language model.
 
     Attributes:
-        name: what the table calls it.
-        parameters: their number.
+        name: its name in the tables.
+        parameters: the number of its parameters.
         layers, width, inner, vocab: the number of layers, D, the width of the MLP, V.
-        kv: the width of keys (and of values) of a token and layer, heads times their width.
+        kv: the width of the keys (and of the values) of a token and layer: heads times their width.
     """
 
     name: str
@@ -34,24 +35,24 @@ class Model(NamedTuple):
 
 MODELS = [Model("7B", 7.62e9, 28, 3584, 18944, 152064, 512), Model("70B", 70.6e9, 80, 8192, 28672, 128256, 1024)]
 GPUS = (8, 64, 512)
-#: Of a GPU: memory (GB), bandwidth (GB/s), rate of 16-bit products as they are reached in training (FLOP/s), bandwidth
-#: to the other GPUs of its machine and to other machines (GB/s), each way.
+#: A GPU: memory (GB), bandwidth (GB/s), the rate that 16-bit products reach in training (FLOP/s), and the bandwidth
+#: to the other GPUs of its machine and to other machines (GB/s), in each direction.
 MEMORY, BANDWIDTH, RATE, NEAR, FAR, PER_MACHINE = 80, 3350.0, 4e14, 450.0, 50.0, 8
-#: Of a step, for each GPU: sequences, how many of them go through the policy together, tokens of prompt and of answer.
+#: A step of each GPU: sequences, how many of them go through the policy together, tokens of prompt and of answer.
 SEQUENCES, TOGETHER, PROMPT, NEW = 16, 8, 512, 512
 HEAD_BUFFER = 1.0  # GB of logits
 GB = 1e9
 
 
 class Way(NamedTuple):
-    """How pi, q and a are held.
+    """Describe how pi, q and a are held.
 
     Attributes:
-        name: what the table calls it.
-        bytes_: of a parameter, over all GPUs: parameters, gradients, Adam's two moments, q, a.
-        trained: the part of the parameters that has a gradient.
-        gathered: whether each GPU holds q whole while it samples.
-        tensor: among how many GPUs each matrix is cut, beside FSDP.
+        name: its name in the tables.
+        bytes_: the bytes of a parameter over all GPUs: parameters, gradients, Adam's two moments, q, a.
+        trained: the share of the parameters that has a gradient.
+        gathered: whether each GPU holds all of q while it samples.
+        tensor: the number of GPUs that share a matrix, beside FSDP.
         draws: whether these GPUs sample.
     """
 
@@ -73,15 +74,15 @@ WAYS = [
 
 
 def gigabytes(model: Model, way: Way, gpus: int) -> float:
-    """Return what a GPU holds at the most, in GB."""
+    """Return the largest memory that a GPU needs, in GB."""
     n, each = model.parameters, model.parameters / model.layers / way.tensor
     tokens = TOGETHER * (PROMPT + NEW)
     adapter = way.trained * 16 if way.trained < 1 else 0.0
     state = n * (way.bytes_ + adapter) / gpus
-    layers = 2 * each * 2 + each * 4 * way.trained  # this one and the next in 16 bits, and the gradient of one
-    kept = model.layers * tokens * model.width * 2  # what checkpointing keeps
+    layers = 2 * each * 2 + each * 4 * way.trained  # the current layer and the next in 16 bits, and the gradient of one
+    kept = model.layers * tokens * model.width * 2  # activations that checkpointing keeps
     layer = tokens * (10 * model.width + 6 * model.inner) * 2 / way.tensor
-    gradient = model.vocab * model.width * 4 / way.tensor if way.trained == 1 else 0.0  # of the head, in fp32
+    gradient = model.vocab * model.width * 4 / way.tensor if way.trained == 1 else 0.0  # gradient of the head, in fp32
     training = layers + kept + layer + HEAD_BUFFER * GB + gradient
     cache = SEQUENCES * (PROMPT + NEW) * 2 * model.layers * model.kv * 2
     sampling = cache + (n * 2 / way.tensor if way.gathered else 2 * each * 2)
@@ -89,12 +90,13 @@ def gigabytes(model: Model, way: Way, gpus: int) -> float:
 
 
 def seconds(model: Model, way: Way, gpus: int) -> dict[str, float]:
-    """Return for the parts of a step what each would take alone."""
+    """Return the seconds that each part of a step would take alone."""
     n, groups = model.parameters / way.tensor, gpus // way.tensor
-    sequences = SEQUENCES * way.tensor  # of the GPUs that a matrix is cut among
+    sequences = SEQUENCES * way.tensor  # all sequences of the GPUs that share a matrix
     passes, tokens = sequences // TOGETHER, sequences * (PROMPT + NEW)
     near = way.tensor == 1 and gpus <= PER_MACHINE
-    policy = 8 if way.trained == 1 else 6  # forward, backward and what checkpointing computes again, per parameter
+    # forward, backward and the recomputation of checkpointing, for each parameter
+    policy = 8 if way.trained == 1 else 6
     moved = passes * (2 + 2 + 4 * way.trained + 2) + 2 * way.gathered + 2 * NEW * (way.draws and not way.gathered)
     found = {
         "products": (policy + 2) * n * tokens / RATE,
@@ -102,21 +104,23 @@ def seconds(model: Model, way: Way, gpus: int) -> dict[str, float]:
     }
     if way.draws:
         found["reading q"] = NEW * n * 2 / (BANDWIDTH * GB)
-    if way.tensor > 1:  # eight sums of the hidden states a layer, those of checkpointing and of the base among them
+    # eight sums of the hidden states for each layer, including those of checkpointing and of the base
+    if way.tensor > 1:
         found["sums of TP"] = model.layers * 8 * tokens * model.width * 2 * 2 / (NEAR * GB)
     return found
 
 
 def table() -> str:
     """Return the two tables."""
-    lines = [f"GB that a GPU holds at the most. What is **bold** does not fit one of {MEMORY} GB.", ""]
-    lines += [f"| | {' | '.join(f'{m.name}, {g} GPUs' for m in MODELS for g in GPUS)} |", f"|---|{'---|' * 6}"]
+    lines = ["The table gives the largest memory that a GPU needs, in GB. **Bold** figures do not fit one of "
+             f"{MEMORY} GB.", ""]  # fmt: skip
+    lines += [f"| way | {' | '.join(f'{m.name}, {g} GPUs' for m in MODELS for g in GPUS)} |", f"|---|{'---|' * 6}"]
     for way in WAYS:
         needs = [gigabytes(model, way, gpus) for model in MODELS for gpus in GPUS]
         cells = [f"**{need:.0f}**" if need > MEMORY else f"{need:.0f}" for need in needs]
         lines.append(f"| {way.name} | {' | '.join(cells)} |")
-    lines += ["", "Seconds that the two longest parts of a step take, each alone.", ""]
-    lines += [f"| | | {' | '.join(f'{gpus} GPUs' for gpus in GPUS)} |", "|---|---|---|---|---|"]
+    lines += ["", "The table gives the two longest parts of a step, and the seconds that each would take alone.", ""]
+    lines += [f"| model | way | {' | '.join(f'{gpus} GPUs' for gpus in GPUS)} |", "|---|---|---|---|---|"]
     for model in MODELS:
         for way in WAYS:
             cells = []
@@ -128,7 +132,7 @@ def table() -> str:
 
 
 def main() -> None:
-    """Print the tables or write them."""
+    """Print the tables, or write them to the page."""
     if not sys.argv[1:]:
         print(table(), end="")
         return

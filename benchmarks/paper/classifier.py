@@ -47,7 +47,7 @@ WORDS, MAX_LENGTH = 6000, 64
 
 
 def sentences(cache: Path) -> list[tuple[str, float]]:
-    """Every rated sentence with its mean rating."""
+    """Return every rated sentence with its mean rating."""
     cache.mkdir(parents=True, exist_ok=True)
     if not list(cache.glob("*.tar.gz")):
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
@@ -64,7 +64,7 @@ def sentences(cache: Path) -> list[tuple[str, float]]:
 
 
 def tokenizer_of(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Lower-case words: those of the biographies, then the commonest of the sentences."""
+    """Return a tokenizer of lower-case words: those of the biographies, then the commonest of the sentences."""
     counts = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text.lower()))
     biographies = {word.lower() for word in AutoTokenizer.from_pretrained(TINY_BIOS).get_vocab()}
     known = sorted(biographies) + [word for word, _ in counts.most_common(WORDS)]
@@ -76,7 +76,7 @@ def tokenizer_of(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def batch(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Padded on the right."""
+    """Return texts as a batch that is padded on the right."""
     return {
         "input_ids": pad_sequence(rows, batch_first=True),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
@@ -115,7 +115,7 @@ def main() -> None:
         model.train()
         for pick in training[torch.randperm(len(training))].split(64):
             inputs = batch([rows[i] for i in pick])
-            hidden = torch.rand(inputs["input_ids"].shape) < 0.1  # rare words are not to be learnt by heart
+            hidden = torch.rand(inputs["input_ids"].shape) < 0.1  # the classifier must not memorise rare words
             inputs["input_ids"] = inputs["input_ids"].masked_fill(hidden & (inputs["attention_mask"] == 1), 1)
             optimizer.zero_grad()
             cross_entropy(model(**inputs).logits, labels[pick]).backward()
@@ -127,7 +127,7 @@ def main() -> None:
             said = torch.cat([model(**batch(rows[i : min(i + 256, held_out)])).logits for i in range(0, held_out, 256)])
         right = (said.argmax(-1) == labels[:held_out]).double()
         print(f"epoch {epoch + 1}: held-out accuracy {right.mean():.3f}", flush=True)
-    # of the sentences that it calls positive or negative, how many are, and how many are the opposite
+    # of the sentences that it calls positive or negative, these shares are right and are the opposite
     precision = {}
     for label in (0, 2):
         called = said.softmax(-1)[:, label] >= 0.5

@@ -1,12 +1,12 @@
-"""The runs of the paper's experiments: which, in which order, side by side, taken up where they stopped.
+"""Run the experiments of the paper in order, several side by side, and continue where the last call stopped.
 
     python benchmarks/paper/grid.py                 # all: tuning, then the main grid and the studies, seed by seed
     python benchmarks/paper/grid.py main --jobs 2   # one part; a run is a process of one thread
     python benchmarks/paper/grid.py quick --out paper_quick
 
-A run whose result is there is not run again. One that dies leaves NAME.failed.json, the others go on, and the next
-start tries it again. At the end the JSON files are packed into one archive (store.py). With ``--commit`` each run is
-committed as it ends, and then the archive.
+A run that has a result is not run again. A run that dies leaves NAME.failed.json, the others continue, and the next
+call tries it again. At the end the JSON files are packed into one archive (store.py). With ``--commit`` each run is
+committed when it ends, and the archive at the end.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PARTS = ("tuning", "base", "main", "batch", "variants")
 
 @dataclass(frozen=True)
 class Run:
-    """One process of run.py."""
+    """Describe one process of run.py."""
 
     part: str
     task: str
@@ -59,28 +59,28 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Return the name of its file."""
         rate = f"-lr{self.learning_rate:g}" if self.part == "tuning" else ""
         batch = f"-b{self.batch}" if self.part == "batch" else ""
         return f"{self.part}/{self.task}-{self.method.replace('++', 'pp')}{rate}{batch}-seed{self.seed}.json"
 
     @property
     def name_of_failure(self) -> str:
-        """Of the file that is there instead when it has died."""
+        """Return the name of the file that replaces it if it died."""
         return self.name.removesuffix(".json") + FAILED
 
     @property
     def arguments(self) -> list[str]:
-        """Of run.py."""
+        """Return the arguments of run.py."""
         rate = [] if self.learning_rate is None else ["--learning-rate", str(self.learning_rate)]
         return [self.task, self.method, "--seed", str(self.seed), "--batch", str(self.batch), *rate, *self.options]
 
 
 def score(result: dict[str, Any]) -> tuple[float, float]:
-    """What a method's learning rate is chosen by, larger is better, and its standard error.
+    """Return the score that chooses a method's learning rate, and its standard error. A larger score is better.
 
-    Its own aim, at the end of a run: -KL(p||pi), of js and tv too; for REINFORCE E_pi[phi]; for KL-control
-    E_pi[phi] - beta KL(pi||a), with the beta that it starts from.
+    The score is the method's own aim at the end of a run: -KL(p||pi), also for js and tv; E_pi[phi] for REINFORCE; and
+    E_pi[phi] - beta KL(pi||a) for KL control, with the beta that it starts from.
     """
     last = result["evaluations"][-1]
     if not result["finite"]:
@@ -94,7 +94,7 @@ def score(result: dict[str, Any]) -> tuple[float, float]:
 
 
 def learning_rates(folder: Path) -> dict[str, float]:
-    """The smallest rate of each method that is within a standard error of its best; of those that are tuned."""
+    """Return the smallest rate of each tuned method that is within a standard error of its best."""
     found, results = {}, store.read(folder)
     for method in TUNED:
         of_method = (run for run in tuning() if run.method == method and run.name in results)
@@ -106,17 +106,17 @@ def learning_rates(folder: Path) -> dict[str, float]:
 
 
 def tuning() -> Iterator[Run]:
-    """A task and a seed outside the grid, evaluated at the end only."""
+    """Return the tuning runs. They use a task and a seed outside the grid, and are evaluated only at the end."""
     for rate in LEARNING_RATES:
         for method in TUNED:
             yield Run("tuning", "tuning", method, TUNING_SEED, rate, options=("--evaluations", "1"))
 
 
 def tuned(folder: Path, methods: Sequence[str] = TUNED) -> dict[str, float]:
-    """The learning rates of some methods.
+    """Return the learning rates of some methods.
 
     Raises:
-        LookupError: one is not chosen yet.
+        LookupError: one has not been chosen yet.
     """
     rates = learning_rates(folder)
     if missing := [method for method in methods if method not in rates]:
@@ -125,10 +125,10 @@ def tuned(folder: Path, methods: Sequence[str] = TUNED) -> dict[str, float]:
 
 
 def plan(parts: Sequence[str], folder: Path) -> Iterator[Run]:
-    """All runs of some parts, in order. Those after the tuning need its end.
+    """Return all runs of some parts, in order. The parts after the tuning need its results.
 
     Raises:
-        LookupError: a method's learning rate is not chosen yet.
+        LookupError: a method's learning rate has not been chosen yet.
     """
     rates = tuned(folder) if {*parts} - {"tuning", "base"} else {}
     for part in parts:
@@ -145,18 +145,21 @@ def plan(parts: Sequence[str], folder: Path) -> Iterator[Run]:
         elif part == "batch":
             for seed in SEEDS:
                 for task in STUDIED:
-                    for batch in (64, 128, 512):  # 256 is the main grid's
+                    for batch in (64, 128, 512):  # 256 belongs to the main grid
                         yield from (Run(part, task, m, seed, rates[m], batch) for m in ("gdc", "gdc++"))
         elif part == "variants":
             for seed in SEEDS:
                 for task in STUDIED:
                     for method in VARIANTS:
-                        rate = rates.get(method, rates["gdc++"])  # the others are GDC++ but for one thing
+                        rate = rates.get(method, rates["gdc++"])  # each of the others differs from GDC++ in one thing
                         yield Run(part, task, method, seed, rate, options=("--gradient-variance",))
 
 
 def quick() -> list[Run]:
-    """Two tasks, GDC and GDC++, one seed, a quarter of the sequences; the learning rates are those of the grid."""
+    """Return two tasks with GDC and GDC++, one seed and a quarter of the sequences.
+
+    The learning rates are those of the grid.
+    """
     rates = tuned(RESULTS / "runs", ("gdc", "gdc++"))
     options = ("--samples", "5120", "--eval-samples", "512", "--evaluations", "2")
     return [
@@ -167,25 +170,25 @@ def quick() -> list[Run]:
 
 
 class RunFailedError(RuntimeError):
-    """A run's process has died. ``record`` is what is kept of it."""
+    """Report that a run's process has died. ``record`` is what is kept of it."""
 
     def __init__(self, run: Run, status: int, stderr: str) -> None:
         lines = stderr.strip().splitlines()[-15:]
         super().__init__("\n".join([f"{run.name}: exit status {status}", *lines]))
-        # a traceback's other lines show code, where "nan" says nothing
+        # other lines of a traceback show code, where "nan" means nothing
         nan = bool(lines and re.search(r"\b(nan|inf|finite)\b", lines[-1], re.IGNORECASE))
         self.record = {"arguments": run.arguments, "status": status, "nan": nan, "stderr": lines}
 
 
 def execute(run: Run, folder: Path) -> float:
-    """Runs it; the seconds that it took.
+    """Run it, and return the seconds that it took.
 
     Raises:
         RunFailedError: its process died.
     """
     start = time.perf_counter()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    # glibc keeps what is freed: without it every activation is mapped anew, a tenth of the time of a small model
+    # glibc then keeps freed memory; otherwise it maps every activation anew, a tenth of the time of a small model
     environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
     done = subprocess.run(
         [sys.executable, str(HERE / "run.py"), *run.arguments, "--out", str(folder / run.name)],
@@ -197,7 +200,7 @@ def execute(run: Run, folder: Path) -> float:
 
 
 def commit(folder: Path, name: str) -> None:
-    """Commit the results that are there. Where git is busy with something else, the next call takes them along."""
+    """Commit the results that exist. If git is busy with something else, the next call includes them."""
     results = ["--", ".", ":!*.part"]
     for command in (["add", "-A"], ["commit", "-q", "-m", f"paper: {name}"]):
         done = subprocess.run(["git", *command, *results], cwd=folder, capture_output=True, text=True, check=False)
@@ -207,7 +210,7 @@ def commit(folder: Path, name: str) -> None:
 
 
 def work(runs: list[Run], folder: Path, jobs: int, console: Console, *, commits: bool) -> int:
-    """Runs what is not there yet, ``jobs`` at a time; how many failed."""
+    """Run what has no result yet, ``jobs`` at a time, and return how many failed."""
     results = store.read(folder)
     todo = [run for run in runs if run.name not in results]
     console.print(f"{len(runs)} runs, {len(runs) - len(todo)} done")
@@ -248,9 +251,9 @@ def main() -> None:
     console = Console(highlight=False, soft_wrap=True)
     failed = 0
     parts = args.parts or PARTS
-    # the rates of the others are known after the tuning
+    # the other learning rates are known after the tuning
     for stage in ([p for p in parts if p == "tuning"], [p for p in parts if p not in ("tuning", "quick")]):
-        # seed by seed, so that what is there at any time is as much of a whole study as can be
+        # runs go seed by seed, so that the results at any time are as complete a study as possible
         runs = sorted(plan(stage, args.out), key=lambda run: run.seed)
         failed += work(runs, args.out, args.jobs, console, commits=args.commit) if runs else 0
     if "quick" in parts:

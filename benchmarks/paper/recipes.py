@@ -24,18 +24,18 @@ TOPICS = ("science", "art", "sports", "politics")
 
 
 def word_list(name: str, words: str) -> dict[str, Any]:
-    """A feature: one of the words is there, in this case."""
+    """Return a feature: one of the words occurs, with this case."""
     return {"contains": {"any_of": WORDS[words], "ignore_case": False, "name": name}}
 
 
 def sentiment(label: str) -> dict[str, Any]:
-    """A feature: the classifier gives the label at least half of the probability."""
+    """Return a feature: the classifier gives the label at least half of the probability."""
     options = {"label": label, "output": "binary", "name": label.lower()}
     return {"classifier": {"model": "benchmarks/paper/classifier", **options}}
 
 
 def moment(feature: dict[str, Any], value: float) -> dict[str, Any]:
-    """A distributional constraint."""
+    """Return a distributional constraint."""
     return {"moment": feature | {"value": value}}
 
 
@@ -53,16 +53,17 @@ TASKS: dict[str, list[dict[str, Any]]] = {
     "women": [moment(WOMEN, 0.5)],
     "topics": [moment(word_list(topic, f"topic_{topic}"), 0.25) for topic in TOPICS],
     **{f"women_{topic}": [moment(WOMEN, 0.5), word_list(topic, f"topic_{topic}")] for topic in ("science", "sports")},
-    "tuning": [word_list("politics", "topic_politics")],  # outside the grid: learning rates are chosen on it
+    # this task lies outside the grid; learning rates are chosen on it
+    "tuning": [word_list("politics", "topic_politics")],
 }
 
-# 20,480 sequences; q is checked every 2,560
+# these are 20,480 sequences, with a check of q every 2,560
 TINY = {
     "objective": "gdc++", "max_steps": 80, "per_device_train_batch_size": 256, "learning_rate": 1.5e-4,
     "warmup_steps": 10, "max_new_tokens": 48, "proposal_interval": 10, "eval_strategy": "steps", "eval_steps": 16,
     "eval_samples": 2048, "save_strategy": "no", "seed": 0,
 }  # fmt: skip
-# the paper's: B = 512, 40 tokens, 100 warm-up steps, q checked every 10 steps, the learning rate of DMConfig
+# these are the paper's: B = 512, 40 tokens, 100 warm-up steps, a check of q every 10 steps, DMConfig's learning rate
 SMOLLM2 = {
     "objective": "gdc++", "max_steps": 1000, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 8,
     "samples_per_context": 512, "sampling_batch_size": 512, "learning_rate": 1.41e-5, "warmup_steps": 100,
@@ -72,7 +73,7 @@ SMOLLM2 = {
 
 
 class _Dumper(yaml.SafeDumper):
-    """Text of several lines as a block; no anchors, where two entries are one object."""
+    """Dump text of several lines as a block, and never use anchors where two entries are one object."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -86,7 +87,7 @@ _Dumper.add_representer(str, lambda d, text: d.represent_scalar("tag:yaml.org,20
 
 
 def write(name: str, folder: str, train: dict[str, Any], **entries: Any) -> None:
-    """One file."""
+    """Write one file."""
     recipe = {**entries, "constraints": TASKS[name], "fit": {"n": 10_240, "seed": 0},
               "train": {"output_dir": f"paper/{folder}/{name}", **train},
               "evaluate": {"samples": 2048, "batch_size": 256}}  # fmt: skip

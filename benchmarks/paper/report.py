@@ -1,9 +1,10 @@
-"""Tables and figures of the paper's experiments, from the results of whatever runs are there.
+"""Write the tables and figures of the paper's experiments from the results that exist.
 
     python benchmarks/paper/report.py        # writes results/paper/tables.md and results/paper/*.png
 
-A figure per task in the form of the paper's (E[phi], KL(p||pi), KL(pi||a), Self-BLEU-5, Distinct-1 against sequences,
-mean and standard error over seeds), the claims with their figures, the batch sizes, the variances, the variants.
+There is one figure for each task, in the form of the paper's: E[phi], KL(p||pi), KL(pi||a), Self-BLEU-5 and Distinct-1
+against the number of sequences, as mean and standard error over seeds. The tables give the claims with their figures,
+the batch sizes, the variances and the variants.
 """
 
 from __future__ import annotations
@@ -36,16 +37,17 @@ NAMES = {
     "gdc++_clip": "GDC++, weights within ±10", "gdc++_fresh": "GDC++, q checked on fresh samples",
 }  # fmt: skip
 BATCHES = (64, 128, 256, 512)
-NORMAL = 1.959964  # its 97.5% quantile
+NORMAL = 1.959964  # this is the 97.5% quantile of the normal distribution
 COLORS = dict(zip(grid.MAIN, ("C3", "C1", "C2", "C0", "C4"), strict=True))
 MEASURES = (("phi", "E[φ]"), ("kl_exact", "KL(p‖π), nats"), ("kl_policy_base", "KL(π‖a), nats"),
             ("self_bleu_5", "Self-BLEU-5"), ("distinct_1", "Distinct-1"))  # fmt: skip
 
 
 class Runs:
-    """All results of a folder, by part, task, method and batch size; the evaluations of a run begin with the base's.
+    """Hold all results of a folder, by part, task, method and batch size.
 
-    ``tuning`` are those of the tuning, by method and learning rate; ``failed`` are the records of those that died.
+    The evaluations of a run begin with the base's. ``tuning`` holds the runs of the tuning by method and learning rate.
+    ``failed`` holds the records of the runs that died.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,27 +73,30 @@ class Runs:
 
     @property
     def done(self) -> int:
-        """How many there are beside the tuning's."""
+        """Return how many runs there are without those of the tuning."""
         return sum(len(by_seed) for by_seed in self.found.values())
 
     def of(self, part: str, task: str, method: str, batch: int = 256) -> dict[int, Result]:
-        """By seed."""
+        """Return the runs by seed."""
         return self.found.get((part, task, method, batch), {})
 
     def curve(self, result: Result) -> list[dict[str, Any]]:
-        """Its evaluations."""
+        """Return the evaluations."""
         before = self.of("base", result["task"], "base").get(result["seed"])
         return [*(before["evaluations"] if before else []), *result["evaluations"]]
 
 
 @functools.cache
 def target(task: str) -> Result:
-    """What truth.py has written of it."""
+    """Return what truth.py has written about it."""
     return truth.known(task)
 
 
 def kl_target_base(task: str) -> Estimate:
-    """KL(p||a): of a pointwise constraint -log Z, whichever way that is known; else from the samples of a."""
+    """Return KL(p||a).
+
+    For a pointwise constraint it is -log Z, in whichever way that is known. Otherwise it comes from the samples of a.
+    """
     state = target(task)
     log_z = truth.log_z_of(state)
     pointwise = not state["target"]["moment_names"]
@@ -99,19 +104,22 @@ def kl_target_base(task: str) -> Estimate:
 
 
 def wanted(task: str) -> dict[str, float]:
-    """What a task asks of each feature: the moments' values, 1 for a pointwise constraint."""
+    """Return what a task asks of each feature: the value of a moment, or 1 for a pointwise constraint."""
     state = target(task)["target"]
     moments = dict(zip(state["moment_names"], state["moment_values"], strict=True))
     return {name: moments.get(name, 1.0) for name in target(task)["base_rates"]}
 
 
 def attained(task: str) -> dict[str, float]:
-    """E_p of each feature: lambda was fitted on other samples of a, and p is as near as it got."""
+    """Return E_p of each feature. Lambda was fitted on other samples of a, so p only comes near to what was wanted."""
     return {name: mean["value"] for name, mean in target(task)["base"]["target_means"].items()}
 
 
 def with_best_log_z(result: Result) -> None:
-    """KL(p||pi) of a run with all that is known of log Z by now: a constant of a task, and a smaller error."""
+    """Return KL(p||pi) of a run with all that is now known of log Z.
+
+    It differs by a constant of the task and has a smaller error.
+    """
     state = target(result["task"])
     used, best = result.get("log_z", state["log_z"]), truth.log_z_of(state)
     for evaluation in result["evaluations"]:
@@ -123,41 +131,41 @@ def with_best_log_z(result: Result) -> None:
 
 
 def distance(values: Mapping[str, float], result: Result) -> float:
-    """Mean distance of E_pi[phi] from these, over a task's features, at the end: 0 is best."""
+    """Return the mean distance of E_pi[phi] from these values over a task's features, at the end. 0 is best."""
     last = result["evaluations"][-1]
     return sum(abs(last[f"phi/{name}"] - value) for name, value in values.items()) / len(values)
 
 
 def mean_phi(result: Result) -> float:
-    """E_pi[phi] at the end, the mean over a task's features."""
+    """Return E_pi[phi] at the end, as the mean over a task's features."""
     return statistics.fmean(result["evaluations"][-1][f"phi/{name}"] for name in wanted(result["task"]))
 
 
 def from_wanted(result: Result) -> float:
-    """``distance`` from what the task asks for."""
+    """Return ``distance`` from what the task asks for."""
     return distance(wanted(result["task"]), result)
 
 
 def from_attained(result: Result) -> float:
-    """``distance`` from p as it is."""
+    """Return ``distance`` from the actual p."""
     return distance(attained(result["task"]), result)
 
 
 def kl_base_from_target(result: Result) -> float:
-    """|KL(pi||a) - KL(p||a)| at the end; NaN for a itself."""
+    """Return |KL(pi||a) - KL(p||a)| at the end, and NaN for a itself."""
     value: float = result["evaluations"][-1]["kl_policy_base"]
     return math.nan if result["method"] == "base" else abs(value - kl_target_base(result["task"]).value)
 
 
 def drawn(result: Result) -> int:
-    """Sequences that training took, with those of checks of q that draw their own; without the evaluations'."""
+    """Return the sequences that training took. Checks of q that draw their own count, and evaluations do not."""
     settings = result["settings"]
     checks = settings["max_steps"] // settings["proposal_interval"]
     return int(result["samples"] + settings.get("proposal_check_samples", 0) * checks)
 
 
 def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
-    """Over seeds; the error is NaN for one."""
+    """Return mean and standard error over seeds. The error is NaN for one seed."""
     kept = list(values)
     if not kept:
         return math.nan, math.nan
@@ -167,7 +175,7 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
 
 
 def shown(values: Iterable[float], form: str = ".3f") -> str:
-    """As text."""
+    """Return it as text."""
     mean, error = mean_and_error(values)
     if math.isnan(mean):
         return ""
@@ -175,32 +183,34 @@ def shown(values: Iterable[float], form: str = ".3f") -> str:
 
 
 def student(n: int) -> float:
-    """97.5% of Student's t, for the 95% interval of a mean of n."""
+    """Return the 97.5% quantile of Student's t, for the 95% interval of a mean of n."""
     few = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
-    z, v = NORMAL, n - 1  # beyond: Cornish and Fisher, right to .02
+    z, v = NORMAL, n - 1  # beyond the table, the expansion by Cornish and Fisher is right to .02
     return few.get(n) or z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v * v) if v else math.nan
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95% interval, NaN for one value."""
+    """Return the mean and half the width of its 95% interval, which is NaN for one value."""
     mean, error = mean_and_error(values)
     return mean, error * student(len(values)) if len(values) > 1 else math.nan
 
 
 def paired(first: Mapping[int, float], second: Mapping[int, float]) -> tuple[float, float, int]:
-    """Mean of first - second over the seeds of both, half the width of its 95% interval, and how many."""
+    """Return the mean of first - second over the seeds of both, half the width of its 95% interval, and the count."""
     differences = [first[seed] - second[seed] for seed in sorted(first) if seed in second]
     return *interval(differences), len(differences)
 
 
 def shown_difference(mean: float, half: float, n: int) -> str:
-    """``paired`` or ``paired_kl`` as text."""
+    """Return ``paired`` or ``paired_kl`` as text."""
     return "" if not n else f"{mean:+.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
 
 
 def paired_kl(first: Mapping[int, Result], second: Mapping[int, Result]) -> tuple[float, float, int]:
-    """``paired`` of KL(p||pi) at the end, whose interval holds the error of the exact samples too, where it is known:
-    all seeds have that in common, so that their spread does not show it.
+    """Return ``paired`` for KL(p||pi) at the end.
+
+    The interval includes the error of the exact samples where it is known. All seeds have that error in common, so the
+    spread of the seeds does not show it.
     """
     mean, half, n = paired(last(first, "kl_exact"), last(second, "kl_exact"))
     shared = sampling_error(first, second)
@@ -208,10 +218,10 @@ def paired_kl(first: Mapping[int, Result], second: Mapping[int, Result]) -> tupl
 
 
 def sampling_error(first: Mapping[int, Result], second: Mapping[int, Result]) -> float:
-    """The standard error that a difference of KL(p||pi) has from the exact samples, the same for all runs of a task.
+    """Return the standard error that the exact samples give to a difference of KL(p||pi). All runs of a task share it.
 
-    More seeds do not lessen it. From the pairs that have kept log pi of them (seed 0 of the main grid has not); NaN
-    where none has.
+    More seeds do not reduce it. It comes from the pairs that have kept log pi of these samples, which seed 0 of the
+    main grid has not. It is NaN where no pair has.
     """
     kept = [s for s in first if s in second and first[s].get("log_prob") and second[s].get("log_prob")]
     if not kept:
@@ -221,22 +231,25 @@ def sampling_error(first: Mapping[int, Result], second: Mapping[int, Result]) ->
 
 
 def shown_estimate(found: Mapping[str, float], digits: int = 3) -> str:
-    """Value and standard error."""
+    """Return value and standard error as text."""
     return f"{found['value']:.{digits}f} ± {found['stderr']:.{digits}f}"
 
 
 def listed(found: Mapping[str, Mapping[str, float]], digits: int) -> str:
-    """Estimates by their names."""
+    """Return estimates by their names, as text."""
     return ", ".join(f"{name} {shown_estimate(each, digits)}" for name, each in found.items())
 
 
 def shown_number(value: float, form: str = ".3f") -> str:
-    """Nothing for a NaN."""
+    """Return a number as text, and nothing for NaN."""
     return "" if math.isnan(value) else format(value, form)
 
 
 def over_seeds(curves: Sequence[Sequence[Mapping[str, Any]]], key: str) -> list[tuple[int, float, float]]:
-    """Sequences, mean and error of a measure where all seeds have been evaluated: some may lack their base yet."""
+    """Return sequences, mean and error of a measure where all seeds have been evaluated.
+
+    Some seeds may still lack their base.
+    """
     everywhere = set.intersection(*({e["samples"] for e in curve} for curve in curves))
     return [
         (at, *mean_and_error(e[key] for curve in curves for e in curve if e["samples"] == at))
@@ -245,7 +258,7 @@ def over_seeds(curves: Sequence[Sequence[Mapping[str, Any]]], key: str) -> list[
 
 
 def figure(runs: Runs, task: str, path: Path) -> None:
-    """One task, in the paper's form: features, then the other measures, a line per method."""
+    """Draw one task in the paper's form: the features, then the other measures, with a line for each method."""
     features = attained(task)
     panels = [(f"phi/{name}", f"E[{name}]") for name in features] + list(MEASURES[1:])
     rows = math.ceil(len(panels) / 5)
@@ -274,7 +287,7 @@ def figure(runs: Runs, task: str, path: Path) -> None:
         if key.startswith("phi/"):
             axis.axhline(features[key[4:]], color="grey", linewidth=0.8, linestyle="--")
         elif key == "kl_exact":
-            axis.set_yscale("log")  # what collapses lies a thousand times higher than what does not
+            axis.set_yscale("log")  # a collapsed run lies a thousand times higher than the others
         elif key == "kl_policy_base":
             axis.set_yscale("symlog", linthresh=0.1)
             axis.set_ylim(bottom=0)
@@ -287,7 +300,7 @@ def figure(runs: Runs, task: str, path: Path) -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown; nothing where there are no rows, no column that is empty in all of them."""
+    """Return a Markdown table without columns that are empty in all rows, and nothing where there are no rows."""
     rows = list(rows)
     if not rows:
         return ""
@@ -298,12 +311,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def last(results: Mapping[int, Result], key: str | Callable[[Result], float]) -> dict[int, float]:
-    """A measure at the end of each seed's run."""
+    """Return a measure at the end of each seed's run."""
     return {s: key(r) if callable(key) else r["evaluations"][-1].get(key, math.nan) for s, r in results.items()}
 
 
 def targets() -> str:
-    """What is known of the ten targets before any training."""
+    """Return what is known of the ten targets before any training."""
     rows = []
     for task in (*grid.GRID, "tuning"):
         state = target(task)
@@ -320,7 +333,7 @@ def targets() -> str:
 
 
 def main_table(runs: Runs) -> str:
-    """The end of all runs of the main grid."""
+    """Return the table of all runs of the main grid at their end."""
     rows = []
     for task in grid.GRID:
         for method in ("base", *grid.MAIN):
@@ -333,7 +346,7 @@ def main_table(runs: Runs) -> str:
             cost = "" if method == "base" else f"{drawn(next(iter(results.values()))):,}"
             kl, *others = (shown(last(results, key).values()) for key in measures)
             error = shown_number(mean_and_error(last(results, "kl_exact_stderr").values())[0])
-            if method == "base":  # the same samples at every seed: what is there is their own error
+            if method == "base":  # all seeds have the same samples, so this error is their own
                 kl = f"{mean_and_error(last(results, 'kl_exact').values())[0]:.3f}"
             length = shown(last(results, "length").values(), ".1f")
             rows.append((task, NAMES[method], str(len(results)), phi, kl, error, *others, length, cost))
@@ -346,7 +359,7 @@ def main_table(runs: Runs) -> str:
 
 
 def paired_table(runs: Runs) -> str:
-    """GDC++ against GDC with common random numbers."""
+    """Return the table of GDC++ against GDC with common random numbers."""
     rows = []
     for task in grid.GRID:
         pair = [runs.of("main", task, method) for method in ("gdc++", "gdc")]
@@ -366,23 +379,26 @@ def paired_table(runs: Runs) -> str:
 
 
 def kl_as_in_the_paper(result: Result) -> float:
-    """The last estimate of KL(p||pi) from the steps' own samples of q; NaN for methods without q."""
+    """Return the last estimate of KL(p||pi) from the steps' own samples of q, and NaN for methods without q."""
     values = [v for v in result["history"].get("kl_policy", []) if v is not None]
     return values[-1] if values and result["method"] in ("gdc", "gdc++") else math.nan
 
 
 def after_a_quarter(values: Sequence[Any]) -> Sequence[Any]:
-    """Of what the steps have logged."""
+    """Return the logged values of the steps after the first quarter of training."""
     return values[len(values) // 4 :]
 
 
 def late_mean(result: Result, key: str) -> float:
-    """Of what is logged now and then, after the first quarter of training."""
+    """Return the mean of the values that are logged now and then, after the first quarter of training."""
     return mean_and_error(v for v in after_a_quarter(result["history"].get(key, [])) if v is not None)[0]
 
 
 def shown_ratios(logs: Sequence[float]) -> str:
-    """Logarithms of a ratio, one of each seed: their geometric mean, its 95% interval, and each."""
+    """Return logarithms of a ratio, one for each seed, as text.
+
+    It has their geometric mean, its 95% interval and each value.
+    """
     centre, half = interval(logs)
     if math.isnan(half):
         return f"{math.exp(centre):.2f} (one seed)"
@@ -391,8 +407,10 @@ def shown_ratios(logs: Sequence[float]) -> str:
 
 
 def ratio(plain: Mapping[int, Result], better: Mapping[int, Result], key: str, power: int = 1) -> str:
-    """What is logged of one over the other, after the first quarter of training: of each seed the geometric mean over
-    its measurements, whose tails are heavy. Those of one run are not independent, so that the interval is over seeds.
+    """Return the ratio of a logged quantity of one run to that of another, after the first quarter of training.
+
+    For each seed it is the geometric mean over its measurements, whose tails are heavy. The measurements of one run are
+    not independent, so the interval is over seeds.
     """
     logs = []
     for seed in sorted(plain.keys() & better.keys()):
@@ -403,16 +421,16 @@ def ratio(plain: Mapping[int, Result], better: Mapping[int, Result], key: str, p
 
 
 def spread(values: Iterable[float], form: str = ".3f", before: str = "") -> str:
-    """Smallest and largest, as text."""
+    """Return the smallest and largest value as text."""
     kept = sorted(values)
     return f"{before}{kept[0]:{form}} to {kept[-1]:{form}}" if kept else ""
 
 
 def claims(runs: Runs) -> str:
-    """Each of the paper's claims with its figure."""
+    """Return each of the paper's claims with its figure."""
 
     def pairs(first: str, second: str, key: Any) -> dict[str, tuple[dict[int, float], dict[int, float]]]:
-        """Of the tasks where both have been run, the seeds that both have."""
+        """Return the seeds that both have, for the tasks where both have been run."""
         found = {}
         for task in grid.GRID:
             one, other = (last(runs.of("main", task, method), key) for method in (first, second))
@@ -422,8 +440,10 @@ def claims(runs: Runs) -> str:
         return found
 
     def compared(key: Any, better: int = -1) -> str:
-        """Where GDC++ is at GDC or better (below it; +1: above); the mean difference with its 95% interval over tasks;
-        and where a task's own interval excludes 0, on either side.
+        """Compare GDC++ with GDC in a measure that is better if it is smaller (``better=-1``) or larger (+1).
+
+        The result is where GDC++ is at least as good, the mean difference with its 95% interval over tasks, and where a
+        task's own interval excludes 0 on either side.
         """
         found = {task: paired(*pair) for task, pair in pairs("gdc++", "gdc", key).items()}
         if key == "kl_exact":
@@ -491,7 +511,7 @@ def claims(runs: Runs) -> str:
 
 
 def batch_table(runs: Runs) -> str:
-    """KL(p||pi) at the end over batch sizes, for the same sequences."""
+    """Return the table of KL(p||pi) at the end over batch sizes, for the same number of sequences."""
     rows = []
     for task in grid.STUDIED:
         for batch in BATCHES:
@@ -506,7 +526,7 @@ def batch_table(runs: Runs) -> str:
 
 
 def variants_table(runs: Runs) -> str:
-    """What goes beyond the paper, against GDC++ in pairs."""
+    """Return the table of the variants beyond the paper, each paired with GDC++."""
     rows = []
     for task in grid.STUDIED:
         reference = runs.of("main", task, "gdc++")
@@ -533,7 +553,7 @@ def variants_table(runs: Runs) -> str:
 
 
 def tuning_table(runs: Runs, folder: Path) -> str:
-    """``grid.score`` of each method at each learning rate, and what was chosen."""
+    """Return the table of ``grid.score`` for each method at each learning rate, with the chosen rate."""
     chosen, rows = grid.learning_rates(folder), []
     for method in grid.TUNED:
         cells = []
@@ -556,7 +576,7 @@ def tuning_table(runs: Runs, folder: Path) -> str:
 
 
 def equal_rate_table(runs: Runs, folder: Path) -> str:
-    """All methods at the learning rate that GDC++ has, where the tuning has tried it."""
+    """Return the table of all methods at the learning rate of GDC++, where the tuning has tried it."""
     rate, rows = grid.learning_rates(folder).get("gdc++"), []
     for method in grid.MAIN:
         result = runs.tuning.get((method, rate))
@@ -570,9 +590,9 @@ def equal_rate_table(runs: Runs, folder: Path) -> str:
 
 
 def same_state_table(found: Sequence[Result]) -> str:
-    """What variance.py has measured of each seed: GDC's weights over GDC++'s, on one batch in each state of a run.
+    """Return the table of variance.py's results: GDC's weights over GDC++'s, on one batch in each state of a run.
 
-    The states of a run follow from one another, so that the intervals are over seeds.
+    The states of a run follow from one another, so the intervals are over seeds.
     """
     rows, each = [], ""
     for task in grid.STUDIED:
@@ -599,7 +619,10 @@ def same_state_table(found: Sequence[Result]) -> str:
 
 
 def difference_figure(runs: Runs, path: Path) -> None:
-    """GDC++ less GDC over training in the two measures that matter, a panel per task: REINFORCE's scale hides it."""
+    """Draw GDC++ minus GDC over training in the two measures that matter, a panel for each task.
+
+    REINFORCE's scale would hide the difference.
+    """
     drawing, axes = plt.subplots(4, 5, figsize=(16, 10.5), constrained_layout=True, sharex=True)
     for column, task in enumerate(grid.GRID):
         pair = [runs.of("main", task, method) for method in ("gdc++", "gdc")]
@@ -632,7 +655,7 @@ def difference_figure(runs: Runs, path: Path) -> None:
 
 
 def study_figure(runs: Runs, path: Path) -> None:
-    """Variance of gradient and advantage over training, and the batch sizes, for the two tasks of the studies."""
+    """Draw the variance of gradient and advantage over training, and the batch sizes, for both tasks of the studies."""
     drawing, axes = plt.subplots(2, 3, figsize=(12, 6.5), constrained_layout=True)
     for row, task in zip(axes, grid.STUDIED, strict=True):
         for method in ("gdc", "gdc++"):
@@ -645,7 +668,7 @@ def study_figure(runs: Runs, path: Path) -> None:
                 points = [mean_and_error(h[key][i] ** power for h in histories) for i in at]
                 x = [histories[0]["step"][i] * results[0]["batch"] for i in at]
                 axis.plot(x, [mean for mean, _ in points], color=COLORS[method], label=NAMES[method], linewidth=1.3)
-                if len(histories) > 1:  # the axis is logarithmic: an error as large as the mean has no lower end
+                if len(histories) > 1:  # the axis is logarithmic, so an error as large as the mean has no lower end
                     low = [max(mean - error, mean / 10) for mean, error in points]
                     axis.fill_between(x, low, [mean + error for mean, error in points], color=COLORS[method],
                                       alpha=0.2, linewidth=0)  # fmt: skip
@@ -687,7 +710,7 @@ has a column. Ten intervals at 95% a claim: none is corrected for their number.
 
 
 def written(runs: Runs, folder: Path) -> dict[str, str]:
-    """All tables by their titles."""
+    """Return all tables by their titles."""
     same = [json.loads(path.read_text()) for path in sorted(folder.parent.glob("same_state_seed*.json"))]
     rates = "Learning rates (on the tuning task; chosen: the smallest within a standard error of the best)"
     return {
@@ -704,7 +727,7 @@ def written(runs: Runs, folder: Path) -> dict[str, str]:
 
 
 def page(sections: Mapping[str, str], done: int) -> str:
-    """tables.md."""
+    """Return the page tables.md."""
     return ABOUT.format(done=done) + "".join(f"\n## {title}\n\n{body}" for title, body in sections.items() if body)
 
 

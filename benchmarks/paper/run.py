@@ -1,9 +1,9 @@
-"""One run: a task, a method, a seed. Writes a JSON of what it came to and how.
+"""Run one task with one method and one seed, and write the results as JSON.
 
     python benchmarks/paper/run.py women gdc++ --seed 0 --out run.json
 
-All methods of a seed draw with the same random numbers, in training and in the evaluations; KL-control, which trains
-twice on a batch, those of the evaluations.
+All methods of a seed draw with the same random numbers, in training and in the evaluations. The exception is KL
+control, which trains twice on a batch and shares only the numbers of the evaluations.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "gdc": {"objective": "dpg"},
     "gdc++": {"objective": "gdc++"},
-    # beyond the paper
+    # these go beyond the paper
     "js": {"objective": "js"},
     "tv": {"objective": "tv"},
     "gdc_mean": {"objective": "dpg", "baseline": "mean"},
@@ -53,10 +53,10 @@ _KEPT = ("kl_policy", "kl_proposal", "log_z", "ess", "weight_mean", "weight_std"
 
 
 def reward_of(read: dict[str, Any]) -> Any:
-    """What a reward method is given for a task: the mean of the features that its constraints name.
+    """Return the reward of a task for a reward method: the mean of the features that its constraints name.
 
-    A reward can't ask for a half, so that a moment's feature is wanted as much as it can be had; and the four topics
-    hardly go together, so that their mean is a quarter of "any topic".
+    A reward cannot ask for a half, so the feature of a moment is wanted as much as possible. The four topics rarely
+    occur together, so their mean is a quarter of "any topic".
     """
     constraints = [recipe.constraint(each) for each in read["constraints"]]
     features: list[Feature] = [each.feature if isinstance(each, Moment) else each for each in constraints]
@@ -70,9 +70,9 @@ def reward_of(read: dict[str, Any]) -> Any:
 def settings(
     method: str, batch: int, learning_rate: float | None, samples: int, evaluations: int = EVALUATIONS
 ) -> dict[str, Any]:
-    """What method and batch size change in a recipe's ``train``: warm-up, evaluations and checks of q go by sequences,
-    the number of those that a check rests on, too.
+    """Return what method and batch size change in a recipe's ``train``.
 
+    Warm-up, evaluations and checks of q are counted in sequences, and so is the number of samples behind a check.
     Microbatches hold sequences of about one length, which saves padding and changes no gradient.
     """
     epochs = METHODS[method].get("ppo_epochs", 1)
@@ -88,7 +88,7 @@ def settings(
 
 
 def prepare(task: str, method: str, changed: dict[str, Any], targets: Path | None = None) -> DMTrainer:
-    """The trainer of a task's recipe, with what is ``changed`` of its ``train``."""
+    """Return the trainer of a task's recipe, with ``changed`` applied to its ``train``."""
     read = recipe.read(truth.HERE / "tasks" / f"{task}.yaml", {f"train.{key}": x for key, x in changed.items()})
     state = truth.known(task, targets or truth.RESULTS / "targets")["target"]
     reward = reward_of(read) if method in REWARD_METHODS else None
@@ -96,15 +96,15 @@ def prepare(task: str, method: str, changed: dict[str, Any], targets: Path | Non
 
 
 class _Evaluations(TrainerCallback):  # type: ignore[misc]
-    """Adds to each evaluation what the paper shows beside E[phi] and KL(pi||a)."""
+    """Add to each evaluation what the paper shows beside E[phi] and KL(pi||a)."""
 
     def __init__(self, known: truth.Truth, batch: int, epochs: int) -> None:
         self.known, self.per_step, self.found = known, batch / epochs, list[dict[str, Any]]()
         self.trainer: Any = None
-        self.log_prob = torch.empty(0)  # of the exact samples of p, at the last evaluation
+        self.log_prob = torch.empty(0)  # log pi of the exact samples of p, at the last evaluation
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """After the trainer's own, on the same samples."""
+        """Evaluate after the trainer, on the same samples."""
         texts = self.trainer.eval_samples.text[:DIVERSITY]
         with torch.no_grad():
             self.log_prob = self.trainer.policy.log_prob(self.known.samples, batch_size=512)
@@ -122,7 +122,7 @@ def run(
     samples: int = SAMPLES, evaluations: int = EVALUATIONS, eval_samples: int = 2048, gradient_variance: bool = False,
     targets: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What the JSON holds. ``method`` may be "base": the model before training."""
+    """Return the content of the JSON. ``method`` may be "base", the model before training."""
     start = time.perf_counter()
     base = method == "base"
     changed = settings("gdc++" if base else method, batch, learning_rate, samples, evaluations) | {"seed": seed}
@@ -148,7 +148,7 @@ def run(
         "task": task, "method": method, "seed": seed, "batch": batch, "samples": samples, "settings": changed,
         "machine": report.machine(), "evaluations": evaluated.found, "log_z": vars(known.log_z),
         "history": {key: [_short(h.get(key)) for h in steps] for key in ["step", *columns, *optional]},
-        # on the same samples for all runs of a task: differences between runs have an error of their own
+        # all runs of a task share these samples, so that differences between runs have an error of their own
         "log_prob": [round(value, 3) for value in evaluated.log_prob.tolist()],
         "swaps": trainer.proposal.swaps if trainer.proposal and not base else 0,
         "finite": finite and all(math.isfinite(e["kl_exact"]) for e in evaluated.found),
@@ -158,7 +158,7 @@ def run(
 
 
 def _short(value: float | None) -> float | None:
-    """Five digits, for the size of the file; None where there is none."""
+    """Return five digits of a number, to keep the file small, or None where there is none."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
 
 
@@ -180,7 +180,7 @@ def main() -> None:
     result = run(args.pop("task"), args.pop("method"), args.pop("seed"), **args)
     out.parent.mkdir(parents=True, exist_ok=True)
     report.write(result, out.parent, out.name + ".part")
-    (out.parent / (out.name + ".part")).rename(out)  # whole or not there
+    (out.parent / (out.name + ".part")).rename(out)  # the file is either complete or absent
 
 
 if __name__ == "__main__":

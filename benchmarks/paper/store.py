@@ -1,6 +1,7 @@
-"""Where the results of the runs are: a JSON file each as they end, one compressed file of all once they are packed.
+"""Store the results of the runs.
 
-The archive has a line for each run, ``{"name": "main/women-gdc-seed0.json", "result": {...}}``, sorted by name.
+Each run leaves a JSON file when it ends. Once the files are packed, one compressed archive holds all of them. The
+archive has a line for each run, ``{"name": "main/women-gdc-seed0.json", "result": {...}}``, sorted by name.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def files(folder: Path) -> dict[str, Path]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return all results below a folder, by name, sorted. A file replaces what the archive holds under its name."""
+    """Return all results below a folder, sorted by name. A file replaces the entry of the same name in the archive."""
     found: dict[str, Any] = {}
     if (folder / ARCHIVE).exists():
         with lzma.open(folder / ARCHIVE, "rt", encoding="utf-8") as lines:

@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "paper"
 TASKS = tuple(sorted(path.stem for path in (HERE / "tasks").glob("*.yaml")))
 SAMPLES = 2048
-BASE_SAMPLES, OF_A_CLASSIFIER = 2**19, 2**16  # of a; fewer where a network reads each
+BASE_SAMPLES, OF_A_CLASSIFIER = 2**19, 2**16  # samples of a; fewer where a network reads each of them
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,21 @@ class Truth:
     target_state: dict[str, object]
 
     def kl(self, log_prob: torch.Tensor) -> Estimate:
-        """KL(p||pi) in nats from log pi of the samples, (N,) fp64."""
+        """Return KL(p||pi) in nats from log pi of the samples, (N,) fp64."""
         terms = self.log_target - log_prob.detach()
         stderr = float(terms.std()) / math.sqrt(len(terms))
         return Estimate(float(terms.mean()) - self.log_z.value, math.hypot(stderr, self.log_z.stderr))
 
 
 def log_bound(target: EBM) -> float:
-    """log M, the largest b(x) exp(lambda phi(x)) that binary features allow."""
+    """Return log M, the largest b(x) exp(lambda phi(x)) that binary features allow."""
     return float(target.lambda_.clamp(min=0).sum())
 
 
 def draw(
     target: EBM, n: int, *, max_new_tokens: int, seed: int, batch_size: int = 512
 ) -> tuple[Samples, int, Estimate]:
-    """n exact samples of p, how many of the base that took, and log Z."""
+    """Return n exact samples of p, how many samples of the base they took, and log Z."""
     bound = log_bound(target)
     x, drawn = quasi_rejection_sample(
         target, target.base, n, log_beta=bound, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size
@@ -82,17 +82,17 @@ def draw(
 
 
 def of_recipe(task: str, fitted: dict[str, Any] | None = None) -> tuple[EBM, dict[str, Any]]:
-    """A task's target, fitted if its state is not given, and its recipe."""
-    with tempfile.TemporaryDirectory() as folder:  # which a trainer makes
+    """Return a task's target and its recipe. The target is fitted if its state is not given."""
+    with tempfile.TemporaryDirectory() as folder:  # a trainer makes this folder
         read = recipe.read(HERE / "tasks" / f"{task}.yaml", {"train.output_dir": folder})
         return recipe.prepare(read, fitted=fitted, say=lambda line: print(line, flush=True)).target, read
 
 
 def write(task: str, folder: Path, n: int) -> None:
-    """Fits lambda and draws.
+    """Fit lambda and draw the samples.
 
-    What is committed was drawn when ``fit`` and ``quasi_rejection_sample`` took the seed as it is. They derive their
-    own from it now, so that another run draws other samples of the same distributions.
+    The committed samples were drawn when ``fit`` and ``quasi_rejection_sample`` used the seed itself. They now derive
+    their own seed from it, so that another run draws other samples of the same distributions.
     """
     target, read = of_recipe(task)
     length = read["train"]["max_new_tokens"]
@@ -121,15 +121,17 @@ def write(task: str, folder: Path, n: int) -> None:
 
 
 def both(first: Estimate, second: Estimate) -> Estimate:
-    """The mean of two independent estimates that has the least error."""
+    """Return the mean of two independent estimates that has the smallest error."""
     weights = first.stderr**-2, second.stderr**-2
     mean = (weights[0] * first.value + weights[1] * second.value) / sum(weights)
     return Estimate(mean, sum(weights) ** -0.5)
 
 
 def measure(tasks: Mapping[str, int], folder: Path, chunk: int = 2**14) -> None:
-    """Adds ``base`` to what ``write`` has written: Z, KL(p||a), E_a[phi] and E_p[phi] of each target from as many
-    samples of a as ``tasks`` says, the same for all.
+    """Add ``base`` to what ``write`` has written.
+
+    It holds Z, KL(p||a), E_a[phi] and E_p[phi] of each target, from as many samples of a as ``tasks`` says. All targets
+    share these samples.
     """
     targets, found = dict[str, EBM](), dict[str, list[tuple[torch.Tensor, torch.Tensor]]]()
     for task in tasks:
@@ -159,7 +161,7 @@ def measure(tasks: Mapping[str, int], folder: Path, chunk: int = 2**14) -> None:
 
 
 def known(task: str, folder: Path = RESULTS / "targets") -> dict[str, Any]:
-    """A target's JSON.
+    """Return the JSON of a target.
 
     Raises:
         FileNotFoundError: nothing was written.
@@ -172,13 +174,13 @@ def known(task: str, folder: Path = RESULTS / "targets") -> dict[str, Any]:
 
 
 def log_z_of(result: dict[str, Any]) -> Estimate:
-    """log Z from all that a target's JSON has of it."""
+    """Return log Z from everything that a target's JSON has about it."""
     accepted = Estimate(**result["log_z"])
     return both(accepted, Estimate(**result["base"]["log_z"])) if "base" in result else accepted
 
 
 def read(task: str, model: LanguageModel, folder: Path = RESULTS / "targets") -> Truth:
-    """What ``write`` has written, for a model with the tokenizer of tiny-bios.
+    """Return what ``write`` has written, for a model with the tokenizer of tiny-bios.
 
     Raises:
         FileNotFoundError: nothing was written.
@@ -206,7 +208,7 @@ def main() -> None:
             sys.exit(f"no task {task!r}; there are {', '.join(TASKS)}")
         if not (args.out / f"{task}.json").exists():
             write(task, args.out, args.samples)
-    # not of the tuning's task, whose runs are compared with one another only
+    # the tuning's task is left out, because its runs are only compared with one another
     left = [task for task in args.task if task != "tuning" and "base" not in known(task, args.out)]
     if left:
         measure({t: OF_A_CLASSIFIER if "classifier" in t else BASE_SAMPLES for t in left}, args.out)

@@ -1,10 +1,10 @@
-"""The gradient's variance with and without the baseline, in the same states, on the same batches.
+"""Measure the variance of the gradient with and without the baseline, on the same batches.
 
     python benchmarks/paper/variance.py --seed 0        # writes results/paper/same_state_seed0.json
 
-In the grid GDC and GDC++ are measured along their own paths, each with its own pi and q. Here a run of GDC++ stops ten
-times and draws a batch from q as it is there; its sequences are weighed with A = u (GDC) and A = u - rho (GDC++). That
-is all that differs: what is left is what the baseline does.
+In the grid, GDC and GDC++ are measured along their own paths, and each has its own pi and q. Here a run of GDC++ stops
+ten times and draws a batch from the current q. Its sequences are weighted with A = u (GDC) and A = u - rho (GDC++).
+Nothing else differs, so the difference of the variances is the effect of the baseline.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ OBJECTIVES = {"gdc": "dpg", "gdc++": "gdc++"}
 
 
 def measure(trainer: DMTrainer, log_z: float, n: int, seed: int) -> dict[str, Any]:
-    """Of n sequences from q as it is now: variances of gradient and advantage under each objective, of one log Z."""
+    """Return the variances of gradient and advantage under each objective.
+
+    They come from n sequences of the current q and share one log Z.
+    """
     x = trainer.proposal.sample(n=n, max_new_tokens=trainer.args.max_new_tokens, seed=seed)
     log_target, found = trainer.target.log_prob(x), {}
     for method, objective in OBJECTIVES.items():
@@ -46,7 +49,7 @@ def measure(trainer: DMTrainer, log_z: float, n: int, seed: int) -> dict[str, An
 
 
 class _Stops(TrainerCallback):  # type: ignore[misc]
-    """Measures every so many steps; training goes on as if nothing had been: all draws have seeds of their own."""
+    """Measure every so many steps without disturbing the training. All draws have seeds of their own."""
 
     def __init__(self, log_z: float, every: int, n: int) -> None:
         self.log_z, self.every, self.n = log_z, every, n
@@ -65,7 +68,7 @@ class _Stops(TrainerCallback):  # type: ignore[misc]
 
 
 def states(task: str, seed: int, learning_rate: float, samples: int, count: int, n: int) -> list[dict[str, Any]]:
-    """What ``measure`` finds ``count`` times during the run of GDC++ that the grid has."""
+    """Return the results of ``measure`` at ``count`` times during the GDC++ run of the grid."""
     changed = run.settings("gdc++", run.BATCH, learning_rate, samples)
     changed |= {"seed": seed, "eval_strategy": "no", "disable_tqdm": True, "sampling_batch_size": 256}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,6 @@
 #!/bin/sh
-# The CPU kernels on aarch64: cross-compiled, their self-test run in qemu. Installs Debian's cross compiler if need be.
+# Cross-compiles the CPU kernels for aarch64 and runs their self-test in qemu. Installs Debian's cross compiler if it is
+# missing.
 set -eu
 if ! command -v aarch64-linux-gnu-g++ >/dev/null || ! command -v qemu-aarch64 >/dev/null; then
   apt-get -qq update

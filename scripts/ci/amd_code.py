@@ -1,8 +1,8 @@
-"""Compiles the Triton kernels for two of AMD's architectures without a device and looks at the machine code: gfx942
-(MI300), whose warps have 64 threads, and gfx1100 (RX 7900), whose have 32. For aot.py.
+"""Compile the Triton kernels for two of AMD's architectures without a device, and check the machine code, for aot.py.
 
-A barrier of theirs does not wait for loads. Before a row that may be the logits' own is written, a load must have ended
-that another thread's store could overtake: the wait before the barrier is looked for.
+The architectures are gfx942 (MI300), whose warps have 64 threads, and gfx1100 (RX 7900), whose warps have 32. A barrier
+of theirs does not wait for loads. Before a row is written that may be the logits themselves, every load must have ended
+that another thread's store could overtake. The check therefore looks for the wait before the barrier.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 
 class Arch(NamedTuple):
-    """What the registers of a SIMD unit are, for each thread of its warps, and how many a warp gets at a time."""
+    """Hold the registers of a SIMD unit for each thread of its warps, and how many of them a warp gets at a time."""
 
     warp_size: int
     registers: int
@@ -26,41 +26,41 @@ class Arch(NamedTuple):
 
 
 ARCHS = {"gfx942": Arch(64, 512, 8), "gfx1100": Arch(32, 1536, 24)}
-# Warps that a SIMD unit is to hold at least: as many 128-bit loads, two a thread, are under way as memory needs. What a
-# softcap binds by its arithmetic needs fewer.
+# A SIMD unit must hold at least so many warps. Then as many 128-bit loads, two for each thread, are under way as memory
+# needs. Kernels that a softcap limits by its arithmetic need fewer.
 WARPS = {"gfx942": 4, "gfx1100": 8}
 WARPS_OF_CAP = {"gfx942": 3, "gfx1100": 6}
 
 
 class AmdCode(NamedTuple):
-    """One Triton kernel as it is compiled for one of AMD's architectures."""
+    """Describe one Triton kernel as it is compiled for one of AMD's architectures."""
 
     kernel: str
     arch: str
     registers: int
-    spills: int  # to memory: registers, and bytes of stack. Scalar registers spill to lanes of vector registers
+    spills: int  # spills to memory: registers, and bytes of stack. Scalar registers spill to lanes of vector registers
     assembly: str
 
     @property
     def warps(self) -> int:
-        """That the registers of a SIMD unit hold."""
+        """Return the number of warps that the registers of a SIMD unit hold."""
         _, registers, granularity = ARCHS[self.arch]
         return registers // (-(-self.registers // granularity) * granularity)
 
     def accesses(self) -> tuple[int, int]:
-        """Loads and stores of 128 bits."""
+        """Return the loads and stores of 128 bits."""
         loads, stores = (rf"(?:global|buffer)_{kind}_(?:dwordx4|b128)" for kind in ("load", "store"))
         return len(re.findall(loads, self.assembly)), len(re.findall(stores, self.assembly))
 
     def waits(self) -> bool:
-        """Whether no load is under way at the last barrier, after which the row is written over."""
+        """Return whether no load is under way at the last barrier, after which the row is overwritten."""
         *before, _ = self.assembly.split("s_barrier")
         lines = re.findall(r"(?:global|buffer)_load|s_waitcnt.*vmcnt\(0\)", "".join(before))
         return not lines or lines[-1].startswith("s_waitcnt")
 
 
 def faults(code: AmdCode) -> list[str]:
-    """What is not as it should be."""
+    """Return what is not as it should be."""
     said = []
     loads, stores = code.accesses()
     if code.spills:
@@ -78,7 +78,7 @@ def faults(code: AmdCode) -> list[str]:
 
 
 def _kernels(arch: str) -> list[TritonKernel]:
-    """Those of long rows; not fp16, which is as bf16, nor what sampling and entropy have otherwise."""
+    """Return the kernels of long rows, without fp16, which equals bf16, and without some variants."""
     others = ("fp16", "short", "middle", "entropy")
     return [
         kernel
@@ -101,14 +101,14 @@ def _code(job: tuple[str, str]) -> AmdCode:
 
 
 def amd_code(only: str = "") -> Iterator[AmdCode]:
-    """The kernels whose names, after amd/, hold ``only``, on two cores."""
+    """Return the kernels whose names, after amd/, contain ``only``. Two cores compile them."""
     jobs = [(kernel.name, arch) for arch in ARCHS for kernel in _kernels(arch) if only in f"amd/{kernel.name}"]
     with ProcessPoolExecutor(2, get_context("fork")) as pool:
         yield from pool.map(_code, jobs)
 
 
 def table(found: list[AmdCode]) -> str:
-    """Markdown: a line for each kernel."""
+    """Return a Markdown table with a line for each kernel."""
     lines = ["| | kernel | registers | 128-bit loads / stores | warps |", "|---|---|---|---|---|"]
     kernels: dict[str, list[AmdCode]] = {}
     for code in found:

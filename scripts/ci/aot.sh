@@ -1,8 +1,8 @@
 #!/bin/sh
-# aot.py on the kernels as they are, whose table must be that of benchmarks/results/aot.md, then on seeded bugs of
-# tests/native/bugs, which must be caught; the model of roofline.py, from the same code, which must be that of
-# docs/gpu.md; and the extension built as a user builds it. Brings PyPI's CUDA compiler where there is no nvcc. What is
-# compiled is kept in ~/.cache, by the hash of its source.
+# Runs aot.py on the kernels, whose table must equal benchmarks/results/aot.md, and then on seeded bugs of
+# tests/native/bugs, which it must catch. The models of roofline.py and stated.py, from the same code, must equal those
+# of docs/gpu.md. Then the extension is built as a user builds it. If there is no nvcc, PyPI's CUDA compiler is
+# installed. Compiled code is kept in ~/.cache by the hash of its source.
 set -eu
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 here=$(pwd)

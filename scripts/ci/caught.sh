@@ -1,7 +1,7 @@
-# Sourced by the proofs: $out is their scratch folder.
+# The proofs source this file. $out is their scratch folder.
 
-# caught BUG MESSAGE COMMAND [ARGUMENT...]: with tests/native/bugs/BUG.patch in a copy of the sources, COMMAND, which gets
-# the copy's path before its arguments, must fail and say MESSAGE.
+# caught BUG MESSAGE COMMAND [ARGUMENT...] applies tests/native/bugs/BUG.patch to a copy of the sources. COMMAND, which
+# gets the path of the copy before its arguments, must then fail and print MESSAGE.
 caught() {
   bug=$1 message=$2 command=$3 tree=$out/bugs/$1
   shift 3
@@ -17,7 +17,7 @@ caught() {
   echo "caught: $bug"
 }
 
-# Sees to it that there is an nvcc: PyPI's, for the time of the proof, where the machine has none.
+# Installs PyPI's nvcc for the time of the proof if the machine has none.
 bring_nvcc() { # python
   if "$1" -c 'import cuda_compiler, sys; sys.exit(cuda_compiler.find_nvcc() is not None)'; then
     "$1" -m pip install -q --target "$out/nvcc" $("$1" -c 'import cuda_compiler; print(*cuda_compiler.PACKAGES)')

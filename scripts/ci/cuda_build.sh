@@ -1,6 +1,7 @@
 #!/bin/sh
-# The extension with its CUDA kernels, built by pip as a user builds it, and what it says without a device. Optimised for
-# no one, which takes half the time: its code is aot.py's matter. The library is kept by the hash of what it is made of.
+# Builds the extension with its CUDA kernels by pip, as a user does, and checks what it says without a device. The build
+# is not optimised, which takes half the time, because aot.py checks the code. The library is kept by the hash of its
+# sources.
 set -eu
 python=$1
 out=$(mktemp -d)
@@ -28,6 +29,6 @@ if grep -E 'libcudart|libcuda\.|libtorch|libc10|not found' "$out/needs"; then
   echo "the extension is to need no library of CUDA's or torch's" >&2
   exit 1
 fi
-# no device, whatever the machine has
+# hides the devices of the machine
 cd "$out" && CUDA_VISIBLE_DEVICES= PYTHONPATH="$out/site" "$python" -m dmfast doctor >"$out/said"
 grep -E '^ *cuda .*compiled, no device' "$out/said" || { cat "$out/said" >&2; exit 1; }

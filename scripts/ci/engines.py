@@ -1,9 +1,9 @@
-"""Hold dmfast's samplers to the real vLLM on a CPU: over HTTP, started by ``dmfast serve-proposal``, and in process.
+"""Compare dmfast's samplers with the real vLLM on a CPU, in process and over HTTP by ``dmfast serve-proposal``.
 
-engines.py             the checks, for which ``make vllm`` makes an environment
+engines.py             runs the checks in the environment that ``make vllm`` makes
 engines.py --record    writes the server's answers to tests/vllm_answers.json, for the tests' stand-in
 
-The environment that runs this has vLLM, dmfast's dependencies and dmfast. It takes a few minutes on two cores.
+The environment needs vLLM, dmfast and dmfast's dependencies. The checks take a few minutes on two cores.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from dmfast.sampling import EngineError, HTTPSampler, VLLMSampler  # noqa: E402
 from dmfast.training.recipe import TINY_BIOS  # noqa: E402
 
 ANSWERS = ROOT / "tests" / "vllm_answers.json"
-SECONDS = 600  # until a server is up
+SECONDS = 600  # how long a server may take to start
 
 
 def free_port() -> int:
@@ -52,7 +52,7 @@ def free_port() -> int:
 
 @contextmanager
 def server(*options: str, plain: bool = False) -> Iterator[str]:
-    """A server of tiny-bios, by ``dmfast serve-proposal`` or with vLLM's own defaults, and its address."""
+    """Start a server of tiny-bios by ``dmfast serve-proposal`` or with vLLM's own defaults, and yield its address."""
     port = free_port()
     line = [sys.executable, "-m", "dmfast", "serve-proposal", "tiny-bios", "--port", str(port), "--dtype", "float32"]
     if plain:
@@ -75,7 +75,7 @@ def server(*options: str, plain: bool = False) -> Iterator[str]:
 
 
 def end(started: subprocess.Popen[bytes]) -> None:
-    """Stop the server with its workers, which are of its own process group."""
+    """Stop the server with its workers, which belong to its own process group."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(started.pid, number)
@@ -119,7 +119,7 @@ def moved(model: LanguageModel, by: float = 0.02, seed: int = 0) -> LanguageMode
 
 
 def apart(sampler: Any, model: LanguageModel, temperature: float = 1.0, n: int = 64) -> float:
-    """The largest difference of log q as drawn and the model's score, in nats."""
+    """Return the largest difference between log q as drawn and the model's score, in nats."""
     x = sampler.sample([[0], [3, 4, 5]], n, max_new_tokens=40, seed=1, temperature=temperature)
     again = sampler.sample([[0], [3, 4, 5]], n, max_new_tokens=40, seed=1, temperature=temperature)
     assert torch.equal(x.tokens, again.tokens), "equal seeds draw other sequences"
@@ -196,7 +196,7 @@ def check_local() -> None:
 
 
 def train(url: str) -> None:
-    """Six steps of DMTrainer."""
+    """Take six steps of DMTrainer."""
     model = LanguageModel.from_pretrained(TINY_BIOS, dtype=torch.float32)
     target = dmfast.EBM(
         model.around(copy.deepcopy(model.model)), [Moment(Contains(any_of=["she", "her"], name="women"), 0.5)]
@@ -224,7 +224,7 @@ def record() -> None:
 
     with server() as url:
         port = int(url.rpartition(":")[2])
-        words = {"prompt": "He was born"}  # tiny-bios knows no others than those of its texts
+        words = {"prompt": "He was born"}  # tiny-bios knows only the words of its texts
         answers = {
             name: ask(port, method, path, body | words if name == "tokenize" else body)
             for name, (method, path, body) in EXCHANGES.items()

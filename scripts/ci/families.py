@@ -24,40 +24,46 @@ FAILURES = ("wrong", "crashes")
 TEXT = """\
 # Models
 
-dmfast trains the causal language models of transformers: what is drawn from a model is what is scored. This page is
-written by `scripts/ci/families.py`, which builds a small random model of every architecture that transformers {version}
-lists for causal language modelling and samples from it, with prompts of several lengths and rows that end early. log q
-of each sequence, and its log-probability scored together and alone, in training mode and in evaluation mode, agree in
-fp32 within 1e-4 nats with plain transformers: each sequence by itself, unpadded, without a cache. The gradient of the
-loss agrees within 1e-3 of its largest entry. Dropout and router jitter are on in every configuration.
+dmfast trains the causal language models of transformers. For each of them, the distribution that is sampled must be the
+distribution that is scored. This page lists what was found for every architecture that transformers {version} lists for
+causal language modelling. `scripts/ci/families.py` writes it.
 
-A model that is not listed, or whose code is its own, is asked when it is first used: `LanguageModel` scores two of its
-first samples and refuses with the reason where they differ (`check_scores`).
+The script builds a small random model of each architecture and draws samples from it, with prompts of several lengths
+and rows that end early. The configurations enable dropout and router jitter, which dmfast has to switch off. The
+script checks two conditions in fp32:
 
-| | families |
+- The log q of each sequence and its log-probability agree within 1e-4 nats with plain transformers, which gets each
+  sequence by itself, unpadded and without a cache. dmfast scores the sequences together and alone, in training mode and
+  in evaluation mode.
+- The gradient of the loss agrees within 1e-3 of its largest entry.
+
+A model that is not listed, or that brings its own code, is checked when it is first used. `LanguageModel` then scores
+two of its first samples. If the scores differ, it refuses the model and says why (`check_scores`).
+
+| result | families |
 |---|---|
 {totals}
 
-- **holds**: as above. *Prompts of one length at a time*: the model counts positions itself or lets padding in, so that
-  dmfast runs a forward for each length of a prompt. *Without a cache*: each step of sampling runs the whole sequence,
-  and a warning says so.
-- **refused**: dmfast raises an error with this reason.
-- **not tried**: no small model could be built from its configuration alone, or what was built does not run in plain
+- **holds**: both conditions hold. *Prompts of one length at a time* means that the model counts positions itself or
+  does not ignore padding, so that dmfast runs a forward pass for each length of a prompt. *Without a cache* means
+  that each step of sampling runs the whole sequence; a warning says so.
+- **refused**: dmfast raises an error with the reason given.
+- **not tried**: a small model cannot be built from its configuration alone, or the model does not run in plain
   transformers on text alone.
 
-Sparse attention that picks the best keys (DeepSeek V3.2 and its kin, Doge) was tried at lengths below the number that
-it picks. Beyond it, two forwards of different shapes may break a tie in two ways.
+Sparse attention that selects the best keys (DeepSeek V3.2 and its relatives, Doge) was tried at lengths below the
+number of selected keys. At greater lengths, two forward passes of different shapes may resolve a tie differently.
 
-| family | | |
+| family | result | note |
 |---|---|---|
 {rows}
 
 ## Images with text
 
-Of the architectures of transformers' mapping for images with text that are not above, trained on text alone; images in
-prompts are refused.
+This table has the architectures of transformers' mapping for images with text that are not listed above. They were
+trained on text alone, because dmfast refuses images in prompts.
 
-| family | | |
+| family | result | note |
 |---|---|---|
 {images}
 """
@@ -70,7 +76,7 @@ def row(name: str, found: families.Verdict) -> str:
 
 
 def brief(text: str) -> str:
-    """Return a reason in the width of a table: without the figures of a refusal."""
+    """Return a reason in the width of a table, without the figures of a refusal."""
     text = re.split(r", so that log q|Nats of", text)[0].removeprefix("RuntimeError: ").removeprefix("ValueError: ")
     text = text.replace("|", "/").replace("<", "&lt;").strip()
     return text if len(text) <= 240 else text[:237] + "..."

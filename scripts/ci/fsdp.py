@@ -1,4 +1,4 @@
-"""Train under FSDP2 and under DDP on two CPU processes, and compare: parameters, gradients, checkpoints, resumed runs.
+"""Train under FSDP2 and under DDP on two CPU processes, and compare parameters, gradients, checkpoints, resumed runs.
 
 fsdp.py            runs all
 fsdp.py NAME ...   runs these of ``RUNS``, and no checkpoints
@@ -20,9 +20,9 @@ from trainer_job import llama, tokenizer  # noqa: E402
 
 LORA = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
-#: Ways below that take no check of scores, without which sequences are padded, are held to runs without one.
+#: These ways need a run without a check of scores. Without the check, sequences are padded.
 UNCHECKED = {"check_scores": False}
-#: By name what a run does. Each ends with the bits of DDP but for those of ROUNDED.
+#: The settings of each run by name. Each run ends with the bits of DDP, except for those of ROUNDED.
 RUNS = {
     "tied head": {},
     "head of its own": {"model": "llama", **UNCHECKED},
@@ -72,12 +72,12 @@ RUNS = {
     "LoRA on copies": {"model": "with_lora"},
     "bf16": {"model": "llama", "bf16": True, "proposal_interval": 100},
 }
-#: Draws from q for one of the runs above.
+#: This run draws from q for one of the runs above.
 ENGINE = "another engine"
 RUNS[ENGINE] = {"model": "llama", "check_scores": False, "save_strategy": "steps", "save_steps": 3}
-#: The norm's terms are added in another order; FSDP computes in bf16 what autocast leaves in fp32.
+#: Clipping adds the norm's terms in another order; FSDP computes in bf16 what autocast leaves in fp32.
 ROUNDED = {"clipping": 1e-5, "bf16": 0.1}
-#: What ``accelerate launch --use_fsdp --fsdp_version 2`` puts into the environment.
+#: These variables are set by ``accelerate launch --use_fsdp --fsdp_version 2``.
 LAUNCHER = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -87,7 +87,7 @@ LAUNCHER = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }
-#: Other ways to run one of them.
+#: These are other ways to start one of the runs.
 WAYS = {
     "in step": ("head of its own", {"gather_for_sampling": False}),
     "in step, LoRA": ("LoRA on one backbone", {"gather_for_sampling": False}),
@@ -101,7 +101,7 @@ KINDS = {"FULL": "FULL_STATE_DICT", "SHARDED": "SHARDED_STATE_DICT"}
 
 
 def furthest(found, right):
-    """Return the largest difference of two sets of tensors, as a part of the largest entry of each."""
+    """Return the largest difference of two sets of tensors, relative to the largest entry of each tensor."""
     assert found.keys() == right.keys(), found.keys() ^ right.keys()
     return max(
         max(abs(a - b) for a, b in zip(found[name], values, strict=True)) / max(*map(abs, values), 1e-9)
@@ -110,7 +110,7 @@ def furthest(found, right):
 
 
 def compare(name, found, right):
-    """Say how a run differs from DDP's, and fail where it should not."""
+    """Print how a run differs from DDP's, and fail where it must not differ."""
     assert found["steps"] == right["steps"], name
     assert found["swaps"] == right["swaps"], name
     assert 0.45 < found["held"] < 0.55, (name, found["held"])
@@ -178,7 +178,7 @@ def resumes(folder):
 
 
 def resumes_on_other_ranks(folder):
-    """Compare runs that two processes began and three ended with those of two."""
+    """Compare runs that two processes began and three processes ended with runs of two processes."""
     whole, three = {}, {}
     for kind, state_dict_type in KINDS.items():
         options = STEPS | {"model": "llama", "fsdp_config": {"state_dict_type": state_dict_type}}
@@ -193,7 +193,7 @@ def resumes_on_other_ranks(folder):
 
 
 def main(names):
-    """Run what is asked for."""
+    """Run the requested checks."""
     with tempfile.TemporaryDirectory() as folder:
         trains_as_ddp(Path(folder, "runs"), names or list(RUNS))
         if not names:

@@ -1,7 +1,7 @@
 #!/bin/sh
-# The CUDA kernels of csrc/cuda, compiled by g++ on top of tests/native/shim.h and run on the host as the module
-# dmfast._C, whose tensors then take them for a device: through the kernel suite, under ASan and UBSan.
-# Then each bug of tests/native/bugs, which must be caught.
+# Compiles the CUDA kernels of csrc/cuda by g++ on top of tests/native/shim.h and runs them on the host as the module
+# dmfast._C, which treats CPU tensors like those of a device. The kernel suite runs under ASan and UBSan.
+# Then each bug of tests/native/bugs must be caught.
 set -eu
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") # absolute: the tests run elsewhere
 
@@ -12,7 +12,7 @@ trap 'rm -rf "$out"' EXIT
 [ "$(uname -m)" != x86_64 ] || no_mmx=-mno-mmx
 sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
 
-# Builds what the current directory holds, apart from objects that are there already.
+# Builds the current directory, except for objects that exist already.
 build() { # directory, flags
   mkdir -p "$1/lib"
   cp -r dmfast "$1/lib/"
@@ -39,14 +39,14 @@ suite() { # directory of a build, tests and options
   (cd "$here/tests" && PYTHONPATH="$build/lib" DMFAST_SYNC_CHECKS=1 "$python" -m pytest -q -p no:cacheprovider "$@")
 }
 
-# -s: a sanitizer ends the process, and what pytest has captured is lost
+# -s: when a sanitizer ends the process, the output that pytest has captured is lost
 sanitized() {
   LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 suite "$@" -s
 }
 
 . scripts/ci/caught.sh
-# The tests on the build of a copy whose csrc/cuda differs from that of another build.
+# Runs the tests on the build of a copy whose csrc/cuda differs from that of another build.
 seeded() { # copy, the other build, flags, suite or sanitized, tests and options
   copy=$1 like=$2 flags=$3 how=$4
   shift 4
@@ -58,7 +58,7 @@ seeded() { # copy, the other build, flags, suite or sanitized, tests and options
 
 start=$(date +%s)
 said() { echo "$(($(date +%s) - start)) s: $*"; }
-# fp16 differs from bf16 in how a number is read and written, which vocabularies and special logits show
+# fp16 differs from bf16 only in how a number is read and written; vocabularies and special logits show this
 small="not 50257 and not 32003 and not 1024_tokens and not million and not under_compile and not formula and not threads"
 small="$small and not (fp16 and not (vocabularies or special_logits))"
 
@@ -80,6 +80,8 @@ said "sanitizers"
 caught missing_barrier "^FAILED test_kernels" seeded "$out/plain" "-O1" suite test_kernels.py -k "vocabularies and 1000"
 caught truncation "^FAILED .*rounded_to_nearest" seeded "$out/plain" "-O1" suite test_kernels.py -k rounded_to_nearest
 caught ones "^FAILED .*log_sum_exp" seeded "$out/plain" "-O1" suite test_kernels.py -k "log_sum_exp and peaked and 1000"
+caught shifted_weight "^FAILED test_token_weight" seeded "$out/plain" "-O1" suite test_token_weight.py \
+  -k "layouts and packed64 and gdc and fp32"
 caught out_of_bounds "AddressSanitizer: heap-buffer-overflow" seeded "$out/sanitized" "$sanitizers" sanitized \
   test_kernels.py -k "empty_and_short and contiguous-1-1"
 said "seeded bugs"

@@ -1,4 +1,4 @@
-"""The inner loops of a kernel's machine code, and what they cost for each logit: for aot.py and roofline.py."""
+"""Find the inner loops of a kernel's machine code and their cost for each logit, for aot.py and roofline.py."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import NamedTuple
 
 from machine_code import SIZE, Code
 
-VOCAB = 128256  # of which only the number of packs of a thread depends
+VOCAB = 128256  # only the number of packs of a thread depends on these
 UNITS = {
     "fp32": "FADD FMUL FFMA IMAD HFMA2",
     "int": "IADD3 VIADD LOP3 SHF LEA ISETP FSETP FMNMX IMNMX VIMNMX FSEL SEL PRMT F2FP MOV FSET",
-    "special": "MUFU F2F I2F F2I FRND",  # and conversions
+    "special": "MUFU F2F I2F F2I FRND",  # conversions run on this unit, too
     "fp64": "DADD DMUL DFMA DSETP DMNMX",
 }
 UNIT_OF = {opcode: unit for unit, opcodes in UNITS.items() for opcode in opcodes.split()}
 
 
 class Instruction(NamedTuple):
-    """A line of machine code."""
+    """Hold a line of machine code."""
 
     address: int
     predicate: str
@@ -29,38 +29,39 @@ class Instruction(NamedTuple):
 
 
 def instructions(code: Code) -> list[Instruction]:
-    """All of a kernel."""
+    """Return all instructions of a kernel."""
     found = re.findall(r"^([0-9a-f]{4,}) (@!?U?P\w+ )?([A-Z][\w.]*)(.*)$", code.sass, re.MULTILINE)
     return [Instruction(int(address, 16), predicate, opcode, rest) for address, predicate, opcode, rest in found]
 
 
 class Loop(NamedTuple):
-    """An innermost loop: what is done every time, what on longer ways only, and the longest of them."""
+    """Describe an innermost loop: the instructions of every round, those of longer ways only, and the longest way."""
 
     always: list[Instruction]
     sometimes: list[Instruction]
     longest: list[Instruction]
 
     def accesses(self, opcode: str, width: str = ".128") -> int:
-        """Of a thread, of that width."""
+        """Return the accesses of a thread that have this width."""
         return sum(x.opcode.startswith(opcode) and width in x.opcode for x in self.always)
 
     @property
     def loads(self) -> int:
-        """Wide ones, from either memory."""
+        """Return the wide loads, from either memory."""
         return max(self.accesses("LDG"), self.accesses("LDS"))
 
     @property
     def late_loads(self) -> int:
-        """Wide loads from memory behind the first instruction of the special-function unit."""
+        """Return the wide loads from memory after the first instruction of the special-function unit."""
         special = [x.opcode.startswith("MUFU") for x in self.always]
         behind = self.always[special.index(True) :] if any(special) else []
         return sum(x.opcode.startswith("LDG") and ".128" in x.opcode for x in behind)
 
 
 def _way(first: int, last: int, leads: dict[int, list[int]], better: Callable[[int, int], bool]) -> set[int] | None:
-    """The instructions of the shortest or longest way forward from one to another; None where there is none."""
-    found: dict[int, tuple[int, int]] = {first: (1, first)}  # how many there are up to each, and the one before it
+    """Return the instructions of the shortest or longest forward way from one to another, or None."""
+    # for each instruction: the number of instructions up to it, and the one before it
+    found: dict[int, tuple[int, int]] = {first: (1, first)}
     for i in range(first, last):
         for to in leads[i] if i in found else []:
             if to > i and (to not in found or better(found[i][0] + 1, found[to][0])):
@@ -75,7 +76,7 @@ def _way(first: int, last: int, leads: dict[int, list[int]], better: Callable[[i
 
 
 def loops(code: Code) -> list[Loop]:
-    """Those that a branch backwards closes and that hold no other: blocks of instructions from its target to it."""
+    """Return the loops that a backward branch closes and that contain no other loop, as blocks of instructions."""
     lines = instructions(code)
     index = {x.address: i for i, x in enumerate(lines)}
     target = {i: index.get(int(x.operands.split()[-1], 16)) for i, x in enumerate(lines)
@@ -87,7 +88,8 @@ def loops(code: Code) -> list[Loop]:
             continue
         leads: dict[int, list[int]] = {}
         for i in range(first, last):
-            divides = lines[i].opcode == "BRA.DIV"  # where the threads of a warp are apart, which they are not
+            # this handles warps whose threads have diverged, which they have not
+            divides = lines[i].opcode == "BRA.DIV"
             goes_on = i not in target or divides or lines[i].predicate or "P" in lines[i].operands
             leads[i] = [i + 1] if goes_on else []
             to = target.get(i)
@@ -96,15 +98,18 @@ def loops(code: Code) -> list[Loop]:
         way = _way(first, last, leads, lambda x, y: x < y)
         longest = _way(first, last, leads, lambda x, y: x > y)
         if way is None or longest is None:
-            continue  # what BRA.DIV led to comes back
+            continue  # the target of BRA.DIV comes back
         rest = [lines[i] for i in range(first, last + 1) if i not in way]
         found.append(Loop([lines[i] for i in sorted(way)], rest, [lines[i] for i in sorted(longest)]))
     return found
 
 
 def rounds(code: Code) -> list[Loop]:
-    """The innermost loops that work on logits: of those that write, and of those that don't, the longest of those with
-    the most wide loads. Others are for the rest of a row, or for a row without a bonus. Of sampling all."""
+    """Return the innermost loops that work on logits, and for sampling all of them.
+
+    Of the loops that write and of those that do not, this is the longest of those with the most wide loads. The others
+    are for the rest of a row, or for a row without a bonus.
+    """
     found = [x for x in loops(code) if x.accesses("STG") or x.accesses("MUFU", ".EX2")]
     if code.kernel.startswith("sample_rows"):
         return found
@@ -113,9 +118,11 @@ def rounds(code: Code) -> list[Loop]:
 
 
 def rises(packs: int, loads: int, shared: bool) -> float:
-    """In how many of its rounds a warp takes a new maximum, on average, of independent logits. Where its threads share
-    one that is so in the k-th round with probability 1/k; else where one of 32 threads does, which is so for a thread's
-    k-th pack with that probability."""
+    """Return in how many of its rounds a warp takes a new maximum, on average, for independent logits.
+
+    If its threads share one maximum, this happens in round k with probability 1/k. Otherwise it happens if one of 32
+    threads takes a new maximum, which each does for its k-th pack with that probability.
+    """
     if shared:
         n = max(packs // loads, 1)
         return sum(1 / k for k in range(1, n + 1)) / n
@@ -123,23 +130,23 @@ def rises(packs: int, loads: int, shared: bool) -> float:
 
 
 def per_logit(code: Code) -> tuple[dict[str, float], dict[str, float]]:
-    """Instructions of each unit for each logit, at least and on random logits."""
+    """Return the instructions of each unit for each logit, at least and on random logits."""
     width = 16 // SIZE[code.kernel.split("<")[1][:4]]
     least: Counter[str] = Counter()
     random: Counter[str] = Counter()
     for loop in rounds(code):
         writes, logits = loop.accesses("STG"), width * loop.loads
         tile = code.source == "CUDA" and code.kernel.startswith("sample_rows") and loop.loads > 0
-        if tile:  # of 512 logits for each warp; the load beside its own is of rows that are not aligned
+        if tile:  # each warp has 512 logits; the load beside its own is for rows that are not aligned
             logits = 512 // 32
         if logits == 0:
-            continue  # zeros
+            continue  # zeros are written
         count: dict[str, Counter[str]] = defaultdict(Counter)
         for name, lines in (("always", loop.always), ("sometimes", loop.sometimes), ("longest", loop.longest)):
             for x in lines:
                 for unit in ("issue", UNIT_OF.get(x.opcode.split(".")[0], "")):
                     count[name][unit] += 1 / logits
-        # what a pass that writes does on longer ways, it does once a row, for the label
+        # a pass that writes takes its longer ways once for each row, for the label
         shared = loop.accesses("VOTE", "") > 0
         often = 0.0 if writes or tile else rises(max(VOCAB // width // code.threads, 1), loop.loads, shared)
         for unit in ("issue", *UNITS):

@@ -1,7 +1,7 @@
 #!/bin/sh
-# The Triton kernels in Triton's interpreter, on CPU tensors, through the kernel suite against the fp64 oracle, at reduced
-# sizes: a row takes milliseconds there. tests/interpreter.py mends what the interpreter gets wrong. Then each seeded bug
-# of tests/native/bugs, which must be caught.
+# Runs the Triton kernels in Triton's interpreter on CPU tensors. The kernel suite compares them with the fp64 oracle at
+# reduced sizes, because a row takes milliseconds there. tests/interpreter.py corrects the interpreter's errors. Then
+# each seeded bug of tests/native/bugs must be caught.
 set -eu
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") # absolute: the tests run elsewhere
 out=$(mktemp -d)
@@ -45,4 +45,5 @@ said "hidden states, sampling"
 caught triton_tail "^FAILED " suite -x test_kernels.py -k "vocabularies and 127 and contiguous and fp32"
 caught triton_rounding "^FAILED " suite -x test_kernels.py -k "label_gradient and 30-600-fp32"
 caught triton_bonus "^FAILED " suite -x test_entropy.py -k "special and 1.7 and scattered and bf16"
+caught triton_shifted_weight "^FAILED " suite -x test_token_weight.py -k "linear and packed-3 and dpg and not compile"
 said "seeded bugs"

@@ -1,8 +1,9 @@
-"""Compiles the GPU kernels of the tree in the current directory without a GPU, CUDA by nvcc and Triton ahead of time,
-and disassembles them: for aot.py and roofline.py. Compiled code is kept below $XDG_CACHE_HOME/dmfast/aot by the hash of
-its source, its disassembly by that of the code.
+"""Compile the GPU kernels without a GPU and disassemble them, for aot.py and roofline.py.
 
-The Triton kernels take V and strides at run time, unspecialised: what is found holds for V divisible by 16 and not.
+The kernels are those of the tree in the current directory. nvcc compiles the CUDA kernels, and Triton compiles its
+kernels ahead of time. Compiled code is kept below $XDG_CACHE_HOME/dmfast/aot by the hash of its source, and its
+disassembly by the hash of the code. The Triton kernels take V and strides at run time without specialisation, so the
+findings hold whether or not V is divisible by 16.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ROOT = Path.cwd()  # of the tree that is looked at
+ROOT = Path.cwd()  # of the tree in the current directory
 sys.path.insert(0, str(ROOT))
 from cuda_compiler import compiled, compiler_version
 from dmfast.kernels.triton import launch, loss, sample
@@ -39,28 +40,28 @@ SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def versions() -> str:
-    """Of the compilers, on which all of it depends."""
+    """Return the versions of the compilers, on which all results depend."""
     return f"triton {triton.__version__}, nvcc {compiler_version()}"
 
 
 class Code(NamedTuple):
-    """One kernel as a compiler made it for one architecture."""
+    """Hold one kernel as a compiler made it for one architecture."""
 
     source: str  # CUDA or Triton
     kernel: str
     arch: int
-    threads: int  # of a block, at most
+    threads: int  # threads of a block, at most
     registers: int
     stack: int
-    sass: str  # a line for each instruction: address, opcode, operands
+    sass: str  # one line for each instruction: address, opcode, operands
 
     def count(self, pattern: str) -> int:
-        """Instructions that match."""
+        """Return the number of matching instructions."""
         return len(re.findall(pattern, self.sass))
 
 
 def _kept(cubin: Path | bytes, kind: str) -> str:
-    """What cuobjdump says of a cubin, without the instructions' bits."""
+    """Return the output of cuobjdump for a cubin, without the instructions' bits."""
     raw = cubin if isinstance(cubin, bytes) else cubin.read_bytes()
     kept = CACHE / f"{hashlib.sha256(raw).hexdigest()[:16]}.{kind}.gz"
     if kept.exists():
@@ -76,7 +77,7 @@ def _kept(cubin: Path | bytes, kind: str) -> str:
 
 
 def _read(source: str, cubin: Path | bytes, arch: int, threads: Callable[[str], int], name: str = "") -> list[Code]:
-    """Every kernel of a cubin; ``name`` where the file has one that is called otherwise."""
+    """Return every kernel of a cubin. ``name`` replaces the name of a file that has one kernel."""
     usage = _kept(cubin, "res-usage")
     sass = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", _kept(cubin, "sass"), re.DOTALL))
     return [
@@ -89,8 +90,10 @@ def _read(source: str, cubin: Path | bytes, arch: int, threads: Callable[[str], 
 
 
 def readable(kernel: str) -> str:
-    """``score_rows<fp32, cap, entropy, known weight>`` or ``write_rows<fp32, cap, bonus>`` of a mangled name; ``fp32 ->
-    bf16`` where the gradient of fp32 logits has another dtype."""
+    """Return ``score_rows<fp32, cap, entropy, known weight>`` or ``write_rows<fp32, cap, bonus>`` for a mangled name.
+
+    ``fp32 -> bf16`` means that the gradient of fp32 logits has another dtype.
+    """
     found = re.search(r"\d+(score_rows|write_rows|scale_rows|sample_rows)I(.*?)EEv", kernel)
     if found is None:
         return kernel
@@ -109,14 +112,14 @@ def readable(kernel: str) -> str:
 
 
 def _most_threads(kernel: str) -> int:
-    """Of a block of a kernel by its mangled name."""
+    """Return the largest number of threads in a block of a kernel, by its mangled name."""
     if "sample_rows" in kernel:
         return 512
     return 384 if re.search(r"Pass\w*?E?1E", kernel) else 256
 
 
 def cuda_code(source: str, arch: int) -> list[Code]:
-    """The kernels of a file of csrc/cuda."""
+    """Return the kernels of a file of csrc/cuda."""
     return _read("CUDA", compiled(ROOT, f"csrc/{source}", "cubin", arch, CACHE), arch, _most_threads)
 
 
@@ -124,18 +127,21 @@ def cuda_code(source: str, arch: int) -> list[Code]:
 
 
 class TritonKernel(NamedTuple):
-    """A kernel with what is known of it when it is compiled."""
+    """Describe a kernel with what is known of it when it is compiled."""
 
     name: str
     function: Any
-    dtype: str  # of the logits
+    dtype: str  # the dtype of the logits
     gradient: str
     warps: int
     constants: dict[str, Any]
 
     @property
     def archs(self) -> tuple[int, ...]:
-        """What it is looked at for: fp16, which is as bf16, and rows that are not long for one of them."""
+        """Return the architectures to check.
+
+        fp16, which equals bf16, and rows that are not long are checked for one.
+        """
         return (90,) if self.gradient == "fp16" or "short" in self.name or "middle" in self.name else ARCHS
 
 
@@ -154,13 +160,13 @@ def _type(name: str, kernel: TritonKernel) -> str:
 
 
 def triton_kernels(warp_size: int = 32) -> Iterator[TritonKernel]:
-    """What launch.py launches; in bf16 for rows of three lengths."""
+    """Return the kernels that launch.py launches; in bf16 for rows of three lengths."""
     for dtype, gradient in (*((x, x) for x in SIZE), ("fp32", "bf16"), ("fp32", "fp16")):
         size, size_dz, same = SIZE[dtype], SIZE[gradient], dtype == gradient
         kinds = {50257: "", 9000: ", middle", 1000: ", short"} if dtype == "bf16" else {50257: ""}
         for (vocab, kind), cap in product(kinds.items(), (False, True)):
             if cap and kind == ", middle":
-                continue  # as longer ones
+                continue  # this kernel equals that of longer rows
             shape = launch.shape_of(vocab, size, cap, warp_size)
             row = {"W": 16 // size, "PACKS": shape.packs, "THREADS": shape.threads}
             row_dz = {"DZ_W": 16 // size_dz, "DZ_PACKS": shape.packs * size_dz // size, "THREADS": shape.threads}
@@ -169,11 +175,11 @@ def triton_kernels(warp_size: int = 32) -> Iterator[TritonKernel]:
             entropies = (False, True) if cap and dtype == "bf16" else (False,)
             for write, entropy in product((False, True) if same else (True,), entropies):
                 name = f"score_rows<{tag}{', entropy' if entropy else ''}{', known weight' if write else ''}>"
-                # of those with a bonus that with the most to do
+                # only the kernel with a bonus that does the most work
                 constants = {**row, **row_dz, **wide, "ENTROPY": entropy, "WRITE": write, "BONUS": entropy and write}
                 yield TritonKernel(name, loss.score_rows, dtype, gradient, shape.warps, constants)
             for bonus in (False, True) if gradient == "bf16" and not kind else (False,):
-                # one load more than what backward mostly launches
+                # backward usually launches it with one load less
                 writes = {**row_dz, **wide, "MAY_BE_THERE": True, "BONUS": bonus}
                 name = f"write_rows<{tag}{', bonus' if bonus else ''}>"
                 yield TritonKernel(name, loss.write_rows, dtype, gradient, shape.warps, writes)
@@ -188,7 +194,7 @@ def triton_kernels(warp_size: int = 32) -> Iterator[TritonKernel]:
 
 
 def triton_compiled(kernel: TritonKernel, target: GPUTarget) -> Any:
-    """As at run time: nothing is known of a number or an address."""
+    """Compile as at run time, where nothing is known of a number or an address."""
     names = kernel.function.arg_names
     signature = {n: "constexpr" if n in kernel.constants else _type(n, kernel) for n in names}
     values = {(names.index(n),): value for n, value in kernel.constants.items()}
@@ -197,7 +203,7 @@ def triton_compiled(kernel: TritonKernel, target: GPUTarget) -> Any:
 
 
 def triton_code(kernel: TritonKernel, arch: int) -> list[Code]:
-    """What NVIDIA's assembler makes of it."""
+    """Return the code that NVIDIA's assembler makes of it."""
     made = triton_compiled(kernel, GPUTarget("cuda", arch, 32))
     return _read("Triton", bytes(made.asm["cubin"]), arch, lambda _: 32 * kernel.warps, kernel.name)
 
@@ -213,7 +219,10 @@ def _code(job: tuple[str, int]) -> list[Code]:
 
 
 def all_code(only: str, archs: tuple[int, ...]) -> Iterator[Code]:
-    """The kernels whose source (cuda/loss.cu, cuda/sample.cu, triton/KERNEL) holds ``only``, on two cores."""
+    """Return the kernels whose source (cuda/loss.cu, cuda/sample.cu, triton/KERNEL) contains ``only``.
+
+    Two cores compile them.
+    """
     CACHE.mkdir(parents=True, exist_ok=True)
     jobs = [(source, arch) for source in ("cuda/loss.cu", "cuda/sample.cu") for arch in archs]
     jobs += [("triton/" + kernel.name, arch) for kernel in triton_kernels() for arch in archs if arch in kernel.archs]

@@ -1,4 +1,4 @@
-"""A part of a page that a script makes: what stands between the marks of its name."""
+"""Update the part of a page that a script makes, which stands between two marks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from aot import stale
 
 
 def brought_up_to_date(name: str, made: str, files: list[str]) -> int:
-    """Write a page with what was made between its marks, and return the exit status: 1 where the page is out of date.
+    """Write a page with new text between its marks, and return the exit status, which is 1 if the page is out of date.
 
     Args:
-        name: that of the marks.
-        made: what belongs between them.
-        files: the page, and where to write it as it should be; none of them prints what was made.
+        name: the name of the marks.
+        made: the text that belongs between them.
+        files: the page, and the file to which the updated page is written. If it is empty, the text is printed.
     """
     if not files:
         print(made, end="")

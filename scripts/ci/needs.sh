@@ -1,5 +1,5 @@
 #!/bin/sh
-# Names what a fresh machine lacks for building dmfast, and how Debian calls it.
+# Names what a fresh machine lacks to build dmfast, with the names of the Debian packages.
 python=${1:-python3}
 missing=
 command -v "$python" >/dev/null || { echo "dmfast needs $python: apt-get install python3" >&2; exit 1; }

@@ -1,7 +1,7 @@
 #!/bin/sh
-# The PTX that nvcc makes of csrc/cuda/loss.cu, and Triton of dmfast/kernels/triton, executed by the numpy machine of
-# tests/ptx, against the oracle. Then bugs of tests/native/bugs, which must be caught. PTX is kept in build/ptx, by the
-# hash of the sources.
+# Executes the PTX that nvcc makes of csrc/cuda/loss.cu and that Triton makes of dmfast/kernels/triton in the numpy
+# emulator of tests/ptx, and compares it with the oracle. Then bugs of tests/native/bugs must be caught. PTX is kept in
+# build/ptx by the hash of the sources.
 set -eu
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") # absolute: the bugs are tried elsewhere
 

@@ -1,5 +1,7 @@
-"""``examples/ray_sampler.py`` against Ray itself: actors draw what q draws, one that is killed or slow is replaced by
-one with q, and a short training that runs ahead is the one that does not, where no batch may lag.
+"""Test ``examples/ray_sampler.py`` against Ray itself.
+
+Actors draw what q draws. An actor that is killed or slow is replaced by one with q. A short training that samples ahead
+equals one that does not, if no batch may lag.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = str(ROOT / "examples")
-os.environ["PYTHONPATH"] = os.pathsep.join([EXAMPLES, os.environ.get("PYTHONPATH", "")])  # of the actors
+os.environ["PYTHONPATH"] = os.pathsep.join([EXAMPLES, os.environ.get("PYTHONPATH", "")])  # for the actors
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
 sys.path.insert(0, EXAMPLES)
 
@@ -27,12 +29,12 @@ from dmfast.training.recipe import load  # noqa: E402
 
 
 def close(x: dmfast.Samples, y: dmfast.Samples) -> bool:
-    """Whether two draws are the same, up to the rounding of batches of other sizes."""
+    """Return whether two draws are equal up to the rounding of batches of other sizes."""
     return torch.equal(x.tokens, y.tokens) and bool((x.log_prob - y.log_prob).abs().max() < 1e-4)
 
 
 def check_draws(sampler: RaySampler) -> None:
-    """Draws, loads and losses of actors."""
+    """Check draws, loads and losses of actors."""
     policy = load("tiny-bios")
     ahead = AsyncSampler(sampler, pause=0.0)
     proposal = dmfast.OfflineProposal(policy, sampler=ahead)
@@ -47,7 +49,7 @@ def check_draws(sampler: RaySampler) -> None:
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    assert alike()  # pi moves, q does not
+    assert alike()  # pi moves and q does not
     proposal.swap()
     assert alike() and proposal.version == 1
     ray.kill(sampler.actors[1])
@@ -67,7 +69,7 @@ def check_draws(sampler: RaySampler) -> None:
 
 
 def trained(sampler: Sampler) -> torch.Tensor:
-    """The parameters after four steps."""
+    """Return the parameters after four steps."""
     policy = load("tiny-bios")
     target = dmfast.EBM(policy.around(copy.deepcopy(policy.model)), [dmfast.Moment(dmfast.Contains("she"), 0.5)])
     target.lambda_ = [2.0]

@@ -1,13 +1,13 @@
-"""A model of what bounds each kernel on three cards, and by how much: written into docs/gpu.md, between its marks. No
-device was involved.
+"""Predict what limits each kernel on three cards, and write the figures between the marks of docs/gpu.md.
 
-Bytes are those that csrc/cuda/plan.h declares and trace.sh counts. Instructions are those of a kernel's inner loops in
-the machine code, for each logit: along the shortest way through a loop, and where threads keep a running maximum also
-the longer way by which they take a new one, as often as a warp does that on random logits. Each goes to a unit of the
-multiprocessor; what takes longest, a unit, the issue of instructions or memory at its data-sheet bandwidth, is what
-bounds the kernel. Latencies, caches, heads and tails of rows, and clocks below the data sheet's are left out.
+This is a model, and no device is involved. Bytes are those that csrc/cuda/plan.h declares and trace.sh counts.
+Instructions for each logit are those of a kernel's inner loops in the machine code, on the shortest way through a loop.
+Where threads keep a running maximum, the longer way on which they take a new one also counts, as often as a warp takes
+it on random logits. Each instruction goes to a unit of the multiprocessor. The kernel is limited by whatever takes
+longest: a unit, the issue of instructions, or memory at the bandwidth of the data sheet. The model leaves out
+latencies, caches, the beginnings and ends of rows, and clocks below the data sheet's.
 
-    python scripts/ci/roofline.py [FILE WRITTEN]    FILE must hold what is found; WRITTEN is it, brought up to date
+    python scripts/ci/roofline.py [FILE WRITTEN]    checks FILE, and writes it to WRITTEN with the current figures
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from inner_loops import per_logit
 from machine_code import ROOT, SIZE, Code, all_code, versions
 from marked import brought_up_to_date
 
-FEW = 151936  # of a row that is sampled beside few others
+FEW = 151936  # the length of a row that is sampled beside few others
 
 
 class Card(NamedTuple):
-    """As in its data sheet, and in the throughput table of the CUDA programming guide for its architecture."""
+    """Hold the data sheet of a card, and the throughput table of the CUDA programming guide for its architecture."""
 
     name: str
     arch: int
     multiprocessors: int
     bandwidth: float  # TB/s
     fp32: float  # Tflop/s
-    lanes: dict[str, int]  # threads whose instruction each unit takes in a cycle
+    lanes: dict[str, int]  # how many threads can issue to each unit in a cycle
 
     def picoseconds(self, unit: str, instructions: float) -> float:
-        """What so many of each thread take, for each thread."""
+        """Return the time that each thread needs for so many instructions."""
         clock = self.fp32 / 2 / self.multiprocessors / self.lanes["fp32"]  # THz
         return instructions / (clock * self.multiprocessors * self.lanes[unit])
 
@@ -50,28 +50,28 @@ CARDS = (
 
 
 def traffic() -> dict[str, tuple[float, float]]:
-    """Reads and writes of each logit, as plan.h declares them."""
+    """Return reads and writes of each logit, as plan.h declares them."""
     text = (ROOT / "csrc/cuda/plan.h").read_text()
     return {name: (float(r), float(w)) for name, r, w in re.findall(r"(k\w+)\{([\d.]+), ([\d.]+)\}", text)}
 
 
 def declared(kernel: str) -> tuple[float, float]:
-    """Of a kernel by name; of a row to sample from without the tile that is read again."""
+    """Return those of a kernel by name. For sampling they exclude the tile that is read again."""
     if "known" in kernel:
-        return traffic()["kKnownKept" if "kept" in kernel else "kKnownReread"]  # Triton's reads twice
+        return traffic()["kKnownKept" if "kept" in kernel else "kKnownReread"]  # Triton's kernel reads twice
     names = {"score": "kForward", "write": "kBackward", "scale": "kScale", "sample": "kForward"}
     return traffic()[names[kernel.split("_", 1)[0]]]
 
 
 def bytes_of(kernel: str) -> float:
-    """For each logit; a gradient may be narrower."""
+    """Return the bytes for each logit. A gradient may have a narrower dtype."""
     reads, writes = declared(kernel)
     types = re.findall("|".join(SIZE), kernel)
     return reads * SIZE[types[0]] + writes * SIZE[types[-1]]
 
 
 def bound(card: Card, kernel: str, counts: dict[str, float]) -> tuple[str, float]:
-    """What takes longest, and the share of the card's bandwidth that it leaves."""
+    """Return what takes longest, and the share of the card's bandwidth that it leaves."""
     memory = bytes_of(kernel) / card.bandwidth
     times = {unit: card.picoseconds(unit, n) for unit, n in counts.items()}
     slowest = max(times, key=lambda unit: times[unit])
@@ -79,7 +79,7 @@ def bound(card: Card, kernel: str, counts: dict[str, float]) -> tuple[str, float
 
 
 def shown(code: Code) -> bool:
-    """A row's kernel as most calls take it: long rows, no entropy, fp16 as bf16."""
+    """Return whether the table shows a kernel. It shows long rows without entropy, and bf16 instead of fp16."""
     others = ("fp16", "short", "middle", "entropy", "bonus", "sum_rows")
     narrow = code.source == "Triton" and code.kernel.startswith("sample_rows") and "wide" not in code.kernel
     return not narrow and not any(word in code.kernel for word in others)
@@ -105,7 +105,7 @@ def table() -> str:
 
 
 def few_rows() -> str:
-    """What sampling takes where a row has a multiprocessor to itself."""
+    """Return a sentence on the time of sampling where a row has a multiprocessor to itself."""
     codes = {
         c.arch: c
         for c in all_code("cuda/sample", tuple({card.arch for card in CARDS}))
@@ -118,14 +118,15 @@ def few_rows() -> str:
         memory = 2 / card.bandwidth * card.multiprocessors
         said.append(f"{FEW * max(slowest, memory) / 1e6:.0f} µs on an {card.name}")
     return (
-        f"A row of {FEW:,} bf16 logits that has a multiprocessor to itself, as each of 64 has, is summed up by "
-        f"`sample_rows` in {', '.join(said[:-1])} and {said[-1]}.\n"
+        f"Where a batch has 64 rows of {FEW:,} bf16 logits, each row has a multiprocessor to itself. `sample_rows`\n"
+        f"then sums up a row in {', '.join(said[:-1])} and {said[-1]}.\n"
     )
 
 
 def main() -> int:
-    """The exit status."""
-    return brought_up_to_date("roofline", f"{table()}\n{few_rows()}\nFrom {versions()}.\n", sys.argv[1:])
+    """Return the exit status."""
+    made = f"{table()}\n{few_rows()}\nThe machine code comes from {versions()}.\n"
+    return brought_up_to_date("roofline", made, sys.argv[1:])
 
 
 if __name__ == "__main__":

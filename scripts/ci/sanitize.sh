@@ -1,7 +1,7 @@
 #!/bin/sh
-# The kernel tests with kernels under AddressSanitizer and UBSan. -DDMF_NO_CLONES: the resolvers of target_clones run
-# before a sanitizer can; so this is also the run on the baseline instruction set, as on a machine without AVX2. What only
-# optimised code gets wrong there is looked for in a second build, without sanitizers.
+# Runs the kernel tests with kernels under AddressSanitizer and UBSan. -DDMF_NO_CLONES is needed, because the resolvers
+# of target_clones run before a sanitizer can. So this also tests the baseline instruction set, as on a machine without
+# AVX2. A second build without sanitizers looks for errors that only optimised code has there.
 set -eu
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") # absolute: the tests run elsewhere
 out=$(mktemp -d)

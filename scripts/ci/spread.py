@@ -1,5 +1,7 @@
-"""Train models that transformers spreads over processes as it loads them, and compare with one process: two CPU
-processes that cut a model or shard it, four that do both or hold copies of shards; checkpoints and resumed runs.
+"""Train models that transformers distributes while it loads them, and compare them with one process.
+
+Two CPU processes divide or shard a model, and four processes do both or hold copies of shards. Checkpoints and resumed
+runs are compared as well.
 
 spread.py            runs all
 spread.py NAME ...   runs these of ``WAYS``
@@ -26,7 +28,7 @@ PPO = {
     "max_steps": 2, "warmup_steps": 0, "on_policy": True, "objective": "kl_control", "beta": 0.1, "ppo_epochs": 2,
     "baseline": "leave_one_out", "reward": "w3",
 }  # fmt: skip
-#: By name what a run does, which ends as that of one process but for rounding.
+#: The settings of each run by name. Each run ends like that of one process, up to rounding.
 RUNS = {
     "at once": THREE | {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
@@ -41,7 +43,7 @@ RUNS = {
     "whole base": THREE | {"max_steps": 2, "whole_base": True},
     "PPO in step": PPO | {"gather_for_sampling": False, "check_scores": False},
 }  # fmt: skip
-#: By name over how many processes a model is spread, and what is looked at.
+#: The distribution of the model and the checks, by name.
 WAYS = {
     "cut": {
         "sizes": {"tp_size": 2}, "checks": ["heads", "alike", "proposal"],
@@ -61,7 +63,7 @@ WAYS = {
 
 
 def wanted(name, way):
-    """Return what ``spread_job.py`` is to do."""
+    """Return the task of ``spread_job.py``."""
     whole = RUNS["at once"]
     runs = {each: RUNS[each] for each in way["runs"]} | way.get("more", {})
     runs |= {"stopped": whole | {"stop": 1}, "resumed": whole | {"resume": f"{name}/stopped/checkpoint-1"}}
@@ -69,7 +71,7 @@ def wanted(name, way):
 
 
 def alone(folder, name, ranks):
-    """Return the trainer and the gradients of one process that takes what this many ranks take."""
+    """Return the trainer and the gradients of one process that takes the sequences of this many ranks."""
     options = {key: value for key, value in RUNS[name].items() if key not in ("whole_base", "reward")}
     options["per_device_train_batch_size"] = ranks * options.get("per_device_train_batch_size", 8)
     gradients = Gradients()
@@ -80,7 +82,7 @@ def alone(folder, name, ranks):
 
 
 def compare(name, way, found, folder):
-    """Say how a way ends beside one process, and fail where it should not."""
+    """Print how a run differs from that of one process, and fail where it must not differ."""
     sizes = way["sizes"]
     ranks = sizes.get("fsdp_size", 1) * sizes.get("dp_replicate_size", 1)
     for rank, each in enumerate(found):
@@ -100,11 +102,12 @@ def compare(name, way, found, folder):
         assert each["resumed"]["swaps"] == each["at once"]["swaps"] == 3, name
     print(f"{name}: resumed as the unbroken run, to the bit", flush=True)
     for each in found if "interrupted" in way.get("more", {}) else ():
-        assert each["interrupted"]["steps"] == 2, each["interrupted"]["steps"]  # asked for at the end of the first
+        # the stop was requested in the first step
+        assert each["interrupted"]["steps"] == 2, each["interrupted"]["steps"]
 
 
 def main(names):
-    """Run what is asked for."""
+    """Run the requested checks."""
     torch.set_num_threads(1)
     ways = {name: WAYS[name] for name in names or WAYS}
     with tempfile.TemporaryDirectory() as folder:

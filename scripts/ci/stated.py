@@ -1,12 +1,12 @@
-"""The times that others state of their GPU kernels, with a model of ours beside: written into docs/gpu.md, between its
-marks. No device was involved.
+"""Compare what others state of their GPU kernels with a model of ours, and write it between the marks of docs/gpu.md.
 
-The model of ``linear_dm_loss`` is the three products at the rate that others state for them, and after them the row
-kernels, each as long as the slower of its bytes, at the data sheet's bandwidth, and its instructions, as roofline.py
-counts them. The gradient of the head is added up in fp32 from chunk to chunk, whose traffic may be hidden behind its
-product: the model is a range, from wholly to not at all. Launches and the host's reads are left out.
+No device is involved. The model of ``linear_dm_loss`` takes the three products at the rate that others state for them,
+and then the row kernels. Each row kernel takes as long as the slower of its bytes, at the bandwidth of the data sheet,
+and its instructions, as roofline.py counts them. The gradient of the head is summed in fp32 from chunk to chunk. The
+traffic of this sum may be hidden behind its product, so the model is a range from wholly hidden to not hidden. Launches
+and the host's reads are left out.
 
-    python scripts/ci/stated.py [FILE WRITTEN]    FILE must hold what is found; WRITTEN is it, brought up to date
+    python scripts/ci/stated.py [FILE WRITTEN]    checks FILE, and writes it to WRITTEN with the current figures
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from dmfast.kernels import linear
 H100 = next(card for card in CARDS if card.name == "H100")
 H200 = H100._replace(name="H200", bandwidth=4.8)
 DIM, VOCAB, STEPS = 4096, 128256, 512
-PRODUCTS = 33.0 / 8192  # ms of the three products, a token: stated for 8,192 tokens
-STATED = {1024: ("4.1", "4.8"), 4096: ("16.8", "16.7"), 8192: ("35.5", "34.4")}  # tokens: quack, liger
+PRODUCTS = 33.0 / 8192  # ms of the three products for a token, as stated for 8,192 tokens
+STATED = {1024: ("4.1", "4.8"), 4096: ("16.8", "16.7"), 8192: ("35.5", "34.4")}  # tokens: (quack, liger)
 LOGITS, TRL = (8192, 151936), ".89"
 BF16, FP32 = 2, 4
 
 
 def milliseconds(card: Card, code: Code, logits: int, bytes_: float) -> float:
-    """Of a row kernel: what takes longest, its bytes or one of the multiprocessor's units."""
+    """Return the time of a row kernel: what takes longest, its bytes or one of the multiprocessor's units."""
     counts = per_logit(code)[1]
     each = max(bytes_ / card.bandwidth, *(card.picoseconds(unit, n) for unit, n in counts.items()))
     return each * logits / 1e9
 
 
 def chunks(tokens: int) -> int:
-    """Into how many whole sequences' chunks ``linear_dm_loss`` cuts so many tokens."""
+    """Return into how many chunks of whole sequences ``linear_dm_loss`` divides so many tokens."""
     rows = linear.rows_of_buffer(VOCAB, FP32 + BF16, torch.device("cuda"), None, True)
     return -(-tokens // max(rows // STEPS * STEPS, STEPS))
 
 
 def ours(codes: dict[str, Code], tokens: int) -> str:
-    """Milliseconds of linear_dm_loss, forward and backward, from bf16 hidden states with fp32 logits."""
+    """Return the milliseconds of linear_dm_loss, forward and backward, from bf16 hidden states with fp32 logits."""
     logits, head = tokens * VOCAB, DIM * VOCAB
     rows = milliseconds(H200, codes["score_rows<fp32>"], logits, FP32)
     rows += milliseconds(H200, codes["write_rows<fp32 -> bf16>"], logits, FP32 + BF16)
     least = PRODUCTS * tokens + rows
     n = chunks(tokens)
-    # of the sum over chunks: written by each, read by all but the first, then rounded; a product alone writes bf16
+    # each chunk writes the sum and all but the first read it, then it is rounded; a product alone writes bf16
     more = 0 if n == 1 else head * (n * FP32 + (n - 1) * FP32 + FP32 + BF16 - BF16) / H200.bandwidth / 1e9
     return f"{least:.1f}" if not more else f"{least:.1f} to {least + more:.1f}"
 
@@ -70,8 +70,8 @@ def table() -> str:
 
 
 def main() -> int:
-    """The exit status."""
-    return brought_up_to_date("stated", f"{table()}\nFrom {versions()}.\n", sys.argv[1:])
+    """Return the exit status."""
+    return brought_up_to_date("stated", f"{table()}\nThe machine code comes from {versions()}.\n", sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Loads, stores and races of the CUDA kernels, run on the host: tests/native/trace.cpp. Then the fence that the counters
-# of blocks need is taken out, which must be found.
+# Checks loads, stores and races of the CUDA kernels on the host (tests/native/trace.cpp). Then the fence that the
+# counters of blocks need is removed, which must be found.
 set -eu
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 
-# Builds and runs what a directory holds.
+# Builds and runs the contents of a directory.
 trace() { # directory, where to
   mkdir "$2"
   (

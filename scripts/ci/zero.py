@@ -1,4 +1,4 @@
-"""Train under DeepSpeed's ZeRO and under DDP on two CPU processes, and compare: parameters, gradients, resumed runs.
+"""Train under DeepSpeed's ZeRO and under DDP on two CPU processes, and compare parameters, gradients and resumed runs.
 
 zero.py            runs all
 zero.py NAME ...   runs these of ``RUNS`` and nothing else
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 JOB = ROOT / "tests" / "deepspeed_job.py"
-sys.path.insert(0, str(ROOT / "tests"))  # and not the root, whose dmfast may lack its kernels
+sys.path.insert(0, str(ROOT / "tests"))  # the root is left out, because its dmfast may lack its kernels
 
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -26,7 +26,7 @@ from dmfast import LanguageModel  # noqa: E402
 
 LORA = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}
 STEPS = {"max_steps": 5, "proposal_criterion": "interval", "proposal_interval": 2}
-#: By name what a run does, and the stages of ZeRO that it is run under.
+#: The settings of each run by name, and the stages of ZeRO under which it runs.
 RUNS = {
     "tied head, clipping": ({"max_grad_norm": 0.1, "optim": "sgd", "learning_rate": 0.2}, (1, 2, 3)),
     "head of its own": ({"model": "llama", **STEPS}, (2, 3)),
@@ -60,7 +60,7 @@ RUNS = {
     "LoRA on copies": ({"model": "with_lora", **STEPS}, (2, 3)),
     "bf16": ({"model": "llama", "bf16": True, **STEPS}, (2, 3)),
 }  # fmt: skip
-#: What ``accelerate launch --use_deepspeed --zero_stage 3`` puts into the environment.
+#: These variables are set by ``accelerate launch --use_deepspeed --zero_stage 3``.
 LAUNCHER = {
     "ACCELERATE_USE_DEEPSPEED": "true",
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
@@ -70,7 +70,7 @@ LAUNCHER = {
     "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
     "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
 }
-#: Other ways to run one of them.
+#: These are other ways to start one of the runs.
 WAYS = {
     f"accelerate launch, ZeRO-{stage}": (
         "head of its own",
@@ -78,21 +78,21 @@ WAYS = {
     )
     for stage in (2, 3)
 }
-#: What is added in another order: ZeRO-2 sums microbatches in buckets, ZeRO-3 multiplies by another kernel.
+#: These sums have another order: ZeRO-2 sums microbatches in buckets, and ZeRO-3 multiplies by another kernel.
 ROUNDING = 1e-5
-#: DDP keeps fp32 parameters and multiplies in 16 bits, DeepSpeed keeps 16-bit copies of them.
+#: DDP keeps fp32 parameters and multiplies in 16 bits, while DeepSpeed keeps 16-bit copies of them.
 ROUNDED = {"bf16": 0.1}
-#: Runs that are also stopped after three steps and resumed.
+#: These runs are also stopped after three steps and resumed.
 RESUMED = [
     "head of its own, ZeRO-2", "head of its own, ZeRO-3", "LoRA on one backbone, ZeRO-2", "LoRA on copies, ZeRO-3",
     "bf16, ZeRO-3",
 ]  # fmt: skip
-#: What ``deepspeed_job.py`` looks at after a run.
+#: ``deepspeed_job.py`` checks this after a run.
 CHECKS = {
     "head of its own, ZeRO-3": "scored", "head of its own, ZeRO-3 stopped": "broken",
     "head of its own, ZeRO-2 stopped": "twice",
 }  # fmt: skip
-#: Jobs that are refused, with what the message says.
+#: These jobs are refused; each entry has a part of the message.
 REFUSED = {
     "no accelerator": ({"stage": 2, "use_cpu": False}, "each of them would train alone"),
     "no accelerator, launched": ({"launcher": LAUNCHER, "stage": 3, "use_cpu": False}, "would train alone"),
@@ -125,7 +125,7 @@ REFUSED = {
 
 
 def launched(out, variants):
-    """Return what the ranks of ``deepspeed_job.py`` say, a dictionary each."""
+    """Return the results of the ranks of ``deepspeed_job.py``, a dictionary each."""
     out.mkdir(parents=True, exist_ok=True)
     wanted = {
         "out": str(out),
@@ -140,7 +140,7 @@ def launched(out, variants):
 
 
 def furthest(found, right):
-    """Return the largest difference of two sets of tensors, as a part of the largest entry of each."""
+    """Return the largest difference of two sets of tensors, relative to the largest entry of each tensor."""
     assert found.keys() == right.keys(), found.keys() ^ right.keys()
     return max(
         max(abs(a - b) for a, b in zip(found[name], values, strict=True)) / max(*map(abs, values), 1e-9)
@@ -149,7 +149,7 @@ def furthest(found, right):
 
 
 def compare(way, name, stage, found, right):
-    """Say how a run differs from DDP's, and fail where it should not."""
+    """Print how a run differs from DDP's, and fail where it must not differ."""
     assert found["steps"] == right["steps"], way
     assert found["swaps"] == right["swaps"], way
     assert (0.45 < found["held"] < 0.55) if stage == 3 else found["held"] == 1, (way, found["held"])
@@ -157,7 +157,7 @@ def compare(way, name, stage, found, right):
     assert any("forms all logits" in each for each in found["said"]) == (stage == 3), found["said"]
     errors = {what: furthest(found[what], right[what]) for what in ("gradients", "parameters")}
     if "clipping" in name:
-        del errors["gradients"]  # DDP clips before they are looked at
+        del errors["gradients"]  # DDP clips the gradients before they are compared
     if name in ROUNDED:
         assert found["q"] == ["torch.bfloat16"], found["q"]
         del errors["parameters"]
@@ -204,7 +204,7 @@ def gathers(folder, ranks):
 
 
 def main(names):
-    """Run what is asked for, in one launch, which takes longer to start than a run."""
+    """Run the requested checks in one launch, because a launch takes longer than a run."""
     jobs = {name: RUNS[name][0] for name in names or RUNS}
     ways = {f"{name}, ZeRO-{stage}": (name, {"stage": stage}) for name in jobs for stage in RUNS[name][1]}
     ways |= {way: (name, more) for way, (name, more) in WAYS.items() if name in jobs}

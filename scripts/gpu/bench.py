@@ -1,6 +1,6 @@
-"""``dmfast bench`` on the device, each configuration by worker.py in a process of its own: ``bench.py [dry]``.
+"""Run ``dmfast bench`` on the device, each configuration by worker.py in a process of its own: ``bench.py [dry]``.
 
-It goes on where it was cut off: bench.json, written after each, holds what is there.
+bench.json is written after each configuration. A later call continues from it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ DRY = "dry" in sys.argv
 HERE = Path(__file__).parent
 WORKER = (f"import runpy, sys; sys.path.append({str(HERE)!r}); "
           f"runpy.run_path({str(HERE / 'worker.py')!r}, run_name='__main__')")  # fmt: skip
-INTERPRETED = {"TRITON_INTERPRET": "1"} if DRY else {}  # Triton's rows too are to run
+INTERPRETED = {"TRITON_INTERPRET": "1"} if DRY else {}  # Triton's rows run as well
 VOCABULARIES = (32000, 50257, 128256, 151936)
 
 
 def configs() -> list[Config]:
-    """8 sequences of 1,024 tokens: from logits, and from hidden states at D 4096; and four times as many, which the
-    memory of the latter should not show. What tells most comes first. Dry: small and on the CPU."""
+    """Return the configurations: 8 sequences of 1,024 tokens, from logits, and from hidden states at D 4096.
+
+    From hidden states there are also four times as many sequences, which should not show in the memory. The most
+    informative come first. A dry run is small and on the CPU.
+    """
     if DRY:
         small = {"dtype": "bfloat16", "rounds": 1, "steps": 8}
         return [Config("logits", 16, 257, **small), Config("head", 16, 257, 32, **small)]
@@ -43,9 +46,9 @@ def configs() -> list[Config]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Return the machine of the figures."""
     found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
-    found["sources"] = os.environ.get("DMFAST_GPU_KEY")  # figures of other kernels are not gone on with
+    found["sources"] = os.environ.get("DMFAST_GPU_KEY")  # figures of other kernels are not continued
     for package in ("triton", "liger-kernel", "cut-cross-entropy", "trl", "quack-kernels"):
         try:
             found[package] = metadata.version(package)

@@ -1,6 +1,7 @@
-"""dmfast with its CUDA kernels, in a folder of its own: by nvcc for this machine's devices; dry, by g++ for the host.
+"""Build dmfast with its CUDA kernels in a folder of its own.
 
-As setup.py does, without setuptools or pybind11, which such a machine may not have: torch brings pybind11's headers.
+It compiles by nvcc for the devices of this machine, or by g++ for the host in a dry run. It does what setup.py does
+without setuptools and pybind11, which such a machine may lack. torch brings the headers of pybind11.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ SHIM = ["-DDMF_SHIM", "-DDMF_NO_CLONES", "-Itests/native", "-Icsrc", "-Wno-unkno
 
 
 def includes() -> list[str]:
-    """Of Python and pybind11."""
+    """Return the include paths of Python and pybind11."""
     found = importlib.util.find_spec("pybind11")
     own = Path(found.origin).parent / "include" if found and found.origin else Path(torch.__file__).parent / "include"
     return [f"-I{own}", f"-I{sysconfig.get_paths()['include']}"]
 
 
 def architectures() -> list[str]:
-    """Of the devices that are here."""
+    """Return the architectures of the devices of this machine."""
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     return [f"-gencode=arch=compute_{a}{b},code=sm_{a}{b}" for a, b in sorted(found)]
 
 
 def build(target: Path, dry: bool) -> None:
-    """Fills target with the package and its extension."""
+    """Fill the target with the package and its extension."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(ROOT / "dmfast", target / "dmfast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     objects = target / "objects"
@@ -73,7 +74,7 @@ def build(target: Path, dry: bool) -> None:
 
 
 def why_not(target: Path) -> str | None:
-    """Why the CUDA kernels of what was built can't run here: what can't be loaded is found now, not by each part."""
+    """Return why the CUDA kernels of the build cannot run here. A missing library is found now and not in each part."""
     code = "import dmfast; info = dmfast.backends()['cuda']; print(info.available or info.detail)"
     done = subprocess.run([sys.executable, "-c", code], cwd=target, capture_output=True, text=True, check=False)
     said = (done.stdout + done.stderr).strip()

@@ -1,7 +1,7 @@
-"""On a device: the kernels against the oracle, captured in a graph, on several streams, on two devices.
+"""Check the kernels on a device: against the oracle, in a CUDA graph, on several streams, and on two devices.
 
-``checks.py dry`` runs on the CPU, whose tensors the host build takes for a device's; graphs and streams are then plain
-calls. ``few``: what compute-sanitizer has the time for.
+``checks.py dry`` runs on the CPU, whose tensors the host build treats like those of a device. Graphs and streams are
+then plain calls. ``few`` selects what compute-sanitizer has time for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-1
 
 
 def example(v: int, dtype: torch.dtype = torch.float32, device: str = DEVICE, seed: int = 0) -> dict[str, Any]:
-    """Arguments of dm_loss, with a row that is not scored."""
+    """Return arguments of dm_loss with a row that is not scored."""
     torch.manual_seed(seed)
     tokens = torch.randint(v, (4, 6))
     tokens[1, 2] = -100
@@ -35,7 +35,7 @@ def example(v: int, dtype: torch.dtype = torch.float32, device: str = DEVICE, se
 
 
 def step(call: dict[str, Any], objective: str = "gdc++") -> list[Tensor]:
-    """loss, log pi, A, gradient."""
+    """Return loss, log pi, A and gradient."""
     leaf = call["logits"].detach().requires_grad_()
     out = dmfast.dm_loss(leaf, **{k: x for k, x in call.items() if k != "logits"}, objective=objective)
     (gradient,) = torch.autograd.grad(out.loss, leaf)
@@ -43,7 +43,7 @@ def step(call: dict[str, Any], objective: str = "gdc++") -> list[Tensor]:
 
 
 def same(found: list[Tensor], expected: list[Tensor], what: str) -> None:
-    """Bit for bit."""
+    """Return whether two results have the same bits."""
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a.to(b.device), b), what
 
@@ -89,15 +89,15 @@ def hidden_states() -> None:
 
 
 def packed(call: dict[str, Any]) -> dict[str, Any]:
-    """The same sequences, one after the other."""
+    """Return the same sequences, one after the other."""
     starts = torch.arange(0, 25, 6, device=call["tokens"].device)
     return {**call, "logits": call["logits"].flatten(0, 1), "tokens": call["tokens"].flatten(), "cu_seqlens": starts}
 
 
-# Not the losses on hidden states, for which the host reads which rows are scored.
+# The losses on hidden states are left out, because the host reads which rows are scored.
 CAPTURED: dict[str, Callable[[dict[str, Any]], list[Tensor]]] = {
     "gdc++": step,
-    "dpg": lambda call: step(call, "dpg"),  # whose weight is known: one kernel
+    "dpg": lambda call: step(call, "dpg"),  # a known weight takes one kernel
     "gdc++, packed": lambda call: step(packed(call)),
     "scoring": lambda call: [dmfast.sequence_log_prob(call["logits"], call["tokens"])],
     "sampling": lambda call: list(dmfast.sample_tokens(call["logits"].flatten(0, 1), seed=3)),
@@ -105,7 +105,7 @@ CAPTURED: dict[str, Callable[[dict[str, Any]], list[Tensor]]] = {
 
 
 def captured() -> None:
-    """A graph replayed three times gives the same three times, and what other inputs give once they are there."""
+    """Check that a graph that is replayed three times gives the same results, and the right ones for new inputs."""
     for name, work in CAPTURED.items():
         call = example(1000)
         expected = work(call)
@@ -126,7 +126,7 @@ def captured() -> None:
 def graph_of(
     work: Callable[[dict[str, Any]], list[Tensor]], call: dict[str, Any]
 ) -> tuple[list[Tensor], Callable[[], Any]]:
-    """What a graph writes, and what replays it."""
+    """Return what a graph writes, and a function that replays it."""
     if DRY:
         kept = work(call)
 
@@ -148,7 +148,7 @@ def graph_of(
 
 
 def at_once(queued: Callable[[], Any], streams: list[Any]) -> Any:
-    """What ``queued`` leaves on streams that wait until it is done."""
+    """Return the results of ``queued`` on streams that wait until everything is queued."""
     for cycles in (10**8, 10**9, 10**10):
         torch.cuda.synchronize()
         torch.cuda._sleep(cycles)
@@ -164,8 +164,10 @@ def at_once(queued: Callable[[], Any], streams: list[Any]) -> Any:
 
 
 def streams() -> None:
-    """Kernels of several streams at the same time, each with counters of its own: few blocks, so that there is room for
-    all, and none begins before all are queued."""
+    """Check kernels of several streams at the same time, each with counters of its own.
+
+    They have few blocks, so that all fit on the device, and none begins before all are queued.
+    """
     calls = [example(v, seed=seed) for seed, v in enumerate((4099, 4099, 50257, 50257))]
     works = [step, CAPTURED["dpg"], step, CAPTURED["dpg"]]
     expected = [work(call) for work, call in zip(works, calls, strict=True)]
@@ -187,7 +189,7 @@ def streams() -> None:
 
 
 def two_devices() -> None:
-    """The second device's tensors while the first is the current one."""
+    """Check the second device's tensors while the first is the current device."""
     count = 2 if DRY else torch.cuda.device_count()
     if count < 2:
         print("two devices: there is one")

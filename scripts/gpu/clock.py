@@ -1,10 +1,10 @@
-"""How long a device takes for what a call queues, without the time that Python takes to queue it.
+"""Measure how long a device takes for the work of a call, without the time in which Python queues it.
 
-On an idle device a kernel of 200 to 500 microseconds waits 60 to 100 for Python, between the two events that time it.
-So the calls are captured in a graph, whose replay is queued at once, behind a gate: a kernel that spins until all is
-there. What can't be captured is queued behind the gate call by call. Where the host waits for the device inside a call,
-which the gate would never let it, several calls follow each other and Python's latency is in the time.
-Each time says how it was taken, and why not in the way before.
+On an idle device, a kernel of 200 to 500 microseconds waits 60 to 100 microseconds for Python between the two events
+that time it. The calls are therefore captured in a graph. Its replay is queued at once behind a gate, which is a kernel
+that spins until everything is queued. Calls that cannot be captured are queued behind the gate one by one. If the host
+waits for the device inside a call, the gate would never open. Several calls then follow each other, and the time
+contains Python's latency. Each time says how it was taken, and why the better ways were impossible.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-Call = Callable[[int], Any]  # is told which of the calls in a row it is
-ENOUGH = 2.0  # milliseconds of work between two events, beside which what they cost is little
+Call = Callable[[int], Any]  # it is told which of the calls in a row it is
+ENOUGH = 2.0  # milliseconds of work between two events, so that their own cost does not matter
 MOST = 64  # calls in a row
 GATES = (2 * 10**7, 2 * 10**8)  # cycles, about 10 and 100 ms
 
 
 class Clock:
-    """A CUDA device's."""
+    """Time a CUDA device."""
 
     def capture(self, call: Call, times: int) -> Callable[[], Any]:
-        """Return what replays so many calls. Raises what capturing them does."""
+        """Return a function that replays so many calls. Raises the errors of capturing them."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -41,7 +41,7 @@ class Clock:
         return graph.replay
 
     def gated(self, queued: Callable[[], Any], cycles: int) -> float | None:
-        """Return the milliseconds of what is queued behind a gate; None where that opened before all was queued."""
+        """Return the milliseconds of what is queued behind a gate, or None if it opened before all was queued."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
@@ -53,7 +53,7 @@ class Clock:
         return float(start.elapsed_time(end)) if closed else None
 
     def in_a_row(self, queued: Callable[[], Any]) -> float:
-        """Return the milliseconds between two events, Python's latency included."""
+        """Return the milliseconds between two events. They include Python's latency."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
@@ -64,7 +64,7 @@ class Clock:
 
 
 class Wall(Clock):
-    """A CPU's, for dry runs: nothing is queued."""
+    """Time a CPU in a dry run, where nothing is queued."""
 
     def capture(self, call: Call, times: int) -> Callable[[], Any]:
         """Refuse."""
@@ -96,11 +96,11 @@ def measure(clock: Clock, call: Call, rounds: int = 7, captures: bool = True, en
     """Return median and quartiles of a call in milliseconds, and in ``by`` how they were taken.
 
     Args:
-        clock: the device's.
-        call: what is timed. It is called before, so that nothing is compiled inside the time.
-        rounds: how often.
-        captures: whether it can be captured; not where the host reads from the device in it.
-        enough: milliseconds that are to pass between two events; as many calls follow each other.
+        clock: the clock of the device.
+        call: the call to time. It is called once before, so that the time contains no compilation.
+        rounds: the number of times.
+        captures: whether the call can be captured. It cannot if the host reads from the device in it.
+        enough: the milliseconds between two events. As many calls as needed follow each other.
     """
     for i in range(2):
         call(i)

@@ -1,7 +1,7 @@
-"""What ncu counts of the four row kernels: bytes from memory, hits in the cache, instructions. ``counters.py [dry]``.
+"""Count bytes from memory, cache hits and instructions of the four row kernels with ncu: ``counters.py [dry]``.
 
-ncu runs this file with ``target``, which launches each kernel once and writes down in which order. The rows of the
-table that ncu prints are matched to that order by name. A dry run launches them too, and reads a table without values.
+ncu runs this file with ``target``, which launches each kernel once and writes down the order. The rows of ncu's table
+are matched to that order by name. A dry run launches the kernels too, and reads a table without values.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 import results
 
 DRY = "dry" in sys.argv
-LIMIT = float(os.environ.get("DMFAST_GPU_LIMIT", "100"))  # of this part
+LIMIT = float(os.environ.get("DMFAST_GPU_LIMIT", "100"))  # seconds of this part
 METRICS = {
     "ns": "gpu__time_duration.sum",
     "dram_read": "dram__bytes_read.sum",
     "dram_write": "dram__bytes_write.sum",
-    "l2_read_sectors": "lts__t_sectors_srcunit_tex_op_read.sum",  # by multiprocessors, not between halves of L2
+    # requests of multiprocessors, not between the halves of L2
+    "l2_read_sectors": "lts__t_sectors_srcunit_tex_op_read.sum",
     "l2_hit_percent": "lts__t_sector_hit_rate.pct",
-    "instructions": "smsp__inst_executed.sum",  # of warps
+    "instructions": "smsp__inst_executed.sum",  # instructions of warps
     "issue_percent": "smsp__issue_active.avg.pct_of_peak_sustained_active",
     "dram_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "warps_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
@@ -36,10 +37,10 @@ SECTOR = 32  # bytes
 
 
 class Launch(NamedTuple):
-    """One kernel of the plan."""
+    """Describe one kernel of the plan."""
 
     backend: str
-    line: str  # of times.py
+    line: str  # a line of times.py
     kernel: str
     rows: int
     vocab: int
@@ -47,14 +48,14 @@ class Launch(NamedTuple):
 
 
 def shapes() -> list[Any]:
-    """Return those of times.py with fewer rows: ncu runs each kernel several times, and restores what it wrote."""
+    """Return times.py's shapes with fewer rows, because ncu runs each kernel several times and restores its output."""
     import times
 
     return [x if DRY else x._replace(rows=1024) for x in times.shapes()]
 
 
 def launches() -> Iterator[tuple[Launch, Any]]:
-    """Yield each launch of the plan with the call that makes it, after it was called once."""
+    """Yield each launch of the plan with the call that makes it, after one call of it."""
     import times
     import torch
 
@@ -73,7 +74,7 @@ def launches() -> Iterator[tuple[Launch, Any]]:
 
 
 def target(plan: Path) -> None:
-    """Launch each kernel once between start and stop of the profiler, and write what was launched."""
+    """Launch each kernel once while the profiler records, and write the order of launches."""
     import torch
 
     launched = []
@@ -91,7 +92,7 @@ def target(plan: Path) -> None:
 
 
 def table(text: str) -> list[dict[str, str]]:
-    """Return the rows of ncu's CSV (``--page raw``): what it says before the head is left out, and the row of units."""
+    """Return the rows of ncu's CSV (``--page raw``) without the text before the head and the row of units."""
     lines = text.splitlines()
     heads = [i for i, line in enumerate(lines) if line.startswith('"ID",')]
     if not heads:
@@ -102,7 +103,7 @@ def table(text: str) -> list[dict[str, str]]:
 
 
 def number(text: str | None) -> float | None:
-    """Return a cell's, whose thousands ncu may separate; None where it could not count."""
+    """Return the number in a cell, in which ncu may separate thousands, or None if ncu could not count."""
     try:
         return float((text or "").replace(",", ""))
     except ValueError:
@@ -110,7 +111,7 @@ def number(text: str | None) -> float | None:
 
 
 def per_logit(launch: Launch, row: dict[str, str]) -> dict[str, Any]:
-    """Return the counters, and what they come to for each logit: reads and writes of all logits as 1."""
+    """Return the counters, and their values for each logit, where 1 means all logits once."""
     size = {"float32": 4}.get(launch.dtype, 2)
     logits = launch.rows * launch.vocab
     found: dict[str, Any] = {name: number(row.get(metric)) for name, metric in METRICS.items()}
@@ -123,7 +124,10 @@ def per_logit(launch: Launch, row: dict[str, str]) -> dict[str, Any]:
 
 
 def matched(plan: list[Launch], rows: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """Return the counters of each launch; ValueError where ncu saw others than those of the plan, in its order."""
+    """Return the counters of each launch.
+
+    Raises ValueError if ncu saw other launches than the plan has, or another order.
+    """
     found = []
     for i, (launch, row) in enumerate(zip(plan, rows, strict=False)):
         if launch.kernel not in row["Kernel Name"]:
@@ -135,7 +139,7 @@ def matched(plan: list[Launch], rows: list[dict[str, str]]) -> list[dict[str, An
 
 
 def stand_in(plan: list[Launch]) -> str:
-    """Return what ncu would print of a dry run: no counter has a value."""
+    """Return what ncu would print in a dry run, in which no counter has a value."""
     names = ["ID", "Kernel Name", "Block Size", "Grid Size", *METRICS.values()]
     rows = [names, [""] * len(names)]
     rows += [[str(i), f"void dmf::{x.kernel}()", "", "", *["n/a"] * len(METRICS)] for i, x in enumerate(plan)]
@@ -143,7 +147,7 @@ def stand_in(plan: list[Launch]) -> str:
 
 
 def command(log: Path, plan: Path) -> list[str]:
-    """Return the call of ncu. The clocks are left as they are."""
+    """Return the command of ncu. It leaves the clocks as they are."""
     ncu = shutil.which("ncu")
     if ncu is None:
         sys.exit("there is no ncu on PATH")
@@ -172,7 +176,7 @@ def main() -> None:
     path = results.folder() / "counters.json"
     try:
         rows = table(text)
-        if said:  # the last launch may be in one of the two only
+        if said:  # the last launch may be in only one of the two
             plan, rows = plan[: len(rows)], rows[: len(plan)]
         found = matched(plan, rows)
     except ValueError as error:

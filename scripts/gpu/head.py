@@ -1,7 +1,8 @@
-"""``linear_dm_loss``, forward and backward, at D 4096 and V 128256, beside its three products: ``head.py [dry]``.
+"""Time ``linear_dm_loss``, forward and backward, at D 4096 and V 128256, beside its three products: ``head.py [dry]``.
 
-The sizes are those at which others state theirs (docs/gpu.md). The host reads at the start of each call which rows are
-scored, so that it can't be captured: calls follow each other, and each has that wait in its time, as in training.
+The sizes are those at which others state their times (docs/gpu.md). At the start of each call the host reads which rows
+are scored, so the call cannot be captured. The calls follow each other, and each time contains that wait, as in
+training.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ STEPS = 8 if DRY else 512  # tokens of a sequence
 
 
 def peak(call: Any) -> float | None:
-    """Return the MB that a call allocates at its peak, above what there was."""
+    """Return the MB that a call allocates at its peak, beyond what was allocated before."""
     if DRY:
         return None
     torch.cuda.synchronize()
@@ -47,7 +48,7 @@ def problem(rows: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
 
 
 def calls(rows: int) -> dict[str, tuple[Any, bool]]:
-    """Return what is timed, and whether it can be captured in a graph."""
+    """Return the calls to time, and whether each can be captured in a graph."""
     hidden, weight, tokens, terms = problem(rows)
     h, w = hidden.detach().view(-1, DIM), weight.detach()
     z = torch.empty(rows, VOCAB, dtype=h.dtype, device=DEVICE)
@@ -72,7 +73,8 @@ def calls(rows: int) -> dict[str, tuple[Any, bool]]:
     return {
         "roof: its three products": (products, True),
         "linear_dm_loss gdc++": (ours(weight), False),
-        "linear_dm_loss gdc++, one chunk": (ours(weight, chunk_bytes=2**34), False),  # no sum of dW over chunks
+        # this one has no sum of dW over chunks
+        "linear_dm_loss gdc++, one chunk": (ours(weight, chunk_bytes=2**34), False),
         "linear_dm_loss gdc++, logits_dtype same": (ours(weight, logits_dtype="same"), False),
         "linear_dm_loss dpg (known weight)": (ours(weight, objective="dpg"), False),
         "linear_dm_loss gdc++, frozen head": (ours(w), False),

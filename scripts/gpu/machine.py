@@ -1,4 +1,4 @@
-"""What the machine is: versions, the device, the rates that all figures are set beside. ``machine.py [dry]``."""
+"""Describe the machine: versions, the device, and the rates beside which all figures are set. ``machine.py [dry]``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOOLS = {
 
 
 def version(name: str) -> str | None:
-    """Return what a tool says of itself: the line with a number that looks most like a version."""
+    """Return what a tool prints about itself: the line whose number looks most like a version."""
     path = shutil.which(name)
     if path is None:
         return None
@@ -37,7 +37,7 @@ def version(name: str) -> str | None:
 
 
 def versions() -> dict[str, Any]:
-    """Return those of packages without importing them, and of tools."""
+    """Return the versions of tools, and of packages without importing them."""
     found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
     for package in PACKAGES:
         try:
@@ -52,15 +52,17 @@ def device() -> dict[str, Any]:
     if DRY:
         return {"name": "dry run on the CPU"}
     p = torch.cuda.get_device_properties(0)
-    asked = {"l2_cache": "L2_cache_size", "shared_memory": "shared_memory_per_block_optin"}  # as torch has them
+    asked = {"l2_cache": "L2_cache_size", "shared_memory": "shared_memory_per_block_optin"}  # names of torch
     return {"name": p.name, "capability": f"{p.major}.{p.minor}", "multiprocessors": p.multi_processor_count,
             "memory": p.total_memory, "cuda": torch.version.cuda, "devices": torch.cuda.device_count(),
             **{name: getattr(p, attribute, None) for name, attribute in asked.items()}}  # fmt: skip
 
 
 def rates() -> dict[str, Any]:
-    """Return GB/s of a copy, a read and a multiplication in place, on buffers far beyond the cache; TFLOP/s of a bf16
-    product on random data."""
+    """Return the rates of memory in GB/s and of a bf16 product on random data in TFLOP/s.
+
+    Memory is copied, read, and multiplied in place, in buffers far larger than the cache.
+    """
     where, clock = ("cpu", Wall()) if DRY else ("cuda", Clock())
     n, side = (2**16, 64) if DRY else (2**30, 8192)
     a = torch.randn(n, device=where)
@@ -79,7 +81,7 @@ def rates() -> dict[str, Any]:
 def main() -> None:
     path = results.folder() / "machine.json"
     found: dict[str, Any] = {"versions": versions(), "device": device()}
-    results.write(path, found)  # what is known if the rest hangs
+    results.write(path, found)  # this is known even if the rest hangs
     found["rates"] = rates()
     results.write(path, found)
     print(found["device"]["name"])

@@ -1,4 +1,4 @@
-"""A pytest plugin of run.py: a test that passed before, with the same sources and machine, is not run again."""
+"""Skip tests that passed before with the same sources and machine, as a pytest plugin of run.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _left = 1
 
 @pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves the rest."""
+    """Deselect the tests that passed."""
     global _left
     key, *passed = KEPT.read_text().splitlines() if KEPT.exists() else [""]
     if key != KEY:
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Keeps it at once: the process may be ended at any time."""
+    """Record a result at once, because the process may be ended at any time."""
     if report.failed:
         _failed.add(report.nodeid)
     elif report.when == "teardown" and report.nodeid not in _failed:
@@ -38,6 +38,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Where nothing is left all have passed, which pytest calls an error."""
+    """Report success if no test is left, which pytest calls an error."""
     if not _left:
         session.exitstatus = pytest.ExitCode.OK

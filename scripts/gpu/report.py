@@ -1,6 +1,6 @@
-"""What a run found, as a page: summary.md of the JSON in a folder. ``report.py FOLDER`` prints it anew.
+"""Write what a run found as a page: summary.md of the JSON in a folder. ``report.py FOLDER`` prints it again.
 
-First what became of each part, then what the numbers decide (docs/gpu-first-run.md), then the tables.
+It first lists the result of each part, then what the numbers decide (docs/gpu-first-run.md), then the tables.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 import results
 
-NEAR = 1.25  # reads of each logit up to which one read is meant
+NEAR = 1.25  # up to so many reads of each logit, one read is meant
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return Markdown; None is an empty cell."""
+    """Return Markdown. None is an empty cell."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = ["" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x) for x in row]
@@ -28,7 +28,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def second_read(launches: list[dict[str, Any]]) -> list[str]:
-    """Say of known weights whether what is read twice comes from memory twice."""
+    """Say of known weights whether the second read comes from memory."""
     said = []
     for x in launches:
         memory, l2 = x["reads from memory"], x["reads from L2"]
@@ -45,7 +45,7 @@ def second_read(launches: list[dict[str, Any]]) -> list[str]:
 
 
 def launches_of_known(times: list[dict[str, Any]]) -> list[str]:
-    """Say whether a known weight is faster in one launch or in two, and how far one is from a copy."""
+    """Say whether one or two launches are faster for a known weight, and how far it is from a copy."""
     said = []
     for x in times:
         ms = {name: line["ms"] for name, line in x.get("lines", {}).items() if "ms" in line}
@@ -59,7 +59,7 @@ def launches_of_known(times: list[dict[str, Any]]) -> list[str]:
 
 
 def of_products(head: list[dict[str, Any]]) -> list[str]:
-    """Say what linear_dm_loss adds to its products."""
+    """Say how much linear_dm_loss adds to its products."""
     said = []
     for x in head:
         ms = {name: line["ms"] for name, line in x["lines"].items() if "ms" in line}
@@ -97,7 +97,7 @@ def of_counters(launches: list[dict[str, Any]]) -> str:
 
 
 def of_head(head: list[dict[str, Any]]) -> str:
-    """Return the table of linear_dm_loss and what is beside it."""
+    """Return the table of linear_dm_loss and the figures beside it."""
     return table(("tokens", "", "ms", "peak MB", "taken by"),
                  [(x["rows"], name, line.get("ms"), line.get("peak_mb"), line.get("failed") or line["by"])
                   for x in head for name, line in x["lines"].items()])  # fmt: skip
@@ -116,7 +116,7 @@ def of_rivals(rivals: list[dict[str, Any]]) -> str:
 
 
 def of_bench(bench: dict[str, Any]) -> list[str]:
-    """Return a table for each configuration of bench.py: the roofs first, then the fastest."""
+    """Return a table for each configuration of bench.py, with the roofs first and then the fastest."""
     said = []
     for result in bench["results"]:
         memory, off = result.get("memory_mb", {}), result["gradient_error"]

@@ -1,4 +1,4 @@
-"""Where a part leaves what it found: one folder, in which every file is whole at any time, however a process ends."""
+"""Store what a part found in one folder, where every file is complete at any time, however a process ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def folder() -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file at once: who is killed in between leaves the old one."""
+    """Replace a file at once. If the process is killed meanwhile, the old file stays."""
     partial = path.with_name(f".{path.name}.part")
     partial.write_text(text)
     os.replace(partial, path)
@@ -26,5 +26,5 @@ def write(path: Path, found: Any) -> None:
 
 
 def read(path: Path) -> Any:
-    """Return what is there, else None."""
+    """Return the content of a file, or None."""
     return json.loads(path.read_text()) if path.exists() else None

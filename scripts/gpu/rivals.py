@@ -1,7 +1,7 @@
-"""Others' fused losses at the sizes of docs/gpu.md, each in a process of its own: ``rivals.py [dry]``.
+"""Time the fused losses of others at the sizes of docs/gpu.md, each in a process of its own: ``rivals.py [dry]``.
 
-From hidden states each computes the mean cross-entropy with both gradients; the gradient of some hidden states is held
-to fp64. From logits each computes log pi of the tokens, and where its name says so the entropy along with it.
+From hidden states, each computes the mean cross-entropy with both gradients, and the gradient of some hidden states is
+compared with fp64. From logits, each computes log pi of the tokens, and the entropy as well if its name says so.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ DEVICE = "cpu" if DRY else "cuda"
 HEAD_ROWS, HEAD_VOCAB, DIM = ((64,), 257, 32) if DRY else ((1024, 4096, 8192), 128256, 4096)
 LOGIT_ROWS, LOGIT_VOCAB = (64, 300) if DRY else (8192, 151936)
 STEPS = 8 if DRY else 512
-LIMIT = float(os.environ.get("DMFAST_GPU_LIMIT", "400"))  # of all of them
-OF_ONE = 90.0  # their kernels are compiled, and some are tuned, when they are first called
+LIMIT = float(os.environ.get("DMFAST_GPU_LIMIT", "400"))  # seconds of all of them
+OF_ONE = 90.0  # the first call compiles their kernels, and tunes some of them
 
 # --- from hidden states, head and tokens: the mean cross-entropy --------------------------------------------------
 
@@ -76,7 +76,7 @@ def cce() -> Callable[..., Any]:
 
 
 def ours(logits_dtype: str) -> Callable[..., Any]:
-    """Return the loss of weights that are 1, brought to the mean over tokens."""
+    """Return the loss with all weights 1, scaled to the mean over tokens."""
     import torch
 
     import dmfast
@@ -108,7 +108,7 @@ HEAD: dict[str, Callable[[], Callable[..., Any]]] = {
 
 
 def trl() -> Callable[..., Any]:
-    # not by way of selective_log_softmax, which without its kernel takes plain torch and does not say so
+    # selective_log_softmax would use plain torch without its kernel, and not say so
     function: Any = getattr(importlib.import_module("trl.kernels"), "selective_log_softmax_and_entropy", None)
     if function is None:
         raise ImportError("trl.kernels has no selective_log_softmax_and_entropy: that takes trl 1.16 and triton")
@@ -132,7 +132,7 @@ def torch_logits() -> Callable[..., Any]:
 
 
 def our_logits(objective: str) -> Callable[..., Any]:
-    """Return the loss of an objective: the weights of gdc++ depend on log pi, those of dpg are 1 and known before."""
+    """Return the loss of an objective. The weights of gdc++ depend on log pi. Those of dpg are 1 and known before."""
     import torch
 
     import dmfast
@@ -155,11 +155,11 @@ LOGITS: dict[str, Callable[[], Callable[..., Any]]] = {
 }
 
 PACKAGES = {"quack": "quack", "liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy", "trl": "trl"}
-FEW = ("dmfast linear_dm_loss", "torch linear_cross_entropy", "dmfast dm_loss gdc++, entropy")  # of a dry run
+FEW = ("dmfast linear_dm_loss", "torch linear_cross_entropy", "dmfast dm_loss gdc++, entropy")  # names of a dry run
 
 
 def why_not(name: str) -> str | None:
-    """Return why a rival is not tried, without a process for it."""
+    """Return why a rival is not tried. This needs no process for it."""
     package = PACKAGES.get(name.split(maxsplit=1)[0])
     if package is not None and importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
@@ -226,16 +226,16 @@ def of_logits(function: Callable[..., Any], clock: Clock) -> list[dict[str, Any]
 
 
 def one(name: str, path: Path) -> None:
-    """Measure a rival and leave what came out, or why nothing did."""
+    """Measure a rival, and store the result or the reason why there is none."""
     clock, form = Wall() if DRY else Clock(), "head" if name in HEAD else "logits"
     try:
         function = (HEAD if form == "head" else LOGITS)[name]()
         found = {"lines": (of_head if form == "head" else of_logits)(function, clock)}
-    except Exception as error:  # whatever they die of is what is said of them
+    except Exception as error:  # any error of a rival is its result
         found = {"not_run": said(error)}  # type: ignore[dict-item]
     results.write(path, {"name": name, "form": form, **found})
     sys.stdout.flush()
-    os._exit(0)  # compilers' pools would keep the process
+    os._exit(0)  # the pools of the compilers would keep the process alive
 
 
 def main() -> None:

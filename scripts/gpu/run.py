@@ -1,16 +1,16 @@
-"""``make gpu`` and ``make gpu-rivals``: what to do on a machine with a CUDA device, in parts, the most telling first.
+"""Run ``make gpu`` and ``make gpu-rivals`` on a machine with a CUDA device, in parts, the most informative first.
 
     run.py [gpu | rivals] [--only PART,PART] [--out FOLDER] [--dry] [--again]
 
-Each part is a process, and what it found is in the folder as soon as it has found it: --out, else $OUT, else
-benchmarks/results/gpu. All of them have DMFAST_GPU_SECONDS together (480): a part may take what its limit says and what
-is left, and one for which too little is left is skipped, with the reason. One that fails stops only those that need it.
-What passed is not done again by the next call, nor the tests that a part had behind it when it was cut off; --again
-starts anew. --only does these parts, after machine and build. --dry does the same on the host build of the kernels,
-small, so that the first real run dies of no typo.
+Each part is a process. Its results go to a folder as soon as it has them: --out, else $OUT, else
+benchmarks/results/gpu. All parts together have DMFAST_GPU_SECONDS (480). A part may take its own limit or what is left,
+whichever is less. If too little is left for a part, it is skipped with the reason. A part that fails stops only the
+parts that need it. The next call does not repeat what passed, nor the tests that a part had finished when it was cut
+off. --again starts over. --only runs the named parts after machine and build. --dry runs the same with small shapes on
+the host build of the kernels, so that the first real run fails of no typo.
 
-Needs torch, nvcc and g++; the suite needs pytest, hypothesis and mpmath too, which may lie in build/gpu/site
-(``make gpu-dry`` fills it, for machines without a network). PYTHONPATH is kept, behind what was built.
+It needs torch, nvcc and g++. The suite also needs pytest, hypothesis and mpmath, which may be in build/gpu/site, where
+``make gpu-dry`` puts them for machines without a network. PYTHONPATH is kept, after the build.
 """
 
 from __future__ import annotations
@@ -34,34 +34,35 @@ ROOT = Path(__file__).resolve().parents[2]
 GPU = ROOT / "scripts" / "gpu"
 SITE = ROOT / "build" / "gpu" / "site"
 SECONDS = 480.0
-PATIENCE = 4  # a dry run's limits are so many times those of a device: it may share its processors
+PATIENCE = 4  # factor of a dry run's limits over those of a device, because it may share its processors
 LAST = 4.0  # seconds kept for the summary
 LOG = 2**20  # bytes of a part's output that the log keeps
 SUITE = ["test_cuda.py", "test_kernels.py"]
 MORE = ["test_linear.py", "test_sample.py", "test_shards.py", "test_errors.py"]
 TESTS = ("suite", "triton", "more")
-CUDA = Path("/usr/local/cuda/bin")  # whose tools are not always on PATH
-# What parts write. With parts.json, summary.md and log.txt these are all: a machine that is lent may send back eight.
+CUDA = Path("/usr/local/cuda/bin")  # its tools are not always on PATH
+# Parts write these files. With parts.json, summary.md and log.txt that is all: a borrowed machine may return only
+# eight.
 FILES = {"gpu": ("machine.json", "times.json", "counters.json", "head.json"),
          "rivals": ("machine.json", "rivals.json", "bench.json")}  # fmt: skip
-# To be ended as one, but no session, which would outlive a run that is killed; Python 3.10 has no other way.
+# They are ended as a group. A session would outlive a run that is killed, and Python 3.10 has no other way.
 OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 
 
 class Part(NamedTuple):
-    """One process of the run."""
+    """Describe one process of the run."""
 
     command: list[str]
     limit: float  # seconds that it may take
-    least: float  # seconds without which it is not begun
+    least: float  # seconds without which it does not begin
     needs: tuple[str, ...] = ("build",)
-    control: list[str] | None = None  # of a sanitizer: what it must find nothing in, or it can't be used here
-    missing: str | None = None  # why it can't run here at all
+    control: list[str] | None = None  # a command on which a sanitizer must report no error, or it is of no use here
+    missing: str | None = None  # the reason why it cannot run here at all
 
 
 @dataclass
 class Outcome:
-    """What became of a part; ``not begun`` and ``running`` are what a run that was killed leaves."""
+    """Hold the result of a part. A run that was killed leaves ``not begun`` and ``running``."""
 
     name: str
     status: str = "not begun"
@@ -70,25 +71,27 @@ class Outcome:
 
 
 def copy(path: Path, to: Path) -> None:
-    """Copy a file, if there is one, into a folder, where it is whole at any time."""
+    """Copy a file, if it exists, into a folder, where it is complete at any time."""
     if path.exists():
         results.write_text(to / path.name, path.read_text())
 
 
 class Run:
-    """Where a run keeps what."""
+    """Hold the folders of a run."""
 
     def __init__(self, command: str, out: Path, dry: bool) -> None:
         self.out, self.dry, self.files = out.resolve(), dry, FILES[command]
         self.work = ROOT / "build" / ("gpu-dry" if dry else "gpu")
         self.state = self.work / "parts.json"
-        self.kept = self.work / "results"  # a copy, for the next call, whose folder may be empty
+        self.kept = self.work / "results"  # a copy for the next call, whose own folder may be empty
         self.log = self.out / "log.txt"
         self.key = key(dry)
 
     def begin(self, again: bool) -> dict[str, str]:
-        """Make the folders, put in what earlier calls found for these sources on this device, and return which parts
-        passed."""
+        """Make the folders, and return which parts passed.
+
+        The folders get what earlier calls found for these sources on this device.
+        """
         done = {} if again else results.read(self.state) or {}
         done = {name: k for name, k in done.items() if k == self.key}
         if not done:
@@ -104,7 +107,7 @@ class Run:
         return done
 
     def end_part(self, done: dict[str, str]) -> None:
-        """Keep what there is for the next call."""
+        """Keep the results for the next call."""
         for name in self.files:
             copy(self.out / name, self.kept)
         results.write(self.state, done)
@@ -118,7 +121,7 @@ def parts(dry: bool, work: Path) -> dict[str, dict[str, Part]]:
         return [py, str(GPU / f"{name}.py"), *arguments, *also]
 
     pytest = [py, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "passed", "-o", "faulthandler_timeout=100"]
-    # left out is what never touches the device: 40 s of a processor
+    # tests that never use the device are left out: 40 s of a processor
     some = "not formula and not whatever_the_threads and not number_of_threads"
     triton = "vocabularies and (127 or 50257) and new or test_objectives and bf16 or special_logits and middle"
     if dry:
@@ -155,7 +158,7 @@ def parts(dry: bool, work: Path) -> dict[str, dict[str, Part]]:
 
 
 def sanitizers(dry: bool, checks: list[str]) -> dict[str, Part]:
-    """Return memcheck and racecheck. Dry: stand-ins for one that works and one that refuses the device."""
+    """Return memcheck and racecheck. In a dry run, stand-ins replace one that works and one that refuses the device."""
     py = sys.executable
     if dry:
         works, refuses = (
@@ -169,7 +172,7 @@ def sanitizers(dry: bool, checks: list[str]) -> dict[str, Part]:
     missing = None if Path(tool).exists() else f"there is no compute-sanitizer on PATH or in {CUDA}"
     found = {}
     for name in ("memcheck", "racecheck"):
-        # of memcheck alone: errors of calls, of which torch tries some that may fail
+        # memcheck alone reports errors of calls, some of which torch makes on purpose
         quiet = ["--report-api-errors", "no"] if name == "memcheck" else []
         watch = [tool, "--tool", name, *quiet, "--error-exitcode", "9"]
         alone = [*watch, py, "-c", "import torch; print(torch.ones(8, device='cuda').sum().item())"]
@@ -178,7 +181,7 @@ def sanitizers(dry: bool, checks: list[str]) -> dict[str, Part]:
 
 
 def key(dry: bool) -> str:
-    """Return what a result holds for: the sources and the machine."""
+    """Return the key for which a result holds: the sources and the machine."""
     import torch
 
     h = hashlib.sha256()
@@ -192,11 +195,12 @@ def key(dry: bool) -> str:
 
 
 def environment(run: Run, name: str, limit: float) -> dict[str, str]:
-    """Return that of a part."""
+    """Return the environment of a part."""
     tests = name in TESTS
     paths = [str(run.work / "lib"), str(ROOT / "tests"), *[str(GPU)] * tests]  # GPU: passed.py
     if SITE.exists() and not all(map(importlib.util.find_spec, ("pytest", "hypothesis", "mpmath"))):
-        paths.append(str(SITE))  # before what is installed, so only where that lacks them: hypothesis is compiled
+        # these come before what is installed, so only where it lacks them: hypothesis is compiled
+        paths.append(str(SITE))
     if given := os.environ.get("PYTHONPATH"):
         paths.append(given)
     tools = [os.environ.get("PATH", os.defpath), *[str(CUDA)] * CUDA.exists()]
@@ -218,14 +222,17 @@ _running: subprocess.Popen[bytes] | None = None
 
 
 def end_running() -> None:
-    """End the part that runs, and its own children too, or they would keep the device."""
+    """End the part that runs, and its children, which would otherwise keep the device."""
     if _running is not None and _running.poll() is None:
         os.killpg(_running.pid, signal.SIGKILL)
         _running.wait()
 
 
 def process(run: Run, name: str, command: list[str], limit: float) -> tuple[int, str]:
-    """Return the exit code, 124 where it was cut off, and what the process said, which is in the log as it is said."""
+    """Return the exit code, 124 if the process was cut off, and its output.
+
+    The log gets the output as it is printed.
+    """
     global _running
     with run.log.open("ab") as file:
         file.write(f"\n=== {name}\n".encode())
@@ -243,7 +250,7 @@ def process(run: Run, name: str, command: list[str], limit: float) -> tuple[int,
 
 
 def shortened(log: Path, start: int) -> str:
-    """Return the log from a place on, after cutting out its middle if that is too long to be sent home."""
+    """Return the log from a place on. If it is too long to send home, its middle is cut out."""
     with log.open("rb+") as file:
         file.seek(start)
         said = file.read()
@@ -262,7 +269,7 @@ def end_of(text: str, lines: int) -> str:
 
 
 def unusable(run: Run, name: str, part: Part, limit: float) -> str | None:
-    """Return why a sanitizer can't be used here: it refuses the device, or complains of torch alone."""
+    """Return why a sanitizer is of no use here: it refuses the device, or reports errors of torch alone."""
     assert part.control is not None
     code, text = process(run, name, part.control, limit)
     if code == 0 and "SUMMARY: 0" in text and "not supported" not in text:
@@ -271,7 +278,7 @@ def unusable(run: Run, name: str, part: Part, limit: float) -> str | None:
 
 
 def skipped(part: Part, outcomes: dict[str, Outcome], left: float, total: float) -> str | None:
-    """Return why a part is not begun, if it is not."""
+    """Return why a part does not begin, or None."""
     if part.missing:
         return part.missing
     for need in part.needs:
@@ -283,7 +290,7 @@ def skipped(part: Part, outcomes: dict[str, Outcome], left: float, total: float)
 
 
 def page(out: Path) -> str:
-    """Return the summary; a fault of it must not cost the parts to come."""
+    """Return the summary. An error in it must not cost the parts to come."""
     import report
 
     try:
@@ -295,7 +302,7 @@ def page(out: Path) -> str:
 def go(
     run: Run, command: str, wanted: dict[str, Part], total: float, done: dict[str, str], begin: float
 ) -> list[Outcome]:
-    """Run the parts, in order, and leave after each one what became of all of them."""
+    """Run the parts in order, and store the outcomes of all of them after each one."""
     outcomes = {name: Outcome(name) for name in wanted}
 
     def tell() -> None:
@@ -338,7 +345,7 @@ def go(
 
 
 def chosen(all_parts: dict[str, Part], only: str) -> dict[str, Part]:
-    """Return the parts that were named, with the two that come before; all of them where none was."""
+    """Return the named parts with the two that come before, or all parts if none is named."""
     names = only.split(",") if only else list(all_parts)
     if unknown := [name for name in names if name not in all_parts]:
         sys.exit(f"make gpu: there is no part {', '.join(unknown)}; there are {', '.join(all_parts)}")
@@ -346,7 +353,7 @@ def chosen(all_parts: dict[str, Part], only: str) -> dict[str, Part]:
 
 
 def seconds(dry: bool = False) -> float:
-    """Return the total limit."""
+    """Return the total limit in seconds."""
     given = os.environ.get("DMFAST_GPU_SECONDS", "")
     try:
         found = float(given) if given else SECONDS * (PATIENCE if dry else 1)
@@ -358,7 +365,7 @@ def seconds(dry: bool = False) -> float:
 
 
 def folder(command: str, named: Path | None, dry: bool) -> Path:
-    """Return where results go."""
+    """Return the folder of the results."""
     if named is not None or os.environ.get("OUT"):
         return named or Path(os.environ["OUT"])
     base = ROOT / "build" / "gpu-dry" / "out" if dry else ROOT / "benchmarks" / "results" / "gpu"
@@ -366,7 +373,7 @@ def folder(command: str, named: Path | None, dry: bool) -> Path:
 
 
 def stopped(number: int, frame: Any) -> NoReturn:
-    """End on a signal: what was found so far is there."""
+    """End on a signal, and keep what was found so far."""
     end_running()
     sys.exit(f"make gpu: ended by signal {number}")
 

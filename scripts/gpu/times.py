@@ -1,7 +1,7 @@
-"""The times of the four row kernels at 8,192 rows, by the backends that run on the device: ``times.py [dry]``.
+"""Time the four row kernels at 8,192 rows with every backend that runs on the device: ``times.py [dry]``.
 
-Backends are called, not the public functions, so that a time is the kernel's and that of the few bytes it counts in.
-Gradients go to a tensor of their own, which moves the same bytes and leaves the logits as they are for the next call.
+The backends are called directly, so that a time is that of the kernel and of the few bytes that it copies in. Gradients
+go to a tensor of their own. This moves the same bytes and leaves the logits unchanged for the next call.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dmfast.objectives import Terms
 
 DRY = "dry" in sys.argv
 DEVICE = "cpu" if DRY else "cuda"
-SHARED = 227 * 1024  # of a block on an H200, in a dry run
-FEW = 8 if DRY else 64  # rows of a small draw, fewer than a card has multiprocessors
+SHARED = 227 * 1024  # shared memory of a block on an H200, for a dry run
+FEW = 8 if DRY else 64  # rows of a small draw, fewer than the multiprocessors of a card
 
 
 class Shape(NamedTuple):
-    """Logits."""
+    """Describe logits."""
 
     rows: int
     vocab: int
@@ -36,22 +36,22 @@ class Shape(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of a logit."""
+        """Return the bytes of a logit."""
         return int(getattr(torch, self.dtype).itemsize)
 
 
 class Line(NamedTuple):
-    """What is timed."""
+    """Describe what is timed."""
 
     call: Call
-    reads: float  # of each logit, as csrc/cuda/plan.h declares them where the row is kept
+    reads: float  # bytes of each logit, as csrc/cuda/plan.h declares them for a kept row
     writes: float
-    kernel: str | None = None  # its name, where it is one launch and ncu is to look at it
-    rows: int | None = None  # where it is not all of them
+    kernel: str | None = None  # the name of the kernel, if there is one launch and ncu is to look at it
+    rows: int | None = None  # rows, if not all of them
 
 
 class Problem(NamedTuple):
-    """What the kernels get."""
+    """Hold the arguments of the kernels."""
 
     batch: Batch
     terms: Terms
@@ -61,14 +61,14 @@ class Problem(NamedTuple):
 
 
 def shapes() -> list[Shape]:
-    """Return bf16 first, of which most is asked."""
+    """Return the shapes, with bf16 first, where most is expected."""
     if DRY:
         return [Shape(8, 257, "bfloat16"), Shape(8, 300, "float32")]
     return [Shape(8192, vocab, dtype) for dtype in ("bfloat16", "float32") for vocab in (128256, 50257)]
 
 
 def problem(shape: Shape) -> Problem:
-    """Return sequences of an eighth of the rows, random and all scored, with weights that are known before."""
+    """Return sequences of an eighth of the rows each, random and all scored, with weights that are known before."""
     torch.manual_seed(0)
     b = 8
     logits = torch.empty(b, shape.rows // b, shape.vocab, dtype=getattr(torch, shape.dtype), device=DEVICE)
@@ -84,7 +84,10 @@ def problem(shape: Shape) -> Problem:
 
 
 def in_one_launch(backend: Backend, batch: Batch) -> bool:
-    """Return whether one launch scores and writes a known weight: Triton's always, CUDA's where it keeps the row."""
+    """Return whether one launch scores and writes a known weight.
+
+    Triton's always does, CUDA's does where it keeps the row.
+    """
     if backend.name != "cuda":
         return True
     assert extension._C is not None
@@ -93,7 +96,7 @@ def in_one_launch(backend: Backend, batch: Batch) -> bool:
 
 
 def lines(backend: Backend, p: Problem) -> dict[str, Line]:
-    """Return what is timed of a backend."""
+    """Return the lines of a backend."""
     batch, terms, dz = p.batch, p.terms, p.gradient
     rows = batch.logits.view(-1, batch.vocab)
 
@@ -104,7 +107,7 @@ def lines(backend: Backend, p: Problem) -> dict[str, Line]:
     def draw(part: Tensor, seed: int) -> Any:
         return backend.sample(checks.make_sample_rows(part, seed, None, 0, 1.0, None))
 
-    def a_few(i: int) -> Any:  # others each time, so that they come from memory and not from the cache
+    def a_few(i: int) -> Any:  # each time other rows, so that they come from memory and not from the cache
         first = i * FEW % (len(rows) - FEW + 1)
         return draw(rows[first : first + FEW], i)
 
@@ -119,7 +122,7 @@ def lines(backend: Backend, p: Problem) -> dict[str, Line]:
         "scoring, with entropy": Line(lambda i: backend.forward(batch, None, True), 1, 0),
         f"sampling, {FEW} rows": Line(a_few, 1, 0, None, FEW),
     }
-    if batch.logits.dtype == torch.float32:  # what linear_dm_loss asks for: 16 bits for the next product
+    if batch.logits.dtype == torch.float32:  # linear_dm_loss requests 16 bits for the next product
         narrow = dz.view(-1).view(torch.bfloat16)[: dz.numel()].view(dz.shape)
         found["backward, 16-bit gradient"] = Line(
             lambda i: backend.backward(batch, p.lse, p.weight, 1.0, narrow), 1, 0.5, "write_rows"
@@ -128,13 +131,13 @@ def lines(backend: Backend, p: Problem) -> dict[str, Line]:
 
 
 def roofs(p: Problem) -> dict[str, Line]:
-    """Return what moves the same bytes and does nothing."""
+    """Return operations that move the same bytes and do nothing else."""
     z, dz = p.batch.logits, p.gradient
     return {"roof: copy": Line(lambda i: dz.copy_(z), 1, 1), "roof: read": Line(lambda i: z.view(-1).amax(), 1, 0)}
 
 
 def timed(clock: Clock, shape: Shape, all_lines: Mapping[str, Line]) -> dict[str, Any]:
-    """Return each line's time and the bandwidth that its least traffic comes to, or what it died of."""
+    """Return each line's time and the bandwidth of its least traffic, or the error that ended it."""
     found: dict[str, Any] = {}
     for name, line in all_lines.items():
         try:
@@ -151,7 +154,7 @@ def timed(clock: Clock, shape: Shape, all_lines: Mapping[str, Line]) -> dict[str
 def main() -> None:
     path, clock, failed = results.folder() / "times.json", Wall() if DRY else Clock(), []
     found: list[dict[str, Any]] = []
-    for backend in (kernels.CUDA, kernels.TRITON):  # Triton compiles for seconds: after all of the others
+    for backend in (kernels.CUDA, kernels.TRITON):  # Triton compiles for seconds, so it comes last
         for shape in shapes():
             title = f"{backend.name} ({shape.rows}, {shape.vocab}) {shape.dtype}"
             why = backend.why_not(torch.device(DEVICE), getattr(torch, shape.dtype))

@@ -1,5 +1,7 @@
-"""One configuration of bench.py, for a process of its own: dmfast.bench.worker on a CUDA device, with Triton's kernels,
-the rivals that run there, its clock and its memory. Dry: on the CPU, with Triton's kernels in their interpreter.
+"""Measure one configuration of bench.py in a process of its own.
+
+It runs dmfast.bench.worker on a CUDA device with Triton's kernels, the rivals that run there, its clock and its memory.
+A dry run is on the CPU, with Triton's kernels in their interpreter.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ _TRITON = ("dm_loss gdc++, in place", "dm_loss dpg (known weight), in place", "s
 
 
 def cuda_ms(call: Callable[[], Any]) -> tuple[float, bool]:
-    """Milliseconds of what a call queues on the current CUDA stream, and whether it was queued behind a gate; if not,
-    the host waits for the device in it, and Python's latency is in the time."""
+    """Return the milliseconds of what a call queues on the current CUDA stream, and whether a gate held it back.
+
+    If it was not, the host waits for the device in it, and the time contains Python's latency.
+    """
     for cycles in clock.GATES:
         gated = clock.Clock().gated(call, cycles)
         if gated is not None:
@@ -36,7 +40,7 @@ def cuda_ms(call: Callable[[], Any]) -> tuple[float, bool]:
 
 
 def cuda_memory(call: Callable[[], Any], forget: Callable[[], Any] = lambda: None) -> float:
-    """MB that a call has allocated at its peak, above what there was."""
+    """Return the MB that a call allocated at its peak, beyond what was allocated before."""
     forget()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -47,7 +51,7 @@ def cuda_memory(call: Callable[[], Any], forget: Callable[[], Any] = lambda: Non
 
 
 def trl_kernel() -> TokenLogProb:
-    # not by way of selective_log_softmax, which without its kernel takes plain torch and does not say so
+    # selective_log_softmax would use plain torch without its kernel, and not say so
     function: Any = getattr(importlib.import_module("trl.kernels"), "selective_log_softmax_and_entropy", None)
     if function is None:
         raise ImportError("trl.kernels has no selective_log_softmax_and_entropy: that takes trl 1.16 and triton")
@@ -66,7 +70,7 @@ def _quack() -> TokenLogProb:
 
 def _on_triton(call: Call) -> Call:
     def forced() -> None:
-        # not use_backend(), which looks around on the host at every call, inside the time
+        # use_backend() would look around on the host at every call, inside the time
         before, kernels.forced = kernels.forced, "triton"
         try:
             call()
@@ -77,7 +81,7 @@ def _on_triton(call: Call) -> Call:
 
 
 class WithTriton(Place):
-    """A place where dmfast's own are measured on the Triton kernels, too."""
+    """Measure dmfast's own functions with the Triton kernels, too."""
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
@@ -100,9 +104,9 @@ class WithTriton(Place):
 
 
 class OnDevice(WithTriton):
-    """A CUDA device: its clock, its memory, and the rivals that have kernels for it.
+    """Measure on a CUDA device with its clock, its memory, and the rivals that have kernels for it.
 
-    ``with_latency`` holds the names of the calls in whose times Python's latency is.
+    ``with_latency`` holds the names of the calls whose times contain Python's latency.
     """
 
     def __init__(self, device: str) -> None:
@@ -119,19 +123,19 @@ class OnDevice(WithTriton):
         return found, others
 
     def on_logits(self, dtype: torch.dtype) -> dict[str, Callable[[], TokenLogProb]]:
-        """Return fewer compilations than on a CPU, and the kernels that there are none of for one."""
+        """Return fewer compilations than on a CPU, and the kernels that only a device has."""
         makers = {n: make for n, make in rivals.on_logits(dtype).items() if not n.startswith(("compiled", "trl"))}
         makers["compiled log_softmax + gather"] = lambda: rivals.compiled(rivals.log_softmax_gather)
         return makers | {"liger-kernel cross_entropy": _liger_cross_entropy, "quack cross_entropy": _quack,
                          "trl fused log-prob and entropy": trl_kernel}  # fmt: skip
 
     def on_hidden(self) -> dict[str, Callable[[], HeadLogProb]]:
-        """Return cut-cross-entropy with its Triton kernels in the place of its torch.compile."""
+        """Return cut-cross-entropy with its Triton kernels instead of its torch.compile."""
         makers = {n: make for n, make in rivals.on_hidden().items() if not n.startswith("cut-cross-entropy")}
         return makers | {"cut-cross-entropy cce": lambda: rivals.cut_cross_entropy("cce")}
 
     def roofs(self, z: Tensor, copy: Tensor) -> dict[str, Call]:
-        """Return a copy: one read and one write per logit."""
+        """Return a copy, which reads and writes each logit once."""
         return {"roof: copy_": lambda: copy.copy_(z)}
 
     def milliseconds(self, call: Call) -> float:
@@ -155,7 +159,7 @@ def main() -> None:
         result["with_latency"] = sorted(place.with_latency)
     print(json.dumps(result))
     sys.stdout.flush()
-    os._exit(0)  # compilers' pools would keep the process
+    os._exit(0)  # the pools of the compilers would keep the process alive
 
 
 if __name__ == "__main__":
