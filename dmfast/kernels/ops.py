@@ -87,9 +87,9 @@ def _status(scores: Scores, like: Tensor) -> Tensor:
 
 
 def _apart(scores: Scores) -> tuple[Tensor, Tensor]:
-    """Return the blocks of rows and sequences, of which one is a copy: they may lie in one tensor, and the results of
+    """Return the blocks of rows and sequences as copies: they may lie in one tensor, and the results of
     an op may not."""
-    return scores.rows.clone(), scores.sequences
+    return scores.rows.clone(), scores.sequences.clone()
 
 
 def _blocks(batch: Batch, columns: int, entropy: bool, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -401,7 +401,7 @@ def linear_score(
     batch = _linear_batch(hidden, head, labels, cu_seqlens, token_weight, scale, softcap, logits_dtype)
     scores, _ = linear.forward(kernels.BACKENDS[backend], hidden, head, bias, batch, None, entropy, 1.0, None,
                                chunk_bytes or None, (False,) * 3)  # fmt: skip
-    return *_differentiable(batch, scores, bonus), scores.rows.clone(), scores.sequences, _status(scores, hidden)
+    return *_differentiable(batch, scores, bonus), *_apart(scores), _status(scores, hidden)
 
 
 @linear_score.register_fake
