@@ -276,7 +276,8 @@ class Terms:
         log_prob: Tensor | None = None, entropy_coefficient: float = 0.0, group: Group | None = None,
     ) -> None:  # fmt: skip
         self.objective, self.on_policy, self.max_weight = objective, on_policy, max_weight
-        self._block, self.columns = (block, None) if isinstance(block, Tensor) else (None, block)
+        self._block: Tensor | None = block if isinstance(block, Tensor) else None
+        self.columns: Sequence[Tensor] | None = None if isinstance(block, Tensor) else block
         self._place: tuple[Tensor, int, int, int] | None = None
         self.present, self.given, self.constants = present, given, constants
         self.log_prob = log_prob

@@ -153,7 +153,7 @@ def terms_struct(terms: Terms | None, into: tuple[Tensor, int, int] | None = Non
         block = terms.block
         return _C.Terms(number, flags, _address(block, "inputs"), block.stride(0), terms.present, scalars, [])
     memory, offset, n = into
-    columns = []
+    columns: list[int] = []
     for x in terms.columns:
         columns += (_address(x, "inputs"), x.stride(0), x.element_size())
     struct = _C.Terms(number, flags, memory.data_ptr() + 8 * offset, n, terms.present, scalars, columns)
