@@ -1,4 +1,4 @@
-"""``dmfast serve-proposal``: a vLLM server that draws from q, started with the options that ``HTTPSampler`` needs."""
+"""Start a vLLM server that draws from q, with the options that ``HTTPSampler`` needs (``dmfast serve-proposal``)."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def command(model: str, options: Sequence[str], *, host: str, port: int, dtype: 
 
     Args:
         model: a folder or a name on the hub.
-        options: further ones of vLLM's server.
-        host, port, dtype: vLLM's.
+        options: further options of vLLM's server.
+        host, port, dtype: the options of vLLM's server of these names.
 
     Raises:
-        ValueError: an option that dmfast sets itself, or that would draw from another distribution.
+        ValueError: dmfast sets one of the options itself, or the server would draw from another distribution with it.
     """
     own = [each for each in options if each.partition("=")[0] in _OWN]
     if own:
@@ -50,15 +50,15 @@ def command(model: str, options: Sequence[str], *, host: str, port: int, dtype: 
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of the server: its endpoints for weights are those of vLLM's development mode."""
+    """Return the server's environment, which switches on vLLM's development mode for its endpoints for weights."""
     return {**given, "VLLM_SERVER_DEV_MODE": "1"}
 
 
 def serve(args: argparse.Namespace) -> NoReturn:
-    """Become the server.
+    """Replace this process by the server.
 
     Raises:
-        ValueError: vLLM is not installed here; as ``command``.
+        ValueError: vLLM is not installed here, or as in ``command``.
     """
     if util.find_spec("vllm") is None:
         raise ValueError("vLLM is not installed in this environment: pip install vllm, and dmfast beside it")
