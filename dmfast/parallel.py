@@ -180,7 +180,7 @@ def _starts(ranks: list[list[int]]) -> list[int]:
 
 
 def _digest(value: object) -> int:
-    """Return 64 bits that are the same for equal values. Those of a tensor depend on its shape and its elements' bits."""
+    """Return 64 bits that are the same for equal values. A tensor's depend on its shape and its elements' bits."""
     if isinstance(value, Tensor):
         bits = value.detach().reshape(-1)
         bits = bits.view(torch.int64) if bits.dtype == torch.float64 else bits.to(torch.int64)
