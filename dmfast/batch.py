@@ -121,7 +121,7 @@ class Batch:
         n_sequences: the number of sequences, on an average rank, over which the step's mean is taken. None: all.
         first: (N,) fp64 each, log q, log P and log Z of the first draws, where some sequences were drawn again.
         rewards: (N,) fp64 each, the rewards by name where there are several.
-        seconds: the time that sampling, scoring and the policy took, by name.
+        seconds: the seconds that sampling, scoring and the policy took, by name.
         counts: what the scorers counted on this rank, by name.
         gradient: the norm and the variance of the gradient, by name, where they were measured.
     """
