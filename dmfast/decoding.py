@@ -84,7 +84,7 @@ def decode(
 
     def loop(_: nn.Module, given: Tensor, *, stopping_criteria: Callable[..., Tensor], **prepared: Any) -> Tensor:
         nonlocal kept_cache, shared
-        rows = torch.arange(n, device=given.device)  # the rows that are still in the batch; alive: have not ended
+        rows = torch.arange(n, device=given.device)  # rows: still in the batch; alive: not ended yet
         alive = torch.ones(n, dtype=torch.bool, device=given.device)
         for name in ("logits_processor", "generation_config", "synced_gpus", "streamer"):
             prepared.pop(name, None)

@@ -212,7 +212,7 @@ class Guard:
         first = int((scored * ends[0]).argmax())
         scored[first] = 0
         picked = sorted({first, int(((scored + 1) * ends[1]).argmax())})
-        x = drawn[picked if self.padded else [*picked, *picked]]  # each length comes twice, so that a batch has rows
+        x = drawn[picked if self.padded else [*picked, *picked]]  # a batch needs several rows of a length
         with _undisturbed(lm, training=True), _rounding_of(lm) as rounding:
             ids = x.tokens[0][x.attention_mask[0].bool()][None]
             with _naming(lm, "in training mode"):

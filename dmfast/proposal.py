@@ -295,7 +295,7 @@ class OfflineProposal(Generic[Policy]):
             samples = _as_samples(fresh())
         if self.criterion != "interval":
             check = nearer(self.criterion, *samples, alpha=self.alpha)
-            take = check.value > (self.stderrs * check.stderr if self.stderrs else 0.0)  # NaN: stay
+            take = check.value > (self.stderrs * check.stderr if self.stderrs else 0.0)  # q stays if NaN
         if take and self.best_only:
             name = "kl" if self.criterion == "interval" else self.criterion
             *scores, weight = samples

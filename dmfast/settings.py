@@ -146,8 +146,8 @@ class Settings:
                 )
         if self.uniform_groups == "redraw" and self.refit_ess:
             raise ValueError(
-                "uniform_groups='redraw' selects sequences by their values, and refit_ess fits lambda as if these were "
-                f"all sequences that q draws: leave one of them out, got refit_ess={self.refit_ess!r}"
+                "uniform_groups='redraw' selects sequences by their values, and refit_ess fits lambda from them as if "
+                f"they were all that q draws: leave one of them out, got refit_ess={self.refit_ess!r}"
             )
 
     @property
