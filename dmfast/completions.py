@@ -46,8 +46,8 @@ def samples_of(
     of_ids = "log_prob" if log_prob is not None else "score_mask"
     if (log_prob is not None or score_mask is not None) and any(isinstance(each, str) for each in completions):
         raise ValueError(
-            f"{of_ids} is of the token ids that were drawn, and a text that is tokenized anew may have others: with "
-            f"{of_ids} pass completions as lists of token ids"
+            f"{of_ids} belongs to the token ids that were drawn, and a text that is tokenized anew may have others: "
+            f"with {of_ids} pass completions as lists of token ids"
         )
     ends = set(eos_token_ids)
     given_end = (
@@ -131,8 +131,8 @@ def _ended(ids: list[int], drawn: list[bool], i: int, ends: set[int], end: int |
         if token in ends and drawn[place] and drawn[place + 1]:
             raise ValueError(
                 f"completion {i} goes on after its end: token {place} of {len(ids)}, {token}, ends a sequence. Cut it "
-                "there, padding too; a model whose sequences end elsewhere is LanguageModel(..., eos_token_id=...); "
-                "context between turns is what score_mask tells"
+                "there, padding too. If the model's sequences end elsewhere, pass eos_token_id to LanguageModel. If "
+                "context follows a turn there, mark it by score_mask"
             )
     if end is not None and ids and not drawn[-1]:
         raise ValueError(
@@ -149,7 +149,7 @@ def _ended(ids: list[int], drawn: list[bool], i: int, ends: set[int], end: int |
         ids = [*ids, end]
     if not ids:
         raise ValueError(
-            f"completion {i} has no tokens, so there is nothing to score; one that ended at once is its EOS alone"
+            f"completion {i} has no tokens, so there is nothing to score; if it ended at once, it consists of its EOS"
         )
     return ids
 

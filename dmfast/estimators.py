@@ -53,9 +53,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Estimates:
-    """The estimates of p, pi and q from a set of sequences x ~ q. Divergences and ``log_z`` are in nats.
+    """The estimates of p, pi and q from a set of sequences x ~ q.
 
-    ``ess`` is in sequences. ``alpha_policy`` and ``alpha_proposal`` are None unless an alpha was given.
+    ``log_z`` and the KL and JS divergences are in nats, ``ess`` in sequences. ``alpha_policy`` and ``alpha_proposal``
+    are None unless an alpha was given.
     """
 
     log_z: Estimate
@@ -157,7 +158,7 @@ def _checked(log_weight: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, 
     _check(log_weight=log_weight, sample_weight=sample_weight)
     log_weight = _fp64(log_weight)
     if not bool((log_weight < math.inf).all()):
-        raise ValueError("log_weight = log P - log q holds NaN or +inf: a log P that is, or a log q of -inf")
+        raise ValueError("log_weight = log P - log q holds NaN or +inf, from such a log P or from a log q of -inf")
     return log_weight, _weights(log_weight, sample_weight)
 
 

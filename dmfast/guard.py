@@ -269,7 +269,7 @@ class Guard:
             )  # fmt: skip
         elif _beyond(in_evaluation, together, allowed):
             why, what = "training mode computes another distribution than evaluation mode", (
-                "set what acts in training only to what it is in evaluation"
+                "switch off what acts only in training, by its config"
             )  # fmt: skip
         elif _beyond(step_by_step, alone, allowed):
             hint = getattr(text_config(lm._module()), "is_decoder", None) is False

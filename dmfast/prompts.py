@@ -123,9 +123,9 @@ class PromptEncoder:
                 raise ValueError(f"{name} can't be made token ids, {error}: {prompt!r:.200}") from error
         if isinstance(prompt, Mapping):
             keys: set[Any] = set(prompt)
-            hint = "of a datasets.Dataset pass its column, dataset['prompt']"
+            hint = "for a datasets.Dataset pass its column, dataset['prompt']"
             if "input_ids" in keys:
-                hint = "of a tokenizer's output pass input_ids, without padding"
+                hint = "for a tokenizer's output pass input_ids, without padding"
             elif "role" in keys:
                 hint = "a conversation is one prompt: write [messages]"
             raise TypeError(f"{name} must be {_KINDS}, got {prompt!r:.100}; {hint}")
@@ -250,8 +250,8 @@ def _listed(prompts: Any) -> Any:
     if isinstance(prompts, Mapping):
         raise TypeError(
             f"prompts must be a list of prompts, each {_KINDS}, got a {type(prompts).__name__} with "
-            f"{', '.join(map(str, prompts))}. Of a tokenizer's output pass the strings that went into it, or its ids "
-            "without padding: [ids[mask.bool()] for ids, mask in zip(out.input_ids, out.attention_mask)]"
+            f"{', '.join(map(str, prompts))}. For a tokenizer's output pass the strings that it was made of, or its "
+            "ids without padding: [ids[mask.bool()] for ids, mask in zip(out.input_ids, out.attention_mask)]"
         )
     if not hasattr(prompts, "__len__") or not isinstance(prompts, Iterable):
         raise TypeError(f"prompts must be a list of prompts, each {_KINDS}, got a {type(prompts).__name__}")
@@ -273,7 +273,7 @@ def _check_text(part: Any, name: str) -> None:
     if kind != "text" or not isinstance(part.get("text"), str):
         raise ValueError(
             f"{name} has a part of the type {kind!r} in its content, {dict(part)!r:.100}: dmfast supports text only, "
-            "without images, video or sound, also of models that could take them"
+            "without images, video or sound, even for models that could take them"
         )
 
 

@@ -267,7 +267,7 @@ const RowKernels& row_kernels(DType logits, DType gradient) {
       {forward_f32, backward_f32_f16, both_f32_f16, scale_f16, 4, 2},
   };
   if (logits != DType::f32 && gradient != logits)
-    throw std::invalid_argument("16-bit logits have a gradient of theirs");
+    throw std::invalid_argument("the gradient of 16-bit logits must have their dtype");
   return (logits == DType::f32 ? from_f32 : same)[static_cast<int>(gradient)];
 }
 

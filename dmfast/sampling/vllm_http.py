@@ -151,8 +151,8 @@ class HTTPSampler(Engine):
         )
         if answer is not None and answer.get("tokens") != own:
             raise ValueError(
-                f"{server} has another tokenizer than the policy: of the text {text!r:.60} it makes "
-                f"{answer.get('tokens')!r:.60}, and the policy's {own!r:.60}"
+                f"{server} has another tokenizer than the policy: for the text {text!r:.60} it gives "
+                f"{answer.get('tokens')!r:.60}, and the policy's gives {own!r:.60}"
             )
         for token, there in ((like.vocab_size - 1, True), (like.vocab_size, False)):
             request = {"model": self._name, "prompt": [token], "max_tokens": 1}
