@@ -133,7 +133,7 @@ class Samples:
         """Check that log q of the sequences is known.
 
         Args:
-            use: the name of what needs log q, as the subject of the error's sentence.
+            use: the use that needs log q, as the subject of the error's sentence.
 
         Raises:
             ValueError: log q is unknown.

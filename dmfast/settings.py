@@ -270,7 +270,7 @@ def check_trainable(policy: LanguageModel) -> None:
     model: Any = policy.model
     if any(parameter.requires_grad for parameter in model.parameters()):
         return
-    hint = "call requires_grad_(True) on what is to be trained"
+    hint = "call requires_grad_(True) on the parameters to train"
     if hasattr(model, "peft_config"):
         hint = "load the adapter by PeftModel.from_pretrained(..., is_trainable=True)"
     raise ValueError(

@@ -213,7 +213,7 @@ def _tensors(source: LanguageModel | nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in found.items()}
 
 
-# ---- what the process does
+# ---- in the child process
 
 
 def serve(descriptor: int, threads: int | None) -> None:

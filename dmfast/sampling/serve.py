@@ -19,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``dmfast serve-proposal``."""
     parser.add_argument("model", help="tiny-bios, a folder, or a name on the hub: the one that is trained")
     parser.add_argument("--host", default="127.0.0.1",
-                        help="who may connect; whoever may can run code in vLLM's workers")  # fmt: skip
+                        help="the address to listen at; every client can run code in vLLM's workers")  # fmt: skip
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--dtype", default="auto", help="what vLLM computes in; log q is its own in any")
-    parser.epilog = "What follows after -- are further options of vLLM's server, such as -- --tensor-parallel-size 2."
+    parser.add_argument("--dtype", default="auto", help="the dtype that vLLM computes in; log q is exact for each")
+    parser.epilog = "Options after -- are passed on to vLLM's server, for example -- --tensor-parallel-size 2."
     parser.set_defaults(vllm=[])
 
 
