@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints.txt $(shell find csrc dmfast -type f \
 	! -name '*.so' ! -name '*.pyc')
 
-PROOFS := host-cuda ptx families fsdp spread deepspeed ray sanitize aot interpreter floors wheel trace gpu-dry docs aarch64
+PROOFS := host-cuda ptx families fsdp spread deepspeed ray trl verl sanitize aot interpreter floors wheel trace gpu-dry docs extras aarch64
 .PHONY: demo test pytest lint proofs $(PROOFS) vllm gpu gpu-rivals paper-quick paper alpha-quick alpha format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
@@ -28,7 +28,7 @@ lint: $(VENV)/test
 	$(BIN)/mypy
 
 # Two at a time. passive: threads that wait must not keep the other's from the core.
-proofs: $(VENV)/triton $(VENV)/docs $(VENV)/deepspeed $(VENV)/ray
+proofs: $(VENV)/triton $(VENV)/docs $(VENV)/deepspeed $(VENV)/ray $(VENV)/trl $(VENV)/verl $(VENV)/extras/bin/uv
 	OMP_WAIT_POLICY=passive $(MAKE) -j2 -Otarget $(PROOFS)
 
 # The CPU kernels, built for the baseline instruction set (no AVX2), under AddressSanitizer and UBSan.
@@ -103,6 +103,10 @@ wheel: $(VENV)/test
 floors: $(VENV)/test
 	$(BIN)/python scripts/ci/floors.py
 
+# What each extra of pyproject.toml resolves to: nothing that dmfast refuses. It installs nothing, and asks the registry.
+extras: $(VENV)/extras/bin/uv
+	$(VENV)/extras/bin/python scripts/ci/extras.py $(VENV)/extras/bin/uv
+
 # The site, with an API reference from the docstrings, in build/site. A warning is an error, which --quiet would hide from
 # --strict too. The variable silences theirs of new versions to come.
 docs: $(VENV)/docs
@@ -134,6 +138,17 @@ deepspeed: $(VENV)/deepspeed
 # Sampling that runs ahead in actors of Ray: docs/scale.md.
 ray: $(VENV)/ray
 	OMP_NUM_THREADS=1 $(VENV)/ray/bin/python scripts/ci/ray_actors.py
+
+# The trainer that puts dmfast's loss into trl, against trl's own losses; loggers: docs/integrations.md.
+trl: $(VENV)/trl
+	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python scripts/ci/trl_trainer.py
+	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python scripts/ci/loggers.py
+	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python -m pytest tests/test_docs.py -k integrations
+
+# The policy loss and the advantage estimator for verl, in verl's own registries: docs/integrations.md.
+verl: $(VENV)/verl
+	OMP_NUM_THREADS=1 $(VENV)/verl/bin/python scripts/ci/verl_loss.py
+	OMP_NUM_THREADS=1 $(VENV)/verl/bin/python -m pytest tests/test_docs.py -k integrations
 
 # The row kernels compiled for aarch64 and run in qemu.
 aarch64:
@@ -172,14 +187,20 @@ $(VENV)/docs: $(VENV)/test
 	$(PIP) mkdocs-material 'mkdocstrings[python]'
 	@touch $@
 
-# DeepSpeed changes what transformers and accelerate do where it is installed, and Ray brings packages of its own. Each has
-# an environment of its own, which sees the packages of the tests' beneath it.
-$(VENV)/deepspeed $(VENV)/ray: $(VENV)/test
+# DeepSpeed changes what transformers and accelerate do where it is installed, Ray and trl bring packages of their own, and
+# verl an older transformers. Each has an environment of its own, which sees the packages of the tests' beneath it.
+$(VENV)/trl: BRINGS = trl wandb trackio
+$(VENV)/deepspeed $(VENV)/ray $(VENV)/trl $(VENV)/verl: BRINGS ?= $(notdir $@)
+$(VENV)/deepspeed $(VENV)/ray $(VENV)/trl $(VENV)/verl: $(VENV)/test
 	$(BIN)/python -m venv --without-pip $@
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		"$$($@/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_beneath.pth"
-	$(BIN)/python -m pip --python $@/bin/python install -q -c constraints.txt $(notdir $@)
+	$(BIN)/python -m pip --python $@/bin/python install -q -c constraints.txt $(BRINGS)
 	@touch $@
+
+$(VENV)/extras/bin/uv:
+	$(PYTHON) -m venv $(VENV)/extras
+	$(VENV)/extras/bin/python -m pip install -q uv
 
 # torch first, so that nothing that depends on it brings another build of it
 $(VENV)/torch: constraints.txt

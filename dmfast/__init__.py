@@ -6,7 +6,7 @@ sampling and the like are imported from their modules, such as ``dmfast.estimato
 
 from typing import TYPE_CHECKING, Any
 
-from . import eager
+from . import eager, moved
 from .functional import (
     dm_loss,
     linear_dm_loss,
@@ -17,6 +17,7 @@ from .functional import (
 )
 from .kernels import backends, use_backend
 from .kernels.result import DMLossOutput
+from .log_probs import dm_loss_from_log_probs
 from .matcher import Matcher
 from .models import LanguageModel
 from .objectives import OBJECTIVES, Objective, Terms
@@ -27,7 +28,7 @@ from .targets import EBM, Classifier, Contains, Moment, Reward, Scorer, Verifier
 if TYPE_CHECKING:
     from .training import DMConfig, DMTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "EBM",
     "OBJECTIVES",
@@ -48,6 +49,7 @@ __all__ = [
     "Verifier",
     "backends",
     "dm_loss",
+    "dm_loss_from_log_probs",
     "eager",
     "linear_dm_loss",
     "linear_sequence_log_prob",
@@ -59,9 +61,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The trainer, when it is asked for: it brings transformers, which ``import dmfast`` must not."""
+    """Return the trainer, whose transformers ``import dmfast`` must not bring, or a name that has moved."""
     if name in ("DMConfig", "DMTrainer"):
         from . import training
 
         return getattr(training, name)
-    raise AttributeError(f"module 'dmfast' has no attribute {name!r}")
+    return moved.find(name)

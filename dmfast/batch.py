@@ -70,6 +70,8 @@ def _integers(context_id: Any) -> Tensor:
         ids = torch.as_tensor(context_id)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(expected) from error
+    if ids.shape == (0,):  # which torch takes for floats
+        return ids.to(torch.int64)
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool or ids.dim() != 1:
         raise TypeError(expected)
     return ids.to(torch.int64)

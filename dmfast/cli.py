@@ -1,7 +1,8 @@
 """Run the ``dmfast`` command.
 
-``demo`` trains a small model, ``train`` runs a recipe, ``serve-proposal`` starts a vLLM server that draws for a run,
-``report`` compares runs, ``bench`` runs benchmarks, and ``doctor`` shows which backends run here.
+``demo`` trains a small model, ``train`` runs a recipe, ``fit-z`` draws the pass rates of its prompts,
+``serve-proposal`` starts a vLLM server that draws for a run, ``report`` compares runs, ``bench`` runs benchmarks, and
+``doctor`` shows which backends run here.
 """
 
 from __future__ import annotations
@@ -34,14 +35,29 @@ def doctor() -> int:
     print("backends:")
     for info in backends().values():
         print(f"  {info.name:6} {'in use' if info.in_use else 'not in use':11} {info.detail}")
-    print("extras:")
+    print("packages:")
     for package in ("transformers", "accelerate", "safetensors", "pyyaml", "rich", "matplotlib", "nltk", "peft"):
         try:
             found = metadata.version(package)
         except metadata.PackageNotFoundError:
             found = "missing: " + ("for LoRA, pip install peft" if package == "peft" else _INSTALL)
         print(f"  {package:12} {found}")
+    print("extras, each by pip install 'dmfast[NAME]':")
+    for line in _extras():
+        print(f"  {line}")
     return 0 if backends()["cpu"].available else 1
+
+
+def _extras() -> list[str]:
+    """Return a line for each extra: whether it is there, what it would bring, what clashes."""
+    from .extras import extras
+
+    try:
+        return [f"{extra.name:12} {extra}" for extra in extras()]
+    except metadata.PackageNotFoundError:
+        return ["unknown: dmfast runs from its sources and is not installed, so that pip has no list of them"]
+    except ModuleNotFoundError as error:
+        return [f"unknown: {error}; pip install packaging"]
 
 
 def report(runs: list[str], out: str) -> int:
@@ -75,21 +91,29 @@ def _parser(complete: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dmfast", description=__doc__)
     parser.add_argument("--version", action="version", version=f"dmfast {__version__}", help="print it and leave")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="half of the biographies about women, in a minute or two")
+    demo = commands.add_parser("demo", help="train a small model until half of its biographies are about women")
     train = commands.add_parser("train", help="run a job from a YAML file")
-    train.add_argument("recipe", help="the file; dmfast/recipes/ has some")
-    train.add_argument("--set", dest="overrides", type=_override, action="append", default=[], metavar="KEY=VALUE",
-                       help="replaces an entry, such as train.max_steps=5")  # fmt: skip
+    fit_z = commands.add_parser("fit-z", help="the prompts of a job with the pass rate of each under the base")
+    for each in (train, fit_z):
+        each.add_argument("recipe", help="the file; dmfast/recipes/ has some")
+        each.add_argument("--set", dest="overrides", type=_override, action="append", default=[], metavar="KEY=VALUE",
+                          help="replaces an entry, such as train.max_steps=5")  # fmt: skip
+    fit_z.add_argument("--out", required=True, help="the .jsonl file that is written")
+    fit_z.add_argument("--n", type=int, default=64, help="completions of each prompt")
+    fit_z.add_argument("--seed", type=int, default=0, help="of the completions")
+    fit_z.add_argument("--drop-zero", action="store_true", help="leave out prompts of which no completion is right")
     train.add_argument("--out", help="the folder that the run writes into; replaces train.output_dir")
     train.add_argument("--resume", nargs="?", const=True, default=False, metavar="CHECKPOINT",
                        help="go on from a checkpoint, by its folder or its name in the run; without one from the "
                        "newest")  # fmt: skip
-    report = commands.add_parser("report", help="one HTML page that compares runs")
+    report = commands.add_parser("report", help="write one HTML page that compares runs")
     report.add_argument("runs", nargs="+", metavar="RUN",
                         help="a folder with log.json (train, demo) or trainer_state.json (DMTrainer)")  # fmt: skip
-    report.add_argument("--out", default="report.html", help="the page")
-    bench = commands.add_parser("bench", help="the fused losses against what else there is; a step of your own model")
-    serve = commands.add_parser("serve-proposal", help="a vLLM server that draws from q for a run")
+    report.add_argument("--out", default="report.html", help="the file of the page")
+    bench = commands.add_parser(
+        "bench", help="time the fused losses beside other ones, or one training step of your own model"
+    )
+    serve = commands.add_parser("serve-proposal", help="start a vLLM server that draws from the proposal of a run")
     commands.add_parser("doctor", help="versions, backends, what is missing")
     if complete == "serve-proposal":
         from .sampling.serve import add_arguments as add_serve_arguments
@@ -119,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> int:
     words = sys.argv[1:] if argv is None else argv
-    needed = {"demo": _NEEDED, "train": _NEEDED, "bench": _NEEDED, "report": ("matplotlib",)}.get(
+    needed = {"demo": _NEEDED, "train": _NEEDED, "fit-z": _NEEDED, "bench": _NEEDED, "report": ("matplotlib",)}.get(
         "".join(words[:1]), ()
     )
     missing = [package for package in needed if util.find_spec(package) is None]
@@ -165,11 +189,17 @@ def _run(argv: list[str] | None) -> int:
     from .training import recipe
 
     sys.path.insert(0, os.getcwd())  # the user's own scorers are found there
-    overrides = dict(args.overrides) | ({"train.output_dir": args.out} if args.out else {})
+    overrides = dict(args.overrides)
+    if args.command == "train" and args.out:
+        overrides["train.output_dir"] = args.out
     try:
-        recipe.run(recipe.read(args.recipe, overrides), resume=args.resume, say=console().print)
+        asked = recipe.read(args.recipe, overrides)
+        if args.command == "fit-z":
+            recipe.fit_z(asked, args.out, n=args.n, seed=args.seed, drop_zero=args.drop_zero, say=console().print)
+        else:
+            recipe.run(asked, resume=args.resume, say=console().print)
     except (ValueError, OSError, ImportError) as error:
-        print(f"dmfast train: {error}", file=sys.stderr)
+        print(f"dmfast {args.command}: {error}", file=sys.stderr)
         return 1
     PartialState().destroy_process_group()  # of several processes; torch warns where a process ends with one
     return 0

@@ -49,10 +49,10 @@ def console() -> Any:
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``dmfast demo``."""
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=2048, help="fresh samples before and after")
-    parser.add_argument("--out", type=Path, default=Path("demo"))
+    parser.add_argument("--steps", type=int, default=80, help="optimiser steps")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples that training draws")
+    parser.add_argument("--samples", type=int, default=2048, help="fresh samples before and after training")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the model, log.json and the picture")
 
 
 def demo(args: argparse.Namespace) -> dict[str, Any]:

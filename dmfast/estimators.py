@@ -369,6 +369,17 @@ class PartitionFunction:
         )
         self.n += log_w.shape[0]
 
+    @classmethod
+    def of_rate(cls, rate: float, n: int) -> PartitionFunction:
+        """Return one that has seen n samples of the base with the mean ``rate`` of w = b, where b is from 0 to 1.
+
+        The sum of squares, on which only ``stderr`` rests, is that of a b that is 0 or 1, the most it can be.
+        """
+        found = cls()
+        found._log_sum = found._log_sum_squares = math.log(rate * n) if rate else -math.inf
+        found.n = n
+        return found
+
     @property
     def log_z(self) -> float:
         """The estimate of log Z in nats, -inf until a sequence with P > 0 was seen."""
@@ -423,6 +434,20 @@ class PartitionFunctions:
             z, which = copy.copy(new._of.get(context, PartitionFunction())), context_id == context
             z.update(log_target[which], log_proposal[which])
             new._of[context] = z
+        return new
+
+    def started(self, context_id: Tensor, rate: Tensor, n: Tensor) -> PartitionFunctions:
+        """Return a copy in which contexts that were not seen yet start from samples of the base.
+
+        Args:
+            context_id: (N,) integers. Of one that comes several times the first counts.
+            rate, n: (N,), as in ``PartitionFunction.of_rate``.
+        """
+        new = PartitionFunctions()
+        new._of = dict(self._of)
+        for context, each, drawn in zip(context_id.tolist(), rate.tolist(), n.tolist(), strict=True):
+            if context not in new._of:
+                new._of[context] = PartitionFunction.of_rate(each, int(drawn))
         return new
 
     def log_z(self, context_id: Tensor, *, most: float = math.inf, unknown: float = -math.inf) -> Tensor:

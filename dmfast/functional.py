@@ -308,7 +308,10 @@ def linear_dm_loss(
 
     Whole sequences go through one buffer of logits; rows that are not scored cost no product. Where grad_output is
     known before backward (1, or ``grad_scale``), forward computes all gradients with three products; otherwise
-    (``reduction="none"``, float16 without ``grad_scale``, an objective of your own) backward computes the logits again.
+    (``reduction="none"``, float16 without ``grad_scale``) backward computes the logits again. So does forward where
+    what goes together does not fit the buffer (``chunk_bytes``): a sequence; the sequences of a prompt, for an
+    objective with ``whole_contexts``; all sequences, for a function that has neither that nor ``per_sequence``.
+    Under torch.compile backward does so for every function.
     The backend ``eager`` forms all logits. Under torch.compile the call is one op of the graph; under autocast the
     products run in its dtype, as nn.Linear's do.
 
@@ -355,7 +358,7 @@ def linear_dm_loss(
         checks.check_call(batch, reduction, num_sequences, grad_scale)
         wants_entropy = return_entropy or terms.entropy_coefficient != 0.0
         options, divisor = _options(batch, reduction, num_sequences, wants_entropy, inplace=False)
-        if isinstance(terms.objective, Objective) and divisor is None:
+        if divisor is None:
             # the weight is formed inside a chunk, whether or not it depends on pi
             options = options._replace(expected=expected_grad(True, hidden.dtype, reduction, grad_scale))
         if group is None:

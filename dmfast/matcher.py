@@ -53,7 +53,7 @@ from .running import Running
 from .samples import Prompt, Samples
 from .seeds import seed_for
 from .settings import AnyObjective, Settings, check_proposal, check_target, check_trainable
-from .targets import EBM, Feature, FeatureValues, Scorer, TargetScores
+from .targets import EBM, Feature, FeatureValues, Scorer, TargetScores, pass_rates
 from .targets.rewards import AnyReward, WeightedSum, Weights, as_reward, parts_of
 from .unseen import Seen, unknown, unseen
 
@@ -110,11 +110,17 @@ class Matcher:
             where its estimate is above 1.
         z_floor: what Z is read as for a context of which no sequence with P > 0 was seen yet, above 0 and at most 1.
             None: such a context has weight 0. Only for such a target.
+        z_from_rows: whether Z of a context starts from the columns ``pass_rate`` and ``pass_rate_n`` of its row, which
+            ``EBM.fit_z`` makes, as if these n samples of the base had been seen. Only for such a target.
         uniform_groups: what happens to prompts whose sequences all have the same reward (without a reward: the same
             b(x)), where an objective that compares the sequences of a prompt gives all of them the weight 0. ``keep``:
             they count in the mean. ``skip``: the mean is over the others. ``redraw``: they are drawn again, up to
-            ``max_redraws`` times, then skipped; what was drawn before still counts in Z and in the estimates of
-            divergences. Only on-policy. ``n_uniform`` and ``n_redrawn`` are logged.
+            ``max_redraws`` times, then skipped. ``replace``: the same with other prompts in their place, which
+            ``other_contexts`` gives. What was drawn before still counts in Z and in the estimates of divergences; with
+            ``partition="step"`` the first draw of each prompt alone counts in Z, which a redraw that depends on it
+            would bias. Only on-policy. ``n_uniform`` and ``n_redrawn`` are logged.
+        other_contexts: ``other_contexts(seed, n, taken)`` gives up to n prompts whose ``context_id`` is not in the set
+            ``taken``, the same ones on all ranks, for ``uniform_groups="replace"``.
         skip_zero_weight: sequences whose weight is known to be 0 before the policy's forward get none.
         ppo_epochs: optimiser steps on each batch (``Batch.again``), for ``reinforce`` and ``kl_control`` on-policy.
             Above 1 returns, KL penalty and baseline are frozen as they were at the sampling policy, and the ratio is
@@ -163,8 +169,10 @@ class Matcher:
         on_policy: bool | None = None,
         partition: str = "running",
         z_floor: float | None = None,
+        z_from_rows: bool = False,
         uniform_groups: str = "keep",
         max_redraws: int = 4,
+        other_contexts: Callable[[int, int, set[int]], Prompts] | None = None,
         skip_zero_weight: bool = False,
         ppo_epochs: int = 1,
         ppo_clip: float = 0.2,
@@ -180,8 +188,8 @@ class Matcher:
         self.settings = Settings(
             objective, baseline, normalize, beta, beta_target_kl, beta_horizon, alpha, normalize_alpha, max_return,
             max_weight, entropy_coefficient, proposal is None if on_policy is None else on_policy, partition,
-            z_floor, uniform_groups, max_redraws, skip_zero_weight, ppo_epochs, ppo_clip, check_samples, refit_ess,
-            refit_samples, patience_zero, seed,
+            z_floor, z_from_rows, uniform_groups, max_redraws, skip_zero_weight, ppo_epochs, ppo_clip, check_samples,
+            refit_ess, refit_samples, patience_zero, seed,
         )  # fmt: skip
         if not isinstance(policy, LanguageModel):
             raise TypeError(
@@ -195,7 +203,13 @@ class Matcher:
             raise ValueError(f"reward_weights={reward_weights!r} is for several rewards, and there is no reward")
         self.reward = None if reward is None else as_reward(reward, reward_weights)
         self.ranks: Ranks = OneProcess() if ranks is None else ranks
-        self.check_contexts = check_contexts
+        if (other_contexts is None) == (self.settings.uniform_groups == "replace"):
+            raise ValueError(
+                "other_contexts gives the prompts that uniform_groups='replace' puts in the place of others: pass both "
+                f"or neither, got other_contexts={other_contexts!r} and "
+                f"uniform_groups={self.settings.uniform_groups!r}"
+            )
+        self.check_contexts, self.other_contexts = check_contexts, other_contexts
         self.scorers = _scorers_of(target, self.reward)
         self._estimates = RunningEstimates(decay)  # where there is no proposal, which has its own
         self.running = Running.start(target.lambda_.tolist(), self.settings.steered)
@@ -287,10 +301,14 @@ class Matcher:
                 self._arguments(Prompts(each), n, how, self._seed(f"step {running.steps + k}"))
                 for k, each in enumerate([prompts, *next_prompts])
             ])  # fmt: skip
+        if self.settings.z_from_rows:
+            pass_rates.read(contexts.rows)  # an error comes before the first sample
         done, seconds = self._scorer_counts(), {"sampling": 0.0, "scoring": 0.0}
         seed = self._seed(f"step {running.steps}") if seed is None else seed
         taken = [self._drawn(contexts, n, how, seed, seconds)]
         drawn, uniform, n_groups = self._regrouped(taken, contexts, n, how, seed, seconds)
+        for each in taken:
+            running = self._started(running, each.samples)
         x, inputs = drawn.samples, dict(drawn.inputs)
         counts = {name: value - done[name] for name, value in self._scorer_counts().items()} | n_groups
         # every draw counts in Z, also one whose sequences do not stay
@@ -330,6 +348,14 @@ class Matcher:
         )  # fmt: skip
         return self._opened(batch)
 
+    def _started(self, running: Running, x: Samples) -> Running:
+        """Return what is carried, where contexts that were not seen yet start from the pass rates of their rows."""
+        if not self.settings.z_from_rows:
+            return running
+        context_id, found = (self.ranks.gather(each.to(x.tokens.device))
+                             for each in (x.context_id, pass_rates.read(x.rows)))  # fmt: skip
+        return running.started(context_id, *found.unbind(1))
+
     def _log_z(self, partitions: PartitionFunctions, context_id: Tensor) -> Tensor:
         """Return log Z of each sequence's context, as it is read from the sums."""
         floor = self.settings.z_floor
@@ -360,13 +386,23 @@ class Matcher:
         return Scored(x, inputs, torch.cat([scores.features, scores.monitored], 1), scores.log_base, rewards)
 
     def _of_all(self, taken: list[Scored]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return contexts, log P and log q of what was drawn on all ranks."""
+        """Return contexts, log P and log q of what was drawn on all ranks and counts in Z.
+
+        A Z of a step takes the first draw of each context alone: whether there is another depends on the first, and the
+        mean of both would not be Z on average. The sums of a Z that runs along keep no such bias, since they go on.
+        """
         gather = self.ranks.gather
-        return (
-            torch.cat([gather(each.samples.context_id) for each in taken]),
-            torch.cat([gather(each.inputs["log_target"]) for each in taken]),
-            torch.cat([gather(each.samples.log_prob) for each in taken]),
-        )
+        context_id = torch.cat([gather(each.samples.context_id) for each in taken])
+        log_target = torch.cat([gather(each.inputs["log_target"]) for each in taken])
+        log_q = torch.cat([gather(each.samples.log_prob) for each in taken])
+        if self.settings.partition != "step" or len(taken) == 1:
+            return context_id, log_target, log_q
+        counts, seen = [], torch.zeros(0, dtype=torch.int64, device=context_id.device)
+        for part in torch.split(context_id, [len(each.samples) * self.ranks.size for each in taken]):
+            counts.append(~torch.isin(part, seen))
+            seen = torch.cat([seen, part])
+        first = torch.cat(counts)
+        return context_id[first], log_target[first], log_q[first]
 
     def _regrouped(
         self, taken: list[Scored], contexts: Prompts, n: int, how: SamplingOptions, seed: int,
@@ -394,7 +430,7 @@ class Matcher:
 
         uniform, n_uniform = look(drawn)
         counts = {"n_uniform": n_uniform}
-        if self.settings.uniform_groups != "redraw":
+        if self.settings.uniform_groups in ("keep", "skip"):
             return drawn, uniform, counts
         counts["n_redrawn"] = 0.0
         for k in range(self.settings.max_redraws):
@@ -402,14 +438,38 @@ class Matcher:
             most = int(gather(torch.tensor([len(mine)], device=uniform.device)).max())
             if not most:
                 break
-            # all ranks draw equally many; what fills up counts in Z like the rest, and is not used otherwise
-            rest = [place for place in range(len(contexts)) if place not in set(mine)]
-            again = contexts.at([*mine, *rest[: most - len(mine)]])
-            taken.append(self._drawn(again, n, how, seed_for(seed, f"redraw {k}"), seconds))
+            seed_of_draw = seed_for(seed, f"redraw {k}")
+            again = self._instead(contexts, mine, most, taken, seed_of_draw)
+            if not len(again):  # there are no other prompts left
+                break
+            taken.append(self._drawn(again, n, how, seed_of_draw, seconds))
+            mine = mine[: len(again)]
             drawn = drawn.replaced(mine, taken[-1], n)
-            counts["n_redrawn"] += float(gather(uniform).sum())
+            if not isinstance(self.settings.template, Objective):
+                self._check_groups(gather(drawn.samples.context_id))
+            counts["n_redrawn"] += n * float(gather(torch.tensor([len(mine)], device=uniform.device)).sum())
             uniform, _ = look(drawn)
         return drawn, uniform, counts
+
+    def _instead(self, contexts: Prompts, mine: list[int], most: int, taken: list[Scored], seed: int) -> Prompts:
+        """Return what this rank draws in the place of groups of one value, equally many prompts on all ranks.
+
+        What fills up counts in Z like the rest, and is not used otherwise.
+
+        Args:
+            contexts: those of the step.
+            mine: the places of this rank's groups of one value.
+            most: the most such groups of a rank.
+            taken: what was drawn so far.
+            seed: of the draw.
+        """
+        if self.other_contexts is None:
+            rest = [place for place in range(len(contexts)) if place not in set(mine)]
+            return contexts.at([*mine, *rest[: most - len(mine)]])
+        known: set[int] = set(torch.cat([self.ranks.gather(each.samples.context_id) for each in taken]).tolist())
+        others = self.other_contexts(seed, most * self.ranks.size, known)
+        share = len(others) // self.ranks.size
+        return others.at(range(self.ranks.rank * share, (self.ranks.rank + 1) * share))
 
     def _whole_step(
         self, objective: Callable[[Terms], Tensor], x: Samples, inputs: dict[str, Tensor], stays: Tensor,
@@ -752,8 +812,8 @@ class Matcher:
 
         Returns:
             What is worth logging: ``kl_policy`` (KL(p||pi), nats) and other estimates with their ``_stderr``,
-            ``log_z``, ``ess``, ``phi/<feature>``, ``swapped``, ``seconds_sampling``, ... docs/guide.md says what each
-            is.
+            ``log_z``, ``ess``, ``phi/<feature>``, ``swapped``, ``seconds_sampling``, ...
+            docs/guide/reading-a-run.md says what each is.
 
         Raises:
             RuntimeError: there is no batch, or a sequence of it has not passed ``loss``.
@@ -883,7 +943,7 @@ class Matcher:
         context, log_prob, log_q, log_target = (
             gather(each) for each in (x.context_id, log_prob, x.log_prob, log_target)
         )
-        partitions = running.partitions_before(self.settings.partition)
+        partitions = self._started(running, x).partitions_before(self.settings.partition)
         return log_prob, log_q, log_target, self._log_z(partitions.updated(context, log_target, log_q), context)
 
     def _compare_z(self) -> None:

@@ -9,7 +9,8 @@ A ``Matcher`` reads these attributes of a function: ``needs``, the inputs that i
 ``whole_contexts``, as of ``vargrad``; ``least_of_context``, how many sequences of a prompt it compares at least;
 ``weight_known``, whether A does not depend on log pi, so that it is formed once, when the step is drawn, and one pass
 over the logits is enough; ``centred``, whether A is 0 for all sequences of a prompt whose values are equal;
-``only_on_policy``.
+``only_on_policy``. The linear losses read ``per_sequence``, whether A depends on the sequence's own log pi alone beside
+what ``at_draw`` gives, so that a call may be cut between its sequences.
 
 Notation as in ``objectives.py``: rho = pi/q, u = p/q, t = pi/p, R the reward, |x| the scored tokens. R of a group is
 compared with the group: R_hat = (R - mean)/(std + 1e-6), std that of a sample (n - 1).
@@ -42,7 +43,7 @@ def _marked(*needs: str, **attributes: object) -> Callable[[_Function], _Functio
     return mark
 
 
-_GROUP = {"least_of_context": 2, "centred": True}  # of values that are known when a step is drawn
+_GROUP = {"least_of_context": 2, "centred": True, "per_sequence": True}  # of values that are known when a step is drawn
 _ON_POLICY_GROUP = {**_GROUP, "weight_known": True, "only_on_policy": True}
 
 
@@ -99,7 +100,7 @@ def _centred(terms: Terms) -> Tensor:
     return reward - terms.group_mean(reward)
 
 
-@_marked()
+@_marked(per_sequence=True)
 def trajectory_balance(terms: Terms) -> Tensor:
     """Return A = -2 log t, so that the loss has the gradient of (log pi - log p)^2 with log Z known, at any q.
 
@@ -229,7 +230,7 @@ class DrGRPO:
     max_length: float
     needs = ("reward",)
     least_of_context = 2
-    weight_known = centred = only_on_policy = True
+    weight_known = centred = only_on_policy = per_sequence = True
 
     def __post_init__(self) -> None:
         if not 0 < self.max_length < math.inf:

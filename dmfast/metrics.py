@@ -34,7 +34,7 @@ def step_metrics(
     lag: float = 0.0,
     missing: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Return the metrics of a step by name; docs/guide.md says what each is.
+    """Return the metrics of a step by name; docs/guide/reading-a-run.md says what each is.
 
     Args:
         batch: the step on this rank.

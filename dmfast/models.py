@@ -43,6 +43,7 @@ from .objectives import Terms
 from .packing import Costs, Packed, arrange, costs_of, pack
 from .prompts import PromptEncoder, end_tokens, text_part
 from .samples import Prompt, Samples
+from .shipped import located
 from .tensors import copy_into
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ class LanguageModel:
         """Load model and tokenizer by transformers' ``AutoModelForCausalLM`` and ``AutoTokenizer``.
 
         Args:
-            name_or_path: a folder, or a name on the hub.
+            name_or_path: ``tiny-bios``, which ships with dmfast; a folder; or a name on the hub.
             dtype: of the parameters. Default: transformers', which is that of the checkpoint.
             device: where the model goes. Default: where transformers puts it.
             eos_token_id, chat_template_kwargs, check_scores, logits_dtype: as in ``LanguageModel``.
@@ -196,6 +197,7 @@ class LanguageModel:
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        name_or_path = located(name_or_path)
         where = {name: value for name, value in kwargs.items() if name in _WHERE_FROM}
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **where)
         model = AutoModelForCausalLM.from_pretrained(

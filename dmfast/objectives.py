@@ -10,8 +10,9 @@ formula in plain torch, fp64, vectorised over sequences. Its twin for kernels is
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Literal, NamedTuple, TypeAlias, TypeGuard
 
@@ -440,10 +441,18 @@ class Terms:
                      self.entropy_coefficient, self.group)  # fmt: skip
 
     def cut(self, i: int, j: int) -> Terms:
-        """Return the terms of sequences [i, j)."""
+        """Return the terms of sequences [i, j); to a function these are the whole step as far as ``at_draw`` goes."""
         log_prob = None if self.log_prob is None else self.log_prob[i:j]
-        return Terms(self.objective, self.on_policy, self.max_weight, self.block[:, i:j], self.present, self.given,
-                     self.constants, log_prob, self.entropy_coefficient)  # fmt: skip
+        objective, group = self.objective, self.group
+        if group is not None and (i, j) != (0, len(group.length)):
+            if isinstance(objective, OfStep):
+                objective = replace(objective, places=objective.places[i:j], first=objective.first + i)
+            elif not isinstance(objective, Objective):
+                objective = OfStep(objective, self._with(None, group), torch.arange(i, j), first=i)
+            context_id = None if group.context_id is None else group.context_id[i:j]
+            group = group._replace(length=group.length[i:j], context_id=context_id)
+        return Terms(objective, self.on_policy, self.max_weight, self.block[:, i:j], self.present, self.given,
+                     self.constants, log_prob, self.entropy_coefficient, group)  # fmt: skip
 
     @staticmethod
     def join(parts: Sequence[Terms], gather: Callable[[Tensor], Tensor] = lambda x: x) -> Terms:
@@ -522,15 +531,27 @@ class OfStep:
         objective: the function.
         whole: the terms of all sequences of the step, over all ranks, without log pi.
         places: (B,) int64, which of them a call of the loss has.
+        first: the number of the first of the B sequences in the call, whose sequences may come in parts.
     """
 
     objective: Callable[[Terms], Tensor]
     whole: Terms
     places: Tensor
+    first: int = 0
 
     def __call__(self, terms: Terms) -> Tensor:
-        """Return A, (B,) fp64."""
-        return self.objective(terms.with_group(terms._of_group()._replace(step=self)))
+        """Return A, (B,) fp64.
+
+        Raises:
+            ValueError: the function raised it; a sequence that the message names is given by its number in the call.
+        """
+        try:
+            return self.objective(terms.with_group(terms._of_group()._replace(step=self)))
+        except ValueError as error:
+            if not self.first:
+                raise
+            in_call = re.sub(r"\bsequence (\d+)", lambda found: f"sequence {int(found[1]) + self.first}", str(error))
+            raise ValueError(in_call) from error
 
 
 def _signed_sum(c1: Tensor | float, e1: Tensor, c2: Tensor, e2: Tensor) -> Tensor:
@@ -759,6 +780,7 @@ class PPOClip:
     """
 
     eps: float = 0.2
+    per_sequence = True
 
     def __post_init__(self) -> None:
         if not 0 < self.eps < 1:

@@ -57,6 +57,10 @@ class Running:
             steps=self.steps + 1, beta=copy.copy(self.beta),
         )  # fmt: skip
 
+    def started(self, context_id: Tensor, rate: Tensor, n: Tensor) -> Running:
+        """Return a copy in which contexts that were not seen yet start from pass rates (``EBM.fit_z``)."""
+        return replace(self, partitions=self.partitions.started(context_id, rate, n))
+
     def partitions_before(self, partition: str) -> PartitionFunctions:
         """Return what a step's samples are added to."""
         return PartitionFunctions() if partition == "step" else self.partitions

@@ -46,6 +46,7 @@ class Settings:
     on_policy: bool = False
     partition: str = "running"
     z_floor: float | None = None
+    z_from_rows: bool = False
     uniform_groups: str = "keep"
     max_redraws: int = 4
     skip_zero_weight: bool = False
@@ -78,6 +79,11 @@ class Settings:
             raise ValueError(
                 "z_floor must be above 0 and at most 1, the Z to assume for a prompt while none of its sequences was "
                 f"right, or None to leave such prompts out; got {self.z_floor!r}"
+            )
+        if self.z_from_rows and self.partition == "step":
+            raise ValueError(
+                "z_from_rows=True starts the Z that runs along from completions of the base, and partition='step' "
+                "takes Z from the samples of the step alone: set partition='running', or leave z_from_rows out"
             )
         if isinstance(self.baseline, str) and self.baseline not in _BASELINES:
             raise ValueError(
@@ -120,8 +126,10 @@ class Settings:
             )
 
     def _check_uniform_groups(self) -> None:
-        if self.uniform_groups not in ("keep", "skip", "redraw"):
-            raise ValueError(f"uniform_groups must be 'keep', 'skip' or 'redraw', got {self.uniform_groups!r}")
+        if self.uniform_groups not in ("keep", "skip", "redraw", "replace"):
+            raise ValueError(
+                f"uniform_groups must be 'keep', 'skip', 'redraw' or 'replace', got {self.uniform_groups!r}"
+            )
         if not isinstance(self.max_redraws, int) or self.max_redraws < 1:
             raise ValueError(f"max_redraws must be an integer of 1 or more, got {self.max_redraws!r}")
         if self.uniform_groups == "keep":
@@ -144,10 +152,11 @@ class Settings:
                     f"{what}, and {name}={getattr(self, name)!r} needs every sequence that was drawn: keep them, or "
                     f"leave {name} out"
                 )
-        if self.uniform_groups == "redraw" and self.refit_ess:
+        if self.uniform_groups in ("redraw", "replace") and self.refit_ess:
             raise ValueError(
-                "uniform_groups='redraw' selects sequences by their values, and refit_ess fits lambda from them as if "
-                f"they were all that q draws: leave one of them out, got refit_ess={self.refit_ess!r}"
+                f"uniform_groups={self.uniform_groups!r} selects sequences by their values, and refit_ess fits lambda "
+                "from them as if they were all that q draws: leave one of them out, got "
+                f"refit_ess={self.refit_ess!r}"
             )
 
     @property
@@ -302,12 +311,13 @@ def check_target(target: EBM, model: nn.Module, settings: Settings, reward: Any)
         )
     if not target.fitted:
         raise ValueError(f"{target} is not fitted, so its lambda is not known: call target.fit(...) first")
-    if settings.z_floor is not None and not target.is_filter:
-        raise ValueError(
-            f"z_floor={settings.z_floor!r} is a share of the base's sequences, and {target} is not the base filtered "
-            "by constraints that are known to be 1 or less: leave z_floor out, or write the constraint as a Verifier "
-            "(or as a Scorer with binary=True)"
-        )
+    for name, given in (("z_floor", settings.z_floor), ("z_from_rows", settings.z_from_rows or None)):
+        if given is not None and not target.is_filter:
+            raise ValueError(
+                f"{name}={given!r} is about a share of the base's sequences, and {target} is not the base filtered by "
+                f"constraints that are known to be 1 or less: leave {name} out, or write the constraint as a Verifier "
+                "(or as a Scorer with binary=True)"
+            )
     if "reward" in settings.needs and reward is None:
         raise ValueError(f"objective {settings.name!r} needs reward=, a callable on Samples that gives R(x)")
 

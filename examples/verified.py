@@ -42,6 +42,7 @@ def main() -> dict[str, dict[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--samples", type=int, default=32, help="n, of each row in a step")
+    parser.add_argument("--base-samples", type=int, default=64, help="of each row, for its pass rate under the base")
     parser.add_argument("--eval-samples", type=int, default=128, help="of each row, for the table")
     parser.add_argument("--learning-rate", type=float, default=1.5e-4)
     options = parser.parse_args()
@@ -52,17 +53,19 @@ def main() -> dict[str, dict[str, str]]:
     base = dmfast.LanguageModel(copy.deepcopy(model), tokenizer)
     verifier = dmfast.Verifier(about_its_field, truncated="judge")
     target = dmfast.EBM(base, [verifier])
+    rows = target.fit_z(ROWS, options.base_samples, max_new_tokens=48)  # the run starts each prompt's Z from it
     with tempfile.TemporaryDirectory() as folder:
         args = dmfast.DMConfig(
             folder, max_steps=options.steps, samples_per_context=options.samples,
             per_device_train_batch_size=options.samples * len(ROWS), learning_rate=options.learning_rate,
-            max_new_tokens=48, proposal_interval=5, save_strategy="no", logging_steps=10, disable_tqdm=True,
-            eval_samples=options.eval_samples * len(ROWS), eval_pass_k=sorted({1, min(4, k), k}),
+            max_new_tokens=48, proposal_interval=5, z_from_rows=True, save_strategy="no", logging_steps=10,
+            disable_tqdm=True, eval_samples=options.eval_samples * len(ROWS), eval_pass_k=sorted({1, min(4, k), k}),
         )  # fmt: skip
-        trainer = dmfast.DMTrainer(model, target, args, train_dataset=ROWS, processing_class=tokenizer)
+        trainer = dmfast.DMTrainer(model, target, args, train_dataset=rows, processing_class=tokenizer)
         found = {"base": shown(trainer.evaluate())}  # pi is the base yet
         trainer.train()
         found["policy"] = shown(trainer.evaluate())
+    found["pass rates"] = {f"{row['prompt']}, {row['field']}": f"{row['pass_rate']:.3g}" for row in rows}
     print(json.dumps(found, indent=1))
     return found
 

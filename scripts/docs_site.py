@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("*.md", "docs/*.md", "benchmarks/**/*.md", "dmfast/data/**/*.md")
+PAGES = ("*.md", "docs/*.md", "docs/guide/*.md", "benchmarks/**/*.md", "dmfast/data/**/*.md")
 API = "docs/api"
 # The public names that are imported from their modules, not from dmfast.
 BY_MODULE = {
@@ -88,7 +88,8 @@ def pages_and_files() -> tuple[dict[str, str], list[Path]]:
     """The files that the site has: the pages, what they link to, and the files of a folder that they link to. With path
     on the site -> Markdown of a page for each such folder, where it has no README.
     """
-    found = {path for pattern in PAGES for path in ROOT.glob(pattern)} | {*(ROOT / "docs" / "assets").iterdir()}
+    assets = {path for path in (ROOT / "docs" / "assets").rglob("*") if path.is_file()}
+    found = {path for pattern in PAGES for path in ROOT.glob(pattern)} | assets
     listings = {}
     for page in sorted(path for path in found if path.suffix == ".md"):
         for link, _ in LINK.findall(page.read_text(encoding="utf-8")):

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer_job import digest, gpt2, tokenizer
 
 from dmfast import EBM, Contains, LanguageModel, Matcher, Moment, OfflineProposal
+from dmfast.batch import Prompts
 from dmfast.sampling import AsyncSampler
 
 PROMPTS = ["w1 w2", "w3", "w4 w5 w6", "w7"]
@@ -76,6 +77,50 @@ def trained(ranks, sampler=None):
     return matcher, logged
 
 
+def w3(samples):
+    return torch.tensor([float("w3" in text.split()) for text in samples.text]).double()
+
+
+def others(seed, n, taken):
+    """Prompts 100 to 109, the same on all ranks."""
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(seed)).tolist()
+    found = [place for place in order if 100 + place not in taken][:n]
+    return Prompts([f"w0 w{place % 8}" for place in found], [100 + place for place in found])
+
+
+def grouped(ranks, objective, how):
+    """Two steps of groups, of which the first lies on both ranks: what came of them."""
+    model = gpt2()
+    policy = LanguageModel(model, tokenizer())
+    target = EBM(LanguageModel(copy.deepcopy(model), tokenizer()), [Contains("w3")])
+    matcher = Matcher(policy, target, None, objective, reward=w3, seed=29, ranks=ranks, uniform_groups=how,
+                      other_contexts=others if how == "replace" else None)  # fmt: skip
+    wrapped = model if ranks is None else DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    prompts, contexts = ["w1 w2", "w3", "w4", "w1 w2", "w5 w1", "w7"], [0, 1, 2, 0, 3, 4]
+    mine = slice(0, 6) if ranks is None else slice(3 * ranks.rank, 3 * ranks.rank + 3)
+    gather = (lambda x: x) if ranks is None else ranks.gather
+    logged, rewards, weights = [], [], []
+    for _ in range(2):
+        batch = matcher.draw(prompts[mine], 3, max_new_tokens=6, context_id=contexts[mine])
+        found = torch.empty(len(batch)).double()
+        for part in batch.split(4):
+            out = matcher.loss(part, wrapped)
+            out.loss.backward()
+            found[part.places] = out.weight
+        optimizer.step()
+        optimizer.zero_grad()
+        ids = gather(batch.samples.context_id)
+        weights.append(list(zip(ids.tolist(), gather(found).tolist(), strict=True)))
+        rewards.append(list(zip(ids.tolist(), gather(batch.inputs["reward"]).tolist(), strict=True)))
+        logged.append({name: x for name, x in matcher.commit().items() if not name.startswith("seconds_")})
+    digests = gather(torch.stack([p.double().sum() for p in model.parameters()])[None]).tolist()
+    return {
+        "log": logged, "rewards": rewards, "weights": weights, "parameters": digests,
+        "seen": sum(z.n for z in matcher.running.partitions.values()),
+    }  # fmt: skip
+
+
 def main():
     """Trains, and writes what came of it on rank 0."""
     torch.set_num_threads(1)
@@ -89,13 +134,17 @@ def main():
         trained(ranks, sampler)
         for sampler in (Engine(), AsyncSampler(Engine(), 2, max_lag=0), AsyncSampler(Engine(), 2))
     )
+    groups = {
+        how: grouped(ranks, objective, how)
+        for objective, how in (("dapo", "keep"), ("grpo", "skip"), ("grpo", "redraw"), ("grpo", "replace"))
+    }
     if ranks is None or ranks.rank == 0:
         parameters = {name: p.flatten().tolist() for name, p in model.named_parameters()}
         partitions = matcher.running.partitions.state_dict()
         result = {
             "parameters": parameters, "log": logged, "contexts": sorted(partitions["context"].tolist()),
             "lag 0 is the same": digest(lag_0[0].policy.model) == digest(alone[0].policy.model),
-            "log ahead": ahead[1],
+            "log ahead": ahead[1], "groups": groups,
         }  # fmt: skip
         Path(sys.argv[1]).write_text(json.dumps(result))
     end()

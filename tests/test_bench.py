@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import sys
 import types
@@ -13,6 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from rich.console import Console
 
 from dmfast import cli
 from dmfast.bench import measure, report, rivals, run, step, worker
@@ -123,6 +125,12 @@ def test_the_order_is_rotated_and_the_first_round_does_not_count() -> None:
     assert found.keys() == rivals_.keys()
 
 
+def test_quartiles_are_never_beyond_the_values() -> None:
+    assert measure.spread([1.0, 5.0]) == {"median": 3.0, "low": 1.0, "high": 5.0}  # extrapolated: 0 and 6
+    assert measure.spread([2.0]) == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert measure.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "low": 1.5, "high": 4.5}
+
+
 def test_extra_memory_sees_what_a_call_takes_at_its_peak() -> None:
     config = replace(TINY, rows=512, vocab=20000)  # 41 MB of logits
     in_place, fresh = (
@@ -169,7 +177,7 @@ def test_a_step_of_ones_own_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["bench", "--model", "tiny-bios", "--batch", "4", "--length", "6", "--rounds", "2",
                      "--out", str(tmp_path)]) == 0  # fmt: skip
     written = json.loads((tmp_path / "step.json").read_text())
-    assert set(written["ms"]["eager"]) == {*step.PHASES, "whole step"}
+    assert set(written["ms"]["eager"]) == {*step.PHASES, step.BOTH, "whole step"}
     q, a, policy = (written["forwards"]["dmfast"][name] for name in ("q", "a", "policy"))
     assert q["forwards"] == 6 and a["forwards"] == policy["forwards"] == 1
     assert a["rows"] == policy["rows"] == q["rows"] == a["tokens"] - 4 == 24
@@ -177,7 +185,8 @@ def test_a_step_of_ones_own_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert plain["q"]["forwards"] == 7 and plain["a"]["rows"] == plain["policy"]["rows"] == 24
     assert written["memory_mb"]["dmfast"] > 0 and written["machine"]["torch"]
     assert (tmp_path / "step.png").stat().st_size > 10_000
-    assert "whole step" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "whole step" in said and "What to do with this" in said
 
 
 def test_a_model_that_is_not_there_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,6 +199,8 @@ def test_the_benchmark_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     configs = [TINY, Config("head", 128, 211, 24, threads=1, rounds=2), Config("sampling", 8, 211, threads=1, rounds=2)]
     monkeypatch.setattr(run, "quick", lambda: configs)
     monkeypatch.setattr(run, "in_process", worker.run)
+    monkeypatch.setattr(run, "TRIES", 1)
+    monkeypatch.setattr(report, "NOISE", float("inf"))  # two rounds of so little never agree
     said: list[object] = []
     args = argparse.Namespace(out=tmp_path, model=None, full=False, only="", resume=True)
     run.bench(args, said.append)
@@ -201,7 +212,8 @@ def test_the_benchmark_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert sum("1 of 3" in str(line) for line in said) == 1
     written = json.loads((tmp_path / "bench.json").read_text())
     assert [r["config"]["form"] for r in written["results"]] == ["logits", "head", "sampling"]
-    found = {what: ratio for what, _, ratio in report.ratios(written["results"])}
+    found = {ratio.what: ratio.value for ratio in report.ratios(written["results"])}
+    assert str(said[-2]).startswith("What to do with this")
     ms = written["results"][0]["ms"]
     roof = ms["roof: read-sum"]["median"] + ms["roof: in-place mul_"]["median"]
     assert found["dm_loss in place over read-sum + mul_"] == ms["dm_loss gdc++, in place"]["median"] / roof
@@ -218,3 +230,92 @@ def test_the_full_run_has_what_was_asked_for() -> None:
         for values in (("float32", "bfloat16"), (1, 2), (True, False), ("randn", "model")):
             assert any(set(values) == {getattr(c, name) for c in here} for name in vars(TINY))
     assert {c.dim for c in configs if c.form == "head"} == {576, 768}
+
+
+def times(**medians: float | tuple[float, float, float]) -> dict[str, dict[str, float]]:
+    """Median and quartiles by name; of a number alone, quartiles that are a hundredth of it away."""
+    found = {}
+    for name, t in medians.items():
+        low, median, high = t if isinstance(t, tuple) else (0.99 * t, t, 1.01 * t)
+        found[name] = {"low": low, "median": median, "high": high}
+    return found
+
+
+def a_result(**changed: object) -> dict[str, object]:
+    """What ``worker.run`` returns, with figures that are known."""
+    ms = times(**{
+        "roof: read-sum": 2.0, "roof: in-place mul_": 4.0, "dm_loss gdc++, in place": 6.6, "dm_loss gdc++": 9.0,
+        "eager log_softmax + gather": 33.0, "compiled log_softmax + gather": 22.0,
+    })  # fmt: skip
+    return {
+        "config": {"form": "logits"}, "title": Config("logits", 512, 50257).title, "ms": ms,
+        "gradient_error": {"dm_loss gdc++": 1.2e-7}, "memory_mb": {"dm_loss gdc++": 98.4},
+        "not_run": {"trl selective_log_softmax": "ModuleNotFoundError: No module named 'trl'"}, **changed,
+    }  # fmt: skip
+
+
+def printed(shown: object, width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO(), markup=False, highlight=False)
+    console.print(shown)
+    return console.export_text()
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_a_table_cuts_nothing_whatever_the_width(width: int) -> None:
+    result = a_result()
+    text = printed(report.table(result), width)
+    assert "…" not in text and max(map(len, text.splitlines())) <= width
+    one_line = " ".join(text.split())
+    for part in ("6.6 6.5 – 6.7 5.00", "98 1e-07", "No module named 'trl'") if width > 60 else ("6.6", "5.00", "1e-07"):
+        assert part in one_line
+    for word in " ".join(result["ms"]).replace("_", " ").split():
+        assert word in text.replace("_", " ")
+    assert "noisy" not in text
+
+
+def test_rounds_that_disagree_are_said_to_be_noisy() -> None:
+    wild = times(**{"sample_tokens": 1.5, "roof: read-sum": (1.0, 1.2, 17.0),
+                    "eager softmax, multinomial, log_softmax, gather": 12.0})  # fmt: skip
+    calm = wild | times(**{"roof: read-sum": 1.2})
+    results = [a_result(config={"form": "sampling"}, ms=ms, gradient_error={}, memory_mb={}) for ms in (wild, calm)]
+    noisy, quiet = ({r.what: str(r) for r in report.ratios([result])} for result in results)
+    assert noisy["sample_tokens over read-sum"].endswith(", noisy")
+    assert not noisy["sample_tokens: times eager's speed"].endswith("noisy")
+    assert quiet["sample_tokens over read-sum"].split("  sample")[0].strip() == "1.25 (1.23 – 1.28)"
+    assert "noisy" not in "".join(quiet.values())
+    assert "noisy: half of the rounds" in printed(report.table(results[0]), 100)
+    assert "measure them again" in report.advice(results[:1]) and "noisy" not in report.advice(results[1:])
+
+
+def test_noisy_rounds_are_measured_again_and_the_calmest_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    spreads = iter([(5.0, 10.0, 40.0), (8.0, 10.0, 16.0), (9.0, 10.0, 15.0), (9.9, 10.0, 10.1)])
+    monkeypatch.setattr(run, "in_process", lambda c: a_result(ms=times(**{"dm_loss gdc++": next(spreads)})))
+    monkeypatch.setattr(run, "TRIES", 3)
+    said: list[object] = []
+    config = Config("logits", 512, 50257, logits="model")
+    assert run.measure(config, said.append)["ms"]["dm_loss gdc++"]["high"] == 15.0  # of three tries, all noisy
+    assert [str(line) for line in said[:-1]] == [
+        "noisy: half of the rounds lie outside of these ranges, which are wide: "
+        f"dm_loss gdc++ {low} – {high} ms; measured again"
+        for low, high in (("5.0", "40.0"), ("8.0", "16.0"))
+    ]
+    said.clear()
+    assert run.measure(config, said.append)["ms"]["dm_loss gdc++"]["high"] == 10.1
+    assert len(said) == 1
+
+
+def test_the_table_of_a_step_says_what_it_compares() -> None:
+    phases = dict(zip(step.PHASES, (50.0, 20.0, 10.0, 30.0, 5.0, 4.0), strict=True))
+    both = {kind: times(**phases, **{step.BOTH: 35.0, "whole step": (80.0, 100.0, each)})
+            for kind, each in (("dmfast", 150.0), ("eager", 101.0))}  # fmt: skip
+    del both["dmfast"]["scoring by q"]
+    counts = {name: {"forwards": 1, "tokens": 40, "rows": 38} for name in ("q", "a", "policy")}
+    result = {"model": "tiny-bios", "parameters": 570_000, "batch": 4, "length": 6, "threads": 2, "ms": both,
+              "forwards": {"dmfast": counts, "eager": counts}, "memory_mb": {"dmfast": 10, "eager": 30}}  # fmt: skip
+    text = " ".join(printed(report.step_table(result), 100).split())
+    times_, memory = text.split("its memory and work")
+    assert "MB" not in times_ and "peak memory" in memory and "3.00" in memory
+    assert "not needed" in times_ and step.BOTH in times_
+    assert "plain transformers and torch" in text and "makes the gradients of the head" in text
+    assert "noisy: half of the rounds" in text and "dmfast: whole step" in text and "eager: whole step" not in text
+    assert "sampling takes 51% of dmfast's step; docs/engines.md" in report.step_advice(result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
+import math
 import random
 import sys
 import threading
@@ -17,7 +18,7 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from trainer_job import digest, gpt2, job, tokenizer
 from trainer_tools import one_thread  # noqa: F401
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 import dmfast
 from dmfast import Contains
@@ -392,3 +393,20 @@ def test_wandb_gets_the_table():
     callback._wandb.run = None  # not set up yet
     samples.send([callback], [ROW], 7, "eval/samples")
     assert len(logged) == 1
+
+
+def test_trackio_gets_the_table():
+    """Its JSON knows no infinity; a chat is one cell. ``make trl`` has both loggers as themselves."""
+    logged = []
+    callback = object.__new__(TrackioCallback)  # its constructor wants trackio
+    callback._trackio = SimpleNamespace(Table=lambda **table: table, log=logged.append)
+    callback._initialized = False
+    row = ROW | {"prompt": [{"role": "user", "content": "é"}], "log_base": -math.inf}
+    samples.send([callback], [row], 7, "eval/samples")
+    assert not logged  # not set up yet
+    callback._initialized = True
+    samples.send([callback], [row], 7, "eval/samples")
+    (table,) = (each["eval/samples"] for each in logged)
+    cells = dict(zip(table["columns"], table["data"][0], strict=True))
+    assert cells["log_base"] is None and cells["prompt"] == '[{"role": "user", "content": "é"}]'
+    assert cells["phi/w3"] == 1.0 and logged[0]["train/global_step"] == 7

@@ -1,4 +1,4 @@
-"""Every code block of README.md and docs/*.md runs, and every example of a docstring.
+"""Every code block of README.md, docs/*.md and docs/guide/*.md runs, and every example of a docstring.
 
 Blocks of a page run in order, in one namespace and one empty folder:
 
@@ -10,8 +10,9 @@ Blocks of a page run in order, in one namespace and one empty folder:
 HTML comments before a block, invisible to readers, make it small or name it:
 
     <!-- test: run                 Python that runs before the block, up to the line with the end of the comment
-    <!-- test: replace A => B -->  the block runs with B in the place of A, which must be in it
+    <!-- test: replace A => B -->  the block runs with B in the place of A, which must be in it; ROOT is the repository
     <!-- test: file NAME -->       the yaml block is written to this file, for an sh block to find
+    <!-- test: needs NAME -->      the python block runs where this package is installed, as in `make NAME`
 
 Examples in docstrings are doctest's.
 """
@@ -38,7 +39,7 @@ from dmfast.training import recipe
 
 ROOT = Path(__file__).parent.parent
 # none where the tests stand alone, as beside an installed wheel
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if (ROOT / "pyproject.toml").exists() else []
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if (ROOT / "pyproject.toml").exists() else []
 BLOCK = re.compile(
     r"(?P<comments>(?:^<!-- test: (?:(?!-->).)*-->\n)*)^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
 )
@@ -68,8 +69,13 @@ class Block:
             if kind == "replace":
                 old, new = text.split(" => ")
                 assert old in code, f"nothing to replace: {old}"
-                code = code.replace(old, new)
+                code = code.replace(old, new.replace("ROOT", str(ROOT)))
         return code
+
+    @property
+    def missing(self) -> list[str]:
+        """Return the packages that the block needs and that are not installed."""
+        return [name for name in self.named("needs") if importlib.util.find_spec(name) is None]
 
     def named(self, kind: str) -> list[str]:
         return [text for each, text in self.comments if each == kind]
@@ -91,6 +97,8 @@ class Page:
             getattr(self, f"run_{block.language or 'nothing'}")(block)
 
     def run_python(self, block: Block) -> None:
+        if block.missing:
+            return
         for code in block.named("run"):
             exec(compile(code, f"{self.path}, before line {block.line}", "exec"), self.names)
         with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -166,7 +174,26 @@ def pages(tmp_path_factory):
 )
 def test_block(pages, path, number, monkeypatch):
     monkeypatch.chdir(pages[path].folder)
-    pages[path].run(number)
+    page = pages[path]
+    if page.blocks[number].missing:
+        pytest.skip(f"{page.blocks[number].missing[0]} is not installed")
+    page.run(number)
+
+
+@pytest.mark.skipif(not PAGES, reason="no docs beside the tests")
+def test_the_guide_explains_every_number_of_a_log(pages, monkeypatch):
+    page = pages[ROOT / "docs" / "guide" / "reading-a-run.md"]
+    monkeypatch.chdir(page.folder)
+    page.run(0)
+    of_transformers = {"epoch", "step", "learning_rate", "grad_norm", "total_flos", "eval_runtime"}
+    named = re.findall(r"`([^`\n]+)`", page.path.read_text(encoding="utf-8"))
+    explained = {name.rstrip("…") for name in named if name.endswith("…")}, set(named)
+    short = {"eval_distinct_2": "_2", "eval_distinct_3": "_3"}
+    for logged in page.names["trainer"].state.log_history:
+        for key in logged.keys() - of_transformers:
+            name = key.removesuffix("_stderr")
+            if not name.startswith("train_"):
+                assert short.get(name, name) in explained[1] or name.startswith(tuple(explained[0])), key
 
 
 FEATURES = [line for page in PAGES if page.stem == "features" for line in page.read_text(encoding="utf-8").split("\n")]

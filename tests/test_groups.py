@@ -7,10 +7,13 @@ import threading
 
 import pytest
 import torch
+from datasets import IterableDataset
 from test_engines import Threads
 from test_matcher import PROMPTS, draw, gradients, matcher
+from trainer_job import job
 
-from dmfast import Contains, Moment, dm_loss
+from dmfast import Contains, Moment, Verifier, dm_loss
+from dmfast.batch import Prompts
 from dmfast.methods import DrGRPO
 from dmfast.objectives import OfStep
 from dmfast.settings import Settings
@@ -24,6 +27,10 @@ def tokens(x):
 
 def w3(x):
     return torch.tensor([float("w3" in text.split()) for text in x.text]).double()
+
+
+def right(texts, rows):
+    return ["w3" in text.split() for text in texts]
 
 
 def on_ranks(matchers, call):
@@ -256,10 +263,102 @@ def test_ranks_that_draw_again_draw_equally_many():
     assert ranks[0][0].n_sequences == ranks[1][0].n_sequences
 
 
+OTHERS = [f"w{i} w{k}" for i in (1, 2, 4) for k in (5, 6, 7, 0)]
+
+
+def others(seed, n, taken):
+    """Prompts 100 to 111."""
+    order = torch.randperm(len(OTHERS), generator=torch.Generator().manual_seed(seed)).tolist()
+    found = [place for place in order if 100 + place not in taken][:n]
+    return Prompts([OTHERS[place] for place in found], [100 + place for place in found])
+
+
+def test_other_prompts_take_the_place_of_groups_of_one_value():
+    options = {"objective": "grpo", "on_policy": True, "reward": w3}
+    plain, m = matcher(**options), matcher(**options, uniform_groups="replace", other_contexts=others)
+    first, batch = (draw(each, PROMPTS, 3, context_id=range(7)) for each in (plain, m))
+    mixed = mixed_of(first, 3)
+    groups, was_mixed = batch.samples.context_id.view(7, 3), mixed.view(7, 3)[:, 0]
+    assert bool((groups == groups[:, :1]).all()) and len(set(groups[:, 0].tolist())) == 7
+    assert groups[was_mixed, 0].tolist() == was_mixed.nonzero()[:, 0].tolist()  # those stay
+    assert bool((groups[~was_mixed] >= 100).all()) and not bool(was_mixed.all())
+    for place, context in enumerate(groups[:, 0].tolist()):
+        head = batch.samples.tokens[3 * place, : batch.samples.prompt_len]
+        asked = PROMPTS[place] if context < 100 else OTHERS[context - 100]
+        assert batch.samples.tokenizer.decode(head, skip_special_tokens=True) == asked
+    assert torch.allclose(m.policy.log_prob(batch.samples), batch.samples.log_prob, atol=1e-4)
+    weights, _ = weights_of(m, batch, 4)
+    rewards = batch.inputs["reward"].view(7, 3)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    assert torch.equal(weights.sign(), centred.flatten().sign())
+    metrics = m.commit()
+    assert metrics["n_uniform"] == int((~was_mixed).sum()) and metrics["n_redrawn"] >= 3 * metrics["n_uniform"]
+    assert sum(z.n for z in m.running.partitions.values()) == 21 + metrics["n_redrawn"]
+
+
+def test_where_no_other_prompt_is_left_groups_of_one_value_are_skipped():
+    asked = []
+
+    def two(seed, n, taken):
+        asked.append((n, taken))
+        return Prompts(["w1", "w2"], [8, 9]) if len(asked) == 1 else Prompts([], [])
+
+    m = matcher(objective="grpo", on_policy=True, reward=lambda x: torch.zeros(len(x)).double(),
+                uniform_groups="replace", other_contexts=two)  # fmt: skip
+    batch = draw(m, PROMPTS[:3], 2, context_id=[0, 1, 2])
+    assert asked == [(3, {0, 1, 2}), (3, {0, 1, 2, 8, 9})]
+    assert batch.samples.context_id.tolist() == [8, 8, 9, 9, 2, 2] and batch.n_sequences == 6
+
+
+def test_ranks_share_the_other_prompts():
+    options = {"objective": "grpo", "on_policy": True, "reward": w3, "uniform_groups": "replace"}
+
+    def call(m, rank):
+        batch = draw(m, PROMPTS[3 * rank :][:3], 3, context_id=[10 * rank + i for i in range(3)])
+        return batch.samples.context_id[::3].tolist(), weights_of(m, batch, 3) and m.commit()["n_redrawn"]
+
+    ranks = on_ranks([matcher(**options, other_contexts=others) for _ in range(2)], call)
+    contexts = [context for found, _ in ranks for context in found]
+    assert len(set(contexts)) == 6 and max(contexts) >= 100 and ranks[0][1] == ranks[1][1] > 0
+
+
+def test_z_of_a_step_is_that_of_the_first_draw():
+    """Whether a prompt is drawn again depends on what was drawn: the mean of all its draws is not Z on average."""
+    options = {"objective": "maxrl", "on_policy": True, "constraints": [Verifier(right, truncated="judge")]}
+    plain = matcher(**options, partition="step")
+    expected = draw(plain, PROMPTS, 3, context_id=range(7)).pending.partitions
+    for how, of in (("redraw", None), ("replace", others)):
+        m = matcher(**options, partition="step", uniform_groups=how, other_contexts=of)
+        found = draw(m, PROMPTS, 3, context_id=range(7)).pending.partitions
+        assert [found[i].state_dict() for i in range(7)] == [expected[i].state_dict() for i in range(7)]
+        assert {z.n for z in found.values()} == {3} and (len(found) > 7) == (how == "replace")
+    m = matcher(**options, uniform_groups="redraw")  # the sums of a run take all
+    assert max(z.n for z in draw(m, PROMPTS, 3, context_id=range(7)).pending.partitions.values()) > 3
+
+
+def test_the_trainer_draws_other_prompts_of_its_data(tmp_path):
+    options = {"objective": "grpo", "on_policy": True, "reward": w3, "uniform_groups": "replace", "max_steps": 1,
+               "samples_per_context": 2, "warmup_steps": 0}  # fmt: skip
+    trainer = job(tmp_path, prompts=[*PROMPTS, *OTHERS], **options)
+    trainer.train()
+    assert len(trainer.partitions) > 4  # of 8 sequences in a step
+    found = trainer._other_contexts(3, 9, set(range(8)))
+    assert len(set(found.context_id.tolist())) == 9 and min(found.context_id.tolist()) >= 8
+    for prompts in (["w1"], IterableDataset.from_generator(lambda: iter([{"prompt": "w1"}]))):
+        with pytest.raises(ValueError, match=r"uniform_groups='replace' takes other prompts of the data set, .*redraw"):
+            job(tmp_path, prompts=prompts, eval_dataset=PROMPTS, **options)
+
+
+@pytest.mark.parametrize("options", [{"uniform_groups": "replace"}, {"other_contexts": others}])
+def test_other_prompts_are_given_where_they_are_used(options):
+    with pytest.raises(ValueError, match=r"other_contexts gives the prompts that .* pass both or neither"):
+        matcher(objective="grpo", on_policy=True, reward=w3, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"uniform_groups": "drop"}, "uniform_groups must be 'keep', 'skip' or 'redraw', got 'drop'"),
+        ({"uniform_groups": "drop"}, "uniform_groups must be 'keep', 'skip', 'redraw' or 'replace', got 'drop'"),
         ({"max_redraws": 0}, "max_redraws must be an integer of 1 or more, got 0"),
         ({"objective": "gdc++"}, r"weights of gdc\+\+ are not 0 there, .* a bias"),
         ({"objective": "alpha", "alpha": 0.5, "baseline": "leave_one_out_context"}, "weights of alpha are not 0 there"),

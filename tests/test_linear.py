@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -163,7 +164,7 @@ def test_dtypes(dtype: torch.dtype, logits_dtype: str, objective: str, rows: int
 WAYS = {
     "same": products.Ways("native", "native", "widened"),
     "a CPU": products.Ways("widened", "widened", "widened"),
-    "a GPU without products into fp32": products.Ways("widened", "native", "widened"),
+    "a CPU with bf16 instructions, a GPU without products into fp32": products.Ways("widened", "native", "widened"),
 }
 
 
@@ -561,6 +562,56 @@ def test_three_products_two_with_a_frozen_head_one_for_scoring(objective: str, b
     assert sum(m for m, n, k in products(True, True, rows=1) if (n, k) == (V, D)) > scored
 
 
+def centred_log_ratio(terms: dmfast.Terms) -> torch.Tensor:
+    assert terms.log_prob is not None and terms.log_target is not None
+    gap = terms.log_prob - torch.where(terms.log_target == -INF, -9.0, terms.log_target)
+    return terms.group_mean(gap) - gap + terms.at_draw(lambda whole: whole.group_mean(whole.log_proposal))
+
+
+@pytest.mark.parametrize("kind", ["whole_contexts", "per_sequence", None])
+def test_three_products_for_a_function_of_log_pi_where_what_goes_together_fits(kind: str | None) -> None:
+    case = make()
+    context = (torch.arange(len(case.tokens)) // 2).clamp(max=1)
+    terms = case.terms | {"context_id": context}
+    scored = ((case.tokens != -100) & case.mask).sum(1)
+
+    def own(terms: dmfast.Terms) -> torch.Tensor:
+        if kind != "per_sequence":
+            return centred_log_ratio(terms)
+        assert terms.log_prob is not None
+        return terms.log_prob + terms.at_draw(lambda whole: whole.group_mean(whole.log_proposal))
+
+    if kind:
+        setattr(own, kind, True)
+
+    def found(rows: int | None, **options: object) -> tuple[list[int], list[torch.Tensor]]:
+        h, w, b = case.inputs(False)
+        with Counter() as products:
+            size = None if rows is None else case.chunk_bytes(rows)
+            out = dmfast.linear_dm_loss(h, w, case.tokens, case.mask, bias=b, objective=own,
+                                        chunk_bytes=size, entropy_coefficient=0.1, **terms, **options)  # fmt: skip
+            out.loss.sum().backward()
+        return [m for m, n, k in products if (n, k) == (V, D)], [out.weight, h.grad, w.grad, b.grad]
+
+    forwards, expected = found(None, reduction="none")
+    assert sum(forwards) == 2 * int(scored.sum())  # the logits again, in backward
+    expected = [expected[0], *(gradient / len(case.tokens) for gradient in expected[1:])]
+    of_context = int(torch.stack([scored[context == c].sum() for c in context.unique()]).max())
+    enough = {"whole_contexts": of_context, "per_sequence": int(scored.max()), None: int(scored.sum())}[kind]
+    for rows, times in ((enough, 1), (1, 2)):
+        forwards, values = found(rows)
+        assert sum(forwards) == times * int(scored.sum())
+        for value, wanted in zip(values, expected, strict=True):
+            torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5)
+    assert kind is None or len(found(enough)[0]) > 1  # it was cut
+    h, w, _ = case.inputs(False)
+    out = dmfast.linear_dm_loss(h, w, case.tokens, case.mask, objective=own, **terms)
+    (out.loss / 2).backward(retain_graph=True)  # another grad_output than was expected
+    first = h.grad.clone()
+    out.loss.backward()
+    torch.testing.assert_close(h.grad, 3 * first)
+
+
 def test_the_largest_tensor_is_the_buffer() -> None:
     case = make(unscored=False)
     made = []
@@ -732,6 +783,42 @@ def test_wrong_arguments(changes: dict[str, object], error: type[Exception], mat
         dmfast.linear_sequence_log_prob(**{**a, **changes})
 
 
+@pytest.mark.parametrize("has", [True, False], ids=["bf16 instructions", "none"])
+def test_products_on_a_cpu_follow_its_instructions(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_multiplies_bf16", lambda: has)
+    cpu, bf16, fp16, fp32 = torch.device("cpu"), torch.bfloat16, torch.float16, torch.float32
+    widened, native = "widened", "native" if has else "widened"
+    assert products.ways(cpu, bf16, fp32) == (widened, native, widened)
+    assert products.ways(cpu, bf16, bf16) == (native, native, widened)
+    assert products.ways(cpu, bf16, fp32, parts=True) == (widened, widened, widened)
+    assert products.ways(cpu, fp16, fp32) == products.ways(cpu, fp16, fp16) == (widened, widened, widened)
+    assert products.ways(cpu, fp32, fp32) == ("native", "native", "native")
+
+
+def test_a_cpu_on_which_nothing_was_measured_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(products.platform, "machine", lambda: "aarch64")
+    assert "no product was measured on aarch64" in dmfast.backends()["cpu"].detail
+    monkeypatch.setattr(products.platform, "machine", lambda: "x86_64")
+    assert "16-bit products are slower" in dmfast.backends()["cpu"].detail
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_widened_products_of_few_rows(dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_CPU_BYTES", 5 * 31 * 4)  # several blocks, of which the last is shorter
+    monkeypatch.setattr(products, "_FEW_BYTES", 5 * 31 * 4)
+    h, head, dz = torch.randn(rows, 31).to(dtype), torch.randn(77, 31).to(dtype), torch.randn(rows, 77).to(dtype)
+    z, dh, total = torch.empty(rows, 77), torch.empty(rows, 31), torch.ones(77, 31)
+    products.multiply("widened", h, head, None, z)
+    products.multiply_back("widened", dz, head, dh)
+    products.add_product("widened", total, dz, h, first=False)
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    close(z.double(), h.double() @ head.double().t())
+    close(dh.double(), dz.double() @ head.double())
+    close(total.double(), 1 + dz.double().t() @ h.double())
+
+
 def test_how_many_rows_the_buffer_holds() -> None:
     def rows(v: int, device: str, chunk_bytes: int | None, wants_head: bool = True) -> int:
         return linear.rows_of_buffer(v, 4, torch.device(device), chunk_bytes, wants_head)
@@ -765,7 +852,8 @@ def test_products_of_chunks_are_not_rounded_before_they_are_added(dtype: torch.d
 def test_the_gradient_of_the_weight_is_one_matrix_in_fp32_or_that_of_one_chunk(
     dtype: torch.dtype, reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_BLOCK", 16)  # no copy of the head is made but in blocks
+    monkeypatch.setattr(products, "_CPU_BYTES", 16 * 29 * 4)  # no copy of the head is made but in blocks
+    monkeypatch.setattr(products, "_FEW_BYTES", 16 * 29 * 4)
     from torch.utils._python_dispatch import TorchDispatchMode
 
     made: list[torch.dtype] = []

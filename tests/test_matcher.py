@@ -293,6 +293,34 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     for each in found:  # sampling that runs ahead
         swapped = each["log ahead"][1]["swapped"]  # when the batches of the next two steps are drawn
         assert each["lag 0 is the same"] and [step["lag"] for step in each["log ahead"]] == [0, 0, swapped, swapped]
+    of_groups(one["groups"], two["groups"])
+
+
+def of_groups(one, two):
+    """A group that lies on two ranks is one group; what is drawn again is the same on both."""
+    for how in ("keep", "skip"):  # the same sequences
+        for pair in zip(two[how]["log"], one[how]["log"], strict=True):
+            mine, other = ({name: x for name, x in each.items() if "scorer/" not in name} for each in pair)
+            assert mine == pytest.approx(other, rel=1e-3, abs=1e-4, nan_ok=True)
+        assert two[how]["rewards"] == one[how]["rewards"]
+        for mine, other in zip(two[how]["weights"], one[how]["weights"], strict=True):
+            assert [w for _, w in mine] == pytest.approx([w for _, w in other], abs=1e-6)
+    for how, found in two.items():
+        assert found["parameters"][0] == found["parameters"][1]
+        assert how not in ("keep", "skip") or found["parameters"][0] == pytest.approx(
+            one[how]["parameters"][0], abs=1e-4
+        )
+    assert one["skip"]["log"][0]["n_uniform"] > 0
+    for how in ("redraw", "replace"):
+        found = two[how]
+        for number, (rewards, weights) in enumerate(zip(found["rewards"], found["weights"], strict=True)):
+            assert len(rewards) == 18 and found["log"][number]["n_redrawn"] > 0
+            groups = {context: {r for c, r in rewards if c == context} for context, _ in rewards}
+            for (context, weight), (_, reward) in zip(weights, rewards, strict=True):
+                assert (weight != 0) == (len(groups[context]) == 2) and (weight > 0) <= (reward == 1)
+        # ranks draw equally many prompts again, and what fills up counts in Z too
+        assert found["seen"] >= 36 + sum(step["n_redrawn"] for step in found["log"])
+    assert any(context >= 100 for step in two["replace"]["rewards"] for context, _ in step)
 
 
 # --- commit

@@ -192,6 +192,15 @@ def test_groups_are_whole_in_the_linear_loss_however_it_is_cut(objective, chunk_
         assert torch.allclose(ours, other, atol=1e-5)
 
 
+def test_a_sequence_of_a_chunk_is_named_in_the_whole_call():
+    _, x, mask, _, context = batch()
+    hidden, log_target = torch.randn(6, 4, 8), torch.zeros(6)
+    log_target[5] = -math.inf
+    with pytest.raises(ValueError, match=r"-inf for sequence 5, where P = 0"):
+        linear_dm_loss(hidden, torch.randn(V, 8), x, mask, objective=vargrad, log_target=log_target,
+                       log_proposal=torch.zeros(6), context_id=context.sort().values, chunk_bytes=1)  # fmt: skip
+
+
 def test_packed_sequences_have_the_lengths_of_padded_ones():
     logits, x, mask, reward, context = batch()
     args = {"objective": grpo, "reward": reward, "on_policy": True, "context_id": context}

@@ -842,7 +842,7 @@ def test_doctor(capsys):
 
 
 def test_import_is_lean(tmp_path):
-    heavy = ("transformers", "triton", "matplotlib", "rich")
+    heavy = ("transformers", "triton", "matplotlib", "rich", "datasets", "packaging", "trl", "verl", "wandb", "trackio")
     code = f"import sys, dmfast; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == "[]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -321,3 +322,33 @@ def test_the_recipes_are_those_of_the_script(tmp_path, monkeypatch):
         for name in written:
             read = recipe.read(PAPER / folder / name)
             assert [recipe.constraint(each) for each in read["constraints"]]
+
+
+def test_the_page_has_the_figures_of_the_tables():
+    """Each verdict of docs/paper.md that counts tasks or runs, against the claims of tables.md."""
+    path = PAPER.parents[1] / "docs" / "paper.md"
+    if not path.exists():
+        pytest.skip("there is no documentation beside the tests")
+    text = path.read_text(encoding="utf-8")
+    on_page = {cells[1].strip(): cells[3] for line in text.splitlines() if len(cells := line.split("|")) == 6}
+    of_tables = dict(
+        (line.split(" | ")[0].removeprefix("| "), line.split(" | ")[2])
+        for line in (grid.RESULTS / "tables.md").read_text(encoding="utf-8").splitlines()
+        if line.count(" | ") == 2
+    )
+
+    def shown(number: str) -> str:
+        """Return a number in the form of the page."""
+        return re.sub(r"\b0\.", ".", number.replace("-", "−"))
+
+    for row, claim in (
+        ("1", "GDC++ at or below GDC in KL(p‖π)"),
+        ("2", "GDC++ at or above GDC in E[φ], the mean of a task's features"),
+        ("3", "GDC++ at or below GDC in KL(π‖a)"),
+    ):
+        count, *_, mean, _ = of_tables[claim].split("; ")
+        assert on_page[row].strip().startswith(f"{count}; {shown(mean)}"), (row, of_tables[claim])
+    lowest, highest = re.findall(r"\d+\.\d+", of_tables["REINFORCE's Distinct-1 falls below the base's"])
+    assert f"Distinct-1 {shown(lowest)} to {shown(highest)}" in on_page["8"]
+    finite = re.match(r"\d+ of \d+ trainings are finite", of_tables["no run ends in a NaN"])
+    assert finite and finite[0] in on_page["12"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 import re
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def test_a_recipe_with_a_reward(tmp_path):
     steps = [h for h in log["history"] if "beta" in h]
     assert steps[0]["clip_fraction"] == 0 and len(steps) == 2
     assert all(0 <= h["reward"] < 0.5 for h in steps)
-    with pytest.raises(RecipeError, match="reward must be one of contains, scorer and classifier"):
+    with pytest.raises(RecipeError, match="reward must be one of contains, scorer, verifier and classifier"):
         read(write(tmp_path, reward={"contain": {}}))
 
 
@@ -205,14 +206,17 @@ def test_lora_and_prompts_from_a_file(tmp_path):
         ({"train": {"learning_rate": "fast"}}, "train.learning_rate must be a number, got 'fast'"),
         ({"fit": {"samples": 3}}, "fit has an unknown entry 'samples'"),
         ({"evaluate": [3]}, "evaluate must be a mapping"),
-        ({"constraints": ["amazing"]}, "one of contains, scorer and classifier with its arguments, got 'amazing'"),
+        (
+            {"constraints": ["amazing"]},
+            "one of contains, scorer, verifier and classifier with its arguments, got 'amazing'",
+        ),
         ({"constraints": [{"contains": {"wrod": "x"}}]}, "wrod"),
         ({"constraints": [{"contains": {}}]}, "exactly one of word, any_of and regex"),
         ({"constraints": [{"moment": {"contains": {"word": "x"}}}]}, "a moment needs a feature and a value"),
         ({"constraints": [{"moment": {"contains": {"word": "x"}, "value": 2}}]}, "its mean is in \\[0, 1\\]"),
         ({"constraints": [{"scorer": {"function": "math.sqrt"}}]}, "must be 'module:name'"),
         ({"constraints": [{"scorer": {"function": "math:sqroot"}}]}, "can't import 'math:sqroot'"),
-        ({"monitor": [{"moment": {}}]}, "monitor must be one of contains, scorer and classifier"),
+        ({"monitor": [{"moment": {}}]}, "monitor must be one of contains, scorer, verifier and classifier"),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(tmp_path, changed, message, capsys):
@@ -327,6 +331,82 @@ def test_files_that_are_no_recipe(tmp_path):
         read(tmp_path / "list.yaml")
     with pytest.raises(RecipeError, match="can't load"):
         load(str(tmp_path / "none"))
+
+
+IN_A_FILE = """
+def is_even(texts, rows):
+    return [len(text) % 2 == 0 and row["kind"] == "quick" for text, row in zip(texts, rows)]
+
+def parity(text):
+    return len(text) % 2
+"""
+BY_ROW = [{"prompt": "Mary", "kind": "quick"}, {"prompt": "John", "kind": "quick"}]
+
+
+def test_a_recipe_with_a_verifier_and_pass_rates(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("judge.py").write_text(IN_A_FILE)
+    Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in BY_ROW))
+    entry = {"function": "judge.py:is_even", "answer": "judge.py:parity", "truncated": "judge", "binary": True}
+    train = SMALL["train"] | {"output_dir": "out", "samples_per_context": 8, "max_new_tokens": 4, "max_steps": 1}
+    path = write(tmp_path, constraints=[{"verifier": entry}], fit={}, prompts="asked.jsonl", train=train)
+    assert dmfast.cli.main(["fit-z", str(path), "--n", "32", "--out", "rated.jsonl"]) == 0
+    rows = recipe._prompts("rated.jsonl")
+    assert [row["kind"] for row in rows] == ["quick"] * 2 and all(0.1 < row["pass_rate"] <= 1 for row in rows)
+    assert {row["pass_rate_n"] for row in rows} == {
+        32
+    } and "wrote rated.jsonl: 2 prompts, 32" in capsys.readouterr().out
+    assert dmfast.cli.main(["fit-z", str(path), "--out", "rated.jsonl"]) == 1
+    assert "rated.jsonl is there already" in capsys.readouterr().err
+    trained = ["train", str(path), "--set", "prompts=rated.jsonl", "--set", "train.z_from_rows=true"]
+    assert dmfast.cli.main([*trained, "--set", "train.eval_samples=32"]) == 0
+    log = of_json(Path("out/log.json"))
+    assert log["target"]["pointwise"][0]["feature"]["truncated"] == "judge"
+    assert log["target"]["pointwise"][0]["name"] == "is_even" and {"pass@4", "maj@4"} <= log["after"].keys()
+    assert 0.1 < log["before"]["pass@1"]["value"] <= 1
+
+
+def test_a_worker_loads_the_file_of_a_verifier(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("judge.py").write_text(IN_A_FILE)
+    entry = {"function": "judge.py:is_even", "workers": 1, "time_limit": 0.5, "truncated": "judge"}
+    verifier = feature({"verifier": entry}, "constraints")
+    assert (verifier.workers, verifier.time_limit, verifier.truncated) == (1, 0.5, "judge")
+    packed, elsewhere = pickle.dumps(verifier.fn), tmp_path / "elsewhere"
+    for name in [name for name in sys.modules if name.startswith("dmfast_recipe_")]:
+        monkeypatch.delitem(sys.modules, name)  # as in another process
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert pickle.loads(packed)(["be", "was"], [{"kind": "quick"}] * 2) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"function": "nowhere.py:f"}, "there is no Python file .*nowhere.py"),
+        ({"function": "broken.py:f"}, "broken.py can't be loaded: ZeroDivisionError: division by zero"),
+        ({"function": "judge.py:f"}, "judge.py has no function 'f'"),
+        ({"function": "judge.py"}, "function must be 'module:name' or 'file.py:name', got 'judge.py'"),
+        ({}, "function must be 'module:name' or 'file.py:name', got None"),
+        ({"function": "judge.py:is_even", "truncated": "no"}, 'truncated must be "wrong" or "judge", got \'no\''),
+        ({"function": "judge.py:is_even", "time_limit": 3}, "time_limit needs workers"),
+        ({"function": "judge.py:is_even", "workers": 1, "memory_limit": 2e9}, "memory_limit must be an integer"),
+        ({"function": "judge.py:is_even", "answer": "judge.py:g"}, "judge.py has no function 'g'"),
+        ({"function": "judge.py:is_even", "worker": 1}, "unexpected keyword argument 'worker'"),
+    ],
+)
+def test_a_verifier_that_can_not_be_made_is_found_before_anything_runs(tmp_path, monkeypatch, entry, message):
+    monkeypatch.chdir(tmp_path)
+    Path("judge.py").write_text(IN_A_FILE)
+    Path("broken.py").write_text("1 / 0")
+    with pytest.raises(RecipeError, match=message):
+        read(write(tmp_path, constraints=[{"verifier": entry}]))
+
+
+def test_the_recipe_of_the_example(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    found = recipe.prepare(read("examples/verified.yaml", {"train.use_cpu": True}), say=lambda line: None)
+    assert found.judge is not None and found.target.is_filter and found.samples_per_context == 32
 
 
 def test_a_scorer_by_its_name():

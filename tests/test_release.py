@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tomllib
 import yaml
 
 import dmfast
+from dmfast import moved
 
 ROOT = Path(__file__).parent.parent
 # not where the tests stand alone, as beside an installed wheel
@@ -41,3 +47,58 @@ def test_every_wheel_leaves_the_openmp_runtime_to_torch():
                if "auditwheel repair" in line]  # fmt: skip
     assert len(repairs) == 2
     assert all("--exclude libgomp.so.1" in line for line in repairs)
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / "ci" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GOOD = {"torch": "2.13.0+cpu", "numpy": "2.4.6", "transformers": "5.24.0", "accelerate": "1.15.0", "vllm": "0.33.0",
+        "deepspeed": "0.19.8"}  # fmt: skip
+RESOLVED = {
+    "right": (GOOD, None),
+    "what vLLM once brought": ({**GOOD, "transformers": "4.57.6"}, "transformers 4.57.6 is older than 5.0"),
+    "an old vLLM": ({**GOOD, "vllm": "0.9.2"}, "vllm 0.9.2 is older than 0.32"),
+    "an extra that brings nothing": ({k: v for k, v in GOOD.items() if k != "vllm"}, "vllm is missing"),
+}
+
+
+@pytest.mark.parametrize("case", RESOLVED)
+def test_an_extra_that_resolves_to_what_dmfast_refuses_is_found(case):
+    resolved, fault = RESOLVED[case]
+    found = script("extras").faults(["vllm"], resolved)
+    assert [fault in each for each in found] == [True] * (fault is not None), found
+
+
+def test_the_extra_of_deepspeed_is_held_to_what_the_trainer_refuses():
+    from dmfast.training.deepspeed import TRIED
+
+    extras = script("extras")
+    assert extras.tried("deepspeed") == TRIED
+    older = {**GOOD, "transformers": "5.20.2"}
+    assert not extras.faults(["vllm"], older)
+    assert "transformers 5.20.2 is older than 5.24" in extras.faults(["deepspeed"], older)[0]
+    lines = tomllib.loads(text("pyproject.toml"))["project"]["optional-dependencies"]["deepspeed"]
+    assert [f"{package}>={floor}" in lines for package, floor in TRIED.items()] == [True] * len(TRIED)
+
+
+@pytest.mark.parametrize("name", moved.MOVED)
+def test_a_name_of_0_1_is_found_and_says_where_it_went(name):
+    with pytest.warns(DeprecationWarning, match=rf"from {re.escape(moved.MOVED[name])} import {name}\b") as caught:
+        found = getattr(dmfast, name)
+    assert [warning.filename for warning in caught] == [__file__]  # at the line that asks
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert found is getattr(importlib.import_module(moved.MOVED[name]), name)
+    assert name not in dmfast.__all__
+
+
+def test_a_name_that_never_was_is_no_deprecation():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(AttributeError, match="no attribute 'estimates'"):
+            _ = dmfast.estimates

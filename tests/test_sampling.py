@@ -227,6 +227,13 @@ def test_from_pretrained(how, tmp_path):
         assert loaded.model.config._attn_implementation == "eager"
 
 
+def test_the_model_that_ships_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny-bios").mkdir()  # a folder of this name does not hide it
+    policy = LanguageModel.from_pretrained("tiny-bios")
+    assert "born" in " ".join(policy.sample(n=16, max_new_tokens=24, seed=0).text)
+
+
 # --- an offline proposal whose sequences another engine draws -----------------------------------------------------
 
 

@@ -100,6 +100,43 @@ __device__ void spread(const Packs<T>& packs, int before, T* shared, float (&x)[
   __syncwarp();  // it is read before the next tile comes
 }
 
+// log of a term of the softmax, in nats: scale * (cap(z) - cap(reference)).
+template <bool Cap>
+struct Exponent {
+  Double scale;
+  float reference = -FLT_MAX;  // not -inf, from which -inf can't be subtracted
+
+  __device__ explicit Exponent(const RowOptions& o) : scale(o.scale) {}
+  __device__ static float clamp(float z) { return z; }
+  __device__ void set(float z) { reference = z; }
+  __device__ float operator()(float z) const { return scale.times(z - reference); }
+};
+
+// cap(z) - cap(r) = c (tanh(z/c) - tanh(r/c)) = 2c s(2r/c) expm1(2(z - r)/c) / (e^(2z/c) + 1), s the logistic function:
+// right to a few ulps of the difference itself, in fp32. tanh's own difference is off by an ulp of c, too much to be
+// summed up over 1,024 tokens, and fp64 for each logit is what most GPUs have next to none of.
+template <>
+struct Exponent<true> {
+  Double inverse, factor;  // 2 / c; scale * 2c
+  float bound;             // beyond it tanh is +-1
+  float reference, logistic;
+
+  __device__ explicit Exponent(const RowOptions& o)
+      : inverse(2.0 / o.softcap), factor(2.0 * o.scale * o.softcap), bound(30.0 * o.softcap) {
+    set(-FLT_MAX);
+  }
+  __device__ float clamp(float z) const { return z < -bound ? -bound : (z > bound ? bound : z); }  // NaN stays
+  __device__ void set(float z) {
+    reference = clamp(z);
+    logistic = 1.0f / (1.0f + expf(-inverse.times(reference)));
+  }
+  __device__ float operator()(float z) const {
+    z = clamp(z);
+    const float grown = expm1f(inverse.times(z - reference)) / (expf(inverse.times(z)) + 1.0f);
+    return factor.times(grown * logistic);
+  }
+};
+
 // The term of a logit. What is not in the row has none, also under a softcap, where -inf has one.
 template <class T, bool Cap>
 __device__ float term(const Exponent<Cap>& exponent, float z, int i, int n) {

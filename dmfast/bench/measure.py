@@ -1,4 +1,6 @@
-"""Timing and memory: rivals interleaved in rotated order, medians with their spread; the peak of a fresh process."""
+"""Measure times and peak memory.
+
+Rivals are interleaved in rotated order, and each has a median with quartiles. Memory is that of a fresh process."""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from typing import Any
 
 
 def wall_ms(call: Callable[[], Any]) -> float:
-    """Milliseconds of a call on the CPU."""
+    """Return the milliseconds of a call on the CPU."""
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
@@ -30,9 +32,10 @@ def interleaved(
     before: Callable[[], Any] = lambda: None,
     clock: Callable[[Callable[[], Any]], float] = wall_ms,
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds of each by ``clock``: median and quartiles over ``rounds``, after one round that does not count.
+    """Return the milliseconds of each by ``clock``: median and quartiles over ``rounds``.
 
-    The order is rotated by one each round; ``before`` runs ahead of every call and is not timed.
+    A round ahead of them does not count. The order is rotated by one each round. ``before`` runs ahead of every call
+    and is not timed.
     """
     names = list(rivals)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -47,22 +50,23 @@ def interleaved(
 
 
 class Phases:
-    """Times the phases of a step."""
+    """Keep the seconds of the phases of a step."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times what is inside."""
+        """Time what is inside."""
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """Return median and quartiles. Those of two values would lie beyond them, and are the values themselves."""
     low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    low, high = max(low, min(values)), min(high, max(values))
     return {"median": round(median, 3), "low": round(low, 3), "high": round(high, 3)}
 
 
@@ -74,7 +78,7 @@ def _status(name: str) -> float:
 
 
 def extra_memory(call: Callable[[], Any], forget: Callable[[], Any] = lambda: None) -> float:
-    """MB by which the resident memory of this process rises above what it was before the call, at its peak (Linux).
+    """Return the MB by which the resident memory of this process rises at its peak during the call (Linux).
 
     Call it in a fresh process. A first call is made and forgotten, so that threads, compilers and caches are not
     counted; ``forget`` lets go of what it left, such as gradients.
@@ -93,10 +97,10 @@ def extra_memory(call: Callable[[], Any], forget: Callable[[], Any] = lambda: No
 
 
 def in_fresh_process(code: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Any:
-    """What a Python process of its own prints in its last line, read as JSON.
+    """Return what a Python process of its own prints in its last line, read as JSON.
 
     Raises:
-        RuntimeError: it failed; with what it said.
+        RuntimeError: the process failed; the message has what it said.
     """
     here = Path(__file__).resolve().parents[2]  # first on its path, so that it has this dmfast and no other
     done = subprocess.run(

@@ -1,52 +1,124 @@
-"""What came out, as text, JSON and pictures."""
+"""Show what a benchmark found, as tables, lines of text and pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Result = Mapping[str, Any]  # what worker.run returns
+Times = Mapping[str, Mapping[str, float]]  # median and quartiles in ms, by name
 _BESIDE = ("roof", "scoring")  # what is no rival of the loss
 OURS = ("dm_loss", "linear_dm_loss", "sample_tokens", "scoring: sequence_log_prob", "nn.Linear, dm_loss")
 _BASELINE = {
     "logits": "eager log_softmax + gather", "head": "nn.Linear, eager log_softmax + gather",
     "sampling": "eager softmax, multinomial, log_softmax, gather",
 }  # fmt: skip
+NOISE = 0.5  # quartiles further apart than this share of the median leave a ratio unknown by a factor of 1.5 or more
 
 
-def table(result: Result) -> Any:
-    """A rich table of one configuration: the slowest last, ratios to eager and to the roofs."""
+def noisy(ms: Times) -> dict[str, float]:
+    """Return what was not measured well, with the distance of its quartiles as a share of its median."""
+    apart = {name: (t["high"] - t["low"]) / t["median"] if t["median"] > 0 else 0.0 for name, t in ms.items()}
+    return {name: share for name, share in apart.items() if share > NOISE}
+
+
+def noise(ms: Times) -> str:
+    """Return what was not measured well, in words, or "" where the rounds agree."""
+    found = sorted(noisy(ms).items(), key=lambda item: -item[1])
+    if not found:
+        return ""
+    said = ", ".join(f"{name} {_quartiles(ms[name])} ms" for name, _ in found[:3])
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"noisy: half of the rounds lie outside of these ranges, which are wide: {said}{more}"
+
+
+def _quartiles(t: Mapping[str, float], digits: int = 1) -> str:
+    return f"{t['low']:.{digits}f} – {t['high']:.{digits}f}"
+
+
+def _rich_table(title: str, columns: Sequence[str]) -> Any:
+    """Return a rich table that wraps what is too wide for the terminal and cuts nothing.
+
+    The first column has the names, is the widest, and so is the first to be wrapped.
+    """
+    from rich import box
     from rich.table import Table
 
-    ms, memory = result["ms"], result.get("memory_mb", {})
-    base = ms.get(_BASELINE[result["config"]["form"]], {"median": float("nan")})["median"]  # it may not have run
-    out = Table(title=result["title"], title_justify="left")
-    for column in ("", "ms", "quartiles", "× eager's speed", "extra memory", "gradient's error"):
-        out.add_column(column, justify="left" if not column else "right")
-    for name, t in sorted(ms.items(), key=lambda item: (not item[0].startswith("roof"), item[1]["median"])):
-        error, mb = result["gradient_error"].get(name), memory.get(name)
-        out.add_row(
-            name, f"{t['median']:.1f}", f"{t['low']:.1f} – {t['high']:.1f}",
-            "" if name.startswith(_BESIDE) else f"{base / t['median']:.2f}",
-            "" if mb is None else f"{mb:.0f} MB", "" if error is None else f"{error:.1g}",
-            style="bold" if name.startswith(OURS) else "dim" if name.startswith("roof") else None,
-        )  # fmt: skip
-    for name, why in result["not_run"].items():
-        out.add_row(name, "not run", why, "", "", "", style="dim")
+    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in columns:
+        out.add_column(column, justify="left" if not column else "right", overflow="fold")
     return out
 
 
-def ratios(results: Sequence[Result]) -> list[tuple[str, str, float]]:
-    """(what, configuration, ratio) of the figures that dmfast is held to."""
+def table(result: Result) -> Any:
+    """Return a rich table of one configuration: the roofs, then what was timed, the slowest last."""
+    from rich.console import Group
+
+    ms, memory = result["ms"], result.get("memory_mb", {})
+    base = ms.get(_BASELINE[result["config"]["form"]], {"median": float("nan")})["median"]  # it may not have run
+    columns = ["", "ms", "quartiles", "× eager"]
+    columns += ["extra MB"] * bool(memory) + ["error"] * bool(result["gradient_error"])
+    out = _rich_table(result["title"], columns)
+    wild = noisy(ms)
+    for name, t in sorted(ms.items(), key=lambda item: (not item[0].startswith("roof"), item[1]["median"])):
+        error, mb = result["gradient_error"].get(name), memory.get(name)
+        cells = {
+            "": name + ": noisy" * (name in wild), "ms": f"{t['median']:.1f}", "quartiles": _quartiles(t),
+            "× eager": "" if name.startswith(_BESIDE) else f"{base / t['median']:.2f}",
+            "extra MB": "" if mb is None else f"{mb:.0f}",
+            "error": "" if error is None else f"{error:.1g}",
+        }  # fmt: skip
+        style = "bold" if name.startswith(OURS) else "dim" if name.startswith("roof") else None
+        out.add_row(*(cells[column] for column in columns), style=style)
+    lines = ["× eager: times the speed of the plain way; error: of the gradient, relative to the exact one."]
+    lines += [f"not run: {name}: {why}" for name, why in result["not_run"].items()]
+    lines += [noise(ms)] if wild else []
+    return Group(out, *lines)
+
+
+class Ratio(NamedTuple):
+    """Hold a figure that dmfast is held to.
+
+    Attributes:
+        what, title: what it is, and of which configuration.
+        value: the ratio of the medians.
+        low, high: the smallest and the largest ratio of their quartiles.
+        noisy: whether one of its times was not measured well.
+    """
+
+    what: str
+    title: str
+    value: float
+    low: float
+    high: float
+    noisy: bool
+
+    def __str__(self) -> str:
+        shown = f"{self.value:7.2f} ({self.low:.2f} – {self.high:.2f})"
+        return f"{shown}  {self.what}: {self.title}" + ", noisy" * self.noisy
+
+
+def ratios(results: Sequence[Result]) -> list[Ratio]:
+    """Return the figures that dmfast is held to."""
     found = []
     for r in results:
-        ms = {name: t["median"] for name, t in r["ms"].items()}
+        wild = noisy(r["ms"])
 
-        def add(what: str, over: str, under: str, ms: dict[str, float] = ms, title: str = r["title"]) -> None:
-            terms = [ms.get(name) for name in over.split(" & ")], [ms.get(name) for name in under.split(" & ")]
-            if None not in terms[0] and None not in terms[1]:
-                found.append((what, title, sum(terms[0]) / sum(terms[1])))  # type: ignore[arg-type]
+        def add(
+            what: str, over: str, under: str, ms: Times = r["ms"], title: str = r["title"], wild: Any = wild
+        ) -> None:
+            names = [each.split(" & ") for each in (over, under)]
+            if not all(name in ms for each in names for name in each):
+                return
+
+            def total(side: int, key: str) -> float:
+                return sum(ms[name][key] for name in names[side])
+
+            low, value, high = (
+                total(0, a) / total(1, b) for a, b in (("low", "high"), ("median", "median"), ("high", "low"))
+            )
+            found.append(Ratio(what, title, value, low, high, any(name in wild for each in names for name in each)))
 
         both = "roof: read-sum & roof: in-place mul_"
         add("dm_loss in place: times eager's speed", "eager log_softmax + gather", "dm_loss gdc++, in place")
@@ -69,7 +141,7 @@ def ratios(results: Sequence[Result]) -> list[tuple[str, str, float]]:
 
 
 def chart(results: Sequence[Result], path: Path) -> None:
-    """Time of each rival, ours dark, quartiles as whiskers, the roofs as lines; a panel per configuration."""
+    """Draw the time of each rival with its quartiles, ours dark, and the roofs as lines; a panel per configuration."""
     from ..training.report import pyplot  # imports transformers, which a table does not need
 
     plt = pyplot()
@@ -107,32 +179,74 @@ def chart(results: Sequence[Result], path: Path) -> None:
 _PHASE_COLOURS = ("#1f5fa8", "#5b9bd5", "#a3c9ee", "#e0a458", "#c0602b", "#8d949c")
 
 
+_EAGER = (
+    "eager is the same step in plain transformers and torch: generate, log_softmax and gather, and autograd "
+    "(dmfast/bench/eager_step.py)."
+)
+_FORWARD = (
+    "dmfast's policy forward makes the gradients of the head and of its input as well: compare the line of forward + "
+    "backward. It needs no scoring by q, since the sampler returns log q."
+)
+
+
 def step_table(result: Result) -> Any:
-    """The two steps, phase by phase."""
-    from rich.table import Table
+    """Return the two steps, phase by phase: a table of times, one of memory and counts, and what the words mean."""
+    from rich.console import Group
 
     title = (f"one GDC++ step of {result['model']} ({result['parameters'] / 1e6:.1f}M parameters), {result['batch']} "
              f"sequences of {result['length']} tokens, {result['threads']} threads")  # fmt: skip
-    out = Table(title=title, title_justify="left")
-    for column in ("", "dmfast, ms", "eager, ms", "ratio"):
-        out.add_column(column, justify="left" if not column else "right")
+    times = _rich_table(title, ("", "dmfast, ms", "quartiles", "eager, ms", "quartiles", "× eager"))
     ours, plain = result["ms"]["dmfast"], result["ms"]["eager"]
     for phase in plain:
         mine, other = ours.get(phase), plain[phase]
-        out.add_row(phase, "not needed" if mine is None else f"{mine['median']:.0f}", f"{other['median']:.0f}",
-                    "" if mine is None else f"{other['median'] / mine['median']:.2f}",
-                    style="bold" if phase == "whole step" else None)  # fmt: skip
+        own = ("not needed", "") if mine is None else (f"{mine['median']:.0f}", _quartiles(mine, 0))
+        ratio = "" if mine is None else f"{other['median'] / mine['median']:.2f}"
+        style = "bold" if phase == "whole step" else None
+        times.add_row(phase, *own, f"{other['median']:.0f}", _quartiles(other, 0), ratio, style=style)
+    counts = _rich_table("its memory and work", ("", "dmfast", "eager", "eager / dmfast"))
     memory = result["memory_mb"]
-    out.add_row("peak memory beside the models, MB", f"{memory['dmfast']:.0f}", f"{memory['eager']:.0f}",
-                f"{memory['eager'] / memory['dmfast']:.2f}")  # fmt: skip
+    counts.add_row("peak memory beside the models, MB", f"{memory['dmfast']:.0f}", f"{memory['eager']:.0f}",
+                   f"{memory['eager'] / memory['dmfast']:.2f}")  # fmt: skip
     for what, key in (("forwards", "forwards"), ("tokens through a model", "tokens"), ("rows projected to V", "rows")):
-        counts = [sum(v[key] for v in result["forwards"][kind].values()) for kind in ("dmfast", "eager")]
-        out.add_row(what, f"{counts[0]:,}", f"{counts[1]:,}", f"{counts[1] / counts[0]:.2f}")
-    return out
+        both = [sum(v[key] for v in result["forwards"][kind].values()) for kind in ("dmfast", "eager")]
+        counts.add_row(what, f"{both[0]:,}", f"{both[1]:,}", f"{both[1] / both[0]:.2f}")
+    wild = {f"{kind}: {phase}": t for kind in ("dmfast", "eager") for phase, t in result["ms"][kind].items()}
+    said = noise({name: t for name, t in wild.items() if name.endswith("whole step")})
+    return Group(times, counts, _EAGER, _FORWARD, *([said] if said else []))
+
+
+_FASTER = {
+    "sampling": "docs/engines.md has engines that draw faster, and docs/scale.md samples ahead of the training",
+    "scoring by a": "a base in 16 bits scores faster, and docs/scale.md spreads the sequences over devices",
+    "policy": "LoRA and 16 bits make it less, and docs/scale.md spreads it over devices",
+    "optimiser": "LoRA leaves few parameters to step",
+}
+
+
+def step_advice(result: Result) -> str:
+    """Return where most of dmfast's step goes, and what would make that less."""
+    ms = {phase: t["median"] for phase, t in result["ms"]["dmfast"].items()}
+    parts = {"policy": ms["policy forward"] + ms["policy backward"]}
+    parts |= {phase: ms[phase] for phase in ("sampling", "scoring by a", "optimiser")}
+    most = max(parts, key=lambda phase: parts[phase])
+    return (
+        f"What to do with this: {most} takes {100 * parts[most] / sum(parts.values()):.0f}% of dmfast's step; "
+        f"{_FASTER[most]}. Try --batch and --length of your run, since the ratio depends on them."
+    )
+
+
+def advice(results: Sequence[Result]) -> str:
+    """Return what to do next with the times of the losses."""
+    again = " Lines that say noisy are no result: end other programs, and measure them again with --resume."
+    return (
+        "What to do with this: find the table whose shape (tokens, vocabulary) is nearest to yours. × eager is what "
+        "the loss alone would gain; dmfast bench --model NAME tells how much of a whole training step that is. The "
+        "guide has the loss in a loop of your own." + again * any(noisy(r["ms"]) for r in results)
+    )
 
 
 def step_chart(result: Result, path: Path) -> None:
-    """Both steps as stacked bars."""
+    """Draw both steps as stacked bars."""
     from ..training.report import pyplot  # imports transformers, which a table does not need
 
     plt = pyplot()

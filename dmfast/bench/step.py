@@ -1,4 +1,4 @@
-"""One training step of a model, dmfast's against the plain one, phase by phase: time, memory, rows projected to V."""
+"""Compare one training step of a model in dmfast with the plain one: time by phase, memory, rows projected to V."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from .measure import Phases, extra_memory, in_fresh_process, spread
 
 RANDOM_GPT2 = "random-gpt2"  # 4 layers of 128, V = 50257
 PHASES = ("sampling", "scoring by q", "scoring by a", "policy forward", "policy backward", "optimiser")
+BOTH = "policy forward + backward"
 
 
 def load(name: str) -> LanguageModel:
-    """A folder, a name of the hub, ``tiny-bios`` or ``random-gpt2``."""
+    """Load a folder, a name of the hub, ``tiny-bios`` or ``random-gpt2``."""
     if name != RANDOM_GPT2:
         from ..training.recipe import load as load_model
 
@@ -40,7 +41,7 @@ def load(name: str) -> LanguageModel:
 
 
 class DMFastStep(Phases):
-    """The same step with dmfast: what DMTrainer does, phase by phase, q no longer being a."""
+    """Take the same step with dmfast as DMTrainer does, phase by phase, where q is no longer a."""
 
     def __init__(
         self, policy: LanguageModel, proposal: LanguageModel, base: LanguageModel, *,
@@ -72,7 +73,7 @@ class DMFastStep(Phases):
 
 
 def make(kind: str, name: str, batch: int, length: int) -> DMFastStep | EagerStep:
-    """``dmfast`` or ``eager``, on fresh copies of the model; q is the model, slightly off, and so is not a."""
+    """Return the step ``dmfast`` or ``eager`` on fresh copies of the model, where q is slightly off and so is not a."""
     base = load(name)
     policy, proposal = (LanguageModel(copy.deepcopy(base.model), base.tokenizer) for _ in range(2))
     with torch.no_grad():
@@ -94,7 +95,7 @@ def make(kind: str, name: str, batch: int, length: int) -> DMFastStep | EagerSte
 
 
 def profile(name: str, batch: int, length: int, rounds: int) -> dict[str, Any]:
-    """Both steps interleaved; medians in ms of each phase and of the whole, peak memory of each in a fresh process."""
+    """Interleave both steps, and return ms of each phase and of the whole, and the peak memory of each."""
     steps = {kind: make(kind, name, batch, length) for kind in ("dmfast", "eager")}
     times: dict[str, dict[str, list[float]]] = {kind: {} for kind in steps}
     torch.manual_seed(0)
@@ -104,7 +105,9 @@ def profile(name: str, batch: int, length: int, rounds: int) -> dict[str, Any]:
             steps[kind]()
             whole = time.perf_counter() - start
             if i:
-                for phase, seconds in {**steps[kind].seconds, "whole step": whole}.items():
+                found = steps[kind].seconds
+                both = found["policy forward"] + found["policy backward"]
+                for phase, seconds in {**found, BOTH: both, "whole step": whole}.items():
                     times[kind].setdefault(phase, []).append(seconds * 1e3)
     return {
         "model": name, "parameters": sum(p.numel() for p in load(name).model.parameters()),
@@ -116,7 +119,7 @@ def profile(name: str, batch: int, length: int, rounds: int) -> dict[str, Any]:
 
 
 def _count(step: DMFastStep | EagerStep) -> dict[str, dict[str, int]]:
-    """Of q, a and the policy in one step: forwards, tokens that went through, rows projected to V."""
+    """Count for q, a and the policy in one step: forwards, tokens that went through, rows projected to V."""
     counts: dict[str, dict[str, int]] = {}
     hooks = []
     for name, which in (("q", step.proposal), ("a", step.base), ("policy", step.policy)):
@@ -141,14 +144,17 @@ def _count(step: DMFastStep | EagerStep) -> dict[str, dict[str, int]]:
 
 
 def _memory(kind: str, name: str, batch: int, length: int) -> float:
-    """Peak of a fresh process over what it has after a first step: gradients count, the optimiser's state does not."""
+    """Return the peak of a fresh process over what it has after a first step.
+
+    Gradients count, and the optimiser's state does not.
+    """
     code = "from dmfast.bench.step import print_memory; print_memory()"
     where = str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name
     return float(in_fresh_process(code, kind, where, str(batch), str(length), str(torch.get_num_threads())))
 
 
 def print_memory() -> None:
-    """What ``_memory`` runs."""
+    """Print what ``_memory`` reads."""
     kind, name, batch, length, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     print(json.dumps(extra_memory(make(kind, name, int(batch), int(length)))))

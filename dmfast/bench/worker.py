@@ -1,4 +1,4 @@
-"""One configuration of the benchmark, for a process of its own: threads, huge pages and peak memory are a process's."""
+"""Measure one configuration, in a process of its own, since threads, huge pages and peak memory are a process's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = 64  # tokens of a sequence
 
 @dataclass(frozen=True)
 class Config:
-    """What to run.
+    """Say what to run.
 
     Attributes:
         form: ``logits``, ``head`` (hidden states through an nn.Linear) or ``sampling``.
@@ -53,7 +53,7 @@ class Config:
 
     @property
     def title(self) -> str:
-        """For tables."""
+        """The title of its table."""
         form = f"{self.form}, D {self.dim}" if self.dim else self.form
         pages = ", huge pages" if self.huge_pages else ""
         where = f"{self.threads} threads{pages}" if self.device == "cpu" else self.device
@@ -61,7 +61,7 @@ class Config:
 
 
 class _FromModel(torch.autograd.Function):
-    """Logits as a model returns them, which may be overwritten, without what a model costs."""
+    """Return logits as a model does, which may be overwritten, without what a model costs."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, box: list[Tensor]) -> Tensor:
@@ -76,7 +76,7 @@ class _FromModel(torch.autograd.Function):
 
 
 def _model_rows(rows: int) -> Tensor:
-    """(rows, V) logits of the biography model."""
+    """Return (rows, V) logits of the biography model."""
     from ..training.recipe import load
 
     model = load("tiny-bios")
@@ -88,7 +88,7 @@ def _model_rows(rows: int) -> Tensor:
 
 
 def make_problem(c: Config) -> rivals.Problem:
-    """The batch, with A by the oracle in fp64."""
+    """Return the batch, with A by the oracle in fp64."""
     torch.manual_seed(0)
     dtype = getattr(torch, c.dtype)
     b, t = c.rows // c.steps, c.steps
@@ -128,7 +128,7 @@ def _said(error: Exception) -> str:
 
 
 def _made(makers: Mapping[str, Callable[[], _T]], missing: dict[str, str]) -> Iterator[tuple[str, _T]]:
-    """The rivals that are there; whatever the others die of goes into the table."""
+    """Yield the rivals that are there. Why the others are not goes into ``missing``."""
     for name, make in makers.items():
         try:
             made = make()
@@ -139,9 +139,9 @@ def _made(makers: Mapping[str, Callable[[], _T]], missing: dict[str, str]) -> It
 
 
 class Place:
-    """What a measurement takes from where it is made: the rivals, what is measured beside them, the clock.
+    """Hold what depends on where a measurement is made: the rivals, what is measured beside them, the clock.
 
-    This is a CPU's. That of a GPU is in scripts/gpu/worker.py.
+    This one is for a CPU. scripts/gpu/worker.py has that of a GPU.
     """
 
     def on_logits(self, dtype: torch.dtype) -> Mapping[str, Callable[[], rivals.TokenLogProb]]:
@@ -282,7 +282,7 @@ def _head_runs(
 
 
 def truth(p: rivals.Problem, c: Config) -> list[Tensor]:
-    """The gradients of GDC++ in fp64, sequence by sequence."""
+    """Return the gradients of GDC++ in fp64, formed sequence by sequence."""
     b = len(p.tokens)
     if c.form == "logits":
         out = torch.empty(p.z.shape, dtype=torch.float64)
@@ -304,7 +304,7 @@ def truth(p: rivals.Problem, c: Config) -> list[Tensor]:
 
 
 def _error(found: list[Tensor], exact: list[Tensor]) -> float:
-    """||gradient - exact|| / ||exact||, the larger of the two where there are two."""
+    """Return ||gradient - exact|| / ||exact||, the larger of the two where there are two."""
 
     def relative(a: Tensor, b: Tensor) -> float:
         # block by block, so that there is no fp64 copy of all of it; added up where they lie, since a device would wait
@@ -318,7 +318,7 @@ def _error(found: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def run(c: Config, place: Place = CPU) -> dict[str, Any]:
-    """Times or, with ``memory_of``, the peak of one rival."""
+    """Return the times or, with ``memory_of``, the peak memory of one rival."""
     torch.set_num_threads(c.threads)
     if c.form == "sampling":
         return _sampling(c)
@@ -377,7 +377,7 @@ def _sampling(c: Config) -> dict[str, Any]:
 
 
 def main() -> None:
-    """``run`` on the process's argument."""
+    """Print what ``run`` returns for the process's argument."""
     print(json.dumps(run(Config(**json.loads(sys.argv[1])))))
     sys.stdout.flush()
     os._exit(0)  # compilers' pools would keep the process

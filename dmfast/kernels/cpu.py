@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import Terms
-from . import extension, faults
+from . import extension, faults, products
 from .backend import check_gradient, overwritten
 from .batch import Batch, Bonus, SampleRows, Scores
 from .form import with_token_weight
@@ -33,7 +33,8 @@ class Cpu:
     def detail(self) -> str:
         """Return what it takes."""
         return (
-            f"fp32, bf16 and fp16 logits on the CPU; instruction set {instruction_set()}. Under torch.compile a "
+            f"fp32, bf16 and fp16 logits on the CPU; instruction set {instruction_set()}; "
+            f"{products.on_this_cpu()}. Under torch.compile a "
             "gradient in place goes through a functional graph, where AOTAutograd may copy the logits once, and known "
             "weights take two passes"
         )

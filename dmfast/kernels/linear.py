@@ -3,9 +3,11 @@
 Matrix products are torch's (``products.py``); between them run the row kernels of a backend. A chunk holds whole
 sequences, so that log pi, and with it A, is known inside it: logits = H W^T, the kernel's forward, its backward over
 the logits, or into 16 bits beside them where the next product takes these, dH = dZ W, dW += dZ^T H. That is three
-products and no logit is computed twice, the least for which all three gradients can be had. A sequence longer than the
-buffer, and a loss whose grad_output is not known before backward, take two phases, and so a fourth product. Rows that
-are not scored are packed out before the first product. A frozen head costs neither its product nor a
+products and no logit is computed twice, the least for which all three gradients can be had. A function of ``Terms``
+gets the sequences of a chunk as if they were a call: chunks are cut between sequences where it says ``per_sequence``,
+between prompts where it says ``whole_contexts``, and else not at all. What goes together and is longer than the buffer,
+such as one long sequence, and a loss whose grad_output is not known before backward, take two phases, and so a fourth
+product. Rows that are not scored are packed out before the first product. A frozen head costs neither its product nor a
 V x D buffer.
 
 Where the vocabulary is cut among ranks (``shards.py``) a chunk is the same on all of them: each makes the logits of its
@@ -22,7 +24,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..objectives import Objective, Terms
+from ..objectives import Objective, OfStep, Terms
 from . import check_ops, faults, products
 from .autograd import LogProb, Options, apply, copies, from_log_prob, reduced, refuses_double_backward
 from .backend import Backend
@@ -48,20 +50,24 @@ class Chunks(NamedTuple):
     chunk_rows: int
     ways: products.Ways
     narrow: bool  # whether the gradient of fp32 logits is multiplied in 16 bits
+    may_cut: list[int] | None  # the sequences, from 0 to B, before which chunks may be cut; None: all
 
     def groups(self) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-        """Yield sequences [i, j) that go through the buffer together, and the rows [first, last) of them. There are
-        several such where one sequence is longer than the buffer."""
+        """Yield sequences [i, j) that go through the buffer together, and the rows [first, last) of them.
+
+        There are several such ranges of rows where what goes together is longer than the buffer."""
         starts = self.bounds
-        n, i = len(starts) - 1, 0
-        while i < n:
-            j = i + 1
-            while j < n and starts[j + 1] - starts[i] <= self.chunk_rows:
-                j += 1
+        at = list(range(len(starts))) if self.may_cut is None else self.may_cut
+        a = 0
+        while a < len(at) - 1:
+            i, b = at[a], a + 1
+            while b < len(at) - 1 and starts[at[b + 1]] - starts[i] <= self.chunk_rows:
+                b += 1
+            j = at[b]
             first, last = starts[i], starts[j]
             cuts = range(first, max(last, first + 1), self.chunk_rows)
             yield i, j, [(cut, min(cut + self.chunk_rows, last)) for cut in cuts]
-            i = j
+            a = b
 
     def part(self, i: int, j: int, first: int, last: int, logits: Tensor) -> Batch:
         """Return rows [first, last) of sequences [i, j) as a packed batch."""
@@ -100,9 +106,37 @@ def rows_of_buffer(
     return max(rows, 1)
 
 
+def places_to_cut(terms: Terms | None, n: int) -> list[int] | None:
+    """Return the sequences, from 0 to n, before which the loss of n may be cut into parts; None: before all of them.
+
+    Args:
+        terms: of the loss. A function says by ``per_sequence`` that A depends on the sequence's own log pi alone,
+            beside ``at_draw``, and by ``whole_contexts`` that it depends on those of the sequence's prompt.
+        n: its sequences.
+    """
+    if terms is None or isinstance(terms.objective, Objective):
+        return None
+    objective = terms.objective
+    function = objective.objective if isinstance(objective, OfStep) else objective
+    if getattr(function, "per_sequence", False):
+        return None
+    context_id = terms.context_id
+    if context_id is None or not getattr(function, "whole_contexts", False):
+        return [0, n]
+    contexts = context_id.tolist()
+    last = {context: place for place, context in enumerate(contexts)}
+    found, end = [0], 0
+    for place, context in enumerate(contexts):
+        end = max(end, last[context])
+        if place == end:
+            found.append(place + 1)
+    return found
+
+
 def make_chunks(
-    whole: Batch, hidden: Tensor, chunk_bytes: int | None, wanted: tuple[bool, ...], shards: Shards | None = None
-) -> Chunks:
+    whole: Batch, hidden: Tensor, chunk_bytes: int | None, wanted: tuple[bool, ...], shards: Shards | None = None,
+    may_cut: list[int] | None = None,
+) -> Chunks:  # fmt: skip
     """Leave out the rows that are not scored, and cut the others into chunks.
 
     Args:
@@ -111,6 +145,7 @@ def make_chunks(
         chunk_bytes: as in ``linear_dm_loss``.
         wanted: which gradients are wanted: of hidden states, head and bias.
         shards: the ranks among which the vocabulary is cut, or None.
+        may_cut: as ``places_to_cut`` returns it.
     """
     scored = whole.labels != IGNORE
     before = torch.cat([scored.new_zeros(1, dtype=torch.int64), scored.cumsum(0)])
@@ -126,7 +161,7 @@ def make_chunks(
     itemsize = whole.logits.itemsize + (hidden.itemsize if narrow else 0)
     vocab = whole.vocab if shards is None else shards.largest
     held = rows_of_buffer(vocab, itemsize, whole.logits.device, chunk_bytes, wanted[1])
-    return Chunks(whole, rows, labels, token_weight, starts, starts.tolist(), held, ways, narrow)
+    return Chunks(whole, rows, labels, token_weight, starts, starts.tolist(), held, ways, narrow, may_cut)
 
 
 def _rows(hidden: Tensor, n: int, vocab: int, dtype: torch.dtype) -> Tensor:
@@ -275,7 +310,8 @@ def _group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]]) -> Scores:
     backend, matrices, expected, divide_by = call.backend, call.matrices, call.expected, call.divide_by
     terms = None if call.terms is None else call.terms.cut(i, j)
     coefficient = 0.0 if terms is None else terms.entropy_coefficient
-    if len(cuts) > 1 or call.shards is not None:
+    in_torch = terms is not None and not isinstance(terms.objective, Objective)
+    if len(cuts) > 1 or call.shards is not None or in_torch:
         scores, last = _score_chunks(call, i, j, cuts, terms)
         if expected is None:
             return scores
@@ -363,7 +399,8 @@ def forward(
         if terms is not None:
             faults.check_terms(terms)
     wanted = wanted if expected is not None else (False, False, False)
-    chunks = make_chunks(batch, hidden, chunk_bytes, wanted, shards)
+    may_cut = places_to_cut(terms, batch.n_sequences)
+    chunks = make_chunks(batch, hidden, chunk_bytes, wanted, shards, may_cut)
     with _as_multiplied(hidden, batch):
         matrices = _Products(chunks, hidden, head, bias, wanted, shards)
         scores = _forward(_Pass(backend, chunks, matrices, terms, entropy, divide_by, expected, shards))
@@ -467,7 +504,8 @@ def loss(
     chunk_bytes: int | None, shards: Shards | None = None,
 ) -> tuple[Tensor, Scores]:  # fmt: skip
     """Return the reduced loss, with gradient where one is wanted, and the scores."""
-    if isinstance(terms.objective, Objective):
+    one_pass = options.expected is not None and batch.n_sequences
+    if isinstance(terms.objective, Objective) or one_pass:
         found, _, scores = _run(backend, hidden, head, bias, batch, terms, options, chunk_bytes, shards)
         return found, scores
     if not backend.records_faults:

@@ -8,22 +8,35 @@ logits would put log pi off by .1 nats and more. Libraries differ in what they o
 - ``widened``: operands in fp32, the head in blocks of its rows, so that no V x D copy of it exists. bf16 operands lose
   nothing where oneDNN multiplies them as bf16 again, by a CPU's own instructions if it has them.
 
-``ways`` chooses, from these measurements: milliseconds of native and widened for 256 rows, D 576, V 50257, one thread.
+``ways`` chooses from measurements, by CPU and dtype; bold is what 16-bit hidden states with fp32 logits take. Where not
+said otherwise they are milliseconds of CPU time of one thread for 1, 8, 64 and 256 rows, D 576, V 50257
+(``benchmarks/products.py``, with D 2048 in its results).
 
-| CPU, operands | H W^T | dZ W | dZ^T H |
+| CPU, operands | product | native | widened |
 |---|---|---|---|
-| with bf16 instructions (Xeon, AMX), bf16 | 35, **48** | 34, **54** | 61, **40** |
-| the same, fp16 | 145, **197** | 172, **214** | 291, **187** |
-| with AVX2, bf16 | 905, **421** | 11,100, **378** | 1,720, **348** |
-| with AVX2, fp16 | 890, **265** | 11,600, **390** | 2,900, **240** |
+| with bf16 instructions (Xeon, AMX), bf16 | H W^T | 9, 10, 16, 32 | **23, 26, 38, 79** |
+| | dZ W | **12, 12, 11, 27** | 17, 21, 40, 73 |
+| | dZ^T H | 31, 31, 40, 67 | **11, 23, 30, 66** |
+| the same, fp16 | H W^T | 10, 15, 35, 102 | **23, 26, 51, 138** |
+| | dZ W | 9, 11, 31, 103 | **15, 13, 35, 116** |
+| | dZ^T H | 29, 33, 61, 150 | **13, 21, 47, 108** |
+| the same held to AVX2, bf16 | H W^T | | **19, 22, 53, 176** |
+| | dZ W | | **14, 16, 49, 166** |
+| | dZ^T H | | **13, 15, 51, 143** |
+| with AVX2, bf16; elapsed ms, 256 rows | H W^T, dZ W, dZ^T H | 905, 11,100, 1,720 | **421, 378, 348** |
+| the same, fp16 | H W^T, dZ W, dZ^T H | 890, 11,600, 2,900 | **265, 390, 240** |
+| aarch64 and others | | not measured | **not measured** |
 
-``native`` rounds the logits, and takes dZ in 16 bits, as the row kernels then write it.
+``native`` rounds what it gives: the logits of ``"same"``, and a dH that is not one of several parts. It takes dZ in 16
+bits, as the row kernels then write it, and as autograd does where a 16-bit head's logits are widened. A CPU that was
+not measured takes ``widened`` for all three products, which is right everywhere, and ``on_this_cpu`` says so.
 
 Products of fp32 matrices are IEEE's, whatever torch is set to (``ieee``), unless ``logits_dtype="same"`` is asked for.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -38,7 +51,10 @@ _ADDS_IN_FP32 = TorchVersion(torch.__version__) >= "2.11"  # addmm with out_dtyp
 _ONEDNN: Any = getattr(torch.backends.mkldnn, "matmul", None)
 # what has the attribute fp32_precision, from torch 2.9 on; ROCm's devices are cuda to torch
 _SETTINGS: dict[str, Any] = {"cpu": _ONEDNN, "cuda": torch.backends.cuda.matmul, "xpu": _ONEDNN}
-_BLOCK = 4096  # rows of the head that are widened at a time
+_FEW = 8  # rows up to which converting the head costs a CPU more than multiplying it in fp32
+# What is widened at a time, in bytes. On a CPU it stays in the second-level cache between conversion and product, or
+# nearly so: many rows are multiplied faster in larger blocks.
+_FEW_BYTES, _CPU_BYTES, _BYTES = 2**19, 2**22, 2**25
 
 
 class Ways(NamedTuple):
@@ -67,9 +83,9 @@ def ways(device: torch.device, dtype: torch.dtype, logits_dtype: torch.dtype, pa
         return Ways("native", "native", "native")
     same = logits_dtype == dtype
     if device.type == "cpu":
-        native = same and dtype == torch.bfloat16 and _multiplies_bf16()
-        back = "widened" if parts or not native else "native"
-        return Ways("native" if native else "widened", back, "widened")
+        native = dtype == torch.bfloat16 and _multiplies_bf16()
+        logits, d_hidden = native and same, native and not parts
+        return Ways("native" if logits else "widened", "native" if d_hidden else "widened", "widened")
     to_fp32 = "fp32 output" if _has_fp32_output(device) else "widened"
     return Ways("native" if same else to_fp32, to_fp32 if parts else "native", to_fp32)
 
@@ -79,6 +95,15 @@ def _multiplies_bf16() -> bool:
     """Return whether the CPU has instructions that multiply bf16 and add in fp32."""
     asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which of them there are depends on the release
     return any(getattr(torch.cpu, name, bool)() for name in asked)
+
+
+def on_this_cpu() -> str:
+    """Return how heads of 16-bit models are multiplied here, and whether that was measured on such a CPU."""
+    if _multiplies_bf16():
+        return "a bf16 head is multiplied by the CPU's bf16 instructions, an fp16 head in fp32"
+    known = platform.machine().lower() in ("x86_64", "amd64")
+    why = "16-bit products are slower" if known else f"no product was measured on {platform.machine() or 'this CPU'}"
+    return f"a 16-bit head is multiplied in fp32: {why}"
 
 
 @cache
@@ -100,10 +125,23 @@ def ieee(device: torch.device) -> AbstractContextManager[None]:
     return _fp32_products(device, "ieee")
 
 
-def _multiplied_as(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
-    """Have oneDNN multiply fp32 matrices that hold values of a dtype as bf16 if they are; others, and those on another
-    device, in fp32."""
-    return _fp32_products(device, "bf16" if dtype == torch.bfloat16 and device.type == "cpu" else "ieee")
+def _multiplied_as(x: Tensor, rows: int) -> AbstractContextManager[None]:
+    """Have oneDNN multiply fp32 matrices that hold what x holds as bf16 where x is that and on a CPU, and where the
+    product has more than a few rows; others in fp32."""
+    as_bf16 = x.dtype == torch.bfloat16 and x.device.type == "cpu" and rows > _FEW
+    return _fp32_products(x.device, "bf16" if as_bf16 else "ieee")
+
+
+def _in_fp32(x: Tensor, dim: int, rows: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of a dimension of x and x there in fp32, for a product of so many rows. All of them are in one
+    buffer, where each is overwritten by the next, since fresh memory for each would cost page faults."""
+    size, of_one = x.shape[dim], 4 * max(x.numel() // max(x.shape[dim], 1), 1)
+    most = _BYTES if x.device.type != "cpu" else _FEW_BYTES if rows <= _FEW else _CPU_BYTES
+    block = min(max(most // of_one, 1), size)
+    wide = x.new_empty([block if i == dim else n for i, n in enumerate(x.shape)], dtype=torch.float32)
+    for first in range(0, size, max(block, 1)):
+        n = min(block, size - first)
+        yield slice(first, first + n), wide.narrow(dim, 0, n).copy_(x.narrow(dim, first, n))
 
 
 @contextmanager
@@ -151,11 +189,10 @@ def multiply(way: str, h: Tensor, head: Tensor, bias: Tensor | None, out: Tensor
             out.add_(bias)
     else:
         wide = h.float()
-        for first in range(0, head.shape[0], _BLOCK):
-            part = slice(first, first + _BLOCK)
+        for part, wide_head in _in_fp32(head, 0, h.shape[0]):
             to = out[:, part] if out.dtype == torch.float32 else torch.empty_like(out[:, part], dtype=torch.float32)
-            with _multiplied_as(h.dtype, h.device):
-                torch.mm(wide, head[part].float().t(), out=to)
+            with _multiplied_as(h, h.shape[0]):
+                torch.mm(wide, wide_head.t(), out=to)
             if bias is not None:
                 to.add_(bias[part])
             if out.dtype != torch.float32:
@@ -178,9 +215,9 @@ def multiply_back(way: str, dz: Tensor, head: Tensor, out: Tensor) -> None:
         torch.mm(dz, head, out_dtype=torch.float32, out=out)
         return
     total = dz.new_zeros(out.shape, dtype=torch.float32)
-    with _multiplied_as(head.dtype, head.device):
-        for first in range(0, head.shape[0], _BLOCK):
-            total.addmm_(dz[:, first : first + _BLOCK].float(), head[first : first + _BLOCK].float())
+    with _multiplied_as(head, dz.shape[0]):
+        for part, wide_head in _in_fp32(head, 0, dz.shape[0]):
+            total.addmm_(dz[:, part].float(), wide_head)
     out.copy_(total)
 
 
@@ -208,8 +245,13 @@ def add_product(way: str, total: Tensor, dz: Tensor, h: Tensor, first: bool) -> 
     """
     beta = 0 if first else 1
     if way != "fp32 output":
-        with _multiplied_as(h.dtype, h.device):
-            total.addmm_(dz.t().float(), h.float(), beta=beta)
+        wide = h.float()
+        with _multiplied_as(h, h.shape[0]):
+            if dz.dtype == torch.float32:
+                total.addmm_(dz.t(), wide, beta=beta)
+            else:
+                for part, wide_dz in _in_fp32(dz, 1, h.shape[0]):
+                    total[part].addmm_(wide_dz.t(), wide, beta=beta)
     elif _ADDS_IN_FP32:
         torch.addmm(total, dz.t(), h, out_dtype=torch.float32, beta=beta, out=total)
     elif first:

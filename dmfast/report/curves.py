@@ -1,20 +1,14 @@
-"""Draw what runs come to under a verifier: pass@k over k, and precision against coverage.
-
-Each run has a mark and a dash of its own, so that runs are told apart without their colours.
-"""
+"""Draw what runs come to under a verifier: pass@k over k, and precision against coverage."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-from .plots import INK, color, finite, ink
+from .marks import INK, dash, ink, mark
+from .plots import finite, name_lines
 from .runs import Run
-
-_MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1.2)))
 
 
 @dataclass(frozen=True)
@@ -36,43 +30,18 @@ def curves(runs: Sequence[Run]) -> list[Curve]:
     of_k = [run for run in runs if run.asked]
     if not of_k:
         return []
-    found = [Curve("pass@k", "over k, of the last evaluation; thin: before training", lambda axis: _passes(axis, runs))]
+    note = "over k, at the end; bars: ± one standard error; thin grey line: before training"
+    found = [Curve("pass@k", note, lambda axis: _passes(axis, runs))]
     common = set(of_k[0].asked).intersection(*(run.asked for run in of_k))
     most = max(common, default=1)
     if 1 in common and most > 1:
-        note = f"pass@1 over pass@{most}, evaluation by evaluation; open: the first, full: the last"
+        note = f"pass@1 over pass@{most}, evaluation by evaluation; open mark: the first, full mark: the last"
         found.append(Curve("precision against coverage", note, lambda axis: _front(axis, runs, most)))
     return found
 
 
-def legend(runs: Sequence[Run]) -> str:
-    """Return HTML that says which mark and dash each run has."""
-    shown = "".join(f"<span>{_symbol(i)} {escape(run.name)}</span>" for i, run in enumerate(runs) if run.asked)
-    return f'<div class="key marks">{shown}</div>'
-
-
-def _dash(number: int) -> Any:
-    return _DASHES[(number + number // len(_MARKS)) % len(_DASHES)]
-
-
-def _symbol(number: int) -> str:
-    """Return the run's mark on a piece of its line, as an ``<svg>`` element."""
-    from matplotlib.markers import MarkerStyle
-
-    mark: Any = MarkerStyle(_MARKS[number % len(_MARKS)])
-    (outline, *_) = mark.get_path().transformed(mark.get_transform()).to_polygons()
-    points = " ".join(f"{15 + 8 * x:.2f},{6 - 8 * y:.2f}" for x, y in outline)
-    dash = _dash(number)
-    dashes = "" if dash == "-" else f' stroke-dasharray="{" ".join(f"{1.6 * each:g}" for each in dash[1])}"'
-    return (
-        f'<svg viewBox="0 0 30 12" width="30" height="12" aria-hidden="true" style="color:{color(number)}">'
-        f'<line x1="0" y1="6" x2="30" y2="6" stroke="currentColor" stroke-width="1.6"{dashes}></line>'
-        f'<polygon points="{points}" fill="currentColor"></polygon></svg>'
-    )
-
-
 def _style(number: int) -> dict[str, Any]:
-    return {"color": ink(number), "marker": _MARKS[number % len(_MARKS)], "linestyle": _dash(number)}
+    return {"color": ink(number), "marker": mark(number), "linestyle": dash(number)}
 
 
 def _passes(axis: Any, runs: Sequence[Run]) -> None:
@@ -84,6 +53,7 @@ def _passes(axis: Any, runs: Sequence[Run]) -> None:
         if of_base and run.passed(run.after) and of_base not in seen:  # runs from one base have it alike
             seen.append(of_base)
             axis.plot(list(of_base), list(of_base.values()), color=INK, linewidth=0.7, alpha=0.75)
+    ends = []
     for i, run in enumerate(runs):
         found = run.passed(run.after) or run.passed(run.before)
         values = [each.value for each in found.values()]
@@ -92,15 +62,18 @@ def _passes(axis: Any, runs: Sequence[Run]) -> None:
             axis.errorbar(
                 list(found), values, errors, **_style(i), linewidth=1.2, markersize=4.5, capsize=2, elinewidth=0.7
             )
+            ends.append((i, list(found)[-1], values[-1]))
     asked = sorted({k for run in runs for k in run.asked})
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_locator(FixedLocator(asked))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("k", fontsize=8)
+    _name(axis, runs, ends)
 
 
 def _front(axis: Any, runs: Sequence[Run], most: int) -> None:
+    ends = []
     for i, run in enumerate(runs):
         points = run.front(most)
         if not points:
@@ -115,6 +88,15 @@ def _front(axis: Any, runs: Sequence[Run], most: int) -> None:
             x[-1:], y[-1:], [error_y], [error_x], color=style["color"], marker=style["marker"], markersize=6,
             linestyle="none", capsize=2, elinewidth=0.7,
         )  # fmt: skip
+        ends.append((i, x[-1], y[-1]))
     axis.set_xlim(right=min(axis.get_xlim()[1], 1.02))  # where an error bar alone would go beyond 1
     axis.set_xlabel(f"pass@{most}: coverage", fontsize=8)
     axis.set_ylabel("pass@1: precision", fontsize=8)
+    _name(axis, runs, ends)
+
+
+def _name(axis: Any, runs: Sequence[Run], ends: Sequence[tuple[int, float, float]]) -> None:
+    if len(runs) > 1:
+        axis.set_xlim(axis.get_xlim())
+        axis.set_ylim(axis.get_ylim())
+        name_lines(axis, ends)

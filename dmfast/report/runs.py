@@ -29,7 +29,10 @@ class Run:
             p.
         swaps: the number of swaps of the proposal.
         seconds: the seconds of training; None if not known.
+        verdict: whether the run came to its target, in words; empty if the file does not say.
         samples_before, samples_after: texts.
+        prompts_before, prompts_after: the prompt of each of these texts, or None where there was none. Empty if the
+            file does not say.
         machine: the machine of the run.
     """
 
@@ -43,8 +46,11 @@ class Run:
     ideal: dict[str, Estimate]
     swaps: int
     seconds: float | None
+    verdict: str = ""
     samples_before: list[str] = field(default_factory=list)
     samples_after: list[str] = field(default_factory=list)
+    prompts_before: list[str | None] = field(default_factory=list)
+    prompts_after: list[str | None] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -169,12 +175,60 @@ def _read(path: Path, name: str) -> Run:
     common: dict[str, Any] = {"name": name, "source": source, "steps": steps, "evaluations": evaluations}
     if source.name == "trainer_state.json":
         return Run(**common, **_of_trainer(log, source), swaps=int(swaps))
+    before, after = _estimates(log, "before", source), _estimates(log, "after", source)
+    last = log.get("steps", steps[-1]["step"])
     return Run(
-        **common, swaps=int(swaps), settings=_settings(log), seconds=log.get("seconds_training"),
-        before=_estimates(log, "before", source), after=_estimates(log, "after", source),
-        ideal=_estimates(log, "ideal", source), samples_before=list(log.get("samples_before", [])),
-        samples_after=list(log.get("samples_after", [])), machine=dict(log.get("machine", {})),
+        **common | {"evaluations": _with_ends(evaluations, before, after, last)}, swaps=int(swaps),
+        settings=_settings(log), seconds=log.get("seconds_training"), before=before, after=after,
+        ideal=_estimates(log, "ideal", source), verdict=str(log.get("verdict") or ""), **_samples(log, source),
+        machine=dict(log.get("machine", {})),
     )  # fmt: skip
+
+
+def _with_ends(
+    evaluations: list[dict[str, Any]], before: Mapping[str, Estimate], after: Mapping[str, Estimate], last: int
+) -> list[dict[str, Any]]:
+    """Return the evaluations with those before and after training, which ``dmfast train`` keeps apart."""
+
+    def entry(step: int, found: Mapping[str, Estimate]) -> dict[str, Any]:
+        values = {f"eval_{name}": estimate.value for name, estimate in found.items()}
+        return {"step": step, **values, **{f"eval_{name}_stderr": e.stderr for name, e in found.items()}}
+
+    at = {each["step"] for each in evaluations}
+    first = [entry(0, before)] if before and 0 not in at else []
+    return first + evaluations + ([entry(last, after)] if after and last not in at else [])
+
+
+def _samples(log: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """Return the texts before and after, with their prompts: those of ``log.json``, else of ``samples.jsonl``."""
+    texts = {f"samples_{when}": [str(text) for text in log.get(f"samples_{when}", [])] for when in ("before", "after")}
+    of_all = log.get("recipe", {}).get("prompts") if isinstance(log.get("recipe"), Mapping) else None
+    prompts = log.get("samples_prompts")
+    if prompts is None and of_all is not None:
+        rows = _rows(source.parent)
+        if rows and rows[-1]["step"] == log.get("steps"):  # not what an earlier run has left
+            return _of_rows(rows, rows[-1]["step"])
+        prompts = of_all * _SAMPLES if isinstance(of_all, list) and len(of_all) == 1 else []
+    shown = [None if prompt is None else _prompt(prompt) for prompt in prompts or []]
+    return {
+        **texts, **{f"prompts_{when}": shown[: len(texts[f"samples_{when}"])] for when in ("before", "after")}
+    }  # fmt: skip
+
+
+def _of_rows(rows: Sequence[Mapping[str, Any]], last: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for when, step in (("before", 0), ("after", last)):
+        chosen = [row for row in rows if row["step"] == step and (when == "before" or step > 0)][:_SAMPLES]
+        found[f"samples_{when}"] = [row["text"] for row in chosen]
+        found[f"prompts_{when}"] = [row["prompt"] for row in chosen]
+    return found
+
+
+def _prompt(prompt: Any) -> str:
+    """Return a prompt as text; of a chat, who says what."""
+    if isinstance(prompt, list) and all(isinstance(each, Mapping) and "content" in each for each in prompt):
+        return "\n".join(f"{each.get('role', '')}: {each['content']}" for each in prompt)
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
 def _of_trainer(log: Mapping[str, Any], source: Path) -> dict[str, Any]:
@@ -191,8 +245,7 @@ def _of_trainer(log: Mapping[str, Any], source: Path) -> dict[str, Any]:
     return {
         "settings": {name: log[name] for name in ("max_steps", "train_batch_size", "num_train_epochs") if name in log},
         "before": _evaluated(first), "after": _evaluated(evaluations[-1] if evaluations else {}), "ideal": {},
-        "seconds": trained, "samples_before": [row["text"] for row in rows if row["step"] == 0][:_SAMPLES],
-        "samples_after": [row["text"] for row in rows if row["step"] == last > 0][:_SAMPLES],
+        "seconds": trained, **_of_rows(rows, last),
     }  # fmt: skip
 
 
@@ -204,7 +257,13 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
             lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
             try:
                 rows = [row for row in map(json.loads, lines) if row["evaluation"] == "eval"]
-                return [{"step": int(row["step"]), "text": str(row["text"])} for row in rows]
+                return [
+                    {
+                        "step": int(row["step"]), "text": str(row["text"]),
+                        "prompt": None if row.get("prompt") is None else _prompt(row["prompt"]),
+                    }
+                    for row in rows
+                ]  # fmt: skip
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} is not the samples of a run: {error!r}") from error
     return []

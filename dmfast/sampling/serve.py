@@ -7,8 +7,9 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import util
-from pathlib import Path
 from typing import NoReturn
+
+from ..shipped import located
 
 _WORKER = "dmfast.sampling.vllm_worker.Worker"
 _OWN = ("--model", "--generation-config", "--override-generation-config", "--logprobs-mode", "--worker-extension-cls",
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="tiny-bios, a folder, or a name on the hub: the one that is trained")
     parser.add_argument("--host", default="127.0.0.1",
                         help="the address to listen at; every client can run code in vLLM's workers")  # fmt: skip
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=8000, help="where it listens")
     parser.add_argument("--dtype", default="auto", help="the dtype that vLLM computes in; log q is exact for each")
     parser.epilog = "Options after -- are passed on to vLLM's server, for example -- --tensor-parallel-size 2."
     parser.set_defaults(vllm=[])
@@ -62,9 +63,7 @@ def serve(args: argparse.Namespace) -> NoReturn:
     """
     if util.find_spec("vllm") is None:
         raise ValueError("vLLM is not installed in this environment: pip install vllm, and dmfast beside it")
-    tiny = Path(__file__).parent.parent / "data" / "tiny_bios"
-    model = str(tiny) if args.model == "tiny-bios" else args.model
-    line = command(model, args.vllm, host=args.host, port=args.port, dtype=args.dtype)
+    line = command(str(located(args.model)), args.vllm, host=args.host, port=args.port, dtype=args.dtype)
     print(f"q will be served at http://{args.host}:{args.port}: train with sampler=http://{args.host}:{args.port}")
     sys.stdout.flush()
     os.execve(sys.executable, line, environment(os.environ))

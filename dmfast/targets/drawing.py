@@ -1,4 +1,4 @@
-"""Draw the samples of a fit in parts: within a memory budget, with a line of progress, until they suffice."""
+"""Draw the base's samples of a fit in parts: within a memory budget, with a line of progress, until they suffice."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _length(prompt: Prompt) -> int:
 
 def drawn_in_parts(
     model: LanguageModel, contexts: Sequence[Prompt] | None, n: int, *, max_new_tokens: int, temperature: float,
-    seed: int | None, batch_size: int, progress: bool | None = None,
+    seed: int | None, batch_size: int, progress: bool | None = None, what: str = "lambda",
 ) -> Iterator[Samples]:  # fmt: skip
     """Yield n samples of each context in parts; together they are those that one call of ``sample`` draws.
 
@@ -57,6 +57,7 @@ def drawn_in_parts(
         model, contexts, n, max_new_tokens, temperature, batch_size: as in ``LanguageModel.sample``.
         seed: as there; without one, all are drawn at once.
         progress: whether a line on stderr says how many there are. Default: where stderr is a terminal.
+        what: what that line says that the samples are for.
     """
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed,
                            "batch_size": batch_size}  # fmt: skip
@@ -81,7 +82,8 @@ def drawn_in_parts(
         for part in parts:
             done += len(part)
             if shown:
-                print(f"\rlambda: {done:,} of {several * n:,} samples of the base", end="", file=sys.stderr, flush=True)
+                total = f"{several * n:,} samples of the base"
+                print(f"\r{what}: {done:,} of {total}", end="", file=sys.stderr, flush=True)
             yield part
     finally:
         if shown:

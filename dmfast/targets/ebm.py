@@ -15,6 +15,7 @@ from ..estimators import Estimate, estimate_moments
 from ..models import LanguageModel
 from ..samples import Prompt, Samples
 from ..seeds import seed_for
+from . import pass_rates
 from .constraints import Feature, FeatureValues, Moment, Scorer, as_feature, show
 from .drawing import batch_within, drawn_in_parts
 from .scorers import Reward
@@ -387,6 +388,49 @@ class EBM:
         if found.ess > self.report.ess:
             self._lambda, self.report = torch.tensor(found.lambda_, dtype=torch.float64), found
         return found
+
+    def fit_z(
+        self,
+        data: Any,
+        n: int = 64,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        seed: int | None = 0,
+        batch_size: int | None = None,
+        drop_zero: bool = False,
+        progress: bool | None = None,
+    ) -> Any:
+        """Draw n completions of each prompt from the base, and return the data with each prompt's pass rate.
+
+        The pass rate is the mean of b, which for a target that filters the base (``is_filter``) is an unbiased estimate
+        of the prompt's Z. ``Matcher(z_from_rows=True)`` and ``DMConfig(z_from_rows=True)`` start each prompt's Z from
+        it, as if these n completions had been drawn in the run. A rate of 0 of n says that Z is below 3/n (with 95%
+        confidence), and not that it is 0: such a prompt stays in the data, with a Z that is unknown.
+
+        Args:
+            data: prompts, or rows with a column ``prompt``; a ``datasets.Dataset`` too.
+            n: completions of each prompt.
+            max_new_tokens, temperature: those of the training (the defaults are ``DMConfig``'s).
+            seed: of the completions. None takes a seed from torch's global generator.
+            batch_size: completions drawn at a time. Default: as in ``fit``. At most about a thousand completions, or
+                those of one prompt, are in memory together.
+            drop_zero: whether prompts of which no completion had b > 0 are left out. A warning counts them either way.
+            progress: as in ``fit``.
+
+        Returns:
+            For a ``datasets.Dataset`` one with the columns ``pass_rate`` and ``pass_rate_n``; otherwise a list of rows.
+
+        Raises:
+            ValueError: the target is not known to filter the base; n is not positive; a row has no prompt, or has one
+                of the columns already; with ``drop_zero`` no prompt is left; as ``LanguageModel.check_prompts``.
+            TypeError: the data has no length.
+            RuntimeError: a scorer raised.
+        """
+        return pass_rates.fit_z(
+            self, data, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size,
+            drop_zero=drop_zero, progress=progress,
+        )  # fmt: skip
 
     def _draw(
         self, n: int, contexts: Sequence[Prompt] | None, max_new_tokens: int, temperature: float,

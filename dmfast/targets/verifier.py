@@ -106,6 +106,8 @@ class Verifier(Scorer):
                 raise ValueError(f"{each} needs workers: a call in this process can't be ended from outside")
             if limit is not None and not limit > 0:
                 raise ValueError(f"{each} must be positive or None, got {limit!r}")
+        if memory_limit is not None and not isinstance(memory_limit, int):
+            raise ValueError(f"memory_limit must be an integer, a number of bytes, got {memory_limit!r}")
         if workers and batch_size not in (None, 1):
             raise ValueError(f"workers take one completion at a time, got batch_size={batch_size!r}; leave it None")
         self.truncated, self.workers, self.answer = truncated, workers, answer

@@ -16,7 +16,7 @@ from ..matcher import Matcher
 from ..models import LanguageModel
 from ..proposal import OfflineProposal
 from ..tensors import address
-from . import checkpoint, deepspeed, distributed_config, resume
+from . import checkpoint, deepspeed, distributed_config, pickles, resume
 from .card import model_card
 from .data import Contexts
 from .saving import save_plainly
@@ -117,9 +117,10 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         """Return what a checkpoint holds of dmfast's own, without shards of q, and change nothing.
 
         Raises:
-            ValueError: it can't be read, the run was sharded in another way, or a setting has changed that its state
-                depends on.
+            ValueError: it can't be read, a file of it could run code, the run was sharded in another way, or a setting
+                has changed that its state depends on.
         """
+        pickles.refuse_code(folder)
         state = checkpoint.load_state(folder, self.args.device)
         checkpoint.check_kind(state, folder, self._sharding)
         deepspeed.refuse_state(state, folder, self.accelerator)

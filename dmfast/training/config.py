@@ -109,7 +109,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         uniform_groups, max_redraws: what happens to prompts whose sequences all have the same reward, where an
             objective that compares the sequences of a prompt gives them the weight 0. ``keep``: they count in the mean.
             ``skip``: the mean is over the others. ``redraw``: they are drawn again, up to ``max_redraws`` times, and
-            then skipped (DAPO's dynamic sampling). Only on-policy. ``n_uniform`` and ``n_redrawn`` are logged.
+            then skipped. ``replace``: the same with other prompts of the data set in their place, at random (DAPO's
+            dynamic sampling); not with a stream. Only on-policy. ``n_uniform`` and ``n_redrawn`` are logged.
         skip_zero_weight: sequences whose weight is known to be 0 before the policy's forward (those with P = 0 under
             ``dpg``, for instance) get none; off-policy, ``js_policy`` is NaN in what is logged then.
         on_policy: sample from the policy itself; no proposal is kept.
@@ -134,6 +135,9 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             Of a target that only filters the base (``EBM.is_filter``) it is read as min(Z, 1).
         z_floor: what Z is read as for a prompt of which no sequence with P > 0 was seen yet, above 0 and at most 1.
             None: the weights of such a prompt are 0. Only for a target that filters the base.
+        z_from_rows: whether Z of each prompt starts from the columns ``pass_rate`` and ``pass_rate_n`` of its row,
+            which ``EBM.fit_z`` makes, as if these n completions of the base had been seen in the run. Only for a target
+            that filters the base, and with ``partition="running"``.
         refit_ess, refit_samples: while the effective sample size of the target's fit is below ``refit_ess``, lambda is
             fitted again from the last ``refit_samples`` sequences of the steps, each weighted by a/q with the q that it
             was drawn from, and replaced where that has a larger effective sample size (``EBM.refit``); Z then starts
@@ -190,7 +194,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     samples_per_context: int | None = _field(None, "Sequences drawn from each prompt.")
     sampling_batch_size: int | None = _field(None, "Sequences at a time in sampling and scoring.")
     check_scores: bool = _field(True, "Check once that what the policy draws is what it scores.")
-    uniform_groups: str = _field("keep", "Prompts whose sequences have one reward: keep, skip or redraw.")
+    uniform_groups: str = _field("keep", "Prompts whose sequences have one reward: keep, skip, redraw or replace.")
     max_redraws: int = _field(4, "How often they are drawn again at most.")
     skip_zero_weight: bool = _field(False, "No policy forward for sequences known to have weight 0.")
     on_policy: bool = _field(False, "Sample from the policy itself.")
@@ -207,6 +211,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     proposal_device: str | None = _field(None, "Where q is kept; None: where the policy is.")
     partition: str = _field("running", "running or step.")
     z_floor: float | None = _field(None, "What Z is read as for a prompt of which nothing was right; None: left out.")
+    z_from_rows: bool = _field(False, "Start Z of each prompt from the columns that EBM.fit_z makes.")
     refit_ess: float = _field(0.0, "Below which effective sample size lambda is fitted again; 0: never.")
     refit_samples: int = _field(2048, "Sequences of a proposal that lambda is fitted again from.")
     eval_samples: int = _field(512, "Sequences of the policy at an evaluation.")

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..models import LanguageModel
+from ..targets import pass_rates
 
 # words in the names of columns that a multimodal model would read beside the prompt, and of where such data lies;
 # digits are no part of a word, so that base64 is "base"
@@ -152,6 +153,21 @@ class Contexts(Dataset[Any]):
     def whole(self, contexts: Sequence[tuple[Any, ...]]) -> list[Mapping[str, Any]] | None:
         """Return the whole rows of what iteration gave."""
         return self.rows_of([index for index, _ in contexts])
+
+    def check_pass_rates(self) -> None:
+        """Check that each row has the columns that ``EBM.fit_z`` makes.
+
+        Raises:
+            ValueError: as ``pass_rates.read``.
+        """
+        whole, names = self._whole, [pass_rates.RATE, pass_rates.DRAWN]
+        if hasattr(whole, "select_columns"):
+            whole = whole.select(self._kept)
+            if set(names) <= set(whole.column_names):
+                whole = whole.select_columns(names)
+            pass_rates.read(whole, self.argument)
+        else:
+            pass_rates.read(self.rows_of(self._kept), self.argument)
 
     def check(
         self, policy: LanguageModel, max_new_tokens: int, max_prompt_length: int | None = None, *, warn: bool = True

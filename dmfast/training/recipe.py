@@ -2,13 +2,16 @@
 
     model: tiny-bios                # or a folder, or a name on the hub
     prompts: null                   # null: the empty context; a list of strings or of chats (lists of messages); a
-                                    # .txt (one a line), .jsonl, .csv or .parquet file with a column prompt
+                                    # .txt (one a line), .jsonl, .csv or .parquet file with a column prompt; or
+                                    # {dataset: name on the hub or folder, name: ..., split: train, column: prompt}
     stop: null                      # a sequence ends in EOS; with stop: "\\n" also in a token that has a newline
     chat_template_kwargs: null      # what the chat template gets besides the messages: {enable_thinking: false}
     constraints:                    # pointwise ones, and moments
       - moment: {contains: {any_of: [she, her], name: women}, value: 0.5}
       - contains: {word: amazing}
-      - scorer: {function: my_module:my_function}
+      - scorer: {function: my_module:my_function}   # or my_file.py:my_function, relative to where the command runs
+      - verifier: {function: my_file.py:is_right}   # and other arguments of dmfast.Verifier, such as workers,
+                                    # time_limit, truncated, and answer, which is a function too
       - classifier: {model: folder or name, label: POSITIVE, output: binary}
       - reward: {scorer: {...}, beta: 0.5}      # b(x) = exp(R(x)/beta)
     monitor: []                     # features that are only looked at
@@ -31,6 +34,7 @@ import difflib
 import importlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -45,16 +49,19 @@ from .. import __version__, adapters, presets
 from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moments
 from ..models import LanguageModel
 from ..samples import Samples
-from ..targets import EBM, Classifier, Contains, Feature, Moment, Reward, Scorer
+from ..shipped import TINY_BIOS as TINY_BIOS  # noqa: PLC0414  # for those who import it from here
+from ..shipped import located
+from ..targets import EBM, Classifier, Contains, Feature, Moment, Reward, Scorer, Verifier
+from ..targets.functions import function_at
 from ..targets.rewards import AnyReward
 from . import checkpoint, report
 from .checks import check_alike, check_environment, refuse_arguments
 from .config import DMConfig
 from .data import Contexts
 from .evaluation import evaluate
+from .hub import prompts_of
 from .trainer import DMTrainer
 
-TINY_BIOS = Path(__file__).parent.parent / "data" / "tiny_bios"
 _KEYS = (
     "model", "dtype", "prompts", "stop", "chat_template_kwargs", "constraints", "monitor", "reward", "fit", "lora",
     "train", "evaluate",
@@ -165,21 +172,27 @@ def _number(text: str, where: str) -> float:
 def feature(entry: Any, where: str) -> Feature:
     """Build a feature from its entry.
 
-    The entry is ``{contains: {...}}``, ``{scorer: {function: "module:name"}}`` or
-    ``{classifier: {model: ..., label: ...}}``.
+    The entry is ``{contains: {...}}``, ``{scorer: {function: "module:name"}}``, ``{verifier: {function: "file.py:name",
+    workers: ..., time_limit: ..., truncated: ...}}`` or ``{classifier: {model: ..., label: ...}}``.
 
     Raises:
         RecipeError: the entry has another form; the message names the place.
     """
     kind, arguments = next(iter(entry.items())) if isinstance(entry, Mapping) and len(entry) == 1 else (None, None)
-    if not isinstance(arguments, Mapping) or kind not in ("contains", "scorer", "classifier"):
-        raise RecipeError(f"{where} must be one of contains, scorer and classifier with its arguments, got {entry!r}")
+    if not isinstance(arguments, Mapping) or kind not in ("contains", "scorer", "verifier", "classifier"):
+        raise RecipeError(
+            f"{where} must be one of contains, scorer, verifier and classifier with its arguments, got {entry!r}"
+        )
     options = dict(arguments)
     try:
         if kind == "contains":
             return Contains(**options)
         if kind == "scorer":
-            return Scorer(_function(options.pop("function", None)), **options)
+            return Scorer(function_at(options.pop("function", None)), **options)
+        if kind == "verifier":
+            if options.get("answer") is not None:
+                options["answer"] = function_at(options["answer"])
+            return Verifier(function_at(options.pop("function", None)), **options)
         return _classifier(**options)
     except (OSError, TypeError, ValueError) as error:
         raise RecipeError(f"{where}: {kind} {dict(arguments)!r}: {error}") from error
@@ -230,17 +243,12 @@ def constraint(entry: Any) -> Feature | Moment:
     return feature(entry, "constraints")
 
 
-def _function(path: Any) -> Callable[..., Any]:
-    module, _, name = str(path).partition(":")
-    if not name:
-        raise ValueError(f"function must be 'module:name', got {path!r}")
-    try:
-        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"can't import {path!r}: {error}") from error
-
-
 def _prompts(prompts: Any) -> Any:
+    if isinstance(prompts, Mapping):
+        try:
+            return prompts_of(prompts)
+        except (ValueError, ImportError) as error:
+            raise RecipeError(f"prompts: {error}") from error
     if not isinstance(prompts, str):
         return prompts
     path = Path(prompts).expanduser()
@@ -299,7 +307,7 @@ def load(
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise RecipeError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    path = str(TINY_BIOS) if name == "tiny-bios" else str(Path(name).expanduser())
+    path = str(located(str(Path(name).expanduser())))
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
@@ -376,23 +384,15 @@ def prepare(
     Raises:
         RecipeError, ValueError: as ``read``, ``EBM.fit``, ``DMTrainer``.
     """
-    train = {"output_dir": "dmfast_output", **recipe["train"]}
-    args = DMConfig(**train) if train.get("preset") is None else DMConfig.preset(train.pop("preset"), **train)
+    args = _config(recipe)
     refuse_arguments(args)
     check_environment(args)
     folder = None if not resume else checkpoint.to_resume(resume, Path(args.output_dir))
     set_seed(args.seed)  # the adapter's initial weights depend on it
-    policy = load(
-        recipe["model"], dtype=recipe.get("dtype") or "float32", stop=recipe.get("stop"),
-        chat_template_kwargs=recipe.get("chat_template_kwargs"),
-    )  # fmt: skip
+    policy = _load_policy(recipe)
     model, base = _model_and_base(policy, recipe.get("lora"), say)
     rows = _prompts(recipe.get("prompts"))
-    target = EBM(
-        base,
-        [constraint(each) for each in recipe["constraints"]],
-        monitor=[feature(each, "monitor") for each in recipe.get("monitor") or []],
-    )
+    target = _target(recipe, base)
     if reward is None and recipe.get("reward"):
         reward = rewards(recipe["reward"])
     for scorer in (*target.scorers.values(), *(reward if isinstance(reward, list) else [reward])):
@@ -423,6 +423,85 @@ def prepare(
         target.load_state_dict(dict(fitted))
     say(str(target.report))
     return trainer
+
+
+def _target(recipe: Mapping[str, Any], base: LanguageModel) -> EBM:
+    """Return the target of a recipe around a base, not fitted."""
+    return EBM(
+        base,
+        [constraint(each) for each in recipe["constraints"]],
+        monitor=[feature(each, "monitor") for each in recipe.get("monitor") or []],
+    )
+
+
+def _load_policy(recipe: Mapping[str, Any]) -> LanguageModel:
+    return load(
+        recipe["model"], dtype=recipe.get("dtype") or "float32", stop=recipe.get("stop"),
+        chat_template_kwargs=recipe.get("chat_template_kwargs"),
+    )  # fmt: skip
+
+
+def fit_z(
+    recipe: dict[str, Any], out: str | Path, *, n: int = 64, seed: int = 0, drop_zero: bool = False,
+    say: Callable[[Any], None] = print,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Write the prompts of a recipe that ``read`` has checked with the pass rate of each (``EBM.fit_z``).
+
+    A recipe takes the file as its ``prompts``, and ``train.z_from_rows: true`` starts Z from it.
+
+    Args:
+        out: a .jsonl file, which is not there yet.
+        n, seed, drop_zero: as in ``EBM.fit_z``.
+        say: prints a line.
+
+    Returns:
+        The rows of the file.
+
+    Raises:
+        RecipeError: out is no .jsonl file or is there already; the recipe has no prompts, or a row that can't be
+            written as JSON.
+        ValueError: as ``EBM.fit_z``.
+        OSError: out can't be written.
+    """
+    out = Path(out)
+    if out.suffix != ".jsonl":
+        raise RecipeError(f"the file of pass rates must be .jsonl, got {out}")
+    if out.exists():
+        raise RecipeError(f"{out} is there already: give another name, or remove it")
+    if recipe.get("prompts") is None:
+        raise RecipeError("the recipe has no prompts: the empty context has one Z, which the run itself estimates well")
+    args = _config(recipe)
+    data = Contexts(_prompts(recipe["prompts"]), "prompts")
+    policy = _load_policy(recipe)
+    policy.model.to(args.device)
+    data.check(policy, args.max_new_tokens, args.max_prompt_length)
+    rows: list[Any] = data.whole(list(data)) or [prompt for _, prompt in data]
+    try:
+        json.dumps(rows)
+    except TypeError as error:
+        raise RecipeError(f"the rows of the prompts can't be written as JSON: {error}") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f".{out.name}.new")
+    beside.touch()
+    try:
+        found: list[dict[str, Any]] = _target(recipe, policy).fit_z(
+            rows, n, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=seed,
+            batch_size=args.sampling_batch_size, drop_zero=drop_zero,
+        )  # fmt: skip
+        beside.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+        os.replace(beside, out)
+    finally:
+        beside.unlink(missing_ok=True)
+    rates = sorted(row["pass_rate"] for row in found)
+    say(f"wrote {out}: {len(found)} prompts, {n} completions of each; pass rates from {rates[0]:.3g} to "
+        f"{rates[-1]:.3g}, median {rates[len(rates) // 2]:.3g}, {rates.count(0.0)} of them 0")  # fmt: skip
+    return found
+
+
+def _config(recipe: Mapping[str, Any]) -> DMConfig:
+    """Return the arguments of the training."""
+    train = {"output_dir": "dmfast_output", **recipe["train"]}
+    return DMConfig(**train) if train.get("preset") is None else DMConfig.preset(train.pop("preset"), **train)
 
 
 def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[Any], None] = print) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Every field that ``DMConfig`` adds stands in one of the tables below, and so does what steers the optimiser
 among transformers' arguments. A changed setting holds from here on, or what depends on it starts anew, or the run is
-refused. ``docs/guide.md`` has the same in words.
+refused. ``docs/guide/when-it-goes-wrong.md`` has the same in words.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ HONOURED = (
     "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "samples_per_context", "seed",
     "data_seed", "max_weight", "entropy_coefficient", "beta_target_kl", "beta_horizon", "ppo_clip", "partition",
     "proposal_interval", "proposal_stderrs", "proposal_best_only", "proposal_decay", "proposal_check_samples",
-    "z_floor", "uniform_groups", "max_redraws", "refit_ess", "refit_samples", "skip_zero_weight", "sampler",
-    "sampler_ahead", "sampler_max_lag", "bf16", "fp16", "max_prompt_length",
+    "z_floor", "z_from_rows", "uniform_groups", "max_redraws", "refit_ess", "refit_samples", "skip_zero_weight",
+    "sampler", "sampler_ahead", "sampler_max_lag", "bf16", "fp16", "max_prompt_length",
 )  # fmt: skip
 
 #: These may change without a word, since they change no result.

@@ -1,4 +1,4 @@
-"""Write samples of an evaluation as a table: to ``samples.jsonl``, TensorBoard and Weights & Biases."""
+"""Write samples of an evaluation as a table: to ``samples.jsonl``, TensorBoard, Weights & Biases and trackio."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from .evaluation import Evaluation
 from .report import for_json
@@ -103,19 +103,29 @@ def forget(folder: Path) -> None:
 
 
 def send(callbacks: Sequence[TrainerCallback], new: Sequence[dict[str, Any]], step: int, title: str) -> None:
-    """Send rows to TensorBoard (as text) and W&B, if transformers' callbacks for them are there."""
+    """Send rows to TensorBoard (as text), W&B and trackio, where transformers' callbacks for them are there."""
     if not new:
         return
-    flat = [row | {f"phi/{name}": value for name, value in row["features"].items()} for row in new]
+    flat = [_cells(row) for row in new]
     names = [name for name in flat[0] if name not in ("features", "step", "evaluation")]
+    data = [[row[name] for name in names] for row in flat]
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             callback.tb_writer.add_text(title, _markdown(names, flat), step)
             callback.tb_writer.flush()
         if isinstance(callback, WandbCallback) and callback._wandb is not None and callback._wandb.run is not None:
-            data = [[row[name] for name in names] for row in flat]
             table = callback._wandb.Table(columns=names, data=data)
             callback._wandb.log({title: table, "train/global_step": step})
+        if isinstance(callback, TrackioCallback) and callback._initialized:
+            table = callback._trackio.Table(columns=names, data=for_json(data))
+            callback._trackio.log({title: table, "train/global_step": step})
+
+
+def _cells(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of strings and numbers: a chat as JSON, each feature in a column of its own."""
+    prompt = row.get("prompt", "")
+    own = row if isinstance(prompt, str) else row | {"prompt": json.dumps(prompt, ensure_ascii=False)}
+    return own | {f"phi/{name}": value for name, value in row["features"].items()}
 
 
 def _markdown(names: Sequence[str], table: Sequence[dict[str, Any]]) -> str:

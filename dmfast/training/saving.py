@@ -15,13 +15,14 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from .. import adapters
 from ..families import without_adapters
+from ..shipped import located
 
 
 def loaded(model: nn.Module | str | Path) -> nn.Module:
-    """Return a model as it is, or the one of a folder or a name on the hub, in float32."""
+    """Return a model as it is, or the one of ``tiny-bios``, a folder or a name on the hub, in float32."""
     if not isinstance(model, (str, Path)):
         return model
-    return cast(nn.Module, AutoModelForCausalLM.from_pretrained(model, dtype="float32"))
+    return cast(nn.Module, AutoModelForCausalLM.from_pretrained(located(model), dtype="float32"))
 
 
 def with_adapter(model: nn.Module, config: Any, seed: int) -> nn.Module:

@@ -11,6 +11,7 @@ These methods make an optimiser step, in the order in which they are defined bel
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 import threading
@@ -79,9 +80,9 @@ class DMTrainer(CheckpointingTrainer):
     """Train ``model`` to match the target distribution p = P/Z (Korbak et al. 2022, arXiv:2206.00761, algorithm 1).
 
     Args:
-        model: the policy pi, a causal language model of transformers, or a PEFT model around one; or a folder or a name
-            on the hub, which is loaded in float32. Its dropout is set to 0, since a sequence and its score must come
-            from one distribution.
+        model: the policy pi, a causal language model of transformers, or a PEFT model around one; or ``tiny-bios``, a
+            folder or a name on the hub, which is loaded in float32. Its dropout is set to 0, since a sequence and its
+            score must come from one distribution.
         target: an ``EBM`` that is fitted, around a base of its own (not ``model`` itself: the base must not move), or
             around ``LanguageModel(model, tokenizer).base()`` for a PEFT model: a, pi and q then share its backbone, and
             q is a second adapter.
@@ -151,6 +152,12 @@ class DMTrainer(CheckpointingTrainer):
         if eval_dataset is None and isinstance(self._rows, Contexts):
             self._eval_rows = self._rows
         settings = args.settings(objective)
+        if args.uniform_groups == "replace" and (isinstance(self._rows, Stream) or len(self._rows) < 2):
+            raise ValueError(
+                "uniform_groups='replace' takes other prompts of the data set, at random, and train_dataset "
+                + ("is a stream, which is read in order" if isinstance(self._rows, Stream) else "has one prompt")
+                + ": take uniform_groups='redraw', or a data set of several prompts that has a length"
+            )
         if args.proposal_criterion == "alpha" and settings.own_alpha is None and not args.on_policy:
             raise ValueError(
                 "proposal_criterion='alpha' compares the divergence that objective 'alpha' descends, got objective "
@@ -177,6 +184,8 @@ class DMTrainer(CheckpointingTrainer):
         sets = _sets(self._eval_rows)
         for rows in {id(each): each for each in (self._rows, *sets)}.values():
             rows.check(self.policy, args.max_new_tokens, args.max_prompt_length)
+        if args.z_from_rows and isinstance(self._rows, Contexts):
+            self._rows.check_pass_rates()
         self.judge = judge_of(
             target, list(parts_of(of_run).values()), threshold=args.eval_threshold, k=args.eval_pass_k,
         )  # fmt: skip
@@ -256,6 +265,7 @@ class DMTrainer(CheckpointingTrainer):
             )  # fmt: skip
         self.matcher = Matcher(
             self.policy, target, self.proposal, reward=of_run, decay=args.proposal_decay, ranks=self._ranks,
+            other_contexts=self._other_contexts if args.uniform_groups == "replace" else None,
             check_contexts=None if isinstance(self._rows, Stream) else self._check_contexts, **settings.options(),
         )  # fmt: skip
         self.matcher.check_length(args.max_new_tokens, "DMConfig.max_new_tokens", stacklevel=3)
@@ -398,6 +408,14 @@ class DMTrainer(CheckpointingTrainer):
         contexts = [self._rows[place] for place in order]
         rows, prompts = zip(*contexts, strict=True)
         return Prompts(prompts, rows, self._rows.rows_of(rows))
+
+    def _other_contexts(self, seed: int, n: int, taken: set[int]) -> Prompts:
+        """Return up to n contexts of the data set that are not among those that were taken, at random."""
+        assert isinstance(self._rows, Contexts)
+        order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(seed)).tolist()
+        contexts = list(itertools.islice((c for c in map(self._rows.__getitem__, order) if c[0] not in taken), n))
+        rows = [row for row, _ in contexts]
+        return Prompts([prompt for _, prompt in contexts], rows, self._rows.rows_of(rows))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as transformers does, with the metrics of the steps since the last log.

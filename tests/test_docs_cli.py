@@ -1,0 +1,40 @@
+"""docs/cli.md is the page that the parsers of dmfast/cli.py make, and has all of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import types
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "docs_cli.py"
+
+
+@pytest.fixture(scope="module")
+def docs_cli() -> types.ModuleType:
+    if not SCRIPT.exists():
+        pytest.skip("no source tree")
+    spec = importlib.util.spec_from_file_location("docs_cli", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_parsers_make(docs_cli: types.ModuleType) -> None:
+    assert docs_cli.PAGE.read_text(encoding="utf-8") == docs_cli.page(), "run python scripts/docs_cli.py"
+
+
+def test_every_command_and_argument_is_there_and_explained(docs_cli: types.ModuleType) -> None:
+    found = docs_cli.commands()
+    assert {"demo", "train", "report", "bench", "serve-proposal", "doctor"} <= found.keys()
+    page = docs_cli.page()
+    for name, (about, parser) in found.items():
+        part = page.split(f"\n## dmfast {name}\n")[1].split("\n## ")[0]
+        assert about and f"`dmfast {name}`" in page.split("\n## ")[0]
+        for action in docs_cli.arguments(parser):
+            assert action.help, (name, action.dest)
+            for word in action.option_strings:
+                assert f"`{word}" in part or f", {word}" in part, (name, word)
+    assert [each.option_strings for each in docs_cli.arguments(found["bench"][1])].count(["--model"]) == 1

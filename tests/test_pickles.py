@@ -1,0 +1,136 @@
+"""A checkpoint that could run code is refused before anything of it is read."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed import checkpoint as dcp
+from trainer_job import digest, job
+
+from dmfast.training import pickles
+
+ROOT = Path(__file__).parents[1]
+
+
+class Runs:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run with a whole checkpoint."""
+    folder = tmp_path_factory.mktemp("run")
+    job(folder, max_steps=1, save_strategy="steps", save_steps=1).train()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["dmfast_state.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"]
+)
+def test_a_file_that_would_run_code_is_refused_before_anything_is_read(run, tmp_path, name):
+    shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
+    file, trace = tmp_path / "checkpoint-1" / name, tmp_path / "it ran"
+    torch.save({"weight": torch.ones(2), "hidden": [Runs(trace)]}, file)
+    manifest = tmp_path / "checkpoint-1" / "dmfast_manifest.json"  # its writer can write that as well
+    listed = json.loads(manifest.read_text())
+    listed["files"][name] = file.stat().st_size
+    manifest.write_text(json.dumps(listed))
+    trainer = job(tmp_path, max_steps=2)
+    before = digest(trainer.model)
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(name)} holds more than tensors .*it names (posix|nt)\.mkdir"
+    ) as error:
+        trainer.train(resume_from_checkpoint=True)
+    assert "trust" in str(error.value) and not trace.exists() and digest(trainer.model) == before
+    torch.load(file, weights_only=False)
+    assert trace.exists()  # it would have run
+
+
+def test_what_torch_and_numpy_write_is_no_code(tmp_path):
+    state = np.random.RandomState(0).get_state()
+    plain = {
+        "tensors": [torch.zeros(2, dtype=kind) for kind in (torch.bfloat16, torch.float64, torch.int64, torch.bool)],
+        "parameter": torch.nn.Parameter(torch.ones(1)), "of numpy": [state, np.float64(1), np.arange(3)],
+        "plain": {1, 2.0, "x", b"y", None}, "size": torch.Size([1]), "device": torch.device("cpu"),
+        "dtype": torch.bfloat16,
+    }  # fmt: skip
+    torch.save(plain, tmp_path / "state.pt")
+    pickles.refuse_code(tmp_path)
+
+
+OTHER = {
+    "another pickle": (lambda f, t: f.write_bytes(pickle.dumps(Runs(t))), "can't be read"),
+    "a zip": (lambda f, t: f.write_bytes(b"PK\3\4" + pickle.dumps(Runs(t))), "can't be read"),
+    "by the name of a class": (
+        lambda f, t: torch.save([np.random.RandomState, print], f),
+        r"names __builtin__\.print, numpy\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_what_is_no_file_of_tensors_is_refused(tmp_path, what):
+    write, said = OTHER[what]
+    write(tmp_path / "optimizer.pt", tmp_path / "it ran")
+    with pytest.raises(ValueError, match=said):
+        pickles.refuse_code(tmp_path)
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_shards_hold_no_code_in_their_metadata_or_beside_the_tensors(tmp_path):
+    good, bad, worse = tmp_path / "good", tmp_path / "bad", tmp_path / "worse"
+    state = {"model": {"weight": torch.randn(3, 4)}, "steps": 3, "groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]}
+    dcp.save(state, checkpoint_id=good / "optimizer_0")
+    pickles.refuse_code(good)
+    dcp.save(state | {"groups": Runs(tmp_path / "it ran")}, checkpoint_id=bad / "optimizer_0")
+    with pytest.raises(ValueError, match=r"distcp, groups holds more than .*(posix|nt)\.mkdir"):
+        pickles.refuse_code(bad)
+    dcp.save(state, checkpoint_id=worse)
+    (worse / ".metadata").write_bytes(pickle.dumps(Runs(tmp_path / "it ran")))
+    with pytest.raises(ValueError, match=r"\.metadata holds more than .*(posix|nt)\.mkdir"):
+        pickles.refuse_code(worse)
+    assert not (tmp_path / "it ran").exists()
+
+
+def loads(path):
+    """Each call of a file that could read a pickle, with its line."""
+    source = path.read_text(encoding="utf-8")
+    if not re.search(r"\b(torch|np|numpy|pickle|joblib)\.loads?\(", source):
+        return
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("load", "loads"):
+            called = ast.unparse(node.func)
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if re.fullmatch(r"(torch|np|numpy|pickle|joblib)\.loads?", called):
+                yield f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}", called, given
+
+
+@pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="no source tree")
+def test_nothing_reads_pickles_but_the_pipe_between_two_processes_of_one_run():
+    files = [
+        path
+        for part in ("dmfast", "scripts", "examples", "benchmarks", "tests")
+        for path in (ROOT / part).rglob("*.py")
+    ]
+    found = [each for path in files if path.name != "test_pickles.py" for each in loads(path)]
+    safe = {"torch.load": ("weights_only", "True"), "np.load": ("allow_pickle", None)}
+    unsafe = [where for where, called, given in found
+              if called not in safe or given.get(safe[called][0]) != safe[called][1]]  # fmt: skip
+    assert len(found) > 10
+    assert unsafe and all(where.startswith("dmfast/sampling/process.py") for where in unsafe), unsafe
