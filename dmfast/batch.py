@@ -70,7 +70,7 @@ def _integers(context_id: Any) -> Tensor:
         ids = torch.as_tensor(context_id)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(expected) from error
-    if ids.shape == (0,):  # which torch takes for floats
+    if ids.shape == (0,):  # torch makes floats of an empty list
         return ids.to(torch.int64)
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool or ids.dim() != 1:
         raise TypeError(expected)

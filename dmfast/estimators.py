@@ -371,9 +371,9 @@ class PartitionFunction:
 
     @classmethod
     def of_rate(cls, rate: float, n: int) -> PartitionFunction:
-        """Return one that has seen n samples of the base with the mean ``rate`` of w = b, where b is from 0 to 1.
+        """Return a Z that has seen n samples of the base, for which w = b with the mean ``rate`` and b is in [0, 1].
 
-        The sum of squares, on which only ``stderr`` rests, is that of a b that is 0 or 1, the most it can be.
+        Only ``stderr`` depends on the sum of squares. It gets its upper bound, which holds if b is 0 or 1.
         """
         found = cls()
         found._log_sum = found._log_sum_squares = math.log(rate * n) if rate else -math.inf
@@ -440,7 +440,7 @@ class PartitionFunctions:
         """Return a copy in which contexts that were not seen yet start from samples of the base.
 
         Args:
-            context_id: (N,) integers. Of one that comes several times the first counts.
+            context_id: (N,) integers. Only the first entry of a repeated context counts.
             rate, n: (N,), as in ``PartitionFunction.of_rate``.
         """
         new = PartitionFunctions()

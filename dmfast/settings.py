@@ -82,8 +82,8 @@ class Settings:
             )
         if self.z_from_rows and self.partition == "step":
             raise ValueError(
-                "z_from_rows=True starts the Z that runs along from completions of the base, and partition='step' "
-                "takes Z from the samples of the step alone: set partition='running', or leave z_from_rows out"
+                "z_from_rows=True starts the running Z from completions of the base, and partition='step' takes Z from "
+                "the samples of the step alone: set partition='running', or leave z_from_rows out"
             )
         if isinstance(self.baseline, str) and self.baseline not in _BASELINES:
             raise ValueError(

@@ -157,8 +157,8 @@ DMF_INLINE void bonus_row(const In* z, Out* dz, const RowWeight& w, double lse, 
   }
 }
 
-// factor * 2^((z - reference) slope), the gradient apart from the label's. Logits are prefetched, since a CPU's own
-// prefetching does not overlap so much arithmetic with memory.
+// Writes factor * 2^((z - reference) slope), which is the gradient of all tokens but the label. Logits are prefetched,
+// because the hardware's prefetching does not overlap so much arithmetic with memory.
 template <class In, class Out>
 DMF_INLINE void scaled_terms(const In* z, Out* dz, int64_t n, float factor, float reference, Slope slope) {
   constexpr int64_t kStep = 64, kAhead = 2048 / sizeof(In);

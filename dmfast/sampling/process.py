@@ -251,7 +251,7 @@ class _Copy:
 
     def start(self, model: str, q: str | None, device: str) -> None:
         """Read the policy, and q where there is one."""
-        # A whole object, so not weights_only: this run wrote it, into a folder that only its user can write to.
+        # weights_only can't load a whole object. This run wrote the file into a folder that only its user can write to.
         self.model = torch.load(model, map_location=device, weights_only=False)
         # The copy is frozen as an OfflineProposal's own copy is, so that torch rounds in the same way.
         self.model.model.to(device).requires_grad_(False)

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="tiny-bios, a folder, or a name on the hub: the one that is trained")
     parser.add_argument("--host", default="127.0.0.1",
                         help="the address to listen at; every client can run code in vLLM's workers")  # fmt: skip
-    parser.add_argument("--port", type=int, default=8000, help="where it listens")
+    parser.add_argument("--port", type=int, default=8000, help="the port to listen at")
     parser.add_argument("--dtype", default="auto", help="the dtype that vLLM computes in; log q is exact for each")
     parser.epilog = "Options after -- are passed on to vLLM's server, for example -- --tensor-parallel-size 2."
     parser.set_defaults(vllm=[])
