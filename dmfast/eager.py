@@ -1,6 +1,7 @@
-"""The functions of ``dmfast.functional`` in plain torch: exact in fp64, slow, and differentiable as often as wanted.
+"""Provide the functions of ``dmfast.functional`` in plain torch.
 
-They are those functions under the backend ``eager``, which is the oracle that the kernels are tested against.
+They are exact in fp64, slow, and can be differentiated more than once. They run the backend ``eager``, the reference
+against which the kernels are tested.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Which kernels run: ``backends()`` tells, ``use_backend()`` or ``DMFAST_BACKEND`` forces.
+"""Choose which kernels run. ``backends()`` tells which do; ``use_backend()`` or ``DMFAST_BACKEND`` forces one.
 
-One protocol (``backend.py``), four backends: ``cpu`` and ``cuda`` (compiled C++ and CUDA C++), ``triton`` (for GPUs
-without the compiled ones) and ``eager`` (plain torch, also the oracle of the tests). ``select`` returns the one for the
-logits of a call; it is asked once a call.
+Four backends follow one protocol (``backend.py``): ``cpu`` and ``cuda`` are compiled C++ and CUDA C++, ``triton`` is
+for GPUs without the compiled kernels, and ``eager`` is plain torch and the reference of the tests. ``select`` returns
+the backend for the logits of a call, and each call asks it once.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ from .triton import Triton
 
 CPU, CUDA, TRITON, EAGER = Cpu(), Cuda(), Triton(), Eager()
 BACKENDS: dict[str, Backend] = {each.name: each for each in (CPU, CUDA, TRITON, EAGER)}
-# What ``use_backend`` or DMFAST_BACKEND forces. A plain global, for all threads: torch.compile guards on it.
+# The backend that ``use_backend`` or DMFAST_BACKEND forces, for all threads. It is a plain global because torch.compile
+# guards on globals.
 forced: str | None = os.environ.get("DMFAST_BACKEND") or None
 _warned: set[str] = set()
 
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """One backend: whether it can run here, whether it does, for what, and if not why."""
+    """A description of one backend: whether it can run here, whether it is in use, and for what or why not."""
 
     name: str
     available: bool
-    in_use: bool  # taken for the logits that it supports
+    in_use: bool  # whether the logits that it supports go to it
     detail: str
 
 
 def backends() -> dict[str, BackendInfo]:
-    """Return every backend of dmfast, whether it is in use here and if not why. Where one is forced, all others say so.
+    """Return every backend of dmfast with whether it is in use here, and if not, why.
 
-    No context is created on a GPU that the process does not use yet.
+    Where one is forced, all others say so. The call creates no context on a GPU that the process does not use yet.
     """
     found = _backends()
     if forced is None:
@@ -80,7 +81,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Force a backend within a ``with`` block.
 
     Raises:
-        ValueError: no such backend. RuntimeError: not available here, with the reason.
+        ValueError: there is no such backend.
+        RuntimeError: the backend is not available here; the message gives the reason.
     """
     global forced
     if name not in BACKENDS:
@@ -96,11 +98,11 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def select(logits: Tensor, name: str | None = None) -> Backend:
-    """Return the backend for these logits. Taking the slow one is said once per reason.
+    """Return the backend for these logits. A warning, once per reason, says when the slow one is taken.
 
     Args:
-        logits: their device and dtype count.
-        name: the one that the caller wants, in the place of what ``use_backend`` forces.
+        logits: only their device and dtype matter.
+        name: the backend that the caller wants. It takes precedence over what ``use_backend`` forces.
 
     Raises:
         ValueError: there is no such backend.
@@ -108,7 +110,7 @@ def select(logits: Tensor, name: str | None = None) -> Backend:
     """
     wanted, device = forced if name is None else name, logits.device
     if wanted is None and device.type == "cpu" and logits.dtype in DTYPES and CPU_ALONE:
-        return CPU  # as what follows would say, in more microseconds
+        return CPU  # the search below gives the same answer, but takes a few microseconds more
     return BACKENDS[_choose(wanted, device, logits.dtype)]
 
 
@@ -132,7 +134,8 @@ def _choose(wanted: str | None, device: torch.device, dtype: torch.dtype) -> str
     return EAGER.name
 
 
-# called when torch.compile traces, which can't put a warning into a graph; as assume_constant_result would do
+# torch.compile calls the function while it traces, since a graph can't hold its warning. assume_constant_result would
+# set the same attribute, but it would import torch._dynamo.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -143,7 +146,7 @@ def _candidates(device: torch.device) -> tuple[Backend, ...]:
 
 
 def _cpu_alone() -> bool:
-    """Return whether the CPU kernels are there and no host build of the CUDA kernels takes CPU logits too."""
+    """Return whether the CPU kernels exist and no host build of the CUDA kernels takes CPU logits instead."""
     return CPU.why_not(None) is None and CUDA.device_type != "cpu"
 
 

@@ -1,6 +1,6 @@
-"""The losses as autograd sees them: forward scores, backward writes the gradient of the logits, over them if asked.
+"""Present the losses to autograd: forward scores, and backward writes the gradient of the logits.
 
-Under torch.compile ``ops.py`` takes this module's place.
+The gradient overwrites the logits if the caller asks for that. Under torch.compile ``ops.py`` replaces this module.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .form import divisor, form_loss, losses, reduce, weighted_log_prob
 
 
 class Options(NamedTuple):
-    """How a loss is called."""
+    """The options of one call of a loss."""
 
     reduction: str
-    divide_by: float  # what the sum over sequences is divided by; 0, under torch.compile: by their number
-    entropy: bool  # whether it is wanted, for the loss or beside it
-    inplace: bool  # the gradient overwrites the logits
-    expected: float | None  # the grad_output to fold into a gradient that forward writes; None: backward writes it
+    divide_by: float  # the sum over sequences is divided by this; under torch.compile 0 stands for their number
+    entropy: bool  # whether the entropy is wanted, as a part of the loss or beside it
+    inplace: bool  # whether the gradient overwrites the logits
+    expected: float | None  # the grad_output that forward folds into the gradient; with None backward writes it
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -34,7 +34,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def refuses_double_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a backward so that it can't itself be differentiated: its result would silently be a constant."""
+    """Wrap a backward so that it refuses to be differentiated. Its result would silently be a constant."""
 
     def refuse(ctx: Any, *grads: Tensor | None) -> Any:
         if torch.is_grad_enabled():
@@ -52,15 +52,16 @@ def expected_grad(weight_known: bool, dtype: torch.dtype, reduction: str, grad_s
     if not weight_known or reduction == "none":
         return None
     if grad_scale is None and dtype == torch.float16:
-        return None  # without the scaler's factor small gradients would round to 0
+        return None  # small gradients would round to 0 without the scaler's factor
     return 1.0 if grad_scale is None else float(grad_scale)
 
 
 def _save(ctx: Any, batch: Batch, scores: Scores, *call: Any) -> None:
-    """Keep a call for backward, where tensors that were changed in between are an error: of PyTorch's for inputs, and
-    of ``_saved`` for the scores, which are the function's own and cost less on its context.
+    """Keep a call for backward.
 
-    A view goes in detached: that shares its version, and autograd would refuse to keep some views that changed.
+    A tensor that was changed in between is an error. PyTorch raises it for the inputs. ``_saved`` raises it for the
+    scores, which belong to the function itself and cost less when they lie on its context. A view is saved detached:
+    the detached tensor has the same version counter, while autograd would refuse to keep some views that changed.
     """
     logits = batch.logits
     ctx.call = (batch[3:], scores, scores.version, *call)
@@ -68,7 +69,7 @@ def _save(ctx: Any, batch: Batch, scores: Scores, *call: Any) -> None:
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
-    """Return batch, scores and the rest of what ``_save`` has kept."""
+    """Return the batch, the scores and the rest of what ``_save`` has kept."""
     logits, tokens, cu_seqlens = ctx.saved_tensors
     rest, scores, version, *call = ctx.call
     if scores.version != version:
@@ -80,7 +81,7 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
 
 
 class _LogProb(torch.autograd.Function):
-    """log pi per sequence, weighted where the batch has token weights, and its entropy where that is wanted."""
+    """The autograd function of log pi per sequence, weighted by token weights if there are any, and of its entropy."""
 
     @staticmethod
     def forward(
@@ -105,7 +106,7 @@ class _LogProb(torch.autograd.Function):
 
 
 def copies(batch: Batch, scores: Scores) -> tuple[Tensor, Tensor | None]:
-    """Return ``weighted_log_prob`` and entropy as tensors that may carry a gradient, which the blocks of the scores do
+    """Return ``weighted_log_prob`` and the entropy as tensors that may carry a gradient. The blocks of the scores may
     not."""
     entropy = scores.entropy
     log_prob = weighted_log_prob(batch, scores.rows, scores.log_prob)
@@ -113,11 +114,11 @@ def copies(batch: Batch, scores: Scores) -> tuple[Tensor, Tensor | None]:
 
 
 class _Loss(torch.autograd.Function):
-    """The loss, its weight formed by the kernels.
+    """The autograd function of the loss whose weight the kernels form.
 
-    With ``expected`` the weight is known and the gradient was written by forward. Where backward then brings another
-    grad_output and the logits are still there, the gradient is written anew, which costs what scaling it would and is
-    exact; a gradient in place is scaled.
+    With ``expected`` the weight is known, and forward has written the gradient. If backward then brings another
+    grad_output while the logits still exist, it computes the gradient again. This costs as much as scaling it and is
+    exact. A gradient in place is scaled, because its logits are gone.
     """
 
     @staticmethod
@@ -144,10 +145,10 @@ class _Loss(torch.autograd.Function):
             if inplace:
                 dz = batch.logits.detach()
                 backend.scale(batch, dz, 1.0 / expected, grad_loss)
-                # also where nothing was written: a second backward must not have this again
+                # a second backward must not use these values again, even where nothing was written
                 torch.autograd.graph.increment_version(batch.logits)
                 return dz, None, None, None, None
-            dz, ctx.dz = ctx.dz, None  # given away: with retain_graph a second backward computes its own
+            dz, ctx.dz = ctx.dz, None  # autograd owns it now; with retain_graph a second backward computes its own
         if options.reduction == "none":
             dz = new_gradient(batch, inplace)
             bonus = bonus_of(scores.rows, coefficient * grad_loss) if coefficient else None
@@ -163,7 +164,7 @@ class _Loss(torch.autograd.Function):
 def reduced(scores: Scores, reduction: str) -> Tensor:
     """Return the loss that a backend has formed."""
     if reduction == "none":
-        return scores.sequences.select(0, LOSS).clone()  # what is returned carries a gradient, and the block does not
+        return scores.sequences.select(0, LOSS).clone()  # the result carries a gradient, which the block may not
     assert scores.total is not None
     return scores.total
 
@@ -172,8 +173,10 @@ LogProb: TypeAlias = tuple[Tensor, "Tensor | None", Scores]
 
 
 def log_prob(backend: Backend, batch: Batch, entropy: bool, inplace: bool, wants_grad: bool) -> LogProb:
-    """Return ``weighted_log_prob`` (B,) and, where it is wanted, the entropy (B,), with gradient where one is wanted;
-    the scores."""
+    """Return ``weighted_log_prob`` (B,), the entropy (B,) or None, and the scores.
+
+    The first two carry a gradient where one is wanted.
+    """
     if backend.in_torch:
         scored = eager.score(batch, entropy)
         return scored.weighted, scored.entropy, Scores(scored.rows(), scored.sequences())
@@ -201,7 +204,7 @@ def loss(backend: Backend, batch: Batch, terms: Terms, options: Options, wants_g
 def from_log_prob(
     backend: Backend, batch: Batch, given: LogProb, terms: Terms, options: Options
 ) -> tuple[Tensor, Scores]:
-    """Return the loss of weighted log pi and entropy, through which its gradient goes, and the scores with A."""
+    """Return the loss made of weighted log pi and entropy, through which its gradient flows, and the scores with A."""
     of_sequences, entropy, scores = given
     by = divisor(batch, options.divide_by)
     scores = form_loss(batch, scores.rows, scores.log_prob, scores.entropy, terms, by, backend.records_faults,

@@ -1,7 +1,7 @@
-"""What a backend is, and what all of them share.
+"""Define what a backend is, and what all backends share.
 
 A backend runs the row kernels on checked batches. ``select`` (``kernels/__init__.py``) chooses one for the logits of a
-call, once; nothing else asks whose tensor it has.
+call, once. No other code asks which device a tensor is on to choose a kernel.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Backend(Protocol):
 
     Attributes:
         name: what ``use_backend`` calls it.
-        records_faults: whether what is wrong with values is recorded by the device and read later, by ``out.check()``;
-            else it is raised at once.
-        forms_weight: whether its kernels form A and tell of its faults; else torch does, in ``form.py``.
-        in_torch: whether its forward is torch operations on the logits, through which autograd goes.
+        records_faults: whether the device records bad values, which ``out.check()`` reads later. If not, they are
+            raised at once.
+        forms_weight: whether its kernels form A and report its faults. If not, torch does so in ``form.py``.
+        in_torch: whether its forward consists of torch operations on the logits, which autograd follows.
     """
 
     name: str
@@ -33,11 +33,14 @@ class Backend(Protocol):
     in_torch: bool
 
     def why_not(self, device: torch.device | None, dtype: torch.dtype | None = None) -> str | None:
-        """Return None where it can run on a device with logits of a dtype, else the reason; of None: at all."""
+        """Return None if it can run on a device with logits of a dtype, else the reason why not.
+
+        Where device or dtype is None, the answer does not depend on it.
+        """
         ...
 
     def detail(self) -> str:
-        """Return what it takes, for ``backends()``."""
+        """Return a description of the logits that it takes, for ``backends()``."""
         ...
 
     def forward(self, batch: Batch, terms: Terms | None, entropy: bool, divide_by: float = 1.0) -> Scores:
@@ -45,14 +48,14 @@ class Backend(Protocol):
 
         Args:
             batch: may be a shard where ``terms`` is None.
-            terms: None: only score. Else with an ``Objective``.
-            entropy: whether that of the rows is wanted, as it is where ``terms`` have a coefficient for it.
-            divide_by: what ``total`` is divided by.
+            terms: the inputs of the sequences, with an ``Objective``; None to score only.
+            entropy: whether the entropy of the rows is wanted. It must be where ``terms`` have a coefficient for it.
+            divide_by: the divisor of ``total``.
 
         Raises:
             ValueError: as ``faults.check_rows`` and ``check_terms``; NaN or +inf in a scored row, a label logit of
-                -inf, a weight beyond fp32's range. A backend that records faults returns what raises them in
-                ``recorded``; such a sequence has log_prob NaN and weight 0.
+                -inf, a weight beyond fp32's range. A backend that records faults does not raise: it returns in
+                ``recorded`` the checks that will. Such a sequence has log_prob NaN and weight 0.
         """
         ...
 
@@ -60,18 +63,19 @@ class Backend(Protocol):
         self, batch: Batch, lse: Tensor, weight: Tensor, factor: float, dz: Tensor, upstream: Tensor | None = None,
         unless: float | None = None, bonus: Bonus | None = None,
     ) -> None:  # fmt: skip
-        """Write dz = factor * upstream * (weight * w * d(-log-softmax) - bonus.weight * dH), w the token weight of the
-        row, else 1: one read and one write per logit.
+        """Write dz = factor * upstream * (weight * w * d(-log-softmax) - bonus.weight * dH).
+
+        Here w is the token weight of the row, or 1. The kernel reads and writes each logit once.
 
         Args:
             batch: may be a shard.
-            lse: (rows,) fp64, of the whole vocabulary.
+            lse: (rows,) fp64, the log-sum-exps over the whole vocabulary.
             weight: (B,) fp64, contiguous.
             factor: a number known to the host.
-            dz: as ``check_gradient`` has it.
-            upstream: 0-d fp64, read where it lies.
-            unless: the upstream for which dz holds its gradient already; then nothing is read or written.
-            bonus: that of the entropy. A row has it also where ``weight`` or w is 0.
+            dz: the destination; ``check_gradient`` says what it may be.
+            upstream: 0-d fp64, on the device of the logits, which reads it there.
+            unless: the upstream for which dz holds its gradient already. Then nothing is read or written.
+            bonus: the bonus of the entropy. A row has it even where ``weight`` or w is 0.
         """
         ...
 
@@ -82,8 +86,8 @@ class Backend(Protocol):
         """Do ``backward`` with the log-sum-exps and the weights of scores that ``forward`` has returned.
 
         Args:
-            batch: that of the forward; its tensors may be copies.
-            scores: with A.
+            batch: the batch of the forward. Its tensors may be copies.
+            scores: the scores, with A.
             factor, dz, upstream, unless, bonus: as in ``backward``. ``dz`` has the dtype of the logits.
         """
         ...
@@ -93,18 +97,18 @@ class Backend(Protocol):
     ) -> Scores:
         """Return ``forward``'s scores and write the gradient of ``factor`` times the sum of the losses, in one pass.
 
-        Only for ``terms.weight_known``. ``dz`` is as ``check_gradient`` has it.
+        It is only called where ``terms.weight_known`` holds. ``check_gradient`` says what ``dz`` may be.
 
         Raises:
-            ValueError: as ``forward``; on the CPU a weight beyond fp32's range is found before a row is touched.
+            ValueError: as ``forward``. The CPU finds a weight beyond fp32's range before it touches a row.
         """
         ...
 
     def scale(self, batch: Batch, dz: Tensor, factor: float, upstream: Tensor) -> None:
-        """Multiply dz by factor * upstream on scored rows; the others are zero.
+        """Multiply dz by factor * upstream on scored rows. The other rows are zero already.
 
-        ``upstream`` (0-d fp64) is read where it lies; where the product is 1 nothing else is. ``batch`` says how rows
-        are cut; its logits are not read.
+        The device reads ``upstream`` (0-d fp64), and reads no gradient if the product is 1. ``batch`` says where the
+        rows lie; its logits are not read.
         """
         ...
 
@@ -113,19 +117,20 @@ class Backend(Protocol):
         ...
 
     def sample(self, rows: SampleRows, uniforms: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return tokens (N,) int64, log_prob (N,) fp64, and where faults are recorded the first bad row, else -1, 0-d.
+        """Return tokens (N,) int64, log_prob (N,) fp64, and a status.
 
-        One read of the rows. ``uniforms`` (N,) fp64 replaces the generator, for tests.
+        The status is None where faults are raised at once. Otherwise it is 0-d: the first bad row, or -1 for none. The
+        rows are read once. ``uniforms`` (N,) fp64 replaces the generator in tests.
 
         Raises:
-            ValueError: a row that is no distribution. A backend that records faults gives such a row token 0 and
-                log_prob NaN.
+            ValueError: a row is not a distribution. A backend that records faults gives such a row token 0 and
+                log_prob NaN instead.
         """
         ...
 
 
 class BackwardOfScores:
-    """The ``backward_of`` of a backend for whose ``backward`` two views are cheap."""
+    """A base class with ``backward_of`` for backends whose ``backward`` may take two views of the scores."""
 
     def backward_of(
         self: Backend, batch: Batch, scores: Scores, factor: float, dz: Tensor, upstream: Tensor,
@@ -136,7 +141,7 @@ class BackwardOfScores:
 
 
 def new_gradient(batch: Batch, inplace: bool) -> Tensor:
-    """Return where the gradient of the logits goes: the logits themselves, or a new contiguous tensor."""
+    """Return the destination of the gradient of the logits: the logits themselves, or a new contiguous tensor."""
     if inplace:
         return batch.logits.detach()
     return torch.empty_like(batch.logits, memory_format=torch.contiguous_format)
@@ -145,17 +150,17 @@ def new_gradient(batch: Batch, inplace: bool) -> Tensor:
 def check_gradient(batch: Batch, dz: Tensor) -> None:
     """Raise where the gradient of a batch can't be written to dz.
 
-    It may be the logits themselves or a tensor of their shape and dtype; of fp32 logits also a bf16 or fp16 one, into
-    which fp32 values are rounded once. In place of fp32 logits that would be a race on a GPU: gradients 2i and 2i + 1
-    overwrite logit i, which another thread may not have read yet. So it is refused on every device.
+    dz may be the logits themselves or a tensor of their shape and dtype. For fp32 logits it may also be bf16 or fp16;
+    then the fp32 values are rounded once. A 16-bit gradient in the memory of fp32 logits would be a race on a GPU:
+    gradients 2i and 2i + 1 overwrite logit i, which another thread may not have read yet. So every device refuses it.
 
     Args:
-        batch: whose logits the gradient is of.
-        dz: where it goes.
+        batch: the batch of the logits.
+        dz: the destination.
 
     Raises:
-        TypeError: dz has another dtype.
-        ValueError: dz has another shape, or another dtype than the logits and memory that is theirs.
+        TypeError: dz has a dtype that it may not have.
+        ValueError: dz has another shape, or it shares the memory of the logits but not their dtype.
     """
     z = batch.logits
     if dz.shape != z.shape:
@@ -174,7 +179,7 @@ def check_gradient(batch: Batch, dz: Tensor) -> None:
 
 
 def _span(x: Tensor) -> tuple[int, int]:
-    """Return the first address of a tensor's elements and the one after its last."""
+    """Return the address of a tensor's first element and the address after its last."""
     if x.numel() == 0:
         return 0, 0
     first = x.data_ptr()
@@ -183,6 +188,6 @@ def _span(x: Tensor) -> tuple[int, int]:
 
 
 def overwritten(batch: Batch, dz: Tensor) -> None:
-    """Count a gradient in place as a change to the logits, so that a second use of their values is PyTorch's error."""
+    """Count a gradient in place as a change of the logits, so that PyTorch refuses a second use of their values."""
     if dz.data_ptr() == batch.logits.data_ptr() and dz.numel():
         increment_version(batch.logits)

@@ -1,4 +1,4 @@
-"""What goes into a kernel and what comes out: logits with the rows that are scored, blocks of results."""
+"""Define what goes into a kernel and what comes out: logits with the rows that are scored, and blocks of results."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from torch import Tensor
 
 #: The label of a row that is not scored.
 IGNORE = -100
-#: The largest magnitude of a token weight; csrc/batch.h has the same.
+#: The largest magnitude of a token weight. csrc/batch.h has the same number.
 MAX_TOKEN_WEIGHT = 1e30
-#: Reads what a device has recorded about a call, and raises it.
+#: A function that reads what a device has recorded about a call, and raises it.
 Recorded: TypeAlias = Callable[[], object]
 
 
 class Origin(NamedTuple):
-    """Where the rows of a batch come from, when they are a chunk of a larger one."""
+    """The place of a batch's rows in the larger batch of which they are a chunk."""
 
     whole: Batch
-    rows: Tensor  # (rows,) int64: which row of the whole each is
+    rows: Tensor  # (rows,) int64: for each row its number in the whole
     first_sequence: int
 
 
 class Batch(NamedTuple):
-    """B sequences of logits, checked, in the form that kernels take.
+    """A checked batch of B sequences of logits in the form that kernels take.
 
     ``logits`` is (B,T,V) with any batch and time strides, or packed (N,V) with ``cu_seqlens``.
     ``tokens`` is (B,T) or (rows,) int64, contiguous, one per row of logits in sequence order; -100 = not scored.
     ``labels`` is its view as (rows,).
 
-    A batch may be a shard: its V logits are those of the tokens from ``vocab_start`` on, of a vocabulary of
-    ``whole_vocab``. A row whose label is in another shard is scored but not here: its exponentials count, the logit of
-    its label is absent, and its gradient is the softmax without the one-hot.
+    A batch may be a shard. Then its V logits belong to the tokens from ``vocab_start`` on, in a vocabulary of
+    ``whole_vocab`` tokens. If the label of a row lies in another shard, this shard adds the exponentials of the row but
+    not the logit of its label, and the gradient of the row is the softmax without the one-hot.
 
-    With ``token_weight`` a row's log pi counts in the loss, and so in the gradient, as often as it says. log pi of a
-    sequence, with its ratios and A, and the entropy stay plain sums.
+    ``token_weight`` multiplies a row's log pi in the loss, and so in the gradient. log pi of a sequence stays a plain
+    sum, as do its entropy and the ratios and A that are made of it.
     """
 
     logits: Tensor
@@ -48,9 +48,9 @@ class Batch(NamedTuple):
     softcap: float  # 0.0: none
     vocab_start: int = 0
     whole_vocab: int = 0  # 0: V, no shard
-    origin: Origin | None = None  # for errors
-    as_set: bool = False  # whether torch's settings say how a head's fp32 products are formed; else they are IEEE's
-    token_weight: Tensor | None = None  # (rows,) fp64, contiguous, 0 where a row is not scored; None: all 1
+    origin: Origin | None = None  # errors name places in the whole
+    as_set: bool = False  # whether a head's fp32 products follow torch's settings; otherwise they are IEEE's
+    token_weight: Tensor | None = None  # (rows,) fp64, contiguous, 0 where a row is not scored; None: all are 1
 
     @property
     def labels(self) -> Tensor:
@@ -59,7 +59,7 @@ class Batch(NamedTuple):
 
     @property
     def vocab(self) -> int:
-        """V."""
+        """The number V of logits in a row."""
         return self.logits.shape[-1]
 
     @property
@@ -69,7 +69,7 @@ class Batch(NamedTuple):
 
     @property
     def is_shard(self) -> bool:
-        """Whether a row holds a part of the vocabulary only."""
+        """Whether a row holds only a part of the vocabulary."""
         return self.n_tokens != self.vocab
 
     @property
@@ -79,17 +79,17 @@ class Batch(NamedTuple):
 
     @property
     def first_sequence(self) -> int:
-        """The place of sequence 0 in the call."""
+        """The number that sequence 0 has in the call."""
         return 0 if self.origin is None else self.origin.first_sequence
 
 
 class Bonus(NamedTuple):
-    """The part of an entropy bonus in a gradient: that of -sum_i weight_i H_i, H_i summed over the rows of sequence i.
+    """What a kernel needs to add the gradient of -sum_i weight_i H_i, where H_i sums over the rows of sequence i.
 
-    dH/dz_j = -p_j (log p_j + H) for a row, through scale and softcap.
+    For a row dH/dz_j = -p_j (log p_j + H), times the derivatives of scale and softcap.
     """
 
-    entropy: Tensor  # (rows,) fp64, H of each row, over the whole vocabulary
+    entropy: Tensor  # (rows,) fp64, H of each row over the whole vocabulary
     weight: Tensor  # (B,) fp64, contiguous
 
 
@@ -97,7 +97,7 @@ Flat: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float, flo
 
 
 def flat(batch: Batch) -> Flat:
-    """Return the fields that ``batch_of`` needs. Schemas of custom ops accept tensors and numbers only."""
+    """Return the fields that ``batch_of`` needs. The schema of a custom op accepts only tensors and numbers."""
     assert not batch.is_shard
     return batch.logits, batch.labels, batch.cu_seqlens, batch.token_weight, batch.scale, batch.softcap
 
@@ -105,7 +105,7 @@ def flat(batch: Batch) -> Flat:
 def batch_of(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, token_weight: Tensor | None, scale: float, softcap: float
 ) -> Batch:
-    """Return the batch that ``flat`` flattened."""
+    """Return the batch whose fields ``flat`` returned."""
     packed = cu_seqlens is not None
     n = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else logits.shape[0]
     return Batch(logits, labels, cu_seqlens, n, 0 if packed else logits.shape[1], scale, softcap,
@@ -119,7 +119,7 @@ def logits_to_come(hidden: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
 
 
 class SampleRows(NamedTuple):
-    """N rows of logits (N,V) to draw a token from each, checked."""
+    """Checked rows of logits (N,V), from each of which a token is drawn."""
 
     logits: Tensor
     seed: int  # in [0, 2^64)
@@ -129,23 +129,24 @@ class SampleRows(NamedTuple):
     softcap: float  # 0.0: none
 
 
-# The columns of the two blocks of results; csrc/batch.h has the same.
+# The columns of the two blocks of results. csrc/batch.h has the same order.
 LSE, LABEL, ROW_ENTROPY = range(3)
 LOG_PROB, ENTROPY, LOG_RATIO, LOG_TARGET_RATIO, WEIGHT, LOSS, CLIPPED = range(7)
-#: How many columns the block of the sequences has where there are no terms, and where there are.
+#: The number of columns of the block of sequences without terms, and with them.
 ONLY_SCORED, WITH_TERMS = 2, 7
 
 
 class Scores:
-    """What one pass over the logits yields, fp64, without gradient.
+    """The results of one pass over the logits, in fp64 and without gradient.
 
-    With an entropy coefficient c the losses are -A log pi - c H. With token weights w the losses, and they alone, have
-    sum_t w_t log pi(x_t) in the place of log pi.
+    With an entropy coefficient c the losses are -A log pi - c H. With token weights w the losses use
+    sum_t w_t log pi(x_t) instead of log pi; nothing else does.
 
     Attributes:
-        total: 0-d, the sum of the losses in a fixed order, divided by what the call says; None: a pass only scored.
-        recorded: what a device has recorded about the call.
-        kept: addresses by which the backend writes the gradient, if it keeps any.
+        total: 0-d, the sum of the losses in a fixed order, divided by the divisor of the call; None after a pass that
+            only scores.
+        recorded: the checks that read what a device has recorded about the call.
+        kept: the addresses that the backend keeps for its backward, or None.
     """
 
     def __init__(
@@ -159,14 +160,18 @@ class Scores:
     def in_one(
         memory: Tensor, row_columns: int, n_rows: int, columns: int, n: int, total: Tensor | None, kept: Any
     ) -> Scores:
-        """Return the scores whose rows and then sequences lie at the start of a 1-D tensor. They are cut when read,
-        since every view costs as much as a small tensor."""
+        """Return the scores whose rows, followed by the sequences, lie at the start of a 1-D tensor.
+
+        The views of them are made when they are read, since every view costs as much as a small tensor.
+        """
         return Scores(None, None, total, (), kept, (memory, row_columns, n_rows, columns, n))
 
     @property
     def rows(self) -> Tensor:
-        """(2, R), or (3, R) with entropy: log-sum-exp, the label's logit after scale and softcap (0 where it is not
-        here), entropy."""
+        """(2, R), or (3, R) with entropy: log-sum-exp, the label's logit after scale and softcap, entropy.
+
+        The label's logit is 0 where another shard has it.
+        """
         if self._rows is None:
             assert self._flat is not None
             memory, row_columns, n_rows, _, _ = self._flat
@@ -175,9 +180,10 @@ class Scores:
 
     @property
     def sequences(self) -> Tensor:
-        """(7, B): log pi, entropy, log rho, log u, A, -A log pi, and 1 where max_weight or max_return acts; where a
-        pass only scores, it is (2, B). Of a shard it means nothing before its rows are put together with those of the
-        others, and is NaN."""
+        """(7, B): log pi, entropy, log rho, log u, A, the loss, and 1 where max_weight or max_return acts.
+
+        After a pass that only scores it is (2, B). For a shard it is NaN, since log pi needs the rows of all shards.
+        """
         if self._sequences is None:
             assert self._flat is not None
             memory, row_columns, n_rows, columns, n = self._flat
@@ -186,18 +192,18 @@ class Scores:
 
     @property
     def version(self) -> tuple[int, int]:
-        """How often the values were changed since they were made."""
+        """The number of changes of the values in place, which PyTorch counts for each of the blocks."""
         if self._flat is not None:
             return self._flat[0]._version, 0
         return self.rows._version, self.sequences._version
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Scores, (self.rows, self.sequences, self.total, self.recorded)  # without addresses
+        return Scores, (self.rows, self.sequences, self.total, self.recorded)  # a copy has other addresses
 
     def replaced(
         self, *, rows: Tensor | None = None, total: Tensor | None = None, recorded: tuple[Recorded, ...] | None = None
     ) -> Scores:
-        """Return these scores with something in the place of what they have."""
+        """Return these scores with some of their parts replaced."""
         return Scores(
             self.rows if rows is None else rows, self.sequences, self.total if total is None else total,
             self.recorded if recorded is None else recorded, self.kept if rows is None else None,
@@ -205,29 +211,29 @@ class Scores:
 
     @property
     def lse(self) -> Tensor:
-        """(R,) log-sum-exp of the scaled and capped logits; 0 for a row that is not scored."""
+        """(R,) fp64, log-sum-exp of the scaled and capped logits; 0 for a row that is not scored."""
         return self.rows.select(0, LSE)
 
     @property
     def log_prob(self) -> Tensor:
-        """(B,) log pi(x), nats."""
+        """(B,) fp64, log pi(x) in nats."""
         return self.sequences.select(0, LOG_PROB)
 
     @property
     def entropy(self) -> Tensor | None:
-        """(B,) nats, summed over scored rows; None where it was not asked for."""
+        """(B,) fp64, the entropy in nats, summed over scored rows; None where it was not asked for."""
         return self.sequences.select(0, ENTROPY) if self.rows.shape[0] > ROW_ENTROPY else None
 
     @property
     def weight(self) -> Tensor:
-        """(B,) A."""
+        """(B,) fp64, the weight A."""
         return self.sequences.select(0, WEIGHT)
 
     def bonus(self, coefficient: float) -> Bonus | None:
-        """Return the bonus of the entropy of every sequence times a coefficient; None for 0."""
+        """Return the bonus in which every sequence has this coefficient, or None for a coefficient of 0."""
         return bonus_of(self.rows, self.weight.new_full(self.weight.shape, coefficient)) if coefficient else None
 
 
 def bonus_of(rows: Tensor, weight: Tensor) -> Bonus:
-    """Return the bonus of a block of rows with entropy, and weights (B,) of any dtype."""
+    """Return the bonus that a block of rows with entropy and weights (B,) of any dtype make."""
     return Bonus(rows.select(0, ROW_ENTROPY), weight.to(torch.float64).contiguous())

@@ -1,7 +1,7 @@
-"""The checks of ``faults.py`` under torch.compile: custom ops, which run when the graph does.
+"""Run the checks of ``faults.py`` under torch.compile, as custom ops that run when the graph does.
 
-Each returns a copy of a tensor that it has looked at, to be used in its place: an op whose result nobody needs is
-dropped.
+Each returns a copy of a tensor that it has checked. The caller uses the copy instead of the tensor, because torch
+drops an op whose result nobody uses.
 """
 
 import math
@@ -16,7 +16,7 @@ from ..objectives import KINDS, Objective, Terms
 from . import faults
 from .batch import Batch, SampleRows, batch_of, flat
 
-# they wait for the device, which a captured CUDA graph can't; torch 2.6 has no way to say so
+# The checks wait for the device, which a captured CUDA graph can't. torch 2.6 has no tag that says so.
 _OPTIONS: dict[str, Any] = {"mutates_args": ()}
 if hasattr(torch.Tag, "cudagraph_unsafe"):
     _OPTIONS["tags"] = (torch.Tag.cudagraph_unsafe,)
@@ -40,7 +40,7 @@ def _(logits, labels, cu_seqlens, token_weight, scale, softcap):  # type: ignore
 def _terms(
     labels: Tensor, block: Tensor, present: int, given: int, scalars: list[float], name: str, left_out: bool
 ) -> Tensor:
-    # a user's function is checked as dpg is; what is wrong with a parameter was refused when the objective was made
+    # A user's function is checked as dpg is. Bad parameters were refused when the objective was made.
     parameter = KINDS[name].parameter
     baseline = "leave_one_out" if left_out else None
     objective = Objective(name, baseline=baseline, **({} if parameter is None else {parameter: scalars[0]}))  # type: ignore[arg-type]
@@ -92,12 +92,12 @@ def _(weight, first_sequence):  # type: ignore[no-untyped-def]
 
 
 def value_checks() -> ModuleType:
-    """Return the checks that look at values: ``faults``, or under torch.compile the functions of this module."""
+    """Return the module whose functions check values: ``faults``, or under torch.compile this module."""
     return sys.modules[__name__] if torch.compiler.is_compiling() else faults
 
 
 def checked(batch: Batch, terms: Terms) -> Batch:
-    """Return the batch, once the values of the terms are checked."""
+    """Check the values of the terms, and return the batch."""
     if torch.compiler.is_compiling():
         return check_terms(batch, terms)
     faults.check_terms(terms)

@@ -1,6 +1,7 @@
-"""Checks of arguments, in front of every backend. A kernel gets raw pointers, so what is wrong must be found here.
+"""Check the arguments of a call before any backend sees them. A kernel gets raw pointers and can't check them.
 
-They look at shapes, dtypes and devices only, and torch.compile traces them. What tensors hold is ``faults.py``'s.
+The checks look only at shapes, dtypes and devices, so that torch.compile can trace them. ``faults.py`` checks the
+values that tensors hold.
 """
 
 from __future__ import annotations
@@ -33,19 +34,19 @@ from .fp64 import per_sequence_device
 _IGNORED = torch.tensor(IGNORE, device="cpu")
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PER_SEQUENCE = (torch.float32, torch.float64)
-#: The bits of ``Terms.given`` that an objective can't do without.
+#: The bits of ``Terms.given`` that each objective needs.
 _NEEDS = {name: sum(1 << COLUMNS.index(each) for each in kind.needs) for name, kind in KINDS.items()}
 
 
 def describe(x: object) -> str:
-    """Return an argument as error messages show it."""
+    """Return the words by which error messages describe an argument."""
     if isinstance(x, Tensor):
         return f"{x.dtype} {tuple(x.shape)} on {x.device}"
     return f"{type(x).__name__} {x!r}"
 
 
 def is_integer(x: object) -> bool:
-    """Return whether x is a tensor of integers; bool is none."""
+    """Return whether x is a tensor of integers. A bool tensor is not."""
     return isinstance(x, Tensor) and not (x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool)
 
 
@@ -60,15 +61,15 @@ def _check_logits(logits: Tensor) -> None:
 
 
 def _number(x: object) -> float:
-    """NaN for what is none."""
+    """Return x as a float, or NaN if x is not a number."""
     return float(x) if is_number(x) else math.nan
 
 
 def _check_scaling(temperature: float, softcap: float | None) -> None:
-    # beyond, logits or their gradients leave fp32's range
+    # outside this range, logits or their gradients leave fp32's range
     if not 1e-12 <= _number(temperature) <= 1e12:
         raise ValueError(f"temperature must be a positive number, from 1e-12 to 1e12, got {temperature!r}")
-    # beyond, tanh of what is left of a logit cancels
+    # above this, the argument of tanh is so small that its digits cancel
     if softcap is not None and not 0 < _number(softcap) <= 1e8:
         raise ValueError(f"softcap must be a positive number or None, up to 1e8, which caps nothing; got {softcap!r}")
 
@@ -85,22 +86,22 @@ def make_batch(
     what: str = "logits",
     token_weight: Tensor | None = None,
 ) -> Batch:
-    """Check everything about the logits and their labels that shapes and dtypes tell.
+    """Check the shapes, dtypes and devices of logits and labels, and return them as a batch.
 
     Args:
         logits, tokens, mask, cu_seqlens, temperature, softcap: as in ``dm_loss``.
-        vocab_start, whole_vocab: of a shard; see ``Batch``.
-        what: what messages call the tensor that ``tokens`` are aligned with.
+        vocab_start, whole_vocab: the place of a shard; see ``Batch``.
+        what: the name that messages give to the tensor with which ``tokens`` are aligned.
         token_weight: as in ``dm_loss``.
 
     Raises:
-        TypeError: wrong dtype.
-        ValueError: wrong shape, stride or device, temperature or softcap not positive.
+        TypeError: an argument has the wrong dtype.
+        ValueError: a shape, stride or device is wrong, or temperature or softcap is out of range.
     """
     if not isinstance(logits, Tensor) or logits.dtype not in LOGIT_DTYPES:
         raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {describe(logits)}")
     if not torch.compiler.is_compiling() and logits.is_neg():
-        logits = logits.resolve_neg()  # a view whose memory holds the negative
+        logits = logits.resolve_neg()  # kernels read the memory of this view, which holds the negated values
     shape, packed = logits.shape, cu_seqlens is not None
     if len(shape) != (2 if packed else 3):
         raise ValueError(
@@ -118,7 +119,7 @@ def make_batch(
     if mask is not None:
         if type(mask) is not Tensor or mask.dtype is not torch.bool or (mask.shape, mask.device) != (lead, device):
             _check_rows("mask", mask, logits, what)
-        # a number is made a tensor anew in every call, but fake tensors take no real one beside them
+        # the constant tensor saves making one in every call, but fake tensors accept no real tensor beside them
         fake = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
         ignored = IGNORE if fake else _IGNORED
         labels = torch.where(mask if mask.dtype is torch.bool else mask != 0, labels, ignored)
@@ -143,8 +144,10 @@ def make_batch(
 
 
 def _token_weight(value: object, labels: Tensor, logits: Tensor, what: str) -> Tensor:
-    """Return (rows,) fp64 without gradient on the device of per-sequence values, 0 where a row is not scored, whatever
-    it holds there."""
+    """Return the weights as (rows,) fp64 without gradient, on the device of per-sequence values.
+
+    Rows that are not scored get 0, whatever the argument holds there.
+    """
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
         raise TypeError(
             f"token_weight must be a floating-point tensor, got {describe(value)}; call .float(), or pass it as mask "
@@ -162,7 +165,7 @@ def _token_weight(value: object, labels: Tensor, logits: Tensor, what: str) -> T
 
 
 def _check_rows(name: str, value: object, logits: Tensor, what: str) -> None:
-    """Return one integer, or for the mask a bool, for each row of logits."""
+    """Check that a value has one integer, or for the mask one integer or bool, for each row of logits."""
     if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex:
         raise TypeError(
             f"{name} must be an integer{' or bool' if name == 'mask' else ''} tensor, got {describe(value)}"
@@ -177,12 +180,12 @@ def _check_rows(name: str, value: object, logits: Tensor, what: str) -> None:
         raise ValueError(f"{name} is on {value.device}, {what} on {logits.device}; move it there")
 
 
-# those without a parameter of their own, made once; a dict that a call fills would have torch.compile compile again
+# The objectives without a parameter are made once, here. If calls filled the dict, torch.compile would compile again.
 _BY_NAME = {name: Objective(name) for name, kind in KINDS.items() if kind.parameter is None}
 
 
 def make_objective(objective: str | Objective | Callable[[Terms], Tensor]) -> Objective | Callable[[Terms], Tensor]:
-    """Return the ``Objective`` of a name; a function of ``Terms`` stays one."""
+    """Return the ``Objective`` that a name stands for. An ``Objective`` or a function is returned as it is."""
     if isinstance(objective, str):
         if objective in METHODS:
             return METHODS[objective]
@@ -200,11 +203,11 @@ def make_linear_batch(
     cu_seqlens: Tensor | None, temperature: float, softcap: float | None, chunk_bytes: int | None,
     logits_dtype: torch.dtype | str, token_weight: Tensor | None = None,
 ) -> Batch:  # fmt: skip
-    """Do ``make_batch`` for hidden states and a head. The logits of the batch are a stand-in for those to come.
+    """Do what ``make_batch`` does for hidden states and a head. The logits of the batch are a stand-in without values.
 
     Raises:
-        TypeError: wrong dtype.
-        ValueError: wrong shape or device, a number out of range.
+        TypeError: an argument has the wrong dtype.
+        ValueError: a shape or device is wrong, or a number is out of range.
     """
     dims = 2 if cu_seqlens is not None else 3
     if not isinstance(hidden, Tensor) or hidden.dtype not in LOGIT_DTYPES:
@@ -253,11 +256,11 @@ def _logits_dtype(wanted: torch.dtype | str, hidden: torch.dtype) -> torch.dtype
 
 
 def _per_sequence(name: str, value: Tensor, device: torch.device, to: torch.device, n: int, what: str) -> Tensor:
-    """Return (n,) in fp32 or fp64 on the device of per-sequence values, without gradient."""
+    """Return a per-sequence argument as (n,) fp32 or fp64, on the device of per-sequence values."""
     dtype = value.dtype
     if dtype is not torch.float64 and dtype is not torch.float32:
         if name == "reward" and not dtype.is_complex and not dtype.is_floating_point:
-            value = value.double()  # right or wrong, or a count
+            value = value.double()  # a reward may be right or wrong, or a count
         elif not dtype.is_floating_point:
             raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
         if name != "reward":
@@ -293,12 +296,12 @@ def make_terms(
     num_tokens: float | Tensor | None = None,
     what: str = "logits",
 ) -> Terms:
-    """Return the per-sequence inputs in fp64, with what the objective needs and the baseline of this call.
+    """Check the per-sequence inputs, and return them with the baseline of this call.
 
-    ``what`` is what messages call the tensor that they go with.
+    ``what`` is the name that messages give to the tensor that the inputs belong to.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape or device, or an input that the objective lacks.
+        TypeError, ValueError: a dtype, shape or device is wrong, or an input that the objective needs is missing.
     """
     objective = make_objective(objective)
     device, n = batch.logits.device, batch.n_sequences
@@ -359,7 +362,7 @@ def make_terms(
     elif baseline is not None:
         given, constants = given | BASELINE, (*constants[:5], baseline)
     group = None if isinstance(objective, Objective) else _group(batch, context_id, num_sequences, num_tokens, to)
-    # the kernels of the CPU convert the columns themselves
+    # the CPU kernels convert the columns themselves
     later = columns and device.type == "cpu" and not torch.compiler.is_compiling()
     return Terms(objective, on_policy, bound, columns if later else _block(columns, n, to), present, given, constants,
                  None, float(entropy_coefficient), group)  # fmt: skip
@@ -369,7 +372,7 @@ def _group(
     batch: Batch, context_id: Tensor | None, num_sequences: float | Tensor | None, num_tokens: float | Tensor | None,
     to: torch.device,
 ) -> Group:  # fmt: skip
-    """Return what a function of ``Terms`` may know beside the inputs."""
+    """Return what a function of ``Terms`` may know about the sequences beside their inputs."""
     scored = (batch.labels != IGNORE).to(torch.float64)
     if batch.cu_seqlens is None:
         length = scored.view(batch.n_sequences, batch.steps).sum(1)
@@ -397,7 +400,8 @@ def check_call(
     """Check the options of a call.
 
     Raises:
-        ValueError: an unknown reduction, a number out of range, in place on a tensor that can't be overwritten.
+        ValueError: the reduction is unknown, a number is out of range, or ``inplace`` is asked for on logits that can't
+            be overwritten.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
@@ -431,11 +435,11 @@ def check_call(
 
 
 def _shares_memory(x: Tensor) -> bool:
-    """Return whether two elements lie at one address. Rows may be in any order: (B,T,V) or its transpose, with gaps."""
+    """Return whether two elements share an address. Rows may lie in any order and with gaps, as in a transpose."""
     if not x.numel():
         return False
     dims = [(d, s) for d, s in zip(x.shape, x.stride(), strict=True) if d > 1]
-    if torch.compiler.is_compiling():  # sizes may be symbols, which can't be put in order
+    if torch.compiler.is_compiling():  # sizes may be symbols, which can't be sorted
         return any(stride == 0 for _, stride in dims)
     reach = 1
     for size, stride in sorted(dims, key=lambda each: each[1]):
@@ -449,17 +453,17 @@ def check_number(name: str, value: object) -> None:
     """Check a factor of the gradient.
 
     Raises:
-        ValueError: beyond what leaves the gradient within fp32's range.
+        ValueError: the factor could take the gradient out of fp32's range.
     """
     if not 1e-30 <= _number(value) <= 1e30:
         raise ValueError(f"{name} must be a positive number, from 1e-30 to 1e30, or None; got {value!r}")
 
 
 def check_weight_tensor(weight: object, batch: Batch) -> None:
-    """Check what a user's own objective returned.
+    """Check the weights that a user's own objective returned.
 
     Raises:
-        TypeError, ValueError: not an fp64 (B,) tensor.
+        ValueError: they are not an fp64 (B,) tensor.
     """
     if not isinstance(weight, Tensor) or weight.dtype != torch.float64 or weight.shape != (batch.n_sequences,):
         raise ValueError(f"an objective must return float64 weights ({batch.n_sequences},), got {describe(weight)}")
@@ -468,11 +472,11 @@ def check_weight_tensor(weight: object, batch: Batch) -> None:
 def make_sample_rows(
     logits: Tensor, seed: int, row_ids: Tensor | None, step: int, temperature: float, softcap: float | None
 ) -> SampleRows:
-    """Check everything about rows to sample from that shapes and dtypes tell.
+    """Check the arguments of ``sample_tokens``, and return them as rows to sample from.
 
     Raises:
-        TypeError: wrong dtype.
-        ValueError: wrong shape, stride or device, a number out of range.
+        TypeError: the logits have the wrong dtype.
+        ValueError: a shape, stride or device is wrong, or a number is out of range.
     """
     if not isinstance(logits, Tensor) or logits.dtype not in LOGIT_DTYPES:
         raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {describe(logits)}")

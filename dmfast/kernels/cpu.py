@@ -1,4 +1,4 @@
-"""The compiled CPU kernels (``csrc/cpu``): what is wrong with values is raised at once."""
+"""Run the compiled CPU kernels (``csrc/cpu``). Bad values are raised at once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Cpu:
         return missing if missing is not None or dtype is None else extension.why_not_dtype(dtype)
 
     def detail(self) -> str:
-        """Return what it takes."""
+        """Return a description of the logits that it takes."""
         return (
             f"fp32, bf16 and fp16 logits on the CPU; instruction set {instruction_set()}; "
             f"{products.on_this_cpu()}. Under torch.compile a "
@@ -76,7 +76,7 @@ class Cpu:
         c_batch, outputs = scores.kept
         starts = batch.cu_seqlens
         if not c_batch.reads(batch.logits.data_ptr(), batch.tokens.data_ptr(), extension.pointer(starts)):
-            c_batch = extension.batch_struct(batch)  # hooks of saved tensors have brought copies
+            c_batch = extension.batch_struct(batch)  # hooks on saved tensors have returned copies
         extension._C.backward_of(
             c_batch, outputs, *extension.bonus_pointers(bonus), factor, upstream.data_ptr(),
             *extension.gradient_arguments(dz, batch),
@@ -95,7 +95,7 @@ class Cpu:
         def kernel(*arguments: Any) -> tuple[int, int]:
             status: tuple[int, int] = extension._C.forward_backward(*arguments, factor, *gradient)  # type: ignore[union-attr]
             if status[0] not in (extension.BAD_WEIGHT, extension.UNUSUAL):
-                overwritten(batch, dz)  # also where a row's fault was found among others that are written
+                overwritten(batch, dz)  # even if one row had a fault, since others are written by then
             return status
 
         _run(kernel, c_batch, c_terms, outputs, batch, terms, scores)
@@ -132,7 +132,7 @@ def instruction_set() -> str:
 
 
 def _prepare(batch: Batch, terms: Terms | None, entropy: bool, divide_by: float) -> tuple[Scores, Any, Any, Any]:
-    """Return empty scores, and batch, terms and outputs as the kernels take them."""
+    """Return empty scores, and the batch, terms and outputs as the kernels take them."""
     columns = 0 if terms is None or terms.columns is None else len(terms.columns)
     room = columns * batch.n_sequences
     scores, outputs, memory, used = extension.make_outputs(batch, terms, entropy, divide_by, room)

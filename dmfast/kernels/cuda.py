@@ -1,6 +1,7 @@
-"""The compiled CUDA kernels (``csrc/cuda``): a call returns when its kernels are queued, and the device records faults.
+"""Run the compiled CUDA kernels (``csrc/cuda``).
 
-``_C.cuda`` may also be a build of the same kernels for the host (``scripts/ci/host_cuda.sh``), whose device is the CPU.
+A call returns when its kernels are queued, and the device records faults. ``_C.cuda`` may also be a build of the same
+kernels for the host (``scripts/ci/host_cuda.sh``), whose device is the CPU.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ class Cuda(BackwardOfScores):
 
     @property
     def device_type(self) -> str | None:
-        """The type of the devices that the kernels were built for; None where there are none."""
+        """The type of the devices that the kernels were built for; None where the kernels were not built."""
         if extension._C is None or not hasattr(extension._C, "cuda"):
             return None
         return str(extension._C.cuda.device_type)
 
     def why_not(self, device: torch.device | None, dtype: torch.dtype | None = None) -> str | None:
-        """Return None where it can run, else the reason. Asked of no device, it makes no context on one."""
+        """Return None where it can run, else the reason. Without a device it creates no context on any."""
         missing = extension.why_not()
         if missing is not None:
             return missing
@@ -46,7 +47,7 @@ class Cuda(BackwardOfScores):
                 "reinstall with DMFAST_BUILD=cuda"
             )
         if device is None:
-            # in a process that has a context, all is known; else only what needs none
+            # without a context the kernels can answer only the questions that need none, for device -1
             here = of_build == "cpu" or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
             index = -1 if not here else 0 if of_build == "cpu" else torch.cuda.current_device()
             return why_not_on(index)
@@ -56,7 +57,7 @@ class Cuda(BackwardOfScores):
         return missing if missing is not None or dtype is None else extension.why_not_dtype(dtype)
 
     def detail(self) -> str:
-        """Return what it takes."""
+        """Return a description of the logits that it takes."""
         return (
             "fp32, bf16 and fp16 logits on NVIDIA GPUs; what rows hold is checked by out.check(), or at once with "
             "DMFAST_SYNC_CHECKS=1"
@@ -117,19 +118,19 @@ class Cuda(BackwardOfScores):
         first = extension.rows_arguments(rows, uniforms)
         extension._C.cuda.sample(*first, tokens.data_ptr(), log_prob.data_ptr(), work.struct)
         if not rows.logits.shape[0]:
-            work.status.fill_(-1)  # nothing was launched
+            work.status.fill_(-1)  # no kernel was launched that would have written it
         return tokens, log_prob, work.status
 
 
 @cache
 def why_not_on(device: int) -> str | None:
-    """Return why the kernels can't run on a device. Known once: it is asked at every call."""
+    """Return why the kernels can't run on a device, or None. The answer is cached, since every call asks."""
     assert extension._C is not None
     return extension._C.cuda.why_not(device) or None
 
 
 def stream_of(x: Tensor) -> tuple[int, int]:
-    """Return the index of the device, and the handle of its current stream."""
+    """Return the index of a tensor's device and the handle of the device's current stream."""
     if x.device.type == "cpu":
         return 0, 0
     stream = torch.cuda.current_stream(x.device)
@@ -137,13 +138,16 @@ def stream_of(x: Tensor) -> tuple[int, int]:
 
 
 def _only_stream(x: Tensor) -> Any:
-    """Return a workspace for a kernel that counts nothing."""
+    """Return a workspace without memory, for a kernel that needs only its stream."""
     assert extension._C is not None
     return extension._C.cuda.Workspace(*stream_of(x), 0, 0, 0)
 
 
 class Workspace(NamedTuple):
-    """Memory of one call. It is kept until the kernel is queued; torch's allocator keeps it until it has run."""
+    """The memory of one call.
+
+    The caller keeps it until the kernel is queued. torch's allocator does not reuse it before the kernel has run.
+    """
 
     device: int
     stream: int
@@ -162,8 +166,8 @@ class Workspace(NamedTuple):
 def make_workspace(x: Tensor, n_sequences: int) -> Workspace:
     """Return memory on the device of x, for its current stream.
 
-    Counters too are new at every call, for a memset of a few KB: kept ones would be shared by streams, by graphs that
-    may be replayed on any, and with torch.compile's pools of memory, which take back what they gave.
+    The counters are new in every call, which costs a memset of a few KB. Kept counters would be shared by streams and
+    by graphs that may be replayed on any stream, and torch.compile's memory pools may take them back.
     """
     like: dict[str, Any] = {"device": x.device}
     return Workspace(
@@ -175,7 +179,7 @@ def make_workspace(x: Tensor, n_sequences: int) -> Workspace:
 
 
 def _usable(batch: Batch) -> Batch:
-    """Return the batch with token weights that a kernel may take. It has to be kept until the kernel is queued."""
+    """Return the batch with token weights that a kernel may read. The caller keeps it until the kernel is queued."""
     w = batch.token_weight
     return batch if w is None else batch._replace(token_weight=faults.usable(w))
 

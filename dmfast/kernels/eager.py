@@ -1,6 +1,7 @@
-"""The method in plain torch: the documentation of what dmfast computes, and the oracle that its kernels are tested
-against; and the backend ``eager``, which runs it. Exact in fp64: everything is computed in double precision, whatever
-the dtype of the logits, where the device has it. The formula of A is in ``objectives.py``.
+"""Compute the method in plain torch: the reference against which the kernels are tested, and the backend ``eager``.
+
+Everything is computed in fp64, whatever the dtype of the logits, on devices that have fp64. The formula of A is in
+``objectives.py``.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from .fp64 import devices_without_fp64, per_sequence_device, widened
 
 
 class Scored(NamedTuple):
-    """What ``score`` gives: rows without gradient, log pi and entropy of the sequences with it."""
+    """The results of ``score``: values of the rows without gradient, and those of the sequences with gradient."""
 
     lse: Tensor  # (rows,) log-sum-exp of scale * cap(z)
-    label: Tensor  # (rows,) scale * cap(z) of the label; 0 where it is not here
+    label: Tensor  # (rows,) scale * cap(z) of the label; 0 where another shard has it
     row_entropy: Tensor | None  # (rows,)
-    log_prob: Tensor  # (B,); of a shard the sum of what is here
-    weighted: Tensor  # (B,), sum_t w_t log pi(x_t); log_prob where there are no token weights
+    log_prob: Tensor  # (B,); for a shard the sum over the labels that it has
+    weighted: Tensor  # (B,), sum_t w_t log pi(x_t), or log_prob if there are no token weights
     entropy: Tensor | None  # (B,)
 
     def sequences(self) -> Tensor:
@@ -41,8 +42,10 @@ class Scored(NamedTuple):
 
 
 def score(batch: Batch, entropy: bool = False) -> Scored:
-    """Return log pi(x) = sum_t m_t log softmax(scale * cap(z_t))[x_t] of each sequence and sum_t m_t H_t, the entropies
-    of the same rows, with autograd to the logits."""
+    """Return log pi(x) of each sequence and, where it is wanted, its entropy, both differentiable.
+
+    log pi(x) = sum_t m_t log softmax(scale * cap(z_t))[x_t], and the entropy is sum_t m_t H_t over the same rows.
+    """
     checks = value_checks()
     batch = checks.check_logits(batch)
     scored, column = batch.labels != IGNORE, batch.labels - batch.vocab_start
@@ -55,7 +58,7 @@ def score(batch: Batch, entropy: bool = False) -> Scored:
     token_log_prob = checks.check_labels(token_log_prob, batch)
     row_entropy = None
     if entropy:
-        # 0 * -inf = 0, and so in the gradient: a token that can't be drawn is left out before it is multiplied
+        # 0 * -inf must be 0, in the gradient too, so tokens of probability 0 are removed before the multiplication
         p = log_p.exp()
         may = p > 0
         row_entropy = -(torch.where(may, p, 0.0) * torch.where(may, log_p, 0.0)).sum(-1)
@@ -77,9 +80,9 @@ def score(batch: Batch, entropy: bool = False) -> Scored:
 
 
 def logits_of(batch: Batch) -> Tensor:
-    """Return (rows, V) scale * cap(z) in fp64, with autograd to the logits."""
+    """Return scale * cap(z), (rows, V) fp64, differentiable."""
     z = widened(batch.logits).reshape(batch.n_rows, batch.vocab)
-    # rows that are not scored may hold anything, NaN too, and get a gradient of exactly 0
+    # rows that are not scored may hold anything, even NaN, and must get a gradient of exactly 0
     z = torch.where((batch.labels != IGNORE)[:, None], z, 0.0)
     if batch.softcap:
         z = batch.softcap * torch.tanh(z / batch.softcap)
@@ -87,7 +90,7 @@ def logits_of(batch: Batch) -> Tensor:
 
 
 def sequence_of_rows(batch: Batch) -> Tensor:
-    """Return (rows,) int64: which sequence each row of logits belongs to."""
+    """Return the number of the sequence that each row of logits belongs to, (rows,) int64."""
     sequences = torch.arange(batch.n_sequences, device=batch.labels.device)
     if batch.cu_seqlens is None:
         return sequences.repeat_interleave(batch.steps)
@@ -95,9 +98,12 @@ def sequence_of_rows(batch: Batch) -> Tensor:
 
 
 def gradient(batch: Batch, lse: Tensor, weight: Tensor, bonus: Bonus | None = None) -> Tensor:
-    """Return (rows, V) fp64, weight * w * (softmax - onehot) + bonus.weight * softmax * (log softmax + H) through
-    scale and softcap, w the row's token weight, softmax from a log-sum-exp that may be that of a whole vocabulary of
-    which the batch is a shard."""
+    """Return the gradient of the logits, (rows, V) fp64.
+
+    It is weight * w * (softmax - onehot) + bonus.weight * softmax * (log softmax + H), times the derivatives of scale
+    and softcap, where w is the row's token weight. The softmax is formed with ``lse``, which for a shard is the
+    log-sum-exp over the whole vocabulary.
+    """
     with torch.enable_grad():
         z = batch.logits.detach().requires_grad_()
         y = logits_of(batch._replace(logits=z))
@@ -117,18 +123,21 @@ def gradient(batch: Batch, lse: Tensor, weight: Tensor, bonus: Bonus | None = No
 
 
 def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Return Philox4x32-10 (Salmon et al. 2011) of int64 tensors that hold 32 bits each; the twin of csrc/random.h."""
+    """Return Philox4x32-10 (Salmon et al. 2011) of int64 tensors of 32 bits each, as csrc/random.h computes it."""
     low = 0xFFFFFFFF
     key0, key1 = key
     for _ in range(10):
-        a, b = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57  # these wrap, and keep the low 64 bits right
+        a, b = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57  # a product wraps, but its low 64 bits are right
         counter = [(b >> 32 & low) ^ counter[1] ^ key0, b & low, (a >> 32 & low) ^ counter[3] ^ key1, a & low]
         key0, key1 = (key0 + 0x9E3779B9) & low, (key1 + 0xBB67AE85) & low
     return counter
 
 
 def uniforms(seed: int, row_ids: Tensor, step: int) -> Tensor:
-    """Return (N,) fp64 in [0, 1), multiples of 2^-53, each a function of seed, row id and step alone."""
+    """Return uniform numbers (N,) fp64 in [0, 1), multiples of 2^-53.
+
+    Each is a function of the seed, the row id and the step alone.
+    """
     low = 0xFFFFFFFF
     steps = torch.full_like(row_ids, step)
     counter = [row_ids & low, row_ids >> 32 & low, steps & low, steps >> 32 & low]
@@ -137,7 +146,7 @@ def uniforms(seed: int, row_ids: Tensor, step: int) -> Tensor:
 
 
 def draw(rows: SampleRows, uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return tokens and log_prob of ``Backend.sample``, by inversion of the whole CDF."""
+    """Return tokens and log_prob as ``Backend.sample`` does, by inverting the whole CDF."""
     rows = value_checks().check_sample_rows(rows)
     z = widened(rows.logits)
     if rows.softcap:
@@ -148,14 +157,15 @@ def draw(rows: SampleRows, uniform: Tensor | None = None) -> tuple[Tensor, Tenso
         uniform = uniforms(rows.seed, ids, rows.step)
     cdf = log_p.exp().cumsum(-1)
     total = cdf[:, -1:].contiguous()
-    # right=True passes over tokens of probability 0; the minimum is the last other one, should the product round up
+    # right=True passes over tokens of probability 0. If the product rounds up to the total, the minimum gives the last
+    # token that has a probability.
     target = uniform[:, None] * total
     tokens = torch.minimum(torch.searchsorted(cdf, target, right=True), torch.searchsorted(cdf, total))
     return tokens[:, 0], log_p.gather(-1, tokens)[:, 0].to(per_sequence_device(z.device)).double()
 
 
 class Eager(BackwardOfScores):
-    """The backend ``eager``: autograd goes through ``score``, and nothing is fused."""
+    """The backend ``eager``. Autograd follows ``score``, and nothing is fused."""
 
     name = "eager"
     records_faults = False
@@ -167,7 +177,7 @@ class Eager(BackwardOfScores):
         return None
 
     def detail(self) -> str:
-        """Return what it takes."""
+        """Return a description of the logits that it takes."""
         said = "plain torch: other devices, fp64 logits, the oracle of the tests"
         without = devices_without_fp64()
         if without:

@@ -1,4 +1,4 @@
-"""The compiled module ``dmfast._C``: how batches, terms and results become the pointers and numbers that it takes."""
+"""Load the compiled module ``dmfast._C``, and turn batches, terms and results into the pointers that it takes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .batch import ONLY_SCORED, WITH_TERMS, Batch, Bonus, SampleRows, Scores
 _C: ModuleType | None
 _IMPORT_ERROR: str | None = None
 try:
-    # after torch, so that the extension runs on the OpenMP that torch has loaded
+    # torch is imported first, so that the extension uses the OpenMP library that torch has loaded
     _C = importlib.import_module("dmfast._C")
 except ImportError as error:
     _C = None
     _IMPORT_ERROR = str(error)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-#: The dtypes of per-sequence inputs that the kernels of the CPU read.
+#: The dtypes of per-sequence inputs that the CPU kernels read.
 _READ_AS_THEY_ARE = (torch.float32, torch.float64)
-# Fault of csrc/batch.h
+# the enum Fault of csrc/batch.h
 BAD_ROW, BAD_LABEL, BAD_WEIGHT, UNUSUAL = 1, 2, 3, 4
-# Flag of csrc/objective.h
+# the enum Flag of csrc/objective.h
 _ON_POLICY, _UNNORMALIZED, _HAS_TARGET, _INFINITE_AT_ZERO, _FACTOR_LEFT_OUT = 1, 2, 4, 8, 16
 
 
@@ -39,7 +39,7 @@ def _installed_elsewhere(here: Path) -> Path | None:
 
 
 def why_not() -> str | None:
-    """Return None where the compiled kernels are there, else the reason that they are not."""
+    """Return None if the compiled kernels were found, else the reason why not."""
     if _C is not None:
         return None
     here = Path(__file__).parents[1]
@@ -57,19 +57,19 @@ def why_not() -> str | None:
 
 
 def why_not_dtype(dtype: torch.dtype) -> str | None:
-    """Return None where the kernels take logits of this dtype, else the reason that they don't."""
+    """Return None if the kernels take logits of this dtype, else the reason why not."""
     if dtype in DTYPES:
         return None
     return f"logits are {dtype}; the compiled kernels take float32, bfloat16 and float16"
 
 
 def pointer(x: Tensor | None) -> int:
-    """Return the address of a tensor; 0 for None."""
+    """Return the address of a tensor, or 0 for None."""
     return 0 if x is None else x.data_ptr()
 
 
 def bonus_pointers(bonus: Bonus | None) -> tuple[int, int]:
-    """Return the addresses of the rows' entropies and the sequences' weights; 0 where there is no bonus."""
+    """Return the addresses of the rows' entropies and of the sequences' weights, or zeros if there is no bonus."""
     return (0, 0) if bonus is None else (bonus.entropy.data_ptr(), bonus.weight.data_ptr())
 
 
@@ -77,8 +77,8 @@ def _address(x: Tensor, name: str) -> int:
     """Return the address of an input that a kernel will read.
 
     Raises:
-        TypeError: there is nothing at it: a FakeTensor, a zero tensor without storage, or a storage that was freed, as
-            FSDP and offloading do.
+        TypeError: the input has no memory. It is a FakeTensor, a zero tensor without storage, or a tensor whose storage
+            was freed, as FSDP and offloading do.
     """
     address = x.data_ptr()
     if address == 0 and x.numel():
@@ -95,12 +95,12 @@ def row_strides(x: Tensor, batch: Batch) -> tuple[int, int]:
 
 
 def gradient_arguments(dz: Tensor, batch: Batch) -> tuple[int, ...]:
-    """Return where a gradient goes, as the kernels take it."""
+    """Return the dtype, address and strides of a gradient, as the kernels take them."""
     return DTYPES[dz.dtype], dz.data_ptr(), *row_strides(dz, batch)
 
 
 def batch_struct(batch: Batch) -> Any:
-    """Return a batch as the kernels take it. It keeps no tensor alive."""
+    """Return a batch as the kernels take it. The result keeps no tensor alive."""
     assert _C is not None
     logits = batch.logits
     shape = logits.shape
@@ -117,7 +117,7 @@ def batch_struct(batch: Batch) -> Any:
 
 
 def flags_of(objective: Objective, on_policy: bool) -> int:
-    """Return what C++ is told of an objective beside its number and parameter."""
+    """Return the flags that tell C++ about an objective what its number and parameter don't."""
     flags = _ON_POLICY if on_policy else 0
     if not objective.normalize:
         flags |= _UNNORMALIZED
@@ -129,17 +129,17 @@ def flags_of(objective: Objective, on_policy: bool) -> int:
 
 
 def _is_read(column: Tensor) -> bool:
-    """Return whether the kernels of the CPU read a column where it lies."""
+    """Return whether the CPU kernels can read a column from its own memory."""
     return column.dtype in _READ_AS_THEY_ARE and not column.is_neg()
 
 
 def terms_struct(terms: Terms | None, into: tuple[Tensor, int, int] | None = None) -> Any:
-    """Return terms as the kernels take them. It keeps no tensor alive.
+    """Return terms as the kernels take them. The result keeps no tensor alive.
 
     Args:
-        terms: None: of a call that only scores.
-        into: fp64 memory of the CPU, an offset and B. The block is made there of columns that have not been put
-            together yet.
+        terms: the terms, or None for a call that only scores.
+        into: fp64 memory of the CPU, an offset and B. If the columns of the terms have not been stacked yet, they are
+            stacked there.
     """
     assert _C is not None
     if terms is None:
@@ -164,21 +164,22 @@ def terms_struct(terms: Terms | None, into: tuple[Tensor, int, int] | None = Non
 def make_outputs(
     batch: Batch, terms: Terms | None, entropy: bool, divide_by: float, room: int = 0
 ) -> tuple[Scores, Any, Tensor, int]:
-    """Return empty results, the pointers to them, the memory in which they lie, and where what is left of it begins.
+    """Return empty results, the pointers to them, the memory in which they lie, and the offset of its free part.
 
     Args:
         batch, terms, entropy, divide_by: as in ``Backend.forward``.
-        room: how many numbers are to be left in the memory.
+        room: the size of the free part, in numbers.
     """
     assert _C is not None
     n_rows, n = batch.n_rows, batch.n_sequences
     row_columns, columns = 3 if entropy else 2, ONLY_SCORED if terms is None else WITH_TERMS
     used = row_columns * n_rows + columns * n
-    # new_empty: torch.empty(..., device=...) costs twice that, and torch.device(...) would move torch.empty elsewhere
+    # torch.empty(..., device=...) costs twice as much as new_empty, and a torch.device(...) context would move a
+    # torch.empty without device elsewhere
     memory = batch.tokens.new_empty(used + room, dtype=torch.float64)
     total, to = None, 0
     if terms is not None:
-        total = memory.new_empty(())  # it carries a gradient, so that it is no view
+        total = memory.new_empty(())  # it carries a gradient, so it must not be a view
         to = total.data_ptr()
     address = memory.data_ptr()
     outputs = _C.Outputs(address, address + 8 * row_columns * n_rows, n_rows, n, to, entropy, divide_by)
@@ -186,7 +187,7 @@ def make_outputs(
 
 
 def rows_arguments(rows: SampleRows, uniforms: Tensor | None) -> tuple[Any, ...]:
-    """Return what both ``sample`` functions begin with."""
+    """Return the arguments with which both ``sample`` functions begin."""
     logits = rows.logits
     return (
         DTYPES[logits.dtype], _address(logits, "logits"), logits.shape[0], logits.stride(0), logits.shape[1],
@@ -196,7 +197,7 @@ def rows_arguments(rows: SampleRows, uniforms: Tensor | None) -> tuple[Any, ...]
 
 def weigh(terms: Terms, log_prob: float, log_proposal: float, log_target: float, log_z: float, reward: float,
           log_base: float, baseline: float) -> tuple[float, float, float, bool, bool]:  # fmt: skip
-    """Return csrc/objective.h's log_ratio, log_target_ratio, weight, clipped and out_of_range for one sequence."""
+    """Return log_ratio, log_target_ratio, weight, clipped and out_of_range of a sequence by csrc/objective.h."""
     assert _C is not None
     result = _C.weigh(terms_struct(terms), log_prob, log_proposal, log_target, log_z, reward, log_base, baseline)
     return tuple(result)

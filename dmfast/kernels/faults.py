@@ -1,8 +1,8 @@
-"""What is wrong with values: found now, where the host can look at them, or recorded by a device and read later.
+"""Find bad values in tensors and raise errors for them.
 
-``checks.py`` sees shapes, dtypes and devices; this module sees what tensors hold. ``check_*`` look and raise;
-``raise_*`` raise for a place that a kernel has found; ``DeviceFaults`` raises what a device has recorded, when the host
-reads it.
+``checks.py`` checks shapes, dtypes and devices; this module checks what tensors hold. ``check_*`` look at values and
+raise. ``raise_*`` raise for a place that a kernel has found. ``DeviceFaults`` raises what a device has recorded, at the
+time when the host reads it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def check_sample_rows(draws: SampleRows) -> SampleRows:
     """Check rows to sample from, and return them.
 
     Raises:
-        ValueError: a row that is no distribution.
+        ValueError: a row is not a distribution.
     """
     z = draws.logits
     bad = ~(z < math.inf).all(-1) | (z == -math.inf).all(-1)
@@ -37,7 +37,7 @@ def check_sample_rows(draws: SampleRows) -> SampleRows:
 
 
 def raise_bad_draw(draws: SampleRows, row: int) -> None:
-    """Raise ValueError for a row that is no distribution."""
+    """Raise ValueError for a row that is not a distribution."""
     which = "" if draws.row_ids is None else f" (row id {int(draws.row_ids[row])})"
     raise ValueError(
         f"logits hold NaN or +inf, or nothing but -inf, in row {row}{which}: no token can be drawn; the model has "
@@ -50,7 +50,7 @@ def _first(bad: Tensor) -> int:
 
 
 def place(batch: Batch, row: int) -> str:
-    """Return where a row of logits lies, as (sequence, position)."""
+    """Return the words that name the place of a row of logits by sequence and position."""
     if batch.origin is not None:
         return place(batch.origin.whole, int(batch.origin.rows[row]))
     if batch.cu_seqlens is None:
@@ -66,19 +66,20 @@ _PLAIN_TORCH = "take dmfast.use_backend('eager'), which is plain torch"
 
 
 def check_memory(*inputs: Tensor | None) -> None:
-    """Refuse logits (or hidden states and head) whose memory a kernel can't read, or whose computation something
-    records that would not see it.
+    """Refuse logits (or hidden states and a head) that a kernel can't read, or that a tracer follows.
+
+    A tracer does not see what a kernel does to memory, so its record would be wrong.
 
     Raises:
-        TypeError: a FakeTensor or a DTensor, whose address is 0.
-        RuntimeError: within vmap, grad, jvp or functionalize of torch.func, make_fx, torch.jit.trace or a
-            FakeTensorMode; a dual number of forward-mode AD.
+        TypeError: an input is a FakeTensor or a DTensor, whose address is 0.
+        RuntimeError: the call is inside vmap, grad, jvp or functionalize of torch.func, make_fx, torch.jit.trace or a
+            FakeTensorMode, or an input is a dual number of forward-mode AD.
     """
     for x in inputs:
         if x is None or type(x) in _PLAIN:
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a FakeTensor's address is "deprecated"
+            warnings.simplefilter("ignore")  # torch warns that reading a FakeTensor's address is deprecated
             if x.numel() and not x.data_ptr():
                 raise TypeError(
                     f"logits are a {type(x).__name__} and have no memory that a kernel could read: pass a local "
@@ -93,8 +94,10 @@ def check_memory(*inputs: Tensor | None) -> None:
 
 
 def watcher(*inputs: Tensor | None) -> tuple[str, str] | None:
-    """Return what follows the operations on tensors in this thread, beside autograd and torch.compile, and what to do
-    instead; None: nothing does."""
+    """Return the name of a tracer that is active in this thread and what to do instead, or None.
+
+    autograd and torch.compile are not tracers in this sense, since dmfast supports both.
+    """
     if torch._C._are_functorch_transforms_active():
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None and transform.key() == torch._C._functorch.TransformType.Vmap:
@@ -116,10 +119,10 @@ def watcher(*inputs: Tensor | None) -> tuple[str, str] | None:
 
 
 def check_cu_seqlens(batch: Batch) -> None:
-    """Check where sequences start.
+    """Check the starts of packed sequences.
 
     Raises:
-        ValueError: they are out of order.
+        ValueError: the starts are out of order.
     """
     if batch.cu_seqlens is None:
         return
@@ -135,12 +138,13 @@ def check_token_weight(batch: Batch) -> None:
     """Check token weights.
 
     Raises:
-        ValueError: NaN, infinite, or beyond what leaves the gradient within fp32's range; with the first place.
+        ValueError: a weight is NaN or infinite, or could take the gradient out of fp32's range. The message names the
+            first such place.
     """
     w = batch.token_weight
     if w is None or len(w) == 0:
         return
-    low, high = torch.aminmax(w)  # NaN where one is
+    low, high = torch.aminmax(w)  # both are NaN if a weight is
     if float(low) >= -MAX_TOKEN_WEIGHT and float(high) <= MAX_TOKEN_WEIGHT:
         return
     row = _first(~(w.abs() <= MAX_TOKEN_WEIGHT))
@@ -151,8 +155,10 @@ def check_token_weight(batch: Batch) -> None:
 
 
 def usable(token_weight: Tensor) -> Tensor:
-    """Return token weights with 0 in the place of those that ``check_token_weight`` refuses: a fault that is recorded
-    costs its token alone."""
+    """Return token weights with 0 instead of those that ``check_token_weight`` refuses.
+
+    So a fault that a device records affects only its own token.
+    """
     return torch.where(token_weight.abs() <= MAX_TOKEN_WEIGHT, token_weight, 0.0)
 
 
@@ -160,7 +166,7 @@ def check_rows(batch: Batch) -> None:
     """Check token ids, cu_seqlens and token weights.
 
     Raises:
-        ValueError: with the first place.
+        ValueError: a value is bad. The message names the first such place.
     """
     check_cu_seqlens(batch)
     check_token_weight(batch)
@@ -179,11 +185,12 @@ def check_rows(batch: Batch) -> None:
 
 
 def check_logits(batch: Batch) -> Batch:
-    """Do what ``check_rows`` does and look at the logits of scored rows, for backends whose kernels don't; return the
-    batch.
+    """Do what ``check_rows`` does, check the logits of scored rows, and return the batch.
+
+    This is for backends whose kernels don't check logits.
 
     Raises:
-        ValueError: as ``check_rows``; NaN or +inf, with the first place.
+        ValueError: as ``check_rows``; a logit is NaN or +inf. The message names the first such place.
     """
     check_rows(batch)
     rows = batch.logits.detach().reshape(batch.n_rows, batch.vocab)
@@ -194,10 +201,10 @@ def check_logits(batch: Batch) -> Batch:
 
 
 def check_labels(token_log_prob: Tensor, batch: Batch) -> Tensor:
-    """Check the log-probability of every label, (rows,) and 0 where none is scored, and return it.
+    """Check the log-probability of every label, (rows,), which is 0 for a row that is not scored, and return it.
 
     Raises:
-        ValueError: -inf, or NaN, which a row of nothing but -inf gives; with the first place.
+        ValueError: one is -inf, or NaN, which a row of -inf alone gives. The message names the first such place.
     """
     never = ~(token_log_prob.detach() > -math.inf)
     if bool(never.any()):
@@ -225,7 +232,7 @@ def _check_left_out(terms: Terms, baseline: Tensor, first_sequence: int) -> None
     returns = objectives.known_returns(terms, baseline.shape[0], baseline.device)
     infinite, victim = ~returns.isfinite(), first_sequence + _first(bad)
     advice = "its log_target is far above its log_proposal, or -inf; drop the sequence, or take a constant baseline"
-    if not bool(infinite.any()):  # it is in another part of the call
+    if not bool(infinite.any()):  # the infinite return belongs to another part of the call
         raise ValueError(f"the baseline of sequence {victim} averages over a return that is infinite: {advice}")
     culprit = _first(infinite)
     raise ValueError(
@@ -238,7 +245,7 @@ def check_terms(terms: Terms, first_sequence: int = 0) -> None:
     """Check the per-sequence inputs of sequences from ``first_sequence`` on.
 
     Raises:
-        ValueError: NaN or +inf, or a -inf that the objective has no finite weight for.
+        ValueError: an input is NaN or +inf, or it is -inf and the objective has no finite weight for that.
     """
     first, objective = first_sequence, terms.objective
     impossible = "a sequence that q can't draw can't have been drawn from it"
@@ -281,7 +288,7 @@ def check_weights(weight: Tensor, first_sequence: int = 0) -> Tensor:
     """Check the weights of sequences from ``first_sequence`` on, and return them.
 
     Raises:
-        ValueError: a weight beyond fp32's range, or NaN.
+        ValueError: a weight is beyond fp32's range, or NaN.
     """
     bad = ~(weight.abs() <= torch.finfo(torch.float32).max)
     if bool(bad.any()):
@@ -290,7 +297,7 @@ def check_weights(weight: Tensor, first_sequence: int = 0) -> Tensor:
 
 
 def raise_weight(i: int, weight: Tensor, first_sequence: int = 0) -> None:
-    """Raise ValueError for a sequence whose weight no fp32 holds."""
+    """Raise ValueError for a sequence whose weight is beyond fp32's range or NaN."""
     a = float(weight[i])
     if math.isnan(a):
         raise ValueError(f"the weight A of sequence {first_sequence + i} is NaN: the objective has no value there")
@@ -318,17 +325,17 @@ def raise_bad_label(batch: Batch, row: int) -> None:
 
 # --- recorded by a device ------------------------------------------------------------------------------------------
 
-_BAD_ROW, _BAD_LABEL = 1, 2  # as csrc/batch.h numbers faults; the others say which check to ask
+_BAD_ROW, _BAD_LABEL = 1, 2  # csrc/batch.h's numbers; for the other faults a check on the host finds the words
 _WEIGHT_PLACE = 1 << 59  # csrc/cuda/loss.h
 
 
 def at_once() -> bool:
-    """Return whether DMFAST_SYNC_CHECKS=1: every call waits for its kernels and raises."""
+    """Return whether every call waits for its kernels and raises what they find, as DMFAST_SYNC_CHECKS=1 asks."""
     return os.environ.get("DMFAST_SYNC_CHECKS", "0") not in ("", "0")
 
 
 def read_later(check: Recorded) -> tuple[Recorded, ...]:
-    """Return what is left to be read by ``out.check()``, once what is to be raised at once has been."""
+    """Return the check for ``out.check()`` to run later, or run it now if every call is to wait for its kernels."""
     if not at_once():
         return (check,)
     check()
@@ -336,8 +343,11 @@ def read_later(check: Recorded) -> tuple[Recorded, ...]:
 
 
 def with_order(batch: Batch) -> Batch:
-    """Return the batch with cu_seqlens that no kernel can be led astray by. Where they are out of order, which the host
-    can't see without waiting, no label is a token, so that all sequences have a fault."""
+    """Return the batch with cu_seqlens that every kernel can follow safely.
+
+    The host can't see without waiting whether they are in order. If they are not, the returned batch has one long
+    sequence in which no label is a token, so that every sequence with rows has a fault.
+    """
     starts, n = batch.cu_seqlens, batch.n_rows
     if starts is None or batch.origin is not None:
         return batch
@@ -353,17 +363,19 @@ def with_order(batch: Batch) -> Batch:
 
 @dataclass(frozen=True, eq=False)
 class DeviceFaults:
-    """Raises the first fault of a call as the CPU would have, once the host may wait. Not a closure, so that a graph of
-    torch.compile can give it back."""
+    """A check that raises the first fault of a call with the CPU's words, when the host may wait for the device.
+
+    It is a class and not a closure, so that a graph of torch.compile can return it.
+    """
 
     batch: Batch  # without its logits
     terms: Terms | None
     log_prob: Tensor
-    status: Tensor | None  # 0-d int64, -1: none; None: the rows have checks of their own
-    made: Tensor | None  # (B,) A before faults were set to 0, where torch made it; else the status tells of it
+    status: Tensor | None  # 0-d int64, -1 for no fault; None: other checks cover the rows
+    made: Tensor | None  # (B,) A before faults were set to 0, if torch made it; otherwise the status covers A
 
     def __call__(self) -> None:
-        """Read on the host."""
+        """Wait for the device, and raise the first fault that it has recorded."""
         batch, terms = self.batch, self.terms
         code = -1 if self.status is None else int(self.status)
         where, fault = divmod(code, 8)
@@ -385,12 +397,12 @@ class DeviceFaults:
 def device_faults(
     batch: Batch, terms: Terms | None, log_prob: Tensor, status: Tensor | None, made: Tensor | None = None
 ) -> DeviceFaults:
-    """Return what raises the faults of a call. It does not keep the logits."""
+    """Return the check that raises the faults of a call. It does not keep the logits."""
     return DeviceFaults(batch._replace(logits=batch.logits.new_empty(0, batch.vocab)), terms, log_prob, status, made)
 
 
 def of_whole(check: DeviceFaults) -> Tensor:
-    """Return the status of a check, 0-d, with its place in the whole call that its batch is a chunk of."""
+    """Return the status of a check, 0-d, with the fault's place in the whole call instead of its place in the chunk."""
     status, origin = check.status, check.batch.origin
     assert status is not None
     if origin is None:
@@ -405,8 +417,11 @@ def of_whole(check: DeviceFaults) -> Tensor:
 
 
 def inputs_ok(terms: Terms) -> Tensor | bool:
-    """Return which sequences (B,) have per-sequence inputs that ``check_terms`` allows: the twin of csrc/cuda/loss.cu's
-    for weights that torch makes. Few operations, since each is a launch."""
+    """Return which sequences (B,) have per-sequence inputs that ``check_terms`` allows.
+
+    It does for weights that torch makes what the function of the same name in csrc/cuda/loss.cu does. It uses few
+    operations, because each is a kernel launch.
+    """
     finite: list[Any] = [terms.log_proposal, terms.reward, terms.baseline]
     below_infinity: list[Any] = [terms.log_target, terms.log_z]
     (finite if terms.max_weight == torch.inf else below_infinity).append(terms.log_base)
@@ -414,12 +429,15 @@ def inputs_ok(terms: Terms) -> Tensor | bool:
     if given := [x for x in finite if isinstance(x, Tensor)]:
         ok = reduce(torch.add, given).isfinite()  # inf - inf is NaN
     if given := [x for x in below_infinity if isinstance(x, Tensor)]:
-        ok = ok & (reduce(torch.maximum, given) < torch.inf)  # NaN stays in a maximum
+        ok = ok & (reduce(torch.maximum, given) < torch.inf)  # a maximum with NaN is NaN
     return ok
 
 
 def zero_where_faulty(weight: Tensor, log_prob: Tensor, terms: Terms) -> Tensor:
-    """Return weights (B) made by torch with 0 where fp32 can't hold them and in sequences with a fault: of a row, whose
-    log_prob is NaN, or of an input, on which the weight may not depend."""
+    """Return weights (B,) that torch made, with 0 where fp32 can't hold them and in every sequence with a fault.
+
+    A sequence has a fault if a row of it has one, which makes its log_prob NaN, or if one of its inputs is bad, even an
+    input on which the weight does not depend.
+    """
     ok = (weight.abs() <= torch.finfo(torch.float32).max) & ~log_prob.isnan() & inputs_ok(terms)
     return torch.where(ok, weight, 0.0)

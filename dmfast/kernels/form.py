@@ -1,5 +1,7 @@
-"""The loss where it is formed in torch: by backends that leave it to torch, for objectives that are a user's function,
-and for sequences that go through a buffer in parts. csrc/cpu/loss.cpp and csrc/cuda/loss.cu form it in their kernels.
+"""Form the loss in torch.
+
+This serves backends whose kernels don't form it, objectives that are a user's function, and sequences that go through a
+buffer in parts. csrc/cpu/loss.cpp and csrc/cuda/loss.cu form the loss in their kernels.
 """
 
 from __future__ import annotations
@@ -15,19 +17,20 @@ from .check_ops import value_checks
 
 
 def weighted_log_prob(batch: Batch, rows: Tensor, log_prob: Tensor) -> Tensor:
-    """Return sum_t w_t log pi(x_t) of each sequence, (B,) without gradient: ``log_prob`` where there are no token
-    weights. NaN where log_prob is.
+    """Return sum_t w_t log pi(x_t) of each sequence, (B,) without gradient.
+
+    It is ``log_prob`` itself if there are no token weights, and NaN where ``log_prob`` is NaN.
 
     Args:
-        batch: with the labels, starts and token weights of the rows, and any logits.
-        rows: their block; see ``Scores``.
+        batch: has the labels, starts and token weights of the rows. Its logits are not read.
+        rows: the block of the rows; see ``Scores``.
         log_prob: (B,) fp64 without gradient.
     """
     w = batch.token_weight
     if w is None:
         return log_prob
     w = faults.usable(w)
-    # 0 * -inf = 0
+    # 0 * -inf must be 0
     values = torch.where(w == 0, 0.0, w * (rows.select(0, LABEL) - rows.select(0, LSE)))
     if batch.cu_seqlens is None:
         sums = values.view(batch.n_sequences, batch.steps).sum(1)
@@ -41,7 +44,7 @@ def weighted_log_prob(batch: Batch, rows: Tensor, log_prob: Tensor) -> Tensor:
 
 
 def with_token_weight(batch: Batch, terms: Terms | None, scores: Scores, divide_by: float) -> Scores:
-    """Return scores whose losses a kernel has formed, with those of token weights in their place if there are any."""
+    """Return scores whose losses a kernel has formed. If there are token weights, the losses are replaced by theirs."""
     if batch.token_weight is None or terms is None:
         return scores
     weighted = weighted_log_prob(batch, scores.rows, scores.log_prob)
@@ -59,21 +62,22 @@ def form_loss(
     Args:
         batch: says where the sequences lie, for errors and for token weights.
         rows: the block of the rows; see ``Scores``.
-        log_prob, entropy: (B,) fp64 without gradient; no entropy: 0.
-        terms: with an ``Objective`` or a function; entropy must be there where they have a coefficient for it.
-        divide_by: what ``total`` is divided by.
-        records_faults: whether a fault costs its sequence alone, and is read later.
-        recorded: what the pass that made log pi has recorded.
-        weighted: (B,) fp64, ``weighted_log_prob`` where it is known.
+        log_prob, entropy: (B,) fp64 without gradient. An entropy of None counts as 0.
+        terms: the inputs, with an ``Objective`` or a function. If they have an entropy coefficient, ``entropy`` must be
+            given.
+        divide_by: the divisor of ``total``.
+        records_faults: whether a fault is read later and affects only its own sequence.
+        recorded: the checks of the pass that made log pi.
+        weighted: (B,) fp64, ``weighted_log_prob`` if it is known already.
 
     Raises:
-        ValueError: a function returned no fp64 (B,) tensor; where faults are not recorded, a weight beyond fp32's
-            range.
+        ValueError: a function did not return an fp64 (B,) tensor, or, if faults are not recorded, a weight is beyond
+            fp32's range.
     """
     terms = terms.with_log_prob(log_prob)
-    weight = objectives.weigh(terms)  # A is a constant: no gradient flows through it
+    weight = objectives.weigh(terms)
     checks.check_weight_tensor(weight, batch)
-    weight = weight.detach()
+    weight = weight.detach()  # A is a constant of the loss
     bound = terms.max_weight
     clipped = weight.abs() > bound
     bounded = objectives.bounded_returns(terms.objective, terms.log_ratio, terms.log_target_ratio)
@@ -93,8 +97,11 @@ def form_loss(
 
 
 def losses(weight: Tensor, log_prob: Tensor, entropy: Tensor | None = None, coefficient: float = 0.0) -> Tensor:
-    """Return -A log pi - coefficient * H of each sequence, (B,); 0 * -inf = 0. The gradient goes to log_prob, which
-    is ``weighted_log_prob``, and to entropy. A sequence with a fault of a row, where both are NaN, has loss 0."""
+    """Return -A log pi - coefficient * H of each sequence, (B,), where 0 * -inf is 0.
+
+    The gradient flows to ``log_prob``, which is the weighted one, and to ``entropy``. Both are NaN for a sequence with
+    a fault in a row; its loss is 0.
+    """
     loss = -torch.where(weight == 0, 0.0, weight * log_prob)
     if not coefficient:
         return loss
@@ -103,22 +110,25 @@ def losses(weight: Tensor, log_prob: Tensor, entropy: Tensor | None = None, coef
 
 
 def reduce(per_sequence: Tensor, reduction: str, divide_by: float) -> Tensor:
-    """Return the mean, the sum or nothing of the kind (``none``) of (B,) losses."""
+    """Return (B,) losses as they are for the reduction ``none``, else their sum divided by ``divide_by``, 0-d."""
     return per_sequence if reduction == "none" else per_sequence.sum() / divide_by
 
 
 def scaled(x: Tensor, by: Tensor) -> Tensor:
-    """Return x * by, and 0 where ``by`` is 0, also of an x that overflowed."""
+    """Return x * by, which is 0 where ``by`` is 0, even if x has overflowed."""
     return torch.where(by == 0, 0.0, x * by)
 
 
 def denominator(batch: Batch, reduction: str, num_sequences: float | None) -> float:
-    """Return what the sum over sequences is divided by."""
+    """Return the divisor of the sum over sequences."""
     if reduction != "mean":
         return 1.0
     return float(num_sequences) if num_sequences is not None else float(max(batch.n_sequences, 1))
 
 
 def divisor(batch: Batch, divide_by: float) -> float:
-    """Return what a sum over sequences is divided by, where 0 stands for their number: no B needs its own graph."""
+    """Return the divisor of a sum over sequences, where 0 stands for their number.
+
+    The 0 lets torch.compile use one graph for every B.
+    """
     return divide_by or denominator(batch, "mean", None)

@@ -1,5 +1,8 @@
-"""Devices without fp64 (Apple's, Intel's smaller GPUs). There rows go through ``eager`` in fp32, as exact as torch's
-fp32 log_softmax, and what belongs to a sequence lives on the CPU, in fp64 as everywhere."""
+"""Handle devices without fp64: Apple's and Intel's smaller GPUs.
+
+On these devices ``eager`` computes rows in fp32, as exactly as torch's fp32 log_softmax does. Per-sequence values are
+fp64 as everywhere, and live on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ def has_fp64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
-# as torch.compiler.assume_constant_result does, which would import torch._dynamo
+# torch.compiler.assume_constant_result sets the same attribute, but it would import torch._dynamo
 has_fp64._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -26,17 +29,17 @@ def _xpu_has_fp64(device: torch.device) -> bool:
 
 
 def per_sequence_device(device: torch.device) -> torch.device:
-    """Return where the per-sequence values of logits on a device live."""
+    """Return the device on which the per-sequence values of logits on a device live."""
     return device if device.type == "cpu" or has_fp64(device) else torch.device("cpu")
 
 
 def widened(x: Tensor) -> Tensor:
-    """Return x in fp64, or in fp32 where its device has none."""
+    """Return x in fp64, or in fp32 if its device has no fp64."""
     return x.double() if has_fp64(x.device) else x.float()
 
 
 def devices_without_fp64() -> list[str]:
-    """Return the devices here that have no fp64."""
+    """Return the names of this machine's devices that have no fp64."""
     found = ["mps"] if torch.backends.mps.is_available() else []
     devices = [torch.device("xpu", i) for i in range(torch.xpu.device_count())]
     return found + [str(device) for device in devices if not has_fp64(device)]

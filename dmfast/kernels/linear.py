@@ -1,18 +1,20 @@
-"""The losses on hidden states and a head, whose logits never exist at once: chunk by chunk into one buffer.
+"""Compute the losses on hidden states and a head, chunk by chunk through one buffer of logits.
 
-Matrix products are torch's (``products.py``); between them run the row kernels of a backend. A chunk holds whole
-sequences, so that log pi, and with it A, is known inside it: logits = H W^T, the kernel's forward, its backward over
-the logits, or into 16 bits beside them where the next product takes these, dH = dZ W, dW += dZ^T H. That is three
-products and no logit is computed twice, the least for which all three gradients can be had. A function of ``Terms``
-gets the sequences of a chunk as if they were a call: chunks are cut between sequences where it says ``per_sequence``,
-between prompts where it says ``whole_contexts``, and else not at all. What goes together and is longer than the buffer,
-such as one long sequence, and a loss whose grad_output is not known before backward, take two phases, and so a fourth
-product. Rows that are not scored are packed out before the first product. A frozen head costs neither its product nor a
-V x D buffer.
+All logits never exist at once. The matrix products are torch's (``products.py``), and the row kernels of a backend run
+between them. For each chunk this module computes the logits H W^T, runs the kernel's forward and then its backward,
+and adds up dH = dZ W and dW += dZ^T H. The backward writes over the logits, or, where the next product takes 16 bits,
+into 16 bits beside them. A chunk holds whole sequences, so log pi and A are known inside it. This takes three products
+and computes no logit twice, which is the least that gives all three gradients.
 
-Where the vocabulary is cut among ranks (``shards.py``) a chunk is the same on all of them: each makes the logits of its
-own columns, one exchange makes the rows whole, and dH, to which every rank has a part, is summed once a call. A is
-formed in torch between forward and backward, so that a known weight takes two passes there.
+A function of ``Terms`` gets the sequences of a chunk as if they were a call. Chunks are cut between sequences if the
+function says ``per_sequence``, between prompts if it says ``whole_contexts``, and otherwise not at all. A fourth
+product is needed where the logits must be computed again: if sequences that belong together are longer than the
+buffer, as one long sequence may be, or if grad_output is not known before backward. Rows that are not scored are left
+out before the first product. A frozen head costs neither its product nor a V x D buffer.
+
+If the vocabulary is cut among ranks (``shards.py``), all ranks have the same chunks. Each rank computes the logits of
+its own columns, one exchange completes the rows, and dH, to which every rank contributes, is summed once a call. torch
+forms A between forward and backward there, so a known weight takes two passes.
 """
 
 from __future__ import annotations
@@ -33,29 +35,30 @@ from .form import form_loss, weighted_log_prob
 from .shards import RowFaults, Shards, sums_of_sequences, whole_rows
 
 _CHUNK_BYTES = 2**27
-# With the gradient of the head, adding to it once a chunk must be cheap beside the products.
+# The gradient of the head is added to once a chunk. This must be cheap compared with the products, so chunks are larger
+# when that gradient is wanted.
 _GPU_ROWS, _GPU_BYTES, _GPU_ROWS_WITHOUT_HEAD = 4096, 2**30, 1024
-_ALIGNMENT = 64  # elements of a row of the buffer: 50257 would leave the rows that products read unaligned
+_ALIGNMENT = 64  # in elements; without it a V such as 50257 would leave the rows that products read unaligned
 
 
 class Chunks(NamedTuple):
-    """Which rows are scored, and how they are cut."""
+    """The scored rows of a call, and how they are cut into chunks."""
 
-    whole: Batch  # of the call; its logits are a stand-in with the shape, dtype and device that logits would have
-    rows: Tensor | None  # (M,) the scored rows among all; None: all of them
+    whole: Batch  # the batch of the call; its logits are a stand-in with the right shape, dtype and device
+    rows: Tensor | None  # (M,) the numbers of the scored rows; None: all rows are scored
     labels: Tensor  # (M,)
     token_weight: Tensor | None  # (M,)
-    starts: Tensor  # (B+1,) where each sequence starts among the M
-    bounds: list[int]  # the same, read once: on a device the host has to wait for it
+    starts: Tensor  # (B+1,) the start of each sequence among the M rows
+    bounds: list[int]  # the same on the host, which has to wait for a device to read them
     chunk_rows: int
     ways: products.Ways
     narrow: bool  # whether the gradient of fp32 logits is multiplied in 16 bits
     may_cut: list[int] | None  # the sequences, from 0 to B, before which chunks may be cut; None: all
 
     def groups(self) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-        """Yield sequences [i, j) that go through the buffer together, and the rows [first, last) of them.
+        """Yield i and j of sequences [i, j) that go through the buffer together, and their ranges of rows [first, last).
 
-        There are several such ranges of rows where what goes together is longer than the buffer."""
+        There are several ranges if these sequences are longer than the buffer."""
         starts = self.bounds
         at = list(range(len(starts))) if self.may_cut is None else self.may_cut
         a = 0
@@ -80,20 +83,22 @@ class Chunks(NamedTuple):
 
 
 def row_stride(vocab: int) -> int:
-    """Return how many elements a row of the buffer takes."""
+    """Return the number of elements that a row of the buffer takes."""
     return -(-vocab // _ALIGNMENT) * _ALIGNMENT
 
 
 def rows_of_buffer(
     vocab: int, itemsize: int, device: torch.device, chunk_bytes: int | None, wants_head: bool = True
 ) -> int:
-    """Return the rows of logits that fit ``chunk_bytes``; by default so many that adding to dW once a buffer is cheap
-    beside the products. On a GPU, whose products outrun its memory, that takes more rows.
+    """Return the number of rows of logits that the buffer holds.
+
+    By default there are so many that adding to dW once a buffer is cheap compared with the products. A GPU needs more
+    rows for that than a CPU, because its products are faster relative to its memory.
 
     Args:
         vocab: V.
-        itemsize: what a logit takes, with its gradient where that needs a place of its own.
-        device: where the buffer is.
+        itemsize: the bytes of a logit, plus those of its gradient if that has memory of its own.
+        device: the device of the buffer.
         chunk_bytes: as in ``linear_dm_loss``.
         wants_head: whether the gradient of the head is wanted.
     """
@@ -107,12 +112,13 @@ def rows_of_buffer(
 
 
 def places_to_cut(terms: Terms | None, n: int) -> list[int] | None:
-    """Return the sequences, from 0 to n, before which the loss of n may be cut into parts; None: before all of them.
+    """Return the numbers from 0 to n before which the loss of n sequences may be cut, or None for all of them.
 
     Args:
-        terms: of the loss. A function says by ``per_sequence`` that A depends on the sequence's own log pi alone,
-            beside ``at_draw``, and by ``whole_contexts`` that it depends on those of the sequence's prompt.
-        n: its sequences.
+        terms: the terms of the loss. The attribute ``per_sequence`` of a function says that A depends only on the
+            sequence's own log pi and on ``at_draw``. ``whole_contexts`` says that A depends on log pi of the sequences
+            of the same prompt.
+        n: the number of sequences.
     """
     if terms is None or isinstance(terms.objective, Objective):
         return None
@@ -143,9 +149,9 @@ def make_chunks(
         whole: the batch of the call.
         hidden: its hidden states.
         chunk_bytes: as in ``linear_dm_loss``.
-        wanted: which gradients are wanted: of hidden states, head and bias.
+        wanted: whether the gradients of hidden states, head and bias are wanted.
         shards: the ranks among which the vocabulary is cut, or None.
-        may_cut: as ``places_to_cut`` returns it.
+        may_cut: what ``places_to_cut`` returned.
     """
     scored = whole.labels != IGNORE
     before = torch.cat([scored.new_zeros(1, dtype=torch.int64), scored.cumsum(0)])
@@ -165,14 +171,14 @@ def make_chunks(
 
 
 def _rows(hidden: Tensor, n: int, vocab: int, dtype: torch.dtype) -> Tensor:
-    """Return an empty (n, V) buffer, whose rows are aligned."""
+    """Return an empty (n, V) buffer with aligned rows."""
     padded = hidden.new_empty(n, row_stride(vocab), dtype=dtype)
     padded[:, vocab:] = 0  # oneDNN's bf16 products on AMX read one element beyond an odd V, and NaN * 0 is NaN
     return padded[:, :vocab]
 
 
 class _Products:
-    """The products with the head, through one buffer, and the gradients that they add up to."""
+    """The products with the head, the buffer that they go through, and the gradients that they add up to."""
 
     def __init__(
         self, chunks: Chunks, hidden: Tensor, head: Tensor, bias: Tensor | None, wanted: tuple[bool, ...],
@@ -185,17 +191,17 @@ class _Products:
         self.one_chunk = len(cuts) == 1
         vocab, dtype = head.shape[0], chunks.whole.logits.dtype
         self.buffer = _rows(hidden, longest, vocab, dtype)
-        # that of the gradient: the same one, unless the next product takes another dtype (backend.check_gradient)
+        # The gradient overwrites the logits, unless the next product takes another dtype (backend.check_gradient).
         self.gradient = _rows(hidden, longest, vocab, hidden.dtype) if chunks.narrow else self.buffer
         self.ways = chunks.ways
         self.wants_head = wanted[1]
-        # with no row left out the products fill all of it
+        # the products fill all of it only if no row is left out
         empty = torch.empty_like if chunks.rows is None else torch.zeros_like
-        # row by row, whatever the layout of hidden: that is how it is scaled, and what fake kernels say
-        # one of several parts is not rounded before they are summed
+        # The gradient is contiguous whatever the layout of hidden, because scaling needs that and the fake kernels
+        # promise it. It is fp32 if it is one of several parts, which are rounded only after they are summed.
         dtype = hidden.dtype if shards is None else torch.promote_types(hidden.dtype, torch.float32)
         self.d_hidden = empty(self.hidden, memory_format=torch.contiguous_format, dtype=dtype) if wanted[0] else None
-        self.d_head: Tensor | None = None  # from the first chunk on; fp32 where there are several
+        self.d_head: Tensor | None = None  # the first chunk makes it, in fp32 if there are several chunks
         self.d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
 
     def logits(self, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -225,7 +231,7 @@ class _Products:
             products.add_product(self.ways.d_head, self.d_head, dz, h, first_chunk)
 
     def gradients(self, hidden: Tensor) -> list[Tensor | None]:
-        """Return those of hidden states, head and bias, in their dtypes."""
+        """Return the gradients of hidden states, head and bias, each in the dtype of its tensor."""
         d_hidden = None
         if self.d_hidden is not None:
             if self.shards is not None:
@@ -239,7 +245,7 @@ class _Products:
 
 
 class _Pass(NamedTuple):
-    """Hold what all chunks of a call have in common."""
+    """The values that all chunks of a call have in common."""
 
     backend: Backend
     chunks: Chunks
@@ -247,17 +253,17 @@ class _Pass(NamedTuple):
     terms: Terms | None
     entropy: bool
     divide_by: float
-    expected: float | None  # with it, the gradients of ``expected * total`` are added to products
+    expected: float | None  # if it is given, the gradients of ``expected * total`` are added to ``matrices``
     shards: Shards | None
 
 
 class _Scored(NamedTuple):
-    """Hold a chunk that has been scored."""
+    """A chunk that has been scored."""
 
     hidden: Tensor
     logits: Tensor
-    rows: Tensor  # of the whole vocabulary
-    sequences: Tensor  # log pi and entropy of what is in the chunk
+    rows: Tensor  # the block of the rows, over the whole vocabulary
+    sequences: Tensor  # log pi and entropy, summed over the rows of the chunk
     recorded: tuple[Recorded, ...]
 
 
@@ -271,8 +277,10 @@ def _score_chunk(call: _Pass, i: int, j: int, cut: tuple[int, int]) -> _Scored:
 
 
 def _score_shard(call: _Pass, shards: Shards, i: int, j: int, cut: tuple[int, int]) -> _Scored:
-    """Score a chunk of which this rank has some columns. A rank that fails still takes part in the exchange, so that
-    the others need not wait for it for ever."""
+    """Score a chunk of which this rank has some columns.
+
+    A rank that fails still takes part in the exchange, so that the others don't wait for it forever.
+    """
     look, shape = not call.backend.records_faults, (3 if call.entropy else 2, cut[1] - cut[0])
     try:
         h, z = call.matrices.logits(*cut)
@@ -292,7 +300,7 @@ def _score_shard(call: _Pass, shards: Shards, i: int, j: int, cut: tuple[int, in
 def _score_chunks(
     call: _Pass, i: int, j: int, cuts: list[tuple[int, int]], terms: Terms | None
 ) -> tuple[Scores, _Scored]:
-    """Return the scores of sequences [i, j), whose loss torch forms, and the last chunk of them."""
+    """Return the scores of sequences [i, j), whose loss torch forms, and their last chunk."""
     parts = [_score_chunk(call, i, j, cut) for cut in cuts]
     rows = torch.cat([part.rows for part in parts], 1)
     sequences = torch.stack([part.sequences for part in parts]).sum(0)
@@ -339,7 +347,10 @@ def _group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]]) -> Scores:
 
 def _backward_chunk(call: _Pass, i: int, j: int, cut: tuple[int, int], h: Tensor, z: Tensor, lse: Tensor,
                     weight: Tensor, factor: float, bonus: Bonus | None) -> None:  # fmt: skip
-    """Add the gradients of logits that are there to the products. ``lse`` and ``bonus`` belong to the chunk's rows."""
+    """Add the gradients of the logits in the buffer to the products.
+
+    ``lse`` and the entropies of ``bonus`` belong to the rows of the chunk.
+    """
     dz = call.matrices.gradient[: cut[1] - cut[0]]
     call.backend.backward(call.chunks.part(i, j, *cut, z), lse, weight, factor, dz, bonus=bonus)
     call.matrices.add(*cut, h, dz)
@@ -347,8 +358,10 @@ def _backward_chunk(call: _Pass, i: int, j: int, cut: tuple[int, int], h: Tensor
 
 def _backward_group(call: _Pass, i: int, j: int, cuts: list[tuple[int, int]], lse: Tensor, weight: Tensor,
                     factor: float, bonus: Bonus | None) -> None:  # fmt: skip
-    """Compute the logits again and add their gradients to the products. ``lse`` and ``bonus`` belong to these
-    sequences."""
+    """Compute the logits again and add their gradients to the products.
+
+    ``lse`` and ``bonus`` belong to the rows of these sequences.
+    """
     for first, last in cuts:
         h, z = call.matrices.logits(first, last)
         from_start = first - cuts[0][0]
@@ -361,7 +374,7 @@ def _forward(call: _Pass) -> Scores:
     """Return the scores of all rows of the call, including the rows that are not scored."""
     chunks = call.chunks
     found = [_group(call, i, j, cuts) for i, j, cuts in chunks.groups()]
-    if not found:  # no sequences: what the kernel makes of none
+    if not found:  # without sequences the kernel still makes an empty result of the right shape
         nothing = chunks.whole.logits.reshape(-1, chunks.whole.vocab)[:0]
         found = [call.backend.forward(chunks.part(0, 0, 0, 0, nothing), call.terms, call.entropy)]
     scores = found[0]
@@ -390,8 +403,11 @@ def forward(
     entropy: bool, divide_by: float, expected: float | None, chunk_bytes: int | None, wanted: tuple[bool, ...],
     shards: Shards | None = None,
 ) -> tuple[Scores, list[Tensor | None]]:  # fmt: skip
-    """Return the scores and, with ``expected``, the ``wanted`` gradients of ``expected * total``: of hidden states,
-    head and bias, each None where it is not wanted. With ``shards`` head and bias are this rank's rows of them."""
+    """Return the scores and the gradients of ``expected * total`` in hidden states, head and bias.
+
+    A gradient is None if it is not ``wanted`` or if there is no ``expected``. With ``shards``, head and bias are this
+    rank's rows.
+    """
     if backend.records_faults:
         faults.check_cu_seqlens(batch)  # the host has to wait for them anyway, to cut rows into chunks
     else:
@@ -412,8 +428,11 @@ def backward(
     coefficient: Tensor, chunk_bytes: int | None, wanted: tuple[bool, ...], shards: Shards | None = None,
     bonus: Bonus | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Return the ``wanted`` gradients of -sum_i (coefficient_i log pi(x_i) + bonus_i H(x_i)), log pi weighted by the
-    batch's token weights, from log-sum-exps and entropies (rows): logits again."""
+    """Return the ``wanted`` gradients of -sum_i (coefficient_i log pi(x_i) + bonus_i H(x_i)).
+
+    log pi is weighted by the token weights of the batch. The logits are computed again; the log-sum-exps and entropies
+    of the rows are given.
+    """
     chunks = make_chunks(batch, hidden, chunk_bytes, wanted, shards)
     if chunks.rows is not None:
         lse = lse[chunks.rows]
@@ -429,8 +448,10 @@ def backward(
 
 
 class _Linear(torch.autograd.Function):
-    """Weighted log pi and entropy (B) where ``terms`` is None, else the loss. With ``expected`` forward has computed
-    the gradients."""
+    """The autograd function of the loss, or of weighted log pi and entropy (B,) if ``terms`` is None.
+
+    With ``expected``, forward computes the gradients.
+    """
 
     @staticmethod
     def forward(
@@ -459,7 +480,7 @@ class _Linear(torch.autograd.Function):
         options: Options = ctx.options
         backend: Backend = ctx.backend
         if ctx.gradients is not None and options.expected is not None:
-            gradients, ctx.gradients = ctx.gradients, None  # given away: a second backward computes its own
+            gradients, ctx.gradients = ctx.gradients, None  # autograd owns them now; a second backward computes its own
             for gradient in gradients:
                 if gradient is not None:
                     backend.scale_matrix(gradient, 1.0 / options.expected, grad)
@@ -493,8 +514,10 @@ def log_prob(
     backend: Backend, hidden: Tensor, head: Tensor, bias: Tensor | None, batch: Batch, entropy: bool,
     chunk_bytes: int | None, shards: Shards | None = None,
 ) -> LogProb:  # fmt: skip
-    """Return ``weighted_log_prob`` (B,) and, where it is wanted, the entropy (B,), with gradient where one is wanted;
-    the scores."""
+    """Return ``weighted_log_prob`` (B,), the entropy (B,) or None, and the scores.
+
+    The first two carry a gradient where one is wanted.
+    """
     options = Options("none", 1.0, entropy, False, None)
     return _run(backend, hidden, head, bias, batch, None, options, chunk_bytes, shards)
 

@@ -1,12 +1,13 @@
-"""The losses under torch.compile: ``torch.library`` custom ops, no graph break, fake kernels, autograd.
+"""Define the losses under torch.compile as ``torch.library`` custom ops, with fake kernels and autograd.
 
-Eager mode does not come here (``autograd.py`` and ``linear.py`` cost less per call). An op gets what ``Batch`` and
-``Terms`` hold, flattened, because schemas know tensors and numbers only; the per-sequence inputs are one block, and so
-are the results, which may not alias. It is told the name of its backend, which it asks for itself. The ``status`` that
-it returns is what a device has recorded, for ``out.check()``; -1 where faults are raised at once.
+A compiled loss has no graph break. Eager mode does not use this module, since ``autograd.py`` and ``linear.py`` cost
+less per call. An op gets the contents of ``Batch`` and ``Terms`` as separate arguments, because a schema accepts only
+tensors and numbers. The per-sequence inputs are one block, and so are the results, which may not share memory. The op
+gets its backend by name. The ``status`` that it returns is what a device has recorded for ``out.check()``, or -1 if
+faults are raised at once.
 
-Functional ops carry their derivative by ``register_autograd``. The op that overwrites logits with their gradient has
-none, since register_autograd refuses mutation: an ``autograd.Function`` calls it.
+Functional ops have a derivative by ``register_autograd``. The op that overwrites logits with their gradient has none,
+since register_autograd refuses ops that mutate their inputs. An ``autograd.Function`` calls it instead.
 """
 
 import math
@@ -41,9 +42,10 @@ from .form import divisor, reduce, scaled
 FourTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 FiveTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 SevenTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-# flags for what neither the name nor the parameter of an objective says
+# what neither the name nor the parameter of an objective says
 _NORMALIZED, _LEFT_OUT, _FACTOR_LEFT_OUT = 1, 2, 4
-_NAMES = {kind.number: name for name, kind in reversed(KINDS.items())}  # dpg, not gdc++, whose baseline is a column
+# dpg and gdc++ have one number; it stands for dpg here, since the baseline of gdc++ comes with the terms
+_NAMES = {kind.number: name for name, kind in reversed(KINDS.items())}
 
 
 def flat_terms(terms: Terms) -> tuple[Any, ...]:
@@ -52,7 +54,7 @@ def flat_terms(terms: Terms) -> tuple[Any, ...]:
     assert isinstance(objective, Objective)
     flags = (_NORMALIZED if objective.normalize else 0) | (_LEFT_OUT if isinstance(objective.baseline, str) else 0)
     flags |= 0 if objective.normalize_alpha else _FACTOR_LEFT_OUT
-    # no bound is 0: a number that every compiler can print
+    # 0 stands for no bound, because not every compiler can print inf
     bound = terms.max_weight if terms.max_weight < math.inf else 0.0
     max_return = 0.0 if objective.max_return is None else objective.max_return
     scalars = [objective.parameter, bound, terms.entropy_coefficient, *terms.constants, max_return]
@@ -61,7 +63,7 @@ def flat_terms(terms: Terms) -> tuple[Any, ...]:
 
 def terms_of(kind: int, on_policy: bool, flags: int, block: Tensor, present: int, given: int,
              scalars: list[float]) -> Terms:  # fmt: skip
-    """Return the terms that ``flat_terms`` flattened."""
+    """Return the terms whose parts ``flat_terms`` returned."""
     name = _NAMES[kind]
     bound, coefficient, *constants, max_return = scalars[1:]
     parameter = KINDS[name].parameter
@@ -77,8 +79,10 @@ def terms_of(kind: int, on_policy: bool, flags: int, block: Tensor, present: int
 
 
 def _status(scores: Scores, like: Tensor) -> Tensor:
-    """Return what a device has recorded about the rows of the whole call and, where kernels form A, about its inputs
-    and weights; 0-d int64."""
+    """Return what a device has recorded about the call, 0-d int64.
+
+    It covers the rows and, if kernels form A, the inputs and weights too.
+    """
     checks = [check for check in scores.recorded if isinstance(check, faults.DeviceFaults) and check.status is not None]
     if not checks:
         return torch.full((), -1, dtype=torch.int64, device=like.device)
@@ -87,8 +91,8 @@ def _status(scores: Scores, like: Tensor) -> Tensor:
 
 
 def _apart(scores: Scores) -> tuple[Tensor, Tensor]:
-    """Return the blocks of rows and sequences as copies: they may lie in one tensor, and the results of
-    an op may not."""
+    """Return copies of the blocks of rows and sequences. The blocks may share memory, which the results of an op may
+    not."""
     return scores.rows.clone(), scores.sequences.clone()
 
 
@@ -99,7 +103,10 @@ def _blocks(batch: Batch, columns: int, entropy: bool, like: Tensor) -> tuple[Te
 
 
 def _differentiable(batch: Batch, scores: Scores, bonus: bool) -> tuple[Tensor, Tensor]:
-    """Return weighted log_prob, and entropy, which is empty without a bonus: a graph would bring its gradient as 0."""
+    """Return weighted log_prob and, with a bonus, the entropy.
+
+    Without a bonus the second tensor is empty, because a graph would otherwise bring a gradient of zeros for it.
+    """
     log_prob, entropy = copies(batch, scores)
     return log_prob, entropy if bonus and entropy is not None else log_prob.new_empty(0)
 
@@ -108,15 +115,17 @@ def _fake_differentiable(batch: Batch, rows: Tensor, bonus: bool) -> tuple[Tenso
     return rows.new_empty(batch.n_sequences), rows.new_empty(batch.n_sequences if bonus else 0)
 
 
-# A schema can't change under its name: torch stores compiled graphs under a key that holds their own code only, and an
-# old one calls an op by name.
+# An op whose schema changes needs a new name. torch stores compiled graphs under a key that covers only their own code,
+# and an old graph calls an op by its name.
 @torch.library.custom_op("dmfast::score_v5", mutates_args=())
 def score(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, token_weight: Tensor | None, scale: float,
     softcap: float, entropy: bool, backend: str, bonus: bool,
 ) -> FiveTensors:  # fmt: skip
-    """Return weighted log_prob (B), with ``bonus`` the entropy (B), which then has a gradient, rows, sequences and
-    status."""
+    """Return weighted log_prob (B,), the entropy (B,) or an empty tensor, rows, sequences and status.
+
+    The entropy is returned with ``bonus`` only, and is then differentiable.
+    """
     batch = batch_of(logits, labels, cu_seqlens, token_weight, scale, softcap)
     scores = kernels.BACKENDS[backend].forward(batch, None, entropy)
     return *_differentiable(batch, scores, bonus), *_apart(scores), _status(scores, logits)
@@ -157,8 +166,8 @@ def score_and_grad(
 ) -> FiveTensors:  # fmt: skip
     """Compute ``score_and_weigh`` and the gradient in one pass, for a weight that does not depend on pi.
 
-    The loss is 0-d: the sum over sequences divided by ``divide_by``, where 0 stands for their number. The last output
-    is the gradient of ``expected * loss`` in the logits.
+    The loss is 0-d, the sum over sequences divided by ``divide_by``, where 0 stands for their number. The last result
+    is the gradient of ``expected * loss`` with respect to the logits.
     """
     batch = batch_of(logits, labels, cu_seqlens, token_weight, scale, softcap)
     terms, by = terms_of(kind, on_policy, flags, block, present, given, scalars), divisor(batch, divide_by)
@@ -180,10 +189,10 @@ def grad(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, token_weight: Tensor | None, scale: float,
     softcap: float, lse: Tensor, weight: Tensor, backend: str, entropy: Tensor | None, bonus: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of -sum_i (weight_i log pi(x_i) + bonus_i H(x_i)) in the logits, log pi weighted by the
-    token weights, in a new contiguous tensor.
+    """Return the gradient of -sum_i (weight_i log pi(x_i) + bonus_i H(x_i)) with respect to the logits.
 
-    ``entropy`` (rows) and ``bonus`` (B) are both there or both None.
+    log pi is weighted by the token weights. The result is a new contiguous tensor. ``entropy`` (rows,) and ``bonus``
+    (B,) are both given or both None.
     """
     batch = batch_of(logits, labels, cu_seqlens, token_weight, scale, softcap)
     dz = new_gradient(batch, inplace=False)
@@ -206,7 +215,7 @@ def grad_(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, token_weight: Tensor | None, scale: float,
     softcap: float, lse: Tensor, weight: Tensor, backend: str, entropy: Tensor | None, bonus: Tensor | None,
 ) -> None:  # fmt: skip
-    """Compute ``grad`` and write it over the logits. It is not differentiable."""
+    """Compute ``grad`` and write it over the logits. This op is not differentiable."""
     batch = batch_of(logits, labels, cu_seqlens, token_weight, scale, softcap)
     kernels.BACKENDS[backend].backward(batch, lse.contiguous(), weight.contiguous(), 1.0, batch.logits.detach(),
                                        bonus=_bonus(entropy, bonus))  # fmt: skip
@@ -233,17 +242,17 @@ def _kept(ctx: Any, always: int) -> tuple[list[Tensor], dict[str, Tensor]]:
 
 
 def _coefficient(scalars: list[float]) -> float:
-    """Return that of the entropy among the scalars of ``flat_terms``."""
+    """Return the entropy coefficient from the scalars of ``flat_terms``."""
     return scalars[2]
 
 
 def _of_losses(rows: Tensor, sequences: Tensor, given: Tensor, coefficient: float) -> tuple[Tensor, Bonus | None]:
-    """Return the weights of log pi and the bonus, from the gradient (B) that arrived at losses."""
+    """Return the weights of log pi and the bonus, from the gradient (B,) of the losses."""
     return sequences.select(0, WEIGHT) * given, bonus_of(rows, coefficient * given) if coefficient else None
 
 
 def _of_log_prob(rows: Tensor, given: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor, Bonus | None]:
-    """Return the same from the gradients (B) that arrived at log pi and entropy, one of them at least."""
+    """Return the weights of log pi and the bonus, from the gradients (B,) of log pi and entropy. One may be None."""
     if of_entropy is None:
         assert given is not None
         return -given.to(torch.float64), None
@@ -255,9 +264,9 @@ def _grad_arguments(ctx: Any, given: Tensor | None, of_entropy: Tensor | None, w
     """Return the arguments of ``grad`` and ``grad_``, from what ``_save`` kept.
 
     Args:
-        ctx: of a call of ``score``, or of ``score_and_weigh`` where ``weighs``.
-        given: (B,), the gradient that arrived at log pi, or at the losses where ``weighs``.
-        of_entropy: (B,), the gradient that arrived at the entropy where not ``weighs``.
+        ctx: the context of a call of ``score_and_weigh`` if ``weighs``, else of ``score``.
+        given: (B,), the gradient of the losses if ``weighs``, else of log pi.
+        of_entropy: (B,), the gradient of the entropy unless ``weighs``.
         weighs: whether the call formed A.
     """
     (logits, labels, rows), kept = _kept(ctx, 3)
@@ -321,7 +330,7 @@ score_and_grad.register_autograd(_one_pass_backward, setup_context=_one_pass_set
 def sample(
     logits: Tensor, seed: int, row_ids: Tensor | None, step: int, scale: float, softcap: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Return tokens (N) and their log_prob (N). A seed of 2^63 and more comes as the int64 with the same bits."""
+    """Return tokens (N,) and their log_prob (N,). A seed of 2^63 or more is passed as the int64 with the same bits."""
     rows = SampleRows(logits, seed % 2**64, row_ids, step, scale, softcap)
     tokens, log_prob, status = kernels.BACKENDS[backend].sample(rows)
     if status is not None and faults.at_once() and int(status) >= 0:
@@ -336,7 +345,7 @@ def _(logits, seed, row_ids, step, scale, softcap, backend):  # type: ignore[no-
 
 
 class _ScoreInPlace(torch.autograd.Function):
-    """Compute ``score``, whose backward then overwrites the logits."""
+    """The autograd function of ``score`` whose backward overwrites the logits."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -354,7 +363,7 @@ class _ScoreInPlace(torch.autograd.Function):
 
 
 class _WeighInPlace(torch.autograd.Function):
-    """Compute ``score_and_weigh``, whose backward then overwrites the logits."""
+    """The autograd function of ``score_and_weigh`` whose backward overwrites the logits."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -376,7 +385,10 @@ class _WeighInPlace(torch.autograd.Function):
 def _linear_batch(hidden: Tensor, head: Tensor, labels: Tensor, cu_seqlens: Tensor | None,
                   token_weight: Tensor | None, scale: float, softcap: float,
                   logits_dtype: torch.dtype | None) -> Batch:  # fmt: skip
-    """Return the batch of a linear loss, whose logits are a stand-in. A dtype of None is that of hidden, ``as_set``."""
+    """Return the batch of a linear loss, whose logits are a stand-in.
+
+    A dtype of None stands for the dtype of hidden, with products as torch is set (``as_set``).
+    """
     logits = logits_to_come(hidden, head.shape[0], logits_dtype or hidden.dtype)
     return batch_of(logits, labels, cu_seqlens, token_weight, scale, softcap)._replace(as_set=logits_dtype is None)
 
@@ -385,7 +397,7 @@ def _or_empty(gradients: list[Tensor | None], like: Tensor) -> tuple[Tensor, ...
     return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-# wanted: bit 0 the gradient of hidden, bit 1 of head, bit 2 of bias, since an op sees no requires_grad
+# An op does not see requires_grad, so bits 0, 1 and 2 say whether the gradients of hidden, head and bias are wanted.
 def _wanted(bits: int) -> tuple[bool, ...]:
     return bool(bits & 1), bool(bits & 2), bool(bits & 4)
 
@@ -397,7 +409,7 @@ def linear_score(
     chunk_bytes: int, backend: str, wanted: int,
     bonus: bool,
 ) -> FiveTensors:  # fmt: skip
-    """Return what ``score`` does. ``chunk_bytes`` 0 stands for the default."""
+    """Return what ``score`` returns. A ``chunk_bytes`` of 0 stands for the default."""
     batch = _linear_batch(hidden, head, labels, cu_seqlens, token_weight, scale, softcap, logits_dtype)
     scores, _ = linear.forward(kernels.BACKENDS[backend], hidden, head, bias, batch, None, entropy, 1.0, None,
                                chunk_bytes or None, (False,) * 3)  # fmt: skip
@@ -441,7 +453,7 @@ def linear_weigh_and_grad(
     kind: int, on_policy: bool, flags: int, block: Tensor, present: int, given: int, scalars: list[float],
     expected: float, divide_by: float,
 ) -> SevenTensors:  # fmt: skip
-    """Return loss (0-d), rows, sequences, status, then the gradients of ``expected * loss`` in hidden, head, bias."""
+    """Return loss (0-d), rows, sequences, status and the gradients of ``expected * loss`` in hidden, head and bias."""
     batch = _linear_batch(hidden, head, labels, cu_seqlens, token_weight, scale, softcap, logits_dtype)
     terms = terms_of(kind, on_policy, flags, block, present, given, scalars)
     scores, gradients = linear.forward(
@@ -472,8 +484,10 @@ def linear_grad(
     token_weight: Tensor | None, scale: float, softcap: float, logits_dtype: torch.dtype | None, chunk_bytes: int,
     backend: str, wanted: int, lse: Tensor, coefficient: Tensor, entropy: Tensor | None, bonus: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of -sum_i (coefficient_i log pi(x_i) + bonus_i H(x_i)) in hidden, head and bias; empty where
-    not wanted. ``entropy`` (rows) and ``bonus`` (B) are both there or both None."""
+    """Return the gradients of -sum_i (coefficient_i log pi(x_i) + bonus_i H(x_i)) in hidden, head and bias.
+
+    A gradient that is not wanted is empty. ``entropy`` (rows,) and ``bonus`` (B,) are both given or both None.
+    """
     batch = _linear_batch(hidden, head, labels, cu_seqlens, token_weight, scale, softcap, logits_dtype)
     gradients = linear.backward(kernels.BACKENDS[backend], hidden, head, bias, batch, lse.contiguous(), coefficient,
                                 chunk_bytes or None, _wanted(wanted), bonus=_bonus(entropy, bonus))  # fmt: skip
@@ -549,7 +563,7 @@ linear_weigh.register_autograd(_linear_weigh_backward, setup_context=_linear_wei
 
 
 class _LinearOnePass(torch.autograd.Function):
-    """Compute ``linear_weigh_and_grad``, whose backward scales the gradients where they lie."""
+    """The autograd function of ``linear_weigh_and_grad``, whose backward scales the gradients in place."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -574,11 +588,11 @@ class _LinearOnePass(torch.autograd.Function):
 def _scores(
     backend: Backend, batch: Batch, terms: Terms | None, rows: Tensor, sequences: Tensor, status: Tensor
 ) -> Scores:
-    """Return an op's results as the backend would have returned them, with what a device has recorded."""
+    """Return the results of an op as the backend would have returned them, with the device's recorded faults."""
     if not backend.records_faults:
         return Scores(rows, sequences)
     log_prob = sequences.select(0, LOG_PROB)
-    # kernels that leave A to torch tell of the rows alone
+    # if torch forms A, the status of the kernels covers only the rows
     made = None if terms is None or backend.forms_weight else objectives.bounded_weights(terms, log_prob)
     return Scores(rows, sequences, None, (faults.device_faults(batch, terms, log_prob, status, made),))
 
@@ -602,9 +616,9 @@ def loss(backend: Backend, batch: Batch, terms: Terms, options: Options, wants_g
         return from_log_prob(backend, batch, given, terms, options)
     arguments = (*flat(batch), options.entropy, backend.name, *flat_terms(terms))
     if options.inplace:
-        # known weights too wait for backward here: one mutating op less, one more read of the logits
+        # even known weights wait for backward here, which saves one mutating op and costs one more read of the logits
         found, rows, sequences, status = _WeighInPlace.apply(*arguments)  # type: ignore[no-untyped-call]
-    elif options.expected is not None and batch.logits.dtype != torch.float16:  # fp16 may overflow when it is scaled
+    elif options.expected is not None and batch.logits.dtype != torch.float16:  # scaling may overflow in fp16
         result, rows, sequences, status, _ = score_and_grad(*arguments, options.expected, options.divide_by)
         return result, _scores(backend, batch, terms, rows, sequences, status)
     else:
@@ -656,7 +670,7 @@ def linear_loss(
 
 
 def draw(rows: SampleRows, backend: Backend) -> tuple[Tensor, Tensor]:
-    """Return tokens (N) and their log_prob (N)."""
+    """Return tokens (N,) and their log_prob (N,)."""
     seed = rows.seed if rows.seed < 2**63 else rows.seed - 2**64
     drawn = sample(rows.logits, seed, rows.row_ids, rows.step, rows.scale, rows.softcap, backend.name)
     return cast("tuple[Tensor, Tensor]", drawn)

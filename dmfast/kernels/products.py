@@ -1,16 +1,16 @@
-"""The matrix products between hidden states, head and logits, each in the way that is exact and fast where it runs.
+"""Multiply hidden states, head and logits, each product in the way that is exact and fast on its device.
 
-16-bit hidden states and head give fp32 logits: a product sums in fp32, and what leaves it is not rounded, since 16-bit
-logits would put log pi off by .1 nats and more. Libraries differ in what they offer for that:
+16-bit hidden states and a 16-bit head give fp32 logits: products sum in fp32 and don't round their result, because
+16-bit logits would put log pi off by .1 nats and more. Libraries offer different ways to do that:
 
-- ``native``: the operands as they are, the result in their dtype.
-- ``fp32 output``: the operands as they are, the result in fp32 (CUDA's ``out_dtype``).
-- ``widened``: operands in fp32, the head in blocks of its rows, so that no V x D copy of it exists. bf16 operands lose
-  nothing where oneDNN multiplies them as bf16 again, by a CPU's own instructions if it has them.
+- ``native``: the operands are taken as they are, and the result has their dtype.
+- ``fp32 output``: the operands are taken as they are, and the result is fp32 (CUDA's ``out_dtype``).
+- ``widened``: the operands are converted to fp32, the head in blocks of its rows, so that no V x D copy of it exists.
+  bf16 operands lose nothing if oneDNN multiplies them as bf16 again, with a CPU's own instructions if it has them.
 
-``ways`` chooses from measurements, by CPU and dtype; bold is what 16-bit hidden states with fp32 logits take. Where not
-said otherwise they are milliseconds of CPU time of one thread for 1, 8, 64 and 256 rows, D 576, V 50257
-(``benchmarks/products.py``, with D 2048 in its results).
+``ways`` chooses by CPU and dtype, from the measurements below. Bold figures are of the way that 16-bit hidden states
+with fp32 logits take. Unless the table says otherwise, the figures are milliseconds of CPU time of one thread for 1, 8,
+64 and 256 rows with D 576 and V 50257 (``benchmarks/products.py``, whose results also have D 2048).
 
 | CPU, operands | product | native | widened |
 |---|---|---|---|
@@ -27,11 +27,12 @@ said otherwise they are milliseconds of CPU time of one thread for 1, 8, 64 and 
 | the same, fp16 | H W^T, dZ W, dZ^T H | 890, 11,600, 2,900 | **265, 390, 240** |
 | aarch64 and others | | not measured | **not measured** |
 
-``native`` rounds what it gives: the logits of ``"same"``, and a dH that is not one of several parts. It takes dZ in 16
-bits, as the row kernels then write it, and as autograd does where a 16-bit head's logits are widened. A CPU that was
-not measured takes ``widened`` for all three products, which is right everywhere, and ``on_this_cpu`` says so.
+``native`` rounds its result. It serves for the logits of ``"same"``, and for a dH that is not one of several parts. It
+takes dZ in 16 bits, in which the row kernels then write it. autograd does the same if the logits of a 16-bit head are
+widened. On a CPU that was not measured all three products are ``widened``, which is correct everywhere, and
+``on_this_cpu`` says so.
 
-Products of fp32 matrices are IEEE's, whatever torch is set to (``ieee``), unless ``logits_dtype="same"`` is asked for.
+Products of fp32 matrices follow IEEE whatever torch is set to (``ieee``), unless ``logits_dtype="same"`` is asked for.
 """
 
 from __future__ import annotations
@@ -47,18 +48,19 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 _HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")
-_ADDS_IN_FP32 = TorchVersion(torch.__version__) >= "2.11"  # addmm with out_dtype to an fp32 matrix: pytorch#167931
+# before pytorch#167931, addmm with out_dtype could not add to an fp32 matrix
+_ADDS_IN_FP32 = TorchVersion(torch.__version__) >= "2.11"
 _ONEDNN: Any = getattr(torch.backends.mkldnn, "matmul", None)
-# what has the attribute fp32_precision, from torch 2.9 on; ROCm's devices are cuda to torch
+# These objects have the attribute fp32_precision from torch 2.9 on. torch calls ROCm's devices cuda.
 _SETTINGS: dict[str, Any] = {"cpu": _ONEDNN, "cuda": torch.backends.cuda.matmul, "xpu": _ONEDNN}
-_FEW = 8  # rows up to which converting the head costs a CPU more than multiplying it in fp32
-# What is widened at a time, in bytes. On a CPU it stays in the second-level cache between conversion and product, or
-# nearly so: many rows are multiplied faster in larger blocks.
+_FEW = 8  # up to so many rows, converting the head costs a CPU more than multiplying it in fp32
+# The bytes that are widened at a time. On a CPU a block of few rows stays in the second-level cache between conversion
+# and product. The blocks for many rows are larger, because their products are faster in larger blocks.
 _FEW_BYTES, _CPU_BYTES, _BYTES = 2**19, 2**22, 2**25
 
 
 class Ways(NamedTuple):
-    """How the three products are formed: ``native``, ``fp32 output`` or ``widened`` each."""
+    """The ways in which the three products are formed, each ``native``, ``fp32 output`` or ``widened``."""
 
     logits: str
     d_hidden: str
@@ -74,10 +76,10 @@ def ways(device: torch.device, dtype: torch.dtype, logits_dtype: torch.dtype, pa
     """Return how to multiply hidden states and head of a dtype into logits of a dtype, and back.
 
     Args:
-        device: where they are.
-        dtype: of hidden states and head.
-        logits_dtype: of the logits.
-        parts: whether dH is one of several parts that will be summed, which is not rounded before.
+        device: their device.
+        dtype: the dtype of hidden states and head.
+        logits_dtype: the dtype of the logits.
+        parts: whether dH is one of several parts, which are rounded only after they are summed.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return Ways("native", "native", "native")
@@ -93,12 +95,12 @@ def ways(device: torch.device, dtype: torch.dtype, logits_dtype: torch.dtype, pa
 @cache
 def _multiplies_bf16() -> bool:
     """Return whether the CPU has instructions that multiply bf16 and add in fp32."""
-    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which of them there are depends on the release
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not every release of torch has both
     return any(getattr(torch.cpu, name, bool)() for name in asked)
 
 
 def on_this_cpu() -> str:
-    """Return how heads of 16-bit models are multiplied here, and whether that was measured on such a CPU."""
+    """Return words that say how heads of 16-bit models are multiplied here, and why."""
     if _multiplies_bf16():
         return "a bf16 head is multiplied by the CPU's bf16 instructions, an fp16 head in fp32"
     known = platform.machine().lower() in ("x86_64", "amd64")
@@ -120,21 +122,26 @@ def ieee(device: torch.device) -> AbstractContextManager[None]:
     TF32 keeps 10 bits of an operand, no more than fp16 has.
 
     Args:
-        device: where they are.
+        device: the device of the matrices.
     """
     return _fp32_products(device, "ieee")
 
 
 def _multiplied_as(x: Tensor, rows: int) -> AbstractContextManager[None]:
-    """Have oneDNN multiply fp32 matrices that hold what x holds as bf16 where x is that and on a CPU, and where the
-    product has more than a few rows; others in fp32."""
+    """Return a context in which oneDNN multiplies fp32 copies of x as bf16, if x is bf16 and on a CPU.
+
+    Products of few rows, and all others, are formed in fp32.
+    """
     as_bf16 = x.dtype == torch.bfloat16 and x.device.type == "cpu" and rows > _FEW
     return _fp32_products(x.device, "bf16" if as_bf16 else "ieee")
 
 
 def _in_fp32(x: Tensor, dim: int, rows: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield slices of a dimension of x and x there in fp32, for a product of so many rows. All of them are in one
-    buffer, where each is overwritten by the next, since fresh memory for each would cost page faults."""
+    """Yield slices of a dimension of x, each with the fp32 values of x there, for a product of so many rows.
+
+    Each block of values overwrites the one before in a single buffer, since fresh memory for each would cost page
+    faults.
+    """
     size, of_one = x.shape[dim], 4 * max(x.numel() // max(x.shape[dim], 1), 1)
     most = _BYTES if x.device.type != "cpu" else _FEW_BYTES if rows <= _FEW else _CPU_BYTES
     block = min(max(most // of_one, 1), size)
@@ -146,7 +153,7 @@ def _in_fp32(x: Tensor, dim: int, rows: int) -> Iterator[tuple[slice, Tensor]]:
 
 @contextmanager
 def _fp32_products(device: torch.device, precision: str) -> Iterator[None]:
-    """Set how torch multiplies fp32 matrices on a device, and then what was set before."""
+    """Set how torch multiplies fp32 matrices on a device, and restore the setting at the end."""
     settings: Any = _SETTINGS.get(device.type)
     if hasattr(settings, "fp32_precision"):
         before = settings.fp32_precision
@@ -154,10 +161,11 @@ def _fp32_products(device: torch.device, precision: str) -> Iterator[None]:
         try:
             yield
         finally:
-            settings.fp32_precision = "none"  # as what is above it, such as torch.backends.fp32_precision
+            # "none" inherits from the settings above it, such as torch.backends.fp32_precision
+            settings.fp32_precision = "none"
             if settings.fp32_precision != before:
                 settings.fp32_precision = before
-    elif precision == "ieee":  # before torch 2.9 there is one setting for all devices
+    elif precision == "ieee":  # before torch 2.9 all devices share one setting
         old = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
@@ -172,11 +180,11 @@ def multiply(way: str, h: Tensor, head: Tensor, bias: Tensor | None, out: Tensor
     """Write the logits H W^T + b.
 
     Args:
-        way: of ``Ways.logits``.
+        way: a value of ``Ways.logits``.
         h: (R, D).
         head: (V, D).
         bias: (V,) or None.
-        out: (R, V), rows contiguous.
+        out: (R, V) with contiguous rows.
     """
     if way == "native":
         if bias is None:
@@ -203,10 +211,10 @@ def multiply_back(way: str, dz: Tensor, head: Tensor, out: Tensor) -> None:
     """Write dH = dZ W.
 
     Args:
-        way: of ``Ways.d_hidden``.
-        dz: (R, V); the dtype of the head where it is not ``widened``.
+        way: a value of ``Ways.d_hidden``.
+        dz: (R, V), in the dtype of the head unless the way is ``widened``.
         head: (V, D).
-        out: (R, D), the dtype of the head where it is ``native``, else fp32 or that of the head.
+        out: (R, D), in the dtype of the head if the way is ``native``, else in fp32 or the dtype of the head.
     """
     if way == "native":
         torch.mm(dz, head, out=out)
@@ -222,7 +230,7 @@ def multiply_back(way: str, dz: Tensor, head: Tensor, out: Tensor) -> None:
 
 
 def only_product(dz: Tensor, h: Tensor) -> Tensor:
-    """Return dZ^T H of operands of one dtype in that dtype, rounded once.
+    """Return dZ^T H, for operands of one dtype, in that dtype. The result is rounded once.
 
     Args:
         dz: (R, V).
@@ -232,16 +240,16 @@ def only_product(dz: Tensor, h: Tensor) -> Tensor:
 
 
 def add_product(way: str, total: Tensor, dz: Tensor, h: Tensor, first: bool) -> None:
-    """Add dZ^T H to total, or where it is the ``first``, write it there; total is fp32, and nothing is rounded to less.
+    """Add dZ^T H to ``total``, or write it there if it is the ``first``, without rounding to less than fp32.
 
-    From torch 2.8 to 2.10 the product on CUDA is a matrix of its own before it is added.
+    From torch 2.8 to 2.10 the product on CUDA needs a V x D matrix of its own before it is added.
 
     Args:
-        way: of ``Ways.d_head``.
+        way: a value of ``Ways.d_head``.
         total: (V, D) fp32.
-        dz: (R, V); the dtype of h where it is ``fp32 output``.
+        dz: (R, V), in the dtype of h if the way is ``fp32 output``.
         h: (R, D).
-        first: whether what total holds is not to be read.
+        first: whether ``total`` holds nothing yet that counts.
     """
     beta = 0 if first else 1
     if way != "fp32 output":

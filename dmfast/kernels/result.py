@@ -1,4 +1,4 @@
-"""What ``dm_loss`` returns, whichever backend ran."""
+"""Define what ``dm_loss`` returns with every backend."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..objectives import LOG_PROPOSAL, LOG_TARGET, LOG_Z, Terms
 from .batch import CLIPPED, ENTROPY, LABEL, LOG_PROB, LOG_RATIO, LOG_TARGET_RATIO, LSE, WEIGHT, Scores
 
 
-@dataclass(eq=False, repr=False)  # frozen costs a microsecond a call
+@dataclass(eq=False, repr=False)  # a frozen dataclass would cost a microsecond a call
 class DMLossOutput:
-    """The loss and the per-sequence values that it came from. All but ``loss`` carry no gradient.
+    """The loss and the per-sequence values of which it is made. Only ``loss`` carries a gradient.
 
-    What few callers read is made when it is read, from one block of results and one of inputs.
+    The properties are made when they are read, from one block of results and one of inputs.
 
     Attributes:
         loss: 0-d fp64, or (B,) with ``reduction="none"``; carries the gradient.
@@ -27,7 +27,7 @@ class DMLossOutput:
     _scores: Scores
     _terms: Terms
     _shape: tuple[int, ...]  # of the tokens
-    _scored: Tensor | None = None  # None: all
+    _scored: Tensor | None = None  # None: all sequences
     _has_entropy: bool = False
 
     @property
@@ -50,12 +50,12 @@ class DMLossOutput:
 
     @property
     def weight(self) -> Tensor:
-        """(B,) fp64, A."""
+        """(B,) fp64, the weight A."""
         return self._scores.sequences.select(0, WEIGHT)
 
     @property
     def n_clipped(self) -> Tensor:
-        """0-d int64, in how many sequences max_weight bounded the weight or max_return the return."""
+        """0-d int64, the number of sequences whose weight max_weight or whose return max_return bounded."""
         return self._scores.sequences.select(0, CLIPPED).sum().to(torch.int64)
 
     @property
@@ -65,7 +65,7 @@ class DMLossOutput:
 
     @property
     def token_log_prob(self) -> Tensor:
-        """log pi of each token given those before it, nats, fp64 in the shape of ``tokens``; 0 where not scored."""
+        """fp64 in the shape of ``tokens``, log pi of each token given those before it, in nats; 0 if not scored."""
         rows = self._scores.rows
         return (rows.select(0, LABEL) - rows.select(0, LSE)).view(self._shape)
 
@@ -91,25 +91,29 @@ class DMLossOutput:
 
     @property
     def n_empty(self) -> Tensor:
-        """0-d int64, sequences whose context has log_z = -inf: their A is 0 and they count in B."""
+        """0-d int64, the number of sequences whose context has log_z = -inf. Their A is 0, and they count in B."""
         log_z = self.log_z
         if log_z is None:
             return torch.zeros((), dtype=torch.int64, device=self.weight.device)
         return (log_z == -torch.inf).sum()
 
     def check(self) -> DMLossOutput:
-        """Raise what a device has recorded and the host has not read yet, and return self. The CPU raises at once."""
+        """Raise the faults that a device has recorded and the host has not read yet, and return self.
+
+        The CPU raises at once, so that nothing is left to raise here.
+        """
         for check in self._scores.recorded:
             check()
         return self
 
     def spread(self, kept: Tensor, terms: Terms) -> DMLossOutput:
-        """Return this output of the kept sequences as one of all: the others have weight 0, and log pi is NaN, unless
-        they were drawn from pi, whose log pi the sampler knows.
+        """Return the output of N sequences, of which this output covers those that were kept.
+
+        The others have weight 0. Their log pi is NaN, unless they were drawn from pi, whose log pi the sampler knows.
 
         Args:
-            kept: (N,) bool, which of the N sequences of ``terms`` this output is of.
-            terms: the inputs of all, with log_proposal.
+            kept: (N,) bool, whether this output covers a sequence.
+            terms: the inputs of all N sequences, with log_proposal.
         """
         log_q = terms.log_proposal
         assert log_q is not None
@@ -124,11 +128,11 @@ class DMLossOutput:
 
     @staticmethod
     def join(outputs: Sequence[DMLossOutput], gather: Callable[[Tensor], Tensor] = lambda x: x) -> DMLossOutput:
-        """Return the outputs of the parts of a step as that of one call, without loss and rows.
+        """Return the outputs of the parts of a step as the output of one call, without rows.
 
         Args:
-            outputs: of calls with the same objective and the same inputs.
-            gather: puts the values of all ranks together along the first dimension.
+            outputs: the outputs of calls with the same objective and the same inputs. The loss is that of the first.
+            gather: a function that concatenates the values of all ranks along the first dimension.
         """
         first = outputs[0]
         sequences = gather(torch.cat([out._scores.sequences.T for out in outputs])).T

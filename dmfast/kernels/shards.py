@@ -1,8 +1,9 @@
-"""Rows whose vocabulary is cut among the ranks of a group: what each rank knows of its columns, put together.
+"""Put together rows whose vocabulary is cut among the ranks of a group.
 
-A rank's kernel gives the log-sum-exp of its columns, the label's logit where the label is among them, and if wanted the
-entropy. One exchange a chunk, of two or three fp64 numbers a row, makes them those of the whole row, the same bits on
-every rank, so that A is the same too. The gradient of a rank's columns then needs nothing from another rank.
+A rank's kernel gives the log-sum-exp of its columns, the label's logit if the label is among them, and the entropy if
+it is wanted. One exchange a chunk, of two or three fp64 numbers a row, turns them into the values of the whole row.
+They have the same bits on every rank, so A has, too. After that, no rank needs anything from another to write the
+gradient of its columns.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Shards(Protocol):
     Attributes:
         start: the first token of this rank.
         vocab: the size of the whole vocabulary.
-        largest: the most columns that a rank has. Chunks are cut by it, so that all ranks cut the same ones.
+        largest: the largest number of columns of any rank. It sets the size of chunks, so all ranks cut the same ones.
     """
 
     @property
@@ -36,25 +37,25 @@ class Shards(Protocol):
     def largest(self) -> int: ...  # noqa: D102
 
     def exchange(self, mine: Tensor | None, shape: tuple[int, int], look: bool) -> Tensor:
-        """Return (S, *shape) fp64, what each of the S ranks has of the rows, in the order of the ranks.
+        """Return the values of all S ranks, (S, *shape) fp64, in the order of the ranks.
 
         Args:
-            mine: fp64 of that shape; None: this rank has failed.
-            shape: what mine has on all ranks.
-            look: whether to wait for the values, and to raise where another rank has failed.
+            mine: this rank's values in fp64, or None if this rank has failed.
+            shape: the shape of ``mine`` on every rank.
+            look: whether to wait for the values, and to raise if another rank has failed.
 
         Raises:
-            RuntimeError: with ``look``, another rank has failed.
+            RuntimeError: another rank has failed, and ``look`` is set.
         """
         ...
 
     def add(self, x: Tensor) -> None:
-        """Replace x by its sum over the ranks."""
+        """Replace x by its sum over the ranks, in place."""
         ...
 
 
 def whole_rows(parts: Tensor) -> Tensor:
-    """Return the block of the whole rows, as ``Scores.rows``, from those of their shards.
+    """Return the block of the whole rows, as ``Scores.rows`` has it, from the blocks of the shards.
 
     With l_s and H_s the log-sum-exp and the entropy of shard s and w_s = e^(l_s - l), l = log sum_s e^(l_s) and
     H = l - sum_s w_s (l_s - H_s).
@@ -73,11 +74,11 @@ def whole_rows(parts: Tensor) -> Tensor:
 
 
 def sums_of_sequences(rows: Tensor, starts: Tensor) -> Tensor:
-    """Return (2, B), log pi and entropy of sequences, from the block of their rows. The order of a sum is fixed.
+    """Return log pi and entropy of sequences, (2, B) fp64, from the block of their rows. The sums have a fixed order.
 
     Args:
         rows: (K, R) fp64.
-        starts: (B+1,) int64, where each sequence starts.
+        starts: (B+1,) int64, the first row of each sequence.
     """
     token_log_prob = rows[LABEL] - rows[LSE]
     entropy = rows[ROW_ENTROPY] if rows.shape[0] > ROW_ENTROPY else torch.zeros_like(token_log_prob)
@@ -89,21 +90,21 @@ def sums_of_sequences(rows: Tensor, starts: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class RowFaults:
-    """Raise the first fault of rows that were put together, the same one on every rank."""
+    """A check that raises the first fault of rows that were put together. Every rank raises the same one."""
 
     batch: Batch  # packed, without its logits
     rows: Tensor
 
     def __call__(self) -> None:
-        """Wait for the rows and look at them.
+        """Wait for the rows and check them.
 
         Raises:
-            ValueError: NaN or +inf in a row, or a label whose logit is -inf.
+            ValueError: a row holds NaN or +inf, or the logit of a label is -inf.
         """
         never = ~(self.rows[LABEL] - self.rows[LSE] > -torch.inf) & (self.batch.labels != IGNORE)
         if not bool(never.any()):
             return
-        faults.check_rows(self.batch)  # a label that is no token makes a row NaN too
+        faults.check_rows(self.batch)  # a label that is not a token makes a row NaN too, and has its own message
         row = int(never.nonzero()[0])
         if bool(self.rows[LSE, row].isnan()):
             faults.raise_bad_row(self.batch, row)
