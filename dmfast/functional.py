@@ -1,4 +1,4 @@
-"""The fused losses: functions of logits, to be called from any training loop."""
+"""Provide the fused losses, as functions of logits or hidden states that any training loop can call."""
 
 from __future__ import annotations
 
@@ -31,20 +31,21 @@ _T = TypeVar("_T")
 
 
 def shift_labels(input_ids: Tensor, mask: Tensor | None = None, prompt_len: int = 0) -> Tensor:
-    """Labels for a causal model's logits: ``labels[:, t] = input_ids[:, t + 1]`` where that token is scored, else -100.
+    """Return labels for a causal model's logits.
 
-    The tokens are shifted and never the logits: slicing logits makes autograd copy all of them.
+    ``labels[:, t]`` is ``input_ids[:, t + 1]`` if that token is scored, and -100 otherwise. The tokens are shifted and
+    not the logits, because slicing logits makes autograd copy all of them.
 
     Args:
         input_ids: (B, T) integer, prompt and continuation.
-        mask: (B, T) bool or integer, True on the tokens whose log-probability counts; None: all.
+        mask: (B, T) bool or integer, True on the tokens whose log-probability counts. With None all count.
         prompt_len: the first ``prompt_len`` tokens are never scored.
 
     Returns:
         (B, T) int64. The last position predicts nothing and is -100.
 
     Raises:
-        TypeError, ValueError: wrong dtype or shape.
+        TypeError, ValueError: an argument has the wrong dtype or shape, or ``prompt_len`` is out of range.
     """
     if not checks.is_integer(input_ids) or input_ids.dim() != 2:
         raise TypeError(f"input_ids must be an integer tensor (B, T), got {checks.describe(input_ids)}")
@@ -62,7 +63,7 @@ def shift_labels(input_ids: Tensor, mask: Tensor | None = None, prompt_len: int 
 
 
 def _backend_for(logits: Tensor, name: str | None, *others: Tensor | None) -> Backend:
-    """Return the backend of a call, which can read the logits' memory where it has to."""
+    """Return the backend of a call, and check that its kernels can read the memory of the inputs."""
     compiling = torch.compiler.is_compiling()
     if name is None and logits.is_meta and not compiling:
         raise TypeError("logits are on the device meta, where they have no values")
@@ -75,7 +76,7 @@ def _backend_for(logits: Tensor, name: str | None, *others: Tensor | None) -> Ba
 def _options(
     batch: Batch, reduction: str, num_sequences: float | Tensor | None, entropy: bool, inplace: bool
 ) -> tuple[Options, Tensor | None]:
-    """Return how a loss is called, and the tensor that divides its result: a count that the host does not know."""
+    """Return the options of a call, and the tensor that divides its loss if the host does not know the divisor."""
     compiling = torch.compiler.is_compiling()
     if isinstance(num_sequences, Tensor):
         if compiling or num_sequences.device.type != "cpu":
@@ -83,7 +84,7 @@ def _options(
         num_sequences = float(num_sequences.detach())
         checks.check_number("num_sequences", num_sequences)
     if compiling and reduction == "mean" and num_sequences is None:
-        return Options(reduction, 0.0, entropy, inplace, None), None  # no graph for every B
+        return Options(reduction, 0.0, entropy, inplace, None), None  # 0 spares torch.compile a graph for every B
     return Options(reduction, denominator(batch, reduction, num_sequences), entropy, inplace, None), None
 
 
@@ -114,69 +115,76 @@ def dm_loss(
     return_entropy: bool = False,
     backend: str | None = None,
 ) -> DMLossOutput:
-    """Return the fused loss ``-(1/B) sum_i A_i log pi(x_i)``, A a constant (arXiv:2206.00761, sec. 2-3).
+    """Return the fused loss ``-(1/B) sum_i A_i log pi(x_i)``, in which A is a constant (arXiv:2206.00761, sec. 2-3).
 
-    Sequences x are drawn from a proposal q; ``log pi(x) = sum_t mask_t log softmax(cap(z_t) / temperature)[x_t]``.
+    The sequences x are drawn from a proposal q, and
+    ``log pi(x) = sum_t mask_t log softmax(cap(z_t) / temperature)[x_t]``.
     With an ``entropy_coefficient`` c the loss is ``-(1/B) sum_i (A_i log pi(x_i) + c H(x_i))``, where
     ``H(x) = sum_t mask_t H(softmax(cap(z_t) / temperature))`` has a gradient.
-    With a ``token_weight`` w the loss is ``-(1/B) sum_i A_i sum_t w_it mask_it log pi(x_it)``, where A is what it is
-    without one: log pi(x) and the ratios that it is made of stay plain sums.
+    With a ``token_weight`` w the loss is ``-(1/B) sum_i A_i sum_t w_it mask_it log pi(x_it)``. This does not change A,
+    because log pi(x) and the ratios of which A is made stay plain sums.
 
     Args:
         logits: (B, T, V), or packed (N, V) with ``cu_seqlens``; float32, bfloat16, float16 (float64 through the eager
-            backend); any strides with the last dimension contiguous. ``logits[:, t]`` scores ``tokens[:, t]``: align
-            a causal model's input_ids with ``shift_labels``.
+            backend); any strides with the last dimension contiguous. ``logits[:, t]`` scores ``tokens[:, t]``. Use
+            ``shift_labels`` to align a causal model's input_ids.
         tokens: (B, T) or (N,) integer; -100 = not scored.
-        mask: same shape, bool or integer; False = not scored. Such rows are never read and get gradient 0.
+        mask: the shape of ``tokens``, bool or integer; False = not scored. Such rows are never read and get gradient 0.
         log_target: (B,) float32 or float64, log P(x) in nats; -inf where P = 0.
-        log_proposal: (B,) likewise, log q(x), under the temperature that x was sampled at. With ``on_policy`` the
-            sampler's stored log pi, optional: with it the weight is known before the forward and one pass does all.
-        log_z: float, 0-d or (B,): log Z, one per sequence where contexts differ. -inf for a context whose P are all 0.
-            Under torch.compile give a running one as a tensor: torch compiles anew for every value of a float.
+        log_proposal: (B,) float32 or float64, log q(x) in nats, under the temperature at which x was sampled. With
+            ``on_policy`` it is the sampler's stored log pi and optional. If it is given, the weight is known before
+            the forward, and one pass computes everything.
+        log_z: float, 0-d or (B,), log Z, one per sequence if contexts differ; -inf for a context whose P are all 0.
+            Under torch.compile pass a running log Z as a tensor, since torch compiles again for every value of a float.
         objective: a name of ``dmfast.OBJECTIVES`` or ``dmfast.methods.METHODS``, an ``Objective``, or a function of
-            ``Terms`` giving A, (B,) fp64.
-        on_policy: x was drawn from the policy itself: rho = 1 exactly.
-        reward: (B,) R(x), for ``reinforce`` and ``kl_control``; of any dtype, such as bool for right and wrong.
-        log_base: (B,) log a(x), for ``kl_control``.
-        temperature, softcap: of the policy: logits become softcap * tanh(logits / softcap), then / temperature.
-        cu_seqlens: (B+1,) int32 or int64, where packed sequences start; from 0 to N.
-        context_id: (B,) integer, the prompt of each sequence: for the baseline ``leave_one_out_context`` and for
-            objectives that are functions (``Terms.context_id``).
-        token_weight: a floating-point tensor of the shape of ``tokens``: what each token's share of the gradient is
-            multiplied by; no gradient flows through it. A token's logits get A_i w_it where they would get A_i. Any
-            sign; 0 leaves a token out of the gradient and not of log pi (``mask`` does both). It does not touch the
-            bonus of ``entropy_coefficient``. What it holds where nothing is scored does not count. Weights that are
-            made of the policy's own log pi of each token (off-policy GRPO, DAPO, CISPO) take a call that scores before:
-            one more read of the logits, or one more product with the head (``linear_dm_loss``), beside this call.
-        reduction: ``mean`` over sequences, ``sum``, or ``none``: a (B,) loss.
-        num_sequences: what ``mean`` divides by: the sequences of the whole optimiser step, where this call is one
-            microbatch of it. A number, or a 0-d tensor, which torch.compile does not compile anew for. Default B.
-        num_tokens: the scored tokens of the whole optimiser step, for an objective that is a function
-            (``Terms.n_tokens``). Default: those of this call.
+            ``Terms`` that returns A, (B,) fp64.
+        on_policy: whether x was drawn from the policy itself. Then rho is exactly 1.
+        reward: (B,) R(x), for ``reinforce`` and ``kl_control``. It may have any dtype, such as bool for right or wrong.
+        log_base: (B,) log a(x) in nats, for ``kl_control``.
+        temperature, softcap: those of the policy. Logits become softcap * tanh(logits / softcap) and are then divided
+            by the temperature.
+        cu_seqlens: (B+1,) int32 or int64, the starts of packed sequences, from 0 to N.
+        context_id: (B,) integer, the prompt of each sequence. The baseline ``leave_one_out_context`` uses it, and
+            objectives that are functions may (``Terms.context_id``).
+        token_weight: the shape of ``tokens``, floating-point. It multiplies each token's share of the gradient, so that
+            a token's logits get A_i w_it instead of A_i. Any sign is allowed. A weight of 0 removes a token from the
+            gradient but not from log pi; ``mask`` removes it from both. No gradient flows through the weights, they
+            don't affect the bonus of ``entropy_coefficient``, and their values at positions that are not scored don't
+            matter. Weights that depend on the policy's own log pi of each token (off-policy GRPO, DAPO, CISPO) need an
+            earlier call that scores. It costs one more read of the logits, or in ``linear_dm_loss`` one more product
+            with the head.
+        reduction: ``mean`` over sequences, ``sum``, or ``none``, which gives a (B,) loss.
+        num_sequences: the divisor of ``mean``: the number of sequences of the whole optimiser step, if this call is one
+            microbatch of it. A number, or a 0-d tensor, for whose values torch.compile does not compile again. The
+            default is B.
+        num_tokens: the number of scored tokens of the whole optimiser step, for an objective that is a function
+            (``Terms.n_tokens``). The default is the number in this call.
         grad_scale: the grad_output that backward will bring (a GradScaler's scale, 1 / accumulation steps), if known.
-            A gradient written by forward has it folded in before rounding, and float16 logits take the one-pass form
-            only with it. If another grad_output comes, the result is the same, save in place and in the linear losses:
-            there a float16 gradient that has overflowed with the announced one stays infinite.
-        max_weight: bounds A to [-max_weight, max_weight].
-        entropy_coefficient: c, in loss per nat of a sequence's summed entropy. Every sequence has the bonus, as it was
-            drawn and not weighted by rho, also where A is 0. Its gradient is exact and costs no further read of the
-            logits. Below 0 it is a penalty.
-        inplace: the gradient overwrites the logits, which are undefined after the call, also after an error in a row.
-            Saves a tensor of their size. Ignored where no gradient is wanted.
-        return_entropy: ``out.entropy``, the policy's entropy summed over scored tokens, in nats. It is there with an
-            ``entropy_coefficient``, too.
-        backend: a name of ``backends()``; default: the one for these logits, or what ``use_backend`` forces.
+            A gradient that forward writes is multiplied by it before it is rounded, and float16 logits take the
+            one-pass form only with it. If another grad_output comes, the result is the same, with one exception: in
+            place and in the linear losses, a float16 gradient that overflowed with the announced value stays infinite.
+        max_weight: the bound of A, which is clipped to [-max_weight, max_weight].
+        entropy_coefficient: c, in loss per nat of a sequence's summed entropy. Every sequence has the bonus, even one
+            whose A is 0, and the bonus is not weighted by rho. Its gradient is exact and costs no further read of the
+            logits. A negative c makes it a penalty.
+        inplace: whether the gradient overwrites the logits. This saves a tensor of their size. The logits are then
+            undefined after the call, even after an error in a row. Ignored where no gradient is wanted.
+        return_entropy: whether ``out.entropy`` is wanted, the policy's entropy summed over scored tokens, in nats. An
+            ``entropy_coefficient`` implies it.
+        backend: a name of ``backends()``. The default is the backend for these logits, or the one that ``use_backend``
+            forces.
 
     Returns:
         ``DMLossOutput``; ``out.loss`` carries the gradient of the logits. Per-sequence values are fp64.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device or value, an input that the objective needs
-            and did not get, NaN or +inf in a scored row, a label logit of -inf, a weight beyond fp32's range.
+        TypeError, ValueError: an argument has the wrong dtype, shape, device or value, an input that the objective
+            needs is missing, a scored row holds NaN or +inf, the logit of a label is -inf, or a weight is beyond fp32's
+            range.
 
     Examples:
-        Two sequences of two tokens from q = pi, uniform over five tokens; the target has the first twice as often as
-        pi, the second never:
+        Two sequences of two tokens were drawn from q = pi, which is uniform over five tokens. The target has the first
+        twice as often as pi, and the second never:
 
         >>> logits = torch.zeros(2, 2, 5, requires_grad=True)
         >>> log_q = -2 * torch.tensor([5.0, 5.0]).double().log()
@@ -221,7 +229,9 @@ def sequence_log_prob(
     inplace: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Return log pi(x) of each sequence, ``sum_t mask_t log softmax(cap(z_t) / temperature)[x_t]``, differentiable.
+    """Return log pi(x) of each sequence, differentiable.
+
+    ``log pi(x) = sum_t mask_t log softmax(cap(z_t) / temperature)[x_t]``.
 
     Args:
         logits, tokens, mask, temperature, softcap, cu_seqlens, inplace, backend: as in ``dm_loss``.
@@ -242,7 +252,7 @@ def sequence_log_prob(
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Hidden states and head in the dtype in which nn.Linear would multiply them here."""
+    """Return hidden states and head in the dtype in which nn.Linear would multiply them here."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -251,18 +261,20 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def plain_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return all logits in a dtype, differentiable, by a product in that dtype, whatever autocast says."""
+    """Return all logits, differentiable, by a product in ``dtype`` whatever autocast says."""
     with torch.autocast(hidden.device.type, enabled=False):
         return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 @torch.no_grad()
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return the (N, V) logits that the linear losses make of hidden states, without gradient: fp32 of 16-bit ones.
+    """Return the (N, V) logits that the linear losses make of hidden states, without gradient.
+
+    16-bit hidden states give fp32 logits.
 
     Args:
         hidden: (N, D).
-        weight, bias: (V, D) and (V,), of the dtype of hidden.
+        weight, bias: (V, D) and (V,), in the dtype of hidden.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logits = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=dtype)
@@ -304,45 +316,46 @@ def linear_dm_loss(
     vocab_start: int | None = None,
     backend: str | None = None,
 ) -> DMLossOutput:
-    """Return ``dm_loss`` of ``hidden @ weight.T + bias``, whose logits never exist at once.
+    """Return ``dm_loss`` of ``hidden @ weight.T + bias`` without holding all logits at once.
 
-    Whole sequences go through one buffer of logits; rows that are not scored cost no product. Where grad_output is
-    known before backward (1, or ``grad_scale``), forward computes all gradients with three products; otherwise
-    (``reduction="none"``, float16 without ``grad_scale``) backward computes the logits again. So does forward where
-    what goes together does not fit the buffer (``chunk_bytes``): a sequence; the sequences of a prompt, for an
-    objective with ``whole_contexts``; all sequences, for a function that has neither that nor ``per_sequence``.
-    Under torch.compile backward does so for every function.
-    The backend ``eager`` forms all logits. Under torch.compile the call is one op of the graph; under autocast the
+    Whole sequences go through one buffer of logits. Rows that are not scored cost no product. If grad_output is known
+    before backward (1, or ``grad_scale``), forward computes all gradients with three products. Otherwise
+    (``reduction="none"``, float16 without ``grad_scale``) backward computes the logits again. Forward itself computes
+    logits again if sequences that belong together do not fit the buffer (``chunk_bytes``). These are a single sequence;
+    for an objective with ``whole_contexts`` the sequences of a prompt; and for a function that has neither that nor
+    ``per_sequence`` all sequences. Under torch.compile backward computes the logits again for every function.
+    The backend ``eager`` forms all logits. Under torch.compile the call is one op of the graph. Under autocast the
     products run in its dtype, as nn.Linear's do.
 
     Args:
         hidden: (B, T, D), or packed (N, D) with ``cu_seqlens``; float32, bfloat16, float16 (float64 through the eager
-            backend). ``hidden[:, t]`` scores ``tokens[:, t]``: align input_ids with ``shift_labels``.
-        weight: (V, D), hidden's dtype: an nn.Linear's. One that needs no gradient costs no product for it.
-        bias: (V,), hidden's dtype.
-        chunk_bytes: size of the buffer of logits. A sequence that does not fit goes through it twice. Default: 128 MiB,
-            on a GPU up to 1 GiB or 4,096 rows, so that adding to weight's gradient once a buffer stays cheap, and 1,024
-            rows where weight needs no gradient.
-        logits_dtype: ``"float32"``: 16-bit hidden states give fp32 logits, whose products are summed in fp32 and never
-            rounded to 16 bits, which would put log pi off by .1 nats and more. ``"same"``: the dtype of hidden, as
-            nn.Linear gives it, which is faster. fp32 products are formed in fp32, not in TF32 or bf16, whatever torch
-            is set to; with ``"same"`` its setting holds. Sampler and scorer of a sequence need the same.
-        group: the process group (or DeviceMesh of one dimension) among whose ranks the vocabulary is cut: ``weight``
+            backend). ``hidden[:, t]`` scores ``tokens[:, t]``. Use ``shift_labels`` to align input_ids.
+        weight: (V, D) in hidden's dtype, as nn.Linear holds it. If it needs no gradient, it costs no product for one.
+        bias: (V,) in hidden's dtype.
+        chunk_bytes: the size of the buffer of logits. A sequence that does not fit goes through it twice. The default
+            is 128 MiB. On a GPU it is up to 1 GiB or 4,096 rows, so that adding to weight's gradient once a buffer
+            stays cheap, or 1,024 rows if weight needs no gradient.
+        logits_dtype: with ``"float32"``, 16-bit hidden states give fp32 logits, whose products are summed in fp32 and
+            never rounded to 16 bits, which would put log pi off by .1 nats and more. With ``"same"``, the logits have
+            the dtype of hidden, as nn.Linear's do, which is faster. fp32 products are formed in fp32 and not in TF32 or
+            bf16, whatever torch is set to; with ``"same"`` torch's setting holds. The sampler and the scorer of a
+            sequence need the same value.
+        group: the process group (or DeviceMesh of one dimension) among whose ranks the vocabulary is cut. ``weight``
             and ``bias`` are this rank's rows, and everything else is the same on all ranks, which is checked. A weight
-            that is a DTensor with ``Shard(0)`` says so itself. No rank ever holds V columns: a chunk costs one exchange
-            of 16 bytes a row (24 with the entropy), hidden's gradient one sum a call, and a weight that is known before
-            the forward takes two passes. A, loss and hidden's gradient are the same on all ranks.
-        vocab_start: with ``group``, the first token of this rank's rows. Default: the ranks' rows in their order. The
-            ranks need not have the same number of rows.
+            that is a DTensor with ``Shard(0)`` needs no ``group``. No rank ever holds V columns. A chunk costs one
+            exchange of 16 bytes a row (24 with the entropy), hidden's gradient costs one sum a call, and a weight that
+            is known before the forward takes two passes. A, loss and hidden's gradient are the same on all ranks.
+        vocab_start: with ``group``, the first token of this rank's rows. By default the ranks' rows follow one another
+            in the order of the ranks. The ranks need not have the same number of rows.
         tokens, mask and all else: as in ``dm_loss``.
 
     Returns:
         ``DMLossOutput``; ``out.loss`` carries the gradients of hidden, weight (summed in fp32) and bias.
 
     Raises:
-        TypeError, ValueError: as ``dm_loss``; hidden, weight and bias that do not fit together; with ``group``, what
-            the ranks were given differs, or their rows are not the vocabulary.
-        RuntimeError: another rank of ``group`` has failed; ``group`` under torch.compile.
+        TypeError, ValueError: as ``dm_loss``; hidden, weight and bias do not fit together; with ``group``, the ranks
+            were given different arguments, or their rows do not make up the vocabulary.
+        RuntimeError: another rank of ``group`` has failed, or ``group`` is used under torch.compile.
     """
     weight, bias, group = parallel.local_head(weight, bias, group, vocab_start)
     hidden, weight, bias = cast("tuple[Tensor, Tensor, Tensor | None]", _autocast(hidden, weight, bias))
@@ -359,7 +372,7 @@ def linear_dm_loss(
         wants_entropy = return_entropy or terms.entropy_coefficient != 0.0
         options, divisor = _options(batch, reduction, num_sequences, wants_entropy, inplace=False)
         if divisor is None:
-            # the weight is formed inside a chunk, whether or not it depends on pi
+            # a chunk forms the weight itself, so one pass is possible whether or not the weight depends on pi
             options = options._replace(expected=expected_grad(True, hidden.dtype, reduction, grad_scale))
         if group is None:
             return (batch, terms, options, divisor), {}
@@ -389,7 +402,7 @@ def linear_dm_loss(
 def _same(
     batch: Batch, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_bytes: int | None
 ) -> dict[str, object]:
-    """Return by name what must be the same on all ranks that share a vocabulary, but for per-sequence inputs."""
+    """Return by name the arguments that all ranks of a vocabulary must share, without the per-sequence inputs."""
     grads = torch.is_grad_enabled(), *(x is not None and x.requires_grad for x in (hidden, weight, bias))
     starts = batch.labels[:0] if batch.cu_seqlens is None else batch.cu_seqlens
     return {
@@ -406,7 +419,7 @@ def _same(
 def _on_all_ranks(
     check: Callable[[], tuple[_T, dict[str, object]]], group: Any, vocab_start: int | None, weight: Tensor
 ) -> tuple[_T, Shards | None]:
-    """Return what ``check`` makes of a call's arguments, and who has which tokens where the vocabulary is cut."""
+    """Return the result of ``check``, and the shards if the vocabulary is cut among ranks."""
     if group is None:
         return check()[0], None
     if torch.compiler.is_compiling():
@@ -416,7 +429,7 @@ def _on_all_ranks(
 
 
 def _of_whole(batch: Batch, shards: Shards | None) -> Batch:
-    """Return the batch as this rank's columns of a vocabulary that is cut among ranks."""
+    """Return the batch, marked as this rank's columns if the vocabulary is cut among ranks."""
     if shards is None:
         return batch
     return batch._replace(vocab_start=shards.start, whole_vocab=shards.vocab)
@@ -438,7 +451,7 @@ def linear_sequence_log_prob(
     vocab_start: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Return ``sequence_log_prob`` of ``hidden @ weight.T + bias``, whose logits never exist at once; differentiable.
+    """Return ``sequence_log_prob`` of ``hidden @ weight.T + bias``, differentiable, without holding all logits at once.
 
     Args:
         hidden, weight, bias, tokens, mask, temperature, softcap, cu_seqlens: as in ``linear_dm_loss``.
@@ -481,23 +494,23 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Draw a token per row from ``softmax(cap(logits) / temperature)``, with its log-probability, in one read.
 
-    A row's draw is a function of its logits, ``seed``, its row id and ``step``, and of nothing else: neither the thread
-    count nor how rows are cut into batches matters. The uniform number is Philox4x32-10's, 53 bits.
+    A row's draw depends only on its logits, ``seed``, its row id and ``step``. It depends neither on the number of
+    threads nor on how rows are cut into batches. The uniform number has 53 bits and comes from Philox4x32-10.
 
     Args:
         logits: (N, V); float32, bfloat16, float16 (float64 through the eager backend); any row stride.
         seed: integer in [-2^63, 2^64).
-        row_ids: (N,) integer, one per sequence that is being generated. Default: 0 to N-1.
+        row_ids: (N,) integer, one for each sequence that is being generated. The default is 0 to N-1.
         step: non-negative integer, the position that is being generated.
         temperature, softcap, backend: as in ``dm_loss``.
 
     Returns:
-        tokens (N,) int64, and log_prob (N,) fp64 in nats, what ``sequence_log_prob`` gives for them. A token whose
-        logit is -inf is never drawn, unless a softcap makes it finite.
+        tokens (N,) int64, and log_prob (N,) fp64 in nats, which equals ``sequence_log_prob`` of the tokens. A token
+        whose logit is -inf is never drawn, unless a softcap makes it finite.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device or value; a row that holds NaN or +inf, or
-            nothing but -inf.
+        TypeError, ValueError: an argument has the wrong dtype, shape, device or value, or a row holds NaN or +inf, or
+            only -inf.
     """
     rows = checks.make_sample_rows(logits, seed, row_ids, step, temperature, softcap)
     chosen = _backend_for(logits, backend)

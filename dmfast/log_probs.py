@@ -1,7 +1,7 @@
-"""The loss of per-token log-probabilities, for frameworks that hand over nothing else.
+"""Compute the loss from per-token log-probabilities, for frameworks that hand over nothing else.
 
-A is formed where it always is, in ``objectives.py``; nothing here repeats the formula. Logits and hidden states belong
-to ``functional.py``, which reads them fewer times.
+``objectives.py`` forms A here as everywhere. For logits and hidden states use ``functional.py``, which reads them fewer
+times.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .kernels.fp64 import per_sequence_device
 from .kernels.result import DMLossOutput
 from .objectives import Objective, Terms
 
-#: How far above 0 a log-probability may be before it is refused: logits less their log-sum-exp round.
+#: A log-probability up to this much above 0 is accepted, because logits minus their log-sum-exp are rounded.
 _ROUNDING = 1e-3
 
 
@@ -46,15 +46,15 @@ def dm_loss_from_log_probs(
 
     Use it in a framework that only hands over per-token log-probabilities. It has the objectives, the numerics and the
     result of ``dm_loss``: sums over a sequence are fp64, A is formed in log space, and the gradient of
-    ``token_log_probs[i, t]`` is ``-A_i w_it / B``. What ``dm_loss`` saves by reading the logits itself, time and a
-    tensor of their size, is not saved here. An entropy bonus needs the logits: add your own to the loss.
+    ``token_log_probs[i, t]`` is ``-A_i w_it / B``. It does not save the time and the tensor of the size of the logits
+    that ``dm_loss`` saves by reading the logits itself. An entropy bonus needs the logits; add your own to the loss.
 
     Args:
-        token_log_probs: (B, T), or packed (N,) with ``cu_seqlens``; float32 or float64, nats: log pi of each token
-            given those before it, under the temperature that it was drawn at.
-        mask: the same shape, bool or integer; False = not scored: the token has no part in log pi and its gradient is
-            0, whatever ``token_log_probs`` holds there. None: all are scored.
-        cu_seqlens: (B+1,) int32 or int64, where packed sequences start; from 0 to N.
+        token_log_probs: (B, T), or packed (N,) with ``cu_seqlens``; float32 or float64, log pi of each token given
+            those before it, in nats, under the temperature at which it was drawn.
+        mask: the same shape, bool or integer; False = not scored. Such a token has no part in log pi, and its gradient
+            is 0 whatever ``token_log_probs`` holds there. With None all are scored.
+        cu_seqlens: (B+1,) int32 or int64, the starts of packed sequences, from 0 to N.
         token_weight: as in ``dm_loss``, of the shape of ``token_log_probs``.
         log_target, log_proposal, log_z, objective, on_policy, reward, log_base: as in ``dm_loss``.
         context_id, reduction, num_sequences, num_tokens, max_weight: as in ``dm_loss``.
@@ -63,11 +63,11 @@ def dm_loss_from_log_probs(
         ``DMLossOutput``; ``out.loss`` carries the gradient of ``token_log_probs``. Per-sequence values are fp64.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device or value, an input that the objective needs
-            and did not get, a scored log-probability that is NaN, infinite or positive, a weight beyond fp32's range.
+        TypeError, ValueError: an argument has the wrong dtype, shape, device or value, an input that the objective
+            needs is missing, a scored log-probability is NaN, infinite or positive, or a weight is beyond fp32's range.
 
     Examples:
-        One sequence of three tokens, of which the last is padding; its A is its reward:
+        The last of three tokens is padding. A of the sequence is its reward:
 
         >>> log_probs = torch.tensor([[-1.0, -2.0, 0.0]], requires_grad=True)
         >>> mask = torch.tensor([[True, True, False]])
@@ -95,7 +95,7 @@ def dm_loss_from_log_probs(
     scored = (batch.labels != IGNORE).view(token_log_probs.shape)
     _check_values(token_log_probs, scored, batch)
     to = per_sequence_device(token_log_probs.device)
-    # where(), so that what is not scored may hold NaN and its gradient is 0
+    # where() lets positions that are not scored hold NaN, and gives them a gradient of 0
     rows = torch.where(scored, token_log_probs, 0.0).reshape(-1).to(to).double()
     sequence = eager.sequence_of_rows(batch).to(to)
 
@@ -104,7 +104,7 @@ def dm_loss_from_log_probs(
 
     log_prob = per_sequence(rows)
     weighted = log_prob if batch.token_weight is None else per_sequence(batch.token_weight * rows)
-    # as if each row's log-sum-exp were 0
+    # a log-probability equals a logit whose log-sum-exp is 0
     of_rows = torch.stack([torch.zeros_like(rows), rows.detach()])
     of_sequences = torch.stack([log_prob.detach(), torch.zeros_like(log_prob)])
     scores = Scores(of_rows, of_sequences)

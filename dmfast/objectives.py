@@ -1,10 +1,9 @@
-"""Objectives: how the weight A of each sequence is formed in ``loss = -(1/B) sum_i A_i log pi(x_i)``.
+"""Form the weight A of each sequence in ``loss = -(1/B) sum_i A_i log pi(x_i)``, as its objective says.
 
 Every method of the field is one choice of the return r in ``A = rho * (r - baseline)``, where
 ``rho = pi/q`` is the importance ratio of the policy and ``u = p/q`` that of the target (Korbak et al. 2022,
-arXiv:2206.00761, sections 2 and 3; f-DPG: Go et al. 2023, arXiv:2302.08215). This module is the
-formula in plain torch, fp64, vectorised over sequences. Its twin for kernels is
-``csrc/objective.h``; the formula stands nowhere else.
+arXiv:2206.00761, sections 2 and 3; f-DPG: Go et al. 2023, arXiv:2302.08215). This module has the formula in plain
+torch, in fp64 and vectorised over sequences. ``csrc/objective.h`` has it for the kernels, and no other file has it.
 """
 
 from __future__ import annotations
@@ -33,27 +32,27 @@ def _from_one(value: float) -> bool:
 
 
 def is_number(x: object) -> TypeGuard[float]:
-    """Return whether x is a number of Python's or NumPy's; a bool is none."""
+    """Return whether x is a number of Python or NumPy. A bool is not."""
     return isinstance(x, (float, int, Real)) and not isinstance(x, bool)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """The record of an objective: everything that the code has to know about it besides its formula in ``weigh``.
+    """The record of an objective: everything that the code must know about it besides its formula in ``weigh``.
 
     Attributes:
         number: its number in the enum Kind of csrc/objective.h.
-        needs: the per-sequence inputs of ``dm_loss`` that it can't do without.
-        return_of: what rho * r depends on when rho is 1: the ``sample`` alone, also the ``proposal``'s log q, or also
-            the ``policy``'s log pi. Where it is known before the forward, so is a leave-one-out baseline.
-        weight_of: what A depends on off-policy without a baseline, in the same words. One pass over the logits does
-            forward and backward where that is not the ``policy``.
+        needs: the per-sequence inputs of ``dm_loss`` that it needs.
+        return_of: what rho * r depends on when rho is 1: only the ``sample``, also the ``proposal``'s log q, or also
+            the ``policy``'s log pi. If rho * r is known before the forward, so is a leave-one-out baseline.
+        weight_of: what A depends on off-policy without a baseline, in the same words. If that is not the ``policy``,
+            one pass over the logits computes both forward and backward.
         has_target: whether it matches a target p = P/Z. Then A is 0 in a context where every P is 0, and
             ``normalize=False`` has a meaning.
-        infinite_at_zero: for a value of the parameter, whether r is infinite where P(x) = 0.
+        infinite_at_zero: a function of the parameter that returns whether r is infinite where P(x) = 0.
         parameter: the name of its parameter in ``Objective``, if it has one.
-        allowed: whether the parameter may have a value, and in words, which it may have.
-        baseline: the constant baseline that belongs to it; then it takes no other.
+        allowed: a function that returns whether the parameter may have a value, and words for the allowed values.
+        baseline: the constant baseline that belongs to it. Such an objective takes no other.
     """
 
     number: int
@@ -82,7 +81,7 @@ KINDS: dict[str, Kind] = {
 }
 OBJECTIVES = tuple(KINDS)
 """The names of all objectives. ``gdc++`` is ``dpg`` with the constant baseline 1."""
-#: Objectives that match an explicit target p = P/Z, and so need log_target and log_z.
+#: The objectives that match an explicit target p = P/Z. They need log_target and log_z.
 TARGET_OBJECTIVES = frozenset(name for name, kind in KINDS.items() if kind.has_target)
 
 Baseline: TypeAlias = "float | Tensor | Literal['leave_one_out', 'leave_one_out_context'] | None"
@@ -90,29 +89,31 @@ Baseline: TypeAlias = "float | Tensor | Literal['leave_one_out', 'leave_one_out_
 
 @dataclass(frozen=True)
 class Objective:
-    """An objective with its parameters. Frozen: running values are passed in by their owner
-    (``dataclasses.replace(objective, baseline=running.value)``), never updated by the loss.
+    """An objective with its parameters.
+
+    It is frozen. The loss never updates running values; their owner passes them in
+    (``dataclasses.replace(objective, baseline=running.value)``).
 
     Args:
         name: one of ``OBJECTIVES``.
-        baseline: subtracted from the return r, so that ``A = rho * (r - baseline)``. ``None``; a
-            float (a constant, or a running mean of rho*r over earlier steps); a (B,) tensor, or one
-            number as a 0-d tensor; or
-            ``"leave_one_out"`` / ``"leave_one_out_context"``: the mean of the other sequences of
-            this call (of the same ``context_id``), only where it is known before the forward.
-            ``gdc++`` has the baseline 1 and takes no other.
-        normalize: ``False`` multiplies A by Z, the paper's own scale (R - Z pi/q with R = P/q).
-            Only for objectives with a target.
-        beta: the KL coefficient of ``kl_control``: r = R - beta (log pi - log a).
-        log_scale: c of ``reinforce_p``, whose reward is R = exp(log P - c): P itself underflows.
-        alpha: that of the divergence that ``alpha`` descends, any finite number: 0 is KL(p||pi), 1 is KL(pi||p).
-        normalize_alpha: ``False`` leaves the factor 1/(1 - alpha) out of ``alpha``'s return, which keeps A of the same
-            size as alpha comes near to 1. Only where alpha is below 1: beyond, the factor is negative.
-        max_return: M, positive: bounds (p/pi)^(1 - alpha) - 1 of ``alpha`` above, before the factor 1/(1 - alpha) and
-            the baseline. Only where alpha is below 1.
+        baseline: the number subtracted from the return r, so that ``A = rho * (r - baseline)``. It may be ``None``; a
+            float, such as a constant or a running mean of rho*r over earlier steps; a (B,) tensor, or one number as a
+            0-d tensor; or ``"leave_one_out"`` or ``"leave_one_out_context"``, the mean of the other sequences of this
+            call (of the same ``context_id``), which must be known before the forward. ``gdc++`` has the baseline 1 and
+            takes no other.
+        normalize: ``False`` multiplies A by Z, which gives the paper's own scale (R - Z pi/q with R = P/q). Only
+            objectives with a target take it.
+        beta: the KL coefficient of ``kl_control``, where r = R - beta (log pi - log a).
+        log_scale: c of ``reinforce_p``, whose reward is R = exp(log P - c), since P itself underflows.
+        alpha: the order of the divergence that ``alpha`` descends, any finite number: 0 is KL(p||pi), 1 is KL(pi||p).
+        normalize_alpha: ``False`` leaves the factor 1/(1 - alpha) out of the return of ``alpha``. This keeps the size
+            of A as alpha approaches 1. It is allowed only for alpha below 1, since the factor is negative above.
+        max_return: M, positive, the upper bound of (p/pi)^(1 - alpha) - 1 of ``alpha``, before the factor
+            1/(1 - alpha) and the baseline. It is allowed only for alpha below 1.
 
     Raises:
-        ValueError: unknown name, or a parameter that the objective does not have or lacks, or that has no such value.
+        ValueError: the name is unknown, a parameter is missing or not one of the objective's, or a value is out of
+            range.
     """
 
     name: str
@@ -189,19 +190,19 @@ class Objective:
 
     @property
     def max_log_return(self) -> float:
-        """The bound of log (p/pi)^(1 - alpha), log(1 + max_return); inf: none."""
+        """The bound of log (p/pi)^(1 - alpha), which is log(1 + max_return); inf without a bound."""
         return math.inf if self.max_return is None else math.log1p(self.max_return)
 
     @property
     def alone(self) -> Objective:
-        """This objective without a baseline, normalised by Z."""
+        """The same objective without a baseline, normalised by Z."""
         name = self.kind.parameter
         parameter = {} if name is None else {name: self.parameter}
         return Objective(self.name, normalize_alpha=self.normalize_alpha, max_return=self.max_return, **parameter)  # type: ignore[arg-type]
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The per-sequence inputs of ``dm_loss`` that this objective can't do without."""
+        """The per-sequence inputs of ``dm_loss`` that this objective needs."""
         return self.kind.needs
 
     @property
@@ -210,7 +211,7 @@ class Objective:
         return self.kind.infinite_at_zero(self.parameter)
 
 
-#: The per-sequence inputs, in the order in which they cross to the kernels (csrc/batch.h has the same).
+#: The per-sequence inputs, in the order in which kernels get them. csrc/batch.h has the same order.
 COLUMNS = ("log_proposal", "log_target", "log_z", "reward", "log_base", "baseline")
 NO_CONSTANTS = (0.0,) * len(COLUMNS)
 #: The bit of each in ``Terms.present`` and ``Terms.given``.
@@ -218,14 +219,14 @@ LOG_PROPOSAL, LOG_TARGET, LOG_Z, REWARD, LOG_BASE, BASELINE = (1 << c for c in r
 
 
 class Group(NamedTuple):
-    """What a function of ``Terms`` may know of B sequences beside their inputs.
+    """The facts about B sequences that a function of ``Terms`` may use beside their inputs.
 
     Attributes:
-        length: (B,) fp64, the scored tokens of each.
-        n_tokens: 0-d fp64 or a number, the scored tokens of the whole optimiser step.
-        n_sequences: the sequences of the whole optimiser step.
-        context_id: (B,) int64, the prompt of each; None: it was not given, and all are of one.
-        step: the whole step, where the B sequences are a part of it; None: they are all of it.
+        length: (B,) fp64, the number of scored tokens of each.
+        n_tokens: 0-d fp64 or a number, the number of scored tokens of the whole optimiser step.
+        n_sequences: the number of sequences of the whole optimiser step.
+        context_id: (B,) int64, the prompt of each. If it was not given it is None, and all have the same prompt.
+        step: the whole step, if the B sequences are a part of it; None if they are all of it.
     """
 
     length: Tensor
@@ -235,7 +236,7 @@ class Group(NamedTuple):
     step: OfStep | None = None
 
     def told(self) -> dict[str, object]:
-        """Return by name what must be the same on ranks that share a vocabulary."""
+        """Return by name the values that must be the same on ranks that share a vocabulary."""
         numbers = tuple(float(x) if isinstance(x, Tensor) else x for x in (self.n_tokens, self.n_sequences))
         return {
             "context_id": self.length[:0] if self.context_id is None else self.context_id,
@@ -244,30 +245,30 @@ class Group(NamedTuple):
 
 
 def stacked(columns: Sequence[Tensor]) -> Tensor:
-    """Return (K, B) fp64 of K columns (B,): one operation, and one more where none of them is fp64."""
+    """Return K columns (B,) as a block (K, B) fp64, with one operation, or two if no column is fp64."""
     block = torch.stack(tuple(columns))
     return block if block.dtype is torch.float64 else block.double()
 
 
 class Terms:
-    """What is known of B sequences: fp64 (B,) tensors without gradient, or None where not given.
+    """The per-sequence inputs of B sequences: fp64 (B,) tensors without gradient, or None for what was not given.
 
-    A user's own objective is a function of this that returns the (B,) weights A. Inside, the inputs are one block: the
-    columns that were given, one after the other; those that are the same number for all sequences are constants.
+    A user's own objective is a function of these terms that returns the (B,) weights A. The inputs that were given as
+    tensors are stored as one block. An input that is one number for all sequences is stored as a constant.
 
     Attributes:
         objective: an ``Objective``, or a function of ``Terms``.
         on_policy: whether rho is exactly 1.
-        max_weight: the bound of A; inf: none.
-        block: (K, B) fp64, the K columns that are there, in the order of ``COLUMNS``; made when it is read first where
-            the terms have ``columns``.
-        columns: the same, (B,) each of any floating-point dtype, where no block has been made of them; else None.
-        present: which they are: bit c for ``COLUMNS[c]``.
-        given: the same for columns and constants.
-        constants: for each of ``COLUMNS`` its constant, or 0.
-        log_prob: (B,) fp64 log pi, once it is known.
-        entropy_coefficient: what the policy's entropy is multiplied by in the loss; 0: it is not in the loss.
-        group: lengths and contexts, where the objective is a function.
+        max_weight: the bound of A; inf without a bound.
+        block: (K, B) fp64, the K columns that were given, in the order of ``COLUMNS``. If the terms have ``columns``,
+            the block is made when it is first read.
+        columns: the same columns before a block was made of them, (B,) each and of any floating-point dtype, or None.
+        present: the set of columns in the block, as bits: bit c stands for ``COLUMNS[c]``.
+        given: the set of columns and constants, as bits.
+        constants: the constant of each of ``COLUMNS``, or 0.
+        log_prob: (B,) fp64, log pi, or None as long as it is not known.
+        entropy_coefficient: the factor of the policy's entropy in the loss; 0 leaves the entropy out.
+        group: lengths and contexts, if the objective is a function.
     """
 
     def __init__(
@@ -296,7 +297,7 @@ class Terms:
         baseline: Tensor | float | None = None,
         log_prob: Tensor | None = None,
     ) -> Terms:
-        """Return the terms that have these inputs: (B,) each, or where all sequences share it, a number."""
+        """Return the terms that have these inputs. Each is (B,), or a number that all sequences share."""
         inputs = (log_proposal, log_target, log_z, reward, log_base, baseline)
         columns, present, given, constants = [], 0, 0, list(NO_CONSTANTS)
         for c, value in enumerate(inputs):
@@ -318,7 +319,7 @@ class Terms:
 
     @property
     def block(self) -> Tensor:
-        """(K, B) fp64, the columns that are there."""
+        """(K, B) fp64, the columns that were given."""
         if self._block is None:
             if self._place is not None:
                 memory, offset, k, n = self._place
@@ -329,7 +330,7 @@ class Terms:
         return self._block
 
     def lie_in(self, memory: Tensor, offset: int, n: int) -> None:
-        """Take as the block what a kernel makes of ``columns``: (K, n) from ``offset`` on in a 1-D fp64 tensor."""
+        """Use (K, n) numbers of a 1-D fp64 tensor from ``offset`` on as the block. A kernel puts the columns there."""
         assert self.columns is not None
         self._place, self.columns = (memory, offset, len(self.columns), n), None
 
@@ -370,7 +371,7 @@ class Terms:
 
     @property
     def baseline(self) -> Tensor | float | None:
-        """(B,) or a number, what is subtracted from the return r."""
+        """(B,) or a number, the baseline that is subtracted from the return r."""
         return self.column(5)
 
     def _of_group(self) -> Group:
@@ -388,40 +389,41 @@ class Terms:
 
     @property
     def length(self) -> Tensor:
-        """(B,) fp64, the scored tokens of each sequence."""
+        """(B,) fp64, the number of scored tokens of each sequence."""
         return self._of_group().length
 
     @property
     def n_tokens(self) -> Tensor | float:
-        """The scored tokens of the whole optimiser step: ``num_tokens`` of the call, or those of its sequences."""
+        """The number of scored tokens of the whole optimiser step: ``num_tokens`` of the call, or the call's own."""
         return self._of_group().n_tokens
 
     @property
     def n_sequences(self) -> Tensor | float:
-        """The sequences of the whole optimiser step: ``num_sequences`` of the call, or those of the call."""
+        """The number of sequences of the whole optimiser step: ``num_sequences`` of the call, or the call's own."""
         return self._of_group().n_sequences
 
     def group_size(self) -> Tensor:
-        """Return for each sequence the number of its prompt's sequences in this call, (B,) fp64."""
+        """Return for each sequence the number of sequences of its prompt in this call, (B,) fp64."""
         context_id, length = self.context_id, self.length
         if context_id is None:
             return torch.full_like(length, len(length))
         return (context_id[:, None] == context_id[None, :]).sum(1).to(length.dtype)
 
     def group_mean(self, values: Tensor, leave_one_out: bool = False) -> Tensor:
-        """Return for each sequence the mean of the values of its prompt's sequences in this call, (B,).
+        """Return for each sequence the mean of the values over the sequences of its prompt in this call, (B,).
 
-        All of them must be in the call. Means of what is known when a step is drawn (R, log P, log a, log q) are taken
-        inside ``at_draw``, which sees the whole step. A function that takes means of log pi has the attribute
-        ``whole_contexts = True``, by which a ``Matcher`` never cuts a group and refuses one that lies on several ranks.
+        All sequences of the prompt must be in the call. A mean of values that are known when a step is drawn (R, log P,
+        log a, log q) belongs inside ``at_draw``, which sees the whole step. A function that takes means of log pi needs
+        the attribute ``whole_contexts = True``. Then a ``Matcher`` never cuts a group, and refuses one that lies on
+        several ranks.
 
         Args:
             values: (B,). The mean of a group with a value that is not finite is inf.
-            leave_one_out: without the sequence itself.
+            leave_one_out: whether the sequence itself is left out of its mean.
 
         Raises:
-            ValueError: a sequence is the only one of its prompt; the call has a part of a step, and the function has no
-                ``whole_contexts``.
+            ValueError: a sequence is the only one of its prompt, or the call has only a part of a step and the function
+                has no ``whole_contexts``.
         """
         step = self._of_group().step
         if step is not None and not getattr(step.objective, "whole_contexts", False):
@@ -435,14 +437,15 @@ class Terms:
         return _group_mean(values, self.context_id, leave_one_out)
 
     def at_draw(self, function: Callable[[Terms], Tensor]) -> Tensor:
-        """Return the function's values of these sequences, (B,), as they are fixed when the step is drawn.
+        """Return values of these sequences, (B,), that are fixed when the step is drawn.
 
-        The function gets the ``Terms`` of the whole optimiser step, over all ranks, without log pi, and returns a value
-        for each sequence. So a mean over a prompt's sequences is the same however the step is cut into microbatches,
-        and wherever the sequences lie. A call of ``dm_loss`` outside of a ``Matcher`` is taken for the whole step.
+        The function gets the ``Terms`` of the whole optimiser step, over all ranks and without log pi, and returns a
+        value for each sequence. So a mean over a prompt's sequences does not depend on how the step is cut into
+        microbatches or on which ranks have the sequences. A call of ``dm_loss`` outside of a ``Matcher`` counts as the
+        whole step.
 
         Args:
-            function: of ``Terms``, whose ``log_prob`` is None. It may be called several times in a step.
+            function: a function of ``Terms`` whose ``log_prob`` is None. It may be called several times in a step.
         """
         step = self._of_group().step
         if step is None:
@@ -454,7 +457,7 @@ class Terms:
                      self.constants, log_prob, self.entropy_coefficient, group)  # fmt: skip
 
     def with_group(self, group: Group) -> Terms:
-        """Return these terms with what is known beside the inputs."""
+        """Return these terms with the facts of a ``Group``."""
         return self._with(self.log_prob, group)
 
     def with_log_prob(self, log_prob: Tensor) -> Terms:
@@ -469,7 +472,7 @@ class Terms:
                      self.entropy_coefficient, self.group)  # fmt: skip
 
     def cut(self, i: int, j: int) -> Terms:
-        """Return the terms of sequences [i, j); to a function these are the whole step as far as ``at_draw`` goes."""
+        """Return the terms of sequences [i, j). The ``at_draw`` of a function still sees all sequences."""
         log_prob = None if self.log_prob is None else self.log_prob[i:j]
         objective, group = self.objective, self.group
         if group is not None and (i, j) != (0, len(group.length)):
@@ -487,14 +490,17 @@ class Terms:
         """Return the terms of several calls as one, with the objective of the first.
 
         Args:
-            parts: terms with the same columns.
-            gather: puts the values of all ranks together along the first dimension.
+            parts: terms with the same inputs.
+            gather: a function that concatenates the values of all ranks along the first dimension.
+
+        Raises:
+            ValueError: the parts have different inputs.
         """
         first = parts[0]
         given, present = first.given, first.present
         if any(part.given != given for part in parts):
             raise ValueError("terms with other inputs can't be joined")
-        # a constant of one part may be another number in the next
+        # a constant may have another value in another part, and is then joined as a column
         for c in range(len(COLUMNS)):
             if given >> c & 1 and len({(part.present >> c & 1, part.constants[c]) for part in parts}) > 1:
                 present |= 1 << c
@@ -523,7 +529,7 @@ class Terms:
 
     @property
     def _proposal(self) -> Tensor:
-        """log q; on-policy without the sampler's log-probabilities it is the detached log pi."""
+        """(B,) log q, or the detached log pi if the call is on-policy and has no log_proposal."""
         log_proposal = self.log_proposal
         if log_proposal is not None:
             return log_proposal
@@ -553,13 +559,16 @@ class Terms:
 
 @dataclass(frozen=True, eq=False)
 class OfStep:
-    """A function of ``Terms`` for a part of an optimiser step, with the whole step beside it (``Terms.at_draw``).
+    """An objective that is a function, for a part of an optimiser step, with the terms of the whole step.
+
+    ``Terms.at_draw`` uses the whole step.
 
     Args:
-        objective: the function.
+        objective: the function of ``Terms``.
         whole: the terms of all sequences of the step, over all ranks, without log pi.
-        places: (B,) int64, which of them a call of the loss has.
-        first: the number of the first of the B sequences in the call, whose sequences may come in parts.
+        places: (B,) int64, the numbers in the step of the sequences that the part has.
+        first: the number in the call of the first of the B sequences, since a call may go through its sequences in
+            parts.
     """
 
     objective: Callable[[Terms], Tensor]
@@ -571,7 +580,7 @@ class OfStep:
         """Return A, (B,) fp64.
 
         Raises:
-            ValueError: the function raised it; a sequence that the message names is given by its number in the call.
+            ValueError: the function raised it. A sequence that the message names has its number in the call.
         """
         try:
             return self.objective(terms.with_group(terms._of_group()._replace(step=self)))
@@ -583,8 +592,9 @@ class OfStep:
 
 
 def _signed_sum(c1: Tensor | float, e1: Tensor, c2: Tensor, e2: Tensor) -> Tensor:
-    """c1 e^e1 + c2 e^e2 with one common exponent taken out, so that neither inf - inf nor 0 * inf arises where the sum
-    has a sign: ratios reach e^+-11,500.
+    """Return c1 e^e1 + c2 e^e2, formed with one common exponent taken out.
+
+    Ratios reach e^+-11,500. This form has neither inf - inf nor 0 * inf where the sum has a sign.
     """
     c1 = torch.as_tensor(c1, dtype=torch.float64, device=e2.device)
     e1, e2 = torch.where(c1 == 0, -math.inf, e1), torch.where(c2 == 0, -math.inf, e2)
@@ -596,10 +606,10 @@ def _signed_sum(c1: Tensor | float, e1: Tensor, c2: Tensor, e2: Tensor) -> Tenso
 
 
 def weigh(terms: Terms) -> Tensor:
-    """The weights A of B sequences, (B,) fp64, before ``max_weight``.
+    """Return the weights A of B sequences, (B,) fp64, before ``max_weight`` bounds them.
 
-    ``terms.log_prob`` must be there. ``A = rho * (r - baseline)`` is formed in log space as
-    ``first * e^exponent + on_rho * rho``; where P = 0 it is the limit, and 0 * (-inf) = 0.
+    ``terms.log_prob`` must be given. ``A = rho * (r - baseline)`` is formed in log space as
+    ``first * e^exponent + on_rho * rho``. Where P = 0 it is the limit, with 0 * (-inf) = 0.
     """
     objective = terms.objective
     if not isinstance(objective, Objective):
@@ -639,7 +649,7 @@ def weigh(terms: Terms) -> Tensor:
             power = 1 - objective.parameter
             log_return = _log_return(objective, log_t).clamp(max=objective.max_log_return)
             factor = 1 / power if objective.normalize_alpha else 1.0
-            near = log_return.abs() < 1  # where the difference of two exponentials would lose its digits
+            near = log_return.abs() < 1  # here the difference of two exponentials would lose its digits
             first, exponent = torch.full_like(log_rho, factor).masked_fill(near, 0.0), log_rho + log_return
             on_rho = torch.where(near, factor * log_return.expm1(), -factor)
     baseline, log_z = terms.baseline, terms.log_z
@@ -649,20 +659,23 @@ def weigh(terms: Terms) -> Tensor:
         return _signed_sum(first, exponent, on_rho, log_rho)
     assert log_z is not None
     empty = log_z == -math.inf
-    # normalize=False multiplies by Z inside the exponent, where Z = e^-900 still is a number
+    # normalize=False multiplies by Z inside the exponent, where even Z = e^-900 does not underflow
     shift = 0.0 if objective.normalize else torch.where(empty, 0.0, log_z)
     return torch.where(empty, 0.0, _signed_sum(first, exponent + shift, on_rho, log_rho + shift))
 
 
 def _log_return(objective: Objective, log_t: Tensor) -> Tensor:
-    """log (p/pi)^(1 - alpha) of ``alpha``, before its bound."""
+    """Return log (p/pi)^(1 - alpha) of ``alpha``, before its bound."""
     return (objective.parameter - 1) * log_t
 
 
 def bounded_returns(
     objective: Objective | Callable[[Terms], Tensor], log_ratio: Tensor | None, log_target_ratio: Tensor | None
 ) -> Tensor | None:
-    """Return which returns ``max_return`` bounds, (B,) bool, from log rho and log u; None where there is no bound."""
+    """Return whether ``max_return`` bounds the return of each sequence, (B,) bool, or None without a bound.
+
+    The returns follow from log rho and log u.
+    """
     if not isinstance(objective, Objective) or objective.max_return is None:
         return None
     assert log_ratio is not None and log_target_ratio is not None
@@ -670,24 +683,24 @@ def bounded_returns(
 
 
 def clip(weight: Tensor, max_weight: float) -> tuple[Tensor, Tensor]:
-    """The weights within [-max_weight, max_weight], and how many were outside (0-d int64)."""
+    """Return the weights clipped to [-max_weight, max_weight], and how many were outside (0-d int64)."""
     outside = weight.abs() > max_weight
     return weight.clamp(-max_weight, max_weight), outside.sum()
 
 
 def bounded_weights(terms: Terms, log_prob: Tensor) -> Tensor:
-    """Return A at this log pi, (B,), within ``terms.max_weight``."""
+    """Return A at this log pi, (B,), clipped to ``terms.max_weight``."""
     return clip(weigh(terms.with_log_prob(log_prob)), terms.max_weight)[0]
 
 
 def leave_one_out(values: Tensor, context_id: Tensor | None = None) -> Tensor:
-    """Return for each of B values the mean of the others, (B,); of those with the same context_id if given.
+    """Return for each of B values the mean of the others, (B,), or of those others that have the same context_id.
 
-    A baseline that keeps the gradient unbiased: it does not depend on the sequence that it serves. Where one of the
-    others is not finite, it is inf.
+    As a baseline it keeps the gradient unbiased, because it does not depend on the sequence that it serves. The mean is
+    inf if one of the others is not finite.
 
     Raises:
-        ValueError: a sequence has no other to average over.
+        ValueError: there is no other sequence to average over.
 
     Examples:
         >>> leave_one_out(torch.tensor([1.0, 2.0, 6.0]))
@@ -698,9 +711,10 @@ def leave_one_out(values: Tensor, context_id: Tensor | None = None) -> Tensor:
 
 
 def _group_sums(values: Tensor, context_id: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | int]:
-    """Return values with 0 for what is not finite, and 1 where that is; the sums of both over each group, and its size.
+    """Return the finite values, marks of the others, the sums of both over each group, and the size of each group.
 
-    A value that is not finite is counted apart: 0 * inf and inf - inf would make NaN where it has no part.
+    Values that are not finite are replaced by 0 and marked by 1. They are counted apart, because 0 * inf and inf - inf
+    would make NaN in the means of other groups.
 
     Raises:
         ValueError: a sequence is the only one of its group.
@@ -734,8 +748,9 @@ def _group_mean(values: Tensor, context_id: Tensor | None, without_own: bool) ->
 def plain_baseline(
     objective: Objective | Callable[[Terms], Tensor], n_sequences: int, device: torch.device
 ) -> Baseline:
-    """The baseline of this call where it depends on nothing: a number, a (B,) fp64 tensor, or None where there is none;
-    the name of one that does depend on the sequences.
+    """Return the baseline of this call: a number, a (B,) fp64 tensor, or None.
+
+    A baseline that depends on the sequences is returned by its name.
     """
     if not isinstance(objective, Objective):
         return None
@@ -746,16 +761,16 @@ def plain_baseline(
         return (baseline.expand(n_sequences) if baseline.dim() == 0 else baseline).contiguous()
     if baseline is None or isinstance(baseline, str):
         return baseline
-    if torch.compiler.is_compiling():  # a tensor, so that a running mean does not compile anew at every step
+    if torch.compiler.is_compiling():  # a running mean as a float would be compiled again at every step
         return torch.full((n_sequences,), baseline, dtype=torch.float64, device=device)
     return float(baseline)
 
 
 def leave_one_out_baseline(terms: Terms, context_id: Tensor | None, n_sequences: int, device: torch.device) -> Tensor:
-    """(B,) fp64, for an objective whose baseline has a name.
+    """Return the leave-one-out baseline, (B,) fp64, that the objective asks for by name.
 
     Raises:
-        ValueError: rho*r is not known before the forward, or there is no context_id.
+        ValueError: rho*r is not known before the forward, or the context_id is missing.
     """
     objective = terms.objective
     assert isinstance(objective, Objective) and isinstance(objective.baseline, str)
@@ -778,7 +793,7 @@ def leave_one_out_baseline(terms: Terms, context_id: Tensor | None, n_sequences:
 def known_returns(terms: Terms, n_sequences: int, device: torch.device) -> Tensor:
     """Return rho * r, (B,) fp64, of an objective for which it is known before the forward.
 
-    rho = 1 stands for what is not known yet: then this is r itself, or u for ``dpg``.
+    rho is not known yet and taken to be 1. So the result is r itself, or u for ``dpg``.
     """
     objective, at_one = terms.objective, terms.log_proposal
     assert isinstance(objective, Objective)
@@ -789,22 +804,22 @@ def known_returns(terms: Terms, n_sequences: int, device: torch.device) -> Tenso
 
 @dataclass(frozen=True)
 class PPOClip:
-    """An objective that bounds how far several optimiser steps on one batch may move the policy: PPO's clipping
-    (Schulman et al. 2017, arXiv:1707.06347, eq. 7) on whole sequences.
+    """An objective with PPO's clipping on whole sequences (Schulman et al. 2017, arXiv:1707.06347, eq. 7).
 
-    With the advantage d = r - baseline, taken at the sampling policy q and frozen, it is the gradient of
-    ``mean min(rho d, clip(rho, 1 - eps, 1 + eps) d)``: A = rho d, and 0 where d > 0 and rho > 1 + eps, or d < 0 and
-    rho < 1 - eps. A sequence has one ratio and one advantage: this is not the per-token PPO with a value head.
+    It bounds how far several optimiser steps on one batch may move the policy. The advantage d = r - baseline is taken
+    at the sampling policy q and frozen. The gradient is that of ``mean min(rho d, clip(rho, 1 - eps, 1 + eps) d)``. So
+    A is rho d, or 0 if d > 0 and rho > 1 + eps, or if d < 0 and rho < 1 - eps. A sequence has one ratio and one
+    advantage; this is not the per-token PPO with a value head.
 
-    Pass d as ``reward`` and the sampler's log pi as ``log_proposal``; for KL-control
-    d = R - beta (log q - log a) - baseline, the penalty frozen with the rest. It is a function of ``Terms``, no row of
-    the formula: kernels need nothing new for it.
+    Pass d as ``reward`` and the sampler's log pi as ``log_proposal``. For KL-control
+    d = R - beta (log q - log a) - baseline, in which the penalty is frozen too. The class is a function of ``Terms``
+    and not a row of the formula, so that the kernels need nothing new for it.
 
     Args:
         eps: positive and below 1.
 
     Raises:
-        ValueError: eps out of range. When called: no reward, or no log_proposal.
+        ValueError: eps is out of range, or a call has no reward or no log_proposal.
     """
 
     eps: float = 0.2
@@ -815,7 +830,7 @@ class PPOClip:
             raise ValueError(f"eps must be between 0 and 1, got {self.eps!r}")
 
     def __call__(self, terms: Terms) -> Tensor:
-        """A, (B,) fp64."""
+        """Return A, (B,) fp64."""
         if terms.reward is None or terms.log_ratio is None:
             raise ValueError(
                 "PPOClip needs reward, the frozen advantage of each sequence, and log_proposal, its log-probability "
@@ -825,25 +840,26 @@ class PPOClip:
         return torch.where(self.clipped(terms.log_ratio, terms.reward), 0.0, plain)
 
     def clipped(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:
-        """(B,) bool: which sequences have weight 0, from log rho and d."""
+        """Return from log rho and d whether each sequence is clipped to weight 0, (B,) bool."""
         above, below = log_ratio > math.log1p(self.eps), log_ratio < math.log1p(-self.eps)
         return (advantage > 0) & above | (advantage < 0) & below
 
 
 class AdaptiveBeta:
-    """The coefficient of KL-control, steered so that KL(pi||a) comes to a wanted value (Ziegler et al. 2019,
-    arXiv:1909.08593, section 2.2).
+    """The coefficient beta of KL-control, adapted so that KL(pi||a) reaches a wanted value.
+
+    The rule is that of Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
 
     Attributes:
-        value: beta as it is now.
+        value: the current beta.
 
     Args:
         value: beta at the start, positive.
-        target: the wanted KL(pi||a), nats per sequence, positive.
-        horizon: sequences in which beta changes by a factor of about e^0.2 at most, positive.
+        target: the wanted KL(pi||a) in nats per sequence, positive.
+        horizon: the number of sequences in which beta changes by a factor of about e^0.2 at most, positive.
 
     Raises:
-        ValueError: a number that is not positive and finite.
+        ValueError: a number is not positive and finite.
     """
 
     def __init__(self, value: float, target: float, horizon: float = 10_000) -> None:
@@ -853,11 +869,16 @@ class AdaptiveBeta:
         self.value, self.target, self.horizon = float(value), float(target), float(horizon)
 
     def update(self, kl: float, n: int) -> None:
-        """Takes in KL(pi||a) as n fresh sequences of pi have it:
+        """Update beta with KL(pi||a) of n fresh sequences of pi.
+
         ``beta *= 1 + clip(KL/target - 1, -0.2, 0.2) * n/horizon``.
 
+        Args:
+            kl: KL(pi||a), in nats per sequence.
+            n: the number of sequences.
+
         Raises:
-            ValueError: kl is not finite, or n beyond what leaves beta positive. Nothing has changed then.
+            ValueError: kl is not finite, or n is so large that beta could become negative. Then beta is unchanged.
         """
         if not math.isfinite(kl):
             raise ValueError(f"kl must be finite, got {kl!r}")
@@ -867,9 +888,9 @@ class AdaptiveBeta:
         self.value *= 1 + min(max(kl / self.target - 1, -0.2), 0.2) * n / self.horizon
 
     def state_dict(self) -> dict[str, float]:
-        """Everything that ``load_state_dict`` needs to go on."""
+        """Return everything that ``load_state_dict`` needs to go on."""
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Goes on from a value of beta; target and horizon stay those of this object."""
+        """Go on from a saved value of beta. The target and the horizon of this object stay."""
         self.value = float(state["value"])

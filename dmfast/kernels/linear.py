@@ -56,9 +56,10 @@ class Chunks(NamedTuple):
     may_cut: list[int] | None  # the sequences, from 0 to B, before which chunks may be cut; None: all
 
     def groups(self) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-        """Yield i and j of sequences [i, j) that go through the buffer together, and their ranges of rows [first, last).
+        """Yield i, j and ranges of rows [first, last) for sequences [i, j) that go through the buffer together.
 
-        There are several ranges if these sequences are longer than the buffer."""
+        There are several ranges if these sequences are longer than the buffer.
+        """
         starts = self.bounds
         at = list(range(len(starts))) if self.may_cut is None else self.may_cut
         a = 0
