@@ -1,5 +1,6 @@
-"""The Triton kernels, for those who have no compiler, and for ROCm and XPU: the backend ``triton``. A is formed in
-torch between its launches (``launch.py``). Importing this imports no triton.
+"""Define the backend ``triton``, for machines without a compiler and for ROCm and XPU.
+
+torch forms A between the launches of the Triton kernels (``launch.py``). Importing this module does not import triton.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ..fp64 import devices_without_fp64, has_fp64
 
 
 def interpreted() -> bool:
-    """Return whether TRITON_INTERPRET=1: Triton's interpreter runs the kernels on CPU tensors, for tests."""
+    """Return whether Triton's interpreter runs the kernels on CPU tensors, as tests ask by TRITON_INTERPRET=1."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
@@ -39,7 +40,7 @@ def _is_distribution(name: str) -> bool:
     try:
         metadata.version(name)
     except metadata.PackageNotFoundError:
-        return False  # triton also comes as pytorch-triton-rocm and pytorch-triton-xpu
+        return False  # the packages pytorch-triton-rocm and pytorch-triton-xpu contain triton too
     return True
 
 
@@ -49,15 +50,15 @@ def _numbers(version: str) -> tuple[int, int]:
 
 
 def devices() -> list[str]:
-    """Return the types of the devices here that Triton has kernels for."""
-    found = ["cuda"] if torch.cuda.is_available() else []  # ROCm's tensors too
+    """Return the types of the devices on this machine that Triton can run on."""
+    found = ["cuda"] if torch.cuda.is_available() else []  # torch calls ROCm's devices cuda
     if any(has_fp64(torch.device("xpu", i)) for i in range(torch.xpu.device_count())):
         found.append("xpu")
     return [*found, "cpu"] if interpreted() else found
 
 
 def why_not(device: torch.device | None = None) -> str | None:
-    """Return None where the Triton kernels can run (on ``device``, or anywhere here), else the reason."""
+    """Return None if the Triton kernels can run on ``device`` (by default on any device here), else the reason."""
     missing = _installed()
     if missing is not None:
         return missing
@@ -88,7 +89,7 @@ class Triton(BackwardOfScores):
         return None if dtype is None else why_not_dtype(dtype)
 
     def detail(self) -> str:
-        """Return what it takes."""
+        """Return a description of the logits that it takes."""
         where = "in its interpreter" if interpreted() else "on " + " and ".join(devices())
         return f"fp32, bf16 and fp16 logits {where}, where there are no CUDA kernels; checked as by cuda"
 
@@ -100,9 +101,8 @@ class Triton(BackwardOfScores):
         self, batch: Batch, terms: Terms | None, entropy: bool, divide_by: float, weights: Tensor | None,
         dz: Tensor | None, bonuses: Tensor | None = None,
     ) -> Scores:  # fmt: skip
-        """Return ``forward``'s scores and, with ``dz``, write the gradient of the sum of -weights log pi - bonuses H
-        there."""
-        from . import launch  # triton is imported where it is used
+        """Return the scores and, with ``dz``, write the gradient of the sum of -weights log pi - bonuses H there."""
+        from . import launch  # this imports triton, which may not be installed
 
         if dz is not None:
             check_gradient(batch, dz)
@@ -139,7 +139,7 @@ class Triton(BackwardOfScores):
         self, batch: Batch, terms: Terms, entropy: bool, divide_by: float, factor: float, dz: Tensor
     ) -> Scores:
         """Return the scores and write the gradient; see ``Backend``."""
-        stand_in = terms.log_proposal  # for log pi, on which a known weight does not depend
+        stand_in = terms.log_proposal  # any log pi will do, since a known weight does not depend on it
         if stand_in is None:
             stand_in = torch.zeros(batch.n_sequences, dtype=torch.float64, device=batch.logits.device)
         known = objectives.bounded_weights(terms, stand_in)

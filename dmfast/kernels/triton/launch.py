@@ -1,4 +1,4 @@
-"""Launches the Triton kernels on checked batches."""
+"""Launch the Triton kernels on checked batches."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from ..faults import usable, with_order
 from . import loss, sample
 
 NONE: int = loss.NONE.value
-SUMMED = 128  # rows that are added up at a time, a thread each
+SUMMED = 128  # rows that are added up at a time, with one thread for each
 
 
 class Shape(NamedTuple):
-    """How a row is divided among the threads of a program."""
+    """The division of a row among the threads of a program."""
 
-    packs: int  # of 16 bytes, that a thread has under way at a time
+    packs: int  # the packs of 16 bytes that a thread loads at a time
     threads: int
     warps: int
 
 
 def shape_of(vocab: int, itemsize: int, cap: bool, warp_size: int = 32) -> Shape:
-    """A third of a row at most is under way, so that few threads idle; three kinds, each compiled once.
+    """Return the shape for rows of a vocabulary. There are three shapes, each compiled once.
 
-    With a softcap a thread has 8 logits under way, a program 128 threads: 16, or 256 threads, spill registers (``make
-    aot``).
+    At most a third of a row is loaded at a time, so that few threads idle. With a softcap a thread loads 8 logits at a
+    time and a program has 128 threads, because 16 logits or 256 threads would spill registers (``make aot``).
     """
     long = (t for t in ((128,) if cap else (256, 128)) if vocab * itemsize >= 3 * 2 * t * 16)
     threads = next(long, warp_size)
@@ -50,7 +50,7 @@ def shape_of(vocab: int, itemsize: int, cap: bool, warp_size: int = 32) -> Shape
 
 @cache
 def warp_size(device: torch.device) -> int:
-    """Return the threads of a warp on a device: 64 on AMD's gfx9, 32 on the others; 32 in its interpreter."""
+    """Return the number of threads of a warp: 64 on AMD's gfx9, 32 on other devices and in the interpreter."""
     if device.type == "cpu":
         return 32
     with _on(device):
@@ -58,18 +58,18 @@ def warp_size(device: torch.device) -> int:
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a device the current one, on which Triton launches."""
+    """Return a context in which Triton launches on a device."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 def _two(x: float) -> tuple[float, float]:
-    """An fp64 number as two of fp32, which is what Triton makes of a Python float."""
-    high = torch.tensor(x, dtype=torch.float64, device="cpu").float().item()  # not where torch.device(...) says
+    """Return an fp64 number as a sum of two fp32 ones, because Triton passes a Python float as fp32."""
+    high = torch.tensor(x, dtype=torch.float64, device="cpu").float().item()  # even in a torch.device(...) context
     return high, x - high
 
 
 def _row_strides(x: Tensor, batch: Batch) -> tuple[int, int, int]:
-    """steps, and the strides of a sequence and of a row."""
+    """Return the rows of a sequence, and the strides of a sequence and of a row."""
     if batch.cu_seqlens is not None:
         return max(batch.n_rows, 1), 0, x.stride(0)
     return max(batch.steps, 1), x.stride(0), x.stride(1)
@@ -99,16 +99,16 @@ def _starts(batch: Batch) -> Tensor:
 
 
 def _sequence_of(batch: Batch) -> Tensor:
-    """(rows,) int64. Unlike ``eager.sequence_of_rows`` it waits for nothing."""
+    """Return the sequence of each row, (rows,) int64. Unlike ``eager.sequence_of_rows`` it does not wait."""
     rows = torch.arange(batch.n_rows, device=batch.labels.device)
     if batch.cu_seqlens is None:
         return rows // max(batch.steps, 1)
     found = torch.searchsorted(batch.cu_seqlens[1:], rows, right=True)
-    return found.clamp_(max=batch.n_sequences - 1)  # cu_seqlens out of order, whose rows all have a fault
+    return found.clamp_(max=batch.n_sequences - 1)  # only cu_seqlens out of order need this; their rows have faults
 
 
 class _OfRows(NamedTuple):
-    """The factors of the rows' gradients as the kernels read them: at ``places[row]``."""
+    """The factors of the rows' gradients. The kernels read those of a row at ``places[row]``."""
 
     places: Tensor  # (rows,) int64
     weights: Tensor  # fp64
@@ -116,7 +116,7 @@ class _OfRows(NamedTuple):
 
 
 def _of_rows(batch: Batch, weights: Tensor, bonuses: Tensor | None) -> _OfRows:
-    """Return the factors of sequences (B) for their rows, in one more gather only where there are token weights."""
+    """Return the factors of sequences (B,) for their rows. Only token weights make this gather one value per row."""
     sequence_of, w = _sequence_of(batch), batch.token_weight
     if w is None or not batch.n_rows:
         return _OfRows(sequence_of, weights, bonuses)
@@ -129,7 +129,7 @@ def _for_logits(batch: Batch, shape: Shape) -> dict[str, int]:
 
 
 def _for_gradient(batch: Batch, dz: Tensor, shape: Shape) -> dict[str, int]:
-    """Return how the gradient is cut: where it is narrower than its logits, as many of them take fewer packs."""
+    """Return how the gradient is cut. A gradient narrower than its logits has fewer packs for as many elements."""
     wider = batch.logits.element_size() // dz.element_size()
     return {"DZ_W": 16 // dz.element_size(), "DZ_PACKS": shape.packs // wider, "THREADS": shape.threads}
 
@@ -142,12 +142,11 @@ def score(
     batch: Batch, entropy: bool, weights: Tensor | None = None, dz: Tensor | None = None,
     bonuses: Tensor | None = None,
 ) -> tuple[Scores, Tensor]:  # fmt: skip
-    """Return log-sum-exps, log pi and entropy, and the first fault of each sequence, (B,) int64: row * 8 + fault, or
-    NONE.
+    """Return the scores, and the first fault of each sequence, (B,) int64: row * 8 + fault, or NONE.
 
-    With ``weights`` (B) the gradient of sum_i -weights_i log pi(x_i), in which token weights count, is written to
-    ``dz``, with ``bonuses`` (B) that of sum_i -bonuses_i H(x_i) as well, which needs ``entropy``; 0 where there is a
-    fault.
+    With ``weights`` (B,) the gradient of sum_i -weights_i log pi(x_i), with token weights, is written to ``dz``. With
+    ``bonuses`` (B,), which need ``entropy``, the gradient of sum_i -bonuses_i H(x_i) is added. The gradient of a
+    sequence with a fault is 0.
     """
     given, batch = batch, with_order(batch)
     rows = batch.logits.new_empty(3 if entropy else 2, batch.n_rows, dtype=torch.float64)
@@ -181,8 +180,10 @@ def score(
 def backward(
     batch: Batch, lse: Tensor, weights: Tensor, dz: Tensor, there: Tensor | None = None, bonus: Bonus | None = None
 ) -> None:
-    """Write dz = weights[sequence] * w[row] * d(-log-softmax), w the token weights, and the gradient of a bonus, unless
-    ``there`` (0-d int32) says that dz holds it already."""
+    """Write dz = weights[sequence] * w[row] * d(-log-softmax), plus the gradient of a bonus.
+
+    Here w are the token weights. Nothing is written if ``there`` (0-d int32) says that dz holds its gradient already.
+    """
     if batch.n_rows:
         shape = _shape(batch)
         places, weights, bonuses = _of_rows(batch, weights, None if bonus is None else bonus.weight)
@@ -196,7 +197,7 @@ def backward(
 
 
 def scale(batch: Batch, dz: Tensor, factors: Tensor, sequence_of: Tensor | None = None) -> None:
-    """dz *= factors[sequence]."""
+    """Multiply dz by factors[sequence] in place."""
     if batch.n_rows:
         of_gradient = batch._replace(logits=dz, softcap=0.0)
         shape = _shape(of_gradient)
@@ -209,18 +210,18 @@ def scale(batch: Batch, dz: Tensor, factors: Tensor, sequence_of: Tensor | None 
 
 
 def _halves(x: int) -> tuple[int, int]:
-    """64 bits as two int32, so that no number is of another type than the one before."""
+    """Return 64 bits as two int32, so that the types of a kernel's arguments never change."""
     words = torch.tensor([x % 2**64 - (2**64 if x % 2**64 >= 2**63 else 0)], device="cpu").view(torch.int32)
     return int(words[0]), int(words[1])
 
 
 def sample_warps(itemsize: int, warp_size: int = 32) -> int:
-    """A thread has 16 bytes of a tile."""
+    """Return the number of warps with which each thread has 16 bytes of a tile."""
     return sample.TILE * itemsize // 16 // warp_size
 
 
 def draw(rows: SampleRows, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens and log_prob (N), and the first row that is no distribution, or -1, 0-d."""
+    """Return tokens and log_prob (N,), and the first row that is not a distribution, 0-d, or -1."""
     z = rows.logits
     tokens = torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
     log_prob = torch.empty_like(tokens, dtype=torch.float64)

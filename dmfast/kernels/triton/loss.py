@@ -1,15 +1,15 @@
-"""The row kernels of the losses. A program has one row (of ``sum_rows``: one sequence).
+"""Define the Triton row kernels of the losses. A program has one row; a program of ``sum_rows`` has one sequence.
 
 ``score_rows`` fuses scaling, softcap, log-sum-exp, the gather of the label and the entropy. It reads every logit of a
-scored row once and writes nothing per logit: less is impossible, since each logit counts in the sum. With ``WRITE``,
-for weights known beforehand, it reads the row a second time, from the cache where it is still there, and writes its
-gradient: 2 reads and 1 write.
+scored row once and writes nothing per logit. Less is impossible, since each logit counts in the sum. With ``WRITE``,
+for weights that are known beforehand, it reads the row a second time, from the cache if the row is still there, and
+writes its gradient. This takes 2 reads and 1 write per logit.
 
-``write_rows`` forms the gradient from log-sum-exps: 1 read and 1 write per logit, the least where A depends on all rows
-of a sequence. ``scale_rows`` does the same or nothing at all. ``sum_rows`` reads no logits: rows to sequences, in a
-fixed order.
+``write_rows`` forms the gradient from log-sum-exps with 1 read and 1 write per logit. This is the least possible if A
+depends on all rows of a sequence. ``scale_rows`` has the same traffic, or none if the factor is 1. ``sum_rows`` reads
+no logits; it adds up the values of rows to those of sequences in a fixed order.
 
-A of a sequence is formed between them, in torch.
+torch forms A of a sequence between these kernels.
 """
 
 import triton
@@ -42,7 +42,7 @@ NONE = tl.constexpr(2**62)  # no fault; else row * 8 + fault, as csrc/batch.h nu
 
 
 def _jit(kernel):
-    """Numbers and addresses are run-time values: no shape compiles anew."""
+    """Compile a kernel whose numbers and addresses are run-time values, so that no shape compiles again."""
     names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
     return triton.jit(kernel, **{k: [name for name in v if name in names] for k, v in NOT_SPECIALIZED.items()})
 
@@ -66,16 +66,17 @@ def _write_row(
     CAP: tl.constexpr, BONUS: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr, PACKS: tl.constexpr,
     THREADS: tl.constexpr,
 ):  # fmt: skip
-    """dz = scale * cap'(z) * (coefficient * (p - onehot) + bonus * p * (log p + entropy)), p the softmax; without BONUS
-    the first part alone. A label outside [0, vocab) has no one-hot here. W of dz fill 16 bytes; of z, where it is
-    wider, several times 16."""
+    """Write dz = scale * cap'(z) * (coefficient * (p - onehot) + bonus * p * (log p + entropy)), p being the softmax.
+
+    Without BONUS only the first part is there. A label outside [0, vocab) has no one-hot here. W elements of dz fill 16
+    bytes; W logits fill several times 16 bytes if they are wider."""
     reference64 = lse / scale  # a logit whose term is near 1
     if CAP:
         t = tl.minimum(tl.maximum(reference64 / cap, -0.999), 0.999)
         reference64 = cap * 0.5 * tl.log((1.0 + t) / (1.0 - t))
     reference = reference64.to(tl.float32)
     logistic = logistic_of(reference, c, CAP)
-    # mends the rounding of the reference; in two parts, so that one at the edges of fp32 keeps its digits
+    # exp(off) corrects the rounding of the reference; two factors keep the digits of a product at the edges of fp32
     off = scaled(reference, scale, cap, CAP) - lse
     full = coefficient * scale * tl.exp(off)
     size = tl.abs(full)
@@ -89,7 +90,7 @@ def _write_row(
     factor = (full / after).to(tl.float32)
     for_label = label_gradient(at_label, lse, coefficient, scale, cap, CAP)
     if BONUS:
-        linear = (of_log_p * LN_2 / after).to(tl.float32)  # exponents are of 2
+        linear = (of_log_p * LN_2 / after).to(tl.float32)  # exponents are powers of 2
         for_label += label_bonus(at_label, lse, bonus, entropy, scale, cap, CAP)
     for_label = for_label.to(tl.float32)
     after = after.to(tl.float32)
@@ -126,8 +127,9 @@ def score_rows(
     CAP: tl.constexpr, ENTROPY: tl.constexpr, WRITE: tl.constexpr, BONUS: tl.constexpr, WIDE: tl.constexpr,
     W: tl.constexpr, PACKS: tl.constexpr, THREADS: tl.constexpr, DZ_W: tl.constexpr, DZ_PACKS: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp, logit of the label and entropy of a row. The logit is 0 where the label is not here; the log-sum-exp
-    is NaN where it is no token."""
+    """Compute log-sum-exp, the label's logit and the entropy of a row.
+
+    The logit is 0 if another shard has the label. The log-sum-exp is NaN if the label is not a token."""
     row = tl.program_id(0)
     label = tl.load(labels + row)
     token = (label >= 0) & (label < n_tokens)
@@ -146,10 +148,10 @@ def score_rows(
         scale, cap, c = constants(scale_high, scale_low, cap_high, cap_low, CAP)
         head, packs, body, lane, offsets = packs_of(z, vocab, W, PACKS, THREADS)
 
-        # A thread's part of the sum, against the largest logit that it has seen: of all its packs, so that they are
-        # loaded before the first term is formed. Packs are added up in fp64. Terms that are 1, such as the largest, are
-        # counted apart: beside them an fp32 sum would lose small terms, all in one direction, and with them the digits
-        # of 1 - p where p is near 1.
+        # Each thread sums its terms relative to the largest logit that it has seen. It takes the maximum of all its
+        # packs first, so that they are loaded before the first term is formed. Packs are added up in fp64. Terms that
+        # are 1, such as the largest, are counted apart. Next to them an fp32 sum would lose small terms, always in the
+        # same direction, and with them the digits of 1 - p where p is near 1.
         reference = tl.full([THREADS], LOWEST, tl.float32)
         logistic = logistic_of(reference, c, CAP)
         ones = tl.zeros([THREADS], tl.int32)
@@ -189,7 +191,7 @@ def score_rows(
         total = tl.sum(tl.where(at_top, ones, 0), axis=0) + tl.sum(one.to(tl.int32), axis=0)
         total += tl.sum(tl.where(at_top, rest, tl.where(shrink == 0, 0.0, shrink * (rest + ones))), axis=0)
         total += tl.sum(tl.where(one, 0.0, e).to(tl.float64), axis=0)
-        # NaN times anything: a lane whose terms were too small to count had none
+        # A NaN must reach the total, even from a lane whose terms are too small to count.
         total = tl.where((top == INF) | (tl.sum((rest != rest).to(tl.int32), axis=0) > 0), float("nan"), total)
         log_total = tl.log(total)
         lse = scaled(top, scale, cap, CAP) + log_total
@@ -200,7 +202,7 @@ def score_rows(
             moments = tl.where(at_top, moment, tl.where(shrink > 0, shrink * (moment + delta * (rest + ones)), 0.0))
             all_moments = tl.sum(moments, axis=0)
             all_moments += tl.sum(tl.where(e > 0, e * exponent, 0.0).to(tl.float64), axis=0)
-            # nothing but -inf in a shard's row: 0
+            # a shard's row of -inf alone has entropy 0
             entropy = tl.where(total == 0.0, 0.0, log_total - LN_2 * all_moments / total)
             tl.store(entropy_of + row, entropy)
         if WRITE:
@@ -235,7 +237,7 @@ def write_rows(
     MAY_BE_THERE: tl.constexpr, CAP: tl.constexpr, BONUS: tl.constexpr, WIDE: tl.constexpr, DZ_W: tl.constexpr,
     DZ_PACKS: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a row. One that is not scored or has weight 0 is zeroed without being read."""
+    """Write the gradient of a row. A row that is not scored or has weight 0 is zeroed without being read."""
     if MAY_BE_THERE:
         if tl.load(there) != 0:
             return
@@ -253,7 +255,7 @@ def write_rows(
     column = label - vocab_start
     if (label >= 0) & (label < n_tokens) & ((coefficient != 0.0) | (bonus != 0.0)) & (tl.abs(lse) < INF):
         z = logits + row_offset(row, steps, stride_sequence, stride_row)
-        # The thread that writes over it has read it, since what it writes follows from it; no other needs it.
+        # The thread that overwrites the label's logit has read it, since its result depends on it. No other needs it.
         at_label = tl.load(z + column, mask=(column >= 0) & (column < vocab), other=0.0).to(tl.float32)
         scale, cap, c = constants(scale_high, scale_low, cap_high, cap_low, CAP)
         _write_row(z, to, vocab, column, at_label, lse, coefficient, bonus, entropy, scale, cap, c,
@@ -270,7 +272,7 @@ def scale_rows(
     vocab, steps, dz_stride_sequence, dz_stride_row,
     DZ_W: tl.constexpr, DZ_PACKS: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """dz *= factor of the sequence; nothing is read where that is 0 or 1."""
+    """Multiply dz by the factor of the sequence. Nothing is read if the factor is 0 or 1."""
     row = tl.program_id(0)
     by = tl.load(factors + tl.load(sequence_of + row)).to(tl.float32)
     to = dz + row_offset(row, steps, dz_stride_sequence, dz_stride_row)
@@ -298,7 +300,7 @@ def sum_rows(
     vocab, vocab_start, n_tokens,
     ENTROPY: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """log pi and entropy of a sequence, NaN with a fault."""
+    """Add up log pi and the entropy of a sequence. Both are NaN if the sequence has a fault."""
     i = tl.program_id(0)
     first, last = tl.load(starts + i), tl.load(starts + i + 1)
     sums = tl.zeros([ROWS], tl.float64)

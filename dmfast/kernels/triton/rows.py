@@ -1,8 +1,8 @@
-"""What the Triton row kernels share: how a row is cut, the terms of its sum, fp64 values of a single logit.
+"""Define what the Triton row kernels share: the cut of a row, the terms of its sum, and fp64 values of a single logit.
 
-A row is a head up to the first 16-byte boundary, packs of 16 bytes, and a tail. Head and tail have fewer logits than a
-pack and go one by one; so the packs are wide accesses whatever V and the row's address. Without that cut Triton emits
-wide accesses only where it knows that V or the row stride is a multiple of 16, which 50257 is not.
+A row consists of a head up to the first 16-byte boundary, packs of 16 bytes, and a tail. Head and tail have fewer
+logits than a pack and are read one by one, so that the packs are wide accesses for any V and any address. Without this
+cut Triton emits wide accesses only if it knows that V or the row stride is a multiple of 16, which 50257 is not.
 """
 
 import triton
@@ -11,7 +11,8 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # not -inf, from which -inf can't be subtracted
-# NaN is float("nan") in the kernels: at each launch Triton holds a global against what it was, and NaN is never that
+# The kernels write float("nan") for NaN. Triton compares each global with its old value at every launch, and NaN would
+# never be equal.
 INF = tl.constexpr(float("inf"))
 IGNORE = tl.constexpr(-100)
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken off again, it rounds to an integer
@@ -22,14 +23,14 @@ _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken off again, it r
 
 @triton.jit
 def row_offset(row, steps, stride_sequence, stride_row):
-    """Where a row starts, in logits. Packed batches have one sequence of all rows here."""
+    """Return the start of a row, in logits. A packed batch counts as one sequence here."""
     row = row.to(tl.int64)
     return row // steps * stride_sequence + row % steps * stride_row
 
 
 @triton.jit
 def head_of(z, vocab, W: tl.constexpr):
-    """Logits before the first 16-byte boundary of the row at z, W of which fill 16 bytes."""
+    """Return the number of logits before the first 16-byte boundary of the row at z. W logits fill 16 bytes."""
     at = z.to(tl.int64) // (16 // W)
     return tl.minimum((W - at % W) % W, vocab).to(tl.int32)
 
@@ -42,8 +43,8 @@ def aligned(z, head):
 
 @triton.jit
 def packs_of(z, vocab, W: tl.constexpr, PACKS: tl.constexpr, THREADS: tl.constexpr):
-    """The head's length; the number of packs behind it, the address of the first, the lanes that take one each
-    (PACKS, THREADS), and where their logits lie (PACKS, THREADS, W). PACKS of them are one thread's."""
+    """Return the head's length, the number of packs after it, the address of the first pack, the lanes that take one
+    pack each (PACKS, THREADS), and the offsets of their logits (PACKS, THREADS, W). A thread has PACKS lanes."""
     head = head_of(z, vocab, W)
     lane = tl.arange(0, PACKS)[:, None] * THREADS + tl.arange(0, THREADS)[None, :]
     return head, (vocab - head) // W, aligned(z, head), lane, lane[:, :, None] * W + tl.arange(0, W)[None, None, :]
@@ -60,7 +61,7 @@ def ends_of(vocab, head, W: tl.constexpr):
 
 @triton.jit
 def zero_row(dz, vocab, W: tl.constexpr, PACKS: tl.constexpr, THREADS: tl.constexpr):
-    """Writes zeros over the row at dz."""
+    """Write zeros over the row at dz."""
     head, packs, body, lane, offsets = packs_of(dz, vocab, W, PACKS, THREADS)
     nothing = tl.zeros([PACKS, THREADS, W], dz.dtype.element_ty)
     for first in range(0, packs, PACKS * THREADS):
@@ -74,27 +75,31 @@ def zero_row(dz, vocab, W: tl.constexpr, PACKS: tl.constexpr, THREADS: tl.conste
 
 @triton.jit
 def split(x):
-    """An fp64 constant as two fp32, whose rounding would else tilt every term of a row the same way."""
+    """Return an fp64 constant as two fp32 numbers. The rounding of a single one would bias all terms of a row alike."""
     high = x.to(tl.float32)
     return high, (x - high.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
 def exp2_of(x, high, low):
-    """2^(x (high + low)) to 2 ulps, and the exponent. The integer part of the exponent is taken out before it is
-    rounded: exp2 of an fp32 product alone is off by its rounding. Below 2^-126: 0."""
+    """Return 2^(x (high + low)) to 2 ulps, and the exponent. A power below 2^-126 is 0.
+
+    The integer part of the exponent is taken out before the exponent is rounded, because exp2 of an fp32 product would
+    be off by the rounding of the product."""
     shifted = tl.fma(x, high, _MAGIC)
     whole = shifted - _MAGIC
     part = tl.fma(x, high, -whole) + x * low
     power = ((shifted.to(tl.int32, bitcast=True) + 127) << 23).to(tl.float32, bitcast=True)
-    # NaN stays
+    # NaN fails the comparison, and stays NaN
     return tl.where(whole <= -127.0, 0.0, tl.exp2(part) * power), whole + part
 
 
 @triton.jit
 def constants(scale_high, scale_low, cap_high, cap_low, CAP: tl.constexpr):
-    """scale and cap in fp64; the factor of ``distance`` to an exponent of 2, and 2 / cap, in nats and in bits, each
-    split; beyond ``bound`` tanh is +-1."""
+    """Return scale and cap in fp64, and a tuple of fp32 constants.
+
+    The tuple has the factor that turns a ``distance`` into an exponent of 2, then 2 / cap in nats and in bits, each
+    split in two. Its last entry is the logit beyond which tanh is +-1."""
     scale = tl.full([], scale_high, tl.float64) + tl.full([], scale_low, tl.float64)
     cap = tl.full([], cap_high, tl.float64) + tl.full([], cap_low, tl.float64)
     factor = scale * LOG2_E
@@ -110,7 +115,7 @@ def constants(scale_high, scale_low, cap_high, cap_low, CAP: tl.constexpr):
 
 @triton.jit
 def clamp(z, c, CAP: tl.constexpr):
-    """z within the softcap's range; NaN stays."""
+    """Return z clamped to the range in which the softcap is not constant. NaN stays NaN."""
     if CAP:
         z = tl.where(z < -c[6], -c[6], tl.where(z > c[6], c[6], z))
     return z
@@ -118,7 +123,7 @@ def clamp(z, c, CAP: tl.constexpr):
 
 @triton.jit
 def logistic_of(reference, c, CAP: tl.constexpr):
-    """What ``distance`` needs of a reference besides itself."""
+    """Return what ``distance`` needs of a reference besides the reference itself."""
     if CAP:
         e, _ = exp2_of(-clamp(reference, c, CAP), c[4], c[5])
         return 1.0 / (1.0 + e)
@@ -128,11 +133,12 @@ def logistic_of(reference, c, CAP: tl.constexpr):
 
 @triton.jit
 def distance(z, reference, logistic, c, CAP: tl.constexpr):
-    """Times (c[0] + c[1]) this is the exponent of 2 of the term of z against that of reference.
+    """Return the distance of z from the reference, whose product with c[0] + c[1] is an exponent of 2.
 
-    Without softcap z - reference. With one cap(z) - cap(r) = 2 cap s(2r/cap) expm1(2 (z - r)/cap) / (e^(2z/cap) + 1), s
-    the logistic function: right to a few ulps of the difference itself, where a difference of two tanh is off by an ulp
-    of cap.
+    2 to this exponent is the term of z relative to the term of the reference. Without a softcap the distance is
+    z - reference. With one it follows from cap(z) - cap(r) = 2 cap s(2r/cap) expm1(2 (z - r)/cap) / (e^(2z/cap) + 1),
+    where s is the logistic function. This is right to a few ulps of the difference itself, while a difference of two
+    tanh is off by an ulp of cap.
     """
     if CAP:
         z = clamp(z, c, CAP)
@@ -149,7 +155,7 @@ def distance(z, reference, logistic, c, CAP: tl.constexpr):
 
 @triton.jit
 def slope(z, c):
-    """cap'(z) = 1 - tanh^2; of the logit as it is, so that -inf gives 0."""
+    """Return cap'(z) = 1 - tanh^2. The logit is not clamped from below, so that -inf gives 0."""
     u, _ = exp2_of(tl.minimum(z, c[6]), c[4], c[5])
     r = 1.0 / (u + 1.0)
     return 4.0 * r * (u * r)
@@ -160,13 +166,13 @@ def slope(z, c):
 
 @triton.jit
 def tanh(x):
-    """Absolutely, not relatively right near 0, which is what a logit needs."""
+    """Return tanh(x), whose error near 0 is small absolutely and not relatively. A logit needs no more."""
     return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
 
 
 @triton.jit
 def scaled(z, scale, cap, CAP: tl.constexpr):
-    """scale * cap(z) of fp32 z."""
+    """Return scale * cap(z) in fp64."""
     z = z.to(tl.float64)
     if CAP:
         z = cap * tanh(z / cap)
@@ -175,10 +181,10 @@ def scaled(z, scale, cap, CAP: tl.constexpr):
 
 @triton.jit
 def label_gradient(z, lse, coefficient, scale, cap, CAP: tl.constexpr):
-    """-coefficient * scale * cap'(z) * (1 - p) in one subtraction: no cancellation where p is near 1."""
+    """Return -coefficient * scale * cap'(z) * (1 - p), formed without cancellation where p is near 1."""
     x = scaled(z, scale, cap, CAP) - lse
     u = tl.exp(x)
-    # expm1 (Kahan): the rounding of u cancels against that of its logarithm
+    # This is Kahan's expm1, in which the rounding of u cancels against that of its logarithm.
     log_u = tl.log(u)
     minus = tl.where(u == 1.0, x, tl.where(u == 0.0, -1.0, (u - 1.0) * x / tl.where(log_u == 0.0, 1.0, log_u)))
     g = coefficient * scale * minus
@@ -190,7 +196,7 @@ def label_gradient(z, lse, coefficient, scale, cap, CAP: tl.constexpr):
 
 @triton.jit
 def label_bonus(z, lse, bonus, entropy, scale, cap, CAP: tl.constexpr):
-    """bonus * scale * cap'(z) * p * (log p + entropy); 0 where p is."""
+    """Return bonus * scale * cap'(z) * p * (log p + entropy), which is 0 where p is 0."""
     log_p = scaled(z, scale, cap, CAP) - lse
     g = bonus * scale * tl.where(log_p > -INF, tl.exp(log_p) * (log_p + entropy), 0.0)
     if CAP:

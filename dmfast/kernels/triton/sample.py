@@ -1,10 +1,12 @@
-"""``sample_rows`` fuses scaling, softcap, softmax, the draw and its log-probability. It reads every logit once, a tile
-of 1,024 a second time, and writes nothing per logit: less is impossible, since each counts in the sum.
+"""Define the Triton kernel that draws a token from each row of logits.
 
-A program has a row. The sums of its tiles stay in registers; a uniform number picks a tile from them and a token in it.
-Tiles start at multiples of 1,024 logits of the row, whatever its address: the draw and its log-probability follow from
-the logits alone. So accesses are wide only where every row is aligned and V a multiple of 8 (``WIDE``). A token of
-probability 0 is never drawn.
+``sample_rows`` fuses scaling, softcap, softmax, the draw and its log-probability. It reads every logit once, one tile
+of 1,024 logits a second time, and writes nothing per logit. Less is impossible, since each logit counts in the sum.
+
+A program has one row. The sums of its tiles stay in registers. A uniform number picks a tile by these sums, and then a
+token in the tile. Tiles start at multiples of 1,024 logits of the row, whatever its address, so that the draw and its
+log-probability depend on the logits alone. Therefore accesses are wide only if every row is aligned and V is a multiple
+of 8 (``WIDE``). A token of probability 0 is never drawn.
 """
 
 import triton
@@ -19,8 +21,8 @@ _RUN_TIME = ["vocab", "stride_row", "scale_high", "scale_low", "cap_high", "cap_
 
 @triton.jit
 def _pick(weights, target, N: tl.constexpr):
-    """The first of N weights with which the running sum exceeds target, else the last that is not 0 (rounding may leave
-    the target at the very end); and the target less the sum before it."""
+    """Return the index of the first of N weights at which the running sum exceeds the target, and the target minus the
+    sum before it. If rounding leaves the target at the very end, the index is that of the last weight that is not 0."""
     i = tl.arange(0, N)
     running = tl.cumsum(weights, axis=0)
     there = weights > 0
@@ -40,10 +42,10 @@ def sample_rows(
     CAP: tl.constexpr, IDS: tl.constexpr, GIVEN: tl.constexpr, WIDE: tl.constexpr,
     TILES: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """One token of a row."""
+    """Draw one token from a row."""
     row = tl.program_id(0)
     z = logits + row.to(tl.int64) * stride_row
-    if WIDE:  # what the compiler is to know
+    if WIDE:  # this tells the compiler that the accesses are aligned
         z = tl.multiple_of(z, 16)
         vocab = vocab // 8 * 8
     scale, cap, c = constants(scale_high, scale_low, cap_high, cap_low, CAP)
