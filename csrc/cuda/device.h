@@ -1,4 +1,4 @@
-// CUDA as the kernels use it. tests/native/shim.h stands in for it where g++ compiles them to run on the host.
+// The parts of CUDA that the kernels use. tests/native/shim.h replaces them if g++ compiles the kernels for the host.
 #pragma once
 #ifdef DMF_SHIM
 #include "shim.h"
@@ -17,20 +17,20 @@
 namespace dmf::cuda {
 
 #ifndef DMF_SHIM
-// To 2^-22 of the result; denormals are 0.
+// 2^x, right to 2^-22 of the result. Denormals become 0.
 __device__ inline float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// To an ulp.
+// 1 / x, right to an ulp.
 __device__ inline float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 #endif
-// To half of an ulp, nearly.
+// 1 / x, right to little more than half an ulp.
 __device__ inline float reciprocal(float x) {
   const float y = reciprocal_approx(x);
   return isinf(x) ? y : fmaf(y, fmaf(-x, y, 1.0f), y);
@@ -38,7 +38,7 @@ __device__ inline float reciprocal(float x) {
 
 inline void check(cudaError_t error) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // which keeps it, for whoever asks next
+  cudaGetLastError();  // clears the error, which the next caller would get otherwise
   throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
@@ -49,14 +49,14 @@ inline int shared_limit(int device) {
   return limit;
 }
 
-// Lets a kernel have that many bytes of dynamic shared memory. To be the same at every call: between this and its
-// launch another thread may set it again.
+// Lets a kernel have that many bytes of dynamic shared memory. The number must be the same at every call, because
+// another thread may set it between this call and the launch.
 template <class Kernel>
 void allow_shared(Kernel kernel, int64_t bytes) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
 }
 
-// Makes a device the current one for a scope. cudaSetDevice makes a context where there is none: only where it must.
+// Makes a device the current one for a scope. It calls cudaSetDevice only if it must, because that creates a context.
 class OnDevice {
  public:
   explicit OnDevice(int device) : device_(device) {

@@ -1,18 +1,19 @@
 // score_rows fuses scaling, softcap, log-sum-exp, the gather of the label and the entropy, sums them over sequences and
 // forms ratios, weights and the loss, in one launch. It reads every logit of a scored row once and writes nothing per
-// logit: less is impossible, since each logit counts in the sum.
+// logit. Less is impossible, since each logit counts in the sum.
 //
-// For weights that do not depend on pi it writes the gradient too, where two rows fit shared memory, in which they wait
-// for their log-sum-exp: 1 read and 1 write per logit. Longer rows take write_rows after it, and are read twice
-// (plan.h).
+// For weights that do not depend on pi it writes the gradient too, if two rows fit shared memory, where they wait for
+// their log-sum-exp. This takes 1 read and 1 write per logit. For longer rows write_rows follows, and they are read
+// twice (plan.h).
 //
-// A gradient in place is safe where it is as wide as its logits, since a thread then writes only where it has read. A
-// 16-bit gradient of fp32 logits must have memory of its own: gradients 2i and 2i + 1 would overwrite logit i, which
-// another thread may have yet to read.
+// A gradient in place is safe if it is as wide as its logits, since a thread then writes only where it has read. A
+// 16-bit gradient of fp32 logits must have memory of its own, because gradients 2i and 2i + 1 would overwrite logit i,
+// which another thread may have yet to read.
 //
-// A block has one row. Blocks count themselves on a counter of their sequence, whose last block adds up its rows in a
-// fixed order; the last of all sequences adds up the loss. So there is no atomic on a float, and the result does not
-// depend on who is last. Each sequence has a block of its own besides its rows, so that one without rows ends too.
+// A block has one row. Blocks count themselves on a counter of their sequence. The last block of a sequence adds up the
+// rows in a fixed order, and the last block of all sequences adds up the loss. So there is no atomic on a float, and
+// the result does not depend on which block is last. Each sequence has one block besides those of its rows, so that a
+// sequence without rows is finished too.
 #include <climits>
 #include <string>
 
@@ -23,23 +24,23 @@
 namespace dmf::cuda {
 namespace {
 
-enum class Pass { score, kept };  // kept: with the gradient, for which the row stays in shared memory
+enum class Pass { score, kept };  // kept also writes the gradient, for which the row stays in shared memory
 
 constexpr long long kNone = LLONG_MAX;
-constexpr int kLosses = 128;  // that wait in shared memory to be added up
+constexpr int kLosses = 128;  // the number of losses in shared memory that are added up at a time
 
-// What a row's gradient is made of: weight times that of -log pi of its label, and bonus times that of -H.
+// The parts of a row's gradient, which is weight times that of -log pi of the label, plus bonus times that of -H.
 struct RowGradient {
   double weight, bonus;
   double lse, entropy, at_label;
   __device__ bool is_zero() const { return weight == 0.0 && bonus == 0.0; }
 };
 
-// The same as the threads of a block need it, made by one of them.
+// The gradient in the form that the threads of a block need. One of them makes it.
 struct Slope {
   float reference;
-  float factor, linear;  // dz is 2^exponent * (factor + linear * distance), with the powers by
-  float biased;          // more than in biased
+  float factor, linear;  // dz is 2^exponent * (factor + linear * distance); a power of 2 is taken out of both
+  float biased;          // and added to the exponent by this
   float at_label;
 };
 
@@ -56,14 +57,14 @@ static_assert(sizeof(Shared) <= kStaticShared, "plan.h leaves it that much");
 
 __device__ long long encode(int64_t place, Fault fault) { return place * 8 + static_cast<int64_t>(fault); }
 
-// What no objective may be given: NaN anywhere, an infinity that is none of those with a meaning.
+// Returns whether the inputs may be given to an objective: none is NaN, and an infinity has a meaning where it stands.
 __device__ bool inputs_ok(const Terms& t, const Sequence& x) {
   const bool base = isfinite(x.log_base) || (x.log_base == -INFINITY && t.objective.max_weight < INFINITY);
   return (!t.has(kLogProposal) || isfinite(x.log_proposal)) && x.log_target < INFINITY && x.log_z < INFINITY &&
          isfinite(x.reward) && isfinite(x.baseline) && base;
 }
 
-// A known weight; 0 where it can't be used.
+// Returns a known weight, or 0 if it can't be used.
 __device__ Weight known_weight(const Terms& t, int64_t i) {
   const Sequence x = sequence(t, i, t.at(kLogProposal, i));
   Weight w = weigh(t.objective, x);
@@ -94,12 +95,12 @@ __device__ void finish_sequence(const Batch& b, const Terms& t, const Outputs& o
   sums = block_sum(sums, shared.sequence);
   fault = block_min(fault, shared.fault);
   const bool bad_rows = fault != kNone;
-  if (bad_rows)  // so that backward, whatever weight it is given, writes 0
+  if (bad_rows)  // NaN makes backward write 0, whatever weight it is given
     for (int64_t row = first + threadIdx.x; row < last; row += blockDim.x) out.lse(row) = NAN;
   if (threadIdx.x != 0) return;
   const double log_prob = bad_rows ? static_cast<double>(NAN) : sums.a;
   out.log_prob(i) = log_prob;
-  out.sequence_entropy(i) = bad_rows ? static_cast<double>(NAN) : sums.b;  // 0 where it is not wanted
+  out.sequence_entropy(i) = bad_rows ? static_cast<double>(NAN) : sums.b;  // 0 if the entropy is not wanted
   if (t.objective.kind != Kind::none) {
     const Sequence x = sequence(t, i, log_prob);
     Weight w = weigh(t.objective, x);
@@ -108,7 +109,7 @@ __device__ void finish_sequence(const Batch& b, const Terms& t, const Outputs& o
     if (known) w = weigh(t.objective, sequence(t, i, t.at(kLogProposal, i)));
     out.clipped(i) = w.clipped;
     if (!bad_rows) {
-      // a row's fault comes before a weight's, as on the CPU
+      // a fault of a row takes precedence over one of a weight, as on the CPU
       if (!inputs_ok(t, x))
         fault = encode(kWeightPlace + i, Fault::input);
       else if (w.out_of_range)
@@ -128,14 +129,14 @@ __device__ void finish_loss(const Batch& b, const Terms& t, const Outputs& out, 
   fault = block_min(fault, shared.first);
   if (threadIdx.x == 0) *status = fault == kNone ? -1 : fault;
   if (t.objective.kind == Kind::none) return;
-  double total = 0;  // in sequence order, as on the CPU
+  double total = 0;  // summed in the order of the sequences, as on the CPU
   for (int64_t first = 0; first < b.sequences; first += kLosses) {
     const int n = static_cast<int>(min(b.sequences - first, int64_t{kLosses}));
     for (int i = threadIdx.x; i < n; i += blockDim.x) shared.losses[i] = out.loss(first + i);
     __syncthreads();
     if (threadIdx.x == 0)
       for (int i = 0; i < n; ++i) total += shared.losses[i];
-    __syncthreads();  // they are read before the next ones come
+    __syncthreads();  // the losses must be read before the next ones overwrite them
   }
   if (threadIdx.x == 0) *out.total = total / out.divide_by;
 }
@@ -143,18 +144,18 @@ __device__ void finish_loss(const Batch& b, const Terms& t, const Outputs& out, 
 // dz[v] = scale * cap'(z[v]) * (weight * (p[v] - (v == label)) + bonus * p[v] * (log p[v] + H)), with the softmax p
 template <bool Cap>
 __device__ Slope slope_of(const Constants& c, const RowOptions& o, const RowGradient& row) {
-  double z = row.lse / o.scale;  // whose term is 1
+  double z = row.lse / o.scale;  // a logit of this value has the term 1
   if (Cap) {
     const double u = z / o.softcap;
     z = u > 0.999 ? c.bound : o.softcap * atanh(fmax(u, -0.999));  // no logit's term is above that of lse
   }
   const float reference = static_cast<float>(z);
-  const double off = scaled(reference, o) - row.lse, mend = exp(off);  // of the rounding of the reference
+  const double off = scaled(reference, o) - row.lse, mend = exp(off);  // corrects the rounding of the reference
   const double slope = row.bonus * o.scale * mend, full = row.weight * o.scale * mend + slope * (off + row.entropy);
   const double size = fmax(fabs(full), fabs(slope));
   int64_t raw;
   memcpy(&raw, &size, 8);
-  // 32: so that what vanishes is below fp32's denormals
+  // the 32 makes terms vanish only where the result is below fp32's denormals
   const int power = min(max(static_cast<int>(raw >> 52 & 0x7ff) - 1023 + 32, -120), 120);
   double shrink;  // 2^-power
   raw = static_cast<int64_t>(1023 - power) << 52;
@@ -164,10 +165,11 @@ __device__ Slope slope_of(const Constants& c, const RowOptions& o, const RowGrad
           kBiased + static_cast<float>(power), static_cast<float>(row.at_label)};
 }
 
-// dz of the row, apart from the label's column, whose value is at_label. A label that is elsewhere has a column outside
-// the row. With a bonus the factor is linear in log p.
+// Writes dz of the row. The label's column gets at_label; a label of another shard has a column outside the row. With a
+// bonus the factor is linear in log p. Kept says that the logits come from shared memory, where a late load costs
+// little.
 template <class In, class Out, bool Cap, bool WithBonus, bool Kept = false>
-struct Write {  // Kept: its logits come from shared memory, where a late load costs little
+struct Write {
   const Constants& c;
   Reference<Cap> reference;
   Slope slope;
@@ -179,18 +181,18 @@ struct Write {  // Kept: its logits come from shared memory, where a late load c
     reference.set(c, slope.reference);
   }
 
-  // Below least p is 0, which times log p is 0.
+  // Below least, p is 0, and so is p log p.
   __device__ float of_p(float distance) const {
     return WithBonus ? fmaf(slope.linear, fmaxf(distance, c.least), slope.factor) : slope.factor;
   }
 
-  // reference, most: the row's, in a round
+  // reference and most are those of the row, for one round.
   __device__ float gradient(const Reference<Cap>& reference, float most, float z) const {
     if constexpr (Cap) {
-      z = fminf(z, most);  // so that full is finite; 1 - tanh^2 is 2e-24 there
+      z = fminf(z, most);  // keeps full finite; 1 - tanh^2 is only 2e-24 there
       const float full = reference.full(c, z), part = reciprocal_approx(full + 1.0f);
       const float d = reference.distance(c, z, full);
-      // cap' = 1 - tanh^2; 0 at -inf
+      // cap' = 1 - tanh^2, which is 0 at -inf
       return term_of(d, c.bits, slope.biased).value() * of_p(d) * (4.0f * part * (full * part));
     } else {
       const float d = reference.distance(c, z);
@@ -216,7 +218,8 @@ struct Write {  // Kept: its logits come from shared memory, where a late load c
   }
 };
 
-// The label's column in one subtraction, without cancellation where p is near 1. To be called before dz, which may be
+// Returns the gradient of the label's column, formed in one subtraction so that nothing cancels where p is near 1. It
+// must be called before dz, which may be
 // z, is written.
 __device__ double label_gradient(float z, const RowGradient& row, const RowOptions& o) {
   const double t = o.softcap > 0 ? tanh(z / o.softcap) : 0.0, slope = 1.0 - t * t, log_p = scaled(z, o) - row.lse;
@@ -250,9 +253,9 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
     return;
   }
   const Cut cut = cut_row(z, vocab);
-  // the row's packs lie aligned in shared memory too
+  // keeps the row's packs aligned in shared memory too
   In* kept = reinterpret_cast<In*>(memory) + (kWidth<In> - cut.head % kWidth<In>) % kWidth<In>;
-  // read before dz, which may be z, is written
+  // this must be read before dz, which may be z, is written
   const bool here = static_cast<unsigned>(column) < static_cast<unsigned>(vocab);
   const float at_label = threadIdx.x == 0 && here ? to_float(z[column]) : 0.0f;
 
@@ -269,7 +272,7 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
     out.lse(row) = lse;
     out.label(row) = scaled(at_label, o);
     const double nats = Cap ? 2.0 * o.scale * o.softcap : o.scale;                   // of a distance
-    const double entropy = total == 0.0 ? 0.0 : log(total) - nats * sums.c / total;  // nothing but -inf
+    const double entropy = total == 0.0 ? 0.0 : log(total) - nats * sums.c / total;  // total is 0 if all are -inf
     if (Entropy) out.row_entropy(row) = entropy;
     if (kKnown) {
       RowGradient& of_row = shared.gradient;
@@ -295,7 +298,7 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
     for_row<Out>(both, FromRow<In>{kept}, Write<In, Out, Cap, false, true>(c, shared.slope, column, dz));
 }
 
-// The score reaches 4 blocks anyway, and a kept row is one of 2: without the bounds, the compiler spills to reach more.
+// The score reaches 4 blocks anyway, and 2 kept rows fit. Without these bounds the compiler spills to reach more.
 template <class In, class Out, bool Cap, bool Entropy, Pass P>
 __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThreads, P == Pass::score ? 4 : 2)
     score_rows(Batch b, Terms t, Outputs out, double factor, Gradient g, Workspace w, Constants c) {
@@ -303,14 +306,14 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
   constexpr bool kKnown = P == Pass::kept;
   long long* const faults = reinterpret_cast<long long*>(w.faults);
   const int64_t block = blockIdx.x, row = block - b.sequences - 1;
-  if (block != b.sequences) {  // that one is the loss's own, for a batch without sequences
+  if (block != b.sequences) {  // this block belongs to the loss, so that a batch without sequences has one too
     if (row >= 0) score_row<In, Out, Cap, Entropy, P>(b, t, out, factor, g, c, row, shared);
     const int64_t i = block < b.sequences ? block : b.sequence_of(row);
     if (!is_last(w.counters + i, b.first_row(i + 1) - b.first_row(i) + 1, shared.last)) return;
     finish_sequence(b, t, out, faults, i, kKnown, shared);
     if (kKnown) {
       __syncthreads();
-      if (isnan(out.log_prob(i)))  // a row has a fault; one of the weight has made that 0
+      if (isnan(out.log_prob(i)))  // then a row has a fault; a fault of the weight has made the weight 0 already
         for (int64_t r = b.first_row(i); r < b.first_row(i + 1); ++r)
           zero_row(row_of<Out>(g, b, r), static_cast<int>(b.options.vocab));
     }
@@ -318,7 +321,7 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
   if (is_last(w.counters + b.sequences, b.sequences + 1, shared.last)) finish_loss(b, t, out, faults, w.status, shared);
 }
 
-// Without a softcap 5 or 6 blocks, by what ptxas does not spill for on one of the architectures.
+// Without a softcap there are 5 or 6 blocks, the most for which ptxas spills on none of the architectures.
 template <class In, class Out, bool Cap, bool WithBonus>
 __global__ void __launch_bounds__(kMaxThreads, Cap                                                            ? 0
                                                : sizeof(In) != sizeof(Out) || (sizeof(In) == 2 && !WithBonus) ? 5
@@ -333,7 +336,7 @@ __global__ void __launch_bounds__(kMaxThreads, Cap                              
   if (upstream && *upstream == unless) return;
   const RowOptions& o = b.options;
   const int64_t row = blockIdx.x, label = b.labels[row];
-  // beyond the row where the label is elsewhere: no pack has it
+  // a label of another shard has a column outside the row, which no pack contains
   const int column = static_cast<int>(label - b.vocab_start), vocab = static_cast<int>(o.vocab);
   const In* z = reinterpret_cast<const In*>(b.logits) + b.offset(row);
   Out* dz = row_of<Out>(g, b, row);
@@ -368,7 +371,7 @@ __global__ void __launch_bounds__(kMaxThreads) scale_rows(Batch b, double factor
   const int64_t row = blockIdx.x;
   if (by == 1.0f || (b.labels && b.labels[row] < 0)) return;
   T* dz = row_of<T>(g, b, row);
-  if (by == 0.0f) {  // an overflow times 0 is 0
+  if (by == 0.0f) {  // even a gradient that overflowed becomes 0
     zero_row(dz, static_cast<int>(b.options.vocab));
     return;
   }

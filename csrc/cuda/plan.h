@@ -1,4 +1,5 @@
-// How many threads work on a row and whether it stays in shared memory: plain arithmetic, tested without a device.
+// Decides how many threads work on a row and whether it stays in shared memory. This is plain arithmetic, which is
+// tested without a device.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -11,22 +12,22 @@ struct Plan {
   int64_t shared;  // bytes of dynamic shared memory
 };
 
-// Loads and stores of logits per logit, to which tests/native/trace.cpp holds the kernels.
+// The loads and stores per logit. tests/native/trace.cpp checks that the kernels do not exceed them.
 struct Traffic {
   double reads, writes;
 };
 constexpr Traffic kForward{1, 0}, kBackward{1, 1}, kKnownKept{1, 1}, kKnownReread{2, 1}, kScale{1, 1};
-constexpr Traffic kSkipped{0, 1};  // a row that is not scored or of weight 0, where a gradient is written
-// sampling: every tile, and the one that is picked once more
+constexpr Traffic kSkipped{0, 1};  // a row that is not scored or has weight 0, in a kernel that writes a gradient
+// sampling reads every tile once, and the picked tile once more
 inline Traffic sampling(int64_t vocab, int64_t tile) {
   return {1 + static_cast<double>(std::min(vocab, tile)) / static_cast<double>(vocab), 0};
 }
 
-constexpr int kMaxThreads = 256;       // of a kernel that visits a row once
-constexpr int kMaxKnownThreads = 384;  // of one that keeps it, of which few fit a multiprocessor
+constexpr int kMaxThreads = 256;       // for a kernel that reads a row once
+constexpr int kMaxKnownThreads = 384;  // for a kernel that keeps its row, since few such blocks fit a multiprocessor
 constexpr int64_t kStaticShared = 4096;
 
-// Two loads of 16 bytes a thread, at least a warp.
+// Each thread gets two loads of 16 bytes. There is at least one warp.
 inline int threads_for(int64_t row_bytes, int most) {
   const int64_t warps = (row_bytes + 32 * 32 - 1) / (32 * 32);
   return static_cast<int>(std::min<int64_t>(most / 32, std::max<int64_t>(warps, 1))) * 32;
@@ -36,13 +37,14 @@ inline Plan plan_once(int64_t vocab, int64_t itemsize) {
   return {threads_for(vocab * itemsize, kMaxThreads), false, 0};
 }
 
-// What a row may have of that. limit: the shared memory that one block may have.
+// Returns the shared memory that is left for a row. limit is the shared memory that one block may have.
 inline int64_t shared_for_row(int64_t limit) { return std::max<int64_t>(limit - kStaticShared, 0); }
 
-// limit as above. A row is kept where two fit a multiprocessor, so that one is read while the other is summed up or
-// written. Another takes two launches, a score and a gradient, which read it twice: a block that kept it alone would
-// idle for 4 to 5 us a row, from its last load to its first store and again until the next row comes, and one that did
-// not keep it would read it from memory again all the same, since the rows under way exceed the second-level cache.
+// limit is as above. A row is kept if two fit a multiprocessor, so that one is read while the other is summed up or
+// written. A longer row takes two launches, a score and a gradient, which read it twice. A block that kept such a row
+// alone on a multiprocessor would idle for 4 to 5 us a row, between its last load and its first store and until the
+// next row arrives. A block that did not keep it would read it from memory again in any case, since the rows that are
+// being read together exceed the second-level cache.
 inline Plan plan_known(int64_t vocab, int64_t itemsize, int64_t limit) {
   const int64_t bytes = (vocab * itemsize + 31) / 16 * 16;  // with room to shift the row to its alignment
   const bool kept = 2 * (bytes + kStaticShared) <= limit;
