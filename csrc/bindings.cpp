@@ -1,6 +1,6 @@
-// The extension dmfast._C: raw pointers, sizes and strides in, nothing of torch's. So one binary serves every
-// torch release and the build needs no torch. dmfast/kernels/extension.py is the one caller and has checked all
-// that a pointer can't tell.
+// The extension dmfast._C takes raw pointers, sizes and strides, and nothing of torch. So one binary serves every torch
+// release, and the build needs no torch. dmfast/kernels makes the arguments and has checked everything that a pointer
+// can't tell.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -50,10 +50,10 @@ struct PyBatch : dmf::Batch {
   }
 };
 
-// The columns whose bit is set in present lie in block one after the other, stride apart. scalars: the parameter of the
-// objective, max_weight, the coefficient of the entropy, the constant of each column, then max_log_return. from: where
-// the values of the columns still are, in memory of the CPU, as address, stride and bytes of an element (4 or 8) of each;
-// then the block is filled from there, so that torch need not convert and stack them.
+// The columns whose bit is set in present lie in block one after the other, stride apart. scalars has the parameter of
+// the objective, max_weight, the coefficient of the entropy, the constant of each column, then max_log_return. from may
+// have the address, the stride and the bytes of an element (4 or 8) of each column in CPU memory. Then the block is
+// filled from there, so that torch need not convert and stack the columns.
 struct PyTerms : dmf::Terms {
   PyTerms(int kind, int flags, uintptr_t block, int64_t stride, int present, const std::vector<double>& scalars,
           const std::vector<int64_t>& from)
@@ -119,7 +119,7 @@ struct PyWorkspace : dmf::cuda::Workspace {
                              pointer<int64_t>(status)} {}
 };
 
-// The functions of the CPU with a workspace, which return when the kernel is queued.
+// The same functions as for the CPU, but with a workspace. They return when the kernel is queued.
 void define_cuda(py::module_& m) {
   namespace cuda = dmf::cuda;
   using release = py::call_guard<py::gil_scoped_release>;
@@ -197,7 +197,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def("reads", &PyBatch::reads, "Whether its logits, tokens and cu_seqlens are at these addresses.");
   py::class_<PyTerms>(m, "Terms")
       .def(py::init<int, int, uintptr_t, int64_t, int, const std::vector<double>&, const std::vector<int64_t>&>())
-      .def(py::init<>());  // of a call that only scores
+      .def(py::init<>());  // for a call that only scores
   py::class_<PyOutputs>(m, "Outputs").def(py::init<uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t, bool, double>());
 
   m.def("forward", [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, bool checked) {

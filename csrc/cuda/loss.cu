@@ -219,8 +219,7 @@ struct Write {
 };
 
 // Returns the gradient of the label's column, formed in one subtraction so that nothing cancels where p is near 1. It
-// must be called before dz, which may be
-// z, is written.
+// must be called before dz, which may be z, is written.
 __device__ double label_gradient(float z, const RowGradient& row, const RowOptions& o) {
   const double t = o.softcap > 0 ? tanh(z / o.softcap) : 0.0, slope = 1.0 - t * t, log_p = scaled(z, o) - row.lse;
   double g = row.weight * o.scale * slope * expm1(log_p);
@@ -321,7 +320,7 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
   if (is_last(w.counters + b.sequences, b.sequences + 1, shared.last)) finish_loss(b, t, out, faults, w.status, shared);
 }
 
-// Without a softcap there are 5 or 6 blocks, the most for which ptxas spills on none of the architectures.
+// The number of blocks without a softcap, 5 or 6, avoids spills that ptxas makes on one of the architectures.
 template <class In, class Out, bool Cap, bool WithBonus>
 __global__ void __launch_bounds__(kMaxThreads, Cap                                                            ? 0
                                                : sizeof(In) != sizeof(Out) || (sizeof(In) == 2 && !WithBonus) ? 5

@@ -1,4 +1,4 @@
-// What the row kernels share: how the threads of a block divide a row, the terms of its sum, sums over a block.
+// What the row kernels share: the division of a row among the threads of a block, and sums over a block.
 #pragma once
 #include <cfloat>
 #include <cmath>
@@ -34,7 +34,8 @@ __device__ inline void from_float(float x, f16& out) { out = __float2half_rn(x);
 
 // --- a row, divided among threads -------------------------------------------------------------------------------
 
-// N logits that lie together: 128-bit accesses, as many as N fills, or a single logit.
+// The number of logits in 16 bytes. A Pack has N adjacent logits, which are one or more 128-bit accesses, or a single
+// logit.
 template <class T>
 constexpr int kWidth = 16 / sizeof(T);
 
@@ -75,7 +76,7 @@ __device__ inline void store(T* p, const Pack<T, N>& pack) {
   }
 }
 
-// As store, of what nobody reads soon: it is the first to leave the caches.
+// Stores values that nobody reads soon, so that they are the first to leave the caches.
 template <class T, int N>
 __device__ inline void store_last(T* p, const Pack<T, N>& pack) {
   if constexpr (N == 1) {
@@ -88,7 +89,7 @@ __device__ inline void store_last(T* p, const Pack<T, N>& pack) {
   }
 }
 
-// Two of the 16-bit types side by side.
+// The type of two 16-bit numbers side by side.
 template <class T>
 struct PairOf {};
 template <>
@@ -100,7 +101,7 @@ struct PairOf<f16> {
   using type = __half2;
 };
 
-// The j-th logit of a pack: of bf16 the upper half of a word is a float as it stands.
+// The j-th logit of a pack. Pairs save work: the upper half of a word of two bf16 is a float as it stands.
 template <class T, int N>
 __device__ inline float at(const Pack<T, N>& pack, int j) {
   if constexpr (sizeof(T) == sizeof(bf16) && N > 1) {
@@ -128,10 +129,10 @@ __device__ inline Pack<T, N> rounded(const float (&x)[N]) {
   return pack;
 }
 
-// A row is a head up to the first 16-byte boundary, 128-bit packs, and a tail. Head and tail have fewer logits than
-// a pack: V and the row's address may be anything.
+// A row consists of a head up to the first 16-byte boundary, 128-bit packs, and a tail. Head and tail have fewer logits
+// than a pack, so V and the row's address may be anything.
 struct Cut {
-  int vocab, head, packs, tail;  // tail: its first logit
+  int vocab, head, packs, tail;  // tail is the index of its first logit
 };
 
 template <class T>
@@ -141,23 +142,24 @@ __device__ inline Cut cut_row(const T* z, int vocab) {
   return {vocab, head, packs, head + packs * kWidth<T>};
 }
 
-// Of logits and their gradient, into packs of the gradient: of an fp32 row 8 logits for a 16-bit gradient, two loads
-// and one store. Where the packs of both are not aligned nothing wide can serve both: one logit at a time.
+// Cuts logits and their gradient into packs of the gradient. For a 16-bit gradient of an fp32 row a pack has 8 logits,
+// which take two loads and one store. If the packs of both are not aligned together, no wide access can serve both, and
+// the row goes one logit at a time.
 template <class In, class Out>
 __device__ inline Cut cut_rows(const In* z, const Out* dz, int vocab) {
   const Cut cut = cut_row(dz, vocab);
   return reinterpret_cast<uintptr_t>(z + cut.head) % 16 == 0 ? cut : Cut{vocab, vocab, 0, vocab};
 }
 
-// How the threads of a block divide the packs of a row: a warp takes 64 at a time, of which a lane has two, 32 apart.
-// The last packs, fewer than 64, and head and tail go one by one. A thread gets the same logits every time.
+// A warp takes 64 packs of a row at a time, of which each lane has two, 32 apart. The last packs, fewer than 64, and
+// head and tail go one by one. A thread gets the same logits every time.
 constexpr int kRound = 64, kApart = 32;
 
 template <class Fetch, int N>
 using PackOf = decltype(std::declval<const Fetch&>().template operator()<N>(0));
 
-// body(there, first logit, packs), called by all threads of a warp together, some of which may have nothing there, in
-// packs of T.
+// Calls body(there, first logit, packs) for packs of T, by all threads of a warp together. there is false for a thread
+// that has no packs.
 template <class T, class Fetch, class Body>
 __device__ inline void for_warp(const Cut& cut, Fetch fetch, Body body) {
   constexpr int W = kWidth<T>;
@@ -179,8 +181,8 @@ __device__ inline void for_warp(const Cut& cut, Fetch fetch, Body body) {
     one(j < singles, j < cut.head ? j : cut.tail + j - cut.head, Width<1>());
 }
 
-// body(first logit, packs) for this thread's part of the row; the packs are two, or one. fetch<N>(first logit) brings
-// one.
+// Calls body(first logit, packs) for this thread's part of the row, with two packs or one. fetch<N>(first logit)
+// returns a pack.
 template <class T, class Fetch, class Body>
 __device__ inline void for_row(const Cut& cut, Fetch fetch, Body body) {
   for_warp<T>(cut, fetch, [&](bool there, int first, const auto& packs) {
@@ -207,7 +209,7 @@ struct Zero {
   }
 };
 
-// The packs of a round, of which the first begins at p.
+// Stores the packs of a round, the first of which begins at p.
 template <class T, int N, int K>
 __device__ inline void store(T* p, const Pack<T, N> (&packs)[K]) {
 #pragma unroll
@@ -221,8 +223,8 @@ __device__ inline void zero_row(T* dz, int vocab) {
 
 // --- the terms of a row's sum ------------------------------------------------------------------------------------
 
-// A constant as two floats, the first rounded down: so the second is above 0, and -inf times both stays -inf. The
-// rounding of a single float would tilt every term of a row the same way.
+// A constant as two floats. The first is rounded down, so that the second is above 0 and -inf times both stays -inf.
+// The rounding of a single float would bias all terms of a row the same way.
 struct Double {
   float high, low;
   DMF_HD explicit Double(double x) {
@@ -233,7 +235,7 @@ struct Double {
   __device__ float times(float x) const { return fmaf(x, high, x * low); }
 };
 
-// scale * cap(z), once a row
+// scale * cap(z) in fp64, which is formed once a row
 __device__ inline double scaled(float z, const RowOptions& o) {
   return o.scale * (o.softcap > 0 ? o.softcap * tanh(z / o.softcap) : z);
 }
@@ -244,7 +246,7 @@ struct Sums {
   double a, b, c;
 };
 
-// Memory of one reduction: not to be used again before a barrier.
+// The memory of one reduction. It must not be used again before a barrier.
 template <class V>
 struct Lanes {
   V of_warp[32];
@@ -259,7 +261,7 @@ __device__ inline Sums shuffle(Sums x, int mask) {
   return {shuffle(x.a, mask), shuffle(x.b, mask), shuffle(x.c, mask)};
 }
 
-// The same in every thread, and always in the same order.
+// Reduces x over the block. The result is the same in every thread, and the order is always the same.
 template <class V, class Op>
 __device__ inline V reduce(V x, V nothing, Lanes<V>& lanes, Op op) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -284,8 +286,8 @@ __device__ inline long long block_min(long long x, Lanes<long long>& lanes) {
   return reduce(x, INT64_MAX + 0LL, lanes, [](long long p, long long q) { return p < q ? p : q; });
 }
 
-// Whether the last of count blocks is here. All that the block wrote stands before it is counted, and all that the
-// others wrote can be read after.
+// Returns whether this block is the last of count blocks. What a block wrote is visible before the block is counted, so
+// the last block can read what all others wrote.
 __device__ inline bool is_last(unsigned* counter, int64_t count, bool& last) {
   __syncthreads();
   if (threadIdx.x == 0) {

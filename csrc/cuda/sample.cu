@@ -1,12 +1,13 @@
-// sample_rows fuses scaling, softcap, softmax, the draw and its log-probability. It reads every logit once (16 bytes
-// twice where a row and its tiles of 512 are not aligned) and writes nothing per logit: less is impossible, since each
-// counts in the sum. The sums of the tiles wait in shared memory; a uniform number picks a tile from them, which is
-// read a second time for its terms, and a token in it.
+// sample_rows fuses scaling, softcap, softmax, the draw and its log-probability. It reads every logit once (16 bytes of
+// a tile twice if a row and its tiles of 512 are not aligned) and writes nothing per logit. Less is impossible, since
+// each logit counts in the sum. The sums of the tiles wait in shared memory. A uniform number picks a tile by these
+// sums, the tile is read a second time for its terms, and the number picks a token in it.
 //
-// A block has one row, a warp a tile, of which the next one is under way while its terms are formed. Which thread adds
-// up which logits, and in which order, follows from their places in the row, whatever its address: where rows are not
-// aligned a tile passes through shared memory. So the draw and its log-probability are functions of the logits alone. A
-// token of probability 0 is never drawn: its term adds nothing to the running sum, which must exceed the target.
+// A block has one row and a warp has one tile, and loads the next tile while it forms the terms of this one. The thread
+// that adds up a logit, and the order of the sum, depend on the logit's place in the row and not on the row's address;
+// if rows are not aligned, a tile passes through shared memory. So the draw and its log-probability depend on the
+// logits alone. A token of probability 0 is never drawn, because its term adds nothing to the running sum, which must
+// exceed the target.
 #include <climits>
 
 #include "../random.h"
@@ -18,8 +19,8 @@ namespace dmf::cuda {
 namespace {
 
 constexpr int kTile = 512, kWarps = 16;
-constexpr int kTerms = kTile / 32;      // of a thread
-constexpr int64_t kUnasked = 48 << 10;  // shared memory that a block has on every device
+constexpr int kTerms = kTile / 32;      // the terms of a thread
+constexpr int64_t kUnasked = 48 << 10;  // the shared memory that a block has on every device without asking
 
 struct TileSum {
   double sum;
@@ -38,21 +39,21 @@ struct Shared {
 
 // --- a tile ---------------------------------------------------------------------------------------------------------
 
-// A thread's packs of 16 bytes in which a tile lies. One that is not aligned ends in a pack more, which lane 0 has.
+// A thread's packs of a tile, of 16 bytes each. A tile that is not aligned ends in one more pack, which lane 0 has.
 template <class T>
 struct Packs {
   static constexpr int kOwn = kTerms / kWidth<T>;
   Pack<T, kWidth<T>> own[kOwn], end;
 };
 
-// Where in a tile a thread's i-th logit is.
+// The place in a tile of a thread's i-th logit.
 template <class T>
 __device__ int place(int i) {
   constexpr int W = kWidth<T>;
   return (i / W * 32 + static_cast<int>(threadIdx.x % 32)) * W + i % W;
 }
 
-// Logits that the row does not have are -inf.
+// Loads a pack in which logits outside the row are -inf.
 template <class T>
 __device__ Pack<T, kWidth<T>> load_within(const T* z, int first, int vocab) {
   Pack<T, kWidth<T>> pack;
@@ -64,7 +65,7 @@ __device__ Pack<T, kWidth<T>> load_within(const T* z, int first, int vocab) {
   return pack;
 }
 
-// before: logits between the 16-byte boundary before a tile and the tile.
+// Loads a thread's packs of a tile. before is the number of logits from the last 16-byte boundary to the tile.
 template <class T>
 __device__ void fetch(Packs<T>& packs, const T* z, int tile, int before, int vocab) {
   constexpr int W = kWidth<T>, K = Packs<T>::kOwn;
@@ -82,7 +83,7 @@ __device__ void fetch(Packs<T>& packs, const T* z, int tile, int before, int voc
   }
 }
 
-// The thread's logits of the tile, in x.
+// Writes the thread's logits of the tile to x.
 template <class T>
 __device__ void spread(const Packs<T>& packs, int before, T* shared, float (&x)[kTerms]) {
   constexpr int W = kWidth<T>, K = Packs<T>::kOwn;
@@ -97,10 +98,10 @@ __device__ void spread(const Packs<T>& packs, int before, T* shared, float (&x)[
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < kTerms; ++i) x[i] = to_float(shared[before + place<T>(i)]);
-  __syncwarp();  // it is read before the next tile comes
+  __syncwarp();  // the tile must be read before the next one overwrites it
 }
 
-// log of a term of the softmax, in nats: scale * (cap(z) - cap(reference)).
+// The log of a term of the softmax in nats, scale * (cap(z) - cap(reference)).
 template <bool Cap>
 struct Exponent {
   Double scale;
@@ -112,9 +113,10 @@ struct Exponent {
   __device__ float operator()(float z) const { return scale.times(z - reference); }
 };
 
-// cap(z) - cap(r) = c (tanh(z/c) - tanh(r/c)) = 2c s(2r/c) expm1(2(z - r)/c) / (e^(2z/c) + 1), s the logistic function:
-// right to a few ulps of the difference itself, in fp32. tanh's own difference is off by an ulp of c, too much to be
-// summed up over 1,024 tokens, and fp64 for each logit is what most GPUs have next to none of.
+// cap(z) - cap(r) = c (tanh(z/c) - tanh(r/c)) = 2c s(2r/c) expm1(2(z - r)/c) / (e^(2z/c) + 1), where s is the logistic
+// function. In fp32 this is right to a few ulps of the difference itself. A difference of two tanh is off by an ulp of
+// c, which is too much when it is summed over 1,024 tokens, and most GPUs are too slow in fp64 to use it for each
+// logit.
 template <>
 struct Exponent<true> {
   Double inverse, factor;  // 2 / c; scale * 2c
@@ -137,15 +139,15 @@ struct Exponent<true> {
   }
 };
 
-// The term of a logit. What is not in the row has none, also under a softcap, where -inf has one.
+// The term of a logit. A place outside the row has the term 0, even under a softcap, where a logit of -inf has another.
 template <class T, bool Cap>
 __device__ float term(const Exponent<Cap>& exponent, float z, int i, int n) {
-  const float e = expf(exponent(z));  // also where it is not used: a branch costs more
+  const float e = expf(exponent(z));  // formed even if it is not used, since a branch costs more
   return Cap && place<T>(i) >= n ? 0.0f : e;
 }
 
-// Of a tile with n logits. Terms are fp32, packs of them are added up in fp64; terms that are 1 are counted apart, as
-// in terms.cuh.
+// The sum of a tile with n logits. Terms are fp32, packs of them are added up in fp64, and terms that are 1 are counted
+// apart, as in terms.cuh.
 template <class T, bool Cap>
 __device__ TileSum sum_of(const float (&x)[kTerms], int n, Exponent<Cap>& exponent) {
   float top = -FLT_MAX;
@@ -175,8 +177,8 @@ __device__ TileSum sum_of(const float (&x)[kTerms], int n, Exponent<Cap>& expone
 
 // --- picking --------------------------------------------------------------------------------------------------------
 
-// n weights, of which each lane of a warp has a 32nd, in order. Its sum, and the running sum over the lanes up to it,
-// are formed in an order that depends on n alone.
+// n weights, of which each lane of a warp has a 32nd, in order. The sum of a lane, and the running sum over the lanes
+// up to it, are formed in an order that depends on n alone.
 template <class Weight>
 struct Scan {
   int first, last;
@@ -197,7 +199,7 @@ struct Scan {
   }
   __device__ double total() const { return __shfl_sync(0xffffffffu, through, 31); }
 
-  // As pick of sample.h, in every lane. 0 where a weight is NaN.
+  // Does what pick of sample.h does, with the result in every lane. The result is 0 if a weight is NaN.
   __device__ int pick(double& target) const {
     const int lane = threadIdx.x % 32;
     // the first lane whose running sum exceeds the target, else the last; none whose weights are all 0
@@ -219,7 +221,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
   const RowOptions& o = s.options;
   const int64_t row = blockIdx.x;
   const int vocab = static_cast<int>(o.vocab), tiles = (vocab + kTile - 1) / kTile;
-  // the same in a warp, of which the compiler knows by this
+  // the shuffle tells the compiler that the number is the same in a warp
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0), warps = blockDim.x / 32;
   TileSum* sums = reinterpret_cast<TileSum*>(memory);
   const T* z = reinterpret_cast<const T*>(s.logits) + row * s.stride_row;

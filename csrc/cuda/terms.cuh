@@ -1,24 +1,24 @@
 // The terms of a row's sum, 2^(bits * distance), and their sum over a warp's part of a row.
 //
-// A distance is that of a logit from the reference, the largest logit that the warp has seen: z - reference without a
-// softcap. The product with bits is kept in two parts, an integer, which becomes the exponent of a float, and what is
-// left of it, at most 1/2, which ex2.approx takes: off by 2^-22 of a term at most, says PTX's manual; the expf of
-// CUDA's library takes it, too. The constants are two floats each, since the rounding of one would tilt every term of a
-// row the same way.
+// A distance is that of a logit from the reference, which is the largest logit that the warp has seen. Without a
+// softcap it is z - reference. Its product with bits is kept in two parts. The integer part becomes the exponent of a
+// float. The rest, at most 1/2, goes to ex2.approx, whose error is at most 2^-22 of a term by PTX's manual; the expf of
+// CUDA's library uses it too. Each constant is two floats, since the rounding of one would bias all terms of a row the
+// same way.
 #pragma once
 #include "rows.cuh"
 
 namespace dmf::cuda {
 
-// What all rows of a launch share. It is made on the host, and a kernel has it in its parameters, which take no
-// registers.
+// The constants that all rows of a launch share. The host makes them, and a kernel gets them as parameters, which take
+// no registers.
 struct Constants {
-  Double bits;     // log2(e) * scale, under a softcap times 2c: of a distance
+  Double bits;     // log2(e) * scale, under a softcap times 2c; times a distance it is an exponent of 2
   Double inverse;  // 2 log2(e) / c, with which 2^(inverse z) = e^(2z/c)
-  float bound;     // 14c, beyond which tanh(z / c) is +-1: to 1.4e-12
-  float step;      // how much less a logit is whose term is 1 - 2^-23 ln 2, where the cap has slope 1
-  float least;     // of a distance: 2^-192 is 0 in fp32
-  int zero;        // which no compiler knows to be 0
+  float bound;     // 14c, beyond which tanh(z / c) is +-1 to 1.4e-12
+  float step;      // how far below the reference a logit has the term 1 - 2^-23 ln 2, if the cap has slope 1
+  float least;     // the distance whose term, 2^-192, is 0 in fp32
+  int zero;        // 0, which the compiler does not know
 };
 
 inline Constants constants_of(const RowOptions& o) {
@@ -38,22 +38,23 @@ inline Constants constants_of(const RowOptions& o) {
 constexpr float kShift = 12582912.0f;       // 1.5 * 2^23: added to a float, it leaves an integer in the low bits
 constexpr float kBiased = kShift + 127.0f;  // which is then the exponent's field of a float
 
-// 2^x = part * power, so that a sum of terms takes one multiply-add for each.
+// 2^x = part * power. The two factors let a sum take one multiply-add for each term.
 struct Term {
   float part, power;
   __device__ float value() const { return part * power; }
 };
 
-// biased: kBiased, or that much more as the power is to be doubled. A term whose power is below 2^-126 is 0; that of
-// NaN is NaN.
+// biased is kBiased, plus n if the power is to be multiplied by 2^n. A term whose power is below 2^-126 is 0, and the
+// term of NaN is NaN.
 __device__ inline Term term_of(float distance, const Double& bits, float biased = kBiased) {
   const float shifted = fmaxf(fmaf(distance, bits.high, biased), kShift), whole = shifted - biased;
   const float part = fmaf(distance, bits.low, fmaf(distance, bits.high, -whole));
   return {exp2_approx(part), __uint_as_float(__float_as_uint(shifted) << 23)};
 }
 
-// x, which has to wait for the packs of a round. What all terms of a round need goes through here, so that all of its
-// loads stand before its arithmetic: else ptxas puts the second off until the first pack is done.
+// Returns x, but only after the packs of a round are loaded. A value that all terms of a round need goes through here,
+// so that all loads come before the arithmetic. Without this ptxas puts the second load off until the first pack is
+// done.
 template <class T, int N, int K>
 __device__ inline float after(float x, const Pack<T, N> (&packs)[K], const Constants& c) {
   int bits = __float_as_int(x);
@@ -79,9 +80,10 @@ struct Reference {
   __device__ float distance(const Constants&, float x) const { return x - z; }
 };
 
-// (cap(x) - cap(z)) / 2c = (tanh(x/c) - tanh(z/c)) / 2 = s(2z/c) expm1(2(x - z)/c) / (e^(2x/c) + 1), s the logistic
-// function: right to a few 2^-22 of the difference itself, by ex2.approx, rcp.approx and a polynomial, each off by
-// 2^-22 at most. tanh's own difference would be off by an ulp of c, too much to be summed up over 1,024 tokens.
+// (cap(x) - cap(z)) / 2c = (tanh(x/c) - tanh(z/c)) / 2 = s(2z/c) expm1(2(x - z)/c) / (e^(2x/c) + 1), where s is the
+// logistic function. This is right to a few 2^-22 of the difference itself, because ex2.approx, rcp.approx and a
+// polynomial are each off by 2^-22 at most. A difference of two tanh would be off by an ulp of c, which is too much
+// when it is summed over 1,024 tokens.
 template <>
 struct Reference<true> {
   float z, logistic;
@@ -93,7 +95,7 @@ struct Reference<true> {
   }
   __device__ float near(const Constants& c) const { return z - c.step / (4.0f * logistic * (1.0f - logistic)); }
 
-  // full: e^(2x/c), which NaN is found in
+  // full is e^(2x/c), through which NaN reaches the result
   __device__ float distance(const Constants& c, float x, float full) const {
     const float d = fmaxf(x - z, -2.0f * c.bound);
     const float shifted = fmaf(d, c.inverse.high, kBiased), whole = shifted - kBiased;
@@ -115,7 +117,7 @@ struct Reference<true> {
 
 // --- a sum -------------------------------------------------------------------------------------------------------
 
-// The largest of a thread's packs; it passes over NaN, which is found in the sum.
+// The largest logit of a thread's packs. It ignores NaN, which the sum finds.
 template <class T, int N, int K>
 __device__ inline float top_of(const Pack<T, N> (&packs)[K]) {
   float top;
@@ -135,16 +137,16 @@ __device__ inline float top_of(const Pack<T, N> (&packs)[K]) {
   return top;
 }
 
-// A thread's part of a row's sum of terms. The reference is shared by a warp, so that it rises rarely. Terms are fp32,
-// packs of them are added up in fp64. Terms that are 1, such as the largest, are counted apart: beside them an fp32 sum
-// would lose small terms, all in one direction, and with them the digits of 1 - p where p is near 1. They are looked
-// for only where a thread of the warp has a logit that is near the reference or above.
+// A thread's part of a row's sum of terms. A warp shares the reference, so that it rises rarely. Terms are fp32, and
+// packs of them are added up in fp64. Terms that are 1, such as the largest, are counted apart. Next to them an fp32
+// sum would lose small terms, always in the same direction, and with them the digits of 1 - p where p is near 1. The
+// code looks for them only if a thread of the warp has a logit near the reference or above it.
 template <bool Cap, bool Entropy>
 struct WarpSum {
   Reference<Cap> reference;
   float near;
   int ones = 0;
-  double rest = 0, moment = 0;  // moment: sum of terms * distances
+  double rest = 0, moment = 0;  // moment is the sum of terms * distances
 
   __device__ explicit WarpSum(const Constants& c) : reference(c), near(reference.near(c)) {}
 
@@ -160,7 +162,7 @@ struct WarpSum {
     near = reference.near(c);
   }
 
-  // By all threads of a warp together, some of which may have nothing there.
+  // All threads of a warp call this together. there is false for a thread that has no packs.
   template <class T, int N, int K>
   __device__ void add(const Constants& c, bool there, const Pack<T, N> (&packs)[K]) {
     float top = there ? top_of(packs) : -INFINITY, s[K] = {}, m = 0.0f;
