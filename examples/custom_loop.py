@@ -1,10 +1,10 @@
-"""A training loop of your own with dmfast: half of the biographies about women (GDC++, arXiv:2206.00761).
+"""Write a training loop of your own: half of the biographies about women (GDC++, arXiv:2206.00761).
 
     python examples/custom_loop.py                   # the tiny biography model that dmfast ships, 2 minutes on a CPU
     pip install gguf && python scripts/fetch_smollm2.py    # writes SmolLM2-135M, for
     python examples/custom_loop.py --model ~/.cache/dmfast/smollm2-135m --batch 32 --learning-rate 1e-5 --eval-batch 64
 
-The target is log P(x) = log a(x) + lambda * phi(x): a the pretrained model, phi(x) = 1 for a biography about a woman.
+The target is log P(x) = log a(x) + lambda * phi(x). a is the pretrained model, and phi(x) = 1 for texts about women.
 ``dmfast.demo`` loads the model, finds lambda, calls ``train`` and measures the policy before and after it.
 """
 

@@ -1,18 +1,19 @@
-"""Conditional distribution matching of an encoder-decoder (T5), in under a minute on a CPU.
+"""Match a conditional distribution with an encoder-decoder (T5), in under a minute on a CPU.
 
     python examples/encoder_decoder.py
 
-A toy of what Korbak et al. 2022 (arXiv:2112.00791) do with T5: numbers are to be translated as digits. A tiny T5 learns
-by maximum likelihood to translate sentences such as "two dogs and cats": a number becomes a word four times of five,
-else a digit; a noun one of two synonyms, seven times of ten the first. The wish: b(x, c) = 1 if x is a right
-translation of c with digits for all numbers. So p(x|c) = a(x|c) b(x, c) / Z_c has four translations of every sentence,
-in the shares that the base gives them, and Z_c is about .2 to the power of the numbers in c. All of it is known by a
-sum, which the policy is measured against.
+This is a small version of what Korbak et al. 2022 (arXiv:2112.00791) do with T5. A tiny T5 learns by maximum likelihood
+to translate sentences such as "two dogs and cats". It translates a number as a word four times out of five, and as a
+digit otherwise. A noun has two synonyms, of which the first comes seven times out of ten. The wish is that numbers are
+translated as digits: b(x, c) = 1 if x is a right translation of c with digits for all numbers. So
+p(x|c) = a(x|c) b(x, c) / Z_c has four translations of every sentence, in the shares that the base gives them, and Z_c
+is about .2 to the power of the number of numbers in c. The target can be summed exactly, and the policy is compared
+with it.
 
-The 16 samples of a sentence with two numbers often hold no right one. As long as P = 0 for all that was seen of a
-context, its Z and its weights are 0, and its sequences count in ``out.n_empty``.
+The 16 samples of a sentence with two numbers often contain no right one. As long as P = 0 for everything that was seen
+of a context, its Z and its weights are 0, and its sequences count in ``out.n_empty``.
 
-The loop does by hand what ``dmfast.Matcher`` does, which takes a ``LanguageModel`` and so decoder-only models.
+The loop does by hand what ``dmfast.Matcher`` does for a ``LanguageModel``, which is decoder-only.
 """
 
 import argparse
@@ -39,63 +40,63 @@ WORDS = ["<pad>", "</s>", *TRANSLATIONS, *sorted({word for pair in TRANSLATIONS.
 
 
 def encode(sentences: list[list[str]], pad: int) -> Tensor:
-    """(N, L) token ids with EOS, padded on the right."""
+    """Return token ids with EOS, (N, L), padded on the right."""
     rows = [torch.tensor([*(WORDS.index(word) for word in sentence), EOS]) for sentence in sentences]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
 
 
 def inputs_of(contexts: list[list[str]]) -> dict[str, Tensor]:
-    """What the encoder takes."""
+    """Return the inputs of the encoder."""
     tokens = encode(contexts, PAD)
     return {"input_ids": tokens, "attention_mask": (tokens != PAD).long()}
 
 
 def sample_plainly(model: PreTrainedModel) -> None:
-    """Lets generate() draw from the model's own distribution. Options that are None are filled in: top_k with 50."""
+    """Let generate() draw from the model's own distribution. Without this, transformers sets options such as top_k."""
     ids = {name: getattr(model.config, name) for name in ("eos_token_id", "pad_token_id", "decoder_start_token_id")}
     model.generation_config = GenerationConfig(do_sample=True, top_k=0, **ids)
 
 
 def draw(model: PreTrainedModel, inputs: dict[str, Tensor], max_new_tokens: int) -> Tensor:
-    """A translation for each row, as labels (N, T): up to and with the first EOS, then -100."""
+    """Draw a translation for each row, and return labels (N, T) up to the first EOS and with it, then -100."""
     rows = model.generate(**inputs, max_new_tokens=max_new_tokens)[:, 1:]  # the first is decoder_start_token_id
     end = rows == model.config.eos_token_id
-    # not ``rows == pad_token_id``: that token may be drawn, and counts before EOS
+    # ``rows == pad_token_id`` would be wrong, since that token may be drawn, and then counts before EOS
     return rows.masked_fill(end.cumsum(1) - end.long() > 0, -100)
 
 
 def logits_of(model: PreTrainedModel, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """(N, T, V): ``logits[:, t]`` scores ``labels[:, t]``, for the decoder reads the labels shifted right."""
+    """Return (N, T, V) logits. ``logits[:, t]`` scores ``labels[:, t]``, as the decoder reads labels shifted right."""
     read = model.prepare_decoder_input_ids_from_labels(labels)
     return model(**inputs, decoder_input_ids=read, use_cache=False).logits
 
 
 @torch.no_grad()
 def log_prob(model: PreTrainedModel, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """(N,) fp64, log pi(x|c)."""
+    """Return log pi(x|c), (N,) fp64."""
     return dmfast.sequence_log_prob(logits_of(model, inputs, labels), labels)
 
 
 def a_context(numbers: int, rng: random.Random) -> list[str]:
-    """Two nouns, with so many numbers before them."""
+    """Return two nouns with ``numbers`` numbers before them."""
     first, second = rng.sample(list(NOUNS), 2)
     one, two = rng.choices(list(NUMBERS), k=2)
     return [*([one] if numbers else []), first, "and", *([two] if numbers == 2 else []), second]
 
 
 def a_translation(context: list[str], rng: random.Random) -> list[str]:
-    """As in the corpus."""
+    """Return a translation as the corpus has it."""
     return [TRANSLATIONS[word][rng.random() < (0.2 if word in NUMBERS else 0.3)] for word in context]
 
 
 def wished(context: list[str]) -> list[list[str]]:
-    """All x with b(x, c) = 1."""
+    """Return all x with b(x, c) = 1."""
     choices = [TRANSLATIONS[word][1:] if word in NUMBERS else dict.fromkeys(TRANSLATIONS[word]) for word in context]
     return [list(words) for words in itertools.product(*choices)]
 
 
 def pretrained(steps: int, rng: random.Random) -> PreTrainedModel:
-    """The base."""
+    """Return the base model a."""
     config = T5Config(vocab_size=len(WORDS), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0,
                       pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=PAD)  # fmt: skip
     model = T5ForConditionalGeneration(config)
@@ -123,11 +124,11 @@ class Exact:
         self.log_p = self.log_a - self.log_z[self.row]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Within each context."""
+        """Return the sums within each context."""
         return torch.zeros(self.n, dtype=torch.float64).index_add_(0, self.row, values)
 
     def of(self, policy: PreTrainedModel) -> tuple[Tensor, Tensor]:
-        """E_pi[b] and KL(p||pi), nats, of each context."""
+        """Return E_pi[b] and KL(p||pi) in nats for each context."""
         log_pi = log_prob(policy, self.inputs, self.labels)
         return self.sum(log_pi.exp()), self.sum(self.log_p.exp() * (self.log_p - log_pi))
 

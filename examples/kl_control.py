@@ -1,10 +1,10 @@
-"""KL-control (Ziegler et al. 2019, arXiv:1909.08593) on the tiny biography model, in under a minute on a CPU.
+"""Train by KL-control (Ziegler et al. 2019, arXiv:1909.08593) on the tiny biography model, in under a minute on a CPU.
 
-    python examples/kl_control.py                  # beta is steered until KL(pi||a) is 0.7 nats
-    python examples/kl_control.py --beta 0.5       # beta stays
+    python examples/kl_control.py                  # adapts beta until KL(pi||a) is 0.7 nats
+    python examples/kl_control.py --beta 0.5       # keeps beta
 
-Maximises E_pi[R] - beta KL(pi||a), where R(x) = 1 for a biography about a woman. The optimum is known:
-p(x) = a(x) exp(R(x)/beta)/Z. So the share of women under p and KL(p||a) at the last beta are what to compare with.
+The run maximises E_pi[R] - beta KL(pi||a), where R(x) = 1 for a biography about a woman. The optimum is known to be
+p(x) = a(x) exp(R(x)/beta)/Z. So the policy is compared with the share of women under p and KL(p||a) at the last beta.
 Every batch serves four optimiser steps, under PPO's clipping on whole sequences.
 """
 
@@ -22,7 +22,7 @@ WOMEN = dmfast.Contains(any_of=["she", "her"], name="women")
 
 
 def optimum(beta: float, rate: float) -> tuple[float, float]:
-    """The share of women under a exp(R/beta)/Z and its KL to a, where a has the share ``rate``."""
+    """Return the share of women under p = a exp(R/beta)/Z and KL(p||a), where a has the share ``rate``."""
     z = rate * math.exp(1 / beta) + 1 - rate
     share = rate * math.exp(1 / beta) / z
     return share, share / beta - math.log(z)
@@ -50,7 +50,7 @@ def main() -> dict[str, float]:
             max_new_tokens=48, save_strategy="no", eval_samples=options.samples // 4, logging_steps=4,
             disable_tqdm=True, seed=0,
         )  # fmt: skip
-        # what the logs measure against: the optimum itself, at the first beta
+        # the logs compare the policy with the optimum at the first beta
         target = dmfast.EBM(base, [dmfast.Reward(WOMEN, beta=args.beta)])
         trainer = dmfast.DMTrainer(model, target, args, processing_class=tokenizer, reward=WOMEN)
         trainer.train()

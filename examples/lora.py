@@ -1,10 +1,10 @@
 """LoRA on one backbone: half of the biographies about women, in the memory of one model; about a minute on a CPU.
 
-    python examples/lora.py                        # a, pi and q: the adapter off, on, and a frozen copy of it
+    python examples/lora.py                        # a, pi and q are the adapter off, on, and a frozen copy of it
     python examples/lora.py --three-models         # the same run with a base and a proposal of their own
     python examples/lora.py --check-samples 1024   # q is checked on fresh samples
 
-The two ways give the same numbers to rounding; what differs is the memory of the parameters.
+The two ways give the same numbers up to rounding. They differ in the memory of the parameters.
 """
 
 import argparse
@@ -22,7 +22,7 @@ WOMEN = dmfast.Contains(any_of=["she", "her"], name="women")
 
 
 def megabytes(*models: torch.nn.Module) -> float:
-    """Of the parameters, those that several models share once."""
+    """Return the size of the parameters in MB. Memory that several models share counts once."""
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in models for p in m.parameters()}
     return sum(storages.values()) / 1e6
 

@@ -1,12 +1,12 @@
-"""Conditional distribution matching with prompts on the tiny biography model, in a minute or two on a CPU.
+"""Match a conditional distribution with prompts on the tiny biography model, in a minute or two on a CPU.
 
     python examples/prompts.py                # prompts in a list
     python examples/prompts.py --dataset      # the same in a datasets.Dataset (pip install datasets)
 
-The wish: over four prompts half of the biographies are about sports. The lambda that gives this is one for all
-prompts, Z is one for each: where the base has the share r of them, p has r e^lambda / Z with
-Z = r e^lambda + 1 - r. So a prompt that brings more under the base does so under p, and the policy is compared
-with p prompt by prompt.
+The wish is that half of the biographies over four prompts are about sports. One lambda for all prompts gives this, but
+each prompt has its own Z. If the base has the share r of sports after a prompt, p has the share r e^lambda / Z with
+Z = r e^lambda + 1 - r. So a prompt with a larger share under the base has a larger share under p too, and the policy is
+compared with p prompt by prompt.
 """
 
 import argparse
@@ -27,7 +27,7 @@ PROMPTS = ["Mary", "John", "John Smith ( 1880 - 1950 ) was a German", "Mary Smit
 
 
 def shares(model: dmfast.LanguageModel, n: int, seed: int) -> list[float]:
-    """Of biographies about sports, after each prompt, in n samples of each."""
+    """Return the share of biographies about sports after each prompt, in n samples of each."""
     x = model.sample(PROMPTS, n, max_new_tokens=48, seed=seed, batch_size=512)
     return [float(SPORTS(x[x.context_id == i]).mean()) for i in range(len(PROMPTS))]
 

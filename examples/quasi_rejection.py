@@ -1,10 +1,10 @@
-"""Samples of the target itself: quasi-rejection sampling on the tiny biography model, in under a minute on a CPU.
+"""Draw from the target itself by quasi-rejection sampling on the tiny biography model, in under a minute on a CPU.
 
     python examples/quasi_rejection.py             # writes quasi_rejection.png
 
-The target: half of the biographies about women. Three proposals for it: the base, a policy after a short training, and
-their mixture. The picture shows what each pays for being near to p. Then beta for an acceptance rate of one in four,
-and sequences of the distribution that this beta gives.
+Under the target half of the biographies are about women. There are three proposals for it: the base, a policy after a
+short training, and their mixture. The picture shows the acceptance rate that each pays for being near to p. Then the
+example finds beta for an acceptance rate of one in four, and draws sequences of the distribution that this beta gives.
 """
 
 import argparse

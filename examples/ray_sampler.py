@@ -1,4 +1,4 @@
-"""Sampling that runs ahead in actors of Ray: q on other cores, devices or machines, while this process trains.
+"""Sample ahead in actors of Ray, with q on other cores, devices or machines, while this process trains.
 
     pip install '.[ray]'
     python examples/ray_sampler.py                           # tiny-bios, one actor, two batches ahead
@@ -29,20 +29,20 @@ from dmfast.sampling import AsyncSampler
 
 
 class Copy:
-    """A copy of q, which an actor holds."""
+    """A copy of q that an actor holds."""
 
     def __init__(self, policy: dmfast.LanguageModel, threads: int) -> None:
         torch.set_num_threads(threads)
-        # what comes from Ray is read-only memory, and q is written into this model
+        # objects from Ray are read-only memory, and q is written into this model
         self.policy = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
 
     def sample(self, *args: Any, **options: Any) -> dict[str, Any]:
-        """Draw."""
+        """Draw sequences, and return their state."""
         return self.policy.sample(*args, **options).state_dict()
 
     @torch.no_grad()
     def log_prob(self, samples: dict[str, Any]) -> Tensor:
-        """Score."""
+        """Return log q of sequences."""
         return self.policy.log_prob(Samples(**samples, tokenizer=self.policy.tokenizer))
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -100,7 +100,7 @@ class RaySampler:
         return scores.clone()
 
     def load(self, source: dmfast.LanguageModel) -> None:
-        """Give all actors the parameters of a policy; one that fails is replaced, by one with the q of before."""
+        """Give all actors the parameters of a policy. An actor that fails is replaced by one with the previous q."""
         new = ray.put({name: tensor.cpu() for name, tensor in source.model.state_dict().items()})
         try:
             self._get([actor.load.remote(new) for actor in self.actors])
@@ -110,7 +110,7 @@ class RaySampler:
         self.q = new
 
     def _get(self, calls: list[Any]) -> list[Any]:
-        """Return the answers of the actors, the first call being the first one's.
+        """Return the answers of the actors. The first call goes to the first actor.
 
         Raises:
             ConnectionError, TimeoutError: an actor has died, or takes too long. It is replaced; ask again.

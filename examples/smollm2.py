@@ -1,11 +1,11 @@
-"""SmolLM2-135M with the trainer: half of the biographies about women, or every one with the word "known".
+"""Train SmolLM2-135M: half of the biographies about women, or every one with the word "known".
 
     pip install gguf && python scripts/fetch_smollm2.py        # writes the model
     python examples/smollm2.py                                 # a moment: E_p[women] = 0.5; 11% under the base
     python examples/smollm2.py --wish known                    # pointwise: b(x) = 1 if it has the word; 15%
 
-About 45 minutes on one core of a CPU. The same jobs as files: dmfast/recipes/smollm2_women.yaml and smollm2_known.yaml,
-whose runs are in benchmarks/results/.
+A run takes about 45 minutes on one core of a CPU. dmfast/recipes/smollm2_women.yaml and smollm2_known.yaml are the same
+jobs as files, and their runs are in benchmarks/results/.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python examples/verified.py
 
-The wish: a biography is about its prompt's field, which a row of the data set names and a function of yours checks.
-Half of the prompts are rarely answered so by the base. The policy comes to do it, and pass@k shows whether it keeps
-several ways of doing it.
+The wish is that a biography is about its prompt's field. A row of the data set names the field, and a function of yours
+checks it. The base rarely does this for half of the prompts. The policy learns to do it, and pass@k shows whether it
+keeps several ways of doing it.
 """
 
 from __future__ import annotations
