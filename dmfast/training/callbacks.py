@@ -75,7 +75,7 @@ class Interrupt(TrainerCallback):  # type: ignore[misc]
             self.remove()
             raise KeyboardInterrupt
         self.asked = True
-        logger.warning("Ctrl-C: training ends after this step, with a checkpoint. Once more ends it at once, without.")
+        logger.warning("Ctrl-C: training ends after this step, with a checkpoint. A second Ctrl-C ends it at once.")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop and save if the ranks have agreed to."""

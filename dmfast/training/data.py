@@ -33,9 +33,9 @@ _PLACES = {
 def holds_media(column: object, value: Any) -> bool:
     """Return whether a column holds images, video or sound, or the inputs that a processor makes of them.
 
-    A name that says nothing else, such as ``images``, or that says where they lie, such as ``image_url``, is enough. For
-    another name with such a word the value decides: a string, several strings, a number or None only describes an image
-    (``image_caption``, ``num_images``), and anything else belongs to its data (``image_grid_thw``,
+    A name that says nothing else, such as ``images``, or that says where they lie, such as ``image_url``, is enough.
+    For another name with such a word the value decides: a string, several strings, a number or None only describes an
+    image (``image_caption``, ``num_images``), and anything else belongs to its data (``image_grid_thw``,
     ``pixel_attention_mask``).
     """
     words = {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", str(column))}

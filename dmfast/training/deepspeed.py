@@ -254,7 +254,10 @@ def _stage(plugin: Any) -> int:
 
 
 def mark(accelerator: Any) -> dict[str, int]:
-    """Return what a checkpoint records of its optimiser: the stage of ZeRO (0 without it) and the number of processes."""
+    """Return what a checkpoint records of its optimiser: the stage of ZeRO and the number of processes.
+
+    Both are 0 if DeepSpeed does not run.
+    """
     stage = stage_of(accelerator)
     return {"zero_stage": stage, "zero_processes": int(accelerator.num_processes) if stage else 0}
 

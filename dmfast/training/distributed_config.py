@@ -1,9 +1,9 @@
 """Run ``DMTrainer`` with models that transformers has spread over processes by a ``DistributedConfig``.
 
-Such a model is cut by tensor parallelism, sharded by FSDP2, or both. This module refuses what was not tried with it, and
-writes and reads a part of its checkpoints. transformers writes the model of a checkpoint whole, and refuses to write an
-optimiser whose states are parts. So each process writes its own parts of optimiser and proposal, and processes that are
-spread in the same way read them again.
+Such a model is cut by tensor parallelism, sharded by FSDP2, or both. This module refuses what was not tried with it,
+and writes and reads a part of its checkpoints. transformers writes the model of a checkpoint whole, and refuses to
+write an optimiser whose states are parts. So each process writes its own parts of optimiser and proposal, and processes
+that are spread in the same way read them again.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def refuse_model(model: Any, base: Any, args: TrainingArguments, peft_config: An
 
 
 def _sizes(config: Any) -> list[int]:
-    """Return how many copies of a model there are, and over how many processes each is sharded by FSDP2 and cut by TP."""
+    """Return the number of copies of a model, of processes that shard each of them, and of processes that cut each."""
     return [int(getattr(config, name, None) or 1) for name in _SIZES]
 
 
