@@ -315,7 +315,7 @@ class Scorer(Feature):
 
     @property
     def key(self) -> Hashable:
-        """Return the function and how it is called, so that a function that is given twice runs once."""
+        """The function and the way in which it is called, so that a function that is given twice runs once."""
         # rm.score is a new object each time that it is read, so methods are compared by their object and function
         fn = self.fn if isinstance(self.fn, MethodType | BuiltinMethodType) else id(self.fn)
         return (fn, self.on, self.batched, self.batch_size, self.binary)

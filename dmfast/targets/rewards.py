@@ -64,8 +64,8 @@ def as_reward(reward: AnyReward, weights: Weights | None = None) -> Feature:
     """Return a reward, or several, as one feature.
 
     Raises:
-        TypeError, ValueError: as ``WeightedSum``. Also if two rewards of a list have the same name, or weights are given
-            for a single reward.
+        TypeError, ValueError: as ``WeightedSum``. Also if two rewards of a list have the same name, or a single reward
+            has weights.
     """
     if isinstance(reward, Mapping):
         unnamed = [name for name in reward if not isinstance(name, str)]

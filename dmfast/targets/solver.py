@@ -172,7 +172,7 @@ class _Dual:
 
 
 def _newton(dual: _Dual, steps: int = 200) -> tuple[Tensor, int, bool, bool]:
-    """Return theta, the number of steps, whether the gradient vanishes, and whether theta proves there is no minimum."""
+    """Return theta, the number of steps, whether the gradient vanishes, and whether theta disproves a minimum."""
     theta = dual.y.new_zeros(dual.y.shape[1])
     weight, f = dual.at(theta)
     gradient, hessian = dual.derivatives(weight)

@@ -119,7 +119,7 @@ class Verifier(Scorer):
 
     @property
     def key(self) -> Any:
-        """Return the verifier itself, because another verifier of the same function may judge otherwise."""
+        """The identity of the verifier, because another verifier of the same function may judge otherwise."""
         return id(self)
 
     @property
@@ -290,6 +290,6 @@ def rows_of(samples: Samples) -> list[Row]:
 
 
 def _canonical(row: Mapping[str, Any]) -> str:
-    # the repr of a long array leaves out its middle
+    # arrays become lists, because the repr of a long array leaves out its middle
     whole = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
     return repr(sorted((name, repr(value)) for name, value in whole.items()))
