@@ -21,7 +21,7 @@ import torch
 
 import dmfast
 from dmfast.kernels import CPU
-from dmfast.kernels.batch import LSE, WEIGHT, Batch
+from dmfast.kernels.batch import Batch
 from dmfast.kernels.checks import make_batch, make_terms
 from dmfast.objectives import Terms
 from dmfast.training.report import machine
@@ -49,16 +49,15 @@ class Floor(torch.autograd.Function):
     def forward(ctx: Any, z: torch.Tensor, batch: Batch, terms: Terms) -> torch.Tensor:
         """Return the loss."""
         scores = CPU.forward(batch, terms, False, batch.n_sequences)
-        ctx.save_for_backward(z, scores.rows, scores.sequences)
-        ctx.batch = batch
+        ctx.save_for_backward(z)
+        ctx.batch, ctx.scores = batch, scores
         return scores.total
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """Return the gradient of the loss."""
-        z, rows, sequences = ctx.saved_tensors
-        dz = torch.empty_like(z)
-        CPU.backward(ctx.batch, rows[LSE], sequences[WEIGHT], 1.0 / ctx.batch.n_sequences, dz, grad)
+        dz = torch.empty_like(ctx.saved_tensors[0])
+        CPU.backward_of(ctx.batch, ctx.scores, 1.0 / ctx.batch.n_sequences, dz, grad)
         return dz, None, None
 
 

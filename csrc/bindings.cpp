@@ -43,17 +43,32 @@ struct PyBatch : dmf::Batch {
                    vocab_start,
                    whole_vocab,
                    pointer<const double>(token_weight)} {}
+
+  bool reads(uintptr_t from, uintptr_t tokens, uintptr_t starts) const {
+    return pointer<char>(from) == logits && pointer<const int64_t>(tokens) == labels &&
+           pointer<const int64_t>(starts) == cu_seqlens;
+  }
 };
 
-// The columns whose bit is set in present lie one after the other, stride apart. scalars: the parameter of the
-// objective, max_weight, the coefficient of the entropy, the constant of each column, then max_log_return.
+// The columns whose bit is set in present lie in block one after the other, stride apart. scalars: the parameter of the
+// objective, max_weight, the coefficient of the entropy, the constant of each column, then max_log_return. from: where
+// the values of the columns still are, in memory of the CPU, as address, stride and bytes of an element (4 or 8) of each;
+// then the block is filled from there, so that torch need not convert and stack them.
 struct PyTerms : dmf::Terms {
-  PyTerms(int kind, int flags, uintptr_t block, int64_t stride, int present, const std::vector<double>& scalars)
+  PyTerms(int kind, int flags, uintptr_t block, int64_t stride, int present, const std::vector<double>& scalars,
+          const std::vector<int64_t>& from)
       : dmf::Terms{{static_cast<dmf::Kind>(kind), flags, scalars.at(0), scalars.at(1), scalars.at(3 + dmf::kColumns)},
                    {},
                    {},
                    scalars.at(2)} {
-    const double* next = pointer<const double>(block);
+    double* next = pointer<double>(block);
+    for (size_t k = 0; k < from.size(); k += 3) {
+      const auto address = static_cast<uintptr_t>(from.at(k));
+      const int64_t step = from.at(k + 1), at = static_cast<int64_t>(k / 3) * stride;
+      for (int64_t i = 0; i < stride; ++i)
+        next[at + i] = from.at(k + 2) == 4 ? static_cast<double>(pointer<const float>(address)[i * step])
+                                           : pointer<const double>(address)[i * step];
+    }
     for (int c = 0; c < dmf::kColumns; ++c) {
       const bool there = (present >> c & 1) != 0;
       columns[c] = there ? next : nullptr;
@@ -178,9 +193,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   py::class_<PyBatch>(m, "Batch")
       .def(py::init<int, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t, double,
-                    double, int64_t, int64_t, int, uintptr_t>());
+                    double, int64_t, int64_t, int, uintptr_t>())
+      .def("reads", &PyBatch::reads, "Whether its logits, tokens and cu_seqlens are at these addresses.");
   py::class_<PyTerms>(m, "Terms")
-      .def(py::init<int, int, uintptr_t, int64_t, int, const std::vector<double>&>())
+      .def(py::init<int, int, uintptr_t, int64_t, int, const std::vector<double>&, const std::vector<int64_t>&>())
       .def(py::init<>());  // of a call that only scores
   py::class_<PyOutputs>(m, "Outputs").def(py::init<uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t, bool, double>());
 
@@ -200,6 +216,16 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                   pointer<const double>(upstream),
                   gradient(gradient_dtype, gradient_data, stride_sequence, stride_row));
   });
+  m.def(
+      "backward_of",
+      [](const PyBatch& b, const PyOutputs& out, uintptr_t entropy, uintptr_t bonus_weight, double factor,
+         uintptr_t upstream, int gradient_dtype, uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row) {
+        py::gil_scoped_release release;
+        dmf::backward(b, &out.lse(0), &out.weight(0), bonus(entropy, bonus_weight), factor,
+                      pointer<const double>(upstream),
+                      gradient(gradient_dtype, gradient_data, stride_sequence, stride_row));
+      },
+      "backward with the log-sum-exps and the weights that forward has written to out.");
   m.def("forward_backward",
         [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, bool checked, double factor, int gradient_dtype,
            uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row) {

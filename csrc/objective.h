@@ -1,7 +1,6 @@
-// The one formula of dmfast for C++ and CUDA: from the log-probabilities of one sequence to its
-// weight A in loss = -(1/B) sum_i A_i log pi(x_i). Its twin is dmfast/objectives.py, and
-// tests/test_kernels.py holds the two together. Per-sequence values are fp64 because at 1,024 tokens
-// log pi is about -11,500, where one fp32 ulp is 1e-3 nats.
+// The one formula of dmfast for C++ and CUDA, from the log-probabilities of one sequence to its weight A in
+// loss = -(1/B) sum_i A_i log pi(x_i). Its twin is dmfast/objectives.py, and tests/test_kernels.py compares the two.
+// Per-sequence values are fp64, because at 1,024 tokens log pi is about -11,500, where one fp32 ulp is 1e-3 nats.
 #pragma once
 #include <cfloat>
 #include <cmath>
@@ -14,8 +13,9 @@
 
 namespace dmf {
 
-// The numbers are those of dmfast.objectives.KINDS, whose records say everything else about an objective; what C++
-// needs of a record comes as a flag or as the parameter, so that a new objective is a number here and a line in weigh.
+// The numbers are those of dmfast.objectives.KINDS, whose records say everything else about an objective. C++ gets the
+// parts of a record that it needs as flags and as the parameter. So a new objective is a number here and a line in
+// weigh.
 enum class Kind : int {
   none = 0,
   dpg = 1,
@@ -35,7 +35,7 @@ enum Flag : int {
   kUnnormalized = 2,    // A is multiplied by Z
   kHasTarget = 4,       // A needs log_target and log_z, and is 0 in a context where every P is 0
   kInfiniteAtZero = 8,  // r is infinite where P = 0
-  kFactorLeftOut = 16,  // of alpha: r is not divided by 1 - alpha
+  kFactorLeftOut = 16,  // for alpha: r is not divided by 1 - alpha
 };
 
 struct Objective {
@@ -43,7 +43,7 @@ struct Objective {
   int flags;
   double parameter;   // alpha; beta of kl_control; log_scale of reinforce_p, whose R is exp(log P - log_scale)
   double max_weight;  // +inf: not clipped
-  double max_log_return = INFINITY;  // of alpha: the bound of log (p/pi)^(1 - alpha)
+  double max_log_return = INFINITY;  // for alpha: the bound of log (p/pi)^(1 - alpha)
   DMF_HD bool is(Flag flag) const { return (flags & flag) != 0; }
 };
 
@@ -67,8 +67,8 @@ struct Weight {
 
 DMF_HD double softplus(double x) { return fmax(x, 0.0) + log1p(exp(-fabs(x))); }
 
-// c1 e^e1 + c2 e^e2 with one common exponent taken out, so that neither inf - inf nor 0 * inf arises where the sum
-// has a sign: ratios reach e^+-11,500.
+// Returns c1 e^e1 + c2 e^e2. A common exponent is taken out, because ratios reach e^+-11,500. So neither inf - inf nor
+// 0 * inf arises where the sum has a sign.
 DMF_HD double signed_sum(double c1, double e1, double c2, double e2) {
   if (c1 == 0.0) e1 = -INFINITY;
   if (c2 == 0.0) e2 = -INFINITY;
@@ -88,7 +88,7 @@ DMF_HD Weight weigh(const Objective& o, const Sequence& x) {
   const double log_rho = out.log_ratio, log_u = out.log_target_ratio;
   const double log_pi = on_policy ? x.log_proposal : x.log_prob;
   const double log_t = log_rho - log_u;  // t = pi/p
-  // normalize = false multiplies by Z inside the exponent, where Z = e^-900 still is a number
+  // normalize = false multiplies by Z inside the exponent, because Z itself may underflow, as e^-900 does
   const double shift = o.is(kUnnormalized) && !empty ? x.log_z : 0.0;
 
   // A = rho * (r - baseline) as first * e^exponent + on_rho * rho
@@ -131,7 +131,7 @@ DMF_HD Weight weigh(const Objective& o, const Sequence& x) {
       const double factor = o.is(kFactorLeftOut) ? 1.0 : 1.0 / power;
       if (power == 0.0)
         on_rho = -log_t;
-      else if (fabs(log_return) < 1.0)  // where the difference of two exponentials would lose its digits
+      else if (fabs(log_return) < 1.0)  // the difference of two exponentials would lose its digits here
         on_rho = factor * expm1(log_return);
       else
         first = factor, exponent = log_rho + log_return, on_rho = -factor;

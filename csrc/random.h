@@ -1,6 +1,6 @@
-// The counter-based generator Philox4x32-10 (Salmon et al. 2011): the number of a draw is a function of what is drawn,
-// not of how many were drawn before, so that it depends neither on threads nor on how rows are cut into batches. Its
-// twin is ``uniforms`` of dmfast/kernels/eager.py.
+// The counter-based generator Philox4x32-10 (Salmon et al. 2011). The random number of a draw is a function of the row
+// and the step, not of earlier draws. So it depends neither on threads nor on how rows are cut into batches. Its twin
+// is ``uniforms`` of dmfast/kernels/eager.py.
 #pragma once
 #include <cstdint>
 
@@ -23,7 +23,7 @@ DMF_HD Philox philox(Philox counter, uint32_t key0, uint32_t key1) {
   return counter;
 }
 
-// In [0, 1), a multiple of 2^-53.
+// Returns a number in [0, 1), a multiple of 2^-53.
 DMF_HD double uniform(uint64_t seed, uint64_t row_id, uint64_t step) {
   const Philox r = philox({{static_cast<uint32_t>(row_id), static_cast<uint32_t>(row_id >> 32),
                             static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32)}},

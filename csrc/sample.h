@@ -1,4 +1,4 @@
-// What goes into one-pass sampling, on the CPU and on CUDA, and how a uniform number becomes a token.
+// The inputs of one-pass sampling on the CPU and on CUDA, and the way from a uniform number to a token.
 #pragma once
 #include "batch.h"
 
@@ -12,11 +12,11 @@ struct SampleRows {
   uint64_t seed;
   const int64_t* row_ids;  // (rows), or null: 0, 1, ...
   uint64_t step;
-  const double* uniforms;  // (rows), for tests; null: from the generator
+  const double* uniforms;  // (rows), which tests give; null: the generator's
 };
 
-// The first of n weights with which the running sum exceeds target, else the last that is not 0 (rounding may leave the
-// target at the very end); the sum before it is taken off the target.
+// Returns the first of n weights with which the running sum exceeds target, else the last that is not 0, because
+// rounding may leave the target at the very end. The sum before that weight is subtracted from target.
 template <class Weight>
 DMF_HD int pick(int n, double& target, Weight weight) {
   double before = 0, rest = target;

@@ -27,9 +27,9 @@ PROPOSAL = "dmfast_proposal"
 #: The prefix of the names of an adapter's tensors in ``tensors``.
 ADAPTER = "adapter:"
 
-# the layers of these kinds leave the base weights alone, so that switched off they are the pretrained model
+# Layers of these kinds leave the base weights alone, so that the model is the pretrained one while they are off.
 _TYPES = ("LORA", "LOHA", "LOKR", "IA3")
-_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # the others write into the base weights
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # the other initialisations write into the base weights
 _WHOLE_BASE = "or give the EBM a base of its own, a copy of the model from before the adapter"
 
 
@@ -39,7 +39,7 @@ def check(model: nn.Module) -> str:
     Raises:
         ValueError: the model is not a PEFT model; its adapter can't be switched, or more than the adapter is trained.
     """
-    library: Any = sys.modules.get("peft")  # whoever has a PeftModel has imported it
+    library: Any = sys.modules.get("peft")  # peft is imported wherever there is a PeftModel
     if library is None or not isinstance(model, library.PeftModel):
         hint = ""
         if getattr(model, "_hf_peft_config_loaded", False):
@@ -107,11 +107,11 @@ def check_config(config: Any) -> None:
 
 
 def weights(model: Any, adapter: str) -> dict[str, Tensor]:
-    """Return an adapter's parameters by the names that PEFT saves them under, which lack the adapter's name."""
+    """Return an adapter's parameters under the names that PEFT saves, which lack the adapter's name."""
     from peft import get_peft_model_state_dict
 
     found: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    # until peft 0.19 IA3, LoHa and LoKr add those of the other adapters, which keep their names
+    # Until peft 0.19 IA3, LoHa and LoKr add the parameters of the other adapters, which keep their names.
     others = model.peft_config.keys() - {adapter}
     return {name: tensor for name, tensor in found.items() if name.rpartition(".")[2] not in others}
 
@@ -185,8 +185,8 @@ def saved(folder: Path, base: Collection[str]) -> dict[str, Tensor]:
     """Return the tensors that ``save_pretrained`` wrote into a folder of an adapter, named as by ``tensors``.
 
     Args:
-        folder: where it is.
-        base: the names of the base's tensors: PEFT saves an embedding of the base with an adapter that is on it.
+        folder: the folder of the adapter.
+        base: the names of the base's tensors. PEFT saves an embedding of the base with an adapter that is on it.
     """
     from peft import load_peft_weights
 
@@ -201,7 +201,7 @@ def add_copy(model: Any) -> str:
         The name of the active adapter.
 
     Raises:
-        ValueError: as ``check``. Nothing has changed then.
+        ValueError: as in ``check``. Nothing has changed then.
     """
     name = check(model)
     config = copy.deepcopy(model.peft_config[name])

@@ -1,4 +1,4 @@
-"""The sequences of an optimiser step, and the parts of them that go through the policy together."""
+"""Hold the sequences of an optimiser step, and split them into parts that go through the policy together."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .samples import Prompt, Samples
 
 @dataclass(frozen=True)
 class Prompts:
-    """What sequences are drawn from.
+    """The prompts from which sequences are drawn.
 
     Attributes:
-        prompts: as ``LanguageModel.sample`` takes them; None for the one empty prompt.
+        prompts: the prompts in any form that ``LanguageModel.sample`` takes; None for the one empty prompt.
         context_id: an integer for each prompt, the identity of its context over the whole run. None: a digest of the
             prompt's tokens.
-        rows: for each prompt the row of the data set, or None.
+        rows: the row of the data set for each prompt, or None.
 
     Raises:
-        TypeError: a context_id that is no integer of 64 bits.
-        ValueError: another number of them, or of rows, than of prompts.
+        TypeError: a context_id is no integer of 64 bits.
+        ValueError: the number of context ids, or of rows, is not the number of prompts.
     """
 
     prompts: Sequence[Prompt] | None = None
@@ -70,7 +70,7 @@ def _integers(context_id: Any) -> Tensor:
         ids = torch.as_tensor(context_id)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(expected) from error
-    if ids.shape == (0,):  # which torch takes for floats
+    if ids.shape == (0,):  # torch makes floats of an empty list
         return ids.to(torch.int64)
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool or ids.dim() != 1:
         raise TypeError(expected)
@@ -78,7 +78,7 @@ def _integers(context_id: Any) -> Tensor:
 
 
 def _digests(samples: Samples) -> Tensor:
-    """Return (N,) int64, for each sequence the digest of its prompt's tokens."""
+    """Return (N,) int64, the digest of the tokens of each sequence's prompt."""
     places: list[int] = samples.context_id.tolist()
     first = {place: row for row, place in reversed(list(enumerate(places)))}
     prompts, seen = samples.tokens[:, : samples.prompt_len], samples.attention_mask[:, : samples.prompt_len].bool()
@@ -92,7 +92,7 @@ def _digests(samples: Samples) -> Tensor:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How sequences are drawn: what ``LanguageModel.sample`` takes along with prompts, n and seed."""
+    """The arguments of ``LanguageModel.sample`` besides the prompts, n and the seed."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -105,26 +105,27 @@ class Batch:
 
     Attributes:
         samples: the sequences. Their ``context_id`` is the identity of their context over the run.
-        inputs: (N,) fp64 each, what the loss takes: ``log_target``, ``log_proposal``, ``log_z``, and of ``reward``,
-            ``log_base`` and ``baseline`` what the objective needs.
-        features: (N, F + M) fp64, the target's moments, then what it monitors.
-        log_base: (N,) fp64, log a(x); NaN where b = 0.
+        inputs: (N,) fp64 each, the inputs of the loss by name: ``log_target``, ``log_proposal``, ``log_z``, and those
+            of ``reward``, ``log_base`` and ``baseline`` that the objective needs.
+        features: (N, F + M) fp64, the target's moments and then the features that it monitors.
+        log_base: (N,) fp64, log a(x) in nats; NaN where b = 0.
         forwarded: (N,) bool, on the CPU, the sequences that get a forward of the policy.
-        objective: that of this step.
-        pending: what the run carries, with this step's samples; ``Matcher.commit`` makes it what holds.
-        drawn: what the sequences were drawn from, and how.
-        advantage: (N,) fp64, what the log-probabilities are weighted by, where that is fixed when the step is drawn:
-            r - baseline at the sampling policy, where the batch serves several optimiser steps; A of an objective with
-            ``weight_known``.
-        epoch: the steps that the batch has served before.
-        anew: whether lambda is another than before, so that all earlier estimates are void.
+        objective: the objective of this step.
+        pending: the run's state including this step's samples. ``Matcher.commit`` makes it the current one.
+        drawn: the prompts and the options with which the sequences were drawn.
+        advantage: (N,) fp64, the weights of the log-probabilities where these are fixed when the step is drawn. They
+            are r - baseline at the sampling policy where the batch serves several optimiser steps, and A for an
+            objective with ``weight_known``.
+        epoch: the number of steps that the batch has served before.
+        anew: whether lambda has changed, so that all earlier estimates are void.
         whole_contexts: whether the sequences of a context go through the loss together.
         whole: the terms of the whole step, over all ranks, where the objective is a function.
-        n_sequences: the sequences that the step's mean is over, on an average rank. None: all.
-        first: log q, log P and log Z of what was drawn at first, (N,) fp64 each, where some of it was drawn again.
+        n_sequences: the number of sequences, on an average rank, over which the step's mean is taken. None: all.
+        first: (N,) fp64 each, log q, log P and log Z of the first draws, where some sequences were drawn again.
         rewards: (N,) fp64 each, the rewards by name where there are several.
-        seconds, counts, gradient: what sampling, scoring and policy took; what the scorers did on this rank; the norm
-            and the variance of the gradient, where they were measured.
+        seconds: the seconds that sampling, scoring and the policy took, by name.
+        counts: what the scorers counted on this rank, by name.
+        gradient: the norm and the variance of the gradient, by name, where they were measured.
     """
 
     samples: Samples
@@ -154,8 +155,8 @@ class Batch:
     def split(self, size: int | None = None) -> list[Microbatch]:
         """Return the parts that go through the policy one after the other, each sequence in one of them.
 
-        Sequences of about one length go together, so that a part has little padding. The sequences of a context stay
-        together where the objective needs them so (``whole_contexts``).
+        Sequences of similar length go together, so that a part has little padding. The sequences of a context stay
+        together where the objective needs this (``whole_contexts``).
 
         Args:
             size: the most sequences of a part. Default: all of them.
@@ -171,7 +172,7 @@ class Batch:
             raise ValueError(f"size must be positive, got {size!r}")
         if size >= len(self):
             return [Microbatch(self, torch.arange(len(self)))]
-        # places stay on the CPU, so that no part has to wait for the device to say whether it has passed
+        # places stay on the CPU, so that no part has to wait for the device
         lengths = self.samples.attention_mask.sum(1).cpu()
         if not self.whole_contexts:
             return [Microbatch(self, places) for places in torch.split(lengths.argsort(stable=True), size)]
@@ -200,7 +201,7 @@ class Batch:
         return self._again(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what further steps on the batch need, as numbers and tensors; not the rows of the data set."""
+        """Return what further steps on the batch need, as numbers and tensors, without the rows of the data set."""
         return {
             "samples": self.samples.state_dict(), "inputs": self.inputs, "features": self.features,
             "log_base": self.log_base, "advantage": self.advantage, "epoch": self.epoch,
@@ -211,11 +212,11 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Microbatch:
-    """Sequences of a batch that go through the policy together.
+    """A part of a batch, whose sequences go through the policy together.
 
     Attributes:
         batch: the whole step.
-        places: (n,) int64, on the CPU, which of its sequences.
+        places: (n,) int64, on the CPU, the places of the part's sequences in the batch.
     """
 
     batch: Batch
@@ -231,7 +232,7 @@ class Microbatch:
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """(n,) fp64 each, what the loss takes for them."""
+        """(n,) fp64 each, the inputs of the loss for the part's sequences, by name."""
         inputs = self.batch.inputs
         if self.batch.advantage is not None:
             kept = {name: inputs[name] for name in ("log_target", "log_proposal", "log_z")}

@@ -1,4 +1,4 @@
-"""Sequences that came from elsewhere, a file or another engine, as ``Samples``."""
+"""Make ``Samples`` of sequences that came from elsewhere, such as a file or another engine."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def samples_of(
     rows: Sequence[Mapping[str, Any]] | None,
     device: torch.device,
 ) -> Samples:
-    """Return what ``LanguageModel.samples_of`` does, with its arguments.
+    """Return the ``Samples`` that ``LanguageModel.samples_of`` makes of its arguments.
 
     Raises:
-        TypeError, ValueError: as it does.
+        TypeError, ValueError: as in ``LanguageModel.samples_of``.
     """
     if isinstance(completions, (str, Mapping)) or not hasattr(completions, "__len__"):
         raise TypeError(f"completions must be a list of strings or of lists of token ids, got {completions!r:.100}")
@@ -46,8 +46,8 @@ def samples_of(
     of_ids = "log_prob" if log_prob is not None else "score_mask"
     if (log_prob is not None or score_mask is not None) and any(isinstance(each, str) for each in completions):
         raise ValueError(
-            f"{of_ids} is of the token ids that were drawn, and a text that is tokenized anew may have others: with "
-            f"{of_ids} pass completions as lists of token ids"
+            f"{of_ids} belongs to the token ids that were drawn, and a text that is tokenized anew may have others: "
+            f"with {of_ids} pass completions as lists of token ids"
         )
     ends = set(eos_token_ids)
     given_end = (
@@ -97,7 +97,7 @@ def _flags(append_eos: Any, n: int) -> list[bool]:
 
 
 def _drawn(score_mask: Any, ids: Sequence[Sequence[int]]) -> list[list[bool]]:
-    """Return for each token of each completion whether it was drawn."""
+    """Return, for each token of each completion, whether it was drawn."""
     if score_mask is None:
         return [[True] * len(each) for each in ids]
     if isinstance(score_mask, (str, Mapping)) or not hasattr(score_mask, "__len__") or len(score_mask) != len(ids):
@@ -123,16 +123,16 @@ def _drawn(score_mask: Any, ids: Sequence[Sequence[int]]) -> list[list[bool]]:
 
 
 def _ended(ids: list[int], drawn: list[bool], i: int, ends: set[int], end: int | None, has_log_prob: bool) -> list[int]:
-    """Return a continuation up to and with its EOS, which ``end`` adds where there is none and log q is not known.
+    """Return a continuation up to and with its EOS. Where it has none and log q is unknown, ``end`` is added.
 
-    A turn that was drawn ends at its first EOS: context follows, or nothing.
+    A drawn turn ends at its first EOS. Only context may follow there.
     """
     for place, token in enumerate(ids[:-1]):
         if token in ends and drawn[place] and drawn[place + 1]:
             raise ValueError(
                 f"completion {i} goes on after its end: token {place} of {len(ids)}, {token}, ends a sequence. Cut it "
-                "there, padding too; a model whose sequences end elsewhere is LanguageModel(..., eos_token_id=...); "
-                "context between turns is what score_mask tells"
+                "there, padding too. If the model's sequences end elsewhere, pass eos_token_id to LanguageModel. If "
+                "context follows a turn there, mark it by score_mask"
             )
     if end is not None and ids and not drawn[-1]:
         raise ValueError(
@@ -149,17 +149,17 @@ def _ended(ids: list[int], drawn: list[bool], i: int, ends: set[int], end: int |
         ids = [*ids, end]
     if not ids:
         raise ValueError(
-            f"completion {i} has no tokens, so there is nothing to score; one that ended at once is its EOS alone"
+            f"completion {i} has no tokens, so there is nothing to score; if it ended at once, it consists of its EOS"
         )
     return ids
 
 
 def _log_q(log_prob: Any, n: int) -> Tensor:
-    """Return log q (N,) fp64; NaN where it was not given."""
+    """Return log q in nats, (N,) fp64, NaN where it was not given."""
     if log_prob is None:
         return torch.full((n,), torch.nan, dtype=torch.float64)
     try:
-        # of a list Python's floats, which torch would make fp32
+        # without a dtype torch would make fp32 of Python's floats
         given = log_prob if hasattr(log_prob, "dtype") else torch.tensor(log_prob, dtype=torch.float64)
         values = torch.as_tensor(given).detach()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -191,14 +191,14 @@ def check_unknown_proposal(options: Mapping[str, Any]) -> None:
     """Check that a loss of samples without log q does not use it.
 
     Args:
-        options: of ``LanguageModel.loss``.
+        options: the options of ``LanguageModel.loss``.
 
     Raises:
-        ValueError: its weights would rest on log q.
+        ValueError: the weights of the loss would depend on log q.
     """
     given, on_policy = options.get("log_proposal"), bool(options.get("on_policy", False))
     if given is not None and not (isinstance(given, Tensor) and bool(given.isnan().any())):
-        return  # whoever drew them has scored them since
+        return  # the caller has scored the sequences meanwhile
     objective: str | Objective | Callable[..., Tensor] = options.get("objective", "gdc++")
     name = objective.name if isinstance(objective, Objective) else objective
     if isinstance(name, str):

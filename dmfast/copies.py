@@ -1,4 +1,4 @@
-"""Copies of a model that share nothing with it: a frozen one, and a whole one of a model that is sharded."""
+"""Copy models: a frozen copy that shares nothing with the model, and a whole copy of a sharded model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .tensors import all_tensors, copy_into, difference
 
 
 def frozen_copy(module: nn.Module, device: torch.device | str | None) -> nn.Module:
-    """Return a frozen copy, which is made directly on the device.
+    """Return a frozen copy, which is made directly on the device; None: on the model's.
 
     Raises:
-        ValueError: the model is sharded and transformers has not sharded it as it loaded it; a device is named for a
-            copy of one that is spread over processes.
+        ValueError: the model is sharded, and not by transformers as it loaded it; a device is named for the copy of a
+            model that is spread over processes.
     """
     by_transformers = getattr(module, "is_distributed_loading_by_transformers", False)
     if device is not None and by_transformers:
@@ -36,7 +36,7 @@ def frozen_copy(module: nn.Module, device: torch.device | str | None) -> nn.Modu
         )
     memo: dict[int, Any] = {}
     for tensor in [*module.parameters(), *module.buffers()]:
-        if sharding.is_shard(tensor):  # deepcopy asks a shard for memory that it has not got
+        if sharding.is_shard(tensor):  # deepcopy fails on a shard, which has no storage of its own
             moved = tensor.detach().clone()
         elif device is not None and type(tensor) in (nn.Parameter, Tensor):
             moved = tensor.detach().to(device, copy=True)
@@ -46,7 +46,7 @@ def frozen_copy(module: nn.Module, device: torch.device | str | None) -> nn.Modu
     for part in module.modules():
         for value in vars(part).values():
             if hasattr(value, "get_group") or hasattr(value, "get_mesh"):
-                memo[id(value)] = value  # the ranks, of which there are no copies
+                memo[id(value)] = value  # process groups can't be copied
     copied = copy.deepcopy(module, memo).requires_grad_(False)
     of_copies = {id(old): new for old, new in zip(module.modules(), copied.modules(), strict=True)}
     for part in copied.modules():
@@ -57,13 +57,13 @@ def frozen_copy(module: nn.Module, device: torch.device | str | None) -> nn.Modu
 
 
 def _about(value: Any, copies: dict[int, Any]) -> Any:
-    """Return a function or method with the copies of modules in the place of the modules that it refers to.
+    """Return a function or method that refers to the copies of modules instead of the modules.
 
-    deepcopy does not copy functions. Where a function has taken the place of a module's forward, as under tensor
-    parallelism, the copy's would go on computing with the model that was copied.
+    deepcopy does not copy functions. Where a function has replaced a module's forward, as under tensor parallelism, the
+    copy's forward would go on computing with the original model.
 
     Args:
-        value: what a module's forward is, or refers to.
+        value: a module's forward, or something that it refers to.
         copies: the copy of each module, by the id of the module.
     """
     if id(value) in copies:
@@ -76,19 +76,19 @@ def _about(value: Any, copies: dict[int, Any]) -> Any:
     function = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
     function.__kwdefaults__ = value.__kwdefaults__
     function.__qualname__, function.__module__ = value.__qualname__, value.__module__
-    copies[id(value)] = function  # which may refer to itself
+    copies[id(value)] = function  # the function may refer to itself
     for cell, of_value in zip(cells, value.__closure__, strict=True):
         try:
             cell.cell_contents = _about(of_value.cell_contents, copies)
-        except ValueError:  # nothing is in it
+        except ValueError:  # the cell is empty
             continue
     return function
 
 
 def whole_copy(module: Any, wanted: bool) -> nn.Module | None:
-    """Return a whole copy of a sharded model on the CPU to the processes that want one, and None to the others.
+    """Return a whole copy of a sharded model on the CPU in the processes that want one, and None in the others.
 
-    All processes that hold parts of the model call it together. Each tensor is given up again before the next is
+    All processes that hold parts of the model call it together. Each gathered tensor is freed before the next is
     gathered.
 
     Raises:
@@ -104,7 +104,7 @@ def whole_copy(module: Any, wanted: bool) -> nn.Module | None:
         )
     if wanted:
         if getattr(made.config, "distributed_config", None) is not None:
-            made.config.distributed_config = None  # engines read what is written of it
+            made.config.distributed_config = None  # engines read the config that is written for them
         made.to_empty(device="cpu")
         made.tie_weights()
         target = all_tensors(made)
@@ -121,7 +121,7 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def _of_config(module: Any) -> Any:
-    """Return a model of a sharded one's class, config and dtypes, without values and whole."""
+    """Return a whole model on the meta device, with the class, config and dtypes of a sharded one."""
     from transformers import initialization
 
     kind: Any = sharding.class_of(module)
@@ -135,7 +135,7 @@ def _of_config(module: Any) -> Any:
 
 
 def _sharded_alike(module: Any) -> nn.Module:
-    """Return a copy of what transformers has sharded as it loaded it, made of its config in the same way.
+    """Return a copy of a model that transformers has sharded as it loaded it, made of its config in the same way.
 
     Raises:
         ValueError: the model has parts or hooks that its config does not make.
@@ -158,7 +158,7 @@ def _sharded_alike(module: Any) -> nn.Module:
 
 
 def _layout(model: nn.Module) -> list[tuple[str, type, int]]:
-    """Return names, classes and numbers of hooks of a model's modules."""
+    """Return the name, the class and the number of hooks of each module of a model."""
     return [
         (name, sharding.class_of(each), sum(not sharding.is_own_hook(hook) for hook in _hooks(each)))
         for name, each in model.named_modules()

@@ -1,9 +1,9 @@
 """Draw sequences token by token within transformers' generate, which makes the cache and the rules for the end.
 
-Sequences that continue one prompt share its forward: what it leaves is then copied for each of them.
+Sequences that continue one prompt share its forward, whose state is then copied for each of them.
 
-What each forward takes is what the model's own ``prepare_inputs_for_generation`` makes of it, as in generate's own
-loop. Rows that have ended leave the batch where every state that is carried from step to step can be cut to the others.
+The model's own ``prepare_inputs_for_generation`` makes the inputs of each forward, as in generate's own loop. Rows that
+have ended leave the batch where every state that is carried from step to step can be cut to the other rows.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 from . import sharding
 
-# the outputs in which models return what the next step goes on from
+# Models return the state for the next step in one of these outputs.
 _STATES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
 
 class Drawn(NamedTuple):
-    """What ``decode`` drew after the prompts, whether it kept a cache, and whether it could share prompts."""
+    """The result of ``decode``: the sequences, whether it kept a cache, and whether it could share prompts."""
 
     tokens: Tensor  # (N, prompt and continuation) int64
-    mask: Tensor  # the same shape, 1 on prompt and continuation up to and with the first EOS
+    mask: Tensor  # the shape of tokens, 1 on prompt and continuation up to and with the first EOS
     log_prob: Tensor  # (N,) fp64
     cached: bool
     shared: bool
@@ -53,22 +53,23 @@ def decode(
     """Draw the continuations of N left-padded prompts.
 
     Args:
-        model: what computes: ``inner``, perhaps with adapters around it, whose hooks then run.
-        inner: the transformers model, whose ``generate`` is the frame.
+        model: the module that is called: ``inner``, perhaps with adapters around it, whose hooks then run.
+        inner: the transformers model, within whose ``generate`` the steps run.
         prompts: (N, L) int64.
         mask: (N, L) int64, 0 on padding.
-        steps: where a sequence without EOS ends.
-        draw: takes (R, V) logits, the (R,) places of the rows among the N and the number of the step, and returns
-            (R,) tokens and their log-probabilities.
-        eos_token_ids: what ends a sequence.
-        pad_token_id: what follows the end.
+        steps: the number of tokens after which a sequence without EOS ends.
+        draw: a function that takes (R, V) logits, the (R,) places of the rows among the N and the number of the step,
+            and returns (R,) tokens and their log-probabilities.
+        eos_token_ids: the tokens that end a sequence.
+        pad_token_id: the token that follows the end.
         first_position: the position id of a sequence's first token. None: the model is given no position ids.
-        cached: False runs the whole sequence in each step.
+        cached: whether each step takes only the newest token. False runs the whole sequence in each step.
         more: further inputs of the model, (N, L) tensors each, which are continued as generate continues them.
-        last_logits: runs a forward of the model and returns its output, and (R, V) logits of the last position.
-        others: tells, of whether this rank runs another forward, whether any rank does, where each forward is one of
-            all ranks: those that have ended then take part until none is left.
-        share: whether equal prompts are to be computed once.
+        last_logits: a function that runs a forward of the model and returns its output, and (R, V) logits of the last
+            position.
+        others: a function for models whose forwards need all ranks. It takes whether this rank runs another forward,
+            and returns whether any rank does. A rank that has ended then takes part until none is left.
+        share: whether equal prompts are computed once.
     """
     n, prompt_len = prompts.shape
     tokens = torch.cat([prompts, prompts.new_full((n, steps), pad_token_id)], 1)
@@ -83,7 +84,7 @@ def decode(
 
     def loop(_: nn.Module, given: Tensor, *, stopping_criteria: Callable[..., Tensor], **prepared: Any) -> Tensor:
         nonlocal kept_cache, shared
-        rows = torch.arange(n, device=given.device)  # those that are still in the batch, and which have not ended
+        rows = torch.arange(n, device=given.device)  # rows: still in the batch; alive: not ended yet
         alive = torch.ones(n, dtype=torch.bool, device=given.device)
         for name in ("logits_processor", "generation_config", "synced_gpus", "streamer"):
             prepared.pop(name, None)
@@ -108,7 +109,8 @@ def decode(
                     batch.take_part(others)
             if n_alive == 0:
                 break
-            # moving the cache costs a read and a write of it, about what a step costs: not for every row that ends
+            # Moving the cache reads and writes all of it, which takes about as long as a step. So one row that ends is
+            # no reason to move it.
             if n_alive <= 0.75 * len(rows) and batch.keep(alive):
                 rows, alive = rows[alive], alive[alive]
         kept_cache = batch.cached
@@ -119,7 +121,7 @@ def decode(
         if hasattr(inner, "generate"):
             return _within_generate(inner, loop, prompts[rows], mask[rows], steps, eos_token_ids, pad_token_id, cached,
                                     given)  # fmt: skip
-        # the rule for EOS alone, and the forward makes its cache
+        # Without generate EOS is the only rule for the end, and the forward makes its cache.
         eos = torch.tensor(eos_token_ids, device=prompts.device)
         given |= {"attention_mask": mask[rows], "position_ids": positions_of(mask[rows])}
         return loop(inner, prompts[rows], stopping_criteria=lambda ids, _: torch.isin(ids[:, -1], eos),
@@ -127,13 +129,13 @@ def decode(
 
     could = shared
     found = run(places if shared else slice(None))
-    if could and not shared:  # what the forward left can't be copied
+    if could and not shared:  # the state that the forward left can't be copied
         found = run(slice(None))
     return Drawn(found, whole[:, : found.shape[1]], log_prob, kept_cache, share and (shared or not could))
 
 
 def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a place of each distinct row, and (N,) which of these each row is equal to."""
+    """Return a place of each distinct row, and (N,) the number of the distinct row that each row is equal to."""
     _, which = torch.unique(rows.flatten(1), dim=0, return_inverse=True)
     n = len(which)
     places = which.new_full((int(which.max()) + 1 if n else 0,), n)
@@ -141,7 +143,7 @@ def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def positions_of(mask: Tensor) -> Tensor:
-    """Return (N, T) position ids of left-padded rows: the first real token is at 0."""
+    """Return (N, T) position ids of left-padded rows. The first real token is at 0."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
@@ -155,7 +157,7 @@ def _within_generate(
         max_new_tokens=steps, eos_token_id=eos_token_ids, pad_token_id=pad_token_id, do_sample=True, use_cache=cached
     )
     theirs = inner.generation_config
-    # else what it says would fill what ours leaves open: stop_strings, max_time, cache_implementation, ...
+    # The model's config would fill in the fields that ours leaves open: stop_strings, max_time, cache_implementation.
     inner.generation_config = GenerationConfig()
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_misses_no_mask)
@@ -174,15 +176,15 @@ def _within_generate(
 
 
 def _misses_no_mask(record: logging.LogRecord) -> bool:
-    """Return False for the advice to pass a mask: generate itself leaves out one that masks nothing."""
+    """Return False for the advice to pass a mask, because generate itself leaves out a mask that masks nothing."""
     return "passing in an `attention_mask`" not in record.getMessage()
 
 
 class _Steps:
-    """The forwards of one batch, and what is carried from one to the next.
+    """The forwards of one batch, and the state that is carried from one to the next.
 
     Attributes:
-        cached: whether a forward takes the newest token alone.
+        cached: whether a forward takes only the newest token.
     """
 
     def __init__(
@@ -194,7 +196,7 @@ class _Steps:
         self.first_position, self.last_logits = first_position, last_logits
         self.first = True
         self.cached = bool(given.get("use_cache", True))
-        self.can_select: bool | None = None  # not asked yet
+        self.can_select: bool | None = None  # None until it is needed
         self.found = {(id(module), name): (value, _version(value)) for module, name, value in _held(inner)}
         self.prepare = getattr(inner, "prepare_inputs_for_generation", None)
         self.parameters = inspect.signature(inner.forward).parameters
@@ -203,11 +205,11 @@ class _Steps:
 
             general = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
             self.by_length = "next_sequence_length" in general
-            if not self.by_length:  # older releases say by the places in the cache which tokens are new
+            if not self.by_length:  # older releases tell by the places in the cache which tokens are new
                 self.given = inner._get_initial_cache_position(prompt_len, device, given)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Return the (R, V) logits of what follows these (R, t) tokens."""
+        """Return the (R, V) logits of the token after these (R, t) tokens."""
         try:
             inputs = self._inputs(tokens)
             out, logits = self.last_logits(lambda: self.model(**inputs))
@@ -276,11 +278,11 @@ class _Steps:
             self.given[name] = getattr(out, name, None)
 
     def keep(self, alive: Tensor) -> bool:
-        """Drop the rows that are not alive. False: they can't be told apart in what is carried on, and all stay."""
+        """Drop the rows that are not alive. Return False, and keep all, if the carried state can't be cut by rows."""
         return self._select(alive.nonzero()[:, 0], len(alive))
 
     def copy(self, places: Tensor, n: int) -> bool:
-        """Put row ``places[i]`` of n into row i. False: rows can't be told apart in what is carried on."""
+        """Put row ``places[i]`` of n into row i. Return False if the carried state can't be taken apart by rows."""
         return self._select(places, n)
 
     def _select(self, places: Tensor, n: int) -> bool:
@@ -297,7 +299,7 @@ class _Steps:
 
 
 def _held(inner: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Yield what modules hold besides parameters and buffers: a few keep the states of rows there."""
+    """Yield the tensors that modules hold besides parameters and buffers, where a few models keep states of rows."""
     for module in inner.modules():
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and value.dim() > 1:
@@ -305,12 +307,12 @@ def _held(inner: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 def _version(x: Tensor) -> int:
-    """Return how often a tensor was written, which those of inference mode do not count."""
+    """Return how often a tensor was written, or 0 for a tensor of inference mode, which does not count it."""
     return 0 if x.is_inference() else x._version
 
 
 def _axis(name: str, value: Tensor) -> int:
-    """Return where the rows are: position ids may come once for each of several axes of an image."""
+    """Return the dimension of the rows. It is 1 for position ids that come once for each of an image's axes."""
     return 1 if name == "position_ids" and value.dim() == 3 else 0
 
 
@@ -323,13 +325,13 @@ def _selected(name: str, value: Any, places: Tensor) -> Any:
 
 
 def _can_select(name: str, value: Any, n: int) -> bool:
-    """Return whether ``_selected`` takes the rows that it is given from every tensor of this input."""
+    """Return whether ``_selected`` can take rows from every tensor of this input."""
     if isinstance(value, Tensor):
         return value.dim() < 2 or value.shape[_axis(name, value)] == n
     if not hasattr(value, "reorder_cache"):
         return value is None or isinstance(value, (bool, int, float, str))
     before = list(_tensors(value))
-    trial = copy.deepcopy(value, {id(tensor): tensor for tensor in before})  # shares the tensors
+    trial = copy.deepcopy(value, {id(tensor): tensor for tensor in before})  # the trial shares the tensors
     try:
         trial.reorder_cache(torch.zeros(1, dtype=torch.int64, device=before[0].device if before else "cpu"))
     except (NotImplementedError, AttributeError, TypeError, ValueError, IndexError, RuntimeError):
@@ -341,7 +343,7 @@ def _can_select(name: str, value: Any, n: int) -> bool:
 
 
 def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Yield the tensors that a cache holds, in an order that depends on its structure alone."""
+    """Yield the tensors that a cache holds, in an order that depends only on its structure."""
     seen = set() if seen is None else seen
     if isinstance(value, Tensor):
         yield value
@@ -354,7 +356,7 @@ def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
         parts = value.values()
     elif isinstance(value, (list, tuple)):
         parts = value
-    elif hasattr(value, "__dict__") and not hasattr(value, "to_dict"):  # not a config
+    elif hasattr(value, "__dict__") and not hasattr(value, "to_dict"):  # only configs have to_dict
         parts = vars(value).values()
     for part in parts:
         yield from _tensors(part, seen)

@@ -38,10 +38,10 @@ def nltk() -> Any:
 def words(texts: Sequence[str]) -> list[list[str]]:
     """Split each text into words and runs of punctuation, with nltk's ``wordpunct_tokenize``.
 
-    The paper's code uses ``word_tokenize``, which needs a data file; the two differ in contractions and abbreviations.
+    The paper's code uses ``word_tokenize``, which needs a data file. The two differ in contractions and abbreviations.
 
     Raises:
-        TypeError: one string came in place of several.
+        TypeError: ``texts`` is one string.
         ImportError: nltk is not installed.
     """
     if isinstance(texts, str):
@@ -54,8 +54,9 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     """Return Distinct-n: the different n-grams of words in a text over its number of words, averaged over the texts.
 
     It falls where a text repeats itself. Li et al. 2016 (arXiv:1510.03055) divide by the number of words, for every n,
-    over all texts at once. The paper does so within each text, as here, so the number of texts plays no part. A text of
-    T words has at most (T - n + 1)/T, which is 1 for n = 1, and 0 if it has fewer than n words.
+    over all texts at once. This function divides within each text, as Korbak et al. do, so that the result does not
+    depend on the number of texts. A text of T words has at most (T - n + 1)/T, which is 1 for n = 1. It has 0 if it has
+    fewer than n words.
 
     Args:
         texts: the N texts.
@@ -82,9 +83,9 @@ def _distinct_shares(texts: Sequence[str], n: int) -> list[float]:
 def self_bleu(texts: Sequence[str], n: int = 5) -> float:
     """Return Self-BLEU-n: the BLEU-n of each text with all others as its references, averaged over the texts.
 
-    It is high where samples resemble one another. The measure is that of Zhu et al. 2018 (Texygen), on words, with
-    nltk's ``method1`` in place of precisions of 0, as there. (The authors' code of 2206.00761 gives nltk strings in
-    place of lists of words, which makes it a BLEU of characters; its figures are higher than these.)
+    It is high where samples resemble one another. The measure is that of Zhu et al. 2018 (Texygen) on words. Like
+    theirs it smooths precisions of 0 by nltk's ``method1``. (The authors' code of 2206.00761 gives nltk strings instead
+    of lists of words, which makes it a BLEU of characters. Its figures are higher than these.)
 
     The result equals nltk's ``sentence_bleu`` text by text, but the n-grams are counted once for all texts. N-grams,
     smoothing and brevity penalty are nltk's. Self-BLEU grows with N, so compare sets of one size.
@@ -167,7 +168,7 @@ def weight_statistics(weight: Tensor) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class GradientVariance:
-    """Hold the spread of the gradients of single sequences.
+    """The spread of the gradients of single sequences.
 
     Attributes:
         variance: the mean of ||g_i - g||^2, where g_i is the gradient of -A_i log pi(x_i) and g is their mean. It is

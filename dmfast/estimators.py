@@ -16,8 +16,9 @@ The paper writes KL(p||pi) as -log Z + (1/Z) mean[w (log P - log pi)], which is 
 does not change when P is multiplied by a constant. With log Z = -900 the paper's form is the difference of two numbers
 near 900, each with the noise of mean u.
 
-D_a is that of the objective ``alpha``, (1 - mean[u^(1-a) rho^a]) / (a (1 - a)). E_q[u] = E_q[rho] = 1 stands in for the
-1, which leaves a mean of numbers that are 0 or more and vanish near p. The limits are KL(p||pi) at 0, KL(pi||p) at 1.
+D_a is the divergence of the objective ``alpha``, (1 - mean[u^(1-a) rho^a]) / (a (1 - a)). The form above replaces the 1
+by means of u and rho, because E_q[u] = E_q[rho] = 1. It is a mean of numbers that are 0 or more and vanish near p. The
+limits are KL(p||pi) at a = 0 and KL(pi||p) at a = 1.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ _LOG2 = math.log(2)
 
 @dataclass(frozen=True)
 class Estimate:
-    """Hold a value with its standard error.
+    """A value with its standard error.
 
-    Both are NaN where no sequence with P > 0 was seen, or where log pi is NaN."""
+    Both are NaN where no sequence with P > 0 was seen, or where log pi is NaN.
+    """
 
     value: float
     stderr: float
@@ -51,9 +53,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Estimates:
-    """Hold the estimates of p, pi and q from a set of sequences x ~ q; ``ess`` is in sequences.
+    """The estimates of p, pi and q from a set of sequences x ~ q.
 
-    ``alpha_policy`` and ``alpha_proposal`` are there where an alpha was asked for."""
+    ``log_z`` and the KL and JS divergences are in nats, ``ess`` in sequences. ``alpha_policy`` and ``alpha_proposal``
+    are None unless an alpha was given.
+    """
 
     log_z: Estimate
     kl_policy: Estimate
@@ -82,7 +86,8 @@ _NOTHING = Estimate(math.nan, math.nan)
 def _from_influence(value: float | Tensor, influence: Tensor, weight: Tensor) -> Estimate:
     """Return the value with the standard error of a weighted mean whose terms deviate by ``influence``.
 
-    The error is NaN for one sample."""
+    The error is NaN for one sample.
+    """
     total = weight.sum()
     variance = (weight * influence).square().sum() / total**2
     effective = float(total**2 / weight.square().sum())  # n for equal weights; n / (n - 1) is Bessel's correction
@@ -96,7 +101,7 @@ def _mean(values: Tensor, weight: Tensor) -> Estimate:
 
 
 def _mean_in(context_id: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-    """Return for each sequence the mean over its context, for values (N,) or columns of them (N, F)."""
+    """Return, for each sequence, the mean over its context, for values (N,) or columns of them (N, F)."""
     contexts, which = torch.unique(context_id, return_inverse=True)
     weight = weight.view(-1, *[1] * (values.dim() - 1))
 
@@ -148,12 +153,12 @@ def _checked(log_weight: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, 
     """Return both tensors in fp64, checked.
 
     Raises:
-        ValueError: as ``estimate_log_z``.
+        ValueError: as in ``estimate_log_z``.
     """
     _check(log_weight=log_weight, sample_weight=sample_weight)
     log_weight = _fp64(log_weight)
     if not bool((log_weight < math.inf).all()):
-        raise ValueError("log_weight = log P - log q holds NaN or +inf: a log P that is, or a log q of -inf")
+        raise ValueError("log_weight = log P - log q holds NaN or +inf, from such a log P or from a log q of -inf")
     return log_weight, _weights(log_weight, sample_weight)
 
 
@@ -178,7 +183,7 @@ def effective_sample_size(log_weight: Tensor, sample_weight: Tensor | None = Non
     """Return (sum w)^2 / sum w^2 in sequences, from log_weight = log P - log q, (N,); 0 if no P > 0.
 
     Raises:
-        ValueError: as ``estimate_log_z``.
+        ValueError: as in ``estimate_log_z``.
     """
     return _ess(*_checked(log_weight, sample_weight))
 
@@ -192,7 +197,7 @@ def _ess(log_weight: Tensor, g: Tensor) -> Estimate:
     m1, m2 = (g * w).sum() / n, (g * w * w).sum() / n
     influence = 2 * m1 / m2 * (w - m1) - (m1 / m2) ** 2 * (w * w - m2)
     fraction = _from_influence(m1 * m1 / m2, influence, g)
-    size = float(n * n / g.square().sum())  # sequences that weights g are worth
+    size = float(n * n / g.square().sum())  # the effective number of sequences with the weights g
     return Estimate(fraction.value * size, fraction.stderr * size)
 
 
@@ -202,7 +207,7 @@ def estimate_moments(features: Tensor, log_weight: Tensor, sample_weight: Tensor
     If ``log_weight`` is all 0, these are plain means, such as E_pi[phi] from samples of pi.
 
     Raises:
-        ValueError: the features are not (N, F); as ``estimate_log_z``.
+        ValueError: the features are not (N, F), or as in ``estimate_log_z``.
     """
     log_weight, g = _checked(log_weight, sample_weight)
     if features.dim() != 2 or features.shape[0] != log_weight.shape[0]:
@@ -213,7 +218,8 @@ def estimate_moments(features: Tensor, log_weight: Tensor, sample_weight: Tensor
     return [_mean(column, w) for column in _fp64(features).unbind(1)]
 
 
-# These are the terms f(u) whose mean is a divergence, and u f'(u), their growth with log u, for the error of log Z.
+# The following functions return the terms f(u), whose mean is a divergence, and their derivative by log u, u f'(u),
+# which gives the error from that of log Z.
 
 
 def _kl_terms(u: Tensor, log_gap: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,7 +239,7 @@ def _js_terms(log_u: Tensor, log_rho: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _alpha_terms(alpha: float, log_u: Tensor, log_rho: Tensor) -> tuple[Tensor, Tensor]:
-    """Each of two forms keeps its digits where the other is 0/0: near alpha = 0, and near 1."""
+    """Return the terms of D_alpha. One form is exact near alpha = 0 and the other near 1, where the first is 0/0."""
     u, rho, log_gap = log_u.exp(), log_rho.exp(), log_u - log_rho
     if alpha < 0.5:
         of_u = torch.where(u == 0, 0.0, u * _scaled_expm1(-alpha, log_gap))
@@ -248,15 +254,16 @@ def _scaled_expm1(k: float, x: Tensor) -> Tensor:
 
 
 def _mean_given_one(values: Tensor, rho: Tensor, weight: Tensor) -> Estimate:
-    """Return the mean of values under q, with less error, since the mean of rho is known to be 1.
+    """Return the mean of values under q, with less error because the mean of rho is known to be 1.
 
-    Of the multiples of rho - 1 the one is subtracted that leaves the least variance: a control variate. One in the
-    values drops out."""
+    rho - 1 is the control variate: the multiple of it that leaves the least variance is subtracted. A multiple that the
+    values contain cancels.
+    """
     deviation = rho - (weight * rho).sum() / weight.sum()
     square = (weight * deviation.square()).sum()
     slope = torch.where(square > 0, (weight * deviation * values).sum() / square, 0.0)
     found = _mean(values - slope * (rho - 1), weight)
-    n = float(weight.sum() ** 2 / weight.square().sum())  # one is lost to the mean, one to the slope
+    n = float(weight.sum() ** 2 / weight.square().sum())  # mean and slope take one degree of freedom each
     return Estimate(found.value, found.stderr * math.sqrt((n - 1) / (n - 2)) if n > 2 + 1e-9 else math.nan)
 
 
@@ -274,15 +281,15 @@ def estimate(
 
     Args:
         log_prob, log_proposal, log_target: (N,) log pi, log q, log P, nats. log_target may be -inf, and log_prob may be
-            NaN (unknown) there: only ``js_policy`` needs it and is then NaN too.
+            NaN (unknown) there. Only ``js_policy`` and ``alpha_policy`` need it there. They are then NaN, too.
         log_z: the current log Z (0-d, float or (N,)). The standard errors of divergences include its error only with
             ``z_of``.
         sample_weight: (N,) positive weights, for instance smaller ones for older steps. Default: 1.
         z_of: (N,) integers, the context of each sequence, if ``log_z`` was estimated from these very sequences, for
             each context separately. Then u has mean 1 for every draw, and near p a divergence varies far less than it
             would if log Z were known.
-        alpha: that of the divergences ``alpha_policy`` and ``alpha_proposal``. None: they are left out. From 1 on they
-            are infinite where P = 0.
+        alpha: the alpha of ``alpha_policy`` and ``alpha_proposal``. None: they are left out. From 1 on they are
+            infinite where P = 0.
 
     Raises:
         ValueError: the tensors are not all (N,), log_target has NaN or +inf, log_proposal is not finite, or weights are
@@ -303,13 +310,13 @@ def estimate(
     log_u = torch.where(z == -math.inf, -math.inf, log_w - z)
     log_rho = log_prob - log_proposal
     u, one = log_u.exp(), torch.zeros_like(log_rho)
-    rho = torch.where(u == 0, 0.0, log_rho.exp())  # any value serves there: max(0, u - rho) = 0
+    rho = torch.where(u == 0, 0.0, log_rho.exp())  # where u = 0 any rho gives max(0, u - rho) = 0
 
     def divergence(terms: Tensor, slope: Tensor) -> Estimate:
         mean = _mean(terms, g)
         if z_of is None:
             return mean
-        # log Z is too large by the mean of u - 1, so u is too small, and the divergence with it
+        # log Z is too large by the mean of u - 1, which makes u and the divergence too small
         return _from_influence(mean.value, terms - mean.value - _mean_in(z_of, slope, g) * (u - 1), g)
 
     return Estimates(
@@ -327,7 +334,7 @@ def estimate(
 
 
 class PartitionFunction:
-    """Keep the running log Z: the log-mean-exp of log P - log q over all sequences so far, from any q.
+    """The running log Z: the log-mean-exp of log P - log q over all sequences so far, from any q.
 
     Update it with a step's samples before the step's loss, so that the Z of a step includes them. Reset it when the
     target changes (a re-fit of lambda).
@@ -364,9 +371,9 @@ class PartitionFunction:
 
     @classmethod
     def of_rate(cls, rate: float, n: int) -> PartitionFunction:
-        """Return one that has seen n samples of the base with the mean ``rate`` of w = b, where b is from 0 to 1.
+        """Return a Z that has seen n samples of the base, for which w = b with the mean ``rate`` and b is in [0, 1].
 
-        The sum of squares, on which only ``stderr`` rests, is that of a b that is 0 or 1, the most it can be.
+        Only ``stderr`` depends on the sum of squares. It gets its upper bound, which holds if b is 0 or 1.
         """
         found = cls()
         found._log_sum = found._log_sum_squares = math.log(rate * n) if rate else -math.inf
@@ -375,7 +382,7 @@ class PartitionFunction:
 
     @property
     def log_z(self) -> float:
-        """Log Z in nats; -inf until a sequence with P > 0 was seen."""
+        """The estimate of log Z in nats, -inf until a sequence with P > 0 was seen."""
         return self._log_sum - math.log(self.n) if self.n else -math.inf
 
     @property
@@ -397,9 +404,10 @@ class PartitionFunction:
 
 
 class PartitionFunctions:
-    """Keep a running log Z for each context across visits.
+    """The running log Z of each context, kept across visits.
 
-    Z depends on the context and on nothing that is trained."""
+    Z depends on the context and on nothing that is trained.
+    """
 
     def __init__(self) -> None:
         self._of: dict[int, PartitionFunction] = {}
@@ -415,10 +423,10 @@ class PartitionFunctions:
         return list(self._of.values())
 
     def updated(self, context_id: Tensor, log_target: Tensor, log_proposal: Tensor) -> PartitionFunctions:
-        """Return a copy with more sequences x ~ q taken in, all (N,); the object itself stays as it is.
+        """Return a copy that includes further sequences x ~ q, all (N,). The object itself stays as it is.
 
         Raises:
-            ValueError: as ``PartitionFunction.update``.
+            ValueError: as in ``PartitionFunction.update``.
         """
         new = PartitionFunctions()
         new._of = dict(self._of)
@@ -432,7 +440,7 @@ class PartitionFunctions:
         """Return a copy in which contexts that were not seen yet start from samples of the base.
 
         Args:
-            context_id: (N,) integers. Of one that comes several times the first counts.
+            context_id: (N,) integers. Only the first entry of a repeated context counts.
             rate, n: (N,), as in ``PartitionFunction.of_rate``.
         """
         new = PartitionFunctions()
@@ -443,19 +451,19 @@ class PartitionFunctions:
         return new
 
     def log_z(self, context_id: Tensor, *, most: float = math.inf, unknown: float = -math.inf) -> Tensor:
-        """Return the log Z of each sequence's context, (N,) fp64; each context must have been seen.
+        """Return (N,) fp64, the log Z of each sequence's context in nats. Each context must have been seen.
 
         Args:
             context_id: (N,) integers.
-            most: what log Z is known to be at most. An estimate above it is read as this; the sums stay as they are.
-            unknown: what is returned for a context of which no sequence with P > 0 was seen.
+            most: an upper bound of log Z. A larger estimate is replaced by it. The sums stay as they are.
+            unknown: the value for a context of which no sequence with P > 0 was seen.
         """
         values = [min(self._of[context].log_z, most) for context in context_id.tolist()]
         values = [unknown if value == -math.inf else value for value in values]
         return torch.tensor(values, dtype=torch.float64, device=context_id.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state that ``load_state_dict`` restores: a column for each quantity, a row for each context."""
+        """Return the state that ``load_state_dict`` restores. A column is a quantity, and a row of it a context."""
         states = [z.state_dict() for z in self._of.values()]
         dtypes = {"log_sum": torch.float64, "log_sum_squares": torch.float64, "n": torch.int64}
         columns = {key: torch.tensor([state[key] for state in states], dtype=dtype) for key, dtype in dtypes.items()}
@@ -472,7 +480,7 @@ class PartitionFunctions:
 
 
 class RunningEstimates:
-    """Keep the scalars of recent steps, with larger weights for later steps, and estimate from them.
+    """The scalars of recent steps, with larger weights for later steps, and the estimates from them.
 
     Args:
         decay: the weight of a step relative to the one after it, in (0, 1]. Old values of log pi become stale as pi
@@ -489,7 +497,7 @@ class RunningEstimates:
 
     @classmethod
     def kept_steps(cls, decay: float) -> int | None:
-        """Return how many steps are kept with a decay. None: all of them."""
+        """Return how many steps are kept with a decay, or None for all of them."""
         return None if decay == 1 else math.floor(math.log(cls._MIN_WEIGHT) / math.log(decay)) + 1
 
     def __len__(self) -> int:
@@ -503,19 +511,19 @@ class RunningEstimates:
         """Take in one optimiser step: the ``dm_loss`` outputs of all of its microbatches.
 
         Args:
-            outputs: of sequences x ~ q.
-            of_q: (N,) bool, which of them this q drew, where an earlier one drew some. Default: all. A step with none
-                of them is no step here.
+            outputs: the outputs for sequences x ~ q.
+            of_q: (N,) bool, True for the sequences that this q drew, where an earlier one drew the others. Default: all
+                True. A step without any True is not counted.
 
         Raises:
-            ValueError: there is no output, an output is of a loss that had no log_target or log_z, or a device has
-                recorded a fault of an output, such as NaN among its logits. Nothing is taken in then.
+            ValueError: there is no output, the loss of an output had no log_target or log_z, or a device has recorded a
+                fault of an output, such as NaN among its logits. Nothing is taken in then.
         """
         if not outputs:
             raise ValueError("a step needs the output of one dm_loss call or more")
         columns = []
         for out in outputs:
-            out.check()  # what a device has recorded must not become a sample; the host reads the values below anyway
+            out.check()  # a recorded fault must not become a sample; the host reads the values below anyway
             if out.log_target is None or out.log_z is None:
                 raise ValueError(
                     "estimates need log_target and log_z: pass them to dm_loss, whatever its objective needs"

@@ -1,9 +1,9 @@
-"""Whether what a model scores is what it draws: asked of the model itself, because no list of models is complete.
+"""Check on the model itself that it scores what it draws, because no list of models is complete.
 
-Before the first forward a probe asks how a batch is to be laid out: whether position ids mean what the model itself
-takes for positions, and whether left padding leaves a sequence's probabilities alone. After the first draw two of its
-sequences are scored as the trainer will, and alone, and must have the log q that they were drawn with. Nothing may be
-random in training mode: a value that two scorings share by chance is no proof, so the draws themselves are looked for.
+Before the first forward a probe finds out how to lay out a batch: whether position ids mean the model's own positions,
+and whether left padding leaves a sequence's probabilities unchanged. After the first draw two of its sequences are
+scored as the trainer scores them, and alone. Both scores must equal the log q that they were drawn with. Nothing may be
+random in training mode. Two scorings can agree by chance, so the check looks for the use of random numbers itself.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
     from .models import LanguageModel
 
 _PROBE, _PADS = 8, 3
-#: What a model may raise that can't take what it is given.
+#: The errors that a model may raise at inputs that it can't take.
 _FAULTS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-#: What two scorings of one batch may differ by where nothing is random, in nats of a sequence.
+#: The most that two scorings of one batch may differ by where nothing is random, in nats per sequence.
 _REPEATED, _REPEATED_RELATIVE = 1e-3, 1e-6
 _KNOWN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_PART = 0.1  # of the parameters' elements: what rounds fewer does not decide
+_PART = 0.1  # a dtype counts if it rounds at least this share of the parameters' elements
 
 
 class Guard:
-    """What is known of how a model is to be fed. The copies of a ``LanguageModel`` share it.
+    """The knowledge about how to feed a model. The copies of a ``LanguageModel`` share it.
 
     Attributes:
-        first_position: the position id that it is given for the first token. None: it is given none and counts itself.
+        first_position: the position id of the first token. None: the model is given no position ids and counts itself.
         padded: whether sequences with prompts of several lengths go together, left-padded.
-        packed: whether it takes sequences that lie end to end in a row, told apart by their position ids.
-        rounding: the dtype whose rounding decides what it computes, once a forward has shown it.
-        cached: whether it is sampled with a cache.
-        enabled: whether the model is asked; otherwise its forward's parameters say what they can.
+        packed: whether the model takes sequences that lie end to end in a row, told apart by their position ids.
+        rounding: the dtype that limits the precision of the logits, once a forward has shown it.
+        cached: whether the model is sampled with a cache.
+        enabled: whether the model is probed and checked. Otherwise only the signature of its forward is used.
     """
 
     def __init__(self, model: nn.Module, enabled: bool) -> None:
@@ -74,12 +74,12 @@ class Guard:
     def probe(self, lm: LanguageModel, tokens: Tensor, mask: Tensor) -> None:
         """Find out ``first_position``, ``padded`` and ``packed`` from four forwards of a few tokens, once.
 
+        Ranks that hold a sharded model together call it together, and go on in the same way.
+
         Args:
             lm: the model.
-            tokens: (N, T) int64, of which the first row's are taken.
+            tokens: (N, T) int64, of which the first row is used.
             mask: (N, T) int64, 0 on padding.
-
-        Ranks that hold a sharded model together call it together, and go on in the same way.
         """
         if self._probed:
             return
@@ -116,11 +116,12 @@ class Guard:
         sharding.reshard(lm.model)
 
     def _why_not_packed(self, lm: LanguageModel, ids: Tensor, expected: Tensor, unit: float) -> str | None:
-        """Return why the model can't take sequences end to end in a row; None: it can.
+        """Return why the model can't take sequences end to end in a row, or None where it can.
 
         Args:
-            ids: (1, T) int64, which goes into rows of three, behind another sequence and before it.
-            expected: (1, T, V), its logits alone.
+            lm: the model.
+            ids: (1, T) int64, a sequence that is put into rows of three, behind another one and before it.
+            expected: (1, T, V), the logits of the sequence alone.
             unit: as in ``_unit``.
         """
         length, context = ids.shape[1], lm._context
@@ -131,7 +132,7 @@ class Guard:
         if context is not None and 3 * length > context:
             return f"the model's context of {context} is too short for several sequences in a row"
         other = (ids + 1) % lm.vocab_size
-        # flash attention tells sequences apart in one row only, and gets one
+        # flash attention tells sequences apart only in a single row
         flash = attends_by_flash(lm._module())
         row = torch.cat([other, ids, ids], 1)
         rows = row if flash else torch.cat([row, torch.cat([ids, other, ids], 1)])
@@ -156,7 +157,7 @@ class Guard:
         return lm._module()(input_ids=ids, use_cache=False, **given)
 
     def _last(self, lm: LanguageModel, ids: Tensor, n: int) -> Tensor:
-        """Return ``_plain``'s logits of the last n positions in fp64: (n, V).
+        """Return (n, V) fp64, ``_plain``'s logits of the last n positions.
 
         Where sampler and scorer do not round a 16-bit head's logits, these are not rounded either.
         """
@@ -167,11 +168,11 @@ class Guard:
         return self._plain(lm, ids)[0, -n:].double()
 
     def _whole(self, lm: LanguageModel, ids: Tensor, mask: Tensor) -> Tensor | None:
-        """Return (N, T, V) logits as ``LanguageModel`` gets them. None: the model can't take such a batch."""
+        """Return (N, T, V) logits as ``LanguageModel`` gets them, or None if the model can't take such a batch."""
         return self._given(lm, ids, lm._inputs(mask))
 
     def _given(self, lm: LanguageModel, ids: Tensor, inputs: dict[str, Tensor]) -> Tensor | None:
-        """Return (N, T, V) logits of a batch with these inputs. None: the model can't take it."""
+        """Return (N, T, V) logits of a batch with these inputs, or None if the model can't take it."""
         inputs = {name: torch.zeros_like(ids) for name in lm._text_inputs} | inputs
         try:
             logits: Tensor = lm._module()(input_ids=ids, use_cache=False, **inputs).logits
@@ -185,32 +186,33 @@ class Guard:
 
     @torch.no_grad()
     def check(self, lm: LanguageModel, drawn: Samples) -> bool:
-        """Compare log q of two sequences with what scoring gives, once; again when prompts first differ in length.
+        """Compare log q of two sequences with their scores, once, and again when prompts first differ in length.
+
+        Ranks that hold a sharded model together call it together while the model is gathered, and go on in the same
+        way.
 
         Args:
-            lm: the model that drew them.
+            lm: the model that drew the sequences.
             drawn: one or more sequences.
 
-        Ranks that hold a sharded model together call it together while that is gathered, and go on in the same way.
-
         Returns:
-            False where scoring is sound and drawing is not: then ``cached``, and where that was not it ``padded``, has
-            become False, and the draw is to be made again.
+            False where scoring is sound and drawing is not. ``cached`` has then become False, or ``padded`` where
+            ``cached`` was False already, and the caller has to draw again.
 
         Raises:
-            RuntimeError: they differ by more than rounding, with what differs and what to do; the forward draws random
-                numbers in training mode.
+            RuntimeError: log q and a score differ by more than rounding, or the forward draws random numbers in
+                training mode. The message names what differs and what to do.
         """
         lengths = drawn.attention_mask[:, : drawn.prompt_len].sum(1)
         ragged = bool((lengths != lengths[0]).any()) and not _several_processes()
         if ragged in self._checked:
             return True
         ends = (lengths == lengths.min(), lengths == lengths.max())
-        scored = drawn.score_mask.sum(1)  # the longest of them show the most, and another of one length beside it
+        scored = drawn.score_mask.sum(1)  # the longest continuations show errors best
         first = int((scored * ends[0]).argmax())
         scored[first] = 0
         picked = sorted({first, int(((scored + 1) * ends[1]).argmax())})
-        x = drawn[picked if self.padded else [*picked, *picked]]  # two of a length, so that a batch has several rows
+        x = drawn[picked if self.padded else [*picked, *picked]]  # a batch needs several rows of a length
         with _undisturbed(lm, training=True), _rounding_of(lm) as rounding:
             ids = x.tokens[0][x.attention_mask[0].bool()][None]
             with _naming(lm, "in training mode"):
@@ -220,10 +222,11 @@ class Guard:
             alone, largest = self._alone(lm, x)
             n = x.score_mask.sum(1).double()
             unit = _unit(rounding(), largest / min(x.temperature, 1.0))
-            # the errors of 16-bit tokens have either sign; those of 32 bits are too small to count on that
+            # The errors of 16-bit tokens have either sign and grow as sqrt(n). In 32 bits they are too small for this
+            # to be safe.
             allowed = unit * (n.sqrt() if torch.finfo(rounding()).bits == 16 else n)
             equal = _REPEATED + _REPEATED_RELATIVE * together.abs()
-            if lm.device.type != "cpu":  # atomics may add in another order each time
+            if lm.device.type != "cpu":  # atomic additions may run in another order each time
                 equal = equal + 4 * (lm._score(x.trimmed())[0] - lm._score(x.trimmed())[0]).abs()
             equal = equal.minimum(allowed)
             repeats = random is None and not _beyond(again, together, equal)
@@ -243,7 +246,7 @@ class Guard:
                 self.cached = False
                 self.why_uncached = "with a cache it draws from another distribution than without"
             else:
-                self.padded = False  # what generate passes on to it lacks the mask
+                self.padded = False  # generate does not pass the mask on to such a model
             return False
         kind = sharding.class_of(without_adapters(lm._module())).__name__
         if sound:
@@ -266,7 +269,7 @@ class Guard:
             )  # fmt: skip
         elif _beyond(in_evaluation, together, allowed):
             why, what = "training mode computes another distribution than evaluation mode", (
-                "set what acts in training only to what it is in evaluation"
+                "switch off what acts only in training, by its config"
             )  # fmt: skip
         elif _beyond(step_by_step, alone, allowed):
             hint = getattr(text_config(lm._module()), "is_decoder", None) is False
@@ -291,9 +294,10 @@ class Guard:
         )
 
     def _alone(self, lm: LanguageModel, x: Samples) -> tuple[Tensor, float]:
-        """Return (N,) log-probability of each sequence by a plain forward, and the largest size of a logit.
+        """Return (N,) fp64, the log-probability of each sequence by a plain forward, and the largest size of a logit.
 
-        Of those that matter: a position's highest, and the drawn token's. A forbidden token's may be of any size.
+        Only the highest logit of each position and that of the drawn token count for this size, because the logit of a
+        forbidden token may have any size.
         """
         values, largest = [], 0.0
         for tokens, mask, scored in zip(x.tokens, x.attention_mask.bool(), x.score_mask, strict=True):
@@ -305,7 +309,7 @@ class Guard:
         return torch.stack(values), largest
 
     def _step_by_step(self, lm: LanguageModel, x: Samples) -> Tensor:
-        """Return (N,) the same, each token from a forward of what precedes it."""
+        """Return (N,) fp64, the log-probability of each sequence, whose tokens are scored by forwards of prefixes."""
         values = []
         for tokens, mask, scored in zip(x.tokens, x.attention_mask.bool(), x.score_mask, strict=True):
             ids, n = tokens[mask][None], int(scored.sum())
@@ -319,7 +323,7 @@ class Guard:
 
 @contextmanager
 def _naming(lm: LanguageModel, what: str) -> Iterator[None]:
-    """Name the model in an error of its forward. What is the machine's or the compiler's fault stays what it is."""
+    """Name the model in an error of its forward. An error of the machine or the compiler passes unchanged."""
     try:
         yield
     except _FAULTS as error:
@@ -330,7 +334,7 @@ def _naming(lm: LanguageModel, what: str) -> Iterator[None]:
 
 
 def _is_of_the_machine(error: Exception) -> bool:
-    """Return whether an error comes from a device or from torch.compile, and not from what a model was given."""
+    """Return whether an error comes from a device or from torch.compile, and not from a model's inputs."""
     device = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
     compilers = ("torch._dynamo", "torch._inductor")
     return isinstance(error, device) or any(kind.__module__.startswith(compilers) for kind in type(error).__mro__)
@@ -342,12 +346,12 @@ def _several_processes() -> bool:
 
 
 def _beyond(a: Tensor, b: Tensor, allowed: Tensor) -> bool:
-    """Return whether two log-probabilities differ by more than is allowed. NaN is for others to find."""
+    """Return whether two log-probabilities differ by more than is allowed. NaN passes, because others report it."""
     return bool(((a != b) & ((a - b).abs() > allowed)).any())
 
 
 def _differ(logits: Tensor | None, expected: Tensor, unit: float) -> bool:
-    """Return whether two distributions of the next token differ, by the part of their mass that does; None does."""
+    """Return whether two distributions of the next token differ, by their total variation. None always differs."""
     if logits is None:
         return True
     distance = (logits.double().softmax(-1) - expected.double().softmax(-1)).abs().sum(-1) / 2
@@ -355,13 +359,13 @@ def _differ(logits: Tensor | None, expected: Tensor, unit: float) -> bool:
 
 
 def _devices(lm: LanguageModel) -> list[torch.device]:
-    """Return where the model computes, each once."""
+    """Return the devices on which the model computes, each once."""
     return list({lm.device, *(parameter.device for parameter in lm.model.parameters())})
 
 
 @contextmanager
 def _undisturbed(lm: LanguageModel, *, training: bool) -> Iterator[None]:
-    """Run in one mode, and leave each module's mode, what it counts in buffers, and the random state as they were."""
+    """Run the block in one mode. Restore the modules' modes, their buffers and the random state afterwards."""
     modes = [(module, module.training) for module in lm.model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in lm.model.buffers() if not buffer.is_meta] if training else []
     with torch.random.fork_rng([device for device in _devices(lm) if device.type == "cuda"]):
@@ -371,7 +375,7 @@ def _undisturbed(lm: LanguageModel, *, training: bool) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
-            for buffer, before in buffers:  # written in place, as by batch norms; dynamic RoPE puts another there
+            for buffer, before in buffers:  # batch norms write in place; dynamic RoPE puts another buffer there
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
 
@@ -381,26 +385,26 @@ def _size(logits: Tensor) -> float:
 
 
 def _unit(dtype: torch.dtype, largest: float) -> float:
-    """Return what rounding may change a token's log-probability by, in nats.
+    """Return the most by which rounding may change a token's log-probability, in nats.
 
-    Hidden states and logits of 16 bits err by a part of the largest logit. Of SmolLM2-135M in bf16 the standard
-    deviation of 32 tokens' sum is 0.2, and these are 1.4.
+    16-bit hidden states and logits have an error in proportion to the largest logit. For SmolLM2-135M in bf16 the sum
+    over 32 tokens has a standard deviation of 0.2 nats, and this bound allows 1.4.
     """
     return max(2 * torch.finfo(dtype).eps * max(largest, 16.0), 1e-4)
 
 
 @contextmanager
 def _rounding_of(lm: LanguageModel) -> Iterator[Callable[[], torch.dtype]]:
-    """Give a function that returns the dtype whose rounding decides, once forwards have run within.
+    """Give a function that returns the dtype that limits the precision, once forwards have run within the block.
 
-    It is the coarsest of those that a tenth of the parameters' elements have, and of autocast within the forward. TF32
-    has the 10 bits of fp16. Quantised weights count as bf16.
+    It is the coarsest of the dtypes that at least a tenth of the parameters' elements have, and of autocast's within
+    the forward. TF32 counts as fp16, because it has the same 10 bits. Quantised weights count as bf16.
     """
     elements: Counter[torch.dtype] = Counter()
     for parameter in lm.model.parameters():
         elements[parameter.dtype if parameter.dtype in _KNOWN else torch.bfloat16] += parameter.numel()
     coarse = [dtype for dtype, count in elements.items() if count >= _PART * elements.total()] or [torch.float32]
-    device = lm.device.type  # here, since torch.compile may trace the hook
+    device = lm.device.type  # it is read outside of the hook, because torch.compile may trace the hook
 
     def note(module: nn.Module, args: Any, out: Any) -> None:
         if torch.is_autocast_enabled(device):

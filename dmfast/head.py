@@ -1,7 +1,7 @@
-"""The last hidden states of a model and its head, from which the fused losses make the logits themselves.
+"""Find a model's last hidden states and its head, from which the fused losses make the logits themselves.
 
-Whether a model's logits are a plain nn.Linear of hidden states can't be read from its class. So the first forward
-compares a few logits that the model gives with those that its hidden states and head give.
+A model's class does not tell whether its logits are a plain nn.Linear of hidden states. So the first forward compares a
+few of the model's logits with those that its hidden states and head give.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from .functional import linear_logits, plain_logits
 from .parallel import whole_logits
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-_SHOWN = (slice(2), slice(-2, None))  # the positions that are compared: the last are never left padding
+_SHOWN = (slice(2), slice(-2, None))  # the last positions are compared, because they are never left padding
 
 
 class HiddenAndHead(NamedTuple):
-    """What a model's logits are made of: ``cap(scale * (hidden @ weight.T + bias))``."""
+    """The parts of a model's logits, ``cap(scale * (hidden @ weight.T + bias))``."""
 
     hidden: Tensor  # (N, K, D)
     weight: Tensor  # (V, D); a DTensor where the vocabulary is cut among ranks
-    bias: Tensor | None  # (V,), as weight
-    labels: Tensor  # (N, K) int64, what each position predicts; -100 = not scored
+    bias: Tensor | None  # (V,); a DTensor where weight is one
+    labels: Tensor  # (N, K) int64, the token that each position predicts; -100 = not scored
     softcap: float | None
     scale: float
-    logits_dtype: str  # what the linear losses are to make of them: "float32" or "same"
+    logits_dtype: str  # "float32" or "same": the dtype in which the linear losses make logits
 
     def logits(self) -> Tensor:
-        """Return the (N, K, V) logits, differentiable; fp32 of 16-bit hidden states where ``logits_dtype`` says so."""
+        """Return the differentiable (N, K, V) logits, in fp32 for 16-bit hidden states with logits_dtype "float32"."""
         dtype = self.hidden.dtype
         if self.logits_dtype == "float32":
             dtype = torch.promote_types(dtype, torch.float32)
@@ -43,7 +43,7 @@ class HiddenAndHead(NamedTuple):
         return self.finished(products)
 
     def finished(self, products: Tensor) -> Tensor:
-        """Scale and cap what the head's product gives, as the model does."""
+        """Scale and cap the head's products, as the model does."""
         z = products * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
@@ -54,33 +54,33 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 class HeadProbe:
-    """What is known of one model's head: whether hidden states and head make its logits.
+    """The knowledge about one model's head: whether hidden states and head make the model's logits.
 
-    It holds no model, so that whoever puts another module in the place of one can copy it.
+    It holds no model, so that it can be copied when another module takes a model's place.
 
     Args:
         logits_dtype: as in ``LanguageModel``.
 
     Attributes:
-        verified: whether a forward has shown that they do.
-        failure: why they do not, once a forward has shown that; None: no forward has.
-        dtype: in which hidden states and head are multiplied, once a forward has shown it.
+        verified: whether a forward has shown that hidden states and head make the logits.
+        failure: why they do not, once a forward has shown that; None before.
+        dtype: the dtype in which hidden states and head are multiplied, once a forward has shown it.
     """
 
     def __init__(self, logits_dtype: str) -> None:
         self.logits_dtype = logits_dtype
-        self._seen: tuple[Any, ...] = ()  # the dtypes and the forward for which the rest was found
+        self._seen: tuple[Any, ...] = ()  # the dtypes and the forward for which the other attributes were found
         self.verified = False
         self._agreed = False  # whether all ranks that hold a sharded model know the same
         self.failure: str | None = None
         self.dtype: torch.dtype | None = None
 
     def why_not(self, model: nn.Module) -> str | None:
-        """Return why hidden states and head can't serve this model, as far as is known without a forward."""
+        """Return why hidden states and head can't make the logits, as far as that is known without a forward."""
         if self.failure is not None:
             return self.failure
         if hasattr(model, "_orig_mod"):
-            return "the model is compiled, and torch.compile does not heed the hook that takes its hidden states"
+            return "the model is compiled, and torch.compile ignores the hook that takes its hidden states"
         get: Any = getattr(unwrapped(model), "get_output_embeddings", None)
         head = get() if get is not None else None
         if head is None:
@@ -105,15 +105,15 @@ class HeadProbe:
         return None
 
     def read(self, model: nn.Module, labels: Tensor, forward: Callable[[], Any]) -> HiddenAndHead | None:
-        """Return hidden states and head from one forward in which the head projects nothing.
+        """Return hidden states and head from one forward in which the head does almost no work.
 
         Args:
             model: the module whose head it is, perhaps within DDP.
-            labels: (N, K) int64, what the last K positions predict.
-            forward: runs the model and returns its output, of which ``logits`` is read.
+            labels: (N, K) int64, the tokens that the last K positions predict.
+            forward: a function that runs the model and returns its output, of which ``logits`` is read.
 
         Returns:
-            What the logits are made of, or None where ``why_not`` says why that can't be had.
+            The parts of the logits, or None where ``why_not`` says why they can't be had.
         """
         self._look(model)
         if self.why_not(model) is not None:
@@ -132,9 +132,9 @@ class HeadProbe:
         return None if self.failure is not None else found
 
     def agree(self, model: nn.Module) -> None:
-        """Take for found what all ranks found, since ranks that hold parts of a model must run the same forwards.
+        """Take over what all ranks found, because ranks that hold parts of a model must run the same forwards.
 
-        They call it together. Once they agree it does nothing.
+        The ranks call it together. Once they agree it does nothing.
         """
         if self._agreed or not (sharding.is_sharded(model) or tensor_parallel.is_cut(model)):
             return
@@ -145,7 +145,7 @@ class HeadProbe:
         self.verified, self._agreed = verified and not failed, verified or failed
 
     def _look(self, model: nn.Module) -> None:
-        """Forget what is known where the head has another dtype now, or the model another forward."""
+        """Forget what is known if the head's dtype or the model's forward has changed."""
         inner = unwrapped(model)
         get: Any = getattr(inner, "get_output_embeddings", None)
         weight = getattr(get() if get is not None else None, "weight", None)
@@ -153,13 +153,13 @@ class HeadProbe:
             return
         device = weight.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        # accelerate puts its autocast into a forward on the instance
+        # accelerate replaces the forward on the instance to run it under its autocast
         seen = (weight.dtype, autocast, vars(inner).get("forward"))
         if seen != self._seen:
             self._seen, self.verified, self._agreed, self.dtype = seen, False, False, None
 
     def unknown(self, model: nn.Module) -> bool:
-        """Return whether only a forward can tell what the head makes."""
+        """Return whether only a forward can tell if hidden states and head make the logits."""
         self._look(model)
         return not self.verified and self.why_not(model) is None
 
@@ -174,15 +174,16 @@ class HeadProbe:
     def last_logits(self, model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, Tensor]:
         """Return a forward's output and (R, V) logits of its last position, made as the losses make them.
 
-        Where the head multiplies in 16 bits, that is in fp32 from hidden states and head, so that log q of what is
-        drawn is not rounded where log pi is not.
+        Where the head multiplies in 16 bits, the logits are made in fp32 from hidden states and head. So log q of the
+        draws is not rounded where log pi is not.
 
         Args:
             model: the module whose head it is, perhaps within DDP.
-            forward: runs the model without a gradient and returns its output, of which ``logits`` is read.
+            forward: a function that runs the model without a gradient and returns its output, of which ``logits`` is
+                read.
         """
         self._look(model)
-        # the usual case comes first, since this is asked at every token
+        # the usual case comes first, because this runs at every token
         if (self.verified and not self._rounds()) or self.why_not(model) is not None:
             out = forward()
             return out, out.logits[:, -1]
@@ -201,12 +202,13 @@ class HeadProbe:
     def _capture(
         self, model: nn.Module, forward: Callable[[], Any], *, whole: bool
     ) -> tuple[Any, tuple[Tensor, Tensor, Tensor | None] | None]:
-        """Return a forward's output, with the hidden states that entered the head, its weight and bias, in the dtype in
-        which they are multiplied; None where ``failure`` then says why.
+        """Return a forward's output, and the hidden states that entered the head with the head's weight and bias.
+
+        These three have the dtype in which they are multiplied. They are None where ``failure`` then says why.
 
         Args:
             model, forward: as in ``read``.
-            whole: let the head make all of its logits, and not just as many as are compared.
+            whole: whether the head makes all of its logits, and not only those that are compared.
         """
         head = unwrapped(model).get_output_embeddings()
         captured: list[Tensor] = []
@@ -221,7 +223,7 @@ class HeadProbe:
             dtypes.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
             if whole:
                 return None
-            # not detached: DDP looks from the outputs for the parameters that will get a gradient
+            # The states are not detached, because DDP searches from the outputs the parameters that get a gradient.
             return (hidden[:1, :0] if self.verified else hidden[_SHOWN], *args[1:])
 
         hook = head.register_forward_pre_hook(capture)
@@ -233,31 +235,31 @@ class HeadProbe:
             self.failure = f"the model calls its head {len(captured)} times in a forward, not once"
             return out, None
         if sharding.is_shard(head.weight) and hasattr(head, "unshard"):
-            head.unshard()  # FSDP has given it away after the head's own forward
+            head.unshard()  # FSDP has freed the whole weight after the head's own forward
         own = tensor_parallel.cuts_vocabulary(head) and head.weight.device_mesh.ndim == 1
         if sharding.is_shard(head.weight) and not own:
             self.failure = "the head's parameters are shards after a forward"
             return out, None
         hidden, weight, bias = captured[0], head.weight, head.bias
-        if dtypes[0] is not None:  # the product ran in autocast's dtype, perhaps within the model's forward only
+        if dtypes[0] is not None:  # autocast may have been on only within the model's forward
             hidden, weight = hidden.to(dtypes[0]), weight.to(dtypes[0])
             bias = None if bias is None else bias.to(dtypes[0])
         return out, (hidden, weight, bias)
 
     def _compare(self, logits: Tensor, shown: Tensor, found: HiddenAndHead) -> None:
-        """Note whether the model's logits of the shown hidden states are those of the head, or why not."""
+        """Note whether the model's logits of the shown hidden states are the head's, and why not."""
         self.failure = _what_differs(logits, shown, found)
-        self.verified = self.failure is None and bool((logits < torch.inf).all())  # a token may be forbidden, by -inf
+        self.verified = self.failure is None and bool((logits < torch.inf).all())  # -inf forbids a token
         self.dtype = found.weight.dtype
 
 
 def _is_shard_of(model: nn.Module, weight: Any) -> bool:
-    """Return whether a head's weight is a shard, which FSDP makes whole in a forward."""
+    """Return whether a head's weight is a shard that FSDP makes whole in a forward."""
     return sharding.is_sharded(model) and sharding.is_shard(weight)
 
 
 def _scaling(model: nn.Module) -> tuple[float, float | None]:
-    """Return the constants of the config that act on logits: a factor, and Gemma's cap."""
+    """Return the constants of the config that act on logits: a factor and Gemma's softcap."""
     config: Any = unwrapped(model).config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     factor = getattr(config, "logit_scale", None)  # Cohere
@@ -268,7 +270,7 @@ def _scaling(model: nn.Module) -> tuple[float, float | None]:
 
 @torch.no_grad()
 def _what_differs(logits: Tensor, hidden: Tensor, found: HiddenAndHead) -> str | None:
-    """Return how the model's logits for a few positions differ from those of their hidden states; None: they don't."""
+    """Return how the model's logits of a few positions differ from those of their hidden states, or None if equal."""
     shown = hidden.detach().to(found.weight.dtype)
     ours = found.finished(whole_logits(nn.functional.linear, shown, found.weight, found.bias).float())
     logits = logits.detach().float()
@@ -276,7 +278,7 @@ def _what_differs(logits: Tensor, hidden: Tensor, found: HiddenAndHead) -> str |
         return f"for {tuple(shown.shape)} hidden states the model gives {tuple(logits.shape)} logits"
     tolerance = 1e-4 if found.weight.dtype in (torch.float32, torch.float64) else 2e-2
     largest = float(ours.abs().nan_to_num(0.0, 0.0, 0.0).max())
-    # NaN where the model has diverged: the loss says where
+    # The error is NaN where the model has diverged. It passes here, because the loss says where the NaN is.
     error = float(torch.where(logits == ours, 0.0, logits - ours).abs().max())
     if error > tolerance * max(largest, 1.0):
         return (

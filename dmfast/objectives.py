@@ -243,6 +243,12 @@ class Group(NamedTuple):
         }
 
 
+def stacked(columns: Sequence[Tensor]) -> Tensor:
+    """Return (K, B) fp64 of K columns (B,): one operation, and one more where none of them is fp64."""
+    block = torch.stack(tuple(columns))
+    return block if block.dtype is torch.float64 else block.double()
+
+
 class Terms:
     """What is known of B sequences: fp64 (B,) tensors without gradient, or None where not given.
 
@@ -253,7 +259,9 @@ class Terms:
         objective: an ``Objective``, or a function of ``Terms``.
         on_policy: whether rho is exactly 1.
         max_weight: the bound of A; inf: none.
-        block: (K, B) fp64, the K columns that are there, in the order of ``COLUMNS``.
+        block: (K, B) fp64, the K columns that are there, in the order of ``COLUMNS``; made when it is read first where
+            the terms have ``columns``.
+        columns: the same, (B,) each of any floating-point dtype, where no block has been made of them; else None.
         present: which they are: bit c for ``COLUMNS[c]``.
         given: the same for columns and constants.
         constants: for each of ``COLUMNS`` its constant, or 0.
@@ -263,12 +271,15 @@ class Terms:
     """
 
     def __init__(
-        self, objective: Objective | Callable[[Terms], Tensor], on_policy: bool, max_weight: float, block: Tensor,
-        present: int, given: int, constants: tuple[float, ...] = NO_CONSTANTS, log_prob: Tensor | None = None,
-        entropy_coefficient: float = 0.0, group: Group | None = None,
+        self, objective: Objective | Callable[[Terms], Tensor], on_policy: bool, max_weight: float,
+        block: Tensor | Sequence[Tensor], present: int, given: int, constants: tuple[float, ...] = NO_CONSTANTS,
+        log_prob: Tensor | None = None, entropy_coefficient: float = 0.0, group: Group | None = None,
     ) -> None:  # fmt: skip
         self.objective, self.on_policy, self.max_weight = objective, on_policy, max_weight
-        self.block, self.present, self.given, self.constants = block, present, given, constants
+        self._block: Tensor | None = block if isinstance(block, Tensor) else None
+        self.columns: Sequence[Tensor] | None = None if isinstance(block, Tensor) else block
+        self._place: tuple[Tensor, int, int, int] | None = None
+        self.present, self.given, self.constants = present, given, constants
         self.log_prob = log_prob
         self.entropy_coefficient, self.group = entropy_coefficient, group
 
@@ -304,6 +315,23 @@ class Terms:
         else:
             block = torch.empty(0, 0, dtype=torch.float64)
         return Terms(objective, on_policy, max_weight, block, present, given, tuple(constants), log_prob)
+
+    @property
+    def block(self) -> Tensor:
+        """(K, B) fp64, the columns that are there."""
+        if self._block is None:
+            if self._place is not None:
+                memory, offset, k, n = self._place
+                self._block = memory.as_strided((k, n), (n, 1), offset)
+            else:
+                assert self.columns
+                self._block = stacked(self.columns)
+        return self._block
+
+    def lie_in(self, memory: Tensor, offset: int, n: int) -> None:
+        """Take as the block what a kernel makes of ``columns``: (K, n) from ``offset`` on in a 1-D fp64 tensor."""
+        assert self.columns is not None
+        self._place, self.columns = (memory, offset, len(self.columns), n), None
 
     def column(self, c: int) -> Tensor | float | None:
         """Return ``COLUMNS[c]``: (B,), a constant, or None where it was not given."""

@@ -1,8 +1,9 @@
-"""A head whose rows are cut among the ranks of a process group: what the linear losses take as ``group``, or find in a
-DTensor. Besides this module only ``sharding.py``, ``tensor_parallel.py`` and ``training/`` know torch.distributed.
+"""Cut the rows of a head among the ranks of a process group, which the linear losses take as ``group`` or a DTensor.
 
-Every rank has the same hidden states and inputs, and its own rows of the head. Before anything is computed the ranks
-compare what they were given, so that a rank that was called wrongly ends all of them, and none waits for it.
+Besides this module only ``sharding.py``, ``tensor_parallel.py`` and ``training/`` know torch.distributed.
+
+Every rank has the same hidden states and inputs, and its own rows of the head. The ranks compare their arguments before
+anything is computed. So a wrong call on one rank raises an error on all of them, and none waits for it.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ import torch
 from torch import Tensor, distributed
 
 _T = TypeVar("_T")
-_FAILED, _START, _COLUMNS = range(3)  # what a rank tells before the digest of its arguments
+_FAILED, _START, _COLUMNS = range(3)  # these places of a rank's message precede the digests of its arguments
 _NO_START, _MESSAGE = -1, 32
 
 
 @dataclass(frozen=True)
 class VocabShards:
-    """The ranks among which a vocabulary is cut; ``kernels.shards.Shards``.
+    """The ranks among which a vocabulary is cut: a ``kernels.shards.Shards``.
 
     Attributes:
         group: the process group.
         start: the first token of this rank.
         vocab: the size of the whole vocabulary.
         largest: the most tokens that a rank has.
-        device: of the tensors that are exchanged.
+        device: the device of the tensors that are exchanged.
     """
 
     group: Any
@@ -39,9 +40,9 @@ class VocabShards:
     device: torch.device
 
     def exchange(self, mine: Tensor | None, shape: tuple[int, int], look: bool) -> Tensor:
-        """Return what each rank has of the rows; see ``Shards``."""
+        """Return each rank's part of the rows, as ``Shards`` says."""
         columns, rows = shape
-        # one column more says whether the rank has failed
+        # one further element of each column says whether the rank has failed
         message = torch.full((columns, rows + 1), torch.nan, dtype=torch.float64, device=self.device)
         if mine is not None:
             message[:, :rows] = mine
@@ -65,7 +66,7 @@ def _gathered(mine: Tensor, group: Any) -> list[Tensor]:
 
 
 def is_dtensor(x: object) -> bool:
-    """Return whether x is a DTensor, without importing what defines it."""
+    """Return whether x is a DTensor, without importing the module that defines the class."""
     return isinstance(x, Tensor) and hasattr(x, "placements") and hasattr(x, "to_local")
 
 
@@ -76,12 +77,12 @@ def local_head(weight: Tensor, bias: Tensor | None, group: Any, vocab_start: int
 
     Args:
         weight, bias: as in ``linear_dm_loss``.
-        group: a ProcessGroup or a DeviceMesh of one dimension; None: that of a weight that is a DTensor, if it is one.
+        group: a ProcessGroup or a DeviceMesh of one dimension; None: the group of a weight that is a DTensor.
         vocab_start: as in ``linear_dm_loss``.
 
     Raises:
-        TypeError: a bias that is cut otherwise than the weight.
-        ValueError: a DTensor that is not cut along the vocabulary, over one dimension of its mesh.
+        TypeError: the bias is cut in another way than the weight.
+        ValueError: a DTensor is not cut along the vocabulary, over one dimension of its mesh.
     """
     if group is not None and hasattr(group, "get_group"):
         group = group.get_group()
@@ -110,17 +111,18 @@ def local_head(weight: Tensor, bias: Tensor | None, group: Any, vocab_start: int
 def together(
     group: Any, vocab_start: int | None, weight: Tensor, check: Callable[[], tuple[_T, Mapping[str, object]]]
 ) -> tuple[_T, VocabShards]:
-    """Check the arguments of a call on all ranks, and return what ``check`` made of them and who has which tokens.
+    """Check the arguments of a call on all ranks, and return the result of ``check`` and the shards of the ranks.
 
     Args:
         group: the process group.
-        vocab_start: the first token of this rank; None: ranks have the tokens in their order.
+        vocab_start: the first token of this rank; None: the ranks have the tokens in the order of their numbers.
         weight: this rank's rows of the head.
-        check: raises what is wrong here, or returns what it has made and, by name, what all ranks must have alike.
+        check: a function that raises an error for this rank's arguments, or returns its result and, by name, the values
+            that must be the same on all ranks.
 
     Raises:
         RuntimeError: torch.distributed is not initialised, or another rank refused its arguments.
-        ValueError: what the ranks were given differs, or their rows do not make a vocabulary.
+        ValueError: the arguments differ among the ranks, or their rows do not make a vocabulary.
     """
     if not distributed.is_initialized():
         raise RuntimeError("group was given, but torch.distributed is not initialised: call init_process_group first")
@@ -129,7 +131,7 @@ def together(
     error: Exception | None = None
     try:
         made, same = check()
-    except Exception as found:  # raised below, once the other ranks know of it
+    except Exception as found:  # it is raised below, once the other ranks know of it
         error = found
     start = _NO_START if vocab_start is None else vocab_start
     told = torch.zeros(_MESSAGE, dtype=torch.int64, device=weight.device)
@@ -159,7 +161,7 @@ def _starts(ranks: list[list[int]]) -> list[int]:
     """Return the first token of each rank.
 
     Raises:
-        ValueError: their tokens overlap, or leave some out.
+        ValueError: the ranks' tokens overlap or have a gap.
     """
     starts = [rank[_START] for rank in ranks]
     if all(start == _NO_START for start in starts):
@@ -178,18 +180,18 @@ def _starts(ranks: list[list[int]]) -> list[int]:
 
 
 def _digest(value: object) -> int:
-    """Return 64 bits of a value that are the same for equal ones; of a tensor, of the bits of its elements."""
+    """Return 64 bits that are the same for equal values. A tensor's depend on its shape and its elements' bits."""
     if isinstance(value, Tensor):
         bits = value.detach().reshape(-1)
         bits = bits.view(torch.int64) if bits.dtype == torch.float64 else bits.to(torch.int64)
         places = torch.arange(1, len(bits) + 1, device=bits.device)
-        value = (tuple(value.shape), int((bits * (places * 0x9E3779B97F4A7C1)).sum()))  # wraps
+        value = (tuple(value.shape), int((bits * (places * 0x9E3779B97F4A7C1)).sum()))  # the product may wrap
     digest = hashlib.blake2b(repr(value).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 class _Shared(torch.autograd.Function):
-    """What all ranks have alike, and each rank's columns are made of: its gradient is the sum of theirs."""
+    """The identity on a tensor that all ranks have alike. Its gradient is the sum of the ranks' gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -204,14 +206,14 @@ class _Shared(torch.autograd.Function):
 
 
 class _Columns(torch.autograd.Function):
-    """The columns of all ranks, of which each has its own."""
+    """The concatenation of all ranks' columns. Each rank's gradient is that of its own columns."""
 
     @staticmethod
     def forward(ctx: Any, mine: Tensor, group: Any, width: int) -> Tensor:
         largest = -(-width // distributed.get_world_size(group))
         ctx.start, ctx.columns = distributed.get_rank(group) * largest, mine.shape[-1]
         padded = torch.nn.functional.pad(mine, (0, largest - mine.shape[-1])).contiguous()
-        # only the last ranks have fewer, so that what was added lies behind all columns
+        # only the last ranks have fewer columns, so that the padding lies behind all of them
         return torch.cat(_gathered(padded, group), -1)[..., :width]
 
     @staticmethod
@@ -222,12 +224,13 @@ class _Columns(torch.autograd.Function):
 def whole_logits(
     make: Callable[[Tensor, Tensor, Tensor | None], Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """Return the logits of all tokens, differentiable, also where a head is cut among ranks, which all call this.
+    """Return the differentiable (..., V) logits of all tokens. Where the head is cut among ranks, all of them call it.
 
     Args:
-        make: makes (..., V) logits of hidden states, head and bias.
+        make: a function that makes (..., V) logits of hidden states, head and bias.
         hidden: (..., D), the same on all ranks.
-        weight, bias: the head; a DTensor where it is cut, with the rows in the ranks' order.
+        weight, bias: (V, D) and (V,) or None, the head. They are DTensors, with the rows in the order of the ranks,
+            where the head is cut.
     """
     local, own, group = local_head(weight, bias, None, None)
     if group is None:

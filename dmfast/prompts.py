@@ -1,4 +1,4 @@
-"""Prompts as token ids: strings, token ids and chat messages; what a sequence starts from and what ends it."""
+"""Turn prompts (strings, token ids or chat messages) into token ids, and find the tokens that end a sequence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .samples import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# arguments of apply_chat_template that are set here
+# PromptEncoder sets these arguments of apply_chat_template itself.
 _OWN = (
     "tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask", "add_generation_prompt",
     "continue_final_message", "padding", "truncation", "max_length",
@@ -27,21 +27,22 @@ _OTHER_IDS = "these are no token ids of this model; pass those of its own tokeni
 
 
 class PromptEncoder:
-    """Turns prompts into token ids by a tokenizer and its chat template.
+    """A function from prompts to token ids, by a tokenizer and its chat template.
 
     Args:
-        tokenizer: of the model.
-        eos_token_ids: what ends a sequence.
-        vocab_size: of the model; ids beyond it are refused.
-        chat_template_kwargs: what ``apply_chat_template`` gets besides the messages.
+        tokenizer: the model's tokenizer.
+        eos_token_ids: the tokens that end a sequence.
+        vocab_size: the size of the model's vocabulary. Larger ids are refused.
+        chat_template_kwargs: the arguments of ``apply_chat_template`` besides the messages.
 
     Attributes:
         start: the token that stands for an empty prompt: BOS, or else EOS.
-        pad_token_id: what pads; the first EOS where the tokenizer has no padding token.
+        pad_token_id: the padding token, or the first EOS where the tokenizer has none.
 
     Raises:
-        TypeError: chat_template_kwargs is no mapping.
-        ValueError: it has what dmfast sets itself; padding or EOS is a token that the model does not have.
+        TypeError: ``chat_template_kwargs`` is no mapping.
+        ValueError: ``chat_template_kwargs`` holds an argument that dmfast sets itself; the model does not have the
+            padding token or an EOS.
     """
 
     def __init__(
@@ -64,19 +65,19 @@ class PromptEncoder:
         starts = (tokenizer.bos_token_id, tokenizer.eos_token_id, first)
         self.start: int = next(token for token in starts if token is not None)
         self._ends = {*eos_token_ids, tokenizer.eos_token_id}
-        # where the padding token has no other meaning, its place at an end of a prompt can only be padding
+        # a padding token without another meaning can only be padding at an end of a prompt
         others = {*self._ends, tokenizer.bos_token_id, getattr(tokenizer, "unk_token_id", None)}
         self._pads_only = self.pad_token_id not in others
         self._said = False
 
     def __call__(self, prompts: Sequence[Prompt] | Tensor | None) -> Iterator[list[int]]:
-        """Give the token ids of each prompt, one or more.
+        """Yield the token ids of each prompt. Each has at least one.
 
         Args:
-            prompts: as ``LanguageModel.sample`` takes them.
+            prompts: the prompts in any form that ``LanguageModel.sample`` takes.
 
         Raises:
-            TypeError, ValueError: as ``LanguageModel.sample``. The message names the prompt by its place.
+            TypeError, ValueError: as in ``LanguageModel.sample``. The message names the prompt by its place.
         """
         for i, prompt in enumerate(_listed(prompts)):
             name = f"prompt {i}"
@@ -85,10 +86,10 @@ class PromptEncoder:
             yield ids
 
     def completion(self, completion: str | Sequence[int] | Tensor, name: str) -> list[int]:
-        """Return the token ids of a continuation: a string's own, without special tokens around it.
+        """Return the token ids of a continuation. A string gets no special tokens around it.
 
         Raises:
-            TypeError: it is no string and no token ids.
+            TypeError: the continuation is no string and no token ids.
             ValueError: it has a token that the model does not have.
         """
         if isinstance(completion, str):
@@ -100,7 +101,7 @@ class PromptEncoder:
         return ids
 
     def left_padded(self, rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return prompts of one width and their mask, (P, L) int64 each."""
+        """Return the prompts, left-padded to one width, and their mask, (P, L) int64 each."""
         width = max(len(ids) for ids in rows)
         tokens = [[self.pad_token_id] * (width - len(ids)) + list(ids) for ids in rows]
         mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows]
@@ -118,13 +119,13 @@ class PromptEncoder:
             except Exception as error:
                 if type(error) is not Exception:
                     raise
-                # what tokenizers raises of a word that a vocabulary without an unknown token lacks
+                # tokenizers raises a plain Exception for a word that a vocabulary without an unknown token lacks
                 raise ValueError(f"{name} can't be made token ids, {error}: {prompt!r:.200}") from error
         if isinstance(prompt, Mapping):
             keys: set[Any] = set(prompt)
-            hint = "of a datasets.Dataset pass its column, dataset['prompt']"
+            hint = "for a datasets.Dataset pass its column, dataset['prompt']"
             if "input_ids" in keys:
-                hint = "of a tokenizer's output pass input_ids, without padding"
+                hint = "for a tokenizer's output pass input_ids, without padding"
             elif "role" in keys:
                 hint = "a conversation is one prompt: write [messages]"
             raise TypeError(f"{name} must be {_KINDS}, got {prompt!r:.100}; {hint}")
@@ -133,7 +134,7 @@ class PromptEncoder:
         if not isinstance(prompt, Tensor) and isinstance(next(iter(prompt), None), Mapping):
             return self._of_chat(cast("Sequence[Mapping[str, Any]]", prompt), name)
         ids = token_ids(prompt, f"{name} must be {_KINDS}", several=True)
-        least = 1 if self._pads_only else 2  # one BOS or EOS at an end may be meant, two are padding
+        least = 1 if self._pads_only else 2  # one BOS or EOS at an end may be meant as such, two are padding
         pads = [self.pad_token_id] * least
         if len(ids) > least and pads in (ids[:least], ids[-least:]):
             raise ValueError(
@@ -144,7 +145,7 @@ class PromptEncoder:
         return ids
 
     def _of_text(self, text: str) -> list[int]:
-        """Return the ids of a string, with one BOS where the tokenizer puts one, and without an EOS of the tokenizer's.
+        """Return the ids of a string, with one BOS where the tokenizer adds one, and without an EOS that it adds.
 
         An EOS after the prompt would end the sequence before its first token.
         """
@@ -174,7 +175,10 @@ class PromptEncoder:
     # ---- chat messages
 
     def _of_chat(self, messages: Sequence[Mapping[str, Any]], name: str) -> list[int]:
-        """Return the ids of a conversation: the last message continued if the assistant's, else its answer begun."""
+        """Return the ids of a conversation, up to where the assistant goes on.
+
+        A last message of the assistant is left open to be continued. After any other the assistant's answer begins.
+        """
         if not (self.chat_template_kwargs.get("chat_template") or getattr(self.tokenizer, "chat_template", None)):
             raise ValueError(
                 f"{name} is a list of chat messages, but the tokenizer has no chat_template; pass strings, or set one"
@@ -187,7 +191,7 @@ class PromptEncoder:
                 return_dict=False, **self.chat_template_kwargs,
             )  # fmt: skip
         except ImportError:
-            raise  # jinja2 is missing
+            raise  # jinja2 is missing, which is no fault of the messages
         except Exception as error:  # a template may raise anything
             roles = [message.get("role") for message in shown]
             hint = ""
@@ -200,7 +204,7 @@ class PromptEncoder:
         return list(ids)
 
     def _message(self, message: Mapping[str, Any], name: str) -> dict[str, Any]:
-        """Return a message with its text in the form that the template prints: a string, or a list of parts."""
+        """Return a message whose text has the form that the template prints: a string or a list of parts."""
         if not isinstance(message, Mapping):
             raise TypeError(f"{name} must be a mapping with role and content, got {message!r:.100}")
         content = message.get("content")
@@ -226,18 +230,18 @@ class PromptEncoder:
             ))  # fmt: skip
         except ImportError:
             raise
-        except Exception:  # a template may raise anything at what it does not print
+        except Exception:  # a template may raise anything at a content that it can't print
             return False
         # a template for strings may print the list as Python or JSON would
         return _PROBE in rendered and f"'{_PROBE}'" not in rendered and f'"{_PROBE}"' not in rendered
 
 
 def _listed(prompts: Any) -> Any:
-    """Return the prompts as what can be iterated over; None: the one empty prompt.
+    """Return the prompts as a sized iterable. None stands for the one empty prompt.
 
     Raises:
-        TypeError: they are no list of prompts.
-        ValueError: there is none.
+        TypeError: ``prompts`` is no list of prompts.
+        ValueError: there is no prompt.
     """
     if prompts is None:
         return [""]
@@ -246,8 +250,8 @@ def _listed(prompts: Any) -> Any:
     if isinstance(prompts, Mapping):
         raise TypeError(
             f"prompts must be a list of prompts, each {_KINDS}, got a {type(prompts).__name__} with "
-            f"{', '.join(map(str, prompts))}. Of a tokenizer's output pass the strings that went into it, or its ids "
-            "without padding: [ids[mask.bool()] for ids, mask in zip(out.input_ids, out.attention_mask)]"
+            f"{', '.join(map(str, prompts))}. For a tokenizer's output pass the strings that it was made of, or its "
+            "ids without padding: [ids[mask.bool()] for ids, mask in zip(out.input_ids, out.attention_mask)]"
         )
     if not hasattr(prompts, "__len__") or not isinstance(prompts, Iterable):
         raise TypeError(f"prompts must be a list of prompts, each {_KINDS}, got a {type(prompts).__name__}")
@@ -260,8 +264,8 @@ def _check_text(part: Any, name: str) -> None:
     """Check that a part of a message's content is text.
 
     Raises:
-        TypeError: it is no part.
-        ValueError: it is an image, a video, a sound or something else.
+        TypeError: ``part`` is no mapping.
+        ValueError: the part is an image, a video, a sound or something else that is not text.
     """
     if not isinstance(part, Mapping):
         raise TypeError(f"{name}: a part of its content must be {{'type': 'text', 'text': ...}}, got {part!r:.100}")
@@ -269,7 +273,7 @@ def _check_text(part: Any, name: str) -> None:
     if kind != "text" or not isinstance(part.get("text"), str):
         raise ValueError(
             f"{name} has a part of the type {kind!r} in its content, {dict(part)!r:.100}: dmfast supports text only, "
-            "without images, video or sound, also of models that could take them"
+            "without images, video or sound, even for models that could take them"
         )
 
 
@@ -277,12 +281,12 @@ def token_ids(given: Any, expected: str, *, several: bool = False) -> list[int]:
     """Return token ids as integers.
 
     Args:
-        given: an integer or several, of Python, NumPy or torch.
-        expected: how the error begins; it ends with what came instead.
-        several: whether one integer alone is refused.
+        given: one or several integers of Python, NumPy or torch.
+        expected: the beginning of the error's message, which ends with the value that came instead.
+        several: whether a single integer is refused.
 
     Raises:
-        TypeError: they are not integers.
+        TypeError: ``given`` does not hold integers.
     """
     values = given.tolist() if hasattr(given, "tolist") else given
     one = isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable)
@@ -298,13 +302,14 @@ def token_ids(given: Any, expected: str, *, several: bool = False) -> list[int]:
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, vocab_size: int, given: Any) -> list[int]:
     """Return the ids of the tokens that end a sequence.
 
-    Those given; else the tokenizer's EOS and those of the model's ``generation_config``, by which transformers'
-    generate ends, or of its config where that has none. Ids that the model has no embedding for are left out of the
-    latter, since they are never drawn: a config that was not made for the tokenizer may have one.
+    These are the given ones. By default they are the tokenizer's EOS and those of the model's ``generation_config``, at
+    which transformers' generate ends, or those of its config where that has none. Ids of these configs for which the
+    model has no embedding are left out, because they are never drawn. A config that was not made for the tokenizer may
+    hold such ids.
 
     Raises:
-        TypeError: what is given is not one integer or several.
-        ValueError: there is none.
+        TypeError: ``given`` is not one integer or several.
+        ValueError: no token ends a sequence.
     """
     if given is not None:
         found = token_ids(given, "eos_token_id must be a token id or a list of them")
@@ -326,13 +331,13 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, vocab_size:
 
 
 def text_part(given: Any, chat_template_kwargs: Mapping[str, Any] | None) -> tuple[Any, Mapping[str, Any]]:
-    """Return the tokenizer of what may be a multimodal processor, and the arguments of the chat template.
+    """Return the tokenizer within a multimodal processor, or the tokenizer given, and the chat template's arguments.
 
-    A processor's chat template is kept among them where its tokenizer has none.
+    Where a processor's tokenizer has no chat template, the processor's own is put among the arguments.
     """
     kwargs: Mapping[str, Any] = {} if chat_template_kwargs is None else chat_template_kwargs
     inner = getattr(given, "tokenizer", None)
-    if not hasattr(inner, "eos_token_id"):  # some tokenizers hold one of another library under this name
+    if not hasattr(inner, "eos_token_id"):  # some tokenizers hold another library's under this name
         return given, kwargs
     template = getattr(given, "chat_template", None)
     if isinstance(template, Mapping):

@@ -37,7 +37,7 @@ NEED_ALL = frozenset({"js", "alpha"})
 
 
 class HasModel(Protocol):
-    """Describe an object that wraps a module, such as ``LanguageModel``."""
+    """An object that wraps a module, such as a ``LanguageModel``."""
 
     model: nn.Module
 
@@ -56,7 +56,7 @@ def _source(policy: nn.Module | HasModel) -> LanguageModel | nn.Module:
     """Return the part of a policy that a sampler loads.
 
     Raises:
-        RuntimeError: it is cut by tensor parallelism.
+        RuntimeError: the policy is cut by tensor parallelism.
     """
     if tensor_parallel.is_cut(_module(policy)):
         raise RuntimeError(
@@ -75,13 +75,13 @@ def nearer(
 
     The value is positive where pi is nearer to p.
 
-    ``kl`` is the self-normalised mean of u (log pi - log q). A Z that all sequences share drops out of it; the Z of
-    the steps is a running estimate and drops out up to its drift. ``tvd`` and ``js`` take u and rho as in
-    ``estimators``. ``alpha`` is E_q[u^(1-alpha) (rho^alpha - 1)]/(alpha (1-alpha)), whose sign no Z changes that all
-    sequences share; E_q[rho] = 1 takes out of it what varies with rho, which grows beyond all bounds as alpha -> 1.
+    ``kl`` is the self-normalised mean of u (log pi - log q). A Z that all sequences share cancels. The Z of the steps
+    is a running estimate, which cancels up to its drift. ``tvd`` and ``js`` use u and rho as in ``estimators``.
+    ``alpha`` is E_q[u^(1-alpha) (rho^alpha - 1)]/(alpha (1-alpha)). A Z that all sequences share does not change its
+    sign. Because E_q[rho] = 1, rho serves as a control variate against the part that varies with rho, which grows
+    without bound as alpha -> 1.
 
-    All inputs are (N,) fp64. The result is NaN where no sequence has P > 0, and for an alpha from 1 on where one has
-    P = 0.
+    All inputs are (N,) fp64. The result is NaN where no sequence has P > 0, and for alpha >= 1 where one has P = 0.
     """
     log_u = torch.where(log_z == -math.inf, -math.inf, log_target - log_z - log_proposal)
     if log_u.numel() == 0 or log_u.max() == -math.inf:
@@ -145,20 +145,20 @@ def _as_samples(scores: Scores) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class OfflineProposal(Generic[Policy]):
-    """Sample from a frozen copy of the policy and replace it when the policy is nearer to the target.
+    """A frozen copy of the policy that draws the sequences, and is replaced when the policy is nearer to the target.
 
     Args:
-        policy: the module under training, or a ``LanguageModel`` around it; copied now.
-        criterion: the divergence from p that decides whether pi is nearer than q: ``kl`` (KL(p||.)), ``tvd`` or
-            ``js``, or ``alpha``: the divergence that the objective ``alpha`` descends. ``interval`` always swaps.
-        interval: optimiser steps between checks.
-        alpha: that of the criterion ``alpha``, a finite number. From 1 on q stays while a sequence has P = 0.
-        best_only: swap only if the divergence of pi is also below what it was at every earlier swap.
+        policy: the module under training, or a ``LanguageModel`` around it. It is copied now.
+        criterion: the divergence from p that decides whether pi is nearer than q: ``kl`` (KL(p||.)), ``tvd``, ``js``,
+            or ``alpha`` for the divergence that the objective ``alpha`` descends. ``interval`` always swaps.
+        interval: the number of optimiser steps between checks.
+        alpha: the alpha of the criterion ``alpha``, a finite number. From 1 on q stays while a sequence has P = 0.
+        best_only: whether q is only swapped if the divergence of pi is also below its value at every earlier swap.
         stderrs: the number of (paired) standard errors by which pi must be nearer.
         decay: the weight of a step's samples relative to the next step's, since pi moves.
         device: the device that keeps the copy, such as "cpu" beside a policy on a GPU. Default: the policy's device.
-        adapter: keep q as a second adapter in the policy's own model, which must be a ``LanguageModel`` around a PEFT
-            model. q then needs the memory of one adapter, and q <- pi copies the adapter.
+        adapter: whether q is a second adapter in the policy's own model, which must be a ``LanguageModel`` around a
+            PEFT model. q then needs the memory of one adapter, and q <- pi copies the adapter.
         sampler: another engine that draws from q. It loads the policy now and at each swap, and it loads q when a
             state is loaded. The copy above stays, because q must remain readable: a checkpoint holds it, and a
             restarted engine loads it. ``sampling.AsyncSampler`` around an engine draws ahead of the steps. Default:
@@ -226,7 +226,7 @@ class OfflineProposal(Generic[Policy]):
 
     @property
     def version(self) -> int:
-        """The number of the current q: 0 at the start, one more with each swap. A loaded state brings its own."""
+        """The number of the current q, which starts at 0 and grows by 1 with each swap. A loaded state sets it, too."""
         return self.swaps
 
     def _tell_version(self) -> None:
@@ -249,7 +249,7 @@ class OfflineProposal(Generic[Policy]):
         return drawn.to(next(_module(self.policy).parameters()).device)
 
     def request(self, coming: Sequence[Mapping[str, Any]]) -> None:
-        """Tell a sampler that runs ahead what the next batches are drawn from; others draw a batch when it is its turn.
+        """Tell a sampler that runs ahead from which prompts the next batches are drawn. It does nothing for others.
 
         Args:
             coming: as in ``AsyncSampler.request``.
@@ -261,9 +261,9 @@ class OfflineProposal(Generic[Policy]):
         """Take in one optimiser step: the ``dm_loss`` outputs of all of its microbatches.
 
         Args:
-            outputs: of sequences that q drew.
-            version: (N,), of the q that drew each of them. The criterion takes those of this q alone. Default: all
-                are.
+            outputs: the outputs for sequences that q drew.
+            version: (N,), the version of the q that drew each sequence. The criterion uses only those of the current q.
+                Default: the current q drew all of them.
         """
         self.running.update(*outputs, of_q=None if version is None else version == self.version)
         self.steps += 1
@@ -276,10 +276,11 @@ class OfflineProposal(Generic[Policy]):
         A check is due every ``interval`` steps.
 
         Args:
-            agree: turns this rank's verdict into the verdict that all ranks follow, in distributed training.
-            fresh: draws sequences from q for this check alone and scores them by the current pi, q and the target; see
-                ``Scores``. log pi may be NaN where P = 0, except with ``js`` and ``alpha``. It is called when a check
-                is due and needs samples. The verdict then rests on these alone, not on the steps since the last swap.
+            agree: a function that turns this rank's verdict into the verdict of all ranks, in distributed training.
+            fresh: a function that draws sequences from q for this check and returns their ``Scores`` by the current pi,
+                q and the target. log pi may be NaN where P = 0, except with ``js`` and ``alpha``. It is called when a
+                check is due and needs samples. The verdict then rests only on these, not on the steps since the last
+                swap.
 
         Raises:
             ValueError: ``fresh`` gave tensors of different lengths, or values that are not possible; q stays as it is.
@@ -294,7 +295,7 @@ class OfflineProposal(Generic[Policy]):
             samples = _as_samples(fresh())
         if self.criterion != "interval":
             check = nearer(self.criterion, *samples, alpha=self.alpha)
-            take = check.value > (self.stderrs * check.stderr if self.stderrs else 0.0)  # NaN: stay
+            take = check.value > (self.stderrs * check.stderr if self.stderrs else 0.0)  # q stays if NaN
         if take and self.best_only:
             name = "kl" if self.criterion == "interval" else self.criterion
             *scores, weight = samples
@@ -310,7 +311,7 @@ class OfflineProposal(Generic[Policy]):
 
     @contextmanager
     def staying(self) -> Iterator[None]:
-        """Keep q within the block, whatever is due, such as where the engine that should take pi has failed."""
+        """Keep q within the block, even if a check is due, for example after the engine has failed to take pi."""
         self._stays = True
         try:
             yield
@@ -348,8 +349,8 @@ class OfflineProposal(Generic[Policy]):
     def _moving(self) -> dict[str, Tensor]:
         """Return the parameters and persistent buffers of q that training moves.
 
-        Tensors that are frozen in the policy are left out, because pi and q share their values. For an adapter little
-        remains.
+        Tensors that are frozen in the policy are left out, because pi and q share their values. So little remains for a
+        policy with an adapter.
         """
         _, of_q = self._tensors()
         if self._adapter is not None:
@@ -362,7 +363,7 @@ class OfflineProposal(Generic[Policy]):
     def state_dict(self) -> dict[str, Any]:
         """Return the parameters of q that training moves, the samples since the last swap and the counters.
 
-        Also the batches that a sampler has drawn ahead.
+        The state also holds the batches that a sampler has drawn ahead.
         """
         return {
             "model": {k: v.clone() for k, v in self._moving().items()},
@@ -382,8 +383,8 @@ class OfflineProposal(Generic[Policy]):
 
         Raises:
             RuntimeError: the parameters of q do not fit.
-            ValueError: it does not hold what a sampler has drawn ahead in the form in which it was saved. After these,
-                or after an error of the sampler's ``load``, nothing has changed.
+            ValueError: the batches that were drawn ahead do not have the form in which they are saved. After these, or
+                after an error of the sampler's ``load``, nothing has changed.
         """
         mine, drawn = self._moving(), state.get("drawn_ahead", [])
         ahead = self.sampler if isinstance(self.sampler, AsyncSampler) else None
@@ -397,7 +398,7 @@ class OfflineProposal(Generic[Policy]):
                 stacklevel=3,
             )
         _, of_q = self._tensors()
-        # a state of before has tied parameters by each of their names
+        # earlier versions saved tied parameters under each of their names
         model = {name: value for name, value in state["model"].items() if name in mine or name not in of_q}
         if difference(model, mine) is not None:
             raise RuntimeError(

@@ -35,7 +35,7 @@ from .targets import EBM
 
 @dataclass(frozen=True)
 class RejectionPoint:
-    """Hold the acceptance rate and the divergences from p that one beta gives, with standard errors.
+    """The acceptance rate and the divergences from p for one beta, with standard errors.
 
     Attributes:
         log_beta: log beta in nats.
@@ -51,7 +51,7 @@ class RejectionPoint:
 
 
 class RejectionCurve:
-    """Relate quality to efficiency of quasi-rejection sampling, for every beta.
+    """The trade-off between quality and efficiency of quasi-rejection sampling, for every beta.
 
     All values come from one set of sequences x ~ q of one context.
 
@@ -74,7 +74,7 @@ class RejectionCurve:
 
     @property
     def positive(self) -> float:
-        """The share of sequences with P > 0, which the acceptance rate can't exceed."""
+        """The share of sequences with P > 0, which is the highest possible acceptance rate."""
         return float((self.log_weight > -math.inf).double().mean())
 
     @property
@@ -91,9 +91,9 @@ class RejectionCurve:
         if not math.isfinite(log_beta):
             raise ValueError(f"log_beta must be finite, got {log_beta!r}")
         log_w, one = self.log_weight, torch.ones_like(self.log_weight)
-        w = (log_w - self.largest).exp()  # their scale drops out of all but the acceptance rate
+        w = (log_w - self.largest).exp()  # only the acceptance rate depends on the scale of w
         accepted = (log_w - log_beta).clamp(max=0).exp()  # v / beta
-        # where all weights are beyond beta, v has the scale of beta; where all are below it, v has the scale of w
+        # v has the scale of beta where all weights are beyond beta, and the scale of w where all are below it
         v = (log_w.clamp(max=log_beta) - min(self.largest, log_beta)).exp()
         shift = min(self.largest, log_beta) - self.largest
         over = torch.where(w == 0, 0.0, w * (log_w - log_beta).clamp(min=0))
@@ -125,10 +125,10 @@ class RejectionCurve:
             )
         log_w = self.log_weight[self.log_weight > -math.inf].sort().values
         n, m = len(self.log_weight), len(log_w)
-        sums = torch.logcumsumexp(log_w, 0)  # log of the weights up to and with each
+        sums = torch.logcumsumexp(log_w, 0)  # the log of the sum of the weights up to and with each one
         beyond = torch.arange(m - 1, -1, -1, dtype=torch.float64)
-        rates = ((sums - log_w).exp() + beyond) / n  # at beta = each weight: it falls
-        k = int((rates >= acceptance).sum())  # the weights below beta
+        rates = ((sums - log_w).exp() + beyond) / n  # the rates at beta = each weight, which fall
+        k = int((rates >= acceptance).sum())  # the number of weights below beta
         if k == 0:  # all are beyond beta, and all are accepted
             return float(log_w[0])
         # beta is above weight k - 1 and not above weight k: acceptance = (sum of k weights / beta + m - k) / n
@@ -166,7 +166,7 @@ def rejection_curve(
             generator.
 
     Raises:
-        ValueError: as ``RejectionCurve``, ``LanguageModel.sample``, ``EBM.score``.
+        ValueError: as in ``RejectionCurve``, ``LanguageModel.sample`` and ``EBM.score``.
     """
     x = proposal.sample(None if prompt is None else [prompt], n, max_new_tokens=max_new_tokens,
                         temperature=temperature, seed=None if seed is None else seed_for(seed, "rejection_curve"),
@@ -193,15 +193,15 @@ def quasi_rejection_sample(
 
     Args:
         log_beta: log beta in nats, for example from ``RejectionCurve.log_beta_for``.
-        batch_size: sequences that are drawn from the proposal at a time.
-        max_draws: the largest number of draws; beyond it an error says how many were accepted.
+        batch_size: the number of sequences that are drawn from the proposal at a time.
+        max_draws: the largest number of draws. The error beyond it says how many were accepted.
         all else: as in ``rejection_curve``.
 
     Returns:
         n ``Samples``, whose ``log_prob`` is log q, and the number of sequences that were drawn for them.
 
     Raises:
-        ValueError: n, batch_size or log_beta is out of range; as ``LanguageModel.sample`` and ``EBM.score``.
+        ValueError: n, batch_size or log_beta is out of range, or as in ``LanguageModel.sample`` and ``EBM.score``.
         RuntimeError: max_draws sequences were not enough.
     """
     if n < 1 or batch_size < 1 or not math.isfinite(log_beta):
@@ -223,7 +223,7 @@ def quasi_rejection_sample(
         log_rate = target.score(x, batch_size=batch_size).log_target - x.log_prob - log_beta
         uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)
         taken = (uniform.log() < log_rate.cpu()).nonzero()[:, 0][: n - accepted]
-        # the sequences after the last one that was needed were not looked at
+        # the sequences after the last one that was needed do not count as draws
         drawn += batch_size if accepted + len(taken) < n else int(taken[-1]) + 1
         accepted += len(taken)
         kept.append(x[taken.to(x.tokens.device)])

@@ -1,4 +1,4 @@
-"""Samples: sequences that were drawn from a language model, with what every later part reads of them."""
+"""Hold sequences that were drawn from a language model, with all that the later parts need to know about them."""
 
 from __future__ import annotations
 
@@ -26,23 +26,25 @@ class Samples:
     """N sequences drawn from a language model.
 
     Attributes:
-        tokens: (N, T) int64, prompt then continuation. Prompts are left-padded; after EOS comes padding.
-        attention_mask: (N, T) int64, 1 on prompt and continuation up to and with the first EOS: what feeds the model.
+        tokens: (N, T) int64, the prompt and then the continuation. Prompts are left-padded. Padding follows EOS.
+        attention_mask: (N, T) int64, 1 on the tokens that the model reads: the prompt and the continuation up to and
+            with the first EOS.
         score_mask: (N, T) bool, True on the tokens whose log-probability counts: the generated ones up to and with
-            the first EOS, also when pad == eos. Context that came between them, a tool's output or another speaker's
-            turn, is False (``LanguageModel.samples_of(score_mask=)``): it feeds the model and is not scored.
+            the first EOS, even if pad == eos. Context between them, such as a tool's output or another speaker's turn,
+            is False (``LanguageModel.samples_of(score_mask=)``). The model reads it, and it is not scored.
         prompt_len: the padded width of the prompts.
         log_prob: (N,) fp64, log q(x) in nats under ``temperature``, as drawn. NaN where ``has_log_prob`` is False.
-        context_id: (N,) int64, which prompt.
-        temperature: the temperature that the sequences were drawn at and are scored at.
-        tokenizer: what ``text`` decodes with.
-        pad_token_id: what pads ``tokens``.
-        version: (N,) int64, which version of the proposal drew each sequence. Default: 0 for all.
+        context_id: (N,) int64, the number of the prompt of each sequence.
+        temperature: the temperature at which the sequences were drawn and are scored.
+        tokenizer: the tokenizer with which ``text`` decodes.
+        pad_token_id: the token that pads ``tokens``.
+        version: (N,) int64, the version of the proposal that drew each sequence. Default: 0 for all.
         rows: one mapping per sequence, the row of the data set that its prompt came from, so that a scorer sees a
-            reference answer; None where the data set has prompts only.
-        has_log_prob: whether log q is known. It is not for sequences that came from elsewhere without it
-            (``LanguageModel.samples_of``), which can be scored, and trained on by likelihood only.
-        eos_token_ids: what ends a sequence, by which ``finished`` tells whether one has. Empty: the tokenizer's.
+            reference answer. None where the data set has prompts only.
+        has_log_prob: whether log q is known. It is unknown for sequences that came from elsewhere without it
+            (``LanguageModel.samples_of``). These can be scored, and the only training on them is by likelihood.
+        eos_token_ids: the tokens that end a sequence, by which ``finished`` tells whether one has ended. Empty: the
+            tokenizer's EOS.
 
     Raises:
         ValueError: the tensors or the rows are not those of N sequences.
@@ -84,11 +86,11 @@ class Samples:
         """Return some of the sequences.
 
         Args:
-            index: a slice, an (N,) bool mask, or (M,) integers; the latter two as a tensor, a list or an array.
+            index: a slice, an (N,) bool mask, or (M,) integers. Mask and integers may be a tensor, a list or an array.
 
         Raises:
-            TypeError: one integer, which would leave no batch, or what is no index.
-            IndexError: a mask of another length, an integer out of range.
+            TypeError: the index is one integer, which would leave no batch, or it is no index.
+            IndexError: a mask has another length, or an integer is out of range.
         """
         if not isinstance(index, slice):
             index = self._places(index)
@@ -131,10 +133,10 @@ class Samples:
         """Check that log q of the sequences is known.
 
         Args:
-            use: what needs it, the subject of the error's sentence.
+            use: the use that needs log q, as the subject of the error's sentence.
 
         Raises:
-            ValueError: it is not.
+            ValueError: log q is unknown.
         """
         if not self.has_log_prob:
             raise ValueError(
@@ -146,7 +148,7 @@ class Samples:
         """Return the samples with the row of the data set that each sequence's prompt came from.
 
         Args:
-            rows: one for each prompt, where ``context_id`` still is the prompt's place. None: there are none.
+            rows: one row for each prompt. ``context_id`` must still be the prompt's place. None: there are no rows.
         """
         return replace(self, rows=None if rows is None else [rows[place] for place in self.context_id.tolist()])
 
@@ -156,7 +158,7 @@ class Samples:
 
     @cached_property
     def text(self) -> list[str]:
-        """The scored tokens of the continuations, without special tokens. They are decoded on first use."""
+        """N strings, the scored tokens of the continuations without special tokens. They are decoded on first use."""
         rows = zip(self.tokens.tolist(), self.score_mask.tolist(), strict=True)
         kept = [[token for token, scored in zip(*row, strict=True) if scored] for row in rows]
         texts: list[str] = self.tokenizer.batch_decode(kept, skip_special_tokens=True) if kept else []
@@ -164,7 +166,7 @@ class Samples:
 
     @cached_property
     def finished(self) -> Tensor:
-        """(N,) bool: whether each sequence ended by itself, in an EOS, and was not cut off at a length."""
+        """(N,) bool, whether each sequence ended in an EOS by itself and was not cut off at a length."""
         places = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         last = torch.where(self.score_mask, places, -1).amax(1)
         ends = [token for token in self.eos_token_ids or (self.tokenizer.eos_token_id,) if token is not None]
@@ -172,7 +174,7 @@ class Samples:
         return torch.isin(token, torch.tensor(ends, dtype=torch.int64, device=token.device)) & (last >= 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all but the tokenizer and the rows of the data set: ``Samples(**state, tokenizer=...)``."""
+        """Return all fields except ``tokenizer`` and ``rows``; ``Samples(**state, tokenizer=...)`` restores them."""
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("tokenizer", "rows")}
 
     def trimmed(self) -> Samples:
@@ -187,7 +189,7 @@ class Samples:
         )  # fmt: skip
 
     def by_prompt_length(self) -> list[tuple[Tensor, Samples]]:
-        """Return the samples in parts whose prompts have one length and no padding, with their places, (M,) int64."""
+        """Return parts of the samples with their (M,) int64 places. The prompts of a part have one length, unpadded."""
         lengths = self.attention_mask[:, : self.prompt_len].sum(1)
         parts = []
         for length in sorted(set(lengths.tolist())):
@@ -200,12 +202,12 @@ class Samples:
 
     @staticmethod
     def cat(parts: Sequence[Samples]) -> Samples:
-        """Return one batch of several, padded to one width. ``context_id`` and ``version`` stay as they are.
+        """Concatenate several batches, padded to one width. ``context_id`` and ``version`` stay as they are.
 
-        Log q of the whole is known where that of all parts is.
+        Log q of the whole is known if that of every part is known.
 
         Raises:
-            ValueError: no parts, parts drawn at different temperatures, or some with ``rows`` and some without.
+            ValueError: there are no parts, they were drawn at different temperatures, or only some have ``rows``.
         """
         if not parts or any(part.temperature != parts[0].temperature for part in parts):
             raise ValueError("Samples.cat needs one or more Samples, all of one temperature")

@@ -1,4 +1,4 @@
-"""What a step of distribution matching is made with, checked in one place for ``Matcher`` and ``DMConfig``."""
+"""Check the settings of a step of distribution matching in one place, for ``Matcher`` and ``DMConfig``."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _BASELINES = ("mean", "leave_one_out", "leave_one_out_context")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a step is made with. The arguments are those of ``Matcher``.
+    """The settings of a step. The arguments are those of ``Matcher``.
 
     Raises:
-        ValueError: an unknown objective or baseline, a number out of range, options that do not go together.
+        ValueError: an objective or a baseline is unknown, a number is out of range, or options contradict each other.
     """
 
     objective: AnyObjective = "gdc++"
@@ -70,20 +70,20 @@ class Settings:
             raise ValueError(f"entropy_coefficient must be from -1e30 to 1e30, got {self.entropy_coefficient!r}")
         if self.entropy_coefficient and self.skip_zero_weight:
             raise ValueError(
-                "the entropy bonus is of every sequence, and skip_zero_weight=True spares those of weight 0 the "
+                "every sequence has an entropy bonus, and skip_zero_weight=True spares those of weight 0 the "
                 f"policy's forward; leave one of them out, got entropy_coefficient={self.entropy_coefficient!r}"
             )
         if self.partition not in ("running", "step"):
             raise ValueError(f"partition must be 'running' or 'step', got {self.partition!r}")
         if self.z_floor is not None and not (is_number(self.z_floor) and 0 < self.z_floor <= 1):
             raise ValueError(
-                "z_floor must be above 0 and at most 1, what the Z of a prompt is read as while none of its sequences "
-                f"was right, or None to leave such prompts out; got {self.z_floor!r}"
+                "z_floor must be above 0 and at most 1, the Z to assume for a prompt while none of its sequences was "
+                f"right, or None to leave such prompts out; got {self.z_floor!r}"
             )
         if self.z_from_rows and self.partition == "step":
             raise ValueError(
-                "z_from_rows=True starts the Z that runs along from completions of the base, and partition='step' "
-                "takes Z from the samples of the step alone: set partition='running', or leave z_from_rows out"
+                "z_from_rows=True starts the running Z from completions of the base, and partition='step' takes Z from "
+                "the samples of the step alone: set partition='running', or leave z_from_rows out"
             )
         if isinstance(self.baseline, str) and self.baseline not in _BASELINES:
             raise ValueError(
@@ -118,7 +118,7 @@ class Settings:
                 "on_policy is False: off-policy a weight has the ratio of pi and q in it; set on_policy=True, or leave "
                 "the attribute out"
             )
-        template = self.template  # raises what the objective refuses
+        template = self.template  # making the objective raises its own errors
         if getattr(template, "only_on_policy", False) and not self.on_policy:
             raise ValueError(
                 f"{self.name} is its method for sequences of the policy itself only, and on_policy is False: set "
@@ -154,28 +154,28 @@ class Settings:
                 )
         if self.uniform_groups in ("redraw", "replace") and self.refit_ess:
             raise ValueError(
-                f"uniform_groups={self.uniform_groups!r} keeps sequences by what they are, and refit_ess fits lambda "
+                f"uniform_groups={self.uniform_groups!r} selects sequences by their values, and refit_ess fits lambda "
                 "from them as if they were all that q draws: leave one of them out, got "
                 f"refit_ess={self.refit_ess!r}"
             )
 
     @property
     def centred(self) -> bool:
-        """Whether the weights are 0 for all sequences of a prompt whose values are equal, for q = pi."""
+        """Whether the weights of a prompt's sequences are all 0 when their values are equal, for q = pi."""
         if isinstance(self.template, Objective):
             return self.template.name == "reinforce" and self.template.baseline == "leave_one_out_context"
         return bool(getattr(self.template, "centred", False))
 
     @property
     def built_in(self) -> str | None:
-        """The name of the built-in objective; None where a function is in its place, however that is called."""
+        """The name of the built-in objective, or None where a function takes its place, whatever its name is."""
         if isinstance(self.objective, str):
             return None if self.objective in METHODS else self.objective
         return self.objective.name if isinstance(self.objective, Objective) else None
 
     @property
     def name(self) -> str:
-        """The objective's name, or that of the function in its place: for messages and cards only."""
+        """The name of the objective or of the function in its place, for messages and cards only."""
         if isinstance(self.objective, str):
             return self.objective
         own: str = getattr(self.objective, "__name__", type(self.objective).__name__)
@@ -183,9 +183,9 @@ class Settings:
 
     @cached_property
     def template(self) -> Objective | Callable[[Terms], Tensor]:
-        """The objective, as yet without the values that run along with the training."""
+        """The objective, before it gets the values that change during the training."""
         kind = KINDS.get(self.built_in or "")
-        fixed = kind is not None and kind.baseline is not None  # then Objective refuses any other
+        fixed = kind is not None and kind.baseline is not None  # Objective refuses any other baseline then
         baseline: Any = None if self.baseline == "mean" and not fixed else self.baseline
         chosen = METHODS.get(self.objective, self.objective) if isinstance(self.objective, str) else self.objective
         if isinstance(chosen, str):
@@ -215,14 +215,14 @@ class Settings:
 
     @property
     def own_alpha(self) -> float | None:
-        """The alpha of the objective ``alpha``; None with any other."""
+        """The alpha of the objective ``alpha``, or None for any other."""
         return self.template.alpha if isinstance(self.template, Objective) else None
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The per-sequence inputs that the objective can't do without.
+        """The per-sequence inputs that the objective needs.
 
-        A function says so by an attribute ``needs``; one that says nothing may look at log a.
+        A function names them in its attribute ``needs``. Without the attribute it gets log a.
         """
         needs: tuple[str, ...] = getattr(self.template, "needs", ("log_base",))
         return needs
@@ -239,13 +239,13 @@ class Settings:
 
     @property
     def steered(self) -> AdaptiveBeta | None:
-        """The coefficient of KL-control where it is steered, as it is at the start."""
+        """The initial coefficient of KL-control where it is steered, else None."""
         if self.beta_target_kl is None:
             return None
         return AdaptiveBeta(cast(float, cast(Objective, self.template).beta), self.beta_target_kl, self.beta_horizon)
 
     def options(self) -> dict[str, Any]:
-        """Return the settings as the arguments that they are."""
+        """Return the settings by the names of the arguments."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def objective_of(
@@ -272,14 +272,14 @@ def check_trainable(policy: LanguageModel) -> None:
     """Check that a policy has parameters to train.
 
     Raises:
-        ValueError: it has none, as an adapter that was loaded for inference.
+        ValueError: the policy has none, such as one whose adapter was loaded for inference.
     """
     if isinstance(policy, AdapterView):
         raise ValueError("policy is an AdapterView, which is frozen; pass the LanguageModel that it is a view of")
     model: Any = policy.model
     if any(parameter.requires_grad for parameter in model.parameters()):
         return
-    hint = "call requires_grad_(True) on what is to be trained"
+    hint = "call requires_grad_(True) on the parameters to train"
     if hasattr(model, "peft_config"):
         hint = "load the adapter by PeftModel.from_pretrained(..., is_trainable=True)"
     raise ValueError(
@@ -288,11 +288,11 @@ def check_trainable(policy: LanguageModel) -> None:
 
 
 def check_target(target: EBM, model: nn.Module, settings: Settings, reward: Any) -> None:
-    """Check what can't be trained, before anything is set up for it.
+    """Check that a model can be trained towards a target, before anything is set up for it.
 
     Raises:
-        TypeError: no target.
-        ValueError: a base that would move with the model, a target that is not fitted, an objective without its reward.
+        TypeError: ``target`` is no ``EBM``.
+        ValueError: the base would move with the model, the target is not fitted, or the objective lacks its reward.
     """
     if not isinstance(target, EBM):
         raise TypeError(f"target must be a dmfast.EBM, got {target!r:.200}; write EBM(base, constraints)")
@@ -323,11 +323,11 @@ def check_target(target: EBM, model: nn.Module, settings: Settings, reward: Any)
 
 
 def check_proposal(proposal: OfflineProposal[Any] | None, policy: LanguageModel, settings: Settings) -> None:
-    """Check that a proposal is one of the policy, and goes with the settings.
+    """Check that a proposal belongs to the policy and fits the settings.
 
     Raises:
-        TypeError: it is no proposal.
-        ValueError: it does not.
+        TypeError: ``proposal`` is no ``OfflineProposal``.
+        ValueError: the proposal belongs to another model, or contradicts the settings.
     """
     if proposal is None:
         return

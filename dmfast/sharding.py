@@ -1,11 +1,11 @@
-"""FSDP2 (``torch.distributed.fsdp.fully_shard``): what a model whose parameters are shards needs from dmfast.
+"""Support models whose parameters are sharded by FSDP2 (``torch.distributed.fsdp.fully_shard``).
 
-Every forward of such a model is one of all ranks, because each layer gathers its parameters there. So all ranks have to
-run the same number of forwards, unless the parameters were gathered before (``gathered``). And FSDP starts its backward
-at what a forward returns, so a loss that is made of hidden states has to be made within the forward (``call``): outside
-of it every gradient would be wrong, without a word.
+All ranks take part in every forward of such a model, because each layer gathers its parameters in it. So all ranks have
+to run the same number of forwards, unless the parameters were gathered before (``gathered``). FSDP starts its backward
+at the values that a forward returns. So a loss that is made of hidden states has to be made within the forward
+(``call``). Outside of it every gradient would be silently wrong.
 
-Only public functions of torch are used. Nothing here does anything to a model that is not sharded.
+This module uses only public functions of torch. It does nothing to a model that is not sharded.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from torch import Tensor, nn
 from . import tensor_parallel
 
 _T = TypeVar("_T")
-_BY_TRANSFORMERS = (("fsdp", "tp"), ("dp_replicate", "fsdp"))  # the meshes of its DistributedConfig that were tried
+_BY_TRANSFORMERS = (("fsdp", "tp"), ("dp_replicate", "fsdp"))  # these meshes of its DistributedConfig were tested
 NO_ADAPTERS = (
     "adapters (PEFT) were not tried on a model that was loaded with a distributed_config: load it without, and set "
     "fsdp=True in DMConfig, or train the whole model"
 )
-_METHOD = "dmfast_call"  # the method that FSDP takes for a forward
+_METHOD = "dmfast_call"  # FSDP treats the method of this name as a forward
 
 _groups: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 _gathered: WeakSet[nn.Module] = WeakSet()
 _inside: WeakSet[nn.Module] = WeakSet()
-_kept: WeakSet[nn.Module] = WeakSet()  # whose layers stay whole after a forward
+_kept: WeakSet[nn.Module] = WeakSet()  # the layers of these models stay whole after a forward
 
 
 def _is_part(module: nn.Module) -> bool:
-    """Return whether ``fully_shard`` was called on this module. Whoever did that has imported FSDP."""
+    """Return whether ``fully_shard`` was called on this module. The call needs FSDP, which is then imported."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
@@ -58,7 +58,7 @@ def is_shard(tensor: Tensor) -> bool:
 
 
 def local(tensor: Any) -> Tensor:
-    """Return what this rank holds of a tensor."""
+    """Return the part of a tensor that this rank holds."""
     found: Tensor = tensor.to_local() if is_shard(tensor) else tensor
     return found
 
@@ -78,20 +78,20 @@ def is_own_hook(hook: Any) -> bool:
 
 
 def groups_of(model: nn.Module) -> list[Any]:
-    """Return the process groups that a sharded model's parameters are spread over, one for each dimension of the mesh.
+    """Return the process groups over which a sharded model's parameters are spread, one per dimension of the mesh.
 
     Raises:
-        ValueError: there are several, and transformers has not made them.
+        ValueError: there are several groups, and transformers has not made them.
     """
     if model not in _groups:
-        reshard(model)  # a forward may have left all of them whole
+        reshard(model)  # a forward may have left all parameters whole
         shard: Any = next(each for each in model.parameters() if is_shard(each))
         mesh = shard.device_mesh
         if mesh.ndim != 1 and mesh.mesh_dim_names not in _BY_TRANSFORMERS:
             raise ValueError(
                 f"the parameters of the {class_of(model).__name__} lie on a mesh of {mesh.ndim} dimensions; hybrid "
                 "sharding (HSDP) and FSDP with tensor parallelism were tried with models that transformers has sharded "
-                "so, by a DistributedConfig: load it with one, or shard over all processes alike"
+                "by a DistributedConfig: load it with one, or shard it over one dimension of all processes"
             )
         _groups[model] = mesh.get_all_groups()
     return _groups[model]
@@ -105,7 +105,7 @@ def holders(model: nn.Module) -> int:
 
 
 def most(model: nn.Module, mine: int) -> int:
-    """Return the largest of what the ranks give that hold parts of a model; of a whole one what this rank gives."""
+    """Return the largest value of the ranks that hold parts of a model, or this rank's value for a whole model."""
     if is_sharded(model):
         groups = groups_of(model)
     elif tensor_parallel.is_cut(model):
@@ -119,15 +119,16 @@ def most(model: nn.Module, mine: int) -> int:
 
 
 def agree(model: nn.Module, mine: bool) -> bool:
-    """Return whether all ranks that hold parts of a model say yes; of a whole one what this rank says."""
+    """Return whether all ranks that hold parts of a model say yes, or this rank's answer for a whole model."""
     return not most(model, not mine)
 
 
 def refuse(model: Any) -> None:
-    """Refuse a model that transformers has spread over processes in a way that was not tried, or that does not work.
+    """Refuse a model that transformers has spread over processes in a way that was not tested or does not work.
 
     Raises:
-        ValueError: it has an adapter, pipeline or expert parallelism, or a tied head whose shares have several sizes.
+        ValueError: the model has an adapter, pipeline or expert parallelism, or a tied head with shares of several
+            sizes.
     """
     tensor_parallel.refuse(model)
     if getattr(model, "is_distributed_loading_by_transformers", False) and hasattr(model, "peft_config"):
@@ -152,14 +153,14 @@ def refuse(model: Any) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Put the shards in the place of the whole parameters that a forward may have left there."""
+    """Put the shards back where a forward has left whole parameters."""
     if is_sharded(model) and model not in _gathered:
         for part in parts(model):
             part.reshard()
 
 
 def keep_whole(model: Any) -> None:
-    """Keep the layers of a sharded model whole after each forward from now on, as sampling alone needs it."""
+    """Keep the layers of a sharded model whole after each forward from now on, for a model that only samples."""
     if not is_sharded(model):
         return
     model.set_reshard_after_forward(False)
@@ -167,7 +168,7 @@ def keep_whole(model: Any) -> None:
 
 
 def in_step(model: nn.Module) -> bool:
-    """Return whether each forward of the model now is one of all ranks."""
+    """Return whether all ranks have to take part in each forward of the model now."""
     return is_sharded(model) and model not in _gathered
 
 
@@ -175,8 +176,8 @@ def in_step(model: nn.Module) -> bool:
 def gathered(model: Any) -> Iterator[None]:
     """Make all parameters whole on every rank within the block, so that ranks may run different numbers of forwards.
 
-    All ranks enter it together. Afterwards each layer but the root and the head, which a backward needs first, gives
-    its parameters away after a forward again, as accelerate and transformers have it.
+    All ranks enter it together. Afterwards each layer frees its whole parameters after a forward again, as accelerate
+    and transformers set it. Only the root and the head keep them, because a backward needs these first.
     """
     if not in_step(model):
         yield
@@ -184,7 +185,7 @@ def gathered(model: Any) -> Iterator[None]:
     found, changes = parts(model), model not in _kept
     groups_of(model)
     with torch.no_grad():
-        call(model, lambda: None)  # FSDP finds its root in a forward, and sets up what the root shares with its parts
+        call(model, lambda: None)  # FSDP finds its root in a forward, and sets up the state that the root shares
     if changes:
         model.set_reshard_after_forward(False)
     try:
@@ -205,15 +206,16 @@ def gathered(model: Any) -> Iterator[None]:
 
 
 def call(model: Any, function: Callable[[], _T], outputs: Callable[[Any], object] = lambda _: None) -> _T:
-    """Run a function as one forward of a sharded model, which it runs by ``forward_of``, and return what it returns.
+    """Run a function as one forward of a sharded model, and return what the function returns.
 
-    Parameters of the root are whole within it, and backward starts at its outputs as FSDP needs it.
+    The function runs the model itself by ``forward_of``. The root's parameters are whole within it, and backward starts
+    at its outputs as FSDP needs it.
 
     Args:
-        model: what is sharded, or any other model, of which this only calls the function.
-        function: what needs whole parameters.
-        outputs: gives of what the function returns the tensors that carry a gradient, one or a tuple of them. Only
-            these does FSDP see, whose mixed precision would round all that it sees to 16 bits.
+        model: the sharded model. For any other model the function is only called.
+        function: the function that needs whole parameters.
+        outputs: a function that takes the returned value and gives its tensors that carry a gradient, one or a tuple.
+            FSDP sees only these, because its mixed precision would round everything that it sees to 16 bits.
     """
     if not is_sharded(model) or model in _inside:
         return function()
@@ -240,13 +242,13 @@ def call(model: Any, function: Callable[[], _T], outputs: Callable[[Any], object
 
 
 def forward_of(model: Any) -> Callable[..., Any]:
-    """Return what runs a forward of the model: within ``call`` its method, since the hooks around it have run."""
+    """Return the model to call for a forward, or within ``call`` its ``forward``, whose hooks have already run."""
     forward: Callable[..., Any] = model.forward if model in _inside else model
     return forward
 
 
 def spread(value: Tensor, target: Any) -> Tensor:
-    """Return a whole tensor, which every rank has, as shards like those of the target."""
+    """Return a tensor that every rank has whole as a DTensor that is sharded like the target."""
     from torch.distributed.tensor import distribute_tensor
 
     whole = value.to(local(target).device, target.dtype)
@@ -258,7 +260,7 @@ def spread(value: Tensor, target: Any) -> Tensor:
 
 
 def is_engine(module: nn.Module) -> bool:
-    """Return whether this is what DeepSpeed puts around a model. Whoever made one has imported DeepSpeed."""
+    """Return whether this is DeepSpeed's engine around a model. Making one needs DeepSpeed, which is then imported."""
     deepspeed: Any = sys.modules.get("deepspeed")
     return deepspeed is not None and isinstance(module, deepspeed.DeepSpeedEngine)
 

@@ -1,8 +1,9 @@
-"""Tell where samples can't know a divergence from p, because none of them shows what p differs by.
+"""Find out where samples can't tell a divergence from p, because all of them lack a feature that p has.
 
-Of sixteen sequences without a feature that half of p has, all weights P/q are equal: they say KL(p||pi) = 0 with an
-error of 0, effective sample size 16, and a Z without the part of p that they lack. Where a moment's feature had one
-value in all sequences, and p has another mean, estimates from them are unknown and no swap of q rests on them.
+For example, half of p has a feature and sixteen sequences lack it. All their weights P/q are equal. They then give
+KL(p||pi) = 0 with an error of 0, an effective sample size of 16, and a Z without the part of p that they lack. Where a
+moment's feature had one value in all sequences, and p has another mean, estimates from them are unknown. No swap of q
+may rest on them.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from torch import Tensor
 
 from .estimators import Estimate, Estimates, RunningEstimates
 
-#: So much of p may lie in what was never seen; a rarer feature is worth less than the error of the estimates.
+#: The share of p that may lie in sequences that were never seen. A rarer feature matters less than the error of the
+#: estimates.
 _SHARE = 0.05
 
 
 class Seen:
-    """Keep the smallest and the largest value of each moment's feature, of the steps that ``RunningEstimates`` keeps.
+    """The range of each moment's feature over the steps that ``RunningEstimates`` keeps.
 
     Args:
         wanted: the moments' values by name, in the order of the columns.
-        decay: that of the estimates.
+        decay: the decay of the estimates.
     """
 
     def __init__(self, wanted: Mapping[str, float], decay: float = 0.8) -> None:
@@ -34,18 +36,18 @@ class Seen:
         self._steps: deque[Tensor] = deque(maxlen=RunningEstimates.kept_steps(decay))  # each (2, F)
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget all steps."""
         self._steps.clear()
 
     def update(self, features: Tensor) -> None:
-        """Take in the features of a step's sequences, (N, F) or more columns, of which the first F are the moments'."""
+        """Take in the features of a step's sequences, (N, F + ...). The first F columns are the moments'."""
         if not len(features) or not self.wanted:
             return
         columns = features[:, : len(self.wanted)].detach().double().cpu()
         self._steps.append(torch.stack([columns.amin(0), columns.amax(0)]))
 
     def unseen(self) -> dict[str, float]:
-        """Return the moments whose feature never varied and has another mean under p, with the value that it had."""
+        """Return the moments whose feature never varied and has another mean under p, with the value that was seen."""
         if not self._steps:
             return {}
         low_high = torch.stack(list(self._steps))
@@ -61,20 +63,20 @@ class Seen:
         return torch.stack(list(self._steps)) if self._steps else None
 
     def load_state_dict(self, state: Tensor | None) -> None:
-        """Go on where ``state_dict`` was taken."""
+        """Restore the state that ``state_dict`` returned."""
         self._steps.clear()
         self._steps.extend(() if state is None else state.clone())
 
 
 def unseen(features: Tensor, wanted: Mapping[str, float]) -> dict[str, float]:
-    """Return ``Seen.unseen`` of these sequences alone."""
+    """Return ``Seen.unseen`` for these sequences alone."""
     seen = Seen(wanted)
     seen.update(features)
     return seen.unseen()
 
 
 def unknown(estimates: Estimates) -> Estimates:
-    """Return the estimates without the divergences, which are NaN."""
+    """Return the estimates with NaN for all divergences."""
     nothing = Estimate(math.nan, math.nan)
     divergences = {
         name: nothing for name, each in vars(estimates).items() if name[:2] in ("kl", "tv", "js", "al") and each
@@ -83,7 +85,7 @@ def unknown(estimates: Estimates) -> Estimates:
 
 
 def said(missing: Mapping[str, float]) -> str:
-    """Return "no sequence had women" in words, for each of the moments that ``unseen`` returned."""
+    """Return in words, such as "no sequence had women", what ``unseen`` returned for each moment."""
     how = {0.0: "no sequence had {}", 1.0: "every sequence had {}"}
     return ", ".join(
         how.get(value, "{} was " + f"{value:g} in every sequence").format(n) for n, value in missing.items()

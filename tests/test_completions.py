@@ -383,7 +383,7 @@ def test_a_token_weight_is_of_the_samples_tokens():
             {"score_mask": [DRAWN[0], [False] * 4, DRAWN[2]]},
             "completion 1 has no token that was drawn, by its score_mask",
         ),
-        ({"score_mask": [[True] * 8, *DRAWN[1:]]}, "completion 0 goes on after its end.*score_mask tells"),
+        ({"score_mask": [[True] * 8, *DRAWN[1:]]}, "completion 0 goes on after its end.*mark it by score_mask"),
         ({"append_eos": True}, "completion 1 ends in context, by its score_mask, after which append_eos"),
     ],
 )
@@ -393,5 +393,5 @@ def test_what_a_score_mask_may_not_be(changed, message):
 
 
 def test_a_score_mask_is_of_token_ids():
-    with pytest.raises(ValueError, match="score_mask is of the token ids that were drawn"):
+    with pytest.raises(ValueError, match="score_mask belongs to the token ids that were drawn"):
         lm().samples_of(None, ["w1"], append_eos=True, score_mask=[[True]])

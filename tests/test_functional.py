@@ -1215,8 +1215,10 @@ def test_the_losses_on_hidden_states_compile(name: str) -> None:
         loss, *results = call(*leaves)
         loss.backward()
         found.append([loss.detach(), *results, *[x.grad for x in leaves if x.requires_grad]])
+    # a function's weights take three products in a plain call and four in a graph, which round fp32 differently
+    rtol = 5e-5 if name.startswith("own") else 1e-6
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-7)
 
 
 @pytest.mark.parametrize("layout", ["row-major", "transposed"])

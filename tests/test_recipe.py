@@ -122,6 +122,17 @@ def test_a_pointwise_recipe_has_its_ideal_from_the_samples_before(tmp_path):
     assert log["ideal"]["kl_policy_base"].value == pytest.approx(-math.log(rate), rel=1e-6)
 
 
+def test_the_texts_of_a_log_are_of_all_prompts_and_have_them():
+    prompts = ["w1 w2", "w4 w5 w6", "w7"]
+    x = LanguageModel(gpt2(), tokenizer()).sample(prompts, 30, max_new_tokens=2, seed=0)
+    shown = recipe._shown(x, x, prompts)
+    assert len(shown["samples_before"]) == len(shown["samples_prompts"]) == recipe.SHOWN
+    assert set(shown["samples_prompts"]) == set(prompts)
+    places = [text == x.text[i * 90 // 20] for i, text in enumerate(shown["samples_after"])]
+    assert all(places) and shown["samples_prompts"][0] == prompts[0] and shown["samples_prompts"][-1] == prompts[2]
+    assert "samples_prompts" not in recipe._shown(x, x, None)
+
+
 @pytest.mark.parametrize("which", ["binary", "graded", "with a moment"])
 def test_the_ideal_of_several_contexts(which):
     """Against all sequences of a small model, counted out: each context has its own Z and weighs the same."""

@@ -9,14 +9,14 @@
 namespace dmf {
 namespace {
 
-// Rows that can't be scored, as one number so that the first of them wins whatever the thread: row * 4 + fault.
+// A row that can't be scored is encoded as row * 4 + fault, so that the minimum is the first one on any thread.
 constexpr int64_t kNoFault = INT64_MAX;
 Status status(int64_t fault) {
   if (fault == kNoFault) return {Fault::none, -1};
   return {static_cast<Fault>(fault & 3), fault >> 2};
 }
 
-// Takes a row's results; those of a row that is not scored are 0. fault: of a scored one.
+// Stores a row's results, which are 0 for a row that is not scored, and returns the fault of a scored one.
 int64_t keep_row(const Outputs& out, int64_t row, const RowSum& sum, bool here) {
   out.lse(row) = sum.lse;
   out.label(row) = sum.label;
@@ -43,7 +43,7 @@ void write_row(const Batch& b, const RowKernels& k, int64_t row, double lse, con
     k.backward(b.logits + b.offset(row) * k.itemsize, dz, b.column(label), weight, lse, b.options);
 }
 
-// Sums rows into sequences in row order, whatever thread scored them.
+// Sums rows into sequences in row order, whichever thread scored them.
 void sum_rows(const Batch& b, const Outputs& out) {
   for (int64_t i = 0; i < b.sequences; ++i) {
     double log_prob = 0, entropy = 0;
@@ -52,11 +52,11 @@ void sum_rows(const Batch& b, const Outputs& out) {
       if (out.entropy) entropy += out.row_entropy(row);
     }
     out.log_prob(i) = log_prob;
-    out.sequence_entropy(i) = entropy;  // 0 where it is not wanted
+    out.sequence_entropy(i) = entropy;  // 0 where the entropy is not computed
   }
 }
 
-// known: the weights stand already; only the ratios, which need log pi, are formed.
+// Forms the ratios, the losses and their sum, and the weights unless these are known.
 Status form_weights(const Batch& b, const Terms& t, const Outputs& out, bool known) {
   Status result{Fault::none, -1};
   if (t.objective.kind == Kind::none) return result;
@@ -145,7 +145,7 @@ Status forward_backward(const Batch& b, const Terms& t, const Outputs& out, bool
   const Status weights = form_weights(b, t, out, false);
   if (weights.fault != Fault::none) return weights;
   const int64_t size = scratch_size(b.options);
-  const std::unique_ptr<double[]> scratch(new double[size * b.threads]);  // a thread touches its own part only
+  const std::unique_ptr<double[]> scratch(new double[size * b.threads]);  // a thread uses only its own part
   const int64_t fault = for_rows(b, [&](int64_t row, int64_t sequence) {
     const RowWeight weight{out.weight(sequence) * b.share(row) * factor, t.entropy_coefficient * factor, 0.0};
     const int64_t label = b.labels[row];

@@ -1,21 +1,22 @@
 // Row kernels for the CPU.
 //
-// forward fuses scaling, softcap, log-sum-exp, the gather of the label and the entropy. It reads every
-// logit once from memory and writes nothing per logit: less is impossible, since each logit counts in the
-// sum. Eager log_softmax + gather reads and writes the row several times and leaves N x V floats behind.
+// forward fuses scaling, softcap, log-sum-exp, the gather of the label and the entropy. It reads every logit once from
+// memory and writes nothing per logit. Less is impossible, because each logit counts in the sum. Eager log_softmax and
+// gather read and write the row several times and leave N x V floats behind.
 //
-// backward reads every logit once and writes its gradient once, in place if asked: softmax is formed
-// anew from the stored log-sum-exp, because exp costs less than reading a stored softmax.
+// backward reads every logit once and writes its gradient once, in place if asked. The softmax is formed anew from the
+// stored log-sum-exp, because exp takes less time than reading a stored softmax.
 //
-// both is the two for a weight that is known before: one read and one write per logit. The terms of the sum stay in
-// the second-level cache until the sum is known, and are then only scaled: one exp per logit.
+// both combines the two for a weight that is known before, with one read and one write per logit. The terms of the sum
+// stay in the second-level cache until the sum is known, and are then only scaled. So each logit needs one exp.
 //
-// Terms are fp32, their sums fp64: in an fp32 sum the thousands of small terms beside a dominating one are lost (1e-6
-// nats a row, all in one direction), and with them the digits of 1 - p, the gradient of the label where p is near 1.
-// Blocks whose terms are small beside the sum so far are added by fours in fp32 first (scan.h), where nothing is lost.
+// Terms are fp32 and their sums fp64. An fp32 sum would lose the thousands of small terms beside a dominating one (1e-6
+// nats a row, all in one direction). It would also lose the digits of 1 - p, the gradient of the label where p is near
+// 1. Blocks whose terms are small beside the sum so far are first added by fours in fp32 (scan.h), where nothing is
+// lost.
 //
-// This file is compiled once per instruction set (target_clones), chosen when the program runs. It holds
-// kernels only: a global constructor compiled for AVX-512 would kill an AVX2 machine at load.
+// This file is compiled once per instruction set (target_clones), and one version is chosen when the program runs. It
+// holds kernels only, because a global constructor compiled for AVX-512 would crash an AVX2 machine at load.
 #include "rows.h"
 
 #include <algorithm>
@@ -29,7 +30,7 @@
 namespace dmf {
 namespace {
 
-// The sum alone; with Entropy also the sum of e^(scale d) d, where d = cap(z) - reference.
+// A sink of scan_row that keeps nothing, or with Entropy the sum of e^(scale d) d, where d = cap(z) - reference.
 template <class T, bool Cap, bool Entropy>
 struct Summed {
   const T* z;
@@ -57,8 +58,8 @@ struct Summed {
   }
 };
 
-// The terms of the whole row, in scratch; where the gradient is fp32 in its place, which may be the row itself: a block
-// is copied there once it is done with.
+// A sink of scan_row that keeps the terms of the whole row in scratch, or in the gradient where that is fp32. The
+// gradient may be the row itself, so a block's terms are copied there only once the block was read.
 template <class Out>
 struct Kept {
   static constexpr bool kInGradient = sizeof(Out) == sizeof(float);
@@ -88,7 +89,7 @@ DMF_INLINE void forward_row(const T* z, int64_t label, const RowOptions& o, RowS
   if (Entropy) out.entropy = total.sum > 0 ? log(total.sum) - o.scale * sink.moment / total.sum : total.sum;
 }
 
-// dz[label], without cancellation where p is near 1: 1 - p in one expm1.
+// Returns dz[label]. One expm1 gives 1 - p without cancellation where p is near 1.
 template <bool Cap>
 DMF_INLINE double at_label(double y, const RowWeight& w, double lse, const RowOptions& o) {
   const double t = Cap ? tanh_of(y * (1.0 / o.softcap)) : 0.0;
@@ -98,7 +99,7 @@ DMF_INLINE double at_label(double y, const RowWeight& w, double lse, const RowOp
   return o.scale * (1.0 - t * t) * g;
 }
 
-// Without softcap and bonus, for weights within fp32.
+// Does both without softcap and bonus, for weights within fp32.
 template <class In, class Out>
 DMF_INLINE void both_row(const In* z, Out* dz, int64_t label, const RowWeight& w, const RowOptions& o, double* scratch,
                          RowSum& out) {
@@ -119,11 +120,11 @@ DMF_INLINE void both_row(const In* z, Out* dz, int64_t label, const RowWeight& w
   from_float(static_cast<float>(at_label<false>(y, w, out.lse, o)), dz[label]);
 }
 
-// The gradient with an entropy bonus, apart from the label's -weight: p (weight + bonus (log p + H)).
+// Writes the gradient with an entropy bonus without the label's -weight: p (weight + bonus (log p + H)).
 template <class In, class Out, bool Cap>
 DMF_INLINE void bonus_row(const In* z, Out* dz, const RowWeight& w, double lse, const RowOptions& o) {
   const Slope slope(o.scale * kLog2e);
-  const float floor = slope.floor;  // below it p is 0, which times log p is 0
+  const float floor = slope.floor;  // below it p is 0, and so is p log p
   const double full = w.weight * o.scale, bonus = w.bonus * o.scale;
   if (Cap) {
     const double inverse_cap = 1.0 / o.softcap, reference = lse / o.scale;
@@ -138,7 +139,7 @@ DMF_INLINE void bonus_row(const In* z, Out* dz, const RowWeight& w, double lse, 
     return;
   }
   const float reference = static_cast<float>(lse / o.scale);
-  const double off = o.scale * reference - lse, mend = exp(off);  // of the rounding of reference
+  const double off = o.scale * reference - lse, mend = exp(off);  // they correct the rounding of reference
   const double constant = mend * (full + bonus * (off + w.entropy)), linear = mend * bonus * o.scale;
   if (std::fabs(constant) + std::fabs(linear * floor) <= FLT_MAX) {
     const float constant32 = static_cast<float>(constant), linear32 = static_cast<float>(linear);
@@ -156,8 +157,8 @@ DMF_INLINE void bonus_row(const In* z, Out* dz, const RowWeight& w, double lse, 
   }
 }
 
-// factor * 2^((z - reference) slope), the gradient apart from the label's. Logits are prefetched, since a CPU's own
-// prefetching does not overlap so much arithmetic with memory.
+// Writes factor * 2^((z - reference) slope), which is the gradient of all tokens but the label. Logits are prefetched,
+// because the hardware's prefetching does not overlap so much arithmetic with memory.
 template <class In, class Out>
 DMF_INLINE void scaled_terms(const In* z, Out* dz, int64_t n, float factor, float reference, Slope slope) {
   constexpr int64_t kStep = 64, kAhead = 2048 / sizeof(In);
@@ -176,7 +177,7 @@ DMF_INLINE void backward_row(const In* z, Out* dz, int64_t label, const RowWeigh
   const Slope slope(o.scale * kLog2e);
   const double inverse_cap = Cap ? 1.0 / o.softcap : 0.0;
   const double full = w.weight * o.scale;
-  // before the row is overwritten
+  // the label's logit is read before the row is overwritten
   const double label_gradient = label < 0 ? 0.0 : at_label<Cap>(to_float(z[label]), w, lse, o);
   if (w.bonus != 0.0) {
     bonus_row<In, Out, Cap>(z, dz, w, lse, o);
@@ -190,7 +191,7 @@ DMF_INLINE void backward_row(const In* z, Out* dz, int64_t label, const RowWeigh
     }
   } else {
     const float reference = static_cast<float>(lse / o.scale);
-    const double factor = full * exp(o.scale * reference - lse);  // mends the rounding of reference
+    const double factor = full * exp(o.scale * reference - lse);  // corrects reference's rounding
     const float factor32 = static_cast<float>(factor);
     if (std::fabs(factor) <= FLT_MAX) {
       scaled_terms(z, dz, o.vocab, factor32, reference, slope);
@@ -280,7 +281,7 @@ const RowKernels& row_kernels(DType logits, DType gradient) {
       {forward_f32, backward_f32_f16, both_f32_f16, scale_f16, 4, 2},
   };
   if (logits != DType::f32 && gradient != logits)
-    throw std::invalid_argument("16-bit logits have a gradient of theirs");
+    throw std::invalid_argument("the gradient of 16-bit logits must have their dtype");
   return (logits == DType::f32 ? from_f32 : same)[static_cast<int>(gradient)];
 }
 

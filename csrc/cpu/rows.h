@@ -1,5 +1,5 @@
-// One row of logits at a time: the interface between the kernels of rows.cpp, which are compiled once per
-// instruction set, and loss.cpp, which runs them over rows on threads.
+// The interface between the kernels of rows.cpp, which are compiled once per instruction set and work on one row of
+// logits, and loss.cpp, which runs them over rows on threads.
 #pragma once
 #include "../batch.h"
 
@@ -11,44 +11,44 @@ struct RowSum {
   double entropy;  // -sum p log p, nats
 };
 
-// What a row's gradient is: weight times that of -log pi of its label, and bonus times that of -H.
+// The factors of a row's gradient: weight times the gradient of -log pi of its label, plus bonus times that of -H.
 struct RowWeight {
   double weight, bonus;
-  double entropy;  // H; anything where bonus is 0
+  double entropy;  // H; any value where bonus is 0
   bool is_zero() const { return weight == 0.0 && bonus == 0.0; }
 };
 
 // Reads the row once.
 using ForwardRow = void (*)(const void* z, int64_t label, const RowOptions&, bool entropy, RowSum&);
 
-// dz[v] = scale * cap'(z[v]) * (weight * (p[v] - (v == label)) + bonus * p[v] * (log p[v] + H)), p the softmax, rounded
-// once to the gradient's dtype. dz may be z where they have one dtype; else they share no memory. The label may be
-// kElsewhere here and in ForwardRow.
+// Writes dz[v] = scale * cap'(z[v]) * (weight * (p[v] - (v == label)) + bonus * p[v] * (log p[v] + H)), where p is the
+// softmax, rounded once to the gradient's dtype. dz may be z where they have one dtype. Otherwise they share no memory.
+// The label may be kElsewhere here and in ForwardRow.
 using BackwardRow = void (*)(const void* z, void* dz, int64_t label, const RowWeight&, double lse, const RowOptions&);
 
-// Both, for a weight that is known before: forward's terms are kept in scratch (an fp32 dz: in dz) and only scaled. A
-// bonus needs the entropy, which is then the row's own. Where out.label - out.lse is not finite, dz is undefined.
+// Does both for a weight that is known before. forward's terms are kept in scratch, or in an fp32 dz, and only scaled.
+// A bonus uses the entropy that this call computes. Where out.label - out.lse is not finite, dz is undefined.
 using BothRow = void (*)(const void* z, void* dz, int64_t label, const RowWeight&, const RowOptions&, bool entropy,
                          double* scratch, RowSum& out);
 
-// dz[v] *= factor
+// Multiplies dz[v] by factor.
 using ScaleRow = void (*)(void* dz, int64_t vocab, float factor);
 
 struct RowKernels {
   ForwardRow forward;
   BackwardRow backward;
   BothRow both;
-  ScaleRow scale;  // of a gradient
+  ScaleRow scale;  // scales a gradient
   int64_t itemsize, gradient_itemsize;
 };
 
-// How many doubles of scratch a row of BothRow takes.
+// Returns how many doubles of scratch BothRow takes for a row.
 int64_t scratch_size(const RowOptions&);
 
-// For logits of a dtype and their gradient: the same dtype, or 16 bits for fp32 logits. Throws where there are none.
+// Returns the kernels for the dtypes of logits and gradient, which are equal, or fp32 and 16 bits. Throws for others.
 const RowKernels& row_kernels(DType logits, DType gradient);
 
-// The instruction set that the row kernels run on here: "x86-64-v4", "x86-64-v3" or "baseline".
+// Returns the instruction set that the row kernels use on this machine: "x86-64-v4", "x86-64-v3" or "baseline".
 const char* instruction_set();
 
 }  // namespace dmf

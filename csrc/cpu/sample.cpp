@@ -1,9 +1,10 @@
 // Sampling fuses scaling, softcap, softmax, the draw and its log-probability. It reads every logit once from memory and
-// writes nothing per logit: less is impossible, since each logit counts in the sum. The sums of the blocks (fp64) are
-// kept; a uniform number picks a block from them and then a token inside the block, whose 512 terms are formed again.
-// Softmax, multinomial, log_softmax and gather read or write the row about ten times.
+// writes nothing per logit. Less is impossible, because each logit counts in the sum. The fp64 sums of the blocks are
+// kept. A uniform number picks a block by these sums and then a token inside the block, whose 512 terms are formed
+// again. Softmax, multinomial, log_softmax and gather read or write the row about ten times.
 //
-// A token of probability 0 is never drawn: its term adds nothing to the cumulative sum, which must exceed the target.
+// A token of probability 0 is never drawn, because its term adds nothing to the cumulative sum, which must exceed the
+// target.
 #include "sample.h"
 
 #include <cmath>
@@ -27,7 +28,7 @@ struct BlockSum {
 
 struct BlockSums {
   BlockSum* blocks;
-  float* buffer;  // not a member array, which gcc does not see to be apart from the rest
+  float* buffer;  // gcc would take a member array to alias the other members
 
   DMF_INLINE float* terms(int64_t) { return buffer; }
   DMF_INLINE void nothing(int64_t first, int64_t) { blocks[first / kBlock] = {0.0, 0.0}; }
@@ -51,7 +52,7 @@ DMF_INLINE void sample_row(const T* z, double uniform, const RowOptions& o, Bloc
   const int64_t first = block * kBlock, n = block_size(first, o);
   target /= factor(block);
   block_terms<T, Cap>(z + first, n, blocks[block].reference, o, Slope(o.scale * kLog2e), e);
-  target *= exact_sum(e, n) / blocks[block].sum;  // the block's own sum may have been a quick one
+  target *= exact_sum(e, n) / blocks[block].sum;  // the block's sum may be a quick_sum
   out.token = first + pick(static_cast<int>(n), target, [&](int i) { return static_cast<double>(e[i]); });
   out.value = scaled<Cap>(to_float(z[out.token]), o);
 }

@@ -1,18 +1,18 @@
-// How the row kernels read a row: once, in blocks of 512 logits, whose terms e^(scale (cap(z) - reference)) are left in
-// the first-level cache for whoever wants them. What is made of the blocks is the caller's: their sum, their gradient
-// (rows.cpp), a draw (sample.cpp).
+// The row kernels read a row once, in blocks of 512 logits. The terms of a block, e^(scale (cap(z) - reference)), stay
+// in the first-level cache for the caller, who makes a sum, a gradient (rows.cpp) or a draw (sample.cpp) of them.
 //
-// The reference is the largest logit of the first block and rises only where a block's sum says that it must, which is
-// rare: terms above 1 do no harm, so the maximum of each block need not be known and is not looked for. Where a block
-// weighs more than all before it, it is, so that a term that dominates the row is 1 and 1 - p keeps its digits.
+// The reference is the largest logit of the first block. It rises only where a block's sum shows that it must, which is
+// rare. Terms above 1 do no harm, so the maximum of each block is usually not computed. It is computed where a block
+// weighs more than all blocks before it, so that a term that dominates the row is 1 and 1 - p keeps its digits.
 #pragma once
 #include <cmath>
 
 #include "rows.h"
 #include "simd.h"
 
-// A function compiled once per instruction set, chosen when the program runs. It takes no templates. Sanitizers can't
-// run before the resolvers that it needs.
+// DMF_CLONES compiles a function once per instruction set, and the version is chosen when the program runs. It works
+// only for functions that are no templates. DMF_NO_CLONES switches it off for sanitizers, which can't run before its
+// resolvers.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__) && !defined(DMF_NO_CLONES)
 #define DMF_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define DMF_HAS_CLONES 1
@@ -28,7 +28,7 @@
 namespace dmf {
 
 constexpr int64_t kBlock = 512;
-constexpr double kHigh = 2.0 * kBlock;  // a block's sum from which on the reference rises
+constexpr double kHigh = 2.0 * kBlock;  // the reference rises where a block's sum reaches this
 constexpr double kLog2e = 1.4426950408889634074;
 
 template <class T>
@@ -56,7 +56,7 @@ DMF_INLINE int64_t block_size(int64_t first, const RowOptions& o) {
   return o.vocab - first < kBlock ? o.vocab - first : kBlock;
 }
 
-// 2^((x - shift) slope). A term beyond fp32 comes out as 2^126, so that the sum tells of it.
+// Returns 2^((x - shift) slope). A term beyond fp32 becomes 2^126, so that the sum shows it.
 template <class T>
 DMF_INLINE float term_of(T x, float shift, const Slope& slope) {
   const float d = to_float(x) - shift;
@@ -76,7 +76,7 @@ DMF_INLINE void terms_of(const T* x, int64_t n, float shift, Slope slope, float*
   for (int64_t k = i; k < n; ++k) e[k] = term_of(x[k], shift, slope);
 }
 
-// In fp32 by fours, then fp64: a quarter of the conversions.
+// Sums by fours in fp32 and then in fp64, which takes a quarter of the conversions.
 DMF_INLINE double quick_sum(const float* e, int64_t n) {
   const int64_t q = n / 4;
   double sum = 0;
@@ -98,7 +98,7 @@ struct RowTotal {
   DMF_INLINE double lse(const RowOptions& o) const { return o.scale * reference + log(sum); }
 };
 
-// cap(z) of a block less reference, formed in fp64 and rounded once
+// Writes cap(z) - reference of a block, formed in fp64 and rounded once.
 template <class T>
 DMF_INLINE void capped_of(const T* z, int64_t n, double reference, const RowOptions& o, float* out) {
   const double inverse_cap = 1.0 / o.softcap;
@@ -107,7 +107,7 @@ DMF_INLINE void capped_of(const T* z, int64_t n, double reference, const RowOpti
     out[i] = static_cast<float>(o.softcap * tanh_of(static_cast<double>(to_float(z[i])) * inverse_cap) - reference);
 }
 
-// The terms of the block from first on against reference, again or for the first time.
+// Writes the terms of a block of n logits for this reference.
 template <class T, bool Cap>
 DMF_INLINE void block_terms(const T* z, int64_t n, double reference, const RowOptions& o, const Slope& slope,
                             float* e) {
@@ -116,13 +116,13 @@ DMF_INLINE void block_terms(const T* z, int64_t n, double reference, const RowOp
     capped_of(z, n, reference, o, d);
     terms_of(d, n, 0.0f, slope, e);
   } else {
-    terms_of(z, n, static_cast<float>(reference), slope, e);  // exact: a logit
+    terms_of(z, n, static_cast<float>(reference), slope, e);  // the reference is a logit, so exact
   }
 }
 
-// Reads the row. sink.terms(first) says where the terms of a block go, sink.add(first, n, terms, their sum, reference)
-// takes them, sink.rise(by how much, sum so far) comes before the reference grows, and sink.nothing(first, n)
-// stands for a block of -inf before anything else. The sum is NaN if the row holds NaN or +inf.
+// Reads the row. sink.terms(first) returns the place for the terms of a block. sink.add(first, n, terms, their sum,
+// reference) takes them. sink.rise(by how much, sum so far) is called before the reference grows, and
+// sink.nothing(first, n) for each leading block of nothing but -inf. The sum is NaN if the row holds NaN or +inf.
 template <class T, bool Cap, class Sink>
 DMF_INLINE RowTotal scan_row(const T* z, const RowOptions& o, Sink& sink) {
   const Slope slope(o.scale * kLog2e);
@@ -134,7 +134,7 @@ DMF_INLINE RowTotal scan_row(const T* z, const RowOptions& o, Sink& sink) {
     const T* block = z + first;
     if (Cap || total.reference == -INFINITY) {
       const float m = block_max(block, n);
-      if (!Cap && m == -INFINITY) {         // a capped -inf is -softcap, and counts
+      if (!Cap && m == -INFINITY) {         // a capped -inf is -softcap and counts
         if (has_nan(block, n)) return bad;  // a negative NaN, which compares below -inf as a key
         sink.nothing(first, n);
         continue;
@@ -156,7 +156,7 @@ DMF_INLINE RowTotal scan_row(const T* z, const RowOptions& o, Sink& sink) {
         sum = quick_sum(e, n);
       }
     }
-    // a term that dominates the row must not swallow those beside it
+    // in fp32 a term that dominates the row would swallow the terms beside it
     if (sum > total.sum * 0.0625) sum = exact_sum(e, n);
     sink.add(first, n, e, sum, total.reference);
     total.sum += sum;
@@ -164,7 +164,7 @@ DMF_INLINE RowTotal scan_row(const T* z, const RowOptions& o, Sink& sink) {
   return total;
 }
 
-// scale * cap(z)
+// Returns scale * cap(z).
 template <bool Cap>
 DMF_INLINE double scaled(float z, const RowOptions& o) {
   return o.scale * (Cap ? o.softcap * tanh_of(z * (1.0 / o.softcap)) : z);

@@ -1,6 +1,6 @@
-// The arithmetic of one logit as plain C++ that compilers turn into SIMD at any width: exp2 in fp32,
-// tanh in fp64, conversions of bf16 and fp16. No intrinsics, so that one source serves AVX-512, AVX2,
-// SSE2 and NEON (the instruction set is chosen when the program runs: rows.cpp).
+// The arithmetic of one logit as plain C++ that compilers turn into SIMD at any width: exp2 in fp32, tanh in fp64,
+// conversions of bf16 and fp16. It uses no intrinsics, so that one source serves AVX-512, AVX2, SSE2 and NEON. The
+// instruction set is chosen when the program runs (rows.cpp).
 #pragma once
 #include <cfloat>
 #include <cmath>
@@ -46,7 +46,7 @@ DMF_INLINE void from_float(float x, bf16& out) {
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   out.bits = static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
-// x is finite: half the work in bf16, where NaN needs looking after.
+// Takes a finite x. This halves the work in bf16, because NaN needs no check.
 template <class T>
 DMF_INLINE void from_finite(float x, T& out) {
   from_float(x, out);
@@ -66,19 +66,20 @@ DMF_INLINE void from_float(float x, fp16& out) {
   out.bits = static_cast<uint16_t>(r | (sign >> 16));
 }
 
-// Order-preserving map of floats to integers: integer maxima vectorise without -ffinite-math-only, and
-// a positive NaN comes out above +inf instead of being lost.
+// Maps floats to integers in the same order. Integer maxima vectorise without -ffinite-math-only, and a positive NaN
+// comes out above +inf instead of being lost.
 DMF_INLINE int32_t to_key(float x) {
   const int32_t i = bit_cast<int32_t>(x);
   return i ^ ((i >> 31) & 0x7fffffff);
 }
 DMF_INLINE float from_key(int32_t k) { return bit_cast<float>(k ^ ((k >> 31) & 0x7fffffff)); }
 
-// exp2(d * slope) for d * slope <= 126, 0 below 2^-126, NaN for NaN. slope is given as hi + lo because
-// rounding log2(e) to fp32 would tilt every term the same way; degree 6 (2e-9) because the balance of a
-// degree-5 polynomial's error cannot be relied on. With FMA, d * hi - n is exact before its one rounding.
+// A slope for exp2_of, which returns exp2(d * slope) for d * slope <= 126, 0 below 2^-126, and NaN for NaN. The slope
+// is stored as hi + lo, because rounding log2(e) to fp32 would tilt every term the same way. The polynomial has degree
+// 6 (2e-9), because the errors of degree 5 can't be relied on to cancel. With FMA, d * hi - n is exact before its one
+// rounding.
 struct Slope {
-  float hi, lo, floor, ceiling;  // d below which the result is 0, and up to which it is right
+  float hi, lo, floor, ceiling;  // the result is 0 for d below floor, and right up to ceiling
   explicit Slope(double slope)
       : hi(static_cast<float>(slope)),
         lo(static_cast<float>(slope - hi)),
@@ -103,7 +104,7 @@ DMF_INLINE float exp2_of(float d, const Slope& s) {
   return d < s.floor ? 0.0f : e;
 }
 
-// tanh in fp64 to 1e-14: a capped logit is around 30, where fp32 is too coarse to be summed up over 1,024 tokens.
+// Returns tanh in fp64 to 1e-14. A capped logit is around 30, where fp32 is too coarse for a sum over 1,024 tokens.
 DMF_INLINE double tanh_of(double x) {
   constexpr double kMagic = 6755399441055744.0 + 1023.0;  // 1.5 * 2^52
   double y = x * 2.8853900817779268;                      // 2 log2(e)

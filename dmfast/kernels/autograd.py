@@ -14,7 +14,7 @@ from torch import Tensor
 from ..objectives import Objective, Terms
 from . import check_ops, eager
 from .backend import Backend, new_gradient
-from .batch import LOSS, LSE, WEIGHT, Batch, Scores, bonus_of
+from .batch import LOSS, Batch, Scores, bonus_of
 from .form import divisor, form_loss, losses, reduce, weighted_log_prob
 
 
@@ -56,18 +56,27 @@ def expected_grad(weight_known: bool, dtype: torch.dtype, reduction: str, grad_s
     return 1.0 if grad_scale is None else float(grad_scale)
 
 
-def _save(ctx: Any, backend: Backend, batch: Batch, scores: Scores) -> None:
-    """Keep the batch for backward; tensors that were changed in between raise PyTorch's own error there.
+def _save(ctx: Any, batch: Batch, scores: Scores, *call: Any) -> None:
+    """Keep a call for backward, where tensors that were changed in between are an error: of PyTorch's for inputs, and
+    of ``_saved`` for the scores, which are the function's own and cost less on its context.
 
-    The logits go in detached: that shares their version, and autograd would refuse to keep some views that changed.
+    A view goes in detached: that shares its version, and autograd would refuse to keep some views that changed.
     """
-    ctx.backend, ctx.batch = backend, batch[3:]
-    ctx.save_for_backward(batch.logits.detach(), batch.labels, batch.cu_seqlens, scores.rows, scores.sequences)
+    logits = batch.logits
+    ctx.call = (batch[3:], scores, scores.version, *call)
+    ctx.save_for_backward(logits if logits._base is None else logits.detach(), batch.tokens, batch.cu_seqlens)
 
 
-def _saved(ctx: Any) -> tuple[Batch, Tensor, Tensor]:
-    logits, labels, cu_seqlens, rows, sequences = ctx.saved_tensors
-    return Batch(logits, labels, cu_seqlens, *ctx.batch), rows, sequences
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """Return batch, scores and the rest of what ``_save`` has kept."""
+    logits, tokens, cu_seqlens = ctx.saved_tensors
+    rest, scores, version, *call = ctx.call
+    if scores.version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a result "
+            "of dmfast's loss, such as out.log_prob or out.weight, was changed before backward; change a clone of it"
+        )
+    return Batch(logits, tokens, cu_seqlens, *rest), scores, *call
 
 
 class _LogProb(torch.autograd.Function):
@@ -78,8 +87,7 @@ class _LogProb(torch.autograd.Function):
         ctx: Any, logits: Tensor, backend: Backend, batch: Batch, entropy: bool, inplace: bool
     ) -> tuple[Tensor, Tensor | None, Scores]:
         scores = backend.forward(batch, None, entropy)
-        _save(ctx, backend, batch, scores)
-        ctx.inplace = inplace
+        _save(ctx, batch, scores, backend, inplace)
         ctx.set_materialize_grads(False)
         return *copies(batch, scores), scores
 
@@ -88,11 +96,11 @@ class _LogProb(torch.autograd.Function):
     def backward(
         ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        batch, rows, sequences = _saved(ctx)
-        dz = new_gradient(batch, ctx.inplace)
-        given = torch.zeros_like(sequences[0]) if grad_log_prob is None else -grad_log_prob.to(torch.float64)
-        bonus = None if grad_entropy is None else bonus_of(rows, -grad_entropy)
-        ctx.backend.backward(batch, rows[LSE], given.contiguous(), 1.0, dz, bonus=bonus)
+        batch, scores, backend, inplace = _saved(ctx)
+        dz = new_gradient(batch, inplace)
+        given = torch.zeros_like(scores.log_prob) if grad_log_prob is None else -grad_log_prob.to(torch.float64)
+        bonus = None if grad_entropy is None else bonus_of(scores.rows, -grad_entropy)
+        backend.backward(batch, scores.lse, given.contiguous(), 1.0, dz, bonus=bonus)
         return dz, None, None, None, None
 
 
@@ -116,43 +124,39 @@ class _Loss(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, backend: Backend, batch: Batch, terms: Terms, options: Options
     ) -> tuple[Tensor, Scores]:
-        ctx.dz, expected = None, options.expected
+        expected = options.expected
         if expected is not None:
             dz = new_gradient(batch, options.inplace)
             factor = expected / options.divide_by
             scores = backend.forward_backward(batch, terms, options.entropy, options.divide_by, factor, dz)
-            if not options.inplace:
-                ctx.dz = dz
+            ctx.dz = None if options.inplace else dz
         else:
             scores = backend.forward(batch, terms, options.entropy, options.divide_by)
-        _save(ctx, backend, batch, scores)
-        ctx.options, ctx.coefficient = options, terms.entropy_coefficient
+        _save(ctx, batch, scores, backend, options, terms.entropy_coefficient)
         return reduced(scores, options.reduction), scores
 
     @staticmethod
     @refuses_double_backward
     def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        batch, rows, sequences = _saved(ctx)
-        options: Options = ctx.options
-        backend: Backend = ctx.backend
-        inplace, expected, dz = options.inplace, options.expected, ctx.dz
-        if expected is not None and inplace:
-            dz = batch.logits.detach()
-            backend.scale(batch, dz, 1.0 / expected, grad_loss)
-            # also where nothing was written: a second backward must not have this again
-            torch.autograd.graph.increment_version(batch.logits)
-            return dz, None, None, None, None
-        ctx.dz = None  # given away: with retain_graph a second backward computes its own
-        lse, weight, coefficient = rows[LSE], sequences[WEIGHT], ctx.coefficient
+        batch, scores, backend, options, coefficient = _saved(ctx)
+        inplace, expected, dz = options.inplace, options.expected, None
+        if expected is not None:
+            if inplace:
+                dz = batch.logits.detach()
+                backend.scale(batch, dz, 1.0 / expected, grad_loss)
+                # also where nothing was written: a second backward must not have this again
+                torch.autograd.graph.increment_version(batch.logits)
+                return dz, None, None, None, None
+            dz, ctx.dz = ctx.dz, None  # given away: with retain_graph a second backward computes its own
         if options.reduction == "none":
             dz = new_gradient(batch, inplace)
-            bonus = bonus_of(rows, coefficient * grad_loss) if coefficient else None
-            backend.backward(batch, lse, weight * grad_loss.to(torch.float64), 1.0, dz, bonus=bonus)
+            bonus = bonus_of(scores.rows, coefficient * grad_loss) if coefficient else None
+            backend.backward(batch, scores.lse, scores.weight * grad_loss.to(torch.float64), 1.0, dz, bonus=bonus)
         else:
             unless = None if dz is None else expected
             dz = new_gradient(batch, inplace) if dz is None else dz
-            bonus = Scores(rows, sequences).bonus(coefficient)
-            backend.backward(batch, lse, weight, 1.0 / options.divide_by, dz, grad_loss, unless, bonus)
+            bonus = scores.bonus(coefficient)
+            backend.backward_of(batch, scores, 1.0 / options.divide_by, dz, grad_loss, unless, bonus)
         return dz, None, None, None, None
 
 

@@ -75,6 +75,19 @@ class Backend(Protocol):
         """
         ...
 
+    def backward_of(
+        self, batch: Batch, scores: Scores, factor: float, dz: Tensor, upstream: Tensor, unless: float | None = None,
+        bonus: Bonus | None = None,
+    ) -> None:  # fmt: skip
+        """Do ``backward`` with the log-sum-exps and the weights of scores that ``forward`` has returned.
+
+        Args:
+            batch: that of the forward; its tensors may be copies.
+            scores: with A.
+            factor, dz, upstream, unless, bonus: as in ``backward``. ``dz`` has the dtype of the logits.
+        """
+        ...
+
     def forward_backward(
         self, batch: Batch, terms: Terms, entropy: bool, divide_by: float, factor: float, dz: Tensor
     ) -> Scores:
@@ -109,6 +122,17 @@ class Backend(Protocol):
                 log_prob NaN.
         """
         ...
+
+
+class BackwardOfScores:
+    """The ``backward_of`` of a backend for whose ``backward`` two views are cheap."""
+
+    def backward_of(
+        self: Backend, batch: Batch, scores: Scores, factor: float, dz: Tensor, upstream: Tensor,
+        unless: float | None = None, bonus: Bonus | None = None,
+    ) -> None:  # fmt: skip
+        """Write the gradient; see ``Backend``."""
+        self.backward(batch, scores.lse, scores.weight, factor, dz, upstream, unless, bonus)
 
 
 def new_gradient(batch: Batch, inplace: bool) -> Tensor:

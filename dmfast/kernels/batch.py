@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ class Batch(NamedTuple):
     """B sequences of logits, checked, in the form that kernels take.
 
     ``logits`` is (B,T,V) with any batch and time strides, or packed (N,V) with ``cu_seqlens``.
-    ``labels`` is (rows,) int64, contiguous, one per row of logits in sequence order; -100 = not scored.
+    ``tokens`` is (B,T) or (rows,) int64, contiguous, one per row of logits in sequence order; -100 = not scored.
+    ``labels`` is its view as (rows,).
 
     A batch may be a shard: its V logits are those of the tokens from ``vocab_start`` on, of a vocabulary of
     ``whole_vocab``. A row whose label is in another shard is scored but not here: its exponentials count, the logit of
@@ -39,7 +40,7 @@ class Batch(NamedTuple):
     """
 
     logits: Tensor
-    labels: Tensor
+    tokens: Tensor
     cu_seqlens: Tensor | None  # (B+1,) int64, contiguous
     n_sequences: int
     steps: int  # T; 0 when packed
@@ -50,6 +51,11 @@ class Batch(NamedTuple):
     origin: Origin | None = None  # for errors
     as_set: bool = False  # whether torch's settings say how a head's fp32 products are formed; else they are IEEE's
     token_weight: Tensor | None = None  # (rows,) fp64, contiguous, 0 where a row is not scored; None: all 1
+
+    @property
+    def labels(self) -> Tensor:
+        """(rows,) int64, the token of each row; -100 = not scored."""
+        return self.tokens if self.tokens.dim() == 1 else self.tokens.view(-1)
 
     @property
     def vocab(self) -> int:
@@ -69,7 +75,7 @@ class Batch(NamedTuple):
     @property
     def n_rows(self) -> int:
         """B * T, or N when packed."""
-        return self.labels.shape[0]
+        return self.tokens.numel()
 
     @property
     def first_sequence(self) -> int:
@@ -130,20 +136,72 @@ LOG_PROB, ENTROPY, LOG_RATIO, LOG_TARGET_RATIO, WEIGHT, LOSS, CLIPPED = range(7)
 ONLY_SCORED, WITH_TERMS = 2, 7
 
 
-class Scores(NamedTuple):
+class Scores:
     """What one pass over the logits yields, fp64, without gradient.
 
-    ``rows`` is (2, R), or (3, R) with entropy: log-sum-exp, the label's logit after scale and softcap (0 where it is
-    not here), entropy. ``sequences`` is (7, B): log pi, entropy, log rho, log u, A, -A log pi, and 1 where max_weight
-    or max_return acts; where a pass only scores, it is (2, B). Of a shard ``sequences`` means nothing before its rows
-    are put together with those of the others, and is NaN. With an entropy coefficient c the losses are -A log pi - c H.
-    With token weights w the losses, and they alone, have sum_t w_t log pi(x_t) in the place of log pi.
+    With an entropy coefficient c the losses are -A log pi - c H. With token weights w the losses, and they alone, have
+    sum_t w_t log pi(x_t) in the place of log pi.
+
+    Attributes:
+        total: 0-d, the sum of the losses in a fixed order, divided by what the call says; None: a pass only scored.
+        recorded: what a device has recorded about the call.
+        kept: addresses by which the backend writes the gradient, if it keeps any.
     """
 
-    rows: Tensor
-    sequences: Tensor
-    total: Tensor | None = None  # 0-d: the sum of the losses in a fixed order, divided by what the call says
-    recorded: tuple[Recorded, ...] = ()
+    def __init__(
+        self, rows: Tensor | None, sequences: Tensor | None, total: Tensor | None = None,
+        recorded: tuple[Recorded, ...] = (), kept: Any = None, flat: tuple[Tensor, int, int, int, int] | None = None,
+    ) -> None:  # fmt: skip
+        self._rows, self._sequences, self.total, self.recorded = rows, sequences, total, recorded
+        self.kept, self._flat = kept, flat
+
+    @staticmethod
+    def in_one(
+        memory: Tensor, row_columns: int, n_rows: int, columns: int, n: int, total: Tensor | None, kept: Any
+    ) -> Scores:
+        """Return the scores whose rows and then sequences lie at the start of a 1-D tensor. They are cut when read,
+        since every view costs as much as a small tensor."""
+        return Scores(None, None, total, (), kept, (memory, row_columns, n_rows, columns, n))
+
+    @property
+    def rows(self) -> Tensor:
+        """(2, R), or (3, R) with entropy: log-sum-exp, the label's logit after scale and softcap (0 where it is not
+        here), entropy."""
+        if self._rows is None:
+            assert self._flat is not None
+            memory, row_columns, n_rows, _, _ = self._flat
+            self._rows = memory.as_strided((row_columns, n_rows), (n_rows, 1))
+        return self._rows
+
+    @property
+    def sequences(self) -> Tensor:
+        """(7, B): log pi, entropy, log rho, log u, A, -A log pi, and 1 where max_weight or max_return acts; where a
+        pass only scores, it is (2, B). Of a shard it means nothing before its rows are put together with those of the
+        others, and is NaN."""
+        if self._sequences is None:
+            assert self._flat is not None
+            memory, row_columns, n_rows, columns, n = self._flat
+            self._sequences = memory.as_strided((columns, n), (n, 1), row_columns * n_rows)
+        return self._sequences
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """How often the values were changed since they were made."""
+        if self._flat is not None:
+            return self._flat[0]._version, 0
+        return self.rows._version, self.sequences._version
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Scores, (self.rows, self.sequences, self.total, self.recorded)  # without addresses
+
+    def replaced(
+        self, *, rows: Tensor | None = None, total: Tensor | None = None, recorded: tuple[Recorded, ...] | None = None
+    ) -> Scores:
+        """Return these scores with something in the place of what they have."""
+        return Scores(
+            self.rows if rows is None else rows, self.sequences, self.total if total is None else total,
+            self.recorded if recorded is None else recorded, self.kept if rows is None else None,
+        )  # fmt: skip
 
     @property
     def lse(self) -> Tensor:

@@ -107,7 +107,7 @@ def checked(batch: Batch, terms: Terms) -> Batch:
 def check_logits(batch: Batch) -> Batch:
     """Do what ``faults.check_logits`` does."""
     labels, starts = _logits(batch.logits.detach(), *flat(batch)[1:])
-    return batch._replace(labels=labels, cu_seqlens=None if batch.cu_seqlens is None else starts)
+    return batch._replace(tokens=labels, cu_seqlens=None if batch.cu_seqlens is None else starts)
 
 
 def check_terms(batch: Batch, terms: Terms) -> Batch:
@@ -119,7 +119,7 @@ def check_terms(batch: Batch, terms: Terms) -> Batch:
         name, parameter, left_out = objective.name, objective.parameter, isinstance(objective.baseline, str)
     scalars = [parameter, bound, float(terms.on_policy), *terms.constants]
     labels = _terms(batch.labels, terms.block, terms.present, terms.given, scalars, name, left_out)
-    return batch._replace(labels=labels)
+    return batch._replace(tokens=labels)
 
 
 def check_labels(token_log_prob: Tensor, batch: Batch) -> Tensor:

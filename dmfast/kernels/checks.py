@@ -25,12 +25,16 @@ from ..objectives import (
     is_number,
     leave_one_out_baseline,
     plain_baseline,
+    stacked,
 )
 from .batch import IGNORE, Batch, SampleRows, logits_to_come
 from .fp64 import per_sequence_device
 
 _IGNORED = torch.tensor(IGNORE, device="cpu")
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PER_SEQUENCE = (torch.float32, torch.float64)
+#: The bits of ``Terms.given`` that an objective can't do without.
+_NEEDS = {name: sum(1 << COLUMNS.index(each) for each in kind.needs) for name, kind in KINDS.items()}
 
 
 def describe(x: object) -> str:
@@ -104,23 +108,26 @@ def make_batch(
             f"with{'' if packed else 'out'} cu_seqlens"
         )
     _check_logits(logits)
-    _check_rows("tokens", tokens, logits, what)
-    if tokens.dtype is torch.bool:
-        raise TypeError("tokens must be an integer tensor, got bool; did you swap tokens and mask?")
-    labels = tokens if tokens.dtype is torch.int64 else tokens.to(torch.int64)
+    lead, device = shape[:-1], logits.device
+    labels = tokens
+    if type(tokens) is not Tensor or tokens.dtype is not torch.int64 or (tokens.shape, tokens.device) != (lead, device):
+        _check_rows("tokens", tokens, logits, what)
+        if tokens.dtype is torch.bool:
+            raise TypeError("tokens must be an integer tensor, got bool; did you swap tokens and mask?")
+        labels = tokens.to(torch.int64)
     if mask is not None:
-        _check_rows("mask", mask, logits, what)
+        if type(mask) is not Tensor or mask.dtype is not torch.bool or (mask.shape, mask.device) != (lead, device):
+            _check_rows("mask", mask, logits, what)
         # a number is made a tensor anew in every call, but fake tensors take no real one beside them
         fake = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
         ignored = IGNORE if fake else _IGNORED
         labels = torch.where(mask if mask.dtype is torch.bool else mask != 0, labels, ignored)
     if type(temperature) is not float or temperature != 1.0 or softcap is not None:
         _check_scaling(temperature, softcap)
-    labels = labels.reshape(-1)
     if not labels.is_contiguous():
         labels = labels.contiguous()
     scale, cap = 1.0 / float(temperature), float(softcap or 0.0)
-    of_rows = None if token_weight is None else _token_weight(token_weight, labels, logits, what)
+    of_rows = None if token_weight is None else _token_weight(token_weight, labels.view(-1), logits, what)
     if cu_seqlens is None:
         return Batch(logits, labels, None, shape[0], shape[1], scale, cap, vocab_start, whole_vocab,
                      token_weight=of_rows)  # fmt: skip
@@ -304,7 +311,7 @@ def make_terms(
         given |= 1 << c
         if isinstance(value, Tensor):
             present |= 1 << c
-            as_it_is = value.dtype is torch.float64 and value.dim() == 1 and value.shape[0] == n and value.device == to
+            as_it_is = value.dtype in _PER_SEQUENCE and value.shape == (n,) and value.device == to
             column = value if as_it_is else _per_sequence(COLUMNS[c], value, device, to, n, what)
             columns.append(column.detach() if column.requires_grad else column)
         elif c == 2 and is_number(value):
@@ -314,8 +321,8 @@ def make_terms(
     if on_policy is not True and on_policy is not False:
         raise TypeError(f"on_policy must be True or False, got {on_policy!r}")
     if isinstance(objective, Objective):
-        missing = [name for name in objective.needs if not given >> COLUMNS.index(name) & 1]
-        if missing:
+        if _NEEDS[objective.name] & ~given:
+            missing = [name for name in objective.needs if not given >> COLUMNS.index(name) & 1]
             raise ValueError(f"objective {objective.name!r} needs {' and '.join(missing)}")
         if not given & LOG_PROPOSAL and not on_policy:
             raise ValueError(
@@ -352,8 +359,10 @@ def make_terms(
     elif baseline is not None:
         given, constants = given | BASELINE, (*constants[:5], baseline)
     group = None if isinstance(objective, Objective) else _group(batch, context_id, num_sequences, num_tokens, to)
-    return Terms(objective, on_policy, bound, _block(columns, n, to), present, given, constants, None,
-                 float(entropy_coefficient), group)  # fmt: skip
+    # the kernels of the CPU convert the columns themselves
+    later = columns and device.type == "cpu" and not torch.compiler.is_compiling()
+    return Terms(objective, on_policy, bound, columns if later else _block(columns, n, to), present, given, constants,
+                 None, float(entropy_coefficient), group)  # fmt: skip
 
 
 def _group(
@@ -375,11 +384,7 @@ def _group(
 
 
 def _block(columns: list[Tensor], n: int, device: torch.device) -> Tensor:
-    if not columns:
-        return torch.empty(0, n, dtype=torch.float64, device=device)
-    # one operation for all columns, and one more where none is fp64
-    block = torch.stack(columns)
-    return block if block.dtype is torch.float64 else block.double()
+    return stacked(columns) if columns else torch.empty(0, n, dtype=torch.float64, device=device)
 
 
 def check_call(

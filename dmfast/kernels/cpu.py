@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,9 +44,8 @@ class Cpu:
         """Return the scores; see ``Backend``."""
         assert extension._C is not None
         assert terms is None or not batch.is_shard
-        scores, outputs = extension.make_outputs(batch, terms, entropy, divide_by)
-        kernel, c_batch, c_terms = extension._C.forward, extension.batch_struct(batch), extension.terms_struct(terms)
-        _run(lambda checked: kernel(c_batch, c_terms, outputs, checked), batch, terms, scores)
+        scores, c_batch, c_terms, outputs = _prepare(batch, terms, entropy, divide_by)
+        _run(extension._C.forward, c_batch, c_terms, outputs, batch, terms, scores)
         if batch.is_shard:
             scores.sequences.fill_(math.nan)
         return with_token_weight(batch, terms, scores, divide_by)
@@ -65,23 +65,40 @@ class Cpu:
         )  # fmt: skip
         overwritten(batch, dz)
 
+    def backward_of(
+        self, batch: Batch, scores: Scores, factor: float, dz: Tensor, upstream: Tensor, unless: float | None = None,
+        bonus: Bonus | None = None,
+    ) -> None:  # fmt: skip
+        """Write the gradient of what ``forward`` scored; see ``Backend``."""
+        assert extension._C is not None
+        if unless is not None and float(upstream) == unless:
+            return
+        c_batch, outputs = scores.kept
+        starts = batch.cu_seqlens
+        if not c_batch.reads(batch.logits.data_ptr(), batch.tokens.data_ptr(), extension.pointer(starts)):
+            c_batch = extension.batch_struct(batch)  # hooks of saved tensors have brought copies
+        extension._C.backward_of(
+            c_batch, outputs, *extension.bonus_pointers(bonus), factor, upstream.data_ptr(),
+            *extension.gradient_arguments(dz, batch),
+        )  # fmt: skip
+        overwritten(batch, dz)
+
     def forward_backward(
         self, batch: Batch, terms: Terms, entropy: bool, divide_by: float, factor: float, dz: Tensor
     ) -> Scores:
         """Return the scores and write the gradient; see ``Backend``."""
         assert extension._C is not None and not batch.is_shard
         check_gradient(batch, dz)
-        scores, outputs = extension.make_outputs(batch, terms, entropy, divide_by)
-        kernel, c_batch = extension._C.forward_backward, extension.batch_struct(batch)
-        c_terms, gradient = extension.terms_struct(terms), extension.gradient_arguments(dz, batch)
+        scores, c_batch, c_terms, outputs = _prepare(batch, terms, entropy, divide_by)
+        gradient = extension.gradient_arguments(dz, batch)
 
-        def call(checked: bool) -> tuple[int, int]:
-            status: tuple[int, int] = kernel(c_batch, c_terms, outputs, checked, factor, *gradient)
+        def kernel(*arguments: Any) -> tuple[int, int]:
+            status: tuple[int, int] = extension._C.forward_backward(*arguments, factor, *gradient)  # type: ignore[union-attr]
             if status[0] not in (extension.BAD_WEIGHT, extension.UNUSUAL):
                 overwritten(batch, dz)  # also where a row's fault was found among others that are written
             return status
 
-        _run(call, batch, terms, scores)
+        _run(kernel, c_batch, c_terms, outputs, batch, terms, scores)
         return with_token_weight(batch, terms, scores, divide_by)
 
     def scale(self, batch: Batch, dz: Tensor, factor: float, upstream: Tensor) -> None:
@@ -114,18 +131,34 @@ def instruction_set() -> str:
     return str(extension._C.instruction_set())
 
 
-def _run(call: Callable[[bool], tuple[int, int]], batch: Batch, terms: Terms | None, scores: Scores) -> None:
+def _prepare(batch: Batch, terms: Terms | None, entropy: bool, divide_by: float) -> tuple[Scores, Any, Any, Any]:
+    """Return empty scores, and batch, terms and outputs as the kernels take them."""
+    columns = 0 if terms is None or terms.columns is None else len(terms.columns)
+    room = columns * batch.n_sequences
+    scores, outputs, memory, used = extension.make_outputs(batch, terms, entropy, divide_by, room)
+    c_batch = extension.batch_struct(batch)
+    c_terms = extension.terms_struct(terms, (memory, used, batch.n_sequences))
+    scores.kept = c_batch, outputs
+    return scores, c_batch, c_terms, outputs
+
+
+def _run(
+    kernel: Callable[..., tuple[int, int]], c_batch: Any, c_terms: Any, outputs: Any, batch: Batch,
+    terms: Terms | None, scores: Scores,
+) -> None:  # fmt: skip
     """Call a kernel, and raise what it finds.
 
-    The argument of ``call`` says whether the values of batch and terms have been checked. The kernel notices unusual
-    values at no cost. Only then are they checked here, and the kernel is called again.
+    The last argument of the kernel says whether the values of batch and terms have been checked. The kernel notices
+    unusual values at no cost. Only then are they checked here, and the kernel is called again.
     """
-    fault, at = call(False)
+    fault, at = kernel(c_batch, c_terms, outputs, False)
+    if fault == 0:
+        return
     if fault == extension.UNUSUAL:
         faults.check_rows(batch)
         if terms is not None:
             faults.check_terms(terms, batch.first_sequence)
-        fault, at = call(True)
+        fault, at = kernel(c_batch, c_terms, outputs, True)
     if fault == extension.BAD_ROW:
         faults.raise_bad_row(batch, at)
     if fault == extension.BAD_LABEL:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..objectives import Terms
 from . import extension, faults
-from .backend import check_gradient, overwritten
+from .backend import BackwardOfScores, check_gradient, overwritten
 from .batch import Batch, Bonus, SampleRows, Scores
 from .form import with_token_weight
 
 
-class Cuda:
+class Cuda(BackwardOfScores):
     """The backend ``cuda``."""
 
     name = "cuda"
@@ -184,11 +184,11 @@ def _queue(kernel: Any, batch: Batch, terms: Terms | None, entropy: bool, divide
            dz: Tensor | None = None) -> Scores:  # fmt: skip
     """Queue a kernel on the stream of the logits, and return the scores that it will fill."""
     given, batch = batch, _usable(faults.with_order(batch))
-    scores, outputs = extension.make_outputs(batch, terms, entropy, divide_by)
+    scores, outputs, _, _ = extension.make_outputs(batch, terms, entropy, divide_by)
     work = make_workspace(batch.logits, batch.n_sequences)
     kernel(extension.batch_struct(batch), extension.terms_struct(terms), outputs, *gradient, work.struct)
     if dz is not None:
         overwritten(given, dz)
     check = faults.device_faults(given, terms, scores.log_prob, work.status)
     scores = with_token_weight(given, terms, scores, divide_by)
-    return scores._replace(recorded=faults.read_later(check))
+    return scores.replaced(recorded=faults.read_later(check))

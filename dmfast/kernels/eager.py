@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import Terms
-from .backend import check_gradient, overwritten
+from .backend import BackwardOfScores, check_gradient, overwritten
 from .batch import IGNORE, Batch, Bonus, SampleRows, Scores
 from .check_ops import value_checks
 from .form import form_loss, scaled
@@ -154,7 +154,7 @@ def draw(rows: SampleRows, uniform: Tensor | None = None) -> tuple[Tensor, Tenso
     return tokens[:, 0], log_p.gather(-1, tokens)[:, 0].to(per_sequence_device(z.device)).double()
 
 
-class Eager:
+class Eager(BackwardOfScores):
     """The backend ``eager``: autograd goes through ``score``, and nothing is fused."""
 
     name = "eager"

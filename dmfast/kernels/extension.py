@@ -24,6 +24,8 @@ except ImportError as error:
     _IMPORT_ERROR = str(error)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+#: The dtypes of per-sequence inputs that the kernels of the CPU read.
+_READ_AS_THEY_ARE = (torch.float32, torch.float64)
 # Fault of csrc/batch.h
 BAD_ROW, BAD_LABEL, BAD_WEIGHT, UNUSUAL = 1, 2, 3, 4
 # Flag of csrc/objective.h
@@ -108,17 +110,15 @@ def batch_struct(batch: Batch) -> Any:
         starts, strides = _address(batch.cu_seqlens, "cu_seqlens"), (0, logits.stride(0))
     vocab = shape[-1]
     return _C.Batch(
-        DTYPES[logits.dtype], _address(logits, "logits"), batch.n_sequences, batch.steps, batch.labels.shape[0],
-        strides[0], strides[1], starts, _address(batch.labels, "tokens"), vocab, batch.scale, batch.softcap,
+        DTYPES[logits.dtype], _address(logits, "logits"), batch.n_sequences, batch.steps, batch.n_rows,
+        strides[0], strides[1], starts, _address(batch.tokens, "tokens"), vocab, batch.scale, batch.softcap,
         batch.vocab_start, batch.whole_vocab or vocab, torch.get_num_threads(), pointer(batch.token_weight),
     )  # fmt: skip
 
 
-def flags_of(terms: Terms) -> int:
+def flags_of(objective: Objective, on_policy: bool) -> int:
     """Return what C++ is told of an objective beside its number and parameter."""
-    objective = terms.objective
-    assert isinstance(objective, Objective)
-    flags = _ON_POLICY if terms.on_policy else 0
+    flags = _ON_POLICY if on_policy else 0
     if not objective.normalize:
         flags |= _UNNORMALIZED
     if objective.kind.has_target:
@@ -128,31 +128,61 @@ def flags_of(terms: Terms) -> int:
     return flags | _INFINITE_AT_ZERO if objective.infinite_at_zero else flags
 
 
-def terms_struct(terms: Terms | None) -> Any:
-    """Return terms as the kernels take them. It keeps no tensor alive."""
+def _is_read(column: Tensor) -> bool:
+    """Return whether the kernels of the CPU read a column where it lies."""
+    return column.dtype in _READ_AS_THEY_ARE and not column.is_neg()
+
+
+def terms_struct(terms: Terms | None, into: tuple[Tensor, int, int] | None = None) -> Any:
+    """Return terms as the kernels take them. It keeps no tensor alive.
+
+    Args:
+        terms: None: of a call that only scores.
+        into: fp64 memory of the CPU, an offset and B. The block is made there of columns that have not been put
+            together yet.
+    """
     assert _C is not None
     if terms is None:
         return _C.Terms()
-    objective, block = terms.objective, terms.block
+    objective = terms.objective
     assert isinstance(objective, Objective)
-    return _C.Terms(objective.kind.number, flags_of(terms), _address(block, "inputs"), block.stride(0), terms.present,
-                    [objective.parameter, terms.max_weight, terms.entropy_coefficient, *terms.constants,
-                     objective.max_log_return])  # fmt: skip
+    scalars = [objective.parameter, terms.max_weight, terms.entropy_coefficient, *terms.constants,
+               objective.max_log_return]  # fmt: skip
+    number, flags = objective.kind.number, flags_of(objective, terms.on_policy)
+    if into is None or terms.columns is None or not all(_is_read(x) for x in terms.columns):
+        block = terms.block
+        return _C.Terms(number, flags, _address(block, "inputs"), block.stride(0), terms.present, scalars, [])
+    memory, offset, n = into
+    columns: list[int] = []
+    for x in terms.columns:
+        columns += (_address(x, "inputs"), x.stride(0), x.element_size())
+    struct = _C.Terms(number, flags, memory.data_ptr() + 8 * offset, n, terms.present, scalars, columns)
+    terms.lie_in(memory, offset, n)
+    return struct
 
 
-def make_outputs(batch: Batch, terms: Terms | None, entropy: bool, divide_by: float) -> tuple[Scores, Any]:
-    """Return empty results and the pointers to them."""
+def make_outputs(
+    batch: Batch, terms: Terms | None, entropy: bool, divide_by: float, room: int = 0
+) -> tuple[Scores, Any, Tensor, int]:
+    """Return empty results, the pointers to them, the memory in which they lie, and where what is left of it begins.
+
+    Args:
+        batch, terms, entropy, divide_by: as in ``Backend.forward``.
+        room: how many numbers are to be left in the memory.
+    """
     assert _C is not None
-    n_rows, n = batch.labels.shape[0], batch.n_sequences
+    n_rows, n = batch.n_rows, batch.n_sequences
+    row_columns, columns = 3 if entropy else 2, ONLY_SCORED if terms is None else WITH_TERMS
+    used = row_columns * n_rows + columns * n
     # new_empty: torch.empty(..., device=...) costs twice that, and torch.device(...) would move torch.empty elsewhere
-    rows = batch.labels.new_empty((3 if entropy else 2, n_rows), dtype=torch.float64)
-    if terms is None:
-        sequences, total, to = rows.new_empty((ONLY_SCORED, n)), None, 0
-    else:
-        sequences, total = rows.new_empty((WITH_TERMS, n)), rows.new_empty(())
+    memory = batch.tokens.new_empty(used + room, dtype=torch.float64)
+    total, to = None, 0
+    if terms is not None:
+        total = memory.new_empty(())  # it carries a gradient, so that it is no view
         to = total.data_ptr()
-    outputs = _C.Outputs(rows.data_ptr(), sequences.data_ptr(), n_rows, n, to, entropy, divide_by)
-    return Scores(rows, sequences, total), outputs
+    address = memory.data_ptr()
+    outputs = _C.Outputs(address, address + 8 * row_columns * n_rows, n_rows, n, to, entropy, divide_by)
+    return Scores.in_one(memory, row_columns, n_rows, columns, n, total, None), outputs, memory, used
 
 
 def rows_arguments(rows: SampleRows, uniforms: Tensor | None) -> tuple[Any, ...]:

@@ -347,7 +347,7 @@ def with_order(batch: Batch) -> Batch:
     instead = torch.zeros_like(starts)
     instead[-1] = n
     return batch._replace(
-        cu_seqlens=torch.where(ordered, starts, instead), labels=torch.where(ordered, batch.labels, batch.n_tokens)
+        cu_seqlens=torch.where(ordered, starts, instead), tokens=torch.where(ordered, batch.labels, batch.n_tokens)
     )
 
 

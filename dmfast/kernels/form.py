@@ -47,7 +47,7 @@ def with_token_weight(batch: Batch, terms: Terms | None, scores: Scores, divide_
     weighted = weighted_log_prob(batch, scores.rows, scores.log_prob)
     loss = losses(scores.weight, weighted, scores.entropy, terms.entropy_coefficient)
     scores.sequences.select(0, LOSS).copy_(loss)
-    return scores._replace(total=loss.sum() / divide_by)
+    return scores.replaced(total=loss.sum() / divide_by)
 
 
 def form_loss(

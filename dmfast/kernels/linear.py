@@ -372,7 +372,7 @@ def _forward(call: _Pass) -> Scores:
     if chunks.rows is None:
         return scores
     rows = scores.rows.new_zeros(scores.rows.shape[0], chunks.whole.n_rows)
-    return scores._replace(rows=rows.index_copy_(1, chunks.rows, scores.rows))
+    return scores.replaced(rows=rows.index_copy_(1, chunks.rows, scores.rows))
 
 
 @contextmanager

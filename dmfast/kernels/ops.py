@@ -86,6 +86,12 @@ def _status(scores: Scores, like: Tensor) -> Tensor:
     return torch.where(found < 0, 2**62, found).min().where((found >= 0).any(), -1)
 
 
+def _apart(scores: Scores) -> tuple[Tensor, Tensor]:
+    """Return the blocks of rows and sequences as copies: they may lie in one tensor, and the results of
+    an op may not."""
+    return scores.rows.clone(), scores.sequences.clone()
+
+
 def _blocks(batch: Batch, columns: int, entropy: bool, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return fake rows, sequences and status."""
     rows = like.new_empty((3 if entropy else 2, batch.labels.shape[0]), dtype=torch.float64)
@@ -113,7 +119,7 @@ def score(
     status."""
     batch = batch_of(logits, labels, cu_seqlens, token_weight, scale, softcap)
     scores = kernels.BACKENDS[backend].forward(batch, None, entropy)
-    return *_differentiable(batch, scores, bonus), scores.rows, scores.sequences, _status(scores, logits)
+    return *_differentiable(batch, scores, bonus), *_apart(scores), _status(scores, logits)
 
 
 @score.register_fake
@@ -133,7 +139,7 @@ def score_and_weigh(
     batch = batch_of(logits, labels, cu_seqlens, token_weight, scale, softcap)
     terms = terms_of(kind, on_policy, flags, block, present, given, scalars)
     scores = kernels.BACKENDS[backend].forward(batch, terms, entropy)
-    return scores.sequences.select(0, LOSS).clone(), scores.rows, scores.sequences, _status(scores, logits)
+    return scores.sequences.select(0, LOSS).clone(), *_apart(scores), _status(scores, logits)
 
 
 @score_and_weigh.register_fake
@@ -159,7 +165,7 @@ def score_and_grad(
     dz = new_gradient(batch, inplace=False)
     scores = kernels.BACKENDS[backend].forward_backward(batch, terms, entropy, by, expected / by, dz)
     assert scores.total is not None
-    return scores.total, scores.rows, scores.sequences, _status(scores, logits), dz
+    return scores.total, *_apart(scores), _status(scores, logits), dz
 
 
 @score_and_grad.register_fake
@@ -395,7 +401,7 @@ def linear_score(
     batch = _linear_batch(hidden, head, labels, cu_seqlens, token_weight, scale, softcap, logits_dtype)
     scores, _ = linear.forward(kernels.BACKENDS[backend], hidden, head, bias, batch, None, entropy, 1.0, None,
                                chunk_bytes or None, (False,) * 3)  # fmt: skip
-    return *_differentiable(batch, scores, bonus), scores.rows.clone(), scores.sequences, _status(scores, hidden)
+    return *_differentiable(batch, scores, bonus), *_apart(scores), _status(scores, hidden)
 
 
 @linear_score.register_fake
@@ -417,7 +423,7 @@ def linear_weigh(
     terms = terms_of(kind, on_policy, flags, block, present, given, scalars)
     scores, _ = linear.forward(kernels.BACKENDS[backend], hidden, head, bias, batch, terms, entropy, 1.0, None,
                                chunk_bytes or None, (False,) * 3)  # fmt: skip
-    return scores.sequences.select(0, LOSS).clone(), scores.rows, scores.sequences, _status(scores, hidden)
+    return scores.sequences.select(0, LOSS).clone(), *_apart(scores), _status(scores, hidden)
 
 
 @linear_weigh.register_fake
@@ -444,7 +450,7 @@ def linear_weigh_and_grad(
     )  # fmt: skip
     assert scores.total is not None
     d_hidden, d_head, d_bias = _or_empty(gradients, hidden)
-    return scores.total, scores.rows, scores.sequences, _status(scores, hidden), d_hidden, d_head, d_bias
+    return scores.total, *_apart(scores), _status(scores, hidden), d_hidden, d_head, d_bias
 
 
 @linear_weigh_and_grad.register_fake

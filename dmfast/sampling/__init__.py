@@ -1,6 +1,6 @@
-"""What draws sequences: the ``Sampler`` protocol, samplers that are made of other samplers, and engines.
+"""Draw sequences: the ``Sampler`` protocol, samplers that are made of other samplers, and engines.
 
-``LanguageModel`` and ``AdapterView`` are samplers, too. No engine is imported before one is made.
+``LanguageModel`` and ``AdapterView`` are samplers, too. An engine's library is imported only when an engine is made.
 """
 
 from .ahead import AsyncSampler

@@ -1,9 +1,9 @@
-"""Sampling that runs ahead of training: batches of coming steps are drawn while the policy is trained.
+"""Sample ahead of training: the batches of coming steps are drawn while the policy is trained.
 
-Everything is queued by the main thread, and in its order: requests as a step begins, a load when q is replaced, which
-waits for the requests before it. Which q draws which batch is so a function of the steps alone and never of the time
-that something took. A batch is fixed at its request. It is never made of what happened to end first, which would favour
-short sequences.
+The main thread queues everything in its own order. It queues requests as a step begins, and a load when q is replaced.
+A load waits for the requests before it. So the steps alone decide which q draws which batch, and the time that
+something takes does not matter. A batch is fixed at its request. It is never made of the sequences that happened to end
+first, because that would favour short sequences.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class _Job:
         self.call, self.value = call, value
         self.error: BaseException | None = None
         self.failures: list[str] = []
-        self.dropped = False  # nobody needs it, so it need not begin
+        self.dropped = False  # once nobody needs the job, it need not begin
         self.ended = threading.Event()
         if call is None:
             self.ended.set()
 
     def run(self, retries: int, pause: float) -> None:
-        """Call the engine, and again with the same arguments where it was lost."""
+        """Call the engine, and repeat the call with the same arguments where the engine was lost."""
         assert self.call is not None
         for attempt in range(retries + 1):
             try:
@@ -62,7 +62,7 @@ class _Job:
                     return
                 self.failures.append(f"{type(error).__name__}: {error}")
                 time.sleep(pause * 2**attempt)
-            except BaseException as error:  # raised in the main thread, which waits for it
+            except BaseException as error:  # the main thread waits for the job and raises this
                 self.error = error
                 return
             else:
@@ -70,7 +70,7 @@ class _Job:
 
 
 def _work(jobs: SimpleQueue[_Job | None], retries: int, pause: float) -> None:
-    while _serve(jobs, retries, pause):  # a function of its own, so that a waiting thread holds no job, nor its engine
+    while _serve(jobs, retries, pause):  # _serve's frame holds the job, so that a waiting thread keeps no engine alive
         pass
 
 
@@ -91,9 +91,9 @@ class _Request:
 
     Attributes:
         asked: the arguments of ``sample``.
-        version: of the q that it was asked of.
-        job: None until it is queued.
-        taken: whether ``sample`` has returned it.
+        version: the version of the q that was asked for the batch.
+        job: the call of the engine; None until it is queued.
+        taken: whether ``sample`` has returned the batch.
     """
 
     asked: dict[str, Any]
@@ -103,7 +103,7 @@ class _Request:
 
     @property
     def drawn(self) -> Samples | None:
-        """The sequences, once they are there."""
+        """The sequences; None until they are drawn."""
         return self.job.value if self.job is not None and self.job.ended.is_set() else None
 
 
@@ -123,25 +123,26 @@ class AsyncSampler:
             ...
 
     Engine, threads and queue hold the sequences of the current step and of ``ahead`` more, however slow training is.
-    Threads do nothing but wait for the engine. A ``load`` waits until all that was asked for is drawn, so that a batch
-    is of one q, and what is still to be drawn is always asked of the newest one.
+    The threads only wait for the engine. A ``load`` waits until all requests are drawn. So every batch comes from one
+    q, and the batches that are still to be drawn come from the newest one.
 
     Args:
         sampler: an engine that draws outside of this process, such as ``ProcessSampler`` or a server's client. Where
             the connection to it is lost (``ConnectionError``, ``TimeoutError``, ``EOFError``) the same request is
             repeated, so an engine that has died should start again at the next call, with the q that it had.
-        ahead: for how many steps beyond the current one batches are drawn, where the loop says from which prompts.
+        ahead: the number of steps beyond the current one whose batches are drawn. The loop has to say from which
+            prompts they are drawn.
         max_lag: the most swaps of q between the draw of a batch and its use. A batch that a swap makes older is drawn
-            again from the new q, with the same seed; with 0 the sequences are those of a sampler that does not run
-            ahead. Default: no bound but ``ahead``.
-        threads: requests that the engine gets at a time, where it takes several.
-        retries: how often a request that was lost is repeated; then ``EngineError`` is raised at the step of the batch.
-        pause: seconds before the first repetition, twice as many before each next one.
+            again from the new q, with the same seed. With 0 the sequences are those of a sampler that does not run
+            ahead. Default: ``ahead`` is the only bound.
+        threads: the number of requests that the engine gets at a time, where it takes several.
+        retries: how often a lost request is repeated. ``EngineError`` is then raised at the step of the batch.
+        pause: seconds before the first repetition. The pause doubles before each further one.
 
     Raises:
-        TypeError: no sampler, or one whose forwards run in this process, such as a ``LanguageModel``: a thread would
-            run the model while the main thread trains.
-        ValueError: a number out of range.
+        TypeError: ``sampler`` is no sampler, or its forwards run in this process, as those of a ``LanguageModel`` do: a
+            thread would run the model while the main thread trains.
+        ValueError: a number is out of range.
     """
 
     def __init__(
@@ -168,27 +169,27 @@ class AsyncSampler:
         self.sampler, self.ahead, self.max_lag = sampler, ahead, max_lag
         self._requests: list[_Request] = []
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._under_way: list[_Job] = []  # also of requests that were dropped
+        self._under_way: list[_Job] = []  # includes the jobs of dropped requests, for which a load must wait, too
         self._open = True
         for _ in range(threads):
-            # daemons: an engine that never answers must not keep the interpreter from ending
+            # The threads are daemons because an engine that never answers must not keep the interpreter from ending.
             threading.Thread(target=_work, args=(self._jobs, retries, pause), daemon=True).start()
         self._close = weakref.finalize(self, _end, self._jobs, threads)
 
-    # ---- what is asked for
+    # ---- requests
 
     def request(self, coming: Sequence[Mapping[str, Any]]) -> None:
-        """Say from what the next batches are drawn. Those that were not asked for yet are queued, in order.
+        """Say from which prompts the next batches are drawn, and queue in order those that are not queued yet.
 
         ``OfflineProposal.request`` calls this for ``Matcher.draw``.
 
         Args:
-            coming: the arguments of ``sample`` for the current step and those after it, of which ``ahead`` are taken;
-                each has a seed of its own. What was asked for before and is not among them is dropped.
+            coming: the arguments of ``sample`` for the current step and for the steps after it, of which ``ahead`` are
+                taken. Each has a seed of its own. Earlier requests that are not among them are dropped.
 
         Raises:
-            ValueError: a batch was asked for with the same seed and other arguments; no seed; an engine that draws for
-                several ranks together.
+            ValueError: a batch was asked for with the same seed and other arguments, a batch has no seed, or the engine
+                draws for several ranks together.
         """
         self._check_open()
         if isinstance(self.sampler, Engine) and self.sampler.ranks.size > 1:
@@ -210,7 +211,7 @@ class AsyncSampler:
 
     @property
     def ready(self) -> int:
-        """How many of the batches that were asked for are drawn: the current step's, and those ahead of it."""
+        """The number of requested batches that are drawn: the current step's and those ahead of it."""
         return sum(request.drawn is not None for request in self._requests)
 
     def _asked_before(self, asked: dict[str, Any]) -> _Request | None:
@@ -243,7 +244,7 @@ class AsyncSampler:
                 )
             return drawn
 
-        self_, version = self.sampler, self.version  # not self, which must not outlive its last user in a thread
+        self_, version = self.sampler, self.version  # a thread that held self would keep it alive after its last user
         return call
 
     def _put(self, call: Callable[[], Any]) -> _Job:
@@ -276,9 +277,10 @@ class AsyncSampler:
         self, prompts: Sequence[Prompt] | None = None, n: int = 1, *, max_new_tokens: int, temperature: float = 1.0,
         seed: int | None = None, batch_size: int | None = None, first_row: int = 0,
     ) -> Samples:  # fmt: skip
-        """Return the batch that was asked for with these arguments, as often as wanted until the next ``request``.
+        """Return the batch that was requested with these arguments.
 
-        Sequences that nobody has asked for are drawn now, after those that are on their way.
+        The batch can be taken again until the next ``request``. Sequences that were not requested are drawn now, after
+        the requests that are under way.
 
         Args:
             prompts, n, max_new_tokens, temperature, seed, batch_size, first_row: as in ``LanguageModel.sample``.
@@ -287,7 +289,7 @@ class AsyncSampler:
             ValueError: a batch was asked for with the same seed and other arguments.
             RuntimeError: the engine answered with sequences of another q.
             EngineError: the engine was lost, and repeating the request did not help.
-            Exception: what the engine has raised. Asked again after any of these, it gets the same request again.
+            Exception: whatever the engine has raised. A further call after any of these repeats the same request.
         """
         self._check_open()
         asked = _as_asked(prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
@@ -301,27 +303,27 @@ class AsyncSampler:
         try:
             drawn = self._result(request.job)
         except BaseException:
-            if request.job.ended.is_set():  # not where Ctrl-C ends the waiting
+            if request.job.ended.is_set():  # Ctrl-C ends the waiting and leaves the job under way
                 request.job = None
             raise
         request.taken = True
         return drawn
 
     def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
-        """Return (N,) fp64, log q(x) by the engine, after the requests that are on their way."""
+        """Return (N,) fp64, log q(x) in nats by the engine, once the requests that are under way have ended."""
         self._check_open()
         engine = self.sampler
         scores: Tensor = self._result(self._put(lambda: engine.log_prob(samples, batch_size=batch_size)))
         return scores
 
     def load(self, source: Source) -> None:
-        """Replace q when all that was asked of it is drawn. The engine loads in the thread that calls this.
+        """Replace q once all requests of the old q are drawn. The engine loads in the thread that calls this.
 
         Args:
-            source: as the engine takes it.
+            source: the new parameters, in a form that the engine takes.
 
         Raises:
-            Exception: what the engine raised. q and the requests are as they were.
+            Exception: whatever the engine raised. q and the requests are as they were.
         """
         self._check_open()
         too_old = self._older_than(self.version + 1)
@@ -331,7 +333,7 @@ class AsyncSampler:
         self._drain()
         for request in too_old:
             if request.job is not None and request.job.value is None and request.job.error is None:
-                request.job = None  # it had not begun
+                request.job = None  # the dropped job had not begun, so that nothing was drawn
         try:
             self.sampler.load(source)
         except BaseException:
@@ -340,7 +342,7 @@ class AsyncSampler:
 
     @property
     def version(self) -> int:
-        """The engine's."""
+        """The version of the q that the engine holds."""
         return self.sampler.version
 
     @version.setter
@@ -349,7 +351,8 @@ class AsyncSampler:
             self._drain()
         self.sampler.version = version
         too_old = self._older_than(version)
-        self._requests = [each for each in self._requests if not (each in too_old and each.taken)]  # a step has it
+        # a step already has a taken batch, so that it is not drawn again
+        self._requests = [each for each in self._requests if not (each in too_old and each.taken)]
         for request in too_old:
             request.job = None
         self._queue()
@@ -363,7 +366,7 @@ class AsyncSampler:
     # ---- state, end
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Return the batches that are drawn; those on their way are drawn again, the same, as they are asked of q."""
+        """Return the batches that are drawn. Those under way are left out: q draws the same ones again on request."""
         return [
             {"asked": request.asked, "version": request.version, "samples": request.drawn.state_dict()}
             for request in self._requests
@@ -371,14 +374,14 @@ class AsyncSampler:
         ]
 
     def load_state_dict(self, state: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
-        """Go on with the batches of ``state_dict`` in place of what was asked for here, once the engine has its q.
+        """Replace the requests by the batches of ``state_dict``. Call it once the engine holds the q of that state.
 
         Args:
             state: what ``state_dict`` returned.
-            tokenizer: of the samples.
+            tokenizer: the tokenizer of the samples.
 
         Raises:
-            ValueError: it is no such state. Nothing has changed then.
+            ValueError: ``state`` is no such state. Nothing has changed then.
         """
         self._requests, before = _requests_of(state, tokenizer), self._requests
         for request in before:
@@ -390,12 +393,12 @@ class AsyncSampler:
         """Check what ``load_state_dict`` would load.
 
         Raises:
-            ValueError: it is no such state.
+            ValueError: ``state`` is no state that ``state_dict`` returned.
         """
         _requests_of(state, tokenizer)
 
     def close(self) -> None:
-        """End the threads, once each has the answer that it waits for. The engine is the caller's to end."""
+        """End the threads, once each has the answer that it waits for. The caller ends the engine."""
         self._open = False
         for request in self._requests:
             if request.job is not None:

@@ -1,12 +1,13 @@
-"""What samplers around another engine share: requests become Samples, a load is proved whole, lost weights return.
+"""Share the work of all samplers around engines: requests become Samples, and loads of weights are checked.
 
 An engine computes with other kernels, often in 16 bits, so its log-probabilities differ from the model's by rounding.
-Those of the tokens that it drew are log q here; the importance weights then correct its rounding exactly.
+Here log q is the sum of the engine's own log-probabilities of the tokens that it drew. The importance weights then
+correct the engine's rounding exactly.
 
-A load must be whole. Rounding hides from scores that half of the parameters are old ones, as long as the policy has
-moved little. So before the first load a copy whose every parameter is visibly another is loaded and compared, by scores
-and, where the engine gives digests, tensor by tensor. Every later load is compared by scores, and where the engine
-gives checksums that do not depend on layout by these, exactly.
+A load must be whole. As long as the policy has moved little, scores can't tell a load of half of the parameters from
+rounding. So a copy that differs visibly in every parameter is loaded before the first load. It is compared by scores
+and, where the engine gives digests, tensor by tensor. Every later load is compared by scores. Where the engine gives
+checksums that do not depend on layout, the load is also compared exactly by these.
 """
 
 from __future__ import annotations
@@ -37,24 +38,24 @@ from ..views import AdapterView
 from . import weights
 
 _T = TypeVar("_T")
-_AT_ONCE = 256  # sequences of one prompt in one request
+_AT_ONCE = 256  # the most sequences of one prompt in one request
 _PROBES, _PROBE_TOKENS = 8, 16
 _LOST = 3  # how often weights that an engine has lost are loaded again within one call
 
 
 class EngineError(OSError):
-    """An engine is gone, fails, or holds other weights than q's, and trying again within bounds did not help."""
+    """The error of an engine that is gone, fails, or holds other weights than q's, after all retries."""
 
 
 class Completion(NamedTuple):
-    """A continuation as an engine returned it: its tokens, and the log-probability of each."""
+    """A continuation as an engine returned it: its token ids and the log-probability of each in nats."""
 
     token_ids: list[int]
     log_probs: list[float]
 
 
 class Request(NamedTuple):
-    """What an engine is asked for: n continuations of one prompt, the i-th with the seed ``seed + i``."""
+    """A request to an engine for n continuations of one prompt. The i-th has the seed ``seed + i``."""
 
     ids: list[int]
     n: int
@@ -65,13 +66,14 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """What an engine says of itself.
+    """The facts that an engine gives about itself.
 
     Attributes:
-        name: what messages call it.
-        context: tokens of prompt and continuation; None: not known.
-        dtype: what it computes in.
-        any_temperature: whether its log-probabilities are those at the temperature of a request, and not those at 1.
+        name: the engine's name in messages.
+        context: the most tokens of prompt and continuation; None: not known.
+        dtype: the dtype that it computes in.
+        any_temperature: whether its log-probabilities are those at the temperature of a request. Where this is False
+            they are those at temperature 1.
     """
 
     name: str
@@ -81,14 +83,14 @@ class Facts:
 
 
 class Gate:
-    """Let requests run together, and a load alone."""
+    """A lock under which requests run together and a load runs alone."""
 
     def __init__(self) -> None:
         self._free, self._running, self._loading = threading.Condition(), 0, False
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Wait until nothing is loaded, and hold back loads within the block."""
+        """Wait until no load runs, and hold back loads within the block."""
         with self._free:
             self._free.wait_for(lambda: not self._loading)
             self._running += 1
@@ -118,15 +120,15 @@ class Engine:
     """The part of a ``Sampler`` around an engine that does not depend on how the engine is reached.
 
     Args:
-        like: the policy, or a model like it: its tokenizer, what ends a sequence, its context.
-        check_load: prove at the first load that every parameter reaches the engine. It takes a second copy of the model
-            for that time. Loads are compared by a few scores without it, too.
+        like: the policy, or a model with the policy's tokenizer, context and tokens that end a sequence.
+        check_load: whether the first load proves that every parameter reaches the engine. The proof takes a second copy
+            of the model for that time. Without it loads are still compared by a few scores.
 
     Attributes:
         version: the number of the q that the engine holds.
-        ranks: the processes of a run that draw from one engine; then all of them call ``load``, and rank 0 loads.
-        facts: what the engine says of itself.
-        context: tokens that both the model and the engine take; None: no limit is known.
+        ranks: the processes of a run that draw from one engine. All of them call ``load``, and rank 0 loads.
+        facts: the facts that the engine gives about itself.
+        context: the most tokens that both the model and the engine take; None: no limit is known.
     """
 
     facts: Facts
@@ -138,58 +140,58 @@ class Engine:
         self.ranks: Ranks = OneProcess()
         self._like, self._check_load = like, check_load
         self._gate = Gate()
-        self._tag: str | None = None  # what the engine must call its weights
+        self._tag: str | None = None  # the name under which the engine holds q's weights
         self._comparable = False  # whether the engine's checksums are those of the model
         self._digests_of_load: dict[str, str] | None = None
         self._sums_of_load: dict[str, int] = {}
 
-    # ---- what an engine has to offer
+    # ---- what a subclass implements
 
     def _complete(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Return the continuations of each request.
 
         Raises:
-            EngineError: the engine failed, after what was tried.
+            EngineError: the engine failed, after all retries.
         """
         raise NotImplementedError
 
     def _prompt_log_probs(self, rows: Sequence[list[int]]) -> list[list[float]]:
-        """Return of each sequence the log-probability at temperature 1 of each token after the first."""
+        """Return, for each sequence, the log-probability at temperature 1 of each token after the first."""
         raise NotImplementedError
 
     def _put(self, model: nn.Module, tag: str) -> None:
-        """Replace the engine's parameters by those of a plain model, and let the engine call them by this tag."""
+        """Replace the engine's parameters by those of a plain model, and give them this tag."""
         raise NotImplementedError
 
     def _put_back(self, tag: str) -> None:
-        """Replace the engine's parameters by those of q, which were kept under this tag."""
+        """Replace the engine's parameters by those that were kept under this tag."""
         raise NotImplementedError
 
     def _keep(self, tag: str) -> None:
-        """Take the parameters that were put last, under this tag, for those of q. All ranks call it."""
+        """Keep the parameters that were put last, under this tag, as those of q. All ranks call it."""
         raise NotImplementedError
 
     def _held_tag(self) -> str:
-        """Return what the engine calls the weights that it holds now."""
+        """Return the tag of the weights that the engine holds now."""
         raise NotImplementedError
 
     def _digests(self) -> dict[str, str] | None:
-        """Return a digest of each tensor of the engine. None: it gives none.
+        """Return a digest of each tensor of the engine, or None where the engine gives none.
 
-        A tensor that was emptied, since the engine keeps its values packed elsewhere, is left out: scores show it.
+        A tensor that is empty because the engine keeps its values packed elsewhere is left out. Scores check it.
         """
         raise NotImplementedError
 
     def _checksums(self) -> int | None:
-        """Return the sum of ``weights.checksum`` over the engine's parameters. None: it can't tell."""
+        """Return the sum of ``weights.checksum`` over the engine's parameters, or None where it gives none."""
         raise NotImplementedError
 
     def _spoil(self) -> None:
-        """Let the engine call its weights by another tag than q's."""
+        """Give the engine's weights a tag that is not q's."""
         raise NotImplementedError
 
     def _new_tag(self) -> str:
-        """Return a tag that no weights of any run have had, the same on all ranks."""
+        """Return a tag that is new among all runs, and the same on all ranks."""
         mine = torch.tensor([uuid.uuid4().int % 2**62], device=self._like.device)
         return f"dmfast-{int(self.ranks.gather(mine)[0]):x}"
 
@@ -197,16 +199,16 @@ class Engine:
 
     @property
     def context(self) -> int | None:
-        """Tokens that both the model and the engine take; None: no limit is known."""
+        """The most tokens that both the model and the engine take; None: no limit is known."""
         known = [limit for limit in (self._like._context, self.facts.context) if limit is not None]
         return min(known) if known else None
 
     def check(self, *, max_new_tokens: int, temperature: float, prompts: Sequence[Prompt] | None = None) -> None:
-        """Check, before anything is drawn, that the engine can draw so.
+        """Check, before anything is drawn, that the engine can draw with these arguments.
 
         Raises:
-            ValueError: prompt and continuation are beyond the engine's context; its log-probabilities are not those at
-                this temperature.
+            ValueError: prompt and continuation exceed the engine's context, or the engine's log-probabilities are not
+                those at this temperature.
         """
         self._ids(prompts, max_new_tokens, temperature)
 
@@ -232,20 +234,20 @@ class Engine:
     ) -> Samples:  # fmt: skip
         """Draw n sequences of each prompt with the engine's own log q.
 
-        Several threads may call it where ``ranks`` is one process; of several ranks all call it together, in one
-        thread. What is drawn is a function of the seed and of a sequence's place, as far as the
-        engine's kernels give the same logits in batches of other sizes.
+        Several threads may call it where ``ranks`` is one process. Several ranks call it together, each in one thread.
+        A sequence depends only on the seed and on its place, as far as the engine's kernels give the same logits in
+        batches of other sizes.
 
         Args:
             prompts, n, max_new_tokens, temperature, seed, first_row: as in ``LanguageModel.sample``.
-            batch_size: has no meaning here: the engine forms its own batches.
+            batch_size: ignored, because the engine forms its own batches.
 
         Returns:
             ``Samples`` on the CPU.
 
         Raises:
-            ValueError: as ``LanguageModel.sample``; as ``check``.
-            EngineError: the engine failed or holds other weights than q's, after what was tried.
+            ValueError: as in ``LanguageModel.sample`` and in ``check``.
+            EngineError: the engine failed or holds other weights than q's, after all retries.
         """
         numbers = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature}
         for name, number in numbers.items():
@@ -254,7 +256,7 @@ class Engine:
         ids = self._ids(prompts, max_new_tokens, temperature)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         first = seed_for(seed, "an engine's sequences") + first_row
-        # a seed for each request: prompts that share a request would share its seed, and so their random numbers
+        # Each prompt has requests of its own, because prompts that share a request would share its random numbers.
         requests = [
             Request(prompt, min(_AT_ONCE, n - start), first + place * n + start, max_new_tokens, temperature)
             for place, prompt in enumerate(ids) for start in range(0, n, _AT_ONCE)
@@ -265,8 +267,8 @@ class Engine:
     def _by_q(self, call: Callable[[], _T], did: str) -> tuple[_T, int]:
         """Return what a call to the engine gives while it holds q's weights, and the version of that q.
 
-        Of several ranks all call it together. Rank 0 alone gives lost weights again, while the others wait: two ranks
-        that load into one engine would each see the other's load as another loss.
+        All ranks call it together. Only rank 0 restores lost weights, while the others wait: two ranks that load into
+        one engine would each take the other's load for another loss.
 
         Raises:
             EngineError: the engine failed, for this rank or another, or loses q's weights again and again.
@@ -292,7 +294,7 @@ class Engine:
         )
 
     def _while_q_is_held(self, call: Callable[[], _T]) -> tuple[_T, int] | None:
-        """Return what a call gives, and the version of q. None: the engine did not hold q before or after it."""
+        """Return what a call gives and the version of q, or None where the engine did not hold q before or after it."""
         with self._gate.request():
             if self._held_tag() != self._tag:
                 return None
@@ -304,15 +306,15 @@ class Engine:
         return bool(self.ranks.gather(torch.tensor([mine], device=self._like.device)).all())
 
     def _fail_together(self, error: EngineError | None) -> None:
-        """Raise on every rank what one of them met, since the others would wait for it in their next collective."""
+        """Raise on every rank the error of one, because the others would wait for it in their next collective."""
         if not self._on_all_ranks(error is None):
             raise error or EngineError(f"{self.facts.name} failed for another rank, whose error says how")
 
     def _checked(self, requests: Sequence[Request]) -> list[Completion]:
-        """Return the continuations of all requests, which end where dmfast's rule says.
+        """Return the continuations of all requests, each checked against dmfast's rule for the end of a sequence.
 
         Raises:
-            EngineError: they do not, or are none.
+            EngineError: a continuation ends elsewhere or has no log-probabilities, or one is missing.
         """
         ends, found = set(self._like.eos_token_ids), []
         for request, drawn in zip(requests, self._complete(requests), strict=True):
@@ -333,10 +335,10 @@ class Engine:
                 f"ends a sequence at the first of {sorted(ends)} or after {most} tokens: something else ends it, such "
                 "as max_new_tokens of a generation_config"
             )
-        if not all(-9999.0 < value <= 1e-3 for value in values):  # vLLM says -9999 for -inf
+        if not all(-9999.0 < value <= 1e-3 for value in values):  # vLLM gives -9999 for -inf
             raise EngineError(
-                f"{self.facts.name} gave what is no log-probability, {min(values)} to {max(values)}: its weights may "
-                "hold NaN"
+                f"{self.facts.name} gave values that are no log-probabilities, {min(values)} to {max(values)}: its "
+                "weights may hold NaN"
             )
 
     def _samples(
@@ -367,15 +369,15 @@ class Engine:
     def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
         """Return (N,) fp64, log q(x) in nats by the engine, which scores at temperature 1.
 
-        Of several ranks all call it together.
+        Several ranks call it together.
 
         Args:
-            samples: N sequences, each shorter by a token than the engine's context.
-            batch_size: has no meaning here.
+            samples: N sequences, each at least one token shorter than the engine's context.
+            batch_size: ignored, because the engine forms its own batches.
 
         Raises:
-            ValueError: samples of another temperature; ``OfflineProposal.snapshot`` scores them.
-            EngineError: as ``sample``.
+            ValueError: the samples have another temperature. ``OfflineProposal.snapshot`` scores them.
+            EngineError: as in ``sample``.
         """
         if samples.temperature != 1.0:
             raise ValueError(
@@ -401,15 +403,15 @@ class Engine:
 
     @torch.no_grad()
     def load(self, source: Source) -> None:
-        """Replace the engine's parameters by those of a policy or a folder: q <- pi. Requests that run end first.
+        """Replace the engine's parameters by those of a policy or a folder: q <- pi. Running requests end first.
 
-        The engine gets an adapter merged into a copy of its base, which takes the memory of that copy meanwhile. A
-        policy that is sharded by FSDP is made whole for it in rank 0's memory, tensor by tensor.
+        An adapter is merged into a copy of its base for the engine. The copy takes its memory for the time of the load.
+        A policy that is sharded by FSDP is made whole in rank 0's memory, tensor by tensor.
 
         Raises:
             TypeError, FileNotFoundError: the source is no model and no folder.
-            ValueError: an adapter that can't be merged, or is another model then; a folder with an adapter alone; a
-                sharded model with an adapter, or of processes that ``ranks`` does not name.
+            ValueError: an adapter can't be merged, or the merged model computes another distribution; a folder holds
+                only an adapter; a sharded model has an adapter, or lies on processes that ``ranks`` does not name.
             EngineError: the engine failed, or did not take all parameters. It holds q as before, or gets q again before
                 it draws.
         """
@@ -435,7 +437,7 @@ class Engine:
             )
 
     def _model(self, source: Source) -> LanguageModel | None:
-        """Return the model that the engine is to hold, without adapter, to rank 0, and None to the other ranks."""
+        """Return the model that the engine is to hold, without an adapter, on rank 0, and None on the other ranks."""
         like, first = self._like, self.ranks.rank == 0
         if isinstance(source, LanguageModel):
             model = source
@@ -460,10 +462,10 @@ class Engine:
         return self._alone(module_of(model)) if first else None
 
     def _alone(self, module: nn.Module) -> LanguageModel:
-        """Return the model that is loaded, for the forwards of rank 0 alone.
+        """Return the model that is loaded, wrapped anew for forwards that only rank 0 runs.
 
-        What a first forward finds of a model the ranks of a sharded one find together. So nothing that rank 0 finds
-        here may be known of the policy.
+        The ranks of a sharded policy learn together what a first forward finds about the model. So rank 0 must not
+        share with the policy what it finds here.
         """
         like = self._like
         return LanguageModel(
@@ -487,24 +489,24 @@ class Engine:
         return whole_copy(module, self.ranks.rank == 0)
 
     def _same(self, merged: LanguageModel, model: LanguageModel) -> LanguageModel:
-        """Return the merged model.
+        """Return the merged model, once it is found to compute what the model with its adapter computes.
 
         Raises:
-            ValueError: it computes another distribution than the model with its adapter, as where the embedding that
-                has the adapter is the head, too.
+            ValueError: the merged model computes another distribution. This happens where the adapter is on an
+                embedding that is also the head.
         """
         x = self._random(model)
         found, wanted = (each.log_prob(x, batch_size=_PROBES).cpu() for each in (merged, model))
         if bool(((found - wanted).abs() > self._allowed(x)).any()):
             raise ValueError(
-                f"merged into its base the adapter gives other log-probabilities, {_few(found)} in the place of "
-                f"{_few(wanted)} nats, as where it is on an embedding that is the head, too: an engine can't draw from "
-                "it; leave such layers out of target_modules"
+                f"merged into its base the adapter gives other log-probabilities, {_few(found)} instead of "
+                f"{_few(wanted)} nats, as happens where it is on an embedding that is the head, too: an engine can't "
+                "draw from it; leave such layers out of target_modules"
             )
         return merged
 
     def _loaded(self, model: LanguageModel, tag: str) -> Exception | None:
-        """Load and compare. Return the error after which the engine was given q again; None: it holds the model."""
+        """Load and compare. Return None, or the error of a failed load after which the engine was given q again."""
         try:
             if self._tag is None and self._check_load:
                 self._prove(model)
@@ -518,19 +520,19 @@ class Engine:
         return None
 
     def _undo(self, error: BaseException) -> None:
-        """Give the engine q again after a load that failed; where that fails too, ``sample`` tries it once more."""
+        """Give the engine q again after a failed load. Where that fails, too, ``sample`` tries it again."""
         if self._tag is None:
             return
         try:
             self._put_back(self._tag)
-        except OSError as again:  # sample tries once more
+        except OSError as again:  # sample tries it again
             error.__context__ = again
 
     def _restore(self) -> None:
-        """Give q again to an engine that holds other weights, such as those that it was started with; rank 0 does it.
+        """Let rank 0 give q again to an engine that holds other weights, such as those that it was started with.
 
         Raises:
-            EngineError: it could not be given, or not whole.
+            EngineError: the engine did not take q, or only a part of it.
         """
         error: EngineError | None = None
         if self.ranks.rank == 0:
@@ -556,10 +558,10 @@ class Engine:
             warn_caller(f"{self.facts.name} held other weights than q's, as after a restart; it was given q again")
 
     def _prove(self, model: LanguageModel) -> None:
-        """Load a copy that differs in every parameter, and compare.
+        """Load a copy that differs in every parameter, and compare the engine with it.
 
         Raises:
-            EngineError: the engine did not take all of it.
+            EngineError: the engine did not take all of its parameters.
         """
         before = self._digests()
         other = model.around(weights.perturbed(module_of(model)))
@@ -570,7 +572,7 @@ class Engine:
             if stale:
                 raise EngineError(self._half(f"{len(stale)} of its {len(after)} tensors, {', '.join(stale[:3])}, stay"))
         wanted = other.log_prob(self._random(other), batch_size=_PROBES).cpu()
-        self._refuse_scores("a copy in which every parameter is another", found, wanted, self._random(other))
+        self._refuse_scores("a copy that differs in every parameter", found, wanted, self._random(other))
         self._comparable = self._checksums() == weights.total(weights.checksums(other.model, self.facts.dtype))
 
     def _half(self, what: str) -> str:
@@ -582,7 +584,7 @@ class Engine:
         if bool(((found - wanted).abs() > allowed).any()) or not bool(found.isfinite().all()):
             raise EngineError(
                 f"{self.facts.name} was given {what}, and gives {len(x)} sequences other log-probabilities than the "
-                f"model: {_few(found)} in the place of {_few(wanted)} nats (rounding: {float(allowed.max()):.2g}). "
+                f"model: {_few(found)} instead of {_few(wanted)} nats (rounding: {float(allowed.max()):.2g}). "
                 "It has loaded a part only, computes another model, or draws from another distribution (truncated, "
                 "or with a logits processor)"
             )
@@ -600,9 +602,9 @@ class Engine:
         old, before = self._digests_of_load, self._sums_of_load
         if digests is not None and old is not None:
             changed = {name.rpartition(":")[2] for name, digest in digests.items() if old.get(name) != digest}
-            stale = {name.rpartition(":")[2] for name in digests} - changed  # before the colon stands the worker
+            stale = {name.rpartition(":")[2] for name in digests} - changed  # the worker's name precedes the colon
             same = sum(before.get(name) == each for name, each in sums.items())
-            if len(stale) > same:  # each tensor of the engine is made of one of the model, or of several
+            if len(stale) > same:  # each tensor of the engine is made of one or several of the model's
                 raise EngineError(self._half(f"{len(stale)} tensors, where {same} of the policy have not moved, stay"))
         x = self._some()
         self._refuse_scores("q", x.log_prob, model.log_prob(x.to(model.device), batch_size=_PROBES).cpu(), x)
@@ -626,7 +628,10 @@ class Engine:
         return x.to(model.device)
 
     def _allowed(self, x: Samples) -> Tensor:
-        """Return (N,) nats by which rounding may change a score: .25 a token in bf16, whose signs differ by token."""
+        """Return (N,) fp64, the nats by which rounding may change a score: about .25 per token in bf16.
+
+        In 16 bits the bound grows with the square root of the length, because the signs differ by token.
+        """
         own = next(self._like.model.parameters()).dtype
         eps = max(torch.finfo(dtype).eps for dtype in (self.facts.dtype, own))
         n = x.score_mask.sum(1).double().cpu()
@@ -634,10 +639,10 @@ class Engine:
 
 
 def plain(model: LanguageModel) -> nn.Module:
-    """Return the module without adapters that computes what a model does: itself, or a copy with its adapter merged.
+    """Return a module without adapters that computes what a model does: its own, or a copy with its adapter merged.
 
     Raises:
-        ValueError: it has an adapter that can't be merged.
+        ValueError: the model has an adapter that can't be merged.
     """
     module = module_of(model)
     if without_adapters(module) is module:

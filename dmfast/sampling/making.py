@@ -1,4 +1,4 @@
-"""Engines by the names that a configuration has for them."""
+"""Make engines by the names that a configuration has for them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .vllm_local import VLLMSampler
 
 
 def check_options(sampler: Any, options: Any) -> None:
-    """Check the name of a sampler and its options, without anything being reached or loaded.
+    """Check the name of a sampler and its options. Nothing is reached or loaded.
 
     Args:
-        sampler: ``model``, ``vllm``, or an address.
+        sampler: ``model``, ``vllm``, or the address of a server.
         options: a mapping, or None.
 
     Raises:
@@ -44,12 +44,12 @@ def make(sampler: str, like: LanguageModel, options: Mapping[str, Any] | None = 
     """Return the engine of this name, connected or started; ``OfflineProposal(policy, sampler=...)`` then loads it.
 
     Args:
-        sampler: ``vllm`` or an address.
+        sampler: ``vllm`` or the address of a server.
         like: the policy.
         options: the further arguments of ``VLLMSampler`` or ``HTTPSampler``.
 
     Raises:
-        ValueError, EngineError, ImportError: as ``check_options`` and the sampler.
+        ValueError, EngineError, ImportError: as in ``check_options`` and in the sampler.
     """
     check_options(sampler, options)
     if _kind(sampler) is VLLMSampler:

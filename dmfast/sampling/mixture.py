@@ -1,4 +1,4 @@
-"""Several samplers as one."""
+"""Combine several samplers into one."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Mixture:
 
     Args:
         parts: proposals for the same target.
-        weights: positive; default equal. Their sum is divided out.
+        weights: a positive number for each part. They are divided by their sum. Default: equal weights.
 
     Attributes:
-        version: what ``Samples.version`` of its draws holds, whatever the versions of the parts are.
+        version: the value of ``Samples.version`` in its draws, whatever the versions of the parts are.
 
     Raises:
-        ValueError: no part, or weights that are not as many positive numbers.
+        ValueError: there is no part, or the weights are not as many positive numbers.
     """
 
     def __init__(self, parts: Sequence[Sampler], weights: Sequence[float] | None = None) -> None:
@@ -49,10 +49,10 @@ class Mixture:
 
         Args:
             prompts: as in ``Prompted.sample``.
-            n: sequences.
+            n: the number of sequences.
             max_new_tokens, temperature, seed, batch_size: as in ``LanguageModel.sample``.
-            first_row: the place of the first of them, where they are one process's share of more. Which part draws
-                a sequence depends on how they are shared out; the sequences are independent all the same.
+            first_row: the place of the first of them, where they are one process's share of more. How they are shared
+                out decides which part draws a sequence. The sequences are independent in any case.
         """
         context = [one_context(prompts)]
         seed = int(torch.randint(2**62, ())) if seed is None else seed
@@ -73,12 +73,12 @@ class Mixture:
 
     @torch.no_grad()
     def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
-        """Return (N,) fp64, the log of the weighted sum; every part scores every sequence."""
+        """Return (N,) fp64, the log of the weighted sum in nats. Every part scores every sequence."""
         each = torch.stack([part.log_prob(samples, batch_size=batch_size).double() for part in self.parts], 1)
         return (each + self.log_weights.to(each.device)).logsumexp(1)
 
     def load(self, source: Source) -> NoReturn:
-        """Refuse to load: which of the parts should become the source is not known.
+        """Refuse to load, because a mixture can't know which of its parts should be replaced.
 
         Raises:
             TypeError: always.

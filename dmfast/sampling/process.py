@@ -1,4 +1,4 @@
-"""A copy of the policy that samples in a process of its own, on the same machine."""
+"""Sample from a copy of the policy in a process of its own, on the same machine."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ _MODEL, _Q = "model.pt", "q.pt"
 class ProcessSampler:
     """A copy of a policy that samples in a process of its own, such as on another device or another core.
 
-    It draws what an ``OfflineProposal``'s own copy draws with the same seed, up to the rounding of another device.
-    Around it ``AsyncSampler`` draws while the policy is trained.
+    With the same seed it draws the same sequences as an ``OfflineProposal``'s own copy, up to the rounding of another
+    device. An ``AsyncSampler`` around it draws while the policy is trained.
 
-    q lies in a folder that is removed in the end, so that a process which has died is started again with q, at the next
-    call. The call that it died in raises ``ConnectionError``.
+    q lies in a temporary folder, so that the next call starts a process that has died again with q. The call in which
+    it died raises ``ConnectionError``. The folder is removed in the end.
 
     Args:
-        policy: what is copied, now.
-        device: where the copy is. Default: where the policy is.
-        threads: of torch in the process. Default: torch's own default.
+        policy: the model that is copied, as it is now.
+        device: the device of the copy. Default: the policy's.
+        threads: the number of torch's threads in the process. Default: torch's own default.
         timeout: seconds after which a call is given up and its process ended. Default: never.
 
     Attributes:
-        version: what ``Samples.version`` of its draws holds; an ``OfflineProposal`` assigns it.
+        version: the value of ``Samples.version`` in its draws. An ``OfflineProposal`` assigns it.
 
     Raises:
-        TypeError: the policy is no ``LanguageModel``, or it holds what can't be pickled.
-        ValueError: a number that is not positive.
+        TypeError: the policy is no ``LanguageModel``, or it holds something that can't be pickled.
+        ValueError: a number is not positive.
         OSError: the process can't be started.
     """
 
@@ -65,7 +65,7 @@ class ProcessSampler:
         self._tokenizer, self._device, self._threads = policy.tokenizer, str(device or policy.device), threads
         self._lock = threading.Lock()
         self._folder = Path(tempfile.mkdtemp(prefix="dmfast_sampler_"))
-        self._children: list[_Child] = []  # one, or none after it has died
+        self._children: list[_Child] = []  # holds one child, or none after it has died
         self.close: Callable[[], Any] = weakref.finalize(self, _end, self._children, self._folder)
         try:
             torch.save(policy, self._folder / _MODEL)
@@ -89,21 +89,21 @@ class ProcessSampler:
         Raises:
             ConnectionError: the process has died.
             TimeoutError: it took longer than ``timeout``.
-            Exception: what the copy has raised.
+            Exception: whatever the copy has raised.
         """
         if seed is None:
-            seed = int(torch.randint(2**63 - 1, ()))  # from the random numbers of this process
+            seed = int(torch.randint(2**63 - 1, ()))  # this process's random state decides, as for other samplers
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed,
                    "batch_size": batch_size, "first_row": first_row}  # fmt: skip
         drawn = Samples(**self._ask("sample", prompts, n, **options), tokenizer=self._tokenizer)
         return replace(drawn, version=torch.full_like(drawn.version, self.version))
 
     def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
-        """Return (N,) fp64, log q(x), on the samples' device.
+        """Return (N,) fp64, log q(x) in nats, on the samples' device.
 
         Raises:
-            ConnectionError, TimeoutError: as ``sample``.
-            Exception: what the copy has raised.
+            ConnectionError, TimeoutError: as in ``sample``.
+            Exception: whatever the copy has raised.
         """
         scores: Tensor = self._ask("log_prob", samples.to("cpu").state_dict(), batch_size)
         return scores.to(samples.tokens.device)
@@ -112,8 +112,9 @@ class ProcessSampler:
         """Replace the copy's parameters, as ``LanguageModel.load`` does.
 
         Raises:
-            ConnectionError, TimeoutError: as ``sample``.
-            TypeError, FileNotFoundError, ValueError, RuntimeError: as ``LanguageModel.load``. The copy stays as it was.
+            ConnectionError, TimeoutError: as in ``sample``.
+            TypeError, FileNotFoundError, ValueError, RuntimeError: as in ``LanguageModel.load``. The copy stays as it
+                was.
         """
         new, folder = self._folder / f"new-{_Q}", None
         if isinstance(source, (str, os.PathLike)):
@@ -121,7 +122,7 @@ class ProcessSampler:
         else:
             torch.save(_tensors(source), new)
         try:
-            self._ask("load", folder, str(new))  # a process that is lost here starts again from the old q
+            self._ask("load", folder, str(new))  # a process that dies in this call starts again from the old q
         except BaseException:
             new.unlink(missing_ok=True)
             raise
@@ -149,7 +150,7 @@ class ProcessSampler:
                 if not self._children:
                     self._start()
                 value, error = self._children[0].ask(what, *args, timeout=self.timeout, **options)
-            except BaseException:  # such as Ctrl-C: an answer that nobody waits for must not become another call's
+            except BaseException:  # after Ctrl-C, for example, another call must not get the answer of this one
                 self._stop()
                 raise
         if error is not None:
@@ -158,11 +159,11 @@ class ProcessSampler:
 
 
 class _Child:
-    """A process, and the pipe to it."""
+    """A child process and the pipe to it."""
 
     def __init__(self, threads: int | None) -> None:
         self.pipe, theirs = Pipe()
-        # the same modules as here, whatever the working directory has
+        # The child imports the same modules as this process, whatever lies in the working directory.
         start = f"import sys; sys.path[:] = {sys.path!r}; from dmfast.sampling.process import serve; "
         start += f"serve({theirs.fileno()}, {threads!r})"
         self.process = subprocess.Popen(
@@ -178,7 +179,7 @@ class _Child:
             TimeoutError: it takes longer than the timeout, in seconds.
         """
         try:
-            # bytes, since torch's way for connections would share memory that ends with the process
+            # The pipe carries bytes, because torch would send tensors in shared memory that ends with the process.
             self.pipe.send_bytes(pickle.dumps((what, args, options)))
             answered = self.pipe.poll(timeout)
             answer: tuple[Any, Exception | None] = pickle.loads(self.pipe.recv_bytes()) if answered else (None, None)
@@ -205,19 +206,19 @@ def _end(children: list[_Child], folder: Path) -> None:
 
 
 def _tensors(source: LanguageModel | nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a policy by the names of the copy's."""
+    """Return the tensors of a policy under the names that they have in the copy."""
     if not isinstance(source, (LanguageModel, nn.Module)):
         raise TypeError(f"load takes a LanguageModel, its module or a folder, got a {type(source).__name__}")
     found = source._tensors() if isinstance(source, LanguageModel) else adapters.tensors(module_of(source))
     return {name: tensor.detach().cpu() for name, tensor in found.items()}
 
 
-# ---- what the process does
+# ---- in the child process
 
 
 def serve(descriptor: int, threads: int | None) -> None:
     """Answer the calls that come through a pipe, until its other end is closed."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C is for who trains, and this ends with it
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C ends the training process, and this one ends with it
         signal.signal(number, signal.SIG_IGN)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -238,38 +239,37 @@ def serve(descriptor: int, threads: int | None) -> None:
 def _that_travels(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # its class is unknown elsewhere, or is made of other arguments
+    except Exception:  # the other process lacks the error's class, or can't make it from the pickled arguments
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 
 
 class _Copy:
-    """The copy of the policy."""
+    """The copy of the policy, as the child process holds it."""
 
     model: LanguageModel
 
     def start(self, model: str, q: str | None, device: str) -> None:
         """Read the policy, and q where there is one."""
-        # A whole object, so not weights_only: this run wrote it, into a folder that only its user can write to.
+        # weights_only can't load a whole object. This run wrote the file into a folder that only its user can write to.
         self.model = torch.load(model, map_location=device, weights_only=False)
-        self.model.model.to(device).requires_grad_(
-            False
-        )  # frozen as an OfflineProposal's own copy: torch then rounds alike
+        # The copy is frozen as an OfflineProposal's own copy is, so that torch rounds in the same way.
+        self.model.model.to(device).requires_grad_(False)
         if q is not None:
             copy_into(self.model._tensors(), torch.load(q, map_location=device, weights_only=True))
 
     def sample(self, *args: Any, **options: Any) -> dict[str, Any]:
-        """Draw."""
+        """Draw, and return the samples as a dictionary of CPU tensors and numbers."""
         return self.model.sample(*args, **options).to("cpu").state_dict()
 
     @torch.no_grad()
     def log_prob(self, samples: dict[str, Any], batch_size: int | None) -> Tensor:
-        """Score."""
+        """Return (N,) fp64, log q(x) in nats, on the CPU."""
         x = Samples(**samples, tokenizer=self.model.tokenizer).to(self.model.device)
         return self.model.log_prob(x, batch_size=batch_size).cpu()
 
     def load(self, folder: str | None, tensors: str) -> None:
-        """Read q from a file of tensors, or from a folder, and then write that file."""
+        """Read q from a file of tensors, or read it from a folder and write that file."""
         if folder is None:
             copy_into(self.model._tensors(), torch.load(tensors, map_location="cpu", weights_only=True))
             return

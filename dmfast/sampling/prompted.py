@@ -1,4 +1,4 @@
-"""A model with a prompt of its own as a sampler."""
+"""Make a sampler of a model with a prompt of its own."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from ..samples import Prompt, Samples
 
 
 class Prompted:
-    """A model with a prompt of its own, as a proposal for the target without it: q(x) = model(x | prompt).
+    """A model with a prompt of its own, as a proposal for a target without that prompt: q(x) = model(x | prompt).
 
-    What it draws are continuations in the target's context: the samples carry that context, not this prompt, so that
-    the target scores them as its own.
+    The samples carry the target's context instead of this prompt, so that the target scores them as its own.
 
     Args:
-        model: whose continuations are drawn.
-        prompt: what it is prompted with, whatever the context is.
+        model: the model that draws the continuations.
+        prompt: the prompt of the model, whatever the context is.
     """
 
     def __init__(self, model: LanguageModel, prompt: Prompt) -> None:
@@ -27,7 +26,7 @@ class Prompted:
 
     @property
     def version(self) -> int:
-        """That of the model."""
+        """The version of the model."""
         return self.model.version
 
     @version.setter
@@ -39,10 +38,10 @@ class Prompted:
         self, prompts: Sequence[Prompt] | None = None, n: int = 1, *, max_new_tokens: int, temperature: float = 1.0,
         seed: int | None = None, batch_size: int | None = None, first_row: int = 0,
     ) -> Samples:  # fmt: skip
-        """Draw as ``LanguageModel.sample`` does; ``prompts`` is the one context of the target, None: the empty one.
+        """Draw as ``LanguageModel.sample`` does. ``prompts`` holds the one context of the target; None: the empty one.
 
         Raises:
-            ValueError: several prompts; as ``LanguageModel.sample``.
+            ValueError: there are several prompts, or as in ``LanguageModel.sample``.
         """
         context = one_context(prompts)
         x = self.model.sample([self.prompt], n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
@@ -50,19 +49,19 @@ class Prompted:
         return self.model.with_prompt(x, context)
 
     def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
-        """Return (N,) fp64, log q(x) of the continuations after this prompt."""
+        """Return (N,) fp64, log q(x) in nats of the continuations after this prompt."""
         return self.model.log_prob(self.model.with_prompt(samples, self.prompt), batch_size=batch_size)
 
     def load(self, source: Source) -> None:
-        """Replace the model's parameters; the prompt stays. All else is as in ``LanguageModel.load``."""
+        """Replace the model's parameters, as in ``LanguageModel.load``. The prompt stays."""
         self.model.load(source)
 
 
 def one_context(prompts: Sequence[Prompt] | None) -> Prompt:
-    """Return the only one of the prompts, and of None the empty one.
+    """Return the only prompt, or the empty one for None.
 
     Raises:
-        ValueError: there is not just one.
+        ValueError: there is no prompt, or more than one.
     """
     if prompts is not None and len(prompts) != 1:
         raise ValueError(f"a proposal with a prompt of its own serves one context at a time, got {len(prompts)}")

@@ -1,4 +1,4 @@
-"""The protocol of whatever draws sequences and knows log q of them: a model of transformers or another engine."""
+"""Define the protocol of everything that draws sequences and knows their log q: a transformers model or an engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Sampler(Protocol):
     """A proposal q: it draws sequences, scores them and takes new parameters.
 
     Attributes:
-        version: the number of the q that it holds, which it writes into ``Samples.version`` of all that it draws.
+        version: the number of the q that it holds. It writes this number into ``Samples.version`` of all its draws.
             ``OfflineProposal`` assigns it after each ``load``.
     """
 
@@ -26,7 +26,7 @@ class Sampler(Protocol):
         self, prompts: Sequence[Prompt] | None = None, n: int = 1, *, max_new_tokens: int, temperature: float = 1.0,
         seed: int | None = None, batch_size: int | None = None, first_row: int = 0,
     ) -> Samples:  # fmt: skip
-        """Draw n sequences of each prompt with log q, as ``LanguageModel.sample`` does."""
+        """Draw n sequences of each prompt, with log q, as ``LanguageModel.sample`` does."""
         ...
 
     def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
@@ -36,10 +36,10 @@ class Sampler(Protocol):
     def load(self, source: Source) -> None:
         """Replace the parameters by those of a policy, or of a model that was saved into a folder: q <- pi.
 
-        What was computed from the old ones goes with them, such as cached prompts.
+        Everything that was computed from the old parameters is dropped, such as cached prompts.
 
         Raises:
-            TypeError: this sampler has no parameters of its own that could be replaced.
+            TypeError: this sampler has no parameters of its own to replace.
             FileNotFoundError, ValueError, RuntimeError: the source does not fit. The sampler stays as it was.
         """
         ...

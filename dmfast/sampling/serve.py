@@ -1,4 +1,4 @@
-"""``dmfast serve-proposal``: a vLLM server that draws from q, started with the options that ``HTTPSampler`` needs."""
+"""Start a vLLM server that draws from q, with the options that ``HTTPSampler`` needs (``dmfast serve-proposal``)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``dmfast serve-proposal``."""
     parser.add_argument("model", help="tiny-bios, a folder, or a name on the hub: the one that is trained")
     parser.add_argument("--host", default="127.0.0.1",
-                        help="who may connect; whoever may can run code in vLLM's workers")  # fmt: skip
-    parser.add_argument("--port", type=int, default=8000, help="where it listens")
-    parser.add_argument("--dtype", default="auto", help="what vLLM computes in; log q is its own in any")
-    parser.epilog = "What follows after -- are further options of vLLM's server, such as -- --tensor-parallel-size 2."
+                        help="the address to listen at; every client can run code in vLLM's workers")  # fmt: skip
+    parser.add_argument("--port", type=int, default=8000, help="the port to listen at")
+    parser.add_argument("--dtype", default="auto", help="the dtype that vLLM computes in; log q is exact for each")
+    parser.epilog = "Options after -- are passed on to vLLM's server, for example -- --tensor-parallel-size 2."
     parser.set_defaults(vllm=[])
 
 
@@ -32,11 +32,11 @@ def command(model: str, options: Sequence[str], *, host: str, port: int, dtype: 
 
     Args:
         model: a folder or a name on the hub.
-        options: further ones of vLLM's server.
-        host, port, dtype: vLLM's.
+        options: further options of vLLM's server.
+        host, port, dtype: the options of vLLM's server of these names.
 
     Raises:
-        ValueError: an option that dmfast sets itself, or that would draw from another distribution.
+        ValueError: dmfast sets one of the options itself, or the server would draw from another distribution with it.
     """
     own = [each for each in options if each.partition("=")[0] in _OWN]
     if own:
@@ -51,15 +51,15 @@ def command(model: str, options: Sequence[str], *, host: str, port: int, dtype: 
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of the server: its endpoints for weights are those of vLLM's development mode."""
+    """Return the server's environment, which switches on vLLM's development mode for its endpoints for weights."""
     return {**given, "VLLM_SERVER_DEV_MODE": "1"}
 
 
 def serve(args: argparse.Namespace) -> NoReturn:
-    """Become the server.
+    """Replace this process by the server.
 
     Raises:
-        ValueError: vLLM is not installed here; as ``command``.
+        ValueError: vLLM is not installed here, or as in ``command``.
     """
     if util.find_spec("vllm") is None:
         raise ValueError("vLLM is not installed in this environment: pip install vllm, and dmfast beside it")

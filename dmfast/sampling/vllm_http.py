@@ -1,4 +1,4 @@
-"""A vLLM server as a sampler, over its OpenAI-compatible HTTP interface and its endpoints for weights."""
+"""Sample from a vLLM server, over its OpenAI-compatible HTTP interface and its endpoints for weights."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ _R = TypeVar("_R")
 _MISSING, _REFUSED, _FAILED = (404, 405), range(400, 500), range(400, 600)
 _LOADING = "dmfast: being loaded"
 _START = "start it with `dmfast serve-proposal`, or with the options that docs/engines.md lists"
-# of a generation_config: what would draw from another distribution, if a request did not override it
+# These fields of a generation_config would make the server draw from another distribution, unless a request overrides
+# them.
 _TRUNCATES = (
     "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens",
     "logit_bias", "bad_words", "allowed_token_ids", "max_new_tokens", "max_tokens",
 )  # fmt: skip
-# in each request, so that no default of the server acts
+# Each request holds these values, so that no default of the server acts.
 _WHOLE = {
     "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
     "frequency_penalty": 0.0, "min_tokens": 0, "stop": [], "use_beam_search": False,
@@ -41,29 +42,31 @@ _WHOLE = {
 
 
 class HTTPSampler(Engine):
-    """q in a vLLM server: it draws, says log q, and takes new weights from a folder that it can read.
+    """A sampler whose q lies in a vLLM server, which draws, gives log q and takes new weights from a folder.
 
-    Several runs can't share a server, since it holds one q. Its own tokenizer, context and options are compared with
-    the policy's here, and its weights at each ``load``. It was tried with vLLM 0.32.0 on a CPU.
+    Several runs can't share a server, because it holds one q. The server's tokenizer, context and options are compared
+    with the policy's when the sampler is made, and its weights at each ``load``. It was tested with vLLM 0.32.0 on a
+    CPU.
 
     Args:
-        url: such as ``http://127.0.0.1:8000``.
-        like: the policy, or a model like it: its tokenizer, what ends a sequence, its context.
-        folder: where q is written for the server, which reads it under the same path; of this run alone. Default: one
-            under the system's temporary folder, which goes with this process.
-        model: the name that the server gives the model; needed where it serves several.
+        url: the server's address, such as ``http://127.0.0.1:8000``.
+        like: the policy, or a model with the policy's tokenizer, context and tokens that end a sequence.
+        folder: the folder in which q is written for the server. The server must be able to read it under the same path,
+            and no other run may use it. Default: a temporary folder, which is removed with this process.
+        model: the name that the server gives the model. It is needed where the server serves several.
         timeout: seconds for one request, which draws up to 256 sequences.
-        patience: seconds in which a server that does not answer is asked again, such as while it starts anew.
-        retries: how often a request that timed out or failed in the server is made again, beyond ``patience`` too.
-        api_key: what ``Authorization: Bearer`` holds. Default: the variable DMFAST_ENGINE_KEY; a run's options are
-            written into its log.
-        concurrency: requests at a time, one for each prompt.
-        check_load: prove at the first load that every parameter reaches the server, by a copy that differs in each.
+        patience: seconds in which a server that does not answer is asked again, such as while it restarts.
+        retries: how often a request that timed out or failed in the server is repeated, even after ``patience``.
+        api_key: the key in ``Authorization: Bearer``. Default: the environment variable DMFAST_ENGINE_KEY, which
+            unlike a run's options is not written into the log.
+        concurrency: the number of requests at a time, one for each prompt.
+        check_load: whether the first load proves, by a copy that differs in every parameter, that each of them reaches
+            the server.
 
     Raises:
         EngineError: there is no server at this address, or it does not answer as vLLM does.
-        ValueError: its tokenizer, vocabulary or context are not the policy's; it was started with options that draw
-            from another distribution, or without those that dmfast needs.
+        ValueError: the server's tokenizer, vocabulary or context are not the policy's; it was started with options that
+            draw from another distribution, or without those that dmfast needs.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class HTTPSampler(Engine):
         self._name, self._has_sums = "", True
         self.facts = self._compare_facts(model)
 
-    # ---- what the server says of itself
+    # ---- the server's facts about itself
 
     def _compare_facts(self, model: str | None) -> Facts:
         server, like = self._server, self._like
@@ -134,10 +137,10 @@ class HTTPSampler(Engine):
             )
 
     def _compare_tokens(self) -> None:
-        """Compare tokenizer and vocabulary with the policy's.
+        """Compare the server's tokenizer and vocabulary with the policy's.
 
         Raises:
-            ValueError: they differ.
+            ValueError: they differ from the policy's.
         """
         like, server, tokenizer = self._like, self._server, self._like.tokenizer
         some = range(0, len(tokenizer), max(len(tokenizer) // 20, 1))
@@ -148,8 +151,8 @@ class HTTPSampler(Engine):
         )
         if answer is not None and answer.get("tokens") != own:
             raise ValueError(
-                f"{server} has another tokenizer than the policy: of the text {text!r:.60} it makes "
-                f"{answer.get('tokens')!r:.60}, and the policy's {own!r:.60}"
+                f"{server} has another tokenizer than the policy: for the text {text!r:.60} it gives "
+                f"{answer.get('tokens')!r:.60}, and the policy's gives {own!r:.60}"
             )
         for token, there in ((like.vocab_size - 1, True), (like.vocab_size, False)):
             request = {"model": self._name, "prompt": [token], "max_tokens": 1}
@@ -189,7 +192,7 @@ class HTTPSampler(Engine):
         return self._together(ask, rows)
 
     def _together(self, ask: Callable[[_T], _R], requests: Sequence[_T]) -> list[_R]:
-        """Make several requests at a time, since the server batches those that it has together."""
+        """Make several requests at a time, because the server puts concurrent requests into one batch."""
         if len(requests) == 1:
             return [ask(requests[0])]
         with ThreadPoolExecutor(min(self._concurrency, max(len(requests), 1))) as pool:
@@ -209,7 +212,7 @@ class HTTPSampler(Engine):
 
     def _keep(self, tag: str) -> None:
         if self.ranks.rank == 0:
-            for each in self._folder.glob("q-dmfast-*"):  # of loads that failed and of an earlier process, too
+            for each in self._folder.glob("q-dmfast-*"):  # failed loads and an earlier process leave folders, too
                 if each != self._folder_of(tag):
                     shutil.rmtree(each, ignore_errors=True)
 
@@ -217,7 +220,8 @@ class HTTPSampler(Engine):
         server = self._server
         server.post("/pause?mode=abort", None)
         try:
-            server.post("/update_weight_version", {"new_version": _LOADING})  # until it holds all of them
+            # the version says that a load is under way until the server holds all weights
+            server.post("/update_weight_version", {"new_version": _LOADING})
             server.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
             server.post("/reset_prefix_cache", None)
             server.post("/update_weight_version", {"new_version": tag})
@@ -240,7 +244,7 @@ class HTTPSampler(Engine):
         answer = self._server.post("/collective_rpc", {"method": "dmfast_checksums"}, none=_FAILED)
         workers = None if answer is None else answer.get("results")
         if not workers or not all(isinstance(each, Mapping) for each in workers):
-            self._has_sums = False  # it runs without dmfast's extension of its workers
+            self._has_sums = False  # the server runs without dmfast's extension of its workers
             return None
         return over_workers(workers)
 
@@ -252,7 +256,7 @@ def with_values(digests: Mapping[str, str]) -> dict[str, str]:
 
 
 def over_workers(workers: list[Mapping[str, str]]) -> int:
-    """Return the sum of checksums over the workers of an engine: what all of them hold alike counts once."""
+    """Return the sum of checksums over the workers of an engine. A tensor that all of them hold alike counts once."""
     names = {name for each in workers for name in each}
     sums = {}
     for name in names:
@@ -265,7 +269,7 @@ def _completions(answer: Any, n: int) -> list[Completion]:
     """Return the continuations in an answer of /v1/completions.
 
     Raises:
-        ValueError, KeyError, TypeError: it is not whole.
+        ValueError, KeyError, TypeError: the answer is incomplete.
     """
     found = sorted(answer["choices"], key=lambda each: each["index"])
     if [each["index"] for each in found] != list(range(n)):
@@ -283,20 +287,20 @@ def _scores(answer: Any, ids: list[int]) -> list[float]:
     """Return the log-probability of each token after the first of a prompt, from an answer of /v1/completions.
 
     Raises:
-        ValueError, KeyError, TypeError: it is not whole.
+        ValueError, KeyError, TypeError: the answer is incomplete.
     """
     found = answer["choices"][0]["prompt_logprobs"][1:]
     return [float(each[str(token)]["logprob"]) for each, token in zip(found, ids[1:], strict=True)]
 
 
 class Server:
-    """Requests to an HTTP server, which are made again within bounds where it fails or is gone.
+    """A client of an HTTP server that repeats its requests within bounds where the server fails or is gone.
 
     Args:
         url, timeout, patience, retries, api_key: as in ``HTTPSampler``.
 
     Raises:
-        ValueError: no URL of http or https, or a number out of range.
+        ValueError: ``url`` is no address of http or https, or a number is out of range.
     """
 
     def __init__(
@@ -325,20 +329,20 @@ class Server:
         return self._url
 
     def get(self, path: str, **how: Any) -> Any:
-        """Return the JSON of a GET; ``how`` is that of ``post``."""
+        """Return the JSON of the answer to a GET. ``how`` is as in ``post``."""
         return self._asked("GET", path, None, **how)
 
     def post(self, path: str, body: Any, **how: Any) -> Any:
-        """Return the JSON of a POST.
+        """Return the JSON of the answer to a POST.
 
         Args:
-            path: of the endpoint.
-            body: what becomes JSON; None: nothing.
-            how: ``none`` holds the statuses that are no error and return None; ``once=True`` asks once; ``read``
-                reads the answer, which is asked for again where that raises.
+            path: the path of the endpoint.
+            body: the value that is sent as JSON; None: an empty body.
+            how: ``none`` holds the statuses for which None is returned instead of an error. ``once=True`` asks only
+                once. ``read`` is a function of the answer. The request is repeated where it raises.
 
         Raises:
-            EngineError: the server could not be reached, failed or refused, after what was tried.
+            EngineError: the server could not be reached, failed or refused, after all retries.
         """
         return self._asked("POST", path, None if body is None else json.dumps(body).encode(), **how)
 
@@ -376,7 +380,7 @@ class Server:
             wait *= 2
 
     def _request(self, method: str, path: str, body: bytes | None) -> tuple[int, str]:
-        # a connection for each request: threads share none, and one that the server closed is never met
+        # Each request has its own connection, so that threads share none and none was closed by the server meanwhile.
         connection: http.client.HTTPConnection
         if self._tls:
             connection = http.client.HTTPSConnection(
@@ -393,7 +397,7 @@ class Server:
 
 
 def _message(text: str) -> str:
-    """Return what an error of the server says."""
+    """Return the message in the body of a server's error."""
     try:
         return str(json.loads(text)["error"]["message"])
     except (ValueError, KeyError, TypeError):

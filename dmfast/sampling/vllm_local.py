@@ -1,4 +1,4 @@
-"""vLLM in this process as a sampler."""
+"""Sample from vLLM in this process."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ from .engine import Completion, Engine, Facts, Request, plain
 from .vllm_http import over_workers
 
 _WORKER = "dmfast.sampling.vllm_worker.Worker"
-# what dmfast sets itself
+# dmfast sets these arguments of vllm.LLM itself.
 _OWN = ("model", "tokenizer", "dtype", "generation_config", "logprobs_mode", "worker_extension_cls", "max_model_len")
 
 
 class VLLMSampler(Engine):
-    """q in vLLM's ``LLM`` in this process: it draws, says log q, and takes new weights from memory.
+    """A sampler whose q lies in a ``vllm.LLM`` of this process, which draws, gives log q and takes new weights.
 
-    vLLM holds a model of its own beside the policy, in ``gpu_memory_utilization`` of the device's memory. It was tried
-    with vLLM 0.32.0 on a CPU.
+    vLLM holds a model of its own beside the policy, in ``gpu_memory_utilization`` of the device's memory. New weights
+    are handed over in memory. It was tested with vLLM 0.32.0 on a CPU.
 
     Args:
-        like: the policy: its architecture, tokenizer, what ends a sequence, its context.
-        dtype: what vLLM computes in, ``auto``, ``float32`` or ``bfloat16``. Default: the policy's.
-        max_model_len: tokens of prompt and continuation. Default: the model's context.
+        like: the policy, which gives the architecture, tokenizer, context and tokens that end a sequence.
+        dtype: the dtype in which vLLM computes: ``auto``, ``float32`` or ``bfloat16``. Default: the policy's.
+        max_model_len: the most tokens of prompt and continuation. Default: the model's context.
         engine: further arguments of ``vllm.LLM``, such as ``{"gpu_memory_utilization": 0.4}``.
-        check_load: prove at the first load that every parameter reaches vLLM, by a copy that differs in each.
+        check_load: whether the first load proves, by a copy that differs in every parameter, that each of them reaches
+            vLLM.
 
     Raises:
         ImportError: vLLM is not installed.
-        ValueError: ``engine`` has what dmfast sets itself; the policy has an adapter that can't be merged.
+        ValueError: ``engine`` has an argument that dmfast sets itself, or the policy has an adapter that can't be
+            merged.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class VLLMSampler(Engine):
         own = [name for name in _OWN if name in (engine or {})]
         if own:
             raise ValueError(f"engine can't hold {', '.join(own)}, which dmfast sets itself")
-        # the weights are handed over in memory, which an engine in a process of its own does not share
+        # Weights are handed over in memory, which an engine in a process of its own would not share.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         try:
             from vllm import LLM
@@ -142,7 +144,7 @@ class VLLMSampler(Engine):
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a model under the names of its state, tied ones once, as ``save_pretrained`` writes them."""
+    """Yield a model's tensors by their names in its state. Tied ones come once, as ``save_pretrained`` writes them."""
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, torch.Tensor) and tensor.data_ptr() not in seen:

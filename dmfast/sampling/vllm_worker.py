@@ -1,8 +1,8 @@
-"""What runs inside vLLM's workers: ``--worker-extension-cls dmfast.sampling.vllm_worker.Worker``.
+"""Extend vLLM's workers (``--worker-extension-cls dmfast.sampling.vllm_worker.Worker``).
 
-vLLM imports it in each worker before the model is loaded, and calls its methods by ``collective_rpc``. On a CPU vLLM
-packs the weights of linear layers by oneDNN, and ``reload_weights`` then leaves the packed copies as they were, without
-a word; so packing is switched off here.
+vLLM imports this module in each worker before the model is loaded, and calls the methods of ``Worker`` by
+``collective_rpc``. On a CPU vLLM packs the weights of linear layers by oneDNN, and ``reload_weights`` then silently
+leaves the packed copies as they were. So packing is switched off here.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Worker:
     model_runner: Any
 
     def dmfast_checksums(self) -> dict[str, str]:
-        """Return the checksum of each parameter that this worker holds, as strings, since JSON ends at 2^53."""
+        """Return the checksum of each parameter of this worker, as strings because JSON numbers are exact to 2^53."""
         return {name: str(checksum(parameter)) for name, parameter in self.model_runner.get_model().named_parameters()}
 
 
-with contextlib.suppress(ImportError):  # where it is read without vLLM, as by the documentation
+with contextlib.suppress(ImportError):  # the documentation, for example, imports this module without vLLM
     no_packed_weights()

@@ -1,4 +1,4 @@
-"""The parameters of q on their way into an engine: a plain folder, a copy that differs everywhere, checksums."""
+"""Prepare the parameters of q for an engine: write a folder, make a copy that differs everywhere, sum checksums."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def write(model: Any, folder: Path) -> None:
-    """Write a model of transformers as ``save_pretrained`` does, into a folder that is whole or not there.
+    """Write a transformers model as ``save_pretrained`` does, into a folder that is never there incomplete.
 
     Args:
-        model: without adapters and wrappers.
-        folder: is replaced where it exists. Others read it, so the files lie beside it until all of them are written.
+        model: a model without adapters and wrappers.
+        folder: the folder, which is replaced where it exists. Other processes read it, so the files lie in a folder
+            beside it until all of them are written.
 
     Raises:
-        OSError: it could not be written. What was there before stays.
+        OSError: the folder could not be written. An earlier one stays.
     """
     staging = folder.with_name(folder.name + _UNFINISHED)
     shutil.rmtree(staging, ignore_errors=True)
@@ -44,7 +45,10 @@ def write(model: Any, folder: Path) -> None:
 
 @contextmanager
 def _without_generation_config(model: Any) -> Iterator[None]:
-    """Save within without the model's, since transformers refuses to save some that it loads, and engines ignore it."""
+    """Take the generation config away within the block.
+
+    transformers refuses to save some of those that it loads, and engines are told to ignore it.
+    """
     config = getattr(model, "generation_config", None)
     if config is not None:
         model.generation_config = type(config)()
@@ -57,7 +61,7 @@ def _without_generation_config(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Switch transformers' progress bars off within: a run writes q at every swap."""
+    """Switch transformers' progress bars off within the block, because a run writes q at every swap."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -71,9 +75,9 @@ def _quietly() -> Iterator[None]:
 
 @torch.no_grad()
 def perturbed(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Return a copy in whose every parameter nearly every element is visibly another, in 16 bits too.
+    """Return a copy in which nearly every element of every parameter differs visibly, even in 16 bits.
 
-    The noise has a tenth of the parameter's root mean square, or .02 where that is 0.
+    The standard deviation of the noise is a tenth of the parameter's root mean square, or .02 where that is 0.
     """
     other = copy.deepcopy(model).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -88,15 +92,15 @@ def perturbed(model: nn.Module, seed: int = 0) -> nn.Module:
 def checksum(tensor: Tensor) -> int:
     """Return the sum of a tensor's bit patterns modulo 2^64, which depends on no order, layout or zero padding.
 
-    So the sum over the parameters of an engine that fuses, transposes and pads them is the sum over those of the model
-    that they were loaded from, in the same dtype.
+    So an engine that fuses, transposes and pads its parameters has the same sum over all of them as the model that it
+    was loaded from, in the same dtype.
     """
     bits = tensor.detach().contiguous().view(_BITS[tensor.element_size()])
     return int(bits.sum(dtype=torch.int64))
 
 
 def checksums(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
-    """Return the checksum of each parameter, as it is in an engine that computes in ``dtype``; tied ones once."""
+    """Return each parameter's checksum in an engine that computes in ``dtype``. Tied parameters come once."""
     return {
         name: checksum(parameter.to(dtype) if parameter.is_floating_point() else parameter)
         for name, parameter in model.named_parameters()

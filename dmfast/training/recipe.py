@@ -36,7 +36,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,8 @@ from .evaluation import evaluate
 from .hub import prompts_of
 from .trainer import DMTrainer
 
+#: How many texts of before and after training a log keeps.
+SHOWN = 20
 _KEYS = (
     "model", "dtype", "prompts", "stop", "chat_template_kwargs", "constraints", "monitor", "reward", "fit", "lora",
     "train", "evaluate",
@@ -561,8 +563,7 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
         "seconds_training": training,
         "seconds_all": time.perf_counter() - start,
         "verdict": report.verdict(before, after, ideal, [*target.moment_names, *target.pointwise_names]),
-        "samples_before": x_before.text[:20],
-        "samples_after": x_after.text[:20],
+        **_shown(x_before, x_after, None if rows is None else [data[i][1] for i in range(len(data))]),
         "history": [h for h in trainer.state.log_history if "train_runtime" not in h],
     }
     if trainer.is_world_process_zero():
@@ -580,6 +581,15 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
             "space, and where there is a checkpoint, go on from it with --resume"
         ) from not_saved
     return log
+
+
+def _shown(before: Samples, after: Samples, prompts: Sequence[Any] | None) -> dict[str, Any]:
+    """Return the texts that the log keeps, which lie as far apart as possible among the prompts, and their prompts."""
+    places = [i * len(before) // min(len(before), SHOWN) for i in range(min(len(before), SHOWN))]
+    texts = {"samples_before": before[places].text, "samples_after": after[places].text}
+    if prompts is None:
+        return texts
+    return {**texts, "samples_prompts": [prompts[i] for i in before.context_id[places].tolist()]}
 
 
 def _title(recipe: Mapping[str, Any], log: Mapping[str, Any]) -> str:

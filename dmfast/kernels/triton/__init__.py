@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import objectives
 from ...objectives import Terms
 from .. import faults
-from ..backend import check_gradient, overwritten
+from ..backend import BackwardOfScores, check_gradient, overwritten
 from ..batch import Batch, Bonus, SampleRows, Scores
 from ..extension import why_not_dtype
 from ..form import form_loss
@@ -72,7 +72,7 @@ def why_not(device: torch.device | None = None) -> str | None:
     return None if has_fp64(device) else f"{device} has no fp64"
 
 
-class Triton:
+class Triton(BackwardOfScores):
     """The backend ``triton``."""
 
     name = "triton"
@@ -112,7 +112,7 @@ class Triton:
         worst = fault.min() if fault.numel() else fault.new_full((), launch.NONE)
         status = torch.where(worst == launch.NONE, -1, worst)
         check = faults.device_faults(batch, None, scores.log_prob, status)
-        scores = scores._replace(recorded=faults.read_later(check))
+        scores = scores.replaced(recorded=faults.read_later(check))
         if terms is not None:
             return form_loss(batch, scores.rows, scores.log_prob, scores.entropy, terms, divide_by, True,
                              scores.recorded)  # fmt: skip
