@@ -535,7 +535,7 @@ class Matcher:
         self._warned_of.add((fitted_with, max_new_tokens))
         warnings.warn(
             f"lambda was fitted on samples of up to {fitted_with} new tokens, and {name} is {max_new_tokens}: the "
-            "moments of longer or shorter sequences are others; fit with the same",
+            "moments of longer or shorter sequences differ; fit lambda with the same length",
             stacklevel=stacklevel,
         )
 
@@ -690,7 +690,7 @@ class Matcher:
         own = sorted(_OF_THE_BATCH & options.keys())
         if own:
             raise TypeError(
-                f"the matcher and its batch say what {' and '.join(own)} of the loss is, so it can't be given here: "
+                f"the matcher and its batch set {' and '.join(own)} of the loss, so it can't be given here: "
                 "temperature is draw's, and the objective and its options are those of Matcher(...)"
             )
         part = part.split()[0] if isinstance(part, Batch) else part
@@ -1016,7 +1016,7 @@ class Matcher:
         if missing:
             raise ValueError(f"the state has no {', '.join(missing)}; pass what Matcher.state_dict returned")
         if (state["proposal"] is None) != (self.proposal is None):
-            raise ValueError("of the checkpoint and this run one is on-policy and one is not; set on_policy alike")
+            raise ValueError("of the checkpoint and this run, one is on-policy and one is not; set on_policy as it was")
         if self.proposal is None and state.get("estimates") is None:
             raise ValueError("the state has no estimates, and without a proposal nothing else holds them")
         # copies load the state first, so that everything that may raise comes before the first change

@@ -727,8 +727,8 @@ class LanguageModel:
     def _say_what_on_policy_neglects(self, dtype: torch.dtype, options: Mapping[str, Any]) -> None:
         if options.get("on_policy") is True and dtype in SIXTEEN_BIT:
             self._say(
-                f"on_policy=True takes the importance ratio for 1, but the model computes in {dtype}: by rounding, log "
-                "pi of a sample is not quite the log q that it was drawn with, which on_policy=False would correct"
+                f"on_policy=True sets the importance ratio to 1, but the model computes in {dtype}: by rounding, log pi "
+                "of a sample is not quite the log q that it was drawn with. on_policy=False would correct that"
             )
 
     def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
@@ -800,7 +800,7 @@ class LanguageModel:
         if torch.is_grad_enabled() and most > fewest:
             raise ValueError(
                 "log_prob with a gradient needs equally many batches on all ranks of a model that FSDP has sharded; "
-                f"they have from {fewest} to {most}, and this one {batches}"
+                f"they have from {fewest} to {most} batches, and this rank has {batches}"
             )
         return most - batches
 
@@ -848,7 +848,7 @@ class LanguageModel:
         if len(samples) == 0:
             raise ValueError("samples is empty: there is nothing for the model's forward to take")
         if "logits_dtype" in options:
-            raise TypeError("logits_dtype is LanguageModel(..., logits_dtype=...)'s: sampler and loss need the same")
+            raise TypeError("logits_dtype is LanguageModel's argument, because sampler and loss need the same one")
         if not samples.has_log_prob:
             check_unknown_proposal(options)
         token_weight = options.pop("token_weight", None)

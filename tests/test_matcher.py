@@ -993,8 +993,8 @@ def test_an_option_of_the_loss_that_the_batch_has_is_refused():
     m = matcher()
     batch = draw(m)
     for options, match in (
-        ({"temperature": 0.5}, "say what temperature of the loss is"),
-        ({"objective": "dpg", "reward": None, "backend": "eager"}, "say what objective and reward of the loss is"),
+        ({"temperature": 0.5}, "set temperature of the loss"),
+        ({"objective": "dpg", "reward": None, "backend": "eager"}, "set objective and reward of the loss"),
     ):
         with pytest.raises(TypeError, match=match):
             m.loss(batch, **options)

@@ -61,7 +61,7 @@ def model_card(trainer: Any) -> str:
     ]  # fmt: skip
     metrics = _last_evaluation(trainer.state.log_history, step)
     if metrics:
-        of = f"On {args.eval_samples} samples of the model itself."
+        of = f"The measures are from {args.eval_samples} samples of the model itself."
         lines += ["", f"## Evaluation at step {metrics.pop('step')}", "", of, "", "| what | value |", "|---|---|"]
         lines += [f"| {name.removeprefix('eval_')} | {_with_error(metrics, name)} |" for name in metrics
                   if name.startswith("eval_") and not name.endswith(("_stderr", "_runtime"))]  # fmt: skip

@@ -276,7 +276,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             raise ValueError(f"proposal_check_samples must be 0 or more, got {self.proposal_check_samples!r}")
         if self.on_policy and (self.proposal_check_samples or self.proposal_device is not None):
             raise ValueError(
-                "proposal_check_samples and proposal_device are of the proposal, and with on_policy=True there is "
+                "proposal_check_samples and proposal_device need a proposal, and with on_policy=True there is "
                 f"none; got {self.proposal_check_samples!r} and {self.proposal_device!r}"
             )
         if self.skip_zero_weight and self.proposal_criterion in NEED_ALL and not self.proposal_check_samples:
@@ -333,14 +333,14 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             return
         if self.on_policy:
             raise ValueError(
-                f"on_policy=True takes the ratio of pi and q for 1, and the sequences that sampler={self.sampler!r} "
+                f"on_policy=True sets the ratio of pi and q to 1, but the sequences that sampler={self.sampler!r} "
                 "draws have the engine's log-probabilities, which differ by its rounding; leave on_policy out: with "
                 "proposal_criterion='interval' and proposal_interval=1 the engine gets pi after every step"
             )
         if self.sampler == "vllm" and self.world_size > 1:
             raise ValueError(
-                "sampler='vllm' does not run in several processes, whose process group vLLM's own would meet: start a "
-                "server (dmfast serve-proposal), which all of them draw from"
+                "sampler='vllm' does not run in several processes, because their process group and vLLM's own would "
+                "collide: start a server (dmfast serve-proposal), which all of them draw from"
             )
 
     def _check_pass_k(self) -> None:

@@ -131,8 +131,8 @@ def refuse_arguments(args: TrainingArguments) -> None:
         )
     if not args.gather_for_sampling:
         raise ValueError(
-            "gather_for_sampling=False is FSDP's: under DeepSpeed q is whole on every process, and pi is made whole to "
-            "be sampled from"
+            "gather_for_sampling=False needs FSDP: under DeepSpeed q is whole on every process, and pi is made whole "
+            "to be sampled from"
         )
 
 

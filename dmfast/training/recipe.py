@@ -408,7 +408,7 @@ def prepare(
     if folder is not None:
         state = checkpoint.upgraded(trainer.resumable_state(folder))
         fitted = state["matcher"]["target"]
-        say(f"going on from {folder}, with its lambda")
+        say(f"the run goes on from {folder}, with its lambda")
     if fitted is None:
         fit = {"batch_size": args.sampling_batch_size, **(recipe.get("fit") or {})}
         data = Contexts(rows, "prompts")

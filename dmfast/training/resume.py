@@ -34,7 +34,7 @@ REFUSED = {
     "eos_token_id": _ANOTHER_P,
     "the base's weights": _ANOTHER_P,
     "the pointwise constraints": _ANOTHER_P,
-    "on_policy": "of the checkpoint and this run one is on-policy and one is not",
+    "on_policy": "of the checkpoint and this run, one is on-policy and one is not",
     "the adapter": "the same parameters make another model",
     "optim": "the state in the checkpoint is of another optimiser",
     "optim_args": "the state in the checkpoint is of another optimiser",
