@@ -727,8 +727,8 @@ class LanguageModel:
     def _say_what_on_policy_neglects(self, dtype: torch.dtype, options: Mapping[str, Any]) -> None:
         if options.get("on_policy") is True and dtype in SIXTEEN_BIT:
             self._say(
-                f"on_policy=True sets the importance ratio to 1, but the model computes in {dtype}: by rounding, log pi "
-                "of a sample is not quite the log q that it was drawn with. on_policy=False would correct that"
+                f"on_policy=True sets the importance ratio to 1, but the model computes in {dtype}: by rounding, log "
+                "pi of a sample is not quite the log q that it was drawn with. on_policy=False would correct that"
             )
 
     def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
