@@ -916,7 +916,7 @@ def test_the_log_has_the_divergence_of_alpha_and_the_returns_that_were_bounded()
         ({"partition": "global"}, ValueError, "'running' or 'step'"),
         ({"max_weight": 0}, ValueError, "max_weight must be positive"),
         ({"entropy_coefficient": math.nan}, ValueError, "entropy_coefficient must be from -1e30 to 1e30, got nan"),
-        ({"entropy_coefficient": 0.1, "skip_zero_weight": True}, ValueError, "bonus is of every sequence"),
+        ({"entropy_coefficient": 0.1, "skip_zero_weight": True}, ValueError, "every sequence has an entropy bonus"),
         ({"check_samples": -1}, ValueError, "check_samples must be 0 or more"),
         ({"on_policy": True, "check_samples": 8}, ValueError, "on-policy there is none"),
         ({"proposal": {"criterion": "js"}, "skip_zero_weight": True}, ValueError, "use kl or tvd, or fresh samples"),
