@@ -77,6 +77,8 @@ def _options(
 ) -> tuple[Options, Tensor | None]:
     """Return how a loss is called, and the tensor that divides its result: a count that the host does not know."""
     compiling = torch.compiler.is_compiling()
+    if num_sequences is None and not compiling:
+        return Options(reduction, denominator(batch, reduction, None), entropy, inplace, None), None
     if isinstance(num_sequences, Tensor):
         if compiling or num_sequences.device.type != "cpu":
             return Options(reduction, 1.0, entropy, inplace, None), num_sequences
