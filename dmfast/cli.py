@@ -20,7 +20,7 @@ from typing import Any
 from . import __version__
 
 _INSTALL = "pip install 'dmfast[train]'"
-_NEEDED = ("transformers", "accelerate", "safetensors", "yaml", "rich", "matplotlib")  # for demo, train and bench
+_NEEDED = ("transformers", "accelerate", "safetensors", "yaml", "rich", "matplotlib")  # by demo, train and bench
 
 
 def doctor() -> int:
@@ -49,7 +49,7 @@ def doctor() -> int:
 
 
 def _extras() -> list[str]:
-    """Return a line for each extra: whether it is there, what it would bring, what clashes."""
+    """Return a line for each extra that says whether it is installed, what it would bring, and what clashes."""
     from .extras import extras
 
     try:
@@ -61,7 +61,7 @@ def _extras() -> list[str]:
 
 
 def report(runs: list[str], out: str) -> int:
-    """Write the page, and return 1 if a run can't be read."""
+    """Write the page that compares the runs, and return 0, or 1 if a run can't be read."""
     from .report import page, read
 
     try:
@@ -89,18 +89,18 @@ def _override(text: str) -> tuple[str, Any]:
 
 def _parser(complete: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dmfast", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"dmfast {__version__}", help="print it and leave")
+    parser.add_argument("--version", action="version", version=f"dmfast {__version__}", help="print the version")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="train a small model until half of its biographies are about women")
     train = commands.add_parser("train", help="run a job from a YAML file")
-    fit_z = commands.add_parser("fit-z", help="the prompts of a job with the pass rate of each under the base")
+    fit_z = commands.add_parser("fit-z", help="write the prompts of a job with the pass rate of each under the base")
     for each in (train, fit_z):
         each.add_argument("recipe", help="the file; dmfast/recipes/ has some")
         each.add_argument("--set", dest="overrides", type=_override, action="append", default=[], metavar="KEY=VALUE",
                           help="replaces an entry, such as train.max_steps=5")  # fmt: skip
     fit_z.add_argument("--out", required=True, help="the .jsonl file that is written")
     fit_z.add_argument("--n", type=int, default=64, help="completions of each prompt")
-    fit_z.add_argument("--seed", type=int, default=0, help="of the completions")
+    fit_z.add_argument("--seed", type=int, default=0, help="the seed of the completions")
     fit_z.add_argument("--drop-zero", action="store_true", help="leave out prompts of which no completion is right")
     train.add_argument("--out", help="the folder that the run writes into; replaces train.output_dir")
     train.add_argument("--resume", nargs="?", const=True, default=False, metavar="CHECKPOINT",
@@ -114,7 +114,7 @@ def _parser(complete: str) -> argparse.ArgumentParser:
         "bench", help="time the fused losses beside other ones, or one training step of your own model"
     )
     serve = commands.add_parser("serve-proposal", help="start a vLLM server that draws from the proposal of a run")
-    commands.add_parser("doctor", help="versions, backends, what is missing")
+    commands.add_parser("doctor", help="show versions, backends and what is missing")
     if complete == "serve-proposal":
         from .sampling.serve import add_arguments as add_serve_arguments
 
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         status = _run(argv)
         sys.stdout.flush()
-    except BrokenPipeError:  # what reads the output, such as head, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as head, has stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     return status
@@ -188,7 +188,7 @@ def _run(argv: list[str] | None) -> int:
 
     from .training import recipe
 
-    sys.path.insert(0, os.getcwd())  # the user's own scorers are found there
+    sys.path.insert(0, os.getcwd())  # so that the user's own scorers are found
     overrides = dict(args.overrides)
     if args.command == "train" and args.out:
         overrides["train.output_dir"] = args.out
@@ -201,5 +201,5 @@ def _run(argv: list[str] | None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"dmfast {args.command}: {error}", file=sys.stderr)
         return 1
-    PartialState().destroy_process_group()  # of several processes; torch warns where a process ends with one
+    PartialState().destroy_process_group()  # torch warns if a process ends with a process group
     return 0

@@ -1,6 +1,6 @@
 """Run ``dmfast demo``, and the loop of ``examples/custom_loop.py``.
 
-Both evaluate a real model before and after training, and write a table and a plot."""
+Both evaluate a real model before and after training, and show a table and write a plot."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .training.recipe import TINY_BIOS
 
 RECIPES = Path(__file__).parent / "recipes"
 
-# SmolLM2 has not seen our biographies, so the prompt has three of them, and a newline ends the fourth.
+# SmolLM2 was not trained on our biographies, so the prompt shows it three of them, and a newline ends the fourth.
 THREE_SHOTS = (
     "Short biographies of notable people.\n\n"
     "Biography: Albert Brown was a Scottish engineer. He built bridges and taught in Glasgow.\n"
@@ -36,7 +36,7 @@ THREE_SHOTS = (
 
 
 def about_women(texts: list[str]) -> Tensor:
-    """Return 1 for each text that has a feminine pronoun, else 0; (N,) fp64."""
+    """Return 1 for each text that has a feminine pronoun and 0 for any other, (N,) fp64."""
     return torch.tensor([bool(re.search(r"\b(she|her)\b", text, re.IGNORECASE)) for text in texts], dtype=torch.float64)
 
 
@@ -44,19 +44,19 @@ def console() -> Any:
     """Return the console that the commands print to."""
     from rich.console import Console
 
-    return Console(markup=False, highlight=False)  # [women] is not markup
+    return Console(markup=False, highlight=False)  # so that [women] is not read as markup
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``dmfast demo``."""
     parser.add_argument("--steps", type=int, default=80, help="optimiser steps")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples that training draws")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the samples that training draws")
     parser.add_argument("--samples", type=int, default=2048, help="fresh samples before and after training")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the model, log.json and the picture")
 
 
 def demo(args: argparse.Namespace) -> dict[str, Any]:
-    """Train with ``DMTrainer`` towards half of the biographies about women, and say whether the run reached that."""
+    """Train with ``DMTrainer`` until half of the biographies are about women, and say whether the run reached that."""
     overrides = {"train.max_steps": args.steps, "train.seed": args.seed, "train.output_dir": str(args.out),
                  "evaluate.samples": args.samples}  # fmt: skip
     say = console().print
@@ -101,7 +101,7 @@ def run_loop(args: argparse.Namespace, train: Callable[..., Iterator[dict[str, f
     say(str(target.report))
     rate = target.report.base[0].value
     before = {"phi/women": target.report.base[0], "kl_policy_base": Estimate(0.0, 0.0)}
-    if tiny:  # the rate is known from more samples; lambda of one binary feature is the difference of the log-odds
+    if tiny:  # its rate is known from more samples, and lambda of one binary feature is the difference of log-odds
         rate = json.loads((TINY_BIOS / "base_rates.json").read_text())["features"]["female"]["rate"]
         target.lambda_ = [math.log((1 - rate) / rate)]
     history, training = [], time.perf_counter()

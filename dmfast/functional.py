@@ -78,6 +78,8 @@ def _options(
 ) -> tuple[Options, Tensor | None]:
     """Return the options of a call, and the tensor that divides its loss if the host does not know the divisor."""
     compiling = torch.compiler.is_compiling()
+    if num_sequences is None and not compiling:
+        return Options(reduction, denominator(batch, reduction, None), entropy, inplace, None), None
     if isinstance(num_sequences, Tensor):
         if compiling or num_sequences.device.type != "cpu":
             return Options(reduction, 1.0, entropy, inplace, None), num_sequences

@@ -1,4 +1,4 @@
-"""Groups, the sequences of one prompt, whose values are all equal: what they are, and drawing them again."""
+"""Find groups, which are the sequences of one prompt, whose values are all equal, and replace their sequences."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .samples import Samples
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Hold N sequences that were drawn and scored.
+    """N sequences that were drawn and scored.
 
     Attributes:
-        samples: the sequences; of each prompt n, one after the other.
-        inputs: (N,) fp64 each, what the loss takes, by name.
+        samples: the sequences. The n sequences of a prompt lie together.
+        inputs: (N,) fp64 each, the inputs of the loss by name.
         features: (N, F + M) fp64, as ``Batch.features``.
         log_base: (N,) fp64, log a(x); NaN where b = 0.
-        rewards: (N,) fp64 each, the rewards by name where there are several.
+        rewards: (N,) fp64 each, the rewards by name if there are several.
     """
 
     samples: Samples
@@ -32,7 +32,7 @@ class Scored:
 
     @property
     def values(self) -> Tensor:
-        """(N,) fp64, what the sequences of a prompt are compared by: the reward, or without one b(x) = P/a."""
+        """The values that the sequences of a prompt are compared by, (N,) fp64: the reward, or else b(x) = P/a."""
         if "reward" in self.inputs:
             return self.inputs["reward"]
         log_target = self.inputs["log_target"]

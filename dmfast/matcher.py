@@ -1,13 +1,13 @@
-"""``Matcher``: the step of distribution matching that every training loop shares (arXiv:2206.00761, algorithm 1).
+"""Provide ``Matcher``, the step of distribution matching that all training loops share (arXiv:2206.00761, algorithm 1).
 
-    draw      x ~ q, then log P(x), Z, rewards and the baseline of the whole step, each once
-    loss      log pi(x) of a part of the step and the fused loss, divided by the step's sequences
-    commit    after the optimiser's step: Z, running estimates, q <- pi if pi is nearer to p
+    draw     draws x ~ q, then computes log P(x), Z, rewards and the baseline of the whole step, each once
+    loss     computes log pi(x) of a part of the step and the fused loss, divided by the step's sequences
+    commit   updates Z and the running estimates after the optimiser's step, and sets q <- pi if pi is nearer to p
 
-What a step adds to Z and to the running values is held back until ``commit``, so that an error within a step, or a
-checkpoint taken in one, finds everything as the step before left it. What a GPU's kernels find (NaN among the logits, a
-weight beyond fp32's range) is raised there too, where the host waits for it: a sequence with such a fault has moved no
-parameter.
+What a step adds to Z and to the running values is held back until ``commit``. So an error within a step, or a
+checkpoint that is taken in one, finds everything as the step before left it. ``commit`` also raises what a GPU's
+kernels find (NaN among the logits, a weight beyond fp32's range), because the host waits for the GPU there. A sequence
+with such a fault has moved no parameter.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ from .targets import EBM, Feature, FeatureValues, Scorer, TargetScores, pass_rat
 from .targets.rewards import AnyReward, WeightedSum, Weights, as_reward, parts_of
 from .unseen import Seen, unknown, unseen
 
-#: What ``Matcher.loss`` says to ``LanguageModel.loss`` itself.
+#: The options of ``LanguageModel.loss`` that ``Matcher.loss`` gives itself.
 _OF_THE_BATCH = frozenset({
     "objective", "on_policy", "max_weight", "num_sequences", "temperature", "softcap", "cu_seqlens", "log_target",
     "log_proposal", "log_z", "reward", "log_base", "entropy_coefficient", "context_id", "num_tokens",
 })  # fmt: skip
-_FORMAT = 2  # of state_dict; what DMTrainer wrote before there was a Matcher is 1
+_FORMAT = 2  # the format of state_dict; format 1 is what DMTrainer wrote before there was a Matcher
 
 
 class Matcher:
-    """Makes ``policy`` equal to the target distribution p = P/Z, one optimiser step at a time.
+    """The steps that move ``policy`` towards the target distribution p = P/Z, one optimiser step at a time.
 
     The loop around it is yours::
 
@@ -82,58 +82,59 @@ class Matcher:
     Args:
         policy: pi, the model that is trained.
         target: an ``EBM`` that is fitted, around a base that does not move with the policy.
-        proposal: q, an ``OfflineProposal`` of the policy. None: the policy itself draws (on-policy).
+        proposal: q, an ``OfflineProposal`` of the policy. With None the policy itself draws (on-policy).
         objective: a name of ``dmfast.OBJECTIVES`` or ``dmfast.methods.METHODS``, an ``Objective``, or a function of
             ``Terms`` that returns the (B,) weights A. What depends on other sequences and not on log pi, such as the
             mean reward of a prompt, is fixed when a step is drawn, over all ranks (``Terms.at_draw``). A function with
             the attribute ``whole_contexts = True`` gets all sequences of a context in one call; they may not lie on
-            several ranks. One with ``weight_known = True`` forms A without log pi, once, when the step is drawn.
+            several ranks. A function with ``weight_known = True`` forms A without log pi, once, when the step is drawn.
         reward: R(x) for ``reinforce`` and ``kl_control``: a callable on ``Samples`` that returns (N,), such as
-            ``dmfast.Scorer``. One that is a feature of the target too runs once. Or several, by name or in a list,
-            whose weighted sum is R(x); mean and standard deviation of each are logged as ``rewards/<name>/mean`` and
-            ``rewards/<name>/std``.
+            ``dmfast.Scorer``. If it is also a feature of the target, it runs once. It may also be several, by name or
+            in a list, whose weighted sum is R(x). The mean and standard deviation of each are then logged as
+            ``rewards/<name>/mean`` and ``rewards/<name>/std``.
         reward_weights: the weights of several rewards, in their order or by name. Default: 1 for each.
         baseline: a number; ``mean``, the running mean of rho*r over earlier steps; ``leave_one_out`` or
             ``leave_one_out_context``, over all sequences of the step. ``gdc++`` has its own.
-        normalize: False multiplies A by Z, the paper's scale.
-        beta: the KL coefficient of ``kl_control``; its value at the start, where ``beta_target_kl`` is given.
-        beta_target_kl: the wanted KL(pi||a), nats per sequence: ``AdaptiveBeta`` then steers beta with
-            ``beta_horizon`` (sequences). Only on-policy.
-        alpha, normalize_alpha, max_return: of the objective ``alpha``, as in ``dmfast.Objective``.
+        normalize: False multiplies A by Z, which is the paper's scale.
+        beta: the KL coefficient of ``kl_control``. With ``beta_target_kl`` this is its value at the start.
+        beta_target_kl: the wanted KL(pi||a), nats per sequence. ``AdaptiveBeta`` then steers beta with ``beta_horizon``
+            (sequences). This works only on-policy.
+        alpha, normalize_alpha, max_return: parameters of the objective ``alpha``, as in ``dmfast.Objective``.
         max_weight: bounds A to [-max_weight, max_weight].
-        entropy_coefficient: c of the entropy bonus, -c times the mean over sequences of the policy's entropy summed
-            over their tokens, added to the loss (``dm_loss``). The mean is logged as ``entropy``.
-        on_policy: whether rho is exactly 1, because pi itself draws. Default: where there is no proposal. False without
-            a proposal forms rho from the log-probabilities that the sampler gave.
-        partition: ``running``: log Z of a context over all its visits; ``step``: from the samples of the step alone.
-            Where no constraint is above 1 and there is no ``Moment`` or ``Reward`` (``EBM.is_filter``), Z is read as 1
-            where its estimate is above 1.
-        z_floor: what Z is read as for a context of which no sequence with P > 0 was seen yet, above 0 and at most 1.
-            None: such a context has weight 0. Only for such a target.
+        entropy_coefficient: c of the entropy bonus. It adds -c times the policy's entropy to the loss (``dm_loss``).
+            The entropy is summed over the tokens of a sequence, and its mean over sequences is logged as ``entropy``.
+        on_policy: whether rho is exactly 1, because pi itself draws. Default: True if there is no proposal. False
+            without a proposal forms rho from the log-probabilities that the sampler gave.
+        partition: ``running`` estimates log Z of a context from all its visits, and ``step`` from the samples of the
+            step alone. For a target that only filters the base (``EBM.is_filter``) Z is read as min(Z, 1).
+        z_floor: the value that stands for Z of a context of which no sequence with P > 0 was seen yet, above 0 and at
+            most 1. With None the weights of such a context are 0. Only a target that filters the base may have it.
         z_from_rows: whether Z of a context starts from the columns ``pass_rate`` and ``pass_rate_n`` of its row, which
-            ``EBM.fit_z`` makes, as if these n samples of the base had been seen. Only for such a target.
+            ``EBM.fit_z`` makes, as if these n samples of the base had been seen. This needs a target that filters the
+            base.
         uniform_groups: what happens to prompts whose sequences all have the same reward (without a reward: the same
             b(x)), where an objective that compares the sequences of a prompt gives all of them the weight 0. ``keep``:
             they count in the mean. ``skip``: the mean is over the others. ``redraw``: they are drawn again, up to
-            ``max_redraws`` times, then skipped. ``replace``: the same with other prompts in their place, which
-            ``other_contexts`` gives. What was drawn before still counts in Z and in the estimates of divergences; with
-            ``partition="step"`` the first draw of each prompt alone counts in Z, which a redraw that depends on it
-            would bias. Only on-policy. ``n_uniform`` and ``n_redrawn`` are logged.
-        other_contexts: ``other_contexts(seed, n, taken)`` gives up to n prompts whose ``context_id`` is not in the set
-            ``taken``, the same ones on all ranks, for ``uniform_groups="replace"``.
-        skip_zero_weight: sequences whose weight is known to be 0 before the policy's forward get none.
+            ``max_redraws`` times, and then skipped. ``replace``: the same with other prompts in their place, which
+            ``other_contexts`` gives. What was drawn before still counts in Z and in the estimates of divergences. With
+            ``partition="step"`` only the first draw of each prompt counts in Z, because a redraw that depends on the
+            first would bias it. This works only on-policy. ``n_uniform`` and ``n_redrawn`` are logged.
+        other_contexts: a function ``other_contexts(seed, n, taken)`` for ``uniform_groups="replace"``. It gives up to n
+            prompts whose ``context_id`` is not in the set ``taken``, the same ones on all ranks.
+        skip_zero_weight: whether sequences whose weight is known to be 0 before the policy's forward get no forward.
         ppo_epochs: optimiser steps on each batch (``Batch.again``), for ``reinforce`` and ``kl_control`` on-policy.
-            Above 1 returns, KL penalty and baseline are frozen as they were at the sampling policy, and the ratio is
-            clipped at 1 -+ ``ppo_clip`` (``PPOClip``).
-        check_samples: fresh sequences of q for each check of the proposal, on which alone its verdict rests. 0: those
-            of the steps since the last swap.
+            Above 1, returns, KL penalty and baseline stay as they were at the sampling policy, and the ratio is clipped
+            at 1 -+ ``ppo_clip`` (``PPOClip``).
+        check_samples: the number of fresh sequences of q for each check of the proposal, whose verdict rests on them
+            alone. With 0 it rests on the sequences of the steps since the last swap.
         check_contexts: gives the contexts of a check from its seed, the same on all ranks. Default: those of the step.
         refit_ess, refit_samples: while the effective sample size of the target's fit is below ``refit_ess``, lambda is
-            fitted again from the last ``refit_samples`` sequences of the steps (``EBM.refit``). 0: never.
-        decay: the weight of a step's samples in the estimates relative to the next step's, where there is no proposal,
-            which has its own.
+            fitted again from the last ``refit_samples`` sequences of the steps (``EBM.refit``). With ``refit_ess=0``
+            lambda is never fitted again.
+        decay: the weight of a step's samples in the estimates relative to the next step's. It is used only if there is
+            no proposal, because a proposal has its own.
         patience_zero: steps in a row with P(x) = 0 on every sequence, after which a warning says what to do.
-        seed: with the number of the step it gives the seed of each draw.
+        seed: the seed that gives the seed of each draw, together with the number of the step.
         ranks: the processes that take a step together. Default: this one.
 
     Attributes:
@@ -141,10 +142,10 @@ class Matcher:
         batch: the batch that was drawn and is not yet committed, or None.
 
     Raises:
-        ValueError: an option out of range or options that do not go together; a policy without a parameter that
-            requires a gradient; a base that is the policy itself; a target that is not fitted; an objective without its
-            reward; a proposal of another policy.
-        TypeError: a policy, target, proposal or objective that is none.
+        ValueError: an option is out of range, or options do not go together; the policy has no parameter that requires
+            a gradient; the base is the policy itself; the target is not fitted; the objective lacks its reward; or the
+            proposal is of another policy.
+        TypeError: the policy, target, proposal or objective has another type.
     """
 
     def __init__(
@@ -211,30 +212,30 @@ class Matcher:
             )
         self.check_contexts, self.other_contexts = check_contexts, other_contexts
         self.scorers = _scorers_of(target, self.reward)
-        self._estimates = RunningEstimates(decay)  # where there is no proposal, which has its own
+        self._estimates = RunningEstimates(decay)  # used only without a proposal, which has its own
         self.running = Running.start(target.lambda_.tolist(), self.settings.steered)
         self.batch: Batch | None = None
         self._passed: list[tuple[Microbatch, DMLossOutput]] = []  # the parts of the batch that went through the loss
-        self._has_passed = torch.zeros(0, dtype=torch.bool)  # (N,) which of its sequences are in them
+        self._has_passed = torch.zeros(0, dtype=torch.bool)  # (N,) whether each sequence of the batch is in them
         self._to_repeat: Batch | None = None
         self._refit = Refit(target, refit_ess, refit_samples)
         self._unseen_in_check: dict[str, float] = {}
         self._compared_z = False
         self._weighs_tokens = False  # whether a loss of the batch got a weight for each token
-        self._seen = Seen(target.wanted, decay)  # of the window since the last swap
-        self._q_is_base: bool | None = None  # not known before the first step
+        self._seen = Seen(target.wanted, decay)  # what the window since the last swap has shown
+        self._q_is_base: bool | None = None  # unknown before the first step
         self._wrapped: LanguageModel | None = None
-        self._since = 0.0  # when the batch was ready
-        self._warned_of: set[tuple[int, int]] = set()  # lengths of the fit and of a draw
+        self._since = 0.0  # the time when the batch was ready
+        self._warned_of: set[tuple[int, int]] = set()  # pairs of the lengths of the fit and of a draw
 
     @property
     def estimates(self) -> RunningEstimates:
-        """The estimates of the window since the last swap, the proposal's where there is one."""
+        """The estimates of the window since the last swap. If there is a proposal, they are its own."""
         return self._estimates if self.proposal is None else self.proposal.running
 
     @property
     def _alpha(self) -> float | None:
-        """The alpha whose divergence is logged: the objective's, else the one that the proposal is judged by."""
+        """The alpha whose divergence is logged: the objective's, or else that of the proposal's criterion."""
         own = self.settings.own_alpha
         return self.proposal.alpha if own is None and self.proposal is not None else own
 
@@ -256,29 +257,31 @@ class Matcher:
     ) -> Batch:
         """Draw the sequences of a step from q and score them. A batch that was not committed is discarded.
 
-        Until ``commit`` nothing has changed: drawn again, the same sequences come.
+        Nothing changes until ``commit``, so that another call of ``draw`` gives the same sequences.
 
         Args:
-            prompts: this rank's share of the step's prompts, as many on each rank; None: the one empty prompt.
+            prompts: this rank's share of the step's prompts, equally many on each rank. None is the one empty prompt.
             n: sequences of each prompt.
-            max_new_tokens, temperature: as in ``LanguageModel.sample``; those that lambda was fitted with.
-            seed: of the draw. Default: one that the matcher's seed and the number of the step give.
+            max_new_tokens, temperature: as in ``LanguageModel.sample``. They should be those that lambda was fitted
+                with.
+            seed: the seed of the draw. Default: it follows from the matcher's seed and the number of the step.
             batch_size: sequences at a time in sampling and in scoring by the base. Default: all.
-            context_id: for each prompt an integer that says which context it is over the whole run, since Z is kept
-                for each context. Default: a digest of the prompt's tokens.
+            context_id: for each prompt an integer that identifies its context over the whole run, because Z is kept for
+                each context. Default: a digest of the prompt's tokens.
             rows: for each prompt the row of its data set, which scorers see as ``samples.rows``.
-            next_prompts: ``prompts`` of the steps after this one, in their order, all drawn alike. A sampler that runs
-                ahead (``sampling.AsyncSampler``) draws the first of them while this step is trained. Others draw a step
-                when its turn comes.
+            next_prompts: the ``prompts`` of the steps after this one, in their order. All are drawn with the same
+                options. A sampler that runs ahead (``sampling.AsyncSampler``) draws the first of them while this step
+                is trained. Any other sampler draws each step when its turn comes.
 
         Returns:
             A ``Batch`` of n * len(prompts) sequences.
 
         Raises:
-            ValueError: as ``LanguageModel.sample`` and ``EBM.score``; another number of ids or rows than of prompts; a
-                leave-one-out baseline that is not finite, with the sequence whose return is to blame; next_prompts
-                with a seed or without a proposal, or that are not what the steps after this one came to draw from.
-            TypeError: a context_id that is no integer of 64 bits.
+            ValueError: as ``LanguageModel.sample`` and ``EBM.score``. Also if the numbers of ids or rows and of prompts
+                differ; if a leave-one-out baseline is not finite (the message names the sequence whose return is the
+                cause); if next_prompts comes with a seed or without a proposal; or if the prompts of a step are not
+                those that next_prompts announced for it.
+            TypeError: a context_id is not an integer of 64 bits.
             RuntimeError: a scorer raised.
         """
         if seed is not None and len(next_prompts):
@@ -302,7 +305,7 @@ class Matcher:
                 for k, each in enumerate([prompts, *next_prompts])
             ])  # fmt: skip
         if self.settings.z_from_rows:
-            pass_rates.read(contexts.rows)  # an error comes before the first sample
+            pass_rates.read(contexts.rows)  # so that an error comes before the first sample
         done, seconds = self._scorer_counts(), {"sampling": 0.0, "scoring": 0.0}
         seed = self._seed(f"step {running.steps}") if seed is None else seed
         taken = [self._drawn(contexts, n, how, seed, seconds)]
@@ -311,7 +314,7 @@ class Matcher:
             running = self._started(running, each.samples)
         x, inputs = drawn.samples, dict(drawn.inputs)
         counts = {name: value - done[name] for name, value in self._scorer_counts().items()} | n_groups
-        # every draw counts in Z, also one whose sequences do not stay
+        # every draw counts in Z, even if its sequences are replaced
         pending = running.after(*self._of_all(taken), self.settings.partition)
         inputs["log_z"] = self._log_z(pending.partitions, x.context_id)
         log_scale = pending.scale.log_z
@@ -327,7 +330,7 @@ class Matcher:
         stays, n_sequences = torch.ones(len(x), dtype=torch.bool, device=x.tokens.device), float(len(x))
         if uniform is not None and self.settings.uniform_groups != "keep":
             left = float(self.ranks.gather(~uniform).sum()) / self.ranks.size
-            if left:  # else all weights are 0
+            if left:  # with none left all weights are 0, and all sequences stay
                 stays, n_sequences = ~uniform, left
         if not isinstance(objective, Objective):
             whole = self._whole_step(objective, x, inputs, stays, n_sequences)
@@ -349,7 +352,7 @@ class Matcher:
         return self._opened(batch)
 
     def _started(self, running: Running, x: Samples) -> Running:
-        """Return what is carried, where contexts that were not seen yet start from the pass rates of their rows."""
+        """Return the running values with Z of contexts that were not seen yet from the pass rates of their rows."""
         if not self.settings.z_from_rows:
             return running
         context_id, found = (self.ranks.gather(each.to(x.tokens.device))
@@ -357,7 +360,7 @@ class Matcher:
         return running.started(context_id, *found.unbind(1))
 
     def _log_z(self, partitions: PartitionFunctions, context_id: Tensor) -> Tensor:
-        """Return log Z of each sequence's context, as it is read from the sums."""
+        """Return log Z of each sequence's context. It is at most 0 if the target filters the base."""
         floor = self.settings.z_floor
         return partitions.log_z(
             context_id, most=0.0 if self.target.is_filter else math.inf,
@@ -365,12 +368,12 @@ class Matcher:
         )  # fmt: skip
 
     def _of_rank(self, values: Tensor) -> Tensor:
-        """Return the values of this rank's sequences, of those of all ranks."""
+        """Return the values of this rank's sequences from the values of all ranks."""
         n = len(values) // self.ranks.size
         return values[self.ranks.rank * n :][:n]
 
     def _drawn(self, contexts: Prompts, n: int, how: SamplingOptions, seed: int, seconds: dict[str, float]) -> Scored:
-        """Return sequences that are drawn and scored, and add the time that it took to ``seconds``."""
+        """Draw and score sequences, and add the time that it took to ``seconds``."""
         start = time.perf_counter()
         x = self._sample(contexts, n, how, seed)
         sampled = time.perf_counter()
@@ -388,8 +391,8 @@ class Matcher:
     def _of_all(self, taken: list[Scored]) -> tuple[Tensor, Tensor, Tensor]:
         """Return contexts, log P and log q of what was drawn on all ranks and counts in Z.
 
-        A Z of a step takes the first draw of each context alone: whether there is another depends on the first, and the
-        mean of both would not be Z on average. The sums of a Z that runs along keep no such bias, since they go on.
+        Z of a step takes only the first draw of each context. Whether there is another draw depends on the first, so
+        that the mean of both would be biased. The sums of a running Z go on and keep no such bias.
         """
         gather = self.ranks.gather
         context_id = torch.cat([gather(each.samples.context_id) for each in taken])
@@ -408,14 +411,14 @@ class Matcher:
         self, taken: list[Scored], contexts: Prompts, n: int, how: SamplingOptions, seed: int,
         seconds: dict[str, float],
     ) -> tuple[Scored, Tensor | None, dict[str, float]]:  # fmt: skip
-        """Draw again what is to be drawn again, and return the step's sequences.
+        """Draw groups of equal values again as ``uniform_groups`` says, and return the step's sequences.
 
         Args:
-            taken: the first draw; what is drawn here is added to it.
+            taken: a list that holds the first draw. The draws that are made here are added to it.
 
         Returns:
-            The sequences; (N,) bool, which of them are of prompts whose values are all equal, where the objective
-            compares these; the counts to log.
+            The sequences; (N,) bool, whether each is of a prompt whose values are all equal, or None if the objective
+            does not compare these values; and the counts to log.
         """
         drawn, gather = taken[0], self.ranks.gather
         if not isinstance(self.settings.template, Objective):
@@ -440,7 +443,7 @@ class Matcher:
                 break
             seed_of_draw = seed_for(seed, f"redraw {k}")
             again = self._instead(contexts, mine, most, taken, seed_of_draw)
-            if not len(again):  # there are no other prompts left
+            if not len(again):  # no other prompts are left
                 break
             taken.append(self._drawn(again, n, how, seed_of_draw, seconds))
             mine = mine[: len(again)]
@@ -452,16 +455,16 @@ class Matcher:
         return drawn, uniform, counts
 
     def _instead(self, contexts: Prompts, mine: list[int], most: int, taken: list[Scored], seed: int) -> Prompts:
-        """Return what this rank draws in the place of groups of one value, equally many prompts on all ranks.
+        """Return the prompts that this rank draws in place of its groups of one value, equally many on all ranks.
 
-        What fills up counts in Z like the rest, and is not used otherwise.
+        Some prompts only fill up the number. Their sequences count in Z like the rest, and are not used otherwise.
 
         Args:
-            contexts: those of the step.
+            contexts: the contexts of the step.
             mine: the places of this rank's groups of one value.
-            most: the most such groups of a rank.
-            taken: what was drawn so far.
-            seed: of the draw.
+            most: the largest number of such groups on a rank.
+            taken: the draws so far.
+            seed: the seed of the draw.
         """
         if self.other_contexts is None:
             rest = [place for place in range(len(contexts)) if place not in set(mine)]
@@ -478,26 +481,27 @@ class Matcher:
         """Return the terms of the step's sequences on all ranks, for an objective that is a function.
 
         Args:
-            objective, x, inputs: of the step.
-            stays: (N,) bool, the sequences that the step's mean is over.
-            n_sequences: their number on an average rank.
+            objective, x, inputs: the step's objective, its sequences on this rank, and the inputs of their loss.
+            stays: (N,) bool, whether each sequence counts in the step's mean.
+            n_sequences: the number of sequences that count, as the average over ranks.
         """
         gather, length = self.ranks.gather, x.score_mask.sum(1).double()
         terms = Terms.of(objective, self.settings.on_policy, math.inf, **{k: gather(v) for k, v in inputs.items()})
         length = gather(length.to(terms.block.device))
-        # tokens and sequences are those of a rank on average, since DDP averages over ranks
+        # tokens and sequences are averages over ranks, because DDP averages the gradients over ranks
         n_tokens = float(length[gather(stays).to(length.device)].sum()) / self.ranks.size
         group = Group(length, n_tokens, n_sequences, gather(x.context_id))
         return terms.with_group(group)
 
     def _check_groups(self, context_id: Tensor) -> None:
-        """Check that the sequences of a context are as many as the objective needs, and where it needs them.
+        """Check that each context has as many sequences as the objective needs, and on one rank if it needs that.
 
         Args:
-            context_id: (size * N,) of all ranks.
+            context_id: (size * N,) integer, the contexts of the sequences of all ranks.
 
         Raises:
-            ValueError: they are fewer; or they lie on several ranks and the objective needs them in one call.
+            ValueError: a context has fewer; or its sequences lie on several ranks and the objective needs them in one
+                call.
         """
         least = getattr(self.settings.template, "least_of_context", 1)
         for context, count in Counter(context_id.tolist()).items():
@@ -518,11 +522,11 @@ class Matcher:
                     )
 
     def check_length(self, max_new_tokens: int, name: str = "max_new_tokens", stacklevel: int = 4) -> None:
-        """Warn once where sequences get another length than those that lambda was fitted on. ``draw`` calls this.
+        """Warn once if sequences may get another length than those that lambda was fitted on. ``draw`` calls this.
 
         Args:
-            max_new_tokens: of the sequences.
-            name: what the warning calls it.
+            max_new_tokens: the most new tokens of the sequences.
+            name: the name that the warning gives to it.
             stacklevel: as in ``warnings.warn``.
         """
         fitted_with = None if self.target.report is None else self.target.report.max_new_tokens
@@ -531,7 +535,7 @@ class Matcher:
         self._warned_of.add((fitted_with, max_new_tokens))
         warnings.warn(
             f"lambda was fitted on samples of up to {fitted_with} new tokens, and {name} is {max_new_tokens}: the "
-            "moments of longer or shorter sequences are others; fit with the same",
+            "moments of longer or shorter sequences differ; fit lambda with the same length",
             stacklevel=stacklevel,
         )
 
@@ -555,7 +559,7 @@ class Matcher:
     def _sample(self, contexts: Prompts, n: int, how: SamplingOptions, seed: int) -> Samples:
         sampler: Any = self.policy if self.proposal is None else self.proposal
         drawn: Samples = sampler.sample(**self._arguments(contexts, n, how, seed))
-        drawn.check_log_prob("a step")  # another engine may have made them by samples_of
+        drawn.check_log_prob("a step")  # an engine that makes samples by samples_of may have left it out
         return contexts.of(drawn)
 
     def _score(
@@ -580,7 +584,7 @@ class Matcher:
             some, q = x[: min(len(x), 8)], self.proposal.snapshot
             of_q, of_base = q.log_prob(some.to(q.device)).to(x.log_prob), self.target.base.log_prob(some)
             same = torch.tensor([torch.equal(of_q, of_base)], device=x.tokens.device)
-            self._q_is_base = bool(self.ranks.gather(same).all())  # or one of them would let the base run, and one not
+            self._q_is_base = bool(self.ranks.gather(same).all())  # all ranks must run the base, or none
         return self._q_is_base
 
     def _scorer_counts(self) -> dict[str, float]:
@@ -591,10 +595,10 @@ class Matcher:
         }  # fmt: skip
 
     def _leave_one_out(self, objective: Objective, context_id: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """Return (N,) fp64, the baseline of this rank's sequences, over those of all ranks.
+        """Return the leave-one-out baseline of this rank's sequences, (N,) fp64, over the sequences of all ranks.
 
         Raises:
-            ValueError: it is not finite. The loss, which sees parts only, could not say for which return.
+            ValueError: the baseline is not finite. The loss sees parts only, and could not name the return.
         """
         gathered = {name: self.ranks.gather(value) for name, value in inputs.items()}
         contexts = self.ranks.gather(context_id)
@@ -621,7 +625,7 @@ class Matcher:
             return (advantage != 0).cpu()
         if not self.settings.skip_zero_weight or not terms.weight_known:
             return torch.ones(len(inputs["log_target"]), dtype=torch.bool)
-        # A does not depend on log pi where it is known, so anything will do
+        # these terms have log q in place of log pi, but an A that is known now does not depend on log pi
         return (weigh(terms) != 0).cpu()
 
     def _terms(self, objective: Objective | Callable[[Terms], Tensor], inputs: dict[str, Tensor]) -> Terms:
@@ -636,7 +640,7 @@ class Matcher:
 
     @property
     def to_repeat(self) -> Batch | None:
-        """The batch committed last, where it serves more optimiser steps; also after ``load_state_dict``."""
+        """The batch committed last, if it serves more optimiser steps. ``load_state_dict`` restores it, too."""
         same = self.running.lambda_ == self.target.lambda_.tolist()
         return self._to_repeat if same else None
 
@@ -668,25 +672,25 @@ class Matcher:
 
         Args:
             part: one of ``batch.split(size)``, or the batch itself.
-            model: the module that computes the policy where that is another than ``policy.model``: wrapped by DDP or
-                FSDP, or compiled. Several ranks need it, since nothing else reduces the gradients.
-            options: more of those that ``LanguageModel.loss`` takes, such as ``chunk_bytes``, or ``token_weight`` for
-                the tokens of ``part.samples``.
+            model: the module that computes the policy if it is not ``policy.model``, but a wrapper by DDP or FSDP, or
+                a compiled module. Several ranks need it, because nothing else reduces the gradients.
+            options: further options of ``LanguageModel.loss``, such as ``chunk_bytes``, or ``token_weight`` for the
+                tokens of ``part.samples``.
 
         Returns:
             ``DMLossOutput`` of the part's sequences; ``loss`` carries the gradient of the model's parameters.
 
         Raises:
-            TypeError: no part and no batch; an option that the matcher sets itself.
-            ValueError: several ranks without a model; as ``dm_loss``.
-            RuntimeError: a part of a batch that is not the last one drawn; sequences that have passed already.
+            TypeError: ``part`` is neither a part nor a batch, or an option is given that the matcher sets itself.
+            ValueError: there are several ranks and no model; or as ``dm_loss``.
+            RuntimeError: the part is of a batch that is not the last one drawn, or its sequences have passed already.
         """
         if not isinstance(part, (Microbatch, Batch)):
             raise TypeError(f"part must be one of batch.split(size), or the batch itself, got a {type(part).__name__}")
         own = sorted(_OF_THE_BATCH & options.keys())
         if own:
             raise TypeError(
-                f"the matcher and its batch say what {' and '.join(own)} of the loss is, so it can't be given here: "
+                f"the matcher and its batch set {' and '.join(own)} of the loss, so it can't be given here: "
                 "temperature is draw's, and the objective and its options are those of Matcher(...)"
             )
         part = part.split()[0] if isinstance(part, Batch) else part
@@ -703,7 +707,7 @@ class Matcher:
         values, on_policy = part.inputs, self.settings.on_policy and batch.epoch == 0
         kept = batch.forwarded[places].clone()
         if len(kept) and not bool(kept.any()):
-            kept[0] = True  # one forward, for the hooks of whatever is around the model
+            kept[0] = True  # at least one sequence, so that the hooks of a wrapper see a forward
         objective: Any = batch.objective
         of_step: dict[str, Any] = {}
         baseline: Any = values.pop("baseline", None)
@@ -765,20 +769,20 @@ class Matcher:
         return torch.cat([part.places for part, _ in self._passed]).argsort()
 
     def _check(self) -> None:
-        """Raise what a device has recorded in the loss."""
+        """Raise the errors that a device has recorded in the loss."""
         for part, out in self._passed:
             with _placed_in_batch(part.places[out.scored.cpu()]):
                 out.check()
 
     def measure_gradient(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Measure norm and variance of the step's gradient, for the metrics: call it before ``optimizer.step()``.
+        """Measure norm and variance of the step's gradient, for the metrics. Call it before ``optimizer.step()``.
 
         Args:
-            reduce: the sum of a tensor over ranks. Default: that of what ``ranks.gather`` gives.
+            reduce: sums a tensor over ranks. Default: the sum of what ``ranks.gather`` gives.
 
         Raises:
             RuntimeError: not all of the batch has passed the loss.
-            ValueError: as ``gradient_variance``; the policy is sharded; ``loss`` got a token_weight.
+            ValueError: the policy is sharded; ``loss`` got a token_weight; or as ``gradient_variance``.
         """
         if self._weighs_tokens:
             raise ValueError(
@@ -794,7 +798,8 @@ class Matcher:
         batch = cast(Batch, self.batch)
         self._check()
         weight = torch.cat([out.weight for _, out in self._passed])[order]
-        weight = weight * (len(batch) / (batch.n_sequences or len(batch)))  # that of the mean over all
+        # gradient_variance takes the mean over all sequences of the batch
+        weight = weight * (len(batch) / (batch.n_sequences or len(batch)))
         found = gradient_variance(
             self.policy, batch.samples, weight, entropy_coefficient=self.settings.entropy_coefficient,
             reduce=reduce or (lambda x: self.ranks.gather(x[None]).sum(0)),
@@ -806,23 +811,23 @@ class Matcher:
 
     @torch.no_grad()
     def commit(self) -> dict[str, float]:
-        """Take in the step after ``optimizer.step()``: Z, the mean return, the estimates; then ask whether q <- pi.
+        """Update Z, the mean return and the estimates after ``optimizer.step()``, then check whether q becomes pi.
 
-        A step that a gradient scaler skipped is committed like any other, since its samples are q's all the same.
+        A step that a gradient scaler skipped is committed like any other, because its samples are still q's.
 
         Returns:
-            What is worth logging: ``kl_policy`` (KL(p||pi), nats) and other estimates with their ``_stderr``,
-            ``log_z``, ``ess``, ``phi/<feature>``, ``swapped``, ``seconds_sampling``, ...
+            The metrics of the step: ``kl_policy`` (KL(p||pi), nats) and other estimates with their ``_stderr``,
+            ``log_z``, ``ess``, ``phi/<feature>``, ``swapped``, ``seconds_sampling`` and more.
             docs/guide/reading-a-run.md says what each is.
 
         Raises:
             RuntimeError: there is no batch, or a sequence of it has not passed ``loss``.
-            ValueError: what a device has recorded in the loss. Nothing has changed then: Z, estimates and proposal are
-                as they were, and the batch is still there.
+            ValueError: a device has recorded an error in the loss. Nothing has changed then: Z, estimates and proposal
+                are as they were, and the batch is still there.
         """
         order, lag = self._order(), 0.0
         batch, settings, gather = cast(Batch, self.batch), self.settings, self.ranks.gather
-        self._check()  # here, since the host waits for the device below anyway
+        self._check()  # it costs nothing here, because the host waits for the device below anyway
         batch.seconds["policy"] = time.perf_counter() - self._since - batch.seconds.get("gradient_variance", 0.0)
         # DMLossOutput.join puts the parts together, and these in the batch's order
         out = DMLossOutput.join([out for _, out in self._passed], lambda values: gather(values[order]))
@@ -839,13 +844,13 @@ class Matcher:
             missing = self._seen.unseen()
             if self.proposal is None and batch.first is not None:
                 log_q, log_target, log_z = (gather(each) for each in batch.first)
-                self.estimates.take(log_q, log_q, log_target, log_z)  # on-policy, where log q is log pi
+                self.estimates.take(log_q, log_q, log_target, log_z)  # on-policy log q is log pi
             elif self.proposal is None:
                 self.estimates.update(out)
             else:
                 version = gather(batch.samples.version)
                 lag = float((self.proposal.version - version).double().mean())
-                self.proposal.update(out, version=version)  # into the same estimates
+                self.proposal.update(out, version=version)  # this updates the same estimates
             now = self._estimates_with(out)
             now = unknown(now) if missing else now
             swapped = self._maybe_swap(running, missing)
@@ -861,14 +866,14 @@ class Matcher:
         if not missing:
             self._compare_z()
         if batch.epoch == 0 and self._refit.take(batch, self.ranks):
-            # P is another, so Z and all that was estimated under the old one is void
+            # lambda has changed P, so Z and everything that was estimated under the old P is void
             self.running = Running.start(self.target.lambda_.tolist(), self.running.beta, self.running.steps)
             self.estimates.clear()
             self._seen.clear()
         return metrics
 
     def _estimates_with(self, out: DMLossOutput) -> Estimates:
-        """Return the estimates of the window; of the step alone where earlier q's drew all since the last swap."""
+        """Return the estimates of the window, or of the step alone if only earlier q's drew since the last swap."""
         window = self.estimates
         if not len(window):
             window = RunningEstimates()
@@ -882,7 +887,8 @@ class Matcher:
         return weigh(Terms.of(
             replace(batch.objective, baseline=None, normalize=True), self.settings.on_policy, math.inf,
             log_proposal=out.log_proposal, log_target=out.log_target, log_z=out.log_z,
-            log_prob=out.log_prob if bool(out.scored.all()) else out.log_proposal,  # known weights: any will do
+            # with sequences that were not scored the weights are known, and do not depend on log pi
+            log_prob=out.log_prob if bool(out.scored.all()) else out.log_proposal,
             **inputs,
         ))  # fmt: skip
 
@@ -904,8 +910,8 @@ class Matcher:
         """Replace q by pi if a check is due and pi is nearer, and return whether it was replaced.
 
         Args:
-            running: what the run carries, with this step.
-            missing: the moments whose feature the window's sequences do not show: no divergence rests on them.
+            running: the running values, with this step.
+            missing: the moments whose feature the window's sequences do not show. Without them no divergence is known.
         """
         if self.proposal is None:
             return False
@@ -923,10 +929,10 @@ class Matcher:
         return swapped
 
     def _fresh(self, running: Running, contexts: Prompts, how: SamplingOptions) -> Scores:
-        """Return sequences of q for a check of the proposal alone, scored by q, a and pi, of all ranks.
+        """Return the scores of fresh sequences of q under q, a and pi, of all ranks, for a check of the proposal.
 
-        They change nothing that a step has: neither its random numbers nor Z. Which moments' features they do not
-        show is noted in ``_unseen_in_check``.
+        They change neither a step's random numbers nor its Z. ``_unseen_in_check`` notes the moments whose features
+        they do not show.
         """
         seed, gather = self._seed(f"check {running.steps}"), self.ranks.gather
         if self.check_contexts is not None:
@@ -936,7 +942,7 @@ class Matcher:
         scores = self._score(x, how.batch_size, needs_base=False)[0]
         log_target = scores.log_target
         self._unseen_in_check = unseen(gather(scores.features), self.target.wanted)
-        # where P = 0, kl and tvd don't need log pi
+        # kl and tvd don't need log pi where P = 0
         scored = (log_target > -math.inf) | (cast("OfflineProposal[Any]", self.proposal).criterion in NEED_ALL)
         log_prob = torch.full_like(log_target, math.nan)
         log_prob[scored] = self.policy.log_prob(x[scored], batch_size=how.batch_size).to(log_prob)
@@ -947,13 +953,13 @@ class Matcher:
         return log_prob, log_q, log_target, self._log_z(partitions.updated(context, log_target, log_q), context)
 
     def _compare_z(self) -> None:
-        """Warn once where Z of the steps is far from what the fit of lambda found, for a single context."""
+        """Warn once if Z of the steps is far from what the fit of lambda found, for a single context."""
         report, partitions = self.target.report, self.running.partitions
         if report is None or report.contexts != 1 or len(partitions) != 1 or self._compared_z:
             return
         (found,) = partitions.values()
         gap = abs(found.log_z - report.log_z.value)
-        # NaN, where either is not known, compares as no difference
+        # a Z that is unknown makes the gap NaN, for which the comparison is False
         if gap > max(5 * math.hypot(found.stderr, report.log_z.stderr), 0.2) and found.n >= 100:
             self._compared_z = True
             warn_caller(
@@ -979,7 +985,7 @@ class Matcher:
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next steps need, as of the last commit: lambda, proposal, Z, estimates, running values.
 
-        A batch that serves more steps is in it where one process trains alone; one of several draws a new one.
+        If one process trains alone, a batch that serves more steps is part of it. Several processes draw a new batch.
         """
         batch = None if self.ranks.size > 1 or self.to_repeat is None else self.to_repeat.state_dict()
         return {
@@ -998,9 +1004,9 @@ class Matcher:
         """Go on where ``state_dict`` was taken. A batch that is not committed is discarded.
 
         Raises:
-            ValueError: a state of another format, of another target, of an on-policy run where this one is not (or the
-                reverse), or one that lacks a part.
-            RuntimeError: a state of another model. Nothing has changed in any of these cases.
+            ValueError: the state has another format or lacks a part, or it is of another target, or of an on-policy run
+                and this one is not (or the reverse).
+            RuntimeError: the state is of another model. Nothing has changed in any of these cases.
         """
         found = state.get("format")
         if found != _FORMAT:
@@ -1010,23 +1016,23 @@ class Matcher:
         if missing:
             raise ValueError(f"the state has no {', '.join(missing)}; pass what Matcher.state_dict returned")
         if (state["proposal"] is None) != (self.proposal is None):
-            raise ValueError("of the checkpoint and this run one is on-policy and one is not; set on_policy alike")
+            raise ValueError("of the checkpoint and this run, one is on-policy and one is not; set on_policy as it was")
         if self.proposal is None and state.get("estimates") is None:
             raise ValueError("the state has no estimates, and without a proposal nothing else holds them")
-        # all that may raise comes before the first change: copies try what they are to load
+        # copies load the state first, so that everything that may raise comes before the first change
         running = self.running.loaded(state["running"])
         batch = None if state["batch"] is None else self._loaded_batch(state["batch"], running)
         q_is_base, decay = state["q_is_base"], self.estimates.decay
         copy.copy(self.target).load_state_dict(state["target"])
         copy.copy(self._refit).load_state_dict(state["pool"])
         if self.proposal is not None:
-            self.proposal.load_state_dict(state["proposal"])  # which changes all or nothing
+            self.proposal.load_state_dict(state["proposal"])  # this changes all or nothing
         else:
-            self.estimates.load_state_dict(state["estimates"])  # as well
+            self.estimates.load_state_dict(state["estimates"])  # so does this
         self.estimates.decay = decay
         self.target.load_state_dict(state["target"])
         self._refit.load_state_dict(state["pool"])
-        self._seen.load_state_dict(state.get("seen"))  # not in a state of before
+        self._seen.load_state_dict(state.get("seen"))  # an older state has none
         self.discard()
         self.running, self._to_repeat, self._q_is_base = running, batch, q_is_base
 
@@ -1043,7 +1049,7 @@ class Matcher:
         )  # fmt: skip
 
     def forget(self) -> None:
-        """Draw a new batch next, although the last one serves more steps, or batches were drawn ahead."""
+        """Make the next draw a new batch, even if the last one serves more steps or batches were drawn ahead."""
         self.discard()
         self._to_repeat = None
         if self.proposal is not None:
@@ -1052,7 +1058,7 @@ class Matcher:
 
 @contextmanager
 def _placed_in_batch(places: Tensor) -> Iterator[None]:
-    """Add to an error about sequences of a call of the loss which of the batch they are.
+    """Add the places in the batch to an error that names sequences by their places in a call of the loss.
 
     Args:
         places: (n,) int64, the place in the batch of each sequence of the call.

@@ -1,19 +1,26 @@
-"""Neighbouring methods as objectives: functions of ``Terms`` that return A of ``loss = -(1/B) sum_i A_i log pi(x_i)``.
+"""Provide neighbouring methods as objectives: functions that return A of ``loss = -(1/B) sum_i A_i log pi(x_i)``.
 
-Each is what its authors' released code does for whole sequences, with its formula and its source. What compares the
-rewards of a group, the sequences of one prompt, is fixed when a step is drawn (``Terms.at_draw``): a ``Matcher`` may
-cut the group, and ranks may share it. ``vargrad`` compares log pi: there all sequences of a prompt must be in one call
-of the loss, which a ``Matcher`` sees to, and refuses where it can't be.
+Each is a function of ``Terms``. It computes what its authors' released code does for whole sequences, and its docstring
+has the formula and the source. A group is the sequences of one prompt. What compares the rewards of a group is fixed
+when a step is drawn (``Terms.at_draw``), so that a ``Matcher`` may cut the group, and ranks may share it. ``vargrad``
+compares log pi, and needs all sequences of a prompt in one call of the loss. A ``Matcher`` sees to that, and refuses
+steps where it is not possible.
 
-A ``Matcher`` reads these attributes of a function: ``needs``, the inputs that it can't do without;
-``whole_contexts``, as of ``vargrad``; ``least_of_context``, how many sequences of a prompt it compares at least;
-``weight_known``, whether A does not depend on log pi, so that it is formed once, when the step is drawn, and one pass
-over the logits is enough; ``centred``, whether A is 0 for all sequences of a prompt whose values are equal;
-``only_on_policy``. The linear losses read ``per_sequence``, whether A depends on the sequence's own log pi alone beside
-what ``at_draw`` gives, so that a call may be cut between its sequences.
+A ``Matcher`` reads these attributes of a function:
 
-Notation as in ``objectives.py``: rho = pi/q, u = p/q, t = pi/p, R the reward, |x| the scored tokens. R of a group is
-compared with the group: R_hat = (R - mean)/(std + 1e-6), std that of a sample (n - 1).
+- ``needs``: the inputs that it can't do without;
+- ``whole_contexts``: whether it needs all sequences of a prompt in one call;
+- ``least_of_context``: the least number of sequences of a prompt that it compares;
+- ``weight_known``: whether A does not depend on log pi, so that it is formed once, when the step is drawn, and one pass
+  over the logits is enough;
+- ``centred``: whether A is 0 for all sequences of a prompt whose values are equal;
+- ``only_on_policy``: whether it is for sequences of the policy itself only.
+
+The linear losses read ``per_sequence``: whether A depends only on the sequence's own log pi and on what ``at_draw``
+gives, so that a call may be cut between its sequences.
+
+The notation is that of ``objectives.py``: rho = pi/q, u = p/q, t = pi/p, R is the reward, and |x| is the number of
+scored tokens. R_hat = (R - mean)/(std + 1e-6) compares R with its group, where std is that of a sample (n - 1).
 """
 
 from __future__ import annotations
@@ -33,7 +40,7 @@ _EPSILON = 1e-6
 
 
 def _marked(*needs: str, **attributes: object) -> Callable[[_Function], _Function]:
-    """Give a function what a ``Matcher`` reads of it."""
+    """Give a function the attributes that a ``Matcher`` reads."""
 
     def mark(function: _Function) -> _Function:
         for name, value in {"needs": needs, **attributes}.items():
@@ -43,7 +50,7 @@ def _marked(*needs: str, **attributes: object) -> Callable[[_Function], _Functio
     return mark
 
 
-_GROUP = {"least_of_context": 2, "centred": True, "per_sequence": True}  # of values that are known when a step is drawn
+_GROUP = {"least_of_context": 2, "centred": True, "per_sequence": True}  # what it compares is known at the draw
 _ON_POLICY_GROUP = {**_GROUP, "weight_known": True, "only_on_policy": True}
 
 
@@ -80,10 +87,10 @@ def _on_policy_only(terms: Terms, method: str) -> None:
 
 
 def advantage(terms: Terms, method: str) -> Tensor:
-    """Return R_hat, (B,): the reward less the mean of its group, over the group's standard deviation.
+    """Return R_hat, (B,): the reward less the mean of its group, divided by the group's standard deviation.
 
     Raises:
-        ValueError: no reward; a sequence is the only one of its prompt.
+        ValueError: there is no reward, or a sequence is the only one of its prompt.
     """
     _needed(terms, method, "reward")
     return terms.at_draw(_standardised)
@@ -104,11 +111,12 @@ def _centred(terms: Terms) -> Tensor:
 def trajectory_balance(terms: Terms) -> Tensor:
     """Return A = -2 log t, so that the loss has the gradient of (log pi - log p)^2 with log Z known, at any q.
 
-    Malkin et al. 2022, arXiv:2201.13259, eq. 14, with a Z that is estimated and not learned. There is no rho: the
-    square is 0 for every sequence at pi = p, whatever q draws. On-policy it is twice ``reverse_kl`` with baseline -1.
+    This is eq. 14 of Malkin et al. 2022, arXiv:2201.13259, with a Z that is estimated and not learned. It needs no rho,
+    because the square is 0 for every sequence at pi = p, whatever q draws. On-policy it is twice ``reverse_kl`` with
+    the baseline -1.
 
     Raises:
-        ValueError: no log_target, log_z or log q; a sequence with P = 0.
+        ValueError: log_target, log_z or log q is missing, or a sequence has P = 0.
     """
     log_target, log_z, log_prob = _needed(terms, "trajectory_balance", "log_target", "log_z", "log_prob")
     _refuse_zeros(log_target, "trajectory_balance")
@@ -117,13 +125,13 @@ def trajectory_balance(terms: Terms) -> Tensor:
 
 @_marked(whole_contexts=True, least_of_context=2)
 def vargrad(terms: Terms) -> Tensor:
-    """Return A = -2 (d - the group's mean of d), d = log pi - log P.
+    """Return A = -2 (d - the group's mean of d) with d = log pi - log P.
 
-    Richter et al. 2020, arXiv:2010.10436: the gradient of the variance of d over q, which needs no Z. Its expectation
-    is (n - 1)/n of that gradient for n sequences of a prompt.
+    It gives the gradient of the variance of d over q, which needs no Z (Richter et al. 2020, arXiv:2010.10436). For n
+    sequences of a prompt its expectation is (n - 1)/n of that gradient.
 
     Raises:
-        ValueError: no log_target; a sequence with P = 0, or the only one of its prompt.
+        ValueError: log_target is missing, or a sequence has P = 0 or is the only one of its prompt.
     """
     log_target, log_prob = _needed(terms, "vargrad", "log_target", "log_prob")
     _refuse_zeros(log_target, "vargrad")
@@ -135,12 +143,12 @@ def vargrad(terms: Terms) -> Tensor:
 def maxrl(terms: Terms) -> Tensor:
     """Return A = (v - v_mean)/v_mean, and 0 where no sequence of the prompt is right.
 
-    arXiv:2602.02710. v is ``reward``, or without one P/a of a target a v. For v in {0, 1} its expectation is the
-    gradient of the sum of pass@k/k over k < n.
+    This is MaxRL, arXiv:2602.02710. v is ``reward`` or, without a reward, P/a of a target a v. For v in {0, 1} its
+    expectation is the gradient of the sum of pass@k/k over k < n.
 
     Raises:
-        ValueError: neither a reward nor log_target and log_base; ``on_policy`` is not True; a sequence is the only one
-            of its prompt.
+        ValueError: there is neither a reward nor log_target and log_base; ``on_policy`` is not True; or a sequence is
+            the only one of its prompt.
     """
     _on_policy_only(terms, "maxrl")
     return terms.at_draw(_over_the_mean)
@@ -159,12 +167,11 @@ def _over_the_mean(terms: Terms) -> Tensor:
 def gspo(terms: Terms) -> Tensor:
     """Return A = s R_hat/|x| with s = rho^(1/|x|), or 0 where s is clipped.
 
-    That is where R_hat > 0 and s > 1 + 4e-4, and where R_hat < 0 and s < 1 - 3e-4.
-
-    Zheng et al. 2025, arXiv:2507.18071, eq. 5-7.
+    s is clipped where R_hat > 0 and s > 1 + 4e-4, and where R_hat < 0 and s < 1 - 3e-4. This is GSPO (Zheng et al.
+    2025, arXiv:2507.18071, eq. 5-7).
 
     Raises:
-        ValueError: no reward or log q; a sequence is the only one of its prompt.
+        ValueError: there is no reward or log q, or a sequence is the only one of its prompt.
     """
     log_ratio, value = _log_ratio(terms, "gspo"), advantage(terms, "gspo")
     length = terms.length.clamp(min=1)
@@ -175,16 +182,16 @@ def gspo(terms: Terms) -> Tensor:
 
 @_marked("reward", **_GROUP)
 def vespo(terms: Terms) -> Tensor:
-    """Return A = f(rho) R_hat with f(w) = w^k e^(c (1 - w)): (k, c) = (2, 3) where R_hat >= 0, else (3, 2); f(0) = 0.
+    """Return A = f(rho) R_hat with f(w) = w^k e^(c (1 - w)) and f(0) = 0.
 
-    arXiv:2602.10693.
+    (k, c) is (2, 3) where R_hat >= 0, and (3, 2) elsewhere. This is VESPO, arXiv:2602.10693.
 
     Raises:
-        ValueError: no reward or log q; a sequence is the only one of its prompt.
+        ValueError: there is no reward or log q, or a sequence is the only one of its prompt.
     """
     log_ratio, value = _log_ratio(terms, "vespo"), advantage(terms, "vespo")
     k, c = torch.where(value >= 0, 2.0, 3.0).double(), torch.where(value >= 0, 3.0, 2.0).double()
-    ratio = log_ratio.clamp(max=700).exp()  # beyond, e^(-c rho) is 0 already
+    ratio = log_ratio.clamp(max=700).exp()  # the bound changes nothing, because e^(-c rho) is 0 there already
     return torch.where(log_ratio == -math.inf, 0.0, (k * log_ratio + c * (1 - ratio)).exp() * value)
 
 
@@ -193,7 +200,7 @@ def grpo(terms: Terms) -> Tensor:
     """Return A = R_hat/|x|: GRPO on sequences of the policy itself (Shao et al. 2024, arXiv:2402.03300, eq. 3).
 
     Raises:
-        ValueError: no reward; ``on_policy`` is not True; a sequence is the only one of its prompt.
+        ValueError: there is no reward, ``on_policy`` is not True, or a sequence is the only one of its prompt.
     """
     _on_policy_only(terms, "grpo")
     return advantage(terms, "grpo") / terms.length.clamp(min=1)
@@ -201,13 +208,14 @@ def grpo(terms: Terms) -> Tensor:
 
 @_marked("reward", **_ON_POLICY_GROUP)
 def dapo(terms: Terms) -> Tensor:
-    """Return A = R_hat B/(the step's tokens), B the step's sequences: DAPO on sequences of the policy itself.
+    """Return A = R_hat B/n for a step of B sequences and n tokens: DAPO on sequences of the policy itself.
 
-    Yu et al. 2025, arXiv:2503.14476, eq. 8. Where a step goes through the loss in several parts, ``num_sequences`` and
-    ``num_tokens`` say what the whole step has; a ``Matcher`` gives both. Without them they are those of the call.
+    This is eq. 8 of Yu et al. 2025, arXiv:2503.14476. If a step goes through the loss in several parts,
+    ``num_sequences`` and ``num_tokens`` are the numbers of the whole step. A ``Matcher`` gives both. Without them the
+    numbers are those of the call.
 
     Raises:
-        ValueError: no reward; ``on_policy`` is not True; a sequence is the only one of its prompt.
+        ValueError: there is no reward, ``on_policy`` is not True, or a sequence is the only one of its prompt.
     """
     _on_policy_only(terms, "dapo")
     return advantage(terms, "dapo") * terms.n_sequences / terms.n_tokens
@@ -215,16 +223,16 @@ def dapo(terms: Terms) -> Tensor:
 
 @dataclass(frozen=True)
 class DrGRPO:
-    """Return A = (R - the group's mean)/``max_length``: Dr. GRPO on sequences of the policy itself.
+    """Dr. GRPO on sequences of the policy itself: A = (R - the group's mean)/``max_length``.
 
-    Liu et al. 2025, arXiv:2503.20783, eq. 3.
+    This is eq. 3 of Liu et al. 2025, arXiv:2503.20783.
 
     Args:
-        max_length: the tokens that a sequence may have, positive.
+        max_length: the most tokens that a sequence may have, positive.
 
     Raises:
-        ValueError: max_length is not positive. When called: no reward; ``on_policy`` is not True; a sequence is the
-            only one of its prompt.
+        ValueError: max_length is not positive. When called: there is no reward, ``on_policy`` is not True, or a
+            sequence is the only one of its prompt.
     """
 
     max_length: float

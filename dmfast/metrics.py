@@ -1,4 +1,4 @@
-"""What is logged of an optimiser step."""
+"""Compute the metrics that are logged of an optimiser step."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def step_metrics(
 
     Args:
         batch: the step on this rank.
-        out: the whole step on all ranks.
-        estimates: of the window since the last swap.
-        settings, target, proposal: what the step was made with.
-        running: what the run carries, with this step.
-        swapped: whether q became pi after it.
-        ranks: puts together what the batch holds.
-        lag: swaps of q since the step's sequences were drawn, their mean.
-        missing: moments whose feature had one value in all sequences of the window.
+        out: the output of the loss for the whole step on all ranks.
+        estimates: the estimates of the window since the last swap.
+        settings, target, proposal: the settings, target and proposal of the step.
+        running: the running values, with this step.
+        swapped: whether q became pi after the step.
+        ranks: the processes, over which the values of the batch are gathered.
+        lag: the number of swaps of q since the step's sequences were drawn, as their mean.
+        missing: the moments whose feature had one value in all sequences of the window, and that value.
     """
     gather, inputs, objective = ranks.gather, batch.inputs, batch.objective
     assert out.log_target is not None and out.log_proposal is not None and out.log_z is not None
@@ -54,7 +54,7 @@ def step_metrics(
     log_u = torch.where(out.log_z == -math.inf, -math.inf, out.log_target - out.log_proposal - out.log_z)
     means = gather(batch.features).mean(0)
     metrics = {f"phi/{name}": float(v) for name, v in zip(feature_names(target), means, strict=True)}
-    # log_z and ess among the estimates are those of the window since the last swap
+    # the estimates' log_z and ess are left out, because they are of the window and the logged ones are of the step
     metrics |= {k: v for k, v in estimates.as_dict().items() if not k.startswith(("log_z", "ess"))}
     metrics |= {
         "log_z": log_z,
@@ -87,7 +87,8 @@ def step_metrics(
             f"rewards/{name}/mean": float(of_all.mean()),
             f"rewards/{name}/std": float(of_all.std(correction=0)),
         }
-    if settings.on_policy and "log_base" in inputs and batch.first is None:  # else they were chosen by their rewards
+    # redrawn sequences were chosen by their rewards, which would bias this mean
+    if settings.on_policy and "log_base" in inputs and batch.first is None:
         log_ratio = gather(inputs["log_proposal"] - inputs["log_base"])
         (kl,) = estimate_moments(log_ratio[:, None], torch.zeros_like(log_ratio))
         metrics |= {"kl_policy_base": kl.value, "kl_policy_base_stderr": kl.stderr}
@@ -108,5 +109,5 @@ def step_metrics(
 
 
 def feature_names(target: EBM) -> list[str]:
-    """Return the names of the columns of ``Batch.features``: the target's moments, then what it monitors."""
+    """Return the names of the columns of ``Batch.features``: the target's moments, then its monitored features."""
     return [*target.moment_names, *target.monitor_names]

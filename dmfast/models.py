@@ -1,8 +1,9 @@
-"""Causal language models of transformers as distributions: sample sequences, score sequences.
+"""Treat causal language models of transformers as distributions: sample sequences and score sequences.
 
 Sampler and scorer share one mask rule, one temperature and no dropout, so that log pi(x) of the scorer is log q(x) of
-the sampler when pi = q. Of the model's generation_config nothing acts but its EOS (transformers' default has
-top_k = 50): a truncated sampler draws from another distribution than the one that is scored.
+the sampler when pi = q. Only the EOS of the model's generation_config is used. Its other settings are ignored
+(transformers' default has top_k = 50), because a truncated sampler draws from another distribution than the one that is
+scored.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from .tensors import copy_into
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: What a sampler is loaded from: a model, or a folder that its ``save_pretrained`` wrote.
+#: The source that a sampler is loaded from: a model, or a folder that its ``save_pretrained`` wrote.
 Source: TypeAlias = "LanguageModel | nn.Module | str | os.PathLike[str]"
 
 _T = TypeVar("_T")
@@ -59,44 +60,45 @@ _WHERE_FROM = ("revision", "token", "cache_dir", "local_files_only", "trust_remo
 class LanguageModel:
     """A transformers causal language model as a distribution over token sequences.
 
-    Sets all dropout and router jitter of ``model`` to 0, since a sampled sequence and its score must come from one
-    distribution. ``docs/models.md`` lists the architectures for which that was tried.
+    It sets all dropout and router jitter of ``model`` to 0, because a sampled sequence and its score must come from one
+    distribution. ``docs/models.md`` lists the architectures for which this was tried.
 
     It is a ``Sampler``.
 
     Args:
-        model: decoder-only, with the forward of transformers; PEFT models too. Device and dtype stay as they are.
-        tokenizer: its ``bos_token_id`` (or else EOS) is the empty prompt. A multimodal processor may stand here; only
-            its tokenizer is used, since dmfast supports text only.
+        model: a decoder-only model with the forward of transformers, or a PEFT model around one. Device and dtype stay
+            as they are.
+        tokenizer: the tokenizer. Its ``bos_token_id`` (or else EOS) is the empty prompt. It may be a multimodal
+            processor, of which only the tokenizer is used, because dmfast supports text only.
         eos_token_id: the token ids that end a sequence. Default: the tokenizer's, and those of the model's
-            ``generation_config``, by which transformers' generate ends.
+            ``generation_config``, which end a sequence in transformers' generate.
         chat_template_kwargs: what the chat template gets besides the messages of a prompt, such as
             ``{"enable_thinking": False}``, ``tools``, or another ``chat_template``.
-        check_scores: ask the model itself, in a few small forwards once, whether it can take prompts of several lengths
-            left-padded, and whether two of its first sequences score as they were drawn: alone and together, in
-            training mode and with the cache. False takes that for granted, save that a model whose forward has no
-            ``position_ids`` gets prompts of one length at a time.
-        logits_dtype: ``"float32"``: a 16-bit head gives fp32 logits to sampler, scorer and loss alike, so that log pi
-            is that of the 16-bit tensors and not of rounded logits. ``"same"``: the head's own dtype to all of them.
+        check_scores: whether to test the model once in a few small forwards. They find out whether it can take prompts
+            of several lengths left-padded, and whether two of its first sequences score as they were drawn: alone and
+            together, in training mode and with the cache. False assumes that all this holds, but still gives a model
+            whose forward has no ``position_ids`` prompts of one length at a time.
+        logits_dtype: ``"float32"`` makes a 16-bit head give fp32 logits to sampler, scorer and loss alike, so that log
+            pi is that of the 16-bit tensors and not of rounded logits. ``"same"`` keeps the head's own dtype for all.
 
     Attributes:
-        eos_token_ids: what ends a sequence.
+        eos_token_ids: the token ids that end a sequence.
         gather_for_sampling: whether a model that FSDP has sharded is made whole on every rank while it is sampled from.
-            False: each layer is gathered in each forward, and a rank whose sequences have ended takes part until those
-            of all ranks have. That needs less memory and more time, and ``check_scores=False``.
-        packs: whether sequences of several lengths are laid end to end in fewer rows where loss and ``log_prob`` are
-            made from hidden states and that is estimated to compute less than padding them. ``why_padded`` says why
-            that is never so.
-        version: what ``Samples.version`` of its draws holds; an ``OfflineProposal`` whose q it is assigns it.
+            With False each layer is gathered in each forward, and a rank whose sequences have ended takes part until
+            those of all ranks have. This needs less memory, more time and ``check_scores=False``.
+        packs: whether sequences of several lengths are laid end to end in fewer rows. This is done if loss and
+            ``log_prob`` are made from hidden states and packing is estimated to compute less than padding.
+            ``why_padded`` says why it is never done.
+        version: the ``Samples.version`` of its draws. An ``OfflineProposal`` assigns it to its q.
 
     Raises:
-        TypeError: an eos_token_id that is not one integer or several, chat_template_kwargs that is no mapping.
-        ValueError: an encoder-decoder model, a prompt-learning adapter, no EOS token, or an EOS or padding token that
-            the model does not have; chat_template_kwargs with what dmfast sets itself; an unknown
-            logits_dtype; parameters that DeepSpeed has cut.
+        TypeError: ``eos_token_id`` is not one or several integers, or ``chat_template_kwargs`` is not a mapping.
+        ValueError: the model is an encoder-decoder or has a prompt-learning adapter; there is no EOS token; the model
+            lacks the EOS or padding token; ``chat_template_kwargs`` has a key that dmfast sets itself; ``logits_dtype``
+            is unknown; or DeepSpeed has cut the parameters.
     """
 
-    _gathers_zero = False  # whether it makes whole what DeepSpeed's ZeRO-3 has cut
+    _gathers_zero = False  # whether this class gathers parameters that DeepSpeed's ZeRO-3 has cut
 
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *,
@@ -133,7 +135,7 @@ class LanguageModel:
         self._encoder = PromptEncoder(tokenizer, self.eos_token_ids, self.vocab_size, chat_template_kwargs)
         self.pad_token_id = self._encoder.pad_token_id
         disable_dropout(model)
-        # the forward of a PEFT model takes **kwargs and tells nothing
+        # the forward of a PEFT model takes **kwargs, so its signature does not show the argument
         self._keeps_logits = "logits_to_keep" in inspect.signature(without_adapters(model).forward).parameters
         self._text_inputs, self._context = text_inputs(model), context_length(model)
         self._why_context = why_context(model)
@@ -143,12 +145,12 @@ class LanguageModel:
         self.version = 0
         self.gather_for_sampling = self.packs = True
         self._costs: Costs | None = None
-        self._shares_prompts = True  # until a forward leaves what can't be copied for several sequences
+        self._shares_prompts = True  # until a forward leaves a cache that can't be copied for several sequences
         self._said: set[str] = set()
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return execution_device(self.model)
 
     @property
@@ -158,11 +160,11 @@ class LanguageModel:
 
     @property
     def chat_template_kwargs(self) -> dict[str, Any]:
-        """What the chat template gets besides the messages of a prompt."""
+        """The arguments that the chat template gets besides the messages of a prompt."""
         return self._encoder.chat_template_kwargs
 
     def around(self, model: nn.Module) -> LanguageModel:
-        """Return the same around another module that computes the same, such as a DDP or compiled wrapper of it."""
+        """Return this language model around another module that computes the same, such as a wrapper by DDP."""
         disable_dropout(model)
         other = copy.copy(self)
         other.model, other._head = model, copy.copy(self._head)
@@ -185,11 +187,11 @@ class LanguageModel:
 
         Args:
             name_or_path: ``tiny-bios``, which ships with dmfast; a folder; or a name on the hub.
-            dtype: of the parameters. Default: transformers', which is that of the checkpoint.
-            device: where the model goes. Default: where transformers puts it.
+            dtype: the dtype of the parameters. Default: transformers', which is that of the checkpoint.
+            device: the device of the model. Default: where transformers puts it.
             eos_token_id, chat_template_kwargs, check_scores, logits_dtype: as in ``LanguageModel``.
-            kwargs: go to the model's ``from_pretrained``; those that say where from (``revision``, ``token``,
-                ``cache_dir``, ``local_files_only``, ``trust_remote_code``, ...) to the tokenizer's, too.
+            kwargs: arguments of the model's ``from_pretrained``. Those that say where it comes from (``revision``,
+                ``token``, ``cache_dir``, ``local_files_only``, ``trust_remote_code``, ...) go to the tokenizer's, too.
 
         Raises:
             ImportError: transformers is not installed.
@@ -213,11 +215,11 @@ class LanguageModel:
         """Replace this model's parameters and buffers by those of another: q <- pi. Devices and dtypes stay.
 
         Args:
-            source: a model of the same architecture, or a folder that its ``save_pretrained`` wrote; of an adapter,
-                if this model has one of the same kind, around the same base.
+            source: a model of the same architecture, or a folder that its ``save_pretrained`` wrote. The folder may
+                hold an adapter, if this model has one of the same kind around the same base.
 
         Raises:
-            TypeError: the source is no model and no folder.
+            TypeError: the source is neither a model nor a folder.
             FileNotFoundError: there is no such folder.
             ValueError: the source is this model itself.
             RuntimeError: names or shapes of the parameters differ. This model stays as it was.
@@ -230,7 +232,7 @@ class LanguageModel:
         copy_into(mine, given)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return what this model computes with, by the names of ``adapters.tensors``."""
+        """Return the tensors that this model computes with, by the names of ``adapters.tensors``."""
         return adapters.tensors(module_of(self))
 
     def _given(self, source: Source) -> dict[str, Tensor]:
@@ -253,28 +255,29 @@ class LanguageModel:
         return adapters.tensors(kind.from_pretrained(folder, local_files_only=True, **how))
 
     def base(self) -> LanguageModel:
-        """Return the pretrained model below a PEFT model's adapter: the same module, the adapter off in each forward.
+        """Return the pretrained model below a PEFT model's adapter.
 
-        It takes no memory of its own and is frozen. An ``EBM`` around it makes a, pi and q share one backbone.
+        It is the same module, with the adapter switched off in each forward. It takes no memory of its own and is
+        frozen. An ``EBM`` around it makes a, pi and q share one backbone.
 
         Raises:
-            ValueError: ``model`` is no PEFT model, or one whose adapter can't be switched: see ``AdapterView``.
+            ValueError: ``model`` is not a PEFT model, or its adapter can't be switched off (see ``AdapterView``).
         """
         from .views import AdapterView
 
         return AdapterView(self)
 
     def _encode(self, prompts: Sequence[Prompt] | Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return left-padded prompts and their mask, (P, L) each."""
+        """Return the tokens of left-padded prompts and their mask, (P, L) each."""
         return self._encoder.left_padded(list(self._encoder(prompts)), self.device)
 
     def with_prompt(self, samples: Samples, prompt: Prompt) -> Samples:
-        """Return the same continuations after another prompt, the same for all.
+        """Return the same continuations after another prompt, which is the same for all.
 
-        ``log_prob`` stays what it was: that of what they were drawn from. ``context_id`` becomes 0.
+        ``log_prob`` stays that of the distribution that they were drawn from. ``context_id`` becomes 0.
 
         Raises:
-            ValueError: as ``sample`` of the prompt; prompt and continuation are beyond the model's context.
+            ValueError: as ``sample`` of the prompt; also if prompt and continuation are beyond the model's context.
         """
         tokens, mask = (x.to(samples.tokens.device) for x in self._encode([prompt]))
         rest = slice(samples.prompt_len, None)
@@ -296,14 +299,14 @@ class LanguageModel:
         )  # fmt: skip
 
     def check_prompts(self, prompts: Sequence[Prompt], max_new_tokens: int, longest: int | None = None) -> list[int]:
-        """Check that all of them can be sampled from, and return the tokens of each.
+        """Check that all prompts can be sampled from, and return the number of tokens of each.
 
         Args:
             prompts, max_new_tokens: as in ``sample``.
-            longest: prompts of more tokens need not fit, since they are left out.
+            longest: the most tokens of a prompt that is used. Longer prompts need not fit.
 
         Raises:
-            TypeError, ValueError: as ``sample`` of a prompt; with its place.
+            TypeError, ValueError: as ``sample`` of a prompt. The message has the place of the prompt.
         """
         context, lengths = self._context, []
         for i, ids in enumerate(self._encoder(prompts)):
@@ -328,39 +331,40 @@ class LanguageModel:
         temperature: float = 1.0,
         rows: Sequence[Mapping[str, Any]] | None = None,
     ) -> Samples:
-        """Return sequences that came from elsewhere, a file or another engine, as the ``Samples`` that they are here.
+        """Return sequences that came from elsewhere, such as a file or another engine, as ``Samples`` of this model.
 
         With log q they train like any others. Without it they can be scored, and trained on by likelihood:
         ``loss(samples, objective="reinforce", on_policy=True, reward=torch.ones(len(samples)))``.
 
         Args:
-            prompts: as in ``sample``, one for each completion; None: the empty prompt for all of them.
+            prompts: as in ``sample``, one for each completion. None is the empty prompt for all of them.
             completions: N lists of token ids, as they were drawn; or strings, which are tokenized anew, apart from
                 their prompts and without special tokens around them.
-            append_eos: whether EOS is put after a completion that does not end in one: a whole answer has ended, one
-                that was cut at a length has not. One for all, or one for each. With ``log_prob`` nothing is put after
-                one, since ``log_prob`` would not cover it.
-            eos_token_id: the EOS that is appended. Default: the first of ``eos_token_ids``, the tokenizer's. A chat
-                model may end its turn with another.
+            append_eos: whether EOS is put after a completion that does not end in one; one bool for all, or one for
+                each. A whole answer has ended, and one that was cut at a length has not. With ``log_prob`` EOS is never
+                put after a completion, because ``log_prob`` would not cover it.
+            eos_token_id: the EOS that is appended. Default: the first of ``eos_token_ids``, which is the tokenizer's. A
+                chat model may end its turn with another.
             log_prob: (N,) float32 or float64, log q(x) in nats, of the distribution at ``temperature`` that the token
-                ids were drawn from, EOS included, which is then among the ids. None: it is not known.
-            score_mask: for each completion as many bools as it has token ids, True on those that were drawn and False
-                on context that came in between: a tool's output, another speaker's turn. Context feeds the model, and
-                has no part in ``log_prob``, here and in what scores, in the loss, in the length or in ``text``. An EOS
-                that was drawn may then end a turn, before context. None: all were drawn.
-            temperature: what they were drawn at and are scored at.
+                ids were drawn from. It includes EOS, which is then among the ids. None says that it is unknown.
+            score_mask: for each completion as many bools as it has token ids: True for a token that was drawn, and
+                False for context that came in between, such as a tool's output or another speaker's turn. Context feeds
+                the model, and has no part in ``log_prob`` (this one and that of any scorer), in the loss, in the length
+                or in ``text``. An EOS that was drawn may then end a turn, before context. None says that all tokens
+                were drawn.
+            temperature: the temperature at which they were drawn and are scored.
             rows: for each completion the row of its data set, which scorers see as ``samples.rows``.
 
         Returns:
-            ``Samples``, N sequences. ``context_id`` counts different prompts in the order in which they come.
+            ``Samples``, N sequences. ``context_id`` numbers different prompts in the order in which they come.
 
         Raises:
-            TypeError: an argument of another kind.
-            ValueError: prompts, completions and ``log_prob`` that do not pair up, tokens after an EOS, a completion
-                without tokens that were drawn; log_prob or score_mask of strings; log_prob of a completion that
-                ``append_eos`` would add to, or that is not finite or above 0; a score_mask of another length, or one
-                that ends in context with ``append_eos``; a temperature that is no number, positive and finite; prompt
-                and completion are beyond the model's context; as ``sample`` of a prompt.
+            TypeError: an argument has another type.
+            ValueError: the numbers of prompts, completions and ``log_prob`` differ; there are tokens after an EOS; a
+                completion has no token that was drawn; log_prob or score_mask is given for strings; a log_prob is of a
+                completion that ``append_eos`` would add to, is not finite or is above 0; a score_mask has another
+                length, or ends in context with ``append_eos``; the temperature is not a positive, finite number; prompt
+                and completion are beyond the model's context; or as ``sample`` of a prompt.
         """
         samples = samples_of(
             self._encoder, self.eos_token_ids, prompts, completions, append_eos=append_eos, eos_token_id=eos_token_id,
@@ -390,26 +394,26 @@ class LanguageModel:
         """Draw n continuations of each prompt from softmax(logits / temperature), token by token with a KV cache.
 
         Args:
-            prompts: strings, lists of token ids (a (P, L) tensor of them too), or lists of chat messages, which go
-                through the tokenizer's chat template: where the last message is the assistant's it is continued. None:
-                the one empty prompt. An EOS that the tokenizer appends to a string is left out, and so is a second BOS.
-            n: sequences per prompt; those of a prompt lie together.
-            max_new_tokens: where a sequence without EOS ends.
-            temperature: positive.
-            seed: what is drawn is a function of it, of each sequence's place among the N, and of the model's logits.
-                None: one from torch's global generator.
+            prompts: strings, lists of token ids (or a (P, L) tensor of them), or lists of chat messages. Messages go
+                through the tokenizer's chat template; if the last one is the assistant's, it is continued. None is the
+                one empty prompt. An EOS that the tokenizer appends to a string is left out, and so is a second BOS.
+            n: sequences per prompt. Those of a prompt lie together.
+            max_new_tokens: the most tokens of a sequence, which ends there if there was no EOS.
+            temperature: the temperature, positive.
+            seed: the seed. A draw is a function of it, of each sequence's place among the N, and of the model's logits.
+                None takes a seed from torch's global generator.
             batch_size: sequences at a time. Default: all.
-            first_row: the place of the first of them, where they are one process's share of more.
+            first_row: the place of the first sequence among those of all processes, if these are one process's share.
 
         Returns:
             ``Samples`` with log q, N = n * number of prompts.
 
         Raises:
-            TypeError: prompts of another kind, such as a tokenizer's padded output.
-            ValueError: n, max_new_tokens, temperature or batch_size no positive number, no prompt, a prompt that leaves
-                no room in the model's context, token ids with padding, an image in a message, an error of the chat
-                template, a tokenizer that does not fit the model, logits of the model that are no distribution (NaN,
-                +inf, nothing but -inf), on any device.
+            TypeError: the prompts have another type, such as a tokenizer's padded output.
+            ValueError: n, max_new_tokens, temperature or batch_size is not a positive number; there is no prompt; a
+                prompt leaves no room in the model's context; token ids have padding; a message has an image; the chat
+                template fails; the tokenizer does not fit the model; or the model's logits are no distribution (NaN,
+                +inf, or nothing but -inf), on any device.
         """
         numbers = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
         for name, number in numbers.items():
@@ -465,7 +469,7 @@ class LanguageModel:
                 f"dmfast runs the whole sequence in each step of sampling from {self._kind}, "
                 f"which takes more time: {self._guard.why_uncached}"
             )
-        bad = samples.log_prob.isnan()  # what the CPU raises at once, a device has put here
+        bad = samples.log_prob.isnan()  # the CPU raises this error at once, and a GPU records it as NaN
         if bool(bad.any()):
             raise ValueError(
                 f"the model's logits hold NaN or +inf, or nothing but -inf, in {int(bad.sum())} of {len(samples)} "
@@ -474,10 +478,10 @@ class LanguageModel:
         return samples
 
     def _ready_to_sample(self) -> AbstractContextManager[None]:
-        """Make a sharded model whole within a block, unless each forward is to be one of all ranks.
+        """Make a sharded model whole within a block, unless all ranks run each forward together.
 
         Raises:
-            ValueError: it stays sharded, and its scores are still to be checked.
+            ValueError: the model stays sharded, and its scores have not been checked yet.
         """
         if self.gather_for_sampling or not sharding.is_sharded(self.model):
             return sharding.gathered(self.model)
@@ -513,7 +517,10 @@ class LanguageModel:
         )  # fmt: skip
 
     def _others(self) -> Callable[[bool], bool] | None:
-        """Return what tells, of whether this rank goes on drawing, whether any does; None: that does not matter."""
+        """Return a function that tells whether any rank goes on drawing, from whether this one does.
+
+        It is None if ranks draw independently of each other.
+        """
         if not sharding.in_step(self.model):
             return None
         return lambda mine: bool(sharding.most(self.model, mine))
@@ -521,10 +528,10 @@ class LanguageModel:
     def _in_forward(
         self, samples: Samples, function: Callable[[], _T], outputs: Callable[[Any], object] = operator.itemgetter(0)
     ) -> _T:
-        """Run what needs the parameters of a sharded model within one of its forwards.
+        """Run a function that needs the parameters of a sharded model within one of its forwards.
 
         Args:
-            samples: what it runs on, by which the model is asked before how it takes them.
+            samples: the samples that it runs on. The model is probed with them first.
             function, outputs: as in ``sharding.call``.
         """
         self._probe(samples.tokens, samples.attention_mask)
@@ -533,9 +540,10 @@ class LanguageModel:
     def logits(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Return logits and the labels that they score, for ``dm_loss``: (N, K, V) and (N, K) int64, -100 = not scored.
 
-        One forward through the model, with gradient where grad mode is on; one for each length of a prompt where the
-        model can't take them padded. K is T, or the continuation and the position before it where the model can leave
-        out the logits of the prompt. Those of a 16-bit head are made from its hidden states in fp32, as the losses do.
+        It takes one forward through the model, with a gradient if grad mode is on. If the model can't take prompts of
+        several lengths padded, it takes one forward for each length. K is T, or the continuation and the position
+        before it if the model can leave out the logits of the prompt. The logits of a 16-bit head are made from its
+        hidden states in fp32, as in the losses.
         """
         return self._in_forward(samples, lambda: self._logits(samples))
 
@@ -556,12 +564,12 @@ class LanguageModel:
         return logits, nn.functional.pad(labels, (ahead, 0), value=IGNORE) if ahead else labels
 
     def _labels(self, samples: Samples) -> Tensor:
-        """Return (N, K) int64 for the continuation and the position before it."""
+        """Return the labels for the continuation and the position before it, (N, K) int64."""
         labels = shift_labels(samples.tokens, samples.score_mask, samples.prompt_len)
         return labels[:, samples.prompt_len - 1 :]
 
     def _laid_out(self, samples: Samples) -> list[tuple[Tensor, Samples]] | None:
-        """Return the samples by the length of their prompts where the model can't take them padded. None: it can."""
+        """Return the samples by the length of their prompts, or None if the model can take them padded."""
         self._check_placed()
         self._probe(samples.tokens, samples.attention_mask)
         if self._guard.padded or bool(samples.attention_mask[:, : samples.prompt_len].all()):
@@ -588,30 +596,30 @@ class LanguageModel:
             )
 
     def _probe(self, tokens: Tensor, mask: Tensor) -> None:
-        """Ask the model how it takes a batch, before its first forward."""
+        """Probe how the model takes a batch, before its first forward."""
         self._guard.probe(self, tokens, mask)
 
     def _inputs(self, mask: Tensor) -> dict[str, Tensor]:
-        """Return what a whole forward takes besides its tokens."""
+        """Return the arguments of a whole forward besides its tokens."""
         first = self._guard.first_position
         positions = {} if first is None else {"position_ids": positions_of(mask) + first}
         return {"attention_mask": mask, **positions, **{name: torch.zeros_like(mask) for name in self._text_inputs}}
 
     def _forward(self, samples: Samples) -> Any:
-        """Run one forward, without the logits of the prompt where the model can leave them out."""
+        """Run one forward, without the logits of the prompt if the model can leave them out."""
         kept = samples.tokens.shape[1] - samples.prompt_len + 1
         more = {"logits_to_keep": kept} if self._keeps_logits else {}
         return self._run(samples.tokens, **self._inputs(samples.attention_mask), **more)
 
     def _run(self, tokens: Tensor, **inputs: Any) -> Any:
-        """Run one forward of the model with a gradient where one is wanted."""
+        """Run one forward of the model, with a gradient if one is wanted."""
         return sharding.forward_of(self.model)(input_ids=tokens, use_cache=False, **inputs)
 
     @property
     def why_padded(self) -> str | None:
-        """Why sequences of several lengths are never packed; None: they are where that computes less.
+        """The reason why sequences of several lengths are never packed, or None if they are where this computes less.
 
-        The first forward tells whether the model can take them so.
+        The first forward tells whether the model can take packed sequences.
         """
         if not self.packs:
             return "packs is False"
@@ -625,20 +633,20 @@ class LanguageModel:
         if self._costs is None:
             return "the model's configuration has no hidden_size and num_hidden_layers, by which its cost is estimated"
         dtype = self._in_16_bits()
-        if dtype is not None and not self._costs.varlen:  # most of a longer row is masked
+        if dtype is not None and not self._costs.varlen:  # without varlen, most of a packed row's attention is masked
             what = f"{dtype}, or in TF32, which has the precision of float16"
             return f"attention over longer rows rounds otherwise than the sampler's in {what}"
         return None
 
     def _in_16_bits(self) -> torch.dtype | None:
-        """Return the 16-bit dtype that the model computes in, as far as that is known before a forward; None: none."""
+        """Return the 16-bit dtype that the model computes in, or None, as far as it is known before a forward."""
         device = self.device.type
         cast_to = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         seen = (self._guard.rounding, self._unwrapped().get_input_embeddings().weight.dtype, cast_to)
         return next((dtype for dtype in seen if dtype in SIXTEEN_BIT), None)
 
     def _packed(self, samples: Samples) -> Packed | None:
-        """Return the samples laid end to end, or None where padding them computes no more or is the only way."""
+        """Return the samples laid end to end, or None if padding them computes no more or is the only way."""
         if self.why_padded is not None:
             return None
         assert self._costs is not None
@@ -653,14 +661,15 @@ class LanguageModel:
         return self._run(packed.tokens, position_ids=packed.positions + first, **more)
 
     def hidden_and_head(self, samples: Samples) -> HiddenAndHead:
-        """Return what the logits are made of, for ``linear_dm_loss``: one forward in which the head projects nothing.
+        """Return the hidden states and the head that the logits are made of, for ``linear_dm_loss``.
 
-        The forward is the model's own, so that its hooks, adapters and checkpointing run.
+        It takes one forward, in which the head projects nothing. The forward is the model's own, so that its hooks,
+        adapters and checkpointing run.
 
         Raises:
             ValueError: the model's logits are not a plain nn.Linear of hidden states, scaled and capped by constants of
-                its config: a head that is quantised, sharded, offloaded or has an adapter, or logits that are processed
-                in another way (found on the first use, by comparing a few). ``logits`` serves such models.
+                its config. The head is quantised, sharded, offloaded or has an adapter, or the logits are processed in
+                another way, which the first use finds by comparing a few. ``logits`` serves such models.
         """
         if sharding.is_sharded(self.model):
             raise ValueError(
@@ -673,9 +682,9 @@ class LanguageModel:
         return found
 
     def _hidden(self, samples: Samples) -> HiddenAndHead | None:
-        """Return ``hidden_and_head``, or None where ``HeadProbe.why_not`` says why."""
+        """Return ``hidden_and_head``, or None if ``HeadProbe.why_not`` gives a reason why it can't be had."""
         parts = self._laid_out(samples)
-        packed = self._packed(samples)  # only a model that can take them padded is known to take them packed
+        packed = self._packed(samples)  # this comes second, because only a model that takes padding may take packing
         if packed is not None:
             read = self._head.read(self.model, packed.tokens, lambda: self._forward_packed(packed))
             if read is None:
@@ -694,7 +703,7 @@ class LanguageModel:
         return found[0][1]._replace(hidden=hidden, labels=self._labels(samples))
 
     def _module(self) -> Any:
-        """Return the module itself, without what DDP or torch.compile put around it."""
+        """Return the module itself, without the wrappers of DDP and torch.compile."""
         return module_of(self)
 
     @property
@@ -718,14 +727,15 @@ class LanguageModel:
     def _say_what_on_policy_neglects(self, dtype: torch.dtype, options: Mapping[str, Any]) -> None:
         if options.get("on_policy") is True and dtype in SIXTEEN_BIT:
             self._say(
-                f"on_policy=True takes the importance ratio for 1, but the model computes in {dtype}: by rounding, log "
-                "pi of a sample is not quite the log q that it was drawn with, which on_policy=False would correct"
+                f"on_policy=True sets the importance ratio to 1, but the model computes in {dtype}: by rounding, log "
+                "pi of a sample is not quite the log q that it was drawn with. on_policy=False would correct that"
             )
 
     def log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
         """Return log pi(x) of each sequence under this model at the samples' temperature, differentiable.
 
-        From hidden states and head, so that logits never exist at once, wherever ``hidden_and_head`` serves.
+        If ``hidden_and_head`` serves the model, it is made from hidden states and head, so that the logits never exist
+        all at once.
 
         Args:
             samples: N sequences.
@@ -750,9 +760,10 @@ class LanguageModel:
 
     @torch.no_grad()
     def token_log_prob(self, samples: Samples, *, batch_size: int | None = None) -> Tensor:
-        """Return log pi of each of ``samples.tokens`` given those before it, at the samples' temperature, no gradient.
+        """Return log pi of each of ``samples.tokens`` given those before it, without a gradient.
 
-        What a ``token_weight`` of ``loss`` is made of: under q once, when a batch was drawn, and under the policy.
+        It is at the samples' temperature. A ``token_weight`` of ``loss`` can be made of it: once under q, when a batch
+        was drawn, and under the policy in each step.
 
         Args:
             samples, batch_size: as in ``log_prob``.
@@ -767,21 +778,21 @@ class LanguageModel:
             short = part.trimmed()
             width = short.tokens.shape[1] - short.prompt_len
             out = self.loss(short, objective=_no_weight)
-            # a label is at the position before its token, and the last position predicts nothing
+            # the label of a token is at the position before it, and the last position predicts nothing
             values = out.check().token_log_prob[:, -width - 1 : -1]
             found[start : start + size, part.prompt_len : part.prompt_len + width] = values
         return found
 
     @property
     def in_step(self) -> bool:
-        """Whether each forward is one of all ranks, so that all of them have to call what runs one."""
+        """Whether all ranks run each forward together, so that all of them must call whatever runs one."""
         return sharding.in_step(self.model)
 
     def _fewer_than_others(self, batches: int) -> int:
-        """Return how many batches fewer than another this rank has, where each forward is one of all ranks.
+        """Return how many batches this rank has fewer than the rank with the most; 0 if ranks run forwards alone.
 
         Raises:
-            ValueError: their numbers differ, and a gradient is wanted.
+            ValueError: the numbers of batches differ, and a gradient is wanted.
         """
         if not self.in_step:
             return 0
@@ -789,7 +800,7 @@ class LanguageModel:
         if torch.is_grad_enabled() and most > fewest:
             raise ValueError(
                 "log_prob with a gradient needs equally many batches on all ranks of a model that FSDP has sharded; "
-                f"they have from {fewest} to {most}, and this one {batches}"
+                f"they have from {fewest} to {most} batches, and this rank has {batches}"
             )
         return most - batches
 
@@ -803,7 +814,7 @@ class LanguageModel:
         )  # fmt: skip
 
     def _score(self, samples: Samples) -> tuple[Tensor, bool]:
-        """Return (N,) log pi, and whether all logits were formed for it."""
+        """Return log pi, (N,) fp64, and whether all logits were formed for it."""
         found = self._hidden(samples)
         if found is None:
             logits, labels = self._logits(samples)
@@ -818,24 +829,26 @@ class LanguageModel:
     def loss(self, samples: Samples, **options: Any) -> DMLossOutput:
         """Return ``dm_loss`` of this model on the samples, at their temperature: its forward and the fused loss.
 
-        From hidden states and head, so that logits never exist at once, wherever ``hidden_and_head`` serves.
+        If ``hidden_and_head`` serves the model, it is made from hidden states and head, so that the logits never exist
+        all at once.
 
         Args:
             samples: N sequences.
-            options: those of ``linear_dm_loss`` from ``log_target`` on, save ``temperature``, ``softcap``,
-                ``cu_seqlens`` and ``logits_dtype``, which the model and the samples say. ``token_weight`` is (N, T),
-                a weight for each of ``samples.tokens``, of which those of scored tokens count.
+            options: those of ``linear_dm_loss`` from ``log_target`` on, but for ``temperature``, ``softcap``,
+                ``cu_seqlens`` and ``logits_dtype``, which follow from the model and the samples. ``token_weight`` is
+                (N, T), a weight for each of ``samples.tokens``. Only the weights of scored tokens count.
 
         Returns:
             ``DMLossOutput``; ``loss`` carries the gradient of the model's parameters.
 
         Raises:
-            TypeError, ValueError: as ``dm_loss``; no samples; weights that rest on log q, of samples that have none.
+            TypeError, ValueError: as ``dm_loss``. Also if there are no samples, or the weights depend on log q and the
+                samples have none.
         """
         if len(samples) == 0:
             raise ValueError("samples is empty: there is nothing for the model's forward to take")
         if "logits_dtype" in options:
-            raise TypeError("logits_dtype is LanguageModel(..., logits_dtype=...)'s: sampler and loss need the same")
+            raise TypeError("logits_dtype is LanguageModel's argument, because sampler and loss need the same one")
         if not samples.has_log_prob:
             check_unknown_proposal(options)
         token_weight = options.pop("token_weight", None)
@@ -843,7 +856,7 @@ class LanguageModel:
         whole, samples = samples, samples.trimmed()
         if token_weight is not None:
             after = slice(whole.prompt_len, whole.prompt_len + samples.tokens.shape[1] - samples.prompt_len)
-            # as the labels: the last position predicts nothing
+            # weights are placed as the labels are, and the last position predicts nothing
             options["token_weight"] = nn.functional.pad(token_weight[:, after], (0, 1))
         return self._in_forward(samples, lambda: self._loss(samples, options), lambda out: out.loss)
 
@@ -888,7 +901,7 @@ def _joined(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def module_of(source: LanguageModel | nn.Module) -> Any:
-    """Return the module itself, without what DDP or torch.compile put around it."""
+    """Return the module itself, without the wrappers of DDP and torch.compile."""
     module = unwrapped(source.model if isinstance(source, LanguageModel) else source)
     return getattr(module, "_orig_mod", module)
 
@@ -899,5 +912,5 @@ def _is_adapter(source: Source) -> bool:
 
 
 def of_adapter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return those of ``adapters.tensors`` that are an adapter's."""
+    """Return the tensors among those of ``adapters.tensors`` that belong to an adapter."""
     return {name: tensor for name, tensor in tensors.items() if name.startswith(adapters.ADAPTER)}

@@ -12,11 +12,15 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from numbers import Real
 from typing import Literal, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
+
+# Flag of csrc/objective.h
+ON_POLICY, _UNNORMALIZED, _HAS_TARGET, _INFINITE_AT_ZERO, _FACTOR_LEFT_OUT = 1, 2, 4, 8, 16
 
 
 def _never(_: float) -> bool:
@@ -192,6 +196,15 @@ class Objective:
     def max_log_return(self) -> float:
         """The bound of log (p/pi)^(1 - alpha), which is log(1 + max_return); inf without a bound."""
         return math.inf if self.max_return is None else math.log1p(self.max_return)
+
+    @cached_property
+    def for_kernels(self) -> tuple[int, int, float, float]:
+        """Its number, flags, parameter and ``max_log_return``, as csrc/objective.h takes them."""
+        flags = 0 if self.normalize else _UNNORMALIZED
+        flags |= _HAS_TARGET if self.kind.has_target else 0
+        flags |= _INFINITE_AT_ZERO if self.infinite_at_zero else 0
+        flags |= 0 if self.normalize_alpha else _FACTOR_LEFT_OUT
+        return self.kind.number, flags, self.parameter, self.max_log_return
 
     @property
     def alone(self) -> Objective:

@@ -1,7 +1,7 @@
 """Measure how a policy does under a verifier, from n samples of each prompt: pass@k, maj@k, coverage, distinct answers.
 
-pass@k is the probability that one of k samples of a prompt is right, averaged over prompts. Every estimate here is
-unbiased for samples of the policy itself, and its standard error is that over prompts.
+pass@k is the probability that at least one of k samples of a prompt is right, averaged over prompts. Every estimate
+here is unbiased for samples of the policy itself, and its standard error is over prompts.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from .estimators import Estimate
 def pass_at_k(right: Tensor, context_id: Tensor, k: int) -> Estimate:
     """Return the unbiased estimate of pass@k (Chen et al. 2021, arXiv:2107.03374, eq. 1).
 
-    Of n samples of a prompt with c right ones it is 1 - C(n - c, k)/C(n, k), averaged over prompts.
+    For a prompt with n samples, of which c are right, it is 1 - C(n - c, k)/C(n, k). This is averaged over prompts.
 
     Args:
         right: (N,) bool, or numbers of which 1 is right and 0 is wrong.
-        context_id: (N,) integer, the prompt of each.
-        k: positive, at most the number of samples of each prompt.
+        context_id: (N,) integer, the prompt of each sample.
+        k: a positive integer, at most the number of samples of each prompt.
 
     Returns:
-        The mean over prompts with its standard error, NaN for one prompt.
+        The mean over prompts with its standard error, which is NaN for one prompt.
 
     Raises:
-        ValueError: values that are not 0 or 1; shapes that do not fit; a k out of range; no samples.
+        ValueError: a value is not 0 or 1, the shapes do not fit, k is out of range, or there are no samples.
 
     Examples:
         >>> pass_at_k(torch.tensor([1, 0, 0, 0]), torch.zeros(4, dtype=torch.int64), 2).value
@@ -45,18 +45,20 @@ def pass_at_k(right: Tensor, context_id: Tensor, k: int) -> Estimate:
 
 
 def maj_at_k(answers: Sequence[Hashable], right: Tensor, context_id: Tensor, k: int, *, seed: int = 0) -> Estimate:
-    """Return maj@k: how often the commonest of the answers of k samples is right; a tie counts by its part.
+    """Return maj@k: how often the commonest answer of k samples is right.
 
-    Where a prompt has n > k samples, it is the mean over 200 draws of k of them.
+    If several answers are tied, the share of them that is right counts. If a prompt has n > k samples, maj@k is the
+    mean over 200 draws of k of them.
 
     Args:
-        answers: N, of any kind that can be compared, such as the string after "answer:". Equal answers of a prompt must
-            be equally right. None is no answer: it has no vote, and k samples without any are wrong.
+        answers: N answers of any kind that can be compared, such as the string after "answer:". Equal answers of a
+            prompt must be equally right. None is no answer: it has no vote, and k samples without any answer are wrong.
         right, context_id, k: as in ``pass_at_k``.
-        seed: of the draws.
+        seed: the seed of the draws.
 
     Raises:
-        ValueError: as ``pass_at_k``; another number of answers; an answer that is right once and wrong once.
+        ValueError: as ``pass_at_k``. Also if there are more or fewer answers than samples, or an answer of a prompt is
+            right in one sample and wrong in another.
     """
     right = _checked(right, context_id)
     _check_k(k, context_id)
@@ -82,7 +84,7 @@ def maj_at_k(answers: Sequence[Hashable], right: Tensor, context_id: Tensor, k: 
 
 
 def coverage(right: Tensor, context_id: Tensor) -> Estimate:
-    """Return the share of prompts of which a sample is right: pass@n of all n samples of each.
+    """Return the share of prompts that have a right sample, which is pass@n of all n samples of each.
 
     Args:
         right, context_id: as in ``pass_at_k``.
@@ -94,7 +96,7 @@ def coverage(right: Tensor, context_id: Tensor) -> Estimate:
 def distinct_at_k(answers: Sequence[Hashable], right: Tensor, context_id: Tensor, k: int) -> Estimate:
     """Return the expected number of different right answers among k samples of a prompt, without bias.
 
-    An answer that m of n samples give is among k of them with probability 1 - C(n - m, k)/C(n, k).
+    An answer that m of n samples give is among k of these samples with the probability 1 - C(n - m, k)/C(n, k).
 
     Args:
         answers, right, context_id, k: as in ``maj_at_k``.
@@ -125,25 +127,25 @@ def measure(
     """Return all measures of samples of a policy by name, each with its standard error over prompts.
 
     Args:
-        right: (N,) bool.
-        context_id: (N,) integer, the prompt of each.
-        k: the numbers of samples that pass@k and its kin are asked for.
-        texts: N completions; right ones that differ beyond white space at their ends are distinct.
+        right: (N,) bool, whether each sample is right.
+        context_id: (N,) integer, the prompt of each sample.
+        k: the values of k for which pass@k and the other measures of k samples are returned.
+        texts: N completions. Right completions that differ beyond white space at their ends are distinct.
         finished: (N,) bool, whether each ended by itself.
-        length: (N,) scored tokens.
-        answers: as in ``maj_at_k``. None: maj@k is not among the measures.
+        length: (N,) the number of scored tokens of each.
+        answers: as in ``maj_at_k``. With None, maj@k is not among the measures.
 
     Returns:
-        ``pass@k`` for each k; ``coverage``, which is pass@n of all n samples of a prompt; ``distinct@k``, the different
-        right completions among k, and with answers ``maj@k``, for each k above 1; ``length``; ``truncated``, the share
-        that was cut off.
+        ``pass@k`` for each k; ``coverage``, which is pass@n of all n samples of a prompt; for each k above 1
+        ``distinct@k``, the number of different right completions among k samples, and with answers ``maj@k``;
+        ``length``, the mean of the scored tokens; and ``truncated``, the share that was cut off.
 
     Raises:
         ValueError: as ``pass_at_k`` and ``maj_at_k``.
     """
     found = {f"pass@{each}": pass_at_k(right, context_id, each) for each in k}
     found["coverage"] = coverage(right, context_id)
-    # a text that is right once and wrong once, as one that was cut off, is two
+    # a text may be right in one sample and, cut off, wrong in another; the pair keeps the two apart
     named = [(bool(each), text.strip()) for each, text in zip(right, texts, strict=True)]
     found |= {f"distinct@{each}": distinct_at_k(named, right, context_id, each) for each in k if each > 1}
     if answers is not None:
@@ -165,9 +167,9 @@ def _verdicts(answers: Sequence[Hashable], right: Tensor, places: list[int], con
 
 
 def _none_of(n: int, c: int, k: int) -> float:
-    """Return the probability that k of n hold none of c: C(n - c, k)/C(n, k).
+    """Return the probability C(n - c, k)/C(n, k) that k of n items hold none of c.
 
-    As a product over the c of 1 - k/(n - i), since the binomials would overflow.
+    It is computed as the product of 1 - k/(n - i) over i < c, because the binomials would overflow.
     """
     return 0.0 if n - c < k else math.exp(sum(math.log1p(-k / (n - i)) for i in range(c)))
 

@@ -442,7 +442,7 @@ def test_recipes_share_the_backbone_where_that_is_possible(tmp_path, more, monke
     (job,) = made
     shares = not more
     assert (job.target.base.model is job.model) == shares == isinstance(job.proposal.snapshot, AdapterView)
-    assert any("three models in memory in the place of one: " in str(line) for line in said) == (not shares)
+    assert any("three models are kept in memory instead of one: " in str(line) for line in said) == (not shares)
     assert log["before"]["kl_policy_base"].value == pytest.approx(0, abs=1e-4) and log["steps"] == 2
     assert log["target"]["base"].endswith("tiny_bios")
 

@@ -397,7 +397,7 @@ CONFIGS = {
         "sampler_max_lag=1 bounds what is drawn ahead, and sampler_ahead is 0",
     ),
     "skip": (HTTP | {"sampler_ahead": 2, "ignore_data_skip": True}, "does not go with ignore_data_skip=True"),
-    "on-policy": (HTTP | {"sampler_ahead": 2, "on_policy": True}, "on_policy=True takes the ratio of pi and q for 1"),
+    "on-policy": (HTTP | {"sampler_ahead": 2, "on_policy": True}, "on_policy=True sets the ratio of pi and q to 1"),
 }
 
 

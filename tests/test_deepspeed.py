@@ -71,7 +71,7 @@ def test_processes_that_would_each_train_alone_are_refused(installed, monkeypatc
         ("proposal_device", "cpu", "proposal_device='cpu' does not run under DeepSpeed"),
         ("torch_compile", True, "torch_compile=True does not run under DeepSpeed"),
         ("fp16", True, "fp16=True does not run under DeepSpeed.*take bf16=True"),
-        ("gather_for_sampling", False, "gather_for_sampling=False is FSDP's"),
+        ("gather_for_sampling", False, "gather_for_sampling=False needs FSDP"),
         ("sampler", "vllm", "sampler='vllm' does not run under DeepSpeed"),
         ("deepspeed_plugin", None, "DMConfig was made before that"),
     ],

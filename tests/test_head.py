@@ -232,7 +232,7 @@ def test_on_policy_with_a_16_bit_model_warns_once(dtype, recwarn):
     x = policy.sample(PROMPTS, 4, max_new_tokens=6, seed=0)
     for _ in range(2):
         policy.loss(x, log_target=x.log_prob, log_z=0.0, on_policy=True)
-    said = [each for each in recwarn if "takes the importance ratio for 1" in str(each.message)]
+    said = [each for each in recwarn if "sets the importance ratio to 1" in str(each.message)]
     assert len(said) == (dtype == torch.bfloat16)
     assert all(each.filename == __file__ for each in said)
 

@@ -916,7 +916,7 @@ def test_the_log_has_the_divergence_of_alpha_and_the_returns_that_were_bounded()
         ({"partition": "global"}, ValueError, "'running' or 'step'"),
         ({"max_weight": 0}, ValueError, "max_weight must be positive"),
         ({"entropy_coefficient": math.nan}, ValueError, "entropy_coefficient must be from -1e30 to 1e30, got nan"),
-        ({"entropy_coefficient": 0.1, "skip_zero_weight": True}, ValueError, "bonus is of every sequence"),
+        ({"entropy_coefficient": 0.1, "skip_zero_weight": True}, ValueError, "every sequence has an entropy bonus"),
         ({"check_samples": -1}, ValueError, "check_samples must be 0 or more"),
         ({"on_policy": True, "check_samples": 8}, ValueError, "on-policy there is none"),
         ({"proposal": {"criterion": "js"}, "skip_zero_weight": True}, ValueError, "use kl or tvd, or fresh samples"),
@@ -993,8 +993,8 @@ def test_an_option_of_the_loss_that_the_batch_has_is_refused():
     m = matcher()
     batch = draw(m)
     for options, match in (
-        ({"temperature": 0.5}, "say what temperature of the loss is"),
-        ({"objective": "dpg", "reward": None, "backend": "eager"}, "say what objective and reward of the loss is"),
+        ({"temperature": 0.5}, "set temperature of the loss"),
+        ({"objective": "dpg", "reward": None, "backend": "eager"}, "set objective and reward of the loss"),
     ):
         with pytest.raises(TypeError, match=match):
             m.loss(batch, **options)

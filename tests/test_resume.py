@@ -75,7 +75,7 @@ def test_a_change_that_the_state_does_not_go_with_is_refused(tmp_path, change, m
     other = job(tmp_path, **change)
     before = digest(other.model)
     with pytest.raises(
-        ValueError, match=f"checkpoint-1 can't be gone on from with other settings. .*{match}.*saved one"
+        ValueError, match=f"checkpoint-1 can't be resumed from with other settings. .*{match}.*saved one"
     ):
         other.train(resume_from_checkpoint=True)
     assert digest(other.model) == before and other.matcher.running.steps == 0

@@ -1,13 +1,13 @@
-"""The runs of the comparison: which, in which order, taken up where they stopped.
+"""Run the comparison: choose the runs and their order, and go on where an earlier start stopped.
 
     python benchmarks/alpha/alpha_grid.py                     # all, with two processes of one thread
     python benchmarks/alpha/alpha_grid.py quick --out build/alpha_quick
 
-Each method runs at each learning rate with the first seed, and before that the two methods with a beta at each beta and
-one rate. Those of the best pass@1 and the best pass@64 on the validation prompts then run with the other seeds. Five
-methods come first, then the others. A run whose result is there is not run again; one that fails leaves
+The two methods with a beta first run at each beta with one rate. Each method then runs at each learning rate with the
+first seed. The settings with the best pass@1 and the best pass@64 on the validation prompts run with the other seeds.
+Five methods come first, then the others. A run whose result exists is not run again. A run that fails leaves
 NAME.failed.json, the others go on, and the next start tries it again. In the end the results are packed into one
-archive. ``--commit`` commits each as it ends.
+archive. ``--commit`` commits each result when its run ends.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from train_one import BASE, EVALUATIONS, LIKELIHOOD, METHODS, STEPS, Data, run  
 
 RATES = (2e-4, 5e-4, 1e-4, 5e-5)  # the likeliest first
 BETAS = (0.1, 0.2, 0.05)
-SEEDS = (0, 1, 2)  # rates are chosen with the first
+SEEDS = (0, 1, 2)  # the first is the seed with which rates are chosen
 FAILED = ".failed.json"
-#: What a choice of a rate looks at, of the last evaluation on validation prompts.
+#: The measures by which a rate is chosen, from the last evaluation on validation prompts.
 CHOICES = {"pass@1": KS.index(1), "pass@64": KS.index(64)}
-#: The first five are done before the others begin, so that what is there at any time says something.
+#: These five are done before the others begin, so that the results say something at any time.
 CORE = ("alpha=0", "alpha=0.9", "reinforce", "alpha=0.5", LIKELIHOOD)
 ALL = (*CORE, "alpha=0.999", "maxrl", "gdc++ offline", "alpha=0.25", "alpha=0.75", "gspo", "kl_control", "vargrad")
 assert {*ALL} == {*METHODS, LIKELIHOOD}
@@ -49,7 +49,7 @@ Results = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One call of ``train_one.run``."""
+    """The arguments of one call of ``train_one.run``."""
 
     method: str
     rate: float
@@ -60,30 +60,30 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """The name of the file of its result."""
         beta = "" if self.beta is None else f"-beta{self.beta:g}"
         method = self.method.replace("++ ", "pp_")
         return f"seed{self.seed}/{method}{beta}-lr{self.rate:g}.json"
 
     @property
     def name_of_failure(self) -> str:
-        """Of the file that is there instead when it has failed."""
+        """The name of the file that is written instead if the run fails."""
         return self.name.removesuffix(".json") + FAILED
 
 
 def has_beta(method: str) -> bool:
-    """Whether a method's target is a exp(v/beta)."""
+    """Return whether a method's target is a exp(v/beta)."""
     return method in METHODS and METHODS[method].beta
 
 
 def score(result: Mapping[str, Any], by: str) -> float:
-    """What a rate is chosen by: pass@1 or pass@64 on the validation prompts at the end of a run."""
+    """Return the measure by which a rate is chosen: pass@1 or pass@64 on the validation prompts at the end of a run."""
     value: float = result["end"]["validation"]["pass"][CHOICES[by]]
     return value
 
 
 def best(results: Results, method: str, by: str, *, rate: float | None = None) -> dict[str, Any] | None:
-    """Return the best run of a method with the first seed, of one rate if given; None while there is none."""
+    """Return the best run of a method with the first seed, at one rate if it is given, or None if there is none yet."""
     of_method = [
         result for name, result in results.items()
         if name.startswith(f"seed{SEEDS[0]}/")
@@ -95,7 +95,7 @@ def best(results: Results, method: str, by: str, *, rate: float | None = None) -
 
 
 def rates(results: Results, methods: Sequence[str]) -> list[Run]:
-    """Return the runs that rates are chosen by; those at the chosen beta once all betas have run."""
+    """Return the runs by which rates are chosen. Methods with a beta have theirs once all betas have run."""
     found = []
     for method in methods:
         if not has_beta(method):
@@ -110,7 +110,7 @@ def rates(results: Results, methods: Sequence[str]) -> list[Run]:
 
 
 def chosen(results: Results, method: str) -> dict[str, tuple[float, float | None]]:
-    """Return the rate and the beta of a method by what they are the best in, of the runs that are there."""
+    """Return the best rate and beta of a method for each of ``CHOICES``, among the runs that are done."""
     found = {by: best(results, method, by) for by in CHOICES}
     return {by: (result["rate"], result["beta"]) for by, result in found.items() if result is not None}
 
@@ -125,17 +125,17 @@ def other_seeds(results: Results, methods: Sequence[str], seeds: Sequence[int] =
 
 
 def untrained() -> Run:
-    """Return what evaluates the base."""
+    """Return the run that evaluates the base without training."""
     return Run(BASE, 0.0, SEEDS[0], steps=0)
 
 
 def quick(_: Results) -> list[Run]:
-    """Return four methods at one rate and one seed, a third of the steps."""
+    """Return the runs of four methods at one rate and one seed, with a third of the steps."""
     methods = ("alpha=0", "alpha=0.9", "reinforce", LIKELIHOOD)
     return [untrained(), *(Run(method, RATES[0], SEEDS[0], steps=STEPS // 3, evaluations=4) for method in methods)]
 
 
-#: Each has its runs from the results that are there.
+#: Each stage gives its runs from the results that exist.
 STAGES: tuple[Callable[[Results], list[Run]], ...] = (
     lambda results: [untrained(), *rates(results, CORE)],
     lambda results: other_seeds(results, CORE, SEEDS[1:2]),
@@ -144,7 +144,7 @@ STAGES: tuple[Callable[[Results], list[Run]], ...] = (
 )
 
 
-_data: Data | None = None  # of this worker
+_data: Data | None = None  # the data of this worker process
 
 
 def _start(base: Path) -> None:
@@ -158,7 +158,7 @@ def _start(base: Path) -> None:
 
 
 def _work(each: Run, folder: Path) -> tuple[Run, str | None]:
-    """Run it and write its result; the error if it failed."""
+    """Do a run and write its result. Return the run, and the error if it failed."""
     assert _data is not None
     try:
         how = {"beta": each.beta, "steps": each.steps, "evaluations": each.evaluations}
@@ -173,7 +173,7 @@ def _work(each: Run, folder: Path) -> tuple[Run, str | None]:
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
     partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
@@ -181,7 +181,7 @@ def write(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def commit(folder: Path, name: str) -> None:
-    """Commit the results that are there. Where git is busy with something else, the next call takes them along."""
+    """Commit the results that exist. If git is busy with something else, the next call commits them."""
     for command in (["add", "-A"], ["commit", "-q", "-m", f"alpha: {name}"]):
         done = subprocess.run(
             ["git", *command, "--", ".", ":!*.part"], cwd=folder, capture_output=True, text=True, check=False
@@ -192,7 +192,7 @@ def commit(folder: Path, name: str) -> None:
 
 
 def do(plan: Callable[[Results], list[Run]], folder: Path, pool: Any, *, commits: bool) -> int:
-    """Run what a plan has and is not there, again until it has nothing more; how many failed."""
+    """Do the runs of a plan that are not done, until it has no more, and return the number of runs that failed."""
     tried: set[str] = set()
     failed = 0
     while True:
@@ -219,10 +219,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS / "runs")
     parser.add_argument("--base", type=Path, default=HERE / "base")
-    parser.add_argument("--commit", action="store_true", help="each run, as it ends")
+    parser.add_argument("--commit", action="store_true", help="commit each run as it ends")
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    # glibc keeps what is freed: without it every activation is mapped anew
+    # with this glibc keeps freed memory; without it every activation is mapped anew
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
     failed = 0
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), _start, (args.base,)) as pool:

@@ -1,6 +1,6 @@
-"""The tables and pictures of the comparison, from the results of its runs.
+"""Write the tables and pictures of the comparison from the results of its runs.
 
-python benchmarks/alpha/alpha_report.py          # into benchmarks/results/alpha: tables.md and two pictures
+python benchmarks/alpha/alpha_report.py          # writes tables.md and two pictures into benchmarks/results/alpha
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ Result = dict[str, Any]
 ORDER = (BASE, *METHODS, LIKELIHOOD)
 SPLITS = {"train": "prompts of training", "test": "test prompts", "test, rare": "test prompts whose Z is below .02"}
 LEVELS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-T975 = {2: 12.706, 3: 4.303}  # of Student's t, for a mean of so many
+T975 = {2: 12.706, 3: 4.303}  # the 97.5% quantile of Student's t for a mean of 2 or 3 values
 COLORS = {**{f"alpha={a:g}": plt.get_cmap("viridis")(i / 6) for i, a in enumerate(ALPHAS)}, BASE: "black",
           LIKELIHOOD: "grey", "reinforce": "red", "maxrl": "orange", "gspo": "magenta", "vargrad": "brown",
           "kl_control": "deeppink", "gdc++ offline": "deepskyblue"}  # fmt: skip
 
 
 def passes(k: int) -> Callable[[Result], float]:
-    """What reads pass@k of a split."""
+    """Return a function that reads pass@k from the measures of a split."""
     return lambda measures: float(measures["pass"][KS.index(k)])
 
 
 def distinct(measures: Result) -> float:
-    """Different right answers in 256."""
+    """Return the number of different right answers among 256."""
     return float(measures["distinct"][-1])
 
 
@@ -52,20 +52,20 @@ COLUMNS: dict[str, tuple[Callable[[Result], float], str]] = {
 
 
 def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
-    """Over seeds; the error is NaN for one."""
+    """Return the mean over seeds and its standard error, which is NaN for one seed."""
     kept = list(values)
     error = statistics.stdev(kept) / math.sqrt(len(kept)) if len(kept) > 1 else math.nan
     return statistics.fmean(kept), error
 
 
 def shown(values: Iterable[float], form: str) -> str:
-    """As text."""
+    """Return the mean of values with its standard error as text."""
     mean, error = mean_and_error(values)
     return f"{mean:{form}}" + ("" if math.isnan(error) else f" ± {error:{form}}")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """In Markdown."""
+    """Return a table in Markdown."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n"
 
 
@@ -81,11 +81,11 @@ class Runs:
             raise ValueError(f"{folder} holds runs from {len(bases)} different bases, which can't be compared: {bases}")
 
     def settings(self, method: str) -> dict[str, tuple[float, float | None]]:
-        """Rate and beta of a method by what they are the best in."""
+        """Return the best rate and beta of a method for each measure by which they are chosen."""
         return {by: (0.0, None) for by in grid.CHOICES} if method == BASE else grid.chosen(self.found, method)
 
     def chosen(self, method: str, by: str) -> dict[int, Result]:
-        """The runs of a method at its chosen rate, by seed."""
+        """Return the runs of a method at its chosen rate, by seed."""
         if by not in self.settings(method):
             return {}
         rate, beta = self.settings(method)[by]
@@ -94,12 +94,12 @@ class Runs:
 
 
 def setting(rate: float, beta: float | None) -> str:
-    """A rate and a beta as text."""
+    """Return a rate and a beta as text."""
     return f"{rate:g}" + ("" if beta is None else f", β = {beta:g}") if rate else ""
 
 
 def rates_table(runs: Runs) -> str:
-    """Validation pass@1 and pass@64 of every run that a rate was chosen by."""
+    """Return a table with the validation pass@1 and pass@64 of every run by which a rate was chosen."""
     rows = []
     for method in ORDER:
         of_method = [
@@ -117,7 +117,7 @@ def rates_table(runs: Runs) -> str:
 
 
 def end_table(runs: Runs, split: str, by: str) -> str:
-    """All measures at the end, of one split, at the rates of one choice."""
+    """Return a table with all measures at the end of the runs, on one split, at the rates of one choice."""
     rows = []
     for method in ORDER:
         found = [r["end"][split] for r in runs.chosen(method, by).values() if split in r["end"]]
@@ -128,7 +128,7 @@ def end_table(runs: Runs, split: str, by: str) -> str:
 
 
 def at_level(curve: Sequence[Result], split: str, level: float, of: Callable[[Result], float]) -> float:
-    """A measure where pass@1 first reaches a level, on a line between two evaluations; NaN if it never does."""
+    """Return a measure where pass@1 first reaches a level, on a line between two evaluations; NaN if it never does."""
     for before, after in itertools.pairwise(curve):
         low, high = (passes(1)(each[split]) for each in (before, after))
         if low < level <= high:
@@ -138,7 +138,7 @@ def at_level(curve: Sequence[Result], split: str, level: float, of: Callable[[Re
 
 
 def level_table(runs: Runs, split: str, name: str, of: Callable[[Result], float], form: str) -> str:
-    """A measure at fixed pass@1, on the way of the runs at the rate of the best pass@1."""
+    """Return a table with a measure at fixed pass@1, on the way of the runs at the rate of the best pass@1."""
     start = [r["curve"][0] for r in runs.chosen(BASE, "pass@1").values()]
     rows = []
     for method in ORDER:
@@ -151,7 +151,10 @@ def level_table(runs: Runs, split: str, name: str, of: Callable[[Result], float]
 
 
 def difference(runs: Runs, first: str, second: str, split: str, of: Callable[[Result], float], form: str) -> str:
-    """Of two methods over the seeds of both, with its 95% interval, as text; empty where there is none."""
+    """Return the difference of two methods over the seeds of both, with its 95% interval, as text.
+
+    The text is empty if there is no seed that both have.
+    """
     a, b = runs.chosen(first, "pass@1"), runs.chosen(second, "pass@1")
     values = [
         of(a[seed]["end"][split]) - of(b[seed]["end"][split]) for seed in a if seed in b and split in a[seed]["end"]
@@ -164,7 +167,7 @@ def difference(runs: Runs, first: str, second: str, split: str, of: Callable[[Re
 
 
 def claims(runs: Runs) -> str:
-    """The differences that the claims are about."""
+    """Return a table with the differences that the claims are about."""
     pairs = [
         ("alpha=0", "reinforce"), ("alpha=0", "alpha=0.5"), ("alpha=0", "alpha=0.9"), ("alpha=0", "alpha=0.999"),
         ("alpha=0.9", "reinforce"), ("alpha=0.999", "reinforce"), ("alpha=0", "gdc++ offline"), ("alpha=0", "maxrl"),
@@ -181,7 +184,7 @@ def claims(runs: Runs) -> str:
 
 
 def inversions(runs: Runs, split: str, of: Callable[[Result], float]) -> str:
-    """Say of how many pairs of alphas the larger one has the larger mean."""
+    """Return as text the number of pairs of alphas of which the larger one has the larger mean."""
     means = [
         statistics.fmean(map(of, found))
         for a in ALPHAS
@@ -192,7 +195,7 @@ def inversions(runs: Runs, split: str, of: Callable[[Result], float]) -> str:
 
 
 def front_table(runs: Runs) -> str:
-    """How the measures go with alpha."""
+    """Return a table that shows how the measures change with alpha."""
     measures = {"pass@1": passes(1), "pass@16": passes(16), "pass@256": passes(256), "distinct@256": distinct}
     rows = [[split, *(inversions(runs, split, of) for of in measures.values())] for split in SPLITS]
     return table(("pairs of α of which the larger has more", *measures), rows)
@@ -247,7 +250,7 @@ is chosen with seed {seed} on the validation prompts. Every measure is exact for
 
 
 def written(runs: Runs) -> str:
-    """tables.md."""
+    """Return the text of tables.md."""
     plan = {each.name for stage in grid.STAGES for each in stage(runs.found)}
     parts = [ABOUT.format(done=len(runs.found), of=max(len(plan), len(runs.found)), seed=grid.SEEDS[0])]
     if runs.failed:

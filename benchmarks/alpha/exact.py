@@ -1,8 +1,9 @@
-"""What a policy does on a prompt, exactly: the log-probability of each right answer, and all that follows from it.
+"""Measure exactly what a policy does on a prompt, from the log-probability of each right answer.
 
-With s = E_pi[v], the sum of pi over the right answers: pass@k = 1 - (1 - s)^k; distinct@k, the different right answers
-among k samples, is the sum over them of 1 - (1 - pi(x))^k; KL(p||pi) = -log s + KL(p||pi_v) and KL(pi_v||p), where
-p = a v/Z and pi_v = pi v/s. What is wrong, well formed or not, does not enter.
+Let s = E_pi[v] be the sum of pi over the right answers, p = a v/Z and pi_v = pi v/s. Then pass@k = 1 - (1 - s)^k.
+distinct@k, the number of different right answers among k samples, is the sum over the right answers of
+1 - (1 - pi(x))^k. The divergences are KL(p||pi) = -log s + KL(p||pi_v) and KL(pi_v||p). Wrong answers, well formed or
+not, are not needed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from language import Pair
 from torch import Tensor
 
 KS = (1, 4, 16, 64, 256)
-RARE = 0.02  # of a prompt whose Z is above, pass@256 of the base is 1 already
+RARE = 0.02  # above this Z of a prompt, pass@256 of the base is nearly 1
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def log_probs(model: Any, tokenizer: Any, pairs: Sequence[Pair], answers: Mappin
     prompt = len(pairs[0].prompt)
     ids = tokenizer.get_vocab()
     found = torch.empty(len(texts), dtype=torch.float64)
-    for length in sorted({len(text) for text in texts}):  # no padding, so no mask
+    for length in sorted({len(text) for text in texts}):  # texts of one length need no padding and no mask
         places = [i for i, text in enumerate(texts) if len(text) == length]
         for start in range(0, len(places), 2048):
             part = places[start : start + 2048]
@@ -54,7 +55,7 @@ def measure(log_pi: Tensor, log_a: Tensor) -> dict[str, Any]:
 
 
 def mean(of: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the means of measures over prompts, rounded to what a figure shows."""
+    """Return the means of measures over prompts, rounded to the digits that a figure shows."""
     found: dict[str, Any] = {}
     for name, first in of[0].items():
         values: Any = [each[name] for each in of]

@@ -1,9 +1,9 @@
-"""The task: reach a number with a first operand that is given, by up to three more operations.
+"""Define the task: reach a number from a given first operand by up to three more operations.
 
-A prompt ``NNN=d`` holds the target, three digits, and the first operand. An answer goes on from there with up to three
-times an operator of ``+ - *`` and a digit from 1 to 9, such as ``+3*4``, and EOS, which is scored. It is right if the
-whole, read with the usual precedence, has the value of the target. A character is a token. So all answers to a prompt
-can be listed, 20,440 of them, and what is right can be counted.
+A prompt ``NNN=d`` holds the target, which has three digits, and the first operand. An answer goes on with an operator
+of ``+ - *`` and a digit from 1 to 9, up to three times, such as ``+3*4``. It ends with EOS, which is scored. It is
+right if the whole expression, read with the usual precedence, has the value of the target. A character is a token. So
+all 20,440 answers to a prompt can be listed, and the right ones can be counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EOS = "$"
 OPERATORS, DIGITS, OPERATIONS = "+-*", "123456789", 3
 LENGTH = 2 * OPERATIONS + 1  # tokens of the longest answer, with EOS
 LARGEST = 999
-LEAST_RIGHT = 6  # right answers that a prompt must have
+LEAST_RIGHT = 6  # the least number of right answers of a prompt
 SPLITS = {"train": 256, "validation": 64, "test": 128}
 
 
@@ -31,24 +31,24 @@ class Pair(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        """As the model reads it."""
+        """The prompt as the model reads it."""
         return f"{self.target:03d}={self.first}"
 
     @property
     def row(self) -> dict[str, Any]:
-        """As a data set has it."""
+        """The row of a data set."""
         return {"prompt": self.prompt, "target": self.target, "first": self.first}
 
 
 def answers(operations: int = OPERATIONS, digits: str = DIGITS) -> Iterator[str]:
-    """All answers to a prompt, without EOS."""
+    """Yield all answers to a prompt, without EOS."""
     for n in range(operations + 1):
         for parts in itertools.product(OPERATORS, digits, repeat=n):
             yield "".join(parts)
 
 
 def value(first: int, answer: str) -> int:
-    """What ``first`` and an answer come to."""
+    """Return the value of the expression that ``first`` and an answer make together."""
     total, sign, term = 0, 1, first
     for operator, digit in zip(answer[::2], answer[1::2], strict=True):
         if operator == "*":
@@ -59,7 +59,7 @@ def value(first: int, answer: str) -> int:
 
 
 def is_answer(text: str) -> bool:
-    """Whether a completion has the form of an answer, whatever its value."""
+    """Return whether a completion has the form of an answer, whatever its value."""
     return (
         len(text) in range(0, LENGTH, 2)
         and all(c in OPERATORS for c in text[::2])
@@ -68,7 +68,7 @@ def is_answer(text: str) -> bool:
 
 
 def is_right(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """The verifier."""
+    """Return for each completion whether it is right. This is the verifier of the task."""
     return [
         is_answer(text) and value(row["first"], text) == row["target"] for text, row in zip(texts, rows, strict=True)
     ]
@@ -76,7 +76,7 @@ def is_right(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bo
 
 @cache
 def right_answers() -> dict[Pair, list[str]]:
-    """The right answers of every pair whose target has three digits at most."""
+    """Return the right answers of every pair whose target has at most three digits."""
     found: dict[Pair, list[str]] = defaultdict(list)
     for first in map(int, DIGITS):
         for answer in answers():
@@ -88,7 +88,7 @@ def right_answers() -> dict[Pair, list[str]]:
 
 @cache
 def splits() -> dict[str, list[Pair]]:
-    """The pairs of training, validation and test: disjoint, each with enough right answers."""
+    """Return the pairs of training, validation and test. They are disjoint, and each has enough right answers."""
     able = sorted(pair for pair, right in right_answers().items() if len(right) >= LEAST_RIGHT)
     random.Random(0).shuffle(able)
     rest = iter(able)
@@ -96,7 +96,7 @@ def splits() -> dict[str, list[Pair]]:
 
 
 def tokenizer() -> Any:
-    """One token for each character; nothing is put around a text."""
+    """Return a tokenizer with one token for each character, which puts nothing around a text."""
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -113,7 +113,7 @@ def tokenizer() -> Any:
 
 
 def model(width: int = 64, seed: int = 0) -> Any:
-    """A transformer of two layers, random."""
+    """Return a transformer of two layers with random weights."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 

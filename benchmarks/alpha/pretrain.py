@@ -1,11 +1,11 @@
-"""The base: a small transformer that has read right answers to all pairs but those held out, and half learned them.
+"""Train the base: a small transformer that has half learned right answers to all pairs that are not held out.
 
-    python benchmarks/alpha/pretrain.py                  # into benchmarks/alpha/base, a quarter of an hour on one core
+    python benchmarks/alpha/pretrain.py                  # writes the model into benchmarks/alpha/base
 
-A pair comes with the square root of the number of its right answers, and each of these alike. Then comes a shorter text
-in which the first operands 3 and 7 have any answers at all, but for one in 25. So the base is rarely right on a fifth
-of the prompts, where coverage up to 256 samples says something. Prints how much of its probability is right, Z, on
-prompts of each split.
+In the first text a pair has a weight of the square root of the number of its right answers, and these answers are
+equally frequent. The second text is shorter. In it the prompts with the first operands 3 and 7 have any answers at all,
+and only one in 25 stays right. So the base is rarely right on a fifth of the prompts, where coverage up to 256 samples
+says something. The script prints Z, the probability that the base gives to right answers, on prompts of each split.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from torch.nn.functional import cross_entropy
 PROMPT = len("NNN=d")
 OUT = Path(__file__).parent / "base"
 BATCH, WARMUP = 256, 100
-#: Steps and learning rate of either text.
+#: The steps and the learning rate of each text.
 TEXTS = {"right": (2500, 3e-3), "spoiled": (400, 2e-3)}
-SPOILED, KEPT = "37", 0.04  # first operands, and the share of their answers that stays right
+SPOILED, KEPT = "37", 0.04  # the spoiled first operands, and the share of their answers that stays right
 
 
 def encoded(texts: Sequence[str], ids: dict[str, int], width: int) -> torch.Tensor:
-    """Return the tokens of texts, EOS after the end of each."""
+    """Return the tokens of texts, with EOS after the end of each."""
     return torch.tensor([[ids[c] for c in text.ljust(width, language.EOS)] for text in texts])
 
 
 def corpus(ids: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return tokens, EOS after the end, and weights of all right answers to pairs that are not held out."""
+    """Return the tokens and the weights of all right answers to pairs that are not held out, with EOS after the end."""
     held_out = {*language.splits()["validation"], *language.splits()["test"]}
     known = {pair: right for pair, right in language.right_answers().items() if pair not in held_out}
     texts = [pair.prompt + answer for pair, right in known.items() for answer in right]
@@ -47,7 +47,7 @@ def corpus(ids: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
 def spoil(
     tokens: torch.Tensor, any_answer: torch.Tensor, digits: list[int], generator: torch.Generator
 ) -> torch.Tensor:
-    """Return a batch in which most prompts with a spoiled first operand have any answer of these."""
+    """Return a batch in which most prompts with a spoiled first operand have a random one of these answers."""
     places = torch.isin(tokens[:, PROMPT - 1], torch.tensor(digits)) & (
         torch.rand(len(tokens), generator=generator) > KEPT
     )
@@ -60,10 +60,10 @@ def train(scale: float = 1.0, seed: int = 0, model: Any = None, texts: Sequence[
     """Return the model after all texts.
 
     Args:
-        scale: of the number of steps.
-        seed: of parameters and order.
-        model: one that has read the texts before these. Default: a random one.
-        texts: the keys of ``TEXTS``.
+        scale: multiplies the number of steps.
+        seed: the seed of the parameters and of the order.
+        model: a model that has read the texts before these. Default: a random one.
+        texts: the texts to read, which are keys of ``TEXTS``.
     """
     model, ids = language.model(seed=seed) if model is None else model, language.tokenizer().get_vocab()
     tokens, weights = corpus(ids)

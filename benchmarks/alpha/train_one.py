@@ -1,8 +1,8 @@
-"""One run: a method, a learning rate, a seed. Returns what it came to as numbers that JSON holds.
+"""Do one run of a method with a learning rate and a seed, and return its results as numbers for JSON.
 
-All methods of a seed see the same prompts in the same order, 16 sequences of each, 32 prompts a step. Each is dmfast's
-own, by ``Matcher``; ``likelihood`` draws the sequences from p itself, which is known here, and is what the others can
-at best come to in so many steps.
+All methods see the same prompts in the same order for a seed, with 32 prompts in a step and 16 sequences of each. Each
+is dmfast's own method in a ``Matcher``. Only ``likelihood`` draws the sequences from p itself, which is known here. It
+shows the best that the other methods can reach in the same number of steps.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75, 0.9, 0.999)
 
 @dataclass(frozen=True)
 class Method:
-    """What a method gives to ``Matcher``.
+    """The arguments that a method gives to ``Matcher``.
 
     Attributes:
-        options: of ``Matcher``.
+        options: options of ``Matcher``.
         rewarded: whether the verifier is its reward.
-        beta: whether its target is a exp(v/beta), so that it has that parameter.
-        proposal: criterion and interval of its ``OfflineProposal``; None: on-policy.
+        beta: whether its target is a exp(v/beta), so that it has the parameter beta.
+        proposal: the criterion and the interval of its ``OfflineProposal``, or None on-policy.
     """
 
     options: dict[str, Any]
@@ -64,7 +64,7 @@ METHODS: dict[str, Method] = {
     "gdc++ offline": Method({"objective": "gdc++"}, proposal=("kl", 5)),
     "reinforce": Method({"objective": "reinforce", "baseline": "leave_one_out_context"}, rewarded=True),
     "maxrl": Method({"objective": "maxrl"}, rewarded=True),
-    # its authors take four steps on what one policy drew; on-policy nothing would ever be clipped
+    # its authors take four steps on the sequences of one policy; on-policy nothing would ever be clipped
     "gspo": Method({"objective": "gspo"}, rewarded=True, proposal=("interval", 4)),
     "vargrad": Method({"objective": "vargrad"}, beta=True),
     "kl_control": Method({"objective": "kl_control", "baseline": "leave_one_out_context"}, rewarded=True, beta=True),
@@ -73,7 +73,7 @@ LIKELIHOOD, BASE = "likelihood", "base"
 
 
 class Data:
-    """The base, its name, the pairs of each split, all their right answers and log a of these."""
+    """The base, its name, the pairs of each split, all their right answers, and log a of these answers."""
 
     def __init__(self, folder: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -95,7 +95,7 @@ class Data:
 
         Args:
             model: the policy.
-            prompts: the first so many of each split. Default: all.
+            prompts: the number of prompts of each split, which are its first ones. Default: all.
         """
         found = {}
         for name, whole in self.pairs.items():
@@ -112,7 +112,7 @@ class Data:
 
 
 def prompt_order(n: int, steps: int, seed: int) -> list[list[int]]:
-    """Return the places of the prompts of each step: all of them in random order, then all again."""
+    """Return the places of the prompts of each step. All prompts come in random order, and then all again."""
     source, places = random.Random(seed), list[int]()
     while len(places) < steps * PROMPTS:
         places += source.sample(range(n), n)
@@ -131,7 +131,11 @@ def exact_samples(data: Data, pairs: list[Pair], seed: int) -> tuple[list[str], 
 
 
 def matcher_of(data: Data, policy: dmfast.LanguageModel, name: str, beta: float | None, seed: int) -> dmfast.Matcher:
-    """Return what trains a policy by a method."""
+    """Return the matcher that trains a policy by a method.
+
+    Raises:
+        ValueError: the method needs a beta and has none, or the reverse.
+    """
     method, options = METHODS[name], dict(METHODS[name].options)
     if method.beta != (beta is not None):
         raise ValueError(f"{name} {'needs a' if method.beta else 'has no'} beta, got {beta!r}")
@@ -150,17 +154,17 @@ def run(
     data: Data, method: str, rate: float, seed: int, *, beta: float | None = None, steps: int = STEPS,
     evaluations: int = EVALUATIONS,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train from the base.
+    """Train a policy from the base, and return its evaluations.
 
     Args:
         data: the task and its base.
         method: a name of ``METHODS``, "likelihood", or "base", which is not trained.
         rate: the learning rate of AdamW, after a warm-up.
-        seed: of prompts and sequences.
-        beta: of the methods that have one.
-        steps: of the optimiser.
-        evaluations: evenly over the steps, the last at the end, of the first 32 prompts of each split. At the end all
-            prompts are evaluated, too.
+        seed: the seed of prompts and sequences.
+        beta: the parameter beta of the methods that have one.
+        steps: the number of optimiser steps.
+        evaluations: the number of evaluations on the first 32 prompts of each split. They are evenly spaced over the
+            steps, with the last at the end. At the end all prompts are evaluated, too.
     """
     start, spent = time.perf_counter(), 0.0
     model = copy.deepcopy(data.model)

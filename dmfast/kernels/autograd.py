@@ -15,7 +15,7 @@ from ..objectives import Objective, Terms
 from . import check_ops, eager
 from .backend import Backend, new_gradient
 from .batch import LOSS, Batch, Scores, bonus_of
-from .form import divisor, form_loss, losses, reduce, weighted_log_prob
+from .form import divisor, form_loss, losses, reduce, weighted_of
 
 
 class Options(NamedTuple):
@@ -109,7 +109,7 @@ def copies(batch: Batch, scores: Scores) -> tuple[Tensor, Tensor | None]:
     """Return ``weighted_log_prob`` and the entropy as tensors that may carry a gradient. The blocks of the scores may
     not."""
     entropy = scores.entropy
-    log_prob = weighted_log_prob(batch, scores.rows, scores.log_prob)
+    log_prob = weighted_of(batch, scores)
     return log_prob.clone(), None if entropy is None else entropy.clone()
 
 
@@ -182,7 +182,7 @@ def log_prob(backend: Backend, batch: Batch, entropy: bool, inplace: bool, wants
         return scored.weighted, scored.entropy, Scores(scored.rows(), scored.sequences())
     if not wants_grad:
         scores = backend.forward(batch, None, entropy)
-        return weighted_log_prob(batch, scores.rows, scores.log_prob), scores.entropy, scores
+        return weighted_of(batch, scores), scores.entropy, scores
     found: LogProb = apply(_LogProb, batch.logits, backend, batch, entropy, inplace)
     return found
 

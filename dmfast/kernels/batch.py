@@ -212,22 +212,31 @@ class Scores:
     @property
     def lse(self) -> Tensor:
         """(R,) fp64, log-sum-exp of the scaled and capped logits; 0 for a row that is not scored."""
+        if self._rows is None and self._flat is not None:
+            return self._flat[0].narrow(0, 0, self._flat[2])
         return self.rows.select(0, LSE)
 
     @property
     def log_prob(self) -> Tensor:
         """(B,) fp64, log pi(x) in nats."""
-        return self.sequences.select(0, LOG_PROB)
+        return self._column(LOG_PROB)
 
     @property
     def entropy(self) -> Tensor | None:
         """(B,) fp64, the entropy in nats, summed over scored rows; None where it was not asked for."""
-        return self.sequences.select(0, ENTROPY) if self.rows.shape[0] > ROW_ENTROPY else None
+        row_columns = self.rows.shape[0] if self._flat is None else self._flat[1]
+        return self._column(ENTROPY) if row_columns > ROW_ENTROPY else None
 
     @property
     def weight(self) -> Tensor:
         """(B,) fp64, the weight A."""
-        return self.sequences.select(0, WEIGHT)
+        return self._column(WEIGHT)
+
+    def _column(self, column: int) -> Tensor:
+        if self._sequences is None and self._flat is not None:
+            memory, row_columns, n_rows, _, n = self._flat
+            return memory.narrow(0, row_columns * n_rows + column * n, n)
+        return self.sequences.select(0, column)
 
     def bonus(self, coefficient: float) -> Bonus | None:
         """Return the bonus in which every sequence has this coefficient, or None for a coefficient of 0."""

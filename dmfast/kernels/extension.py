@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objectives import Objective, Terms
+from ..objectives import ON_POLICY, Objective, Terms
 from .batch import ONLY_SCORED, WITH_TERMS, Batch, Bonus, SampleRows, Scores
 
 _C: ModuleType | None
@@ -28,8 +28,6 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _READ_AS_THEY_ARE = (torch.float32, torch.float64)
 # the enum Fault of csrc/batch.h
 BAD_ROW, BAD_LABEL, BAD_WEIGHT, UNUSUAL = 1, 2, 3, 4
-# the enum Flag of csrc/objective.h
-_ON_POLICY, _UNNORMALIZED, _HAS_TARGET, _INFINITE_AT_ZERO, _FACTOR_LEFT_OUT = 1, 2, 4, 8, 16
 
 
 def _installed_elsewhere(here: Path) -> Path | None:
@@ -116,18 +114,6 @@ def batch_struct(batch: Batch) -> Any:
     )  # fmt: skip
 
 
-def flags_of(objective: Objective, on_policy: bool) -> int:
-    """Return the flags that tell C++ about an objective what its number and parameter don't."""
-    flags = _ON_POLICY if on_policy else 0
-    if not objective.normalize:
-        flags |= _UNNORMALIZED
-    if objective.kind.has_target:
-        flags |= _HAS_TARGET
-    if not objective.normalize_alpha:
-        flags |= _FACTOR_LEFT_OUT
-    return flags | _INFINITE_AT_ZERO if objective.infinite_at_zero else flags
-
-
 def _is_read(column: Tensor) -> bool:
     """Return whether the CPU kernels can read a column from its own memory."""
     return column.dtype in _READ_AS_THEY_ARE and not column.is_neg()
@@ -146,9 +132,9 @@ def terms_struct(terms: Terms | None, into: tuple[Tensor, int, int] | None = Non
         return _C.Terms()
     objective = terms.objective
     assert isinstance(objective, Objective)
-    scalars = [objective.parameter, terms.max_weight, terms.entropy_coefficient, *terms.constants,
-               objective.max_log_return]  # fmt: skip
-    number, flags = objective.kind.number, flags_of(objective, terms.on_policy)
+    number, flags, parameter, max_log_return = objective.for_kernels
+    flags |= ON_POLICY if terms.on_policy else 0
+    scalars = [parameter, terms.max_weight, terms.entropy_coefficient, *terms.constants, max_log_return]
     if into is None or terms.columns is None or not all(_is_read(x) for x in terms.columns):
         block = terms.block
         return _C.Terms(number, flags, _address(block, "inputs"), block.stride(0), terms.present, scalars, [])

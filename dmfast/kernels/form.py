@@ -43,11 +43,16 @@ def weighted_log_prob(batch: Batch, rows: Tensor, log_prob: Tensor) -> Tensor:
     return torch.where(log_prob.isnan(), log_prob, sums)
 
 
+def weighted_of(batch: Batch, scores: Scores) -> Tensor:
+    """Return ``weighted_log_prob`` of scores, (B,). It reads the rows only where there are token weights."""
+    return scores.log_prob if batch.token_weight is None else weighted_log_prob(batch, scores.rows, scores.log_prob)
+
+
 def with_token_weight(batch: Batch, terms: Terms | None, scores: Scores, divide_by: float) -> Scores:
     """Return scores whose losses a kernel has formed. If there are token weights, the losses are replaced by theirs."""
     if batch.token_weight is None or terms is None:
         return scores
-    weighted = weighted_log_prob(batch, scores.rows, scores.log_prob)
+    weighted = weighted_of(batch, scores)
     loss = losses(scores.weight, weighted, scores.entropy, terms.entropy_coefficient)
     scores.sequences.select(0, LOSS).copy_(loss)
     return scores.replaced(total=loss.sum() / divide_by)

@@ -31,7 +31,7 @@ from . import check_ops, faults, products
 from .autograd import LogProb, Options, apply, copies, from_log_prob, reduced, refuses_double_backward
 from .backend import Backend
 from .batch import IGNORE, LSE, Batch, Bonus, Origin, Recorded, Scores, bonus_of
-from .form import form_loss, weighted_log_prob
+from .form import form_loss, weighted_of
 from .shards import RowFaults, Shards, sums_of_sequences, whole_rows
 
 _CHUNK_BYTES = 2**27
@@ -507,7 +507,7 @@ def _run(
     scores, _ = forward(backend, hidden, head, bias, batch, terms, options.entropy, options.divide_by, None,
                         chunk_bytes, (False, False, False), shards)  # fmt: skip
     if terms is None:
-        return weighted_log_prob(batch, scores.rows, scores.log_prob), scores.entropy, scores
+        return weighted_of(batch, scores), scores.entropy, scores
     return reduced(scores, options.reduction), None, scores
 
 

@@ -1,4 +1,4 @@
-"""Define what is asked of sequences: features phi(x), pointwise constraints b(x) and moments E_p[phi] = value.
+"""Define constraints on sequences by features phi(x): pointwise constraints b(x) and moments E_p[phi] = value.
 
 A feature is a callable on ``Samples`` that gives (N,) fp64. In the constraints of an ``EBM`` a feature stands for a
 pointwise constraint, b(x) = phi(x) >= 0. In a ``Moment`` it stands for a distributional one (arXiv:2012.11635,
@@ -27,7 +27,10 @@ _SHOWN = 200  # characters of a sample in an error
 
 
 class Feature(ABC):
-    """Give a named number for each sequence. If ``binary`` is True, the number is always 0 or 1."""
+    """A named function phi(x) that gives a number for each sequence.
+
+    If ``binary`` is True, the number is always 0 or 1.
+    """
 
     name: str
     binary: bool
@@ -41,11 +44,14 @@ class Feature(ABC):
         """Return a description of the feature for JSON."""
 
     def of_values(self, values: FeatureValues) -> Tensor:
-        """Return phi(x) of the samples of these values, (N,) fp64; what is made of other features takes theirs."""
+        """Return phi(x) of the samples of these values, (N,) fp64.
+
+        A feature that is made of others overrides this, so that it takes their values from here.
+        """
         return self(values.samples)
 
     def log_b(self, value: Tensor) -> Tensor:
-        """Return log b(x) from phi(x) of a pointwise constraint; NaN where phi(x) can't be a b(x)."""
+        """Return log b(x) of a pointwise constraint from phi(x). It is NaN where phi(x) is not allowed as b(x)."""
         return value.log()
 
     @property
@@ -68,7 +74,7 @@ class Feature(ABC):
 
 
 class FeatureValues:
-    """Keep the values of features on some samples, so that each feature runs once.
+    """The values of features on some samples, which are kept so that each feature runs once.
 
     Args:
         samples: N sequences.
@@ -100,10 +106,10 @@ def scored_tokens(samples: Samples) -> list[list[int]]:
 
 
 class Contains(Feature):
-    """Give 1 where the continuation contains a word, one of several words or a match of a regular expression, else 0.
+    """A feature that is 1 if the continuation contains a word, one of several words or a match of a regex, and else 0.
 
-    Prompt and padding never count. Special tokens, EOS among them, are no part of the text; on tokens they are found
-    where a word is, or has, one of them.
+    Prompt and padding never count. Special tokens, EOS among them, are no part of the text. On tokens they are found if
+    a word is, or has, one of them.
 
     Args:
         word: a word or phrase.
@@ -112,14 +118,14 @@ class Contains(Feature):
         on: "text" searches the decoded continuation. "tokens" searches the generated ids for those of the words (as
             the samples' tokenizer writes them at the start of a text and after a space): a word that the model spells
             with other tokens does not count. It can't be used with ``regex``.
-        whole_word: a word inside a longer word does not count ("she" is not in "shed").
-        ignore_case: upper and lower case count alike. On tokens the words are searched as given and in lower case,
-            UPPER CASE, Capitalised and Title Case.
+        whole_word: whether a word inside a longer word does not count ("she" is not in "shed").
+        ignore_case: whether upper and lower case count alike. On tokens the words are searched as given and in lower
+            case, UPPER CASE, Capitalised and Title Case.
         name: the name in logs, reports and errors. Default: derived from the words.
 
     Raises:
         ValueError: not exactly one of word, any_of and regex is given; a word is blank; the regex does not compile, or
-            is to search tokens. When called: the tokenizer can't write a word without its unknown token.
+            should search tokens. When called: the tokenizer can't write a word without its unknown token.
     """
 
     binary = True
@@ -164,7 +170,7 @@ class Contains(Feature):
         self.name = self._derived_name() if name is None else name
 
     def _pattern(self, word: str) -> str:
-        # \b would never match beside a word such as "C++": only an edge that is a letter can be inside a longer word
+        # \b would never match beside a word such as "C++", so only an edge that is a letter gets a boundary
         before = r"(?<!\w)" if self.whole_word and re.match(r"\w", word) else ""
         after = r"(?!\w)" if self.whole_word and re.search(r"\w\Z", word) else ""
         return before + re.escape(word) + after
@@ -211,7 +217,7 @@ class Contains(Feature):
         return found
 
     def _in_tokens(self, ids: list[int], sought: list[list[int]], tokenizer: Any) -> bool:
-        around = 3  # tokens either side: a letter can be spread over several byte tokens
+        around = 3  # tokens on either side, because a letter can be spread over several byte tokens
         for each in sought:
             for start in range(len(ids) - len(each) + 1):
                 end = start + len(each)
@@ -227,7 +233,7 @@ class Contains(Feature):
         word = tokenizer.decode(ids)
         if word == tokenizer.decode(ids, skip_special_tokens=True):
             return self._search(tokenizer.decode(window, skip_special_tokens=True)) is not None
-        # a special token is in no text that is without them, and some tokenizers set it apart by a space
+        # text without special tokens can't show one, and some tokenizers put a space beside it
         return re.search(self._pattern(word.strip()), tokenizer.decode(window)) is not None
 
     def describe(self) -> dict[str, Any]:
@@ -239,11 +245,11 @@ class Contains(Feature):
 
 @dataclass
 class ScorerCounts:
-    """Count what a scorer has done so far.
+    """The counts of what a scorer has done so far.
 
     Attributes:
-        scored: sequences that its function was called for.
-        cached: sequences whose value was known already.
+        scored: the number of sequences that its function was called for.
+        cached: the number of sequences whose value was known already.
         seconds: the time spent in the scorer, including the reading of texts and cache.
     """
 
@@ -253,15 +259,17 @@ class ScorerCounts:
 
 
 class Scorer(Feature):
-    """Turn a function of your own into a feature.
+    """A feature that is made of a function of your own.
 
     Args:
-        fn: with on="text": the continuations, a list of N strings (without special tokens); "tokens": N lists of
-            generated token ids (with EOS); "samples": the ``Samples``. It returns N numbers: tensor, array or list.
-        batched: False: ``fn`` takes one string, list of ids or ``Samples`` of one sequence, and returns one number.
-        batch_size: sequences in a call of a batched ``fn``. Default: all.
+        fn: the function. With on="text" it takes the continuations, a list of N strings without special tokens; with
+            "tokens", N lists of generated token ids, EOS included; and with "samples", the ``Samples``. It returns N
+            numbers as a tensor, array or list.
+        batched: whether ``fn`` takes a batch. If False, it takes one string, one list of ids or ``Samples`` of one
+            sequence, and returns one number.
+        batch_size: the number of sequences in a call of a batched ``fn``. Default: all.
         name: the name in logs, reports and errors. Default: the function's.
-        binary: ``fn`` always gives 0 or 1 (checked).
+        binary: whether ``fn`` always gives 0 or 1, which is checked.
         cache: the number of sequences whose values are kept, by their generated tokens; the least recently used are
             dropped first. ``fn`` is not called again for these sequences, so it must depend on nothing but the tokens.
             0 keeps none.
@@ -302,13 +310,13 @@ class Scorer(Feature):
         self.fn, self.on, self.batched, self.batch_size, self.binary = fn, on, batched, batch_size, binary
         self.cache, self.counts = cache, ScorerCounts()
         self._kept: OrderedDict[tuple[int, ...], float] = OrderedDict()
-        self._kept_for: Any = None  # the tokenizer whose ids they are
+        self._kept_for: Any = None  # the tokenizer whose ids the cache holds
         self.name = _function_name(fn) if name is None else name
 
     @property
     def key(self) -> Hashable:
-        """The function and how it is called, so that a function that is given twice runs once."""
-        # rm.score is a new object each time that it is read: methods are the same if object and function are
+        """The function and the way in which it is called, so that a function that is given twice runs once."""
+        # rm.score is a new object each time that it is read, so methods are compared by their object and function
         fn = self.fn if isinstance(self.fn, MethodType | BuiltinMethodType) else id(self.fn)
         return (fn, self.on, self.batched, self.batch_size, self.binary)
 
@@ -370,7 +378,7 @@ class Scorer(Feature):
         expected = f"one number for each of {n} samples, shape ({n},)" if self.batched else "one number (batched=False)"
         expected = f"scorer {self.name!r} must return {expected}"
         try:
-            # a list of Python numbers would become fp32
+            # without a dtype, a list of Python numbers would become fp32
             dtype = None if hasattr(result, "dtype") else torch.float64
             values = torch.as_tensor(result, dtype=dtype).detach()
             if values.is_complex():
@@ -408,7 +416,7 @@ def _function_name(fn: Any, *, full: bool = False) -> str:
 
 
 class Moment:
-    """Ask for a mean under the target: the distributional constraint E_p[feature] = value.
+    """The distributional constraint E_p[feature] = value, which asks for a mean under the target.
 
     A binary feature with the value 1 (or 0) is a pointwise constraint, b = phi (or 1 - phi), and an ``EBM`` takes it as
     one, because as a moment it would need an infinite lambda.
@@ -437,7 +445,7 @@ class Moment:
 
     @property
     def pointwise(self) -> bool:
-        """Whether the moment asks the same of every sequence."""
+        """Whether the moment is a pointwise constraint, because every sequence must have the same value."""
         return self.feature.binary and self.value in (0.0, 1.0)
 
     def describe(self) -> dict[str, Any]:
@@ -449,7 +457,11 @@ class Moment:
 
 
 def as_feature(feature: Any, argument: str) -> Feature:
-    """Return a feature; a callable on ``Samples`` becomes a ``Scorer``, which checks the values that it returns."""
+    """Return a feature as it is, and any other callable as a ``Scorer``, which checks the values that it returns.
+
+    Raises:
+        TypeError: ``feature`` is not callable.
+    """
     if isinstance(feature, Feature):
         return feature
     if not callable(feature) or isinstance(feature, type):

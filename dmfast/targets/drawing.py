@@ -1,4 +1,4 @@
-"""Draw the base's samples of a fit in parts: within a memory budget, with a line of progress, until they suffice."""
+"""Draw the base's samples for a fit in parts, within a memory budget and with a line of progress."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from ..models import LanguageModel
 from ..samples import Prompt, Samples
 
-PART = 1024  # samples between two lines of progress, and between two looks at the standard errors
-BUDGET = 4 << 30  # bytes of a batch's keys, values and logits
+PART = 1024  # samples between two lines of progress, and between two checks of the standard errors
+BUDGET = 4 << 30  # bytes for a batch's keys, values and logits
 
 
 def batch_within(
@@ -20,7 +20,7 @@ def batch_within(
 ) -> int:
     """Return how many sequences to draw at a time, 256 at most, for a cache and logits of about ``budget`` bytes.
 
-    The cache counts three times, since each step of sampling makes a longer copy of it.
+    The cache counts three times, because each step of sampling makes a longer copy of it.
     """
     config: Any = getattr(getattr(model, "model", None), "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -30,7 +30,7 @@ def batch_within(
         return 256
     of_head = getattr(config, "head_dim", None) or width // heads
     kept = getattr(config, "num_key_value_heads", None) or heads
-    # characters are no fewer than tokens
+    # a text has no more tokens than characters
     longest = max((_length(each) for each in prompts or [""]), default=0)
     size = next(iter(model.model.parameters())).element_size()
     cache = 2 * layers * kept * of_head * size * (longest + max_new_tokens)
@@ -39,7 +39,7 @@ def batch_within(
 
 
 def _length(prompt: Prompt) -> int:
-    """Return the characters of a text or of the messages of a chat, or the number of token ids."""
+    """Return the number of characters of a text or of the messages of a chat, or the number of token ids."""
     if isinstance(prompt, str):
         return len(prompt)
     return sum(len(str(part)) if isinstance(part, Mapping) else 1 for part in prompt)
@@ -49,15 +49,15 @@ def drawn_in_parts(
     model: LanguageModel, contexts: Sequence[Prompt] | None, n: int, *, max_new_tokens: int, temperature: float,
     seed: int | None, batch_size: int, progress: bool | None = None, what: str = "lambda",
 ) -> Iterator[Samples]:  # fmt: skip
-    """Yield n samples of each context in parts; together they are those that one call of ``sample`` draws.
+    """Yield n samples of each context in parts, which together are the samples that one call of ``sample`` draws.
 
-    Of one context a part has ``PART`` samples, or as many as fill its batches; of several it has whole contexts.
+    With one context a part has ``PART`` samples, or as many as fill its batches. With several it has whole contexts.
 
     Args:
         model, contexts, n, max_new_tokens, temperature, batch_size: as in ``LanguageModel.sample``.
-        seed: as there; without one, all are drawn at once.
-        progress: whether a line on stderr says how many there are. Default: where stderr is a terminal.
-        what: what that line says that the samples are for.
+        seed: as in ``LanguageModel.sample``. Without a seed, all samples are drawn at once.
+        progress: whether a line on stderr says how many are drawn. Default: only if stderr is a terminal.
+        what: the purpose of the samples, with which that line begins.
     """
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed,
                            "batch_size": batch_size}  # fmt: skip

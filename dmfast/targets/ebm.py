@@ -25,11 +25,11 @@ from .verifier import Verifier
 
 @dataclass(frozen=True)
 class TargetScores:
-    """Hold the target's scores of N sequences.
+    """The target's scores of N sequences.
 
     Attributes:
         log_target: (N,) fp64, log P(x), nats; -inf where b = 0.
-        log_b: (N,) fp64, -inf where b = 0.
+        log_b: (N,) fp64, log b(x), nats; -inf where b = 0.
         features: (N, F) fp64, phi(x), in the order of ``EBM.moment_names``.
         log_base: (N,) fp64, log a(x); NaN where it was not computed (b = 0).
         monitored: (N, M) fp64, in the order of ``EBM.monitor_names``: b of each pointwise constraint (R of a
@@ -45,7 +45,7 @@ class TargetScores:
 
 @dataclass(frozen=True)
 class _Pointwise:
-    """Represent a pointwise constraint b(x) = phi(x), or 1 - phi(x)."""
+    """A pointwise constraint b(x) = phi(x), or 1 - phi(x)."""
 
     name: str
     feature: Feature
@@ -57,15 +57,17 @@ class _Pointwise:
 
 
 class EBM:
-    """Define log P(x) = log a(x) + log b(x) + lambda . phi(x) (arXiv:2012.11635, eq. 1-3).
+    """The target as an energy-based model, log P(x) = log a(x) + log b(x) + lambda . phi(x).
+
+    This is arXiv:2012.11635, eq. 1-3.
 
     The constraints may be pointwise, distributional or both. b is the product of the pointwise constraints, and phi are
     the features of the moments. Z is not part of log P. A feature object that is used in several places runs once.
 
     Args:
         base: the pretrained model a. It must not change, so train a copy of it.
-        constraints: pointwise ones (``Contains``, ``Scorer``, ``Classifier`` or a function of ``Samples``; b >= 0;
-            ``Reward``: b = exp(R/beta)) and ``Moment``s.
+        constraints: pointwise constraints and ``Moment``s. A pointwise constraint is a ``Contains``, ``Scorer``,
+            ``Classifier`` or function of ``Samples``, whose value is b >= 0, or a ``Reward``, with b = exp(R/beta).
             A ``Moment`` of a binary feature with the value 0 or 1 is taken as a pointwise constraint.
         monitor: features that are reported with the scores and constrain nothing.
         batch_size: the number of sequences that the base scores at a time. Default: all.
@@ -124,7 +126,7 @@ class EBM:
 
     @property
     def scorers(self) -> dict[str, Scorer]:
-        """The ``Scorer``s among the features, each once, by the first name that it has here."""
+        """The ``Scorer``s among the features by name, each once and by the first of its names."""
         named = [(each.name, each.feature) for each in self._pointwise]
         named += [(n, m.feature) for n, m in zip(self.moment_names, self._moments, strict=True)] + self._monitor
         found: dict[int, tuple[str, Scorer]] = {}
@@ -144,7 +146,7 @@ class EBM:
 
     @property
     def verifiers(self) -> list[Verifier]:
-        """The ``Verifier``s that say what is right: those of the pointwise constraints; without any, all others."""
+        """The ``Verifier``s among the pointwise constraints or, if there are none, all ``Verifier``s of the target."""
         pointwise = [each.feature for each in self._pointwise if not each.negated]
         others = [*(moment.feature for moment in self._moments), *(feature for _, feature in self._monitor)]
         for features in (pointwise, others):
@@ -312,10 +314,10 @@ class EBM:
                 the same seed. None takes a seed from torch's global generator.
             batch_size: sequences drawn at a time. Default: the EBM's, or else as many as fit into 4 GiB with their
                 cache and logits, 256 at most.
-            max_stderr: stop drawing, before there are n samples, once the error of every attained moment (in the
-                feature's units) is no larger than this. It is looked at after every 1,024 samples of a single context;
-                of several contexts all n are drawn. Default: n samples.
-            progress: whether a line on stderr says how many are drawn. Default: where stderr is a terminal.
+            max_stderr: drawing stops before there are n samples once the standard error of every attained moment (in
+                the feature's units) is no larger than this. It is checked after every 1,024 samples of a single
+                context. With several contexts all n samples are drawn. Default: n samples are drawn.
+            progress: whether a line on stderr says how many are drawn. Default: only if stderr is a terminal.
 
         Returns:
             The EBM itself.
@@ -412,7 +414,7 @@ class EBM:
             data: prompts, or rows with a column ``prompt``; a ``datasets.Dataset`` too.
             n: completions of each prompt.
             max_new_tokens, temperature: those of the training (the defaults are ``DMConfig``'s).
-            seed: of the completions. None takes a seed from torch's global generator.
+            seed: the seed of the completions. None takes a seed from torch's global generator.
             batch_size: completions drawn at a time. Default: as in ``fit``. At most about a thousand completions, or
                 those of one prompt, are in memory together.
             drop_zero: whether prompts of which no completion had b > 0 are left out. A warning counts them either way.
@@ -452,7 +454,7 @@ class EBM:
         return parts[0] if len(parts) == 1 else Samples.cat(parts)
 
     def _suffice(self, samples: Samples, max_stderr: float) -> bool:
-        """Return whether these samples of the base tell every moment of p to within an error."""
+        """Return whether these samples of the base determine every moment of p with at most this standard error."""
         values = FeatureValues(samples)
         log_b = self._b(samples, values)[1].sum(1)
         features = _columns([values(moment.feature) for moment in self._moments], samples)
@@ -466,7 +468,7 @@ class EBM:
     def _check_from_base(self, samples: Samples) -> None:
         few = samples[:16]
         log_base = self.base.log_prob(few, batch_size=self.batch_size).to(few.log_prob)
-        # far above what bf16 and another summation order do, far below what training does
+        # the bound is far above the effect of bf16 and another order of summation, and far below that of training
         if float((log_base - few.log_prob).abs().mean()) > 0.5 + 0.02 * float(log_base.abs().mean()):
             raise ValueError(
                 f"samples must be the base's own: their log_prob ({few.log_prob.mean():.4g} on average over the first "
@@ -524,7 +526,7 @@ class EBM:
 
 
 class _Names:
-    """Make names unique."""
+    """A function that makes names unique."""
 
     def __init__(self) -> None:
         self._taken: set[str] = set()

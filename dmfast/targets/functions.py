@@ -1,4 +1,4 @@
-"""Find a function by a string, for recipes: ``module:name``, or ``file.py:name`` where the file is no module."""
+"""Find the function that a recipe names by ``module:name``, or by ``file.py:name`` if the file is no module."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any, cast
 
 
 class FunctionOfFile:
-    """Call a function of a file that is no module; it can be pickled, so that worker processes load the file too.
+    """A function of a file that is no module. It can be pickled, so that worker processes load the file too.
 
     Args:
         path: the file, relative to the working directory.
-        name: the function's.
+        name: the name of the function.
 
     Raises:
         ValueError: the file can't be loaded, or has no such function.
@@ -28,14 +28,14 @@ class FunctionOfFile:
         self._load()
 
     def _load(self) -> None:
-        # the path is in the name, since two files may be called alike
+        # the path is in the name, because two files may have the same name
         module_name = f"dmfast_recipe_{hashlib.blake2b(self.path.encode(), digest_size=8).hexdigest()}"
         if module_name not in sys.modules:
             spec = importlib.util.spec_from_file_location(module_name, self.path)
             if spec is None or spec.loader is None or not Path(self.path).is_file():
                 raise ValueError(f"there is no Python file {self.path}")
             module = importlib.util.module_from_spec(spec)
-            sys.modules[module_name] = module  # before it runs, as for any module: dataclasses look there
+            sys.modules[module_name] = module  # before it runs, because dataclasses look a module up there
             try:
                 spec.loader.exec_module(module)
             except Exception as error:

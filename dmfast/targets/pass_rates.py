@@ -1,7 +1,7 @@
 """Draw each prompt's pass rate from the base beforehand, and read it from the rows of a data set.
 
-The pass rate of a prompt is the mean of b over n completions of the base, k/n for a verifier that says yes or no. For
-a target that filters the base it estimates Z of the prompt without bias.
+The pass rate of a prompt is the mean of b over n completions of the base. For a verifier that says yes or no it is k/n,
+where k completions are right. If the target filters the base, the pass rate is an unbiased estimate of the prompt's Z.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .drawing import batch_within, drawn_in_parts
 if TYPE_CHECKING:
     from .ebm import EBM
 
-#: The columns of a data set: the mean of b, and the number of completions that it is the mean of.
+#: The columns of a data set for the mean of b, and for the number of completions that it is the mean of.
 RATE, DRAWN = "pass_rate", "pass_rate_n"
 
 
@@ -64,7 +64,7 @@ def _rows(data: Any) -> list[Mapping[str, Any]]:
 
     Raises:
         TypeError: the data has no length.
-        ValueError: it is empty, a row has no prompt, or the columns are there already.
+        ValueError: the data is empty, a row has no prompt, or a row has one of the columns already.
     """
     if isinstance(data, (str, Mapping)) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise TypeError(
@@ -90,7 +90,7 @@ def _rates(
     target: EBM, rows: Sequence[Mapping[str, Any]], n: int, *, max_new_tokens: int, temperature: float, seed: int,
     batch_size: int, progress: bool | None,
 ) -> list[float]:  # fmt: skip
-    """Return the mean of b of each row, part by part, so that no more than a part is in memory."""
+    """Return the mean of b of each row. The rows are drawn in parts, so that only one part is in memory."""
     sums = torch.zeros(len(rows), dtype=torch.float64)
     given = rows if any(len(row) > 1 for row in rows) else None
     for part in drawn_in_parts(
@@ -123,8 +123,8 @@ def read(rows: Sequence[Mapping[str, Any]] | None, argument: str = "rows") -> Te
     """Return the pass rate and its n of each row, (R, 2) fp64.
 
     Args:
-        rows: with the columns ``pass_rate`` and ``pass_rate_n``.
-        argument: what errors call them.
+        rows: rows with the columns ``pass_rate`` and ``pass_rate_n``.
+        argument: the name of the rows in errors.
 
     Raises:
         ValueError: there are no rows, a row lacks a column, or has a value out of range.
@@ -147,7 +147,7 @@ def read(rows: Sequence[Mapping[str, Any]] | None, argument: str = "rows") -> Te
 
 
 def _number(value: Any) -> float:
-    """Return a number, also one that a file of text holds; NaN for what is none."""
+    """Return a value as a number, also if it is a string, as in a text file. A value that is no number gives NaN."""
     try:
         return float(value)
     except (TypeError, ValueError):

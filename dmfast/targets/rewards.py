@@ -1,4 +1,4 @@
-"""Several rewards as one: R(x) = w_1 R_1(x) + w_2 R_2(x) + ..."""
+"""Make one reward of several: R(x) = w_1 R_1(x) + w_2 R_2(x) + ..."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from torch import Tensor
 from ..samples import Samples
 from .constraints import Feature, FeatureValues, as_feature
 
-#: A reward, or several of them: by name, or in a list, where each has the name of its feature.
+#: A reward, or several of them by name or in a list. In a list each has the name of its feature.
 AnyReward: TypeAlias = (
     "Feature | Callable[[Samples], Any] | Mapping[str, Callable[[Samples], Any]] | Sequence[Callable[[Samples], Any]]"
 )
-#: A number for each of several rewards, in their order or by name.
+#: The weights of several rewards: a number for each, in their order or by name.
 Weights: TypeAlias = "Sequence[float] | Mapping[str, float]"
 
 
 class WeightedSum(Feature):
-    """Add up several features, each times its weight.
+    """A feature that is the weighted sum of several features.
 
     Args:
         parts: the features by name, in order.
-        weights: a number for each, in their order or by name. Default: 1 for each.
+        weights: a number for each feature, in their order or by name. Default: 1 for each.
 
     Attributes:
         parts: the features by name.
         weights: their weights by name.
 
     Raises:
-        TypeError: a part that is no feature and no function; a weight that is no number.
-        ValueError: no parts; another number of weights than of parts, or a name that is not theirs; a weight that is
-            not finite.
+        TypeError: a part is neither a feature nor a function, or a weight is not a number.
+        ValueError: there are no parts; the number or the names of the weights are not those of the parts; or a weight
+            is not finite.
     """
 
     binary = False
@@ -50,7 +50,7 @@ class WeightedSum(Feature):
         return self.of_values(FeatureValues(samples))
 
     def of_values(self, values: FeatureValues) -> Tensor:
-        """Return the weighted sum of values that may be known already, (N,) fp64."""
+        """Return the weighted sum, (N,) fp64, from values of which some may be known already."""
         terms = [self.weights[name] * values(part) for name, part in self.parts.items()]
         return torch.stack(terms).sum(0)
 
@@ -64,7 +64,8 @@ def as_reward(reward: AnyReward, weights: Weights | None = None) -> Feature:
     """Return a reward, or several, as one feature.
 
     Raises:
-        TypeError, ValueError: as ``WeightedSum``; two rewards of a list have one name; weights of a single reward.
+        TypeError, ValueError: as ``WeightedSum``. Also if two rewards of a list have the same name, or a single reward
+            has weights.
     """
     if isinstance(reward, Mapping):
         unnamed = [name for name in reward if not isinstance(name, str)]
@@ -90,7 +91,7 @@ def as_reward(reward: AnyReward, weights: Weights | None = None) -> Feature:
 
 
 def parts_of(reward: Feature | None) -> dict[str, Feature]:
-    """Return the rewards of which one is made, by name; a single one is called ``reward``."""
+    """Return by name the rewards that a reward is made of. A single reward has the name ``reward``."""
     if reward is None:
         return {}
     return dict(reward.parts) if isinstance(reward, WeightedSum) else {"reward": reward}

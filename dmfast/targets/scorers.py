@@ -1,4 +1,4 @@
-"""Provide features from classifiers, and rewards as pointwise constraints."""
+"""Provide features from classifiers, and pointwise constraints from rewards."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from .constraints import Feature, Scorer
 
 
 class Classifier(Scorer):
-    """Score the continuation with a sequence classifier of transformers.
+    """A feature that scores the continuation with a sequence classifier of transformers.
 
-    The value is the probability of a label, its log, or whether the probability reaches a threshold.
+    The value is the probability of a label, its log, or 1 or 0 for a probability that does or does not reach a
+    threshold.
 
     Args:
         model: a ``...ForSequenceClassification``, or a ``text-classification`` pipeline, whose model and tokenizer are
             taken. It stays on its device, which may be a GPU, and is put into eval mode.
         tokenizer: the tokenizer of this model, not that of the samples. A pipeline brings it.
         label: a name of ``model.config.id2label``.
-        output: "probability" (softmax over labels; a sigmoid where the labels are independent or there is one),
-            "log_probability", or "binary": 1 where the probability is at least ``threshold``, else 0.
+        output: "probability" (a softmax over labels, or a sigmoid if the labels are independent or there is only one),
+            "log_probability", or "binary", which is 1 if the probability is at least ``threshold`` and else 0.
         threshold: the threshold of "binary".
-        batch_size: texts in a forward.
-        max_length: tokens of a text that are read. Default: the tokenizer's limit for the model.
+        batch_size: the number of texts in a forward.
+        max_length: the number of tokens of a text that are read. Default: the tokenizer's limit for the model.
         cache: as in ``Scorer``.
         name: the name in logs, reports and errors. Default: the label.
 
@@ -87,9 +88,9 @@ class Classifier(Scorer):
 
     @torch.no_grad()
     def _classify(self, texts: list[str]) -> Tensor:
-        # a text of no tokens would be a row of nothing but padding
+        # a text without tokens would be a row of padding alone
         limit = self.max_length or self.tokenizer.model_max_length
-        limits = {} if limit > 10**9 else {"truncation": True, "max_length": limit}  # 1e30 where it is not known
+        limits = {} if limit > 10**9 else {"truncation": True, "max_length": limit}  # 1e30 says that it is unknown
         rows = self.tokenizer(texts, **limits)["input_ids"]
         rows = [torch.tensor(row or [self.tokenizer.pad_token_id]) for row in rows]
         device = next(self.model.parameters()).device
@@ -112,12 +113,13 @@ class Classifier(Scorer):
 
 
 class Reward(Feature):
-    """Turn a reward R(x) into the pointwise constraint b(x) = exp(R(x)/beta).
+    """A reward R(x) as the pointwise constraint b(x) = exp(R(x)/beta).
 
     The target a exp(R/beta)/Z is the optimum of KL-control with the coefficient beta (Korbak et al. 2022,
     arXiv:2206.00761).
 
-    In all other places the value is R itself: in a ``Moment``, in ``monitor``, as ``DMTrainer(reward=...)``, in logs.
+    In all other places (in a ``Moment``, in ``monitor``, as ``DMTrainer(reward=...)`` and in logs) the value is R
+    itself.
 
     Args:
         fn: a ``Feature``, or a function, which becomes a ``Scorer``.
@@ -125,8 +127,8 @@ class Reward(Feature):
         options: the options of ``Scorer`` if ``fn`` is a function: ``on``, ``batched``, ``batch_size``, ``cache``, ...
 
     Raises:
-        TypeError, ValueError: beta is not positive and finite; ``fn`` is a ``Feature`` and options
-            are given; as ``Scorer``.
+        TypeError, ValueError: beta is not positive and finite; ``fn`` is a ``Feature`` and options are given; or as
+            ``Scorer``.
     """
 
     def __init__(self, fn: Feature | Callable[..., Any], beta: float, **options: Any) -> None:

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from ..estimators import Estimate, _from_influence, _mean_in, effective_sample_size, estimate_moments
 
-_RARE = 10  # samples with (or without) a feature, below which its rate says little
-_FEW = 50.0  # effective samples, below which the attained moments say little
+_RARE = 10  # with fewer samples that have (or lack) a feature, its rate says little
+_FEW = 50.0  # with fewer effective samples, the attained moments say little
 
 
 @dataclass(frozen=True)
 class LambdaFit:
-    """Report how lambda was found and how well the moments hold.
+    """The report of how lambda was found and how well the moments hold.
 
     Standard errors are for fixed contexts.
 
@@ -50,7 +50,7 @@ class LambdaFit:
         contexts: the number of contexts with some b > 0.
         temperature: the temperature of the samples; NaN if it is not known.
         max_new_tokens: the ``max_new_tokens`` of the samples; None if it is not known.
-        log_z: log Z of the target with this lambda, nats, the mean over contexts; NaN in a state of before.
+        log_z: log Z of the target with this lambda, nats, the mean over contexts; NaN in an older state.
         notes: what the solver did on the way.
         warnings: reasons to doubt the result.
     """
@@ -130,13 +130,13 @@ def _estimate_of(state: dict[str, Any]) -> Estimate:
 
 @dataclass(frozen=True)
 class _Dual:
-    """Evaluate f in the coordinates theta = lambda * scale.
+    """The function f in the coordinates theta = lambda * scale.
 
     ``y`` (M, F) is (phi - mu) / scale of the samples with b > 0."""
 
     y: Tensor
     log_b: Tensor  # (M,)
-    context: Tensor  # (M,), 0 .. contexts - 1, each of them there
+    context: Tensor  # (M,), each of 0 .. contexts - 1 at least once
     contexts: int
 
     def log_z(self, log_weight: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ class _Dual:
 
 
 def _newton(dual: _Dual, steps: int = 200) -> tuple[Tensor, int, bool, bool]:
-    """Return theta, the number of steps, whether the gradient vanishes and whether theta disproves a minimum."""
+    """Return theta, the number of steps, whether the gradient vanishes, and whether theta disproves a minimum."""
     theta = dual.y.new_zeros(dual.y.shape[1])
     weight, f = dual.at(theta)
     gradient, hessian = dual.derivatives(weight)
@@ -431,7 +431,7 @@ def _check_rank(support: _Dual, mu: Tensor, names: list[str], where: str) -> Ten
 
 
 def _reduced(rows: Tensor) -> Tensor:
-    """Return the reduced row echelon form with full pivoting: dependencies of few features each, with pivots of 1."""
+    """Return the reduced row echelon form with full pivoting, so that each dependency has few features."""
     rows = rows.clone()
     for i in range(len(rows)):
         pivot = int(rows[i:].abs().argmax())
@@ -445,13 +445,13 @@ def _reduced(rows: Tensor) -> Tensor:
 
 def _check_jointly(dual: _Dual, support: _Dual, mu: Tensor, scale: Tensor, names: list[str], where: str) -> None:
     """Refuse moments that can each be reached but not together, or only in the limit of an infinite lambda."""
-    # moved a little outward, a mu on the boundary is strictly outside, where Newton finds a proof in finite time
+    # a mu on the boundary is moved a little outward, because strictly outside Newton finds a proof in finite time
     outward, _ = dual.derivatives(dual.at(torch.zeros_like(mu))[0])
     moved = replace(dual, y=dual.y + 1e-6 * outward)
     theta, _, _, proven = _newton(moved)
     if not proven:
         return
-    # drop the features that the proof does not need: it is no weaker without them
+    # the proof is no weaker without the features that it does not need, and the error is easier to read
     for i in moved.scale_of(theta).argsort().tolist():
         without = theta.clone()
         without[i] = 0

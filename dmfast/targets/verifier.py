@@ -18,11 +18,12 @@ from .workers import LACKS, RAISED, Row, Verdict, Workers
 
 @dataclass
 class VerifierCounts(ScorerCounts):
-    """Count what a verifier has done so far.
+    """The counts of what a verifier has done so far.
 
     Attributes:
-        unfinished: sequences that were wrong because they had not ended.
-        timed_out, raised, died, out_of_memory: calls in a worker that gave no value, so that a completion was wrong.
+        unfinished: the number of sequences that were wrong because they had not ended.
+        timed_out, raised, died, out_of_memory: the numbers of calls in a worker that gave no value, so that a
+            completion was wrong.
     """
 
     unfinished: int = 0
@@ -33,41 +34,41 @@ class VerifierCounts(ScorerCounts):
 
 
 class Verifier(Scorer):
-    """Tell right completions from wrong ones by a function of your own.
+    """A feature that tells right completions from wrong ones by a function of your own.
 
     In the constraints of an ``EBM`` it is the pointwise constraint b = v, so that ``EBM(base, [Verifier(fn)])`` is the
     base filtered by the verifier.
 
     Args:
         fn: ``fn(texts, rows)`` returns for each of N completions a bool, or a number in [0, 1]. ``texts`` are the
-            completions without prompt and special tokens. ``rows`` are mappings: the columns of the data set's row,
-            ``prompt`` (the prompt's text where the row has no such column) and ``finished`` (whether the completion
-            ended by itself).
-        truncated: "wrong": a completion that did not end is wrong, and ``fn`` does not see it. "judge": ``fn`` judges
-            it like any other.
-        batch_size: completions in a call. Default: all. With ``workers`` it is 1.
-        workers: the number of processes that call ``fn``, an item each (see ``Workers``). There a call that takes
-            longer than ``time_limit``, raises, dies or takes more than ``memory_limit`` makes its completion wrong, is
-            counted, and does not end the run. 0: ``fn`` is called in this process, and its errors are raised.
-        time_limit: seconds of a call, for ``workers``.
-        memory_limit: bytes that a worker may take beyond what it has at its start.
-        cache: the number of verdicts that are kept, by text and row. What timed out, died or ran out of memory is not
-            kept. 0 keeps none.
+            completions without prompt and special tokens. ``rows`` are mappings with the columns of the data set's row,
+            ``prompt`` (the prompt's text if the row has no such column) and ``finished`` (whether the completion ended
+            by itself).
+        truncated: what a completion that did not end is. With "wrong" it is wrong, and ``fn`` does not see it. With
+            "judge" ``fn`` judges it like any other.
+        batch_size: the number of completions in a call. Default: all. With ``workers`` it is 1.
+        workers: the number of processes that call ``fn`` with one item each (see ``Workers``). There a call that takes
+            longer than ``time_limit``, raises, dies or takes more than ``memory_limit`` makes its completion wrong. It
+            is counted, and does not end the run. With 0 ``fn`` is called in this process, and its errors are raised.
+        time_limit: the most seconds of a call in ``workers``.
+        memory_limit: the bytes that a worker may take beyond what it has at its start.
+        cache: the number of verdicts that are kept, by text and row. A call that timed out, died or ran out of memory
+            is not kept. 0 keeps none.
         name: the name in logs, reports and errors. Default: the function's.
-        binary: ``fn`` always gives 0 or 1 (checked).
-        answer: ``answer(text)`` returns the answer that a completion gives, a string, a number or whatever can be
-            compared and hashed, or None where it gives none; the commonest of k is what maj@k asks about. None: maj@k
-            is not measured.
+        binary: whether ``fn`` always gives 0 or 1, which is checked.
+        answer: ``answer(text)`` returns the answer that a completion gives: a string, a number or any other value that
+            can be compared and hashed, or None if it gives no answer. maj@k asks whether the commonest of k answers is
+            right. Default: maj@k is not measured.
 
     Attributes:
         counts: a ``VerifierCounts``; the trainer logs what each step adds.
 
     Raises:
-        TypeError, ValueError: fn is not callable, or can't be pickled for ``workers``; an unknown ``truncated``; a
-            number out of range; ``time_limit`` or ``memory_limit`` without ``workers``.
+        TypeError, ValueError: fn is not callable, or can't be pickled for ``workers``; ``truncated`` is unknown; a
+            number is out of range; or ``time_limit`` or ``memory_limit`` is given without ``workers``.
         ValueError: when called, ``fn`` does not return N numbers from 0 to 1.
-        RuntimeError: when called without ``workers``, ``fn`` raised an error; where that is a column that the row does
-            not have, the message names it.
+        RuntimeError: when called without ``workers``, ``fn`` raised an error. If it has read a column that the row does
+            not have, the message names the column. A missing column is an error with ``workers``, too.
 
     Examples:
         >>> def right(texts, rows):
@@ -118,12 +119,12 @@ class Verifier(Scorer):
 
     @property
     def key(self) -> Any:
-        """The verifier itself: another one of the same function may judge otherwise."""
+        """The identity of the verifier, because another verifier of the same function may judge otherwise."""
         return id(self)
 
     @property
     def at_most_one(self) -> bool:
-        """True: a verdict is a number from 0 to 1, which is checked."""
+        """Whether b(x) is at most 1, which is always True: a verdict is checked to be a number from 0 to 1."""
         return True
 
     def _with_cache(self, samples: Samples) -> Tensor:  # a verdict is of a text and a row, and not of tokens alone
@@ -156,7 +157,7 @@ class Verifier(Scorer):
         for key, value in judged.items():
             if isinstance(value, Verdict):
                 self._count(value, key[0])
-                if value.kind == RAISED:  # what befell the machine may not happen again
+                if value.kind == RAISED:  # the other failures may be the machine's, and may not happen again
                     self._known[key] = 0.0
             else:
                 self._known[key] = value
@@ -233,15 +234,17 @@ class Verifier(Scorer):
         return found
 
     def answers(self, texts: Sequence[str], finished: Sequence[bool]) -> list[Hashable] | None:
-        """Return the answer of each completion, None for one that gives none; None without ``answer``.
+        """Return the answer of each completion, or None if the verifier has no ``answer``.
+
+        A completion that gives no answer has None in the list.
 
         Args:
             texts: N completions.
-            finished: whether each ended by itself; one that did not gives no answer unless ``truncated`` is "judge".
+            finished: whether each ended by itself. One that did not gives no answer unless ``truncated`` is "judge".
 
         Raises:
             RuntimeError: ``answer`` raised.
-            TypeError: it returned what can't be hashed.
+            TypeError: ``answer`` returned a value that can't be hashed.
         """
         if self.answer is None:
             return None
@@ -287,6 +290,6 @@ def rows_of(samples: Samples) -> list[Row]:
 
 
 def _canonical(row: Mapping[str, Any]) -> str:
-    # the repr of a long array leaves out its middle
+    # arrays become lists, because the repr of a long array leaves out its middle
     whole = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
     return repr(sorted((name, repr(value)) for name, value in whole.items()))

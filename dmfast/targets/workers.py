@@ -1,7 +1,7 @@
 """Run a function of one text in processes of its own, so that a call that hangs, dies or leaks costs one verdict.
 
-A process that misbehaves is ended and another takes its place. This is no sandbox: the function has all rights of the
-user who trains.
+A process that misbehaves is ended, and another takes its place. This is not a sandbox: the function has all rights of
+the user who trains.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-#: What a call may end in beside a value.
+#: The ways in which a call may end without a value.
 TIMED_OUT, RAISED, DIED, OUT_OF_MEMORY, LACKS = "timed_out", "raised", "died", "out_of_memory", "lacks"
 _STATM = Path("/proc/self/statm")
 _STARTED = "started"
-#: Seconds until a new process must have loaded the function.
+#: The seconds within which a new process must load the function.
 _START_LIMIT = 120.0
 
 
 class Verdict(NamedTuple):
-    """What a call that gave no value ended in.
+    """The way in which a call ended that gave no value.
 
     Attributes:
-        kind: ``TIMED_OUT``, ``RAISED``, ``DIED``, ``OUT_OF_MEMORY``, or ``LACKS`` where the row has no such column.
-        detail: the error's type and message, or the name of the column; empty for the others.
+        kind: ``TIMED_OUT``, ``RAISED``, ``DIED``, ``OUT_OF_MEMORY``, or ``LACKS`` if the row lacks a column.
+        detail: the error's type and message for ``RAISED``, the name of the column for ``LACKS``, and else empty.
     """
 
     kind: str
@@ -36,7 +36,7 @@ class Verdict(NamedTuple):
 
 
 class Row(Mapping[str, Any]):
-    """A row that remembers which column was read and is not there."""
+    """A row that remembers which column was read although the row does not have it."""
 
     def __init__(self, columns: Mapping[str, Any]) -> None:
         self._columns, self.lacking = dict(columns), ""
@@ -46,15 +46,15 @@ class Row(Mapping[str, Any]):
             self.lacking = name
         return self._columns[name]
 
-    def __contains__(self, name: object) -> bool:  # asking is not reading
+    def __contains__(self, name: object) -> bool:  # asking for a column does not count as reading it
         return name in self._columns
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return a column, or what stands in its place."""
+        """Return a column, or the default if the row does not have it."""
         return self._columns.get(name, default)
 
     def is_lacking(self, error: KeyError) -> bool:
-        """Return whether an error is that a column was read which is not there."""
+        """Return whether an error comes from reading a column that the row does not have."""
         return bool(self.lacking) and error.args == (self.lacking,)
 
     def __iter__(self) -> Iterator[str]:
@@ -68,7 +68,7 @@ Item = tuple[str, Row]
 
 
 class _Worker:
-    """A process and this end of the pipe to it."""
+    """A process, and this end of the pipe to it."""
 
     def __init__(self, fn: Callable[..., Any], memory_limit: int | None) -> None:
         context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
@@ -87,14 +87,14 @@ class _Worker:
 
 
 class Workers:
-    """Processes that call ``fn([text], [row])``, an item at a time each.
+    """A group of processes that call ``fn([text], [row])``, each with one item at a time.
 
     Args:
-        fn: can be pickled: a function at the top of a module. A script that makes ``Workers`` guards what it runs by
-            ``if __name__ == "__main__":``, since each process imports it.
+        fn: a function that can be pickled, such as one at the top of a module. A script that makes ``Workers`` must
+            guard what it runs by ``if __name__ == "__main__":``, because each process imports it.
         n: the number of processes. They start with the first call.
-        time_limit: seconds of one item. None: no limit.
-        memory_limit: bytes that a process may take beyond what it has once ``fn`` is loaded. None: no limit.
+        time_limit: the most seconds of one item. None sets no limit.
+        memory_limit: the bytes that a process may take beyond what it has once ``fn`` is loaded. None sets no limit.
 
     Raises:
         TypeError: fn can't be pickled.
@@ -117,7 +117,7 @@ class Workers:
         self._workers: list[_Worker] = []
 
     def __call__(self, items: Sequence[Item]) -> list[Any]:
-        """Return for each item what ``fn`` gave for it alone, or a ``Verdict``.
+        """Return for each item the value that ``fn`` gave for it alone, or a ``Verdict``.
 
         Raises:
             RuntimeError: a process can't load the function.
@@ -137,7 +137,7 @@ class Workers:
                             self._workers.remove(worker)
                 self._wait(found)
         except BaseException:
-            self.close()  # what is under way would otherwise answer the next call
+            self.close()  # the answers to calls that are under way would otherwise go to the next call
             raise
         return found
 
@@ -145,7 +145,7 @@ class Workers:
         return sum(worker.item is not None for worker in self._workers)
 
     def _give(self, worker: _Worker, place: int, items: Sequence[Item]) -> bool:
-        """Give a worker an item, and return whether it lives."""
+        """Give a worker an item, and return whether the worker lives."""
         if not worker.process.is_alive():
             return False
         worker.item = place
@@ -158,7 +158,7 @@ class Workers:
         return True
 
     def _wait(self, found: list[Any]) -> None:
-        """Take the answers that are there, and end the processes that are over their time."""
+        """Take the answers that have come, and end the processes that are over their time."""
         waited = [worker for worker in self._workers if worker.item is not None or not worker.started]
         if not waited:
             return
@@ -207,7 +207,7 @@ class Workers:
 
 
 def _serve(connection: Connection, fn: Callable[..., Any], memory_limit: int | None) -> None:
-    """Answer one item after the other, in a process of its own."""
+    """Answer one item after the other in a worker process."""
     if memory_limit is not None:
         import resource
 

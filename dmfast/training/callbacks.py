@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 
 class StepEnd(TrainerCallback):  # type: ignore[misc]
-    """Call back before and after ``optimizer.step()``, before anything logs, evaluates or saves this step."""
+    """A callback before and after ``optimizer.step()``, before anything logs, evaluates or saves this step."""
 
     def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
         self._before, self._after = before, after
@@ -33,28 +33,32 @@ class StepEnd(TrainerCallback):  # type: ignore[misc]
 
 
 class EpochOrder(TrainerCallback):  # type: ignore[misc]
-    """Set the epoch of the rows' order.
+    """A callback that sets the epoch of the rows' order.
 
-    Until transformers 5.16 a resumed run took the first epoch's order: its loader is wrapped to skip what was seen.
+    Until transformers 5.16 a resumed run took the order of the first epoch, because its loader is wrapped in one that
+    skips the rows that were seen.
     """
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        """Set it before accelerate wraps the loader."""
+        """Set the epoch before accelerate wraps the loader."""
         train_dataloader.set_epoch(int(state.epoch or 0))
 
 
 class Interrupt(TrainerCallback):  # type: ignore[misc]
-    """End training at Ctrl-C after the current step, with a checkpoint, and at a second Ctrl-C at once."""
+    """A callback that ends training at Ctrl-C.
+
+    The first Ctrl-C ends it after the current step, with a checkpoint. The second one ends it at once.
+    """
 
     def __init__(self) -> None:
-        self.asked = False  # in this process
-        self.agreed = False  # by all ranks, at the end of the step
+        self.asked = False  # whether this process has received Ctrl-C
+        self.agreed = False  # whether the ranks have agreed on it at the end of the step
         self._saved = -1
         self._previous: Any = None
         self._installed = False
 
     def install(self) -> None:
-        """Install the handler of Ctrl-C, if this is the main thread, since no other thread may."""
+        """Install the handler of Ctrl-C. Only the main thread may, so any other thread does nothing."""
         self.asked = self.agreed = False
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._ask)
@@ -71,10 +75,10 @@ class Interrupt(TrainerCallback):  # type: ignore[misc]
             self.remove()
             raise KeyboardInterrupt
         self.asked = True
-        logger.warning("Ctrl-C: training ends after this step, with a checkpoint. Once more ends it at once, without.")
+        logger.warning("Ctrl-C: training ends after this step, with a checkpoint. A second Ctrl-C ends it at once.")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop and save, if asked."""
+        """Stop and save if the ranks have agreed to."""
         if self.agreed:
             control.should_training_stop = True
             control.should_save = True
@@ -84,13 +88,13 @@ class Interrupt(TrainerCallback):  # type: ignore[misc]
         self._saved = state.global_step
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save where save_strategy="best" has withdrawn the request after an evaluation in the same step."""
+        """Ask again for the checkpoint that save_strategy="best" called off after an evaluation in the same step."""
         if self.agreed and self._saved != state.global_step:
             control.should_save = True
 
 
 class _Manager(CheckpointManager):  # type: ignore[misc]
-    """Save without a sentinel file, because ``DMTrainer``'s checkpoints are either whole or absent."""
+    """A manager without a sentinel file, because ``DMTrainer``'s checkpoints are either whole or absent."""
 
     def execute_jit_checkpoint(self) -> None:
         """Save a checkpoint now."""
@@ -99,9 +103,11 @@ class _Manager(CheckpointManager):  # type: ignore[misc]
 
 
 class JITCheckpoint(JITCheckpointCallback):  # type: ignore[misc]
-    """Save transformers' checkpoint at SIGTERM; at the end of a step log its line first, so that the checkpoint has it.
+    """A callback that saves a checkpoint at SIGTERM.
 
-    Several ranks save only at the end of a step, where they agree on it. Within a step one of them would save alone.
+    At the end of a step it logs the step's line first, so that the checkpoint has the line.
+
+    Several ranks save only at the end of a step, where they agree on it. Within a step, one of them would save alone.
     """
 
     def set_trainer(self, trainer: Any) -> None:
@@ -116,7 +122,7 @@ class JITCheckpoint(JITCheckpointCallback):  # type: ignore[misc]
         return bool(self.jit_manager.is_checkpoint_requested)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save a checkpoint of the previous step if one is asked for, since this step is not done."""
+        """Save a checkpoint of the previous step if one is asked for, because this step is not done."""
         if args.world_size == 1:
             super().on_pre_optimizer_step(args, state, control, **kwargs)
 
@@ -126,7 +132,7 @@ class JITCheckpoint(JITCheckpointCallback):  # type: ignore[misc]
             super().on_step_begin(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log, save and stop if asked, in this order, but don't evaluate, because time is short."""
+        """Log, save and stop, in this order, if a checkpoint is asked for. There is no time for an evaluation."""
         if self.agreed or (args.world_size == 1 and self.asked):
             self.agreed = self.jit_manager.is_checkpoint_requested = False
             control.should_save = control.should_training_stop = True
@@ -181,7 +187,7 @@ def log_line(step: int, logs: Mapping[str, Any]) -> str:
 
 
 class LogLine(TrainerCallback):  # type: ignore[misc]
-    """Print one line per log, where there is no progress bar."""
+    """A callback that prints one line per log where there is no progress bar."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Print the line on rank 0."""
@@ -190,7 +196,7 @@ class LogLine(TrainerCallback):  # type: ignore[misc]
 
 
 class Progress(ProgressCallback):  # type: ignore[misc]
-    """Show transformers' progress bar, with the line of ``LogLine`` above it."""
+    """transformers' progress bar, with the line of ``LogLine`` above it."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write the line above the bar."""

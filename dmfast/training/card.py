@@ -1,4 +1,4 @@
-"""The README.md of a saved model: what it was matched to, and how."""
+"""Write the README.md of a saved model, which says what the model was matched to, and how."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from .. import __version__
 
-#: What of ``DMConfig`` decides what a run comes to.
+#: The arguments of ``DMConfig`` that decide the result of a run.
 SETTINGS = (
     "objective", "reward_weights", "baseline", "beta", "alpha", "normalize", "normalize_alpha", "max_return",
     "max_weight", "entropy_coefficient", "temperature", "max_new_tokens", "samples_per_context", "uniform_groups",
@@ -24,13 +24,13 @@ SETTINGS = (
 
 
 def _base_name(trainer: Any) -> str | None:
-    """A name on the hub, or the last part of a local folder, whose path is nobody else's business."""
+    """Return the base's name on the hub, or the last part of a local folder, because a local path is private."""
     name = str(getattr(trainer.target.base.model.config, "name_or_path", ""))
     return (Path(name).name if Path(name).exists() else name) or None
 
 
 def model_card(trainer: Any) -> str:
-    """Return Markdown with target, lambda, settings and the last evaluation of a ``DMTrainer``."""
+    """Return Markdown with the target, lambda, the settings and the last evaluation of a ``DMTrainer``."""
     import transformers
 
     args, base = trainer.args, _base_name(trainer)
@@ -61,7 +61,7 @@ def model_card(trainer: Any) -> str:
     ]  # fmt: skip
     metrics = _last_evaluation(trainer.state.log_history, step)
     if metrics:
-        of = f"On {args.eval_samples} samples of the model itself."
+        of = f"The measures are from {args.eval_samples} samples of the model itself."
         lines += ["", f"## Evaluation at step {metrics.pop('step')}", "", of, "", "| what | value |", "|---|---|"]
         lines += [f"| {name.removeprefix('eval_')} | {_with_error(metrics, name)} |" for name in metrics
                   if name.startswith("eval_") and not name.endswith(("_stderr", "_runtime"))]  # fmt: skip
@@ -69,7 +69,7 @@ def model_card(trainer: Any) -> str:
 
 
 def _last_evaluation(history: list[dict[str, Any]], until: int) -> dict[str, Any]:
-    """Return what the last evaluation has logged, of all eval sets where there are several."""
+    """Return what the last evaluation has logged; if there are several eval sets, that of all of them."""
     evaluations = [h for h in history if any(k.endswith("kl_policy_base") and k.startswith("eval_") for k in h)]
     last = max((h["step"] for h in evaluations if h["step"] <= until), default=None)
     return {name: value for h in evaluations if h["step"] == last for name, value in h.items()}

@@ -25,7 +25,7 @@ from ..kernels import warn_caller
 
 STATE, MANIFEST, SHARDS = "dmfast_state.pt", "dmfast_manifest.json", "dmfast_proposal"
 _STAGING = "_being-written"
-FSDP, SPREAD = "FSDP", "a distributed_config"  # how the parameters of a run may be sharded
+FSDP, SPREAD = "FSDP", "a distributed_config"  # the ways in which the parameters of a run may be sharded
 
 
 def write_manifest(folder: Path) -> None:
@@ -36,7 +36,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """Return None for a whole checkpoint, else what is wrong with it."""
+    """Return what is wrong with a checkpoint, or None if it is whole."""
     if not folder.is_dir():
         return "there is no such folder"
     try:
@@ -65,7 +65,11 @@ def _in_order(output_dir: Path) -> list[Path]:
 
 
 def to_resume(wanted: str | bool, output_dir: Path) -> Path:
-    """Return the folder to resume from: the named one, also by its name in the run, or with True the newest of the run.
+    """Return the folder to resume from.
+
+    Args:
+        wanted: the folder's path, or its name in the run. True takes the newest checkpoint of the run.
+        output_dir: the folder of the run.
 
     Raises:
         ValueError: there is no checkpoint, or it is truncated; the message names the newest whole one.
@@ -92,7 +96,7 @@ def to_resume(wanted: str | bool, output_dir: Path) -> Path:
 
 
 def _warn_of_another_run(checkpoints: list[Path]) -> None:
-    """Warn where the checkpoint of the highest step, the first of them, was written before another one."""
+    """Warn if the first checkpoint, which has the highest step, was written before another one."""
     written = {folder: (folder / MANIFEST).stat().st_mtime for folder in checkpoints if (folder / MANIFEST).is_file()}
     last = max(written, key=lambda folder: written[folder], default=checkpoints[0])
     if checkpoints[0] in written and written[checkpoints[0]] < written[last]:
@@ -104,7 +108,7 @@ def _warn_of_another_run(checkpoints: list[Path]) -> None:
 
 
 def warn_of_earlier_run(output_dir: Path) -> None:
-    """Warn where a run that starts anew finds checkpoints of another one in its folder."""
+    """Warn if a run that starts anew finds checkpoints of another run in its folder."""
     found = _in_order(output_dir)
     if found:
         warn_caller(
@@ -125,7 +129,7 @@ def staged(output_dir: Path, name: str, writes: bool, barrier: Callable[[], None
         barrier: waits for all ranks.
 
     Raises:
-        OSError: something could not be written; earlier checkpoints are as they were.
+        OSError: a file could not be written. Earlier checkpoints are as they were.
     """
     from safetensors import SafetensorError
 
@@ -162,12 +166,12 @@ def save_state(state: dict[str, Any], folder: Path, *, writes: bool, sharded: st
     Args:
         state: what ``DMTrainer.state_dict`` returned.
         folder: the checkpoint.
-        writes: whether this process writes what all of them have.
-        sharded: what has made the proposal's parameters shards, which each process writes: ``FSDP``, or something else
-            that has written them already; None: they are whole.
+        writes: whether this process writes what all processes have.
+        sharded: what has sharded the proposal's parameters. With ``FSDP`` each process writes its shards here. With any
+            other name they are written already. None means that the parameters are whole.
 
     Raises:
-        OSError: it could not be written.
+        OSError: the state could not be written.
     """
     proposal = state["matcher"]["proposal"]
     if sharded == FSDP and proposal is not None:
@@ -175,7 +179,7 @@ def save_state(state: dict[str, Any], folder: Path, *, writes: bool, sharded: st
 
         try:
             checkpoint.save({"proposal": proposal["model"]}, checkpoint_id=folder / SHARDS)
-        except checkpoint.CheckpointException as error:  # no Exception, though it is one
+        except checkpoint.CheckpointException as error:  # this class derives from BaseException
             raise OSError(f"{folder / SHARDS} could not be written: {error}") from error
     if sharded and proposal is not None:
         proposal = proposal | {"model": None}
@@ -193,10 +197,10 @@ def check_kind(state: dict[str, Any], folder: Path, sharded: str | None) -> None
         sharded: as in ``save_state``.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the run of the checkpoint was sharded in another way.
     """
     found = state.get("sharded")
-    found = FSDP if found is True else found or None  # which it said before
+    found = FSDP if found is True else found or None  # older checkpoints say True for FSDP
     if found != sharded:
         of, this = ("without sharding" if each is None else f"under {each}" for each in (found, sharded))
         raise ValueError(
@@ -215,9 +219,9 @@ def load_shards(state: dict[str, Any], folder: Path, shards: dict[str, Any]) -> 
     """Return the state with the proposal's parameters as this rank's shards. All ranks call it.
 
     Args:
-        state: of a run under FSDP, as ``load_state`` read it.
+        state: the state of a run under FSDP, as ``load_state`` read it.
         folder: the checkpoint.
-        shards: tensors like those of the proposal, which are overwritten.
+        shards: tensors like those of the proposal. They are overwritten.
 
     Raises:
         RuntimeError: the checkpoint is of another model.
@@ -237,7 +241,7 @@ def load_state(folder: Path, device: torch.device) -> dict[str, Any]:
     Raises:
         ValueError: there is no such file, or it can't be read.
     """
-    # torch.load does not know cpu:0, which accelerate says under FSDP
+    # under FSDP accelerate names the device cpu:0, which torch.load does not know
     where = torch.device("cpu") if device.type == "cpu" else device
     try:
         state: dict[str, Any] = torch.load(folder / STATE, map_location=where, weights_only=True)

@@ -31,7 +31,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
     """The part of ``DMTrainer`` that writes to disk and reads from it, around transformers' own.
 
     Attributes:
-        policy, proposal, matcher: what a checkpoint holds beside transformers' files.
+        policy, proposal, matcher: the objects whose state a checkpoint holds in addition to transformers' files.
     """
 
     policy: LanguageModel
@@ -39,11 +39,11 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
     matcher: Matcher
     _rows: Contexts | Stream
     _is_spread: bool  # whether transformers spread the model over processes as it loaded it
-    _staging: str | None = None  # where a checkpoint is written before it is whole
+    _staging: str | None = None  # the folder of a checkpoint that is being written
     _push_later: bool = False
-    _random_state_of: str | None = None  # the checkpoint to go on from, until its random state is there
-    _model_step: int | None = None  # where it is not the last one
-    _changes: dict[str, tuple[Any, Any]]  # of the settings since the checkpoint to go on from
+    _random_state_of: str | None = None  # the checkpoint to go on from, until its random state is loaded
+    _model_step: int | None = None  # the step of the model, if it is not the last step
+    _changes: dict[str, tuple[Any, Any]]  # the settings that have changed since the checkpoint to go on from
     brings_optimizer: bool  # whether the optimiser is not made from the arguments
 
     def _load_best_model(self) -> None:
@@ -88,7 +88,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         self._push_later = True  # the checkpoint is not in its place yet
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        # once: transformers loads it after get_batch_samples, where a scorer may have drawn from it
+        # only once, because transformers loads the state again after get_batch_samples, where a scorer may have drawn
         if self._random_state_of is not None:
             self._random_state_of = None
             super()._load_rng_state(checkpoint)
@@ -114,11 +114,11 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         return found
 
     def resumable_state(self, folder: Path) -> dict[str, Any]:
-        """Return what a checkpoint holds of dmfast's own, without shards of q, and change nothing.
+        """Return dmfast's own state from a checkpoint, without shards of q, and change nothing.
 
         Raises:
-            ValueError: it can't be read, a file of it could run code, the run was sharded in another way, or a setting
-                has changed that its state depends on.
+            ValueError: the checkpoint can't be read, one of its files could run code, its run was sharded in another
+                way, or a setting that its state depends on has changed.
         """
         pickles.refuse_code(folder)
         state = checkpoint.load_state(folder, self.args.device)
@@ -128,10 +128,10 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         return state
 
     def _state_in(self, folder: Path) -> dict[str, Any]:
-        """Return dmfast's part of a checkpoint of a run like this one.
+        """Return dmfast's part of a checkpoint of a run like this one, with q's parameters.
 
         Raises:
-            ValueError: it can't be read, or the run was sharded in another way.
+            ValueError: as ``resumable_state``.
         """
         state = self.resumable_state(folder)
         if not self._sharding or self.proposal is None or state["matcher"]["proposal"] is None:
@@ -143,7 +143,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         return checkpoint.with_proposal(state, distributed_config.proposal_of(parts, of_q))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # a file holds tied parameters by one of their names, and loading that one has loaded all
+        # a file holds tied parameters under one of their names only, and that one name loads them all
         named = dict(self.model.named_parameters(remove_duplicate=False))
         loaded = {address(p) for name, p in named.items() if name not in load_result.missing_keys}
         missing = [name for name in load_result.missing_keys if name not in named or address(named[name]) not in loaded]
@@ -151,7 +151,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def _sharding(self) -> str | None:
-        """What has made shards of the parameters."""
+        """The way in which the parameters are sharded, or None if they are whole."""
         if self._is_spread:
             return checkpoint.SPREAD
         return checkpoint.FSDP if self.is_fsdp_enabled else None
@@ -198,7 +198,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         }
 
     def _changes_since(self, state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Return the settings that are others than in a checkpoint's state; none where it has not recorded them."""
+        """Return the settings that differ from a checkpoint's state. A setting that it has not recorded is left out."""
         return resume.changed(state.get("settings", {}), resume.settings_of(cast("DMTrainer", self)))
 
     def _refuse_changes(self, state: dict[str, Any], folder: object) -> None:
@@ -209,12 +209,14 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         )  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that ``state_dict`` returned. A warning says which settings differ and what comes of it.
+        """Restore the state that ``state_dict`` returned.
+
+        A warning says which settings differ and what follows from it.
 
         Raises:
             ValueError: the state is of an on-policy run and this run is offline, or the reverse; it is of another
-                target; a setting has changed that its parts depend on (``training/resume.py``); or it has a format that
-                this version of dmfast does not read.
+                target; a setting that it depends on has changed (``training/resume.py``); or it has a format that this
+                version of dmfast does not read.
             RuntimeError: the state is of another model. Nothing has changed then.
         """
         state = checkpoint.upgraded(state)
@@ -240,9 +242,9 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
             warn_caller(said)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as transformers does, and under FSDP whole, whatever a checkpoint holds. All ranks call it."""
-        whole = bool(self.is_deepspeed_enabled) and self.deepspeed is None  # since training has not begun
-        if whole or (self.is_fsdp_enabled and not _internal_call):  # where transformers fails, or may write nothing
+        """Save the model as transformers does. Under FSDP the model is always saved whole. All ranks call it."""
+        whole = bool(self.is_deepspeed_enabled) and self.deepspeed is None  # training has not begun
+        if whole or (self.is_fsdp_enabled and not _internal_call):  # here transformers fails, or may write nothing
             self._save(output_dir, None if whole else self.accelerator.get_state_dict(self.model))
             if self.args.push_to_hub:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

@@ -1,4 +1,4 @@
-"""What ``DMTrainer`` refuses or warns of before a run: arguments of transformers that it can't honour."""
+"""Refuse, or warn of, arguments that ``DMTrainer`` can't honour, before a run begins."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from . import deepspeed, fsdp
 from .card import SETTINGS
 from .config import DMConfig, refuse_parallelism
 
-# of a model's generation_config: what would change the distribution that is sampled from
+# the entries of a model's generation_config that would change the distribution that is sampled from
 _SAMPLER_OPTIONS = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
     "no_repeat_ngram_size", "min_length", "min_new_tokens", "suppress_tokens", "begin_suppress_tokens",
@@ -35,10 +35,10 @@ _SAMPLER_OPTIONS = (
 
 
 def refuse_arguments(args: TrainingArguments) -> None:
-    """Refuse what transformers offers and distribution matching can't honour.
+    """Refuse the arguments of transformers that distribution matching can't honour.
 
     Raises:
-        ValueError: it is asked for.
+        ValueError: one of them is set.
     """
     refuse_parallelism(args)
     fsdp.refuse_arguments(args)
@@ -76,10 +76,10 @@ def refuse_arguments(args: TrainingArguments) -> None:
 
 
 def refuse_stream(args: DMConfig, *, has_eval: bool) -> None:
-    """Refuse what needs to know the prompts of a data set without a length.
+    """Refuse the arguments that need to know all prompts, which a data set without a length does not tell.
 
     Raises:
-        ValueError: it is asked for.
+        ValueError: one of them is set.
     """
     if args.max_steps <= 0:
         raise ValueError("train_dataset is a stream, which has no epochs to count: set max_steps in DMConfig")
@@ -97,11 +97,11 @@ def refuse_stream(args: DMConfig, *, has_eval: bool) -> None:
 
 
 def check_environment(args: DMConfig, *, own_optimizer: bool = False) -> None:
-    """Check what a run needs beside its model, before anything is loaded or drawn.
+    """Check what a run needs besides its model, before anything is loaded or drawn.
 
     Args:
-        args: of the run.
-        own_optimizer: whether the arguments do not say which optimiser it is.
+        args: the arguments of the run.
+        own_optimizer: whether the caller brings an optimiser, so that ``args.optim`` is not used.
 
     Raises:
         ImportError: a package of ``report_to`` or ``optim`` is not installed.
@@ -131,10 +131,10 @@ def _check_optimizer(args: DMConfig) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Check that files can be written into a folder, which is made where it is not there.
+    """Check that files can be written into a folder. A folder that does not exist is made.
 
     Raises:
-        OSError: they can't; the message names the folder.
+        OSError: no file can be written; the message names the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,15 +145,15 @@ def check_writable(folder: Path) -> None:
 
 
 def check_space(folder: Path, model: nn.Module, *, checkpoints: bool) -> None:
-    """Check that a disk has room for a model, and for one checkpoint where some are to be written.
+    """Check that a disk has room for a model, and for one checkpoint if the run writes checkpoints.
 
     Args:
-        folder: where they are written.
-        model: what is saved. Of a PEFT model that is its adapter, which needs no check.
-        checkpoints: whether there are any: each holds the model, two moments of Adam and q.
+        folder: the folder that they are written into.
+        model: the model that is saved. Of a PEFT model only the adapter is saved, which needs no check.
+        checkpoints: whether the run writes checkpoints. Each holds the model, two moments of Adam and q.
 
     Raises:
-        OSError: it has not; the message has both sizes.
+        OSError: the disk has too little room; the message has both sizes.
     """
     if hasattr(model, "peft_config"):
         return
@@ -169,7 +169,7 @@ def check_space(folder: Path, model: nn.Module, *, checkpoints: bool) -> None:
 
 
 def with_pad_token(processing_class: Any) -> Any:
-    """Return a tokenizer or processor, whose tokenizer gets EOS as its pad token where it has none."""
+    """Return the tokenizer or processor. If its tokenizer has no pad token, EOS becomes the pad token."""
     tokenizer, _ = text_part(processing_class, None)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -183,13 +183,13 @@ def check_fit(
     """Check that vocabularies, lengths of sequences, prompts and steps go together.
 
     Args:
-        policy, target, args: what is trained, towards what and how.
-        contexts: how many the data set has.
-        objective: the name of the built-in one, or None.
+        policy, target, args: the policy, its target and the arguments of the run.
+        contexts: the number of contexts in the data set.
+        objective: the name of the built-in objective, or None.
         has_prompts: whether there is a data set.
 
     Raises:
-        ValueError: they do not.
+        ValueError: two of them do not go together.
     """
     tokens, base = len(policy.tokenizer), target.base.vocab_size
     if tokens > policy.vocab_size or policy.vocab_size != base:
@@ -215,7 +215,7 @@ def check_fit(
 
 
 def warn_of_generation_config(model: nn.Module) -> None:
-    """Warn of what a model's ``generation_config`` says of sampling, since it is ignored."""
+    """Warn of the settings for sampling in a model's ``generation_config``, because they are ignored."""
     config: Any = getattr(model, "generation_config", None)
     if config is None:
         return
@@ -234,13 +234,13 @@ def check_alike(
     """Check that all ranks train the same model towards the same target on the same data.
 
     Args:
-        ranks: which call this together.
-        policy, target, args: of this rank.
-        data: a digest of its data set.
-        weights: False where they come from rank 0 later.
+        ranks: the ranks, all of which call this together.
+        policy, target, args: those of this rank.
+        data: a digest of this rank's data set.
+        weights: whether to compare the model's weights. False if every rank gets them from rank 0 later.
 
     Raises:
-        ValueError: they do not, on every rank, with what differs.
+        ValueError: the ranks differ. It is raised on every rank, and the message says what differs.
     """
     if ranks.size == 1:
         return
@@ -265,6 +265,6 @@ def check_alike(
 
 def _digest(model: nn.Module) -> str:
     """Return a digest of a few values of each parameter."""
-    # parts of one tensor differ between the processes that hold it
+    # shards are left out, because the processes that share a tensor hold different parts of it
     there = [p.detach() for p in model.parameters() if not (p.is_meta or sharding.is_shard(p))]
     return str([float(parameter.flatten()[:8].double().sum()) for parameter in there])

@@ -23,10 +23,10 @@ def _field(default: Any, text: str) -> Any:
 
 
 def refuse_parallelism(args: TrainingArguments) -> None:
-    """Refuse more than DDP, FSDP and DeepSpeed, whether asked for in the arguments or by ``accelerate launch``.
+    """Refuse every parallelism but DDP, FSDP and DeepSpeed, from the arguments and from ``accelerate launch``.
 
     Raises:
-        ValueError: it is asked for.
+        ValueError: another parallelism is asked for.
         ImportError: DeepSpeed is asked for and not installed.
     """
     asked = launcher.asked(args, "parallelism_config", "ACCELERATE_USE_PARALLELISM_CONFIG")
@@ -80,89 +80,91 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             ``leave_one_out_context``. ``gdc++`` has its own.
         reward_weights: the weights of several rewards of ``DMTrainer(reward=[...])``, in their order. Default: 1 for
             each.
-        beta: the KL coefficient of ``kl_control``; its value at the start, where ``beta_target_kl`` is given.
-        beta_target_kl: the wanted KL(pi||a), nats per sequence: beta is then steered by
-            ``dmfast.objectives.AdaptiveBeta`` with ``beta_horizon`` (sequences), from the samples of each step.
-            Only on-policy: they must be pi's own.
+        beta: the KL coefficient of ``kl_control``. With ``beta_target_kl`` this is its value at the start.
+        beta_target_kl: the wanted KL(pi||a), nats per sequence. ``dmfast.objectives.AdaptiveBeta`` then steers beta
+            with ``beta_horizon`` (sequences) from the samples of each step. This works only on-policy, because the
+            samples must be pi's own.
         ppo_epochs: optimiser steps taken on each batch of samples, for ``reinforce`` and ``kl_control`` on-policy.
-            Above 1 returns, KL penalty and baseline are frozen as they were at the sampling policy, and the ratio is
-            clipped at 1 -+ ``ppo_clip``: ``dmfast.objectives.PPOClip``, PPO on whole sequences, not per token with a
-            value head. ``max_steps`` counts every one of them. Resumed in the middle of a batch, a run of one process
-            goes on with it, one of several draws a new one.
-        normalize: False multiplies A by Z, the paper's scale.
-        alpha: that of the objective ``alpha``: 0 descends KL(p||pi), which covers p, 1 descends KL(pi||p).
+            Above 1, returns, KL penalty and baseline stay as they were at the sampling policy, and the ratio is clipped
+            at 1 -+ ``ppo_clip``. This is ``dmfast.objectives.PPOClip``: PPO on whole sequences, without a value head
+            and without a ratio per token. ``max_steps`` counts every one of these steps. If a run is resumed in the
+            middle of a batch, a run of one process goes on with the batch, and a run of several draws a new one.
+        normalize: False multiplies A by Z, which is the paper's scale.
+        alpha: the parameter of the objective ``alpha``. 0 descends KL(p||pi), which covers p, and 1 descends KL(pi||p).
         normalize_alpha: False leaves the factor 1/(1 - alpha) out of A, which keeps A of the same size as alpha comes
             near to 1.
         max_return: bounds (p/pi)^(1 - alpha) - 1 above, before that factor and the baseline.
-        max_weight: bounds A.
-        entropy_coefficient: c of the entropy bonus, which adds -c times the mean over sequences of the policy's
-            entropy, summed over their tokens (nats), to the loss: of all sequences as they were drawn, not weighted.
-            That mean is logged as ``entropy``. Not with ``skip_zero_weight``.
-        temperature: of policy, proposal and base, in sampling and in scoring.
-        max_prompt_length: prompts of more tokens are left out, which a warning counts; they are not cut. Default: all
-            are kept, and one that does not fit into the model's context is refused.
-        max_new_tokens: where a sequence without EOS ends.
-        samples_per_context: n, sequences drawn from each prompt. Default: one; with one prompt, or without a data set
-            (the empty context), all sequences of a step.
+        max_weight: bounds A to [-max_weight, max_weight].
+        entropy_coefficient: c of the entropy bonus. It adds -c times the policy's entropy to the loss. The entropy is
+            summed over the tokens of a sequence (nats), and its mean is over all sequences as they were drawn, without
+            weights. That mean is logged as ``entropy``. It does not go with ``skip_zero_weight``.
+        temperature: the temperature of policy, proposal and base, in sampling and in scoring.
+        max_prompt_length: prompts of more tokens are left out and not cut, and a warning counts them. Default: all
+            prompts are kept, and one that does not fit into the model's context is refused.
+        max_new_tokens: the most tokens of a sequence, which ends there if there was no EOS.
+        samples_per_context: n, sequences drawn from each prompt. Default: one. With one prompt, or without a data set
+            (the empty context), the default is all sequences of a step.
         sampling_batch_size: sequences at a time in sampling and in scoring by the base. Default: all of a step.
-        check_scores: as in ``dmfast.LanguageModel``, of the policy.
+        check_scores: as in ``dmfast.LanguageModel``, for the policy.
         uniform_groups, max_redraws: what happens to prompts whose sequences all have the same reward, where an
             objective that compares the sequences of a prompt gives them the weight 0. ``keep``: they count in the mean.
             ``skip``: the mean is over the others. ``redraw``: they are drawn again, up to ``max_redraws`` times, and
             then skipped. ``replace``: the same with other prompts of the data set in their place, at random (DAPO's
             dynamic sampling); not with a stream. Only on-policy. ``n_uniform`` and ``n_redrawn`` are logged.
-        skip_zero_weight: sequences whose weight is known to be 0 before the policy's forward (those with P = 0 under
-            ``dpg``, for instance) get none; off-policy, ``js_policy`` is NaN in what is logged then.
-        on_policy: sample from the policy itself; no proposal is kept.
+        skip_zero_weight: whether sequences whose weight is known to be 0 before the policy's forward (those with P = 0
+            under ``dpg``, for instance) get no forward. Off-policy, ``js_policy`` is then logged as NaN.
+        on_policy: whether to sample from the policy itself. No proposal is kept then.
         sampler: what draws from q: ``model``, the copy of the policy itself; ``vllm``, vLLM in this process
             (``dmfast.sampling.VLLMSampler``); or the address of a vLLM server, ``http://host:port``
-            (``dmfast.sampling.HTTPSampler``). log q is then the engine's own (docs/engines.md).
-        sampler_options: the further arguments of that class, a mapping, or JSON of one.
-        sampler_ahead, sampler_max_lag: for how many of the next steps the engine draws while this one is trained
-            (``dmfast.sampling.AsyncSampler``; docs/scale.md), 0: none; and the most swaps of q between the draw of a
-            batch and its use. Default: no bound.
+            (``dmfast.sampling.HTTPSampler``). With an engine log q is the engine's own (docs/engines.md).
+        sampler_options: the further arguments of that class, as a mapping or as JSON of one.
+        sampler_ahead: the number of coming steps for which the engine draws while this step is trained
+            (``dmfast.sampling.AsyncSampler``; docs/scale.md). 0 draws nothing ahead.
+        sampler_max_lag: the most swaps of q between the draw of a batch and its use. Default: no bound.
         proposal_criterion, proposal_interval, proposal_stderrs, proposal_best_only, proposal_decay: as in
             ``dmfast.OfflineProposal``. The criterion ``alpha`` has the alpha of the objective ``alpha``.
-        proposal_check_samples: sequences drawn from q for each check of the proposal and scored by q, a and pi as they
-            are then, as the paper's code does; the verdict rests on them alone, and ``seconds_check`` is logged. They
-            come from ``proposal_check_samples / samples_per_context`` contexts, others at each check; their Z takes
-            them in for the check and not beyond it. 0: the check uses the training steps' own sequences since the last
-            swap, at no cost.
-        proposal_device: where q is kept, such as "cpu", which leaves the policy's device more memory and makes sampling
-            as slow as that device is. Default: on the policy's; where the target's base is a view of the policy
-            (``LanguageModel.base``), as a second adapter in it.
-        partition: ``running``: log Z of a context over all its visits; ``step``: from the samples of the step alone.
-            Of a target that only filters the base (``EBM.is_filter``) it is read as min(Z, 1).
-        z_floor: what Z is read as for a prompt of which no sequence with P > 0 was seen yet, above 0 and at most 1.
-            None: the weights of such a prompt are 0. Only for a target that filters the base.
+        proposal_check_samples: fresh sequences that are drawn from q for each check of the proposal, and scored by q, a
+            and pi as they are at that time, as in the paper's code. The verdict rests on them alone, and
+            ``seconds_check`` is logged. They come from ``proposal_check_samples / samples_per_context`` contexts, which
+            are others at each check. Z of these contexts takes them in for the check, and not beyond it. With 0 the
+            check uses the training steps' own sequences since the last swap, at no cost.
+        proposal_device: the device of q, such as "cpu". This leaves the policy's device more memory and makes sampling
+            as slow as that device is. Default: the policy's device. If the target's base is a view of the policy
+            (``LanguageModel.base``), q is a second adapter in the policy.
+        partition: ``running`` estimates log Z of a context from all its visits, and ``step`` from the samples of the
+            step alone. For a target that only filters the base (``EBM.is_filter``) Z is read as min(Z, 1).
+        z_floor: the value that stands for Z of a prompt of which no sequence with P > 0 was seen yet, above 0 and at
+            most 1. With None the weights of such a prompt are 0. Only a target that filters the base may have it.
         z_from_rows: whether Z of each prompt starts from the columns ``pass_rate`` and ``pass_rate_n`` of its row,
-            which ``EBM.fit_z`` makes, as if these n completions of the base had been seen in the run. Only for a target
-            that filters the base, and with ``partition="running"``.
+            which ``EBM.fit_z`` makes, as if these n completions of the base had been seen in the run. This needs a
+            target that filters the base, and ``partition="running"``.
         refit_ess, refit_samples: while the effective sample size of the target's fit is below ``refit_ess``, lambda is
-            fitted again from the last ``refit_samples`` sequences of the steps, each weighted by a/q with the q that it
-            was drawn from, and replaced where that has a larger effective sample size (``EBM.refit``); Z then starts
-            anew. 0: never.
+            fitted again from the last ``refit_samples`` sequences of the steps. Each is weighted by a/q with the q that
+            it was drawn from. The new lambda is taken if its effective sample size is larger (``EBM.refit``), and Z
+            then starts anew. With ``refit_ess=0`` lambda is never fitted again.
         eval_samples: sequences of the policy at an evaluation.
-        eval_diversity: of so many of them, the same at every evaluation, Distinct-1/2/3 and Self-BLEU-5 of words
-            (``dmfast.diagnostics.diversity``; needs nltk). 0: none.
-        eval_pass_k: the k of ``eval_pass@k`` and its kin, where a ``Verifier`` of the target, or a binary reward, tells
-            right from wrong (``dmfast.verified``). Default: 1, 4, 16, ... up to the samples of a prompt, which are
-            ``eval_samples`` over the number of prompts.
-        eval_threshold: the value of a verifier from which on an answer is right.
-        log_samples: so many of them are written to ``samples.jsonl`` in ``output_dir``, with log pi, log a and
-            features (a push to the hub takes it along), and as a table to TensorBoard and W&B where they are among
-            ``report_to``. 0: none.
+        eval_diversity: the number of these sequences, the same ones at every evaluation, on which Distinct-1/2/3 and
+            Self-BLEU-5 of words are measured (``dmfast.diagnostics.diversity``; needs nltk). 0 measures neither.
+        eval_pass_k: the values of k in ``eval_pass@k`` and related measures. They need a ``Verifier`` in the target, or
+            a binary reward, that tells right from wrong (``dmfast.verified``). Default: 1, 4, 16, ... up to the samples
+            of a prompt, which are ``eval_samples`` over the number of prompts.
+        eval_threshold: an answer is right if the verifier gives it this value or more.
+        log_samples: the number of sequences of an evaluation that are written to ``samples.jsonl`` in ``output_dir``,
+            with log pi, log a and features (a push to the hub takes the file along). They are also sent as a table to
+            the TensorBoard and W&B loggers of ``report_to``. 0 writes none.
         gather_for_sampling: under FSDP, whether the model is made whole on every process while it is sampled from.
-            False: each of its layers is gathered in each forward, which needs less memory and more time, and
+            False gathers each of its layers in each forward, which needs less memory, more time and
             ``check_scores=False``.
-        gradient_variance_steps: every so many optimiser steps the variance of the gradient over the sequences of the
-            step is logged, exactly: one backward for each (``dmfast.diagnostics.gradient_variance``). 0: never.
+        gradient_variance_steps: optimiser steps between measurements of the variance of the gradient over the sequences
+            of a step. It is exact and takes one backward for each sequence
+            (``dmfast.diagnostics.gradient_variance``). 0 never measures it.
         patience_zero: steps in a row with P(x) = 0 on every sequence, after which a warning says what to do.
 
     Raises:
-        ValueError: an unknown objective, criterion or baseline, a number out of range, parallelism.
-        TypeError: an objective that is no name.
-        ImportError: ``eval_diversity`` without nltk.
+        ValueError: an objective, criterion or baseline is unknown, a number is out of range, or a parallelism that is
+            not supported is asked for.
+        TypeError: ``objective`` is not a name.
+        ImportError: ``eval_diversity`` is set and nltk is not installed.
     """
 
     learning_rate: float = _field(1.41e-5, "The initial learning rate (the paper's).")
@@ -228,11 +230,11 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         """Return the arguments of a published run by its name.
 
         Args:
-            name: one of ``dmfast.presets.PRESETS``: ``alpha_dpg`` (arXiv:2512.05962), which takes ``alpha`` beside.
-            arguments: of ``DMConfig``. One that the preset has, too, takes the place of the preset's.
+            name: one of ``dmfast.presets.PRESETS``: ``alpha_dpg`` (arXiv:2512.05962), which also takes ``alpha``.
+            arguments: arguments of ``DMConfig``. They take the place of those of the preset.
 
         Raises:
-            ValueError: there is no such preset; as ``DMConfig``.
+            ValueError: there is no such preset, or as ``DMConfig``.
 
         Examples:
             >>> args = DMConfig.preset("alpha_dpg", output_dir="out", alpha=0.5)
@@ -265,7 +267,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             )
         self._check_pass_k()
         if self.eval_diversity:
-            nltk()  # raises now what it would raise at an evaluation
+            nltk()  # a missing package is an error now, and not only at the first evaluation
         if self.proposal_criterion not in CRITERIA:
             raise ValueError(
                 f"proposal_criterion must be one of {', '.join(CRITERIA)}, got {self.proposal_criterion!r}"
@@ -274,7 +276,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             raise ValueError(f"proposal_check_samples must be 0 or more, got {self.proposal_check_samples!r}")
         if self.on_policy and (self.proposal_check_samples or self.proposal_device is not None):
             raise ValueError(
-                "proposal_check_samples and proposal_device are of the proposal, and with on_policy=True there is "
+                "proposal_check_samples and proposal_device need a proposal, and with on_policy=True there is "
                 f"none; got {self.proposal_check_samples!r} and {self.proposal_device!r}"
             )
         if self.skip_zero_weight and self.proposal_criterion in NEED_ALL and not self.proposal_check_samples:
@@ -285,7 +287,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             )
         if isinstance(self.baseline, str):
             with contextlib.suppress(ValueError):
-                self.baseline = float(self.baseline)  # from a command line
+                self.baseline = float(self.baseline)  # a command line gives numbers as strings
         if not isinstance(self.objective, str):
             raise TypeError(
                 "objective of DMConfig must be a name, since a config is written as JSON and read from a command line, "
@@ -302,7 +304,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         """Read ``sampler_options`` and refuse what does not go with an engine.
 
         Raises:
-            ValueError: there is something.
+            ValueError: the options can't be read, or an argument does not go with the sampler.
         """
         if isinstance(self.sampler_options, str):
             try:
@@ -331,14 +333,14 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             return
         if self.on_policy:
             raise ValueError(
-                f"on_policy=True takes the ratio of pi and q for 1, and the sequences that sampler={self.sampler!r} "
+                f"on_policy=True sets the ratio of pi and q to 1, but the sequences that sampler={self.sampler!r} "
                 "draws have the engine's log-probabilities, which differ by its rounding; leave on_policy out: with "
                 "proposal_criterion='interval' and proposal_interval=1 the engine gets pi after every step"
             )
         if self.sampler == "vllm" and self.world_size > 1:
             raise ValueError(
-                "sampler='vllm' does not run in several processes, whose process group vLLM's own would meet: start a "
-                "server (dmfast serve-proposal), which all of them draw from"
+                "sampler='vllm' does not run in several processes, because their process group and vLLM's own would "
+                "collide: start a server (dmfast serve-proposal), which all of them draw from"
             )
 
     def _check_pass_k(self) -> None:
@@ -353,10 +355,10 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         self.eval_pass_k = sorted(set(given))
 
     def settings(self, objective: AnyObjective | None = None) -> Settings:
-        """Return what a step is made with.
+        """Return the settings of a ``Matcher``.
 
         Args:
-            objective: in the place of the config's.
+            objective: takes the place of the config's objective.
 
         Raises:
             ValueError: as ``Settings``.

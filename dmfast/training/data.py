@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..models import LanguageModel
 from ..targets import pass_rates
 
-# words in the names of columns that a multimodal model would read beside the prompt, and of where such data lies;
-# digits are no part of a word, so that base64 is "base"
+# words in the names of columns that a multimodal model would read beside the prompt, and words for the place of such
+# data; digits are no part of a word, so that base64 is "base"
 _MEDIA = {"image", "images", "pixel", "pixels", "video", "videos", "audio", "audios"}
 _PLACES = {
     "url", "urls", "uri", "uris", "path", "paths", "file", "files", "filename", "filenames", "filepath", "data",
@@ -33,12 +33,13 @@ _PLACES = {
 def holds_media(column: object, value: Any) -> bool:
     """Return whether a column holds images, video or sound, or the inputs that a processor makes of them.
 
-    A name that says nothing else, such as ``images``, or that says where they lie, such as ``image_url``, is enough. Of
-    another name with such a word it depends on the value: a string, several strings, a number or None is about an image
-    (``image_caption``, ``num_images``), anything else is of one (``image_grid_thw``, ``pixel_attention_mask``).
+    A name that says nothing else, such as ``images``, or that says where they lie, such as ``image_url``, is enough.
+    For another name with such a word the value decides: a string, several strings, a number or None only describes an
+    image (``image_caption``, ``num_images``), and anything else belongs to its data (``image_grid_thw``,
+    ``pixel_attention_mask``).
     """
     words = {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", str(column))}
-    if {"input", "features"} <= words:  # those of sound
+    if {"input", "features"} <= words:  # a processor of sound names its inputs so
         return True
     if not words & _MEDIA:
         return False
@@ -52,7 +53,7 @@ def has_columns(first: Any, argument: str) -> bool:
     """Return whether the first row of a data set has more columns than its prompt.
 
     Raises:
-        ValueError: one of them holds images, video or sound.
+        ValueError: one of these columns holds images, video or sound.
     """
     if not isinstance(first, Mapping) or len(first) < 2:
         return False
@@ -69,7 +70,7 @@ def prompt_of(row: Any, index: int, argument: str) -> Any:
     """Return the prompt of a row.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the row has no prompt, or a prompt of another type than a string or a list.
     """
     if isinstance(row, Mapping):
         if "prompt" not in row:
@@ -90,11 +91,13 @@ def _too_long_hint(error: Exception, max_prompt_length: int | None) -> str:
 
 
 class Contexts(Dataset[Any]):
-    """Give rows of prompts as (row, prompt); a prompt is a string, a list of chat messages or a list of token ids.
+    """A data set of prompts that gives each as (row, prompt).
+
+    A prompt is a string, a list of chat messages or a list of token ids.
 
     Args:
-        rows: a sequence of prompts, or of rows with a column ``prompt`` (``datasets.Dataset`` too). None is the one
-            empty context, as ``[""]``.
+        rows: a sequence of prompts, or of rows with a column ``prompt``, such as a ``datasets.Dataset``. None is the
+            one empty context, as ``[""]`` is.
         argument: the name of the argument that brought the rows, for errors.
 
     Raises:
@@ -129,7 +132,7 @@ class Contexts(Dataset[Any]):
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all prompts, which tells one data set from another."""
+        """A hash of all prompts, which tells data sets apart."""
         found = hashlib.blake2b(digest_size=16)
         for row in self:
             found.update(repr(row).encode())
@@ -142,16 +145,16 @@ class Contexts(Dataset[Any]):
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, place: int) -> tuple[int, Any]:
-        """Return the row, by its number in the data set, and the prompt of one of those that are kept."""
+        """Return the number of a row in the data set, and its prompt; ``place`` counts the rows that are kept."""
         index = self._kept[place]
         return index, prompt_of(self.rows[index], index, self.argument)
 
     def rows_of(self, indices: Sequence[int]) -> list[Mapping[str, Any]] | None:
-        """Return the whole rows, which scorers see, or None if there are only prompts."""
+        """Return the whole rows, which scorers see, or None if the rows have no column but the prompt."""
         return [dict(self._whole[index]) for index in indices] if self.has_columns else None
 
     def whole(self, contexts: Sequence[tuple[Any, ...]]) -> list[Mapping[str, Any]] | None:
-        """Return the whole rows of what iteration gave."""
+        """Return the whole rows of contexts that iteration gave, as ``rows_of`` does."""
         return self.rows_of([index for index, _ in contexts])
 
     def check_pass_rates(self) -> None:
@@ -175,10 +178,10 @@ class Contexts(Dataset[Any]):
         """Leave out the prompts that are too long, and check that all others can be sampled from.
 
         Args:
-            policy: what is to sample.
+            policy: the model that will sample.
             max_new_tokens: as in ``LanguageModel.sample``.
-            max_prompt_length: the most tokens of a prompt. None: all are kept.
-            warn: whether to say how many are left out.
+            max_prompt_length: the most tokens of a prompt. None keeps all prompts.
+            warn: whether to warn of the number of prompts that are left out.
 
         Raises:
             TypeError, ValueError: as ``LanguageModel.check_prompts``, with the name of the argument.
@@ -207,7 +210,11 @@ class Contexts(Dataset[Any]):
 
 
 def eval_contexts(dataset: Any) -> Contexts | dict[str, Contexts]:
-    """Return the prompts to evaluate on, or those of each of several eval sets by name."""
+    """Return the prompts to evaluate on; of several eval sets, a dictionary of the prompts of each by name.
+
+    Raises:
+        TypeError, ValueError: as ``Contexts``; the dictionary is empty.
+    """
     if not isinstance(dataset, Mapping):
         return Contexts(dataset, "eval_dataset")
     if not dataset:
@@ -216,10 +223,10 @@ def eval_contexts(dataset: Any) -> Contexts | dict[str, Contexts]:
 
 
 def check_divides(n: int, per_device: int, accumulation: int) -> int:
-    """Return the sequences of a step on a rank, of which each context has n.
+    """Return the number of sequences of a step on a rank, n of each context.
 
     Raises:
-        ValueError: they are not a multiple of n.
+        ValueError: the number is not a multiple of n.
     """
     local = per_device * accumulation
     if local % n:
@@ -231,19 +238,19 @@ def check_divides(n: int, per_device: int, accumulation: int) -> int:
 
 
 class StepSampler(Sampler[list[int]]):
-    """Give microbatches of row indices for one rank.
+    """A sampler that gives microbatches of row indices for one rank.
 
-    Each context of an optimiser step comes ``n`` times, and the sequence is cut in order.
+    Each context of an optimiser step comes ``n`` times in succession, and the rows are cut into microbatches in order.
 
     Args:
         contexts: the number of rows of the data set.
         n: sequences per context.
-        per_device, accumulation: sequences in a microbatch, microbatches in an optimiser step.
-        rank, world: the share of each step that this process takes.
+        per_device, accumulation: the sequences in a microbatch and the microbatches in an optimiser step.
+        rank, world: which of how many ranks this process is. Each takes its share of every step.
         steps: optimiser steps in an epoch. None takes as many as the data set fills. With several ranks the last step
             is filled up from the start of the epoch, so that all ranks have the same number of microbatches.
         shuffle, seed: these give a permutation per epoch, which depends on nothing else.
-        repeats: how often each step comes in succession. Above 1 the last step is filled up with one rank, too.
+        repeats: how often each step comes in succession. Above 1, the last step is filled up even with one rank.
 
     Raises:
         ValueError: the step's sequences on a rank are not a multiple of n; a step takes more contexts than there are.
@@ -256,7 +263,7 @@ class StepSampler(Sampler[list[int]]):
         local = check_divides(n, per_device, accumulation)
         self.contexts, self.n, self.per_device, self.accumulation = contexts, n, per_device, accumulation
         self.rank, self.world, self.shuffle, self.seed, self.epoch = rank, world, shuffle, seed, 0
-        self.per_rank, self.repeats = local // n, repeats  # contexts of a step
+        self.per_rank, self.repeats = local // n, repeats  # per_rank counts the contexts of a step
         if steps is None and self.per_rank * world > contexts:
             raise ValueError(
                 f"an optimiser step takes {self.per_rank * world} contexts of {n} sequences, and the data set has "
@@ -303,7 +310,7 @@ class StepSampler(Sampler[list[int]]):
 
 
 class ContextLoader(DataLoader[Any]):
-    """Load microbatches as lists of (row, prompt).
+    """A loader of microbatches as lists of (row, prompt).
 
     accelerate must not shard this loader, because the sampler has done so."""
 
@@ -312,7 +319,7 @@ class ContextLoader(DataLoader[Any]):
         self.step_sampler = sampler
 
     def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch to the sampler; transformers' Trainer calls this at the start of an epoch."""
+        """Pass the epoch to the sampler. transformers' Trainer calls this at the start of an epoch."""
         self.step_sampler.set_epoch(epoch)
 
 

@@ -1,10 +1,11 @@
-"""DeepSpeed under ``DMTrainer``: what is refused, and how a policy whose parameters ZeRO-3 cuts is sampled and copied.
+"""Run ``DMTrainer`` under DeepSpeed: refuse what was not tried, and sample and copy a policy that ZeRO-3 cuts.
 
-ZeRO-1 and ZeRO-2 leave every parameter whole, so that all runs as under DDP. ZeRO-3 leaves each process a part of each
-parameter. A forward through the engine gathers them layer by layer, which is one of all processes. What a forward alone
-does not serve, sampling, scoring and q <- pi, finds them whole within ``gathered``.
+ZeRO-1 and ZeRO-2 leave every parameter whole, so that everything runs as under DDP. ZeRO-3 leaves each process a part
+of each parameter. A forward through the engine gathers the parameters layer by layer, and all processes have to make it
+together. Sampling, scoring and q <- pi need more than such a forward: they run within ``gathered``, which makes all
+parameters whole.
 
-The proposal and the base are never cut: they are frozen, so that there is neither a gradient nor an optimiser's state
+The proposal and the base are never cut. They are frozen, so that there is neither a gradient nor an optimiser's state
 to share, and q has to be whole while it is sampled from.
 """
 
@@ -33,7 +34,7 @@ from . import launcher
 TRIED = {"torch": "2.13", "accelerate": "1.15", "transformers": "5.24", "deepspeed": "0.19.8"}
 STAGES = (1, 2, 3)
 _HOW = "start one process for each GPU by accelerate launch, torchrun or deepspeed"
-#: What a DeepSpeed config may hold. Anything else changes what is computed, or was not tried.
+#: The keys that a DeepSpeed config may hold. Any other key changes what is computed, or was not tried.
 _TRIED_KEYS = frozenset({
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
     "zero_optimization", "bf16", "steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer",
@@ -48,16 +49,16 @@ _TRIED_ZERO_KEYS = frozenset({
 _OFF = (None, False, 0, "none")
 
 
-# ---- what is refused
+# ---- arguments and configs that are refused
 
 
 def asked(args: TrainingArguments) -> str | None:
-    """Return what asks for DeepSpeed, an argument or ``accelerate launch``; None: nothing does."""
+    """Return the name of what asks for DeepSpeed, an argument or ``accelerate launch``, or None if nothing does."""
     return launcher.asked(args, "deepspeed", "ACCELERATE_USE_DEEPSPEED")
 
 
 def refuse_absent(args: TrainingArguments) -> None:
-    """Refuse what can't be had together with DeepSpeed, before transformers looks for it.
+    """Refuse DeepSpeed if it is not installed or FSDP is asked for too, before transformers looks for it.
 
     Raises:
         ImportError: DeepSpeed is asked for and not installed.
@@ -73,9 +74,10 @@ def refuse_absent(args: TrainingArguments) -> None:
 
 
 def load_models_whole() -> None:
-    """Let transformers load models whole, which would cut them as they are loaded once a config with ZeRO-3 exists.
+    """Let transformers load models whole.
 
-    The base and the proposal stay whole, and the engine cuts the policy when training begins.
+    Once a config with ZeRO-3 exists, transformers would cut models as it loads them. But the base and the proposal stay
+    whole, and the engine cuts the policy when training begins.
     """
     from transformers.integrations import unset_hf_deepspeed_config
 
@@ -86,9 +88,9 @@ def refuse_arguments(args: TrainingArguments) -> None:
     """Refuse what does not go with DeepSpeed, before an accelerator is made.
 
     Raises:
-        ValueError: DeepSpeed is asked for where there is one process or no accelerator, after ``DMConfig`` was made, or
+        ValueError: DeepSpeed is asked for in one process, without an accelerator, after ``DMConfig`` was made, or
             together with an option that was not tried with it.
-        ImportError: a library is older than those that it was tried with, or missing.
+        ImportError: a library is missing, or older than the version that DeepSpeed was tried with.
     """
     by = asked(args)
     if by is None:
@@ -129,8 +131,8 @@ def refuse_arguments(args: TrainingArguments) -> None:
         )
     if not args.gather_for_sampling:
         raise ValueError(
-            "gather_for_sampling=False is FSDP's: under DeepSpeed q is whole on every process, and pi is made whole to "
-            "be sampled from"
+            "gather_for_sampling=False needs FSDP: under DeepSpeed q is whole on every process, and pi is made whole "
+            "to be sampled from"
         )
 
 
@@ -138,8 +140,8 @@ def refuse_plugin(accelerator: Any, args: TrainingArguments) -> None:
     """Refuse a DeepSpeed config that was not tried, once accelerate says what it runs.
 
     Raises:
-        ValueError: accelerate runs something else than DeepSpeed, or the config asks for offload, another stage and so
-            on, or for another precision or clipping than the arguments.
+        ValueError: accelerate does not run DeepSpeed; the config asks for something that was not tried, such as offload
+            or another stage; or it asks for another precision or clipping than the arguments.
     """
     by = asked(args)
     if by is None:
@@ -195,14 +197,14 @@ def refuse_plugin(accelerator: Any, args: TrainingArguments) -> None:
 
 
 def _is_off(value: Any) -> bool:
-    """Return whether a value of a DeepSpeed config switches off what it belongs to."""
+    """Return whether a value of a DeepSpeed config switches its section off."""
     if isinstance(value, dict):
         return value.get("enabled") is False or value.get("device") == "none"
     return value in _OFF
 
 
 def _instead(name: str) -> str:
-    """Return what to do in the place of a section of a DeepSpeed config."""
+    """Return the end of an error that says which argument takes the place of a section of a DeepSpeed config."""
     return {
         "optimizer": "; optim, learning_rate and weight_decay of DMConfig say the same",
         "scheduler": "; lr_scheduler_type and warmup_steps of DMConfig say the same",
@@ -214,12 +216,13 @@ def refuse_model(accelerator: Any, model: nn.Module, *, shared: bool) -> None:
     """Refuse a policy that was not tried under DeepSpeed.
 
     Args:
-        accelerator: what runs.
+        accelerator: the accelerator of the run.
         model: the policy.
-        shared: whether the base is a view of it.
+        shared: whether the base is a view of the policy.
 
     Raises:
-        ValueError: it is quantised, or shares its parameters with the base under ZeRO-3.
+        ValueError: the policy is quantised, was spread as it was loaded, or shares its parameters with the base under
+            ZeRO-3.
     """
     if getattr(accelerator.state, "deepspeed_plugin", None) is None:
         return
@@ -237,11 +240,11 @@ def refuse_model(accelerator: Any, model: nn.Module, *, shared: bool) -> None:
         )
 
 
-# ---- what is kept in a checkpoint
+# ---- checkpoints
 
 
 def stage_of(accelerator: Any) -> int:
-    """Return the stage of ZeRO that runs; 0: DeepSpeed does not."""
+    """Return the stage of ZeRO that runs, or 0 if DeepSpeed does not run."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return 0 if plugin is None else _stage(plugin)
 
@@ -251,13 +254,16 @@ def _stage(plugin: Any) -> int:
 
 
 def mark(accelerator: Any) -> dict[str, int]:
-    """Return what a checkpoint says of how its optimiser is kept: the stage of ZeRO, 0 without, and the processes."""
+    """Return what a checkpoint records of its optimiser: the stage of ZeRO and the number of processes.
+
+    Both are 0 if DeepSpeed does not run.
+    """
     stage = stage_of(accelerator)
     return {"zero_stage": stage, "zero_processes": int(accelerator.num_processes) if stage else 0}
 
 
 def refuse_state(state: dict[str, Any], folder: Path, accelerator: Any) -> None:
-    """Refuse a checkpoint whose optimiser is kept in another way than here.
+    """Refuse a checkpoint whose optimiser is stored in another way than this run's.
 
     Raises:
         ValueError: one of the runs is under DeepSpeed and the other is not, or their stages or processes differ.
@@ -285,12 +291,12 @@ _gathered: WeakSet[Any] = WeakSet()
 
 @contextmanager
 def gathered(engine: Any) -> Iterator[None]:
-    """Make all parameters of ZeRO-3 whole on every process within the block, where forwards are each one's own.
+    """Make all parameters of ZeRO-3 whole on every process within the block.
 
-    All processes enter it together.
+    All processes enter the block together. Within it each may run forwards that the others do not run.
 
     Args:
-        engine: DeepSpeed's; None: nothing is cut yet.
+        engine: DeepSpeed's engine, or None if no parameter is cut yet.
     """
     if engine is None or engine in _gathered:
         yield
@@ -314,17 +320,19 @@ def gathered(engine: Any) -> Iterator[None]:
 
 
 class PartitionedModel(LanguageModel):
-    """The policy under ZeRO-3: whole until training begins, and gathered from then on for whatever is no training step.
+    """The policy under ZeRO-3.
+
+    It is whole until training begins. From then on it is gathered for everything but a training step.
 
     Attributes:
-        engine: DeepSpeed's, once training has begun.
+        engine: DeepSpeed's engine, once training has begun.
     """
 
     engine: Any = None
     _gathers_zero = True
 
     def cut_by(self, engine: Any) -> None:
-        """Note the engine that has cut the parameters, which the fused losses can't read between two forwards."""
+        """Note the engine that has cut the parameters. The fused losses can't read them between two forwards."""
         self.engine = engine
         self._head.failure = "DeepSpeed's ZeRO-3 gives away the head's parameters after its forward"
 
@@ -355,7 +363,7 @@ class PartitionedModel(LanguageModel):
 
 
 class PartitionedProposal(OfflineProposal[LanguageModel]):
-    """The proposal of a policy under ZeRO-3: a whole copy, into which a swap gathers."""
+    """The proposal of a policy under ZeRO-3: a whole copy, into which a swap gathers the policy's parameters."""
 
     def swap(self) -> None:
         """Replace q by pi. All processes call it."""
@@ -373,9 +381,10 @@ def kinds(args: TrainingArguments) -> tuple[type[LanguageModel], type[OfflinePro
 
 @torch.no_grad()
 def begin(engine: Any, policy: LanguageModel, proposal: OfflineProposal[LanguageModel] | None) -> None:
-    """Follow what DeepSpeed made of the policy when training began: cut parameters, and 16-bit ones under bf16.
+    """Adapt policy and proposal to the engine that DeepSpeed has made when training began.
 
-    A proposal that is a copy gets the dtypes of the policy's parameters, so that q computes what pi does.
+    ZeRO-3 has cut the policy's parameters, and bf16 has made them 16-bit. A proposal that is a copy gets the dtypes of
+    the policy's parameters, so that q computes what pi does.
     """
     if isinstance(policy, PartitionedModel):
         policy.cut_by(engine)

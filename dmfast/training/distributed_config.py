@@ -1,9 +1,9 @@
-"""Models that transformers has spread over processes as it loaded them, by a ``DistributedConfig``, under
-``DMTrainer``: what is refused, and what a checkpoint holds of such a run.
+"""Run ``DMTrainer`` with models that transformers has spread over processes by a ``DistributedConfig``.
 
-They are cut by tensor parallelism, sharded by FSDP2, or both. transformers writes the model of a checkpoint whole, and
-refuses to write an optimiser whose states are parts. So each process writes its own parts of optimiser and proposal,
-and processes that are spread alike read them again.
+Such a model is cut by tensor parallelism, sharded by FSDP2, or both. This module refuses what was not tried with it,
+and writes and reads a part of its checkpoints. transformers writes the model of a checkpoint whole, and refuses to
+write an optimiser whose states are parts. So each process writes its own parts of optimiser and proposal, and processes
+that are spread in the same way read them again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from . import fsdp
 
 _PARTS = "dmfast_parts_{}.pt"
 _SIZES = ("dp_replicate_size", "fsdp_size", "tp_size")
-_LOCAL = "dmfast_local"  # marks this process's part of a tensor
+_LOCAL = "dmfast_local"  # the key that marks this process's part of a tensor
 
 
 def is_spread(model: Any) -> bool:
@@ -33,22 +33,22 @@ def is_spread(model: Any) -> bool:
 
 
 def processes_of(model: Any) -> int:
-    """Return how many processes, one after the other, work on the same sequences."""
+    """Return the number of consecutive processes that work on the same sequences."""
     return int(model.tp_size) if tensor_parallel.is_cut(model) else 1
 
 
 def refuse_model(model: Any, base: Any, args: TrainingArguments, peft_config: Any) -> None:
-    """Refuse a model that was spread in a way that was not tried, or together with something that was not.
+    """Refuse a model that was spread in a way, or together with an option, that was not tried.
 
     Args:
-        model: the policy, or where it will be loaded from.
+        model: the policy, or the path that it will be loaded from.
         base: the target's model.
-        args: those of the run.
+        args: the arguments of the run.
         peft_config: the adapter that is asked for.
 
     Raises:
-        ValueError: it was.
-        ImportError: a library is older than those that it was tried with.
+        ValueError: the model was spread in such a way, or an argument does not go with it.
+        ImportError: a library is older than the version that this was tried with.
     """
     if is_spread(base) and not is_spread(model):
         raise ValueError(
@@ -106,7 +106,7 @@ def refuse_model(model: Any, base: Any, args: TrainingArguments, peft_config: An
 
 
 def _sizes(config: Any) -> list[int]:
-    """Return how many copies of a model there are, over how many processes each is sharded, and among how many cut."""
+    """Return the number of copies of a model, of processes that shard each of them, and of processes that cut each."""
     return [int(getattr(config, name, None) or 1) for name in _SIZES]
 
 
@@ -119,14 +119,14 @@ def save_parts(folder: Path, rank: int, model: Any, optimizer: Any, proposal: Ma
 
     Args:
         folder: the checkpoint.
-        rank: which process this is.
-        model: whose config says how it is spread.
-        optimizer: its states are parts, or whole and the same on all processes.
-        proposal: what ``OfflineProposal.state_dict`` holds of q.
+        rank: the number of this process.
+        model: the policy, whose config says how it is spread.
+        optimizer: the optimiser. Its states are parts, or whole and the same on all processes.
+        proposal: q's parameters from ``OfflineProposal.state_dict``.
 
     Raises:
         ValueError: the optimiser has states that are cut in another way than their parameters.
-        OSError, RuntimeError: they could not be written.
+        OSError, RuntimeError: the parts could not be written.
     """
     state = optimizer.state_dict()
     parameters = _parameters(optimizer)
@@ -143,7 +143,7 @@ def load_parts(folder: Path, rank: int, model: Any) -> dict[str, Any]:
     """Read what ``save_parts`` wrote.
 
     Raises:
-        ValueError: a model that was spread in another way wrote it.
+        ValueError: the model of the checkpoint was spread in another way.
     """
     path = folder / _PARTS.format(rank)
     found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
@@ -168,20 +168,24 @@ def load_optimizer(optimizer: Any, parts: Mapping[str, Any]) -> None:
 
 
 def proposal_of(parts: Mapping[str, Any], mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return q's tensors from what ``load_parts`` returned, in the form of those that it has.
+    """Return q's tensors from what ``load_parts`` returned, cut as q's present tensors are.
+
+    Args:
+        parts: what ``load_parts`` returned.
+        mine: q's present tensors by name.
 
     Raises:
-        RuntimeError: they are of another model.
+        RuntimeError: the tensors are of another model.
     """
     found = parts["proposal"]
-    # one of before has tied parameters by each of their names
+    # an older checkpoint has tied parameters under each of their names, so it may have more names than q
     if not mine.keys() <= found.keys() or any(found[name].shape != sharding.local(mine[name]).shape for name in mine):
         raise RuntimeError("the checkpoint does not hold the parameters of this proposal: it is of another model")
     return {name: _part_of(found[name], of_q) for name, of_q in mine.items()}
 
 
 def _parameters(optimizer: Any) -> list[Any]:
-    """Return an optimiser's parameters in the order of its state's numbers."""
+    """Return an optimiser's parameters in the order in which its state numbers them."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
@@ -201,7 +205,7 @@ def _put_together(value: Any, parameter: Any) -> Any:
 
 
 def _part_of(value: Tensor, like: Any) -> Tensor:
-    """Return this process's part in the form of a tensor that is cut in the same way; of a whole one, as it is."""
+    """Return this process's part as a tensor that is cut as ``like`` is; if ``like`` is whole, return it as it is."""
     if not sharding.is_shard(like):
         return value
     from torch.distributed.tensor import DTensor

@@ -1,4 +1,4 @@
-"""What draws for a run from outside of it: an engine, which may run ahead, and how a run ends when it fails."""
+"""Make the engine that draws for a run, which may run ahead, and the error that ends a run when its engine fails."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .stream import Stream
 
 
 def engine_of(args: DMConfig, policy: LanguageModel, rows: Contexts | Stream) -> Engine | None:
-    """Return the engine that draws from q, connected or started; None: the proposal's own copy draws.
+    """Return the engine that draws from q, connected or started, or None if the proposal's own copy draws.
 
     Raises:
-        ValueError, EngineError, ImportError: as ``dmfast.sampling.make``; the engine can't draw as the run asks, or the
-            policy has an adapter under FSDP.
+        ValueError, EngineError, ImportError: as ``dmfast.sampling.make``; also if the engine can't draw as the run
+            asks, or the policy has an adapter under FSDP.
     """
     if args.sampler == "model":
         return None
@@ -31,7 +31,7 @@ def engine_of(args: DMConfig, policy: LanguageModel, rows: Contexts | Stream) ->
         )
     options: dict[str, Any] = dict(cast("dict[str, Any]", args.sampler_options) or {})
     if args.sampler != "vllm":
-        # a push to the hub leaves out what begins with _
+        # the name begins with _ because a push to the hub leaves such names out
         options = {"folder": str(Path(args.output_dir) / "_q"), **options}
     engine = make(args.sampler, policy, options)
     prompts = rows.first or None if isinstance(rows, Stream) else [prompt for _, prompt in rows]
@@ -40,20 +40,20 @@ def engine_of(args: DMConfig, policy: LanguageModel, rows: Contexts | Stream) ->
 
 
 def sampler_of(engine: Engine | None, args: DMConfig) -> Sampler | None:
-    """Return what draws for the proposal: the engine, which may run ahead."""
+    """Return the sampler of the proposal: the engine, or an ``AsyncSampler`` around it that runs ahead."""
     if engine is None or not args.sampler_ahead:
         return engine
     return AsyncSampler(engine, args.sampler_ahead, max_lag=args.sampler_max_lag)
 
 
 def ended(error: EngineError, args: DMConfig, run: Path, step: int) -> EngineError:
-    """Return the error with which a run ends whose engine has failed.
+    """Return the error that ends a run whose engine has failed. It says how to go on.
 
     Args:
-        error: the failure.
-        args: those of the run.
+        error: the failure of the engine.
+        args: the arguments of the run.
         run: the folder of the run.
-        step: how many steps it has taken.
+        step: the number of steps that the run has taken.
     """
     if step == 0:
         return EngineError(f"{error}. The run has not taken a step yet")

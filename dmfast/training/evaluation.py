@@ -21,13 +21,15 @@ from .judge import Judge
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Hold the samples and the estimates of an evaluation.
+    """The samples and the estimates of an evaluation.
 
     Attributes:
         samples: the N samples of this rank.
-        log_base: (N,) fp64, log a(x).
-        features: (N, F + M) fp64: the moments, then the monitored features, with these ``names``.
-        missing: the moments whose feature had one value in all samples, with it; KL(p||pi) is unknown then (NaN).
+        log_base: (N,) fp64, log a(x), nats.
+        features: (N, F + M) fp64, the features of the moments and then the monitored features.
+        names: the F + M names of the features.
+        missing: the moments whose feature had one value in all samples, and that value. If there is one, KL(p||pi) is
+            unknown (NaN).
         estimates: the estimates over all ranks.
     """
 
@@ -39,7 +41,7 @@ class Evaluation:
     missing: dict[str, float]
 
     def across_contexts(self, n: int) -> Tensor:
-        """Return the places of at most n sequences: the first of every context, then the second of each, ..."""
+        """Return the indices of at most n sequences: the first of every context, then the second of each, and so on."""
         contexts = int(self.samples.context_id.max()) + 1
         return torch.arange(len(self.samples)).view(contexts, -1).T.flatten()[:n]
 
@@ -92,13 +94,13 @@ def examine(
 
     Args:
         model: pi.
-        target: its moments and monitored features are the phi, and its base is a.
+        target: the target. Its moments and monitored features are the phi, and its base is a.
         prompts, max_new_tokens, temperature, seed, batch_size, first_row: as in ``LanguageModel.sample``.
-        texts: the number of texts that ``diversity`` is measured on: the same ones every time, equally many of each
-            context. 0 measures none.
+        texts: the number of texts that ``diversity`` is measured on. They are the same ones every time, equally many of
+            each context. 0 measures no diversity.
         rows: for each prompt the row of its data set, which scorers see as ``samples.rows``.
-        judge: what tells right answers from wrong ones. None: nothing does.
-        gather, gather_texts: collect the values of all ranks, in distributed training.
+        judge: tells right answers from wrong ones. None measures no right answers.
+        gather, gather_texts: functions that collect the values of all ranks in distributed training.
 
     Returns:
         An ``Evaluation``. Its estimates have standard errors: ``phi/<feature>``, ``kl_policy_base`` (KL(pi||a), nats),

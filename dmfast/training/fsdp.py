@@ -1,4 +1,4 @@
-"""FSDP2 under ``DMTrainer``: what is refused, and how policy, base and proposal are sharded by accelerate."""
+"""Run ``DMTrainer`` under FSDP2: refuse what was not tried, and let accelerate shard policy, base and proposal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRIED = {"torch": "2.13", "accelerate": "1.15", "transformers": "5.24"}
 
 
 def asked(args: TrainingArguments) -> str | None:
-    """Return what asks for FSDP, an argument or ``accelerate launch``; None: nothing does."""
+    """Return the name of what asks for FSDP, an argument or ``accelerate launch``, or None if nothing does."""
     return launcher.asked(args, "fsdp", "ACCELERATE_USE_FSDP")
 
 
@@ -34,7 +34,7 @@ def refuse_arguments(args: TrainingArguments) -> None:
 
     Raises:
         ValueError: FSDP is asked for in one process, or together with an option that was not tried with it.
-        ImportError: a library is older than those that it was tried with.
+        ImportError: a library is older than the version that FSDP was tried with.
     """
     by = asked(args)
     if by is None:
@@ -61,10 +61,11 @@ def refuse_arguments(args: TrainingArguments) -> None:
 
 
 def refuse_plugin(accelerator: Any, args: TrainingArguments) -> None:
-    """Refuse another sharding than FSDP2 as it was tried, once accelerate says what it runs.
+    """Refuse any sharding but FSDP2 as it was tried, once accelerate says what it runs.
 
     Raises:
-        ValueError: it runs something else than was asked for, or FSDP1, CPU offload and so on.
+        ValueError: accelerate does not run what was asked for, or it runs FSDP1 or an option that was not tried, such
+            as CPU offload.
     """
     by = asked(args)
     if by is None:
@@ -106,9 +107,9 @@ def shard(accelerator: Any, models: Sequence[nn.Module], kept_whole: Sequence[nn
     """Shard models in place, as accelerate shards a model that it prepares.
 
     Args:
-        accelerator: whose ``fsdp_plugin`` says how.
-        models: each is sharded.
-        kept_whole: those of them that are only sampled from: their layers stay whole after a forward.
+        accelerator: the accelerator, whose ``fsdp_plugin`` says how to shard.
+        models: the models to shard.
+        kept_whole: those of the models that are only sampled from. Their layers stay whole after a forward.
 
     Raises:
         RuntimeError: accelerate left one of them whole.

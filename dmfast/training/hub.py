@@ -1,4 +1,4 @@
-"""Prompts from a data set of the Hugging Face hub, or from a folder that ``datasets`` reads as one."""
+"""Load prompts from a data set of the Hugging Face hub, or from a folder that ``datasets`` reads as one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ def prompts_of(entry: Mapping[str, Any]) -> Any:
     """Return the rows of a recipe's ``prompts: {dataset: ...}`` as a ``datasets.Dataset`` with a column ``prompt``.
 
     Args:
-        entry: ``dataset``, a name on the hub or a folder; ``name``, which of its configurations; ``split``, by default
-            ``train``, and in the form of ``datasets``, such as ``train[:1000]``; ``column`` with strings or chats, by
-            default ``prompt``; ``revision``, a branch, tag or commit.
+        entry: a mapping. ``dataset`` is a name on the hub or a folder, and ``name`` is one of its configurations.
+            ``split`` has the form that ``datasets`` takes, such as ``train[:1000]``; the default is ``train``.
+            ``column`` names the column with strings or chats; the default is ``prompt``. ``revision`` is a branch, tag
+            or commit.
 
     Raises:
-        ValueError: an unknown entry, no data set of that name, no such split or column, or the hub can't be reached.
+        ValueError: there is an unknown entry, no data set of that name, or no such split or column; or the hub can't be
+            reached.
         ImportError: ``datasets`` is not installed.
     """
     entry = {key: value for key, value in entry.items() if value is not None}

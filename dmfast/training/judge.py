@@ -1,4 +1,4 @@
-"""What tells the right answers of an evaluation from the wrong ones, and for which k pass@k is asked."""
+"""Tell the right answers of an evaluation from the wrong ones, and measure pass@k."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from ..verified import measure
 
 @dataclass(frozen=True)
 class Judge:
-    """Measure right answers: those on which all features reach a threshold.
+    """A judge of answers: an answer is right if all features reach a threshold.
 
     Attributes:
         features: the verifiers, or the binary rewards.
-        threshold: the value from which on an answer is right.
-        k: of pass@k and its kin, ascending. None: 1, 4, 16, ... up to the samples of a prompt.
+        threshold: the lowest value of a right answer.
+        k: the values of k in pass@k and related measures, ascending. None takes 1, 4, 16, ... up to the samples of a
+            prompt.
     """
 
     features: tuple[Feature, ...]
@@ -36,11 +37,11 @@ class Judge:
 
         Args:
             samples: ``DMConfig.eval_samples``.
-            contexts: the prompts of a data set; at most so many of them are evaluated.
+            contexts: the number of prompts in a data set.
             argument: the name of the data set, for errors.
 
         Raises:
-            ValueError: it does not.
+            ValueError: it draws fewer samples of a prompt than the largest k.
         """
         some = min(samples, contexts)
         of_each = math.ceil(samples / some)
@@ -52,7 +53,7 @@ class Judge:
             )
 
     def right(self, values: FeatureValues) -> Tensor:
-        """Return (N,) bool."""
+        """Return whether each answer is right, (N,) bool."""
         each = torch.stack([values(feature) for feature in self.features])
         return (each >= self.threshold).all(0)
 
@@ -63,9 +64,9 @@ class Judge:
         """Return the measures of ``dmfast.verified.measure`` over the samples of all ranks.
 
         Args:
-            samples: those of this rank, equally many of each prompt.
-            right: (N,) bool, of them.
-            gather, gather_texts: put together what the ranks hold.
+            samples: the N samples of this rank, equally many of each prompt.
+            right: (N,) bool, whether each of these samples is right.
+            gather, gather_texts: functions that put together what the ranks hold.
         """
         texts, finished = gather_texts(samples.text), gather(samples.finished)
         right, contexts = gather(right).cpu(), gather(samples.context_id).cpu()
@@ -88,10 +89,12 @@ class Judge:
 def judge_of(
     target: EBM, rewards: Sequence[Feature], *, threshold: float = 0.5, k: Sequence[int] | None = None
 ) -> Judge | None:
-    """Return what judges an evaluation: the target's verifiers, else the rewards that are verifiers or binary.
+    """Return the judge of an evaluation, or None if nothing tells right from wrong.
+
+    It takes the target's verifiers. If there are none, it takes the rewards that are verifiers or binary.
 
     Raises:
-        ValueError: k is asked for, and nothing tells right from wrong.
+        ValueError: k is given, and nothing tells right from wrong.
     """
     features: list[Feature] = list(target.verifiers)
     if not features:
@@ -107,5 +110,5 @@ def judge_of(
 
 
 def is_over_prompts(name: str) -> bool:
-    """Return whether a measure of this name is one of a ``Judge``, whose standard error is over prompts."""
+    """Return whether a measure of this name comes from a ``Judge``, whose standard errors are over prompts."""
     return "@" in name or name in ("coverage", "truncated", "length")

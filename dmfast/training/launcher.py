@@ -1,4 +1,4 @@
-"""What asks for a way of running on several processes: an argument, or ``accelerate launch`` by its environment."""
+"""Find what asks for a way of running on several processes: an argument, or ``accelerate launch``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from transformers import TrainingArguments
 
 
 def asked(args: TrainingArguments, argument: str, variable: str) -> str | None:
-    """Return what asks for a way of running, in words that begin a sentence; None: nothing does.
+    """Return what asks for a way of running, in words that begin a sentence, or None if nothing does.
 
     Args:
-        args: those of the run.
+        args: the arguments of the run.
         argument: the name of the argument that asks for it.
-        variable: what ``accelerate launch`` sets in the environment.
+        variable: the variable that ``accelerate launch`` sets in the environment.
     """
     if getattr(args, argument):
         return argument

@@ -1,9 +1,10 @@
-"""What of a checkpoint may be read: tensors and plain values, and nothing that runs code.
+"""Refuse checkpoints that hold more than tensors and plain values, because reading them could run code.
 
 torch, transformers and ``torch.distributed.checkpoint`` write pickles, and a pickle can call any function of the
-machine that reads it. torch reads most of them with ``weights_only=True``, which refuses that;
-``torch.distributed.checkpoint`` (FSDP2) and DeepSpeed do not. ``refuse_code`` looks at a checkpoint before anything of
-it is read: it follows each pickle with stand-ins in the place of what the pickle names, so that nothing of it runs.
+machine that reads it. torch reads most of them with ``weights_only=True``, which refuses such a call.
+``torch.distributed.checkpoint`` (FSDP2) and DeepSpeed do not refuse it. ``refuse_code`` looks at a checkpoint before
+any of it is read. It follows each pickle and replaces everything that the pickle names by stand-ins, so that nothing of
+it runs.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Any
 
 import torch
 
-_METADATA = ".metadata"  # of torch.distributed.checkpoint
-_NEVER_READ = {"training_args.bin"}  # transformers writes it for people, and reads it nowhere
+_METADATA = ".metadata"  # the file that torch.distributed.checkpoint writes
+_NEVER_READ = {"training_args.bin"}  # transformers writes this file for people and never reads it
 _DEEPSPEED = re.compile(r"global_step\d+")
-#: What may stand in a file of torch.save.
+#: The names that a file of torch.save may hold.
 _PLAIN = re.compile(
     r"collections\.(OrderedDict|defaultdict|Counter)|_codecs\.encode|"
     r"(builtins|__builtin__)\.(set|frozenset|bytearray|complex|int|float|bool|str|bytes|list|dict|tuple)|"
@@ -28,7 +29,7 @@ _PLAIN = re.compile(
     r"torch\.(Tensor|nn\.parameter\.Parameter)|torch\.serialization\._get_layout|"
     r"numpy\.(ndarray|dtype)|numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)|numpy\.dtypes\.\w+DType"
 )  # fmt: skip
-#: What may stand in the metadata of torch.distributed.checkpoint.
+#: The names that the metadata of torch.distributed.checkpoint may hold.
 _OF_METADATA = re.compile(
     r"torch\.distributed\.checkpoint\.metadata\.(Metadata|MetadataIndex|TensorStorageMetadata|BytesStorageMetadata|"
     r"ChunkStorageMetadata|TensorProperties|StorageMeta|_MEM_FORMAT_ENCODING)|"
@@ -38,7 +39,7 @@ _OF_METADATA = re.compile(
 
 
 class _StandIn:
-    """Stands for everything that a pickle names, and does nothing."""
+    """An object that stands for everything that a pickle names, and does nothing."""
 
     def __init__(self, *args: Any, **options: Any) -> None: ...
 
@@ -63,10 +64,10 @@ class _StandIn:
 
 
 class _Follow(pickle.Unpickler):
-    """Follows a pickle without reading it.
+    """An unpickler that follows a pickle without making the objects that it names.
 
     Attributes:
-        refused: what it names that is not allowed.
+        refused: the names in the pickle that are not allowed.
     """
 
     def __init__(self, data: bytes, allowed: re.Pattern[str]) -> None:
@@ -75,7 +76,7 @@ class _Follow(pickle.Unpickler):
         self.refused: list[str] = []
 
     def find_class(self, module: str, name: str) -> Any:
-        """Note what is named, and return a stand-in."""
+        """Note the name if it is not allowed, and return a stand-in."""
         if not self._allowed.fullmatch(f"{module}.{name}"):
             self.refused.append(f"{module}.{name}")
         return _StandIn
@@ -86,13 +87,13 @@ class _Follow(pickle.Unpickler):
 
 
 class _Metadata(pickle.Unpickler):
-    """Reads the metadata of torch.distributed.checkpoint, which ``_Follow`` has seen to name its own classes only."""
+    """An unpickler of the metadata of torch.distributed.checkpoint, which ``_Follow`` has checked before."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a class of the metadata.
 
         Raises:
-            pickle.UnpicklingError: it is none.
+            pickle.UnpicklingError: the name is not one of these classes.
         """
         if not _OF_METADATA.fullmatch(f"{module}.{name}"):
             raise pickle.UnpicklingError(f"{module}.{name}")
@@ -115,9 +116,9 @@ def _check(data: bytes, allowed: re.Pattern[str], what: str) -> None:
 
 
 def _check_saved(source: Any, what: str) -> None:
-    """Check what torch.save wrote, a path or a buffer."""
+    """Check a file, or a buffer, that torch.save wrote."""
     try:
-        # torch's own reader, so that what is checked is what torch.load would read
+        # torch's own reader takes the same record from the file that torch.load would take
         data = torch._C.PyTorchFileReader(source).get_record("data.pkl")
     except RuntimeError as error:
         raise ValueError(f"{what} can't be read: {error}") from error
@@ -125,7 +126,7 @@ def _check_saved(source: Any, what: str) -> None:
 
 
 def _check_shards(path: Path) -> None:
-    """Check a folder of torch.distributed.checkpoint, whose objects that are no tensors are pickles, too."""
+    """Check a folder of torch.distributed.checkpoint. Its objects that are not tensors are pickles, too."""
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
     data = path.read_bytes()
@@ -141,7 +142,7 @@ def _check_shards(path: Path) -> None:
 
 
 def refuse_code(folder: Path) -> None:
-    """Check that no file of a checkpoint could run code when it is read. Nothing of it is read or run.
+    """Check that no file of a checkpoint could run code when it is read. The check itself runs nothing of it.
 
     DeepSpeed's own files are left out: they name classes of DeepSpeed, which reads them itself (SECURITY.md).
 

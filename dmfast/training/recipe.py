@@ -1,6 +1,6 @@
 """Run ``dmfast train recipe.yaml``: a whole job in one file, from the constraints to the report.
 
-    model: tiny-bios                # or a folder, or a name on the hub
+    model: tiny-bios                # it may also be a folder, or a name on the hub
     prompts: null                   # null: the empty context; a list of strings or of chats (lists of messages); a
                                     # .txt (one a line), .jsonl, .csv or .parquet file with a column prompt; or
                                     # {dataset: name on the hub or folder, name: ..., split: train, column: prompt}
@@ -14,13 +14,13 @@
                                     # time_limit, truncated, and answer, which is a function too
       - classifier: {model: folder or name, label: POSITIVE, output: binary}
       - reward: {scorer: {...}, beta: 0.5}      # b(x) = exp(R(x)/beta)
-    monitor: []                     # features that are only looked at
-    reward: null                    # of reinforce and kl_control: a feature, such as {scorer: {...}}, or a list
+    monitor: []                     # features that are measured and constrain nothing
+    reward: null                    # for reinforce and kl_control: a feature, such as {scorer: {...}}, or a list
                                     # of them, whose sum is weighted by train.reward_weights
-    fit: {n: 10240, seed: 0}        # lambda, from samples of the base
+    fit: {n: 10240, seed: 0}        # lambda is fitted from n samples of the base
     lora: null                      # or the arguments of peft.LoraConfig: a, pi and q then share one backbone
-    train: {max_steps: 60, ...}     # the arguments of DMConfig; with preset: alpha_dpg those of DMConfig.preset
-    evaluate: {samples: 2048}       # of the model before and after
+    train: {max_steps: 60, ...}     # the arguments of DMConfig; with preset: alpha_dpg, those of DMConfig.preset
+    evaluate: {samples: 2048}       # the samples of the model before training, and after it
 
 The command writes into ``train.output_dir``: the model, ``log.json`` (machine, recipe, before, after, every step) and
 ``report.png``. Its last line says whether the run came to its target, and by which criterion.
@@ -71,7 +71,7 @@ _KEYS = (
 
 
 class RecipeError(ValueError):
-    """Report a recipe that can't be run; the message names the place in it."""
+    """A recipe can't be run; the message names the place in it."""
 
 
 def _check_keys(given: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
@@ -89,7 +89,7 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
 
     Args:
         path: the file. Relative paths in it start from the working directory of the command.
-        overrides: dotted keys and their values, such as ``{"train.max_steps": 5}``.
+        overrides: values by dotted keys, such as ``{"train.max_steps": 5}``. They take the place of the recipe's.
 
     Raises:
         RecipeError: there is no such file, it is not YAML, an entry is unknown, or there is no constraint.
@@ -166,7 +166,7 @@ def _lora_config(arguments: Any) -> Any:
 
 def _number(text: str, where: str) -> float:
     try:
-        return float(text)  # 1e-4 without a point is a string in YAML 1.1
+        return float(text)  # YAML 1.1 reads 1e-4, which has no point, as a string
     except ValueError:
         raise RecipeError(f"{where} must be a number, got {text!r}") from None
 
@@ -210,7 +210,7 @@ def _classifier(model: str, **options: Any) -> Classifier:
 
 
 def rewards(entry: Any) -> Feature | list[Feature]:
-    """Build the reward, or the several, of its entry."""
+    """Build the reward of an entry, or the list of rewards of an entry that is a list."""
     if not isinstance(entry, list):
         return feature(entry, "reward")
     return [feature(each, f"reward {i}") for i, each in enumerate(entry, 1)]
@@ -264,9 +264,9 @@ def _read_prompts(path: Path) -> list[Any]:
     """Return the rows of a file of prompts.
 
     Raises:
-        OSError: it can't be read.
-        ValueError: it has another kind or another form; the message names the line.
-        ImportError: a .parquet file without pyarrow.
+        OSError: the file can't be read.
+        ValueError: the file is of another kind or has another form; the message names the line.
+        ImportError: the file is a .parquet file, and pyarrow is not installed.
     """
     if path.suffix == ".parquet":
         parquet = importlib.import_module("pyarrow.parquet")
@@ -299,7 +299,7 @@ def load(
 
     Args:
         name: ``tiny-bios`` (ships with dmfast), a folder, or a name on the hub.
-        stop: a string; every token whose text contains it ends a sequence, as EOS does.
+        stop: a string. Every token whose text contains it ends a sequence, as EOS does.
         chat_template_kwargs: as in ``LanguageModel``.
 
     Raises:
@@ -327,7 +327,7 @@ def _ideal(target: EBM, of_base: Samples) -> dict[str, Estimate]:
     """Return the measures of a policy equal to p: E_p[phi] and KL(p||a), from samples of the base."""
     scores = target.score(of_base, of_base.log_prob)
     log_w = scores.log_target - of_base.log_prob
-    # one Z per context, and all contexts weigh the same, as in the fit of lambda
+    # each context has its own Z and all contexts weigh the same, because lambda was fitted so
     log_z = (
         PartitionFunctions().updated(of_base.context_id, scores.log_target, of_base.log_prob).log_z(of_base.context_id)
     )
@@ -337,7 +337,7 @@ def _ideal(target: EBM, of_base: Samples) -> dict[str, Estimate]:
     ideal = {f"phi/{name}": e for name, e in zip(names, estimate_moments(columns, log_u), strict=True)}
     found = estimate(of_base.log_prob, of_base.log_prob, scores.log_target, log_z, z_of=of_base.context_id)
     kl = found.kl_proposal
-    if target.report is not None and target.moment_names:  # lambda was fitted on more samples
+    if target.report is not None and target.moment_names:  # the fit of lambda had more samples, so it knows KL better
         kl = target.report.kl
         for name, moment in zip(target.moment_names, target.describe()["moments"], strict=True):
             ideal[f"phi/{name}"] = Estimate(moment["value"], 0.0)
@@ -347,9 +347,10 @@ def _ideal(target: EBM, of_base: Samples) -> dict[str, Estimate]:
 def _model_and_base(
     policy: LanguageModel, lora: dict[str, Any] | None, say: Callable[[Any], None]
 ) -> tuple[torch.nn.Module, LanguageModel]:
-    """Return the module to train, and a.
+    """Return the module to train, and the base a.
 
-    If an adapter is trained that can be switched, a shares its backbone. Else a is a copy, which ``say`` reports."""
+    If an adapter is trained that can be switched off, a shares its backbone. Otherwise a is a copy of the model, and if
+    there is an adapter, ``say`` reports why."""
     if not lora:
         return policy.model, policy.around(copy.deepcopy(policy.model).requires_grad_(False))
     import peft
@@ -358,7 +359,7 @@ def _model_and_base(
     try:
         adapters.check_config(config)
     except ValueError as error:
-        say(f"three models in memory in the place of one: {error}")
+        say(f"three models are kept in memory instead of one: {error}")
         base = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
         return peft.get_peft_model(policy.model, config), base
     model = peft.get_peft_model(policy.model, config)
@@ -379,8 +380,8 @@ def prepare(
     Args:
         fitted: the ``state_dict`` of an ``EBM`` with these constraints, whose lambda is taken. Default: lambda is
             fitted.
-        resume: as in ``run``: lambda is then the checkpoint's.
-        reward: one or several, in place of the recipe's reward.
+        resume: as in ``run``. Lambda is then the checkpoint's.
+        reward: one reward or several, in place of the recipe's.
         say: prints a line.
 
     Raises:
@@ -402,16 +403,16 @@ def prepare(
             scorer.model.to(args.device)
     say(f"dmfast {__version__}: {target}, {args.objective}, {args.max_steps} steps, model {recipe['model']}")
     if not target.fitted:
-        target.lambda_ = [0.0] * len(target.moment_names)  # any will do until the trainer has checked all else
+        target.lambda_ = [0.0] * len(target.moment_names)  # a placeholder, so that the trainer can check all else first
     trainer = DMTrainer(model, target, args, train_dataset=rows, processing_class=policy.tokenizer, reward=reward)
     if folder is not None:
         state = checkpoint.upgraded(trainer.resumable_state(folder))
         fitted = state["matcher"]["target"]
-        say(f"going on from {folder}, with its lambda")
+        say(f"the run goes on from {folder}, with its lambda")
     if fitted is None:
         fit = {"batch_size": args.sampling_batch_size, **(recipe.get("fit") or {})}
         data = Contexts(rows, "prompts")
-        data.check(policy, args.max_new_tokens, args.max_prompt_length, warn=False)  # DMTrainer does
+        data.check(policy, args.max_new_tokens, args.max_prompt_length, warn=False)  # DMTrainer has warned
         prompts = None if rows is None else [prompt for _, prompt in data]
         target.fit(
             contexts=prompts,
@@ -428,7 +429,7 @@ def prepare(
 
 
 def _target(recipe: Mapping[str, Any], base: LanguageModel) -> EBM:
-    """Return the target of a recipe around a base, not fitted."""
+    """Return the target of a recipe around a base. It is not fitted yet."""
     return EBM(
         base,
         [constraint(each) for each in recipe["constraints"]],
@@ -452,7 +453,7 @@ def fit_z(
     A recipe takes the file as its ``prompts``, and ``train.z_from_rows: true`` starts Z from it.
 
     Args:
-        out: a .jsonl file, which is not there yet.
+        out: the .jsonl file to write, which must not exist yet.
         n, seed, drop_zero: as in ``EBM.fit_z``.
         say: prints a line.
 
@@ -460,10 +461,10 @@ def fit_z(
         The rows of the file.
 
     Raises:
-        RecipeError: out is no .jsonl file or is there already; the recipe has no prompts, or a row that can't be
+        RecipeError: ``out`` is not a .jsonl file or exists already; the recipe has no prompts, or a row that can't be
             written as JSON.
         ValueError: as ``EBM.fit_z``.
-        OSError: out can't be written.
+        OSError: ``out`` can't be written.
     """
     out = Path(out)
     if out.suffix != ".jsonl":
@@ -518,7 +519,7 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
 
     Raises:
         RecipeError, ValueError, ImportError: as ``read``, ``EBM.fit``, ``DMTrainer``.
-        OSError: as ``DMTrainer``; the model could not be saved, and all else is written.
+        OSError: as ``DMTrainer``. Also if the model could not be saved; everything else is written then.
     """
     start = time.perf_counter()
     trainer = prepare(recipe, resume=resume, say=say)
@@ -546,7 +547,7 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
     not_saved: OSError | SafetensorError | None = None
     try:
         trainer.save_model()
-    except (OSError, SafetensorError) as error:  # raised below, when what the run has found is written
+    except (OSError, SafetensorError) as error:  # raised below, after the results of the run are written
         not_saved = error
     x_after, after = now(trainer.policy)
     ideal = _ideal(target, x_before)

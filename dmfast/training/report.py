@@ -1,4 +1,4 @@
-"""Report a run: the machine, a plot, a table."""
+"""Report a run by its machine, a plot and tables, and say whether it came to its target."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..unseen import said
 
 
 def machine() -> dict[str, Any]:
-    """Return date, versions, processor, threads and backend, to go with a result."""
+    """Return the date, versions, processor, threads and backend that belong to a result."""
     import transformers
 
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
@@ -40,7 +40,7 @@ def write(log: Mapping[str, Any], folder: Path, name: str = "log.json") -> None:
 
 
 def for_json(value: Any) -> Any:
-    """Return a value for JSON: an estimate as value and stderr, NaN and infinity as null."""
+    """Return a value for JSON. An estimate becomes its value and stderr, and NaN and infinity become null."""
     if isinstance(value, Estimate):
         return for_json(vars(value))
     if isinstance(value, Mapping):
@@ -65,7 +65,9 @@ def pyplot() -> Any:
 def plot(
     history: Sequence[Mapping[str, float]], path: Path, title: str, *, wanted: Mapping[str, float] | None = None
 ) -> None:
-    """Plot E[phi] under q (dots: under pi), the divergences from p with the swaps of q, Z and ESS over steps.
+    """Plot E[phi] under q, the divergences from p with the swaps of q, log Z and ESS over the steps of a run.
+
+    Evaluations add E[phi] under pi as dots with error bars.
 
     Args:
         history: the logs of the run in order (``trainer.state.log_history``), steps and evaluations.
@@ -116,7 +118,7 @@ def plot(
 
 
 def table(log: Mapping[str, Any]) -> Any:
-    """Return a rich table of before, after and p, from the log of a run."""
+    """Return a rich table of the measures before, after and of p, from the log of a run."""
     from rich.table import Table
 
     table = Table(title="mean ± standard error, on fresh samples of the model itself")
@@ -137,7 +139,8 @@ def table(log: Mapping[str, Any]) -> Any:
     def shown(found: Estimate | None) -> str:
         if found is None:
             return ""
-        return str(found) if found.stderr > 0 else f"{found.value:.4g}"  # NaN: not estimated; 0: known
+        # a stderr of NaN says that there is no error estimate, and one of 0 that the value is exact
+        return str(found) if found.stderr > 0 else f"{found.value:.4g}"
 
     for name, before in log["before"].items():
         title = f"E[{name[4:]}]" if name.startswith("phi/") else titles.get(name, name)
@@ -149,7 +152,7 @@ def table(log: Mapping[str, Any]) -> Any:
 
 
 def _unknown(log: Mapping[str, Any], key: str) -> str | None:
-    """Return why KL(p||pi) is not known, where a moment had one value in all samples."""
+    """Return why KL(p||pi) is unknown, because a moment had one value in all samples, or None if it is known."""
     if not math.isnan(log[key]["kl_policy"].value):
         return None
     names = [m["name"] for m in log.get("target", {}).get("moments", [])]
@@ -158,7 +161,7 @@ def _unknown(log: Mapping[str, Any], key: str) -> str | None:
     return f"unknown: {said(missing)}" if missing else None
 
 
-_LEFT, _KL = 0.1, 0.25  # what may be left of the way; by how much KL(pi||a) may be off
+_LEFT, _KL = 0.1, 0.25  # the share of a moment's way that may be left, and the relative error that KL(pi||a) may have
 
 
 def verdict(
@@ -170,7 +173,7 @@ def verdict(
     within a quarter of KL(p||a). Two standard errors are allowed beyond either.
 
     Args:
-        before, after, ideal: the measures of the policy at the start, at the end, and of p.
+        before, after, ideal: the measures of the policy at the start, of the policy at the end, and of p.
         names: the features that are constrained.
     """
     wrong, right = [], []
@@ -179,7 +182,7 @@ def verdict(
         gap, way = abs(now.value - wanted.value), abs(before[f"phi/{name}"].value - wanted.value)
         allowed = _LEFT * way + 2 * _error_of(now, wanted)
         said = f"E[{name}] is {now}, wanted {wanted.value:.4g}"
-        if not gap <= allowed:  # NaN is no match
+        if not gap <= allowed:  # written so that NaN does not match
             wrong.append(f"{said}, which may differ by {allowed:.2g}")
         else:
             right.append(said)
@@ -204,12 +207,12 @@ def verdict(
 
 
 def _error_of(*estimates: Estimate) -> float:
-    """Return the standard error of a difference; an error that is not known counts as none."""
+    """Return the standard error of a difference. An unknown error (NaN) counts as 0."""
     return math.hypot(*(e.stderr for e in estimates if math.isfinite(e.stderr)))
 
 
 def samples_table(before: Sequence[str], after: Sequence[str]) -> Any:
-    """Return a rich table of samples side by side."""
+    """Return a rich table that shows samples before and after side by side."""
     from rich.table import Table
 
     table = Table(title="samples before and after", show_lines=True)

@@ -1,8 +1,8 @@
-"""What becomes of a setting that is another one than in the checkpoint from which a run goes on.
+"""Decide what happens to a setting that differs from the checkpoint from which a run goes on.
 
-Every field that ``DMConfig`` adds stands in one of the tables below, and so does what steers the optimiser
-among transformers' arguments. A changed setting holds from here on, or what depends on it starts anew, or the run is
-refused. ``docs/guide/when-it-goes-wrong.md`` has the same in words.
+Every field that ``DMConfig`` adds stands in one of the tables below, and so do transformers' arguments for the
+optimiser. A changed setting holds from here on, or what depends on it starts anew, or the run is refused.
+``docs/guide/when-it-goes-wrong.md`` says the same in words.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ REFUSED = {
     "eos_token_id": _ANOTHER_P,
     "the base's weights": _ANOTHER_P,
     "the pointwise constraints": _ANOTHER_P,
-    "on_policy": "of the checkpoint and this run one is on-policy and one is not",
+    "on_policy": "of the checkpoint and this run, one is on-policy and one is not",
     "the adapter": "the same parameters make another model",
     "optim": "the state in the checkpoint is of another optimiser",
     "optim_args": "the state in the checkpoint is of another optimiser",
@@ -85,12 +85,12 @@ NOT_COMPARED = (
     "log_samples", "gather_for_sampling", "gradient_variance_steps", "patience_zero",
 )  # fmt: skip
 
-#: What the length of a run in steps depends on, and so its schedule.
+#: The settings that the length of a run in steps depends on, and therefore its schedule.
 _OF_LENGTH = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
               "samples_per_context")  # fmt: skip
-_LONGER = ("max_steps", "num_train_epochs")  # whoever goes on changes these on purpose
+_LONGER = ("max_steps", "num_train_epochs")  # no warning, because a run is made longer on purpose
 
-# transformers' schedulers of these kinds keep more than the number of the step
+# transformers' schedulers of these kinds have more state than the number of the step
 _WITH_STATE = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -113,7 +113,7 @@ def settings_of(trainer: DMTrainer) -> dict[str, Any]:
 
 
 def _name_of(reward: Any) -> Any:
-    """Return the name of a reward, or of several those of all."""
+    """Return the name of a reward; of several rewards, their names."""
     return _plain(list(reward.parts)) if isinstance(reward, WeightedSum) else getattr(reward, "name", None)
 
 
@@ -137,7 +137,7 @@ def _digest(trainer: DMTrainer) -> str | None:
 
 
 def _adapter(model: Any) -> str | None:
-    """Return the settings of an adapter that its parameters do not tell, or None where there is none."""
+    """Return the settings of an adapter that its parameters do not show, or None if there is no adapter."""
     configs = {name: each for name, each in getattr(model, "peft_config", {}).items() if name != PROPOSAL}
     names = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")
     found = {name: {key: _plain(getattr(each, key, None)) for key in names} for name, each in configs.items()}
@@ -145,9 +145,12 @@ def _adapter(model: Any) -> str | None:
 
 
 def changed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return what differs by name, as (in the checkpoint, now). A name that only one of them has is not compared."""
+    """Return the settings that differ, by name, as pairs (in the checkpoint, now).
+
+    A name that only one of the two has is not compared.
+    """
     both = [name for name in (*REFUSED, *RENEWED, *HONOURED) if name in recorded and name in now]
-    unknown = "the base's weights"  # None where they were sharded
+    unknown = "the base's weights"  # their digest is None if they were sharded
     return {
         name: (recorded[name], now[name]) for name in both
         if recorded[name] != now[name] and not (name == unknown and None in (recorded[name], now[name]))
@@ -157,12 +160,12 @@ def changed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tu
 def refuse(
     changes: Mapping[str, tuple[Any, Any]], folder: object, *, deepspeed: bool = False, scheduler: str = ""
 ) -> None:
-    """Refuse to go on with settings that the checkpoint's state does not go with.
+    """Refuse to go on with settings that do not go with the checkpoint's state.
 
     Args:
         changes: as ``changed`` returned them.
         folder: the checkpoint, for the message.
-        deepspeed: whether DeepSpeed restores the optimiser, with the numbers that it had.
+        deepspeed: whether DeepSpeed restores the optimiser with its old hyperparameters.
         scheduler: the kind of this run's scheduler.
 
     Raises:
@@ -177,7 +180,7 @@ def refuse(
         reasons["learning_rate"] = f"the scheduler {scheduler} goes on from the rate that it had come to"
     if reasons:
         said = "; ".join(f"{_said(name, changes[name])}: {why}" for name, why in reasons.items())
-        raise ValueError(f"{folder} can't be gone on from with other settings. {said}. {_START_ANEW}")
+        raise ValueError(f"{folder} can't be resumed from with other settings. {said}. {_START_ANEW}")
 
 
 def _said(name: str, change: tuple[Any, Any]) -> str:
@@ -185,11 +188,11 @@ def _said(name: str, change: tuple[Any, Any]) -> str:
 
 
 def describe(changes: Mapping[str, tuple[Any, Any]], *, steered: bool = False) -> str | None:
-    """Return the warning that says which settings changed and what comes of it, or None where there is nothing to say.
+    """Return the warning that says which settings changed and what follows, or None if there is nothing to say.
 
     Args:
-        changes: as ``changed`` returned them, none of them refused.
-        steered: whether beta is steered by KL(pi||a), and so goes on from the checkpoint's value.
+        changes: as ``changed`` returned them. None of them is refused.
+        steered: whether beta is steered by KL(pi||a), and therefore goes on from the checkpoint's value.
     """
     parts = []
     for name, change in changes.items():
@@ -206,7 +209,7 @@ def describe(changes: Mapping[str, tuple[Any, Any]], *, steered: bool = False) -
 
 
 def renewed(matcher: Mapping[str, Any], changes: Mapping[str, tuple[Any, Any]], *, steered: bool) -> dict[str, Any]:
-    """Return a matcher's state in which what depends on a changed setting starts anew.
+    """Return a matcher's state in which everything that depends on a changed setting starts anew.
 
     Args:
         matcher: what ``Matcher.state_dict`` returned.
@@ -238,13 +241,13 @@ def set_hyperparameters(
     Args:
         optimizer, scheduler: as they were loaded.
         fresh: the parameter groups, without their parameters, as this run made them.
-        changes: as ``changed`` returned them. Only what is in them is set.
-        kept: whether the optimiser is one that was passed, whose numbers no argument tells. They stay as they were
-            loaded, and a warning says so where its learning rate is another.
+        changes: as ``changed`` returned them. Only these settings are set.
+        kept: whether the caller passed the optimiser, so that no argument tells its hyperparameters. They stay as they
+            were loaded, and a warning says so if the learning rate of the passed optimiser differs.
 
     Raises:
-        ValueError: the learning rate has changed, and the scheduler is of a kind that does not tell its rate from the
-            step alone. Nothing has changed then.
+        ValueError: the learning rate has changed, and the scheduler is of a kind whose rate depends on more than the
+            step. Nothing has changed then.
     """
     if kept:
         loaded, given = ([group.get("initial_lr", group["lr"]) for group in groups]

@@ -1,4 +1,4 @@
-"""Write samples of an evaluation as a table: to ``samples.jsonl``, TensorBoard, Weights & Biases and trackio."""
+"""Write samples of an evaluation as a table to ``samples.jsonl``, TensorBoard, Weights & Biases and trackio."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rows(
     """Return at most n sequences of an evaluation as rows, the same number for each context.
 
     Args:
-        prompts: the prompts by ``context_id``. None is the empty context, and then a row has no prompt.
+        prompts: the prompts by ``context_id``. None is the empty context, and then the rows have no ``prompt``.
         step: the optimiser steps so far.
         name: the name of the evaluation, its ``metric_key_prefix``.
 
@@ -52,10 +52,10 @@ def read(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of a run's ``samples.jsonl``, and no rows if there is no such file.
 
     Raises:
-        ValueError: a line is not a row; the message has its number.
+        ValueError: a line is not a row of samples; the message has the number of the line.
     """
     path = folder / NAME
-    # not splitlines(), which also ends a line at U+2028 and others that JSON leaves as they are
+    # splitlines() would also end a line at U+2028 and other characters that JSON does not escape
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     found = []
     for number, line in enumerate(lines, 1):
@@ -90,7 +90,7 @@ def publish(
     evaluation: Evaluation, prompts: Sequence[Any] | None, n: int, folder: Path, callbacks: Sequence[TrainerCallback],
     *, step: int, name: str,
 ) -> None:  # fmt: skip
-    """Write at most n sequences of an evaluation into the folder, and send them to the loggers that show tables."""
+    """Write at most n sequences of an evaluation into the folder, and send them to the loggers that take tables."""
     new = rows(evaluation, prompts, n, step=step, name=name)
     write(folder, new, step)
     send(callbacks, new, step, f"{name}/samples")
@@ -103,7 +103,7 @@ def forget(folder: Path) -> None:
 
 
 def send(callbacks: Sequence[TrainerCallback], new: Sequence[dict[str, Any]], step: int, title: str) -> None:
-    """Send rows to TensorBoard (as text), W&B and trackio, where transformers' callbacks for them are there."""
+    """Send rows to those of TensorBoard (as text), W&B and trackio whose callbacks are among these."""
     if not new:
         return
     flat = [_cells(row) for row in new]
@@ -122,7 +122,7 @@ def send(callbacks: Sequence[TrainerCallback], new: Sequence[dict[str, Any]], st
 
 
 def _cells(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of strings and numbers: a chat as JSON, each feature in a column of its own."""
+    """Return a row as strings and numbers: a chat becomes JSON, and each feature a column of its own."""
     prompt = row.get("prompt", "")
     own = row if isinstance(prompt, str) else row | {"prompt": json.dumps(prompt, ensure_ascii=False)}
     return own | {f"phi/{name}": value for name, value in row["features"].items()}

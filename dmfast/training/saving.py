@@ -1,4 +1,4 @@
-"""The policy from a path, and the policy as a plain folder that needs no dmfast."""
+"""Load the policy from a path, and save it as a plain folder that needs no dmfast."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from ..shipped import located
 
 
 def loaded(model: nn.Module | str | Path) -> nn.Module:
-    """Return a model as it is, or the one of ``tiny-bios``, a folder or a name on the hub, in float32."""
+    """Return a model as it is, or load ``tiny-bios``, a folder or a name on the hub in float32."""
     if not isinstance(model, (str, Path)):
         return model
     return cast(nn.Module, AutoModelForCausalLM.from_pretrained(located(model), dtype="float32"))
 
 
 def with_adapter(model: nn.Module, config: Any, seed: int) -> nn.Module:
-    """Return the model with an adapter around it, where there is a config for one.
+    """Return the model with an adapter around it, or the model as it is if there is no config for an adapter.
 
     Args:
-        model: what the adapter goes into.
-        config: peft's, or None.
-        seed: what the adapter starts from.
+        model: the model that gets the adapter.
+        config: the adapter's configuration of peft, or None.
+        seed: the seed of the adapter's initial weights.
 
     Raises:
         ValueError: the model has an adapter already.
@@ -49,22 +49,22 @@ def with_adapter(model: nn.Module, config: Any, seed: int) -> nn.Module:
 def save_plainly(
     model: Any, folder: Path, save: Callable[[], None], eos_token_ids: Sequence[int], *, writes: bool
 ) -> None:
-    """Save a model so that ``generate`` ends where training did, and without the adapter that holds q.
+    """Save a model so that ``generate`` ends sequences as training did, and without the adapter that holds q.
 
     The ``generation_config`` with these ends is saved beside an adapter, too. Nothing that loads an adapter reads it by
     itself, but ``GenerationConfig.from_pretrained`` of the folder does.
 
     Args:
         model: the unwrapped model.
-        folder: where ``save`` writes.
-        save: transformers' way of saving.
-        eos_token_ids: what ends a sequence.
+        folder: the folder that ``save`` writes into.
+        save: saves the model as transformers does.
+        eos_token_ids: the tokens that end a sequence.
         writes: whether this process writes files.
     """
     inner = without_adapters(model)
     config = inner.generation_config if isinstance(inner, PreTrainedModel) else None
     if config is not None:
-        # transformers refuses to save some that it loads, such as a temperature without do_sample
+        # transformers refuses to save some settings that it loads, such as a temperature without do_sample
         inner.generation_config = GenerationConfig()
     try:
         with _without_proposal(model):

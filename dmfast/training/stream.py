@@ -1,7 +1,7 @@
 """Take the contexts of the steps from a data set without a length, row after row, pass after pass.
 
-Every rank reads all rows and takes its share of each step. Transformers resumes a stream by reading what was read
-before: so do these steps, and a digest of the rows tells whether they are the same.
+Every rank reads all rows and takes its share of each step. To resume, transformers reads a stream again from its start.
+These steps do the same, and a digest of the rows tells whether they are the same rows.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..models import LanguageModel
 from .data import check_divides, has_columns, prompt_of
 
-_PEEKED = 16  # rows by which the ranks compare their streams
+_PEEKED = 16  # the number of first rows by which the ranks compare their streams
 
-#: The identity of a context over the run, its prompt, and the whole row where it has more columns.
+#: The identity of a context over the run, its prompt, and the whole row if it has more columns.
 Context = tuple[int, Any, Mapping[str, Any] | None]
 
 
@@ -34,21 +34,21 @@ def is_stream(rows: Any) -> bool:
 class Stream:
     """A data set that is iterated over: a ``datasets.IterableDataset``, or one of torch.
 
-    A context is known by its row: the same row in a later pass has the same Z. Where a row comes twice in a step, the
-    second is a context of its own.
+    A context is known by its row, so that the same row in a later pass has the same Z. If a row comes twice in a step,
+    the second is a context of its own.
 
     Args:
-        rows: gives prompts, or rows with a column ``prompt``, and the same ones when it is iterated over again. After
-            each pass its ``set_epoch`` is called, if it has one.
+        rows: an iterable of prompts, or of rows with a column ``prompt``. It must give the same ones when it is
+            iterated over again. After each pass its ``set_epoch`` is called, if it has one.
         argument: the name of the argument that brought the rows, for errors.
 
     Attributes:
         first: the first prompts, without those that are too long.
-        read: the steps that were read so far, and a digest of their rows.
-        too_long: the prompts that were left out so far.
+        read: the number of rows that were read for the steps so far, and a digest of these rows.
+        too_long: the number of prompts that were left out so far.
 
     Raises:
-        TypeError: the rows can be iterated over only once, as a generator.
+        TypeError: the rows can be iterated over only once, as those of a generator.
         ValueError: there are no rows; the first row has no prompt, or a column of images, video or sound.
     """
 
@@ -78,7 +78,7 @@ class Stream:
         return hashlib.blake2b(repr(self.first).encode(), digest_size=16).hexdigest()
 
     def check(self, policy: LanguageModel, max_new_tokens: int, max_prompt_length: int | None = None) -> None:
-        """Check the first prompts now, and each of the others as it is read; leave out those that are too long.
+        """Check the first prompts now, and each later one when it is read, and leave out those that are too long.
 
         Args:
             policy, max_new_tokens, max_prompt_length: as in ``Contexts.check``.
@@ -94,18 +94,21 @@ class Stream:
         return [row or {} for _, _, row in contexts] if self.has_columns else None
 
     def expect(self, read: tuple[int, str] | None) -> None:
-        """Raise as soon as a later iteration has read so many rows and they are not those of this digest."""
+        """Make the next iteration check the rows of a checkpoint.
+
+        It raises as soon as it has read that many rows and they do not have that digest.
+        """
         self._expected = None if read is None else (int(read[0]), str(read[1]))
 
     def steps(self, contexts: int) -> Iterator[list[Context]]:
-        """Give the contexts of each step, of all ranks, without end.
+        """Yield the contexts of each step, of all ranks, without end.
 
         Args:
-            contexts: of a step.
+            contexts: the number of contexts in a step, on all ranks together.
 
         Raises:
-            ValueError: a whole pass has no prompt that is not too long; a prompt can't be sampled from; the rows are
-                not those that were read before.
+            ValueError: all prompts of a whole pass are too long; a prompt can't be sampled from; or the rows are not
+                those that were read before.
         """
         self.read, self.too_long = (0, ""), 0
         self._start()
@@ -123,9 +126,9 @@ class Stream:
             self._rows.set_epoch(0)
 
     def _passes(self) -> Iterator[tuple[Any, Mapping[str, Any] | None, str]]:
-        """Give prompt, row and what tells the row from others, of all rows that fit, pass after pass.
+        """Yield the prompt, the row and the row as text of all rows that fit, pass after pass.
 
-        All rows count as read, also those that are left out, so that another number of prompts in a step, or another
+        The rows that are left out count as read, too. So another number of prompts in a step, or another
         ``max_prompt_length``, does not make the same rows look like others.
         """
         seen = hashlib.blake2b(digest_size=16)
@@ -180,7 +183,7 @@ class Stream:
 
 
 def _written(row: Any) -> str:
-    """Return what tells a row from others; the repr of a long array would leave out its middle."""
+    """Return a row as text that tells it from others. The repr of a long array would leave out its middle."""
     if not isinstance(row, Mapping):
         return repr(row)
     whole = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
@@ -193,7 +196,7 @@ def _identity(written: str, times: int) -> int:
 
 
 class _Microbatches(IterableDataset[Any]):
-    """Give one rank's microbatches of the steps of a stream."""
+    """The microbatches of one rank from the steps of a stream."""
 
     def __init__(
         self, stream: Stream, n: int, *, per_device: int, accumulation: int, rank: int, world: int, repeats: int
@@ -210,10 +213,10 @@ class _Microbatches(IterableDataset[Any]):
 
 
 class StreamLoader(DataLoader[Any]):
-    """Load microbatches as lists of contexts, without end.
+    """A loader of microbatches as lists of contexts, without end.
 
     Args:
-        stream: what they are read from.
+        stream: the stream that the contexts are read from.
         n: sequences per context.
         per_device, accumulation, rank, world, repeats: as in ``StepSampler``.
 

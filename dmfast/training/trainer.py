@@ -5,8 +5,8 @@ These methods make an optimiser step, in the order in which they are defined bel
     get_batch_samples   contexts -> Matcher.draw, then cut into microbatches
     compute_loss        Matcher.loss through the wrapped model
     _finish_step        Matcher.commit
-    evaluate            fresh samples of pi; some of them as a table
-    _save_checkpoint    all of it, whole or not at all (checkpointing.py)
+    evaluate            draws and measures fresh samples of pi, and writes some of them as a table
+    _save_checkpoint    writes everything, whole or not at all (checkpointing.py)
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ from .versions import draws_in_random_order
 
 
 def _sets(rows: Contexts | dict[str, Contexts] | None) -> list[Contexts]:
-    """Return the sets to evaluate on."""
+    """Return the sets to evaluate on as a list."""
     if rows is None:
         return []
     return list(rows.values()) if isinstance(rows, dict) else [rows]
@@ -81,45 +81,45 @@ class DMTrainer(CheckpointingTrainer):
 
     Args:
         model: the policy pi, a causal language model of transformers, or a PEFT model around one; or ``tiny-bios``, a
-            folder or a name on the hub, which is loaded in float32. Its dropout is set to 0, since a sequence and its
+            folder or a name on the hub, which is loaded in float32. Its dropout is set to 0, because a sequence and its
             score must come from one distribution.
-        target: an ``EBM`` that is fitted, around a base of its own (not ``model`` itself: the base must not move), or
-            around ``LanguageModel(model, tokenizer).base()`` for a PEFT model: a, pi and q then share its backbone, and
-            q is a second adapter.
-        args: ``DMConfig``.
+        target: an ``EBM`` that is fitted, around a base of its own. The base must not move, so it can't be ``model``
+            itself. For a PEFT model it may be ``LanguageModel(model, tokenizer).base()``; a, pi and q then share its
+            backbone, and q is a second adapter.
+        args: the ``DMConfig`` of the run.
         train_dataset: prompts, as ``dmfast.training.data.Contexts`` takes them, or an ``IterableDataset`` of them, as
-            ``dmfast.training.stream.Stream`` does; None is the empty context. Rows with more columns than the prompt
-            reach scorers as ``samples.rows``, one for each sequence.
+            ``dmfast.training.stream.Stream`` takes it. None is the empty context. Rows with more columns than the
+            prompt reach scorers as ``samples.rows``, one for each sequence.
         eval_dataset: prompts to evaluate on, or several sets of them by name, whose metrics are ``eval_<name>_...``.
             Default: those of ``train_dataset``, unless that is a stream.
         processing_class: the tokenizer, or a multimodal processor, which is saved with the model. Default: the base's
             tokenizer. What ends a sequence and ``chat_template_kwargs`` are the base's.
         objective: a name, an ``Objective``, or a function of ``Terms``, in place of ``args.objective``.
-        reward: R(x) for ``reinforce`` and ``kl_control``: a callable on ``Samples`` that gives (N,), such as
-            ``dmfast.Scorer``. Or several, by name or in a list, whose sum, weighted by
-            ``args.reward_weights``, is R(x).
+        reward: R(x) for ``reinforce`` and ``kl_control``: a callable on ``Samples`` that returns (N,), such as
+            ``dmfast.Scorer``. It may also be several, by name or in a list; R(x) is then their sum, weighted by
+            ``args.reward_weights``.
         peft_config: the configuration of an adapter to put around ``model``; then only the adapter is trained.
         callbacks, optimizers, optimizer_cls_and_kwargs: as in ``transformers.Trainer``.
 
     Attributes:
         matcher: the ``Matcher`` that takes the steps.
         policy: the model as a ``LanguageModel``.
-        proposal: the ``OfflineProposal``; None on-policy.
+        proposal: the ``OfflineProposal``, or None on-policy.
         eval_samples: the ``Samples`` of the last evaluation.
-        judge: what tells right from wrong in evaluations, a ``training.judge.Judge``; None: nothing does.
+        judge: the ``training.judge.Judge`` that tells right from wrong in evaluations, or None if nothing does.
 
     Raises:
-        ValueError: the training is not possible: the base is the model itself, the tokenizer does not fit, the
+        ValueError: the training is not possible. The base is the model itself, the tokenizer does not fit, the
             objective lacks its reward, the processes do not train the same thing, DataParallel is asked for, FSDP or
-            DeepSpeed in a way that was not tried or that the launcher did not give, or the model was spread over
-            processes in a way that was not tried.
+            DeepSpeed is asked for in a way that was not tried or that the launcher did not give, or the model was
+            spread over processes in a way that was not tried.
         ImportError: a package of ``args.report_to`` or ``args.optim`` is missing.
         OSError: ``args.output_dir`` can't be written into, or its disk has no room for the model.
     """
 
     control: TrainerControl
-    # the loss of compute_loss is already divided by the step's sequences; until transformers 5.18 compute_loss_func
-    # says so
+    # the loss of compute_loss is already divided by the step's sequences, which this tells transformers; until 5.18
+    # compute_loss_func does
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -200,7 +200,7 @@ class DMTrainer(CheckpointingTrainer):
         only_model, self._is_spread = args.save_only_model, distributed_config.is_spread(model)
         self._changes, self.brings_optimizer = {}, optimizers[0] is not None or optimizer_cls_and_kwargs is not None
         if self._is_spread:
-            args.save_only_model = True  # transformers refuses to write the optimiser, which is written here
+            args.save_only_model = True  # transformers refuses to write such an optimiser, so dmfast writes it
         try:
             super().__init__(
                 model=model,
@@ -238,11 +238,11 @@ class DMTrainer(CheckpointingTrainer):
             for callback in [c for c in self.callback_handler.callbacks if type(c) is stock]:
                 self.callback_handler.callbacks.remove(callback)
                 self.add_callback(ours)
-        shared = target.base.model is model  # then it is on the device, and the policy's to train
+        shared = target.base.model is model  # such a base is moved with the policy, and its parameters are the policy's
         deepspeed.refuse_model(self.accelerator, model, shared=shared)
         if self.is_deepspeed_enabled:
-            deepspeed.load_models_whole()  # the accelerator has made another such config
-            model.to(self.args.device)  # which transformers leaves to DeepSpeed, and q is copied before that
+            deepspeed.load_models_whole()  # again, because the accelerator has made another config
+            model.to(self.args.device)  # transformers leaves this to DeepSpeed, but q is copied before that
         if not shared:
             target.base.model.requires_grad_(False)
             if not (self.is_fsdp_enabled or distributed_config.is_spread(target.base.model)):
@@ -271,10 +271,10 @@ class DMTrainer(CheckpointingTrainer):
         self.matcher.check_length(args.max_new_tokens, "DMConfig.max_new_tokens", stacklevel=3)
         self.reward = self.matcher.reward
         self._metrics: list[dict[str, float]] = []
-        self._engine_error: EngineError | None = None  # of a swap in this run
+        self._engine_error: EngineError | None = None  # the failure of a swap in this run
         self._jit: JITCheckpoint | None = None  # while train() runs
         self.eval_samples: Samples | None = None
-        self.get_train_dataloader()  # refuses now what it would refuse in train()
+        self.get_train_dataloader()  # so that what it refuses is refused before train()
 
     # ---- the data
 
@@ -410,7 +410,7 @@ class DMTrainer(CheckpointingTrainer):
         return Prompts(prompts, rows, self._rows.rows_of(rows))
 
     def _other_contexts(self, seed: int, n: int, taken: set[int]) -> Prompts:
-        """Return up to n contexts of the data set that are not among those that were taken, at random."""
+        """Return up to n random contexts of the data set that were not taken yet."""
         assert isinstance(self._rows, Contexts)
         order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(seed)).tolist()
         contexts = list(itertools.islice((c for c in map(self._rows.__getitem__, order) if c[0] not in taken), n))
@@ -428,11 +428,11 @@ class DMTrainer(CheckpointingTrainer):
             sums = ("n_clipped", "n_clipped_return", "n_empty", "n_uniform", "n_redrawn", "swapped")
             for key in {key: None for metrics in self._metrics for key in metrics}:
                 values = [m[key] for m in self._metrics if key in m]
-                # what is done in some steps only takes no time in the others
+                # times are divided by all steps, because work that only some steps do takes no time in the others
                 mean = sum(values) / (len(self._metrics) if key.startswith("seconds_") else len(values))
                 logs[key] = sum(values) if key in sums else mean if key.startswith(means) else values[-1]
             for key in [key for key in logs if key.startswith("unseen/") and key not in self._metrics[-1]]:
-                del logs[key]  # it was seen since
+                del logs[key]  # a later step has seen the feature
             self._metrics = []
         super().log(logs, start_time)
 
@@ -441,24 +441,25 @@ class DMTrainer(CheckpointingTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Return E_pi[phi], KL(pi||a) and KL(p||pi) with standard errors, on ``args.eval_samples`` sequences of pi.
+        """Return E_pi[phi], KL(pi||a) and KL(p||pi) with standard errors, from ``args.eval_samples`` sequences of pi.
 
-        Every evaluation uses the same random numbers, so that two evaluations differ by what the policy has learned.
+        Every evaluation uses the same random numbers, so that two evaluations differ only by what the policy has
+        learned.
 
         Args:
             eval_dataset: prompts in place of the trainer's, several sets of them by name, or the name of one of the
                 trainer's sets.
-            ignore_keys: has no meaning here.
+            ignore_keys: is not used.
             metric_key_prefix: the prefix of the names of the metrics.
 
         Returns:
             ``eval_phi/<feature>``, ``eval_kl_policy_base`` (KL(pi||a), nats) and ``eval_kl_policy`` (KL(p||pi), nats,
             by importance weights), each with ``_stderr``; ``eval_length`` (tokens), ``eval_finished`` (share that ended
             in EOS), ``eval_runtime`` (seconds). With ``args.eval_diversity``: ``eval_distinct_1`` to
-            ``eval_distinct_3``, with ``_stderr``, and ``eval_self_bleu_5``. Where a verifier tells right from wrong:
+            ``eval_distinct_3``, with ``_stderr``, and ``eval_self_bleu_5``. If a verifier tells right from wrong:
             ``eval_pass@k``, ``eval_coverage``, ``eval_distinct@k``, ``eval_truncated`` and, with its ``answer``,
-            ``eval_maj@k``, with ``_stderr`` over prompts where there are several, as ``eval_length`` has then. Several
-            sets have these for each set, as ``eval_<name>_...``.
+            ``eval_maj@k``. If there are several prompts, their ``_stderr`` is over prompts, and so is that of
+            ``eval_length``. With several sets each has these as ``eval_<name>_...``.
         """
         has_prompts = eval_dataset is not None or self._eval_rows is not self._rows or self._has_prompts
         if isinstance(eval_dataset, str) and isinstance(self._eval_rows, dict):
@@ -531,8 +532,8 @@ class DMTrainer(CheckpointingTrainer):
         Raises:
             ValueError: the checkpoint is truncated; the message names the newest whole one.
             OSError: a checkpoint could not be written; the previous ones are as they were.
-            EngineError: the engine that draws has failed, and trying again within bounds did not help. The run has
-                ended with a checkpoint.
+            EngineError: the engine that draws has failed, also when it was tried again. The run has ended with a
+                checkpoint.
         """
         if self.is_deepspeed_enabled and self.deepspeed is not None:
             raise ValueError(
@@ -565,7 +566,7 @@ class DMTrainer(CheckpointingTrainer):
                 signal.signal(signal.SIGTERM, jit.jit_manager._original_sigterm_handler)
 
     def _install_jit(self) -> JITCheckpoint | None:
-        """Install transformers' checkpoint at SIGTERM for this run, in the main thread only.
+        """Install transformers' checkpoint at SIGTERM for this run, if this is the main thread.
 
         The constructor of transformers' Trainer would install it for good, and in any thread."""
         if not self.args.enable_jit_checkpoint:

@@ -1,4 +1,4 @@
-"""What transformers' Trainer calls by other names in releases before the newest."""
+"""Call functions of transformers' Trainer that have other names in older releases."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def remove_old_checkpoints(trainer: Any, folder: Path) -> None:
     """Delete the checkpoints of a run beyond ``save_total_limit``, but neither the newest nor the best.
 
     Args:
-        trainer: whose run it is.
-        folder: what holds the checkpoints.
+        trainer: the trainer of the run.
+        folder: the folder that holds the checkpoints.
     """
-    if not hasattr(trainer_utils, "rotate_checkpoints"):  # until transformers 5.1 it was the trainer's
+    if not hasattr(trainer_utils, "rotate_checkpoints"):  # until transformers 5.1 it is a method of the trainer
         trainer._rotate_checkpoints(use_mtime=True, output_dir=str(folder))
         return
     trainer_utils.rotate_checkpoints(
@@ -26,4 +26,5 @@ def remove_old_checkpoints(trainer: Any, folder: Path) -> None:
 
 def draws_in_random_order(args: Any) -> bool:
     """Return whether the rows of a data set come in random order."""
-    return bool(getattr(args, "train_sampling_strategy", "random") == "random")  # until transformers 5.1 they always do
+    # until transformers 5.1 there is no such argument, and the order is always random
+    return bool(getattr(args, "train_sampling_strategy", "random") == "random")
