@@ -403,7 +403,7 @@ def test_what_a_device_has_recorded_is_raised_before_anything_is_taken_in(monkey
     def recording(self, *args, **kwargs):
         out = loss(self, *args, **kwargs)
         outputs.append(out)
-        return replace(out, _scores=out._scores._replace(recorded=(recorded,))) if len(outputs) == 2 else out
+        return replace(out, _scores=out._scores.replaced(recorded=(recorded,))) if len(outputs) == 2 else out
 
     monkeypatch.setattr(LanguageModel, "loss", recording)
     for part in draw(m).split(2):
@@ -464,7 +464,7 @@ def test_a_recorded_fault_is_named_by_its_place_in_the_batch(monkeypatch, read):
 
     def recording(self, *args, **kwargs):
         out = loss(self, *args, **kwargs)
-        return replace(out, _scores=out._scores._replace(recorded=(recorded,) if float(out.weight[0]) else ()))
+        return replace(out, _scores=out._scores.replaced(recorded=(recorded,) if float(out.weight[0]) else ()))
 
     monkeypatch.setattr(LanguageModel, "loss", recording)
     for part in draw(m).split(3):

@@ -92,7 +92,7 @@ def test_what_a_device_has_recorded_is_raised_before_the_step_counts(tmp_path, m
     def recording(self, *args, **kwargs):
         out = loss(self, *args, **kwargs)
         found = (recorded,) if len(outputs) == 6 else ()
-        outputs.append(replace(out, _scores=out._scores._replace(recorded=found)))
+        outputs.append(replace(out, _scores=out._scores.replaced(recorded=found)))
         return outputs[-1]
 
     monkeypatch.setattr(LanguageModel, "loss", recording)
