@@ -10,10 +10,9 @@ from torch import Tensor
 
 from . import parallel
 from .kernels import autograd, checks, faults, linear, ops, products, select
-from .kernels.autograd import Options, expected_grad
+from .kernels.autograd import Options, expected_grad, options_of
 from .kernels.backend import Backend
 from .kernels.batch import IGNORE, Batch, Scores
-from .kernels.form import denominator
 from .kernels.result import DMLossOutput
 from .kernels.shards import Shards
 from .objectives import Objective, Terms
@@ -71,23 +70,6 @@ def _backend_for(logits: Tensor, name: str | None, *others: Tensor | None) -> Ba
     if not backend.in_torch and not compiling:
         faults.check_memory(logits, *others)
     return backend
-
-
-def _options(
-    batch: Batch, reduction: str, num_sequences: float | Tensor | None, entropy: bool, inplace: bool
-) -> tuple[Options, Tensor | None]:
-    """Return the options of a call, and the tensor that divides its loss if the host does not know the divisor."""
-    compiling = torch.compiler.is_compiling()
-    if num_sequences is None and not compiling:
-        return Options(reduction, denominator(batch, reduction, None), entropy, inplace, None), None
-    if isinstance(num_sequences, Tensor):
-        if compiling or num_sequences.device.type != "cpu":
-            return Options(reduction, 1.0, entropy, inplace, None), num_sequences
-        num_sequences = float(num_sequences.detach())
-        checks.check_number("num_sequences", num_sequences)
-    if compiling and reduction == "mean" and num_sequences is None:
-        return Options(reduction, 0.0, entropy, inplace, None), None  # 0 spares torch.compile a graph for every B
-    return Options(reduction, denominator(batch, reduction, num_sequences), entropy, inplace, None), None
 
 
 def dm_loss(
@@ -207,7 +189,7 @@ def dm_loss(
     return_entropy = return_entropy or terms.entropy_coefficient != 0.0
     checks.check_call(batch, reduction, num_sequences, grad_scale, inplace)
     wants_grad = logits.requires_grad and torch.is_grad_enabled()
-    options, divisor = _options(batch, reduction, num_sequences, return_entropy, inplace and wants_grad)
+    options, divisor = options_of(batch, reduction, num_sequences, return_entropy, inplace and wants_grad)
     if wants_grad and divisor is None and terms.weight_known:
         options = options._replace(expected=expected_grad(True, logits.dtype, reduction, grad_scale))
     chosen = _backend_for(logits, backend)
@@ -372,7 +354,7 @@ def linear_dm_loss(
         )  # fmt: skip
         checks.check_call(batch, reduction, num_sequences, grad_scale)
         wants_entropy = return_entropy or terms.entropy_coefficient != 0.0
-        options, divisor = _options(batch, reduction, num_sequences, wants_entropy, inplace=False)
+        options, divisor = options_of(batch, reduction, num_sequences, wants_entropy, inplace=False)
         if divisor is None:
             # a chunk forms the weight itself, so one pass is possible whether or not the weight depends on pi
             options = options._replace(expected=expected_grad(True, hidden.dtype, reduction, grad_scale))

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from .kernels import BACKENDS, autograd, check_ops, checks, eager, faults
-from .kernels.autograd import Options
 from .kernels.batch import IGNORE, Batch, Scores
-from .kernels.form import denominator
 from .kernels.fp64 import per_sequence_device
 from .kernels.result import DMLossOutput
 from .objectives import Objective, Terms
@@ -84,11 +82,7 @@ def dm_loss_from_log_probs(
         num_sequences=num_sequences, num_tokens=num_tokens, what="token_log_probs",
     )  # fmt: skip
     checks.check_call(batch, reduction, num_sequences)
-    divisor, divide_by = None, 1.0
-    if isinstance(num_sequences, Tensor):
-        divisor = num_sequences
-    else:
-        divide_by = denominator(batch, reduction, num_sequences)
+    options, divisor = autograd.options_of(batch, reduction, num_sequences, entropy=False, inplace=False)
     batch = check_ops.checked(batch, terms)
     faults.check_cu_seqlens(batch)
     faults.check_token_weight(batch)
@@ -97,18 +91,13 @@ def dm_loss_from_log_probs(
     to = per_sequence_device(token_log_probs.device)
     # where() lets positions that are not scored hold NaN, and gives them a gradient of 0
     rows = torch.where(scored, token_log_probs, 0.0).reshape(-1).to(to).double()
-    sequence = eager.sequence_of_rows(batch).to(to)
-
-    def per_sequence(values: Tensor) -> Tensor:
-        return values.new_zeros(batch.n_sequences).index_add(0, sequence, values)
-
+    per_sequence = eager.sums_of(batch, to)
     log_prob = per_sequence(rows)
     weighted = log_prob if batch.token_weight is None else per_sequence(batch.token_weight * rows)
     # a log-probability equals a logit whose log-sum-exp is 0
     of_rows = torch.stack([torch.zeros_like(rows), rows.detach()])
     of_sequences = torch.stack([log_prob.detach(), torch.zeros_like(log_prob)])
     scores = Scores(of_rows, of_sequences)
-    options = Options(reduction, divide_by, False, False, None)
     loss, scores = autograd.from_log_prob(BACKENDS["eager"], batch, (weighted, None, scores), terms, options)
     loss = loss if divisor is None else loss / divisor.to(loss.device)
     return DMLossOutput(loss, scores, terms, tuple(token_log_probs.shape))

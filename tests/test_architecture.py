@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
+import of_scripts
 import pytest
 
 import dmfast
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "scripts" / "architecture.py"
-if not SCRIPT.exists():
-    pytest.skip("the scripts are not beside the tests", allow_module_level=True)
-spec = importlib.util.spec_from_file_location("architecture", SCRIPT)
-architecture = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(architecture)
+architecture = of_scripts.load("architecture")
 PACKAGE = Path(dmfast.__file__).parent
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import io
 import json
 import sys
 import types
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
+import of_scripts
 import pytest
 import torch
 from rich.console import Console
@@ -67,15 +66,7 @@ def test_a_rival_that_fails_is_reported_with_its_reason(monkeypatch: pytest.Monk
 
 def gpu_worker() -> types.ModuleType:
     """scripts/gpu/worker.py, which is no package's."""
-    path = Path(__file__).parents[1] / "scripts" / "gpu" / "worker.py"
-    if not path.exists():
-        pytest.skip("no source tree")
-    spec = importlib.util.spec_from_file_location("gpu_worker", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with patch.object(sys, "path", [str(path.parent), *sys.path]):  # it finds clock.py beside it
-        spec.loader.exec_module(module)
-    return module
+    return of_scripts.load("gpu/worker")
 
 
 def test_a_gpu_has_rivals_and_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

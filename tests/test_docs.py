@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import of_scripts
 import pytest
 import yaml
 
@@ -242,11 +243,7 @@ def test_examples_of_docstrings(path):
 
 @pytest.mark.skipif(not PAGES, reason="no docs beside the tests")
 def test_the_api_reference_has_every_public_name():
-    path = ROOT / "scripts" / "docs_site.py"
-    spec = importlib.util.spec_from_file_location("docs_site", path)
-    site = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(site)
-    pages = site.api_pages()
+    pages = of_scripts.load("docs_site").api_pages()
     shown = [name for page in pages.values() for name in re.findall(r"^::: (dmfast\.[\w.]+)$", page, re.M)]
     assert sorted(name for name in shown if name.count(".") == 1) == sorted(f"dmfast.{name}" for name in dmfast.__all__)
     for name in shown:
@@ -268,8 +265,6 @@ def test_the_method_has_a_row_for_each_objective():
 def test_the_model_of_large_policies_is_what_its_script_makes():
     if not PAGES:
         pytest.skip("there is no documentation beside the tests")
-    spec = importlib.util.spec_from_file_location("scale", ROOT / "scripts" / "scale.py")
-    scale = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(scale)
+    scale = of_scripts.load("scale")
     made = (ROOT / "docs" / "scale.md").read_text().split(scale.MARKS[0])[1].split(scale.MARKS[1])[0]
     assert made == scale.table(), "python scripts/scale.py docs/scale.md brings the page up to date"

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import types
-from pathlib import Path
 
+import of_scripts
 import pytest
-
-SCRIPT = Path(__file__).parents[1] / "scripts" / "docs_cli.py"
 
 
 @pytest.fixture(scope="module")
 def docs_cli() -> types.ModuleType:
-    if not SCRIPT.exists():
-        pytest.skip("no source tree")
-    spec = importlib.util.spec_from_file_location("docs_cli", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return of_scripts.load("docs_cli")
 
 
 def test_the_page_is_what_the_parsers_make(docs_cli: types.ModuleType) -> None:

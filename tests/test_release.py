@@ -7,8 +7,8 @@ import importlib.util
 import re
 import warnings
 from pathlib import Path
-from typing import Any
 
+import of_scripts
 import pytest
 import tomllib
 import yaml
@@ -49,14 +49,6 @@ def test_every_wheel_leaves_the_openmp_runtime_to_torch():
     assert all("--exclude libgomp.so.1" in line for line in repairs)
 
 
-def script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / "ci" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 GOOD = {"torch": "2.13.0+cpu", "numpy": "2.4.6", "transformers": "5.24.0", "accelerate": "1.15.0", "vllm": "0.33.0",
         "deepspeed": "0.19.8"}  # fmt: skip
 RESOLVED = {
@@ -70,14 +62,14 @@ RESOLVED = {
 @pytest.mark.parametrize("case", RESOLVED)
 def test_an_extra_that_resolves_to_what_dmfast_refuses_is_found(case):
     resolved, fault = RESOLVED[case]
-    found = script("extras").faults(["vllm"], resolved)
+    found = of_scripts.load("ci/extras").faults(["vllm"], resolved)
     assert [fault in each for each in found] == [True] * (fault is not None), found
 
 
 def test_the_extra_of_deepspeed_is_held_to_what_the_trainer_refuses():
     from dmfast.training.deepspeed import TRIED
 
-    extras = script("extras")
+    extras = of_scripts.load("ci/extras")
     assert extras.tried("deepspeed") == TRIED
     older = {**GOOD, "transformers": "5.20.2"}
     assert not extras.faults(["vllm"], older)

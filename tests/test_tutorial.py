@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from pathlib import Path
 
-import pytest
+import of_scripts
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "scripts" / "tutorial_page.py"
-if not SCRIPT.exists():
-    pytest.skip("the scripts are not beside the tests", allow_module_level=True)
-spec = importlib.util.spec_from_file_location("tutorial_page", SCRIPT)
-tutorial_page = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tutorial_page)
+tutorial_page = of_scripts.load("tutorial_page")
 
 
 def test_the_page_has_the_text_and_the_code_of_the_script():

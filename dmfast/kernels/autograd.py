@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..objectives import Objective, Terms
-from . import check_ops, eager
+from . import check_ops, checks, eager
 from .backend import Backend, new_gradient
 from .batch import LOSS, Batch, Scores, bonus_of
-from .form import divisor, form_loss, losses, reduce, weighted_of
+from .form import denominator, divisor, form_loss, losses, reduce, weighted_of
 
 
 class Options(NamedTuple):
@@ -26,6 +26,21 @@ class Options(NamedTuple):
     entropy: bool  # whether the entropy is wanted, as a part of the loss or beside it
     inplace: bool  # whether the gradient overwrites the logits
     expected: float | None  # the grad_output that forward folds into the gradient; with None backward writes it
+
+
+def options_of(
+    batch: Batch, reduction: str, num_sequences: float | Tensor | None, entropy: bool, inplace: bool
+) -> tuple[Options, Tensor | None]:
+    """Return the options of a call, and the tensor that divides its loss if the host does not know the divisor."""
+    compiling = torch.compiler.is_compiling()
+    if isinstance(num_sequences, Tensor):
+        if compiling or num_sequences.device.type != "cpu":
+            return Options(reduction, 1.0, entropy, inplace, None), num_sequences
+        num_sequences = float(num_sequences.detach())
+        checks.check_number("num_sequences", num_sequences)
+    if compiling and reduction == "mean" and num_sequences is None:
+        return Options(reduction, 0.0, entropy, inplace, None), None  # 0 spares torch.compile a graph for every B
+    return Options(reduction, denominator(batch, reduction, num_sequences), entropy, inplace, None), None
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:

@@ -110,15 +110,12 @@ def make_batch(
         )
     _check_logits(logits)
     lead, device = shape[:-1], logits.device
-    labels = tokens
-    if type(tokens) is not Tensor or tokens.dtype is not torch.int64 or (tokens.shape, tokens.device) != (lead, device):
-        _check_rows("tokens", tokens, logits, what)
-        if tokens.dtype is torch.bool:
-            raise TypeError("tokens must be an integer tensor, got bool; did you swap tokens and mask?")
-        labels = tokens.to(torch.int64)
+    _check_rows("tokens", tokens, lead, device, what)
+    if tokens.dtype is torch.bool:
+        raise TypeError("tokens must be an integer tensor, got bool; did you swap tokens and mask?")
+    labels = tokens if tokens.dtype is torch.int64 else tokens.to(torch.int64)
     if mask is not None:
-        if type(mask) is not Tensor or mask.dtype is not torch.bool or (mask.shape, mask.device) != (lead, device):
-            _check_rows("mask", mask, logits, what)
+        _check_rows("mask", mask, lead, device, what)
         # the constant tensor saves making one in every call, but fake tensors accept no real tensor beside them
         fake = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
         ignored = IGNORE if fake else _IGNORED
@@ -164,20 +161,19 @@ def _token_weight(value: object, labels: Tensor, logits: Tensor, what: str) -> T
     return torch.where(labels.to(to) == IGNORE, 0.0, weights).contiguous()
 
 
-def _check_rows(name: str, value: object, logits: Tensor, what: str) -> None:
+def _check_rows(name: str, value: object, shape: torch.Size, device: torch.device, what: str) -> None:
     """Check that a value has one integer, or for the mask one integer or bool, for each row of logits."""
     if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex:
         raise TypeError(
             f"{name} must be an integer{' or bool' if name == 'mask' else ''} tensor, got {describe(value)}"
         )
-    shape = logits.shape[:-1]
     if value.shape != shape:
         raise ValueError(
             f"{name} must have the shape of {what} without {'V' if what == 'logits' else 'D'}, {tuple(shape)}, got "
             f"{describe(value)}; {what}[:, t] scores tokens[:, t]: use dmfast.shift_labels to align a model's input_ids"
         )
-    if value.device != logits.device:
-        raise ValueError(f"{name} is on {value.device}, {what} on {logits.device}; move it there")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, {what} on {device}; move it there")
 
 
 # The objectives without a parameter are made once, here. If calls filled the dict, torch.compile would compile again.

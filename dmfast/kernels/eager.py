@@ -7,6 +7,7 @@ Everything is computed in fp64, whatever the dtype of the logits, on devices tha
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -63,11 +64,7 @@ def score(batch: Batch, entropy: bool = False) -> Scored:
         may = p > 0
         row_entropy = -(torch.where(may, p, 0.0) * torch.where(may, log_p, 0.0)).sum(-1)
         row_entropy = torch.where(scored, row_entropy, 0.0).to(to).double()
-    sequence = sequence_of_rows(batch).to(to)
-
-    def per_sequence(values: Tensor) -> Tensor:
-        return values.new_zeros(batch.n_sequences).index_add(0, sequence, values)
-
+    per_sequence = sums_of(batch, to)
     log_prob = per_sequence(token_log_prob)
     return Scored(
         lse=torch.where(scored, torch.logsumexp(y, dim=-1).detach(), 0.0),
@@ -95,6 +92,16 @@ def sequence_of_rows(batch: Batch) -> Tensor:
     if batch.cu_seqlens is None:
         return sequences.repeat_interleave(batch.steps)
     return sequences.repeat_interleave(batch.cu_seqlens.diff(), output_size=batch.n_rows)
+
+
+def sums_of(batch: Batch, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return a differentiable function from values of rows, (rows,) on a device, to their sums by sequence, (B,)."""
+    sequence = sequence_of_rows(batch).to(device)
+
+    def sums(values: Tensor) -> Tensor:
+        return values.new_zeros(batch.n_sequences).index_add(0, sequence, values)
+
+    return sums
 
 
 def gradient(batch: Batch, lse: Tensor, weight: Tensor, bonus: Bonus | None = None) -> Tensor:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", HF_HUB_DISABLE_PROGRESS_BARS="1")
@@ -18,6 +17,7 @@ os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", HF_HUB_DISABLE_PR
 import torch
 import trl
 from datasets import Dataset
+from refusals import refuses
 from trl import GRPOConfig, GRPOTrainer
 
 import dmfast
@@ -133,15 +133,6 @@ def check_loss_is_the_models(out: str) -> None:
         a = u - (u.sum() - u) / (len(u) - 1)
         expected = expected - (a * log_q[of]).sum() / 8
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def refuses(message: str, call: Callable[[], object]) -> None:
-    said = "nothing"
-    try:
-        call()
-    except ValueError as error:
-        said = str(error)
-    assert message in said, f"{said} does not say {message!r}"
 
 
 def check_refusals(out: str) -> None:

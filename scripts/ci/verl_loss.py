@@ -16,6 +16,7 @@ os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
 import numpy as np
 import torch
 import verl
+from refusals import refuses
 from tensordict import TensorDict
 from torch import Tensor
 from verl.trainer.config import AlgoConfig
@@ -169,14 +170,6 @@ def check_actor_loss() -> None:
 def check_refusals() -> None:
     step = Step()
     ones = torch.ones(B, T).double()
-
-    def refuses(message: str, call: Callable[[], object]) -> None:
-        said = "nothing"
-        try:
-            call()
-        except ValueError as error:
-            said = str(error)
-        assert message in said, f"{said} does not say {message!r}"
 
     def loss(advantages: Tensor = ones, mode: str = MODE, weights: Tensor | None = None) -> object:
         return get_policy_loss_fn("dmfast")(
