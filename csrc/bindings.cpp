@@ -194,7 +194,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   py::class_<PyBatch>(m, "Batch")
       .def(py::init<int, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t, double,
                     double, int64_t, int64_t, int, uintptr_t>())
-      .def("reads", &PyBatch::reads, "Whether its logits, tokens and cu_seqlens are at these addresses.");
+      .def("reads", &PyBatch::reads, "Return whether its logits, tokens and cu_seqlens are at these addresses.");
   py::class_<PyTerms>(m, "Terms")
       .def(py::init<int, int, uintptr_t, int64_t, int, const std::vector<double>&, const std::vector<int64_t>&>())
       .def(py::init<>());  // for a call that only scores
@@ -225,7 +225,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                       pointer<const double>(upstream),
                       gradient(gradient_dtype, gradient_data, stride_sequence, stride_row));
       },
-      "backward with the log-sum-exps and the weights that forward has written to out.");
+      "Run backward with the log-sum-exps and the weights that forward has written to out.");
   m.def("forward_backward",
         [](const PyBatch& b, const PyTerms& t, const PyOutputs& out, bool checked, double factor, int gradient_dtype,
            uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row) {
