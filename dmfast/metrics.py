@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,3 +111,27 @@ def step_metrics(
 def feature_names(target: EBM) -> list[str]:
     """Return the names of the columns of ``Batch.features``: the target's moments, then its monitored features."""
     return [*target.moment_names, *target.monitor_names]
+
+
+#: The beginnings of the names of metrics that vary from step to step.
+_VARYING = ("phi/", "scorer/", "weight_", "seconds_", "length", "lag", "ess", "reward", "entropy", "clip_fraction")
+_COUNTS = ("n_clipped", "n_clipped_return", "n_empty", "n_uniform", "n_redrawn", "swapped")
+
+
+def merged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the metrics of several steps as those of one.
+
+    A metric that varies is the mean of its values, a count is their sum, and any other metric is its last value.
+    """
+    found: dict[str, float] = {}
+    for key in {key: None for metrics in steps for key in metrics}:
+        if key.startswith("unseen/") and key not in steps[-1]:
+            continue  # a later step has seen the feature
+        values = [metrics[key] for metrics in steps if key in metrics]
+        if key in _COUNTS:
+            found[key] = sum(values)
+        elif key.startswith("seconds_"):
+            found[key] = sum(values) / len(steps)  # a step that lacks some work spends no time on it
+        else:
+            found[key] = sum(values) / len(values) if key.startswith(_VARYING) else values[-1]
+    return found

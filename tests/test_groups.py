@@ -17,6 +17,7 @@ from dmfast.batch import Prompts
 from dmfast.methods import DrGRPO
 from dmfast.objectives import OfStep
 from dmfast.settings import Settings
+from dmfast.training.data import Contexts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
 
@@ -342,7 +343,7 @@ def test_the_trainer_draws_other_prompts_of_its_data(tmp_path):
     trainer = job(tmp_path, prompts=[*PROMPTS, *OTHERS], **options)
     trainer.train()
     assert len(trainer.partitions) > 4  # of 8 sequences in a step
-    found = trainer._other_contexts(3, 9, set(range(8)))
+    found = Contexts([*PROMPTS, *OTHERS]).some(3, 9, set(range(8)))
     assert len(set(found.context_id.tolist())) == 9 and min(found.context_id.tolist()) >= 8
     for prompts in (["w1"], IterableDataset.from_generator(lambda: iter([{"prompt": "w1"}]))):
         with pytest.raises(ValueError, match=r"uniform_groups='replace' takes other prompts of the data set, .*redraw"):

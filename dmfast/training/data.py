@@ -7,10 +7,11 @@ so the loader gives microbatches of rows in which the row of each context comes 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from numbers import Real
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..batch import Prompts
 from ..models import LanguageModel
 from ..targets import pass_rates
 
@@ -156,6 +158,13 @@ class Contexts(Dataset[Any]):
     def whole(self, contexts: Sequence[tuple[Any, ...]]) -> list[Mapping[str, Any]] | None:
         """Return the whole rows of contexts that iteration gave, as ``rows_of`` does."""
         return self.rows_of([index for index, _ in contexts])
+
+    def some(self, seed: int, n: int, without: Collection[int] = ()) -> Prompts:
+        """Return up to n prompts at random, of rows that are not in ``without``."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        free = (context for context in map(self.__getitem__, order) if context[0] not in without)
+        contexts = list(itertools.islice(free, n))
+        return Prompts([prompt for _, prompt in contexts], [row for row, _ in contexts], self.whole(contexts))
 
     def check_pass_rates(self) -> None:
         """Check that each row has the columns that ``EBM.fit_z`` makes.

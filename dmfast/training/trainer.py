@@ -5,17 +5,15 @@ These methods make an optimiser step, in the order in which they are defined bel
     get_batch_samples   contexts -> Matcher.draw, then cut into microbatches
     compute_loss        Matcher.loss through the wrapped model
     _finish_step        Matcher.commit
-    evaluate            draws and measures fresh samples of pi, and writes some of them as a table
+    evaluate            draws and measures fresh samples of pi, and writes some of them as a table (evaluating.py)
     _save_checkpoint    writes everything, whole or not at all (checkpointing.py)
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import signal
 import threading
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +27,6 @@ from transformers import (
     ProcessorMixin,
     ProgressCallback,
     TrainerCallback,
-    TrainerControl,
 )
 
 from .. import sharding
@@ -39,16 +36,13 @@ from ..matcher import Matcher
 from ..metrics import feature_names
 from ..models import LanguageModel
 from ..proposal import OfflineProposal
-from ..samples import Samples
 from ..sampling import EngineError
-from ..seeds import seed_for
 from ..settings import AnyObjective, check_target, check_trainable
 from ..targets import EBM
 from ..targets.rewards import AnyReward, as_reward, parts_of
 from . import checkpoint, deepspeed, distributed_config, engines, fsdp
 from . import samples as samples_table
 from .callbacks import EpochOrder, Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
-from .checkpointing import CheckpointingTrainer
 from .checks import (
     check_alike,
     check_environment,
@@ -61,22 +55,15 @@ from .checks import (
 )
 from .config import DMConfig
 from .data import ContextLoader, Contexts, StepSampler, contexts_of, eval_contexts
-from .evaluation import examine
-from .judge import is_over_prompts, judge_of
+from .evaluating import EvaluatingTrainer
+from .judge import judge_of
 from .ranks import AccelerateRanks
 from .saving import loaded, with_adapter
 from .stream import Stream, StreamLoader, is_stream
 from .versions import draws_in_random_order
 
 
-def _sets(rows: Contexts | dict[str, Contexts] | None) -> list[Contexts]:
-    """Return the sets to evaluate on as a list."""
-    if rows is None:
-        return []
-    return list(rows.values()) if isinstance(rows, dict) else [rows]
-
-
-class DMTrainer(CheckpointingTrainer):
+class DMTrainer(EvaluatingTrainer):
     """Train ``model`` to match the target distribution p = P/Z (Korbak et al. 2022, arXiv:2206.00761, algorithm 1).
 
     Args:
@@ -117,7 +104,6 @@ class DMTrainer(CheckpointingTrainer):
         OSError: ``args.output_dir`` can't be written into, or its disk has no room for the model.
     """
 
-    control: TrainerControl
     # the loss of compute_loss is already divided by the step's sequences, which this tells transformers; until 5.18
     # compute_loss_func does
     loss_is_scaled_for_ga = True
@@ -181,7 +167,7 @@ class DMTrainer(CheckpointingTrainer):
             check_space(Path(args.output_dir), model, checkpoints=args.save_strategy != "no")
         contexts = 2 if isinstance(self._rows, Stream) else len(self._rows)  # more than one
         check_fit(self.policy, target, args, contexts, settings.built_in, has_prompts=self._has_prompts)
-        sets = _sets(self._eval_rows)
+        sets = self._eval_sets
         for rows in {id(each): each for each in (self._rows, *sets)}.values():
             rows.check(self.policy, args.max_new_tokens, args.max_prompt_length)
         if args.z_from_rows and isinstance(self._rows, Contexts):
@@ -263,17 +249,17 @@ class DMTrainer(CheckpointingTrainer):
                 self.accelerator, [*([] if shared else [target.base.model]), *of_q, model],
                 kept_whole=of_q if args.gather_for_sampling else [],
             )  # fmt: skip
+        rows = self._rows
         self.matcher = Matcher(
             self.policy, target, self.proposal, reward=of_run, decay=args.proposal_decay, ranks=self._ranks,
-            other_contexts=self._other_contexts if args.uniform_groups == "replace" else None,
-            check_contexts=None if isinstance(self._rows, Stream) else self._check_contexts, **settings.options(),
+            other_contexts=rows.some if isinstance(rows, Contexts) and args.uniform_groups == "replace" else None,
+            check_contexts=self._check_contexts if isinstance(rows, Contexts) else None, **settings.options(),
         )  # fmt: skip
         self.matcher.check_length(args.max_new_tokens, "DMConfig.max_new_tokens", stacklevel=3)
         self.reward = self.matcher.reward
-        self._metrics: list[dict[str, float]] = []
+        self._metrics = []
         self._engine_error: EngineError | None = None  # the failure of a swap in this run
         self._jit: JITCheckpoint | None = None  # while train() runs
-        self.eval_samples: Samples | None = None
         self.get_train_dataloader()  # so that what it refuses is refused before train()
 
     # ---- the data
@@ -403,123 +389,7 @@ class DMTrainer(CheckpointingTrainer):
     def _check_contexts(self, seed: int) -> Prompts:
         """Draw some of the data set's contexts for a check of the proposal; each check gets others."""
         assert isinstance(self._rows, Contexts)
-        some = min(len(self._rows), max(self.args.proposal_check_samples // self.samples_per_context, 1))
-        order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(seed))[:some].tolist()
-        contexts = [self._rows[place] for place in order]
-        rows, prompts = zip(*contexts, strict=True)
-        return Prompts(prompts, rows, self._rows.rows_of(rows))
-
-    def _other_contexts(self, seed: int, n: int, taken: set[int]) -> Prompts:
-        """Return up to n random contexts of the data set that were not taken yet."""
-        assert isinstance(self._rows, Contexts)
-        order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(seed)).tolist()
-        contexts = list(itertools.islice((c for c in map(self._rows.__getitem__, order) if c[0] not in taken), n))
-        rows = [row for row, _ in contexts]
-        return Prompts([prompt for _, prompt in contexts], rows, self._rows.rows_of(rows))
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as transformers does, with the metrics of the steps since the last log.
-
-        A metric that varies is the mean of its values, a count is their sum, and any other metric is its last value."""
-        if "loss" in logs and self._metrics:
-            means = (
-                "phi/", "scorer/", "weight_", "seconds_", "length", "lag", "ess", "reward", "entropy", "clip_fraction",
-            )  # fmt: skip
-            sums = ("n_clipped", "n_clipped_return", "n_empty", "n_uniform", "n_redrawn", "swapped")
-            for key in {key: None for metrics in self._metrics for key in metrics}:
-                values = [m[key] for m in self._metrics if key in m]
-                # times are divided by all steps, because work that only some steps do takes no time in the others
-                mean = sum(values) / (len(self._metrics) if key.startswith("seconds_") else len(values))
-                logs[key] = sum(values) if key in sums else mean if key.startswith(means) else values[-1]
-            for key in [key for key in logs if key.startswith("unseen/") and key not in self._metrics[-1]]:
-                del logs[key]  # a later step has seen the feature
-            self._metrics = []
-        super().log(logs, start_time)
-
-    # ---- evaluation
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Return E_pi[phi], KL(pi||a) and KL(p||pi) with standard errors, from ``args.eval_samples`` sequences of pi.
-
-        Every evaluation uses the same random numbers, so that two evaluations differ only by what the policy has
-        learned.
-
-        Args:
-            eval_dataset: prompts in place of the trainer's, several sets of them by name, or the name of one of the
-                trainer's sets.
-            ignore_keys: is not used.
-            metric_key_prefix: the prefix of the names of the metrics.
-
-        Returns:
-            ``eval_phi/<feature>``, ``eval_kl_policy_base`` (KL(pi||a), nats) and ``eval_kl_policy`` (KL(p||pi), nats,
-            by importance weights), each with ``_stderr``; ``eval_length`` (tokens), ``eval_finished`` (share that ended
-            in EOS), ``eval_runtime`` (seconds). With ``args.eval_diversity``: ``eval_distinct_1`` to
-            ``eval_distinct_3``, with ``_stderr``, and ``eval_self_bleu_5``. If a verifier tells right from wrong:
-            ``eval_pass@k``, ``eval_coverage``, ``eval_distinct@k``, ``eval_truncated`` and, with its ``answer``,
-            ``eval_maj@k``. If there are several prompts, their ``_stderr`` is over prompts, and so is that of
-            ``eval_length``. With several sets each has these as ``eval_<name>_...``.
-        """
-        has_prompts = eval_dataset is not None or self._eval_rows is not self._rows or self._has_prompts
-        if isinstance(eval_dataset, str) and isinstance(self._eval_rows, dict):
-            if eval_dataset not in self._eval_rows:
-                raise ValueError(f"eval_dataset has the sets {', '.join(self._eval_rows)}, and no {eval_dataset!r}")
-            rows: Any = self._eval_rows[eval_dataset]
-        elif eval_dataset is None:
-            rows = self._eval_rows
-            if rows is None:
-                raise ValueError(
-                    "train_dataset is a stream, which an evaluation does not read: give DMTrainer an eval_dataset, or "
-                    "evaluate one (for instance list(stream.take(128)))"
-                )
-        else:
-            rows = eval_contexts(eval_dataset)
-            for each in _sets(rows):
-                each.check(self.policy, self.args.max_new_tokens, self.args.max_prompt_length)
-        if not isinstance(rows, dict):
-            return self._evaluate_on(rows, metric_key_prefix, has_prompts)
-        found: dict[str, float] = {}
-        for name, each in rows.items():
-            found |= self._evaluate_on(each, f"{metric_key_prefix}_{name}", has_prompts)
-        return found
-
-    @torch.no_grad()
-    def _evaluate_on(self, rows: Contexts, prefix: str, has_prompts: bool) -> dict[str, float]:
-        start, args = time.perf_counter(), self.args
-        if self.judge is not None:
-            self.judge.check(args.eval_samples, len(rows), rows.argument)
-        some = range(min(len(rows), args.eval_samples))
-        mine = math.ceil(math.ceil(args.eval_samples / len(some)) / self._ranks.size)  # of each context, on this rank
-        indices, prompts = zip(*(rows[i] for i in some), strict=True)
-        with self.accelerator.autocast():
-            found = examine(
-                self.policy, self.target, prompts, mine, max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature, seed=seed_for(args.seed, "evaluation"),
-                batch_size=args.sampling_batch_size or args.per_device_train_batch_size,
-                texts=args.eval_diversity, first_row=self._ranks.rank * mine * len(some), rows=rows.rows_of(indices),
-                judge=self.judge, gather=self._ranks.gather, gather_texts=self._ranks.gather_texts,
-            )  # fmt: skip
-        self.eval_samples, metrics = found.samples, {}
-        for name, estimate in found.estimates.items():
-            metrics[f"{prefix}_{name}"] = estimate.value
-            over_prompts = self.judge is not None and is_over_prompts(name)
-            if math.isfinite(estimate.stderr) if over_prompts else name not in ("length", "finished", "self_bleu_5"):
-                metrics[f"{prefix}_{name}_stderr"] = estimate.stderr
-        metrics |= {f"{prefix}_unseen/{name}": value for name, value in found.missing.items()}
-        metrics[f"{prefix}_runtime"] = time.perf_counter() - start
-        self.log(metrics)
-        if args.log_samples and self.is_world_process_zero():
-            samples_table.publish(
-                found, prompts if has_prompts else None, args.log_samples, Path(args.output_dir),
-                self.callback_handler.callbacks, step=self.state.global_step, name=prefix,
-            )  # fmt: skip
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise an error, because a distribution has no labels to predict. Use ``evaluate`` or ``policy.sample``."""
-        raise NotImplementedError("DMTrainer has nothing to predict; use evaluate(), or trainer.policy.sample(...)")
+        return self._rows.some(seed, max(self.args.proposal_check_samples // self.samples_per_context, 1))
 
     # ---- the run, checkpoints
 

@@ -1,0 +1,136 @@
+"""Evaluate the policy in a run, and log what the steps and the evaluations found."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerControl
+
+from ..metrics import merged
+from ..samples import Samples
+from ..seeds import seed_for
+from ..targets import EBM
+from . import samples as samples_table
+from .checkpointing import CheckpointingTrainer
+from .data import Contexts, eval_contexts
+from .evaluation import examine
+from .judge import Judge, is_over_prompts
+from .ranks import AccelerateRanks
+
+
+class EvaluatingTrainer(CheckpointingTrainer):
+    """The part of ``DMTrainer`` that measures the policy and logs.
+
+    Attributes:
+        target, judge, eval_samples: as in ``DMTrainer``.
+    """
+
+    target: EBM
+    judge: Judge | None
+    eval_samples: Samples | None = None
+    control: TrainerControl
+    _eval_rows: Contexts | dict[str, Contexts] | None
+    _has_prompts: bool
+    _ranks: AccelerateRanks
+    _metrics: list[dict[str, float]]  # of the steps since the last log
+
+    @property
+    def _eval_sets(self) -> list[Contexts]:
+        rows = self._eval_rows
+        if rows is None:
+            return []
+        return list(rows.values()) if isinstance(rows, dict) else [rows]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as transformers does, with the metrics of the steps since the last log."""
+        if "loss" in logs and self._metrics:
+            logs |= merged(self._metrics)
+            self._metrics = []
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Return E_pi[phi], KL(pi||a) and KL(p||pi) with standard errors, from ``args.eval_samples`` sequences of pi.
+
+        Every evaluation uses the same random numbers, so that two evaluations differ only by what the policy has
+        learned.
+
+        Args:
+            eval_dataset: prompts in place of the trainer's, several sets of them by name, or the name of one of the
+                trainer's sets.
+            ignore_keys: is not used.
+            metric_key_prefix: the prefix of the names of the metrics.
+
+        Returns:
+            ``eval_phi/<feature>``, ``eval_kl_policy_base`` (KL(pi||a), nats) and ``eval_kl_policy`` (KL(p||pi), nats,
+            by importance weights), each with ``_stderr``; ``eval_length`` (tokens), ``eval_finished`` (share that ended
+            in EOS), ``eval_runtime`` (seconds). With ``args.eval_diversity``: ``eval_distinct_1`` to
+            ``eval_distinct_3``, with ``_stderr``, and ``eval_self_bleu_5``. If a verifier tells right from wrong:
+            ``eval_pass@k``, ``eval_coverage``, ``eval_distinct@k``, ``eval_truncated`` and, with its ``answer``,
+            ``eval_maj@k``. If there are several prompts, their ``_stderr`` is over prompts, and so is that of
+            ``eval_length``. With several sets each has these as ``eval_<name>_...``.
+        """
+        has_prompts = eval_dataset is not None or self._eval_rows is not self._rows or self._has_prompts
+        if isinstance(eval_dataset, str) and isinstance(self._eval_rows, dict):
+            if eval_dataset not in self._eval_rows:
+                raise ValueError(f"eval_dataset has the sets {', '.join(self._eval_rows)}, and no {eval_dataset!r}")
+            rows: Any = self._eval_rows[eval_dataset]
+        elif eval_dataset is None:
+            rows = self._eval_rows
+            if rows is None:
+                raise ValueError(
+                    "train_dataset is a stream, which an evaluation does not read: give DMTrainer an eval_dataset, or "
+                    "evaluate one (for instance list(stream.take(128)))"
+                )
+        else:
+            rows = eval_contexts(eval_dataset)
+            for each in rows.values() if isinstance(rows, dict) else [rows]:
+                each.check(self.policy, self.args.max_new_tokens, self.args.max_prompt_length)
+        if not isinstance(rows, dict):
+            return self._evaluate_on(rows, metric_key_prefix, has_prompts)
+        found: dict[str, float] = {}
+        for name, each in rows.items():
+            found |= self._evaluate_on(each, f"{metric_key_prefix}_{name}", has_prompts)
+        return found
+
+    @torch.no_grad()
+    def _evaluate_on(self, rows: Contexts, prefix: str, has_prompts: bool) -> dict[str, float]:
+        start, args = time.perf_counter(), self.args
+        if self.judge is not None:
+            self.judge.check(args.eval_samples, len(rows), rows.argument)
+        some = range(min(len(rows), args.eval_samples))
+        mine = math.ceil(math.ceil(args.eval_samples / len(some)) / self._ranks.size)  # of each context, on this rank
+        indices, prompts = zip(*(rows[i] for i in some), strict=True)
+        with self.accelerator.autocast():
+            found = examine(
+                self.policy, self.target, prompts, mine, max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature, seed=seed_for(args.seed, "evaluation"),
+                batch_size=args.sampling_batch_size or args.per_device_train_batch_size,
+                texts=args.eval_diversity, first_row=self._ranks.rank * mine * len(some), rows=rows.rows_of(indices),
+                judge=self.judge, gather=self._ranks.gather, gather_texts=self._ranks.gather_texts,
+            )  # fmt: skip
+        self.eval_samples, metrics = found.samples, {}
+        for name, estimate in found.estimates.items():
+            metrics[f"{prefix}_{name}"] = estimate.value
+            over_prompts = self.judge is not None and is_over_prompts(name)
+            if math.isfinite(estimate.stderr) if over_prompts else name not in ("length", "finished", "self_bleu_5"):
+                metrics[f"{prefix}_{name}_stderr"] = estimate.stderr
+        metrics |= {f"{prefix}_unseen/{name}": value for name, value in found.missing.items()}
+        metrics[f"{prefix}_runtime"] = time.perf_counter() - start
+        self.log(metrics)
+        if args.log_samples and self.is_world_process_zero():
+            samples_table.publish(
+                found, prompts if has_prompts else None, args.log_samples, Path(args.output_dir),
+                self.callback_handler.callbacks, step=self.state.global_step, name=prefix,
+            )  # fmt: skip
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise an error, because a distribution has no labels to predict. Use ``evaluate`` or ``policy.sample``."""
+        raise NotImplementedError("DMTrainer has nothing to predict; use evaluate(), or trainer.policy.sample(...)")
