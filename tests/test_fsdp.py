@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from launch import launch
 from packaging.version import Version
 from torch.distributed.fsdp import CPUOffloadPolicy
 from trainer_job import job, llama, tokenizer
@@ -42,9 +40,7 @@ def launched(out, variants, checks=(), processes=2, under_fsdp=True):
     """What the ranks of ``fsdp_job.py`` say, a dictionary each."""
     out.mkdir(parents=True, exist_ok=True)
     wanted = {"out": str(out), "fsdp": under_fsdp, "variants": variants, "checks": list(checks)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run([*command, str(HERE / "fsdp_job.py"), json.dumps(wanted)], capture_output=True, text=True,
-                          timeout=500, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = launch(HERE / "fsdp_job.py", json.dumps(wanted), processes=processes, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return [json.loads((out / f"result-{rank}.json").read_text()) for rank in range(processes)]
 

@@ -1060,10 +1060,10 @@ def test_the_formula_in_cpp_and_python_is_the_table(name: str, normalize: bool, 
 def extremes() -> list[tuple[float, dict[str, Tensor]]]:
     grid = itertools.product(
         [-11500.0, -20.0, 0.0],  # log pi
-        [-11500.0, -1e4, -20.25, 0.0],  # log q
+        [-11500.0, -20.25, 0.0],  # log q
         [-INF, -11500.0, -19.0, 0.0, 700.0],  # log P
         [-INF, -900.0, 0.5, 800.0],  # log Z
-        [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (2.0, -3.5)],  # reward, baseline
+        [(0.0, 0.0), (0.0, 1.0), (2.0, -3.5)],  # reward, baseline
     )
     return [
         (pi, one(log_proposal=q, log_target=p, log_z=z, reward=r, log_base=-12.5, baseline=b))

@@ -191,8 +191,7 @@ def test_a_batch_adds_once_to_what_is_running(tmp_path):
     assert trainer.matcher.running.beta.value == pytest.approx(beta, rel=1e-6) != 0.3
 
 
-@pytest.mark.parametrize("stop", [2, 3, 4])
-@pytest.mark.parametrize("prompts", [None, PROMPTS])
+@pytest.mark.parametrize(("stop", "prompts"), [(2, None), (3, PROMPTS), (4, None)])
 def test_resumed_within_a_batch_and_between_two(tmp_path, stop, prompts):
     settings = {**PPO, **STEERED, "max_steps": 6, "save_strategy": "steps", "save_steps": 1, "prompts": prompts,
                 "baseline": "mean", "samples_per_context": 4}  # fmt: skip

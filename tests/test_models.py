@@ -188,7 +188,7 @@ def test_the_scorer_gives_what_the_sampler_stored_in_train_mode(name, tokenizer,
     ends = set()
     for prompts in (None, PROMPTS):
         prompt_ids, n = ids_of(prompts, tokenizer), 6
-        for temperature in (0.7, 1.0, 1.5):
+        for temperature in (0.7, 1.5):
             x = policy.sample(prompts, n, max_new_tokens=7, temperature=temperature, seed=3, batch_size=size)
             assert policy.model.training
             assert (policy.log_prob(x, batch_size=size) - x.log_prob).abs().max() < 1e-4

@@ -4,14 +4,12 @@ has more: four processes, checkpoints."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from launch import launch
 from test_fsdp import FOR_FSDP
 from torch import nn
 from trainer_job import llama
@@ -28,9 +26,7 @@ def launched(out, processes, ways, everything=False):
     """What the ranks of ``spread_job.py`` say, a dictionary each."""
     out.mkdir(parents=True, exist_ok=True)
     wanted = {"out": str(out), "ways": ways, "all": everything}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run([*command, str(HERE / "spread_job.py"), json.dumps(wanted)], capture_output=True, text=True,
-                          timeout=500, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = launch(HERE / "spread_job.py", json.dumps(wanted), processes=processes, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return [json.loads((out / f"result-{rank}.json").read_text()) for rank in range(processes)]
 

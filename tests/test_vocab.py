@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import launch
 
 import dmfast
 from dmfast.kernels.shards import sums_of_sequences, whole_rows
@@ -23,10 +21,7 @@ WITHIN = {"fp32": 2e-5, "bf16": 1e-3, "bf16 same": 0.1, "fp16": 1e-3, "fp16, uns
 def ranks(tmp_path_factory):
     """What each rank found."""
     out = tmp_path_factory.mktemp("vocab") / "found.json"
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}",
-           str(HERE / "vocab_job.py"), str(out)]  # fmt: skip
-    done = subprocess.run(run, capture_output=True, text=True, timeout=300, check=False,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = launch(HERE / "vocab_job.py", str(out), processes=RANKS)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(out.read_text())
     assert len(found) == RANKS

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import launch
 from trainer_job import Gradients, StopAt, job
 from trainer_job import said as of_job
 from transformers import TrainerCallback
@@ -30,14 +28,9 @@ def one_thread():
 
 
 def in_process(out, processes=1, **wanted):
-    """A job in a fresh process, or in several under torchrun; what it says of itself."""
+    """A job in a fresh process, or in several; what it says of itself."""
     out.mkdir(parents=True, exist_ok=True)
-    run = [sys.executable]
-    if processes > 1:
-        run += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    run += [str(HERE / "trainer_job.py"), json.dumps({"out": str(out), **wanted})]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=300, check=False,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = launch(HERE / "trainer_job.py", json.dumps({"out": str(out), **wanted}), processes=processes)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads((out / "result.json").read_text())
 

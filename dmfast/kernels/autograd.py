@@ -44,7 +44,7 @@ def options_of(
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """Call ``function.apply``, which torch leaves untyped."""
+    """Call ``function.apply``, which torch leaves untyped and which looks at each argument: one tuple costs less."""
     return function.apply(*args)  # type: ignore[no-untyped-call]
 
 
@@ -74,25 +74,35 @@ def expected_grad(weight_known: bool, dtype: torch.dtype, reduction: str, grad_s
 def _save(ctx: Any, batch: Batch, scores: Scores, *call: Any) -> None:
     """Keep a call for backward.
 
-    A tensor that was changed in between is an error. PyTorch raises it for the inputs. ``_saved`` raises it for the
-    scores, which belong to the function itself and cost less when they lie on its context. A view is saved detached:
-    the detached tensor has the same version counter, while autograd would refuse to keep some views that changed.
+    A tensor that was changed in between is an error. PyTorch raises it for the logits. ``_saved`` raises it for the
+    small tensors, which cost less when they lie on the context. A view is saved detached: the detached tensor has the
+    same version counter, while autograd would refuse to keep some views that changed.
     """
     logits = batch.logits
-    ctx.call = (batch[3:], scores, scores.version, *call)
-    ctx.save_for_backward(logits if logits._base is None else logits.detach(), batch.tokens, batch.cu_seqlens)
+    ctx.call = (batch[1:], _versions(batch), scores, scores.version, *call)
+    ctx.save_for_backward(logits if logits._base is None else logits.detach())
+
+
+def _versions(batch: Batch) -> tuple[int, int]:
+    """Return how often the tokens and the starts were changed in place, which PyTorch counts."""
+    return batch.tokens._version, 0 if batch.cu_seqlens is None else batch.cu_seqlens._version
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
     """Return the batch, the scores and the rest of what ``_save`` has kept."""
-    logits, tokens, cu_seqlens = ctx.saved_tensors
-    rest, scores, version, *call = ctx.call
-    if scores.version != version:
+    (logits,) = ctx.saved_tensors
+    rest, of_inputs, scores, of_scores, *call = ctx.call
+    batch, changed = Batch(logits, *rest), None
+    if _versions(batch) != of_inputs:
+        changed = "tokens or cu_seqlens"
+    if scores.version != of_scores:
+        changed = "a result, such as out.log_prob or out.weight"
+    if changed is not None:
         raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: a result "
-            "of dmfast's loss, such as out.log_prob or out.weight, was changed before backward; change a clone of it"
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"{changed} of dmfast's loss; change a clone of it, or change it after backward"
         )
-    return Batch(logits, tokens, cu_seqlens, *rest), scores, *call
+    return batch, scores, *call
 
 
 class _LogProb(torch.autograd.Function):
@@ -100,8 +110,9 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, backend: Backend, batch: Batch, entropy: bool, inplace: bool
+        ctx: Any, logits: Tensor, call: tuple[Backend, Batch, bool, bool]
     ) -> tuple[Tensor, Tensor | None, Scores]:
+        backend, batch, entropy, inplace = call
         scores = backend.forward(batch, None, entropy)
         _save(ctx, batch, scores, backend, inplace)
         ctx.set_materialize_grads(False)
@@ -117,7 +128,7 @@ class _LogProb(torch.autograd.Function):
         given = torch.zeros_like(scores.log_prob) if grad_log_prob is None else -grad_log_prob.to(torch.float64)
         bonus = None if grad_entropy is None else bonus_of(scores.rows, -grad_entropy)
         backend.backward(batch, scores.lse, given.contiguous(), 1.0, dz, bonus=bonus)
-        return dz, None, None, None, None
+        return dz, None
 
 
 def copies(batch: Batch, scores: Scores) -> tuple[Tensor, Tensor | None]:
@@ -137,9 +148,8 @@ class _Loss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, backend: Backend, batch: Batch, terms: Terms, options: Options
-    ) -> tuple[Tensor, Scores]:
+    def forward(ctx: Any, logits: Tensor, call: tuple[Backend, Batch, Terms, Options]) -> tuple[Tensor, Scores]:
+        backend, batch, terms, options = call
         expected = options.expected
         if expected is not None:
             dz = new_gradient(batch, options.inplace)
@@ -162,7 +172,7 @@ class _Loss(torch.autograd.Function):
                 backend.scale(batch, dz, 1.0 / expected, grad_loss)
                 # a second backward must not use these values again, even where nothing was written
                 torch.autograd.graph.increment_version(batch.logits)
-                return dz, None, None, None, None
+                return dz, None
             dz, ctx.dz = ctx.dz, None  # autograd owns it now; with retain_graph a second backward computes its own
         if options.reduction == "none":
             dz = new_gradient(batch, inplace)
@@ -173,7 +183,7 @@ class _Loss(torch.autograd.Function):
             dz = new_gradient(batch, inplace) if dz is None else dz
             bonus = scores.bonus(coefficient)
             backend.backward_of(batch, scores, 1.0 / options.divide_by, dz, grad_loss, unless, bonus)
-        return dz, None, None, None, None
+        return dz, None
 
 
 def reduced(scores: Scores, reduction: str) -> Tensor:
@@ -198,7 +208,7 @@ def log_prob(backend: Backend, batch: Batch, entropy: bool, inplace: bool, wants
     if not wants_grad:
         scores = backend.forward(batch, None, entropy)
         return weighted_of(batch, scores), scores.entropy, scores
-    found: LogProb = apply(_LogProb, batch.logits, backend, batch, entropy, inplace)
+    found: LogProb = apply(_LogProb, batch.logits, (backend, batch, entropy, inplace))
     return found
 
 
@@ -206,7 +216,7 @@ def loss(backend: Backend, batch: Batch, terms: Terms, options: Options, wants_g
     """Return the reduced loss, with gradient where one is wanted, and the scores."""
     if not backend.in_torch and isinstance(terms.objective, Objective):
         if wants_grad:
-            found: tuple[Tensor, Scores] = apply(_Loss, batch.logits, backend, batch, terms, options)
+            found: tuple[Tensor, Scores] = apply(_Loss, batch.logits, (backend, batch, terms, options))
             return found
         scores = backend.forward(batch, terms, options.entropy, options.divide_by)
         return reduced(scores, options.reduction), scores

@@ -70,7 +70,7 @@ class Batch(NamedTuple):
     @property
     def is_shard(self) -> bool:
         """Whether a row holds only a part of the vocabulary."""
-        return self.n_tokens != self.vocab
+        return self.whole_vocab != 0 and self.whole_vocab != self.logits.shape[-1]
 
     @property
     def n_rows(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -114,9 +115,14 @@ def batch_struct(batch: Batch) -> Any:
     )  # fmt: skip
 
 
-def _is_read(column: Tensor) -> bool:
-    """Return whether the CPU kernels can read a column from its own memory."""
-    return column.dtype in _READ_AS_THEY_ARE and not column.is_neg()
+def _columns(columns: Sequence[Tensor]) -> list[int] | None:
+    """Return address, stride and size of an element of each column, or None if the CPU kernels can't read one."""
+    found: list[int] = []
+    for x in columns:
+        if x.dtype not in _READ_AS_THEY_ARE or x.is_neg():
+            return None
+        found += (_address(x, "inputs"), x.stride(0), x.element_size())
+    return found
 
 
 def terms_struct(terms: Terms | None, into: tuple[Tensor, int, int] | None = None) -> Any:
@@ -135,13 +141,11 @@ def terms_struct(terms: Terms | None, into: tuple[Tensor, int, int] | None = Non
     number, flags, parameter, max_log_return = objective.for_kernels
     flags |= ON_POLICY if terms.on_policy else 0
     scalars = [parameter, terms.max_weight, terms.entropy_coefficient, *terms.constants, max_log_return]
-    if into is None or terms.columns is None or not all(_is_read(x) for x in terms.columns):
+    columns = None if into is None or terms.columns is None else _columns(terms.columns)
+    if into is None or columns is None:
         block = terms.block
         return _C.Terms(number, flags, _address(block, "inputs"), block.stride(0), terms.present, scalars, [])
     memory, offset, n = into
-    columns: list[int] = []
-    for x in terms.columns:
-        columns += (_address(x, "inputs"), x.stride(0), x.element_size())
     struct = _C.Terms(number, flags, memory.data_ptr() + 8 * offset, n, terms.present, scalars, columns)
     terms.lie_in(memory, offset, n)
     return struct
