@@ -2,7 +2,8 @@
 
 dm_loss runs forward and backward on logits that are so small that the kernel takes no time. It is compared with a bare
 autograd.Function on the same tensor, and with one that calls the kernels on arguments that were checked and converted
-before. The calls alternate in random order, and the medians are given in microseconds. With a file name, they are written as JSON.
+before. The calls alternate in random order, and the medians are given in microseconds. With a file name, they are
+written as JSON.
 
     python benchmarks/overhead.py [results/overhead.json]
 """
