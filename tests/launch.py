@@ -7,6 +7,7 @@ imported once, by a server, which is forked for every process. The environment i
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -57,6 +58,8 @@ def _serve() -> None:
 
     import dmfast.training.trainer  # noqa: F401
 
+    gc.collect()
+    gc.freeze()
     answers = os.fdopen(os.dup(1), "w")  # the ranks write elsewhere
     for line in sys.stdin:
         script, arguments, processes, timeout, environment, folder = json.loads(line)

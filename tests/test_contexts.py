@@ -78,9 +78,16 @@ class Draws:
         return Samples.cat(parts)
 
 
-@pytest.mark.parametrize("objective", ["dpg", "gdc++"])
-@pytest.mark.parametrize("partition", ["running", "step"])
-@pytest.mark.parametrize("prompts", [None, PROMPTS[:4]], ids=["the empty context", "four prompts"])
+@pytest.mark.parametrize(
+    ("prompts", "partition", "objective"),
+    [
+        (None, "running", "dpg"),
+        (None, "step", "gdc++"),
+        (PROMPTS[:4], "running", "gdc++"),
+        (PROMPTS[:4], "step", "dpg"),
+    ],
+    ids=["the empty context, running", "the empty context, step", "four prompts, running", "four prompts, step"],
+)
 def test_a_step_is_the_gradient_of_the_mean_kl(tmp_path, prompts, partition, objective):
     """Two of the prompts in a step, seen again in later steps with another q; Z is the sum over the sequences."""
     n, gradients, keep = 1000, Gradients(), Keep()

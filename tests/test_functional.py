@@ -1073,7 +1073,7 @@ def test_compiled_loss(name: str) -> None:
     assert_one_graph(name, "inductor")
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", ["gdc++", "none", "own in place, bonus", "leave_one_out", "alpha, known"])
 def test_compiled_loss_on_the_eager_backend(name: str) -> None:
     with dmfast.use_backend("eager"):
         assert_one_graph(name, "aot_eager")
