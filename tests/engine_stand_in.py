@@ -41,6 +41,9 @@ EXCHANGES = {
     "update_weight_version": ("POST", "/update_weight_version", {"new_version": "7"}),
     "weight_checker": ("POST", "/weight_checker", {"action": "checksum"}),
     "checksums": ("POST", "/collective_rpc", {"method": "dmfast_checksums"}),
+    "load_lora_adapter": ("POST", "/v1/load_lora_adapter", {"lora_name": "", "lora_path": ""}),
+    "unload_lora_adapter": ("POST", "/v1/unload_lora_adapter", {"lora_name": "nothing"}),
+    "no adapter": ("POST", "/v1/completions", {"model": "nothing", "prompt": [1], "max_tokens": 1}),
     "no method": ("POST", "/collective_rpc", {"method": "nothing"}),
 }
 
@@ -86,12 +89,15 @@ class StandIn:
         config: of /server_info, in the place of ``CONFIG``'s.
         sums: whether it runs with dmfast's extension of its workers.
         packed: a part of the names of tensors that it empties, since it keeps their values elsewhere.
+        rank: the greatest rank of an adapter, if it was started with ``--enable-lora``.
     """
 
-    def __init__(self, model, tokenizer, *, context=24, config=None, sums=True, packed=""):
+    def __init__(self, model, tokenizer, *, context=24, config=None, sums=True, packed="", rank=None):
         self.started_with = copy.deepcopy(model).eval()
         self.tokenizer, self.context, self.sums, self.packed = tokenizer, context, sums, packed
         self.config, self.faults = CONFIG | {"max_model_len": context} | (config or {}), Faults()
+        modules = ["c_attn", "c_proj"]
+        self.lora = None if rank is None else {"max_lora_rank": rank, "max_loras": 1, "target_modules": modules}
         self.asked, self.loads = [], 0
         self._lock, self._http = threading.Lock(), None
         self.restart()
@@ -99,6 +105,7 @@ class StandIn:
     def restart(self):
         """What is left after the server was started anew: the weights that it was started with, and their name."""
         self.model, self.weight_version, self.paused = copy.deepcopy(self.started_with), "default", False
+        self.adapters, self.adapter, self.scale = {}, {}, 1.0  # a model for each name; what the last one is made of
 
     def __enter__(self):
         outer = self
@@ -142,7 +149,7 @@ class StandIn:
             status, answer = refused.status, {
                 "error": {"message": str(refused), "type": "BadRequestError", "param": None, "code": refused.status}
             }  # fmt: skip
-        data = b"" if answer is None else json.dumps(answer).encode()
+        data = answer.encode() if isinstance(answer, str) else b"" if answer is None else json.dumps(answer).encode()
         handler.send_response(status)
         handler.send_header("Content-Type", "application/json")
         handler.send_header("Content-Length", str(len(data)))
@@ -178,11 +185,12 @@ class StandIn:
             "id": "q", "object": "model", "created": 0, "owned_by": "vllm", "root": "/q", "parent": None,
             "max_model_len": self.context, "permission": [],
         }  # fmt: skip
-        return {"object": "list", "data": [served]}
+        adapters = [served | {"id": name, "parent": "q", "max_model_len": None} for name in self.adapters]
+        return {"object": "list", "data": [served, *adapters]}
 
     def _server_info(self, body):
         return {
-            "vllm_config": {"model_config": self.config, "speculative_config": None},
+            "vllm_config": {"model_config": self.config, "speculative_config": None, "lora_config": self.lora},
             "vllm_env": {},
             "system_env": {},
         }
@@ -230,14 +238,50 @@ class StandIn:
             named = self.model.named_parameters()
             shown = {n: p[:0] if self.packed and self.packed in n else p for n, p in named}
             return {"results": [{name: str(weights.checksum(each)) for name, each in shown.items()}]}
+        if body["method"] == "dmfast_adapter_checksums" and self.sums and self.lora:
+            held = {n: each * self.scale if "lora_B" in n else each for n, each in self.adapter.items()}
+            return {"results": [{name: str(weights.checksum(each)) for name, each in held.items()}]}
         message = f"Worker failed with error ''CPUWorker' object has no attribute '{body['method']}''"
         raise Refused(500, f"Call to collective_rpc method failed: {message}, please check the stack trace above")
+
+    # ---- adapters
+
+    def _v1_load_lora_adapter(self, body):
+        name, folder = body["lora_name"], Path(body["lora_path"])
+        if not name or not body["lora_path"]:
+            raise Refused(400, "Both 'lora_name' and 'lora_path' must be provided.")
+        if name in self.adapters and not body.get("load_inplace"):
+            raise Refused(400, f"The lora adapter '{name}' has already been loaded.")
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise Refused(404, f"Loading lora {name} failed: No adapter found for <path>")
+        from peft import PeftModel
+
+        config = json.loads((folder / "adapter_config.json").read_text())
+        if config["r"] > self.lora["max_lora_rank"]:
+            raise Refused(500, f"LoRA rank {config['r']} is greater than max_lora_rank")
+        model = PeftModel.from_pretrained(copy.deepcopy(self.model), folder).eval()
+        own = {name.replace(".default", ""): tensor for name, tensor in model.named_parameters()}
+        held = load_file(folder / "adapter_model.safetensors")
+        for each in held:
+            if any(part in each for part in self.faults.stale):
+                held[each] = self.adapter.get(each, torch.zeros_like(held[each]))
+                own[each].copy_(held[each])
+        self.adapter, self.adapters[name] = held, model
+        self.scale = config["lora_alpha"] / config["r"] ** (0.5 if config["use_rslora"] else 1.0)
+        return f"Success: LoRA adapter '{name}' added successfully."
+
+    def _v1_unload_lora_adapter(self, body):
+        if body["lora_name"] not in self.adapters:
+            raise Refused(404, f"The lora adapter '{body['lora_name']}' cannot be found.")
+        del self.adapters[body["lora_name"]]
+        return f"Success: LoRA adapter '{body['lora_name']}' removed successfully."
 
     # ---- completions
 
     def _v1_completions(self, body):
         ids = body["prompt"]
-        if body["model"] != "q":
+        model = self.adapters.get(body["model"], self.model)
+        if body["model"] != "q" and model is self.model:
             raise Refused(404, f"The model `{body['model']}` does not exist.")
         vocab = self.model.config.vocab_size
         for token in ids:
@@ -250,7 +294,7 @@ class StandIn:
         if aborts:
             self.faults.aborts -= 1
         choices = []
-        for i, (drawn, values) in enumerate(self._draw(ids, body, n)):
+        for i, (drawn, values) in enumerate(self._draw(model, ids, body, n)):
             ended = drawn[-1] in body.get("stop_token_ids", [])
             names = [f"token_id:{token}" for token in drawn]
             choices.append({
@@ -261,7 +305,7 @@ class StandIn:
                 },
                 "finish_reason": "abort" if aborts else "stop" if ended else "length",
                 "stop_reason": drawn[-1] if ended else None, "token_ids": drawn,
-                "prompt_logprobs": self._prompt_logprobs(ids) if body.get("prompt_logprobs") is not None else None,
+                "prompt_logprobs": None if body.get("prompt_logprobs") is None else self._prompt_logprobs(model, ids),
                 "prompt_token_ids": ids, "routed_experts": None,
             })  # fmt: skip
         return {
@@ -273,7 +317,7 @@ class StandIn:
             "kv_transfer_params": None, "ec_transfer_params": None, "metrics": None,
         }  # fmt: skip
 
-    def _draw(self, ids, body, n):
+    def _draw(self, model, ids, body, n):
         """Tokens and log-probabilities of n continuations, each with random numbers of its own."""
         generators = [torch.Generator().manual_seed(body.get("seed", 0) + i) for i in range(n)]
         drawn, ends = [([], []) for _ in range(n)], set(body.get("stop_token_ids", []))
@@ -281,7 +325,7 @@ class StandIn:
             going = [i for i, (tokens, _) in enumerate(drawn) if not (tokens and tokens[-1] in ends)]
             if not going:
                 break
-            logits = self.model(torch.tensor([ids + drawn[i][0] for i in going])).logits[:, -1].float()
+            logits = model(torch.tensor([ids + drawn[i][0] for i in going])).logits[:, -1].float()
             logits = logits / body.get("temperature", 1.0)
             if self.faults.truncates:
                 logits = logits.masked_fill(logits < logits.topk(2).values[:, -1:], -torch.inf)
@@ -291,8 +335,8 @@ class StandIn:
                 drawn[i][1].append(float(log_p[token]))
         return drawn
 
-    def _prompt_logprobs(self, ids):
-        log_p = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    def _prompt_logprobs(self, model, ids):
+        log_p = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
         return [None] + [
             {str(token): {"logprob": float(log_p[place, token]), "rank": 1, "decoded_token": f"token_id:{token}"}}
             for place, token in enumerate(ids[1:])

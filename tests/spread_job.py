@@ -141,8 +141,13 @@ def heads():
     """``compared`` of several heads."""
     found = {"own": compared(), "tied": compared(**tied())}
     if WANTED.get("all"):
-        found["hooked"] = compared(lambda model: model.lm_head.register_forward_hook(lambda *_: None))
+        found["hooked"] = hooked()
     return found
+
+
+def hooked():
+    """``compared`` of a model whose logits are formed, because its head has a hook."""
+    return compared(lambda model: model.lm_head.register_forward_hook(lambda *_: None))
 
 
 def alike():
@@ -274,7 +279,7 @@ def run(out, *, model=None, whole_base=False, resume=None, stop=None, reward=Non
     }  # fmt: skip
 
 
-CHECKS = {each.__name__: each for each in (heads, alike, proposal, refusals)}
+CHECKS = {each.__name__: each for each in (heads, hooked, alike, proposal, refusals)}
 
 
 def main():

@@ -363,6 +363,155 @@ def test_an_adapter_arrives_merged(server, adapter):
     assert adapter or digest(policy.model) == before
 
 
+# ---- adapters alone
+
+
+@pytest.fixture
+def adapting():
+    """A server that takes adapters of rank 8 or less."""
+    with StandIn(lm().model, tok(), rank=8) as server:
+        yield server
+
+
+def adapted(**config):
+    """A policy with an adapter that has moved, whose scale is not 1."""
+    import peft
+
+    config = {"r": 4, "lora_alpha": 6, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True} | config
+    torch.manual_seed(1)
+    return moved(LanguageModel(peft.get_peft_model(lm().model, peft.LoraConfig(**config)), tok()))
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["copy", "one backbone"])
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True, "r": 8}], ids=["lora", "rslora"])
+def test_an_engine_that_takes_adapters_gets_nothing_else(adapting, adapter, config, tmp_path):
+    policy = adapted(**config)
+    sampler = connected(adapting, policy, folder=tmp_path)
+    proposal = OfflineProposal(policy, interval=1, adapter=adapter, sampler=sampler)
+    x = proposal.sample(PROMPTS, 4, max_new_tokens=5, seed=0)
+    with torch.no_grad():
+        assert (x.log_prob - policy.log_prob(x)).abs().max() < 1e-4
+        assert (x.log_prob - policy.base().log_prob(x)).abs().max() > 0.01
+    state = proposal.state_dict()
+    moved(policy, seed=1)
+    proposal.load_state_dict(state)
+    assert torch.equal(proposal.sample(PROMPTS, 4, max_new_tokens=5, seed=0).log_prob, x.log_prob)
+    proposal.swap()
+    y = proposal.sample(PROMPTS, 4, max_new_tokens=5, seed=0)
+    with torch.no_grad():
+        assert (y.log_prob - policy.log_prob(y)).abs().max() < 1e-4 < (y.log_prob - x.log_prob).abs().max()
+    assert adapting.loads == 0 and sampler._comparable and len(adapting.adapters) == 1
+    (folder,) = tmp_path.iterdir()
+    assert {each.name for each in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_policy_without_an_adapter_arrives_whole_where_adapters_are_taken(adapting):
+    policy = moved(lm())
+    x = loaded(adapting, policy).sample(PROMPTS, 3, max_new_tokens=5, seed=0)
+    assert (x.log_prob - policy.log_prob(x)).abs().max() < 1e-4 and adapting.loads == 2
+
+
+@pytest.mark.parametrize("sums", [True, False], ids=["with checksums", "by scores"])
+@pytest.mark.parametrize("stale", ["lora_A", "lora_B", "h.0.", "c_proj"])
+def test_a_half_load_of_an_adapter_is_found_at_the_start(adapting, stale, sums):
+    adapting.sums, adapting.faults.stale = sums, (stale,)
+    policy = adapted()
+    with pytest.raises(EngineError, match="a copy that differs in every parameter"):
+        connected(adapting, policy).load(policy)
+
+
+def test_a_swap_that_loads_a_part_of_an_adapter_is_found_however_small_the_move(adapting):
+    policy = adapted()
+    sampler = loaded(adapting, policy)
+    x = sampler.sample(["w1"], 10, max_new_tokens=5, seed=0)
+    adapting.faults.stale = ("h.1.attn.c_attn.lora_B",)
+    with pytest.raises(EngineError, match="does not take all parameters"):
+        sampler.load(moved(policy, by=1e-6))
+    adapting.faults.stale = ()
+    assert torch.equal(sampler.sample(["w1"], 10, max_new_tokens=5, seed=0).log_prob, x.log_prob)  # q stays
+    sampler.load(policy)
+
+
+def test_an_adapter_on_another_base_is_refused(adapting):
+    policy = adapted()
+    other = policy.around(policy.model)
+    with torch.no_grad():
+        other.model.get_input_embeddings().weight.mul_(1.5)
+    with pytest.raises(EngineError, match="serves another model than the base of the policy's adapter"):
+        connected(adapting, other).load(other)
+    assert not adapting.adapters
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_an_adapter_that_a_restart_lost_is_given_again(adapting, when):
+    policy = adapted()
+    sampler = loaded(adapting, policy)
+    x = sampler.sample(["w1"], 10, max_new_tokens=5, seed=0)
+    answer, asked = adapting._v1_completions, []
+
+    def restarting(body):
+        asked.append(body)
+        if len(asked) == 1:
+            adapting.restart()
+        return answer(body)
+
+    if when == "before":
+        adapting.restart()
+    else:
+        adapting._v1_completions = restarting
+    with pytest.warns(UserWarning, match="given q again"):
+        again = sampler.sample(["w1"], 10, max_new_tokens=5, seed=0)
+    assert torch.equal(again.log_prob, x.log_prob) and adapting.loads == 0
+
+
+def test_several_ranks_draw_from_one_adapter_that_rank_0_loads(adapting, tmp_path):
+    policies = [adapted() for _ in range(2)]
+    samplers = [connected(adapting, policy, folder=tmp_path) for policy in policies]
+    assert together(samplers, lambda rank, sampler: sampler.load(policies[rank])) == [None, None]
+    how = {"max_new_tokens": 6, "seed": 3}
+    for rank, x in enumerate(together(samplers, lambda rank, sampler: sampler.sample(["w1"], 8, **how))):
+        with torch.no_grad():
+            assert (x.log_prob - policies[rank].log_prob(x)).abs().max() < 1e-4
+    assert adapting.loads == 0 and len(adapting.adapters) == 1
+
+
+UNFIT_ADAPTERS = {
+    "rank": ({"r": 16}, "its rank is 16, and the engine takes at most 8"),
+    "rank of a layer": ({"rank_pattern": {"c_proj": 12}}, "its rank is 12"),
+    "dora": ({"use_dora": True}, "it has use_dora=True"),
+    "bias": ({"bias": "lora_only"}, "it has bias='lora_only'"),
+    "a module saved whole": ({"modules_to_save": ["ln_f"]}, "it has modules_to_save="),
+    "another module": ({"target_modules": ["c_fc"]}, "c_fc, and the engine takes adapters on c_attn, c_proj alone"),
+    "the embedding": ({"target_modules": ["wte", "c_attn"]}, "wte, and dmfast's checks need scores"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT_ADAPTERS)
+def test_an_adapter_that_an_engine_can_not_take_is_refused_when_it_is_connected(adapting, case):
+    config, match = UNFIT_ADAPTERS[case]
+    with pytest.raises(ValueError, match=rf"{match}.*start it without --enable-lora"):
+        connected(adapting, adapted(**config))
+
+
+def test_a_server_that_can_not_change_its_adapters_is_refused(adapting):
+    adapting.faults.missing = {"/v1/load_lora_adapter"}
+    with pytest.raises(ValueError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
+        connected(adapting, adapted())
+    connected(adapting, lm())  # which has no adapter
+    adapting.faults.missing, adapting.lora["target_modules"] = set(), None
+    with pytest.raises(ValueError, match="or with --lora-target-modules c_attn c_proj"):
+        connected(adapting, adapted())
+    adapting.lora["max_loras"] = 2
+    with pytest.raises(ValueError, match="--max-loras 2"):
+        connected(adapting, adapted())
+
+
+def test_a_model_without_the_adapter_can_not_be_loaded(adapting):
+    sampler = loaded(adapting, adapted())
+    with pytest.raises(ValueError, match="the model to load has 0 active adapters"):
+        sampler.load(lm())
+
+
 def test_only_q_stays_on_disk(server, tmp_path):
     policy = lm()
     sampler = loaded(server, policy, folder=tmp_path)
@@ -820,7 +969,9 @@ def test_serve_proposal_starts_vllm_with_what_the_sampler_needs():
         "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
         "--worker-extension-cls", f"{vllm_worker.__name__}.{vllm_worker.Worker.__name__}", "--max-model-len", "9",
     ]  # fmt: skip
-    assert serve.environment({"A": "b"}) == {"A": "b", "VLLM_SERVER_DEV_MODE": "1"}
+    assert serve.environment({"A": "b"}) == {
+        "A": "b", "VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"
+    }  # fmt: skip
     for option in ("--generation-config=auto", "--logprobs-mode", "--quantization"):
         with pytest.raises(ValueError, match="serve-proposal can't take"):
             serve.command("m", [option], host="h", port=5, dtype="auto")

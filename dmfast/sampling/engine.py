@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .. import sharding
+from .. import adapters, sharding
 from ..copies import whole_copy
 from ..families import without_adapters
 from ..kernels import warn_caller
@@ -45,6 +45,10 @@ _LOST = 3  # how often weights that an engine has lost are loaded again within o
 
 class EngineError(OSError):
     """The error of an engine that is gone, fails, or holds other weights than q's, after all retries."""
+
+
+class LostWeights(EngineError):
+    """The error of a request for an adapter that the engine does not have, as after a restart."""
 
 
 class Completion(NamedTuple):
@@ -74,12 +78,16 @@ class Facts:
         dtype: the dtype that it computes in.
         any_temperature: whether its log-probabilities are those at the temperature of a request. Where this is False
             they are those at temperature 1.
+        adapter_rank: the greatest rank of a LoRA adapter that it takes beside its weights; None: it takes no adapters.
+        adapter_modules: the last names of the modules on which it takes adapters, or None for all modules.
     """
 
     name: str
     context: int | None
     dtype: torch.dtype
     any_temperature: bool
+    adapter_rank: int | None = None
+    adapter_modules: tuple[str, ...] | None = None
 
 
 class Gate:
@@ -143,6 +151,7 @@ class Engine:
         self._tag: str | None = None  # the name under which the engine holds q's weights
         self._comparable = False  # whether the engine's checksums are those of the model
         self._digests_of_load: dict[str, str] | None = None
+        self._gets_adapters = False  # whether a load gives the engine an adapter, and not a whole model
         self._sums_of_load: dict[str, int] = {}
 
     # ---- what a subclass implements
@@ -159,8 +168,11 @@ class Engine:
         """Return, for each sequence, the log-probability at temperature 1 of each token after the first."""
         raise NotImplementedError
 
-    def _put(self, model: nn.Module, tag: str) -> None:
-        """Replace the engine's parameters by those of a plain model, and give them this tag."""
+    def _put(self, model: LanguageModel, tag: str) -> None:
+        """Replace the engine's parameters by those of a model, and give them this tag.
+
+        The model has no adapter, or ``_gets_adapters`` is True and the engine gets the model's adapter alone.
+        """
         raise NotImplementedError
 
     def _put_back(self, tag: str) -> None:
@@ -189,6 +201,44 @@ class Engine:
     def _spoil(self) -> None:
         """Give the engine's weights a tag that is not q's."""
         raise NotImplementedError
+
+    def _take(self, facts: Facts) -> None:
+        """Keep what the engine says about itself, which decides whether it gets adapters or whole models.
+
+        Raises:
+            ValueError: the engine was started so that it takes adapters, and can't take the policy's.
+        """
+        self.facts = facts
+        self._gets_adapters = facts.adapter_rank is not None and _has_adapter(self._like)
+        if self._gets_adapters:
+            self._adapter(self._like)
+
+    def _adapter(self, model: LanguageModel) -> str:
+        """Return the name of the adapter under which a model computes.
+
+        Raises:
+            ValueError: there is none or more than one, or the engine can't take it.
+        """
+        module, facts = module_of(model), self.facts
+        active = _active(model) if _has_adapter(model) else []
+        if len(active) != 1:
+            raise ValueError(
+                f"{self.facts.name} gets the policy's adapter at each load, and the model to load has {len(active)} "
+                "active adapters: load a model that has the adapter"
+            )
+        modules, hint = facts.adapter_modules, ""
+        if modules is None:
+            hint = ", or with --lora-target-modules " + " ".join(sorted(weights.lora_modules(module, active[0])))
+            why: str | None = "on the head, where it takes adapters by default, it can't score sequences with them"
+        else:
+            why = weights.why_not_alone(module, active[0], facts.adapter_rank or 0, modules)
+        if why is not None:
+            raise ValueError(
+                f"{self.facts.name} was started to take LoRA adapters, and can't take the adapter {active[0]!r}: "
+                f"{why}; start it without --enable-lora (enable_lora), and it gets the adapter merged into its "
+                f"base{hint}"
+            )
+        return active[0]
 
     def _new_tag(self) -> str:
         """Return a tag that is new among all runs, and the same on all ranks."""
@@ -298,7 +348,10 @@ class Engine:
         with self._gate.request():
             if self._held_tag() != self._tag:
                 return None
-            found = call()
+            try:
+                found = call()
+            except LostWeights:
+                return None
             return (found, self.version) if self._held_tag() == self._tag else None
 
     def _on_all_ranks(self, mine: bool) -> bool:
@@ -405,13 +458,15 @@ class Engine:
     def load(self, source: Source) -> None:
         """Replace the engine's parameters by those of a policy or a folder: q <- pi. Running requests end first.
 
-        An adapter is merged into a copy of its base for the engine. The copy takes its memory for the time of the load.
+        An engine that was started to take LoRA adapters gets a policy's adapter alone. For any other engine, an adapter
+        is merged into a copy of its base, which takes its memory for the time of the load.
         A policy that is sharded by FSDP is made whole in rank 0's memory, tensor by tensor.
 
         Raises:
             TypeError, FileNotFoundError: the source is no model and no folder.
-            ValueError: an adapter can't be merged, or the merged model computes another distribution; a folder holds
-                only an adapter; a sharded model has an adapter, or lies on processes that ``ranks`` does not name.
+            ValueError: an adapter can't be merged, or the merged model computes another distribution; an engine that
+                takes adapters can't take this one; a folder holds only an adapter; a sharded model has an adapter, or
+                lies on processes that ``ranks`` does not name.
             EngineError: the engine failed, or did not take all parameters. It holds q as before, or gets q again before
                 it draws.
         """
@@ -455,11 +510,26 @@ class Engine:
         if sharding.is_sharded(model.model):
             gathered = self._gathered(module_of(model))
             return None if gathered is None else self._alone(gathered)
+        if self._gets_adapters:
+            return self._with_adapter(model)
         whole = plain(model)
         model = model if whole is module_of(model) else self._same(like.around(whole), model)
         if self.ranks.size == 1:
             return model
         return self._alone(module_of(model)) if first else None
+
+    def _with_adapter(self, model: LanguageModel) -> LanguageModel | None:
+        """Return a model with the adapter that the engine is to get, on rank 0, and None on the other ranks."""
+        name = self._adapter(model)
+        if self.ranks.size == 1:
+            return model
+        if self.ranks.rank != 0:
+            return None
+        module = module_of(model)
+        if isinstance(model, AdapterView):  # which can't be told apart from the policy once it is wrapped anew
+            module = copy.deepcopy(module).requires_grad_(False)
+            module.set_adapter(name)
+        return self._alone(module)
 
     def _alone(self, module: nn.Module) -> LanguageModel:
         """Return the model that is loaded, wrapped anew for forwards that only rank 0 runs.
@@ -510,7 +580,7 @@ class Engine:
         try:
             if self._tag is None and self._check_load:
                 self._prove(model)
-            self._put(module_of(model), tag)
+            self._put(model, tag)
             self._compare(model)
         except BaseException as error:
             self._undo(error)
@@ -551,7 +621,7 @@ class Engine:
             if self._comparable:
                 whole = self._checksums() == weights.total(self._sums_of_load)
             else:
-                whole = self._digests_of_load is None or self._digests() == self._digests_of_load
+                whole = self._digests_of_load is None or self._digests_now() == self._digests_of_load
             if not whole:
                 self._spoil()
                 raise EngineError(f"{self.facts.name} was given q again, and did not take all of its parameters")
@@ -563,31 +633,69 @@ class Engine:
         Raises:
             EngineError: the engine did not take all of its parameters.
         """
-        before = self._digests()
-        other = model.around(weights.perturbed(module_of(model)))
-        self._put(other.model, "dmfast-perturbed")
-        after, found = self._digests(), self._scores(self._random(other))
+        if self._gets_adapters:
+            self._compare_base(model)
+        before, name = self._digests_now(), self._adapter(model) if self._gets_adapters else None
+        other = self._under_policy(model).around(weights.perturbed(module_of(model), name))
+        self._put(other, "dmfast-perturbed")
+        after, found = self._digests_now(), self._scores(self._random(other))
         if before is not None and after is not None:
             stale = sorted(name for name, digest in after.items() if before.get(name) == digest)
             if stale:
                 raise EngineError(self._half(f"{len(stale)} of its {len(after)} tensors, {', '.join(stale[:3])}, stay"))
         wanted = other.log_prob(self._random(other), batch_size=_PROBES).cpu()
         self._refuse_scores("a copy that differs in every parameter", found, wanted, self._random(other))
-        self._comparable = self._checksums() == weights.total(weights.checksums(other.model, self.facts.dtype))
+        self._comparable = self._checksums() == weights.total(self._sums(other))
+
+    def _compare_base(self, model: LanguageModel) -> None:
+        """Compare the engine's own weights with the base of the policy's adapter.
+
+        Raises:
+            EngineError: they give other scores.
+        """
+        x = self._random(model)
+        with adapters.switched(module_of(model), None):
+            wanted = self._under_policy(model).log_prob(x, batch_size=_PROBES).cpu()
+        found = self._scores(x)
+        if self._differ(found, wanted, x):
+            raise EngineError(
+                f"{self.facts.name} serves another model than the base of the policy's adapter: it gives {len(x)} "
+                f"sequences the log-probabilities {_few(found)}, and the base without its adapter {_few(wanted)} nats. "
+                "An engine that takes adapters gets nothing else, so start it with the model that the adapter is on"
+            )
+
+    def _under_policy(self, model: LanguageModel) -> LanguageModel:
+        """Return a language model that follows the active adapter of its module, which a view does not."""
+        return self._like.around(module_of(model)) if isinstance(model, AdapterView) else model
+
+    def _digests_now(self) -> dict[str, str] | None:
+        """Return ``_digests``, or None where the engine gets adapters, which are not among its tensors."""
+        return None if self._gets_adapters else self._digests()
+
+    def _sums(self, model: LanguageModel) -> dict[str, int]:
+        """Return the checksums that the engine has when it holds this model."""
+        module, dtype = module_of(model), self.facts.dtype
+        if self._gets_adapters:
+            return weights.checksums_with(module, self._adapter(model), dtype)
+        return weights.checksums(module, dtype)
 
     def _half(self, what: str) -> str:
         hint = "dmfast serve-proposal starts it so that it does (on a CPU vLLM packs the weights of linear layers away)"
         return f"{self.facts.name} does not take all parameters when weights are loaded: {what} as they were; {hint}"
 
     def _refuse_scores(self, what: str, found: Tensor, wanted: Tensor, x: Samples) -> None:
-        allowed = self._allowed(x)
-        if bool(((found - wanted).abs() > allowed).any()) or not bool(found.isfinite().all()):
+        if self._differ(found, wanted, x):
+            rounding = float(self._allowed(x).max())
             raise EngineError(
                 f"{self.facts.name} was given {what}, and gives {len(x)} sequences other log-probabilities than the "
-                f"model: {_few(found)} instead of {_few(wanted)} nats (rounding: {float(allowed.max()):.2g}). "
+                f"model: {_few(found)} instead of {_few(wanted)} nats (rounding: {rounding:.2g}). "
                 "It has loaded a part only, computes another model, or draws from another distribution (truncated, "
                 "or with a logits processor)"
             )
+
+    def _differ(self, found: Tensor, wanted: Tensor, x: Samples) -> bool:
+        """Return whether scores of the engine and of the model differ by more than rounding."""
+        return bool(((found - wanted).abs() > self._allowed(x)).any()) or not bool(found.isfinite().all())
 
     def _compare(self, model: LanguageModel) -> None:
         """Compare what the engine holds with the model that was loaded.
@@ -595,10 +703,10 @@ class Engine:
         Raises:
             EngineError: they differ by more than rounding, or in a checksum.
         """
-        sums = weights.checksums(module_of(model), self.facts.dtype)
+        sums = self._sums(model)
         if self._comparable and self._checksums() != weights.total(sums):
             raise EngineError(self._half("the checksum over all of them is not the model's: some stay"))
-        digests = None if self._comparable else self._digests()
+        digests = None if self._comparable else self._digests_now()
         old, before = self._digests_of_load, self._sums_of_load
         if digests is not None and old is not None:
             changed = {name.rpartition(":")[2] for name, digest in digests.items() if old.get(name) != digest}
@@ -648,13 +756,25 @@ def plain(model: LanguageModel) -> nn.Module:
     if without_adapters(module) is module:
         return cast(nn.Module, module)
     other = copy.deepcopy(module).requires_grad_(False)
-    name = model.adapter if isinstance(model, AdapterView) else next(iter(other.active_adapters))
+    name = next(iter(_active(model)), None)
     try:
         return cast(nn.Module, other.unload() if name is None else other.merge_and_unload(adapter_names=[name]))
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
         raise ValueError(
             f"an engine draws from plain models, and the adapter {name!r} can't be merged into its base: {error}"
         ) from error
+
+
+def _has_adapter(model: LanguageModel) -> bool:
+    module = module_of(model)
+    return without_adapters(module) is not module
+
+
+def _active(model: LanguageModel) -> list[str]:
+    """Return the names of the adapters under which a model with adapters computes."""
+    if isinstance(model, AdapterView):
+        return [] if model.adapter is None else [model.adapter]
+    return [str(name) for name in module_of(model).active_adapters]
 
 
 def _few(values: Tensor) -> str:

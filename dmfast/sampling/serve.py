@@ -51,8 +51,8 @@ def command(model: str, options: Sequence[str], *, host: str, port: int, dtype: 
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
-    """Return the server's environment, which switches on vLLM's development mode for its endpoints for weights."""
-    return {**given, "VLLM_SERVER_DEV_MODE": "1"}
+    """Return the server's environment, which switches on vLLM's endpoints for weights and for adapters."""
+    return {**given, "VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
 
 def serve(args: argparse.Namespace) -> NoReturn:

@@ -17,11 +17,10 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
-from torch import nn
 
-from ..models import LanguageModel
+from ..models import LanguageModel, module_of
 from . import weights
-from .engine import Completion, Engine, EngineError, Facts, Request
+from .engine import Completion, Engine, EngineError, Facts, LostWeights, Request
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -45,8 +44,8 @@ class HTTPSampler(Engine):
     """A sampler whose q lies in a vLLM server, which draws, gives log q and takes new weights from a folder.
 
     Several runs can't share a server, because it holds one q. The server's tokenizer, context and options are compared
-    with the policy's when the sampler is made, and its weights at each ``load``. It was tested with vLLM 0.32.0 on a
-    CPU.
+    with the policy's when the sampler is made, and its weights at each ``load``. A server that was started with
+    ``--enable-lora`` gets the adapter of a PEFT model alone. It was tested with vLLM 0.32.0 on a CPU.
 
     Args:
         url: the server's address, such as ``http://127.0.0.1:8000``.
@@ -66,7 +65,7 @@ class HTTPSampler(Engine):
     Raises:
         EngineError: there is no server at this address, or it does not answer as vLLM does.
         ValueError: the server's tokenizer, vocabulary or context are not the policy's; it was started with options that
-            draw from another distribution, or without those that dmfast needs.
+            draw from another distribution, or without those that dmfast needs; it takes adapters, but not the policy's.
     """
 
     def __init__(
@@ -84,7 +83,11 @@ class HTTPSampler(Engine):
             folder = self._temporary.name
         self._folder = Path(folder).absolute()
         self._name, self._has_sums = "", True
-        self.facts = self._compare_facts(model)
+        self._take(self._compare_facts(model))
+        self._asked = self._name  # the model that requests are for, which may be the adapter that holds q
+        self._version_of_base = self._weight_version()
+        if self._gets_adapters:
+            self._check_endpoint()
 
     # ---- the server's facts about itself
 
@@ -107,7 +110,26 @@ class HTTPSampler(Engine):
         self._refuse_options(config)
         self._compare_tokens()
         mode, dtype = config.get("logprobs_mode"), str(config.get("dtype")).removeprefix("torch.")
-        return Facts(f"the engine at {server}", context, getattr(torch, dtype), mode == "processed_logprobs")
+        adapters = config["lora_config"]
+        if adapters and adapters["max_loras"] != 1:
+            raise ValueError(
+                f"{server} was started with --max-loras {adapters['max_loras']}, and dmfast compares the one adapter "
+                "that it computes with: take 1, which is vLLM's default"
+            )
+        return Facts(
+            f"the engine at {server}", context, getattr(torch, dtype), mode == "processed_logprobs",
+            *((int(adapters["max_lora_rank"]), _names(adapters["target_modules"])) if adapters else ()),
+        )  # fmt: skip
+
+    def _check_endpoint(self) -> None:
+        try:
+            # 400 because of the empty name, and 404 where there is no such endpoint
+            self._server.post("/v1/load_lora_adapter", {"lora_name": "", "lora_path": ""}, none=(400,))
+        except EngineError as error:
+            raise ValueError(
+                f"{self._server} was started with --enable-lora, but takes no new adapters while it runs ({error}): "
+                f"set VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment; {_START}"
+            ) from error
 
     def _config(self) -> Mapping[str, Any]:
         info = self._server.get("/server_info?config_format=json", none=_MISSING)
@@ -117,7 +139,7 @@ class HTTPSampler(Engine):
                 f"{self._server} has no /server_info and /weight_info, by which dmfast knows what it draws from: start "
                 f"it with VLLM_SERVER_DEV_MODE=1, vLLM 0.32 or later; {_START}"
             )
-        return {**found, "speculative_config": info["vllm_config"].get("speculative_config")}
+        return {**found, **{name: info["vllm_config"].get(name) for name in ("speculative_config", "lora_config")}}
 
     def _refuse_options(self, config: Mapping[str, Any]) -> None:
         overrides = config.get("override_generation_config") or {}
@@ -168,14 +190,12 @@ class HTTPSampler(Engine):
     def _complete(self, requests: Sequence[Request]) -> list[list[Completion]]:
         def ask(request: Request) -> list[Completion]:
             body = {
-                "model": self._name, "prompt": request.ids, "n": request.n, "seed": request.seed,
+                "model": self._asked, "prompt": request.ids, "n": request.n, "seed": request.seed,
                 "temperature": request.temperature, "max_tokens": request.max_new_tokens, "logprobs": 0,
                 "return_token_ids": True, "return_tokens_as_token_ids": True, "ignore_eos": True,
                 "stop_token_ids": self._like.eos_token_ids,
             } | _WHOLE  # fmt: skip
-            drawn: list[Completion] = self._server.post(
-                "/v1/completions", body, read=lambda answer: _completions(answer, request.n)
-            )
+            drawn: list[Completion] = self._completed(body, lambda answer: _completions(answer, request.n))
             return drawn
 
         return self._together(ask, requests)
@@ -183,13 +203,24 @@ class HTTPSampler(Engine):
     def _prompt_log_probs(self, rows: Sequence[list[int]]) -> list[list[float]]:
         def ask(ids: list[int]) -> list[float]:
             body = {
-                "model": self._name, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0,
+                "model": self._asked, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0,
                 "return_tokens_as_token_ids": True,
             } | _WHOLE  # fmt: skip
-            scores: list[float] = self._server.post("/v1/completions", body, read=lambda answer: _scores(answer, ids))
+            scores: list[float] = self._completed(body, lambda answer: _scores(answer, ids))
             return scores
 
         return self._together(ask, rows)
+
+    def _completed(self, body: Mapping[str, Any], read: Callable[[Any], Any]) -> Any:
+        """Return what ``read`` makes of an answer of /v1/completions.
+
+        Raises:
+            LostWeights: the server has no adapter of this name.
+        """
+        found = self._server.post("/v1/completions", body, read=read, none=_MISSING if self._gets_adapters else ())
+        if found is None:
+            raise LostWeights(f"{self._server} serves no {body['model']!r}, as after a restart")
+        return found
 
     def _together(self, ask: Callable[[_T], _R], requests: Sequence[_T]) -> list[_R]:
         """Make several requests at a time, because the server puts concurrent requests into one batch."""
@@ -203,21 +234,44 @@ class HTTPSampler(Engine):
     def _folder_of(self, tag: str) -> Path:
         return self._folder / f"q-{tag}"
 
-    def _put(self, model: nn.Module, tag: str) -> None:
-        weights.write(model, self._folder_of(tag))
-        self._reload(self._folder_of(tag), tag)
+    def _put(self, model: LanguageModel, tag: str) -> None:
+        folder = self._folder_of(tag)
+        if self._gets_adapters:
+            weights.write_adapter(module_of(model), self._adapter(model), folder)
+        else:
+            weights.write(module_of(model), folder)
+        self._reload(folder, tag)
 
     def _put_back(self, tag: str) -> None:
         self._reload(self._folder_of(tag), tag)
 
     def _keep(self, tag: str) -> None:
+        if self._gets_adapters:
+            self._asked = tag  # on the ranks that did not load, too
         if self.ranks.rank == 0:
             for each in self._folder.glob("q-dmfast-*"):  # failed loads and an earlier process leave folders, too
                 if each != self._folder_of(tag):
                     shutil.rmtree(each, ignore_errors=True)
+            if self._gets_adapters:
+                for name in self._adapters_there() - {tag}:
+                    self._unload(name)
+
+    def _adapters_there(self) -> set[str]:
+        """Return the names of the adapters of dmfast that the server has."""
+        served = self._server.get("/v1/models", read=lambda answer: [each["id"] for each in answer["data"]])
+        return {name for name in served if name.startswith("dmfast-")}
+
+    def _unload(self, name: str) -> None:
+        self._server.post("/v1/unload_lora_adapter", {"lora_name": name}, none=_MISSING, plain=True)
 
     def _reload(self, folder: Path, tag: str) -> None:
         server = self._server
+        if self._gets_adapters:
+            body = {"lora_name": tag, "lora_path": str(folder), "load_inplace": True}
+            server.post("/v1/load_lora_adapter", body, plain=True)
+            server.post("/reset_prefix_cache", None)
+            self._asked = tag
+            return
         server.post("/pause?mode=abort", None)
         try:
             # the version says that a load is under way until the server holds all weights
@@ -229,9 +283,19 @@ class HTTPSampler(Engine):
             server.post("/resume", None)
 
     def _spoil(self) -> None:
+        if self._gets_adapters:
+            self._unload(self._asked)
+            return
         self._server.post("/update_weight_version", {"new_version": _LOADING})
 
     def _held_tag(self) -> str:
+        version = self._weight_version()
+        if not self._gets_adapters:
+            return version
+        there = version == self._version_of_base and self._asked in self._adapters_there()
+        return self._asked if there else ""
+
+    def _weight_version(self) -> str:
         return str(self._server.get("/weight_info", read=lambda answer: answer["weight_version"]))
 
     def _digests(self) -> dict[str, str] | None:
@@ -239,14 +303,26 @@ class HTTPSampler(Engine):
         return None if found is None else with_values(found["checksums"])
 
     def _checksums(self) -> int | None:
+        workers = self._sums_by("dmfast_checksums")
+        if workers is None or not self._gets_adapters:
+            return workers
+        adapter = self._sums_by("dmfast_adapter_checksums")
+        return None if adapter is None else (workers + adapter) % 2**64
+
+    def _sums_by(self, method: str) -> int | None:
+        """Return the total of the checksums that a method of the server's workers gives."""
         if not self._has_sums:
             return None
-        answer = self._server.post("/collective_rpc", {"method": "dmfast_checksums"}, none=_FAILED)
+        answer = self._server.post("/collective_rpc", {"method": method}, none=_FAILED)
         workers = None if answer is None else answer.get("results")
         if not workers or not all(isinstance(each, Mapping) for each in workers):
             self._has_sums = False  # the server runs without dmfast's extension of its workers
             return None
         return over_workers(workers)
+
+
+def _names(given: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if given is None else tuple(given)
 
 
 def with_values(digests: Mapping[str, str]) -> dict[str, str]:
@@ -339,7 +415,8 @@ class Server:
             path: the path of the endpoint.
             body: the value that is sent as JSON; None: an empty body.
             how: ``none`` holds the statuses for which None is returned instead of an error. ``once=True`` asks only
-                once. ``read`` is a function of the answer. The request is repeated where it raises.
+                once. ``read`` is a function of the answer. The request is repeated where it raises. ``plain=True`` is
+                for an endpoint that answers by text, which is not returned.
 
         Raises:
             EngineError: the server could not be reached, failed or refused, after all retries.
@@ -348,7 +425,7 @@ class Server:
 
     def _asked(
         self, method: str, path: str, body: bytes | None, *, none: Container[int] = (), once: bool = False,
-        read: Any = None,
+        read: Any = None, plain: bool = False,
     ) -> Any:  # fmt: skip
         start, tries, wait = time.monotonic(), 0, 0.25
         while True:
@@ -356,7 +433,7 @@ class Server:
             try:
                 status, text = self._request(method, path, body)
                 if status < 400:
-                    answer = json.loads(text) if text else None
+                    answer = json.loads(text) if text and not plain else None
                     return answer if read is None else read(answer)
                 if status in none:
                     return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import LanguageModel
+from ..families import without_adapters
+from ..models import LanguageModel, module_of
 from . import weights
 from .engine import Completion, Engine, Facts, Request, plain
 from .vllm_http import over_workers
@@ -26,7 +29,8 @@ class VLLMSampler(Engine):
     """A sampler whose q lies in a ``vllm.LLM`` of this process, which draws, gives log q and takes new weights.
 
     vLLM holds a model of its own beside the policy, in ``gpu_memory_utilization`` of the device's memory. New weights
-    are handed over in memory. It was tested with vLLM 0.32.0 on a CPU.
+    are handed over in memory. With ``{"enable_lora": True}`` in ``engine`` it gets the adapter of a PEFT model alone,
+    from a temporary folder. It was tested with vLLM 0.32.0 on a CPU.
 
     Args:
         like: the policy, which gives the architecture, tokenizer, context and tokens that end a sequence.
@@ -38,9 +42,11 @@ class VLLMSampler(Engine):
 
     Raises:
         ImportError: vLLM is not installed.
-        ValueError: ``engine`` has an argument that dmfast sets itself, or the policy has an adapter that can't be
-            merged.
+        ValueError: ``engine`` has an argument that dmfast sets itself; the policy has an adapter that can't be merged
+            or, with ``enable_lora``, that vLLM can't take.
     """
+
+    _folder: Path | None  # that of the adapters, where vLLM gets adapters
 
     def __init__(
         self, like: LanguageModel, *, dtype: str | None = None, max_model_len: int | None = None,
@@ -59,20 +65,34 @@ class VLLMSampler(Engine):
         from .vllm_worker import no_packed_weights
 
         no_packed_weights()
+        engine, self._folder = dict(engine or {}), None
+        if engine.get("enable_lora") and without_adapters(module_of(like)) is not module_of(like):
+            self._temporary = tempfile.TemporaryDirectory(prefix="dmfast-q-")
+            self._folder = Path(self._temporary.name)
+            modules = {
+                name for each in module_of(like).active_adapters for name in weights.lora_modules(module_of(like), each)
+            }
+            engine.setdefault("lora_target_modules", sorted(modules))
         policy = next(like.model.parameters()).dtype
         dtype = str(policy).removeprefix("torch.") if dtype is None else dtype
         with tempfile.TemporaryDirectory(prefix="dmfast-vllm-") as folder:
             start = Path(folder) / "policy"
-            weights.write(plain(like), start)
+            alone = self._folder is not None  # an adapter is given later, to vLLM with the policy's base
+            weights.write(copy.deepcopy(module_of(like)).unload() if alone else plain(like), start)
             like.tokenizer.save_pretrained(start)
             self._llm: Any = LLM(
                 str(start), dtype=dtype, generation_config="vllm", logprobs_mode="processed_logprobs",
-                worker_extension_cls=_WORKER, max_model_len=max_model_len, **(engine or {}),
+                worker_extension_cls=_WORKER, max_model_len=max_model_len, **engine,
             )  # fmt: skip
         self._lock = threading.Lock()
         self._own_tag, self._kept, self._last = "", list[tuple[str, Tensor]](), list[tuple[str, Tensor]]()
-        config = self._llm.llm_engine.model_config
-        self.facts = Facts("vLLM in this process", int(config.max_model_len), config.dtype, True)
+        self._adapter_given: Any = None  # the LoRARequest of q
+        self._adapters_given = 0
+        config, adapters = self._llm.llm_engine.model_config, self._llm.llm_engine.vllm_config.lora_config
+        self._take(Facts(
+            "vLLM in this process", int(config.max_model_len), config.dtype, True,
+            *(() if adapters is None else (int(adapters.max_lora_rank), tuple(adapters.target_modules or ()) or None)),
+        ))  # fmt: skip
 
     def _complete(self, requests: Sequence[Request]) -> list[list[Completion]]:
         from vllm import SamplingParams
@@ -87,7 +107,7 @@ class VLLMSampler(Engine):
                     stop_token_ids=self._like.eos_token_ids,
                 ))  # fmt: skip
         with self._lock:
-            outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+            outputs = self._llm.generate(prompts, parameters, use_tqdm=False, lora_request=self._adapter_given)
         drawn = []
         for output in outputs:
             each = output.outputs[0]
@@ -103,15 +123,32 @@ class VLLMSampler(Engine):
 
         how = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         with self._lock:
-            outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in rows], how, use_tqdm=False)
+            prompts = [{"prompt_token_ids": ids} for ids in rows]
+            outputs = self._llm.generate(prompts, how, use_tqdm=False, lora_request=self._adapter_given)
         return [
             [values[token].logprob for values, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
             for output, ids in zip(outputs, rows, strict=True)
         ]
 
-    def _put(self, model: nn.Module, tag: str) -> None:
-        self._last = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in _named(model)]
+    def _put(self, model: LanguageModel, tag: str) -> None:
+        if self._folder is not None:
+            weights.write_adapter(module_of(model), self._adapter(model), self._folder / tag)
+            self._give_adapter(tag)
+            return
+        self._last = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in _named(module_of(model))]
         self._reload(self._last, tag)
+
+    def _give_adapter(self, tag: str) -> None:
+        from vllm.lora.request import LoRARequest
+
+        assert self._folder is not None
+        self._spoil()
+        self._adapters_given += 1  # vLLM tells adapters apart by this number
+        request = LoRARequest(tag, self._adapters_given, str(self._folder / tag))
+        with self._lock:
+            self._llm.llm_engine.add_lora(request)
+            self._llm.reset_prefix_cache()
+        self._adapter_given, self._own_tag = request, tag
 
     def _reload(self, tensors: Sequence[tuple[str, Tensor]], tag: str) -> None:
         self._spoil()
@@ -121,10 +158,17 @@ class VLLMSampler(Engine):
         self._own_tag = tag
 
     def _put_back(self, tag: str) -> None:
-        self._reload(self._kept, tag)
+        if self._folder is not None:
+            self._give_adapter(tag)
+        else:
+            self._reload(self._kept, tag)
 
     def _keep(self, tag: str) -> None:
         self._kept, self._last = self._last, []
+        if self._folder is not None:
+            for each in self._folder.iterdir():
+                if each.name != tag:
+                    shutil.rmtree(each, ignore_errors=True)
 
     def _spoil(self) -> None:
         self._own_tag = ""
@@ -140,7 +184,8 @@ class VLLMSampler(Engine):
         }
 
     def _checksums(self) -> int | None:
-        return over_workers(self._llm.collective_rpc("dmfast_checksums"))
+        methods = ["dmfast_checksums", *(["dmfast_adapter_checksums"] if self._gets_adapters else [])]
+        return sum(over_workers(self._llm.collective_rpc(method)) for method in methods) % 2**64
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

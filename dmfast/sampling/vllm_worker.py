@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from torch import Tensor
+
 from .weights import checksum
 
 
@@ -28,6 +30,16 @@ class Worker:
     def dmfast_checksums(self) -> dict[str, str]:
         """Return the checksum of each parameter of this worker, as strings because JSON numbers are exact to 2^53."""
         return {name: str(checksum(parameter)) for name, parameter in self.model_runner.get_model().named_parameters()}
+
+    def dmfast_adapter_checksums(self) -> dict[str, str]:
+        """Return the checksum of each matrix of the LoRA adapter with which this worker computes, from its one slot."""
+        found = {}
+        for name, module in self.model_runner.lora_manager._adapter_manager.modules.items():
+            for matrix in ("a", "b"):
+                slots = getattr(module, f"lora_{matrix}_stacked")
+                for part, each in enumerate([slots] if isinstance(slots, Tensor) else slots):
+                    found[f"{name}.{matrix}{part}"] = str(checksum(each[0]))
+        return found
 
 
 with contextlib.suppress(ImportError):  # the documentation, for example, imports this module without vLLM

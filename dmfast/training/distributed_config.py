@@ -140,13 +140,15 @@ def save_parts(folder: Path, rank: int, model: Any, optimizer: Any, proposal: Ma
 
 
 def load_parts(folder: Path, rank: int, model: Any) -> dict[str, Any]:
-    """Read what ``save_parts`` wrote.
+    """Open what ``save_parts`` wrote. A tensor is read from the file when it is used.
 
     Raises:
         ValueError: the model of the checkpoint was spread in another way.
     """
     path = folder / _PARTS.format(rank)
-    found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
+    found: dict[str, Any] = {}
+    if path.is_file():  # mmap: q and the optimiser's states are loaded at different times, and each is read once
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     config = model.config.distributed_config
     if found.get("sizes") != _sizes(config):
         was = "fewer processes" if not found else f"{', '.join(_SIZES)} of {found['sizes']}"
@@ -201,7 +203,11 @@ def _taken_apart(value: Any, parameter: Any, name: str, optimizer: Any) -> Any:
 
 
 def _put_together(value: Any, parameter: Any) -> Any:
-    return _part_of(value[_LOCAL], parameter) if isinstance(value, dict) and _LOCAL in value else value
+    cut = isinstance(value, dict) and _LOCAL in value
+    tensor = value[_LOCAL] if cut else value
+    if isinstance(tensor, Tensor):
+        tensor = tensor.clone()  # or the optimiser would keep the file of an old checkpoint open
+    return _part_of(tensor, parameter) if cut else tensor
 
 
 def _part_of(value: Tensor, like: Any) -> Tensor:

@@ -6,6 +6,8 @@ fsdp.py NAME ...   runs these of ``RUNS``, and no checkpoints
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -192,11 +194,30 @@ def resumes_on_other_ranks(folder):
         print(f"{kind}, two processes and then three: parameters within {error:.1e}", flush=True)
 
 
+def recipes(folder):
+    """Compare a recipe with ``fsdp: true`` with the same recipe under DDP."""
+    folder.mkdir()
+    found = {}
+    for name in ("ddp", "fsdp"):
+        wanted = json.dumps({"out": str(folder / name), "fsdp": name == "fsdp"})
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        done = subprocess.run([*line, str(ROOT / "tests" / "recipe_job.py"), wanted], capture_output=True, text=True,
+                              timeout=300, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        log = json.loads((folder / name / "log.json").read_text())
+        found[name] = load_file(folder / name / "model.safetensors"), log["after"]
+    (right, wanted), (here, after) = found["ddp"], found["fsdp"]
+    assert all(right[key].equal(here[key]) for key in right)  # FSDP also writes a tied head under its own name
+    assert after == wanted, (after, wanted)
+    print("a recipe: model and evaluation to the bit", flush=True)
+
+
 def main(names):
     """Run the requested checks."""
     with tempfile.TemporaryDirectory() as folder:
         trains_as_ddp(Path(folder, "runs"), names or list(RUNS))
         if not names:
+            recipes(Path(folder, "recipes"))
             resumes(Path(folder, "resumed"))
             resumes_on_other_ranks(Path(folder, "other"))
 

@@ -18,8 +18,9 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
+from engine_stand_in import StandIn  # noqa: E402
 from test_spread import STEPS, check_alike, check_heads, check_proposal, check_run, launched  # noqa: E402
-from trainer_job import PROMPTS, Gradients, job, llama  # noqa: E402
+from trainer_job import PROMPTS, Gradients, job, llama, tokenizer  # noqa: E402
 
 from dmfast import Contains  # noqa: E402
 
@@ -43,6 +44,10 @@ RUNS = {
     "whole base": THREE | {"max_steps": 2, "whole_base": True},
     "PPO in step": PPO | {"gather_for_sampling": False, "check_scores": False},
 }  # fmt: skip
+#: This run draws from a q that lies in a server.
+ENGINE = "another engine"
+RUNS[ENGINE] = THREE | {"max_steps": 2, "sampler_options": {"patience": 0.0, "retries": 1}}
+RUNS["the best model, whole base"] = RUNS["the best model"] | {"whole_base": True}
 #: The distribution of the model and the checks, by name.
 WAYS = {
     "cut": {
@@ -51,13 +56,15 @@ WAYS = {
     },
     "sharded": {
         "sizes": {"fsdp_size": 2}, "checks": ["heads", "proposal"],
-        "runs": ["at once", "PPO in step"],
+        "runs": ["at once", "PPO in step", "the best model, whole base", ENGINE],
     },
     "cut and sharded": {
-        "sizes": {"fsdp_size": 2, "tp_size": 2}, "checks": ["heads"], "runs": ["at once"],
+        "sizes": {"fsdp_size": 2, "tp_size": 2}, "checks": ["heads", "hooked"],
+        "runs": ["at once", "PPO in step", "the best model, whole base"],
     },
     "copies of shards": {
-        "sizes": {"dp_replicate_size": 2, "fsdp_size": 2}, "checks": ["heads"], "runs": ["at once"],
+        "sizes": {"dp_replicate_size": 2, "fsdp_size": 2}, "checks": ["heads", "hooked", "proposal"],
+        "runs": ["at once", "PPO in step", "the best model, whole base", ENGINE],
     },
 }  # fmt: skip
 
@@ -87,6 +94,8 @@ def compare(name, way, found, folder):
     ranks = sizes.get("fsdp_size", 1) * sizes.get("dp_replicate_size", 1)
     for rank, each in enumerate(found):
         check_heads(each)
+        if "hooked" in way["checks"]:
+            check_heads({"heads": {"hooked": each["hooked"]}})
         if "alike" in way["checks"]:
             check_alike(each, (6, 5)[rank])
         if "proposal" in way["checks"]:
@@ -110,7 +119,8 @@ def main(names):
     """Run the requested checks."""
     torch.set_num_threads(1)
     ways = {name: WAYS[name] for name in names or WAYS}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, StandIn(llama(seed=7), tokenizer()) as server:
+        RUNS[ENGINE]["sampler"] = server.url
         for processes in (2, 4):
             some = {
                 name: way for name, way in ways.items() if torch.tensor(list(way["sizes"].values())).prod() == processes
