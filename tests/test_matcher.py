@@ -100,6 +100,8 @@ def test_the_loop_of_the_readme_on_a_real_model():
         assert metrics["swaps"] == number // 2 and m.running.steps == number
         wanted = {"phi/women", "kl_policy", "kl_policy_stderr", "log_z", "ess", "swapped", "seconds_policy", "length"}
         assert wanted <= metrics.keys()
+        error = float(batch.features[:, 0].std()) / 24**0.5
+        assert metrics["phi/women_stderr"] == pytest.approx(error)
     assert digest(policy.model) != before and m.proposal.steps == 3
 
 

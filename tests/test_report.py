@@ -93,7 +93,7 @@ def a_log(seed=0, rate=1e-4, **others):
     def step(i):
         a, b, c = torch.rand(3, generator=generator).tolist()
         return {
-            "step": i, "phi/women": a, "kl_policy": b, "kl_policy_stderr": 0.1 * c, "kl_proposal": a + b, "log_z": c,
+            "step": i, "phi/women": a, "phi/women_stderr": 0.03, "kl_policy": b, "kl_policy_stderr": 0.1 * c, "kl_proposal": a + b, "log_z": c,
             "ess": 10 * a, "weight_std": 1 + b, "swapped": float(i == 3), "swaps": float(i >= 3),
             "seconds_sampling": 0.5, "seconds_scoring": 0.25, "seconds_policy": 1.0,
         }  # fmt: skip
@@ -191,7 +191,9 @@ def test_what_is_drawn_is_announced_and_nothing_else(two, tmp_path):
 
     shown = figure(html, "E[women]")
     assert "marks: fresh samples from π" in shown and shown.count("<use") > 0
-    assert "band" not in shown and "band" in figure(html, "KL(p‖π)") and "ticks" in figure(html, "KL(p‖π)")
+    assert "band and bars: ± one standard error" in shown
+    assert "band: ±" in figure(html, "KL(p‖π)") and "ticks" in figure(html, "KL(p‖π)")
+    assert "standard error" not in figure(html, "log Z")
     log = a_log()
     del log["before"], log["after"], log["history"][-1]
     for step in log["history"]:
@@ -272,6 +274,8 @@ def test_the_lines_go_through_the_points_of_the_logs(two, title, key):
     for i in range(2):
         of_run = [p["d"] for p in paths if f"stroke: var(--run{i})" in p.get("style", "") and "z" not in p["d"]]
         (line,) = [each for each in of_run if each.count("L") == 3]  # no mark, and no error bar
+        bands = re.findall(rf"fill: var\(--run{i}\); fill-opacity: 0.16", figure)
+        assert len(bands) == (key != "log_z")  # whose errors the logs lack
         drawn.append([[float(v) for v in point.split()] for point in re.split("[ML]", line)[1:]])
     x, y = torch.tensor(drawn, dtype=torch.float64).unbind(-1)
     even = x[:1, :1] + (x[0, 1] - x[0, 0]) * torch.arange(4.0).double()
