@@ -93,8 +93,9 @@ def a_log(seed=0, rate=1e-4, **others):
     def step(i):
         a, b, c = torch.rand(3, generator=generator).tolist()
         return {
-            "step": i, "phi/women": a, "phi/women_stderr": 0.03, "kl_policy": b, "kl_policy_stderr": 0.1 * c, "kl_proposal": a + b, "log_z": c,
-            "ess": 10 * a, "weight_std": 1 + b, "swapped": float(i == 3), "swaps": float(i >= 3),
+            "step": i, "phi/women": a, "phi/women_stderr": 0.03, "kl_policy": b, "kl_policy_stderr": 0.1 * c,
+            "kl_proposal": a + b, "log_z": c, "ess": 10 * a, "weight_std": 1 + b, "swapped": float(i == 3),
+            "swaps": float(i >= 3),
             "seconds_sampling": 0.5, "seconds_scoring": 0.25, "seconds_policy": 1.0,
         }  # fmt: skip
 
