@@ -1,10 +1,10 @@
-"""Training jobs one after the other, each under DDP or DeepSpeed, as a rank of two: ``python deepspeed_job.py JSON``.
+"""Run training jobs one after the other under DDP or DeepSpeed, as a rank of two: ``python deepspeed_job.py JSON``.
 
-The JSON has ``out`` and ``variants``: by name what ``trainer_job.job`` takes, and ``stage`` (of ZeRO; 0: DDP),
-``config`` (of DeepSpeed, over ``CONFIG``), ``model``, ``resume``, ``stop``, ``launcher`` (what accelerate launch puts
-into the environment), ``check`` (a function of ``CHECKS``, run on the trained trainer) and ``refused`` (that the job
-is). ``loaded`` names a job whose model is loaded beside such a config. Rank r writes what came of them to
-``result-r.json``.
+The JSON has ``out`` and ``variants``. A variant has a name and the arguments of ``trainer_job.job``, and may have
+``stage`` (of ZeRO; 0 is DDP), ``config`` (of DeepSpeed, over ``CONFIG``), ``model``, ``resume``, ``stop``, ``launcher``
+(what accelerate launch puts into the environment), ``check`` (a function of ``CHECKS``, which runs on the trained
+trainer) and ``refused`` (the job must be refused). ``loaded`` names a job whose model is loaded beside such a config.
+Rank r writes its results to ``result-r.json``.
 """
 
 from __future__ import annotations

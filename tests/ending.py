@@ -1,4 +1,4 @@
-"""How a rank of several ends in the tests' jobs."""
+"""End a rank of several in the tests' jobs."""
 
 from __future__ import annotations
 

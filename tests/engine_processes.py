@@ -1,4 +1,4 @@
-"""A run of two processes whose q is in one engine, under `make fsdp` with the other jobs of two processes."""
+"""Run two processes whose q is in one engine. `make fsdp` starts it with the other jobs of two processes."""
 
 from __future__ import annotations
 

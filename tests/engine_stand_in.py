@@ -1,7 +1,8 @@
-"""A vLLM server in the place of the real one: a small model of transformers behind the same HTTP answers.
+"""Stand in for a vLLM server: a small model of transformers behind the same HTTP answers.
 
-It answers as vLLM 0.32.0 does, whose answers ``scripts/ci/engines.py --record`` wrote into ``vllm_answers.json``;
-``test_engines.py`` compares their shapes. What can go wrong with a server can be asked for: see ``Faults``.
+It answers as vLLM 0.32.0 does. ``scripts/ci/engines.py --record`` wrote the answers of the real one into
+``vllm_answers.json``, and ``test_engines.py`` compares their shapes. A test can ask for what may go wrong with a
+server: see ``Faults``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks of models that ``fully_shard`` has cut, as a rank of two: each returns what ``test_fsdp.py`` looks at."""
+"""Check models that ``fully_shard`` has cut, as a rank of two. ``test_fsdp.py`` looks at what each check returns."""
 
 from __future__ import annotations
 

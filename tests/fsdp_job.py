@@ -1,9 +1,9 @@
-"""Training jobs one after the other, each under DDP or FSDP2, as a rank of several: ``python fsdp_job.py JSON``.
+"""Run training jobs one after the other under DDP or FSDP2, as a rank of several: ``python fsdp_job.py JSON``.
 
-The JSON has ``out``, ``fsdp`` and ``variants``: by name what ``trainer_job.job`` takes, and ``model``, ``resume``,
-``stop``, ``fsdp_config``, ``launcher`` (what accelerate launch puts into the environment), ``bare`` (accelerate as it
-is on a CPU), ``differs`` (what does on rank 1) and ``refused`` (that it is). ``checks`` names those of
-``fsdp_checks.py``. Rank r writes what came of them to ``result-r.json``.
+The JSON has ``out``, ``fsdp`` and ``variants``. A variant has a name and the arguments of ``trainer_job.job``, and may
+have ``model``, ``resume``, ``stop``, ``fsdp_config``, ``launcher`` (what accelerate launch puts into the environment),
+``bare`` (accelerate stays as it is on a CPU), ``differs`` (what is different on rank 1) and ``refused`` (the job must
+be refused). ``checks`` names functions of ``fsdp_checks.py``. Rank r writes its results to ``result-r.json``.
 """
 
 from __future__ import annotations

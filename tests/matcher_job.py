@@ -1,4 +1,4 @@
-"""A loop around ``Matcher`` as a script, alone or as a rank of several by torchrun: ``python matcher_job.py OUT``."""
+"""Run a loop around ``Matcher`` alone, or as a rank of several by torchrun: ``python matcher_job.py OUT``."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Models that transformers spreads over processes as it loads them, as a rank of several: ``spread_job.py JSON``.
+"""Try models that transformers spreads over processes as it loads them, as a rank of several: ``spread_job.py JSON``.
 
-The JSON has ``out``, ``all`` (whether checks are to look at all that they can) and ``ways``: by name ``sizes`` (of a
-``DistributedConfig``), ``checks`` (names of those below) and ``runs``: by name what ``trainer_job.job`` takes, and
-``model`` (what ``made`` takes), ``whole_base``, ``resume``, ``stop``, ``reward``, ``interrupt`` (the step at which rank
-1 gets a SIGINT), ``differs`` (what does on rank 1), and ``refused`` (that it is). Rank r compares with the whole model,
-which it loads beside its parts, and writes what it found to ``result-r.json``.
+The JSON has ``out``, ``all`` (whether checks look at all that they can) and ``ways``. A way has a name, ``sizes`` (of a
+``DistributedConfig``), ``checks`` (names of the functions below) and ``runs``. A run has a name and the arguments of
+``trainer_job.job``, and may have ``model`` (what ``made`` takes), ``whole_base``, ``resume``, ``stop``, ``reward``,
+``interrupt`` (the step at which rank 1 gets a SIGINT), ``differs`` (what is different on rank 1) and ``refused`` (the
+run must be refused). Rank r compares with the whole model, which it loads beside its parts, and writes what it found to
+``result-r.json``.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""A tabular autoregressive model over every sequence of a small space, in fp64 and independent of dmfast's code: all
-probabilities, divergences and their gradients are known exactly. Shared by the tests of losses and estimators.
+"""Know a tabular autoregressive model over every sequence of a small space, in fp64 and without dmfast's code.
+
+All of its probabilities, divergences and their gradients are known exactly. The tests of losses and of estimators share
+it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""One backbone with two adapters is what three models are: the same distributions, steps and swaps to rounding, in a
-third of the memory; whatever a switch touches is put back, also after an error; what can't be switched is refused.
+"""Test that one backbone with two adapters is what three models are.
+
+Distributions, steps and swaps are the same to rounding, in a third of the memory. Whatever a switch touches is put
+back, also after an error. What can't be switched is refused.
 """
 
 from __future__ import annotations

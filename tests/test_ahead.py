@@ -1,5 +1,7 @@
-"""Sampling that runs ahead: which q draws which batch whatever takes how long, what is lost and repeated, what a
-checkpoint holds, and a copy of the policy in a process of its own.
+"""Test sampling that runs ahead.
+
+It must be known which q draws which batch, however long anything takes. The tests also look at what is lost and
+repeated, at checkpoints, and at a copy of the policy in a process of its own.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""The objective ``alpha``, A = rho (((p/pi)^(1 - alpha) - 1)/(1 - alpha) - b): it is the objectives that it holds as
-special cases, to rounding; right in 50 digits near alpha = 1, at the extremes of fp64 and under its bound; and its
-expected gradient is that of the divergence, by enumeration."""
+"""Test the objective ``alpha``, A = rho (((p/pi)^(1 - alpha) - 1)/(1 - alpha) - b).
+
+It equals the objectives that are its special cases, to rounding. It is right in 50 digits near alpha = 1, at the
+extremes of fp64 and under its bound. Its expected gradient is that of the divergence, by enumeration.
+"""
 
 from __future__ import annotations
 

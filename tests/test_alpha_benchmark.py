@@ -1,4 +1,4 @@
-"""benchmarks/alpha: the list of answers, exact measures against samples and by hand, runs of every method, the grid."""
+"""Test benchmarks/alpha: the list of answers, exact measures against samples and by hand, all methods, the grid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers of ``scripts/architecture.py`` against the imports of the code."""
+"""Test the layers of ``scripts/architecture.py`` against the imports of the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dmfast bench`: rivals compute what dmfast does, the eager step is an honest one, the report says what was run."""
+"""Test `dmfast bench`: rivals compute what dmfast does, the eager step is honest, and the report says what was run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sequences that came from elsewhere: laid out as the sampler lays out its own, scored as the same tokens are.
+"""Test sequences that came from elsewhere: they are laid out and scored as the sampler's own.
 
 With their own log q they train as any sample does, and without it by likelihood only.
 """

@@ -1,5 +1,7 @@
-"""Conditional distribution matching: the trainer's steps against E_c KL(p_c||pi_c) summed over all sequences of each
-context, contexts whose P is 0, prompts in a datasets.Dataset, and the empty context, which is a context like others.
+"""Test conditional distribution matching.
+
+The trainer's steps are compared with E_c KL(p_c||pi_c), summed over all sequences of each context. Other tests are
+about contexts whose P is 0, prompts in a datasets.Dataset, and the empty context, which is a context like others.
 """
 
 from __future__ import annotations

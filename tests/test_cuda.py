@@ -1,5 +1,6 @@
-"""What only the CUDA backend has: the rule by which it divides rows, and faults that it records and the host reads
-later. Runs on a device, or on the host build of scripts/ci/host_cuda.sh.
+"""Test what only the CUDA backend has: the rule by which it divides rows, and faults that the host reads later.
+
+The tests run on a device, or on the host build of scripts/ci/host_cuda.sh.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Diversity against nltk's plain results and by hand; the variance of gradients against torch.func and closed forms."""
+"""Test diversity against nltk's plain results and by hand, and the variance of gradients against torch.func."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Encoder-decoder models through their logits and dm_loss, with the functions of examples/encoder_decoder.py: a random
-T5 and a random BART in fp64 and all sequences of up to three tokens, so that probabilities, Z of each context and the
-gradient of E_c KL(p_c||pi_c) are sums. What generate() draws, what the model's own loss and decoding token by token say
-of it, the convention of labels, and what goes wrong without it.
+"""Test encoder-decoder models through their logits and dm_loss, with the functions of examples/encoder_decoder.py.
+
+The models are a random T5 and a random BART in fp64. With all sequences of up to three tokens, probabilities, Z of each
+context and the gradient of E_c KL(p_c||pi_c) are sums. The tests compare what generate() draws with what the model's
+own loss and decoding token by token say of it. They also hold the convention of labels, and show what goes wrong
+without it.
 """
 
 from __future__ import annotations

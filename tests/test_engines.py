@@ -1,8 +1,8 @@
-"""Samplers around an engine, against a stand-in that answers as vLLM's server does (``engine_stand_in.py``).
+"""Test samplers around an engine, against a stand-in that answers as vLLM's server does (``engine_stand_in.py``).
 
-What it draws is q, whose log-probabilities are the engine's; a load is whole or refused; what can go wrong with a
-server is found before a run, retried within bounds, or ends a run with a checkpoint that nothing is lost from.
-``make vllm`` holds the same to the real vLLM.
+The engine draws q, and log q is the engine's own. A load is whole or refused. What can go wrong with a server is found
+before a run, is retried within bounds, or ends a run with a checkpoint from which nothing is lost. ``make vllm`` runs
+the same tests on the real vLLM.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The entropy bonus: -(c/B) sum_i H(x_i) in the loss and its gradient, of every backend.
+"""Test the entropy bonus, -(c/B) sum_i H(x_i) in the loss and its gradient, of every backend.
 
-The oracle is ``dmfast.eager`` in fp64, whose own bonus is held here to a formula written independently, to finite
-differences and to a number worked by hand.
+The oracle is ``dmfast.eager`` in fp64. Its own bonus is compared here with a formula that was written independently,
+with finite differences and with a number that was worked by hand.
 """
 
 from __future__ import annotations

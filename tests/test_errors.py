@@ -1,6 +1,8 @@
-"""Bad input: a clear error that names what is wrong and where, before any kernel writes, whichever backend runs and
-however the call is made; nothing that was passed in changes. What a row of logits holds is the one thing found while
-rows are read: then too the error names (sequence, position), and only logits given away with ``inplace`` may change.
+"""Test that bad input gets a clear error, before any kernel writes and whichever backend runs.
+
+The error names what is wrong and where, however the call is made, and nothing that was passed in changes. What a row of
+logits holds is found only while rows are read. Then the error names (sequence, position), and only logits that were
+given away with ``inplace`` may have changed.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Estimators against exact values on all 125 sequences of a tabular model: the expectation under q, the standard errors
-against Monte-Carlo repetition, P = 0, scales that underflow, the running Z and the running window of steps.
+"""Test estimators against exact values on all 125 sequences of a tabular model.
+
+The tests hold the expectation under q, the standard errors (against Monte-Carlo repetition), P = 0, scales that
+underflow, the running Z and the running window of steps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ``dmfast doctor`` says of extras, from metadata that are made up, and from those of the installation."""
+"""Test what ``dmfast doctor`` says of extras, from made-up metadata and from those of the installation."""
 
 from __future__ import annotations
 

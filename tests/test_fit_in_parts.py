@@ -1,4 +1,4 @@
-"""A fit's samples in parts are those of one draw."""
+"""Test that a fit's samples in parts are those of one draw, and that a fit stops once its errors suffice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass rates of prompts that are drawn beforehand, and a Z that starts from them, on a model whose Z is known."""
+"""Test pass rates of prompts that are drawn beforehand, and a Z that starts from them, where Z is known."""
 
 from __future__ import annotations
 

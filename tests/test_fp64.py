@@ -1,5 +1,6 @@
-"""Devices without fp64: which backend they get and why, and that per-sequence values are on the CPU there. No such
-device is needed.
+"""Test devices without fp64: which backend they get and why, and that per-sequence values are on the CPU there.
+
+The tests need no such device.
 """
 
 from __future__ import annotations

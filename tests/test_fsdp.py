@@ -1,4 +1,4 @@
-"""FSDP2 on two processes: gradients, sampling and q <- pi of shards, and what is refused. ``make fsdp`` trains."""
+"""Test FSDP2 on two processes: gradients, sampling and q <- pi of shards, and what is refused. ``make fsdp`` trains."""
 
 from __future__ import annotations
 

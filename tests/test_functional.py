@@ -1,6 +1,8 @@
-"""The functional API: numbers worked by hand, the oracle by finite differences, and how the losses behave inside
-PyTorch (autograd, in place, checkpointing, hooks, scaling, autocast, torch.compile), each against the oracle or against
-the plain call. The arithmetic of the kernels is held by test_kernels.py.
+"""Test the functional API.
+
+The tests have numbers that were worked by hand, and hold the oracle to finite differences. They hold the losses inside
+PyTorch (autograd, in place, checkpointing, hooks, scaling, autocast, torch.compile) to the oracle or to the plain call.
+test_kernels.py tests the arithmetic of the kernels.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
-"""What `make gpu` does where no device is needed to see it: the order and the limits of its parts, what is left of a
-run that is killed, where results go, how times are taken, how ncu's table is read, what the summary says."""
+"""Test `make gpu` as far as it needs no device.
+
+The tests hold the order and the limits of its parts, what is left of a run that is killed, where results go, how times
+are taken, how ncu's table is read, and what the summary says.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups, the sequences of one prompt, in a step: means that are fixed at the draw, over microbatches and ranks."""
+"""Test groups, the sequences of one prompt, in a step: means are fixed at the draw, over microbatches and ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``prompts: {dataset: ...}`` of a recipe: what ``datasets`` loads, from a folder in the place of the hub."""
+"""Test ``prompts: {dataset: ...}`` of a recipe, which ``datasets`` loads from a folder in the place of the hub."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""The compiled kernels (backend ``cpu``) against the oracle ``dmfast.eager`` in fp64 on the same stored logits, and the
-formula of ``csrc/objective.h`` against its twin ``dmfast.objectives.weigh`` and against the table of the design worked
-in 50 digits (mpmath).
+"""Test the compiled kernels (backend ``cpu``) against the oracle ``dmfast.eager`` in fp64 on the same stored logits.
 
-What is held: log pi and log-sum-exp to the error that the design states; everything made of log pi (ratios, weights,
-loss, counts) to 1e-11 of what the oracle makes of the same log pi; gradients to one rounding of their dtype of the
-oracle's, given the same weights, with no lean. Every case has NaN in the rows that are not scored and in the gaps
-between strided rows; neither may be read, and the gaps not be written.
+The formula of ``csrc/objective.h`` is compared with its twin ``dmfast.objectives.weigh`` and with the table of the
+design, worked in 50 digits (mpmath).
+
+log pi and log-sum-exp must be within the error that the design states. Everything that is made of log pi (ratios,
+weights, loss, counts) must be within 1e-11 of what the oracle makes of the same log pi. Gradients must be within one
+rounding of their dtype of the oracle's, given the same weights, and without bias. Every case has NaN in the rows that
+are not scored and in the gaps between strided rows. Neither may be read, and the gaps may not be written.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""KL-control: adaptive beta against its recurrence and against the KL that it is to reach, PPO's clipping against the
-gradient of the clipped surrogate, and both in the trainer: several steps on a batch, the same after resuming.
+"""Test KL-control in the trainer, with several steps on a batch and after resuming.
+
+Adaptive beta is compared with its recurrence and with the KL that it is to reach, and PPO's clipping with the gradient
+of the clipped surrogate.
 """
 
 from __future__ import annotations

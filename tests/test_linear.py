@@ -1,5 +1,6 @@
-"""linear_dm_loss and linear_sequence_log_prob against the eager twin in fp64, which forms all logits: over options,
-dtypes, chunk boundaries, what is frozen, and inside autograd.
+"""Test linear_dm_loss and linear_sequence_log_prob against the eager twin in fp64, which forms all logits.
+
+The tests vary options, dtypes, chunk boundaries and what is frozen, and run inside autograd.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""``dm_loss_from_log_probs`` is ``dm_loss`` of the logits that the log-probabilities came from: values, gradients and
-refusals.
-"""
+"""Test that ``dm_loss_from_log_probs`` is ``dm_loss`` of the logits that the log-probabilities came from."""
 
 from __future__ import annotations
 

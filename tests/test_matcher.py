@@ -1,4 +1,4 @@
-"""The step that every loop shares: its gradients, what a commit takes in and when, and that nothing else changes."""
+"""Test the step that every loop shares: its gradients, what a commit takes in and when, and what must not change."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Neighbouring methods against what their papers say of them: exact expectations over all groups of a small space, and
-losses written out token by token in plain torch."""
+"""Test neighbouring methods against what their papers say.
+
+Expectations are exact, over all groups of a small space, and losses are written out token by token in plain torch.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""LanguageModel and Samples on tiny GPT-2 and Llama models: the sampler draws from exactly the distribution that the
-scorer scores, whatever the padding, the end token, the dropout of the config or its generation_config.
+"""Test LanguageModel and Samples on tiny GPT-2 and Llama models.
 
-Two references, both made here: tables of next-token logits, where every probability is known, and each sequence run
-alone through the model, unpadded and in fp64.
+The sampler must draw from exactly the distribution that the scorer scores, whatever the padding, the end token, the
+dropout of the config or its generation_config. There are two references, and both are made here: tables of next-token
+logits, where every probability is known, and each sequence run alone through the model, unpadded and in fp64.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Sequences laid end to end in a row score, and have the gradient, that they have padded and alone; models that can't
-tell them apart are found by asking them."""
+"""Test that sequences which lie end to end in a row have the scores and the gradient that they have padded and alone.
+
+Models that can't tell such sequences apart are found by asking them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/paper: the estimate of KL(p||pi) where the truth is known, the choice of learning rates, one small run."""
+"""Test benchmarks/paper: the estimate of KL(p||pi) where it is known, the choice of learning rates, and a small run."""
 
 from __future__ import annotations
 

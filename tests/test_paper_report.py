@@ -1,4 +1,4 @@
-"""benchmarks/paper/report.py on a few runs of which every mean, error, interval and count is known."""
+"""Test benchmarks/paper/report.py on a few runs of which every mean, error, interval and count is known."""
 
 from __future__ import annotations
 

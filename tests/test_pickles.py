@@ -1,4 +1,4 @@
-"""A checkpoint that could run code is refused before anything of it is read."""
+"""Test that a checkpoint which could run code is refused before anything of it is read."""
 
 from __future__ import annotations
 

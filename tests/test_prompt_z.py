@@ -1,4 +1,4 @@
-"""Z of each prompt where the target filters the base: how it is read, and the preset that rests on it."""
+"""Test Z of each prompt where the target filters the base: how it is read, and the preset that rests on it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""What a sequence starts from and what ends it: strings, token ids and chats through real tokenizers, made here, that
-put BOS and EOS around a text or do not; chat templates of several habits; the ends that a model's own files name."""
+"""Test what a sequence starts from and what ends it.
+
+The tests take strings, token ids and chats through real tokenizers, which are made here and put BOS and EOS around a
+text or do not. They try chat templates of several habits, and the ends that a model's own files name.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""OfflineProposal on a tabular model: it swaps exactly when the policy is nearer to the target by its criterion, only
-the samples since the last swap count, q is a copy, what fails changes nothing, and a state goes on where it was taken.
+"""Test OfflineProposal on a tabular model.
+
+It swaps exactly when the policy is nearer to the target by its criterion. Only the samples since the last swap count. q
+is a copy. A failure changes nothing, and a state goes on where it was taken.
 """
 
 from __future__ import annotations

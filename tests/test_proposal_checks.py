@@ -1,5 +1,7 @@
-"""How the proposal is checked: on fresh samples, against exact divergences, at a cost that is known, without touching
-the training; and how often noise alone passes k standard errors.
+"""Test how the proposal is checked on fresh samples.
+
+The check is compared with exact divergences. Its cost is known, it does not touch the training, and it is known how
+often noise alone passes k standard errors.
 """
 
 from __future__ import annotations

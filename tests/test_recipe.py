@@ -1,4 +1,4 @@
-"""Recipes, the commands that run them, and the loop of examples/custom_loop.py, each on the tiny biography model."""
+"""Test recipes, the commands that run them, and the loop of examples/custom_loop.py, on the tiny biography model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Quasi-rejection sampling on all 125 sequences of a tabular model, where every p_beta, its rate and its distances from
-p are known; its standard errors against their spread; proposals with prompts and mixtures.
+"""Test quasi-rejection sampling on all 125 sequences of a tabular model.
+
+Every p_beta, its rate and its distances from p are known there. Standard errors are compared with their spread.
+Proposals may have prompts or be mixtures.
 """
 
 from __future__ import annotations

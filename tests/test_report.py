@@ -1,4 +1,4 @@
-"""``dmfast report``: the page against the logs that it was made of, number by number; what a page must not do."""
+"""Test ``dmfast report``: the page against the logs it was made of, number by number, and what a page must not do."""
 
 from __future__ import annotations
 

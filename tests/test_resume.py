@@ -1,4 +1,4 @@
-"""What becomes of a setting that is another one than in the checkpoint."""
+"""Test what becomes of a setting that differs from the checkpoint's."""
 
 from __future__ import annotations
 

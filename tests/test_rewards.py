@@ -1,4 +1,4 @@
-"""Several rewards with weights: their sum is what is trained on, and each is logged by its own name."""
+"""Test several rewards with weights: training uses their sum, and each is logged by its own name."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""sample_tokens: exact draws (chi-square over 10^6 of them, the tails by injected uniforms), the same draw whatever the
-threads or the batch, and the log-probability of what was drawn, all against fp64.
+"""Test sample_tokens against fp64.
+
+Draws are exact (chi-square over 10^6 of them, and the tails by injected uniforms). The draw is the same whatever the
+threads or the batch, and so is the log-probability of what was drawn.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Samples: what its parts, its joins and its moves keep of the sequences, and what is no index of a batch."""
+"""Test Samples: what parts, joins and moves keep of the sequences, and what is refused as an index."""
 
 from __future__ import annotations
 

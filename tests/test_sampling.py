@@ -1,5 +1,6 @@
-"""Samplers: what they are loaded from, what is refused, whose draws they say theirs are; and an OfflineProposal whose
-sequences are drawn by another engine, which gets q and never pi.
+"""Test samplers: what they are loaded from, what is refused, and whose draws they say theirs are.
+
+An OfflineProposal whose sequences another engine draws gives that engine q and never pi.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Scorers that keep what they know, classifiers against their own pipeline, rewards against KL-control's optimum."""
+"""Test scorers that keep what they know, classifiers against their own pipeline, and rewards against KL-control."""
 
 from __future__ import annotations
 

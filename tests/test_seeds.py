@@ -1,4 +1,4 @@
-"""What draws with a seed draws with one of its own: a curve is not measured on lambda's sample, nor an evaluation."""
+"""Test that each use of a seed draws with a seed of its own, so that no curve is measured on lambda's sample."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""A vocabulary cut in two: each backend scores and differentiates its half, with labels that lie in the other one, and
-the halves put together are the whole.
+"""Test a vocabulary that is cut in two.
+
+Each backend scores and differentiates its half, with labels that lie in the other one. The halves put together are the
+whole.
 """
 
 from __future__ import annotations

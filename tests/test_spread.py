@@ -1,5 +1,7 @@
-"""Models that transformers spreads over processes as it loads them, on gloo (``spread_job.py``). ``make spread``
-has more: four processes, checkpoints."""
+"""Test models that transformers spreads over processes as it loads them, on gloo (``spread_job.py``).
+
+``make spread`` tests more: four processes, and checkpoints.
+"""
 
 from __future__ import annotations
 

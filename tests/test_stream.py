@@ -1,5 +1,8 @@
-"""Data sets without a length as train_dataset: the steps read them row after row, and a resumed run reads on; and
-prompts that are too long are left out, of data sets of either kind."""
+"""Test data sets without a length as train_dataset.
+
+The steps read them row after row, and a resumed run reads on. Prompts that are too long are left out, with or without a
+length.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
-"""Every objective against the exact gradient of what it is said to minimise, on all 125 sequences of length 3 over 5
-symbols. The divergence D is written here as a function of the 125 probabilities pi(x) and differentiated by autograd;
-dmfast's expected gradient under q is exact too, because the batch is the whole space and sequence x counts q(x) times.
-Off-policy and on-policy, with baselines (leave-one-out by enumerating all pairs), under temperature and softcap;
-through the compiled kernels (fp32 logits) and the oracle (fp64).
+"""Test every objective against the exact gradient of what it is said to minimise.
 
-Since the loss's gradient is -sum_x q A grad log pi = -sum_x r(x) grad pi(x), r must be -dD/dpi(x) up to a constant,
-which is a baseline: sum_x grad pi(x) = 0.
+The space is all 125 sequences of length 3 over 5 symbols. The divergence D is written here as a function of the 125
+probabilities pi(x), and autograd differentiates it. dmfast's expected gradient under q is exact too, because the batch
+is the whole space and sequence x counts q(x) times. The tests run off-policy and on-policy, with baselines
+(leave-one-out by enumerating all pairs), under temperature and softcap, through the compiled kernels (fp32 logits) and
+the oracle (fp64).
+
+The loss's gradient is -sum_x q A grad log pi = -sum_x r(x) grad pi(x). So r must be -dD/dpi(x) up to a constant. The
+constant is a baseline, because sum_x grad pi(x) = 0.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
-"""Targets: what counts as containing a word, scores in which the base runs only where b > 0, and lambda against closed
-forms, against all 125 sequences of a tabular model, and against the errors where no lambda exists.
+"""Test targets.
+
+The tests are about what counts as containing a word, and about scores in which the base runs only where b > 0. lambda
+is compared with closed forms and with all 125 sequences of a tabular model. Where no lambda exists, the error must say
+so.
 """
 
 from __future__ import annotations

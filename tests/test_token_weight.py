@@ -1,7 +1,8 @@
-"""Per-token weights: loss = -(1/B) sum_i A_i sum_t w_it log pi(x_it), of every backend.
+"""Test per-token weights, loss = -(1/B) sum_i A_i sum_t w_it log pi(x_it), of every backend.
 
-The oracle is ``dmfast.eager`` in fp64, whose own weights are held here to formulas written independently. What they are
-for, the gradients of losses that clip each token's ratio, is held to those losses in plain torch.
+The oracle is ``dmfast.eager`` in fp64. Its own weights are compared here with formulas that were written independently.
+The weights are for losses that clip each token's ratio, and the gradients are compared with those losses in plain
+torch.
 """
 
 from __future__ import annotations

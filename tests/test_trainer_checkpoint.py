@@ -1,4 +1,4 @@
-"""Checkpoints of DMTrainer: they resume to the bit, and are whole or not there."""
+"""Test checkpoints of DMTrainer: they resume to the bit, and are whole or not there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What DMTrainer and DMConfig refuse, and what they warn of."""
+"""Test what DMTrainer and DMConfig refuse, and what they warn of."""
 
 from __future__ import annotations
 

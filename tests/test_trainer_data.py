@@ -1,4 +1,4 @@
-"""Which contexts a step takes: prompts, rows of a data set, each once an epoch, shared by the ranks."""
+"""Test which contexts a step takes: prompts, or rows of a data set, each once an epoch, shared by the ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluations of DMTrainer: fresh samples of pi, on the trainer's prompts and on others."""
+"""Test evaluations of DMTrainer: fresh samples of pi, on the trainer's prompts and on others."""
 
 from __future__ import annotations
 

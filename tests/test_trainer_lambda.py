@@ -1,4 +1,4 @@
-"""Another lambda while DMTrainer runs: set by hand, of a checkpoint, fitted again from the samples of the steps."""
+"""Test another lambda while DMTrainer runs: set by hand, of a checkpoint, or fitted again from the steps' samples."""
 
 from __future__ import annotations
 

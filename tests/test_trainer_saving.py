@@ -1,4 +1,4 @@
-"""What DMTrainer saves: an adapter, a plain folder that needs no dmfast, what is pushed to the hub."""
+"""Test what DMTrainer saves: an adapter, a plain folder that needs no dmfast, and what is pushed to the hub."""
 
 from __future__ import annotations
 

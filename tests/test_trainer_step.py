@@ -1,4 +1,4 @@
-"""A step of DMTrainer: its gradients against the oracle however it is cut, Z, the proposal, baselines, rewards."""
+"""Test a step of DMTrainer: its gradients against the oracle however it is cut, Z, the proposal, baselines, rewards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run of DMTrainer ends early: Ctrl-C, SIGTERM, in one process and in several, on a full disk."""
+"""Test how a run of DMTrainer ends early: by Ctrl-C or SIGTERM, in one process and in several, or on a full disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sequences of weight 0 in DMTrainer: those that get no forward, and steps without a sequence of the target."""
+"""Test sequences of weight 0 in DMTrainer: those that get no forward, and steps without a sequence of the target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What samples can't know: a moment's feature that none of them shows."""
+"""Test what samples can't know: a moment's feature that none of them shows."""
 
 from __future__ import annotations
 

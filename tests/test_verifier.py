@@ -1,5 +1,8 @@
-"""The target that is filtered by a verifier: what the function sees, what it may answer, and what happens to a run when
-a call of it hangs, dies, leaks or raises."""
+"""Test the target that is filtered by a verifier.
+
+The tests say what the function sees, what it may answer, and what happens to a run when a call of it hangs, dies, leaks
+or raises.
+"""
 
 from __future__ import annotations
 

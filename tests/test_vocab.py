@@ -1,4 +1,4 @@
-"""The linear losses with a head that is cut among the ranks of a group, on gloo (``vocab_job.py``)."""
+"""Test the linear losses with a head that is cut among the ranks of a group, on gloo (``vocab_job.py``)."""
 
 from __future__ import annotations
 

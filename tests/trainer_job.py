@@ -1,6 +1,6 @@
-"""A small training job, in this process or, as a script, in one of its own: ``python trainer_job.py JSON``.
+"""Run a small training job in this process or, as a script, in one of its own: ``python trainer_job.py JSON``.
 
-The script prints a JSON line of what came out. Started by torchrun it is one rank of several.
+The script prints a JSON line of what came out. Under torchrun it is one rank of several.
 """
 
 from __future__ import annotations

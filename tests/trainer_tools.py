@@ -1,4 +1,4 @@
-"""What the tests of DMTrainer share: a job in a process of its own, the steps that a run took, an oracle in fp64."""
+"""Share what the tests of DMTrainer need: a job in its own process, the steps of a run, and an oracle in fp64."""
 
 from __future__ import annotations
 

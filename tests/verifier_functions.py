@@ -1,4 +1,4 @@
-"""Verifiers that worker processes can import, and how they misbehave."""
+"""Define verifiers that worker processes can import, and that misbehave."""
 
 from __future__ import annotations
 

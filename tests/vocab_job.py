@@ -1,5 +1,8 @@
-"""Ranks of a gloo group that share a vocabulary: ``torchrun --nproc-per-node=2 vocab_job.py``. Each compares what it
-gets with one process's, and rank 0 writes what all of them found to the file that the command line names."""
+"""Run ranks of a gloo group that share a vocabulary: ``torchrun --nproc-per-node=2 vocab_job.py``.
+
+Each rank compares its results with one process's. Rank 0 writes what all of them found to the file that the command
+line names.
+"""
 
 from __future__ import annotations
 
