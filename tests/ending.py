@@ -9,7 +9,7 @@ import torch
 
 
 def end():
-    """Ends a rank of several. torch's DDP keeps gloo's threads alive, and one that still holds a tensor when the
+    """End a rank of several. torch's DDP keeps gloo's threads alive, and one that still holds a tensor when the
     interpreter is gone aborts the process, which torchrun takes for a failure."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

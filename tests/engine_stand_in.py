@@ -162,7 +162,7 @@ class StandIn:
         return left > 0
 
     def answer(self, method, path, body):
-        """The JSON of an answer."""
+        """Return the JSON of an answer."""
         planned = self.faults.status.get(path)
         if planned:
             status = planned.pop(0) if len(planned) > 1 else planned[0]
@@ -275,7 +275,7 @@ class StandIn:
         }  # fmt: skip
 
     def _draw(self, ids, body, n):
-        """Tokens and log-probabilities of n continuations, each with random numbers of its own."""
+        """Return tokens and log-probabilities of n continuations, each with random numbers of its own."""
         generators = [torch.Generator().manual_seed(body.get("seed", 0) + i) for i in range(n)]
         drawn, ends = [([], []) for _ in range(n)], set(body.get("stop_token_ids", []))
         for _ in range(body["max_tokens"]):

@@ -23,7 +23,7 @@ REQUIRES = {
 
 
 def found(**versions: str) -> dict[str, str]:
-    """The lines by extra, where these versions are installed."""
+    """Return the lines by extra, where these versions are installed."""
 
     def version(name: str) -> str:
         if name not in versions:

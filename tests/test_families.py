@@ -93,7 +93,7 @@ def test_what_can_not_be_trained_is_refused(name, reason):
 
 
 class Faulty(LlamaForCausalLM):
-    """A Llama with one fault, by its name."""
+    """Return a Llama with one fault, by its name."""
 
     fault = ""
 

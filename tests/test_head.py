@@ -44,7 +44,7 @@ def other(family, **changes):
 
 
 def through_logits(policy):
-    """The same model, refused its head."""
+    """Return the same model, refused its head."""
     policy._head.failure = "a test"
     return policy
 

@@ -43,7 +43,7 @@ AS_JSON = CHAT.replace("{{ m['content'] }}", "{{ m['content'] if m['content'] is
 
 
 def around(how, bos=True, template=None):
-    """A tokenizer that puts special tokens around a text by itself."""
+    """Return a tokenizer that puts special tokens around a text by itself."""
     words = tok().backend_tokenizer
     words.post_processor = processors.TemplateProcessing(
         single=AROUND[how], special_tokens=[("<s>", BOS), ("<e>", EOS)]
@@ -59,7 +59,7 @@ def lm(tokenizer=None, **options):
 
 
 def encoded(policy, prompts):
-    """The ids of prompts without padding, and by the way that left padding is what it should be."""
+    """Return the ids of prompts without padding, and by the way that left padding is what it should be."""
     tokens, mask = policy._encode(prompts)
     rows = [row[seen.bool()].tolist() for row, seen in zip(tokens, mask, strict=True)]
     for row, all_of_it in zip(rows, tokens.tolist(), strict=True):
@@ -264,7 +264,7 @@ def test_an_error_of_the_template_names_the_row():
 
 
 class Reader(ProcessorMixin):
-    """A processor with a tokenizer alone."""
+    """Be a processor with a tokenizer alone."""
 
     tokenizer_class = "PreTrainedTokenizerFast"
 

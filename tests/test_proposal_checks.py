@@ -24,13 +24,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*fr
 
 
 def scores(table, which=ALL, log_z=None):
-    """What ``fresh`` gives for sequences of q."""
+    """Return what ``fresh`` gives for sequences of q."""
     log_z = TARGET.z.log() if log_z is None else log_z
     return SPACE.log_prob(table)[which], SPACE.log_prob(Q_TABLE)[which], TARGET.log_score[which], log_z
 
 
 def after_a_step(criterion, table, *, says, **options):
-    """A proposal with a step behind it whose sequences say that pi is nearer, or that it is not."""
+    """Return a proposal with a step behind it whose sequences say that pi is nearer, or that it is not."""
     proposal = OfflineProposal(Table(Q_TABLE), criterion, interval=1, **options)
     then = torch.lerp(Q_TABLE, P_TABLE, 0.5 if says else -0.5)
     log_prob, log_proposal, log_target, log_z = scores(then)
@@ -102,7 +102,7 @@ def test_fresh_samples_that_do_not_fit_change_nothing():
 
 
 def finished(out, *, keep=None, **wanted):
-    """A finished job, which checks every second step."""
+    """Return a finished job, which checks every second step."""
     callbacks = [] if keep is None else [keep]
     trainer = job(out, callbacks=callbacks, **({"max_steps": 6, "proposal_interval": 2} | wanted))
     if keep is not None:
@@ -261,7 +261,7 @@ def test_fresh_samples_make_up_for_skipped_forwards(tmp_path):
 
 
 def indifferent(criterion):
-    """A table as near to p as q is by the criterion: some way towards p, and some way off."""
+    """Return a table as near to p as q is by the criterion: some way towards p, and some way off."""
     divergence = DIVERGENCES[criterion]
 
     def off(much):

@@ -156,7 +156,7 @@ def test_the_ideal_of_several_contexts(which):
         return (1.0 + 3 * ("w4" in words)) * math.exp(lambda_ * ("w6" in words))
 
     def of_context(prompt):
-        """E_p[w6], E_p[w1], KL(p||a) and Z: a sum over the sequences of up to two tokens."""
+        """Return E_p[w6], E_p[w1], KL(p||a) and Z: a sum over the sequences of up to two tokens."""
         ids = tokenizer()(prompt)["input_ids"]
         with torch.no_grad():
             first = base.model(torch.tensor([ids])).logits[0, -1].double().softmax(-1)

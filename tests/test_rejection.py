@@ -29,14 +29,14 @@ CASES = [pytest.param(t, q, id=f"{t}-{q}") for t in TARGETS for q in PROPOSALS]
 
 
 def exact(target, log_q, log_beta):
-    """The rate, and the distribution of what is accepted, by summing over all sequences."""
+    """Return the rate, and the distribution of what is accepted, by summing over all sequences."""
     q, score = log_q.exp(), target.log_score.exp()
     joint = q * torch.minimum(torch.ones(()), score / (math.exp(log_beta) * q))
     return float(joint.sum()), joint / joint.sum()
 
 
 def whole(target, log_q):
-    """log P/q of a set of samples in which x stands n_x times, and the q that these are exact for."""
+    """Return log P/q of a set of samples in which x stands n_x times, and the q that these are exact for."""
     n = counts(log_q.exp())
     log_q = (n.double() / n.sum()).log()
     return (target.log_score - log_q).repeat_interleave(n), log_q

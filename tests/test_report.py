@@ -119,7 +119,7 @@ def write(folder, log):
 
 @pytest.fixture
 def two(tmp_path, capsys):
-    """The logs of two runs, and their page, as the command makes it."""
+    """Return the logs of two runs, and their page, as the command makes it."""
     logs = [a_log(0), a_log(1, 3e-4)]
     runs = [write(tmp_path / f"run{i}", log) for i, log in enumerate(logs)]
     out = tmp_path / "new" / "page.html"
@@ -317,7 +317,7 @@ def test_what_runs_say_is_text(tmp_path):
 
 
 def with_passes(seed, k, before, after):
-    """A log with pass@k of three evaluations: the base, midway, the policy."""
+    """Return a log with pass@k of three evaluations: the base, midway, the policy."""
     log = a_log(seed)
 
     def measures(values):
@@ -336,7 +336,7 @@ def with_passes(seed, k, before, after):
 
 
 def points(figure, number, length):
-    """The drawn lines of a run with so many points, each (length, 2)."""
+    """Return the drawn lines of a run with so many points, each (length, 2)."""
     lines = [p["d"] for p in Parsed(figure).paths if f"stroke: var(--run{number})" in p.get("style", "")]
     found = [re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", line) for line in lines if "fill" not in line]
     return [torch.tensor([[float(v) for v in pair] for pair in line]) for line in found if len(line) == length]

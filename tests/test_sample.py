@@ -33,7 +33,7 @@ def log_softmax(z: Tensor, temperature: float = 1.0, softcap: float | None = Non
 
 
 def draw(z: Tensor, uniform: Tensor, temperature: float = 1.0, softcap: float | None = None) -> tuple[Tensor, Tensor]:
-    """The kernel's draw with the uniforms given."""
+    """Return the kernel's draw with the uniforms given."""
     return select(z).sample(checks.make_sample_rows(z, 0, None, 0, temperature, softcap), uniform)[:2]
 
 

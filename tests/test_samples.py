@@ -123,7 +123,7 @@ def test_samples_are_frozen(x, name):
 
 
 def with_rows(x):
-    """The samples with a version and a row of a data set each, all different."""
+    """Return the samples with a version and a row of a data set each, all different."""
     n = len(x)
     return dataclasses.replace(x, version=torch.arange(n) % 5, rows=[{"answer": str(i)} for i in range(n)])
 

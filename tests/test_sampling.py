@@ -27,7 +27,7 @@ PEFT = ["", "lora", "lora, embedding too", "lora, new tokens"]
 
 
 def moved(policy, by=0.1, seed=0):
-    """The same policy after what training may do to it."""
+    """Return the same policy after what training may do to it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in (p for p in policy.model.parameters() if p.requires_grad):
@@ -36,7 +36,7 @@ def moved(policy, by=0.1, seed=0):
 
 
 def view():
-    """A second adapter of a model as a sampler."""
+    """Return a second adapter of a model as a sampler."""
     policy = lm(how="lora")
     return OfflineProposal(policy, adapter=True).snapshot
 

@@ -28,7 +28,7 @@ class Watched(LanguageModel):
 
 
 def run(seeds, of_torch=0):
-    """What each function draws, by its name; ``seeds``: the options that say the seed."""
+    """Return what each function draws, by its name; ``seeds``: the options that say the seed."""
     model = Watched(gpt2(), tokenizer())
     torch.manual_seed(of_torch)
     target, found = EBM(model, [Moment(dmfast.Contains("w3", name="w3"), 0.7)]), {}

@@ -27,7 +27,7 @@ STEPS = {"max_steps": 4, "warmup_steps": 0, "proposal_criterion": "interval"}  #
 
 
 def launched(out, processes, ways, everything=False):
-    """What the ranks of ``spread_job.py`` say, a dictionary each."""
+    """Return what the ranks of ``spread_job.py`` say, a dictionary each."""
     out.mkdir(parents=True, exist_ok=True)
     wanted = {"out": str(out), "ways": ways, "all": everything}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -114,7 +114,7 @@ def check_run(found, trainer, gradients):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """Two ranks of one launch, by how models are spread."""
+    """Return two ranks of one launch, by how models are spread."""
     cut = {"checks": ["heads", "alike", "proposal", "refusals"], "runs": {"run": STEPS}}
     cut["runs"]["differs"] = {"differs": True, "refused": True}
     sharded = {"checks": ["refusals"], "runs": {"run": STEPS}}

@@ -44,7 +44,7 @@ class OfTorch(torch.utils.data.IterableDataset):
 
 
 def read(loader, batches):
-    """The first microbatches."""
+    """Return the first microbatches."""
     found = []
     for batch in loader:
         found.append(batch)

@@ -85,7 +85,7 @@ def objective(name, **kwargs):
 
 
 def inputs(target: Target, mode: str, log_pi):
-    """The per-sequence inputs of a call, and q."""
+    """Return the per-sequence inputs of a call, and q."""
     log_q = PROPOSAL if mode == "off_policy" else log_pi.detach()
     kwargs = {
         "on_policy": mode != "off_policy",

@@ -23,7 +23,7 @@ from dmfast.objectives import Terms
 
 
 def own_dpg(terms: Terms) -> Tensor:
-    """A function in the place of ``dpg``."""
+    """Return a function in the place of ``dpg``."""
     assert terms.log_target_ratio is not None
     return terms.log_target_ratio.exp()
 
@@ -260,7 +260,7 @@ def test_values_that_may_not_be(value: float, backend: str | None, monkeypatch: 
 
 
 def off_policy() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Logits, tokens (padded), which of them count, log q of each token, and an advantage of each sequence."""
+    """Return logits, tokens (padded), which of them count, log q of each token, and an advantage of each sequence."""
     torch.manual_seed(0)
     logits = 2 * torch.randn(6, 8, 11).double()
     tokens = torch.randint(11, (6, 8))
@@ -271,24 +271,24 @@ def off_policy() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def grpo(ratio: Tensor, advantage: Tensor, log_pi: Tensor, scored: Tensor) -> Tensor:
-    """The mean over sequences of the mean over tokens of min(r A, clip(r) A), r within .2 of 1."""
+    """Return the mean over sequences of the mean over tokens of min(r A, clip(r) A), r within .2 of 1."""
     surrogate = torch.minimum(ratio * advantage[:, None], ratio.clamp(0.8, 1.2) * advantage[:, None])
     return -((surrogate * scored).sum(1) / scored.sum(1)).mean()
 
 
 def dapo(ratio: Tensor, advantage: Tensor, log_pi: Tensor, scored: Tensor) -> Tensor:
-    """The mean over all tokens, clipped below at .8 and above at 1.28."""
+    """Return the mean over all tokens, clipped below at .8 and above at 1.28."""
     surrogate = torch.minimum(ratio * advantage[:, None], ratio.clamp(0.8, 1.28) * advantage[:, None])
     return -(surrogate * scored).sum() / scored.sum()
 
 
 def cispo(ratio: Tensor, advantage: Tensor, log_pi: Tensor, scored: Tensor) -> Tensor:
-    """The mean over all tokens of clip(r) A log pi, the clipped ratio a constant."""
+    """Return the mean over all tokens of clip(r) A log pi, the clipped ratio a constant."""
     return -(ratio.detach().clamp(max=1.3) * advantage[:, None] * log_pi * scored).sum() / scored.sum()
 
 
 def within(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
-    """Where min(r A, clip(r) A) has a gradient."""
+    """Return where min(r A, clip(r) A) has a gradient."""
     return torch.where(advantage[:, None] > 0, ratio <= high, ratio >= low)
 
 

@@ -118,7 +118,7 @@ def test_a_column_that_a_row_does_not_have_is_named():
 
 
 def careful(texts, rows):
-    """Asks for a column that is not there, and fails for another reason."""
+    """Ask for a column that is not there, and fail for another reason."""
     assert "hint" not in rows[0] and rows[0].get("hint") is None
     return {}["other"]
 

@@ -21,7 +21,7 @@ WITHIN = {"fp32": 2e-5, "bf16": 1e-3, "bf16 same": 0.1, "fp16": 1e-3, "fp16, uns
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each rank found."""
+    """Return what each rank found."""
     out = tmp_path_factory.mktemp("vocab") / "found.json"
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}",
            str(HERE / "vocab_job.py"), str(out)]  # fmt: skip

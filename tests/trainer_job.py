@@ -53,7 +53,7 @@ def gpt2(seed=0, n_positions=24):
 
 
 def llama(seed=0):
-    """A model whose head is not its embedding."""
+    """Return a model whose head is not its embedding."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -115,7 +115,7 @@ class AtOnce(threading.Timer):
 
 
 def whole(tensor):
-    """All of a tensor, of which this rank may have a shard."""
+    """Return all of a tensor, of which this rank may have a shard."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -150,7 +150,7 @@ def digest(model):
 
 
 def main():
-    """Runs the job that the command line asks for."""
+    """Run the job that the command line asks for."""
     torch.set_num_threads(1)
     wanted = json.loads(sys.argv[1])
     resume, stop, interrupt, terminate = (wanted.pop(n, None) for n in ("resume", "stop", "interrupt", "terminate"))
@@ -170,7 +170,7 @@ def main():
 
 
 def said(trainer, gradients):
-    """What a run that has ended says of itself."""
+    """Return what a run that has ended says of itself."""
     return {
         "digest": digest(trainer.model),
         "steps": trainer.state.global_step,

@@ -30,7 +30,7 @@ def one_thread():
 
 
 def in_process(out, processes=1, **wanted):
-    """A job in a fresh process, or in several under torchrun; what it says of itself."""
+    """Run a job in a fresh process, or in several under torchrun, and return what it says of itself."""
     out.mkdir(parents=True, exist_ok=True)
     run = [sys.executable]
     if processes > 1:
@@ -43,7 +43,7 @@ def in_process(out, processes=1, **wanted):
 
 
 def here(out, *, resume=None, stop=None, **wanted):
-    """A job in this process; what it says of itself."""
+    """Run a job in this process, and return what it says of itself."""
     gradients = Gradients()
     trainer = job(out, callbacks=[gradients, *([StopAt(stop)] if stop else [])], **wanted)
     trainer.train(resume_from_checkpoint=resume)
@@ -51,7 +51,7 @@ def here(out, *, resume=None, stop=None, **wanted):
 
 
 class Keep(TrainerCallback):
-    """The steps as the trainer drew and scored them, and the policy that each was taken with."""
+    """Keep the steps as the trainer drew and scored them, and the policy that each was taken with."""
 
     def __init__(self):
         self.steps, self.models, self.snapshots = [], [], []
@@ -64,7 +64,7 @@ class Keep(TrainerCallback):
 
 
 def run(out, **wanted):
-    """A finished job with its gradients and steps."""
+    """Return a finished job with its gradients and steps."""
     gradients, keep = Gradients(), Keep()
     trainer = job(out, callbacks=[gradients, keep, *wanted.pop("callbacks", [])], **wanted)
     keep.trainer = trainer
@@ -73,7 +73,7 @@ def run(out, **wanted):
 
 
 def oracle(model, step, inputs=None, **options):
-    """The gradient of a whole step in fp64 and plain torch, and the output of its loss."""
+    """Return the gradient of a whole step in fp64 and plain torch, and the output of its loss."""
     if inputs is None:
         inputs = {name: value for name, value in step.inputs.items() if name != "baseline"}
     policy = LanguageModel(copy.deepcopy(model).double(), step.samples.tokenizer)
@@ -85,7 +85,7 @@ def oracle(model, step, inputs=None, **options):
 
 
 def inputs_by_hand(trainer, step, objective):
-    """What the objective needs, from base and features, and the baseline of the whole step."""
+    """Return what the objective needs, from base and features, and the baseline of the whole step."""
     x = step.samples
     log_base = trainer.target.base.log_prob(x)
     inputs = {
@@ -112,7 +112,7 @@ SKIP = {"constraints": [Contains("w4")], "objective": "dpg", "max_new_tokens": 3
 
 
 class Forwards:
-    """The shapes of the policy's forwards."""
+    """Record the shapes of the policy's forwards."""
 
     def __init__(self, model):
         self.shapes = []
@@ -124,5 +124,5 @@ class Forwards:
 
 
 def said(recorded, part):
-    """How often."""
+    """Return how many of the recorded warnings have this part in their message."""
     return sum(part in str(each.message) for each in recorded)

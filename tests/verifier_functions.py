@@ -24,7 +24,7 @@ def bad(texts, rows):
 
 
 def equals(texts, rows):
-    """The answer as mathematics, by the library of the extra ``verify``."""
+    """Return the answer as mathematics, by the library of the extra ``verify``."""
     from math_verify import parse, verify
 
     return [verify(parse(row["answer"]), parse(text)) for text, row in zip(texts, rows, strict=True)]
