@@ -48,7 +48,7 @@ EXCHANGES = {
 
 @dataclass
 class Faults:
-    """What a server does wrong.
+    """Say what a server does wrong.
 
     Attributes:
         status: the answers of a path from now on, one after the other; None is the right one. The last one stays.
@@ -70,7 +70,7 @@ class Faults:
 
 
 class Refused(Exception):
-    """A request that the server refuses, with its status."""
+    """Be a request that the server refuses, with its status."""
 
     def __init__(self, status, message):
         super().__init__(message)
@@ -78,7 +78,7 @@ class Refused(Exception):
 
 
 class StandIn:
-    """A server in a thread.
+    """Run a server in a thread.
 
     Args:
         model: what it was started with. It is copied.
@@ -98,7 +98,7 @@ class StandIn:
         self.restart()
 
     def restart(self):
-        """What is left after the server was started anew: the weights that it was started with, and their name."""
+        """Leave what a server that was started anew has: the weights that it was started with, and their name."""
         self.model, self.weight_version, self.paused = copy.deepcopy(self.started_with), "default", False
 
     def __enter__(self):

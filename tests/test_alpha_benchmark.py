@@ -67,7 +67,7 @@ def test_splits_are_disjoint_pairs_with_enough_right_answers():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a base that has learned nothing; its EOS is likely, so that short answers come."""
+    """Return the folder of a base that has learned nothing. Its EOS is likely, so that answers are short."""
     path = tmp_path_factory.mktemp("base")
     model = language.model(width=16)
     with torch.no_grad():

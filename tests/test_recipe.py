@@ -135,7 +135,7 @@ def test_the_texts_of_a_log_are_of_all_prompts_and_have_them():
 
 @pytest.mark.parametrize("which", ["binary", "graded", "with a moment"])
 def test_the_ideal_of_several_contexts(which):
-    """Against all sequences of a small model, counted out: each context has its own Z and weighs the same."""
+    """The ideal agrees with all sequences of a small model. Each context has its own Z and weighs the same."""
     prompts, width = ["w1 w2", "w4 w5 w6", "w7"], 2
     base = LanguageModel(gpt2(), tokenizer())
     constraints = {
@@ -181,7 +181,7 @@ def test_the_ideal_of_several_contexts(which):
 
 
 def test_a_recipe_resumes(tmp_path, monkeypatch):
-    """With the lambda of its checkpoint; and other settings are refused before anything is drawn."""
+    """It goes on with the lambda of its checkpoint. Other settings are refused before anything is drawn."""
     settings = SMALL["train"] | {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / "out")}
     recipe.run(read(write(tmp_path, train=settings)), say=lambda line: None)
     monkeypatch.setattr(EBM, "fit", lambda *args, **options: pytest.fail("lambda was fitted again"))
@@ -314,7 +314,7 @@ def test_a_scorer_from_where_the_command_runs(tmp_path):
 
 
 def test_scorers_of_a_recipe_see_the_rows_of_its_prompts(tmp_path, monkeypatch):
-    """In the fit, the training, the evaluations before and after."""
+    """Scorers see the rows in the fit, in the training, and in the evaluations before and after."""
     (tmp_path / "with_rows.py").write_text(
         "import torch\n\nseen = []\n\n\ndef right(x):\n    seen.append({row['answer'] for row in x.rows})\n"
         "    return torch.tensor([float(row['answer'] in text) for row, text in zip(x.rows, x.text)])\n"
@@ -463,7 +463,7 @@ def test_the_verdict(share, kl, says):
 
 
 def test_the_tiny_model_never_changes():
-    """Results are of this checkpoint, and so are the base rates that come with it."""
+    """The results and the base rates that are shipped are of this checkpoint."""
     weights = (TINY_BIOS / "model.safetensors").read_bytes()
     assert hashlib.sha256(weights).hexdigest() == "e4672f9c8e53d17cf297f7c43da5bc774da10fb8e170ff7d05959590a6669337"
     assert len(weights) < 2e6
@@ -513,7 +513,7 @@ def test_the_smollm2_example(tmp_path):
 
 
 def test_a_classifier_and_a_reward_in_a_recipe(tmp_path):
-    """Read from a folder, and the same as built by hand."""
+    """The model is read from a folder, and is the same as one that is built by hand."""
     from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
 
     words = AutoTokenizer.from_pretrained(recipe.TINY_BIOS)

@@ -130,7 +130,7 @@ def test_what_is_refused(call, match):
 
 
 class Tabular:
-    """A distribution over the 125 sequences as a proposal or a base."""
+    """Be a distribution over the 125 sequences, as a proposal or a base."""
 
     tokenizer = word_tokenizer(list("abcde"))
 
@@ -178,7 +178,7 @@ def assert_drawn_from(samples, p):
 @pytest.mark.parametrize("above", [-2.5, -1.0, 0.0])
 @pytest.mark.parametrize(("target", "proposal"), CASES)
 def test_what_is_accepted_is_p_beta(target, proposal, above):
-    """Up to the largest P/q, where it is p itself, and at the rate that is known."""
+    """The samples are those of p_beta up to the largest P/q, where it is p itself, and come at the known rate."""
     target, log_q = TARGETS[target], PROPOSALS[proposal]
     log_beta = float((target.log_score - log_q).max()) + above
     x, drawn = quasi_rejection_sample(ebm(target), Tabular(log_q), 4000, log_beta=log_beta, max_new_tokens=3,
@@ -269,7 +269,7 @@ def test_prompts_that_do_not_serve(model):
 
 
 def test_every_proposal_leads_to_the_same_target(model):
-    """E_p[phi] from accepted sequences, whatever they were proposed by; log Z from each curve."""
+    """E_p[phi] comes from accepted sequences, whatever proposed them, and log Z from each curve."""
     target = EBM(model, [Contains("w3", name="w3")])
     policy = LanguageModel(gpt2(), tokenizer())
     with torch.no_grad():

@@ -167,7 +167,7 @@ def test_the_numbers_are_those_of_the_logs(two):
 
 
 def test_the_verdict_comes_first_and_settings_are_folded(tmp_path):
-    """With the words of a real verdict, so that another wording of it fails here."""
+    """The words are those of a real verdict, so that another wording of it fails here."""
     women = {"phi/women": Estimate(0.07, 0.01), "kl_policy_base": Estimate(0.0, 0.0)}
     wanted = {"phi/women": Estimate(0.5, 0.0), "kl_policy_base": Estimate(0.7, 0.0)}
     logs = [a_log(i, verdict=verdict(women, after, wanted, ["women"])) for i, after in enumerate((wanted, women))]
@@ -184,7 +184,7 @@ def test_the_verdict_comes_first_and_settings_are_folded(tmp_path):
 
 
 def test_what_is_drawn_is_announced_and_nothing_else(two, tmp_path):
-    """The evaluations before and after count as such; a run without any has no marks, and its page speaks of none."""
+    """The evaluations before and after have marks. A run without any has no marks, and its page speaks of none."""
     _, html, _ = two
 
     def figure(page, title):
@@ -233,7 +233,7 @@ def test_digits_are_those_that_the_error_allows(value, error, text):
 
 
 def test_before_and_after_stand_together_under_their_prompt(tmp_path):
-    """From the log, from the rows that the trainer wrote, from the one prompt of a recipe; or the page says unknown."""
+    """Prompts come from the log, from the trainer's rows, or from a recipe's one prompt; or the page says unknown."""
     recipe = a_log()["recipe"]
 
     def sections(log, rows=()):
@@ -343,7 +343,7 @@ def points(figure, number, length):
 
 
 def test_right_answers_are_drawn_over_k_and_against_each_other(tmp_path):
-    """Through the points of the logs, each run with a mark and a dash of its own."""
+    """The lines go through the points of the logs, and each run has a mark and a dash of its own."""
     k = (1, 4, 16)
     passes = [(0.1, 0.4, 0.9), (0.3, 0.6, 0.95)], [(0.1, 0.4, 0.9), (0.7, 0.75, 0.8)]
     logs, fronts = zip(*(with_passes(i, k, *each) for i, each in enumerate(passes)), strict=True)
@@ -406,7 +406,7 @@ def of_trainer(tmp_path):
 
 
 def test_a_trainer_s_folder_is_a_run(tmp_path):
-    """The newest checkpoint's state, and samples of the first and the last evaluation."""
+    """The page has the newest checkpoint's state, and samples of the first and the last evaluation."""
     trainer = of_trainer(tmp_path)
     (run,) = read([tmp_path])
     assert run.source == tmp_path / "checkpoint-4" / "trainer_state.json"
@@ -437,7 +437,7 @@ def test_names_tell_runs_apart(tmp_path):
 
 
 def test_what_is_not_finite_is_left_out(tmp_path):
-    """null in JSON: no point of a line, a dash in a table."""
+    """A null in JSON is no point of a line, and a dash in a table."""
     log = a_log()
     log["history"][1]["kl_policy"] = None
     log["history"][2]["kl_policy"] = float("nan")

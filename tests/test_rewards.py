@@ -20,7 +20,7 @@ TEXTS = ["a", "a b", "b b", ""]
 
 
 class Counted:
-    """The words of each text that are this one, and how often it was asked."""
+    """Count the words of each text that are this one, and how often the feature is asked."""
 
     def __init__(self, word):
         self.word, self.calls = word, 0

@@ -153,7 +153,7 @@ def test_every_token_by_its_own_interval(v: int, temperature: float, softcap: fl
 
 @dtypes
 def test_a_row_of_many_blocks(dtype: torch.dtype) -> None:
-    """More blocks than a warp has lanes; a stretch of them without a possible token, and the last."""
+    """There are more blocks than a warp has lanes. A stretch of them has no possible token."""
     torch.manual_seed(0)
     v = 20_011
     z = torch.randn(v).to(dtype)
@@ -169,7 +169,7 @@ def test_a_row_of_many_blocks(dtype: torch.dtype) -> None:
 
 
 def blocks(*parts: float | None) -> Tensor:
-    """Blocks of 512 logits: None is -inf, else noise around a value."""
+    """Return rows of blocks of 512 logits: -inf for None, else noise around a value."""
     return torch.cat([torch.full((512,), -INF) if x is None else x + torch.randn(512) for x in parts])
 
 
@@ -252,7 +252,7 @@ def test_threads_and_batches_make_no_difference(sample: Callable[..., tuple[Tens
 
 @dtypes
 def test_strides(dtype: torch.dtype) -> None:
-    """Rows far apart, one row for all, any alignment; NaN between rows is not read."""
+    """Rows may be far apart, one row for all, or of any alignment. NaN between rows is not read."""
     torch.manual_seed(0)
     base = torch.full((9, 4, 700), math.nan, dtype=dtype)
     z = (3 * torch.randn(9, 700)).to(dtype)

@@ -195,7 +195,7 @@ def test_a_prompted_model_loads_and_stays_prompted():
 
 
 def test_the_parts_of_a_mixture_draw_numbers_of_their_own():
-    """Two parts of one model, and the model itself with the same seed: no sequence is drawn twice."""
+    """No sequence is drawn twice by two parts of one model, and by the model itself, with the same seed."""
     table = torch.full((V, V), -torch.inf)
     table[:, :4] = 0.0  # four words, all alike, without an end: 4^20 sequences
     policy = LanguageModel(Table(table), tok())
@@ -239,7 +239,7 @@ def test_the_model_that_ships_has_a_name(tmp_path, monkeypatch):
 
 
 class Engine:
-    """A sampler with parameters of its own, which counts what it is asked and may fail to load."""
+    """Be a sampler with parameters of its own, which counts what it is asked and may fail to load."""
 
     def __init__(self, name="gpt2", how=""):
         self.model, self.version, self.loaded, self.fails = moved(lm(name, how=how), seed=9), 0, [], False

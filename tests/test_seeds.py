@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
 
 
 class Watched(LanguageModel):
-    """Keeps what was drawn of it, and with which seeds."""
+    """Be a model that keeps what was drawn of it, and with which seeds."""
 
     def sample(self, *args, **options):
         x = super().sample(*args, **options)

@@ -89,13 +89,13 @@ REFUSED = {
 
 
 def check_refusals(found, **more):
-    """Each is refused by name."""
+    """Each error names what is refused."""
     for name, message in (REFUSED | more).items():
         assert found[name] and found[name].startswith("ValueError: ") and message in found[name], (name, found[name])
 
 
 def check_run(found, trainer, gradients):
-    """A run is that of one process, but for rounding."""
+    """A run is that of one process, up to rounding."""
     assert found["written"] and found["said"] == []
     swaps = trainer.proposal.swaps if trainer.proposal else None
     assert (found["steps"], found["swaps"]) == (trainer.state.global_step, swaps)

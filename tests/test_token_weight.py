@@ -115,7 +115,7 @@ def test_another_grad_output(reduction: str, objective: str, dtype: torch.dtype)
 @dtypes
 @pytest.mark.parametrize("name", SPECIAL)
 def test_special_logits(name: str, dtype: torch.dtype) -> None:
-    """Also where the weight is 0, whose rows get zeros."""
+    """The gradient is right also where the weight is 0. Such rows get zeros."""
     case = make_case("sliced", dtype, 1300, b=2, t=3, values=SPECIAL[name], unscored="none")
     w = torch.tensor([[0.0, -2.0, 1e-3], [1.0, 0.0, 0.0]])
     for objective in ("gdc++", "dpg"):
@@ -170,7 +170,7 @@ def test_no_sequences_and_empty_ones() -> None:
 @pytest.mark.parametrize("rows", [3, 13, 1000])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_linear(layout: str, rows: int, objective: str) -> None:
-    """Sequences in parts, several a chunk, and all at once; with and without a bias."""
+    """Sequences may come in parts, several a chunk, or all at once, with and without a bias."""
     case = make_linear(layout, bias=rows != 13)
     check_linear(case, rows, objective=OBJECTIVES[objective], max_weight=5.0, token_weight=weights_of(case.tokens),
                  softcap=5.0 if rows == 3 else None, entropy_coefficient=0.3 * (rows == 13))  # fmt: skip
@@ -234,7 +234,7 @@ def test_what_it_must_be(weight: object, error: type[Exception], message: str) -
 @pytest.mark.parametrize("backend", [None, "eager"], ids=["kernels", "eager"])
 @pytest.mark.parametrize("value", [NAN, INF, -(2.0**100)])
 def test_values_that_may_not_be(value: float, backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Named with their place, and only where a token is scored."""
+    """Errors name the place, and only scored tokens have them."""
     monkeypatch.setenv("DMFAST_SYNC_CHECKS", "1")
     w = torch.ones(2, 3)
     w[1, 2] = value
@@ -295,7 +295,7 @@ def within(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
 @pytest.mark.parametrize("backend", [None, "eager"], ids=["kernels", "eager"])
 @pytest.mark.parametrize("theirs", [grpo, dapo, cispo])
 def test_losses_that_clip_each_token(theirs: object, backend: str | None) -> None:
-    """Two calls: one scores, one has the weights that were made of its log pi."""
+    """Make two calls. The first scores, and the second has the weights that were made of its log pi."""
     logits, tokens, scored, log_q, advantage = off_policy()
     leaf = logits.clone().requires_grad_()
     log_pi = leaf.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]

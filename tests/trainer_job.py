@@ -120,7 +120,7 @@ def whole(tensor):
 
 
 class Gradients(TrainerCallback):
-    """The gradients of each optimiser step, by parameter."""
+    """Keep the gradients of each optimiser step, by parameter."""
 
     def __init__(self):
         self.steps = []
@@ -144,7 +144,7 @@ class Kill(TrainerCallback):
 
 
 def digest(model):
-    """Of all parameters, to the bit."""
+    """Return a digest of all parameters, to the bit."""
     parts = [p.detach().contiguous().numpy().tobytes() for _, p in sorted(model.state_dict().items())]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
