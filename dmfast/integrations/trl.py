@@ -1,4 +1,4 @@
-"""Put dmfast's loss into trl's ``GRPOTrainer``: trl draws the completions and runs the loop, dmfast weighs the texts."""
+"""Put dmfast's loss into trl's ``GRPOTrainer``: trl draws the completions and runs the loop, dmfast weighs them."""
 
 from __future__ import annotations
 
