@@ -1054,5 +1054,7 @@ def test_the_entropy_of_a_step_is_logged_and_the_loss_has_it():
         mean = torch.cat([out.entropy for out in outs]).mean()
         assert m.commit()["entropy"] == pytest.approx(float(mean), rel=1e-9)
     assert found[bonus] == pytest.approx(found[plain] - 0.25 * float(mean), rel=1e-6)
-    with pytest.raises(TypeError, match="the matcher and its batch set entropy_coefficient of the loss, so it can't be given here"):
+    with pytest.raises(
+        TypeError, match="the matcher and its batch set entropy_coefficient of the loss, so it can't be given here"
+    ):
         m.loss(draw(m), entropy_coefficient=0.5)
