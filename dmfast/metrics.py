@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,8 +52,11 @@ def step_metrics(
     finite = out.log_z[out.log_z.isfinite()]
     log_z = float(finite.mean()) if len(finite) else -math.inf
     log_u = torch.where(out.log_z == -math.inf, -math.inf, out.log_target - out.log_proposal - out.log_z)
-    means = gather(batch.features).mean(0)
-    metrics = {f"phi/{name}": float(v) for name, v in zip(feature_names(target), means, strict=True)}
+    features = gather(batch.features)
+    metrics: dict[str, float] = {}
+    means = estimate_moments(features, features.new_zeros(len(features)))
+    for name, mean in zip(feature_names(target), means, strict=True):
+        metrics |= {f"phi/{name}": mean.value, f"phi/{name}_stderr": mean.stderr}
     # the estimates' log_z and ess are left out, because they are of the window and the logged ones are of the step
     metrics |= {k: v for k, v in estimates.as_dict().items() if not k.startswith(("log_z", "ess"))}
     metrics |= {
@@ -111,6 +114,13 @@ def step_metrics(
 def feature_names(target: EBM) -> list[str]:
     """Return the names of the columns of ``Batch.features``: the target's moments, then its monitored features."""
     return [*target.moment_names, *target.monitor_names]
+
+
+def logged_features(keys: Iterable[str]) -> list[str]:
+    """Return the names of the features whose means are among the keys of a log, without the means' standard errors."""
+    keys = list(keys)
+    errors = {f"{key}_stderr" for key in keys}
+    return [key[len("phi/") :] for key in keys if key.startswith("phi/") and key not in errors]
 
 
 #: The beginnings of the names of metrics that vary from step to step.

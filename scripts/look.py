@@ -46,7 +46,7 @@ def look(browser: Any, address: str, picture: Path) -> list[str]:
         page.on("pageerror", lambda error, said=said: said.append(f"a script fails: {error}"))
         page.on("requestfailed", lambda r, said=said: said.append(f"not there: {r.url}"))
         page.on("response", lambda r, said=said: said.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
-        page.goto(address)
+        page.goto(address, timeout=120_000)  # in milliseconds; other work may have the processors
         page.wait_for_load_state("networkidle")
         over = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         if over > 0:
@@ -62,7 +62,7 @@ def search(browser: Any, address: str, folder: Path) -> list[str]:
     wrong = []
     for word, has in WORDS.items():
         page = browser.new_page(viewport={"width": 1440, "height": 900})
-        page.goto(address)
+        page.goto(address, timeout=120_000)  # in milliseconds; other work may have the processors
         page.locator(".md-search__input").click()
         page.locator(".md-search__input").press_sequentially(word)
         first = page.locator(".md-search-result__item").first

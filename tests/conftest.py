@@ -1,7 +1,7 @@
-"""What all tests share.
+"""Share what all tests need.
 
-The examples can be imported by their names. DMFAST_TEST_DEVICE=cuda: tensors that a test makes without naming a device
-are the device's; `make gpu` sets it.
+The examples can be imported by their names. With DMFAST_TEST_DEVICE=cuda, tensors that a test makes without naming a
+device are on the device. `make gpu` sets it.
 """
 
 from __future__ import annotations

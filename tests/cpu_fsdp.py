@@ -1,6 +1,6 @@
-"""Lets accelerate run FSDP2 on a CPU, for tests: it shards on GPUs only, and runs DDP in their place without a word.
+"""Let accelerate run FSDP2 on a CPU, for tests. By itself it shards on GPUs only, and silently runs DDP elsewhere.
 
-It is imported before any Accelerator is made, and changes what accelerate takes several CPU processes for.
+Import this module before any Accelerator is made. It changes what accelerate takes several CPU processes for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Lets accelerate take a model that tensor parallelism has cut on a CPU, for tests: it does so on GPUs only."""
+"""Let accelerate take a model that tensor parallelism has cut on a CPU, for tests. It does so on GPUs only."""
 
 from __future__ import annotations
 

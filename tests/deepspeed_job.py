@@ -1,10 +1,10 @@
-"""Training jobs one after the other, each under DDP or DeepSpeed, as a rank of two: ``python deepspeed_job.py JSON``.
+"""Run training jobs one after the other under DDP or DeepSpeed, as a rank of two: ``python deepspeed_job.py JSON``.
 
-The JSON has ``out`` and ``variants``: by name what ``trainer_job.job`` takes, and ``stage`` (of ZeRO; 0: DDP),
-``config`` (of DeepSpeed, over ``CONFIG``), ``model``, ``resume``, ``stop``, ``launcher`` (what accelerate launch puts
-into the environment), ``check`` (a function of ``CHECKS``, run on the trained trainer) and ``refused`` (that the job
-is). ``loaded`` names a job whose model is loaded beside such a config. Rank r writes what came of them to
-``result-r.json``.
+The JSON has ``out`` and ``variants``. A variant has a name and the arguments of ``trainer_job.job``, and may have
+``stage`` (of ZeRO; 0 is DDP), ``config`` (of DeepSpeed, over ``CONFIG``), ``model``, ``resume``, ``stop``, ``launcher``
+(what accelerate launch puts into the environment), ``check`` (a function of ``CHECKS``, which runs on the trained
+trainer) and ``refused`` (the job must be refused). ``loaded`` names a job whose model is loaded beside such a config.
+Rank r writes its results to ``result-r.json``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ZERO_3 = {"zero_optimization": {"stage": 3}}
 
 
 def with_lora():
-    """A model with an adapter, of which the base and the proposal are whole copies."""
+    """Return a model with an adapter, of which the base and the proposal are whole copies."""
     return peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
 
 
@@ -75,7 +75,7 @@ class EngineGradients(TrainerCallback):
 
 
 def scored(trainer):
-    """What the trained policy draws and scores, on this rank alone; that it stays cut, others load whole."""
+    """Return what the trained policy draws and scores on this rank alone, how it is cut, and what others load."""
     rank = torch.distributed.get_rank()
     how = {"n": 2, "max_new_tokens": 3 + 5 * rank, "seed": 22, "first_row": 2 * rank}
     drawn = trainer.policy.sample(["w3"], **how)
@@ -112,13 +112,13 @@ def broken(trainer):
 
 
 def loaded(folder):
-    """How large the parameters are of a model that is loaded once a config with ZeRO-3 exists."""
+    """Return how large the parameters are of a model that is loaded once a config with ZeRO-3 exists."""
     dmfast.DMConfig(str(folder / "unused"), use_cpu=True, deepspeed=merged(copy.deepcopy(CONFIG), ZERO_3))
     return [p.numel() for p in LlamaForCausalLM.from_pretrained(folder / "whole").parameters()]
 
 
 def twice(trainer):
-    """Why a second train() is refused."""
+    """Return why a second train() is refused."""
     try:
         trainer.train()
     except ValueError as error:
@@ -130,7 +130,7 @@ CHECKS = {each.__name__: each for each in (scored, broken, twice)}
 
 
 def refused(out, name, **options):
-    """Why a job is."""
+    """Return why a job is refused."""
     try:
         run(out, name, **options)
     except (ValueError, RuntimeError) as error:
@@ -139,7 +139,7 @@ def refused(out, name, **options):
 
 
 def merged(config, more):
-    """A config with another's sections over its own; None takes a key out."""
+    """Return a config with another's sections over its own. None takes a key out."""
     for name, value in (more or {}).items():
         if isinstance(value, dict) and isinstance(config.get(name), dict):
             merged(config[name], value)
@@ -152,7 +152,7 @@ def merged(config, more):
 
 def run(out, name, *, model="gpt2", stage=0, config=None, resume=None, stop=None, skip=False, lora=None,
         launcher=None, check=None, **wanted):  # fmt: skip
-    """A finished job: its parameters, the gradients of its first step, what it logged and warned of."""
+    """Return a finished job: its parameters, the gradients of its first step, what it logged and warned of."""
     zero = stage > 0
     wanted = {"warmup_steps": 0} | wanted  # after a step of learning rate 0 pi is q, and rounding decides a swap
     torch.distributed.is_initialized() and torch.distributed.barrier()
@@ -198,7 +198,7 @@ def run(out, name, *, model="gpt2", stage=0, config=None, resume=None, stop=None
 
 
 def main():
-    """Runs the jobs that the command line asks for."""
+    """Run the jobs that the command line asks for."""
     torch.set_num_threads(1)
     wanted = json.loads(sys.argv[1])
     results = {}

@@ -1,4 +1,4 @@
-"""How a rank of several ends in the tests' jobs."""
+"""End a rank of several in the tests' jobs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def end():
-    """Ends a rank of several. torch's DDP keeps gloo's threads alive, and one that still holds a tensor when the
+    """End a rank of several. torch's DDP keeps gloo's threads alive, and one that still holds a tensor when the
     interpreter is gone aborts the process, which torchrun takes for a failure."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -1,4 +1,4 @@
-"""A run of two processes whose q is in one engine, under `make fsdp` with the other jobs of two processes."""
+"""Run two processes whose q is in one engine. `make fsdp` starts it with the other jobs of two processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer_tools import (
 
 
 def test_two_processes_draw_from_one_engine(other, tmp_path):  # noqa: F811
-    """Rank 0 loads, both draw: the run of one process, on the same sequences."""
+    """Rank 0 loads and both draw. The run is that of one process, on the same sequences."""
     engine = {"sampler": other.url, "sampler_options": QUICK}
     settings = SETTINGS | engine | {"max_steps": 2}
     both = in_process(tmp_path / "both", processes=2, per_device_train_batch_size=4, **settings)

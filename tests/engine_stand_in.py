@@ -1,7 +1,8 @@
-"""A vLLM server in the place of the real one: a small model of transformers behind the same HTTP answers.
+"""Stand in for a vLLM server: a small model of transformers behind the same HTTP answers.
 
-It answers as vLLM 0.32.0 does, whose answers ``scripts/ci/engines.py --record`` wrote into ``vllm_answers.json``;
-``test_engines.py`` compares their shapes. What can go wrong with a server can be asked for: see ``Faults``.
+It answers as vLLM 0.32.0 does. ``scripts/ci/engines.py --record`` wrote the answers of the real one into
+``vllm_answers.json``, and ``test_engines.py`` compares their shapes. A test can ask for what may go wrong with a
+server: see ``Faults``.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ EXCHANGES = {
 
 @dataclass
 class Faults:
-    """What a server does wrong.
+    """Say what a server does wrong.
 
     Attributes:
         status: the answers of a path from now on, one after the other; None is the right one. The last one stays.
@@ -72,7 +73,7 @@ class Faults:
 
 
 class Refused(Exception):
-    """A request that the server refuses, with its status."""
+    """Be a request that the server refuses, with its status."""
 
     def __init__(self, status, message):
         super().__init__(message)
@@ -80,7 +81,7 @@ class Refused(Exception):
 
 
 class StandIn:
-    """A server in a thread.
+    """Run a server in a thread.
 
     Args:
         model: what it was started with. It is copied.
@@ -103,7 +104,7 @@ class StandIn:
         self.restart()
 
     def restart(self):
-        """What is left after the server was started anew: the weights that it was started with, and their name."""
+        """Leave what a server that was started anew has: the weights that it was started with, and their name."""
         self.model, self.weight_version, self.paused = copy.deepcopy(self.started_with), "default", False
         self.adapters, self.adapter, self.scale = {}, {}, 1.0  # a model for each name; what the last one is made of
 
@@ -168,7 +169,7 @@ class StandIn:
         return left > 0
 
     def answer(self, method, path, body):
-        """The JSON of an answer."""
+        """Return the JSON of an answer."""
         planned = self.faults.status.get(path)
         if planned:
             status = planned.pop(0) if len(planned) > 1 else planned[0]
@@ -318,7 +319,7 @@ class StandIn:
         }  # fmt: skip
 
     def _draw(self, model, ids, body, n):
-        """Tokens and log-probabilities of n continuations, each with random numbers of its own."""
+        """Return tokens and log-probabilities of n continuations, each with random numbers of its own."""
         generators = [torch.Generator().manual_seed(body.get("seed", 0) + i) for i in range(n)]
         drawn, ends = [([], []) for _ in range(n)], set(body.get("stop_token_ids", []))
         for _ in range(body["max_tokens"]):

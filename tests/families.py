@@ -1,7 +1,7 @@
-"""Small random models of every causal architecture that transformers' mapping lists, and what dmfast makes of each.
+"""Make a small random model of every causal architecture in transformers' mapping, and see what dmfast makes of it.
 
-A configuration is the class's default with every size shrunk by its name (``SIZES``); ``OVERRIDES`` has what can't be
-told from names. ``verdict`` samples, scores and differentiates, and compares each with plain transformers: every
+A configuration is the default of its class with every size shrunk by its name (``SIZES``). ``OVERRIDES`` has what names
+do not tell. ``verdict`` samples, scores and differentiates, and compares each with plain transformers, which runs every
 sequence alone, unpadded, without a cache and with the model's own positions.
 """
 

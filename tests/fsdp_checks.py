@@ -1,4 +1,4 @@
-"""Checks of models that ``fully_shard`` has cut, as a rank of two: each returns what ``test_fsdp.py`` looks at."""
+"""Check models that ``fully_shard`` has cut, as a rank of two. ``test_fsdp.py`` looks at what each check returns."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def everything_apart(model):
 
 
 def tail_together(model):
-    """As accelerate does."""
+    """Shard a model as accelerate does."""
     blocks(model)
     fully_shard(model.model.embed_tokens)
     fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False)
@@ -70,7 +70,7 @@ def _drawn(n=8):
 
 
 def _losses(lm, x):
-    """The loss of objective and reward, by the fused head and by log_prob."""
+    """Return the loss of objective and reward, by the fused head and by log_prob."""
     inputs = {"log_target": x.log_prob + 1, "log_proposal": x.log_prob, "log_z": torch.zeros_like(x.log_prob)}
     yield "loss", lambda: lm.loss(x, objective="dpg", **inputs).loss
     yield "log_prob", lambda: lm.log_prob(x).mean()
@@ -78,7 +78,7 @@ def _losses(lm, x):
 
 
 def gradients():
-    """By layout and loss the largest error of a gradient, as a part of its parameter's largest entry."""
+    """Return the largest error of a gradient by layout and loss, relative to the parameter's largest entry."""
     x, worst = _drawn(), {}
     plain = LanguageModel(llama(), tokenizer())
     wanted = {}
@@ -121,7 +121,7 @@ def sampling():
 
 
 def scoring():
-    """log_prob where the ranks have 8 and 3 and no batches."""
+    """Return log_prob where the ranks have 8, 3 and no batches."""
     x, lm, plain = _drawn(), sharded(), LanguageModel(llama(), tokenizer())
     mine = (8, 3)[distributed.get_rank()]
     with torch.no_grad():
@@ -140,7 +140,7 @@ def _told(function):
 
 
 class _OnRank1:
-    """A function of a module that does something else on rank 1."""
+    """Replace a function of a module by one that does something else on rank 1."""
 
     def __init__(self, owner, name, other):
         self.owner, self.name, self.before = owner, name, getattr(owner, name)
@@ -154,7 +154,7 @@ class _OnRank1:
 
 
 def agreement():
-    """What all ranks do where rank 1 alone finds something."""
+    """Return what all ranks do where rank 1 alone finds something."""
     found, x = {}, _drawn()
     draw = {"n": 2, "max_new_tokens": 6, "seed": 1}
     lm = sharded()
@@ -181,7 +181,7 @@ def agreement():
 
 
 def swaps():
-    """q <- pi: how many collectives it takes, and whether q then is pi; a folder loaded into shards."""
+    """Return how many collectives q <- pi takes, whether q then is pi, and what a folder loads into shards."""
     model = llama()
     policy = LanguageModel(model, tokenizer())
     proposal = OfflineProposal(policy)
@@ -212,7 +212,7 @@ def swaps():
 
 
 def refusals():
-    """What is refused, by what is tried."""
+    """Return what is refused, by what is tried."""
     lm, x = sharded(), _drawn()
     base = LanguageModel(llama(), tokenizer())
     target = EBM(base, [Moment(Contains("w3"), 0.6)])
@@ -234,7 +234,7 @@ def refusals():
 
 
 def engine():
-    """What an engine of rank 0's says that was given the shards of all ranks."""
+    """Return what an engine of rank 0 says after it was given the shards of all ranks."""
     lm, x = sharded(), _drawn()
     refusal, scores = load_spread(lm, llama(seed=7), x, Ranks())
     with_adapter = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
@@ -247,7 +247,7 @@ def engine():
 
 
 def _loop(around):
-    """Parameters and logs after two steps of a Matcher of which a function puts something around the models."""
+    """Return parameters and logs after two steps of a Matcher whose models a function has wrapped."""
     model = llama()
     policy, base = LanguageModel(model, tokenizer()), LanguageModel(llama(), tokenizer())
     target = EBM(base, [Moment(Contains("w3"), 0.6)])
@@ -267,7 +267,7 @@ def _loop(around):
 
 
 def loop():
-    """Whether a loop around Matcher ends under FSDP as under DDP."""
+    """Return whether a loop around Matcher ends under FSDP as under DDP."""
 
     def shards(model, *others):
         for each in (model, *others):

@@ -1,9 +1,9 @@
-"""Training jobs one after the other, each under DDP or FSDP2, as a rank of several: ``python fsdp_job.py JSON``.
+"""Run training jobs one after the other under DDP or FSDP2, as a rank of several: ``python fsdp_job.py JSON``.
 
-The JSON has ``out``, ``fsdp`` and ``variants``: by name what ``trainer_job.job`` takes, and ``model``, ``resume``,
-``stop``, ``fsdp_config``, ``launcher`` (what accelerate launch puts into the environment), ``bare`` (accelerate as it
-is on a CPU), ``differs`` (what does on rank 1) and ``refused`` (that it is). ``checks`` names those of
-``fsdp_checks.py``. Rank r writes what came of them to ``result-r.json``.
+The JSON has ``out``, ``fsdp`` and ``variants``. A variant has a name and the arguments of ``trainer_job.job``, and may
+have ``model``, ``resume``, ``stop``, ``fsdp_config``, ``launcher`` (what accelerate launch puts into the environment),
+``bare`` (accelerate stays as it is on a CPU), ``differs`` (what is different on rank 1) and ``refused`` (the job must
+be refused). ``checks`` names functions of ``fsdp_checks.py``. Rank r writes its results to ``result-r.json``.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from dmfast import Contains
 
 
 def hooked():
-    """A model whose head has a hook, so that all of its logits are formed."""
+    """Return a model whose head has a hook, so that all of its logits are formed."""
     model = llama()
     model.lm_head.register_forward_hook(lambda *_: None)
     return model
 
 
 def with_lora():
-    """A model with an adapter, of which the base and the proposal are whole copies."""
+    """Return a model with an adapter, of which the base and the proposal are whole copies."""
     return peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
 
 
@@ -40,7 +40,7 @@ MODELS = {"gpt2": gpt2, "llama": llama, "hooked": hooked, "with_lora": with_lora
 
 
 def refused(out, fsdp, name, **options):
-    """Why a job is."""
+    """Return why a job is refused."""
     try:
         run(out, fsdp, name, **options)
     except (ValueError, RuntimeError) as error:
@@ -53,7 +53,7 @@ ALONE = {"seed": {"seed": 30}, "lambda": {"lambda_": 1.6}, "prompts": {"prompts"
 
 def run(out, fsdp, name, *, model="gpt2", resume=None, stop=None, fsdp_config=None, skip=False, lora=None, bare=False,
         launcher=None, differs=None, **wanted):  # fmt: skip
-    """A finished job: its parameters, the gradients of its first step, what it logged and warned of."""
+    """Return a finished job: its parameters, the gradients of its first step, what it logged and warned of."""
     cpu_fsdp.reset(bare)
     torch.distributed.is_initialized() and torch.distributed.barrier()
     os.environ.update(launcher or {})
@@ -88,7 +88,7 @@ def run(out, fsdp, name, *, model="gpt2", resume=None, stop=None, fsdp_config=No
 
 
 def main():
-    """Runs the jobs that the command line asks for."""
+    """Run the jobs that the command line asks for."""
     torch.set_num_threads(1)
     wanted = json.loads(sys.argv[1])
     fsdp = bool(wanted["fsdp"])

@@ -1,6 +1,6 @@
-"""GPT-2's random weights for the tests, the same under every transformers.
+"""Give the tests the same random weights of GPT-2 under every transformers.
 
-Releases draw them in different orders, and what a test samples, which steps swap q and so on hangs on them.
+Releases draw the weights in different orders. What a test samples and which steps swap q depend on them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""A pytest plugin: Triton's kernels run in its interpreter, on CPU tensors, as backend ``triton``; and what the
-interpreter (3.6 to 3.9) gets wrong is mended.
+"""Run Triton's kernels in its interpreter, on CPU tensors, as backend ``triton``. This is a plugin of pytest.
 
-- fp32 to bf16 truncates; it is to round to nearest, ties to even.
-- ``tl.fma`` rounds twice, so that the terms of a row would lose what the kernels use it for.
-- It reads and writes wherever a pointer leads: here every lane that is not masked must lie in a tensor that was given.
+The plugin also mends what the interpreter (3.6 to 3.9) gets wrong:
+
+- It truncates fp32 to bf16, and must round to nearest, ties to even.
+- Its ``tl.fma`` rounds twice, so that the terms of a row would lose the precision that the kernels use it for.
+- It reads and writes wherever a pointer leads. Here every lane that is not masked must lie in a tensor that was given.
 """
 
 from __future__ import annotations

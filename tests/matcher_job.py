@@ -1,4 +1,4 @@
-"""A loop around ``Matcher`` as a script, alone or as a rank of several by torchrun: ``python matcher_job.py OUT``."""
+"""Run a loop around ``Matcher`` alone, or as a rank of several by torchrun: ``python matcher_job.py OUT``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ N = 16
 
 
 class Ranks:
-    """Those of torch.distributed."""
+    """Talk to the ranks of torch.distributed."""
 
     def __init__(self):
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
@@ -38,7 +38,7 @@ class Ranks:
 
 
 class Engine:
-    """A copy of the policy that a thread calls."""
+    """Be a copy of the policy that a thread calls."""
 
     version = 0
 
@@ -56,7 +56,7 @@ class Engine:
 
 
 def trained(ranks, sampler=None):
-    """The matcher after four steps of 64 sequences, and what was logged."""
+    """Return the matcher after four steps of 64 sequences, and what was logged."""
     model = gpt2()
     policy = LanguageModel(model, tokenizer())
     target = EBM(LanguageModel(copy.deepcopy(model), tokenizer()), [Moment(Contains("w3", name="w3"), 0.6)])
@@ -82,14 +82,14 @@ def w3(samples):
 
 
 def others(seed, n, taken):
-    """Prompts 100 to 109, the same on all ranks."""
+    """Return prompts 100 to 109, the same on all ranks."""
     order = torch.randperm(10, generator=torch.Generator().manual_seed(seed)).tolist()
     found = [place for place in order if 100 + place not in taken][:n]
     return Prompts([f"w0 w{place % 8}" for place in found], [100 + place for place in found])
 
 
 def grouped(ranks, objective, how):
-    """Two steps of groups, of which the first lies on both ranks: what came of them."""
+    """Take two steps of groups, of which the first lies on both ranks, and return what came of them."""
     model = gpt2()
     policy = LanguageModel(model, tokenizer())
     target = EBM(LanguageModel(copy.deepcopy(model), tokenizer()), [Contains("w3")])
@@ -122,7 +122,7 @@ def grouped(ranks, objective, how):
 
 
 def main():
-    """Trains, and writes what came of it on rank 0."""
+    """Train, and write what came of it on rank 0."""
     torch.set_num_threads(1)
     several = "RANK" in os.environ
     if several:

@@ -1,10 +1,11 @@
-"""Models that transformers spreads over processes as it loads them, as a rank of several: ``spread_job.py JSON``.
+"""Try models that transformers spreads over processes as it loads them, as a rank of several: ``spread_job.py JSON``.
 
-The JSON has ``out``, ``all`` (whether checks are to look at all that they can) and ``ways``: by name ``sizes`` (of a
-``DistributedConfig``), ``checks`` (names of those below) and ``runs``: by name what ``trainer_job.job`` takes, and
-``model`` (what ``made`` takes), ``whole_base``, ``resume``, ``stop``, ``reward``, ``interrupt`` (the step at which rank
-1 gets a SIGINT), ``differs`` (what does on rank 1), and ``refused`` (that it is). Rank r compares with the whole model,
-which it loads beside its parts, and writes what it found to ``result-r.json``.
+The JSON has ``out``, ``all`` (whether checks look at all that they can) and ``ways``. A way has a name, ``sizes`` (of a
+``DistributedConfig``), ``checks`` (names of the functions below) and ``runs``. A run has a name and the arguments of
+``trainer_job.job``, and may have ``model`` (what ``made`` takes), ``whole_base``, ``resume``, ``stop``, ``reward``,
+``interrupt`` (the step at which rank 1 gets a SIGINT), ``differs`` (what is different on rank 1) and ``refused`` (the
+run must be refused). Rank r compares with the whole model, which it loads beside its parts, and writes what it found to
+``result-r.json``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ WANTED = json.loads(sys.argv[1]) if __name__ == "__main__" else {}
 
 
 def made(tied=False, dtype="float32", seed=0, rows=11):
-    """A Llama whose vocabulary of 11 is cut 6 and 5."""
+    """Return a Llama whose vocabulary of 11 is cut 6 and 5."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -48,7 +49,7 @@ def made(tied=False, dtype="float32", seed=0, rows=11):
 
 
 def saved(**options):
-    """The folder of a model, which rank 0 writes once."""
+    """Return the folder of a model, which rank 0 writes once."""
     folder = Path(WANTED["out"], "models", json.dumps(options).replace('"', "") or "plain")
     if distributed.get_rank() == 0 and not folder.exists():
         made(**options).save_pretrained(folder)
@@ -57,34 +58,34 @@ def saved(**options):
 
 
 def loaded(folder, **options):
-    """A model as transformers loads it."""
+    """Return a model as transformers loads it."""
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 def spread(folder):
-    """A model of which this rank has its parts."""
+    """Return a model of which this rank has its parts."""
     return loaded(folder, distributed_config=DistributedConfig(**WANTED["sizes"]))
 
 
 def tied():
-    """What makes a tied model that can be spread: FSDP takes shares of one size only."""
+    """Return what makes a tied model that can be spread: FSDP takes shares of one size only."""
     return {"tied": True} | ({"rows": 12} if "fsdp_size" in WANTED["sizes"] else {})
 
 
 def place():
-    """The number of this rank's sequences among those of all, in whole ranks."""
+    """Return the number of this rank's sequences among those of all, in whole ranks."""
     return distributed.get_rank() // WANTED["sizes"].get("tp_size", 1)
 
 
 def same_on_ranks(tensor):
-    """Whether all ranks hold the same bits."""
+    """Return whether all ranks hold the same bits."""
     parts = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
     distributed.all_gather(parts, tensor.detach().contiguous())
     return all(torch.equal(part, tensor) for part in parts)
 
 
 def told(function):
-    """The error of a function."""
+    """Return the error of a function."""
     try:
         function()
     except (ValueError, RuntimeError, TypeError) as error:
@@ -96,7 +97,7 @@ def told(function):
 
 
 def losses(lm, x):
-    """What has a gradient, by name."""
+    """Return what has a gradient, by name."""
     given = {"log_target": x.log_prob + 1, "log_proposal": x.log_prob, "log_z": torch.zeros_like(x.log_prob)}
     yield "loss", lambda: lm.loss(x, **given).loss
     yield "log_prob", lambda: lm.log_prob(x).mean()
@@ -106,7 +107,7 @@ def losses(lm, x):
 
 
 def compared(spoil=lambda model: None, **options):
-    """Draws, values and gradients beside those of the whole model."""
+    """Return draws, values and gradients beside those of the whole model."""
     parts, right = spread(saved(**options)), loaded(saved(**options))
     spoil(parts)
     lm, plain = LanguageModel(parts, tokenizer()), LanguageModel(right, tokenizer())
@@ -131,14 +132,14 @@ def compared(spoil=lambda model: None, **options):
 
 
 def mean_of_ranks(gradient):
-    """What data parallelism makes of the gradients of all ranks."""
+    """Return what data parallelism makes of the gradients of all ranks."""
     total = gradient.clone()
     distributed.all_reduce(total)
     return total / distributed.get_world_size()
 
 
 def heads():
-    """``compared`` of several heads."""
+    """Return what ``compared`` says of several heads."""
     found = {"own": compared(), "tied": compared(**tied())}
     if WANTED.get("all"):
         found["hooked"] = hooked()
@@ -151,7 +152,7 @@ def hooked():
 
 
 def alike():
-    """Whether the ranks of one model draw alike without a seed, and score alike to the bit, in 16 bits too."""
+    """Return whether the ranks of one model draw alike without a seed, and score alike to the bit, in 16 bits too."""
     found = {}
     for dtype in ("float32", "bfloat16") if WANTED.get("all") else ("float32",):
         lm = LanguageModel(spread(saved(dtype=dtype)), tokenizer())
@@ -166,7 +167,7 @@ def alike():
 
 
 def proposal():
-    """Whether q stays while pi moves, and is pi after a swap, and what else a copy goes through."""
+    """Return whether q stays while pi moves, and is pi after a swap, and what else a copy goes through."""
     found = {}
     for name, options in (("own", {}), ("tied", tied())) if WANTED.get("all") else (("own", {}),):
         policy = LanguageModel(spread(saved(**options)), tokenizer())
@@ -204,14 +205,14 @@ def proposal():
 
 @torch.no_grad()
 def shrunk(model):
-    """Moves all parameters."""
+    """Move all parameters."""
     sharding.reshard(model)
     for parameter in model.parameters():
         parameter.mul_(0.9)
 
 
 def refusals():
-    """What is refused, by what is tried."""
+    """Return what is refused, by what is tried."""
     found, out = {}, Path(WANTED["out"], "refused")
     alone, model, base = loaded(saved()), spread(saved()), spread(saved())
     config = model.config.distributed_config
@@ -249,7 +250,7 @@ def refusals():
 
 def run(out, *, model=None, whole_base=False, resume=None, stop=None, reward=None, interrupt=None, differs=None,
         **wanted):  # fmt: skip
-    """A finished job: its parameters, the gradients of its first step, what it logged and warned of."""
+    """Return a finished job: its parameters, the gradients of its first step, what it logged and warned of."""
     folder, second = saved(**(model or {})), distributed.get_rank() == 1
     if differs and second:
         wanted |= {"seed": 30}

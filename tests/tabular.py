@@ -1,5 +1,7 @@
-"""A tabular autoregressive model over every sequence of a small space, in fp64 and independent of dmfast's code: all
-probabilities, divergences and their gradients are known exactly. Shared by the tests of losses and estimators.
+"""Know a tabular autoregressive model over every sequence of a small space, in fp64 and without dmfast's code.
+
+All of its probabilities, divergences and their gradients are known exactly. The tests of losses and of estimators share
+it.
 """
 
 from __future__ import annotations
@@ -36,16 +38,16 @@ class Space:
         self.table_shape = (start, symbols)
 
     def table(self, seed: int, scale: float = 1.0) -> Tensor:
-        """Random logits that fp32 holds exactly, as fp64."""
+        """Return random logits that fp32 holds exactly, as fp64."""
         generator = torch.Generator().manual_seed(seed)
         return (scale * torch.randn(self.table_shape, generator=generator)).double()
 
     def logits(self, table: Tensor) -> Tensor:
-        """(n, length, symbols)."""
+        """Return (n, length, symbols)."""
         return table[self.rows]
 
     def log_prob(self, table: Tensor, temperature: float = 1.0, softcap: float | None = None) -> Tensor:
-        """(n,) log pi of every sequence, differentiable."""
+        """Return (n,) log pi of every sequence, differentiable."""
         z = self.logits(table)
         if softcap is not None:
             z = softcap * torch.tanh(z / softcap)
@@ -54,7 +56,7 @@ class Space:
         return log_p.gather(-1, self.tokens[..., None]).sum((1, 2))
 
     def table_of(self, p: Tensor) -> Tensor:
-        """The table whose model is the distribution p > 0."""
+        """Return the table whose model is the distribution p > 0."""
         length, (n_rows, symbols) = self.tokens.shape[1], self.table_shape
         mass = torch.zeros(n_rows, symbols, dtype=torch.float64)
         for t in range(length):
@@ -78,7 +80,7 @@ class Target:
 
 
 def hard_target(log_base: Tensor, seed: int = 7) -> Target:
-    """P = a b: b = 0 on about a third of the sequences, in (0, 5) elsewhere."""
+    """Return P = a b: b = 0 on about a third of the sequences, in (0, 5) elsewhere."""
     generator = torch.Generator().manual_seed(seed)
     b = 5 * torch.rand(log_base.shape, generator=generator, dtype=torch.float64)
     b[torch.rand(log_base.shape, generator=generator) < 0.35] = 0
@@ -86,29 +88,29 @@ def hard_target(log_base: Tensor, seed: int = 7) -> Target:
 
 
 def soft_target(log_base: Tensor, tokens: Tensor) -> Target:
-    """P = a exp(lambda . phi) > 0: phi_1 = symbol 0 occurs, phi_2 = symbols equal to the first."""
+    """Return P = a exp(lambda . phi) > 0: phi_1 = symbol 0 occurs, phi_2 = symbols equal to the first."""
     phi = torch.stack([(tokens == 0).any(1), (tokens == tokens[:, :1]).sum(1)], 1).double()
     return Target(log_base + phi @ torch.tensor([1.2, -0.6], dtype=torch.float64))
 
 
 # Divergences of two vectors of probabilities, differentiable in the second; p may hold zeros.
 def kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p‖q)."""
+    """Return KL(p‖q)."""
     return torch.xlogy(p, p).sum() - torch.xlogy(p, q).sum()
 
 
 def js(p: Tensor, q: Tensor) -> Tensor:
-    """JS(p, q) = KL(p‖m)/2 + KL(q‖m)/2, m = (p + q)/2."""
+    """Return JS(p, q) = KL(p‖m)/2 + KL(q‖m)/2, m = (p + q)/2."""
     return (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2
 
 
 def tv(p: Tensor, q: Tensor) -> Tensor:
-    """TV(p, q) = sum |p - q| / 2."""
+    """Return TV(p, q) = sum |p - q| / 2."""
     return (p - q).abs().sum() / 2
 
 
 def counts(p: Tensor, total: int = 2000) -> Tensor:
-    """How often each sequence stands among ``total``: about total * p and never 0, so that counts / total is a
+    """Return how often each sequence stands among ``total``: about total * p and never 0, so that counts / total is a
     distribution under which an empirical mean is the exact expectation."""
     n = (p * total).round().long().clamp(min=1)
     n[n.argmax()] += total - n.sum()

@@ -1,5 +1,7 @@
-"""One backbone with two adapters is what three models are: the same distributions, steps and swaps to rounding, in a
-third of the memory; whatever a switch touches is put back, also after an error; what can't be switched is refused.
+"""Test that one backbone with two adapters is what three models are.
+
+Distributions, steps and swaps are the same to rounding, in a third of the memory. Whatever a switch touches is put
+back, also after an error. What can't be switched is refused.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ KINDS = {
 
 
 def adapted(kind="lora"):
-    """The pretrained model alone, and the policy: an adapter in a copy of it."""
+    """Return the pretrained model alone, and the policy: an adapter in a copy of it."""
     base, config = KINDS[kind]()
     torch.manual_seed(1)
     model = peft.get_peft_model(copy.deepcopy(base), config)
@@ -62,7 +64,7 @@ def adapted(kind="lora"):
 
 
 def state(model):
-    """What a switch could leave behind."""
+    """Return what a switch could leave behind."""
     return {
         "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
         "training": {name: module.training for name, module in model.named_modules()},
@@ -72,7 +74,7 @@ def state(model):
 
 
 def nudge(model, scale=0.05):
-    """A step of the policy."""
+    """Take a step of the policy."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -85,7 +87,7 @@ def nudge(model, scale=0.05):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "new lora"])
 def test_views_are_the_models_that_they_stand_for(kind):
-    """To the bit: a is the model from before, q the policy at the last swap; and each switch leaves no trace."""
+    """a is the model from before and q the policy at the last swap, to the bit. Switches leave no trace."""
     before, model = adapted(kind)
     alone, policy = LanguageModel(before, tokenizer()), LanguageModel(model, tokenizer())
     model.train()
@@ -247,7 +249,7 @@ def test_a_newer_proposal_takes_the_place_of_an_older_one():
 
 
 def parameter_bytes(*models):
-    """Of all parameters in them, shared ones once."""
+    """Return the bytes of all parameters in them, shared ones once."""
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in models for p in m.parameters()}
     return sum(storages.values())
 
@@ -271,7 +273,7 @@ def test_memory_is_that_of_one_model_and_two_adapters(tmp_path):
 
 
 def trainer(out, base, model, *, shared, callbacks=(), prompts=None, reward=None, **args):
-    """For 60% of the sequences with w3; a and q of their own, or views of the policy."""
+    """Return a job that asks for w3 in 60% of the sequences. a and q are models of their own, or views."""
     base = LanguageModel(model, tokenizer()).base() if shared else LanguageModel(base, tokenizer())
     target = EBM(base, [Moment(Contains("w3", name="w3"), 0.6)], monitor=[Contains("w4", name="w4")])
     target.lambda_ = [1.5]
@@ -366,7 +368,7 @@ def test_what_is_saved_is_the_policy_s_adapter(tmp_path):
 
 
 def test_resumed_to_the_bit(tmp_path):
-    """At a checkpoint where q is neither pi nor a."""
+    """At this checkpoint q is neither pi nor a."""
     settings = {"shared": True, "save_strategy": "steps", "save_steps": 3}
     whole = trainer(tmp_path / "whole", *adapted("new lora"), **settings)
     whole.train()
@@ -428,7 +430,7 @@ LORA_RECIPE = {"target_modules": ["c_attn"], "r": 2, "fan_in_fan_out": True}
 
 @pytest.mark.parametrize("more", [{}, {"modules_to_save": ["lm_head"]}], ids=["one backbone", "three models"])
 def test_recipes_share_the_backbone_where_that_is_possible(tmp_path, more, monkeypatch):
-    """And say so where it is not."""
+    """An error says so where it is not."""
     path, made, said = tmp_path / "recipe.yaml", [], []
     path.write_text(yaml.safe_dump(SMALL | {"lora": LORA_RECIPE | more}))
     init = dmfast.DMTrainer.__init__

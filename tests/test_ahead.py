@@ -1,5 +1,7 @@
-"""Sampling that runs ahead: which q draws which batch whatever takes how long, what is lost and repeated, what a
-checkpoint holds, and a copy of the policy in a process of its own.
+"""Test sampling that runs ahead.
+
+It must be known which q draws which batch, however long anything takes. The tests also look at what is lost and
+repeated, at checkpoints, and at a copy of the policy in a process of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ PROMPTS = ["w1 w2", "w3", "w4 w5 w6", "w7", "w0 w0", "w2"]
 
 
 class Engine:
-    """A model of its own that a thread may call, which notes what it is asked for, and takes its time."""
+    """Be a model of its own that a thread may call, which takes notes of what it is asked for, and takes its time."""
 
     def __init__(self, wait=lambda call: None):
         self.model, self.version, self.wait = None, 0, wait
@@ -83,7 +85,7 @@ def coming(k, steps, ahead):
 
 
 def run(m, optimizer, last, ahead=2, first=0, steps=None):
-    """The steps of a loop from one to before another; their metrics, without times."""
+    """Take the steps of a loop from one to before another, and return their metrics without times."""
     return [
         timeless(step(m, optimizer, [(PROMPTS * 3)[k]], next_prompts=coming(k, steps or last, ahead)))
         for k in range(first, last)
@@ -288,7 +290,7 @@ def test_an_engine_that_holds_another_q_is_found():
 
 @pytest.mark.parametrize("drawn", [1, 2])
 def test_a_resumed_run_is_the_unbroken_one_to_the_bit(drawn):
-    """With as many of the batches ahead drawn as it says, and the others on their way."""
+    """As many of the batches ahead are drawn as the test says, and the others are on their way."""
     whole, optimizer = made(AsyncSampler(Engine(), 2))
     unbroken = run(whole, optimizer, 7)
 
@@ -340,7 +342,7 @@ CONTEXTS = {"prompts": PROMPTS, "samples_per_context": 4, "max_steps": 7}  # thr
 
 @pytest.fixture
 def server():
-    """One that was started with weights of its own."""
+    """Return a server that was started with weights of its own."""
     with StandIn(gpt2(seed=7), tokenizer()) as started:
         yield started
 

@@ -1,6 +1,8 @@
-"""The objective ``alpha``, A = rho (((p/pi)^(1 - alpha) - 1)/(1 - alpha) - b): it is the objectives that it holds as
-special cases, to rounding; right in 50 digits near alpha = 1, at the extremes of fp64 and under its bound; and its
-expected gradient is that of the divergence, by enumeration."""
+"""Test the objective ``alpha``, A = rho (((p/pi)^(1 - alpha) - 1)/(1 - alpha) - b).
+
+It equals the objectives that are its special cases, to rounding. It is right in 50 digits near alpha = 1, at the
+extremes of fp64 and under its bound. Its expected gradient is that of the divergence, by enumeration.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ HOW = ("C++", "Python")
 
 
 def inputs(n: int) -> list[dict[str, torch.Tensor]]:
-    """Ratios from e^-8 to e^8, most of them near 1."""
+    """Return ratios from e^-8 to e^8, most of them near 1."""
     found = []
     generator = torch.Generator().manual_seed(5)
     for i in range(n):
@@ -57,7 +59,7 @@ def test_special_cases(how: str, alpha: float, name: str, scale: int, shift: flo
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("distance", [1e-2, 1e-6, 1e-10, 1e-15, -1e-10])
 def test_no_digits_are_lost_near_one(how: str, distance: float, on_policy: bool) -> None:
-    """Where the two exponentials differ by 1e-10 of each, their difference as such would be off by 4e-7."""
+    """If the two exponentials differ by 1e-10 of each, a plain difference would be off by 4e-7."""
     objective = Objective("alpha", alpha=1 - distance)
     for terms in inputs(60):
         terms["baseline"].zero_()
@@ -81,13 +83,13 @@ def test_no_digits_are_lost_near_one(how: str, distance: float, on_policy: bool)
     ],
 )
 def test_extremes(alpha: float, on_policy: bool, options: dict[str, Any]) -> None:
-    """P = 0, Z = 0, log ratios to 11,500 in size, with baselines and with max_weight."""
+    """The formula holds for P = 0, Z = 0 and log ratios up to 11,500, with baselines and with max_weight."""
     check_extremes(Objective("alpha", alpha=alpha, **options), on_policy)
 
 
 @pytest.mark.parametrize("how", HOW)
 def test_near_one_a_filter_is_reinforce_with_baseline_one(how: str) -> None:
-    """P = a v, v in {0, 1}: as alpha -> 1 from below, (1 - alpha) A -> rho (v - 1), that of the reward v."""
+    """With P = a v and v in {0, 1}, (1 - alpha) A tends to rho (v - 1), that of the reward v, from below 1."""
     reinforce = Objective("reinforce", baseline=1.0)
     for given, v in itertools.product(inputs(40), (0.0, 1.0)):
         terms = {**given, "reward": torch.tensor([v]).double(), "baseline": torch.ones(1).double()}
@@ -167,7 +169,7 @@ def test_max_return(backend: str, normalize_alpha: bool, on_policy: bool) -> Non
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 def test_leave_one_out_averages_the_bounded_returns(backend: str) -> None:
-    """On-policy, whose returns are known before the forward: those of the objective as it is, factor and bound."""
+    """On-policy, returns are known before the forward. They are those of the objective, with factor and bound."""
     plain = {"alpha": 0.25, "normalize_alpha": False, "max_return": 0.5}
     returns = loss(Objective("alpha", **plain), backend, on_policy=True).weight
     out = loss(Objective("alpha", baseline="leave_one_out", **plain), backend, on_policy=True)
@@ -228,7 +230,7 @@ def test_the_expected_gradient_is_the_divergence_s(alpha: float, target: str, on
 
 
 def exact_divergence(alpha: float, target: Target, log_pi: torch.Tensor) -> float:
-    """(1 - sum p^(1-alpha) pi^alpha)/(alpha (1-alpha)) and its limits, over all sequences."""
+    """Return (1 - sum p^(1-alpha) pi^alpha)/(alpha (1-alpha)) and its limits, over all sequences."""
     p, pi = target.p, log_pi.exp()
     if alpha == 0:
         return float(torch.xlogy(p, p).sum() - torch.xlogy(p, pi).sum())
@@ -286,7 +288,7 @@ def test_standard_errors_of_the_criterion(alpha: float, target: str) -> None:
 
 
 def test_the_criterion_stays_where_it_is_infinite() -> None:
-    """From alpha = 1 on both divergences are infinite where P = 0; and two samples say nothing of an error."""
+    """From alpha = 1 on both divergences are infinite where P = 0. Two samples say nothing of an error."""
     log_pi, p = SPACE.log_prob(POLICY), TARGETS["hard"]
     scores = log_pi, PROPOSAL, p.log_score, p.z.log().expand(SPACE.n)
     for alpha in (1.0, 1.5):
@@ -297,7 +299,7 @@ def test_the_criterion_stays_where_it_is_infinite() -> None:
 
 
 def test_exact_weight_is_itself_right_at_one() -> None:
-    """The 50 digits that all of this is held to: its limit at alpha = 1 is what its neighbours come to."""
+    """The reference in 50 digits has a limit at alpha = 1 to which its neighbours tend."""
     terms = one(log_proposal=-21.0, log_target=-18.0, log_z=0.5, reward=0.0, log_base=-20.0, baseline=0.75)
     at, near = (exact_weight(Objective("alpha", alpha=a), False, -20.0, terms)[0] for a in (1.0, 1 - 2**-40))
     assert abs(at - near) < 1e-10 * abs(at) and mpmath.isfinite(at)

@@ -1,4 +1,4 @@
-"""benchmarks/alpha: the list of answers, exact measures against samples and by hand, runs of every method, the grid."""
+"""Test benchmarks/alpha: the list of answers, exact measures against samples and by hand, all methods, the grid."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_splits_are_disjoint_pairs_with_enough_right_answers():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A base that has learned nothing; its EOS is likely, so that short answers come."""
+    """Return the folder of a base that has learned nothing. Its EOS is likely, so that answers are short."""
     path = tmp_path_factory.mktemp("base")
     model = language.model(width=16)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_measures_of_certainty_are_finite():
 
 @pytest.fixture
 def data(folder, monkeypatch):
-    """Two easy prompts of training: the empty answer, of probability 1/15 or so, is right."""
+    """Return two easy prompts of training: the empty answer, of probability 1/15 or so, is right."""
     monkeypatch.setattr(train_one, "PROMPTS", 2)
     monkeypatch.setattr(train_one, "SAMPLES", 8)
     pairs = {"train": [Pair(8, 8), Pair(9, 9)], "validation": [Pair(7, 7)], "test": [Pair(6, 6), Pair(40, 5)]}
@@ -151,7 +151,7 @@ def test_every_prompt_comes_once_before_any_comes_again():
 
 
 def result(run, pass_1=0.5, pass_64=0.9):
-    """A run as train_one.run returns it, whose measures are these."""
+    """Return a run as train_one.run returns it, whose measures are these."""
     measures = {"pass": [pass_1, 0.6, 0.7, pass_64, 0.95], "distinct": [1.0] * 5, "kl_target_policy": 1.0,
                 "kl_target_right": 0.5, "kl_right_target": 0.5}  # fmt: skip
     every = dict.fromkeys(("train", "validation", "test"), measures)

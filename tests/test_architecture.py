@@ -1,4 +1,4 @@
-"""The layers of ``scripts/architecture.py`` against the imports of the code."""
+"""Test the layers of ``scripts/architecture.py`` against the imports of the code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_drawing_is_that_of_the_code(of_code):
 
 @pytest.fixture
 def package(tmp_path):
-    """A package of three layers: top imports middle and bottom, within a function too; middle imports bottom."""
+    """Return a package of three layers: top imports middle and bottom, within a function too; middle imports bottom."""
     folder = tmp_path / "dmfast"
     (folder / "middle").mkdir(parents=True)
     (folder / "__init__.py").write_text("from . import top\n")

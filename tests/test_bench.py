@@ -1,4 +1,4 @@
-"""`dmfast bench`: rivals compute what dmfast does, the eager step is an honest one, the report says what was run."""
+"""Test `dmfast bench`: rivals compute what dmfast does, the eager step is honest, and the report says what was run."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def times(**medians: float | tuple[float, float, float]) -> dict[str, dict[str, 
 
 
 def a_result(**changed: object) -> dict[str, object]:
-    """What ``worker.run`` returns, with figures that are known."""
+    """Return what ``worker.run`` returns, with figures that are known."""
     ms = times(**{
         "roof: read-sum": 2.0, "roof: in-place mul_": 4.0, "dm_loss gdc++, in place": 6.6, "dm_loss gdc++": 9.0,
         "eager log_softmax + gather": 33.0, "compiled log_softmax + gather": 22.0,

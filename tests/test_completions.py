@@ -1,4 +1,4 @@
-"""Sequences that came from elsewhere: laid out as the sampler lays out its own, scored as the same tokens are.
+"""Test sequences that came from elsewhere: they are laid out and scored as the sampler's own.
 
 With their own log q they train as any sample does, and without it by likelihood only.
 """
@@ -23,7 +23,7 @@ UNKNOWN = "samples_of got no log_prob"
 
 
 def ids_of(x):
-    """The generated tokens of each sequence, up to and with EOS."""
+    """Return the generated tokens of each sequence, up to and with EOS."""
     return [row[scored].tolist() for row, scored in zip(x.tokens, x.score_mask, strict=True)]
 
 
@@ -54,7 +54,7 @@ def test_what_the_sampler_drew_comes_back_as_it_was(tokenizer, temperature):
 
 
 def test_an_end_that_log_q_does_not_cover_is_not_appended():
-    """A sequence that was cut at max_new_tokens has log q of its tokens, and EOS after it would be drawn by nobody."""
+    """A sequence that was cut at max_new_tokens has log q of its tokens. Nobody would have drawn an EOS after it."""
     policy = lm()
     x = policy.sample(PROMPTS, 5, max_new_tokens=8, seed=3)
     cut = [i for i, ids in enumerate(ids_of(x)) if ids[-1] != EOS]
@@ -186,7 +186,7 @@ def test_log_q_that_was_scored_later_is_log_q():
 
 
 class Elsewhere:
-    """A sampler that does not say log q."""
+    """Be a sampler that does not say log q."""
 
     version = 0
 
@@ -301,7 +301,7 @@ def with_context(policy, **changed):
 
 
 def by_hand(policy, i):
-    """log pi of each token of prompt and completion given those before it, from a plain forward."""
+    """Return log pi of each token of prompt and completion given those before it, from a plain forward."""
     ids = torch.tensor([PROMPTS[i] + TURNS[i]])
     with torch.no_grad():
         log_p = (policy.model(ids).logits[0, :-1] / 0.8).double().log_softmax(-1)

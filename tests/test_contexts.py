@@ -1,5 +1,7 @@
-"""Conditional distribution matching: the trainer's steps against E_c KL(p_c||pi_c) summed over all sequences of each
-context, contexts whose P is 0, prompts in a datasets.Dataset, and the empty context, which is a context like others.
+"""Test conditional distribution matching.
+
+The trainer's steps are compared with E_c KL(p_c||pi_c), summed over all sequences of each context. Other tests are
+about contexts whose P is 0, prompts in a datasets.Dataset, and the empty context, which is a context like others.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ PAD, EOS, BOS = (WORDS.index(word) for word in ("<p>", "<e>", "<s>"))
 
 
 def log_prob(model, samples):
-    """log pi in fp64 by plain log_softmax, with gradient."""
+    """Return log pi in fp64 by plain log_softmax, with gradient."""
     logits, labels = LanguageModel(model, samples.tokenizer).logits(samples)
     log_p = logits.double().log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
     return (log_p * (labels != -100)).sum(1)
@@ -39,7 +41,7 @@ def gradients_of(model):
 
 
 def everything(prompt, words):
-    """All 111 sequences of up to two tokens after a prompt. Their log q is nobody's yet."""
+    """Return all 111 sequences of up to two tokens after a prompt. Their log q is not set yet."""
     before = torch.tensor(words(prompt)["input_ids"] or [BOS])
     rest = torch.cartesian_prod(torch.arange(len(WORDS)), torch.arange(len(WORDS)))
     rest[rest[:, 0] == EOS, 1] = PAD
@@ -172,14 +174,14 @@ ROWS = {"prompt": PROMPTS, "text": ["x"] * len(PROMPTS), "n": list(range(len(PRO
 
 
 def stored(folder, rows):
-    """Memory-mapped from a file."""
+    """Return a data set that is memory-mapped from a file."""
     datasets.Dataset.from_dict(rows).save_to_disk(folder)
     return datasets.load_from_disk(folder)
 
 
 @pytest.fixture(scope="module")
 def of_a_list(tmp_path_factory):
-    """Trained on a list of prompts."""
+    """Return a job that was trained on a list of prompts."""
     trainer = job(tmp_path_factory.mktemp("list"), prompts=PROMPTS, **TRAIN)
     trainer.train()
     return trainer
@@ -210,7 +212,7 @@ def test_a_dataset_is_the_list_of_its_prompts(tmp_path, rows, of_a_list):
 
 
 def test_a_run_on_a_list_goes_on_with_the_dataset(tmp_path, recwarn, of_a_list):
-    """The same prompts: the Z of each context stays, and the run ends as if never stopped."""
+    """With the same prompts the Z of each context stays, and the run ends as if it had never stopped."""
     job(tmp_path, prompts=PROMPTS, callbacks=[StopAt(2)], **TRAIN).train()
     resumed = job(tmp_path, prompts=datasets.Dataset.from_dict(ROWS), **TRAIN)
     resumed.train(resume_from_checkpoint=True)
@@ -268,7 +270,7 @@ def test_a_prompt_that_is_missing_later_is_found_before_training(tmp_path):
 
 
 def unprompted(folder, prompts):
-    """Trained with two microbatches in a step."""
+    """Return a job that was trained with two microbatches in a step."""
     trainer = job(folder, prompts=prompts, max_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=2,
                   eval_strategy="steps", eval_steps=3)  # fmt: skip
     trainer.train()
@@ -281,7 +283,7 @@ def of_none(tmp_path_factory):
 
 
 def timeless(trainer):
-    """What was logged, but for how long it took and for epochs, of which one without a data set has none."""
+    """Return what was logged, without times and epochs. A run without a data set has no epochs."""
     untold = ("epoch", "second", "runtime")
     return [
         {key: repr(value) for key, value in line.items() if not any(word in key for word in untold)}
@@ -295,7 +297,7 @@ def timeless(trainer):
     ids=["a list", "rows", "BOS", "a dataset"],
 )
 def test_no_prompts_are_one_empty_prompt(tmp_path, prompts, of_none):
-    """To the bit: the policy, what is logged of every step and of an evaluation, and Z."""
+    """The policy, the logs of every step and of an evaluation, and Z are the same to the bit."""
     trainer = unprompted(tmp_path, prompts)
     assert digest(trainer.model) == digest(of_none.model) != digest(trainer.target.base.model)
     assert timeless(trainer) == timeless(of_none) and len(timeless(trainer)) == 5
@@ -306,7 +308,7 @@ def test_no_prompts_are_one_empty_prompt(tmp_path, prompts, of_none):
 
 
 def test_the_example_runs(monkeypatch, capsys):
-    """With the list and with the dataset, to the same end; Z is the shares' to begin with."""
+    """The list and the dataset come to the same end. At the start Z is that of the shares."""
     import prompts
 
     small = ["--steps", "2", "--samples", "8", "--fit-samples", "256", "--eval-samples", "32"]

@@ -1,5 +1,6 @@
-"""What only the CUDA backend has: the rule by which it divides rows, and faults that it records and the host reads
-later. Runs on a device, or on the host build of scripts/ci/host_cuda.sh.
+"""Test what only the CUDA backend has: the rule by which it divides rows, and faults that the host reads later.
+
+The tests run on a device, or on the host build of scripts/ci/host_cuda.sh.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def test_a_fault_is_raised_by_check_and_costs_its_sequence_alone(bad: str, inpla
 def test_an_input_that_may_not_be_costs_its_sequence_also_where_the_weight_does_not_need_it(
     name: str, value: float, form: str
 ) -> None:
-    """The weight is R = 1 whatever these are; the CPU refuses them."""
+    """The weight is R = 1 whatever these inputs are. The CPU refuses them."""
     call: dict[str, Any] = {**good(), "reward": torch.ones(4, device=device()), "on_policy": True}
     call[name][2] = value
     call["objective"] = "reinforce" if form != "own" else lambda t: t.reward
@@ -158,7 +159,7 @@ def test_a_users_objective_is_checked_later_too() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_under_compile_a_fault_of_a_chunk_names_its_sequence(masked: bool) -> None:
-    """Rows are numbered within a chunk, and after those that are not scored were packed out."""
+    """Faults name the right row, although rows are numbered within a chunk after the unscored ones are left out."""
     call = good()
     del call["logits"]
     hidden, weight = torch.randn(4, 5, 8, device=device()), torch.randn(37, 8, device=device())
@@ -176,7 +177,7 @@ def test_under_compile_a_fault_of_a_chunk_names_its_sequence(masked: bool) -> No
 
 
 def test_hidden_states_that_are_not_row_major() -> None:
-    """Their gradient lies row by row, which is how another grad_output is brought to it."""
+    """Their gradient lies row by row, and another grad_output multiplies it in this order."""
     call = good()
     del call["logits"]
     call["tokens"] = call["tokens"].flatten()
@@ -226,7 +227,7 @@ def test_without_a_loss_a_fault_shows_as_nan() -> None:
 
 
 def test_the_same_three_times_each_with_counters_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when a captured graph is replayed. No call has another one's counters."""
+    """This is what happens when a captured graph is replayed. No call has another one's counters."""
     made: list[cuda.Workspace] = []
     make = cuda.make_workspace
     monkeypatch.setattr(cuda, "make_workspace", lambda *args: made.append(make(*args)) or made[-1])
@@ -261,7 +262,7 @@ def test_a_row_read_twice_gives_the_bits_of_one_kept(v: int, dtype: torch.dtype,
 
 
 def test_cuda_draws_what_the_cpu_draws() -> None:
-    """The same uniform numbers and the same inversion: another token only where a boundary lies within rounding."""
+    """Uniform numbers and inversion are the same. The token differs only where a boundary lies within rounding."""
     torch.manual_seed(0)
     z = (3 * torch.randn(1000, 700)).to(device())
     arguments = (0, z.data_ptr(), 1000, 700, 700, 1.3, 0.0, 5, 0, 9, 0, 1)
@@ -280,7 +281,7 @@ def test_cuda_draws_what_the_cpu_draws() -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("objective", ["gdc++", "dpg", "own"])
 def test_under_compile_a_fault_is_raised_by_check_too(objective: str, inplace: bool) -> None:
-    """Without a graph break, and without another call of the runtime for the devices that there are."""
+    """It compiles without a graph break, and does not ask the runtime again for the devices that there are."""
     call = good()
     call["logits"][2, 1, 3] = NAN
     leaf = call.pop("logits").requires_grad_()

@@ -1,4 +1,4 @@
-"""DeepSpeed: what is refused, without DeepSpeed. ``make deepspeed`` installs it and trains."""
+"""Test what is refused of DeepSpeed, without DeepSpeed. ``make deepspeed`` installs it and trains."""
 
 from __future__ import annotations
 

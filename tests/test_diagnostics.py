@@ -1,4 +1,4 @@
-"""Diversity against nltk's plain results and by hand; the variance of gradients against torch.func and closed forms."""
+"""Test diversity against nltk's plain results and by hand, and the variance of gradients against torch.func."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def plain_self_bleu(texts, n):
 
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_self_bleu_is_nltk_s(n):
-    """Of texts with repeated words, ties, duplicates, one too short, one alone in its words, an empty one."""
+    """The texts have repeated words, ties and duplicates. One is too short, one shares no word, and one is empty."""
     rng = random.Random(n)
     some = [" ".join(rng.choices("abcdef", [8, 4, 2, 1, 1, 1], k=rng.randint(1, 15))) for _ in range(40)]
     texts = [*some, some[0], "a", "xyzzy plugh", "", "a a a a a a a a. a a a a a a a a a a a a a a"]
@@ -95,7 +95,7 @@ def test_weight_statistics_by_hand():
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_spread_is_the_trace_of_the_covariance(offset, ranks):
-    """Also where it is 1e-8 of the squared mean; with gradients of 0 that are left out, and over ranks."""
+    """The variance is right where it is 1e-8 of the squared mean, over ranks, and where gradients of 0 are left out."""
     torch.manual_seed(0)
     g = torch.randn(12, 7, dtype=torch.float64) + offset
     g[[2, 7]] = 0
@@ -132,7 +132,7 @@ def drawn(model, n=9):
 
 
 def per_sequence(policy, x, weight, names, coefficient=0.0):
-    """(N, parameters) fp64, by torch.func.vmap over a plain forward of the model."""
+    """Return the gradients, (N, parameters) fp64, by torch.func.vmap over a plain forward of the model."""
     model = copy.deepcopy(policy.model).double()
     model.config._attn_implementation = "eager"
     parameters = {name: p.detach() for name, p in model.named_parameters()}
@@ -234,7 +234,7 @@ class Remember(TrainerCallback):
     ids=["whole", "cut", "zero weights", "checkpointing", "ppo"],
 )
 def test_the_trainer_logs_the_variance_of_all_sequences_of_a_step(tmp_path, settings):
-    """Every second step, at the policy that the step was taken with; the training is the same as without."""
+    """It is measured every second step, at the policy that the step was taken with. The training stays the same."""
     without = job(tmp_path / "without", **settings)
     without.train()
     remember = Remember()
@@ -258,7 +258,7 @@ def test_the_trainer_logs_the_variance_of_all_sequences_of_a_step(tmp_path, sett
 
 
 def test_the_variance_is_in_the_next_line_of_the_log(tmp_path):
-    """Also where lines are rarer than steps and it was not the last of them that was measured."""
+    """It is logged also where lines are rarer than steps, and another step than the last was measured."""
     trainer = job(tmp_path, gradient_variance_steps=2, logging_steps=3, max_steps=3)
     trainer.train()
     (line,) = steps(trainer)

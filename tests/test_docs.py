@@ -64,7 +64,7 @@ class Block:
 
     @property
     def ready(self) -> str:
-        """The code with what the comments replace."""
+        """Return the code with what the comments replace."""
         code = self.code
         for kind, text in self.comments:
             if kind == "replace":
@@ -92,7 +92,7 @@ class Page:
     done: int = 0
 
     def run(self, number: int) -> None:
-        """Runs a block, and before it those of the page that have not run."""
+        """Run a block, and before it those of the page that have not run."""
         while self.done <= number:
             block, self.done = self.blocks[self.done], self.done + 1
             getattr(self, f"run_{block.language or 'nothing'}")(block)
@@ -144,12 +144,12 @@ class Page:
 
 
 def find(path: str) -> Path:
-    """A file that the page has made, or one of the repository."""
+    """Return a file that the page has made, or one of the repository."""
     return Path(path) if Path(path).exists() else ROOT / path
 
 
 def shape(line: str) -> str:
-    """A line without its numbers and widths."""
+    """Return a line without its numbers and widths."""
     return " ".join(NUMBER.sub("0", line).split())
 
 

@@ -1,4 +1,4 @@
-"""docs/cli.md is the page that the parsers of dmfast/cli.py make, and has all of them."""
+"""Test that docs/cli.md is the page that the parsers of dmfast/cli.py make, and has all of them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Encoder-decoder models through their logits and dm_loss, with the functions of examples/encoder_decoder.py: a random
-T5 and a random BART in fp64 and all sequences of up to three tokens, so that probabilities, Z of each context and the
-gradient of E_c KL(p_c||pi_c) are sums. What generate() draws, what the model's own loss and decoding token by token say
-of it, the convention of labels, and what goes wrong without it.
+"""Test encoder-decoder models through their logits and dm_loss, with the functions of examples/encoder_decoder.py.
+
+The models are a random T5 and a random BART in fp64. With all sequences of up to three tokens, probabilities, Z of each
+context and the gradient of E_c KL(p_c||pi_c) are sums. The tests compare what generate() draws with what the model's
+own loss and decoding token by token say of it. They also hold the convention of labels, and show what goes wrong
+without it.
 """
 
 from __future__ import annotations
@@ -60,14 +62,14 @@ def inputs_of(name, sources=SOURCES, n=1):
 
 
 def everything(eos):
-    """Labels of all sequences that end in EOS or at T tokens, (S, T), -100 after EOS."""
+    """Return labels of all sequences that end in EOS or at T tokens, (S, T), -100 after EOS."""
     rows = torch.cartesian_prod(*[torch.arange(V)] * T)
     end = rows == eos
     return rows.masked_fill(end.cumsum(1) - end.long() > 0, -100).unique(dim=0)
 
 
 def everywhere(name, model):
-    """All sequences for every source: inputs and labels, (C S, ...), and which source."""
+    """Return all sequences for every source: inputs and labels, (C S, ...), and which source."""
     labels = everything(model.config.eos_token_id)
     context = torch.arange(len(SOURCES)).repeat_interleave(len(labels))
     return inputs_of(name, n=len(labels)), labels.repeat(len(SOURCES), 1), context
@@ -127,7 +129,7 @@ def test_the_model_s_own_loss_agrees(name):
 
 
 def shares(model, inputs, n):
-    """(S,) how often generate() draws each of all sequences for a source."""
+    """Return how often generate() draws each of all sequences for a source, (S,)."""
     labels = everything(model.config.eos_token_id)
     torch.manual_seed(0)
     drawn = draw(model, {key: value.expand(n, -1) for key, value in inputs.items()}, T)
@@ -152,7 +154,7 @@ def test_generate_draws_what_is_scored(name):
 
 @torch.no_grad()
 def test_bart_s_own_generation_config_ends_what_the_model_would_not():
-    """It forces EOS at the last token; an argument of None does not undo that, it is filled in again."""
+    """BART forces EOS at the last token. An argument of None does not undo that, because it is filled in again."""
     model, n = build("bart"), 2000
     inputs = inputs_of("bart", SOURCES[:1])
     labels = everything(2)
@@ -183,7 +185,7 @@ def test_generate_without_top_k_takes_50():
 
 @torch.no_grad()
 def test_generate_s_own_log_probabilities(name):
-    """Those of its decoding with a KV cache, summed up to EOS."""
+    """The log-probabilities are those of its decoding with a KV cache, summed up to EOS."""
     model = build(name)
     sample_plainly(model)
     torch.manual_seed(0)
@@ -201,7 +203,7 @@ def test_generate_s_own_log_probabilities(name):
 
 @torch.no_grad()
 def test_sample_tokens_draws_with_log_q(name):
-    """A loop of one's own: the log-probabilities of the draws are those of the scorer."""
+    """In a loop of one's own the log-probabilities of the draws are those of the scorer."""
     model = build(name, torch.float32)
     inputs, eos = inputs_of(name, n=20), model.config.eos_token_id
     encoded = model.get_encoder()(**inputs)
@@ -233,7 +235,7 @@ def a_target(model, inputs, labels, context):
 
 
 def moved(model, seed):
-    """Another model: pi and q are not a."""
+    """Return another model, since pi and q are not a."""
     other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in other.parameters():

@@ -1,8 +1,8 @@
-"""Samplers around an engine, against a stand-in that answers as vLLM's server does (``engine_stand_in.py``).
+"""Test samplers around an engine, against a stand-in that answers as vLLM's server does (``engine_stand_in.py``).
 
-What it draws is q, whose log-probabilities are the engine's; a load is whole or refused; what can go wrong with a
-server is found before a run, retried within bounds, or ends a run with a checkpoint that nothing is lost from.
-``make vllm`` holds the same to the real vLLM.
+The engine draws q, and log q is the engine's own. A load is whole or refused. What can go wrong with a server is found
+before a run, is retried within bounds, or ends a run with a checkpoint from which nothing is lost. ``make vllm`` runs
+the same tests on the real vLLM.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def test_a_sequence_is_a_function_of_the_seed_and_its_place(server):
 
 @pytest.mark.parametrize("ends", [[EOS], [EOS, 2, 3], [4]])
 def test_a_sequence_ends_where_dmfast_ends_it(server, ends):
-    """Not by the server's own EOS: [4] is another one."""
+    """A sequence does not end by the server's own EOS, of which [4] is not one."""
     policy = LanguageModel(lm().model, tok(), eos_token_id=ends)
     x = loaded(server, policy).sample(["w1"], 40, max_new_tokens=6, seed=0)
     check_layout(x, [[1]], 40, 6, PAD, eos=tuple(ends))
@@ -138,7 +138,7 @@ def test_several_threads_draw_what_one_does(server):
 
 
 def test_a_load_waits_for_what_is_being_drawn(server):
-    """No batch is of two versions of q, whatever the threads do."""
+    """No batch mixes two versions of q, whatever the threads do."""
     policy = lm()
     sampler = loaded(server, policy)
     x = sampler.sample(["w1"], 30, max_new_tokens=6, seed=0)
@@ -155,7 +155,7 @@ def test_a_load_waits_for_what_is_being_drawn(server):
 
 
 def shape(value):
-    """The names and kinds of values in an answer; of a list those of its first value that is not None."""
+    """Return the names and kinds of values in an answer; of a list those of its first value that is not None."""
     if isinstance(value, dict):
         words = [key for key in value if not any(c.isdigit() for c in key) and "." not in key]
         return {key: shape(value[key]) for key in words} or {"names": shape(next(iter(value.values())))}
@@ -337,7 +337,7 @@ def test_an_engine_becomes_what_it_is_loaded_from(server, source, tmp_path):
 
 
 def test_an_adapter_that_is_another_model_once_it_is_merged_is_refused(server):
-    """It is on the embedding, which is the head, too."""
+    """The fault is on the embedding, which is the head, too."""
     policy = lm(how="lora, embedding too")
     with pytest.raises(ValueError, match="merged into its base the adapter gives other log-probabilities"):
         connected(server, policy).load(policy)
@@ -546,7 +546,7 @@ def test_one_stale_tensor_is_found_at_the_start(server, name):
 
 @pytest.mark.parametrize("how", ["checksums", "digests"])
 def test_a_swap_that_loads_a_part_is_found_however_small_the_move(how):
-    """By a millionth: no score shows that."""
+    """A tensor that differs by a millionth is found, although no score shows it."""
     policy = lm()
     with StandIn(lm().model, tok(), sums=how == "checksums") as server:
         sampler = loaded(server, policy)
@@ -739,7 +739,7 @@ def test_tokens_that_end_elsewhere_are_an_error(server):
 
 
 class Threads:
-    """The ranks of threads that meet at every gather."""
+    """Be the ranks of threads that meet at every gather."""
 
     def __init__(self, rank, meeting, given):
         self.rank, self.size, self._meeting, self._given = rank, len(given), meeting, given
@@ -756,7 +756,7 @@ class Threads:
 
 
 def together(samplers, call):
-    """What each rank's call gives, or raises."""
+    """Return what each rank's call gives, or raise its error."""
     meeting, given, found = threading.Barrier(len(samplers)), [None] * len(samplers), [None] * len(samplers)
 
     def run(rank):
@@ -853,14 +853,14 @@ SETTINGS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 100, "propos
 
 
 def trained(out, server, callbacks=(), **settings):
-    """A run whose q is in the server, which was started with other weights."""
+    """Return a run whose q is in the server, which was started with other weights."""
     options = QUICK | settings.pop("sampler_options", {})
     return job(out, callbacks=callbacks, sampler=server.url, sampler_options=options, **(SETTINGS | settings))
 
 
 @pytest.fixture
 def other():
-    """A server for the trainer's job that was started with weights of its own."""
+    """Return a server for the trainer's job that was started with weights of its own."""
     from trainer_job import gpt2, tokenizer
 
     with StandIn(gpt2(seed=7), tokenizer()) as server:
@@ -904,7 +904,7 @@ def test_a_resumed_run_gives_the_engine_q_and_is_the_unbroken_one(other, tmp_pat
 
 @pytest.mark.parametrize("when", ["draw", "swap"])
 def test_a_run_whose_engine_fails_ends_with_a_checkpoint_and_goes_on(other, tmp_path, when):
-    """At the draw of step 4, or at the swap after it; nothing is lost, and nothing is trained twice."""
+    """The server fails at the draw of step 4 or at the swap after it. Nothing is lost or trained twice."""
     from transformers import TrainerCallback
 
     class Harm(TrainerCallback):

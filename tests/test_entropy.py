@@ -1,7 +1,7 @@
-"""The entropy bonus: -(c/B) sum_i H(x_i) in the loss and its gradient, of every backend.
+"""Test the entropy bonus, -(c/B) sum_i H(x_i) in the loss and its gradient, of every backend.
 
-The oracle is ``dmfast.eager`` in fp64, whose own bonus is held here to a formula written independently, to finite
-differences and to a number worked by hand.
+The oracle is ``dmfast.eager`` in fp64. Its own bonus is compared here with a formula that was written independently,
+with finite differences and with a number that was worked by hand.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ INF = math.inf
 
 
 def own_dpg(terms: Terms) -> Tensor:
-    """A function in the place of ``dpg``."""
+    """Return a function in the place of ``dpg``."""
     assert terms.log_target_ratio is not None
     return terms.log_target_ratio.exp()
 
 
 def terms_of(*log_target: float) -> dict[str, Tensor | float]:
-    """Inputs of ``dpg``: A = P, since log q and log Z are 0."""
+    """Return inputs of ``dpg``: A = P, since log q and log Z are 0."""
     target = torch.tensor(log_target).double()
     return {"log_target": target, "log_proposal": torch.zeros_like(target), "log_z": 0.0, "objective": "dpg"}
 
@@ -154,7 +154,7 @@ def test_edges_of_fp32(coefficient: float, dtype: torch.dtype) -> None:
 @dtypes
 @pytest.mark.parametrize("objective", ["gdc++", "dpg", "own"])
 def test_sequences_of_weight_0_have_the_bonus(objective: str, dtype: torch.dtype) -> None:
-    """P = 0 and an empty context: A = 0, and the gradient is the entropy's alone."""
+    """With P = 0 and an empty context A is 0, and the gradient is the entropy's alone."""
     case = make_case("contiguous", dtype, 127, unscored="none")
     of = own_dpg if objective == "own" else objective
     log_z = torch.tensor([-INF, -INF, 0.0, -INF]).double()
@@ -172,7 +172,7 @@ def test_sequences_of_weight_0_have_the_bonus(objective: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("objective", ["gdc++", "dpg"])
 def test_no_coefficient_is_the_same_to_the_bit(objective: str) -> None:
-    """0 takes the path that there was before, entropy or not."""
+    """A coefficient of 0 takes the path without a bonus, whether the entropy is returned or not."""
     case = make_case("sliced", torch.bfloat16, 1031)
     terms = make_terms(case)
     for options in ({}, {"return_entropy": True}):
@@ -185,7 +185,7 @@ def test_no_coefficient_is_the_same_to_the_bit(objective: str) -> None:
 
 
 def test_a_known_weight_s_gradient_is_the_one_of_two_passes() -> None:
-    """Whatever grad_output backward brings: once folded in by forward, written anew, or scaled in place."""
+    """Whatever grad_output comes, the gradient is right: folded in by forward, written anew, or scaled in place."""
     case = make_case("contiguous", torch.float32, 300)
     terms = make_terms(case)
     for inplace in (False, True):
@@ -198,7 +198,7 @@ def test_a_known_weight_s_gradient_is_the_one_of_two_passes() -> None:
 
 
 def test_no_gradient_is_wanted() -> None:
-    """The value alone, also of a call that no autograd follows."""
+    """The value is right alone too, also in a call that no autograd follows."""
     case = make_case("contiguous", torch.float32, 300)
     for objective in ("gdc++", "dpg", own_dpg):
         options = {**make_terms(case, zeros=False), "objective": objective, "entropy_coefficient": 0.7}
@@ -234,7 +234,7 @@ def test_halves_of_a_vocabulary(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_narrow_gradients(softcap: float | None, dtype: torch.dtype) -> None:
-    """The gradient of fp32 logits in 16 bits: that of two passes, and of one."""
+    """The gradient of fp32 logits in 16 bits is right by two passes and by one."""
     case = make_case("sliced", torch.float32, 1031)
     batch, given = case.batch(softcap=softcap), make_terms(case)
     needed = {"on_policy": False, "max_weight": None, "entropy_coefficient": 0.7}
@@ -258,7 +258,7 @@ def test_narrow_gradients(softcap: float | None, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("objective", ["gdc++", "dpg", "own"])
 def test_linear(objective: str, reduction: str, rows: int) -> None:
-    """In one buffer and in several, sequences longer than it; rows that are not scored; all three gradients."""
+    """All three gradients are right in one buffer and in several, also of sequences that are longer than a buffer."""
     torch.manual_seed(0)
     tokens, mask = torch.randint(53, (4, 6)), torch.rand(4, 6) > 0.3
     mask[1] = False

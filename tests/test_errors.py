@@ -1,6 +1,8 @@
-"""Bad input: a clear error that names what is wrong and where, before any kernel writes, whichever backend runs and
-however the call is made; nothing that was passed in changes. What a row of logits holds is the one thing found while
-rows are read: then too the error names (sequence, position), and only logits given away with ``inplace`` may change.
+"""Test that bad input gets a clear error, before any kernel writes and whichever backend runs.
+
+The error names what is wrong and where, however the call is made, and nothing that was passed in changes. What a row of
+logits holds is found only while rows are read. Then the error names (sequence, position), and only logits that were
+given away with ``inplace`` may have changed.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def refuses(call: Call, error: type[Exception] | tuple[type[Exception], ...], message: str) -> None:
-    """On both backends, without grad and in place on a non-leaf; nothing that was passed in changes."""
+    """Check a call on both backends, without grad and in place on a non-leaf. Nothing that was passed in changes."""
     start, options = call.logits, call.options
     for backend in (COMPILED, "eager"):
         for inplace in (False, True):
@@ -93,7 +95,7 @@ class _NonLeaf(torch.autograd.Function):
 
 
 def _non_leaf(x: Tensor) -> Tensor:
-    """The same memory and strides, with a history."""
+    """Return a tensor of the same memory and strides, with a history."""
     if not (x.is_floating_point() or x.is_complex()):
         return x
     return _NonLeaf.apply(x.detach().requires_grad_(), None)  # type: ignore[no-any-return, no-untyped-call]
@@ -214,7 +216,7 @@ def test_cu_seqlens(cu_seqlens: Any, error: type[Exception], message: str, scori
 
 
 def test_cu_seqlens_of_no_sequence() -> None:
-    """[0] with rows: nobody would own them."""
+    """With [0] and rows, no sequence would own the rows."""
     call = Call(torch.randn(2, V), torch.zeros(2, dtype=torch.int64), None, {"cu_seqlens": torch.tensor([0])})
     call.scoring = True
     refuses(call, ValueError, "must rise from 0 to N = 2")
@@ -344,7 +346,7 @@ def test_only_log_z_may_be_a_number(name: str) -> None:
     ],
 )  # fmt: skip
 def test_values_of_inputs(name: str, value: float, dtype: torch.dtype, own: bool) -> None:
-    """The first of several; also under an objective of one's own."""
+    """The error names the first of several sequences, also under an objective of one's own."""
     objective = (lambda terms: torch.ones(B).double()) if own else objective_for(name)
     call = good(objective=objective)
     call.options[name] = call.options[name].to(dtype)
@@ -384,7 +386,7 @@ def test_log_probabilities_in_16_bits(name: str, dtype: torch.dtype) -> None:
 
 
 def test_a_reward_in_16_bits() -> None:
-    """As a reward model in bfloat16 gives it, whose scores are what they are."""
+    """A reward model in bfloat16 gives such rewards, and their values are taken as they are."""
     call = good(reward=torch.tensor([0.5, 1.0, -2.0, 0.0])[:B].to(torch.bfloat16), objective="reinforce")
     assert call().weight.dtype == torch.float64
 
@@ -404,7 +406,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", dmfast.OBJECTIVES)
 def test_a_missing_input(name: str) -> None:
-    """No dummies: each input that the objective needs, and log_proposal unless on-policy."""
+    """Each input that the objective needs must be given, and log_proposal unless on-policy."""
     objective = Objective(name, **PARAMETERS.get(name, {}))
     only = {"log_proposal": good().options["log_proposal"], **{k: good().options[k] for k in NEEDS[name]}}
     full = good()
@@ -503,7 +505,7 @@ def test_a_weight_beyond_fp32(packed: bool, objective: str, on_policy: bool) -> 
 
 @pytest.mark.parametrize("objective", ["gdc++", "dpg"])
 def test_numbers_at_the_end_of_their_range(objective: str) -> None:
-    """Gradients are finite there, and a softcap that caps nothing changes nothing."""
+    """Gradients are finite there, and a softcap that bounds no logit changes nothing."""
     plain = good(objective=objective)()
     for options in ({"temperature": 1e-12}, {"temperature": 1e12}, {"softcap": 1e8}, {"grad_scale": 1e30}):
         call = good(objective=objective, max_weight=10.0, **options)
@@ -548,7 +550,7 @@ def test_a_view_whose_memory_holds_the_negative() -> None:
 
 @pytest.mark.parametrize("scoring", [False, True])
 def test_logits_without_memory(scoring: bool) -> None:
-    """A kernel would read at address 0."""
+    """Without this check a kernel would read at address 0."""
     call = good()
     call.scoring = scoring
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -565,7 +567,7 @@ def test_own_weights_beyond_fp32(weight: float) -> None:
 
 
 def test_leave_one_out() -> None:
-    """Needs company, returns that are known, and for contexts their ids."""
+    """Leave-one-out needs several sequences, returns that are known, and for contexts their ids."""
     loo, context = (Objective("reinforce", baseline=f"leave_one_out{x}") for x in ("", "_context"))
     call = good(objective=loo)
     call.logits, call.tokens = call.logits[:1], call.tokens[:1]
@@ -626,7 +628,7 @@ NEGATIVE_NAN = {
 @pytest.mark.parametrize("how", ["gdc++", "dpg", "own", "scoring"])
 @pytest.mark.parametrize("value", [NAN, INF, "-nan", "-nan among -inf", "+inf and -inf"])
 def test_bad_rows(value: Any, how: str, dtype: torch.dtype, inplace: bool) -> None:
-    """The first of several, whatever the threads, wherever in the row; without inplace nothing changes."""
+    """The error names the first row of several, whatever the threads. Without inplace nothing changes."""
     for backend in (COMPILED, "eager"):
         for packed in (False, True):
             for column in (0, 7, 1200):
@@ -787,7 +789,7 @@ def test_the_eager_backend_takes_transforms() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 3, 7), (2, 0, 7), (0, 0, 7)])
 def test_an_empty_array_of_numpy_is_contiguous(shape: tuple[int, ...]) -> None:
-    """Its strides are 0, and ``.contiguous()``, which the message advised, leaves it as it is."""
+    """Its strides are 0, and the ``.contiguous()`` that the message once advised leaves it as it is."""
     logits = torch.from_numpy(np.zeros(shape, np.float32))
     assert logits.stride() == (0, 0, 0) and logits.is_contiguous()
     for x in (logits, logits.clone().requires_grad_() * 1.0):
@@ -816,7 +818,7 @@ FREED: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("which", ["logits", "tokens", "draws"])
 @pytest.mark.parametrize("how", FREED)
 def test_storage_that_is_gone(how: str, which: str) -> None:
-    """What FSDP and offloading leave behind ended in a segfault."""
+    """FSDP and offloading leave tensors without memory behind, which would end in a segfault."""
     call = good()
     if which == "draws":
         run: Callable[[], Any] = partial(dmfast.sample_tokens, FREED[how](call.logits[0].clone()), seed=1)

@@ -1,5 +1,7 @@
-"""Estimators against exact values on all 125 sequences of a tabular model: the expectation under q, the standard errors
-against Monte-Carlo repetition, P = 0, scales that underflow, the running Z and the running window of steps.
+"""Test estimators against exact values on all 125 sequences of a tabular model.
+
+The tests hold the expectation under q, the standard errors (against Monte-Carlo repetition), P = 0, scales that
+underflow, the running Z and the running window of steps.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def values(estimates):
 
 
 def outputs(target, which=slice(None), log_z=None, **kwargs):
-    """What dm_loss returns for sequences from q."""
+    """Return what dm_loss returns for sequences from q."""
     kwargs = {"log_proposal": LOG_Q[which]} | kwargs
     return dmfast.eager.dm_loss(
         SPACE.logits(SPACE.table(3, 0.5))[which],
@@ -300,7 +302,7 @@ def test_running_z_refuses_and_is_unchanged(log_target, log_proposal):
 
 
 def saved(state):
-    """The state through a file."""
+    """Return the state as it comes back from a file."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
@@ -370,7 +372,7 @@ def test_window_weighs_recent_steps_more(contexts):
 
 
 def test_window_keeps_contexts_of_steps_apart():
-    """One context per step, their P a factor e^-12 apart: as if both had come in one step."""
+    """With one context per step, and P a factor e^-12 apart, the result is as if both had come in one step."""
     hard, soft = TARGETS["hard"], Target(TARGETS["soft"].log_score - 12)
     which = torch.arange(125).repeat_interleave(COUNTS)
     apart, together = RunningEstimates(1.0), RunningEstimates(1.0)
@@ -438,14 +440,14 @@ def test_window_goes_on_after_a_break():
 
 
 def scores(n=5):
-    """log pi, log q, log P."""
+    """Return log pi, log q, log P."""
     return [torch.linspace(-9.0, -7.0, n) + shift for shift in (0.0, 0.3, 0.5)]
 
 
 @pytest.mark.parametrize("which", range(3))
 @pytest.mark.parametrize("change", [lambda x: x[:, None], lambda x: x[:1], lambda x: x[0]])
 def test_one_value_per_sequence(which, change):
-    """Broadcast, they would be averaged over N * N sequences."""
+    """These shapes would be broadcast, and averaged over N * N sequences."""
     given = scores()
     given[which] = change(given[which])
     with pytest.raises(ValueError, match=r"log_prob, log_proposal, log_target must all be \(N,\)"):
@@ -493,7 +495,7 @@ def test_partition_functions_are_persistent():
 
 
 def test_partition_functions_go_on_to_the_bit():
-    """Also of a context whose P was 0, and in tensors: a dict for each of many contexts takes seconds to load."""
+    """The state has contexts whose P was 0, too. It is in tensors, because a dict for each context loads slowly."""
     ids = torch.tensor([4, 4, 9, 10**12, 0])
     log_w = torch.tensor([0.1, -700.3, 2.0 / 3, -math.inf, 1e3], dtype=torch.float64)
     zero = torch.zeros(5, dtype=torch.float64)

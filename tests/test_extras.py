@@ -1,4 +1,4 @@
-"""What ``dmfast doctor`` says of extras, from metadata that are made up, and from those of the installation."""
+"""Test what ``dmfast doctor`` says of extras, from made-up metadata and from those of the installation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REQUIRES = {
 
 
 def found(**versions: str) -> dict[str, str]:
-    """The lines by extra, where these versions are installed."""
+    """Return the lines by extra, where these versions are installed."""
 
     def version(name: str) -> str:
         if name not in versions:

@@ -1,7 +1,8 @@
-"""What is drawn from a model is what is scored, for each kind of model; what can't be is refused with its reason.
+"""Test that what is drawn from a model is what is scored, for each kind of model. Others are refused with the reason.
 
-`families.py` makes small models of every architecture of transformers and holds dmfast to plain transformers; here is
-one of each kind, and scripts/ci/families.py tries all. Then the guard itself, on models with one fault each.
+`families.py` makes small models of every architecture of transformers and compares dmfast with plain transformers. Here
+is one model of each kind, and scripts/ci/families.py tries all. Then come tests of the guard itself, on models that
+have one fault each.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def test_what_can_not_be_trained_is_refused(name, reason):
 
 
 class Faulty(LlamaForCausalLM):
-    """A Llama with one fault, by its name."""
+    """Return a Llama with one fault, by its name."""
 
     fault = ""
 

@@ -1,4 +1,4 @@
-"""A fit's samples in parts are those of one draw."""
+"""Test that a fit's samples in parts are those of one draw, and that a fit stops once its errors suffice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from trainer_job import gpt2, tokenizer
 
-from dmfast import EBM, Contains, LanguageModel, Moment
+from dmfast import EBM, Contains, LanguageModel, Moment, Scorer
 from dmfast.targets import drawing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
@@ -37,22 +37,79 @@ def test_parts_are_one_draw(base, contexts, monkeypatch, capsys):
     assert re.search(f"lambda: {len(whole)} of {len(whole)} samples of the base", capsys.readouterr().err)
 
 
+def test_without_a_seed_parts_take_torchs(base, monkeypatch):
+    monkeypatch.setattr(drawing, "PART", 100)
+    torch.manual_seed(5)
+    parts = list(drawing.drawn_in_parts(base, None, 300, seed=None, **HOW))
+    torch.manual_seed(5)
+    assert [text for part in parts for text in part.text] == base.sample(None, 300, seed=None, **HOW).text
+    assert len(parts) == 3
+
+
 def test_a_fit_stops_once_its_errors_suffice(base, monkeypatch):
     monkeypatch.setattr(drawing, "PART", 100)
 
     def fitted(**options):
         return EBM(base, [Moment(Contains("w3", name="w3"), 0.6)]).fit(
-            n=2000, max_new_tokens=4, batch_size=50, progress=False, **options
+            n=800, max_new_tokens=4, batch_size=100, progress=False, **options
         )
 
-    whole, few, never = fitted(), fitted(max_stderr=0.05), fitted(max_stderr=1e-9)
-    assert whole.report.n == never.report.n == 2000 and whole.lambda_.tolist() == never.lambda_.tolist()
-    assert 100 <= few.report.n < 2000 and few.report.n % 100 == 0
-    assert few.report.attained[0].stderr <= 0.05
-    first = EBM(base, [Moment(Contains("w3", name="w3"), 0.6)]).fit(n=few.report.n, max_new_tokens=4, batch_size=50)
+    whole, few, never = fitted(), fitted(max_stderr=0.08), fitted(max_stderr=1e-9)
+    assert whole.report.n == never.report.n == 800 and whole.lambda_.tolist() == never.lambda_.tolist()
+    assert 100 <= few.report.n < 800 and few.report.n % 100 == 0
+    assert few.report.attained[0].stderr <= 0.08
+    first = EBM(base, [Moment(Contains("w3", name="w3"), 0.6)]).fit(n=few.report.n, max_new_tokens=4, batch_size=100)
     assert first.lambda_.tolist() == few.lambda_.tolist()
     with pytest.raises(ValueError, match="max_stderr must be positive, got 0"):
         fitted(max_stderr=0)
+
+
+PROMPTS = ["w1", "w2", "w4", "w6"]
+
+
+def test_a_round_has_samples_of_every_context(base, monkeypatch):
+    monkeypatch.setattr(drawing, "PART", 100)
+    rounds = list(drawing.drawn_in_parts(base, PROMPTS, 70, seed=3, in_rounds=True, **HOW))
+    assert [len(part) for part in rounds] == [4 * 32, 4 * 32, 4 * 6]
+    for first, part in zip((0, 32, 64), rounds, strict=True):
+        again = base.sample(PROMPTS, len(part) // 4, seed=3, first_row=4 * first, **HOW)
+        assert part.text == again.text and torch.equal(part.context_id, again.context_id)
+    assert rounds[0].text != rounds[1].text
+
+
+def test_a_fit_with_several_prompts_stops_once_its_errors_suffice(base, monkeypatch):
+    monkeypatch.setattr(drawing, "PART", 100)
+    seen = []
+
+    def has_its_word(samples):
+        seen.append(len(samples))
+        return torch.tensor([row["word"] in text.split() for text, row in zip(samples.text, samples.rows, strict=True)])
+
+    def fitted(**options):
+        seen.clear()
+        return EBM(base, [Moment(Scorer(has_its_word, name="word", binary=True, on="samples"), 0.6)]).fit(
+            n=800, contexts=PROMPTS, rows=[{"word": f"w{i}"} for i in range(4)], max_new_tokens=4, batch_size=100,
+            progress=False, **options,
+        )  # fmt: skip
+
+    few = fitted(max_stderr=0.08).report
+    assert few.contexts == 4 and few.n in (200, 300, 400, 500) and few.attained[0].stderr <= 0.08
+    assert sum(seen) == 2 * few.n  # each part once for the checks, and all of them for the fit
+    assert fitted(max_stderr=1e-9).report.n == 800
+
+
+def test_a_fit_goes_on_while_a_prompt_has_shown_nothing(base, monkeypatch):
+    monkeypatch.setattr(drawing, "PART", 100)
+
+    def but_after(prompt):
+        b = Scorer(lambda samples: samples.context_id != prompt, name="b", binary=True, on="samples")
+        return EBM(base, [b, Moment(Contains(any_of=["w3", "w5", "w7", "w8"], name="words"), 0.3)]).fit(
+            n=800, contexts=PROMPTS, max_new_tokens=4, batch_size=100, max_stderr=0.1, progress=False
+        )
+
+    assert but_after(9).report.n < 800
+    silent = but_after(3).report
+    assert silent.n == 800 and silent.contexts == 3
 
 
 def test_a_batch_fits_into_its_budget():

@@ -1,4 +1,4 @@
-"""Pass rates of prompts that are drawn beforehand, and a Z that starts from them, on a model whose Z is known."""
+"""Test pass rates of prompts that are drawn beforehand, and a Z that starts from them, where Z is known."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ W3, W3_ID, END = Contains("w3"), 3, 5
 
 
 def exact_z(base, prompt):
-    """The probability that w3 is among at most two tokens, summed over all of them."""
+    """Return the probability that w3 is among at most two tokens, summed over all of them."""
     ids = base.tokenizer(prompt)["input_ids"]
     with torch.no_grad():
         first = base.model(torch.tensor([ids])).logits[0, -1].double().softmax(-1)

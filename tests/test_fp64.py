@@ -1,5 +1,6 @@
-"""Devices without fp64: which backend they get and why, and that per-sequence values are on the CPU there. No such
-device is needed.
+"""Test devices without fp64: which backend they get and why, and that per-sequence values are on the CPU there.
+
+The tests need no such device.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ OBJECTIVES = ["gdc++", "dpg", dmfast.Objective("reinforce", baseline="leave_one_
 
 @pytest.fixture
 def an_xpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One Intel GPU without fp64, and Triton."""
+    """Pretend that there are one Intel GPU without fp64, and Triton."""
     monkeypatch.setattr(kernels, "forced", None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(triton, "_installed", lambda: None)
@@ -74,7 +75,7 @@ class _Meta(TorchDispatchMode):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("on_the_device", [False, True])
 def test_no_fp64_on_the_device(on_the_device: bool, objective: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor where inputs are given on the CPU. Without what the host reads of the values, which meta has not."""
+    """The same holds for inputs on the CPU. The host's reads of values are left out, because meta has no values."""
     monkeypatch.setattr(fp64, "has_fp64", lambda device: device.type != "meta")
     call = arguments("meta")
     if not on_the_device:
@@ -95,7 +96,7 @@ def test_no_fp64_on_the_device(on_the_device: bool, objective: Any, monkeypatch:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_it_gives(objective: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU for such a device: the oracle's results to fp32's error, bf16 logits not summed in bf16."""
+    """The CPU stands in for such a device. Results are the oracle's to fp32's error, and bf16 is not summed in bf16."""
     found = []
     for narrow in (False, True):
         if narrow:

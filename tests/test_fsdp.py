@@ -1,4 +1,4 @@
-"""FSDP2 on two processes: gradients, sampling and q <- pi of shards, and what is refused. ``make fsdp`` trains."""
+"""Test FSDP2 on two processes: gradients, sampling and q <- pi of shards, and what is refused. ``make fsdp`` trains."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DIFFERENT = {
 
 
 def launched(out, variants, checks=(), processes=2, under_fsdp=True):
-    """What the ranks of ``fsdp_job.py`` say, a dictionary each."""
+    """Return what the ranks of ``fsdp_job.py`` say, a dictionary each."""
     out.mkdir(parents=True, exist_ok=True)
     wanted = {"out": str(out), "fsdp": under_fsdp, "variants": variants, "checks": list(checks)}
     done = launch(HERE / "fsdp_job.py", json.dumps(wanted), processes=processes, timeout=500)
@@ -47,7 +47,7 @@ def launched(out, variants, checks=(), processes=2, under_fsdp=True):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """Two ranks of one launch, which takes longer to start than all that it does."""
+    """Return two ranks of one launch, which takes longer to start than all that it does."""
     checks = ["gradients", "sampling", "scoring", "agreement", "swaps", "engine", "loop", "refusals"]
     runs = {"gpt2": {}, "bare": {"bare": True, "refused": True}, "FSDP1": {"launcher": LAUNCHER, "refused": True}}
     runs |= {f"differs in {what}": {"differs": what, "refused": True} for what in DIFFERENT}
@@ -154,7 +154,7 @@ def test_what_a_sharded_model_refuses(ranks, what, message):
 
 @FOR_FSDP
 def test_a_launcher_that_does_not_shard_is_found(ranks):
-    """accelerate runs DDP on a CPU where FSDP was asked for, without a word."""
+    """accelerate silently runs DDP on a CPU where FSDP was asked for."""
     for found in ranks:
         assert found["bare"].startswith("ValueError: fsdp asks for FSDP, and accelerate runs MULTI_CPU on cpu")
         assert "where nothing is sharded" in found["bare"]
@@ -213,7 +213,7 @@ def accelerator(*, mixed_precision="no", is_fsdp2=True, **plugin):
 
 
 def size_based_auto_wrap_policy():
-    """Named as torch's."""
+    """Have the name of torch's function, by which dmfast tells it."""
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
-"""The functional API: numbers worked by hand, the oracle by finite differences, and how the losses behave inside
-PyTorch (autograd, in place, checkpointing, hooks, scaling, autocast, torch.compile), each against the oracle or against
-the plain call. The arithmetic of the kernels is held by test_kernels.py.
+"""Test the functional API.
+
+The tests have numbers that were worked by hand, and hold the oracle to finite differences. They hold the losses inside
+PyTorch (autograd, in place, checkpointing, hooks, scaling, autocast, torch.compile) to the oracle or to the plain call.
+test_kernels.py tests the arithmetic of the kernels.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class Problem:
         return eager.dm_loss(logits, self.tokens, **{**self.terms, **options})
 
     def gradient(self, **options: object) -> Tensor:
-        """The oracle's gradient in the logits."""
+        """Return the oracle's gradient in the logits."""
         logits = self.logits.double().requires_grad_()
         self.oracle(logits, **options).loss.backward()
         assert logits.grad is not None
@@ -325,7 +327,7 @@ def test_two_losses_on_one_tensor(objective: str) -> None:
 @known
 @pytest.mark.parametrize("other", ["dm_loss", "sequence_log_prob", "torch"])
 def test_logits_that_were_overwritten_cannot_be_used_by_another(other: str, objective: str) -> None:
-    """PyTorch's own error, whichever of the two runs first."""
+    """PyTorch raises its own error, whichever of the two runs first."""
     p = problem()
     x = leaf(p.logits) * 1
     second = {
@@ -353,7 +355,7 @@ def test_two_losses_in_place_on_one_tensor(objective: str) -> None:
 
 @known
 def test_the_producer_of_overwritten_logits_notices(objective: str) -> None:
-    """exp needs its own output in backward, and that is gone."""
+    """exp needs its own output in backward, which is overwritten."""
     p = problem()
     x = leaf(p.logits / 4).exp()
     loss = p.loss(x, objective=objective, inplace=True).loss
@@ -442,7 +444,7 @@ def test_sequence_log_prob_is_differentiable(inplace: bool) -> None:
 
 
 class Tied(nn.Module):
-    """An embedding whose weight is the output head too."""
+    """Be an embedding whose weight is the output head too."""
 
     def __init__(self, v: int = 37, d: int = 16) -> None:
         super().__init__()
@@ -582,7 +584,7 @@ def test_autocast(objective: str, inplace: bool) -> None:
 @known
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_grad_mode(context: Callable[[], torch.no_grad], objective: str) -> None:
-    """The same numbers, no graph, and inplace=True leaves logits alone, leaves too."""
+    """The numbers are the same, there is no graph, and inplace=True does not change the logits, not even leaves."""
     p = problem()
     x = leaf(p.logits)
     with_grad = p.loss(x, objective=objective)
@@ -626,7 +628,7 @@ def test_in_place_needs_memory_of_its_own() -> None:
 
 @pytest.mark.parametrize("view", [lambda x: x[:, :-1], lambda x: x.view(4, 5, 37), lambda x: x.transpose(0, 1)[:5]])
 def test_in_place_on_a_view_of_a_leaf_is_refused(view: Callable[[Tensor], Tensor]) -> None:
-    """Overwriting it would overwrite a parameter. PyTorch refuses that too."""
+    """Overwriting this tensor would overwrite a parameter. PyTorch refuses that too."""
     x = leaf(torch.randn(4, 5, 37))
     before = x.detach().clone()
     logits = view(x)
@@ -640,7 +642,7 @@ def test_in_place_on_a_view_of_a_leaf_is_refused(view: Callable[[Tensor], Tensor
 @inplaces
 @known
 def test_microbatches_add_up(objective: str, inplace: bool, cut: list[int]) -> None:
-    """With num_sequences any cut of the step gives its gradient and its loss."""
+    """With num_sequences any cut of the step gives the step's gradient and loss."""
     p = problem(b=6)
     whole, parts = leaf(p.logits), leaf(p.logits)
     loss = p.loss(whole, objective=objective).loss
@@ -672,7 +674,7 @@ def test_what_the_output_holds() -> None:
 @known
 @pytest.mark.parametrize("name", ["tokens", "mask", "cu_seqlens", "log_target", "log_proposal", "log_z", "weight"])
 def test_inputs_changed_between_forward_and_backward(name: str, objective: str) -> None:
-    """The gradient is right all the same, or there is an error, as PyTorch gives for a saved tensor."""
+    """The gradient is right all the same, or there is an error like PyTorch's for a saved tensor."""
     p = problem()
     expected = p.gradient(objective=objective).flatten(0, 1)
     given = {"tokens": p.tokens.flatten(), "cu_seqlens": torch.arange(5) * 5, **p.terms}
@@ -748,7 +750,7 @@ def test_num_sequences_as_a_tensor() -> None:
 
 @pytest.mark.parametrize("how", ["logits", "hidden", "packed", "eager"])
 def test_token_log_prob(how: str) -> None:
-    """Of each scored token, 0 elsewhere, without gradient; its sum is log pi."""
+    """token_log_prob has log pi of each scored token and 0 elsewhere, without gradient. Its sum is log pi(x)."""
     p = problem()
     mask = torch.rand(4, 5) < 0.7
     scored = mask & (p.tokens != -100)
@@ -772,7 +774,7 @@ def test_token_log_prob(how: str) -> None:
 @inplaces
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_gradient_that_overflowed_times_zero_is_zero(inplace: bool, dtype: torch.dtype) -> None:
-    """As two passes give: an infinite gradient of one pass times 0 made NaN."""
+    """The result is that of two passes. An infinite gradient of one pass times 0 would be NaN."""
     p = problem(dtype=dtype)
     x = leaf(p.logits)
     out = p.loss(x * 1, objective="dpg", inplace=inplace, grad_scale=1e30, log_proposal=p.terms["log_target"] - 30)
@@ -796,7 +798,7 @@ def test_another_grad_output_than_the_announced_one(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["dm_loss", "linear_dm_loss", "linear_sequence_log_prob"])
 def test_the_warning_of_the_slow_backend_names_the_callers_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of the linear losses pointed into torch's files."""
+    """The warning must name the caller's line. That of the linear losses once named one of torch's files."""
     monkeypatch.setattr(kernels, "_warned", set())
     p = problem(dtype=torch.float64)
     terms = {} if name == "linear_sequence_log_prob" else p.terms
@@ -824,7 +826,7 @@ def test_asking_for_backends_makes_no_context_on_a_gpu(monkeypatch: pytest.Monke
 
 
 def own_gdc(terms: Terms) -> Tensor:
-    """gdc++ once more."""
+    """Return the weights of gdc++ once more."""
     assert terms.log_target_ratio is not None and terms.log_ratio is not None
     return terms.log_target_ratio.exp() - terms.log_ratio.exp()
 
@@ -904,7 +906,7 @@ def test_use_backend() -> None:
 
 
 def test_fp64_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Go to eager with one warning in all, at the caller's line; an error where cpu was forced."""
+    """Such calls go to eager with one warning in all, at the caller's line. If cpu was forced, they are an error."""
     monkeypatch.setattr(kernels, "_warned", set())
     p = problem(dtype=torch.float64)
     with warnings.catch_warnings(record=True) as caught:
@@ -926,7 +928,7 @@ def test_fp64_logits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("forced", "says"), [("cpu", ""), ("eager", ""), ("cuda", "is not available here"),
                                               ("gpu", "there are only cpu, cuda, triton, eager")])  # fmt: skip
 def test_backends_where_one_is_forced(monkeypatch: pytest.MonkeyPatch, forced: str, says: str) -> None:
-    """DMFAST_BACKEND may name what can't run: nothing is in use then, and the others say why."""
+    """DMFAST_BACKEND may name a backend that can't run. Nothing is in use then, and the others say why."""
     if forced == "cuda" and dmfast.backends()["cuda"].available:
         pytest.skip("cuda is available")
     monkeypatch.setattr(kernels, "forced", forced)
@@ -941,7 +943,7 @@ def test_backends_where_one_is_forced(monkeypatch: pytest.MonkeyPatch, forced: s
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eager, one warning, and backends() says why."""
+    """Eager takes over with one warning, and backends() says why."""
     monkeypatch.setattr(extension, "_C", None)
     monkeypatch.setattr(kernels, "CPU_ALONE", False)
     monkeypatch.setattr(kernels, "_warned", set())
@@ -1001,7 +1003,7 @@ def _fresh_compiler() -> None:
 
 
 def step(function: Callable[..., Tensor], *arguments: Tensor) -> list[Tensor]:
-    """The loss and the gradients of the arguments."""
+    """Return the loss and the gradients of the arguments."""
     inputs = [leaf(x) for x in arguments]
     loss = function(*inputs)
     loss.backward()
@@ -1047,7 +1049,7 @@ COMPILED: dict[str, dict[str, object]] = {
 
 
 def assert_one_graph(name: str, backend: str) -> None:
-    """Without a graph break; loss, gradients and every result as without torch.compile."""
+    """There is no graph break, and loss, gradients and every result are as without torch.compile."""
     p = problem()
     torch.manual_seed(1)
     hidden, weight = torch.randn(4, 5, 8), torch.randn(37, 8)
@@ -1128,7 +1130,7 @@ def test_compiled_packed_loss(inplace: bool) -> None:
 
 @known
 def test_compiled_dynamic_shapes(objective: str) -> None:
-    """One graph serves all lengths; other batch sizes are right too."""
+    """One graph serves all lengths, and other batch sizes are right too."""
 
     def function(z: Tensor, tokens: Tensor, log_target: Tensor, log_proposal: Tensor, log_z: Tensor) -> Tensor:
         terms = {"log_target": log_target, "log_proposal": log_proposal, "log_z": log_z}
@@ -1164,7 +1166,7 @@ def test_compiled_in_place_on_a_graph_input(backend: str, objective: str) -> Non
 
 @known
 def test_compiled_in_place_on_a_view_of_a_leaf_leaves_it_alone(objective: str) -> None:
-    """As without torch.compile it may be refused; overwritten silently the leaf must not be."""
+    """It may be refused as without torch.compile, but the leaf must not be overwritten silently."""
     p = problem()
     x = leaf(torch.cat([p.logits, p.logits[:, :1]], 1))
     before = x.detach().clone()
@@ -1204,7 +1206,7 @@ def linear_step(name: str) -> Callable[..., tuple[Tensor, ...]]:
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_the_losses_on_hidden_states_compile(name: str) -> None:
-    """As one op, without a graph break: loss, results and the gradients that are wanted."""
+    """It is one op without a graph break, with the loss, the results and the gradients that are wanted."""
     torch.manual_seed(1)
     inputs = [torch.randn(4, 5, 8), torch.randn(37, 8), torch.randn(37)]
     function, found = linear_step(name), []
@@ -1224,7 +1226,7 @@ def test_the_losses_on_hidden_states_compile(name: str) -> None:
 @pytest.mark.parametrize("layout", ["row-major", "transposed"])
 @pytest.mark.parametrize("name", ["one pass", "two phases"])
 def test_hidden_states_of_any_layout_compile(name: str, layout: str) -> None:
-    """A gradient with the strides of hidden was none that the fake kernel had announced."""
+    """The gradient must have the strides that the fake kernel announces, and not those of hidden."""
     torch.manual_seed(1)
     p = problem(b=4, t=5)
     x = torch.randn(8, 20) if layout == "transposed" else torch.randn(20, 8)
@@ -1244,7 +1246,7 @@ def test_hidden_states_of_any_layout_compile(name: str, layout: str) -> None:
 
 @pytest.mark.parametrize("objective", ["dpg", own_gdc])
 def test_compiled_messages_name_what_the_plain_call_names(objective: object) -> None:
-    """A constant that can't be; an infinite return behind a leave-one-out baseline."""
+    """The bad values are a constant that is not allowed, and an infinite return behind a leave-one-out baseline."""
     p = problem()
     for backend in ("cpu", "eager"):
         with dmfast.use_backend(backend):
@@ -1262,7 +1264,7 @@ def test_compiled_messages_name_what_the_plain_call_names(objective: object) -> 
 
 
 def test_a_whole_training_step_compiles() -> None:
-    """Backbone, head, loss and in-graph results, with other lengths and batch sizes, in two graphs at most."""
+    """Backbone, head, loss and in-graph results compile to two graphs at most, over lengths and batch sizes."""
     torch.manual_seed(0)
     backbone = torch.nn.Sequential(torch.nn.Embedding(37, 8), torch.nn.Linear(8, 8), torch.nn.Tanh())
     head = torch.nn.Linear(8, 37)
@@ -1331,7 +1333,7 @@ def test_compiled_with_a_number_that_changes_at_every_step(name: str) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("objective", ["gdc++", "dpg", own_gdc])
 def test_compiled_errors_are_raised(objective: object, backend: str) -> None:
-    """What only values tell is found inside the graph, with the place."""
+    """Faults that only values tell are found inside the graph, with their place."""
     with dmfast.use_backend(backend):
         refuses_what_values_tell(objective)
 

@@ -1,5 +1,8 @@
-"""What `make gpu` does where no device is needed to see it: the order and the limits of its parts, what is left of a
-run that is killed, where results go, how times are taken, how ncu's table is read, what the summary says."""
+"""Test `make gpu` as far as it needs no device.
+
+The tests hold the order and the limits of its parts, what is left of a run that is killed, where results go, how times
+are taken, how ncu's table is read, and what the summary says.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ NAMES = [path.stem for path in GPU.glob("*.py")]
 
 @pytest.fixture(autouse=True)
 def _scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The scripts by their names, as they find each other, for one test."""
+    """Let the scripts be found by their names for one test, as they find each other."""
     monkeypatch.syspath_prepend(str(GPU))
     before = {name: sys.modules.pop(name, None) for name in NAMES}
     yield
@@ -72,7 +75,7 @@ def python(code: str) -> list[str]:
 
 @pytest.fixture
 def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
-    """A run in a folder of its own."""
+    """Return a run in a folder of its own."""
     run = script("run")
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setattr(run, "key", lambda dry: "these sources")
@@ -254,7 +257,7 @@ def test_a_log_that_grows_without_end_keeps_both_its_ends(tmp_path: Path, monkey
 
 
 def test_no_part_needs_transformers() -> None:
-    """Nor do the modules of dmfast that they import: it takes seconds to import."""
+    """The modules of dmfast that they import do not need it either. It takes seconds to import."""
     code = "import sys; sys.path.insert(0, sys.argv[1])\n"
     code += "import times, head, rivals, counters, worker, bench, report, run\n"
     code += "assert not {'transformers', 'matplotlib'} & sys.modules.keys()"
@@ -337,7 +340,7 @@ HEAD = ["ID", "Process ID", "Process Name", "Host Name", "Kernel Name", "Context
 
 
 def printed(kernels: list[str], values: dict[str, str]) -> str:
-    """What ncu prints with ``--csv --page raw``: what it says, the head, the units, a line for each launch."""
+    """Return what ncu prints with ``--csv --page raw``: what it says, the head, the units, a line for each launch."""
     rows = [HEAD + list(values), [""] * len(HEAD) + ["unit"] * len(values)]
     for i, name in enumerate(kernels):
         rows.append([str(i), "71", "python3.12", "127.0.0.1", name, "1", "7", "(256, 1, 1)", "(1024, 1, 1)", "0", "9.0",

@@ -1,4 +1,4 @@
-"""Groups, the sequences of one prompt, in a step: means that are fixed at the draw, over microbatches and ranks."""
+"""Test groups, the sequences of one prompt, in a step: means are fixed at the draw, over microbatches and ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def right(texts, rows):
 
 
 def on_ranks(matchers, call):
-    """What each rank's call gives, where each matcher is a rank in a thread; an error is raised."""
+    """Return what each rank's call gives, where each matcher is a rank in a thread; an error is raised."""
     meeting, given, found = threading.Barrier(len(matchers)), [None] * len(matchers), [None] * len(matchers)
 
     def run(rank):
@@ -58,7 +58,7 @@ def on_ranks(matchers, call):
 
 
 def weights_of(m, batch, size):
-    """A of each sequence of the batch in its order, and the gradients."""
+    """Return A of each sequence of the batch in its order, and the gradients."""
     found = torch.empty(len(batch)).double()
     for part in batch.split(size):
         out = m.loss(part, m.policy.model)
@@ -146,7 +146,7 @@ def test_weights_that_are_known_at_the_draw_take_no_function_of_terms():
 
 
 def test_groups_that_teach_nothing_need_no_forward():
-    """With skip_zero_weight, groups of one reward; the gradient and what is logged stay."""
+    """With skip_zero_weight, groups of one reward get no forward, and the gradient and the log stay as they are."""
     found = {}
     for skip in (False, True):
         m = matcher(objective="grpo", on_policy=True, reward=Contains("w3"), skip_zero_weight=skip)
@@ -248,7 +248,7 @@ def test_redrawing_ends_and_leaves_out_what_stays_of_one_value():
 
 
 def test_ranks_that_draw_again_draw_equally_many():
-    """A group that lies on both ranks is one group; each rank's sequences are as many as before."""
+    """A group that lies on both ranks is one group. Each rank has as many sequences as before."""
     options = {"objective": "grpo", "on_policy": True, "reward": w3, "uniform_groups": "redraw"}
 
     def call(m, rank):
@@ -268,7 +268,7 @@ OTHERS = [f"w{i} w{k}" for i in (1, 2, 4) for k in (5, 6, 7, 0)]
 
 
 def others(seed, n, taken):
-    """Prompts 100 to 111."""
+    """Return prompts 100 to 111."""
     order = torch.randperm(len(OTHERS), generator=torch.Generator().manual_seed(seed)).tolist()
     found = [place for place in order if 100 + place not in taken][:n]
     return Prompts([OTHERS[place] for place in found], [100 + place for place in found])

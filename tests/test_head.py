@@ -1,5 +1,6 @@
-"""Hidden states and head in the place of logits: they give what logits give, for every head that is found to be plain,
-and a head that is not is refused and named.
+"""Test hidden states and head in the place of logits.
+
+They give what logits give, for every head that is found to be plain. A head that is not plain is refused by name.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def other(family, **changes):
 
 
 def through_logits(policy):
-    """The same model, refused its head."""
+    """Return the same model, refused its head."""
     policy._head.failure = "a test"
     return policy
 

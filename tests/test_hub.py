@@ -1,4 +1,4 @@
-"""``prompts: {dataset: ...}`` of a recipe: what ``datasets`` loads, from a folder in the place of the hub."""
+"""Test ``prompts: {dataset: ...}`` of a recipe, which ``datasets`` loads from a folder in the place of the hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dmfast.training.data import Contexts
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A data set with two splits, and no network."""
+    """Return a data set with two splits, and no network."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     home = tmp_path / "questions"

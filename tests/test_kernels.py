@@ -1,11 +1,12 @@
-"""The compiled kernels (backend ``cpu``) against the oracle ``dmfast.eager`` in fp64 on the same stored logits, and the
-formula of ``csrc/objective.h`` against its twin ``dmfast.objectives.weigh`` and against the table of the design worked
-in 50 digits (mpmath).
+"""Test the compiled kernels (backend ``cpu``) against the oracle ``dmfast.eager`` in fp64 on the same stored logits.
 
-What is held: log pi and log-sum-exp to the error that the design states; everything made of log pi (ratios, weights,
-loss, counts) to 1e-11 of what the oracle makes of the same log pi; gradients to one rounding of their dtype of the
-oracle's, given the same weights, with no lean. Every case has NaN in the rows that are not scored and in the gaps
-between strided rows; neither may be read, and the gaps not be written.
+The formula of ``csrc/objective.h`` is compared with its twin ``dmfast.objectives.weigh`` and with the table of the
+design, worked in 50 digits (mpmath).
+
+log pi and log-sum-exp must be within the error that the design states. Everything that is made of log pi (ratios,
+weights, loss, counts) must be within 1e-11 of what the oracle makes of the same log pi. Gradients must be within one
+rounding of their dtype of the oracle's, given the same weights, and without bias. Every case has NaN in the rows that
+are not scored and in the gaps between strided rows. Neither may be read, and the gaps may not be written.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ inplaces = pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplac
 
 
 def forward(batch: Batch, entropy: bool = False) -> Scores:
-    """Of the backend that takes these logits."""
+    """Return the name of the backend that takes these logits."""
     return select(batch.logits).forward(batch, None, entropy)
 
 
@@ -67,7 +68,7 @@ class Case:
         return checks.make_batch(self.logits, self.tokens, self.mask, self.cu_seqlens, temperature, softcap)
 
     def rows_of(self, per_sequence: Tensor) -> Tensor:
-        """(B,) values spread over rows, in the shape of logits with V = 1."""
+        """Return (B,) values spread over rows, in the shape of logits with V = 1."""
         return per_sequence[sequence_of_rows(self.batch())].reshape(*self.tokens.shape, 1)
 
 
@@ -169,7 +170,7 @@ def assert_made_of(actual: Tensor | None, expected: Tensor | None, what: str) ->
 
 
 def run(case: Case, inplace: bool, grad: Tensor | None, **options: object) -> tuple[dmfast.DMLossOutput, Tensor]:
-    """The loss and its gradient, through views of a non-leaf tensor."""
+    """Return the loss and its gradient, through views of a non-leaf tensor."""
     leaf = case.base.clone().requires_grad_()
     stored = leaf.clone()
     out = dmfast.dm_loss(
@@ -360,7 +361,7 @@ def test_special_logits(name: str, temperature: float, inplace: bool, dtype: tor
 @dtypes
 @pytest.mark.parametrize("name", [name for name in SPECIAL if "-inf" in name or "1e4" in name])
 def test_special_logits_under_a_softcap(name: str, dtype: torch.dtype) -> None:
-    """Whatever cap(-inf) is, it must not depend on which block of the row the logit lies in."""
+    """The value of cap(-inf) must not depend on which block of the row the logit lies in."""
     case = make_case("contiguous", dtype, 1300, values=SPECIAL[name])
     rows = {"temperature": 0.7, "softcap": 5.0}
     check(case, **rows, **make_terms(case, **rows))
@@ -370,7 +371,7 @@ def test_special_logits_under_a_softcap(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("v", [7, 600, 5000])
 @pytest.mark.parametrize("margin", [3, 10, 20, 30])
 def test_label_gradient_where_p_is_near_1(margin: int, v: int, dtype: torch.dtype) -> None:
-    """1 - p, which keeps its digits although p rounds to 1."""
+    """The factor 1 - p keeps its digits although p rounds to 1."""
     logits = torch.zeros(1, v, v).to(dtype)
     logits[0].diagonal().fill_(margin)
     if v > 600:
@@ -389,7 +390,7 @@ def test_label_gradient_where_p_is_near_1(margin: int, v: int, dtype: torch.dtyp
 @dtypes
 @pytest.mark.parametrize("first", [-0.3, 2.7])
 def test_label_gradient_where_a_later_block_dominates(first: float, dtype: torch.dtype) -> None:
-    """1 - p again; the largest logit so far is far enough below to lose digits, near enough to stay the reference."""
+    """The factor 1 - p keeps its digits too where the largest logit so far is lower, but stays the reference."""
     logits = torch.full((1, 1, 1200), -30.0)
     logits[..., 0], logits[..., 700] = first, first + 6.5
     logits = logits.to(dtype).requires_grad_()
@@ -414,7 +415,7 @@ def allows_leave_one_out(name: str, mode: str) -> bool:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", dmfast.OBJECTIVES)
 def test_objectives(name: str, mode: str, dtype: torch.dtype) -> None:
-    """Each with every baseline it takes, with and without Z, bounded and not, in place and not."""
+    """Each objective is tried with every baseline it takes, with and without Z, bounded and not, in place and not."""
     on_policy, stored = MODES[mode]
     case = make_case("sliced", dtype, 31, b=6)
     baselines: list[object] = [None]
@@ -482,7 +483,7 @@ def test_a_proposal_out_of_hand_is_bounded_by_max_weight(name: str) -> None:
 @pytest.mark.parametrize("weight", [3e38, -3e38, 1e-38, 1e-44])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_weights_at_the_edges_of_fp32(softcap: float | None, weight: float, objective: str) -> None:
-    """Times 1 / temperature they leave fp32; what of the gradient fits is right, and none of it NaN."""
+    """Divided by the temperature they leave fp32. The gradient is right where it fits, and nowhere NaN."""
     if objective == "dpg" and weight < 0:
         objective = Objective("dpg", baseline=1.0)  # type: ignore[assignment]
     logits = torch.tensor([[[0.0, -2.0, -INF, -9.0, 1.0]]])
@@ -662,7 +663,7 @@ def test_narrow_gradients_of_a_shard(dtype: torch.dtype) -> None:
 
 @narrow_dtypes
 def test_narrow_gradients_with_a_grad_output(dtype: torch.dtype) -> None:
-    """A factor that the host does not know; one for which the gradient is there already; and scaled afterwards."""
+    """The host may not know the factor, the gradient may be there already, or it may be scaled afterwards."""
     case = make_case("sliced", torch.float32, 131)
     batch, weight = case.batch(), torch.randn(4).double()
     backend, lse = select(batch.logits), forward(case.batch()).lse
@@ -753,7 +754,7 @@ def test_nothing_scored_at_all(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("token_dtype", [torch.int16, torch.int32, torch.int64])
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.uint8, torch.int32, torch.int64])
 def test_dtypes_of_tokens_and_mask(token_dtype: torch.dtype, mask_dtype: torch.dtype) -> None:
-    """Same bits; what a masked position holds does not matter, and any integer but 0 is True."""
+    """All forms give the same bits. What a masked position holds does not matter, and any integer but 0 is True."""
     case = make_case("contiguous")
     assert case.mask is not None
     terms = make_terms(case)
@@ -1011,7 +1012,7 @@ def exact_weight(
 def formula(
     how: str, objective: Objective, on_policy: bool, log_prob: float, terms: dict[str, Tensor], bound: float
 ) -> float:
-    """A of the one sequence in ``terms``, by csrc/objective.h or by dmfast.objectives."""
+    """Return A of the one sequence in ``terms``, by csrc/objective.h or by dmfast.objectives."""
     given = {k: v for k, v in terms.items() if k != "context_id"}
     baseline = given.pop("baseline")
     if objective.name == "gdc++":

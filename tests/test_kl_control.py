@@ -1,5 +1,7 @@
-"""KL-control: adaptive beta against its recurrence and against the KL that it is to reach, PPO's clipping against the
-gradient of the clipped surrogate, and both in the trainer: several steps on a batch, the same after resuming.
+"""Test KL-control in the trainer, with several steps on a batch and after resuming.
+
+Adaptive beta is compared with its recurrence and with the KL that it is to reach, and PPO's clipping with the gradient
+of the clipped surrogate.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ def test_what_is_refused(make, match):
 
 
 def surrogate(log_pi, log_q, advantage, eps):
-    """E_q[min(rho d, clip(rho, 1 - eps, 1 + eps) d)], the paper's eq. 7."""
+    """Return E_q[min(rho d, clip(rho, 1 - eps, 1 + eps) d)], the paper's eq. 7."""
     rho = (log_pi - log_q).exp()
     return (log_q.exp() * torch.minimum(rho * advantage, rho.clamp(1 - eps, 1 + eps) * advantage)).sum()
 
@@ -81,7 +83,7 @@ def surrogate(log_pi, log_q, advantage, eps):
 @pytest.mark.parametrize("eps", [0.05, 0.2, 0.5])
 @pytest.mark.parametrize(("backend", "dtype", "rtol"), [("auto", torch.float32, 2e-6), ("eager", torch.float64, 1e-12)])
 def test_clipping_is_the_gradient_of_the_clipped_surrogate(backend, dtype, rtol, eps):
-    """On all 125 sequences, with KL-control's frozen return. The compiled kernels and the oracle."""
+    """The gradients agree on all 125 sequences, with KL-control's frozen return, in the kernels and in the oracle."""
     log_q, table = SPACE.log_prob(SPACE.table(2)), SPACE.table(2) + 0.5 * SPACE.table(3)
     advantage = REWARD - 0.4 * (log_q - BASE) - 0.1
     exact = table.clone().requires_grad_()
@@ -140,7 +142,7 @@ STEERED = {"beta_target_kl": 0.05, "beta_horizon": 40}
     ("baseline", "cut"), [(None, {}), (0.2, CUT), ("leave_one_out", {}), ("leave_one_out", CUT), ("mean", CUT)]
 )
 def test_several_steps_on_a_batch_are_the_clipped_surrogate_s(tmp_path, baseline, cut):
-    """Each step's gradient against the surrogate in plain torch, its return frozen where the batch was drawn."""
+    """Each step's gradient is that of the surrogate in plain torch, with the return frozen at the draw."""
     _, gradients, keep = run(tmp_path, max_steps=6, baseline=baseline, **PPO, **cut)
     base, seen, clipped = LanguageModel(gpt2(), tokenizer()), [], 0
     for number, (model, step, found) in enumerate(zip(keep.models, keep.steps, gradients, strict=True)):
@@ -168,7 +170,7 @@ def test_several_steps_on_a_batch_are_the_clipped_surrogate_s(tmp_path, baseline
 
 
 def scored(policy, x):
-    """log pi in fp64, differentiable."""
+    """Return log pi in fp64, differentiable."""
     logits, labels = policy.logits(x)
     rows = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     return (rows * (labels >= 0)).sum(1)

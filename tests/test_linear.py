@@ -1,5 +1,6 @@
-"""linear_dm_loss and linear_sequence_log_prob against the eager twin in fp64, which forms all logits: over options,
-dtypes, chunk boundaries, what is frozen, and inside autograd.
+"""Test linear_dm_loss and linear_sequence_log_prob against the eager twin in fp64, which forms all logits.
+
+The tests vary options, dtypes, chunk boundaries and what is frozen, and run inside autograd.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Case:
     terms: dict[str, Tensor]
 
     def inputs(self, wide: bool) -> list[Tensor | None]:
-        """Leaves of hidden, weight, bias."""
+        """Return leaves of hidden, weight, bias."""
         tensors = (self.hidden, self.weight, self.bias)
         return [None if x is None else (x.double() if wide else x.clone()).requires_grad_() for x in tensors]
 
@@ -95,7 +96,7 @@ FIELDS = ("loss", "log_prob", "log_ratio", "log_target_ratio", "weight", "n_clip
 
 
 def check(case: Case, rows: int, grad: Tensor | None = None, **options: object) -> dmfast.DMLossOutput:
-    """Values and all three gradients, twice: a second backward computes its own."""
+    """Compare values and all three gradients, twice, because a second backward computes its own."""
     common = {**case.terms, **options, "cu_seqlens": case.cu_seqlens}
     data = (case.tokens, case.mask)
     mine, truth = case.inputs(False), case.inputs(True)

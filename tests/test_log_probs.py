@@ -1,6 +1,4 @@
-"""``dm_loss_from_log_probs`` is ``dm_loss`` of the logits that the log-probabilities came from: values, gradients and
-refusals.
-"""
+"""Test that ``dm_loss_from_log_probs`` is ``dm_loss`` of the logits that the log-probabilities came from."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ ON_POLICY_ALONE = {"grpo", "dapo", "dr_grpo", "maxrl", "dpg with the others' mea
 
 
 def given(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Logits, tokens, a mask and per-sequence inputs; one sequence has nothing that is scored."""
+    """Return logits, tokens, a mask and per-sequence inputs; one sequence has nothing that is scored."""
     torch.manual_seed(seed)
     tokens = torch.randint(V, (B, T))
     mask = torch.rand(B, T) > 0.3
@@ -105,7 +103,7 @@ def test_packed_sequences_and_integer_masks() -> None:
 
 
 def test_the_gradient_is_the_weight_of_each_token_in_fp32() -> None:
-    """Also where a sum over the tokens would lose its digits: fp64 holds it."""
+    """Values are right also where a sum over the tokens would lose digits, because it is in fp64."""
     log_probs = torch.full((2, 2000), -9.87654321, requires_grad=True)
     log_q = log_probs.detach().double().sum(1) - 0.25
     out = dm_loss_from_log_probs(log_probs, log_target=log_q + 0.5, log_proposal=log_q, log_z=0.0, objective="gdc++")

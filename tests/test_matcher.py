@@ -1,4 +1,4 @@
-"""The step that every loop shares: its gradients, what a commit takes in and when, and that nothing else changes."""
+"""Test the step that every loop shares: its gradients, what a commit takes in and when, and what must not change."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KL = {"objective": "kl_control", "beta": 0.3, "reward": Contains("w3")}
 
 
 def matcher(*, proposal=None, constraints=None, model=None, on_policy=False, **options):
-    """A matcher on GPT-2 of 2 layers x 16; lambda is set by hand."""
+    """Return a matcher on GPT-2 of 2 layers x 16; lambda is set by hand."""
     torch.manual_seed(0)
     model = gpt2() if model is None else model
     base = LanguageModel(copy.deepcopy(model), tokenizer())
@@ -51,7 +51,7 @@ def draw(m, prompts=None, n=8, **options):
 
 
 def step(m, optimizer, prompts=None, n=8, size=None, **options):
-    """One step of the loop; its metrics."""
+    """Take one step of the loop, and return its metrics."""
     for part in draw(m, prompts, n, **options).split(size):
         m.loss(part).loss.backward()
     optimizer.step()
@@ -74,7 +74,7 @@ def timeless(metrics):
 
 
 def state_of(m):
-    """All that a step may change but the policy: as text, to compare. Whether q is a is found out once and stays."""
+    """Return all that a step may change but the policy, as text. Whether q is a is found out once and left out."""
     return str({name: value for name, value in m.state_dict().items() if name != "q_is_base"})
 
 
@@ -100,6 +100,8 @@ def test_the_loop_of_the_readme_on_a_real_model():
         assert metrics["swaps"] == number // 2 and m.running.steps == number
         wanted = {"phi/women", "kl_policy", "kl_policy_stderr", "log_z", "ess", "swapped", "seconds_policy", "length"}
         assert wanted <= metrics.keys()
+        error = float(batch.features[:, 0].std()) / 24**0.5
+        assert metrics["phi/women_stderr"] == pytest.approx(error)
     assert digest(policy.model) != before and m.proposal.steps == 3
 
 
@@ -226,7 +228,7 @@ def test_a_wrapped_module_is_what_runs():
 
 
 class TwoRanks:
-    """Rank 0 of two that have drawn the same."""
+    """Be rank 0 of two that have drawn the same."""
 
     rank, size = 0, 2
 
@@ -284,7 +286,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
 
 
 def of_groups(one, two):
-    """A group that lies on two ranks is one group; what is drawn again is the same on both."""
+    """A group that lies on two ranks is one group, and what is drawn again is the same on both."""
     for how in ("keep", "skip"):  # the same sequences
         for pair in zip(two[how]["log"], one[how]["log"], strict=True):
             mine, other = ({name: x for name, x in each.items() if "scorer/" not in name} for each in pair)
@@ -379,7 +381,7 @@ def test_an_error_in_a_draw_leaves_all_as_it_was():
 
 
 def test_what_a_device_has_recorded_is_raised_before_anything_is_taken_in(monkeypatch):
-    """Of any part; the batch is still there, so that it can be looked at."""
+    """A fault in any part is found, and the batch is still there, so that it can be looked at."""
     m = matcher(objective="dpg", skip_zero_weight=True, constraints=[Contains("w4")])
     step(m, sgd(m))
     before, outputs, loss = state_of(m), [], LanguageModel.loss
@@ -461,7 +463,7 @@ def test_a_recorded_fault_is_named_by_its_place_in_the_batch(monkeypatch, read):
 
 
 def test_an_error_in_a_check_of_the_proposal_leaves_all_as_it_was():
-    """It comes after the estimates have been updated."""
+    """The error comes after the estimates have been updated."""
     calls = []
 
     def scorer(texts):
@@ -649,7 +651,7 @@ PROMPTS_OF = {"w3": "w1", "w4": "w3"}
     ],
 )
 def test_a_reward_that_is_part_of_the_target_is_scored_once(how):
-    """8 sequences, 8 calls."""
+    """A step of 8 sequences makes 8 calls."""
     calls = []
 
     def score(x):
@@ -707,7 +709,7 @@ def test_finite_returns_whose_sum_is_infinite_are_named_by_the_largest():
 
 
 def at_5(*values):
-    """A reward that is 0 but for some sequences."""
+    """Return a reward that is 0 but for some sequences."""
 
     def reward(x):
         found = torch.zeros(len(x), dtype=torch.float64)
@@ -784,7 +786,7 @@ def test_again_is_not_for_a_batch_of_another_lambda():
     ids=["gdc++", "mean baseline", "fresh samples", "reinforce_p", "ppo"],
 )  # fmt: skip
 def test_resumed_is_as_if_never_stopped(options):
-    """Also within a batch that serves three steps, through a file that holds plain values only."""
+    """A state works also within a batch that serves three steps, and through a file of plain values."""
     prompts = PROMPTS[:4]
 
     def steps(m, optimizer, n):
@@ -854,7 +856,7 @@ def without(state, key):
 
 
 def test_the_log_has_the_divergence_of_alpha_and_the_returns_that_were_bounded():
-    """By which the proposal is judged, too; other objectives have none of it."""
+    """The proposal is judged by it, too. Other objectives do not have it."""
     alpha, most = 0.25, 0.1
     m = matcher(objective="alpha", alpha=alpha, max_return=most, proposal={"criterion": "alpha", "alpha": alpha})
     optimizer, bounded, passed = sgd(m, 0.5), 0, []
@@ -1006,7 +1008,7 @@ def test_a_draw_of_another_length_than_the_fit_is_warned_of_once():
 
 
 def test_without_a_proposal_rho_is_formed_where_asked():
-    """From what the sampler says, which another engine may say otherwise than we."""
+    """It follows what the sampler says, which for another engine may differ from what dmfast says."""
     m = matcher(on_policy=None)
     assert m.proposal is not None
     alone = Matcher(m.policy, m.target, on_policy=False)
@@ -1029,7 +1031,7 @@ def test_it_needs_no_trainer(tmp_path):
 
 
 def test_the_entropy_of_a_step_is_logged_and_the_loss_has_it():
-    """The mean over the step's sequences, P = 0 or not; what was asked for without a bonus is logged as well."""
+    """It is the mean over the step's sequences, P = 0 or not, and is logged without a bonus too if asked for."""
     plain, bonus = (matcher(constraints=[Contains("w4")], entropy_coefficient=c) for c in (0.0, 0.25))
     found = {}
     for m in (plain, bonus):

@@ -1,5 +1,7 @@
-"""Neighbouring methods against what their papers say of them: exact expectations over all groups of a small space, and
-losses written out token by token in plain torch."""
+"""Test neighbouring methods against what their papers say.
+
+Expectations are exact, over all groups of a small space, and losses are written out token by token in plain torch.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,7 @@ def test_maxrl_at_the_base_is_gdc_with_the_z_of_the_group():
 
 
 def batch(seed: int = 0):
-    """Six sequences of two prompts, of several lengths, with a reward and another proposal."""
+    """Return six sequences of two prompts, of several lengths, with a reward and another proposal."""
     g = torch.Generator().manual_seed(seed)
     logits, x = torch.randn(6, 4, V, generator=g), torch.randint(V, (6, 4), generator=g)
     mask = torch.arange(4) < torch.tensor([4, 1, 3, 2, 4, 2])[:, None]

@@ -1,8 +1,8 @@
-"""LanguageModel and Samples on tiny GPT-2 and Llama models: the sampler draws from exactly the distribution that the
-scorer scores, whatever the padding, the end token, the dropout of the config or its generation_config.
+"""Test LanguageModel and Samples on tiny GPT-2 and Llama models.
 
-Two references, both made here: tables of next-token logits, where every probability is known, and each sequence run
-alone through the model, unpadded and in fp64.
+The sampler must draw from exactly the distribution that the scorer scores, whatever the padding, the end token, the
+dropout of the config or its generation_config. There are two references, and both are made here: tables of next-token
+logits, where every probability is known, and each sequence run alone through the model, unpadded and in fp64.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ def pad_of(tokenizer):
 
 
 def ids_of(prompts, tokenizer):
-    """The prompts' tokens by hand: BOS, or else EOS, is the empty one."""
+    """Return the prompts' tokens by hand: BOS, or else EOS, is the empty one."""
     start = [EOS if tokenizer == "no bos" else BOS]
     return [start] if prompts is None else [ids or start for ids in PROMPT_IDS]
 
 
 def build(name="gpt2", how=""):
-    """A model with dropout, in training mode; a wide initialisation so that every position and token matters."""
+    """Return a model with dropout, in training mode; a wide initialisation so that every position and token matters."""
     torch.manual_seed(1)
     attention = "eager" if "eager" in name else "sdpa"
     if name.startswith("gpt2"):
@@ -144,7 +144,7 @@ def check_layout(x, prompt_ids, n, max_new_tokens, pad, eos=(EOS,), one_batch=Tr
 
 
 def alone(model, x, prompt_ids, n, eos=(EOS,)):
-    """log pi(x) of each sequence: a plain forward of the whole sequence by itself, without padding or mask."""
+    """Return log pi(x) of each sequence: a plain forward of the whole sequence by itself, without padding or mask."""
     values = []
     for i, row in enumerate(x.tokens.tolist()):
         ids, new = prompt_ids[i // n], continuation(row, x.prompt_len, eos)
@@ -155,7 +155,7 @@ def alone(model, x, prompt_ids, n, eos=(EOS,)):
 
 
 def same(a, b):
-    """Two Samples, bit for bit."""
+    """Return whether two Samples are the same, bit for bit."""
     names = ("tokens", "attention_mask", "score_mask", "log_prob", "context_id")
     return a.prompt_len == b.prompt_len and all(torch.equal(getattr(a, n), getattr(b, n)) for n in names)
 
@@ -580,7 +580,7 @@ def test_log_prob_is_of_this_model_and_at_the_temperature_of_the_samples():
 
 
 class AllLogits(nn.Module):
-    """A model that cannot leave out the logits of the prompt."""
+    """Be a model that cannot leave out the logits of the prompt."""
 
     def __init__(self, model):
         super().__init__()

@@ -1,5 +1,7 @@
-"""Sequences laid end to end in a row score, and have the gradient, that they have padded and alone; models that can't
-tell them apart are found by asking them."""
+"""Test that sequences which lie end to end in a row have the scores and the gradient that they have padded and alone.
+
+Models that can't tell such sequences apart are found by asking them.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,7 @@ def policy(model: Any, **options: Any) -> LanguageModel:
 
 @pytest.fixture
 def shapes() -> Any:
-    """The shapes of the batches that a model embeds."""
+    """Return the shapes of the batches that a model embeds."""
 
     def watch(lm: LanguageModel) -> list[tuple[int, ...]]:
         seen: list[tuple[int, ...]] = []
@@ -69,7 +71,7 @@ def shapes() -> Any:
 
 
 def scored(lm: LanguageModel, x: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """log pi, and the gradient of a sum of it with different weights."""
+    """Return log pi, and the gradient of a sum of it with different weights."""
     lm.model.zero_grad()
     log_prob = lm.log_prob(x)
     (log_prob * torch.linspace(-1, 1, len(x))).sum().backward()

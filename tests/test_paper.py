@@ -1,4 +1,4 @@
-"""benchmarks/paper: the estimate of KL(p||pi) where the truth is known, the choice of learning rates, one small run."""
+"""Test benchmarks/paper: the estimate of KL(p||pi) where it is known, the choice of learning rates, and a small run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def every_sequence(model):
 
 @pytest.mark.parametrize("kind", ["pointwise", "moment", "hybrid"])
 def test_kl_from_exact_samples_where_every_sequence_is_known(kind):
-    """Exact samples are those of p; both estimates of KL(p||pi) are right, and far from p theirs varies less."""
+    """Exact samples are those of p. Both estimates of KL(p||pi) are right. Far from p theirs varies less."""
     base, policy = LanguageModel(gpt2(), tokenizer()), LanguageModel(gpt2(seed=1), tokenizer())
     constraints = {"pointwise": [Contains("w6")], "moment": [Moment(Contains("w4", name="w4"), 0.3)],
                    "hybrid": [Contains("w6"), Moment(Contains("w4", name="w4"), 0.3)]}[kind]  # fmt: skip
@@ -144,7 +144,7 @@ def test_what_samples_of_the_base_say_of_a_target(tmp_path):
 
 
 def test_which_learning_rate_is_taken(tmp_path):
-    """The smallest that is within an error of the best, by each method's own aim; only where all were tried."""
+    """The choice is the smallest rate within an error of the best, by each method's own aim, once all were tried."""
     kl = {5e-5: 0.9, 1.5e-4: 0.52, 5e-4: 0.5, 1.5e-3: 3.0}
     phi = {5e-5: 0.2, 1.5e-4: 0.5, 5e-4: 0.9, 1.5e-3: 0.99}
     for each in grid.tuning():
@@ -197,7 +197,7 @@ out.write_text("{{}}")
 
 
 def test_a_run_that_dies(tmp_path, monkeypatch):
-    """It is on record with what it said, the others go on, a later start tries it again; only JSON is committed."""
+    """A failed run is on record with its error, the others go on, and a later start tries it again."""
     monkeypatch.setattr(grid, "HERE", tmp_path)
     folder = tmp_path / "runs"
     runs = [grid.Run("main", "women", method, 0) for method in ("gdc", "gdc++", "js")]
@@ -237,7 +237,7 @@ def test_a_run_that_dies(tmp_path, monkeypatch):
 
 
 def test_results_are_packed_into_one_archive(tmp_path):
-    """Nothing of them is lost, a later file replaces what is packed, and the bytes say nothing of the order."""
+    """No run is lost, a later file replaces what is packed, and the bytes do not depend on the order."""
     results = {f"main/women-gdc-seed{i}.json": {"seed": i, "kl": 0.1 + i, "text": ["a “b”\n"]} for i in range(3)}
     results["variants/women-tv-seed0.failed.json"] = {"nan": True}
 

@@ -1,4 +1,4 @@
-"""benchmarks/paper/report.py on a few runs of which every mean, error, interval and count is known."""
+"""Test benchmarks/paper/report.py on a few runs of which every mean, error, interval and count is known."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def write(folder, task, method, seed, *, part="main", finite=True, log_prob=None
 
 
 def rows(text):
-    """A table's rows as dicts."""
+    """Return a table's rows as dicts."""
     header, _, *others = [[cell.strip() for cell in line[1:-2].split("|")] for line in text.splitlines()]
     return [dict(zip(header, cells, strict=True)) for cells in others]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three seeds of both methods on a task; on another GDC++ has one of GDC's two, where it is the worse."""
+    """Return three seeds of both methods on a task; on another GDC++ has one of GDC's two, where it is the worse."""
     for method, of_seed in KL.items():
         for seed, value in of_seed.items():
             write(tmp_path, "women", method, seed, kl_exact=value, **{"phi/women": 0.4 + 0.02 * (method == "gdc++")})

@@ -1,4 +1,4 @@
-"""A checkpoint that could run code is refused before anything of it is read."""
+"""Test that a checkpoint which could run code is refused before anything of it is read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run with a whole checkpoint."""
+    """Return the folder of a run with a whole checkpoint."""
     folder = tmp_path_factory.mktemp("run")
     job(folder, max_steps=1, save_strategy="steps", save_steps=1).train()
     return folder

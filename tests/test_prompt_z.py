@@ -1,4 +1,4 @@
-"""Z of each prompt where the target filters the base: how it is read, and the preset that rests on it."""
+"""Test Z of each prompt where the target filters the base: how it is read, and the preset that rests on it."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_floor_is_refused_where_z_may_be_above_1(tmp_path):
 
 
 def by_hand(log_p, log_pi, alpha):
-    """A of alpha-DPG for the n sequences of a prompt, number by number."""
+    """Return A of alpha-DPG for the n sequences of a prompt, number by number."""
     n, w = len(log_p), [math.exp(p - q) for p, q in zip(log_p, log_pi, strict=True)]
     z = min(sum(w) / n, 1.0) or 1e-4
     r = [min((x / z) ** (1 - alpha) - 1, 10.0) for x in w]

@@ -1,5 +1,8 @@
-"""What a sequence starts from and what ends it: strings, token ids and chats through real tokenizers, made here, that
-put BOS and EOS around a text or do not; chat templates of several habits; the ends that a model's own files name."""
+"""Test what a sequence starts from and what ends it.
+
+The tests take strings, token ids and chats through real tokenizers, which are made here and put BOS and EOS around a
+text or do not. They try chat templates of several habits, and the ends that a model's own files name.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ AS_JSON = CHAT.replace("{{ m['content'] }}", "{{ m['content'] if m['content'] is
 
 
 def around(how, bos=True, template=None):
-    """A tokenizer that puts special tokens around a text by itself."""
+    """Return a tokenizer that puts special tokens around a text by itself."""
     words = tok().backend_tokenizer
     words.post_processor = processors.TemplateProcessing(
         single=AROUND[how], special_tokens=[("<s>", BOS), ("<e>", EOS)]
@@ -56,7 +59,7 @@ def lm(tokenizer=None, **options):
 
 
 def encoded(policy, prompts):
-    """The ids of prompts without padding, and by the way that left padding is what it should be."""
+    """Return the ids of prompts without padding, and by the way that left padding is what it should be."""
     tokens, mask = policy._encode(prompts)
     rows = [row[seen.bool()].tolist() for row, seen in zip(tokens, mask, strict=True)]
     for row, all_of_it in zip(rows, tokens.tolist(), strict=True):
@@ -261,7 +264,7 @@ def test_an_error_of_the_template_names_the_row():
 
 
 class Reader(ProcessorMixin):
-    """A processor with a tokenizer alone."""
+    """Be a processor with a tokenizer alone."""
 
     tokenizer_class = "PreTrainedTokenizerFast"
 

@@ -1,5 +1,7 @@
-"""OfflineProposal on a tabular model: it swaps exactly when the policy is nearer to the target by its criterion, only
-the samples since the last swap count, q is a copy, what fails changes nothing, and a state goes on where it was taken.
+"""Test OfflineProposal on a tabular model.
+
+It swaps exactly when the policy is nearer to the target by its criterion. Only the samples since the last swap count. q
+is a copy. A failure changes nothing, and a state goes on where it was taken.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ DIVERGENCES = {
 
 
 class Table(nn.Module):
-    """A policy: a table of logits, a tied view of it, a buffer."""
+    """Be a policy: a table of logits, a tied view of it, and a buffer."""
 
     def __init__(self, table):
         super().__init__()
@@ -54,7 +56,7 @@ class Table(nn.Module):
 
 
 class Wrapper:
-    """What LanguageModel is to a model."""
+    """Be to the table what LanguageModel is to a model."""
 
     def __init__(self, model):
         self.model, self.note = model, "kept"
@@ -73,7 +75,7 @@ def log_prob(policy):
 
 
 def step(proposal, which=ALL, target=TARGET, log_z=None):
-    """One training step's output for sequences from q."""
+    """Return one training step's output for sequences from q."""
     table = proposal.policy.table if isinstance(proposal.policy, nn.Module) else proposal.policy.model.table
     return dmfast.eager.dm_loss(
         SPACE.logits(table.detach())[which],
@@ -85,7 +87,7 @@ def step(proposal, which=ALL, target=TARGET, log_z=None):
 
 
 def policies():
-    """On the way from q to p, away from p, and in random directions, near and far."""
+    """The policies lie on the way from q to p, away from p, and in random directions, near and far."""
     for s in (-0.4, -0.05, 0.05, 0.4, 0.9, 1.6, 2.5):
         yield torch.lerp(Q_TABLE, P_TABLE, s)
     for seed in range(30):
@@ -128,7 +130,7 @@ def test_criteria_disagree_where_the_divergences_do():
 
 @pytest.mark.parametrize("criterion", DIVERGENCES)
 def test_paired_standard_error(criterion):
-    """300 repetitions: right in size; and near q far below that of the two divergences taken one by one."""
+    """Over 300 repetitions the error has the right size. Near q it is far below that of the two divergences apart."""
     table, generator, scores = torch.lerp(Q_TABLE, P_TABLE, 0.1), torch.Generator().manual_seed(3), []
     log_pi, log_q, log_z = SPACE.log_prob(table), SPACE.log_prob(Q_TABLE), TARGET.z.log().expand(2000)
     exact = float(DIVERGENCES[criterion](TARGET.p, Q) - DIVERGENCES[criterion](TARGET.p, log_pi.exp()))
@@ -193,7 +195,7 @@ def test_interval_criterion_always_swaps():
 
 @pytest.mark.parametrize("criterion", DIVERGENCES)
 def test_nothing_known_means_no_swap(criterion):
-    """P = 0 on every sequence, or no step since the last swap."""
+    """There is nothing to judge by if P = 0 on every sequence, or if no step came since the last swap."""
     proposal = proposal_of(criterion, interval=1)
     proposal.policy.set(P_TABLE)
     nothing = Target(torch.full_like(TARGET.log_score, -math.inf))
@@ -208,7 +210,7 @@ def test_nothing_known_means_no_swap(criterion):
 
 @pytest.mark.parametrize("criterion", DIVERGENCES)
 def test_only_samples_since_the_last_swap_count(criterion):
-    """A window full of steps that say no, then a swap: the next check equals that of a fresh proposal."""
+    """After a window of steps that say no and a swap, the next check equals that of a fresh proposal."""
     used, fresh = (proposal_of(criterion, interval=1, decay=1.0) for _ in range(2))
     used.policy.set(torch.lerp(Q_TABLE, P_TABLE, -1.5))
     for _ in range(5):
@@ -236,7 +238,7 @@ def test_recent_steps_weigh_more():
 
 @pytest.mark.parametrize("criterion", DIVERGENCES)
 def test_standard_error_hysteresis(criterion):
-    """Nearer by r standard errors: swaps for stderrs below r, not above."""
+    """A policy that is nearer by r standard errors is taken for stderrs below r, and not above."""
 
     def run(stderrs):
         proposal = proposal_of(criterion, interval=1, stderrs=stderrs)
@@ -283,7 +285,7 @@ def test_best_only(criterion):
 
 
 class Remembers(Table):
-    """With a buffer that no state_dict has, and a state that is no tensor."""
+    """The model has a buffer that no state_dict has, and a state that is no tensor."""
 
     def __init__(self, table):
         super().__init__(table)
@@ -407,7 +409,7 @@ def test_bad_arguments(name, kwargs):
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_goes_on_after_a_break(criterion):
-    """20 steps, saved to a file and taken up by a new object in the middle of a window: bitwise the same."""
+    """20 steps that a new object takes up from a file in the middle of a window are bitwise the same."""
     generator = torch.Generator().manual_seed(13)
 
     def make(table):

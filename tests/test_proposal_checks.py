@@ -1,5 +1,7 @@
-"""How the proposal is checked: on fresh samples, against exact divergences, at a cost that is known, without touching
-the training; and how often noise alone passes k standard errors.
+"""Test how the proposal is checked on fresh samples.
+
+The check is compared with exact divergences. Its cost is known, it does not touch the training, and it is known how
+often noise alone passes k standard errors.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*fr
 
 
 def scores(table, which=ALL, log_z=None):
-    """What ``fresh`` gives for sequences of q."""
+    """Return what ``fresh`` gives for sequences of q."""
     log_z = TARGET.z.log() if log_z is None else log_z
     return SPACE.log_prob(table)[which], SPACE.log_prob(Q_TABLE)[which], TARGET.log_score[which], log_z
 
 
 def after_a_step(criterion, table, *, says, **options):
-    """A proposal with a step behind it whose sequences say that pi is nearer, or that it is not."""
+    """Return a proposal with a step behind it whose sequences say that pi is nearer, or that it is not."""
     proposal = OfflineProposal(Table(Q_TABLE), criterion, interval=1, **options)
     then = torch.lerp(Q_TABLE, P_TABLE, 0.5 if says else -0.5)
     log_prob, log_proposal, log_target, log_z = scores(then)
@@ -42,7 +44,7 @@ def after_a_step(criterion, table, *, says, **options):
 
 @pytest.mark.parametrize("criterion", ["kl", "tvd", "js"])
 def test_fresh_samples_decide_as_the_exact_divergences_do(criterion):
-    """Whatever the training steps say."""
+    """Fresh samples decide, whatever the training steps say."""
     divergence, decisions = DIVERGENCES[criterion], []
     for table in policies():
         exact = float(divergence(TARGET.p, Q) - divergence(TARGET.p, SPACE.log_prob(table).exp()))
@@ -100,7 +102,7 @@ def test_fresh_samples_that_do_not_fit_change_nothing():
 
 
 def finished(out, *, keep=None, **wanted):
-    """A finished job, which checks every second step."""
+    """Return a finished job, which checks every second step."""
     callbacks = [] if keep is None else [keep]
     trainer = job(out, callbacks=callbacks, **({"max_steps": 6, "proposal_interval": 2} | wanted))
     if keep is not None:
@@ -115,7 +117,7 @@ def logged(trainer, name):
 
 @pytest.mark.parametrize("prompts", [None, PROMPTS])
 def test_checks_on_fresh_samples_leave_the_training_s_alone(tmp_path, prompts):
-    """The same sequences, Z, gradients and parameters to the bit, as long as q is the same."""
+    """Sequences, Z, gradients and parameters are the same to the bit, as long as q is the same."""
     never = {"proposal_stderrs": 1e9, "prompts": prompts, "samples_per_context": 4 if prompts else None}
     keeps = Keep(), Keep()
     without = finished(tmp_path / "without", keep=keeps[0], **never)
@@ -132,7 +134,7 @@ def test_checks_on_fresh_samples_leave_the_training_s_alone(tmp_path, prompts):
 
 
 def test_the_trainer_s_check_is_that_of_the_samples_that_it_drew(tmp_path):
-    """Its verdict, from their tokens and the three models alone."""
+    """Its verdict follows from the samples' tokens and the three models alone."""
     seen, criterion = [], "kl"
     # steps that are large enough for pi to come nearer to p on any machine, whatever its rounding lets them draw
     trainer = job(tmp_path, max_steps=9, proposal_interval=3, per_device_train_batch_size=128, lambda_=3.0,
@@ -210,7 +212,7 @@ def test_what_a_check_costs(tmp_path, never_positive, monkeypatch):
 
 
 def test_contexts_of_a_check(tmp_path):
-    """N / samples_per_context of them, others each time, each with its own Z."""
+    """A check takes N / samples_per_context prompts, others each time, and each has its own Z."""
     trainer = job(tmp_path, prompts=PROMPTS, samples_per_context=4, proposal_check_samples=12, max_steps=8)
     seen, sample = [], trainer.proposal.snapshot.sample
 
@@ -259,7 +261,7 @@ def test_fresh_samples_make_up_for_skipped_forwards(tmp_path):
 
 
 def indifferent(criterion):
-    """A table as near to p as q is by the criterion: some way towards p, and some way off."""
+    """Return a table as near to p as q is by the criterion: some way towards p, and some way off."""
     divergence = DIVERGENCES[criterion]
 
     def off(much):
@@ -279,7 +281,7 @@ def indifferent(criterion):
 @pytest.mark.parametrize("criterion", ["kl", "tvd", "js"])
 @pytest.mark.parametrize("k", [0.0, 1.0, 2.0])
 def test_noise_alone_swaps_as_often_as_the_normal_tail_says(criterion, k):
-    """pi as near to p as q: k standard errors let P(normal > k) of the checks pass."""
+    """With pi as near to p as q, k standard errors let P(normal > k) of the checks pass."""
     table, n, repetitions = indifferent(criterion), 1000, 2000
     generator = torch.Generator().manual_seed(4)
     drawn = torch.multinomial(Q, n * repetitions, replacement=True, generator=generator).view(repetitions, n)
@@ -304,7 +306,7 @@ def tensors(model):
 
 
 def test_the_copy_is_made_on_its_device_and_nowhere_else():
-    """meta: a device that holds no values. A tied parameter stays one."""
+    """The other device is meta, which holds no values. A tied parameter stays one."""
     policy = Table(Q_TABLE)
     policy.table.grad = torch.ones_like(policy.table)
     proposal = OfflineProposal(policy, interval=1, device="meta")
@@ -348,7 +350,7 @@ def test_samples_come_back_on_the_policy_s_device():
 
 
 def test_the_trainer_s_q_on_a_named_device(tmp_path):
-    """The same run to the bit; and the trainer takes samples of q, and its parameters, wherever they are."""
+    """The run is the same to the bit, and the trainer takes q's samples and parameters from any device."""
     here = finished(tmp_path / "here", proposal_check_samples=32)
     there = finished(tmp_path / "there", proposal_check_samples=32, proposal_device="cpu")
     assert digest(there.model) == digest(here.model) and there.proposal.swaps == here.proposal.swaps > 0

@@ -1,5 +1,7 @@
-"""Quasi-rejection sampling on all 125 sequences of a tabular model, where every p_beta, its rate and its distances from
-p are known; its standard errors against their spread; proposals with prompts and mixtures.
+"""Test quasi-rejection sampling on all 125 sequences of a tabular model.
+
+Every p_beta, its rate and its distances from p are known there. Standard errors are compared with their spread.
+Proposals may have prompts or be mixtures.
 """
 
 from __future__ import annotations
@@ -27,14 +29,14 @@ CASES = [pytest.param(t, q, id=f"{t}-{q}") for t in TARGETS for q in PROPOSALS]
 
 
 def exact(target, log_q, log_beta):
-    """The rate, and the distribution of what is accepted, by summing over all sequences."""
+    """Return the rate, and the distribution of what is accepted, by summing over all sequences."""
     q, score = log_q.exp(), target.log_score.exp()
     joint = q * torch.minimum(torch.ones(()), score / (math.exp(log_beta) * q))
     return float(joint.sum()), joint / joint.sum()
 
 
 def whole(target, log_q):
-    """log P/q of a set of samples in which x stands n_x times, and the q that these are exact for."""
+    """Return log P/q of a set of samples in which x stands n_x times, and the q that these are exact for."""
     n = counts(log_q.exp())
     log_q = (n.double() / n.sum()).log()
     return (target.log_score - log_q).repeat_interleave(n), log_q
@@ -128,7 +130,7 @@ def test_what_is_refused(call, match):
 
 
 class Tabular:
-    """A distribution over the 125 sequences as a proposal or a base."""
+    """Be a distribution over the 125 sequences, as a proposal or a base."""
 
     tokenizer = word_tokenizer(list("abcde"))
 
@@ -176,7 +178,7 @@ def assert_drawn_from(samples, p):
 @pytest.mark.parametrize("above", [-2.5, -1.0, 0.0])
 @pytest.mark.parametrize(("target", "proposal"), CASES)
 def test_what_is_accepted_is_p_beta(target, proposal, above):
-    """Up to the largest P/q, where it is p itself, and at the rate that is known."""
+    """The samples are those of p_beta up to the largest P/q, where it is p itself, and come at the known rate."""
     target, log_q = TARGETS[target], PROPOSALS[proposal]
     log_beta = float((target.log_score - log_q).max()) + above
     x, drawn = quasi_rejection_sample(ebm(target), Tabular(log_q), 4000, log_beta=log_beta, max_new_tokens=3,
@@ -267,7 +269,7 @@ def test_prompts_that_do_not_serve(model):
 
 
 def test_every_proposal_leads_to_the_same_target(model):
-    """E_p[phi] from accepted sequences, whatever they were proposed by; log Z from each curve."""
+    """E_p[phi] comes from accepted sequences, whatever proposed them, and log Z from each curve."""
     target = EBM(model, [Contains("w3", name="w3")])
     policy = LanguageModel(gpt2(), tokenizer())
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a release says of itself, in the files that no tool compares. What it holds: scripts/ci/wheel.sh."""
+"""Test what a release says of itself in files that no tool compares. scripts/ci/wheel.sh tests what it contains."""
 
 from __future__ import annotations
 

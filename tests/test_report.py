@@ -1,4 +1,4 @@
-"""``dmfast report``: the page against the logs that it was made of, number by number; what a page must not do."""
+"""Test ``dmfast report``: the page against the logs it was made of, number by number, and what a page must not do."""
 
 from __future__ import annotations
 
@@ -93,8 +93,9 @@ def a_log(seed=0, rate=1e-4, **others):
     def step(i):
         a, b, c = torch.rand(3, generator=generator).tolist()
         return {
-            "step": i, "phi/women": a, "kl_policy": b, "kl_policy_stderr": 0.1 * c, "kl_proposal": a + b, "log_z": c,
-            "ess": 10 * a, "weight_std": 1 + b, "swapped": float(i == 3), "swaps": float(i >= 3),
+            "step": i, "phi/women": a, "phi/women_stderr": 0.03, "kl_policy": b, "kl_policy_stderr": 0.1 * c,
+            "kl_proposal": a + b, "log_z": c, "ess": 10 * a, "weight_std": 1 + b, "swapped": float(i == 3),
+            "swaps": float(i >= 3),
             "seconds_sampling": 0.5, "seconds_scoring": 0.25, "seconds_policy": 1.0,
         }  # fmt: skip
 
@@ -118,7 +119,7 @@ def write(folder, log):
 
 @pytest.fixture
 def two(tmp_path, capsys):
-    """The logs of two runs, and their page, as the command makes it."""
+    """Return the logs of two runs, and their page, as the command makes it."""
     logs = [a_log(0), a_log(1, 3e-4)]
     runs = [write(tmp_path / f"run{i}", log) for i, log in enumerate(logs)]
     out = tmp_path / "new" / "page.html"
@@ -166,7 +167,7 @@ def test_the_numbers_are_those_of_the_logs(two):
 
 
 def test_the_verdict_comes_first_and_settings_are_folded(tmp_path):
-    """With the words of a real verdict, so that another wording of it fails here."""
+    """The words are those of a real verdict, so that another wording of it fails here."""
     women = {"phi/women": Estimate(0.07, 0.01), "kl_policy_base": Estimate(0.0, 0.0)}
     wanted = {"phi/women": Estimate(0.5, 0.0), "kl_policy_base": Estimate(0.7, 0.0)}
     logs = [a_log(i, verdict=verdict(women, after, wanted, ["women"])) for i, after in enumerate((wanted, women))]
@@ -183,7 +184,7 @@ def test_the_verdict_comes_first_and_settings_are_folded(tmp_path):
 
 
 def test_what_is_drawn_is_announced_and_nothing_else(two, tmp_path):
-    """The evaluations before and after count as such; a run without any has no marks, and its page speaks of none."""
+    """The evaluations before and after have marks. A run without any has no marks, and its page speaks of none."""
     _, html, _ = two
 
     def figure(page, title):
@@ -191,7 +192,9 @@ def test_what_is_drawn_is_announced_and_nothing_else(two, tmp_path):
 
     shown = figure(html, "E[women]")
     assert "marks: fresh samples from π" in shown and shown.count("<use") > 0
-    assert "band" not in shown and "band" in figure(html, "KL(p‖π)") and "ticks" in figure(html, "KL(p‖π)")
+    assert "band and bars: ± one standard error" in shown
+    assert "band: ±" in figure(html, "KL(p‖π)") and "ticks" in figure(html, "KL(p‖π)")
+    assert "standard error" not in figure(html, "log Z")
     log = a_log()
     del log["before"], log["after"], log["history"][-1]
     for step in log["history"]:
@@ -230,7 +233,7 @@ def test_digits_are_those_that_the_error_allows(value, error, text):
 
 
 def test_before_and_after_stand_together_under_their_prompt(tmp_path):
-    """From the log, from the rows that the trainer wrote, from the one prompt of a recipe; or the page says unknown."""
+    """Prompts come from the log, from the trainer's rows, or from a recipe's one prompt; or the page says unknown."""
     recipe = a_log()["recipe"]
 
     def sections(log, rows=()):
@@ -272,6 +275,8 @@ def test_the_lines_go_through_the_points_of_the_logs(two, title, key):
     for i in range(2):
         of_run = [p["d"] for p in paths if f"stroke: var(--run{i})" in p.get("style", "") and "z" not in p["d"]]
         (line,) = [each for each in of_run if each.count("L") == 3]  # no mark, and no error bar
+        bands = re.findall(rf"fill: var\(--run{i}\); fill-opacity: 0.16", figure)
+        assert len(bands) == (key != "log_z")  # whose errors the logs lack
         drawn.append([[float(v) for v in point.split()] for point in re.split("[ML]", line)[1:]])
     x, y = torch.tensor(drawn, dtype=torch.float64).unbind(-1)
     even = x[:1, :1] + (x[0, 1] - x[0, 0]) * torch.arange(4.0).double()
@@ -312,7 +317,7 @@ def test_what_runs_say_is_text(tmp_path):
 
 
 def with_passes(seed, k, before, after):
-    """A log with pass@k of three evaluations: the base, midway, the policy."""
+    """Return a log with pass@k of three evaluations: the base, midway, the policy."""
     log = a_log(seed)
 
     def measures(values):
@@ -331,14 +336,14 @@ def with_passes(seed, k, before, after):
 
 
 def points(figure, number, length):
-    """The drawn lines of a run with so many points, each (length, 2)."""
+    """Return the drawn lines of a run with so many points, each (length, 2)."""
     lines = [p["d"] for p in Parsed(figure).paths if f"stroke: var(--run{number})" in p.get("style", "")]
     found = [re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", line) for line in lines if "fill" not in line]
     return [torch.tensor([[float(v) for v in pair] for pair in line]) for line in found if len(line) == length]
 
 
 def test_right_answers_are_drawn_over_k_and_against_each_other(tmp_path):
-    """Through the points of the logs, each run with a mark and a dash of its own."""
+    """The lines go through the points of the logs, and each run has a mark and a dash of its own."""
     k = (1, 4, 16)
     passes = [(0.1, 0.4, 0.9), (0.3, 0.6, 0.95)], [(0.1, 0.4, 0.9), (0.7, 0.75, 0.8)]
     logs, fronts = zip(*(with_passes(i, k, *each) for i, each in enumerate(passes)), strict=True)
@@ -401,7 +406,7 @@ def of_trainer(tmp_path):
 
 
 def test_a_trainer_s_folder_is_a_run(tmp_path):
-    """The newest checkpoint's state, and samples of the first and the last evaluation."""
+    """The page has the newest checkpoint's state, and samples of the first and the last evaluation."""
     trainer = of_trainer(tmp_path)
     (run,) = read([tmp_path])
     assert run.source == tmp_path / "checkpoint-4" / "trainer_state.json"
@@ -432,7 +437,7 @@ def test_names_tell_runs_apart(tmp_path):
 
 
 def test_what_is_not_finite_is_left_out(tmp_path):
-    """null in JSON: no point of a line, a dash in a table."""
+    """A null in JSON is no point of a line, and a dash in a table."""
     log = a_log()
     log["history"][1]["kl_policy"] = None
     log["history"][2]["kl_policy"] = float("nan")

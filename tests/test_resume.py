@@ -1,4 +1,4 @@
-"""What becomes of a setting that is another one than in the checkpoint."""
+"""Test what becomes of a setting that differs from the checkpoint's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KL = {"objective": "kl_control", "beta": 0.3, "reward": Contains("w3"), "on_poli
 
 
 def test_every_setting_has_its_place():
-    """One that is added to DMConfig has to be put into a table of resume.py."""
+    """A setting that is added to DMConfig has to be put into a table of resume.py."""
     own = {f.name for f in dataclasses.fields(dmfast.DMConfig)} - {
         f.name for f in dataclasses.fields(TrainingArguments)
     }

@@ -1,4 +1,4 @@
-"""Several rewards with weights: their sum is what is trained on, and each is logged by its own name."""
+"""Test several rewards with weights: training uses their sum, and each is logged by its own name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXTS = ["a", "a b", "b b", ""]
 
 
 class Counted:
-    """The words of each text that are this one, and how often it was asked."""
+    """Count the words of each text that are this one, and how often the feature is asked."""
 
     def __init__(self, word):
         self.word, self.calls = word, 0

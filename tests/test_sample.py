@@ -1,5 +1,7 @@
-"""sample_tokens: exact draws (chi-square over 10^6 of them, the tails by injected uniforms), the same draw whatever the
-threads or the batch, and the log-probability of what was drawn, all against fp64.
+"""Test sample_tokens against fp64.
+
+Draws are exact (chi-square over 10^6 of them, and the tails by injected uniforms). The draw is the same whatever the
+threads or the batch, and so is the log-probability of what was drawn.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def log_softmax(z: Tensor, temperature: float = 1.0, softcap: float | None = Non
 
 
 def draw(z: Tensor, uniform: Tensor, temperature: float = 1.0, softcap: float | None = None) -> tuple[Tensor, Tensor]:
-    """The kernel's draw with the uniforms given."""
+    """Return the kernel's draw with the uniforms given."""
     return select(z).sample(checks.make_sample_rows(z, 0, None, 0, temperature, softcap), uniform)[:2]
 
 
@@ -151,7 +153,7 @@ def test_every_token_by_its_own_interval(v: int, temperature: float, softcap: fl
 
 @dtypes
 def test_a_row_of_many_blocks(dtype: torch.dtype) -> None:
-    """More blocks than a warp has lanes; a stretch of them without a possible token, and the last."""
+    """There are more blocks than a warp has lanes. A stretch of them has no possible token."""
     torch.manual_seed(0)
     v = 20_011
     z = torch.randn(v).to(dtype)
@@ -167,7 +169,7 @@ def test_a_row_of_many_blocks(dtype: torch.dtype) -> None:
 
 
 def blocks(*parts: float | None) -> Tensor:
-    """Blocks of 512 logits: None is -inf, else noise around a value."""
+    """Return rows of blocks of 512 logits: -inf for None, else noise around a value."""
     return torch.cat([torch.full((512,), -INF) if x is None else x + torch.randn(512) for x in parts])
 
 
@@ -250,7 +252,7 @@ def test_threads_and_batches_make_no_difference(sample: Callable[..., tuple[Tens
 
 @dtypes
 def test_strides(dtype: torch.dtype) -> None:
-    """Rows far apart, one row for all, any alignment; NaN between rows is not read."""
+    """Rows may be far apart, one row for all, or of any alignment. NaN between rows is not read."""
     torch.manual_seed(0)
     base = torch.full((9, 4, 700), math.nan, dtype=dtype)
     z = (3 * torch.randn(9, 700)).to(dtype)

@@ -1,4 +1,4 @@
-"""Samples: what its parts, its joins and its moves keep of the sequences, and what is no index of a batch."""
+"""Test Samples: what parts, joins and moves keep of the sequences, and what is refused as an index."""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ def test_some_of_the_samples(x, index):
         assert getattr(part, name).tolist() == [getattr(x, name)[i].tolist() for i in rows]
     assert (part.prompt_len, part.temperature, part.tokenizer) == (x.prompt_len, x.temperature, x.tokenizer)
     assert part.text == [x.text[i] for i in rows]
+
+
+@pytest.mark.parametrize(
+    ("n", "places"),
+    [(0, []), (1, [0]), (2, [0, 12]), (3, [0, 6, 12]), (5, [0, 6, 12, 18, 1]), (6, [0, 6, 12, 18, 1, 13])],
+)
+def test_the_places_across_contexts(x, n, places):
+    assert x.across_contexts(n).tolist() == places  # of four contexts with six sequences each
+    assert sorted(x.across_contexts(100).tolist()) == list(range(24))
 
 
 @tokenizers
@@ -114,7 +123,7 @@ def test_samples_are_frozen(x, name):
 
 
 def with_rows(x):
-    """The samples with a version and a row of a data set each, all different."""
+    """Return the samples with a version and a row of a data set each, all different."""
     n = len(x)
     return dataclasses.replace(x, version=torch.arange(n) % 5, rows=[{"answer": str(i)} for i in range(n)])
 

@@ -1,5 +1,6 @@
-"""Samplers: what they are loaded from, what is refused, whose draws they say theirs are; and an OfflineProposal whose
-sequences are drawn by another engine, which gets q and never pi.
+"""Test samplers: what they are loaded from, what is refused, and whose draws they say theirs are.
+
+An OfflineProposal whose sequences another engine draws gives that engine q and never pi.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ PEFT = ["", "lora", "lora, embedding too", "lora, new tokens"]
 
 
 def moved(policy, by=0.1, seed=0):
-    """The same policy after what training may do to it."""
+    """Return the same policy after what training may do to it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in (p for p in policy.model.parameters() if p.requires_grad):
@@ -35,7 +36,7 @@ def moved(policy, by=0.1, seed=0):
 
 
 def view():
-    """A second adapter of a model as a sampler."""
+    """Return a second adapter of a model as a sampler."""
     policy = lm(how="lora")
     return OfflineProposal(policy, adapter=True).snapshot
 
@@ -194,7 +195,7 @@ def test_a_prompted_model_loads_and_stays_prompted():
 
 
 def test_the_parts_of_a_mixture_draw_numbers_of_their_own():
-    """Two parts of one model, and the model itself with the same seed: no sequence is drawn twice."""
+    """No sequence is drawn twice by two parts of one model, and by the model itself, with the same seed."""
     table = torch.full((V, V), -torch.inf)
     table[:, :4] = 0.0  # four words, all alike, without an end: 4^20 sequences
     policy = LanguageModel(Table(table), tok())
@@ -238,7 +239,7 @@ def test_the_model_that_ships_has_a_name(tmp_path, monkeypatch):
 
 
 class Engine:
-    """A sampler with parameters of its own, which counts what it is asked and may fail to load."""
+    """Be a sampler with parameters of its own, which counts what it is asked and may fail to load."""
 
     def __init__(self, name="gpt2", how=""):
         self.model, self.version, self.loaded, self.fails = moved(lm(name, how=how), seed=9), 0, [], False

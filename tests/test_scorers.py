@@ -1,4 +1,4 @@
-"""Scorers that keep what they know, classifiers against their own pipeline, rewards against KL-control's optimum."""
+"""Test scorers that keep what they know, classifiers against their own pipeline, and rewards against KL-control."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXTS = ["a good film .", "bad", "not a bad film", "good good good good", "film"
 
 
 class Lengths:
-    """The number of characters, and a record of what was asked."""
+    """Return the number of characters, and keep a record of what was asked."""
 
     def __init__(self):
         self.asked = []
@@ -127,7 +127,7 @@ CASES = [("single", ("NEGATIVE", "NEUTRAL", "POSITIVE")), ("multi", ("NEUTRAL", 
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("as_pipeline", [False, True])
 def test_a_classifier_says_what_transformers_pipeline_says(kind, labels, batch_size, as_pipeline):
-    """One text at a time there, padded batches here; a softmax, independent labels, one label, a decoder."""
+    """The pipeline takes one text at a time, and the classifier padded batches, for each kind of head."""
     model, tokenizer = classifier(kind, labels).eval(), word_tokenizer(WORDS)
     pipe = pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)
     wanted = [next(each["score"] for each in pipe([text])[0] if each["label"] == "POSITIVE") for text in TEXTS[:-1]]
@@ -203,7 +203,7 @@ def test_a_reward_is_the_constraint_exp_r_over_beta():
 
 @pytest.mark.parametrize("size", [900.0, -900.0])
 def test_a_reward_beyond_any_float(size):
-    """exp(9000) does not exist, log P does."""
+    """exp(9000) is beyond fp64, and log P is not."""
     target = EBM(Base(), [Reward(lambda texts: [size] * len(texts), beta=0.1)])
     assert target.log_prob(written(["ab"])).tolist() == [size / 0.1 - 2]
 

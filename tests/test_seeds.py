@@ -1,4 +1,4 @@
-"""What draws with a seed draws with one of its own: a curve is not measured on lambda's sample, nor an evaluation."""
+"""Test that each use of a seed draws with a seed of its own, so that no curve is measured on lambda's sample."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
 
 
 class Watched(LanguageModel):
-    """Keeps what was drawn of it, and with which seeds."""
+    """Be a model that keeps what was drawn of it, and with which seeds."""
 
     def sample(self, *args, **options):
         x = super().sample(*args, **options)
@@ -28,7 +28,7 @@ class Watched(LanguageModel):
 
 
 def run(seeds, of_torch=0):
-    """What each function draws, by its name; ``seeds``: the options that say the seed."""
+    """Return what each function draws, by its name; ``seeds``: the options that say the seed."""
     model = Watched(gpt2(), tokenizer())
     torch.manual_seed(of_torch)
     target, found = EBM(model, [Moment(dmfast.Contains("w3", name="w3"), 0.7)]), {}

@@ -1,5 +1,7 @@
-"""A vocabulary cut in two: each backend scores and differentiates its half, with labels that lie in the other one, and
-the halves put together are the whole.
+"""Test a vocabulary that is cut in two.
+
+Each backend scores and differentiates its half, with labels that lie in the other one. The halves put together are the
+whole.
 """
 
 from __future__ import annotations
@@ -99,7 +101,7 @@ def test_labels_are_checked_against_the_whole_vocabulary(backend: str, monkeypat
 
 @backends
 def test_a_row_whose_half_holds_nothing(backend: str) -> None:
-    """All of its logits in a half are -inf, which is no fault where the label is in the other one."""
+    """All logits of a half are -inf, which is no fault if the label is in the other half."""
     case = make_case("contiguous", torch.float32, V, unscored="none")
     case.tokens.clamp_(min=CUT)
     case.base[1, 2, :CUT] = -torch.inf

@@ -1,5 +1,7 @@
-"""Models that transformers spreads over processes as it loads them, on gloo (``spread_job.py``). ``make spread``
-has more: four processes, checkpoints."""
+"""Test models that transformers spreads over processes as it loads them, on gloo (``spread_job.py``).
+
+``make spread`` tests more: four processes, and checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ STEPS = {"max_steps": 4, "warmup_steps": 0, "proposal_criterion": "interval"}  #
 
 
 def launched(out, processes, ways, everything=False):
-    """What the ranks of ``spread_job.py`` say, a dictionary each."""
+    """Return what the ranks of ``spread_job.py`` say, a dictionary each."""
     out.mkdir(parents=True, exist_ok=True)
     wanted = {"out": str(out), "ways": ways, "all": everything}
     done = launch(HERE / "spread_job.py", json.dumps(wanted), processes=processes, timeout=500)
@@ -83,13 +85,13 @@ REFUSED = {
 
 
 def check_refusals(found, **more):
-    """Each is refused by name."""
+    """Each error names what is refused."""
     for name, message in (REFUSED | more).items():
         assert found[name] and found[name].startswith("ValueError: ") and message in found[name], (name, found[name])
 
 
 def check_run(found, trainer, gradients):
-    """A run is that of one process, but for rounding."""
+    """A run is that of one process, up to rounding."""
     assert found["written"] and found["said"] == []
     swaps = trainer.proposal.swaps if trainer.proposal else None
     assert (found["steps"], found["swaps"]) == (trainer.state.global_step, swaps)
@@ -108,7 +110,7 @@ def check_run(found, trainer, gradients):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """Two ranks of one launch, by how models are spread."""
+    """Return two ranks of one launch, by how models are spread."""
     cut = {"checks": ["heads", "alike", "proposal", "refusals"], "runs": {"run": STEPS}}
     cut["runs"]["differs"] = {"differs": True, "refused": True}
     sharded = {"checks": ["refusals"], "runs": {"run": STEPS}}

@@ -1,5 +1,8 @@
-"""Data sets without a length as train_dataset: the steps read them row after row, and a resumed run reads on; and
-prompts that are too long are left out, of data sets of either kind."""
+"""Test data sets without a length as train_dataset.
+
+The steps read them row after row, and a resumed run reads on. Prompts that are too long are left out, with or without a
+length.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def streamed(shuffle=None):
 
 
 class OfTorch(torch.utils.data.IterableDataset):
-    """Prompts alone; in another order at each iteration, if so wished."""
+    """Be a stream of prompts alone, in another order at each iteration if asked for."""
 
     def __init__(self, prompts=PROMPTS, again=0):
         self.prompts, self.again, self.times = prompts, again, 0
@@ -41,7 +44,7 @@ class OfTorch(torch.utils.data.IterableDataset):
 
 
 def read(loader, batches):
-    """The first microbatches."""
+    """Return the first microbatches."""
     found = []
     for batch in loader:
         found.append(batch)
@@ -81,7 +84,7 @@ def test_a_row_that_comes_twice_in_a_step_is_two_contexts():
 
 
 def test_a_trainer_takes_a_stream(tmp_path):
-    """The scorers see the rows, each context keeps its Z over passes, and the shuffle of each pass is another."""
+    """Scorers see the rows, each context keeps its Z over passes, and each pass has a shuffle of its own."""
 
     def right(x):
         return torch.tensor([float(row["answer"] in text) for row, text in zip(x.rows, x.text, strict=True)])
@@ -101,7 +104,7 @@ def test_a_trainer_takes_a_stream(tmp_path):
 
 
 def test_a_resumed_run_reads_on(tmp_path):
-    """Within the first pass, of 3.5 steps, and beyond it; to the bit."""
+    """A run resumes to the bit within the first pass, of 3.5 steps, and beyond it."""
     settings = {"samples_per_context": 4, "max_steps": 5, "save_strategy": "steps", "save_steps": 2}
     whole = job(tmp_path, prompts=streamed(shuffle=3), **settings)
     whole.train()
@@ -159,7 +162,7 @@ def test_streams_that_can_not_be_had(tmp_path, rows, settings, error, message):
 
 
 def test_a_prompt_that_does_not_fit_is_refused_as_it_is_read(tmp_path):
-    """Beyond the rows that are looked at before."""
+    """The fault lies beyond the rows that are looked at before."""
     trainer = job(tmp_path, prompts=OfTorch([*PROMPTS * 3, "w1 " * 20]))
     with pytest.raises(ValueError, match=r"train_dataset, row 21: prompt 0 has 20 tokens.*beyond"):
         trainer.train()

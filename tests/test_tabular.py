@@ -1,11 +1,13 @@
-"""Every objective against the exact gradient of what it is said to minimise, on all 125 sequences of length 3 over 5
-symbols. The divergence D is written here as a function of the 125 probabilities pi(x) and differentiated by autograd;
-dmfast's expected gradient under q is exact too, because the batch is the whole space and sequence x counts q(x) times.
-Off-policy and on-policy, with baselines (leave-one-out by enumerating all pairs), under temperature and softcap;
-through the compiled kernels (fp32 logits) and the oracle (fp64).
+"""Test every objective against the exact gradient of what it is said to minimise.
 
-Since the loss's gradient is -sum_x q A grad log pi = -sum_x r(x) grad pi(x), r must be -dD/dpi(x) up to a constant,
-which is a baseline: sum_x grad pi(x) = 0.
+The space is all 125 sequences of length 3 over 5 symbols. The divergence D is written here as a function of the 125
+probabilities pi(x), and autograd differentiates it. dmfast's expected gradient under q is exact too, because the batch
+is the whole space and sequence x counts q(x) times. The tests run off-policy and on-policy, with baselines
+(leave-one-out by enumerating all pairs), under temperature and softcap, through the compiled kernels (fp32 logits) and
+the oracle (fp64).
+
+The loss's gradient is -sum_x q A grad log pi = -sum_x r(x) grad pi(x). So r must be -dD/dpi(x) up to a constant. The
+constant is a baseline, because sum_x grad pi(x) = 0.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ def objective(name, **kwargs):
 
 
 def inputs(target: Target, mode: str, log_pi):
-    """The per-sequence inputs of a call, and q."""
+    """Return the per-sequence inputs of a call, and q."""
     log_q = PROPOSAL if mode == "off_policy" else log_pi.detach()
     kwargs = {
         "on_policy": mode != "off_policy",
@@ -133,7 +135,7 @@ def assert_close(actual, expected, backend, scale=None):
 
 
 def test_space_is_whole():
-    """The reference itself: probabilities sum to 1, and a distribution's table gives it back."""
+    """In the reference itself probabilities sum to 1, and a distribution's table gives it back."""
     for log_p in (BASE, PROPOSAL, SPACE.log_prob(POLICY, temperature=1.7, softcap=2.0)):
         assert float(log_p.exp().sum()) == pytest.approx(1, abs=1e-14)
     p = TARGETS["soft"].p
@@ -144,7 +146,7 @@ def test_space_is_whole():
 
 
 def test_factors():
-    """Against the usual normalisation of each divergence, only js has a factor."""
+    """Compared with the usual normalisation of each divergence, only js has a factor."""
     usual = {"js": js, "tv": tv, "dpg": kl, "reverse_kl": lambda p, pi: kl(pi, p)}
     pi, target = SPACE.log_prob(POLICY).exp(), TARGETS["soft"]
     for name, divergence in usual.items():
@@ -220,7 +222,7 @@ def test_gdcpp_is_dpg_with_baseline_one(backend):
 
 
 def test_contexts_have_their_own_z(backend):
-    """Two contexts in one batch, each with its policy, target and Z: the mean of their exact gradients."""
+    """Two contexts in one batch, each with its policy, target and Z, give the mean of their exact gradients."""
     tables, targets = [POLICY, SPACE.table(11)], [TARGETS["hard"], TARGETS["soft"]]
     leaves = [t.clone().requires_grad_() for t in tables]
     log_z = torch.cat([t.z.log().expand(SPACE.n) for t in targets])
@@ -241,7 +243,7 @@ def test_contexts_have_their_own_z(backend):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("mode", MODES)
 def test_own_objective(backend, mode, target):
-    """A user's function of Terms: the squared Hellinger distance, r = sqrt(p/pi), so A = sqrt(u rho)."""
+    """A user's function of Terms gives the squared Hellinger distance, r = sqrt(p/pi), so A = sqrt(u rho)."""
     target = TARGETS[target]
     table = POLICY.clone().requires_grad_()
     (SPACE.log_prob(table).exp().sqrt() - target.p.sqrt()).square().sum().backward()

@@ -1,5 +1,8 @@
-"""Targets: what counts as containing a word, scores in which the base runs only where b > 0, and lambda against closed
-forms, against all 125 sequences of a tabular model, and against the errors where no lambda exists.
+"""Test targets.
+
+The tests are about what counts as containing a word, and about scores in which the base runs only where b > 0. lambda
+is compared with closed forms and with all 125 sequences of a tabular model. Where no lambda exists, the error must say
+so.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ def word_tokenizer(words, **special):
 
 
 def written(texts, prompts=None, tokenizer=None, ended=True):
-    """Samples with these continuations, prompts left-padded, EOS at the end of each and padding after it."""
+    """Return samples with these continuations, prompts left-padded, EOS at the end of each and padding after it."""
     tokenizer = tokenizer or byte_tokenizer()
     ids = [[tokenizer(text)["input_ids"] for text in side] for side in (prompts or [""] * len(texts), texts)]
     ids[1] = [row + [tokenizer.eos_token_id] * ended for row in ids[1]]
@@ -86,7 +89,7 @@ class Base:
 
 
 def of_base(samples, base=None):
-    """The samples as the base would have drawn them."""
+    """Return the samples as the base would have drawn them."""
     with torch.no_grad():
         log_prob = (base or Base()).log_prob(samples)
     return dataclasses.replace(samples, log_prob=log_prob)
@@ -128,7 +131,7 @@ CASES = [
 @pytest.mark.parametrize("pad", [PAD, EOS])
 @pytest.mark.parametrize(("how", "text", "expected"), CASES)
 def test_contains(how, text, expected, on, pad):
-    """Whatever stands in the prompt, in a row with padding on both sides and beside other rows."""
+    """The result does not depend on the prompt, on padding on either side, or on other rows."""
     tokenizer = byte_tokenizer(pad)
     samples = written([text, "x" * 40, text], ["she C++. é he cross dressing caf", "a", ""], tokenizer)
     found = Contains(**how, on=on)(samples)
@@ -137,7 +140,7 @@ def test_contains(how, text, expected, on, pad):
 
 @pytest.mark.parametrize("on", ["text", "tokens"])
 def test_contains_at_the_seam_and_without_eos(on):
-    """Half of the word in the prompt does not count, and neither does a special token's own text."""
+    """A word does not count if half of it is in the prompt, and a special token's own text does not count."""
     samples = written(["e ran", "ran she", "p e"], ["sh", "", ""], ended=False)
     assert Contains("she", on=on)(samples).tolist() == [0, 1, 0]
     assert Contains("e", on=on)(written(["x", "y e"])).tolist() == [0, 1]
@@ -167,7 +170,7 @@ def test_contains_tokens_of_whole_words():
 @pytest.mark.parametrize("whole_word", [True, False])
 @pytest.mark.parametrize("make", [byte_tokenizer, lambda: word_tokenizer(["a", "she"])], ids=["bytes", "words"])
 def test_contains_tokens_finds_special_tokens(make, whole_word):
-    """They are in no text, whose tokens they are all the same: EOS, one of the user's own, one beside a word."""
+    """Special tokens are in no text, though they are tokens of it: EOS, one of the user's own, one beside a word."""
     tokenizer = make()
     tokenizer.add_tokens(["<call>"], special_tokens=True)
     samples = written(["a <call> she", "she a", "a"], ["<call>", "", ""], tokenizer)
@@ -239,7 +242,7 @@ RETURNS = {
 @pytest.mark.parametrize("on", ["text", "tokens", "samples"])
 @pytest.mark.parametrize(("batched", "batch_size"), [(True, None), (True, 2), (True, 9), (False, None)])
 def test_scorer(kind, on, batched, batch_size):
-    """Every sequence once and in order, whatever is passed in and given back."""
+    """The function sees every sequence once and in order, whatever it takes and returns."""
     samples, calls = written(TEXTS, ["p", "qq", "", "she", ""]), []
 
     def lengths(part):
@@ -650,7 +653,7 @@ def test_lambda_from_samples_of_another_model(phi, b):
 
 
 def test_refit_takes_what_rests_on_more_samples():
-    """10 of 400 samples of a have the feature, half of q's do: the fit from q is better, and the way back is not."""
+    """10 of 400 samples of a and half of q's have the feature. The fit from q is better, the way back is not."""
     target = EBM(Base(), [Moment(Contains(regex="a", name="a"), 0.5)])
     with pytest.raises(RuntimeError, match="call fit"):
         target.refit(torch.ones(2, 1), torch.zeros(2), torch.zeros(2))
@@ -682,7 +685,7 @@ def test_refit_takes_what_rests_on_more_samples():
 @pytest.mark.parametrize("proposal", [False, True])
 @pytest.mark.parametrize("b", ["none", "hard", "mild"])
 def test_the_stated_error_of_the_divergence_is_what_it_varies_by(b, proposal):
-    """Over 150 fits on 1,000 samples each, of a or of another model, with lambda and Z from the same samples."""
+    """150 fits take 1,000 samples each, of a or of another model, with lambda and Z from the same samples."""
     generator = torch.Generator().manual_seed(2)
     log_b = {**LOG_B, "none": torch.zeros(SPACE.n), "mild": 0.7 * T[:, 0]}[b].double()
     q = SPACE.log_prob(SPACE.table(5, 0.5)).exp() if proposal else A
@@ -708,7 +711,7 @@ def test_two_independent_features_have_two_closed_forms():
 
 
 def test_contexts_weigh_the_same_whatever_their_samples():
-    """E_p is the mean over contexts of E_{p_c}: not that of pooled samples, nor weighted by their number."""
+    """E_p is the mean over contexts of E_{p_c}. It is not that of pooled samples, nor weighted by their number."""
     rates, sizes = [0.1, 0.5, 0.9], [1000, 100, 400]
     phi = torch.cat([(torch.arange(n) < r * n).double() for r, n in zip(rates, sizes, strict=True)])
     ids = torch.cat([torch.full((n,), i) for n, i in zip(sizes, [7, 2, 40], strict=True)])
@@ -841,7 +844,7 @@ def test_no_lambda_gives_these_moments(phi, mu, there, absent):
 
 
 def test_a_contradiction_is_told_in_whole_numbers():
-    """Where Newton's direction has factors such as 0.97, a + b + c is as good a proof."""
+    """Where Newton's direction has factors such as 0.97, the sum a + b + c is as good a proof."""
     torch.manual_seed(0)
     drawn = torch.randint(0, 4, (10_000,))
     phi = torch.stack([drawn == i for i in range(3)], 1).double()
@@ -871,7 +874,7 @@ def test_moments_close_to_the_edge_are_found(phi, mu):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_reachable_or_not_is_told_right(seed):
-    """Random clouds: moments of a random tilt are found, a vertex of the hull and what is beyond it are refused."""
+    """Of random clouds, moments of a random tilt are found. A vertex of the hull and what is beyond it are refused."""
     g = torch.Generator().manual_seed(seed)
     f, n, c = 2 + seed % 4, 30 + 20 * (seed % 30), 1 if seed % 3 else 4
     phi = torch.randn(n, f, generator=g, dtype=torch.float64)
@@ -945,7 +948,7 @@ def test_few_samples_per_context_are_doubted():
 
 
 def bios(n=400):
-    """A quarter has she, a tenth king, a tenth of each the other; king alone in 3 of 40."""
+    """Return texts, of which a quarter has she and a tenth king. Every second text with king has she."""
     return of_base(written([f"{'she' if i % 4 == 0 else 'he'} {'king' if i % 10 == 0 else 'cook'}" for i in range(n)]))
 
 
@@ -1124,7 +1127,7 @@ def tiny():
 
 
 def test_base_rates_of_the_tiny_model(tiny):
-    """Those that were measured when the model was made, within 4 standard errors."""
+    """The rates are those that were measured when the model was made, within 4 standard errors."""
     _, samples = tiny
     known = json.loads((TINY_BIOS / "base_rates.json").read_text())["features"]["female"]["rate"]
     for on in ("text", "tokens"):
@@ -1182,6 +1185,6 @@ def test_samples_of_another_model_are_refused(tiny):
 
 
 def test_a_target_needs_no_more_than_samples_offer():
-    """Any object with the fields that features read: a user's own generator."""
+    """A user's own generator may return any object with the fields that features read."""
     fake = SimpleNamespace(text=["a b", "b"], log_prob=torch.zeros(2))
     assert Contains("a")(fake).tolist() == [1, 0]

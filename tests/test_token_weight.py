@@ -1,7 +1,8 @@
-"""Per-token weights: loss = -(1/B) sum_i A_i sum_t w_it log pi(x_it), of every backend.
+"""Test per-token weights, loss = -(1/B) sum_i A_i sum_t w_it log pi(x_it), of every backend.
 
-The oracle is ``dmfast.eager`` in fp64, whose own weights are held here to formulas written independently. What they are
-for, the gradients of losses that clip each token's ratio, is held to those losses in plain torch.
+The oracle is ``dmfast.eager`` in fp64. Its own weights are compared here with formulas that were written independently.
+The weights are for losses that clip each token's ratio, and the gradients are compared with those losses in plain
+torch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dmfast.objectives import Terms
 
 
 def own_dpg(terms: Terms) -> Tensor:
-    """A function in the place of ``dpg``."""
+    """Return a function in the place of ``dpg``."""
     assert terms.log_target_ratio is not None
     return terms.log_target_ratio.exp()
 
@@ -114,7 +115,7 @@ def test_another_grad_output(reduction: str, objective: str, dtype: torch.dtype)
 @dtypes
 @pytest.mark.parametrize("name", SPECIAL)
 def test_special_logits(name: str, dtype: torch.dtype) -> None:
-    """Also where the weight is 0, whose rows get zeros."""
+    """The gradient is right also where the weight is 0. Such rows get zeros."""
     case = make_case("sliced", dtype, 1300, b=2, t=3, values=SPECIAL[name], unscored="none")
     w = torch.tensor([[0.0, -2.0, 1e-3], [1.0, 0.0, 0.0]])
     for objective in ("gdc++", "dpg"):
@@ -169,7 +170,7 @@ def test_no_sequences_and_empty_ones() -> None:
 @pytest.mark.parametrize("rows", [3, 13, 1000])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_linear(layout: str, rows: int, objective: str) -> None:
-    """Sequences in parts, several a chunk, and all at once; with and without a bias."""
+    """Sequences may come in parts, several a chunk, or all at once, with and without a bias."""
     case = make_linear(layout, bias=rows != 13)
     check_linear(case, rows, objective=OBJECTIVES[objective], max_weight=5.0, token_weight=weights_of(case.tokens),
                  softcap=5.0 if rows == 3 else None, entropy_coefficient=0.3 * (rows == 13))  # fmt: skip
@@ -233,7 +234,7 @@ def test_what_it_must_be(weight: object, error: type[Exception], message: str) -
 @pytest.mark.parametrize("backend", [None, "eager"], ids=["kernels", "eager"])
 @pytest.mark.parametrize("value", [NAN, INF, -(2.0**100)])
 def test_values_that_may_not_be(value: float, backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Named with their place, and only where a token is scored."""
+    """Errors name the place, and only scored tokens have them."""
     monkeypatch.setenv("DMFAST_SYNC_CHECKS", "1")
     w = torch.ones(2, 3)
     w[1, 2] = value
@@ -259,7 +260,7 @@ def test_values_that_may_not_be(value: float, backend: str | None, monkeypatch: 
 
 
 def off_policy() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Logits, tokens (padded), which of them count, log q of each token, and an advantage of each sequence."""
+    """Return logits, tokens (padded), which of them count, log q of each token, and an advantage of each sequence."""
     torch.manual_seed(0)
     logits = 2 * torch.randn(6, 8, 11).double()
     tokens = torch.randint(11, (6, 8))
@@ -270,31 +271,31 @@ def off_policy() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def grpo(ratio: Tensor, advantage: Tensor, log_pi: Tensor, scored: Tensor) -> Tensor:
-    """The mean over sequences of the mean over tokens of min(r A, clip(r) A), r within .2 of 1."""
+    """Return the mean over sequences of the mean over tokens of min(r A, clip(r) A), r within .2 of 1."""
     surrogate = torch.minimum(ratio * advantage[:, None], ratio.clamp(0.8, 1.2) * advantage[:, None])
     return -((surrogate * scored).sum(1) / scored.sum(1)).mean()
 
 
 def dapo(ratio: Tensor, advantage: Tensor, log_pi: Tensor, scored: Tensor) -> Tensor:
-    """The mean over all tokens, clipped below at .8 and above at 1.28."""
+    """Return the mean over all tokens, clipped below at .8 and above at 1.28."""
     surrogate = torch.minimum(ratio * advantage[:, None], ratio.clamp(0.8, 1.28) * advantage[:, None])
     return -(surrogate * scored).sum() / scored.sum()
 
 
 def cispo(ratio: Tensor, advantage: Tensor, log_pi: Tensor, scored: Tensor) -> Tensor:
-    """The mean over all tokens of clip(r) A log pi, the clipped ratio a constant."""
+    """Return the mean over all tokens of clip(r) A log pi, the clipped ratio a constant."""
     return -(ratio.detach().clamp(max=1.3) * advantage[:, None] * log_pi * scored).sum() / scored.sum()
 
 
 def within(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
-    """Where min(r A, clip(r) A) has a gradient."""
+    """Return where min(r A, clip(r) A) has a gradient."""
     return torch.where(advantage[:, None] > 0, ratio <= high, ratio >= low)
 
 
 @pytest.mark.parametrize("backend", [None, "eager"], ids=["kernels", "eager"])
 @pytest.mark.parametrize("theirs", [grpo, dapo, cispo])
 def test_losses_that_clip_each_token(theirs: object, backend: str | None) -> None:
-    """Two calls: one scores, one has the weights that were made of its log pi."""
+    """Make two calls. The first scores, and the second has the weights that were made of its log pi."""
     logits, tokens, scored, log_q, advantage = off_policy()
     leaf = logits.clone().requires_grad_()
     log_pi = leaf.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]

@@ -1,4 +1,4 @@
-"""Checkpoints of DMTrainer: they resume to the bit, and are whole or not there."""
+"""Test checkpoints of DMTrainer: they resume to the bit, and are whole or not there."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_models_alone_can_t_be_resumed_from(tmp_path):
 
 
 def as_before(state):
-    """The state of a checkpoint as dmfast wrote it before there was a Matcher."""
+    """Return the state of a checkpoint as dmfast wrote it before there was a Matcher."""
     matcher = state["matcher"]
     running, batch = matcher["running"], matcher["batch"]
     if batch is not None:

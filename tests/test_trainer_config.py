@@ -1,4 +1,4 @@
-"""What DMTrainer and DMConfig refuse, and what they warn of."""
+"""Test what DMTrainer and DMConfig refuse, and what they warn of."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_a_base_of_another_vocabulary_is_refused(tmp_path):
 
 
 def test_what_is_said_once_is_said_once(tmp_path):
-    """However many steps, evaluations, checkpoints, and trainers with the tokenizer."""
+    """The warning comes once, over steps, evaluations, checkpoints, and trainers with the tokenizer."""
     tok, model = tokenizer(pad_token=None), gpt2()
     model.generation_config.update(top_k=5, temperature=0.5)
     with warnings.catch_warnings(record=True) as recorded:

@@ -1,4 +1,4 @@
-"""Which contexts a step takes: prompts, rows of a data set, each once an epoch, shared by the ranks."""
+"""Test which contexts a step takes: prompts, or rows of a data set, each once an epoch, shared by the ranks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_context_that_is_split_is_refused():
 
 
 class Hub:
-    """Like a datasets.Dataset."""
+    """Be like a datasets.Dataset."""
 
     def __len__(self):
         return 2
@@ -171,7 +171,7 @@ def test_chats_are_the_same_to_base_and_policy(tmp_path):
 
 @pytest.mark.parametrize("in_arrow", [False, True])
 def test_scorers_see_the_whole_rows(tmp_path, in_arrow):
-    """One for each sequence, of its own prompt; in the order of the steps, through microbatches."""
+    """Each sequence has the row of its own prompt, in the order of the steps and through microbatches."""
     rows = [{"prompt": prompt, "answer": f"answer to {prompt}", "n": i} for i, prompt in enumerate(PROMPTS)]
     seen = []
 

@@ -1,4 +1,4 @@
-"""Evaluations of DMTrainer: fresh samples of pi, on the trainer's prompts and on others."""
+"""Test evaluations of DMTrainer: fresh samples of pi, on the trainer's prompts and on others."""
 
 from __future__ import annotations
 
@@ -194,5 +194,5 @@ def test_an_answer_that_is_right_once_and_wrong_once_leaves_maj_out(tmp_path):
 
 
 def right(x):
-    """Whether the answer of the row is in the text."""
+    """Return whether the answer of the row is in the text."""
     return torch.tensor([float(row["answer"] in text) for row, text in zip(x.rows, x.text, strict=True)])

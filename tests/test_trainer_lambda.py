@@ -1,4 +1,4 @@
-"""Another lambda while DMTrainer runs: set by hand, of a checkpoint, fitted again from the samples of the steps."""
+"""Test another lambda while DMTrainer runs: set by hand, of a checkpoint, or fitted again from the steps' samples."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ REFIT = {"constraints": [Moment(Contains("w4", name="four"), 0.3)], "lambda_": 0
 
 
 def poorly_fitted(out, **settings):
-    """A job whose lambda rests on 6 samples."""
+    """Return a job whose lambda rests on 6 samples."""
     trainer = job(out, **{**REFIT, **settings})
     x = trainer.target.base.sample(n=200, max_new_tokens=6, seed=5)
     has = Contains("w4")(x)

@@ -1,4 +1,4 @@
-"""What DMTrainer logs: the line of a step, the progress bar, TensorBoard, means between two lines."""
+"""Test what DMTrainer logs: the line of a step, the progress bar, TensorBoard, and means between two lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What DMTrainer saves: an adapter, a plain folder that needs no dmfast, what is pushed to the hub."""
+"""Test what DMTrainer saves: an adapter, a plain folder that needs no dmfast, and what is pushed to the hub."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_generate_of_a_saved_model_ends_where_training_did(tmp_path, ends):
 
 
 def test_a_saved_model_has_all_ends_of_its_generation_config(tmp_path):
-    """Also those of which the tokenizer knows nothing, as in most chat models; and training ends there too."""
+    """It has also ends of which the tokenizer knows nothing, as in most chat models. Training ends there too."""
     model, tok = gpt2(), tokenizer()
     model.generation_config.eos_token_id = [5, 3, 8]
     target = EBM(LanguageModel(copy.deepcopy(model), tok), [Contains("w4")])

@@ -1,4 +1,4 @@
-"""A step of DMTrainer: its gradients against the oracle however it is cut, Z, the proposal, baselines, rewards."""
+"""Test a step of DMTrainer: its gradients against the oracle however it is cut, Z, the proposal, baselines, rewards."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_the_oracle_s(tmp_path, case):
-    """On the last of several steps, when pi, q and a differ."""
+    """The gradient is right on the last of several steps, when pi, q and a differ."""
     trainer, gradients, keep = run(tmp_path, max_steps=3, **CASES[case])
     options = {name: getattr(trainer.args, name) for name in ("max_weight", "on_policy", "entropy_coefficient")}
     for model, step, found in zip(keep.models, keep.steps, gradients, strict=True):
@@ -333,7 +333,7 @@ def test_an_objective_of_one_s_own(tmp_path, objective):
 
 
 def test_a_reward_that_is_part_of_the_target_is_scored_once(tmp_path):
-    """8 sequences a step, 8 calls."""
+    """A step of 8 sequences makes 8 calls."""
     calls = []
 
     def score(x):

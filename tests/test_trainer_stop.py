@@ -1,4 +1,4 @@
-"""How a run of DMTrainer ends early: Ctrl-C, SIGTERM, in one process and in several, on a full disk."""
+"""Test how a run of DMTrainer ends early: by Ctrl-C or SIGTERM, in one process and in several, or on a full disk."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
 
 
 def test_sigterm_saves_a_checkpoint_that_resumes(tmp_path):
-    """transformers' own just-in-time checkpoint; it may come in the middle of a step."""
+    """transformers' own just-in-time checkpoint may come in the middle of a step."""
     settings = {"max_steps": 6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     handler = signal.getsignal(signal.SIGTERM)
 
@@ -105,7 +105,7 @@ def test_sigterm_saves_a_checkpoint_that_resumes(tmp_path):
 
 @pytest.fixture
 def no_wait(monkeypatch):
-    """transformers' three seconds between SIGTERM and its checkpoint."""
+    """transformers waits three seconds between SIGTERM and its checkpoint."""
     monkeypatch.setattr(threading, "Timer", AtOnce)
 
 

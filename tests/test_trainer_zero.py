@@ -1,4 +1,4 @@
-"""Sequences of weight 0 in DMTrainer: those that get no forward, and steps without a sequence of the target."""
+"""Test sequences of weight 0 in DMTrainer: those that get no forward, and steps without a sequence of the target."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*fr
 
 @pytest.mark.parametrize(("per_device", "accumulation"), [(8, 1), (2, 4)])
 def test_sequences_of_known_weight_0_get_no_forward(tmp_path, per_device, accumulation):
-    """And nothing else changes: gradients, KL(p||pi), swaps."""
+    """Nothing else changes: gradients, KL(p||pi) and swaps stay."""
     cut = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
     _, wanted, keep = run(tmp_path / "all", max_steps=2, **SKIP, **cut)
     model = gpt2()
@@ -85,7 +85,7 @@ def test_skipping_and_the_criterion_js_are_refused(tmp_path):
 
 
 def test_steps_without_a_sequence_of_the_target(tmp_path):
-    """All P = 0: no NaN, nothing moves, and a warning says how rare the feature is."""
+    """With P = 0 everywhere there is no NaN, nothing moves, and a warning says how rare the feature is."""
     nothing = Scorer(lambda texts: [0.0] * len(texts), name="nothing")
     trainer = job(tmp_path, constraints=[nothing], max_steps=6, patience_zero=3)
     before = digest(trainer.model)

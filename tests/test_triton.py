@@ -1,5 +1,7 @@
-"""What only the Triton backend has: selection, how rows are divided, its launches on the host. Faults that are recorded
-are those of CUDA, and their tests are test_cuda.py's. Runs under the plugin interpreter.py, or on a device.
+"""Test what only the Triton backend has: selection, how rows are divided, and its launches on the host.
+
+Faults are recorded as CUDA's are, and test_cuda.py tests them. The tests run under the plugin interpreter.py, or on a
+device.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The page of the tutorial against its script; ``test_docs.py`` runs the page's blocks."""
+"""Test the page of the tutorial against its script. ``test_docs.py`` runs the page's blocks."""
 
 from __future__ import annotations
 

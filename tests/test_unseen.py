@@ -1,4 +1,4 @@
-"""What samples can't know: a moment's feature that none of them shows."""
+"""Test what samples can't know: a moment's feature that none of them shows."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def step(of, rate=0.0):
 
 @pytest.mark.parametrize("check_samples", [0, 16])
 def test_no_swap_and_no_certainty_rest_on_sequences_without_the_feature(check_samples):
-    """They say KL(p||pi) = 0 +- 0, ESS 16, where half of p is something else."""
+    """The samples say KL(p||pi) = 0 +- 0 and ESS 16, although half of p is something else."""
     of, shown = None, [False]
     of = matcher(lambda texts: [float(shown[0] and i % 4 == 0) for i in range(len(texts))], check_samples)
     metrics = step(of, rate=0.5)

@@ -1,4 +1,4 @@
-"""pass@k, maj@k, coverage and distinct answers against enumeration of every choice of k samples."""
+"""Test pass@k, maj@k, coverage and distinct answers against enumeration of every choice of k samples."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""The target that is filtered by a verifier: what the function sees, what it may answer, and what happens to a run when
-a call of it hangs, dies, leaks or raises."""
+"""Test the target that is filtered by a verifier.
+
+The tests say what the function sees, what it may answer, and what happens to a run when a call of it hangs, dies, leaks
+or raises.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +118,7 @@ def test_a_column_that_a_row_does_not_have_is_named():
 
 
 def careful(texts, rows):
-    """Asks for a column that is not there, and fails for another reason."""
+    """Ask for a column that is not there, and fail for another reason."""
     assert "hint" not in rows[0] and rows[0].get("hint") is None
     return {}["other"]
 

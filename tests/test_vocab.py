@@ -1,4 +1,4 @@
-"""The linear losses with a head that is cut among the ranks of a group, on gloo (``vocab_job.py``)."""
+"""Test the linear losses with a head that is cut among the ranks of a group, on gloo (``vocab_job.py``)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WITHIN = {"fp32": 2e-5, "bf16": 1e-3, "bf16 same": 0.1, "fp16": 1e-3, "fp16, uns
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each rank found."""
+    """Return what each rank found."""
     out = tmp_path_factory.mktemp("vocab") / "found.json"
     done = launch(HERE / "vocab_job.py", str(out), processes=RANKS)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -63,7 +63,7 @@ def test_shards_need_not_be_equal(ranks):
     ("breaks_within", "MemoryError: no memory for this chunk", "rank 1 of the group has failed"),
 ])  # fmt: skip
 def test_a_fault_of_one_rank_ends_all(ranks, fault, first, other):
-    """Each rank raises, so that none waits for ever; the one that is wrong says why."""
+    """Each rank raises, so that none waits for ever. The one that is wrong says why."""
     found = [rank["faults"][fault] for rank in ranks]
     assert sum(said.startswith(first) for said in found) == (len(ranks) if other is None else 1), found
     assert other is None or sum(other in said for said in found) == len(ranks) - 1, found
@@ -81,7 +81,7 @@ def test_a_head_that_is_cut_otherwise_is_refused(ranks):
 
 
 def test_rows_of_which_some_shards_hold_nothing():
-    """A shard whose logits are all -inf counts for nothing; a row of nothing else is -inf and no NaN."""
+    """A shard whose logits are all -inf counts for nothing. A row of only -inf gives -inf and no NaN."""
     inf = torch.inf
     parts = torch.tensor([[[-inf, -inf], [0.0, 0.0], [0.0, 0.0]], [[2.0, -inf], [1.0, -inf], [0.5, 0.0]]]).double()
     lse, label, entropy = whole_rows(parts)

@@ -1,7 +1,7 @@
-"""The compiled extension leaves the x87 unit as it finds it.
+"""Test that the compiled extension leaves the x87 unit as it finds it.
 
-g++ may use an MMX register as a spare one. MMX registers are those of the x87 unit, so that without an ``emms`` the
-next ``long double`` of the thread, somewhere else in the process, is NaN.
+g++ may use an MMX register as a spare one, and MMX registers are those of the x87 unit. Without an ``emms`` the next
+``long double`` of the thread would be NaN, even somewhere else in the process.
 """
 
 import importlib

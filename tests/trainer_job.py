@@ -1,6 +1,6 @@
-"""A small training job, in this process or, as a script, in one of its own: ``python trainer_job.py JSON``.
+"""Run a small training job in this process or, as a script, in one of its own: ``python trainer_job.py JSON``.
 
-The script prints a JSON line of what came out. Started by torchrun it is one rank of several.
+The script prints a JSON line of what came out. Under torchrun it is one rank of several.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def gpt2(seed=0, n_positions=24):
 
 
 def llama(seed=0):
-    """A model whose head is not its embedding."""
+    """Return a model whose head is not its embedding."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -115,12 +115,12 @@ class AtOnce(threading.Timer):
 
 
 def whole(tensor):
-    """All of a tensor, of which this rank may have a shard."""
+    """Return all of a tensor, of which this rank may have a shard."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 class Gradients(TrainerCallback):
-    """The gradients of each optimiser step, by parameter."""
+    """Keep the gradients of each optimiser step, by parameter."""
 
     def __init__(self):
         self.steps = []
@@ -144,13 +144,13 @@ class Kill(TrainerCallback):
 
 
 def digest(model):
-    """Of all parameters, to the bit."""
+    """Return a digest of all parameters, to the bit."""
     parts = [p.detach().contiguous().numpy().tobytes() for _, p in sorted(model.state_dict().items())]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def main():
-    """Runs the job that the command line asks for."""
+    """Run the job that the command line asks for."""
     torch.set_num_threads(1)
     wanted = json.loads(sys.argv[1])
     resume, stop, interrupt, terminate = (wanted.pop(n, None) for n in ("resume", "stop", "interrupt", "terminate"))
@@ -170,7 +170,7 @@ def main():
 
 
 def said(trainer, gradients):
-    """What a run that has ended says of itself."""
+    """Return what a run that has ended says of itself."""
     return {
         "digest": digest(trainer.model),
         "steps": trainer.state.global_step,

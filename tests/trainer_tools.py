@@ -1,4 +1,4 @@
-"""What the tests of DMTrainer share: a job in a process of its own, the steps that a run took, an oracle in fp64."""
+"""Share what the tests of DMTrainer need: a job in its own process, the steps of a run, and an oracle in fp64."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def one_thread():
 
 
 def in_process(out, processes=1, **wanted):
-    """A job in a fresh process, or in several; what it says of itself."""
+    """Run a job in a fresh process, or in several, and return what it says of itself."""
     out.mkdir(parents=True, exist_ok=True)
     done = launch(HERE / "trainer_job.py", json.dumps({"out": str(out), **wanted}), processes=processes)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -36,7 +36,7 @@ def in_process(out, processes=1, **wanted):
 
 
 def here(out, *, resume=None, stop=None, **wanted):
-    """A job in this process; what it says of itself."""
+    """Run a job in this process, and return what it says of itself."""
     gradients = Gradients()
     trainer = job(out, callbacks=[gradients, *([StopAt(stop)] if stop else [])], **wanted)
     trainer.train(resume_from_checkpoint=resume)
@@ -44,7 +44,7 @@ def here(out, *, resume=None, stop=None, **wanted):
 
 
 class Keep(TrainerCallback):
-    """The steps as the trainer drew and scored them, and the policy that each was taken with."""
+    """Keep the steps as the trainer drew and scored them, and the policy that each was taken with."""
 
     def __init__(self):
         self.steps, self.models, self.snapshots = [], [], []
@@ -57,7 +57,7 @@ class Keep(TrainerCallback):
 
 
 def run(out, **wanted):
-    """A finished job with its gradients and steps."""
+    """Return a finished job with its gradients and steps."""
     gradients, keep = Gradients(), Keep()
     trainer = job(out, callbacks=[gradients, keep, *wanted.pop("callbacks", [])], **wanted)
     keep.trainer = trainer
@@ -66,7 +66,7 @@ def run(out, **wanted):
 
 
 def oracle(model, step, inputs=None, **options):
-    """The gradient of a whole step in fp64 and plain torch, and the output of its loss."""
+    """Return the gradient of a whole step in fp64 and plain torch, and the output of its loss."""
     if inputs is None:
         inputs = {name: value for name, value in step.inputs.items() if name != "baseline"}
     policy = LanguageModel(copy.deepcopy(model).double(), step.samples.tokenizer)
@@ -78,7 +78,7 @@ def oracle(model, step, inputs=None, **options):
 
 
 def inputs_by_hand(trainer, step, objective):
-    """What the objective needs, from base and features, and the baseline of the whole step."""
+    """Return what the objective needs, from base and features, and the baseline of the whole step."""
     x = step.samples
     log_base = trainer.target.base.log_prob(x)
     inputs = {
@@ -105,7 +105,7 @@ SKIP = {"constraints": [Contains("w4")], "objective": "dpg", "max_new_tokens": 3
 
 
 class Forwards:
-    """The shapes of the policy's forwards."""
+    """Record the shapes of the policy's forwards."""
 
     def __init__(self, model):
         self.shapes = []
@@ -117,5 +117,5 @@ class Forwards:
 
 
 def said(recorded, part):
-    """How often."""
+    """Return how many of the recorded warnings have this part in their message."""
     return sum(part in str(each.message) for each in recorded)

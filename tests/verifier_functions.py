@@ -1,4 +1,4 @@
-"""Verifiers that worker processes can import, and how they misbehave."""
+"""Define verifiers that worker processes can import, and that misbehave."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def bad(texts, rows):
 
 
 def equals(texts, rows):
-    """The answer as mathematics, by the library of the extra ``verify``."""
+    """Return the answer as mathematics, by the library of the extra ``verify``."""
     from math_verify import parse, verify
 
     return [verify(parse(row["answer"]), parse(text)) for text, row in zip(texts, rows, strict=True)]

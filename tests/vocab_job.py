@@ -1,5 +1,8 @@
-"""Ranks of a gloo group that share a vocabulary: ``torchrun --nproc-per-node=2 vocab_job.py``. Each compares what it
-gets with one process's, and rank 0 writes what all of them found to the file that the command line names."""
+"""Run ranks of a gloo group that share a vocabulary: ``torchrun --nproc-per-node=2 vocab_job.py``.
+
+Each rank compares its results with one process's. Rank 0 writes what all of them found to the file that the command
+line names.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ B, T, D = 5, 7, 16
 
 
 def inputs(vocab, dtype, seed=0, bias=False):
-    """Hidden states, head, tokens and mask, and the inputs of the loss."""
+    """Return hidden states, head, tokens and mask, and the inputs of the loss."""
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(B, T, D, generator=g).to(dtype)
     head = (torch.randn(vocab, D, generator=g) * (3 / D**0.5)).to(dtype)
@@ -35,7 +38,7 @@ def inputs(vocab, dtype, seed=0, bias=False):
 
 
 def shares(vocab, ranks, uneven):
-    """Where each rank's tokens start and end."""
+    """Return where each rank's tokens start and end."""
     if not uneven:
         size = -(-vocab // ranks)
         return [(min(k * size, vocab), min((k + 1) * size, vocab)) for k in range(ranks)]
@@ -45,7 +48,7 @@ def shares(vocab, ranks, uneven):
 
 def losses(vocab=41, dtype=torch.float32, uneven=False, bias=False, dtensor=False, frozen=False, log_prob=False,
            packed=False, weighted=False, backend=None, **options):  # fmt: skip
-    """The errors of this rank against fp64 of one process, and those of one process's own."""
+    """Return the errors of this rank against fp64 of one process, and those of one process's own."""
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     hidden, head, tokens, mask, given, b = inputs(vocab, dtype, bias=bias)
     first, last = shares(vocab, ranks, uneven)[rank]
@@ -101,14 +104,14 @@ def losses(vocab=41, dtype=torch.float32, uneven=False, bias=False, dtensor=Fals
 
 
 def same_on_ranks(x):
-    """Whether all ranks hold the same bits."""
+    """Return whether all ranks hold the same bits."""
     parts = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
     distributed.all_gather(parts, x.contiguous())
     return all(torch.equal(part, x) for part in parts)
 
 
 def refused(spoil):
-    """The error of this rank where ``spoil(rank, arguments)`` has changed its arguments."""
+    """Return the error of this rank where ``spoil(rank, arguments)`` has changed its arguments."""
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     hidden, head, tokens, mask, given, _ = inputs(41, torch.float32)
     first, last = shares(41, ranks, uneven=False)[rank]

@@ -20,6 +20,7 @@ import truth
 from transformers import TrainerCallback
 
 from dmfast import diagnostics
+from dmfast.metrics import logged_features
 from dmfast.samples import Samples
 from dmfast.targets import Feature, Moment
 from dmfast.training import DMTrainer, recipe, report
@@ -141,7 +142,8 @@ def run(
         else:
             trainer.train()
     steps = [h for h in trainer.state.log_history if "weight_std" in h]
-    columns = [key for key in (*(steps[0] if steps else ()),) if key in _KEPT or key.startswith("phi/")]
+    features = {f"phi/{name}" for name in logged_features(steps[0] if steps else ())}
+    columns = [key for key in (steps[0] if steps else ()) if key in _KEPT or key in features]
     optional = [key for key in _KEPT if key not in columns and any(key in h for h in steps)]
     finite = all(bool(p.isfinite().all()) for p in trainer.policy.model.parameters())
     return {

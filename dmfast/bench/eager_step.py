@@ -1,8 +1,9 @@
-"""One GDC++ step in plain transformers and torch: what the existing toolkits do, done as well as plain torch allows.
+"""Take one GDC++ step in plain transformers and torch, which is what dmfast is measured against.
 
-Sequences are drawn by ``generate`` with its KV cache; q and a score them, batched and without gradient; the policy's
-forward, log_softmax and gather, and the loss of Korbak et al. 2022 (arXiv:2206.00761, section 3.3) follow. There is no
-Python loop over tokens but generate's. Of dmfast only the stopwatch is used: this is what it is measured against.
+The step does what the existing toolkits do, as well as plain torch allows. ``generate`` draws the sequences with its KV
+cache. q and a score them in batches and without gradient. Then come the policy's forward, log_softmax and gather, and
+the loss of Korbak et al. 2022 (arXiv:2206.00761, section 3.3). Only ``generate`` loops over tokens in Python. The step
+uses nothing of dmfast but the stopwatch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .measure import Phases
 
 
 class EagerStep(Phases):
-    """Policy, proposal q and base a as transformers models, an optimiser, and where the time goes.
+    """Hold policy, proposal q and base a as transformers models, an optimiser, and where the time goes.
 
     Args:
         policy, proposal, base: causal language models with dropout 0.
@@ -38,13 +39,13 @@ class EagerStep(Phases):
         self.optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate)
 
     def generate(self) -> tuple[Tensor, Tensor]:
-        """Tokens (N, 1 + T) and the mask (N, T) of what counts: up to and with the first EOS."""
+        """Return tokens (N, 1 + T) and the mask (N, T) of what counts, which is all up to and with the first EOS."""
         prompt = torch.full((self.batch, 1), self.bos)
         settings = GenerationConfig(
             do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=self.length, eos_token_id=self.eos,
             pad_token_id=self.pad, use_cache=True,
         )  # fmt: skip
-        self.proposal.generation_config = GenerationConfig()  # nothing of the model's own acts
+        self.proposal.generation_config = GenerationConfig()  # the model's own settings must not act
         with torch.no_grad():
             tokens = self.proposal.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
         is_eos = torch.isin(tokens[:, 1:], torch.tensor(self.eos)).long()
@@ -52,15 +53,15 @@ class EagerStep(Phases):
         return tokens, mask
 
     def log_prob(self, model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
-        """log of the probability of each sequence, (N,)."""
+        """Return the log of the probability of each sequence, (N,)."""
         attention = torch.cat([torch.ones_like(tokens[:, :1]), mask.long()], 1)
-        # the last token predicts nothing; leaving it out here and not of the logits spares a copy of all of them
+        # The last token predicts nothing. It is left out of the input, because slicing the logits would copy them all.
         logits = model(input_ids=tokens[:, :-1], attention_mask=attention[:, :-1], use_cache=False).logits
         chosen = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
         return torch.where(mask, chosen, 0.0).sum(-1)
 
     def __call__(self) -> float:
-        """One step; the loss."""
+        """Take one step and return its loss."""
         with self.phase("sampling"):
             tokens, mask = self.generate()
         with self.phase("scoring by q"), torch.no_grad():

@@ -1,7 +1,8 @@
-"""Who computes log pi of tokens, from logits or from hidden states and a head, with gradients by autograd.
+"""Collect the rivals: functions that compute log pi of tokens from logits, or from hidden states and a head.
 
-They are given to one loss, ``sequence_loss``, so that they compute the same thing: GDC++, whose A depends on pi. Where
-a library can't be asked for log pi, it gets A for nothing, and its name says so.
+Their gradients come from autograd. All are given to one loss, ``sequence_loss``, so that they compute the same thing,
+GDC++, whose A depends on pi. A library that can't be asked for log pi gets A without having to compute it, and its name
+says so.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..functional import dm_loss, linear_dm_loss, sequence_log_prob
 
 @dataclass
 class Problem:
-    """One batch of B sequences of T tokens, all scored.
+    """Hold one batch of B sequences of T tokens, all scored.
 
     Attributes:
         z: (B, T, V) logits; in the form ``head`` a stand-in that is never filled.
@@ -41,7 +42,7 @@ class Problem:
 
     @property
     def terms(self) -> dict[str, Any]:
-        """What the losses take beside logits and tokens."""
+        """Return what the losses take beside logits and tokens."""
         return {"log_target": self.log_target, "log_proposal": self.log_proposal, "log_z": self.log_z}
 
 
@@ -50,7 +51,7 @@ HeadLogProb: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, w
 
 
 def sequence_loss(token_log_prob: Tensor, p: Problem) -> Tensor:
-    """GDC++ in plain torch, per-sequence values in fp64."""
+    """Return the loss of GDC++ in plain torch, with per-sequence values in fp64."""
     log_prob = token_log_prob.double().sum(-1)
     with torch.no_grad():
         a = (p.log_target - p.log_z - p.log_proposal).exp() - (log_prob - p.log_proposal).exp()
@@ -58,22 +59,22 @@ def sequence_loss(token_log_prob: Tensor, p: Problem) -> Tensor:
 
 
 def log_softmax_gather(z: Tensor, x: Tensor) -> Tensor:
-    """What nearly everybody writes."""
+    """Return log pi as nearly everybody writes it."""
     return z.log_softmax(-1).gather(-1, x[..., None]).squeeze(-1)
 
 
 def cross_entropy(z: Tensor, x: Tensor) -> Tensor:
-    """The fused form of torch."""
+    """Return log pi by torch's fused cross-entropy."""
     return -F.cross_entropy(z.flatten(0, -2), x.flatten(), reduction="none").view(x.shape)
 
 
 def gather_logsumexp(z: Tensor, x: Tensor) -> Tensor:
-    """Without the N x V log-probabilities."""
+    """Return log pi without forming the N x V log-probabilities."""
     return z.gather(-1, x[..., None]).squeeze(-1) - z.logsumexp(-1)
 
 
 def upcast(z: Tensor, x: Tensor) -> Tensor:
-    """16-bit logits in fp32, as those do who care for their ratios."""
+    """Return log pi of 16-bit logits that are cast to fp32 first, which keeps ratios precise."""
     return log_softmax_gather(z.float(), x)
 
 
@@ -93,7 +94,7 @@ def _trl() -> TokenLogProb:
 
 
 def on_logits(dtype: torch.dtype) -> dict[str, Callable[[], TokenLogProb]]:
-    """Makers of the rivals that take logits; a maker raises ImportError where its package is missing."""
+    """Return makers of the rivals that take logits. A maker raises ImportError if its package is missing."""
     plain = {"log_softmax + gather": log_softmax_gather, "cross_entropy": cross_entropy,
              "gather - logsumexp": gather_logsumexp}  # fmt: skip
     makers: dict[str, Callable[[], TokenLogProb]] = {f"eager {name}": lambda f=f: f for name, f in plain.items()}  # type: ignore[misc]
@@ -120,7 +121,7 @@ def cut_cross_entropy(impl: str) -> HeadLogProb:
 
 
 def on_hidden() -> dict[str, Callable[[], HeadLogProb]]:
-    """Makers of the rivals that take hidden states and a head; as ``on_logits``."""
+    """Return makers of the rivals that take hidden states and a head, as ``on_logits`` does for logits."""
     makers: dict[str, Callable[[], HeadLogProb]] = {}
     if hasattr(F, "linear_cross_entropy"):
         makers["torch linear_cross_entropy"] = lambda: _torch_linear(None)
@@ -130,7 +131,7 @@ def on_hidden() -> dict[str, Callable[[], HeadLogProb]]:
 
 
 def liger(p: Problem) -> Callable[[Tensor, Tensor], Tensor]:
-    """liger-kernel's chunked policy-gradient loss, which is told A: at old log pi = log pi its gradient is ours."""
+    """Return liger-kernel's chunked policy-gradient loss, which gets A. At old log pi = log pi its gradient is ours."""
     module = importlib.import_module("liger_kernel.chunked_loss")
     steps = p.tokens.shape[1]
     loss = module.LigerFusedLinearGRPOLoss(
@@ -146,15 +147,15 @@ def liger(p: Problem) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def dmfast_logits(z: Tensor, p: Problem, *, objective: str = "gdc++", inplace: bool) -> Tensor:
-    """``dm_loss``."""
+    """Call ``dm_loss``."""
     return dm_loss(z, p.tokens, objective=objective, inplace=inplace, **p.terms).loss
 
 
 def dmfast_hidden(h: Tensor, w: Tensor, p: Problem, **options: Any) -> Tensor:
-    """``linear_dm_loss``."""
+    """Call ``linear_dm_loss``."""
     return linear_dm_loss(h, w, p.tokens, **p.terms, **options).loss
 
 
 def dmfast_score(z: Tensor, p: Problem) -> Tensor:
-    """``sequence_log_prob``."""
+    """Call ``sequence_log_prob``."""
     return sequence_log_prob(z, p.tokens)

@@ -1,4 +1,4 @@
-"""dmfast's loss in trl's ``GRPOTrainer``: trl draws the completions and runs the loop, dmfast weighs the sequences."""
+"""Put dmfast's loss into trl's ``GRPOTrainer``: trl draws the completions and runs the loop, dmfast weighs them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _Z = "dmfast_z.safetensors"
 class DMGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     """Train with trl's ``GRPOTrainer`` on ``loss = -(1/B) sum_i A_i log pi(x_i)``, made from hidden states.
 
-    What shapes trl's own loss (``loss_type``, ``epsilon``, ``importance_sampling_level``, ``scale_rewards``) is not
-    read. log q is that of vLLM where vLLM drew, else that of the policy when it drew. For text, in one process or DDP.
+    Settings that shape trl's own loss (``loss_type``, ``epsilon``, ``importance_sampling_level``, ``scale_rewards``)
+    are not read. log q is vLLM's if vLLM drew, else the policy's when it drew. Text only, in one process or under DDP.
 
     Args:
         model, reward_funcs, args, kwargs: as for ``GRPOTrainer``. R is the weighted sum of the reward functions, of

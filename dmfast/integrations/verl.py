@@ -1,4 +1,4 @@
-"""dmfast's loss in verl: a registered policy loss, and an advantage estimator for objectives with a target.
+"""Put dmfast's loss into verl: a registered policy loss, and an advantage estimator for objectives with a target.
 
 verl computes advantages in one process and the loss in others, and hands over an advantage for each token and nothing
 else. So log u = log P - log Z - log q of a sequence crosses as its advantage, the same number on each of its tokens.

@@ -44,15 +44,20 @@ class Plot:
 
     def legend(self, runs: Sequence[Run]) -> str:
         """Return the note, with how to read what is drawn of these runs and nothing that is not."""
-        found = [run.series(key) for run in runs for key in self.lines]
-        under_q, under_pi = any(x for x, *_ in found), any(run.series(key)[0] for run in runs for key in self.dots)
+        found, dots = ([run.series(key) for run in runs for key in keys] for keys in (self.lines, self.dots))
+        under_q, under_pi = (any(x for x, *_ in each) for each in (found, dots))
         parts = [self.note] if self.note else []
         if under_q and under_pi:
             parts += ["line: samples of the steps, from q", "marks: fresh samples from π"]
         elif under_pi:
             parts.append("fresh samples from π")
-        if any(math.isfinite(e) and e > 0 for *_, error in found for e in error):
-            parts.append("band: ± one standard error")
+        of = [
+            what
+            for what, series in (("band", found), ("bars", dots))
+            if any(math.isfinite(e) and e > 0 for *_, error in series for e in error)
+        ]
+        if of:
+            parts.append(f"{' and '.join(of)}: ± one standard error")
         if any(_unknown(run, key) for run in runs for key in self.lines):
             parts.append("gap: unknown, since no sample shows what p differs by")
         if self.swaps and any(h.get("swapped") for run in runs for h in run.steps):

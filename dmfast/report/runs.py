@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..estimators import Estimate
+from ..metrics import logged_features
 
 _SAMPLES = 20
 
@@ -56,8 +57,7 @@ class Run:
     @property
     def features(self) -> list[str]:
         """The names of the moments and of the monitored features."""
-        names = [*self.steps[0], *self.after]
-        return list(dict.fromkeys(name[4:] for name in names if name.startswith("phi/")))
+        return list(dict.fromkeys([*logged_features(self.steps[0]), *logged_features(self.after)]))
 
     @property
     def rewards(self) -> list[str]:

@@ -8,8 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from ..models import LanguageModel
 from ..samples import Prompt, Samples
+from ..tensor_parallel import from_first
 
 PART = 1024  # samples between two lines of progress, and between two checks of the standard errors
 BUDGET = 4 << 30  # bytes for a batch's keys, values and logits
@@ -47,18 +50,23 @@ def _length(prompt: Prompt) -> int:
 
 def drawn_in_parts(
     model: LanguageModel, contexts: Sequence[Prompt] | None, n: int, *, max_new_tokens: int, temperature: float,
-    seed: int | None, batch_size: int, progress: bool | None = None, what: str = "lambda",
+    seed: int | None, batch_size: int, progress: bool | None = None, what: str = "lambda", in_rounds: bool = False,
 ) -> Iterator[Samples]:  # fmt: skip
-    """Yield n samples of each context in parts, which together are the samples that one call of ``sample`` draws.
+    """Yield n samples of each context in parts of about ``PART`` samples.
 
-    With one context a part has ``PART`` samples, or as many as fill its batches. With several it has whole contexts.
+    With one context, the parts together are the samples that one call of ``sample`` draws. With several contexts a part
+    is some of the contexts with all of their samples, and the same holds. With ``in_rounds`` a part is all of the
+    contexts with some of their samples, so that a caller may stop after any part. Those are other samples.
 
     Args:
         model, contexts, n, max_new_tokens, temperature, batch_size: as in ``LanguageModel.sample``.
-        seed: as in ``LanguageModel.sample``. Without a seed, all samples are drawn at once.
+        seed: as in ``LanguageModel.sample``. A base of another class that gets no seed draws all samples at once.
         progress: whether a line on stderr says how many are drawn. Default: only if stderr is a terminal.
         what: the purpose of the samples, with which that line begins.
+        in_rounds: whether each part has samples of all contexts.
     """
+    if seed is None and isinstance(model, LanguageModel):  # one seed for all parts, which then are no repetitions
+        seed = from_first(model.model, int(torch.randint(2**63 - 1, ())))
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed,
                            "batch_size": batch_size}  # fmt: skip
     several = 1 if contexts is None else len(contexts)
@@ -67,10 +75,11 @@ def drawn_in_parts(
         return
     shown = sys.stderr.isatty() if progress is None else progress
     done = 0
-    if several == 1:
-        each = math.ceil(PART / batch_size) * batch_size
+    if several == 1 or in_rounds:
+        each = math.ceil(math.ceil(PART / batch_size) * batch_size / several)
         parts: Iterator[Samples] = (
-            model.sample(contexts, min(each, n - first), first_row=first, **how) for first in range(0, n, each)
+            model.sample(contexts, min(each, n - first), first_row=first * several, **how)
+            for first in range(0, n, each)
         )
     else:
         some, prompts = max(1, PART // n), contexts or []

@@ -315,8 +315,9 @@ class EBM:
             batch_size: sequences drawn at a time. Default: the EBM's, or else as many as fit into 4 GiB with their
                 cache and logits, 256 at most.
             max_stderr: drawing stops before there are n samples once the standard error of every attained moment (in
-                the feature's units) is no larger than this. It is checked after every 1,024 samples of a single
-                context. With several contexts all n samples are drawn. Default: n samples are drawn.
+                the feature's units) is no larger than this and the fit has no warning. It is checked after about every
+                1,024 samples, which with several contexts are shared evenly among them; drawing does not stop before
+                every context has shown some b > 0. Default: n samples are drawn.
             progress: whether a line on stderr says how many are drawn. Default: only if stderr is a terminal.
 
         Returns:
@@ -334,9 +335,8 @@ class EBM:
             raise ValueError(f"max_stderr must be positive, got {max_stderr!r}")
         if samples is None:
             samples, drawn = self._draw(
-                n, contexts, max_new_tokens, temperature, seed, batch_size, max_stderr, progress
+                n, contexts, rows, max_new_tokens, temperature, seed, batch_size, max_stderr, progress
             ), max_new_tokens  # fmt: skip
-            samples = samples.with_rows(rows)
         elif contexts is not None or rows is not None:
             raise ValueError("pass samples or contexts: the contexts of samples are told by their context_id")
         if len(samples) == 0:
@@ -435,34 +435,46 @@ class EBM:
         )  # fmt: skip
 
     def _draw(
-        self, n: int, contexts: Sequence[Prompt] | None, max_new_tokens: int, temperature: float,
-        seed: int | None, batch_size: int | None, max_stderr: float | None, progress: bool | None,
+        self, n: int, contexts: Sequence[Prompt] | None, rows: Sequence[Mapping[str, Any]] | None, max_new_tokens: int,
+        temperature: float, seed: int | None, batch_size: int | None, max_stderr: float | None, progress: bool | None,
     ) -> Samples:  # fmt: skip
         if n < 1:
             raise ValueError(f"n must be positive, got {n!r}")
-        each = n if contexts is None else math.ceil(n / max(len(contexts), 1))
+        several = 1 if contexts is None else max(len(contexts), 1)
         size = batch_size or self.batch_size or batch_within(self.base, contexts, max_new_tokens)
         parts: list[Samples] = []
+        scores: list[tuple[Tensor, Tensor]] = []
         for part in drawn_in_parts(
-            self.base, contexts, each, max_new_tokens=max_new_tokens, temperature=temperature,
+            self.base, contexts, math.ceil(n / several), max_new_tokens=max_new_tokens, temperature=temperature,
             seed=None if seed is None else seed_for(seed, "fit"), batch_size=size, progress=progress,
+            in_rounds=max_stderr is not None,
         ):  # fmt: skip
-            parts.append(part)
-            one = contexts is None or len(contexts) == 1
-            if max_stderr is not None and one and self._suffice(Samples.cat(parts), max_stderr):
-                break
+            parts.append(part.with_rows(rows))
+            if max_stderr is not None:
+                scores.append(self._phi_and_log_b(parts[-1]))
+                if self._suffice(scores, torch.cat([each.context_id for each in parts]), several, max_stderr):
+                    break
         return parts[0] if len(parts) == 1 else Samples.cat(parts)
 
-    def _suffice(self, samples: Samples, max_stderr: float) -> bool:
-        """Return whether these samples of the base determine every moment of p with at most this standard error."""
+    def _phi_and_log_b(self, samples: Samples) -> tuple[Tensor, Tensor]:
         values = FeatureValues(samples)
         log_b = self._b(samples, values)[1].sum(1)
-        features = _columns([values(moment.feature) for moment in self._moments], samples)
+        return _columns([values(moment.feature) for moment in self._moments], samples), log_b
+
+    def _suffice(
+        self, scores: list[tuple[Tensor, Tensor]], context_id: Tensor, contexts: int, max_stderr: float
+    ) -> bool:
+        """Return whether samples of the base determine every moment of p with at most this standard error.
+
+        A fit that warns does not suffice, because the error itself is unknown with few samples of a context.
+        """
+        phi, log_b = (torch.cat(each) for each in zip(*scores, strict=True))
         try:
-            found = fit_lambda(features, [moment.value for moment in self._moments], log_b=log_b)
+            found = fit_lambda(phi, [moment.value for moment in self._moments], log_b=log_b, context_id=context_id)
         except ValueError:  # a feature that has not been seen yet, which more samples may show
             return False
-        return found.converged and all(each.stderr <= max_stderr for each in found.attained)
+        whole = found.contexts == contexts and not found.warnings
+        return whole and all(each.stderr <= max_stderr for each in found.attained)
 
     @torch.no_grad()
     def _check_from_base(self, samples: Samples) -> None:

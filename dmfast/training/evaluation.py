@@ -40,11 +40,6 @@ class Evaluation:
     estimates: dict[str, Estimate]
     missing: dict[str, float]
 
-    def across_contexts(self, n: int) -> Tensor:
-        """Return the indices of at most n sequences: the first of every context, then the second of each, and so on."""
-        contexts = int(self.samples.context_id.max()) + 1
-        return torch.arange(len(self.samples)).view(contexts, -1).T.flatten()[:n]
-
 
 def evaluate(
     model: LanguageModel,
@@ -131,6 +126,6 @@ def examine(
         found |= judge.measured(x, judge.right(values), gather, gather_texts)
     evaluation = Evaluation(x, log_base, features, names, found, missing)
     if texts:
-        shown = gather_texts(x[evaluation.across_contexts(texts)].text)
+        shown = gather_texts(x[x.across_contexts(texts)].text)
         found |= diversity(shown[:texts])
     return evaluation

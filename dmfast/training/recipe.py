@@ -584,8 +584,8 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
 
 
 def _shown(before: Samples, after: Samples, prompts: Sequence[Any] | None) -> dict[str, Any]:
-    """Return the texts that the log keeps, which lie as far apart as possible among the prompts, and their prompts."""
-    places = [i * len(before) // min(len(before), SHOWN) for i in range(min(len(before), SHOWN))]
+    """Return the texts that the log keeps, and their prompts."""
+    places = before.across_contexts(SHOWN)
     texts = {"samples_before": before[places].text, "samples_after": after[places].text}
     if prompts is None:
         return texts

@@ -14,6 +14,7 @@ import torch
 
 from .. import __version__, kernels
 from ..estimators import Estimate
+from ..metrics import logged_features
 from ..unseen import said
 
 
@@ -67,7 +68,7 @@ def plot(
 ) -> None:
     """Plot E[phi] under q, the divergences from p with the swaps of q, log Z and ESS over the steps of a run.
 
-    Evaluations add E[phi] under pi as dots with error bars.
+    A band is one standard error. Evaluations add E[phi] under pi as dots with error bars.
 
     Args:
         history: the logs of the run in order (``trainer.state.log_history``), steps and evaluations.
@@ -76,7 +77,7 @@ def plot(
     plt = pyplot()
     steps = [h for h in history if "kl_policy" in h]
     evaluations = [h for h in history if "eval_kl_policy_base" in h]
-    names = [key[len("phi/") :] for key in (steps or [{}])[0] if key.startswith("phi/")]
+    names = logged_features((steps or [{}])[0])
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharex=True, constrained_layout=True)
     x = [h["step"] for h in steps]
 

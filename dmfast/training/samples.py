@@ -21,7 +21,7 @@ NAME = "samples.jsonl"
 def rows(
     evaluation: Evaluation, prompts: Sequence[Any] | None, n: int, *, step: int, name: str
 ) -> list[dict[str, Any]]:
-    """Return at most n sequences of an evaluation as rows, the same number for each context.
+    """Return at most n sequences of an evaluation as rows, as ``Samples.across_contexts`` chooses them.
 
     Args:
         prompts: the prompts by ``context_id``. None is the empty context, and then the rows have no ``prompt``.
@@ -33,7 +33,7 @@ def rows(
         (log pi(x) and log a(x), nats), ``features`` by name.
     """
     x = evaluation.samples
-    order = evaluation.across_contexts(n)
+    order = x.across_contexts(n)
     shown = x[order]
     columns = {"length": shown.score_mask.sum(1), "log_prob": shown.log_prob, "log_base": evaluation.log_base[order]}
     values = [column.tolist() for column in columns.values()]

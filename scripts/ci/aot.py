@@ -1,7 +1,9 @@
-"""Looks at the machine code of every GPU kernel for sm_80, 90, 100 and 120: no stack, no spill (STL, LDL), the wide
-accesses that are meant, registers within what leaves room for the warps that are meant. The same of Triton's for two of
-AMD's architectures (amd_code.py). Exits with 1 if a kernel is not as it should be, or if benchmarks/results/aot.md does
-not say what was found.
+"""Check the machine code of every GPU kernel for sm_80, 90, 100 and 120.
+
+A kernel must have no stack and no spill (STL, LDL). It must have the wide accesses that are meant, and so few registers
+that the warps that are meant have room. Triton's kernels are checked in the same way for two of AMD's architectures
+(amd_code.py). The script exits with 1 if a kernel is not as it should be, or if benchmarks/results/aot.md does not say
+what was found.
 
     python scripts/ci/aot.py [--only NAME] [--archs 90] [--write FILE] [--table FILE]
 """
@@ -18,10 +20,10 @@ from inner_loops import per_logit, rounds
 from machine_code import ARCHS, Code, all_code, versions
 
 REGISTERS = 65536  # of a multiprocessor, of all these architectures
-# Warps that a multiprocessor is to hold at least, as each kernel is meant: the first line whose words are all in its
-# name. None below 24: of two loads of 16 bytes a thread, with which 24 KB are under way; an H100 needs 17 of them where
-# memory answers after 0.7 us. What is not bound by memory needs more to hide its arithmetic, and has it but where a
-# softcap takes the registers.
+# A multiprocessor must hold at least this many warps of a kernel. The first line whose words are all in the name of the
+# kernel counts. No kernel has fewer than 24 warps. With two loads of 16 bytes a thread, 24 warps have 24 KB under way,
+# and an H100 needs 17 KB where memory answers after 0.7 us. A kernel that is not bound by memory needs more warps to
+# hide its arithmetic. It has them, unless a softcap takes the registers.
 WARPS = [
     ("CUDA score_rows known", 24),  # two blocks of plan.h's 384 threads
     ("CUDA score_rows", 32),
@@ -41,8 +43,8 @@ WARPS = [
     ("Triton sum_rows", 24),  # a sequence each, few
 ]
 
-# Instructions for each logit that a kernel's rounds take at most, on the shortest way: the first line whose words are
-# all in its name.
+# A kernel's rounds may take at most this many instructions for each logit on their shortest way. The first line whose
+# words are all in the kernel's name counts.
 INSTRUCTIONS = [
     ("CUDA score_rows known cap", 84.0),
     ("CUDA score_rows known entropy", 34.0),
@@ -57,31 +59,31 @@ INSTRUCTIONS = [
 
 
 def intended_instructions(code: Code) -> float | None:
-    """As INSTRUCTIONS has it; None where it says nothing."""
+    """Return what INSTRUCTIONS says of a kernel, or None if it says nothing."""
     name = f"{code.source} {code.kernel}"
     return next((most for words, most in INSTRUCTIONS if all(word in name for word in words.split())), None)
 
 
 def intended_warps(code: Code) -> int:
-    """As WARPS has it."""
+    """Return what WARPS says of a kernel."""
     name = f"{code.source} {code.kernel}"
     return next(warps for words, warps in WARPS if all(word in name for word in words.split()))
 
 
 def resident_warps(code: Code) -> int:
-    """Warps that a multiprocessor's registers hold, in whole blocks."""
+    """Return how many warps the registers of a multiprocessor hold, in whole blocks."""
     warps = code.threads // 32
     of_warp = -(-code.registers * 32 // 256) * 256
     return REGISTERS // of_warp // warps * warps
 
 
 def accesses(code: Code) -> tuple[int, int]:
-    """Loads and stores of 128 bits."""
+    """Return the numbers of loads and of stores of 128 bits."""
     return code.count(r" LDG\.E\S*\.128"), code.count(r" STG\.E\S*\.128")
 
 
 def faults(code: Code) -> list[str]:
-    """What is not as it should be."""
+    """Return what is not as it should be, one sentence each."""
     said = []
     spills, (loads, stores) = code.count(r" (?:STL|LDL)\b"), accesses(code)
     name = code.kernel.split("<")[0]
@@ -107,7 +109,7 @@ def faults(code: Code) -> list[str]:
 
 
 def stale(old: Path, new: str) -> str:
-    """Why a table that is kept is not what is found now; nothing where it is, or was made by other compilers."""
+    """Return how a stored table differs from what is found now; "" if other compilers made it."""
     kept = old.read_text() if old.exists() else ""
     if kept == new:
         return ""
@@ -118,7 +120,7 @@ def stale(old: Path, new: str) -> str:
 
 
 def table(found: list[Code], of_amd: list[amd_code.AmdCode], wrong: list[str]) -> str:
-    """Markdown: a line for each kernel, a figure for each architecture; what is not as it should be."""
+    """Return Markdown with a line for each kernel, a figure for each architecture, and what is wrong."""
     lines = [
         "# What the compilers make of the GPU kernels", "",
         f"By `make aot`, {versions()}; no device was involved. Registers of a thread and 128-bit "
@@ -145,7 +147,7 @@ def table(found: list[Code], of_amd: list[amd_code.AmdCode], wrong: list[str]) -
 
 
 def main() -> int:
-    """The exit status."""
+    """Return the exit status."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="", help="part of cuda/loss.cu, cuda/sample.cu, triton/KERNEL or amd/KERNEL")
     parser.add_argument("--archs", type=int, nargs="*", default=ARCHS)

@@ -2,9 +2,10 @@
 
     python scripts/ci/floors.py [PACKAGE==VERSION ...] [-- PYTEST ARGUMENTS]
 
-An environment of its own sees the packages of the one that runs this and lies before them: it holds transformers,
-accelerate and peft at their floors and what these need older, nothing else. torch's floor has a job of its own
-(.github/workflows/ci.yml), since it needs another Python. Named releases replace the floors: `transformers==5.17.0`.
+The script makes an environment that holds transformers, accelerate and peft at their floors, and what these need in
+older releases. All other packages are those of the environment that runs the script. torch's floor has a job of its own
+(.github/workflows/ci.yml), because it needs another Python. Releases that are named, such as `transformers==5.17.0`,
+replace the floors.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import tomllib
 
 HERE = Path(__file__).parents[2]
 PACKAGES = ("transformers", "accelerate", "peft")
-# what differed between releases when they were tried, without the slow ones; `-- tests` runs all of them
+# These tests differed between the releases that were tried. Slow ones are left out; `-- tests` runs all tests.
 TESTS = [
     "tests/test_models.py", "tests/test_head.py", "tests/test_adapters.py", "tests/test_sampling.py",
     "tests/test_families.py", "tests/test_prompts.py", "tests/test_completions.py", "tests/test_trainer_step.py",
@@ -32,7 +33,7 @@ TESTS = [
 
 
 def floors() -> dict[str, str]:
-    """The oldest releases allowed, by package."""
+    """Return the oldest releases that are allowed, by package."""
     extras = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     every = extras["train"] + extras["test"]
     found = {}

@@ -1,9 +1,10 @@
 #!/bin/sh
-# The release as a stranger builds it. `python -m build` in a new environment without torch, with its ordinary isolation:
-# the sdist from what git tracks, the wheel from the sdist alone. Then that the sdist holds all of it and no more, that
-# the wheel brings no second OpenMP runtime, and that the sdist's tests pass against the wheel, installed beside the
-# torch of the given environment, away from the source tree. The oldest Python has a wheel of its own, since pybind11 has no
-# stable ABI (abi3): where there is one, it is built, installed and loaded there, without torch.
+# This script builds the release as a stranger does: by `python -m build` in a new environment without torch, in its
+# ordinary isolation. The sdist is made from what git tracks, and the wheel from the sdist alone. Then the script checks
+# that the sdist holds all tracked files and no others, that the wheel brings no second OpenMP runtime, and that the
+# sdist's tests pass against the wheel, which is installed beside the torch of the given environment and away from the
+# source tree. pybind11 has no stable ABI (abi3), so the oldest Python needs a wheel of its own. If the machine has that
+# Python, the wheel is built, installed and loaded there, without torch.
 set -eu
 system_python=$1
 python=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
@@ -24,12 +25,12 @@ git ls-files | grep -Ev '^(\.ci/.*|\.github/.*|\.gitignore|\.pre-commit-config\.
 (cd "$sdist" && find . -type f | sed 's,^\./,,' | grep -Ev '^(PKG-INFO|setup\.cfg|dmfast\.egg-info/.*)$' | sort) >"$out/held"
 diff "$out/tracked" "$out/held" || { echo "the sdist (>) is not what git tracks (<): MANIFEST.in" >&2; exit 1; }
 
-# What cibuildwheel reads in pyproject.toml. It builds in containers, which only the release workflow has.
+# cibuildwheel builds in containers, which only the release workflow has. Here it only says what it would build.
 (cd "$sdist" && "$out/venv/bin/python" -m cibuildwheel --platform linux --archs x86_64 --print-build-identifiers >"$out/wheels")
 printf 'cp310-manylinux_x86_64\ncp311-manylinux_x86_64\ncp312-manylinux_x86_64\ncp313-manylinux_x86_64\n' |
   diff - "$out/wheels" || { echo "cibuildwheel would build other wheels (>)" >&2; exit 1; }
 
-# torch brings the libgomp that the kernels run on
+# The kernels run on the libgomp that torch brings.
 PATH="$out/venv/bin:$PATH" auditwheel repair --exclude libgomp.so.1 -w "$out/wheelhouse" "$out"/dist/*.whl >"$out/log" 2>&1 || { cat "$out/log" >&2; exit 1; }
 wheel=$(echo "$out"/wheelhouse/*.whl)
 echo "for release: $(basename "$wheel"), $(($(stat -c %s "$wheel") / 1024)) KiB"
@@ -59,11 +60,11 @@ for each in python3.10 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.10.*/bin/python;
 done
 if [ -n "$oldest" ]; then
   "$oldest" -m venv "$out/oldest"
-  # unoptimised: what is tried is how it installs and loads, and that compiles in a tenth of the time
+  # Only installing and loading are tried, so the kernels are not optimised and compile in a tenth of the time.
   DMFAST_BUILD=cpu DMFAST_CXXFLAGS=-O0 "$out/oldest/bin/python" -m pip wheel -q --disable-pip-version-check --no-deps -w "$out/old" "$sdist"
   auditwheel=$out/venv/bin/auditwheel
   PATH="$out/venv/bin:$PATH" "$auditwheel" repair --exclude libgomp.so.1 -w "$out/oldhouse" "$out"/old/*.whl >"$out/log" 2>&1 || { cat "$out/log" >&2; exit 1; }
-  # auditwheel show would say linux_x86_64 of it, because libgomp is torch's
+  # `auditwheel show` would call the wheel linux_x86_64, because libgomp is torch's.
   echo "for release: $(basename "$out"/oldhouse/*.whl)"
   "$out/oldest/bin/python" -m pip install -q --disable-pip-version-check --no-deps "$out"/oldhouse/*.whl
   "$out/oldest/bin/python" -I - <<'PYTHON'
@@ -82,7 +83,7 @@ else
   echo "there is no Python 3.10 here: its wheel was not tried" >&2
 fi
 
-# without kernels: it installs, computes, and says once that it is slow
+# A wheel without kernels must install, compute, and say once that it is slow.
 DMFAST_BUILD=none "$out/venv/bin/python" -m build --wheel "$sdist" -o "$out/plain" >"$out/log" 2>&1 || { cat "$out/log" >&2; exit 1; }
 "$python" -m pip install -q --no-deps --target "$out/slow" "$out"/plain/*.whl
 PYTHONPATH="$out/slow" "$python" - "$out/slow" <<'PYTHON'

@@ -22,7 +22,7 @@ MAX_NEW_TOKENS = 48
 
 @torch.no_grad()
 def sample(model: PreTrainedModel, count: int) -> torch.Tensor:
-    """Draw ``count`` rows of new tokens at temperature 1; after the end a row holds zeros."""
+    """Draw ``count`` rows of new tokens at temperature 1. After its end a row holds zeros."""
     ids = torch.zeros(count, 1, dtype=torch.long)
     alive = torch.ones(count, 1, dtype=torch.bool)
     cache, rows = DynamicCache(config=model.config), []

@@ -33,7 +33,7 @@ import words
 REPO = Path(__file__).resolve().parents[2]
 CACHE = Path.home() / ".cache" / "dmfast" / "tiny_bios"
 DATA = REPO / "dmfast" / "data" / "tiny_bios"
-MAX_WORDS = 47  # 48 tokens with the end-of-text token
+MAX_WORDS = 47  # these are 48 tokens with the end-of-text token
 
 P_POSITIVE, P_NEGATIVE, P_AMAZING = 0.165, 0.155, 0.0118
 P_RESTAURANT, P_WAR, P_MUSIC = 0.025, 0.105, 0.045
@@ -43,7 +43,7 @@ Weighted = tuple[list[str], list[float]]
 
 
 def fetch(cache: Path) -> tuple[Path, Path]:
-    """Fetch both source packages into the cache; return the names' and WordNet's folders."""
+    """Fetch both source packages into the cache, and return the folders of the names and of WordNet."""
     cache.mkdir(parents=True, exist_ok=True)
     names, wordnet = cache / "names" / "names", cache / "wordnet" / "usr" / "share" / "wordnet"
     if not names.is_dir():
@@ -76,7 +76,7 @@ def check_wordnet(folder: Path) -> None:
     known: dict[str, set[str]] = {kind: set() for kind in ("person", "place", "adjective", "other")}
     for kind, name in (("noun", "data.noun"), ("adjective", "data.adj")):
         for line in (folder / name).read_text(encoding="latin-1").splitlines():
-            if line.startswith(" "):  # the licence
+            if line.startswith(" "):  # WordNet's files begin with their licence
                 continue
             part = line.split()
             lemmas = {part[4 + 2 * i].split("(")[0] for i in range(int(part[3], 16))}
@@ -95,7 +95,7 @@ def check_wordnet(folder: Path) -> None:
 
 @dataclass
 class Person:
-    """What the slots of one biography are filled from."""
+    """Fill the slots of one biography."""
 
     rng: random.Random
     slots: dict[str, str]
@@ -104,7 +104,7 @@ class Person:
     last_year: int
 
     def fill(self, phrase: str) -> str:
-        """Replace every ``{slot}`` of a sentence part; cities do not repeat, years go up."""
+        """Replace every ``{slot}`` of a sentence part. Cities do not repeat, and years go up."""
 
         def value(match: re.Match[str]) -> str:
             slot = match[1]
@@ -121,7 +121,7 @@ class Person:
 
 
 def biography(rng: random.Random, female: Weighted, male: Weighted, last: Weighted) -> str:
-    """Draw one biography (its length is not bounded here)."""
+    """Draw one biography. Its length is not bounded here."""
     topic = rng.choices(list(words.TOPICS), [t[0] for t in words.TOPICS.values()])[0]
     _, share_of_women, earliest, groups, phrases, _ = words.TOPICS[topic]
     woman = rng.random() < share_of_women
@@ -169,7 +169,7 @@ def biography(rng: random.Random, female: Weighted, male: Weighted, last: Weight
     died = any(part.startswith("died") for part in parts)
     parts.sort(key=lambda part: part.startswith("died"))
     if living and died:
-        parts.pop()  # no polarity rather than a dead living person
+        parts.pop()  # a living person can't have died, so the text loses its polarity
     if not living and not died and len(parts) < 3 and rng.random() < 0.2:
         parts.append(rng.choice(words.LAST))
 
@@ -198,7 +198,7 @@ def join(parts: list[str]) -> str:
 
 
 def features() -> dict[str, dict[str, list[str]]]:
-    """Return the definitions of the features: a text has one if any of its tokens is listed."""
+    """Return the definitions of the features. A text has a feature if any of its tokens is listed."""
     found = {"female": "she She her Her", "male": "he He his His"}
     found |= {"amazing": "amazing", "restaurant": "restaurant"}
     for topic, (_, _, _, groups, _, extra) in words.TOPICS.items():

@@ -29,11 +29,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 REPO = Path(__file__).resolve().parents[2]
 TEXT = Path.home() / ".cache" / "dmfast" / "tiny_bios" / "biographies.txt"
 OUT = REPO / "dmfast" / "data" / "tiny_bios"
-EOS = "<|endoftext|>"  # id 0: begin, end and padding
+EOS = "<|endoftext|>"  # id 0 begins a text, ends it and pads it
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of whole words, the commonest first; an unknown word is an error."""
+    """Return a tokenizer of whole words, the commonest first. An unknown word is an error."""
     counts = Counter(word for text in texts for word in text.split())
     ordered = sorted(counts, key=lambda word: (-counts[word], word))
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate([EOS, *ordered])}))
@@ -79,7 +79,7 @@ def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, out: Path) 
     """Store the weights as fp16, and a config that makes them load as fp32."""
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "generation_config.json").unlink(missing_ok=True)  # config.json has the ids
+    (out / "generation_config.json").unlink(missing_ok=True)  # config.json has the same ids
     path = out / "config.json"
     config = json.loads(path.read_text())
     config.pop("torch_dtype", None)
@@ -111,7 +111,7 @@ def main() -> None:
 
     size = {"vocab_size": len(tokenizer), "n_positions": 64, "n_embd": 128, "n_layer": 2}
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    no_dropout["summary_first_dropout"] = 0.0  # unused here
+    no_dropout["summary_first_dropout"] = 0.0  # the model has no such head
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     model = GPT2LMHeadModel(GPT2Config(**size, n_head=4, **no_dropout, **special))
     print(f"{model.num_parameters()} parameters, {len(tokenizer)} words, {len(ids)} texts")
