@@ -131,7 +131,8 @@ _COUNTS = ("n_clipped", "n_clipped_return", "n_empty", "n_uniform", "n_redrawn",
 def merged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the metrics of several steps as those of one.
 
-    A metric that varies is the mean of its values, a count is their sum, and any other metric is its last value.
+    A metric that varies is the mean of its values, with the standard error of that mean; a count is their sum; and any
+    other metric is its last value.
     """
     found: dict[str, float] = {}
     for key in {key: None for metrics in steps for key in metrics}:
@@ -142,6 +143,8 @@ def merged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
             found[key] = sum(values)
         elif key.startswith("seconds_"):
             found[key] = sum(values) / len(steps)  # a step that lacks some work spends no time on it
+        elif key.startswith("phi/") and key.endswith("_stderr") and key.removesuffix("_stderr") in found:
+            found[key] = math.hypot(*values) / len(values)  # the steps' sequences are independent
         else:
             found[key] = sum(values) / len(values) if key.startswith(_VARYING) else values[-1]
     return found

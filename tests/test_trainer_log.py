@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -79,4 +80,6 @@ def test_logs_between_two_lines_are_means(tmp_path):
     one, two = ([h for h in t.state.log_history if "kl_policy" in h] for t in (every, second))
     assert len(two) == 2
     assert two[1]["phi/w3"] == pytest.approx((one[2]["phi/w3"] + one[3]["phi/w3"]) / 2)
+    stderrs = [h["phi/w3_stderr"] for h in one]
+    assert two[1]["phi/w3_stderr"] == pytest.approx(math.hypot(*stderrs[2:]) / 2) and min(stderrs) > 0
     assert two[1]["log_z"] == one[3]["log_z"] and two[0]["swapped"] == one[0]["swapped"] + one[1]["swapped"]
