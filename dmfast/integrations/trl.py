@@ -31,14 +31,13 @@ class DMGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     are not read. log q is vLLM's if vLLM drew, else the policy's when it drew. Text only, in one process or under DDP.
 
     Args:
-        model, reward_funcs, args, kwargs: as for ``GRPOTrainer``. R is the weighted sum of the reward functions, of
-            which there need be none with a target.
+        model, reward_funcs, args, kwargs: as for ``GRPOTrainer``. With a target there need be no reward function.
         objective, max_weight: as in ``dm_loss``. ``kl_control`` takes the reference model that trl keeps for ``beta``.
         target: what ``gdc++`` and the like descend to, with its lambda. A checkpoint holds the running Z of prompts.
 
     Raises:
-        ValueError: a setting of ``args`` that this loss has no place for, an objective without its inputs, a target
-            without lambda, FSDP, DeepSpeed, an auxiliary loss of experts; images, or a completion without a reward.
+        ValueError: an unusable setting, an objective without its inputs, a target without lambda, FSDP, DeepSpeed,
+            an auxiliary loss of experts; images, or a completion without a reward.
     """
 
     def __init__(
@@ -47,9 +46,8 @@ class DMGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         max_weight: float | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         self.objective, self.target, self.max_weight = make_objective(objective), target, max_weight
-        self.partitions, self._wholes = PartitionFunctions(), dict[str, Terms]()
+        self.partitions, self._wholes, self._has_reward = PartitionFunctions(), dict[str, Terms](), bool(reward_funcs)
         args = GRPOConfig("dmfast_output") if args is None else args
-        self._has_reward = bool(reward_funcs)
         trl_settings.check(args, self.objective, target is not None, self._has_reward)
         if target is not None and not target.fitted:
             raise ValueError("the target's lambda is not known yet: call target.fit() first")
@@ -95,8 +93,8 @@ class DMGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             old = torch.where(drawn.isnan(), old, drawn)  # vLLM has none for some tokens
         of_tokens = {"log_proposal": drawn if old is None else old, "log_base": d.get("ref_per_token_logps")}
         columns |= {name: torch.where(mask, x.double(), 0.0).sum(1) for name, x in of_tokens.items() if x is not None}
-        named_baseline = isinstance(getattr(self.objective, "baseline", None), str)
-        if "log_proposal" not in columns and (self.target or named_baseline):
+        by_name = isinstance(getattr(self.objective, "baseline", None), str)
+        if "log_proposal" not in columns and (self.target or by_name):
             columns["log_proposal"] = self.policy.log_prob(self._samples(d, None))
         if self.target is not None:
             samples = replace(self._samples(d, columns["log_proposal"]), rows=inputs)
@@ -111,7 +109,7 @@ class DMGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         group = torch.arange(len(lengths), device=place.device) // generations
         whole = Terms.of(self.objective, self._on_policy, float("inf"), **of_all)
         self._wholes[mode] = whole.with_group(Group(lengths, lengths.sum(), float(len(lengths)), group))
-        if named_baseline:
+        if by_name:
             columns["baseline"] = leave_one_out_baseline(whole, group, len(group), place.device)[place]
         return d | {f"dm_{name}": column for name, column in columns.items()} | {"dm_place": place}
 
@@ -122,8 +120,7 @@ class DMGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         mask, place, baseline = own.pop("mask"), own.pop("place"), own.pop("baseline", None)
         if not isinstance(objective, Objective):
             objective = OfStep(objective, self._wholes[mode], place)
-        elif baseline is not None:
-            objective = replace(objective, baseline=baseline)
+        objective = objective if baseline is None else replace(objective, baseline=baseline)
         parts = self.current_gradient_accumulation_steps if mode == "train" else 1
         of_drawn = parts / self.args.steps_per_generation if mode == "train" else 1.0
         tokens = float(inputs["num_items_in_batch"].clamp(min=1)) / self.accelerator.num_processes * of_drawn
@@ -141,7 +138,7 @@ class DMGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.target is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
             save_file(self.partitions.state_dict(), folder / _Z)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
