@@ -425,7 +425,8 @@ def test_few_rows_are_scored_in_parts(layout: str, softcap: float | None, monkey
     one, parts = found
     assert not torch.equal(one.log_prob, parts.log_prob), "so that it shows that there are parts"
     assert float((one.log_prob - parts.log_prob).abs().max()) < 1e-6
-    assert float((one.entropy - parts.entropy).abs().max()) < 1e-6  # type: ignore[operator, union-attr]
+    assert one.entropy is not None and parts.entropy is not None
+    assert float((one.entropy - parts.entropy).abs().max()) < 1e-6
     torch.testing.assert_close(one.loss, parts.loss, rtol=1e-7, atol=0)
     parts.check()
     for where in (3, v - 1):  # in the first part, in the last
