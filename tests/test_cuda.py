@@ -336,16 +336,17 @@ def test_logits_that_were_overwritten_are_changed_also_where_the_call_raises(mon
         other.backward()
 
 
-def test_the_loss_is_summed_in_sequence_order() -> None:
-    n = 300
+def test_thousands_of_losses_are_summed_to_a_few_roundings() -> None:
+    """Their order is the kernels' own, and the same in every call."""
+    n = 3001
     terms = {name: torch.randn(n).double().to(device()) for name in ("log_target", "log_proposal")}
-    call = {"logits": torch.randn(n, 1, 3, device=device()), "tokens": torch.zeros(n, 1).long().to(device()), **terms}
-    losses = dmfast.dm_loss(**call, log_z=0.0, objective="dpg", reduction="none").loss
-    wanted = 0.0
-    for loss in losses.tolist():
-        wanted += loss
-    assert float(dmfast.dm_loss(**call, log_z=0.0, objective="dpg", reduction="sum").loss) == wanted
-    assert wanted != math.fsum(losses.tolist())  # so that the order shows
+    call = {"logits": torch.randn(n, 1, 3, device=device()), "tokens": torch.zeros(n, 1).long().to(device()), **terms,
+            "log_z": 0.0, "objective": "dpg"}  # fmt: skip
+    losses = dmfast.dm_loss(**call, reduction="none").loss
+    found = [float(dmfast.dm_loss(**call, reduction="sum").loss) for _ in range(2)]
+    assert found[0] == found[1]
+    exact = math.fsum(losses.tolist())
+    assert abs(found[0] - exact) <= 1e-14 * float(losses.abs().sum())
 
 
 host_only = pytest.mark.skipif(kernels.CUDA.device_type != "cpu", reason="only the host build can be told what fails")
@@ -401,3 +402,39 @@ def test_the_shared_memory_of_a_kernel_is_one_constant() -> None:
         call = good(v)
         call["logits"].requires_grad_()
         dmfast.dm_loss(**call, objective="dpg").loss.backward()
+
+
+@host_only
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+def test_few_rows_are_scored_in_parts(layout: str, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts of a row give what one block gives. One of their last columns, -inf and NaN reach the result."""
+    torch.manual_seed(0)
+    v = 20011
+    z = 3 * torch.randn(8, v)
+    z[1, : v // 2] = -INF  # the first part has nothing
+    z[2, 7000:] = -INF  # the later parts have nothing
+    tokens = torch.tensor([v - 1, v - 1, 5, -100, 0, 10_000, 9, 5000])
+    shape: dict[str, Any] = {"logits": z.view(4, 2, v), "tokens": tokens.view(4, 2)}
+    if layout == "packed":
+        shape = {"logits": z, "tokens": tokens, "cu_seqlens": torch.tensor([0, 2, 4, 6, 8])}
+    terms = {"log_target": torch.randn(4).double() - 20, "log_proposal": torch.randn(4).double() - 20, "log_z": 0.0}
+    found = []
+    for multiprocessors in ("1", "132"):
+        monkeypatch.setenv("SHIM_MULTIPROCESSORS", multiprocessors)
+        found.append(dmfast.dm_loss(**shape, **terms, objective="dpg", return_entropy=True, softcap=softcap))
+    one, parts = found
+    assert not torch.equal(one.log_prob, parts.log_prob), "so that it shows that there are parts"
+    assert float((one.log_prob - parts.log_prob).abs().max()) < 1e-6
+    assert one.entropy is not None and parts.entropy is not None
+    assert float((one.entropy - parts.entropy).abs().max()) < 1e-6
+    torch.testing.assert_close(one.loss, parts.loss, rtol=1e-7, atol=0)
+    parts.check()
+    for where in (3, v - 1):  # in the first part, in the last
+        bad = z.clone()
+        bad[4, where] = NAN
+        shape["logits"] = bad.view_as(shape["logits"])
+        out = dmfast.dm_loss(**shape, **terms, objective="dpg", softcap=softcap)
+        assert out.log_prob.isnan().tolist() == [False, False, True, False] and float(out.weight[2]) == 0.0
+        with pytest.raises(ValueError, match=r"NaN or \+inf at \(sequence 2, position 0"):
+            out.check()

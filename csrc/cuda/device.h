@@ -49,6 +49,12 @@ inline int shared_limit(int device) {
   return limit;
 }
 
+inline int multiprocessors(int device) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 // Lets a kernel have that many bytes of dynamic shared memory. The number must be the same at every call, because
 // another thread may set it between this call and the launch.
 template <class Kernel>

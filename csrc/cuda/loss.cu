@@ -14,6 +14,9 @@
 // rows in a fixed order, and the last block of all sequences adds up the loss. So there is no atomic on a float, and
 // the result does not depend on which block is last. Each sequence has one block besides those of its rows, so that a
 // sequence without rows is finished too.
+//
+// score_parts scores the rows of a call that has too few of them for the card. A block has a part of a row, and the
+// last block of a row joins the parts in a fixed order before it counts itself for its sequence.
 #include <climits>
 #include <string>
 
@@ -27,7 +30,6 @@ namespace {
 enum class Pass { score, kept };  // kept also writes the gradient, for which the row stays in shared memory
 
 constexpr long long kNone = LLONG_MAX;
-constexpr int kLosses = 128;  // the number of losses in shared memory that are added up at a time
 
 // The parts of a row's gradient, which is weight times that of -log pi of the label, plus bonus times that of -H.
 struct RowGradient {
@@ -48,7 +50,7 @@ struct Shared {
   Lanes<float> top;
   Lanes<Sums> sums, sequence;
   Lanes<long long> fault, first;
-  double losses[kLosses];
+  Lanes<double> total;
   RowGradient gradient;
   Slope slope;
   bool last;
@@ -124,20 +126,17 @@ __device__ void finish_sequence(const Batch& b, const Terms& t, const Outputs& o
 
 __device__ void finish_loss(const Batch& b, const Terms& t, const Outputs& out, const long long* faults,
                             int64_t* status, Shared& shared) {
+  const bool has_loss = t.objective.kind != Kind::none;
   long long fault = kNone;
-  for (int64_t i = threadIdx.x; i < b.sequences; i += blockDim.x) fault = min(fault, faults[i]);
+  double total = 0;
+  for (int64_t i = threadIdx.x; i < b.sequences; i += blockDim.x) {
+    fault = min(fault, faults[i]);
+    if (has_loss) total += out.loss(i);
+  }
   fault = block_min(fault, shared.first);
   if (threadIdx.x == 0) *status = fault == kNone ? -1 : fault;
-  if (t.objective.kind == Kind::none) return;
-  double total = 0;  // summed in the order of the sequences, as on the CPU
-  for (int64_t first = 0; first < b.sequences; first += kLosses) {
-    const int n = static_cast<int>(min(b.sequences - first, int64_t{kLosses}));
-    for (int i = threadIdx.x; i < n; i += blockDim.x) shared.losses[i] = out.loss(first + i);
-    __syncthreads();
-    if (threadIdx.x == 0)
-      for (int i = 0; i < n; ++i) total += shared.losses[i];
-    __syncthreads();  // the losses must be read before the next ones overwrite them
-  }
+  if (!has_loss) return;
+  total = block_sum(total, shared.total);
   if (threadIdx.x == 0) *out.total = total / out.divide_by;
 }
 
@@ -232,6 +231,33 @@ __device__ T* row_of(const Gradient& g, const Batch& b, int64_t row) {
   return reinterpret_cast<T*>(g.data) + g.offset(b, row);
 }
 
+// The sum of a row or of a part of it, relative to its largest logit.
+struct RowSum {
+  float top;
+  Sums sums;  // of the terms that are 1, of the others, and of terms * distances
+  __device__ double total() const { return sums.a + sums.b; }
+  __device__ double lse(const RowOptions& o) const { return scaled(top, o) + log(total()); }
+  // It is 0 if all logits are -inf, where the total is 0.
+  template <bool Cap>
+  __device__ double entropy(const RowOptions& o) const {
+    const double nats = Cap ? 2.0 * o.scale * o.softcap : o.scale;  // of a distance
+    return total() == 0.0 ? 0.0 : log(total()) - nats * sums.c / total();
+  }
+};
+
+// Calls each for the packs of z, before they are added up.
+template <class In, bool Cap, bool Entropy, class Each>
+__device__ RowSum sum_row(const Constants& c, const Cut& cut, const In* z, Shared& shared, Each each) {
+  WarpSum<Cap, Entropy> sum(c);
+  for_warp<In>(cut, FromRow<In>{z}, [&](bool there, int i, const auto& packs) {
+    each(there, i, packs);
+    sum.add(c, there, packs);
+  });
+  const float top = block_max(sum.reference.z, shared.top);
+  if (top > sum.reference.z) sum.rise(c, top);
+  return {top, block_sum({static_cast<double>(sum.ones), sum.rest, sum.moment}, shared.sums)};
+}
+
 template <class In, class Out, bool Cap, bool Entropy, Pass P>
 __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, double factor, const Gradient& g,
                           const Constants& c, int64_t row, Shared& shared) {
@@ -258,20 +284,13 @@ __device__ void score_row(const Batch& b, const Terms& t, const Outputs& out, do
   const bool here = static_cast<unsigned>(column) < static_cast<unsigned>(vocab);
   const float at_label = threadIdx.x == 0 && here ? to_float(z[column]) : 0.0f;
 
-  WarpSum<Cap, Entropy> sum(c);
-  for_warp<In>(cut, FromRow<In>{z}, [&](bool there, int i, const auto& packs) {
+  const RowSum sum = sum_row<In, Cap, Entropy>(c, cut, z, shared, [&](bool there, int i, const auto& packs) {
     if (P == Pass::kept && there) store(kept + i, packs);
-    sum.add(c, there, packs);
   });
-  const float top = block_max(sum.reference.z, shared.top);
-  if (top > sum.reference.z) sum.rise(c, top);
-  const Sums sums = block_sum({static_cast<double>(sum.ones), sum.rest, sum.moment}, shared.sums);
   if (threadIdx.x == 0) {
-    const double total = sums.a + sums.b, lse = scaled(top, o) + log(total);
+    const double lse = sum.lse(o), entropy = sum.entropy<Cap>(o);
     out.lse(row) = lse;
     out.label(row) = scaled(at_label, o);
-    const double nats = Cap ? 2.0 * o.scale * o.softcap : o.scale;                   // of a distance
-    const double entropy = total == 0.0 ? 0.0 : log(total) - nats * sums.c / total;  // total is 0 if all are -inf
     if (Entropy) out.row_entropy(row) = entropy;
     if (kKnown) {
       RowGradient& of_row = shared.gradient;
@@ -319,6 +338,89 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
   }
   if (is_last(w.counters + b.sequences, b.sequences + 1, shared.last)) finish_loss(b, t, out, faults, w.status, shared);
 }
+
+// --- rows in parts -------------------------------------------------------------------------------------------------
+
+// The log-sum-exp and the entropy of a part of a row.
+struct Part {
+  double lse, entropy;
+};
+
+// The parts of all rows, (rows, kMostParts).
+__device__ Part* parts_of(const Batch& b, const Workspace& w, int64_t row) {
+  return reinterpret_cast<Part*>(w.faults + b.sequences) + row * kMostParts;
+}
+
+template <class T, bool Cap, bool Entropy>
+__device__ void score_part(const Batch& b, const Outputs& out, const Constants& c, int64_t row, int part, int parts,
+                           Part& result, Shared& shared) {
+  const RowOptions& o = b.options;
+  const int64_t label = b.labels[row];
+  if (!b.is_token(label)) return;
+  const int column = static_cast<int>(label - b.vocab_start), vocab = static_cast<int>(o.vocab);
+  const T* z = reinterpret_cast<const T*>(b.logits) + b.offset(row);
+  if (part == 0 && threadIdx.x == 0) {
+    const bool here = static_cast<unsigned>(column) < static_cast<unsigned>(vocab);
+    out.label(row) = scaled(here ? to_float(z[column]) : 0.0f, o);
+  }
+  const int first = first_of_part(z, vocab, part, parts), last = first_of_part(z, vocab, part + 1, parts);
+  const Cut cut = cut_row(z + first, last - first);
+  const RowSum sum = sum_row<T, Cap, Entropy>(c, cut, z + first, shared, [](bool, int, const auto&) {});
+  if (threadIdx.x == 0) result = {sum.lse(o), Entropy ? sum.entropy<Cap>(o) : 0.0};
+}
+
+// Forms lse = log sum_s e^(lse_s) and H = lse - sum_s w_s (lse_s - H_s) with w_s = e^(lse_s - lse), as shards.py does
+// for ranks. NaN reaches the result.
+template <bool Entropy>
+__device__ void join_parts(const Batch& b, const Outputs& out, int64_t row, int parts, const Part* of_row) {
+  if (threadIdx.x >= 32) return;
+  const int lane = threadIdx.x;
+  const int64_t label = b.labels[row];
+  const bool token = b.is_token(label);
+  const Part mine = token && lane < parts ? of_row[lane] : Part{-INFINITY, 0.0};
+  double top = mine.lse;
+  for (int mask = 16; mask > 0; mask /= 2) top = fmax(top, shuffle(top, mask));
+  const double share = mine.lse == -INFINITY ? 0.0 : exp(mine.lse - top);
+  Sums sums{share, Entropy && share != 0.0 ? share * (mine.lse - mine.entropy) : 0.0, 0.0};
+  for (int mask = 16; mask > 0; mask /= 2) {
+    sums.a += shuffle(sums.a, mask);
+    if (Entropy) sums.b += shuffle(sums.b, mask);
+  }
+  if (lane != 0) return;
+  if (token) {
+    const double lse = top + log(sums.a);
+    out.lse(row) = lse;
+    if (Entropy) out.row_entropy(row) = sums.a == 0.0 ? 0.0 : lse - sums.b / sums.a;
+  } else {
+    out.lse(row) = label == kIgnore ? 0.0 : static_cast<double>(NAN);
+    out.label(row) = 0.0;
+    if (Entropy) out.row_entropy(row) = 0.0;
+  }
+}
+
+template <class T, bool Cap, bool Entropy>
+__global__ void __launch_bounds__(kMaxThreads, 4)
+    score_parts(Batch b, Terms t, Outputs out, int parts, Workspace w, Constants c) {
+  DMF_SHARED(Shared, shared);
+  long long* const faults = reinterpret_cast<long long*>(w.faults);
+  const int64_t block = blockIdx.x, first = b.sequences + 1;
+  if (block != b.sequences) {  // this block belongs to the loss, as in score_rows
+    int64_t i = block;
+    if (block >= first) {
+      const int64_t row = (block - first) / parts;
+      const int part = static_cast<int>((block - first) % parts);
+      score_part<T, Cap, Entropy>(b, out, c, row, part, parts, parts_of(b, w, row)[part], shared);
+      if (!is_last(w.counters + first + row, parts, shared.last)) return;
+      join_parts<Entropy>(b, out, row, parts, parts_of(b, w, row));
+      i = b.sequence_of(row);
+    }
+    if (!is_last(w.counters + i, b.first_row(i + 1) - b.first_row(i) + 1, shared.last)) return;
+    finish_sequence(b, t, out, faults, i, false, shared);
+  }
+  if (is_last(w.counters + b.sequences, b.sequences + 1, shared.last)) finish_loss(b, t, out, faults, w.status, shared);
+}
+
+// --- gradients -----------------------------------------------------------------------------------------------------
 
 // The number of blocks without a softcap, 5 or 6, avoids spills that ptxas makes on one of the architectures.
 template <class In, class Out, bool Cap, bool WithBonus>
@@ -426,7 +528,16 @@ void launch_score(const Batch& b, const Terms& t, const Outputs& out, double fac
 
 template <class T, bool Cap, bool Entropy>
 void launch_scoring(const Batch& b, const Terms& t, const Outputs& out, const Workspace& w) {
-  launch_score<T, T, Cap, Entropy, Pass::score>(b, t, out, 0.0, Gradient{}, w, plan_once(b.options.vocab, sizeof(T)));
+  const int64_t vocab = b.options.vocab;
+  const int parts = b.rows <= kFewRows ? parts_of_row(b.rows, vocab, sizeof(T), multiprocessors(w.device)) : 1;
+  if (parts == 1) {
+    launch_score<T, T, Cap, Entropy, Pass::score>(b, t, out, 0.0, Gradient{}, w, plan_once(vocab, sizeof(T)));
+    return;
+  }
+  const auto kernel = score_parts<T, Cap, Entropy>;
+  DMF_LAUNCH(kernel, grid(b, b.rows * parts + b.sequences + 1), plan_once(vocab / parts, sizeof(T)).threads, 0,
+             static_cast<cudaStream_t>(w.stream), b, t, out, parts, w, constants_of(b.options));
+  check(cudaGetLastError());
 }
 
 template <class In, class Out, bool Cap, bool Entropy>

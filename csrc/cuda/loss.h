@@ -12,8 +12,8 @@ namespace dmf::cuda {
 struct Workspace {
   int device;
   void* stream;
-  int64_t* faults;     // (sequences), uninitialised
-  unsigned* counters;  // (sequences + 1), all 0
+  int64_t* faults;     // (sequences), uninitialised; for at most kFewRows rows, (rows, kMostParts, 2) more for parts
+  unsigned* counters;  // (sequences + 1), all 0; for at most kFewRows rows, (rows) more
   int64_t* status;     // (1), the first fault as place * 8 + fault, or -1. A weight's place is its sequence + 2^59
 };
 

@@ -37,6 +37,19 @@ inline Plan plan_once(int64_t vocab, int64_t itemsize) {
   return {threads_for(vocab * itemsize, kMaxThreads), false, 0};
 }
 
+// A call with few rows divides each of them among several blocks, so that no multiprocessor is idle. One block alone
+// has 8 KB of loads under way, which is a quarter of what a multiprocessor needs.
+constexpr int64_t kFewRows = 512;  // a call with at most so many rows brings memory for their parts
+constexpr int kMostParts = 32;     // a warp joins the parts of a row. dmfast/kernels/cuda.py has both constants, too
+constexpr int64_t kPartBytes = 16384;  // of a row, at least, which are two rounds of a block
+
+// Returns into how many parts a row is divided that is only scored. Four blocks of a score fit a multiprocessor.
+inline int parts_of_row(int64_t rows, int64_t vocab, int64_t itemsize, int multiprocessors) {
+  if (rows < 1 || rows > kFewRows) return 1;
+  const int64_t wanted = std::min<int64_t>(4 * multiprocessors / rows, vocab * itemsize / kPartBytes);
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, kMostParts)));
+}
+
 // Returns the shared memory that is left for a row. limit is the shared memory that one block may have.
 inline int64_t shared_for_row(int64_t limit) { return std::max<int64_t>(limit - kStaticShared, 0); }
 

@@ -155,6 +155,15 @@ __device__ inline Cut cut_rows(const In* z, const Out* dz, int vocab) {
 // head and tail go one by one. A thread gets the same logits every time.
 constexpr int kRound = 64, kApart = 32;
 
+// Returns the first column of a part of a row. Parts are whole rounds of packs, but for the head and what the last
+// round leaves.
+template <class T>
+__device__ inline int first_of_part(const T* z, int vocab, int part, int parts) {
+  if (part == 0 || part == parts) return part == 0 ? 0 : vocab;
+  const Cut cut = cut_row(z, vocab);
+  return cut.head + static_cast<int>(int64_t{cut.packs / kRound} * part / parts) * kRound * kWidth<T>;
+}
+
 template <class Fetch, int N>
 using PackOf = decltype(std::declval<const Fetch&>().template operator()<N>(0));
 
@@ -278,6 +287,9 @@ __device__ inline float block_max(float x, Lanes<float>& lanes) {
 }
 __device__ inline Sums block_sum(Sums x, Lanes<Sums>& lanes) {
   return reduce(x, Sums{0, 0, 0}, lanes, [](Sums p, Sums q) { return Sums{p.a + q.a, p.b + q.b, p.c + q.c}; });
+}
+__device__ inline double block_sum(double x, Lanes<double>& lanes) {
+  return reduce(x, 0.0, lanes, [](double p, double q) { return p + q; });
 }
 __device__ inline long long block_sum(long long x, Lanes<long long>& lanes) {
   return reduce(x, 0LL, lanes, [](long long p, long long q) { return p + q; });

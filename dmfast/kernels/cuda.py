@@ -163,17 +163,23 @@ class Workspace(NamedTuple):
         return extension._C.cuda.Workspace(self.device, self.stream, *pointers)
 
 
-def make_workspace(x: Tensor, n_sequences: int) -> Workspace:
+FEW_ROWS, MOST_PARTS = 512, 32  # as in csrc/cuda/plan.h
+
+
+def make_workspace(x: Tensor, n_sequences: int, n_rows: int = 0) -> Workspace:
     """Return memory on the device of x, for its current stream.
+
+    If there are few rows, there is also memory for the parts into which the kernels may divide each of them.
 
     The counters are new in every call, which costs a memset of a few KB. Kept counters would be shared by streams and
     by graphs that may be replayed on any stream, and torch.compile's memory pools may take them back.
     """
     like: dict[str, Any] = {"device": x.device}
+    few = n_rows if n_rows <= FEW_ROWS else 0
     return Workspace(
         *stream_of(x),
-        torch.empty(n_sequences, dtype=torch.int64, **like),
-        torch.zeros(n_sequences + 1, dtype=torch.int32, **like),
+        torch.empty(n_sequences + few * MOST_PARTS * 2, dtype=torch.int64, **like),
+        torch.zeros(n_sequences + 1 + few, dtype=torch.int32, **like),
         torch.empty((), dtype=torch.int64, **like),
     )
 
@@ -189,7 +195,7 @@ def _queue(kernel: Any, batch: Batch, terms: Terms | None, entropy: bool, divide
     """Queue a kernel on the stream of the logits, and return the scores that it will fill."""
     given, batch = batch, _usable(faults.with_order(batch))
     scores, outputs, _, _ = extension.make_outputs(batch, terms, entropy, divide_by)
-    work = make_workspace(batch.logits, batch.n_sequences)
+    work = make_workspace(batch.logits, batch.n_sequences, batch.n_rows)
     kernel(extension.batch_struct(batch), extension.terms_struct(terms), outputs, *gradient, work.struct)
     if dz is not None:
         overwritten(given, dz)

@@ -26,7 +26,7 @@ REGISTERS = 65536  # of a multiprocessor, of all these architectures
 # hide its arithmetic. It has them, unless a softcap takes the registers.
 WARPS = [
     ("CUDA score_rows known", 24),  # two blocks of plan.h's 384 threads
-    ("CUDA score_rows", 32),
+    ("CUDA score_", 32),
     ("CUDA write_rows cap", 32),
     ("CUDA write_rows", 40),  # the five blocks of its __launch_bounds__, or six
     ("CUDA scale_rows", 48),
@@ -49,9 +49,9 @@ INSTRUCTIONS = [
     ("CUDA score_rows known cap", 84.0),
     ("CUDA score_rows known entropy", 34.0),
     ("CUDA score_rows known", 30.0),
-    ("CUDA score_rows cap", 42.0),
-    ("CUDA score_rows entropy", 18.0),
-    ("CUDA score_rows", 14.0),
+    ("CUDA score_ cap", 42.0),
+    ("CUDA score_ entropy", 18.0),
+    ("CUDA score_", 14.0),
     ("CUDA write_rows cap", 45.0),
     ("CUDA write_rows bonus", 18.0),
     ("CUDA write_rows", 15.0),
@@ -96,7 +96,7 @@ def faults(code: Code) -> list[str]:
     if not stores and (name in ("write_rows", "scale_rows") or "known" in code.kernel):
         said.append("no 128-bit store")
     late = sum(loop.late_loads for loop in rounds(code))
-    if late and code.source == "CUDA" and name in ("score_rows", "write_rows"):
+    if late and code.source == "CUDA" and name in ("score_rows", "score_parts", "write_rows"):
         said.append(f"{late} 128-bit loads of a round stand behind its first special-function instruction")
     most = intended_instructions(code)
     if most is not None and (taken := per_logit(code)[0]["issue"]) > most:

@@ -94,7 +94,7 @@ def readable(kernel: str) -> str:
 
     ``fp32 -> bf16`` means that the gradient of fp32 logits has another dtype.
     """
-    found = re.search(r"\d+(score_rows|write_rows|scale_rows|sample_rows)I(.*?)EEv", kernel)
+    found = re.search(r"\d+(score_rows|score_parts|write_rows|scale_rows|sample_rows)I(.*?)EEv", kernel)
     if found is None:
         return kernel
     name, arguments = found.groups()

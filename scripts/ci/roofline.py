@@ -79,8 +79,8 @@ def bound(card: Card, kernel: str, counts: dict[str, float]) -> tuple[str, float
 
 
 def shown(code: Code) -> bool:
-    """Return whether the table shows a kernel. It shows long rows without entropy, and bf16 instead of fp16."""
-    others = ("fp16", "short", "middle", "entropy", "bonus", "sum_rows")
+    """Return whether the table shows a kernel. It shows long rows without entropy, not in parts, and no fp16."""
+    others = ("score_parts", "fp16", "short", "middle", "entropy", "bonus", "sum_rows")
     narrow = code.source == "Triton" and code.kernel.startswith("sample_rows") and "wide" not in code.kernel
     return not narrow and not any(word in code.kernel for word in others)
 

@@ -243,6 +243,7 @@ cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaS
 cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
   *value = attribute == cudaDevAttrComputeCapabilityMajor   ? 7
            : attribute == cudaDevAttrComputeCapabilityMinor ? 5
+           : attribute == cudaDevAttrMultiProcessorCount    ? number("SHIM_MULTIPROCESSORS", 132)
                                                             : number("SHIM_SHARED", 227 << 10);
   return shim::answer("cudaDeviceGetAttribute");
 }

@@ -35,6 +35,7 @@ constexpr cudaError_t cudaSuccess = 0, cudaErrorInsufficientDriver = 35, cudaErr
 enum {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,  // SHIM_SHARED, or an H100's
+  cudaDevAttrMultiProcessorCount,           // SHIM_MULTIPROCESSORS, or an H100's
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
 };

@@ -197,7 +197,8 @@ struct Case {
     terms = {{dmf::Kind::dpg, dmf::kHasTarget, 0.0, INFINITY}, {inputs, inputs + sequences}, {}};
     out = {lse, values, rows, sequences, total, true, 1.0};
     weight = &out.weight(0);
-    work = {0, nullptr, allocate<int64_t>(sequences), allocate<unsigned>(sequences + 1), allocate<int64_t>(1)};
+    work = {0, nullptr, allocate<int64_t>(sequences + rows * dmf::cuda::kMostParts * 2),
+            allocate<unsigned>(sequences + 1 + rows), allocate<int64_t>(1)};
   }
   static float& value(float& x) { return x; }
   static dmf::bf16& value(__nv_bfloat16& x) { return x.x; }
@@ -217,7 +218,7 @@ struct Case {
   template <class Call>
   void expect(const char* kernel, Traffic want, Call call, size_t read_size = sizeof(In)) {
     fill();  // a call before may have written its gradient there
-    std::fill_n(work.counters, sequences + 1, 0u);
+    std::fill_n(work.counters, sequences + 1 + rows, 0u);
     tracer.begin = reinterpret_cast<const char*>(z);
     tracer.end = reinterpret_cast<const char*>(dz + rows * vocab);
     tracer.start_call();
@@ -233,6 +234,13 @@ struct Case {
     std::printf("%-6s %-28s %s V %5ld%s: %7.3f rows read of %6.2f declared, %7.3f written of %6.2f, %zu races\n",
                 ok ? "ok" : "FAILED", kernel, dtype, static_cast<long>(vocab), variant.name, reads, want.reads, writes,
                 want.writes, tracer.races);
+  }
+
+  // Scores rows in parts, of which there are as many as plan.h says.
+  void run_in_parts(int parts) {
+    using namespace dmf::cuda;
+    if (parts_of_row(rows, vocab, sizeof(In), 132) != parts) std::abort();
+    expect("forward, in parts", (rows - 1) * kForward, [&] { forward(batch, terms, out, work); });
   }
 
   void run() {
@@ -313,6 +321,10 @@ int main() {
     Case<float>("fp32", DType::f32, 1000, how).run();
     Case<__nv_bfloat16>("bf16", DType::bf16, 1000, how).run();
     Case<float, __nv_bfloat16>("fp32 -> bf16", DType::f32, DType::bf16, 1000, how).run();
+  }
+  for (const Variant how : {kPlain, Variant{", softcap, packed, NaN", 30, true, true}}) {
+    Case<float>("fp32", DType::f32, 20011, how).run_in_parts(4);
+    Case<__nv_bfloat16>("bf16", DType::bf16, 24571, how).run_in_parts(2);
   }
   std::printf("%s\n", failures ? "FAILED" : "ok");
   return failures != 0;

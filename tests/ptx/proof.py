@@ -43,6 +43,7 @@ Constants = struct("Constants", bits=ctypes.c_float * 2, inverse=ctypes.c_float 
                    step=ctypes.c_float, least=ctypes.c_float, zero=ctypes.c_int)  # fmt: skip
 Bonus = struct("Bonus", entropy=_PTR, weight=_PTR, constant=_F64)
 Workspace = struct("Workspace", device=ctypes.c_int, stream=_PTR, faults=_PTR, counters=_PTR, status=_PTR)
+MOST_PARTS = 32  # kMostParts of csrc/cuda/plan.h
 HAS_TARGET = 4  # a Flag of csrc/objective.h
 PASSES = {"score": 0, "kept": 1}
 
@@ -78,6 +79,10 @@ def types(dtype: torch.dtype, of_gradient: torch.dtype) -> str:
 def score_rows(dtype: torch.dtype, of_gradient: torch.dtype, cap: bool, entropy: bool, way: str) -> machine.Program:
     names = types(dtype, dtype if way == "score" else of_gradient)
     return program(f"score_rowsI{names}Lb{cap:d}ELb{entropy:d}ELNS\\w*_4PassE{PASSES[way]}E")
+
+
+def score_parts(dtype: torch.dtype, cap: bool, entropy: bool) -> machine.Program:
+    return program(f"score_partsI{TYPES[dtype]}Lb{cap:d}ELb{entropy:d}E")
 
 
 def write_rows(dtype: torch.dtype, of_gradient: torch.dtype, cap: bool, bonus: bool) -> machine.Program:
@@ -142,13 +147,14 @@ class Call:
         self.at["logits"] = self.memory.add(numpy_of(self.storage))
         self.at["dz"] = self.memory.add(numpy_of(torch.full((len(self.storage) + 8,), NAN, dtype=self.of_gradient)))
         # what a kernel gets from torch.empty is anything: NaN and nonsense, so that nothing stale passes
-        sizes = {"sequences": 7 * b, "rows": 3 * b * t, "faults": b, "total": 1, "status": 1}
+        of_parts = 2 * MOST_PARTS * b * t
+        sizes = {"sequences": 7 * b, "rows": 3 * b * t, "faults": b + of_parts, "total": 1, "status": 1}
         for name, n in sizes.items():
             self.at[name] = self.memory.add(np.full(n, NAN))
         columns = ("log_prob", "entropy", "log_ratio", "log_target_ratio", "weight", "loss", "clipped")
         self.at |= {name: self.at["sequences"] + 8 * b * i for i, name in enumerate(columns)}
         self.at["lse"] = self.at["rows"]
-        self.at["counters"] = self.memory.add(np.zeros(b + 1, np.int32))
+        self.at["counters"] = self.memory.add(np.zeros(b + 1 + b * t, np.int32))
 
     @property
     def batch(self) -> Any:
@@ -176,7 +182,7 @@ class Call:
     def threads(self, most: int) -> int:  # csrc/cuda/plan.h
         return min(most // 32, max(-(-self.v * self.storage.element_size() // 1024), 1)) * 32
 
-    def score(self, objective: str, way: str = "score", seed: int = 0, factor: float = 0.0) -> None:
+    def score(self, objective: str, way: str = "score", seed: int = 0, factor: float = 0.0, parts: int = 1) -> None:
         kind, baseline = {"gdc++": (1, 1.0), "dpg": (1, 0.0), "js": (3, 0.0)}[objective]
         columns = (_PTR * 6)(*(self.at["columns"] + 8 * self.b * i for i in range(3)))
         constants = (_F64 * 6)(0, 0, 0, 0, 0, baseline)
@@ -185,8 +191,13 @@ class Call:
         out = Outputs(rows_block=self.at["rows"], sequences_block=self.at["sequences"], rows=self.b * self.t,
                       sequences=self.b, total=self.at["total"], entropy=True, divide_by=float(self.b))  # fmt: skip
         space = Workspace(faults=self.at["faults"], counters=self.at["counters"], status=self.at["status"])
-        arguments = [bytes(x) for x in (self.batch, terms, out, _F64(factor), self.gradient, space,
-                                       self.constants)]  # fmt: skip
+        of_loss = [bytes(x) for x in (self.batch, terms, out)]
+        if parts > 1:
+            rest = [bytes(x) for x in (ctypes.c_int(parts), space, self.constants)]
+            machine.launch(score_parts(self.dtype, self.softcap > 0, True), self.memory,
+                           self.b * self.t * parts + self.b + 1, 32, of_loss + rest, 0, seed)  # fmt: skip
+            return
+        arguments = of_loss + [bytes(x) for x in (_F64(factor), self.gradient, space, self.constants)]
         bytes_of_row = (self.v * self.storage.element_size() + 31) // 16 * 16
         kernel = score_rows(self.dtype, self.of_gradient, self.softcap > 0, True, way)
         machine.launch(kernel, self.memory, self.b * self.t + self.b + 1, self.threads(256 if way == "score" else 384),
@@ -299,6 +310,21 @@ def test_any_order_of_blocks(seed: int) -> None:
     call.check_scores("gdc++")
 
 
+@pytest.mark.parametrize("parts", [2, 5])
+@pytest.mark.parametrize(
+    "shape", [dict(v=1100, pad=1), dict(v=37), dict(v=1300, pad=1, dtype=torch.bfloat16, softcap=5.0)],
+    ids=lambda s: "-".join(str(x) for x in s.values()),
+)  # fmt: skip
+def test_rows_in_parts(shape: dict[str, Any], parts: int) -> None:
+    """Blocks of a row meet at its counter, and rows at that of their sequence. No logit is read twice."""
+    call = Call(**shape)
+    for seed in range(2):
+        call.at["counters"] = call.memory.add(np.zeros(call.b + 1 + call.b * call.t, np.int32))
+        call.score("gdc++", parts=parts, seed=seed)
+        call.check_scores("gdc++")
+        call.check_traffic("logits", reads=1, writes=0, more=1)
+
+
 def score_and_write(call: Call, way: str) -> None:
     """Score and write a gradient beside the logits, in one pass where the row is kept, and check scores and reads."""
     objective = "gdc++" if way == "score" else "dpg"
@@ -389,5 +415,6 @@ def test_every_kernel_fences_before_and_after_its_atomics() -> None:
     missing = {name: found for name, kernel in with_sampling.items() if (found := module.missing_fences(kernel))}
     assert not missing
     counting = [name for name, kernel in with_sampling.items() if module.atomics(kernel)]
-    found = {name: sum(name in x for x in counting) for name in ("score_rows", "sample_rows")}
-    assert found == {"score_rows": 32, "sample_rows": 6} and len(counting) == 38, "each instance of both"
+    found = {name: sum(name in x for x in counting) for name in ("score_rows", "score_parts", "sample_rows")}
+    assert found == {"score_rows": 32, "score_parts": 12, "sample_rows": 6}, "each instance of them"
+    assert len(counting) == sum(found.values())
