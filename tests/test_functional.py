@@ -960,8 +960,7 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- torch.library and torch.compile -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize(("entropy", "packed"), [(False, True), (True, False)])
 def test_opcheck(entropy: bool, packed: bool) -> None:
     p = problem(b=3, t=4, v=11)
     logits, tokens, cu_seqlens = p.logits, p.tokens, None
@@ -1290,9 +1289,10 @@ def test_a_whole_training_step_compiles() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-@known
-@inplaces
-@pytest.mark.parametrize("count", ["own", "tensor"])
+@pytest.mark.parametrize(
+    ("objective", "inplace", "count"),
+    [("gdc++", False, "tensor"), ("gdc++", True, "own"), ("dpg", False, "own"), ("dpg", True, "tensor")],
+)
 def test_no_graph_for_every_length_and_batch_size(objective: str, inplace: bool, count: str) -> None:
     """In place a second length was "unsupported"; a mean over B compiled anew for every B."""
 

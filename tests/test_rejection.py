@@ -278,16 +278,16 @@ def test_every_proposal_leads_to_the_same_target(model):
                  "mixture": Mixture([model, Prompted(model, "w1 w2"), policy])}  # fmt: skip
     shares, log_zs = {}, {}
     for name, proposal in proposals.items():
-        curve = rejection_curve(target, proposal, 2000, max_new_tokens=4, seed=1, batch_size=2000)
+        curve = rejection_curve(target, proposal, 1000, max_new_tokens=4, seed=1, batch_size=1000)
         log_zs[name] = estimate_log_z(curve.log_weight)
-        x, _ = quasi_rejection_sample(target, proposal, 400, log_beta=curve.largest, max_new_tokens=4, seed=2,
-                                             batch_size=2000)  # fmt: skip
+        x, _ = quasi_rejection_sample(target, proposal, 200, log_beta=curve.largest, max_new_tokens=4, seed=2,
+                                             batch_size=1000)  # fmt: skip
         assert bool(Contains("w3")(x).all())
         shares[name] = float(Contains("w4")(x).mean())
-    wanted = model.sample(n=8000, max_new_tokens=4, seed=3)
+    wanted = model.sample(n=4000, max_new_tokens=4, seed=3)
     wanted = wanted[Contains("w3")(wanted) == 1]
     share = float(Contains("w4")(wanted).mean())
-    error = math.sqrt(share * (1 - share) * (1 / len(wanted) + 1 / 400))
+    error = math.sqrt(share * (1 - share) * (1 / len(wanted) + 1 / 200))
     assert 0.1 < share < 0.9
     for name in proposals:
         assert abs(shares[name] - share) < 4 * error, name
