@@ -220,6 +220,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       "backward_of",
       [](const PyBatch& b, const PyOutputs& out, uintptr_t entropy, uintptr_t bonus_weight, double factor,
          uintptr_t upstream, int gradient_dtype, uintptr_t gradient_data, int64_t stride_sequence, int64_t stride_row) {
+        if (out.sequences == 0) return;  // the blocks have no memory then
         py::gil_scoped_release release;
         dmf::backward(b, &out.lse(0), &out.weight(0), bonus(entropy, bonus_weight), factor,
                       pointer<const double>(upstream),
