@@ -162,8 +162,8 @@ class Samples:
         contexts = int(self.context_id.max()) + 1 if len(self) else 1
         rounds = torch.arange(len(self)).view(contexts, -1).T
         whole, rest = divmod(min(n, len(self)), contexts)
-        last = torch.arange(rest) * contexts // max(rest, 1)
-        return torch.cat([rounds[:whole].flatten(), *(rounds[whole, last] for _ in range(rest > 0))])
+        found = rounds[:whole].flatten()
+        return torch.cat([found, rounds[whole, torch.arange(rest) * contexts // rest]]) if rest else found
 
     def to(self, device: torch.device | str) -> Samples:
         """Return the samples with their tensors on a device."""

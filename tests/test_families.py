@@ -51,7 +51,7 @@ ONE_LENGTH, NO_CACHE = "prompts of one length at a time", "without a cache"
     }.items(),
 )
 def test_what_is_drawn_is_what_is_scored(name, notes):
-    """Here one family of each kind; ``make families`` has all."""
+    """Try one family of each kind. ``make families`` tries all."""
     found = families.verdict(name)
     assert found.kind == "holds", found
     if NEWEST:  # in older releases more steps go wrong with a cache, or with padding

@@ -31,13 +31,13 @@ class DMGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     are not read. log q is vLLM's if vLLM drew, else the policy's when it drew. Text only, in one process or under DDP.
 
     Args:
-        model, reward_funcs, args, kwargs: as for ``GRPOTrainer``. With a target there need be no reward function.
+        model, reward_funcs, args, kwargs: as for ``GRPOTrainer``. R is the weighted sum of any reward functions.
         objective, max_weight: as in ``dm_loss``. ``kl_control`` takes the reference model that trl keeps for ``beta``.
         target: what ``gdc++`` and the like descend to, with its lambda. A checkpoint holds the running Z of prompts.
 
     Raises:
-        ValueError: an unusable setting, an objective without its inputs, a target without lambda, FSDP, DeepSpeed,
-            an auxiliary loss of experts; images, or a completion without a reward.
+        ValueError: a setting that this loss can't use, an objective without its inputs, a target without lambda, FSDP,
+            DeepSpeed, an auxiliary loss of experts; images, or a completion without a reward.
     """
 
     def __init__(

@@ -209,7 +209,7 @@ class Engine:
             ValueError: the engine was started so that it takes adapters, and can't take the policy's.
         """
         self.facts = facts
-        self._gets_adapters = facts.adapter_rank is not None and _has_adapter(self._like)
+        self._gets_adapters = facts.adapter_rank is not None and has_adapter(self._like)
         if self._gets_adapters:
             self._adapter(self._like)
 
@@ -220,7 +220,7 @@ class Engine:
             ValueError: there is none or more than one, or the engine can't take it.
         """
         module, facts = module_of(model), self.facts
-        active = _active(model) if _has_adapter(model) else []
+        active = active_adapters(model) if has_adapter(model) else []
         if len(active) != 1:
             raise ValueError(
                 f"{self.facts.name} gets the policy's adapter at each load, and the model to load has {len(active)} "
@@ -753,10 +753,10 @@ def plain(model: LanguageModel) -> nn.Module:
         ValueError: the model has an adapter that can't be merged.
     """
     module = module_of(model)
-    if without_adapters(module) is module:
+    if not has_adapter(model):
         return cast(nn.Module, module)
     other = copy.deepcopy(module).requires_grad_(False)
-    name = next(iter(_active(model)), None)
+    name = next(iter(active_adapters(model)), None)
     try:
         return cast(nn.Module, other.unload() if name is None else other.merge_and_unload(adapter_names=[name]))
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
@@ -765,12 +765,13 @@ def plain(model: LanguageModel) -> nn.Module:
         ) from error
 
 
-def _has_adapter(model: LanguageModel) -> bool:
+def has_adapter(model: LanguageModel) -> bool:
+    """Return whether a model is a PEFT model with adapters."""
     module = module_of(model)
     return without_adapters(module) is not module
 
 
-def _active(model: LanguageModel) -> list[str]:
+def active_adapters(model: LanguageModel) -> list[str]:
     """Return the names of the adapters under which a model with adapters computes."""
     if isinstance(model, AdapterView):
         return [] if model.adapter is None else [model.adapter]

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families import without_adapters
 from ..models import LanguageModel, module_of
 from . import weights
-from .engine import Completion, Engine, Facts, Request, plain
+from .engine import Completion, Engine, Facts, Request, has_adapter, plain
 from .vllm_http import over_workers
 
 _WORKER = "dmfast.sampling.vllm_worker.Worker"
@@ -66,7 +65,7 @@ class VLLMSampler(Engine):
 
         no_packed_weights()
         engine, self._folder = dict(engine or {}), None
-        if engine.get("enable_lora") and without_adapters(module_of(like)) is not module_of(like):
+        if engine.get("enable_lora") and has_adapter(like):
             self._temporary = tempfile.TemporaryDirectory(prefix="dmfast-q-")
             self._folder = Path(self._temporary.name)
             modules = {

@@ -147,11 +147,15 @@ def checksum(tensor: Tensor) -> int:
     return int(bits.sum(dtype=torch.int64))
 
 
-def checksums(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
-    """Return each parameter's checksum in an engine that computes in ``dtype``. Tied parameters come once."""
+def checksums(model: nn.Module, dtype: torch.dtype, without: Collection[Any] = ()) -> dict[str, int]:
+    """Return each parameter's checksum in an engine that computes in ``dtype``. Tied parameters come once.
+
+    Parameters whose ``address`` is in ``without`` are left out.
+    """
     return {
         name: checksum(parameter.to(dtype) if parameter.is_floating_point() else parameter)
         for name, parameter in model.named_parameters()
+        if address(parameter) not in without
     }
 
 
@@ -161,11 +165,7 @@ def checksums_with(model: Any, adapter: str, dtype: torch.dtype) -> dict[str, in
     An engine multiplies the second matrix of each pair by the adapter's scale when it loads the adapter.
     """
     of_adapters = {address(each) for name in model.peft_config for each in adapters.weights(model, name).values()}
-    sums = {
-        name: checksum(parameter.to(dtype) if parameter.is_floating_point() else parameter)
-        for name, parameter in model.named_parameters()
-        if address(parameter) not in of_adapters
-    }
+    sums = checksums(model, dtype, without=of_adapters)
     for name, layer in _lora_layers(model, adapter):
         for first, second in ((layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B)):
             if adapter in first:

@@ -231,6 +231,13 @@ def eval_contexts(dataset: Any) -> Contexts | dict[str, Contexts]:
     return {name: Contexts(rows, f"eval_dataset[{name!r}]") for name, rows in dataset.items()}
 
 
+def listed(contexts: Contexts | dict[str, Contexts] | None) -> list[Contexts]:
+    """Return the prompts to evaluate on as a list of sets, whether there are several sets, one or none."""
+    if contexts is None:
+        return []
+    return list(contexts.values()) if isinstance(contexts, dict) else [contexts]
+
+
 def check_divides(n: int, per_device: int, accumulation: int) -> int:
     """Return the number of sequences of a step on a rank, n of each context.
 

@@ -16,7 +16,7 @@ from ..seeds import seed_for
 from ..targets import EBM
 from . import samples as samples_table
 from .checkpointing import CheckpointingTrainer
-from .data import Contexts, eval_contexts
+from .data import Contexts, eval_contexts, listed
 from .evaluation import examine
 from .judge import Judge, is_over_prompts
 from .ranks import AccelerateRanks
@@ -37,13 +37,6 @@ class EvaluatingTrainer(CheckpointingTrainer):
     _has_prompts: bool
     _ranks: AccelerateRanks
     _metrics: list[dict[str, float]]  # of the steps since the last log
-
-    @property
-    def _eval_sets(self) -> list[Contexts]:
-        rows = self._eval_rows
-        if rows is None:
-            return []
-        return list(rows.values()) if isinstance(rows, dict) else [rows]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as transformers does, with the metrics of the steps since the last log."""
@@ -89,7 +82,7 @@ class EvaluatingTrainer(CheckpointingTrainer):
                 )
         else:
             rows = eval_contexts(eval_dataset)
-            for each in rows.values() if isinstance(rows, dict) else [rows]:
+            for each in listed(rows):
                 each.check(self.policy, self.args.max_new_tokens, self.args.max_prompt_length)
         if not isinstance(rows, dict):
             return self._evaluate_on(rows, metric_key_prefix, has_prompts)

@@ -54,7 +54,7 @@ from .checks import (
     with_pad_token,
 )
 from .config import DMConfig
-from .data import ContextLoader, Contexts, StepSampler, contexts_of, eval_contexts
+from .data import ContextLoader, Contexts, StepSampler, contexts_of, eval_contexts, listed
 from .evaluating import EvaluatingTrainer
 from .judge import judge_of
 from .ranks import AccelerateRanks
@@ -167,7 +167,7 @@ class DMTrainer(EvaluatingTrainer):
             check_space(Path(args.output_dir), model, checkpoints=args.save_strategy != "no")
         contexts = 2 if isinstance(self._rows, Stream) else len(self._rows)  # more than one
         check_fit(self.policy, target, args, contexts, settings.built_in, has_prompts=self._has_prompts)
-        sets = self._eval_sets
+        sets = listed(self._eval_rows)
         for rows in {id(each): each for each in (self._rows, *sets)}.values():
             rows.check(self.policy, args.max_new_tokens, args.max_prompt_length)
         if args.z_from_rows and isinstance(self._rows, Contexts):

@@ -7,7 +7,6 @@ fsdp.py NAME ...   runs these of ``RUNS``, and no checkpoints
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 from engine_stand_in import StandIn  # noqa: E402
+from launch import launch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from test_fsdp import launched  # noqa: E402
 from trainer_job import llama, tokenizer  # noqa: E402
@@ -200,9 +200,7 @@ def recipes(folder):
     found = {}
     for name in ("ddp", "fsdp"):
         wanted = json.dumps({"out": str(folder / name), "fsdp": name == "fsdp"})
-        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        done = subprocess.run([*line, str(ROOT / "tests" / "recipe_job.py"), wanted], capture_output=True, text=True,
-                              timeout=300, check=False)  # fmt: skip
+        done = launch(ROOT / "tests" / "recipe_job.py", wanted, processes=2)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
         log = json.loads((folder / name / "log.json").read_text())
         found[name] = load_file(folder / name / "model.safetensors"), log["after"]

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Runs the kernel tests with kernels under AddressSanitizer and UBSan. -DDMF_NO_CLONES is needed, because the resolvers
 # of target_clones run before a sanitizer can. So this also tests the baseline instruction set, as on a machine without
-# AVX2. A second build without sanitizers looks for errors that only optimised code has there.
+# AVX2. A second build without sanitizers looks for errors that only optimised code has there. The tests of the formula
+# in 50 digits are left out: they take long in Python, and test_objectives runs the same C++.
 set -eu
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") # absolute: the tests run elsewhere
 out=$(mktemp -d)
