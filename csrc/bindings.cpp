@@ -128,6 +128,8 @@ void define_cuda(py::module_& m) {
 #else
   m.attr("device_type") = "cuda";
 #endif
+  m.attr("few_rows") = cuda::kFewRows;
+  m.attr("most_parts") = cuda::kMostParts;
   m.def("why_not", &cuda::why_not, release());
   m.def("plan_known", [](int64_t vocab, int64_t itemsize, int64_t limit) {
     const cuda::Plan plan = cuda::plan_known(vocab, itemsize, limit);

@@ -17,7 +17,6 @@ import math
 import re
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,35 +25,32 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import sharding
+from . import sharding, step_terms
 from .batch import Batch, Microbatch, Prompts, SamplingOptions
 from .diagnostics import gradient_variance
 from .estimators import Estimates, PartitionFunctions, RunningEstimates
-from .groups import Scored, are_uniform
 from .kernels import warn_caller
 from .kernels.result import DMLossOutput
 from .metrics import step_metrics
 from .models import LanguageModel
 from .objectives import (
-    Group,
     Objective,
     OfStep,
     PPOClip,
     Terms,
-    known_returns,
-    leave_one_out_baseline,
     plain_baseline,
     weigh,
 )
 from .proposal import NEED_ALL, OfflineProposal, Scores
-from .ranks import OneProcess, Ranks
+from .ranks import OneProcess, Ranks, share
 from .refit import Refit
+from .rollout import Rollout, Rollouts
 from .running import Running
 from .samples import Prompt, Samples
 from .seeds import seed_for
 from .settings import AnyObjective, Settings, check_proposal, check_target, check_trainable
-from .targets import EBM, Feature, FeatureValues, Scorer, TargetScores, pass_rates
-from .targets.rewards import AnyReward, WeightedSum, Weights, as_reward, parts_of
+from .targets import EBM, pass_rates
+from .targets.rewards import AnyReward, Weights, as_reward
 from .unseen import Seen, unknown, unseen
 
 #: The options of ``LanguageModel.loss`` that ``Matcher.loss`` gives itself.
@@ -210,8 +206,8 @@ class Matcher:
                 f"or neither, got other_contexts={other_contexts!r} and "
                 f"uniform_groups={self.settings.uniform_groups!r}"
             )
-        self.check_contexts, self.other_contexts = check_contexts, other_contexts
-        self.scorers = _scorers_of(target, self.reward)
+        self.check_contexts = check_contexts
+        self._rollouts = Rollouts(policy, target, proposal, self.reward, self.settings, self.ranks, other_contexts)
         self._estimates = RunningEstimates(decay)  # used only without a proposal, which has its own
         self.running = Running.start(target.lambda_.tolist(), self.settings.steered)
         self.batch: Batch | None = None
@@ -223,7 +219,6 @@ class Matcher:
         self._compared_z = False
         self._weighs_tokens = False  # whether a loss of the batch got a weight for each token
         self._seen = Seen(target.wanted, decay)  # what the window since the last swap has shown
-        self._q_is_base: bool | None = None  # unknown before the first step
         self._wrapped: LanguageModel | None = None
         self._since = 0.0  # the time when the batch was ready
         self._warned_of: set[tuple[int, int]] = set()  # pairs of the lengths of the fit and of a draw
@@ -301,55 +296,62 @@ class Matcher:
         running = Running.start(lambda_, self.running.beta, self.running.steps) if anew else self.running
         if self.proposal is not None and seed is None:
             self.proposal.request([
-                self._arguments(Prompts(each), n, how, self._seed(f"step {running.steps + k}"))
+                self._rollouts.arguments(Prompts(each), n, how, self._seed(f"step {running.steps + k}"))
                 for k, each in enumerate([prompts, *next_prompts])
             ])  # fmt: skip
         if self.settings.z_from_rows:
             pass_rates.read(contexts.rows)  # so that an error comes before the first sample
-        done, seconds = self._scorer_counts(), {"sampling": 0.0, "scoring": 0.0}
         seed = self._seed(f"step {running.steps}") if seed is None else seed
-        taken = [self._drawn(contexts, n, how, seed, seconds)]
-        drawn, uniform, n_groups = self._regrouped(taken, contexts, n, how, seed, seconds)
-        for each in taken:
+        rollout = self._rollouts.step(contexts, n, how, seed)
+        for each in rollout.draws:
             running = self._started(running, each.samples)
-        x, inputs = drawn.samples, dict(drawn.inputs)
-        counts = {name: value - done[name] for name, value in self._scorer_counts().items()} | n_groups
         # every draw counts in Z, even if its sequences are replaced
-        pending = running.after(*self._of_all(taken), self.settings.partition)
+        pending = running.after(*rollout.for_partition(self.settings.partition, self.ranks), self.settings.partition)
+        return self._opened(replace(self._batch(rollout, running, pending), drawn=(contexts, how), anew=anew))
+
+    def _batch(self, rollout: Rollout, running: Running, pending: Running) -> Batch:
+        """Return the batch of what a step has drawn, with all that its loss gets besides log pi.
+
+        Args:
+            rollout: what the step has drawn.
+            running, pending: the running values without and with this step.
+        """
+        settings, ranks = self.settings, self.ranks
+        x, inputs, uniform = rollout.scored.samples, dict(rollout.scored.inputs), rollout.uniform
         inputs["log_z"] = self._log_z(pending.partitions, x.context_id)
         log_scale = pending.scale.log_z
-        objective = self.settings.objective_of(
+        objective = settings.objective_of(
             running.mean_return, log_scale if math.isfinite(log_scale) else 0.0, running.beta
         )
         if pending.beta is not None:
-            log_ratio = self.ranks.gather(x.log_prob - inputs["log_base"])
+            log_ratio = ranks.gather(x.log_prob - inputs["log_base"])
             pending.beta.update(float(log_ratio.mean()), len(log_ratio))
         if isinstance(objective, Objective) and isinstance(objective.baseline, str):
-            inputs["baseline"] = self._leave_one_out(objective, x.context_id, inputs)
+            inputs["baseline"] = step_terms.leave_one_out(settings, ranks, objective, x.context_id, inputs)
         whole, advantage = None, None
         stays, n_sequences = torch.ones(len(x), dtype=torch.bool, device=x.tokens.device), float(len(x))
-        if uniform is not None and self.settings.uniform_groups != "keep":
-            left = float(self.ranks.gather(~uniform).sum()) / self.ranks.size
+        if uniform is not None and settings.uniform_groups != "keep":
+            left = float(ranks.gather(~uniform).sum()) / ranks.size
             if left:  # with none left all weights are 0, and all sequences stay
                 stays, n_sequences = ~uniform, left
         if not isinstance(objective, Objective):
-            whole = self._whole_step(objective, x, inputs, stays, n_sequences)
-        if self.settings.weight_known:
-            advantage = self._of_rank(weigh(cast(Terms, whole)))
-        elif self.settings.ppo_epochs > 1:
-            advantage = weigh(self._terms(objective, inputs))
+            whole = step_terms.terms_of_step(settings, ranks, objective, x, inputs, stays, n_sequences)
+        if settings.weight_known:
+            advantage = share(weigh(cast(Terms, whole)), ranks)
+        elif settings.ppo_epochs > 1:
+            advantage = weigh(step_terms.terms_at_proposal(settings, objective, inputs))
         first = None
-        if len(taken) > 1:
-            of_first = taken[0].samples
-            log_z = self._log_z(pending.partitions, of_first.context_id)
-            first = (of_first.log_prob, taken[0].inputs["log_target"], log_z)
-        batch = Batch(
-            x, inputs, drawn.features, drawn.log_base, self._forwarded(objective, inputs, advantage) & stays.cpu(),
-            objective, pending, (contexts, how), advantage=advantage, anew=anew, first=first,
-            whole_contexts=self.settings.whole_contexts, whole=whole, n_sequences=n_sequences, counts=counts,
-            rewards=drawn.rewards, _again=self._again, seconds=seconds,
+        if len(rollout.draws) > 1:
+            of_first = rollout.draws[0]
+            log_z = self._log_z(pending.partitions, of_first.samples.context_id)
+            first = (of_first.samples.log_prob, of_first.inputs["log_target"], log_z)
+        return Batch(
+            x, inputs, rollout.scored.features, rollout.scored.log_base,
+            step_terms.to_forward(settings, objective, inputs, advantage) & stays.cpu(), objective, pending,
+            advantage=advantage, first=first, whole_contexts=settings.whole_contexts, whole=whole,
+            n_sequences=n_sequences, counts=rollout.counts, rewards=rollout.scored.rewards, _again=self._again,
+            seconds=rollout.seconds,
         )  # fmt: skip
-        return self._opened(batch)
 
     def _started(self, running: Running, x: Samples) -> Running:
         """Return the running values with Z of contexts that were not seen yet from the pass rates of their rows."""
@@ -366,160 +368,6 @@ class Matcher:
             context_id, most=0.0 if self.target.is_filter else math.inf,
             unknown=-math.inf if floor is None else math.log(floor),
         )  # fmt: skip
-
-    def _of_rank(self, values: Tensor) -> Tensor:
-        """Return the values of this rank's sequences from the values of all ranks."""
-        n = len(values) // self.ranks.size
-        return values[self.ranks.rank * n :][:n]
-
-    def _drawn(self, contexts: Prompts, n: int, how: SamplingOptions, seed: int, seconds: dict[str, float]) -> Scored:
-        """Draw and score sequences, and add the time that it took to ``seconds``."""
-        start = time.perf_counter()
-        x = self._sample(contexts, n, how, seed)
-        sampled = time.perf_counter()
-        needs_base = "log_base" in self.settings.needs or (self.settings.centred and self.reward is None)
-        scores, values, inputs = self._score(x, how.batch_size, needs_base=needs_base)
-        if self.reward is not None:
-            inputs["reward"] = values(self.reward)
-        rewards = {} if not isinstance(self.reward, WeightedSum) else {
-            name: values(part) for name, part in self.reward.parts.items()
-        }  # fmt: skip
-        seconds["sampling"] += sampled - start
-        seconds["scoring"] += time.perf_counter() - sampled
-        return Scored(x, inputs, torch.cat([scores.features, scores.monitored], 1), scores.log_base, rewards)
-
-    def _of_all(self, taken: list[Scored]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return contexts, log P and log q of what was drawn on all ranks and counts in Z.
-
-        Z of a step takes only the first draw of each context. Whether there is another draw depends on the first, so
-        that the mean of both would be biased. The sums of a running Z go on and keep no such bias.
-        """
-        gather = self.ranks.gather
-        context_id = torch.cat([gather(each.samples.context_id) for each in taken])
-        log_target = torch.cat([gather(each.inputs["log_target"]) for each in taken])
-        log_q = torch.cat([gather(each.samples.log_prob) for each in taken])
-        if self.settings.partition != "step" or len(taken) == 1:
-            return context_id, log_target, log_q
-        counts, seen = [], torch.zeros(0, dtype=torch.int64, device=context_id.device)
-        for part in torch.split(context_id, [len(each.samples) * self.ranks.size for each in taken]):
-            counts.append(~torch.isin(part, seen))
-            seen = torch.cat([seen, part])
-        first = torch.cat(counts)
-        return context_id[first], log_target[first], log_q[first]
-
-    def _regrouped(
-        self, taken: list[Scored], contexts: Prompts, n: int, how: SamplingOptions, seed: int,
-        seconds: dict[str, float],
-    ) -> tuple[Scored, Tensor | None, dict[str, float]]:  # fmt: skip
-        """Draw groups of equal values again as ``uniform_groups`` says, and return the step's sequences.
-
-        Args:
-            taken: a list that holds the first draw. The draws that are made here are added to it.
-
-        Returns:
-            The sequences; (N,) bool, whether each is of a prompt whose values are all equal, or None if the objective
-            does not compare these values; and the counts to log.
-        """
-        drawn, gather = taken[0], self.ranks.gather
-        if not isinstance(self.settings.template, Objective):
-            self._check_groups(gather(drawn.samples.context_id))
-        if not self.settings.centred:
-            return drawn, None, {}
-
-        def look(drawn: Scored) -> tuple[Tensor, float]:
-            ids = gather(drawn.samples.context_id)
-            found = are_uniform(ids, gather(drawn.values))
-            return self._of_rank(found), float(len(set(ids[found].tolist())))
-
-        uniform, n_uniform = look(drawn)
-        counts = {"n_uniform": n_uniform}
-        if self.settings.uniform_groups in ("keep", "skip"):
-            return drawn, uniform, counts
-        counts["n_redrawn"] = 0.0
-        for k in range(self.settings.max_redraws):
-            mine: list[int] = uniform[::n].nonzero()[:, 0].tolist()
-            most = int(gather(torch.tensor([len(mine)], device=uniform.device)).max())
-            if not most:
-                break
-            seed_of_draw = seed_for(seed, f"redraw {k}")
-            again = self._instead(contexts, mine, most, taken, seed_of_draw)
-            if not len(again):  # no other prompts are left
-                break
-            taken.append(self._drawn(again, n, how, seed_of_draw, seconds))
-            mine = mine[: len(again)]
-            drawn = drawn.replaced(mine, taken[-1], n)
-            if not isinstance(self.settings.template, Objective):
-                self._check_groups(gather(drawn.samples.context_id))
-            counts["n_redrawn"] += n * float(gather(torch.tensor([len(mine)], device=uniform.device)).sum())
-            uniform, _ = look(drawn)
-        return drawn, uniform, counts
-
-    def _instead(self, contexts: Prompts, mine: list[int], most: int, taken: list[Scored], seed: int) -> Prompts:
-        """Return the prompts that this rank draws in place of its groups of one value, equally many on all ranks.
-
-        Some prompts only fill up the number. Their sequences count in Z like the rest, and are not used otherwise.
-
-        Args:
-            contexts: the contexts of the step.
-            mine: the places of this rank's groups of one value.
-            most: the largest number of such groups on a rank.
-            taken: the draws so far.
-            seed: the seed of the draw.
-        """
-        if self.other_contexts is None:
-            rest = [place for place in range(len(contexts)) if place not in set(mine)]
-            return contexts.at([*mine, *rest[: most - len(mine)]])
-        known: set[int] = set(torch.cat([self.ranks.gather(each.samples.context_id) for each in taken]).tolist())
-        others = self.other_contexts(seed, most * self.ranks.size, known)
-        share = len(others) // self.ranks.size
-        return others.at(range(self.ranks.rank * share, (self.ranks.rank + 1) * share))
-
-    def _whole_step(
-        self, objective: Callable[[Terms], Tensor], x: Samples, inputs: dict[str, Tensor], stays: Tensor,
-        n_sequences: float,
-    ) -> Terms:  # fmt: skip
-        """Return the terms of the step's sequences on all ranks, for an objective that is a function.
-
-        Args:
-            objective, x, inputs: the step's objective, its sequences on this rank, and the inputs of their loss.
-            stays: (N,) bool, whether each sequence counts in the step's mean.
-            n_sequences: the number of sequences that count, as the average over ranks.
-        """
-        gather, length = self.ranks.gather, x.score_mask.sum(1).double()
-        terms = Terms.of(objective, self.settings.on_policy, math.inf, **{k: gather(v) for k, v in inputs.items()})
-        length = gather(length.to(terms.block.device))
-        # tokens and sequences are averages over ranks, because DDP averages the gradients over ranks
-        n_tokens = float(length[gather(stays).to(length.device)].sum()) / self.ranks.size
-        group = Group(length, n_tokens, n_sequences, gather(x.context_id))
-        return terms.with_group(group)
-
-    def _check_groups(self, context_id: Tensor) -> None:
-        """Check that each context has as many sequences as the objective needs, and on one rank if it needs that.
-
-        Args:
-            context_id: (size * N,) integer, the contexts of the sequences of all ranks.
-
-        Raises:
-            ValueError: a context has fewer; or its sequences lie on several ranks and the objective needs them in one
-                call.
-        """
-        least = getattr(self.settings.template, "least_of_context", 1)
-        for context, count in Counter(context_id.tolist()).items():
-            if count < least:
-                raise ValueError(
-                    f"the objective {self.settings.name!r} compares the sequences of a prompt, and context "
-                    f"{context} has one: draw n >= {least} of each prompt (samples_per_context)"
-                )
-        if not self.settings.whole_contexts:
-            return
-        found: dict[int, int] = {}
-        for rank, contexts in enumerate(context_id.view(self.ranks.size, -1).tolist()):
-            for context in set(contexts):
-                if found.setdefault(context, rank) != rank:
-                    raise ValueError(
-                        f"the objective {self.settings.name!r} needs all sequences of a prompt on one rank, and those "
-                        f"of context {context} are on ranks {found[context]} and {rank}: give each its own prompts"
-                    )
 
     def check_length(self, max_new_tokens: int, name: str = "max_new_tokens", stacklevel: int = 4) -> None:
         """Warn once if sequences may get another length than those that lambda was fitted on. ``draw`` calls this.
@@ -548,93 +396,6 @@ class Matcher:
     def _seed(self, what: str) -> int:
         """Return the seed of one use in one step, so that a resumed run draws what an unbroken one does."""
         return seed_for(self.settings.seed, what)
-
-    def _arguments(self, contexts: Prompts, n: int, how: SamplingOptions, seed: int) -> dict[str, Any]:
-        """Return the arguments of ``Sampler.sample``."""
-        return {
-            "prompts": contexts.prompts, "n": n, "max_new_tokens": how.max_new_tokens, "temperature": how.temperature,
-            "seed": seed, "batch_size": how.batch_size, "first_row": self.ranks.rank * len(contexts) * n,
-        }  # fmt: skip
-
-    def _sample(self, contexts: Prompts, n: int, how: SamplingOptions, seed: int) -> Samples:
-        sampler: Any = self.policy if self.proposal is None else self.proposal
-        drawn: Samples = sampler.sample(**self._arguments(contexts, n, how, seed))
-        drawn.check_log_prob("a step")  # an engine that makes samples by samples_of may have left it out
-        return contexts.of(drawn)
-
-    def _score(
-        self, x: Samples, batch_size: int | None, needs_base: bool
-    ) -> tuple[TargetScores, FeatureValues, dict[str, Tensor]]:
-        """Return the target's scores of the sequences, the values of its features, and the inputs of the loss."""
-        log_base = x.log_prob if self._proposal_is_base(x) else None
-        if log_base is None and needs_base:
-            log_base = self.target.base.log_prob(x, batch_size=batch_size)
-        values = FeatureValues(x)
-        scores = self.target.score(x, log_base, batch_size=batch_size, values=values)
-        inputs = {"log_target": scores.log_target, "log_proposal": x.log_prob}
-        if needs_base:
-            inputs["log_base"] = cast(Tensor, log_base)
-        return scores, values, inputs
-
-    def _proposal_is_base(self, x: Samples) -> bool:
-        """Return whether q still is a, so that log a(x) = log q(x). The first call compares scores bit for bit."""
-        if self.proposal is None or self.proposal.swaps or self.proposal.sampler is not None:
-            return False
-        if self._q_is_base is None:
-            some, q = x[: min(len(x), 8)], self.proposal.snapshot
-            of_q, of_base = q.log_prob(some.to(q.device)).to(x.log_prob), self.target.base.log_prob(some)
-            same = torch.tensor([torch.equal(of_q, of_base)], device=x.tokens.device)
-            self._q_is_base = bool(self.ranks.gather(same).all())  # all ranks must run the base, or none
-        return self._q_is_base
-
-    def _scorer_counts(self) -> dict[str, float]:
-        """Return the ``ScorerCounts`` of all scorers by the names that the log uses."""
-        return {
-            f"scorer/{name}/{what}": value
-            for name, scorer in self.scorers.items() for what, value in vars(scorer.counts).items()
-        }  # fmt: skip
-
-    def _leave_one_out(self, objective: Objective, context_id: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the leave-one-out baseline of this rank's sequences, (N,) fp64, over the sequences of all ranks.
-
-        Raises:
-            ValueError: the baseline is not finite. The loss sees parts only, and could not name the return.
-        """
-        gathered = {name: self.ranks.gather(value) for name, value in inputs.items()}
-        contexts = self.ranks.gather(context_id)
-        terms = Terms.of(objective, self.settings.on_policy, math.inf, **gathered)
-        whole, n = leave_one_out_baseline(terms, contexts, len(contexts), contexts.device), len(context_id)
-        if not bool(whole.isfinite().all()):
-            returns = known_returns(terms, len(contexts), contexts.device)
-            rank, place = divmod(int(returns.abs().nan_to_num(math.inf).argmax()), n)
-            where = f"sequence {place} of " + ("the batch" if self.ranks.size == 1 else f"the batch of rank {rank}")
-            of_it = {name: float(values[rank * n + place]) for name, values in gathered.items()}
-            raise ValueError(
-                f"the return of {where} is {float(returns[rank * n + place])}, so that the mean that is the baseline "
-                f"{objective.baseline!r} of other sequences is not finite: it has {of_it}. Take a constant baseline or "
-                "'mean', with max_weight to bound the weight of such a sequence, or change its reward"
-            )
-        return self._of_rank(whole)
-
-    def _forwarded(
-        self, objective: Objective | Callable[[Terms], Tensor], inputs: dict[str, Tensor], advantage: Tensor | None
-    ) -> Tensor:
-        """Return (N,) bool, on the CPU: the sequences that are not known to have weight 0."""
-        terms = self._terms(objective, inputs)
-        if self.settings.skip_zero_weight and advantage is not None:
-            return (advantage != 0).cpu()
-        if not self.settings.skip_zero_weight or not terms.weight_known:
-            return torch.ones(len(inputs["log_target"]), dtype=torch.bool)
-        # these terms have log q in place of log pi, but an A that is known now does not depend on log pi
-        return (weigh(terms) != 0).cpu()
-
-    def _terms(self, objective: Objective | Callable[[Terms], Tensor], inputs: dict[str, Tensor]) -> Terms:
-        """Return the terms of the step's sequences, with log q in the place of log pi."""
-        values, log_q = dict(inputs), inputs["log_proposal"]
-        baseline: Any = values.pop("baseline", None)
-        if baseline is None:
-            baseline = plain_baseline(objective, len(log_q), log_q.device)
-        return Terms.of(objective, self.settings.on_policy, math.inf, **values, baseline=baseline, log_prob=log_q)
 
     # ---- several optimiser steps on a batch
 
@@ -938,8 +699,8 @@ class Matcher:
         if self.check_contexts is not None:
             contexts = self.check_contexts(seed)
         n = math.ceil(self.settings.check_samples / (len(contexts) * self.ranks.size))
-        x = self._sample(contexts, n, how, seed)
-        scores = self._score(x, how.batch_size, needs_base=False)[0]
+        x = self._rollouts.sample(contexts, n, how, seed)
+        scores = self._rollouts.score(x, how.batch_size, needs_base=False)[0]
         log_target = scores.log_target
         self._unseen_in_check = unseen(gather(scores.features), self.target.wanted)
         # kl and tvd don't need log pi where P = 0
@@ -994,7 +755,7 @@ class Matcher:
             "proposal": None if self.proposal is None else self.proposal.state_dict(),
             "estimates": self.estimates.state_dict() if self.proposal is None else None,
             "running": self.running.state_dict(),
-            "q_is_base": self._q_is_base,
+            "q_is_base": self._rollouts.q_is_base,
             "pool": self._refit.state_dict(),
             "seen": self._seen.state_dict(),
             "batch": batch,
@@ -1034,7 +795,7 @@ class Matcher:
         self._refit.load_state_dict(state["pool"])
         self._seen.load_state_dict(state.get("seen"))  # an older state has none
         self.discard()
-        self.running, self._to_repeat, self._q_is_base = running, batch, q_is_base
+        self.running, self._to_repeat, self._rollouts.q_is_base = running, batch, q_is_base
 
     def _loaded_batch(self, state: dict[str, Any], running: Running) -> Batch:
         """Return the batch of a state that ``Batch.state_dict`` returned."""
@@ -1071,13 +832,3 @@ def _placed_in_batch(places: Tensor) -> Iterator[None]:
             raise
         of_batch = ", ".join(f"sequence {i} here is sequence {int(places[i])} of the batch" for i in named)
         raise ValueError(f"{error} ({of_batch})") from error
-
-
-def _scorers_of(target: EBM, reward: Feature | None) -> dict[str, Scorer]:
-    """Return the scorers of the target and the reward by the names that the log uses for their counts."""
-    found = target.scorers
-    for name, part in parts_of(reward).items():
-        source = part.source
-        if isinstance(source, Scorer) and all(source.key != scorer.key for scorer in found.values()):
-            found[name if source.name in found else source.name] = source
-    return found

@@ -41,3 +41,9 @@ class OneProcess:
     def agree(self, mine: bool) -> bool:
         """Return this process's verdict."""
         return mine
+
+
+def share(values: Tensor, ranks: Ranks) -> Tensor:
+    """Return the values of this rank's sequences from the values of all ranks, as ``gather`` returned them."""
+    n = len(values) // ranks.size
+    return values[ranks.rank * n :][:n]

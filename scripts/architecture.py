@@ -38,7 +38,7 @@ LAYERS = (
     ),
     Layer(
         "Step", "draws a batch, scores it once, weighs it, and commits",
-        ("matcher", "batch", "groups", "settings", "running", "metrics", "refit"),
+        ("matcher", "rollout", "step_terms", "batch", "groups", "settings", "running", "metrics", "refit"),
     ),
     Layer(
         "Proposal", "says what is sampled from, and when it is renewed",

@@ -100,7 +100,7 @@ def test_a_step_is_the_gradient_of_the_mean_kl(tmp_path, prompts, partition, obj
         objective=objective, proposal_interval=100, max_steps=4,
     )  # fmt: skip
     trainer.proposal.snapshot.sample = Draws(tokenizer())
-    trainer.matcher._q_is_base = False
+    trainer.matcher._rollouts.q_is_base = False
     base = copy.deepcopy(trainer.model).double()
     trainer.train()
 

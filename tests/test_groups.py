@@ -39,7 +39,7 @@ def on_ranks(matchers, call):
     meeting, given, found = threading.Barrier(len(matchers)), [None] * len(matchers), [None] * len(matchers)
 
     def run(rank):
-        matchers[rank].ranks = Threads(rank, meeting, given)
+        matchers[rank].ranks = matchers[rank]._rollouts.ranks = Threads(rank, meeting, given)
         try:
             found[rank] = call(matchers[rank], rank)
         except Exception as error:

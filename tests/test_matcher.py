@@ -686,7 +686,7 @@ def test_a_reward_that_is_part_of_the_target_is_scored_once(how):
     batch = draw(m)
     assert len(calls) == 8
     assert torch.equal(batch.inputs["reward"], batch.samples.score_mask.sum(1).double())
-    assert len(m.scorers) == 1
+    assert len(m._rollouts.scorers) == 1
 
 
 @pytest.mark.parametrize("ranks", [None, "two"])
@@ -729,7 +729,7 @@ def test_the_same_method_of_two_objects_is_two_rewards():
 
     one, other = Model(1.0), Model(2.0)
     m = matcher(constraints=[one.score], objective="reinforce", reward=other.score)
-    assert draw(m).inputs["reward"].tolist() == [2.0] * 8 and len(m.scorers) == 2
+    assert draw(m).inputs["reward"].tolist() == [2.0] * 8 and len(m._rollouts.scorers) == 2
 
 
 # --- several steps on a batch

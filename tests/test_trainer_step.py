@@ -176,9 +176,9 @@ def test_a_policy_that_is_not_the_base_is_noticed(tmp_path):
     args = job(tmp_path).args
     trainer = dmfast.DMTrainer(model, target, args, processing_class=tokenizer())
     x = trainer.policy.sample(n=8, max_new_tokens=6, seed=0)
-    assert not trainer.matcher._proposal_is_base(x)
+    assert not trainer.matcher._rollouts.proposal_is_base(x)
     same = job(tmp_path)
-    assert same.matcher._proposal_is_base(x)
+    assert same.matcher._rollouts.proposal_is_base(x)
 
 
 def test_q_becomes_pi_only_at_a_swap(tmp_path):

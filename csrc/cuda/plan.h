@@ -39,8 +39,8 @@ inline Plan plan_once(int64_t vocab, int64_t itemsize) {
 
 // A call with few rows divides each of them among several blocks, so that no multiprocessor is idle. One block alone
 // has 8 KB of loads under way, which is a quarter of what a multiprocessor needs.
-constexpr int64_t kFewRows = 512;  // a call with at most so many rows brings memory for their parts
-constexpr int kMostParts = 32;     // a warp joins the parts of a row. dmfast/kernels/cuda.py has both constants, too
+constexpr int64_t kFewRows = 512;      // a call with at most so many rows brings memory for their parts
+constexpr int kMostParts = 32;         // a warp joins the parts of a row
 constexpr int64_t kPartBytes = 16384;  // of a row, at least, which are two rounds of a block
 
 // Returns into how many parts a row is divided that is only scored. Four blocks of a score fit a multiprocessor.

@@ -163,9 +163,6 @@ class Workspace(NamedTuple):
         return extension._C.cuda.Workspace(self.device, self.stream, *pointers)
 
 
-FEW_ROWS, MOST_PARTS = 512, 32  # as in csrc/cuda/plan.h
-
-
 def make_workspace(x: Tensor, n_sequences: int, n_rows: int = 0) -> Workspace:
     """Return memory on the device of x, for its current stream.
 
@@ -174,11 +171,12 @@ def make_workspace(x: Tensor, n_sequences: int, n_rows: int = 0) -> Workspace:
     The counters are new in every call, which costs a memset of a few KB. Kept counters would be shared by streams and
     by graphs that may be replayed on any stream, and torch.compile's memory pools may take them back.
     """
+    assert extension._C is not None
     like: dict[str, Any] = {"device": x.device}
-    few = n_rows if n_rows <= FEW_ROWS else 0
+    few = n_rows if n_rows <= extension._C.cuda.few_rows else 0
     return Workspace(
         *stream_of(x),
-        torch.empty(n_sequences + few * MOST_PARTS * 2, dtype=torch.int64, **like),
+        torch.empty(n_sequences + few * extension._C.cuda.most_parts * 2, dtype=torch.int64, **like),
         torch.zeros(n_sequences + 1 + few, dtype=torch.int32, **like),
         torch.empty((), dtype=torch.int64, **like),
     )

@@ -43,7 +43,7 @@ Constants = struct("Constants", bits=ctypes.c_float * 2, inverse=ctypes.c_float 
                    step=ctypes.c_float, least=ctypes.c_float, zero=ctypes.c_int)  # fmt: skip
 Bonus = struct("Bonus", entropy=_PTR, weight=_PTR, constant=_F64)
 Workspace = struct("Workspace", device=ctypes.c_int, stream=_PTR, faults=_PTR, counters=_PTR, status=_PTR)
-MOST_PARTS = 32  # kMostParts of csrc/cuda/plan.h
+(MOST_PARTS,) = map(int, re.findall(r"kMostParts = (\d+)", (nvcc.ROOT / "csrc" / "cuda" / "plan.h").read_text()))
 HAS_TARGET = 4  # a Flag of csrc/objective.h
 PASSES = {"score": 0, "kept": 1}
 
