@@ -96,9 +96,7 @@ def test_parallelism_that_accelerate_launch_sets_is_refused(tmp_path, monkeypatc
 def test_a_model_that_was_spread_in_a_way_that_was_not_tried_is_refused(tmp_path, name, what):
     model = gpt2()
     # from_pretrained(distributed_config=...) leaves a model like this
-    model.config.distributed_config = SimpleNamespace(
-        **{name: 2}
-    )
+    model.config.distributed_config = SimpleNamespace(**{name: 2})
     with pytest.raises(
         ValueError, match=rf"DistributedConfig\({name}=2\), and dmfast does not run under {what} parall"
     ):
