@@ -104,7 +104,7 @@ def gradients():
 
 
 def sampling():
-    """Return whether a sharded model draws what the whole one draws, gathered and in step, and how long the draws are."""
+    """Return whether a sharded model draws what the whole one draws, gathered and in step, and how long draws are."""
     plain, equal = LanguageModel(llama(), tokenizer()), {}
     how = {"n": 2, "max_new_tokens": 8, "seed": 22, "first_row": 2 * distributed.get_rank()}
     wanted = plain.sample(["w3"], **how)
