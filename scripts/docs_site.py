@@ -51,7 +51,7 @@ def public_names() -> dict[str, list[str]]:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
     )
     found: dict[str, list[str]] = {}
-    # a walk also finds the imports for type checkers alone
+    # a walk also finds the imports that only type checkers see
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
             for name in (alias.asname or alias.name for alias in node.names if (alias.asname or alias.name) in public):

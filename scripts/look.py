@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "build" / "site"
-# each word with a part of what the first result must have
+# the first search result for each word must contain this text
 WORDS = {"linear_dm_loss": "linear_dm_loss", "proposal": "proposal", "vLLM": "vllm"}
 WIDTHS, SCHEMES = (1440, 360), ("light", "dark")
 
@@ -72,7 +72,7 @@ def search(browser: Any, address: str, folder: Path) -> list[str]:
         try:
             first.wait_for(timeout=10_000)
             found = first.inner_text()
-        except Exception as error:  # playwright's timeout is no error of Python's
+        except Exception as error:  # playwright raises a timeout error of its own
             found = f"nothing ({type(error).__name__})"
         page.wait_for_timeout(500)
         page.screenshot(path=str(folder / f"search_{word}.png"))

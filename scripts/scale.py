@@ -36,9 +36,10 @@ class Model(NamedTuple):
 MODELS = [Model("7B", 7.62e9, 28, 3584, 18944, 152064, 512), Model("70B", 70.6e9, 80, 8192, 28672, 128256, 1024)]
 GPUS = (8, 64, 512)
 #: A GPU has this memory (GB), bandwidth (GB/s), rate of 16-bit products in training (FLOP/s), and bandwidth in each
-#: direction to the other GPUs of its machine and to other machines (GB/s). A machine has so many GPUs.
+#: direction to the other GPUs of its machine and to other machines (GB/s). PER_MACHINE is the GPUs of a machine.
 MEMORY, BANDWIDTH, RATE, NEAR, FAR, PER_MACHINE = 80, 3350.0, 4e14, 450.0, 50.0, 8
-#: Each GPU's step has so many sequences, so many together in the policy, and so many tokens of prompt and of answer.
+#: In a step each GPU has SEQUENCES sequences, of which TOGETHER go through the policy at once. Each has PROMPT tokens
+#: of prompt and NEW tokens of answer.
 SEQUENCES, TOGETHER, PROMPT, NEW = 16, 8, 512, 512
 HEAD_BUFFER = 1.0  # GB of logits that are held at once
 GB = 1e9

@@ -78,4 +78,4 @@ interpreter._convert_float = _convert
 interpreter.GridExecutor._init_args_hst = _remember
 Builder.create_fma = _fma
 Builder.create_masked_load, Builder.create_masked_store = _checked_load, _checked_store
-np.seterr(all="ignore")  # the kernels mean 0 / 0 and log(0)
+np.seterr(all="ignore")  # the kernels compute 0 / 0 and log(0) on purpose

@@ -74,7 +74,7 @@ def timeless(metrics):
 
 
 def state_of(m):
-    """Return as text all that a step may change except the policy. That q is a is found out once, so it is left out."""
+    """Return as text what a step may change but the policy. Whether q is a is found out only once, and is left out."""
     return str({name: value for name, value in m.state_dict().items() if name != "q_is_base"})
 
 
@@ -565,7 +565,7 @@ def test_the_identity_of_a_context_may_be_given():
 
 
 class InGroups:
-    """Weigh as dpg does, but refuse a call that has not all sequences of a context."""
+    """Weigh as dpg does, less the mean weight of a context, which needs all its sequences in one call."""
 
     whole_contexts = True
 

@@ -258,7 +258,7 @@ def chain(moves):
 @pytest.mark.parametrize("temperature", [0.6, 1.7])
 def test_draws_are_exact(temperature):
     table = 1.5 * torch.randn(V, V, generator=torch.Generator().manual_seed(0))
-    table[:, [0, 4, V - 1]] = -INF  # no token is drawn after any of these: the first, the last and one between
+    table[:, [0, 4, V - 1]] = -INF  # these are never drawn: the first token, the last and one between
     table[BOS, EOS], table[1, 8] = -INF, 1.0
     table[2] = -INF  # this makes token 3 certain after token 2
     table[2, 3] = 5.0

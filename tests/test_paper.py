@@ -49,7 +49,7 @@ def every_sequence(model):
 
 @pytest.mark.parametrize("kind", ["pointwise", "moment", "hybrid"])
 def test_kl_from_exact_samples_where_every_sequence_is_known(kind):
-    """Exact samples follow p, and both estimates of KL(p||pi) are right. Far from p, exact samples vary less."""
+    """Exact samples follow p. Both estimates of KL(p||pi) are right. Far from p, that of exact samples varies less."""
     base, policy = LanguageModel(gpt2(), tokenizer()), LanguageModel(gpt2(seed=1), tokenizer())
     constraints = {"pointwise": [Contains("w6")], "moment": [Moment(Contains("w4", name="w4"), 0.3)],
                    "hybrid": [Contains("w6"), Moment(Contains("w4", name="w4"), 0.3)]}[kind]  # fmt: skip

@@ -212,7 +212,7 @@ def test_variance_ratios(folder):
     for seed, other in others.items():
         for method, values in (("gdc", other), ("gdc++", measured)):
             write(folder, "women", method, seed, kl_exact=KL[method][seed], history=logged(values))
-        if not seed:  # the ratios alternate between 4 and 1, so their mean is 2
+        if not seed:  # the ratios alternate between 4 and 1, and their geometric mean is 2
             assert report.ratio(*found(), "gradient_variance") == "2.00 (one seed)"
     half = 12.706 * math.log(2)  # 2 and 8 lie log 2 on either side of 4, so the error is log 2
     expected = f"4.00 (95% {4 * math.exp(-half):.2f} to {4 * math.exp(half):.2f}; 2.00, 8.00)"

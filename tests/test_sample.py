@@ -199,7 +199,7 @@ def test_the_tails_draw_no_impossible_token(name: str, temperature: float, dtype
         assert bool((log_p[tokens] > -700).all()), tokens
         assert (log_prob - log_p[tokens]).abs().max() < 1e-6
         possible = (log_p > -700).nonzero()[:, 0]
-        # the last tokens of falling blocks are possible, but less probable than the smallest step of a uniform
+        # the last tokens of falling blocks are possible, but less probable than the smallest step of a uniform number
         if name != "falling blocks":
             assert tokens[-1] >= possible[-1] - 512
         if "rising" not in name:

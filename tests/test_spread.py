@@ -121,7 +121,7 @@ def ranks(tmp_path_factory):
 
 @FOR_FSDP
 def test_a_model_that_is_cut_is_the_whole_one(ranks):
-    for columns, found in zip((6, 5), ranks, strict=True):  # the vocabulary has 11 tokens
+    for columns, found in zip((6, 5), ranks, strict=True):  # the ranks share 11 tokens
         check_heads(found["cut"])
         check_alike(found["cut"], columns)
 

@@ -1003,7 +1003,7 @@ def test_fit_draws_from_the_base(args, asked):
     base = Base(drawn=bios())
     target = EBM(base, [Moment(Contains("king"), 0.2)]).fit(**args)
     asked = {"seed": seed_for(0, "fit"), **asked} if "seed" not in args else asked
-    if "contexts" not in args:  # the samples are drawn in parts
+    if "contexts" not in args:  # without contexts the samples are drawn in parts
         assert sum(each["n"] for each in base.asked) == 10_240
         asked = {key: value for key, value in asked.items() if key != "n"}
     assert target.report.max_new_tokens == base.asked[0]["max_new_tokens"]

@@ -232,7 +232,7 @@ def test_faults_of_the_eval_dataset_name_it(tmp_path, rows, match):
     with pytest.raises((TypeError, ValueError), match=match):
         job(tmp_path, eval_dataset=rows)
     trainer = job(tmp_path)
-    # evaluate() leaves prompts that are too long to sample()
+    # evaluate() lets sample() refuse prompts that are too long
     if "tokens" not in match:
         with pytest.raises((TypeError, ValueError), match=match):
             trainer.evaluate(rows)

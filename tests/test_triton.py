@@ -124,7 +124,7 @@ def test_warps_of_64_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @in_use
 def test_the_gradient_of_rows_that_are_aligned_otherwise() -> None:
-    """With an odd V the new contiguous gradient of ``logits[:, :-1]`` is aligned otherwise. With V = 40 it is not."""
+    """With an odd V the new contiguous gradient of ``logits[:, :-1]`` is aligned otherwise. With V = 40 it is alike."""
     for v, same in ((37, False), (40, True)):
         logits = torch.randn(3, 5, v)
         batch = dmfast.kernels.checks.make_batch(logits[:, :-1], torch.zeros(3, 4).long(), None, None, 1.0, None)

@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "paper"
 TASKS = tuple(sorted(path.stem for path in (HERE / "tasks").glob("*.yaml")))
 SAMPLES = 2048
-# so many samples of a are drawn, and fewer where a network reads each of them
+# this many samples of a are drawn, or fewer where a network reads each of them
 BASE_SAMPLES, OF_A_CLASSIFIER = 2**19, 2**16
 
 

@@ -19,7 +19,7 @@ import amd_code
 from inner_loops import per_logit, rounds
 from machine_code import ARCHS, Code, all_code, versions
 
-# a multiprocessor of any of these architectures has so many
+# each multiprocessor of these architectures has this many
 REGISTERS = 65536
 # A multiprocessor must hold at least this many warps of a kernel. The first line whose words are all in the name of the
 # kernel counts. No kernel has fewer than 24 warps. With two loads of 16 bytes a thread, 24 warps have 24 KB under way,

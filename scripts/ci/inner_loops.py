@@ -60,7 +60,7 @@ class Loop(NamedTuple):
 
 def _way(first: int, last: int, leads: dict[int, list[int]], better: Callable[[int, int], bool]) -> set[int] | None:
     """Return the instructions of the shortest or longest forward way from one to another, or None."""
-    # each instruction has the number of instructions up to it, and the one before it
+    # for each instruction, this holds the number of instructions up to it and the one before it
     found: dict[int, tuple[int, int]] = {first: (1, first)}
     for i in range(first, last):
         for to in leads[i] if i in found else []:

@@ -23,7 +23,7 @@ from dmfast.kernels import linear
 H100 = next(card for card in CARDS if card.name == "H100")
 H200 = H100._replace(name="H200", bandwidth=4.8)
 DIM, VOCAB, STEPS = 4096, 128256, 512
-# the three products take so many ms for a token, as stated for 8,192 tokens
+# the three products take this many ms for a token, as stated for 8,192 tokens
 PRODUCTS = 33.0 / 8192
 STATED = {1024: ("4.1", "4.8"), 4096: ("16.8", "16.7"), 8192: ("35.5", "34.4")}  # tokens: (quack, liger)
 LOGITS, TRL = (8192, 151936), ".89"

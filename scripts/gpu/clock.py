@@ -20,7 +20,7 @@ import torch
 Call = Callable[[int], Any]
 # this many milliseconds of work lie between two events, so that their own cost does not matter
 ENOUGH = 2.0
-MOST = 64  # at most so many calls follow each other
+MOST = 64  # at most this many calls follow each other
 GATES = (2 * 10**7, 2 * 10**8)  # these cycles are about 10 and 100 ms
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import results
 
 DRY = "dry" in sys.argv
-# this part may take so many seconds
+# this part may take this many seconds
 LIMIT = float(os.environ.get("DMFAST_GPU_LIMIT", "100"))
 METRICS = {
     "ns": "gpu__time_duration.sum",

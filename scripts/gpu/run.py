@@ -36,8 +36,8 @@ SITE = ROOT / "build" / "gpu" / "site"
 SECONDS = 480.0
 # a dry run may share its processors, so its limits are this many times those of a device
 PATIENCE = 4
-LAST = 4.0  # these seconds are kept for the summary
-LOG = 2**20  # the log keeps so many bytes of a part's output
+LAST = 4.0  # this many seconds are kept for the summary
+LOG = 2**20  # the log keeps this many bytes of a part's output
 SUITE = ["test_cuda.py", "test_kernels.py"]
 MORE = ["test_linear.py", "test_sample.py", "test_shards.py", "test_errors.py"]
 TESTS = ("suite", "triton", "more")
@@ -200,7 +200,7 @@ def key(dry: bool) -> str:
 def environment(run: Run, name: str, limit: float) -> dict[str, str]:
     """Return the environment of a part."""
     tests = name in TESTS
-    # the folder GPU has passed.py
+    # pytest finds its plugin passed.py in the folder GPU
     paths = [str(run.work / "lib"), str(ROOT / "tests"), *[str(GPU)] * tests]
     if SITE.exists() and not all(map(importlib.util.find_spec, ("pytest", "hypothesis", "mpmath"))):
         # these come before what is installed, and hypothesis is compiled, so they are used only where packages are

@@ -25,7 +25,7 @@ DRY = "dry" in sys.argv
 DEVICE = "cpu" if DRY else "cuda"
 # in a dry run a block has the shared memory that it has on an H200
 SHARED = 227 * 1024
-# a small draw has so many rows, fewer than a card has multiprocessors
+# a small draw has this many rows, fewer than a card has multiprocessors
 FEW = 8 if DRY else 64
 
 

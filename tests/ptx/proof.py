@@ -289,7 +289,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(str(x) 
 @shapes
 @pytest.mark.parametrize("inplace", [False, True])
 def test_forward_and_backward(shape: dict[str, Any], inplace: bool) -> None:
-    """Each kernel reads a scored logit once and the label's once more, and reads no other logit."""
+    """Each kernel reads a scored logit once and the label's once more, and reads none of a row that is not scored."""
     call = Call(**shape)
     call.score("gdc++", seed=inplace)
     call.check_scores("gdc++")
