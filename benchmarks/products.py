@@ -1,13 +1,16 @@
-"""Measure the products between hidden states, head and logits in each way of ``dmfast.kernels.products``, for few rows
-and many: what ``ways`` chooses by.
+"""Measure each way of ``dmfast.kernels.products`` to multiply hidden states, head and logits, for few and many rows.
+
+``ways`` chooses by these figures.
 
     python benchmarks/products.py [results/products.json]
 
-Figures are milliseconds of one thread's CPU time, the least of five interleaved rounds, since other jobs may run
-beside.
-A CPU is held to a lesser instruction set by ``ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
-MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/products.py results/products.json widened``, which leaves out the 16-bit
-products: torch would still choose them as the CPU's own.
+Figures are milliseconds of one thread's CPU time. They are the least of five interleaved rounds, since other jobs may
+run beside. To hold a CPU to a lesser instruction set, run
+
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
+        python benchmarks/products.py results/products.json widened
+
+This leaves out the 16-bit products, because torch would still choose them as the CPU's own.
 """
 
 from __future__ import annotations
@@ -66,7 +69,8 @@ def measured(dtype: torch.dtype, dim: int, vocab: int, only: str) -> dict[str, d
             for what, call in calls.items():
                 start = time.process_time()
                 call()
-                if i > 0 or time.process_time() - start > 5:  # the first is slower, unless it is slow at all
+                # the first round is slower and does not count, unless a call takes seconds anyway
+                if i > 0 or time.process_time() - start > 5:
                     taken[what].append((time.process_time() - start) * 1e3)
         for what, values in taken.items():
             found.setdefault(what, {})[str(rows)] = round(min(values), 1)

@@ -19,14 +19,14 @@ DRAWING = ROOT / "docs" / "assets" / "architecture.svg"
 
 
 class Layer(NamedTuple):
-    """A layer: its name, what it does, and its modules and packages."""
+    """Name a layer, what it does, and its modules and packages."""
 
     name: str
     does: str
     modules: tuple[str, ...]
 
 
-#: From the top to the bottom. A module imports modules of its own layer and of layers below it.
+#: The layers stand from the top to the bottom. A module imports modules of its own layer and of layers below it.
 LAYERS = (
     Layer(
         "Commands", "run a recipe, measure, report",
@@ -62,7 +62,7 @@ LAYERS = (
 
 
 class Import(NamedTuple):
-    """An import of one module or package of dmfast by another, and where it stands."""
+    """Name the importing and the imported module or package of dmfast, and the place of the import."""
 
     source: str
     target: str
@@ -133,7 +133,8 @@ def arrows(given: Sequence[Import], layers: Sequence[Layer] = LAYERS) -> set[tup
     direct = {(place[each.source], place[each.target]) for each in given if {*each[:2]} <= set(place)}
     direct = {(a, b) for a, b in direct if a != b}
     reach = {a: {a} for a in range(len(layers))}
-    for a in reversed(range(len(layers))):  # from the bottom, since arrows point down
+    # this goes up from the bottom, since arrows point down
+    for a in reversed(range(len(layers))):
         for _, b in sorted(arrow for arrow in direct if arrow[0] == a):
             reach[a] |= reach.get(b, set())
     return {

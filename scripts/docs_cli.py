@@ -27,7 +27,8 @@ def commands() -> dict[str, tuple[str, argparse.ArgumentParser]]:
     """Return what each command does, and its parser, by its name."""
     found = {}
     for name in _subparsers(cli._parser("")).choices:
-        subparsers = _subparsers(cli._parser(name))  # the parser of a command is whole only where it was asked for
+        # the parser of a command is whole only if it was asked for
+        subparsers = _subparsers(cli._parser(name))
         about = next(each.help for each in subparsers._choices_actions if each.dest == name)
         found[name] = (about or "", subparsers.choices[name])
     return found
@@ -70,7 +71,8 @@ def _cell(text: str) -> str:
 
 
 def _meaning(action: argparse.Action) -> str:
-    return re.sub(r" \(default [^)]*\)", "", _cell(action.help or ""))  # it has a column
+    # the default has a column of its own
+    return re.sub(r" \(default [^)]*\)", "", _cell(action.help or ""))
 
 
 def _metavar(action: argparse.Action) -> str:

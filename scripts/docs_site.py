@@ -1,6 +1,7 @@
-"""The hook of mkdocs.yml: the repository as a site. A page lies where its file lies in the repository, so that a
-relative link leads to the same place on the site as in the tree; the API reference is made of ``dmfast.__all__`` and
-``BY_MODULE``.
+"""Make a site of the repository, as the hook of mkdocs.yml.
+
+A page lies where its file lies in the repository, so that a relative link leads to the same place on the site as in the
+tree. The API reference is made of ``dmfast.__all__`` and ``BY_MODULE``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PAGES = ("*.md", "docs/*.md", "docs/guide/*.md", "benchmarks/**/*.md", "dmfast/data/**/*.md")
 API = "docs/api"
-# The public names that are imported from their modules, not from dmfast.
+# these public names are imported from their modules, and not from dmfast
 BY_MODULE = {
     "batch": ["Batch", "Microbatch"],
     "diagnostics": ["distinct_n", "self_bleu", "gradient_variance", "GradientVariance", "weight_statistics"],
@@ -38,8 +39,10 @@ LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 
 
 def public_names() -> dict[str, list[str]]:
-    """Return the public names by the module that they come from, each as it is imported: ``dmfast.dm_loss`` of
-    ``dmfast.__all__``, in the order of the imports; then ``dmfast.estimators.estimate`` of ``BY_MODULE``.
+    """Return the public names by the module that they come from, each as it is imported.
+
+    ``dmfast.dm_loss`` is of ``dmfast.__all__``, in the order of the imports. After these come names of ``BY_MODULE``,
+    such as ``dmfast.estimators.estimate``.
     """
     tree = ast.parse((ROOT / "dmfast" / "__init__.py").read_text(encoding="utf-8"))
     public: list[str] = next(
@@ -48,10 +51,12 @@ def public_names() -> dict[str, list[str]]:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
     )
     found: dict[str, list[str]] = {}
-    for node in ast.walk(tree):  # those for type checkers too
+    # a walk also finds the imports that only type checkers see
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
             for name in (alias.asname or alias.name for alias in node.names if (alias.asname or alias.name) in public):
-                module = node.module.split(".")[0] if node.module else name  # from . import eager
+                # the other form is: from . import eager
+                module = node.module.split(".")[0] if node.module else name
                 found.setdefault(module, []).append(f"dmfast.{name}")
     for module, names in BY_MODULE.items():
         found.setdefault(module, []).extend(f"dmfast.{module}.{name}" for name in names)
@@ -59,7 +64,7 @@ def public_names() -> dict[str, list[str]]:
 
 
 def api_pages() -> dict[str, str]:
-    """Path on the site -> Markdown: a page for each module, and their index."""
+    """Return the Markdown of a page for each module, and of their index, by the path on the site."""
     pages, public = {}, public_names()
     index = ["# API reference", "", "Every public name by module, under the name that it is imported by.", ""]
     for module, names in public.items():
@@ -77,7 +82,7 @@ def api_pages() -> dict[str, str]:
 
 
 def on_config(config: Any) -> Any:
-    """Puts the API pages where the navigation has a title for them."""
+    """Put the API pages where the navigation has a title for them."""
     for entry in config.nav:
         if "API" in entry:
             entry["API"] = [f"{API}/index.md", *(f"{API}/{module}.md" for module in public_names())]
@@ -85,8 +90,9 @@ def on_config(config: Any) -> Any:
 
 
 def pages_and_files() -> tuple[dict[str, str], list[Path]]:
-    """The files that the site has: the pages, what they link to, and the files of a folder that they link to. With path
-    on the site -> Markdown of a page for each such folder, where it has no README.
+    """Return the files of the site, and the Markdown of a page for each linked folder that has no README, by its path.
+
+    The files are the pages, what they link to, and the files of a folder that they link to.
     """
     assets = {path for path in (ROOT / "docs" / "assets").rglob("*") if path.is_file()}
     found = {path for pattern in PAGES for path in ROOT.glob(pattern)} | assets
@@ -103,7 +109,7 @@ def pages_and_files() -> tuple[dict[str, str], list[Path]]:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """The files of the site, each under its path in the repository."""
+    """Return the files of the site, each under its path in the repository."""
     from mkdocs.structure.files import File, Files
 
     theme = [file for file in files if file.src_dir != config.docs_dir]
@@ -114,7 +120,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Without the comments for tests/test_docs.py; a link to a folder leads to its page."""
+    """Leave out the comments for tests/test_docs.py, and let a link to a folder lead to its page."""
 
     def leads(link: re.Match[str]) -> str:
         folder = (ROOT / page.file.src_uri).parent / link[1]

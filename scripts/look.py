@@ -21,7 +21,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "build" / "site"
-WORDS = {"linear_dm_loss": "linear_dm_loss", "proposal": "proposal", "vLLM": "vllm"}  # each with what a result has
+# the first search result for each word must contain this text
+WORDS = {"linear_dm_loss": "linear_dm_loss", "proposal": "proposal", "vLLM": "vllm"}
 WIDTHS, SCHEMES = (1440, 360), ("light", "dark")
 
 
@@ -46,7 +47,8 @@ def look(browser: Any, address: str, picture: Path) -> list[str]:
         page.on("pageerror", lambda error, said=said: said.append(f"a script fails: {error}"))
         page.on("requestfailed", lambda r, said=said: said.append(f"not there: {r.url}"))
         page.on("response", lambda r, said=said: said.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
-        page.goto(address, timeout=120_000)  # in milliseconds; other work may have the processors
+        # the time is long because other work may have the processors
+        page.goto(address, timeout=120_000)
         page.wait_for_load_state("networkidle")
         over = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         if over > 0:
@@ -62,14 +64,15 @@ def search(browser: Any, address: str, folder: Path) -> list[str]:
     wrong = []
     for word, has in WORDS.items():
         page = browser.new_page(viewport={"width": 1440, "height": 900})
-        page.goto(address, timeout=120_000)  # in milliseconds; other work may have the processors
+        # the time is long because other work may have the processors
+        page.goto(address, timeout=120_000)
         page.locator(".md-search__input").click()
         page.locator(".md-search__input").press_sequentially(word)
         first = page.locator(".md-search-result__item").first
         try:
             first.wait_for(timeout=10_000)
             found = first.inner_text()
-        except Exception as error:  # playwright's own timeout, which is not an error of Python's
+        except Exception as error:  # playwright raises a timeout error of its own
             found = f"nothing ({type(error).__name__})"
         page.wait_for_timeout(500)
         page.screenshot(path=str(folder / f"search_{word}.png"))

@@ -35,12 +35,13 @@ class Model(NamedTuple):
 
 MODELS = [Model("7B", 7.62e9, 28, 3584, 18944, 152064, 512), Model("70B", 70.6e9, 80, 8192, 28672, 128256, 1024)]
 GPUS = (8, 64, 512)
-#: A GPU: memory (GB), bandwidth (GB/s), the rate that 16-bit products reach in training (FLOP/s), and the bandwidth
-#: to the other GPUs of its machine and to other machines (GB/s), in each direction.
+#: A GPU has this memory (GB), bandwidth (GB/s), rate of 16-bit products in training (FLOP/s), and bandwidth in each
+#: direction to the other GPUs of its machine and to other machines (GB/s). PER_MACHINE is the GPUs of a machine.
 MEMORY, BANDWIDTH, RATE, NEAR, FAR, PER_MACHINE = 80, 3350.0, 4e14, 450.0, 50.0, 8
-#: A step of each GPU: sequences, how many of them go through the policy together, tokens of prompt and of answer.
+#: In a step each GPU has SEQUENCES sequences, of which TOGETHER go through the policy at once. Each has PROMPT tokens
+#: of prompt and NEW tokens of answer.
 SEQUENCES, TOGETHER, PROMPT, NEW = 16, 8, 512, 512
-HEAD_BUFFER = 1.0  # GB of logits
+HEAD_BUFFER = 1.0  # GB of logits that are held at once
 GB = 1e9
 
 
@@ -79,10 +80,12 @@ def gigabytes(model: Model, way: Way, gpus: int) -> float:
     tokens = TOGETHER * (PROMPT + NEW)
     adapter = way.trained * 16 if way.trained < 1 else 0.0
     state = n * (way.bytes_ + adapter) / gpus
-    layers = 2 * each * 2 + each * 4 * way.trained  # the current layer and the next in 16 bits, and the gradient of one
-    kept = model.layers * tokens * model.width * 2  # activations that checkpointing keeps
+    # the current layer and the next are held in 16 bits, and so is the gradient of one
+    layers = 2 * each * 2 + each * 4 * way.trained
+    kept = model.layers * tokens * model.width * 2  # checkpointing keeps these activations
     layer = tokens * (10 * model.width + 6 * model.inner) * 2 / way.tensor
-    gradient = model.vocab * model.width * 4 / way.tensor if way.trained == 1 else 0.0  # gradient of the head, in fp32
+    # the head's gradient is summed in fp32
+    gradient = model.vocab * model.width * 4 / way.tensor if way.trained == 1 else 0.0
     training = layers + kept + layer + HEAD_BUFFER * GB + gradient
     cache = SEQUENCES * (PROMPT + NEW) * 2 * model.layers * model.kv * 2
     sampling = cache + (n * 2 / way.tensor if way.gathered else 2 * each * 2)
@@ -92,10 +95,11 @@ def gigabytes(model: Model, way: Way, gpus: int) -> float:
 def seconds(model: Model, way: Way, gpus: int) -> dict[str, float]:
     """Return the seconds that each part of a step would take alone."""
     n, groups = model.parameters / way.tensor, gpus // way.tensor
-    sequences = SEQUENCES * way.tensor  # all sequences of the GPUs that share a matrix
+    # GPUs that share a matrix go through all their sequences together
+    sequences = SEQUENCES * way.tensor
     passes, tokens = sequences // TOGETHER, sequences * (PROMPT + NEW)
     near = way.tensor == 1 and gpus <= PER_MACHINE
-    # forward, backward and the recomputation of checkpointing, for each parameter
+    # each parameter costs the forward, the backward, and the recomputation of checkpointing
     policy = 8 if way.trained == 1 else 6
     moved = passes * (2 + 2 + 4 * way.trained + 2) + 2 * way.gathered + 2 * NEW * (way.draws and not way.gathered)
     found = {
@@ -104,7 +108,7 @@ def seconds(model: Model, way: Way, gpus: int) -> dict[str, float]:
     }
     if way.draws:
         found["reading q"] = NEW * n * 2 / (BANDWIDTH * GB)
-    # eight sums of the hidden states for each layer, including those of checkpointing and of the base
+    # each layer sums hidden states eight times, with the recomputation of checkpointing and with the base
     if way.tensor > 1:
         found["sums of TP"] = model.layers * 8 * tokens * model.width * 2 * 2 / (NEAR * GB)
     return found

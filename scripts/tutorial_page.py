@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parent.parent
 SCRIPT, PAGE = ROOT / "examples" / "tutorial.py", ROOT / "docs" / "tutorial.md"
 PICTURES = ROOT / "docs" / "assets" / "tutorial"
-#: What makes the tutorial long, and what tests/test_docs.py puts there.
+#: These settings make the tutorial long. tests/test_docs.py puts the smaller ones there.
 SMALLER = {
     "STEPS, SEQUENCES, SAMPLES = 60, 192, 2048": "STEPS, SEQUENCES, SAMPLES = 2, 4, 16",
     "fit(max_new_tokens": "fit(n=256, max_new_tokens",
@@ -31,7 +31,7 @@ CELL = re.compile(r"^# %%( \[markdown\])?\n", re.M)
 
 
 class Cell(NamedTuple):
-    """A cell: prose or code, as it stands on the page."""
+    """Hold a cell of prose or of code, as it stands on the page."""
 
     is_prose: bool
     text: str

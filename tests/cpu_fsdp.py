@@ -28,7 +28,7 @@ AcceleratorState.__init__ = _with_fsdp
 
 
 def reset(bare=False):
-    """Let the next Accelerator of this process have another FSDP plugin. bare: as accelerate has it on a CPU."""
+    """Let the next Accelerator of this process have another FSDP plugin. With bare, it is accelerate's own on a CPU."""
     global _bare
     _bare = bare
     AcceleratorState._reset_state()

@@ -27,10 +27,10 @@ import dmfast
 from dmfast import Contains
 from dmfast.training import deepspeed as dmfast_deepspeed
 
-# else every new environment compiles an all-reduce of DeepSpeed's own against torch's headers, for a minute
+# without this, every new environment would compile DeepSpeed's own all-reduce against torch's headers, for a minute
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-#: What the guides of transformers put into a DeepSpeed config; no parameter is so small that ZeRO-3 keeps it whole.
+#: The guides of transformers put this into a DeepSpeed config. No parameter is so small that ZeRO-3 keeps it whole.
 CONFIG = {
     "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "steps_per_print": 2000, "wall_clock_breakdown": False,
@@ -54,7 +54,7 @@ MODELS = {"gpt2": gpt2, "llama": llama, "with_lora": with_lora}
 
 
 class EngineGradients(TrainerCallback):
-    """The gradients of the first optimiser step as the engine has them: it takes its step within the last backward."""
+    """Keep the gradients of the first optimiser step from the engine, which takes its step within the last backward."""
 
     def __init__(self):
         self.steps = []
@@ -98,7 +98,7 @@ def scored(trainer):
 
 
 def broken(trainer):
-    """An error within a gathering passes through, and the model trains no worse for it: its forward still gathers."""
+    """Check that an error within a gathering passes through and spoils no training, as the forward still gathers."""
     message = None
     try:
         with dmfast_deepspeed.gathered(trainer.deepspeed):
@@ -154,7 +154,8 @@ def run(out, name, *, model="gpt2", stage=0, config=None, resume=None, stop=None
         launcher=None, check=None, **wanted):  # fmt: skip
     """Return a finished job: its parameters, the gradients of its first step, what it logged and warned of."""
     zero = stage > 0
-    wanted = {"warmup_steps": 0} | wanted  # after a step of learning rate 0 pi is q, and rounding decides a swap
+    # after a step of learning rate 0, pi would be q, and rounding would decide a swap
+    wanted = {"warmup_steps": 0} | wanted
     torch.distributed.is_initialized() and torch.distributed.barrier()
     before = dict(os.environ)
     os.environ.update(launcher or {})
@@ -172,7 +173,7 @@ def run(out, name, *, model="gpt2", stage=0, config=None, resume=None, stop=None
                           callbacks=[gradients, *([StopAt(stop)] if stop else [])], **wanted)  # fmt: skip
             gradients.trainer = trainer
             if check == "scored":
-                trainer.evaluate()  # where nothing is cut yet
+                trainer.evaluate()  # nothing is cut yet
                 trainer.save_model(str(Path(out, name, "whole")))
             trainer.train(resume_from_checkpoint=resume and str(Path(out, resume)))
             checked = None if check is None else CHECKS[check](trainer)
@@ -203,7 +204,7 @@ def main():
     wanted = json.loads(sys.argv[1])
     results = {}
     for name, options in wanted["variants"].items():
-        print(name, flush=True)  # for whoever looks for the one that waits
+        print(name, flush=True)  # if a job waits for ever, this tells which one
         results[name] = (refused if options.pop("refused", False) else run)(wanted["out"], name, **options)
     rank = os.environ["RANK"]
     if wanted.get("loaded"):

@@ -9,8 +9,11 @@ import torch
 
 
 def end():
-    """End a rank of several. torch's DDP keeps gloo's threads alive, and one that still holds a tensor when the
-    interpreter is gone aborts the process, which torchrun takes for a failure."""
+    """End a rank of several.
+
+    torch's DDP keeps gloo's threads alive. One that still holds a tensor when the interpreter is gone aborts the
+    process, which torchrun takes for a failure.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -20,7 +20,8 @@ def test_two_processes_draw_from_one_engine(other, tmp_path):  # noqa: F811
     gradients = Gradients()
     alone.add_callback(gradients)
     alone.train()
-    assert other.loads == 2 * (2 + 1)  # by two processes as by one: a copy and q, and a swap
+    # each of the two runs loads a copy, q, and q again after a swap, however many processes it has
+    assert other.loads == 2 * (2 + 1)
     assert both["swaps"] == 1
     for name, gradient in both["gradients"].items():
         wanted = gradients.steps[0][name.removeprefix("module.")].flatten()

@@ -27,7 +27,7 @@ CONFIG = {
     "override_generation_config": {}, "logits_processors": None, "quantization": None,
 }  # fmt: skip
 
-#: What the recorded answers are answers to.
+#: The recorded answers answer this request.
 REQUEST = {"model": "q", "prompt": [1, 2], "n": 2, "seed": 5, "max_tokens": 3, "logprobs": 0, "prompt_logprobs": 0,
            "return_token_ids": True, "return_tokens_as_token_ids": True, "stop_token_ids": [5]}  # fmt: skip
 EXCHANGES = {
@@ -54,13 +54,13 @@ class Faults:
     """Say what a server does wrong.
 
     Attributes:
-        status: the answers of a path from now on, one after the other; None is the right one. The last one stays.
+        status: the answers of a path from now on, one after the other, where None is the right one. The last stays.
         broken: how many of the next answers to completions break off half-way.
         slow: seconds that each completion takes longer.
         stale: parts of the names of tensors that a load leaves as they were.
         truncates: whether the draws are those of top_k = 2, whatever is asked for.
-        aborts: how many of the next completions end by abort.
-        missing: paths that the server does not have.
+        aborts: how many of the next completions end with the reason "abort".
+        missing: the paths that the server does not have.
     """
 
     status: dict[str, list[int | None]] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Faults:
 
 
 class Refused(Exception):
-    """Be a request that the server refuses, with its status."""
+    """Carry the status and message with which the server refuses a request."""
 
     def __init__(self, status, message):
         super().__init__(message)
@@ -84,10 +84,10 @@ class StandIn:
     """Run a server in a thread.
 
     Args:
-        model: what it was started with. It is copied.
-        tokenizer: its own.
+        model: the model that it was started with. It is copied.
+        tokenizer: the server's own tokenizer.
         context: max_model_len.
-        config: of /server_info, in the place of ``CONFIG``'s.
+        config: values of /server_info, in the place of ``CONFIG``'s.
         sums: whether it runs with dmfast's extension of its workers.
         packed: a part of the names of tensors that it empties, since it keeps their values elsewhere.
         rank: the greatest rank of an adapter, if it was started with ``--enable-lora``.
@@ -104,9 +104,10 @@ class StandIn:
         self.restart()
 
     def restart(self):
-        """Leave what a server that was started anew has: the weights that it was started with, and their name."""
+        """Return to what a server has that was started anew: the weights that it was started with, and their name."""
         self.model, self.weight_version, self.paused = copy.deepcopy(self.started_with), "default", False
-        self.adapters, self.adapter, self.scale = {}, {}, 1.0  # a model for each name; what the last one is made of
+        # each name has a model, and the last adapter's tensors are kept
+        self.adapters, self.adapter, self.scale = {}, {}, 1.0
 
     def __enter__(self):
         outer = self
@@ -159,7 +160,8 @@ class StandIn:
             handler.wfile.write(data[: len(data) // 2])
             handler.connection.close()
             return
-        with contextlib.suppress(OSError):  # the client has gone, by its own time limit
+        # a client whose time limit has passed is gone
+        with contextlib.suppress(OSError):
             handler.wfile.write(data)
 
     def _take(self, name):
@@ -361,7 +363,8 @@ def load_spread(policy, other, samples, ranks):
         url = [started.url if started else None]
         torch.distributed.broadcast_object_list(url)
         sampler = HTTPSampler(url[0], policy, patience=0.0, retries=1)
-        torch.distributed.barrier()  # or one that refuses would end while another still connects
+        # without this, a rank that refuses would end while another still connects
+        torch.distributed.barrier()
         refusal = None
         try:
             sampler.load(policy)
@@ -369,5 +372,7 @@ def load_spread(policy, other, samples, ranks):
             refusal = str(error)
         sampler.ranks = ranks
         sampler.load(policy)
-        assert (started.loads if started else 2) == 2  # of the copy that differs everywhere, and of q
-        return refusal, sampler.log_prob(samples)  # for which all ranks meet at its end
+        # q and a copy that differs everywhere were loaded
+        assert (started.loads if started else 2) == 2
+        # all ranks meet at the end of this
+        return refusal, sampler.log_prob(samples)

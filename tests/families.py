@@ -84,12 +84,12 @@ SIZES: dict[str, Any] = {
     "hc_lowrank": 8, "router_hidden_size": 16,
     "initializer_range": 0.2, "init_std": 0.2, "floor_scale": 8, "pretraining_tp": 1, "num_nextn_predict_layers": 0,
     "first_k_dense_replace": 1, "query_pre_attn_scalar": 8, "num_kv_shared_layers": 0, "num_dense_layers": 1,
-    # a choice among more keys than that has ties, which two forwards of other shapes break in two ways
+    # a choice among more keys than this has ties, and two forwards of different shapes break ties in different ways
     "index_topk": 64,
 }  # fmt: skip
 
 MROPE = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}}
-#: What can't be told from names.
+#: These settings can't be told from names.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "big_bird": {"attention_type": "original_full"},
@@ -100,7 +100,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {"rope_parameters": None, "attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3,
              "layer_types": None},
-    "diffllama": {"attention_dropout": 0.0},  # it refuses another
+    "diffllama": {"attention_dropout": 0.0},  # diffllama refuses any other value
     "glm46v": MROPE,
     "glm4v": MROPE,
     "glm4v_moe": {"text_config": {"rope_parameters": {**MROPE["text_config"]["rope_parameters"],
@@ -109,7 +109,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glmga": MROPE,
     "paddleocr_vl": MROPE,
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
-    "doge": {"keep_window_size": 64},  # beyond it a position keeps the best keys of all, later ones too
+    # beyond this window a position would keep the best keys of all, also of later ones
+    "doge": {"keep_window_size": 64},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots3_note_text": {"per_layer_config": {"2": {"head_dim": 16}}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4,
@@ -139,9 +140,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 class Verdict(NamedTuple):
-    """What was found for one family."""
+    """Say what was found for one family."""
 
-    kind: str  # holds, refused, not built, wrong, crashes
+    kind: str  # one of: holds, refused, not built, wrong, crashes
     text: str  # the largest error in nats, or the reason
     notes: str = ""  # what dmfast does for the sake of the model
 
@@ -166,7 +167,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def small_config(name: str) -> PretrainedConfig:
-    """Return a configuration of the family's class, every size of it small."""
+    """Return a configuration of the family's class whose sizes are all small."""
     return _shrunk(CONFIG_MAPPING[name], OVERRIDES.get(name, {}))
 
 
@@ -174,7 +175,8 @@ def _shrunk(kind: type[PretrainedConfig], overrides: Mapping[str, Any]) -> Pretr
     theirs = {}
     try:
         theirs = kind().to_dict()
-    except Exception:  # a default that its own class refuses: what its fields say
+    except Exception:
+        # a class may refuse its own default, and then its fields tell
         theirs = {f: v for f, v in vars(kind).items() if not f.startswith("_")}
     given: dict[str, Any] = {}
     subs = getattr(kind, "sub_configs", {})
@@ -189,7 +191,7 @@ def _shrunk(kind: type[PretrainedConfig], overrides: Mapping[str, Any]) -> Pretr
             if value is not None or field in ("num_key_value_heads", "head_dim"):
                 given[field] = SIZES[field]
         elif ("drop" in field or "jitter" in field) and isinstance(value, float):
-            given[field] = 0.1  # what must be off
+            given[field] = 0.1  # dmfast must switch this off
         elif field.endswith(("token_id", "token_index")) and field not in ("decoder_start_token_id",):
             special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": ENDS[0]}
             if field in special:
@@ -200,7 +202,8 @@ def _shrunk(kind: type[PretrainedConfig], overrides: Mapping[str, Any]) -> Pretr
     rope = theirs.get("rope_parameters")
     if rope:
         given["rope_parameters"] = _small_rope(rope)
-    if "qk_rope_head_dim" in theirs:  # these are equal where a class does not see to it
+    # these must be equal, and some classes do not see to it
+    if "qk_rope_head_dim" in theirs:
         given |= {"head_dim": 8, "num_key_value_heads": 4}
         if rope:
             given["rope_parameters"].pop("partial_rotary_factor", None)
@@ -229,7 +232,7 @@ _ROPE = ("rope_theta", "partial_rotary_factor", "mrope_interleaved", "llama_4_sc
 
 
 def _small_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return rope parameters that fit the small sizes: no scaling that depends on the length of the training."""
+    """Return rope parameters that fit the small sizes, without a scaling that depends on the length of the training."""
     if any(isinstance(v, Mapping) for v in rope.values()):
         return {k: _small_rope(v) if isinstance(v, Mapping) else v for k, v in rope.items()}
     kept = {k: v for k, v in rope.items() if k in _ROPE}
@@ -275,7 +278,7 @@ def _parts(config: Any) -> Iterator[Any]:
 
 
 def alone(model: torch.nn.Module, x: dmfast.Samples) -> torch.Tensor:
-    """(N,) log pi of each sequence by plain transformers: alone, unpadded, uncached, the model's own positions."""
+    """Return (N,) log pi of each sequence by plain transformers: alone, unpadded, uncached, with its own positions."""
     found = []
     for tokens, mask, scored in zip(x.tokens, x.attention_mask.bool(), x.score_mask, strict=True):
         ids, n = tokens[mask][None], int(scored.sum())
@@ -293,7 +296,7 @@ def _gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def measure(model: torch.nn.Module) -> tuple[dict[str, float], list[str]]:
     """Return how far each way to score is from plain transformers', and what dmfast does for the sake of the model.
 
-    In nats; ``gradient``: relative to the largest.
+    Errors are in nats. That of ``gradient`` is relative to the largest.
     """
     reference = copy.deepcopy(model).eval()
     policy = LanguageModel(model, tokenizer(), eos_token_id=ENDS)
@@ -333,7 +336,7 @@ def measure(model: torch.nn.Module) -> tuple[dict[str, float], list[str]]:
 
 
 def verdict(name: str) -> Verdict:
-    """Return what holds for a family; "wrong" and "crashes" are failures."""
+    """Return what holds for a family. "wrong" and "crashes" are failures."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

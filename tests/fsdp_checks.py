@@ -70,7 +70,7 @@ def _drawn(n=8):
 
 
 def _losses(lm, x):
-    """Return the loss of objective and reward, by the fused head and by log_prob."""
+    """Yield the loss of the fused head, and losses by log_prob and by logits."""
     inputs = {"log_target": x.log_prob + 1, "log_proposal": x.log_prob, "log_z": torch.zeros_like(x.log_prob)}
     yield "loss", lambda: lm.loss(x, objective="dpg", **inputs).loss
     yield "log_prob", lambda: lm.log_prob(x).mean()
@@ -104,7 +104,7 @@ def gradients():
 
 
 def sampling():
-    """Whether a sharded model draws what the whole one draws, gathered and in step, and how long this rank's are."""
+    """Return whether a sharded model draws what the whole one draws, gathered and in step, and how long draws are."""
     plain, equal = LanguageModel(llama(), tokenizer()), {}
     how = {"n": 2, "max_new_tokens": 8, "seed": 22, "first_row": 2 * distributed.get_rank()}
     wanted = plain.sample(["w3"], **how)
@@ -190,7 +190,8 @@ def swaps():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
-    policy.log_prob(_drawn()).mean().backward()  # leaves whole parameters in the root
+    # this leaves whole parameters in the root
+    policy.log_prob(_drawn()).mean().backward()
     with CommDebugMode() as counted:
         proposal.swap()
     q = {n: whole(p) for n, p in proposal.snapshot.model.named_parameters()}
@@ -200,7 +201,7 @@ def swaps():
     with tempfile.TemporaryDirectory() as folder:
         of_rank_0 = [folder]
         distributed.broadcast_object_list(of_rank_0)
-        llama(seed=7).save_pretrained(of_rank_0[0])  # which rank 0 alone writes
+        llama(seed=7).save_pretrained(of_rank_0[0])  # only rank 0 writes this
         distributed.barrier()
         policy.load(of_rank_0[0])
         distributed.barrier()
@@ -258,7 +259,8 @@ def _loop(around):
     optimizer, logged = torch.optim.SGD(model.parameters(), lr=1e-2), []
     for _ in range(2):
         batch = matcher.draw([("w3", "w1 w2")[distributed.get_rank()]], 16, max_new_tokens=6)
-        matcher.loss(batch, wrapped).loss.backward()  # in one part: DDP and FSDP add those of several in another order
+        # the batch is one part, because DDP and FSDP add the gradients of several parts in different orders
+        matcher.loss(batch, wrapped).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         metrics = matcher.commit()

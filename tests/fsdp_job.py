@@ -48,7 +48,8 @@ def refused(out, fsdp, name, **options):
     return None
 
 
-ALONE = {"seed": {"seed": 30}, "lambda": {"lambda_": 1.6}, "prompts": {"prompts": ["w3"]}}  # on rank 1
+# rank 1 alone gets these
+ALONE = {"seed": {"seed": 30}, "lambda": {"lambda_": 1.6}, "prompts": {"prompts": ["w3"]}}
 
 
 def run(out, fsdp, name, *, model="gpt2", resume=None, stop=None, fsdp_config=None, skip=False, lora=None, bare=False,

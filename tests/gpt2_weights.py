@@ -18,7 +18,7 @@ _theirs = gpt2.GPT2PreTrainedModel._init_weights
 
 def _init_weights(self, module):
     with torch.random.fork_rng([]):
-        _theirs(self, module)  # buffers too
+        _theirs(self, module)  # this fills buffers too
     std = self.config.initializer_range
     if isinstance(module, (nn.Linear, nn.Embedding, Conv1D)):
         init.normal_(module.weight, mean=0.0, std=std)

@@ -22,7 +22,8 @@ from triton.runtime import interpreter
 Builder = interpreter.InterpreterBuilder
 _convert_float, _init_args = interpreter._convert_float, interpreter.GridExecutor._init_args_hst
 _load, _store = Builder.create_masked_load, Builder.create_masked_store
-_allowed: list[tuple[int, int]] = []  # where the tensors of the running launch lie
+# the tensors of the running launch lie in these ranges
+_allowed: list[tuple[int, int]] = []
 
 
 def _round_to_bf16(x):
@@ -77,4 +78,4 @@ interpreter._convert_float = _convert
 interpreter.GridExecutor._init_args_hst = _remember
 Builder.create_fma = _fma
 Builder.create_masked_load, Builder.create_masked_store = _checked_load, _checked_store
-np.seterr(all="ignore")  # 0 / 0 and log(0) are meant
+np.seterr(all="ignore")  # the kernels compute 0 / 0 and log(0) on purpose

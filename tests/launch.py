@@ -60,7 +60,8 @@ def _serve() -> None:
 
     gc.collect()
     gc.freeze()
-    answers = os.fdopen(os.dup(1), "w")  # the ranks write elsewhere
+    # the ranks write to files, so standard output is free for answers
+    answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         script, arguments, processes, timeout, environment, folder = json.loads(line)
         with tempfile.TemporaryDirectory() as outputs:
@@ -90,7 +91,8 @@ def _forked(
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.setsid()
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+            # a shell's background jobs ignore SIGINT, and a rank must not
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             of_rank = {} if processes == 1 else {**of_group, "RANK": rank, "LOCAL_RANK": rank}
             os.environ.clear()
             os.environ.update(environment | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in of_rank.items()})
@@ -111,7 +113,7 @@ def _forked(
 
 
 def _ended(ranks: list[int], deadline: float) -> int | None:
-    """Return the first exit status that is not 0, or 0; None if the time was up."""
+    """Return the first exit status that is not 0, or else 0. Return None if the time was up."""
     waits, code, late = set(ranks), 0, False
     while waits:
         for pid in list(waits):

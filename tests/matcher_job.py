@@ -82,7 +82,7 @@ def w3(samples):
 
 
 def others(seed, n, taken):
-    """Return prompts 100 to 109, the same on all ranks."""
+    """Return up to n of the prompts 100 to 109 that are not taken, the same on all ranks."""
     order = torch.randperm(10, generator=torch.Generator().manual_seed(seed)).tolist()
     found = [place for place in order if 100 + place not in taken][:n]
     return Prompts([f"w0 w{place % 8}" for place in found], [100 + place for place in found])

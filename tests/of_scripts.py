@@ -21,6 +21,7 @@ def load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with patch.object(sys, "path", [str(path.parent), *sys.path]):  # a script imports what lies beside it
+    # a script imports the modules that lie beside it
+    with patch.object(sys, "path", [str(path.parent), *sys.path]):
         spec.loader.exec_module(module)
     return module

@@ -33,7 +33,8 @@ def main():
         "model": "tiny-bios", "constraints": [women], "fit": {"n": 2048, "seed": 0}, "train": train,
         "evaluate": {"samples": 64, "batch_size": 64},
     }  # fmt: skip
-    path = Path(f"{out}-{os.environ['RANK']}.json")  # JSON is YAML, too
+    # a recipe is YAML, and JSON is YAML too
+    path = Path(f"{out}-{os.environ['RANK']}.json")
     path.write_text(json.dumps(given))
     recipe.run(recipe.read(path))
     end()

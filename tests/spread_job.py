@@ -73,7 +73,7 @@ def tied():
 
 
 def place():
-    """Return the number of this rank's sequences among those of all, in whole ranks."""
+    """Return the number of this rank's model. The ranks that share a model have the same sequences."""
     return distributed.get_rank() // WANTED["sizes"].get("tp_size", 1)
 
 
@@ -85,7 +85,7 @@ def same_on_ranks(tensor):
 
 
 def told(function):
-    """Return the error of a function."""
+    """Return the error that a function raises, or None."""
     try:
         function()
     except (ValueError, RuntimeError, TypeError) as error:
@@ -147,7 +147,7 @@ def heads():
 
 
 def hooked():
-    """``compared`` of a model whose logits are formed, because its head has a hook."""
+    """Compare a model whose logits are formed, because its head has a hook."""
     return compared(lambda model: model.lm_head.register_forward_hook(lambda *_: None))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Thousands of tiny calls: on a busy machine they would wait for a second thread each."""
+    """Run in one thread. On a busy machine each of thousands of tiny calls would wait for a second thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -24,7 +24,7 @@ def one_thread() -> Iterator[None]:
 
 
 class Space:
-    """All ``symbols ** length`` sequences. A model is a table of logits, one row for each prefix."""
+    """Hold all ``symbols ** length`` sequences. A model is a table of logits, one row for each prefix."""
 
     def __init__(self, length: int = 3, symbols: int = 5) -> None:
         self.tokens = torch.cartesian_prod(*[torch.arange(symbols)] * length)
@@ -43,7 +43,7 @@ class Space:
         return (scale * torch.randn(self.table_shape, generator=generator)).double()
 
     def logits(self, table: Tensor) -> Tensor:
-        """Return (n, length, symbols)."""
+        """Return the logits of every sequence, (n, length, symbols)."""
         return table[self.rows]
 
     def log_prob(self, table: Tensor, temperature: float = 1.0, softcap: float | None = None) -> Tensor:
@@ -66,7 +66,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Target:
-    """P over a space, with Z and p = P/Z."""
+    """Hold P over a space, with Z and p = P/Z."""
 
     log_score: Tensor  # log P, -inf where P = 0
 
@@ -80,7 +80,7 @@ class Target:
 
 
 def hard_target(log_base: Tensor, seed: int = 7) -> Target:
-    """Return P = a b: b = 0 on about a third of the sequences, in (0, 5) elsewhere."""
+    """Return P = a b, where b = 0 on about a third of the sequences and lies in (0, 5) elsewhere."""
     generator = torch.Generator().manual_seed(seed)
     b = 5 * torch.rand(log_base.shape, generator=generator, dtype=torch.float64)
     b[torch.rand(log_base.shape, generator=generator) < 0.35] = 0
@@ -88,12 +88,12 @@ def hard_target(log_base: Tensor, seed: int = 7) -> Target:
 
 
 def soft_target(log_base: Tensor, tokens: Tensor) -> Target:
-    """Return P = a exp(lambda . phi) > 0: phi_1 = symbol 0 occurs, phi_2 = symbols equal to the first."""
+    """Return P = a exp(lambda . phi) > 0. phi_1: symbol 0 occurs. phi_2: the number of symbols equal to the first."""
     phi = torch.stack([(tokens == 0).any(1), (tokens == tokens[:, :1]).sum(1)], 1).double()
     return Target(log_base + phi @ torch.tensor([1.2, -0.6], dtype=torch.float64))
 
 
-# Divergences of two vectors of probabilities, differentiable in the second; p may hold zeros.
+# these divergences of two vectors of probabilities are differentiable in the second, and p may hold zeros
 def kl(p: Tensor, q: Tensor) -> Tensor:
     """Return KL(p‖q)."""
     return torch.xlogy(p, p).sum() - torch.xlogy(p, q).sum()
@@ -110,8 +110,10 @@ def tv(p: Tensor, q: Tensor) -> Tensor:
 
 
 def counts(p: Tensor, total: int = 2000) -> Tensor:
-    """Return how often each sequence stands among ``total``: about total * p and never 0, so that counts / total is a
-    distribution under which an empirical mean is the exact expectation."""
+    """Return how often each sequence stands among ``total``: about total * p, and never 0.
+
+    Under the distribution counts / total an empirical mean is the exact expectation.
+    """
     n = (p * total).round().long().clamp(min=1)
     n[n.argmax()] += total - n.sum()
     return n

@@ -32,7 +32,7 @@ KL = {"objective": "kl_control", "beta": 0.3, "reward": Contains("w3")}
 
 
 def matcher(*, proposal=None, constraints=None, model=None, on_policy=False, **options):
-    """Return a matcher on GPT-2 of 2 layers x 16; lambda is set by hand."""
+    """Return a matcher on GPT-2 of 2 layers x 16. Its lambda is set by hand."""
     torch.manual_seed(0)
     model = gpt2() if model is None else model
     base = LanguageModel(copy.deepcopy(model), tokenizer())
@@ -74,7 +74,7 @@ def timeless(metrics):
 
 
 def state_of(m):
-    """Return all that a step may change but the policy, as text. Whether q is a is found out once and left out."""
+    """Return as text what a step may change but the policy. Whether q is a is found out only once, and is left out."""
     return str({name: value for name, value in m.state_dict().items() if name != "q_is_base"})
 
 
@@ -107,7 +107,7 @@ def test_the_loop_of_the_readme_on_a_real_model():
 
 @pytest.mark.parametrize("prompts", [None, PROMPTS])
 def test_a_loop_is_the_trainer(tmp_path, prompts):
-    """The same parameters and metrics for the same seeds."""
+    """The loop gives the same parameters and metrics as the trainer for the same seeds."""
     n = 8 if prompts is None else 2
     trainer = job(tmp_path, prompts=prompts, samples_per_context=n, max_steps=5, optim="sgd", learning_rate=0.05,
                   lr_scheduler_type="constant", warmup_steps=0, proposal_criterion="interval",
@@ -155,7 +155,8 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_cut(case, size):
     for name, gradient in mine.items():
         torch.testing.assert_close(gradient, other[name], rtol=0, atol=2e-5 * max(scale, 0.1), msg=name)
     found, wanted = timeless(cut.commit()), timeless(whole.commit())
-    common = found.keys() & wanted.keys()  # js_policy is NaN where a sequence got no forward
+    # js_policy is NaN where a sequence got no forward
+    common = found.keys() & wanted.keys()
     assert {*found, *wanted} - common <= {"js_policy", "js_policy_stderr"}
     assert all(found[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5) for name in common)
 
@@ -186,7 +187,7 @@ def test_a_function_sees_log_a_and_reward_of_all_sequences():
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_accelerate_divides_once_more(steps):
-    """As Matcher.loss says: multiplied by its accumulation steps, the gradient is the same at 1, 2 and 4."""
+    """Matcher.loss says this: multiplied by accelerate's accumulation steps, the gradient is the same at 1, 2 and 4."""
     plain, m = matcher(), matcher()
     plain.loss(draw(plain)).loss.backward()
     accelerator = accelerate.Accelerator(gradient_accumulation_steps=steps, cpu=True)
@@ -228,7 +229,7 @@ def test_a_wrapped_module_is_what_runs():
 
 
 class TwoRanks:
-    """Be rank 0 of two that have drawn the same."""
+    """Stand in for rank 0 of two ranks that have drawn the same sequences."""
 
     rank, size = 0, 2
 
@@ -262,7 +263,7 @@ def test_several_ranks_need_the_wrapped_model():
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
-    """Parameters, Z, checks on fresh samples and what is logged, through DDP and a ``Ranks`` of torch.distributed."""
+    """Parameters, Z, checks on fresh samples and the log agree, through DDP and ``Ranks`` of torch.distributed."""
     found = []
     for number in (1, 2):
         out = tmp_path / f"{number}.json"
@@ -279,15 +280,16 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
             if "check" not in name and name not in ("swapped", "swaps", "lag"):
                 assert mine[name] == pytest.approx(value, rel=1e-3, abs=1e-4, nan_ok=True), name
     assert all("proposal_check" in metrics for metrics in two["log"][1:])
-    for each in found:  # sampling that runs ahead
-        swapped = each["log ahead"][1]["swapped"]  # when the batches of the next two steps are drawn
+    # the sampler runs ahead, so the batches of steps 2 and 3 are drawn before the swap that follows step 1
+    for each in found:
+        swapped = each["log ahead"][1]["swapped"]
         assert each["lag 0 is the same"] and [step["lag"] for step in each["log ahead"]] == [0, 0, swapped, swapped]
     of_groups(one["groups"], two["groups"])
 
 
 def of_groups(one, two):
-    """A group that lies on two ranks is one group, and what is drawn again is the same on both."""
-    for how in ("keep", "skip"):  # the same sequences
+    """A group that lies on two ranks is one group, and both ranks draw the same sequences again."""
+    for how in ("keep", "skip"):  # these two draw no sequences again, so one process and two have the same
         for pair in zip(two[how]["log"], one[how]["log"], strict=True):
             mine, other = ({name: x for name, x in each.items() if "scorer/" not in name} for each in pair)
             assert mine == pytest.approx(other, rel=1e-3, abs=1e-4, nan_ok=True)
@@ -307,7 +309,7 @@ def of_groups(one, two):
             groups = {context: {r for c, r in rewards if c == context} for context, _ in rewards}
             for (context, weight), (_, reward) in zip(weights, rewards, strict=True):
                 assert (weight != 0) == (len(groups[context]) == 2) and (weight > 0) <= (reward == 1)
-        # ranks draw equally many prompts again, and what fills up counts in Z too
+        # all ranks draw equally many prompts again, and Z also counts the sequences that only fill up a rank
         assert found["seen"] >= 36 + sum(step["n_redrawn"] for step in found["log"])
     assert any(context >= 100 for step in two["replace"]["rewards"] for context, _ in step)
 
@@ -406,7 +408,8 @@ def test_what_a_device_has_recorded_is_raised_before_anything_is_taken_in(monkey
     ("options", "here"),
     [
         ({}, "[012]"),
-        ({"on_policy": True, "skip_zero_weight": True}, "0"),  # the only one of its part that gets a forward
+        # sequence 5 is the only one of its part that gets a forward, so its place in the forward is 0
+        ({"on_policy": True, "skip_zero_weight": True}, "0"),
     ],
 )
 def test_a_fault_is_named_by_its_place_in_the_batch(options, here):
@@ -418,7 +421,7 @@ def test_a_fault_is_named_by_its_place_in_the_batch(options, here):
 
 
 def test_a_token_weight_is_of_a_part_s_samples():
-    """Also where sequences of weight 0 get no forward: a weight of 2 doubles a sequence's share, 0 leaves it out."""
+    """This also holds where sequences of weight 0 get no forward. A token weight of 2 doubles a sequence's share."""
     m = matcher(objective="dpg", skip_zero_weight=True, constraints=[Contains("w4")])
     torch.manual_seed(0)
     scale = torch.rand(8) * 3
@@ -463,7 +466,7 @@ def test_a_recorded_fault_is_named_by_its_place_in_the_batch(monkeypatch, read):
 
 
 def test_an_error_in_a_check_of_the_proposal_leaves_all_as_it_was():
-    """The error comes after the estimates have been updated."""
+    """The error comes after the estimates have been updated, so they have to be put back."""
     calls = []
 
     def scorer(texts):
@@ -478,7 +481,7 @@ def test_an_error_in_a_check_of_the_proposal_leaves_all_as_it_was():
     with pytest.raises(RuntimeError, match="'service' raised ZeroDivisionError"):
         m.commit()
     assert state_of(m) == before
-    metrics = m.commit()  # the scorer is back
+    metrics = m.commit()  # the scorer works again
     assert m.running.steps == m.proposal.steps == 2 and "proposal_check" in metrics
     assert len(m.estimates) == (0 if metrics["swapped"] else 2)
 
@@ -538,7 +541,7 @@ def test_a_context_is_its_prompt_wherever_it_stands():
     assert list(m.running.partitions._of)[:2] == ids and len(m.running.partitions) == 3
     assert sorted(m.running.partitions[i].n for i in m.running.partitions._of) == [4, 8, 8]
     assert len(set(ids)) == 2 and all(-(2**63) <= i < 2**63 for i in ids)
-    other = matcher()  # in another run, too; and of the same prompt twice one context
+    other = matcher()  # another run gives a prompt the same id, and a prompt that is passed twice is one context
     batch = draw(other, ["w3", "w3"], 2)
     assert batch.samples.context_id.tolist() == [ids[1] if ids[1] in batch.samples.context_id else ids[0]] * 4
     assert set(batch.samples.context_id.tolist()) < set(ids)
@@ -562,7 +565,7 @@ def test_the_identity_of_a_context_may_be_given():
 
 
 class InGroups:
-    """dpg whose weights need all sequences of a context in a call."""
+    """Weigh as dpg does, less the mean weight of a context, which needs all its sequences in one call."""
 
     whole_contexts = True
 
@@ -595,7 +598,8 @@ def test_the_sequences_of_a_context_stay_together_where_the_objective_needs_it()
 @pytest.mark.parametrize("objective", ["dapo", "gspo", "vargrad"])
 def test_a_step_of_a_group_method_is_the_same_in_parts(objective):
     options = {"on_policy": objective == "dapo", "reward": lambda x: x.tokens.sum(1).double()}
-    if objective == "vargrad":  # log P is finite everywhere
+    # vargrad needs a log P that is finite everywhere
+    if objective == "vargrad":
         options = {"constraints": [Moment(lambda x: x.score_mask.sum(1).double(), 3.0)]}
     grads = []
     for size in (20, 9 if objective == "vargrad" else 3):
@@ -651,7 +655,7 @@ PROMPTS_OF = {"w3": "w1", "w4": "w3"}
     ],
 )
 def test_a_reward_that_is_part_of_the_target_is_scored_once(how):
-    """A step of 8 sequences makes 8 calls."""
+    """A step of 8 sequences makes 8 calls of the scorer."""
     calls = []
 
     def score(x):
@@ -666,7 +670,8 @@ def test_a_reward_that_is_part_of_the_target_is_scored_once(how):
         def score(self, x):
             return whole(x)
 
-    @dataclass  # which can't be hashed
+    # a dataclass can't be hashed, so the matcher must not look it up by its hash
+    @dataclass
     class Callable:
         def __call__(self, x):
             return whole(x)
@@ -786,7 +791,7 @@ def test_again_is_not_for_a_batch_of_another_lambda():
     ids=["gdc++", "mean baseline", "fresh samples", "reinforce_p", "ppo"],
 )  # fmt: skip
 def test_resumed_is_as_if_never_stopped(options):
-    """A state works also within a batch that serves three steps, and through a file of plain values."""
+    """A state can be taken within a batch that serves three steps, and it survives a file of plain values."""
     prompts = PROMPTS[:4]
 
     def steps(m, optimizer, n):
@@ -803,7 +808,7 @@ def test_resumed_is_as_if_never_stopped(options):
     whole, broken = matcher(**options), matcher(**options)
     logged = steps(whole, sgd(whole), 9)
     steps(broken, sgd(broken), 4)
-    draw(broken, prompts, 4)  # not committed, and so not in the state
+    draw(broken, prompts, 4)  # this batch is not committed, so the state does not have it
     file = io.BytesIO()
     torch.save({"matcher": broken.state_dict(), "model": broken.policy.model.state_dict()}, file)
     file.seek(0)
@@ -829,7 +834,8 @@ def test_a_state_that_does_not_fit_changes_nothing():
         (state | {"pool": None}, ValueError, "the state's pool must be a list .* got None"),
         (state | {"pool": [{"features": 1}]}, ValueError, "the state's pool must be a list"),
     ]
-    needed = state.keys() - {"format", "estimates", "seen"}  # the estimates are the proposal's; seen is new
+    # only a state without a proposal has estimates, and states of older versions have no seen
+    needed = state.keys() - {"format", "estimates", "seen"}
     wrong += [(without(state, key), ValueError, f"the state has no {key}; pass what") for key in needed]
     for each, error, match in wrong:
         with pytest.raises(error, match=match):
@@ -856,7 +862,7 @@ def without(state, key):
 
 
 def test_the_log_has_the_divergence_of_alpha_and_the_returns_that_were_bounded():
-    """The proposal is judged by it, too. Other objectives do not have it."""
+    """The proposal is judged by this divergence too. The log of another objective does not have it."""
     alpha, most = 0.25, 0.1
     m = matcher(objective="alpha", alpha=alpha, max_return=most, proposal={"criterion": "alpha", "alpha": alpha})
     optimizer, bounded, passed = sgd(m, 0.5), 0, []
@@ -872,7 +878,8 @@ def test_the_log_has_the_divergence_of_alpha_and_the_returns_that_were_bounded()
         bounded += count
     assert bounded > 0
     scores = [torch.cat(each) for each in zip(*passed, strict=True)]
-    recent = torch.tensor([0.8] * 32 + [1.0] * 32, dtype=torch.float64)  # the decay of the window
+    # the window's decay of 0.8 weighs the older batch
+    recent = torch.tensor([0.8] * 32 + [1.0] * 32, dtype=torch.float64)
     expected = estimate(*scores, sample_weight=recent, alpha=alpha).as_dict()
     for name in ("alpha_policy", "alpha_policy_stderr", "alpha_proposal", "alpha_proposal_stderr"):
         assert found[name] == pytest.approx(expected[name], rel=1e-9)
@@ -952,7 +959,7 @@ def test_a_policy_without_anything_to_train_is_refused():
     shared = LanguageModel(adapted, tokenizer())
     Matcher(shared, EBM(shared.base(), [Contains("w3")]))
     view = shared.base()
-    adapted.requires_grad_(False)  # as PeftModel.from_pretrained leaves it
+    adapted.requires_grad_(False)  # PeftModel.from_pretrained leaves it frozen like this
     for target in (m.target, EBM(shared.base(), [Contains("w3")])):
         with pytest.raises(ValueError, match=r"no parameter of .* PeftModel requires a gradient.*is_trainable=True"):
             Matcher(shared, target)
@@ -996,7 +1003,7 @@ def test_a_draw_of_another_length_than_the_fit_is_warned_of_once():
     m.target.fit(m.target.base.sample(n=512, max_new_tokens=6, seed=1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw(m, max_new_tokens=5)  # the length of samples that were given is not known
+        draw(m, max_new_tokens=5)  # dmfast can't know the length of samples that were given to fit
     m.target.fit(n=512, max_new_tokens=6)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
@@ -1008,7 +1015,7 @@ def test_a_draw_of_another_length_than_the_fit_is_warned_of_once():
 
 
 def test_without_a_proposal_rho_is_formed_where_asked():
-    """It follows what the sampler says, which for another engine may differ from what dmfast says."""
+    """rho follows what the sampler says. For another engine that may differ from what dmfast says."""
     m = matcher(on_policy=None)
     assert m.proposal is not None
     alone = Matcher(m.policy, m.target, on_policy=False)
@@ -1031,7 +1038,7 @@ def test_it_needs_no_trainer(tmp_path):
 
 
 def test_the_entropy_of_a_step_is_logged_and_the_loss_has_it():
-    """It is the mean over the step's sequences, P = 0 or not, and is logged without a bonus too if asked for."""
+    """It is the mean over all sequences of the step, also those with P = 0. Without a bonus it can be logged too."""
     plain, bonus = (matcher(constraints=[Contains("w4")], entropy_coefficient=c) for c in (0.0, 0.25))
     found = {}
     for m in (plain, bonus):

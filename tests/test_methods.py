@@ -24,7 +24,7 @@ RIGHT = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0]).double()
 
 
 def expected_gradient(objective, n: int, log_q: Tensor, **inputs: Tensor) -> Tensor:
-    """The expectation of the gradient in theta of a step on n sequences of q, over every such group of one token."""
+    """Return the expectation of a step's gradient in theta, over every group of n sequences of one token from q."""
     groups = torch.tensor(list(itertools.product(range(V), repeat=n)))
     x = groups.flatten()
     theta = THETA.clone().requires_grad_(True)

@@ -47,7 +47,7 @@ from dmfast.training.recipe import TINY_BIOS, load
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*gradient_checkpointing")
 
 INF = math.inf
-# id 0 is an ordinary word, and so are special tokens that a tokenizer does not declare
+# id 0 is an ordinary word here, and so are special tokens that a tokenizer does not declare
 WORDS = ["w0", "w1", "w2", "w3", "w4", "<e>", "w5", "<p>", "w6", "<s>", "w7"]
 V, EOS, PAD, BOS = len(WORDS), 5, 7, 9
 TOKENIZERS = {
@@ -74,13 +74,13 @@ def pad_of(tokenizer):
 
 
 def ids_of(prompts, tokenizer):
-    """Return the prompts' tokens by hand: BOS, or else EOS, is the empty one."""
+    """Return the prompts' tokens by hand. The empty prompt is BOS, or EOS where there is no BOS."""
     start = [EOS if tokenizer == "no bos" else BOS]
     return [start] if prompts is None else [ids or start for ids in PROMPT_IDS]
 
 
 def build(name="gpt2", how=""):
-    """Return a model with dropout, in training mode; a wide initialisation so that every position and token matters."""
+    """Return a model in training mode with dropout, initialised so widely that every position and token matters."""
     torch.manual_seed(1)
     attention = "eager" if "eager" in name else "sdpa"
     if name.startswith("gpt2"):
@@ -117,13 +117,13 @@ def lm(name="gpt2", tokenizer="own pad", how=""):
 
 
 def continuation(row, prompt_len, eos=(EOS,)):
-    """Up to and with the first EOS."""
+    """Return the tokens after the prompt, up to and with the first EOS."""
     rest = row[prompt_len:]
     return rest[: next((i + 1 for i, token in enumerate(rest) if token in eos), len(rest))]
 
 
 def check_layout(x, prompt_ids, n, max_new_tokens, pad, eos=(EOS,), one_batch=True):
-    """tokens, masks, prompt_len and context_id by the rules, worked for each row from the drawn tokens alone."""
+    """Check tokens, masks, prompt_len and context_id against the rules, which need only a row's drawn tokens."""
     width = max(len(ids) for ids in prompt_ids)
     rest = x.tokens.shape[1] - width
     assert (len(x), x.prompt_len) == (len(prompt_ids) * n, width)
@@ -144,7 +144,7 @@ def check_layout(x, prompt_ids, n, max_new_tokens, pad, eos=(EOS,), one_batch=Tr
 
 
 def alone(model, x, prompt_ids, n, eos=(EOS,)):
-    """Return log pi(x) of each sequence: a plain forward of the whole sequence by itself, without padding or mask."""
+    """Return log pi(x) of each sequence, from a plain forward of that sequence alone, without padding or a mask."""
     values = []
     for i, row in enumerate(x.tokens.tolist()):
         ids, new = prompt_ids[i // n], continuation(row, x.prompt_len, eos)
@@ -198,7 +198,7 @@ def test_the_scorer_gives_what_the_sampler_stored_in_train_mode(name, tokenizer,
                     reference = alone(policy.model, x, prompt_ids, n)
                 assert (reference - x.log_prob).abs().max() < 1e-4
             ends |= {bool(mask.all()) for mask in x.score_mask[:, x.prompt_len :]}
-    assert ends == {True, False}  # some ended early, some did not
+    assert ends == {True, False}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -229,7 +229,7 @@ def test_the_shipped_model():
 
 
 class Table(nn.Module):
-    """logits[b, t] = table[input_ids[b, t]]: a Markov chain. Ignores the cache."""
+    """Be a Markov chain: logits[b, t] = table[input_ids[b, t]]. It ignores the cache."""
 
     def __init__(self, table):
         super().__init__()
@@ -246,7 +246,7 @@ class Table(nn.Module):
 
 
 def chain(moves):
-    """A table with the probabilities ``moves``: token -> {next token: probability}; other tokens stay forever."""
+    """Return the table of ``moves``: {token: {next token: probability}}. A token that it lacks repeats itself."""
     p = torch.eye(V)
     for token, following in moves.items():
         p[token] = 0.0
@@ -258,9 +258,9 @@ def chain(moves):
 @pytest.mark.parametrize("temperature", [0.6, 1.7])
 def test_draws_are_exact(temperature):
     table = 1.5 * torch.randn(V, V, generator=torch.Generator().manual_seed(0))
-    table[:, [0, 4, V - 1]] = -INF  # first, last and one between
+    table[:, [0, 4, V - 1]] = -INF  # these are never drawn: the first token, the last and one between
     table[BOS, EOS], table[1, 8] = -INF, 1.0
-    table[2] = -INF  # a certain token
+    table[2] = -INF  # this makes token 3 certain after token 2
     table[2, 3] = 5.0
     x = LanguageModel(Table(table), tok()).sample(
         None, 20_000, max_new_tokens=2, temperature=temperature, seed=11, batch_size=6_000
@@ -272,7 +272,7 @@ def test_draws_are_exact(temperature):
     drawn = torch.bincount(first * V + second, minlength=V * V).view(V, V).double()
     assert drawn[expected == 0].sum() == 0
     often = expected >= 5
-    expected = torch.cat([expected[often], 5 + expected[~often].sum()[None]])  # the rare pairs together
+    expected = torch.cat([expected[often], 5 + expected[~often].sum()[None]])  # the rare pairs count together
     drawn = torch.cat([drawn[often], 5 + drawn[~often].sum()[None]])
     chi2, freedom = ((drawn - expected) ** 2 / expected).sum(), len(expected) - 1
     assert freedom > 25
@@ -345,7 +345,8 @@ def test_what_is_drawn_does_not_depend_on_whether_prompts_are_shared(name, cache
     policy = LanguageModel(model, tok(), check_scores=False)
     widths = []
     policy.model.register_forward_pre_hook(lambda *args: widths.append(len(args[2]["input_ids"])), with_kwargs=True)
-    policy.sample(PROMPTS, 1, max_new_tokens=2, seed=1)  # probes
+    # the first sample probes the model, so that no later one overrides what is set below
+    policy.sample(PROMPTS, 1, max_new_tokens=2, seed=1)
     policy._guard.cached = cached
     found = []
     for shares in (True, False):
@@ -353,7 +354,7 @@ def test_what_is_drawn_does_not_depend_on_whether_prompts_are_shared(name, cache
         policy._shares_prompts = shares
         found.append(policy.sample(["w1 w2 w3", "w4 w5 w6", "w1 w2 w3"], 5, max_new_tokens=6, seed=2))
         assert widths[0] == (2 if shares else 15)
-        # the state of transformers 5.0's Mamba has no rows that could be copied
+        # transformers 5.0's Mamba has a state without rows that could be copied
         assert policy._shares_prompts == shares or (name == "mamba" and not policy._shares_prompts)
     assert torch.equal(found[0].tokens, found[1].tokens)
     close(found[0].log_prob, found[1].log_prob)
@@ -391,7 +392,7 @@ def test_masks_worked_by_hand(tokenizer):
 
 
 def test_the_end_token_counts_and_what_follows_does_not():
-    # <e> half of the time; after it the chain would go on to w3 with probability 1/4
+    # <e> has a chance of 1/2; after <e> the chain would go on to w3 with a chance of 1/4
     model = LanguageModel(Table(chain({BOS: {1: 1.0}, 1: {EOS: 0.5, 1: 0.5}, EOS: {3: 0.25, EOS: 0.75}})), tok())
     x = model.sample(None, 200, max_new_tokens=5, seed=0)
     check_layout(x, [[BOS]], 200, 5, PAD)
@@ -464,8 +465,9 @@ def test_sampling_runs_within_transformers_generate(how, monkeypatch):
     inner.register_forward_pre_hook(lambda _, __, options: caches.append(options.get(name)), with_kwargs=True)
     policy.sample(PROMPTS, 2, max_new_tokens=3, seed=0)
     assert len(given) == 1
-    caches = [cache for cache in caches if cache is not None]  # the forwards that check the scores have none
-    made = given[0].get(name)  # transformers 5.0 leaves it to the model
+    # the forwards that check the scores have no cache
+    caches = [cache for cache in caches if cache is not None]
+    made = given[0].get(name)  # transformers 5.0 lets the model make it
     assert caches
     assert made is None or all(cache is made for cache in caches)
     assert [type(rule).__name__ for rule in given[0]["stopping_criteria"]] == ["MaxLengthCriteria", "EosTokenCriteria"]
@@ -497,7 +499,8 @@ def test_seeds():
         ("gpt2", "", 1 + 2 * 3),
         ("gpt2 eager attention", "", 1 + 2 * 3),
         ("llama", "", 2),
-        ("gpt2", "lora", 1 + 2 * 3 + 2 * 3),  # on c_attn and both c_proj
+        # lora adds a dropout to c_attn and to both c_proj of each of the 2 layers
+        ("gpt2", "lora", 1 + 2 * 3 + 2 * 3),
         ("llama", "lora", 2 + 2 * 3),
     ],
 )
@@ -580,7 +583,7 @@ def test_log_prob_is_of_this_model_and_at_the_temperature_of_the_samples():
 
 
 class AllLogits(nn.Module):
-    """Be a model that cannot leave out the logits of the prompt."""
+    """Be a model that always returns the logits of the prompt too."""
 
     def __init__(self, model):
         super().__init__()
@@ -695,8 +698,10 @@ def test_language_model_refuses_models_and_tokenizers_that_do_not_fit():
         ({"eos_token": "w1", "pad_token": "w0"}, ["w1", "w7 w2"], "token 10.*9 embeddings"),
         ({"eos_token": "w1", "pad_token": "w0", "bos_token": "w7"}, None, "token 10.*9 embeddings"),
         ({"eos_token": "w1", "pad_token": "<s>"}, ["w1 w2", "w2"], "pad_token_id is 9.*9 embeddings"),
-        ({"eos_token": "w1", "pad_token": "<s>"}, None, "9 embeddings"),  # needed once a sequence has ended
-        ({"eos_token": "<s>", "pad_token": "w0", "bos_token": "w1"}, None, "9 embeddings"),  # no sequence would end
+        # padding is needed once a sequence has ended
+        ({"eos_token": "w1", "pad_token": "<s>"}, None, "9 embeddings"),
+        # without an end token in the embedding no sequence would end
+        ({"eos_token": "<s>", "pad_token": "w0", "bos_token": "w1"}, None, "9 embeddings"),
     ],
     ids=["prompt", "bos", "pad in a prompt", "pad", "eos"],
 )
@@ -782,7 +787,8 @@ def test_offline_proposal_of_a_language_model(name, how):
     close(x.log_prob, of_policy.log_prob)
     before = proposal.state_dict()
     with torch.no_grad():
-        for p in (p for p in policy.model.parameters() if p.requires_grad):  # what training moves, and a state holds
+        # these are the parameters that training moves and that a state holds
+        for p in (p for p in policy.model.parameters() if p.requires_grad):
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     assert torch.equal(q.log_prob(x), q.log_prob(x)) and (q.log_prob(x) - x.log_prob).abs().max() < 1e-4
     assert (policy.log_prob(x) - q.log_prob(x)).abs().max() > 0.01
@@ -819,7 +825,8 @@ def test_sources_without_kernels_in_the_place_of_the_installation(monkeypatch, t
     why = extension.why_not()
     assert f"imported from {tmp_path / 'clone' / 'dmfast'}" in why
     assert f"the installation in {tmp_path / 'dmfast'}" in why
-    (tmp_path / "clone" / "csrc").rmdir()  # an installation without kernels, and another one beside it
+    # now this is an installation without kernels, and another installation lies beside it
+    (tmp_path / "clone" / "csrc").rmdir()
     assert "installed without its compiled kernels" in extension.why_not()
     (tmp_path / "clone" / "csrc").mkdir()
     monkeypatch.setattr(sys, "path", [""])

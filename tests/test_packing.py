@@ -1,4 +1,4 @@
-"""Test that sequences which lie end to end in a row have the scores and the gradient that they have padded and alone.
+"""Test that sequences which lie end to end in a row get the scores and the gradient that they get padded and alone.
 
 Models that can't tell such sequences apart are found by asking them.
 """
@@ -37,7 +37,7 @@ def llama(**options: Any) -> LlamaForCausalLM:
 
 
 class Mixing(LlamaForCausalLM):
-    """A model that lets all tokens of a row see each other, whatever their positions are."""
+    """Be a model that lets all tokens of a row see each other, whatever their positions are."""
 
     def forward(self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, **more: Any) -> Any:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -155,8 +155,9 @@ def test_rows_hold_every_sequence_once_and_no_more_than_the_context() -> None:
         ([5], COSTS),
         ([0, 0], COSTS),
         ([40] * 8, COSTS),  # there is no padding
-        ([40, 40, 40, 38], COSTS),  # there is less than is worth it
-        ([40, 20, 40, 20], Costs(1.0, 1.0, False)),  # attention between the sequences of a row costs more
+        ([40, 40, 40, 38], COSTS),  # there is too little padding to be worth it
+        # here attention between the sequences of a row costs more than padding
+        ([40, 20, 40, 20], Costs(1.0, 1.0, False)),
         ([4000, 2000] * 40, Costs(1e9, 1.0, False)),  # the mask would be too large
     ],
 )

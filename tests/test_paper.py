@@ -20,7 +20,8 @@ from dmfast.estimators import Estimate, PartitionFunctions, estimate
 from dmfast.training import recipe
 
 PAPER = Path(__file__).parents[1] / "benchmarks" / "paper"
-if not (PAPER.parents[1] / "pyproject.toml").exists():  # the tests stand alone, as beside an installed wheel
+# the tests may stand alone, such as beside an installed wheel
+if not (PAPER.parents[1] / "pyproject.toml").exists():
     pytest.skip("no source tree", allow_module_level=True)
 sys.path.insert(0, str(PAPER))
 import grid  # noqa: E402
@@ -34,7 +35,7 @@ END = WORDS.index("<e>")
 
 
 def every_sequence(model):
-    """log-probabilities of all sequences of up to two tokens, by their words."""
+    """Return the log-probability of each sequence of up to two tokens, by its words."""
     start = model.tokenizer.bos_token_id
     start = model.eos_token_ids[0] if start is None else start
     with torch.no_grad():
@@ -48,7 +49,7 @@ def every_sequence(model):
 
 @pytest.mark.parametrize("kind", ["pointwise", "moment", "hybrid"])
 def test_kl_from_exact_samples_where_every_sequence_is_known(kind):
-    """Exact samples are those of p. Both estimates of KL(p||pi) are right. Far from p theirs varies less."""
+    """Exact samples follow p. Both estimates of KL(p||pi) are right. Far from p, that of exact samples varies less."""
     base, policy = LanguageModel(gpt2(), tokenizer()), LanguageModel(gpt2(seed=1), tokenizer())
     constraints = {"pointwise": [Contains("w6")], "moment": [Moment(Contains("w4", name="w4"), 0.3)],
                    "hybrid": [Contains("w6"), Moment(Contains("w4", name="w4"), 0.3)]}[kind]  # fmt: skip
@@ -70,17 +71,19 @@ def test_kl_from_exact_samples_where_every_sequence_is_known(kind):
     found = known.kl(policy.log_prob(x))
     assert abs(found.value - exact) < 4 * found.stderr
 
-    y = policy.sample(n=n, max_new_tokens=2, seed=6)  # the paper's way, as in an evaluation
+    # the evaluation estimates KL(p||pi) in the paper's way, from samples of the policy
+    y = policy.sample(n=n, max_new_tokens=2, seed=6)
     log_target = target.log_prob(y)
     z_of_y = PartitionFunctions().updated(y.context_id, log_target, y.log_prob).log_z(y.context_id)
     weighted = estimate(y.log_prob, y.log_prob, log_target, z_of_y, z_of=y.context_id).kl_policy
     assert abs(weighted.value - exact) < 4 * weighted.stderr
-    assert found.stderr < 0.8 * weighted.stderr  # 1.2 to 1.9 nats from p; near it the weights know more
+    # pi lies 1.2 to 1.9 nats from p; near p the weights would tell more than exact samples
+    assert found.stderr < 0.8 * weighted.stderr
 
 
 @pytest.mark.parametrize("kind", ["pointwise", "moment"])
 def test_kl_on_the_biographies_where_the_model_gives_it_exactly(kind):
-    """A feature of the first token: its rate r is one softmax, so that Z and KL(p||a) are known to rounding."""
+    """The rate r of a feature of the first token is one softmax, so Z and KL(p||a) are known up to rounding."""
     base = recipe.load("tiny-bios")
     with torch.no_grad():
         first = base.model(torch.tensor([[0]])).logits[0, -1].double().softmax(-1)
@@ -110,12 +113,14 @@ def test_what_is_kept_of_a_target_is_read_back():
 
 def test_the_mean_of_two_estimates():
     both = truth.both(Estimate(1.0, 0.3), Estimate(2.0, 0.1))
-    assert both.value == pytest.approx(1.9) and both.stderr == pytest.approx(0.3 / 10**0.5)  # weights 1 to 9
+    # the weights are 1 to 9
+    assert both.value == pytest.approx(1.9) and both.stderr == pytest.approx(0.3 / 10**0.5)
 
 
 def test_what_samples_of_the_base_say_of_a_target(tmp_path):
-    """On other ones, and few: what is kept of each task lies within four errors, KL(p||a) is -log Z where p is a's part
-    with a feature, and a target of one moment is known from its rate.
+    """A few new samples agree with what is kept of each task within four errors.
+
+    KL(p||a) is -log Z where p is the part of a that has a feature, and a target of one moment is known from its rate.
     """
     tasks = {"women": 3000, "word_restaurant": 2000, "women_science": 1000}
     for task in tasks:
@@ -154,7 +159,7 @@ def test_which_learning_rate_is_taken(tmp_path):
                 "phi/politics_stderr": 0.01, "kl_policy_base": 4 * phi[each.learning_rate] ** 2,
                 "kl_policy_base_stderr": 0.0}  # fmt: skip
         finite = each.method != "reinforce" or each.learning_rate < 1e-3
-        last |= {} if finite else dict.fromkeys(last)  # as JSON has a NaN
+        last |= {} if finite else dict.fromkeys(last)  # JSON has None where a figure is NaN
         path = tmp_path / each.name
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"method": each.method, "evaluations": [last], "finite": finite}))
@@ -224,7 +229,8 @@ def test_a_run_that_dies(tmp_path, monkeypatch):
     failed, said = start("gdc++")
     assert failed == 1 and "3 runs, 2 done" in said
     assert not json.loads((folder / "main" / "women-gdcpp-seed0.failed.json").read_text())["nan"]
-    assert start("no method")[0] == 0 and len(list(folder.glob("*/*.failed.json"))) == 1  # that it died stays on record
+    # the record of the failed run stays
+    assert start("no method")[0] == 0 and len(list(folder.glob("*/*.failed.json"))) == 1
     names.add("women-gdcpp-seed0.json")
     assert git("ls-files").split() == sorted(f"runs/main/{name}" for name in names)
 
@@ -274,7 +280,7 @@ def test_the_reward_of_a_task_is_the_mean_of_its_features():
 
 
 def test_the_gradients_variance_in_one_state(tmp_path):
-    """Before the first step q is pi, where the baseline is 1: A = u and A = u - 1 on the same sequences."""
+    """Before the first step q is pi and the baseline is 1, so A = u and A = u - 1 on the same sequences."""
     state = json.loads((truth.RESULTS / "targets" / "women.json").read_text())
     changed = {"train.objective": "gdc++", "train.output_dir": str(tmp_path)}
     read = recipe.read(PAPER / "tasks" / "women.yaml", changed)
@@ -291,7 +297,7 @@ def test_the_gradients_variance_in_one_state(tmp_path):
 
 
 def test_a_run(tmp_path, monkeypatch):
-    """One step of each kind of method, from the file of results; the base's evaluation is that of any method's seed."""
+    """A run of one step for each kind of method works, and the base's evaluation is the same at any method's seed."""
     small = {"batch": 16, "samples": 16, "evaluations": 1, "eval_samples": 64}
     known = truth.read("women", recipe.load("tiny-bios"))
     part = truth.Truth(known.samples[:32], known.log_target[:32], known.log_z, known.target_state)
@@ -302,7 +308,7 @@ def test_a_run(tmp_path, monkeypatch):
     assert {"phi/women", "kl_policy_base", "kl_policy", "kl_exact", "distinct_1", "self_bleu_5"} <= set(last)
     (before,) = run.run("women", "base", 3, **small)["evaluations"]
     assert abs(before["kl_policy_base"]) < 1e-5 and before["samples"] == 0
-    of_base = part.kl(part.samples.log_prob)  # the base's own, stored with the samples
+    of_base = part.kl(part.samples.log_prob)  # the base's own log-probabilities are stored with the samples
     assert before["kl_exact"] == pytest.approx(of_base.value, abs=1e-4)
     assert before["kl_exact_stderr"] == pytest.approx(of_base.stderr, rel=1e-4)
     assert found["log_z"] == vars(known.log_z)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 PAPER = Path(__file__).parents[1] / "benchmarks" / "paper"
-if not (PAPER.parents[1] / "pyproject.toml").exists():  # the tests stand alone, as beside an installed wheel
+# the tests may stand alone, such as beside an installed wheel
+if not (PAPER.parents[1] / "pyproject.toml").exists():
     pytest.skip("no source tree", allow_module_level=True)
 sys.path.insert(0, str(PAPER))
 import report  # noqa: E402
@@ -24,7 +25,7 @@ KL = {"gdc": {0: 0.5, 1: 0.6, 2: 0.7}, "gdc++": {0: 0.4, 1: 0.45, 2: 0.53}}
 
 
 def write(folder, task, method, seed, *, part="main", finite=True, log_prob=None, history=None, **changed):
-    """A run as run.py writes it, of two evaluations; ``changed`` at the last."""
+    """Write a run of two evaluations as run.py writes it. ``changed`` replaces figures of the last one."""
     phi = dict.fromkeys((f"phi/{name}" for name in report.wanted(task)), 0.4)
     first = {"samples": 0 if method == "base" else 10_240, **phi, "kl_exact": 1.0, "kl_policy": 0.9,
              "kl_policy_base": 0.5, "self_bleu_5": 0.3, "distinct_1": 0.9, "length": 29.0}  # fmt: skip
@@ -52,7 +53,7 @@ def rows(text):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Return three seeds of both methods on a task; on another GDC++ has one of GDC's two, where it is the worse."""
+    """Write three seeds of both methods on a task. On another, GDC++ has one of GDC's two seeds and is worse there."""
     for method, of_seed in KL.items():
         for seed, value in of_seed.items():
             write(tmp_path, "women", method, seed, kl_exact=value, **{"phi/women": 0.4 + 0.02 * (method == "gdc++")})
@@ -68,7 +69,7 @@ def test_means_and_errors(folder):
     gdc = found["women", "GDC"]
     assert gdc["seeds"] == "3" and gdc["KL(p‖π)"] == "0.600 ± 0.058"  # .1 / sqrt 3
     assert found["women", "GDC++"]["KL(p‖π)"] == "0.460 ± 0.038"
-    assert found["word_amazing", "GDC++"]["KL(p‖π)"] == "0.900"  # no error from one
+    assert found["word_amazing", "GDC++"]["KL(p‖π)"] == "0.900"  # one seed gives no error
     assert gdc["sequences drawn in training"] == "20,480" and gdc["tokens of a sequence"] == "29.0 ± 0.0"
     assert float(gdc["its distance from KL(p‖a)"].split()[0]) == pytest.approx(
         report.kl_target_base("women").value - 0.5, abs=1e-3
@@ -80,16 +81,17 @@ def test_means_and_errors(folder):
 
 def test_differences_are_of_the_seeds_that_both_have(folder):
     found = {row["task"]: row for row in rows(report.paired_table(report.Runs(folder)))}
-    # -.1, -.15, -.17: their deviation is .0361, t of two degrees of freedom 4.303
+    # the differences are -.1, -.15 and -.17; their deviation is .0361, and t of two degrees of freedom is 4.303
     assert found["women"]["KL(p‖π)"] == "-0.140 ± 0.090" and found["women"]["seeds"] == "3"
     assert found["women"]["its distance from what is wanted"] == "-0.020 ± 0.000"
     assert found["women"]["E_π[φ], mean over features"] == "+0.020 ± 0.000"
     assert found["word_amazing"]["KL(p‖π)"] == "+0.100" and found["word_amazing"]["seeds"] == "1"
-    assert "standard error of it from the shared samples of p" not in found["women"]  # none has kept log pi
+    # no run has kept log pi
+    assert "standard error of it from the shared samples of p" not in found["women"]
 
 
 def test_the_error_of_a_difference_from_the_samples_that_all_share(folder):
-    """Two seeds, four samples: a pair's gaps are averaged over seeds before their deviation is taken."""
+    """The gaps of two seeds on four samples are averaged over seeds before their deviation is taken."""
     pi = {"gdc": {0: [-5.0, -6.0, -7.0, -8.0], 1: [-5.0, -6.0, -7.0, -8.0]},
           "gdc++": {0: [-4.0, -6.0, -6.0, -8.0], 1: [-6.0, -6.0, -6.0, -8.0]}}  # fmt: skip
     for method, of_seed in pi.items():
@@ -97,15 +99,16 @@ def test_the_error_of_a_difference_from_the_samples_that_all_share(folder):
             write(folder, "women", method, seed, kl_exact=KL[method][seed], log_prob=log_prob)
     runs = report.Runs(folder)
     (women,) = (row for row in rows(report.paired_table(runs)) if row["task"] == "women")
-    assert women["standard error of it from the shared samples of p"] == "0.250"  # of 0, 0, -1, 0
-    # .090 is the seeds' half of the interval, above
+    # the mean gaps are 0, 0, -1, 0
+    assert women["standard error of it from the shared samples of p"] == "0.250"
+    # .0896 is the half of the interval that comes from the seeds alone, as above
     assert women["KL(p‖π)"] == f"-0.140 ± {math.hypot(0.0896, 1.96 * 0.25):.3f}"
     (claim,) = (row for row in rows(report.claims(runs)) if row["claim"] == "GDC++ at or below GDC in KL(p‖π)")
     assert "excludes 0 on 0 of 1" in claim["here"]
 
 
 def test_the_base_has_the_error_of_the_exact_samples(folder):
-    """It is the same at every seed, so that their spread says nothing."""
+    """The base is the same at every seed, so the spread over seeds says nothing."""
     for seed in (0, 1):
         write(folder, "women", "base", seed, part="base", kl_exact_stderr=0.03)
         path = folder / grid.Run("base", "women", "base", seed).name
@@ -117,15 +120,16 @@ def test_the_base_has_the_error_of_the_exact_samples(folder):
     found = {row["method"]: row for row in rows(report.main_table(report.Runs(folder))) if row["task"] == "women"}
     assert found["a"]["KL(p‖π)"] == "0.736" and found["a"]["its standard error from samples of p and log Z"] == "0.030"
     assert found["a"]["its distance from KL(p‖a)"] == ""
-    assert found["GDC"]["x ~ q, running Z, as in the paper"] == "0.700 ± 0.058"  # the last that is there
+    # this is the last estimate that is not None
+    assert found["GDC"]["x ~ q, running Z, as in the paper"] == "0.700 ± 0.058"
     assert found["a"]["x ~ q, running Z, as in the paper"] == ""
 
 
 def test_wins(folder):
-    """Counted in pairs: on "amazing" the mean of GDC++ is the lower only because it lacks a seed."""
+    """Wins count in pairs. On "amazing" the mean of GDC++ is lower only because GDC++ lacks a seed."""
     found = {row["claim"]: row["here"] for row in rows(report.claims(report.Runs(folder)))}
     assert found["GDC++ at or below GDC in KL(p‖π)"] == (
-        # +.1 and -.14: the error is .12, t of one degree of freedom 12.706
+        # the differences are +.1 and -.14; their error is .12, and t of one degree of freedom is 12.706
         f"1 of 2; not word_amazing; mean over tasks -0.020 ± {12.706 * 0.12:.3f}; "
         "the 95% interval excludes 0 on 1 of 1, and on 0 the other way"
     )
@@ -133,7 +137,7 @@ def test_wins(folder):
         "2 of 2; mean over tasks +0.000 ± 0.000; the 95% interval excludes 0 on 0 of 1,"
     )
     assert found["GDC++ at or above GDC in E[φ], the mean of a task's features"].startswith(
-        # +.02 on one, 0 on the other
+        # the differences are +.02 on one task and 0 on the other
         f"2 of 2; mean over tasks +0.010 ± {12.706 * 0.01:.3f}; the 95% interval excludes 0 on 1 of 1,"
     )
     for seed, value in {0: 0.65, 1: 0.75, 2: 0.84}.items():
@@ -146,13 +150,15 @@ def test_wins(folder):
 
 
 def test_collapse_is_counted_where_there_is_something_to_compare(folder):
-    for task, kl_base, distinct in (("women", 1.1, 0.2), ("topics", 9.0, 0.1)):  # topics has no base
+    # topics has no base to compare with
+    for task, kl_base, distinct in (("women", 1.1, 0.2), ("topics", 9.0, 0.1)):
         write(folder, task, "reinforce", 0, kl_policy_base=kl_base, distinct_1=distinct)
     write(folder, "women", "base", 0, part="base")
     found = {row["claim"]: row["here"] for row in rows(report.claims(report.Runs(folder)))}
     assert found["REINFORCE's KL(π‖a) is twice that of GDC++ or more"] == "1 of 1; times 2 to 2"
     assert found["REINFORCE's Distinct-1 falls below the base's"] == "1 of 1; to 0.20 to 0.20"
-    assert found["REINFORCE satisfies the constraint: E[φ] on the pointwise tasks"] == ""  # neither is one
+    # neither task is pointwise
+    assert found["REINFORCE satisfies the constraint: E[φ] on the pointwise tasks"] == ""
     write(folder, "word_restaurant", "reinforce", 0, **{"phi/restaurant": 0.98})
     found = {row["claim"]: row["here"] for row in rows(report.claims(report.Runs(folder)))}
     assert found["REINFORCE satisfies the constraint: E[φ] on the pointwise tasks"] == "0.980 to 0.980"
@@ -179,7 +185,7 @@ def test_runs_that_died_or_diverged_are_counted(folder):
 
 
 def test_all_methods_at_one_learning_rate(folder, monkeypatch):
-    """Those of the rate that GDC++ has, and no others; with the errors of the one run."""
+    """The table has the runs at GDC++'s rate and no others, with the errors of the one run."""
     errors = {"phi/politics_stderr": 0.011, "kl_exact_stderr": 0.02, "kl_policy_base_stderr": 0.03}
     for method, kl in (("reinforce", 2.5), ("gdc++", 0.2)):
         write(folder, "tuning", method, 100, part="tuning", kl_exact=kl, **errors)
@@ -192,11 +198,11 @@ def test_all_methods_at_one_learning_rate(folder, monkeypatch):
 
 
 def test_variance_ratios(folder):
-    """After a quarter of what is logged; one number of each seed, and the interval is theirs."""
+    """The ratio is taken after the first quarter of the log. Each seed gives a number, for an interval over seeds."""
     measured = [9.0, 9.0, 1.0, 3.0, 2.0, 8.0, 5.0, 7.0]
     others = {0: [1.0, 1.0, 4.0, 3.0, 8.0, 8.0, 20.0, 7.0], 1: [9.0, 9.0, 8.0, 24.0, 16.0, 64.0, 40.0, 56.0]}
 
-    def logged(values):  # None: not measured at that step
+    def logged(values):  # None stands for a step without a measurement
         return {"gradient_variance": [v for value in values for v in (None, value)]}
 
     def found():
@@ -206,16 +212,16 @@ def test_variance_ratios(folder):
     for seed, other in others.items():
         for method, values in (("gdc", other), ("gdc++", measured)):
             write(folder, "women", method, seed, kl_exact=KL[method][seed], history=logged(values))
-        if not seed:  # 4 and 1 in turn: 2
+        if not seed:  # the ratios alternate between 4 and 1, and their geometric mean is 2
             assert report.ratio(*found(), "gradient_variance") == "2.00 (one seed)"
-    half = 12.706 * math.log(2)  # 2 and 8 lie log 2 on either side of 4: the error is log 2
+    half = 12.706 * math.log(2)  # 2 and 8 lie log 2 on either side of 4, so the error is log 2
     expected = f"4.00 (95% {4 * math.exp(-half):.2f} to {4 * math.exp(half):.2f}; 2.00, 8.00)"
     assert report.ratio(*found(), "gradient_variance") == expected
     assert report.ratio(*found(), "gradient_norm") == ""
 
 
 def test_variance_ratios_of_one_state():
-    """Four states of each seed: their halves apart, with intervals over seeds."""
+    """Each seed has four states. The two halves are averaged apart, with intervals over seeds."""
 
     def run(*ratios):
         better = {"gradient_variance": 2.0, "advantage_variance": 3.0}
@@ -239,7 +245,7 @@ def test_students_t(n, expected):
 
 
 def test_a_curve_is_of_where_all_seeds_have_been(folder):
-    """The base of one seed is there, the others' is not yet: its point would be the mean of another set of seeds."""
+    """Only one seed has its base yet. A point there would be the mean of other seeds than the other points are."""
     write(folder, "women", "base", 0, part="base")
     runs = report.Runs(folder)
     curves = [runs.curve(result) for result in runs.of("main", "women", "gdc").values()]
@@ -251,8 +257,10 @@ def test_a_curve_is_of_where_all_seeds_have_been(folder):
 
 
 def test_kl_with_all_that_is_known_of_log_z_by_now(folder):
-    """What a run took for log Z is replaced, in the value and in the error; a run of before that was kept took the
-    rejection's."""
+    """The newest log Z replaces what a run used, in the value and in the error.
+
+    A run that has no log Z of its own used that of rejection.
+    """
     best = report.truth.log_z_of(report.target("women"))
     path = folder / grid.Run("main", "women", "gdc", 0).name
     result = json.loads(path.read_text())
@@ -270,7 +278,7 @@ def test_kl_with_all_that_is_known_of_log_z_by_now(folder):
 
 @pytest.mark.parametrize("task", grid.GRID)
 def test_the_exact_samples_and_those_of_the_base_agree(task):
-    """log Z; and E_p of the moments, of which log P - log a = lambda . phi tells each exact sample's."""
+    """Both agree on log Z and E_p of the moments. log P - log a = lambda . phi tells an exact sample's moments."""
     state = report.target(task)
     base, lambda_ = state["base"], np.array(state["target"]["lambda"])
     error = math.hypot(base["log_z"]["stderr"], state["log_z"]["stderr"])
@@ -308,14 +316,14 @@ def test_the_tables_are_of_the_runs_that_are_there():
 
 
 def test_the_recipes_are_those_of_the_script(tmp_path, monkeypatch):
-    """For both models; and each can be read, with its constraints."""
+    """The files of both models are what the script writes, and each can be read, with its constraints."""
     import recipes
 
     from dmfast.training import recipe
 
     monkeypatch.setattr(recipes, "HERE", tmp_path)
     recipes.main()
-    monkeypatch.chdir(PAPER.parents[1])  # where they name the classifier from
+    monkeypatch.chdir(PAPER.parents[1])  # the recipes name the classifier relative to this directory
     for folder in ("tasks", "smollm2"):
         written = {path.name: path.read_text() for path in (tmp_path / folder).glob("*.yaml")}
         assert written == {path.name: path.read_text() for path in (PAPER / folder).glob("*.yaml")}
@@ -325,7 +333,7 @@ def test_the_recipes_are_those_of_the_script(tmp_path, monkeypatch):
 
 
 def test_the_page_has_the_figures_of_the_tables():
-    """Each verdict of docs/paper.md that counts tasks or runs, against the claims of tables.md."""
+    """Each verdict of docs/paper.md that counts tasks or runs agrees with the claims of tables.md."""
     path = PAPER.parents[1] / "docs" / "paper.md"
     if not path.exists():
         pytest.skip("there is no documentation beside the tests")

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Runs:
-    """Makes a folder when it is unpickled."""
+    """Make a folder when unpickled."""
 
     def __init__(self, trace):
         self.trace = str(trace)
@@ -46,7 +46,8 @@ def test_a_file_that_would_run_code_is_refused_before_anything_is_read(run, tmp_
     shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
     file, trace = tmp_path / "checkpoint-1" / name, tmp_path / "it ran"
     torch.save({"weight": torch.ones(2), "hidden": [Runs(trace)]}, file)
-    manifest = tmp_path / "checkpoint-1" / "dmfast_manifest.json"  # its writer can write that as well
+    # whoever writes a bad file can write the manifest as well
+    manifest = tmp_path / "checkpoint-1" / "dmfast_manifest.json"
     listed = json.loads(manifest.read_text())
     listed["files"][name] = file.stat().st_size
     manifest.write_text(json.dumps(listed))
@@ -58,7 +59,8 @@ def test_a_file_that_would_run_code_is_refused_before_anything_is_read(run, tmp_
         trainer.train(resume_from_checkpoint=True)
     assert "trust" in str(error.value) and not trace.exists() and digest(trainer.model) == before
     torch.load(file, weights_only=False)
-    assert trace.exists()  # it would have run
+    # the file was dangerous: a plain load runs its code
+    assert trace.exists()
 
 
 def test_what_torch_and_numpy_write_is_no_code(tmp_path):
@@ -109,7 +111,7 @@ def test_shards_hold_no_code_in_their_metadata_or_beside_the_tensors(tmp_path):
 
 
 def loads(path):
-    """Each call of a file that could read a pickle, with its line."""
+    """Yield each call in a file that could read a pickle, with its line."""
     source = path.read_text(encoding="utf-8")
     if not re.search(r"\b(torch|np|numpy|pickle|joblib)\.loads?\(", source):
         return

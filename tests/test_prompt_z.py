@@ -38,9 +38,10 @@ W3 = Contains("w3")
     [
         ([W3], True),
         ([verifier(), W3], True),
-        ([Moment(W3, 0)], True),  # taken as b = 1 - phi
+        ([Moment(W3, 0)], True),  # this counts as the constraint b = 1 - phi
         ([Scorer(lambda texts: [1.0] * len(texts), binary=True)], True),
-        ([Scorer(lambda texts: [1.0] * len(texts))], False),  # may be 2 of another sequence
+        # without binary=True it may be 2 for another sequence
+        ([Scorer(lambda texts: [1.0] * len(texts))], False),
         ([W3, Moment(Contains("w4"), 0.5)], False),
         ([W3, Reward(lambda texts: [0.0] * len(texts), beta=1.0)], False),
     ],
@@ -80,7 +81,8 @@ def test_z_of_a_prompt_of_which_nothing_was_right():
         assert batch.inputs["log_z"].tolist() == [-math.inf if floor is None else math.log(1e-4)] * 4
         out = m.loss(batch)
         rho = (out.log_prob - out.log_proposal).exp()
-        assert torch.allclose(out.weight, 0 * rho if floor is None else -rho)  # of gdc++ with P = 0
+        # gdc++ has this weight where P = 0
+        assert torch.allclose(out.weight, 0 * rho if floor is None else -rho)
         assert m.commit()["n_empty"] == (4 if floor is None else 0)
     # an estimate is taken as it is, also below the floor
     m = matcher(constraints=[verifier()], z_floor=1.0)
@@ -118,7 +120,7 @@ def by_hand(log_p, log_pi, alpha):
 def test_alpha_dpg_is_its_formula(alpha):
     m = matcher(constraints=[verifier()], alpha=alpha, **PRESETS["alpha_dpg"].options)
     optimizer, seen = sgd(m, 2.0), set()
-    for number in range(3):  # Z of a step is that of its own four
+    for number in range(3):  # Z of a prompt comes from the step's own four sequences alone
         batch = draw(m, PROMPTS, 4)
         found = torch.empty(len(batch)).double()
         for part in batch.split(7):
@@ -134,13 +136,14 @@ def test_alpha_dpg_is_its_formula(alpha):
         optimizer.zero_grad()
         m.commit()
         assert m.running.steps == number + 1
-    assert 0 in seen and len(seen) > 1  # groups without a right one, and with
+    assert 0 in seen and len(seen) > 1  # some groups have no right answer, and others have one
 
 
 def test_alpha_dpg_where_z_is_above_1_or_the_return_is_bounded():
     m = matcher(constraints=[verifier()], alpha=0.5, **PRESETS["alpha_dpg"].options)
     log_pi = torch.tensor([-9.0, -2.0, -3.0, -8.0]).double()
-    log_p = torch.tensor([-2.0, -2.5, -math.inf, -7.0]).double()  # u = 1097, .6, 0, 2.7 before min(Z, 1)
+    # u is 1097, .6, 0 and 2.7 before Z is bounded by 1
+    log_p = torch.tensor([-2.0, -2.5, -math.inf, -7.0]).double()
     partitions = m.running.partitions.updated(torch.zeros(4, dtype=torch.int64), log_p, log_pi)
     inputs = {"log_target": log_p, "log_proposal": log_pi, "log_z": m._log_z(partitions, torch.zeros(4))}
     objective = m.settings.objective_of(0.0, 0.0, None)

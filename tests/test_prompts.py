@@ -59,7 +59,7 @@ def lm(tokenizer=None, **options):
 
 
 def encoded(policy, prompts):
-    """Return the ids of prompts without padding, and by the way that left padding is what it should be."""
+    """Return the ids of prompts without padding, after a check of the left padding."""
     tokens, mask = policy._encode(prompts)
     rows = [row[seen.bool()].tolist() for row, seen in zip(tokens, mask, strict=True)]
     for row, all_of_it in zip(rows, tokens.tolist(), strict=True):
@@ -93,7 +93,8 @@ def test_all_ends_of_the_generation_config_end_a_sequence():
         (None, [3, 4], "<e>", [EOS, 3, 4]),
         ([8, 3], EOS, None, [8, 3]),
         (None, None, "<e>", [EOS]),
-        ([50256, 3], 50256, "<e>", [EOS, 3]),  # GPT2Config's own, in a model that has no such token
+        # 50256 is the default of GPT2Config, and this model has no such token
+        ([50256, 3], 50256, "<e>", [EOS, 3]),
     ],
 )
 def test_the_ends_are_the_tokenizers_and_the_models(of_generation, of_config, of_tokenizer, wanted):
@@ -168,10 +169,10 @@ def test_a_chat_rendered_to_a_string_has_one_start_as_its_messages_have(how):
     assert rendered.startswith("<s>") and words(rendered)["input_ids"][:2] == [BOS, BOS]
     with pytest.warns(UserWarning, match="begins with the text of BOS, '<s>'.* one is kept") as said:
         found = encoded(policy, [rendered])
-    assert [warning.filename for warning in said] == [__file__]  # where the user called
+    assert [warning.filename for warning in said] == [__file__]  # the warning points at the user's call
     assert found == encoded(policy, [messages]) == [[BOS, 1, 3, 4, EOS, 2]]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # said once
+        warnings.simplefilter("error")  # the warning comes only once
         assert encoded(policy, [rendered, "<s>"]) == [found[0], [BOS]]
         assert encoded(lm(around("nothing", template=CHAT)), [rendered]) == found
 

@@ -28,7 +28,7 @@ from dmfast.proposal import CRITERIA, OfflineProposal, nearer
 
 SPACE = Space()
 TARGET = soft_target(SPACE.log_prob(SPACE.table(1, 0.5)), SPACE.tokens)
-# q is a multiple of 1/1000 everywhere, so that a step of 1,000 sequences is its exact expectation
+# q is a multiple of 1/1000 everywhere, so that a step of 1,000 sequences has q's exact expectation
 COUNTS = counts(SPACE.log_prob(SPACE.table(2, 0.25)).exp(), 1000)
 Q = COUNTS / COUNTS.sum().double()
 Q_TABLE, P_TABLE = SPACE.table_of(Q), SPACE.table_of(TARGET.p)
@@ -87,7 +87,7 @@ def step(proposal, which=ALL, target=TARGET, log_z=None):
 
 
 def policies():
-    """The policies lie on the way from q to p, away from p, and in random directions, near and far."""
+    """Yield policies on the way from q to p, away from p, and in random directions, near and far."""
     for s in (-0.4, -0.05, 0.05, 0.4, 0.9, 1.6, 2.5):
         yield torch.lerp(Q_TABLE, P_TABLE, s)
     for seed in range(30):
@@ -156,8 +156,10 @@ def test_scale_of_the_score_and_z_drop_out_of_kl():
 
 @pytest.mark.parametrize("criterion", DIVERGENCES)
 def test_contexts_count_alike_whatever_their_z(criterion):
-    """Two contexts, one with P scaled by e^-12: pi is nearer in one and farther in the other, by known amounts, and
-    the check is the difference of the mean divergences."""
+    """The check is the difference of the mean divergences over two contexts, one of which has P scaled by e^-12.
+
+    pi is nearer to p in one and farther in the other, by known amounts.
+    """
     near, far = (SPACE.log_prob(torch.lerp(Q_TABLE, P_TABLE, s)) for s in (0.2, -0.9))
     divergence, log_q = DIVERGENCES[criterion], SPACE.log_prob(Q_TABLE)
     exact = float(sum(divergence(TARGET.p, Q) - divergence(TARGET.p, pi.exp()) for pi in (near, far))) / 2
@@ -172,7 +174,7 @@ def test_contexts_count_alike_whatever_their_z(criterion):
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_interval_is_respected(criterion):
-    """Always-nearer policy, a check every third step and at no other time; microbatches make one step."""
+    """A policy that is always nearer is taken at every third step and at no other. Microbatches make one step."""
     proposal, generator = proposal_of(criterion, interval=3), torch.Generator().manual_seed(14)
     assert not proposal.maybe_update()
     swapped = []
@@ -258,7 +260,7 @@ def test_standard_error_hysteresis(criterion):
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("criterion", DIVERGENCES)
 def test_one_sample_passes_no_hysteresis(criterion, alone):
-    """The only sequence with P > 0 among many, or the only sequence: the standard error is unknown, not 0."""
+    """The standard error is unknown, and not 0, where only one sequence has P > 0 or where there is only one."""
     hard = Target(torch.where(torch.arange(SPACE.n) == 17, 0.0, -math.inf))
     table = Q_TABLE.clone()
     table[SPACE.rows[17], SPACE.tokens[17]] += 0.1
@@ -271,7 +273,7 @@ def test_one_sample_passes_no_hysteresis(criterion, alone):
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_best_only(criterion):
-    """Swaps only below the divergence of every earlier swap, which is then the new best."""
+    """A swap needs a divergence below that of every earlier swap, which is then the new best."""
     name = "kl" if criterion == "interval" else criterion
     exact = float(DIVERGENCES[name](TARGET.p, SPACE.log_prob(torch.lerp(Q_TABLE, P_TABLE, 0.3)).exp()))
     for best, expected in ((exact - 1e-6, False), (exact + 1e-6, True), (math.inf, True)):
@@ -285,7 +287,7 @@ def test_best_only(criterion):
 
 
 class Remembers(Table):
-    """The model has a buffer that no state_dict has, and a state that is no tensor."""
+    """Be a table that has a buffer which no state_dict has, and a state that is no tensor."""
 
     def __init__(self, table):
         super().__init__(table)
@@ -422,10 +424,11 @@ def test_goes_on_after_a_break(criterion):
             buffer = io.BytesIO()
             state = resumed.state_dict()
             resumed.running.clear()
-            resumed.swap()  # the state is a copy
+            resumed.swap()  # the state is a copy, so this must not change it
             torch.save(state, buffer)
             buffer.seek(0)
-            resumed = make(straight.policy.table.detach())  # the policy has its own checkpoint
+            # a run restores the policy from a checkpoint of its own
+            resumed = make(straight.policy.table.detach())
             resumed.policy.load_state_dict(straight.policy.state_dict())
             resumed.load_state_dict(torch.load(buffer, weights_only=True))
         table = torch.lerp(Q_TABLE, P_TABLE, 0.04 * (i + 1)) + 0.1 * SPACE.table(200 + i)

@@ -136,7 +136,7 @@ def test_checks_on_fresh_samples_leave_the_training_s_alone(tmp_path, prompts):
 def test_the_trainer_s_check_is_that_of_the_samples_that_it_drew(tmp_path):
     """Its verdict follows from the samples' tokens and the three models alone."""
     seen, criterion = [], "kl"
-    # steps that are large enough for pi to come nearer to p on any machine, whatever its rounding lets them draw
+    # the steps are large, so that pi comes nearer to p on any machine, whatever its rounding lets them draw
     trainer = job(tmp_path, max_steps=9, proposal_interval=3, per_device_train_batch_size=128, lambda_=3.0,
                   proposal_criterion=criterion, proposal_check_samples=256)  # fmt: skip
     draw, fresh = dmfast.LanguageModel.sample, trainer.matcher._fresh
@@ -173,7 +173,7 @@ def test_the_trainer_s_check_is_that_of_the_samples_that_it_drew(tmp_path):
 
 @pytest.mark.parametrize("never_positive", [False, True])
 def test_what_a_check_costs(tmp_path, never_positive, monkeypatch):
-    """Sequences that q draws, and that a and pi score: N each; a none while q still is a, and neither where P = 0."""
+    """q draws N sequences, and a and pi score them. a scores none while q still is a, and neither does where P = 0."""
     drawn, scored = [], []
     draw, log_prob = dmfast.LanguageModel.sample, dmfast.LanguageModel.log_prob
     constraints = [Scorer(lambda x: torch.zeros(len(x)), name="never")] if never_positive else None
@@ -294,7 +294,7 @@ def test_noise_alone_swaps_as_often_as_the_normal_tail_says(criterion, k):
         )
     assert proposal.swaps == swaps
     tail = 0.5 * math.erfc(k / math.sqrt(2))
-    # four standard errors of the count, and what the skewness of 1,000 terms does to the tail
+    # the bound is four standard errors of the count, and what the skewness of 1,000 terms does to the tail
     assert abs(swaps / repetitions - tail) < 4 * math.sqrt(tail * (1 - tail) / repetitions) + 0.01
 
 

@@ -127,7 +127,7 @@ def test_the_texts_of_a_log_are_of_all_prompts_and_have_them():
     x = LanguageModel(gpt2(), tokenizer()).sample(prompts, 30, max_new_tokens=2, seed=0)
     shown = recipe._shown(x, x, prompts)
     assert len(shown["samples_before"]) == len(shown["samples_prompts"]) == recipe.SHOWN
-    # six of each prompt, and one more of the first and the second
+    # there are six of each prompt, and one more of the first and of the second
     assert shown["samples_prompts"] == [prompts[i % 3] for i in range(18)] + prompts[:2]
     assert shown["samples_after"] == [x.text[30 * (i % 3) + i // 3] for i in range(18)] + [x.text[6], x.text[36]]
     assert "samples_prompts" not in recipe._shown(x, x, None)
@@ -156,13 +156,13 @@ def test_the_ideal_of_several_contexts(which):
         return (1.0 + 3 * ("w4" in words)) * math.exp(lambda_ * ("w6" in words))
 
     def of_context(prompt):
-        """Return E_p[w6], E_p[w1], KL(p||a) and Z: a sum over the sequences of up to two tokens."""
+        """Return E_p[w6], E_p[w1], KL(p||a) and Z as sums over the sequences of up to two tokens."""
         ids = tokenizer()(prompt)["input_ids"]
         with torch.no_grad():
             first = base.model(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
             rows = torch.tensor([[*ids, token] for token in range(len(WORDS))])
             second = base.model(rows).logits[:, -1].double().softmax(-1)
-        a = {(x,): float(first[x]) for x in (5,)}  # <e>
+        a = {(x,): float(first[x]) for x in (5,)}  # <e> ends a sequence
         a |= {(x, y): float(first[x] * second[x, y]) for x in range(len(WORDS)) if x != 5 for y in range(len(WORDS))}
         weights = {x: p * b_of([WORDS[token] for token in x]) for x, p in a.items()}
         z = sum(weights.values())
@@ -385,7 +385,7 @@ def test_a_worker_loads_the_file_of_a_verifier(tmp_path, monkeypatch):
     assert (verifier.workers, verifier.time_limit, verifier.truncated) == (1, 0.5, "judge")
     packed, elsewhere = pickle.dumps(verifier.fn), tmp_path / "elsewhere"
     for name in [name for name in sys.modules if name.startswith("dmfast_recipe_")]:
-        monkeypatch.delitem(sys.modules, name)  # as in another process
+        monkeypatch.delitem(sys.modules, name)  # another process has not imported it either
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     assert pickle.loads(packed)(["be", "was"], [{"kind": "quick"}] * 2) == [True, False]
@@ -499,7 +499,7 @@ def test_the_custom_loop_as_a_script(tmp_path):
 
 
 def test_the_smollm2_example(tmp_path):
-    """As it stands, on a small model in SmolLM2's place: two steps, then what it saved."""
+    """The example runs as it stands, on a small model in SmolLM2's place, and saves the model."""
     out, small = tmp_path / "out", tmp_path / "small"
     gpt2(n_positions=128).save_pretrained(small)
     tokenizer().save_pretrained(small)
@@ -513,7 +513,7 @@ def test_the_smollm2_example(tmp_path):
 
 
 def test_a_classifier_and_a_reward_in_a_recipe(tmp_path):
-    """The model is read from a folder, and is the same as one that is built by hand."""
+    """The classifier is read from a folder, and is the same as one that is built by hand."""
     from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
 
     words = AutoTokenizer.from_pretrained(recipe.TINY_BIOS)

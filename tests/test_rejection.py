@@ -36,7 +36,7 @@ def exact(target, log_q, log_beta):
 
 
 def whole(target, log_q):
-    """Return log P/q of a set of samples in which x stands n_x times, and the q that these are exact for."""
+    """Return log P/q of a set of samples in which x occurs n_x times, and the q for which this set is exact."""
     n = counts(log_q.exp())
     log_q = (n.double() / n.sum()).log()
     return (target.log_score - log_q).repeat_interleave(n), log_q
@@ -156,13 +156,13 @@ def which_of(samples):
 
 
 def ebm(target):
-    """``target`` as an EBM around the tabular base."""
+    """Return ``target`` as an EBM around the tabular base."""
     b = (target.log_score - BASE).exp()
     return EBM(Tabular(BASE), [Scorer(lambda x: b[which_of(x)], on="samples", name="b")])
 
 
 def assert_drawn_from(samples, p):
-    """Pearson's chi-square over the sequences that are not rare, within 5 of its standard deviations."""
+    """Assert that Pearson's chi-square, with rare sequences put together, is within 5 of its standard deviations."""
     n = len(samples)
     found = torch.bincount(which_of(samples), minlength=125)
     assert int(found[p == 0].sum()) == 0
@@ -220,7 +220,8 @@ def test_a_mixture_draws_from_the_sum_and_knows_it():
     x = mixture.sample(n=6000, max_new_tokens=3, seed=1)
     q = 0.75 * a.exp() + 0.25 * b.exp()
     assert_drawn_from(x, q)
-    assert_drawn_from(x[:3000], q)  # in random order: the first half is no part's
+    # the order is random, so the first half does not come from one part alone
+    assert_drawn_from(x[:3000], q)
     torch.testing.assert_close(x.log_prob, q.log()[which_of(x)])
     torch.testing.assert_close(mixture.log_prob(x), x.log_prob)
     assert torch.equal(mixture.sample(n=6000, max_new_tokens=3, seed=1).tokens, x.tokens)
@@ -253,7 +254,7 @@ def test_a_prompted_proposal_draws_for_the_target_s_context(model, context):
     torch.testing.assert_close(proposal.log_prob(x), x.log_prob, rtol=0, atol=1e-4)
     by_hand = model.sample(["w1 w2 w3 w4"], n=64, max_new_tokens=6, seed=0)
     assert x.text == by_hand.text and torch.equal(x.log_prob, by_hand.log_prob)
-    # the model under the target's context gives what it gives the same tokens drawn there
+    # with_prompt puts sequences under the target's context, where they are what the model itself draws there
     own = model.sample(context, n=64, max_new_tokens=6, seed=0)
     torch.testing.assert_close(model.log_prob(model.with_prompt(own, (context or [""])[0])), own.log_prob,
                                rtol=0, atol=1e-4)  # fmt: skip
@@ -269,11 +270,11 @@ def test_prompts_that_do_not_serve(model):
 
 
 def test_every_proposal_leads_to_the_same_target(model):
-    """E_p[phi] comes from accepted sequences, whatever proposed them, and log Z from each curve."""
+    """E_p[phi] of the accepted sequences and log Z of each curve are the same, whatever proposed the sequences."""
     target = EBM(model, [Contains("w3", name="w3")])
     policy = LanguageModel(gpt2(), tokenizer())
     with torch.no_grad():
-        policy.model.transformer.wte.weight[3] *= 1.3  # w3 becomes another
+        policy.model.transformer.wte.weight[3] *= 1.3  # now the policy draws w3 with another probability than the base
     proposals = {"base": model, "prompted": Prompted(model, "w1 w2"), "policy": policy,
                  "mixture": Mixture([model, Prompted(model, "w1 w2"), policy])}  # fmt: skip
     shares, log_zs = {}, {}

@@ -17,7 +17,7 @@ import dmfast
 from dmfast import moved
 
 ROOT = Path(__file__).parent.parent
-# not where the tests stand alone, as beside an installed wheel
+# the tests may stand alone, such as beside an installed wheel
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="no source tree")
 
 
@@ -82,7 +82,7 @@ def test_the_extra_of_deepspeed_is_held_to_what_the_trainer_refuses():
 def test_a_name_of_0_1_is_found_and_says_where_it_went(name):
     with pytest.warns(DeprecationWarning, match=rf"from {re.escape(moved.MOVED[name])} import {name}\b") as caught:
         found = getattr(dmfast, name)
-    assert [warning.filename for warning in caught] == [__file__]  # at the line that asks
+    assert [warning.filename for warning in caught] == [__file__]  # the warning points at the line that uses the name
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert found is getattr(importlib.import_module(moved.MOVED[name]), name)

@@ -28,7 +28,7 @@ NASTY = "<script>alert('1')</script> & \"$x^2$\" ]]> \u2028"
 
 
 class Parsed(HTMLParser):
-    """Tables as {(group, row): cells}, texts, svg paths, all attributes; fails on tags that don't match."""
+    """Parse a page into tables {(group, row): cells}, texts, svg paths and attributes. Its tags have to match."""
 
     def __init__(self, html):
         super().__init__()
@@ -274,14 +274,16 @@ def test_the_lines_go_through_the_points_of_the_logs(two, title, key):
     drawn = []
     for i in range(2):
         of_run = [p["d"] for p in paths if f"stroke: var(--run{i})" in p.get("style", "") and "z" not in p["d"]]
-        (line,) = [each for each in of_run if each.count("L") == 3]  # no mark, and no error bar
+        # marks and error bars have fewer points
+        (line,) = [each for each in of_run if each.count("L") == 3]
         bands = re.findall(rf"fill: var\(--run{i}\); fill-opacity: 0.16", figure)
-        assert len(bands) == (key != "log_z")  # whose errors the logs lack
+        assert len(bands) == (key != "log_z")  # the logs have no errors of log Z
         drawn.append([[float(v) for v in point.split()] for point in re.split("[ML]", line)[1:]])
     x, y = torch.tensor(drawn, dtype=torch.float64).unbind(-1)
     even = x[:1, :1] + (x[0, 1] - x[0, 0]) * torch.arange(4.0).double()
     torch.testing.assert_close(x, even.expand(2, 4), rtol=0, atol=1e-3)
-    scale = (y[1, 3] - y[0, 0]) / (values[1, 3] - values[0, 0])  # of both runs in one panel
+    # both runs share the scale of the panel
+    scale = (y[1, 3] - y[0, 0]) / (values[1, 3] - values[0, 0])
     torch.testing.assert_close(y - y[0, 0], scale * (values - values[0, 0]), rtol=0, atol=1e-3)
 
 
@@ -385,7 +387,8 @@ def test_many_runs_are_told_apart_without_their_colours():
 
 
 def test_each_line_has_its_letter_and_no_two_of_them_meet(tmp_path):
-    logs = [a_log(0) for _ in range(6)]  # alike, so that all lines end in one point
+    # the runs are alike, so that all lines end in one point
+    logs = [a_log(0) for _ in range(6)]
     runs = read([write(tmp_path / f"run{i}", log) for i, log in enumerate(logs)])
     figure = svg(next(plot for plot in plots(runs) if plot.title == "log Z"), runs, 0)
     at = {found[2]: float(found[1]) for found in re.finditer(r'y="([\d.]+)"[^>]*>([A-F])</text>', figure)}
@@ -437,7 +440,7 @@ def test_names_tell_runs_apart(tmp_path):
 
 
 def test_what_is_not_finite_is_left_out(tmp_path):
-    """A null in JSON is no point of a line, and a dash in a table."""
+    """A null in JSON gives a line no point, and gives a table a dash."""
     log = a_log()
     log["history"][1]["kl_policy"] = None
     log["history"][2]["kl_policy"] = float("nan")

@@ -90,7 +90,8 @@ def test_another_objective_starts_the_mean_of_the_returns_anew(tmp_path):
     with pytest.warns(UserWarning, match="objective was 'dpg' and is 'reverse_kl', .* the running mean of the returns"):
         other.load_state_dict(state)
     assert other.matcher.running.returns == (0.0, 0)
-    assert other.matcher.running.partitions.state_dict()["n"].tolist() == [8]  # Z is of the target alone
+    # Z depends on the target alone, so it stays
+    assert other.matcher.running.partitions.state_dict()["n"].tolist() == [8]
 
 
 def test_other_rewards_start_the_mean_of_the_returns_anew(tmp_path):
@@ -172,7 +173,8 @@ def test_a_tied_head_is_stored_once_and_not_missed(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.trainer.logger.warning", lambda text, *args: said.append(text))
     other.train(resume_from_checkpoint=True)
     assert not any("missing keys" in text for text in said)
-    of_q["lm_head.weight"] = of_q["transformer.wte.weight"].clone()  # as a state of before has it
+    # states of older versions also have the tied head
+    of_q["lm_head.weight"] = of_q["transformer.wte.weight"].clone()
     other.load_state_dict(state)
     assert torch.equal(other.proposal.snapshot.model.lm_head.weight, of_q["transformer.wte.weight"])
     of_q["more"] = of_q["transformer.wte.weight"]

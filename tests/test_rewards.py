@@ -20,7 +20,7 @@ TEXTS = ["a", "a b", "b b", ""]
 
 
 class Counted:
-    """Count the words of each text that are this one, and how often the feature is asked."""
+    """Count how often this word is in each text, and how often the feature is called."""
 
     def __init__(self, word):
         self.word, self.calls = word, 0
@@ -78,7 +78,7 @@ def test_rewards_that_are_none(reward, weights, error, message):
 
 
 def test_a_trainer_takes_their_sum_and_logs_each(tmp_path):
-    """Its weights are those of REINFORCE with the sum, and what is logged is the mean of the steps."""
+    """The weights are those of REINFORCE with the sum, and the log has the mean of the steps."""
     parts = {"three": Contains("w3"), "five": Scorer(lambda texts: [float(len(t)) for t in texts], name="length")}
     options = {"objective": "reinforce", "on_policy": True, "max_steps": 2, "logging_steps": 2}
     trainer, _, keep = run(tmp_path, reward=parts, reward_weights=[3.0, 0.5], **options)

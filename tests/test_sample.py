@@ -38,7 +38,7 @@ def draw(z: Tensor, uniform: Tensor, temperature: float = 1.0, softcap: float | 
 
 
 def chi_square(counts: Tensor, p: Tensor) -> None:
-    """Tokens that are expected fewer than 10 times are put together."""
+    """Assert that the counts fit p, with all tokens together that are expected fewer than 10 times."""
     expected = p * counts.sum()
     rare = expected < 10
     observed = torch.cat([counts[~rare].double(), counts[rare].sum().double()[None]])
@@ -52,7 +52,7 @@ def chi_square(counts: Tensor, p: Tensor) -> None:
 
 # --- the generator ----------------------------------------------------------------------------------------------
 
-# counter, key, result: the vectors that the authors of Philox publish
+# the authors of Philox publish these vectors: counter, key, result
 KNOWN = [
     ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
     ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
@@ -101,7 +101,8 @@ def test_a_million_draws_small_vocabulary(
     torch.manual_seed(v)
     z = peaked(v).to(dtype)
     counts = torch.zeros(v, dtype=torch.int64)
-    for step in range(4):  # ids and steps both vary
+    # both the row ids and the steps vary
+    for step in range(4):
         tokens, _ = dmfast.sample_tokens(
             z.expand(250_000, v), seed=1, step=step, temperature=temperature, softcap=softcap
         )
@@ -117,7 +118,7 @@ def test_a_million_draws_large_vocabulary() -> None:
     tokens, _ = draw(z.expand(20_000, v), torch.rand(20_000, dtype=torch.float64))
     p = log_softmax(z).exp()
     assert bool((p[tokens] > 0).all())
-    # a million rows of 50,257 logits take minutes; one row and a million uniforms, cut like the kernel's, do not
+    # a million rows of 50,257 logits would take minutes, so sample_row draws from one row in the kernel's way
     tokens = torch.cat([sample_row(z, u) for u in oracle.uniforms(7, torch.arange(1_000_000), 0).split(50_000)])
     chi_square(torch.bincount(tokens, minlength=v), p)
     some = oracle.uniforms(7, torch.arange(2000), 0)
@@ -169,7 +170,7 @@ def test_a_row_of_many_blocks(dtype: torch.dtype) -> None:
 
 
 def blocks(*parts: float | None) -> Tensor:
-    """Return rows of blocks of 512 logits: -inf for None, else noise around a value."""
+    """Return a row of blocks of 512 logits: -inf for None, else noise around a value."""
     return torch.cat([torch.full((512,), -INF) if x is None else x + torch.randn(512) for x in parts])
 
 
@@ -198,7 +199,8 @@ def test_the_tails_draw_no_impossible_token(name: str, temperature: float, dtype
         assert bool((log_p[tokens] > -700).all()), tokens
         assert (log_prob - log_p[tokens]).abs().max() < 1e-6
         possible = (log_p > -700).nonzero()[:, 0]
-        if name != "falling blocks":  # whose first token of an ulp of probability is not the first possible one
+        # the last tokens of falling blocks are possible, but less probable than the smallest step of a uniform number
+        if name != "falling blocks":
             assert tokens[-1] >= possible[-1] - 512
         if "rising" not in name:
             assert tokens[0] == possible[0]
@@ -224,7 +226,7 @@ def test_the_twin_draws_the_same(temperature: float, softcap: float | None, dtyp
     same = tokens == twin
     assert (log_prob - twin_log_prob)[same].abs().max() < 1e-6
     scored = dmfast.sequence_log_prob(z[:, None], tokens[:, None], temperature=temperature, softcap=softcap)
-    # on CUDA the two add up other groups of fp32 terms
+    # on CUDA the sampler and the scorer add up different groups of fp32 terms
     assert (log_prob - scored).abs().max() < (1e-6 if select(z).name == "cuda" else 1e-9)
 
 

@@ -37,7 +37,7 @@ def test_some_of_the_samples(x, index):
     [(0, []), (1, [0]), (2, [0, 12]), (3, [0, 6, 12]), (5, [0, 6, 12, 18, 1]), (6, [0, 6, 12, 18, 1, 13])],
 )
 def test_the_places_across_contexts(x, n, places):
-    assert x.across_contexts(n).tolist() == places  # of four contexts with six sequences each
+    assert x.across_contexts(n).tolist() == places  # x has four contexts with six sequences each
     assert sorted(x.across_contexts(100).tolist()) == list(range(24))
 
 

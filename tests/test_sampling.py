@@ -86,13 +86,14 @@ def test_a_model_becomes_what_it_is_loaded_from(name, how, source, tmp_path):
     sampler.load({"policy": policy, "module": policy.model, "folder": tmp_path}[source])
     assert same(x, sampler.sample(PROMPTS, 4, max_new_tokens=6, seed=0))
     assert [p.requires_grad for p in sampler.model.parameters()] == requires_grad
-    moved(policy, seed=1)  # it is a copy
+    moved(policy, seed=1)  # the sampler holds a copy, so this changes nothing
     assert (sampler.log_prob(x) - x.log_prob).abs().max() < 1e-4
 
 
 def test_what_is_loaded_keeps_device_and_dtype_and_the_names_of_its_own_adapter():
     policy = moved(lm(how="lora"))
-    OfflineProposal(policy, adapter=True)  # a second adapter, which the sampler does not have
+    # this gives the policy a second adapter, which the sampler does not have
+    OfflineProposal(policy, adapter=True)
     model = build(how="lora")
     model.add_adapter("mine", copy.deepcopy(model.peft_config["default"]))
     model.set_adapter("mine")
@@ -143,7 +144,8 @@ def test_an_adapter_view_loads_the_policy_and_folders(tmp_path):
     q.load(tmp_path)
     assert (q.log_prob(x) - x.log_prob).abs().max() < 1e-4
     after = {k: v for k, v in all_tensors(policy.model).items() if PROPOSAL not in k}
-    assert all(torch.equal(after[k], now[k]) for k in after)  # the policy and the base stay
+    # neither load changes the policy or the base
+    assert all(torch.equal(after[k], now[k]) for k in after)
     assert any(not torch.equal(before[k], now[k]) for k in now)
 
 
@@ -195,9 +197,9 @@ def test_a_prompted_model_loads_and_stays_prompted():
 
 
 def test_the_parts_of_a_mixture_draw_numbers_of_their_own():
-    """No sequence is drawn twice by two parts of one model, and by the model itself, with the same seed."""
+    """With one seed, the parts of a mixture draw no sequence twice, and none that their model alone draws."""
     table = torch.full((V, V), -torch.inf)
-    table[:, :4] = 0.0  # four words, all alike, without an end: 4^20 sequences
+    table[:, :4] = 0.0  # four words are equally likely and nothing ends a sequence, so there are 4^20 of them
     policy = LanguageModel(Table(table), tok())
 
     def rows(sampler, n, seed):
@@ -230,7 +232,8 @@ def test_from_pretrained(how, tmp_path):
 
 def test_the_model_that_ships_has_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny-bios").mkdir()  # a folder of this name does not hide it
+    # a folder of this name must not hide it
+    (tmp_path / "tiny-bios").mkdir()
     policy = LanguageModel.from_pretrained("tiny-bios")
     assert "born" in " ".join(policy.sample(n=16, max_new_tokens=24, seed=0).text)
 
@@ -285,7 +288,8 @@ def test_an_engine_holds_q_from_the_start_and_from_each_swap(how, options):
         assert engine.loaded == [policy] * (1 + version)
         x = draw(proposal)
         close(x.log_prob, policy.log_prob(x).detach())
-        close(x.log_prob, proposal.snapshot.log_prob(x).detach())  # where q can be read again
+        # the snapshot has q's parameters, too, and gives the same
+        close(x.log_prob, proposal.snapshot.log_prob(x).detach())
         assert proposal.version == engine.version == version and x.version.tolist() == [version] * len(x)
 
 

@@ -53,7 +53,7 @@ def test_what_is_known_is_not_asked_again(on):
 def test_the_cache_forgets_what_was_asked_for_longest_ago():
     fn = Lengths()
     scorer = Scorer(fn, on="text", cache=2)
-    for text in ("a", "b", "a", "c", "a", "b"):  # c takes b's place, then b takes c's
+    for text in ("a", "b", "a", "c", "a", "b"):  # "c" takes the place of "b", then "b" takes that of "c"
         scorer(written([text], tokenizer=BYTES))
     assert fn.asked == [["a"], ["b"], ["c"], ["b"]]
     some = written(["aaa", "bb", "aaa", "c", "dddd"], tokenizer=BYTES)
@@ -85,7 +85,7 @@ def test_a_cache_that_is_refused(more, match):
 
 
 def test_the_trainer_logs_what_scorers_did(tmp_path):
-    """Sums to what they count; few sequences of 1 token are many of them again."""
+    """The logged numbers add up to the scorer's counts. Few sequences of 1 token differ, so the cache knows many."""
     scorer = Scorer(lambda texts: [float("w3" in t) for t in texts], name="w3", cache=1000, binary=True)
     reward = Scorer(lambda texts: [float(len(t)) for t in texts], name="len")
     trainer = job(tmp_path, constraints=[Moment(scorer, 0.6)], max_new_tokens=1, objective="reinforce", reward=reward,

@@ -28,7 +28,7 @@ class Watched(LanguageModel):
 
 
 def run(seeds, of_torch=0):
-    """Return what each function draws, by its name; ``seeds``: the options that say the seed."""
+    """Return what each function draws, by its name. ``seeds`` are the options that set the seed."""
     model = Watched(gpt2(), tokenizer())
     torch.manual_seed(of_torch)
     target, found = EBM(model, [Moment(dmfast.Contains("w3", name="w3"), 0.7)]), {}
@@ -72,7 +72,8 @@ def test_neighbouring_seeds_share_nothing():
     purposes = ("fit", "evaluate", "quasi_rejection_sample 0", "quasi_rejection_sample 256")
     found = {seed_for(seed, purpose) for seed in range(-50, 50) for purpose in purposes}
     assert len(found) == 100 * len(purposes) and all(0 <= seed < 2**56 for seed in found)
-    assert seed_for(0, "fit") == 0xF7A7BA1347D76C  # the same on every machine, and in the releases to come
+    # the seed is the same on every machine and in all releases to come
+    assert seed_for(0, "fit") == 0xF7A7BA1347D76C
 
 
 def test_without_a_seed_what_is_drawn_is_torch_s():

@@ -21,7 +21,8 @@ from dmfast import OfflineProposal
 from dmfast.training.ranks import AccelerateRanks
 
 HERE = Path(__file__).parent
-STEPS = {"max_steps": 4, "warmup_steps": 0, "proposal_criterion": "interval"}  # no swap is decided by rounding
+# the criterion "interval" lets rounding decide no swap
+STEPS = {"max_steps": 4, "warmup_steps": 0, "proposal_criterion": "interval"}
 
 
 def launched(out, processes, ways, everything=False):
@@ -110,7 +111,7 @@ def check_run(found, trainer, gradients):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """Return two ranks of one launch, by how models are spread."""
+    """Return what the two ranks of one launch say, by how models are spread."""
     cut = {"checks": ["heads", "alike", "proposal", "refusals"], "runs": {"run": STEPS}}
     cut["runs"]["differs"] = {"differs": True, "refused": True}
     sharded = {"checks": ["refusals"], "runs": {"run": STEPS}}
@@ -120,7 +121,7 @@ def ranks(tmp_path_factory):
 
 @FOR_FSDP
 def test_a_model_that_is_cut_is_the_whole_one(ranks):
-    for columns, found in zip((6, 5), ranks, strict=True):  # of 11 tokens
+    for columns, found in zip((6, 5), ranks, strict=True):  # the ranks share 11 tokens
         check_heads(found["cut"])
         check_alike(found["cut"], columns)
 
@@ -161,7 +162,7 @@ def test_a_run_is_that_of_one_process(ranks, tmp_path, way, batch):
 
 
 def test_a_copy_computes_with_itself_where_a_forward_was_put_on_an_instance():
-    """As tensor parallelism puts one: deepcopy takes a function as it is, and with it the module that it is about."""
+    """deepcopy copies a function with its reference to the old module. Tensor parallelism sets such forwards."""
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     linear, count = model[0], 0
     original = linear.forward
@@ -187,7 +188,7 @@ def test_a_copy_computes_with_itself_where_a_forward_was_put_on_an_instance():
 
 
 class Gathering:
-    """An accelerator of 4 processes, of which this is the third."""
+    """Stand in for the accelerator of the third of 4 processes."""
 
     process_index, num_processes, device = 2, 4, torch.device("cpu")
 

@@ -33,7 +33,7 @@ def streamed(shuffle=None):
 
 
 class OfTorch(torch.utils.data.IterableDataset):
-    """Be a stream of prompts alone, in another order at each iteration if asked for."""
+    """Be a stream of nothing but prompts, in another order at each iteration if asked for."""
 
     def __init__(self, prompts=PROMPTS, again=0):
         self.prompts, self.again, self.times = prompts, again, 0
@@ -60,8 +60,10 @@ def test_what_is_a_stream():
 
 @pytest.mark.parametrize("rows", [streamed(), OfTorch()])
 def test_steps_read_row_after_row_and_pass_after_pass(rows):
-    """Each context n times in succession, with the identity of its row in each pass, each microbatch as often as it is
-    repeated; and those of the ranks together are those of one process."""
+    """Each context comes n times in succession and has the identity of its row in each pass.
+
+    Each microbatch comes as often as it is repeated, and those of the ranks together are those of one process.
+    """
     alone = read(StreamLoader(Stream(rows), 2, per_device=4, accumulation=2), 6)
     assert [[prompt for _, prompt, _ in batch] for batch in alone[:2]] == [
         [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, [PROMPTS[2]] * 2 + [PROMPTS[3]] * 2
@@ -162,7 +164,7 @@ def test_streams_that_can_not_be_had(tmp_path, rows, settings, error, message):
 
 
 def test_a_prompt_that_does_not_fit_is_refused_as_it_is_read(tmp_path):
-    """The fault lies beyond the rows that are looked at before."""
+    """The fault lies beyond the rows that are checked before training starts."""
     trainer = job(tmp_path, prompts=OfTorch([*PROMPTS * 3, "w1 " * 20]))
     with pytest.raises(ValueError, match=r"train_dataset, row 21: prompt 0 has 20 tokens.*beyond"):
         trainer.train()

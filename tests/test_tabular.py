@@ -39,10 +39,10 @@ REWARD = torch.randn(SPACE.n, generator=torch.Generator().manual_seed(4), dtype=
 TARGETS = {"hard": hard_target(BASE), "soft": soft_target(BASE, SPACE.tokens)}
 BETA, LOG_SCALE, ALPHA = 0.4, -2.3, 0.3
 
-# What each objective minimises, t = pi/p, and r = -dD/dpi up to a constant:
+# each objective minimises this D; below, t = pi/p, and r is -dD/dpi up to a constant
 FUNCTIONS = {
     "dpg": lambda pi, p, P: kl(p, pi),  # dD/dpi = -p/pi
-    "gdc++": lambda pi, p, P: kl(p, pi),  # the same, baseline 1
+    "gdc++": lambda pi, p, P: kl(p, pi),  # D is the same, and the baseline is 1
     "reverse_kl": lambda pi, p, P: kl(pi, p),  # dD/dpi = log t + 1
     # dJS/dpi = log(pi/m)/2 = log(2t/(1+t))/2 = -(softplus(-log t) - log 2)/2; r is twice that, so D = 2 JS
     "js": lambda pi, p, P: 2 * js(p, pi),
@@ -56,11 +56,11 @@ FUNCTIONS = {
     # dD/dpi = -R + beta (log pi - log a + 1)
     "kl_control": lambda pi, p, P: -(pi * REWARD).sum() + BETA * kl(pi, BASE.exp()),
 }
-# The factor that the table of the design leaves out: A is the gradient of FACTORS[name] times the usual divergence.
+# A is the gradient of FACTORS[name] times the usual divergence
 FACTORS = {"js": 2.0}
 PARAMETERS = {"kl_control": {"beta": BETA}, "reinforce_p": {"log_scale": LOG_SCALE}, "alpha": {"alpha": ALPHA}}
 INFINITE_AT_ZERO = ("reverse_kl", "reverse_chi2")
-MODES = ("off_policy", "on_policy", "on_policy_stored")  # stored: the sampler's log-probabilities are given
+MODES = ("off_policy", "on_policy", "on_policy_stored")  # with "stored" a call gets the sampler's log-probabilities
 CASES = [
     pytest.param(name, target, id=f"{name}-{target}")
     for name in dmfast.OBJECTIVES
@@ -99,9 +99,9 @@ def inputs(target: Target, mode: str, log_pi):
 
 
 def expected_gradient(backend, objective, target, mode, table=POLICY, one_by_one=False, **options):
-    """Exact expectation under q of the gradient of dmfast's loss with respect to the table, and the call's output.
+    """Return the exact expectation under q of the loss's gradient with respect to the table, and the call's output.
 
-    One by one, each sequence is its own call with reduction="mean": the one-pass form where the weight is known.
+    One by one, each sequence is a call of its own with reduction="mean", in one pass where the weight is known.
     """
     table = table.clone().requires_grad_()
     kwargs, q = inputs(target, mode, SPACE.log_prob(table, **options))
@@ -135,7 +135,7 @@ def assert_close(actual, expected, backend, scale=None):
 
 
 def test_space_is_whole():
-    """In the reference itself probabilities sum to 1, and a distribution's table gives it back."""
+    """The reference's own probabilities sum to 1, and a distribution's table gives it back."""
     for log_p in (BASE, PROPOSAL, SPACE.log_prob(POLICY, temperature=1.7, softcap=2.0)):
         assert float(log_p.exp().sum()) == pytest.approx(1, abs=1e-14)
     p = TARGETS["soft"].p
@@ -211,7 +211,7 @@ def test_unnormalised_is_z_times(backend, name, target, mode, baseline):
 
 
 def test_gdcpp_is_dpg_with_baseline_one(backend):
-    """A = (p - pi)/q, sequence by sequence, and the paper's Z*pi/q baseline on the paper's scale."""
+    """A is (p - pi)/q for each sequence, and it has the paper's baseline Z*pi/q on the paper's scale."""
     target, pi, q = TARGETS["hard"], SPACE.log_prob(POLICY).exp(), PROPOSAL.exp()
     weight = expected_gradient(backend, "gdc++", target, "off_policy")[1].weight
     assert_close(weight, (target.p - pi) / q, backend)
@@ -272,10 +272,10 @@ PAIRS = Space(length=2)
     ],
 )
 def test_leave_one_out_is_unbiased(backend, name, mode):
-    """All 625 pairs of the 25 sequences of length 2, B = 2: the exact expectation of the step's gradient.
+    """All 625 pairs of the 25 sequences of length 2 give the exact expectation of the gradient of a step with B = 2.
 
-    ``leave_one_out`` in a call per pair (either order is the same call); ``leave_one_out_context`` in one call, each
-    pair being a context.
+    ``leave_one_out`` takes a call for each pair, and either order of a pair is the same call. ``leave_one_out_context``
+    takes one call, in which each pair is a context.
     """
     policy, base, log_q = PAIRS.table(21), PAIRS.log_prob(PAIRS.table(22)), PAIRS.log_prob(PAIRS.table(23))
     target, reward = soft_target(base, PAIRS.tokens), REWARD[: PAIRS.n]
@@ -323,7 +323,7 @@ def test_leave_one_out_is_unbiased(backend, name, mode):
     )
     assert_close(in_contexts, plain, backend, scale=1.0)
     assert_close(in_calls, plain, backend, scale=1.0)
-    weights = [call(policy, which[7], b).weight for b in (None, "leave_one_out")]  # the baseline is not nothing
+    weights = [call(policy, which[7], b).weight for b in (None, "leave_one_out")]  # the baseline changes something
     assert not torch.allclose(weights[0], weights[1], rtol=1e-3)
     if name == "dpg":
         unnormalised = call(policy, which[7], "leave_one_out", normalize=False).weight
@@ -336,26 +336,26 @@ def test_leave_one_out_is_unbiased(backend, name, mode):
     + [(n, m) for n in ("reverse_kl", "js", "tv", "chi2", "reverse_chi2", "alpha", "kl_control") for m in MODES[:2]],
 )
 def test_leave_one_out_is_refused_where_returns_are_unknown(backend, name, mode):
-    """All but dpg off-policy and rewards that do not depend on pi: r is only known once pi is."""
+    """r is known before the forward only for dpg off-policy and for rewards that do not depend on pi."""
     with pytest.raises(ValueError, match=r"leave_one_out.*known before the forward"):
         expected_gradient(backend, objective(name, baseline="leave_one_out"), TARGETS["soft"], mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", sorted(dmfast.objectives.TARGET_OBJECTIVES - {"tv"}))  # tv has a kink there
+@pytest.mark.parametrize("name", sorted(dmfast.objectives.TARGET_OBJECTIVES - {"tv"}))  # tv has a kink at pi = p
 def test_stationary_at_the_optimum(backend, name, mode):
-    """At pi = p the expected gradient is 0; gdc++'s weights and those with r = f(t), f(1) = 0 are 0 one by one."""
+    """At pi = p the expected gradient is 0. Each weight is 0 for gdc++, and where r = f(t) with f(1) = 0."""
     target = TARGETS["soft"]
     table = SPACE.table_of(target.p)
     gradient, out = expected_gradient(backend, objective(name), target, mode, table=table)
     assert_close(gradient, torch.zeros_like(gradient), backend, scale=1.0)
-    if name not in ("dpg", "reverse_kl"):  # r = 1 and -1 there
+    if name not in ("dpg", "reverse_kl"):  # these have r = 1 and r = -1 at pi = p
         assert_close(out.weight, torch.zeros_like(out.weight), backend, scale=10 * float(out.log_ratio.exp().max()))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_variance_of_gdcpp_below_dpg(backend, mode):
-    """The exact variance of a one-sequence gradient near the optimum, sum_x q |A g - mean|^2."""
+    """Near the optimum the exact variance of a one-sequence gradient, sum_x q |A g - mean|^2, is smaller with gdc++."""
     target = TARGETS["soft"]
     for distance, factor in ((0.3, 0.5), (0.03, 0.01)):
         table = SPACE.table_of(target.p) + distance * SPACE.table(31)
@@ -374,7 +374,7 @@ def test_variance_of_gdcpp_below_dpg(backend, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", dmfast.OBJECTIVES)
 def test_limit_where_the_target_is_zero(backend, name, mode, baseline):
-    """A at P = 0 is the limit of A along P -> 0 under a fixed Z; infinite ones grow, and max_weight bounds them."""
+    """A at P = 0 is the limit of A along P -> 0 under a fixed Z. Infinite ones grow, and max_weight bounds them."""
     kwargs, _ = inputs(TARGETS["hard"], mode, SPACE.log_prob(POLICY))
     value = objective(name, baseline=None if name == "gdc++" else baseline)
 

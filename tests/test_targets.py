@@ -36,7 +36,7 @@ EOS, PAD = "<e>", "<p>"
 
 
 def byte_tokenizer(pad=PAD):
-    """One token per byte, but for "ing" and " she": every other word is many tokens."""
+    """Return a tokenizer with one token per byte, but for "ing" and " she". Every other word is many tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("i", "n"), ("in", "g"), ("s", "h"), ("sh", "e"), ("Ġ", "she")]
     words = alphabet + ["".join(pair) for pair in merges] + [EOS, PAD]
@@ -71,7 +71,7 @@ def written(texts, prompts=None, tokenizer=None, ended=True):
 
 
 class Base:
-    """A base model with a known log a(x) for each text, which keeps a record of what it scored."""
+    """Be a base model with a known log a(x) for each text, which keeps a record of what it scored."""
 
     def __init__(self, log_a=lambda text: -float(len(text)), drawn=None):
         self.log_a, self.drawn = log_a, drawn
@@ -121,9 +121,9 @@ CASES = [
     ({"word": "C++"}, "in C++, fast", 1),
     ({"word": "C++"}, "in C+, fast", 0),
     ({"word": "."}, "the end.", 1),
-    ({"word": "."}, "the end", 0),  # escaped, no wildcard
+    ({"word": "."}, "the end", 0),  # the dot is no wildcard
     ({"word": "é"}, "un é seul", 1),
-    ({"word": "caf"}, "un café", 0),  # é is a letter, and two byte tokens
+    ({"word": "caf"}, "un café", 0),  # é is a letter, and is two byte tokens
 ]
 
 
@@ -156,7 +156,7 @@ def test_contains_tokens_wants_the_tokenizers_own_spelling():
 
 
 def test_contains_tokens_of_whole_words():
-    """Without spaces among the tokens, neighbours are whole words; words that the tokenizer lacks are refused."""
+    """Without spaces among the tokens, neighbours are whole words. Words that the tokenizer lacks are refused."""
     samples = written(["a she b", "b b a"], tokenizer=word_tokenizer(["a", "b", "she"]))
     assert Contains("she", on="tokens")(samples).tolist() == [1, 0]
     assert Contains(any_of=["b a"], on="tokens")(samples).tolist() == [0, 1]
@@ -170,7 +170,7 @@ def test_contains_tokens_of_whole_words():
 @pytest.mark.parametrize("whole_word", [True, False])
 @pytest.mark.parametrize("make", [byte_tokenizer, lambda: word_tokenizer(["a", "she"])], ids=["bytes", "words"])
 def test_contains_tokens_finds_special_tokens(make, whole_word):
-    """Special tokens are in no text, though they are tokens of it: EOS, one of the user's own, one beside a word."""
+    """Special tokens are in no text, but they are tokens of it: EOS, one of the user's own, and one beside a word."""
     tokenizer = make()
     tokenizer.add_tokens(["<call>"], special_tokens=True)
     samples = written(["a <call> she", "she a", "a"], ["<call>", "", ""], tokenizer)
@@ -400,7 +400,7 @@ def test_names_are_unique():
 
 
 class Counting(Feature):
-    """A feature that records what it has seen."""
+    """Be a feature that records what it has seen."""
 
     binary = False
 
@@ -419,7 +419,7 @@ X = ["a", "ab", "abc", "b", "bc", "c", "aabb", ""]
 
 
 def hybrid(base=None, **more):
-    """b = [has a] * number of b, phi = (length, has c); monitored: length (shared) and number of a."""
+    """Return a target: b = [has a] * number of b, phi = (length, has c). It monitors length and the number of a."""
     parts = {
         "has a": Counting("has a", lambda t: "a" in t),
         "bs": Counting("bs", lambda t: t.count("b")),
@@ -463,7 +463,8 @@ def test_a_given_log_base_is_used_and_the_base_is_not_run():
     target, _ = hybrid(base)
     target.lambda_ = [0.0, 0.0]
     known = torch.arange(8).double()
-    known[0] = math.nan  # b = 0 there
+    # b is 0 there, so that log a does not count
+    known[0] = math.nan
     scores = target.score(written(X), log_base=known)
     assert base.scored == [] and scores.log_base[1:].tolist() == known[1:].tolist()
     assert scores.log_target.tolist() == pytest.approx([-INF, 1.0, 2.0, -INF, -INF, -INF, 6 + math.log(2), -INF])
@@ -588,7 +589,8 @@ def test_one_binary_feature_has_a_closed_form(hits, wanted):
 
 SPACE = Space()
 COUNTS = counts(SPACE.log_prob(SPACE.table(1, 0.5)).exp())
-A = COUNTS / COUNTS.sum().double()  # 2,000 samples in these proportions: sample means are exact expectations
+# 2,000 samples have these proportions, so sample means are exact expectations
+A = COUNTS / COUNTS.sum().double()
 WHICH = torch.arange(SPACE.n).repeat_interleave(COUNTS)
 T = SPACE.tokens
 PHI = {
@@ -608,7 +610,7 @@ LOG_B = {
 @pytest.mark.parametrize("phi", PHI)
 @pytest.mark.parametrize("seed", range(3))
 def test_lambda_of_a_tabular_model(phi, b, seed):
-    """A target of known lambda: its exact moments give that lambda back, so that all its p(x) are right."""
+    """The exact moments of a target with a known lambda give that lambda back, so all its p(x) are right."""
     generator = torch.Generator().manual_seed(seed)
     features, log_b = PHI[phi], torch.zeros(SPACE.n).double() if LOG_B[b] is None else LOG_B[b]
     spread = features.std(0)
@@ -633,7 +635,7 @@ def test_lambda_of_a_tabular_model(phi, b, seed):
 @pytest.mark.parametrize("b", LOG_B)
 @pytest.mark.parametrize("phi", PHI)
 def test_lambda_from_samples_of_another_model(phi, b):
-    """Weighted by a/q they give what samples of a would: lambda, KL(p||a), the means under a b; and the ESS of p/q."""
+    """With weights a/q they give the lambda, KL(p||a) and means under a b of samples of a, and the ESS of p/q."""
     of_q = counts(SPACE.log_prob(SPACE.table(5, 0.5)).exp())
     q, which = of_q / of_q.sum().double(), torch.arange(SPACE.n).repeat_interleave(of_q)
     features, log_b = PHI[phi], torch.zeros(SPACE.n).double() if LOG_B[b] is None else LOG_B[b]
@@ -736,7 +738,8 @@ def test_a_context_where_b_is_always_0_is_left_out_and_told():
     log_b = torch.where(ids == 1, -INF, 0.0)
     found = fit_lambda(phi[:, None], [0.6], log_b=log_b, context_id=ids)
     without = fit_lambda(phi[ids != 1, None], [0.6], context_id=ids[ids != 1])
-    assert found.lambda_ == pytest.approx(without.lambda_, rel=1e-12)  # sums of 600 and of 400 round in another order
+    # sums of 600 and of 400 terms round in another order
+    assert found.lambda_ == pytest.approx(without.lambda_, rel=1e-12)
     assert (found.kl.value, found.kl.stderr, found.ess) == pytest.approx(
         (without.kl.value, without.kl.stderr, without.ess), rel=1e-12
     )
@@ -754,7 +757,7 @@ def test_b_of_any_scale(scale):
 
 
 def test_standard_error_of_an_attained_moment():
-    """Over repetitions: (attained under all sequences - wanted) / reported error deviates by about 1."""
+    """Over repetitions, the true error of an attained moment is about 1 reported standard error."""
     generator, scores = torch.Generator().manual_seed(3), []
     phi = PHI["two"]
     mu = (A.log() + phi @ torch.tensor([1.0, -0.2], dtype=torch.float64)).softmax(0) @ phi
@@ -776,7 +779,8 @@ def test_standard_error_of_an_attained_moment():
 
 N = 1200
 INDEX = torch.arange(N)
-TOPIC = torch.stack([INDEX % 4 == 0, INDEX % 4 == 1, INDEX % 4 == 2], 1).double()  # exclusive, a quarter each
+# the topics exclude each other, and each has a quarter
+TOPIC = torch.stack([INDEX % 4 == 0, INDEX % 4 == 1, INDEX % 4 == 2], 1).double()
 ALL_TOPICS = torch.stack([INDEX % 3 == 0, INDEX % 3 == 1, INDEX % 3 == 2], 1).double()
 UNEVEN = torch.stack([INDEX % 10 == 0, INDEX % 10 == 1, INDEX % 10 > 5], 1).double()
 COIN = (INDEX % 7 < 3).double()[:, None]
@@ -833,7 +837,8 @@ def columns(*parts):
             ["contradict", "- 'f0' + 'f1' is at most 0;", "give 0.2"],
             [],
         ),
-        (columns(LENGTH, LENGTH**2), [5, 24.9], ["contradict", "'f0' = 5", "'f1' = 24.9"], []),  # below the square
+        # a mean square can't be below the square of the mean
+        (columns(LENGTH, LENGTH**2), [5, 24.9], ["contradict", "'f0' = 5", "'f1' = 24.9"], []),
     ],
 )
 def test_no_lambda_gives_these_moments(phi, mu, there, absent):
@@ -859,7 +864,8 @@ def test_a_contradiction_is_told_in_whole_numbers():
         (TOPIC, [0.3, 0.3, 0.3999]),
         (ALL_TOPICS[:, :2], [0.5, 0.4999]),
         (columns(COIN, COIN * (INDEX % 2)[:, None]), [0.5, 0.4999]),
-        (columns(LENGTH, LENGTH**2), [5, 25.3]),  # between 5² and what the integers 0 .. 10 allow
+        # with a mean of 5, integers from 0 to 10 have a mean square between 25 and 50
+        (columns(LENGTH, LENGTH**2), [5, 25.3]),
         (columns(LENGTH, LENGTH**2), [5, 49.9]),
         (columns(COIN, LENGTH), [0.999, 9.99]),
     ],
@@ -867,14 +873,14 @@ def test_a_contradiction_is_told_in_whole_numbers():
 def test_moments_close_to_the_edge_are_found(phi, mu):
     found = fit_lambda(phi, mu)
     assert found.converged
-    # without the dual: the weights that lambda gives, straight from the definition
+    # the check does without the dual: it takes the weights that lambda gives from the definition
     p = (phi @ torch.tensor(found.lambda_, dtype=torch.float64)).softmax(0)
     assert (p @ phi).tolist() == pytest.approx(mu, rel=1e-7)
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_reachable_or_not_is_told_right(seed):
-    """Of random clouds, moments of a random tilt are found. A vertex of the hull and what is beyond it are refused."""
+    """In random clouds, moments of a random tilt are found. A vertex of the hull and what is beyond it are refused."""
     g = torch.Generator().manual_seed(seed)
     f, n, c = 2 + seed % 4, 30 + 20 * (seed % 30), 1 if seed % 3 else 4
     phi = torch.randn(n, f, generator=g, dtype=torch.float64)
@@ -892,7 +898,7 @@ def test_reachable_or_not_is_told_right(seed):
 
 
 def test_contexts_limit_what_can_be_reached():
-    """A feature of the prompt alone can't be moved; one that is fixed in half of the contexts only half way."""
+    """A feature of the prompt alone can't be moved. One that is fixed in half of the contexts moves only half way."""
     ids = INDEX % 2
     with pytest.raises(ValueError, match=r"'f' = 0.6 is degenerate.*constant within each context"):
         fit_lambda(ids.double()[:, None], [0.6], context_id=ids, names=["f"])
@@ -958,7 +964,7 @@ def test_fit_of_samples_that_are_given():
     target = EBM(base, [Moment(she, 0.5), Contains("king"), Moment(Contains("queen"), 0)])
     assert target.fit(bios()) is target
     assert len(she.seen) == 400 and base.asked == []
-    # among kings every second is a she
+    # half of the texts with king have she already
     assert target.lambda_.tolist() == pytest.approx([0.0], abs=1e-9)
     report = target.report
     assert report.base[0].value == pytest.approx(0.5) and report.n == 400 and report.n_positive == 40
@@ -997,7 +1003,7 @@ def test_fit_draws_from_the_base(args, asked):
     base = Base(drawn=bios())
     target = EBM(base, [Moment(Contains("king"), 0.2)]).fit(**args)
     asked = {"seed": seed_for(0, "fit"), **asked} if "seed" not in args else asked
-    if "contexts" not in args:  # in parts
+    if "contexts" not in args:  # without contexts the samples are drawn in parts
         assert sum(each["n"] for each in base.asked) == 10_240
         asked = {key: value for key, value in asked.items() if key != "n"}
     assert target.report.max_new_tokens == base.asked[0]["max_new_tokens"]
@@ -1068,7 +1074,8 @@ def test_samples_at_another_temperature_are_refused():
     other = dataclasses.replace(bios(), temperature=0.7)
     with pytest.raises(ValueError, match=r"temperature 1.*0.7.*fit again"):
         target.log_prob(other)
-    target.lambda_ = target.lambda_  # by hand: nothing is known of a temperature
+    # nothing is known of the temperature of a lambda that was set by hand
+    target.lambda_ = target.lambda_
     assert target.log_prob(other).isfinite().all()
 
 

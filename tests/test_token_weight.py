@@ -23,7 +23,7 @@ from dmfast.objectives import Terms
 
 
 def own_dpg(terms: Terms) -> Tensor:
-    """Return a function in the place of ``dpg``."""
+    """Weigh as ``dpg`` does, in a function of the user's own."""
     assert terms.log_target_ratio is not None
     return terms.log_target_ratio.exp()
 
@@ -33,7 +33,7 @@ objectives = pytest.mark.parametrize("objective", OBJECTIVES)
 
 
 def weights_of(tokens: Tensor, seed: int = 0) -> Tensor:
-    """Of both signs, a third of them 0, in fp32; NaN on a token that -100 leaves out."""
+    """Return fp32 weights of both signs. A third of them are 0, and a token that -100 leaves out has NaN."""
     torch.manual_seed(3000 + seed)
     w = torch.randn(tokens.shape) * (torch.rand(tokens.shape) > 0.3)
     return torch.where(tokens == -100, NAN, w)
@@ -43,7 +43,7 @@ def weights_of(tokens: Tensor, seed: int = 0) -> Tensor:
 
 
 def test_by_hand() -> None:
-    """p = (3/4, 1/4) on both tokens, A = 2: the loss is -2 (3 log 3/4 - log 1/4), its gradient -2 w (onehot - p)."""
+    """At p = (3/4, 1/4) and A = 2 the loss is -2 (3 log 3/4 - log 1/4) with the gradient -2 w (onehot - p)."""
     logits = torch.tensor([[[math.log(3.0), 0.0]] * 2]).double().requires_grad_()
     w = torch.tensor([[3.0, -1.0]], requires_grad=True)
     out = dmfast.dm_loss(logits, torch.tensor([[0, 1]]), objective="reinforce", on_policy=True,
@@ -58,7 +58,7 @@ def test_by_hand() -> None:
 @objectives
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_the_oracle_against_a_formula_of_its_own(packed: bool, objective: str) -> None:
-    """A is of the plain sums, and a bonus of the entropy is not weighted."""
+    """A is of the plain sums, and the entropy's bonus is not weighted."""
     torch.manual_seed(0)
     z = 2 * torch.randn(3, 4, 9).double()
     z[0, 1, 3:] = -INF
@@ -94,7 +94,7 @@ def test_the_oracle_against_a_formula_of_its_own(packed: bool, objective: str) -
 @objectives
 @pytest.mark.parametrize("layout", ["sliced", "transposed", "packed64"])
 def test_layouts_and_objectives(layout: str, objective: str, inplace: bool, dtype: torch.dtype) -> None:
-    """gdc++'s weight depends on pi: two passes; dpg's is known: one; the user's own goes through log pi."""
+    """gdc++'s weight depends on pi and takes two passes. dpg's takes one, and the user's own goes through log pi."""
     case = make_case(layout, dtype, 1031 if objective == "dpg" else 127)
     bonus = 0.4 * (layout == "sliced")
     check(case, inplace=inplace, objective=OBJECTIVES[objective], max_weight=3.0, entropy_coefficient=bonus,
@@ -170,7 +170,7 @@ def test_no_sequences_and_empty_ones() -> None:
 @pytest.mark.parametrize("rows", [3, 13, 1000])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_linear(layout: str, rows: int, objective: str) -> None:
-    """Sequences may come in parts, several a chunk, or all at once, with and without a bias."""
+    """Sequences may come in parts, several in a chunk, or all at once, with and without a bias."""
     case = make_linear(layout, bias=rows != 13)
     check_linear(case, rows, objective=OBJECTIVES[objective], max_weight=5.0, token_weight=weights_of(case.tokens),
                  softcap=5.0 if rows == 3 else None, entropy_coefficient=0.3 * (rows == 13))  # fmt: skip
@@ -295,7 +295,7 @@ def within(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
 @pytest.mark.parametrize("backend", [None, "eager"], ids=["kernels", "eager"])
 @pytest.mark.parametrize("theirs", [grpo, dapo, cispo])
 def test_losses_that_clip_each_token(theirs: object, backend: str | None) -> None:
-    """Make two calls. The first scores, and the second has the weights that were made of its log pi."""
+    """The first call scores, and the second has the weights that were made of its log pi."""
     logits, tokens, scored, log_q, advantage = off_policy()
     leaf = logits.clone().requires_grad_()
     log_pi = leaf.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]

@@ -26,9 +26,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*fr
 @pytest.mark.parametrize(
     "settings",
     [
-        {"proposal_interval": 4},  # stopped between two checks
-        {"proposal_interval": 5, "proposal_criterion": "interval"},  # stopped just after a swap
-        {  # 3 prompts a step in 3 microbatches: stopped in the middle of an epoch of 7
+        {"proposal_interval": 4},  # the run stops between two checks
+        {"proposal_interval": 5, "proposal_criterion": "interval"},  # the run stops just after a swap
+        # a step takes 3 prompts in 3 microbatches, so the run stops in the middle of an epoch of 7
+        {
             "proposal_interval": 4,
             "proposal_criterion": "interval",
             "prompts": PROMPTS,
@@ -45,11 +46,12 @@ def test_resumed_is_as_if_never_stopped(tmp_path, settings):
     straight = here(tmp_path / "straight", **settings)
     stopped = here(tmp_path / "stopped", stop=10, **settings)
     assert (stopped["steps"], straight["steps"]) == (10, 20) and stopped["digest"] != straight["digest"]
-    resume = in_process if "prompts" in settings else here  # which shows that a checkpoint holds all that counts
+    # resuming in a process of its own shows that a checkpoint holds all that counts
+    resume = in_process if "prompts" in settings else here
     resumed = resume(tmp_path / "stopped", resume=str(tmp_path / "stopped" / "checkpoint-10"), **settings)
     assert resumed["digest"] == straight["digest"]
     assert resumed["swaps"] == straight["swaps"] > 0
-    # as text, in which NaN is NaN
+    # in text, NaN is the same as NaN
     timeless = [[str({k: v for k, v in sorted(h.items()) if not k.startswith("seconds_")}) for h in run["log"]]
                 for run in (resumed, straight)]  # fmt: skip
     assert timeless[0] == timeless[1]
@@ -72,7 +74,7 @@ def test_on_policy_resumes_too(tmp_path):
 
 @pytest.mark.parametrize("stop", [3, 4, 6], ids=["within an epoch", "between epochs", "within a later epoch"])
 def test_random_scorers_go_on_where_they_stopped(tmp_path, stop):
-    """Of everything random only a user's function draws from torch's own state."""
+    """A user's function is the only thing that draws from torch's own random state."""
     settings = {
         "prompts": PROMPTS[:4], "samples_per_context": 8, "max_steps": 8, "num_train_epochs": 2,
         "constraints": [Scorer(lambda texts: torch.rand(len(texts)), name="random")],
@@ -86,7 +88,7 @@ def test_random_scorers_go_on_where_they_stopped(tmp_path, stop):
 
 
 def test_rotation_and_the_best_model(tmp_path):
-    """KL(pi||a) grows by far more than its error."""
+    """KL(pi||a) grows by far more than its error, so the first model is the best."""
     trainer = job(
         tmp_path, learning_rate=0.03, max_steps=5, save_strategy="steps", save_steps=1, save_total_limit=2,
         eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, metric_for_best_model="kl_policy_base",
@@ -95,9 +97,11 @@ def test_rotation_and_the_best_model(tmp_path):
     trainer.train()
     trainer.save_model(str(tmp_path.parent / "best"))
     card = (tmp_path.parent / "best" / "README.md").read_text()
-    assert "1 optimiser steps of 8" in card and "Evaluation at step 1" in card  # of the model that is there
+    # the card is that of the model that was loaded
+    assert "1 optimiser steps of 8" in card and "Evaluation at step 1" in card
     best = trainer.state.best_model_checkpoint
-    assert best == str(tmp_path / "checkpoint-1")  # at learning rate 0 nothing has moved
+    # the first step has learning rate 0, so nothing has moved
+    assert best == str(tmp_path / "checkpoint-1")
     kept = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
     assert kept == ["checkpoint-1", "checkpoint-5"]
     assert all(checkpoint.fault(tmp_path / name) is None for name in kept)
@@ -133,7 +137,7 @@ def test_there_is_nothing_to_resume_from(tmp_path):
 
 
 class Fill(TrainerCallback):
-    """A disk that takes no file of more than ``size`` bytes from a step on."""
+    """Be a disk that takes no file of more than ``size`` bytes from a step on."""
 
     def __init__(self, step, size):
         self.step, self.size = step, size
@@ -145,7 +149,7 @@ class Fill(TrainerCallback):
 
 @pytest.mark.parametrize("size", [200, 20_000, 60_000])
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, size, capsys):
-    """Written in part: the model's file, then the optimiser's, then none."""
+    """200 bytes are too few for the first file, 20,000 for the model's, and 60,000 for the optimiser's."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     trainer = job(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, callbacks=[Fill(2, size)])
     try:

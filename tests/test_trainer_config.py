@@ -22,7 +22,8 @@ from trainer_tools import (
 import dmfast
 from dmfast import EBM, Contains, LanguageModel, Moment
 
-ParallelismConfig = getattr(accelerate, "ParallelismConfig", SimpleNamespace)  # accelerate has it since 1.10
+# older releases of accelerate than 1.10 do not have it
+ParallelismConfig = getattr(accelerate, "ParallelismConfig", SimpleNamespace)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
 
@@ -94,9 +95,8 @@ def test_parallelism_that_accelerate_launch_sets_is_refused(tmp_path, monkeypatc
 @pytest.mark.parametrize(("name", "what"), [("pp_size", "pipeline"), ("ep_size", "expert")])
 def test_a_model_that_was_spread_in_a_way_that_was_not_tried_is_refused(tmp_path, name, what):
     model = gpt2()
-    model.config.distributed_config = SimpleNamespace(
-        **{name: 2}
-    )  # as from_pretrained(distributed_config=...) leaves it
+    # from_pretrained(distributed_config=...) leaves a model like this
+    model.config.distributed_config = SimpleNamespace(**{name: 2})
     with pytest.raises(
         ValueError, match=rf"DistributedConfig\({name}=2\), and dmfast does not run under {what} parall"
     ):
@@ -232,7 +232,8 @@ def test_faults_of_the_eval_dataset_name_it(tmp_path, rows, match):
     with pytest.raises((TypeError, ValueError), match=match):
         job(tmp_path, eval_dataset=rows)
     trainer = job(tmp_path)
-    if "tokens" not in match:  # evaluate() leaves those to sample
+    # evaluate() lets sample() refuse prompts that are too long
+    if "tokens" not in match:
         with pytest.raises((TypeError, ValueError), match=match):
             trainer.evaluate(rows)
 

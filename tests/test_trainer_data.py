@@ -27,7 +27,7 @@ def test_each_context_once_an_epoch(contexts, n, per_device, accumulation, shuff
     assert len(batches) == len(sampler) and max(map(len, batches)) <= per_device
     rows = [row for batch in batches for row in batch]
     assert sorted(rows) == sorted([row for row in range(contexts) for _ in range(n)])
-    assert rows == [row for row in rows[::n] for _ in range(n)]  # those of a context lie together
+    assert rows == [row for row in rows[::n] for _ in range(n)]  # the sequences of a context lie together
     sampler.set_epoch(1)
     assert (list(sampler) != batches) == shuffle
     sampler.set_epoch(0)
@@ -53,7 +53,7 @@ def test_a_context_that_is_split_is_refused():
 
 
 class Hub:
-    """Be like a datasets.Dataset."""
+    """Behave like a datasets.Dataset."""
 
     def __len__(self):
         return 2
@@ -147,7 +147,7 @@ def test_chat_messages_go_through_the_template(tmp_path):
 
 
 def test_chats_are_the_same_to_base_and_policy(tmp_path):
-    """Its template's arguments and what it continues, and a row that the template refuses is named."""
+    """Both use the template's arguments and continue the last answer. A row that the template refuses is named."""
     tok = tokenizer()
     tok.chat_template = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -209,7 +209,7 @@ def test_checks_of_the_proposal_see_the_rows(tmp_path):
 
 
 def test_a_fit_sees_the_rows():
-    """Each scorer's row is that of the sequence's own prompt; samples bring theirs along."""
+    """Each scorer's row is that of the sequence's own prompt. Samples bring their rows along."""
     seen = []
 
     def scorer(x):

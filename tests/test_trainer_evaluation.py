@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*fr
 
 def test_evaluation_tells_the_truth_of_pi(tmp_path):
     trainer = job(tmp_path, eval_samples=1000, eval_strategy="steps", eval_steps=2, learning_rate=0.0, max_steps=2)
-    trainer.model.lm_head.weight.data[3] *= 2  # pi is not a
+    trainer.model.lm_head.weight.data[3] *= 2  # this makes pi differ from a
     trainer.train()
     metrics = next(h for h in trainer.state.log_history if "eval_kl_policy_base" in h)
     x = trainer.policy.sample(n=5_000, max_new_tokens=6, seed=123)
@@ -32,7 +32,8 @@ def test_evaluation_tells_the_truth_of_pi(tmp_path):
     assert metrics["step"] == 2 and len(trainer.eval_samples) == 1000
     assert metrics["eval_length"] == pytest.approx(float(x.score_mask.sum(1).double().mean()), abs=0.1)
     again = trainer.evaluate()
-    assert again["eval_phi/w3"] == metrics["eval_phi/w3"]  # common random numbers
+    # evaluations use the same random numbers
+    assert again["eval_phi/w3"] == metrics["eval_phi/w3"]
 
 
 def test_evaluation_on_other_prompts(tmp_path):
@@ -49,7 +50,7 @@ def test_predict_has_no_meaning(tmp_path):
 
 
 def test_several_eval_sets_are_told_apart_by_their_names(tmp_path, capsys):
-    """In what evaluate returns, in the log, in the line, in the card; and the best model is found by one of them."""
+    """Their names are in what evaluate returns, in the log, the line and the card. One of them finds the best model."""
     sets = {"short": ["w1", "w2"], "long": ["w1 w2 w3", "w4 w5 w6", "w0 w0 w1"]}
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 2,
                 "load_best_model_at_end": True, "metric_for_best_model": "eval_long_kl_policy_base",
@@ -114,11 +115,12 @@ def test_an_evaluation_says_pass_at_k_where_a_verifier_judges(tmp_path, capsys):
     assert f"pass@1 {found['eval_pass@1']:.3f} ± {found['eval_pass@1_stderr']:.3f}" in capsys.readouterr().out
     assert {f"eval_pass@{k}" for k in (1, 4)} <= job(tmp_path, **settings).evaluate().keys()
     of_one = trainer.evaluate(QUESTIONS[:1])
-    assert "eval_pass@8" in of_one and "eval_pass@8_stderr" not in of_one  # of one prompt there is none
+    # one prompt gives no standard error
+    assert "eval_pass@8" in of_one and "eval_pass@8_stderr" not in of_one
 
 
 def test_what_judges(tmp_path):
-    """Verifiers of the target; else the monitored ones; else a binary reward; and what is not 0 or 1 by a threshold."""
+    """The target's verifiers judge, or else monitored ones, or else a binary reward. Graded ones need a threshold."""
     half = Verifier(lambda texts, rows: [0.5 if "w3" in text else 0.1 for text in texts], truncated="judge")
     for threshold, share in ((0.5, "eval_phi/w3"), (0.6, None)):
         reward = Moment(Contains("w3", name="w3"), 0.6)
@@ -138,10 +140,11 @@ def test_measures_of_two_ranks_are_those_of_all_their_samples(tmp_path):
     trainer = job(tmp_path, constraints=[verifier], prompts=QUESTIONS, samples_per_context=8, eval_samples=48)
     trainer.evaluate()
     x, judge = trainer.eval_samples, Judge((verifier,), k=(1, 4))
-    second = torch.arange(48) % 16 >= 8  # of each prompt
+    second = torch.arange(48) % 16 >= 8  # the second rank has the second half of each prompt's samples
     halves = x[~second], x[second]
 
-    def gather(values):  # called for one half, as that rank would
+    # the measures call this for one half, as that rank would
+    def gather(values):
         name = next(n for n, each in of_first.items() if each.shape == values.shape and torch.equal(each, values))
         return torch.cat([values, of_second[name]])
 

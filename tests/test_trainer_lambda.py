@@ -24,7 +24,7 @@ def test_lambda_is_the_checkpoint_s(tmp_path):
     straight = job(tmp_path / "a")
     straight.train()
     job(tmp_path / "b", callbacks=[StopAt(2)]).train()
-    resumed = job(tmp_path / "b", lambda_=1.4)  # as another fit of the same wish finds it
+    resumed = job(tmp_path / "b", lambda_=1.4)  # another fit of the same wish may find this lambda
     resumed.train(resume_from_checkpoint=True)
     assert resumed.target.lambda_.tolist() == [1.5]
     assert resumed.matcher.running.partitions[0].n == 32
@@ -59,7 +59,7 @@ def poorly_fitted(out, **settings):
 
 
 def test_lambda_is_fitted_again_from_the_samples_of_the_steps(tmp_path):
-    """It is what fit_lambda gives for them with the weights a/q by hand; then Z starts anew."""
+    """The new lambda is what fit_lambda gives for the samples, with the weights a/q by hand. Then Z starts anew."""
     keep = Keep()
     trainer = keep.trainer = poorly_fitted(tmp_path, callbacks=[keep])
     first = trainer.target.lambda_.tolist()
@@ -86,7 +86,8 @@ def test_lambda_is_fitted_again_from_the_samples_of_the_steps(tmp_path):
 
 
 def test_fitting_again_resumes(tmp_path):
-    save = {"save_strategy": "steps", "save_steps": 1, "seed": 3}  # lambda is fitted before the break and after it
+    # with this seed lambda is fitted both before the break and after it
+    save = {"save_strategy": "steps", "save_steps": 1, "seed": 3}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         whole = poorly_fitted(tmp_path / "whole", **save)

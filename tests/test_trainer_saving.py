@@ -45,7 +45,8 @@ def test_lora_trains_the_adapter_alone(tmp_path):
     moved = [n for n, p in model.named_parameters() if n in frozen and not torch.equal(p, frozen[n])]
     assert moved == []
     state = torch.load(tmp_path / "checkpoint-2" / "dmfast_state.pt", weights_only=True)
-    assert all("lora" in name for name in state["matcher"]["proposal"]["model"])  # of q, what training moves
+    # the state holds only those parameters of q that training moves
+    assert all("lora" in name for name in state["matcher"]["proposal"]["model"])
     trainer.save_model(str(tmp_path / "final"))
     assert "library_name: peft" in (tmp_path / "final" / "README.md").read_text()
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "final")
@@ -81,8 +82,10 @@ def test_a_plain_folder_that_needs_no_dmfast(tmp_path):
 
 @pytest.mark.parametrize("ends", [[5, 3], [3]], ids=["two ends", "one"])
 def test_generate_of_a_saved_model_ends_where_training_did(tmp_path, ends):
-    """And the user's temperature and top_k, which training ignores, are as the user had them; transformers refuses to
-    save these, since do_sample is not set."""
+    """The user's temperature and top_k, which training ignores, stay as they were in memory and on disk.
+
+    transformers refuses to save them by itself, since do_sample is not set.
+    """
     model, tok = gpt2(), tokenizer()
     model.generation_config.update(temperature=0.7, top_k=7)
     target = EBM(LanguageModel(gpt2(), tok, eos_token_id=ends), [Contains("w4")])
@@ -111,7 +114,7 @@ def test_generate_of_a_saved_model_ends_where_training_did(tmp_path, ends):
 
 
 def test_a_saved_model_has_all_ends_of_its_generation_config(tmp_path):
-    """It has also ends of which the tokenizer knows nothing, as in most chat models. Training ends there too."""
+    """A saved model also has ends that the tokenizer does not know, as in most chat models. Training ends there too."""
     model, tok = gpt2(), tokenizer()
     model.generation_config.eos_token_id = [5, 3, 8]
     target = EBM(LanguageModel(copy.deepcopy(model), tok), [Contains("w4")])
@@ -148,7 +151,8 @@ def test_the_ends_are_saved_beside_an_adapter(tmp_path, one_backbone):
         saved = GenerationConfig.from_pretrained(folder)
         assert (saved.eos_token_id, saved.top_k) == ([5, 3, 8], 7)
         loaded = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
-        assert loaded.generation_config.eos_token_id == 5  # PEFT reads that of the base, as the guide says
+        # PEFT reads the base's configuration, as the guide says
+        assert loaded.generation_config.eos_token_id == 5
         loaded.get_base_model().generation_config = saved
         assert LanguageModel(loaded, tokenizer()).eos_token_ids == [5, 3, 8]
     assert not (tmp_path / "final" / "config.json").exists()
@@ -184,13 +188,14 @@ def test_a_processor_trains_as_its_tokenizer_does_and_is_saved_whole(tmp_path):
 
 
 class Uploads:
-    """In the place of the hub: what was in a folder when it was pushed, without what was to be left out."""
+    """Stand in for the hub, and keep what is in a folder when it is pushed, except for what is to be left out."""
 
     def __init__(self, monkeypatch):
         self.pushed = []
         for name in ("create_repo", "upload_folder"):
             monkeypatch.setattr(huggingface_hub.HfApi, name, getattr(self, name))
-            if hasattr(transformers.trainer, name):  # older releases took the functions over when they were imported
+            # older releases took the functions over when they were imported
+            if hasattr(transformers.trainer, name):
                 monkeypatch.setattr(transformers.trainer, name, getattr(self, name))
 
     def create_repo(self, repo_id, **kwargs):
@@ -238,7 +243,7 @@ def test_what_is_pushed_is_whole(tmp_path, strategy, wanted, monkeypatch):
     trainer.push_to_hub()
     half = len(wanted) // 2
     for step, (place, folder, fault, files) in zip([2] * half + [4] * (half + 1), uploads.pushed, strict=True):
-        if place:  # a checkpoint, in its own place
+        if place:  # a checkpoint goes to a place of its own
             assert folder == tmp_path / f"checkpoint-{step}" and fault is None
             assert {"dmfast_state.pt", "dmfast_manifest.json", "optimizer.pt", "trainer_state.json"} <= files.keys()
             assert files.keys() >= PLAIN

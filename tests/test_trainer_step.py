@@ -82,11 +82,11 @@ def test_microbatches_hold_sequences_of_about_one_length_without_common_padding(
         assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
         for i, shape in enumerate(shapes):
             both = lengths[2 * i : 2 * i + 2]
-            assert shape in ((2, max(both)), (1, sum(both)))  # side by side, or end to end
+            assert shape in ((2, max(both)), (1, sum(both)))  # the sequences lie side by side or end to end
 
 
 def test_what_a_device_has_recorded_is_raised_before_the_step_counts(tmp_path, monkeypatch):
-    """Of any microbatch, also where sequences of known weight 0 are left out."""
+    """A fault of any microbatch is found, also where sequences of known weight 0 are left out."""
     cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     trainer = job(tmp_path, max_steps=2, skip_zero_weight=True, **SKIP, **cut)
     outputs, loss = [], LanguageModel.loss
@@ -107,7 +107,7 @@ def test_what_a_device_has_recorded_is_raised_before_the_step_counts(tmp_path, m
 
 
 def test_a_ragged_last_step(tmp_path):
-    """7 prompts, 4 in a step in microbatches of 2: the last step has 3 prompts, in microbatches of 2 and 1."""
+    """Of 7 prompts a step takes 4 in microbatches of 2, so the last step has 3, in microbatches of 2 and 1."""
     settings = {"prompts": PROMPTS, "max_steps": -1, "num_train_epochs": 1}
     ragged, gradients, keep = run(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, **settings)
     assert [len(step.samples) for step in keep.steps] == [4, 3]
@@ -119,7 +119,7 @@ def test_a_ragged_last_step(tmp_path):
 
 
 def test_two_processes_give_one_process_s_gradients_and_swaps(tmp_path):
-    # not Adam, which makes steps of full size out of rounding where a gradient is nearly 0
+    # Adam would make steps of full size out of rounding where a gradient is nearly 0
     common = {"max_steps": 6, "proposal_interval": 2, "optim": "sgd", "learning_rate": 1e-2, "warmup_steps": 0}
     common |= {"gradient_variance_steps": 1, "eval_strategy": "steps", "eval_steps": 6, "eval_diversity": 32}
     one = here(tmp_path / "one", per_device_train_batch_size=32, **common)
@@ -161,7 +161,7 @@ def test_each_context_has_its_own_z(tmp_path, partition):
 
 
 def test_the_target_is_scored_as_the_base_scores(tmp_path):
-    """Before the first swap log a = log q is taken from the sampler; afterwards the base is asked."""
+    """Before the first swap log a = log q comes from the sampler, and afterwards the base is asked."""
     trainer, _, keep = run(tmp_path, max_steps=4, proposal_criterion="interval")
     assert trainer.proposal.swaps == 2
     for step in keep.steps:
@@ -314,7 +314,8 @@ def test_training_again_draws_other_sequences(tmp_path):
 def test_a_step_draws_none_of_the_samples_of_a_fit(tmp_path):
     _, _, keep = run(tmp_path, max_steps=1, seed=0, per_device_train_batch_size=16)
     fitted = keep.trainer.target.base.sample(n=16, max_new_tokens=6, seed=0).tokens.tolist()
-    assert sum(row in fitted for row in keep.steps[0].samples.tokens.tolist()) < 8  # a short one may come up again
+    # a short sequence may come up in both
+    assert sum(row in fitted for row in keep.steps[0].samples.tokens.tolist()) < 8
 
 
 @pytest.mark.parametrize(
@@ -323,7 +324,7 @@ def test_a_step_draws_none_of_the_samples_of_a_fit(tmp_path):
     ids=["a function", "an Objective"],
 )
 def test_an_objective_of_one_s_own(tmp_path, objective):
-    """Its gradients are those of the name that it stands for, and so is the card's."""
+    """Its gradients are those of the named objective that it stands for, and the card names it."""
     named = run(tmp_path / "named", max_steps=2)[1]
     trainer, found, _ = run(tmp_path / "own", max_steps=2, objective=objective)
     assert_close(found[0], named[0])
@@ -333,7 +334,7 @@ def test_an_objective_of_one_s_own(tmp_path, objective):
 
 
 def test_a_reward_that_is_part_of_the_target_is_scored_once(tmp_path):
-    """A step of 8 sequences makes 8 calls."""
+    """A step of 8 sequences makes 8 calls of the scorer."""
     calls = []
 
     def score(x):

@@ -21,14 +21,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*fr
 
 
 def test_ctrl_c_of_one_process_ends_both(tmp_path):
-    """The signal comes to one rank alone, at the end of a step; both end after the next, with one checkpoint."""
+    """The signal comes to one rank alone, at the end of a step. Both end after the next one, with one checkpoint."""
     result = in_process(tmp_path, processes=2, max_steps=6, interrupt=2, per_device_train_batch_size=4)
     assert result["steps"] == 3
     assert checkpoint.fault(tmp_path / "checkpoint-3") is None
 
 
 def test_sigterm_of_one_process_ends_both(tmp_path):
-    """The signal comes to one rank alone, at the start of step 3; both end after it, with one checkpoint."""
+    """The signal comes to one rank alone, at the start of step 3. Both end after that step, with one checkpoint."""
     result = in_process(tmp_path, processes=2, max_steps=6, terminate=2, per_device_train_batch_size=4,
                         enable_jit_checkpoint=True)  # fmt: skip
     assert result["steps"] == 3 and [h["step"] for h in result["log"]] == [1, 2, 3]
@@ -51,7 +51,7 @@ def test_ctrl_c_ends_after_the_step_and_saves(tmp_path):
 
 @pytest.mark.parametrize("eval_steps", [1, 2], ids=["evaluated at that step", "not evaluated"])
 def test_ctrl_c_saves_where_only_the_best_is_saved(tmp_path, eval_steps):
-    """KL(pi||a) grows by far more than its error: no evaluation after the first is the best."""
+    """KL(pi||a) grows by far more than its error, so no evaluation after the first is the best."""
     settings = {
         "learning_rate": 0.03, "max_steps": 5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
         "eval_strategy": "steps", "eval_steps": eval_steps, "save_strategy": "best",
@@ -84,7 +84,8 @@ def test_sigterm_saves_a_checkpoint_that_resumes(tmp_path):
     settings = {"max_steps": 6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     handler = signal.getsignal(signal.SIGTERM)
 
-    def wait():  # for the three seconds of transformers between the signal and the checkpoint
+    # transformers waits three seconds between the signal and its checkpoint
+    def wait():
         limit = time.monotonic() + 60
         while not trainer._jit.asked and time.monotonic() < limit:
             time.sleep(0.05)
@@ -105,7 +106,7 @@ def test_sigterm_saves_a_checkpoint_that_resumes(tmp_path):
 
 @pytest.fixture
 def no_wait(monkeypatch):
-    """transformers waits three seconds between SIGTERM and its checkpoint."""
+    """Leave out the three seconds that transformers waits between SIGTERM and its checkpoint."""
     monkeypatch.setattr(threading, "Timer", AtOnce)
 
 
@@ -135,7 +136,7 @@ def test_sigterm_at_the_end_of_a_step_keeps_what_was_logged(tmp_path, no_wait):
 @pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end", "on_step_end"])
 @pytest.mark.parametrize("saves", [True, False], ids=["after others", "the first"])
 def test_sigterm_on_a_full_disk(tmp_path, no_wait, event, size, saves, capsys):
-    """Nothing of the checkpoint is left, transformers' mark of an unfinished one neither; earlier ones are whole."""
+    """Nothing of the checkpoint is left, not even transformers' mark of an unfinished one. Earlier ones are whole."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     settings = {"max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     kill = Kill(signal.SIGTERM, 2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1])), event)

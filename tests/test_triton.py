@@ -69,10 +69,11 @@ def test_forcing_it_where_it_can_not_run(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_which_devices_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA tensor takes compiled kernels if there, else Triton; ROCm and XPU take Triton; the CPU does not."""
+    """CUDA takes its compiled kernels where they are, and else Triton. ROCm and XPU take Triton. The CPU does not."""
     monkeypatch.setattr(kernels, "forced", None)
 
-    class Logits:  # a tensor on a device that is not here
+    # no tensor can be on a device that is not here
+    class Logits:
         dtype = torch.float32
 
         def __init__(self, device: str) -> None:
@@ -93,7 +94,7 @@ def test_which_devices_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @in_use
 def test_how_rows_are_divided() -> None:
-    """Three kinds by the length of a row; two packs for each thread. With a softcap two, and 8 logits for each."""
+    """Rows have three kinds of shape by their length, and two kinds with a softcap, where a thread has 8 logits."""
     warps = [launch.shape_of(v, 2, cap=False).warps for v in (31, 6143, 6144, 12287, 12288, 50257)]
     assert warps == [1, 1, 4, 4, 8, 8]
     shapes = [launch.shape_of(v, size, cap=True) for size in (4, 2) for v in (50257, 700)]
@@ -102,7 +103,7 @@ def test_how_rows_are_divided() -> None:
 
 @in_use
 def test_warps_of_64_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AMD's gfx9 has them: as many threads to a row as elsewhere, in half as many warps, and one warp at least."""
+    """AMD's gfx9 has them. A row has as many threads as elsewhere, in half as many warps, but at least one warp."""
     for v, cap, size in itertools.product((31, 6144, 50257), (False, True), (2, 4)):
         narrow, wide = (launch.shape_of(v, size, cap, warp_size) for warp_size in (32, 64))
         assert wide.threads == 64 * wide.warps == max(narrow.threads, 64) and wide.packs == narrow.packs
@@ -123,7 +124,7 @@ def test_warps_of_64_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @in_use
 def test_the_gradient_of_rows_that_are_aligned_otherwise() -> None:
-    """``logits[:, :-1]`` with an odd V, whose new gradient is contiguous, and one where every row is aligned."""
+    """With an odd V the new contiguous gradient of ``logits[:, :-1]`` is aligned otherwise. With V = 40 it is alike."""
     for v, same in ((37, False), (40, True)):
         logits = torch.randn(3, 5, v)
         batch = dmfast.kernels.checks.make_batch(logits[:, :-1], torch.zeros(3, 4).long(), None, None, 1.0, None)
@@ -143,7 +144,8 @@ def test_it_draws_what_eager_draws() -> None:
 
 
 @in_use
-@pytest.mark.parametrize("name", ["gdc++", "dpg in place", "own in place"])  # a compilation takes seconds here
+# a compilation takes seconds, so only these three cases are compiled
+@pytest.mark.parametrize("name", ["gdc++", "dpg in place", "own in place"])
 def test_under_compile_it_is_one_graph(name: str) -> None:
     assert_one_graph(name, "aot_eager")
 
@@ -153,7 +155,7 @@ def test_under_compile_it_is_one_graph(name: str) -> None:
 def test_without_a_graph_break_on_devices_that_are_not_here(
     device: str, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensors without data, and without gradient, which this torch has for its own devices only."""
+    """The tensors have no data and no gradient, because this torch has autograd for its own devices only."""
     if torch.cuda.is_available() or torch.xpu.is_available():
         pytest.skip("there is a device")
     monkeypatch.setattr(kernels, "forced", None)
@@ -177,9 +179,9 @@ def test_without_a_graph_break_on_devices_that_are_not_here(
     assert seen == ["dmfast.score_and_weigh_v6.default"] and loss.device.type == device
 
 
-# What docs/gpu.md states of Triton's log pi, in nats against fp64 of the same stored logits: the largest error of a row
-# of 50,257 logits, and of the mean over rows, which 1,024 tokens add up. Two exp2 stand one after the other: the term's
-# and that of a new maximum.
+# docs/gpu.md states these errors of Triton's log pi, in nats against fp64 of the same stored logits: the largest of a
+# row of 50,257 logits, and that of the mean over rows, which 1,024 tokens add up. A term has two exp2, one after the
+# other: its own and that of a new maximum.
 ROW_ERROR, MEAN_ERROR, OF_EXP2 = 2e-7, 1e-7, 2.3
 
 
@@ -194,7 +196,7 @@ ROW_ERROR, MEAN_ERROR, OF_EXP2 = 2e-7, 1e-7, 2.3
 def test_its_own_accuracy(
     lean: float, dtype: torch.dtype, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With exp2 as numpy has it, and with one off by what PTX allows of ex2.approx, always to the same side."""
+    """exp2 is numpy's, or it is off by what PTX allows of ex2.approx, always to the same side."""
     if lean and not triton.interpreted():
         pytest.skip("a device's exp2 is its own")
     if triton.interpreted():

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
         ([[0.0], [0.0]], {"x": 0.5}, {"x": 0.0}),
         ([[1.0], [1.0]], {"x": 0.5}, {"x": 1.0}),
         ([[0.0], [1.0]], {"x": 0.5}, {}),
-        ([[0.0], [0.0]], {"x": 0.04}, {}),  # p has little there
+        ([[0.0], [0.0]], {"x": 0.04}, {}),  # p has little of x here
         ([[3.0, 0.0], [3.0, 1.0]], {"x": 3.1, "y": 0.5}, {"x": 3.0}),
         ([[0.0]], {}, {}),
     ],
@@ -72,7 +72,7 @@ def step(of, rate=0.0):
 
 @pytest.mark.parametrize("check_samples", [0, 16])
 def test_no_swap_and_no_certainty_rest_on_sequences_without_the_feature(check_samples):
-    """The samples say KL(p||pi) = 0 +- 0 and ESS 16, although half of p is something else."""
+    """The samples would say KL(p||pi) = 0 ± 0 and ESS 16, although half of p is something else."""
     of, shown = None, [False]
     of = matcher(lambda texts: [float(shown[0] and i % 4 == 0) for i in range(len(texts))], check_samples)
     metrics = step(of, rate=0.5)

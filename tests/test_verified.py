@@ -16,7 +16,7 @@ ANSWERS = list("abbacxxyzwrsstt")
 
 
 def choices(k):
-    """For each prompt, every choice of k of its samples."""
+    """Yield for each prompt every choice of k of its samples."""
     for context in (7, 2, 9):
         yield [list(each) for each in itertools.combinations((context == CONTEXT).nonzero()[:, 0].tolist(), k)]
 
@@ -70,12 +70,12 @@ def test_what_gives_no_answer_has_no_vote():
     assert maj_at_k(["a", None, None, None], right, context, 4).value == 1
     assert maj_at_k(["a", "b", None, None], right, context, 4).value == 0.5
     assert maj_at_k([None] * 4, right * 0, context, 4).value == 0
-    # one of four has an answer, and k = 1 asks for that one a quarter of the time
+    # one sample of four has an answer, and k = 1 asks for that one a quarter of the time
     assert maj_at_k(["a", None, None, None], right, context, 1).value == pytest.approx(0.25, abs=0.1)
 
 
 def test_all_measures_by_hand():
-    """Two prompts with four samples each: 1 right of 4, and 2 different right ones and 1 of them twice."""
+    """Of two prompts with four samples each, one has 1 right sample, and the other has 3, two of which are the same."""
     right = torch.tensor([1, 0, 0, 0, 1, 1, 1, 0], dtype=torch.bool)
     found = measure(
         right, torch.tensor([5] * 4 + [3] * 4), (1, 2), texts=["a", "b", "a ", "c", "x", " x", "y", "z"],
@@ -91,7 +91,8 @@ def test_all_measures_by_hand():
     for name, (first, second) in by_hand.items():
         assert found[name].value == pytest.approx((first + second) / 2, abs=1e-12), name
         assert found[name].stderr == pytest.approx(abs(first - second) / 2, abs=1e-12), name
-    # pairs of 1, 2, 2, None: 1 wins (1, None) and half of (1, 2) twice, so 2 of 6; of 7, 7, 7, 8: 3 and half of 3
+    # of the 6 pairs of 1, 2, 2, None, answer 1 wins (1, None) and half of (1, 2) twice; of 7, 7, 7, 8, answer 7 wins 3
+    # pairs and half of 3
     assert found["maj@2"].value == pytest.approx((2 / 6 + 4.5 / 6) / 2, abs=0.04)
 
 

@@ -21,7 +21,7 @@ BYTES = byte_tokenizer()
 
 
 def samples(texts, answers, *, ended=None, **columns):
-    """Completions with rows that have an answer each; those that did not end lack their EOS."""
+    """Return completions with rows that have an answer each. Those that did not end lack their EOS."""
     rows = [{"answer": each} | {name: value[i] for name, value in columns.items()} for i, each in enumerate(answers)]
     x = written(texts, tokenizer=BYTES)
     for i in range(len(texts)):
@@ -219,5 +219,6 @@ def test_what_has_finished_is_what_ends_in_an_eos():
     assert x.finished.tolist() == [True, False, True]
     nothing = dataclasses.replace(x, score_mask=torch.zeros_like(x.score_mask))
     assert nothing.finished.tolist() == [False] * 3
-    other = dataclasses.replace(x, eos_token_ids=(int(x.tokens[0, x.prompt_len]),))  # "4" is an end, EOS is none
+    # here "4" ends a sequence, and EOS does not
+    other = dataclasses.replace(x, eos_token_ids=(int(x.tokens[0, x.prompt_len]),))
     assert other.finished.tolist() == [False] * 3

@@ -30,7 +30,7 @@ def test_machine_code_holds_no_mmx():
     assert re.findall(r"^.*%mm[0-7]\b.*$", code, re.MULTILINE) == []
 
 
-# The instruction set is chosen by the machine: scripts/ci/sanitize.sh runs this on an optimised build of the baseline.
+# the machine chooses the instruction set, so scripts/ci/sanitize.sh runs this on an optimised build of the baseline
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("objective", ["dpg", "gdc++"])
 @pytest.mark.parametrize("entropy", [False, True], ids=["plain", "entropy"])

@@ -65,11 +65,13 @@ def llama(seed=0):
 
 def job(out, *, model=None, base=None, constraints=None, prompts=None, tok=None, callbacks=(), lambda_=1.5, reward=None,
         lora=None, eval_dataset=None, objective=None, **args):  # fmt: skip
-    """A trainer on GPT-2 of 2 layers x 16: 60% of the sequences have w3. lora: of peft.LoraConfig, on one backbone.
-    base: the model of a, in place of a copy.
+    """Return a trainer on GPT-2 of 2 layers x 16, whose target has w3 in 60% of the sequences.
 
-    The seed is one with w3 among the samples of every step: without any A is 0 but for its rounding, which Adam would
-    make a step of full size, another one on every machine. And pi is nearer to p than q by .4 nats at step 4.
+    ``lora`` has the arguments of peft.LoraConfig, and policy and base then share one backbone. ``base`` is the model of
+    a, in place of a copy.
+
+    With this seed every step has w3 among its samples. Without any, A would be 0 but for its rounding, of which Adam
+    would make a step of full size, another one on every machine. At step 4, pi is nearer to p than q by .4 nats.
     """
     model = gpt2() if model is None else model
     tok = tokenizer() if tok is None else tok
@@ -97,7 +99,7 @@ def job(out, *, model=None, base=None, constraints=None, prompts=None, tok=None,
 
 
 class StopAt(TrainerCallback):
-    """Ends training after a step, with a checkpoint."""
+    """End training after a step, with a checkpoint."""
 
     def __init__(self, step):
         self.step = step
@@ -108,14 +110,14 @@ class StopAt(TrainerCallback):
 
 
 class AtOnce(threading.Timer):
-    """In the place of the three seconds that transformers waits between SIGTERM and its checkpoint."""
+    """Leave out the three seconds that transformers waits between SIGTERM and its checkpoint."""
 
     def start(self):
         self.function()
 
 
 def whole(tensor):
-    """Return all of a tensor, of which this rank may have a shard."""
+    """Return the whole of a tensor, of which this rank may have a shard."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -131,7 +133,7 @@ class Gradients(TrainerCallback):
 
 
 class Kill(TrainerCallback):
-    """Sends a signal to its own process, by default while a step is running."""
+    """Send a signal to the own process, by default while a step is running."""
 
     def __init__(self, number, step, then=lambda: None, event="on_substep_end"):
         self.number, self.step, self.then = number, step, then

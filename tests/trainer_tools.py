@@ -95,12 +95,13 @@ def inputs_by_hand(trainer, step, objective):
 
 def assert_close(found, wanted, tolerance=2e-5):
     assert found.keys() == wanted.keys()
-    scale = max(0.1, *(float(g.abs().max()) for g in wanted.values()))  # gdc++ starts with weights of nearly 0
+    # gdc++ starts with weights of nearly 0
+    scale = max(0.1, *(float(g.abs().max()) for g in wanted.values()))
     for name, gradient in found.items():
         torch.testing.assert_close(gradient.double(), wanted[name].double(), rtol=0, atol=tolerance * scale, msg=name)
 
 
-#: A job some of whose sequences have weight 0, which is known before the policy's forward.
+#: Some sequences of this job have weight 0, which is known before the policy's forward.
 SKIP = {"constraints": [Contains("w4")], "objective": "dpg", "max_new_tokens": 3, "proposal_interval": 100}
 
 

@@ -122,7 +122,7 @@ def refused(spoil):
     spoil(rank, call)
     try:
         dmfast.linear_dm_loss(**call).check()
-    except Exception as error:  # whichever it is, the test compares it
+    except Exception as error:  # the test compares the message of any error
         return f"{type(error).__name__}: {error}"
     finally:
         Cpu.records_faults = False
@@ -145,7 +145,7 @@ def label_of_probability_0(rank, call):
 
 
 def recorded(rank, call):
-    """As a device would: what is wrong is read by ``out.check()``."""
+    """Record what is wrong, as a device does. ``out.check()`` reads it."""
     nan_in_one(rank, call)
     Cpu.records_faults = True
 
@@ -185,7 +185,7 @@ def other_token_weight(rank, call):
 
 
 def breaks_within(rank, call):
-    """A rank whose kernel fails once the exchange has begun."""
+    """Let the kernel of a rank fail once the exchange has begun."""
     if rank == 1:
         real = Cpu.forward
 

@@ -1,13 +1,13 @@
-"""Trains the sentiment classifier of the two classifier tasks, on sentences that people have rated.
+"""Train the sentiment classifier of the two classifier tasks, on sentences that people have rated.
 
     python benchmarks/paper/classifier.py
 
-The data are the 23,703 sentences (tweets, film and product reviews, editorials) with a mean rating from -4 to 4 each of
-Hutto and Gilbert (2014), in the source package of vaderSentiment 3.3.2 (MIT licence), which is fetched into the cache
-folder; no sentence is kept here. POSITIVE and NEGATIVE are ratings beyond +-0.75, NEUTRAL what lies between. The
-classifier, a DistilBERT of one layer x 64, has read no biography. Its vocabulary is that of the biographies and the
-commonest words of the sentences; a twentieth of the sentences is held out, and what comes out on it stands in
-``classifier/training.json``.
+The data are the 23,703 sentences (tweets, film and product reviews, editorials) of Hutto and Gilbert (2014), each with
+a mean rating from -4 to 4. They are in the source package of vaderSentiment 3.3.2 (MIT licence), which is fetched into
+the cache folder. No sentence is kept here. POSITIVE and NEGATIVE are ratings beyond ±0.75, and NEUTRAL is what lies
+between. The classifier, a DistilBERT of one layer x 64, has read no biography. Its vocabulary is that of the
+biographies and the commonest words of the sentences. A twentieth of the sentences is held out, and
+``classifier/training.json`` has the results on it.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def main() -> None:
         model.train()
         for pick in training[torch.randperm(len(training))].split(64):
             inputs = batch([rows[i] for i in pick])
-            hidden = torch.rand(inputs["input_ids"].shape) < 0.1  # the classifier must not memorise rare words
+            # hidden words keep the classifier from memorising rare ones
+            hidden = torch.rand(inputs["input_ids"].shape) < 0.1
             inputs["input_ids"] = inputs["input_ids"].masked_fill(hidden & (inputs["attention_mask"] == 1), 1)
             optimizer.zero_grad()
             cross_entropy(model(**inputs).logits, labels[pick]).backward()

@@ -145,7 +145,8 @@ def plan(parts: Sequence[str], folder: Path) -> Iterator[Run]:
         elif part == "batch":
             for seed in SEEDS:
                 for task in STUDIED:
-                    for batch in (64, 128, 512):  # 256 belongs to the main grid
+                    # the main grid has batches of 256
+                    for batch in (64, 128, 512):
                         yield from (Run(part, task, m, seed, rates[m], batch) for m in ("gdc", "gdc++"))
         elif part == "variants":
             for seed in SEEDS:
@@ -188,7 +189,8 @@ def execute(run: Run, folder: Path) -> float:
     """
     start = time.perf_counter()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    # glibc then keeps freed memory; otherwise it maps every activation anew, a tenth of the time of a small model
+    # with these settings glibc keeps freed memory; otherwise it maps every activation anew, a tenth of the time of a
+    # small model
     environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
     done = subprocess.run(
         [sys.executable, str(HERE / "run.py"), *run.arguments, "--out", str(folder / run.name)],

@@ -1,4 +1,4 @@
-"""Writes the ten tasks as recipes of ``dmfast train``: ``tasks/`` on tiny-bios, ``smollm2/`` on SmolLM2-135M.
+"""Write the ten tasks as recipes of ``dmfast train``: ``tasks/`` on tiny-bios, ``smollm2/`` on SmolLM2-135M.
 
     python benchmarks/paper/recipes.py
 
@@ -63,7 +63,8 @@ TINY = {
     "warmup_steps": 10, "max_new_tokens": 48, "proposal_interval": 10, "eval_strategy": "steps", "eval_steps": 16,
     "eval_samples": 2048, "save_strategy": "no", "seed": 0,
 }  # fmt: skip
-# these are the paper's: B = 512, 40 tokens, 100 warm-up steps, a check of q every 10 steps, DMConfig's learning rate
+# these settings are the paper's: B = 512, 40 tokens, 100 warm-up steps, a check of q every 10 steps, DMConfig's
+# learning rate
 SMOLLM2 = {
     "objective": "gdc++", "max_steps": 1000, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 8,
     "samples_per_context": 512, "sampling_batch_size": 512, "learning_rate": 1.41e-5, "warmup_steps": 100,

@@ -61,7 +61,8 @@ class Runs:
                 self.failed[run] = result | {"again": f"{run}.json" in results}
                 continue
             with_best_log_z(result)
-            for evaluation in result["evaluations"]:  # JSON has no NaN
+            # JSON has no NaN, and has null in its place
+            for evaluation in result["evaluations"]:
                 evaluation.update({key: math.nan for key, value in evaluation.items() if value is None})
             if "log_prob" in result:
                 result["log_prob"] = [math.nan if value is None else value for value in result["log_prob"]]
@@ -116,7 +117,7 @@ def attained(task: str) -> dict[str, float]:
 
 
 def with_best_log_z(result: Result) -> None:
-    """Return KL(p||pi) of a run with all that is now known of log Z.
+    """Replace KL(p||pi) of a run by the value with all that is now known of log Z.
 
     It differs by a constant of the task and has a smaller error.
     """

@@ -27,12 +27,13 @@ from dmfast.training import DMTrainer, recipe, report
 
 SAMPLES, BATCH, MICROBATCH, EVALUATIONS, DIVERSITY = 20_480, 256, 64, 5, 200
 
-# What differs from the recipe. The reward methods' settings are those of the paper's code and of
-# TRL, which it uses, but for two epochs of a batch in the place of four, which cost as many forwards.
+# each method changes these settings of the recipe; the reward methods have those of the paper's code and of TRL, which
+# it uses, but take two epochs of a batch in the place of four, which cost as many forwards
 METHODS: dict[str, dict[str, Any]] = {
     "reinforce": {"objective": "reinforce", "on_policy": True},
     "reinforce_p": {"objective": "reinforce_p", "on_policy": True},
-    # Ziegler et al. 2019 in the sequence-level form of dmfast.objectives.PPOClip: no value head, one ratio per sequence
+    # this is Ziegler et al. 2019 in the sequence-level form of dmfast.objectives.PPOClip, with one ratio per sequence
+    # and no value head
     "kl_control": {
         "objective": "kl_control", "on_policy": True, "baseline": "mean", "beta": 0.2, "beta_target_kl": 6.0,
         "beta_horizon": 10_000, "ppo_epochs": 2, "ppo_clip": 0.2,
@@ -102,7 +103,7 @@ class _Evaluations(TrainerCallback):  # type: ignore[misc]
     def __init__(self, known: truth.Truth, batch: int, epochs: int) -> None:
         self.known, self.per_step, self.found = known, batch / epochs, list[dict[str, Any]]()
         self.trainer: Any = None
-        self.log_prob = torch.empty(0)  # log pi of the exact samples of p, at the last evaluation
+        self.log_prob = torch.empty(0)  # log pi of the exact samples of p at the last evaluation
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Evaluate after the trainer, on the same samples."""

@@ -1,17 +1,17 @@
-"""Exact samples of a task's target p, and KL(p||pi) from them: what a policy far from p can't hide.
+"""Draw exact samples of a task's target p, and estimate KL(p||pi) from them, where no policy can hide.
 
     python benchmarks/paper/truth.py TASK...        # writes results/paper/targets/TASK.json and .npz, once
 
 The paper estimates KL(p||pi) with importance weights from samples of another model (q or pi), which are few where p is
-far from it. But p itself can be drawn from: its features are 0 or 1, so that P(x)/a(x) = b(x) exp(lambda phi(x)) has
-a known bound M, and a sample of a that is accepted with probability P/(M a) is a sample of p, whatever policy is
-measured. Drawn once, they give for every policy
+far from it. But p itself can be drawn from. Its features are 0 or 1, so that P(x)/a(x) = b(x) exp(lambda phi(x)) has a
+known bound M. A sample of a that is accepted with probability P/(M a) is a sample of p, whatever policy is measured.
+Drawn once, these samples give for every policy
 
     KL(p||pi) = mean over x ~ p of [log P(x) - log pi(x)] - log Z,      Z = M * the share that was accepted,
 
-on the same samples, so that two policies are compared in pairs, where even the error of log Z drops out. In KL(p||pi)
-itself it does not: so Z is measured again as the mean of P/a over many more samples of a, the same ones for all tasks,
-which give E_a[phi], E_p[phi] and KL(p||a), too.
+on the same samples. So two policies are compared in pairs, where even the error of log Z drops out. In KL(p||pi) itself
+it does not. So Z is measured again as the mean of P/a over many more samples of a, the same ones for all tasks, which
+give E_a[phi], E_p[phi] and KL(p||a), too.
 """
 
 from __future__ import annotations
@@ -40,17 +40,19 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "paper"
 TASKS = tuple(sorted(path.stem for path in (HERE / "tasks").glob("*.yaml")))
 SAMPLES = 2048
-BASE_SAMPLES, OF_A_CLASSIFIER = 2**19, 2**16  # samples of a; fewer where a network reads each of them
+# this many samples of a are drawn, or fewer where a network reads each of them
+BASE_SAMPLES, OF_A_CLASSIFIER = 2**19, 2**16
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known of a target.
+    """Hold what is known of a target.
 
     Attributes:
-        samples: of p. log_target: (N,) fp64, log P of them. log_z: from the share that was accepted and, if
-            there, the samples of a.
-        target_state: of the ``EBM``, with its lambda.
+        samples: samples of p.
+        log_target: (N,) fp64, log P of the samples.
+        log_z: log Z from the share that was accepted and, if there, the samples of a.
+        target_state: the state of the ``EBM``, with its lambda.
     """
 
     samples: Samples

@@ -19,28 +19,31 @@ import amd_code
 from inner_loops import per_logit, rounds
 from machine_code import ARCHS, Code, all_code, versions
 
-REGISTERS = 65536  # of a multiprocessor, of all these architectures
+# each multiprocessor of these architectures has this many
+REGISTERS = 65536
 # A multiprocessor must hold at least this many warps of a kernel. The first line whose words are all in the name of the
 # kernel counts. No kernel has fewer than 24 warps. With two loads of 16 bytes a thread, 24 warps have 24 KB under way,
 # and an H100 needs 17 KB where memory answers after 0.7 us. A kernel that is not bound by memory needs more warps to
 # hide its arithmetic. It has them, unless a softcap takes the registers.
 WARPS = [
-    ("CUDA score_rows known", 24),  # two blocks of plan.h's 384 threads
+    ("CUDA score_rows known", 24),  # plan.h gives a block 384 threads, so these are two blocks
     ("CUDA score_", 32),
     ("CUDA write_rows cap", 32),
-    ("CUDA write_rows", 40),  # the five blocks of its __launch_bounds__, or six
+    # these are the five blocks of its __launch_bounds__, and there may be six
+    ("CUDA write_rows", 40),
     ("CUDA scale_rows", 48),
-    ("CUDA sample_rows", 32),  # two blocks, whose warps load a tile ahead
+    # these are two blocks, whose warps load a tile ahead
+    ("CUDA sample_rows", 32),
     ("Triton score_rows known cap", 24),
     ("Triton score_rows", 32),
     ("Triton write_rows cap bonus", 24),
     ("Triton write_rows bonus", 32),
     ("Triton write_rows cap", 28),
-    ("Triton write_rows short", 32),  # blocks of one warp, of which there are 32
+    ("Triton write_rows short", 32),  # a block has one warp, and there are 32 blocks
     ("Triton write_rows", 40),
     ("Triton scale_rows", 48),
     ("Triton sample_rows", 24),
-    ("Triton sum_rows", 24),  # a sequence each, few
+    ("Triton sum_rows", 24),  # a warp takes a sequence, and there are few
 ]
 
 # A kernel's rounds may take at most this many instructions for each logit on their shortest way. The first line whose

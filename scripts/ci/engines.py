@@ -42,7 +42,7 @@ from dmfast.training.recipe import TINY_BIOS  # noqa: E402
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTERS = ("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", *MODULES)
 ANSWERS = ROOT / "tests" / "vllm_answers.json"
-SECONDS = 600  # how long a server may take to start
+SECONDS = 600  # a server may take this long to start
 
 
 def free_port() -> int:
@@ -242,7 +242,7 @@ def check_adapters() -> None:
         port = int(url.rpartition(":")[2])
         assert len(sampler._adapters_there()) == 1, "adapters of earlier versions of q stay"
         x = sampler.sample([[0]], 16, max_new_tokens=20, seed=3)
-        sampler._unload(str(sampler._tag))  # as a restart would
+        sampler._unload(str(sampler._tag))  # a restart would lose the adapter in the same way
         again = sampler.sample([[0]], 16, max_new_tokens=20, seed=3)
         assert torch.equal(x.tokens, again.tokens)
         assert ask(port, "GET", "/weight_info", None)["answer"]["weight_version"] == "default"
@@ -302,7 +302,8 @@ CHECKS = {"http": check_http, "half": check_half_load, "top-p": check_truncated,
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # or the server would outlive this process
+    # without this, the server would outlive this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checks", nargs="*", help=f"of {', '.join(CHECKS)}; default: all")
     parser.add_argument("--record", action="store_true")

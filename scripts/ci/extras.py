@@ -24,16 +24,18 @@ import tomllib
 HERE = Path(__file__).parents[2]
 DEVELOPERS = {"test", "docs", "demo"}  # demo is another name of train
 NEWEST = "3.13"
-OLDEST = {"trl": "3.11", "vllm": "3.11", "bench": "3.11", "deepspeed": "3.11"}  # of the others: FIRST
+# the oldest Python of the others is FIRST
+OLDEST = {"trl": "3.11", "vllm": "3.11", "bench": "3.11", "deepspeed": "3.11"}
 FIRST = "3.10"
-#: Resolved together, with nothing pinned. DeepSpeed was tried with transformers 5.24, which vLLM 0.33 does not take.
+#: These are resolved together, unpinned. DeepSpeed was tried with transformers 5.24, which vLLM 0.33 does not take.
 TOGETHER = [
     ("vllm",),
     ("train", "vllm", "trl", "ray", "triton", "verify", "bench"),
     ("deepspeed", "trl", "ray", "triton"),
 ]
-BRINGS = {"train": "transformers", "verify": "math-verify", "bench": "liger-kernel"}  # of the others: their own name
-#: The oldest releases that dmfast runs on, by docs/versions.md and docs/engines.md. They are not read from
+# the others bring a package of their own name
+BRINGS = {"train": "transformers", "verify": "math-verify", "bench": "liger-kernel"}
+#: dmfast runs on these releases and on no older ones, by docs/versions.md and docs/engines.md. They are not read from
 #: pyproject.toml, so that a floor that is lost there is found.
 FLOORS = {
     "torch": "2.6", "numpy": "1.26", "transformers": "5.0", "accelerate": "1.3", "vllm": "0.32", "trl": "1.16",
@@ -112,7 +114,7 @@ def main() -> None:
             return {}, [str(error)]
         return resolved, faults(case[0], resolved)
 
-    with ThreadPoolExecutor(8) as pool:  # they wait for the network
+    with ThreadPoolExecutor(8) as pool:  # resolutions wait for the network, so many run at once
         for (extras, python, pinned), (resolved, found) in zip(cases, pool.map(one, cases), strict=True):
             names = sorted({*FLOORS, *tried("deepspeed"), "triton"} & set(resolved))
             asked = f"[{','.join(extras)}] Python {python}{', constraints.txt' * pinned}"

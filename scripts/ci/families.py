@@ -100,7 +100,7 @@ def main() -> int:
     names = [name for name in sys.argv[1:] if not name.startswith("-")]
     found: dict[str, families.Verdict] = {}
     start = time.perf_counter()
-    gc.freeze()  # spares the collector what was imported
+    gc.freeze()  # this spares the collector what was imported
     for name in names or families.families() + families.multimodal():
         found[name] = verdict = families.verdict(name)
         if names or verdict.kind in FAILURES:

@@ -77,7 +77,7 @@ RUNS = {
 #: This run draws from q for one of the runs above.
 ENGINE = "another engine"
 RUNS[ENGINE] = {"model": "llama", "check_scores": False, "save_strategy": "steps", "save_steps": 3}
-#: Clipping adds the norm's terms in another order; FSDP computes in bf16 what autocast leaves in fp32.
+#: Clipping adds the norm's terms in another order, and FSDP computes in bf16 what autocast leaves in fp32.
 ROUNDED = {"clipping": 1e-5, "bf16": 0.1}
 #: These variables are set by ``accelerate launch --use_fsdp --fsdp_version 2``.
 LAUNCHER = {

@@ -60,7 +60,7 @@ class Loop(NamedTuple):
 
 def _way(first: int, last: int, leads: dict[int, list[int]], better: Callable[[int, int], bool]) -> set[int] | None:
     """Return the instructions of the shortest or longest forward way from one to another, or None."""
-    # for each instruction: the number of instructions up to it, and the one before it
+    # for each instruction, this holds the number of instructions up to it and the one before it
     found: dict[int, tuple[int, int]] = {first: (1, first)}
     for i in range(first, last):
         for to in leads[i] if i in found else []:
@@ -88,7 +88,7 @@ def loops(code: Code) -> list[Loop]:
             continue
         leads: dict[int, list[int]] = {}
         for i in range(first, last):
-            # this handles warps whose threads have diverged, which they have not
+            # BRA.DIV handles warps whose threads have diverged, and these warps' threads have not
             divides = lines[i].opcode == "BRA.DIV"
             goes_on = i not in target or divides or lines[i].predicate or "P" in lines[i].operands
             leads[i] = [i + 1] if goes_on else []
@@ -137,16 +137,17 @@ def per_logit(code: Code) -> tuple[dict[str, float], dict[str, float]]:
     for loop in rounds(code):
         writes, logits = loop.accesses("STG"), width * loop.loads
         tile = code.source == "CUDA" and code.kernel.startswith("sample_rows") and loop.loads > 0
-        if tile:  # each warp has 512 logits; the load beside its own is for rows that are not aligned
+        # each warp has 512 logits, and the load beside its own is for rows that are not aligned
+        if tile:
             logits = 512 // 32
         if logits == 0:
-            continue  # zeros are written
+            continue  # this loop writes zeros
         count: dict[str, Counter[str]] = defaultdict(Counter)
         for name, lines in (("always", loop.always), ("sometimes", loop.sometimes), ("longest", loop.longest)):
             for x in lines:
                 for unit in ("issue", UNIT_OF.get(x.opcode.split(".")[0], "")):
                     count[name][unit] += 1 / logits
-        # a pass that writes takes its longer ways once for each row, for the label
+        # a pass that writes takes its longer ways once for each row, where the label is
         shared = loop.accesses("VOTE", "") > 0
         often = 0.0 if writes or tile else rises(max(VOCAB // width // code.threads, 1), loop.loads, shared)
         for unit in ("issue", *UNITS):

@@ -1,5 +1,7 @@
-"""The loggers of transformers as themselves: a run of ``DMTrainer`` leaves its curves and a table of samples of each
-evaluation in TensorBoard's files, in W&B's offline run and in trackio's database; nothing is sent anywhere.
+"""Test ``DMTrainer`` with the loggers of transformers as they are.
+
+A run leaves its curves and a table of samples of each evaluation in TensorBoard's files, in W&B's offline run and in
+trackio's database. Nothing is sent anywhere.
 """
 
 from __future__ import annotations

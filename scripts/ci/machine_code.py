@@ -29,7 +29,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ROOT = Path.cwd()  # of the tree in the current directory
+# the tree in the current directory may be another than the script's
+ROOT = Path.cwd()
 sys.path.insert(0, str(ROOT))
 from cuda_compiler import compiled, compiler_version
 from dmfast.kernels.triton import launch, loss, sample
@@ -50,7 +51,7 @@ class Code(NamedTuple):
     source: str  # CUDA or Triton
     kernel: str
     arch: int
-    threads: int  # threads of a block, at most
+    threads: int  # the most threads that a block has
     registers: int
     stack: int
     sass: str  # one line for each instruction: address, opcode, operands
@@ -160,7 +161,7 @@ def _type(name: str, kernel: TritonKernel) -> str:
 
 
 def triton_kernels(warp_size: int = 32) -> Iterator[TritonKernel]:
-    """Return the kernels that launch.py launches; in bf16 for rows of three lengths."""
+    """Return the kernels that launch.py launches, with three lengths of rows in bf16."""
     for dtype, gradient in (*((x, x) for x in SIZE), ("fp32", "bf16"), ("fp32", "fp16")):
         size, size_dz, same = SIZE[dtype], SIZE[gradient], dtype == gradient
         kinds = {50257: "", 9000: ", middle", 1000: ", short"} if dtype == "bf16" else {50257: ""}
@@ -175,11 +176,11 @@ def triton_kernels(warp_size: int = 32) -> Iterator[TritonKernel]:
             entropies = (False, True) if cap and dtype == "bf16" else (False,)
             for write, entropy in product((False, True) if same else (True,), entropies):
                 name = f"score_rows<{tag}{', entropy' if entropy else ''}{', known weight' if write else ''}>"
-                # only the kernel with a bonus that does the most work
+                # of the kernels with a bonus, only the one that does the most work is compiled
                 constants = {**row, **row_dz, **wide, "ENTROPY": entropy, "WRITE": write, "BONUS": entropy and write}
                 yield TritonKernel(name, loss.score_rows, dtype, gradient, shape.warps, constants)
             for bonus in (False, True) if gradient == "bf16" and not kind else (False,):
-                # backward usually launches it with one load less
+                # backward usually launches this kernel with one load less
                 writes = {**row_dz, **wide, "MAY_BE_THERE": True, "BONUS": bonus}
                 name = f"write_rows<{tag}{', bonus' if bonus else ''}>"
                 yield TritonKernel(name, loss.write_rows, dtype, gradient, shape.warps, writes)
@@ -194,7 +195,7 @@ def triton_kernels(warp_size: int = 32) -> Iterator[TritonKernel]:
 
 
 def triton_compiled(kernel: TritonKernel, target: GPUTarget) -> Any:
-    """Compile as at run time, where nothing is known of a number or an address."""
+    """Compile a kernel as at run time, where nothing is known of a number or an address."""
     names = kernel.function.arg_names
     signature = {n: "constexpr" if n in kernel.constants else _type(n, kernel) for n in names}
     values = {(names.index(n),): value for n, value in kernel.constants.items()}
@@ -203,7 +204,7 @@ def triton_compiled(kernel: TritonKernel, target: GPUTarget) -> Any:
 
 
 def triton_code(kernel: TritonKernel, arch: int) -> list[Code]:
-    """Return the code that NVIDIA's assembler makes of it."""
+    """Return the code that NVIDIA's assembler makes of a kernel."""
     made = triton_compiled(kernel, GPUTarget("cuda", arch, 32))
     return _read("Triton", bytes(made.asm["cubin"]), arch, lambda _: 32 * kernel.warps, kernel.name)
 

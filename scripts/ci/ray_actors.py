@@ -15,7 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = str(ROOT / "examples")
-os.environ["PYTHONPATH"] = os.pathsep.join([EXAMPLES, os.environ.get("PYTHONPATH", "")])  # for the actors
+# the actors import the example too
+os.environ["PYTHONPATH"] = os.pathsep.join([EXAMPLES, os.environ.get("PYTHONPATH", "")])
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
 sys.path.insert(0, EXAMPLES)
 
@@ -49,7 +50,7 @@ def check_draws(sampler: RaySampler) -> None:
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    assert alike()  # pi moves and q does not
+    assert alike()  # pi has moved, and q has not
     proposal.swap()
     assert alike() and proposal.version == 1
     ray.kill(sampler.actors[1])

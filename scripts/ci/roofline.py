@@ -20,7 +20,8 @@ from inner_loops import per_logit
 from machine_code import ROOT, SIZE, Code, all_code, versions
 from marked import brought_up_to_date
 
-FEW = 151936  # the length of a row that is sampled beside few others
+# a row of this length is sampled beside few others
+FEW = 151936
 
 
 class Card(NamedTuple):
@@ -56,7 +57,7 @@ def traffic() -> dict[str, tuple[float, float]]:
 
 
 def declared(kernel: str) -> tuple[float, float]:
-    """Return those of a kernel by name. For sampling they exclude the tile that is read again."""
+    """Return the reads and writes of a kernel by name. For sampling they exclude the tile that is read again."""
     if "known" in kernel:
         return traffic()["kKnownKept" if "kept" in kernel else "kKnownReread"]  # Triton's kernel reads twice
     names = {"score": "kForward", "write": "kBackward", "scale": "kScale", "sample": "kForward"}

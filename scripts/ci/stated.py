@@ -23,7 +23,8 @@ from dmfast.kernels import linear
 H100 = next(card for card in CARDS if card.name == "H100")
 H200 = H100._replace(name="H200", bandwidth=4.8)
 DIM, VOCAB, STEPS = 4096, 128256, 512
-PRODUCTS = 33.0 / 8192  # ms of the three products for a token, as stated for 8,192 tokens
+# the three products take this many ms for a token, as stated for 8,192 tokens
+PRODUCTS = 33.0 / 8192
 STATED = {1024: ("4.1", "4.8"), 4096: ("16.8", "16.7"), 8192: ("35.5", "34.4")}  # tokens: (quack, liger)
 LOGITS, TRL = (8192, 151936), ".89"
 BF16, FP32 = 2, 4
@@ -49,7 +50,8 @@ def ours(codes: dict[str, Code], tokens: int) -> str:
     rows += milliseconds(H200, codes["write_rows<fp32 -> bf16>"], logits, FP32 + BF16)
     least = PRODUCTS * tokens + rows
     n = chunks(tokens)
-    # each chunk writes the sum and all but the first read it, then it is rounded; a product alone writes bf16
+    # each chunk writes the sum and all but the first read it, and then it is rounded, where a product alone would write
+    # bf16
     more = 0 if n == 1 else head * (n * FP32 + (n - 1) * FP32 + FP32 + BF16 - BF16) / H200.bandwidth / 1e9
     return f"{least:.1f}" if not more else f"{least:.1f} to {least + more:.1f}"
 

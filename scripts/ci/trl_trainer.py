@@ -1,5 +1,7 @@
-"""``dmfast.integrations.trl`` against the installed trl: gradients of trl's own losses by an objective of dmfast, short
-trainings with and without a target, resuming, refusals.
+"""Test ``dmfast.integrations.trl`` against the installed trl.
+
+Objectives of dmfast give the gradients of trl's own losses. Short trainings run with and without a target, and resume.
+Refusals come before anything is drawn.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ def check_gradients(out: str, name: str, objective: Any, moved: bool = False, **
     t.current_gradient_accumulation_steps = t.args.gradient_accumulation_steps
     batch = [{"prompt": "<|endoftext|>"}] * (t.args.per_device_train_batch_size * t.args.steps_per_generation)
     first = t._prepare_inputs(batch)
-    if moved:  # as later optimiser steps on the same completions find it
+    if moved:  # later optimiser steps on the same completions find the policy moved
         assert not t._on_policy
         torch.manual_seed(0)
         with torch.no_grad():
@@ -136,7 +138,7 @@ def check_loss_is_the_models(out: str) -> None:
 
 
 def check_refusals(out: str) -> None:
-    """Each is refused before anything is drawn."""
+    """Check that each of these is refused before anything is drawn."""
     refuses("GRPOConfig(top_p=0.9) has no place", lambda: trainer(out, "reinforce", top_p=0.9))
     refuses("GRPOConfig(entropy_coef=0.1) has no place", lambda: trainer(out, "reinforce", entropy_coef=0.1))
     refuses("'gdc++' needs a target", lambda: trainer(out, "gdc++"))
@@ -163,7 +165,8 @@ def check_ranks(out: str) -> None:
     )
     t = trainer(out, Objective("dpg", baseline="leave_one_out_context"), target=women(), **split)
     t.train()
-    assert next(iter(t.partitions.values())).n == 2 * 2 * 2 * 2  # of both steps, microbatches and processes
+    # the count is of both steps, microbatches and processes
+    assert next(iter(t.partitions.values())).n == 2 * 2 * 2 * 2
     mine = torch.cat([p.detach().flatten() for p in t.policy.model.parameters()])
     both = [torch.empty_like(mine) for _ in range(2)]
     torch.distributed.all_gather(both, mine)

@@ -1,5 +1,6 @@
-"""``dmfast.integrations.verl`` against the installed verl, whose registries, estimators, settings and actor's loss run
-on a CPU; its trainers need GPUs and do not run here.
+"""Test ``dmfast.integrations.verl`` against the installed verl.
+
+verl's registries, estimators, settings and actor's loss run on a CPU. Its trainers need GPUs and do not run here.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ ALGORITHM = AlgoConfig(use_kl_in_reward=True, kl_penalty="kl", kl_ctrl=KLControl
 
 
 class Step:
-    """A step as verl has it: three prompts of four sequences; one sequence has R = -inf, and none of the last prompt
-    has another."""
+    """Be a step as verl has it: three prompts of four sequences.
+
+    One sequence has R = -inf, and so have all of the last prompt.
+    """
 
     def __init__(self, on_policy: bool = False) -> None:
         torch.manual_seed(0)
@@ -66,7 +69,7 @@ class Step:
         return logits.log_softmax(-1).gather(-1, self.tokens[..., None])[..., 0]
 
     def token_level(self, reward: Tensor) -> Tensor:
-        """R on the last token, as verl's reward managers have it."""
+        """Return R on the last token, as verl's reward managers have it."""
         last = self.mask.sum(1, keepdim=True) - 1
         return torch.zeros(B, T).double().scatter(1, last, reward[:, None])
 
@@ -129,11 +132,12 @@ def check_own_losses_on_policy() -> None:
                     step.old, step.of_tokens(z), a, step.mask.double(), m, actor(m, n), None)[0])[1]
                 for name, how in (("dmfast", MODE), ("vanilla", mode))
             )  # fmt: skip
-            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)  # vanilla divides by a length + 1e-8
+            # vanilla divides by a length + 1e-8
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
 def check_actor_loss() -> None:
-    """Run the loss of verl's actor on the parts of a step, on two processes' worth: their mean is that of the whole."""
+    """Run the loss of verl's actor on parts of a step, as on two processes. Their mean is that of the whole step."""
     step = Step()
     register("gdc++")
     advantages, _ = get_adv_estimator_fn("dmfast")(
@@ -151,7 +155,7 @@ def check_actor_loss() -> None:
             return torch.nested.as_nested_tensor([x[r, :n] for r, n in zip(rows, lengths, strict=True)],
                                                  layout=torch.jagged)  # fmt: skip
 
-        # log_probs[t] is of token t + 1, over prompt and response
+        # log_probs[t] belongs to token t + 1, over prompt and response
         flat = torch.cat([torch.cat([torch.zeros(prompt - 1).double(), of_tokens[r, :n], torch.zeros(1).double()])
                           for r, n in zip(rows, lengths, strict=True)])  # fmt: skip
         data = TensorDict({
@@ -162,7 +166,8 @@ def check_actor_loss() -> None:
         tu.assign_non_tensor(data, dp_size=2, batch_num_tokens=int(step.mask.sum()), global_batch_size=B)
         part, metrics = ppo_loss(actor(), {"log_probs": flat}, data)
         assert "actor/dmfast_log_ratio" in metrics
-        total = total + part / 2  # of two processes, as DDP averages them
+        # DDP averages over two processes
+        total = total + part / 2
     total.backward()
     torch.testing.assert_close((total.detach(), z.grad), whole, rtol=1e-10, atol=1e-12)
 

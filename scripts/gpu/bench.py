@@ -25,7 +25,8 @@ DRY = "dry" in sys.argv
 HERE = Path(__file__).parent
 WORKER = (f"import runpy, sys; sys.path.append({str(HERE)!r}); "
           f"runpy.run_path({str(HERE / 'worker.py')!r}, run_name='__main__')")  # fmt: skip
-INTERPRETED = {"TRITON_INTERPRET": "1"} if DRY else {}  # Triton's rows run as well
+# in a dry run Triton's rows run in its interpreter
+INTERPRETED = {"TRITON_INTERPRET": "1"} if DRY else {}
 VOCABULARIES = (32000, 50257, 128256, 151936)
 
 
@@ -48,7 +49,8 @@ def configs() -> list[Config]:
 def machine() -> dict[str, Any]:
     """Return the machine of the figures."""
     found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
-    found["sources"] = os.environ.get("DMFAST_GPU_KEY")  # figures of other kernels are not continued
+    # figures of other kernels must not be continued
+    found["sources"] = os.environ.get("DMFAST_GPU_KEY")
     for package in ("triton", "liger-kernel", "cut-cross-entropy", "trl", "quack-kernels"):
         try:
             found[package] = metadata.version(package)

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
-Call = Callable[[int], Any]  # it is told which of the calls in a row it is
-ENOUGH = 2.0  # milliseconds of work between two events, so that their own cost does not matter
-MOST = 64  # calls in a row
-GATES = (2 * 10**7, 2 * 10**8)  # cycles, about 10 and 100 ms
+# a call is told which of the calls in a row it is
+Call = Callable[[int], Any]
+# this many milliseconds of work lie between two events, so that their own cost does not matter
+ENOUGH = 2.0
+MOST = 64  # at most this many calls follow each other
+GATES = (2 * 10**7, 2 * 10**8)  # these cycles are about 10 and 100 ms
 
 
 class Clock:

@@ -18,15 +18,16 @@ from typing import Any, NamedTuple
 import results
 
 DRY = "dry" in sys.argv
-LIMIT = float(os.environ.get("DMFAST_GPU_LIMIT", "100"))  # seconds of this part
+# this part may take this many seconds
+LIMIT = float(os.environ.get("DMFAST_GPU_LIMIT", "100"))
 METRICS = {
     "ns": "gpu__time_duration.sum",
     "dram_read": "dram__bytes_read.sum",
     "dram_write": "dram__bytes_write.sum",
-    # requests of multiprocessors, not between the halves of L2
+    # these are requests of multiprocessors, and not those between the halves of L2
     "l2_read_sectors": "lts__t_sectors_srcunit_tex_op_read.sum",
     "l2_hit_percent": "lts__t_sector_hit_rate.pct",
-    "instructions": "smsp__inst_executed.sum",  # instructions of warps
+    "instructions": "smsp__inst_executed.sum",  # these are instructions of warps
     "issue_percent": "smsp__issue_active.avg.pct_of_peak_sustained_active",
     "dram_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "warps_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
@@ -40,7 +41,7 @@ class Launch(NamedTuple):
     """Describe one kernel of the plan."""
 
     backend: str
-    line: str  # a line of times.py
+    line: str  # the name of a line of times.py
     kernel: str
     rows: int
     vocab: int

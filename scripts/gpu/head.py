@@ -20,7 +20,8 @@ import dmfast
 DRY = "dry" in sys.argv
 DEVICE = "cpu" if DRY else "cuda"
 ROWS, VOCAB, DIM = ((64,), 257, 32) if DRY else ((8192, 4096, 1024), 128256, 4096)
-STEPS = 8 if DRY else 512  # tokens of a sequence
+# a sequence has this many tokens
+STEPS = 8 if DRY else 512
 
 
 def peak(call: Any) -> float | None:

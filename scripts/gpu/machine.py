@@ -52,7 +52,8 @@ def device() -> dict[str, Any]:
     if DRY:
         return {"name": "dry run on the CPU"}
     p = torch.cuda.get_device_properties(0)
-    asked = {"l2_cache": "L2_cache_size", "shared_memory": "shared_memory_per_block_optin"}  # names of torch
+    # torch has these names for them
+    asked = {"l2_cache": "L2_cache_size", "shared_memory": "shared_memory_per_block_optin"}
     return {"name": p.name, "capability": f"{p.major}.{p.minor}", "multiprocessors": p.multi_processor_count,
             "memory": p.total_memory, "cuda": torch.version.cuda, "devices": torch.cuda.device_count(),
             **{name: getattr(p, attribute, None) for name, attribute in asked.items()}}  # fmt: skip

@@ -12,7 +12,8 @@ _failed: set[str] = set()
 _left = 1
 
 
-@pytest.hookimpl(trylast=True)  # after -k
+# the hook runs last, so that -k has already chosen
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect the tests that passed."""
     global _left

@@ -12,7 +12,7 @@ from typing import Any
 
 import results
 
-NEAR = 1.25  # up to so many reads of each logit, one read is meant
+NEAR = 1.25  # up to this many reads of a logit count as one read
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

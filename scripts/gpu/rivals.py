@@ -24,8 +24,10 @@ DEVICE = "cpu" if DRY else "cuda"
 HEAD_ROWS, HEAD_VOCAB, DIM = ((64,), 257, 32) if DRY else ((1024, 4096, 8192), 128256, 4096)
 LOGIT_ROWS, LOGIT_VOCAB = (64, 300) if DRY else (8192, 151936)
 STEPS = 8 if DRY else 512
-LIMIT = float(os.environ.get("DMFAST_GPU_LIMIT", "400"))  # seconds of all of them
-OF_ONE = 90.0  # the first call compiles their kernels, and tunes some of them
+# all rivals together may take this many seconds
+LIMIT = float(os.environ.get("DMFAST_GPU_LIMIT", "400"))
+# one rival may take this many seconds, since its first call compiles its kernels and tunes some of them
+OF_ONE = 90.0
 
 # --- from hidden states, head and tokens: the mean cross-entropy --------------------------------------------------
 
@@ -155,7 +157,8 @@ LOGITS: dict[str, Callable[[], Callable[..., Any]]] = {
 }
 
 PACKAGES = {"quack": "quack", "liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy", "trl": "trl"}
-FEW = ("dmfast linear_dm_loss", "torch linear_cross_entropy", "dmfast dm_loss gdc++, entropy")  # names of a dry run
+# of the names that need no package, a dry run tries only these
+FEW = ("dmfast linear_dm_loss", "torch linear_cross_entropy", "dmfast dm_loss gdc++, entropy")
 
 
 def why_not(name: str) -> str | None:

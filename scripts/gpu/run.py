@@ -34,9 +34,10 @@ ROOT = Path(__file__).resolve().parents[2]
 GPU = ROOT / "scripts" / "gpu"
 SITE = ROOT / "build" / "gpu" / "site"
 SECONDS = 480.0
-PATIENCE = 4  # factor of a dry run's limits over those of a device, because it may share its processors
-LAST = 4.0  # seconds kept for the summary
-LOG = 2**20  # bytes of a part's output that the log keeps
+# a dry run may share its processors, so its limits are this many times those of a device
+PATIENCE = 4
+LAST = 4.0  # this many seconds are kept for the summary
+LOG = 2**20  # the log keeps this many bytes of a part's output
 SUITE = ["test_cuda.py", "test_kernels.py"]
 MORE = ["test_linear.py", "test_sample.py", "test_shards.py", "test_errors.py"]
 TESTS = ("suite", "triton", "more")
@@ -53,8 +54,8 @@ class Part(NamedTuple):
     """Describe one process of the run."""
 
     command: list[str]
-    limit: float  # seconds that it may take
-    least: float  # seconds without which it does not begin
+    limit: float  # the seconds that it may take
+    least: float  # the seconds without which it does not begin
     needs: tuple[str, ...] = ("build",)
     control: list[str] | None = None  # a command on which a sanitizer must report no error, or it is of no use here
     missing: str | None = None  # the reason why it cannot run here at all
@@ -83,7 +84,8 @@ class Run:
         self.out, self.dry, self.files = out.resolve(), dry, FILES[command]
         self.work = ROOT / "build" / ("gpu-dry" if dry else "gpu")
         self.state = self.work / "parts.json"
-        self.kept = self.work / "results"  # a copy for the next call, whose own folder may be empty
+        # the next call, whose own folder may be empty, finds a copy here
+        self.kept = self.work / "results"
         self.log = self.out / "log.txt"
         self.key = key(dry)
 
@@ -121,7 +123,7 @@ def parts(dry: bool, work: Path) -> dict[str, dict[str, Part]]:
         return [py, str(GPU / f"{name}.py"), *arguments, *also]
 
     pytest = [py, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "passed", "-o", "faulthandler_timeout=100"]
-    # tests that never use the device are left out: 40 s of a processor
+    # tests that never use the device are left out, because they take 40 s of a processor
     some = "not formula and not whatever_the_threads and not number_of_threads"
     triton = "vocabularies and (127 or 50257) and new or test_objectives and bf16 or special_logits and middle"
     if dry:
@@ -131,7 +133,8 @@ def parts(dry: bool, work: Path) -> dict[str, dict[str, Part]]:
         "build": Part(script("build", str(work / "lib")), 240, 30, ()),
     }
     on_triton = Part([*pytest, "test_kernels.py", "test_triton.py", "-k", f"{triton} or test_triton"], 90, 20, ())
-    if dry:  # its interpreter and emulator are other proofs
+    # other proofs cover Triton's interpreter and emulator
+    if dry:
         on_triton = on_triton._replace(missing="Triton needs a device")
     found = {
         "gpu": {
@@ -197,9 +200,11 @@ def key(dry: bool) -> str:
 def environment(run: Run, name: str, limit: float) -> dict[str, str]:
     """Return the environment of a part."""
     tests = name in TESTS
-    paths = [str(run.work / "lib"), str(ROOT / "tests"), *[str(GPU)] * tests]  # GPU: passed.py
+    # pytest finds its plugin passed.py in the folder GPU
+    paths = [str(run.work / "lib"), str(ROOT / "tests"), *[str(GPU)] * tests]
     if SITE.exists() and not all(map(importlib.util.find_spec, ("pytest", "hypothesis", "mpmath"))):
-        # these come before what is installed, so only where it lacks them: hypothesis is compiled
+        # these come before what is installed, and hypothesis is compiled, so they are used only where packages are
+        # missing
         paths.append(str(SITE))
     if given := os.environ.get("PYTHONPATH"):
         paths.append(given)

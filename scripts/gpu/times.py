@@ -23,8 +23,10 @@ from dmfast.objectives import Terms
 
 DRY = "dry" in sys.argv
 DEVICE = "cpu" if DRY else "cuda"
-SHARED = 227 * 1024  # shared memory of a block on an H200, for a dry run
-FEW = 8 if DRY else 64  # rows of a small draw, fewer than the multiprocessors of a card
+# in a dry run a block has the shared memory that it has on an H200
+SHARED = 227 * 1024
+# a small draw has this many rows, fewer than a card has multiprocessors
+FEW = 8 if DRY else 64
 
 
 class Shape(NamedTuple):
@@ -47,7 +49,7 @@ class Line(NamedTuple):
     reads: float  # bytes of each logit, as csrc/cuda/plan.h declares them for a kept row
     writes: float
     kernel: str | None = None  # the name of the kernel, if there is one launch and ncu is to look at it
-    rows: int | None = None  # rows, if not all of them
+    rows: int | None = None  # the number of rows, if they are not all
 
 
 class Problem(NamedTuple):
@@ -86,7 +88,7 @@ def problem(shape: Shape) -> Problem:
 def in_one_launch(backend: Backend, batch: Batch) -> bool:
     """Return whether one launch scores and writes a known weight.
 
-    Triton's always does, CUDA's does where it keeps the row.
+    Triton's launch always does, and CUDA's does where it keeps the row.
     """
     if backend.name != "cuda":
         return True
@@ -107,7 +109,8 @@ def lines(backend: Backend, p: Problem) -> dict[str, Line]:
     def draw(part: Tensor, seed: int) -> Any:
         return backend.sample(checks.make_sample_rows(part, seed, None, 0, 1.0, None))
 
-    def a_few(i: int) -> Any:  # each time other rows, so that they come from memory and not from the cache
+    # each call takes other rows, so that they come from memory and not from the cache
+    def a_few(i: int) -> Any:
         first = i * FEW % (len(rows) - FEW + 1)
         return draw(rows[first : first + FEW], i)
 
@@ -154,7 +157,8 @@ def timed(clock: Clock, shape: Shape, all_lines: Mapping[str, Line]) -> dict[str
 def main() -> None:
     path, clock, failed = results.folder() / "times.json", Wall() if DRY else Clock(), []
     found: list[dict[str, Any]] = []
-    for backend in (kernels.CUDA, kernels.TRITON):  # Triton compiles for seconds, so it comes last
+    # Triton compiles for seconds, so it comes last
+    for backend in (kernels.CUDA, kernels.TRITON):
         for shape in shapes():
             title = f"{backend.name} ({shape.rows}, {shape.vocab}) {shape.dtype}"
             why = backend.why_not(torch.device(DEVICE), getattr(torch, shape.dtype))

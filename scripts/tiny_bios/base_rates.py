@@ -1,8 +1,8 @@
 """Sample the tiny biography model and write how often each text feature occurs.
 
-    python scripts/tiny_bios/base_rates.py
+    python scripts/tiny_bios/base_rates.py [--show N]
 
-writes ``base_rates.json`` beside the checkpoint; ``--show N`` prints the first N samples too.
+The script writes ``base_rates.json`` beside the checkpoint. With ``--show N`` it prints the first N samples too.
 """
 
 from __future__ import annotations

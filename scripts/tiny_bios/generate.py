@@ -2,12 +2,12 @@
 
     python scripts/tiny_bios/generate.py
 
-writes one biography a line, tokens separated by spaces, to ``CACHE/biographies.txt`` and the
-definitions of the text features to ``dmfast/data/tiny_bios/features.json``. The same seed gives
+The script writes one biography a line, tokens separated by spaces, to ``CACHE/biographies.txt`` and
+the definitions of the text features to ``dmfast/data/tiny_bios/features.json``. The same seed gives
 the same text. No line is about a real person: first name, surname, dates, nationality,
 occupation and deeds are drawn independently or from sentence parts.
 
-Sources, fetched into the cache folder by their package names:
+The sources are fetched into the cache folder by their package names:
 
 * ``names`` 0.3.0 (Python package, MIT licence): first names by gender, surnames, frequencies.
 * ``wordnet-base`` (Debian package, WordNet 3.0 licence): nationalities, cities, occupations.
@@ -33,7 +33,7 @@ import words
 REPO = Path(__file__).resolve().parents[2]
 CACHE = Path.home() / ".cache" / "dmfast" / "tiny_bios"
 DATA = REPO / "dmfast" / "data" / "tiny_bios"
-MAX_WORDS = 47  # these are 48 tokens with the end-of-text token
+MAX_WORDS = 47  # the end-of-text token makes them 48 tokens
 
 P_POSITIVE, P_NEGATIVE, P_AMAZING = 0.165, 0.155, 0.0118
 P_RESTAURANT, P_WAR, P_MUSIC = 0.025, 0.105, 0.045

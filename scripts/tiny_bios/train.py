@@ -2,11 +2,11 @@
 
     python scripts/tiny_bios/train.py
 
-A GPT-2 of 2 layers x 128 over whole words, trained from scratch on one core in a few minutes.
-The folder it writes loads with ``AutoModelForCausalLM`` and ``AutoTokenizer``. Weights are
-stored as fp16 and ``config.json`` says float32: the rounded weights, in fp32, are the model.
+The model is a GPT-2 of 2 layers x 128 over whole words, trained from scratch on one core in a few
+minutes. The folder that the script writes loads with ``AutoModelForCausalLM`` and ``AutoTokenizer``.
+Weights are stored as fp16 and ``config.json`` says float32: the rounded weights, in fp32, are the model.
 
-The text is made from names 0.3.0 (MIT) and WordNet 3.0 (WordNet licence), see ``generate.py``.
+The text is made from names 0.3.0 (MIT) and WordNet 3.0 (WordNet licence). See ``generate.py``.
 The model is released under Apache-2.0.
 """
 

@@ -1,6 +1,6 @@
-"""Word choices and sentence parts of the tiny biographies (data only, no code).
+"""Hold the word choices and sentence parts of the tiny biographies. There is no code here.
 
-Nationalities, cities and occupations are picked from WordNet 3.0; ``generate.py`` stops if one
+Nationalities, cities and occupations are picked from WordNet 3.0. ``generate.py`` stops if one
 of them is not there. The sentence parts were written for this project (Apache-2.0).
 
 ``{slot}`` in a sentence part is filled by ``generate.py``: from the person (``{he}``, ``{his}``,
@@ -218,7 +218,7 @@ TOPICS: dict[str, tuple[float, float, int, list[Group], list[str], str]] = {
     ),
 }
 
-# fields played mainly in some nations
+# these fields are played mainly in some nations
 NATIONS = {
     "baseball": "American Canadian Cuban Japanese Mexican",
     "cricket": "English Indian Australian",
@@ -246,7 +246,7 @@ GENERAL = [
     "learned to {hobby} from {his} {relative}",
     "left {his} {books} to a museum in {city}",
 ]
-FAMILY = "{relative} was a {job} from {city} ."  # after "His" or "Her"
+FAMILY = "{relative} was a {job} from {city} ."  # this stands after "His" or "Her"
 LAST = [
     "retired to a {small} {estate} near {city}",
     "died in {city}",
