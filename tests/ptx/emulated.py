@@ -1,8 +1,10 @@
-"""A pytest plugin: the Triton kernels run on CPU tensors, as backend ``triton``, as the PTX that Triton compiles them
-to, in machine.py. Which kernel is compiled, for which types and divisibilities, and how it is launched is decided by
-dmfast's launch.py and Triton's own run time, as for a device; compilation ends at PTX, kept in DMFAST_PTX or build/ptx.
+"""Run the Triton kernels on CPU tensors, as the PTX that Triton compiles them to. This is a pytest plugin.
 
-Of its tensors a kernel can reach the elements alone: what lies in the gaps of a strided one is outside.
+The kernels are backend ``triton``, and machine.py runs their PTX. dmfast's launch.py and Triton's own run time decide
+which kernel is compiled, for which types and divisibilities, and how it is launched, as for a device. Compilation ends
+at PTX, which is kept in DMFAST_PTX or build/ptx.
+
+A kernel can reach only the elements of its tensors. What lies in the gaps of a strided tensor is outside.
 """
 
 from __future__ import annotations
@@ -29,13 +31,13 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 import dmfast.kernels.triton
 
-_FORMATS = {"i32": "i", "i64": "q", "u64": "Q", "fp32": "f"}  # of struct
-arch = 90  # what the next launch runs on
-seed = 0  # of its schedule
+_FORMATS = {"i32": "i", "i64": "q", "u64": "Q", "fp32": "f"}  # these are formats of struct
+arch = 90  # the next launch runs on this architecture
+seed = 0  # the schedule of the next launch has this seed
 
 
 class Compiler(CUDABackend):
-    """NVIDIA's, up to PTX."""
+    """Compile as NVIDIA's backend does, up to PTX."""
 
     def __init__(self, target: GPUTarget) -> None:
         super().__init__(target)
@@ -51,22 +53,22 @@ class Compiler(CUDABackend):
 
 @dataclass
 class Launch:
-    """One launch that has ended: kernel, grid and warps, and what it did to the tensors that it was given."""
+    """Describe a launch that has ended: kernel, grid and warps, and what it did to the tensors that it was given."""
 
     name: str
     grid: int
     warps: int
     memory: machine.Memory
-    places: dict[int, int]  # address of a storage -> that in memory
+    places: dict[int, int]  # the address of a storage gives its place in memory
 
     def traffic(self, x: torch.Tensor) -> tuple[float, float]:
-        """Reads and writes per byte of x, whose last dimension is contiguous and the only one."""
+        """Return the reads and writes per byte of x, whose only dimension is contiguous."""
         storage = x.untyped_storage()
         at = self.places[storage.data_ptr()] + x.data_ptr() - storage.data_ptr()
         return self.memory.traffic(at, x.numel() * x.element_size())
 
 
-launches: list[Launch] = []  # all since a test has cleared it
+launches: list[Launch] = []  # all launches since a test has cleared this
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Any:
@@ -74,7 +76,7 @@ def _bytes_of(storage: torch.UntypedStorage) -> Any:
 
 
 class Launcher:
-    """What Triton calls with the grid and the arguments of a compiled kernel."""
+    """Take the calls of Triton, with the grid and the arguments of a compiled kernel."""
 
     def __init__(self, src: Any, metadata: Any) -> None:
         assert metadata.global_scratch_size == metadata.profile_scratch_size == 0 and metadata.num_ctas == 1
@@ -98,7 +100,7 @@ class Launcher:
                 given.append(struct.pack("Q", places[start] + a.data_ptr() - start))
             elif kind != "constexpr":
                 given.append(struct.pack(_FORMATS[kind], a))
-        given += [bytes(8)] * 2  # scratch memory, for kernels that ask Triton for it
+        given += [bytes(8)] * 2  # kernels may ask Triton for scratch memory, and these do not
         machine.launch(program, memory, x, 32 * self.warps, given, self.shared, seed)
         for address, storage in storages.items():
             raw = _bytes_of(storage)
@@ -107,7 +109,7 @@ class Launcher:
 
 
 def _reached(storage: torch.UntypedStorage, tensors: list[torch.Tensor]) -> Any:
-    """Which bytes of a storage belong to an element of these tensors."""
+    """Return which bytes of a storage belong to an element of these tensors."""
     inside = torch.zeros(storage.nbytes(), dtype=torch.bool)
     for x in tensors:
         if x.untyped_storage().data_ptr() == storage.data_ptr():
@@ -118,7 +120,7 @@ def _reached(storage: torch.UntypedStorage, tensors: list[torch.Tensor]) -> Any:
 
 
 class Driver(DriverBase):
-    """The machine as Triton sees a device."""
+    """Show the machine to Triton as a device."""
 
     launcher_cls = Launcher
 
@@ -133,7 +135,7 @@ class Driver(DriverBase):
         return GPUTarget("cuda", arch, 32)
 
     def get_current_device(self) -> int:
-        return arch  # Triton keeps kernels by device
+        return arch  # Triton keeps kernels by device, and each architecture needs its own
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -142,7 +144,7 @@ class Driver(DriverBase):
         return {"max_shared_mem": 163 << 10}
 
     def load_binary(self, name: str, ptx: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        """module, function, registers, spills, threads at most"""
+        """Return the module, the function, its registers, its spills, and the most threads."""
         program = machine.Program(module.parse(ptx.decode())[name])
         return program, program, 0, 0, 1024
 
