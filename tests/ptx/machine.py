@@ -1,10 +1,11 @@
-"""A device that runs PTX, in numpy: what an instruction set's manual says and no more. Nothing of it is fast.
+"""Run PTX in numpy, as the manual of the instruction set says and no more. Nothing of it is fast.
 
-Blocks take turns at random, at every fence and atomic; the warps of a block run in a shuffled order from barrier to
-barrier, the lanes of a warp together. Memory is as weak as PTX allows, and no stronger: a block sees global memory as
-it was at the launch and its own stores; only a fence publishes them and brings what others have published; atomics act
-at once. So where a fence is missing the last block may read what stood there before. Accesses must be aligned and
-inside a tensor.
+Blocks take turns at random, at every fence and atomic. The warps of a block run in a shuffled order from barrier to
+barrier, and the lanes of a warp run together.
+
+Memory is as weak as PTX allows, and no stronger. A block sees global memory as it was at the launch, and its own
+stores. Only a fence publishes them and brings what others have published. Atomics act at once. So where a fence is
+missing, the last block may read what stood there before. Accesses must be aligned and inside a tensor.
 
 Where the manual bounds the error of an approximation instead of defining it (ex2.approx, rcp.approx), the result is
 moved at random within that bound.
@@ -32,21 +33,24 @@ _BASE, _GAP = 1 << 36, 256
 
 
 class Fault(Exception):
-    """What a device, or compute-sanitizer, would stop at."""
+    """Report what a device, or compute-sanitizer, would stop at."""
 
 
 # --- memory ----------------------------------------------------------------------------------------------------
 
 
 class Memory:
-    """Global memory: tensors with gaps between them. Addresses are those of a device with 256-byte allocations."""
+    """Hold the tensors of global memory with gaps between them, at the addresses of 256-byte allocations."""
 
     def __init__(self) -> None:
         self.data = np.zeros(_GAP, np.uint8)
         self.inside = np.zeros(_GAP, bool)
 
     def add(self, x: Array, inside: Array | None = None) -> int:
-        """Copies a contiguous array there; its address. ``inside``: which of its bytes may be accessed; None: all."""
+        """Copy a contiguous array there and return its address.
+
+        ``inside`` says which of its bytes may be accessed. By default all of them may be.
+        """
         raw = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
         start = self.data.size
         padding = _GAP + -raw.size % _GAP
@@ -56,28 +60,28 @@ class Memory:
         return _BASE + start
 
     def get(self, address: int, like: Array) -> Array:
-        """What stands there now."""
+        """Return what stands there now."""
         start = address - _BASE
         return self.data[start : start + like.nbytes].copy().view(like.dtype).reshape(like.shape)
 
     def start_counting(self) -> None:
-        """Anew: by how many accesses of a warp each byte is read and written."""
+        """Start to count by how many accesses of a warp each byte is read and written."""
         self.reads, self.writes = np.zeros(self.data.size, np.int32), np.zeros(self.data.size, np.int32)
 
     def traffic(self, address: int, n: int) -> tuple[float, float]:
-        """Reads and writes per byte of n bytes since the launch."""
+        """Return the reads and writes per byte of n bytes since the launch."""
         at = slice(address - _BASE, address - _BASE + n)
         return float(self.reads[at].mean()), float(self.writes[at].mean())
 
 
 class View:
-    """Global memory as one block sees it."""
+    """Show global memory as one block sees it."""
 
     def __init__(self, memory: Memory, at_launch: Array) -> None:
         self.memory, self.seen = memory, at_launch.copy()
         self.pending = np.zeros(self.seen.size, bool)
         self.by, self.when = np.zeros(self.seen.size, np.int32), np.zeros(self.seen.size, np.int32)
-        self.epoch = 0  # barriers passed
+        self.epoch = 0  # the number of barriers that were passed
 
     def _places(self, address: Array, n: int) -> Array:
         if (address % np.uint64(n)).any():
@@ -90,7 +94,7 @@ class View:
 
     def load(self, address: Array, n: int) -> Array:
         places = self._places(address, n)
-        self.memory.reads[np.unique(places)] += 1  # lanes that read the same do it at once
+        self.memory.reads[np.unique(places)] += 1  # lanes that read the same byte read it at once
         return self.seen[places]
 
     def store(self, address: Array, values: Array, threads: Array) -> None:
@@ -102,14 +106,17 @@ class View:
         self.when[places] = self.epoch
 
     def fence(self, threads: Array) -> None:
-        """Of these threads: what they wrote, and what all of the block wrote before the last barrier, is published."""
+        """Publish stores of this block, and get those that others have published.
+
+        The stores are those of these threads, and those of the whole block from before the last barrier.
+        """
         out = self.pending & (np.isin(self.by, threads) | (self.when < self.epoch))
         self.memory.data[out] = self.seen[out]
         self.pending &= ~out
         self.seen = np.where(self.pending, self.seen, self.memory.data)
 
     def finish(self) -> None:
-        """The end of the kernel publishes the rest."""
+        """Publish the rest at the end of the kernel."""
         self.memory.data[self.pending] = self.seen[self.pending]
 
     def atomic(self, address: int, n: int, change: Callable[[int], int]) -> int:
@@ -131,10 +138,10 @@ def _fma(a: Array, b: Array, c: Array) -> Array:
     ta, tb = split * a, split * b
     ah, bh = ta - (ta - a), tb - (tb - b)
     al, bl = a - ah, b - bh
-    e = ((ah * bh - p) + ah * bl + al * bh) + al * bl  # the rounding of the product
+    e = ((ah * bh - p) + ah * bl + al * bh) + al * bl  # this is the rounding error of the product
     s = p + c
     d = s - p
-    t = (p - (s - d)) + (c - d)  # that of the sum
+    t = (p - (s - d)) + (c - d)  # this is the rounding error of the sum
     exact = s + (t + e)
     return np.where(np.isfinite(exact), exact, s)
 
@@ -145,7 +152,7 @@ def _down(exact: Array, kind: Any) -> Array:
 
 
 def _to_bf16(x: Array) -> Array:
-    """The bits of fp32 rounded to nearest."""
+    """Return the bits of fp32 rounded to the nearest bf16."""
     raw = x.view(np.uint32)
     rounded = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
@@ -197,7 +204,7 @@ _ONE: dict[str, Callable[[Array], Array]] = {"neg": np.negative, "abs": np.abs, 
 
 
 class Program:
-    """A kernel, each instruction as a function of a warp."""
+    """Hold a kernel, with each instruction as a function of a warp."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -208,7 +215,7 @@ class Program:
         self.pauses = [i.op[0] == "atom" or is_fence(i) for i in kernel.code]
 
     def fresh_registers(self) -> list[Array]:
-        """Of a warp, with nonsense in them."""
+        """Return the registers of a warp, with nonsense in them."""
         start = {t: True if t is np.bool_ else 0xA5A5A5A5A5A5A5A5 & np.iinfo(t).max for t in set(self.widths)}
         rows = {t: iter(np.full((self.widths.count(t), LANES), x, t)) for t, x in start.items()}
         return [next(rows[t]) for t in self.widths]
@@ -281,7 +288,7 @@ class Program:
         op, x = i.op, i.operands
         name, kind = op[0], op[-1]
         if name in ("bra", "ret", "exit", "bar", "barrier"):
-            return None  # Warp.run
+            return None  # Warp.run does these
         if is_fence(i):
             return lambda w: w.block.view.fence(w.threads[w.active])
         if name in ("membar", "fence", "createpolicy", "discard", "prefetch", "nanosleep"):
@@ -311,7 +318,7 @@ class Program:
             return self._pairs(i, write)
         if kind in ("bf16x2", "f16x2"):
             return self._maxima(i, write)
-        if name in ("add", "sub") and op[1:-1] == ("rn", "f32"):  # fp32 of a narrower first operand
+        if name in ("add", "sub") and op[1:-1] == ("rn", "f32"):  # the first operand is narrower than fp32
             narrow, a, b = kind == "bf16", self._read(x[1], np.uint16), self._read(x[2], np.float32)
             wide: Callable[[Array], Array] = _of_bf16 if narrow else lambda v: v.view(np.float16).astype(np.float32)
             return lambda w: write(w, _TWO[name](wide(a(w)), b(w)))
@@ -364,14 +371,14 @@ class Program:
         raise NotImplementedError(i.text)
 
     def _pairs(self, i: Instruction, write: Any) -> Action:
-        """Arithmetic on two fp32 in a register of 64 bits."""
+        """Do arithmetic on two fp32 in a register of 64 bits."""
         assert "ftz" not in i.op, i.text
         function = {"fma": _fma, **_TWO}[i.op[0]]
         reads = [self._read(x, np.uint64) for x in i.operands[1:]]
         return lambda w: write(w, function(*(r(w).view(np.float32) for r in reads)).view(np.uint64))
 
     def _maxima(self, i: Instruction, write: Any) -> Action:
-        """The larger of each of two pairs of 16-bit floats; of a NaN and a number that is the number."""
+        """Take the larger of each of two pairs of 16-bit floats, and the number where the other one is NaN."""
         assert i.op[0] == "max" and len(i.op) == 2, i.text
         a, b = (self._read(x, np.uint32) for x in i.operands[1:])
         wide: Callable[[Array], Array] = _of_bf16 if i.op[1] == "bf16x2" else lambda v: v.view(np.float16)
@@ -384,7 +391,7 @@ class Program:
         return act
 
     def _vote(self, i: Instruction) -> Action:
-        """Whether a predicate holds for any thread of a warp."""
+        """Tell whether a predicate holds for any thread of a warp."""
         assert i.op[1:3] == ("sync", "any") and i.op[-1] == "pred", i.text
         write, p, members = self._write(i.operands[0]), self._read(i.operands[1], np.bool_), self._read(
             i.operands[2], np.uint32
@@ -422,13 +429,14 @@ class Program:
             "ex2": np.exp2, "lg2": np.log2, "rcp": lambda v: 1.0 / v, "rsqrt": lambda v: 1.0 / np.sqrt(v),
             "tanh": np.tanh, "sqrt": np.sqrt,
         }[name]  # fmt: skip
-        bound = {"ex2": 2.0**-22, "tanh": 2.0**-11}.get(name, 2.0**-23)  # PTX ISA, floating-point instructions
+        # The PTX ISA gives these bounds, under floating-point instructions.
+        bound = {"ex2": 2.0**-22, "tanh": 2.0**-11}.get(name, 2.0**-23)
         clean: Callable[[Array], Array] = _ftz if flush else lambda v: v
 
         def act(w: Warp) -> None:
             x = clean(a(w))
             exact = function(x.astype(float))
-            write(w, clean(np.where(x == 0, exact, w.blur(exact, bound)).astype(t)))  # e^0 is 1, says the manual
+            write(w, clean(np.where(x == 0, exact, w.blur(exact, bound)).astype(t)))  # the manual says that e^0 is 1
 
         return act
 
@@ -528,7 +536,8 @@ class Program:
         writes = [self._write(p) for p in names] if loads else []
         reads = [] if loads else [self._read(p, kind) for p in names]
         assert not parameter or loads, i.text
-        named = base in self.kernel.parameters  # else a register holds the place, which mov took of a parameter's name
+        # Otherwise a register holds the place, which mov took from a parameter's name.
+        named = base in self.kernel.parameters
 
         def act(w: Warp) -> None:
             where = address(w)
@@ -550,8 +559,11 @@ class Program:
         return act
 
     def _matrices(self, i: Instruction) -> Action:
-        """8 x 8 matrices of 16 bits: 8 lanes give the places of one's rows; of a row each of 4 lanes has 2 neighbours,
-        of the transpose's row with ``trans``."""
+        """Move 8 x 8 matrices of 16 bits.
+
+        Each of 8 lanes gives the place of a row of a matrix. Each of 4 lanes has 2 neighbours of a row, or of a row of
+        the transpose with ``trans``.
+        """
         assert i.op[1:4] == ("sync", "aligned", "m8n8") and i.op[-2:] == ("shared", "b16"), i.text
         loads, turn = i.op[0] == "ldmatrix", (0, 2, 1) if "trans" in i.op else (0, 1, 2)
         data, at = i.operands if loads else i.operands[::-1]
@@ -635,12 +647,12 @@ class Program:
 
 
 class Warp:
-    """32 threads. Those at the lowest instruction go first, so that they meet again after a branch."""
+    """Run 32 threads. Those at the lowest instruction go first, so that they meet again after a branch."""
 
     def __init__(self, block: Block, first: int) -> None:
         self.block, self.threads = block, np.arange(first, first + LANES)
         self.registers = block.program.fresh_registers()
-        self.groups: dict[int, Array] = {0: np.ones(LANES, bool)}  # instruction -> lanes that are there
+        self.groups: dict[int, Array] = {0: np.ones(LANES, bool)}  # the lanes that are at each instruction
         self.waiting: dict[int, Array] = {}
         self.active = self.groups[0]
         self.paused = False
@@ -653,7 +665,7 @@ class Warp:
         return np.broadcast_to(np.asarray(value, np.uint64), (LANES,))
 
     def meet(self, members: Array) -> None:
-        """Raises Fault if other lanes are here than an instruction of several wants."""
+        """Raise Fault if other lanes are here than an instruction of several lanes wants."""
         wanted, here = members[np.argmax(self.active)], np.packbits(self.active, bitorder="little").view(np.uint32)[0]
         if wanted != here:
             raise Fault(f"lanes {wanted:#x} are to meet, {here:#x} are here")
@@ -665,7 +677,7 @@ class Warp:
         groups[at] = groups[at] | lanes if at in groups else lanes
 
     def run(self) -> None:
-        """To the next barrier, fence or atomic, or to the end."""
+        """Run to the next barrier, fence or atomic, or to the end."""
         program = self.block.program
         code, actions, guards, labels = program.kernel.code, program.actions, program.guards, program.kernel.labels
         while self.groups:
@@ -684,7 +696,7 @@ class Warp:
                             action(self)
                         except Fault as fault:
                             raise Fault(f"{fault}, by instruction {at - 1}, {i.text!r}") from None
-                        if program.pauses[at - 1]:  # others may come before what follows
+                        if program.pauses[at - 1]:  # other warps and blocks may come before what follows
                             self.paused = True
                             self._join(self.groups, at, lanes)
                             return
@@ -695,7 +707,7 @@ class Warp:
                     self._join(self.groups, labels[i.operands[0]], here)
                 elif i.op[0] in ("bar", "barrier") and i.op[1] == "sync":
                     self._join(self.waiting, at, here)
-                elif i.op[0] == "bar":  # bar.warp.sync
+                elif i.op[0] == "bar":  # this is bar.warp.sync
                     assert i.op[1] == "warp", i.text
                     continue
                 lanes = lanes & ~here
@@ -708,7 +720,7 @@ class Warp:
 
 
 class Block:
-    """One block: shared memory, warps, its view of global memory."""
+    """Run one block, which has shared memory, warps, and its view of global memory."""
 
     def __init__(self, program: Program, index: int, blocks: int, threads: int, parameters: Array, view: View,
                  shared_bytes: int, random: np.random.Generator) -> None:  # fmt: skip
@@ -735,7 +747,7 @@ class Block:
             self.view.store(address, values, threads)
 
     def run(self) -> bool:
-        """To the next fence or atomic, or to the end; whether that is reached."""
+        """Run to the next fence or atomic, or to the end. Return whether the end is reached."""
         while True:
             for k in self.random.permutation(len(self.warps)):
                 self.warps[k].run()
@@ -754,7 +766,7 @@ class Block:
 
 def launch(program: Program, memory: Memory, grid: int, threads: int, arguments: Sequence[bytes],
            shared_bytes: int = 0, seed: int = 0) -> None:  # fmt: skip
-    """Runs a kernel. ``arguments``: the bytes of each parameter, as many as the kernel declares."""
+    """Run a kernel. ``arguments`` are the bytes of each parameter, as many as the kernel declares."""
     declared = list(program.kernel.parameters.values())
     sizes = [n for _, n in declared]
     assert [len(a) for a in arguments] == sizes, f"{program.kernel.name} takes {sizes} bytes"

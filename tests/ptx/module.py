@@ -1,4 +1,4 @@
-"""PTX as text -> kernels: parameters, shared variables, instructions; and where its fences stand."""
+"""Read PTX as kernels with parameters, shared variables and instructions, and find where fences are missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _SIZES = re.compile(r"\d+$")
 
 
 def size_of(kind: str) -> int:
-    """Bytes of a PTX type such as u32, f64, b8 or bf16."""
+    """Return the bytes of a PTX type such as u32, f64, b8 or bf16."""
     found = _SIZES.search(kind)
     assert found, kind
     return int(found[0]) // 8
@@ -17,7 +17,10 @@ def size_of(kind: str) -> int:
 
 @dataclass(frozen=True)
 class Instruction:
-    """``guard``: (predicate, whether it is negated), or None. ``op``: the opcode at its dots."""
+    """Hold an instruction.
+
+    ``guard`` is a predicate with whether it is negated, or None. ``op`` is the opcode, split at its dots.
+    """
 
     guard: tuple[str, bool] | None
     op: tuple[str, ...]
@@ -27,11 +30,12 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    """Attributes:
+    """Hold a kernel.
 
-    parameters: name -> (offset, bytes) in the parameter space.
-    shared: name -> offset of static shared memory; the dynamic one starts at ``shared_bytes``.
-    registers: prefix of a name -> PTX type.
+    Attributes:
+        parameters: the offset and the bytes of each name in the parameter space.
+        shared: the offset of each name in static shared memory. The dynamic one starts at ``shared_bytes``.
+        registers: the PTX type of each prefix of a name.
     """
 
     name: str
@@ -61,7 +65,7 @@ def _end(text: str, start: int) -> int:
 
 
 def parse(ptx: str) -> dict[str, Kernel]:
-    """The kernels of a PTX file by their names."""
+    """Return the kernels of a PTX file by their names."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/|\.loc\s[^\n]*", "", ptx, flags=re.DOTALL)
     first = _ENTRY.search(text)
     outside = text[: first.start()] if first else ""
@@ -99,7 +103,7 @@ def parse(ptx: str) -> dict[str, Kernel]:
 def _read_body(kernel: Kernel, body: str) -> None:
     for whole in _statements(body):
         statement = whole
-        while True:  # scopes and labels
+        while True:  # scopes and labels come before a statement
             statement = statement.lstrip("{}\n\t ")
             label = re.match(r"([\w$]+):(?!:)", statement)
             if not label:
@@ -127,7 +131,7 @@ def _read_body(kernel: Kernel, body: str) -> None:
 
 
 def is_fence(i: Instruction) -> bool:
-    """Orders this thread's accesses for all threads of the device."""
+    """Return whether an instruction orders this thread's accesses for all threads of the device."""
     if i.op[0] == "membar":
         return i.op[1] in ("gl", "sys")
     return i.op[0] == "fence" and "cta" not in i.op
@@ -138,8 +142,11 @@ def _orders(i: Instruction, *kinds: str) -> bool:
 
 
 def missing_fences(kernel: Kernel) -> list[str]:
-    """Atomics on global memory that a path reaches from the kernel's start or from a store to global memory without a
-    fence between, and loads from global memory that a path reaches from an atomic without one."""
+    """Return the accesses to global memory that lack a fence.
+
+    An atomic lacks one if a path without a fence leads to it from the kernel's start or from a store to global memory.
+    A load from global memory lacks one if such a path leads to it from an atomic.
+    """
     code, found = kernel.code, []
     for what, start, taints, clears, is_bad in (
         ("no fence before", True, lambda i: i.op[0] == "st" and "global" in i.op, ("release", "acq_rel"),
@@ -172,5 +179,5 @@ def missing_fences(kernel: Kernel) -> list[str]:
 
 
 def atomics(kernel: Kernel) -> int:
-    """How many atomics a kernel has."""
+    """Return how many atomics a kernel has."""
     return sum(i.op[0] == "atom" for i in kernel.code)

@@ -1,4 +1,4 @@
-"""The PTX of csrc/cuda for sm_80, made once for each state of the sources, in DMFAST_PTX or build/ptx."""
+"""Compile csrc/cuda to PTX for sm_80, once for each state of the sources, and keep it in DMFAST_PTX or build/ptx."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ from cuda_compiler import compiled  # noqa: E402
 
 
 def ptx(name: str) -> str:
-    """Of ``loss`` or ``sample``. Raises RuntimeError where there is no nvcc."""
+    """Return the PTX of ``loss`` or ``sample``. Raise RuntimeError if there is no nvcc."""
     cache = Path(os.environ.get("DMFAST_PTX", ROOT / "build" / "ptx"))
     return compiled(ROOT, f"csrc/cuda/{name}.cu", "ptx", 80, cache).read_text()

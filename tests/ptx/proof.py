@@ -1,7 +1,8 @@
-"""The PTX that nvcc makes of csrc/cuda/loss.cu, run by machine.py on tiny shapes, against dmfast.eager. `make ptx`.
+"""Test the PTX that nvcc makes of csrc/cuda/loss.cu against dmfast.eager. Run it by `make ptx`.
 
-What is new here beside the same source on the host (scripts/ci/host_cuda.sh): the compiler's own expf, log, expm1 and
-its contraction of a*b+c; the instructions' alignment; memory that only fences bring up to date; counted traffic.
+machine.py runs the PTX on tiny shapes. The same source is also tested on the host (scripts/ci/host_cuda.sh). This adds
+the compiler's own expf, log and expm1, its contraction of a*b+c, the alignment of instructions, memory that only fences
+bring up to date, and counted traffic.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _I64, _F64, _PTR = ctypes.c_int64, ctypes.c_double, ctypes.c_uint64
 
 
 def struct(name: str, **fields: Any) -> Any:
-    """Of csrc/batch.h, csrc/objective.h and csrc/cuda/loss.h; launch() checks their sizes against the PTX."""
+    """Return a struct of csrc/batch.h, csrc/objective.h or csrc/cuda/loss.h. launch() checks its size with the PTX."""
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
@@ -55,13 +56,13 @@ def kernels() -> dict[str, module.Kernel]:
 
 @functools.cache
 def program(pattern: str) -> machine.Program:
-    """The kernel whose mangled name has this."""
+    """Return the kernel whose mangled name has this pattern."""
     (name,) = (n for n in kernels() if re.search(pattern, n))
     return machine.Program(kernels()[name])
 
 
 def two_floats(x: float) -> Any:
-    """Double of csrc/cuda/rows.cuh: the first is below x."""
+    """Return x as the Double of csrc/cuda/rows.cuh, whose first number is below x."""
     high = np.float32(x)
     high = np.nextafter(high, np.float32(0)) if float(high) >= x else high
     return (ctypes.c_float * 2)(high, x - float(high))
@@ -71,7 +72,7 @@ TYPES = {torch.float32: "f", torch.bfloat16: "13__nv_bfloat16", torch.float16: "
 
 
 def types(dtype: torch.dtype, of_gradient: torch.dtype) -> str:
-    """As a mangled name has them: one that is a struct comes back as a substitution."""
+    """Return the types as a mangled name has them. A struct that comes again is a substitution there."""
     again = "S\\d*_" if dtype == of_gradient != torch.float32 else TYPES[of_gradient]
     return TYPES[dtype] + again
 
@@ -90,17 +91,19 @@ def write_rows(dtype: torch.dtype, of_gradient: torch.dtype, cap: bool, bonus: b
 
 
 def numpy_of(x: torch.Tensor) -> np.ndarray[Any, Any]:
-    """Its bits."""
+    """Return the bits of a tensor."""
     return x.view(torch.int16).numpy() if x.dtype in (torch.bfloat16, torch.float16) else x.numpy()
 
 
 @dataclass
 class Call:
-    """Sequences of 3 tokens, of which some are not scored. Rows lie at odd places, with NaN in gaps and unscored rows.
+    """Hold sequences of 3 tokens, of which some are not scored.
 
-    ``pad``: logits between the rows. ``same``: whether the gradient's rows are aligned as the logits' are. ``narrow``:
-    its dtype, where it is not that of the logits. ``bonus``: the coefficient of the entropy in the loss. ``weighted``:
-    whether tokens have weights.
+    Rows lie at odd places, with NaN in gaps and unscored rows.
+
+    ``pad`` is the number of logits between the rows. ``same`` says whether the gradient's rows are aligned as the
+    logits' are. ``narrow`` is the gradient's dtype if it is not that of the logits. ``bonus`` is the coefficient of the
+    entropy in the loss. ``weighted`` says whether tokens have weights.
     """
 
     v: int
@@ -146,7 +149,8 @@ class Call:
         self.at["token_weight"] = self.memory.add(self.token_weight.numpy()) if self.weighted else 0
         self.at["logits"] = self.memory.add(numpy_of(self.storage))
         self.at["dz"] = self.memory.add(numpy_of(torch.full((len(self.storage) + 8,), NAN, dtype=self.of_gradient)))
-        # what a kernel gets from torch.empty is anything: NaN and nonsense, so that nothing stale passes
+        # A kernel gets memory of torch.empty, which may hold anything. Here it holds NaN and nonsense, so that nothing
+        # stale passes.
         of_parts = 2 * MOST_PARTS * b * t
         sizes = {"sequences": 7 * b, "rows": 3 * b * t, "faults": b + of_parts, "total": 1, "status": 1}
         for name, n in sizes.items():
@@ -168,18 +172,18 @@ class Call:
 
     @property
     def gradient(self) -> Any:
-        """In a new tensor with the strides of the logits."""
+        """Return the gradient in a new tensor with the strides of the logits."""
         start = self.at["dz"] + (self.pad + (not self.same)) * self.of_gradient.itemsize
         return Gradient(list(TYPES).index(self.of_gradient), start, self.t * self.stride, self.stride)
 
     @property
-    def constants(self) -> Any:  # csrc/cuda/terms.cuh
+    def constants(self) -> Any:  # the values are those of csrc/cuda/terms.cuh
         bits, c = math.log2(math.e) / self.temperature, self.softcap or 1.0
         of_distance = 2 * c * bits if self.softcap else bits
         return Constants(bits=two_floats(of_distance), inverse=two_floats(2 * math.log2(math.e) / c), bound=14 * c,
                          step=2.0**-23 / bits, least=-192 / of_distance)  # fmt: skip
 
-    def threads(self, most: int) -> int:  # csrc/cuda/plan.h
+    def threads(self, most: int) -> int:  # the number is that of csrc/cuda/plan.h
         return min(most // 32, max(-(-self.v * self.storage.element_size() // 1024), 1)) * 32
 
     def score(self, objective: str, way: str = "score", seed: int = 0, factor: float = 0.0, parts: int = 1) -> None:
@@ -223,7 +227,7 @@ class Call:
         return torch.from_numpy(self.memory.get(self.at[name], like))
 
     def written(self) -> torch.Tensor:
-        """The gradient as (B,T,V), after a look at the gaps between its rows, which must be as they were."""
+        """Return the gradient as (B,T,V). The gaps between its rows must be as they were."""
         empty = torch.empty(len(self.storage) + 8, dtype=self.of_gradient)
         raw = torch.from_numpy(self.memory.get(self.at["dz"], numpy_of(empty))).view(self.of_gradient)
         rows = raw[self.pad + (not self.same) :].as_strided(self.logits.shape, self.logits.stride())
@@ -237,7 +241,10 @@ class Call:
         return raw[self.pad :].as_strided(self.logits.shape, self.logits.stride())
 
     def check_traffic(self, name: str, reads: int, writes: int, more: int, again: int = 0) -> None:
-        """``more``: how often the label's logit is read again; ``again``: written, at most."""
+        """Check reads and writes.
+
+        ``more`` is how often the label's logit is read again. ``again`` is how often at most it is written again.
+        """
         size = self.storage.element_size()
         for row, scored in enumerate(self.mask.flatten().tolist()):
             r, w = self.memory.traffic(self.at[name] + (self.pad + row * self.stride) * size, self.v * size)
@@ -262,16 +269,16 @@ class Call:
                              token_weight=self.token_weight, entropy_coefficient=self.bonus, **self.terms,
                              **self.rows).loss  # fmt: skip
         (want,) = torch.autograd.grad(loss * factor, self.oracle)
-        # dz = weight * factor * (softmax - onehot): the sign of the loss, -A log pi, is in it
+        # dz is weight * factor * (softmax - onehot), which has the sign of the loss, -A log pi, in it.
         assert bool((found[0, 1] == 0).all()), "a row that is not scored has gradient 0"
         rounding = {torch.float32: 4e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[found.dtype]
         assert bool(((found.double() - want).abs() <= rounding * want.abs() + 1e-7 + 2e-6 * self.bonus).all())
 
 
 SHAPES = [
-    dict(v=37, pad=0),  # odd: every row starts elsewhere
-    dict(v=261, pad=3),  # two warps, a tail
-    dict(v=256, pad=0),  # aligned
+    dict(v=37, pad=0),  # V is odd, so every row starts at another alignment
+    dict(v=261, pad=3),  # it takes two warps and has a tail
+    dict(v=256, pad=0),  # every row is aligned
     dict(v=1, pad=2),
     dict(v=133, pad=1, softcap=5.0, temperature=0.7),
     dict(v=150, pad=1, dtype=torch.bfloat16),
@@ -283,7 +290,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(str(x) 
 @shapes
 @pytest.mark.parametrize("inplace", [False, True])
 def test_forward_and_backward(shape: dict[str, Any], inplace: bool) -> None:
-    """And the traffic: a scored logit is read once by each, the label's once more; others not at all."""
+    """A scored logit is read once by each pass, and the label's logit once more. Other rows are not read."""
     call = Call(**shape)
     call.score("gdc++", seed=inplace)
     call.check_scores("gdc++")
@@ -304,7 +311,7 @@ def test_known_weight(shape: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_any_order_of_blocks(seed: int) -> None:
-    """Ten blocks meet at one counter: without one of its two fences the last reads what stood there before."""
+    """Ten blocks meet at one counter. Without one of its two fences the last one reads what stood there before."""
     call = Call(v=5, b=1, t=8)
     call.score("gdc++", seed=seed)
     call.check_scores("gdc++")
@@ -363,7 +370,7 @@ def test_gradient_narrower_than_its_logits(shape: dict[str, Any], way: str) -> N
 )
 @pytest.mark.parametrize("way", ["score", "kept"])
 def test_entropy_bonus(shape: dict[str, Any], way: str) -> None:
-    """No read or write more; sequence 1 has weight 0, and its gradient is the entropy's alone."""
+    """There are no more reads and writes. Sequence 1 has weight 0, and its gradient is the entropy's alone."""
     call = Call(**shape, bonus=0.4)
     score_and_write(call, way)
     found = call.written()
@@ -404,13 +411,15 @@ def test_a_fault_costs_its_sequence_alone() -> None:
     call.score("dpg", "kept", factor=1.0)
     assert call.get("log_prob").isnan().tolist() == [False, True] and call.get("weight")[1] == 0
     code = int(call.memory.get(call.at["status"], np.empty(1, np.int64))[0])
-    assert divmod(code, 8) == (3, 1)  # row 3: NaN
+    assert divmod(code, 8) == (3, 1)  # row 3 has a NaN
     assert bool((call.written()[1] == 0).all())
 
 
 def test_every_kernel_fences_before_and_after_its_atomics() -> None:
-    """In program order, on every path: from the stores of a block to its counter, from a counter to what others
-    wrote."""
+    """There is a fence on every path, in program order.
+
+    One stands between the stores of a block and its counter, and one between a counter and reads of what others wrote.
+    """
     with_sampling = kernels() | module.parse(nvcc.ptx("sample"))
     missing = {name: found for name, kernel in with_sampling.items() if (found := module.missing_fences(kernel))}
     assert not missing

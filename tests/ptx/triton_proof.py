@@ -1,8 +1,9 @@
-"""The PTX that Triton makes of dmfast/kernels/triton, run by machine.py on tiny shapes under the plugin emulated.py,
-against dmfast.eager in fp64, to the errors that tests/test_kernels.py states. `make ptx`.
+"""Test the PTX that Triton makes of dmfast/kernels/triton against dmfast.eager in fp64. Run it by `make ptx`.
 
-What is new here beside Triton's interpreter (scripts/ci/interpreter.sh): Triton's own compiler with its arithmetic,
-alignments, layouts, shuffles and barriers, as launch.py has it run; warps that do not run in step; counted traffic.
+machine.py runs the PTX on tiny shapes under the plugin emulated.py. The errors that are allowed are those that
+tests/test_kernels.py states. The same kernels are also tested in Triton's interpreter (scripts/ci/interpreter.sh). This
+adds Triton's own compiler with its arithmetic, alignments, layouts, shuffles and barriers, as launch.py has it run,
+warps that do not run in step, and counted traffic.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ def started() -> None:
 
 
 def kernels() -> set[str]:
-    """That have run in this test."""
+    """Return the kernels that have run in this test."""
     return {x.name for x in emulated.launches}
 
 
 SHAPES: list[dict[str, Any]] = [
-    dict(v=37, layout="contiguous"),  # odd: every row starts elsewhere
-    dict(v=71, layout="sliced"),  # a new gradient's rows are aligned otherwise
-    dict(v=256, layout="transposed"),  # aligned
+    dict(v=37, layout="contiguous"),  # V is odd, so every row starts at another alignment
+    dict(v=71, layout="sliced"),  # the rows of a new gradient are aligned otherwise
+    dict(v=256, layout="transposed"),  # every row is aligned
     dict(v=1, layout="packed32"),
     dict(v=133, layout="unaligned", softcap=5.0, temperature=0.7),
     dict(v=150, layout="packed_strided", dtype=BF16),
@@ -48,7 +49,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(str(x) 
 
 
 def parts(shape: dict[str, Any], **more: Any) -> tuple[Case, dict[str, Any]]:
-    """A case and what ``check`` takes: rows that are not scored, weights of 0."""
+    """Return a case and what ``check`` takes, with rows that are not scored and weights of 0."""
     rows = {k: shape[k] for k in ("temperature", "softcap") if k in shape}
     case = make_case(shape["layout"], shape.get("dtype", FP32), shape["v"], b=4, t=3, **more)
     return case, {**rows, **make_terms(case, **rows)}
@@ -65,12 +66,12 @@ def test_forward_and_backward(shape: dict[str, Any], inplace: bool) -> None:
 @shapes
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
 def test_known_weight(shape: dict[str, Any], inplace: bool) -> None:
-    """For another grad_output than the expected one: in place scale_rows brings the gradient to it, else it is anew."""
+    """For another grad_output than the expected one, scale_rows scales the gradient in place, or it is made anew."""
     case, options = parts(shape)
     out = check(case, inplace=inplace, objective="dpg", grad_scale=1.0, grad=torch.tensor(0.37).double(), roundings=2,
                 return_entropy=True, **options)  # fmt: skip
     assert 0 < out.weight.count_nonzero() < len(out.weight)
-    anew = set() if inplace else {"write_rows"}  # from the logits, which in place are gone
+    anew = set() if inplace else {"write_rows"}  # it is made from the logits, which in place are gone
     assert kernels() == {"score_rows", "sum_rows", "scale_rows"} | anew
 
 
@@ -83,7 +84,7 @@ def test_gradient_narrower_than_its_logits(dtype: torch.dtype, known: bool, alig
 
 
 def test_sm_100(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has other arithmetic: two fp32 in a register, fp32 with bf16 in one instruction."""
+    """It has other arithmetic, such as two fp32 in a register, and fp32 with bf16 in one instruction."""
     monkeypatch.setattr(emulated, "arch", 100)
     for shape in SHAPES[1], SHAPES[5]:
         case, options = parts(shape)
@@ -100,7 +101,7 @@ def test_special_logits(name: str) -> None:
 
 @pytest.mark.parametrize(("v", "softcap"), [(3079, 9.0), (6151, None)])
 def test_rows_that_several_warps_have(v: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between barriers they run one after the other, in several orders."""
+    """Between barriers the warps run one after the other, in several orders."""
     case = make_case("unaligned", FP32, v, b=1, t=2, unscored="none")
     terms = make_terms(case, softcap=softcap)
     for seed, (inplace, objective) in enumerate(((False, "gdc++"), (True, "gdc++"), (True, "dpg"))):
@@ -110,8 +111,11 @@ def test_rows_that_several_warps_have(v: int, softcap: float | None, monkeypatch
 
 
 def test_traffic() -> None:
-    """A scored logit is read once by each of forward and backward, the label's and the few before and after the packs
-    once more by each warp; rows that are not scored, and in backward those of weight 0, not at all."""
+    """Forward and backward each read a scored logit once.
+
+    Each warp reads the label's logit and the few logits before and after the packs once more. Rows that are not scored
+    are not read, and in backward neither are those of weight 0.
+    """
     for v in (37, 3079):
         case = make_case("contiguous", FP32, v, b=2, t=2, unscored="none")
         tokens = case.tokens.clone()
@@ -130,7 +134,7 @@ def test_traffic() -> None:
 
 
 def test_no_shape_compiles_anew() -> None:
-    """One kernel whatever V, strides and addresses are divisible by, also for a stride beyond 32 bits."""
+    """There is one kernel, whatever V, strides and addresses are divisible by, and also for a stride beyond 32 bits."""
     compiled = loss.score_rows.device_caches[emulated.arch][0]
 
     def score(v: int, far: bool = False) -> int:
@@ -148,7 +152,7 @@ def test_no_shape_compiles_anew() -> None:
 
 
 def test_labels_at_an_odd_address() -> None:
-    """Triton compiles for whether labels lie at a multiple of 16."""
+    """Triton compiles another kernel where labels lie at a multiple of 16."""
     for first in (0, 1):
         case = make_case("packed64", FP32, 29, unscored="none")
         tokens = torch.cat([torch.zeros(first, dtype=torch.int64), case.tokens])[first:]
@@ -172,8 +176,8 @@ def test_a_fault_costs_its_sequence_alone() -> None:
 
 
 DRAWS = [
-    (1030, FP32, dict(softcap=9.0)),  # two tiles
-    (1032, FP32, dict(temperature=0.7)),  # wide
+    (1030, FP32, dict(softcap=9.0)),  # these take two tiles
+    (1032, FP32, dict(temperature=0.7)),  # V is a multiple of 8, so that accesses are wide
     (2056, BF16, {}),
     (77, FP16, dict(softcap=30.0)),
 ]
@@ -181,7 +185,7 @@ DRAWS = [
 
 @pytest.mark.parametrize(("v", "dtype", "rows"), DRAWS)
 def test_draws(v: int, dtype: torch.dtype, rows: dict[str, float]) -> None:
-    """As eager draws from the same random numbers, and for given ones at both ends of a token's interval."""
+    """They are eager's draws from the same random numbers, and from given ones at both ends of a token's interval."""
     torch.manual_seed(v)
     z = (3 * torch.randn(3, v)).to(dtype)
     z[:, v // 3] = -INF
