@@ -32,7 +32,10 @@ def test_the_drawing_is_that_of_the_code(of_code):
 
 @pytest.fixture
 def package(tmp_path):
-    """Return a package of three layers: top imports middle and bottom, within a function too; middle imports bottom."""
+    """Return a package of three layers.
+
+    top imports middle and bottom, also within a function, and middle imports bottom.
+    """
     folder = tmp_path / "dmfast"
     (folder / "middle").mkdir(parents=True)
     (folder / "__init__.py").write_text("from . import top\n")

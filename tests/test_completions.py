@@ -349,7 +349,7 @@ def test_a_token_weight_is_of_the_samples_tokens():
     loss = -(a * (w[:, 1:] * log_pi).sum(1)).mean()
     loss.backward()
     expected = gradients(policy.model)
-    wide = Samples.cat([x, with_context(policy)])[:3]  # with padding that is trimmed away
+    wide = Samples.cat([x, with_context(policy)])[:3]  # the loss trims this padding away
     wide = dataclasses.replace(
         wide, **{name: torch.nn.functional.pad(getattr(wide, name), (2, 3)) for name in ("tokens", "attention_mask",
                                                                                           "score_mask")},

@@ -35,7 +35,7 @@ B, T, V = 3, 4, 11
 
 @dataclass
 class Call:
-    """A call of dm_loss or sequence_log_prob that is right, until a test changes it."""
+    """Hold a call of dm_loss or sequence_log_prob that is right until a test changes it."""
 
     logits: Tensor
     tokens: Any
