@@ -37,7 +37,7 @@ def llama():
 
 LORA = {"target_modules": ["c_attn", "c_proj"], "r": 4, "lora_dropout": 0.3, "fan_in_fan_out": True}
 KINDS = {
-    "new lora": lambda: (gpt2(), peft.LoraConfig(**LORA)),  # which changes nothing yet
+    "new lora": lambda: (gpt2(), peft.LoraConfig(**LORA)),  # a new LoRA does not change the model yet
     "lora": lambda: (gpt2(), peft.LoraConfig(init_lora_weights=False, **LORA)),
     "dora": lambda: (gpt2(), peft.LoraConfig(use_dora=True, init_lora_weights=False, **LORA)),
     "lora, embedding too": lambda: (
@@ -58,13 +58,13 @@ def adapted(kind="lora"):
     for name, parameter in model.named_parameters():
         if "trainable_tokens_delta" in name:
             parameter.data.normal_()
-    # a flag of the user's own: PEFT's switching would set it
+    # The user has frozen this parameter. PEFT's own switching would make it require a gradient again.
     next(p for name, p in model.named_parameters() if p.requires_grad and ".0." in name).requires_grad_(False)
     return base, model
 
 
 def state(model):
-    """Return what a switch could leave behind."""
+    """Return everything that a switch could leave changed."""
     return {
         "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
         "training": {name: module.training for name, module in model.named_modules()},
@@ -74,7 +74,7 @@ def state(model):
 
 
 def nudge(model, scale=0.05):
-    """Take a step of the policy."""
+    """Change the trainable parameters, as an optimiser step does."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -87,11 +87,15 @@ def nudge(model, scale=0.05):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "new lora"])
 def test_views_are_the_models_that_they_stand_for(kind):
-    """a is the model from before and q the policy at the last swap, to the bit. Switches leave no trace."""
+    """The views equal the models that they stand for, to the bit.
+
+    The view of a is the original model, and that of q is the policy at the last swap. Switches leave no trace.
+    """
     before, model = adapted(kind)
     alone, policy = LanguageModel(before, tokenizer()), LanguageModel(model, tokenizer())
     model.train()
-    model.base_model.model.get_input_embeddings().eval()  # a mode of its own
+    # A switch must keep the mode of the embedding, which differs from that of the rest.
+    model.base_model.model.get_input_embeddings().eval()
     left, numbers = state(model), torch.get_rng_state()
     proposal = OfflineProposal(policy, "interval", interval=1, adapter=True)
     copied = OfflineProposal(policy, "interval", interval=1)
@@ -113,7 +117,7 @@ def test_views_are_the_models_that_they_stand_for(kind):
             mine, wanted = (each.sample(n=24, max_new_tokens=6, seed=i) for each in (view, other))
             assert torch.equal(mine.tokens, wanted.tokens) and torch.equal(mine.log_prob, wanted.log_prob)
             assert torch.equal(view.logits(x)[0], other.logits(x)[0])
-            # a head that is wrapped goes through logits, a plain one does not: their sums may round apart
+            # A wrapped head goes through logits and a plain one does not, so their sums may round differently.
             torch.testing.assert_close(view.log_prob(x), other.log_prob(x).detach(), atol=1e-6, rtol=0)
             assert not view.log_prob(x).requires_grad
             assert state(model) == left
@@ -227,7 +231,7 @@ def test_what_else_is_refused():
     with pytest.raises(TypeError, match="adapter=True needs a LanguageModel"):
         OfflineProposal(model, adapter=True)
     hub = gpt2()
-    hub._hf_peft_config_loaded = True  # what add_adapter of transformers sets
+    hub._hf_peft_config_loaded = True  # add_adapter of transformers sets this attribute
     with pytest.raises(ValueError, match=r"take peft\.get_peft_model"):
         LanguageModel(hub, tokenizer()).base()
 
@@ -249,7 +253,7 @@ def test_a_newer_proposal_takes_the_place_of_an_older_one():
 
 
 def parameter_bytes(*models):
-    """Return the bytes of all parameters in them, shared ones once."""
+    """Return the bytes of all parameters of the models. Shared parameters count once."""
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in models for p in m.parameters()}
     return sum(storages.values())
 
@@ -313,7 +317,7 @@ def trained(model):
     ids=["plain", "checkpointing, fresh checks", "prompts, kl_control, bf16"],
 )
 def test_one_backbone_trains_as_three_models_do(tmp_path, settings):
-    """log q, log P, Z, weights, swaps, the adapter after each of the steps, and the evaluation."""
+    """Both runs agree on log q, log P, Z, weights, swaps, the adapter after each step and the evaluation."""
     runs = []
     for shared in (False, True):
         keep, seen = Keep(), []
@@ -392,7 +396,7 @@ def test_resumed_to_the_bit(tmp_path):
 
 
 def test_two_processes_train_one_backbone_as_one_does(tmp_path):
-    """DDP: the same gradients, swaps and adapters, and the same parameters in both processes."""
+    """With DDP, gradients, swaps and adapters are those of one process, and both processes hold the same parameters."""
     common = {"max_steps": 4, "optim": "sgd", "learning_rate": 3e-2, "warmup_steps": 0, "lora": LORA,
               "proposal_check_samples": 32}  # fmt: skip
     one, gradients, _ = run(tmp_path / "one", per_device_train_batch_size=32, **common)
@@ -417,7 +421,8 @@ def test_sharing_without_a_view_is_refused(tmp_path):
     args = dmfast.DMConfig(str(tmp_path), max_steps=1, use_cpu=True)
     around = peft.PeftModel(LlamaForCausalLM(llama().config), peft.LoraConfig(target_modules=["q_proj"]))
     around.base_model.model = other.get_base_model()
-    with pytest.raises(ValueError, match="shares parameters"):  # with the view, through another wrapper
+    # This model shares the view's parameters through another wrapper.
+    with pytest.raises(ValueError, match="shares parameters"):
         dmfast.DMTrainer(around, target, args)
     unfrozen(other)
     with pytest.raises(ValueError, match="1 other parameters require a gradient"):
@@ -430,7 +435,7 @@ LORA_RECIPE = {"target_modules": ["c_attn"], "r": 2, "fan_in_fan_out": True}
 
 @pytest.mark.parametrize("more", [{}, {"modules_to_save": ["lm_head"]}], ids=["one backbone", "three models"])
 def test_recipes_share_the_backbone_where_that_is_possible(tmp_path, more, monkeypatch):
-    """An error says so where it is not."""
+    """Where that is not possible, the run says so."""
     path, made, said = tmp_path / "recipe.yaml", [], []
     path.write_text(yaml.safe_dump(SMALL | {"lora": LORA_RECIPE | more}))
     init = dmfast.DMTrainer.__init__

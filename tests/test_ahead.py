@@ -37,12 +37,12 @@ PROMPTS = ["w1 w2", "w3", "w4 w5 w6", "w7", "w0 w0", "w2"]
 
 
 class Engine:
-    """Be a model of its own that a thread may call, which takes notes of what it is asked for, and takes its time."""
+    """Hold a model of its own that a thread may call, note what it is asked for, and take its time."""
 
     def __init__(self, wait=lambda call: None):
         self.model, self.version, self.wait = None, 0, wait
         self.calls, self.loads, self.busy, self.gone = [], 0, 0, False
-        self.lock = threading.Lock()  # several may wait, and the model runs one forward at a time
+        self.lock = threading.Lock()  # several threads may wait at once, but the model runs one forward at a time
 
     def sample(self, prompts=None, n=1, **options):
         self.busy += 1
@@ -62,8 +62,8 @@ class Engine:
         assert not self.busy, "a load must wait for what is being drawn"
         if self.gone:
             raise ConnectionError("the engine is gone")
-        # frozen, since torch rounds otherwise where a parameter requires a gradient; the check of scores would put
-        # back torch's global random numbers, which a real engine does not have
+        # The model is frozen, because torch rounds differently where a parameter requires a gradient. The check of
+        # scores is off, because it restores torch's global random state, which a real engine does not share.
         self.model = LanguageModel(
             copy.deepcopy(source.model).requires_grad_(False), source.tokenizer, check_scores=False
         )
@@ -85,7 +85,7 @@ def coming(k, steps, ahead):
 
 
 def run(m, optimizer, last, ahead=2, first=0, steps=None):
-    """Take the steps of a loop from one to before another, and return their metrics without times."""
+    """Take the steps from ``first`` to before ``last``, and return their metrics without times."""
     return [
         timeless(step(m, optimizer, [(PROMPTS * 3)[k]], next_prompts=coming(k, steps or last, ahead)))
         for k in range(first, last)
@@ -107,7 +107,7 @@ def test_what_is_drawn_of_which_q_is_a_function_of_the_step(ahead):
         m, optimizer = made(AsyncSampler(engine, ahead, threads=threads))
         log = run(m, optimizer, steps, ahead)
         found.append(ended(m, log))
-        # the batch of a step is asked for at the draw `ahead` steps before; q changes every two steps
+        # The batch of a step is asked for ``ahead`` steps before the step. q changes every two steps.
         versions = [max(k - ahead, 0) // 2 for k in range(steps)]
         assert [each["lag"] for each in log] == [k // 2 - version for k, version in enumerate(versions)]
         seeds = [m._seed(f"step {k}") for k in range(steps)]
@@ -138,7 +138,8 @@ def test_max_lag_bounds_the_swaps_between_draw_and_use():
         m, optimizer = made(AsyncSampler(engine, 4, max_lag=bound), proposal={"interval": 1})
         lags[bound] = [each["lag"] for each in run(m, optimizer, 7, 4)]
         calls[bound] = [seed for seed, *_ in engine.calls]
-    # q changes after each step: with 0 the batches ahead are drawn again each time, and that of the past step is not
+    # q changes after each step. With max_lag=0 the batches of coming steps are drawn again each time, and the batch of
+    # the past step is not.
     assert len(calls[None]) == 7 and len(set(calls[0])) == 7
     assert all(calls[0].count(m._seed(f"step {k}")) <= k + 1 for k in range(7))
     assert lags == {None: [0, 1, 2, 3, 4, 4, 4], 1: [0, 1, 0, 1, 0, 0, 0], 0: [0] * 7}
@@ -161,7 +162,7 @@ def test_the_engine_draws_while_the_policy_is_trained():
     started, train = threading.Event(), threading.Event()
     m, _ = made(AsyncSampler(Engine(lambda call: call == 2 and (started.set(), train.wait(20)))))
     batch = m.draw([PROMPTS[0]], 8, max_new_tokens=6, next_prompts=coming(0, 9, 2))
-    assert started.wait(20)  # of the second batch, which does not end before the first has passed the loss
+    assert started.wait(20)  # the second batch has begun, and it can't end before the loss of the first one has run
     m.loss(batch).loss.backward()
     train.set()
 
@@ -173,7 +174,7 @@ def test_the_criterion_has_samples_of_the_newest_q_and_z_has_all():
     for k in range(6):
         batch = m.draw([PROMPTS[0]], 8, max_new_tokens=6, next_prompts=[[PROMPTS[0]]] * 2)
         if k == 1:
-            m.proposal.swap()  # the batches of steps 1, 2 and 3 are of the q before
+            m.proposal.swap()  # the batches of steps 1, 2 and 3 come from the q before this swap
         m.loss(batch).loss.backward()
         optimizer.step()
         newest = m.proposal.version
@@ -184,8 +185,9 @@ def test_the_criterion_has_samples_of_the_newest_q_and_z_has_all():
     (z,) = m.running.partitions._of.values()
     assert z.n == 6 * 8
     known = [each for each in log if not any(name.startswith("unseen/") for name in each)]
-    assert len(known) > 3 and all(math.isfinite(each["kl_policy"]) for each in known)  # of the step, where q has none
-    assert not any(each["swapped"] for each in log[:5])  # a check without a sample of q leaves q
+    # Where the newest q has drawn nothing yet, kl_policy comes from the samples of the step alone.
+    assert len(known) > 3 and all(math.isfinite(each["kl_policy"]) for each in known)
+    assert not any(each["swapped"] for each in log[:5])  # a check without a sample of the newest q keeps q
 
 
 def test_a_check_on_fresh_samples_gets_them_from_the_newest_q():
@@ -220,7 +222,7 @@ def test_what_is_lost_is_asked_for_again_and_nothing_else_changes():
 
 
 def nothing():
-    return pytest.MonkeyPatch.context()  # a block that does nothing
+    return pytest.MonkeyPatch.context()  # nothing is patched, so this context does nothing
 
 
 def test_an_engine_that_stays_away_ends_the_run_at_its_batch_and_the_batch_can_be_asked_for_again():
@@ -270,7 +272,7 @@ def test_an_engine_that_holds_another_q_is_found():
     engine = Engine()
     m, optimizer = made(AsyncSampler(engine, 2))
     run(m, optimizer, 1)
-    engine.version = 7  # such as one that was started again by somebody else
+    engine.version = 7  # somebody else may have restarted the engine with another q
     sampler, engine.model.sample = m.proposal.sampler, None
 
     class Older(Engine):
@@ -290,7 +292,7 @@ def test_an_engine_that_holds_another_q_is_found():
 
 @pytest.mark.parametrize("drawn", [1, 2])
 def test_a_resumed_run_is_the_unbroken_one_to_the_bit(drawn):
-    """As many of the batches ahead are drawn as the test says, and the others are on their way."""
+    """``drawn`` of the two batches ahead are drawn when the state is saved, and the others are on their way."""
     whole, optimizer = made(AsyncSampler(Engine(), 2))
     unbroken = run(whole, optimizer, 7)
 
@@ -330,14 +332,15 @@ def test_a_state_of_another_kind_changes_nothing():
     alone, _ = made(Engine())
     with pytest.warns(UserWarning, match="holds 1 batches that were drawn ahead, and this run's sampler does not"):
         alone.load_state_dict(state)
-    del state["proposal"]["drawn_ahead"]  # of before
+    del state["proposal"]["drawn_ahead"]  # a state from before dmfast could sample ahead has no such entry
     m.load_state_dict(state)
     assert sampler.ready == 0
 
 
 # --- under DMTrainer, with an engine behind HTTP
 
-CONTEXTS = {"prompts": PROMPTS, "samples_per_context": 4, "max_steps": 7}  # three steps an epoch
+# An epoch has three steps, so the run crosses its end.
+CONTEXTS = {"prompts": PROMPTS, "samples_per_context": 4, "max_steps": 7}
 
 
 @pytest.fixture
@@ -374,7 +377,7 @@ def test_a_run_that_is_ahead_of_an_engine_that_fails_ends_with_a_checkpoint_and_
     trainer = trained(tmp_path / "broken", server, [Harm()], sampler_ahead=2)
     with pytest.raises(EngineError, match="holds all of it, q too"):
         trainer.train()
-    last = trainer.state.global_step  # what was drawn by then is trained
+    last = trainer.state.global_step  # the run has trained on the batches that were drawn before the engine failed
     assert 3 < last < 6 and checkpoint.fault(tmp_path / "broken" / f"checkpoint-{last}") is None
     trainer.proposal.sampler._drain()
     server.faults.status.clear()
@@ -422,7 +425,7 @@ def test_a_batch_is_fixed_at_its_request():
         m.draw([PROMPTS[2]], 4, max_new_tokens=6)
     with pytest.raises(ValueError, match="next_prompts are drawn with seeds that the matcher gives, and seed=3"):
         m.draw([PROMPTS[0]], 8, max_new_tokens=6, seed=3, next_prompts=[[PROMPTS[1]]])
-    assert len(m.draw([PROMPTS[0]], 4, max_new_tokens=6, seed=3)) == 4  # a seed of one's own draws now
+    assert len(m.draw([PROMPTS[0]], 4, max_new_tokens=6, seed=3)) == 4  # a call with a seed of its own draws at once
     m.forget()
     assert len(m.draw([PROMPTS[2]], 4, max_new_tokens=6)) == 4
     with pytest.raises(
@@ -512,7 +515,7 @@ def test_a_copy_in_another_process_draws_what_the_policy_draws_dies_and_starts_a
         return of.sample(["w3", "w1 w2"], 4, max_new_tokens=6, seed=seed, temperature=1.3)
 
     assert same(draw(proposal), draw(proposal.snapshot)) and draw(proposal).version.tolist() == [0] * 8
-    assert len(proposal.sample(n=3, max_new_tokens=3)) == 3  # a seed of this process
+    assert len(proposal.sample(n=3, max_new_tokens=3)) == 3  # without a seed, this process chooses one
     moved(policy)
     proposal.swap()
     x = draw(proposal.snapshot)
@@ -524,13 +527,14 @@ def test_a_copy_in_another_process_draws_what_the_policy_draws_dies_and_starts_a
     for source, error in ((lm("llama"), RuntimeError), ("no/such/folder", FileNotFoundError), (5, TypeError)):
         with pytest.raises(error):
             sampler.load(source)
-    moved(policy, seed=1)  # pi moves on
+    moved(policy, seed=1)  # q must not follow pi when pi changes
     assert same(draw(proposal), x)
-    os.kill(engine._children[0].process.pid, signal.SIGINT)  # Ctrl-C is for who trains
+    # Ctrl-C is meant for the training process, so the child ignores it.
+    os.kill(engine._children[0].process.pid, signal.SIGINT)
     assert same(draw(proposal), x)
     os.kill(engine._children[0].process.pid, signal.SIGKILL)
     with pytest.warns(UserWarning, match="lost 1 time .* has died with exit code -9 in 'sample'"):
-        assert same(draw(proposal), x)  # it has q, and never pi
+        assert same(draw(proposal), x)  # the new process starts with q, and not with the newer pi
 
     policy.model.save_pretrained(tmp_path)
     engine.load(tmp_path)

@@ -43,8 +43,11 @@ def inputs(n: int) -> list[dict[str, torch.Tensor]]:
     [(0.0, "dpg", 1, 1.0), (1.0, "reverse_kl", 1, -1.0), (-1.0, "chi2", 2, 0.0), (2.0, "reverse_chi2", 2, 0.0)],
 )
 def test_special_cases(how: str, alpha: float, name: str, scale: int, shift: float, on_policy: bool) -> None:
-    """A of alpha with baseline b is 1/scale of A of the other with baseline scale * b + shift: dpg with baseline 1 is
-    gdc++; of the two chi2 it is the half, whose baselines are both twice alpha's, so both 0 where it has none."""
+    """A of alpha with baseline b is 1/scale times A of the other objective with baseline scale * b + shift.
+
+    dpg with baseline 1 is gdc++. A of alpha is half of that of chi2 and of reverse_chi2, whose baselines are twice the
+    baseline of alpha, so that they are 0 where it has none.
+    """
     for terms in inputs(60):
         for b in (0.0, float(terms["baseline"])):
             mine = {**terms, "baseline": torch.tensor([b], dtype=torch.float64)}
@@ -65,7 +68,7 @@ def test_no_digits_are_lost_near_one(how: str, distance: float, on_policy: bool)
         terms["baseline"].zero_()
         exact, _ = exact_weight(objective, on_policy, -20.0, terms)
         weight = formula(how, objective, on_policy, -20.0, terms, INF)
-        # log t is a sum of numbers near 20
+        # log t is a sum of numbers near 20, and the second term allows for their rounding errors.
         rho = 1.0 if on_policy else math.exp(-20.0 - float(terms["log_proposal"]))
         assert abs(weight - exact) <= 1e-13 * abs(exact) + 4e-14 * rho
 
@@ -89,7 +92,10 @@ def test_extremes(alpha: float, on_policy: bool, options: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("how", HOW)
 def test_near_one_a_filter_is_reinforce_with_baseline_one(how: str) -> None:
-    """With P = a v and v in {0, 1}, (1 - alpha) A tends to rho (v - 1), that of the reward v, from below 1."""
+    """With P = a v and v in {0, 1}, (1 - alpha) A tends to rho (v - 1) as alpha rises to 1.
+
+    That is the weight of reinforce with the reward v and the baseline 1.
+    """
     reinforce = Objective("reinforce", baseline=1.0)
     for given, v in itertools.product(inputs(40), (0.0, 1.0)):
         terms = {**given, "reward": torch.tensor([v]).double(), "baseline": torch.ones(1).double()}
@@ -109,7 +115,7 @@ def test_near_one_a_filter_is_reinforce_with_baseline_one(how: str) -> None:
 
 @pytest.mark.parametrize("how", HOW)
 def test_where_the_target_is_zero(how: str) -> None:
-    """A = -rho (1/(1 - alpha) + b) below 1, as if p were merely small; from 1 on no A that fp32 holds."""
+    """If P = 0, A is -rho (1/(1 - alpha) + b) for alpha below 1, and -inf or the bound from 1 on."""
     terms = one(log_proposal=-21.0, log_target=-INF, log_z=0.5, reward=0.0, log_base=-20.0, baseline=0.75)
     rho = math.exp(1.0)
     for alpha in (-1.0, 0.0, 0.5, 0.999):
@@ -147,8 +153,12 @@ def test_p_of_zero_is_refused_from_one_on(backend: str, alpha: float) -> None:
 @pytest.mark.parametrize("normalize_alpha", [True, False])
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 def test_max_return(backend: str, normalize_alpha: bool, on_policy: bool) -> None:
-    """By hand: min((p/pi)^(1 - alpha) - 1, M), then the factor, then the baseline; what is bounded is counted, beside
-    what max_weight bounds; a context without a target counts as neither."""
+    """The weights are those that the formula gives by hand.
+
+    The return is min((p/pi)^(1 - alpha) - 1, M). The factor comes next, and then the baseline. n_clipped counts the
+    sequences that max_return bounds and those that max_weight bounds. A sequence whose context has no target counts as
+    neither.
+    """
     alpha, most, b = 0.25, 0.5, 0.125
     objective = Objective("alpha", alpha=alpha, normalize_alpha=normalize_alpha, max_return=most, baseline=b)
     out = loss(objective, backend, on_policy=on_policy)
@@ -160,7 +170,7 @@ def test_max_return(backend: str, normalize_alpha: bool, on_policy: bool) -> Non
     expected[4] = 0
     torch.testing.assert_close(out.weight, expected, rtol=1e-12, atol=0)
     assert bounded_returns(objective, out.log_ratio, out.log_target_ratio).tolist() == bounded
-    also = float(out.weight[2].abs()) * 0.9  # the weight of P = 0 is the one that this bounds, and it may bound others
+    also = float(out.weight[2].abs()) * 0.9  # this bound holds for the weight where P = 0, and it may bound others too
     both = loss(objective, backend, on_policy=on_policy, max_weight=also)
     over = (out.weight.abs() > also).tolist()
     assert over[2] and int(both.n_clipped) == sum(a or b for a, b in zip(bounded, over, strict=True))
@@ -199,7 +209,7 @@ TARGETS = {"hard": hard_target(BASE), "soft": soft_target(BASE, SPACE.tokens)}
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("alpha", [-1.0, 0.0, 0.25, 0.9, 0.999, 1.0, 1.5, 2.0])
 def test_the_expected_gradient_is_the_divergence_s(alpha: float, target: str, on_policy: bool, backend: str) -> None:
-    """Of D = (1 - sum p^(1-alpha) pi^alpha) / (alpha (1 - alpha)), which autograd differentiates over all sequences."""
+    """It equals autograd's gradient of D = (1 - sum p^(1-alpha) pi^alpha) / (alpha (1 - alpha)) over all sequences."""
     if alpha >= 1 and target == "hard":
         return
     p = TARGETS[target]
@@ -224,13 +234,13 @@ def test_the_expected_gradient_is_the_divergence_s(alpha: float, target: str, on
         log_proposal=log_q, log_z=p.z.log(), on_policy=on_policy, reduction="none", backend=backend,
     )  # fmt: skip
     (out.loss @ log_q.exp()).backward()
-    # a factor of 1/(1 - alpha) is in A where P = 0, and cancels in the expectation
+    # Where P = 0, A has a factor of 1/(1 - alpha). It cancels in the expectation, but its rounding errors do not.
     tolerance = (2e-6 if backend == "cpu" else 1e-12) * max(1.0, 1 / abs(1 - alpha) if alpha != 1 else 1.0)
     torch.testing.assert_close(leaf.grad, table.grad, rtol=0, atol=tolerance * max(float(table.grad.abs().max()), 1))
 
 
 def exact_divergence(alpha: float, target: Target, log_pi: torch.Tensor) -> float:
-    """Return (1 - sum p^(1-alpha) pi^alpha)/(alpha (1-alpha)) and its limits, over all sequences."""
+    """Return D = (1 - sum p^(1-alpha) pi^alpha)/(alpha (1-alpha)) over all sequences, or its limit at 0 or 1."""
     p, pi = target.p, log_pi.exp()
     if alpha == 0:
         return float(torch.xlogy(p, p).sum() - torch.xlogy(p, pi).sum())
@@ -245,14 +255,17 @@ CRITERION = [(a, t) for a in (-1.0, 0.0, 1e-9, 0.25, 0.75, 0.999, 1 - 1e-9, 1.0,
 
 @pytest.mark.parametrize(("alpha", "target"), CRITERION)
 def test_the_divergence_of_pi_and_of_q_by_enumeration(alpha: float, target: str) -> None:
-    """Each sequence counts as often as q draws it: estimates and their paired difference are exact, at the limits 0 and
-    1 and beside them, where the formula as it stands is a 0/0."""
+    """If each sequence counts as often as q draws it, the estimates and their paired difference are exact.
+
+    This also holds at the limits 0 and 1 and beside them, where the plain formula is 0/0.
+    """
     log_pi, p = SPACE.log_prob(POLICY), TARGETS[target]
     scores = log_pi, PROPOSAL, p.log_score, p.z.log().expand(SPACE.n)
     found = estimate(*scores, sample_weight=PROPOSAL.exp(), alpha=alpha)
     near = {1e-9: 0.0, 1 - 1e-9: 1.0}.get(alpha, alpha) if target == "soft" else alpha
     of_pi, of_q = (exact_divergence(near, p, each) for each in (log_pi, PROPOSAL))
-    # 1 - 1e-9 on a target with zeros: 1/(1 - alpha) times what pi gives to them; and 1e-9 is what the limit is off by
+    # Beside its limits the reference is less exact. On the soft target it is the limit, which differs by 1e-9. On the
+    # hard target the plain formula has an error of 1e-7 at alpha = 1e-9.
     tolerance = 1e-6 if near != alpha or abs(alpha - 1) < 1e-3 or 0 < alpha < 1e-3 else 1e-11
     assert found.alpha_policy is not None and found.alpha_proposal is not None
     assert found.alpha_policy.value == pytest.approx(of_pi, rel=tolerance)
@@ -267,8 +280,11 @@ def test_the_divergence_of_pi_and_of_q_by_enumeration(alpha: float, target: str)
     ("alpha", "target"), [(0.0, "soft"), (0.5, "hard"), (0.9, "hard"), (0.999, "soft"), (0.999, "hard"), (1.0, "soft")]
 )
 def test_standard_errors_of_the_criterion(alpha: float, target: str) -> None:
-    """300 repetitions: right in size; and near alpha = 1 still as small as what is to be told apart, where the formula
-    as it stands varies with rho times 1/(1 - alpha)."""
+    """The standard errors have the right size, as 300 repetitions show.
+
+    Near alpha = 1 they are still small against the difference that they belong to. The plain formula would vary with
+    rho/(1 - alpha).
+    """
     base, log_q = SPACE.log_prob(SPACE.table(1, 0.5)), SPACE.log_prob(SPACE.table(2, 0.25))
     soft = soft_target(base, SPACE.tokens)
     p = soft if target == "soft" else hard_target(base)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 ALPHA = Path(__file__).parents[1] / "benchmarks" / "alpha"
-if not (ALPHA.parents[1] / "pyproject.toml").exists():  # the tests stand alone, as beside an installed wheel
+# There is no source tree if the tests run beside an installed wheel.
+if not (ALPHA.parents[1] / "pyproject.toml").exists():
     pytest.skip("no source tree", allow_module_level=True)
 sys.path.insert(0, str(ALPHA))
 import alpha_grid  # noqa: E402
@@ -117,7 +118,7 @@ def test_measures_of_certainty_are_finite():
 
 @pytest.fixture
 def data(folder, monkeypatch):
-    """Return two easy prompts of training: the empty answer, of probability 1/15 or so, is right."""
+    """Return data with two easy training prompts. The empty answer is right and has a probability of about 1/15."""
     monkeypatch.setattr(train_one, "PROMPTS", 2)
     monkeypatch.setattr(train_one, "SAMPLES", 8)
     pairs = {"train": [Pair(8, 8), Pair(9, 9)], "validation": [Pair(7, 7)], "test": [Pair(6, 6), Pair(40, 5)]}
@@ -151,7 +152,7 @@ def test_every_prompt_comes_once_before_any_comes_again():
 
 
 def result(run, pass_1=0.5, pass_64=0.9):
-    """Return a run as train_one.run returns it, whose measures are these."""
+    """Return the result of a run in the form that train_one.run returns, with the given measures."""
     measures = {"pass": [pass_1, 0.6, 0.7, pass_64, 0.95], "distinct": [1.0] * 5, "kl_target_policy": 1.0,
                 "kl_target_right": 0.5, "kl_right_target": 0.5}  # fmt: skip
     every = dict.fromkeys(("train", "validation", "test"), measures)

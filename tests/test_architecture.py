@@ -26,12 +26,16 @@ def test_the_drawing_is_that_of_the_code(of_code):
     made = architecture.drawing(PACKAGE, of_code)
     assert architecture.DRAWING.read_text(encoding="utf-8") == made, "python scripts/architecture.py draws it again"
     chain = {(i, i + 1) for i in range(len(architecture.LAYERS) - 1)}
-    assert architecture.arrows(of_code) == chain  # docs/architecture.md says so
+    # docs/architecture.md says that the drawing leaves out the other arrows.
+    assert architecture.arrows(of_code) == chain
 
 
 @pytest.fixture
 def package(tmp_path):
-    """Return a package of three layers: top imports middle and bottom, within a function too; middle imports bottom."""
+    """Return a package of three layers.
+
+    top imports middle and bottom, also within a function, and middle imports bottom.
+    """
     folder = tmp_path / "dmfast"
     (folder / "middle").mkdir(parents=True)
     (folder / "__init__.py").write_text("from . import top\n")

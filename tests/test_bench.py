@@ -24,7 +24,7 @@ TINY = Config("logits", 128, 211, threads=1, rounds=2)
 
 @pytest.fixture(autouse=True)
 def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor takes half a minute for each rival; what it compiles runs here as it is."""
+    """Let what Inductor would compile run as it is, because it takes half a minute to compile each rival."""
     monkeypatch.setattr(rivals, "compiled", lambda function: function)
     threads = torch.get_num_threads()
     yield
@@ -38,7 +38,7 @@ def test_every_rival_on_logits_is_held_to_the_oracle(dtype: str) -> None:
     limit = 1e-5 if dtype == "float32" else 0.5
     assert all(error < limit for error in result["gradient_error"].values()), result["gradient_error"]
     ours = result["gradient_error"]["dm_loss gdc++, in place"]
-    assert ours < (1e-6 if dtype == "float32" else 4e-3)  # the rounding of the gradient
+    assert ours < (1e-6 if dtype == "float32" else 4e-3)  # only the rounding of the gradient to its dtype is allowed
     assert not result["not_run"].keys() - {"trl selective_log_softmax"}
     assert all(t["low"] <= t["median"] <= t["high"] for t in result["ms"].values())
 
@@ -65,25 +65,29 @@ def test_a_rival_that_fails_is_reported_with_its_reason(monkeypatch: pytest.Monk
 
 
 def gpu_worker() -> types.ModuleType:
-    """scripts/gpu/worker.py, which is no package's."""
+    """Load scripts/gpu/worker.py, which belongs to no package."""
     return of_scripts.load("gpu/worker")
 
 
 def test_a_gpu_has_rivals_and_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer compilations, other kernels; Triton's rows, or why they are not there; its own clock and memory."""
+    """On a GPU fewer rivals are compiled, and others have kernels of their own.
+
+    Triton's rows are there, or the reason why they are not. Time and memory are measured by the functions for CUDA.
+    """
     module = gpu_worker()
     place = module.OnDevice("cuda")
     assert place.on_logits(torch.float32).keys() - rivals.on_logits(torch.float32).keys() == {
         "liger-kernel cross_entropy", "quack cross_entropy", "trl fused log-prob and entropy"}  # fmt: skip
     assert [name for name in place.on_logits(torch.float32) if "compiled" in name] == ["compiled log_softmax + gather"]
     assert place.on_hidden().keys() - rivals.on_hidden().keys() == {"cut-cross-entropy cce"}
-    monkeypatch.setattr(module, "cuda_ms", lambda call: (7.0, call() is not None))  # those that return nothing "wait"
+    # Where a call returns nothing, the clock says that the host waited.
+    monkeypatch.setattr(module, "cuda_ms", lambda call: (7.0, call() is not None))
     monkeypatch.setattr(module, "cuda_memory", lambda call, forget: 3.0)
     monkeypatch.setattr(module.OnDevice, "on_logits", lambda self, dtype: rivals.on_logits(dtype))
     result = worker.run(TINY, place)
     ours = {"dm_loss gdc++, in place", "dm_loss dpg (known weight), in place"}
     said = {name for name in result["not_run"] if name.startswith("dm_loss")}
-    assert said == {f"{name} (Triton)" for name in ours}  # there is no such device, or no Triton, here
+    assert said == {f"{name} (Triton)" for name in ours}  # this machine has no such device, or no Triton
     assert "roof: copy_" in result["ms"] and {t["median"] for t in result["ms"].values()} == {7.0}
     assert result["memory_mb"] == dict.fromkeys(result["gradient_error"], 3.0)
     assert "dm_loss gdc++" in place.with_latency and not place.with_latency & {"roof: copy_", "roof: read-sum"}
@@ -117,13 +121,13 @@ def test_the_order_is_rotated_and_the_first_round_does_not_count() -> None:
 
 
 def test_quartiles_are_never_beyond_the_values() -> None:
-    assert measure.spread([1.0, 5.0]) == {"median": 3.0, "low": 1.0, "high": 5.0}  # extrapolated: 0 and 6
+    assert measure.spread([1.0, 5.0]) == {"median": 3.0, "low": 1.0, "high": 5.0}  # extrapolation would give 0 and 6
     assert measure.spread([2.0]) == {"median": 2.0, "low": 2.0, "high": 2.0}
     assert measure.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "low": 1.5, "high": 4.5}
 
 
 def test_extra_memory_sees_what_a_call_takes_at_its_peak() -> None:
-    config = replace(TINY, rows=512, vocab=20000)  # 41 MB of logits
+    config = replace(TINY, rows=512, vocab=20000)  # the logits take 41 MB
     in_place, fresh = (
         run.in_process(replace(config, memory_of=name))["memory_mb"]
         for name in ("dm_loss gdc++, in place", "dm_loss gdc++")
@@ -186,20 +190,20 @@ def test_a_model_that_is_not_there_is_a_message(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_benchmark_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every form, through the report: JSON as it grows, ratios, a picture."""
+    """Each form runs through to the report, with its JSON, its ratios and a picture."""
     configs = [TINY, Config("head", 128, 211, 24, threads=1, rounds=2), Config("sampling", 8, 211, threads=1, rounds=2)]
     monkeypatch.setattr(run, "quick", lambda: configs)
     monkeypatch.setattr(run, "in_process", worker.run)
     monkeypatch.setattr(run, "TRIES", 1)
-    monkeypatch.setattr(report, "NOISE", float("inf"))  # two rounds of so little never agree
+    monkeypatch.setattr(report, "NOISE", float("inf"))  # two rounds of such short calls always count as noisy
     said: list[object] = []
     args = argparse.Namespace(out=tmp_path, model=None, full=False, only="", resume=True)
     run.bench(args, said.append)
     written = json.loads((tmp_path / "bench.json").read_text())
     for r in written["results"]:
-        del r["config"]["device"]  # as it was written before there was one
+        del r["config"]["device"]  # files from before there was a device lack this entry
     (tmp_path / "bench.json").write_text(json.dumps(written))
-    run.bench(args, said.append)  # all is there already
+    run.bench(args, said.append)  # every result is there already, so nothing is measured again
     assert sum("1 of 3" in str(line) for line in said) == 1
     written = json.loads((tmp_path / "bench.json").read_text())
     assert [r["config"]["form"] for r in written["results"]] == ["logits", "head", "sampling"]
@@ -224,7 +228,7 @@ def test_the_full_run_has_what_was_asked_for() -> None:
 
 
 def times(**medians: float | tuple[float, float, float]) -> dict[str, dict[str, float]]:
-    """Median and quartiles by name; of a number alone, quartiles that are a hundredth of it away."""
+    """Return median and quartiles by name. The quartiles of a single number lie a hundredth of it away."""
     found = {}
     for name, t in medians.items():
         low, median, high = t if isinstance(t, tuple) else (0.99 * t, t, 1.01 * t)
@@ -233,7 +237,7 @@ def times(**medians: float | tuple[float, float, float]) -> dict[str, dict[str, 
 
 
 def a_result(**changed: object) -> dict[str, object]:
-    """Return what ``worker.run`` returns, with figures that are known."""
+    """Return what ``worker.run`` returns, with known figures."""
     ms = times(**{
         "roof: read-sum": 2.0, "roof: in-place mul_": 4.0, "dm_loss gdc++, in place": 6.6, "dm_loss gdc++": 9.0,
         "eager log_softmax + gather": 33.0, "compiled log_softmax + gather": 22.0,
@@ -284,7 +288,8 @@ def test_noisy_rounds_are_measured_again_and_the_calmest_count(monkeypatch: pyte
     monkeypatch.setattr(run, "TRIES", 3)
     said: list[object] = []
     config = Config("logits", 512, 50257, logits="model")
-    assert run.measure(config, said.append)["ms"]["dm_loss gdc++"]["high"] == 15.0  # of three tries, all noisy
+    # All three tries are noisy, and the calmest of them counts.
+    assert run.measure(config, said.append)["ms"]["dm_loss gdc++"]["high"] == 15.0
     assert [str(line) for line in said[:-1]] == [
         "noisy: half of the rounds lie outside of these ranges, which are wide: "
         f"dm_loss gdc++ {low} – {high} ms; measured again"

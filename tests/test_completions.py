@@ -42,7 +42,7 @@ def test_what_the_sampler_drew_comes_back_as_it_was(tokenizer, temperature):
         given = None if prompts is None else repeated(prompts, 5)
         for completions, append_eos in (
             (ids_of(x), False),
-            (ids_of(x), ended),  # there is nothing to append
+            (ids_of(x), ended),  # the sequences have an EOS already, so nothing is appended
             ([torch.tensor(ids) for ids in ids_of(x)], np.array(ended)),
         ):
             y = policy.samples_of(
@@ -54,7 +54,7 @@ def test_what_the_sampler_drew_comes_back_as_it_was(tokenizer, temperature):
 
 
 def test_an_end_that_log_q_does_not_cover_is_not_appended():
-    """A sequence that was cut at max_new_tokens has log q of its tokens. Nobody would have drawn an EOS after it."""
+    """Log q of a sequence that was cut at max_new_tokens covers its tokens, and no EOS after them."""
     policy = lm()
     x = policy.sample(PROMPTS, 5, max_new_tokens=8, seed=3)
     cut = [i for i, ids in enumerate(ids_of(x)) if ids[-1] != EOS]
@@ -69,7 +69,8 @@ def test_an_end_that_log_q_does_not_cover_is_not_appended():
         policy.samples_of(given, stripped, append_eos=flags, log_prob=x.log_prob)
     with pytest.raises(ValueError, match=r"completion 0 .*log_prob does not cover"):
         policy.samples_of(["w1"], [[]], append_eos=True, log_prob=[-1.0])
-    known = policy.samples_of(given, stripped, append_eos=True)  # scored anew, it is no fault
+    # Without log q nothing contradicts an EOS that is appended.
+    known = policy.samples_of(given, stripped, append_eos=True)
     assert not known.has_log_prob and all(ids[-1] == EOS for ids in ids_of(known))
 
 
@@ -140,7 +141,7 @@ def test_with_log_q_they_train_like_any_sample():
         check_gradients(found[0][1], found[1][1])
 
 
-# --- without log q, whatever would use it refuses ---------------------------------------------------------------
+# --- what needs log q refuses sequences without it ---------------------------------------------------------------
 
 
 def unknown(policy=None):
@@ -186,7 +187,7 @@ def test_log_q_that_was_scored_later_is_log_q():
 
 
 class Elsewhere:
-    """Be a sampler that does not say log q."""
+    """Draw sequences without saying their log q."""
 
     version = 0
 
@@ -217,13 +218,14 @@ def test_fit_steps_and_rejection_refuse():
         quasi_rejection_sample(target, elsewhere, 2, log_beta=0.0, max_new_tokens=3)
     both = Samples.cat([unknown(), lm().sample(PROMPTS, 1, max_new_tokens=2, seed=0)])
     assert both.log_prob.isnan().tolist() == [True] * 3 + [False] * 3 and not both.has_log_prob
-    mixed = Mixture([elsewhere, base]).sample(None, 16, max_new_tokens=3, seed=0)  # which scores them all
+    # A mixture scores all sequences itself, so that they have log q.
+    mixed = Mixture([elsewhere, base]).sample(None, 16, max_new_tokens=3, seed=0)
     assert mixed.has_log_prob and mixed.log_prob.isfinite().all()
-    scores = target.score(unknown())  # the target needs none
+    scores = target.score(unknown())  # the target needs no log q
     assert scores.log_target.shape == (3,)
 
 
-# --- what can't be --------------------------------------------------------------------------------------------------
+# --- what is refused -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -289,9 +291,9 @@ def test_whether_eos_is_appended_has_to_be_said():
 
 TURNS = [[3, 4, EOS, 6, 1, 2, 4, EOS], [2, 6, 1, 6], [4, 1, EOS]]
 DRAWN = [
-    [True, True, True, False, False, False, True, True],  # a turn, a tool's output, a turn
-    [True, False, True, False],  # it ends in context
-    [False, True, True],  # the prompt goes on
+    [True, True, True, False, False, False, True, True],  # a turn of the model, the output of a tool, and another turn
+    [True, False, True, False],  # the last token is context
+    [False, True, True],  # the first token continues the prompt
 ]
 
 
@@ -347,7 +349,7 @@ def test_a_token_weight_is_of_the_samples_tokens():
     loss = -(a * (w[:, 1:] * log_pi).sum(1)).mean()
     loss.backward()
     expected = gradients(policy.model)
-    wide = Samples.cat([x, with_context(policy)])[:3]  # with padding that is trimmed away
+    wide = Samples.cat([x, with_context(policy)])[:3]  # the loss trims this padding away
     wide = dataclasses.replace(
         wide, **{name: torch.nn.functional.pad(getattr(wide, name), (2, 3)) for name in ("tokens", "attention_mask",
                                                                                           "score_mask")},

@@ -55,14 +55,16 @@ def everything(prompt, words):
 
 
 def score(samples):
-    """b(x, c): 0 for about half of the sequences, and of another size in each context."""
+    """Return b(x, c), which is 0 for about half of the sequences and has another size in each context."""
     last, rest = samples.tokens[:, samples.prompt_len - 1], samples.tokens[:, samples.prompt_len :]
     return ((3 * last + 5 * rest[:, 0] + 7 * rest[:, 1] * (rest[:, 0] != EOS)) % 6 - 2).clamp(min=0) * (1.0 + last)
 
 
 class Draws:
-    """In the place of a proposal's sample: all sequences of each prompt, each as often as a q has it among n, so that a
-    mean over the n is the expectation under q. Another q for each prompt and each call.
+    """Stand for a proposal's sample and return all sequences of each prompt.
+
+    Each sequence comes as often as a q has it among n, so that a mean over the n is the expectation under q. Each
+    prompt and each call have another q.
     """
 
     def __init__(self, words):
@@ -91,7 +93,7 @@ class Draws:
     ids=["the empty context, running", "the empty context, step", "four prompts, running", "four prompts, step"],
 )
 def test_a_step_is_the_gradient_of_the_mean_kl(tmp_path, prompts, partition, objective):
-    """Two of the prompts in a step, seen again in later steps with another q; Z is the sum over the sequences."""
+    """A step has two of the prompts, and later steps see them again with another q. Z is the sum over the sequences."""
     n, gradients, keep = 1000, Gradients(), Keep()
     contexts, in_step = prompts or [""], 2 if prompts else 1
     trainer = keep.trainer = job(
@@ -132,8 +134,10 @@ def test_a_step_is_the_gradient_of_the_mean_kl(tmp_path, prompts, partition, obj
 @pytest.mark.parametrize("objective", ["gdc++", "dpg"])
 @pytest.mark.parametrize("partition", ["running", "step"])
 def test_contexts_where_p_is_0(tmp_path, partition, objective):
-    """After w7 always, after w3 from the second step on. Where nothing is known of Z the weights are 0; where Z is
-    known from an earlier visit they are -rho (gdc++) or 0 (dpg). All count in B.
+    """P is always 0 after w7, and is 0 after w3 from the second step on.
+
+    Where nothing is known of Z the weights are 0. Where Z is known from an earlier visit they are -rho (gdc++) or 0
+    (dpg). All sequences count in B.
     """
     never, once, visits = WORDS.index("w7"), WORDS.index("w3"), []
 
@@ -308,7 +312,7 @@ def test_no_prompts_are_one_empty_prompt(tmp_path, prompts, of_none):
 
 
 def test_the_example_runs(monkeypatch, capsys):
-    """The list and the dataset come to the same end. At the start Z is that of the shares."""
+    """A list and a dataset give the same result. The exact Z follows from the shares under the base."""
     import prompts
 
     small = ["--steps", "2", "--samples", "8", "--fit-samples", "256", "--eval-samples", "32"]

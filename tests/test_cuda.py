@@ -24,7 +24,7 @@ KIB = 1024
 
 
 def device() -> str:
-    if kernels.forced == "triton":  # test_triton.py's
+    if kernels.forced == "triton":  # test_triton.py runs these tests with Triton
         return "cpu" if triton.interpreted() else triton.devices()[0]
     return str(extension._C.cuda.device_type)  # type: ignore[union-attr]
 
@@ -45,8 +45,8 @@ def good(v: int = 37) -> dict[str, Any]:
     ("vocab", "itemsize", "limit", "expected"),
     [
         (31, 2, 227 * KIB, (32, True, 80)),
-        (50257, 2, 227 * KIB, (384, True, 100544)),  # two rows a multiprocessor
-        (50257, 4, 227 * KIB, (384, False, 0)),  # one alone would fit
+        (50257, 2, 227 * KIB, (384, True, 100544)),  # two rows fit on a multiprocessor
+        (50257, 4, 227 * KIB, (384, False, 0)),  # only one row would fit
         (50257, 2, 163 * KIB, (384, False, 0)),  # A100
         (37000, 2, 163 * KIB, (384, True, 74016)),
         (151936, 2, 227 * KIB, (384, False, 0)),
@@ -58,7 +58,7 @@ def test_when_a_row_is_kept(vocab: int, itemsize: int, limit: int, expected: tup
     assert plan == expected
     threads, kept, shared = plan
     assert threads % 32 == 0 and 2 * (shared + 4096) <= limit
-    assert not kept or shared >= vocab * itemsize + 16 - itemsize  # wherever the row starts
+    assert not kept or shared >= vocab * itemsize + 16 - itemsize  # the row fits at any alignment of its start
 
 
 def test_threads_of_a_row() -> None:
@@ -177,7 +177,7 @@ def test_under_compile_a_fault_of_a_chunk_names_its_sequence(masked: bool) -> No
 
 
 def test_hidden_states_that_are_not_row_major() -> None:
-    """Their gradient lies row by row, and another grad_output multiplies it in this order."""
+    """Their gradient is laid out row by row, and another grad_output multiplies it in this order."""
     call = good()
     del call["logits"]
     call["tokens"] = call["tokens"].flatten()
@@ -251,7 +251,7 @@ def test_a_row_read_twice_gives_the_bits_of_one_kept(v: int, dtype: torch.dtype,
     if device() != "cpu":
         pytest.skip("only the host build can be told how much shared memory there is")
     found = []
-    for limit in ("22000", "0"):  # the number of threads is the same
+    for limit in ("22000", "0"):  # both limits give the same number of threads
         monkeypatch.setenv("SHIM_SHARED", limit)
         call = good(v)
         leaf = call.pop("logits").to(dtype).requires_grad_()
@@ -307,7 +307,8 @@ def test_a_fault_in_one_chunk_leaves_the_others_of_its_sequence_without_gradient
     del call["logits"]
     call["objective"] = (lambda t: torch.ones_like(t.log_prob)) if objective == "own" else objective
     hidden.requires_grad_()
-    out = dmfast.linear_dm_loss(hidden, weight, **call, chunk_bytes=2 * 64 * 4)  # 2 rows of the 5
+    # A chunk has 2 of the 5 rows of a sequence.
+    out = dmfast.linear_dm_loss(hidden, weight, **call, chunk_bytes=2 * 64 * 4)
     out.loss.backward()
     assert hidden.grad is not None and bool((hidden.grad[2, :4] == 0).all()) and bool((hidden.grad[1] != 0).any())
     assert float(out.weight[2]) == 0.0 and bool(out.loss.isfinite())
@@ -329,7 +330,7 @@ def test_logits_that_were_overwritten_are_changed_also_where_the_call_raises(mon
     call["logits"][2, 1, 3] = NAN
     leaf = call.pop("logits").requires_grad_()
     z = leaf * 1.0
-    other = z.square().sum()  # keeps z for its backward
+    other = z.square().sum()  # this keeps z for its backward
     with pytest.raises(ValueError, match="sequence 2, position 1"):
         dmfast.dm_loss(z, **call, objective="dpg", inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -337,7 +338,7 @@ def test_logits_that_were_overwritten_are_changed_also_where_the_call_raises(mon
 
 
 def test_thousands_of_losses_are_summed_to_a_few_roundings() -> None:
-    """Their order is the kernels' own, and the same in every call."""
+    """The kernels sum them in an order of their own, which is the same in every call."""
     n = 3001
     terms = {name: torch.randn(n).double().to(device()) for name in ("log_target", "log_proposal")}
     call = {"logits": torch.randn(n, 1, 3, device=device()), "tokens": torch.zeros(n, 1).long().to(device()), **terms,
@@ -381,9 +382,9 @@ def test_why_a_device_has_no_kernels(
     with pytest.warns(UserWarning, match="slow eager backend"):
         out = dmfast.dm_loss(**good())
     monkeypatch.delenv("SHIM_FAIL")
-    assert dmfast.dm_loss(**good()).loss == out.loss  # still eager, without asking again
+    assert dmfast.dm_loss(**good()).loss == out.loss  # this is still eager, because the device is not asked again
     cuda.why_not_on.cache_clear()
-    torch.testing.assert_close(dmfast.dm_loss(**good()).loss, out.loss)  # and no error is left behind
+    torch.testing.assert_close(dmfast.dm_loss(**good()).loss, out.loss)  # the failure has left no error behind
 
 
 @host_only
@@ -397,7 +398,7 @@ def test_an_error_is_not_kept_for_the_next_call(monkeypatch: pytest.MonkeyPatch)
 
 @host_only
 def test_the_shared_memory_of_a_kernel_is_one_constant() -> None:
-    """The shim refuses another value: one thread may set it between another one's setting and its launch."""
+    """The shim refuses a second value, because a thread could set it between another thread's setting and launch."""
     for v in (1000, 20, 3000):
         call = good(v)
         call["logits"].requires_grad_()
@@ -408,12 +409,12 @@ def test_the_shared_memory_of_a_kernel_is_one_constant() -> None:
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("layout", ["dense", "packed"])
 def test_few_rows_are_scored_in_parts(layout: str, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parts of a row give what one block gives. One of their last columns, -inf and NaN reach the result."""
+    """The parts of a row give what one block gives. A label in the last column, -inf and NaN reach the result."""
     torch.manual_seed(0)
     v = 20011
     z = 3 * torch.randn(8, v)
-    z[1, : v // 2] = -INF  # the first part has nothing
-    z[2, 7000:] = -INF  # the later parts have nothing
+    z[1, : v // 2] = -INF  # no token of the first part is possible
+    z[2, 7000:] = -INF  # no token of the later parts is possible
     tokens = torch.tensor([v - 1, v - 1, 5, -100, 0, 10_000, 9, 5000])
     shape: dict[str, Any] = {"logits": z.view(4, 2, v), "tokens": tokens.view(4, 2)}
     if layout == "packed":
@@ -430,7 +431,7 @@ def test_few_rows_are_scored_in_parts(layout: str, softcap: float | None, monkey
     assert float((one.entropy - parts.entropy).abs().max()) < 1e-6
     torch.testing.assert_close(one.loss, parts.loss, rtol=1e-7, atol=0)
     parts.check()
-    for where in (3, v - 1):  # in the first part, in the last
+    for where in (3, v - 1):  # these columns lie in the first part and in the last one
         bad = z.clone()
         bad[4, where] = NAN
         shape["logits"] = bad.view_as(shape["logits"])

@@ -17,7 +17,7 @@ CONFIG = {"zero_optimization": {"stage": 2}}
 
 @pytest.fixture
 def installed(monkeypatch):
-    """DeepSpeed and what it was tried with, as far as the refusals look."""
+    """Pretend that DeepSpeed is installed, and everything in the version that it was tried with."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(deepspeed, "version", lambda name: deepspeed.TRIED[name])
 
@@ -58,7 +58,7 @@ def test_one_process_is_refused(installed, monkeypatch):
 
 
 def test_processes_that_would_each_train_alone_are_refused(installed, monkeypatch):
-    """What accelerate makes of several processes without an accelerator. ``make deepspeed`` runs it."""
+    """Without an accelerator, accelerate lets each of several processes train alone. ``make deepspeed`` runs it."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"in 2 processes, and accelerate found no accelerator.* set use_cpu=True$"):
         deepspeed.refuse_arguments(arguments(world_size=1))

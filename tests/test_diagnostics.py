@@ -60,7 +60,7 @@ def test_self_bleu_is_nltk_s(n):
 def test_self_bleu_at_its_ends():
     assert self_bleu(["one and the same text"] * 3) == pytest.approx(1, abs=1e-12)
     assert self_bleu(["nothing in common", "here are other words"]) == 0
-    assert self_bleu(["dog", "god"], 1) == 0  # words, not letters, as they are in gdc's code
+    assert self_bleu(["dog", "god"], 1) == 0  # dmfast compares words, and gdc's code compares letters
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_spread_is_the_trace_of_the_covariance(offset, ranks):
     torch.manual_seed(0)
     g = torch.randn(12, 7, dtype=torch.float64) + offset
     g[[2, 7]] = 0
-    g[:, 5:] = 0  # None in its place below
+    g[:, 5:] = 0  # these columns are a parameter whose gradient is None below
     parameters = [torch.zeros(size, dtype=torch.float64) for size in ((2, 2), (1,), (2,))]
     slots, barrier = [torch.zeros(())] * ranks, threading.Barrier(ranks)
 
@@ -203,7 +203,7 @@ def test_gradient_variance_refuses():
         gradient_variance(policy, x, weight)
 
 
-# ---- the trainer's
+# ---- in the trainer
 
 
 def steps(trainer):
@@ -211,7 +211,7 @@ def steps(trainer):
 
 
 class Remember(TrainerCallback):
-    """The policy, the samples and their weights before the optimiser moves."""
+    """Keep the policy, the samples and their weights from before each step of the optimiser."""
 
     def __init__(self):
         self.taken = []
@@ -244,13 +244,13 @@ def test_the_trainer_logs_the_variance_of_all_sequences_of_a_step(tmp_path, sett
     assert ["gradient_variance" in h for h in steps(trainer)] == [False, True, False, True]
     for h, (model, x, weight) in list(zip(steps(trainer), remember.taken, strict=True))[1::2]:
         names = {n for n, p in model.named_parameters() if p.requires_grad}
-        plain = gpt2()  # without the hooks of checkpointing
+        plain = gpt2()  # this copy lacks the hooks of checkpointing
         plain.load_state_dict(model.state_dict())
         g = per_sequence(dmfast.LanguageModel(plain, tokenizer()), x, weight, names)
         assert len(g) == 8
         assert h["gradient_variance"] == pytest.approx(float(g.var(0, correction=0).sum()), rel=1e-4)
         assert h["gradient_norm"] == pytest.approx(float(g.mean(0).norm()), rel=1e-4)
-        if "grad_norm" in h:  # transformers' own, of .grad; before 5.3 only where gradients are clipped
+        if "grad_norm" in h:  # transformers logs its own norm of .grad, and before 5.3 only if it clips gradients
             assert h["gradient_norm"] == pytest.approx(h["grad_norm"], rel=1e-4)
         assert h["weight_std"] == pytest.approx(float(weight.std(correction=0)))
         assert h["weight_mean"] == pytest.approx(float(weight.mean()))
@@ -258,7 +258,7 @@ def test_the_trainer_logs_the_variance_of_all_sequences_of_a_step(tmp_path, sett
 
 
 def test_the_variance_is_in_the_next_line_of_the_log(tmp_path):
-    """It is logged also where lines are rarer than steps, and another step than the last was measured."""
+    """It is logged also if lines are rarer than steps and the last step was not measured."""
     trainer = job(tmp_path, gradient_variance_steps=2, logging_steps=3, max_steps=3)
     trainer.train()
     (line,) = steps(trainer)
@@ -277,7 +277,7 @@ def test_evaluation_measures_diversity_and_what_is_monitored(tmp_path):
     assert found["eval_self_bleu_5"] == pytest.approx(plain_self_bleu(texts[:30], 5), abs=1e-12)
     assert "eval_self_bleu_5_stderr" not in found
     has = torch.tensor(["w4" in text.split() for text in texts], dtype=torch.float64)
-    assert found["eval_phi/w4"] == float(has.mean())  # monitored, no part of the target
+    assert found["eval_phi/w4"] == float(has.mean())  # w4 is monitored, and it is no part of the target
     assert found["eval_phi/w4_stderr"] == pytest.approx(float(has.std()) / 40**0.5, rel=1e-9)
 
 
@@ -324,8 +324,8 @@ def test_samples_are_a_table(tmp_path):
     for row in last:
         assert row["features"] == {name: float(name in row["text"].split()) for name in ("w3", "w4")}
 
-    trainer.evaluate(metric_key_prefix="test")  # beside the others of the same step
-    trainer.evaluate(metric_key_prefix="test")  # and once
+    trainer.evaluate(metric_key_prefix="test")  # these rows join the others of the same step
+    trainer.evaluate(metric_key_prefix="test")  # a repeated evaluation adds no rows
     assert [row["evaluation"] for row in samples.read(tmp_path)[-6:]] == ["eval"] * 3 + ["test"] * 3
 
 
@@ -346,12 +346,12 @@ def test_resumed_the_table_is_that_of_an_unbroken_run(tmp_path):
     resumed = job(tmp_path, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert (tmp_path / samples.NAME).read_bytes() == whole
-    job(tmp_path, **(settings | {"max_steps": 1})).train()  # from scratch: nothing of the other run stays
+    job(tmp_path, **(settings | {"max_steps": 1})).train()  # a run from scratch keeps nothing of the other run
     assert {row["step"] for row in samples.read(tmp_path)} == {1}
 
 
 def test_no_table_unless_wanted(tmp_path):
-    job(tmp_path).evaluate()  # a push to the hub would take it along
+    job(tmp_path).evaluate()  # there is no table, because a push to the hub would take it along
     assert not (tmp_path / samples.NAME).exists()
 
 
@@ -385,25 +385,25 @@ def test_tensorboard_shows_the_table(tmp_path):
 
 def test_wandb_gets_the_table():
     logged = []
-    callback = object.__new__(WandbCallback)  # its constructor wants wandb
+    callback = object.__new__(WandbCallback)  # its constructor needs wandb
     callback._wandb = SimpleNamespace(run=object(), Table=lambda **table: table, log=logged.append)
     samples.send([callback], [ROW], 7, "eval/samples")
     columns, data = ["text", "length", "log_prob", "log_base", "phi/w3"], [["a | b\n<b>", 4, -1.5, -2.25, 1.0]]
     assert logged == [{"eval/samples": {"columns": columns, "data": data}, "train/global_step": 7}]
-    callback._wandb.run = None  # not set up yet
+    callback._wandb.run = None  # its run is not set up yet
     samples.send([callback], [ROW], 7, "eval/samples")
     assert len(logged) == 1
 
 
 def test_trackio_gets_the_table():
-    """Its JSON knows no infinity; a chat is one cell. ``make trl`` has both loggers as themselves."""
+    """Its JSON has no infinity, and a chat is one cell. ``make trl`` runs wandb and trackio themselves."""
     logged = []
-    callback = object.__new__(TrackioCallback)  # its constructor wants trackio
+    callback = object.__new__(TrackioCallback)  # its constructor needs trackio
     callback._trackio = SimpleNamespace(Table=lambda **table: table, log=logged.append)
     callback._initialized = False
     row = ROW | {"prompt": [{"role": "user", "content": "é"}], "log_base": -math.inf}
     samples.send([callback], [row], 7, "eval/samples")
-    assert not logged  # not set up yet
+    assert not logged  # its run was not set up yet
     callback._initialized = True
     samples.send([callback], [row], 7, "eval/samples")
     (table,) = (each["eval/samples"] for each in logged)

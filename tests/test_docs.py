@@ -39,7 +39,7 @@ from dmfast import cli, demo
 from dmfast.training import recipe
 
 ROOT = Path(__file__).parent.parent
-# none where the tests stand alone, as beside an installed wheel
+# There are no pages if the tests run beside an installed wheel.
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if (ROOT / "pyproject.toml").exists() else []
 BLOCK = re.compile(
     r"(?P<comments>(?:^<!-- test: (?:(?!-->).)*-->\n)*)^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
@@ -59,7 +59,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
 class Block:
     language: str
     code: str
-    line: int  # of the page, where the code begins
+    line: int  # the line of the page where the code begins
     comments: list[tuple[str, str]]
 
     @property
@@ -86,7 +86,7 @@ class Block:
 class Page:
     path: Path
     blocks: list[Block]
-    folder: Path  # where it runs
+    folder: Path  # the folder where its blocks run
     names: dict[str, Any] = field(default_factory=dict)
     printed: str = ""
     done: int = 0
@@ -211,7 +211,7 @@ def test_every_feature_has_its_test_and_its_example(row):
     else:
         proofs = re.search(r"^PROOFS := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
         assert proofs and file.removeprefix("make ") in proofs[1].split(), file
-    if "](" not in example:  # links are checked as such
+    if "](" not in example:  # test_links_lead_somewhere checks links
         assert (ROOT / example.strip(" `").split()[0]).is_file(), example
 
 

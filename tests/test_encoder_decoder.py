@@ -69,14 +69,14 @@ def everything(eos):
 
 
 def everywhere(name, model):
-    """Return all sequences for every source: inputs and labels, (C S, ...), and which source."""
+    """Return inputs and labels of all sequences for every source, (C S, ...), and the indices of the sources."""
     labels = everything(model.config.eos_token_id)
     context = torch.arange(len(SOURCES)).repeat_interleave(len(labels))
     return inputs_of(name, n=len(labels)), labels.repeat(len(SOURCES), 1), context
 
 
 def by_hand(model, source, labels):
-    """log pi of one sequence, decoding token by token: the decoder reads its start token and what came so far."""
+    """Return log pi of one sequence. The decoder reads its start token and the tokens so far, one step at a time."""
     inputs, read, total = {"input_ids": torch.tensor([source])}, [model.config.decoder_start_token_id], 0.0
     for token in labels.tolist():
         if token == -100:
@@ -89,7 +89,7 @@ def by_hand(model, source, labels):
 
 @torch.no_grad()
 def test_log_prob_sums_to_one_and_is_that_of_decoding_token_by_token(name):
-    """Sources of different lengths, padded; EOS counts, what follows does not, a pad token that was drawn does."""
+    """Padded sources of different lengths are right. EOS and a drawn pad token count, and what follows EOS does not."""
     model = build(name)
     inputs, labels, context = everywhere(name, model)
     log_prob = dmfast.sequence_log_prob(logits_of(model, inputs, labels), labels)
@@ -139,7 +139,7 @@ def shares(model, inputs, n):
 
 @torch.no_grad()
 def test_generate_draws_what_is_scored(name):
-    """Counts of 20,000 draws against the exact probabilities: Pearson's statistic within 5 standard deviations."""
+    """Pearson's statistic of 20,000 draws is within 5 standard deviations of what the exact probabilities predict."""
     model, n = build(name), 20_000
     sample_plainly(model)
     inputs = inputs_of(name, SOURCES[:1])
@@ -174,9 +174,9 @@ def test_bart_s_own_generation_config_ends_what_the_model_would_not():
 @torch.no_grad()
 def test_generate_without_top_k_takes_50():
     model, inputs = build("t5", vocab_size=200), inputs_of("t5", [[3]], 2000)
-    model.lm_head.weight.mul_(0.1)  # nearly flat
+    model.lm_head.weight.mul_(0.1)  # the distribution is nearly flat now
     torch.manual_seed(0)
-    assert draw(model, inputs, 1).unique().numel() == 1  # greedy, as the model's own config has it
+    assert draw(model, inputs, 1).unique().numel() == 1  # decoding is greedy by the model's own config
     model.generation_config.update(do_sample=True)
     assert draw(model, inputs, 1).unique().numel() <= 50
     sample_plainly(model)
@@ -203,7 +203,7 @@ def test_generate_s_own_log_probabilities(name):
 
 @torch.no_grad()
 def test_sample_tokens_draws_with_log_q(name):
-    """In a loop of one's own the log-probabilities of the draws are those of the scorer."""
+    """In a custom loop, the log-probabilities of the draws are those of the scorer."""
     model = build(name, torch.float32)
     inputs, eos = inputs_of(name, n=20), model.config.eos_token_id
     encoded = model.get_encoder()(**inputs)
@@ -222,7 +222,10 @@ def test_sample_tokens_draws_with_log_q(name):
 
 
 def a_target(model, inputs, labels, context):
-    """P(x|c) = a(x|c) b(x, c), b = 0 on about a third; log P, log Z of each sequence's context, p."""
+    """Return log P of each sequence, log Z of its context, and p.
+
+    P(x|c) is a(x|c) b(x, c), where b is 0 for about a third of the sequences.
+    """
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         log_a = dmfast.eager.sequence_log_prob(logits_of(model, inputs, labels), labels)
@@ -235,7 +238,7 @@ def a_target(model, inputs, labels, context):
 
 
 def moved(model, seed):
-    """Return another model, since pi and q are not a."""
+    """Return a model that differs from the given one, because pi and q are not a."""
     other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -256,8 +259,10 @@ def assert_close(found, wanted, tolerance):
 
 @pytest.mark.parametrize("objective", ["dpg", "gdc++"])
 def test_the_expected_gradient_is_that_of_the_mean_kl(name, objective):
-    """E_c KL(p_c||pi_c), by autograd of the sum; dm_loss over all sequences, each as often as q draws it. The softmax
-    within T5's attention is in fp32 whatever the model's dtype, and its backward too.
+    """It is the gradient of E_c KL(p_c||pi_c), which autograd takes from the sum over all sequences.
+
+    dm_loss gets all sequences, each as often as q draws it. The softmax within T5's attention and its backward are in
+    fp32 whatever the model's dtype is.
     """
     base = build(name)
     inputs, labels, context = everywhere(name, base)
@@ -279,7 +284,7 @@ def test_the_expected_gradient_is_that_of_the_mean_kl(name, objective):
 
 @pytest.mark.parametrize("objective", ["gdc++", "dpg", "js"])
 def test_gradient_of_a_batch_is_the_oracle_s(name, objective):
-    """The kernels on fp32 logits, in place, against plain torch in fp64."""
+    """The kernels on fp32 logits, in place, give what plain torch gives in fp64."""
     base = build(name)
     inputs, labels, context = everywhere(name, base)
     log_target, log_z, _ = a_target(base, inputs, labels, context)
@@ -295,7 +300,7 @@ def test_gradient_of_a_batch_is_the_oracle_s(name, objective):
 
 
 def test_the_example_runs(monkeypatch, capsys):
-    """KL(p||a) = -log Z of each context, by two sums; the steps bring it down."""
+    """KL(p||a) is -log Z of each context, by two different sums. The training steps make KL smaller."""
     small = "--pretraining 60 --steps 6 --contexts 6 --per-step 6 --samples 16"
     monkeypatch.setattr("sys.argv", ["encoder_decoder.py", *small.split()])
     found = encoder_decoder.main()

@@ -75,12 +75,13 @@ def test_what_is_drawn_is_q_with_its_log_probability(server, temperature):
     assert x.version.tolist() == [3] * 20 and x.temperature == temperature
     assert x.eos_token_ids == tuple(policy.eos_token_ids)
     assert (x.log_prob - policy.log_prob(x)).abs().max() < 1e-4
-    assert (x.log_prob - lm().log_prob(x)).abs().max() > 0.01  # not what the server was started with
+    # The scores are not those of the weights that the server was started with.
+    assert (x.log_prob - lm().log_prob(x)).abs().max() > 0.01
     ended = (x.tokens == EOS) & x.score_mask
     assert 0 < int(ended.any(1).sum()) < len(x)
     if temperature == 1.0:
         assert (sampler.log_prob(x) - x.log_prob).abs().max() < 1e-4
-        among = x.score_mask & (torch.arange(x.tokens.shape[1]) % 2 == 0)  # the others are context
+        among = x.score_mask & (torch.arange(x.tokens.shape[1]) % 2 == 0)  # every other token is context here
         context = dataclasses.replace(x, score_mask=among)
         assert (sampler.log_prob(context) - policy.log_prob(context)).abs().max() < 1e-4
     else:
@@ -106,7 +107,7 @@ def test_a_sequence_is_a_function_of_the_seed_and_its_place(server):
 
 @pytest.mark.parametrize("ends", [[EOS], [EOS, 2, 3], [4]])
 def test_a_sequence_ends_where_dmfast_ends_it(server, ends):
-    """A sequence does not end by the server's own EOS, of which [4] is not one."""
+    """Only dmfast's EOS tokens end a sequence. With [4] the server's own EOS is not one of them."""
     policy = LanguageModel(lm().model, tok(), eos_token_id=ends)
     x = loaded(server, policy).sample(["w1"], 40, max_new_tokens=6, seed=0)
     check_layout(x, [[1]], 40, 6, PAD, eos=tuple(ends))
@@ -165,7 +166,7 @@ def shape(value):
 
 
 def alike(mine, theirs):
-    """Whether two shapes are the same, where what has a value in one of them and none in the other may be anything."""
+    """Return whether two shapes are the same. What has a value in only one of them may be anything."""
     if "NoneType" in (mine, theirs):
         return True
     if isinstance(mine, dict) and isinstance(theirs, dict):
@@ -238,7 +239,7 @@ def test_a_server_without_its_development_endpoints_is_refused(server):
         server.faults.missing = {path}
         with pytest.raises(ValueError, match=r"has no /server_info and /weight_info.*VLLM_SERVER_DEV_MODE=1"):
             connected(server)
-    server.faults.missing = {"/tokenize"}  # it may have no tokenizer: token ids go in and out
+    server.faults.missing = {"/tokenize"}  # a server needs no tokenizer, because only token ids go in and out
     connected(server)
 
 
@@ -337,7 +338,7 @@ def test_an_engine_becomes_what_it_is_loaded_from(server, source, tmp_path):
 
 
 def test_an_adapter_that_is_another_model_once_it_is_merged_is_refused(server):
-    """The fault is on the embedding, which is the head, too."""
+    """The adapter is on the embedding, which is the head too."""
     policy = lm(how="lora, embedding too")
     with pytest.raises(ValueError, match="merged into its base the adapter gives other log-probabilities"):
         connected(server, policy).load(policy)
@@ -345,7 +346,7 @@ def test_an_adapter_that_is_another_model_once_it_is_merged_is_refused(server):
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["copy", "adapter"])
 def test_an_adapter_arrives_merged(server, adapter):
-    """pi's at a swap, q's from a second adapter where a state is loaded; the policy stays as it is."""
+    """The engine gets pi at a swap, and q from a second adapter if a state is loaded. The policy stays as it is."""
     policy = moved(lm(how="lora"))
     proposal = OfflineProposal(policy, interval=1, adapter=adapter, sampler=connected(server, policy))
     x = proposal.sample(PROMPTS, 4, max_new_tokens=5, seed=0)
@@ -368,13 +369,13 @@ def test_an_adapter_arrives_merged(server, adapter):
 
 @pytest.fixture
 def adapting():
-    """A server that takes adapters of rank 8 or less."""
+    """Return a server that takes adapters of rank 8 or less."""
     with StandIn(lm().model, tok(), rank=8) as server:
         yield server
 
 
 def adapted(**config):
-    """A policy with an adapter that has moved, whose scale is not 1."""
+    """Return a policy with an adapter that has moved and whose scale is not 1."""
     import peft
 
     config = {"r": 4, "lora_alpha": 6, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True} | config
@@ -428,7 +429,8 @@ def test_a_swap_that_loads_a_part_of_an_adapter_is_found_however_small_the_move(
     with pytest.raises(EngineError, match="does not take all parameters"):
         sampler.load(moved(policy, by=1e-6))
     adapting.faults.stale = ()
-    assert torch.equal(sampler.sample(["w1"], 10, max_new_tokens=5, seed=0).log_prob, x.log_prob)  # q stays
+    # The engine still holds q.
+    assert torch.equal(sampler.sample(["w1"], 10, max_new_tokens=5, seed=0).log_prob, x.log_prob)
     sampler.load(policy)
 
 
@@ -497,7 +499,7 @@ def test_a_server_that_can_not_change_its_adapters_is_refused(adapting):
     adapting.faults.missing = {"/v1/load_lora_adapter"}
     with pytest.raises(ValueError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
         connected(adapting, adapted())
-    connected(adapting, lm())  # which has no adapter
+    connected(adapting, lm())  # a policy without an adapter does not need this
     adapting.faults.missing, adapting.lora["target_modules"] = set(), None
     with pytest.raises(ValueError, match="or with --lora-target-modules c_attn c_proj"):
         connected(adapting, adapted())
@@ -555,7 +557,8 @@ def test_a_swap_that_loads_a_part_is_found_however_small_the_move(how):
         server.faults.stale = ("h.1.mlp.c_fc.weight",)
         with pytest.raises(EngineError, match="does not take all parameters"):
             sampler.load(policy)
-        assert torch.equal(sampler.sample(PROMPTS, 3, max_new_tokens=5, seed=0).log_prob, x.log_prob)  # q stays
+        # The engine still holds q.
+        assert torch.equal(sampler.sample(PROMPTS, 3, max_new_tokens=5, seed=0).log_prob, x.log_prob)
         server.faults.stale = ()
         sampler.load(policy)
         drawn = sampler.sample(PROMPTS, 3, max_new_tokens=5, seed=0)
@@ -574,7 +577,7 @@ def test_a_swap_that_loads_a_part_is_found_by_scores_where_there_is_nothing_else
 
 
 def test_tensors_that_an_engine_keeps_elsewhere_are_left_to_scores():
-    """vLLM on a CPU does so with o_proj in bf16: its parameter is empty."""
+    """vLLM on a CPU does so with o_proj in bf16, whose parameter is empty."""
     policy = lm()
     with StandIn(lm().model, tok(), packed="c_proj") as server:
         with pytest.warns(UserWarning, match="gives no checksums that are the policy's"):
@@ -589,7 +592,7 @@ def test_tensors_that_an_engine_keeps_elsewhere_are_left_to_scores():
 
 
 def test_frozen_parameters_do_not_count_as_stale():
-    """Without checksums digests are compared, and a tensor that has not moved has the same one."""
+    """Without checksums, digests are compared, and a tensor that has not changed keeps its digest."""
     policy = lm()
     with StandIn(lm().model, tok(), sums=False) as server:
         with pytest.warns(UserWarning, match="compared by a few scores and by which tensors change"):
@@ -671,7 +674,7 @@ def test_a_server_that_comes_back_in_time_is_waited_for():
     sampler = loaded(server, policy, patience=20.0)
     x = sampler.sample(PROMPTS, 2, max_new_tokens=4, seed=0)
     server.__exit__()
-    server.restart()  # with the weights that it was started with
+    server.restart()  # the server now holds the weights that it was started with
     threading.Timer(0.3, server.__enter__).start()
     with pytest.warns(UserWarning, match="held other weights than q's, as after a restart; it was given q again"):
         again = sampler.sample(PROMPTS, 2, max_new_tokens=4, seed=0)
@@ -721,7 +724,8 @@ def test_a_load_that_fails_leaves_q(server, path):
     with pytest.raises(EngineError, match=path):
         sampler.load(moved(policy))
     server.faults.status.clear()
-    spoiled = path != "/update_weight_version"  # then nothing was touched yet
+    # The version is changed first, and if that fails, no weight was touched yet.
+    spoiled = path != "/update_weight_version"
     with pytest.warns(UserWarning, match="given q again") if spoiled else nullcontext():
         again = sampler.sample(PROMPTS, 2, max_new_tokens=4, seed=0)
     assert torch.equal(again.log_prob, x.log_prob) and not server.paused
@@ -739,7 +743,7 @@ def test_tokens_that_end_elsewhere_are_an_error(server):
 
 
 class Threads:
-    """Be the ranks of threads that meet at every gather."""
+    """Stand for the ranks of a group, as threads that meet at every gather."""
 
     def __init__(self, rank, meeting, given):
         self.rank, self.size, self._meeting, self._given = rank, len(given), meeting, given
@@ -756,7 +760,7 @@ class Threads:
 
 
 def together(samplers, call):
-    """Return what each rank's call gives, or raise its error."""
+    """Return what each rank's call gives, or its error."""
     meeting, given, found = threading.Barrier(len(samplers)), [None] * len(samplers), [None] * len(samplers)
 
     def run(rank):
@@ -809,7 +813,7 @@ def test_an_engine_that_loses_q_for_one_rank_gets_it_again_from_rank_0(server, t
     def restarting(body):
         found = answer(body)
         asked.append(body)
-        if len(asked) == 2:  # the first rank that is done may have looked at the weights already
+        if len(asked) == 2:  # the rank that is done first may have looked at the weights before the restart
             server.restart()
         return found
 
@@ -844,7 +848,7 @@ def test_what_fails_for_one_rank_fails_for_all(server, tmp_path):
     assert "does not take all parameters" in str(errors[0]) and "rank 0 says why" in str(errors[1])
     server.faults.stale = ()
     for each in together(samplers, lambda rank, sampler: sampler.sample(["w1"], 8, max_new_tokens=6, seed=3)):
-        assert torch.equal(each.log_prob, x.log_prob)  # q stays
+        assert torch.equal(each.log_prob, x.log_prob)  # the engine still holds q
 
 
 # ---- training
@@ -928,7 +932,7 @@ def test_a_run_whose_engine_fails_ends_with_a_checkpoint_and_goes_on(other, tmp_
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6
     assert [h["step"] for h in resumed.state.log_history if "kl_policy" in h][-2:] == [5, 6]
-    if when == "draw":  # the swap of the other comes with the next check
+    if when == "draw":  # after the failed swap, the resumed run swaps only at its next check
         straight = trained(tmp_path / "straight", other)
         straight.train()
         assert digest(resumed.model) == digest(straight.model)
@@ -992,6 +996,6 @@ def test_vllm_in_this_process_says_what_is_missing():
 def test_a_proposal_whose_engine_is_here_is_loaded_once_at_the_start(server):
     policy = lm()
     proposal = OfflineProposal(policy, interval=1, sampler=connected(server, policy))
-    assert server.loads == 2  # a copy that differs in every parameter, and q
+    assert server.loads == 2  # a copy that differs in every parameter was loaded first, and then q
     proposal.swap()
     assert server.loads == 3

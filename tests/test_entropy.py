@@ -24,13 +24,13 @@ INF = math.inf
 
 
 def own_dpg(terms: Terms) -> Tensor:
-    """Return a function in the place of ``dpg``."""
+    """Return the weights of ``dpg`` as an objective of the user's own would."""
     assert terms.log_target_ratio is not None
     return terms.log_target_ratio.exp()
 
 
 def terms_of(*log_target: float) -> dict[str, Tensor | float]:
-    """Return inputs of ``dpg``: A = P, since log q and log Z are 0."""
+    """Return inputs of ``dpg`` for which A = P, because log q and log Z are 0."""
     target = torch.tensor(log_target).double()
     return {"log_target": target, "log_proposal": torch.zeros_like(target), "log_z": 0.0, "objective": "dpg"}
 
@@ -39,7 +39,7 @@ def terms_of(*log_target: float) -> dict[str, Tensor | float]:
 
 
 def test_by_hand() -> None:
-    """p = (3/4, 1/4): H = log 4 - (3/4) log 3, and of H p_1 (log p_1 + H) = -(3/16) log 3 is the gradient at z_1."""
+    """With p = (3/4, 1/4), H is log 4 - (3/4) log 3, and its gradient at z_1 is -p_1 (log p_1 + H) = -(3/16) log 3."""
     logits = torch.tensor([[[math.log(3.0), 0.0]]]).double().requires_grad_()
     h = math.log(4) - 0.75 * math.log(3)
     out = eager.dm_loss(logits, torch.tensor([[0]]), entropy_coefficient=2.0, **terms_of(-INF))
@@ -53,7 +53,7 @@ def test_by_hand() -> None:
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("objective", ["gdc++", "dpg", own_dpg], ids=["gdc++", "dpg", "own"])
 def test_the_oracle_against_a_formula_of_its_own(objective: object, softcap: float | None) -> None:
-    """Loss by torch's own distribution, gradient by its autograd; -inf among the logits, one of them a whole tail."""
+    """Loss and gradient are those of torch's own distribution and autograd, also where some logits are -inf."""
     torch.manual_seed(0)
     z = 2 * torch.randn(3, 4, 9).double()
     z[0, 1, 3:] = z[2, 0, 5] = -INF
@@ -64,7 +64,7 @@ def test_the_oracle_against_a_formula_of_its_own(objective: object, softcap: flo
     mine, theirs = z.clone().requires_grad_(), z.clone().requires_grad_()
     out = eager.dm_loss(mine, tokens, objective=objective, num_sequences=5, **given)  # type: ignore[arg-type]
     y = (theirs if softcap is None else softcap * (theirs / softcap).tanh()) / 0.7
-    # torch's distribution takes -inf for the lowest fp64, of which log p is not 0 * -inf
+    # The clamp makes every log p finite, so that p log p is 0 where p is 0, and not 0 * -inf.
     spread = torch.distributions.Categorical(logits=y.clamp(min=-1e6))
     scored = (tokens >= 0).double()
     log_prob = (spread.log_prob(tokens.clamp(min=0)) * scored).sum(1)
@@ -82,7 +82,7 @@ def test_the_oracle_against_finite_differences(reduction: str) -> None:
     z = torch.randn(2, 3, 5).double().requires_grad_()
     tokens = torch.randint(5, (2, 3))
 
-    def loss(z: Tensor) -> Tensor:  # dpg's weights are constants
+    def loss(z: Tensor) -> Tensor:  # the weights of dpg are constants, as finite differences need
         return eager.dm_loss(z, tokens, entropy_coefficient=-0.7, softcap=3.0, reduction=reduction,
                              **terms_of(-0.3, 0.4)).loss  # fmt: skip
 
@@ -97,7 +97,11 @@ def test_the_oracle_against_finite_differences(reduction: str) -> None:
 @pytest.mark.parametrize("objective", ["gdc++", "dpg", "own"])
 @pytest.mark.parametrize("layout", ["sliced", "unaligned", "packed64"])
 def test_layouts_and_objectives(layout: str, objective: str, inplace: bool, dtype: torch.dtype) -> None:
-    """gdc++'s weight depends on pi: two passes; dpg's is known: one; the user's own goes through log pi and H."""
+    """The kernels are right for each way of getting the weight.
+
+    The weight of gdc++ depends on pi, which takes two passes. The weight of dpg is known, which takes one. An objective
+    of the user's own goes through log pi and H.
+    """
     case = make_case(layout, dtype, 1031)
     of = own_dpg if objective == "own" else objective
     out = check(case, inplace=inplace, objective=of, entropy_coefficient=0.4, max_weight=3.0, **make_terms(case))
@@ -131,7 +135,7 @@ def test_special_logits(name: str, temperature: float, dtype: torch.dtype) -> No
 @dtypes
 @pytest.mark.parametrize("coefficient", [1e-30, 1e30])
 def test_edges_of_fp32(coefficient: float, dtype: torch.dtype) -> None:
-    """A gradient beyond the dtype is infinite and none is NaN; below it, it keeps the digits that the dtype has."""
+    """A gradient above the range is infinite, and none is NaN. A tiny one keeps the digits that the dtype has."""
     case = make_case("contiguous", dtype, 300, b=2, t=2, unscored="none")
     for softcap in (None, 5.0):
         for objective in ("gdc++", "dpg"):
@@ -185,7 +189,7 @@ def test_no_coefficient_is_the_same_to_the_bit(objective: str) -> None:
 
 
 def test_a_known_weight_s_gradient_is_the_one_of_two_passes() -> None:
-    """Whatever grad_output comes, the gradient is right: folded in by forward, written anew, or scaled in place."""
+    """Forward may fold grad_output in, and backward may write anew or scale in place. The gradient is always right."""
     case = make_case("contiguous", torch.float32, 300)
     terms = make_terms(case)
     for inplace in (False, True):
@@ -198,7 +202,7 @@ def test_a_known_weight_s_gradient_is_the_one_of_two_passes() -> None:
 
 
 def test_no_gradient_is_wanted() -> None:
-    """The value is right alone too, also in a call that no autograd follows."""
+    """The value is right without a gradient too, also in a call that autograd does not follow."""
     case = make_case("contiguous", torch.float32, 300)
     for objective in ("gdc++", "dpg", own_dpg):
         options = {**make_terms(case, zeros=False), "objective": objective, "entropy_coefficient": 0.7}
@@ -211,7 +215,7 @@ def test_no_gradient_is_wanted() -> None:
 @pytest.mark.parametrize("backend", ["fused", "eager"])
 @dtypes
 def test_halves_of_a_vocabulary(backend: str, dtype: torch.dtype) -> None:
-    """A shard's gradient is its part of the whole one's, from log-sum-exp and H of the whole."""
+    """A shard's gradient is its part of the whole gradient, and is made from log-sum-exp and H of the whole."""
     v, cut = 301, 130
     case = make_case("contiguous", dtype, v)
     given = (case.tokens, case.mask, None, 0.7, 9.0)

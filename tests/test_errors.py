@@ -25,23 +25,23 @@ import dmfast
 from dmfast import Objective, eager, kernels
 from dmfast.objectives import leave_one_out
 
-HERE = torch.empty(0).device  # a card's, where the suite runs on one
+HERE = torch.empty(0).device  # this is the GPU if the suite runs on one
 
 INF, NAN = math.inf, math.nan
-# scripts/ci/host_cuda.sh and interpreter.sh
+# scripts/ci/host_cuda.sh and interpreter.sh run the suite with "cuda" and "triton".
 COMPILED = "triton" if kernels.forced == "triton" else "cuda" if kernels.CUDA.device_type == "cpu" else "cpu"
 B, T, V = 3, 4, 11
 
 
 @dataclass
 class Call:
-    """A call of dm_loss or sequence_log_prob that is right, until a test changes it."""
+    """Hold a call of dm_loss or sequence_log_prob that is right until a test changes it."""
 
     logits: Tensor
     tokens: Any
     mask: Any = None
     options: dict[str, Any] = field(default_factory=dict)
-    scoring: bool = False  # sequence_log_prob
+    scoring: bool = False  # whether sequence_log_prob is called
 
     def tensors(self) -> list[Tensor]:
         found = [self.logits, self.tokens, self.mask, *self.options.values()]
@@ -79,7 +79,7 @@ def refuses(call: Call, error: type[Exception] | tuple[type[Exception], ...], me
             before = [x.detach().clone() for x in call.tensors()]
             with dmfast.use_backend(backend), pytest.raises(error, match=message):
                 call()
-            given_away = inplace and backend == "cuda"  # which writes before the host can know
+            given_away = inplace and backend == "cuda"  # CUDA writes before the host can know of the error
             assert given_away or all(map(same, call.tensors(), before)), "an input changed"
     call.logits, call.options = start, options
 
@@ -143,7 +143,7 @@ def test_what_is_masked_is_not_looked_at() -> None:
 
 
 NOT_CONTIGUOUS = "last dimension of logits must be contiguous"
-# what is changed, its new value, the error
+# Each case has what is changed, its new value, and the error.
 SHAPES: dict[str, tuple[str, Callable[[Call], Any], type[Exception], str]] = {
     "too short": ("tokens", lambda c: c.tokens[:, :-1], ValueError, r"tokens must have .*\(3, 4\).*shift_labels"),
     "transposed": ("tokens", lambda c: c.tokens.t(), ValueError, "tokens must have the shape of logits without V"),
@@ -278,7 +278,7 @@ def test_in_place_on_a_leaf(how: str) -> None:
 
 # --- per-sequence inputs -------------------------------------------------------------------------------------------
 
-# an objective that looks at each
+# Each input has an objective that looks at it.
 LOOKS_AT = {"log_target": "gdc++", "log_proposal": "gdc++", "log_z": "gdc++", "reward": "reinforce", "log_base": "kl"}
 
 
@@ -308,7 +308,7 @@ def test_dtype_and_shape_of_inputs(
     call = good(objective=objective_for(name))
     call.options[name] = change(call.options[name])
     if name == "reward" and getattr(call.options[name], "dtype", None) in (torch.int64, torch.bool):
-        return  # test_rewards_of_any_dtype
+        return  # test_rewards_of_any_dtype_and_a_baseline_of_no_dimension has these cases
     refuses(call, error, f"{name} {message}")
 
 
@@ -355,7 +355,7 @@ def test_values_of_inputs(name: str, value: float, dtype: torch.dtype, own: bool
 
 
 def test_values_that_cancel() -> None:
-    """-inf and +inf in one input, and finite values whose sum is not."""
+    """An input may hold both -inf and +inf, or finite values whose sum is not finite."""
     call = good()
     call.options["log_target"] = torch.tensor([-INF, INF, 0.0]).double()
     refuses(call, ValueError, "log_target holds inf at sequence 1")
@@ -424,7 +424,7 @@ def test_a_missing_input(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gdc", "GDC++", "", "kl"])
 def test_an_unknown_objective(name: str) -> None:
-    """The message lists every one there is."""
+    """The message lists every objective there is."""
     listed = ", ".join(dmfast.OBJECTIVES).replace("+", "[+]")
     refuses(good(objective=name), ValueError, rf"unknown objective '{name.replace('+', '[+]')}'; dmfast has {listed}")
 
@@ -475,7 +475,7 @@ def test_an_objective_is_frozen() -> None:
 
 @pytest.mark.parametrize("name", ["reverse_kl", "reverse_chi2"])
 def test_infinite_returns(name: str) -> None:
-    """Refused with the names of those that allow P = 0; max_weight bounds them, and they are counted."""
+    """The error names the objectives that allow P = 0. max_weight bounds the returns, and n_clipped counts them."""
     call = good(objective=name)
     call.options["log_target"][1:] = -INF
     allowed = "dpg, gdc[+][+], js, tv, chi2, alpha with alpha=0, reinforce, reinforce_p, kl_control$"
@@ -490,7 +490,7 @@ def test_infinite_returns(name: str) -> None:
 @pytest.mark.parametrize("objective", ["gdc++", "dpg", "js", "own"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_weight_beyond_fp32(packed: bool, objective: str, on_policy: bool) -> None:
-    """The message names the sequence and max_weight; it is found before a row is overwritten."""
+    """The message names the sequence and max_weight, and it comes before a row is overwritten."""
     call = good(packed, objective=objective, on_policy=on_policy)
     if objective == "own":
         call.options["objective"] = lambda terms: torch.tensor([1.0, -1e39, NAN]).double()
@@ -635,7 +635,7 @@ def test_bad_rows(value: Any, how: str, dtype: torch.dtype, inplace: bool) -> No
                 call = wide(how, packed, dtype)
                 rows = call.logits if packed else call.logits.flatten(0, 1)
                 for row in (6, 7, 10):
-                    if "-inf" in str(value):  # all of the block of 512 that it lies in
+                    if "-inf" in str(value):  # the rest of the block of 512 columns is -inf
                         rows[row, column // 512 * 512 : column // 512 * 512 + 512] = -INF
                     rows[row, column] = (
                         INF if "+inf" in str(value) else NEGATIVE_NAN[dtype] if "-nan" in str(value) else value
@@ -652,7 +652,7 @@ def test_bad_rows(value: Any, how: str, dtype: torch.dtype, inplace: bool) -> No
 
 
 def wide(how: str, packed: bool, dtype: torch.dtype = torch.float32) -> Call:
-    """V = 1300, which a kernel reads in several blocks."""
+    """Return a call with V = 1300, which a kernel reads in several blocks."""
     call = good(packed, objective=how)
     if how == "own":
         call.options["objective"] = lambda terms: torch.ones(B).double()
@@ -682,7 +682,7 @@ def test_a_label_of_probability_zero(rest: str, how: str) -> None:
 
 
 def test_the_first_of_different_faults() -> None:
-    """A label of -inf before a row with NaN, and the other way round."""
+    """The first fault is reported, whether it is a label of -inf or a row with NaN."""
     call = wide("gdc++", packed=False)
     call.logits[0, 3, int(call.tokens[0, 3])] = -INF
     call.logits[1, 0, 5] = NAN
@@ -721,7 +721,7 @@ def test_a_bad_row_counts_where_the_weight_is_zero() -> None:
 
 
 def test_an_infinite_return_stays_in_its_own_context() -> None:
-    """0 * inf made NaN in the other contexts, and the message named one of those."""
+    """0 * inf must not make NaN in the other contexts, or the message would name one of their sequences."""
     values = torch.tensor([1.0, INF, 3.0, 5.0, 7.0, 9.0]).double()
     context = torch.tensor([0, 1, 0, 1, 1, 0])
     found = leave_one_out(values, context)
@@ -750,8 +750,11 @@ WATCHED: dict[str, Callable[[Callable[[Tensor], Any], Tensor], Any]] = {
 @pytest.mark.parametrize("how", WATCHED)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_what_follows_operations_on_tensors_is_refused(how: str, grad_mode: bool) -> None:
-    """It would see nothing of a kernel: functionalize ended in a segfault, tracers gave memory that nobody had written,
-    vmap and grad ended in torch's inner errors."""
+    """These tools would see nothing of what a kernel does.
+
+    Without an error, functionalize ended in a segfault, tracers gave memory that nobody had written, and vmap and grad
+    ended in torch's inner errors.
+    """
     call = good()
     terms = {k: v for k, v in call.options.items() if isinstance(v, (Tensor, float))}
     hidden, weight = torch.randn(*call.logits.shape[:2], 8), torch.randn(call.logits.shape[-1], 8)
@@ -775,7 +778,7 @@ def test_a_dual_number_is_refused() -> None:
         dual = fwAD.make_dual(call.logits, torch.ones_like(call.logits))
         with torch.no_grad(), pytest.raises(RuntimeError, match="forward-mode AD, where logits are a dual number"):
             dmfast.sequence_log_prob(dual, call.tokens)
-        dmfast.sequence_log_prob(call.logits, call.tokens)  # one without a tangent is none
+        dmfast.sequence_log_prob(call.logits, call.tokens)  # a tensor without a tangent is no dual number
 
 
 def test_the_eager_backend_takes_transforms() -> None:

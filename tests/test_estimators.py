@@ -55,7 +55,7 @@ def exact(target):
         "tvd_proposal": float(tv(p, Q)),
         "js_policy": float(js(p, pi)),
         "js_proposal": float(js(p, Q)),
-        "ess": float(1 / (p**2 / Q).sum()),  # as a fraction of the samples
+        "ess": float(1 / (p**2 / Q).sum()),  # this is ess as a fraction of the samples
     }
 
 
@@ -82,7 +82,7 @@ def draws(n, generator):
 @pytest.mark.parametrize("how", ["repeated", "weighted"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_expectation_is_exact(name, how):
-    """2,000 sequences in proportion to q, or all 125 with sample_weight q: the mean is the expectation."""
+    """The mean is the expectation, over 2,000 sequences in proportion to q or over all 125 with sample_weight q."""
     target = TARGETS[name]
     which = torch.arange(SPACE.n).repeat_interleave(COUNTS) if how == "repeated" else torch.arange(SPACE.n)
     weight = None if how == "repeated" else Q
@@ -103,7 +103,7 @@ def test_expectation_is_exact(name, how):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", TARGETS)
 def test_standard_errors(name, weighted, z):
-    """150 repetitions of 2,000 sequences: (estimate - exact) / stderr has mean about 0 and deviation about 1."""
+    """(estimate - exact) / stderr has mean about 0 and deviation about 1 in 150 repetitions of 2,000 sequences."""
     target, generator = TARGETS[name], torch.Generator().manual_seed(5)
     truth, n = exact(target), 2000
     sample_weight = 1 + 2 * torch.rand(n, dtype=torch.float64, generator=generator) if weighted else None
@@ -121,7 +121,8 @@ def test_standard_errors(name, weighted, z):
             of_context = [estimate_log_z((log_p - log_q)[z_of == c], g[z_of == c]).value for c in z_of.unique()]
             log_z = torch.tensor(of_context).double()[z_of]
         estimates = estimate(LOG_PI[which], log_q, log_p, log_z, sample_weight=sample_weight, z_of=z_of)
-        found = {key: e for key, e in vars(estimates).items() if e is not None}  # no alpha was asked for
+        # Estimates of the alpha divergence are None without alpha.
+        found = {key: e for key, e in vars(estimates).items() if e is not None}
         for k, moment in enumerate(estimators.estimate_moments(FEATURES[which], log_p - log_q, sample_weight)):
             found[f"moment_{k}"] = moment
         for key, e in found.items():
@@ -135,9 +136,9 @@ def test_standard_errors(name, weighted, z):
 @pytest.mark.parametrize("distance", [0.1, 0.3, 0.7])
 @pytest.mark.parametrize("name", TARGETS)
 def test_standard_error_of_an_evaluation_near_p_and_far_from_it(name, distance):
-    """x ~ pi with Z from the same sequences: what KL(p||pi) varies by over 200 repetitions is what it states."""
+    """With x ~ pi and Z from the same sequences, KL(p||pi) varies over 200 repetitions as its standard error states."""
     target, generator = TARGETS[name], torch.Generator().manual_seed(7)
-    # where P = 0 pi has a twentieth of its mass, as a policy near a pointwise target
+    # Where P = 0, pi has a twentieth of its mass, as a policy near a pointwise target has.
     near = torch.where(target.p > 0, 0.95 * target.p, 0.05 / (target.p == 0).sum().clamp(min=1))
     away = SPACE.log_prob(SPACE.table(11, distance))
     log_pi = (near.log() + away - away.mean()).log_softmax(0)
@@ -154,14 +155,14 @@ def test_standard_error_of_an_evaluation_near_p_and_far_from_it(name, distance):
 
 
 def test_standard_errors_shrink_with_n():
-    """Four times the samples: half of every standard error."""
+    """With four times the samples, every standard error is half as large."""
     target = TARGETS["hard"]
     once = torch.arange(SPACE.n).repeat_interleave(COUNTS)
     small, large = (estimate(LOG_PI[w], LOG_Q[w], target.log_score[w], target.z.log()) for w in (once, once.repeat(4)))
     for name, e in vars(small).items():
-        if e is None:  # no alpha was asked for
+        if e is None:  # estimates of the alpha divergence are None without alpha
             continue
-        factor = 2.0 if name == "ess" else 0.5  # ess is in sequences
+        factor = 2.0 if name == "ess" else 0.5  # ess counts sequences, so it grows with the samples
         assert getattr(large, name).stderr == pytest.approx(factor * e.stderr, rel=1e-3), name
 
 
@@ -207,7 +208,7 @@ def test_zero_scores():
 
 
 def test_contexts_with_their_own_z():
-    """log_z of shape (N,): the mean over contexts of the exact divergences."""
+    """With log_z of shape (N,), the estimates are the means over contexts of the exact divergences."""
     targets = list(TARGETS.values())
     log_z = torch.cat([t.z.log().expand(SPACE.n) for t in targets])
     found = estimate(
@@ -237,7 +238,7 @@ def test_as_dict_and_str():
 @pytest.mark.parametrize("shift", [0.0, -900.0])
 @pytest.mark.parametrize("name", TARGETS)
 def test_running_z_equals_pooled(name, shift):
-    """Steps of unequal size, some with P = 0 throughout: log-mean-exp weighted by sample count."""
+    """Z of unequal steps, some with P = 0 throughout, is their log-mean-exp, weighted by sample count."""
     log_target = TARGETS[name].log_score + shift
     generator, z, seen = torch.Generator().manual_seed(6), PartitionFunction(), []
     assert z.log_z == -math.inf
@@ -252,7 +253,8 @@ def test_running_z_equals_pooled(name, shift):
         assert z.n == len(torch.cat(seen))
         assert z.log_z == pytest.approx(pooled.value, abs=1e-11)
         if z.n > 1 and z.log_z > -math.inf:
-            assert z.stderr == pytest.approx(pooled.stderr, rel=0.51 / (z.n - 1), abs=1e-12)  # n or n - 1
+            # One divides by n and the other by n - 1.
+            assert z.stderr == pytest.approx(pooled.stderr, rel=0.51 / (z.n - 1), abs=1e-12)
     z.reset()
     assert (z.n, z.log_z) == (0, -math.inf)
     z.update(log_target[[3, 4]], LOG_Q[[3, 4]])
@@ -260,7 +262,7 @@ def test_running_z_equals_pooled(name, shift):
 
 
 def test_running_z_pools_proposals():
-    """q may change between steps: in expectation every q gives Z. Here each step is its q's exact expectation."""
+    """q may change between steps, as every q gives Z in expectation. Here each step is the expectation of its q."""
     target, z = TARGETS["hard"], PartitionFunction()
     for q_counts in (COUNTS, counts(LOG_PI.exp(), 500)):
         which = torch.arange(SPACE.n).repeat_interleave(q_counts)
@@ -310,7 +312,7 @@ def saved(state):
 
 
 def test_running_z_goes_on_after_a_break():
-    """Bitwise, also when the break comes before the first sequence with P > 0."""
+    """It goes on to the bit, also if the break comes before the first sequence with P > 0."""
     target = TARGETS["hard"]
     order = torch.cat([(target.p == 0).nonzero()[:20, 0], torch.arange(SPACE.n)]).split(10)
     for break_at in (1, 7):
@@ -318,7 +320,7 @@ def test_running_z_goes_on_after_a_break():
         for i, which in enumerate(order):
             if i == break_at:
                 state, resumed = saved(resumed.state_dict()), PartitionFunction()
-                resumed.update(target.log_score[:3], LOG_Q[:3])  # replaced by what is loaded
+                resumed.update(target.log_score[:3], LOG_Q[:3])  # load_state_dict replaces these samples
                 resumed.load_state_dict(state)
             straight.update(target.log_score[which], LOG_Q[which])
             resumed.update(target.log_score[which], LOG_Q[which])
@@ -335,7 +337,7 @@ def test_running_z_goes_on_after_a_break():
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_window_is_exact_and_microbatches_make_one_step(name):
-    """dm_loss outputs of one step in ragged microbatches: the step's estimates, exact under q."""
+    """The outputs of one step in unequal microbatches give the step's estimates, which are exact under q."""
     target = TARGETS[name]
     which = torch.arange(SPACE.n).repeat_interleave(COUNTS)
     whole, cut = RunningEstimates(), RunningEstimates()
@@ -350,7 +352,7 @@ def test_window_is_exact_and_microbatches_make_one_step(name):
 
 @pytest.mark.parametrize("contexts", [False, True])
 def test_window_weighs_recent_steps_more(contexts):
-    """decay^age, each sequence under the Z it came with. Steps of no weight are let go."""
+    """A step has the weight decay^age, and each sequence its Z of that step. Steps of no weight are dropped."""
     target, generator = TARGETS["hard"], torch.Generator().manual_seed(9)
     window, steps = RunningEstimates(decay=0.5), []
     for size, log_z in ((20, 0.1), (5, 0.2), (30, 0.3)):
@@ -423,7 +425,7 @@ def test_window_goes_on_after_a_break():
         out = outputs(target, draws(16, generator))
         if i == 4:
             state = resumed.state_dict()
-            resumed.clear()  # the state is a copy
+            resumed.clear()  # the state is a copy, so it does not change
             resumed, state = RunningEstimates(), saved(state)
             resumed.load_state_dict(state)
             assert resumed.decay == 0.7

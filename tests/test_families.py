@@ -39,15 +39,15 @@ ONE_LENGTH, NO_CACHE = "prompts of one length at a time", "without a cache"
     {
         "llama": "",
         "gemma3_text": "",  # sliding windows
-        "mixtral": "",  # a jitter of the router, which is off
-        "falcon": "",  # dropout that its forward reads from the config
+        "mixtral": "",  # its router has a jitter, which its config switches off
+        "falcon": "",  # its forward reads dropout from the config
         "bloom": "",  # alibi
         "deepseek_v3": "",  # MLA
-        "mamba": "",  # a mask that is another one in a step
-        "recurrent_gemma": ONE_LENGTH,  # keeps a state in its modules
+        "mamba": "",  # its mask differs in a step of decoding
+        "recurrent_gemma": ONE_LENGTH,  # its modules keep a state
         "rwkv": f"{ONE_LENGTH}, {NO_CACHE}",
-        "bart": ONE_LENGTH,  # counts positions itself
-        "gemma3": "",  # an image model on text
+        "bart": ONE_LENGTH,  # it counts positions itself
+        "gemma3": "",  # it is an image model that gets text
     }.items(),
 )
 def test_what_is_drawn_is_what_is_scored(name, notes):
@@ -86,7 +86,7 @@ def test_what_can_not_be_trained_is_refused(name, reason):
 
 
 class Faulty(LlamaForCausalLM):
-    """Return a Llama with one fault, by its name."""
+    """Act as a Llama with one fault, which ``fault`` names."""
 
     fault = ""
 
@@ -95,7 +95,7 @@ class Faulty(LlamaForCausalLM):
         self.forwards = self.trained = 0
 
     def get_output_embeddings(self):
-        return None  # so that the logits below are what is scored
+        return None  # without a head, the logits below are what is scored
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, **kwargs):
         self.forwards += 1
@@ -152,7 +152,7 @@ def test_a_fault_is_refused_with_its_reason(fault, reason, prompts):
     with pytest.raises(RuntimeError, match=reason) as raised:
         draw(policy, prompts)
     assert "log q as drawn: -" in str(raised.value) and "check_scores=False" in str(raised.value)
-    draw(faulty(fault, check_scores=False), prompts)  # switched off by name
+    draw(faulty(fault, check_scores=False), prompts)  # check_scores=False switches the check off
 
 
 def test_where_the_cache_is_wrong_there_is_none_and_it_is_said_once():
@@ -213,7 +213,7 @@ def test_prompts_of_several_lengths_are_checked_when_they_first_come():
     policy = faulty("")
     draw(policy, None)
     policy.model.fault = "batch"
-    draw(policy, None)  # checked before
+    draw(policy, None)  # sequences without prompts were checked already
     with pytest.raises(RuntimeError, match="in a batch has another probability"):
         draw(policy)
 
@@ -237,7 +237,7 @@ def test_is_decoder_is_advised_where_it_can_be_set():
 @pytest.mark.parametrize("seed", range(3))
 def test_a_router_that_seldom_draws_what_matters_is_refused_each_time(seed):
     config = families.small_config("phimoe")
-    config.router_jitter_noise = 0.01  # its default: two scorings often agree
+    config.router_jitter_noise = 0.01  # with this default two scorings often agree
     policy = LanguageModel(families.build("phimoe", config), families.tokenizer(), eos_token_id=ENDS)
     with pytest.raises(RuntimeError, match="sparsemixer"):
         draw(policy, seed=seed)
@@ -335,7 +335,7 @@ def test_the_check_leaves_running_statistics_alone():
     for name, buffer in policy.model.named_buffers():
         assert torch.equal(buffer, before[name]), name
     policy.log_prob(draw(policy).trimmed())
-    assert policy.model.model.norm.norm.num_batches_tracked == 1  # the trainer's own forward counts
+    assert policy.model.model.norm.norm.num_batches_tracked == 1  # only the trainer's own forward counts
 
 
 def test_what_is_no_fault_of_the_model_passes_through():
@@ -368,7 +368,7 @@ def test_autocast_within_the_forward_is_no_fault():
     policy = faulty("")
     forward = policy.model.forward
 
-    def within(*args, **kwargs):  # as accelerate does
+    def within(*args, **kwargs):  # accelerate wraps a forward like this
         with torch.autocast("cpu", torch.bfloat16):
             return forward(*args, **kwargs)
 
@@ -403,7 +403,7 @@ def test_rows_stay_where_a_part_of_the_cache_would_keep_them():
     half = Half()
     half.update(torch.zeros(4, 2, 5, 8), torch.zeros(4, 2, 5, 8), 0)
     assert _can_select("cache", cache, 4)
-    assert cache.layers[0].keys.shape[0] == 4  # only tried
+    assert cache.layers[0].keys.shape[0] == 4  # _can_select must not change the cache
     assert not _can_select("cache", half, 4)
     assert not _can_select("state", [torch.zeros(4, 3)], 4)
     assert _can_select("position_ids", torch.zeros(3, 4, 5), 4)
@@ -439,11 +439,11 @@ def test_longrope_is_not_crossed():
 
 
 def test_the_context_is_that_of_the_language_model():
-    assert context_length(families.build("gemma3")) == 64  # text_config's
-    assert context_length(families.build("whisper")) == 64  # max_target_positions
+    assert context_length(families.build("gemma3")) == 64  # text_config has it
+    assert context_length(families.build("whisper")) == 64  # max_target_positions has it
     roberta = families.small_config("roberta")
     roberta.pad_token_id = 1
-    assert context_length(families.build("roberta", roberta)) == 62  # it counts from 2
+    assert context_length(families.build("roberta", roberta)) == 62  # its positions count from 2
     assert context_length(phi3(16)) == 16
     assert context_length(families.build("rwkv")) == 64
     policy = LanguageModel(families.build("gemma3"), families.tokenizer(), eos_token_id=ENDS)
@@ -471,7 +471,7 @@ def test_a_forward_without_source_is_taken_to_read_all_of_its_config(monkeypatch
     model.config.some_dropout = model.config.router_jitter_noise = 0.5
     draw(LanguageModel(model, families.tokenizer(), eos_token_id=ENDS))
     assert model.config.some_dropout == 0
-    assert model.config.router_jitter_noise == 0.5  # of PhiMoE a threshold
+    assert model.config.router_jitter_noise == 0.5  # this is a threshold of PhiMoE's router, in evaluation too
 
 
 def test_an_offloaded_model_is_sampled_where_it_runs():

@@ -94,7 +94,7 @@ def test_a_fit_with_several_prompts_stops_once_its_errors_suffice(base, monkeypa
 
     few = fitted(max_stderr=0.08).report
     assert few.contexts == 4 and few.n in (200, 300, 400, 500) and few.attained[0].stderr <= 0.08
-    assert sum(seen) == 2 * few.n  # each part once for the checks, and all of them for the fit
+    assert sum(seen) == 2 * few.n  # the checks see each part once, and the fit sees all of them once more
     assert fitted(max_stderr=1e-9).report.n == 800
 
 

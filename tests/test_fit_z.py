@@ -42,7 +42,7 @@ def rows_of(prompts, rates, n=16):
 
 
 def test_the_pass_rate_of_a_prompt_is_its_z():
-    target, n = target_of(), 600  # in parts, of one prompt each
+    target, n = target_of(), 600  # this draws in parts of one prompt each
     rows = target.fit_z(PROMPTS, n, max_new_tokens=2, progress=False)
     assert [row["prompt"] for row in rows] == PROMPTS and {row["pass_rate_n"] for row in rows} == {n}
     for row in rows:
@@ -98,7 +98,7 @@ def test_z_starts_as_if_the_samples_of_the_base_had_been_seen():
     for z, right in zip(seen, (4, 0), strict=True):
         z.update(torch.tensor([0.0] * right + [-math.inf] * (16 - right)).double(), torch.zeros(16).double())
     optimizer = sgd(m)
-    for _ in range(2):  # the rates count once
+    for _ in range(2):  # the rates must count only once
         batch = draw(m, ["w1", "w2"], 4, context_id=[7, 8], rows=rows)
         for i, z in enumerate(seen):
             of_prompt = slice(4 * i, 4 * i + 4)
@@ -118,7 +118,8 @@ def test_a_prompt_of_none_right_is_unknown_and_no_zero():
     metrics = step(m, sgd(m), ["w1"], 4, context_id=[7], rows=rows_of(["w1"], [0.0]))
     assert metrics["n_empty"] == 4 and m.running.partitions[7].log_z == -math.inf
     found = m.running.partitions.updated(torch.tensor([7]), torch.zeros(1).double(), torch.zeros(1).double())
-    assert found[7].log_z == pytest.approx(math.log(1 / 21))  # the 16 that were wrong count, once one is right
+    # The 16 wrong samples count as soon as one sample is right.
+    assert found[7].log_z == pytest.approx(math.log(1 / 21))
 
 
 def test_a_fresh_check_starts_z_alike():

@@ -51,13 +51,14 @@ def test_which_backend_it_gets_and_why(an_xpu: None, monkeypatch: pytest.MonkeyP
     assert not info["triton"].available and "has fp64, which xpu:0 lacks" in info["triton"].detail
     assert "xpu:0, without fp64: rows in fp32, per-sequence values in fp64 on the CPU" in info["eager"].detail
     monkeypatch.setattr(kernels, "_warned", set())
-    there: Any = SimpleNamespace(device=torch.device("xpu", 0), dtype=torch.float32)  # torch 2.6 can't fake one there
+    # torch 2.6 can't fake a tensor on xpu.
+    there: Any = SimpleNamespace(device=torch.device("xpu", 0), dtype=torch.float32)
     with pytest.warns(UserWarning, match="slow eager backend: logits are on xpu:0; .*has fp64"):
         assert kernels.select(there).name == "eager"
 
 
 class _Meta(TorchDispatchMode):
-    """``meta`` as a device without fp64, from which zeros come to the CPU: refuses fp64 there, and to mix devices."""
+    """Make ``meta`` a device without fp64 that refuses fp64 and mixed devices. Its copies on the CPU are zeros."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -96,7 +97,7 @@ def test_no_fp64_on_the_device(on_the_device: bool, objective: Any, monkeypatch:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_it_gives(objective: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU stands in for such a device. Results are the oracle's to fp32's error, and bf16 is not summed in bf16."""
+    """The CPU stands in for such a device. Results have an error of fp32 at most, and bf16 is not summed in bf16."""
     found = []
     for narrow in (False, True):
         if narrow:

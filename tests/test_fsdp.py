@@ -60,7 +60,7 @@ def test_a_run_is_that_of_one_process(ranks, tmp_path):
     trainer, gradients, _ = run(tmp_path, per_device_train_batch_size=16)
     assert found["swaps"] == trainer.proposal.swaps == 1
     assert 0.45 < found["held"] < 0.55
-    assert found["said"] == []  # the head is fused
+    assert found["said"] == []  # the head is fused, so there is no warning
     for name, gradient in gradients[0].items():
         right = gradient.flatten()
         torch.testing.assert_close(
@@ -213,7 +213,7 @@ def accelerator(*, mixed_precision="no", is_fsdp2=True, **plugin):
 
 
 def size_based_auto_wrap_policy():
-    """Have the name of torch's function, by which dmfast tells it."""
+    """Have the name of torch's function, because dmfast recognises it by its name."""
 
 
 @pytest.mark.parametrize(

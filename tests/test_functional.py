@@ -31,7 +31,7 @@ from dmfast.objectives import PPOClip, leave_one_out
 INF = math.inf
 LOG4 = math.log(4)
 inplaces = pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
-# two-phase and one-pass
+# gdc++ takes two phases, and dpg takes one pass.
 known = pytest.mark.parametrize("objective", ["gdc++", "dpg"])
 
 
@@ -82,7 +82,7 @@ def close(actual: Tensor | None, expected: Tensor | None, rtol: float = 2e-5, at
 
 
 def test_uniform_logits() -> None:
-    """V = 4: log pi of two tokens is -2 log 4, entropy 2 log 4, and each column's gradient is 1/4 or -3/4."""
+    """With V = 4, log pi of two tokens is -2 log 4, their entropy 2 log 4, and each column's gradient 1/4 or -3/4."""
     logits = torch.zeros(1, 3, 4, requires_grad=True)
     tokens = torch.tensor([[2, -100, 0]])
     log_pi = dmfast.sequence_log_prob(logits, tokens)
@@ -94,8 +94,13 @@ def test_uniform_logits() -> None:
 
 
 def test_gdc_plus_plus_by_hand() -> None:
-    """Two sequences of one token. pi = 1/4 each. x1: P = 0.3, Z = 2, q = 0.1: u = 1.5, rho = 2.5, A = -1. x2: P = 0,
-    q = 0.5: u = 0, rho = 0.5, A = -0.5. Loss = -(1/2)(-1 - 0.5) log(1/4) = -0.75 log 4."""
+    """Weights, loss and gradient are those worked out by hand.
+
+    Each of the two sequences has one token with pi = 1/4. The first has P = 0.3, Z = 2 and q = 0.1, so that u = 1.5,
+    rho = 2.5 and A = -1. The second has P = 0 and q = 0.5, so that u = 0, rho = 0.5 and A = -0.5.
+
+    The loss is -(1/2)(-1 - 0.5) log(1/4) = -0.75 log 4.
+    """
     logits = torch.zeros(2, 1, 4, requires_grad=True)
     inputs = {"log_target": f64(0.3, 0.0).log(), "log_proposal": f64(0.1, 0.5).log(), "log_z": math.log(2)}
     out = dmfast.dm_loss(logits, torch.tensor([[1], [3]]), **inputs)
@@ -106,11 +111,11 @@ def test_gdc_plus_plus_by_hand() -> None:
     assert out.loss.dtype == torch.float64 and float(out.loss.detach()) == pytest.approx(-0.75 * LOG4, rel=1e-6)
     assert (int(out.n_clipped), int(out.n_empty), out.scored.tolist()) == (0, 0, [True, True])
     out.loss.backward()
-    # -(A/2)(onehot - 1/4): the policy is pushed away from both
+    # The gradient is -(A/2)(onehot - 1/4), which pushes the policy away from both.
     close(logits.grad, torch.tensor([[[-0.125, 0.375, -0.125, -0.125]], [[-0.0625, -0.0625, -0.0625, 0.1875]]]))
 
 
-# pi = 1/4, q = 1/8, P = 1/3, Z = 2/3: p = 1/2, rho = 2, u = 4, t = pi/p = 1/2; R = 3, a = 1/5
+# pi = 1/4, q = 1/8, P = 1/3 and Z = 2/3 give p = 1/2, rho = 2, u = 4 and t = pi/p = 1/2. R is 3, and a is 1/5.
 BY_HAND = {
     "dpg": ({}, 4.0),
     "gdc++": ({}, 2.0),
@@ -147,7 +152,7 @@ def test_every_objective_by_hand(name: str, backend: str) -> None:
     if name != "gdc++":
         assert weight(baseline=0.75) == pytest.approx(expected - 0.75 * 2, rel=1e-6)
         assert weight(baseline=f64(-2.0)) == pytest.approx(expected + 2 * 2, rel=1e-6)
-    # on-policy rho = 1 and pi is what the sampler stored, here q: u = 4, t = q/p = 1/4
+    # On-policy, rho is 1 and pi is what the sampler stored, which is q here, so that u = 4 and t = q/p = 1/4.
     on_policy = {
         "dpg": 4.0, "gdc++": 3.0, "reverse_kl": math.log(4) - 1, "js": math.log(5 / 2), "tv": 0.5, "chi2": 15.0,
         "reverse_chi2": 1.5, "alpha": 2 * (2 - 1), "reinforce": 3.0, "reinforce_p": 2 / 3,
@@ -157,7 +162,7 @@ def test_every_objective_by_hand(name: str, backend: str) -> None:
 
 
 def test_leave_one_out_by_hand() -> None:
-    """R = 1, 2, 6, 3 in contexts 7, 7, 9, 9, rho = 1: baselines are the others' means."""
+    """With R = 1, 2, 6, 3 in contexts 7, 7, 9, 9 and rho = 1, the baselines are the means of the others."""
     inputs = {"log_proposal": f64(*[-LOG4] * 4), "reward": f64(1, 2, 6, 3), "on_policy": True}
     call = (torch.zeros(4, 1, 4), torch.zeros(4, 1, dtype=torch.int64))
     out = dmfast.dm_loss(*call, objective=Objective("reinforce", baseline="leave_one_out"), **inputs)
@@ -170,13 +175,16 @@ def test_leave_one_out_by_hand() -> None:
 
 
 def test_temperature_and_softcap_by_hand() -> None:
-    """Logits 0 and 3, softcap 6, temperature 2: cap(3) = 6 tanh(1/2), and log pi = -log(1 + e^(-cap/2))."""
+    """With logits 0 and 3, softcap 6 and temperature 2, cap(3) is 6 tanh(1/2), and log pi is -log(1 + e^(-cap/2))."""
     log_pi = dmfast.sequence_log_prob(torch.tensor([[[0.0, 3.0]]]), torch.tensor([[1]]), temperature=2.0, softcap=6.0)
     assert float(log_pi) == pytest.approx(-math.log1p(math.exp(-3 * math.tanh(0.5))), abs=1e-7)
 
 
 def test_max_weight_by_hand() -> None:
-    """u = 8, 1, 0, -: A clipped to [-1.5, 1.5]; a context with Z = 0 has A = 0, counts in B, and in n_empty."""
+    """With u = 8, 1 and 0, A is clipped to [-1.5, 1.5].
+
+    A context with Z = 0 has A = 0. It counts in B and in n_empty.
+    """
     inputs = {"log_target": f64(8, 1, 0, 0).log(), "log_proposal": f64(1, 1, 1, 1).log(), "log_z": f64(0, 0, 0, -INF)}
     objective = Objective("dpg", baseline=f64(0, 0, 10, 10))
     logits, tokens = torch.zeros(4, 1, 2), torch.zeros(4, 1, dtype=torch.int64)
@@ -187,7 +195,11 @@ def test_max_weight_by_hand() -> None:
 
 
 def test_shift_labels_by_hand() -> None:
-    """Row 0: a prompt of two padded to three on the left; row 1: a full prompt, a shorter continuation."""
+    """The labels are those worked out by hand.
+
+    Row 0 has a prompt of two tokens that is padded to three on the left. Row 1 has a full prompt and a shorter
+    continuation.
+    """
     pad = 9
     ids = torch.tensor([[pad, 1, 2, 3, 4, 5], [6, 7, 8, 1, 2, pad]])
     score = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 0]]).bool()
@@ -266,7 +278,7 @@ def test_gradcheck_of_the_loss_with_known_weights(
 
 @pytest.mark.parametrize("name", dmfast.OBJECTIVES)
 def test_gradient_of_the_loss_is_that_of_a_constant_weight(name: str) -> None:
-    """Central differences of -(1/B) sum A log pi, A held at its value at these logits."""
+    """It agrees with central differences of -(1/B) sum A log pi, where A keeps its value at these logits."""
     p = problem(b=3, t=2, v=4, dtype=torch.float64)
     p.terms |= {"reward": f64(1.0, -2.0, 0.0), "log_base": p.terms["log_proposal"] + 0.3}
     parameters = {"kl_control": {"beta": 0.3}, "reinforce_p": {"log_scale": -5.0}, "alpha": {"alpha": 0.7}}
@@ -355,7 +367,7 @@ def test_two_losses_in_place_on_one_tensor(objective: str) -> None:
 
 @known
 def test_the_producer_of_overwritten_logits_notices(objective: str) -> None:
-    """exp needs its own output in backward, which is overwritten."""
+    """The backward of exp needs its own output, which is overwritten."""
     p = problem()
     x = leaf(p.logits / 4).exp()
     loss = p.loss(x, objective=objective, inplace=True).loss
@@ -374,7 +386,7 @@ def test_retain_graph(reduction: str, objective: str) -> None:
     first.zero_()  # what the first backward returned belongs to its caller
     (second,) = torch.autograd.grad(3 * loss, x, retain_graph=True)
     (third,) = torch.autograd.grad(loss, x)
-    if objective != "dpg":  # whose first came from the one pass over forward and backward, which rounds once more
+    if objective != "dpg":  # the first gradient of dpg came from one pass, which rounds once more
         assert torch.equal(third, first_bits)
     close(third, first_bits)
     close(second, 3 * third)
@@ -444,7 +456,7 @@ def test_sequence_log_prob_is_differentiable(inplace: bool) -> None:
 
 
 class Tied(nn.Module):
-    """Be an embedding whose weight is the output head too."""
+    """Use the weight of an embedding as the output head too."""
 
     def __init__(self, v: int = 37, d: int = 16) -> None:
         super().__init__()
@@ -469,7 +481,7 @@ def parameter_gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
 @known
 @pytest.mark.parametrize("way", ["whole", "sliced", "transposed", "packed", "bf16"])
 def test_through_a_tied_head(way: str, objective: str, inplace: bool) -> None:
-    """Gradients of all weights equal those through the oracle; views of the head's output in place too."""
+    """The gradients of all weights equal those through the oracle, also in place on views of the head's output."""
     p = problem()
     model = Tied()
     ids = p.tokens.clamp(min=0)
@@ -497,7 +509,7 @@ def test_through_a_tied_head(way: str, objective: str, inplace: bool) -> None:
 @known
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(use_reentrant: bool, objective: str, inplace: bool) -> None:
-    """Of the body, of the head, and of head and loss together, which are run again in backward."""
+    """The body, the head, or head and loss together are checkpointed, which runs them again in backward."""
     p = problem()
     model = Tied()
     ids = p.tokens.clamp(min=0)
@@ -600,7 +612,7 @@ def test_without_grad_mode(context: Callable[[], torch.no_grad], objective: str)
 
 @known
 def test_logits_that_need_no_gradient(objective: str) -> None:
-    """No graph, nothing overwritten; and none either where the gradient stops before the logits."""
+    """There is no graph, nothing is overwritten, and the loss is a constant in the gradients of other tensors."""
     p = problem()
     z = p.logits.clone()
     out = p.loss(z, objective=objective, inplace=True)
@@ -696,8 +708,11 @@ def test_inputs_changed_between_forward_and_backward(name: str, objective: str) 
 
 
 def test_under_another_default_device(tmp_path: Path) -> None:
-    """``with torch.device(...)`` says where new tensors go, and the logits are where they are. A kernel that was given
-    the address of a tensor elsewhere would take the process down, hence one of its own."""
+    """``with torch.device(...)`` says where new tensors go, and not where the logits are.
+
+    A kernel that got the address of a tensor elsewhere would take the process down, so this runs in a process of its
+    own.
+    """
     code = f"""
 import torch, dmfast
 assert dmfast.backends()["cpu"].available == {kernels.backends()["cpu"].available}
@@ -711,14 +726,14 @@ with torch.device("meta"):
     dmfast.shift_labels(tokens)
 assert all(map(torch.equal, before, after)) and logits.grad.device.type == "cpu"
 """
-    # not from a source tree, whose dmfast may lack the kernels
+    # The process does not run in a source tree, whose dmfast may lack the kernels.
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-500:]
 
 
 @known
 def test_threads_of_the_caller(objective: str) -> None:
-    """Kernels release the GIL: calls at the same time do not disturb one another."""
+    """Kernels release the GIL, and calls at the same time do not disturb one another."""
 
     problems = [problem(b=4, t=20, v=2000, seed=seed) for seed in range(6)]
 
@@ -756,7 +771,7 @@ def test_token_log_prob(how: str) -> None:
     scored = mask & (p.tokens != -100)
     x = leaf(p.logits)
     given = {"tokens": p.tokens, "mask": mask, **p.terms}
-    if how == "hidden":  # a head that gives the logits
+    if how == "hidden":  # the head is the identity, so it gives the logits
         out = dmfast.linear_dm_loss(x, torch.eye(37), **given)  # type: ignore[arg-type]
     elif how == "packed":
         rows = {"tokens": p.tokens.flatten(), "mask": mask.flatten(), "cu_seqlens": torch.arange(5) * 5}
@@ -826,7 +841,7 @@ def test_asking_for_backends_makes_no_context_on_a_gpu(monkeypatch: pytest.Monke
 
 
 def own_gdc(terms: Terms) -> Tensor:
-    """Return the weights of gdc++ once more."""
+    """Return the weights of gdc++ as an objective of the user's own would."""
     assert terms.log_target_ratio is not None and terms.log_ratio is not None
     return terms.log_target_ratio.exp() - terms.log_ratio.exp()
 
@@ -887,7 +902,7 @@ def test_backends() -> None:
 
 
 def test_use_backend() -> None:
-    """The eager backend gives the oracle's bits; afterwards, and after an error, what was there before."""
+    """The eager backend gives the oracle's bits. After the block or an error in it, the backend from before is back."""
     p = problem()
     plain = p.loss(p.logits).log_prob
     truth = p.oracle(p.logits)
@@ -1149,7 +1164,7 @@ def test_compiled_dynamic_shapes(objective: str) -> None:
 @known
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
 def test_compiled_in_place_on_a_graph_input(backend: str, objective: str) -> None:
-    """Logits computed outside the graph: gradients are right, and who needs the overwritten logits hears of it."""
+    """With logits from outside the graph, gradients are right, and others that need the overwritten logits fail."""
     p = problem()
     compiled = torch.compile(
         lambda z: p.loss(z, objective=objective, inplace=True).loss, fullgraph=True, backend=backend
@@ -1294,7 +1309,7 @@ def test_a_whole_training_step_compiles() -> None:
     [("gdc++", False, "tensor"), ("gdc++", True, "own"), ("dpg", False, "own"), ("dpg", True, "tensor")],
 )
 def test_no_graph_for_every_length_and_batch_size(objective: str, inplace: bool, count: str) -> None:
-    """In place a second length was "unsupported"; a mean over B compiled anew for every B."""
+    """A second length in place must not be "unsupported", and a mean over B must not compile anew for every B."""
 
     def function(z: Tensor, tokens: Tensor, number: Tensor, *terms: Tensor) -> Tensor:
         named = dict(zip(("log_target", "log_proposal", "log_z"), terms, strict=True))
@@ -1315,7 +1330,7 @@ def test_no_graph_for_every_length_and_batch_size(objective: str, inplace: bool,
 
 @pytest.mark.parametrize("name", ["log_z", "baseline"])
 def test_compiled_with_a_number_that_changes_at_every_step(name: str) -> None:
-    """A running Z or baseline given as a tensor compiles once (for a float torch compiles anew at every value)."""
+    """A running Z or baseline that is a tensor compiles once. With a float, torch would compile anew at every value."""
     p = problem()
 
     def function(z: Tensor, value: Tensor) -> Tensor:
@@ -1323,7 +1338,8 @@ def test_compiled_with_a_number_that_changes_at_every_step(name: str) -> None:
             return p.loss(z, objective=Objective("reverse_kl", baseline=value.expand(4))).loss
         return p.loss(z, log_z=value).loss
 
-    name_of_limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # 2.6
+    # torch 2.6 has the second name.
+    name_of_limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     with torch._dynamo.config.patch({name_of_limit: 1}):
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         for value in torch.tensor([1.0, 0.9, 0.8, 0.7], dtype=torch.float64):

@@ -190,7 +190,7 @@ def test_a_run_that_is_killed_leaves_what_it_found(number: int, tmp_path: Path) 
     part = int(pid.read_text())
     if number == signal.SIGTERM:
         with pytest.raises(ProcessLookupError):
-            os.kill(part, 0)  # it holds no device
+            os.kill(part, 0)  # the part has ended, so it holds no device
     else:
         os.kill(part, signal.SIGKILL)
     out = tmp_path / "out"
@@ -223,7 +223,8 @@ def test_where_results_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("OUT", str(tmp_path))
     assert run.folder("gpu", None, False) == run.folder("rivals", None, True) == tmp_path
     assert run.folder("gpu", tmp_path / "other", False) == tmp_path / "other"
-    assert all(len(files) + 3 + 1 <= 8 for files in run.FILES.values())  # and one that is being written
+    # Each run has 3 more files, and 1 file is being written.
+    assert all(len(files) + 3 + 1 <= 8 for files in run.FILES.values())
 
 
 @pytest.mark.parametrize("given", ["no", "-1", "0", "inf", "nan"])
@@ -268,7 +269,7 @@ def test_no_part_needs_transformers() -> None:
 
 
 class Fake:
-    """A device whose gates stay closed for so many cycles, and which may refuse to capture."""
+    """Stand for a device whose gates hold from ``closed_from`` cycles on, and which may refuse to capture."""
 
     def __init__(self, clock: ModuleType, captures: bool, closed_from: float) -> None:
         self.captures, self.closed_from, self.clock = captures, closed_from, clock
@@ -320,7 +321,7 @@ def test_where_no_gate_stays_closed_the_time_says_that_it_has_pythons_latency() 
 
 
 def test_a_dw_is_compared_in_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each number that the host reads of a device is a wait; row by row of a head it took a minute."""
+    """Each number that the host reads of a device is a wait. To read them for each row of a head took a minute."""
     import torch
 
     from dmfast.bench import worker

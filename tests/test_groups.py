@@ -35,7 +35,7 @@ def right(texts, rows):
 
 
 def on_ranks(matchers, call):
-    """Return what each rank's call gives, where each matcher is a rank in a thread; an error is raised."""
+    """Return what each rank's call gives, where each matcher is a rank in a thread, or raise the error of a rank."""
     meeting, given, found = threading.Barrier(len(matchers)), [None] * len(matchers), [None] * len(matchers)
 
     def run(rank):
@@ -84,7 +84,7 @@ def test_a_group_that_is_cut_among_microbatches_and_ranks_is_the_whole_group(obj
     assert torch.allclose(torch.cat([found for (found, _), _ in ranks]), expected, rtol=1e-9, atol=1e-12)
     assert len(set(expected.tolist())) > 1
     for name, gradient in whole.items():
-        mean = sum(g[name] for (_, g), _ in ranks) / 2  # as DDP has it
+        mean = sum(g[name] for (_, g), _ in ranks) / 2  # DDP takes this mean
         torch.testing.assert_close(mean, gradient, rtol=0, atol=1e-5, msg=name)
     assert ranks[0][1]["reward"] == ranks[1][1]["reward"] == pytest.approx(float(alone.batch.inputs["reward"].mean()))
 
@@ -202,12 +202,12 @@ def test_groups_of_one_value_are_skipped(objective):
     assert torch.equal(batch.forwarded, mixed) and 0 < int(mixed.sum()) < 21
     found, own = weights_of(m, batch, 4)
     share = float(mixed.double().mean())
-    if objective == "dapo":  # a mean over tokens: here too it is that of the tokens that stay
+    if objective == "dapo":  # dapo takes a mean over tokens, which is now over the tokens that stay
         lengths = batch.samples.score_mask.sum(1)
         expected = expected * share * float(lengths.sum()) / float(lengths[mixed].sum())
         share = float(lengths[mixed].sum() / lengths.sum())
     assert torch.allclose(found, expected, atol=1e-9)
-    for name, each in gradient.items():  # the mean is over those that stay
+    for name, each in gradient.items():  # the gradient is the mean over the sequences that stay
         torch.testing.assert_close(own[name], each / share, rtol=1e-4, atol=1e-5, msg=name)
     metrics = m.commit()
     assert metrics["n_uniform"] == kept.commit()["n_uniform"] == 7 - int(mixed.sum()) / 3
@@ -219,9 +219,9 @@ def test_groups_of_one_value_are_drawn_again():
     first = draw(plain, PROMPTS, 3)
     mixed = mixed_of(first, 3)
     batch = draw(m, PROMPTS, 3)
-    assert torch.equal(batch.samples.tokens[mixed][:, -6:], first.samples.tokens[mixed][:, -6:])  # those stay
+    assert torch.equal(batch.samples.tokens[mixed][:, -6:], first.samples.tokens[mixed][:, -6:])  # mixed groups stay
     assert int(mixed_of(batch, 3).sum()) > int(mixed.sum()) and len(batch) == 21
-    log_pi = m.policy.log_prob(batch.samples)  # all of them are pi's own
+    log_pi = m.policy.log_prob(batch.samples)  # pi itself has drawn all of them
     assert torch.allclose(log_pi, batch.samples.log_prob, atol=1e-4)
     again = draw(m, PROMPTS, 3)
     assert torch.equal(again.samples.tokens, batch.samples.tokens)
@@ -257,7 +257,8 @@ def test_ranks_that_draw_again_draw_equally_many():
         return batch, weights, m.commit()
 
     ranks = on_ranks([matcher(**options) for _ in range(2)], call)
-    rewards = torch.stack([batch.inputs["reward"].view(2, 2)[0] for batch, *_ in ranks])  # of the shared prompt
+    # These are the rewards of the shared prompt.
+    rewards = torch.stack([batch.inputs["reward"].view(2, 2)[0] for batch, *_ in ranks])
     assert {len(batch) for batch, *_ in ranks} == {4} and ranks[0][2]["n_redrawn"] == ranks[1][2]["n_redrawn"] > 0
     weights = torch.stack([w.view(2, 2)[0] for _, w, _ in ranks])
     assert bool((rewards.flatten() == rewards[0, 0]).all()) == bool((weights == 0).all())
@@ -268,7 +269,7 @@ OTHERS = [f"w{i} w{k}" for i in (1, 2, 4) for k in (5, 6, 7, 0)]
 
 
 def others(seed, n, taken):
-    """Return prompts 100 to 111."""
+    """Return up to ``n`` of the prompts 100 to 111 that are not taken."""
     order = torch.randperm(len(OTHERS), generator=torch.Generator().manual_seed(seed)).tolist()
     found = [place for place in order if 100 + place not in taken][:n]
     return Prompts([OTHERS[place] for place in found], [100 + place for place in found])
@@ -281,7 +282,7 @@ def test_other_prompts_take_the_place_of_groups_of_one_value():
     mixed = mixed_of(first, 3)
     groups, was_mixed = batch.samples.context_id.view(7, 3), mixed.view(7, 3)[:, 0]
     assert bool((groups == groups[:, :1]).all()) and len(set(groups[:, 0].tolist())) == 7
-    assert groups[was_mixed, 0].tolist() == was_mixed.nonzero()[:, 0].tolist()  # those stay
+    assert groups[was_mixed, 0].tolist() == was_mixed.nonzero()[:, 0].tolist()  # mixed groups stay
     assert bool((groups[~was_mixed] >= 100).all()) and not bool(was_mixed.all())
     for place, context in enumerate(groups[:, 0].tolist()):
         head = batch.samples.tokens[3 * place, : batch.samples.prompt_len]
@@ -324,7 +325,7 @@ def test_ranks_share_the_other_prompts():
 
 
 def test_z_of_a_step_is_that_of_the_first_draw():
-    """Whether a prompt is drawn again depends on what was drawn: the mean of all its draws is not Z on average."""
+    """Whether a prompt is drawn again depends on its first draw, so the mean over all draws would be a biased Z."""
     options = {"objective": "maxrl", "on_policy": True, "constraints": [Verifier(right, truncated="judge")]}
     plain = matcher(**options, partition="step")
     expected = draw(plain, PROMPTS, 3, context_id=range(7)).pending.partitions
@@ -333,7 +334,7 @@ def test_z_of_a_step_is_that_of_the_first_draw():
         found = draw(m, PROMPTS, 3, context_id=range(7)).pending.partitions
         assert [found[i].state_dict() for i in range(7)] == [expected[i].state_dict() for i in range(7)]
         assert {z.n for z in found.values()} == {3} and (len(found) > 7) == (how == "replace")
-    m = matcher(**options, uniform_groups="redraw")  # the sums of a run take all
+    m = matcher(**options, uniform_groups="redraw")  # a running Z takes all draws
     assert max(z.n for z in draw(m, PROMPTS, 3, context_id=range(7)).pending.partitions.values()) > 3
 
 
@@ -342,7 +343,7 @@ def test_the_trainer_draws_other_prompts_of_its_data(tmp_path):
                "samples_per_context": 2, "warmup_steps": 0}  # fmt: skip
     trainer = job(tmp_path, prompts=[*PROMPTS, *OTHERS], **options)
     trainer.train()
-    assert len(trainer.partitions) > 4  # of 8 sequences in a step
+    assert len(trainer.partitions) > 4  # a step has 4 prompts, so others were drawn too
     found = Contexts([*PROMPTS, *OTHERS]).some(3, 9, set(range(8)))
     assert len(set(found.context_id.tolist())) == 9 and min(found.context_id.tolist()) >= 8
     for prompts in (["w1"], IterableDataset.from_generator(lambda: iter([{"prompt": "w1"}]))):

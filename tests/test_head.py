@@ -33,7 +33,7 @@ HEADS = {
     "Gemma2": {"final_logit_softcapping": 3.0, "head_dim": 4, "query_pre_attn_scalar": 4},
     "Cohere": {"logit_scale": 0.25},
     "Granite": {"logits_scaling": 4.0},
-    "Phi": {},  # a head with a bias
+    "Phi": {},  # its head has a bias
 }
 
 
@@ -44,7 +44,7 @@ def other(family, **changes):
 
 
 def through_logits(policy):
-    """Return the same model, refused its head."""
+    """Return the same policy, which may no longer use its head."""
     policy._head.failure = "a test"
     return policy
 
@@ -104,7 +104,7 @@ def test_the_prompt_is_never_projected_and_no_logits_are_made(name, monkeypatch)
         found = policy.hidden_and_head(x)
         assert (found.hidden.shape, found.labels.shape) == ((len(x), k, 16), (len(x), k))
         assert found.weight is head.weight and found.hidden.requires_grad
-    # a few rows once, to compare with; then none
+    # The head multiplies a few rows once, to compare with, and none afterwards.
     assert shapes == [(2, 2), (1, 0), (1, 0)]
     assert not head._forward_pre_hooks
 
@@ -130,7 +130,7 @@ def test_hidden_states_under_autocast():
     x = policy.sample(PROMPTS, 4, max_new_tokens=6, seed=0)
     forward = policy.model.forward
 
-    def within(*args, **kwargs):  # as accelerate does
+    def within(*args, **kwargs):  # accelerate wraps a forward like this
         with torch.autocast("cpu", torch.bfloat16):
             return forward(*args, **kwargs)
 
@@ -141,7 +141,7 @@ def test_hidden_states_under_autocast():
     log_prob.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in policy.model.parameters())
     logits, labels = through_logits(policy).logits(x)
-    assert logits.dtype == torch.bfloat16  # which the head's own product rounds, and the losses do not
+    assert logits.dtype == torch.bfloat16  # the head's own product rounds them, and the losses do not
     close(log_prob.detach(), dmfast.sequence_log_prob(logits, labels).detach(), 5e-3)
 
 
@@ -152,7 +152,8 @@ def test_a_16_bit_head_is_multiplied_into_fp32_by_sampler_scorer_and_loss(name, 
     policy.model.to(dtype)
     x = policy.sample(PROMPTS, 16, max_new_tokens=6, seed=0)
     assert policy._head.rounds(policy.model)
-    again = policy.sample(PROMPTS, 16, max_new_tokens=6, seed=0)  # the first step knew the head only afterwards
+    # The first step of the first call did not know the head yet.
+    again = policy.sample(PROMPTS, 16, max_new_tokens=6, seed=0)
     assert torch.equal(x.tokens, again.tokens) and torch.equal(x.log_prob, again.log_prob)
     logits, labels = policy.logits(x)
     assert logits.dtype == torch.float32
@@ -161,7 +162,7 @@ def test_a_16_bit_head_is_multiplied_into_fp32_by_sampler_scorer_and_loss(name, 
         close(dmfast.sequence_log_prob(logits, labels), scored, 1e-4)
         out = policy.loss(x, log_target=x.log_prob, log_proposal=x.log_prob, log_z=0.0)
         assert torch.equal(out.log_prob, scored)
-    # what the body's 16 bits do to one forward or another is left
+    # What is left is what the body's 16 bits do to one forward or another.
     rounded = through_logits(policy)
     drawn, labels = rounded.sample(PROMPTS, 16, max_new_tokens=6, seed=0), rounded.logits(x)[1]
     apart = (dmfast.sequence_log_prob(rounded.logits(x)[0], labels) - x.log_prob).std()
@@ -190,7 +191,7 @@ def test_autocast_that_comes_later_is_noticed():
     policy = lm("llama")
     x = policy.sample(PROMPTS, 16, max_new_tokens=6, seed=0)
     with torch.autocast("cpu", torch.bfloat16):
-        assert policy.logits(x)[0].dtype == torch.float32  # the first call
+        assert policy.logits(x)[0].dtype == torch.float32  # this is the first call under autocast
         x = policy.sample(PROMPTS, 16, max_new_tokens=6, seed=0)
         assert policy._head.rounds(policy.model) and policy._head.dtype == torch.bfloat16
         logits, labels = policy.logits(x)
@@ -244,7 +245,7 @@ def heads_with_an_adapter(**options):
 
 
 class Biased(LlamaForCausalLM):
-    """Does something to its logits that no config tells."""
+    """Change the logits in a way that no config tells."""
 
     def forward(self, *args, **kwargs):
         out = super().forward(*args, **kwargs)
@@ -253,7 +254,7 @@ class Biased(LlamaForCausalLM):
 
 
 class Halved(nn.Linear):
-    """A head of another kind, as quantised ones are."""
+    """Act as a head of another kind, such as a quantised one."""
 
     def forward(self, x):
         return super().forward(x) / 2
@@ -298,7 +299,7 @@ def test_heads_that_are_refused_go_through_logits_and_say_so_once(case):
         policy.loss(x, log_target=x.log_prob, log_proposal=x.log_prob, log_z=0.0).loss.backward()
     said = [w for w in warned if "forms all logits" in str(w.message)]
     assert [w.filename for w in said] == [__file__] and re.search(match, str(said[0].message))
-    if case != "a cap and a scale":  # whose scale its model does not apply
+    if case != "a cap and a scale":  # this model does not apply its scale
         assert (log_prob - x.log_prob).abs().max() < 1e-4
 
 

@@ -16,7 +16,7 @@ from dmfast.training.data import Contexts
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return a data set with two splits, and no network."""
+    """Return the folder of a data set with two splits, and forbid the network."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     home = tmp_path / "questions"

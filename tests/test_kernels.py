@@ -33,7 +33,7 @@ from dmfast.kernels.form import denominator, form_loss
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64}
-# relative error of one rounding to nearest; the smallest number that a dtype holds, halved
+# ROUNDING is the relative error of one rounding to nearest. SMALLEST is half of the smallest number that a dtype holds.
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25}
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
@@ -41,7 +41,7 @@ inplaces = pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplac
 
 
 def forward(batch: Batch, entropy: bool = False) -> Scores:
-    """Return the name of the backend that takes these logits."""
+    """Return the scores that the backend for these logits gives."""
     return select(batch.logits).forward(batch, None, entropy)
 
 
@@ -54,8 +54,8 @@ def bits(x: Tensor) -> Tensor:
 
 @dataclass
 class Case:
-    base: Tensor  # storage; NaN wherever no scored logit lies
-    cut: Callable[[Tensor], Tensor]  # storage -> logits, a view of it
+    base: Tensor  # the storage, which is NaN wherever no scored logit lies
+    cut: Callable[[Tensor], Tensor]  # it returns the logits, which are a view of the storage
     tokens: Tensor
     mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
@@ -72,7 +72,7 @@ class Case:
         return per_sequence[sequence_of_rows(self.batch())].reshape(*self.tokens.shape, 1)
 
 
-# name: (storage shape, how logits are cut from it) for B sequences of T tokens
+# For B sequences of T tokens, a layout has the shape of the storage, and how the logits are cut from it.
 LAYOUTS: dict[str, tuple[Callable[[int, int, int], tuple[int, ...]], Callable[[Tensor], Tensor]]] = {
     "contiguous": (lambda b, t, v: (b, t, v), lambda x: x[:]),
     "batch_strided": (lambda b, t, v: (2 * b, t, v), lambda x: x[::2]),
@@ -94,9 +94,12 @@ def make_case(
     values: Callable[[tuple[int, ...]], Tensor] | None = None,
     unscored: str = "mixed",
 ) -> Case:
-    """Random logits and labels, some of which are not scored: by mask, by -100, a whole sequence (``mixed``), or none.
+    """Return random logits and labels, of which some are not scored if ``unscored`` is ``mixed``.
 
-    Packed: b + 4 sequences, of which the first, the last and one between are empty and one has a single token.
+    The mask leaves out some, -100 leaves out others, and one sequence is left out as a whole. With ``none``, all are
+    scored.
+
+    Packed layouts have b + 4 sequences. The first, the last and one between are empty, and one has a single token.
     """
     torch.manual_seed(seed)
     if layout in PACKED:
@@ -130,7 +133,7 @@ def make_case(
 
 
 def make_terms(case: Case, seed: int = 0, zeros: bool = True, **rows: float | None) -> dict[str, Tensor]:
-    """Every per-sequence input, near the policy's log pi; with ``zeros`` some P = 0, and a context where all are."""
+    """Return each per-sequence input, near the policy's log pi. With ``zeros`` some P are 0, and all P of a context."""
     torch.manual_seed(1000 + seed)
     log_pi = eager.sequence_log_prob(case.logits.double(), case.tokens, case.mask, cu_seqlens=case.cu_seqlens, **rows)
     b = log_pi.shape[0]
@@ -196,15 +199,18 @@ def check(
     enlarged: float = 1.0,
     **options: object,
 ) -> dmfast.DMLossOutput:
-    """One call of dm_loss and its backward against the oracle. A gradient may be rounded more than once, and the first
-    rounding enlarged, where another grad_output than the expected one is brought to known weights."""
+    """Compare one call of dm_loss and its backward with the oracle.
+
+    A gradient may be rounded more than once, and its first rounding may be enlarged. This is so where known weights
+    meet another grad_output than the expected one.
+    """
     out, dz = run(case, inplace, grad, **options)
     rows = {k: options[k] for k in ("temperature", "softcap") if k in options}
     batch = case.batch(**rows)
     wide = case.logits.double().requires_grad_()
     data = (wide, case.tokens, case.mask)
 
-    # log pi against fp64, 1e-6 nats for each scored row
+    # log pi may differ from fp64 by 1e-6 nats for each scored row.
     truth = eager.dm_loss(*data, cu_seqlens=case.cu_seqlens, **options)
     scored = (batch.labels != -100).double()
     n_rows = torch.zeros(batch.n_sequences).double().index_add(0, sequence_of_rows(batch), scored)
@@ -214,7 +220,7 @@ def check(
     for name in ("weight", "loss"):
         torch.testing.assert_close(getattr(out, name), getattr(truth, name), rtol=1e-4, atol=1e-4)
 
-    # all that is made of log pi
+    # Everything that is made of log pi is compared for the same log pi.
     reduction = options.get("reduction", "mean")
     divide_by = denominator(batch, reduction, options.get("num_sequences"))
     terms = checks.make_terms(batch, **{k: options.get(k, default) for k, default in TERMS.items()})
@@ -233,7 +239,7 @@ def check(
         assert (getattr(out, name) is None) == (getattr(truth, name) is None), name
     assert int(out.n_empty) == int(truth.n_empty)
 
-    # the gradient, given these weights
+    # The gradient is compared for the same weights.
     frozen = eager.dm_loss(*data, cu_seqlens=case.cu_seqlens, **{**options, "objective": lambda _: out.weight})
     (expected,) = torch.autograd.grad(frozen.loss, wide, grad)
     factor = torch.ones(()) if grad is None else grad
@@ -245,8 +251,11 @@ def check(
 
 
 def of_bonus(case: Case, batch: Batch, coefficient: float, factor: Tensor) -> Tensor | None:
-    """By how much the entropy's part of the gradient may be off, like the logits: it is put together from parts that
-    cancel, fp32 terms and an H that may be off by 3e-6; and a p below 2^-126 is 0, whose log is around -100."""
+    """Return by how much the entropy's part of the gradient may be off, in the shape of the logits.
+
+    It is made of parts that cancel, namely fp32 terms and an H that may be off by 3e-6. A p below 2^-126 is 0, and its
+    log is around -100.
+    """
     if not coefficient:
         return None
     log_p = logits_of(batch).detach().log_softmax(-1)
@@ -257,7 +266,7 @@ def of_bonus(case: Case, batch: Batch, coefficient: float, factor: Tensor) -> Te
     return error * case.rows_of((coefficient * factor * batch.scale).abs().expand(batch.n_sequences))
 
 
-# what makes up the weight, and what it is where not given
+# These options make up the weight, with the values that they have if they are not given.
 TERMS = {
     "objective": "gdc++", "on_policy": False, "max_weight": None, "context_id": None, "log_proposal": None,
     "log_target": None, "log_z": None, "reward": None, "log_base": None, "entropy_coefficient": 0.0,
@@ -268,13 +277,13 @@ def assert_gradient(
     dz: Tensor, expected: Tensor, case: Case, coefficient: Tensor, roundings: int, enlarged: float, cap: bool,
     bonus: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """|dz - expected| within the rounding of the dtype: truncation, twice that, fails."""
+    """Check |dz - expected| against the rounding of the dtype. Truncation is off by twice as much and fails."""
     dtype = dz.dtype
     relative = (1 + ROUNDING[dtype]) ** roundings - 1 + 1e-5
-    # a probability below 2^-126 is 0; 1 - tanh^2 near 1 has 1e-14 left in the oracle too
+    # A probability below 2^-126 is 0. Near 1, 1 - tanh^2 has an error of 1e-14 in the oracle too.
     error = relative * expected.abs() + roundings * enlarged * SMALLEST[dtype]
     error = error + coefficient * (1e-13 if cap else 2.0**-125)
-    # the label's column is coefficient * (1 - p), p from a log-sum-exp that may be off by 1e-6
+    # The label's column is coefficient * (1 - p), where p comes from a log-sum-exp that may be off by 1e-6.
     label = torch.zeros_like(error).scatter_(-1, case.tokens.clamp(min=0)[..., None], 1.0)
     error = error + 1e-6 * coefficient * label
     if bonus is not None:
@@ -383,14 +392,14 @@ def test_label_gradient_where_p_is_near_1(margin: int, v: int, dtype: torch.dtyp
     label = logits.grad.double().gather(-1, tokens[..., None])
     rest = (v - 1) * math.exp(-margin)
     exact = torch.full_like(label, rest / (1 + rest))
-    # 1 - p comes from a sum of fp64 in which the label is 1: each of up to 500 additions rounds to 1e-16
+    # 1 - p comes from a sum in fp64 in which the label is 1, so that each of up to 500 additions rounds to 1e-16.
     assert_within(label, exact, (1e-5 + ROUNDING[dtype]) * exact + SMALLEST[dtype] + 1e-13, "1 - p")
 
 
 @dtypes
 @pytest.mark.parametrize("first", [-0.3, 2.7])
 def test_label_gradient_where_a_later_block_dominates(first: float, dtype: torch.dtype) -> None:
-    """The factor 1 - p keeps its digits too where the largest logit so far is lower, but stays the reference."""
+    """The factor 1 - p keeps its digits also if the largest logit so far is lower and stays the reference."""
     logits = torch.full((1, 1, 1200), -30.0)
     logits[..., 0], logits[..., 700] = first, first + 6.5
     logits = logits.to(dtype).requires_grad_()
@@ -425,7 +434,7 @@ def test_objectives(name: str, mode: str, dtype: torch.dtype) -> None:
             baselines += ["leave_one_out", "leave_one_out_context"]
     normalizes = [True, False] if name in objectives.TARGET_OBJECTIVES else [True]
     for i, (baseline, normalize, bound) in enumerate(itertools.product(baselines, normalizes, [None, 0.6])):
-        # an infinite return has no finite mean of the others
+        # With an infinite return, the mean of the others would not be finite.
         infinite = Objective(name, **PARAMETERS.get(name, {})).infinite_at_zero
         zeros = not infinite or (bound is not None and not isinstance(baseline, str))
         terms = make_terms(case, seed=i, zeros=zeros)
@@ -468,7 +477,7 @@ def test_forms_of_log_z(log_z: object, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", dmfast.OBJECTIVES)
 def test_a_proposal_out_of_hand_is_bounded_by_max_weight(name: str) -> None:
-    """log q = -1e4: every ratio overflows, the bounded weight has the sign of the exact one."""
+    """With log q = -1e4 every ratio overflows, and the bounded weight has the sign of the exact one."""
     case = make_case("contiguous", v=31, b=6, unscored="none")
     terms = make_terms(case, zeros=False)
     terms["log_proposal"][1:4] = -1e4
@@ -483,7 +492,7 @@ def test_a_proposal_out_of_hand_is_bounded_by_max_weight(name: str) -> None:
 @pytest.mark.parametrize("weight", [3e38, -3e38, 1e-38, 1e-44])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_weights_at_the_edges_of_fp32(softcap: float | None, weight: float, objective: str) -> None:
-    """Divided by the temperature they leave fp32. The gradient is right where it fits, and nowhere NaN."""
+    """Divided by the temperature, the weights leave fp32. The gradient is right where fp32 holds it, and never NaN."""
     if objective == "dpg" and weight < 0:
         objective = Objective("dpg", baseline=1.0)  # type: ignore[assignment]
     logits = torch.tensor([[[0.0, -2.0, -INF, -9.0, 1.0]]])
@@ -518,7 +527,7 @@ def test_reductions_and_upstream_gradients(
     grad = None if upstream is None else torch.tensor(upstream).double()
     if reduction == "none":
         grad = torch.randn(5).double() * (1.0 if upstream is None else upstream)
-    # known weights: the gradient was rounded before this grad_output was known, and is multiplied by it
+    # With known weights the gradient was rounded before this grad_output was known, and is then multiplied by it.
     one_pass = objective == "dpg" and reduction != "none" and dtype != torch.float16
     check(case, inplace=inplace, grad=grad, roundings=2 if one_pass and upstream else 1,
           objective=objective, reduction=reduction, **terms)  # fmt: skip
@@ -532,13 +541,13 @@ def test_reductions_and_upstream_gradients(
 def test_num_sequences_and_grad_scale(
     num_sequences: float | None, grad_scale: float | None, objective: str, inplace: bool, dtype: torch.dtype
 ) -> None:
-    """With the grad_output that was announced a known weight's gradient is rounded once, in fp16 too."""
+    """With the grad_output that was announced, the gradient of a known weight is rounded once, in fp16 too."""
     case = make_case("packed32", dtype, 257)
     terms = make_terms(case, zeros=objective != "on-policy")
     how = {"objective": "reverse_kl", "on_policy": True} if objective == "on-policy" else {"objective": objective}
     grad = None if grad_scale is None else torch.tensor(grad_scale).double()
     check(case, inplace=inplace, grad=grad, num_sequences=num_sequences, grad_scale=grad_scale, **how, **terms)
-    if grad_scale is not None:  # and if another comes, the result is still right
+    if grad_scale is not None:  # the result is right also if another grad_output comes
         check(case, inplace=inplace, grad=torch.tensor(0.9).double(), roundings=2, enlarged=max(1, 0.9 / grad_scale),
               num_sequences=num_sequences, grad_scale=grad_scale, **how, **terms)  # fmt: skip
 
@@ -566,7 +575,7 @@ def assert_rounded_to_nearest(dz: Tensor, expected: Tensor) -> None:
     size, index = expected.abs().flatten().unique(return_inverse=True)
     error = ((dz.abs().double() - expected.abs()) / (expected.abs() * ROUNDING[dtype])).flatten()
     error = torch.zeros_like(size).index_reduce(0, index, error, "mean", include_self=False)
-    error = error[size > 2.0**-14]  # the normal numbers of fp16
+    error = error[size > 2.0**-14]  # these are normal numbers in fp16 too
     assert error.numel() > 2000
     assert abs(float(error.mean())) < 4 * 0.45 / math.sqrt(error.numel())
 
@@ -585,8 +594,10 @@ def write_narrow(
     zeros: bool = True,
     **rows: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of fp32 logits in 16 bits, through the backend; the oracle's given the same weights; A * factor. Its
-    rows lie as those of the logits do, or one element beside an aligned place."""
+    """Return the gradient of fp32 logits in 16 bits, the oracle's given the same weights, and A * factor.
+
+    The rows of the gradient lie as those of the logits do, or one element beside an aligned place.
+    """
     batch = case.batch(**rows)
     given = {**make_terms(case, zeros=zeros, **rows), "objective": "dpg" if known else "gdc++"}
     terms = checks.make_terms(batch, **{**TERMS, **given})
@@ -647,7 +658,7 @@ def test_narrow_gradients_are_rounded_to_nearest(dtype: torch.dtype, known: bool
 
 @narrow_dtypes
 def test_narrow_gradients_of_a_shard(dtype: torch.dtype) -> None:
-    """The softmax of the whole vocabulary, less 1 where the label is here."""
+    """It is that of the softmax over the whole vocabulary, less 1 where the label is in the shard."""
     case = make_case("contiguous", torch.float32, 600, unscored="none")
     whole = case.batch()
     lse, weight = forward(whole).lse, torch.randn(4).double()
@@ -695,7 +706,7 @@ def test_where_a_gradient_may_not_be_written(known: bool) -> None:
         else:
             backend.backward(batch, torch.zeros(6).double(), torch.ones(2).double(), 1.0, dz)
 
-    for first in (0, 32):  # of 64 halves of a row
+    for first in (0, 32):  # dz is the first or the second half of a row, which holds 64 numbers of 16 bits
         with pytest.raises(ValueError, match=r"dz \(torch.bfloat16\) lies in the memory of the logits"):
             write(batch, case.base.view(torch.bfloat16)[..., first : first + 32])
     with pytest.raises(TypeError, match=r"dz must be torch.float32, torch.bfloat16 or torch.float16 for logits"):
@@ -768,8 +779,11 @@ def test_dtypes_of_tokens_and_mask(token_dtype: torch.dtype, mask_dtype: torch.d
 @dtypes
 @inplaces
 def test_offsets_beyond_32_bits(inplace: bool, dtype: torch.dtype) -> None:
-    """Two sequences 2^31 + 6 elements apart; the memory between them is never touched, so it costs none. They have the
-    alignment that they have together, on which the last bits of CUDA's sums depend."""
+    """The two sequences are 2^31 + 6 elements apart.
+
+    The memory between them is never touched, so it costs none. They have the alignment that they have side by side,
+    because the last bits of CUDA's sums depend on it.
+    """
     v, gap = 7, 2**31 + 6
     small = make_case("contiguous", dtype, v, b=2, t=2, unscored="none")
     base = torch.empty(gap + 2 * v, dtype=dtype)
@@ -788,7 +802,7 @@ def test_offsets_beyond_32_bits(inplace: bool, dtype: torch.dtype) -> None:
 
 
 class _Alias(torch.autograd.Function):
-    """A non-leaf over the same memory, which clone() would copy."""
+    """Make a non-leaf over the same memory, which clone() would copy."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:
@@ -804,7 +818,7 @@ class _Alias(torch.autograd.Function):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=["fp32", "bf16"])
 def test_a_sequence_of_1024_tokens(dtype: torch.dtype) -> None:
-    """log pi within 1e-4 nats of fp64; a row's log-sum-exp within 1e-6, in the mean within 5e-8."""
+    """log pi is within 1e-4 nats of fp64. The log-sum-exp of a row is within 1e-6, and in the mean within 5e-8."""
     torch.manual_seed(0)
     logits = torch.empty(1, 1024, 50257, dtype=dtype)
     for chunk in logits.split(128, dim=1):
@@ -833,10 +847,11 @@ def test_a_sequence_of_1024_tokens(dtype: torch.dtype) -> None:
         lambda s: -100 + 0.5 * torch.randn(s).abs(),
         lambda s: -torch.log(torch.arange(1, s[-1] + 1.0)) + 0.01 * torch.randn(s),
         lambda s: torch.full(s, -8.0).index_fill_(-1, torch.tensor(s[-1] // 2), 9.0) + 0.1 * torch.randn(s),
-        # the reference rises in every block; in one block only, far from where it was
+        # The reference rises in every block, or in one block only, far from where it was.
         lambda s: torch.linspace(-90, 90, s[-1]) + 0.1 * torch.randn(s),
         lambda s: torch.where(torch.arange(s[-1]) < s[-1] - 3, -60.0, 8.0) + torch.randn(s),
-        # a term that dominates a block beside a sum that dominates it, and thousands too small for fp32 beside either
+        # One term dominates its block, the sum of the earlier blocks dominates that term, and thousands of terms are
+        # too small for fp32 beside either.
         lambda s: torch.where(torch.arange(s[-1]) % 500 == 7, 0.0, -16.5) + 0.1 * torch.randn(s),
     ],
     ids=[
@@ -858,7 +873,7 @@ def test_log_sum_exp(values: Callable[[tuple[int, ...]], Tensor], v: int, dtype:
     case = make_case("contiguous", dtype, v, b=4, t=max(16, min(500, 400_000 // v)), values=values, unscored="none")
     error = forward(case.batch()).lse - torch.logsumexp(case.logits.double(), -1).flatten()
     assert float(error.abs().max()) < 1e-6
-    # the mean of n rows strays by its own standard error
+    # The mean of n rows may be off by its own standard error.
     assert abs(float(error.mean())) < 5e-8 + 4 * float(error.std()) / math.sqrt(error.numel())
 
 
@@ -956,8 +971,10 @@ mpmath.mp.dps = 50
 def exact_weight(
     objective: Objective, on_policy: bool, log_prob: float, terms: dict[str, Tensor], i: int = 0
 ) -> tuple[mpmath.mpf, mpmath.mpf]:
-    """The table of the design in 50 digits: A = rho * (r - baseline), times Z unless normalised, and the sum of the
-    absolute values that A is the difference of. P = 0 takes the limit; infinite: +-inf."""
+    """Return A by the table of the design in 50 digits, and the sum of the absolute values of its parts.
+
+    A is rho * (r - baseline), times Z unless normalised. P = 0 takes the limit, which is +-inf if it is infinite.
+    """
     value = {k: mpmath.mpf(float(v[i])) for k, v in terms.items() if k != "context_id"}
     log_q = value["log_proposal"]
     log_pi = log_q if on_policy else mpmath.mpf(float(log_prob))
@@ -965,7 +982,7 @@ def exact_weight(
     if log_z == -INF:
         if objective.name in objectives.TARGET_OBJECTIVES:
             return mpmath.mpf(0), mpmath.mpf(0)
-        log_z = mpmath.mpf(0)  # not used
+        log_z = mpmath.mpf(0)  # no formula below uses it
     rho = mpmath.exp(log_pi - log_q)
     baseline = mpmath.mpf(1) if objective.name == "gdc++" else value.get("baseline", mpmath.mpf(0))
     zero = log_p == -INF
@@ -1005,7 +1022,8 @@ def exact_weight(
         r = [value["reward"], -beta * log_pi, beta * value["log_base"]]
     scale = rho if objective.normalize else rho * mpmath.exp(log_z)
     parts = [x * scale for x in (*r, -baseline)]
-    # what is subtracted first: fsum drops what is 2^340 times smaller than the rest, also where the rest is then 0
+    # The parts to subtract are added first. fsum drops what is 2^340 times smaller than the rest, even where the rest
+    # then cancels to 0.
     return mpmath.fsum([parts[0], mpmath.fsum(parts[1:])]), mpmath.fsum(map(abs, parts))
 
 
@@ -1043,7 +1061,7 @@ def make_objective(name: str, normalize: bool) -> Objective:
 @pytest.mark.parametrize("on_policy", [False, True])
 @normalized
 def test_the_formula_in_cpp_and_python_is_the_table(name: str, normalize: bool, on_policy: bool) -> None:
-    """At ratios of every size that fp64 holds, P = 0 too."""
+    """They agree at ratios of every size that fp64 holds, and with P = 0."""
     torch.manual_seed(0)
     objective = make_objective(name, normalize)
     for i in range(150):
@@ -1079,8 +1097,11 @@ def test_the_formula_at_extremes(name: str, normalize: bool, on_policy: bool) ->
 
 
 def check_extremes(objective: Objective, on_policy: bool) -> None:
-    """P = 0, Z = 0, ratios of e^+-11500: A is right where fp32 holds it; beyond, it is nothing that fp32 holds (the
-    error that names the sequence) or, with max_weight, the bound with A's sign, and never NaN."""
+    """Check A for P = 0, Z = 0 and ratios of e^+-11500.
+
+    A is right where fp32 holds it. Beyond, it is nothing that fp32 holds, so that the error names the sequence. With
+    max_weight it is the bound with A's sign, and never NaN.
+    """
     largest = torch.finfo(torch.float32).max
     wrong = []
     for log_prob, terms in extremes():

@@ -43,7 +43,7 @@ def test_adaptive_beta_is_ziegler_s_recurrence():
 
 @pytest.mark.parametrize("wanted", [0.05, 0.3, 1.0])
 def test_adaptive_beta_brings_the_exact_policy_to_the_wanted_kl(wanted):
-    """KL-control's optimum is a exp(R/beta)/Z, all of whose KLs to a are known here."""
+    """The optimum of KL-control is a exp(R/beta)/Z, whose KL to a is known here for every beta."""
 
     def kl_of(beta):
         return float(kl((BASE + REWARD / beta).softmax(0), BASE.exp()))
@@ -97,7 +97,7 @@ def test_clipping_is_the_gradient_of_the_clipped_surrogate(backend, dtype, rtol,
     torch.testing.assert_close(found.grad, exact.grad, rtol=0, atol=rtol * scale)
     clipped = PPOClip(eps).clipped(out.log_ratio, advantage)
     assert torch.equal(clipped, out.weight == 0)
-    for sign in (-1, 1):  # both sides are tried, and neither takes all
+    for sign in (-1, 1):  # some of each sign are clipped, and some are not
         assert 0 < int((clipped & (advantage.sign() == sign)).sum()) < int((advantage.sign() == sign).sum())
 
 
@@ -129,7 +129,8 @@ def test_clipping_says_what_it_lacks():
 
 
 def reward(texts):
-    return [text.count("w3") - 0.3 * len(text.split()) + 0.45 for text in texts]  # never 0: a sign is not rounding
+    # A reward is never 0, so that no sign depends on rounding.
+    return [text.count("w3") - 0.3 * len(text.split()) + 0.45 for text in texts]
 
 
 PPO = {"objective": "kl_control", "beta": 0.3, "reward": Scorer(reward), "on_policy": True, "ppo_epochs": 3,
@@ -170,7 +171,7 @@ def test_several_steps_on_a_batch_are_the_clipped_surrogate_s(tmp_path, baseline
 
 
 def scored(policy, x):
-    """Return log pi in fp64, differentiable."""
+    """Return log pi in fp64, through which gradients flow."""
     logits, labels = policy.logits(x)
     rows = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     return (rows * (labels >= 0)).sum(1)

@@ -23,7 +23,7 @@ from dmfast.kernels import linear, products
 INF = math.inf
 V, D = 53, 8
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-# one row at a time; in the midst of sequences; whole sequences; everything at once
+# Chunks have one row, end in the midst of sequences, have whole sequences, or have everything at once.
 CHUNKS = [1, 3, 7, 13, 1000]
 chunks = pytest.mark.parametrize("rows", CHUNKS)
 
@@ -134,8 +134,10 @@ def test_layouts_and_chunks(layout: str, unscored: bool, objective: str, rows: i
 @pytest.mark.parametrize("logits_dtype", ["float32", "same"])
 @pytest.mark.parametrize("objective", ["gdc++", "dpg"])
 def test_dtypes(dtype: torch.dtype, logits_dtype: str, objective: str, rows: int) -> None:
-    """Values are those of fp64 logits, or of the logits that nn.Linear would round to the dtype; gradients are off by
-    roundings of it."""
+    """Values are those of fp64 logits, or of the logits that nn.Linear would round to the dtype.
+
+    Gradients are off by roundings of the dtype.
+    """
     case = make(dtype=dtype)
     h, w, b = case.inputs(False)
     options = {**case.terms, "objective": objective, "max_weight": 5.0}
@@ -150,7 +152,7 @@ def test_dtypes(dtype: torch.dtype, logits_dtype: str, objective: str, rows: int
             logits_dtype=logits_dtype, **options,
         )  # fmt: skip
         for name in FIELDS:
-            # of other sums over D than torch's, some are rounded the other way
+            # The sums over D are others than torch's, so some are rounded the other way.
             close(getattr(out, name), getattr(expected, name), 1e-4 if logits_dtype == "float32" else 3e-2, name)
         truth = case.inputs(True)
         frozen = {**options, "objective": lambda _: expected.weight}
@@ -175,8 +177,10 @@ WAYS = {
 def test_log_prob_of_16_bit_states_is_within_a_thousandth_of_fp64(
     dtype: torch.dtype, where: str, length: int, spread: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 1,024 tokens, or as much less as there are fewer, where rounded logits are off by more. Gradients are no worse
-    than those of nn.Linear's logits in fp32."""
+    """This holds for 1,024 tokens, and in proportion for fewer. Rounded logits are off by more.
+
+    Gradients are no worse than those of nn.Linear's logits in fp32.
+    """
     torch.manual_seed(1)
     vocab, dim = 4999, 32
     hidden, weight = torch.randn(1, length, dim).to(dtype), (torch.randn(vocab, dim) * spread / dim**0.5).to(dtype)
@@ -204,7 +208,7 @@ def test_log_prob_of_16_bit_states_is_within_a_thousandth_of_fp64(
     found, ours = graded(inputs, fused)
     error = float((found - truth).abs().max()) * 1024 / length
     if where == "same":
-        assert error > 1e-3  # what fp32 logits are for
+        assert error > 1e-3  # this is why logits are in fp32
         return
     assert error < 1e-3
     for mine, theirs, e in zip(ours, graded(inputs, plain)[1], exact, strict=True):
@@ -215,7 +219,7 @@ def test_log_prob_of_16_bit_states_is_within_a_thousandth_of_fp64(
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_log_prob_at_the_size_of_a_model(dtype: torch.dtype, precision: str) -> None:
-    """Where rounding adds up: 1,024 tokens of D 576 with large logits; whatever torch's precision of fp32."""
+    """It holds where rounding adds up, in 1,024 tokens of D 576 with large logits, at any fp32 precision of torch."""
     torch.manual_seed(5)
     weight = (torch.randn(20011, 576) * 5.7 / 24).to(dtype)
     hidden, tokens = torch.randn(1, 1024, 576).to(dtype), torch.randint(20011, (1, 1024))
@@ -230,7 +234,7 @@ def test_log_prob_at_the_size_of_a_model(dtype: torch.dtype, precision: str) -> 
 
 @pytest.fixture
 def settings() -> Iterator[None]:
-    """How torch multiplies fp32 matrices, which is as it was afterwards."""
+    """Restore the way in which torch multiplies fp32 matrices, after the test."""
     yield
     torch.set_float32_matmul_precision("highest")
     for each in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
@@ -263,7 +267,8 @@ def fp32_settings() -> dict[str, object]:
     for name, get in read.items():
         try:
             found[name] = get()
-        except (AttributeError, RuntimeError) as error:  # of another torch; torch's own, of a mixture
+        # Other versions of torch lack it, and torch itself refuses mixed settings.
+        except (AttributeError, RuntimeError) as error:
             found[name] = type(error)
     return found
 
@@ -272,7 +277,7 @@ def fp32_settings() -> dict[str, object]:
 @pytest.mark.parametrize("how", SET)
 @pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
 def test_the_switch_to_ieee_products_is_put_back(device: str, how: str) -> None:
-    """After an error too. What was inherited is inherited again."""
+    """It is put back after an error too, and a setting that was inherited is inherited again."""
     if "fp32_precision" in how and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("this torch has one setting for all devices")
     SET[how]()
@@ -309,7 +314,7 @@ def test_the_switch_of_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fp32_products_of_the_head_are_ieee_unless_same(
     logits_dtype: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of the gradients too, in a backward that comes later; and of the logits to sample from."""
+    """So are the products of the gradients, in a backward that comes later, and of the logits to sample from."""
     case = make()
     h, w, _ = case.inputs(False)
     seen: dict[str, set[object]] = {}
@@ -345,7 +350,7 @@ def test_fp32_products_of_the_head_are_ieee_unless_same(
     assert seen == {"multiply": {exact}}
 
 
-DEVICES = {  # name: capability, whether torch is ROCm's, whether it has mm(out_dtype=)
+DEVICES = {  # the values are the capability, whether torch is ROCm's, and whether it has mm(out_dtype=)
     "sm_75": ((7, 5), False, True),
     "sm_80": ((8, 0), False, True),
     "sm_90": ((9, 0), False, True),
@@ -374,8 +379,10 @@ def test_products_into_fp32_where_device_and_torch_have_them(
 
 @pytest.mark.parametrize("adds", [False, True], ids=["to 2.10", "from 2.11"])
 def test_dw_is_added_up_where_a_product_gives_fp32(adds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From torch 2.11 on by addmm, before by a product of its own: addmm(out_dtype=) fails there. A CPU has neither, so
-    they are stood in for."""
+    """From torch 2.11 on, addmm adds it up. Before, mm and a sum do, because addmm(out_dtype=) fails there.
+
+    A CPU has neither function, so the test replaces both.
+    """
     called: list[str] = []
 
     def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -499,7 +506,7 @@ def test_nothing_scored(shape: tuple[int, int]) -> None:
 
 
 class Counter:
-    """The matrix products, as (rows, columns, depth), through torch's dispatcher."""
+    """Collect the matrix products, as (rows, columns, depth), through torch's dispatcher."""
 
     def __enter__(self) -> list[tuple[int, ...]]:
         from torch.utils._python_dispatch import TorchDispatchMode
@@ -555,11 +562,11 @@ def test_three_products_two_with_a_frozen_head_one_for_scoring(objective: str, b
     assert products(True, False) == [forward, to_hidden]
     assert products(False, True) == [forward, to_weight]
     assert products(False, False) == [forward]
-    # whole sequences, none of them twice
+    # Chunks are whole sequences here, and no logit is computed twice.
     chunked = products(True, True, rows=6)
     assert len(chunked) % 3 == 0 and len(chunked) > 3
     assert sum(m for m, n, k in chunked if (n, k) == (V, D)) == scored
-    # one row at a time the logits come twice
+    # With chunks of one row, the logits are computed twice.
     assert sum(m for m, n, k in products(True, True, rows=1) if (n, k) == (V, D)) > scored
 
 
@@ -595,7 +602,7 @@ def test_three_products_for_a_function_of_log_pi_where_what_goes_together_fits(k
         return [m for m, n, k in products if (n, k) == (V, D)], [out.weight, h.grad, w.grad, b.grad]
 
     forwards, expected = found(None, reduction="none")
-    assert sum(forwards) == 2 * int(scored.sum())  # the logits again, in backward
+    assert sum(forwards) == 2 * int(scored.sum())  # backward computes the logits again
     expected = [expected[0], *(gradient / len(case.tokens) for gradient in expected[1:])]
     of_context = int(torch.stack([scored[context == c].sum() for c in context.unique()]).max())
     enough = {"whole_contexts": of_context, "per_sequence": int(scored.max()), None: int(scored.sum())}[kind]
@@ -604,10 +611,10 @@ def test_three_products_for_a_function_of_log_pi_where_what_goes_together_fits(k
         assert sum(forwards) == times * int(scored.sum())
         for value, wanted in zip(values, expected, strict=True):
             torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5)
-    assert kind is None or len(found(enough)[0]) > 1  # it was cut
+    assert kind is None or len(found(enough)[0]) > 1  # the call was cut into chunks
     h, w, _ = case.inputs(False)
     out = dmfast.linear_dm_loss(h, w, case.tokens, case.mask, objective=own, **terms)
-    (out.loss / 2).backward(retain_graph=True)  # another grad_output than was expected
+    (out.loss / 2).backward(retain_graph=True)  # this is another grad_output than was expected
     first = h.grad.clone()
     out.loss.backward()
     torch.testing.assert_close(h.grad, 3 * first)
@@ -807,7 +814,7 @@ def test_a_cpu_on_which_nothing_was_measured_is_named(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("rows", [1, 8, 9])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_widened_products_of_few_rows(dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_CPU_BYTES", 5 * 31 * 4)  # several blocks, of which the last is shorter
+    monkeypatch.setattr(products, "_CPU_BYTES", 5 * 31 * 4)  # this makes several blocks, of which the last is shorter
     monkeypatch.setattr(products, "_FEW_BYTES", 5 * 31 * 4)
     h, head, dz = torch.randn(rows, 31).to(dtype), torch.randn(77, 31).to(dtype), torch.randn(rows, 77).to(dtype)
     z, dh, total = torch.empty(rows, 77), torch.empty(rows, 31), torch.ones(77, 31)
@@ -853,7 +860,7 @@ def test_products_of_chunks_are_not_rounded_before_they_are_added(dtype: torch.d
 def test_the_gradient_of_the_weight_is_one_matrix_in_fp32_or_that_of_one_chunk(
     dtype: torch.dtype, reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_CPU_BYTES", 16 * 29 * 4)  # no copy of the head is made but in blocks
+    monkeypatch.setattr(products, "_CPU_BYTES", 16 * 29 * 4)  # the head is copied in blocks only
     monkeypatch.setattr(products, "_FEW_BYTES", 16 * 29 * 4)
     from torch.utils._python_dispatch import TorchDispatchMode
 
