@@ -32,7 +32,7 @@ def random_draw(forward: Callable[[], object], devices: Iterable[torch.device]) 
     known = all(device.type in ("cpu", "cuda", "meta") for device in devices)
     if known and all(torch.equal(a, b) for a, b in zip(before, _states(cuda), strict=True)):
         return None
-    seen = _Draws()
+    seen = _RandomOperators()
     with seen:
         forward()
     return seen.first
@@ -42,8 +42,8 @@ def _states(cuda: Iterable[torch.device]) -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
 
 
-class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the first operator that draws."""
+class _RandomOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Note the first operator that draws."""
 
     supports_higher_order_operators = True
 

@@ -61,14 +61,24 @@ def shift_labels(input_ids: Tensor, mask: Tensor | None = None, prompt_len: int 
     return labels
 
 
-def _backend_for(logits: Tensor, name: str | None, *others: Tensor | None) -> Backend:
-    """Return the backend of a call, and check that its kernels can read the memory of the inputs."""
+def _backend_for(logits: Tensor, name: str | None, **inputs: Tensor | None) -> Backend:
+    """Return the backend of a call, and check that its kernels can read the memory of the inputs.
+
+    Args:
+        logits: the logits, or a stand-in for those that will be made of the inputs.
+        name: the backend that was asked for.
+        inputs: hidden states and head by name, where logits are a stand-in.
+    """
     compiling = torch.compiler.is_compiling()
     if name is None and logits.is_meta and not compiling:
-        raise TypeError("logits are on the device meta, where they have no values")
+        raise TypeError(f"{next(iter(inputs), 'logits')} is on the device meta, where it has no values")
     backend = select(logits, name)
-    if not backend.in_torch and not compiling:
-        faults.check_memory(logits, *others)
+    if compiling:
+        return backend
+    if backend.in_torch:
+        faults.check_vmap()
+    else:
+        faults.check_memory(**(inputs or {"logits": logits}))
     return backend
 
 
@@ -129,7 +139,8 @@ def dm_loss(
             by the temperature.
         cu_seqlens: (B+1,) int32 or int64, the starts of packed sequences, from 0 to N.
         context_id: (B,) integer, the prompt of each sequence. The baseline ``leave_one_out_context`` uses it, and
-            objectives that are functions may (``Terms.context_id``).
+            objectives that are functions may (``Terms.context_id``). What is compared within a prompt is compared
+            within this call, so that a call needs all sequences of each of its prompts; a ``Matcher`` sees to that.
         token_weight: the shape of ``tokens``, floating-point. It multiplies each token's share of the gradient, so that
             a token's logits get A_i w_it instead of A_i. Any sign is allowed. A weight of 0 removes a token from the
             gradient but not from log pi; ``mask`` removes it from both. No gradient flows through the weights, they
@@ -238,6 +249,8 @@ def sequence_log_prob(
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return hidden states and head in the dtype in which nn.Linear would multiply them here."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if device == "meta":  # torch knows no autocast there, and a fake tensor's device is the one that it stands for
+        return tensors
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -372,7 +385,7 @@ def linear_dm_loss(
 
     (batch, terms, options, divisor), shards = _on_all_ranks(check, group, vocab_start, weight)
     batch = _of_whole(batch, shards)
-    chosen = _backend_for(batch.logits, backend, hidden, weight, bias)
+    chosen = _backend_for(batch.logits, backend, hidden=hidden, weight=weight, bias=bias)
     if chosen.in_torch and shards is None:
         batch = batch._replace(logits=plain_logits(hidden, weight, bias, batch.logits.dtype))
         loss, scores = autograd.loss(chosen, batch, terms, options, True)
@@ -457,7 +470,7 @@ def linear_sequence_log_prob(
 
     batch, shards = _on_all_ranks(check, group, vocab_start, weight)
     batch = _of_whole(batch, shards)
-    chosen = _backend_for(batch.logits, backend, hidden, weight, bias)
+    chosen = _backend_for(batch.logits, backend, hidden=hidden, weight=weight, bias=bias)
     if chosen.in_torch and shards is None:
         batch = batch._replace(logits=plain_logits(hidden, weight, bias, batch.logits.dtype))
         return autograd.log_prob(chosen, batch, False, False, True)[0]

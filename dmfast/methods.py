@@ -218,7 +218,8 @@ def dapo(terms: Terms) -> Tensor:
         ValueError: there is no reward, ``on_policy`` is not True, or a sequence is the only one of its prompt.
     """
     _on_policy_only(terms, "dapo")
-    return advantage(terms, "dapo") * terms.n_sequences / terms.n_tokens
+    n_tokens = torch.as_tensor(terms.n_tokens).clamp(min=1)  # a step without a scored token has no gradient anyway
+    return advantage(terms, "dapo") * terms.n_sequences / n_tokens
 
 
 @dataclass(frozen=True)

@@ -420,7 +420,7 @@ class Terms:
         context_id, length = self.context_id, self.length
         if context_id is None:
             return torch.full_like(length, len(length))
-        return (context_id[:, None] == context_id[None, :]).sum(1).to(length.dtype)
+        return _Groups.of(context_id).size.to(length.dtype)
 
     def group_mean(self, values: Tensor, leave_one_out: bool = False) -> Tensor:
         """Return for each sequence the mean of the values over the sequences of its prompt in this call, (B,).
@@ -738,16 +738,47 @@ def _group_sums(values: Tensor, context_id: Tensor | None) -> tuple[Tensor, Tens
         if n == 1:
             raise ValueError("a mean over the sequences of a prompt needs two or more; sequence 0 is alone")
         return rest, infinite, rest.sum(), infinite.sum(), n
-    same = context_id[:, None] == context_id[None, :]
-    counts = same.sum(1)
-    if not torch.compiler.is_compiling() and bool((counts < 2).any()):
-        alone = int((counts < 2).nonzero()[0])
+    groups = _Groups.of(context_id)
+    if not torch.compiler.is_compiling() and bool((groups.size < 2).any()):
+        alone = int((groups.size < 2).nonzero()[0])
         raise ValueError(
             f"a mean over the sequences of a prompt needs two or more of each; sequence {alone} "
             f"(context_id {int(context_id[alone])}) is alone"
         )
-    in_group = same.to(values.dtype)
-    return rest, infinite, in_group @ rest, in_group @ infinite, counts
+    return rest, infinite, groups.sums(rest), groups.sums(infinite), groups.size
+
+
+class _Groups(NamedTuple):
+    """The groups of B sequences with the same context, and the sums over them.
+
+    A step of thousands of sequences is summed for each of its parts, so that B x B comparisons would take longer than
+    the step. The sequences are sorted instead. Each group is summed in its own order, which gives the same bits on all
+    ranks. torch.compile gets the comparisons, because the sums of segments have no fake kernel in every torch.
+    """
+
+    size: Tensor  # (B,) int64, the number of sequences in the group of each sequence
+    same: Tensor | None  # (B, B) bool, under torch.compile only
+    order: Tensor | None = None  # (B,) int64, the sequences by group
+    place: Tensor | None = None  # (B,) int64, the number of the group of each sequence
+    lengths: Tensor | None = None  # (groups,) int64, the size of each group
+
+    @staticmethod
+    def of(context_id: Tensor) -> _Groups:
+        """Return the groups of (B,) contexts."""
+        if torch.compiler.is_compiling():
+            same = context_id[:, None] == context_id[None, :]
+            return _Groups(same.sum(1), same)
+        _, place, lengths = torch.unique(context_id, return_inverse=True, return_counts=True)
+        return _Groups(lengths[place], None, place.argsort(stable=True), place, lengths)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Return for each sequence the sum of (B,) finite values over its group, (B,)."""
+        if self.same is not None:
+            return self.same.to(values.dtype) @ values
+        if not len(values):  # segment_reduce refuses a tensor without elements
+            return values
+        assert self.order is not None and self.place is not None and self.lengths is not None
+        return torch.segment_reduce(values[self.order], "sum", lengths=self.lengths)[self.place]
 
 
 def _group_mean(values: Tensor, context_id: Tensor | None, without_own: bool) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor
 from .batch import Prompts, SamplingOptions
 from .groups import Scored, are_uniform
 from .models import LanguageModel
-from .objectives import Objective
 from .proposal import OfflineProposal
 from .ranks import Ranks, share
 from .samples import Samples
@@ -140,9 +139,12 @@ class Rollouts:
                 objective needs them in one call.
         """
         before, seconds = self._scorer_counts(), {"sampling": 0.0, "scoring": 0.0}
+        if contexts.context_id is not None:  # without ids the tokens of the prompts tell the contexts apart
+            ids = torch.as_tensor(contexts.context_id, device=self.policy.device)
+            self._check_groups(ids.repeat_interleave(n))
         scored = self._drawn(contexts, n, how, seed, seconds)
         found = Rollout([scored], scored, seconds=seconds)
-        self._check_groups(scored)
+        self._check_groups(scored.samples.context_id)
         if self.settings.centred:
             self._redraw(found, contexts, n, how, seed)
         found.counts |= {name: value - before[name] for name, value in self._scorer_counts().items()}
@@ -183,7 +185,7 @@ class Rollouts:
             step.draws.append(self._drawn(again, n, how, seed_of_draw, step.seconds))
             mine = mine[: len(again)]
             step.scored = step.scored.replaced(mine, step.draws[-1], n)
-            self._check_groups(step.scored)
+            self._check_groups(step.scored.samples.context_id)
             step.counts["n_redrawn"] += n * float(gather(torch.tensor([len(mine)], device=step.uniform.device)).sum())
             step.uniform, _ = self._uniform(step.scored)
 
@@ -213,22 +215,26 @@ class Rollouts:
         each = len(others) // self.ranks.size
         return others.at(range(self.ranks.rank * each, (self.ranks.rank + 1) * each))
 
-    def _check_groups(self, scored: Scored) -> None:
+    def _check_groups(self, context_id: Tensor) -> None:
         """Check that each context has as many sequences as the objective needs, and on one rank if it needs that.
+
+        Args:
+            context_id: (N,) int64, the contexts of this rank's sequences. The n sequences of a prompt lie together.
 
         Raises:
             ValueError: a context has fewer; or its sequences lie on several ranks and the objective needs them in one
                 call.
         """
-        if isinstance(self.settings.template, Objective):
+        least, baseline = self.settings.least_of_context, self.settings.baseline
+        if least == 1 and not self.settings.whole_contexts:
             return
-        context_id = self.ranks.gather(scored.samples.context_id)
-        least = getattr(self.settings.template, "least_of_context", 1)
+        context_id = self.ranks.gather(context_id)
         for context, count in Counter(context_id.tolist()).items():
             if count < least:
+                of_baseline = f" with the baseline {baseline!r}" if isinstance(baseline, str) else ""
                 raise ValueError(
-                    f"the objective {self.settings.name!r} compares the sequences of a prompt, and context "
-                    f"{context} has one: draw n >= {least} of each prompt (samples_per_context)"
+                    f"the objective {self.settings.name!r}{of_baseline} compares the sequences of a prompt, and "
+                    f"context {context} has one: draw n >= {least} of each prompt (samples_per_context)"
                 )
         if not self.settings.whole_contexts:
             return

@@ -233,6 +233,14 @@ class Settings:
         return bool(getattr(self.template, "whole_contexts", False))
 
     @property
+    def least_of_context(self) -> int:
+        """The least number of sequences of a prompt that the objective or its baseline compares."""
+        if isinstance(self.template, Objective):
+            baseline = self.template.baseline
+            return 2 if isinstance(baseline, str) and baseline == "leave_one_out_context" else 1
+        return int(getattr(self.template, "least_of_context", 1))
+
+    @property
     def weight_known(self) -> bool:
         """Whether a function forms its weights without log pi, so that they are known when a step is drawn."""
         return not isinstance(self.template, Objective) and bool(getattr(self.template, "weight_known", False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 from pathlib import Path
 
 import of_scripts
@@ -28,6 +30,25 @@ def test_the_drawing_is_that_of_the_code(of_code):
     chain = {(i, i + 1) for i in range(len(architecture.LAYERS) - 1)}
     # docs/architecture.md says that the drawing leaves out the other arrows.
     assert architecture.arrows(of_code) == chain
+
+
+def imported(path, package):
+    """Return the files that a module imports when it is loaded: not for types alone, and not within a function."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            for each in (above, *(above / alias.name for alias in node.names)):
+                found |= {file for file in (each.with_suffix(".py"), each / "__init__.py") if file.is_file()}
+    # A package imports its modules, which is no circle: a module of it may import others of the same package.
+    return found - {path} - {package / "__init__.py"} - {parent / "__init__.py" for parent in path.parents}
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {path: imported(path, PACKAGE) for path in PACKAGE.rglob("*.py")}
+    assert PACKAGE / "matcher.py" in graph[PACKAGE / "training" / "trainer.py"]
+    assert PACKAGE / "kernels" / "batch.py" in graph[PACKAGE / "kernels" / "cpu.py"]
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(graph)
 
 
 @pytest.fixture

@@ -555,7 +555,7 @@ def test_logits_without_memory(scoring: bool) -> None:
     call.scoring = scoring
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         call.logits, call.tokens = mode.from_tensor(call.logits), mode.from_tensor(call.tokens)
-        with pytest.raises(TypeError, match="are a FakeTensor and have no memory"):
+        with pytest.raises(TypeError, match="logits is a FakeTensor and has no memory"):
             call()
 
 
@@ -776,9 +776,32 @@ def test_a_dual_number_is_refused() -> None:
     call = good()
     with fwAD.dual_level():
         dual = fwAD.make_dual(call.logits, torch.ones_like(call.logits))
-        with torch.no_grad(), pytest.raises(RuntimeError, match="forward-mode AD, where logits are a dual number"):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="forward-mode AD, where logits is a dual number"):
             dmfast.sequence_log_prob(dual, call.tokens)
         dmfast.sequence_log_prob(call.logits, call.tokens)  # a tensor without a tangent is no dual number
+
+
+def test_the_inputs_of_the_linear_losses_are_named() -> None:
+    call = good()
+    hidden, head = torch.randn(*call.logits.shape[:2], 8), torch.randn(call.logits.shape[-1], 8)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.raises(TypeError, match=r"^weight is a FakeTensor"):
+        dmfast.linear_sequence_log_prob(hidden, mode.from_tensor(head), call.tokens)
+    with fwAD.dual_level(), torch.no_grad(), pytest.raises(RuntimeError, match="where hidden is a dual number"):
+        dmfast.linear_sequence_log_prob(fwAD.make_dual(hidden, hidden), head, call.tokens)
+    with pytest.raises(TypeError, match=r"^hidden is on the device meta, where it has no values"):
+        dmfast.linear_sequence_log_prob(hidden.to("meta"), head.to("meta"), call.tokens.to("meta"))
+
+
+def test_vmap_is_refused_in_plain_torch_too() -> None:
+    """The checks of values would end in torch's inner error about control flow."""
+    call = good()
+    hidden, head = torch.randn(*call.logits.shape[:2], 8), torch.randn(call.logits.shape[-1], 8)
+    with pytest.raises(RuntimeError, match=r"can't run within torch\.func\.vmap, even in plain torch: call it outside"):
+        torch.func.vmap(lambda z: eager.sequence_log_prob(z, call.tokens))(call.logits[None])
+    with pytest.raises(RuntimeError, match=r"can't run within torch\.func\.vmap"):
+        torch.func.vmap(torch.func.grad(lambda h: eager.linear_sequence_log_prob(h, head, call.tokens).sum()))(
+            hidden[None]
+        )
 
 
 def test_the_eager_backend_takes_transforms() -> None:
@@ -852,7 +875,7 @@ def test_logits_that_are_a_negative_view() -> None:
 
 
 def test_logits_on_meta() -> None:
-    with pytest.raises(TypeError, match="logits are on the device meta"):
+    with pytest.raises(TypeError, match="logits is on the device meta"):
         dmfast.sequence_log_prob(
             torch.empty(2, 3, 5, device="meta"), torch.empty(2, 3, dtype=torch.int64, device="meta")
         )

@@ -617,6 +617,10 @@ def test_a_group_method_is_refused_without_groups():
     m = matcher(objective="dapo", on_policy=True, reward=lambda x: x.tokens.sum(1).double())
     with pytest.raises(ValueError, match=r"'dapo' compares the sequences of a prompt, and context .* has one"):
         draw(m, PROMPTS[:5], 1)
+    m = matcher(objective="dpg", baseline="leave_one_out_context")
+    m.proposal.sample = None  # with the identities of the contexts nothing is drawn before the refusal
+    with pytest.raises(ValueError, match=r"'dpg' with the baseline .* compares .*, and context 7 has one: draw n >= 2"):
+        draw(m, PROMPTS[:2], 1, context_id=[7, 8])
     with pytest.raises(ValueError, match="objective 'dapo' needs reward="):
         matcher(objective="dapo", on_policy=True)
 

@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmfast import Objective, dm_loss, linear_dm_loss
 from dmfast.methods import METHODS, DrGRPO, dapo, grpo, gspo, maxrl, trajectory_balance, vargrad, vespo
@@ -231,6 +232,49 @@ def test_group_means():
     assert torch.allclose(seen["others"], leave_one_out(reward.double())) and float(seen["terms"].n_tokens) == 16
 
 
+class _Largest(TorchDispatchMode):
+    """Note the size of the largest tensor that an operator returns."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(each, Tensor):
+                self.numbers = max(self.numbers, each.numel())
+        return out
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_means_over_the_groups_of_a_large_step_compare_no_pairs(leave_one_out):
+    """With a number for each pair of sequences, a step of 4,096 that was cut into parts took minutes."""
+    n = 600
+    context, reward = torch.arange(n) % 75, torch.rand(n, dtype=torch.float64)
+    logits = torch.zeros(n, 1, 3)
+    found = {}
+
+    def look(terms):
+        with _Largest() as seen:
+            found["mean"], found["size"] = terms.group_mean(terms.reward, leave_one_out), terms.group_size()
+        found["numbers"] = seen.numbers
+        return torch.zeros_like(terms.reward)
+
+    dm_loss(logits, torch.zeros(n, 1, dtype=torch.int64), objective=look, reward=reward, on_policy=True,
+            context_id=context)  # fmt: skip
+    assert found["numbers"] <= 2 * n
+    assert found["size"].tolist() == [8.0] * n
+    sums = torch.stack([reward[context == c].sum() for c in context])
+    wanted = (sums - reward) / 7 if leave_one_out else sums / 8
+    torch.testing.assert_close(found["mean"], wanted, rtol=1e-13, atol=0)
+
+
+def test_a_step_without_a_scored_token_has_weights_of_dapo():
+    logits = torch.zeros(2, 2, 5, requires_grad=True)
+    out = dm_loss(logits, torch.full((2, 2), -100), objective="dapo", on_policy=True, reward=torch.tensor([0.0, 1.0]))
+    out.loss.backward()
+    assert bool(out.weight.isfinite().all()) and not bool(logits.grad.any())
+
+
 def test_an_infinite_value_stays_in_its_group():
     def look(terms):
         seen.append(terms.group_mean(terms.log_target))
@@ -255,7 +299,9 @@ def test_an_infinite_value_stays_in_its_group():
         (maxrl, {"reward": None}, "needs log_base"),
         (gspo, {"log_proposal": None, "on_policy": False}, "needs log_proposal"),
         (vespo, {"context_id": torch.tensor([0, 0, 1, 1, 1, 2])}, "sequence 5 .* is alone"),
-        (grpo, {"num_tokens": -1.0}, "num_tokens must be a positive number"),
+        (grpo, {"num_tokens": -1.0}, "num_tokens must be the number of scored tokens of the step, from 0 to 1e30"),
+        (dapo, {"num_tokens": math.inf}, "num_tokens must be the number of scored tokens of the step, from 0 to 1e30"),
+        (dapo, {"num_tokens": torch.tensor([5.0])}, "num_tokens must be a number or a 0-d tensor"),
     ],
 )
 def test_what_a_method_lacks_is_named(objective, change, message):

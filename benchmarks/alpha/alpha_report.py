@@ -31,6 +31,13 @@ COLORS = {**{f"alpha={a:g}": plt.get_cmap("viridis")(i / 6) for i, a in enumerat
           LIKELIHOOD: "grey", "reinforce": "red", "maxrl": "orange", "gspo": "magenta", "vargrad": "brown",
           "kl_control": "deeppink", "gdc++ offline": "deepskyblue"}  # fmt: skip
 
+MARKERS = dict(zip(ORDER, "os^vDPX*<>hpdx", strict=False))  # so that colour alone does not tell the methods apart
+
+
+def label(method: str) -> str:
+    """Return the name of a method as the pictures have it."""
+    return method.replace("alpha=", "α = ")
+
 
 def passes(k: int) -> Callable[[Result], float]:
     """Return a function that reads pass@k from the measures of a split."""
@@ -218,7 +225,7 @@ def front(runs: Runs, path: Path) -> None:
                 )
                 dashed = "-" if method.startswith("alpha") else "--"
                 axis.plot(x, y, dashed, color=COLORS[method], linewidth=1, alpha=0.7)
-                axis.plot(x[-1], y[-1], "o", color=COLORS[method], label=method)
+                axis.plot(x[-1], y[-1], MARKERS[method], color=COLORS[method], label=label(method))
             axis.set(xlabel="pass@1", ylabel=name, title=f"{split}: 32 prompts, from the base to the end")
     axes[0][0].legend(fontsize=8)
     figure.savefig(path, dpi=80)
@@ -233,7 +240,8 @@ def pass_at_k(runs: Runs, path: Path) -> None:
             found = [r["end"][split]["pass"] for r in runs.chosen(method, "pass@1").values() if split in r["end"]]
             if found:
                 means = [statistics.fmean(column) for column in zip(*found, strict=True)]
-                axis.plot(KS, means, "-" if method.startswith("alpha") else "--", color=COLORS[method], label=method)
+                line = ("-" if method.startswith("alpha") else "--") + MARKERS[method]
+                axis.plot(KS, means, line, color=COLORS[method], label=label(method), markersize=4)
         axis.set(xscale="log", xlabel="k", ylabel="pass@k", title=SPLITS[split])
         axis.set_xticks(KS, [str(k) for k in KS])
     axes[0].legend(fontsize=8)

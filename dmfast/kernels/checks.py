@@ -342,8 +342,13 @@ def make_terms(
         not isinstance(context_id, Tensor) or context_id.dtype.is_floating_point or context_id.shape != (n,)
     ):
         raise ValueError(f"context_id must be an integer tensor ({n},), got {describe(context_id)}")
-    if num_tokens is not None and not isinstance(num_tokens, Tensor) and not _number(num_tokens) > 0:
-        raise ValueError(f"num_tokens must be a positive number, a 0-d tensor or None, got {num_tokens!r}")
+    if isinstance(num_tokens, Tensor):
+        if num_tokens.dim() or num_tokens.dtype.is_complex or num_tokens.dtype == torch.bool:
+            raise ValueError(f"num_tokens must be a number or a 0-d tensor, got {describe(num_tokens)}")
+    elif num_tokens is not None and not 0 <= _number(num_tokens) <= 1e30:
+        raise ValueError(
+            f"num_tokens must be the number of scored tokens of the step, from 0 to 1e30, or None; got {num_tokens!r}"
+        )
     baseline = plain_baseline(objective, n, to)
     if isinstance(baseline, str):
         block = _block(columns, n, to)

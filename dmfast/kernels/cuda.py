@@ -79,7 +79,7 @@ class Cuda(BackwardOfScores):
         """Write the gradient; see ``Backend``."""
         assert extension._C is not None
         check_gradient(batch, dz)
-        read = _usable(batch)
+        read = _with_zeros(batch)
         extension._C.cuda.backward(
             extension.batch_struct(read), lse.data_ptr(), weight.data_ptr(), *extension.bonus_pointers(bonus), factor,
             extension.pointer(upstream), math.nan if unless is None else unless,
@@ -182,16 +182,16 @@ def make_workspace(x: Tensor, n_sequences: int, n_rows: int = 0) -> Workspace:
     )
 
 
-def _usable(batch: Batch) -> Batch:
+def _with_zeros(batch: Batch) -> Batch:
     """Return the batch with token weights that a kernel may read. The caller keeps it until the kernel is queued."""
     w = batch.token_weight
-    return batch if w is None else batch._replace(token_weight=faults.usable(w))
+    return batch if w is None else batch._replace(token_weight=faults.with_zeros(w))
 
 
 def _queue(kernel: Any, batch: Batch, terms: Terms | None, entropy: bool, divide_by: float, *gradient: float,
            dz: Tensor | None = None) -> Scores:  # fmt: skip
     """Queue a kernel on the stream of the logits, and return the scores that it will fill."""
-    given, batch = batch, _usable(faults.with_order(batch))
+    given, batch = batch, _with_zeros(faults.with_order(batch))
     scores, outputs, _, _ = extension.make_outputs(batch, terms, entropy, divide_by)
     work = make_workspace(batch.logits, batch.n_sequences, batch.n_rows)
     kernel(extension.batch_struct(batch), extension.terms_struct(terms), outputs, *gradient, work.struct)

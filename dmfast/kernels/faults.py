@@ -63,29 +63,33 @@ def place(batch: Batch, row: int) -> str:
 _PLAIN = (Tensor, torch.nn.Parameter)
 _TRACE = "trace with torch.compile or torch.export"
 _PLAIN_TORCH = "take dmfast.use_backend('eager'), which is plain torch"
+_OUTSIDE_VMAP = "call it outside; the first dimension of logits is a batch already"
 
 
-def check_memory(*inputs: Tensor | None) -> None:
+def check_memory(**inputs: Tensor | None) -> None:
     """Refuse logits (or hidden states and a head) that a kernel can't read, or that a tracer follows.
 
     A tracer does not see what a kernel does to memory, so its record would be wrong.
+
+    Args:
+        inputs: the tensors by the names of the arguments.
 
     Raises:
         TypeError: an input is a FakeTensor or a DTensor, whose address is 0.
         RuntimeError: the call is inside vmap, grad, jvp or functionalize of torch.func, make_fx, torch.jit.trace or a
             FakeTensorMode, or an input is a dual number of forward-mode AD.
     """
-    for x in inputs:
+    for argument, x in inputs.items():
         if x is None or type(x) in _PLAIN:
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that reading a FakeTensor's address is deprecated
             if x.numel() and not x.data_ptr():
                 raise TypeError(
-                    f"logits are a {type(x).__name__} and have no memory that a kernel could read: pass a local "
+                    f"{argument} is a {type(x).__name__} and has no memory that a kernel could read: pass a local "
                     f"tensor (a DTensor's full_tensor()), {_TRACE}, or {_PLAIN_TORCH}"
                 )
-    found = watcher(*inputs)
+    found = watcher(**inputs)
     if found is not None:
         name, instead = found
         raise RuntimeError(
@@ -93,7 +97,20 @@ def check_memory(*inputs: Tensor | None) -> None:
         )
 
 
-def watcher(*inputs: Tensor | None) -> tuple[str, str] | None:
+def check_vmap() -> None:
+    """Refuse a call of the plain torch functions inside vmap, which can't follow their checks of values.
+
+    Raises:
+        RuntimeError: the call is inside vmap.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    if any(each.key() == torch._C._functorch.TransformType.Vmap for each in stack):
+        raise RuntimeError(f"dmfast's losses can't run within torch.func.vmap, even in plain torch: {_OUTSIDE_VMAP}")
+
+
+def watcher(**inputs: Tensor | None) -> tuple[str, str] | None:
     """Return the name of a tracer that is active in this thread and what to do instead, or None.
 
     autograd and torch.compile are not tracers in this sense, since dmfast supports both.
@@ -101,7 +118,7 @@ def watcher(*inputs: Tensor | None) -> tuple[str, str] | None:
     if torch._C._are_functorch_transforms_active():
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None and transform.key() == torch._C._functorch.TransformType.Vmap:
-            return "torch.func.vmap", "call it outside; the first dimension of logits is a batch already"
+            return "torch.func.vmap", _OUTSIDE_VMAP
         return "a transform of torch.func (grad, jvp, functionalize)", f"{_TRACE}, or {_PLAIN_TORCH}"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace", f"{_TRACE}, or {_PLAIN_TORCH}"
@@ -110,11 +127,10 @@ def watcher(*inputs: Tensor | None) -> tuple[str, str] | None:
         for key, name in ((keys.PROXY, "make_fx"), (keys.FAKE, "a FakeTensorMode"), (keys.FUNCTIONAL, "functionalize")):
             if torch._C._get_dispatch_mode(key) is not None:
                 return name, _TRACE
-    if forward_ad._current_level >= 0 and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
-        for x in inputs
-    ):
-        return "forward-mode AD, where logits are a dual number", f"{_PLAIN_TORCH}"
+    if forward_ad._current_level >= 0:
+        for argument, x in inputs.items():
+            if x is not None and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+                return f"forward-mode AD, where {argument} is a dual number", _PLAIN_TORCH
     return None
 
 
@@ -154,7 +170,7 @@ def check_token_weight(batch: Batch) -> None:
     )
 
 
-def usable(token_weight: Tensor) -> Tensor:
+def with_zeros(token_weight: Tensor) -> Tensor:
     """Return token weights with 0 instead of those that ``check_token_weight`` refuses.
 
     So a fault that a device records affects only its own token.

@@ -29,7 +29,7 @@ def weighted_log_prob(batch: Batch, rows: Tensor, log_prob: Tensor) -> Tensor:
     w = batch.token_weight
     if w is None:
         return log_prob
-    w = faults.usable(w)
+    w = faults.with_zeros(w)
     # 0 * -inf must be 0
     values = torch.where(w == 0, 0.0, w * (rows.select(0, LABEL) - rows.select(0, LSE)))
     if batch.cu_seqlens is None:

@@ -145,10 +145,10 @@ def _in_fp32(x: Tensor, dim: int, rows: int) -> Iterator[tuple[slice, Tensor]]:
     size, of_one = x.shape[dim], 4 * max(x.numel() // max(x.shape[dim], 1), 1)
     most = _BYTES if x.device.type != "cpu" else _FEW_BYTES if rows <= _FEW else _CPU_BYTES
     block = min(max(most // of_one, 1), size)
-    wide = x.new_empty([block if i == dim else n for i, n in enumerate(x.shape)], dtype=torch.float32)
+    widened = x.new_empty([block if i == dim else n for i, n in enumerate(x.shape)], dtype=torch.float32)
     for first in range(0, size, max(block, 1)):
         n = min(block, size - first)
-        yield slice(first, first + n), wide.narrow(dim, 0, n).copy_(x.narrow(dim, first, n))
+        yield slice(first, first + n), widened.narrow(dim, 0, n).copy_(x.narrow(dim, first, n))
 
 
 @contextmanager
@@ -196,11 +196,11 @@ def multiply(way: str, h: Tensor, head: Tensor, bias: Tensor | None, out: Tensor
         if bias is not None:
             out.add_(bias)
     else:
-        wide = h.float()
-        for part, wide_head in _in_fp32(head, 0, h.shape[0]):
+        widened = h.float()
+        for part, widened_head in _in_fp32(head, 0, h.shape[0]):
             to = out[:, part] if out.dtype == torch.float32 else torch.empty_like(out[:, part], dtype=torch.float32)
             with _multiplied_as(h, h.shape[0]):
-                torch.mm(wide, wide_head.t(), out=to)
+                torch.mm(widened, widened_head.t(), out=to)
             if bias is not None:
                 to.add_(bias[part])
             if out.dtype != torch.float32:
@@ -224,8 +224,8 @@ def multiply_back(way: str, dz: Tensor, head: Tensor, out: Tensor) -> None:
         return
     total = dz.new_zeros(out.shape, dtype=torch.float32)
     with _multiplied_as(head, dz.shape[0]):
-        for part, wide_head in _in_fp32(head, 0, dz.shape[0]):
-            total.addmm_(dz[:, part].float(), wide_head)
+        for part, widened_head in _in_fp32(head, 0, dz.shape[0]):
+            total.addmm_(dz[:, part].float(), widened_head)
     out.copy_(total)
 
 
@@ -253,13 +253,13 @@ def add_product(way: str, total: Tensor, dz: Tensor, h: Tensor, first: bool) -> 
     """
     beta = 0 if first else 1
     if way != "fp32 output":
-        wide = h.float()
+        widened = h.float()
         with _multiplied_as(h, h.shape[0]):
             if dz.dtype == torch.float32:
-                total.addmm_(dz.t(), wide, beta=beta)
+                total.addmm_(dz.t(), widened, beta=beta)
             else:
-                for part, wide_dz in _in_fp32(dz, 1, h.shape[0]):
-                    total[part].addmm_(wide_dz.t(), wide, beta=beta)
+                for part, widened_dz in _in_fp32(dz, 1, h.shape[0]):
+                    total[part].addmm_(widened_dz.t(), widened, beta=beta)
     elif _ADDS_IN_FP32:
         torch.addmm(total, dz.t(), h, out_dtype=torch.float32, beta=beta, out=total)
     elif first:

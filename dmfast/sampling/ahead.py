@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _LOST = (ConnectionError, TimeoutError, EOFError)
 
 
-class _Job:
+class _Task:
     """A call of the engine that a thread waits for."""
 
     def __init__(self, call: Callable[[], Any] | None, value: Any = None) -> None:
@@ -69,12 +69,12 @@ class _Job:
                 return
 
 
-def _work(jobs: SimpleQueue[_Job | None], retries: int, pause: float) -> None:
+def _work(jobs: SimpleQueue[_Task | None], retries: int, pause: float) -> None:
     while _serve(jobs, retries, pause):  # _serve's frame holds the job, so that a waiting thread keeps no engine alive
         pass
 
 
-def _serve(jobs: SimpleQueue[_Job | None], retries: int, pause: float) -> bool:
+def _serve(jobs: SimpleQueue[_Task | None], retries: int, pause: float) -> bool:
     job = jobs.get()
     if job is None:
         return False
@@ -98,7 +98,7 @@ class _Request:
 
     asked: dict[str, Any]
     version: int = 0
-    job: _Job | None = None
+    job: _Task | None = None
     taken: bool = False
 
     @property
@@ -168,8 +168,8 @@ class AsyncSampler:
             raise ValueError(f"pause must be a number of seconds, 0 or more, got {pause!r}")
         self.sampler, self.ahead, self.max_lag = sampler, ahead, max_lag
         self._requests: list[_Request] = []
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._under_way: list[_Job] = []  # includes the jobs of dropped requests, for which a load must wait, too
+        self._jobs: SimpleQueue[_Task | None] = SimpleQueue()
+        self._under_way: list[_Task] = []  # includes the jobs of dropped requests, for which a load must wait, too
         self._open = True
         for _ in range(threads):
             # The threads are daemons because an engine that never answers must not keep the interpreter from ending.
@@ -247,13 +247,13 @@ class AsyncSampler:
         self_, version = self.sampler, self.version  # a thread that held self would keep it alive after its last user
         return call
 
-    def _put(self, call: Callable[[], Any]) -> _Job:
-        job = _Job(call)
+    def _put(self, call: Callable[[], Any]) -> _Task:
+        job = _Task(call)
         self._under_way = [*(each for each in self._under_way if not each.ended.is_set()), job]
         self._jobs.put(job)
         return job
 
-    def _result(self, job: _Job) -> Any:
+    def _result(self, job: _Task) -> Any:
         job.ended.wait()
         if job.failures:
             times = len(job.failures)
@@ -410,7 +410,7 @@ class AsyncSampler:
             raise RuntimeError("this AsyncSampler is closed; make another one around the engine")
 
 
-def _end(jobs: SimpleQueue[_Job | None], threads: int) -> None:
+def _end(jobs: SimpleQueue[_Task | None], threads: int) -> None:
     for _ in range(threads):
         jobs.put(None)
 
@@ -420,7 +420,7 @@ def _requests_of(state: Any, tokenizer: PreTrainedTokenizerBase) -> list[_Reques
         found = []
         for each in state:
             samples = Samples(**each["samples"], tokenizer=tokenizer)
-            found.append(_Request(_as_asked(**each["asked"]), int(each["version"]), _Job(None, samples)))
+            found.append(_Request(_as_asked(**each["asked"]), int(each["version"]), _Task(None, samples)))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"this is no state of AsyncSampler.state_dict: {type(error).__name__}: {error}") from error
     return found

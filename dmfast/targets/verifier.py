@@ -199,9 +199,9 @@ class Verifier(Scorer):
 
     def _why(self, error: Exception, rows: Sequence[Row], samples: Samples, place: int) -> str:
         if isinstance(error, KeyError):
-            lacking = next((row for row in rows if row.is_lacking(error)), None)
-            if lacking is not None:
-                return self._lacks(lacking.lacking, lacking)
+            row = next((row for row in rows if row.is_missing(error)), None)
+            if row is not None:
+                return self._lacks(row.missing, row)
         first = show(samples, place)
         return f"verifier {self.name!r} raised {type(error).__name__}: {error}; first completion: {first}"
 

@@ -39,11 +39,11 @@ class Row(Mapping[str, Any]):
     """A row that remembers which column was read although the row does not have it."""
 
     def __init__(self, columns: Mapping[str, Any]) -> None:
-        self._columns, self.lacking = dict(columns), ""
+        self._columns, self.missing = dict(columns), ""
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._columns:
-            self.lacking = name
+            self.missing = name
         return self._columns[name]
 
     def __contains__(self, name: object) -> bool:  # asking for a column does not count as reading it
@@ -53,9 +53,9 @@ class Row(Mapping[str, Any]):
         """Return a column, or the default if the row does not have it."""
         return self._columns.get(name, default)
 
-    def is_lacking(self, error: KeyError) -> bool:
+    def is_missing(self, error: KeyError) -> bool:
         """Return whether an error comes from reading a column that the row does not have."""
-        return bool(self.lacking) and error.args == (self.lacking,)
+        return bool(self.missing) and error.args == (self.missing,)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._columns)
@@ -224,8 +224,8 @@ def _serve(connection: Connection, fn: Callable[..., Any], memory_limit: int | N
         except MemoryError:
             answer = Verdict(OUT_OF_MEMORY)
         except KeyError as error:
-            lacks = row.is_lacking(error)
-            answer = Verdict(LACKS, row.lacking) if lacks else Verdict(RAISED, f"KeyError: {error}")
+            lacks = row.is_missing(error)
+            answer = Verdict(LACKS, row.missing) if lacks else Verdict(RAISED, f"KeyError: {error}")
         except Exception as error:
             answer = Verdict(RAISED, f"{type(error).__name__}: {error}")
         connection.send(answer)

@@ -20,6 +20,7 @@ from ..objectives import TARGET_OBJECTIVES
 from ..prompts import text_part
 from ..ranks import Ranks
 from ..seeds import seed_for
+from ..settings import Settings
 from ..targets import EBM
 from ..tensors import address
 from . import deepspeed, fsdp
@@ -178,14 +179,14 @@ def with_pad_token(processing_class: Any) -> Any:
 
 
 def check_fit(
-    policy: LanguageModel, target: EBM, args: DMConfig, contexts: int, objective: str | None, *, has_prompts: bool
+    policy: LanguageModel, target: EBM, args: DMConfig, contexts: int, settings: Settings, *, has_prompts: bool
 ) -> None:
     """Check that vocabularies, lengths of sequences, prompts and steps go together.
 
     Args:
         policy, target, args: the policy, its target and the arguments of the run.
         contexts: the number of contexts in the data set.
-        objective: the name of the built-in objective, or None.
+        settings: the settings of a step.
         has_prompts: whether there is a data set.
 
     Raises:
@@ -206,7 +207,14 @@ def check_fit(
             f"(max_steps): it ends before it has come to learning_rate={args.learning_rate:g}; lower warmup_steps or "
             "raise max_steps"
         )
-    if contexts > 1 and (args.samples_per_context or 1) < 2 and objective in TARGET_OBJECTIVES:
+    if contexts > 1 and (args.samples_per_context or 1) < settings.least_of_context:
+        of_baseline = f" with the baseline {settings.baseline!r}" if isinstance(settings.baseline, str) else ""
+        raise ValueError(
+            f"the objective {settings.name!r}{of_baseline} compares the sequences of a prompt, and "
+            f"samples_per_context={args.samples_per_context!r} draws one of each: set it to "
+            f"{settings.least_of_context} or more"
+        )
+    if contexts > 1 and (args.samples_per_context or 1) < 2 and settings.built_in in TARGET_OBJECTIVES:
         warnings.warn(
             "with one sample per context (DMConfig.samples_per_context) a context's first visit estimates its Z "
             "from that sample alone, which makes the weight of the sample p/q = 1 whatever it is; draw more",

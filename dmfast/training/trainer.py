@@ -166,7 +166,7 @@ class DMTrainer(EvaluatingTrainer):
         if args.should_save:
             check_space(Path(args.output_dir), model, checkpoints=args.save_strategy != "no")
         contexts = 2 if isinstance(self._rows, Stream) else len(self._rows)  # more than one
-        check_fit(self.policy, target, args, contexts, settings.built_in, has_prompts=self._has_prompts)
+        check_fit(self.policy, target, args, contexts, settings, has_prompts=self._has_prompts)
         sets = listed(self._eval_rows)
         for rows in {id(each): each for each in (self._rows, *sets)}.values():
             rows.check(self.policy, args.max_new_tokens, args.max_prompt_length)

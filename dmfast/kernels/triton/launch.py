@@ -22,7 +22,7 @@ from ..batch import (
     SampleRows,
     Scores,
 )
-from ..faults import usable, with_order
+from ..faults import with_order, with_zeros
 from . import loss, sample
 
 NONE: int = loss.NONE.value
@@ -120,7 +120,7 @@ def _of_rows(batch: Batch, weights: Tensor, bonuses: Tensor | None) -> _OfRows:
     sequence_of, w = _sequence_of(batch), batch.token_weight
     if w is None or not batch.n_rows:
         return _OfRows(sequence_of, weights, bonuses)
-    return _OfRows(torch.arange(batch.n_rows, device=w.device), weights[sequence_of] * usable(w),
+    return _OfRows(torch.arange(batch.n_rows, device=w.device), weights[sequence_of] * with_zeros(w),
                    None if bonuses is None else bonuses[sequence_of])  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def draw(rows: SampleRows, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Ten
     log_prob = torch.empty_like(tokens, dtype=torch.float64)
     if z.shape[0] == 0:
         return tokens, log_prob, torch.full((), -1, device=z.device)
-    wide = (
+    aligned = (
         z.data_ptr() % 16 == 0 and z.shape[1] % 8 == 0 and (z.shape[0] == 1 or z.stride(0) * z.element_size() % 16 == 0)
     )
     tiles = max(64, 1 << (-(-z.shape[1] // sample.TILE) - 1).bit_length())
@@ -236,7 +236,7 @@ def draw(rows: SampleRows, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Ten
             z, tokens if rows.row_ids is None else rows.row_ids, log_prob if uniforms is None else uniforms, tokens,
             log_prob, z.shape[1], z.stride(0), *_two(rows.scale), *_two(rows.softcap), *_halves(rows.seed),
             *_halves(rows.step), CAP=rows.softcap > 0, IDS=rows.row_ids is not None, GIVEN=uniforms is not None,
-            WIDE=wide, TILES=tiles, SIZE=sample.TILE,
+            WIDE=aligned, TILES=tiles, SIZE=sample.TILE,
             num_warps=sample_warps(z.element_size(), warp_size(z.device)),
         )  # fmt: skip
     bad = log_prob.isnan()
