@@ -123,3 +123,15 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"]({link[1].rstrip('/')}/{'README' if (folder / 'README.md').exists() else 'index'}.md{link[2] or ''})"
 
     return LINK.sub(leads, re.sub(r"^<!-- test: .*?-->\n", "", markdown, flags=re.MULTILINE | re.DOTALL))
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Lets the code of a table break behind a punctuation mark, so that a narrow column keeps whole words."""
+
+    def breakable(code: re.Match[str]) -> str:
+        return re.sub(r"(?<=[_./:=,(])(?=\w)", "<wbr>", code[0])
+
+    def cell(found: re.Match[str]) -> str:
+        return re.sub(r"(?<=<code>)[^<]+", breakable, found[0])
+
+    return re.sub(r"<td.*?</td>", cell, html, flags=re.DOTALL)
