@@ -126,12 +126,23 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Lets the code of a table break behind a punctuation mark, so that a narrow column keeps whole words."""
+    """Show formulas with subscripts and superscripts, let a picture lead to its file, and let the code of a table break
+    behind a punctuation mark, so that a narrow column keeps whole words.
+    """
+    parts = re.split(r"(<pre.*?</pre>|<code.*?</code>|<[^>]+>)", html, flags=re.DOTALL)
+    parts[::2] = [formulas(text) for text in parts[::2]]  # every second part is a tag or code
+    html = re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', "".join(parts))
+    return re.sub(r"<td.*?</td>", lambda cell: re.sub(r"(?<=<code>)[^<]+", breakable, cell[0]), html, flags=re.DOTALL)
 
-    def breakable(code: re.Match[str]) -> str:
-        return re.sub(r"(?<=[_./:=,(])(?=\w)", "<wbr>", code[0])
 
-    def cell(found: re.Match[str]) -> str:
-        return re.sub(r"(?<=<code>)[^<]+", breakable, found[0])
+def formulas(text: str) -> str:
+    """Return the HTML of a text with ``E_q``, ``x_i<t``, ``e^y`` and ``u^(1 - t)`` as they are written by hand."""
+    text = re.sub(r"(?<!\w)(\w|mean|Cov)_(\w{1,2}(?:&lt;\w)?)(?!\w)", r"\1<sub>\2</sub>", text)
+    return re.sub(r"\^\(([^()]+)\)|\^([−-]?\w{1,2})(?!\w)", lambda found: f"<sup>{found[1] or found[2]}</sup>", text)
 
-    return re.sub(r"<td.*?</td>", cell, html, flags=re.DOTALL)
+
+def breakable(code: re.Match[str]) -> str:
+    """Return the HTML of a piece of code, which may be broken behind a punctuation mark, but not before the end of a
+    file's name. A short name stays whole.
+    """
+    return code[0] if len(code[0]) < 16 else re.sub(r"(?<=[_/:=,(])(?=\w)|(?<=\.)(?=[a-z]*[A-Z._(])", "<wbr>", code[0])
