@@ -61,7 +61,8 @@ def public_names() -> dict[str, list[str]]:
 def api_pages() -> dict[str, str]:
     """Path on the site -> Markdown: a page for each module, and their index."""
     pages, public = {}, public_names()
-    index = ["# API reference", "", "Every public name by module, under the name that it is imported by.", ""]
+    about = "This page lists every public name by its module, under the name by which it is imported."
+    index = ["# API reference", "", about, ""]
     for module, names in public.items():
         path = ROOT / "dmfast" / f"{module}.py"
         source = path if path.exists() else path.with_suffix("") / "__init__.py"
