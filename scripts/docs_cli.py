@@ -90,8 +90,9 @@ def _names(action: argparse.Action) -> str:
 
 
 def _default(action: argparse.Action) -> str:
-    nothing = action.default is None or action.default is False or action.default == [] or not action.option_strings
-    return "" if nothing else f"`{action.default}`"
+    default = action.default
+    nothing = default is None or default is False or default in ("", []) or not action.option_strings
+    return "" if nothing else f"`{default}`"
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ def public_names() -> dict[str, list[str]]:
 def api_pages() -> dict[str, str]:
     """Return the Markdown of a page for each module, and of their index, by the path on the site."""
     pages, public = {}, public_names()
-    index = ["# API reference", "", "Every public name by module, under the name that it is imported by.", ""]
+    about = "This page lists every public name by its module, under the name by which it is imported."
+    index = ["# API reference", "", about, ""]
     for module, names in public.items():
         path = ROOT / "dmfast" / f"{module}.py"
         source = path if path.exists() else path.with_suffix("") / "__init__.py"
@@ -129,3 +130,26 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"]({link[1].rstrip('/')}/{'README' if (folder / 'README.md').exists() else 'index'}.md{link[2] or ''})"
 
     return LINK.sub(leads, re.sub(r"^<!-- test: .*?-->\n", "", markdown, flags=re.MULTILINE | re.DOTALL))
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Show formulas with subscripts and superscripts, let a picture lead to its file, and let the code of a table break
+    behind a punctuation mark, so that a narrow column keeps whole words.
+    """
+    parts = re.split(r"(<pre.*?</pre>|<code.*?</code>|<[^>]+>)", html, flags=re.DOTALL)
+    parts[::2] = [formulas(text) for text in parts[::2]]  # every second part is a tag or code
+    html = re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', "".join(parts))
+    return re.sub(r"<td.*?</td>", lambda cell: re.sub(r"(?<=<code>)[^<]+", breakable, cell[0]), html, flags=re.DOTALL)
+
+
+def formulas(text: str) -> str:
+    """Return the HTML of a text with ``E_q``, ``x_i<t``, ``e^y`` and ``u^(1 - t)`` as they are written by hand."""
+    text = re.sub(r"(?<!\w)(\w|mean|Cov)_(\w{1,2}(?:&lt;\w)?)(?!\w)", r"\1<sub>\2</sub>", text)
+    return re.sub(r"\^\(([^()]+)\)|\^([−-]?\w{1,2})(?!\w)", lambda found: f"<sup>{found[1] or found[2]}</sup>", text)
+
+
+def breakable(code: re.Match[str]) -> str:
+    """Return the HTML of a piece of code, which may be broken behind a punctuation mark, but not before the end of a
+    file's name. A short name stays whole.
+    """
+    return code[0] if len(code[0]) < 16 else re.sub(r"(?<=[_/:=,(])(?=\w)|(?<=\.)(?=[a-z]*[A-Z._(])", "<wbr>", code[0])

@@ -32,8 +32,8 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 def pages(site: Path) -> list[str]:
-    """Return the paths of the site's own pages: the home page, the docs, and one of the API."""
-    found = ["index.html", *sorted(str(path.relative_to(site)) for path in site.glob("docs/**/*.html"))]
+    """Return the paths of the site's own pages, but of the API's only one."""
+    found = sorted(str(path.relative_to(site)) for path in site.rglob("*.html") if path.name != "404.html")
     return [path for path in found if "docs/api/" not in path or path.endswith("functional.html")]
 
 

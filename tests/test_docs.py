@@ -257,6 +257,20 @@ def test_the_api_reference_has_every_public_name():
 
 
 @pytest.mark.skipif(not PAGES, reason="no docs beside the tests")
+def test_the_site_shows_formulas_and_lets_the_code_of_tables_break():
+    shown = of_scripts.load("docs_site").on_page_content
+    assert shown("<p>E_q[u^(1−α)] of x_i&lt;t, log_z</p>") == (
+        "<p>E<sub>q</sub>[u<sup>1−α</sup>] of x<sub>i&lt;t</sub>, log_z</p>"
+    )
+    for code in ("<code>x_i</code>", '<pre class="a_b"><code>x_i ^ 2\n</code></pre>', '<a href="x_i">one</a>'):
+        assert shown(code) == code
+    assert shown("<td><code>x_i</code> <code>tests/test_docs.py</code> <code>datasets.Dataset</code></td>") == (
+        "<td><code>x_i</code> <code>tests/<wbr>test_<wbr>docs.py</code> <code>datasets.<wbr>Dataset</code></td>"
+    )
+    assert shown('<img alt="a" src="b.png">') == '<a href="b.png"><img alt="a" src="b.png"></a>'
+
+
+@pytest.mark.skipif(not PAGES, reason="no docs beside the tests")
 def test_the_method_has_a_row_for_each_objective():
     section = (ROOT / "docs" / "method.md").read_text(encoding="utf-8").split("\n### Objectives")[1].split("\n### ")[0]
     assert sorted(re.findall(r"^\| `(\S+)` \|", section, re.M)) == sorted(dmfast.OBJECTIVES)

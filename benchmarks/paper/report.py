@@ -703,10 +703,11 @@ MAIN_TABLE = "The main grid at the end of 20,480 sequences"
 PAIRED_TABLE = "GDC++ less GDC, in pairs (95% interval over seeds; of KL(p‖π) over the exact samples, too)"
 ABOUT = """# The paper's experiments: tables
 
-Written by `python benchmarks/paper/report.py` from {done} runs beside the tuning's. Mean ± standard error over seeds.
-A KL(p‖π) has besides the error of the exact samples and of log Z, the same for all runs of a task, in a column of its
-own. In a difference of two log Z cancels; its interval holds the seeds and what the samples leave, whose standard error
-has a column. Ten intervals at 95% a claim: none is corrected for their number.
+`python benchmarks/paper/report.py` wrote this page from {done} runs beside the tuning's. "±" is a standard error over
+seeds. KL(p‖π) also has the errors of the exact samples and of log Z. These are the same for all runs of a task and have
+a column of their own. In a difference of two KL(p‖π), log Z cancels. The interval of such a difference holds the error
+over seeds and that of the samples, whose standard error has a column. Each claim has ten intervals of 95%, and none of
+them is corrected for their number.
 """
 
 

@@ -126,12 +126,14 @@ def table(found: list[Code], of_amd: list[amd_code.AmdCode], wrong: list[str]) -
     """Return Markdown with a line for each kernel, a figure for each architecture, and what is wrong."""
     lines = [
         "# What the compilers make of the GPU kernels", "",
-        f"By `make aot`, {versions()}; no device was involved. Registers of a thread and 128-bit "
-        "loads / stores in the code, for sm_" + ", ".join(map(str, ARCHS)) + " (Triton's fp16 and short rows: sm_90); "
-        "warps are what the registers of a multiprocessor hold on the worst of them; instructions for each logit, of "
-        "how many at most, are those of the inner loops, on the shortest way. For AMD's "
-        f"{' and '.join(amd_code.ARCHS)} below, warps are those of a SIMD unit. {len(found) + len(of_amd)} kernels "
-        f"{'as they should be, but for these:' if wrong else 'without stack or spills.'}", "",
+        f"`make aot` wrote this page with {versions()}, without a device. *Registers* are those of a thread, and the "
+        f"loads / stores are counted in the code. They are given for sm_{', '.join(map(str, ARCHS))} (for Triton's "
+        "fp16 kernels and short rows: sm_90). *Warps* is the number of warps that the registers of a multiprocessor "
+        "hold, on the architecture that holds fewest, and *meant* is the number that the kernel is meant to have. "
+        "*Instructions* are those of the inner loops for each logit, on the shortest way, with the most that are "
+        f"allowed. For AMD's {' and '.join(amd_code.ARCHS)} below, warps are those of a SIMD unit. "
+        f"{len(found) + len(of_amd)} kernels "
+        f"{'are as they should be, but for these:' if wrong else 'have neither a stack nor spills.'}", "",
         *[f"- {each}" for each in wrong], *[""] * bool(wrong),
         "| | kernel | registers | 128-bit loads / stores | instructions | warps | meant |", "|---|" + "---|" * 6,
     ]  # fmt: skip
