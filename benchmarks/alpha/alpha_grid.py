@@ -5,7 +5,7 @@
 
 The two methods with a beta first run at each beta with one rate. Each method then runs at each learning rate with the
 first seed. The settings with the best pass@1 and the best pass@64 on the validation prompts run with the other seeds.
-Five methods come first, then the others. A run whose result exists is not run again. A run that fails leaves
+Five methods come first with all seeds, then the others. A run whose result exists is not run again. A run that fails leaves
 NAME.failed.json, the others go on, and the next start tries it again. In the end the results are packed into one
 archive. ``--commit`` commits each result when its run ends.
 """
@@ -138,7 +138,7 @@ def quick(_: Results) -> list[Run]:
 #: Each stage gives its runs from the results that exist.
 STAGES: tuple[Callable[[Results], list[Run]], ...] = (
     lambda results: [untrained(), *rates(results, CORE)],
-    lambda results: other_seeds(results, CORE, SEEDS[1:2]),
+    lambda results: other_seeds(results, CORE),
     lambda results: rates(results, ALL),
     lambda results: other_seeds(results, ALL),
 )
