@@ -5,9 +5,9 @@
 
 The two methods with a beta first run at each beta with one rate. Each method then runs at each learning rate with the
 first seed. The settings with the best pass@1 and the best pass@64 on the validation prompts run with the other seeds.
-Five methods come first with all seeds, then the others. A run whose result exists is not run again. A run that fails leaves
-NAME.failed.json, the others go on, and the next start tries it again. In the end the results are packed into one
-archive. ``--commit`` commits each result when its run ends.
+Five methods come first, with all seeds, and then the others. A run whose result exists is not run again. A run that
+fails leaves NAME.failed.json, the others go on, and the next start tries it again. In the end the results are packed
+into one archive. ``--commit`` commits each result when its run ends.
 """
 
 from __future__ import annotations
