@@ -114,7 +114,8 @@ class Classifier(Scorer):
 
     def identity(self) -> dict[str, Any]:
         """Return a few numbers of the model's weights, the label and the kind of output."""
-        found = {"type": type(self).__name__, "label": self.label, "output": self.output, "max_length": self.max_length}
+        found: dict[str, Any] = {"type": type(self).__name__, "label": self.label, "output": self.output}
+        found["max_length"] = self.max_length
         if self.output == "binary":
             found["threshold"] = self.threshold
         # the name of a model would not do, because a folder may have moved
