@@ -833,7 +833,7 @@ def test_a_state_that_does_not_fit_changes_nothing():
         (state | {"format": 1}, ValueError, r"the state has the format 1, and this version of dmfast reads 2"),
         ({}, ValueError, "has the format None"),
         (state | {"proposal": None}, ValueError, "one is on-policy and one is not"),
-        (state | {"target": state["target"] | {"moment_values": [0.9]}}, ValueError, r"this EBM wants \[0.6\]"),
+        (state | {"target": state["target"] | {"moment_values": [0.9]}}, ValueError, r"this one gives them \[0.6\]"),
         (state | {"proposal": state["proposal"] | {"model": {}}}, RuntimeError, "another model"),
         (state | {"pool": None}, ValueError, "the state's pool must be a list .* got None"),
         (state | {"pool": [{"features": 1}]}, ValueError, "the state's pool must be a list"),

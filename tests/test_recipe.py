@@ -189,6 +189,14 @@ def test_a_recipe_resumes(tmp_path, monkeypatch):
     log = recipe.run(longer, resume="checkpoint-2", say=lambda line: said.append(str(line)))
     assert [h["step"] for h in log["history"] if "kl_policy" in h] == [1, 2, 3]
     assert any("512 samples of a; effective sample size" in each for each in said)
+    assert any("checkpoint-2, with its lambda, so that the entry fit has no effect" in each for each in said)
+    said.clear()
+    nothing = (
+        "checkpoint-2 is at step 2, and this run ends at max_steps=2: it trains nothing, and only measures and saves "
+        "the model. To go on, raise max_steps above 2 with --set train.max_steps=N"
+    )
+    recipe.run(read(write(tmp_path, train=settings)), resume="checkpoint-2", say=lambda line: said.append(str(line)))
+    assert said[2].endswith(nothing) and f"{nothing}. The " in said[-1]
     monkeypatch.setattr(LanguageModel, "sample", lambda *args, **options: pytest.fail("a sample was drawn"))
     with pytest.raises(ValueError, match="max_new_tokens was 48 and is 40"):
         recipe.run(read(write(tmp_path, train=settings | {"max_new_tokens": 40})), resume=True, say=lambda line: None)
@@ -254,6 +262,11 @@ NO_ROOM = "output_dir='.*' has 0 GB free, and the model need 0.0024 GB"
         ({"objective": "reinforce"}, "objective 'reinforce' needs reward="),
         ({"proposal_criterion": "alpha"}, "proposal_criterion='alpha' compares"),
         ({"max_steps": -1}, "max_steps"),
+        (
+            {"max_steps": -1, "num_train_epochs": 0, "prompts": ["He"]},
+            "num_train_epochs=0 trains nothing: set max_steps",
+        ),
+        ({"max_steps": 0, "prompts": ["He"]}, "a run with max_steps=0 trains nothing"),
         ({"auto_find_batch_size": True}, "refuses auto_find_batch_size"),
         ({"output_dir": "/proc/here"}, "nothing can be written into output_dir='/proc/here'"),
         ({"resume": True}, "there is no checkpoint in"),

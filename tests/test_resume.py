@@ -5,21 +5,24 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
+from functools import partial
 
 import pytest
 import torch
-from trainer_job import StopAt, digest, gpt2, job
+from trainer_job import StopAt, digest, gpt2, job, tokenizer
 from trainer_tools import (
     one_thread,  # noqa: F401
 )
-from transformers import TrainingArguments
+from transformers import GPT2Config, GPT2ForSequenceClassification, TrainingArguments
 
 import dmfast
-from dmfast import Contains
+from dmfast import EBM, Classifier, Contains, Moment, Reward, Scorer, Verifier
+from dmfast.targets import Feature
 from dmfast.training import resume
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
 
+W3 = Contains("w3", name="w3")
 SAVED = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
 KL = {"objective": "kl_control", "beta": 0.3, "reward": Contains("w3"), "on_policy": True, "baseline": "mean"}
 
@@ -64,9 +67,15 @@ def test_what_has_not_changed_is_not_said(tmp_path):
         ({"max_new_tokens": 4}, "max_new_tokens was 6 and is 4: lambda, Z and the proposal"),
         ({"temperature": 2.0}, "temperature was 1.0 and is 2.0: lambda, Z"),
         ({"optim": "sgd", "learning_rate": 1.0}, "optim was 'adamw_torch.*' and is 'sgd': .* of another optimiser"),
-        ({"constraints": [Contains("w4", name="w4")]}, r"pointwise constraints was '\[\]' and is '\[\"w4\"\]'"),
+        ({"constraints": [Contains("w4", name="w4")]}, r"pointwise constraints were \[\] and are \[\"w4\"\]"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, "of another kind of scheduler"),
-        ({"base": gpt2(seed=5)}, "the base's weights was '.*' and is '.*': lambda, Z"),
+        ({"base": gpt2(seed=5)}, "the base's weights were '.*' and are '.*': lambda, Z"),
+        ({"constraints": [Moment(W3, 0.9)]}, r"the moments were {\"w3\": 0.6} and are {\"w3\": 0.9}: lambda, Z"),
+        ({"constraints": [Moment(W3, 0.6, "more")]}, r"the moments were {\"w3\": 0.6} and are {\"more\": 0.6}: lam"),
+        (
+            {"constraints": [Moment(Contains(any_of=["w3", "w4"], name="w3"), 0.6)]},
+            r"the moment 'w3' had words=\['w3'\] and has words=\['w3', 'w4'\]: lambda, Z",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
@@ -79,6 +88,113 @@ def test_a_change_that_the_state_does_not_go_with_is_refused(tmp_path, change, m
     ):
         other.train(resume_from_checkpoint=True)
     assert digest(other.model) == before and other.matcher.running.steps == 0
+
+
+def longer(texts, than=3, rows=None):
+    return [float(len(text) > than) for text in texts]
+
+
+def longest(texts, rows=None):
+    return [1.0 for _ in texts]
+
+
+def made():
+    """Return a function that can't be told from another one of the same maker."""
+
+    def inside(texts):
+        return [1.0 for _ in texts]
+
+    return inside
+
+
+class Own(Feature):
+    name, binary = "own", False
+
+    def __init__(self, power=1):
+        self.power = power
+
+    def __call__(self, samples):
+        return samples.log_prob.new_ones(len(samples), dtype=torch.float64)
+
+    def describe(self):
+        return {}
+
+    def identity(self):
+        return {**super().identity(), "power": self.power}
+
+
+class Caller:
+    __name__ = "caller"
+
+    def __call__(self, texts):
+        return [1.0 for _ in texts]
+
+
+def classifier(seed=0, **options):
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=1, id2label={0: "NO", 1: "YES"})
+    model = GPT2ForSequenceClassification(config)
+    return Classifier(model, tokenizer(), name="yes", **{"label": "YES"} | options)
+
+
+PAIRS = [
+    (Contains("a", name="n"), Contains("a", name="n", whole_word=False), "whole_word=True and has whole_word=False"),
+    (Contains("a", name="n"), Contains(regex="a", name="n"), "regex=None and has regex='a'"),
+    (Contains("a", name="n"), Contains("a", name="n", on="tokens"), "on='text' and has on='tokens'"),
+    (Contains("a", name="n"), Scorer(longer, name="n"), "type='Contains' and has type='Scorer'"),
+    (Scorer(longer, name="n"), Scorer(longest, name="n"), "function='longer' and has function='longest'"),
+    (Scorer(longer, name="n"), Scorer(len, name="n", batched=False), "module='test_resume' and has module='builtins'"),
+    (Scorer(Caller(), name="n"), Scorer(longer, name="n"), "function='Caller' and has function='longer'"),
+    (Scorer(partial(longer, than=3)), Scorer(partial(longer, than=4)), "arguments.than=3 and has arguments.than=4"),
+    (Reward(longer, 0.5), Reward(longer, 0.1), "the constraint 'longer' had beta=0.5 and has beta=0.1"),
+    (Reward(longer, 0.5, name="n"), Reward(longest, 0.5, name="n"), "had reward.function='longer' and has"),
+    (Verifier(longer), Verifier(longer, truncated="judge"), "truncated='wrong' and has truncated='judge'"),
+    (Verifier(longer, workers=1, time_limit=1), Verifier(longer, workers=1, time_limit=2), "time_limit=1 and has"),
+    (classifier(), classifier(label="NO"), "label='YES' and has label='NO'"),
+    (classifier(), classifier(seed=1), "weights='.*' and has weights="),
+    (Own(), Own(2), "the constraint 'own' had power=1 and has power=2"),
+    (Moment(Contains("a", name="n"), 1), Moment(Contains("a", name="n"), 0, name="n"), None),
+    (Contains(any_of=["a", "b"], name="n"), Contains(any_of=["b", "a", "b"], name="n"), None),
+    (Contains(regex="a", name="n"), Contains(regex="a", name="n", whole_word=False), None),
+    (Verifier(longer), Verifier(longer, workers=2, batch_size=1, cache=0), None),
+    (Scorer(longer), Scorer(longer, batch_size=4, cache=8), None),
+    (classifier(), classifier(batch_size=2, threshold=0.9), None),
+    (Scorer(lambda texts: texts, name="n"), Scorer(made(), name="n"), None),
+    (Scorer(partial(longer, than=made())), Scorer(partial(longer, than=made())), None),
+]
+
+
+@pytest.mark.parametrize(("was", "now", "match"), PAIRS, ids=[f"{i}" for i in range(len(PAIRS))])
+def test_what_a_feature_is_made_of_is_compared(was, now, match):
+    """What changes its values is refused under the same name, and what can't be told is left out."""
+    base = dmfast.LanguageModel(gpt2(), tokenizer())
+    recorded, this = ({"the target's features": resume._plain(EBM(base, [each]).identity())} for each in (was, now))
+    assert " at 0x" not in str(recorded)
+    changes = resume.changed(recorded, this)
+    assert bool(changes) == (match is not None)
+    if match is not None:
+        with pytest.raises(ValueError, match=f"w/checkpoint-1 can't be resumed .*{match}.* lambda, Z and the proposal"):
+            resume.refuse(changes, "w/checkpoint-1")
+
+
+def test_a_checkpoint_without_the_parts_of_its_features_resumes(tmp_path):
+    job(tmp_path, **SAVED).train()
+    state = torch.load(tmp_path / "checkpoint-1" / "dmfast_state.pt", weights_only=True)
+    of_target = {"the moments", "the target's features", "the reward's features"}
+    state["settings"] = {name: value for name, value in state["settings"].items() if name not in of_target}
+    job(tmp_path, constraints=[Moment(Contains("w4", name="w3"), 0.6)]).load_state_dict(state)
+    with pytest.raises(ValueError, match="the moments were"):
+        job(tmp_path, constraints=[Moment(W3, 0.7)]).load_state_dict(state)
+
+
+def test_of_long_values_a_message_shows_where_they_differ():
+    words = [f"word {i}" for i in range(1000)]
+    said = resume._said("x", (words, [*words[:500], "other"]))
+    assert "'word 500'" in said and "'other'" in said and len(said) < 500
+
+
+def test_an_object_enters_the_settings_without_its_address():
+    assert resume._plain({"tools": [made()]}) == resume._plain({"tools": [made()]}) == '{"tools": ["function"]}'
 
 
 def test_another_objective_starts_the_mean_of_the_returns_anew(tmp_path):
@@ -99,9 +215,14 @@ def test_other_rewards_start_the_mean_of_the_returns_anew(tmp_path):
     first = job(tmp_path, **several)
     state = first.state_dict()
     assert not first._changes_since(state)
-    for changed in ({"reward": [Contains("w3"), Contains("w5")]}, {"reward_weights": [1.0, 2.0]}):
+    named = [Contains("w3"), Contains("w5", name='contains "w4"')]
+    for changed, said in (
+        ({"reward": [Contains("w3"), Contains("w5")]}, "reward was"),
+        ({"reward": named}, "the reward 'contains \"w4\"' had words=.'w4'. and has words=.'w5'.,"),
+        ({"reward_weights": [1.0, 2.0]}, "reward_weights was"),
+    ):
         other = job(tmp_path, **{**several, **changed})
-        with pytest.warns(UserWarning, match=f"{next(iter(changed))} was .* the running mean of the returns"):
+        with pytest.warns(UserWarning, match=f"{said} .* the running mean of the returns"):
             other.load_state_dict(state)
 
 

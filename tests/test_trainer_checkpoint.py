@@ -165,6 +165,44 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, size, capsys):
     assert digest(resumed.model) == digest(straight.model)
 
 
+@pytest.mark.parametrize(
+    ("settings", "last", "length", "more"),
+    [
+        ({"prompts": PROMPTS, "samples_per_context": 8}, 4, "max_steps=4", "raise max_steps above 4"),
+        ({"prompts": PROMPTS, "samples_per_context": 8}, 3, "max_steps=3", "raise max_steps above 4"),
+        ({}, 4, "max_steps=4", "raise max_steps above 4"),
+        (
+            {"prompts": PROMPTS[:4], "samples_per_context": 8},
+            -1,
+            "num_train_epochs=1, which is step 4",
+            "raise num_train_epochs above 1",
+        ),
+    ],
+    ids=["within a pass", "beyond", "without prompts", "passes"],
+)
+def test_a_checkpoint_of_the_last_step_trains_nothing_and_says_so(tmp_path, settings, last, length, more):
+    straight = job(tmp_path, **settings, max_steps=4, save_strategy="steps", save_steps=4)
+    straight.train()
+    again = job(tmp_path, **settings, max_steps=last, num_train_epochs=1)
+    with pytest.warns(UserWarning, match=f"checkpoint-4 is at step 4, and this run ends at {length}: .*, {more}$"):
+        again.train(resume_from_checkpoint="checkpoint-4")
+    assert again.state.global_step == 4 and digest(again.model) == digest(straight.model)
+
+
+def test_advice_is_for_the_command_line_or_for_python(tmp_path):
+    job(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    for command, this, newest in (
+        (True, "--resume checkpoint-1", "--resume"),
+        (False, f"resume_from_checkpoint='{tmp_path}/checkpoint-1'", "resume_from_checkpoint=True"),
+    ):
+        with pytest.raises(ValueError, match=f"nope can't be resumed from: .*pass {this}$"):
+            checkpoint.to_resume("nope", tmp_path, command=command)
+        with pytest.raises(ValueError, match=f"^{newest} takes the newest checkpoint, but there is no checkpoint in"):
+            checkpoint.to_resume(True, tmp_path / "other", command=command)
+        with pytest.warns(UserWarning, match=f"from which {newest} would go on"):
+            checkpoint.warn_of_earlier_run(tmp_path, command=command)
+
+
 def test_a_checkpoint_of_the_same_name_is_replaced(tmp_path):
     job(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     (tmp_path / "checkpoint-1" / "stale").write_text("x")
@@ -177,7 +215,7 @@ def test_a_checkpoint_of_another_wish_is_refused(tmp_path):
     job(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     other = job(tmp_path, constraints=[Moment(Contains("w3", name="w3"), 0.9)], lambda_=4.0)
     before = digest(other.model)
-    with pytest.raises(ValueError, match=r"gives \['w3'\] the values \[0.6\], this EBM wants \[0.9\]"):
+    with pytest.raises(ValueError, match=r"checkpoint-1 can't .* the moments were {.w3.: 0.6} and are {.w3.: 0.9}"):
         other.train(resume_from_checkpoint=True)
     assert digest(other.model) == before and other.target.lambda_.tolist() == [4.0]
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..samples import Samples
+from .identity import of_function
 
 _SHOWN = 200  # characters of a sample in an error
 
@@ -42,6 +43,13 @@ class Feature(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return a description of the feature for JSON."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the feature's values depend on, in plain values that are the same in every process.
+
+        A run is not resumed if they have changed. A feature of your own adds its arguments to what this returns.
+        """
+        return {"type": type(self).__name__}
 
     def of_values(self, values: FeatureValues) -> Tensor:
         """Return phi(x) of the samples of these values, (N,) fp64.
@@ -242,6 +250,12 @@ class Contains(Feature):
         return {"type": "Contains", "name": self.name, **what, "on": self.on, "whole_word": self.whole_word,
                 "ignore_case": self.ignore_case}  # fmt: skip
 
+    def identity(self) -> dict[str, Any]:
+        """Return the words in alphabetical order, or the regex, and how they are searched."""
+        of_words = {"words": sorted(set(self.words)), "whole_word": self.whole_word}
+        what = {"regex": None, **of_words} if self.regex is None else {"regex": self.regex}
+        return {**super().identity(), **what, "on": self.on, "ignore_case": self.ignore_case}
+
 
 @dataclass
 class ScorerCounts:
@@ -406,6 +420,10 @@ class Scorer(Feature):
         return {"type": "Scorer", "name": self.name, "function": f"{module}.{inner}" if module else inner,
                 "on": self.on, "batched": self.batched, "batch_size": self.batch_size, "binary": self.binary,
                 "cache": self.cache}  # fmt: skip
+
+    def identity(self) -> dict[str, Any]:
+        """Return the function's module and name, and what it takes."""
+        return {**super().identity(), "on": self.on, **of_function(self.fn)}
 
 
 def _function_name(fn: Any, *, full: bool = False) -> str:

@@ -505,12 +505,16 @@ class EBM:
             ValueError: the state is of an EBM with other moments or other values of them. Nothing has changed then.
         """
         if state["moment_names"] != self.moment_names:
-            raise ValueError(f"the state is of moments {state['moment_names']}, this EBM has {self.moment_names}")
+            raise ValueError(
+                f"the state is of an EBM with the moments {state['moment_names']}, and this one has "
+                f"{self.moment_names}: give it the constraints of the state, or leave the state and fit() it"
+            )
         values = [moment.value for moment in self._moments]
         if state["moment_values"] != values:
             raise ValueError(
-                f"the state's lambda gives {self.moment_names} the values {state['moment_values']}, "
-                f"this EBM wants {values}"
+                f"the state is of an EBM that gives the moments {self.moment_names} the values "
+                f"{state['moment_values']}, and this one gives them {values}: give it the values of the state, or "
+                "leave the state and fit() it"
             )
         new = None if state["lambda"] is None else self._valid_lambda(state["lambda"])
         report = None if state["report"] is None else LambdaFit.from_dict(state["report"])
@@ -535,6 +539,15 @@ class EBM:
             "monitor": [{**feature.describe(), "name": name} for name, feature in self._monitor],
             "fit": None if self.report is None else self.report.as_dict(),
         }
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """Return what identifies the feature of each constraint, as ``Feature.identity``, by a name for messages."""
+        pointwise = {
+            f"the constraint {each.name!r}": {"negated": each.negated, **each.feature.identity()}
+            for each in self._pointwise
+        }
+        named = zip(self.moment_names, self._moments, strict=True)
+        return pointwise | {f"the moment {name!r}": moment.feature.identity() for name, moment in named}
 
 
 class _Names:

@@ -59,6 +59,11 @@ class WeightedSum(Feature):
         parts = {name: {"weight": self.weights[name], **part.describe()} for name, part in self.parts.items()}
         return {"type": "WeightedSum", "name": self.name, "parts": parts}
 
+    def identity(self) -> dict[str, Any]:
+        """Return what identifies each part, by its name, and its weight."""
+        parts = {name: {"weight": self.weights[name], **part.identity()} for name, part in self.parts.items()}
+        return {**super().identity(), "parts": parts}
+
 
 def as_reward(reward: AnyReward, weights: Weights | None = None) -> Feature:
     """Return a reward, or several, as one feature.

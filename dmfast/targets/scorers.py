@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..samples import Samples
+from ..tensors import fingerprint
 from .constraints import Feature, Scorer
 
 
@@ -111,6 +112,16 @@ class Classifier(Scorer):
                 "output": self.output, "threshold": self.threshold, "max_length": self.max_length,
                 "batch_size": self.batch_size, "cache": self.cache}  # fmt: skip
 
+    def identity(self) -> dict[str, Any]:
+        """Return a few numbers of the model's weights, the label and the kind of output."""
+        found: dict[str, Any] = {"type": type(self).__name__, "label": self.label, "output": self.output}
+        found["max_length"] = self.max_length
+        if self.output == "binary":
+            found["threshold"] = self.threshold
+        # the name of a model would not do, because a folder may have moved
+        weights = fingerprint(self.model.parameters())
+        return found if weights is None else {**found, "weights": weights}
+
 
 class Reward(Feature):
     """A reward R(x) as the pointwise constraint b(x) = exp(R(x)/beta).
@@ -155,3 +166,7 @@ class Reward(Feature):
     def describe(self) -> dict[str, Any]:
         """Return beta and the description of R."""
         return {"type": "Reward", "name": self.name, "beta": self.beta, "reward": self.fn.describe()}
+
+    def identity(self) -> dict[str, Any]:
+        """Return beta and what identifies R."""
+        return {**super().identity(), "beta": self.beta, "reward": self.fn.identity()}

@@ -270,6 +270,11 @@ class Verifier(Scorer):
         return {"type": "Verifier", **found, "truncated": self.truncated, "workers": self.workers,
                 "time_limit": self.time_limit, "memory_limit": self.memory_limit}  # fmt: skip
 
+    def identity(self) -> dict[str, Any]:
+        """Return the function's module and name, and what can make a completion wrong besides it."""
+        return {**super().identity(), "truncated": self.truncated, "time_limit": self.time_limit,
+                "memory_limit": self.memory_limit}  # fmt: skip
+
 
 def rows_of(samples: Samples) -> list[Row]:
     """Return for each sequence the columns of its row, with ``prompt`` and ``finished``."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..kernels import warn_caller
 
@@ -64,12 +65,22 @@ def _in_order(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True)
 
 
-def to_resume(wanted: str | bool, output_dir: Path) -> Path:
+def _asked(folder: Path | None, output_dir: Path, *, command: bool) -> str:
+    """Return how to ask for a checkpoint, or for the newest one if ``folder`` is None."""
+    if not command:
+        return f"resume_from_checkpoint={True if folder is None else str(folder)!r}"
+    if folder is None:
+        return "--resume"
+    return f"--resume {folder.name if folder.parent == output_dir else folder}"
+
+
+def to_resume(wanted: str | bool, output_dir: Path, *, command: bool = False) -> Path:
     """Return the folder to resume from.
 
     Args:
         wanted: the folder's path, or its name in the run. True takes the newest checkpoint of the run.
         output_dir: the folder of the run.
+        command: whether messages advise options of ``dmfast train``, and not arguments of ``DMTrainer.train``.
 
     Raises:
         ValueError: there is no checkpoint, or it is truncated; the message names the newest whole one.
@@ -77,9 +88,10 @@ def to_resume(wanted: str | bool, output_dir: Path) -> Path:
     checkpoints = _in_order(output_dir)
     if wanted is True:
         if not checkpoints:
-            raise ValueError(f"resume_from_checkpoint=True, but there is no checkpoint in {output_dir}")
+            asked = _asked(None, output_dir, command=command)
+            raise ValueError(f"{asked} takes the newest checkpoint, but there is no checkpoint in {output_dir}")
         folder = checkpoints[0]
-        _warn_of_another_run(checkpoints)
+        _warn_of_another_run(checkpoints, output_dir, command=command)
     else:
         folder = Path(str(wanted))
         if not folder.is_dir() and (output_dir / folder).is_dir():  # checkpoint-40 of the run
@@ -90,12 +102,13 @@ def to_resume(wanted: str | bool, output_dir: Path) -> Path:
         return folder
     whole = next((p for p in checkpoints if p != folder and fault(p) is None), None)
     hint = (
-        f"the newest whole one is {whole}: pass resume_from_checkpoint={str(whole)!r}" if whole else "no other is whole"
-    )
+        f"the newest whole one is {whole}: pass {_asked(whole, output_dir, command=command)}" if whole else
+        "no other is whole"
+    )  # fmt: skip
     raise ValueError(f"the checkpoint {folder} can't be resumed from: {wrong}; {hint}")
 
 
-def _warn_of_another_run(checkpoints: list[Path]) -> None:
+def _warn_of_another_run(checkpoints: list[Path], output_dir: Path, *, command: bool) -> None:
     """Warn if the first checkpoint, which has the highest step, was written before another one."""
     written = {folder: (folder / MANIFEST).stat().st_mtime for folder in checkpoints if (folder / MANIFEST).is_file()}
     last = max(written, key=lambda folder: written[folder], default=checkpoints[0])
@@ -103,18 +116,30 @@ def _warn_of_another_run(checkpoints: list[Path]) -> None:
         warn_caller(
             f"the run goes on from {checkpoints[0]}, which has the highest step, although {last} was written later, "
             "probably by another run into the same folder; to go on with that, pass "
-            f"resume_from_checkpoint={str(last)!r}"
+            f"{_asked(last, output_dir, command=command)}"
         )
 
 
-def warn_of_earlier_run(output_dir: Path) -> None:
-    """Warn if a run that starts anew finds checkpoints of another run in its folder."""
+def step_of(folder: Path) -> int | None:
+    """Return the number of steps that a checkpoint's run had taken, or None if the checkpoint does not tell."""
+    try:
+        return int(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def warn_of_earlier_run(output_dir: Path, *, command: bool = False) -> None:
+    """Warn if a run that starts anew finds checkpoints of another run in its folder.
+
+    Args:
+        output_dir, command: as in ``to_resume``.
+    """
     found = _in_order(output_dir)
     if found:
         warn_caller(
             f"this run starts anew, and {output_dir} has {found[0].name} of an earlier one, from which "
-            "resume_from_checkpoint=True would go on while its step is the highest; give each run an output_dir of its "
-            "own, or remove the old checkpoints"
+            f"{_asked(None, output_dir, command=command)} would go on while its step is the highest; give each run an "
+            "output_dir of its own, or remove the old checkpoints"
         )
 
 

@@ -199,7 +199,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
 
     def _changes_since(self, state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Return the settings that differ from a checkpoint's state. A setting that it has not recorded is left out."""
-        return resume.changed(state.get("settings", {}), resume.settings_of(cast("DMTrainer", self)))
+        return resume.changed(resume.recorded_in(state), resume.settings_of(cast("DMTrainer", self)))
 
     def _refuse_changes(self, state: dict[str, Any], folder: object) -> None:
         kind = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))

@@ -200,6 +200,9 @@ def check_fit(
         )
     if not has_prompts and args.max_steps <= 0:
         raise ValueError("without a train_dataset there are no epochs to count: set max_steps in DMConfig")
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+        length = "max_steps=0" if args.max_steps == 0 else f"num_train_epochs={args.num_train_epochs:g}"
+        raise ValueError(f"a run with {length} trains nothing: set max_steps, or num_train_epochs, to more than 0")
     warmup = args.get_warmup_steps(args.max_steps) if args.lr_scheduler_type != "constant" else 0
     if 0 < args.max_steps <= warmup:
         warn_caller(

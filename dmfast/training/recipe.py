@@ -387,10 +387,22 @@ def prepare(
     Raises:
         RecipeError, ValueError: as ``read``, ``EBM.fit``, ``DMTrainer``.
     """
+    return _prepared(recipe, fitted, reward, resume, say, command=False)[0]
+
+
+def _prepared(
+    recipe: dict[str, Any], fitted: Mapping[str, Any] | None, reward: AnyReward | None, resume: str | bool,
+    say: Callable[[Any], None], *, command: bool,
+) -> tuple[DMTrainer, Path | None]:  # fmt: skip
+    """Return the trainer of ``prepare``, and the checkpoint from which it goes on.
+
+    Args:
+        command: whether messages advise options of the command line.
+    """
     args = _config(recipe)
     refuse_arguments(args)
     check_environment(args)
-    folder = None if not resume else checkpoint.to_resume(resume, Path(args.output_dir))
+    folder = None if not resume else checkpoint.to_resume(resume, Path(args.output_dir), command=command)
     set_seed(args.seed)  # the adapter's initial weights depend on it
     policy = _load_policy(recipe)
     model, base = _model_and_base(policy, recipe.get("lora"), say)
@@ -405,10 +417,15 @@ def prepare(
     if not target.fitted:
         target.lambda_ = [0.0] * len(target.moment_names)  # a placeholder, so that the trainer can check all else first
     trainer = DMTrainer(model, target, args, train_dataset=rows, processing_class=policy.tokenizer, reward=reward)
+    trainer.by_command = command
     if folder is not None:
         state = checkpoint.upgraded(trainer.resumable_state(folder))
         fitted = state["matcher"]["target"]
-        say(f"the run goes on from {folder}, with its lambda")
+        without = ", so that the entry fit has no effect" if recipe.get("fit") else ""
+        say(f"the run goes on from {folder}, with its lambda{without}")
+        nothing = trainer.nothing_left(folder)
+        if nothing and command:
+            say(nothing)
     if fitted is None:
         fit = {"batch_size": args.sampling_batch_size, **(recipe.get("fit") or {})}
         data = Contexts(rows, "prompts")
@@ -425,7 +442,7 @@ def prepare(
     else:
         target.load_state_dict(dict(fitted))
     say(str(target.report))
-    return trainer
+    return trainer, folder
 
 
 def _target(recipe: Mapping[str, Any], base: LanguageModel) -> EBM:
@@ -522,7 +539,7 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
         OSError: as ``DMTrainer``. Also if the model could not be saved; everything else is written then.
     """
     start = time.perf_counter()
-    trainer = prepare(recipe, resume=resume, say=say)
+    trainer, folder = _prepared(recipe, None, None, resume, say, command=True)
     args, target = trainer.args, trainer.target
     out = Path(args.output_dir)
     rows = _prompts(recipe.get("prompts"))
@@ -542,7 +559,7 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
 
     x_before, before = now(target.base)
     training = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
     training = time.perf_counter() - training
     not_saved: OSError | SafetensorError | None = None
     try:
@@ -574,7 +591,8 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
         report.write(log, out)
         say(f"{log['swaps']} swaps of q, training {training:.0f} s, all {log['seconds_all']:.0f} s; "
             f"wrote {out}/log.json, {out}/report.png" + ("" if not_saved else " and the model"))  # fmt: skip
-        say(log["verdict"])
+        nothing = None if folder is None else trainer.nothing_left(folder)
+        say(f"{nothing}. {log['verdict']}" if nothing else log["verdict"])
     if not_saved is not None:
         raise OSError(
             f"the model could not be written into {out}: {not_saved}. log.json and report.png are there; free some "

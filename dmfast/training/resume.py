@@ -18,7 +18,8 @@ from .. import sharding
 from ..adapters import PROPOSAL
 from ..estimators import PartitionFunctions
 from ..kernels import warn_caller
-from ..targets.rewards import WeightedSum
+from ..targets.rewards import WeightedSum, parts_of
+from ..tensors import fingerprint
 from ..views import AdapterView
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ REFUSED = {
     "eos_token_id": _ANOTHER_P,
     "the base's weights": _ANOTHER_P,
     "the pointwise constraints": _ANOTHER_P,
+    "the moments": _ANOTHER_P,
+    "the target's features": _ANOTHER_P,
     "on_policy": "of the checkpoint and this run, one is on-policy and one is not",
     "the adapter": "the same parameters make another model",
     "optim": "the state in the checkpoint is of another optimiser",
@@ -50,6 +53,7 @@ RENEWED = {
     "normalize": (_RETURNS, _BATCH),
     "reward": (_RETURNS, _BATCH),
     "reward_weights": (_RETURNS, _BATCH),
+    "the reward's features": (_RETURNS, _BATCH),
     "beta": (_RETURNS, _BATCH),
     "alpha": (_RETURNS, _BATCH, _BEST),
     "normalize_alpha": (_RETURNS, _BATCH),
@@ -78,6 +82,9 @@ HONOURED = (
     "sampler", "sampler_ahead", "sampler_max_lag", "bf16", "fp16", "max_prompt_length",
 )  # fmt: skip
 
+_PLURAL = ("the base's weights", "the pointwise constraints", "the moments")
+_LENGTH = 200  # characters of a value in a message
+
 #: These may change without a word, since they change no result.
 NOT_COMPARED = (
     "sampling_batch_size", "check_scores", "sampler_options", "proposal_device", "eval_samples", "eval_diversity",
@@ -88,6 +95,9 @@ NOT_COMPARED = (
 #: The settings that the length of a run in steps depends on, and therefore its schedule.
 _OF_LENGTH = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
               "samples_per_context")  # fmt: skip
+#: The settings that describe features, of which only those parts are compared that both runs tell.
+_FEATURES = ("the target's features", "the reward's features")
+
 _LONGER = ("max_steps", "num_train_epochs")  # no warning, because a run is made longer on purpose
 
 # transformers' schedulers of these kinds have more state than the number of the step
@@ -107,6 +117,9 @@ def settings_of(trainer: DMTrainer) -> dict[str, Any]:
         "eos_token_id": _plain(sorted(trainer.policy.eos_token_ids)),
         "chat_template_kwargs": _plain(dict(trainer.policy.chat_template_kwargs)),
         "the pointwise constraints": _plain(sorted(target.pointwise_names)),
+        "the moments": json.dumps(target.wanted),
+        "the target's features": _plain(target.identity()),
+        "the reward's features": _plain(_features_of(reward)),
         "the base's weights": _digest(trainer),
         "the adapter": _adapter(trainer.policy.model),
     }
@@ -117,9 +130,30 @@ def _name_of(reward: Any) -> Any:
     return _plain(list(reward.parts)) if isinstance(reward, WeightedSum) else getattr(reward, "name", None)
 
 
+def _features_of(reward: Any) -> dict[str, Any]:
+    """Return what identifies each feature of a reward, by a name for messages."""
+    several = isinstance(reward, WeightedSum)
+    parts = parts_of(reward).items()
+    return {f"the reward {name!r}" if several else "the reward": part.identity() for name, part in parts}
+
+
 def _plain(value: Any) -> Any:
     value = getattr(value, "value", value)
-    return json.dumps(value, default=str, sort_keys=True) if isinstance(value, (Mapping, list, tuple)) else value
+    return json.dumps(value, default=_told, sort_keys=True) if isinstance(value, (Mapping, list, tuple)) else value
+
+
+def _told(value: Any) -> str:
+    """Return an object as text that is the same in every process, and so without its address in memory."""
+    text = str(value)
+    return type(value).__name__ if " at 0x" in text else text
+
+
+def recorded_in(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a checkpoint's state records. Every state has the moments, also of older versions."""
+    recorded, target = dict(state.get("settings", {})), state.get("matcher", state).get("target", {})
+    if "moment_values" in target:
+        recorded["the moments"] = json.dumps(dict(zip(target["moment_names"], target["moment_values"], strict=True)))
+    return recorded
 
 
 def _digest(trainer: DMTrainer) -> str | None:
@@ -128,12 +162,7 @@ def _digest(trainer: DMTrainer) -> str | None:
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or sharding.is_sharded(base.model):
         return None
     own = {*getattr(base.model, "peft_config", {}), PROPOSAL} if isinstance(base, AdapterView) else set()
-    there = [p for name, p in base.model.named_parameters() if own.isdisjoint(name.split("."))]
-    if any(p.is_meta or sharding.is_shard(p) for p in there):
-        return None
-    sums = torch.stack([p.detach().flatten()[:8].double().sum().cpu() for p in there])
-    weights = torch.arange(1, len(sums) + 1, dtype=torch.float64)
-    return f"{len(sums)} tensors, {float(sums.sum()):.5g}, {float((weights * sums).sum()):.5g}"
+    return fingerprint(p for name, p in base.model.named_parameters() if own.isdisjoint(name.split(".")))
 
 
 def _adapter(model: Any) -> str | None:
@@ -151,10 +180,35 @@ def changed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tu
     """
     both = [name for name in (*REFUSED, *RENEWED, *HONOURED) if name in recorded and name in now]
     unknown = "the base's weights"  # their digest is None if they were sharded
-    return {
+    found = {
         name: (recorded[name], now[name]) for name in both
         if recorded[name] != now[name] and not (name == unknown and None in (recorded[name], now[name]))
     }  # fmt: skip
+    if "reward" in found:  # another reward has other features
+        found.pop("the reward's features", None)
+    for name in found.keys() & _FEATURES:
+        if not _differing(*found[name]):
+            del found[name]
+    return found
+
+
+def _differing(was: str, now: str) -> dict[tuple[str, str], tuple[Any, Any]]:
+    """Return what both of two descriptions of features tell, and tell differently, by feature and part as pairs.
+
+    Args:
+        was, now: as ``settings_of`` records them.
+    """
+    told = [_leaves(json.loads(each), ()) for each in (was, now)]
+    pairs = {path: (told[0][path], told[1][path]) for path in told[0] if path in told[1]}
+    # NaN, which is not equal to itself, is so as text
+    differing = {path: pair for path, pair in pairs.items() if pair[0] != pair[1] and str(pair[0]) != str(pair[1])}
+    return {(path[0], ".".join(path[1:])): pair for path, pair in differing.items()}
+
+
+def _leaves(value: Any, path: tuple[str, ...]) -> dict[tuple[str, ...], Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {key: leaf for name, each in value.items() for key, leaf in _leaves(each, (*path, name)).items()}
 
 
 def refuse(
@@ -184,7 +238,25 @@ def refuse(
 
 
 def _said(name: str, change: tuple[Any, Any]) -> str:
-    return f"{name} was {change[0]!r} and is {change[1]!r}"
+    if name in _FEATURES:
+        return "; ".join(
+            f"{feature} had {part}={_shown(*pair)} and has {part}={_shown(*reversed(pair))}"
+            for (feature, part), pair in _differing(*change).items()
+        )
+    was, now = ("were", "are") if name in _PLURAL else ("was", "is")
+    return f"{name} {was} {_shown(*change)} and {now} {_shown(*reversed(change))}"
+
+
+def _shown(value: Any, other: Any) -> str:
+    """Return a value for a message. Of a long one this is the part where it begins to differ from another."""
+    # a string of JSON is shown as it is
+    text, beside = (each if isinstance(each, str) and each[:1] in ("[", "{") else repr(each) for each in (value, other))
+    if len(text) <= _LENGTH:
+        return text
+    alike = next((i for i, pair in enumerate(zip(text, beside, strict=False)) if pair[0] != pair[1]), len(beside))
+    start = max(alike - _LENGTH // 2, 0)
+    cut = text[start : start + _LENGTH]
+    return f"{'...' if start else ''}{cut}{'...' if start + _LENGTH < len(text) else ''}"
 
 
 def describe(changes: Mapping[str, tuple[Any, Any]], *, steered: bool = False) -> str | None:

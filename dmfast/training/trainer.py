@@ -32,6 +32,7 @@ from transformers import (
 from .. import sharding
 from ..batch import Batch, Prompts
 from ..estimators import PartitionFunctions
+from ..kernels import warn_caller
 from ..matcher import Matcher
 from ..metrics import feature_names
 from ..models import LanguageModel
@@ -93,6 +94,7 @@ class DMTrainer(EvaluatingTrainer):
         policy: the model as a ``LanguageModel``.
         proposal: the ``OfflineProposal``, or None on-policy.
         eval_samples: the ``Samples`` of the last evaluation.
+        by_command: whether messages advise options of ``dmfast train``, and not arguments of this class.
         judge: the ``training.judge.Judge`` that tells right from wrong in evaluations, or None if nothing does.
 
     Raises:
@@ -181,6 +183,7 @@ class DMTrainer(EvaluatingTrainer):
         warn_of_generation_config(model)
         engine = engines.engine_of(args, self.policy, self._rows)
         self.target = target
+        self.by_command = False
         self._interrupt = Interrupt()
         jit, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False  # handled only while train() runs
         only_model, self._is_spread = args.save_only_model, distributed_config.is_spread(model)
@@ -317,6 +320,9 @@ class DMTrainer(EvaluatingTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], None]:
         """Draw and score all sequences of an optimiser step, then cut them into microbatches."""
+        if 0 < self.state.max_steps <= self.state.global_step:  # transformers looks only after a step whether to end
+            self.control.should_training_stop = True
+            return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return [], None
@@ -411,9 +417,13 @@ class DMTrainer(EvaluatingTrainer):
                 "the learning rates of the first train(). Make another DMTrainer, and resume its run or start anew"
             )
         if resume_from_checkpoint:
-            resume_from_checkpoint = str(checkpoint.to_resume(resume_from_checkpoint, Path(self.args.output_dir)))
+            folder = checkpoint.to_resume(resume_from_checkpoint, Path(self.args.output_dir), command=self.by_command)
+            nothing = self.nothing_left(folder)
+            if nothing and not self.by_command and self.is_world_process_zero():  # the command has said so
+                warn_caller(nothing)
+            resume_from_checkpoint = str(folder)
         elif self.is_world_process_zero():
-            checkpoint.warn_of_earlier_run(Path(self.args.output_dir))
+            checkpoint.warn_of_earlier_run(Path(self.args.output_dir), command=self.by_command)
         self._changes = {}
         self._metrics, self._model_step, self._engine_error = [], None, None
         self.matcher.forget()
@@ -434,6 +444,28 @@ class DMTrainer(EvaluatingTrainer):
             if jit is not None:
                 self.callback_handler.callbacks.remove(jit)
                 signal.signal(signal.SIGTERM, jit.jit_manager._original_sigterm_handler)
+
+    def nothing_left(self, folder: Path) -> str | None:
+        """Return the message that a run from a checkpoint has no step left to train, or None if it has one."""
+        args, step = self.args, checkpoint.step_of(folder)
+        by_steps = args.max_steps > 0
+        if by_steps:
+            last = args.max_steps
+        else:
+            a_pass = math.ceil(len(self.get_train_dataloader()) / args.gradient_accumulation_steps)
+            last = math.ceil(args.num_train_epochs * max(a_pass, 1))
+        if step is None or step < last:
+            return None
+        name = "max_steps" if by_steps else "num_train_epochs"
+        given = f"{getattr(args, name):g}"
+        length = f"{name}={given}" if by_steps else f"{name}={given}, which is step {last}"
+        what, how = "", ""
+        if self.by_command:
+            what, how = ", and only measures and saves the model", f" with --set train.{name}=N"
+        return (
+            f"{folder} is at step {step}, and this run ends at {length}: it trains nothing{what}. To go on, raise "
+            f"{name} above {step if by_steps else given}{how}"
+        )
 
     def _install_jit(self) -> JITCheckpoint | None:
         """Install transformers' checkpoint at SIGTERM for this run, if this is the main thread.
