@@ -249,6 +249,8 @@ NO_ROOM = "output_dir='.*' has 0 GB free, and the model need 0.0024 GB"
         ({"proposal_device": "cuda:7"}, "proposal_device must be a device that this machine has, .* got 'cuda:7'"),
         ({"report_to": ["clearml"]}, "report_to=.*clearml.* not installed"),
         ({"report_to": ["nonsense"]}, "nonsense is not supported"),
+        ({"learning_rate": -1.0}, "learning_rate must be 0 or more, got -1.0"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"nope": 1}}, "scheduler_kwargs=.*nope.*can't be made"),
         ({"optim": "lion_8bit"}, "optim='lion_8bit' can't be made: .*bitsandbytes"),
         ({"samples_per_context": 5, "prompts": ["He"]}, "samples_per_context = 5 must divide"),
         ({"objective": "reinforce"}, "objective 'reinforce' needs reward="),

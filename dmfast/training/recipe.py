@@ -60,6 +60,7 @@ from .config import DMConfig
 from .data import Contexts
 from .evaluation import evaluate
 from .hub import prompts_of
+from .ranges import numbers_of
 from .trainer import DMTrainer
 
 #: How many texts of before and after training a log keeps.
@@ -122,9 +123,9 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
             presets.named(recipe["train"]["preset"])
         except ValueError as error:
             raise RecipeError(f"train: {error}") from error
-    for f in fields(DMConfig):
-        if f.type in (float, "float", "float | None") and isinstance(recipe["train"].get(f.name), str):
-            recipe["train"][f.name] = _number(recipe["train"][f.name], f"train.{f.name}")
+    for name, kind in numbers_of(DMConfig).items():
+        if kind == "float" and isinstance(recipe["train"].get(name), str):
+            recipe["train"][name] = _number(recipe["train"][name], f"train.{name}")
     _check_keys(recipe.get("fit") or {}, ("n", "seed", "batch_size", "max_stderr"), "fit")
     _check_keys(recipe.get("evaluate") or {}, ("samples", "seed", "batch_size"), "evaluate")
     _check_sizes(recipe)
