@@ -44,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*fr
         ({"partition": "global"}, "'running' or 'step'"),
         ({"max_new_tokens": 0}, "max_new_tokens must be positive"),
         ({"temperature": -1.0}, "temperature must be positive"),
-        ({"max_steps": -1}, "set max_steps"),
+        ({"max_steps": -1}, "set max_steps in DMConfig to 1 or more, got max_steps=-1"),
         ({"auto_find_batch_size": True}, "refuses auto_find_batch_size"),
         ({"label_smoothing_factor": 0.1}, "no labels to smooth"),
         ({"neftune_noise_alpha": 5.0}, "noise in the policy"),
@@ -196,6 +196,16 @@ def test_one_sample_per_context_is_warned_of(tmp_path):
         trainer = job(tmp_path, prompts=PROMPTS, per_device_train_batch_size=4)
     assert trainer.samples_per_context == 1
     assert job(tmp_path, prompts=["w1"]).samples_per_context == 8
+
+
+def test_sequences_of_a_prompt_without_prompts_are_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="samples_per_context=5 is ignored, because there are no prompts: all 8 seq"):
+        assert job(tmp_path, samples_per_context=5).samples_per_context == 8
+    with warnings.catch_warnings(record=True) as recorded:
+        warnings.simplefilter("always")
+        job(tmp_path, samples_per_context=8)
+        job(tmp_path, prompts=["w1", "w2"], samples_per_context=4)
+    assert not said(recorded, "is ignored, because")
 
 
 def test_a_target_that_is_not_fitted_is_refused(tmp_path):

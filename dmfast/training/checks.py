@@ -235,7 +235,16 @@ def check_fit(
             "don't belong together"
         )
     if not has_prompts and args.max_steps <= 0:
-        raise ValueError("without a train_dataset there are no epochs to count: set max_steps in DMConfig")
+        raise ValueError(
+            "without a train_dataset there are no epochs to count: set max_steps in DMConfig to 1 or more, got "
+            f"max_steps={args.max_steps!r}"
+        )
+    of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if not has_prompts and args.samples_per_context not in (None, of_step):
+        warn_caller(
+            f"samples_per_context={args.samples_per_context!r} is ignored, because there are no prompts: all {of_step} "
+            "sequences of a step come from the one empty context. Give prompts, or leave it out"
+        )
     warmup = args.get_warmup_steps(args.max_steps) if args.lr_scheduler_type != "constant" else 0
     if 0 < args.max_steps <= warmup:
         warn_caller(

@@ -104,8 +104,9 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         max_prompt_length: prompts of more tokens are left out and not cut, and a warning counts them. Default: all
             prompts are kept, and one that does not fit into the model's context is refused.
         max_new_tokens: the most tokens of a sequence, which ends there if there was no EOS.
-        samples_per_context: n, sequences drawn from each prompt. Default: one. With one prompt, or without a data set
-            (the empty context), the default is all sequences of a step.
+        samples_per_context: n, sequences drawn from each prompt. Default: one, and with one prompt all sequences of a
+            step. Without a data set all sequences of a step come from the one empty context, and a warning says that
+            another value is ignored.
         sampling_batch_size: sequences at a time in sampling and in scoring by the base. Default: all of a step.
         check_scores: as in ``dmfast.LanguageModel``, for the policy.
         uniform_groups, max_redraws: what happens to prompts whose sequences all have the same reward, where an
