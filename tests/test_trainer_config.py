@@ -72,7 +72,7 @@ def test_what_is_refused(tmp_path, settings, message):
     ("settings", "message"),
     [
         ({"learning_rate": -1.0}, "learning_rate must be 0 or more, got -1.0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be a number, got nan"),
+        ({"learning_rate": float("nan")}, "learning_rate must be 0 or more, got nan"),
         ({"learning_rate": float("inf")}, "learning_rate must be finite, got inf"),
         ({"weight_decay": -1.0}, "weight_decay must be 0 or more, got -1.0"),
         ({"adam_beta1": 2.0}, "adam_beta1 must be from 0 to below 1, got 2.0"),
@@ -89,7 +89,7 @@ def test_what_is_refused(tmp_path, settings, message):
         ({"samples_per_context": True}, "samples_per_context must be an integer, got True"),
         ({"temperature": "1"}, "temperature must be a number, got '1'"),
         ({"normalize": "False"}, "normalize must be True or False, got 'False'"),
-        ({"objective": "alpha", "alpha": "3"}, "alpha must be a number, got '3'"),
+        ({"objective": "alpha", "alpha": "3"}, "alpha must be a number that is finite, got '3'"),
         ({"alpha": 3}, "objective 'gdc\\+\\+' does not take alpha, got 3"),
         ({"lr_scheduler_type": "nope"}, "lr_scheduler_type must be one of linear, .* got 'nope'"),
         ({"lr_scheduler_kwargs": "nope"}, "lr_scheduler_kwargs must be a mapping, or JSON of one, got 'nope'"),

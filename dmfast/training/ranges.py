@@ -19,9 +19,14 @@ _NOT_NEGATIVE = (
     "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "num_train_epochs", "log_samples",
     "gradient_variance_steps", "proposal_check_samples", "proposal_stderrs", "sampler_ahead", "sampler_max_lag",
 )  # fmt: skip
-_FINITE = ("learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs", "temperature", "proposal_stderrs")
+_FINITE = (
+    "learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs", "temperature", "proposal_stderrs",
+    "warmup_steps",
+)  # fmt: skip
 _BELOW_ONE = ("adam_beta1", "adam_beta2")
 _WORDS = {"int": "an integer", "float": "a number", "bool": "True or False"}
+#: ``Settings`` checks these, with messages that say more.
+_OF_SETTINGS = ("z_floor", "alpha", "beta", "max_return", "max_redraws")
 #: What transformers' Trainer takes as None though its annotation does not say so.
 _MAY_BE_NONE = ("max_grad_norm",)
 
@@ -50,7 +55,7 @@ def check_numbers(args: DMConfig) -> None:
     """
     kinds = numbers_of(type(args))
     for argument in fields(args):
-        if argument.name in kinds:
+        if argument.name in kinds and argument.name not in _OF_SETTINGS:
             setattr(args, argument.name, _typed(argument, kinds[argument.name], getattr(args, argument.name)))
     for name in _POSITIVE:
         _refuse(args, name, "positive", lambda value: value > 0)
@@ -75,7 +80,7 @@ def _typed(argument: Field[Any], kind: str, value: Any) -> Any:
             value = int(value)
         right = isinstance(value, Integral) and not isinstance(value, bool)
     else:
-        right = isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+        right = isinstance(value, Real) and not isinstance(value, bool)
     if not right:
         raise ValueError(f"{argument.name} must be {_WORDS[kind]}, got {value!r}")
     return value
