@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import signal
@@ -77,18 +76,20 @@ def report(runs: list[str], out: str) -> int:
 
 
 def _override(text: str) -> tuple[str, Any]:
-    """Split ``train.max_steps=5`` into the key and its value, which is read as JSON if possible."""
+    """Split ``train.max_steps=5`` into the key and its value, which is read as JSON or YAML."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"must be KEY=VALUE, such as train.max_steps=5; got {text!r}")
+    from .reading import of_command_line
+
     try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
+        return key, of_command_line(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"the value of {key}: {error}") from error
 
 
 def _parser(complete: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dmfast", description=__doc__)
+    parser = argparse.ArgumentParser(prog="dmfast", description=(__doc__ or "").replace("``", ""))
     parser.add_argument("--version", action="version", version=f"dmfast {__version__}", help="print the version")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="train a small model until half of its biographies are about women")
@@ -97,7 +98,8 @@ def _parser(complete: str) -> argparse.ArgumentParser:
     for each in (train, fit_z):
         each.add_argument("recipe", help="the file; dmfast/recipes/ has some")
         each.add_argument("--set", dest="overrides", type=_override, action="append", default=[], metavar="KEY=VALUE",
-                          help="replaces an entry, such as train.max_steps=5")  # fmt: skip
+                          help="replaces an entry, such as train.max_steps=5, by a value in JSON or YAML, such as "
+                          "'prompts=[Mary, John]'")  # fmt: skip
     fit_z.add_argument("--out", required=True, help="the .jsonl file that is written")
     fit_z.add_argument("--n", type=int, default=64, help="completions of each prompt")
     fit_z.add_argument("--seed", type=int, default=0, help="the seed of the completions")

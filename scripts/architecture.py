@@ -34,7 +34,7 @@ LAYERS = (
     ),
     Layer(
         "Trainer", "puts the step under transformers' Trainer: data, checkpoints, evaluation",
-        ("training", "presets", "integrations"),
+        ("training", "presets", "integrations", "reading"),
     ),
     Layer(
         "Step", "draws a batch, scores it once, weighs it, and commits",

@@ -395,8 +395,8 @@ CONFIGS = {
         {"sampler": "vllm", "sampler_ahead": 2},
         "sampler_ahead=2 does not go with sampler='vllm', which draws in this process",
     ),
-    "negative": (HTTP | {"sampler_ahead": -1}, "sampler_ahead must be an integer, 0 or more, got -1"),
-    "lag": (HTTP | {"sampler_ahead": 2, "sampler_max_lag": 0.5}, "sampler_max_lag must be an integer, 0 or more"),
+    "negative": (HTTP | {"sampler_ahead": -1}, "sampler_ahead must be 0 or more, got -1"),
+    "lag": (HTTP | {"sampler_ahead": 2, "sampler_max_lag": 0.5}, "sampler_max_lag must be an integer, got 0.5"),
     "lag alone": (
         HTTP | {"sampler_max_lag": 1},
         "sampler_max_lag=1 bounds what is drawn ahead, and sampler_ahead is 0",

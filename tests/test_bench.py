@@ -182,6 +182,9 @@ def test_a_step_of_ones_own_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (tmp_path / "step.png").stat().st_size > 10_000
     said = " ".join(capsys.readouterr().out.split())
     assert "whole step" in said and "What to do with this" in said
+    parts = ("loading tiny-bios", "round 1 of 2", "round 2 of 2", "the memory of the eager step", "whole step")
+    places = [said.index(part) for part in parts]
+    assert places == sorted(places)
 
 
 def test_a_model_that_is_not_there_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

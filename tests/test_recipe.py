@@ -91,6 +91,9 @@ def test_files_of_prompts(tmp_path):
         assert recipe._prompts(str(tmp_path / f"a.{suffix}")) == rows
     (tmp_path / "a.txt").write_text("He was, once\nShe\n")
     assert recipe._prompts(str(tmp_path / "a.txt")) == [row["prompt"] for row in rows]
+    for name in ("a.jsonl", "a.csv", "a.txt"):  # with a byte order mark, as Excel saves a file
+        (tmp_path / f"marked_{name}").write_text((tmp_path / name).read_text(), encoding="utf-8-sig")
+        assert recipe._prompts(str(tmp_path / f"marked_{name}")) == recipe._prompts(str(tmp_path / name))
     for name, text, message in (
         ("b.jsonl", '{"prompt": "He"}\n\n{"prompt"\n', "b.jsonl: line 3 is no JSON: .*"),
         ("b.csv", "question,answer\nHe,1\n", "must name a column 'prompt', got question, answer"),
@@ -257,10 +260,14 @@ NO_ROOM = "output_dir='.*' has 0 GB free, and the model need 0.0024 GB"
         ({"proposal_device": "cuda:7"}, "proposal_device must be a device that this machine has, .* got 'cuda:7'"),
         ({"report_to": ["clearml"]}, "report_to=.*clearml.* not installed"),
         ({"report_to": ["nonsense"]}, "nonsense is not supported"),
+        ({"learning_rate": -1.0}, "learning_rate must be 0 or more, got -1.0"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"nope": 1}}, "scheduler_kwargs=.*nope.*can't be made"),
         ({"optim": "lion_8bit"}, "optim='lion_8bit' can't be made: .*bitsandbytes"),
         ({"samples_per_context": 5, "prompts": ["He"]}, "samples_per_context = 5 must divide"),
         ({"objective": "reinforce"}, "objective 'reinforce' needs reward="),
         ({"proposal_criterion": "alpha"}, "proposal_criterion='alpha' compares"),
+        ({"stop": "zzz"}, "stop: no token of 'tiny-bios' has 'zzz' in its text"),
+        ({"stop": 5}, "stop must be a string, got 5"),
         ({"max_steps": -1}, "max_steps"),
         (
             {"max_steps": -1, "num_train_epochs": 0, "prompts": ["He"]},
@@ -285,8 +292,11 @@ def test_nothing_is_sampled_before_all_is_checked(tmp_path, changed, message, ca
     monkeypatch.setattr(LanguageModel, "sample", sampled)
     if "free" in changed:
         monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=changed["free"]))
-    resume, entries = changed.get("resume"), {k: v for k, v in changed.items() if k in ("fit", "evaluate", "prompts")}
-    own = ("fit", "evaluate", "prompts", "free", "resume")
+    resume, entries = (
+        changed.get("resume"),
+        {k: v for k, v in changed.items() if k in ("fit", "evaluate", "prompts", "stop")},
+    )
+    own = ("fit", "evaluate", "prompts", "stop", "free", "resume")
     train = {"samples_per_context": 8} | {k: v for k, v in changed.items() if k not in own}
     path = write(tmp_path, **entries, train={**SMALL["train"], "output_dir": str(tmp_path / "out"), **train})
     words = ["--resume", *([resume] if isinstance(resume, str) else [])] if resume else []
@@ -309,6 +319,49 @@ def test_a_model_that_can_t_be_saved_loses_nothing_else(tmp_path, monkeypatch, c
 def test_numbers_that_yaml_takes_for_strings(tmp_path):
     path = write(tmp_path)
     assert read(path, {"train.learning_rate": "1e-4"})["train"]["learning_rate"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("[Mary, John]", ["Mary", "John"]),
+        ("[{moment: {contains: {word: she}, value: 5e-1}}]", [{"moment": {"contains": {"word": "she"}, "value": 0.5}}]),
+        ("[1e-4, 2.E3, -.5e+1, e5]", [1e-4, 2e3, -5.0, "e5"]),
+        ("{a: 1}", {"a": 1}),
+        ("'no'", "no"),
+        ("1e-4", 1e-4),
+        ("5", 5),
+        ("True", True),
+        ("null", None),
+        ("no", "no"),
+        ("She: a", "She: a"),
+        ("\n", "\n"),
+        ("a=b", "a=b"),
+        ("", ""),
+    ],
+)
+def test_a_value_of_the_command_line_is_json_or_yaml_or_text(text, value):
+    assert dmfast.cli._override(f"a.b={text}") == ("a.b", value)
+
+
+def test_a_value_that_is_no_yaml_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        dmfast.cli.main(["train", "x.yaml", "--set", "prompts=[Mary"])
+    assert "the value of prompts: '[Mary' is no YAML" in capsys.readouterr().err
+
+
+def test_a_recipe_with_a_byte_order_mark_and_numbers_with_an_exponent(tmp_path):
+    path = write(tmp_path)
+    text = path.read_text().replace("value: 0.5", "value: 5e-1")
+    path.write_text(text, encoding="utf-8-sig")
+    assert "5e-1" in text and read(path)["constraints"] == SMALL["constraints"]
+
+
+def test_a_help_is_plain_text(capsys):
+    with pytest.raises(SystemExit):
+        dmfast.cli.main(["--help"])
+    printed = capsys.readouterr().out
+    assert "demo trains a small model" in printed and "`" not in printed
 
 
 def test_what_goes_wrong_later_is_said_without_a_traceback(tmp_path, capsys):

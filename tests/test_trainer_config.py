@@ -21,6 +21,7 @@ from trainer_tools import (
 
 import dmfast
 from dmfast import EBM, Contains, LanguageModel, Moment
+from dmfast.training.checks import check_environment
 
 # older releases of accelerate than 1.10 do not have it
 ParallelismConfig = getattr(accelerate, "ParallelismConfig", SimpleNamespace)
@@ -43,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*fr
         ({"partition": "global"}, "'running' or 'step'"),
         ({"max_new_tokens": 0}, "max_new_tokens must be positive"),
         ({"temperature": -1.0}, "temperature must be positive"),
-        ({"max_steps": -1}, "set max_steps"),
+        ({"max_steps": -1}, "set max_steps in DMConfig to 1 or more, got max_steps=-1"),
         ({"auto_find_batch_size": True}, "refuses auto_find_batch_size"),
         ({"label_smoothing_factor": 0.1}, "no labels to smooth"),
         ({"neftune_noise_alpha": 5.0}, "noise in the policy"),
@@ -65,6 +66,81 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*fr
 def test_what_is_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         job(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": -1.0}, "learning_rate must be 0 or more, got -1.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be 0 or more, got nan"),
+        ({"learning_rate": float("inf")}, "learning_rate must be finite, got inf"),
+        ({"weight_decay": -1.0}, "weight_decay must be 0 or more, got -1.0"),
+        ({"adam_beta1": 2.0}, "adam_beta1 must be from 0 to below 1, got 2.0"),
+        ({"adam_epsilon": "small"}, "adam_epsilon must be a number, got 'small'"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be 0 or more, got -1.0"),
+        ({"num_train_epochs": -1.0}, "num_train_epochs must be 0 or more, got -1.0"),
+        ({"max_steps": 0}, "max_steps must be positive, or -1 where num_train_epochs is to count, got 0"),
+        ({"seed": -1}, "seed must be from 0 to 4294967295, .* got -1"),
+        ({"data_seed": "x"}, "data_seed must be an integer, got 'x'"),
+        ({"per_device_train_batch_size": "16"}, "per_device_train_batch_size must be an integer, got '16'"),
+        ({"per_device_train_batch_size": 1.5}, "per_device_train_batch_size must be an integer, got 1.5"),
+        ({"per_device_train_batch_size": None}, "per_device_train_batch_size must be an integer, got None"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be positive, got 0"),
+        ({"samples_per_context": True}, "samples_per_context must be an integer, got True"),
+        ({"temperature": "1"}, "temperature must be a number, got '1'"),
+        ({"normalize": "False"}, "normalize must be True or False, got 'False'"),
+        ({"objective": "alpha", "alpha": "3"}, "alpha must be a number that is finite, got '3'"),
+        ({"alpha": 3}, "objective 'gdc\\+\\+' does not take alpha, got 3"),
+        ({"lr_scheduler_type": "nope"}, "lr_scheduler_type must be one of linear, .* got 'nope'"),
+        ({"lr_scheduler_kwargs": "nope"}, "lr_scheduler_kwargs must be a mapping, or JSON of one, got 'nope'"),
+    ],
+)
+def test_a_config_refuses_numbers_of_another_type_or_range(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        dmfast.DMConfig(str(tmp_path), use_cpu=True, **settings)
+
+
+def test_a_config_takes_what_transformers_takes(tmp_path):
+    args = dmfast.DMConfig(
+        str(tmp_path), use_cpu=True, max_steps=1e3, max_grad_norm=None, learning_rate=0, warmup_steps=0.1,
+        lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs='{"min_lr_rate": 0.1}', normalize=1,
+    )  # fmt: skip
+    assert args.max_steps == 1000 and isinstance(args.max_steps, int)
+    check_environment(args)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"lr_scheduler_kwargs": {"nope": 1}},
+            "would be ignored, because lr_scheduler_type='constant_with_warmup' take",
+        ),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"nope": 1}},
+            "lr_scheduler_type='cosine' with lr_scheduler_kwargs={'nope': 1} can't be made: .*'nope'",
+        ),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "can't be made: One of min_lr or min_lr_rate"),
+        ({"optim": "rmsprop", "optim_args": "alpha=-1"}, "optim='rmsprop' with optim_args='alpha=-1' can't be made"),
+    ],
+)
+def test_an_optimiser_and_a_scheduler_that_can_not_be_made_are_found_first(tmp_path, settings, message):
+    args = dmfast.DMConfig(str(tmp_path), use_cpu=True, **settings)
+    with pytest.raises(ValueError, match=message):
+        check_environment(args)
+    # what the caller brings is not made of the arguments
+    check_environment(args, own_optimizer=True, own_scheduler=True)
+
+
+def test_an_objective_that_is_infinite_at_zero_is_warned_of_on_a_filter(tmp_path):
+    settings = {"constraints": [Contains("w3")], "objective": "alpha", "alpha": 3}
+    with pytest.warns(UserWarning, match="'alpha' with alpha=3 is infinite where P.* the first one ends the run"):
+        job(tmp_path, **settings)
+    with warnings.catch_warnings(record=True) as recorded:
+        warnings.simplefilter("always")
+        job(tmp_path, max_weight=10.0, **settings)
+        job(tmp_path, objective="alpha", alpha=3)
+    assert not said(recorded, "is infinite where")
 
 
 @pytest.mark.parametrize(
@@ -120,6 +196,16 @@ def test_one_sample_per_context_is_warned_of(tmp_path):
         trainer = job(tmp_path, prompts=PROMPTS, per_device_train_batch_size=4)
     assert trainer.samples_per_context == 1
     assert job(tmp_path, prompts=["w1"]).samples_per_context == 8
+
+
+def test_sequences_of_a_prompt_without_prompts_are_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="samples_per_context=5 is ignored, because there are no prompts: all 8 seq"):
+        assert job(tmp_path, samples_per_context=5).samples_per_context == 8
+    with warnings.catch_warnings(record=True) as recorded:
+        warnings.simplefilter("always")
+        job(tmp_path, samples_per_context=8)
+        job(tmp_path, prompts=["w1", "w2"], samples_per_context=4)
+    assert not said(recorded, "is ignored, because")
 
 
 def test_a_target_that_is_not_fitted_is_refused(tmp_path):

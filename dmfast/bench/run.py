@@ -122,7 +122,7 @@ def bench(args: argparse.Namespace, say: Callable[[Any], None]) -> None:
     if args.model:
         from .step import profile
 
-        step = profile(args.model, args.batch, args.length, args.rounds)
+        step = profile(args.model, args.batch, args.length, args.rounds, say)
         say(report.step_table(step))
         say(report.step_advice(step))
         write({"machine": machine(), **step}, args.out, "step.json")

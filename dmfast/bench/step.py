@@ -94,12 +94,19 @@ def make(kind: str, name: str, batch: int, length: int) -> DMFastStep | EagerSte
     )  # fmt: skip
 
 
-def profile(name: str, batch: int, length: int, rounds: int) -> dict[str, Any]:
-    """Interleave both steps, and return ms of each phase and of the whole, and the peak memory of each."""
+def profile(
+    name: str, batch: int, length: int, rounds: int, say: Callable[[Any], None] = lambda line: None
+) -> dict[str, Any]:
+    """Interleave both steps, and return ms of each phase and of the whole, and the peak memory of each.
+
+    ``say`` gets a line before each part, since a large model takes minutes.
+    """
+    say(f"loading {name} for the step of dmfast and the plain step")
     steps = {kind: make(kind, name, batch, length) for kind in ("dmfast", "eager")}
     times: dict[str, dict[str, list[float]]] = {kind: {} for kind in steps}
     torch.manual_seed(0)
     for i in range(rounds + 1):
+        say(f"round {i} of {rounds}: a step of each" if i else "one step of each that is not timed")
         for kind in sorted(steps, reverse=bool(i % 2)):
             start = time.perf_counter()
             steps[kind]()
@@ -109,12 +116,18 @@ def profile(name: str, batch: int, length: int, rounds: int) -> dict[str, Any]:
                 both = found["policy forward"] + found["policy backward"]
                 for phase, seconds in {**found, BOTH: both, "whole step": whole}.items():
                     times[kind].setdefault(phase, []).append(seconds * 1e3)
+    say("one step of each whose forwards are counted")
+    forwards = {kind: _count(step) for kind, step in steps.items()}
+    memory = {}
+    for kind in steps:
+        say(f"the memory of the {kind} step, in a process of its own")
+        memory[kind] = _memory(kind, name, batch, length)
     return {
         "model": name, "parameters": sum(p.numel() for p in load(name).model.parameters()),
         "batch": batch, "length": length, "threads": torch.get_num_threads(),
         "ms": {kind: {phase: spread(values) for phase, values in found.items()} for kind, found in times.items()},
-        "forwards": {kind: _count(step) for kind, step in steps.items()},
-        "memory_mb": {kind: _memory(kind, name, batch, length) for kind in steps},
+        "forwards": forwards,
+        "memory_mb": memory,
     }  # fmt: skip
 
 

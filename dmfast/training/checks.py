@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .. import sharding
 from ..kernels import warn_caller
 from ..models import LanguageModel
-from ..objectives import TARGET_OBJECTIVES
+from ..objectives import TARGET_OBJECTIVES, Objective
 from ..prompts import text_part
 from ..ranks import Ranks
 from ..seeds import seed_for
@@ -97,16 +97,17 @@ def refuse_stream(args: DMConfig, *, has_eval: bool) -> None:
         )
 
 
-def check_environment(args: DMConfig, *, own_optimizer: bool = False) -> None:
+def check_environment(args: DMConfig, *, own_optimizer: bool = False, own_scheduler: bool = False) -> None:
     """Check what a run needs besides its model, before anything is loaded or drawn.
 
     Args:
         args: the arguments of the run.
         own_optimizer: whether the caller brings an optimiser, so that ``args.optim`` is not used.
+        own_scheduler: whether the caller brings a scheduler, so that ``args.lr_scheduler_type`` is not used.
 
     Raises:
         ImportError: a package of ``report_to`` or ``optim`` is not installed.
-        ValueError: ``report_to`` or ``optim`` is unknown.
+        ValueError: ``report_to`` or ``optim`` is unknown, or no optimiser or scheduler can be made of the arguments.
         OSError: nothing can be written into ``output_dir``.
     """
     for each in get_reporting_integration_callbacks(args.report_to):
@@ -114,21 +115,56 @@ def check_environment(args: DMConfig, *, own_optimizer: bool = False) -> None:
             each()
         except (ImportError, RuntimeError, AssertionError, ValueError) as error:
             raise ImportError(f"report_to={args.report_to!r} needs a package that is not installed: {error}") from error
-    if not own_optimizer:
-        _check_optimizer(args)
+    optimizer = None if own_optimizer else _optimizer_of(args)
+    if not own_scheduler:
+        _check_scheduler(args, optimizer)
     if args.should_save:
         check_writable(Path(args.output_dir))
 
 
-def _check_optimizer(args: DMConfig) -> None:
-    of_a_model = ("galore", "apollo", "lomo", "flash")  # transformers makes these of the model's own parameters
+def _optimizer_of(args: DMConfig) -> torch.optim.Optimizer | None:
+    """Return the optimiser of ``args`` for one parameter, or None where transformers makes it of a model's own.
+
+    Raises:
+        ImportError: its package is not installed.
+        ValueError: it can't be made.
+    """
+    of_a_model = ("galore", "apollo", "lomo", "adalomo", "flash")
     name = str(getattr(args.optim, "value", args.optim))
-    if name.startswith(of_a_model) or name.startswith("adalomo"):
-        return
+    if name.startswith(of_a_model):
+        return None
+    parameter = nn.Parameter(torch.zeros(1, device=args.device))
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
-    except (ImportError, ValueError, RuntimeError) as error:
-        raise type(error)(f"optim={name!r} can't be made: {error}") from error
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        made: torch.optim.Optimizer = kind([{"params": [parameter], "weight_decay": args.weight_decay}], **options)
+    except (ImportError, ValueError, RuntimeError, TypeError, AssertionError) as error:
+        given = f" with optim_args={args.optim_args!r}" if args.optim_args else ""
+        kind_of_error = ImportError if isinstance(error, ImportError) else ValueError
+        raise kind_of_error(f"optim={name!r}{given} can't be made: {error}") from error
+    return made
+
+
+def _check_scheduler(args: DMConfig, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse a scheduler that can't be made of ``args``, and arguments that it would not see.
+
+    Raises:
+        ValueError: the message names the arguments.
+    """
+    name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    if args.lr_scheduler_kwargs and name in ("constant", "constant_with_warmup"):
+        raise ValueError(
+            f"lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} would be ignored, because lr_scheduler_type={name!r} "
+            "takes none: leave them out, or choose another scheduler"
+        )
+    steps = args.max_steps if args.max_steps > 0 else 10**6  # a scheduler is not asked for its length here
+    if optimizer is None:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)  # its own rate is not known here
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"lr_scheduler_type={name!r} with lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} can't be made: {error}"
+        ) from error
 
 
 def check_writable(folder: Path) -> None:
@@ -199,16 +235,35 @@ def check_fit(
             "don't belong together"
         )
     if not has_prompts and args.max_steps <= 0:
-        raise ValueError("without a train_dataset there are no epochs to count: set max_steps in DMConfig")
-    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
-        length = "max_steps=0" if args.max_steps == 0 else f"num_train_epochs={args.num_train_epochs:g}"
-        raise ValueError(f"a run with {length} trains nothing: set max_steps, or num_train_epochs, to more than 0")
+        raise ValueError(
+            "without a train_dataset there are no epochs to count: set max_steps in DMConfig to 1 or more, got "
+            f"max_steps={args.max_steps!r}"
+        )
+    if args.max_steps < 0 and args.num_train_epochs <= 0:
+        raise ValueError(
+            f"a run with num_train_epochs={args.num_train_epochs:g} trains nothing: set max_steps, or "
+            "num_train_epochs, to more than 0"
+        )
+    of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if not has_prompts and args.samples_per_context not in (None, of_step):
+        warn_caller(
+            f"samples_per_context={args.samples_per_context!r} is ignored, because there are no prompts: all {of_step} "
+            "sequences of a step come from the one empty context. Give prompts, or leave it out"
+        )
     warmup = args.get_warmup_steps(args.max_steps) if args.lr_scheduler_type != "constant" else 0
     if 0 < args.max_steps <= warmup:
         warn_caller(
             f"the warm-up takes {warmup} steps (warmup_steps={args.warmup_steps:g}) and the run {args.max_steps} "
             f"(max_steps): it ends before it has come to learning_rate={args.learning_rate:g}; lower warmup_steps or "
             "raise max_steps"
+        )
+    template = settings.template
+    infinite = isinstance(template, Objective) and template.infinite_at_zero and args.max_weight is None
+    if infinite and target.is_filter:
+        of_alpha = "" if args.alpha is None else f" with alpha={args.alpha!r}"
+        warn_caller(
+            f"objective {settings.name!r}{of_alpha} is infinite where P(x) = 0, and {target} has such sequences: the "
+            "first one ends the run; set max_weight, or take another objective"
         )
     if contexts > 1 and (args.samples_per_context or 1) < settings.least_of_context:
         of_baseline = f" with the baseline {settings.baseline!r}" if isinstance(settings.baseline, str) else ""

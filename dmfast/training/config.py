@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..proposal import CRITERIA, NEED_ALL
 from ..sampling import check_options
 from ..settings import AnyObjective, Settings
 from . import deepspeed, launcher
+from .ranges import check_numbers
 
 
 def _field(default: Any, text: str) -> Any:
@@ -102,8 +104,9 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         max_prompt_length: prompts of more tokens are left out and not cut, and a warning counts them. Default: all
             prompts are kept, and one that does not fit into the model's context is refused.
         max_new_tokens: the most tokens of a sequence, which ends there if there was no EOS.
-        samples_per_context: n, sequences drawn from each prompt. Default: one. With one prompt, or without a data set
-            (the empty context), the default is all sequences of a step.
+        samples_per_context: n, sequences drawn from each prompt. Default: one, and with one prompt all sequences of a
+            step. Without a data set all sequences of a step come from the one empty context, and a warning says that
+            another value is ignored.
         sampling_batch_size: sequences at a time in sampling and in scoring by the base. Default: all of a step.
         check_scores: as in ``dmfast.LanguageModel``, for the policy.
         uniform_groups, max_redraws: what happens to prompts whose sequences all have the same reward, where an
@@ -246,20 +249,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         refuse_parallelism(self)  # before transformers asks for deepspeed to be installed
-        for name, value in (
-            ("max_new_tokens", self.max_new_tokens), ("max_prompt_length", self.max_prompt_length),
-            ("temperature", self.temperature),
-            ("samples_per_context", self.samples_per_context), ("sampling_batch_size", self.sampling_batch_size),
-            ("eval_samples", self.eval_samples), ("proposal_interval", self.proposal_interval),
-            ("per_device_train_batch_size", self.per_device_train_batch_size),
-            ("gradient_accumulation_steps", self.gradient_accumulation_steps),
-        ):  # fmt: skip
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value!r}")
+        check_numbers(self)
         refuse_absent_device("proposal_device", self.proposal_device)
-        for name in ("log_samples", "gradient_variance_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)!r}")
         if self.eval_diversity and not 2 <= self.eval_diversity <= self.eval_samples:
             raise ValueError(
                 "eval_diversity compares sequences of an evaluation: it must be 0, or from 2 to eval_samples="
@@ -272,8 +263,6 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             raise ValueError(
                 f"proposal_criterion must be one of {', '.join(CRITERIA)}, got {self.proposal_criterion!r}"
             )
-        if self.proposal_check_samples < 0:
-            raise ValueError(f"proposal_check_samples must be 0 or more, got {self.proposal_check_samples!r}")
         if self.on_policy and (self.proposal_check_samples or self.proposal_device is not None):
             raise ValueError(
                 "proposal_check_samples and proposal_device need a proposal, and with on_policy=True there is "
@@ -295,10 +284,25 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
                 "DMTrainer(..., objective=...)"
             )
         self.settings()
+        self._check_schedule()
         super().__post_init__()
         if self.deepspeed_plugin is not None:
             deepspeed.load_models_whole()
         self._check_sampler()
+
+    def _check_schedule(self) -> None:
+        """Refuse a scheduler that there is not, and arguments of a scheduler that are no mapping.
+
+        Raises:
+            ValueError: the message names the argument.
+        """
+        kinds = [each.value for each in SchedulerType]
+        if getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type) not in kinds:
+            raise ValueError(f"lr_scheduler_type must be one of {', '.join(kinds)}, got {self.lr_scheduler_type!r}")
+        given = self.lr_scheduler_kwargs
+        # a command line gives the JSON of a mapping, which transformers reads
+        if given is not None and not isinstance(given, Mapping) and not str(given).startswith("{"):
+            raise ValueError(f"lr_scheduler_kwargs must be a mapping, or JSON of one, got {given!r}")
 
     def _check_sampler(self) -> None:
         """Read ``sampler_options`` and refuse what does not go with an engine.
@@ -312,9 +316,6 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             except ValueError as error:
                 raise ValueError(f"sampler_options must be JSON of a mapping, got {self.sampler_options!r}") from error
         check_options(self.sampler, self.sampler_options)
-        for name, value in (("sampler_ahead", self.sampler_ahead), ("sampler_max_lag", self.sampler_max_lag)):
-            if value is not None and (not isinstance(value, int) or value < 0):
-                raise ValueError(f"{name} must be an integer, 0 or more, got {value!r}")
         if self.sampler_max_lag is not None and not self.sampler_ahead:
             raise ValueError(
                 f"sampler_max_lag={self.sampler_max_lag!r} bounds what is drawn ahead, and sampler_ahead is 0: set both"

@@ -48,6 +48,7 @@ from transformers import set_seed
 from .. import __version__, adapters, presets
 from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moments
 from ..models import LanguageModel
+from ..reading import of_yaml
 from ..samples import Samples
 from ..shipped import TINY_BIOS as TINY_BIOS  # noqa: PLC0414  # for those who import it from here
 from ..shipped import located
@@ -60,6 +61,7 @@ from .config import DMConfig
 from .data import Contexts
 from .evaluation import evaluate
 from .hub import prompts_of
+from .ranges import numbers_of
 from .trainer import DMTrainer
 
 #: How many texts of before and after training a log keeps.
@@ -97,7 +99,7 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
     import yaml
 
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        recipe = of_yaml(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise RecipeError(f"can't read the recipe {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -122,9 +124,9 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
             presets.named(recipe["train"]["preset"])
         except ValueError as error:
             raise RecipeError(f"train: {error}") from error
-    for f in fields(DMConfig):
-        if f.type in (float, "float", "float | None") and isinstance(recipe["train"].get(f.name), str):
-            recipe["train"][f.name] = _number(recipe["train"][f.name], f"train.{f.name}")
+    for name, kind in numbers_of(DMConfig).items():
+        if kind == "float" and isinstance(recipe["train"].get(name), str):
+            recipe["train"][name] = _number(recipe["train"][name], f"train.{name}")
     _check_keys(recipe.get("fit") or {}, ("n", "seed", "batch_size", "max_stderr"), "fit")
     _check_keys(recipe.get("evaluate") or {}, ("samples", "seed", "batch_size"), "evaluate")
     _check_sizes(recipe)
@@ -274,7 +276,7 @@ def _read_prompts(path: Path) -> list[Any]:
         return rows
     if path.suffix not in (".txt", ".jsonl", ".csv", ""):
         raise ValueError(f"a file of prompts is .txt (one a line), .jsonl, .csv or .parquet, got {path.suffix!r}")
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")  # Excel begins a file with a byte order mark
     if path.suffix == ".csv":
         table = csv.DictReader(text.splitlines(keepends=True))
         if "prompt" not in (table.fieldnames or ()):
@@ -303,7 +305,7 @@ def load(
         chat_template_kwargs: as in ``LanguageModel``.
 
     Raises:
-        RecipeError: there is no such model or dtype.
+        RecipeError: there is no such model or dtype, or no token has ``stop`` in its text.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -319,7 +321,15 @@ def load(
     policy = LanguageModel(model, tokenizer, chat_template_kwargs=chat_template_kwargs)
     if not stop:
         return policy
-    ends = [*policy.eos_token_ids, *(i for i in range(len(tokenizer)) if stop in tokenizer.decode([i]))]
+    if not isinstance(stop, str):
+        raise RecipeError(f"stop must be a string, got {stop!r}")
+    found = [i for i in range(len(tokenizer)) if stop in tokenizer.decode([i])]
+    if not found:
+        raise RecipeError(
+            f"stop: no token of {name!r} has {stop!r} in its text, so that it would never end a sequence: leave it "
+            "out, or give a text that lies within one token"
+        )
+    ends = [*policy.eos_token_ids, *found]
     return LanguageModel(model, tokenizer, eos_token_id=ends, chat_template_kwargs=chat_template_kwargs)
 
 

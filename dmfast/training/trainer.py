@@ -130,7 +130,8 @@ class DMTrainer(EvaluatingTrainer):
         if not isinstance(args, DMConfig):
             raise TypeError(f"args must be a dmfast.DMConfig, got {type(args).__name__}")
         refuse_arguments(args)
-        check_environment(args, own_optimizer=optimizers[0] is not None or optimizer_cls_and_kwargs is not None)
+        own = optimizers[0] is not None or optimizer_cls_and_kwargs is not None
+        check_environment(args, own_optimizer=own, own_scheduler=optimizers[1] is not None)
         distributed_config.refuse_model(model, getattr(getattr(target, "base", None), "model", None), args, peft_config)
         self._rows: Contexts | Stream = Stream(train_dataset) if is_stream(train_dataset) else Contexts(train_dataset)
         self._has_prompts = train_dataset is not None
@@ -187,7 +188,7 @@ class DMTrainer(EvaluatingTrainer):
         self._interrupt = Interrupt()
         jit, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False  # handled only while train() runs
         only_model, self._is_spread = args.save_only_model, distributed_config.is_spread(model)
-        self._changes, self.brings_optimizer = {}, optimizers[0] is not None or optimizer_cls_and_kwargs is not None
+        self._changes, self.brings_optimizer = {}, own
         if self._is_spread:
             args.save_only_model = True  # transformers refuses to write such an optimiser, so dmfast writes it
         try:
