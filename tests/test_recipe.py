@@ -26,7 +26,7 @@ from dmfast.demo import RECIPES, about_women, loop_parser, run_loop
 from dmfast.estimators import Estimate
 from dmfast.training import recipe
 from dmfast.training.recipe import TINY_BIOS, RecipeError, constraint, feature, load, read
-from dmfast.training.report import verdict
+from dmfast.training.report import table, verdict
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
 
@@ -451,7 +451,8 @@ def test_the_demo(tmp_path, capsys):
         (0.5, 0.91, "matches"),
         (0.5, 0.95, "KL.* is 0.95 ± 0.03, ideal 0.69, which may differ by 0.24 .the policy has moved"),
         (0.5, 0.44, "did not come to its target: KL"),
-        (math.nan, 0.7, "did not come"),
+        (math.nan, 0.7, "is unknown: E\\[women\\] is unknown, wanted 0.5; KL"),
+        (0.5, -7e-8, "KL.* is 0 ± 0.03, ideal 0.69, which may differ"),
     ],
 )
 def test_the_verdict(share, kl, says):
@@ -460,6 +461,27 @@ def test_the_verdict(share, kl, says):
     ideal = {"phi/women": Estimate(0.5, 0.0), "kl_policy_base": Estimate(0.69, 0.02)}
     found = verdict(before, after, ideal, ["women"])
     assert re.search(says, found) and "nine tenths of its way" in found and "two standard errors" in found
+
+
+@pytest.mark.parametrize(("now", "says"), [(0.0, "did not come to its target"), (1.0, "matches the target is unknown")])
+def test_a_verdict_on_what_no_sample_shows(now, says):
+    """Where no sequence of the base has a 0/1 constraint, p's mean of it is known to be 1, and KL(p||a) is unknown."""
+    name, nothing = 'contains "zzzz"', Estimate(math.nan, math.nan)
+    others = {"phi/half": Estimate(0.5, 0.0), "kl_policy": nothing}
+    before = {f"phi/{name}": Estimate(0.0, 0.0), "kl_policy_base": Estimate(0.0, 0.0), **others}
+    after = {f"phi/{name}": Estimate(now, 0.0), "kl_policy_base": Estimate(-1.454e-06, 9.6e-07), **others}
+    target = EBM(load("tiny-bios"), [Contains("zzzz"), Scorer(lambda texts: [0.5] * len(texts), name="half")])
+    x = target.base.sample(n=2, max_new_tokens=2, seed=0)
+    ideal = recipe._ideal(target, x)
+    assert ideal[f"phi/{name}"] == Estimate(1.0, 0.0) and math.isnan(ideal["phi/half"].value)
+    found = verdict(before, after, ideal, [name])
+    assert says in found and "nan" not in found
+    assert f"E[{name}] is {now:g}, wanted 1" in found
+    assert f"KL(π‖a) is 0, ideal unknown: no sequence had {name}" in found
+    log = {"before": before, "after": after, "ideal": ideal, "target": target.describe()}
+    rows = dict(zip(*(column._cells for column in table(log).columns[:2]), strict=True))
+    assert rows["KL(p‖π), nats"] == f"unknown: no sequence had {name}" and rows["KL(π‖a), nats"] == "0"
+    assert list(table(log).columns[3]._cells) == ["1", "unknown", "unknown", ""]
 
 
 def test_the_tiny_model_never_changes():

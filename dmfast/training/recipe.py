@@ -335,6 +335,7 @@ def _ideal(target: EBM, of_base: Samples) -> dict[str, Estimate]:
     columns = torch.cat([scores.features, scores.monitored], 1)
     names = [*target.moment_names, *target.monitor_names]
     ideal = {f"phi/{name}": e for name, e in zip(names, estimate_moments(columns, log_u), strict=True)}
+    ideal |= {f"phi/{name}": Estimate(1.0, 0.0) for name in target.zero_one_names}  # also where no sample has it
     found = estimate(of_base.log_prob, of_base.log_prob, scores.log_target, log_z, z_of=of_base.context_id)
     kl = found.kl_proposal
     if target.report is not None and target.moment_names:  # the fit of lambda had more samples, so it knows KL better
