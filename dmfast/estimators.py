@@ -407,8 +407,13 @@ class PartitionFunction:
         """The standard error of ``log_z``."""
         if self.n < 2 or self._log_sum == -math.inf:
             return math.nan
-        second = math.exp(self._log_sum_squares - 2 * self._log_sum) * self.n  # mean w^2 / (mean w)^2
+        second = self.n / self.ess  # mean w^2 / (mean w)^2
         return math.sqrt(max(second - 1.0, 0.0) / self.n)
+
+    @property
+    def ess(self) -> float:
+        """The effective number of sequences, (sum w)^2 / sum w^2; 0 until a sequence with P > 0 was seen."""
+        return 0.0 if self._log_sum == -math.inf else math.exp(2 * self._log_sum - self._log_sum_squares)
 
     def state_dict(self) -> dict[str, float]:
         """Return the state that ``load_state_dict`` restores."""

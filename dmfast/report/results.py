@@ -150,6 +150,9 @@ def training(runs: Sequence[Run]) -> str:
 
     def last(key: str) -> Callable[[Run], str]:
         def cell(run: Run) -> str:
+            entry = run.steps[-1]
+            if key in entry and not math.isfinite(math.nan if entry[key] is None else entry[key]):
+                return "unknown"
             values = run.series(key)[1]
             return number(rounded(values[-1])) if values else _MISSING
 
