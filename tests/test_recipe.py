@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import pickle
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 import yaml
 from custom_loop import train
 from trainer_job import WORDS, gpt2, tokenizer
@@ -24,6 +27,7 @@ import dmfast.cli
 from dmfast import EBM, Classifier, Contains, DMTrainer, LanguageModel, Moment, Scorer
 from dmfast.demo import RECIPES, about_women, loop_parser, run_loop
 from dmfast.estimators import Estimate
+from dmfast.kernels import warn_caller
 from dmfast.training import recipe
 from dmfast.training.recipe import TINY_BIOS, RecipeError, constraint, feature, load, read
 from dmfast.training.report import table, verdict
@@ -80,6 +84,38 @@ def test_a_recipe_from_the_wish_to_the_report(tmp_path, capsys):
     for part in ("E[women]", "KL(π‖a), nats", "before", "after", "converged", "swaps of q"):
         assert part in printed, part
     assert load(str(out)).vocab_size == 1466
+
+
+def test_the_fit_s_warnings_come_once_and_no_advice_on_masks_comes(tmp_path, monkeypatch):
+    """The guard runs a few sequences end to end, where a mask would let them see each other."""
+    transformers.utils.logging.warning_once.cache_clear()
+    said, advice = [], []
+    logger = logging.getLogger("transformers.modeling_utils")
+    monkeypatch.setattr(logger, "handlers", [SimpleNamespace(level=0, handle=advice.append)])
+    monkeypatch.setattr(logger, "propagate", False)
+    changed = {"train.output_dir": str(tmp_path / "out"), "fit": {"n": 64}}
+    with pytest.warns(UserWarning, match="is 1 in only . of 64 samples") as found:
+        trainer = recipe.prepare(read(write(tmp_path), changed), say=said.append)
+    assert len([w for w in found if "of 64 samples" in str(w.message)]) == len(trainer.target.report.warnings) > 0
+    assert "converged" in said[-1] and "warning" not in said[-1]
+    assert advice == [] and trainer.target.base.why_padded is None
+
+
+@pytest.mark.filterwarnings("always")
+def test_the_command_shows_its_own_warnings_without_a_place(monkeypatch, capsys):
+    scope = {"__name__": "warnings", "warnings": warnings, "sys": sys}  # pytest has put another function in its place
+    exec("def show(message):\n    sys.stderr.write(warnings._formatwarnmsg(message))", scope)
+    monkeypatch.setattr(warnings, "_showwarnmsg_impl", scope["show"])
+
+    def command(argv):
+        warn_caller("of dmfast")
+        warnings.warn("of another", stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(dmfast.cli, "_run", command)
+    assert dmfast.cli.main([]) == 0
+    ours, theirs, *_ = capsys.readouterr().err.splitlines()
+    assert ours == "warning: of dmfast" and theirs.endswith("UserWarning: of another") and "test_recipe.py:" in theirs
 
 
 def test_files_of_prompts(tmp_path):

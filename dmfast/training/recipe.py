@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import difflib
 import importlib
 import json
@@ -423,9 +424,11 @@ def prepare(
             **fit,
         )
         check_alike(trainer._ranks.processes, trainer.policy, target, args, data.digest, weights=False)
+        assert target.report is not None
+        say(str(dataclasses.replace(target.report, warnings=[])))  # the fit itself has given its warnings
     else:
         target.load_state_dict(dict(fitted))
-    say(str(target.report))
+        say(str(target.report))
     return trainer
 
 
