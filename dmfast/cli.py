@@ -12,6 +12,9 @@ import os
 import platform
 import signal
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -132,10 +135,31 @@ def _parser(complete: str) -> argparse.ArgumentParser:
     return parser
 
 
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show dmfast's own warnings as lines without file and line, which would be those of the interpreter's runner."""
+    others, ours = warnings.formatwarning, f"{__package__}."
+
+    def shown(message: Any, category: Any, *place: Any, **more: Any) -> str:
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_globals.get("__name__") in ("warnings", "_py_warnings"):
+            frame = frame.f_back
+        if frame.f_globals.get("__name__", "").startswith(ours):
+            return f"warning: {message}\n"
+        return others(message, category, *place, **more)
+
+    warnings.formatwarning = shown
+    try:
+        yield
+    finally:
+        warnings.formatwarning = others
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     try:
-        status = _run(argv)
+        with _plain_warnings():
+            status = _run(argv)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output, such as head, has stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,6 +12,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -159,24 +160,35 @@ def _within_generate(
     theirs = inner.generation_config
     # The model's config would fill in the fields that ours leaves open: stop_strings, max_time, cache_implementation.
     inner.generation_config = GenerationConfig()
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(_misses_no_mask)
     try:
-        return cast(
-            Tensor,
-            inner.generate(prompts, attention_mask=mask, generation_config=rules, custom_generate=loop, **more),
-        )
+        with without_advice_on_masks():  # generate itself leaves out a mask that masks nothing
+            return cast(
+                Tensor,
+                inner.generate(prompts, attention_mask=mask, generation_config=rules, custom_generate=loop, **more),
+            )
     except (AttributeError, KeyError, TypeError) as error:
         raise RuntimeError(
             f"{sharding.class_of(inner).__name__} can't be sampled: transformers' generate fails on it with {error!r}"
         ) from error
     finally:
         inner.generation_config = theirs
-        logger.removeFilter(_misses_no_mask)
+
+
+@contextmanager
+def without_advice_on_masks() -> Iterator[None]:
+    """Silence transformers' advice to pass a mask within the block, in which no mask is the right one."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    outermost = _misses_no_mask not in logger.filters
+    logger.addFilter(_misses_no_mask)
+    try:
+        yield
+    finally:
+        if outermost:
+            logger.removeFilter(_misses_no_mask)
 
 
 def _misses_no_mask(record: logging.LogRecord) -> bool:
-    """Return False for the advice to pass a mask, because generate itself leaves out a mask that masks nothing."""
+    """Return False for the advice to pass a mask."""
     return "passing in an `attention_mask`" not in record.getMessage()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from .estimators import Estimate
 from .targets import EBM, Moment, Scorer
 from .training import recipe, report
+from .training.callbacks import in_words
 from .training.evaluation import evaluate
 from .training.recipe import TINY_BIOS
 
@@ -111,7 +112,8 @@ def run_loop(args: argparse.Namespace, train: Callable[..., Iterator[dict[str, f
     ):  # fmt: skip
         history.append(metrics)
         say(f"step {metrics['step']:3.0f}  women under q {metrics['phi/women']:.2f}  KL(p‖π) "
-            f"{metrics['kl_policy']:.3f}  Z {math.exp(metrics['log_z']):.2f}  ESS {metrics['ess']:.0f}"
+            f"{in_words(metrics['kl_policy'])}  Z {in_words(metrics['z'], '.2f')}  "
+            f"ESS {in_words(metrics['ess'], '.0f')}"
             + ("  q <- pi" if metrics["swapped"] else ""))  # fmt: skip
     training = time.perf_counter() - training
     x, after = evaluate(policy, target, prompts, args.samples, seed=args.seed + 10**6, **how)

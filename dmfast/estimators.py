@@ -36,6 +36,10 @@ from .kernels.result import DMLossOutput
 
 _LOG2 = math.log(2)
 
+#: No mean of samples and no divergence that is estimated from them is known so precisely: log pi and log a of a
+#: sequence, which are sums of fp32 numbers, differ by about as much where pi equals a.
+ZERO = 1e-5
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -49,6 +53,19 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.4g} ± {self.stderr:.2g}"
+
+
+def rounded(value: float) -> float:
+    """Return 0 for a value below ``ZERO``, and any other value as it is."""
+    return 0.0 if abs(value) < ZERO else value
+
+
+def to_show(found: Estimate) -> Estimate:
+    """Return what a table or a sentence shows of an estimate: 0 for a value or a standard error below ``ZERO``.
+
+    A standard error of 0 is not shown. A value whose standard error is unknown gets 0, too.
+    """
+    return Estimate(rounded(found.value), rounded(found.stderr) if math.isfinite(found.stderr) else 0.0)
 
 
 @dataclass(frozen=True)
@@ -390,8 +407,13 @@ class PartitionFunction:
         """The standard error of ``log_z``."""
         if self.n < 2 or self._log_sum == -math.inf:
             return math.nan
-        second = math.exp(self._log_sum_squares - 2 * self._log_sum) * self.n  # mean w^2 / (mean w)^2
+        second = self.n / self.ess  # mean w^2 / (mean w)^2
         return math.sqrt(max(second - 1.0, 0.0) / self.n)
+
+    @property
+    def ess(self) -> float:
+        """The effective number of sequences, (sum w)^2 / sum w^2; 0 until a sequence with P > 0 was seen."""
+        return 0.0 if self._log_sum == -math.inf else math.exp(2 * self._log_sum - self._log_sum_squares)
 
     def state_dict(self) -> dict[str, float]:
         """Return the state that ``load_state_dict`` restores."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import sharding
-from .decoding import positions_of
+from .decoding import positions_of, without_advice_on_masks
 from .draws import random_draw
 from .families import attends_by_flash, first_position, text_config, without_adapters
 from .samples import Samples
@@ -175,7 +175,8 @@ class Guard:
         """Return (N, T, V) logits of a batch with these inputs, or None if the model can't take it."""
         inputs = {name: torch.zeros_like(ids) for name in lm._text_inputs} | inputs
         try:
-            logits: Tensor = lm._module()(input_ids=ids, use_cache=False, **inputs).logits
+            with without_advice_on_masks():  # a model tells packed sequences apart only where it gets no mask
+                logits: Tensor = lm._module()(input_ids=ids, use_cache=False, **inputs).logits
         except _FAULTS as error:
             if _is_of_the_machine(error):
                 raise

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from . import sharding, step_terms
 from .batch import Batch, Microbatch, Prompts, SamplingOptions
 from .diagnostics import gradient_variance
-from .estimators import Estimates, PartitionFunctions, RunningEstimates
+from .estimators import Estimate, Estimates, PartitionFunction, PartitionFunctions, RunningEstimates
 from .kernels import warn_caller
 from .kernels.result import DMLossOutput
 from .metrics import step_metrics
@@ -51,7 +51,7 @@ from .seeds import seed_for
 from .settings import AnyObjective, Settings, check_proposal, check_target, check_trainable
 from .targets import EBM, pass_rates
 from .targets.rewards import AnyReward, Weights, as_reward
-from .unseen import Seen, unknown, unseen
+from .unseen import Seen, unknown, unseen, z_gap
 
 #: The options of ``LanguageModel.loss`` that ``Matcher.loss`` gives itself.
 _OF_THE_BATCH = frozenset({
@@ -216,9 +216,11 @@ class Matcher:
         self._to_repeat: Batch | None = None
         self._refit = Refit(target, refit_ess, refit_samples)
         self._unseen_in_check: dict[str, float] = {}
+        self._z_gap: float | None = None  # what keeps q from becoming pi after this step
         self._compared_z = False
         self._weighs_tokens = False  # whether a loss of the batch got a weight for each token
         self._seen = Seen(target.wanted, decay)  # what the window since the last swap has shown
+        self._seen_for_z = Seen(target.wanted, 1.0)  # what all sequences that Z rests on have shown
         self._wrapped: LanguageModel | None = None
         self._since = 0.0  # the time when the batch was ready
         self._warned_of: set[tuple[int, int]] = set()  # pairs of the lengths of the fit and of a draw
@@ -601,7 +603,10 @@ class Matcher:
             if batch.anew:
                 self.estimates.clear()
                 self._seen.clear()
-            self._seen.update(gather(batch.features))
+            if batch.anew or settings.partition == "step":
+                self._seen_for_z.clear()
+            for seen in (self._seen, self._seen_for_z):
+                seen.update(gather(batch.features))
             missing = self._seen.unseen()
             if self.proposal is None and batch.first is not None:
                 log_q, log_target, log_z = (gather(each) for each in batch.first)
@@ -620,7 +625,8 @@ class Matcher:
         self._warn_of_zero(len(out.log_prob))
         metrics = step_metrics(
             batch, out, now, settings=settings, running=running, target=self.target, proposal=self.proposal,
-            swapped=swapped, ranks=self.ranks, lag=lag, missing=missing,
+            swapped=swapped, ranks=self.ranks, lag=lag, missing=missing, z_is_known=not self._seen_for_z.unseen(),
+            log_z_gap=self._z_gap,
         )  # fmt: skip
         if swapped:
             self._seen.clear()
@@ -631,6 +637,7 @@ class Matcher:
             self.running = Running.start(self.target.lambda_.tolist(), self.running.beta, self.running.steps)
             self.estimates.clear()
             self._seen.clear()
+            self._seen_for_z.clear()
         return metrics
 
     def _estimates_with(self, out: DMLossOutput) -> Estimates:
@@ -657,12 +664,13 @@ class Matcher:
     def _undone_on_error(self) -> Iterator[None]:
         """Restore the estimates and the proposal's counter if the block ends in an error."""
         estimates, steps = self.estimates.state_dict(), 0 if self.proposal is None else self.proposal.steps
-        seen = self._seen.state_dict()
+        seen, seen_for_z = self._seen.state_dict(), self._seen_for_z.state_dict()
         try:
             yield
         except BaseException:
             self.estimates.load_state_dict(estimates)
             self._seen.load_state_dict(seen)
+            self._seen_for_z.load_state_dict(seen_for_z)
             if self.proposal is not None:
                 self.proposal.steps = steps
             raise
@@ -670,20 +678,25 @@ class Matcher:
     def _maybe_swap(self, running: Running, missing: Mapping[str, float]) -> bool:
         """Replace q by pi if a check is due and pi is nearer, and return whether it was replaced.
 
+        Where the verdict rests on weights P/q, q stays while Z of the steps is far from the fit's (``z_gap``).
+
         Args:
             running: the running values, with this step.
             missing: the moments whose feature the window's sequences do not show. Without them no divergence is known.
         """
+        self._z_gap = None
         if self.proposal is None:
             return False
         if not self.settings.check_samples:
-            if missing and (self.proposal.criterion != "interval" or self.proposal.best_only):
-                return False
+            if self.proposal.criterion != "interval" or self.proposal.best_only:
+                self._z_gap = self._gap_of(running)
+                if missing or self._z_gap is not None:
+                    return False
             return self.proposal.maybe_update(self.ranks.agree)
         start, batch = time.perf_counter(), cast(Batch, self.batch)
         self._unseen_in_check = {}
         swapped = self.proposal.maybe_update(
-            lambda take: self.ranks.agree(take and not self._unseen_in_check),
+            lambda take: self.ranks.agree(take and not self._unseen_in_check and self._z_gap is None),
             fresh=lambda: self._fresh(running, *cast(Any, batch.drawn)),
         )
         batch.seconds["check"] = time.perf_counter() - start
@@ -693,7 +706,7 @@ class Matcher:
         """Return the scores of fresh sequences of q under q, a and pi, of all ranks, for a check of the proposal.
 
         They change neither a step's random numbers nor its Z. ``_unseen_in_check`` notes the moments whose features
-        they do not show.
+        they do not show, and ``_z_gap`` how far Z with them is from the fit's.
         """
         seed, gather = self._seed(f"check {running.steps}"), self.ranks.gather
         if self.check_contexts is not None:
@@ -711,22 +724,44 @@ class Matcher:
             gather(each) for each in (x.context_id, log_prob, x.log_prob, log_target)
         )
         partitions = self._started(running, x).partitions_before(self.settings.partition)
-        return log_prob, log_q, log_target, self._log_z(partitions.updated(context, log_target, log_q), context)
+        partitions = partitions.updated(context, log_target, log_q)
+        found = self._comparable(partitions)
+        self._z_gap = None if found is None else z_gap(*found)
+        return log_prob, log_q, log_target, self._log_z(partitions, context)
+
+    def _comparable(self, partitions: PartitionFunctions) -> tuple[PartitionFunction, Estimate] | None:
+        """Return Z of the steps and log Z of the fit of lambda if both are of a single context."""
+        report = self.target.report
+        if report is None or report.contexts != 1 or len(partitions) != 1:
+            return None
+        return partitions.values()[0], report.log_z
+
+    def _gap_of(self, running: Running) -> float | None:
+        """Return ``z_gap`` of the running Z, or with ``partition="step"`` of the steps since the last swap."""
+        found = self._comparable(running.partitions)
+        if found is None:
+            return None
+        steps, fit = found
+        if self.settings.partition == "step":
+            steps = PartitionFunction()
+            _, log_q, log_target, *_ = self.estimates.samples()
+            steps.update(log_target, log_q)
+        return z_gap(steps, fit)
 
     def _compare_z(self) -> None:
         """Warn once if Z of the steps is far from what the fit of lambda found, for a single context."""
-        report, partitions = self.target.report, self.running.partitions
-        if report is None or report.contexts != 1 or len(partitions) != 1 or self._compared_z:
+        both = self._comparable(self.running.partitions)
+        if both is None or self._compared_z:
             return
-        (found,) = partitions.values()
-        gap = abs(found.log_z - report.log_z.value)
-        # a Z that is unknown makes the gap NaN, for which the comparison is False
-        if gap > max(5 * math.hypot(found.stderr, report.log_z.stderr), 0.2) and found.n >= 100:
+        found, fit = both
+        # a warning is given once in a run, so it needs more errors than a swap that is only put off
+        if z_gap(found, fit, errors=5.0, trusted=0.0) is not None and found.n >= 100:
             self._compared_z = True
             warn_caller(
                 f"log Z is {found.log_z:.3f} ± {found.stderr:.2g} after {found.n:,} sequences of the steps, and the "
-                f"fit of lambda found {report.log_z}: the proposal does not show a part of p, or the fit saw another "
-                "distribution (prompts, max_new_tokens, temperature). Divergences from p are wrong by about as much"
+                f"fit of lambda found {fit}: the proposal does not show a part of p, or the fit saw another "
+                "distribution (prompts, max_new_tokens, temperature). Divergences from p are wrong by about as much, "
+                "and a proposal whose criterion is a divergence stays as it is while both Z differ so much"
             )
 
     def _warn_of_zero(self, batch: int) -> None:
@@ -758,6 +793,7 @@ class Matcher:
             "q_is_base": self._rollouts.q_is_base,
             "pool": self._refit.state_dict(),
             "seen": self._seen.state_dict(),
+            "seen_for_z": self._seen_for_z.state_dict(),
             "batch": batch,
         }
 
@@ -794,6 +830,9 @@ class Matcher:
         self.target.load_state_dict(state["target"])
         self._refit.load_state_dict(state["pool"])
         self._seen.load_state_dict(state.get("seen"))  # an older state has none
+        self._seen_for_z.load_state_dict(state.get("seen_for_z"))
+        if "seen_for_z" not in state and running.steps:
+            self._seen_for_z.assume_all()
         self.discard()
         self.running, self._to_repeat, self._rollouts.q_is_base = running, batch, q_is_base
 

@@ -18,6 +18,7 @@ from .ranks import Ranks
 from .running import Running
 from .settings import Settings
 from .targets import EBM
+from .unseen import unseen
 
 
 def step_metrics(
@@ -33,6 +34,8 @@ def step_metrics(
     ranks: Ranks,
     lag: float = 0.0,
     missing: Mapping[str, float] | None = None,
+    z_is_known: bool = True,
+    log_z_gap: float | None = None,
 ) -> dict[str, float]:
     """Return the metrics of a step by name; docs/guide/reading-a-run.md says what each is.
 
@@ -46,11 +49,14 @@ def step_metrics(
         ranks: the processes, over which the values of the batch are gathered.
         lag: the number of swaps of q since the step's sequences were drawn, as their mean.
         missing: the moments whose feature had one value in all sequences of the window, and that value.
+        z_is_known: whether the sequences that Z rests on show the features of all moments.
+        log_z_gap: what ``z_gap`` found where it keeps q from becoming pi.
     """
     gather, inputs, objective = ranks.gather, batch.inputs, batch.objective
     assert out.log_target is not None and out.log_proposal is not None and out.log_z is not None
     finite = out.log_z[out.log_z.isfinite()]
     log_z = float(finite.mean()) if len(finite) else -math.inf
+    log_z = log_z if z_is_known else math.nan
     log_u = torch.where(out.log_z == -math.inf, -math.inf, out.log_target - out.log_proposal - out.log_z)
     features = gather(batch.features)
     metrics: dict[str, float] = {}
@@ -61,8 +67,9 @@ def step_metrics(
     metrics |= {k: v for k, v in estimates.as_dict().items() if not k.startswith(("log_z", "ess"))}
     metrics |= {
         "log_z": log_z,
-        "z": math.exp(log_z) if log_z < 700 else math.inf,
-        "ess": effective_sample_size(log_u).value,
+        "z": math.inf if log_z >= 700 else math.exp(log_z),
+        # equal weights say nothing where all sequences of the step lack what p has
+        "ess": math.nan if unseen(features, target.wanted) else effective_sample_size(log_u).value,
         "swaps": float(proposal.swaps) if proposal else 0.0,
         "swapped": float(swapped),
         **weight_statistics(out.weight),
@@ -77,7 +84,10 @@ def step_metrics(
     if proposal is not None and proposal.sampler is not None:
         metrics["lag"] = lag
     if len(running.partitions) == 1 and settings.partition == "running":
-        metrics["log_z_stderr"] = running.partitions[int(batch.samples.context_id[0])].stderr
+        stderr = running.partitions[int(batch.samples.context_id[0])].stderr
+        metrics["log_z_stderr"] = stderr if z_is_known else math.nan
+    if log_z_gap is not None:
+        metrics["log_z_gap"] = log_z_gap
     if out.entropy is not None:
         metrics["entropy"] = float(out.entropy[out.scored].mean())
     if settings.baseline == "mean":
@@ -136,8 +146,8 @@ def merged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for key in {key: None for metrics in steps for key in metrics}:
-        if key.startswith("unseen/") and key not in steps[-1]:
-            continue  # a later step has seen the feature
+        if key.startswith(("unseen/", "log_z_gap")) and key not in steps[-1]:
+            continue  # it no longer holds after a later step
         values = [metrics[key] for metrics in steps if key in metrics]
         if key in _COUNTS:
             found[key] = sum(values)

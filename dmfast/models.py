@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import adapters, sharding, tensor_parallel
 from .completions import check_unknown_proposal, samples_of
-from .decoding import decode, positions_of
+from .decoding import decode, positions_of, without_advice_on_masks
 from .families import context_length, disable_dropout, execution_device, text_inputs, why_context, without_adapters
 from .functional import (
     dm_loss,
@@ -658,7 +658,8 @@ class LanguageModel:
         first = self._guard.first_position
         assert first is not None
         more = {name: torch.zeros_like(packed.tokens) for name in self._text_inputs}
-        return self._run(packed.tokens, position_ids=packed.positions + first, **more)
+        with without_advice_on_masks():  # with a mask the sequences of a row would see each other
+            return self._run(packed.tokens, position_ids=packed.positions + first, **more)
 
     def hidden_and_head(self, samples: Samples) -> HiddenAndHead:
         """Return the hidden states and the head that the logits are made of, for ``linear_dm_loss``.

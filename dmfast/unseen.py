@@ -16,11 +16,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .estimators import Estimate, Estimates, RunningEstimates
+from .estimators import Estimate, Estimates, PartitionFunction, RunningEstimates
 
 #: The share of p that may lie in sequences that were never seen. A rarer feature matters less than the error of the
 #: estimates.
 _SHARE = 0.05
+#: A smaller gap between two log Z matters less than the error of the estimates.
+_GAP = 0.2
+#: With fewer effective sequences the standard error of Z says nothing.
+_TRUSTED = 10.0
 
 
 class Seen:
@@ -28,7 +32,7 @@ class Seen:
 
     Args:
         wanted: the moments' values by name, in the order of the columns.
-        decay: the decay of the estimates.
+        decay: the decay of the estimates. With 1 all steps count, and only the range over all of them is kept.
     """
 
     def __init__(self, wanted: Mapping[str, float], decay: float = 0.8) -> None:
@@ -45,6 +49,9 @@ class Seen:
             return
         columns = features[:, : len(self.wanted)].detach().double().cpu()
         self._steps.append(torch.stack([columns.amin(0), columns.amax(0)]))
+        if self._steps.maxlen is None:
+            low, high = torch.stack(list(self._steps)).unbind(1)
+            self._steps = deque([torch.stack([low.amin(0), high.amax(0)])])
 
     def unseen(self) -> dict[str, float]:
         """Return the moments whose feature never varied and has another mean under p, with the value that was seen."""
@@ -67,12 +74,35 @@ class Seen:
         self._steps.clear()
         self._steps.extend(() if state is None else state.clone())
 
+    def assume_all(self) -> None:
+        """Take every feature as seen, because nothing is known of the steps so far."""
+        ends = torch.tensor([[-math.inf], [math.inf]], dtype=torch.float64)
+        self._steps.append(ends.expand(2, len(self.wanted)).clone())
+
 
 def unseen(features: Tensor, wanted: Mapping[str, float]) -> dict[str, float]:
     """Return ``Seen.unseen`` for these sequences alone."""
     seen = Seen(wanted)
     seen.update(features)
     return seen.unseen()
+
+
+def z_gap(steps: PartitionFunction, fit: Estimate, errors: float = 3.0, trusted: float = _TRUSTED) -> float | None:
+    """Return log Z of the steps minus that of the fit of lambda if both can't be right, and else None.
+
+    They can't if they differ by more than 0.2 and by more than ``errors`` standard errors of both. While a few
+    sequences carry the sum of the weights, the steps' standard error is computed from these few and would explain any
+    gap, so it counts only from ``trusted`` effective sequences on. Until then only a Z near the fit's will do, and
+    because more sequences bring either the one or the other, a run whose fit is right waits for a few steps at most.
+
+    Args:
+        steps: Z of the steps.
+        fit: log Z, as the fit found it.
+    """
+    gap = steps.log_z - fit.value
+    own = steps.stderr if steps.ess >= trusted else 0.0
+    explained = errors * math.hypot(*(e for e in (own, fit.stderr) if math.isfinite(e)))
+    return gap if math.isfinite(gap) and abs(gap) > max(explained, _GAP) else None
 
 
 def unknown(estimates: Estimates) -> Estimates:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import pickle
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 import yaml
 from custom_loop import train
 from trainer_job import WORDS, gpt2, tokenizer
@@ -24,9 +27,10 @@ import dmfast.cli
 from dmfast import EBM, Classifier, Contains, DMTrainer, LanguageModel, Moment, Scorer
 from dmfast.demo import RECIPES, about_women, loop_parser, run_loop
 from dmfast.estimators import Estimate
+from dmfast.kernels import warn_caller
 from dmfast.training import recipe
 from dmfast.training.recipe import TINY_BIOS, RecipeError, constraint, feature, load, read
-from dmfast.training.report import verdict
+from dmfast.training.report import table, verdict
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
 
@@ -80,6 +84,38 @@ def test_a_recipe_from_the_wish_to_the_report(tmp_path, capsys):
     for part in ("E[women]", "KL(π‖a), nats", "before", "after", "converged", "swaps of q"):
         assert part in printed, part
     assert load(str(out)).vocab_size == 1466
+
+
+def test_the_fit_s_warnings_come_once_and_no_advice_on_masks_comes(tmp_path, monkeypatch):
+    """The guard runs a few sequences end to end, where a mask would let them see each other."""
+    transformers.utils.logging.warning_once.cache_clear()
+    said, advice = [], []
+    logger = logging.getLogger("transformers.modeling_utils")
+    monkeypatch.setattr(logger, "handlers", [SimpleNamespace(level=0, handle=advice.append)])
+    monkeypatch.setattr(logger, "propagate", False)
+    changed = {"train.output_dir": str(tmp_path / "out"), "fit": {"n": 64}}
+    with pytest.warns(UserWarning, match="is 1 in only . of 64 samples") as found:
+        trainer = recipe.prepare(read(write(tmp_path), changed), say=said.append)
+    assert len([w for w in found if "of 64 samples" in str(w.message)]) == len(trainer.target.report.warnings) > 0
+    assert "converged" in said[-1] and "warning" not in said[-1]
+    assert advice == [] and trainer.target.base.why_padded is None
+
+
+@pytest.mark.filterwarnings("always")
+def test_the_command_shows_its_own_warnings_without_a_place(monkeypatch, capsys):
+    scope = {"__name__": "warnings", "warnings": warnings, "sys": sys}  # pytest has put another function in its place
+    exec("def show(message):\n    sys.stderr.write(warnings._formatwarnmsg(message))", scope)
+    monkeypatch.setattr(warnings, "_showwarnmsg_impl", scope["show"])
+
+    def command(argv):
+        warn_caller("of dmfast")
+        warnings.warn("of another", stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(dmfast.cli, "_run", command)
+    assert dmfast.cli.main([]) == 0
+    ours, theirs, *_ = capsys.readouterr().err.splitlines()
+    assert ours == "warning: of dmfast" and theirs.endswith("UserWarning: of another") and "test_recipe.py:" in theirs
 
 
 def test_files_of_prompts(tmp_path):
@@ -273,7 +309,7 @@ NO_ROOM = "output_dir='.*' has 0 GB free, and the model need 0.0024 GB"
             {"max_steps": -1, "num_train_epochs": 0, "prompts": ["He"]},
             "num_train_epochs=0 trains nothing: set max_steps",
         ),
-        ({"max_steps": 0, "prompts": ["He"]}, "a run with max_steps=0 trains nothing"),
+        ({"max_steps": 0, "prompts": ["He"]}, "max_steps must be positive, or -1"),
         ({"auto_find_batch_size": True}, "refuses auto_find_batch_size"),
         ({"output_dir": "/proc/here"}, "nothing can be written into output_dir='/proc/here'"),
         ({"resume": True}, "there is no checkpoint in"),
@@ -517,7 +553,8 @@ def test_the_demo(tmp_path, capsys):
         (0.5, 0.91, "matches"),
         (0.5, 0.95, "KL.* is 0.95 ± 0.03, ideal 0.69, which may differ by 0.24 .the policy has moved"),
         (0.5, 0.44, "did not come to its target: KL"),
-        (math.nan, 0.7, "did not come"),
+        (math.nan, 0.7, "is unknown: E\\[women\\] is unknown, wanted 0.5; KL"),
+        (0.5, -7e-8, "KL.* is 0 ± 0.03, ideal 0.69, which may differ"),
     ],
 )
 def test_the_verdict(share, kl, says):
@@ -526,6 +563,27 @@ def test_the_verdict(share, kl, says):
     ideal = {"phi/women": Estimate(0.5, 0.0), "kl_policy_base": Estimate(0.69, 0.02)}
     found = verdict(before, after, ideal, ["women"])
     assert re.search(says, found) and "nine tenths of its way" in found and "two standard errors" in found
+
+
+@pytest.mark.parametrize(("now", "says"), [(0.0, "did not come to its target"), (1.0, "matches the target is unknown")])
+def test_a_verdict_on_what_no_sample_shows(now, says):
+    """Where no sequence of the base has a 0/1 constraint, p's mean of it is known to be 1, and KL(p||a) is unknown."""
+    name, nothing = 'contains "zzzz"', Estimate(math.nan, math.nan)
+    others = {"phi/half": Estimate(0.5, 0.0), "kl_policy": nothing}
+    before = {f"phi/{name}": Estimate(0.0, 0.0), "kl_policy_base": Estimate(0.0, 0.0), **others}
+    after = {f"phi/{name}": Estimate(now, 0.0), "kl_policy_base": Estimate(-1.454e-06, 9.6e-07), **others}
+    target = EBM(load("tiny-bios"), [Contains("zzzz"), Scorer(lambda texts: [0.5] * len(texts), name="half")])
+    x = target.base.sample(n=2, max_new_tokens=2, seed=0)
+    ideal = recipe._ideal(target, x)
+    assert ideal[f"phi/{name}"] == Estimate(1.0, 0.0) and math.isnan(ideal["phi/half"].value)
+    found = verdict(before, after, ideal, [name])
+    assert says in found and "nan" not in found
+    assert f"E[{name}] is {now:g}, wanted 1" in found
+    assert f"KL(π‖a) is 0, ideal unknown: no sequence had {name}" in found
+    log = {"before": before, "after": after, "ideal": ideal, "target": target.describe()}
+    rows = dict(zip(*(column._cells for column in table(log).columns[:2]), strict=True))
+    assert rows["KL(p‖π), nats"] == f"unknown: no sequence had {name}" and rows["KL(π‖a), nats"] == "0"
+    assert list(table(log).columns[3]._cells) == ["1", "unknown", "unknown", ""]
 
 
 def test_the_tiny_model_never_changes():

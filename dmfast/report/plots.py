@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..estimators import rounded
 from .marks import INK, color, dash, ink, letter, mark
 from .runs import Run
 
-ZERO = 1e-6  # no mean of samples and no divergence that is estimated from them is known so precisely
 _FEW = 2  # so many values under pi are read in the table of results, without a picture
 
 
@@ -29,7 +29,7 @@ class Plot:
         target: the text on that line.
         log: whether the axis is logarithmic, if all values are positive.
         swaps: whether to mark the steps at which q became pi.
-        free: whether a value below ``ZERO`` may be more than noise.
+        free: whether a value below ``estimators.ZERO`` may be more than noise.
     """
 
     title: str
@@ -207,7 +207,7 @@ def _over_steps(axis: Any, plot: Plot, runs: Sequence[Run]) -> None:
     ends: dict[int, tuple[float, float]] = {}
 
     def cleaned(y: Sequence[float]) -> list[float]:
-        return [0.0 if abs(value) < ZERO and not plot.free else value for value in y]
+        return y if plot.free else [rounded(value) for value in y]
 
     for i, run in enumerate(runs):
         for key in plot.lines:

@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from ..estimators import Estimate
+from ..estimators import Estimate, rounded, to_show
 from .marks import name, short
-from .plots import ZERO
 from .runs import Run
 
 Rows = Sequence[tuple[str, Sequence[str]]]  # HTML of the head of each row, HTML of its cells
@@ -30,16 +29,16 @@ def number(value: float) -> str:
 
 
 def estimate(found: Estimate | None) -> str:
-    """Return a value with as many digits as its standard error allows, and 0 for what is smaller than ``ZERO``."""
+    """Return a value with as many digits as its standard error allows, by the rule of ``to_show``."""
     if found is None or not math.isfinite(found.value):
         return _MISSING
-    value = 0.0 if abs(found.value) < ZERO else found.value
-    if not found.stderr >= ZERO or not math.isfinite(found.stderr):  # not estimated, or known
-        return number(value)
+    found = to_show(found)
+    if not found.stderr:
+        return number(found.value)
     digits = 1 - math.floor(math.log10(found.stderr))
     if digits < 0:
-        return f"{value:.4g} ±\u00a0{found.stderr:.2g}"
-    return f"{value:.{digits}f} ±\u00a0{found.stderr:.{digits}f}"
+        return f"{found.value:.4g} ±\u00a0{found.stderr:.2g}"
+    return f"{found.value:.{digits}f} ±\u00a0{found.stderr:.{digits}f}"
 
 
 def table(head: Sequence[str], groups: Sequence[tuple[str, Rows]]) -> str:
@@ -101,7 +100,8 @@ def verdicts(runs: Sequence[Run]) -> str:
     return f'<div class="verdicts">{"".join(parts)}</div>{below}'
 
 
-_SAID = {"The policy matches the target": ("yes", "✓ "), "The run did not come to its target": ("no", "✗ ")}
+_SAID = {"The policy matches the target": ("yes", "✓ "), "The run did not come to its target": ("no", "✗ "),
+         "Whether the policy matches the target is unknown": ("", "? ")}  # fmt: skip
 _NONE = "No verdict: the file of this run has none. dmfast train and dmfast demo write one into log.json."
 
 
@@ -120,9 +120,9 @@ def measures(runs: Sequence[Run]) -> str:
     for key in sorted(seen, key=place):
         title = f"E[{key[4:]}]" if key.startswith("phi/") else TITLES.get(key, key)
         cells = [
-            [_measured(run, run.before, key), _measured(run, run.after, key), estimate(run.ideal.get(key))]
+            [_measured(found, key) for found in (run.before, run.after, run.ideal)]
             for run in runs
-        ]
+        ]  # fmt: skip
         if len(runs) == 1:
             groups.append(("", [(escape(title), cells[0])]))
         else:
@@ -135,12 +135,10 @@ def measures(runs: Sequence[Run]) -> str:
     )
 
 
-def _measured(run: Run, found: dict[str, Estimate], key: str) -> str:
-    """Return the estimate, and "unknown" for a KL(p||pi) of samples that all have, or all lack, what is asked for."""
-    if key == "kl_policy" and key in found and not math.isfinite(found[key].value):
-        wanted = [name for name in run.ideal if name.startswith("phi/")]
-        if any(name in found and found[name].stderr == 0 for name in wanted):
-            return "unknown"
+def _measured(found: dict[str, Estimate], key: str) -> str:
+    """Return the estimate, and "unknown" for a KL that the samples don't tell."""
+    if key.startswith("kl_") and key in found and math.isnan(found[key].value):
+        return "unknown"
     return estimate(found.get(key))
 
 
@@ -152,8 +150,11 @@ def training(runs: Sequence[Run]) -> str:
 
     def last(key: str) -> Callable[[Run], str]:
         def cell(run: Run) -> str:
+            entry = run.steps[-1]
+            if key in entry and not math.isfinite(math.nan if entry[key] is None else entry[key]):
+                return "unknown"
             values = run.series(key)[1]
-            return number(0.0 if abs(values[-1]) < ZERO else values[-1]) if values else _MISSING
+            return number(rounded(values[-1])) if values else _MISSING
 
         return cell
 

@@ -156,6 +156,11 @@ class EBM:
         return []
 
     @property
+    def zero_one_names(self) -> list[str]:
+        """The names of the pointwise constraints whose b(x) is always 0 or 1, so that b is 1 throughout p."""
+        return [each.name for each in self._pointwise if each.feature.binary]
+
+    @property
     def wanted(self) -> dict[str, float]:
         """The moments' wanted values by their names."""
         return {name: moment.value for name, moment in zip(self.moment_names, self._moments, strict=True)}

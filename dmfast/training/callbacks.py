@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import threading
@@ -141,6 +142,12 @@ class JITCheckpoint(JITCheckpointCallback):  # type: ignore[misc]
     on_epoch_end = on_step_end
 
 
+def in_words(value: float, form: str = ".3f") -> str:
+    """Return a number in this format, "unknown" for NaN, and 0 without a sign."""
+    text = format(value, form)
+    return "unknown" if math.isnan(value) else text.removeprefix("-") if not float(text) else text
+
+
 def log_line(step: int, logs: Mapping[str, Any]) -> str:
     """Return one step, evaluation or end of training as a line."""
     evaluation = any(key.startswith("eval_") for key in logs)
@@ -149,14 +156,17 @@ def log_line(step: int, logs: Mapping[str, Any]) -> str:
     prefix = next(known, "eval_") if evaluation else ""
 
     def number(key: str, form: str = ".3f") -> str:
-        return format(logs[prefix + key], form) if isinstance(logs.get(prefix + key), (int, float)) else ""
+        value = logs.get(prefix + key)
+        return in_words(value, form) if isinstance(value, (int, float)) else ""
 
     def with_error(key: str) -> str:
         value, error = number(key), number(f"{key}_stderr")
-        return f"{value} ± {error}" if error else value
+        return f"{value} ± {error}" if error not in ("", "unknown") else value
 
     missing = {k.split("/", 1)[1]: v for k, v in logs.items() if k.startswith(f"{prefix}unseen/")}
     unknown = f"unknown: {said(missing)}" if missing else ""
+    if not unknown and logs.get("z") == 0:
+        unknown = "unknown: no sequence met all constraints"
     of = f" of {prefix[5:-1]}" if len(prefix) > 5 else ""
     parts = [f"step {step:4d}" + (f" evaluation{of}" if evaluation else "")]
     for key in logs:
@@ -173,8 +183,11 @@ def log_line(step: int, logs: Mapping[str, Any]) -> str:
             shown = number(key, form) if form else with_error(key)
             if key == "kl_policy" and unknown:
                 shown = unknown
-            if key == "ess" and "sequences" in logs:
-                shown = "unknown" if unknown else f"{shown} of {logs['sequences']:.0f}"
+            if key == "ess" and "sequences" in logs and shown != "unknown":
+                shown = f"{shown} of {logs['sequences']:.0f}"
+            if key == "z" and "log_z_gap" in logs:
+                gap = logs["log_z_gap"]
+                shown += f" (log Z is {abs(gap):.2g} {'above' if gap > 0 else 'below'} the fit's: q stays)"
             parts.append(f"{title} {shown}")
     if "seconds_sampling" in logs:
         seconds = "  ".join(f"{what} {logs[f'seconds_{what}']:.2f}" for what in ("sampling", "scoring", "policy"))

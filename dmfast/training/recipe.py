@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import difflib
 import importlib
 import json
@@ -345,6 +346,7 @@ def _ideal(target: EBM, of_base: Samples) -> dict[str, Estimate]:
     columns = torch.cat([scores.features, scores.monitored], 1)
     names = [*target.moment_names, *target.monitor_names]
     ideal = {f"phi/{name}": e for name, e in zip(names, estimate_moments(columns, log_u), strict=True)}
+    ideal |= {f"phi/{name}": Estimate(1.0, 0.0) for name in target.zero_one_names}  # also where no sample has it
     found = estimate(of_base.log_prob, of_base.log_prob, scores.log_target, log_z, z_of=of_base.context_id)
     kl = found.kl_proposal
     if target.report is not None and target.moment_names:  # the fit of lambda had more samples, so it knows KL better
@@ -449,9 +451,11 @@ def _prepared(
             **fit,
         )
         check_alike(trainer._ranks.processes, trainer.policy, target, args, data.digest, weights=False)
+        assert target.report is not None
+        say(str(dataclasses.replace(target.report, warnings=[])))  # the fit itself has given its warnings
     else:
         target.load_state_dict(dict(fitted))
-    say(str(target.report))
+        say(str(target.report))
     return trainer, folder
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import __version__, kernels
-from ..estimators import Estimate
+from ..estimators import Estimate, rounded, to_show
 from ..metrics import logged_features
 from ..unseen import said
 
@@ -137,28 +137,32 @@ def table(log: Mapping[str, Any]) -> Any:
         "truncated": "cut off",
     }
 
-    def shown(found: Estimate | None) -> str:
-        if found is None:
-            return ""
-        # a stderr of NaN says that there is no error estimate, and one of 0 that the value is exact
-        return str(found) if found.stderr > 0 else f"{found.value:.4g}"
-
     for name, before in log["before"].items():
         title = f"E[{name[4:]}]" if name.startswith("phi/") else titles.get(name, name)
-        cells = [shown(before), shown(log["after"][name]), shown(log["ideal"].get(name))]
+        ideal = log["ideal"].get(name)
+        cells = [shown(before), shown(log["after"][name]), "" if ideal is None else shown(ideal)]
         if name == "kl_policy":
             cells[:2] = [_unknown(log, key) or cell for key, cell in zip(("before", "after"), cells[:2], strict=True)]
         table.add_row(title, *cells)
     return table
 
 
+def shown(found: Estimate) -> str:
+    """Return an estimate in words, by the rule of ``to_show``: "unknown" for NaN."""
+    if math.isnan(found.value):
+        return "unknown"
+    found = to_show(found)
+    return str(found) if found.stderr else f"{found.value:.4g}"
+
+
 def _unknown(log: Mapping[str, Any], key: str) -> str | None:
-    """Return why KL(p||pi) is unknown, because a moment had one value in all samples, or None if it is known."""
+    """Return why KL(p||pi) is unknown, because a feature had one value in all samples, or None if it is known."""
     if not math.isnan(log[key]["kl_policy"].value):
         return None
-    names = [m["name"] for m in log.get("target", {}).get("moments", [])]
-    never = {name: log[key][f"phi/{name}"] for name in names}
-    missing = {name: e.value for name, e in never.items() if e.stderr == 0}
+    target = log.get("target", {})
+    pointwise, moments = ([each["name"] for each in target.get(kind, [])] for kind in ("pointwise", "moments"))
+    of = {name: log[key][f"phi/{name}"] for name in [*pointwise, *moments]}
+    missing = {name: e.value for name, e in of.items() if e.stderr == 0 and (e.value == 0 or name in moments)}
     return f"unknown: {said(missing)}" if missing else None
 
 
@@ -171,38 +175,46 @@ def verdict(
     """Say whether a run came to its target, and by which criterion.
 
     Each feature must have come nine tenths of the way from where it began to where p has it, and KL(pi||a) must be
-    within a quarter of KL(p||a). Two standard errors are allowed beyond either.
+    within a quarter of KL(p||a). Two standard errors are allowed beyond either. What the samples can't tell (NaN) is
+    said to be unknown, with the features that none of them had.
 
     Args:
         before, after, ideal: the measures of the policy at the start, of the policy at the end, and of p.
         names: the features that are constrained.
     """
-    wrong, right = [], []
+    never = {name: 0.0 for name in names if before[f"phi/{name}"].value == 0}
+    why = f"unknown: {said(never) if never else 'no sequence of the base met all constraints'}"
+    wrong, right, unknown = [], [], []
+
+    def compare(title: str, now: Estimate, what: str, wanted: Estimate, allowed: float, hint: str = "") -> None:
+        text = f"{title} is {shown(now)}, {what} {why if math.isnan(wanted.value) else f'{rounded(wanted.value):.4g}'}"
+        if math.isnan(now.value) or math.isnan(allowed):  # allowed is NaN where wanted is
+            unknown.append(text)
+        elif abs(now.value - wanted.value) > allowed:
+            wrong.append(f"{text}, which may differ by {allowed:.2g}{hint}")
+        else:
+            right.append(text)
+
     for name in names:
         now, wanted = after[f"phi/{name}"], ideal[f"phi/{name}"]
-        gap, way = abs(now.value - wanted.value), abs(before[f"phi/{name}"].value - wanted.value)
-        allowed = _LEFT * way + 2 * _error_of(now, wanted)
-        said = f"E[{name}] is {now}, wanted {wanted.value:.4g}"
-        if not gap <= allowed:  # written so that NaN does not match
-            wrong.append(f"{said}, which may differ by {allowed:.2g}")
-        else:
-            right.append(said)
+        way = abs(before[f"phi/{name}"].value - wanted.value)
+        compare(f"E[{name}]", now, "wanted", wanted, _LEFT * way + 2 * _error_of(now, wanted))
     now, wanted = after["kl_policy_base"], ideal["kl_policy_base"]
-    allowed = _KL * wanted.value + 2 * _error_of(now, wanted)
-    said = f"KL(π‖a) is {now}, ideal {wanted.value:.4g}"
-    if not abs(now.value - wanted.value) <= allowed:
-        hint = " (the policy has moved in ways that nobody asked for)" if now.value > wanted.value else ""
-        wrong.append(f"{said}, which may differ by {allowed:.2g}{hint}")
-    else:
-        right.append(said)
+    hint = " (the policy has moved in ways that nobody asked for)" if now.value > wanted.value else ""
+    compare("KL(π‖a)", now, "ideal", wanted, _KL * wanted.value + 2 * _error_of(now, wanted), hint)
     criterion = (
         "Criterion: each E has come nine tenths of its way, KL(π‖a) is within a quarter of KL(p‖a), "
         "each give or take two standard errors."
     )
     if wrong:
         return (
-            f"The run did not come to its target: {'; '.join(wrong)}. Try more steps, a lower learning rate where "
-            f"KL(π‖a) is too large, or more sequences a step. {criterion}"
+            f"The run did not come to its target: {'; '.join([*wrong, *unknown])}. Try more steps, a lower learning "
+            f"rate where KL(π‖a) is too large, or more sequences a step. {criterion}"
+        )
+    if unknown:
+        return (
+            f"Whether the policy matches the target is unknown: {'; '.join([*unknown, *right])}. Evaluate on more "
+            f"sequences. {criterion}"
         )
     return f"The policy matches the target: {'; '.join(right)}. {criterion}"
 
