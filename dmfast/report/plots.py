@@ -207,7 +207,7 @@ def _over_steps(axis: Any, plot: Plot, runs: Sequence[Run]) -> None:
     ends: dict[int, tuple[float, float]] = {}
 
     def cleaned(y: Sequence[float]) -> list[float]:
-        return y if plot.free else [rounded(value) for value in y]
+        return list(y) if plot.free else [rounded(value) for value in y]
 
     for i, run in enumerate(runs):
         for key in plot.lines:
