@@ -49,6 +49,20 @@ def through_logits(policy):
     return policy
 
 
+@torch.no_grad()
+def with_exact_body(model):
+    """Return the model with layers that add 0 to their input.
+
+    Its hidden states are then the same in the sampler's steps and in a whole forward. In 16 bits some CPUs round the
+    products of these two differently, and a test of the head would see that instead.
+    """
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in ("o_proj", "down_proj", "dense", "fc2"):
+            for parameter in module.parameters():
+                parameter.zero_()
+    return model
+
+
 def compare_paths(build_model, hidden=True):
     found = []
     for path in (lambda policy: policy, through_logits):
@@ -149,7 +163,7 @@ def test_hidden_states_under_autocast():
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere"])
 def test_a_16_bit_head_is_multiplied_into_fp32_by_sampler_scorer_and_loss(name, dtype):
     policy = lm(name)
-    policy.model.to(dtype)
+    with_exact_body(policy.model).to(dtype)
     x = policy.sample(PROMPTS, 16, max_new_tokens=6, seed=0)
     assert policy._head.rounds(policy.model)
     # The first step of the first call did not know the head yet.
@@ -162,11 +176,10 @@ def test_a_16_bit_head_is_multiplied_into_fp32_by_sampler_scorer_and_loss(name, 
         close(dmfast.sequence_log_prob(logits, labels), scored, 1e-4)
         out = policy.loss(x, log_target=x.log_prob, log_proposal=x.log_prob, log_z=0.0)
         assert torch.equal(out.log_prob, scored)
-    # What is left is what the body's 16 bits do to one forward or another.
     rounded = through_logits(policy)
     drawn, labels = rounded.sample(PROMPTS, 16, max_new_tokens=6, seed=0), rounded.logits(x)[1]
     apart = (dmfast.sequence_log_prob(rounded.logits(x)[0], labels) - x.log_prob).std()
-    assert (scored - x.log_prob).std() < apart
+    assert (scored - x.log_prob).abs().max() < 1e-4 < apart
     assert (drawn.log_prob - x.log_prob).abs().max() > 0
 
 
@@ -177,6 +190,7 @@ def off_by(policy, x):
 
 def test_a_model_that_changes_its_dtype_is_asked_again():
     policy = lm("llama")
+    with_exact_body(policy.model)
     policy.sample(PROMPTS, 4, max_new_tokens=6, seed=0)
     policy.model.to(torch.bfloat16)
     x = policy.sample(PROMPTS, 16, max_new_tokens=6, seed=0)
@@ -199,7 +213,7 @@ def test_autocast_that_comes_later_is_noticed():
 
 
 def test_a_forbidden_token_hides_no_head():
-    model = other("Phi").to(torch.bfloat16)
+    model = with_exact_body(other("Phi")).to(torch.bfloat16)
     with torch.no_grad():
         model.lm_head.bias[5] = -float("inf")
     policy = LanguageModel(model, tok())

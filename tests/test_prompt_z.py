@@ -11,7 +11,7 @@ from test_matcher import PROMPTS, draw, matcher, sgd, step
 from trainer_job import job
 
 import dmfast
-from dmfast import EBM, Contains, Moment, Reward, Scorer, Verifier
+from dmfast import EBM, Contains, Moment, Reward, Scorer, Verifier, step_terms
 from dmfast.presets import PRESETS
 from dmfast.training import recipe
 
@@ -147,8 +147,11 @@ def test_alpha_dpg_where_z_is_above_1_or_the_return_is_bounded():
     partitions = m.running.partitions.updated(torch.zeros(4, dtype=torch.int64), log_p, log_pi)
     inputs = {"log_target": log_p, "log_proposal": log_pi, "log_z": m._log_z(partitions, torch.zeros(4))}
     objective = m.settings.objective_of(0.0, 0.0, None)
-    baseline = m._leave_one_out(objective, torch.zeros(4, dtype=torch.int64), inputs)
-    found = dmfast.objectives.weigh(m._terms(objective, inputs | {"baseline": baseline}))
+    contexts = torch.zeros(4, dtype=torch.int64)
+    baseline = step_terms.leave_one_out(m.settings, m.ranks, objective, contexts, inputs)
+    found = dmfast.objectives.weigh(
+        step_terms.terms_at_proposal(m.settings, objective, inputs | {"baseline": baseline})
+    )
     assert found.tolist() == pytest.approx(by_hand(log_p.tolist(), log_pi.tolist(), 0.5))
     assert float(partitions.log_z(torch.zeros(4))[0]) > 0
 
