@@ -210,7 +210,7 @@ def test_resumed_within_a_batch_and_between_two(tmp_path, stop, prompts):
     assert resumed.matcher.running.beta.value == whole.matcher.running.beta.value != 0.3
     for mine, other in zip(resumed.state.log_history, whole.state.log_history, strict=True):
         for key in {"loss", "beta", "clip_fraction", "kl_policy_base", "log_z", "reward"} & other.keys():
-            assert mine[key] == other[key], key
+            assert repr(mine[key]) == repr(other[key]), key  # log Z is NaN while it is unknown
 
 
 def test_a_new_run_of_the_same_trainer_draws_a_new_batch(tmp_path):

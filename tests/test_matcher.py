@@ -838,8 +838,8 @@ def test_a_state_that_does_not_fit_changes_nothing():
         (state | {"pool": None}, ValueError, "the state's pool must be a list .* got None"),
         (state | {"pool": [{"features": 1}]}, ValueError, "the state's pool must be a list"),
     ]
-    # only a state without a proposal has estimates, and states of older versions have no seen
-    needed = state.keys() - {"format", "estimates", "seen"}
+    # only a state without a proposal has estimates, and states of older versions have neither of the last two
+    needed = state.keys() - {"format", "estimates", "seen", "seen_for_z"}
     wrong += [(without(state, key), ValueError, f"the state has no {key}; pass what") for key in needed]
     for each, error, match in wrong:
         with pytest.raises(error, match=match):
