@@ -139,12 +139,13 @@ class Rollouts:
                 objective needs them in one call.
         """
         before, seconds = self._scorer_counts(), {"sampling": 0.0, "scoring": 0.0}
-        if contexts.context_id is not None:  # without ids the tokens of the prompts tell the contexts apart
+        if contexts.context_id is not None:  # else the contexts are known from the tokens that come with the samples
             ids = torch.as_tensor(contexts.context_id, device=self.policy.device)
             self._check_groups(ids.repeat_interleave(n))
         scored = self._drawn(contexts, n, how, seed, seconds)
         found = Rollout([scored], scored, seconds=seconds)
-        self._check_groups(scored.samples.context_id)
+        if contexts.context_id is None:
+            self._check_groups(scored.samples.context_id)
         if self.settings.centred:
             self._redraw(found, contexts, n, how, seed)
         found.counts |= {name: value - before[name] for name, value in self._scorer_counts().items()}
@@ -225,16 +226,15 @@ class Rollouts:
             ValueError: a context has fewer; or its sequences lie on several ranks and the objective needs them in one
                 call.
         """
-        least, baseline = self.settings.least_of_context, self.settings.baseline
+        least = self.settings.least_of_context
         if least == 1 and not self.settings.whole_contexts:
             return
         context_id = self.ranks.gather(context_id)
         for context, count in Counter(context_id.tolist()).items():
             if count < least:
-                of_baseline = f" with the baseline {baseline!r}" if isinstance(baseline, str) else ""
                 raise ValueError(
-                    f"the objective {self.settings.name!r}{of_baseline} compares the sequences of a prompt, and "
-                    f"context {context} has one: draw n >= {least} of each prompt (samples_per_context)"
+                    f"{self.settings.comparing}, and context {context} has one: draw n >= {least} of each prompt "
+                    "(samples_per_context)"
                 )
         if not self.settings.whole_contexts:
             return

@@ -241,6 +241,12 @@ class Settings:
         return int(getattr(self.template, "least_of_context", 1))
 
     @property
+    def comparing(self) -> str:
+        """The words by which messages name what compares the sequences of a prompt."""
+        of_baseline = f" with the baseline {self.baseline!r}" if isinstance(self.baseline, str) else ""
+        return f"the objective {self.name!r}{of_baseline} compares the sequences of a prompt"
+
+    @property
     def weight_known(self) -> bool:
         """Whether a function forms its weights without log pi, so that they are known when a step is drawn."""
         return not isinstance(self.template, Objective) and bool(getattr(self.template, "weight_known", False))

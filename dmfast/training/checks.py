@@ -266,10 +266,8 @@ def check_fit(
             "first one ends the run; set max_weight, or take another objective"
         )
     if contexts > 1 and (args.samples_per_context or 1) < settings.least_of_context:
-        of_baseline = f" with the baseline {settings.baseline!r}" if isinstance(settings.baseline, str) else ""
         raise ValueError(
-            f"the objective {settings.name!r}{of_baseline} compares the sequences of a prompt, and "
-            f"samples_per_context={args.samples_per_context!r} draws one of each: set it to "
+            f"{settings.comparing}, and samples_per_context={args.samples_per_context!r} draws one of each: set it to "
             f"{settings.least_of_context} or more"
         )
     if contexts > 1 and (args.samples_per_context or 1) < 2 and settings.built_in in TARGET_OBJECTIVES:
