@@ -749,7 +749,7 @@ def _group_sums(values: Tensor, context_id: Tensor | None) -> tuple[Tensor, Tens
 
 
 class _Groups(NamedTuple):
-    """The groups of B sequences with the same context, and the sums over them.
+    """Hold the groups of B sequences with the same context, and sum values over them.
 
     A step of thousands of sequences is summed for each of its parts, so that B x B comparisons would take longer than
     the step. The sequences are sorted instead. Each group is summed in its own order, which gives the same bits on all

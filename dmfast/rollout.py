@@ -29,7 +29,7 @@ from .targets.rewards import WeightedSum, parts_of
 
 @dataclass(eq=False)
 class Rollout:
-    """What a step has drawn on this rank.
+    """Hold what a step has drawn on this rank.
 
     Attributes:
         draws: the draws of the step in their order. All count in Z.

@@ -382,3 +382,10 @@ def test_weights_that_are_known_before_log_pi_are_refused_off_policy():
     with pytest.raises(ValueError, match=r"has weight_known=True, .* set on_policy=True"):
         Settings(objective=advantage)
     assert Settings(objective=advantage, on_policy=True).weight_known
+
+
+def test_the_trainer_refuses_a_group_method_without_groups_before_it_draws(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"'grpo' compares .*, and samples_per_context=1 draws one of each: set it to 2"
+    ):
+        job(tmp_path, prompts=PROMPTS, objective="grpo", on_policy=True, samples_per_context=1, reward=Contains("w3"))

@@ -169,7 +169,7 @@ class AsyncSampler:
         self.sampler, self.ahead, self.max_lag = sampler, ahead, max_lag
         self._requests: list[_Request] = []
         self._jobs: SimpleQueue[_Task | None] = SimpleQueue()
-        self._under_way: list[_Task] = []  # includes the jobs of dropped requests, for which a load must wait, too
+        self._under_way: list[_Task] = []  # includes the tasks of dropped requests, for which a load must wait, too
         self._open = True
         for _ in range(threads):
             # The threads are daemons because an engine that never answers must not keep the interpreter from ending.

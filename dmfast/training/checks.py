@@ -156,7 +156,7 @@ def _check_scheduler(args: DMConfig, optimizer: torch.optim.Optimizer | None) ->
             f"lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} would be ignored, because lr_scheduler_type={name!r} "
             "takes none: leave them out, or choose another scheduler"
         )
-    steps = args.max_steps if args.max_steps > 0 else 10**6  # a scheduler is not asked for its length here
+    steps = args.max_steps if args.max_steps > 0 else 10**6  # the length does not matter here
     if optimizer is None:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)  # its own rate is not known here
     try:

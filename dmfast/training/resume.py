@@ -200,7 +200,7 @@ def _differing(was: str, now: str) -> dict[tuple[str, str], tuple[Any, Any]]:
     """
     told = [_leaves(json.loads(each), ()) for each in (was, now)]
     pairs = {path: (told[0][path], told[1][path]) for path in told[0] if path in told[1]}
-    # NaN, which is not equal to itself, is so as text
+    # NaN is not equal to itself, but its text is
     differing = {path: pair for path, pair in pairs.items() if pair[0] != pair[1] and str(pair[0]) != str(pair[1])}
     return {(path[0], ".".join(path[1:])): pair for path, pair in differing.items()}
 
@@ -248,7 +248,7 @@ def _said(name: str, change: tuple[Any, Any]) -> str:
 
 
 def _shown(value: Any, other: Any) -> str:
-    """Return a value for a message. Of a long one this is the part where it begins to differ from another."""
+    """Return a value for a message. A long value is cut to the part where it begins to differ from another."""
     # a string of JSON is shown as it is
     text, beside = (each if isinstance(each, str) and each[:1] in ("[", "{") else repr(each) for each in (value, other))
     if len(text) <= _LENGTH:
