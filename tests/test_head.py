@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
+from exact_body import with_exact_body
 from test_models import BOS, EOS, PAD, PROMPTS, V, architectures, build, check_gradients, close, gradients, lm, tok
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -47,20 +48,6 @@ def through_logits(policy):
     """Return the same policy, which may no longer use its head."""
     policy._head.failure = "a test"
     return policy
-
-
-@torch.no_grad()
-def with_exact_body(model):
-    """Return the model with layers that add 0 to their input.
-
-    Its hidden states are then the same in the sampler's steps and in a whole forward. In 16 bits some CPUs round the
-    products of these two differently, and a test of the head would see that instead.
-    """
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in ("o_proj", "down_proj", "dense", "fc2"):
-            for parameter in module.parameters():
-                parameter.zero_()
-    return model
 
 
 def compare_paths(build_model, hidden=True):
