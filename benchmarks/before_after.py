@@ -64,7 +64,7 @@ def calls(threads: int) -> dict[str, Callable[[], Any]]:
         )
         rows = z[:2].view(-1, v)
         found[f"sample_tokens, {str(dtype).removeprefix('torch.')} {len(rows)}x{v}"] = lambda z=rows: (
-            dmfast.sample_tokens(z, seed=3)
+            dmfast.functional.sample_tokens(z, seed=3)
         )
     b, t, v, d = 8, 32, 32000, 256
     tokens, given = inputs(b, t, v)

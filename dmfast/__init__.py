@@ -1,7 +1,7 @@
 """dmfast: fine-tune language models by distribution matching, fast and exact (Korbak et al. 2022, arXiv:2206.00761).
 
-The names here serve a training loop: losses, models, targets, proposal, trainer. Estimators, diagnostics, rejection
-sampling and the like are imported from their modules, such as ``dmfast.estimators``.
+The names here serve a training loop: losses, model, target, proposal, trainer. Everything else is imported from its
+module, such as ``dmfast.estimators``.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,18 +11,14 @@ from .functional import (
     dm_loss,
     linear_dm_loss,
     linear_sequence_log_prob,
-    sample_tokens,
     sequence_log_prob,
     shift_labels,
 )
-from .kernels import backends, use_backend
-from .kernels.result import DMLossOutput
-from .log_probs import dm_loss_from_log_probs
+from .kernels import backends
 from .matcher import Matcher
 from .models import LanguageModel
-from .objectives import OBJECTIVES, Objective, Terms
+from .objectives import Objective, Terms
 from .proposal import OfflineProposal
-from .samples import Samples
 from .targets import EBM, Classifier, Contains, Moment, Reward, Scorer, Verifier
 
 if TYPE_CHECKING:
@@ -31,11 +27,9 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = [
     "EBM",
-    "OBJECTIVES",
     "Classifier",
     "Contains",
     "DMConfig",
-    "DMLossOutput",
     "DMTrainer",
     "LanguageModel",
     "Matcher",
@@ -43,20 +37,16 @@ __all__ = [
     "Objective",
     "OfflineProposal",
     "Reward",
-    "Samples",
     "Scorer",
     "Terms",
     "Verifier",
     "backends",
     "dm_loss",
-    "dm_loss_from_log_probs",
     "eager",
     "linear_dm_loss",
     "linear_sequence_log_prob",
-    "sample_tokens",
     "sequence_log_prob",
     "shift_labels",
-    "use_backend",
 ]
 
 

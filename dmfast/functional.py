@@ -18,6 +18,7 @@ from .kernels.shards import Shards
 from .objectives import Objective, Terms
 
 __all__ = [
+    "DMLossOutput",
     "dm_loss",
     "linear_dm_loss",
     "linear_sequence_log_prob",
@@ -130,7 +131,7 @@ def dm_loss(
             the forward, and one pass computes everything.
         log_z: float, 0-d or (B,), log Z, one per sequence if contexts differ; -inf for a context whose P are all 0.
             Under torch.compile pass a running log Z as a tensor, since torch compiles again for every value of a float.
-        objective: a name of ``dmfast.OBJECTIVES`` or ``dmfast.methods.METHODS``, an ``Objective``, or a function of
+        objective: a name of ``objectives.OBJECTIVES`` or ``methods.METHODS``, an ``Objective``, or a function of
             ``Terms`` that returns A, (B,) fp64.
         on_policy: whether x was drawn from the policy itself. Then rho is exactly 1.
         reward: (B,) R(x), for ``reinforce`` and ``kl_control``. It may have any dtype, such as bool for right or wrong.

@@ -79,7 +79,7 @@ class Matcher:
         policy: pi, the model that is trained.
         target: an ``EBM`` that is fitted, around a base that does not move with the policy.
         proposal: q, an ``OfflineProposal`` of the policy. With None the policy itself draws (on-policy).
-        objective: a name of ``dmfast.OBJECTIVES`` or ``dmfast.methods.METHODS``, an ``Objective``, or a function of
+        objective: a name of ``objectives.OBJECTIVES`` or ``methods.METHODS``, an ``Objective``, or a function of
             ``Terms`` that returns the (B,) weights A. What depends on other sequences and not on log pi, such as the
             mean reward of a prompt, is fixed when a step is drawn, over all ranks (``Terms.at_draw``). A function with
             the attribute ``whole_contexts = True`` gets all sequences of a context in one call; they may not lie on

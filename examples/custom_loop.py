@@ -41,7 +41,7 @@ def train(
         max_new_tokens: where a sequence without EOS ends.
         learning_rate, warmup: of AdamW, and the steps in which it comes up to that.
         interval: steps between checks whether q should become pi.
-        objective: one of ``dmfast.OBJECTIVES``.
+        objective: one of ``dmfast.objectives.OBJECTIVES``.
         seed: of the sequences that are drawn.
     """
     proposal = dmfast.OfflineProposal(policy, criterion="kl", interval=interval)

@@ -32,11 +32,12 @@ from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
 
 import dmfast
 from dmfast.integrations.verl import register
+from dmfast.samples import Samples
 
 register("gdc++", name="dmfast")
 
 
-def token_log_probs(policy: dmfast.LanguageModel, x: dmfast.Samples) -> Tensor:
+def token_log_probs(policy: dmfast.LanguageModel, x: Samples) -> Tensor:
     """Return log pi of each token after the prompt, (N, T), with gradient, as verl's actor makes it."""
     logits = policy.model(input_ids=x.tokens, attention_mask=x.attention_mask).logits[:, x.prompt_len - 1 : -1]
     return logits.log_softmax(-1).gather(-1, x.tokens[:, x.prompt_len :, None])[..., 0]

@@ -22,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import dmfast
 from dmfast import LanguageModel
+from dmfast.samples import Samples
 
 VOCAB, PAD, BOS, ENDS = 48, 0, 1, [2, 11, 12, 13, 20, 21]
 PROMPTS = [[5, 6, 7, 8, 9, 10, 14], [15], [16, 17, 18]]
@@ -277,7 +278,7 @@ def _parts(config: Any) -> Iterator[Any]:
 # --- what dmfast makes of it ------------------------------------------------------------------------------------
 
 
-def alone(model: torch.nn.Module, x: dmfast.Samples) -> torch.Tensor:
+def alone(model: torch.nn.Module, x: Samples) -> torch.Tensor:
     """Return (N,) log pi of each sequence by plain transformers: alone, unpadded, uncached, with its own positions."""
     found = []
     for tokens, mask, scored in zip(x.tokens, x.attention_mask.bool(), x.score_mask, strict=True):

@@ -13,9 +13,10 @@ import pytest
 import torch
 from test_models import BOS, EOS, PAD, V, alone, build, check_gradients, close, gradients, lm, same, tok
 
-from dmfast import EBM, Contains, LanguageModel, Matcher, Moment, Objective, OfflineProposal, Samples
+from dmfast import EBM, Contains, LanguageModel, Matcher, Moment, Objective, OfflineProposal
 from dmfast.diagnostics import gradient_variance
 from dmfast.rejection import quasi_rejection_sample, rejection_curve
+from dmfast.samples import Samples
 from dmfast.sampling import Mixture
 
 PROMPTS = [[1, 2, 3], [4], [6, 1]]

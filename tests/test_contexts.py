@@ -18,7 +18,8 @@ from trainer_job import PROMPTS, WORDS, Gradients, StopAt, digest, gpt2, job, to
 from trainer_tools import Keep, assert_close, run
 
 import dmfast
-from dmfast import Contains, LanguageModel, Samples, Scorer
+from dmfast import Contains, LanguageModel, Scorer
+from dmfast.samples import Samples
 from dmfast.training.data import Contexts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")

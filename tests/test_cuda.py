@@ -16,6 +16,7 @@ from torch import Tensor
 
 import dmfast
 from dmfast import eager, kernels
+from dmfast.functional import DMLossOutput, sample_tokens
 from dmfast.kernels import cuda, extension, triton
 
 pytestmark = pytest.mark.skipif(kernels.CUDA.why_not(None) is not None, reason=str(kernels.CUDA.why_not(None)))
@@ -167,7 +168,7 @@ def test_under_compile_a_fault_of_a_chunk_names_its_sequence(masked: bool) -> No
     mask = torch.ones(4, 5, dtype=torch.bool, device=device())
     mask[0] = not masked
 
-    def step(hidden: Tensor, mask: Tensor, **rest: Any) -> dmfast.DMLossOutput:
+    def step(hidden: Tensor, mask: Tensor, **rest: Any) -> DMLossOutput:
         return dmfast.linear_dm_loss(hidden * 1.0, weight, mask=mask, **rest, chunk_bytes=8 * 64 * 4)
 
     torch._dynamo.reset()
@@ -214,7 +215,7 @@ def test_at_once_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match=r"sequence 2, position 1"):
             function(**call)
     with pytest.raises(ValueError, match=r"in row 11:"):
-        dmfast.sample_tokens(call["logits"].flatten(0, 1), seed=1)
+        sample_tokens(call["logits"].flatten(0, 1), seed=1)
 
 
 def test_without_a_loss_a_fault_shows_as_nan() -> None:
@@ -222,7 +223,7 @@ def test_without_a_loss_a_fault_shows_as_nan() -> None:
     call["logits"][2, 1, 3] = NAN
     log_prob = dmfast.sequence_log_prob(call["logits"], call["tokens"])
     assert log_prob.isnan().tolist() == [False, False, True, False]
-    tokens, log_prob = dmfast.sample_tokens(call["logits"].flatten(0, 1), seed=1)
+    tokens, log_prob = sample_tokens(call["logits"].flatten(0, 1), seed=1)
     assert log_prob.isnan().nonzero().tolist() == [[11]] and int(tokens[11]) == 0
 
 
@@ -238,7 +239,7 @@ def test_the_same_three_times_each_with_counters_of_its_own(monkeypatch: pytest.
             leaf = call.pop("logits").requires_grad_()
             out = dmfast.dm_loss(leaf, **call, objective=objective, return_entropy=True)
             out.loss.backward()
-            tokens, log_prob = dmfast.sample_tokens(leaf[0], seed=3)
+            tokens, log_prob = sample_tokens(leaf[0], seed=3)
             found.append([out.loss.detach(), out.log_prob, out.weight, out.entropy, leaf.grad, tokens, log_prob])  # type: ignore[list-item]
             assert len(made) >= 2
         assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
@@ -272,7 +273,7 @@ def test_cuda_draws_what_the_cpu_draws() -> None:
     tokens = torch.empty(1000, dtype=torch.int64, device="cpu")
     log_prob = torch.empty(1000, dtype=torch.float64, device="cpu")
     extension._C.sample(*arguments, tokens.data_ptr(), log_prob.data_ptr())  # type: ignore[union-attr]
-    mine, mine_log_prob = dmfast.sample_tokens(z.to(device()), seed=5, step=9, temperature=1 / 1.3)
+    mine, mine_log_prob = sample_tokens(z.to(device()), seed=5, step=9, temperature=1 / 1.3)
     assert int((mine.cpu() != tokens).sum()) <= 1
     assert float((mine_log_prob.cpu() - log_prob)[mine.cpu() == tokens].abs().max()) < 1e-6
     assert torch.equal(eager.sample_tokens(z, seed=5, step=9, temperature=1 / 1.3)[0], tokens)
@@ -287,7 +288,7 @@ def test_under_compile_a_fault_is_raised_by_check_too(objective: str, inplace: b
     leaf = call.pop("logits").requires_grad_()
     chosen: Any = (lambda t: torch.ones_like(t.log_prob)) if objective == "own" else objective
 
-    def step(x: Tensor, **rest: Any) -> dmfast.DMLossOutput:
+    def step(x: Tensor, **rest: Any) -> DMLossOutput:
         return dmfast.dm_loss(x * 1.0, **rest, objective=chosen, inplace=inplace)
 
     torch._dynamo.reset()

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import dmfast
+from dmfast.functional import sample_tokens
 
 V, T, PAD = 6, 3, {"t5": 0, "bart": 1}
 SOURCES = [[3, 4, 5, 4], [5], [4, 3]]
@@ -211,7 +212,7 @@ def test_sample_tokens_draws_with_log_q(name):
     labels, log_q, alive = torch.full((60, T), -100), torch.zeros(60, dtype=torch.float64), torch.ones(60).bool()
     for step in range(T):
         logits = model(encoder_outputs=encoded, attention_mask=inputs["attention_mask"], decoder_input_ids=read).logits
-        drawn, log_drawn = dmfast.sample_tokens(logits[:, -1], seed=0, step=step)
+        drawn, log_drawn = sample_tokens(logits[:, -1], seed=0, step=step)
         log_q += torch.where(alive, log_drawn, 0.0)
         labels[:, step] = torch.where(alive, drawn, -100)
         alive &= drawn != eos

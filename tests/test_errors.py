@@ -23,7 +23,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import dmfast
 from dmfast import Objective, eager, kernels
-from dmfast.objectives import leave_one_out
+from dmfast.functional import sample_tokens
+from dmfast.kernels import use_backend
+from dmfast.objectives import OBJECTIVES, leave_one_out
 
 HERE = torch.empty(0).device  # this is the GPU if the suite runs on one
 
@@ -77,7 +79,7 @@ def refuses(call: Call, error: type[Exception] | tuple[type[Exception], ...], me
             call.options = {**options, "inplace": inplace}
             call.logits = _non_leaf(start) if inplace and isinstance(start, Tensor) else start
             before = [x.detach().clone() for x in call.tensors()]
-            with dmfast.use_backend(backend), pytest.raises(error, match=message):
+            with use_backend(backend), pytest.raises(error, match=message):
                 call()
             given_away = inplace and backend == "cuda"  # CUDA writes before the host can know of the error
             assert given_away or all(map(same, call.tensors(), before)), "an input changed"
@@ -138,7 +140,7 @@ def test_what_is_masked_is_not_looked_at() -> None:
     call.mask[1, 2] = call.mask[0, 0] = False
     call.logits[1, 2], call.logits[0, 0, 3] = NAN, INF
     for backend in (COMPILED, "eager"):
-        with dmfast.use_backend(backend):
+        with use_backend(backend):
             assert torch.isfinite(call().loss)
 
 
@@ -271,7 +273,7 @@ def test_in_place_on_a_leaf(how: str) -> None:
     call.logits.requires_grad_()
     before = call.logits.detach().clone()
     for backend in (COMPILED, "eager"):
-        with dmfast.use_backend(backend), pytest.raises(ValueError, match=r"inplace=True .* leaf"):
+        with use_backend(backend), pytest.raises(ValueError, match=r"inplace=True .* leaf"):
             call()
     assert same(call.logits, before)
 
@@ -317,7 +319,7 @@ def test_rewards_of_any_dtype_and_a_baseline_of_no_dimension(backend: str) -> No
     def loss(reward: Tensor, baseline: Any) -> float:
         call = good(objective=Objective("reinforce", baseline=baseline))
         call.options["reward"] = reward
-        with dmfast.use_backend(backend):
+        with use_backend(backend):
             return float(call().loss)
 
     right = torch.tensor([True, False, True])
@@ -404,7 +406,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", dmfast.OBJECTIVES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_missing_input(name: str) -> None:
     """Each input that the objective needs must be given, and log_proposal unless on-policy."""
     objective = Objective(name, **PARAMETERS.get(name, {}))
@@ -425,7 +427,7 @@ def test_a_missing_input(name: str) -> None:
 @pytest.mark.parametrize("name", ["gdc", "GDC++", "", "kl"])
 def test_an_unknown_objective(name: str) -> None:
     """The message lists every objective there is."""
-    listed = ", ".join(dmfast.OBJECTIVES).replace("+", "[+]")
+    listed = ", ".join(OBJECTIVES).replace("+", "[+]")
     refuses(good(objective=name), ValueError, rf"unknown objective '{name.replace('+', '[+]')}'; dmfast has {listed}")
 
 
@@ -645,7 +647,7 @@ def test_bad_rows(value: Any, how: str, dtype: torch.dtype, inplace: bool) -> No
                 call.options["inplace"] = inplace
                 call.logits = _non_leaf(call.logits)
                 place = r"sequence 2, position 1; packed row 6" if packed else r"sequence 1, position 2"
-                with dmfast.use_backend(backend), pytest.raises(ValueError, match=rf"NaN or \+inf at \({place}\)"):
+                with use_backend(backend), pytest.raises(ValueError, match=rf"NaN or \+inf at \({place}\)"):
                     call()
                 if not inplace:
                     assert same(call.logits, before)
@@ -672,7 +674,7 @@ def test_a_label_of_probability_zero(rest: str, how: str) -> None:
             call.logits[i, t, 777 if rest == "finite" else slice(None)] = -INF
         before = call.logits.clone()
         with (
-            dmfast.use_backend(backend),
+            use_backend(backend),
             pytest.raises(
                 ValueError, match=r"logit of token 777 at \(sequence 1, position 2\) is -inf: .* probability 0"
             ),
@@ -714,7 +716,7 @@ def test_a_bad_row_counts_where_the_weight_is_zero() -> None:
     call.logits[1, 2, 3] = NAN
     for backend in (COMPILED, "eager"):
         with (
-            dmfast.use_backend(backend),
+            use_backend(backend),
             pytest.raises(ValueError, match=r"NaN or \+inf at \(sequence 1, position 2\)"),
         ):
             call()
@@ -762,7 +764,7 @@ def test_what_follows_operations_on_tensors_is_refused(how: str, grad_mode: bool
         (lambda z: dmfast.dm_loss(z, call.tokens, **terms).loss, call.logits),
         (lambda z: dmfast.sequence_log_prob(z, call.tokens), call.logits),
         (lambda h: dmfast.linear_dm_loss(h, weight, call.tokens, **terms).loss, hidden),
-        (lambda z: dmfast.sample_tokens(z, seed=1)[1], call.logits[0]),
+        (lambda z: sample_tokens(z, seed=1)[1], call.logits[0]),
     ]
     message = (
         r"dmfast's kernels can't run within .*(torch\.func|make_fx|jit\.trace).*(or torch\.export|call it outside)"
@@ -821,7 +823,7 @@ def test_an_empty_array_of_numpy_is_contiguous(shape: tuple[int, ...]) -> None:
     for x in (logits, logits.clone().requires_grad_() * 1.0):
         out = dmfast.sequence_log_prob(x, torch.zeros(shape[:2], dtype=torch.int64), inplace=x.requires_grad)
         assert out.tolist() == [0.0] * shape[0]
-    assert dmfast.sample_tokens(torch.from_numpy(np.zeros((0, 7), np.float32)), seed=1)[0].shape == (0,)
+    assert sample_tokens(torch.from_numpy(np.zeros((0, 7), np.float32)), seed=1)[0].shape == (0,)
 
 
 def test_the_linear_losses_speak_of_hidden_states() -> None:
@@ -847,7 +849,7 @@ def test_storage_that_is_gone(how: str, which: str) -> None:
     """FSDP and offloading leave tensors without memory behind, which would end in a segfault."""
     call = good()
     if which == "draws":
-        run: Callable[[], Any] = partial(dmfast.sample_tokens, FREED[how](call.logits[0].clone()), seed=1)
+        run: Callable[[], Any] = partial(sample_tokens, FREED[how](call.logits[0].clone()), seed=1)
     else:
         setattr(call, which, FREED[how](getattr(call, which).clone()))
         run = call
@@ -869,8 +871,8 @@ def test_logits_that_are_a_negative_view() -> None:
     call = good()
     wanted = dmfast.sequence_log_prob(-call.logits, call.tokens)
     assert torch.equal(dmfast.sequence_log_prob(torch._neg_view(call.logits), call.tokens), wanted)
-    tokens, log_prob = dmfast.sample_tokens(torch._neg_view(call.logits[0]), seed=3)
-    expected, expected_log_prob = dmfast.sample_tokens(-call.logits[0], seed=3)
+    tokens, log_prob = sample_tokens(torch._neg_view(call.logits[0]), seed=3)
+    expected, expected_log_prob = sample_tokens(-call.logits[0], seed=3)
     assert torch.equal(tokens, expected) and torch.equal(log_prob, expected_log_prob)
 
 

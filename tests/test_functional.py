@@ -25,8 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 import dmfast
 from dmfast import Objective, Terms, eager, kernels
-from dmfast.kernels import check_ops, checks, cuda, extension, ops
-from dmfast.objectives import PPOClip, leave_one_out
+from dmfast.functional import DMLossOutput
+from dmfast.kernels import check_ops, checks, cuda, extension, ops, use_backend
+from dmfast.objectives import OBJECTIVES, PPOClip, leave_one_out
 
 INF = math.inf
 LOG4 = math.log(4)
@@ -45,10 +46,10 @@ class Problem:
     tokens: Tensor
     terms: dict[str, Tensor]
 
-    def loss(self, logits: Tensor, **options: object) -> dmfast.DMLossOutput:
+    def loss(self, logits: Tensor, **options: object) -> DMLossOutput:
         return dmfast.dm_loss(logits, self.tokens, **{**self.terms, **options})
 
-    def oracle(self, logits: Tensor, **options: object) -> dmfast.DMLossOutput:
+    def oracle(self, logits: Tensor, **options: object) -> DMLossOutput:
         return eager.dm_loss(logits, self.tokens, **{**self.terms, **options})
 
     def gradient(self, **options: object) -> Tensor:
@@ -132,7 +133,7 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
-@pytest.mark.parametrize("name", dmfast.OBJECTIVES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_by_hand(name: str, backend: str) -> None:
     parameters, expected = BY_HAND[name]
     logits, tokens = torch.zeros(1, 1, 4), torch.tensor([[1]])
@@ -143,7 +144,7 @@ def test_every_objective_by_hand(name: str, backend: str) -> None:
 
     def weight(on_policy: bool = False, **changes: object) -> float:
         objective = Objective(name, **{**parameters, **changes})  # type: ignore[arg-type]
-        with dmfast.use_backend(backend):
+        with use_backend(backend):
             return float(dmfast.dm_loss(logits, tokens, objective=objective, on_policy=on_policy, **inputs).weight)
 
     assert weight() == pytest.approx(expected, rel=1e-6)
@@ -276,7 +277,7 @@ def test_gradcheck_of_the_loss_with_known_weights(
     assert torch.autograd.gradcheck(lambda z: p.oracle(z, reduction=reduction, **how, **rows).loss, leaf(p.logits))
 
 
-@pytest.mark.parametrize("name", dmfast.OBJECTIVES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradient_of_the_loss_is_that_of_a_constant_weight(name: str) -> None:
     """It agrees with central differences of -(1/B) sum A log pi, where A keeps its value at these logits."""
     p = problem(b=3, t=2, v=4, dtype=torch.float64)
@@ -831,7 +832,7 @@ def test_asking_for_backends_makes_no_context_on_a_gpu(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     cuda.why_not_on.cache_clear()
     assert dmfast.backends()["cuda"].available
-    with dmfast.use_backend("cuda"):
+    with use_backend("cuda"):
         pass
     assert set(asked) == {-1}
     cuda.why_not_on.cache_clear()
@@ -892,11 +893,11 @@ def test_backends() -> None:
     assert list(found) == ["cpu", "cuda", "triton", "eager"] and all(x.detail for x in found.values())
     assert found["cpu"].in_use and found["eager"].available
     if not found["cuda"].available:
-        with pytest.raises(RuntimeError, match=r"'cuda' is not available here: .*"), dmfast.use_backend("cuda"):
+        with pytest.raises(RuntimeError, match=r"'cuda' is not available here: .*"), use_backend("cuda"):
             pass
     with (
         pytest.raises(ValueError, match="unknown backend 'cuda2'; there are cpu, cuda, triton, eager"),
-        dmfast.use_backend("cuda2"),
+        use_backend("cuda2"),
     ):
         pass
 
@@ -907,15 +908,15 @@ def test_use_backend() -> None:
     plain = p.loss(p.logits).log_prob
     truth = p.oracle(p.logits)
     assert not torch.equal(plain, truth.log_prob)
-    with dmfast.use_backend("eager"):
+    with use_backend("eager"):
         out = p.loss(p.logits)
         assert torch.equal(out.loss, truth.loss) and torch.equal(out.log_prob, truth.log_prob)
         assert torch.equal(dmfast.sequence_log_prob(p.logits, p.tokens), truth.log_prob)
-        with dmfast.use_backend("cpu"):
+        with use_backend("cpu"):
             assert torch.equal(p.loss(p.logits).log_prob, plain)
         assert torch.equal(p.loss(p.logits).log_prob, truth.log_prob)
     assert torch.equal(p.loss(p.logits).log_prob, plain)
-    with pytest.raises(KeyError), dmfast.use_backend("eager"):
+    with pytest.raises(KeyError), use_backend("eager"):
         raise KeyError
     assert torch.equal(p.loss(p.logits).log_prob, plain)
 
@@ -933,9 +934,9 @@ def test_fp64_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "slow eager backend: logits are torch.float64" in str(warning.message) and warning.filename == __file__
     assert torch.equal(out.loss, p.oracle(p.logits).loss)
     out.loss.backward()
-    with dmfast.use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu' was forced, but logits are .*float64"):
+    with use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu' was forced, but logits are .*float64"):
         p.loss(p.logits)
-    with warnings.catch_warnings(), dmfast.use_backend("eager"):
+    with warnings.catch_warnings(), use_backend("eager"):
         warnings.simplefilter("error")
         p.loss(p.logits)
 
@@ -968,7 +969,7 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="without its compiled kernels"):
         out = p.loss(p.logits)
     assert torch.equal(out.loss, p.oracle(p.logits).loss)
-    with pytest.raises(RuntimeError, match="not available here"), dmfast.use_backend("cpu"):
+    with pytest.raises(RuntimeError, match="not available here"), use_backend("cpu"):
         pass
 
 
@@ -1091,7 +1092,7 @@ def test_compiled_loss(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gdc++", "none", "own in place, bonus", "leave_one_out", "alpha, known"])
 def test_compiled_loss_on_the_eager_backend(name: str) -> None:
-    with dmfast.use_backend("eager"):
+    with use_backend("eager"):
         assert_one_graph(name, "aot_eager")
 
 
@@ -1263,7 +1264,7 @@ def test_compiled_messages_name_what_the_plain_call_names(objective: object) -> 
     """The bad values are a constant that is not allowed, and an infinite return behind a leave-one-out baseline."""
     p = problem()
     for backend in ("cpu", "eager"):
-        with dmfast.use_backend(backend):
+        with use_backend(backend):
             compiled = torch.compile(
                 lambda z: p.loss(z, objective=objective, log_z=math.inf).loss, fullgraph=True, backend="aot_eager"
             )
@@ -1350,7 +1351,7 @@ def test_compiled_with_a_number_that_changes_at_every_step(name: str) -> None:
 @pytest.mark.parametrize("objective", ["gdc++", "dpg", own_gdc])
 def test_compiled_errors_are_raised(objective: object, backend: str) -> None:
     """Faults that only values tell are found inside the graph, with their place."""
-    with dmfast.use_backend(backend):
+    with use_backend(backend):
         refuses_what_values_tell(objective)
 
 

@@ -25,10 +25,12 @@ from torch import Tensor
 
 import dmfast
 from dmfast import Objective, eager, objectives
+from dmfast.functional import DMLossOutput
 from dmfast.kernels import checks, extension, select
 from dmfast.kernels.batch import CLIPPED, LOG_RATIO, LOG_TARGET_RATIO, LOSS, WEIGHT, Batch, Scores
 from dmfast.kernels.eager import gradient, logits_of, score, sequence_of_rows
 from dmfast.kernels.form import denominator, form_loss
+from dmfast.objectives import OBJECTIVES
 
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -172,7 +174,7 @@ def assert_made_of(actual: Tensor | None, expected: Tensor | None, what: str) ->
         torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11, msg=lambda m: f"{what}: {m}")
 
 
-def run(case: Case, inplace: bool, grad: Tensor | None, **options: object) -> tuple[dmfast.DMLossOutput, Tensor]:
+def run(case: Case, inplace: bool, grad: Tensor | None, **options: object) -> tuple[DMLossOutput, Tensor]:
     """Return the loss and its gradient, through views of a non-leaf tensor."""
     leaf = case.base.clone().requires_grad_()
     stored = leaf.clone()
@@ -198,7 +200,7 @@ def check(
     roundings: int = 1,
     enlarged: float = 1.0,
     **options: object,
-) -> dmfast.DMLossOutput:
+) -> DMLossOutput:
     """Compare one call of dm_loss and its backward with the oracle.
 
     A gradient may be rounded more than once, and its first rounding may be enlarged. This is so where known weights
@@ -422,7 +424,7 @@ def allows_leave_one_out(name: str, mode: str) -> bool:
 
 @dtypes
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", dmfast.OBJECTIVES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives(name: str, mode: str, dtype: torch.dtype) -> None:
     """Each objective is tried with every baseline it takes, with and without Z, bounded and not, in place and not."""
     on_policy, stored = MODES[mode]
@@ -475,7 +477,7 @@ def test_forms_of_log_z(log_z: object, dtype: torch.dtype) -> None:
         assert int(out.n_empty) == int(float(log_z) == -INF)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", dmfast.OBJECTIVES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_proposal_out_of_hand_is_bounded_by_max_weight(name: str) -> None:
     """With log q = -1e4 every ratio overflows, and the bounded weight has the sign of the exact one."""
     case = make_case("contiguous", v=31, b=6, unscored="none")
@@ -937,7 +939,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours() -> None:
     unscored=st.sampled_from(["mixed", "none"]),
     temperature=st.floats(0.2, 5.0),
     softcap=st.none() | st.floats(2.0, 60.0),
-    name=st.sampled_from(dmfast.OBJECTIVES),
+    name=st.sampled_from(OBJECTIVES),
     mode=st.sampled_from(list(MODES)),
     reduction=st.sampled_from(["mean", "sum", "none"]),
     inplace=st.booleans(),
@@ -1049,7 +1051,7 @@ def one(**values: float) -> dict[str, Tensor]:
 
 normalized = pytest.mark.parametrize(
     ("name", "normalize"),
-    [(name, z) for name in dmfast.OBJECTIVES for z in (True, False) if z or name in objectives.TARGET_OBJECTIVES],
+    [(name, z) for name in OBJECTIVES for z in (True, False) if z or name in objectives.TARGET_OBJECTIVES],
 )
 
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 import dmfast
 from dmfast import Objective, eager, functional
-from dmfast.kernels import linear, products
+from dmfast.functional import DMLossOutput
+from dmfast.kernels import linear, products, use_backend
+from dmfast.objectives import OBJECTIVES
 
 INF = math.inf
 V, D = 53, 8
@@ -95,7 +97,7 @@ def close(actual: Tensor | None, expected: Tensor | None, tolerance: float, what
 FIELDS = ("loss", "log_prob", "log_ratio", "log_target_ratio", "weight", "n_clipped", "entropy")
 
 
-def check(case: Case, rows: int, grad: Tensor | None = None, **options: object) -> dmfast.DMLossOutput:
+def check(case: Case, rows: int, grad: Tensor | None = None, **options: object) -> DMLossOutput:
     """Compare values and all three gradients, twice, because a second backward computes its own."""
     common = {**case.terms, **options, "cu_seqlens": case.cu_seqlens}
     data = (case.tokens, case.mask)
@@ -431,7 +433,7 @@ PARAMETERS = {"reinforce_p": {"log_scale": -25.0}, "kl_control": {"beta": 0.3}, 
 
 @pytest.mark.parametrize("rows", [2, 8, 1000])
 @pytest.mark.parametrize("on_policy", [False, True])
-@pytest.mark.parametrize("name", dmfast.OBJECTIVES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective(name: str, on_policy: bool, rows: int) -> None:
     check(make(), rows, objective=Objective(name, **PARAMETERS.get(name, {})), on_policy=on_policy, max_weight=20.0)
 
@@ -727,7 +729,7 @@ def test_under_compile(objective: str) -> None:
 def test_fp64_goes_through_the_eager_backend() -> None:
     case = make()
     h, w, b = case.inputs(True)
-    with dmfast.use_backend("eager"):
+    with use_backend("eager"):
         out = dmfast.linear_dm_loss(h, w, case.tokens, case.mask, bias=b, **case.terms)
         log_pi = dmfast.linear_sequence_log_prob(h, w, case.tokens, case.mask, bias=b)
     expected = eager.linear_dm_loss(h, w, case.tokens, case.mask, bias=b, **case.terms)

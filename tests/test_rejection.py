@@ -15,9 +15,10 @@ from tabular import Space, counts, hard_target, kl, one_thread, soft_target, tv 
 from test_targets import word_tokenizer
 from trainer_job import gpt2, tokenizer
 
-from dmfast import EBM, Contains, LanguageModel, Samples, Scorer
+from dmfast import EBM, Contains, LanguageModel, Scorer
 from dmfast.estimators import estimate_log_z
 from dmfast.rejection import RejectionCurve, plot_rejection, quasi_rejection_sample, rejection_curve
+from dmfast.samples import Samples
 from dmfast.sampling import Mixture, Prompted
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")

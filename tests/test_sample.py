@@ -15,6 +15,7 @@ from torch import Tensor
 
 import dmfast
 from dmfast import eager
+from dmfast.functional import sample_tokens
 from dmfast.kernels import checks, extension, select
 from dmfast.kernels import eager as oracle
 
@@ -78,7 +79,7 @@ def test_uniforms_are_53_bits_of_it() -> None:
         words = [extension._C.philox(c, [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]) for c in counter]
         expected = [((a << 32 | b) >> 11) / 2**53 for a, b, *_ in words]
         assert oracle.uniforms(seed % 2**64, ids, step).tolist() == expected
-        for sample in (dmfast.sample_tokens, eager.sample_tokens):
+        for sample in (sample_tokens, eager.sample_tokens):
             tokens, _ = sample(torch.zeros(5, 2**13), seed=seed, row_ids=ids, step=step)
             assert tokens.tolist() == [int(u * 2**13) for u in expected]
 
@@ -103,9 +104,7 @@ def test_a_million_draws_small_vocabulary(
     counts = torch.zeros(v, dtype=torch.int64)
     # both the row ids and the steps vary
     for step in range(4):
-        tokens, _ = dmfast.sample_tokens(
-            z.expand(250_000, v), seed=1, step=step, temperature=temperature, softcap=softcap
-        )
+        tokens, _ = sample_tokens(z.expand(250_000, v), seed=1, step=step, temperature=temperature, softcap=softcap)
         counts += torch.bincount(tokens, minlength=v)
     chi_square(counts, log_softmax(z, temperature, softcap).exp())
 
@@ -216,7 +215,7 @@ def test_the_twin_draws_the_same(temperature: float, softcap: float | None, dtyp
     z = (3 * torch.randn(4000, 700)).to(dtype)
     z[:, 100] = -INF if softcap is None else 0.0
     options = {"seed": 5, "step": 9, "temperature": temperature, "softcap": softcap}
-    tokens, log_prob = dmfast.sample_tokens(z, **options)
+    tokens, log_prob = sample_tokens(z, **options)
     twin, twin_log_prob = eager.sample_tokens(z, **options)
     wide = eager.sample_tokens(z.double(), **options)
     assert torch.equal(twin, wide[0]) and torch.equal(twin_log_prob, wide[1])
@@ -230,7 +229,7 @@ def test_the_twin_draws_the_same(temperature: float, softcap: float | None, dtyp
     assert (log_prob - scored).abs().max() < (1e-6 if select(z).name == "cuda" else 1e-9)
 
 
-@pytest.mark.parametrize("sample", [dmfast.sample_tokens, eager.sample_tokens], ids=["cpu", "eager"])
+@pytest.mark.parametrize("sample", [sample_tokens, eager.sample_tokens], ids=["cpu", "eager"])
 def test_threads_and_batches_make_no_difference(sample: Callable[..., tuple[Tensor, Tensor]]) -> None:
     torch.manual_seed(0)
     z = 3 * torch.randn(50, 2000)
@@ -262,10 +261,10 @@ def test_strides(dtype: torch.dtype) -> None:
     view = base[:, -1, 2:-1]
     assert not view.is_contiguous()
     for a, b in ((view, view.contiguous()), (z[3].expand(9, 700), z[3].repeat(9, 1)), (z[::2], z[::2].clone())):
-        left, right = dmfast.sample_tokens(a, seed=1), dmfast.sample_tokens(b, seed=1)
+        left, right = sample_tokens(a, seed=1), sample_tokens(b, seed=1)
         assert torch.equal(left[0], right[0]) and torch.equal(left[1], right[1])
     unaligned = torch.randn(7001, dtype=torch.float32)[1:].view(10, 700)
-    assert torch.equal(dmfast.sample_tokens(unaligned, seed=1)[0], dmfast.sample_tokens(unaligned.clone(), seed=1)[0])
+    assert torch.equal(sample_tokens(unaligned, seed=1)[0], sample_tokens(unaligned.clone(), seed=1)[0])
 
 
 @dtypes
@@ -273,22 +272,22 @@ def test_a_row_at_any_address(dtype: torch.dtype) -> None:
     """The draw and its log-probability are functions of the logits alone, to the last bit."""
     torch.manual_seed(0)
     z = (3 * torch.randn(3, 2600)).to(dtype)
-    tokens, log_prob = dmfast.sample_tokens(z, seed=1)
+    tokens, log_prob = sample_tokens(z, seed=1)
     for offset in range(1, 8):
         base = torch.full((offset + z.numel() + 8,), math.nan, dtype=dtype)
         moved = base[offset : offset + z.numel()].view_as(z).copy_(z)
-        again = dmfast.sample_tokens(moved, seed=1)
+        again = sample_tokens(moved, seed=1)
         assert torch.equal(again[0], tokens) and torch.equal(again[1], log_prob)
 
 
 def test_nothing_to_draw_no_gradient_and_the_logits_as_they_were() -> None:
-    tokens, log_prob = dmfast.sample_tokens(torch.zeros(0, 5), seed=1)
+    tokens, log_prob = sample_tokens(torch.zeros(0, 5), seed=1)
     assert tokens.shape == log_prob.shape == (0,) and tokens.dtype == torch.int64 and log_prob.dtype == torch.float64
     z = torch.randn(3, 40, requires_grad=True)
     before = z.detach().clone()
-    tokens, log_prob = dmfast.sample_tokens(z, seed=1)
+    tokens, log_prob = sample_tokens(z, seed=1)
     assert not log_prob.requires_grad and torch.equal(z.detach(), before)
-    wide = dmfast.sample_tokens(z.double(), seed=1)
+    wide = sample_tokens(z.double(), seed=1)
     assert torch.equal(wide[0], tokens) and (wide[1] - log_prob).abs().max() < 1e-6
 
 
@@ -298,11 +297,11 @@ def test_under_compile() -> None:
 
     @torch.compile(fullgraph=True)
     def compiled(z: Tensor, ids: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        tokens, log_prob = dmfast.sample_tokens(2 * z, seed=seed, row_ids=ids, step=2, temperature=0.8)
+        tokens, log_prob = sample_tokens(2 * z, seed=seed, row_ids=ids, step=2, temperature=0.8)
         return tokens + 0, log_prob + 0
 
     for seed in (5, -5):
-        plain = dmfast.sample_tokens(2 * z, seed=seed, row_ids=ids, step=2, temperature=0.8)
+        plain = sample_tokens(2 * z, seed=seed, row_ids=ids, step=2, temperature=0.8)
         assert all(map(torch.equal, compiled(z, ids, seed), plain))
     torch.library.opcheck(torch.ops.dmfast.sample_v3, (z, 5, ids, 2, 1.25, 0.0, select(z).name))
     torch.library.opcheck(torch.ops.dmfast.sample_v3, (z, 5, None, 2, 1.25, 30.0, select(z).name))
@@ -311,7 +310,7 @@ def test_under_compile() -> None:
 # --- errors -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sample", [dmfast.sample_tokens, eager.sample_tokens], ids=["cpu", "eager"])
+@pytest.mark.parametrize("sample", [sample_tokens, eager.sample_tokens], ids=["cpu", "eager"])
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, INF])
 @pytest.mark.parametrize("column", [0, 511, 512, 1299])
 def test_a_bad_row_is_named(sample: Callable[..., object], bad: float, column: int) -> None:
@@ -347,7 +346,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("sample", [dmfast.sample_tokens, eager.sample_tokens], ids=["cpu", "eager"])
+@pytest.mark.parametrize("sample", [sample_tokens, eager.sample_tokens], ids=["cpu", "eager"])
 @pytest.mark.parametrize(("changes", "error", "match"), WRONG)
 def test_wrong_arguments(
     sample: Callable[..., object], changes: dict[str, object], error: type[Exception], match: str

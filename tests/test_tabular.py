@@ -30,6 +30,7 @@ from tabular import (
 
 import dmfast
 from dmfast import Objective
+from dmfast.objectives import OBJECTIVES
 
 SPACE = Space()
 BASE = SPACE.log_prob(SPACE.table(1))
@@ -63,11 +64,11 @@ INFINITE_AT_ZERO = ("reverse_kl", "reverse_chi2")
 MODES = ("off_policy", "on_policy", "on_policy_stored")  # with "stored" a call gets the sampler's log-probabilities
 CASES = [
     pytest.param(name, target, id=f"{name}-{target}")
-    for name in dmfast.OBJECTIVES
+    for name in OBJECTIVES
     for target in TARGETS
     if not (name in INFINITE_AT_ZERO and target == "hard")
 ]
-SOFT_CASES = [pytest.param(name, "soft", id=name) for name in dmfast.OBJECTIVES]
+SOFT_CASES = [pytest.param(name, "soft", id=name) for name in OBJECTIVES]
 
 BACKENDS = {
     "kernel": SimpleNamespace(dm_loss=dmfast.dm_loss, dtype=torch.float32, rtol=2e-6),
@@ -142,7 +143,7 @@ def test_space_is_whole():
     torch.testing.assert_close(SPACE.log_prob(SPACE.table_of(p)).exp(), p, rtol=1e-13, atol=0)
     assert 20 < int((TARGETS["hard"].p == 0).sum()) < 70
     assert all(abs(float(t.z.log())) > 0.1 for t in TARGETS.values())
-    assert set(FUNCTIONS) == set(dmfast.OBJECTIVES)
+    assert set(FUNCTIONS) == set(OBJECTIVES)
 
 
 def test_factors():
@@ -372,7 +373,7 @@ def test_variance_of_gdcpp_below_dpg(backend, mode):
 
 @pytest.mark.parametrize("baseline", [None, 0.7])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", dmfast.OBJECTIVES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_limit_where_the_target_is_zero(backend, name, mode, baseline):
     """A at P = 0 is the limit of A along P -> 0 under a fixed Z. Infinite ones grow, and max_weight bounds them."""
     kwargs, _ = inputs(TARGETS["hard"], mode, SPACE.log_prob(POLICY))

@@ -23,7 +23,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import dmfast
-from dmfast import EBM, Contains, Moment, Samples, Scorer
+from dmfast import EBM, Contains, Moment, Scorer
+from dmfast.samples import Samples
 from dmfast.seeds import seed_for
 from dmfast.targets import Feature, LambdaFit, fit_lambda
 from dmfast.training.recipe import TINY_BIOS, load

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import dmfast
 from dmfast import eager
+from dmfast.functional import DMLossOutput
 from dmfast.objectives import Terms
 
 
@@ -204,7 +205,7 @@ def test_linear_under_compile(objective: str) -> None:
 # --- what is wrong ------------------------------------------------------------------------------------------------
 
 
-def call(**changed: object) -> dmfast.DMLossOutput:
+def call(**changed: object) -> DMLossOutput:
     torch.manual_seed(0)
     given: dict[str, object] = {
         "logits": torch.randn(2, 3, 5, requires_grad=True), "tokens": torch.ones(2, 3).long(), "reward": torch.ones(2),

@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dmfast
 from dmfast import eager, kernels
-from dmfast.kernels import checks, cuda, extension, triton
+from dmfast.functional import sample_tokens
+from dmfast.kernels import checks, cuda, extension, triton, use_backend
 from dmfast.kernels.eager import score
 
 if kernels.backends()["triton"].in_use:
@@ -59,7 +60,7 @@ def test_forcing_it_where_it_can_not_run(monkeypatch: pytest.MonkeyPatch) -> Non
         pytest.raises(
             RuntimeError, match=r"'triton' is not available here: (triton is not installed|there is no CUDA)"
         ),
-        dmfast.use_backend("triton"),
+        use_backend("triton"),
     ):
         pass
     assert not dmfast.backends()["triton"].available
@@ -137,7 +138,7 @@ def test_it_draws_what_eager_draws() -> None:
     z = 3 * torch.randn(40, 2500)
     ids = torch.arange(40) * 2**31
     for seed, step in ((5, 9), (2**64 - 1, 2**40 + 1)):
-        mine, log_prob = dmfast.sample_tokens(z, seed=seed, row_ids=ids, step=step, temperature=0.8)
+        mine, log_prob = sample_tokens(z, seed=seed, row_ids=ids, step=step, temperature=0.8)
         tokens, truth = eager.sample_tokens(z, seed=seed, row_ids=ids, step=step, temperature=0.8)
         assert torch.equal(mine, tokens)
         assert float((log_prob - truth).abs().max()) < 1e-6

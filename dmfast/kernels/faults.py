@@ -62,7 +62,7 @@ def place(batch: Batch, row: int) -> str:
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _TRACE = "trace with torch.compile or torch.export"
-_PLAIN_TORCH = "take dmfast.use_backend('eager'), which is plain torch"
+_PLAIN_TORCH = "take dmfast.kernels.use_backend('eager'), which is plain torch"
 _OUTSIDE_VMAP = "call it outside; the first dimension of logits is a batch already"
 
 

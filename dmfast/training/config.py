@@ -76,7 +76,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     ``enable_jit_checkpoint=True`` (SIGTERM saves a checkpoint).
 
     Args:
-        objective: a name of ``dmfast.OBJECTIVES`` or of ``dmfast.methods.METHODS``. ``DMTrainer(objective=...)`` takes
+        objective: a name of ``objectives.OBJECTIVES`` or of ``methods.METHODS``. ``DMTrainer(objective=...)`` takes
             functions, too.
         baseline: a number; ``mean``, the running mean of rho*r over earlier steps; ``leave_one_out`` or
             ``leave_one_out_context``. ``gdc++`` has its own.
@@ -179,7 +179,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     report_to: None | str | list[str] = _field("none", "Loggers, such as tensorboard.")  # noqa: RUF009, RUF036
     enable_jit_checkpoint: bool = _field(True, "SIGTERM saves a checkpoint.")
 
-    objective: str = _field("gdc++", "The objective, one of dmfast.OBJECTIVES or dmfast.methods.METHODS.")
+    objective: str = _field("gdc++", "The objective, one of dmfast.objectives.OBJECTIVES or dmfast.methods.METHODS.")
     baseline: float | str | None = _field(None, "None, a number, mean, leave_one_out or leave_one_out_context.")
     reward_weights: list[float] | None = _field(None, "The weights of several rewards.")  # noqa: RUF009
     beta: float | None = _field(None, "The KL coefficient of kl_control.")

@@ -25,11 +25,12 @@ import torch  # noqa: E402
 from ray_sampler import RaySampler  # noqa: E402
 
 import dmfast  # noqa: E402
+from dmfast.samples import Samples  # noqa: E402
 from dmfast.sampling import AsyncSampler, Sampler  # noqa: E402
 from dmfast.training.recipe import load  # noqa: E402
 
 
-def close(x: dmfast.Samples, y: dmfast.Samples) -> bool:
+def close(x: Samples, y: Samples) -> bool:
     """Return whether two draws are equal up to the rounding of batches of other sizes."""
     return torch.equal(x.tokens, y.tokens) and bool((x.log_prob - y.log_prob).abs().max() < 1e-4)
 

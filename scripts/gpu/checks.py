@@ -16,6 +16,7 @@ from torch import Tensor
 
 import dmfast
 from dmfast import eager
+from dmfast.functional import sample_tokens
 
 DRY, FEW = "dry" in sys.argv, "few" in sys.argv
 DEVICE = "cpu" if DRY else "cuda"
@@ -66,7 +67,7 @@ def against_the_oracle() -> None:
 
 def sampling() -> None:
     logits = 3 * torch.randn(64, 1000, device=DEVICE)
-    tokens, log_prob = dmfast.sample_tokens(logits, seed=5)
+    tokens, log_prob = sample_tokens(logits, seed=5)
     expected, expected_log_prob = eager.sample_tokens(logits, seed=5)
     agree = tokens == expected
     assert int(agree.sum()) >= 63, "the draws of the oracle, up to a boundary within rounding"
@@ -100,7 +101,7 @@ CAPTURED: dict[str, Callable[[dict[str, Any]], list[Tensor]]] = {
     "dpg": lambda call: step(call, "dpg"),  # a known weight takes one kernel
     "gdc++, packed": lambda call: step(packed(call)),
     "scoring": lambda call: [dmfast.sequence_log_prob(call["logits"], call["tokens"])],
-    "sampling": lambda call: list(dmfast.sample_tokens(call["logits"].flatten(0, 1), seed=3)),
+    "sampling": lambda call: list(sample_tokens(call["logits"].flatten(0, 1), seed=3)),
 }
 
 
