@@ -258,27 +258,27 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype.is_floating_point else x for x in tensors)
 
 
-def plain_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def plain_logits(hidden: Tensor, head: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return all logits, differentiable, by a product in ``dtype`` whatever autocast says."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return torch.nn.functional.linear(hidden.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype))
 
 
 @torch.no_grad()
-def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_logits(hidden: Tensor, head: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return the (N, V) logits that the linear losses make of hidden states, without gradient.
 
     16-bit hidden states give fp32 logits.
 
     Args:
         hidden: (N, D).
-        weight, bias: (V, D) and (V,), in the dtype of hidden.
+        head, bias: (V, D) and (V,), in the dtype of hidden.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    logits = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=dtype)
+    logits = hidden.new_empty(hidden.shape[0], head.shape[0], dtype=dtype)
     way = products.ways(hidden.device, hidden.dtype, dtype).logits
     with torch.autocast(hidden.device.type, enabled=False), products.ieee(hidden.device):
-        products.multiply(way, hidden, weight, bias, logits)
+        products.multiply(way, hidden, head, bias, logits)
     return logits
 
 
@@ -355,11 +355,11 @@ def linear_dm_loss(
             were given different arguments, or their rows do not make up the vocabulary.
         RuntimeError: another rank of ``group`` has failed, or ``group`` is used under torch.compile.
     """
-    weight, bias, group = parallel.local_head(weight, bias, group, vocab_start)
-    hidden, weight, bias = cast("tuple[Tensor, Tensor, Tensor | None]", _autocast(hidden, weight, bias))
+    head, bias, group = parallel.local_head(weight, bias, group, vocab_start)
+    hidden, head, bias = cast("tuple[Tensor, Tensor, Tensor | None]", _autocast(hidden, head, bias))
 
     def check() -> tuple[tuple[Batch, Terms, Options, Tensor | None], dict[str, object]]:
-        batch = checks.make_linear_batch(hidden, weight, bias, tokens, mask, cu_seqlens, temperature, softcap,
+        batch = checks.make_linear_batch(hidden, head, bias, tokens, mask, cu_seqlens, temperature, softcap,
                                          chunk_bytes, logits_dtype, token_weight)  # fmt: skip
         terms = checks.make_terms(
             batch, objective, on_policy=on_policy, max_weight=max_weight, context_id=context_id,
@@ -374,7 +374,7 @@ def linear_dm_loss(
             options = options._replace(expected=expected_grad(True, hidden.dtype, reduction, grad_scale))
         if group is None:
             return (batch, terms, options, divisor), {}
-        same = _same(batch, hidden, weight, bias, chunk_bytes)
+        same = _same(batch, hidden, head, bias, chunk_bytes)
         return (batch, terms, options, divisor), same | {
             "log_target, log_proposal, log_z, reward, log_base or baseline": terms.block,
             "objective and options": (
@@ -384,24 +384,24 @@ def linear_dm_loss(
             **({} if terms.group is None else terms.group.told()),
         }  # fmt: skip
 
-    (batch, terms, options, divisor), shards = _on_all_ranks(check, group, vocab_start, weight)
+    (batch, terms, options, divisor), shards = _on_all_ranks(check, group, vocab_start, head)
     batch = _of_whole(batch, shards)
-    chosen = _backend_for(batch.logits, backend, hidden=hidden, weight=weight, bias=bias)
+    chosen = _backend_for(batch.logits, backend, hidden=hidden, weight=head, bias=bias)
     if chosen.in_torch and shards is None:
-        batch = batch._replace(logits=plain_logits(hidden, weight, bias, batch.logits.dtype))
+        batch = batch._replace(logits=plain_logits(hidden, head, bias, batch.logits.dtype))
         loss, scores = autograd.loss(chosen, batch, terms, options, True)
     elif torch.compiler.is_compiling():
-        loss, scores = ops.linear_loss(chosen, hidden, weight, bias, batch, terms, options, chunk_bytes)
+        loss, scores = ops.linear_loss(chosen, hidden, head, bias, batch, terms, options, chunk_bytes)
     else:
-        loss, scores = linear.loss(chosen, hidden, weight, bias, batch, terms, options, chunk_bytes, shards)
+        loss, scores = linear.loss(chosen, hidden, head, bias, batch, terms, options, chunk_bytes, shards)
     return _output(loss if divisor is None else loss / divisor, scores, terms, tokens, options.entropy)
 
 
 def _same(
-    batch: Batch, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_bytes: int | None
+    batch: Batch, hidden: Tensor, head: Tensor, bias: Tensor | None, chunk_bytes: int | None
 ) -> dict[str, object]:
     """Return by name the arguments that all ranks of a vocabulary must share, without the per-sequence inputs."""
-    grads = torch.is_grad_enabled(), *(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    grads = torch.is_grad_enabled(), *(x is not None and x.requires_grad for x in (hidden, head, bias))
     starts = batch.labels[:0] if batch.cu_seqlens is None else batch.cu_seqlens
     return {
         "tokens or mask": batch.labels,
@@ -415,14 +415,14 @@ def _same(
 
 
 def _on_all_ranks(
-    check: Callable[[], tuple[_T, dict[str, object]]], group: Any, vocab_start: int | None, weight: Tensor
+    check: Callable[[], tuple[_T, dict[str, object]]], group: Any, vocab_start: int | None, head: Tensor
 ) -> tuple[_T, Shards | None]:
     """Return the result of ``check``, and the shards if the vocabulary is cut among ranks."""
     if group is None:
         return check()[0], None
     if torch.compiler.is_compiling():
         raise RuntimeError("a vocabulary that is cut among ranks is not compiled: call the loss outside torch.compile")
-    made, shards = parallel.together(group, vocab_start, weight, check)
+    made, shards = parallel.together(group, vocab_start, head, check)
     return made, shards
 
 
@@ -461,23 +461,23 @@ def linear_sequence_log_prob(
     Raises:
         TypeError, ValueError: as ``linear_dm_loss``.
     """
-    weight, bias, group = parallel.local_head(weight, bias, group, vocab_start)
-    hidden, weight, bias = cast("tuple[Tensor, Tensor, Tensor | None]", _autocast(hidden, weight, bias))
+    head, bias, group = parallel.local_head(weight, bias, group, vocab_start)
+    hidden, head, bias = cast("tuple[Tensor, Tensor, Tensor | None]", _autocast(hidden, head, bias))
 
     def check() -> tuple[Batch, dict[str, object]]:
-        batch = checks.make_linear_batch(hidden, weight, bias, tokens, mask, cu_seqlens, temperature, softcap,
+        batch = checks.make_linear_batch(hidden, head, bias, tokens, mask, cu_seqlens, temperature, softcap,
                                          chunk_bytes, logits_dtype)  # fmt: skip
-        return batch, _same(batch, hidden, weight, bias, chunk_bytes)
+        return batch, _same(batch, hidden, head, bias, chunk_bytes)
 
-    batch, shards = _on_all_ranks(check, group, vocab_start, weight)
+    batch, shards = _on_all_ranks(check, group, vocab_start, head)
     batch = _of_whole(batch, shards)
-    chosen = _backend_for(batch.logits, backend, hidden=hidden, weight=weight, bias=bias)
+    chosen = _backend_for(batch.logits, backend, hidden=hidden, weight=head, bias=bias)
     if chosen.in_torch and shards is None:
-        batch = batch._replace(logits=plain_logits(hidden, weight, bias, batch.logits.dtype))
+        batch = batch._replace(logits=plain_logits(hidden, head, bias, batch.logits.dtype))
         return autograd.log_prob(chosen, batch, False, False, True)[0]
     if torch.compiler.is_compiling():
-        return ops.linear_log_prob(chosen, hidden, weight, bias, batch, False, chunk_bytes)[0]
-    return linear.log_prob(chosen, hidden, weight, bias, batch, False, chunk_bytes, shards)[0]
+        return ops.linear_log_prob(chosen, hidden, head, bias, batch, False, chunk_bytes)[0]
+    return linear.log_prob(chosen, hidden, head, bias, batch, False, chunk_bytes, shards)[0]
 
 
 def sample_tokens(

@@ -70,29 +70,29 @@ def is_dtensor(x: object) -> bool:
     return isinstance(x, Tensor) and hasattr(x, "placements") and hasattr(x, "to_local")
 
 
-def local_head(weight: Tensor, bias: Tensor | None, group: Any, vocab_start: int | None) -> tuple[
+def local_head(head: Tensor, bias: Tensor | None, group: Any, vocab_start: int | None) -> tuple[
     Tensor, Tensor | None, Any
 ]:  # fmt: skip
     """Return this rank's rows of head and bias, and the group among which they are cut; None: they are whole.
 
     Args:
-        weight, bias: as in ``linear_dm_loss``.
-        group: a ProcessGroup or a DeviceMesh of one dimension; None: the group of a weight that is a DTensor.
+        head, bias: ``weight`` and ``bias`` of ``linear_dm_loss``.
+        group: a ProcessGroup or a DeviceMesh of one dimension; None: the group of a head that is a DTensor.
         vocab_start: as in ``linear_dm_loss``.
 
     Raises:
-        TypeError: the bias is cut in another way than the weight.
+        TypeError: the bias is cut in another way than the head.
         ValueError: a DTensor is not cut along the vocabulary, over one dimension of its mesh.
     """
     if group is not None and hasattr(group, "get_group"):
         group = group.get_group()
-    if not is_dtensor(weight):
+    if not is_dtensor(head):
         if is_dtensor(bias):
             raise TypeError("bias is a DTensor and weight is not; give both in one form")
         if group is None and vocab_start is not None:
             raise ValueError("vocab_start needs group, the process group that has the other rows of weight")
-        return weight, bias, group
-    placements, mesh = weight.placements, weight.device_mesh  # type: ignore[attr-defined]
+        return head, bias, group
+    placements, mesh = head.placements, head.device_mesh  # type: ignore[attr-defined]
     cut = [k for k, placement in enumerate(placements) if not placement.is_replicate()]
     if len(cut) != 1 or not placements[cut[0]].is_shard(0):
         raise ValueError(
@@ -103,20 +103,20 @@ def local_head(weight: Tensor, bias: Tensor | None, group: Any, vocab_start: int
         raise ValueError("group and vocab_start are known from a weight that is a DTensor; leave them out")
     if bias is not None and (not is_dtensor(bias) or bias.placements != placements):  # type: ignore[attr-defined]
         raise TypeError(f"bias must be a DTensor with the placements of weight, {tuple(placements)}")
-    local: Tensor = weight.to_local(grad_placements=placements)  # type: ignore[attr-defined]
+    local: Tensor = head.to_local(grad_placements=placements)  # type: ignore[attr-defined]
     own: Tensor | None = None if bias is None else bias.to_local(grad_placements=placements)  # type: ignore[attr-defined]
     return local, own, mesh.get_group(cut[0])
 
 
 def together(
-    group: Any, vocab_start: int | None, weight: Tensor, check: Callable[[], tuple[_T, Mapping[str, object]]]
+    group: Any, vocab_start: int | None, head: Tensor, check: Callable[[], tuple[_T, Mapping[str, object]]]
 ) -> tuple[_T, VocabShards]:
     """Check the arguments of a call on all ranks, and return the result of ``check`` and the shards of the ranks.
 
     Args:
         group: the process group.
         vocab_start: the first token of this rank; None: the ranks have the tokens in the order of their numbers.
-        weight: this rank's rows of the head.
+        head: the rows of the head that this rank has.
         check: a function that raises an error for this rank's arguments, or returns its result and, by name, the values
             that must be the same on all ranks.
 
@@ -134,8 +134,8 @@ def together(
     except Exception as found:  # it is raised below, once the other ranks know of it
         error = found
     start = _NO_START if vocab_start is None else vocab_start
-    told = torch.zeros(_MESSAGE, dtype=torch.int64, device=weight.device)
-    mine = [int(error is not None), start, weight.shape[0], *(_digest(value) for value in same.values())]
+    told = torch.zeros(_MESSAGE, dtype=torch.int64, device=head.device)
+    mine = [int(error is not None), start, head.shape[0], *(_digest(value) for value in same.values())]
     told[: len(mine)] = torch.tensor(mine)
     ranks = torch.stack(_gathered(told, group)).tolist()
     if error is not None:
@@ -152,7 +152,7 @@ def together(
             )
     starts = _starts(ranks)
     shards = VocabShards(group, starts[distributed.get_rank(group)], sum(rank[_COLUMNS] for rank in ranks),
-                         max(rank[_COLUMNS] for rank in ranks), weight.device)  # fmt: skip
+                         max(rank[_COLUMNS] for rank in ranks), head.device)  # fmt: skip
     assert made is not None
     return made, shards
 
@@ -222,19 +222,19 @@ class _Columns(torch.autograd.Function):
 
 
 def whole_logits(
-    make: Callable[[Tensor, Tensor, Tensor | None], Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None
+    make: Callable[[Tensor, Tensor, Tensor | None], Tensor], hidden: Tensor, head: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Return the differentiable (..., V) logits of all tokens. Where the head is cut among ranks, all of them call it.
 
     Args:
         make: a function that makes (..., V) logits of hidden states, head and bias.
         hidden: (..., D), the same on all ranks.
-        weight, bias: (V, D) and (V,) or None, the head. They are DTensors, with the rows in the order of the ranks,
-            where the head is cut.
+        head, bias: (V, D) and (V,) or None. They are DTensors, with the rows in the order of the ranks, where the head
+            is cut.
     """
-    local, own, group = local_head(weight, bias, None, None)
+    local, own, group = local_head(head, bias, None, None)
     if group is None:
-        return make(hidden, weight, bias)
+        return make(hidden, head, bias)
     mine = make(_Shared.apply(hidden, group), local, own)  # type: ignore[no-untyped-call]
-    found: Tensor = _Columns.apply(mine, group, weight.shape[0])  # type: ignore[no-untyped-call]
+    found: Tensor = _Columns.apply(mine, group, head.shape[0])  # type: ignore[no-untyped-call]
     return found

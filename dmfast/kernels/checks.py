@@ -195,7 +195,7 @@ def make_objective(objective: str | Objective | Callable[[Terms], Tensor]) -> Ob
 
 
 def make_linear_batch(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, mask: Tensor | None,
+    hidden: Tensor, head: Tensor, bias: Tensor | None, tokens: Tensor, mask: Tensor | None,
     cu_seqlens: Tensor | None, temperature: float, softcap: float | None, chunk_bytes: int | None,
     logits_dtype: torch.dtype | str, token_weight: Tensor | None = None,
 ) -> Batch:  # fmt: skip
@@ -213,7 +213,7 @@ def make_linear_batch(
             f"hidden must be (B, T, D), or packed (N, D) with cu_seqlens; got {describe(hidden)} "
             f"with{'' if dims == 2 else 'out'} cu_seqlens"
         )
-    for name, x, shape in (("weight", weight, "(V, D)"), ("bias", bias, "(V,)")):
+    for name, x, shape in (("weight", head, "(V, D)"), ("bias", bias, "(V,)")):
         if x is None and name == "bias":
             continue
         if not isinstance(x, Tensor) or x.dtype != hidden.dtype:
@@ -223,7 +223,7 @@ def make_linear_batch(
             )
         if x.device != hidden.device:
             raise ValueError(f"{name} is on {x.device}, hidden on {hidden.device}; move it there")
-        wrong = x.dim() != 2 or x.shape[1] != hidden.shape[-1] if name == "weight" else x.shape != weight.shape[:1]
+        wrong = x.dim() != 2 or x.shape[1] != hidden.shape[-1] if name == "weight" else x.shape != head.shape[:1]
         if wrong:
             raise ValueError(
                 f"{name} must be {shape} with hidden's D = {hidden.shape[-1]}, got {describe(x)}; weight is what "
@@ -231,9 +231,9 @@ def make_linear_batch(
             )
     if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
         raise ValueError(f"chunk_bytes must be a positive integer, got {chunk_bytes!r}")
-    v = weight.shape[0]
+    v = head.shape[0]
     if v == 0:
-        raise ValueError(f"weight has an empty vocabulary: {describe(weight)}")
+        raise ValueError(f"weight has an empty vocabulary: {describe(head)}")
     logits = logits_to_come(hidden.detach(), v, _logits_dtype(logits_dtype, hidden.dtype))
     batch = make_batch(logits, tokens, mask, cu_seqlens, temperature, softcap, what="hidden",
                        token_weight=token_weight)  # fmt: skip
