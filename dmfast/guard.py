@@ -12,7 +12,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,8 @@ from . import sharding
 from .decoding import positions_of, without_advice_on_masks
 from .draws import random_draw
 from .families import attends_by_flash, first_position, text_config, without_adapters
+from .head import HeadProbe
 from .samples import Samples
-
-if TYPE_CHECKING:
-    from .models import LanguageModel
 
 _PROBE, _PADS = 8, 3
 #: The errors that a model may raise at inputs that it can't take.
@@ -33,6 +31,28 @@ _FAULTS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueE
 _REPEATED, _REPEATED_RELATIVE = 1e-3, 1e-6
 _KNOWN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PART = 0.1  # a dtype counts if it rounds at least this share of the parameters' elements
+
+
+class Guarded(Protocol):
+    """The parts of a model (``Forwards``) that the guard uses to probe and check it."""
+
+    model: nn.Module
+    vocab_size: int
+    pad_token_id: int
+    _context: int | None
+    _text_inputs: list[str]
+    _head: HeadProbe
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        ...
+
+    def _module(self) -> Any: ...
+
+    def _inputs(self, mask: Tensor) -> dict[str, Tensor]: ...
+
+    def _score(self, samples: Samples) -> tuple[Tensor, bool]: ...
 
 
 class Guard:
@@ -71,7 +91,7 @@ class Guard:
     # ---- before the first forward
 
     @torch.no_grad()
-    def probe(self, lm: LanguageModel, tokens: Tensor, mask: Tensor) -> None:
+    def probe(self, lm: Guarded, tokens: Tensor, mask: Tensor) -> None:
         """Find out ``first_position``, ``padded`` and ``packed`` from four forwards of a few tokens, once.
 
         Ranks that hold a sharded model together call it together, and go on in the same way.
@@ -115,7 +135,7 @@ class Guard:
             self.rounding = rounding()
         sharding.reshard(lm.model)
 
-    def _why_not_packed(self, lm: LanguageModel, ids: Tensor, expected: Tensor, unit: float) -> str | None:
+    def _why_not_packed(self, lm: Guarded, ids: Tensor, expected: Tensor, unit: float) -> str | None:
         """Return why the model can't take sequences end to end in a row, or None where it can.
 
         Args:
@@ -144,19 +164,19 @@ class Guard:
         )
         return None if apart else "a sequence has another probability behind another one in a row than alone"
 
-    def _plain(self, lm: LanguageModel, ids: Tensor) -> Tensor:
+    def _plain(self, lm: Guarded, ids: Tensor) -> Tensor:
         """Run an unpadded sequence with the model's own positions, without a cache, and return (1, T, V) logits."""
         logits: Tensor = self._output(lm, ids).logits
         return logits
 
-    def _output(self, lm: LanguageModel, ids: Tensor) -> Any:
+    def _output(self, lm: Guarded, ids: Tensor) -> Any:
         given: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
         if "position_ids" in self._required:
             given["position_ids"] = positions_of(given["attention_mask"])
         given |= {name: torch.zeros_like(ids) for name in lm._text_inputs}
         return lm._module()(input_ids=ids, use_cache=False, **given)
 
-    def _last(self, lm: LanguageModel, ids: Tensor, n: int) -> Tensor:
+    def _last(self, lm: Guarded, ids: Tensor, n: int) -> Tensor:
         """Return (n, V) fp64, ``_plain``'s logits of the last n positions.
 
         Where sampler and scorer do not round a 16-bit head's logits, these are not rounded either.
@@ -167,11 +187,11 @@ class Guard:
                 return found.logits()[0].double()
         return self._plain(lm, ids)[0, -n:].double()
 
-    def _whole(self, lm: LanguageModel, ids: Tensor, mask: Tensor) -> Tensor | None:
+    def _whole(self, lm: Guarded, ids: Tensor, mask: Tensor) -> Tensor | None:
         """Return (N, T, V) logits as ``LanguageModel`` gets them, or None if the model can't take such a batch."""
         return self._given(lm, ids, lm._inputs(mask))
 
-    def _given(self, lm: LanguageModel, ids: Tensor, inputs: dict[str, Tensor]) -> Tensor | None:
+    def _given(self, lm: Guarded, ids: Tensor, inputs: dict[str, Tensor]) -> Tensor | None:
         """Return (N, T, V) logits of a batch with these inputs, or None if the model can't take it."""
         inputs = {name: torch.zeros_like(ids) for name in lm._text_inputs} | inputs
         try:
@@ -186,7 +206,7 @@ class Guard:
     # ---- after the first draw
 
     @torch.no_grad()
-    def check(self, lm: LanguageModel, drawn: Samples) -> bool:
+    def check(self, lm: Guarded, drawn: Samples) -> bool:
         """Compare log q of two sequences with their scores, once, and again when prompts first differ in length.
 
         Ranks that hold a sharded model together call it together while the model is gathered, and go on in the same
@@ -294,7 +314,7 @@ class Guard:
             "LanguageModel(..., check_scores=False) skips this check"
         )
 
-    def _alone(self, lm: LanguageModel, x: Samples) -> tuple[Tensor, float]:
+    def _alone(self, lm: Guarded, x: Samples) -> tuple[Tensor, float]:
         """Return (N,) fp64, the log-probability of each sequence by a plain forward, and the largest size of a logit.
 
         Only the highest logit of each position and that of the drawn token count for this size, because the logit of a
@@ -309,7 +329,7 @@ class Guard:
             values.append((logits / x.temperature).log_softmax(-1).gather(-1, places).sum())
         return torch.stack(values), largest
 
-    def _step_by_step(self, lm: LanguageModel, x: Samples) -> Tensor:
+    def _step_by_step(self, lm: Guarded, x: Samples) -> Tensor:
         """Return (N,) fp64, the log-probability of each sequence, whose tokens are scored by forwards of prefixes."""
         values = []
         for tokens, mask, scored in zip(x.tokens, x.attention_mask.bool(), x.score_mask, strict=True):
@@ -323,7 +343,7 @@ class Guard:
 
 
 @contextmanager
-def _naming(lm: LanguageModel, what: str) -> Iterator[None]:
+def _naming(lm: Guarded, what: str) -> Iterator[None]:
     """Name the model in an error of its forward. An error of the machine or the compiler passes unchanged."""
     try:
         yield
@@ -359,13 +379,13 @@ def _differ(logits: Tensor | None, expected: Tensor, unit: float) -> bool:
     return bool((distance > unit / 4).any())
 
 
-def _devices(lm: LanguageModel) -> list[torch.device]:
+def _devices(lm: Guarded) -> list[torch.device]:
     """Return the devices on which the model computes, each once."""
     return list({lm.device, *(parameter.device for parameter in lm.model.parameters())})
 
 
 @contextmanager
-def _undisturbed(lm: LanguageModel, *, training: bool) -> Iterator[None]:
+def _undisturbed(lm: Guarded, *, training: bool) -> Iterator[None]:
     """Run the block in one mode. Restore the modules' modes, their buffers and the random state afterwards."""
     modes = [(module, module.training) for module in lm.model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in lm.model.buffers() if not buffer.is_meta] if training else []
@@ -395,7 +415,7 @@ def _unit(dtype: torch.dtype, largest: float) -> float:
 
 
 @contextmanager
-def _rounding_of(lm: LanguageModel) -> Iterator[Callable[[], torch.dtype]]:
+def _rounding_of(lm: Guarded) -> Iterator[Callable[[], torch.dtype]]:
     """Give a function that returns the dtype that limits the precision, once forwards have run within the block.
 
     It is the coarsest of the dtypes that at least a tenth of the parameters' elements have, and of autocast's within

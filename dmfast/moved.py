@@ -17,6 +17,7 @@ MOVED = {
         "functional": ("DMLossOutput", "sample_tokens"),
         "kernels": ("BackendInfo", "use_backend"),
         "log_probs": ("dm_loss_from_log_probs",),
+        "models": ("AdapterView",),
         "objectives": ("OBJECTIVES", "AdaptiveBeta", "PPOClip", "leave_one_out"),
         "rejection": (
             "RejectionCurve", "RejectionPoint", "plot_rejection", "quasi_rejection_sample", "rejection_curve",
@@ -24,7 +25,6 @@ MOVED = {
         "samples": ("Samples",),
         "sampling": ("Mixture", "Prompted", "Sampler"),
         "targets": ("Feature", "LambdaFit", "ScorerCounts", "TargetScores", "fit_lambda"),
-        "views": ("AdapterView",),
     }.items()
     for name in names
 }  # fmt: skip

@@ -24,12 +24,11 @@ from . import adapters, tensor_parallel
 from .copies import frozen_copy
 from .estimators import Estimate, RunningEstimates, _alpha_terms, _js_terms, _mean, _mean_given_one, estimate
 from .kernels.result import DMLossOutput
-from .models import LanguageModel
+from .models import AdapterView, LanguageModel
 from .objectives import is_number
 from .samples import Samples
 from .sampling import AsyncSampler, Sampler
 from .tensors import all_tensors, copy_into, difference, without_aliases
-from .views import AdapterView
 
 CRITERIA = ("kl", "tvd", "js", "alpha", "interval")
 #: The criteria for which log pi must be known also where P = 0.

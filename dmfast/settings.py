@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from . import adapters
 from .methods import METHODS
-from .models import LanguageModel
+from .models import AdapterView, LanguageModel
 from .objectives import KINDS, AdaptiveBeta, Objective, PPOClip, Terms, is_number
 from .proposal import NEED_ALL, OfflineProposal
 from .targets import EBM
 from .tensors import address
-from .views import AdapterView
 
 #: A name of ``OBJECTIVES`` or ``METHODS``, an ``Objective``, or a function of ``Terms`` that returns (B,) weights A.
 AnyObjective: TypeAlias = "str | Objective | Callable[[Terms], Tensor]"

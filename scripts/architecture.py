@@ -50,7 +50,7 @@ LAYERS = (
     ),
     Layer(
         "Model", "makes a transformers model a distribution: sample, score, loss",
-        ("models", "views", "samples", "prompts", "completions", "head", "decoding", "guard", "families", "draws",
+        ("models", "forwards", "samples", "prompts", "completions", "head", "decoding", "guard", "families", "draws",
          "packing", "copies", "adapters", "tensors", "sharding", "tensor_parallel", "seeds", "shipped"),
     ),
     Layer(

@@ -25,7 +25,7 @@ BY_MODULE = {
     "functional": ["sample_tokens", "DMLossOutput"],
     "kernels": ["use_backend", "BackendInfo"],
     "log_probs": ["dm_loss_from_log_probs"],
-    "views": ["AdapterView"],
+    "models": ["AdapterView"],
     "objectives": ["OBJECTIVES", "AdaptiveBeta", "PPOClip", "leave_one_out"],
     "ranks": ["Ranks"],
     "rejection": ["quasi_rejection_sample", "rejection_curve", "RejectionCurve", "RejectionPoint", "plot_rejection"],
@@ -38,6 +38,8 @@ BY_MODULE = {
     "verified": ["pass_at_k", "maj_at_k", "coverage", "distinct_at_k", "measure"],
     "targets": ["Feature", "ScorerCounts", "VerifierCounts", "TargetScores", "fit_lambda", "LambdaFit"],
 }  # fmt: skip
+# the pages of these classes also show what they inherit
+WITH_INHERITED = ("dmfast.LanguageModel",)
 LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 
 
@@ -76,6 +78,10 @@ def api_pages() -> dict[str, str]:
         source = path if path.exists() else path.with_suffix("") / "__init__.py"
         about = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
         blocks = [f"::: {name}\n    options:\n      show_root_full_path: true" for name in names]
+        blocks = [
+            block + "\n      inherited_members: true" * (name in WITH_INHERITED)
+            for name, block in zip(names, blocks, strict=True)
+        ]
         if names == [f"dmfast.{module}"]:  # the module itself is the public name, and its docstring says what it has
             about, blocks = "", [f"{blocks[0]}\n      members: false"]
         pages[f"{API}/{module}.md"] = "\n\n".join([f"# {module}", about, *blocks]) + "\n"

@@ -20,9 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dmfast
 from dmfast import EBM, Contains, LanguageModel, Moment, OfflineProposal, adapters
+from dmfast.models import AdapterView
 from dmfast.training import recipe
 from dmfast.training.card import model_card
-from dmfast.views import AdapterView
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*forms all logits")
 

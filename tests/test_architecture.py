@@ -33,9 +33,9 @@ def test_the_drawing_is_that_of_the_code(of_code):
 
 
 def imported(path, package):
-    """Return the files that a module imports when it is loaded: not for types alone, and not within a function."""
+    """Return the files that a module imports, also for types alone and within a function."""
     found = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             above = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
             for each in (above, *(above / alias.name for alias in node.names)):

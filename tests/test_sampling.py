@@ -16,9 +16,9 @@ from test_models import PROMPTS, Table, V, build, close, lm, same, tok
 
 from dmfast import LanguageModel, OfflineProposal
 from dmfast.adapters import PROPOSAL
+from dmfast.models import AdapterView
 from dmfast.sampling import Mixture, Prompted, Sampler
 from dmfast.tensors import all_tensors
-from dmfast.views import AdapterView
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out", "ignore:.*past_key_values", "ignore:.*tie_word", "ignore:.*forms all logits"

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from .. import adapters, sharding
 from ..copies import whole_copy
 from ..families import without_adapters
+from ..forwards import module_of
 from ..kernels import warn_caller
-from ..models import LanguageModel, Source, module_of
+from ..models import AdapterView, LanguageModel, Source
 from ..ranks import OneProcess, Ranks
 from ..samples import Prompt, Samples
 from ..seeds import seed_for
-from ..views import AdapterView
 from . import weights
 
 _T = TypeVar("_T")

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapters
-from ..models import LanguageModel, Source, module_of
+from ..forwards import module_of
+from ..models import LanguageModel, Source
 from ..samples import Prompt, Samples
 from ..tensors import copy_into
 

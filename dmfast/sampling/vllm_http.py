@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 
 import torch
 
-from ..models import LanguageModel, module_of
+from ..forwards import module_of
+from ..models import LanguageModel
 from . import weights
 from .engine import Completion, Engine, EngineError, Facts, LostWeights, Request
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import LanguageModel, module_of
+from ..forwards import module_of
+from ..models import LanguageModel
 from . import weights
 from .engine import Completion, Engine, Facts, Request, has_adapter, plain
 from .vllm_http import over_workers

@@ -9,23 +9,38 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..models import LanguageModel
+from ..samples import Samples
 from ..seeds import seed_for
 from .drawing import batch_within, drawn_in_parts
-
-if TYPE_CHECKING:
-    from .ebm import EBM
 
 #: The columns of a data set for the mean of b, and for the number of completions that it is the mean of.
 RATE, DRAWN = "pass_rate", "pass_rate_n"
 
 
+class Filter(Protocol):
+    """The parts of an ``EBM`` from which pass rates are drawn."""
+
+    base: LanguageModel
+    batch_size: int | None
+
+    @property
+    def is_filter(self) -> bool:
+        """Whether it only filters the base."""
+        ...
+
+    def log_b(self, samples: Samples) -> Tensor:
+        """Return (N,) fp64, the log of the product of the pointwise constraints."""
+        ...
+
+
 def fit_z(
-    target: EBM, data: Any, n: int, *, max_new_tokens: int, temperature: float, seed: int | None,
+    target: Filter, data: Any, n: int, *, max_new_tokens: int, temperature: float, seed: int | None,
     batch_size: int | None, drop_zero: bool, progress: bool | None,
 ) -> Any:  # fmt: skip
     """Return the data with the columns ``pass_rate`` and ``pass_rate_n``; see ``EBM.fit_z``."""
@@ -87,7 +102,7 @@ def _rows(data: Any) -> list[Mapping[str, Any]]:
 
 
 def _rates(
-    target: EBM, rows: Sequence[Mapping[str, Any]], n: int, *, max_new_tokens: int, temperature: float, seed: int,
+    target: Filter, rows: Sequence[Mapping[str, Any]], n: int, *, max_new_tokens: int, temperature: float, seed: int,
     batch_size: int, progress: bool | None,
 ) -> list[float]:  # fmt: skip
     """Return the mean of b of each row. The rows are drawn in parts, so that only one part is in memory."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from ..kernels import warn_caller
 from ..matcher import Matcher
 from ..models import LanguageModel
 from ..proposal import OfflineProposal
+from ..targets import EBM
 from ..tensors import address
 from . import checkpoint, deepspeed, distributed_config, pickles, resume
 from .card import model_card
@@ -23,20 +24,19 @@ from .saving import save_plainly
 from .stream import Stream
 from .versions import remove_old_checkpoints
 
-if TYPE_CHECKING:
-    from .trainer import DMTrainer
-
 
 class CheckpointingTrainer(Trainer):  # type: ignore[misc]
     """The part of ``DMTrainer`` that writes to disk and reads from it, around transformers' own.
 
     Attributes:
         policy, proposal, matcher: the objects whose state a checkpoint holds in addition to transformers' files.
+        target: the target, whose settings are compared with a checkpoint's.
     """
 
     policy: LanguageModel
     proposal: OfflineProposal[LanguageModel] | None
     matcher: Matcher
+    target: EBM
     _rows: Contexts | Stream
     _is_spread: bool  # whether transformers spread the model over processes as it loaded it
     _staging: str | None = None  # the folder of a checkpoint that is being written
@@ -193,13 +193,13 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         return {
             "contexts": self._rows.digest,
             "matcher": self.matcher.state_dict(),
-            "settings": resume.settings_of(cast("DMTrainer", self)),
+            "settings": resume.settings_of(self),
             "stream": read,
         }
 
     def _changes_since(self, state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Return the settings that differ from a checkpoint's state. A setting that it has not recorded is left out."""
-        return resume.changed(resume.recorded_in(state), resume.settings_of(cast("DMTrainer", self)))
+        return resume.changed(resume.recorded_in(state), resume.settings_of(self))
 
     def _refuse_changes(self, state: dict[str, Any], folder: object) -> None:
         kind = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
@@ -261,7 +261,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
             self._write_card(folder)
 
     def _write_card(self, folder: Path) -> None:
-        (folder / "README.md").write_text(model_card(cast("DMTrainer", self)), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(self), encoding="utf-8")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card of ``save_model`` into ``args.output_dir``."""

@@ -6,10 +6,9 @@ import math
 from dataclasses import Field, fields
 from inspect import get_annotations
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .config import DMConfig
+from transformers import TrainingArguments
 
 _POSITIVE = (
     "max_new_tokens", "max_prompt_length", "temperature", "samples_per_context", "sampling_batch_size", "eval_samples",
@@ -31,7 +30,7 @@ _OF_SETTINGS = ("z_floor", "alpha", "beta", "max_return", "max_redraws")
 _MAY_BE_NONE = ("max_grad_norm",)
 
 
-def numbers_of(kind: type[DMConfig]) -> dict[str, str]:
+def numbers_of(kind: type[TrainingArguments]) -> dict[str, str]:
     """Return ``int``, ``float`` or ``bool`` for each argument that takes such values, and at most None besides."""
     # Field.type will not do, because HfArgumentParser changes it in place
     annotations = {name: each for base in reversed(kind.__mro__) for name, each in get_annotations(base).items()}
@@ -45,7 +44,7 @@ def numbers_of(kind: type[DMConfig]) -> dict[str, str]:
     return found
 
 
-def check_numbers(args: DMConfig) -> None:
+def check_numbers(args: TrainingArguments) -> None:
     """Check the types of all numbers, and the ranges of those that nothing else checks before lambda is fitted.
 
     A whole number that came as a float, such as 1e3, becomes an integer where an integer is wanted.
@@ -86,7 +85,7 @@ def _typed(argument: Field[Any], kind: str, value: Any) -> Any:
     return value
 
 
-def _refuse(args: DMConfig, name: str, words: str, allowed: Any) -> None:
+def _refuse(args: TrainingArguments, name: str, words: str, allowed: Any) -> None:
     value = getattr(args, name)
     if value is not None and not allowed(value):
         raise ValueError(f"{name} must be {words}, got {value!r}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,12 +18,11 @@ from .. import sharding
 from ..adapters import PROPOSAL
 from ..estimators import PartitionFunctions
 from ..kernels import warn_caller
+from ..matcher import Matcher
+from ..models import AdapterView, LanguageModel
+from ..targets import EBM
 from ..targets.rewards import WeightedSum, parts_of
 from ..tensors import fingerprint
-from ..views import AdapterView
-
-if TYPE_CHECKING:
-    from .trainer import DMTrainer
 
 _ANOTHER_P = "lambda, Z and the proposal of the checkpoint are of the other target"
 _START_ANEW = "Set them as they were, or start a new run whose model is the saved one"
@@ -104,24 +103,36 @@ _LONGER = ("max_steps", "num_train_epochs")  # no warning, because a run is made
 _WITH_STATE = ("reduce_lr_on_plateau", "greedy")
 
 
-def settings_of(trainer: DMTrainer) -> dict[str, Any]:
+class Run(Protocol):
+    """The parts of a trainer from which the settings of its run are read."""
+
+    args: Any
+    policy: LanguageModel
+    target: EBM
+    matcher: Matcher
+    brings_optimizer: bool
+    is_deepspeed_enabled: Any
+    is_fsdp_enabled: Any
+
+
+def settings_of(run: Run) -> dict[str, Any]:
     """Return what a checkpoint records of a run's settings, as numbers, strings, True, False and None."""
-    args, target, reward = trainer.args, trainer.target, trainer.matcher.reward
+    args, target, reward = run.args, run.target, run.matcher.reward
     found = {name: _plain(getattr(args, name)) for name in (*REFUSED, *RENEWED, *HONOURED) if hasattr(args, name)}
-    if trainer.brings_optimizer:
+    if run.brings_optimizer:
         for name in (*OF_OPTIMIZER, "optim", "optim_args"):
             found.pop(name, None)
     return found | {
-        "objective": trainer.matcher.settings.name,
+        "objective": run.matcher.settings.name,
         "reward": _name_of(reward),
-        "eos_token_id": _plain(sorted(trainer.policy.eos_token_ids)),
-        "chat_template_kwargs": _plain(dict(trainer.policy.chat_template_kwargs)),
+        "eos_token_id": _plain(sorted(run.policy.eos_token_ids)),
+        "chat_template_kwargs": _plain(dict(run.policy.chat_template_kwargs)),
         "the pointwise constraints": _plain(sorted(target.pointwise_names)),
         "the moments": json.dumps(target.wanted),
         "the target's features": _plain(target.identity()),
         "the reward's features": _plain(_features_of(reward)),
-        "the base's weights": _digest(trainer),
-        "the adapter": _adapter(trainer.policy.model),
+        "the base's weights": _digest(run),
+        "the adapter": _adapter(run.policy.model),
     }
 
 
@@ -156,10 +167,10 @@ def recorded_in(state: Mapping[str, Any]) -> dict[str, Any]:
     return recorded
 
 
-def _digest(trainer: DMTrainer) -> str | None:
+def _digest(run: Run) -> str | None:
     """Return a few numbers of the base's weights, or None where this process does not hold them whole."""
-    base: Any = trainer.target.base
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or sharding.is_sharded(base.model):
+    base: Any = run.target.base
+    if run.is_deepspeed_enabled or run.is_fsdp_enabled or sharding.is_sharded(base.model):
         return None
     own = {*getattr(base.model, "peft_config", {}), PROPOSAL} if isinstance(base, AdapterView) else set()
     return fingerprint(p for name, p in base.model.named_parameters() if own.isdisjoint(name.split(".")))
