@@ -189,9 +189,9 @@ class Settings:
         chosen = METHODS.get(self.objective, self.objective) if isinstance(self.objective, str) else self.objective
         if isinstance(chosen, str):
             log_scale = 0.0 if self.objective == "reinforce_p" else None
-            own = {name: getattr(self, name) for name in ("beta", "alpha", "normalize_alpha", "max_return")}
+            own = {name: getattr(self, name) for name in (*_parameters(), "normalize_alpha", "max_return")}
             return Objective(chosen, baseline, self.normalize, log_scale=log_scale, **own)
-        named = ("beta", "alpha", "max_return", "baseline")
+        named = (*_parameters(), "max_return", "baseline")
         given = [f"{name}={getattr(self, name)!r}" for name in named if getattr(self, name) is not None]
         given += [f"{name}=False" for name in ("normalize", "normalize_alpha") if not getattr(self, name)]
         if not isinstance(chosen, Objective):
@@ -279,6 +279,14 @@ class Settings:
         if self.objective == "reinforce_p":
             objective = replace(objective, log_scale=log_scale)
         return objective if beta is None else replace(objective, beta=beta.value)
+
+
+def _parameters() -> tuple[str, ...]:
+    """Return the names of the parameters of objectives that are settings, such as ``alpha`` and ``beta``."""
+    of_settings = {each.name for each in fields(Settings)}
+    return tuple(
+        kind.parameter for kind in KINDS.values() if kind.parameter is not None and kind.parameter in of_settings
+    )
 
 
 def check_trainable(policy: LanguageModel) -> None:

@@ -66,10 +66,10 @@ def _backends() -> dict[str, BackendInfo]:
     if forced is not None:
         in_use = {forced} if reasons.get(forced, "") is None else set()
     else:
-        in_use = {name for name in ("cpu", "cuda", "triton") if reasons[name] is None}
-        if "cuda" in in_use:
-            in_use.discard("triton")
-        in_use = in_use or {"eager"}
+        in_use = {name for name, reason in reasons.items() if reason is None} - {EAGER.name}
+        if CUDA.name in in_use:
+            in_use.discard(TRITON.name)
+        in_use = in_use or {EAGER.name}
     return {
         name: BackendInfo(name, reasons[name] is None, name in in_use, reasons[name] or backend.detail())
         for name, backend in BACKENDS.items()
