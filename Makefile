@@ -132,9 +132,11 @@ vllm: $(VENV)/vllm
 spread: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/ci/spread.py
 
-# Training under DeepSpeed on two CPU processes against DDP, and resumed runs: docs/scale.md.
+# Training under DeepSpeed on two CPU processes against DDP, by DMTrainer and by a loop around Matcher, and resumed runs:
+# docs/scale.md.
 deepspeed: $(VENV)/deepspeed
 	OMP_NUM_THREADS=1 $(VENV)/deepspeed/bin/python scripts/ci/zero.py
+	OMP_NUM_THREADS=1 $(VENV)/deepspeed/bin/python -m pytest tests/test_docs.py -k scale
 
 # Sampling that runs ahead in actors of Ray: docs/scale.md.
 ray: $(VENV)/ray

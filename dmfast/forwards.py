@@ -132,7 +132,8 @@ class Forwards:
         if not self._gathers_zero and sharding.is_cut_by_zero(self.model):
             raise ValueError(
                 f"DeepSpeed's ZeRO-3 has cut the parameters of the {self._kind}, which LanguageModel needs whole "
-                "outside of DMTrainer: train by that, or take ZeRO-2"
+                "outside of DMTrainer: train by that, take ZeRO-2, or make it a "
+                "dmfast.training.deepspeed.PartitionedModel, as docs/scale.md shows"
             )
         if self.device.type == "meta":
             raise ValueError(

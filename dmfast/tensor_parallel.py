@@ -69,7 +69,7 @@ def refuse(model: nn.Module) -> None:
     """Refuse a model that was cut as it was loaded in a way that was not tried.
 
     Raises:
-        ValueError: it has pipeline or expert parallelism.
+        ValueError: it has pipeline, expert or sequence parallelism.
     """
     config: Any = getattr(getattr(model, "config", None), "distributed_config", None)
     for name, what in (("pp_size", "pipeline"), ("ep_size", "expert")):
@@ -79,3 +79,8 @@ def refuse(model: nn.Module) -> None:
                 f"the model was loaded with DistributedConfig({name}={size}), and dmfast does not run under {what} "
                 "parallelism: leave it out, and cut the model by tp_size, or shard it by fsdp=True of DMConfig"
             )
+    if getattr(config, "enable_sequence_parallel", False):
+        raise ValueError(
+            "the model was loaded with DistributedConfig(enable_sequence_parallel=True), and dmfast does not run under "
+            "sequence parallelism: leave it out"
+        )

@@ -7,6 +7,7 @@ This is a model. No device is involved, and nothing was measured.
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -114,8 +115,40 @@ def seconds(model: Model, way: Way, gpus: int) -> dict[str, float]:
     return found
 
 
+#: An engine of this many GPUs holds q, by the name of the model. Of the memory, USED is for q and the cache.
+ENGINE, USED = {"7B": 1, "70B": 8}, 0.9
+
+
+def engine(model: Model) -> tuple[float, int, float]:
+    """Return what q takes on each GPU of an engine in GB, the sequences that it draws at once, and their seconds."""
+    gpus, n = ENGINE[model.name], model.parameters
+    token = 2 * model.layers * model.kv * 2 / gpus  # the bytes of a token's keys and values on one GPU
+    q = n * 2 / gpus
+    at_once = int((USED * MEMORY * GB - q) / (token * (PROMPT + NEW)))
+    reading = (q + at_once * token * (PROMPT + NEW / 2)) / (BANDWIDTH * GB)
+    products = 2 * n * at_once / (RATE * gpus)
+    return q / GB, at_once, NEW * max(reading, products) + PROMPT * products
+
+
+def engines() -> list[str]:
+    """Return the lines of the table of engines."""
+    head = ["policy", "GPUs of an engine", "q on each of them", "sequences at once", "seconds for them"]
+    head += [f"for {gpus} GPUs" for gpus in GPUS]
+    lines = ["The table describes an engine that holds q in 16 bits. Its last columns say how many GPUs of engines",
+             "draw as fast as the GPUs of a policy train under FSDP2.", ""]  # fmt: skip
+    lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    way = next(way for way in WAYS if not way.draws)
+    for model in MODELS:
+        of_one, (q, at_once, long) = ENGINE[model.name], engine(model)
+        steps = [max(seconds(model, way, gpus).values()) for gpus in GPUS]
+        copies = [math.ceil(SEQUENCES * n / step * long / at_once) for n, step in zip(GPUS, steps, strict=True)]
+        cells = [model.name, of_one, f"{q:.0f} GB", at_once, f"{long:.0f}", *[of_one * each for each in copies]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
 def table() -> str:
-    """Return the two tables."""
+    """Return the three tables."""
     lines = ["The table gives the largest memory that a GPU needs, in GB. **Bold** figures do not fit one of "
              f"{MEMORY} GB.", ""]  # fmt: skip
     lines += [f"| way | {' | '.join(f'{m.name}, {g} GPUs' for m in MODELS for g in GPUS)} |", f"|---|{'---|' * 6}"]
@@ -132,7 +165,7 @@ def table() -> str:
                 parts = sorted(seconds(model, way, gpus).items(), key=lambda part: -part[1])
                 cells.append(", ".join(f"{name} {long:.{int(long < 9.5)}f}" for name, long in parts[:2]))
             lines.append(f"| {model.name} | {way.name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *engines()]) + "\n"
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ The JSON has ``out`` and ``variants``. A variant has a name and the arguments of
 ``stage`` (of ZeRO; 0 is DDP), ``config`` (of DeepSpeed, over ``CONFIG``), ``model``, ``resume``, ``stop``, ``launcher``
 (what accelerate launch puts into the environment), ``check`` (a function of ``CHECKS``, which runs on the trained
 trainer) and ``refused`` (the job must be refused). ``loaded`` names a job whose model is loaded beside such a config.
+A variant with ``loop`` has the arguments of ``looped`` instead, and runs no trainer.
 Rank r writes its results to ``result-r.json``.
 """
 
@@ -20,11 +21,13 @@ import deepspeed
 import peft
 import torch
 from ending import end
-from trainer_job import Gradients, StopAt, gpt2, job, llama
+from matcher_job import Ranks
+from torch.nn.parallel import DistributedDataParallel
+from trainer_job import Gradients, StopAt, gpt2, job, llama, tokenizer
 from transformers import LlamaForCausalLM, TrainerCallback
 
 import dmfast
-from dmfast import Contains
+from dmfast import EBM, Contains, LanguageModel, Matcher, Moment, OfflineProposal
 from dmfast.training import deepspeed as dmfast_deepspeed
 
 # without this, every new environment would compile DeepSpeed's own all-reduce against torch's headers, for a minute
@@ -198,6 +201,49 @@ def run(out, name, *, model="gpt2", stage=0, config=None, resume=None, stop=None
     }
 
 
+def looped(*, model, stage=0, parts=2):
+    """Return what came of five steps of a loop around ``Matcher``, under DDP or DeepSpeed without ``DMTrainer``."""
+    torch.distributed.is_initialized() or torch.distributed.init_process_group("gloo")
+    ranks, made = Ranks(), MODELS[model]()
+    policy = (dmfast_deepspeed.PartitionedModel if stage == 3 else LanguageModel)(made, tokenizer())
+    target = EBM(LanguageModel(copy.deepcopy(made), tokenizer()), [Moment(Contains("w3", name="w3"), 0.6)])
+    target.lambda_ = [1.5]
+    kind = dmfast_deepspeed.PartitionedProposal if stage == 3 else OfflineProposal
+    proposal = kind(policy, interval=2, criterion="interval")
+    matcher = Matcher(policy, target, proposal, "dpg", seed=29, ranks=ranks)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.02)
+    if stage:
+        config = {
+            "train_micro_batch_size_per_gpu": 8 // parts, "gradient_accumulation_steps": parts,
+            "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        }  # fmt: skip
+        wrapped = deepspeed.initialize(model=made, optimizer=optimizer, config=config)[0]
+        dmfast_deepspeed.begin(wrapped, policy, proposal)
+    else:
+        wrapped = DistributedDataParallel(made)
+    log = []
+    for _ in range(5):
+        batch = matcher.draw([["w1 w2"], ["w3"]][ranks.rank], 8, max_new_tokens=6)
+        for part in batch.split(8 // parts):
+            loss = matcher.loss(part, wrapped).loss
+            if stage:
+                wrapped.backward(loss, scale_wrt_gas=False)
+                wrapped.step()
+            else:
+                loss.backward()
+        if not stage:
+            optimizer.step()
+            optimizer.zero_grad()
+        log.append(matcher.commit())
+    held = sum(getattr(p, "ds_tensor", p).numel() for p in made.parameters())
+    with dmfast_deepspeed.gathered(wrapped if stage == 3 else None):
+        whole = {n: p.detach().flatten().tolist() for n, p in made.named_parameters()}
+    q = {n: p.flatten().tolist() for n, p in proposal.snapshot.model.named_parameters()}
+    return {"parameters": whole, "q": q, "swaps": proposal.swaps, "z": [each["z"] for each in log],
+            "held": held / sum(map(len, whole.values()))}  # fmt: skip
+
+
 def main():
     """Run the jobs that the command line asks for."""
     torch.set_num_threads(1)
@@ -205,6 +251,9 @@ def main():
     results = {}
     for name, options in wanted["variants"].items():
         print(name, flush=True)  # if a job waits for ever, this tells which one
+        if "loop" in options:
+            results[name] = looped(**options["loop"])
+            continue
         results[name] = (refused if options.pop("refused", False) else run)(wanted["out"], name, **options)
     rank = os.environ["RANK"]
     if wanted.get("loaded"):

@@ -233,7 +233,10 @@ def refusals():
     if "tp_size" in WANTED["sizes"]:
         tried("sampler", sampler="http://127.0.0.1:9")
     tried("base alone", model=alone, base=base)
-    for name in ("pp_size", "ep_size", "dp_replicate_size", "fsdp_cpu_offload"):
+    for name in (
+        "pp_size", "ep_size", "enable_sequence_parallel", "dp_replicate_size", "fsdp_cpu_offload",
+        "fsdp_mixed_precision",
+    ):  # fmt: skip
         before = getattr(config, name)
         setattr(config, name, 2)
         tried(name)

@@ -79,7 +79,9 @@ REFUSED = {
     "base otherwise": "the target's base was loaded with DistributedConfig(dp_replicate_size=1, fsdp_size=4",
     "pp_size": "DistributedConfig(pp_size=2), and dmfast does not run under pipeline parallelism",
     "ep_size": "DistributedConfig(ep_size=2), and dmfast does not run under expert parallelism",
+    "enable_sequence_parallel": "dmfast does not run under sequence parallelism",
     "fsdp_cpu_offload": "fsdp_cpu_offload of DistributedConfig was not tried",
+    "fsdp_mixed_precision": "fsdp_mixed_precision of DistributedConfig was not tried",
     "hf_quantizer": "quantised models were not tried with a distributed_config",
     "peft_config": "adapters (PEFT) were not tried on a model that was loaded with a distributed_config",
 }

@@ -48,7 +48,7 @@ def test_ranks_share_the_contexts_of_a_step(contexts):
 
 
 def test_a_context_that_is_split_is_refused():
-    with pytest.raises(ValueError, match=r"samples_per_context = 3 must divide .* 4 \* 2 = 8"):
+    with pytest.raises(ValueError, match=r"samples_per_context = 3 must divide .* 4 \* 2 = 8: take 2 or 4$"):
         StepSampler(5, 3, per_device=4, accumulation=2)
 
 

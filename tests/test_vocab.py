@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,18 @@ def test_ranks_together_are_one_process(ranks):
 def test_shards_need_not_be_equal(ranks):
     columns = [rank["cases"]["uneven, bias"]["columns"] for rank in ranks]
     assert sum(columns) == 41 and len(set(columns)) == len(ranks)
+
+
+@pytest.mark.parametrize(("case", "columns"), [("one chunk", 2), ("known weight", 2), ("entropy", 3), ("chunks", 2)])
+def test_what_ranks_exchange(ranks, case, columns):
+    """Ranks exchange 16 bytes a row and chunk, 24 with the entropy, and sum the gradient of hidden once a call."""
+    for found in (rank["exchanged"][case] for rank in ranks):
+        arguments, *chunks, gradient = found["calls"]
+        assert arguments == ["all_gather", "torch.int64", [32]]
+        assert gradient[:2] == ["all_reduce", "torch.float32"] and math.prod(gradient[2]) == found["hidden"]
+        assert {(name, dtype, shape[0]) for name, dtype, shape in chunks} == {("all_gather", "torch.float64", columns)}
+        assert sum(rows - 1 for _, _, (_, rows) in chunks) == found["rows"]  # one more element says who has failed
+        assert len(chunks) == (3 if case == "chunks" else 1)
 
 
 @pytest.mark.parametrize(("fault", "first", "other"), [

@@ -196,6 +196,33 @@ def breaks_within(rank, call):
         Cpu.forward = broken
 
 
+def exchanged(**options):
+    """Return how many rows there are, and what this rank exchanges in a call and its backward: name, dtype, shape."""
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    hidden, head, tokens, mask, given, _ = inputs(41, torch.float32)
+    first, last = shares(41, ranks, uneven=False)[rank]
+    weight, found = head[first:last].clone().requires_grad_(), []
+
+    def noting(name, real, tensor):
+        def call(*args, **kwargs):
+            found.append([name, str(tensor(args).dtype), list(tensor(args).shape)])
+            return real(*args, **kwargs)
+
+        return call
+
+    real = distributed.all_gather, distributed.all_reduce
+    distributed.all_gather = noting("all_gather", real[0], lambda args: args[1])
+    distributed.all_reduce = noting("all_reduce", real[1], lambda args: args[0])
+    try:
+        out = dmfast.linear_dm_loss(
+            hidden.requires_grad_(), weight, tokens, mask, **given, group=distributed.group.WORLD, **options
+        )
+        out.loss.backward()
+    finally:
+        distributed.all_gather, distributed.all_reduce = real
+    return {"rows": int(mask.sum()), "hidden": int(hidden.numel()), "calls": found}
+
+
 FAULTS = {f.__name__: f for f in (
     nan_in_one, recorded, label_of_probability_0, other_tokens, other_target, overlap, wrong_dtype, token_too_large,
     other_temperature, other_token_weight, breaks_within,
@@ -236,6 +263,12 @@ def main():
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     found["replicated"] = refused(lambda rank, call: call.update(
         weight=distribute_tensor(inputs(41, torch.float32)[1], mesh, [Replicate()]), group=None))  # fmt: skip
+    found["exchanged"] = {
+        "one chunk": exchanged(),
+        "known weight": exchanged(objective="dpg"),
+        "entropy": exchanged(return_entropy=True),
+        "chunks": exchanged(chunk_bytes=64 * 4 * 8),
+    }
     everything = [None] * distributed.get_world_size()
     distributed.all_gather_object(everything, found)
     if distributed.get_rank() == 0:

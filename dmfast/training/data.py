@@ -246,9 +246,12 @@ def check_divides(n: int, per_device: int, accumulation: int) -> int:
     """
     local = per_device * accumulation
     if local % n:
+        divisors = [k for k in range(1, local + 1) if local % k == 0]
+        near = [*[k for k in divisors if k < n][-1:], *[k for k in divisors if k > n][:1]]
         raise ValueError(
             f"samples_per_context = {n} must divide the sequences that a process takes in an optimiser step, "
-            f"per_device_train_batch_size * gradient_accumulation_steps = {per_device} * {accumulation} = {local}"
+            f"per_device_train_batch_size * gradient_accumulation_steps = {per_device} * {accumulation} = {local}: "
+            f"take {' or '.join(map(str, near))}"
         )
     return local
 

@@ -182,7 +182,13 @@ def refuse_plugin(accelerator: Any, args: TrainingArguments) -> None:
             "save_model would write no model under ZeRO-3: set zero_optimization's "
             "stage3_gather_16bit_weights_on_model_save to true (accelerate launch: --zero3_save_16bit_model true)"
         )
-    clipping = config.get("gradient_clipping", 0.0)
+    clipping = config.get("gradient_clipping")
+    if clipping is None:
+        raise ValueError(
+            "the DeepSpeed config has no gradient_clipping (accelerate drops a 0), and DeepSpeed then clips by a norm "
+            f"of its own, 1.0 in 0.19.8, whatever max_grad_norm={args.max_grad_norm!r} says: set "
+            '"gradient_clipping": "auto" in it (accelerate launch: leave --gradient_clipping out)'
+        )
     if float(clipping) != float(args.max_grad_norm or 0.0):
         raise ValueError(
             f"max_grad_norm={args.max_grad_norm!r} and the DeepSpeed config's gradient_clipping={clipping!r} differ, "

@@ -99,8 +99,9 @@ def refuse_model(model: Any, base: Any, args: TrainingArguments, peft_config: An
                 f"{name}={getattr(args, name)!r} does not run with a model that was loaded with a distributed_config: "
                 f"{why}"
             )
-    if getattr(config, "fsdp_cpu_offload", False):
-        raise ValueError("fsdp_cpu_offload of DistributedConfig was not tried with DMTrainer; leave it out")
+    for name in ("fsdp_cpu_offload", "fsdp_mixed_precision"):
+        if getattr(config, name, False):
+            raise ValueError(f"{name} of DistributedConfig was not tried with DMTrainer; leave it out")
     if not args.gather_for_sampling and args.check_scores and sharding.is_sharded(model):
         raise ValueError(fsdp.UNCHECKED)
 
