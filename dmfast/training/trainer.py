@@ -220,6 +220,7 @@ class DMTrainer(EvaluatingTrainer):
             target,
             args,
             self._rows.digest,
+            reward=of_run,
             weights=not fsdp.loads_on_rank_0(self.accelerator),
         )
         self.policy.gather_for_sampling = args.gather_for_sampling
