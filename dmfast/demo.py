@@ -111,9 +111,9 @@ def run_loop(args: argparse.Namespace, train: Callable[..., Iterator[dict[str, f
         learning_rate=args.learning_rate, interval=args.interval, objective=args.objective, seed=args.seed,
     ):  # fmt: skip
         history.append(metrics)
-        say(f"step {metrics['step']:3.0f}  women under q {metrics['phi/women']:.2f}  KL(p‖π) "
+        say(f"step {metrics['step']:3.0f}  share of women {metrics['phi/women']:.2f}  KL(p‖π) "
             f"{in_words(metrics['kl_policy'])}  Z {in_words(metrics['z'], '.2f')}  "
-            f"ESS {in_words(metrics['ess'], '.0f')}"
+            f"effective sequences {in_words(metrics['ess'], '.0f')}"
             + ("  q <- pi" if metrics["swapped"] else ""))  # fmt: skip
     training = time.perf_counter() - training
     x, after = evaluate(policy, target, prompts, args.samples, seed=args.seed + 10**6, **how)

@@ -178,8 +178,8 @@ def main() -> dict[str, Tensor]:
         proposal.update(out)
         if step == 0 or (step + 1) % max(options.steps // 6, 1) == 0:
             kl = proposal.running.estimates().kl_policy
-            print(f"step {step + 1:3d}  E_q[b] {float(b.mean()):.3f}  KL(p||pi) {kl}  swaps {proposal.swaps}  "
-                  f"sequences without a Z {int(out.n_empty)}")  # fmt: skip
+            print(f"step {step + 1:3d}  share with b = 1 {float(b.mean()):.3f}  KL(p||pi) {kl}  "
+                  f"swaps {proposal.swaps}  sequences without a Z {int(out.n_empty)}")  # fmt: skip
         proposal.maybe_update()
 
     after, found = exact.of(policy), z.log_z(torch.arange(len(contexts)))

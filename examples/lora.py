@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dmfast
-from dmfast.training.recipe import TINY_BIOS
+from dmfast.shipped import TINY_BIOS
 
 WOMEN = dmfast.Contains(any_of=["she", "her"], name="women")
 

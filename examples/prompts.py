@@ -19,7 +19,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dmfast
-from dmfast.training.recipe import TINY_BIOS
+from dmfast.shipped import TINY_BIOS
 
 WORDS = json.loads((TINY_BIOS / "features.json").read_text(encoding="utf-8"))["topic_sports"]["any_of"]
 SPORTS = dmfast.Contains(any_of=WORDS, name="sports")

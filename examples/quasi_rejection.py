@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dmfast
 from dmfast.rejection import RejectionPoint, plot_rejection, quasi_rejection_sample, rejection_curve
 from dmfast.sampling import Mixture
-from dmfast.training.recipe import TINY_BIOS
+from dmfast.shipped import TINY_BIOS
 
 WOMEN = dmfast.Contains(any_of=["she", "her"], name="women")
 

@@ -21,7 +21,6 @@ from trl import GRPOConfig
 import dmfast
 from dmfast.integrations.trl import DMGRPOTrainer
 from dmfast.objectives import TARGET_OBJECTIVES
-from dmfast.training.recipe import load
 
 
 def women(completions: list[str], **_: Any) -> list[float]:
@@ -38,7 +37,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=96, help="completions of a step")
     args = parser.parse_args()
 
-    policy = load("tiny-bios")  # for a model of yours: LanguageModel.from_pretrained(name)
+    policy = dmfast.LanguageModel.from_pretrained("tiny-bios")  # or a folder, or a name on the hub
     base = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
     about_women = dmfast.Moment(dmfast.Contains(any_of=["she", "her"], name="women"), 0.5)
     target = None

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dmfast
 from dmfast.estimators import Estimate
-from dmfast.training.recipe import TINY_BIOS
+from dmfast.shipped import TINY_BIOS
 
 FIELDS = json.loads((TINY_BIOS / "features.json").read_text(encoding="utf-8"))
 WORDS = {field: set(FIELDS[f"topic_{field}"]["any_of"]) for field in ("sports", "art", "science")}

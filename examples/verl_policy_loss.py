@@ -44,12 +44,10 @@ def token_log_probs(policy: dmfast.LanguageModel, x: Samples) -> Tensor:
 
 
 def main() -> None:
-    from dmfast.training.recipe import load
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40, help="batches, of two optimiser steps each")
     args = parser.parse_args()
-    policy = load("tiny-bios")
+    policy = dmfast.LanguageModel.from_pretrained("tiny-bios")
     base = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
     women = dmfast.Contains(any_of=["she", "her"], name="women")
     algorithm = AlgoConfig(use_kl_in_reward=True, kl_penalty="kl", kl_ctrl=KLControlConfig(kl_coef=0.375))

@@ -167,7 +167,7 @@ def assert_within(actual: Tensor, expected: Tensor, error: Tensor | float, what:
 
 
 def assert_made_of(actual: Tensor | None, expected: Tensor | None, what: str) -> None:
-    """What follows from the same log pi may differ in the last digits only."""
+    """Assert that what follows from the same log pi differs in the last digits only."""
     assert (actual is None) == (expected is None), what
     if actual is not None and expected is not None:
         assert actual.dtype == expected.dtype and actual.shape == expected.shape, what

@@ -288,7 +288,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
 
 
 def of_groups(one, two):
-    """A group that lies on two ranks is one group, and both ranks draw the same sequences again."""
+    """Assert that a group on two ranks is one group, and that both ranks draw the same sequences again."""
     for how in ("keep", "skip"):  # these two draw no sequences again, so one process and two have the same
         for pair in zip(two[how]["log"], one[how]["log"], strict=True):
             mine, other = ({name: x for name, x in each.items() if "scorer/" not in name} for each in pair)

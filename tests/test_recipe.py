@@ -131,7 +131,7 @@ def test_files_of_prompts(tmp_path):
         (tmp_path / f"marked_{name}").write_text((tmp_path / name).read_text(), encoding="utf-8-sig")
         assert recipe._prompts(str(tmp_path / f"marked_{name}")) == recipe._prompts(str(tmp_path / name))
     for name, text, message in (
-        ("b.jsonl", '{"prompt": "He"}\n\n{"prompt"\n', "b.jsonl: line 3 is no JSON: .*"),
+        ("b.jsonl", '{"prompt": "He"}\n\n{"prompt"\n', "b.jsonl: line 3 is no JSON: [^0-9]*, at column 10$"),
         ("b.csv", "question,answer\nHe,1\n", "must name a column 'prompt', got question, answer"),
         ("b.json", "[]", "a file of prompts is .txt .*, got '.json'"),
     ):

@@ -168,7 +168,7 @@ PAIRS = [
 def test_what_a_feature_is_made_of_is_compared(was, now, match):
     """What changes its values is refused under the same name, and what can't be told is left out."""
     base = dmfast.LanguageModel(gpt2(), tokenizer())
-    recorded, this = ({"the target's features": resume._plain(EBM(base, [each]).identity())} for each in (was, now))
+    recorded, this = ({"the target's features": resume.plain(EBM(base, [each]).identity())} for each in (was, now))
     assert " at 0x" not in str(recorded)
     changes = resume.changed(recorded, this)
     assert bool(changes) == (match is not None)
@@ -194,7 +194,7 @@ def test_of_long_values_a_message_shows_where_they_differ():
 
 
 def test_an_object_enters_the_settings_without_its_address():
-    assert resume._plain({"tools": [made()]}) == resume._plain({"tools": [made()]}) == '{"tools": ["function"]}'
+    assert resume.plain({"tools": [made()]}) == resume.plain({"tools": [made()]}) == '{"tools": ["function"]}'
 
 
 def test_another_objective_starts_the_mean_of_the_returns_anew(tmp_path):

@@ -44,7 +44,7 @@ def check_heads(found):
 
 
 def check_alike(found, columns):
-    """The ranks of one model draw and score the same bits."""
+    """Assert that the ranks of one model draw and score the same bits."""
     for name, each in found["alike"].items():
         assert each["drawn"] and each["scored"] and each["error"] < 1e-4, (name, each)
         assert each["columns"] == columns, (name, each)
@@ -94,7 +94,7 @@ def check_refusals(found, **more):
 
 
 def check_run(found, trainer, gradients):
-    """A run is that of one process, up to rounding."""
+    """Assert that a run is that of one process, up to rounding."""
     assert found["written"] and found["said"] == []
     swaps = trainer.proposal.swaps if trainer.proposal else None
     assert (found["steps"], found["swaps"]) == (trainer.state.global_step, swaps)

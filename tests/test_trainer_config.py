@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -20,8 +21,8 @@ from trainer_tools import (
 )
 
 import dmfast
-from dmfast import EBM, Contains, LanguageModel, Moment
-from dmfast.training.checks import check_environment
+from dmfast import EBM, Contains, LanguageModel, Moment, Scorer
+from dmfast.training.checks import check_alike, check_environment
 
 # older releases of accelerate than 1.10 do not have it
 ParallelismConfig = getattr(accelerate, "ParallelismConfig", SimpleNamespace)
@@ -122,6 +123,14 @@ def test_a_config_takes_what_transformers_takes(tmp_path):
         ),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "can't be made: One of min_lr or min_lr_rate"),
         ({"optim": "rmsprop", "optim_args": "alpha=-1"}, "optim='rmsprop' with optim_args='alpha=-1' can't be made"),
+        ({"optim": "sgd", "optim_args": "momentum=.9, nestrov=1"}, "optim='sgd' does not read nestrov of optim_args="),
+        ({"optim_args": "beta1=0.5"}, "does not read beta1 of .* of Adam are adam_beta1, .*_epsilon and weight_decay"),
+        (
+            {"optim": "adafactor", "optim_args": "a=1,b=x"},
+            "optim='adafactor' does not read a, b of optim_args='a=1,b=x'",
+        ),
+        ({"optim": "sgd", "optim_args": "weight_decay=.1"}, "group has a weight decay of its own: set DMConfig.weight"),
+        ({"optim": "sgd", "optim_args": "momentum"}, "optim_args must be like 'momentum=0.9, .*', got 'momentum'"),
     ],
 )
 def test_an_optimiser_and_a_scheduler_that_can_not_be_made_are_found_first(tmp_path, settings, message):
@@ -130,6 +139,79 @@ def test_an_optimiser_and_a_scheduler_that_can_not_be_made_are_found_first(tmp_p
         check_environment(args)
     # what the caller brings is not made of the arguments
     check_environment(args, own_optimizer=True, own_scheduler=True)
+
+
+@pytest.mark.parametrize(
+    ("optim", "optim_args"),
+    [
+        ("sgd", "momentum=0.9, nesterov=True"),
+        ("sgd", "dampening=0, momentum=0"),  # the values that they have anyway
+        ("rmsprop", "alpha=0.9,centered=False"),
+        ("adamw_torch", None),
+        ("adagrad", ""),
+    ],
+)
+def test_arguments_that_an_optimiser_reads_are_taken(tmp_path, optim, optim_args):
+    check_environment(dmfast.DMConfig(str(tmp_path), use_cpu=True, optim=optim, optim_args=optim_args))
+
+
+class OneOfTwo:
+    """The ranks of two processes, of which the other gave what an earlier call with ``other=None`` gave."""
+
+    size = 2
+
+    def __init__(self, other=None):
+        self.told, self.other = [], None if other is None else list(other.told)
+
+    def gather(self, values):
+        self.told.append(values)
+        return torch.cat([values, values if self.other is None else self.other.pop(0)])
+
+
+def is_long(texts):
+    return [float(len(text) > 9) for text in texts]
+
+
+def is_short(texts):
+    return [float(len(text) < 9) for text in texts]
+
+
+EITHER = Contains("w3")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "differs"),
+    [
+        (([Contains("w3", name="it")], None), ([Contains("w4", name="it")], None), "what the constraint 'it' is made"),
+        (
+            ([Contains("w1"), Moment(Scorer(is_long, name="it"), 0.5)], None),
+            ([Contains("w1"), Moment(Scorer(is_short, name="it"), 0.5)], None),
+            "what the moment 'it' is made of. ",
+        ),
+        (([Moment(Contains("w3"), 0.5)], None), ([Moment(Contains("w3"), 0.6)], None), "the target's constraints. "),
+        (([Contains("w3")], None), ([Contains("w3"), Contains("w4")], None), "the target's constraints. "),
+        (
+            ([EITHER], Scorer(is_long, name="it")),
+            ([EITHER], Scorer(is_short, name="it")),
+            "what the reward is made of. ",
+        ),
+        (([EITHER], None), ([EITHER], Scorer(is_long)), "the rewards. "),
+    ],
+)
+def test_processes_whose_constraints_or_rewards_differ_are_refused(tmp_path, one, other, differs):
+    args, lm = dmfast.DMConfig(str(tmp_path), use_cpu=True), LanguageModel(gpt2(), tokenizer())
+
+    def check(ranks, constraints, reward):
+        target = EBM(lm, constraints)
+        if target.moment_names:
+            target.lambda_ = [1.0]
+        check_alike(ranks, lm, target, args, "", reward=reward)
+
+    first = OneOfTwo()
+    check(first, *one)
+    check(OneOfTwo(first), *copy.deepcopy(one))  # a process has objects of its own
+    with pytest.raises(ValueError, match=f"the 2 processes do not train the same thing: they differ in {differs}"):
+        check(OneOfTwo(first), *other)
 
 
 def test_an_objective_that_is_infinite_at_zero_is_warned_of_on_a_filter(tmp_path):

@@ -6,11 +6,12 @@ import math
 import os
 
 import pytest
-from trainer_job import job
+from trainer_job import gpt2, job, tokenizer
 from trainer_tools import (
     one_thread,  # noqa: F401
 )
 
+from dmfast import EBM, Contains, LanguageModel, Moment, Scorer
 from dmfast.training.callbacks import log_line
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
@@ -29,7 +30,7 @@ def test_a_progress_bar_of_the_user_s_own_stays(tmp_path):
 def test_the_progress_bar_shows_the_line(tmp_path, capsys):
     job(tmp_path, max_steps=2, disable_tqdm=False).train()
     printed = capsys.readouterr()
-    assert "step    2  E_q[w3]" in printed.out + printed.err and "2/2" in printed.err
+    assert "step    2  share of w3 0." in printed.out + printed.err and "2/2" in printed.err
 
 
 def test_tensorboard(tmp_path):
@@ -53,23 +54,32 @@ def test_the_log_line(tmp_path, capsys):
     step, evaluation, *_ = capsys.readouterr().out.splitlines()
     for part in (
         "step    1",
-        "E_q[w3] 0.",
+        "share of w3 0.",
         "KL(p‖π) ",
         " ± ",
         "Z ",
-        "ESS ",
+        "effective sequences ",
         "swaps 0",
         "sampling",
         "scoring",
         "policy",
     ):
         assert part in step, step
-    assert evaluation.startswith("step    1 evaluation  E_π[w3] 0.") and "KL(π‖a)" in evaluation
+    assert evaluation.startswith("step    1 evaluation  share of w3 0.") and "KL(π‖a)" in evaluation
 
 
 def test_log_line_of_logs_that_lack_some():
     assert log_line(3, {"loss": 0.5}) == "step    3  loss 0.5"
     assert "± " not in log_line(1, {"kl_policy": 0.5, "kl_policy_stderr": None})
+
+
+def test_the_mean_of_a_feature_of_0_and_1_is_called_a_share():
+    lm = LanguageModel(gpt2(), tokenizer())
+    words = Scorer(lambda texts: [float(len(text.split())) for text in texts], name="words")
+    target = EBM(lm, [Contains("w1", name="it"), Moment(words, 2.0)], monitor=[Contains("w2", name="that")])
+    logs = {f"phi/{name}": 1.0 for name in ("it", "words", "that")}
+    line = log_line(1, logs, target.binary_names)
+    assert line.endswith("share of it 1.000  mean of words 1.000  share of that 1.000")
 
 
 def test_logs_between_two_lines_are_means(tmp_path):

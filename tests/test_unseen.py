@@ -82,7 +82,7 @@ def test_no_swap_and_no_certainty_rest_on_sequences_without_the_feature(check_sa
     assert all(math.isnan(metrics[name]) for name in ("kl_policy", "kl_policy_stderr", "kl_proposal", "tvd_policy"))
     line = log_line(1, metrics)
     assert all(math.isnan(metrics[name]) for name in ("z", "log_z", "log_z_stderr", "ess"))
-    assert "KL(p‖π) unknown: no sequence had women" in line and "Z unknown  ESS unknown" in line
+    assert "KL(p‖π) unknown: no sequence had women" in line and "Z unknown  effective sequences unknown" in line
     for _ in range(2):
         with torch.no_grad():
             of.policy.model.transformer.h[0].mlp.c_fc.weight.mul_(1.3)
@@ -94,7 +94,7 @@ def test_no_swap_and_no_certainty_rest_on_sequences_without_the_feature(check_sa
     shown[0] = True
     metrics = step(of)
     assert "unseen/women" not in metrics and metrics["kl_policy_stderr"] > 0.05
-    assert f"ESS {metrics['ess']:.0f} of 16" in log_line(4, metrics)
+    assert f"effective sequences {metrics['ess']:.0f} of 16" in log_line(4, metrics)
 
 
 def test_what_the_estimates_have_forgotten_is_forgotten():
@@ -154,7 +154,11 @@ def test_a_step_without_the_feature_has_no_effective_sample_size():
     assert "unseen/women" not in metrics and math.isnan(metrics["ess"])
     assert 1 < metrics["z"] < z and metrics["log_z_stderr"] > 0
     line = log_line(2, metrics)
-    assert "ESS unknown" in line and "Z unknown" not in line and math.isnan(merged([{"ess": 8.0}, metrics])["ess"])
+    assert (
+        "effective sequences unknown" in line
+        and "Z unknown" not in line
+        and math.isnan(merged([{"ess": 8.0}, metrics])["ess"])
+    )
 
 
 def test_z_of_a_step_rests_on_the_step_alone_where_it_is_asked_to():
@@ -177,7 +181,10 @@ def test_an_older_state_does_not_say_what_z_has_seen():
 def test_what_a_line_says_of_constraints_that_were_never_met():
     line = log_line(1, {"kl_policy": math.nan, "kl_policy_stderr": math.nan, "kl_policy_base": -4e-8,
                         "kl_policy_base_stderr": 1e-7, "z": 0.0, "ess": 0.0, "sequences": 8.0})  # fmt: skip
-    assert "KL(p‖π) unknown: no sequence met all constraints  KL(π‖a) 0.000 ± 0.000  Z 0.000  ESS 0 of 8" in line
+    assert (
+        "KL(p‖π) unknown: no sequence met all constraints  KL(π‖a) 0.000 ± 0.000  Z 0.000  effective sequences 0 of 8"
+        in line
+    )
 
 
 def z_of(ones, n, weight=148.0):

@@ -161,6 +161,13 @@ class EBM:
         return [each.name for each in self._pointwise if each.feature.binary]
 
     @property
+    def binary_names(self) -> list[str]:
+        """The names of all features that are always 0 or 1, so that their means are shares."""
+        moments = zip(self.moment_names, (moment.feature for moment in self._moments), strict=True)
+        pointwise = ((each.name, each.feature) for each in self._pointwise)
+        return [name for name, feature in (*moments, *pointwise, *self._monitor) if feature.binary]
+
+    @property
     def wanted(self) -> dict[str, float]:
         """The moments' wanted values by their names."""
         return {name: moment.value for name, moment in zip(self.moment_names, self._moments, strict=True)}

@@ -6,7 +6,7 @@ import math
 import re
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
@@ -148,8 +148,14 @@ def in_words(value: float, form: str = ".3f") -> str:
     return "unknown" if math.isnan(value) else text.removeprefix("-") if not float(text) else text
 
 
-def log_line(step: int, logs: Mapping[str, Any]) -> str:
-    """Return one step, evaluation or end of training as a line."""
+def log_line(step: int, logs: Mapping[str, Any], shares: Collection[str] = ()) -> str:
+    """Return one step, evaluation or end of training as a line.
+
+    Args:
+        step: the number of the step.
+        logs: what was logged.
+        shares: the names of the features that are 0 or 1, whose mean is the share of the sequences that have them.
+    """
     evaluation = any(key.startswith("eval_") for key in logs)
     # the prefix is eval_, or eval_<name>_ for one of several eval sets
     known = (key.removesuffix("kl_policy_base") for key in logs if re.fullmatch("eval_(.+_)?kl_policy_base", key))
@@ -172,12 +178,12 @@ def log_line(step: int, logs: Mapping[str, Any]) -> str:
     for key in logs:
         if key.startswith(f"{prefix}phi/") and not key.endswith("_stderr"):
             name = key.split("/", 1)[1]
-            under = "π" if evaluation else "q"
-            parts.append(f"E_{under}[{name}] {with_error(f'phi/{name}') if evaluation else number(f'phi/{name}')}")
+            mean = with_error(f"phi/{name}") if evaluation else number(f"phi/{name}")
+            parts.append(f"{'share' if name in shares else 'mean'} of {name} {mean}")
     of_k = [key.removeprefix(prefix) for key in logs if re.fullmatch(rf"{re.escape(prefix)}pass@\d+", key)]
     parts += [f"{key} {with_error(key)}" for key in dict.fromkeys([*of_k[:1], *of_k[-1:]])]
-    for key, title in (("kl_policy", "KL(p‖π)"), ("kl_policy_base", "KL(π‖a)"), ("z", "Z"), ("ess", "ESS"),
-                       ("swaps", "swaps"), ("runtime", "seconds")):  # fmt: skip
+    for key, title in (("kl_policy", "KL(p‖π)"), ("kl_policy_base", "KL(π‖a)"), ("z", "Z"),
+                       ("ess", "effective sequences"), ("swaps", "swaps"), ("runtime", "seconds")):  # fmt: skip
         if prefix + key in logs and not (key == "runtime" and not evaluation):
             form = {"z": "#.4g", "ess": ".0f", "swaps": ".0f", "runtime": ".1f"}.get(key)
             shown = number(key, form) if form else with_error(key)
@@ -200,18 +206,25 @@ def log_line(step: int, logs: Mapping[str, Any]) -> str:
 
 
 class LogLine(TrainerCallback):  # type: ignore[misc]
-    """A callback that prints one line per log where there is no progress bar."""
+    """A callback that prints one line per log where there is no progress bar. ``shares`` is as in ``log_line``."""
+
+    def __init__(self, shares: Collection[str] = ()) -> None:
+        self._shares = shares
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Print the line on rank 0."""
         if logs and state.is_world_process_zero:
-            print(log_line(state.global_step, logs), flush=True)
+            print(log_line(state.global_step, logs, self._shares), flush=True)
 
 
 class Progress(ProgressCallback):  # type: ignore[misc]
     """transformers' progress bar, with the line of ``LogLine`` above it."""
 
+    def __init__(self, shares: Collection[str] = ()) -> None:
+        super().__init__()
+        self._shares = shares
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write the line above the bar."""
         if logs and state.is_world_process_zero and self.training_bar is not None:
-            self.training_bar.write(log_line(state.global_step, logs))
+            self.training_bar.write(log_line(state.global_step, logs, self._shares))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,12 @@ from ..ranks import Ranks
 from ..seeds import seed_for
 from ..settings import Settings
 from ..targets import EBM
+from ..targets.constraints import Feature
 from ..tensors import address
 from . import deepspeed, fsdp
 from .card import SETTINGS
 from .config import DMConfig, refuse_parallelism
+from .resume import features_of, plain
 
 # the entries of a model's generation_config that would change the distribution that is sampled from
 _SAMPLER_OPTIONS = (
@@ -133,6 +137,7 @@ def _optimizer_of(args: DMConfig) -> torch.optim.Optimizer | None:
     name = str(getattr(args.optim, "value", args.optim))
     if name.startswith(of_a_model):
         return None
+    _check_form(args.optim_args)
     parameter = nn.Parameter(torch.zeros(1, device=args.device))
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
@@ -141,7 +146,50 @@ def _optimizer_of(args: DMConfig) -> torch.optim.Optimizer | None:
         given = f" with optim_args={args.optim_args!r}" if args.optim_args else ""
         kind_of_error = ImportError if isinstance(error, ImportError) else ValueError
         raise kind_of_error(f"optim={name!r}{given} can't be made: {error}") from error
+    _refuse_unread(args, name)
     return made
+
+
+def _check_form(optim_args: str | None) -> None:
+    """Refuse ``optim_args`` that are not ``key=value`` pairs, of which transformers would complain without a name."""
+    if optim_args and any(each.count("=") != 1 for each in optim_args.split(",")):
+        raise ValueError(f"optim_args must be like 'momentum=0.9, nesterov=True', got {optim_args!r}")
+
+
+def _refuse_unread(args: DMConfig, name: str) -> None:
+    """Refuse ``optim_args`` that would have no effect, because transformers passes over those that it does not know.
+
+    Raises:
+        ValueError: the message names them.
+    """
+    given = dict(each.split("=") for each in (args.optim_args or "").replace(" ", "").split(",") if each)
+    if "weight_decay" in given:
+        raise ValueError(
+            f"weight_decay in optim_args={args.optim_args!r} would have no effect, because each parameter group has a "
+            "weight decay of its own: set DMConfig.weight_decay instead"
+        )
+    unread = [key for key in given if not _is_read(args, given, key)]
+    if unread:
+        adam = "; the settings of Adam are adam_beta1, adam_beta2, adam_epsilon and weight_decay of DMConfig"
+        raise ValueError(
+            f"optim={name!r} does not read {', '.join(unread)} of optim_args={args.optim_args!r}, which would have no "
+            f"effect: leave it out{adam if 'adam' in name else ''}"
+        )
+
+
+def _is_read(args: DMConfig, given: Mapping[str, str], key: str) -> bool:
+    """Return whether transformers reads a key of ``optim_args``, so that another value of it changes something."""
+    other = copy.copy(args)
+
+    def made_of(pairs: Mapping[str, str]) -> Any:
+        other.optim_args = ",".join(f"{name}={value}" for name, value in pairs.items())
+        return Trainer.get_optimizer_cls_and_kwargs(other)
+
+    without = {name: each for name, each in given.items() if name != key}
+    try:
+        return bool(made_of({**given, key: "x"}) != made_of(without))
+    except (ValueError, TypeError, AttributeError, KeyError):  # x is no value of it, or it must not be left out
+        return True
 
 
 def _check_scheduler(args: DMConfig, optimizer: torch.optim.Optimizer | None) -> None:
@@ -293,7 +341,14 @@ def warn_of_generation_config(model: nn.Module) -> None:
 
 
 def check_alike(
-    ranks: Ranks, policy: LanguageModel, target: EBM, args: DMConfig, data: str, *, weights: bool = True
+    ranks: Ranks,
+    policy: LanguageModel,
+    target: EBM,
+    args: DMConfig,
+    data: str,
+    *,
+    reward: Feature | None = None,
+    weights: bool = True,
 ) -> None:
     """Check that all ranks train the same model towards the same target on the same data.
 
@@ -301,6 +356,7 @@ def check_alike(
         ranks: the ranks, all of which call this together.
         policy, target, args: those of this rank.
         data: a digest of this rank's data set.
+        reward: the reward of this rank.
         weights: whether to compare the model's weights. False if every rank gets them from rank 0 later.
 
     Raises:
@@ -310,12 +366,16 @@ def check_alike(
         return
     mine = {f"DMConfig.{name}": str(getattr(args, name)) for name in SETTINGS}
     mine |= {"the data set": data, "the tokenizer": f"{len(policy.tokenizer)} {policy.eos_token_ids}"}
-    mine["the target's constraints"] = f"{target.moment_names} {list(target.scorers)} {target.monitor_names}"
+    mine["the target's constraints"] = f"{target.wanted} {list(target.scorers)} {target.monitor_names}"
+    rewards = features_of(reward)
+    mine["the rewards"] = f"{getattr(reward, 'name', None)} {list(rewards)}"
     if weights:
         mine |= {"the model's weights": _digest(policy.model), "the base's weights": _digest(target.base.model)}
-    digests = ranks.gather(torch.tensor([[seed_for(0, each) for each in mine.values()]], device=args.device))
-    differs = (digests != digests[0]).any(0).tolist()
-    found = [name for name, each in zip(mine, differs, strict=True) if each]
+    found = _differing(mine, ranks, args.device)
+    if not found:  # so that all ranks have the same names to compare
+        made_of = {**target.identity(), **rewards}
+        of_features = {f"what {name} is made of": plain(_told(each, weights)) for name, each in made_of.items()}
+        found = _differing(of_features, ranks, args.device) if of_features else []
     if "the target's constraints" not in found and target.moment_names:
         lambdas = ranks.gather(target.lambda_.to(args.device)[None])
         if bool(((lambdas - lambdas[0]).abs() > 1e-3 * lambdas[0].abs().clamp(min=1.0)).any()):
@@ -325,6 +385,19 @@ def check_alike(
             f"the {ranks.size} processes do not train the same thing: they differ in {', '.join(found)}. Give all of "
             "them the same arguments and files, and set a seed before whatever is made at random"
         )
+
+
+def _differing(mine: Mapping[str, str], ranks: Ranks, device: torch.device) -> list[str]:
+    """Return the names of those values that differ among the ranks. All ranks must have the same names."""
+    digests = ranks.gather(torch.tensor([[seed_for(0, each) for each in mine.values()]], device=device))
+    differs = (digests != digests[0]).any(0).tolist()
+    return [name for name, each in zip(mine, differs, strict=True) if each]
+
+
+def _told(identity: Mapping[str, Any], weights: bool) -> dict[str, Any]:
+    """Return what identifies a feature, without a model's weights if they are not to be compared."""
+    parts = {name: _told(each, weights) if isinstance(each, Mapping) else each for name, each in identity.items()}
+    return parts if weights else {name: each for name, each in parts.items() if name != "weights"}
 
 
 def _digest(model: nn.Module) -> str:

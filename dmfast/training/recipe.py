@@ -289,8 +289,10 @@ def _read_prompts(path: Path) -> list[Any]:
     for number, line in enumerate(text.split("\n"), 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:  # its own text would call every line "line 1"
+            raise ValueError(f"line {number} is no JSON: {error.msg}, at column {error.colno}") from error
         except ValueError as error:
-            raise ValueError(f"line {number} is no JSON: {error}") from error
+            raise ValueError(f"line {number}: {error}") from error
     return rows
 
 

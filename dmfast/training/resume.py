@@ -118,19 +118,19 @@ class Run(Protocol):
 def settings_of(run: Run) -> dict[str, Any]:
     """Return what a checkpoint records of a run's settings, as numbers, strings, True, False and None."""
     args, target, reward = run.args, run.target, run.matcher.reward
-    found = {name: _plain(getattr(args, name)) for name in (*REFUSED, *RENEWED, *HONOURED) if hasattr(args, name)}
+    found = {name: plain(getattr(args, name)) for name in (*REFUSED, *RENEWED, *HONOURED) if hasattr(args, name)}
     if run.brings_optimizer:
         for name in (*OF_OPTIMIZER, "optim", "optim_args"):
             found.pop(name, None)
     return found | {
         "objective": run.matcher.settings.name,
         "reward": _name_of(reward),
-        "eos_token_id": _plain(sorted(run.policy.eos_token_ids)),
-        "chat_template_kwargs": _plain(dict(run.policy.chat_template_kwargs)),
-        "the pointwise constraints": _plain(sorted(target.pointwise_names)),
+        "eos_token_id": plain(sorted(run.policy.eos_token_ids)),
+        "chat_template_kwargs": plain(dict(run.policy.chat_template_kwargs)),
+        "the pointwise constraints": plain(sorted(target.pointwise_names)),
         "the moments": json.dumps(target.wanted),
-        "the target's features": _plain(target.identity()),
-        "the reward's features": _plain(_features_of(reward)),
+        "the target's features": plain(target.identity()),
+        "the reward's features": plain(features_of(reward)),
         "the base's weights": _digest(run),
         "the adapter": _adapter(run.policy.model),
     }
@@ -138,17 +138,18 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 def _name_of(reward: Any) -> Any:
     """Return the name of a reward; of several rewards, their names."""
-    return _plain(list(reward.parts)) if isinstance(reward, WeightedSum) else getattr(reward, "name", None)
+    return plain(list(reward.parts)) if isinstance(reward, WeightedSum) else getattr(reward, "name", None)
 
 
-def _features_of(reward: Any) -> dict[str, Any]:
+def features_of(reward: Any) -> dict[str, Any]:
     """Return what identifies each feature of a reward, by a name for messages."""
     several = isinstance(reward, WeightedSum)
     parts = parts_of(reward).items()
     return {f"the reward {name!r}" if several else "the reward": part.identity() for name, part in parts}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a mapping or a list as JSON that is the same in every process, and another value as it is."""
     value = getattr(value, "value", value)
     return json.dumps(value, default=_told, sort_keys=True) if isinstance(value, (Mapping, list, tuple)) else value
 
@@ -180,8 +181,8 @@ def _adapter(model: Any) -> str | None:
     """Return the settings of an adapter that its parameters do not show, or None if there is no adapter."""
     configs = {name: each for name, each in getattr(model, "peft_config", {}).items() if name != PROPOSAL}
     names = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")
-    found = {name: {key: _plain(getattr(each, key, None)) for key in names} for name, each in configs.items()}
-    return _plain(found) if found else None
+    found = {name: {key: plain(getattr(each, key, None)) for key in names} for name, each in configs.items()}
+    return plain(found) if found else None
 
 
 def changed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -220,6 +220,7 @@ class DMTrainer(EvaluatingTrainer):
             target,
             args,
             self._rows.digest,
+            reward=of_run,
             weights=not fsdp.loads_on_rank_0(self.accelerator),
         )
         self.policy.gather_for_sampling = args.gather_for_sampling
@@ -227,7 +228,7 @@ class DMTrainer(EvaluatingTrainer):
         for stock, ours in ((ProgressCallback, Progress), (PrinterCallback, LogLine)):
             for callback in [c for c in self.callback_handler.callbacks if type(c) is stock]:
                 self.callback_handler.callbacks.remove(callback)
-                self.add_callback(ours)
+                self.add_callback(ours(target.binary_names))
         shared = target.base.model is model  # such a base is moved with the policy, and its parameters are the policy's
         deepspeed.refuse_model(self.accelerator, model, shared=shared)
         if self.is_deepspeed_enabled:

@@ -37,7 +37,7 @@ def head_of(z, vocab, W: tl.constexpr):
 
 @triton.jit
 def aligned(z, head):
-    """The address after the head, which the compiler is told is a multiple of 16."""
+    """Return the address after the head, and tell the compiler that it is a multiple of 16."""
     return tl.multiple_of(z + head, 16)
 
 
@@ -52,7 +52,7 @@ def packs_of(z, vocab, W: tl.constexpr, PACKS: tl.constexpr, THREADS: tl.constex
 
 @triton.jit
 def ends_of(vocab, head, W: tl.constexpr):
-    """The indices (2W) of head and tail, and which of them there are."""
+    """Return the indices (2W) of head and tail, and which of them there are."""
     i = tl.arange(0, 2 * W)
     tail = head + (vocab - head) // W * W
     index = tl.where(i < W, i, tail + i - W)
