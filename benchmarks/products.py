@@ -51,8 +51,9 @@ def calls_of(h: torch.Tensor, head: torch.Tensor) -> dict[str, Callable[[], obje
         "H W^T, widened": lambda: products.multiply("widened", h, head, None, z),
         "dZ W, native": lambda: products.multiply_back("native", narrow_dz, head, dh),
         "dZ W, widened": lambda: products.multiply_back("widened", dz, head, dh),
-        "dZ^T H, native": lambda: products.only_product(narrow_dz, h),
+        "dZ^T H, native": lambda: products.only_product("native", narrow_dz, h),
         "dZ^T H, widened": lambda: products.add_product("widened", dw, dz, h, False),
+        "dZ^T H, one chunk, widened": lambda: products.only_product("widened", dz, h),
         "dZ^T H, 16-bit dZ widened": lambda: products.add_product("widened", dw, narrow_dz, h, False),
     }
 

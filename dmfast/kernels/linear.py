@@ -223,8 +223,9 @@ class _Products:
             products.multiply_back(self.ways.d_hidden, dz, self.head, dh)
             if rows is not None:
                 self.d_hidden.index_copy_(0, rows[first:last], dh)
-        if self.wants_head and self.one_chunk and self.ways.d_hidden == "native":
-            self.d_head = products.only_product(dz, h)
+        if self.wants_head and self.one_chunk:
+            way = "native" if self.ways.d_hidden == "native" else self.ways.d_head
+            self.d_head = products.only_product(way, dz, h)
         elif self.wants_head:
             first_chunk = self.d_head is None
             if self.d_head is None:

@@ -229,14 +229,25 @@ def multiply_back(way: str, dz: Tensor, head: Tensor, out: Tensor) -> None:
     out.copy_(total)
 
 
-def only_product(dz: Tensor, h: Tensor) -> Tensor:
-    """Return dZ^T H, for operands of one dtype, in that dtype. The result is rounded once.
+def only_product(way: str, dz: Tensor, h: Tensor) -> Tensor:
+    """Return dZ^T H in the dtype of h. The result is rounded once, and there is no V x D matrix in fp32.
 
     Args:
-        dz: (R, V).
+        way: a value of ``Ways.d_head``, or ``native`` for operands of one dtype.
+        dz: (R, V), in the dtype of h unless the way is ``widened``.
         h: (R, D).
     """
-    return dz.t() @ h
+    if way != "widened":
+        return dz.t() @ h
+    (vocab, dim), widened = (dz.shape[1], h.shape[1]), h.float()
+    out = h.new_empty(vocab, dim)
+    block = min(max((_CPU_BYTES if h.device.type == "cpu" else _BYTES) // (4 * max(dim, len(h), 1)), 1), vocab)
+    product = h.new_empty(block, dim, dtype=torch.float32)
+    with _multiplied_as(h, h.shape[0]):
+        for first in range(0, vocab, max(block, 1)):
+            part = dz[:, first : first + block].float()
+            out[first : first + block] = torch.mm(part.t(), widened, out=product[: part.shape[1]])
+    return out
 
 
 def add_product(way: str, total: Tensor, dz: Tensor, h: Tensor, first: bool) -> None:

@@ -58,9 +58,10 @@ seeded() { # copy, the other build, flags, suite or sanitized, tests and options
 
 start=$(date +%s)
 said() { echo "$(($(date +%s) - start)) s: $*"; }
-# fp16 differs from bf16 only in how a number is read and written; vocabularies and special logits show this
+# fp16 differs from bf16 only in how a number is read and written; vocabularies and special logits show this. log pi of
+# 1,024 tokens is measured in both.
 small="not 50257 and not 32003 and not 1024_tokens and not million and not under_compile and not formula and not threads"
-small="$small and not (fp16 and not (vocabularies or special_logits))"
+small="$small and not (fp16 and not (vocabularies or special_logits or thousandth and 1024-6.0 and GPU))"
 
 build "$out/plain" "-O2"
 SHIM_SEED=1 suite "$out/plain" test_cuda.py test_kernels.py test_entropy.py test_token_weight.py test_shards.py test_sample.py \
