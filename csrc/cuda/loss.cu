@@ -209,11 +209,11 @@ struct Write {
       float out[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) out[j] = gradient(near, most, at(packs[k], j));
-      Out* const to = dz + first + k * kApart * N;
-      store_last(to, rounded<Out>(out));
-      const unsigned there = static_cast<unsigned>(label - first - k * kApart * N);
-      if (there < N) from_float(slope.at_label, to[there]);
+      store_last(dz + first + k * kApart * N, rounded<Out>(out));
     }
+    // one test for both packs of a round, whose distance is a power of 2
+    const unsigned apart = K > 1 ? kApart * N : 0;
+    if ((static_cast<unsigned>(label - first) & ~apart) < N) from_float(slope.at_label, dz[label]);
   }
 };
 

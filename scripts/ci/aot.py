@@ -51,7 +51,7 @@ WARPS = [
 INSTRUCTIONS = [
     ("CUDA score_rows known cap", 84.0),
     ("CUDA score_rows known entropy", 34.0),
-    ("CUDA score_rows known", 30.0),
+    ("CUDA score_rows known", 26.0),
     ("CUDA score_ cap", 42.0),
     ("CUDA score_ entropy", 18.0),
     ("CUDA score_", 14.0),
