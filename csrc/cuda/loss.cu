@@ -210,9 +210,18 @@ struct Write {
 #pragma unroll
       for (int j = 0; j < N; ++j) out[j] = gradient(near, most, at(packs[k], j));
       store_last(dz + first + k * kApart * N, rounded<Out>(out));
+      if constexpr (kEachPack) label_in<N>(first + k * kApart * N, 0);
     }
-    // one test for both packs of a round, whose distance is a power of 2
-    const unsigned apart = K > 1 ? kApart * N : 0;
+    if constexpr (!kEachPack) label_in<N>(first, K > 1 ? kApart * N : 0);
+  }
+
+  // An fp32 gradient with a bonus leaves no register on sm_120 for one test of both packs.
+  static constexpr bool kEachPack = WithBonus && !Cap && sizeof(Out) == 4;
+
+  // Writes the label's column if it is one of the N that begin at first, or of those that begin at first + apart, which
+  // is a power of 2.
+  template <int N>
+  __device__ void label_in(int first, unsigned apart) const {
     if ((static_cast<unsigned>(label - first) & ~apart) < N) from_float(slope.at_label, dz[label]);
   }
 };
