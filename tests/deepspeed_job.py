@@ -166,7 +166,7 @@ def run(out, name, *, model="gpt2", stage=0, config=None, resume=None, stop=None
         wanted["deepspeed"] = merged(merged(copy.deepcopy(CONFIG), {"zero_optimization": {"stage": stage}}), config)
     if skip:
         wanted["constraints"] = [Contains("w4")]
-    if wanted.get("objective") == "kl_control":
+    if wanted.get("objective") in ("kl_control", "grpo"):
         wanted["reward"] = Contains("w3")
     gradients = EngineGradients() if zero else Gradients()
     try:

@@ -65,7 +65,7 @@ def run(out, fsdp, name, *, model="gpt2", resume=None, stop=None, fsdp_config=No
         wanted |= {"fsdp": True, "fsdp_config": dict(fsdp_config or {})}
     if skip:
         wanted["constraints"] = [Contains("w4")]
-    if wanted.get("objective") == "kl_control":
+    if wanted.get("objective") in ("kl_control", "grpo"):
         wanted["reward"] = Contains("w3")
     gradients = Gradients()
     with warnings.catch_warnings(record=True) as said:

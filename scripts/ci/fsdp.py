@@ -58,6 +58,14 @@ RUNS = {
         "ppo_epochs": 2,
         "baseline": "leave_one_out",
     },
+    "groups": {
+        "model": "llama",
+        "prompts": ["w1 w2", "w3", "w4 w5 w6", "w7"],
+        "samples_per_context": 4,
+        "on_policy": True,
+        "objective": "grpo",
+        "max_steps": 3,
+    },
     "KL control": {"objective": "kl_control", "beta": 0.1, "baseline": "mean"},
     "evaluation": {"model": "llama", **EVALUATED},
     "the best model": {

@@ -36,6 +36,10 @@ RUNS = {
         "max_grad_norm": 0.1, "proposal_check_samples": 16, "prompts": PROMPTS[:4], "samples_per_context": 8,
     },
     "PPO": PPO,
+    "groups": {
+        "max_steps": 2, "warmup_steps": 0, "on_policy": True, "objective": "grpo", "reward": "w3",
+        "prompts": PROMPTS[:4], "samples_per_context": 8,
+    },
     "the best model": THREE | {
         "max_steps": 2,
         "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
@@ -52,19 +56,20 @@ RUNS["the best model, whole base"] = RUNS["the best model"] | {"whole_base": Tru
 WAYS = {
     "cut": {
         "sizes": {"tp_size": 2}, "checks": ["heads", "alike", "proposal"],
-        "runs": ["at once", "PPO", "the best model", "whole base"], "more": {"interrupted": THREE | {"interrupt": 1}},
+        "runs": ["at once", "PPO", "groups", "the best model", "whole base"],
+        "more": {"interrupted": THREE | {"interrupt": 1}},
     },
     "sharded": {
         "sizes": {"fsdp_size": 2}, "checks": ["heads", "proposal"],
-        "runs": ["at once", "PPO in step", "the best model, whole base", ENGINE],
+        "runs": ["at once", "PPO in step", "groups", "the best model, whole base", ENGINE],
     },
     "cut and sharded": {
         "sizes": {"fsdp_size": 2, "tp_size": 2}, "checks": ["heads", "hooked"],
-        "runs": ["at once", "PPO in step", "the best model, whole base"],
+        "runs": ["at once", "PPO in step", "groups", "the best model, whole base"],
     },
     "copies of shards": {
         "sizes": {"dp_replicate_size": 2, "fsdp_size": 2}, "checks": ["heads", "hooked", "proposal"],
-        "runs": ["at once", "PPO in step", "the best model, whole base", ENGINE],
+        "runs": ["at once", "PPO in step", "groups", "the best model, whole base", ENGINE],
     },
 }  # fmt: skip
 

@@ -48,6 +48,13 @@ RUNS = {
         {"on_policy": True, "objective": "kl_control", "beta": 0.1, "ppo_epochs": 2, "baseline": "leave_one_out"},
         (2, 3),
     ),
+    "groups": (
+        {
+            "model": "llama", "prompts": ["w1 w2", "w3", "w4 w5 w6", "w7"], "samples_per_context": 4, "on_policy": True,
+            "objective": "grpo", "max_steps": 3,
+        },
+        (2, 3),
+    ),
     "evaluation, the best model": (
         {
             "model": "llama", "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3, "save_strategy": "steps",
