@@ -73,7 +73,7 @@ def test_several_eval_sets_are_told_apart_by_their_names(tmp_path, capsys):
     other = trainer.evaluate({"other": ["w7"]})
     assert "eval_other_kl_policy" in other
     printed = capsys.readouterr().out
-    assert "evaluation of short  E_π[w3] 0." in printed and "evaluation of long  E_π[w3] 0." in printed
+    assert "evaluation of short  share of w3 0." in printed and "evaluation of long  share of w3 0." in printed
     trainer.save_model(str(tmp_path / "final"))
     card = (tmp_path / "final" / "README.md").read_text()
     assert "| short_kl_policy_base |" in card and "| long_kl_policy_base |" in card
