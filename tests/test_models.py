@@ -181,8 +181,10 @@ def check_gradients(found, expected):
 
 
 @architectures
-@tokenizers
-@pytest.mark.parametrize("how", ["", "batches", "checkpointing", "lora"])
+@pytest.mark.parametrize(
+    ("how", "tokenizer"),
+    [("", name) for name in TOKENIZERS] + [(how, "own pad") for how in ("batches", "checkpointing", "lora")],
+)
 def test_the_scorer_gives_what_the_sampler_stored_in_train_mode(name, tokenizer, how):
     policy, size = lm(name, tokenizer, how), 5 if how == "batches" else None
     ends = set()
