@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 
 
 class Forwards:
-    """A model and what is known about feeding it: the part of ``LanguageModel`` that runs forwards.
+    """Run forwards of a model, with what is known about feeding it. ``LanguageModel`` is made of this.
 
     Args:
         model: as in ``LanguageModel``. All dropout and router jitter is set to 0.

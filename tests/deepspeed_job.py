@@ -203,7 +203,8 @@ def run(out, name, *, model="gpt2", stage=0, config=None, resume=None, stop=None
 
 def looped(*, model, stage=0, parts=2):
     """Return what came of five steps of a loop around ``Matcher``, under DDP or DeepSpeed without ``DMTrainer``."""
-    torch.distributed.is_initialized() or torch.distributed.init_process_group("gloo")
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
     ranks, made = Ranks(), MODELS[model]()
     policy = (dmfast_deepspeed.PartitionedModel if stage == 3 else LanguageModel)(made, tokenizer())
     target = EBM(LanguageModel(copy.deepcopy(made), tokenizer()), [Moment(Contains("w3", name="w3"), 0.6)])
