@@ -10,10 +10,11 @@ import torch
 from trainer_job import gpt2, tokenizer
 
 from dmfast import EBM, Contains, LanguageModel, Moment, Scorer
-from dmfast.targets import drawing
+from dmfast.targets import drawing, ebm
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
 
+PROMPTS = ["w1", "w2", "w4", "w6"]
 HOW = {"max_new_tokens": 4, "temperature": 1.0, "batch_size": 64}
 
 
@@ -60,11 +61,27 @@ def test_a_fit_stops_once_its_errors_suffice(base, monkeypatch):
     assert few.report.attained[0].stderr <= 0.08
     first = EBM(base, [Moment(Contains("w3", name="w3"), 0.6)]).fit(n=few.report.n, max_new_tokens=4, batch_size=100)
     assert first.lambda_.tolist() == few.lambda_.tolist()
-    with pytest.raises(ValueError, match="max_stderr must be positive, got 0"):
-        fitted(max_stderr=0)
+    assert fitted(max_stderr=0).lambda_.tolist() == whole.lambda_.tolist()
+    assert not whole.report.notes
+    assert f"note: drawing stopped at {few.report.n} of 800 samples, whose" in str(few.report)
+    with pytest.raises(ValueError, match="max_stderr must not be negative, got -1"):
+        fitted(max_stderr=-1)
 
 
-PROMPTS = ["w1", "w2", "w4", "w6"]
+def test_by_default_a_fit_stops_with_enough_effective_samples(base, monkeypatch):
+    monkeypatch.setattr(drawing, "PART", 100)
+    monkeypatch.setattr(ebm, "_ENOUGH", 250.0)
+
+    def fitted(n=800, **options):
+        words = Moment(Contains(any_of=["w3", "w5", "w7", "w8"], name="words"), 0.5)
+        return EBM(base, [words]).fit(n=n, max_new_tokens=4, batch_size=100, progress=False, **options).report
+
+    few = fitted()
+    assert 300 <= few.n < 800 and few.ess >= 250
+    assert fitted(max_stderr=0).n == 800
+    # prompts with few samples each are not drawn in rounds
+    assert fitted(n=1000, contexts=PROMPTS).n == 1000
+    assert fitted(n=1100, contexts=PROMPTS).n < 1100
 
 
 def test_a_round_has_samples_of_every_context(base, monkeypatch):
@@ -94,7 +111,7 @@ def test_a_fit_with_several_prompts_stops_once_its_errors_suffice(base, monkeypa
 
     few = fitted(max_stderr=0.08).report
     assert few.contexts == 4 and few.n in (200, 300, 400, 500) and few.attained[0].stderr <= 0.08
-    assert sum(seen) == 2 * few.n  # the checks see each part once, and the fit sees all of them once more
+    assert sum(seen) == few.n  # the checks score each part, and the fit takes their scores
     assert fitted(max_stderr=1e-9).report.n == 800
 
 

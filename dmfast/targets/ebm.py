@@ -22,6 +22,11 @@ from .scorers import Reward
 from .solver import LambdaFit, fit_lambda
 from .verifier import Verifier
 
+_ENOUGH = 2500.0  # effective samples, with which a moment is known to 2% of its feature's standard deviation under p
+_WORTH_ROUNDS = 256  # samples of each context, with fewer of which a fit does not draw in rounds by default
+#: b and log b of the pointwise constraints, and the features of the moments, each (N, columns) fp64.
+_Scored = tuple[Tensor, Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class TargetScores:
@@ -329,45 +334,49 @@ class EBM:
             max_stderr: drawing stops before there are n samples once the standard error of every attained moment (in
                 the feature's units) is no larger than this and the fit has no warning. It is checked after about every
                 1,024 samples, which with several contexts are shared evenly among them; drawing does not stop before
-                every context has shown some b > 0. Default: n samples are drawn.
+                every context has shown some b > 0. The report says if it stopped. Default: what 2,500 effective samples
+                give, 2% of the feature's standard deviation under p, where n is at least 256 samples a context. 0 draws
+                n samples in any case.
             progress: whether a line on stderr says how many are drawn. Default: only if stderr is a terminal.
 
         Returns:
             The EBM itself.
 
         Raises:
-            ValueError: both contexts and samples are given; max_stderr is not positive; there is no sample; the samples
+            ValueError: both contexts and samples are given; max_stderr is negative; there is no sample; the samples
                 are not the base's; no lambda gives the moments (``fit_lambda``). ``lambda_`` stays as it was.
         """
         if not self._moments:
             self.report = _nothing_to_fit(self._notes)
             return self
+        if max_stderr is not None and not max_stderr >= 0:
+            raise ValueError(f"max_stderr must not be negative, got {max_stderr!r}")
         drawn: int | None = None
-        if max_stderr is not None and not max_stderr > 0:
-            raise ValueError(f"max_stderr must be positive, got {max_stderr!r}")
+        notes: list[str] = []
         if samples is None:
-            samples, drawn = self._draw(
+            samples, scored, notes = self._draw(
                 n, contexts, rows, max_new_tokens, temperature, seed, batch_size, max_stderr, progress
-            ), max_new_tokens  # fmt: skip
+            )
+            drawn = max_new_tokens
         elif contexts is not None or rows is not None:
             raise ValueError("pass samples or contexts: the contexts of samples are told by their context_id")
+        else:
+            scored = None
         if len(samples) == 0:
             raise ValueError("samples is empty")
         samples.check_log_prob("a fit of lambda")
         self._check_from_base(samples)
-        values = FeatureValues(samples)
-        b, each_log_b = self._b(samples, values)
+        b, each_log_b, features = scored or self._scored(samples)
         rates = dict(zip(self.monitor_names, estimate_moments(b, b.new_zeros(len(b))), strict=False))
         log_b = each_log_b.sum(1)
         if not bool((log_b > -math.inf).any()):
             raise ValueError(_never_satisfied(each_log_b, [each.name for each in self._pointwise]))
-        features = _columns([values(moment.feature) for moment in self._moments], samples)
         found = fit_lambda(
             features, [moment.value for moment in self._moments], log_b=log_b, context_id=samples.context_id,
             names=self.moment_names,
         )  # fmt: skip
-        report = replace(found, pointwise=rates, notes=self._notes + found.notes, temperature=samples.temperature,
-                         max_new_tokens=drawn)  # fmt: skip
+        report = replace(found, pointwise=rates, notes=self._notes + found.notes + notes,
+                         temperature=samples.temperature, max_new_tokens=drawn)  # fmt: skip
         self._lambda, self.report = torch.tensor(report.lambda_, dtype=torch.float64), report
         for warning in report.warnings:
             warnings.warn(warning, stacklevel=2)
@@ -449,44 +458,58 @@ class EBM:
     def _draw(
         self, n: int, contexts: Sequence[Prompt] | None, rows: Sequence[Mapping[str, Any]] | None, max_new_tokens: int,
         temperature: float, seed: int | None, batch_size: int | None, max_stderr: float | None, progress: bool | None,
-    ) -> Samples:  # fmt: skip
+    ) -> tuple[Samples, _Scored, list[str]]:  # fmt: skip
+        """Return samples of the base, their scores, and a note if there are fewer than n because they suffice."""
         if n < 1:
             raise ValueError(f"n must be positive, got {n!r}")
         several = 1 if contexts is None else max(len(contexts), 1)
-        size = batch_size or self.batch_size or batch_within(self.base, contexts, max_new_tokens)
+        each = math.ceil(n / several)
+        # rounds over all prompts compute each prompt once a round, which pays only where they may save samples
+        may_stop = each >= _WORTH_ROUNDS if max_stderr is None else max_stderr > 0
         parts: list[Samples] = []
-        scores: list[tuple[Tensor, Tensor]] = []
+        scores: list[_Scored] = []
+        notes: list[str] = []
         for part in drawn_in_parts(
-            self.base, contexts, math.ceil(n / several), max_new_tokens=max_new_tokens, temperature=temperature,
-            seed=None if seed is None else seed_for(seed, "fit"), batch_size=size, progress=progress,
-            in_rounds=max_stderr is not None,
+            self.base, contexts, each, max_new_tokens=max_new_tokens, temperature=temperature,
+            seed=None if seed is None else seed_for(seed, "fit"), progress=progress, in_rounds=may_stop,
+            batch_size=batch_size or self.batch_size or batch_within(self.base, contexts, max_new_tokens),
         ):  # fmt: skip
             parts.append(part.with_rows(rows))
-            if max_stderr is not None:
-                scores.append(self._phi_and_log_b(parts[-1]))
-                if self._suffice(scores, torch.cat([each.context_id for each in parts]), several, max_stderr):
+            scores.append(self._scored(parts[-1]))
+            count = sum(map(len, parts))
+            if may_stop and count < each * several:
+                context_id = torch.cat([part.context_id for part in parts])
+                found = self._sufficient(_cat(scores), context_id, several, max_stderr)
+                if found is not None:
+                    notes.append(f"drawing stopped at {count:,} of {each * several:,} samples, whose {found.ess:,.0f} "
+                                 "effective samples suffice (max_stderr=0 draws all)")  # fmt: skip
                     break
-        return parts[0] if len(parts) == 1 else Samples.cat(parts)
+        return parts[0] if len(parts) == 1 else Samples.cat(parts), _cat(scores), notes
 
-    def _phi_and_log_b(self, samples: Samples) -> tuple[Tensor, Tensor]:
+    def _scored(self, samples: Samples) -> _Scored:
+        """Return b and log b of the pointwise constraints, and the features of the moments."""
         values = FeatureValues(samples)
-        log_b = self._b(samples, values)[1].sum(1)
-        return _columns([values(moment.feature) for moment in self._moments], samples), log_b
+        b, log_b = self._b(samples, values)
+        return b, log_b, _columns([values(moment.feature) for moment in self._moments], samples)
 
-    def _suffice(
-        self, scores: list[tuple[Tensor, Tensor]], context_id: Tensor, contexts: int, max_stderr: float
-    ) -> bool:
-        """Return whether samples of the base determine every moment of p with at most this standard error.
+    def _sufficient(
+        self, scored: _Scored, context_id: Tensor, contexts: int, max_stderr: float | None
+    ) -> LambdaFit | None:
+        """Return the fit if samples of the base determine every moment of p well enough, else None.
 
         A fit that warns does not suffice, because the error itself is unknown with few samples of a context.
         """
-        phi, log_b = (torch.cat(each) for each in zip(*scores, strict=True))
+        _, each_log_b, features = scored
+        wanted = [moment.value for moment in self._moments]
         try:
-            found = fit_lambda(phi, [moment.value for moment in self._moments], log_b=log_b, context_id=context_id)
+            found = fit_lambda(features, wanted, log_b=each_log_b.sum(1), context_id=context_id)
         except ValueError:  # a feature that has not been seen yet, which more samples may show
-            return False
-        whole = found.contexts == contexts and not found.warnings
-        return whole and all(each.stderr <= max_stderr for each in found.attained)
+            return None
+        if max_stderr is None:
+            precise = found.ess >= _ENOUGH
+        else:
+            precise = all(each.stderr <= max_stderr for each in found.attained)
+        return found if precise and found.contexts == contexts and not found.warnings else None
 
     @torch.no_grad()
     def _check_from_base(self, samples: Samples) -> None:
@@ -581,6 +604,11 @@ def _columns(columns: list[Tensor], samples: Samples) -> Tensor:
     if columns:
         return torch.stack(columns, 1)
     return torch.empty(len(samples), 0, dtype=torch.float64, device=samples.log_prob.device)
+
+
+def _cat(parts: Sequence[_Scored]) -> _Scored:
+    b, log_b, features = (torch.cat(each) for each in zip(*parts, strict=True))
+    return b, log_b, features
 
 
 def _never_satisfied(log_b: Tensor, names: list[str]) -> str:
