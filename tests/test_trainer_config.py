@@ -167,6 +167,23 @@ def test_arguments_that_an_optimiser_reads_are_taken(tmp_path, optim, optim_args
     check_environment(dmfast.DMConfig(str(tmp_path), use_cpu=True, optim=optim, optim_args=optim_args))
 
 
+@pytest.mark.parametrize("optim", ["galore_adamw", "apollo_adamw", "lomo", "adalomo"])
+def test_the_package_of_an_optimiser_that_is_made_of_a_model_is_missed_first(tmp_path, optim):
+    args = dmfast.DMConfig(str(tmp_path), use_cpu=True, optim=optim, optim_target_modules=["mlp"])
+    with pytest.raises(ImportError, match=f"optim={optim!r} can't be made: You need to install"):
+        check_environment(args)
+    check_environment(args, own_optimizer=True)
+
+
+@pytest.mark.parametrize("error", [ValueError, AttributeError])
+def test_an_optimiser_that_is_made_of_a_model_waits_for_it(tmp_path, monkeypatch, error):
+    def without_model(args, model=None):
+        raise error("You need to pass a `model`")
+
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(without_model))
+    check_environment(dmfast.DMConfig(str(tmp_path), use_cpu=True, optim="lomo"))
+
+
 class OneOfTwo:
     """The ranks of two processes, of which the other gave what an earlier call with ``other=None`` gave."""
 

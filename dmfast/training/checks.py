@@ -133,9 +133,9 @@ def _optimizer_of(args: DMConfig) -> torch.optim.Optimizer | None:
         ImportError: its package is not installed.
         ValueError: it can't be made.
     """
-    of_a_model = ("galore", "apollo", "lomo", "adalomo", "flash")
     name = str(getattr(args.optim, "value", args.optim))
-    if name.startswith(of_a_model):
+    if name.startswith(("galore", "apollo", "lomo", "adalomo")):
+        _check_package_of(args, name)
         return None
     _check_form(args.optim_args)
     parameter = nn.Parameter(torch.zeros(1, device=args.device))
@@ -148,6 +148,20 @@ def _optimizer_of(args: DMConfig) -> torch.optim.Optimizer | None:
         raise kind_of_error(f"optim={name!r}{given} can't be made: {error}") from error
     _refuse_unread(args, name)
     return made
+
+
+def _check_package_of(args: DMConfig, name: str) -> None:
+    """Check the package of an optimiser that transformers makes of a model, which is not there yet.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        raise ImportError(f"optim={name!r} can't be made: {error}") from error
+    except (ValueError, AttributeError):
+        return  # transformers looks for the package first, so it is here, and only the model is missing
 
 
 def _check_form(optim_args: str | None) -> None:

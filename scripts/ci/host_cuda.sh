@@ -52,7 +52,7 @@ seeded() { # copy, the other build, flags, suite or sanitized, tests and options
   shift 4
   mkdir "$copy/build"
   cp "$like"/*.o "$copy/build/"
-  rm "$copy/build"/csrc_cuda_*.o
+  rm "$copy/build/csrc_cuda_loss.cu.o" # the tests of the bugs run no kernel of sample.cu
   (cd "$copy" && build "$copy/build" "$flags") && SHIM_SEED=1 $how "$copy/build" -x "$@"
 }
 
@@ -61,6 +61,7 @@ said() { echo "$(($(date +%s) - start)) s: $*"; }
 # fp16 differs from bf16 only in how a number is read and written; vocabularies and special logits show this. log pi of
 # 1,024 tokens is measured in both.
 small="not 50257 and not 32003 and not 1024_tokens and not million and not under_compile and not formula and not threads"
+small="$small and not size_of_a_model"
 small="$small and not (fp16 and not (vocabularies or special_logits or thousandth and 1024-6.0 and GPU))"
 
 build "$out/plain" "-O2"
@@ -70,9 +71,9 @@ SHIM_SEED=1 suite "$out/plain" test_cuda.py test_kernels.py test_entropy.py test
 said "the suite"
 # the few rows of a test are scored in parts, unless the device has one multiprocessor
 SHIM_SEED=2 suite "$out/plain" test_kernels.py -k "50257 and vocabularies and contiguous"
-SHIM_SEED=2 SHIM_MULTIPROCESSORS=1 suite "$out/plain" test_kernels.py -k "50257 and log_sum_exp"
-SHIM_SEED=3 SHIM_SHARED=12000 suite "$out/plain" test_cuda.py test_kernels.py -k "any_shape or empty or test_cuda or (4096 and vocabularies)"
-SHIM_SEED=4 suite "$out/plain" test_cuda.py test_kernels.py -k "any_shape or test_cuda"
+SHIM_SEED=2 SHIM_MULTIPROCESSORS=1 suite "$out/plain" test_kernels.py -k "50257 and log_sum_exp and not fp16"
+SHIM_SEED=3 SHIM_SHARED=12000 suite "$out/plain" test_cuda.py test_kernels.py -k "any_shape or empty or (4096 and vocabularies) or (test_cuda and not under_compile)"
+SHIM_SEED=4 suite "$out/plain" test_cuda.py test_kernels.py -k "any_shape or (test_cuda and not under_compile)"
 said "large rows, in parts and by one block, other schedules, rows read twice"
 
 build "$out/sanitized" "$sanitizers"
