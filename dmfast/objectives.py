@@ -236,8 +236,9 @@ class Group(NamedTuple):
 
     Attributes:
         length: (B,) fp64, the number of scored tokens of each.
-        n_tokens: 0-d fp64 or a number, the number of scored tokens of the whole optimiser step.
-        n_sequences: the number of sequences of the whole optimiser step.
+        n_tokens: 0-d fp64 or a number, the number of scored tokens of the whole optimiser step. On several ranks it is
+            the average over ranks, because the gradients are averaged, too.
+        n_sequences: the number of sequences of the whole optimiser step, likewise.
         context_id: (B,) int64, the prompt of each. If it was not given it is None, and all have the same prompt.
         step: the whole step, if the B sequences are a part of it; None if they are all of it.
     """
@@ -407,12 +408,18 @@ class Terms:
 
     @property
     def n_tokens(self) -> Tensor | float:
-        """The number of scored tokens of the whole optimiser step: ``num_tokens`` of the call, or the call's own."""
+        """The number of scored tokens of the whole optimiser step: ``num_tokens`` of the call, or the call's own.
+
+        On several ranks it is the average over ranks, because the gradients are averaged, too.
+        """
         return self._of_group().n_tokens
 
     @property
     def n_sequences(self) -> Tensor | float:
-        """The number of sequences of the whole optimiser step: ``num_sequences`` of the call, or the call's own."""
+        """The number of sequences of the whole optimiser step: ``num_sequences`` of the call, or the call's own.
+
+        On several ranks it is the average over ranks, because the gradients are averaged, too.
+        """
         return self._of_group().n_sequences
 
     def group_size(self) -> Tensor:

@@ -15,6 +15,7 @@ from trainer_tools import (
 import dmfast
 from dmfast import EBM, Contains, LanguageModel, Moment, Scorer
 from dmfast.training.data import Contexts, StepSampler, holds_media
+from dmfast.training.stream import Stream
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
 
@@ -191,8 +192,15 @@ def test_scorers_see_the_whole_rows(tmp_path, in_arrow):
 
 
 def test_prompts_alone_have_no_rows(tmp_path):
-    _, _, keep = run(tmp_path, max_steps=1, prompts=[{"prompt": p} for p in PROMPTS], samples_per_context=2)
+    _, _, keep = run(tmp_path, max_steps=1, prompts=PROMPTS, samples_per_context=2)
     assert keep.steps[0].samples.rows is None
+
+
+def test_a_row_that_has_a_prompt_alone_is_seen_as_it_was_written():
+    rows = [{"prompt": [{"role": "user", "content": "w1"}]}]
+    assert Contexts(rows).rows_of([0]) == rows
+    stream = Stream(datasets.Dataset.from_list(rows).to_iterable_dataset())
+    assert stream.whole(next(stream.steps(1))) == rows
 
 
 def test_checks_of_the_proposal_see_the_rows(tmp_path):

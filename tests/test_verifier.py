@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from test_targets import Base, byte_tokenizer, written
-from verifier_functions import bad, equals, right
+from verifier_functions import bad, equals, leaks, right
 
 from dmfast import EBM, Verifier
 
@@ -149,6 +150,9 @@ def test_rows_that_differ_in_the_middle_of_an_array_are_two():
     other[2000] = 1.0
     x = dataclasses.replace(samples(["4", "4"], ["", ""]), rows=[{"table": one}, {"table": other}])
     assert Verifier(fn)(x).tolist() == [0.0, 1.0]
+    deep = Seen(lambda texts, rows: [float(row["a"][0]["table"][2000]) for row in rows])
+    x = dataclasses.replace(x, rows=[{"a": [{"table": each.numpy()}]} for each in (one, other)])
+    assert Verifier(deep)(x).tolist() == [0.0, 1.0]
 
 
 def test_an_error_of_the_function_is_raised_with_the_completion():
@@ -169,6 +173,23 @@ def test_a_call_in_a_worker_that_misbehaves_costs_its_completion_alone():
     assert "raised (ArithmeticError: no such number)" in said and "'hang'" in said and "timed out" in said
     again = verifier(samples(["4", "raise", "6"], ["4", "4", "6"]))
     assert again.tolist() == [1.0, 0.0, 1.0] and counts.cached == 2 and counts.raised == 1
+    verifier._pool.close()
+
+
+def test_what_earlier_calls_leaked_costs_no_verdict_and_a_call_may_start_processes(tmp_path):
+    verifier = Verifier(leaks, workers=1, time_limit=20.0, memory_limit=280 << 20)
+    texts = ["start", "2", "3", "4", "5", "6"]
+    assert verifier(samples(texts, [str(tmp_path / "started")] * 6)).tolist() == [1.0] * 6
+    assert (tmp_path / "started").read_text().isdigit()
+    assert verifier.counts.out_of_memory == verifier.counts.raised == 0
+    verifier._pool.time_limit = 1.0
+    with pytest.warns(UserWarning, match="timed out"):
+        assert verifier(samples(["hang"], [str(tmp_path / "hangs")])).tolist() == [0.0]
+    child = Path("/proc", (tmp_path / "hangs").read_text(), "stat")
+    deadline = time.monotonic() + 10
+    while child.exists() and child.read_text().rsplit(")", 1)[1].split()[0] != "Z":
+        assert time.monotonic() < deadline, "the process of a call that was ended still runs"
+        time.sleep(0.05)
     verifier._pool.close()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
+from pathlib import Path
 
 
 def right(texts, rows):
@@ -21,6 +23,20 @@ def bad(texts, rows):
     if text == "raise":
         raise ArithmeticError("no such number")
     return [text == rows[0]["answer"]]
+
+
+_kept = []
+
+
+def leaks(texts, rows):
+    """Say that all is right, and keep 64 MB of each call; "start" needs a process, and "hang" waits for one."""
+    _kept.append(bytearray(64 << 20))
+    if texts[0] in ("start", "hang"):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600 * (texts[0] == "hang"),))
+        child.start()
+        Path(rows[0]["answer"]).write_text(str(child.pid))
+        child.join()
+    return [True]
 
 
 def equals(texts, rows):

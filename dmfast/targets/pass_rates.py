@@ -60,6 +60,7 @@ def fit_z(
             target, rows, n, max_new_tokens=max_new_tokens, temperature=temperature, progress=progress,
             seed=int(torch.randint(2**62, ())) if seed is None else seed_for(seed, "fit_z"),
             batch_size=batch_size or target.batch_size or batch_within(target.base, prompts, max_new_tokens),
+            has_rows=isinstance(data[0], Mapping),  # prompts alone reach scorers as text, as in training
         )  # fmt: skip
     kept = [place for place, rate in enumerate(rates) if rate > 0 or not drop_zero]
     if not kept:
@@ -103,16 +104,15 @@ def _rows(data: Any) -> list[Mapping[str, Any]]:
 
 def _rates(
     target: Filter, rows: Sequence[Mapping[str, Any]], n: int, *, max_new_tokens: int, temperature: float, seed: int,
-    batch_size: int, progress: bool | None,
+    batch_size: int, progress: bool | None, has_rows: bool,
 ) -> list[float]:  # fmt: skip
     """Return the mean of b of each row. The rows are drawn in parts, so that only one part is in memory."""
     sums = torch.zeros(len(rows), dtype=torch.float64)
-    given = rows if any(len(row) > 1 for row in rows) else None
     for part in drawn_in_parts(
         target.base, [row["prompt"] for row in rows], n, max_new_tokens=max_new_tokens, temperature=temperature,
         seed=seed, batch_size=batch_size, progress=progress, what="pass rates",
     ):  # fmt: skip
-        samples = part.with_rows(given)
+        samples = part.with_rows(rows if has_rows else None)
         sums.index_add_(0, samples.context_id.cpu(), target.log_b(samples).exp().cpu())
     found: list[float] = (sums / n).tolist()
     return found

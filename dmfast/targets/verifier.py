@@ -294,7 +294,12 @@ def rows_of(samples: Samples) -> list[Row]:
     return found
 
 
-def _canonical(row: Mapping[str, Any]) -> str:
-    # arrays become lists, because the repr of a long array leaves out its middle
-    whole = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
-    return repr(sorted((name, repr(value)) for name, value in whole.items()))
+def _canonical(value: Any) -> str:
+    """Return a text that differs for rows that differ."""
+    if hasattr(value, "tolist"):  # the repr of a long array leaves out its middle
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(sorted(f'{name!r}: {_canonical(each)}' for name, each in value.items()))}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_canonical, value))}]"
+    return repr(value)

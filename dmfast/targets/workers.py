@@ -1,14 +1,21 @@
 """Run a function of one text in processes of its own, so that a call that hangs, dies or leaks costs one verdict.
 
-A process that misbehaves is ended, and another takes its place. This is not a sandbox: the function has all rights of
-the user who trains.
+A process that misbehaves is ended with the processes that it has started, and another takes its place. Memory that
+earlier calls leaked costs no verdict either: if a process that has answered before runs out of memory, the item goes to
+a new one. This is not a sandbox: the function has all rights of the user who trains.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import multiprocessing
+import multiprocessing.util  # its function at exit waits for processes, so ours must be registered after it
+import os
 import pickle
+import signal
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
@@ -73,14 +80,20 @@ class _Worker:
     def __init__(self, fn: Callable[..., Any], memory_limit: int | None) -> None:
         context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, fn, memory_limit), daemon=True)
+        # a daemon could not start processes, which functions do that run code
+        self.process = context.Process(target=_serve, args=(theirs, fn, memory_limit), daemon=False)
         self.process.start()
         theirs.close()
         self.item: int | None = None
+        self.answered = False
         self.deadline = time.monotonic() + _START_LIMIT
         self.started = False
 
     def end(self) -> None:
+        """End the process and those that it has started."""
+        if self.started and self.process.pid and hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError):  # it and the processes that it has started are gone
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.join()
         self.connection.close()
@@ -124,6 +137,7 @@ class Workers:
         """
         found: list[Any] = [None] * len(items)
         left = deque(range(len(items)))
+        _open.add(self)
         try:
             while left or any(worker.item is not None for worker in self._workers):
                 while len(self._workers) < min(self.n, len(left) + self._busy()):
@@ -135,7 +149,7 @@ class Workers:
                         else:  # it died while it had nothing to do
                             worker.end()
                             self._workers.remove(worker)
-                self._wait(found)
+                self._wait(found, left)
         except BaseException:
             self.close()  # the answers to calls that are under way would otherwise go to the next call
             raise
@@ -157,7 +171,7 @@ class Workers:
             return False
         return True
 
-    def _wait(self, found: list[Any]) -> None:
+    def _wait(self, found: list[Any], left: deque[int]) -> None:
         """Take the answers that have come, and end the processes that are over their time."""
         waited = [worker for worker in self._workers if worker.item is not None or not worker.started]
         if not waited:
@@ -171,7 +185,7 @@ class Workers:
                 try:
                     answer = worker.connection.recv()
                 except (EOFError, ConnectionResetError):
-                    self._replace(worker, found, Verdict(DIED))
+                    self._end(worker, found, Verdict(DIED), left)
                     continue
                 if not worker.started:
                     worker.started = answer == _STARTED
@@ -179,19 +193,24 @@ class Workers:
                         raise RuntimeError(f"a worker process can't run the function: {answer}")
                     continue
                 assert worker.item is not None
-                found[worker.item], worker.item = answer, None
                 if isinstance(answer, Verdict) and answer.kind == OUT_OF_MEMORY:
-                    self._replace(worker, found, answer)
+                    self._end(worker, found, answer, left)
+                    continue
+                found[worker.item], worker.item, worker.answered = answer, None, True
             elif worker.deadline <= time.monotonic():
-                self._replace(worker, found, Verdict(TIMED_OUT))
+                self._end(worker, found, Verdict(TIMED_OUT), left)
 
-    def _replace(self, worker: _Worker, found: list[Any], verdict: Verdict) -> None:
+    def _end(self, worker: _Worker, found: list[Any], verdict: Verdict, left: deque[int]) -> None:
+        """End a worker, and give its item the verdict, or another chance if earlier items may be to blame."""
         if not worker.started:
             raise RuntimeError(
                 f"a worker process {verdict.kind.replace('_', ' ')} before it had loaded the function: a script that "
                 'makes workers must guard what it runs by if __name__ == "__main__":, since each worker imports it'
             )
-        if worker.item is not None:
+        of_memory = verdict.kind == OUT_OF_MEMORY or (verdict.kind == DIED and self.memory_limit is not None)
+        if worker.item is not None and worker.answered and of_memory:
+            left.appendleft(worker.item)
+        elif worker.item is not None:
             found[worker.item] = verdict
         worker.end()
         self._workers.remove(worker)
@@ -206,8 +225,20 @@ class Workers:
         return vars(self) | {"_workers": []}
 
 
+#: The workers that have started processes.
+_open: weakref.WeakSet[Workers] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for each in list(_open):
+        each.close()
+
+
 def _serve(connection: Connection, fn: Callable[..., Any], memory_limit: int | None) -> None:
     """Answer one item after the other in a worker process."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     if memory_limit is not None:
         import resource
 

@@ -52,12 +52,12 @@ def holds_media(column: object, value: Any) -> bool:
 
 
 def has_columns(first: Any, argument: str) -> bool:
-    """Return whether the first row of a data set has more columns than its prompt.
+    """Return whether the rows of a data set are mappings, which scorers see, and not prompts alone.
 
     Raises:
-        ValueError: one of these columns holds images, video or sound.
+        ValueError: a column of the first row holds images, video or sound.
     """
-    if not isinstance(first, Mapping) or len(first) < 2:
+    if not isinstance(first, Mapping):
         return False
     seen = [name for name, value in first.items() if holds_media(name, value)]
     if seen:
@@ -152,7 +152,7 @@ class Contexts(Dataset[Any]):
         return index, prompt_of(self.rows[index], index, self.argument)
 
     def rows_of(self, indices: Sequence[int]) -> list[Mapping[str, Any]] | None:
-        """Return the whole rows, which scorers see, or None if the rows have no column but the prompt."""
+        """Return the whole rows, which scorers see, or None if the data set is a list of prompts."""
         return [dict(self._whole[index]) for index in indices] if self.has_columns else None
 
     def whole(self, contexts: Sequence[tuple[Any, ...]]) -> list[Mapping[str, Any]] | None:

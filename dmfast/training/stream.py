@@ -90,7 +90,7 @@ class Stream:
         self.first = [prompt for i, prompt in enumerate(self.first) if self._fits(prompt, i)]
 
     def whole(self, contexts: Sequence[Context]) -> list[Mapping[str, Any]] | None:
-        """Return the whole rows, which scorers see, or None if there are only prompts."""
+        """Return the whole rows, which scorers see, or None if the stream gives prompts alone."""
         return [row or {} for _, _, row in contexts] if self.has_columns else None
 
     def expect(self, read: tuple[int, str] | None) -> None:
@@ -139,7 +139,7 @@ class Stream:
             for index, row in enumerate(self._rows):
                 prompt = prompt_of(row, index, self.argument)
                 columns = dict(row) if self.has_columns and isinstance(row, Mapping) else None
-                written = _written(prompt if columns is None else columns)
+                written = _written(prompt if columns is None or len(columns) == 1 else columns)
                 seen.update(written.encode())
                 self.read = self.read[0] + 1, seen.hexdigest()
                 self._compare()
