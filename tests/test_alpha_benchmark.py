@@ -155,7 +155,7 @@ def result(run, pass_1=0.5, pass_64=0.9):
     """Return the result of a run in the form that train_one.run returns, with the given measures."""
     measures = {"pass": [pass_1, 0.6, 0.7, pass_64, 0.95], "distinct": [1.0] * 5, "kl_target_policy": 1.0,
                 "kl_target_right": 0.5, "kl_right_target": 0.5}  # fmt: skip
-    every = dict.fromkeys(("train", "validation", "test"), measures)
+    every = dict.fromkeys(("train", "validation", "test", "test, rare"), measures)
     return {"method": run.method, "rate": run.rate, "seed": run.seed, "beta": run.beta, "base": "b",
             "curve": [{"step": 600} | every], "end": every}  # fmt: skip
 
@@ -173,6 +173,15 @@ def test_the_grid_chooses_beta_and_then_rates():
     assert {(run.seed, run.rate) for run in seeds} == {(s, r) for s in (1, 2) for r in (best.rate, other.rate)}
 
 
+def test_a_run_without_a_baseline_has_the_rate_that_was_chosen_with_it():
+    assert alpha_grid.bare({}) == []
+    worse, better = (alpha_grid.Run("alpha=0.9", rate, 0) for rate in (2e-4, 1e-4))
+    results = {worse.name: result(worse, 0.2), better.name: result(better, 0.4)}
+    (run,) = alpha_grid.bare(results)
+    assert (run.method, run.rate, run.seed) == ("alpha=0.9 no baseline", 1e-4, 0)
+    assert run.name == "seed0/alpha=0.9_no_baseline-lr0.0001.json"
+
+
 def test_a_failed_beta_does_not_hold_up_the_others():
     first, *others = alpha_grid.rates({}, ["vargrad"])
     results = {run.name: result(run) for run in others} | {first.name_of_failure: {"error": "NaN"}}
@@ -187,6 +196,7 @@ def test_the_report(tmp_path):
     runs = alpha_report.Runs(tmp_path)
     text = alpha_report.written(runs)
     assert "| alpha=0 | 0.0002 | 0.500 | 0.900 | pass@1, pass@64 |" in text
+    assert "| alpha=0 | pass@1 |  |  | 0.500 |  |" in text
     assert alpha_report.at_level([result(base, 0.1)["end"], result(run, 0.5)["end"]], "test", 0.2,
                                  alpha_report.passes(1)) == pytest.approx(0.2)  # fmt: skip
     alpha_report.front(runs, tmp_path / "front.png")

@@ -5,7 +5,8 @@
 
 The two methods with a beta first run at each beta with one rate. Each method then runs at each learning rate with the
 first seed. The settings with the best pass@1 and the best pass@64 on the validation prompts run with the other seeds.
-Five methods come first, with all seeds, and then the others. A run whose result exists is not run again. A run that
+Five methods come first, with all seeds, and then the others. Two methods run once more without their baseline, at the
+rate that was chosen with it. A run whose result exists is not run again. A run that
 fails leaves NAME.failed.json, the others go on, and the next start tries it again. In the end the results are packed
 into one archive. ``--commit`` commits each result when its run ends.
 """
@@ -32,7 +33,7 @@ RESULTS = HERE.parent / "results" / "alpha"
 
 import store  # noqa: E402  # of the paper's runs: files, and their archive
 from exact import KS  # noqa: E402
-from train_one import BASE, EVALUATIONS, LIKELIHOOD, METHODS, STEPS, Data, run  # noqa: E402
+from train_one import BARE, BASE, EVALUATIONS, LIKELIHOOD, METHODS, STEPS, Data, run  # noqa: E402
 
 RATES = (2e-4, 5e-4, 1e-4, 5e-5)  # the likeliest first
 BETAS = (0.1, 0.2, 0.05)
@@ -43,7 +44,7 @@ CHOICES = {"pass@1": KS.index(1), "pass@64": KS.index(64)}
 #: These five are done before the others begin, so that the results say something at any time.
 CORE = ("alpha=0", "alpha=0.9", "reinforce", "alpha=0.5", LIKELIHOOD)
 ALL = (*CORE, "alpha=0.999", "maxrl", "gdc++ offline", "alpha=0.25", "alpha=0.75", "gspo", "kl_control", "vargrad")
-assert {*ALL} == {*METHODS, LIKELIHOOD}
+assert {*ALL, *BARE} == {*METHODS, LIKELIHOOD}
 Results = Mapping[str, Any]
 
 
@@ -62,7 +63,7 @@ class Run:
     def name(self) -> str:
         """The name of the file of its result."""
         beta = "" if self.beta is None else f"-beta{self.beta:g}"
-        method = self.method.replace("++ ", "pp_")
+        method = self.method.replace("++ ", "pp_").replace(" ", "_")
         return f"seed{self.seed}/{method}{beta}-lr{self.rate:g}.json"
 
     @property
@@ -124,6 +125,12 @@ def other_seeds(results: Results, methods: Sequence[str], seeds: Sequence[int] =
     ]  # fmt: skip
 
 
+def bare(results: Results) -> list[Run]:
+    """Return the runs without a baseline of methods whose rates are chosen."""
+    settings = {name: chosen(results, whole).get("pass@1") for name, whole in BARE.items()}
+    return [Run(name, of[0], SEEDS[0]) for name, of in settings.items() if of is not None]
+
+
 def untrained() -> Run:
     """Return the run that evaluates the base without training."""
     return Run(BASE, 0.0, SEEDS[0], steps=0)
@@ -140,6 +147,7 @@ STAGES: tuple[Callable[[Results], list[Run]], ...] = (
     lambda results: [untrained(), *rates(results, CORE)],
     lambda results: other_seeds(results, CORE),
     lambda results: rates(results, ALL),
+    bare,
     lambda results: other_seeds(results, ALL),
 )
 

@@ -17,13 +17,14 @@ import alpha_grid as grid
 import matplotlib as mpl
 import store
 from exact import KS
-from train_one import ALPHAS, BASE, LIKELIHOOD, METHODS
+from train_one import ALPHAS, BARE, BASE, LIKELIHOOD, METHODS
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 Result = dict[str, Any]
 ORDER = (BASE, *METHODS, LIKELIHOOD)
+DRAWN = tuple(each for each in ORDER if each not in BARE)  # in the pictures
 SPLITS = {"train": "prompts of training", "test": "test prompts", "test, rare": "test prompts whose Z is below .02"}
 LEVELS = (0.2, 0.25, 0.3, 0.35, 0.4)
 T975 = {2: 12.706, 3: 4.303}  # the 97.5% quantile of Student's t for a mean of 2 or 3 values
@@ -31,7 +32,7 @@ COLORS = {**{f"alpha={a:g}": plt.get_cmap("viridis")(i / 6) for i, a in enumerat
           LIKELIHOOD: "grey", "reinforce": "red", "maxrl": "orange", "gspo": "magenta", "vargrad": "brown",
           "kl_control": "deeppink", "gdc++ offline": "deepskyblue"}  # fmt: skip
 
-MARKERS = dict(zip(ORDER, "os^vDPX*<>hpdx", strict=False))  # so that colour alone does not tell the methods apart
+MARKERS = dict(zip(DRAWN, "os^vDPX*<>hpdx", strict=False))  # so that colour alone does not tell the methods apart
 
 
 def label(method: str) -> str:
@@ -121,6 +122,23 @@ def rates_table(runs: Runs) -> str:
             values = [f"{passes(k)(result['end']['validation']):.3f}" for k in (1, 64)]
             rows.append([method, setting(*own), *values, marks])
     return table(("method", "rate", "pass@1", "pass@64", "the best in"), rows)
+
+
+def rare_table(runs: Runs) -> str:
+    """Return a table of the test prompts on which the base is rarely right, for every rate of the first seed."""
+    measures, rows = {"pass@1": passes(1), "pass@256": passes(256)}, []
+    for method in ORDER:
+        of_method = {
+            result["rate"]: result["end"]["test, rare"]
+            for result in runs.found.values()
+            if (result["method"], result["seed"]) == (method, grid.SEEDS[0])
+            and result["beta"] in (None, runs.settings(method)["pass@1"][1])
+            and "test, rare" in result["end"]
+        }
+        for name, of in measures.items() if method != BASE and of_method else ():
+            cells = (f"{of(of_method[rate]):.3f}" if rate in of_method else "" for rate in sorted(grid.RATES))
+            rows.append([method, name, *cells])
+    return table(("method", "measure", *(f"{rate:g}" for rate in sorted(grid.RATES))), rows)
 
 
 def end_table(runs: Runs, split: str, by: str) -> str:
@@ -214,7 +232,7 @@ def front(runs: Runs, path: Path) -> None:
     start = [r["curve"][0] for r in runs.chosen(BASE, "pass@1").values()]
     for row, split in zip(axes, ("train", "test"), strict=True):
         for axis, (name, of) in zip(row, {"pass@256": passes(256), "distinct@256": distinct}.items(), strict=True):
-            for method in ORDER:
+            for method in DRAWN:
                 found = [[*start, *r["curve"]] if method != BASE else start
                          for r in runs.chosen(method, "pass@1").values()]  # fmt: skip
                 if not found:
@@ -236,7 +254,7 @@ def pass_at_k(runs: Runs, path: Path) -> None:
     """Draw pass@k over k."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
     for axis, split in zip(axes, SPLITS, strict=True):
-        for method in ORDER:
+        for method in DRAWN:
             found = [r["end"][split]["pass"] for r in runs.chosen(method, "pass@1").values() if split in r["end"]]
             if found:
                 means = [statistics.fmean(column) for column in zip(*found, strict=True)]
@@ -264,6 +282,8 @@ def written(runs: Runs) -> str:
     if runs.failed:
         parts.append(f"{len(runs.failed)} runs failed: {', '.join(runs.failed)}.\n")
     parts.append("## Rates (validation prompts, first seed)\n\n" + rates_table(runs))
+    words = SPLITS["test, rare"]
+    parts.append(f"## The same rates on the {words} (first seed)\n\n" + rare_table(runs))
     for by in grid.CHOICES:
         for split, words in SPLITS.items():
             parts.append(f"## At the end, at the rates of the best {by}: {words}\n\n" + end_table(runs, split, by))

@@ -69,6 +69,11 @@ METHODS: dict[str, Method] = {
     "vargrad": Method({"objective": "vargrad"}, beta=True),
     "kl_control": Method({"objective": "kl_control", "baseline": "leave_one_out_context"}, rewarded=True, beta=True),
 }
+#: What the baseline does, by one run each without it: at alpha = 0 this is gdc++ on-policy.
+BARE = {f"{name} no baseline": name for name in ("alpha=0", "alpha=0.9")}
+for bare, whole in BARE.items():
+    kept = {name: value for name, value in METHODS[whole].options.items() if name != "baseline"}
+    METHODS[bare] = Method(kept)
 LIKELIHOOD, BASE = "likelihood", "base"
 
 
