@@ -85,8 +85,8 @@ paper: $(VENV)/demo
 		|| status=1; done; $(BIN)/python benchmarks/paper/report.py && exit $$status
 
 # Precision and coverage of the alpha-divergences and their neighbours, exact (docs/alpha.md). alpha-quick: three methods
-# and the skyline, a third of the steps, minutes. alpha: all, one and a half to four hours on two cores; what is in
-# benchmarks/results/alpha/runs is not run again.
+# and the skyline, a third of the steps, minutes. alpha: all, one and a quarter hours on two fast cores and some five on slow ones; what
+# is in benchmarks/results/alpha/runs is not run again.
 # It commits nothing: alpha_grid.py --commit does, run by run.
 alpha-quick: $(VENV)/demo
 	$(BIN)/python benchmarks/alpha/alpha_grid.py quick --out build/alpha_quick
