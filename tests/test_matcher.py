@@ -625,6 +625,55 @@ def test_a_group_method_is_refused_without_groups():
         matcher(objective="dapo", on_policy=True)
 
 
+class WithTool:
+    """A sampler whose sequences have the output of a tool, which is context, among the tokens that were drawn."""
+
+    version = 0
+    TOOL = (3, 6, 4)
+
+    def __init__(self, q):
+        self.q = q
+
+    def sample(self, prompts=None, n=1, *, temperature=1.0, **options):
+        drawn = self.q.sample(prompts, n, temperature=temperature, **options)
+        starts = [each for each in prompts or [""] for _ in range(n)]
+        turns = [ids[mine].tolist() for ids, mine in zip(drawn.tokens, drawn.score_mask, strict=True)]
+        ids = [[*turn[:1], *self.TOOL, *turn[1:]] for turn in turns]
+        mine = [[True] + [False] * 3 + [True] * (len(turn) - 1) for turn in turns]
+        how = {"append_eos": False, "score_mask": mine, "temperature": temperature}
+        log_q = self.q.log_prob(self.q.samples_of(starts, ids, **how)).detach()
+        x = self.q.samples_of(starts, ids, log_prob=log_q, **how)
+        return replace(x, context_id=drawn.context_id, version=drawn.version)
+
+    def log_prob(self, samples, **options):
+        return self.q.log_prob(samples, **options)
+
+    def load(self, source):
+        self.q.load(source)
+
+
+def test_a_sampler_of_one_s_own_may_draw_around_context():
+    """The gradient is that of log pi of the drawn tokens alone, from a plain forward over all of them."""
+    sampler = WithTool(LanguageModel(gpt2(), tokenizer()))
+    m = matcher(proposal={"interval": 5, "sampler": sampler}, objective="dpg")
+    batch = draw(m, PROMPTS, n=4)
+    x = batch.samples
+    context = (x.attention_mask.bool() & ~x.score_mask)[:, x.prompt_len :]
+    assert context.sum(1).tolist() == [3] * len(x)
+    out = m.loss(batch)
+    out.loss.backward()
+    found = gradients(m)
+    labels = torch.where(x.score_mask, x.tokens, 0)[:, 1:, None]
+    logits = m.policy.model(x.tokens, attention_mask=x.attention_mask,
+                            position_ids=(x.attention_mask.cumsum(1) - 1).clamp(min=0)).logits  # fmt: skip
+    each = logits[:, :-1].double().log_softmax(-1).gather(-1, labels)[..., 0] * x.score_mask[:, 1:]
+    torch.testing.assert_close(each.sum(1).detach(), x.log_prob, atol=1e-5, rtol=0)
+    (-(out.weight.detach() * each.sum(1)).mean()).backward()
+    for name, expected in gradients(m).items():
+        torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-4)
+    m.commit()
+
+
 def test_scorers_see_the_rows():
     seen = []
 
