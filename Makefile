@@ -1,4 +1,4 @@
-# make demo: trains a small real model.  make test: lint, types, tests.  make proofs: the slower checks of CI.
+# make demo trains a small real model. make test runs linters, mypy and tests. make proofs runs the slower checks of CI.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +17,7 @@ demo: $(VENV)/demo
 test: lint pytest
 	@echo "The slower proofs (sanitizers, GPU kernels without a GPU, the wheel, aarch64): make proofs"
 
-# A process for each of two cores, with one thread each: tests that need more ask for them.
+# Two processes have one thread each, for two cores. A test that needs more threads asks for them.
 pytest: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
@@ -27,7 +27,7 @@ lint: $(VENV)/test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 	$(BIN)/mypy
 
-# Two at a time. passive: threads that wait must not keep the other's from the core.
+# Two proofs run at a time. With `passive`, threads of one that wait leave the core to the threads of the other.
 proofs: $(VENV)/triton $(VENV)/docs $(VENV)/deepspeed $(VENV)/ray $(VENV)/trl $(VENV)/verl $(VENV)/extras/bin/uv
 	OMP_WAIT_POLICY=passive $(MAKE) -j2 -Otarget $(PROOFS)
 
@@ -39,7 +39,7 @@ sanitize: $(VENV)/test
 host-cuda: $(VENV)/test
 	sh scripts/ci/host_cuda.sh $(BIN)/python
 
-# Their loads, stores and races: docs/gpu.md.
+# This checks the loads, stores and races of the CUDA kernels on the host: docs/gpu.md.
 trace:
 	sh scripts/ci/trace.sh
 
@@ -56,24 +56,26 @@ interpreter: $(VENV)/triton
 aot: $(VENV)/triton
 	sh scripts/ci/aot.sh $(BIN)/python
 
-# On a machine with an NVIDIA GPU, with its own Python (torch, nvcc, g++; no network): builds, tests, measures, within
-# DMFAST_GPU_SECONDS (480), into $$OUT or benchmarks/results/gpu. What to look at: docs/gpu-first-run.md.
+# This is for a machine with an NVIDIA GPU. It takes the machine's own Python, torch, nvcc and g++ and needs no network. It
+# builds, tests and measures within DMFAST_GPU_SECONDS (480), and writes into $$OUT or benchmarks/results/gpu.
+# docs/gpu-first-run.md says what to look at.
 gpu:
 	$(PYTHON) scripts/gpu/run.py gpu
 
-# The same of others' kernels, as far as they are installed, beside ours; and `dmfast bench` on the device.
+# This times the kernels of others that are installed beside dmfast's, and runs `dmfast bench` on the device.
 gpu-rivals:
 	$(PYTHON) scripts/gpu/run.py rivals
 
-# Both on the host build of the kernels. Leaves what the suite needs in build/gpu/site, to be copied along.
+# This runs `gpu` and `gpu-rivals` on the host build of the kernels. It leaves what the suite needs in build/gpu/site, which
+# is copied to the machine with the GPU.
 gpu-dry: $(VENV)/triton
 	$(BIN)/python scripts/gpu/run.py gpu --dry --again
 	$(BIN)/python scripts/gpu/run.py rivals --dry
 	$(PIP) --target build/gpu/site --upgrade pytest hypothesis mpmath
 
-# The experiments of the paper (docs/paper.md). paper-quick: two tasks, GDC and GDC++, a quarter of the sequences, minutes.
-# paper: all of them, hours; what is in benchmarks/results/paper is not run again, nor drawn again of the exact samples.
-# It commits nothing: grid.py --commit does, run by run.
+# These repeat the experiments of the paper (docs/paper.md). paper-quick takes minutes for two tasks with GDC and GDC++ and a
+# quarter of the sequences. paper takes hours for all of them. It does not run again, and of the exact samples does not draw
+# again, what is in benchmarks/results/paper. It commits nothing. grid.py --commit commits each run.
 paper-quick: $(VENV)/demo
 	$(BIN)/python benchmarks/paper/grid.py quick --out build/paper_quick
 	$(BIN)/python benchmarks/paper/report.py --quick --runs build/paper_quick --out build/paper_quick
@@ -84,10 +86,10 @@ paper: $(VENV)/demo
 		test -e benchmarks/results/paper/same_state_seed$$seed.json || $(BIN)/python benchmarks/paper/variance.py --seed $$seed \
 		|| status=1; done; $(BIN)/python benchmarks/paper/report.py && exit $$status
 
-# Precision and coverage of the alpha-divergences and their neighbours, exact (docs/alpha.md). alpha-quick: three methods
-# and the skyline, a third of the steps, minutes. alpha: all, one and a quarter hours on two fast cores and some five on slow ones; what
-# is in benchmarks/results/alpha/runs is not run again.
-# It commits nothing: alpha_grid.py --commit does, run by run.
+# These measure exactly the precision and coverage of the alpha-divergences and their neighbours (docs/alpha.md). alpha-quick
+# takes minutes for three methods and the skyline, with a third of the steps. alpha runs all of them, in one and a quarter hours
+# on two fast cores and some five on slow ones. It does not run again what is in benchmarks/results/alpha/runs. It commits
+# nothing. alpha_grid.py --commit commits each run.
 alpha-quick: $(VENV)/demo
 	$(BIN)/python benchmarks/alpha/alpha_grid.py quick --out build/alpha_quick
 	$(BIN)/python benchmarks/alpha/alpha_report.py --runs build/alpha_quick --out build/alpha_quick
@@ -96,7 +98,8 @@ alpha: $(VENV)/demo
 	$(BIN)/python benchmarks/alpha/alpha_grid.py; status=$$?; \
 		$(BIN)/python benchmarks/alpha/alpha_report.py && exit $$status
 
-# The wheel as a stranger builds it: pip's isolation, a new environment, no torch; then the tests against it.
+# This builds the wheel as a stranger does, with pip's isolation in a new environment without torch, and runs the tests against
+# it.
 wheel: $(VENV)/test
 	sh scripts/ci/wheel.sh $(PYTHON) $(BIN)/python
 
@@ -104,12 +107,13 @@ wheel: $(VENV)/test
 floors: $(VENV)/test
 	$(BIN)/python scripts/ci/floors.py
 
-# What each extra of pyproject.toml resolves to: nothing that dmfast refuses. It installs nothing, and asks the registry.
+# This checks that no extra of pyproject.toml resolves to something that dmfast refuses. It asks the registry and installs
+# nothing.
 extras: $(VENV)/extras/bin/uv
 	$(VENV)/extras/bin/python scripts/ci/extras.py $(VENV)/extras/bin/uv
 
 # The site, with an API reference from the docstrings, in build/site. A warning is an error, which --quiet would hide from
-# --strict too. The variable silences theirs of new versions to come.
+# --strict too. NO_MKDOCS_2_WARNING silences mkdocs-material's warning about the coming MkDocs 2.
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build --strict
 
@@ -162,23 +166,24 @@ format: $(VENV)/test
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 
-# No bytecode: the demo imports a part of what pip would compile, one file after another, for 40 seconds.
+# pip would compile every file, one after another, for 40 seconds, and the demo imports only a part of them.
 $(VENV)/demo: $(VENV)/torch $(SOURCES)
 	$(PIP) --no-compile '.[demo]'
 	@touch $@
 
-# The tests start many processes: here it is compiled, on all cores. torch has files for a newer Python, and no errors count.
+# The tests start many processes, so everything is compiled here, on all cores. Errors do not count, because torch has files
+# for a newer Python.
 $(VENV)/test: $(VENV)/torch $(SOURCES)
 	$(PIP) --no-compile '.[test]'
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	@touch $@ $(VENV)/demo
 
-# triton 3.7.1 is 0.8 GB on disk and brings nothing with it: it shares the test environment. Only proofs need it.
+# triton 3.7.1 takes 0.8 GB on disk and brings no other package, so it shares the test environment. Only proofs need it.
 $(VENV)/triton: $(VENV)/test
 	$(PIP) triton 'setuptools>=77' 'pybind11>=2.13'
 	@touch $@
 
-# vLLM brings packages of torch's that its CPU build can't load beside this torch.
+# vLLM brings torch's sister packages, which its CPU build can't load beside this torch.
 $(VENV)/vllm: $(VENV)/torch $(SOURCES)
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install -q -c constraints.txt torch
@@ -205,7 +210,7 @@ $(VENV)/extras/bin/uv:
 	$(PYTHON) -m venv $(VENV)/extras
 	$(VENV)/extras/bin/python -m pip install -q uv
 
-# torch first, so that nothing that depends on it brings another build of it
+# torch comes first, so that no package that depends on it brings another build of it.
 $(VENV)/torch: constraints.txt
 	@sh scripts/ci/needs.sh $(PYTHON)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
