@@ -31,11 +31,11 @@ lint: $(VENV)/test
 proofs: $(VENV)/triton $(VENV)/docs $(VENV)/deepspeed $(VENV)/ray $(VENV)/trl $(VENV)/verl $(VENV)/extras/bin/uv
 	OMP_WAIT_POLICY=passive $(MAKE) -j2 -Otarget $(PROOFS)
 
-# The CPU kernels, built for the baseline instruction set (no AVX2), under AddressSanitizer and UBSan.
+# This tests the CPU kernels under AddressSanitizer and UBSan, built for the baseline instruction set without AVX2.
 sanitize: $(VENV)/test
 	sh scripts/ci/sanitize.sh $(BIN)/python
 
-# The CUDA kernels, compiled by g++ and run on the host, with seeded bugs that must be caught: docs/gpu.md.
+# This compiles the CUDA kernels by g++ and runs them on the host. Seeded bugs must be caught: docs/gpu.md.
 host-cuda: $(VENV)/test
 	sh scripts/ci/host_cuda.sh $(BIN)/python
 
@@ -43,16 +43,16 @@ host-cuda: $(VENV)/test
 trace:
 	sh scripts/ci/trace.sh
 
-# The PTX that nvcc and Triton make of the kernels, run by an emulator, with seeded bugs that must be caught: docs/gpu.md.
+# This runs the PTX that nvcc and Triton make of the kernels in an emulator. Seeded bugs must be caught: docs/gpu.md.
 ptx: $(VENV)/triton
 	sh scripts/ci/ptx.sh $(BIN)/python
 
-# The Triton kernels in Triton's interpreter, with seeded bugs that must be caught: docs/gpu.md.
+# This runs the Triton kernels in Triton's interpreter. Seeded bugs must be caught: docs/gpu.md.
 interpreter: $(VENV)/triton
 	sh scripts/ci/interpreter.sh $(BIN)/python
 
-# The machine code of every GPU kernel, from nvcc and from Triton: spills, registers, wide accesses, with seeded bugs that
-# must be caught; a model of what bounds it: docs/gpu.md.
+# This checks the machine code of every GPU kernel, from nvcc and from Triton, for spills, registers and wide accesses, and what
+# a model says of its limits. Seeded bugs must be caught: docs/gpu.md.
 aot: $(VENV)/triton
 	sh scripts/ci/aot.sh $(BIN)/python
 
@@ -74,8 +74,8 @@ gpu-dry: $(VENV)/triton
 	$(PIP) --target build/gpu/site --upgrade pytest hypothesis mpmath
 
 # These repeat the experiments of the paper (docs/paper.md). paper-quick takes minutes for two tasks with GDC and GDC++ and a
-# quarter of the sequences. paper takes hours for all of them. It does not run again, and of the exact samples does not draw
-# again, what is in benchmarks/results/paper. It commits nothing. grid.py --commit commits each run.
+# quarter of the sequences. paper takes hours for all of them. It keeps the runs and the exact samples that are in
+# benchmarks/results/paper already. It commits nothing. grid.py --commit commits each run.
 paper-quick: $(VENV)/demo
 	$(BIN)/python benchmarks/paper/grid.py quick --out build/paper_quick
 	$(BIN)/python benchmarks/paper/report.py --quick --runs build/paper_quick --out build/paper_quick
@@ -98,12 +98,11 @@ alpha: $(VENV)/demo
 	$(BIN)/python benchmarks/alpha/alpha_grid.py; status=$$?; \
 		$(BIN)/python benchmarks/alpha/alpha_report.py && exit $$status
 
-# This builds the wheel as a stranger does, with pip's isolation in a new environment without torch, and runs the tests against
-# it.
+# This builds the wheel as a stranger does, with pip's isolation in a new environment without torch, and tests it.
 wheel: $(VENV)/test
 	sh scripts/ci/wheel.sh $(PYTHON) $(BIN)/python
 
-# The tests that involve transformers, on the oldest transformers, accelerate and peft that pyproject.toml allows.
+# This runs the tests that involve transformers on the oldest transformers, accelerate and peft that pyproject.toml allows.
 floors: $(VENV)/test
 	$(BIN)/python scripts/ci/floors.py
 
@@ -112,52 +111,53 @@ floors: $(VENV)/test
 extras: $(VENV)/extras/bin/uv
 	$(VENV)/extras/bin/python scripts/ci/extras.py $(VENV)/extras/bin/uv
 
-# The site, with an API reference from the docstrings, in build/site. A warning is an error, which --quiet would hide from
-# --strict too. NO_MKDOCS_2_WARNING silences mkdocs-material's warning about the coming MkDocs 2.
+# This builds the site in build/site, with an API reference from the docstrings. A warning is an error, which --quiet would
+# hide from --strict too. NO_MKDOCS_2_WARNING silences mkdocs-material's warning about the coming MkDocs 2.
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build --strict
 
-# Every causal architecture of transformers, small and random, held to plain transformers: docs/models.md is what was found.
-# `scripts/ci/families.py` without --check writes it.
+# This compares small random models of every causal architecture of transformers with plain transformers, and checks that
+# docs/models.md says what was found. `scripts/ci/families.py` without --check writes that page.
 families: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/ci/families.py --check
 
-# Training under FSDP2 on two and three CPU processes against DDP, and resumed runs, in some 3 minutes: docs/scale.md.
+# This compares training under FSDP2 on two and three CPU processes with DDP, and resumed runs with unbroken ones, in some 3
+# minutes: docs/scale.md.
 fsdp: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/ci/fsdp.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine_processes.py
 
-# The samplers of engines against the real vLLM on a CPU, in an environment of its own (3.5 GB, minutes to make and to run;
-# not among the proofs for that reason): docs/engines.md. Python 3.11.
+# This compares the samplers of engines with the real vLLM on a CPU: docs/engines.md. It needs Python 3.11 and an environment of
+# 3.5 GB, which takes minutes to make and to run, so it is not among the proofs.
 vllm: $(VENV)/vllm
 	$(VLLM)/bin/python scripts/ci/engines.py
 
-# Models that transformers spreads over processes as it loads them, on two and four CPU processes: docs/scale.md.
+# This trains models that transformers spreads over two and four CPU processes as it loads them: docs/scale.md.
 spread: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/ci/spread.py
 
-# Training under DeepSpeed on two CPU processes against DDP, by DMTrainer and by a loop around Matcher, and resumed runs:
-# docs/scale.md.
+# This compares training under DeepSpeed on two CPU processes with DDP, by DMTrainer and by a loop around Matcher, and resumed
+# runs with unbroken ones: docs/scale.md.
 deepspeed: $(VENV)/deepspeed
 	OMP_NUM_THREADS=1 $(VENV)/deepspeed/bin/python scripts/ci/zero.py
 	OMP_NUM_THREADS=1 $(VENV)/deepspeed/bin/python -m pytest tests/test_docs.py -k scale
 
-# Sampling that runs ahead in actors of Ray: docs/scale.md.
+# This tests sampling that runs ahead in actors of Ray: docs/scale.md.
 ray: $(VENV)/ray
 	OMP_NUM_THREADS=1 $(VENV)/ray/bin/python scripts/ci/ray_actors.py
 
-# The trainer that puts dmfast's loss into trl, against trl's own losses; loggers: docs/integrations.md.
+# This compares the trainer that puts dmfast's loss into trl with trl's own losses, and tests the loggers: docs/integrations.md.
 trl: $(VENV)/trl
 	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python scripts/ci/trl_trainer.py
 	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python scripts/ci/loggers.py
 	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python -m pytest tests/test_docs.py -k integrations
 
-# The policy loss and the advantage estimator for verl, in verl's own registries: docs/integrations.md.
+# This tests the policy loss and the advantage estimator for verl in verl's own registries: docs/integrations.md.
 verl: $(VENV)/verl
 	OMP_NUM_THREADS=1 $(VENV)/verl/bin/python scripts/ci/verl_loss.py
 	OMP_NUM_THREADS=1 $(VENV)/verl/bin/python -m pytest tests/test_docs.py -k integrations
 
-# The row kernels compiled for aarch64 and run in qemu.
+# This compiles the row kernels for aarch64 and runs them in qemu.
 aarch64:
 	sh scripts/ci/aarch64.sh
 
@@ -196,7 +196,7 @@ $(VENV)/docs: $(VENV)/test
 	@touch $@
 
 # DeepSpeed changes what transformers and accelerate do where it is installed, Ray and trl bring packages of their own, and
-# verl an older transformers. Each has an environment of its own, which sees the packages of the tests' beneath it.
+# verl brings an older transformers. Each has an environment of its own, which also sees the packages of the tests' environment.
 $(VENV)/trl: BRINGS = trl wandb trackio
 $(VENV)/deepspeed $(VENV)/ray $(VENV)/trl $(VENV)/verl: BRINGS ?= $(notdir $@)
 $(VENV)/deepspeed $(VENV)/ray $(VENV)/trl $(VENV)/verl: $(VENV)/test
