@@ -1,4 +1,4 @@
-# make demo: trains a small real model.  make test: lint, types, tests.  make proofs: the slower checks of CI.
+# make demo trains a small real model. make test runs linters, mypy and tests. make proofs runs the slower checks of CI.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +17,7 @@ demo: $(VENV)/demo
 test: lint pytest
 	@echo "The slower proofs (sanitizers, GPU kernels without a GPU, the wheel, aarch64): make proofs"
 
-# A process for each of two cores, with one thread each: tests that need more ask for them.
+# Two processes have one thread each, for two cores. A test that needs more threads asks for them.
 pytest: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
@@ -27,53 +27,55 @@ lint: $(VENV)/test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 	$(BIN)/mypy
 
-# Two at a time. passive: threads that wait must not keep the other's from the core.
+# Two proofs run at a time. With `passive`, threads of one that wait leave the core to the threads of the other.
 proofs: $(VENV)/triton $(VENV)/docs $(VENV)/deepspeed $(VENV)/ray $(VENV)/trl $(VENV)/verl $(VENV)/extras/bin/uv
 	OMP_WAIT_POLICY=passive $(MAKE) -j2 -Otarget $(PROOFS)
 
-# The CPU kernels, built for the baseline instruction set (no AVX2), under AddressSanitizer and UBSan.
+# This tests the CPU kernels under AddressSanitizer and UBSan, built for the baseline instruction set without AVX2.
 sanitize: $(VENV)/test
 	sh scripts/ci/sanitize.sh $(BIN)/python
 
-# The CUDA kernels, compiled by g++ and run on the host, with seeded bugs that must be caught: docs/gpu.md.
+# This compiles the CUDA kernels by g++ and runs them on the host. Seeded bugs must be caught: docs/gpu.md.
 host-cuda: $(VENV)/test
 	sh scripts/ci/host_cuda.sh $(BIN)/python
 
-# Their loads, stores and races: docs/gpu.md.
+# This checks the loads, stores and races of the CUDA kernels on the host: docs/gpu.md.
 trace:
 	sh scripts/ci/trace.sh
 
-# The PTX that nvcc and Triton make of the kernels, run by an emulator, with seeded bugs that must be caught: docs/gpu.md.
+# This runs the PTX that nvcc and Triton make of the kernels in an emulator. Seeded bugs must be caught: docs/gpu.md.
 ptx: $(VENV)/triton
 	sh scripts/ci/ptx.sh $(BIN)/python
 
-# The Triton kernels in Triton's interpreter, with seeded bugs that must be caught: docs/gpu.md.
+# This runs the Triton kernels in Triton's interpreter. Seeded bugs must be caught: docs/gpu.md.
 interpreter: $(VENV)/triton
 	sh scripts/ci/interpreter.sh $(BIN)/python
 
-# The machine code of every GPU kernel, from nvcc and from Triton: spills, registers, wide accesses, with seeded bugs that
-# must be caught; a model of what bounds it: docs/gpu.md.
+# This checks the machine code of every GPU kernel, from nvcc and from Triton, for spills, registers and wide accesses, and what
+# a model says of its limits. Seeded bugs must be caught: docs/gpu.md.
 aot: $(VENV)/triton
 	sh scripts/ci/aot.sh $(BIN)/python
 
-# On a machine with an NVIDIA GPU, with its own Python (torch, nvcc, g++; no network): builds, tests, measures, within
-# DMFAST_GPU_SECONDS (480), into $$OUT or benchmarks/results/gpu. What to look at: docs/gpu-first-run.md.
+# This is for a machine with an NVIDIA GPU. It takes the machine's own Python, torch, nvcc and g++ and needs no network. It
+# builds, tests and measures within DMFAST_GPU_SECONDS (480), and writes into $$OUT or benchmarks/results/gpu.
+# docs/gpu-first-run.md says what to look at.
 gpu:
 	$(PYTHON) scripts/gpu/run.py gpu
 
-# The same of others' kernels, as far as they are installed, beside ours; and `dmfast bench` on the device.
+# This times the kernels of others that are installed beside dmfast's, and runs `dmfast bench` on the device.
 gpu-rivals:
 	$(PYTHON) scripts/gpu/run.py rivals
 
-# Both on the host build of the kernels. Leaves what the suite needs in build/gpu/site, to be copied along.
+# This runs `gpu` and `gpu-rivals` on the host build of the kernels. It leaves what the suite needs in build/gpu/site, which
+# is copied to the machine with the GPU.
 gpu-dry: $(VENV)/triton
 	$(BIN)/python scripts/gpu/run.py gpu --dry --again
 	$(BIN)/python scripts/gpu/run.py rivals --dry
 	$(PIP) --target build/gpu/site --upgrade pytest hypothesis mpmath
 
-# The experiments of the paper (docs/paper.md). paper-quick: two tasks, GDC and GDC++, a quarter of the sequences, minutes.
-# paper: all of them, hours; what is in benchmarks/results/paper is not run again, nor drawn again of the exact samples.
-# It commits nothing: grid.py --commit does, run by run.
+# These repeat the experiments of the paper (docs/paper.md). paper-quick takes minutes for two tasks with GDC and GDC++ and a
+# quarter of the sequences. paper takes hours for all of them. It keeps the runs and the exact samples that are in
+# benchmarks/results/paper already. It commits nothing. grid.py --commit commits each run.
 paper-quick: $(VENV)/demo
 	$(BIN)/python benchmarks/paper/grid.py quick --out build/paper_quick
 	$(BIN)/python benchmarks/paper/report.py --quick --runs build/paper_quick --out build/paper_quick
@@ -84,10 +86,10 @@ paper: $(VENV)/demo
 		test -e benchmarks/results/paper/same_state_seed$$seed.json || $(BIN)/python benchmarks/paper/variance.py --seed $$seed \
 		|| status=1; done; $(BIN)/python benchmarks/paper/report.py && exit $$status
 
-# Precision and coverage of the alpha-divergences and their neighbours, exact (docs/alpha.md). alpha-quick: three methods
-# and the skyline, a third of the steps, minutes. alpha: all, one and a quarter hours on two fast cores and some five on slow ones; what
-# is in benchmarks/results/alpha/runs is not run again.
-# It commits nothing: alpha_grid.py --commit does, run by run.
+# These measure exactly the precision and coverage of the alpha-divergences and their neighbours (docs/alpha.md). alpha-quick
+# takes minutes for three methods and the skyline, with a third of the steps. alpha runs all of them, in one and a quarter hours
+# on two fast cores and some five on slow ones. It does not run again what is in benchmarks/results/alpha/runs. It commits
+# nothing. alpha_grid.py --commit commits each run.
 alpha-quick: $(VENV)/demo
 	$(BIN)/python benchmarks/alpha/alpha_grid.py quick --out build/alpha_quick
 	$(BIN)/python benchmarks/alpha/alpha_report.py --runs build/alpha_quick --out build/alpha_quick
@@ -96,64 +98,66 @@ alpha: $(VENV)/demo
 	$(BIN)/python benchmarks/alpha/alpha_grid.py; status=$$?; \
 		$(BIN)/python benchmarks/alpha/alpha_report.py && exit $$status
 
-# The wheel as a stranger builds it: pip's isolation, a new environment, no torch; then the tests against it.
+# This builds the wheel as a stranger does, with pip's isolation in a new environment without torch, and tests it.
 wheel: $(VENV)/test
 	sh scripts/ci/wheel.sh $(PYTHON) $(BIN)/python
 
-# The tests that involve transformers, on the oldest transformers, accelerate and peft that pyproject.toml allows.
+# This runs the tests that involve transformers on the oldest transformers, accelerate and peft that pyproject.toml allows.
 floors: $(VENV)/test
 	$(BIN)/python scripts/ci/floors.py
 
-# What each extra of pyproject.toml resolves to: nothing that dmfast refuses. It installs nothing, and asks the registry.
+# This checks that no extra of pyproject.toml resolves to something that dmfast refuses. It asks the registry and installs
+# nothing.
 extras: $(VENV)/extras/bin/uv
 	$(VENV)/extras/bin/python scripts/ci/extras.py $(VENV)/extras/bin/uv
 
-# The site, with an API reference from the docstrings, in build/site. A warning is an error, which --quiet would hide from
-# --strict too. The variable silences theirs of new versions to come.
+# This builds the site in build/site, with an API reference from the docstrings. A warning is an error, which --quiet would
+# hide from --strict too. NO_MKDOCS_2_WARNING silences mkdocs-material's warning about the coming MkDocs 2.
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build --strict
 
-# Every causal architecture of transformers, small and random, held to plain transformers: docs/models.md is what was found.
-# `scripts/ci/families.py` without --check writes it.
+# This compares small random models of every causal architecture of transformers with plain transformers, and checks that
+# docs/models.md says what was found. `scripts/ci/families.py` without --check writes that page.
 families: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/ci/families.py --check
 
-# Training under FSDP2 on two and three CPU processes against DDP, and resumed runs, in some 3 minutes: docs/scale.md.
+# This compares training under FSDP2 on two and three CPU processes with DDP, and resumed runs with unbroken ones, in some 3
+# minutes: docs/scale.md.
 fsdp: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/ci/fsdp.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine_processes.py
 
-# The samplers of engines against the real vLLM on a CPU, in an environment of its own (3.5 GB, minutes to make and to run;
-# not among the proofs for that reason): docs/engines.md. Python 3.11.
+# This compares the samplers of engines with the real vLLM on a CPU: docs/engines.md. It needs Python 3.11 and an environment of
+# 3.5 GB, which takes minutes to make and to run, so it is not among the proofs.
 vllm: $(VENV)/vllm
 	$(VLLM)/bin/python scripts/ci/engines.py
 
-# Models that transformers spreads over processes as it loads them, on two and four CPU processes: docs/scale.md.
+# This trains models that transformers spreads over two and four CPU processes as it loads them: docs/scale.md.
 spread: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/ci/spread.py
 
-# Training under DeepSpeed on two CPU processes against DDP, by DMTrainer and by a loop around Matcher, and resumed runs:
-# docs/scale.md.
+# This compares training under DeepSpeed on two CPU processes with DDP, by DMTrainer and by a loop around Matcher, and resumed
+# runs with unbroken ones: docs/scale.md.
 deepspeed: $(VENV)/deepspeed
 	OMP_NUM_THREADS=1 $(VENV)/deepspeed/bin/python scripts/ci/zero.py
 	OMP_NUM_THREADS=1 $(VENV)/deepspeed/bin/python -m pytest tests/test_docs.py -k scale
 
-# Sampling that runs ahead in actors of Ray: docs/scale.md.
+# This tests sampling that runs ahead in actors of Ray: docs/scale.md.
 ray: $(VENV)/ray
 	OMP_NUM_THREADS=1 $(VENV)/ray/bin/python scripts/ci/ray_actors.py
 
-# The trainer that puts dmfast's loss into trl, against trl's own losses; loggers: docs/integrations.md.
+# This compares the trainer that puts dmfast's loss into trl with trl's own losses, and tests the loggers: docs/integrations.md.
 trl: $(VENV)/trl
 	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python scripts/ci/trl_trainer.py
 	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python scripts/ci/loggers.py
 	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python -m pytest tests/test_docs.py -k integrations
 
-# The policy loss and the advantage estimator for verl, in verl's own registries: docs/integrations.md.
+# This tests the policy loss and the advantage estimator for verl in verl's own registries: docs/integrations.md.
 verl: $(VENV)/verl
 	OMP_NUM_THREADS=1 $(VENV)/verl/bin/python scripts/ci/verl_loss.py
 	OMP_NUM_THREADS=1 $(VENV)/verl/bin/python -m pytest tests/test_docs.py -k integrations
 
-# The row kernels compiled for aarch64 and run in qemu.
+# This compiles the row kernels for aarch64 and runs them in qemu.
 aarch64:
 	sh scripts/ci/aarch64.sh
 
@@ -162,23 +166,24 @@ format: $(VENV)/test
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 
-# No bytecode: the demo imports a part of what pip would compile, one file after another, for 40 seconds.
+# pip would compile every file, one after another, for 40 seconds, and the demo imports only a part of them.
 $(VENV)/demo: $(VENV)/torch $(SOURCES)
 	$(PIP) --no-compile '.[demo]'
 	@touch $@
 
-# The tests start many processes: here it is compiled, on all cores. torch has files for a newer Python, and no errors count.
+# The tests start many processes, so everything is compiled here, on all cores. Errors do not count, because torch has files
+# for a newer Python.
 $(VENV)/test: $(VENV)/torch $(SOURCES)
 	$(PIP) --no-compile '.[test]'
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	@touch $@ $(VENV)/demo
 
-# triton 3.7.1 is 0.8 GB on disk and brings nothing with it: it shares the test environment. Only proofs need it.
+# triton 3.7.1 takes 0.8 GB on disk and brings no other package, so it shares the test environment. Only proofs need it.
 $(VENV)/triton: $(VENV)/test
 	$(PIP) triton 'setuptools>=77' 'pybind11>=2.13'
 	@touch $@
 
-# vLLM brings packages of torch's that its CPU build can't load beside this torch.
+# vLLM brings torch's sister packages, which its CPU build can't load beside this torch.
 $(VENV)/vllm: $(VENV)/torch $(SOURCES)
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install -q -c constraints.txt torch
@@ -191,7 +196,7 @@ $(VENV)/docs: $(VENV)/test
 	@touch $@
 
 # DeepSpeed changes what transformers and accelerate do where it is installed, Ray and trl bring packages of their own, and
-# verl an older transformers. Each has an environment of its own, which sees the packages of the tests' beneath it.
+# verl brings an older transformers. Each has an environment of its own, which also sees the packages of the tests' environment.
 $(VENV)/trl: BRINGS = trl wandb trackio
 $(VENV)/deepspeed $(VENV)/ray $(VENV)/trl $(VENV)/verl: BRINGS ?= $(notdir $@)
 $(VENV)/deepspeed $(VENV)/ray $(VENV)/trl $(VENV)/verl: $(VENV)/test
@@ -205,7 +210,7 @@ $(VENV)/extras/bin/uv:
 	$(PYTHON) -m venv $(VENV)/extras
 	$(VENV)/extras/bin/python -m pip install -q uv
 
-# torch first, so that nothing that depends on it brings another build of it
+# torch comes first, so that no package that depends on it brings another build of it.
 $(VENV)/torch: constraints.txt
 	@sh scripts/ci/needs.sh $(PYTHON)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,9 +1,9 @@
-"""setuptools' build backend, which asks PyPI for the CUDA compiler where DMFAST_BUILD=cuda and there is no nvcc."""
+"""Build as setuptools does, and ask PyPI for the CUDA compiler if DMFAST_BUILD=cuda and there is no nvcc."""
 
 import os
 
 from setuptools import build_meta
-from setuptools.build_meta import *  # noqa: F403  the hooks that are not replaced below
+from setuptools.build_meta import *  # noqa: F403  pip calls the hooks that are not replaced below, too
 
 from cuda_compiler import PACKAGES, find_nvcc
 
@@ -13,10 +13,10 @@ def _more() -> list[str]:
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    """Of a wheel."""
+    """Return the packages that building a wheel needs."""
     return build_meta.get_requires_for_build_wheel(config_settings) + _more()
 
 
 def get_requires_for_build_editable(config_settings=None):
-    """Of an editable install."""
+    """Return the packages that an editable install needs."""
     return build_meta.get_requires_for_build_editable(config_settings) + _more()

@@ -1,5 +1,7 @@
-"""Where nvcc is and how dmfast's CUDA sources are compiled: for setup.py, build_backend.py and the proofs. Needs the
-standard library alone."""
+"""Find nvcc and compile dmfast's CUDA sources, for setup.py, build_backend.py and the proofs.
+
+This module needs nothing beyond the standard library.
+"""
 
 import hashlib
 import os
@@ -9,15 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-# cccl: <nv/target>, which cuda_fp16.h includes
+# cuda-cccl has <nv/target>, which cuda_fp16.h includes
 PACKAGES = [f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl")]
-# 177: a function that only another instance of a template uses
+# warning 177 is about a function that only another instance of a template uses
 FLAGS = ["-std=c++17", "-O3", "-diag-suppress=177"]
-FOR_HOST = "-Xcompiler=-fPIC,-fvisibility=hidden"  # of what is linked into the extension
+FOR_HOST = "-Xcompiler=-fPIC,-fvisibility=hidden"  # for what is linked into the extension
 
 
 def find_nvcc() -> str | None:
-    """CUDA_HOME's, PATH's, or that of the PyPI packages."""
+    """Return the first nvcc of CUDA_HOME, CUDA_PATH, PATH and the PyPI packages, or None if there is none."""
     homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     for home in homes:
         if (home / "bin" / "nvcc").exists():
@@ -28,7 +30,7 @@ def find_nvcc() -> str | None:
 
 
 def nvcc() -> str:
-    """Raises RuntimeError where ``find_nvcc`` finds none."""
+    """Return what ``find_nvcc`` finds, and raise RuntimeError if it finds none."""
     found = find_nvcc()
     if found is None:
         raise RuntimeError("there is no nvcc in CUDA_HOME, on PATH or among the PyPI packages")
@@ -36,13 +38,16 @@ def nvcc() -> str:
 
 
 def compiler_version() -> str:
-    """``13.0.88``."""
+    """Return the version of nvcc, such as ``13.0.88``."""
     said = subprocess.run([nvcc(), "--version"], check=True, capture_output=True, text=True).stdout
     return re.findall(r"V(\d[\d.]*)", said)[0]
 
 
 def compiled(root: Path, source: str, kind: str, arch: int, cache: Path) -> Path:
-    """The ``kind`` (ptx, cubin) of a CUDA source of the tree at root, made once for each state of its csrc and nvcc."""
+    """Compile a CUDA source of the tree at root to ptx or cubin, once for each state of csrc and nvcc.
+
+    The result is the path of the compiled file.
+    """
     compiler, flags = nvcc(), [*FLAGS, f"-arch=sm_{arch}", f"-{kind}"]
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout
     texts = [path.read_bytes() for path in sorted((root / "csrc").rglob("*")) if path.suffix in (".h", ".cuh", ".cu")]

@@ -1,9 +1,10 @@
-"""The build of dmfast's kernels; all else is in pyproject.toml.
+"""Build dmfast's kernels. Everything else about the package stands in pyproject.toml.
 
-DMFAST_BUILD says what to build: ``auto`` (default: the CPU kernels where there is a compiler for them, the CUDA kernels
-where there is nvcc too), ``cpu`` or ``cuda`` (an error if they can't be built; ``cuda`` includes the CPU's), ``none``
-(plain torch only). nvcc is looked for in CUDA_HOME, on PATH and in the PyPI packages that build_backend.py asks for.
-DMFAST_CUDA_ARCHS, such as "90" or "80;90", replaces the default list; the last one is also there as PTX.
+DMFAST_BUILD says what to build. The default ``auto`` builds the CPU kernels if there is a compiler for them, and the
+CUDA kernels if there is nvcc too. ``cpu`` and ``cuda`` end in an error if their kernels can't be built, and ``cuda``
+includes the CPU kernels. ``none`` builds nothing, and dmfast then runs in plain torch. nvcc is looked for in CUDA_HOME,
+on PATH and in the PyPI packages that build_backend.py asks for. DMFAST_CUDA_ARCHS, such as "90" or "80;90", replaces
+the default list of architectures. The last one of the list is also there as PTX.
 """
 
 import os
@@ -21,8 +22,8 @@ from setuptools.command.build_ext import build_ext
 sys.path.insert(0, str(Path(__file__).parent))
 import cuda_compiler
 
-# -ffp-contract: gcc's default, said because exp2's accuracy relies on it. No -ffast-math: it breaks the
-# round-to-nearest of exp2. No -march: rows.cpp chooses the instruction set when it runs.
+# -ffp-contract=fast is gcc's default and stands here because exp2's accuracy relies on it. -ffast-math is left out
+# because it breaks the round-to-nearest of exp2, and -march because rows.cpp chooses the instruction set when it runs.
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra"]
 if platform.machine() == "x86_64":  # g++ uses an MMX register as a spare one and leaves the x87 unit in MMX mode
     FLAGS.append("-mno-mmx")
@@ -34,7 +35,7 @@ JOBS = int(os.environ.get("DMFAST_BUILD_JOBS", "2"))
 
 
 def why_not() -> str | None:
-    """None where the CPU kernels can be built, else the reason that they can't."""
+    """Return None if the CPU kernels can be built, else the reason why they can't."""
     if not sys.platform.startswith("linux") or platform.machine() not in ("x86_64", "aarch64"):
         return f"there are kernels for Linux on x86-64 and aarch64, not for {sys.platform} on {platform.machine()}"
     if not shutil.which((os.environ.get("CXX") or "g++").split()[0]):
@@ -43,13 +44,13 @@ def why_not() -> str | None:
 
 
 def output(*command: str) -> str:
-    """What a command prints."""
+    """Return what a command prints."""
     done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return done.stdout
 
 
 def find_cudart(nvcc: str) -> str:
-    """The folder of libcudart_static.a that belongs to nvcc, which knows its own root."""
+    """Return the folder of libcudart_static.a that belongs to nvcc, which knows its own root."""
     found = re.search(r"^#\$ TOP=(.*)$", output(nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"), re.MULTILINE)
     root = Path(found[1].strip()) if found else Path(nvcc).resolve().parent.parent
     for lib in (root / "lib64", root / "lib", root / "targets" / f"{platform.machine()}-linux" / "lib"):
@@ -59,7 +60,7 @@ def find_cudart(nvcc: str) -> str:
 
 
 def architectures(nvcc: str) -> list[str]:
-    """Flags of nvcc: machine code for each architecture, and PTX of the last for those to come."""
+    """Return nvcc's flags for machine code of each architecture, and for PTX of the last, which newer GPUs can run."""
     wanted = os.environ.get("DMFAST_CUDA_ARCHS", "").replace(",", ";").replace("sm_", "")
     archs = [arch.strip() for arch in wanted.split(";") if arch.strip()]
     if not archs:
@@ -70,18 +71,18 @@ def architectures(nvcc: str) -> list[str]:
 
 
 def compile_cuda(nvcc: str, folder: Path) -> list[str]:
-    """Objects of the CUDA sources."""
+    """Compile the CUDA sources, and return the paths of their objects."""
     folder.mkdir(parents=True, exist_ok=True)
     flags = [*cuda_compiler.FLAGS, cuda_compiler.FOR_HOST, *architectures(nvcc)]
     objects = [str(folder / f"{Path(source).stem}.cuda.o") for source in CUDA_SOURCES]
 
-    for source, target in zip(CUDA_SOURCES, objects, strict=True):  # --threads: architectures side by side
+    for source, target in zip(CUDA_SOURCES, objects, strict=True):  # --threads compiles the architectures side by side
         subprocess.run([nvcc, *flags, f"--threads={JOBS}", "-c", source, "-o", target], check=True)
     return objects
 
 
 class BuildKernels(build_ext):
-    """Skips what was not asked for and can't be built, and says so."""
+    """Build the extension, or say what can't be built and go on without it if it was not asked for."""
 
     def build_extension(self, ext):
         if WANTED in ("auto", "cuda"):

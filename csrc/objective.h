@@ -1,6 +1,6 @@
-// The one formula of dmfast for C++ and CUDA, from the log-probabilities of one sequence to its weight A in
-// loss = -(1/B) sum_i A_i log pi(x_i). Its twin is dmfast/objectives.py, and tests/test_kernels.py compares the two.
-// Per-sequence values are fp64, because at 1,024 tokens log pi is about -11,500, where one fp32 ulp is 1e-3 nats.
+// This file has dmfast's one formula for C++ and CUDA. It leads from the log-probabilities of one sequence to its
+// weight A in loss = -(1/B) sum_i A_i log pi(x_i). Its twin is dmfast/objectives.py, and tests/test_kernels.py compares
+// them. Per-sequence values are fp64: at 1,024 tokens log pi is about -11,500, where one fp32 ulp is 1e-3 nats.
 #pragma once
 #include <cfloat>
 #include <cmath>

@@ -1,4 +1,4 @@
-"""dmfast: fine-tune language models by distribution matching, fast and exact (Korbak et al. 2022, arXiv:2206.00761).
+"""Fine-tune language models by distribution matching, fast and exact (Korbak et al. 2022, arXiv:2206.00761).
 
 The names here serve a training loop: losses, model, target, proposal, trainer. Everything else is imported from its
 module, such as ``dmfast.estimators``.

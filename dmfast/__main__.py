@@ -1,4 +1,4 @@
-"""``python -m dmfast``."""
+"""Run the command line as ``python -m dmfast``."""
 
 import sys
 

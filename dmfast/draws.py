@@ -1,6 +1,7 @@
-"""Whether a forward draws random numbers: seen in the generators and in the operators, and not left to the values.
+"""Find out whether a forward draws random numbers, from the generators and the operators.
 
-A router that draws only where two experts are nearly tied gives the same value twice in most batches. It draws in each.
+The values of two forwards do not show it. A router may draw in every forward and yet give the same values twice in most
+batches, if its draw matters only where two experts are nearly tied.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each extra of ``pip install 'dmfast[...]'`` would bring here, and what clashes with what is installed."""
+"""Find what each extra of ``pip install 'dmfast[...]'`` would install, and which installed versions clash with it."""
 
 from __future__ import annotations
 

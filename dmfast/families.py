@@ -1,4 +1,4 @@
-"""What can be told of a model from its configuration and its code, without a forward."""
+"""Read from a model's configuration and code what can be known of it without a forward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names that were in ``dmfast`` before 0.2 and are now in a module of theirs. They go with 0.3."""
+"""Find the names that were in ``dmfast`` before 0.2 and are in its modules now. 0.3 removes the old ones."""
 
 from __future__ import annotations
 

@@ -61,12 +61,12 @@ def costs_of(model: nn.Module) -> Costs | None:
 
 
 def arrange(lengths: Sequence[int], costs: Costs, longest: int | None) -> list[list[int]] | None:
-    """Return which sequences share a row, in their order; None where padding each to the longest costs no more.
+    """Return which sequences share a row, in their order, or None if padding each to the longest costs no more.
 
     Args:
-        lengths: of N sequences, in tokens.
-        costs: the model's.
-        longest: the most tokens of a row. None: no limit.
+        lengths: the lengths of N sequences, in tokens.
+        costs: what the model computes for a token and for a pair of tokens.
+        longest: the most tokens that a row may have, or None if there is no limit.
     """
     n, widest = len(lengths), max(lengths, default=0)
     if n < 2 or widest == 0:

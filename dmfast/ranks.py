@@ -1,4 +1,4 @@
-"""What a step needs to know of several processes that take it together. One process is enough by default."""
+"""Define what a step needs to know of several processes that take it together. By default there is one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fitting lambda again while a run goes on, from the sequences of its steps."""
+"""Fit lambda again while a run goes on, from the sequences of its steps."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _COLUMNS = {"features", "log_b", "log_ratio", "context_id"}  # of each step that
 
 
 class Refit:
-    """Collects scored sequences of the steps and fits lambda again from them, weighted by a/q.
+    """A collector of the steps' scored sequences, which fits lambda again from them with the weights a/q.
 
     Args:
-        target: whose lambda it is.
-        min_ess: while the effective sample size of the target's fit is below this, lambda is fitted again; 0: never.
-        samples: from so many sequences.
+        target: the target whose lambda is fitted.
+        min_ess: lambda is fitted again while the effective sample size of its fit is below this, so 0 means never.
+        samples: the number of sequences that a fit takes.
     """
 
     def __init__(self, target: EBM, min_ess: float, samples: int) -> None:

@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and what a step's samples make of it."""
+"""Hold what a run carries from step to step, and update it from a step's samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seeds of their own for everything that draws, so that equal seeds in two places do not draw the same sequences."""
+"""Make a seed for each purpose, so that equal seeds in two places do not draw the same sequences."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""transformers' tensor parallelism (``from_pretrained(..., distributed_config=DistributedConfig(tp_size=2))``): what a
-model whose layers are cut among ranks needs from dmfast.
+"""Support models whose layers are cut among ranks by transformers' tensor parallelism.
 
-The ranks of such a group work on the same sequences, and every forward is one of all of them. Hidden states, and the
-logits that the model returns, are whole and the same on each of them; parameters are DTensors. So each rank draws and
-scores the same by itself, and only what is random has to come from one of them (``from_first``).
+``from_pretrained(..., distributed_config=DistributedConfig(tp_size=2))`` loads such a model. Its ranks work on the same
+sequences, and all of them take part in each forward. Hidden states, and the logits that the model returns, are whole
+and the same on each rank, while the parameters are DTensors. So each rank draws and scores the same by itself, and only
+what is random has to come from one of them (``from_first``).
 
-Nothing here does anything to a model that is not cut.
+The functions here leave a model that is not cut as it is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tensors of a model by name: all of them, whether those of two models fit, a copy of one's into the other's."""
+"""List the tensors of a model by name, compare those of two models, and copy one model's into the other's."""
 
 from __future__ import annotations
 

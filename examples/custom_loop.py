@@ -34,15 +34,15 @@ def train(
 
     Args:
         policy: the model that is trained.
-        target: what it is to become equal to, around a base that does not move with it.
-        prompts: what sequences continue. Default: the empty prompt.
-        steps, batch_size: optimiser steps, and the sequences of each.
-        microbatch: sequences that go through the policy at a time.
-        max_new_tokens: where a sequence without EOS ends.
-        learning_rate, warmup: of AdamW, and the steps in which it comes up to that.
-        interval: steps between checks whether q should become pi.
+        target: the distribution that the policy should become, whose base does not change with the policy.
+        prompts: the texts that sequences continue. The default is the empty prompt.
+        steps, batch_size: the number of optimiser steps, and of sequences in each.
+        microbatch: the number of sequences that go through the policy at a time.
+        max_new_tokens: the length at which a sequence without EOS ends.
+        learning_rate, warmup: AdamW's learning rate, and the number of steps in which it rises to that.
+        interval: the number of steps between checks whether q should become pi.
         objective: one of ``dmfast.objectives.OBJECTIVES``.
-        seed: of the sequences that are drawn.
+        seed: the seed of the sequences that are drawn.
     """
     proposal = dmfast.OfflineProposal(policy, criterion="kl", interval=interval)
     matcher = dmfast.Matcher(policy, target, proposal, objective, seed=seed)

@@ -1,4 +1,6 @@
-"""LoRA on one backbone: half of the biographies about women, in the memory of one model; about a minute on a CPU.
+"""Train LoRA on one backbone: half of the biographies about women, in the memory of one model.
+
+A run takes about a minute on a CPU.
 
     python examples/lora.py                        # a, pi and q are the adapter off, on, and a frozen copy of it
     python examples/lora.py --three-models         # the same run with a base and a proposal of their own

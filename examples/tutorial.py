@@ -1,4 +1,4 @@
-"""A first tour of dmfast in cells: from a wish to a trained model, with pictures, on a CPU.
+"""Take a first tour of dmfast in cells: from a wish to a trained model, with pictures, on a CPU.
 
     python examples/tutorial.py       # two to three minutes; writes four pictures
 

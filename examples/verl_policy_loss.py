@@ -15,7 +15,8 @@ That needs GPUs. What runs here on a CPU, in a minute, is a loop that calls verl
 
 There is no ``Matcher`` here, because verl itself draws the sequences, scores them and takes the steps.
 
-The reward is 1 for a biography about a woman. With p = a exp(R/beta)/Z and beta = 0.375 half of the biographies are.
+The reward is 1 for a biography about a woman. With p = a exp(R/beta)/Z and beta = 0.375, half of the biographies are
+about women under p.
 """
 
 from __future__ import annotations

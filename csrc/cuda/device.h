@@ -1,4 +1,5 @@
-// The parts of CUDA that the kernels use. tests/native/shim.h replaces them if g++ compiles the kernels for the host.
+// This file has the parts of CUDA that the kernels use. tests/native/shim.h replaces them if g++ compiles the kernels
+// for the host.
 #pragma once
 #ifdef DMF_SHIM
 #include "shim.h"
@@ -17,20 +18,20 @@
 namespace dmf::cuda {
 
 #ifndef DMF_SHIM
-// 2^x, right to 2^-22 of the result. Denormals become 0.
+// Returns 2^x with an error of at most 2^-22 of it. Denormals become 0.
 __device__ inline float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// 1 / x, right to an ulp.
+// Returns 1 / x with an error of at most an ulp.
 __device__ inline float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 #endif
-// 1 / x, right to little more than half an ulp.
+// Returns 1 / x with an error of little more than half an ulp.
 __device__ inline float reciprocal(float x) {
   const float y = reciprocal_approx(x);
   return isinf(x) ? y : fmaf(y, fmaf(-x, y, 1.0f), y);
@@ -42,7 +43,7 @@ inline void check(cudaError_t error) {
   throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// The shared memory that one block may have.
+// Returns the number of bytes of shared memory that one block may have.
 inline int shared_limit(int device) {
   int limit = 0;
   check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));

@@ -1,4 +1,4 @@
-// What the row kernels share: the division of a row among the threads of a block, and sums over a block.
+// This file has what the row kernels share: the division of a row among the threads of a block, and sums over a block.
 #pragma once
 #include <cfloat>
 #include <cmath>

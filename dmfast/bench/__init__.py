@@ -1,1 +1,1 @@
-"""Behind ``dmfast bench``: the fused losses against what else there is, and one training step against a plain one."""
+"""Run ``dmfast bench``: compare the fused losses with other ones, and one training step with a plain one."""

@@ -55,7 +55,7 @@ class DMFastStep(Phases):
         self.seed = 0
 
     def __call__(self) -> float:
-        """One step; the loss."""
+        """Take one step and return its loss."""
         self.seed += 1
         with self.phase("sampling"):
             x = self.proposal.sample(n=self.batch, max_new_tokens=self.length, seed=self.seed)

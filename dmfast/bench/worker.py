@@ -28,14 +28,15 @@ class Config:
 
     Attributes:
         form: ``logits``, ``head`` (hidden states through an nn.Linear) or ``sampling``.
-        rows, vocab, dim: scored tokens, V, D.
-        dtype: of logits, hidden states and head: ``float32`` or ``bfloat16``.
-        threads: of torch. huge_pages: whether torch asks for them (THP_MEM_ALLOC_ENABLE).
-        logits: ``randn``, or ``model``: those of the biography model on its own text, tiled.
-        rounds: calls of each rival.
-        memory_of: measure the peak of this one rival and nothing else.
-        steps: tokens of a sequence.
-        device: ``cpu`` or ``cuda``, where the times are the device's and each rival's peak memory comes along.
+        rows, vocab, dim: the number of scored tokens, V and D.
+        dtype: the dtype of logits, hidden states and head, ``float32`` or ``bfloat16``.
+        threads: the number of torch's threads.
+        huge_pages: whether torch asks for huge pages (THP_MEM_ALLOC_ENABLE).
+        logits: ``randn``, or ``model`` for those of the biography model on its own text, which are repeated.
+        rounds: the number of calls of each rival.
+        memory_of: the one rival whose peak memory is measured, and nothing else is.
+        steps: the number of tokens of a sequence.
+        device: ``cpu`` or ``cuda``. On ``cuda`` the times are the device's, and each rival's peak memory comes along.
     """
 
     form: str

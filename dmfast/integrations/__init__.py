@@ -1,1 +1,1 @@
-"""Bridges to other frameworks and to loggers. Each module imports its own; ``import dmfast`` imports none of them."""
+"""Connect dmfast to other frameworks and to loggers. ``import dmfast`` imports none of these modules."""

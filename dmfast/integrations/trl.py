@@ -28,7 +28,8 @@ class DMGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     """Train with trl's ``GRPOTrainer`` on ``loss = -(1/B) sum_i A_i log pi(x_i)``, made from hidden states.
 
     Settings that shape trl's own loss (``loss_type``, ``epsilon``, ``importance_sampling_level``, ``scale_rewards``)
-    are not read. log q is vLLM's if vLLM drew, else the policy's when it drew. Text only, in one process or under DDP.
+    are not read. log q is vLLM's if vLLM drew, else the policy's when it drew. It takes only text, in one process or
+    under DDP.
 
     Args:
         model, reward_funcs, args, kwargs: as for ``GRPOTrainer``. R is the weighted sum of any reward functions.

@@ -1,4 +1,4 @@
-"""Which settings of trl's ``GRPOConfig`` dmfast's loss has a place for."""
+"""Check which settings of trl's ``GRPOConfig`` go with dmfast's loss."""
 
 from __future__ import annotations
 

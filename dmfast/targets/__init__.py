@@ -1,4 +1,4 @@
-"""The target p of distribution matching: constraints, the energy-based model that they define, and its lambda."""
+"""Define the target p of distribution matching: constraints, the energy-based model that they make, and its lambda."""
 
 from .constraints import Contains, Feature, FeatureValues, Moment, Scorer, ScorerCounts
 from .ebm import EBM, TargetScores

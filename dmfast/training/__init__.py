@@ -1,4 +1,4 @@
-"""The trainer: transformers' ``Trainer`` for distribution matching. Needs ``pip install 'dmfast[train]'``."""
+"""Train by distribution matching with transformers' ``Trainer``, which ``pip install 'dmfast[train]'`` brings."""
 
 from .config import DMConfig
 from .trainer import DMTrainer

@@ -1,4 +1,4 @@
-"""``DMConfig``: transformers' ``TrainingArguments`` with what distribution matching adds."""
+"""Define ``DMConfig``, which is transformers' ``TrainingArguments`` with what distribution matching adds."""
 
 from __future__ import annotations
 

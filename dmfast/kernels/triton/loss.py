@@ -49,7 +49,7 @@ def _jit(kernel):
 
 @triton.jit
 def _gradient(x, factor, linear, after, reference, logistic, c, CAP: tl.constexpr, BONUS: tl.constexpr):
-    """dz of logits x apart from the label's, in fp32. With a bonus the factor of p is linear in log p."""
+    """Return dz of logits x apart from the label's, in fp32. With a bonus the factor of p is linear in log p."""
     g, exponent = exp2_of(distance(x, reference, logistic, c, CAP), c[0], c[1])
     if BONUS:
         g = tl.where(g > 0, g * (factor + linear * exponent), 0.0)  # 0 * -inf = 0
