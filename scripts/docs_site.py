@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -148,17 +149,25 @@ def on_page_content(html: str, **_: Any) -> str:
     parts = re.split(r"(<pre.*?</pre>|<code.*?</code>|<[^>]+>)", html, flags=re.DOTALL)
     parts[::2] = [formulas(text) for text in parts[::2]]  # every second part is a tag or code
     html = re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', "".join(parts))
-    return re.sub(r"<td.*?</td>", lambda cell: re.sub(r"(?<=<code>)[^<]+", breakable, cell[0]), html, flags=re.DOTALL)
+    cells = r"<t([dh])\b.*?</t\1>"
+    return re.sub(cells, lambda cell: re.sub(r"(?<=<code>)[^<]+", breakable, cell[0]), html, flags=re.DOTALL)
 
 
 def formulas(text: str) -> str:
     """Return the HTML of a text with ``E_q``, ``x_i<t``, ``e^y`` and ``u^(1 - t)`` as they are written by hand."""
     text = re.sub(r"(?<!\w)(\w|mean|Cov)_(\w{1,2}(?:&lt;\w)?)(?!\w)", r"\1<sub>\2</sub>", text)
-    return re.sub(r"\^\(([^()]+)\)|\^([−-]?\w{1,2})(?!\w)", lambda found: f"<sup>{found[1] or found[2]}</sup>", text)
+    powers = r"\^\(((?:[^()]|\([^()]*\))+)\)|\^([−-]?\w{1,2})(?!\w)"
+    return re.sub(powers, lambda found: f"<sup>{found[1] or found[2]}</sup>", text)
 
 
 def breakable(code: re.Match[str]) -> str:
-    """Return the HTML of a piece of code, which may be broken behind a punctuation mark, but not before the end of a
-    file's name. A short name stays whole.
+    """Return the HTML of a piece of code, whose long words may be broken behind a punctuation mark, but not before the
+    end of a file's name, and not within an ellipsis. A short word stays whole.
     """
-    return code[0] if len(code[0]) < 16 else re.sub(r"(?<=[_/:=,(])(?=\w)|(?<=\.)(?=[a-z]*[A-Z._(])", "<wbr>", code[0])
+
+    def broken(word: re.Match[str]) -> str:
+        if len(unescape(word[0]).rstrip(",")) < 16:
+            return word[0]
+        return re.sub(r"(?<=[_/:=,(])(?=\w)|(?<=\w\.)(?=[a-z]*[A-Z_(]|[a-z]+\.)", "<wbr>", word[0])
+
+    return re.sub(r"\S+", broken, code[0])

@@ -271,10 +271,17 @@ def test_the_site_shows_formulas_and_lets_the_code_of_tables_break():
     assert shown("<p>E_q[u^(1−α)] of x_i&lt;t, log_z</p>") == (
         "<p>E<sub>q</sub>[u<sup>1−α</sup>] of x<sub>i&lt;t</sub>, log_z</p>"
     )
+    assert shown("<p>w^k e^(c (1 - w))</p>") == "<p>w<sup>k</sup> e<sup>c (1 - w)</sup></p>"
     for code in ("<code>x_i</code>", '<pre class="a_b"><code>x_i ^ 2\n</code></pre>', '<a href="x_i">one</a>'):
         assert shown(code) == code
     assert shown("<td><code>x_i</code> <code>tests/test_docs.py</code> <code>datasets.Dataset</code></td>") == (
         "<td><code>x_i</code> <code>tests/<wbr>test_<wbr>docs.py</code> <code>datasets.<wbr>Dataset</code></td>"
+    )
+    assert shown("<th><code>autograd.Function</code></th><td><code>f(max_length, sampler=...)</code></td>") == (
+        "<th><code>autograd.<wbr>Function</code></th><td><code>f(max_length, sampler=...)</code></td>"
+    )
+    assert shown("<td><code>OfflineProposal(sampler=...)</code></td>") == (
+        "<td><code>OfflineProposal(<wbr>sampler=...)</code></td>"
     )
     assert shown('<img alt="a" src="b.png">') == '<a href="b.png"><img alt="a" src="b.png"></a>'
 
