@@ -64,7 +64,7 @@ _FORMAT = 2  # the format of state_dict; format 1 is what DMTrainer wrote before
 class Matcher:
     """The steps that move ``policy`` towards the target distribution p = P/Z, one optimiser step at a time.
 
-    The loop around it is yours::
+    The loop around it is yours:
 
         matcher = dmfast.Matcher(policy, target, dmfast.OfflineProposal(policy, interval=5))
         for _ in range(steps):

@@ -113,7 +113,7 @@ class AsyncSampler:
     Each sample keeps the log q and the version of the q that drew it, so that training stays exact: Z and the loss
     weigh each sample by its own q, and ``Matcher`` compares pi with q by samples of the newest q only.
 
-    ::
+    This loop draws two steps ahead:
 
         sampler = AsyncSampler(engine, ahead=2)
         matcher = dmfast.Matcher(policy, target, dmfast.OfflineProposal(policy, sampler=sampler))
