@@ -99,7 +99,7 @@ def _parser(complete: str) -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="run a job from a YAML file")
     fit_z = commands.add_parser("fit-z", help="write the prompts of a job with the pass rate of each under the base")
     for each in (train, fit_z):
-        each.add_argument("recipe", help="the file; dmfast/recipes/ has some")
+        each.add_argument("recipe", help="the YAML file; the folder dmfast/recipes has examples")
         each.add_argument("--set", dest="overrides", type=_override, action="append", default=[], metavar="KEY=VALUE",
                           help="replaces an entry, such as train.max_steps=5, by a value in JSON or YAML, such as "
                           "'prompts=[Mary, John]'")  # fmt: skip
@@ -109,8 +109,8 @@ def _parser(complete: str) -> argparse.ArgumentParser:
     fit_z.add_argument("--drop-zero", action="store_true", help="leave out prompts of which no completion is right")
     train.add_argument("--out", help="the folder that the run writes into; replaces train.output_dir")
     train.add_argument("--resume", nargs="?", const=True, default=False, metavar="CHECKPOINT",
-                       help="go on from a checkpoint, by its folder or its name in the run; without one from the "
-                       "newest")  # fmt: skip
+                       help="go on from a checkpoint, given by its folder or its name in the run; the newest one if "
+                       "none is given")  # fmt: skip
     report = commands.add_parser("report", help="write one HTML page that compares runs")
     report.add_argument("runs", nargs="+", metavar="RUN",
                         help="a folder with log.json (train, demo) or trainer_state.json (DMTrainer)")  # fmt: skip

@@ -16,7 +16,8 @@ from dmfast import cli
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
 _BEFORE = """# Command line
 
-`dmfast COMMAND --help` shows the same. This page is made from the parsers by `scripts/docs_cli.py`.
+This page lists the commands and their arguments. `dmfast COMMAND --help` shows the same. `scripts/docs_cli.py` makes
+the page from the parsers.
 
 | command | what it does |
 | --- | --- |

@@ -107,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on where an earlier run into the same folder ended, and measure again what was noisy",
     )
-    parser.add_argument("--only", default="", metavar="TEXT", help="of --full, the configurations whose title has this")
+    parser.add_argument("--only", default="", metavar="TEXT", help="with --full: configurations whose title has this")
     parser.add_argument("--model", help="profile one training step of this model instead: a folder, a name of the hub, "
                         "tiny-bios or random-gpt2")  # fmt: skip
     parser.add_argument("--batch", type=int, default=64, help="with --model: sequences (default 64)")

@@ -18,7 +18,7 @@ _OWN = ("--model", "--generation-config", "--override-generation-config", "--log
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``dmfast serve-proposal``."""
-    parser.add_argument("model", help="tiny-bios, a folder, or a name on the hub: the one that is trained")
+    parser.add_argument("model", help="the model that is trained: tiny-bios, a folder, or a name on the hub")
     parser.add_argument("--host", default="127.0.0.1",
                         help="the address to listen at; every client can run code in vLLM's workers")  # fmt: skip
     parser.add_argument("--port", type=int, default=8000, help="the port to listen at")
