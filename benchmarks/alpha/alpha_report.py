@@ -269,9 +269,9 @@ def pass_at_k(runs: Runs, path: Path) -> None:
 
 ABOUT = """# Precision and coverage of the α-divergences: tables
 
-Written by `python benchmarks/alpha/alpha_report.py` from {done} runs of {of}. Mean ± standard error over seeds; a rate
-is chosen with seed {seed} on the validation prompts. Every measure is exact for a policy.
-[docs/alpha.md](../../../docs/alpha.md) says what was asked and what came out.
+`python benchmarks/alpha/alpha_report.py` wrote this page from {done} runs of {of}. Figures with ± are means over
+seeds with their standard errors. A rate is chosen with seed {seed} on the validation prompts. Every measure is exact
+for a policy. [docs/alpha.md](../../../docs/alpha.md) says what was asked and what came out.
 """
 
 
