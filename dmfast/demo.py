@@ -57,7 +57,14 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def demo(args: argparse.Namespace) -> dict[str, Any]:
-    """Train with ``DMTrainer`` until half of the biographies are about women, and say whether the run reached that."""
+    """Train with ``DMTrainer`` until half of the biographies are about women, and say whether the run reached that.
+
+    Raises:
+        ValueError, OSError, ImportError: as ``recipe.run``; or a number of steps or samples that is not positive.
+    """
+    for name in ("steps", "samples"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be a positive integer, got {getattr(args, name)}")
     overrides = {"train.max_steps": args.steps, "train.seed": args.seed, "train.output_dir": str(args.out),
                  "evaluate.samples": args.samples}  # fmt: skip
     say = console().print

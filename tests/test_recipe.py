@@ -544,6 +544,20 @@ def test_the_demo(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "0"], "dmfast demo: --steps must be a positive integer, got 0"),
+        (["--steps", "-1"], "dmfast demo: --steps must be a positive integer, got -1"),
+        (["--samples", "0"], "dmfast demo: --samples must be a positive integer, got 0"),
+        (["--out", "/proc/here"], "dmfast demo: nothing can be written into output_dir='/proc/here'"),
+    ],
+)
+def test_the_demo_refuses_without_a_traceback(words, message, capsys):
+    assert dmfast.cli.main(["demo", *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("share", "kl", "says"),
     [
         (0.476, 0.7, "matches the target: E\\[women\\] is 0.476 ± 0.01, wanted 0.5; KL"),

@@ -494,8 +494,8 @@ def fit_z(
         The rows of the file.
 
     Raises:
-        RecipeError: ``out`` is not a .jsonl file or exists already; the recipe has no prompts, or a row that can't be
-            written as JSON.
+        RecipeError: ``out`` is not a .jsonl file or exists already; ``n`` is not positive; the recipe has no prompts,
+            or a row that can't be written as JSON.
         ValueError: as ``EBM.fit_z``.
         OSError: ``out`` can't be written.
     """
@@ -504,6 +504,8 @@ def fit_z(
         raise RecipeError(f"the file of pass rates must be .jsonl, got {out}")
     if out.exists():
         raise RecipeError(f"{out} is there already: give another name, or remove it")
+    if n < 1:
+        raise RecipeError(f"n must be a positive integer, the completions of each prompt, got {n}")
     if recipe.get("prompts") is None:
         raise RecipeError("the recipe has no prompts: the empty context has one Z, which the run itself estimates well")
     args = _config(recipe)
