@@ -98,6 +98,7 @@ def run_loop(args: argparse.Namespace, train: Callable[..., Iterator[dict[str, f
 
     The results are ``log.json`` and ``report.png`` in ``args.out``."""
     say, tiny, start = console().print, args.model == "tiny-bios", time.perf_counter()
+    args.out.mkdir(parents=True, exist_ok=True)  # a folder that can't be made is found before the training
     policy = recipe.load(args.model, stop=None if tiny else "\n")
     base = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
     prompts = None if tiny else [THREE_SHOTS]
@@ -132,15 +133,14 @@ def run_loop(args: argparse.Namespace, train: Callable[..., Iterator[dict[str, f
         "samples_after": x.text[:20], "history": history,
     }  # fmt: skip
     log["verdict"] = report.verdict(before, after, ideal, ["women"])
-    args.out.mkdir(parents=True, exist_ok=True)
-    report.write(log, args.out)
     say(report.table(log))
     say(report.samples_table(log["samples_before"][:6], log["samples_after"][:6]))
+    say(f"{log['swaps']:.0f} swaps of q, training {training:.0f} s, all {log['seconds_all']:.0f} s")
+    say(log["verdict"])  # before anything is written, because a full disk may take the files
+    report.write(log, args.out)
     title = f"{args.objective} on {Path(args.model).name}: women {before['phi/women']} → {after['phi/women']}"
     report.plot(history, args.out / "report.png", title, wanted={"women": 0.5})
-    say(f"{log['swaps']:.0f} swaps of q, training {training:.0f} s, all {log['seconds_all']:.0f} s; "
-        f"wrote {args.out}/log.json and {args.out}/report.png")  # fmt: skip
-    say(log["verdict"])
+    say(f"wrote {args.out}/log.json and {args.out}/report.png")
     return log
 
 

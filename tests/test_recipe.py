@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import pickle
 import re
 import subprocess
@@ -235,7 +236,7 @@ def test_a_recipe_resumes(tmp_path, monkeypatch):
         "the model. To go on, raise max_steps above 2 with --set train.max_steps=N"
     )
     recipe.run(read(write(tmp_path, train=settings)), resume="checkpoint-2", say=lambda line: said.append(str(line)))
-    assert said[2].endswith(nothing) and f"{nothing}. The " in said[-1]
+    assert said[2].endswith(nothing) and f"{nothing}. The " in said[-2]
     monkeypatch.setattr(LanguageModel, "sample", lambda *args, **options: pytest.fail("a sample was drawn"))
     with pytest.raises(ValueError, match="max_new_tokens was 48 and is 40"):
         recipe.run(read(write(tmp_path, train=settings | {"max_new_tokens": 40})), resume=True, say=lambda line: None)
@@ -340,16 +341,34 @@ def test_nothing_is_sampled_before_all_is_checked(tmp_path, changed, message, ca
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_model_that_can_t_be_saved_loses_nothing_else(tmp_path, monkeypatch, capsys):
-    def full(self, *args, **options):
+@pytest.mark.parametrize("parts", [["model"], ["png"], ["json"], ["model", "json", "png"]], ids="-".join)
+def test_a_full_disk_loses_no_verdict_and_nothing_that_could_be_written(tmp_path, monkeypatch, capsys, parts):
+    def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(DMTrainer, "save_model", full)
+    if "model" in parts:
+        monkeypatch.setattr(DMTrainer, "save_model", full)
+    if "png" in parts:
+        monkeypatch.setattr(recipe.report, "plot", full)
     out = tmp_path / "out"
-    assert dmfast.cli.main(["train", str(write(tmp_path)), "--out", str(out)]) == 1
+    out.mkdir()
+    (out / "log.json").write_text("{}")  # of an earlier run
+    if "json" in parts:
+        monkeypatch.setattr(
+            "os.replace", lambda old, new: full() if str(new).endswith("log.json") else old.replace(new)
+        )
+    changed = {"evaluate": {"samples": 16}, "fit": {"n": 256}}
+    assert dmfast.cli.main(["train", str(write(tmp_path, changed)), "--out", str(out)]) == 1
     printed = capsys.readouterr()
-    assert re.search("model could not be written into .*No space left on device.*log.json and report.png", printed.err)
-    assert "before" in printed.out and of_json(out / "log.json")["after"] and (out / "report.png").exists()
+    said = " ".join(printed.err.split())
+    for part, name in {"model": "the model", "json": "log.json", "png": "report.png"}.items():
+        refused = f"{name} could not be written into {out}: [Errno 28] No space left on device"
+        assert (refused in said) == (part in parts), said
+    assert "All else of the run has been written" in said
+    assert "before" in printed.out and "Criterion: " in printed.out
+    assert ("after" in of_json(out / "log.json")) == ("json" not in parts)
+    assert (out / "report.png").exists() == ("png" not in parts)
+    assert not list(out.glob(".*.new"))
 
 
 def test_numbers_that_yaml_takes_for_strings(tmp_path):

@@ -23,7 +23,7 @@
     evaluate: {samples: 2048}       # the samples of the model before training, and after it
 
 The command writes into ``train.output_dir``: the model, ``log.json`` (machine, recipe, before, after, every step) and
-``report.png``. Its last line says whether the run came to its target, and by which criterion.
+``report.png``. After its tables it says whether the run came to its target, and by which criterion.
 """
 
 from __future__ import annotations
@@ -554,7 +554,8 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
 
     Raises:
         RecipeError, ValueError, ImportError: as ``read``, ``EBM.fit``, ``DMTrainer``.
-        OSError: as ``DMTrainer``. Also if the model could not be saved; everything else is written then.
+        OSError: as ``DMTrainer``. Also if the model, the log or the picture could not be written; the message names
+            them. The results and the verdict have been said then, and everything else is written.
     """
     start = time.perf_counter()
     trainer, folder = _prepared(recipe, None, None, resume, say, command=True)
@@ -579,11 +580,11 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
     training = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
     training = time.perf_counter() - training
-    not_saved: OSError | SafetensorError | None = None
+    failed: dict[str, OSError | SafetensorError] = {}  # raised at the end, after all else has been written
     try:
         trainer.save_model()
-    except (OSError, SafetensorError) as error:  # raised below, after the results of the run are written
-        not_saved = error
+    except (OSError, SafetensorError) as error:
+        failed["the model"] = error
     x_after, after = now(trainer.policy)
     ideal = _ideal(target, x_before)
     log: dict[str, Any] = {
@@ -602,20 +603,30 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
         "history": [h for h in trainer.state.log_history if "train_runtime" not in h],
     }
     if trainer.is_world_process_zero():
+        # the terminal has the results before anything is written, because a full disk may take the files
         say(report.table(log))
         say(report.samples_table(log["samples_before"][:6], log["samples_after"][:6]))
-        report.plot(log["history"], out / "report.png", title=_title(recipe, log),
-                    wanted={m["name"]: m["value"] for m in log["target"]["moments"]})  # fmt: skip
-        report.write(log, out)
-        say(f"{log['swaps']} swaps of q, training {training:.0f} s, all {log['seconds_all']:.0f} s; "
-            f"wrote {out}/log.json, {out}/report.png" + ("" if not_saved else " and the model"))  # fmt: skip
+        say(f"{log['swaps']} swaps of q, training {training:.0f} s, all {log['seconds_all']:.0f} s")
         nothing = None if folder is None else trainer.nothing_left(folder)
         say(f"{nothing}. {log['verdict']}" if nothing else log["verdict"])
-    if not_saved is not None:
+        try:
+            report.write(log, out)
+        except OSError as error:
+            failed["log.json"] = error
+        try:
+            report.plot(log["history"], out / "report.png", title=_title(recipe, log),
+                        wanted={m["name"]: m["value"] for m in log["target"]["moments"]})  # fmt: skip
+        except OSError as error:
+            failed["report.png"] = error
+        written = [what for what in ("log.json", "report.png", "the model") if what not in failed]
+        if written:
+            say(f"wrote {', '.join(written)} into {out}")
+    if failed:
+        reasons = "; ".join(f"{what} could not be written into {out}: {error}" for what, error in failed.items())
         raise OSError(
-            f"the model could not be written into {out}: {not_saved}. log.json and report.png are there; free some "
-            "space, and where there is a checkpoint, go on from it with --resume"
-        ) from not_saved
+            f"{reasons}. All else of the run has been written; free some space, and where there is a checkpoint, go on "
+            "from it with --resume"
+        ) from next(iter(failed.values()))
     return log
 
 
