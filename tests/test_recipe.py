@@ -134,11 +134,28 @@ def test_files_of_prompts(tmp_path):
     for name, text, message in (
         ("b.jsonl", '{"prompt": "He"}\n\n{"prompt"\n', "b.jsonl: line 3 is no JSON: [^0-9]*, at column 10$"),
         ("b.csv", "question,answer\nHe,1\n", "must name a column 'prompt', got question, answer"),
+        ("b.csv", "prompt,answer\nHe,1\nShe\n", "b.csv: line 3 has 1 cell, and the first line names 2 columns"),
+        ("b.csv", "prompt\nHe\n\nMary, Ann\n", "b.csv: line 4 has 2 cells, and the first line names 1 column: a"),
+        ("b.csv", 'prompt,answer\n"He,1\nShe,2\n', "b.csv: line 3: unexpected end of data"),
         ("b.json", "[]", "a file of prompts is .txt .*, got '.json'"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(RecipeError, match=message):
             recipe._prompts(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\f", "\v", "\x1c"])
+def test_only_an_end_of_line_ends_a_prompt(tmp_path, mark):
+    text = f"Mary{mark}Ann"
+    (tmp_path / "a.csv").write_text(f'prompt,answer\r\n{text},won\r\n"{text}, who\n{mark}",2\r\n', newline="")
+    rows = [{"prompt": text, "answer": "won"}, {"prompt": f"{text}, who\n{mark}", "answer": "2"}]
+    assert recipe._prompts(str(tmp_path / "a.csv")) == rows
+    (tmp_path / "a.txt").write_text(f"{text}\nShe\n")
+    assert recipe._prompts(str(tmp_path / "a.txt")) == [text, "She"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[:1]))
+    if mark not in "\f\v\x1c":  # JSON escapes these
+        assert mark in (tmp_path / "a.jsonl").read_text()
+    assert recipe._prompts(str(tmp_path / "a.jsonl")) == rows[:1]
 
 
 def test_a_recipe_with_a_reward(tmp_path):
@@ -354,9 +371,8 @@ def test_a_full_disk_loses_no_verdict_and_nothing_that_could_be_written(tmp_path
     out.mkdir()
     (out / "log.json").write_text("{}")  # of an earlier run
     if "json" in parts:
-        monkeypatch.setattr(
-            "os.replace", lambda old, new: full() if str(new).endswith("log.json") else old.replace(new)
-        )
+        replace = os.replace
+        monkeypatch.setattr("os.replace", lambda a, b: full() if str(b).endswith("log.json") else replace(a, b))
     changed = {"evaluate": {"samples": 16}, "fit": {"n": 256}}
     assert dmfast.cli.main(["train", str(write(tmp_path, changed)), "--out", str(out)]) == 1
     printed = capsys.readouterr()

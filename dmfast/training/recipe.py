@@ -277,12 +277,9 @@ def _read_prompts(path: Path) -> list[Any]:
         return rows
     if path.suffix not in (".txt", ".jsonl", ".csv", ""):
         raise ValueError(f"a file of prompts is .txt (one a line), .jsonl, .csv or .parquet, got {path.suffix!r}")
-    text = path.read_text(encoding="utf-8-sig")  # Excel begins a file with a byte order mark
     if path.suffix == ".csv":
-        table = csv.DictReader(text.splitlines(keepends=True))
-        if "prompt" not in (table.fieldnames or ()):
-            raise ValueError(f"its first line must name a column 'prompt', got {', '.join(table.fieldnames or ())}")
-        return list(table)
+        return _read_csv(path)
+    text = path.read_text(encoding="utf-8-sig")  # Excel begins a file with a byte order mark
     if path.suffix != ".jsonl":
         return [line for line in text.split("\n") if line]
     rows = []
@@ -293,6 +290,32 @@ def _read_prompts(path: Path) -> list[Any]:
             raise ValueError(f"line {number} is no JSON: {error.msg}, at column {error.colno}") from error
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
+    return rows
+
+
+def _read_csv(path: Path) -> list[Any]:
+    """Return the rows of a CSV file, whose first line names its columns.
+
+    Raises:
+        OSError, ValueError: as ``_read_prompts``.
+    """
+    rows = []
+    with path.open(encoding="utf-8-sig", newline="") as file:  # the csv module tells the ends of lines itself
+        table = csv.DictReader(file, strict=True)
+        try:
+            columns = list(table.fieldnames or ())
+            if "prompt" not in columns:
+                raise ValueError(f"its first line must name a column 'prompt', got {', '.join(columns)}")
+            for row in table:
+                cells = [cell for name, cell in row.items() if name is not None and cell is not None]
+                found = len(cells) + len(row.get(None) or ())  # type: ignore[call-overload]
+                if found != len(columns):
+                    named = f"{len(columns)} column{'s' * (len(columns) > 1)}"
+                    raise ValueError(f"line {table.line_num} has {found} cell{'s' * (found != 1)}, and the first line names {named}: a "
+                                     "cell with a comma or an end of line needs double quotes around it")  # fmt: skip
+                rows.append(row)
+        except csv.Error as error:
+            raise ValueError(f"line {table.reader.line_num}: {error}") from error
     return rows
 
 
