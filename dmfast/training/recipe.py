@@ -310,9 +310,10 @@ def _read_csv(path: Path) -> list[Any]:
                 cells = [cell for name, cell in row.items() if name is not None and cell is not None]
                 found = len(cells) + len(row.get(None) or ())  # type: ignore[call-overload]
                 if found != len(columns):
+                    cells_of_line = f"line {table.line_num} has {found} cell{'s' * (found != 1)}"
                     named = f"{len(columns)} column{'s' * (len(columns) > 1)}"
-                    raise ValueError(f"line {table.line_num} has {found} cell{'s' * (found != 1)}, and the first line names {named}: a "
-                                     "cell with a comma or an end of line needs double quotes around it")  # fmt: skip
+                    raise ValueError(f"{cells_of_line}, and the first line names {named}: a cell with a comma or an "
+                                     "end of line needs double quotes around it")  # fmt: skip
                 rows.append(row)
         except csv.Error as error:
             raise ValueError(f"line {table.reader.line_num}: {error}") from error
