@@ -186,7 +186,11 @@ def _run(argv: list[str] | None) -> int:
     if args.command == "demo":
         from .demo import demo
 
-        demo(args)
+        try:
+            demo(args)
+        except (ValueError, OSError, ImportError) as error:
+            print(f"dmfast demo: {error}", file=sys.stderr)
+            return 1
         return 0
     if args.command == "report":
         return report(args.runs, args.out)

@@ -57,7 +57,14 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def demo(args: argparse.Namespace) -> dict[str, Any]:
-    """Train with ``DMTrainer`` until half of the biographies are about women, and say whether the run reached that."""
+    """Train with ``DMTrainer`` until half of the biographies are about women, and say whether the run reached that.
+
+    Raises:
+        ValueError, OSError, ImportError: as ``recipe.run``; or a number of steps or samples that is not positive.
+    """
+    for name in ("steps", "samples"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be a positive integer, got {getattr(args, name)}")
     overrides = {"train.max_steps": args.steps, "train.seed": args.seed, "train.output_dir": str(args.out),
                  "evaluate.samples": args.samples}  # fmt: skip
     say = console().print
@@ -91,6 +98,7 @@ def run_loop(args: argparse.Namespace, train: Callable[..., Iterator[dict[str, f
 
     The results are ``log.json`` and ``report.png`` in ``args.out``."""
     say, tiny, start = console().print, args.model == "tiny-bios", time.perf_counter()
+    args.out.mkdir(parents=True, exist_ok=True)  # a folder that can't be made is found before the training
     policy = recipe.load(args.model, stop=None if tiny else "\n")
     base = policy.around(copy.deepcopy(policy.model).requires_grad_(False))
     prompts = None if tiny else [THREE_SHOTS]
@@ -125,15 +133,14 @@ def run_loop(args: argparse.Namespace, train: Callable[..., Iterator[dict[str, f
         "samples_after": x.text[:20], "history": history,
     }  # fmt: skip
     log["verdict"] = report.verdict(before, after, ideal, ["women"])
-    args.out.mkdir(parents=True, exist_ok=True)
-    report.write(log, args.out)
     say(report.table(log))
     say(report.samples_table(log["samples_before"][:6], log["samples_after"][:6]))
+    say(f"{log['swaps']:.0f} swaps of q, training {training:.0f} s, all {log['seconds_all']:.0f} s")
+    say(log["verdict"])  # before anything is written, because a full disk may take the files
+    report.write(log, args.out)
     title = f"{args.objective} on {Path(args.model).name}: women {before['phi/women']} → {after['phi/women']}"
     report.plot(history, args.out / "report.png", title, wanted={"women": 0.5})
-    say(f"{log['swaps']:.0f} swaps of q, training {training:.0f} s, all {log['seconds_all']:.0f} s; "
-        f"wrote {args.out}/log.json and {args.out}/report.png")  # fmt: skip
-    say(log["verdict"])
+    say(f"wrote {args.out}/log.json and {args.out}/report.png")
     return log
 
 

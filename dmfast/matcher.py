@@ -224,6 +224,7 @@ class Matcher:
         self._wrapped: LanguageModel | None = None
         self._since = 0.0  # the time when the batch was ready
         self._warned_of: set[tuple[int, int]] = set()  # pairs of the lengths of the fit and of a draw
+        self._drawn_with: dict[str, Any] | None = None  # the options that shape the sequences that Z rests on
 
     @property
     def estimates(self) -> RunningEstimates:
@@ -274,7 +275,8 @@ class Matcher:
             A ``Batch`` of n * len(prompts) sequences.
 
         Raises:
-            ValueError: as ``LanguageModel.sample`` and ``EBM.score``. Also if the numbers of ids or rows and of prompts
+            ValueError: as ``LanguageModel.sample`` and ``EBM.score``. Also if max_new_tokens or temperature differs
+                from the earlier steps', whose Z a running partition keeps; if the numbers of ids or rows and of prompts
                 differ; if a leave-one-out baseline is not finite (the message names the sequence whose return is the
                 cause); if next_prompts comes with a seed or without a proposal; or if the prompts of a step are not
                 those that next_prompts announced for it.
@@ -296,6 +298,8 @@ class Matcher:
         lambda_ = self.target.lambda_.tolist()
         anew = self.running.lambda_ != lambda_
         running = Running.start(lambda_, self.running.beta, self.running.steps) if anew else self.running
+        if not anew and self.settings.partition == "running":
+            self._refuse_other_length(how)
         if self.proposal is not None and seed is None:
             self.proposal.request([
                 self._rollouts.arguments(Prompts(each), n, how, self._seed(f"step {running.steps + k}"))
@@ -388,6 +392,19 @@ class Matcher:
             "moments of longer or shorter sequences differ; fit lambda with the same length",
             stacklevel=stacklevel,
         )
+
+    def _refuse_other_length(self, how: SamplingOptions) -> None:
+        """Refuse sequences of another length or temperature than those that Z of the earlier steps rests on."""
+        now = _shape_of(how)
+        changed = {} if self._drawn_with is None else {k: v for k, v in self._drawn_with.items() if v != now[k]}
+        if changed:
+            said = " and ".join(
+                f"{name} was {value} in the earlier steps and is {now[name]}" for name, value in changed.items()
+            )
+            raise ValueError(
+                f"{said}: Z and the estimates so far are of the other distribution. Draw as before, or go on with a "
+                "new Matcher and a new OfflineProposal, whose Z starts anew"
+            )
 
     def _opened(self, batch: Batch) -> Batch:
         self.batch, self._has_passed = batch, torch.zeros(len(batch), dtype=torch.bool)
@@ -621,6 +638,8 @@ class Matcher:
             now = unknown(now) if missing else now
             swapped = self._maybe_swap(running, missing)
         self.running, self.batch, self._passed = running, None, []
+        if batch.drawn is not None:
+            self._drawn_with = _shape_of(batch.drawn[1])
         self._to_repeat = batch if batch.epoch + 1 < settings.ppo_epochs else None
         self._warn_of_zero(len(out.log_prob))
         metrics = step_metrics(
@@ -638,6 +657,7 @@ class Matcher:
             self.estimates.clear()
             self._seen.clear()
             self._seen_for_z.clear()
+            self._drawn_with = None
         return metrics
 
     def _estimates_with(self, out: DMLossOutput) -> Estimates:
@@ -795,10 +815,16 @@ class Matcher:
             "seen": self._seen.state_dict(),
             "seen_for_z": self._seen_for_z.state_dict(),
             "batch": batch,
+            "objective": self.settings.name,
+            "drawn_with": self._drawn_with,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken. A batch that is not committed is discarded.
+
+        If the state is of another objective, a warning says so: the mean return and a batch that serves more steps
+        start anew. Another warning says that the state's lambda takes the place of the target's, if they differ and
+        lambda is not fitted again on the way (``refit_ess``).
 
         Raises:
             ValueError: the state has another format or lacks a part, or it is of another target, or of an on-policy run
@@ -816,6 +842,10 @@ class Matcher:
             raise ValueError("of the checkpoint and this run, one is on-policy and one is not; set on_policy as it was")
         if self.proposal is None and state.get("estimates") is None:
             raise ValueError("the state has no estimates, and without a proposal nothing else holds them")
+        name, of_state = self.settings.name, state.get("objective")  # an older state has no name
+        another = of_state is not None and of_state != name
+        if another:
+            state = {**state, "batch": None, "running": {**state["running"], "returns": (0.0, 0)}}
         # copies load the state first, so that everything that may raise comes before the first change
         running = self.running.loaded(state["running"])
         batch = None if state["batch"] is None else self._loaded_batch(state["batch"], running)
@@ -827,6 +857,7 @@ class Matcher:
         else:
             self.estimates.load_state_dict(state["estimates"])  # so does this
         self.estimates.decay = decay
+        given = self.target.lambda_.tolist()
         self.target.load_state_dict(state["target"])
         self._refit.load_state_dict(state["pool"])
         self._seen.load_state_dict(state.get("seen"))  # an older state has none
@@ -835,6 +866,19 @@ class Matcher:
             self._seen_for_z.assume_all()
         self.discard()
         self.running, self._to_repeat, self._rollouts.q_is_base = running, batch, q_is_base
+        self._drawn_with = state.get("drawn_with")
+        if not self.settings.refit_ess and self.target.lambda_.tolist() != given:
+            warn_caller(
+                f"the checkpoint's lambda of {', '.join(map(repr, self.target.moment_names))} is kept, "
+                f"{self.target.lambda_.tolist()}, and not what this run's target was given, {given}: Z, estimates and "
+                "the policy so far are of the former"
+            )
+        if another:
+            warn_caller(
+                f"the run goes on with another objective than its checkpoint: objective was {of_state!r} and is "
+                f"{name!r}, which holds from here on, and the running mean of the returns and a batch that serves more "
+                "steps start anew"
+            )
 
     def _loaded_batch(self, state: dict[str, Any], running: Running) -> Batch:
         """Return the batch of a state that ``Batch.state_dict`` returned."""
@@ -854,6 +898,11 @@ class Matcher:
         self._to_repeat = None
         if self.proposal is not None:
             self.proposal.request([])
+
+
+def _shape_of(how: SamplingOptions) -> dict[str, Any]:
+    """Return the options of a draw that its sequences, and so Z, depend on."""
+    return {"max_new_tokens": how.max_new_tokens, "temperature": how.temperature}
 
 
 @contextmanager

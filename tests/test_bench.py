@@ -192,6 +192,30 @@ def test_a_model_that_is_not_there_is_a_message(tmp_path: Path, capsys: pytest.C
     assert "can't load" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "tiny-bios", "--rounds", "0"], "--rounds must be a positive integer, got 0"),
+        (["--model", "tiny-bios", "--batch", "0"], "--batch must be a positive integer, got 0"),
+        (["--model", "tiny-bios", "--length", "-3"], "--length must be a positive integer, got -3"),
+        (["--rounds", "3"], "--rounds 3 has no effect without --model"),
+        (["--only", "fp32"], "--only 'fp32' chooses among the configurations of --full"),
+        (["--model", "tiny-bios", "--full"], "--full has no effect with --model"),
+        (["--full", "--only", "nothing"], "no configuration of --full has this in its title"),
+    ],
+)
+def test_options_are_checked_before_anything_is_loaded(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*args: object, **options: object) -> None:
+        raise AssertionError("something was loaded or measured before this was found")
+
+    monkeypatch.setattr(step, "load", loaded)
+    monkeypatch.setattr(run, "measure", loaded)
+    assert cli.main(["bench", *words, "--out", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_the_benchmark_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each form runs through to the report, with its JSON, its ratios and a picture."""
     configs = [TINY, Config("head", 128, 211, 24, threads=1, rounds=2), Config("sampling", 8, 211, threads=1, rounds=2)]
@@ -200,7 +224,8 @@ def test_the_benchmark_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(run, "TRIES", 1)
     monkeypatch.setattr(report, "NOISE", float("inf"))  # two rounds of such short calls always count as noisy
     said: list[object] = []
-    args = argparse.Namespace(out=tmp_path, model=None, full=False, only="", resume=True)
+    args = argparse.Namespace(out=tmp_path, model=None, full=False, only=None, resume=True,
+                              batch=None, length=None, rounds=None)  # fmt: skip
     run.bench(args, said.append)
     written = json.loads((tmp_path / "bench.json").read_text())
     for r in written["results"]:

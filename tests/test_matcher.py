@@ -887,8 +887,8 @@ def test_a_state_that_does_not_fit_changes_nothing():
         (state | {"pool": None}, ValueError, "the state's pool must be a list .* got None"),
         (state | {"pool": [{"features": 1}]}, ValueError, "the state's pool must be a list"),
     ]
-    # only a state without a proposal has estimates, and states of older versions have neither of the last two
-    needed = state.keys() - {"format", "estimates", "seen", "seen_for_z"}
+    # only a state without a proposal has estimates, and states of older versions have none of the last four
+    needed = state.keys() - {"format", "estimates", "seen", "seen_for_z", "objective", "drawn_with"}
     wrong += [(without(state, key), ValueError, f"the state has no {key}; pass what") for key in needed]
     for each, error, match in wrong:
         with pytest.raises(error, match=match):
@@ -897,6 +897,36 @@ def test_a_state_that_does_not_fit_changes_nothing():
     other = matcher()
     other.load_state_dict(without(state, "estimates"))
     assert state_of(other) == before
+
+
+def test_a_state_of_another_objective_lambda_or_length_is_no_silent_continuation():
+    """Without a word, a run of another objective would go on with the first one's mean return, lambda and Z."""
+    first = matcher(objective="reinforce", reward=Contains("w3"), baseline="mean")
+    step(first, sgd(first))
+    state = first.state_dict()
+    assert state["running"]["returns"][1] > 0
+    other = matcher(objective="dpg")
+    other.target.lambda_ = [9.0]
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        other.load_state_dict(state)
+    said = sorted(str(w.message) for w in found)
+    assert len(said) == 2 and said[0].startswith("the checkpoint's lambda of") and "given, [9.0]" in said[0]
+    assert "objective was 'reinforce' and is 'dpg', which holds from here on" in said[1]
+    assert other.running.returns == (0.0, 0) and other.running.partitions.state_dict()["n"].sum() > 0
+    for how, message in (
+        ({"max_new_tokens": 5}, "max_new_tokens was 6 in the earlier steps and is 5: Z"),
+        ({"temperature": 0.5}, "temperature was 1.0 in the earlier steps and is 0.5: Z"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other.draw(n=4, **({"max_new_tokens": 6} | how))
+    other.target.lambda_ = [0.3]  # with another lambda Z starts anew
+    other.draw(n=4, max_new_tokens=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        older = matcher(objective="dpg")
+        older.load_state_dict(without(without(state, "objective"), "drawn_with"))
+        older.draw(n=4, max_new_tokens=6, temperature=0.5)
 
 
 def test_a_state_without_estimates_is_refused_on_policy():

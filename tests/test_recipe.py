@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import pickle
 import re
 import subprocess
@@ -133,11 +134,28 @@ def test_files_of_prompts(tmp_path):
     for name, text, message in (
         ("b.jsonl", '{"prompt": "He"}\n\n{"prompt"\n', "b.jsonl: line 3 is no JSON: [^0-9]*, at column 10$"),
         ("b.csv", "question,answer\nHe,1\n", "must name a column 'prompt', got question, answer"),
+        ("b.csv", "prompt,answer\nHe,1\nShe\n", "b.csv: line 3 has 1 cell, and the first line names 2 columns"),
+        ("b.csv", "prompt\nHe\n\nMary, Ann\n", "b.csv: line 4 has 2 cells, and the first line names 1 column: a"),
+        ("b.csv", 'prompt,answer\n"He,1\nShe,2\n', "b.csv: line 3: unexpected end of data"),
         ("b.json", "[]", "a file of prompts is .txt .*, got '.json'"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(RecipeError, match=message):
             recipe._prompts(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\f", "\v", "\x1c"])
+def test_only_an_end_of_line_ends_a_prompt(tmp_path, mark):
+    text = f"Mary{mark}Ann"
+    (tmp_path / "a.csv").write_text(f'prompt,answer\r\n{text},won\r\n"{text}, who\n{mark}",2\r\n', newline="")
+    rows = [{"prompt": text, "answer": "won"}, {"prompt": f"{text}, who\n{mark}", "answer": "2"}]
+    assert recipe._prompts(str(tmp_path / "a.csv")) == rows
+    (tmp_path / "a.txt").write_text(f"{text}\nShe\n")
+    assert recipe._prompts(str(tmp_path / "a.txt")) == [text, "She"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[:1]))
+    if mark not in "\f\v\x1c":  # JSON escapes these
+        assert mark in (tmp_path / "a.jsonl").read_text()
+    assert recipe._prompts(str(tmp_path / "a.jsonl")) == rows[:1]
 
 
 def test_a_recipe_with_a_reward(tmp_path):
@@ -235,7 +253,7 @@ def test_a_recipe_resumes(tmp_path, monkeypatch):
         "the model. To go on, raise max_steps above 2 with --set train.max_steps=N"
     )
     recipe.run(read(write(tmp_path, train=settings)), resume="checkpoint-2", say=lambda line: said.append(str(line)))
-    assert said[2].endswith(nothing) and f"{nothing}. The " in said[-1]
+    assert said[2].endswith(nothing) and f"{nothing}. The " in said[-2]
     monkeypatch.setattr(LanguageModel, "sample", lambda *args, **options: pytest.fail("a sample was drawn"))
     with pytest.raises(ValueError, match="max_new_tokens was 48 and is 40"):
         recipe.run(read(write(tmp_path, train=settings | {"max_new_tokens": 40})), resume=True, say=lambda line: None)
@@ -340,16 +358,33 @@ def test_nothing_is_sampled_before_all_is_checked(tmp_path, changed, message, ca
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_model_that_can_t_be_saved_loses_nothing_else(tmp_path, monkeypatch, capsys):
-    def full(self, *args, **options):
+@pytest.mark.parametrize("parts", [["model"], ["png"], ["json"], ["model", "json", "png"]], ids="-".join)
+def test_a_full_disk_loses_no_verdict_and_nothing_that_could_be_written(tmp_path, monkeypatch, capsys, parts):
+    def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(DMTrainer, "save_model", full)
+    if "model" in parts:
+        monkeypatch.setattr(DMTrainer, "save_model", full)
+    if "png" in parts:
+        monkeypatch.setattr(recipe.report, "plot", full)
     out = tmp_path / "out"
-    assert dmfast.cli.main(["train", str(write(tmp_path)), "--out", str(out)]) == 1
+    out.mkdir()
+    (out / "log.json").write_text("{}")  # of an earlier run
+    if "json" in parts:
+        replace = os.replace
+        monkeypatch.setattr("os.replace", lambda a, b: full() if str(b).endswith("log.json") else replace(a, b))
+    changed = {"evaluate": {"samples": 16}, "fit": {"n": 256}}
+    assert dmfast.cli.main(["train", str(write(tmp_path, changed)), "--out", str(out)]) == 1
     printed = capsys.readouterr()
-    assert re.search("model could not be written into .*No space left on device.*log.json and report.png", printed.err)
-    assert "before" in printed.out and of_json(out / "log.json")["after"] and (out / "report.png").exists()
+    said = " ".join(printed.err.split())
+    for part, name in {"model": "the model", "json": "log.json", "png": "report.png"}.items():
+        refused = f"{name} could not be written into {out}: [Errno 28] No space left on device"
+        assert (refused in said) == (part in parts), said
+    assert "All else of the run has been written" in said
+    assert "before" in printed.out and "Criterion: " in printed.out
+    assert ("after" in of_json(out / "log.json")) == ("json" not in parts)
+    assert (out / "report.png").exists() == ("png" not in parts)
+    assert not list(out.glob(".*.new"))
 
 
 def test_numbers_that_yaml_takes_for_strings(tmp_path):
@@ -541,6 +576,20 @@ def test_the_demo(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("The run did not come to its target") == 1 and "samples before and after" in printed
     assert (out / "report.png").exists() and of_json(out / "log.json")["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "0"], "dmfast demo: --steps must be a positive integer, got 0"),
+        (["--steps", "-1"], "dmfast demo: --steps must be a positive integer, got -1"),
+        (["--samples", "0"], "dmfast demo: --samples must be a positive integer, got 0"),
+        (["--out", "/proc/here"], "dmfast demo: nothing can be written into output_dir='/proc/here'"),
+    ],
+)
+def test_the_demo_refuses_without_a_traceback(words, message, capsys):
+    assert dmfast.cli.main(["demo", *words]) == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

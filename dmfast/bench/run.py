@@ -20,6 +20,7 @@ from .measure import in_fresh_process
 from .worker import Config
 
 TRIES = 2
+_OF_STEP = {"batch": 64, "length": 40, "rounds": 5}  # the numbers of --model and their defaults
 SHAPES = ((512, 50257), (2048, 50257), (512, 151936), (4096, 1319))
 
 
@@ -107,22 +108,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on where an earlier run into the same folder ended, and measure again what was noisy",
     )
-    parser.add_argument("--only", default="", metavar="TEXT", help="with --full: configurations whose title has this")
+    parser.add_argument("--only", metavar="TEXT", help="with --full: configurations whose title has this")
     parser.add_argument("--model", help="profile one training step of this model instead: a folder, a name of the hub, "
                         "tiny-bios or random-gpt2")  # fmt: skip
-    parser.add_argument("--batch", type=int, default=64, help="with --model: sequences (default 64)")
-    parser.add_argument("--length", type=int, default=40, help="with --model: new tokens of each (default 40)")
-    parser.add_argument("--rounds", type=int, default=5, help="with --model: steps of each (default 5)")
+    parser.add_argument("--batch", type=int, help="with --model: sequences (default 64)")
+    parser.add_argument("--length", type=int, help="with --model: new tokens of each (default 40)")
+    parser.add_argument("--rounds", type=int, help="with --model: steps of each (default 5)")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder for the JSON and the picture")
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Check the options of ``dmfast bench`` before a model is loaded or a time is measured.
+
+    Raises:
+        ValueError: a number is not positive, or an option has no effect beside the others.
+    """
+    for name in _OF_STEP:
+        value = getattr(args, name)
+        if value is not None and not args.model:
+            raise ValueError(f"--{name} {value} has no effect without --model: give --model NAME, or leave it out")
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be a positive integer, got {value}")
+    for name in ("full", "resume", "only"):
+        if args.model and getattr(args, name):
+            raise ValueError(f"--{name} has no effect with --model, which profiles one training step: leave one out")
+    if args.only and not args.full:
+        raise ValueError(
+            f"--only {args.only!r} chooses among the configurations of --full: add --full, or leave it out"
+        )
+
+
 def bench(args: argparse.Namespace, say: Callable[[Any], None]) -> None:
-    """Run what ``args`` say, and write ``bench.json`` and ``bench.png``, or ``step.json`` and ``step.png``."""
+    """Run what ``args`` say, and write ``bench.json`` and ``bench.png``, or ``step.json`` and ``step.png``.
+
+    Raises:
+        ValueError: an option is out of range or has no effect, or no configuration has the text of ``--only``.
+        OSError, RuntimeError: the model can't be loaded, a file can't be written, or a measuring process failed.
+    """
+    _check(args)
+    configs = [c for c in full() if (args.only or "") in c.title] if args.full else quick()
+    if not configs:
+        raise ValueError(f"--only {args.only!r}: no configuration of --full has this in its title")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.model:
         from .step import profile
 
-        step = profile(args.model, args.batch, args.length, args.rounds, say)
+        batch, length, rounds = (getattr(args, name) or default for name, default in _OF_STEP.items())
+        step = profile(args.model, batch, length, rounds, say)
         say(report.step_table(step))
         say(report.step_advice(step))
         write({"machine": machine(), **step}, args.out, "step.json")
@@ -130,9 +162,6 @@ def bench(args: argparse.Namespace, say: Callable[[Any], None]) -> None:
         say(f"wrote {args.out / 'step.json'} and {args.out / 'step.png'}")
         return
     path, results = args.out / "bench.json", []
-    configs = [c for c in full() if args.only in c.title] if args.full else quick()
-    if not configs:
-        raise ValueError(f"--only {args.only!r}: no configuration of --full has this in its title")
     here = {k: v for k, v in machine().items() if k != "threads"} | _rivals()  # threads are the configuration's
     if args.resume and path.exists():
         earlier = json.loads(path.read_text())["results"]

@@ -226,18 +226,11 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         if state["contexts"] != self._rows.digest:
             warnings.warn("the checkpoint is of a run on other prompts: Z of each context starts anew", stacklevel=2)
             matcher = resume.without_z(matcher)
-        given = self.target.lambda_.tolist()
         self.matcher.load_state_dict(matcher)
         if isinstance(self._rows, Stream):
             self._rows.expect(None if self.args.ignore_data_skip else state.get("stream"))
         self._changes = changes
         said = resume.describe(changes, steered=steered)
-        if not self.args.refit_ess and self.target.lambda_.tolist() != given:
-            warn_caller(
-                f"the checkpoint's lambda of {', '.join(map(repr, self.target.moment_names))} is kept, "
-                f"{self.target.lambda_.tolist()}, and not what this run's target was given, {given}: Z, estimates and "
-                "the policy so far are of the former"
-            )
         if said:
             warn_caller(said)
 

@@ -23,7 +23,7 @@
     evaluate: {samples: 2048}       # the samples of the model before training, and after it
 
 The command writes into ``train.output_dir``: the model, ``log.json`` (machine, recipe, before, after, every step) and
-``report.png``. Its last line says whether the run came to its target, and by which criterion.
+``report.png``. After its tables it says whether the run came to its target, and by which criterion.
 """
 
 from __future__ import annotations
@@ -277,12 +277,9 @@ def _read_prompts(path: Path) -> list[Any]:
         return rows
     if path.suffix not in (".txt", ".jsonl", ".csv", ""):
         raise ValueError(f"a file of prompts is .txt (one a line), .jsonl, .csv or .parquet, got {path.suffix!r}")
-    text = path.read_text(encoding="utf-8-sig")  # Excel begins a file with a byte order mark
     if path.suffix == ".csv":
-        table = csv.DictReader(text.splitlines(keepends=True))
-        if "prompt" not in (table.fieldnames or ()):
-            raise ValueError(f"its first line must name a column 'prompt', got {', '.join(table.fieldnames or ())}")
-        return list(table)
+        return _read_csv(path)
+    text = path.read_text(encoding="utf-8-sig")  # Excel begins a file with a byte order mark
     if path.suffix != ".jsonl":
         return [line for line in text.split("\n") if line]
     rows = []
@@ -293,6 +290,33 @@ def _read_prompts(path: Path) -> list[Any]:
             raise ValueError(f"line {number} is no JSON: {error.msg}, at column {error.colno}") from error
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
+    return rows
+
+
+def _read_csv(path: Path) -> list[Any]:
+    """Return the rows of a CSV file, whose first line names its columns.
+
+    Raises:
+        OSError, ValueError: as ``_read_prompts``.
+    """
+    rows = []
+    with path.open(encoding="utf-8-sig", newline="") as file:  # the csv module tells the ends of lines itself
+        table = csv.DictReader(file, strict=True)
+        try:
+            columns = list(table.fieldnames or ())
+            if "prompt" not in columns:
+                raise ValueError(f"its first line must name a column 'prompt', got {', '.join(columns)}")
+            for row in table:
+                cells = [cell for name, cell in row.items() if name is not None and cell is not None]
+                found = len(cells) + len(row.get(None) or ())  # type: ignore[call-overload]
+                if found != len(columns):
+                    cells_of_line = f"line {table.line_num} has {found} cell{'s' * (found != 1)}"
+                    named = f"{len(columns)} column{'s' * (len(columns) > 1)}"
+                    raise ValueError(f"{cells_of_line}, and the first line names {named}: a cell with a comma or an "
+                                     "end of line needs double quotes around it")  # fmt: skip
+                rows.append(row)
+        except csv.Error as error:
+            raise ValueError(f"line {table.reader.line_num}: {error}") from error
     return rows
 
 
@@ -494,8 +518,8 @@ def fit_z(
         The rows of the file.
 
     Raises:
-        RecipeError: ``out`` is not a .jsonl file or exists already; the recipe has no prompts, or a row that can't be
-            written as JSON.
+        RecipeError: ``out`` is not a .jsonl file or exists already; ``n`` is not positive; the recipe has no prompts,
+            or a row that can't be written as JSON.
         ValueError: as ``EBM.fit_z``.
         OSError: ``out`` can't be written.
     """
@@ -504,6 +528,8 @@ def fit_z(
         raise RecipeError(f"the file of pass rates must be .jsonl, got {out}")
     if out.exists():
         raise RecipeError(f"{out} is there already: give another name, or remove it")
+    if n < 1:
+        raise RecipeError(f"n must be a positive integer, the completions of each prompt, got {n}")
     if recipe.get("prompts") is None:
         raise RecipeError("the recipe has no prompts: the empty context has one Z, which the run itself estimates well")
     args = _config(recipe)
@@ -552,7 +578,8 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
 
     Raises:
         RecipeError, ValueError, ImportError: as ``read``, ``EBM.fit``, ``DMTrainer``.
-        OSError: as ``DMTrainer``. Also if the model could not be saved; everything else is written then.
+        OSError: as ``DMTrainer``. Also if the model, the log or the picture could not be written; the message names
+            them. The results and the verdict have been said then, and everything else is written.
     """
     start = time.perf_counter()
     trainer, folder = _prepared(recipe, None, None, resume, say, command=True)
@@ -577,11 +604,11 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
     training = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
     training = time.perf_counter() - training
-    not_saved: OSError | SafetensorError | None = None
+    failed: dict[str, OSError | SafetensorError] = {}  # raised at the end, after all else has been written
     try:
         trainer.save_model()
-    except (OSError, SafetensorError) as error:  # raised below, after the results of the run are written
-        not_saved = error
+    except (OSError, SafetensorError) as error:
+        failed["the model"] = error
     x_after, after = now(trainer.policy)
     ideal = _ideal(target, x_before)
     log: dict[str, Any] = {
@@ -600,20 +627,30 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
         "history": [h for h in trainer.state.log_history if "train_runtime" not in h],
     }
     if trainer.is_world_process_zero():
+        # the terminal has the results before anything is written, because a full disk may take the files
         say(report.table(log))
         say(report.samples_table(log["samples_before"][:6], log["samples_after"][:6]))
-        report.plot(log["history"], out / "report.png", title=_title(recipe, log),
-                    wanted={m["name"]: m["value"] for m in log["target"]["moments"]})  # fmt: skip
-        report.write(log, out)
-        say(f"{log['swaps']} swaps of q, training {training:.0f} s, all {log['seconds_all']:.0f} s; "
-            f"wrote {out}/log.json, {out}/report.png" + ("" if not_saved else " and the model"))  # fmt: skip
+        say(f"{log['swaps']} swaps of q, training {training:.0f} s, all {log['seconds_all']:.0f} s")
         nothing = None if folder is None else trainer.nothing_left(folder)
         say(f"{nothing}. {log['verdict']}" if nothing else log["verdict"])
-    if not_saved is not None:
+        try:
+            report.write(log, out)
+        except OSError as error:
+            failed["log.json"] = error
+        try:
+            report.plot(log["history"], out / "report.png", title=_title(recipe, log),
+                        wanted={m["name"]: m["value"] for m in log["target"]["moments"]})  # fmt: skip
+        except OSError as error:
+            failed["report.png"] = error
+        written = [what for what in ("log.json", "report.png", "the model") if what not in failed]
+        if written:
+            say(f"wrote {', '.join(written)} into {out}")
+    if failed:
+        reasons = "; ".join(f"{what} could not be written into {out}: {error}" for what, error in failed.items())
         raise OSError(
-            f"the model could not be written into {out}: {not_saved}. log.json and report.png are there; free some "
-            "space, and where there is a checkpoint, go on from it with --resume"
-        ) from not_saved
+            f"{reasons}. All else of the run has been written; free some space, and where there is a checkpoint, go on "
+            "from it with --resume"
+        ) from next(iter(failed.values()))
     return log
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -35,9 +36,14 @@ def _lines(path: str) -> list[str]:
 
 
 def write(log: Mapping[str, Any], folder: Path, name: str = "log.json") -> None:
-    """Write a run as JSON."""
+    """Write a run as JSON. On an error the file is as it was, with an earlier run's results if there were any."""
     text = json.dumps(for_json(log), indent=1, ensure_ascii=False)
-    (folder / name).write_text(text + "\n", encoding="utf-8")
+    beside = folder / f".{name}.new"
+    try:
+        beside.write_text(text + "\n", encoding="utf-8")
+        os.replace(beside, folder / name)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def for_json(value: Any) -> Any:

@@ -300,7 +300,8 @@ def renewed(matcher: Mapping[str, Any], changes: Mapping[str, tuple[Any, Any]], 
         changes: as ``changed`` returned them.
         steered: as in ``describe``.
     """
-    state, gone = dict(matcher), {what for name in changes for what in RENEWED.get(name, ())}
+    state = {**matcher, "objective": None}  # describe says what has changed, so that the matcher says it no second time
+    gone = {what for name in changes for what in RENEWED.get(name, ())}
     if steered and set(changes) & set(RENEWED) == {"beta"}:
         return state
     if _RETURNS in gone:
@@ -314,7 +315,8 @@ def renewed(matcher: Mapping[str, Any], changes: Mapping[str, tuple[Any, Any]], 
 
 def without_z(matcher: Mapping[str, Any]) -> dict[str, Any]:
     """Return a matcher's state that knows no Z yet."""
-    return {**matcher, "running": matcher["running"] | {"partitions": PartitionFunctions().state_dict()}}
+    running = matcher["running"] | {"partitions": PartitionFunctions().state_dict()}
+    return {**matcher, "running": running, "drawn_with": None}
 
 
 def set_hyperparameters(
