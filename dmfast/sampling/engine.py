@@ -68,6 +68,10 @@ class Request(NamedTuple):
     temperature: float
 
 
+class TokenIds(list[list[int]]):
+    """The prompts of a request that ``Engine.token_ids`` has made token ids. ``sample`` takes them as they are."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """The facts that an engine gives about itself.
@@ -262,13 +266,24 @@ class Engine:
         """
         self._ids(prompts, max_new_tokens, temperature)
 
+    def token_ids(self, prompts: Sequence[Prompt] | None) -> TokenIds:
+        """Return prompts as token ids, with which another thread may call ``sample``.
+
+        A tokenizer keeps its padding and truncation as state, and the main thread may use the policy's tokenizer for
+        something else. So a thread that tokenized prompts could get them padded or cut.
+
+        Raises:
+            TypeError, ValueError: as in ``LanguageModel.sample``.
+        """
+        return prompts if isinstance(prompts, TokenIds) else TokenIds(self._like._encoder(prompts))
+
     def _ids(self, prompts: Any, max_new_tokens: int, temperature: float) -> list[list[int]]:
         if temperature != 1.0 and not self.facts.any_temperature:
             raise ValueError(
                 f"{self.facts.name} gives log-probabilities at temperature 1 only, and the temperature is "
                 f"{temperature!r}: start it with --logprobs-mode processed_logprobs, as dmfast serve-proposal does"
             )
-        ids = list(self._like._encoder(prompts))
+        ids = self.token_ids(prompts)
         longest, context = max(map(len, ids)), self.context
         if context is not None and longest + max_new_tokens > context:
             raise ValueError(
@@ -284,7 +299,8 @@ class Engine:
     ) -> Samples:  # fmt: skip
         """Draw n sequences of each prompt with the engine's own log q.
 
-        Several threads may call it where ``ranks`` is one process. Several ranks call it together, each in one thread.
+        Several threads may call it where ``ranks`` is one process, with prompts that the main thread has made
+        ``token_ids``. Several ranks call it together, each in one thread.
         A sequence depends only on the seed and on its place, as far as the engine's kernels give the same logits in
         batches of other sizes.
 
