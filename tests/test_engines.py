@@ -691,7 +691,7 @@ def test_a_restart_while_it_draws_is_found(server):
     def restarting(body):
         if not times:
             server.restart()
-        times.append(1)
+        times.extend([1] if "seed" in body else [])  # other requests check the server anew
         return answer(body)
 
     server._v1_completions = restarting
@@ -712,6 +712,37 @@ def test_weights_that_are_given_back_in_part_are_no_q(server):
         sampler.sample(["w1"], 1, max_new_tokens=1)
     server.faults.stale = ()
     with pytest.warns(UserWarning, match="given q again"):
+        sampler.sample(["w1"], 1, max_new_tokens=1)
+
+
+OTHERWISE = {
+    "top-k": ({"override_generation_config": {"top_k": 20}}, "no longer fits the policy: .* with {'top_k': 20}"),
+    "raw": ({"logprobs_mode": "raw_logprobs"}, r"with other options \(any_temperature was True and is False\)"),
+    "dtype": ({"dtype": "torch.bfloat16"}, r"\(dtype was torch.float32 and is torch.bfloat16\)"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_a_server_that_is_started_anew_with_other_options_gets_no_q(server, case):
+    policy = moved(lm())
+    sampler, (config, match), right = loaded(server, policy), OTHERWISE[case], server.config
+    x = sampler.sample(["w1"], 4, max_new_tokens=4, seed=0)
+    server.restart()
+    server.config, loads = right | config, server.loads
+    for call in (lambda: sampler.sample(["w1"], 1, max_new_tokens=1), lambda: sampler.load(policy)):
+        with pytest.raises(EngineError, match=f"was started anew.*{match}"):
+            call()
+    assert server.loads == loads and sampler.facts.dtype == torch.float32
+    server.config = right
+    with pytest.warns(UserWarning, match="given q again"):
+        assert torch.equal(sampler.sample(["w1"], 4, max_new_tokens=4, seed=0).log_prob, x.log_prob)
+
+
+def test_another_server_at_the_address_gets_no_q(server):
+    sampler = loaded(server, lm())
+    server.restart()
+    server.tokenizer = other_words()
+    with pytest.raises(EngineError, match=r"was started anew.* has another tokenizer than the policy"):
         sampler.sample(["w1"], 1, max_new_tokens=1)
 
 
@@ -812,6 +843,8 @@ def test_an_engine_that_loses_q_for_one_rank_gets_it_again_from_rank_0(server, t
 
     def restarting(body):
         found = answer(body)
+        if "seed" not in body:  # the request checks the server anew
+            return found
         asked.append(body)
         if len(asked) == 2:  # the rank that is done first may have looked at the weights before the restart
             server.restart()

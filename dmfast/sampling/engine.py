@@ -13,6 +13,7 @@ checksums that do not depend on layout, the load is also compared exactly by the
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import threading
 import uuid
@@ -205,6 +206,17 @@ class Engine:
     def _spoil(self) -> None:
         """Give the engine's weights a tag that is not q's."""
         raise NotImplementedError
+
+    def _facts_again(self) -> Facts:
+        """Return what an engine says about itself after it was started anew. By default it can't have changed.
+
+        A thread may call this, so it does not use the tokenizer.
+
+        Raises:
+            ValueError: the engine no longer fits the policy, or was started with other options.
+            EngineError: the engine failed, after all retries.
+        """
+        return self.facts
 
     def _take(self, facts: Facts) -> None:
         """Keep what the engine says about itself, which decides whether it gets adapters or whole models.
@@ -594,6 +606,11 @@ class Engine:
     def _loaded(self, model: LanguageModel, tag: str) -> Exception | None:
         """Load and compare. Return None, or the error of a failed load after which the engine was given q again."""
         try:
+            if self._tag is not None and self._held_tag() != self._tag:
+                self._check_again()
+        except EngineError as error:  # q is not given again to an engine that does not fit
+            return error
+        try:
             if self._tag is None and self._check_load:
                 self._prove(model)
             self._put(model, tag)
@@ -633,6 +650,7 @@ class Engine:
             if self._held_tag() == self._tag:
                 return  # another thread was faster
             assert self._tag is not None
+            self._check_again()
             self._put_back(self._tag)
             if self._comparable:
                 whole = self._checksums() == weights.total(self._sums_of_load)
@@ -642,6 +660,24 @@ class Engine:
                 self._spoil()
                 raise EngineError(f"{self.facts.name} was given q again, and did not take all of its parameters")
             warn_caller(f"{self.facts.name} held other weights than q's, as after a restart; it was given q again")
+
+    def _check_again(self) -> None:
+        """Check an engine that was started anew as when it was connected, and compare what it says about itself.
+
+        Raises:
+            EngineError: it no longer fits, was started with other options, or failed.
+        """
+        try:
+            facts = self._facts_again()
+        except ValueError as error:
+            raise EngineError(f"{self.facts.name} was started anew, and no longer fits the policy: {error}") from error
+        before, now = dataclasses.asdict(self.facts), dataclasses.asdict(facts)
+        differ = [f"{name} was {before[name]} and is {now[name]}" for name in before if before[name] != now[name]]
+        if differ:
+            raise EngineError(
+                f"{self.facts.name} was started anew with other options ({'; '.join(differ)}): start it with the "
+                "options that it had when it was connected"
+            )
 
     def _prove(self, model: LanguageModel) -> None:
         """Load a copy that differs in every parameter, and compare the engine with it.

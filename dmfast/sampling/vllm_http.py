@@ -84,7 +84,8 @@ class HTTPSampler(Engine):
             folder = self._temporary.name
         self._folder = Path(folder).absolute()
         self._name, self._has_sums = "", True
-        self._take(self._compare_facts(model))
+        self._tokenized = _some_text(like)  # here, because later a thread may compare it
+        self._take(self._compare_facts(model, once=True))
         self._asked = self._name  # the model that requests are for, which may be the adapter that holds q
         self._version_of_base = self._weight_version()
         if self._gets_adapters:
@@ -92,9 +93,12 @@ class HTTPSampler(Engine):
 
     # ---- the server's facts about itself
 
-    def _compare_facts(self, model: str | None) -> Facts:
+    def _facts_again(self) -> Facts:
+        return self._compare_facts(self._name)
+
+    def _compare_facts(self, model: str | None, once: bool = False) -> Facts:
         server, like = self._server, self._like
-        served = server.get("/v1/models", once=True)
+        served = server.get("/v1/models", once=once)
         try:
             models = {each["id"]: each for each in served["data"] if not each.get("parent")}
         except (KeyError, TypeError) as error:
@@ -165,10 +169,7 @@ class HTTPSampler(Engine):
         Raises:
             ValueError: they differ from the policy's.
         """
-        like, server, tokenizer = self._like, self._server, self._like.tokenizer
-        some = range(0, len(tokenizer), max(len(tokenizer) // 20, 1))
-        text = str(tokenizer.decode(list(some), skip_special_tokens=True))
-        own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        like, server, (text, own) = self._like, self._server, self._tokenized
         answer = server.post(
             "/tokenize", {"model": self._name, "prompt": text, "add_special_tokens": False}, none=_MISSING
         )
@@ -320,6 +321,14 @@ class HTTPSampler(Engine):
             self._has_sums = False  # the server runs without dmfast's extension of its workers
             return None
         return over_workers(workers)
+
+
+def _some_text(like: LanguageModel) -> tuple[str, list[int]]:
+    """Return a text of tokens from all over the vocabulary, and what the policy's tokenizer makes of it."""
+    tokenizer = like.tokenizer
+    some = range(0, len(tokenizer), max(len(tokenizer) // 20, 1))
+    text = str(tokenizer.decode(list(some), skip_special_tokens=True))
+    return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _names(given: Sequence[str] | None) -> tuple[str, ...] | None:
