@@ -24,6 +24,7 @@ from trainer_job import digest, job
 from trainer_tools import (
     one_thread,  # noqa: F401
 )
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import dmfast
 from dmfast import LanguageModel, OfflineProposal, cli
@@ -211,6 +212,31 @@ def larger():
     return model
 
 
+def of_sizes(**sizes):
+    """Return a model like the policy's of other sizes."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**(lm().model.config.to_dict() | sizes)))
+
+
+#: Models of other sizes: what makes them, what the comparison of sizes says, and what the first load says without it.
+OTHER_SIZES = {
+    "one layer more": (
+        {"n_layer": 3},
+        "another model than the policy: num_hidden_layers 3, and the policy's is 2",
+        "of its 40 tensors, .* or it serves another model",
+    ),
+    "one layer less": (
+        {"n_layer": 1},
+        "num_hidden_layers 1, and the policy's is 2",
+        "did not take its first weights, as where it serves another model than the policy",
+    ),
+    "wider": (
+        {"n_embd": 32},
+        "hidden_size 32, and the policy's is 16",
+        "did not take its first weights, as where it serves another model than the policy",
+    ),
+}
+
 UNFIT = {
     "another tokenizer": ({"tokenizer": other_words}, "has another tokenizer than the policy"),
     "a larger vocabulary": ({"model": larger}, rf"another vocabulary than the policy: it takes token {V}"),
@@ -220,6 +246,10 @@ UNFIT = {
     "a logits processor": ({"config": {"logits_processors": ["mine"]}}, "was started with {'logits_processors'"),
     "quantised": ({"config": {"quantization": "fp8"}}, "was started with {'quantization': 'fp8'}"),
     "logits": ({"config": {"logprobs_mode": "raw_logits"}}, "--logprobs-mode raw_logits"),
+    "repetition": ({"config": {"override_generation_config": {"repetition_penalty": 2}}}, "{'repetition_penalty': 2}"),
+    "presence": ({"config": {"override_generation_config": {"presence_penalty": 1}}}, "{'presence_penalty': 1}"),
+    "speculative": ({"config": {"speculative_config": {"method": "ngram"}}}, "with {'speculative_config': {'method'"),
+    "another kind of model": ({"model": lambda: lm("llama").model}, "model_type llama, and the policy's is gpt2"),
 }  # fmt: skip
 
 
@@ -232,6 +262,19 @@ def test_an_engine_that_does_not_fit_is_refused_when_it_is_connected(case):
         pytest.raises(ValueError, match=match),
     ):
         connected(server)
+
+
+@pytest.mark.parametrize("case", OTHER_SIZES)
+def test_an_engine_with_a_model_of_other_sizes_is_refused(case):
+    sizes, at_start, at_load = OTHER_SIZES[case]
+    with StandIn(of_sizes(**sizes), tok()) as server:
+        with pytest.raises(ValueError, match=at_start):
+            connected(server)
+        server.says_sizes = False
+        sampler = connected(server)
+        with pytest.raises(EngineError, match=at_load):
+            sampler.load(lm())
+        assert sampler._tag is None
 
 
 def test_a_server_without_its_development_endpoints_is_refused(server):

@@ -689,7 +689,13 @@ class Engine:
             self._compare_base(model)
         before, name = self._digests_now(), self._adapter(model) if self._gets_adapters else None
         other = self._under_policy(model).around(weights.perturbed(module_of(model), name))
-        self._put(other, "dmfast-perturbed")
+        try:
+            self._put(other, "dmfast-perturbed")
+        except EngineError as error:
+            raise EngineError(
+                f"{self.facts.name} did not take its first weights, as where it serves another model than the policy "
+                f"({error})"
+            ) from error
         after, found = self._digests_now(), self._scores(self._random(other))
         if before is not None and after is not None:
             stale = sorted(name for name, digest in after.items() if before.get(name) == digest)
@@ -733,6 +739,8 @@ class Engine:
 
     def _half(self, what: str) -> str:
         hint = "dmfast serve-proposal starts it so that it does (on a CPU vLLM packs the weights of linear layers away)"
+        if self._tag is None:
+            hint += ", or it serves another model than the policy"
         return f"{self.facts.name} does not take all parameters when weights are loaded: {what} as they were; {hint}"
 
     def _refuse_scores(self, what: str, found: Tensor, wanted: Tensor, x: Samples) -> None:
@@ -741,7 +749,7 @@ class Engine:
             raise EngineError(
                 f"{self.facts.name} was given {what}, and gives {len(x)} sequences other log-probabilities than the "
                 f"model: {_few(found)} instead of {_few(wanted)} nats (rounding: {rounding:.2g}). "
-                "It has loaded a part only, computes another model, or draws from another distribution (truncated, "
+                "It has loaded a part only, serves another model, or draws from another distribution (truncated, "
                 "or with a logits processor)"
             )
 
