@@ -20,12 +20,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Real
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import sharding, step_terms
+from . import sharding, step_terms, tensor_parallel
 from .batch import Batch, Microbatch, Prompts, SamplingOptions
 from .diagnostics import gradient_variance
 from .estimators import Estimate, Estimates, PartitionFunction, PartitionFunctions, RunningEstimates
@@ -277,9 +278,10 @@ class Matcher:
         Raises:
             ValueError: as ``LanguageModel.sample`` and ``EBM.score``. Also if max_new_tokens or temperature differs
                 from the earlier steps', whose Z a running partition keeps; if the numbers of ids or rows and of prompts
-                differ; if a leave-one-out baseline is not finite (the message names the sequence whose return is the
-                cause); if next_prompts comes with a seed or without a proposal; or if the prompts of a step are not
-                those that next_prompts announced for it.
+                differ; if the ranks draw different numbers, or a sharded policy has more processes than ``ranks``; if a
+                leave-one-out baseline is not finite (the message names the sequence whose return is the cause); if
+                next_prompts comes with a seed or without a proposal; or if the prompts of a step are not those that
+                next_prompts announced for it.
             TypeError: a context_id is not an integer of 64 bits.
             RuntimeError: a scorer raised.
         """
@@ -295,6 +297,7 @@ class Matcher:
         self.discard()
         self.check_length(max_new_tokens)
         contexts, how = Prompts(prompts, context_id, rows), SamplingOptions(max_new_tokens, temperature, batch_size)
+        self._check_ranks(len(contexts), n, max_new_tokens)
         lambda_ = self.target.lambda_.tolist()
         anew = self.running.lambda_ != lambda_
         running = Running.start(lambda_, self.running.beta, self.running.steps) if anew else self.running
@@ -404,6 +407,36 @@ class Matcher:
             raise ValueError(
                 f"{said}: Z and the estimates so far are of the other distribution. Draw as before, or go on with a "
                 "new Matcher and a new OfflineProposal, whose Z starts anew"
+            )
+
+    def _check_ranks(self, prompts: int, n: int, max_new_tokens: int) -> None:
+        """Check that the processes of a step know of each other, and that their shares of it are equally large.
+
+        Raises:
+            ValueError: a sharded policy has more processes than ``ranks`` says, or the ranks draw different numbers.
+        """
+        model, size = self.policy.model, self.ranks.size
+        shares = sharding.shares_of_a_step(model)
+        if shares > size:
+            cut = f", {model.tp_size}" if tensor_parallel.is_cut(model) else ""
+            raise ValueError(
+                f"{shares} processes train the sharded {sharding.class_of(model).__name__} together, and the matcher's "
+                f"ranks say {size}, so that each of them would draw the same sequences and estimate Z alone: write "
+                f"Matcher(..., ranks=dmfast.training.ranks.AccelerateRanks(accelerator{cut})), and draw each one's "
+                "share of the prompts"
+            )
+        if size == 1:
+            return
+        mine = {"prompts": prompts, "n": n, "max_new_tokens": max_new_tokens}
+        numbers = [float(x) if isinstance(x, Real) else -1.0 for x in mine.values()]  # ``sample`` refuses anything else
+        found = self.ranks.gather(torch.tensor([numbers], dtype=torch.float64, device=self.policy.device))
+        if not bool((found == found[:1]).all()):
+            columns = zip(mine, found.T.tolist(), strict=True)
+            differ = [f"{name}: {', '.join(f'{x:g}' for x in each)}" for name, each in columns if len(set(each)) > 1]
+            raise ValueError(
+                f"the {size} ranks draw different numbers in this step, by rank {' and '.join(differ)}. Z and the loss "
+                "count equally many sequences of each rank: give each rank equally many prompts, and the same n and "
+                "max_new_tokens"
             )
 
     def _opened(self, batch: Batch) -> Batch:

@@ -104,6 +104,17 @@ def holders(model: nn.Module) -> int:
     return int(shard.device_mesh.size())
 
 
+def shares_of_a_step(model: nn.Module) -> int:
+    """Return how many parts of a step a sharded model's processes train on together, or 1 for a whole model.
+
+    Processes among which tensor parallelism cuts the model train on the same sequences.
+    """
+    if not is_sharded(model):
+        return 1
+    processes = math.prod(int(group.size()) for group in groups_of(model))
+    return processes // (tensor_parallel.group_of(model).size() if tensor_parallel.is_cut(model) else 1)
+
+
 def most(model: nn.Module, mine: int) -> int:
     """Return the largest value of the ranks that hold parts of a model, or this rank's value for a whole model."""
     if is_sharded(model):

@@ -1,8 +1,8 @@
 """Stand in for a vLLM server: a small model of transformers behind the same HTTP answers.
 
 It answers as vLLM 0.32.0 does. ``scripts/ci/engines.py --record`` wrote the answers of the real one into
-``vllm_answers.json``, and ``test_engines.py`` compares their shapes. A test can ask for what may go wrong with a
-server: see ``Faults``.
+``vllm_answers.json``, and ``test_engines.py`` compares their shapes. Only the answer of /server_info was not recorded,
+but written after vLLM's source. A test can ask for what may go wrong with a server: see ``Faults``.
 """
 
 from __future__ import annotations
@@ -87,19 +87,21 @@ class StandIn:
         model: the model that it was started with. It is copied.
         tokenizer: the server's own tokenizer.
         context: max_model_len.
-        config: values of /server_info, in the place of ``CONFIG``'s.
+        config: values of /server_info, in the place of ``CONFIG``'s; ``speculative_config`` may be among them.
+        says_sizes: whether /server_info tells the sizes of the model.
         sums: whether it runs with dmfast's extension of its workers.
         packed: a part of the names of tensors that it empties, since it keeps their values elsewhere.
         rank: the greatest rank of an adapter, if it was started with ``--enable-lora``.
     """
 
-    def __init__(self, model, tokenizer, *, context=24, config=None, sums=True, packed="", rank=None):
+    def __init__(self, model, tokenizer, *, context=24, config=None, sums=True, packed="", rank=None,
+                 says_sizes=True):  # fmt: skip
         self.started_with = copy.deepcopy(model).eval()
         self.tokenizer, self.context, self.sums, self.packed = tokenizer, context, sums, packed
         self.config, self.faults = CONFIG | {"max_model_len": context} | (config or {}), Faults()
         modules = ["c_attn", "c_proj"]
         self.lora = None if rank is None else {"max_lora_rank": rank, "max_loras": 1, "target_modules": modules}
-        self.asked, self.loads = [], 0
+        self.asked, self.loads, self.says_sizes = [], 0, says_sizes
         self._lock, self._http = threading.Lock(), None
         self.restart()
 
@@ -192,8 +194,17 @@ class StandIn:
         return {"object": "list", "data": [served, *adapters]}
 
     def _server_info(self, body):
+        config = self.started_with.config
+        sizes = {
+            "architecture": config.architectures, "model_type": config.model_type,
+            "text_model_type": config.get_text_config().model_type, "hidden_size": config.hidden_size,
+            "total_num_hidden_layers": config.num_hidden_layers,
+            "total_num_attention_heads": config.num_attention_heads, "vocab_size": config.vocab_size,
+        }  # fmt: skip
+        model = self.config | ({"model_arch_config": sizes} if self.says_sizes else {})
+        speculative = model.pop("speculative_config", None)
         return {
-            "vllm_config": {"model_config": self.config, "speculative_config": None, "lora_config": self.lora},
+            "vllm_config": {"model_config": model, "speculative_config": speculative, "lora_config": self.lora},
             "vllm_env": {},
             "system_env": {},
         }
@@ -233,6 +244,8 @@ class StandIn:
                 raise Refused(500, f"Call to collective_rpc method failed: no weights in {folder}")
             mine = dict(self.model.named_parameters())
             for name, tensor in load_file(folder / "model.safetensors").items():
+                if name not in mine or mine[name].shape != tensor.shape:
+                    raise Refused(500, f"Call to collective_rpc method failed: {name} of the shape {tensor.shape}")
                 if not any(part in name for part in self.faults.stale):
                     mine[name].copy_(tensor)
             self.loads += 1

@@ -223,7 +223,10 @@ def refusals():
     fully_shard(hybrid, mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("copies", "shards")))
     in_step = sharded()
     in_step.gather_for_sampling = False
+    loop = Matcher(lm, target, ranks=Ranks(), on_policy=True)
     return {
+        "no ranks": _told(lambda: Matcher(lm, target).draw(["w3"], 4, max_new_tokens=6)),
+        "unequal": _told(lambda: loop.draw(["w3", "w1"][: distributed.get_rank() + 1], 4, max_new_tokens=6)),
         "hybrid": _told(lambda: LanguageModel(hybrid, tokenizer()).log_prob(x)),
         "copy": _told(lambda: OfflineProposal(lm)),
         "hidden": _told(lambda: lm.hidden_and_head(x)),

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import cpu_spread  # noqa: F401
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from ending import end
 from engine_stand_in import load_spread
@@ -31,7 +32,8 @@ from trainer_job import Gradients, Kill, StopAt, job, tokenizer, whole
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, utils
 from transformers.distributed import DistributedConfig
 
-from dmfast import Contains, LanguageModel, OfflineProposal, sharding
+from dmfast import EBM, Contains, LanguageModel, Matcher, Moment, OfflineProposal, sharding
+from dmfast.training.ranks import AccelerateRanks
 
 PROMPTS = ["w1 w2", "w3"]
 WANTED = json.loads(sys.argv[1]) if __name__ == "__main__" else {}
@@ -213,6 +215,40 @@ def shrunk(model):
         parameter.mul_(0.9)
 
 
+def loop():
+    """Return how far a loop around Matcher is from that of one process, and what it says without ranks."""
+    sharded, parts = "fsdp_size" in WANTED["sizes"], WANTED["sizes"].get("tp_size", 1)
+    AcceleratorState._reset_state()
+    ranks = AccelerateRanks(Accelerator(cpu=True), parts) if sharded else None
+    prompts = [*PROMPTS, "w4", "w2 w3"]
+    each = len(prompts) // (ranks.size if ranks else 1)
+    mine = prompts[place() * each :][:each] if sharded else prompts
+    found, log = stepped(spread, mine, ranks)
+    right, right_log = stepped(loaded, prompts, None)
+    errors = {n: float((p - right[n]).abs().max()) for n, p in found.items()}
+    moved = [float((right[n] - p.detach()).abs().max()) for n, p in loaded(saved()).named_parameters()]
+    alone = told(lambda: stepped(spread, mine, None)) if sharded else None
+    return {"error": max(errors.values()), "moved": max(moved), "logs": [log, right_log], "alone": alone}
+
+
+def stepped(made_by, prompts, ranks):
+    """Return the parameters and the log of two steps of Matcher."""
+    policy, base = (LanguageModel(made_by(saved()), tokenizer()) for _ in range(2))
+    target = EBM(base, [Moment(Contains("w3"), 0.6)])
+    target.lambda_ = [1.5]
+    matcher = Matcher(policy, target, OfflineProposal(policy, "interval", 1), "dpg", baseline="leave_one_out", seed=29,
+                      ranks=ranks)  # fmt: skip
+    optimizer, log = torch.optim.SGD(policy.model.parameters(), lr=1e-2), []
+    for _ in range(2):
+        batch = matcher.draw(prompts, 4, max_new_tokens=6)
+        matcher.loss(batch, policy.model).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        log.append({name: x for name, x in matcher.commit().items() if name in ("kl_policy", "z", "swapped")})
+    sharding.reshard(policy.model)
+    return {n: whole(p.detach()) for n, p in policy.model.named_parameters()}, log
+
+
 def refusals():
     """Return what is refused, by what is tried."""
     found, out = {}, Path(WANTED["out"], "refused")
@@ -285,7 +321,7 @@ def run(out, *, model=None, whole_base=False, resume=None, stop=None, reward=Non
     }  # fmt: skip
 
 
-CHECKS = {each.__name__: each for each in (heads, hooked, alike, proposal, refusals)}
+CHECKS = {each.__name__: each for each in (heads, hooked, alike, proposal, loop, refusals)}
 
 
 def main():

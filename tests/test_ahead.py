@@ -22,13 +22,13 @@ import torch
 from engine_stand_in import StandIn
 from test_engines import trained
 from test_matcher import matcher, sgd, step, timeless
-from test_models import lm, same
+from test_models import PAD, lm, same, tok
 from test_sampling import moved
 from trainer_job import StopAt, digest, gpt2, tokenizer
 from transformers import TrainerCallback
 
 from dmfast import DMConfig, LanguageModel, OfflineProposal
-from dmfast.sampling import AsyncSampler, EngineError, Mixture, ProcessSampler, Prompted, Sampler
+from dmfast.sampling import AsyncSampler, EngineError, HTTPSampler, Mixture, ProcessSampler, Prompted, Sampler
 from dmfast.training import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*from that sample alone")
@@ -386,6 +386,40 @@ def test_a_run_that_is_ahead_of_an_engine_that_fails_ends_with_a_checkpoint_and_
     straight = trained(tmp_path / "straight", server, sampler_ahead=2)
     straight.train()
     assert digest(resumed.model) == digest(straight.model)
+
+
+def test_only_the_main_thread_uses_the_tokenizer():
+    """A fast tokenizer keeps its padding as state, so a thread would pad its prompts as the main thread pads others."""
+    policy, threads = lm(), set()
+
+    class Noted(type(policy.tokenizer)):
+        def __call__(self, *args, **options):
+            threads.add(threading.current_thread())
+            return super().__call__(*args, **options)
+
+    policy.tokenizer.__class__ = Noted
+    policy.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    prompts = ["w1 w2 w3", "<p> w1", [{"role": "user", "content": "w4 w2"}], torch.tensor([6])]
+    with StandIn(lm().model, tok()) as server:
+        engine = HTTPSampler(server.url, policy, patience=0.0, retries=1)
+        engine.load(policy)
+        sampler, how = AsyncSampler(engine, 2), {"n": 2, "max_new_tokens": 3}
+        wrong = {"prompts": ["w1", 5], "seed": 2, **how}
+        sampler.request([{"prompts": prompts, "seed": 1, **how}, wrong])
+        sampler._drain()
+        assert threads == {threading.main_thread()}
+        x = sampler.sample(prompts, seed=1, **how)
+        with pytest.raises(TypeError, match="prompt 1 must be a string"):
+            sampler.sample(**wrong)
+        sampler.sample(prompts, seed=3, **how)  # this batch was not requested before
+        assert threads == {threading.main_thread()}
+        sent = [body["prompt"] for path, body in server.asked if path == "/v1/completions"][-8:]
+        assert sorted(sent) == sorted([[1, 2, 3], [PAD, 1], [4, 2], [6]] * 2)
+        server.restart()
+        with pytest.warns(UserWarning, match="given q again"):  # by a thread, which also checks the server anew
+            assert len(sampler.sample(prompts, seed=4, **how)) == len(x)
+        assert threads == {threading.main_thread()}
+        sampler.close()
 
 
 HTTP = {"sampler": "http://h:1"}

@@ -24,6 +24,7 @@ from trainer_job import digest, job
 from trainer_tools import (
     one_thread,  # noqa: F401
 )
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import dmfast
 from dmfast import LanguageModel, OfflineProposal, cli
@@ -211,6 +212,31 @@ def larger():
     return model
 
 
+def of_sizes(**sizes):
+    """Return a model like the policy's of other sizes."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**(lm().model.config.to_dict() | sizes)))
+
+
+#: Models of other sizes: what makes them, what the comparison of sizes says, and what the first load says without it.
+OTHER_SIZES = {
+    "one layer more": (
+        {"n_layer": 3},
+        "another model than the policy: num_hidden_layers 3, and the policy's is 2",
+        "of its 40 tensors, .* or it serves another model",
+    ),
+    "one layer less": (
+        {"n_layer": 1},
+        "num_hidden_layers 1, and the policy's is 2",
+        "did not take its first weights, as where it serves another model than the policy",
+    ),
+    "wider": (
+        {"n_embd": 32},
+        "hidden_size 32, and the policy's is 16",
+        "did not take its first weights, as where it serves another model than the policy",
+    ),
+}
+
 UNFIT = {
     "another tokenizer": ({"tokenizer": other_words}, "has another tokenizer than the policy"),
     "a larger vocabulary": ({"model": larger}, rf"another vocabulary than the policy: it takes token {V}"),
@@ -220,6 +246,10 @@ UNFIT = {
     "a logits processor": ({"config": {"logits_processors": ["mine"]}}, "was started with {'logits_processors'"),
     "quantised": ({"config": {"quantization": "fp8"}}, "was started with {'quantization': 'fp8'}"),
     "logits": ({"config": {"logprobs_mode": "raw_logits"}}, "--logprobs-mode raw_logits"),
+    "repetition": ({"config": {"override_generation_config": {"repetition_penalty": 2}}}, "{'repetition_penalty': 2}"),
+    "presence": ({"config": {"override_generation_config": {"presence_penalty": 1}}}, "{'presence_penalty': 1}"),
+    "speculative": ({"config": {"speculative_config": {"method": "ngram"}}}, "with {'speculative_config': {'method'"),
+    "another kind of model": ({"model": lambda: lm("llama").model}, "model_type llama, and the policy's is gpt2"),
 }  # fmt: skip
 
 
@@ -232,6 +262,19 @@ def test_an_engine_that_does_not_fit_is_refused_when_it_is_connected(case):
         pytest.raises(ValueError, match=match),
     ):
         connected(server)
+
+
+@pytest.mark.parametrize("case", OTHER_SIZES)
+def test_an_engine_with_a_model_of_other_sizes_is_refused(case):
+    sizes, at_start, at_load = OTHER_SIZES[case]
+    with StandIn(of_sizes(**sizes), tok()) as server:
+        with pytest.raises(ValueError, match=at_start):
+            connected(server)
+        server.says_sizes = False
+        sampler = connected(server)
+        with pytest.raises(EngineError, match=at_load):
+            sampler.load(lm())
+        assert sampler._tag is None
 
 
 def test_a_server_without_its_development_endpoints_is_refused(server):
@@ -691,7 +734,7 @@ def test_a_restart_while_it_draws_is_found(server):
     def restarting(body):
         if not times:
             server.restart()
-        times.append(1)
+        times.extend([1] if "seed" in body else [])  # other requests check the server anew
         return answer(body)
 
     server._v1_completions = restarting
@@ -712,6 +755,37 @@ def test_weights_that_are_given_back_in_part_are_no_q(server):
         sampler.sample(["w1"], 1, max_new_tokens=1)
     server.faults.stale = ()
     with pytest.warns(UserWarning, match="given q again"):
+        sampler.sample(["w1"], 1, max_new_tokens=1)
+
+
+OTHERWISE = {
+    "top-k": ({"override_generation_config": {"top_k": 20}}, "no longer fits the policy: .* with {'top_k': 20}"),
+    "raw": ({"logprobs_mode": "raw_logprobs"}, r"with other options \(any_temperature was True and is False\)"),
+    "dtype": ({"dtype": "torch.bfloat16"}, r"\(dtype was torch.float32 and is torch.bfloat16\)"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_a_server_that_is_started_anew_with_other_options_gets_no_q(server, case):
+    policy = moved(lm())
+    sampler, (config, match), right = loaded(server, policy), OTHERWISE[case], server.config
+    x = sampler.sample(["w1"], 4, max_new_tokens=4, seed=0)
+    server.restart()
+    server.config, loads = right | config, server.loads
+    for call in (lambda: sampler.sample(["w1"], 1, max_new_tokens=1), lambda: sampler.load(policy)):
+        with pytest.raises(EngineError, match=f"was started anew.*{match}"):
+            call()
+    assert server.loads == loads and sampler.facts.dtype == torch.float32
+    server.config = right
+    with pytest.warns(UserWarning, match="given q again"):
+        assert torch.equal(sampler.sample(["w1"], 4, max_new_tokens=4, seed=0).log_prob, x.log_prob)
+
+
+def test_another_server_at_the_address_gets_no_q(server):
+    sampler = loaded(server, lm())
+    server.restart()
+    server.tokenizer = other_words()
+    with pytest.raises(EngineError, match=r"was started anew.* has another tokenizer than the policy"):
         sampler.sample(["w1"], 1, max_new_tokens=1)
 
 
@@ -812,6 +886,8 @@ def test_an_engine_that_loses_q_for_one_rank_gets_it_again_from_rank_0(server, t
 
     def restarting(body):
         found = answer(body)
+        if "seed" not in body:  # the request checks the server anew
+            return found
         asked.append(body)
         if len(asked) == 2:  # the rank that is done first may have looked at the weights before the restart
             server.restart()

@@ -145,6 +145,8 @@ def test_a_loop_of_ones_own_ends_as_under_ddp(ranks):
         ("whole <- shards", "is sharded in the source, and in another way or not at all here"),
         ("unchecked", "gather_for_sampling=False leaves the model sharded"),
         ("another sampler", "is sharded in the source, and in another way or not at all here"),
+        ("no ranks", "2 processes train the sharded LlamaForCausalLM together, and the matcher's ranks say 1"),
+        ("unequal", "the 2 ranks draw different numbers in this step, by rank prompts: 1, 2. Z and the loss"),
     ],
 )
 def test_what_a_sharded_model_refuses(ranks, what, message):

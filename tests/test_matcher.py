@@ -262,6 +262,20 @@ def test_several_ranks_need_the_wrapped_model():
     assert len(ranks.verdicts) == 1
 
 
+def test_ranks_that_draw_different_numbers_are_refused_on_all_of_them():
+    class Other(TwoRanks):
+        def gather(self, values):
+            return torch.cat([values, values + torch.tensor([0, 1, 2])]) if values.shape == (1, 3) else values
+
+    m = matcher(ranks=Other())
+    with pytest.raises(ValueError, match=r"by rank n: 8, 9 and max_new_tokens: 6, 8\. .* equally many prompts"):
+        draw(m)
+    m.ranks = m._rollouts.ranks = TwoRanks()
+    assert len(draw(m)) == 8
+    with pytest.raises(ValueError, match="n must be a number"):  # it is not compared, and no other error hides it
+        draw(m, n="8")
+
+
 def test_two_processes_take_the_steps_of_one(tmp_path):
     """Parameters, Z, checks on fresh samples and the log agree, through DDP and ``Ranks`` of torch.distributed."""
     found = []

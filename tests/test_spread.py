@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from trainer_job import llama
 from trainer_tools import one_thread, run  # noqa: F401
 
 from dmfast import OfflineProposal
+from dmfast.training import distributed_config
 from dmfast.training.ranks import AccelerateRanks
 
 HERE = Path(__file__).parent
@@ -69,6 +71,22 @@ def check_proposal(found, kind):
         assert found["hooked"] is None
 
 
+def check_loop(found, ranks=1, parts=1):
+    """Assert that a loop of one's own ends as in one process, and that it needs its ranks where there are several."""
+    here, there = found["logs"]
+    assert found["error"] < 1e-4 and found["moved"] > 1e-3, found
+    for one, other in zip(here, there, strict=True):
+        assert one["swapped"] == other["swapped"]
+        assert one["z"] == pytest.approx(other["z"], rel=1e-4)
+        assert one["kl_policy"] == pytest.approx(other["kl_policy"], abs=1e-3)
+    if ranks == 1:
+        assert found["alone"] is None
+    else:
+        cut = f", {parts}" if parts > 1 else ""
+        assert f"{ranks} processes train the sharded LlamaForCausalLM together" in found["alone"], found["alone"]
+        assert f"AccelerateRanks(accelerator{cut})" in found["alone"], found["alone"]
+
+
 REFUSED = {
     "gradient_variance_steps": "gradient_variance_steps=1 does not run with a model that was loaded with a distributed",
     "proposal_device": "proposal_device='cpu' does not run with a model that was loaded with a distributed_config",
@@ -87,7 +105,22 @@ REFUSED = {
 }
 
 
-def check_refusals(found, **more):
+#: What else is refused where tensor parallelism cuts the models.
+REFUSED_CUT = {
+    "dp_replicate_size": "tensor parallelism together with copies of a sharded model",
+    "sampler": "sampler='http://127.0.0.1:9' does not run with a model that was loaded with a distributed_config",
+}
+
+
+def refused_sharded(shares):
+    """Return what else is refused where the models are sharded, and a head is shared among so many processes."""
+    return {
+        "in step": "gather_for_sampling=False leaves the model sharded, and check_scores=True compares",
+        "tied unevenly": f"is its embedding, and the 11 rows do not divide among {shares} processes",
+    }
+
+
+def check_refusals(found, more):
     """Each error names what is refused."""
     for name, message in (REFUSED | more).items():
         assert found[name] and found[name].startswith("ValueError: ") and message in found[name], (name, found[name])
@@ -114,9 +147,9 @@ def check_run(found, trainer, gradients):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Return what the two ranks of one launch say, by how models are spread."""
-    cut = {"checks": ["heads", "alike", "proposal", "refusals"], "runs": {"run": STEPS}}
+    cut = {"checks": ["heads", "alike", "proposal", "loop", "refusals"], "runs": {"run": STEPS}}
     cut["runs"]["differs"] = {"differs": True, "refused": True}
-    sharded = {"checks": ["refusals"], "runs": {"run": STEPS}}
+    sharded = {"checks": ["loop", "refusals"], "runs": {"run": STEPS}}
     ways = {"cut": {"sizes": {"tp_size": 2}} | cut, "sharded": {"sizes": {"fsdp_size": 2}} | sharded}
     return launched(tmp_path_factory.mktemp("spread"), 2, ways)
 
@@ -137,17 +170,16 @@ def test_the_proposal_of_a_model_that_is_cut_moves_at_a_swap_only(ranks):
 @FOR_FSDP
 def test_what_is_refused_of_models_that_are_spread(ranks):
     for found in ranks:
-        check_refusals(
-            found["cut"]["refusals"],
-            dp_replicate_size="tensor parallelism together with copies of a sharded model",
-            sampler="sampler='http://127.0.0.1:9' does not run with a model that was loaded with a distributed_config",
-        )
-        check_refusals(
-            found["sharded"]["refusals"],
-            **{"in step": "gather_for_sampling=False leaves the model sharded, and check_scores=True compares"},
-            **{"tied unevenly": "is its embedding, and the 11 rows do not divide among 2 processes"},
-        )
+        check_refusals(found["cut"]["refusals"], REFUSED_CUT)
+        check_refusals(found["sharded"]["refusals"], refused_sharded(2))
         assert "they differ in DMConfig.seed. " in found["cut"]["differs"]
+
+
+@FOR_FSDP
+def test_a_loop_of_ones_own_is_that_of_one_process(ranks):
+    for found in ranks:
+        check_loop(found["cut"]["loop"])
+        check_loop(found["sharded"]["loop"], ranks=2)
 
 
 @FOR_FSDP
@@ -161,6 +193,54 @@ def test_a_run_is_that_of_one_process(ranks, tmp_path, way, batch):
 
 
 # --- without processes
+
+SIZES = {"cut": (1, 1, 2), "sharded": (1, 2, 1), "both": (1, 2, 2), "copies of shards": (2, 2, 1)}
+ARGUMENTS = {
+    "sampler": "http://127.0.0.1:9", "gradient_variance_steps": 1, "proposal_device": "cpu", "torch_compile": True,
+    "fsdp": True, "fp16": True,
+}  # fmt: skip
+
+
+def of_sizes(way):
+    """Return a model that says it was spread in this way."""
+    model, (copies, shards, cuts) = nn.Linear(2, 1), SIZES[way]
+    sizes = SimpleNamespace(dp_replicate_size=copies, fsdp_size=shards, tp_size=cuts)
+    model.is_distributed_loading_by_transformers, model.config = True, SimpleNamespace(distributed_config=sizes)
+    return model
+
+
+@FOR_FSDP
+@pytest.mark.parametrize("way", SIZES)
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_that_do_not_go_with_a_model_that_is_spread(way, name):
+    """On a CPU transformers refuses fp16 by itself, so a run on processes can't show this."""
+    settings = dict.fromkeys(ARGUMENTS) | {"sampler": "model", "gather_for_sampling": True, "check_scores": True}
+    model = of_sizes(way)
+    distributed_config.refuse_model(model, model, SimpleNamespace(**settings), None)
+    with (
+        nullcontext()
+        if (name, SIZES[way][2]) == ("sampler", 1)
+        else pytest.raises(
+            ValueError,
+            match=f"{name}={ARGUMENTS[name]!r} does not run with a model that was loaded with a distributed_con",
+        )
+    ):
+        arguments = SimpleNamespace(**(settings | {name: ARGUMENTS[name]}))
+        distributed_config.refuse_model(model, model, arguments, None)
+
+
+def test_a_checkpoint_of_a_model_that_was_spread_otherwise_is_refused(tmp_path):
+    """The optimiser's parts of another number of processes, or of another way, do not fit."""
+    model = of_sizes("sharded")
+    optimizer = torch.optim.AdamW(model.parameters())
+    distributed_config.save_parts(tmp_path, 0, model, optimizer, None)
+    assert distributed_config.load_parts(tmp_path, 0, model)["sizes"] == [1, 2, 1]
+    of_sizes_2 = r"spread in another way \(dp_replicate_size, fsdp_size, tp_size of \[1, 2, 1\]\) than this one, "
+    for way, named in (("cut", "fsdp_size=1, tp_size=2"), ("both", "fsdp_size=2, tp_size=2")):
+        with pytest.raises(ValueError, match=of_sizes_2 + rf"DistributedConfig\(dp_replicate_size=1, {named}\)"):
+            distributed_config.load_parts(tmp_path, 0, of_sizes(way))
+    with pytest.raises(ValueError, match=r"spread in another way \(fewer processes\) than this one"):
+        distributed_config.load_parts(tmp_path, 3, of_sizes("both"))
 
 
 def test_a_copy_computes_with_itself_where_a_forward_was_put_on_an_instance():

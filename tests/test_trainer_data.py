@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import datasets
 import numpy as np
 import pytest
@@ -51,6 +53,28 @@ def test_ranks_share_the_contexts_of_a_step(contexts):
 def test_a_context_that_is_split_is_refused():
     with pytest.raises(ValueError, match=r"samples_per_context = 3 must divide .* 4 \* 2 = 8: take 2 or 4$"):
         StepSampler(5, 3, per_device=4, accumulation=2)
+
+
+@pytest.mark.parametrize(
+    ("contexts", "n", "per_device", "accumulation", "world", "fit"),
+    [
+        (7, 1, 8, 1, 1, {"samples_per_context": 2, "gradient_accumulation_steps": 7}),
+        (7, 2, 4, 2, 3, {"samples_per_context": 4, "gradient_accumulation_steps": 4, "num_processes": 1}),
+        (3, 2, 8, 1, 4, {"num_processes": 3, "samples_per_context": 8}),
+    ],
+)
+def test_a_step_that_takes_more_contexts_than_there_are_names_the_numbers_that_fit(
+    contexts, n, per_device, accumulation, world, fit
+):
+    with pytest.raises(ValueError, match=r"contexts of . sequences, and the data set has") as told:
+        StepSampler(contexts, n, per_device=per_device, accumulation=accumulation, world=world)
+    named = re.findall(r"(samples_per_context|gradient_accumulation_steps|num_processes)[ =]+(\d+)", str(told.value))
+    assert {name: int(number) for name, number in named} == fit
+    together = "and samples_per_context" in str(told.value)
+    for some in [fit] if together else [{name: number} for name, number in fit.items()]:
+        sequences = some.get("gradient_accumulation_steps", per_device * accumulation)
+        StepSampler(contexts, some.get("samples_per_context", n), per_device=sequences, accumulation=1,
+                    world=some.get("num_processes", world))  # fmt: skip
 
 
 class Hub:

@@ -233,6 +233,8 @@ CASES = {
     "dtensor, bias": {"dtensor": True, "bias": True},
     "long sequences": {"chunk_bytes": 64 * 4 * 3, "return_entropy": True},
     "chunks": {"chunk_bytes": 64 * 4 * 8, "objective": "dpg"},
+    # shards of 60 and 241 tokens have rows of 64 and 256 places, of which only one decides how many fit into the buffer
+    "chunks, uneven": {"vocab": 301, "uneven": True, "chunk_bytes": 256 * 4 * 4, "max_weight": 1.0},
     "capped": {"softcap": 3.0, "temperature": 0.7, "objective": "js", "bias": True},
     "packed": {"packed": True},
     "frozen": {"frozen": True, "max_weight": 1.5},

@@ -233,9 +233,19 @@ class AsyncSampler:
                 request.version, request.job = self.version, self._put(self._call(request.asked))
 
     def _call(self, asked: dict[str, Any]) -> Callable[[], Samples]:
+        prompts: Any = asked["prompts"]
+        wrong: Exception | None = None
+        if isinstance(self.sampler, Engine):  # a thread may not use the tokenizer of the main thread
+            try:
+                prompts = self.sampler.token_ids(prompts)
+            except Exception as error:
+                wrong = error  # it is raised at the step of these prompts, as any other error of a request
+
         def call() -> Samples:
-            prompts, n, *options = asked.items()
-            drawn: Samples = self_.sample(prompts[1], n[1], **dict(options))
+            if wrong is not None:
+                raise wrong
+            options = {name: value for name, value in asked.items() if name not in ("prompts", "n")}
+            drawn: Samples = self_.sample(prompts, asked["n"], **options)
             found = sorted(set(drawn.version.tolist()))
             if found != [version]:
                 raise RuntimeError(

@@ -13,6 +13,7 @@ checksums that do not depend on layout, the load is also compared exactly by the
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import threading
 import uuid
@@ -66,6 +67,10 @@ class Request(NamedTuple):
     seed: int
     max_new_tokens: int
     temperature: float
+
+
+class TokenIds(list[list[int]]):
+    """The prompts of a request that ``Engine.token_ids`` has made token ids. ``sample`` takes them as they are."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +207,17 @@ class Engine:
         """Give the engine's weights a tag that is not q's."""
         raise NotImplementedError
 
+    def _facts_again(self) -> Facts:
+        """Return what an engine says about itself after it was started anew. By default it can't have changed.
+
+        A thread may call this, so it does not use the tokenizer.
+
+        Raises:
+            ValueError: the engine no longer fits the policy, or was started with other options.
+            EngineError: the engine failed, after all retries.
+        """
+        return self.facts
+
     def _take(self, facts: Facts) -> None:
         """Keep what the engine says about itself, which decides whether it gets adapters or whole models.
 
@@ -262,13 +278,24 @@ class Engine:
         """
         self._ids(prompts, max_new_tokens, temperature)
 
+    def token_ids(self, prompts: Sequence[Prompt] | None) -> TokenIds:
+        """Return prompts as token ids, with which another thread may call ``sample``.
+
+        A tokenizer keeps its padding and truncation as state, and the main thread may use the policy's tokenizer for
+        something else. So a thread that tokenized prompts could get them padded or cut.
+
+        Raises:
+            TypeError, ValueError: as in ``LanguageModel.sample``.
+        """
+        return prompts if isinstance(prompts, TokenIds) else TokenIds(self._like._encoder(prompts))
+
     def _ids(self, prompts: Any, max_new_tokens: int, temperature: float) -> list[list[int]]:
         if temperature != 1.0 and not self.facts.any_temperature:
             raise ValueError(
                 f"{self.facts.name} gives log-probabilities at temperature 1 only, and the temperature is "
                 f"{temperature!r}: start it with --logprobs-mode processed_logprobs, as dmfast serve-proposal does"
             )
-        ids = list(self._like._encoder(prompts))
+        ids = self.token_ids(prompts)
         longest, context = max(map(len, ids)), self.context
         if context is not None and longest + max_new_tokens > context:
             raise ValueError(
@@ -284,7 +311,8 @@ class Engine:
     ) -> Samples:  # fmt: skip
         """Draw n sequences of each prompt with the engine's own log q.
 
-        Several threads may call it where ``ranks`` is one process. Several ranks call it together, each in one thread.
+        Several threads may call it where ``ranks`` is one process, with prompts that the main thread has made
+        ``token_ids``. Several ranks call it together, each in one thread.
         A sequence depends only on the seed and on its place, as far as the engine's kernels give the same logits in
         batches of other sizes.
 
@@ -578,6 +606,11 @@ class Engine:
     def _loaded(self, model: LanguageModel, tag: str) -> Exception | None:
         """Load and compare. Return None, or the error of a failed load after which the engine was given q again."""
         try:
+            if self._tag is not None and self._held_tag() != self._tag:
+                self._check_again()
+        except EngineError as error:  # q is not given again to an engine that does not fit
+            return error
+        try:
             if self._tag is None and self._check_load:
                 self._prove(model)
             self._put(model, tag)
@@ -617,6 +650,7 @@ class Engine:
             if self._held_tag() == self._tag:
                 return  # another thread was faster
             assert self._tag is not None
+            self._check_again()
             self._put_back(self._tag)
             if self._comparable:
                 whole = self._checksums() == weights.total(self._sums_of_load)
@@ -626,6 +660,24 @@ class Engine:
                 self._spoil()
                 raise EngineError(f"{self.facts.name} was given q again, and did not take all of its parameters")
             warn_caller(f"{self.facts.name} held other weights than q's, as after a restart; it was given q again")
+
+    def _check_again(self) -> None:
+        """Check an engine that was started anew as when it was connected, and compare what it says about itself.
+
+        Raises:
+            EngineError: it no longer fits, was started with other options, or failed.
+        """
+        try:
+            facts = self._facts_again()
+        except ValueError as error:
+            raise EngineError(f"{self.facts.name} was started anew, and no longer fits the policy: {error}") from error
+        before, now = dataclasses.asdict(self.facts), dataclasses.asdict(facts)
+        differ = [f"{name} was {before[name]} and is {now[name]}" for name in before if before[name] != now[name]]
+        if differ:
+            raise EngineError(
+                f"{self.facts.name} was started anew with other options ({'; '.join(differ)}): start it with the "
+                "options that it had when it was connected"
+            )
 
     def _prove(self, model: LanguageModel) -> None:
         """Load a copy that differs in every parameter, and compare the engine with it.
@@ -637,7 +689,13 @@ class Engine:
             self._compare_base(model)
         before, name = self._digests_now(), self._adapter(model) if self._gets_adapters else None
         other = self._under_policy(model).around(weights.perturbed(module_of(model), name))
-        self._put(other, "dmfast-perturbed")
+        try:
+            self._put(other, "dmfast-perturbed")
+        except EngineError as error:
+            raise EngineError(
+                f"{self.facts.name} did not take its first weights, as where it serves another model than the policy "
+                f"({error})"
+            ) from error
         after, found = self._digests_now(), self._scores(self._random(other))
         if before is not None and after is not None:
             stale = sorted(name for name, digest in after.items() if before.get(name) == digest)
@@ -681,6 +739,8 @@ class Engine:
 
     def _half(self, what: str) -> str:
         hint = "dmfast serve-proposal starts it so that it does (on a CPU vLLM packs the weights of linear layers away)"
+        if self._tag is None:
+            hint += ", or it serves another model than the policy"
         return f"{self.facts.name} does not take all parameters when weights are loaded: {what} as they were; {hint}"
 
     def _refuse_scores(self, what: str, found: Tensor, wanted: Tensor, x: Samples) -> None:
@@ -689,7 +749,7 @@ class Engine:
             raise EngineError(
                 f"{self.facts.name} was given {what}, and gives {len(x)} sequences other log-probabilities than the "
                 f"model: {_few(found)} instead of {_few(wanted)} nats (rounding: {rounding:.2g}). "
-                "It has loaded a part only, computes another model, or draws from another distribution (truncated, "
+                "It has loaded a part only, serves another model, or draws from another distribution (truncated, "
                 "or with a logits processor)"
             )
 

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from ..families import without_adapters
 from ..forwards import module_of
 from ..models import LanguageModel
 from . import weights
@@ -34,6 +35,11 @@ _TRUNCATES = (
     "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens",
     "logit_bias", "bad_words", "allowed_token_ids", "max_new_tokens", "max_tokens",
 )  # fmt: skip
+# These fields of vLLM's ModelArchitectureConfig have the meaning of these fields of a config of transformers.
+_SIZES = {
+    "hidden_size": "hidden_size", "total_num_hidden_layers": "num_hidden_layers",
+    "total_num_attention_heads": "num_attention_heads",
+}  # fmt: skip
 # Each request holds these values, so that no default of the server acts.
 _WHOLE = {
     "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
@@ -44,9 +50,9 @@ _WHOLE = {
 class HTTPSampler(Engine):
     """A sampler whose q lies in a vLLM server, which draws, gives log q and takes new weights from a folder.
 
-    Several runs can't share a server, because it holds one q. The server's tokenizer, context and options are compared
-    with the policy's when the sampler is made, and its weights at each ``load``. A server that was started with
-    ``--enable-lora`` gets the adapter of a PEFT model alone. It was tested with vLLM 0.32.0 on a CPU.
+    Several runs can't share a server, because it holds one q. The server's model, tokenizer, context and options are
+    compared with the policy's when the sampler is made, and its weights at each ``load``. A server that was started
+    with ``--enable-lora`` gets the adapter of a PEFT model alone. It was tested with vLLM 0.32.0 on a CPU.
 
     Args:
         url: the server's address, such as ``http://127.0.0.1:8000``.
@@ -65,8 +71,9 @@ class HTTPSampler(Engine):
 
     Raises:
         EngineError: there is no server at this address, or it does not answer as vLLM does.
-        ValueError: the server's tokenizer, vocabulary or context are not the policy's; it was started with options that
-            draw from another distribution, or without those that dmfast needs; it takes adapters, but not the policy's.
+        ValueError: the server's model, tokenizer, vocabulary or context are not the policy's; it was started with
+            options that draw from another distribution, or without those that dmfast needs; it takes adapters, but not
+            the policy's.
     """
 
     def __init__(
@@ -84,7 +91,8 @@ class HTTPSampler(Engine):
             folder = self._temporary.name
         self._folder = Path(folder).absolute()
         self._name, self._has_sums = "", True
-        self._take(self._compare_facts(model))
+        self._tokenized = _some_text(like)  # here, because later a thread may compare it
+        self._take(self._compare_facts(model, once=True))
         self._asked = self._name  # the model that requests are for, which may be the adapter that holds q
         self._version_of_base = self._weight_version()
         if self._gets_adapters:
@@ -92,9 +100,12 @@ class HTTPSampler(Engine):
 
     # ---- the server's facts about itself
 
-    def _compare_facts(self, model: str | None) -> Facts:
+    def _facts_again(self) -> Facts:
+        return self._compare_facts(self._name)
+
+    def _compare_facts(self, model: str | None, once: bool = False) -> Facts:
         server, like = self._server, self._like
-        served = server.get("/v1/models", once=True)
+        served = server.get("/v1/models", once=once)
         try:
             models = {each["id"]: each for each in served["data"] if not each.get("parent")}
         except (KeyError, TypeError) as error:
@@ -109,6 +120,7 @@ class HTTPSampler(Engine):
                 f"{server} takes {context} tokens of context and the policy {own}: it serves another model; {_START}"
             )
         self._refuse_options(config)
+        self._compare_model(config.get("model_arch_config"))
         self._compare_tokens()
         mode, dtype = config.get("logprobs_mode"), str(config.get("dtype")).removeprefix("torch.")
         adapters = config["lora_config"]
@@ -159,16 +171,35 @@ class HTTPSampler(Engine):
                 f"log-probabilities: take processed_logprobs; {_START}"
             )
 
+    def _compare_model(self, theirs: Any) -> None:
+        """Compare what the server says of its model's architecture with the policy's.
+
+        Raises:
+            ValueError: they differ. What the server does not say is not compared.
+        """
+        if not isinstance(theirs, Mapping):
+            return
+        config: Any = getattr(without_adapters(module_of(self._like)), "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        own = [each.model_type for each in (text, config) if getattr(each, "model_type", None)]
+        found = [theirs[name] for name in ("text_model_type", "model_type") if theirs.get(name)]
+        differ = []
+        if own and found and not set(own) & set(found):
+            differ.append(f"model_type {found[0]}, and the policy's is {own[0]}")
+        for name, of_policy in _SIZES.items():
+            there, here = theirs.get(name), getattr(text, of_policy, None)
+            if isinstance(there, int) and isinstance(here, int) and 0 < there != here:
+                differ.append(f"{of_policy} {there}, and the policy's is {here}")
+        if differ:
+            raise ValueError(f"{self._server} serves another model than the policy: {'; '.join(differ)}; {_START}")
+
     def _compare_tokens(self) -> None:
         """Compare the server's tokenizer and vocabulary with the policy's.
 
         Raises:
             ValueError: they differ from the policy's.
         """
-        like, server, tokenizer = self._like, self._server, self._like.tokenizer
-        some = range(0, len(tokenizer), max(len(tokenizer) // 20, 1))
-        text = str(tokenizer.decode(list(some), skip_special_tokens=True))
-        own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        like, server, (text, own) = self._like, self._server, self._tokenized
         answer = server.post(
             "/tokenize", {"model": self._name, "prompt": text, "add_special_tokens": False}, none=_MISSING
         )
@@ -320,6 +351,14 @@ class HTTPSampler(Engine):
             self._has_sums = False  # the server runs without dmfast's extension of its workers
             return None
         return over_workers(workers)
+
+
+def _some_text(like: LanguageModel) -> tuple[str, list[int]]:
+    """Return a text of tokens from all over the vocabulary, and what the policy's tokenizer makes of it."""
+    tokenizer = like.tokenizer
+    some = range(0, len(tokenizer), max(len(tokenizer) // 20, 1))
+    text = str(tokenizer.decode(list(some), skip_special_tokens=True))
+    return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _names(given: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -256,6 +256,24 @@ def check_divides(n: int, per_device: int, accumulation: int) -> int:
     return local
 
 
+def _that_fit(contexts: int, n: int, local: int, world: int) -> str:
+    """Return the numbers with which a step takes no more contexts than there are, each in the place of another.
+
+    Args:
+        contexts: the number of rows of the data set.
+        n: sequences per context, as they do not fit.
+        local: the sequences of a step on a rank.
+        world: the number of ranks.
+    """
+    more = [k for k in range(n, local + 1) if local % k == 0 and local // k * world <= contexts]
+    found = [f"samples_per_context = {k}" for k in more[:1]]
+    if contexts >= world:
+        found.append(f"per_device_train_batch_size * gradient_accumulation_steps = {n * (contexts // world)}")
+    if world > 1 and local // n <= contexts:
+        found.append(f"--num_processes {contexts // (local // n)}")
+    return ", or ".join(found) or f"--num_processes {contexts} and samples_per_context = {local}"
+
+
 class StepSampler(Sampler[list[int]]):
     """A sampler that gives microbatches of row indices for one rank.
 
@@ -286,7 +304,7 @@ class StepSampler(Sampler[list[int]]):
         if steps is None and self.per_rank * world > contexts:
             raise ValueError(
                 f"an optimiser step takes {self.per_rank * world} contexts of {n} sequences, and the data set has "
-                f"{contexts}: raise samples_per_context, or take fewer sequences in a step"
+                f"{contexts}: take {_that_fit(contexts, n, local, world)}"
             )
         self.steps = math.ceil(contexts / (self.per_rank * world)) if steps is None else steps
         self.endless = steps is not None

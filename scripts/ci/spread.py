@@ -19,7 +19,18 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 from engine_stand_in import StandIn  # noqa: E402
-from test_spread import STEPS, check_alike, check_heads, check_proposal, check_run, launched  # noqa: E402
+from test_spread import (  # noqa: E402
+    REFUSED_CUT,
+    STEPS,
+    check_alike,
+    check_heads,
+    check_loop,
+    check_proposal,
+    check_refusals,
+    check_run,
+    launched,
+    refused_sharded,
+)
 from trainer_job import PROMPTS, Gradients, job, llama, tokenizer  # noqa: E402
 
 from dmfast import Contains  # noqa: E402
@@ -64,11 +75,12 @@ WAYS = {
         "runs": ["at once", "PPO in step", "groups", "the best model, whole base", ENGINE],
     },
     "cut and sharded": {
-        "sizes": {"fsdp_size": 2, "tp_size": 2}, "checks": ["heads", "hooked"],
+        "sizes": {"fsdp_size": 2, "tp_size": 2}, "checks": ["heads", "hooked", "loop", "refusals"],
         "runs": ["at once", "PPO in step", "groups", "the best model, whole base"],
     },
     "copies of shards": {
-        "sizes": {"dp_replicate_size": 2, "fsdp_size": 2}, "checks": ["heads", "hooked", "proposal"],
+        "sizes": {"dp_replicate_size": 2, "fsdp_size": 2},
+        "checks": ["heads", "hooked", "proposal", "loop", "refusals"],
         "runs": ["at once", "PPO in step", "groups", "the best model, whole base", ENGINE],
     },
 }  # fmt: skip
@@ -93,6 +105,13 @@ def alone(folder, name, ranks):
     return trainer, gradients.steps
 
 
+def refused(sizes):
+    """Return what is refused of models that are sharded in these sizes, besides what is refused of all."""
+    base = f"the target's base was loaded with DistributedConfig(dp_replicate_size={sizes.get('dp_replicate_size', 1)}"
+    cut = REFUSED_CUT if "tp_size" in sizes else {}
+    return refused_sharded(sizes["fsdp_size"] * sizes.get("tp_size", 1)) | cut | {"base otherwise": base}
+
+
 def compare(name, way, found, folder):
     """Print how a run differs from that of one process, and fail where it must not differ."""
     sizes = way["sizes"]
@@ -105,7 +124,11 @@ def compare(name, way, found, folder):
             check_alike(each, (6, 5)[rank])
         if "proposal" in way["checks"]:
             check_proposal(each["proposal"], "FSDP" if "fsdp_size" in sizes else "tensor parallelism")
-    print(f"{name}: heads{', proposal' * ('proposal' in way['checks'])}", flush=True)
+        if "loop" in way["checks"]:
+            check_loop(each["loop"], ranks, sizes.get("tp_size", 1))
+        if "refusals" in way["checks"]:
+            check_refusals(each["refusals"], refused(sizes))
+    print(f"{name}: {', '.join(way['checks'])}", flush=True)
     for run in way["runs"]:
         trainer, gradients = alone(folder / name, run, ranks)
         for each in found:
