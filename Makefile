@@ -146,11 +146,14 @@ ray: $(VENV)/ray
 trl: $(VENV)/trl
 	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python scripts/ci/trl_trainer.py
 	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python scripts/ci/loggers.py
+	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python -P examples/trl_grpo.py --steps 2 --batch-size 16
+	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python -P examples/trl_grpo.py --steps 2 --batch-size 16 --objective dapo
 	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python -m pytest tests/test_docs.py -k integrations
 
 # The policy loss and the advantage estimator for verl, in verl's own registries: docs/integrations.md.
 verl: $(VENV)/verl
 	OMP_NUM_THREADS=1 $(VENV)/verl/bin/python scripts/ci/verl_loss.py
+	OMP_NUM_THREADS=1 $(VENV)/verl/bin/python -P examples/verl_policy_loss.py --steps 2
 	OMP_NUM_THREADS=1 $(VENV)/verl/bin/python -m pytest tests/test_docs.py -k integrations
 
 # The row kernels compiled for aarch64 and run in qemu.
