@@ -308,7 +308,7 @@ def _read_csv(path: Path) -> list[Any]:
                 raise ValueError(f"its first line must name a column 'prompt', got {', '.join(columns)}")
             for row in table:
                 cells = [cell for name, cell in row.items() if name is not None and cell is not None]
-                found = len(cells) + len(row.get(None) or ())  # type: ignore[call-overload]
+                found = len(cells) + len(row.get(None) or ())
                 if found != len(columns):
                     cells_of_line = f"line {table.line_num} has {found} cell{'s' * (found != 1)}"
                     named = f"{len(columns)} column{'s' * (len(columns) > 1)}"
