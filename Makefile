@@ -150,11 +150,14 @@ ray: $(VENV)/ray
 trl: $(VENV)/trl
 	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python scripts/ci/trl_trainer.py
 	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python scripts/ci/loggers.py
+	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python -P examples/trl_grpo.py --steps 2 --batch-size 16
+	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python -P examples/trl_grpo.py --steps 2 --batch-size 16 --objective dapo
 	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python -m pytest tests/test_docs.py -k integrations
 
 # This tests the policy loss and the advantage estimator for verl in verl's own registries: docs/integrations.md.
 verl: $(VENV)/verl
 	OMP_NUM_THREADS=1 $(VENV)/verl/bin/python scripts/ci/verl_loss.py
+	OMP_NUM_THREADS=1 $(VENV)/verl/bin/python -P examples/verl_policy_loss.py --steps 2
 	OMP_NUM_THREADS=1 $(VENV)/verl/bin/python -m pytest tests/test_docs.py -k integrations
 
 # This compiles the row kernels for aarch64 and runs them in qemu.

@@ -317,6 +317,26 @@ def check_target(target: EBM, model: nn.Module, settings: Settings, reward: Any)
     """
     if not isinstance(target, EBM):
         raise TypeError(f"target must be a dmfast.EBM, got {target!r:.200}; write EBM(base, constraints)")
+    check_apart(target, model)
+    if not target.fitted:
+        raise ValueError(f"{target} is not fitted, so its lambda is not known: call target.fit(...) first")
+    for name, given in (("z_floor", settings.z_floor), ("z_from_rows", settings.z_from_rows or None)):
+        if given is not None and not target.is_filter:
+            raise ValueError(
+                f"{name}={given!r} is about a share of the base's sequences, and {target} is not the base filtered by "
+                f"constraints that are known to be 1 or less: leave {name} out, or write the constraint as a Verifier "
+                "(or as a Scorer with binary=True)"
+            )
+    if "reward" in settings.needs and reward is None:
+        raise ValueError(f"objective {settings.name!r} needs reward=, a callable on Samples that gives R(x)")
+
+
+def check_apart(target: EBM, model: nn.Module) -> None:
+    """Check that the target's base does not move with a model that is trained.
+
+    Raises:
+        ValueError: the base shares parameters with the model and is not the view of it without its adapter.
+    """
     base = target.base
     theirs = getattr(base, "model", None)
     if isinstance(base, AdapterView) and base.model is model:
@@ -330,17 +350,6 @@ def check_target(target: EBM, model: nn.Module, settings: Settings, reward: Any)
             "LanguageModel(copy.deepcopy(model), tokenizer), or for a PEFT model the view without its adapter, "
             "LanguageModel(model, tokenizer).base()"
         )
-    if not target.fitted:
-        raise ValueError(f"{target} is not fitted, so its lambda is not known: call target.fit(...) first")
-    for name, given in (("z_floor", settings.z_floor), ("z_from_rows", settings.z_from_rows or None)):
-        if given is not None and not target.is_filter:
-            raise ValueError(
-                f"{name}={given!r} is about a share of the base's sequences, and {target} is not the base filtered by "
-                f"constraints that are known to be 1 or less: leave {name} out, or write the constraint as a Verifier "
-                "(or as a Scorer with binary=True)"
-            )
-    if "reward" in settings.needs and reward is None:
-        raise ValueError(f"objective {settings.name!r} needs reward=, a callable on Samples that gives R(x)")
 
 
 def check_proposal(proposal: OfflineProposal[Any] | None, policy: LanguageModel, settings: Settings) -> None:

@@ -1,6 +1,6 @@
 """Train with trl's GRPOTrainer and dmfast's loss: half of the biographies are to be about women.
 
-    pip install '.[train]' trl
+    pip install '.[trl]'
     python examples/trl_grpo.py              # a small model that dmfast ships, about a minute on a CPU
     python examples/trl_grpo.py --steps 20 --objective dapo    # a reward instead of a target: trl's own DAPO gradient
 

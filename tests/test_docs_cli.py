@@ -1,4 +1,4 @@
-"""Test that docs/cli.md is the page that the parsers of dmfast/cli.py make, and has all of them."""
+"""Test that docs/cli.md is the page that the parsers of dmfast/cli.py make, and docs/glossary.md that of the words."""
 
 from __future__ import annotations
 
@@ -29,3 +29,11 @@ def test_every_command_and_argument_is_there_and_explained(docs_cli: types.Modul
             for word in action.option_strings:
                 assert f"`{word}" in part or f", {word}" in part, (name, word)
     assert [each.option_strings for each in docs_cli.arguments(found["bench"][1])].count(["--model"]) == 1
+
+
+def test_the_glossary_is_that_of_the_report() -> None:
+    script = of_scripts.load("docs_glossary")
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert page == script.page(), "run python scripts/docs_glossary.py"
+    assert all(line.count(" | ") == 1 for line in page.split("| --- | --- |\n")[1].splitlines())
+    assert "| q | The proposal: " in page and page.count("\n| ") == len(script.WORDS) + 2

@@ -11,6 +11,8 @@ from trainer_job import gpt2, tokenizer
 
 from dmfast import EBM, Contains, LanguageModel, Moment, Scorer
 from dmfast.targets import drawing, ebm
+from dmfast.training import evaluation
+from dmfast.training.evaluation import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
 
@@ -36,6 +38,26 @@ def test_parts_are_one_draw(base, contexts, monkeypatch, capsys):
     assert torch.equal(torch.cat([part.context_id for part in parts]), whole.context_id)
     torch.testing.assert_close(torch.cat([part.log_prob for part in parts]), whole.log_prob, rtol=0, atol=1e-5)
     assert re.search(f"lambda: {len(whole)} of {len(whole)} samples of the base", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("contexts", [None, PROMPTS], ids=["empty", "several"])
+def test_an_evaluation_draws_within_the_budget_and_says_how_far_it_is(base, contexts, monkeypatch, capsys):
+    target, n = EBM(base, [Contains("w3")]), 400 // (len(contexts) if contexts else 1)
+    how = {"max_new_tokens": 4, "seed": 3}
+    whole, found = evaluate(base, target, contexts, n, batch_size=400, **how)
+    assert capsys.readouterr().err == ""
+    drawn, sample = [], LanguageModel.sample
+    monkeypatch.setattr(drawing, "PART", 100)
+    monkeypatch.setattr(evaluation, "batch_within", lambda *args: drawing.batch_within(*args, budget=400_000))
+    monkeypatch.setattr(
+        LanguageModel, "sample", lambda *args, **how: drawn.append(how["batch_size"]) or sample(*args, **how)
+    )
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    parts, same = evaluate(base, target, contexts, n, whose="the policy", **how)
+    assert len(drawn) >= 4 and set(drawn) != {256} and max(drawn) < 256
+    assert "evaluation: 400 of 400 samples of the policy" in capsys.readouterr().err
+    assert parts.text == whole.text and parts.context_id.tolist() == whole.context_id.tolist()
+    assert {k: pytest.approx(e.value, nan_ok=True) for k, e in found.items()} == {k: e.value for k, e in same.items()}
 
 
 def test_without_a_seed_parts_take_torchs(base, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 
 import pytest
@@ -113,3 +114,17 @@ def test_all_measures_by_hand():
 def test_what_can_not_be_measured_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_example_runs(monkeypatch, capsys):
+    import verified
+
+    small = ["--steps", "2", "--samples", "4", "--base-samples", "16", "--eval-samples", "8"]
+    monkeypatch.setattr("sys.argv", ["verified.py", *small])
+    found = verified.main()
+    assert json.loads(capsys.readouterr().out[-len(json.dumps(found, indent=1)) - 1 :]) == found
+    assert found["base"].keys() == found["policy"].keys() >= {"pass@1", "pass@4", "pass@8"}
+    rates = [float(rate) for rate in found["pass rates"].values()]
+    assert len(rates) == len(verified.ROWS) and all(0 <= rate <= 1 for rate in rates)
+    row = {"field": "sports"}
+    assert verified.about_its_field(["He was a footballer .", "He was a poet ."], [row, row])[1] is False

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
@@ -18,13 +17,13 @@ from ..kernels.checks import make_objective
 from ..models import LanguageModel
 from ..objectives import Group, Objective, OfStep, Terms, leave_one_out_baseline
 from ..samples import Samples
+from ..settings import check_apart
 from ..targets import EBM
+from ..training.checkpointing import TiedParameters
 from . import trl_settings
 
-_Z = "dmfast_z.safetensors"
 
-
-class DMGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
+class DMGRPOTrainer(TiedParameters, GRPOTrainer):  # type: ignore[misc]
     """Train with trl's ``GRPOTrainer`` on ``loss = -(1/B) sum_i A_i log pi(x_i)``, made from hidden states.
 
     Settings that shape trl's own loss (``loss_type``, ``epsilon``, ``importance_sampling_level``, ``scale_rewards``)
@@ -37,8 +36,9 @@ class DMGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         target: what ``gdc++`` and the like descend to, with its lambda. A checkpoint holds the running Z of prompts.
 
     Raises:
-        ValueError: a setting that this loss can't use, an objective without its inputs, a target without lambda, FSDP,
-            DeepSpeed, an auxiliary loss of experts; images, or a completion without a reward.
+        ValueError: a setting that this loss can't use, an objective without its inputs, a target without lambda or
+            whose base moves with the model, FSDP, DeepSpeed, an auxiliary loss of experts; images, a completion without
+            a reward, or a checkpoint of another target, temperature or length.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class DMGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             raise ValueError("DMGRPOTrainer runs in one process or under DDP, without an auxiliary loss of experts")
         self.policy = LanguageModel(self.model, self.processing_class)
         if target is not None:
+            check_apart(target, self.model)
             target.base.model.to(self.accelerator.device)
 
     @property
@@ -140,11 +141,9 @@ class DMGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         super()._save_checkpoint(model, trial)
         if self.target is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            save_file(self.partitions.state_dict(), folder / _Z)
+            trl_settings.save(self, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.target is not None:
-            if not (path := Path(resume_from_checkpoint) / _Z).is_file():
-                raise ValueError(f"{resume_from_checkpoint} has no {_Z}: it is of a run without a target")
-            self.partitions.load_state_dict(load_file(path))
+            trl_settings.load(self, Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,13 +1,24 @@
-"""Check which settings of trl's ``GRPOConfig`` go with dmfast's loss."""
+"""Say which settings of trl's ``GRPOConfig`` dmfast's loss has a place for, and which a checkpoint depends on."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..kernels import warn_caller
 from ..objectives import Objective, Terms
+from ..training import resume
+
+_Z, _SETTINGS = "dmfast_z.safetensors", "dmfast_settings.json"
+_ANOTHER_P = "Z of the checkpoint's prompts is of the other target"
+_REFUSED = {
+    **dict.fromkeys(resume.REFUSED, _ANOTHER_P), "lambda": _ANOTHER_P, "max_completion_length": _ANOTHER_P,
+}  # fmt: skip
 
 #: The values that a setting may have, the first of which the message names. Others would be ignored, or would have the
 #: model draw from another distribution than the one that is scored.
@@ -63,3 +74,47 @@ def check(args: Any, objective: Objective | Callable[[Terms], Tensor], has_targe
             + (" and a target" if has_target else "")
             + ": dmfast's KL penalty is Objective('kl_control', beta=...), with the same number in both places"
         )
+
+
+def _settings_of(trainer: Any) -> dict[str, Any]:
+    """Return the settings that the policy and Z of a run with a target depend on, as numbers, strings and lists."""
+    args, target, objective = trainer.args, trainer.target, trainer.objective
+    return {
+        "objective": objective.name if isinstance(objective, Objective) else resume.plain({"function": objective}),
+        "temperature": args.temperature,
+        "max_completion_length": args.max_completion_length,
+        "lambda": target.lambda_.tolist(),
+        "eos_token_id": resume.plain(sorted(trainer.policy.eos_token_ids)),
+        "the pointwise constraints": resume.plain(sorted(target.pointwise_names)),
+        "the moments": json.dumps(target.wanted),
+        "the target's features": resume.plain(target.identity()),
+        "the base's weights": resume.digest_of_base(trainer),
+    }
+
+
+def save(trainer: Any, folder: Path) -> None:
+    """Write Z of the prompts and the settings that it depends on into a checkpoint."""
+    save_file(trainer.partitions.state_dict(), folder / _Z)
+    (folder / _SETTINGS).write_text(json.dumps(_settings_of(trainer), indent=1) + "\n", encoding="utf-8")
+
+
+def load(trainer: Any, folder: Path) -> None:
+    """Go on with Z of a checkpoint. A checkpoint of an older version has no settings, and is not compared.
+
+    Raises:
+        ValueError: the checkpoint has no Z, or is of another target, temperature or length. Nothing has changed then.
+    """
+    if not (folder / _Z).is_file():
+        raise ValueError(f"{folder} has no {_Z}: it is of a run without a target")
+    if (folder / _SETTINGS).is_file():
+        was, now = json.loads((folder / _SETTINGS).read_text(encoding="utf-8")), _settings_of(trainer)
+        changes = resume.changed(was, now)
+        own = [name for name in ("lambda", "max_completion_length") if name in was and was[name] != now[name]]
+        changes |= {name: (was[name], now[name]) for name in own}
+        resume.refuse(changes, folder, refused=_REFUSED)
+        if "objective" in changes:
+            warn_caller(
+                "the run goes on with another objective than its checkpoint: objective was {!r} and is {!r}, which "
+                "holds from here on".format(*changes["objective"])
+            )
+    trainer.partitions.load_state_dict(load_file(folder / _Z))

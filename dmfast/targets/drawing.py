@@ -1,4 +1,4 @@
-"""Draw the base's samples for a fit in parts, within a memory budget and with a line of progress."""
+"""Draw many samples in parts, within a memory budget and with a line of progress."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ def _length(prompt: Prompt) -> int:
 def drawn_in_parts(
     model: LanguageModel, contexts: Sequence[Prompt] | None, n: int, *, max_new_tokens: int, temperature: float,
     seed: int | None, batch_size: int, progress: bool | None = None, what: str = "lambda", in_rounds: bool = False,
+    whose: str = "the base",
 ) -> Iterator[Samples]:  # fmt: skip
     """Yield n samples of each context in parts of about ``PART`` samples.
 
@@ -64,6 +65,7 @@ def drawn_in_parts(
         progress: whether a line on stderr says how many are drawn. Default: only if stderr is a terminal.
         what: the purpose of the samples, with which that line begins.
         in_rounds: whether each part has samples of all contexts.
+        whose: the model that draws, for that line.
     """
     if seed is None and isinstance(model, LanguageModel):  # one seed for all parts, which then are no repetitions
         seed = from_first(model.model, int(torch.randint(2**63 - 1, ())))
@@ -91,7 +93,7 @@ def drawn_in_parts(
         for part in parts:
             done += len(part)
             if shown:
-                total = f"{several * n:,} samples of the base"
+                total = f"{several * n:,} samples of {whose}"
                 print(f"\r{what}: {done:,} of {total}", end="", file=sys.stderr, flush=True)
             yield part
     finally:

@@ -25,7 +25,22 @@ from .stream import Stream
 from .versions import remove_old_checkpoints
 
 
-class CheckpointingTrainer(Trainer):  # type: ignore[misc]
+class TiedParameters:
+    """The part of a trainer that misses no parameter which a checkpoint holds under the name of one tied to it."""
+
+    model: nn.Module
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # a file holds tied parameters under one of their names only, and that one name loads them all
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        loaded = {address(p) for name, p in named.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if name not in named or address(named[name]) not in loaded]
+        super()._issue_warnings_after_load(  # type: ignore[misc]
+            load_result._replace(missing_keys=missing)
+        )
+
+
+class CheckpointingTrainer(TiedParameters, Trainer):  # type: ignore[misc]
     """The part of ``DMTrainer`` that writes to disk and reads from it, around transformers' own.
 
     Attributes:
@@ -141,13 +156,6 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
             return checkpoint.load_shards(state, folder, of_q)
         parts = distributed_config.load_parts(folder, self.args.process_index, self.model)
         return checkpoint.with_proposal(state, distributed_config.proposal_of(parts, of_q))
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # a file holds tied parameters under one of their names only, and that one name loads them all
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        loaded = {address(p) for name, p in named.items() if name not in load_result.missing_keys}
-        missing = [name for name in load_result.missing_keys if name not in named or address(named[name]) not in loaded]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     @property
     def _sharding(self) -> str | None:

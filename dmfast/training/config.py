@@ -154,7 +154,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         eval_threshold: an answer is right if the verifier gives it this value or more.
         log_samples: the number of sequences of an evaluation that are written to ``samples.jsonl`` in ``output_dir``,
             with log pi, log a and features (a push to the hub takes the file along). They are also sent as a table to
-            the TensorBoard and W&B loggers of ``report_to``. 0 writes none.
+            the TensorBoard, W&B and trackio loggers of ``report_to``. 0 writes none.
         gather_for_sampling: under FSDP, whether the model is made whole on every process while it is sampled from.
             False gathers each of its layers in each forward, which needs less memory, more time and
             ``check_scores=False``.

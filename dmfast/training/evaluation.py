@@ -15,6 +15,7 @@ from ..models import LanguageModel
 from ..samples import Prompt, Samples
 from ..seeds import seed_for
 from ..targets import EBM, FeatureValues
+from ..targets.drawing import batch_within, drawn_in_parts
 from ..unseen import unknown, unseen
 from .judge import Judge
 
@@ -54,15 +55,21 @@ def evaluate(
     texts: int = 0,
     rows: Sequence[Mapping[str, Any]] | None = None,
     judge: Judge | None = None,
+    whose: str | None = None,
 ) -> tuple[Samples, dict[str, Estimate]]:
     """Return the samples and the estimates of ``examine``, in one process.
 
-    The sequences are not those that ``EBM.fit`` or ``rejection_curve`` draw with the same seed.
+    The sequences are not those that ``EBM.fit`` or ``rejection_curve`` draw with the same seed. By default as many are
+    drawn at a time as a memory budget allows. With ``whose``, a name for the model, a line on a terminal says how many
+    are drawn.
     """
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature,
+                           "seed": None if seed is None else seed_for(seed, "evaluate"),
+                           "batch_size": batch_size or batch_within(model, prompts, max_new_tokens)}  # fmt: skip
+    progress = False if whose is None else None
+    parts = drawn_in_parts(model, prompts, n, progress=progress, what="evaluation", whose=whose or "", **how)
     found = examine(
-        model, target, prompts, n, max_new_tokens=max_new_tokens, temperature=temperature,
-        seed=None if seed is None else seed_for(seed, "evaluate"), batch_size=batch_size, texts=texts, rows=rows,
-        judge=judge,
+        model, target, prompts, n, **how, texts=texts, rows=rows, judge=judge, samples=Samples.cat(list(parts))
     )  # fmt: skip
     return found.samples, found.estimates
 
@@ -82,6 +89,7 @@ def examine(
     first_row: int = 0,
     rows: Sequence[Mapping[str, Any]] | None = None,
     judge: Judge | None = None,
+    samples: Samples | None = None,
     gather: Callable[[Tensor], Tensor] = lambda x: x,
     gather_texts: Callable[[list[str]], list[str]] = lambda x: x,
 ) -> Evaluation:
@@ -95,6 +103,7 @@ def examine(
             each context. 0 measures no diversity.
         rows: for each prompt the row of its data set, which scorers see as ``samples.rows``.
         judge: tells right answers from wrong ones. None measures no right answers.
+        samples: what these arguments draw, if it is drawn already.
         gather, gather_texts: functions that collect the values of all ranks in distributed training.
 
     Returns:
@@ -103,11 +112,12 @@ def examine(
         share that ended in EOS). With ``texts`` they include the values of ``dmfast.diagnostics.diversity``, and with a
         judge those of ``dmfast.verified.measure``, whose standard errors are over prompts.
     """
-    x = model.sample(
-        prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size,
-        first_row=first_row,
-    )  # fmt: skip
-    x = x.with_rows(rows)
+    if samples is None:
+        samples = model.sample(
+            prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size,
+            first_row=first_row,
+        )  # fmt: skip
+    x = samples.with_rows(rows)
     log_base = target.base.log_prob(x, batch_size=batch_size)
     values = FeatureValues(x)
     scores = target.score(x, log_base, values=values)

@@ -588,19 +588,19 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
     rows = _prompts(recipe.get("prompts"))
     data = Contexts(rows, "prompts")
     data.check(trainer.policy, args.max_new_tokens, args.max_prompt_length, warn=False)
-    settings = {"samples": args.eval_samples, "seed": args.seed + 10**6, "batch_size": args.sampling_batch_size or 256}
+    settings = {"samples": args.eval_samples, "seed": args.seed + 10**6, "batch_size": args.sampling_batch_size}
     settings |= recipe.get("evaluate") or {}
 
-    def now(model: LanguageModel) -> tuple[Samples, dict[str, Estimate]]:
+    def now(model: LanguageModel, whose: str) -> tuple[Samples, dict[str, Estimate]]:
         some = [data[i] for i in range(min(len(data), settings["samples"]))]
         return evaluate(
             model, target, None if rows is None else [prompt for _, prompt in some],
             math.ceil(settings["samples"] / len(some)), max_new_tokens=args.max_new_tokens,
             temperature=args.temperature, seed=settings["seed"], batch_size=settings["batch_size"],
-            texts=args.eval_diversity, rows=data.whole(some), judge=trainer.judge,
+            texts=args.eval_diversity, rows=data.whole(some), judge=trainer.judge, whose=whose,
         )  # fmt: skip
 
-    x_before, before = now(target.base)
+    x_before, before = now(target.base, "the base")
     training = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
     training = time.perf_counter() - training
@@ -609,7 +609,7 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
         trainer.save_model()
     except (OSError, SafetensorError) as error:
         failed["the model"] = error
-    x_after, after = now(trainer.policy)
+    x_after, after = now(trainer.policy, "the policy")
     ideal = _ideal(target, x_before)
     log: dict[str, Any] = {
         "machine": report.machine(),

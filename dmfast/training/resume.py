@@ -131,7 +131,7 @@ def settings_of(run: Run) -> dict[str, Any]:
         "the moments": json.dumps(target.wanted),
         "the target's features": plain(target.identity()),
         "the reward's features": plain(features_of(reward)),
-        "the base's weights": _digest(run),
+        "the base's weights": digest_of_base(run),
         "the adapter": _adapter(run.policy.model),
     }
 
@@ -168,7 +168,7 @@ def recorded_in(state: Mapping[str, Any]) -> dict[str, Any]:
     return recorded
 
 
-def _digest(run: Run) -> str | None:
+def digest_of_base(run: Run) -> str | None:
     """Return a few numbers of the base's weights, or None where this process does not hold them whole."""
     base: Any = run.target.base
     if run.is_deepspeed_enabled or run.is_fsdp_enabled or sharding.is_sharded(base.model):
@@ -224,8 +224,9 @@ def _leaves(value: Any, path: tuple[str, ...]) -> dict[tuple[str, ...], Any]:
 
 
 def refuse(
-    changes: Mapping[str, tuple[Any, Any]], folder: object, *, deepspeed: bool = False, scheduler: str = ""
-) -> None:
+    changes: Mapping[str, tuple[Any, Any]], folder: object, *, deepspeed: bool = False, scheduler: str = "",
+    refused: Mapping[str, str] = REFUSED,
+) -> None:  # fmt: skip
     """Refuse to go on with settings that do not go with the checkpoint's state.
 
     Args:
@@ -233,11 +234,12 @@ def refuse(
         folder: the checkpoint, for the message.
         deepspeed: whether DeepSpeed restores the optimiser with its old hyperparameters.
         scheduler: the kind of this run's scheduler.
+        refused: the settings whose change is refused, with the reasons.
 
     Raises:
         ValueError: a change is refused; the message names all of them.
     """
-    reasons = {name: REFUSED[name] for name in changes if name in REFUSED}
+    reasons = {name: refused[name] for name in changes if name in refused}
     if deepspeed:
         reasons |= {name: "DeepSpeed restores the old value" for name in changes if name in OF_OPTIMIZER}
     if any(kind in _WITH_STATE for kind in changes.get("lr_scheduler_type", ())):

@@ -7,11 +7,13 @@ Refusals come before anything is drawn.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", HF_HUB_DISABLE_PROGRESS_BARS="1")
@@ -102,10 +104,30 @@ def check_target(out: str) -> None:
     assert 0 <= logged["phi/women"] <= 1 and logged["weight_abs"] > 0 and "entropy" in logged
     assert len(whole.partitions) == 1 and next(iter(whole.partitions.values())).n == 32
     again = trainer(f"{out}/a", "gdc++", target=women(), **settings)
+    said: list[str] = []
+    logger = logging.getLogger("transformers.trainer")
+    logger.addHandler(heard := logging.Handler())
+    heard.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     again.train(resume_from_checkpoint=f"{out}/a/checkpoint-2")
+    logger.removeHandler(heard)
+    assert not [line for line in said if "missing keys" in line], said  # the tied head is in the file by another name
     assert next(iter(again.partitions.values())).n == 32
     for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+    other = women()
+    other.lambda_ = [1.5]
+    resume = {"resume_from_checkpoint": f"{out}/a/checkpoint-2"}
+    for of, changed, message in (
+        (other, {}, "lambda was [2.6] and is [1.5]: Z of the checkpoint's prompts is of the other target. Set them as"),
+        (women(), {"max_completion_length": 8}, f"max_completion_length was {LENGTH} and is 8: Z of"),
+        (women(), {"temperature": 0.5}, "temperature was 1.0 and is 0.5: Z of"),
+    ):
+        refuses(message, lambda of=of, changed=changed: trainer(
+            f"{out}/a", "gdc++", target=of, **settings, **changed).train(**resume))  # fmt: skip
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer(f"{out}/a", "dpg", target=women(), **(settings | {"max_steps": 2})).train(**resume)
+    assert any("objective was 'gdc++' and is 'dpg'" in str(w.message) for w in found), [str(w.message) for w in found]
     os.remove(f"{out}/a/checkpoint-2/dmfast_z.safetensors")
     refuses("has no dmfast_z", lambda: again.train(resume_from_checkpoint=f"{out}/a/checkpoint-2"))
 
@@ -151,6 +173,16 @@ def check_refusals(out: str) -> None:
     unfitted = women()
     unfitted._lambda = None
     refuses("call target.fit() first", lambda: trainer(out, "gdc++", target=unfitted))
+    policy = load("tiny-bios")
+    moving = EBM(policy, [Moment(Contains(any_of=["she", "her"], name="women"), 0.5)])
+    moving.lambda_ = [2.6]
+    refuses(
+        "target.base shares parameters with the model that is to be trained",
+        lambda: DMGRPOTrainer(
+            policy.model, None, GRPOConfig(out, use_cpu=True, bf16=False, report_to="none"), target=moving,
+            train_dataset=Dataset.from_dict({"prompt": ["<|endoftext|>"]}), processing_class=policy.tokenizer,
+        ),
+    )  # fmt: skip
     t = trainer(out, "reinforce")
     t.reward_funcs[0] = lambda completions, **_: [None, *[1.0] * (len(completions) - 1)]
     refuses("no reward function scores completion 0", t.train)
