@@ -22,6 +22,7 @@ import torch
 import transformers
 import yaml
 from custom_loop import train
+from safetensors.torch import load_file
 from trainer_job import WORDS, gpt2, tokenizer
 
 import dmfast.cli
@@ -257,6 +258,33 @@ def test_a_recipe_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(LanguageModel, "sample", lambda *args, **options: pytest.fail("a sample was drawn"))
     with pytest.raises(ValueError, match="max_new_tokens was 48 and is 40"):
         recipe.run(read(write(tmp_path, train=settings | {"max_new_tokens": 40})), resume=True, say=lambda line: None)
+
+
+def test_a_recipe_with_q_in_a_server_resumes(tmp_path, monkeypatch):
+    """The server was started with other weights, and is started anew before the run goes on."""
+    from engine_stand_in import StandIn
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setattr(recipe.report, "plot", lambda *args, **options: None)  # it would take half of the time
+    other = AutoModelForCausalLM.from_pretrained(TINY_BIOS)
+    with torch.no_grad():
+        other.transformer.wte.weight.mul_(0.9)
+    with StandIn(other, AutoTokenizer.from_pretrained(TINY_BIOS), context=64) as server:
+        train = SMALL["train"] | {
+            "max_new_tokens": 12, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1,
+            "sampler": server.url, "sampler_options": {"patience": 0.0}, "proposal_criterion": "interval",
+            "max_steps": 1, "output_dir": str(tmp_path / "out"),
+        }  # fmt: skip
+        path = write(tmp_path, train=train, constraints=[{"contains": {"any_of": ["born"]}}], fit={"n": 64},
+                     evaluate={"samples": 8})  # fmt: skip
+        assert dmfast.cli.main(["train", str(path)]) == 0
+        assert server.loads == 3  # a copy that differs everywhere, q, and q after a swap
+        server.restart()
+        assert dmfast.cli.main(["train", str(path), "--set", "train.max_steps=2", "--resume"]) == 0
+    history = [h for h in of_json(tmp_path / "out" / "log.json")["history"] if "kl_policy" in h]
+    assert [(h["step"], h["swaps"]) for h in history] == [(1, 1), (2, 2)]
+    q = load_file(next((tmp_path / "out" / "_q").iterdir()) / "model.safetensors")
+    assert all(torch.equal(tensor, q[name]) for name, tensor in load_file(tmp_path / "out/model.safetensors").items())
 
 
 def test_lora_and_prompts_from_a_file(tmp_path):
