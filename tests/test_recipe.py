@@ -137,6 +137,7 @@ def test_files_of_prompts(tmp_path):
         ("b.csv", "question,answer\nHe,1\n", "must name a column 'prompt', got question, answer"),
         ("b.csv", "prompt,answer\nHe,1\nShe\n", "b.csv: line 3 has 1 cell, and the first line names 2 columns"),
         ("b.csv", "prompt\nHe\n\nMary, Ann\n", "b.csv: line 4 has 2 cells, and the first line names 1 column: a"),
+        ("b.csv", "prompt,a,a\nHe,1\n", "b.csv: line 2 has 2 cells, and the first line names 3 columns"),
         ("b.csv", 'prompt,answer\n"He,1\nShe,2\n', "b.csv: line 3: unexpected end of data"),
         ("b.json", "[]", "a file of prompts is .txt .*, got '.json'"),
     ):

@@ -223,6 +223,7 @@ def test_prompts_alone_have_no_rows(tmp_path):
 def test_a_row_that_has_a_prompt_alone_is_seen_as_it_was_written():
     rows = [{"prompt": [{"role": "user", "content": "w1"}]}]
     assert Contexts(rows).rows_of([0]) == rows
+    assert Contexts([*rows, "w2"]).rows_of([1, 0]) == [{"prompt": "w2"}, *rows]
     stream = Stream(datasets.Dataset.from_list(rows).to_iterable_dataset())
     assert stream.whole(next(stream.steps(1))) == rows
 

@@ -6,8 +6,10 @@ or raises.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import multiprocessing
 import time
 from pathlib import Path
 
@@ -182,15 +184,42 @@ def test_what_earlier_calls_leaked_costs_no_verdict_and_a_call_may_start_process
     assert verifier(samples(texts, [str(tmp_path / "started")] * 6)).tolist() == [1.0] * 6
     assert (tmp_path / "started").read_text().isdigit()
     assert verifier.counts.out_of_memory == verifier.counts.raised == 0
-    verifier._pool.time_limit = 1.0
+    verifier._pool.time_limit = 5.0
     with pytest.warns(UserWarning, match="timed out"):
         assert verifier(samples(["hang"], [str(tmp_path / "hangs")])).tolist() == [0.0]
-    child = Path("/proc", (tmp_path / "hangs").read_text(), "stat")
-    deadline = time.monotonic() + 10
-    while child.exists() and child.read_text().rsplit(")", 1)[1].split()[0] != "Z":
-        assert time.monotonic() < deadline, "the process of a call that was ended still runs"
-        time.sleep(0.05)
+    ends(tmp_path / "hangs")
     verifier._pool.close()
+
+
+def ends(pid):
+    """Wait until a process whose id is in a file is gone."""
+    deadline = time.monotonic() + 30
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while Path("/proc", pid.read_text(), "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+            assert time.monotonic() < deadline, "the process of a call that was ended still runs"
+            time.sleep(0.05)
+
+
+def judge(text, file):
+    Verifier(leaks, workers=1)(samples([text], [str(file)]))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    fork = multiprocessing.get_context("fork").Process
+    leaves = fork(target=judge, args=("start", tmp_path / "started"))  # it closes nothing
+    leaves.start()
+    leaves.join(60)
+    assert leaves.exitcode == 0
+    killed = fork(target=judge, args=("hang", tmp_path / "hangs"))
+    killed.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "hangs").exists() or not (tmp_path / "hangs").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    killed.kill()
+    killed.join()
+    ends(tmp_path / "hangs")
 
 
 @pytest.mark.parametrize(

@@ -608,7 +608,7 @@ class Engine:
         try:
             if self._tag is not None and self._held_tag() != self._tag:
                 self._check_again()
-        except EngineError as error:  # q is not given again to an engine that does not fit
+        except Exception as error:  # q is not given again to an engine that does not fit; other ranks wait for this one
             return error
         try:
             if self._tag is None and self._check_load:
@@ -669,7 +669,7 @@ class Engine:
         """
         try:
             facts = self._facts_again()
-        except ValueError as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # the last three from an odd answer
             raise EngineError(f"{self.facts.name} was started anew, and no longer fits the policy: {error}") from error
         before, now = dataclasses.asdict(self.facts), dataclasses.asdict(facts)
         differ = [f"{name} was {before[name]} and is {now[name]}" for name in before if before[name] != now[name]]

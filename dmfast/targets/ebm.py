@@ -322,7 +322,7 @@ class EBM:
         Args:
             samples: samples of the base. Their ``context_id`` tells contexts apart, and all contexts weigh the same:
                 E_p is the mean over contexts. Default: they are drawn here.
-            n: the total number of samples to draw; each context gets the same number, rounded up.
+            n: the largest total number of samples to draw; each context gets the same number, rounded up.
             contexts: the prompts to draw for. Default: the empty context.
             rows: for each context the row of its data set, which scorers see as ``samples.rows``.
             max_new_tokens, temperature: the settings of the samples that are drawn; they must be those of the training
@@ -336,7 +336,7 @@ class EBM:
                 1,024 samples, which with several contexts are shared evenly among them; drawing does not stop before
                 every context has shown some b > 0. The report says if it stopped. Default: what 2,500 effective samples
                 give, 2% of the feature's standard deviation under p, where n is at least 256 samples a context. 0 draws
-                n samples in any case.
+                n samples in any case, and so does a base that several processes hold together.
             progress: whether a line on stderr says how many are drawn. Default: only if stderr is a terminal.
 
         Returns:
@@ -466,6 +466,8 @@ class EBM:
         each = math.ceil(n / several)
         # rounds over all prompts compute each prompt once a round, which pays only where they may save samples
         may_stop = each >= _WORTH_ROUNDS if max_stderr is None else max_stderr > 0
+        # processes that sample together must stop together, and a scorer may judge differently in each
+        may_stop = may_stop and not getattr(self.base, "in_step", False)
         parts: list[Samples] = []
         scores: list[_Scored] = []
         notes: list[str] = []

@@ -60,7 +60,8 @@ def fit_z(
             target, rows, n, max_new_tokens=max_new_tokens, temperature=temperature, progress=progress,
             seed=int(torch.randint(2**62, ())) if seed is None else seed_for(seed, "fit_z"),
             batch_size=batch_size or target.batch_size or batch_within(target.base, prompts, max_new_tokens),
-            has_rows=isinstance(data[0], Mapping),  # prompts alone reach scorers as text, as in training
+            # prompts alone reach scorers as text, as in training
+            has_rows=hasattr(data, "with_format") or isinstance(data[0], Mapping),
         )  # fmt: skip
     kept = [place for place, rate in enumerate(rates) if rate > 0 or not drop_zero]
     if not kept:

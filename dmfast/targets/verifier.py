@@ -301,5 +301,5 @@ def _canonical(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{{{', '.join(sorted(f'{name!r}: {_canonical(each)}' for name, each in value.items()))}}}"
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_canonical, value))}]"
+        return f"{type(value).__name__}({', '.join(map(_canonical, value))})"
     return repr(value)

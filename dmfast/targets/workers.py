@@ -7,18 +7,17 @@ a new one. This is not a sandbox: the function has all rights of the user who tr
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import multiprocessing
-import multiprocessing.util  # its function at exit waits for processes, so ours must be registered after it
 import os
 import pickle
 import signal
+import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +27,8 @@ _STATM = Path("/proc/self/statm")
 _STARTED = "started"
 #: The seconds within which a new process must load the function.
 _START_LIMIT = 120.0
+#: The seconds after which processes are looked at that have said nothing.
+_LOOK = 1.0
 
 
 class Verdict(NamedTuple):
@@ -92,7 +93,7 @@ class _Worker:
     def end(self) -> None:
         """End the process and those that it has started."""
         if self.started and self.process.pid and hasattr(os, "killpg"):
-            with contextlib.suppress(ProcessLookupError):  # it and the processes that it has started are gone
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it and what it has started are gone
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.join()
@@ -128,6 +129,7 @@ class Workers:
             raise ValueError("memory_limit needs Linux, whose processes say what memory they have; leave it None here")
         self.fn, self.n, self.time_limit, self.memory_limit = fn, n, time_limit, memory_limit
         self._workers: list[_Worker] = []
+        self._finalizer: Finalize | None = None
 
     def __call__(self, items: Sequence[Item]) -> list[Any]:
         """Return for each item the value that ``fn`` gave for it alone, or a ``Verdict``.
@@ -137,7 +139,8 @@ class Workers:
         """
         found: list[Any] = [None] * len(items)
         left = deque(range(len(items)))
-        _open.add(self)
+        if self._finalizer is None:  # processes that no one ends would be waited for at exit
+            self._finalizer = Finalize(self, _end_all, (self._workers,), exitpriority=10)
         try:
             while left or any(worker.item is not None for worker in self._workers):
                 while len(self._workers) < min(self.n, len(left) + self._busy()):
@@ -179,7 +182,7 @@ class Workers:
         soonest = min(worker.deadline for worker in waited)
         limit = None if soonest == float("inf") else max(soonest - time.monotonic(), 0.0)
         connections: list[Connection] = [worker.connection for worker in waited]
-        ready = set(wait(connections, limit))
+        ready = set(wait(connections, _LOOK if limit is None else min(limit, _LOOK)))
         for worker in waited:
             if worker.connection in ready:
                 try:
@@ -199,6 +202,9 @@ class Workers:
                 found[worker.item], worker.item, worker.answered = answer, None, True
             elif worker.deadline <= time.monotonic():
                 self._end(worker, found, Verdict(TIMED_OUT), left)
+            elif not worker.process.is_alive() and not worker.connection.poll():
+                # a process that it has started may hold its end of the pipe open
+                self._end(worker, found, Verdict(DIED), left)
 
     def _end(self, worker: _Worker, found: list[Any], verdict: Verdict, left: deque[int]) -> None:
         """End a worker, and give its item the verdict, or another chance if earlier items may be to blame."""
@@ -217,28 +223,23 @@ class Workers:
 
     def close(self) -> None:
         """End the processes. A further call starts new ones."""
-        for worker in self._workers:
-            worker.end()
-        self._workers.clear()
+        _end_all(self._workers)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_workers": []}
+        return vars(self) | {"_workers": [], "_finalizer": None}
 
 
-#: The workers that have started processes.
-_open: weakref.WeakSet[Workers] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    for each in list(_open):
-        each.close()
+def _end_all(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.end()
+    workers.clear()
 
 
 def _serve(connection: Connection, fn: Callable[..., Any], memory_limit: int | None) -> None:
     """Answer one item after the other in a worker process."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if memory_limit is not None:
         import resource
 
@@ -260,3 +261,13 @@ def _serve(connection: Connection, fn: Callable[..., Any], memory_limit: int | N
         except Exception as error:
             answer = Verdict(RAISED, f"{type(error).__name__}: {error}")
         connection.send(answer)
+
+
+def _end_with_parent() -> None:
+    """End this process and those that it has started once the process is gone that started it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)

@@ -153,7 +153,10 @@ class Contexts(Dataset[Any]):
 
     def rows_of(self, indices: Sequence[int]) -> list[Mapping[str, Any]] | None:
         """Return the whole rows, which scorers see, or None if the data set is a list of prompts."""
-        return [dict(self._whole[index]) for index in indices] if self.has_columns else None
+        if not self.has_columns:
+            return None
+        found = (self._whole[index] for index in indices)
+        return [dict(row) if isinstance(row, Mapping) else {"prompt": row} for row in found]
 
     def whole(self, contexts: Sequence[tuple[Any, ...]]) -> list[Mapping[str, Any]] | None:
         """Return the whole rows of contexts that iteration gave, as ``rows_of`` does."""

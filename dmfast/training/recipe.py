@@ -17,7 +17,7 @@
     monitor: []                     # features that are measured and constrain nothing
     reward: null                    # for reinforce and kl_control: a feature, such as {scorer: {...}}, or a list
                                     # of them, whose sum is weighted by train.reward_weights
-    fit: {n: 10240, seed: 0}        # lambda is fitted from n samples of the base
+    fit: {n: 10240, seed: 0}        # lambda is fitted from at most n samples of the base
     lora: null                      # or the arguments of peft.LoraConfig: a, pi and q then share one backbone
     train: {max_steps: 60, ...}     # the arguments of DMConfig; with preset: alpha_dpg, those of DMConfig.preset
     evaluate: {samples: 2048}       # the samples of the model before training, and after it
@@ -301,22 +301,22 @@ def _read_csv(path: Path) -> list[Any]:
     """
     rows = []
     with path.open(encoding="utf-8-sig", newline="") as file:  # the csv module tells the ends of lines itself
-        table = csv.DictReader(file, strict=True)
+        table = csv.reader(file, strict=True)
         try:
-            columns = list(table.fieldnames or ())
+            columns = next(table, [])
             if "prompt" not in columns:
                 raise ValueError(f"its first line must name a column 'prompt', got {', '.join(columns)}")
             for row in table:
-                cells = [cell for name, cell in row.items() if name is not None and cell is not None]
-                found = len(cells) + len(row.get(None) or ())
-                if found != len(columns):
-                    cells_of_line = f"line {table.line_num} has {found} cell{'s' * (found != 1)}"
+                if not row:
+                    continue
+                if len(row) != len(columns):
+                    cells_of_line = f"line {table.line_num} has {len(row)} cell{'s' * (len(row) != 1)}"
                     named = f"{len(columns)} column{'s' * (len(columns) > 1)}"
                     raise ValueError(f"{cells_of_line}, and the first line names {named}: a cell with a comma or an "
                                      "end of line needs double quotes around it")  # fmt: skip
-                rows.append(row)
+                rows.append(dict(zip(columns, row, strict=True)))
         except csv.Error as error:
-            raise ValueError(f"line {table.reader.line_num}: {error}") from error
+            raise ValueError(f"line {table.line_num}: {error}") from error
     return rows
 
 
@@ -375,8 +375,9 @@ def _ideal(target: EBM, of_base: Samples) -> dict[str, Estimate]:
     ideal |= {f"phi/{name}": Estimate(1.0, 0.0) for name in target.zero_one_names}  # also where no sample has it
     found = estimate(of_base.log_prob, of_base.log_prob, scores.log_target, log_z, z_of=of_base.context_id)
     kl = found.kl_proposal
-    if target.report is not None and target.moment_names:  # the fit of lambda had more samples, so it knows KL better
-        kl = target.report.kl
+    if target.report is not None and target.moment_names:
+        if target.report.n >= len(of_base):  # whoever had more samples knows KL better
+            kl = target.report.kl
         for name, moment in zip(target.moment_names, target.describe()["moments"], strict=True):
             ideal[f"phi/{name}"] = Estimate(moment["value"], 0.0)
     return ideal | {"kl_policy_base": kl}
