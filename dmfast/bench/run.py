@@ -111,9 +111,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="TEXT", help="with --full: configurations whose title has this")
     parser.add_argument("--model", help="profile one training step of this model instead: a folder, a name of the hub, "
                         "tiny-bios or random-gpt2")  # fmt: skip
-    parser.add_argument("--batch", type=int, help="with --model: sequences (default 64)")
-    parser.add_argument("--length", type=int, help="with --model: new tokens of each (default 40)")
-    parser.add_argument("--rounds", type=int, help="with --model: steps of each (default 5)")
+    parser.add_argument("--batch", type=int, help=f"with --model: sequences (default {_OF_STEP['batch']})")
+    parser.add_argument("--length", type=int, help=f"with --model: new tokens of each (default {_OF_STEP['length']})")
+    parser.add_argument("--rounds", type=int, help=f"with --model: steps of each (default {_OF_STEP['rounds']})")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder for the JSON and the picture")
 
 

@@ -264,8 +264,8 @@ def _that_fit(contexts: int, n: int, local: int, world: int) -> str:
 
     Args:
         contexts: the number of rows of the data set.
-        n: sequences per context, as they do not fit.
-        local: the sequences of a step on a rank.
+        n: the number of sequences of each context, which gives a step too many contexts.
+        local: the number of sequences of a step on each rank.
         world: the number of ranks.
     """
     more = [k for k in range(n, local + 1) if local % k == 0 and local // k * world <= contexts]
