@@ -25,6 +25,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import sharding, step_terms, tensor_parallel
 from .batch import Batch, Microbatch, Prompts, SamplingOptions
@@ -495,7 +496,8 @@ class Matcher:
 
         Raises:
             TypeError: ``part`` is neither a part nor a batch, or an option is given that the matcher sets itself.
-            ValueError: there are several ranks and no model; or as ``dm_loss``.
+            ValueError: there are several ranks and no model; DDP averages over more processes than ``ranks`` says; or
+                as ``dm_loss``.
             RuntimeError: the part is of a batch that is not the last one drawn, or its sequences have passed already.
         """
         if not isinstance(part, (Microbatch, Batch)):
@@ -514,6 +516,13 @@ class Matcher:
             raise ValueError(
                 f"{self.ranks.size} ranks take this step together, and without model= the gradients would not be "
                 "reduced over them: pass the module that DDP or FSDP made of policy.model"
+            )
+        if isinstance(model, DistributedDataParallel) and model.process_group.size() > self.ranks.size:
+            raise ValueError(
+                f"DDP averages the gradients of {model.process_group.size()} processes, and the matcher's ranks say "
+                f"{self.ranks.size}, so that each process would draw the same sequences and estimate Z alone: write "
+                "Matcher(..., ranks=dmfast.training.ranks.AccelerateRanks(accelerator)), and draw each one's share of "
+                "the prompts"
             )
         if bool(self._has_passed[places].any()):
             raise RuntimeError("sequences of this part have passed the loss already, and would count twice")

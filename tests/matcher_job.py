@@ -121,6 +121,20 @@ def grouped(ranks, objective, how):
     }  # fmt: skip
 
 
+def without_ranks():
+    """Return the error of a loop under DDP whose matcher knows of no other process."""
+    model = gpt2()
+    policy = LanguageModel(model, tokenizer())
+    target = EBM(LanguageModel(copy.deepcopy(model), tokenizer()), [Contains("w3")])
+    matcher = Matcher(policy, target, OfflineProposal(policy), seed=29)
+    batch = matcher.draw(PROMPTS, 4, max_new_tokens=6)
+    try:
+        matcher.loss(batch, DistributedDataParallel(model))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def main():
     """Train, and write what came of it on rank 0."""
     torch.set_num_threads(1)
@@ -138,13 +152,14 @@ def main():
         how: grouped(ranks, objective, how)
         for objective, how in (("dapo", "keep"), ("grpo", "skip"), ("grpo", "redraw"), ("grpo", "replace"))
     }
+    refusal = without_ranks() if several else ""  # both ranks make the DDP
     if ranks is None or ranks.rank == 0:
         parameters = {name: p.flatten().tolist() for name, p in model.named_parameters()}
         partitions = matcher.running.partitions.state_dict()
         result = {
             "parameters": parameters, "log": logged, "contexts": sorted(partitions["context"].tolist()),
             "lag 0 is the same": digest(lag_0[0].policy.model) == digest(alone[0].policy.model),
-            "log ahead": ahead[1], "groups": groups,
+            "log ahead": ahead[1], "groups": groups, "without ranks": refusal,
         }  # fmt: skip
         Path(sys.argv[1]).write_text(json.dumps(result))
     end()

@@ -299,6 +299,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         swapped = each["log ahead"][1]["swapped"]
         assert each["lag 0 is the same"] and [step["lag"] for step in each["log ahead"]] == [0, 0, swapped, swapped]
     of_groups(one["groups"], two["groups"])
+    assert "averages the gradients of 2 processes, and the matcher's ranks say 1" in two["without ranks"]
 
 
 def of_groups(one, two):
