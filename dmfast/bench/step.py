@@ -123,7 +123,8 @@ def profile(
         say(f"the memory of the {kind} step, in a process of its own")
         memory[kind] = _memory(kind, name, batch, length)
     return {
-        "model": name, "parameters": sum(p.numel() for p in load(name).model.parameters()),
+        "model": Path(name).name if Path(name).is_dir() else name,
+        "parameters": sum(p.numel() for p in load(name).model.parameters()),
         "batch": batch, "length": length, "threads": torch.get_num_threads(),
         "ms": {kind: {phase: spread(values) for phase, values in found.items()} for kind, found in times.items()},
         "forwards": forwards,
