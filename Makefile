@@ -10,7 +10,7 @@ SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints
 	! -name '*.so' ! -name '*.pyc')
 
 PROOFS := host-cuda ptx families fsdp spread deepspeed ray trl verl sanitize aot interpreter floors wheel trace gpu-dry docs extras aarch64
-.PHONY: demo test pytest lint proofs $(PROOFS) vllm gpu gpu-rivals paper-quick paper alpha-quick alpha format clean
+.PHONY: demo test pytest lint proofs $(PROOFS) aot-all vllm gpu gpu-rivals paper-quick paper alpha-quick alpha format clean
 demo: $(VENV)/demo
 	$(BIN)/dmfast demo
 
@@ -52,9 +52,13 @@ interpreter: $(VENV)/triton
 	sh scripts/ci/interpreter.sh $(BIN)/python
 
 # This checks the machine code of every GPU kernel, from nvcc and from Triton, for spills, registers and wide accesses, and what
-# a model says of its limits. Seeded bugs must be caught: docs/gpu.md.
+# a model says of its limits. Seeded bugs must be caught: docs/gpu.md. It compiles for one architecture of NVIDIA's and one of
+# AMD's. aot-all compiles for all of them, which is needed when a kernel has changed, and writes benchmarks/results/aot.json.
 aot: $(VENV)/triton
 	sh scripts/ci/aot.sh $(BIN)/python
+
+aot-all: $(VENV)/triton
+	$(BIN)/python scripts/ci/aot.py --write benchmarks/results
 
 # This is for a machine with an NVIDIA GPU. It takes the machine's own Python, torch, nvcc and g++ and needs no network. It
 # builds, tests and measures within DMFAST_GPU_SECONDS (480), and writes into $$OUT or benchmarks/results/gpu.

@@ -8,7 +8,7 @@ that another thread's store could overtake. The check therefore looks for the wa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import NamedTuple
@@ -33,13 +33,15 @@ WARPS_OF_CAP = {"gfx942": 3, "gfx1100": 6}
 
 
 class AmdCode(NamedTuple):
-    """Describe one Triton kernel as it is compiled for one of AMD's architectures."""
+    """Hold what is looked at in one Triton kernel as it is compiled for one of AMD's architectures."""
 
     kernel: str
     arch: str
     registers: int
     spills: int  # spills to memory: registers, and bytes of stack. Scalar registers spill to lanes of vector registers
-    assembly: str
+    loads: int  # these two count accesses of 128 bits
+    stores: int
+    waits: bool  # whether no load is under way at the last barrier, after which the row is overwritten
 
     @property
     def warps(self) -> int:
@@ -47,32 +49,26 @@ class AmdCode(NamedTuple):
         _, registers, granularity = ARCHS[self.arch]
         return registers // (-(-self.registers // granularity) * granularity)
 
-    def accesses(self) -> tuple[int, int]:
-        """Return the loads and stores of 128 bits."""
-        loads, stores = (rf"(?:global|buffer)_{kind}_(?:dwordx4|b128)" for kind in ("load", "store"))
-        return len(re.findall(loads, self.assembly)), len(re.findall(stores, self.assembly))
 
-    def waits(self) -> bool:
-        """Return whether no load is under way at the last barrier, after which the row is overwritten."""
-        *before, _ = self.assembly.split("s_barrier")
-        lines = re.findall(r"(?:global|buffer)_load|s_waitcnt.*vmcnt\(0\)", "".join(before))
-        return not lines or lines[-1].startswith("s_waitcnt")
+def _waits(assembly: str) -> bool:
+    *before, _ = assembly.split("s_barrier")
+    lines = re.findall(r"(?:global|buffer)_load|s_waitcnt.*vmcnt\(0\)", "".join(before))
+    return not lines or lines[-1].startswith("s_waitcnt")
 
 
 def faults(code: AmdCode) -> list[str]:
     """Return what is not as it should be."""
     said = []
-    loads, stores = code.accesses()
     if code.spills:
         said.append(f"spills: {code.spills}")
-    if not loads and code.kernel != "sum_rows":
+    if not code.loads and code.kernel != "sum_rows":
         said.append("no 128-bit load")
-    if not stores and (code.kernel.startswith(("write_rows", "scale_rows")) or "known" in code.kernel):
+    if not code.stores and (code.kernel.startswith(("write_rows", "scale_rows")) or "known" in code.kernel):
         said.append("no 128-bit store")
     meant = (WARPS_OF_CAP if ", cap" in code.kernel else WARPS)[code.arch]
     if code.warps < meant:
         said.append(f"{code.registers} registers leave room for {code.warps} warps, {meant} are meant")
-    if "known" in code.kernel and not code.waits():
+    if "known" in code.kernel and not code.waits:
         said.append("a load is under way at the barrier before the row is written over")
     return said
 
@@ -97,14 +93,17 @@ def _code(job: tuple[str, str]) -> AmdCode:
         int(re.findall(rf"\.{count}:\s+(\d+)", assembly)[0])
         for count in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     )
-    return AmdCode(name, arch, registers, spills + stack, assembly)
+    loads, stores = (
+        len(re.findall(rf"(?:global|buffer)_{kind}_(?:dwordx4|b128)", assembly)) for kind in ("load", "store")
+    )
+    return AmdCode(name, arch, registers, spills + stack, loads, stores, _waits(assembly))
 
 
-def amd_code(only: str = "") -> Iterator[AmdCode]:
+def amd_code(only: str, archs: Collection[str]) -> list[AmdCode]:
     """Return the kernels whose names, after amd/, contain ``only``. Two cores compile them."""
-    jobs = [(kernel.name, arch) for arch in ARCHS for kernel in _kernels(arch) if only in f"amd/{kernel.name}"]
+    jobs = [(kernel.name, arch) for arch in archs for kernel in _kernels(arch) if only in f"amd/{kernel.name}"]
     with ProcessPoolExecutor(2, get_context("fork")) as pool:
-        yield from pool.map(_code, jobs)
+        return list(pool.map(_code, jobs))
 
 
 def table(found: list[AmdCode]) -> str:
@@ -115,7 +114,7 @@ def table(found: list[AmdCode]) -> str:
         kernels.setdefault(code.kernel, []).append(code)
     for kernel, same in sorted(kernels.items()):
         registers = ", ".join(str(code.registers) for code in same)
-        wide = ", ".join(dict.fromkeys("{} / {}".format(*code.accesses()) for code in same))
+        wide = ", ".join(dict.fromkeys(f"{code.loads} / {code.stores}" for code in same))
         warps = ", ".join(str(code.warps) for code in same)
         lines.append(f"| Triton | `{kernel}` | {registers} | {wide} | {warps} |")
     return "\n".join(lines) + "\n"

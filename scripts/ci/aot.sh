@@ -1,7 +1,7 @@
 #!/bin/sh
-# Runs aot.py on the kernels, whose table must equal benchmarks/results/aot.md, and then on seeded bugs of
-# tests/native/bugs, which it must catch. The models of roofline.py and stated.py, from the same code, must equal those
-# of docs/gpu.md. Then the extension is built as a user builds it. If there is no nvcc, PyPI's CUDA compiler is
+# Runs aot.py on the kernels for one architecture of NVIDIA's and one of AMD's, and compares what it finds with
+# benchmarks/results/aot.json, which `make aot-all` writes for all of them. Then aot.py must catch the seeded bugs of
+# tests/native/bugs. The models of roofline.py and stated.py, from the same figures, must equal those of docs/gpu.md. Then the extension is built as a user builds it. If there is no nvcc, PyPI's CUDA compiler is
 # installed. Compiled code is kept in ~/.cache by the hash of its source.
 set -eu
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
@@ -20,13 +20,19 @@ aot() { # directory of a tree, options
 start=$(date +%s)
 said() { echo "$(($(date +%s) - start)) s: $*"; }
 
-aot "$here" --write build/aot.md --table benchmarks/results/aot.md
+# The kernels for fp32 alone have this bug too, and compile in a quarter of the time.
+aot_of_fp32() {
+  (cd "$1" && patch -s -p1 <tests/native/one_dtype.patch)
+  aot "$@"
+}
+
+aot "$here" --archs 90 gfx942 --kept benchmarks/results
 said "all kernels"
 caught spill "sample_rows.*: spills" aot --only cuda/sample --archs 90
 caught registers "write_rows.*registers leave room for" aot --only "triton/write_rows<bf16>" --archs 90
-caught sunk_load "write_rows.*behind its first special-function instruction" aot --only cuda/loss --archs 90
+caught sunk_load "write_rows.*behind its first special-function instruction" aot_of_fp32 --only cuda/loss --archs 90
 caught narrow "write_rows.*: no 128-bit" aot --only triton/write --archs 90
-caught triton_wait "a load is under way at the barrier" aot --only "amd/score_rows<fp32, known weight>"
+caught triton_wait "a load is under way at the barrier" aot --only "amd/score_rows<fp32, known weight>" --archs gfx942
 said "seeded bugs"
 "$python" scripts/ci/roofline.py docs/gpu.md build/gpu.md
 PYTHONPATH="$here" "$python" scripts/ci/stated.py docs/gpu.md build/stated.md

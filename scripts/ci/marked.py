@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import unified_diff
 from pathlib import Path
-
-from aot import stale
 
 
 def brought_up_to_date(name: str, made: str, files: list[str]) -> int:
@@ -23,7 +22,9 @@ def brought_up_to_date(name: str, made: str, files: list[str]) -> int:
     after = rest.split(f"<!-- end of {name} -->\n")[1]
     made = f"{before}<!-- {name} -->\n{made}<!-- end of {name} -->\n{after}"
     written.write_text(made)
-    if difference := stale(page, made):
+    old = page.read_text()
+    if made != old:
+        difference = "".join(unified_diff(old.splitlines(True), made.splitlines(True), str(page), "now", n=0))
         print(f"{difference}{page} is out of date: cp {written} {page}")
         return 1
     return 0

@@ -1,7 +1,8 @@
 """Predict what limits each kernel on three cards, and write the figures between the marks of docs/gpu.md.
 
 This is a model, and no device is involved. Bytes are those that csrc/cuda/plan.h declares and trace.sh counts.
-Instructions for each logit are those of a kernel's inner loops in the machine code, on the shortest way through a loop.
+Instructions for each logit are those of a kernel's inner loops in the machine code, on the shortest way through a loop,
+as benchmarks/results/aot.json has them.
 Where threads keep a running maximum, the longer way on which they take a new one also counts, as often as a warp takes
 it on random logits. Each instruction goes to a unit of the multiprocessor. The kernel is limited by whatever takes
 longest: a unit, the issue of instructions, or memory at the bandwidth of the data sheet. The model leaves out
@@ -16,8 +17,8 @@ import re
 import sys
 from typing import NamedTuple
 
-from inner_loops import per_logit
-from machine_code import ROOT, SIZE, Code, all_code, versions
+from figures import Figures, kept_figures
+from machine_code import ROOT, SIZE
 from marked import brought_up_to_date
 
 # a row of this length is sampled beside few others
@@ -79,7 +80,7 @@ def bound(card: Card, kernel: str, counts: dict[str, float]) -> tuple[str, float
     return ("memory", 1.0) if times[slowest] <= memory else (slowest, memory / times[slowest])
 
 
-def shown(code: Code) -> bool:
+def shown(code: Figures) -> bool:
     """Return whether the table shows a kernel. It shows long rows without entropy, not in parts, and no fp16."""
     others = ("score_parts", "fp16", "short", "middle", "entropy", "bonus", "sum_rows")
     narrow = code.source == "Triton" and code.kernel.startswith("sample_rows") and "wide" not in code.kernel
@@ -87,13 +88,14 @@ def shown(code: Code) -> bool:
 
 
 def table() -> str:
-    codes = {(c.source, c.kernel, c.arch): c for c in all_code("", tuple({card.arch for card in CARDS})) if shown(c)}
+    codes = {(c.source, c.kernel, c.arch): c for c in kept_figures()[0] if shown(c)}
     head = " | ".join(f"{card.name}: instructions | bound by | bandwidth" for card in CARDS)
     lines = [f"| | kernel | bytes | {head} |", "|---|---|---|" + "---|" * 3 * len(CARDS)]
     for source, kernel in sorted({(source, kernel) for source, kernel, _ in codes}):
         cells = []
         for card in CARDS:
-            least, random = per_logit(codes[source, kernel, card.arch])
+            code = codes[source, kernel, card.arch]
+            least, random = code.least, code.random
             said = f"{least['issue']:.1f}"
             if random["issue"] > least["issue"] + 0.05:
                 said += f" to {random['issue']:.1f}"
@@ -107,14 +109,10 @@ def table() -> str:
 
 def few_rows() -> str:
     """Return a sentence on the time of sampling where a row has a multiprocessor to itself."""
-    codes = {
-        c.arch: c
-        for c in all_code("cuda/sample", tuple({card.arch for card in CARDS}))
-        if c.kernel == "sample_rows<bf16>"
-    }
+    codes = {c.arch: c for c in kept_figures()[0] if c.source == "CUDA" and c.kernel == "sample_rows<bf16>"}
     said = []
     for card in CARDS:
-        counts, _ = per_logit(codes[card.arch])
+        counts = codes[card.arch].least
         slowest = max(card.picoseconds(unit, n) for unit, n in counts.items()) * card.multiprocessors
         memory = 2 / card.bandwidth * card.multiprocessors
         said.append(f"{FEW * max(slowest, memory) / 1e6:.0f} µs on an {card.name}")
@@ -126,7 +124,7 @@ def few_rows() -> str:
 
 def main() -> int:
     """Return the exit status."""
-    made = f"{table()}\n{few_rows()}\nThe machine code comes from {versions()}.\n"
+    made = f"{table()}\n{few_rows()}\nThe machine code comes from {kept_figures()[1]}.\n"
     return brought_up_to_date("roofline", made, sys.argv[1:])
 
 

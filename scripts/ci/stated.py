@@ -14,9 +14,9 @@ from __future__ import annotations
 import sys
 
 import torch
-from machine_code import Code, all_code, versions
+from figures import Figures, kept_figures
 from marked import brought_up_to_date
-from roofline import CARDS, Card, per_logit
+from roofline import CARDS, Card
 
 from dmfast.kernels import linear
 
@@ -30,9 +30,9 @@ LOGITS, TRL = (8192, 151936), ".89"
 BF16, FP32 = 2, 4
 
 
-def milliseconds(card: Card, code: Code, logits: int, bytes_: float) -> float:
+def milliseconds(card: Card, code: Figures, logits: int, bytes_: float) -> float:
     """Return the time of a row kernel: what takes longest, its bytes or one of the multiprocessor's units."""
-    counts = per_logit(code)[1]
+    counts = code.random
     each = max(bytes_ / card.bandwidth, *(card.picoseconds(unit, n) for unit, n in counts.items()))
     return each * logits / 1e9
 
@@ -43,7 +43,7 @@ def chunks(tokens: int) -> int:
     return -(-tokens // max(rows // STEPS * STEPS, STEPS))
 
 
-def ours(codes: dict[str, Code], tokens: int) -> str:
+def ours(codes: dict[str, Figures], tokens: int) -> str:
     """Return the milliseconds of linear_dm_loss, forward and backward, from bf16 hidden states with fp32 logits."""
     logits, head = tokens * VOCAB, DIM * VOCAB
     rows = milliseconds(H200, codes["score_rows<fp32>"], logits, FP32)
@@ -57,7 +57,7 @@ def ours(codes: dict[str, Code], tokens: int) -> str:
 
 
 def table() -> str:
-    codes = {c.kernel: c for c in all_code("cuda/loss", (H100.arch,)) if c.source == "CUDA"}
+    codes = {c.kernel: c for c in kept_figures()[0] if c.source == "CUDA" and c.arch == H100.arch}
     lines = [f"| H200, bf16, D {DIM}, V {VOCAB}, forward and backward | quack | liger, CuTe | three products | "
              "`linear_dm_loss`, model |", "|---|---|---|---|---|"]  # fmt: skip
     for tokens, (quack, liger) in STATED.items():
@@ -73,7 +73,7 @@ def table() -> str:
 
 def main() -> int:
     """Return the exit status."""
-    return brought_up_to_date("stated", f"{table()}\nThe machine code comes from {versions()}.\n", sys.argv[1:])
+    return brought_up_to_date("stated", f"{table()}\nThe machine code comes from {kept_figures()[1]}.\n", sys.argv[1:])
 
 
 if __name__ == "__main__":
