@@ -458,7 +458,7 @@ def test_the_example_runs(monkeypatch, capsys):
     import lora
 
     found = []
-    small = ["lora.py", "--steps", "5", "--batch", "8", "--samples", "256", "--check-samples", "16"]
+    small = ["lora.py", "--steps", "3", "--batch", "8", "--samples", "64", "--check-samples", "16"]
     for more in ([], ["--three-models"]):
         monkeypatch.setattr("sys.argv", small + more)
         found.append(lora.main())

@@ -1032,16 +1032,23 @@ def formula(
     how: str, objective: Objective, on_policy: bool, log_prob: float, terms: dict[str, Tensor], bound: float
 ) -> float:
     """Return A of the one sequence in ``terms``, by csrc/objective.h or by dmfast.objectives."""
+    return float(formulas(how, objective, on_policy, torch.tensor([log_prob]).double(), terms, bound)[0])
+
+
+def formulas(
+    how: str, objective: Objective, on_policy: bool, log_prob: Tensor, terms: dict[str, Tensor], bound: float
+) -> Tensor:
+    """Return A of each sequence in ``terms``, by csrc/objective.h or by dmfast.objectives."""
     given = {k: v for k, v in terms.items() if k != "context_id"}
     baseline = given.pop("baseline")
     if objective.name == "gdc++":
-        baseline = torch.ones(1).double()
+        baseline = torch.ones_like(baseline)
     all_terms = objectives.Terms.of(objective, on_policy, bound, baseline=baseline, **given)
-    if how == "C++":
-        args = [float(given[k]) for k in ("log_proposal", "log_target", "log_z", "reward", "log_base")]
-        return extension.weigh(all_terms, log_prob, *args, float(baseline))[2]
-    weight = objectives.weigh(all_terms.with_log_prob(torch.tensor([log_prob]).double()))
-    return float(objectives.clip(weight, bound)[0])
+    if how == "Python":
+        return objectives.clip(objectives.weigh(all_terms.with_log_prob(log_prob)), bound)[0]
+    columns = [given[k].tolist() for k in ("log_proposal", "log_target", "log_z", "reward", "log_base")]
+    rows = zip(log_prob.tolist(), *columns, baseline.tolist(), strict=True)
+    return torch.tensor([extension.weigh(all_terms, *row)[2] for row in rows], dtype=torch.float64)
 
 
 def one(**values: float) -> dict[str, Tensor]:
@@ -1077,7 +1084,8 @@ def test_the_formula_in_cpp_and_python_is_the_table(name: str, normalize: bool, 
             assert abs(weight - exact) <= 1e-12 * size + 1e-300, (how, i)
 
 
-def extremes() -> list[tuple[float, dict[str, Tensor]]]:
+def extremes() -> tuple[Tensor, dict[str, Tensor]]:
+    """Return log pi and the other terms of 540 sequences."""
     grid = itertools.product(
         [-11500.0, -20.0, 0.0],  # log pi
         [-11500.0, -20.25, 0.0],  # log q
@@ -1085,10 +1093,10 @@ def extremes() -> list[tuple[float, dict[str, Tensor]]]:
         [-INF, -900.0, 0.5, 800.0],  # log Z
         [(0.0, 0.0), (0.0, 1.0), (2.0, -3.5)],  # reward, baseline
     )
-    return [
-        (pi, one(log_proposal=q, log_target=p, log_z=z, reward=r, log_base=-12.5, baseline=b))
-        for pi, q, p, z, (r, b) in grid
-    ]
+    rows = torch.tensor([(pi, q, p, z, *rewards) for pi, q, p, z, rewards in grid], dtype=torch.float64)
+    names = ("log_proposal", "log_target", "log_z", "reward", "baseline")
+    terms = dict(zip(names, rows[:, 1:].T.contiguous(), strict=True))
+    return rows[:, 0], terms | {"log_base": torch.full((len(rows),), -12.5, dtype=torch.float64)}
 
 
 @pytest.mark.parametrize("on_policy", [False, True])
@@ -1105,18 +1113,22 @@ def check_extremes(objective: Objective, on_policy: bool) -> None:
     """
     largest = torch.finfo(torch.float32).max
     wrong = []
-    for log_prob, terms in extremes():
-        exact, size = exact_weight(objective, on_policy, log_prob, terms)
+    log_prob, terms = extremes()
+    bounds = (INF, 4.0)
+    found = {(how, bound): formulas(how, objective, on_policy, log_prob, terms, bound).tolist()
+             for how, bound in itertools.product(("C++", "Python"), bounds)}  # fmt: skip
+    for i, pi in enumerate(log_prob.tolist()):
+        exact, size = exact_weight(objective, on_policy, pi, terms, i)
         error = size * 1e-11 + 1e-300 if mpmath.isfinite(size) else 0
-        for how, bound in itertools.product(("C++", "Python"), (INF, 4.0)):
-            weight = formula(how, objective, on_policy, log_prob, terms, bound)
+        for (how, bound), weights in found.items():
+            weight = weights[i]
             expected = max(min(exact, bound), -bound)
             if abs(expected) > largest:
                 right = not abs(weight) <= largest
             else:
                 right = weight == expected or abs(weight - expected) <= error
             if not right:
-                inputs = {k: float(v) for k, v in terms.items()}
-                wrong.append(f"{how}, bound {bound}: {weight} for {mpmath.nstr(expected, 6)} at {log_prob=}, {inputs}")
+                inputs = {"log_prob": pi} | {k: float(v[i]) for k, v in terms.items()}
+                wrong.append(f"{how}, bound {bound}: {weight} for {mpmath.nstr(expected, 6)} at {inputs}")
     if wrong:
         pytest.fail(f"{len(wrong)} wrong: " + "; ".join(wrong[:: max(len(wrong) // 4, 1)]))

@@ -599,8 +599,13 @@ def test_the_recipes_that_ship_are_valid(path):
     assert ready["train"]["max_steps"] >= 30
 
 
-def test_the_demo(tmp_path, capsys):
-    out = tmp_path / "demo"
+def test_the_demo(tmp_path, capsys, monkeypatch):
+    out, whole = tmp_path / "demo", recipe.read
+
+    def smaller(path, overrides):
+        return whole(path, overrides | {"fit.n": 512, "train.per_device_train_batch_size": 16})
+
+    monkeypatch.setattr(recipe, "read", smaller)
     assert dmfast.cli.main(["demo", "--steps", "2", "--samples", "32", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert printed.count("The run did not come to its target") == 1 and "samples before and after" in printed
@@ -691,7 +696,7 @@ def test_the_custom_loop(objective):
 
 
 def test_the_custom_loop_as_a_script(tmp_path):
-    args = ["--steps=2", "--batch=16", "--samples=256", "--eval-batch=16", f"--out={tmp_path / 'new' / 'loop'}"]
+    args = ["--steps=2", "--batch=16", "--samples=256", "--eval-batch=64", f"--out={tmp_path / 'new' / 'loop'}"]
     run_loop(loop_parser().parse_args(args), train)
     written = of_json(tmp_path / "new" / "loop" / "log.json")
     assert [metrics["step"] for metrics in written["history"]] == [1, 2]

@@ -317,9 +317,9 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     import quasi_rejection
 
     out = tmp_path / "curve.png"
-    small = ["--steps", "1", "--fit-samples", "512", "--samples", "256", "--accept", "64", "--out", str(out)]
+    small = ["--steps", "1", "--fit-samples", "256", "--samples", "128", "--accept", "32", "--out", str(out)]
     monkeypatch.setattr("sys.argv", ["quasi_rejection.py", *small])
     points = quasi_rejection.main()
     assert set(points) == {"base", "policy", "mixture"} and out.read_bytes().startswith(b"\x89PNG")
     assert all(point.acceptance.value == pytest.approx(0.25) for point in points.values())
-    assert "64 of" in capsys.readouterr().out
+    assert "32 of" in capsys.readouterr().out

@@ -1131,7 +1131,7 @@ def test_a_report_without_moments_survives_json():
 @pytest.fixture(scope="module")
 def tiny():
     base = load("tiny-bios")
-    return base, base.sample(None, 3072, max_new_tokens=48, seed=5, batch_size=512)
+    return base, base.sample(None, 1536, max_new_tokens=48, seed=5, batch_size=512)
 
 
 def test_base_rates_of_the_tiny_model(tiny):

@@ -17,11 +17,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values", "ignore:.*fr
 
 
 def test_evaluation_tells_the_truth_of_pi(tmp_path):
-    trainer = job(tmp_path, eval_samples=1000, eval_strategy="steps", eval_steps=2, learning_rate=0.0, max_steps=2)
+    trainer = job(tmp_path, eval_samples=500, eval_strategy="steps", eval_steps=2, learning_rate=0.0, max_steps=2)
     trainer.model.lm_head.weight.data[3] *= 2  # this makes pi differ from a
     trainer.train()
     metrics = next(h for h in trainer.state.log_history if "eval_kl_policy_base" in h)
-    x = trainer.policy.sample(n=5_000, max_new_tokens=6, seed=123)
+    x = trainer.policy.sample(n=2_000, max_new_tokens=6, seed=123)
     share = Contains("w3")(x).mean().item()
     gap = x.log_prob - trainer.target.base.log_prob(x)
     for name, value in (("phi/w3", share), ("kl_policy_base", gap.mean().item())):
@@ -29,8 +29,8 @@ def test_evaluation_tells_the_truth_of_pi(tmp_path):
         assert 0 < error < 0.05
         assert abs(metrics[f"eval_{name}"] - value) < 5 * error, name
     assert metrics["eval_kl_policy_base"] > 3 * metrics["eval_kl_policy_base_stderr"]
-    assert metrics["step"] == 2 and len(trainer.eval_samples) == 1000
-    assert metrics["eval_length"] == pytest.approx(float(x.score_mask.sum(1).double().mean()), abs=0.1)
+    assert metrics["step"] == 2 and len(trainer.eval_samples) == 500
+    assert metrics["eval_length"] == pytest.approx(float(x.score_mask.sum(1).double().mean()), abs=0.2)
     again = trainer.evaluate()
     # evaluations use the same random numbers
     assert again["eval_phi/w3"] == metrics["eval_phi/w3"]
