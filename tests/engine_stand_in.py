@@ -41,6 +41,7 @@ EXCHANGES = {
     "resume": ("POST", "/resume", None),
     "update_weight_version": ("POST", "/update_weight_version", {"new_version": "7"}),
     "weight_checker": ("POST", "/weight_checker", {"action": "checksum"}),
+    "architecture": ("POST", "/collective_rpc", {"method": "dmfast_architecture"}),
     "checksums": ("POST", "/collective_rpc", {"method": "dmfast_checksums"}),
     "load_lora_adapter": ("POST", "/v1/load_lora_adapter", {"lora_name": "", "lora_path": ""}),
     "unload_lora_adapter": ("POST", "/v1/unload_lora_adapter", {"lora_name": "nothing"}),
@@ -88,20 +89,18 @@ class StandIn:
         tokenizer: the server's own tokenizer.
         context: max_model_len.
         config: values of /server_info, in the place of ``CONFIG``'s; ``speculative_config`` may be among them.
-        says_sizes: whether /server_info tells the sizes of the model.
         sums: whether it runs with dmfast's extension of its workers.
         packed: a part of the names of tensors that it empties, since it keeps their values elsewhere.
         rank: the greatest rank of an adapter, if it was started with ``--enable-lora``.
     """
 
-    def __init__(self, model, tokenizer, *, context=24, config=None, sums=True, packed="", rank=None,
-                 says_sizes=True):  # fmt: skip
+    def __init__(self, model, tokenizer, *, context=24, config=None, sums=True, packed="", rank=None):
         self.started_with = copy.deepcopy(model).eval()
         self.tokenizer, self.context, self.sums, self.packed = tokenizer, context, sums, packed
         self.config, self.faults = CONFIG | {"max_model_len": context} | (config or {}), Faults()
         modules = ["c_attn", "c_proj"]
         self.lora = None if rank is None else {"max_lora_rank": rank, "max_loras": 1, "target_modules": modules}
-        self.asked, self.loads, self.says_sizes = [], 0, says_sizes
+        self.asked, self.loads = [], 0
         self._lock, self._http = threading.Lock(), None
         self.restart()
 
@@ -194,14 +193,7 @@ class StandIn:
         return {"object": "list", "data": [served, *adapters]}
 
     def _server_info(self, body):
-        config = self.started_with.config
-        sizes = {
-            "architecture": config.architectures, "model_type": config.model_type,
-            "text_model_type": config.get_text_config().model_type, "hidden_size": config.hidden_size,
-            "total_num_hidden_layers": config.num_hidden_layers,
-            "total_num_attention_heads": config.num_attention_heads, "vocab_size": config.vocab_size,
-        }  # fmt: skip
-        model = self.config | ({"model_arch_config": sizes} if self.says_sizes else {})
+        model = dict(self.config)
         speculative = model.pop("speculative_config", None)
         return {
             "vllm_config": {"model_config": model, "speculative_config": speculative, "lora_config": self.lora},
@@ -250,6 +242,10 @@ class StandIn:
                     mine[name].copy_(tensor)
             self.loads += 1
             return {"results": [None]}
+        if body["method"] == "dmfast_architecture" and self.sums:
+            config = self.started_with.config
+            kinds = [config.get_text_config().model_type, config.model_type]
+            return {"results": [{"model_type": kinds} | {name: getattr(config, name) for name in weights.SIZES}]}
         if body["method"] == "dmfast_checksums" and self.sums:
             named = self.model.named_parameters()
             shown = {n: p[:0] if self.packed and self.packed in n else p for n, p in named}

@@ -190,6 +190,12 @@ def test_the_stand_in_answers_as_vllm_did(server, name):
     assert alike(shape(found["answer"]), shape(recorded["answer"]))
 
 
+def test_what_is_read_of_the_server_s_options_is_what_vllm_told(server):
+    recorded = json.loads((Path(__file__).parent / "vllm_answers.json").read_text())["server_info"]
+    told = server._server_info(None)["vllm_config"]
+    assert told.keys() <= set(recorded["vllm_config"]) and told["model_config"].keys() <= set(recorded["model_config"])
+
+
 # ---- what is compared at the start
 
 LONG = {"n_positions": 48}
@@ -270,7 +276,7 @@ def test_an_engine_with_a_model_of_other_sizes_is_refused(case):
     with StandIn(of_sizes(**sizes), tok()) as server:
         with pytest.raises(ValueError, match=at_start):
             connected(server)
-        server.says_sizes = False
+        server.sums = False  # without dmfast's extension of its workers a server says nothing of its model
         sampler = connected(server)
         with pytest.raises(EngineError, match=at_load):
             sampler.load(lm())

@@ -35,11 +35,6 @@ _TRUNCATES = (
     "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens",
     "logit_bias", "bad_words", "allowed_token_ids", "max_new_tokens", "max_tokens",
 )  # fmt: skip
-# These fields of vLLM's ModelArchitectureConfig have the meaning of these fields of a config of transformers.
-_SIZES = {
-    "hidden_size": "hidden_size", "total_num_hidden_layers": "num_hidden_layers",
-    "total_num_attention_heads": "num_attention_heads",
-}  # fmt: skip
 # Each request holds these values, so that no default of the server acts.
 _WHOLE = {
     "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
@@ -120,7 +115,7 @@ class HTTPSampler(Engine):
                 f"{server} takes {context} tokens of context and the policy {own}: it serves another model; {_START}"
             )
         self._refuse_options(config)
-        self._compare_model(config.get("model_arch_config"))
+        self._compare_model()
         self._compare_tokens()
         mode, dtype = config.get("logprobs_mode"), str(config.get("dtype")).removeprefix("torch.")
         adapters = config["lora_config"]
@@ -171,25 +166,26 @@ class HTTPSampler(Engine):
                 f"log-probabilities: take processed_logprobs; {_START}"
             )
 
-    def _compare_model(self, theirs: Any) -> None:
-        """Compare what the server says of its model's architecture with the policy's.
+    def _compare_model(self) -> None:
+        """Compare the kind and the sizes of the server's model with the policy's.
 
         Raises:
-            ValueError: they differ. What the server does not say is not compared.
+            ValueError: they differ. What a server without dmfast's extension does not say is not compared.
         """
-        if not isinstance(theirs, Mapping):
+        workers = self._of_workers("dmfast_architecture")
+        if workers is None:
             return
+        theirs = workers[0]
         config: Any = getattr(without_adapters(module_of(self._like)), "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         own = [each.model_type for each in (text, config) if getattr(each, "model_type", None)]
-        found = [theirs[name] for name in ("text_model_type", "model_type") if theirs.get(name)]
-        differ = []
+        found, differ = theirs["model_type"], []
         if own and found and not set(own) & set(found):
             differ.append(f"model_type {found[0]}, and the policy's is {own[0]}")
-        for name, of_policy in _SIZES.items():
-            there, here = theirs.get(name), getattr(text, of_policy, None)
-            if isinstance(there, int) and isinstance(here, int) and 0 < there != here:
-                differ.append(f"{of_policy} {there}, and the policy's is {here}")
+        for name in weights.SIZES:
+            there, here = theirs[name], getattr(text, name, None)
+            if there is not None and here is not None and there != here:
+                differ.append(f"{name} {there}, and the policy's is {here}")
         if differ:
             raise ValueError(f"{self._server} serves another model than the policy: {'; '.join(differ)}; {_START}")
 
@@ -343,14 +339,15 @@ class HTTPSampler(Engine):
 
     def _sums_by(self, method: str) -> int | None:
         """Return the total of the checksums that a method of the server's workers gives."""
-        if not self._has_sums:
-            return None
+        workers = self._of_workers(method) if self._has_sums else None
+        self._has_sums = workers is not None
+        return None if workers is None else over_workers(workers)
+
+    def _of_workers(self, method: str) -> list[Mapping[str, Any]] | None:
+        """Return what each worker says, or None for a server that runs without dmfast's extension of its workers."""
         answer = self._server.post("/collective_rpc", {"method": method}, none=_FAILED)
         workers = None if answer is None else answer.get("results")
-        if not workers or not all(isinstance(each, Mapping) for each in workers):
-            self._has_sums = False  # the server runs without dmfast's extension of its workers
-            return None
-        return over_workers(workers)
+        return workers if workers and all(isinstance(each, Mapping) for each in workers) else None
 
 
 def _some_text(like: LanguageModel) -> tuple[str, list[int]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .weights import checksum
+from .weights import SIZES, checksum
 
 
 def no_packed_weights() -> None:
@@ -26,6 +26,13 @@ class Worker:
     """The methods that dmfast adds to a worker of vLLM."""
 
     model_runner: Any
+
+    def dmfast_architecture(self) -> dict[str, Any]:
+        """Return the kinds and the sizes of this worker's model, whose configs are those of transformers."""
+        config = self.model_runner.model_config
+        whole, text = config.hf_config, config.hf_text_config
+        kinds = [each.model_type for each in (text, whole) if getattr(each, "model_type", None)]
+        return {"model_type": kinds} | {name: getattr(text, name, None) for name in SIZES}
 
     def dmfast_checksums(self) -> dict[str, str]:
         """Return the checksum of each parameter of this worker, as strings because JSON numbers are exact to 2^53."""

