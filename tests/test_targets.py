@@ -685,8 +685,7 @@ def test_refit_takes_what_rests_on_more_samples():
             fit_lambda(torch.tensor([[0.0], [1.0]]), [0.5], log_ratio=log_ratio)
 
 
-@pytest.mark.parametrize("proposal", [False, True])
-@pytest.mark.parametrize("b", ["none", "hard", "mild"])
+@pytest.mark.parametrize(("b", "proposal"), [("none", False), ("none", True), ("hard", False), ("mild", True)])
 def test_the_stated_error_of_the_divergence_is_what_it_varies_by(b, proposal):
     """150 fits take 1,000 samples each, of a or of another model, with lambda and Z from the same samples."""
     generator = torch.Generator().manual_seed(2)
