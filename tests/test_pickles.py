@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import os
 import pickle
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,6 +76,29 @@ def test_what_torch_and_numpy_write_is_no_code(tmp_path):
     }  # fmt: skip
     torch.save(plain, tmp_path / "state.pt")
     pickles.refuse_code(tmp_path)
+
+
+class LossScaler:
+    """Stand for the class of DeepSpeed with this name."""
+
+
+def test_the_files_of_deepspeed_may_name_its_classes_and_nothing_else(tmp_path, monkeypatch):
+    file, trace = tmp_path / "global_step3" / "mp_rank_00_model_states.pt", tmp_path / "it ran"
+    file.parent.mkdir()
+    name = "deepspeed.runtime.fp16.loss_scaler"
+    for parent in itertools.accumulate(name.split("."), "{}.{}".format):
+        monkeypatch.setitem(sys.modules, parent, SimpleNamespace(LossScaler=LossScaler))
+    monkeypatch.setattr(LossScaler, "__module__", name)
+    torch.save({"weight": torch.ones(2), "scaler": LossScaler()}, file)
+    pickles.refuse_code(tmp_path)
+    torch.save({"scaler": LossScaler(), "hidden": Runs(trace)}, file)
+    with pytest.raises(ValueError, match=r"it names (posix|nt)\.mkdir"):
+        pickles.refuse_code(tmp_path)
+    torch.save(LossScaler(), tmp_path / "optimizer.pt")
+    file.unlink()
+    with pytest.raises(ValueError, match=r"optimizer\.pt holds .* it names deepspeed\.runtime"):
+        pickles.refuse_code(tmp_path)
+    assert not trace.exists()
 
 
 OTHER = {

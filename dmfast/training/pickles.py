@@ -29,6 +29,11 @@ _PLAIN = re.compile(
     r"torch\.(Tensor|nn\.parameter\.Parameter)|torch\.serialization\._get_layout|"
     r"numpy\.(ndarray|dtype)|numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)|numpy\.dtypes\.\w+DType"
 )  # fmt: skip
+#: The classes of numbers that DeepSpeed's own files may hold, too.
+_OF_DEEPSPEED = re.compile(
+    _PLAIN.pattern + r"|deepspeed\.runtime\.fp16\.loss_scaler\.(Dynamic)?LossScaler|"
+    r"deepspeed\.runtime\.zero\.config\.ZeroStageEnum|deepspeed\.utils\.tensor_fragment\.fragment_address"
+)
 #: The names that the metadata of torch.distributed.checkpoint may hold.
 _OF_METADATA = re.compile(
     r"torch\.distributed\.checkpoint\.metadata\.(Metadata|MetadataIndex|TensorStorageMetadata|BytesStorageMetadata|"
@@ -115,14 +120,14 @@ def _check(data: bytes, allowed: re.Pattern[str], what: str) -> None:
         )
 
 
-def _check_saved(source: Any, what: str) -> None:
+def _check_saved(source: Any, what: str, allowed: re.Pattern[str] = _PLAIN) -> None:
     """Check a file, or a buffer, that torch.save wrote."""
     try:
         # torch's own reader takes the same record from the file that torch.load would take
         data = torch._C.PyTorchFileReader(source).get_record("data.pkl")
     except RuntimeError as error:
         raise ValueError(f"{what} can't be read: {error}") from error
-    _check(data, _PLAIN, what)
+    _check(data, allowed, what)
 
 
 def _check_shards(path: Path) -> None:
@@ -144,15 +149,16 @@ def _check_shards(path: Path) -> None:
 def refuse_code(folder: Path) -> None:
     """Check that no file of a checkpoint could run code when it is read. The check itself runs nothing of it.
 
-    DeepSpeed's own files are left out: they name classes of DeepSpeed, which reads them itself (SECURITY.md).
+    The files that DeepSpeed writes and reads itself may also name a few of its classes.
 
     Raises:
         ValueError: a file holds more than tensors and plain values, or can't be read.
     """
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        if _DEEPSPEED.fullmatch(path.relative_to(folder).parts[0]) or path.name in _NEVER_READ:
+        if path.name in _NEVER_READ:
             continue
         if path.name == _METADATA:
             _check_shards(path)
         elif path.suffix in (".pt", ".pth", ".bin"):
-            _check_saved(str(path), str(path))
+            of_deepspeed = _DEEPSPEED.fullmatch(path.relative_to(folder).parts[0])
+            _check_saved(str(path), str(path), _OF_DEEPSPEED if of_deepspeed else _PLAIN)
