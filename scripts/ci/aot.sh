@@ -1,8 +1,9 @@
 #!/bin/sh
 # Runs aot.py on the kernels for one architecture of NVIDIA's and one of AMD's, and compares what it finds with
 # benchmarks/results/aot.json, which `make aot-all` writes for all of them. Then aot.py must catch the seeded bugs of
-# tests/native/bugs. The models of roofline.py and stated.py, from the same figures, must equal those of docs/gpu.md. Then the extension is built as a user builds it. If there is no nvcc, PyPI's CUDA compiler is
-# installed. Compiled code is kept in ~/.cache by the hash of its source.
+# tests/native/bugs. The models of roofline.py and stated.py, from the same figures, must equal those of docs/gpu.md.
+# Then the extension is built as a user builds it. If there is no nvcc, PyPI's CUDA compiler is installed. Compiled code
+# is kept in ~/.cache by the hash of its source.
 set -eu
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 here=$(pwd)
