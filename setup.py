@@ -23,11 +23,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cuda_compiler
 
 # -ffp-contract=fast is gcc's default and stands here because exp2's accuracy relies on it. -ffast-math is left out
-# because it breaks the round-to-nearest of exp2, and -march because rows.cpp chooses the instruction set when it runs.
+# because it breaks the round-to-nearest of exp2, and -march because row_kernels.h chooses the instruction set when it runs.
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra"]
 if platform.machine() == "x86_64":  # g++ uses an MMX register as a spare one and leaves the x87 unit in MMX mode
     FLAGS.append("-mno-mmx")
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/loss.cpp", "csrc/cpu/rows.cpp", "csrc/cpu/sample.cpp"]
+# the files that take longest come first, because they are compiled side by side
+SOURCES = [
+    "csrc/cpu/rows_fp32.cpp", "csrc/cpu/rows_16bit.cpp", "csrc/cpu/sample.cpp", "csrc/bindings.cpp",
+    "csrc/cpu/loss.cpp", "csrc/cpu/rows.cpp",
+]  # fmt: skip
 CUDA_SOURCES = ["csrc/cuda/loss.cu", "csrc/cuda/sample.cu"]
 HEADERS = [str(path) for kind in ("*.h", "*.cuh") for path in sorted(Path("csrc").rglob(kind))]
 ARCHS = ["80", "90", "100", "120"]

@@ -115,7 +115,7 @@ bool is_plain(const Batch& b, const Terms& t) {
 
 Status forward(const Batch& b, const Terms& t, const Outputs& out, bool checked) {
   if (!checked && !is_plain(b, t)) return {Fault::unusual, -1};
-  const RowKernels& k = row_kernels(b.dtype, b.dtype);
+  const RowKernels k = row_kernels(b.dtype, b.dtype);
   const int64_t fault = for_rows(b, [&](int64_t row, int64_t) { return score_row(b, k, out, row); });
   if (fault != kNoFault) return status(fault);
   sum_rows(b, out);
@@ -124,7 +124,7 @@ Status forward(const Batch& b, const Terms& t, const Outputs& out, bool checked)
 
 void backward(const Batch& b, const double* lse, const double* weight, const Bonus& bonus, double factor,
               const double* upstream, const Gradient& g) {
-  const RowKernels& k = row_kernels(b.dtype, g.dtype);
+  const RowKernels k = row_kernels(b.dtype, g.dtype);
   if (upstream) factor *= *upstream;
   for_rows(b, [&](int64_t row, int64_t sequence) {
     RowWeight of_row{weight[sequence] * b.share(row) * factor, 0.0, 0.0};
@@ -137,7 +137,7 @@ void backward(const Batch& b, const double* lse, const double* weight, const Bon
 Status forward_backward(const Batch& b, const Terms& t, const Outputs& out, bool checked, double factor,
                         const Gradient& g) {
   if (!checked && !is_plain(b, t)) return {Fault::unusual, -1};
-  const RowKernels& k = row_kernels(b.dtype, g.dtype);
+  const RowKernels k = row_kernels(b.dtype, g.dtype);
   for (int64_t i = 0; i < b.sequences; ++i) {
     out.log_prob(i) = t.at(kLogProposal, i);
     out.sequence_entropy(i) = 0.0;
@@ -167,7 +167,7 @@ Status forward_backward(const Batch& b, const Terms& t, const Outputs& out, bool
 void scale(const Batch& b, double factor, const double* upstream, const Gradient& g) {
   const auto by = static_cast<float>(factor * *upstream);
   if (by == 1.0f) return;
-  const RowKernels& k = row_kernels(g.dtype, g.dtype);
+  const RowKernels k = row_kernels(g.dtype, g.dtype);
 #pragma omp parallel for schedule(static) num_threads(b.threads)
   for (int64_t row = 0; row < b.rows; ++row) {
     if (b.labels && b.labels[row] < 0) continue;

@@ -1,5 +1,5 @@
-// The interface between the kernels of rows.cpp, which are compiled once per instruction set and work on one row of
-// logits, and loss.cpp, which runs them over rows on threads.
+// The interface between the kernels of row_kernels.h, which are compiled once per instruction set and work on one row
+// of logits, and loss.cpp, which runs them over rows on threads.
 #pragma once
 #include "../batch.h"
 
@@ -46,7 +46,11 @@ struct RowKernels {
 int64_t scratch_size(const RowOptions&);
 
 // Returns the kernels for the dtypes of logits and gradient, which are equal, or fp32 and 16 bits. Throws for others.
-const RowKernels& row_kernels(DType logits, DType gradient);
+RowKernels row_kernels(DType logits, DType gradient);
+
+// Return the kernels for logits of these dtypes, each from a file of its own.
+RowKernels rows_of_fp32(DType gradient);
+RowKernels rows_of_16_bits(DType dtype);
 
 // Returns the instruction set that the row kernels use on this machine: "x86-64-v4", "x86-64-v3" or "baseline".
 const char* instruction_set();

@@ -1,5 +1,5 @@
 // The row kernels read a row once, in blocks of 512 logits. The terms of a block, e^(scale (cap(z) - reference)), stay
-// in the first-level cache for the caller, who makes a sum, a gradient (rows.cpp) or a draw (sample.cpp) of them.
+// in the first-level cache for the caller, who makes a sum, a gradient (row_kernels.h) or a draw (sample.cpp) of them.
 //
 // The reference is the largest logit of the first block. It rises only where a block's sum shows that it must, which is
 // rare. Terms above 1 do no harm, so the maximum of each block is usually not computed. It is computed where a block

@@ -1,6 +1,6 @@
 // The arithmetic of one logit as plain C++ that compilers turn into SIMD at any width: exp2 in fp32, tanh in fp64,
 // conversions of bf16 and fp16. It uses no intrinsics, so that one source serves AVX-512, AVX2, SSE2 and NEON. The
-// instruction set is chosen when the program runs (rows.cpp).
+// instruction set is chosen when the program runs (row_kernels.h).
 #pragma once
 #include <cfloat>
 #include <cmath>

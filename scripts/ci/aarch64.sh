@@ -9,5 +9,5 @@ fi
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 flags="-O3 -std=c++17 -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra -Werror -Icsrc"
-aarch64-linux-gnu-g++ $flags -static csrc/cpu/rows.cpp csrc/cpu/loss.cpp csrc/cpu/sample.cpp tests/native/selftest.cpp -o "$out/selftest"
+aarch64-linux-gnu-g++ $flags -static csrc/cpu/*.cpp tests/native/selftest.cpp -o "$out/selftest"
 qemu-aarch64 "$out/selftest"

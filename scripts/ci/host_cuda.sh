@@ -20,8 +20,7 @@ build() { # directory, flags
   flags="-std=c++17 -fPIC -Wall -Wextra -Wno-unknown-pragmas -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast
     ${no_mmx:-} -fvisibility=hidden -DDMF_NO_CLONES -DDMF_CUDA -DDMF_SHIM -Itests/native -Icsrc $2
     $("$python" -c 'import pybind11, sysconfig; print("-I" + pybind11.get_include(), "-I" + sysconfig.get_paths()["include"])')"
-  for source in csrc/bindings.cpp csrc/cpu/loss.cpp csrc/cpu/rows.cpp csrc/cpu/sample.cpp csrc/cuda/loss.cu \
-    csrc/cuda/sample.cu tests/native/shim.cpp; do
+  for source in csrc/bindings.cpp csrc/cpu/*.cpp csrc/cuda/loss.cu csrc/cuda/sample.cu tests/native/shim.cpp; do
     object="$1/$(echo "$source" | tr / _).o"
     [ -f "$object" ] || g++ $flags -x c++ -c "$source" -o "$object"
     set -- "$@" "$object"
