@@ -27,8 +27,9 @@ lint: $(VENV)/test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 	$(BIN)/mypy
 
-# Two proofs run at a time. With `passive`, threads of one that wait leave the core to the threads of the other.
-proofs: $(VENV)/triton $(VENV)/docs $(VENV)/deepspeed $(VENV)/ray $(VENV)/trl $(VENV)/verl $(VENV)/extras/bin/uv
+# Two proofs run at a time. With `passive`, threads of one that wait leave the core to the threads of the other. What the
+# tests' environment needs is installed before. A proof that has an environment of its own makes it beside another proof.
+proofs: $(VENV)/triton $(VENV)/docs
 	OMP_WAIT_POLICY=passive $(MAKE) -j2 -Otarget $(PROOFS)
 
 # This tests the CPU kernels under AddressSanitizer and UBSan, built for the baseline instruction set without AVX2.
