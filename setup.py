@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cuda_compiler
 
 # -ffp-contract=fast is gcc's default and stands here because exp2's accuracy relies on it. -ffast-math is left out
-# because it breaks the round-to-nearest of exp2, and -march because row_kernels.h chooses the instruction set when it runs.
+# because it breaks the round-to-nearest of exp2, and -march because the row kernels choose the instruction set at run
+# time.
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra"]
 if platform.machine() == "x86_64":  # g++ uses an MMX register as a spare one and leaves the x87 unit in MMX mode
     FLAGS.append("-mno-mmx")

@@ -196,6 +196,14 @@ def test_what_is_read_of_the_server_s_options_is_what_vllm_told(server):
     assert told.keys() <= set(recorded["vllm_config"]) and told["model_config"].keys() <= set(recorded["model_config"])
 
 
+def test_a_large_q_is_written_in_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHARD", "4KB")
+    weights.write(lm().model, tmp_path / "q")
+    assert len(list((tmp_path / "q").glob("model-*.safetensors"))) > 1
+    again = type(lm().model).from_pretrained(tmp_path / "q").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in lm().model.state_dict().items())
+
+
 # ---- what is compared at the start
 
 LONG = {"n_positions": 48}

@@ -20,12 +20,15 @@ from .. import adapters
 from ..tensors import address
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # by which models are told apart, in their configs
+SHARD = "5GB"  # the most that a file of q's parameters takes
 _UNFINISHED = ".being-written"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def write(model: Any, folder: Path) -> None:
     """Write a transformers model as ``save_pretrained`` does, into a folder that is never there incomplete.
+
+    A large model takes several files of at most ``SHARD``, with an index.
 
     Args:
         model: a model without adapters and wrappers.
@@ -38,7 +41,7 @@ def write(model: Any, folder: Path) -> None:
 
     def save(staging: Path) -> None:
         with _without_generation_config(model), _quietly():
-            model.save_pretrained(staging)
+            model.save_pretrained(staging, max_shard_size=SHARD)
 
     _write(folder, save)
 

@@ -36,7 +36,7 @@ import torch  # noqa: E402
 
 import dmfast  # noqa: E402
 from dmfast import Contains, LanguageModel, Moment  # noqa: E402
-from dmfast.sampling import EngineError, HTTPSampler, VLLMSampler  # noqa: E402
+from dmfast.sampling import EngineError, HTTPSampler, VLLMSampler, weights  # noqa: E402
 from dmfast.training.recipe import TINY_BIOS  # noqa: E402
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -175,7 +175,8 @@ def check_sampler(sampler: Any, lm: LanguageModel) -> None:
 
 
 def check_http() -> None:
-    print("over HTTP, started by dmfast serve-proposal")
+    print("over HTTP, started by dmfast serve-proposal, with q in several files")
+    weights.SHARD = "300KB"
     lm = policy()
     with server() as url:
         sampler = HTTPSampler(url, lm, patience=5)
