@@ -49,8 +49,8 @@ def build(target: Path, dry: bool) -> None:
     host = [*HOST, "-O1", *SHIM] if dry else [*HOST, "-O3"]
     compile_host = ["g++", *host, "-fvisibility=hidden", "-DDMF_CUDA", *includes(), "-x", "c++", "-c"]
     compile_cuda, link = compile_host, ["g++", "-shared", "-fopenmp"]
-    sources = ["bindings.cpp", *(f"cpu/{name}.cpp" for name in ("loss", "rows", "sample"))]
-    work = [(compile_host, f"csrc/{source}") for source in sources]
+    sources = ["csrc/bindings.cpp", *(f"csrc/cpu/{path.name}" for path in sorted((ROOT / "csrc/cpu").glob("*.cpp")))]
+    work = [(compile_host, source) for source in sources]
     libraries: list[str] = []
     if dry:
         work.append((compile_host, "tests/native/shim.cpp"))
