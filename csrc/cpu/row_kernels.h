@@ -15,7 +15,7 @@
 // 1. Blocks whose terms are small beside the sum so far are first added by fours in fp32 (scan.h), where nothing is
 // lost.
 //
-// rows_fp32.cpp and rows_16bit.cpp compile them for their dtypes, side by side, once per instruction set
+// rows_fp32.cpp and rows_16bit.cpp compile these kernels, each for its dtypes and once per instruction set
 // (target_clones). One version is chosen when the program runs. These files hold kernels only, because a global
 // constructor compiled for AVX-512 would crash an AVX2 machine at load.
 #pragma once
@@ -23,7 +23,6 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
-#include <stdexcept>
 
 #include "rows.h"
 #include "scan.h"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import adapters
 from ..tensors import address
 
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # by which models are told apart, in their configs
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # they tell apart models of one kind
 SHARD = "5GB"  # the most that a file of q's parameters takes
 _UNFINISHED = ".being-written"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

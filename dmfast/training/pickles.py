@@ -29,7 +29,7 @@ _PLAIN = re.compile(
     r"torch\.(Tensor|nn\.parameter\.Parameter)|torch\.serialization\._get_layout|"
     r"numpy\.(ndarray|dtype)|numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)|numpy\.dtypes\.\w+DType"
 )  # fmt: skip
-#: The classes of numbers that DeepSpeed's own files may hold, too.
+#: The files that DeepSpeed writes may also hold objects of these classes of its own.
 _OF_DEEPSPEED = re.compile(
     _PLAIN.pattern + r"|deepspeed\.runtime\.fp16\.loss_scaler\.(Dynamic)?LossScaler|"
     r"deepspeed\.runtime\.zero\.config\.ZeroStageEnum|deepspeed\.utils\.tensor_fragment\.fragment_address"

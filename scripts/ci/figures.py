@@ -49,7 +49,7 @@ def figures_of(code: Code) -> Figures:
 
 
 def digest() -> str:
-    """Return a digest of the sources, whose line ends and blank lines at the end do not count."""
+    """Return a digest of the sources. Blank lines at the end of a file do not change it."""
     found = hashlib.sha256()
     for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
         found.update(f"{path.relative_to(ROOT)}\n{path.read_text().rstrip()}\n".encode())

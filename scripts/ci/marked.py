@@ -18,11 +18,11 @@ def brought_up_to_date(name: str, made: str, files: list[str]) -> int:
         print(made, end="")
         return 0
     page, written = map(Path, files)
-    before, rest = page.read_text().split(f"<!-- {name} -->\n")
+    old = page.read_text()
+    before, rest = old.split(f"<!-- {name} -->\n")
     after = rest.split(f"<!-- end of {name} -->\n")[1]
     made = f"{before}<!-- {name} -->\n{made}<!-- end of {name} -->\n{after}"
     written.write_text(made)
-    old = page.read_text()
     if made != old:
         difference = "".join(unified_diff(old.splitlines(True), made.splitlines(True), str(page), "now", n=0))
         print(f"{difference}{page} is out of date: cp {written} {page}")
