@@ -21,9 +21,9 @@ aot() { # directory of a tree, options
 start=$(date +%s)
 said() { echo "$(($(date +%s) - start)) s: $*"; }
 
-# The kernels for fp32 alone have this bug too, and compile in a quarter of the time.
+# The kernels for fp32 alone have this bug too.
 aot_of_fp32() {
-  (cd "$1" && patch -s -p1 <tests/native/one_dtype.patch)
+  one_dtype "$1"
   aot "$@"
 }
 

@@ -45,15 +45,14 @@ sanitized() {
 }
 
 . scripts/ci/caught.sh
-# Runs the tests on the build of a copy whose csrc/cuda differs from that of another build, and has kernels of one
-# dtype alone (fp32, or DMF_ONLY), which compile in a quarter of the time.
+# Runs the tests on the build of a copy whose csrc/cuda differs from that of another build, with kernels of one dtype.
 seeded() { # copy, the other build, flags, suite or sanitized, tests and options
   copy=$1 like=$2 flags=$3 how=$4
   shift 4
   mkdir "$copy/build"
   cp "$like"/*.o "$copy/build/"
   rm "$copy/build/csrc_cuda_loss.cu.o" # the tests of the bugs run no kernel of sample.cu
-  (cd "$copy" && patch -s -p1 <tests/native/one_dtype.patch && build "$copy/build" "$flags") && SHIM_SEED=1 $how "$copy/build" -x "$@"
+  one_dtype "$copy" && (cd "$copy" && build "$copy/build" "$flags") && SHIM_SEED=1 $how "$copy/build" -x "$@"
 }
 
 start=$(date +%s)

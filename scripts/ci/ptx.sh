@@ -19,9 +19,8 @@ of_nvcc() { # directory of the sources, options
   (cd "$tree" && PYTHONPATH="$here:$tree/tests/ptx" "$python" -m pytest tests/ptx/proof.py -q -p no:cacheprovider "$@")
 }
 
-# The seeded bugs are compiled with the kernels for fp32 alone, which takes a quarter of the time.
 of_fp32() {
-  (cd "$1" && patch -s -p1 <tests/native/one_dtype.patch)
+  one_dtype "$1"
   of_nvcc "$@"
 }
 
