@@ -25,7 +25,9 @@ from dmfast.sampling import HTTPSampler, weights
 CONFIG = {
     "dtype": "torch.float32", "logprobs_mode": "processed_logprobs", "generation_config": "vllm",
     "override_generation_config": {}, "logits_processors": None, "quantization": None,
+    "device_config": {"device": "cpu"}, "scheduler_config": {"enable_chunked_prefill": False},
 }  # fmt: skip
+BESIDE = ("speculative_config", "device_config", "scheduler_config")
 
 #: The recorded answers answer this request.
 REQUEST = {"model": "q", "prompt": [1, 2], "n": 2, "seed": 5, "max_tokens": 3, "logprobs": 0, "prompt_logprobs": 0,
@@ -88,7 +90,8 @@ class StandIn:
         model: the model that it was started with. It is copied.
         tokenizer: the server's own tokenizer.
         context: max_model_len.
-        config: values of /server_info, in the place of ``CONFIG``'s; ``speculative_config`` may be among them.
+        config: values of /server_info, in the place of ``CONFIG``'s. Those in ``BESIDE`` stand beside ``model_config``
+            there, and the others in it.
         sums: whether it runs with dmfast's extension of its workers.
         packed: a part of the names of tensors that it empties, since it keeps their values elsewhere.
         rank: the greatest rank of an adapter, if it was started with ``--enable-lora``.
@@ -193,13 +196,10 @@ class StandIn:
         return {"object": "list", "data": [served, *adapters]}
 
     def _server_info(self, body):
-        model = dict(self.config)
-        speculative = model.pop("speculative_config", None)
-        return {
-            "vllm_config": {"model_config": model, "speculative_config": speculative, "lora_config": self.lora},
-            "vllm_env": {},
-            "system_env": {},
-        }
+        beside = {name: self.config[name] for name in self.config if name in BESIDE}
+        model = {name: self.config[name] for name in self.config if name not in BESIDE}
+        told = {"speculative_config": None, "lora_config": self.lora, "model_config": model} | beside
+        return {"vllm_config": told, "vllm_env": {}, "system_env": {}}
 
     def _weight_info(self, body):
         return {"weight_version": self.weight_version}

@@ -193,7 +193,9 @@ def test_the_stand_in_answers_as_vllm_did(server, name):
 def test_what_is_read_of_the_server_s_options_is_what_vllm_told(server):
     recorded = json.loads((Path(__file__).parent / "vllm_answers.json").read_text())["server_info"]
     told = server._server_info(None)["vllm_config"]
-    assert told.keys() <= set(recorded["vllm_config"]) and told["model_config"].keys() <= set(recorded["model_config"])
+    assert told.keys() <= set(recorded["vllm_config"])
+    for part in ("model_config", "device_config", "scheduler_config"):
+        assert told[part].keys() <= set(recorded[part])
 
 
 def test_a_large_q_is_written_in_several_files(tmp_path, monkeypatch):
@@ -258,6 +260,9 @@ UNFIT = {
     "top-p": ({"config": {"override_generation_config": {"top_p": 0.9}}}, "was started with {'top_p': 0.9}"),
     "top-k": ({"config": {"override_generation_config": {"top_k": 20}}}, "was started with {'top_k': 20}"),
     "a logits processor": ({"config": {"logits_processors": ["mine"]}}, "was started with {'logits_processors'"),
+    "prompts in parts": (
+        {"config": {"scheduler_config": {"enable_chunked_prefill": True}}}, "start it with --no-enable-chunked-prefill"
+    ),
     "quantised": ({"config": {"quantization": "fp8"}}, "was started with {'quantization': 'fp8'}"),
     "logits": ({"config": {"logprobs_mode": "raw_logits"}}, "--logprobs-mode raw_logits"),
     "repetition": ({"config": {"override_generation_config": {"repetition_penalty": 2}}}, "{'repetition_penalty': 2}"),
@@ -1069,6 +1074,14 @@ def test_serve_proposal_starts_vllm_with_what_the_sampler_needs():
     for option in ("--generation-config=auto", "--logprobs-mode", "--quantization"):
         with pytest.raises(ValueError, match="serve-proposal can't take"):
             serve.command("m", [option], host="h", port=5, dtype="auto")
+
+
+def test_serve_proposal_on_a_cpu_reads_prompts_whole():
+    """Check that vLLM does not read prompts in parts on a CPU, because it ends there when such a request has a seed."""
+    how = {"host": "h", "port": 5, "dtype": "auto", "on_cpu": True}
+    assert "--no-enable-chunked-prefill" in serve.command("m", [], **how)
+    with pytest.raises(ValueError, match="can't take --enable-chunked-prefill on a CPU"):
+        serve.command("m", ["--enable-chunked-prefill"], **how)
 
 
 def test_serve_proposal_without_vllm_is_an_error_with_a_reason(capsys):

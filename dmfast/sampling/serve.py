@@ -14,6 +14,7 @@ from ..shipped import located
 _WORKER = "dmfast.sampling.vllm_worker.Worker"
 _OWN = ("--model", "--generation-config", "--override-generation-config", "--logprobs-mode", "--worker-extension-cls",
         "--logits-processors", "--speculative-config", "--quantization")  # fmt: skip
+_IN_PARTS = "--enable-chunked-prefill"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,26 +28,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(vllm=[])
 
 
-def command(model: str, options: Sequence[str], *, host: str, port: int, dtype: str) -> list[str]:
+def command(model: str, options: Sequence[str], *, host: str, port: int, dtype: str, on_cpu: bool = False) -> list[str]:
     """Return the command that starts the server.
 
     Args:
         model: a folder or a name on the hub.
         options: further options of vLLM's server.
         host, port, dtype: the options of vLLM's server of these names.
+        on_cpu: whether vLLM computes on a CPU. vLLM then ends on a request with a seed whose prompt it reads in parts,
+            so that is switched off.
 
     Raises:
         ValueError: dmfast sets one of the options itself, or the server would draw from another distribution with it.
+            Or the server would end on a CPU.
     """
     own = [each for each in options if each.partition("=")[0] in _OWN]
     if own:
         raise ValueError(
             f"serve-proposal can't take {', '.join(own)}: dmfast sets it, or q would not be the model's distribution"
         )
+    if on_cpu and _IN_PARTS in options:
+        raise ValueError(
+            f"serve-proposal can't take {_IN_PARTS} on a CPU, where vLLM ends on a request with a seed whose prompt it "
+            "reads in parts: leave it out"
+        )
+    whole = [f"--no-{_IN_PARTS.removeprefix('--')}"] if on_cpu else []
     return [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", host, "--port",
         str(port), "--dtype", dtype, "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
-        "--worker-extension-cls", _WORKER, *options,
+        "--worker-extension-cls", _WORKER, *whole, *options,
     ]  # fmt: skip
 
 
@@ -63,7 +73,10 @@ def serve(args: argparse.Namespace) -> NoReturn:
     """
     if util.find_spec("vllm") is None:
         raise ValueError("vLLM is not installed in this environment: pip install vllm, and dmfast beside it")
-    line = command(str(located(args.model)), args.vllm, host=args.host, port=args.port, dtype=args.dtype)
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.is_cpu()
+    line = command(str(located(args.model)), args.vllm, host=args.host, port=args.port, dtype=args.dtype, on_cpu=on_cpu)
     print(f"q will be served at http://{args.host}:{args.port}: train with sampler=http://{args.host}:{args.port}")
     sys.stdout.flush()
     os.execve(sys.executable, line, environment(os.environ))

