@@ -195,7 +195,8 @@ def claims(runs: Runs) -> str:
     """Return a table with the differences that the claims are about."""
     pairs = [
         ("alpha=0", "reinforce"), ("alpha=0", "alpha=0.5"), ("alpha=0", "alpha=0.9"), ("alpha=0", "alpha=0.999"),
-        ("alpha=0.5", "alpha=0.9"), ("alpha=0.5", "reinforce"), ("alpha=0.9", "reinforce"),
+        ("alpha=0.5", "alpha=0.9"), ("alpha=0.5", "reinforce"), ("alpha=0.75", "alpha=0.5"),
+        ("alpha=0.75", "alpha=0.9"), ("alpha=0.75", "reinforce"), ("alpha=0.75", "maxrl"), ("alpha=0.9", "reinforce"),
         ("alpha=0.999", "reinforce"), ("alpha=0", "gdc++ offline"), ("alpha=0", "maxrl"), ("alpha=0", LIKELIHOOD),
     ]  # fmt: skip
     rows = []
@@ -245,7 +246,8 @@ def front(runs: Runs, path: Path) -> None:
                 axis.plot(x, y, dashed, color=COLORS[method], linewidth=1, alpha=0.7)
                 axis.plot(x[-1], y[-1], MARKERS[method], color=COLORS[method], label=label(method))
             axis.set(xlabel="pass@1", ylabel=name, title=f"{split}: 32 prompts, from the base to the end")
-    axes[0][0].legend(fontsize=8)
+    # inside a panel it would hide a mark
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=7)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
