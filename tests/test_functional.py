@@ -1087,7 +1087,8 @@ def assert_one_graph(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_loss(name: str) -> None:
-    assert_one_graph(name, "inductor")
+    """The ops are opaque to inductor, which differs in how it reuses memory. Few cases show that, and each takes g++."""
+    assert_one_graph(name, "inductor" if name in ("none", "gdc++ in place", "own in place, bonus") else "aot_eager")
 
 
 @pytest.mark.parametrize("name", ["gdc++", "none", "own in place, bonus", "leave_one_out", "alpha, known"])
@@ -1225,7 +1226,8 @@ def test_the_losses_on_hidden_states_compile(name: str) -> None:
     torch.manual_seed(1)
     inputs = [torch.randn(4, 5, 8), torch.randn(37, 8), torch.randn(37)]
     function, found = linear_step(name), []
-    for call in (function, torch.compile(function, fullgraph=True, backend="inductor")):
+    backend = "inductor" if name in ("own", "two phases, bonus") else "aot_eager"
+    for call in (function, torch.compile(function, fullgraph=True, backend=backend)):
         leaves = [leaf(x) for x in inputs]
         if name == "frozen head":
             leaves[1] = inputs[1].clone()

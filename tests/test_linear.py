@@ -710,7 +710,7 @@ def test_under_compile(objective: str) -> None:
     case = make()
     h, w, b = case.inputs(False)
 
-    @torch.compile
+    @torch.compile(backend="aot_eager")
     def step(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
         out = dmfast.linear_dm_loss(
             2 * h, w, case.tokens, case.mask, bias=b, objective=objective, chunk_bytes=case.chunk_bytes(7), **case.terms
