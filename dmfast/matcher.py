@@ -604,17 +604,19 @@ class Matcher:
 
         Raises:
             RuntimeError: not all of the batch has passed the loss.
-            ValueError: the policy is sharded; ``loss`` got a token_weight; or as ``gradient_variance``.
+            ValueError: the policy is sharded or cut among processes; ``loss`` got a token_weight; or as
+                ``gradient_variance``.
         """
         if self._weighs_tokens:
             raise ValueError(
                 "measure_gradient weighs each sequence as a whole, and loss got token_weight: what it measured would "
                 "be another gradient; leave one of them out"
             )
-        if sharding.is_sharded(self.policy.model):
+        model = self.policy.model
+        if sharding.is_sharded(model) or sharding.is_cut_by_zero(model) or tensor_parallel.is_cut(model):
             raise ValueError(
-                "measure_gradient differentiates each sequence alone, outside of the forward that FSDP knows, so it "
-                "does not run on a sharded policy; measure in one process"
+                "measure_gradient differentiates each sequence alone and reads whole gradients, so it does not run on "
+                "a policy that is sharded or cut among processes; measure in one process"
             )
         start, order = time.perf_counter(), self._order()
         batch = cast(Batch, self.batch)

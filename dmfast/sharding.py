@@ -135,12 +135,18 @@ def agree(model: nn.Module, mine: bool) -> bool:
 
 
 def refuse(model: Any) -> None:
-    """Refuse a model that transformers has spread over processes in a way that was not tested or does not work.
+    """Refuse a model that was spread over processes in a way that was not tested or does not work.
 
     Raises:
-        ValueError: the model has an adapter, pipeline or expert parallelism, or a tied head with shares of several
-            sizes.
+        ValueError: the model is sharded by FSDP1; or transformers has spread it, and it has an adapter, pipeline or
+            expert parallelism, or a tied head with shares of several sizes.
     """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(each, fsdp.FullyShardedDataParallel) for each in model.modules()):
+        raise ValueError(
+            "the model is sharded by FSDP1 (FullyShardedDataParallel), and dmfast runs under FSDP2: shard it by "
+            "torch.distributed.fsdp.fully_shard, or set fsdp=True in DMConfig"
+        )
     tensor_parallel.refuse(model)
     if getattr(model, "is_distributed_loading_by_transformers", False) and hasattr(model, "peft_config"):
         raise ValueError(NO_ADAPTERS)

@@ -447,6 +447,14 @@ def test_what_the_config_refuses(case):
         DMConfig("out", use_cpu=True, **settings)
 
 
+def test_what_the_config_refuses_in_several_processes(monkeypatch):
+    monkeypatch.setattr(DMConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="sampler_ahead=2 does not go with several processes"):
+        DMConfig("out", use_cpu=True, sampler_ahead=2, **HTTP)
+    with pytest.raises(ValueError, match="sampler='vllm' does not run in several processes"):
+        DMConfig("out", use_cpu=True, sampler="vllm")
+
+
 # --- bad input
 
 

@@ -14,6 +14,7 @@ import json
 import threading
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,17 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import dmfast
 from dmfast import LanguageModel, OfflineProposal, cli
-from dmfast.sampling import EngineError, HTTPSampler, Sampler, VLLMSampler, check_options, serve, vllm_worker, weights
+from dmfast.sampling import (
+    AsyncSampler,
+    EngineError,
+    HTTPSampler,
+    Sampler,
+    VLLMSampler,
+    check_options,
+    serve,
+    vllm_worker,
+    weights,
+)
 from dmfast.training import checkpoint
 
 pytestmark = pytest.mark.filterwarnings(
@@ -1094,6 +1105,14 @@ def test_vllm_in_this_process_says_what_is_missing():
         VLLMSampler(lm())
     with pytest.raises(ValueError, match="engine can't hold logprobs_mode"):
         VLLMSampler(lm(), engine={"logprobs_mode": "raw_logits"})
+
+
+def test_an_engine_of_several_ranks_does_not_run_ahead(server):
+    engine = connected(server, lm())
+    engine.ranks = SimpleNamespace(size=2)
+    sampler = AsyncSampler(engine, 1)
+    with pytest.raises(ValueError, match="the 2 ranks of this engine agree on what each of them drew"):
+        sampler.request([{"prompts": None, "n": 2, "max_new_tokens": 3, "seed": 1}])
 
 
 def test_a_proposal_whose_engine_is_here_is_loaded_once_at_the_start(server):

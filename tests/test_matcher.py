@@ -21,7 +21,18 @@ from torch import nn
 from trainer_job import PROMPTS, digest, gpt2, job, tokenizer
 
 import dmfast
-from dmfast import EBM, Contains, LanguageModel, Matcher, Moment, Objective, OfflineProposal, Scorer, Terms
+from dmfast import (
+    EBM,
+    Contains,
+    LanguageModel,
+    Matcher,
+    Moment,
+    Objective,
+    OfflineProposal,
+    Scorer,
+    Terms,
+    tensor_parallel,
+)
 from dmfast.estimators import estimate
 from dmfast.proposal import nearer
 from dmfast.training.recipe import load
@@ -510,6 +521,14 @@ def test_a_gradient_that_weighs_tokens_is_not_measured_as_another():
     m.loss(draw(m)).loss.backward()
     m.measure_gradient()
     assert m.batch.gradient["gradient_norm"] > 0
+
+
+def test_the_gradient_of_a_policy_that_is_cut_is_not_measured(monkeypatch):
+    m = matcher()
+    m.loss(draw(m)).loss.backward()
+    monkeypatch.setattr(tensor_parallel, "is_cut", lambda model: True)
+    with pytest.raises(ValueError, match="does not run on a policy that is sharded or cut among processes"):
+        m.measure_gradient()
 
 
 def test_a_step_that_a_gradient_scaler_skips_is_committed():

@@ -229,6 +229,15 @@ def test_arguments_that_do_not_go_with_a_model_that_is_spread(way, name):
         distributed_config.refuse_model(model, model, arguments, None)
 
 
+@FOR_FSDP
+def test_a_launcher_that_would_shard_a_model_that_is_spread_is_refused(monkeypatch):
+    model = of_sizes("cut")
+    settings = dict.fromkeys(ARGUMENTS) | {"sampler": "model", "gather_for_sampling": True, "check_scores": True}
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"^ACCELERATE_USE_FSDP, which accelerate launch sets, does not run with a"):
+        distributed_config.refuse_model(model, model, SimpleNamespace(**settings), None)
+
+
 def test_a_checkpoint_of_a_model_that_was_spread_otherwise_is_refused(tmp_path):
     """The optimiser's parts of another number of processes, or of another way, do not fit."""
     model = of_sizes("sharded")

@@ -243,6 +243,31 @@ def test_processes_whose_constraints_or_rewards_differ_are_refused(tmp_path, one
         check(OneOfTwo(first), *other)
 
 
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [
+        ("weight_decay", 0.0, 0.1),
+        ("optim", "adamw_torch", "sgd"),
+        ("max_grad_norm", 1.0, 2.0),
+        ("save_steps", 500, 100),
+        ("gather_for_sampling", True, False),
+        ("skip_zero_weight", False, True),
+    ],
+)
+def test_processes_whose_arguments_differ_are_refused(tmp_path, name, one, other):
+    lm = LanguageModel(gpt2(), tokenizer())
+    target = EBM(lm, [EITHER])
+
+    def check(ranks, **settings):
+        check_alike(ranks, lm, target, dmfast.DMConfig(str(tmp_path), use_cpu=True, **settings), "")
+
+    first = OneOfTwo()
+    check(first, **{name: one})
+    check(OneOfTwo(first), **{name: one, "disable_tqdm": True})  # what a process shows is its own affair
+    with pytest.raises(ValueError, match=f"do not train the same thing: they differ in DMConfig.{name}. "):
+        check(OneOfTwo(first), **{name: other})
+
+
 def test_an_objective_that_is_infinite_at_zero_is_warned_of_on_a_filter(tmp_path):
     settings = {"constraints": [Contains("w3")], "objective": "alpha", "alpha": 3}
     with pytest.warns(UserWarning, match="'alpha' with alpha=3 is infinite where P.* the first one ends the run"):

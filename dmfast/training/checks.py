@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,6 @@ from ..targets import EBM
 from ..targets.constraints import Feature
 from ..tensors import address
 from . import deepspeed, fsdp
-from .card import SETTINGS
 from .config import DMConfig, refuse_parallelism
 from .resume import features_of, plain
 
@@ -37,6 +38,14 @@ _SAMPLER_OPTIONS = (
     "no_repeat_ngram_size", "min_length", "min_new_tokens", "suppress_tokens", "begin_suppress_tokens",
     "forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "sequence_bias", "num_beams",
 )  # fmt: skip
+# A rank may have its own value of these arguments, which say where it lies, reads and writes, and what it shows.
+_OF_EACH_RANK = frozenset((
+    "local_rank", "output_dir", "resume_from_checkpoint", "sampler", "sampler_options", "proposal_device",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context", "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name",
+    "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "push_to_hub", "hub_token",
+    "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
+))  # fmt: skip
 
 
 def refuse_arguments(args: TrainingArguments) -> None:
@@ -378,7 +387,7 @@ def check_alike(
     """
     if ranks.size == 1:
         return
-    mine = {f"DMConfig.{name}": str(getattr(args, name)) for name in SETTINGS}
+    mine = {f"DMConfig.{name}": value for name, value in _compared(args).items()}
     mine |= {"the data set": data, "the tokenizer": f"{len(policy.tokenizer)} {policy.eos_token_ids}"}
     mine["the target's constraints"] = f"{target.wanted} {list(target.scorers)} {target.monitor_names}"
     rewards = features_of(reward)
@@ -399,6 +408,13 @@ def check_alike(
             f"the {ranks.size} processes do not train the same thing: they differ in {', '.join(found)}. Give all of "
             "them the same arguments and files, and set a seed before whatever is made at random"
         )
+
+
+def _compared(args: DMConfig) -> dict[str, str]:
+    """Return as text those arguments that must be equal on all ranks."""
+    found = {each.name: str(getattr(args, each.name)) for each in fields(args) if each.name not in _OF_EACH_RANK}
+    # the text of a function, for example, holds its address, which every process has of its own
+    return {name: re.sub(r" at 0x[0-9a-f]+", "", value) for name, value in found.items()}
 
 
 def _differing(mine: Mapping[str, str], ranks: Ranks, device: torch.device) -> list[str]:

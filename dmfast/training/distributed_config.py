@@ -24,6 +24,7 @@ from . import fsdp
 
 _PARTS = "dmfast_parts_{}.pt"
 _SIZES = ("dp_replicate_size", "fsdp_size", "tp_size")
+_SHARDED = "it is sharded already, or load it without"
 _LOCAL = "dmfast_local"  # the key that marks this process's part of a tensor
 
 
@@ -85,7 +86,7 @@ def refuse_model(model: Any, base: Any, args: TrainingArguments, peft_config: An
         "gradient_variance_steps": "it differentiates each sequence alone; measure it in one process",
         "proposal_device": "the proposal lies where the policy does",
         "torch_compile": "that was not tried",
-        "fsdp": "it is sharded already, or load it without",
+        "fsdp": _SHARDED,
         "fp16": "that was not tried; take bf16=True",
     }
     if args.sampler != "model" and _sizes(config)[2] > 1:
@@ -93,12 +94,12 @@ def refuse_model(model: Any, base: Any, args: TrainingArguments, peft_config: An
             "the processes among which tensor parallelism cuts it need the same sequences, and each would draw its own "
             "from the engine; leave tp_size out, or sampler"
         )
-    for name, why in refused.items():
-        if getattr(args, name):
-            raise ValueError(
-                f"{name}={getattr(args, name)!r} does not run with a model that was loaded with a distributed_config: "
-                f"{why}"
-            )
+    found = {f"{name}={getattr(args, name)!r}": why for name, why in refused.items() if getattr(args, name)}
+    by = fsdp.asked(args)
+    if by is not None and not args.fsdp:
+        found[by] = _SHARDED
+    for what, why in found.items():
+        raise ValueError(f"{what} does not run with a model that was loaded with a distributed_config: {why}")
     for name in ("fsdp_cpu_offload", "fsdp_mixed_precision"):
         if getattr(config, name, False):
             raise ValueError(f"{name} of DistributedConfig was not tried with DMTrainer; leave it out")

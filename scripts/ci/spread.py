@@ -75,7 +75,7 @@ WAYS = {
         "runs": ["at once", "PPO in step", "groups", "the best model, whole base", ENGINE],
     },
     "cut and sharded": {
-        "sizes": {"fsdp_size": 2, "tp_size": 2}, "checks": ["heads", "hooked", "loop", "refusals"],
+        "sizes": {"fsdp_size": 2, "tp_size": 2}, "checks": ["heads", "hooked", "proposal", "loop", "refusals"],
         "runs": ["at once", "PPO in step", "groups", "the best model, whole base"],
     },
     "copies of shards": {
