@@ -17,9 +17,10 @@ class Extra:
     """One extra.
 
     Attributes:
-        name: in the brackets.
+        name: its name, which stands in the brackets of ``dmfast[name]``.
         missing: the requirements that pip would install, such as ``ray>=2.60``.
-        clashes: sentences: an installed version that the extra, or one of its installed packages, does not allow.
+        clashes: sentences, each about an installed version that the extra, or one of its installed packages, does not
+            allow.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """Cut the rows of a head among the ranks of a process group, which the linear losses take as ``group`` or a DTensor.
 
-Besides this module only ``sharding.py``, ``tensor_parallel.py`` and ``training/`` know torch.distributed.
+Besides this module only ``sharding.py``, ``tensor_parallel.py`` and ``training/`` call torch.distributed.
 
 Every rank has the same hidden states and inputs, and its own rows of the head. The ranks compare their arguments before
 anything is computed. So a wrong call on one rank raises an error on all of them, and none waits for it.

@@ -1,8 +1,9 @@
 """Stand in for a vLLM server: a small model of transformers behind the same HTTP answers.
 
 It answers as vLLM 0.32.0 does. ``scripts/ci/engines.py --record`` wrote the answers of the real one into
-``vllm_answers.json``, and ``test_engines.py`` compares their shapes. Only the answer of /server_info was not recorded,
-but written after vLLM's source. A test can ask for what may go wrong with a server: see ``Faults``.
+``vllm_answers.json``, and ``test_engines.py`` compares their shapes. Of the answer of /server_info only the names of
+its fields were recorded. The answers to loads that succeed were written after vLLM's source. A test can ask for what
+may go wrong with a server: see ``Faults``.
 """
 
 from __future__ import annotations

@@ -1087,8 +1087,9 @@ def assert_one_graph(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_loss(name: str) -> None:
-    """The ops are opaque to inductor, which differs in how it reuses memory. Few cases show that, and each takes g++."""
-    assert_one_graph(name, "inductor" if name in ("none", "gdc++ in place", "own in place, bonus") else "aot_eager")
+    """The ops are opaque to inductor, which differs in how it reuses memory. A few cases show that; each takes g++."""
+    by_inductor = name in ("none", "gdc++ in place", "own in place, bonus")
+    assert_one_graph(name, "inductor" if by_inductor else "aot_eager")
 
 
 @pytest.mark.parametrize("name", ["gdc++", "none", "own in place, bonus", "leave_one_out", "alpha, known"])

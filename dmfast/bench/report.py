@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 Result = Mapping[str, Any]  # what worker.run returns
 Times = Mapping[str, Mapping[str, float]]  # median and quartiles in ms, by name
-_BESIDE = ("roof", "scoring")  # what is no rival of the loss
+_BESIDE = ("roof", "scoring")  # these do not compute the loss
 OURS = ("dm_loss", "linear_dm_loss", "sample_tokens", "scoring: sequence_log_prob", "nn.Linear, dm_loss")
 _BASELINE = {
     "logits": "eager log_softmax + gather", "head": "nn.Linear, eager log_softmax + gather",

@@ -151,7 +151,7 @@ def _count(step: DMFastStep | EagerStep) -> dict[str, dict[str, int]]:
     finally:
         for hook in hooks:
             hook.remove()
-    if isinstance(step, DMFastStep):  # whose head is applied outside the model's forward, to scored rows only
+    if isinstance(step, DMFastStep):  # it applies the head outside the model's forward, to scored rows only
         for name in ("a", "policy"):
             counts[name]["rows"] += step.scored
     return counts

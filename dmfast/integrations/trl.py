@@ -33,7 +33,7 @@ class DMGRPOTrainer(TiedParameters, GRPOTrainer):  # type: ignore[misc]
     Args:
         model, reward_funcs, args, kwargs: as for ``GRPOTrainer``. R is the weighted sum of any reward functions.
         objective, max_weight: as in ``dm_loss``. ``kl_control`` takes the reference model that trl keeps for ``beta``.
-        target: what ``gdc++`` and the like descend to, with its lambda. A checkpoint holds the running Z of prompts.
+        target: the target of ``gdc++`` and its relatives, with its lambda. A checkpoint holds the running Z of prompts.
 
     Raises:
         ValueError: a setting that this loss can't use, an objective without its inputs, a target without lambda or

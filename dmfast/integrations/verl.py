@@ -41,8 +41,8 @@ def register(
     Args:
         objective: one of ``dmfast.objectives.TARGET_OBJECTIVES``, or ``reinforce``, by name or as an ``Objective``; or
             a function of ``Terms``, which has the advantage as ``reward`` and no other sequences of a prompt.
-        name: under which verl finds it.
-        on_policy: the policy drew all sequences itself: one optimiser step for each batch, and no engine of its own.
+        name: the name by which verl finds it.
+        on_policy: whether the policy drew all sequences itself, with one optimiser step for each batch and no engine.
         max_weight: as in ``dm_loss``.
 
     Raises:

@@ -42,7 +42,7 @@ from .form import divisor, reduce, scaled
 FourTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 FiveTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 SevenTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-# what neither the name nor the parameter of an objective says
+# these flags tell what neither the name nor the parameter of an objective says
 _NORMALIZED, _LEFT_OUT, _FACTOR_LEFT_OUT = 1, 2, 4
 # dpg and gdc++ have one number; it stands for dpg here, since the baseline of gdc++ comes with the terms
 _NAMES = {kind.number: name for name, kind in reversed(KINDS.items())}

@@ -112,7 +112,7 @@ def drawn(draw: Callable[[Any], None], title: str, number: int) -> str:
     """Return what a function draws on an axis as an ``<svg>`` element in the page's colours.
 
     Args:
-        draw: takes matplotlib's axis. It draws the run i in ``ink(i)``, and what is of no run in ``INK``.
+        draw: takes matplotlib's axis. It draws the run i in ``ink(i)``, and all else in ``INK``.
         title: what the picture shows, for those who do not see it.
         number: as in ``svg``.
     """

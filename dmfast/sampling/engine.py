@@ -554,7 +554,7 @@ class Engine:
         if self.ranks.rank != 0:
             return None
         module = module_of(model)
-        if isinstance(model, AdapterView):  # which can't be told apart from the policy once it is wrapped anew
+        if isinstance(model, AdapterView):  # a new wrapper could not tell it from the policy
             module = copy.deepcopy(module).requires_grad_(False)
             module.set_adapter(name)
         return self._alone(module)
