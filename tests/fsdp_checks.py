@@ -12,7 +12,7 @@ from engine_stand_in import load_spread
 from matcher_job import Ranks
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 from trainer_job import llama, tokenizer, whole
@@ -230,7 +230,6 @@ def refusals():
         "hybrid": _told(lambda: LanguageModel(hybrid, tokenizer()).log_prob(x)),
         "copy": _told(lambda: OfflineProposal(lm)),
         "hidden": _told(lambda: lm.hidden_and_head(x)),
-        "FSDP1": _told(lambda: LanguageModel(FullyShardedDataParallel(llama()), tokenizer())),
         "variance": _told(Matcher(lm, target).measure_gradient),
         "whole <- shards": _told(lambda: plain.load(lm)),
         "unchecked": _told(lambda: in_step.sample(max_new_tokens=3)),

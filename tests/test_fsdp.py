@@ -13,7 +13,8 @@ import torch
 import transformers
 from launch import launch
 from packaging.version import Version
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel
 from trainer_job import job, llama, tokenizer
 from trainer_tools import one_thread, run  # noqa: F401
 
@@ -141,7 +142,6 @@ def test_a_loop_of_ones_own_ends_as_under_ddp(ranks):
         ("hybrid", "lie on a mesh of 2 dimensions; hybrid sharding (HSDP)"),
         ("copy", "make the OfflineProposal before fully_shard"),
         ("hidden", "FSDP has whole parameters within a forward only"),
-        ("FSDP1", "the model is sharded by FSDP1 (FullyShardedDataParallel), and dmfast runs under FSDP2"),
         ("variance", "does not run on a policy that is sharded or cut among processes"),
         ("whole <- shards", "is sharded in the source, and in another way or not at all here"),
         ("unchecked", "gather_for_sampling=False leaves the model sharded"),
@@ -153,6 +153,16 @@ def test_a_loop_of_ones_own_ends_as_under_ddp(ranks):
 def test_what_a_sharded_model_refuses(ranks, what, message):
     for found in ranks:
         assert message in found["refusals"][what]
+
+
+def test_a_model_that_fsdp1_has_sharded_is_refused():
+    """Its constructor needs an accelerator, so the wrapper here has not run it."""
+    wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(wrapper)
+    model = llama()
+    model.add_module("wrapped", wrapper)
+    with pytest.raises(ValueError, match=r"sharded by FSDP1 \(FullyShardedDataParallel\), and dmfast runs under FSDP2"):
+        LanguageModel(model, tokenizer())
 
 
 @FOR_FSDP
