@@ -6,6 +6,10 @@ VLLM := $(VENV)/of-vllm
 export DMFAST_BUILD ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
+# $(call install,EXTRA) installs the wheel with an extra. pip does not replace an installed wheel by one of the same version,
+# unless it is forced.
+install = $(PIP) --no-compile "$$(echo $(VENV)/wheelhouse/*.whl)[$(1)]" && \
+	$(PIP) --no-compile --no-deps --force-reinstall $(VENV)/wheelhouse/*.whl
 SOURCES := pyproject.toml setup.py build_backend.py cuda_compiler.py constraints.txt $(shell find csrc dmfast -type f \
 	! -name '*.so' ! -name '*.pyc')
 
@@ -177,18 +181,15 @@ format: $(VENV)/test
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 
-# pip would compile every file, one after another, for 40 seconds, and the demo imports only a part of them. pip does not
-# replace an installed wheel by one of the same version, unless it is forced.
+# pip would compile every file, one after another, for 40 seconds, and the demo imports only a part of them.
 $(VENV)/demo: $(VENV)/torch $(VENV)/wheel
-	$(PIP) --no-compile "$$(echo $(VENV)/wheelhouse/*.whl)[demo]"
-	@$(PIP) --no-compile --no-deps --force-reinstall $(VENV)/wheelhouse/*.whl
+	$(call install,demo)
 	@touch $@
 
 # The tests start many processes, so everything is compiled here, on all cores. Errors do not count, because torch has files
 # for a newer Python.
 $(VENV)/test: $(VENV)/torch $(VENV)/wheel
-	$(PIP) --no-compile "$$(echo $(VENV)/wheelhouse/*.whl)[test]"
-	@$(PIP) --no-compile --no-deps --force-reinstall $(VENV)/wheelhouse/*.whl
+	$(call install,test)
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	@touch $@ $(VENV)/demo
 

@@ -199,6 +199,7 @@ ARGUMENTS = {
     "sampler": "http://127.0.0.1:9", "gradient_variance_steps": 1, "proposal_device": "cpu", "torch_compile": True,
     "fsdp": True, "fp16": True,
 }  # fmt: skip
+NO_ARGUMENTS = dict.fromkeys(ARGUMENTS) | {"sampler": "model", "gather_for_sampling": True, "check_scores": True}
 
 
 def of_sizes(way):
@@ -214,9 +215,8 @@ def of_sizes(way):
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_arguments_that_do_not_go_with_a_model_that_is_spread(way, name):
     """On a CPU transformers refuses fp16 by itself, so a run on processes can't show this."""
-    settings = dict.fromkeys(ARGUMENTS) | {"sampler": "model", "gather_for_sampling": True, "check_scores": True}
     model = of_sizes(way)
-    distributed_config.refuse_model(model, model, SimpleNamespace(**settings), None)
+    distributed_config.refuse_model(model, model, SimpleNamespace(**NO_ARGUMENTS), None)
     with (
         nullcontext()
         if (name, SIZES[way][2]) == ("sampler", 1)
@@ -225,17 +225,16 @@ def test_arguments_that_do_not_go_with_a_model_that_is_spread(way, name):
             match=f"{name}={ARGUMENTS[name]!r} does not run with a model that was loaded with a distributed_con",
         )
     ):
-        arguments = SimpleNamespace(**(settings | {name: ARGUMENTS[name]}))
+        arguments = SimpleNamespace(**(NO_ARGUMENTS | {name: ARGUMENTS[name]}))
         distributed_config.refuse_model(model, model, arguments, None)
 
 
 @FOR_FSDP
 def test_a_launcher_that_would_shard_a_model_that_is_spread_is_refused(monkeypatch):
     model = of_sizes("cut")
-    settings = dict.fromkeys(ARGUMENTS) | {"sampler": "model", "gather_for_sampling": True, "check_scores": True}
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"^ACCELERATE_USE_FSDP, which accelerate launch sets, does not run with a"):
-        distributed_config.refuse_model(model, model, SimpleNamespace(**settings), None)
+        distributed_config.refuse_model(model, model, SimpleNamespace(**NO_ARGUMENTS), None)
 
 
 def test_a_checkpoint_of_a_model_that_was_spread_otherwise_is_refused(tmp_path):

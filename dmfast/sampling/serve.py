@@ -35,12 +35,12 @@ def command(model: str, options: Sequence[str], *, host: str, port: int, dtype: 
         model: a folder or a name on the hub.
         options: further options of vLLM's server.
         host, port, dtype: the options of vLLM's server of these names.
-        on_cpu: whether vLLM computes on a CPU. vLLM then ends on a request with a seed whose prompt it reads in parts,
-            so that is switched off.
+        on_cpu: whether vLLM computes on a CPU. vLLM crashes there when it reads the prompt of a request with a seed in
+            parts, so reading in parts is switched off.
 
     Raises:
         ValueError: dmfast sets one of the options itself, or the server would draw from another distribution with it.
-            Or the server would end on a CPU.
+            Or the server would crash on a CPU.
     """
     own = [each for each in options if each.partition("=")[0] in _OWN]
     if own:
@@ -49,8 +49,8 @@ def command(model: str, options: Sequence[str], *, host: str, port: int, dtype: 
         )
     if on_cpu and _IN_PARTS in options:
         raise ValueError(
-            f"serve-proposal can't take {_IN_PARTS} on a CPU, where vLLM ends on a request with a seed whose prompt it "
-            "reads in parts: leave it out"
+            f"serve-proposal can't take {_IN_PARTS} on a CPU, where vLLM crashes when it reads the prompt of a request "
+            "with a seed in parts: leave it out"
         )
     whole = [f"--no-{_IN_PARTS.removeprefix('--')}"] if on_cpu else []
     return [

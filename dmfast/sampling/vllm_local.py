@@ -42,7 +42,7 @@ class VLLMSampler(Engine):
 
     Raises:
         ImportError: vLLM is not installed.
-        ValueError: ``engine`` has an argument that dmfast sets itself, or with which vLLM ends on a CPU; the policy has
+        ValueError: ``engine`` has an argument that dmfast sets itself, or with which vLLM crashes on a CPU; the policy has
             an adapter that can't be merged or, with ``enable_lora``, that vLLM can't take.
     """
 
@@ -68,11 +68,11 @@ class VLLMSampler(Engine):
         no_packed_weights()
         engine, self._folder = dict(engine or {}), None
         if current_platform.is_cpu():
-            # vLLM ends on a CPU when it reads the prompt of a request with a seed in parts
+            # vLLM crashes on a CPU when it reads the prompt of a request with a seed in parts
             if engine.get("enable_chunked_prefill"):
                 raise ValueError(
-                    "engine can't hold enable_chunked_prefill=True on a CPU, where vLLM ends on a request with a seed "
-                    "whose prompt it reads in parts: leave it out"
+                    "engine can't hold enable_chunked_prefill=True on a CPU, where vLLM crashes when it reads the "
+                    "prompt of a request with a seed in parts: leave it out"
                 )
             engine["enable_chunked_prefill"] = False
         if engine.get("enable_lora") and has_adapter(like):

@@ -1,5 +1,8 @@
 # The proofs source this file. $out is their scratch folder.
 
+# pytest takes these of the tests of errors. The kernels find the errors of rows, tokens and weights.
+errors_of_kernels="not (test_errors and not (row or token or seqlens or masked or label or beyond or infinite))"
+
 # caught BUG MESSAGE COMMAND [ARGUMENT...] applies tests/native/bugs/BUG.patch to a copy of the sources. COMMAND, which
 # gets the path of the copy before its arguments, must then fail and print MESSAGE.
 caught() {

@@ -204,7 +204,7 @@ def check_http() -> None:
 def check_full_steps(sampler: Any) -> None:
     """Check that prompts are read whole which together have more tokens than a step of vLLM reads.
 
-    vLLM would read one of them in parts, and ends on a CPU when such a request has a seed.
+    vLLM would read one of them in parts, and crashes on a CPU when such a request has a seed.
     """
     x = sampler.sample([[0, *[3] * (CONTEXT * 2 // 3)]] * 4, 2, max_new_tokens=4, seed=4)
     assert len(x.tokens) == 8

@@ -59,10 +59,9 @@ start=$(date +%s)
 said() { echo "$(($(date +%s) - start)) s: $*"; }
 # fp16 differs from bf16 only in how a number is read and written; vocabularies and special logits show this. log pi of
 # 1,024 tokens is measured in both. From hidden states, the kernels are those of logits, whose tests have every objective.
-# Of the errors, those of rows, tokens and weights are found by the kernels.
 small="not 50257 and not 32003 and not 1024_tokens and not million and not under_compile and not formula and not threads"
 small="$small and not size_of_a_model and not (test_every_objective and not gdc)"
-small="$small and not (test_errors and not (row or token or seqlens or masked or label or beyond or infinite))"
+small="$small and $errors_of_kernels"
 small="$small and not (fp16 and not (vocabularies or special_logits or thousandth and 1024-6.0 and GPU))"
 
 build "$out/plain" "-O2"
