@@ -1088,7 +1088,7 @@ def test_serve_proposal_starts_vllm_with_what_the_sampler_needs():
 
 
 def test_serve_proposal_on_a_cpu_reads_prompts_whole():
-    """Check that vLLM does not read prompts in parts on a CPU, because it crashes there when such a request has a seed."""
+    """Check that prompts are not read in parts on a CPU, where vLLM crashes if such a request has a seed."""
     how = {"host": "h", "port": 5, "dtype": "auto", "on_cpu": True}
     assert "--no-enable-chunked-prefill" in serve.command("m", [], **how)
     with pytest.raises(ValueError, match="can't take --enable-chunked-prefill on a CPU"):

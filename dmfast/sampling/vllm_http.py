@@ -165,8 +165,8 @@ class HTTPSampler(Engine):
         in_parts = (config["scheduler_config"] or {}).get("enable_chunked_prefill")
         if in_parts and (config["device_config"] or {}).get("device") == "cpu":
             raise ValueError(
-                f"{self._server} may read a prompt in parts, and on a CPU vLLM crashes when it does this with a request "
-                f"that has a seed: start it with --no-enable-chunked-prefill; {_START}"
+                f"{self._server} may read a prompt in parts, and on a CPU vLLM crashes when it does this with a "
+                f"request that has a seed: start it with --no-enable-chunked-prefill; {_START}"
             )
         if config.get("logprobs_mode") not in ("raw_logprobs", "processed_logprobs"):
             raise ValueError(

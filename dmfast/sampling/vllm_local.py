@@ -42,8 +42,8 @@ class VLLMSampler(Engine):
 
     Raises:
         ImportError: vLLM is not installed.
-        ValueError: ``engine`` has an argument that dmfast sets itself, or with which vLLM crashes on a CPU; the policy has
-            an adapter that can't be merged or, with ``enable_lora``, that vLLM can't take.
+        ValueError: ``engine`` has an argument that dmfast sets itself, or with which vLLM crashes on a CPU; the policy
+            has an adapter that can't be merged or, with ``enable_lora``, that vLLM can't take.
     """
 
     _folder: Path | None  # that of the adapters, where vLLM gets adapters
