@@ -44,7 +44,7 @@ def doctor() -> int:
         except metadata.PackageNotFoundError:
             found = "missing: " + ("for LoRA, pip install peft" if package == "peft" else _INSTALL)
         print(f"  {package:12} {found}")
-    print("extras, each by pip install 'dmfast[NAME]':")
+    print("what dmfast needs, and its extras, each by pip install 'dmfast[NAME]':")
     for line in _extras():
         print(f"  {line}")
     return 0 if backends()["cpu"].available else 1

@@ -1,9 +1,9 @@
-"""Find what each extra of ``pip install 'dmfast[...]'`` would install, and which installed versions clash with it."""
+"""Find what dmfast and each extra of it would install, and which installed versions clash with them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -14,10 +14,10 @@ Version = Callable[[str], str]
 
 @dataclass(frozen=True)
 class Extra:
-    """One extra.
+    """One extra, or what the package needs without one.
 
     Attributes:
-        name: its name, which stands in the brackets of ``dmfast[name]``.
+        name: its name, which stands in the brackets of ``dmfast[name]``, or that of the package.
         missing: the requirements that pip would install, such as ``ray>=2.60``.
         clashes: sentences, each about an installed version that the extra, or one of its installed packages, does not
             allow.
@@ -36,7 +36,7 @@ class Extra:
 def extras(
     package: str = "dmfast", requires: Requires = metadata.requires, version: Version = metadata.version
 ) -> list[Extra]:
-    """Return the extras of an installed package, in their order.
+    """Return what an installed package needs, and then its extras in their order.
 
     A package that is not installed tells nothing about what it wants in turn: pip finds those clashes when it resolves.
 
@@ -72,16 +72,17 @@ def extras(
         except metadata.PackageNotFoundError:
             return None
 
-    def extra(name: str) -> Extra:
+    def compared(name: str, requirements: Iterable[Requirement]) -> Extra:
         missing, clashes = [], []
-        for each in of_extra(name):
+        who = package if name == package else f"{package}[{name}]"
+        for each in requirements:
             now = installed(each.name)
             asked = f"{each.name}{each.specifier}"
             if now is None:
                 missing.append(asked)
                 continue
             if not each.specifier.contains(now, prereleases=True):
-                clashes.append(f"{package}[{name}] wants {asked}, and {each.name} {now} is installed")
+                clashes.append(f"{who} wants {asked}, and {each.name} {now} is installed")
             for inner in map(Requirement, requires(each.name) or []):
                 theirs = installed(inner.name) if _is_plain(inner) else None
                 if theirs is not None and not inner.specifier.contains(theirs, prereleases=True):
@@ -89,7 +90,7 @@ def extras(
                     clashes.append(f"{each.name} {now} wants {wants}, and {inner.name} {theirs} is installed")
         return Extra(name, tuple(dict.fromkeys(missing)), tuple(dict.fromkeys(clashes)))
 
-    return [extra(name) for name in names]
+    return [compared(package, filter(_is_plain, wanted)), *(compared(name, of_extra(name)) for name in names)]
 
 
 def _is_plain(requirement: Any) -> bool:

@@ -35,6 +35,7 @@ def found(**versions: str) -> dict[str, str]:
 
 def test_what_an_extra_would_bring() -> None:
     assert found(torch="2.13.0") == {
+        "dmfast": "installed",
         "train": "would bring transformers>=5.0",
         "vllm": "would bring transformers>=5.0, vllm>=0.32",
         "ray": "would bring ray>=2.60, transformers>=5.0",
@@ -54,6 +55,11 @@ def test_which_installed_versions_clash() -> None:
     old = found(transformers="4.50", Trl_Like="2", torch="2.13.0")
     assert old["train"] == "clash: dmfast[train] wants transformers>=5.0, and transformers 4.50 is installed"
     assert old["trl"] == "clash: Trl_Like 2 wants torch>=9, and torch 2.13.0 is installed"
+
+
+def test_dmfast_itself_may_clash() -> None:
+    assert found(torch="2.4.0")["dmfast"] == "clash: dmfast wants torch>=2.6, and torch 2.4.0 is installed"
+    assert found()["dmfast"] == "would bring torch>=2.6"
 
 
 def test_a_release_candidate_of_a_later_version_is_enough() -> None:

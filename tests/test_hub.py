@@ -60,6 +60,12 @@ def test_what_is_refused(folder: str, change: dict[str, Any], message: str) -> N
         recipe._prompts({"dataset": folder} | change)
 
 
+def test_a_data_set_that_is_a_script_is_refused(folder: str) -> None:
+    (Path(folder) / "questions.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(recipe.RecipeError, match=r"can't load split 'train' of the data set .*scripts are no longer"):
+        recipe._prompts({"dataset": folder})
+
+
 def test_without_a_data_set_and_without_datasets(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(recipe.RecipeError, match="prompts: dataset is missing"):
         recipe._prompts({"split": "train"})

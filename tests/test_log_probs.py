@@ -102,6 +102,24 @@ def test_packed_sequences_and_integer_masks() -> None:
     torch.testing.assert_close(log_probs.grad, torch.where(mask.flatten(), weight, 0.0))
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_log_probabilities_in_fp32_count_as_the_numbers_that_they_are(name: str) -> None:
+    """Value and weights are those of the same numbers in fp64. Only the gradient is rounded to fp32."""
+    logits, tokens, mask, inputs = given(4)
+    rounded = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].float()
+    found, grads = [], []
+    for log_probs in (rounded.clone().requires_grad_(), rounded.double().requires_grad_()):
+        call = {**inputs, "objective": OBJECTIVES[name], "on_policy": name in ON_POLICY_ALONE, "max_weight": 2.0}
+        out = dm_loss_from_log_probs(torch.where(mask, log_probs, NAN), mask, **call)
+        out.loss.backward()
+        assert log_probs.grad is not None and log_probs.grad.dtype == log_probs.dtype
+        found.append(torch.cat([out.loss.detach().double().view(1), out.weight, out.log_prob]))
+        grads.append(log_probs.grad)
+    assert found[0].abs().sum() > 0
+    torch.testing.assert_close(*found, rtol=1e-14, atol=0)
+    torch.testing.assert_close(grads[0], grads[1].float(), rtol=2e-7, atol=0)
+
+
 def test_the_gradient_is_the_weight_of_each_token_in_fp32() -> None:
     """Values are right also where a sum over the tokens would lose digits, because it is in fp64."""
     log_probs = torch.full((2, 2000), -9.87654321, requires_grad=True)

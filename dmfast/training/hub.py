@@ -40,7 +40,8 @@ def prompts_of(entry: Mapping[str, Any]) -> Any:
         raise ImportError("a data set of the hub needs the package datasets: pip install datasets") from error
     try:
         rows = datasets.load_dataset(name, entry.get("name"), split=split, revision=entry.get("revision"))
-    except (OSError, ValueError) as error:  # both the hub's errors and those of the file system
+    # these are the hub's errors, those of the file system, and that of a data set which is a script
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"can't load split {split!r} of the data set {name!r}: {type(error).__name__}: {error}. Check the name and "
             "whether this machine reaches the hub; a folder of .parquet or .jsonl files may stand in its place"

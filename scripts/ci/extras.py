@@ -33,6 +33,8 @@ TOGETHER = [
     ("train", "vllm", "trl", "ray", "triton", "verify", "bench"),
     ("deepspeed", "trl", "ray", "triton"),
 ]
+#: These are not resolved together, as docs/guide/install.md says.
+APART = ("vllm", "deepspeed")
 # the others bring a package of their own name
 BRINGS = {"train": "transformers", "verify": "math-verify", "bench": "liger-kernel"}
 #: dmfast runs on these releases and on no older ones, by docs/versions.md and docs/engines.md. They are not read from
@@ -114,7 +116,15 @@ def main() -> None:
             return {}, [str(error)]
         return resolved, faults(case[0], resolved)
 
+    def apart() -> str:
+        try:
+            resolve(uv, APART, NEWEST, pinned=False)
+        except RuntimeError:
+            return ""
+        return f"FAULT: {' and '.join(APART)} go together now, and docs/guide/install.md says that they do not"
+
     with ThreadPoolExecutor(8) as pool:  # resolutions wait for the network, so many run at once
+        together = pool.submit(apart)
         for (extras, python, pinned), (resolved, found) in zip(cases, pool.map(one, cases), strict=True):
             names = sorted({*FLOORS, *tried("deepspeed"), "triton"} & set(resolved))
             asked = f"[{','.join(extras)}] Python {python}{', constraints.txt' * pinned}"
@@ -122,6 +132,9 @@ def main() -> None:
             for fault in found:
                 bad += 1
                 print(f"  FAULT: {fault}")
+        if together.result():
+            bad += 1
+            print(together.result())
     print(f"{len(cases)} resolutions, {bad} faults, {time.monotonic() - start:.0f} s")
     raise SystemExit(bad > 0)
 

@@ -59,11 +59,12 @@ def check_tensorboard(out: Path) -> None:
     assert len(events.Scalars("eval/phi/women")) == 2
 
 
-def check_wandb(folder: Path) -> None:
+def check_wandb(folder: Path, summary: dict[str, object]) -> None:
     files = sorted(folder.rglob("*.table.json"))
     assert len(files) == 2, files
     table = json.loads(files[-1].read_text())
     check([dict(zip(table["columns"], row, strict=True)) for row in table["data"]], "wandb")
+    assert {"train/kl_policy", "train/z", "eval/phi/women"} <= set(summary), summary
 
 
 def check_trackio(folder: Path) -> None:
@@ -85,11 +86,12 @@ def main() -> None:
         import trackio
         import wandb
 
+        summary = dict(wandb.run.summary)
         wandb.finish()
         check_tensorboard(out / "tensorboard")
-        check_wandb(out)
+        check_wandb(out, summary)
         check_trackio(out / "trackio")
-        print(f"tables in TensorBoard, W&B {wandb.__version__} and trackio {trackio.__version__}: "
+        print(f"curves and tables in TensorBoard, W&B {wandb.__version__} and trackio {trackio.__version__}: "
               f"{time.perf_counter() - start:.0f} s")  # fmt: skip
 
 
