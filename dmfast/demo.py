@@ -23,6 +23,7 @@ from .training import recipe, report
 from .training.callbacks import in_words
 from .training.evaluation import evaluate
 from .training.recipe import TINY_BIOS
+from .training.verdict import verdict
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -132,7 +133,7 @@ def run_loop(args: argparse.Namespace, train: Callable[..., Iterator[dict[str, f
         "seconds_all": time.perf_counter() - start, "samples_before": samples.text[:20],
         "samples_after": x.text[:20], "history": history,
     }  # fmt: skip
-    log["verdict"] = report.verdict(before, after, ideal, ["women"])
+    log["verdict"] = verdict(before, after, ideal, ["women"])
     say(report.table(log))
     say(report.samples_table(log["samples_before"][:6], log["samples_after"][:6]))
     say(f"{log['swaps']:.0f} swaps of q, training {training:.0f} s, all {log['seconds_all']:.0f} s")

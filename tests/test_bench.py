@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from dmfast import cli
-from dmfast.bench import measure, report, rivals, run, step, worker
+from dmfast.bench import measure, noise, report, rivals, run, step, worker
 from dmfast.bench.worker import Config
 
 TINY = Config("logits", 128, 211, threads=1, rounds=2)
@@ -158,8 +158,8 @@ def test_the_plain_step_is_the_same_step() -> None:
     assert len(gradients[0]) == len(gradients[1]) > 10
     for mine, other in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
-    assert set(plain.seconds) == set(step.PHASES)
-    assert set(ours.seconds) == set(step.PHASES) - {"scoring by q"}
+    assert set(plain.seconds) == set(measure.PHASES)
+    assert set(ours.seconds) == set(measure.PHASES) - {"scoring by q"}
 
 
 def test_the_plain_step_is_short_and_knows_nothing_of_dmfast() -> None:
@@ -172,7 +172,7 @@ def test_a_step_of_ones_own_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["bench", "--model", "tiny-bios", "--batch", "4", "--length", "6", "--rounds", "2",
                      "--out", str(tmp_path)]) == 0  # fmt: skip
     written = json.loads((tmp_path / "step.json").read_text())
-    assert set(written["ms"]["eager"]) == {*step.PHASES, step.BOTH, "whole step"}
+    assert set(written["ms"]["eager"]) == {*measure.PHASES, measure.BOTH, "whole step"}
     q, a, policy = (written["forwards"]["dmfast"][name] for name in ("q", "a", "policy"))
     assert q["forwards"] == 6 and a["forwards"] == policy["forwards"] == 1
     assert a["rows"] == policy["rows"] == q["rows"] == a["tokens"] - 4 == 24
@@ -221,8 +221,7 @@ def test_the_benchmark_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     configs = [TINY, Config("head", 128, 211, 24, threads=1, rounds=2), Config("sampling", 8, 211, threads=1, rounds=2)]
     monkeypatch.setattr(run, "quick", lambda: configs)
     monkeypatch.setattr(run, "in_process", worker.run)
-    monkeypatch.setattr(run, "TRIES", 1)
-    monkeypatch.setattr(report, "NOISE", float("inf"))  # two rounds of such short calls always count as noisy
+    monkeypatch.setattr(noise, "NOISE", float("inf"))  # two rounds of such short calls always count as noisy
     said: list[object] = []
     args = argparse.Namespace(out=tmp_path, model=None, full=False, only=None, resume=True,
                               batch=None, length=None, rounds=None)  # fmt: skip
@@ -313,7 +312,7 @@ def test_rounds_that_disagree_are_said_to_be_noisy() -> None:
 def test_noisy_rounds_are_measured_again_and_the_calmest_count(monkeypatch: pytest.MonkeyPatch) -> None:
     spreads = iter([(5.0, 10.0, 40.0), (8.0, 10.0, 16.0), (9.0, 10.0, 15.0), (9.9, 10.0, 10.1)])
     monkeypatch.setattr(run, "in_process", lambda c: a_result(ms=times(**{"dm_loss gdc++": next(spreads)})))
-    monkeypatch.setattr(run, "TRIES", 3)
+    monkeypatch.setattr(noise, "TRIES", 3)
     said: list[object] = []
     config = Config("logits", 512, 50257, logits="model")
     # All three tries are noisy, and the calmest of them counts.
@@ -328,9 +327,34 @@ def test_noisy_rounds_are_measured_again_and_the_calmest_count(monkeypatch: pyte
     assert len(said) == 1
 
 
+def test_a_noisy_step_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rounds of both steps are timed again, and the calmer try is in the result."""
+    seconds = iter([1.0, 9.0, 1.0, 1.0] + [2.0] * 4)  # the first try has a round of nine seconds
+    clock = [0.0]
+
+    class Step:
+        seconds = dict.fromkeys(measure.PHASES, 0.5)
+        timed = False
+
+        def __call__(self) -> None:
+            clock[0] += next(seconds) if self.timed else 0.0
+            self.timed = True
+
+    monkeypatch.setattr(step, "make", lambda *args: Step())
+    monkeypatch.setattr(step, "_count", lambda made: {})
+    monkeypatch.setattr(step, "_memory", lambda *args: 1.0)
+    monkeypatch.setattr(step.time, "perf_counter", lambda: clock[0])
+    said: list[str] = []
+    found = step.profile("tiny-bios", 2, 3, 2, said.append)
+    assert {kind: found["ms"][kind]["whole step"]["median"] for kind in found["ms"]} == {"dmfast": 2000, "eager": 2000}
+    again = [line for line in said if "noisy" in line]
+    assert len(again) == 1 and again[0].endswith("measured again") and "whole step" in again[0]
+    assert sum("round 1 of 2" in line for line in said) == 2
+
+
 def test_the_table_of_a_step_says_what_it_compares() -> None:
-    phases = dict(zip(step.PHASES, (50.0, 20.0, 10.0, 30.0, 5.0, 4.0), strict=True))
-    both = {kind: times(**phases, **{step.BOTH: 35.0, "whole step": (80.0, 100.0, each)})
+    phases = dict(zip(measure.PHASES, (50.0, 20.0, 10.0, 30.0, 5.0, 4.0), strict=True))
+    both = {kind: times(**phases, **{measure.BOTH: 35.0, "whole step": (80.0, 100.0, each)})
             for kind, each in (("dmfast", 150.0), ("eager", 101.0))}  # fmt: skip
     del both["dmfast"]["scoring by q"]
     counts = {name: {"forwards": 1, "tokens": 40, "rows": 38} for name in ("q", "a", "policy")}
@@ -339,7 +363,7 @@ def test_the_table_of_a_step_says_what_it_compares() -> None:
     text = " ".join(printed(report.step_table(result), 100).split())
     times_, memory = text.split("its memory and work")
     assert "MB" not in times_ and "peak memory" in memory and "3.00" in memory
-    assert "not needed" in times_ and step.BOTH in times_
+    assert "not needed" in times_ and measure.BOTH in times_
     assert "plain transformers and torch" in text and "makes the gradients of the head" in text
     assert "noisy: half of the rounds" in text and "dmfast: whole step" in text and "eager: whole step" not in text
     assert "sampling takes 51% of dmfast's step; docs/engines.md" in report.step_advice(result)

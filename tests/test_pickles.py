@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import itertools
 import json
 import os
@@ -10,6 +12,7 @@ import pickle
 import re
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,9 +104,21 @@ def test_the_files_of_deepspeed_may_name_its_classes_and_nothing_else(tmp_path, 
     assert not trace.exists()
 
 
+def in_front(trace):
+    """Return a pickle that runs code and has a harmless file of torch.save behind it."""
+    file = io.BytesIO(pickle.dumps(Runs(trace), protocol=2))
+    harmless = io.BytesIO()
+    torch.save({"weight": torch.ones(2)}, harmless)
+    with zipfile.ZipFile(file, "a") as out, zipfile.ZipFile(harmless) as records:
+        for name in records.namelist():
+            out.writestr(name, records.read(name))
+    return file.getvalue()
+
+
 OTHER = {
     "another pickle": (lambda f, t: f.write_bytes(pickle.dumps(Runs(t))), "can't be read"),
     "a zip": (lambda f, t: f.write_bytes(b"PK\3\4" + pickle.dumps(Runs(t))), "can't be read"),
+    "a pickle in front of a zip": (lambda f, t: f.write_bytes(in_front(t)), "not a file that torch.save writes"),
     "by the name of a class": (
         lambda f, t: torch.save([np.random.RandomState, print], f),
         r"names __builtin__\.print, numpy\.",
@@ -136,16 +151,88 @@ def test_shards_hold_no_code_in_their_metadata_or_beside_the_tensors(tmp_path):
     assert not (tmp_path / "it ran").exists()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_every_place_that_torch_reads_shards_from_is_looked_at(tmp_path):
+    """These are the metadata of a rank, a folder behind a link, a pickle in front of a zip, and what is compressed."""
+    trace, state = tmp_path / "it ran", {"weight": torch.zeros(2), "name": "x" * 9000}
+    of_rank, link, front, packed = (tmp_path / name for name in ("rank", "link", "front", "packed"))
+    dcp.save(state, checkpoint_id=of_rank / "shards")
+    (of_rank / "shards" / ".metadata").unlink()
+    (of_rank / "shards" / "__0.metadata").write_bytes(pickle.dumps(Runs(trace)))
+    link.mkdir()
+    (link / "shards").symlink_to(of_rank / "shards", target_is_directory=True)
+    (link / "loop").symlink_to(link, target_is_directory=True)
+    for folder in (of_rank, link):
+        with pytest.raises(ValueError, match=r"__0\.metadata holds more than .*(posix|nt)\.mkdir"):
+            pickles.refuse_code(folder)
+
+    dcp.save(state, checkpoint_id=front)
+    metadata = pickle.loads((front / ".metadata").read_bytes())
+    place = next(place for index, place in metadata.storage_data.items() if index.fqn == "name")
+    data, hidden = bytearray((front / place.relative_path).read_bytes()), in_front(trace)
+    data[place.offset : place.offset + len(hidden)] = hidden
+    place.length = len(hidden)
+    (front / place.relative_path).write_bytes(data)
+    (front / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"not a file that torch\.save writes"):
+        pickles.refuse_code(front)
+
+    dcp.save(state, checkpoint_id=packed)
+    place.transform_descriptors = ["stream.zstd"]
+    (packed / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"can't be checked: name is stored under .*zstd"):
+        pickles.refuse_code(packed)
+    assert not trace.exists()
+    with contextlib.suppress(dcp.CheckpointException):
+        dcp.load(state, checkpoint_id=front)
+    # the shard was dangerous: a plain load runs its code
+    assert trace.exists()
+
+
+def test_deepspeed_is_led_to_no_other_folder(tmp_path):
+    latest = tmp_path / "latest"
+    latest.write_text("global_step12\n")
+    pickles.refuse_code(tmp_path)
+    for tag in ("../elsewhere", "global_step12/../../elsewhere", "/elsewhere"):
+        latest.write_text(tag)
+        with pytest.raises(ValueError, match=r"latest names .*elsewhere', which is no folder of DeepSpeed"):
+            pickles.refuse_code(tmp_path)
+
+
+def test_the_best_checkpoint_is_looked_at_as_well(tmp_path):
+    """It is refused before a run goes on, and again before it is loaded at the end."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 2,
+                "load_best_model_at_end": True, "metric_for_best_model": "eval_kl_policy_base", "eval_samples": 6,
+                "greater_is_better": False, "warmup_steps": 0}  # fmt: skip
+    job(tmp_path, **settings).train()
+    trace, best = tmp_path / "it ran", tmp_path / "checkpoint-1"
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(best)
+    torch.save({"hidden": Runs(trace)}, best / "optimizer.pt")
+    trainer = job(tmp_path, **settings | {"max_steps": 3})
+    before = digest(trainer.model)
+    with pytest.raises(ValueError, match=r"checkpoint-1/optimizer\.pt holds more than"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert digest(trainer.model) == before
+    trainer.state.best_model_checkpoint = str(best)
+    with pytest.raises(ValueError, match=r"checkpoint-1/optimizer\.pt holds more than"):
+        trainer._load_best_model()
+    assert not trace.exists()
+
+
+READERS = r"(torch|np|numpy|pickle|joblib|dcp|torch\.distributed\.checkpoint|(?<!\.)checkpoint)"
+
+
 def loads(path):
     """Yield each call in a file that could read a pickle, with its line."""
     source = path.read_text(encoding="utf-8")
-    if not re.search(r"\b(torch|np|numpy|pickle|joblib)\.loads?\(", source):
+    if not re.search(rf"\b{READERS}\.loads?\(", source):
         return
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("load", "loads"):
             called = ast.unparse(node.func)
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            if re.fullmatch(r"(torch|np|numpy|pickle|joblib)\.loads?", called):
+            if re.fullmatch(rf"{READERS}\.loads?", called):
                 yield f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}", called, given
 
 
@@ -156,5 +243,7 @@ def test_nothing_reads_pickles_but_the_pipe_between_two_processes_of_one_run():
     safe = {"torch.load": ("weights_only", "True"), "np.load": ("allow_pickle", None)}
     unsafe = [where for where, called, given in found
               if called not in safe or given.get(safe[called][0]) != safe[called][1]]  # fmt: skip
-    assert len(found) > 3
-    assert unsafe and all(where.startswith("dmfast/sampling/process.py") for where in unsafe), unsafe
+    shards = [where for where in unsafe if "load({'proposal': shards}" in where]  # they are read after refuse_code
+    assert len(found) > 3 and len(shards) == 1 and shards[0].startswith("dmfast/training/checkpoint.py")
+    others = [where for where in unsafe if where not in shards]
+    assert others and all(where.startswith("dmfast/sampling/process.py") for where in others), others

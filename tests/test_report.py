@@ -21,7 +21,7 @@ from dmfast.report.plots import plots, svg
 from dmfast.report.results import TITLES
 from dmfast.report.words import WORDS, word
 from dmfast.training import samples
-from dmfast.training.report import verdict
+from dmfast.training.verdict import verdict
 
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
 NASTY = "<script>alert('1')</script> & \"$x^2$\" ]]> \u2028"

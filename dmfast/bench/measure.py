@@ -49,6 +49,10 @@ def interleaved(
     return {name: spread(values) for name, values in times.items()}
 
 
+PHASES = ("sampling", "scoring by q", "scoring by a", "policy forward", "policy backward", "optimiser")
+BOTH, WHOLE = "policy forward + backward", "whole step"
+
+
 class Phases:
     """Keep the seconds of the phases of a step."""
 

@@ -6,35 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .measure import PHASES, WHOLE
+from .noise import Times, noise, noisy, quartiles
+
 Result = Mapping[str, Any]  # what worker.run returns
-Times = Mapping[str, Mapping[str, float]]  # median and quartiles in ms, by name
 _BESIDE = ("roof", "scoring")  # these do not compute the loss
 OURS = ("dm_loss", "linear_dm_loss", "sample_tokens", "scoring: sequence_log_prob", "nn.Linear, dm_loss")
 _BASELINE = {
     "logits": "eager log_softmax + gather", "head": "nn.Linear, eager log_softmax + gather",
     "sampling": "eager softmax, multinomial, log_softmax, gather",
 }  # fmt: skip
-NOISE = 0.5  # quartiles further apart than this share of the median leave a ratio unknown by a factor of 1.5 or more
-
-
-def noisy(ms: Times) -> dict[str, float]:
-    """Return what was not measured well, with the distance of its quartiles as a share of its median."""
-    apart = {name: (t["high"] - t["low"]) / t["median"] if t["median"] > 0 else 0.0 for name, t in ms.items()}
-    return {name: share for name, share in apart.items() if share > NOISE}
-
-
-def noise(ms: Times) -> str:
-    """Return what was not measured well, in words, or "" where the rounds agree."""
-    found = sorted(noisy(ms).items(), key=lambda item: -item[1])
-    if not found:
-        return ""
-    said = ", ".join(f"{name} {_quartiles(ms[name])} ms" for name, _ in found[:3])
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return f"noisy: half of the rounds lie outside of these ranges, which are wide: {said}{more}"
-
-
-def _quartiles(t: Mapping[str, float], digits: int = 1) -> str:
-    return f"{t['low']:.{digits}f} – {t['high']:.{digits}f}"
 
 
 def _rich_table(title: str, columns: Sequence[str]) -> Any:
@@ -64,7 +45,7 @@ def table(result: Result) -> Any:
     for name, t in sorted(ms.items(), key=lambda item: (not item[0].startswith("roof"), item[1]["median"])):
         error, mb = result["gradient_error"].get(name), memory.get(name)
         cells = {
-            "": name + ": noisy" * (name in wild), "ms": f"{t['median']:.1f}", "quartiles": _quartiles(t),
+            "": name + ": noisy" * (name in wild), "ms": f"{t['median']:.1f}", "quartiles": quartiles(t),
             "× eager": "" if name.startswith(_BESIDE) else f"{base / t['median']:.2f}",
             "extra MB": "" if mb is None else f"{mb:.0f}",
             "error": "" if error is None else f"{error:.1g}",
@@ -189,6 +170,11 @@ _FORWARD = (
 )
 
 
+def whole_steps(ms: Mapping[str, Times]) -> Times:
+    """Return the time of a whole step of each kind, which is what has to be measured well."""
+    return {f"{kind}: {WHOLE}": phases[WHOLE] for kind, phases in ms.items()}
+
+
 def step_table(result: Result) -> Any:
     """Return the two steps, phase by phase: a table of times, one of memory and counts, and what the words mean."""
     from rich.console import Group
@@ -199,10 +185,10 @@ def step_table(result: Result) -> Any:
     ours, plain = result["ms"]["dmfast"], result["ms"]["eager"]
     for phase in plain:
         mine, other = ours.get(phase), plain[phase]
-        own = ("not needed", "") if mine is None else (f"{mine['median']:.0f}", _quartiles(mine, 0))
+        own = ("not needed", "") if mine is None else (f"{mine['median']:.0f}", quartiles(mine, 0))
         ratio = "" if mine is None else f"{other['median'] / mine['median']:.2f}"
-        style = "bold" if phase == "whole step" else None
-        times.add_row(phase, *own, f"{other['median']:.0f}", _quartiles(other, 0), ratio, style=style)
+        style = "bold" if phase == WHOLE else None
+        times.add_row(phase, *own, f"{other['median']:.0f}", quartiles(other, 0), ratio, style=style)
     counts = _rich_table("its memory and work", ("", "dmfast", "eager", "eager / dmfast"))
     memory = result["memory_mb"]
     counts.add_row("peak memory beside the models, MB", f"{memory['dmfast']:.0f}", f"{memory['eager']:.0f}",
@@ -210,8 +196,7 @@ def step_table(result: Result) -> Any:
     for what, key in (("forwards", "forwards"), ("tokens through a model", "tokens"), ("rows projected to V", "rows")):
         both = [sum(v[key] for v in result["forwards"][kind].values()) for kind in ("dmfast", "eager")]
         counts.add_row(what, f"{both[0]:,}", f"{both[1]:,}", f"{both[1] / both[0]:.2f}")
-    wild = {f"{kind}: {phase}": t for kind in ("dmfast", "eager") for phase, t in result["ms"][kind].items()}
-    said = noise({name: t for name, t in wild.items() if name.endswith("whole step")})
+    said = noise(whole_steps(result["ms"]))
     return Group(times, counts, _EAGER, _FORWARD, *([said] if said else []))
 
 
@@ -250,8 +235,6 @@ def step_chart(result: Result, path: Path) -> None:
     from ..training.report import pyplot  # imports transformers, which a table does not need
 
     plt = pyplot()
-    from .step import PHASES
-
     figure, axis = plt.subplots(figsize=(9, 2.6))
     for y, kind in enumerate(("eager", "dmfast")):
         left = 0.0

@@ -17,9 +17,9 @@ import torch
 from ..training.report import machine, write
 from . import report
 from .measure import in_fresh_process
+from .noise import calmest, noisy
 from .worker import Config
 
-TRIES = 2
 _OF_STEP = {"batch": 64, "length": 40, "rounds": 5}  # the numbers of --model and their defaults
 SHAPES = ((512, 50257), (2048, 50257), (512, 151936), (4096, 1319))
 
@@ -80,15 +80,9 @@ def in_process(c: Config) -> dict[str, Any]:
 def measure(c: Config, say: Callable[[Any], None]) -> dict[str, Any]:
     """Return the times and, once per shape and dtype, the peak memory of each rival.
 
-    Where the rounds disagree, all is measured again in another process, at most ``TRIES`` times, and the calmest try
-    counts.
+    Where the rounds disagree, all is measured again in another process, as ``calmest`` says.
     """
-    result = in_process(c)
-    for _ in range(TRIES - 1):
-        if not report.noisy(result["ms"]):
-            break
-        say(f"{report.noise(result['ms'])}; measured again")
-        result = min(result, in_process(c), key=lambda r: max(report.noisy(r["ms"]).values(), default=0.0))
+    result = calmest(lambda: in_process(c), lambda r: r["ms"], say)
     if _wants_memory(c):
         names = [name for name in result["ms"] if name in result["gradient_error"]]
         result["memory_mb"] = {n: in_process(replace(c, memory_of=n))["memory_mb"] for n in names}
@@ -166,7 +160,7 @@ def bench(args: argparse.Namespace, say: Callable[[Any], None]) -> None:
     if args.resume and path.exists():
         earlier = json.loads(path.read_text())["results"]
         results = [r for r in earlier if r["machine"] | {"date": ""} == here | {"date": ""}]
-        results = [r for r in results if not report.noisy(r["ms"])]  # those are measured again
+        results = [r for r in results if not noisy(r["ms"])]  # those are measured again
     done = [Config(**r["config"]) for r in results]
     try:
         for i, c in enumerate(configs, 1):

@@ -6,7 +6,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..models import LanguageModel
 from .eager_step import EagerStep
-from .measure import Phases, extra_memory, in_fresh_process, spread
+from .measure import BOTH, WHOLE, Phases, extra_memory, in_fresh_process, spread
+from .noise import calmest
+from .report import whole_steps
 
 RANDOM_GPT2 = "random-gpt2"  # 4 layers of 128, V = 50257
-PHASES = ("sampling", "scoring by q", "scoring by a", "policy forward", "policy backward", "optimiser")
-BOTH = "policy forward + backward"
 
 
 def load(name: str) -> LanguageModel:
@@ -99,23 +99,16 @@ def profile(
 ) -> dict[str, Any]:
     """Interleave both steps, and return ms of each phase and of the whole, and the peak memory of each.
 
-    ``say`` gets a line before each part, since a large model takes minutes.
+    Where the rounds disagree about a whole step, all of them are timed again, as ``calmest`` says. ``say`` gets a line
+    before each part, since a large model takes minutes.
     """
     say(f"loading {name} for the step of dmfast and the plain step")
     steps = {kind: make(kind, name, batch, length) for kind in ("dmfast", "eager")}
-    times: dict[str, dict[str, list[float]]] = {kind: {} for kind in steps}
     torch.manual_seed(0)
-    for i in range(rounds + 1):
-        say(f"round {i} of {rounds}: a step of each" if i else "one step of each that is not timed")
-        for kind in sorted(steps, reverse=bool(i % 2)):
-            start = time.perf_counter()
-            steps[kind]()
-            whole = time.perf_counter() - start
-            if i:
-                found = steps[kind].seconds
-                both = found["policy forward"] + found["policy backward"]
-                for phase, seconds in {**found, BOTH: both, "whole step": whole}.items():
-                    times[kind].setdefault(phase, []).append(seconds * 1e3)
+    say("one step of each that is not timed")
+    for step in steps.values():
+        step()
+    ms = calmest(lambda: _timed(steps, rounds, say), whole_steps, say)
     say("one step of each whose forwards are counted")
     forwards = {kind: _count(step) for kind, step in steps.items()}
     memory = {}
@@ -126,10 +119,28 @@ def profile(
         "model": Path(name).name if Path(name).is_dir() else name,
         "parameters": sum(p.numel() for p in load(name).model.parameters()),
         "batch": batch, "length": length, "threads": torch.get_num_threads(),
-        "ms": {kind: {phase: spread(values) for phase, values in found.items()} for kind, found in times.items()},
+        "ms": ms,
         "forwards": forwards,
         "memory_mb": memory,
     }  # fmt: skip
+
+
+def _timed(
+    steps: Mapping[str, DMFastStep | EagerStep], rounds: int, say: Callable[[Any], None]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the spread of each phase in ms, by kind of step, over rounds that take the kinds in changing order."""
+    times: dict[str, dict[str, list[float]]] = {kind: {} for kind in steps}
+    for i in range(rounds):
+        say(f"round {i + 1} of {rounds}: a step of each")
+        for kind in sorted(steps, reverse=bool(i % 2)):
+            start = time.perf_counter()
+            steps[kind]()
+            whole = time.perf_counter() - start
+            found = steps[kind].seconds
+            both = found["policy forward"] + found["policy backward"]
+            for phase, seconds in {**found, BOTH: both, WHOLE: whole}.items():
+                times[kind].setdefault(phase, []).append(seconds * 1e3)
+    return {kind: {phase: spread(values) for phase, values in found.items()} for kind, found in times.items()}
 
 
 def _count(step: DMFastStep | EagerStep) -> dict[str, dict[str, int]]:

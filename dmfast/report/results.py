@@ -102,7 +102,10 @@ def verdicts(runs: Sequence[Run]) -> str:
 
 _SAID = {"The policy matches the target": ("yes", "✓ "), "The run did not come to its target": ("no", "✗ "),
          "Whether the policy matches the target is unknown": ("", "? ")}  # fmt: skip
-_NONE = "No verdict: the file of this run has none. dmfast train and dmfast demo write one into log.json."
+_NONE = (
+    "No verdict: the file of this run has none. dmfast train and dmfast demo write one into log.json, "
+    "and in Python trainer.verdict() returns one."
+)
 
 
 def measures(runs: Sequence[Run]) -> str:

@@ -122,10 +122,23 @@ def _warn_of_another_run(checkpoints: list[Path], output_dir: Path, *, command: 
 
 def step_of(folder: Path) -> int | None:
     """Return the number of steps that a checkpoint's run had taken, or None if the checkpoint does not tell."""
+    step = _trainer_state(folder).get("global_step")
+    return step if isinstance(step, int) else None
+
+
+def best_of(folder: Path) -> Path | None:
+    """Return the best checkpoint so far of the run that wrote a checkpoint, or None if it is not there."""
+    best = _trainer_state(folder).get("best_model_checkpoint")
+    return Path(best) if isinstance(best, str) and Path(best).is_dir() else None
+
+
+def _trainer_state(folder: Path) -> dict[str, Any]:
+    """Return what transformers wrote of a run into a checkpoint, or {} if it can't be read."""
     try:
-        return int(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        found = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def warn_of_earlier_run(output_dir: Path, *, command: bool = False) -> None:

@@ -62,6 +62,7 @@ class CheckpointingTrainer(TiedParameters, Trainer):  # type: ignore[misc]
     brings_optimizer: bool  # whether the optimiser is not made from the arguments
 
     def _load_best_model(self) -> None:
+        pickles.refuse_code(Path(self.state.best_model_checkpoint))
         if self._is_spread:
             self.policy.load(self.state.best_model_checkpoint)
         else:
@@ -136,6 +137,9 @@ class CheckpointingTrainer(TiedParameters, Trainer):  # type: ignore[misc]
                 way, or a setting that its state depends on has changed.
         """
         pickles.refuse_code(folder)
+        best = checkpoint.best_of(folder) if self.args.load_best_model_at_end else None
+        if best is not None:
+            pickles.refuse_code(best)
         state = checkpoint.load_state(folder, self.args.device)
         checkpoint.check_kind(state, folder, self._sharding)
         deepspeed.refuse_state(state, folder, self.accelerator)

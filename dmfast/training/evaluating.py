@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from transformers import TrainerControl
 
+from ..estimators import Estimate
 from ..metrics import merged
+from ..models import LanguageModel
 from ..samples import Samples
 from ..seeds import seed_for
 from ..targets import EBM
 from . import samples as samples_table
 from .checkpointing import CheckpointingTrainer
 from .data import Contexts, eval_contexts, listed
-from .evaluation import examine
+from .evaluation import evaluate, examine
 from .judge import Judge, is_over_prompts
 from .ranks import AccelerateRanks
+from .verdict import constrained, ideal, verdict
 
 
 class EvaluatingTrainer(CheckpointingTrainer):
@@ -69,27 +72,66 @@ class EvaluatingTrainer(CheckpointingTrainer):
             ``eval_length``. With several sets each has these as ``eval_<name>_...``.
         """
         has_prompts = eval_dataset is not None or self._eval_rows is not self._rows or self._has_prompts
-        if isinstance(eval_dataset, str) and isinstance(self._eval_rows, dict):
-            if eval_dataset not in self._eval_rows:
-                raise ValueError(f"eval_dataset has the sets {', '.join(self._eval_rows)}, and no {eval_dataset!r}")
-            rows: Any = self._eval_rows[eval_dataset]
-        elif eval_dataset is None:
-            rows = self._eval_rows
-            if rows is None:
-                raise ValueError(
-                    "train_dataset is a stream, which an evaluation does not read: give DMTrainer an eval_dataset, or "
-                    "evaluate one (for instance list(stream.take(128)))"
-                )
-        else:
-            rows = eval_contexts(eval_dataset)
-            for each in listed(rows):
-                each.check(self.policy, self.args.max_new_tokens, self.args.max_prompt_length)
+        rows = self._rows_of(eval_dataset)
         if not isinstance(rows, dict):
             return self._evaluate_on(rows, metric_key_prefix, has_prompts)
         found: dict[str, float] = {}
         for name, each in rows.items():
             found |= self._evaluate_on(each, f"{metric_key_prefix}_{name}", has_prompts)
         return found
+
+    def verdict(self, eval_dataset: Any = None) -> str:
+        """Say whether the policy matches its target and by which criterion, as ``dmfast train`` does at its end.
+
+        It draws ``args.eval_samples`` new sequences from the base and as many from the policy. Each feature of a
+        constraint must have come nine tenths of the way from the base to p, and KL(pi||a) must be within a quarter of
+        KL(p||a), each give or take two standard errors. With several processes, call it on all of them.
+
+        Args:
+            eval_dataset: as in ``evaluate``. With several sets there is a line for each.
+
+        Raises:
+            ValueError: as ``evaluate``.
+        """
+        rows = self._rows_of(eval_dataset)
+        if not isinstance(rows, dict):
+            return self._verdict_on(rows)
+        return "\n".join(f"{name}: {self._verdict_on(each)}" for name, each in rows.items())
+
+    def _rows_of(self, eval_dataset: Any) -> Contexts | dict[str, Contexts]:
+        """Return what to evaluate on: the trainer's own prompts, one of its sets, or what was given."""
+        if isinstance(eval_dataset, str) and isinstance(self._eval_rows, dict):
+            if eval_dataset not in self._eval_rows:
+                raise ValueError(f"eval_dataset has the sets {', '.join(self._eval_rows)}, and no {eval_dataset!r}")
+            return self._eval_rows[eval_dataset]
+        if eval_dataset is None:
+            if self._eval_rows is None:
+                raise ValueError(
+                    "train_dataset is a stream, which an evaluation does not read: give DMTrainer an eval_dataset, or "
+                    "evaluate one (for instance list(stream.take(128)))"
+                )
+            return self._eval_rows
+        rows = eval_contexts(eval_dataset)
+        for each in listed(rows):
+            each.check(self.policy, self.args.max_new_tokens, self.args.max_prompt_length)
+        return rows
+
+    @torch.no_grad()
+    def _verdict_on(self, rows: Contexts) -> str:
+        args, target = self.args, self.target
+        some = [rows[i] for i in range(min(len(rows), args.eval_samples))]
+
+        def measured(model: LanguageModel, whose: str) -> tuple[Samples, dict[str, Estimate]]:
+            with self.accelerator.autocast():
+                return evaluate(
+                    model, target, [prompt for _, prompt in some], math.ceil(args.eval_samples / len(some)),
+                    max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed,
+                    batch_size=args.sampling_batch_size, rows=rows.whole(some), whose=whose,
+                )  # fmt: skip
+
+        x, before = measured(target.base, "the base")
+        _, after = measured(self.policy, "the policy")
+        return verdict(before, after, ideal(target, x), constrained(target))
 
     @torch.no_grad()
     def _evaluate_on(self, rows: Contexts, prefix: str, has_prompts: bool) -> dict[str, float]:

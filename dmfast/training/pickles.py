@@ -9,15 +9,20 @@ it runs.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_METADATA = ".metadata"  # the file that torch.distributed.checkpoint writes
+_METADATA = ".metadata"  # torch.distributed.checkpoint also reads __<rank>.metadata
+_ZIP = b"PK\x03\x04"  # torch.load takes a file that begins otherwise for a bare pickle, whatever follows
+_LATEST = "latest"  # the name of the folder of a checkpoint that DeepSpeed reads
 _NEVER_READ = {"training_args.bin"}  # transformers writes this file for people and never reads it
 _DEEPSPEED = re.compile(r"global_step\d+")
 #: The names that a file of torch.save may hold.
@@ -122,6 +127,11 @@ def _check(data: bytes, allowed: re.Pattern[str], what: str) -> None:
 
 def _check_saved(source: Any, what: str, allowed: re.Pattern[str] = _PLAIN) -> None:
     """Check a file, or a buffer, that torch.save wrote."""
+    with open(source, "rb") if isinstance(source, str) else contextlib.nullcontext(source) as opened:
+        begins = opened.read(len(_ZIP))
+        opened.seek(0)
+    if begins != _ZIP:
+        raise ValueError(f"{what} can't be read: it is not a file that torch.save writes today")
     try:
         # torch's own reader takes the same record from the file that torch.load would take
         data = torch._C.PyTorchFileReader(source).get_record("data.pkl")
@@ -139,6 +149,8 @@ def _check_shards(path: Path) -> None:
     metadata = _Metadata(io.BytesIO(data)).load()
     objects = {name for name, each in metadata.state_dict_metadata.items() if isinstance(each, BytesStorageMetadata)}
     for index, place in (metadata.storage_data or {}).items():
+        if place.transform_descriptors:
+            raise ValueError(f"{path} can't be checked: {index.fqn} is stored under {place.transform_descriptors}")
         if index.fqn in objects:
             file = path.parent / place.relative_path
             with open(file, "rb") as opened:
@@ -146,19 +158,35 @@ def _check_shards(path: Path) -> None:
                 _check_saved(io.BytesIO(opened.read(place.length)), f"{file}, {index.fqn}")
 
 
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield each file below a folder, also behind links, which whoever reads the checkpoint follows."""
+    seen = set()
+    for where, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(where, name) for name in files)
+
+
 def refuse_code(folder: Path) -> None:
     """Check that no file of a checkpoint could run code when it is read. The check itself runs nothing of it.
 
-    The files that DeepSpeed writes and reads itself may also name a few of its classes.
+    The files that DeepSpeed writes and reads itself may also name a few of its classes. Links are followed.
 
     Raises:
         ValueError: a file holds more than tensors and plain values, or can't be read.
     """
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(_files(folder)):
         if path.name in _NEVER_READ:
             continue
-        if path.name == _METADATA:
+        if path.name.endswith(_METADATA):
             _check_shards(path)
+        elif path.name == _LATEST:
+            tag = path.read_text(encoding="utf-8", errors="replace").strip()
+            if not _DEEPSPEED.fullmatch(tag):
+                raise ValueError(f"{path} names {tag!r}, which is no folder of DeepSpeed's and was not checked")
         elif path.suffix in (".pt", ".pth", ".bin"):
             of_deepspeed = _DEEPSPEED.fullmatch(path.relative_to(folder).parts[0])
             _check_saved(str(path), str(path), _OF_DEEPSPEED if of_deepspeed else _PLAIN)

@@ -47,7 +47,7 @@ from safetensors import SafetensorError
 from transformers import set_seed
 
 from .. import __version__, adapters, presets
-from ..estimators import Estimate, PartitionFunctions, estimate, estimate_moments
+from ..estimators import Estimate
 from ..models import LanguageModel
 from ..reading import of_yaml
 from ..samples import Samples
@@ -64,6 +64,7 @@ from .evaluation import evaluate
 from .hub import prompts_of
 from .ranges import numbers_of
 from .trainer import DMTrainer
+from .verdict import constrained, ideal, verdict
 
 #: How many texts of before and after training a log keeps.
 SHOWN = 20
@@ -360,29 +361,6 @@ def load(
     return LanguageModel(model, tokenizer, eos_token_id=ends, chat_template_kwargs=chat_template_kwargs)
 
 
-def _ideal(target: EBM, of_base: Samples) -> dict[str, Estimate]:
-    """Return the measures of a policy equal to p: E_p[phi] and KL(p||a), from samples of the base."""
-    scores = target.score(of_base, of_base.log_prob)
-    log_w = scores.log_target - of_base.log_prob
-    # each context has its own Z and all contexts weigh the same, because lambda was fitted so
-    log_z = (
-        PartitionFunctions().updated(of_base.context_id, scores.log_target, of_base.log_prob).log_z(of_base.context_id)
-    )
-    log_u = torch.where(log_z == -math.inf, -math.inf, log_w - log_z)
-    columns = torch.cat([scores.features, scores.monitored], 1)
-    names = [*target.moment_names, *target.monitor_names]
-    ideal = {f"phi/{name}": e for name, e in zip(names, estimate_moments(columns, log_u), strict=True)}
-    ideal |= {f"phi/{name}": Estimate(1.0, 0.0) for name in target.zero_one_names}  # also where no sample has it
-    found = estimate(of_base.log_prob, of_base.log_prob, scores.log_target, log_z, z_of=of_base.context_id)
-    kl = found.kl_proposal
-    if target.report is not None and target.moment_names:
-        if target.report.n >= len(of_base):  # whoever had more samples knows KL better
-            kl = target.report.kl
-        for name, moment in zip(target.moment_names, target.describe()["moments"], strict=True):
-            ideal[f"phi/{name}"] = Estimate(moment["value"], 0.0)
-    return ideal | {"kl_policy_base": kl}
-
-
 def _model_and_base(
     policy: LanguageModel, lora: dict[str, Any] | None, say: Callable[[Any], None]
 ) -> tuple[torch.nn.Module, LanguageModel]:
@@ -611,19 +589,19 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
     except (OSError, SafetensorError) as error:
         failed["the model"] = error
     x_after, after = now(trainer.policy, "the policy")
-    ideal = _ideal(target, x_before)
+    wanted = ideal(target, x_before)
     log: dict[str, Any] = {
         "machine": report.machine(),
         "recipe": recipe,
         "target": target.describe(),
         "before": before,
         "after": after,
-        "ideal": ideal,
+        "ideal": wanted,
         "swaps": trainer.proposal.swaps if trainer.proposal else 0,
         "steps": trainer.state.global_step,
         "seconds_training": training,
         "seconds_all": time.perf_counter() - start,
-        "verdict": report.verdict(before, after, ideal, [*target.moment_names, *target.pointwise_names]),
+        "verdict": verdict(before, after, wanted, constrained(target)),
         **_shown(x_before, x_after, None if rows is None else [data[i][1] for i in range(len(data))]),
         "history": [h for h in trainer.state.log_history if "train_runtime" not in h],
     }

@@ -1,4 +1,4 @@
-"""Report a run by its machine, a plot and tables, and say whether it came to its target."""
+"""Report a run by its machine, a plot and tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import __version__, kernels
-from ..estimators import Estimate, rounded, to_show
+from ..estimators import Estimate, to_show
 from ..metrics import logged_features
 from ..unseen import said
 
@@ -170,64 +170,6 @@ def _unknown(log: Mapping[str, Any], key: str) -> str | None:
     of = {name: log[key][f"phi/{name}"] for name in [*pointwise, *moments]}
     missing = {name: e.value for name, e in of.items() if e.stderr == 0 and (e.value == 0 or name in moments)}
     return f"unknown: {said(missing)}" if missing else None
-
-
-_LEFT, _KL = 0.1, 0.25  # the share of a moment's way that may be left, and the relative error that KL(pi||a) may have
-
-
-def verdict(
-    before: Mapping[str, Estimate], after: Mapping[str, Estimate], ideal: Mapping[str, Estimate], names: Sequence[str]
-) -> str:
-    """Say whether a run came to its target, and by which criterion.
-
-    Each feature must have come nine tenths of the way from where it began to where p has it, and KL(pi||a) must be
-    within a quarter of KL(p||a). Two standard errors are allowed beyond either. What the samples can't tell (NaN) is
-    said to be unknown, with the features that none of them had.
-
-    Args:
-        before, after, ideal: the measures of the policy at the start, of the policy at the end, and of p.
-        names: the features that are constrained.
-    """
-    never = {name: 0.0 for name in names if before[f"phi/{name}"].value == 0}
-    why = f"unknown: {said(never) if never else 'no sequence of the base met all constraints'}"
-    wrong, right, unknown = [], [], []
-
-    def compare(title: str, now: Estimate, what: str, wanted: Estimate, allowed: float, hint: str = "") -> None:
-        text = f"{title} is {shown(now)}, {what} {why if math.isnan(wanted.value) else f'{rounded(wanted.value):.4g}'}"
-        if math.isnan(now.value) or math.isnan(allowed):  # allowed is NaN where wanted is
-            unknown.append(text)
-        elif abs(now.value - wanted.value) > allowed:
-            wrong.append(f"{text}, which may differ by {allowed:.2g}{hint}")
-        else:
-            right.append(text)
-
-    for name in names:
-        now, wanted = after[f"phi/{name}"], ideal[f"phi/{name}"]
-        way = abs(before[f"phi/{name}"].value - wanted.value)
-        compare(f"E[{name}]", now, "wanted", wanted, _LEFT * way + 2 * _error_of(now, wanted))
-    now, wanted = after["kl_policy_base"], ideal["kl_policy_base"]
-    hint = " (the policy has moved in ways that nobody asked for)" if now.value > wanted.value else ""
-    compare("KL(π‖a)", now, "ideal", wanted, _KL * wanted.value + 2 * _error_of(now, wanted), hint)
-    criterion = (
-        "Criterion: each E has come nine tenths of its way, KL(π‖a) is within a quarter of KL(p‖a), "
-        "each give or take two standard errors."
-    )
-    if wrong:
-        return (
-            f"The run did not come to its target: {'; '.join([*wrong, *unknown])}. Try more steps, a lower learning "
-            f"rate where KL(π‖a) is too large, or more sequences a step. {criterion}"
-        )
-    if unknown:
-        return (
-            f"Whether the policy matches the target is unknown: {'; '.join([*unknown, *right])}. Evaluate on more "
-            f"sequences. {criterion}"
-        )
-    return f"The policy matches the target: {'; '.join(right)}. {criterion}"
-
-
-def _error_of(*estimates: Estimate) -> float:
-    """Return the standard error of a difference. An unknown error (NaN) counts as 0."""
-    return math.hypot(*(e.stderr for e in estimates if math.isfinite(e.stderr)))
 
 
 def samples_table(before: Sequence[str], after: Sequence[str]) -> Any:
