@@ -137,8 +137,8 @@ print(matched_seen[-1])
 
 # %% [markdown]
 # Each step also estimates how far the model is from the target, from the texts that it has drawn anyway. The picture
-# shows this estimate with its standard error. Beside it stands the *effective sample size*: how many of the texts of a
-# step say something about the target. It rises as the proposal comes closer to the target.
+# shows this estimate with its standard error, and beside it the *effective sample size*, which says how many of the
+# texts of a step count. It rises as the proposal comes closer to the target.
 
 # %%
 steps = range(1, STEPS + 1)

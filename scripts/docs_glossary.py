@@ -14,8 +14,8 @@ from dmfast.report.words import WORDS
 PAGE = Path(__file__).parent.parent / "docs" / "glossary.md"
 _BEFORE = """# Glossary
 
-These words and symbols stand in logs, in tables and on the page that `dmfast report` makes, which has the same glossary
-at its end. [The method](method.md) has the formulas. This page is made by `scripts/docs_glossary.py`.
+These words and symbols are used in logs, in tables and on the page of `dmfast report`, which has the same glossary at
+its end. [The method](method.md) has the formulas. `scripts/docs_glossary.py` makes this page.
 
 | word | meaning |
 | --- | --- |

@@ -19,11 +19,13 @@ WORDS = {
         "How often q was replaced by π. That happens when samples show that π is closer to p than q is. A small "
         "tick at the bottom of a chart marks such a step (q ← π)."
     ),
+    "nats": "The unit of divergences and of log-probabilities: they are natural logarithms.",
     "φ": "A feature: a number for each text, such as 1 for a text about a woman and 0 for any other.",
     "E[φ]": (
         "The mean of a feature. For a feature of 0 and 1 it is the share of the texts that have it. E under q is "
         "the mean of the texts that q drew."
     ),
+    "λ": "The coefficients by which the target gives the features the means that are wanted.",
     "KL(p‖π)": (
         "How far the policy is from the target, in nats; 0 means that both are the same. It is estimated from the"
         " weighted samples of a step, or of fresh samples in an evaluation."
@@ -35,20 +37,23 @@ WORDS = {
     ),
     "log Z": "The logarithm of Z, estimated from all sequences so far.",
     "ESS": (
-        "The effective sample size: as many samples drawn from p itself would give estimates as precise as those "
-        "of the sequences of a step. It is the number of these sequences when q = p, and 1 when one weight "
-        "outweighs all others."
+        "The effective sample size of a step: the number of samples of p itself that would give estimates as "
+        "precise as the sequences of the step give. It is the number of these sequences when q = p, and 1 when "
+        "one weight outweighs all others."
     ),
     "effective sample size": "See ESS.",
-    "± and bands": "One standard error, which counts the randomness of the samples alone, of one run.",
+    "± and bands": "One standard error. It covers the randomness of the samples of one run, and not how runs differ.",
     "weights": (
         "A is the weight of a sequence in the gradient: positive where training makes the sequence likelier. The "
         "chart shows the standard deviation of A within a step."
     ),
     "gradient variance": "How much the gradients of single sequences differ from their mean.",
     "reward": "The mean reward of the sequences of a step.",
-    "β": "How strongly the policy is held to the base where a reward is maximised (KL-control).",
-    "Distinct-n": "The share of all runs of n words that are different ones; 1 means that nothing is repeated.",
+    "β": "How strongly the policy is held to the base when a reward is maximised (KL-control).",
+    "Distinct-n": (
+        "The number of different sequences of n words in a text, divided by its number of words; less means that "
+        "texts repeat themselves."
+    ),
     "Self-BLEU-5": "How alike the texts are, from 0 to 1; less is more diverse.",
     "pass@k": "The share of prompts for which at least one of k answers is right.",
     "maj@k": "How often the commonest of k answers is right.",
@@ -58,10 +63,10 @@ WORDS = {
     "tokens": "The mean length of a sequence in tokens.",
     "ended in EOS": "The share of the sequences that the model ended itself, before the limit of length.",
     "cut off": "The share of the answers that the limit of length has cut.",
-    "sampling": "Of a step's time: drawing from q.",
-    "scoring": "Of a step's time: the probabilities of the samples under the base, and the features.",
-    "policy": "Of a step's time: forward and backward of the policy, and the optimiser.",
-    "check": "Of a step's time: whether q should be replaced.",
+    "sampling": "The part of a step's time in which q draws the sequences.",
+    "scoring": "The part of a step's time that the probabilities under the base and the features take.",
+    "policy": "The part of a step's time that the policy's forward and backward passes and the optimiser take.",
+    "check": "The part of a step's time in which a check decides whether π replaces q.",
 }
 
 
