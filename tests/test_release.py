@@ -49,6 +49,33 @@ def test_every_wheel_leaves_the_openmp_runtime_to_torch():
     assert all("--exclude libgomp.so.1" in line for line in repairs)
 
 
+def test_a_release_has_no_relative_link_and_the_addresses_of_its_repository(tmp_path):
+    for name in ("README.md", "pyproject.toml"):
+        (tmp_path / name).write_text(text(name), encoding="utf-8")
+    repository = "https://example.org/someone/dmfast"
+    for_release = of_scripts.load("for_release")
+    for_release.main(tmp_path, f"{repository}/", "v1.2")
+    made = (tmp_path / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]*)\)", made)
+    ours = [re.fullmatch(rf"{repository}/(raw|blob)/v1\.2/([^#]+)(#.*)?", link) for link in links]
+    assert all(link.startswith("https://") for link in links) and sum(map(bool, ours)) > 15
+    for link in filter(None, ours):
+        assert (ROOT / link[2]).is_file() and (link[1] == "raw") == link[2].endswith(".png")
+    assert made.replace(f"{repository}/raw/v1.2/", "").replace(f"{repository}/blob/v1.2/", "") == text("README.md")
+    found = tomllib.loads((tmp_path / "pyproject.toml").read_text(encoding="utf-8"))
+    urls = found["project"].pop("urls")
+    assert set(urls) == {"Source", "Documentation", "Changelog", "Issues"}
+    assert all(url.startswith(repository) for url in urls.values())
+    assert found == tomllib.loads(text("pyproject.toml"))
+    with pytest.raises(SystemExit, match=r"no such table yet"):
+        for_release.main(tmp_path, repository, "v1.2")
+    steps = [
+        step.get("run", "") for step in yaml.safe_load(text(".github/workflows/release.yml"))["jobs"]["sdist"]["steps"]
+    ]
+    place = [i for i, step in enumerate(steps) if "for_release.py" in step or "build --sdist" in step]
+    assert len(place) == 2 and "for_release.py" in steps[place[0]]
+
+
 GOOD = {"torch": "2.13.0+cpu", "numpy": "2.4.6", "transformers": "5.24.0", "accelerate": "1.15.0", "vllm": "0.33.0",
         "deepspeed": "0.19.8"}  # fmt: skip
 RESOLVED = {
