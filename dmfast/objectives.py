@@ -88,7 +88,7 @@ OBJECTIVES = tuple(KINDS)
 #: The objectives that match an explicit target p = P/Z. They need log_target and log_z.
 TARGET_OBJECTIVES = frozenset(name for name, kind in KINDS.items() if kind.has_target)
 
-Baseline: TypeAlias = "float | Tensor | Literal['leave_one_out', 'leave_one_out_context'] | None"
+Baseline: TypeAlias = float | Tensor | Literal["leave_one_out", "leave_one_out_context"] | None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: A string, token ids, or chat messages ({"role": ..., "content": ...}).
-Prompt: TypeAlias = "str | Sequence[int] | Tensor | Sequence[Mapping[str, Any]]"
+Prompt: TypeAlias = str | Sequence[int] | Tensor | Sequence[Mapping[str, Any]]
 
 _TOKENWISE = ("tokens", "attention_mask", "score_mask")
 _TENSORS = (*_TOKENWISE, "log_prob", "context_id", "version")

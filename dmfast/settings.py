@@ -18,7 +18,7 @@ from .targets import EBM
 from .tensors import address
 
 #: A name of ``OBJECTIVES`` or ``METHODS``, an ``Objective``, or a function of ``Terms`` that returns (B,) weights A.
-AnyObjective: TypeAlias = "str | Objective | Callable[[Terms], Tensor]"
+AnyObjective: TypeAlias = str | Objective | Callable[[Terms], Tensor]
 
 _BASELINES = ("mean", "leave_one_out", "leave_one_out_context")
 

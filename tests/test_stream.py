@@ -149,7 +149,7 @@ def test_the_same_rows_in_steps_of_another_size_are_not_taken_for_others(tmp_pat
         (iter(PROMPTS), {}, TypeError, r"can be iterated over only once \(list_iterator\)"),
         (OfTorch([]), {}, ValueError, "train_dataset is empty"),
         (OfTorch([{"text": "w1"}]), {}, ValueError, "row 0 of train_dataset has no column 'prompt', only text"),
-        (OfTorch([3]), {}, ValueError, "the prompt of row 0 must be a string"),
+        (OfTorch([3]), {}, ValueError, "row 0 of train_dataset has a prompt of type int"),
         (OfTorch([{"prompt": "w1", "image": "x"}]), {}, ValueError, "column 'image', which no model would see"),
         (OfTorch(), {"max_steps": -1}, ValueError, "no epochs to count: set max_steps"),
         (OfTorch(), {"eval_strategy": "steps", "eval_steps": 1}, ValueError, "stream, which an evaluation does not"),

@@ -443,7 +443,7 @@ def test_the_trainer_comes_with_import_dmfast_only_when_asked(tmp_path):
         ([], "^eval_dataset is empty"),
         ([{"text": "w1"}], "^row 0 of eval_dataset has no column 'prompt', only text"),
         (datasets.Dataset.from_dict({"text": ["w1"]}), "^eval_dataset has no column 'prompt', only text"),
-        ([3], "^eval_dataset: the prompt of row 0 must be a string"),
+        ([3], "^row 0 of eval_dataset has a prompt of type int, and it must be a string or a list of chat messages"),
         (["w1", "w1 " * 20], "^eval_dataset: prompt 1 has 20 tokens"),
         ({"a": ["w1"], "b": []}, r"^eval_dataset\['b'\] is empty"),
         ({"a": ["w1"], "b": ["w1 " * 20]}, r"^eval_dataset\['b'\]: prompt 0 has 20 tokens"),

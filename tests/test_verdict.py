@@ -76,6 +76,7 @@ def test_the_ideal_of_several_contexts(which):
         (0.5, 0.95, "KL.* is 0.95 ± 0.03, ideal 0.69, which may differ by 0.24 .the policy has moved"),
         (0.5, 0.44, "did not come to its target: KL"),
         (math.nan, 0.7, "is unknown: E\\[women\\] is unknown, wanted 0.5; KL"),
+        (0.1, 0.0, "did not come to its target: E.*; KL"),
         (0.5, -7e-8, "KL.* is 0 ± 0.03, ideal 0.69, which may differ"),
     ],
 )
@@ -85,6 +86,32 @@ def test_the_verdict(share, kl, says):
     wanted = {"phi/women": Estimate(0.5, 0.0), "kl_policy_base": Estimate(0.69, 0.02)}
     found = verdict(before, after, wanted, ["women"])
     assert re.search(says, found) and "nine tenths of its way" in found and "two standard errors" in found
+
+
+@pytest.mark.parametrize(
+    ("share", "kl", "says"),
+    [
+        (
+            (0.47, 0.09),
+            (0.44, 0.17),
+            "is unknown: KL.* is 0.44 ± 0.17, ideal 0.138, and without training",
+        ),
+        (
+            (0.25, 0.22),
+            (0.14, 0.01),
+            "is unknown: E.* is 0.25 ± 0.22, wanted 0.5, and .* well: 0.067 is as near; KL",
+        ),
+        ((0.47, 0.02), (0.16, 0.02), "matches"),
+        ((0.25, 0.22), (0.5, 0.05), "did not come to its target: KL"),
+    ],
+)
+def test_samples_that_would_pass_a_policy_that_has_not_moved_say_nothing(share, kl, says):
+    before = {"phi/women": Estimate(0.067, 0.003), "kl_policy_base": Estimate(0.0, 0.0)}
+    after = {"phi/women": Estimate(*share), "kl_policy_base": Estimate(*kl)}
+    wanted = {"phi/women": Estimate(0.5, 0.0), "kl_policy_base": Estimate(0.138, 0.0)}
+    assert re.search(says, verdict(before, after, wanted, ["women"]))
+    there = {"phi/women": Estimate(0.5, 0.0), "kl_policy_base": Estimate(0.0, 0.0)}
+    assert verdict(there, there, there, ["women"]).startswith("The policy matches")
 
 
 @pytest.mark.parametrize(("now", "says"), [(0.0, "did not come to its target"), (1.0, "matches the target is unknown")])

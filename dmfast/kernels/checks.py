@@ -18,6 +18,7 @@ from ..objectives import (
     COLUMNS,
     KINDS,
     LOG_PROPOSAL,
+    LOG_Z,
     NO_CONSTANTS,
     OBJECTIVES,
     Group,
@@ -313,6 +314,9 @@ def make_terms(
             as_it_is = value.dtype in _PER_SEQUENCE and value.shape == (n,) and value.device == to
             column = value if as_it_is else _per_sequence(COLUMNS[c], value, device, to, n, what)
             columns.append(column.detach() if column.requires_grad else column)
+        elif c == 2 and is_number(value) and torch.compiler.is_compiling():
+            present |= LOG_Z  # as a number, a Z that changes would be compiled again at every step
+            columns.append(torch.full((n,), value, dtype=torch.float64, device=to))
         elif c == 2 and is_number(value):
             constants = (0.0, 0.0, float(value), 0.0, 0.0, 0.0)
         else:

@@ -14,10 +14,10 @@ from .constraints import Feature, FeatureValues, as_feature
 
 #: A reward, or several of them by name or in a list. In a list each has the name of its feature.
 AnyReward: TypeAlias = (
-    "Feature | Callable[[Samples], Any] | Mapping[str, Callable[[Samples], Any]] | Sequence[Callable[[Samples], Any]]"
+    Feature | Callable[[Samples], Any] | Mapping[str, Callable[[Samples], Any]] | Sequence[Callable[[Samples], Any]]
 )
 #: The weights of several rewards: a number for each, in their order or by name.
-Weights: TypeAlias = "Sequence[float] | Mapping[str, float]"
+Weights: TypeAlias = Sequence[float] | Mapping[str, float]
 
 
 class WeightedSum(Feature):

@@ -45,6 +45,17 @@ class EpochOrder(TrainerCallback):  # type: ignore[misc]
         train_dataloader.set_epoch(int(state.epoch or 0))
 
 
+class Intervals(TrainerCallback):  # type: ignore[misc]
+    """A callback that logs, evaluates and saves at the intervals of the arguments, also in a run that goes on.
+
+    transformers takes those that the checkpoint has recorded.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the intervals."""
+        state.compute_steps(args, state.max_steps)
+
+
 class Interrupt(TrainerCallback):  # type: ignore[misc]
     """A callback that ends training at Ctrl-C.
 

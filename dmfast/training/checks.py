@@ -64,8 +64,8 @@ def refuse_arguments(args: TrainingArguments) -> None:
         )
     if args.fp16 and args.device.type == "cpu":
         raise ValueError(
-            "fp16=True has no effect on a CPU, which would train in float32 without a word; take bf16=True, or leave "
-            "it out"
+            "fp16=True has no effect on a CPU, which would train in float32 without a word; take bf16=True with "
+            "use_cpu=True, or leave it out"
         )
     refused = {
         "auto_find_batch_size": args.auto_find_batch_size,
@@ -121,18 +121,37 @@ def check_environment(args: DMConfig, *, own_optimizer: bool = False, own_schedu
     Raises:
         ImportError: a package of ``report_to`` or ``optim`` is not installed.
         ValueError: ``report_to`` or ``optim`` is unknown, or no optimiser or scheduler can be made of the arguments.
-        OSError: nothing can be written into ``output_dir``.
+        OSError: nothing can be written into ``output_dir``, or ``push_to_hub`` is set and the hub can't be reached.
     """
     for each in get_reporting_integration_callbacks(args.report_to):
         try:
             each()
         except (ImportError, RuntimeError, AssertionError, ValueError) as error:
             raise ImportError(f"report_to={args.report_to!r} needs a package that is not installed: {error}") from error
+    if args.push_to_hub:
+        _check_hub(args)
     optimizer = None if own_optimizer else _optimizer_of(args)
     if not own_scheduler:
         _check_scheduler(args, optimizer)
     if args.should_save:
         check_writable(Path(args.output_dir))
+
+
+def _check_hub(args: DMConfig) -> None:
+    """Check that the hub can be reached and knows who asks.
+
+    Raises:
+        OSError: it can't be reached, or there is no login.
+    """
+    from huggingface_hub import whoami
+
+    try:
+        whoami(token=args.hub_token)
+    except Exception as error:  # the hub's client has errors of its own and of the library that sends its requests
+        raise OSError(
+            f"push_to_hub=True needs a login at the hub, which could not be checked: {type(error).__name__}: {error}. "
+            "Run hf auth login, or leave push_to_hub out"
+        ) from error
 
 
 def _optimizer_of(args: DMConfig) -> torch.optim.Optimizer | None:
@@ -239,15 +258,18 @@ def _check_scheduler(args: DMConfig, optimizer: torch.optim.Optimizer | None) ->
 
 
 def check_writable(folder: Path) -> None:
-    """Check that files can be written into a folder. A folder that does not exist is made.
+    """Check that files can be written into a folder. A folder that does not exist is made and removed again.
 
     Raises:
         OSError: no file can be written; the message names the folder.
     """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
+        for each in made:
+            each.rmdir()
     except OSError as error:
         raise OSError(f"nothing can be written into output_dir={str(folder)!r}: {error.strerror or error}") from error
 
@@ -267,7 +289,8 @@ def check_space(folder: Path, model: nn.Module, *, checkpoints: bool) -> None:
         return
     parameters = {address(p): p.numel() * p.element_size() for p in model.parameters() if not sharding.is_shard(p)}
     needed = sum(parameters.values()) * (5 if checkpoints else 1)
-    free = shutil.disk_usage(folder).free
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    free = shutil.disk_usage(there).free
     if free < needed:
         what = "the model and a checkpoint with optimiser and q" if checkpoints else "the model"
         raise OSError(

@@ -74,16 +74,20 @@ def prompt_of(row: Any, index: int, argument: str) -> Any:
     Raises:
         ValueError: the row has no prompt, or a prompt of another type than a string or a list.
     """
-    if isinstance(row, Mapping):
-        if "prompt" not in row:
-            raise ValueError(f"row {index} of {argument} has no column 'prompt', only {', '.join(map(str, row))}")
-        row = row["prompt"]
-    if not isinstance(row, (str, list)):
-        raise ValueError(
-            f"{argument}: the prompt of row {index} must be a string or a list of chat messages, got "
-            f"{type(row).__name__}"
-        )
-    return row
+    fault = fault_of_row(row)
+    if fault is not None:
+        raise ValueError(f"row {index} of {argument} {fault}")
+    return row["prompt"] if isinstance(row, Mapping) else row
+
+
+def fault_of_row(row: Any) -> str | None:
+    """Return what is wrong with a row as the end of a sentence about it, or None if it has a prompt."""
+    if isinstance(row, Mapping) and "prompt" not in row:
+        return f"has no column 'prompt', only {', '.join(map(str, row))}"
+    prompt = row["prompt"] if isinstance(row, Mapping) else row
+    if isinstance(prompt, (str, list)):
+        return None
+    return f"has a prompt of type {type(prompt).__name__}, and it must be a string or a list of chat messages"
 
 
 def _too_long_hint(error: Exception, max_prompt_length: int | None) -> str:
@@ -112,7 +116,7 @@ class Contexts(Dataset[Any]):
     def __init__(self, rows: Any = None, argument: str = "train_dataset") -> None:
         self.argument = argument
         if rows is None:
-            rows = [""]
+            rows, self.argument = [""], "the empty context"
         if isinstance(rows, (str, Mapping)) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
             raise TypeError(
                 f"{argument} must have a length and be indexable (a list of prompts, a datasets.Dataset with the "
@@ -199,8 +203,9 @@ class Contexts(Dataset[Any]):
             TypeError, ValueError: as ``LanguageModel.check_prompts``, with the name of the argument.
             ValueError: no prompt is left.
         """
+        prompts = [prompt for _, prompt in self]
         try:
-            lengths = policy.check_prompts([prompt for _, prompt in self], max_new_tokens, max_prompt_length)
+            lengths = policy.check_prompts(prompts, max_new_tokens, max_prompt_length)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self.argument}: {error}{_too_long_hint(error, max_prompt_length)}") from error
         if max_prompt_length is None:

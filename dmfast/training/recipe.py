@@ -59,7 +59,7 @@ from ..targets.rewards import AnyReward
 from . import checkpoint, report
 from .checks import check_alike, check_environment, refuse_arguments
 from .config import DMConfig
-from .data import Contexts
+from .data import Contexts, fault_of_row
 from .evaluation import evaluate
 from .hub import prompts_of
 from .ranges import numbers_of
@@ -72,6 +72,7 @@ _KEYS = (
     "model", "dtype", "prompts", "stop", "chat_template_kwargs", "constraints", "monitor", "reward", "fit", "lora",
     "train", "evaluate",
 )  # fmt: skip
+_OF_SCRIPTS = ("resume_from_checkpoint", "do_predict")  # TrainingArguments has them, and its Trainer does not read them
 
 
 class RecipeError(ValueError):
@@ -126,6 +127,10 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
             presets.named(recipe["train"]["preset"])
         except ValueError as error:
             raise RecipeError(f"train: {error}") from error
+    for name in _OF_SCRIPTS:
+        if recipe["train"].get(name):
+            hint = "give dmfast train the option --resume" if name == "resume_from_checkpoint" else "leave it out"
+            raise RecipeError(f"train.{name} has no effect, because only scripts of transformers read it: {hint}")
     for name, kind in numbers_of(DMConfig).items():
         if kind == "float" and isinstance(recipe["train"].get(name), str):
             recipe["train"][name] = _number(recipe["train"][name], f"train.{name}")
@@ -286,11 +291,15 @@ def _read_prompts(path: Path) -> list[Any]:
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            row = json.loads(line) if line.strip() else ""
         except json.JSONDecodeError as error:  # its own text would call every line "line 1"
             raise ValueError(f"line {number} is no JSON: {error.msg}, at column {error.colno}") from error
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
+        fault = fault_of_row(row)
+        if fault is not None:
+            raise ValueError(f"line {number} {fault}")
+        rows += [row] if line.strip() else []
     return rows
 
 
@@ -433,7 +442,11 @@ def _prepared(
     say(f"dmfast {__version__}: {target}, {args.objective}, {args.max_steps} steps, model {recipe['model']}")
     if not target.fitted:
         target.lambda_ = [0.0] * len(target.moment_names)  # a placeholder, so that the trainer can check all else first
-    trainer = DMTrainer(model, target, args, train_dataset=rows, processing_class=policy.tokenizer, reward=reward)
+    data = Contexts(rows, _name_of(recipe))
+    trainer = DMTrainer(
+        model, target, args, train_dataset=None if rows is None else data, processing_class=policy.tokenizer,
+        reward=reward,
+    )  # fmt: skip
     trainer.by_command = command
     if folder is not None:
         state = checkpoint.upgraded(trainer.resumable_state(folder))
@@ -443,10 +456,9 @@ def _prepared(
         nothing = trainer.nothing_left(folder)
         if nothing and command:
             say(nothing)
+    _try_features(trainer, data)
     if fitted is None:
         fit = {"batch_size": args.sampling_batch_size, **(recipe.get("fit") or {})}
-        data = Contexts(rows, "prompts")
-        data.check(policy, args.max_new_tokens, args.max_prompt_length, warn=False)  # DMTrainer has warned
         prompts = None if rows is None else [prompt for _, prompt in data]
         target.fit(
             contexts=prompts,
@@ -462,6 +474,23 @@ def _prepared(
         target.load_state_dict(dict(fitted))
         say(str(target.report))
     return trainer, folder
+
+
+def _name_of(recipe: Mapping[str, Any]) -> str:
+    """Return the name of a recipe's prompts in messages, with that of their file."""
+    prompts = recipe.get("prompts")
+    return f"prompts ({prompts})" if isinstance(prompts, str) else "prompts"
+
+
+def _try_features(trainer: DMTrainer, data: Contexts) -> None:
+    """Call each feature and the reward on two short texts, so that one that fails does so before lambda is fitted."""
+    some = [data[i] for i in range(min(len(data), 2))]
+    x = trainer.target.base.sample(
+        [prompt for _, prompt in some], 2 // len(some), max_new_tokens=2, temperature=trainer.args.temperature, seed=0
+    ).with_rows(data.whole(some))  # fmt: skip
+    trainer.target.score(x, x.log_prob)
+    if trainer.reward is not None:
+        trainer.reward(x)
 
 
 def _target(recipe: Mapping[str, Any], base: LanguageModel) -> EBM:
@@ -512,7 +541,7 @@ def fit_z(
     if recipe.get("prompts") is None:
         raise RecipeError("the recipe has no prompts: the empty context has one Z, which the run itself estimates well")
     args = _config(recipe)
-    data = Contexts(_prompts(recipe["prompts"]), "prompts")
+    data = Contexts(_prompts(recipe["prompts"]), _name_of(recipe))
     policy = _load_policy(recipe)
     policy.model.to(args.device)
     data.check(policy, args.max_new_tokens, args.max_prompt_length)
@@ -565,7 +594,7 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
     args, target = trainer.args, trainer.target
     out = Path(args.output_dir)
     rows = _prompts(recipe.get("prompts"))
-    data = Contexts(rows, "prompts")
+    data = Contexts(rows, _name_of(recipe))
     data.check(trainer.policy, args.max_new_tokens, args.max_prompt_length, warn=False)
     settings = {"samples": args.eval_samples, "seed": args.seed + 10**6, "batch_size": args.sampling_batch_size}
     settings |= recipe.get("evaluate") or {}

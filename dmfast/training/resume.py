@@ -79,6 +79,7 @@ HONOURED = (
     "proposal_interval", "proposal_stderrs", "proposal_best_only", "proposal_decay", "proposal_check_samples",
     "z_floor", "z_from_rows", "uniform_groups", "max_redraws", "refit_ess", "refit_samples", "skip_zero_weight",
     "sampler", "sampler_ahead", "sampler_max_lag", "bf16", "fp16", "max_prompt_length",
+    "logging_steps", "eval_steps", "save_steps",
 )  # fmt: skip
 
 _PLURAL = ("the base's weights", "the pointwise constraints", "the moments")
@@ -119,6 +120,9 @@ def settings_of(run: Run) -> dict[str, Any]:
     """Return what a checkpoint records of a run's settings, as numbers, strings, True, False and None."""
     args, target, reward = run.args, run.target, run.matcher.reward
     found = {name: plain(getattr(args, name)) for name in (*REFUSED, *RENEWED, *HONOURED) if hasattr(args, name)}
+    for name in ("logging", "eval", "save"):
+        if plain(getattr(args, f"{name}_strategy")) != "steps":
+            del found[f"{name}_steps"]
     if run.brings_optimizer:
         for name in (*OF_OPTIMIZER, "optim", "optim_args"):
             found.pop(name, None)

@@ -43,7 +43,7 @@ from ..targets import EBM
 from ..targets.rewards import AnyReward, as_reward, parts_of
 from . import checkpoint, deepspeed, distributed_config, engines, fsdp
 from . import samples as samples_table
-from .callbacks import EpochOrder, Interrupt, JITCheckpoint, LogLine, Progress, StepEnd
+from .callbacks import EpochOrder, Interrupt, Intervals, JITCheckpoint, LogLine, Progress, StepEnd
 from .checks import (
     check_alike,
     check_environment,
@@ -133,7 +133,10 @@ class DMTrainer(EvaluatingTrainer):
         own = optimizers[0] is not None or optimizer_cls_and_kwargs is not None
         check_environment(args, own_optimizer=own, own_scheduler=optimizers[1] is not None)
         distributed_config.refuse_model(model, getattr(getattr(target, "base", None), "model", None), args, peft_config)
-        self._rows: Contexts | Stream = Stream(train_dataset) if is_stream(train_dataset) else Contexts(train_dataset)
+        self._rows: Contexts | Stream = (
+            train_dataset if isinstance(train_dataset, Contexts)
+            else Stream(train_dataset) if is_stream(train_dataset) else Contexts(train_dataset)
+        )  # fmt: skip
         self._has_prompts = train_dataset is not None
         if isinstance(self._rows, Stream):
             refuse_stream(args, has_eval=eval_dataset is not None)
@@ -200,6 +203,7 @@ class DMTrainer(EvaluatingTrainer):
                 processing_class=processing_class,
                 callbacks=[
                     EpochOrder(),
+                    Intervals(),
                     StepEnd(self._before_optimizer, self._finish_step),
                     self._interrupt,
                     *(callbacks or []),
