@@ -1082,7 +1082,10 @@ def test_serve_proposal_starts_vllm_with_what_the_sampler_needs():
     assert serve.environment({"A": "b"}) == {
         "A": "b", "VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"
     }  # fmt: skip
-    for option in ("--generation-config=auto", "--logprobs-mode", "--quantization"):
+    for option in (
+        "--generation-config=auto", "--logprobs-mode", "--quantization", "--logprobs_mode=raw_logits", "-q", "-qfp8",
+        "-sc.model", "--override_generation_config.temperature", "--speculative-config.model=m",
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="serve-proposal can't take"):
             serve.command("m", [option], host="h", port=5, dtype="auto")
 
@@ -1092,7 +1095,7 @@ def test_serve_proposal_on_a_cpu_reads_prompts_whole():
     how = {"host": "h", "port": 5, "dtype": "auto", "on_cpu": True}
     assert "--no-enable-chunked-prefill" in serve.command("m", [], **how)
     with pytest.raises(ValueError, match="can't take --enable-chunked-prefill on a CPU"):
-        serve.command("m", ["--enable-chunked-prefill"], **how)
+        serve.command("m", ["--enable_chunked_prefill"], **how)
 
 
 def test_serve_proposal_without_vllm_is_an_error_with_a_reason(capsys):
