@@ -12,12 +12,10 @@ a, pi and q share the memory of one model.
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -35,7 +33,7 @@ from .kernels import warn_caller
 from .kernels.result import DMLossOutput
 from .objectives import Terms
 from .prompts import PromptEncoder, end_tokens, text_part
-from .samples import Prompt, Samples
+from .samples import Prompt, Samples, check_counts, check_temperature
 from .shipped import located
 from .tensors import copy_into
 
@@ -383,15 +381,13 @@ class LanguageModel(Forwards):
 
         Raises:
             TypeError: the prompts have another type, such as a tokenizer's padded output.
-            ValueError: n, max_new_tokens, temperature or batch_size is not a positive number; there is no prompt; a
-                prompt leaves no room in the model's context; token ids have padding; a message has an image; the chat
-                template fails; the tokenizer does not fit the model; or the model's logits are no distribution (NaN,
-                +inf, or nothing but -inf), on any device.
+            ValueError: n, max_new_tokens or batch_size is not a positive integer; temperature is not a positive number;
+                there is no prompt; a prompt leaves no room in the model's context; token ids have padding; a message
+                has an image; the chat template fails; the tokenizer does not fit the model; or the model's logits are
+                not a distribution (NaN, +inf, or nothing but -inf), on any device.
         """
-        numbers = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
-        for name, number in numbers.items():
-            if number is not None and not (isinstance(number, (int, float, Real)) and 0 < number < math.inf):
-                raise ValueError(f"{name} must be a number, positive and finite, got {number!r:.100}")
+        check_counts(n=n, max_new_tokens=max_new_tokens, **({} if batch_size is None else {"batch_size": batch_size}))
+        check_temperature(temperature)
         self._check_placed()
         prompt, prompt_mask = self._encode(prompts)
         context = self._context

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -19,6 +20,27 @@ Prompt: TypeAlias = "str | Sequence[int] | Tensor | Sequence[Mapping[str, Any]]"
 _TOKENWISE = ("tokens", "attention_mask", "score_mask")
 _TENSORS = (*_TOKENWISE, "log_prob", "context_id", "version")
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_counts(**counts: object) -> None:
+    """Check the numbers of sequences and tokens that a sampler is asked for.
+
+    Raises:
+        ValueError: a count is not an integer, or it is below 1.
+    """
+    for name, count in counts.items():
+        if not isinstance(count, Integral) or count < 1:
+            raise ValueError(f"{name} must be an integer, 1 or more, got {count!r:.100}")
+
+
+def check_temperature(temperature: float) -> None:
+    """Check the temperature of a sampler.
+
+    Raises:
+        ValueError: it is not a number, or not positive and finite.
+    """
+    if not (isinstance(temperature, (int, float, Real)) and 0 < temperature < float("inf")):
+        raise ValueError(f"temperature must be a number, positive and finite, got {temperature!r:.100}")
 
 
 @dataclass(frozen=True, eq=False)

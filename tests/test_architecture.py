@@ -118,7 +118,9 @@ def exists(module, name):
     if module.startswith("dmfast.integrations."):
         return True  # it imports trl or verl, which these tests do without
     held = importlib.import_module(module)
-    return hasattr(held, name) or (hasattr(held, "__path__") and importlib.util.find_spec(f"{module}.{name}") is not None)
+    if hasattr(held, name):
+        return True
+    return hasattr(held, "__path__") and importlib.util.find_spec(f"{module}.{name}") is not None
 
 
 @pytest.mark.parametrize("folder", ["benchmarks", "examples", "scripts"])

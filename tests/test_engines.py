@@ -372,14 +372,21 @@ def test_a_key_is_sent_from_an_option_or_a_variable(server, monkeypatch):
 
 
 def test_numbers_out_of_range_are_refused(server):
-    for name in ("timeout", "patience", "retries"):
-        with pytest.raises(ValueError, match=f"{name} must be a positive number"):
-            connected(server, **{name: -1})
+    for name, value, match in (
+        ("timeout", -1, "a positive number of seconds, got -1"), ("timeout", 0, "a positive number of seconds, got 0"),
+        ("patience", -1, "a number, 0 or more, of seconds, got -1"),
+        ("retries", -1, "a number, 0 or more, of times, got -1"), ("retries", "2", "a number, .* got '2'"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} must be {match}"):
+            connected(server, **{name: value})
     with pytest.raises(ValueError, match="concurrency must be an integer, 1 or more"):
         connected(server, concurrency=0)
     sampler = loaded(server, lm())
-    for name, value in (("n", 0), ("max_new_tokens", -1), ("temperature", 0.0)):
-        with pytest.raises(ValueError, match=f"{name} must be a number, positive and finite"):
+    for name, value, match in (
+        ("n", 0, "an integer, 1 or more"), ("max_new_tokens", -1, "an integer, 1 or more"), ("n", 2.0, "an integer"),
+        ("temperature", 0.0, "a number, positive and finite"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} must be {match}"):
             sampler.sample(["w1"], **({"n": 1, "max_new_tokens": 2} | {name: value}))
 
 

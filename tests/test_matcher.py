@@ -283,7 +283,7 @@ def test_ranks_that_draw_different_numbers_are_refused_on_all_of_them():
         draw(m)
     m.ranks = m._rollouts.ranks = TwoRanks()
     assert len(draw(m)) == 8
-    with pytest.raises(ValueError, match="n must be a number"):  # it is not compared, and no other error hides it
+    with pytest.raises(ValueError, match="n must be an integer"):  # it is not compared, and no other error hides it
         draw(m, n="8")
 
 

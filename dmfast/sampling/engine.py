@@ -20,7 +20,6 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -34,7 +33,7 @@ from ..forwards import module_of
 from ..kernels import warn_caller
 from ..models import AdapterView, LanguageModel, Source
 from ..ranks import OneProcess, Ranks
-from ..samples import Prompt, Samples
+from ..samples import Prompt, Samples, check_counts, check_temperature
 from ..seeds import seed_for
 from . import weights
 
@@ -327,10 +326,8 @@ class Engine:
             ValueError: as in ``LanguageModel.sample`` and in ``check``.
             EngineError: the engine failed or holds other weights than q's, after all retries.
         """
-        numbers = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature}
-        for name, number in numbers.items():
-            if not (isinstance(number, (int, float, Real)) and 0 < number < math.inf):
-                raise ValueError(f"{name} must be a number, positive and finite, got {number!r:.100}")
+        check_counts(n=n, max_new_tokens=max_new_tokens)
+        check_temperature(temperature)
         ids = self._ids(prompts, max_new_tokens, temperature)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         first = seed_for(seed, "an engine's sequences") + first_row
