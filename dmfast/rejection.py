@@ -137,7 +137,8 @@ class RejectionCurve:
     def points(self, n: int = 50) -> list[RejectionPoint]:
         """Return n points at acceptance rates from the highest possible one down to 1/N.
 
-        The rates are equally spaced in their logarithm."""
+        The rates are equally spaced in their logarithm.
+        """
         rates = torch.logspace(math.log10(self.positive), math.log10(1 / len(self.log_weight)), n, dtype=torch.float64)
         return [self.at(self.log_beta_for(min(float(rate), self.positive))) for rate in rates]
 

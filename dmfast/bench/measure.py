@@ -1,6 +1,7 @@
 """Measure times and peak memory.
 
-Rivals are interleaved in rotated order, and each has a median with quartiles. Memory is that of a fresh process."""
+Rivals are interleaved in rotated order, and each has a median with quartiles. Memory is that of a fresh process.
+"""
 
 from __future__ import annotations
 

@@ -136,7 +136,8 @@ class _LogProb(torch.autograd.Function):
 
 def copies(batch: Batch, scores: Scores) -> tuple[Tensor, Tensor | None]:
     """Return ``weighted_log_prob`` and the entropy as tensors that may carry a gradient. The blocks of the scores may
-    not."""
+    not.
+    """
     entropy = scores.entropy
     log_prob = weighted_of(batch, scores)
     return log_prob.clone(), None if entropy is None else entropy.clone()

@@ -132,7 +132,8 @@ def _estimate_of(state: dict[str, Any]) -> Estimate:
 class _Dual:
     """The function f in the coordinates theta = lambda * scale.
 
-    ``y`` (M, F) is (phi - mu) / scale of the samples with b > 0."""
+    ``y`` (M, F) is (phi - mu) / scale of the samples with b > 0.
+    """
 
     y: Tensor
     log_b: Tensor  # (M,)

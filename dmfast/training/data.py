@@ -352,7 +352,8 @@ class StepSampler(Sampler[list[int]]):
 class ContextLoader(DataLoader[Any]):
     """A loader of microbatches as lists of (row, prompt).
 
-    accelerate must not shard this loader, because the sampler has done so."""
+    accelerate must not shard this loader, because the sampler has done so.
+    """
 
     def __init__(self, contexts: Contexts, sampler: StepSampler) -> None:
         super().__init__(contexts, batch_sampler=sampler, collate_fn=list)

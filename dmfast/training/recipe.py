@@ -367,7 +367,8 @@ def _model_and_base(
     """Return the module to train, and the base a.
 
     If an adapter is trained that can be switched off, a shares its backbone. Otherwise a is a copy of the model, and if
-    there is an adapter, ``say`` reports why."""
+    there is an adapter, ``say`` reports why.
+    """
     if not lora:
         return policy.model, policy.around(copy.deepcopy(policy.model).requires_grad_(False))
     import peft
