@@ -36,7 +36,7 @@ def samples_of(
         raise TypeError(f"completions must be a list of strings or of lists of token ids, got {completions!r:.100}")
     n = len(completions)
     if n == 0:
-        raise ValueError("completions is empty")
+        raise ValueError("completions is empty: pass at least one completion")
     check_temperature(temperature)
     starts = list(encoder(prompts)) * (n if prompts is None else 1)
     if len(starts) != n:

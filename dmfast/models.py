@@ -635,11 +635,12 @@ class AdapterView(LanguageModel):
 
     Args:
         policy: a ``LanguageModel`` around a ``peft.PeftModel`` with one active adapter of LoRA's kind.
-        adapter: the one to see it under; None: none, the pretrained model.
+        adapter: the name of the other adapter, or None for the pretrained model without an adapter.
 
     Raises:
-        ValueError: what ``policy`` wraps can't be switched (no PEFT model, ``modules_to_save``, trained biases, a
-            merged adapter, several active ones, ...); no such adapter, or the policy's own.
+        ValueError: the adapters of the policy's model can't be switched (it is not a PEFT model, or has
+            ``modules_to_save``, trained biases, a merged adapter, several active ones, ...); the model has no adapter
+            of this name; or the adapter is the policy's own.
     """
 
     def __init__(self, policy: LanguageModel, adapter: str | None = None) -> None:

@@ -234,9 +234,7 @@ def quasi_rejection_sample(
 def plot_rejection(curves: Mapping[str, RejectionCurve], path: str | Path, *, points: int = 50) -> None:
     """Plot TVD(p, p_beta) and KL(p||p_beta) against the acceptance rate.
 
-    Each proposal has a line with its standard error.
-
-    The plot needs matplotlib (``pip install 'dmfast[train]'``).
+    Each proposal has a line with its standard error. The plot needs matplotlib (``pip install 'dmfast[train]'``).
 
     Args:
         curves: the curves by the names that the legend shows.
@@ -248,7 +246,7 @@ def plot_rejection(curves: Mapping[str, RejectionCurve], path: str | Path, *, po
     from matplotlib.figure import Figure
 
     if not curves:
-        raise ValueError("curves is empty")
+        raise ValueError("curves is empty: pass a RejectionCurve by name")
     figure: Any = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots(1, 2)
     for color, (name, curve) in enumerate(curves.items()):

@@ -111,7 +111,7 @@ class Samples:
             index: a slice, an (N,) bool mask, or (M,) integers. Mask and integers may be a tensor, a list or an array.
 
         Raises:
-            TypeError: the index is one integer, which would leave no batch, or it is no index.
+            TypeError: the index is one integer, which would leave no batch, or it is not an index.
             IndexError: a mask has another length, or an integer is out of range.
         """
         if not isinstance(index, slice):
@@ -175,11 +175,11 @@ class Samples:
         return replace(self, rows=None if rows is None else [rows[place] for place in self.context_id.tolist()])
 
     def across_contexts(self, n: int) -> Tensor:
-        """Return the places of at most n sequences that stand for all: (n,) int64, those to show or to compare.
+        """Return (min(n, N),) int64, the places of sequences that stand for all when they are shown or compared.
 
-        They are the first sequence of every context, then the second of each, and so on. Where not every context can
-        have one more, those that have one are spread evenly. The sequences of a context must lie together, and every
-        context must have as many as the others.
+        They are the first sequence of every context, then the second of each, and so on. If not every context can
+        give one more, the contexts that give one are spread evenly. The sequences of a context must lie together, and
+        all contexts must have equally many.
         """
         contexts = int(self.context_id.max()) + 1 if len(self) else 1
         rounds = torch.arange(len(self)).view(contexts, -1).T

@@ -326,7 +326,7 @@ def test_a_state_of_another_kind_changes_nothing():
     state, before = m.state_dict(), digest(m.proposal.snapshot.model)
     other = copy.deepcopy(state)
     other["proposal"]["drawn_ahead"] = [{"asked": {}}]
-    with pytest.raises(ValueError, match=r"no state of AsyncSampler.state_dict: KeyError: 'samples'"):
+    with pytest.raises(ValueError, match=r"not a state of AsyncSampler.state_dict: KeyError: 'samples'"):
         m.load_state_dict(other)
     assert digest(m.proposal.snapshot.model) == before and m.running.steps == 2
     alone, _ = made(Engine())

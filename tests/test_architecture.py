@@ -41,7 +41,7 @@ def imported(path, package):
             above = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
             for each in (above, *(above / alias.name for alias in node.names)):
                 found |= {file for file in (each.with_suffix(".py"), each / "__init__.py") if file.is_file()}
-    # A package imports its modules, which is no circle: a module of it may import others of the same package.
+    # A package imports its modules, which is not a circle: a module of it may import others of the same package.
     return found - {path} - {package / "__init__.py"} - {parent / "__init__.py" for parent in path.parents}
 
 

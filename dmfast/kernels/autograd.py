@@ -46,7 +46,7 @@ def options_of(
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """Call ``function.apply``, which torch leaves untyped.
 
-    torch looks at each argument, so the arguments that are no tensors come as one tuple.
+    torch looks at each argument, so the arguments that are not tensors come as one tuple.
     """
     return function.apply(*args)  # type: ignore[no-untyped-call]
 

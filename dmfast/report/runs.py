@@ -157,7 +157,7 @@ def _json(path: Path) -> Any:
         raise ValueError(f"can't read {path}: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(
-            f"{path} is no whole JSON ({error}): the run is writing it just now, or was ended while it did"
+            f"{path} is not complete JSON ({error}): the run is writing it just now, or was ended while it did"
         ) from error
 
 

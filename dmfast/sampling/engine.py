@@ -133,8 +133,8 @@ class Engine:
 
     Args:
         like: the policy, or a model with the policy's tokenizer, context and tokens that end a sequence.
-        check_load: whether the first load proves that every parameter reaches the engine. The proof takes a second copy
-            of the model for that time. Without it loads are still compared by a few scores.
+        check_load: whether the first load proves that every parameter reaches the engine. A second copy of the model
+            takes memory during this proof. Without it loads are still compared by a few scores.
 
     Attributes:
         version: the number of the q that the engine holds.
@@ -310,8 +310,9 @@ class Engine:
     ) -> Samples:  # fmt: skip
         """Draw n sequences of each prompt with the engine's own log q.
 
-        Several threads may call it where ``ranks`` is one process, with prompts that the main thread has made
+        If ``ranks`` is one process, several threads may call it, with prompts that the main thread has made
         ``token_ids``. Several ranks call it together, each in one thread.
+
         A sequence depends only on the seed and on its place, as far as the engine's kernels give the same logits in
         batches of other sizes.
 
@@ -415,7 +416,7 @@ class Engine:
             )
         if not all(-9999.0 < value <= 1e-3 for value in values):  # vLLM gives -9999 for -inf
             raise EngineError(
-                f"{self.facts.name} gave values that are no log-probabilities, {min(values)} to {max(values)}: its "
+                f"{self.facts.name} gave values that are not log-probabilities, {min(values)} to {max(values)}: its "
                 "weights may hold NaN"
             )
 
@@ -488,7 +489,7 @@ class Engine:
         A policy that is sharded by FSDP is made whole in rank 0's memory, tensor by tensor.
 
         Raises:
-            TypeError, FileNotFoundError: the source is no model and no folder.
+            TypeError, FileNotFoundError: the source is neither a model nor a folder.
             ValueError: an adapter can't be merged, or the merged model computes another distribution; an engine that
                 takes adapters can't take this one; a folder holds only an adapter; a sharded model has an adapter, or
                 lies on processes that ``ranks`` does not name.

@@ -291,7 +291,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         self._check_sampler()
 
     def _check_schedule(self) -> None:
-        """Refuse a scheduler that does not exist, and arguments of a scheduler that are no mapping.
+        """Refuse a scheduler that does not exist, and arguments of a scheduler that are not a mapping.
 
         Raises:
             ValueError: the message names the argument.

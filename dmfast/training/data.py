@@ -24,7 +24,7 @@ from ..models import LanguageModel
 from ..targets import pass_rates
 
 # words in the names of columns that a multimodal model would read beside the prompt, and words for the place of such
-# data; digits are no part of a word, so that base64 is "base"
+# data; digits are not part of a word, so that base64 is "base"
 _MEDIA = {"image", "images", "pixel", "pixels", "video", "videos", "audio", "audios"}
 _PLACES = {
     "url", "urls", "uri", "uris", "path", "paths", "file", "files", "filename", "filenames", "filepath", "data",

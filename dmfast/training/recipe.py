@@ -105,7 +105,7 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
     except OSError as error:
         raise RecipeError(f"can't read the recipe {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is no YAML: {error}") from error
+        raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise RecipeError(f"{path} must hold a mapping with the entries {', '.join(_KEYS)}")
     for dotted, value in (overrides or {}).items():
@@ -114,7 +114,7 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
         for key in way:
             place = place.setdefault(key, {})
             if not isinstance(place, dict):
-                raise RecipeError(f"can't set {dotted}: {key} is no mapping")
+                raise RecipeError(f"can't set {dotted}: {key} is not a mapping")
         place[last] = value
     _check_keys(recipe, _KEYS, str(path))
     for key in ("model", "constraints", "train"):
@@ -288,7 +288,7 @@ def _read_prompts(path: Path) -> list[Any]:
         try:
             rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:  # its own text would call every line "line 1"
-            raise ValueError(f"line {number} is no JSON: {error.msg}, at column {error.colno}") from error
+            raise ValueError(f"line {number} is not JSON: {error.msg}, at column {error.colno}") from error
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
     return rows
