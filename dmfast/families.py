@@ -54,7 +54,7 @@ def _read_from_config(model: nn.Module) -> Iterator[tuple[Any, str]]:
 
 
 def _read_by(kind: type[nn.Module]) -> set[str] | None:
-    """Return the names of the probabilities that a class's forward reads from its config. None: it has no source."""
+    """Return the names of the probabilities that a class's forward reads from its config, or None without source."""
     try:
         return set(_IN_CONFIG.findall(inspect.getsource(kind.forward)))
     except (OSError, TypeError):  # made by exec, a build without sources, a compiled extension

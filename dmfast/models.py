@@ -99,8 +99,8 @@ class LanguageModel(Forwards):
         config: Any = model.config
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(
-                f"LanguageModel takes decoder-only models, and {type(model).__name__} is none; for an encoder-decoder "
-                "call dm_loss on its logits, as examples/encoder_decoder.py does"
+                f"LanguageModel takes decoder-only models, and {type(model).__name__} is not one; for an "
+                "encoder-decoder call dm_loss on its logits, as examples/encoder_decoder.py does"
             )
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError(

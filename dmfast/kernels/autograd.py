@@ -135,8 +135,9 @@ class _LogProb(torch.autograd.Function):
 
 
 def copies(batch: Batch, scores: Scores) -> tuple[Tensor, Tensor | None]:
-    """Return ``weighted_log_prob`` and the entropy as tensors that may carry a gradient. The blocks of the scores may
-    not.
+    """Return copies of ``weighted_log_prob`` and the entropy.
+
+    The copies may carry a gradient, which the blocks of the scores may not.
     """
     entropy = scores.entropy
     log_prob = weighted_of(batch, scores)

@@ -232,7 +232,7 @@ class Engine:
         """Return the name of the adapter under which a model computes.
 
         Raises:
-            ValueError: there is none or more than one, or the engine can't take it.
+            ValueError: no adapter or more than one is active, or the engine can't take it.
         """
         module, facts = module_of(model), self.facts
         active = active_adapters(model) if has_adapter(model) else []
