@@ -14,13 +14,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dmfast.demo import RECIPES, verdict
+from dmfast.demo import RECIPES
 from dmfast.training import recipe, report
 
 
 def main() -> None:
     """Run the seeds one after the other, and print a line for each."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "demo")
     args = parser.parse_args()
@@ -33,7 +33,7 @@ def main() -> None:
             written: dict[str, Any] = json.loads((Path(work) / "log.json").read_text())
         written["recipe"]["train"].pop("output_dir")
         report.write(written, args.out, f"seed{seed}.json")
-        print(f"seed {seed}: {verdict(log, 'women')}; {log['swaps']} swaps, training {log['seconds_training']:.0f} s")
+        print(f"seed {seed}: {written['verdict']}; {log['swaps']} swaps, training {log['seconds_training']:.0f} s")
 
 
 if __name__ == "__main__":

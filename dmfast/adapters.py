@@ -173,7 +173,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def tensors_under(model: Any, adapter: str | None) -> dict[str, Tensor]:
-    """Return ``tensors`` of a PEFT model as if this adapter were active, or none."""
+    """Return ``tensors`` of a PEFT model as if this adapter were active, or as if no adapter were if it is None."""
     everything = all_tensors(model)
     of_adapters = {address(tensor) for name in model.peft_config for tensor in weights(model, name).values()}
     found = {name: tensor for name, tensor in everything.items() if address(tensor) not in of_adapters}

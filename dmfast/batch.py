@@ -27,7 +27,7 @@ class Prompts:
         rows: the row of the data set for each prompt, or None.
 
     Raises:
-        TypeError: a context_id is no integer of 64 bits.
+        TypeError: a context_id is not an integer of 64 bits.
         ValueError: the number of context ids, or of rows, is not the number of prompts.
     """
 
@@ -162,7 +162,7 @@ class Batch:
             size: the most sequences of a part. Default: all of them.
 
         Raises:
-            TypeError: size is no integer.
+            TypeError: size is not an integer.
             ValueError: size is not positive, or too small for the sequences of a context that stay together.
         """
         size = len(self) if size is None else size

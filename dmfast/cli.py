@@ -137,7 +137,7 @@ def _parser(complete: str) -> argparse.ArgumentParser:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Show dmfast's own warnings as lines without file and line, which would be those of the interpreter's runner."""
+    """Show dmfast's own warnings without a file and a line, which would not be of the user's own code."""
     others, ours = warnings.formatwarning, f"{__package__}."
 
     def shown(message: Any, category: Any, *place: Any, **more: Any) -> str:

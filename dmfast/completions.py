@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from .objectives import KINDS, Objective
 from .prompts import PromptEncoder, token_ids
-from .samples import Prompt, Samples
+from .samples import Prompt, Samples, check_temperature
 
 
 def samples_of(
@@ -37,9 +36,8 @@ def samples_of(
         raise TypeError(f"completions must be a list of strings or of lists of token ids, got {completions!r:.100}")
     n = len(completions)
     if n == 0:
-        raise ValueError("completions is empty")
-    if not (isinstance(temperature, (int, float, Real)) and 0 < temperature < float("inf")):
-        raise ValueError(f"temperature must be a number, positive and finite, got {temperature!r:.100}")
+        raise ValueError("completions is empty: pass at least one completion")
+    check_temperature(temperature)
     starts = list(encoder(prompts)) * (n if prompts is None else 1)
     if len(starts) != n:
         raise ValueError(f"prompts and completions pair up one to one, got {len(starts)} prompts and {n} completions")

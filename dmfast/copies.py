@@ -14,7 +14,7 @@ from .tensors import all_tensors, copy_into, difference
 
 
 def frozen_copy(module: nn.Module, device: torch.device | str | None) -> nn.Module:
-    """Return a frozen copy, which is made directly on the device; None: on the model's.
+    """Return a frozen copy, which is made directly on ``device``, or on the model's device if that is None.
 
     Raises:
         ValueError: the model is sharded, and not by transformers as it loaded it; a device is named for the copy of a

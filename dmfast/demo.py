@@ -1,6 +1,7 @@
 """Run ``dmfast demo``, and the loop of ``examples/custom_loop.py``.
 
-Both evaluate a real model before and after training, and show a table and write a plot."""
+Both evaluate a real model before and after training, and show a table and write a plot.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +98,8 @@ def main(train: Callable[..., Iterator[dict[str, float]]]) -> None:
 def run_loop(args: argparse.Namespace, train: Callable[..., Iterator[dict[str, float]]]) -> dict[str, Any]:
     """Evaluate, train with the loop ``train``, and evaluate again.
 
-    The results are ``log.json`` and ``report.png`` in ``args.out``."""
+    The results are ``log.json`` and ``report.png`` in ``args.out``.
+    """
     say, tiny, start = console().print, args.model == "tiny-bios", time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)  # a folder that can't be made is found before the training
     policy = recipe.load(args.model, stop=None if tiny else "\n")

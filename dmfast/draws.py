@@ -18,7 +18,7 @@ _PROBABILITIES = ("dropout_p", "dropout", "p")
 
 
 def random_draw(forward: Callable[[], object], devices: Iterable[torch.device]) -> str | None:
-    """Return which operator draws random numbers in a forward, and where in the code. None: nothing does.
+    """Return which operator draws random numbers in a forward, and where in the code, or None if no operator does.
 
     Draws that can't matter do not count: dropout of probability 0, a range of width 0, and single numbers, which
     LayerDrop draws even where it drops nothing.
@@ -62,7 +62,7 @@ class _RandomOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _matters(func: Any, args: Any, kwargs: Any, out: Any) -> bool:
-    """Return whether what an operator draws may be of more than one number, and of more than one value."""
+    """Return whether an operator may draw more than one number, and from more than one possible value."""
     if isinstance(out, Tensor) and out.numel() <= 1:
         return False
     schema = func._schema.arguments

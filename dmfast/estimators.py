@@ -36,8 +36,8 @@ from .kernels.result import DMLossOutput
 
 _LOG2 = math.log(2)
 
-#: No mean of samples and no divergence that is estimated from them is known so precisely: log pi and log a of a
-#: sequence, which are sums of fp32 numbers, differ by about as much where pi equals a.
+#: A smaller value counts as zero. Means over samples and divergences are not known to this precision, because log pi
+#: and log a of a sequence are sums of fp32 numbers, which differ by about this much even where pi equals a.
 ZERO = 1e-5
 
 
@@ -326,7 +326,7 @@ def estimate(
     z = torch.as_tensor(log_z, dtype=torch.float64, device=log_w.device).expand_as(log_w)
     log_u = torch.where(z == -math.inf, -math.inf, log_w - z)
     log_rho = log_prob - log_proposal
-    u, one = log_u.exp(), torch.zeros_like(log_rho)
+    u, log_one = log_u.exp(), torch.zeros_like(log_rho)
     rho = torch.where(u == 0, 0.0, log_rho.exp())  # where u = 0 any rho gives max(0, u - rho) = 0
 
     def divergence(terms: Tensor, slope: Tensor) -> Estimate:
@@ -343,10 +343,10 @@ def estimate(
         tvd_policy=divergence(*_tvd_terms(u, rho)),
         tvd_proposal=divergence(*_tvd_terms(u, 1.0)),
         js_policy=divergence(*_js_terms(log_u, log_rho)),
-        js_proposal=divergence(*_js_terms(log_u, one)),
+        js_proposal=divergence(*_js_terms(log_u, log_one)),
         ess=_ess(log_u, g),
         alpha_policy=None if alpha is None else divergence(*_alpha_terms(alpha, log_u, log_rho)),
-        alpha_proposal=None if alpha is None else divergence(*_alpha_terms(alpha, log_u, one)),
+        alpha_proposal=None if alpha is None else divergence(*_alpha_terms(alpha, log_u, log_one)),
     )
 
 

@@ -42,7 +42,8 @@ def extras(
 
     Args:
         package: the distribution.
-        requires, version: what tells the requirements and the version of a distribution.
+        requires: returns the requirements of a distribution.
+        version: returns the version of a distribution.
 
     Raises:
         ModuleNotFoundError: ``packaging`` is not installed.
@@ -94,7 +95,7 @@ def extras(
 
 
 def _is_plain(requirement: Any) -> bool:
-    """Return whether it holds here and belongs to no extra."""
+    """Return whether a requirement applies to this system and belongs to no extra."""
     return requirement.marker is None or bool(requirement.marker.evaluate({"extra": ""}))
 
 

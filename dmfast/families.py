@@ -17,11 +17,11 @@ _IN_CONFIG = re.compile(r"\bconfig\.(\w*(?:drop|jitter)\w*)")
 
 
 def disable_dropout(model: nn.Module) -> int:
-    """Set every dropout probability and router jitter of the model to 0, LoRA's too, and return how many were not.
+    """Set every dropout probability and router jitter of the model to 0, LoRA's too, and return how many were above 0.
 
-    Not by eval(): training mode stays what it is, gradient checkpointing needs it. Where a forward reads a probability
-    from the configuration, the configuration is changed, so that a model that is saved afterwards has 0 there. A
-    forward whose source can't be had is taken to read every one of its module's configuration.
+    The training mode stays as it is, because gradient checkpointing needs it. Where a forward reads a probability from
+    the configuration, the configuration is changed, so a model that is saved afterwards has 0 there. A forward whose
+    source can't be read is assumed to read every probability of its module's configuration.
     """
     changed = 0
     for module in model.modules():
@@ -38,7 +38,7 @@ def disable_dropout(model: nn.Module) -> int:
 
 
 def _read_from_config(model: nn.Module) -> Iterator[tuple[Any, str]]:
-    """Yield the configurations of which a forward reads a probability, with its name."""
+    """Yield each configuration from which a forward reads a probability, with the name of the probability."""
     names: dict[type, set[str] | None] = {}
     for module in model.modules():
         kind = type(module)
@@ -54,7 +54,7 @@ def _read_from_config(model: nn.Module) -> Iterator[tuple[Any, str]]:
 
 
 def _read_by(kind: type[nn.Module]) -> set[str] | None:
-    """Return the names of the probabilities that a class's forward reads from its config. None: it has no source."""
+    """Return the names of the probabilities that a class's forward reads from its config, or None without source."""
     try:
         return set(_IN_CONFIG.findall(inspect.getsource(kind.forward)))
     except (OSError, TypeError):  # made by exec, a build without sources, a compiled extension
@@ -74,15 +74,15 @@ def text_config(model: nn.Module) -> Any:
 
 
 def attends_by_flash(model: nn.Module) -> bool:
-    """Return whether attention computes the pairs of one sequence only, which lies with others in one row."""
+    """Return whether attention computes only pairs of tokens of one sequence if a row holds several sequences."""
     return str(getattr(text_config(model), "_attn_implementation", "")).startswith("flash")
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Return how many tokens the model takes, prompt and continuation together. None: no limit is known.
+    """Return how many tokens the model takes, prompt and continuation together, or None if no limit is known.
 
-    Where LongRoPE scales positions in another way beyond a length, that length: a sequence that crosses it, and those
-    that share its batch, have other probabilities in one forward than step by step.
+    If LongRoPE scales positions in another way beyond some length, the limit is that length. A sequence that crosses
+    it, and the sequences of its batch, have other probabilities in one forward than step by step.
     """
     config = text_config(model)
     limits: list[Any] = [getattr(config, name, None) for name in _LENGTHS]
@@ -93,7 +93,7 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def why_context(model: nn.Module) -> str:
-    """Return what to add to a message about the context: why it is less than the config's, where it is."""
+    """Return what a message about the context adds if it is shorter than the config says: the reason, or nothing."""
     switch = _switches_at(text_config(model))
     if switch is None or switch != context_length(model):
         return ""
@@ -104,7 +104,7 @@ def why_context(model: nn.Module) -> str:
 
 
 def first_position(model: nn.Module) -> int:
-    """Return the id of the first token's position: in RoBERTa and its kin the one after that of padding, else 0."""
+    """Return the position of the first token: 0, or in models such as RoBERTa the position after that of padding."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return module.padding_idx + 1
@@ -124,7 +124,7 @@ def _switches_at(config: Any) -> Any:
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """Return where the model's inputs go: of an offloaded model, where its layers run."""
+    """Return the device for the model's inputs, which is where the layers run if the model is offloaded."""
     for module in model.modules():
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:
@@ -134,12 +134,12 @@ def execution_device(model: nn.Module) -> torch.device:
 
 
 def text_inputs(model: nn.Module) -> list[str]:
-    """Return the inputs by which a multimodal model tells text from images. They are 0 on text.
+    """Return the names of the inputs by which a multimodal model tells text from images. They are 0 on text.
 
     Some models demand them in training.
     """
     inner = without_adapters(model)
     if text_config(inner) is getattr(inner, "config", None):
-        return []  # there, as in GPT-2, they are what they are in BERT: kinds of text
+        return []  # in a model of text alone, such as GPT-2, these inputs number the segments of a text, as in BERT
     parameters = inspect.signature(inner.forward).parameters
     return [name for name in ("token_type_ids", "mm_token_type_ids") if name in parameters]

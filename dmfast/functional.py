@@ -331,8 +331,8 @@ def linear_dm_loss(
         weight: (V, D) in hidden's dtype, as nn.Linear holds it. If it needs no gradient, it costs no product for one.
         bias: (V,) in hidden's dtype.
         chunk_bytes: the size of the buffer of logits. A sequence that does not fit goes through it twice. The default
-            is 128 MiB. On a GPU it is up to 1 GiB or 4,096 rows, so that adding to weight's gradient once a buffer
-            stays cheap, or 1,024 rows if weight needs no gradient.
+            is 128 MiB. On a GPU it is up to 1 GiB or 4,096 rows, because each buffer costs one addition to weight's
+            gradient, or 1,024 rows if weight needs no gradient.
         logits_dtype: with ``"float32"``, 16-bit hidden states give fp32 logits, whose products are summed in fp32 and
             never rounded to 16 bits, which would put log pi off by .1 nats and more. With ``"same"``, the logits have
             the dtype of hidden, as nn.Linear's do, which is faster. fp32 products are formed in fp32 and not in TF32 or
@@ -340,9 +340,10 @@ def linear_dm_loss(
             sequence need the same value.
         group: the process group (or DeviceMesh of one dimension) among whose ranks the vocabulary is cut. ``weight``
             and ``bias`` are this rank's rows, and everything else is the same on all ranks, which is checked. A weight
-            that is a DTensor with ``Shard(0)`` needs no ``group``. No rank ever holds V columns. A chunk costs one
-            exchange of 16 bytes a row (24 with the entropy), hidden's gradient costs one sum a call, and a weight that
-            is known before the forward takes two passes. A, loss and hidden's gradient are the same on all ranks.
+            that is a DTensor with ``Shard(0)`` needs no ``group``. No rank ever holds V columns. Each chunk
+            costs one exchange of 16 bytes per row (24 with the entropy), and each call costs one sum for hidden's
+            gradient. An A that is known before the forward takes two passes too. A, loss and hidden's gradient are the
+            same on all ranks.
         vocab_start: with ``group``, the first token of this rank's rows. By default the ranks' rows follow one another
             in the order of the ranks. The ranks need not have the same number of rows.
         tokens, mask and all else: as in ``dm_loss``.

@@ -12,12 +12,10 @@ a, pi and q share the memory of one model.
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -35,7 +33,7 @@ from .kernels import warn_caller
 from .kernels.result import DMLossOutput
 from .objectives import Terms
 from .prompts import PromptEncoder, end_tokens, text_part
-from .samples import Prompt, Samples
+from .samples import Prompt, Samples, check_counts, check_temperature
 from .shipped import located
 from .tensors import copy_into
 
@@ -101,8 +99,8 @@ class LanguageModel(Forwards):
         config: Any = model.config
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(
-                f"LanguageModel takes decoder-only models, and {type(model).__name__} is none; for an encoder-decoder "
-                "call dm_loss on its logits, as examples/encoder_decoder.py does"
+                f"LanguageModel takes decoder-only models, and {type(model).__name__} is not one; for an "
+                "encoder-decoder call dm_loss on its logits, as examples/encoder_decoder.py does"
             )
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError(
@@ -383,15 +381,13 @@ class LanguageModel(Forwards):
 
         Raises:
             TypeError: the prompts have another type, such as a tokenizer's padded output.
-            ValueError: n, max_new_tokens, temperature or batch_size is not a positive number; there is no prompt; a
-                prompt leaves no room in the model's context; token ids have padding; a message has an image; the chat
-                template fails; the tokenizer does not fit the model; or the model's logits are no distribution (NaN,
-                +inf, or nothing but -inf), on any device.
+            ValueError: n, max_new_tokens or batch_size is not a positive integer; temperature is not a positive number;
+                there is no prompt; a prompt leaves no room in the model's context; token ids have padding; a message
+                has an image; the chat template fails; the tokenizer does not fit the model; or the model's logits are
+                not a distribution (NaN, +inf, or nothing but -inf), on any device.
         """
-        numbers = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
-        for name, number in numbers.items():
-            if number is not None and not (isinstance(number, (int, float, Real)) and 0 < number < math.inf):
-                raise ValueError(f"{name} must be a number, positive and finite, got {number!r:.100}")
+        check_counts(n=n, max_new_tokens=max_new_tokens, **({} if batch_size is None else {"batch_size": batch_size}))
+        check_temperature(temperature)
         self._check_placed()
         prompt, prompt_mask = self._encode(prompts)
         context = self._context
@@ -639,11 +635,12 @@ class AdapterView(LanguageModel):
 
     Args:
         policy: a ``LanguageModel`` around a ``peft.PeftModel`` with one active adapter of LoRA's kind.
-        adapter: the one to see it under; None: none, the pretrained model.
+        adapter: the name of the other adapter, or None for the pretrained model without an adapter.
 
     Raises:
-        ValueError: what ``policy`` wraps can't be switched (no PEFT model, ``modules_to_save``, trained biases, a
-            merged adapter, several active ones, ...); no such adapter, or the policy's own.
+        ValueError: the adapters of the policy's model can't be switched (it is not a PEFT model, or has
+            ``modules_to_save``, trained biases, a merged adapter, several active ones, ...); the model has no adapter
+            of this name; or the adapter is the policy's own.
     """
 
     def __init__(self, policy: LanguageModel, adapter: str | None = None) -> None:

@@ -40,6 +40,13 @@ def is_number(x: object) -> TypeGuard[float]:
     return isinstance(x, (float, int, Real)) and not isinstance(x, bool)
 
 
+def is_baseline(x: object, names: Sequence[str]) -> bool:
+    """Return whether x is None, one of these names, a tensor or a number. Within a graph only strings are checked."""
+    if isinstance(x, str):
+        return x in names
+    return x is None or torch.compiler.is_compiling() or hasattr(x, "__float__")
+
+
 @dataclass(frozen=True)
 class Kind:
     """The record of an objective: everything that the code must know about it besides its formula in ``weigh``.
@@ -142,10 +149,7 @@ class Objective:
                 f"objective {self.name!r} is {same!r} with the constant baseline {kind.baseline:g}; for another "
                 f"baseline use Objective({same!r}, baseline=...), got baseline={self.baseline!r}"
             )
-        if isinstance(self.baseline, str) and self.baseline not in (
-            "leave_one_out",
-            "leave_one_out_context",
-        ):
+        if not is_baseline(self.baseline, ("leave_one_out", "leave_one_out_context")):
             raise ValueError(
                 "baseline must be None, a number, a (B,) tensor, 'leave_one_out' or "
                 f"'leave_one_out_context', got {self.baseline!r}"

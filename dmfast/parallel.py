@@ -73,7 +73,7 @@ def is_dtensor(x: object) -> bool:
 def local_head(head: Tensor, bias: Tensor | None, group: Any, vocab_start: int | None) -> tuple[
     Tensor, Tensor | None, Any
 ]:  # fmt: skip
-    """Return this rank's rows of head and bias, and the group among which they are cut; None: they are whole.
+    """Return this rank's rows of head and bias, and the group among which they are cut, or None if they are whole.
 
     Args:
         head, bias: ``weight`` and ``bias`` of ``linear_dm_loss``.

@@ -23,7 +23,7 @@ _OWN = (
 )  # fmt: skip
 _PROBE = "dmfast probe"
 _KINDS = "a string, a list of token ids or a list of chat messages"
-_OTHER_IDS = "these are no token ids of this model; pass those of its own tokenizer, or a string"
+_OTHER_IDS = "these are not token ids of this model; pass those of its own tokenizer, or a string"
 
 
 class PromptEncoder:
@@ -40,7 +40,7 @@ class PromptEncoder:
         pad_token_id: the padding token, or the first EOS where the tokenizer has none.
 
     Raises:
-        TypeError: ``chat_template_kwargs`` is no mapping.
+        TypeError: ``chat_template_kwargs`` is not a mapping.
         ValueError: ``chat_template_kwargs`` holds an argument that dmfast sets itself; the model does not have the
             padding token or an EOS.
     """
@@ -89,7 +89,7 @@ class PromptEncoder:
         """Return the token ids of a continuation. A string gets no special tokens around it.
 
         Raises:
-            TypeError: the continuation is no string and no token ids.
+            TypeError: the continuation is neither a string nor token ids.
             ValueError: it has a token that the model does not have.
         """
         if isinstance(completion, str):
@@ -191,7 +191,7 @@ class PromptEncoder:
                 return_dict=False, **self.chat_template_kwargs,
             )  # fmt: skip
         except ImportError:
-            raise  # jinja2 is missing, which is no fault of the messages
+            raise  # jinja2 is missing, which is not a fault of the messages
         except Exception as error:  # a template may raise anything
             roles = [message.get("role") for message in shown]
             hint = ""
@@ -240,7 +240,7 @@ def _listed(prompts: Any) -> Any:
     """Return the prompts as a sized iterable. None stands for the one empty prompt.
 
     Raises:
-        TypeError: ``prompts`` is no list of prompts.
+        TypeError: ``prompts`` is not a list of prompts.
         ValueError: there is no prompt.
     """
     if prompts is None:
@@ -264,7 +264,7 @@ def _check_text(part: Any, name: str) -> None:
     """Check that a part of a message's content is text.
 
     Raises:
-        TypeError: ``part`` is no mapping.
+        TypeError: ``part`` is not a mapping.
         ValueError: the part is an image, a video, a sound or something else that is not text.
     """
     if not isinstance(part, Mapping):

@@ -11,7 +11,7 @@ def of_yaml(text: str) -> Any:
     """Return what a YAML text holds. A number such as 1e-4 is a number, although YAML 1.1 has no such numbers.
 
     Raises:
-        yaml.YAMLError: it is no YAML.
+        yaml.YAMLError: it is not YAML.
     """
     import yaml
 
@@ -30,7 +30,7 @@ def of_command_line(text: str) -> Any:
     and null, in upper or lower case, are not text.
 
     Raises:
-        ValueError: it begins with a bracket, a brace or a quotation mark, and is no YAML.
+        ValueError: it begins with a bracket, a brace or a quotation mark, and is not YAML.
     """
     import yaml
 
@@ -43,4 +43,4 @@ def of_command_line(text: str) -> Any:
     try:
         return of_yaml(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{text!r} is no YAML: {error}") from error
+        raise ValueError(f"{text!r} is not YAML: {error}") from error

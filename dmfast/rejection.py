@@ -137,7 +137,8 @@ class RejectionCurve:
     def points(self, n: int = 50) -> list[RejectionPoint]:
         """Return n points at acceptance rates from the highest possible one down to 1/N.
 
-        The rates are equally spaced in their logarithm."""
+        The rates are equally spaced in their logarithm.
+        """
         rates = torch.logspace(math.log10(self.positive), math.log10(1 / len(self.log_weight)), n, dtype=torch.float64)
         return [self.at(self.log_beta_for(min(float(rate), self.positive))) for rate in rates]
 
@@ -233,9 +234,7 @@ def quasi_rejection_sample(
 def plot_rejection(curves: Mapping[str, RejectionCurve], path: str | Path, *, points: int = 50) -> None:
     """Plot TVD(p, p_beta) and KL(p||p_beta) against the acceptance rate.
 
-    Each proposal has a line with its standard error.
-
-    The plot needs matplotlib (``pip install 'dmfast[train]'``).
+    Each proposal has a line with its standard error. The plot needs matplotlib (``pip install 'dmfast[train]'``).
 
     Args:
         curves: the curves by the names that the legend shows.
@@ -247,7 +246,7 @@ def plot_rejection(curves: Mapping[str, RejectionCurve], path: str | Path, *, po
     from matplotlib.figure import Figure
 
     if not curves:
-        raise ValueError("curves is empty")
+        raise ValueError("curves is empty: pass a RejectionCurve by name")
     figure: Any = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots(1, 2)
     for color, (name, curve) in enumerate(curves.items()):

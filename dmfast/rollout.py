@@ -1,7 +1,8 @@
 """Draw the sequences of a step from q and score them under the target: the first part of ``Matcher.draw``.
 
 ``Rollouts.sample`` draws x ~ q. ``Rollouts.score`` computes log a(x), log P(x) and the target's features, each once.
-``Rollouts.step`` does both for a step, adds the rewards, and draws prompts again whose sequences all have one value.
+``Rollouts.step`` does both for a step and adds the rewards. It draws again for prompts whose sequences all have one
+value.
 """
 
 from __future__ import annotations

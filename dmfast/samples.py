@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -19,6 +20,27 @@ Prompt: TypeAlias = str | Sequence[int] | Tensor | Sequence[Mapping[str, Any]]
 _TOKENWISE = ("tokens", "attention_mask", "score_mask")
 _TENSORS = (*_TOKENWISE, "log_prob", "context_id", "version")
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_counts(**counts: object) -> None:
+    """Check the numbers of sequences and tokens that a sampler is asked for.
+
+    Raises:
+        ValueError: a count is not an integer, or it is below 1.
+    """
+    for name, count in counts.items():
+        if not isinstance(count, Integral) or count < 1:
+            raise ValueError(f"{name} must be an integer, 1 or more, got {count!r:.100}")
+
+
+def check_temperature(temperature: float) -> None:
+    """Check the temperature of a sampler.
+
+    Raises:
+        ValueError: it is not a number, or not positive and finite.
+    """
+    if not (isinstance(temperature, (int, float, Real)) and 0 < temperature < float("inf")):
+        raise ValueError(f"temperature must be a number, positive and finite, got {temperature!r:.100}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +111,7 @@ class Samples:
             index: a slice, an (N,) bool mask, or (M,) integers. Mask and integers may be a tensor, a list or an array.
 
         Raises:
-            TypeError: the index is one integer, which would leave no batch, or it is no index.
+            TypeError: the index is one integer, which would leave no batch, or it is not an index.
             IndexError: a mask has another length, or an integer is out of range.
         """
         if not isinstance(index, slice):
@@ -153,11 +175,11 @@ class Samples:
         return replace(self, rows=None if rows is None else [rows[place] for place in self.context_id.tolist()])
 
     def across_contexts(self, n: int) -> Tensor:
-        """Return the places of at most n sequences that stand for all: (n,) int64, those to show or to compare.
+        """Return (min(n, N),) int64, the places of sequences that stand for all when they are shown or compared.
 
-        They are the first sequence of every context, then the second of each, and so on. Where not every context can
-        have one more, those that have one are spread evenly. The sequences of a context must lie together, and every
-        context must have as many as the others.
+        They are the first sequence of every context, then the second of each, and so on. If not every context can
+        give one more, the contexts that give one are spread evenly. The sequences of a context must lie together, and
+        all contexts must have equally many.
         """
         contexts = int(self.context_id.max()) + 1 if len(self) else 1
         rounds = torch.arange(len(self)).view(contexts, -1).T

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import adapters
 from .methods import METHODS
 from .models import AdapterView, LanguageModel
-from .objectives import KINDS, AdaptiveBeta, Objective, PPOClip, Terms, is_number
+from .objectives import KINDS, AdaptiveBeta, Objective, PPOClip, Terms, is_baseline, is_number
 from .proposal import NEED_ALL, OfflineProposal
 from .targets import EBM
 from .tensors import address
@@ -21,6 +21,8 @@ from .tensors import address
 AnyObjective: TypeAlias = str | Objective | Callable[[Terms], Tensor]
 
 _BASELINES = ("mean", "leave_one_out", "leave_one_out_context")
+_NUMBERS = ("max_weight", "beta_target_kl", "beta_horizon", "entropy_coefficient", "ppo_epochs", "check_samples",
+            "refit_ess", "refit_samples", "patience_zero")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if value is not None and not hasattr(value, "__float__"):  # a tensor of one number has it too
+                raise ValueError(f"{name} must be a number, got {value!r:.100}")
         for name in ("max_weight", "beta_target_kl", "beta_horizon", "ppo_epochs", "refit_samples", "patience_zero"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -69,8 +75,8 @@ class Settings:
             raise ValueError(f"entropy_coefficient must be from -1e30 to 1e30, got {self.entropy_coefficient!r}")
         if self.entropy_coefficient and self.skip_zero_weight:
             raise ValueError(
-                "every sequence has an entropy bonus, and skip_zero_weight=True spares those of weight 0 the "
-                f"policy's forward; leave one of them out, got entropy_coefficient={self.entropy_coefficient!r}"
+                "every sequence has an entropy bonus, and skip_zero_weight=True runs no forward for those of weight 0; "
+                f"leave one of them out, got entropy_coefficient={self.entropy_coefficient!r}"
             )
         if self.partition not in ("running", "step"):
             raise ValueError(f"partition must be 'running' or 'step', got {self.partition!r}")
@@ -84,7 +90,7 @@ class Settings:
                 "z_from_rows=True starts the running Z from completions of the base, and partition='step' takes Z from "
                 "the samples of the step alone: set partition='running', or leave z_from_rows out"
             )
-        if isinstance(self.baseline, str) and self.baseline not in _BASELINES:
+        if not is_baseline(self.baseline, _BASELINES):
             raise ValueError(
                 f"baseline must be a number, 'mean', 'leave_one_out' or 'leave_one_out_context', got {self.baseline!r}"
             )
@@ -312,7 +318,7 @@ def check_target(target: EBM, model: nn.Module, settings: Settings, reward: Any)
     """Check that a model can be trained towards a target, before anything is set up for it.
 
     Raises:
-        TypeError: ``target`` is no ``EBM``.
+        TypeError: ``target`` is not an ``EBM``.
         ValueError: the base would move with the model, the target is not fitted, or the objective lacks its reward.
     """
     if not isinstance(target, EBM):
@@ -356,7 +362,7 @@ def check_proposal(proposal: OfflineProposal[Any] | None, policy: LanguageModel,
     """Check that a proposal belongs to the policy and fits the settings.
 
     Raises:
-        TypeError: ``proposal`` is no ``OfflineProposal``.
+        TypeError: ``proposal`` is not an ``OfflineProposal``.
         ValueError: the proposal belongs to another model, or contradicts the settings.
     """
     if proposal is None:

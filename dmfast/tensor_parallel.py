@@ -38,7 +38,7 @@ def group_of(model: Any) -> Any:
 def cuts_vocabulary(head: Any) -> bool:
     """Return whether transformers' tensor parallelism has cut the rows of a head, which FSDP may have sharded besides.
 
-    That its forward gives whole logits is not read from here: ``HeadProbe`` compares them.
+    This does not tell whether its forward gives whole logits. ``HeadProbe`` compares them.
     """
     forward, weight = vars(head).get("forward"), head.weight
     return (
@@ -51,7 +51,7 @@ def cuts_vocabulary(head: Any) -> bool:
 
 
 def from_first(model: Any, number: int) -> int:
-    """Return the number that the first rank of a model's group gives; of a model that is not cut this one's."""
+    """Return the ``number`` of the first rank of a model's group, or this rank's if the model is not cut."""
     if not is_cut(model):
         return number
     group = group_of(model)
@@ -66,10 +66,10 @@ def _local(tensor: Any) -> Tensor:
 
 
 def refuse(model: nn.Module) -> None:
-    """Refuse a model that was cut as it was loaded in a way that was not tried.
+    """Refuse a model that was loaded with a kind of parallelism that dmfast was not tested with.
 
     Raises:
-        ValueError: it has pipeline, expert or sequence parallelism.
+        ValueError: the model has pipeline, expert or sequence parallelism.
     """
     config: Any = getattr(getattr(model, "config", None), "distributed_config", None)
     for name, what in (("pp_size", "pipeline"), ("ep_size", "expert")):

@@ -12,21 +12,24 @@ from . import sharding
 
 
 def all_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers, also those that a state_dict leaves out, and not what else a state_dict holds.
+    """Return parameters and buffers by name, also those that a state_dict leaves out, and nothing else.
 
-    Those of a sharded model are shards, wherever it was last.
+    A sharded model is sharded again first, so its tensors are shards even after a forward that gathered them.
     """
     sharding.reshard(module)
     return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
 
 
 def address(tensor: Tensor) -> int:
-    """Return where a tensor's values lie, of a shard this rank's, which has memory of its own even if it is empty."""
+    """Return the address of a tensor's values, or of this rank's part of a shard.
+
+    The address of a shard is that of its memory, which differs between shards even if they are empty.
+    """
     return sharding.local(tensor).untyped_storage().data_ptr() if sharding.is_shard(tensor) else tensor.data_ptr()
 
 
 def without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors, of those that are the same memory by several names (tied embeddings) only the first."""
+    """Return the tensors, with only the first name of memory that has several names, as tied embeddings have."""
     found: dict[str, Tensor] = {}
     seen: set[tuple[Any, ...]] = set()
     for name, tensor in tensors.items():
@@ -48,7 +51,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str | None:
 
 
 def difference(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> str | None:
-    """Return how names or shapes of two models' tensors differ; None: they do not."""
+    """Return how names or shapes of two models' tensors differ, or None if they do not."""
     for what, names in (("lacks", target.keys() - source.keys()), ("has also", source.keys() - target.keys())):
         if names:
             some = sorted(names)
@@ -62,7 +65,7 @@ def difference(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> st
 
 
 def _cut_alike(source: Any, target: Any) -> bool:
-    """Return whether two tensors are shards that lie where the other's do, so that nothing is gathered for a copy."""
+    """Return whether two tensors are cut into the same shards on the same ranks, so that a copy gathers nothing."""
     return (
         sharding.is_shard(target)
         and source.device_mesh == target.device_mesh
@@ -72,12 +75,13 @@ def _cut_alike(source: Any, target: Any) -> bool:
 
 @torch.no_grad()
 def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
-    """Copy the values of all tensors, to the device and dtype that each of the targets has.
+    """Copy the values of all tensors, in the device and dtype that each target has.
 
-    Of shards each rank copies its own, and of whole tensors, which every rank has, those that its shards take.
+    Each rank copies its own shards. If a source is whole and its target is sharded, each rank copies the part that
+    belongs to its shard.
 
     Raises:
-        RuntimeError: names or shapes differ, or how the tensors are sharded; nothing is changed.
+        RuntimeError: the names or shapes differ, or the tensors are sharded in different ways. Nothing is changed.
     """
     differs = difference(source, target)
     if differs is not None:

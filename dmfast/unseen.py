@@ -108,9 +108,8 @@ def z_gap(steps: PartitionFunction, fit: Estimate, errors: float = 3.0, trusted:
 def unknown(estimates: Estimates) -> Estimates:
     """Return the estimates with NaN for all divergences."""
     nothing = Estimate(math.nan, math.nan)
-    divergences = {
-        name: nothing for name, each in vars(estimates).items() if name[:2] in ("kl", "tv", "js", "al") and each
-    }
+    others = ("log_z", "ess")
+    divergences = {name: nothing for name, each in vars(estimates).items() if name not in others and each is not None}
     return replace(estimates, **divergences)
 
 

@@ -52,7 +52,8 @@ def maj_at_k(answers: Sequence[Hashable], right: Tensor, context_id: Tensor, k: 
 
     Args:
         answers: N answers of any kind that can be compared, such as the string after "answer:". Equal answers of a
-            prompt must be equally right. None is no answer: it has no vote, and k samples without any answer are wrong.
+            prompt must be equally right. None means no answer: it has no vote, and k samples without any answer are
+            wrong.
         right, context_id, k: as in ``pass_at_k``.
         seed: the seed of the draws.
 

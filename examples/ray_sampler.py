@@ -24,7 +24,7 @@ from torch import Tensor
 
 import dmfast
 from dmfast.demo import loop_parser, run_loop
-from dmfast.samples import Samples
+from dmfast.samples import Prompt, Samples
 from dmfast.sampling import AsyncSampler
 
 
@@ -70,7 +70,7 @@ class RaySampler:
         self.actors = [self.kind.remote(self.policy, threads) for _ in range(actors)]
 
     def sample(
-        self, prompts: Sequence[dmfast.Prompt] | None = None, n: int = 1, *, max_new_tokens: int,
+        self, prompts: Sequence[Prompt] | None = None, n: int = 1, *, max_new_tokens: int,
         temperature: float = 1.0, seed: int | None = None, batch_size: int | None = None, first_row: int = 0,
     ) -> Samples:  # fmt: skip
         """Draw n sequences of each prompt; a sequence's random numbers depend on its place and not on its actor."""

@@ -143,8 +143,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Show formulas with subscripts and superscripts, let a picture lead to its file, and let the code of a table break
-    behind a punctuation mark, so that a narrow column keeps whole words.
+    """Set subscripts and superscripts of formulas, link pictures to their files, and let the code of tables break.
+
+    Code breaks behind a punctuation mark, so that a narrow column keeps whole words.
     """
     parts = re.split(r"(<pre.*?</pre>|<code.*?</code>|<[^>]+>)", html, flags=re.DOTALL)
     parts[::2] = [formulas(text) for text in parts[::2]]  # every second part is a tag or code
@@ -161,8 +162,9 @@ def formulas(text: str) -> str:
 
 
 def breakable(code: re.Match[str]) -> str:
-    """Return the HTML of a piece of code, whose long words may be broken behind a punctuation mark, but not before the
-    end of a file's name, and not within an ellipsis. A short word stays whole.
+    """Return the HTML of a piece of code whose long words may be broken behind a punctuation mark.
+
+    There is no break before the end of a file's name or within an ellipsis, and a short word stays whole.
     """
 
     def broken(word: re.Match[str]) -> str:

@@ -115,7 +115,7 @@ def seconds(model: Model, way: Way, gpus: int) -> dict[str, float]:
     return found
 
 
-#: An engine of this many GPUs holds q, by the name of the model. Of the memory, USED is for q and the cache.
+#: An engine of this many GPUs holds q, by the name of the model. It uses the share USED of their memory.
 ENGINE, USED = {"7B": 1, "70B": 8}, 0.9
 
 

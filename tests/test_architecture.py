@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import importlib.util
 from pathlib import Path
 
 import of_scripts
@@ -40,7 +41,7 @@ def imported(path, package):
             above = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
             for each in (above, *(above / alias.name for alias in node.names)):
                 found |= {file for file in (each.with_suffix(".py"), each / "__init__.py") if file.is_file()}
-    # A package imports its modules, which is no circle: a module of it may import others of the same package.
+    # A package imports its modules, which is not a circle: a module of it may import others of the same package.
     return found - {path} - {package / "__init__.py"} - {parent / "__init__.py" for parent in path.parents}
 
 
@@ -100,3 +101,35 @@ def test_a_module_without_a_layer_is_named(package):
     assert architecture.problems(package, architecture.imports(package), layers()) == [
         "new is in no layer of scripts/architecture.py"
     ]
+
+
+def of_package(tree):
+    """Return (line, module, name) for each name that a script takes from ``dmfast``, as ``dmfast.name`` too."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level and node.module.split(".")[0] == "dmfast":
+            found += [(node.lineno, node.module, each.name) for each in node.names]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dmfast":
+            found.append((node.lineno, "dmfast", node.attr))
+    return found
+
+
+def exists(module, name):
+    if module.startswith("dmfast.integrations."):
+        return True  # it imports trl or verl, which these tests do without
+    held = importlib.import_module(module)
+    if hasattr(held, name):
+        return True
+    return hasattr(held, "__path__") and importlib.util.find_spec(f"{module}.{name}") is not None
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "scripts"])
+def test_scripts_take_names_that_the_package_has(folder):
+    """No test runs most of these scripts, so a renamed function of the package would break them unseen."""
+    missing = [
+        f"{path.name}:{line}: {module}.{name}"
+        for path in sorted((Path(architecture.__file__).parents[1] / folder).rglob("*.py"))
+        for line, module, name in of_package(ast.parse(path.read_text(encoding="utf-8")))
+        if not exists(module, name)
+    ]
+    assert missing == []

@@ -243,6 +243,21 @@ def test_the_benchmark_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "bench.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "JSONDecodeError"),
+        ('{"step": 1}', "KeyError: 'results'"),
+        ('{"results": [{"machine": MACHINE, "config": {"of_another_version": 1}}]}', "TypeError"),
+    ],
+)
+def test_a_file_that_can_t_be_resumed_is_named(tmp_path: Path, text: str, reason: str) -> None:
+    here = {"cpu": "c"}
+    (tmp_path / "bench.json").write_text(text.replace("MACHINE", json.dumps(here)))
+    with pytest.raises(ValueError, match=rf"can't read .*bench\.json .*{reason}.*leave --resume out"):
+        run._earlier(tmp_path / "bench.json", here)
+
+
 def test_the_full_run_has_what_was_asked_for() -> None:
     configs = list(run.full())
     assert len(set(configs)) == len(configs)

@@ -277,7 +277,7 @@ def test_evaluation_measures_diversity_and_what_is_monitored(tmp_path):
     assert found["eval_self_bleu_5"] == pytest.approx(plain_self_bleu(texts[:30], 5), abs=1e-12)
     assert "eval_self_bleu_5_stderr" not in found
     has = torch.tensor(["w4" in text.split() for text in texts], dtype=torch.float64)
-    assert found["eval_phi/w4"] == float(has.mean())  # w4 is monitored, and it is no part of the target
+    assert found["eval_phi/w4"] == float(has.mean())  # w4 is monitored, and it is not part of the target
     assert found["eval_phi/w4_stderr"] == pytest.approx(float(has.std()) / 40**0.5, rel=1e-9)
 
 
@@ -359,7 +359,7 @@ def test_no_table_unless_wanted(tmp_path):
 def test_a_broken_table_is_named(tmp_path, line):
     good = '{"step": 1, "text": "a", "evaluation": "eval"}\n'
     (tmp_path / samples.NAME).write_text(good + line)
-    with pytest.raises(ValueError, match=r"samples\.jsonl, line 2, is no row of samples"):
+    with pytest.raises(ValueError, match=r"samples\.jsonl, line 2, is not a row of samples"):
         samples.read(tmp_path)
 
 

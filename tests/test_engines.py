@@ -372,14 +372,21 @@ def test_a_key_is_sent_from_an_option_or_a_variable(server, monkeypatch):
 
 
 def test_numbers_out_of_range_are_refused(server):
-    for name in ("timeout", "patience", "retries"):
-        with pytest.raises(ValueError, match=f"{name} must be a positive number"):
-            connected(server, **{name: -1})
+    for name, value, match in (
+        ("timeout", -1, "a positive number of seconds, got -1"), ("timeout", 0, "a positive number of seconds, got 0"),
+        ("patience", -1, "a number, 0 or more, of seconds, got -1"),
+        ("retries", -1, "a number, 0 or more, of times, got -1"), ("retries", "2", "a number, .* got '2'"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} must be {match}"):
+            connected(server, **{name: value})
     with pytest.raises(ValueError, match="concurrency must be an integer, 1 or more"):
         connected(server, concurrency=0)
     sampler = loaded(server, lm())
-    for name, value in (("n", 0), ("max_new_tokens", -1), ("temperature", 0.0)):
-        with pytest.raises(ValueError, match=f"{name} must be a number, positive and finite"):
+    for name, value, match in (
+        ("n", 0, "an integer, 1 or more"), ("max_new_tokens", -1, "an integer, 1 or more"), ("n", 2.0, "an integer"),
+        ("temperature", 0.0, "a number, positive and finite"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} must be {match}"):
             sampler.sample(["w1"], **({"n": 1, "max_new_tokens": 2} | {name: value}))
 
 
@@ -1082,7 +1089,10 @@ def test_serve_proposal_starts_vllm_with_what_the_sampler_needs():
     assert serve.environment({"A": "b"}) == {
         "A": "b", "VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"
     }  # fmt: skip
-    for option in ("--generation-config=auto", "--logprobs-mode", "--quantization"):
+    for option in (
+        "--generation-config=auto", "--logprobs-mode", "--quantization", "--logprobs_mode=raw_logits", "-q", "-qfp8",
+        "-sc.model", "--override_generation_config.temperature", "--speculative-config.model=m",
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="serve-proposal can't take"):
             serve.command("m", [option], host="h", port=5, dtype="auto")
 
@@ -1092,7 +1102,7 @@ def test_serve_proposal_on_a_cpu_reads_prompts_whole():
     how = {"host": "h", "port": 5, "dtype": "auto", "on_cpu": True}
     assert "--no-enable-chunked-prefill" in serve.command("m", [], **how)
     with pytest.raises(ValueError, match="can't take --enable-chunked-prefill on a CPU"):
-        serve.command("m", ["--enable-chunked-prefill"], **how)
+        serve.command("m", ["--enable_chunked_prefill"], **how)
 
 
 def test_serve_proposal_without_vllm_is_an_error_with_a_reason(capsys):

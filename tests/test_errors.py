@@ -442,6 +442,7 @@ def test_what_is_no_objective(objective: Any) -> None:
         (("nope",), "unknown objective 'nope'; dmfast has dpg, "),
         (("gdc++", 0.5), "'gdc\\+\\+' is 'dpg' with the constant baseline 1"),
         (("dpg", "loo"), "baseline must be None, a number"),
+        (("dpg", [0.5]), r"baseline must be None, a number, .*got \[0.5\]"),
         (("dpg", NAN), "baseline must be finite"),
         (("dpg", INF), "baseline must be finite"),
         (("reinforce", None, False), "normalize=False multiplies A by Z, which objective 'reinforce' does not have"),
@@ -780,7 +781,7 @@ def test_a_dual_number_is_refused() -> None:
         dual = fwAD.make_dual(call.logits, torch.ones_like(call.logits))
         with torch.no_grad(), pytest.raises(RuntimeError, match="forward-mode AD, where logits is a dual number"):
             dmfast.sequence_log_prob(dual, call.tokens)
-        dmfast.sequence_log_prob(call.logits, call.tokens)  # a tensor without a tangent is no dual number
+        dmfast.sequence_log_prob(call.logits, call.tokens)  # a tensor without a tangent is not a dual number
 
 
 def test_the_inputs_of_the_linear_losses_are_named() -> None:

@@ -85,7 +85,10 @@ def timeless(metrics):
 
 
 def state_of(m):
-    """Return as text what a step may change but the policy. Whether q is a is found out only once, and is left out."""
+    """Return as text all that a step may change, except for the policy.
+
+    Whether q is a is found out only once, and is left out.
+    """
     return str({name: value for name, value in m.state_dict().items() if name != "q_is_base"})
 
 
@@ -283,7 +286,7 @@ def test_ranks_that_draw_different_numbers_are_refused_on_all_of_them():
         draw(m)
     m.ranks = m._rollouts.ranks = TwoRanks()
     assert len(draw(m)) == 8
-    with pytest.raises(ValueError, match="n must be a number"):  # it is not compared, and no other error hides it
+    with pytest.raises(ValueError, match="n must be an integer"):  # it is not compared, and no other error hides it
         draw(m, n="8")
 
 
@@ -1028,6 +1031,8 @@ def test_the_log_has_the_divergence_of_alpha_and_the_returns_that_were_bounded()
         ({"objective": lambda t: t.log_prob, "normalize_alpha": False}, ValueError, "normalize_alpha=False can't act"),
         ({"partition": "global"}, ValueError, "'running' or 'step'"),
         ({"max_weight": 0}, ValueError, "max_weight must be positive"),
+        ({"max_weight": "4"}, ValueError, "max_weight must be a number, got '4'"),
+        ({"baseline": [0.5]}, ValueError, r"baseline must be a number, .*got \[0.5\]"),
         ({"entropy_coefficient": math.nan}, ValueError, "entropy_coefficient must be from -1e30 to 1e30, got nan"),
         ({"entropy_coefficient": 0.1, "skip_zero_weight": True}, ValueError, "every sequence has an entropy bonus"),
         ({"check_samples": -1}, ValueError, "check_samples must be 0 or more"),

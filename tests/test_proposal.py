@@ -287,7 +287,7 @@ def test_best_only(criterion):
 
 
 class Remembers(Table):
-    """Be a table that has a buffer which no state_dict has, and a state that is no tensor."""
+    """Be a table that has a buffer which no state_dict has, and a state that is not a tensor."""
 
     def __init__(self, table):
         super().__init__(table)

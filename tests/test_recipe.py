@@ -54,7 +54,7 @@ def write(tmp_path, changed=(), **entries):
 
 def of_json(path):
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     return json.loads(path.read_text(), parse_constant=refuse)
 
@@ -131,7 +131,7 @@ def test_files_of_prompts(tmp_path):
         (tmp_path / f"marked_{name}").write_text((tmp_path / name).read_text(), encoding="utf-8-sig")
         assert recipe._prompts(str(tmp_path / f"marked_{name}")) == recipe._prompts(str(tmp_path / name))
     for name, text, message in (
-        ("b.jsonl", '{"prompt": "He"}\n\n{"prompt"\n', "b.jsonl: line 3 is no JSON: [^0-9]*, at column 10$"),
+        ("b.jsonl", '{"prompt": "He"}\n\n{"prompt"\n', "b.jsonl: line 3 is not JSON: [^0-9]*, at column 10$"),
         ("b.csv", "question,answer\nHe,1\n", "must name a column 'prompt', got question, answer"),
         ("b.csv", "prompt,answer\nHe,1\nShe\n", "b.csv: line 3 has 1 cell, and the first line names 2 columns"),
         ("b.csv", "prompt\nHe\n\nMary, Ann\n", "b.csv: line 4 has 2 cells, and the first line names 1 column: a"),
@@ -398,7 +398,7 @@ def test_a_value_of_the_command_line_is_json_or_yaml_or_text(text, value):
 def test_a_value_that_is_no_yaml_is_refused(capsys):
     with pytest.raises(SystemExit):
         dmfast.cli.main(["train", "x.yaml", "--set", "prompts=[Mary"])
-    assert "the value of prompts: '[Mary' is no YAML" in capsys.readouterr().err
+    assert "the value of prompts: '[Mary' is not YAML" in capsys.readouterr().err
 
 
 def test_a_recipe_with_a_byte_order_mark_and_numbers_with_an_exponent(tmp_path):
@@ -452,7 +452,7 @@ def test_files_that_are_no_recipe(tmp_path):
     with pytest.raises(RecipeError, match="No such file"):
         read(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(RecipeError, match="is no YAML"):
+    with pytest.raises(RecipeError, match="is not YAML"):
         read(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- a")
     with pytest.raises(RecipeError, match="must hold a mapping"):

@@ -459,8 +459,8 @@ WHOLE = json.dumps(a_log())
     [
         (None, "no such folder"),
         ({}, "holds no run: neither log.json"),
-        ({"log.json": WHOLE[: len(WHOLE) // 2]}, "log.json is no whole JSON"),
-        ({"log.json": ""}, "log.json is no whole JSON"),
+        ({"log.json": WHOLE[: len(WHOLE) // 2]}, "log.json is not complete JSON"),
+        ({"log.json": ""}, "log.json is not complete JSON"),
         ({"log.json": "[1, 2]"}, "is not of a run: it has no history"),
         ({"log.json": '{"history": [{"step": 1, "loss": 2.0}]}'}, "has no steps"),
         ({"log.json": '{"history": []}'}, "has no steps"),

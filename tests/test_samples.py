@@ -172,7 +172,7 @@ def test_cat_refuses_rows_on_some_parts_only(x):
     assert len(Samples.cat([whole, x[:0]]).rows) == 24  # a part without sequences lacks no row
 
 
-# --- what is no index -------------------------------------------------------------------------------------------
+# --- what is not an index --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

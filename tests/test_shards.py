@@ -101,7 +101,7 @@ def test_labels_are_checked_against_the_whole_vocabulary(backend: str, monkeypat
 
 @backends
 def test_a_row_whose_half_holds_nothing(backend: str) -> None:
-    """All logits of a half are -inf, which is no fault if the label is in the other half."""
+    """All logits of a half are -inf, which is not a fault if the label is in the other half."""
     case = make_case("contiguous", torch.float32, V, unscored="none")
     case.tokens.clamp_(min=CUT)
     case.base[1, 2, :CUT] = -torch.inf

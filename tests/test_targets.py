@@ -122,7 +122,7 @@ CASES = [
     ({"word": "C++"}, "in C++, fast", 1),
     ({"word": "C++"}, "in C+, fast", 0),
     ({"word": "."}, "the end.", 1),
-    ({"word": "."}, "the end", 0),  # the dot is no wildcard
+    ({"word": "."}, "the end", 0),  # the dot is not a wildcard
     ({"word": "é"}, "un é seul", 1),
     ({"word": "caf"}, "un café", 0),  # é is a letter, and is two byte tokens
 ]

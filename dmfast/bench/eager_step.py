@@ -23,8 +23,10 @@ class EagerStep(Phases):
     Args:
         policy, proposal, base: causal language models with dropout 0.
         bos, eos, pad: token ids; any of ``eos`` ends a sequence.
-        feature: (N, T) tokens -> (N,) phi(x). lambda_: of the target P = a exp(lambda phi).
-        batch, length: sequences, and new tokens of each.
+        feature: phi, a function of (N, T) tokens that returns (N,).
+        lambda_: lambda of the target P = a exp(lambda phi).
+        batch: the number of sequences of a step.
+        length: the number of new tokens of each sequence.
     """
 
     def __init__(

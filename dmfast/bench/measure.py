@@ -1,6 +1,7 @@
 """Measure times and peak memory.
 
-Rivals are interleaved in rotated order, and each has a median with quartiles. Memory is that of a fresh process."""
+Rivals are interleaved in rotated order, and each has a median with quartiles. Memory is that of a fresh process.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +33,10 @@ def interleaved(
     before: Callable[[], Any] = lambda: None,
     clock: Callable[[Callable[[], Any]], float] = wall_ms,
 ) -> dict[str, dict[str, float]]:
-    """Return the milliseconds of each by ``clock``: median and quartiles over ``rounds``.
+    """Return median and quartiles of each rival's milliseconds by ``clock`` over ``rounds`` rounds.
 
-    A round ahead of them does not count. The order is rotated by one each round. ``before`` runs ahead of every call
-    and is not timed.
+    One more round runs first and does not count. Each round rotates the order by one. ``before`` runs ahead of every
+    call and is not timed.
     """
     names = list(rivals)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -68,7 +69,10 @@ class Phases:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Return median and quartiles. Those of two values would lie beyond them, and are the values themselves."""
+    """Return median and quartiles, which never lie beyond the smallest and the largest value.
+
+    ``statistics.quantiles`` extrapolates beyond them if there are only two values.
+    """
     low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
     low, high = max(low, min(values)), min(high, max(values))
     return {"median": round(median, 3), "low": round(low, 3), "high": round(high, 3)}

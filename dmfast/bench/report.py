@@ -222,7 +222,7 @@ def step_advice(result: Result) -> str:
 
 def advice(results: Sequence[Result]) -> str:
     """Return what to do next with the times of the losses."""
-    again = " Lines that say noisy are no result: end other programs, and measure them again with --resume."
+    again = " Lines that say noisy are not results: end other programs, and measure them again with --resume."
     return (
         "What to do with this: find the table whose shape (tokens, vocabulary) is nearest to yours. × eager is what "
         "the loss alone would gain; dmfast bench --model NAME tells how much of a whole training step that is. The "

@@ -25,9 +25,11 @@ class Problem:
 
     Attributes:
         z: (B, T, V) logits; in the form ``head`` a stand-in that is never filled.
-        hidden: (B, T, D) and weight (V, D), of the form ``head``, else None.
+        hidden: (B, T, D) hidden states in the form ``head``, else None.
+        weight: (V, D) the head's weight in the form ``head``, else None.
         tokens: (B, T) int64.
-        log_target, log_proposal: (B,) fp64; log_z: a number.
+        log_target, log_proposal: (B,) fp64.
+        log_z: log Z.
         weight_a: (B,) fp64, A of GDC++ by the oracle.
     """
 

@@ -136,7 +136,8 @@ def bench(args: argparse.Namespace, say: Callable[[Any], None]) -> None:
     """Run what ``args`` say, and write ``bench.json`` and ``bench.png``, or ``step.json`` and ``step.png``.
 
     Raises:
-        ValueError: an option is out of range or has no effect, or no configuration has the text of ``--only``.
+        ValueError: an option is out of range or has no effect, no configuration has the text of ``--only``, or the file
+            to resume is not a result of this version of ``dmfast bench``.
         OSError, RuntimeError: the model can't be loaded, a file can't be written, or a measuring process failed.
     """
     _check(args)
@@ -158,9 +159,7 @@ def bench(args: argparse.Namespace, say: Callable[[Any], None]) -> None:
     path, results = args.out / "bench.json", []
     here = {k: v for k, v in machine().items() if k != "threads"} | _rivals()  # threads are the configuration's
     if args.resume and path.exists():
-        earlier = json.loads(path.read_text())["results"]
-        results = [r for r in earlier if r["machine"] | {"date": ""} == here | {"date": ""}]
-        results = [r for r in results if not noisy(r["ms"])]  # those are measured again
+        results = _earlier(path, here)
     done = [Config(**r["config"]) for r in results]
     try:
         for i, c in enumerate(configs, 1):
@@ -178,6 +177,25 @@ def bench(args: argparse.Namespace, say: Callable[[Any], None]) -> None:
         say(str(ratio))
     say(report.advice(results))
     say(f"wrote {path} and {args.out / 'bench.png'}")
+
+
+def _earlier(path: Path, here: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the results of an earlier run on this machine, without the noisy ones, which are measured again.
+
+    Raises:
+        ValueError: the file is not a result of this version of ``dmfast bench``.
+    """
+    try:
+        found = json.loads(path.read_text())["results"]
+        found = [r for r in found if r["machine"] | {"date": ""} == here | {"date": ""}]
+        for each in found:
+            Config(**each["config"])
+        return [r for r in found if not noisy(r["ms"])]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--resume can't read {path} as results of this version of dmfast bench "
+            f"({type(error).__name__}: {error}): leave --resume out, which replaces the file, or give another --out"
+        ) from error
 
 
 def _rivals() -> dict[str, str]:

@@ -308,8 +308,8 @@ def _error(found: list[Tensor], exact: list[Tensor]) -> float:
     """Return ||gradient - exact|| / ||exact||, the larger of the two where there are two."""
 
     def relative(a: Tensor, b: Tensor) -> float:
-        # block by block, so that there is no fp64 copy of all of it; added up where they lie, since a device would wait
-        # for the host after each block, and of a head's gradient there are as many rows as tokens
+        # Blocks avoid an fp64 copy of the whole gradient. Their sums stay on the device, because fetching each would
+        # make the device wait, and a head's gradient has many blocks.
         rows = max(2**24 // max(b[0].numel(), 1), 1)
         parts = [slice(first, first + rows) for first in range(0, len(b), rows)]
         off = torch.stack([(a[part] - b[part]).pow(2).sum() for part in parts]).sum()

@@ -27,8 +27,8 @@ class DMGRPOTrainer(TiedParameters, GRPOTrainer):  # type: ignore[misc]
     """Train with trl's ``GRPOTrainer`` on ``loss = -(1/B) sum_i A_i log pi(x_i)``, made from hidden states.
 
     Settings that shape trl's own loss (``loss_type``, ``epsilon``, ``importance_sampling_level``, ``scale_rewards``)
-    are not read. log q is vLLM's if vLLM drew, else the policy's when it drew. It takes only text, in one process or
-    under DDP.
+    are not read. log q is vLLM's own if vLLM drew, and otherwise the policy's at the time of drawing. The trainer takes
+    only text, and runs in one process or under DDP.
 
     Args:
         model, reward_funcs, args, kwargs: as for ``GRPOTrainer``. R is the weighted sum of any reward functions.
@@ -36,9 +36,9 @@ class DMGRPOTrainer(TiedParameters, GRPOTrainer):  # type: ignore[misc]
         target: the target of ``gdc++`` and its relatives, with its lambda. A checkpoint holds the running Z of prompts.
 
     Raises:
-        ValueError: a setting that this loss can't use, an objective without its inputs, a target without lambda or
-            whose base moves with the model, FSDP, DeepSpeed, an auxiliary loss of experts; images, a completion without
-            a reward, or a checkpoint of another target, temperature or length.
+        ValueError: this loss can't use a setting; the objective lacks its inputs; the target has no lambda, or its base
+            moves with the model; the run has FSDP, DeepSpeed or an auxiliary loss of experts. While the trainer runs:
+            the data has images; a completion has no reward; a checkpoint is of another target, temperature or length.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ def check(args: Any, objective: Objective | Callable[[Terms], Tensor], has_targe
     """Check the settings of a run.
 
     Raises:
-        ValueError: a setting that would be ignored, or an objective without what it needs.
+        ValueError: a setting would be ignored, or the objective lacks what it needs.
     """
     for setting, allowed in _ALLOWED.items():
         value = getattr(args, setting)

@@ -46,7 +46,7 @@ def register(
         max_weight: as in ``dm_loss``.
 
     Raises:
-        ValueError: an objective that verl gives no inputs for.
+        ValueError: verl gives no inputs for the objective.
     """
     made = make_objective(objective)
     has_target = isinstance(made, Objective) and made.name in TARGET_OBJECTIVES
@@ -117,7 +117,7 @@ def log_target_ratios(
         config: verl's ``AlgoConfig``.
 
     Raises:
-        ValueError: the settings of the KL penalty are others than log P needs; no ``uid``.
+        ValueError: the settings of the KL penalty are not those that log P needs, or the batch has no ``uid``.
     """
     said = getattr(config, "use_kl_in_reward", False), getattr(config, "kl_penalty", None)
     control = getattr(config, "kl_ctrl", None)

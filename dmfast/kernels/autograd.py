@@ -46,7 +46,7 @@ def options_of(
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """Call ``function.apply``, which torch leaves untyped.
 
-    torch looks at each argument, so the arguments that are no tensors come as one tuple.
+    torch looks at each argument, so the arguments that are not tensors come as one tuple.
     """
     return function.apply(*args)  # type: ignore[no-untyped-call]
 
@@ -135,8 +135,10 @@ class _LogProb(torch.autograd.Function):
 
 
 def copies(batch: Batch, scores: Scores) -> tuple[Tensor, Tensor | None]:
-    """Return ``weighted_log_prob`` and the entropy as tensors that may carry a gradient. The blocks of the scores may
-    not."""
+    """Return copies of ``weighted_log_prob`` and the entropy.
+
+    The copies may carry a gradient, which the blocks of the scores may not.
+    """
     entropy = scores.entropy
     log_prob = weighted_of(batch, scores)
     return log_prob.clone(), None if entropy is None else entropy.clone()

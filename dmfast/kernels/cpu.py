@@ -34,10 +34,9 @@ class Cpu:
     def detail(self) -> str:
         """Return a description of the logits that it takes."""
         return (
-            f"fp32, bf16 and fp16 logits on the CPU; instruction set {instruction_set()}; "
-            f"{products.on_this_cpu()}. Under torch.compile a "
-            "gradient in place goes through a functional graph, where AOTAutograd may copy the logits once, and known "
-            "weights take two passes"
+            f"fp32, bf16 and fp16 logits on the CPU; instruction set {instruction_set()}; {products.on_this_cpu()}. "
+            "Under torch.compile a gradient in place goes through a functional graph, where AOTAutograd may copy the "
+            "logits once, and known weights take two passes"
         )
 
     def forward(self, batch: Batch, terms: Terms | None, entropy: bool, divide_by: float = 1.0) -> Scores:

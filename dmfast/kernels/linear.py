@@ -13,8 +13,8 @@ buffer, as one long sequence may be, or if grad_output is not known before backw
 out before the first product. A frozen head costs neither its product nor a V x D buffer.
 
 If the vocabulary is cut among ranks (``shards.py``), all ranks have the same chunks. Each rank computes the logits of
-its own columns, one exchange completes the rows, and dH, to which every rank contributes, is summed once a call. torch
-forms A between forward and backward there, so a known weight takes two passes.
+its own columns, one exchange completes the rows, and dH, to which every rank contributes, is summed once per call.
+torch forms A between forward and backward there, so a known A takes two passes too.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from .form import form_loss, weighted_of
 from .shards import RowFaults, Shards, sums_of_sequences, whole_rows
 
 _CHUNK_BYTES = 2**27
-# The gradient of the head is added to once a chunk. This must be cheap compared with the products, so chunks are larger
-# when that gradient is wanted.
+# Each chunk costs one addition to the gradient of the head. This must be cheap compared with the products, so chunks
+# are larger when that gradient is wanted.
 _GPU_ROWS, _GPU_BYTES, _GPU_ROWS_WITHOUT_HEAD = 4096, 2**30, 1024
 _ALIGNMENT = 64  # in elements; without it a V such as 50257 would leave the rows that products read unaligned
 
@@ -93,8 +93,8 @@ def rows_of_buffer(
 ) -> int:
     """Return the number of rows of logits that the buffer holds.
 
-    By default there are so many that adding to dW once a buffer is cheap compared with the products. A GPU needs more
-    rows for that than a CPU, because its products are faster relative to its memory.
+    The default is large enough that the one addition to dW per buffer is cheap compared with the products. A GPU needs
+    more rows for that than a CPU, because its products are faster relative to its memory.
 
     Args:
         vocab: V.

@@ -91,8 +91,10 @@ def _status(scores: Scores, like: Tensor) -> Tensor:
 
 
 def _apart(scores: Scores) -> tuple[Tensor, Tensor]:
-    """Return copies of the blocks of rows and sequences. The blocks may share memory, which the results of an op may
-    not."""
+    """Return copies of the blocks of rows and sequences.
+
+    The blocks may share memory, which the results of an op may not.
+    """
     return scores.rows.clone(), scores.sequences.clone()
 
 

@@ -1,7 +1,7 @@
 """Put together rows whose vocabulary is cut among the ranks of a group.
 
 A rank's kernel gives the log-sum-exp of its columns, the label's logit if the label is among them, and the entropy if
-it is wanted. One exchange a chunk, of two or three fp64 numbers a row, turns them into the values of the whole row.
+it is wanted. One exchange per chunk, of two or three fp64 numbers per row, turns them into the values of the whole row.
 They have the same bits on every rank, so A has, too. After that, no rank needs anything from another to write the
 gradient of its columns.
 """

@@ -1,7 +1,7 @@
 """Give each run of a page a letter, a colour, a dash and a mark.
 
 The letter stands at the end of the run's curves and in the heads of tables, so that runs are told apart without their
-colours. Eight colours repeat after eight runs, and a dash or a mark is another one then.
+colours. There are eight colours. A run that shares its colour with an earlier one has another dash.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 from .runs import Run
 
 COLORS = 8
-#: What stands for the page's colour of text and lines in matplotlib's drawing. ``ink`` returns what stands for a run's.
+#: The colour in matplotlib's drawing that is replaced by the page's colour of text and lines. ``ink`` returns the one
+#: that is replaced by a run's colour.
 INK = "#00fe00"
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1.2)))

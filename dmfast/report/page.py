@@ -1,6 +1,7 @@
 """Write the page: verdicts and results, curves, samples, then what is folded: settings, machine, glossary.
 
-The page has no script and loads nothing from outside."""
+The page has no script and loads nothing from outside.
+"""
 
 from __future__ import annotations
 

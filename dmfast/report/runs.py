@@ -157,7 +157,7 @@ def _json(path: Path) -> Any:
         raise ValueError(f"can't read {path}: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(
-            f"{path} is no whole JSON ({error}): the run is writing it just now, or was ended while it did"
+            f"{path} is not complete JSON ({error}): the run is writing it just now, or was ended while it did"
         ) from error
 
 
@@ -234,7 +234,8 @@ def _prompt(prompt: Any) -> str:
 def _of_trainer(log: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """Read a run from transformers' state.
 
-    The first and the last evaluation are before and after. The fields that the state lacks are empty."""
+    The first and the last evaluation are before and after. The fields that the state lacks are empty.
+    """
     history = log["log_history"]
     evaluations = [h for h in history if "eval_kl_policy_base" in h]
     first = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else {}

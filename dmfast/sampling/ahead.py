@@ -140,8 +140,8 @@ class AsyncSampler:
         pause: seconds before the first repetition. The pause doubles before each further one.
 
     Raises:
-        TypeError: ``sampler`` is no sampler, or its forwards run in this process, as those of a ``LanguageModel`` do: a
-            thread would run the model while the main thread trains.
+        TypeError: ``sampler`` is not a sampler, or its forwards run in this process, as those of a ``LanguageModel``
+            do: a thread would run the model while the main thread trains.
         ValueError: a number is out of range.
     """
 
@@ -403,7 +403,7 @@ class AsyncSampler:
         """Check what ``load_state_dict`` would load.
 
         Raises:
-            ValueError: ``state`` is no state that ``state_dict`` returned.
+            ValueError: ``state`` did not come from ``state_dict``.
         """
         _requests_of(state, tokenizer)
 
@@ -432,7 +432,7 @@ def _requests_of(state: Any, tokenizer: PreTrainedTokenizerBase) -> list[_Reques
             samples = Samples(**each["samples"], tokenizer=tokenizer)
             found.append(_Request(_as_asked(**each["asked"]), int(each["version"]), _Task(None, samples)))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"this is no state of AsyncSampler.state_dict: {type(error).__name__}: {error}") from error
+        raise ValueError(f"this is not a state of AsyncSampler.state_dict: {type(error).__name__}: {error}") from error
     return found
 
 

@@ -20,7 +20,6 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -34,7 +33,7 @@ from ..forwards import module_of
 from ..kernels import warn_caller
 from ..models import AdapterView, LanguageModel, Source
 from ..ranks import OneProcess, Ranks
-from ..samples import Prompt, Samples
+from ..samples import Prompt, Samples, check_counts, check_temperature
 from ..seeds import seed_for
 from . import weights
 
@@ -134,8 +133,8 @@ class Engine:
 
     Args:
         like: the policy, or a model with the policy's tokenizer, context and tokens that end a sequence.
-        check_load: whether the first load proves that every parameter reaches the engine. The proof takes a second copy
-            of the model for that time. Without it loads are still compared by a few scores.
+        check_load: whether the first load proves that every parameter reaches the engine. A second copy of the model
+            takes memory during this proof. Without it loads are still compared by a few scores.
 
     Attributes:
         version: the number of the q that the engine holds.
@@ -233,7 +232,7 @@ class Engine:
         """Return the name of the adapter under which a model computes.
 
         Raises:
-            ValueError: there is none or more than one, or the engine can't take it.
+            ValueError: no adapter or more than one is active, or the engine can't take it.
         """
         module, facts = module_of(model), self.facts
         active = active_adapters(model) if has_adapter(model) else []
@@ -311,8 +310,9 @@ class Engine:
     ) -> Samples:  # fmt: skip
         """Draw n sequences of each prompt with the engine's own log q.
 
-        Several threads may call it where ``ranks`` is one process, with prompts that the main thread has made
+        If ``ranks`` is one process, several threads may call it, with prompts that the main thread has made
         ``token_ids``. Several ranks call it together, each in one thread.
+
         A sequence depends only on the seed and on its place, as far as the engine's kernels give the same logits in
         batches of other sizes.
 
@@ -327,10 +327,8 @@ class Engine:
             ValueError: as in ``LanguageModel.sample`` and in ``check``.
             EngineError: the engine failed or holds other weights than q's, after all retries.
         """
-        numbers = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature}
-        for name, number in numbers.items():
-            if not (isinstance(number, (int, float, Real)) and 0 < number < math.inf):
-                raise ValueError(f"{name} must be a number, positive and finite, got {number!r:.100}")
+        check_counts(n=n, max_new_tokens=max_new_tokens)
+        check_temperature(temperature)
         ids = self._ids(prompts, max_new_tokens, temperature)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         first = seed_for(seed, "an engine's sequences") + first_row
@@ -418,7 +416,7 @@ class Engine:
             )
         if not all(-9999.0 < value <= 1e-3 for value in values):  # vLLM gives -9999 for -inf
             raise EngineError(
-                f"{self.facts.name} gave values that are no log-probabilities, {min(values)} to {max(values)}: its "
+                f"{self.facts.name} gave values that are not log-probabilities, {min(values)} to {max(values)}: its "
                 "weights may hold NaN"
             )
 
@@ -491,7 +489,7 @@ class Engine:
         A policy that is sharded by FSDP is made whole in rank 0's memory, tensor by tensor.
 
         Raises:
-            TypeError, FileNotFoundError: the source is no model and no folder.
+            TypeError, FileNotFoundError: the source is neither a model nor a folder.
             ValueError: an adapter can't be merged, or the merged model computes another distribution; an engine that
                 takes adapters can't take this one; a folder holds only an adapter; a sharded model has an adapter, or
                 lies on processes that ``ranks`` does not name.

@@ -35,8 +35,8 @@ class ProcessSampler:
     With the same seed it draws the same sequences as an ``OfflineProposal``'s own copy, up to the rounding of another
     device. An ``AsyncSampler`` around it draws while the policy is trained.
 
-    q lies in a temporary folder, so that the next call starts a process that has died again with q. The call in which
-    it died raises ``ConnectionError``. The folder is removed in the end.
+    If the process dies, the call that was running raises ``ConnectionError``, and the next call starts another process
+    with the same q. q lies in a temporary folder for that, which is removed in the end.
 
     Args:
         policy: the model that is copied, as it is now.
@@ -48,7 +48,7 @@ class ProcessSampler:
         version: the value of ``Samples.version`` in its draws. An ``OfflineProposal`` assigns it.
 
     Raises:
-        TypeError: the policy is no ``LanguageModel``, or it holds something that can't be pickled.
+        TypeError: the policy is not a ``LanguageModel``, or it holds something that can't be pickled.
         ValueError: a number is not positive.
         OSError: the process can't be started.
     """

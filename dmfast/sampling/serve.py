@@ -14,6 +14,7 @@ from ..shipped import located
 _WORKER = "dmfast.sampling.vllm_worker.Worker"
 _OWN = ("--model", "--generation-config", "--override-generation-config", "--logprobs-mode", "--worker-extension-cls",
         "--logits-processors", "--speculative-config", "--quantization")  # fmt: skip
+_SHORT = {"-sc": "--speculative-config", "-q": "--quantization"}
 _IN_PARTS = "--enable-chunked-prefill"
 
 
@@ -42,12 +43,13 @@ def command(model: str, options: Sequence[str], *, host: str, port: int, dtype: 
         ValueError: dmfast sets one of the options itself, or the server would draw from another distribution with it.
             Or the server would crash on a CPU.
     """
-    own = [each for each in options if each.partition("=")[0] in _OWN]
+    names = [_name(each) for each in options]
+    own = [each for each, name in zip(options, names, strict=True) if name in _OWN]
     if own:
         raise ValueError(
             f"serve-proposal can't take {', '.join(own)}: dmfast sets it, or q would not be the model's distribution"
         )
-    if on_cpu and _IN_PARTS in options:
+    if on_cpu and _IN_PARTS in names:
         raise ValueError(
             f"serve-proposal can't take {_IN_PARTS} on a CPU, where vLLM crashes when it reads the prompt of a request "
             "with a seed in parts: leave it out"
@@ -58,6 +60,17 @@ def command(model: str, options: Sequence[str], *, host: str, port: int, dtype: 
         str(port), "--dtype", dtype, "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
         "--worker-extension-cls", _WORKER, *whole, *options,
     ]  # fmt: skip
+
+
+def _name(option: str) -> str:
+    """Return the name of an option as vLLM's parser reads it.
+
+    The parser takes an underscore for a dash, short names, and ``--name.key`` for a key of an option that is a mapping.
+    """
+    for short, name in _SHORT.items():
+        if option.startswith(short):
+            return name
+    return option.partition("=")[0].partition(".")[0].replace("_", "-")
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:

@@ -116,8 +116,8 @@ def scored_tokens(samples: Samples) -> list[list[int]]:
 class Contains(Feature):
     """A feature that is 1 if the continuation contains a word, one of several words or a match of a regex, and else 0.
 
-    Prompt and padding never count. Special tokens, EOS among them, are no part of the text. On tokens they are found if
-    a word is, or has, one of them.
+    Prompt and padding never count. Special tokens, EOS among them, are not part of the text. On tokens they are found
+    if a word is, or has, one of them.
 
     Args:
         word: a word or phrase.
@@ -162,7 +162,7 @@ class Contains(Feature):
             raise TypeError(f"any_of must be a list of strings, got the string {any_of!r}; pass it as word")
         words = [word] if word is not None else list(any_of or [])
         if regex is None and not words:
-            raise ValueError("any_of is empty")
+            raise ValueError("any_of is empty: pass at least one word")
         for each in words:
             if not isinstance(each, str):
                 raise TypeError(f"{given[0]} must be made of strings, got {each!r}")
@@ -237,7 +237,7 @@ class Contains(Feature):
         return False
 
     def _is_whole(self, ids: list[int], window: list[int], tokenizer: Any) -> bool:
-        """Return whether a word's tokens are no part of a longer word in the text of the tokens around them."""
+        """Return whether a word's tokens are not part of a longer word in the text of the tokens around them."""
         word = tokenizer.decode(ids)
         if word == tokenizer.decode(ids, skip_special_tokens=True):
             return self._search(tokenizer.decode(window, skip_special_tokens=True)) is not None

@@ -33,7 +33,7 @@ def batch_within(
         return 256
     of_head = getattr(config, "head_dim", None) or width // heads
     kept = getattr(config, "num_key_value_heads", None) or heads
-    # a text has no more tokens than characters
+    # a text rarely has more tokens than characters
     longest = max((_length(each) for each in prompts or [""]), default=0)
     size = next(iter(model.model.parameters())).element_size()
     cache = 2 * layers * kept * of_head * size * (longest + max_new_tokens)
@@ -67,7 +67,7 @@ def drawn_in_parts(
         in_rounds: whether each part has samples of all contexts.
         whose: the model that draws, for that line.
     """
-    if seed is None and isinstance(model, LanguageModel):  # one seed for all parts, which then are no repetitions
+    if seed is None and isinstance(model, LanguageModel):  # one seed for all parts, so that none repeats another
         seed = from_first(model.model, int(torch.randint(2**63 - 1, ())))
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed,
                            "batch_size": batch_size}  # fmt: skip

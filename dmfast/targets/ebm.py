@@ -363,7 +363,7 @@ class EBM:
         else:
             scored = None
         if len(samples) == 0:
-            raise ValueError("samples is empty")
+            raise ValueError("samples is empty: pass samples of the base, or contexts to draw for")
         samples.check_log_prob("a fit of lambda")
         self._check_from_base(samples)
         b, each_log_b, features = scored or self._scored(samples)

@@ -1,4 +1,4 @@
-"""Find the function that a recipe names by ``module:name``, or by ``file.py:name`` if the file is no module."""
+"""Find the function that a recipe names by ``module:name``, or by ``file.py:name`` if the file is not a module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, cast
 
 
 class FunctionOfFile:
-    """A function of a file that is no module. It can be pickled, so that worker processes load the file too.
+    """A function of a file that is not a module. It can be pickled, so that worker processes load the file too.
 
     Args:
         path: the file, relative to the working directory.

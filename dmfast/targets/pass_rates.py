@@ -89,7 +89,7 @@ def _rows(data: Any) -> list[Mapping[str, Any]]:
             f"got {type(data).__name__}"
         )
     if len(data) == 0:
-        raise ValueError("data is empty")
+        raise ValueError("data is empty: pass rows with prompts")
     source = data.with_format(None) if hasattr(data, "with_format") else data
     rows = [source[i] for i in range(len(source))]
     rows = [dict(row) if isinstance(row, Mapping) else {"prompt": row} for row in rows]
@@ -163,7 +163,7 @@ def read(rows: Sequence[Mapping[str, Any]] | None, argument: str = "rows") -> Te
 
 
 def _number(value: Any) -> float:
-    """Return a value as a number, also if it is a string, as in a text file. A value that is no number gives NaN."""
+    """Return a value as a number, also if it is a string, as in a text file. Any other value gives NaN."""
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -72,7 +72,7 @@ class Classifier(Scorer):
             raise ValueError(f"threshold must be above 0 and at most 1, got {threshold!r}")
         kind = getattr(model.config, "problem_type", None)
         if kind == "regression":
-            raise ValueError("the model was trained for regression, so its outputs are no probabilities: use Scorer")
+            raise ValueError("the model was trained for regression, so its outputs are not probabilities: use Scorer")
         super().__init__(
             self._classify, on="text", batch_size=batch_size, binary=output == "binary", cache=cache,
             name=label if name is None else name,

@@ -132,7 +132,8 @@ def _estimate_of(state: dict[str, Any]) -> Estimate:
 class _Dual:
     """The function f in the coordinates theta = lambda * scale.
 
-    ``y`` (M, F) is (phi - mu) / scale of the samples with b > 0."""
+    ``y`` (M, F) is (phi - mu) / scale of the samples with b > 0.
+    """
 
     y: Tensor
     log_b: Tensor  # (M,)
@@ -352,8 +353,8 @@ def _kl(phi: Tensor, log_u: Tensor, log_ratio: Tensor, context: Tensor, weight: 
     """Return KL(p||a), the mean over contexts, from u = p/q; each context has a ``weight`` of 1.
 
     Its error takes into account that log Z and lambda come from the same samples. Through lambda, KL moves with the
-    part of log p/a that is correlated with phi under p. That part is no error, because the moments are held. If b is
-    only 0 or 1, that part is all of log p/a, and only the error of log Z remains.
+    part of log p/a that is correlated with phi under p. That part is not an error, because the moments are held. If b
+    is only 0 or 1, that part is all of log p/a, and only the error of log Z remains.
     """
     u = log_u.exp()
     gap = torch.where(u > 0, log_u - log_ratio, 0.0)  # log p - log a

@@ -16,10 +16,9 @@ SETTINGS = (
     "objective", "reward_weights", "baseline", "beta", "alpha", "normalize", "normalize_alpha", "max_return",
     "max_weight", "entropy_coefficient", "temperature", "max_new_tokens", "samples_per_context", "uniform_groups",
     "beta_target_kl", "beta_horizon", "ppo_epochs", "ppo_clip", "on_policy", "partition", "z_floor",
-    "z_from_rows",
-    "proposal_criterion", "proposal_interval", "proposal_stderrs", "proposal_best_only", "proposal_check_samples",
-    "refit_ess", "learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "max_steps", "seed",
+    "z_from_rows", "proposal_criterion", "proposal_interval", "proposal_stderrs", "proposal_best_only",
+    "proposal_check_samples", "refit_ess", "learning_rate", "lr_scheduler_type", "warmup_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "seed",
 )  # fmt: skip
 
 

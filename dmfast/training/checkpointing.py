@@ -26,7 +26,7 @@ from .versions import remove_old_checkpoints
 
 
 class TiedParameters:
-    """The part of a trainer that misses no parameter which a checkpoint holds under the name of one tied to it."""
+    """The part of a trainer that does not report a parameter as missing if the checkpoint has it under a tied name."""
 
     model: nn.Module
 

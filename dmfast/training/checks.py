@@ -230,7 +230,7 @@ def _is_read(args: DMConfig, given: Mapping[str, str], key: str) -> bool:
     without = {name: each for name, each in given.items() if name != key}
     try:
         return bool(made_of({**given, key: "x"}) != made_of(without))
-    except (ValueError, TypeError, AttributeError, KeyError):  # x is no value of it, or it must not be left out
+    except (ValueError, TypeError, AttributeError, KeyError):  # x is not a value for it, or it must not be left out
         return True
 
 

@@ -113,7 +113,8 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
             objective that compares the sequences of a prompt gives them the weight 0. ``keep``: they count in the mean.
             ``skip``: the mean is over the others. ``redraw``: they are drawn again, up to ``max_redraws`` times, and
             then skipped. ``replace``: the same with other prompts of the data set in their place, at random (DAPO's
-            dynamic sampling); not with a stream. Only on-policy. ``n_uniform`` and ``n_redrawn`` are logged.
+            dynamic sampling), which a stream can't give. All but ``keep`` need ``on_policy``. ``n_uniform`` and
+            ``n_redrawn`` are logged.
         skip_zero_weight: whether sequences whose weight is known to be 0 before the policy's forward (those with P = 0
             under ``dpg``, for instance) get no forward. Off-policy, ``js_policy`` is then logged as NaN.
         on_policy: whether to sample from the policy itself. No proposal is kept then.
@@ -175,7 +176,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     warmup_steps: float = _field(10, "Steps of linear warm-up, or their share of all steps if below 1.")
     max_grad_norm: float = _field(0.0, "Maximum gradient norm; 0: no clipping.")
     logging_steps: float = _field(1, "Steps between log lines.")
-    remove_unused_columns: bool = _field(False, "Has no meaning here: the model sees the column 'prompt' only.")
+    remove_unused_columns: bool = _field(False, "No effect: the model only sees the column 'prompt'.")
     report_to: None | str | list[str] = _field("none", "Loggers, such as tensorboard.")  # noqa: RUF009, RUF036
     enable_jit_checkpoint: bool = _field(True, "SIGTERM saves a checkpoint.")
 
@@ -183,24 +184,24 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     baseline: float | str | None = _field(None, "None, a number, mean, leave_one_out or leave_one_out_context.")
     reward_weights: list[float] | None = _field(None, "The weights of several rewards.")  # noqa: RUF009
     beta: float | None = _field(None, "The KL coefficient of kl_control.")
-    beta_target_kl: float | None = _field(None, "The wanted KL(pi||a) in nats; None: beta is fixed.")
-    beta_horizon: float = _field(10_000, "In how many sequences beta may change by about e^0.2.")
+    beta_target_kl: float | None = _field(None, "The wanted KL(pi||a) in nats; None keeps beta fixed.")
+    beta_horizon: float = _field(10_000, "Beta may change by about e^0.2 in this many sequences.")
     ppo_epochs: int = _field(1, "Optimiser steps on each batch of samples.")
-    ppo_clip: float = _field(0.2, "Where the ratio is clipped, with more than one step on a batch.")
+    ppo_clip: float = _field(0.2, "The ratio is clipped to 1 -/+ this if a batch gets more than one step.")
     normalize: bool = _field(True, "False multiplies A by Z.")
-    alpha: float | None = _field(None, "Of the objective alpha.")
+    alpha: float | None = _field(None, "The alpha of the objective alpha.")
     normalize_alpha: bool = _field(True, "False leaves the factor 1/(1 - alpha) out of A.")
     max_return: float | None = _field(None, "Bounds (p/pi)^(1 - alpha) - 1 above.")
     max_weight: float | None = _field(None, "Bounds A to [-max_weight, max_weight].")
-    entropy_coefficient: float = _field(0.0, "What the policy's entropy is multiplied by in the loss; 0: no bonus.")
-    temperature: float = _field(1.0, "Of policy, proposal and base.")
+    entropy_coefficient: float = _field(0.0, "The factor of the policy's entropy in the loss; 0: no bonus.")
+    temperature: float = _field(1.0, "The temperature of policy, proposal and base.")
     max_prompt_length: int | None = _field(None, "Prompts of more tokens are left out.")
-    max_new_tokens: int = _field(64, "Where a sequence without EOS ends.")
+    max_new_tokens: int = _field(64, "The most tokens of a sequence.")
     samples_per_context: int | None = _field(None, "Sequences drawn from each prompt.")
     sampling_batch_size: int | None = _field(None, "Sequences at a time in sampling and scoring.")
     check_scores: bool = _field(True, "Check once that what the policy draws is what it scores.")
     uniform_groups: str = _field("keep", "Prompts whose sequences have one reward: keep, skip, redraw or replace.")
-    max_redraws: int = _field(4, "How often they are drawn again at most.")
+    max_redraws: int = _field(4, "With redraw or replace, the most times that such a prompt is drawn again.")
     skip_zero_weight: bool = _field(False, "No policy forward for sequences known to have weight 0.")
     on_policy: bool = _field(False, "Sample from the policy itself.")
     sampler: str = _field("model", "What draws from q: model, vllm, or the http:// address of a vLLM server.")
@@ -209,16 +210,16 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
     sampler_max_lag: int | None = _field(None, "The most swaps of q between a draw ahead and its use.")
     proposal_criterion: str = _field("kl", "When q becomes pi: kl, tvd, js, alpha or interval.")
     proposal_interval: int = _field(10, "Optimiser steps between checks of the proposal.")
-    proposal_stderrs: float = _field(0.0, "By how many standard errors pi must be nearer.")
+    proposal_stderrs: float = _field(0.0, "The number of standard errors by which pi must be nearer than q.")
     proposal_best_only: bool = _field(False, "Swap only if pi is nearer than at every earlier swap.")
     proposal_decay: float = _field(0.8, "Weight of a step's samples relative to the next step's.")
     proposal_check_samples: int = _field(0, "Fresh sequences of q for each check; 0: those of the training steps.")
-    proposal_device: str | None = _field(None, "Where q is kept; None: where the policy is.")
-    partition: str = _field("running", "running or step.")
-    z_floor: float | None = _field(None, "What Z is read as for a prompt of which nothing was right; None: left out.")
+    proposal_device: str | None = _field(None, "The device of q; None: the policy's device.")
+    partition: str = _field("running", "Z is that of all steps (running) or of one step (step).")
+    z_floor: float | None = _field(None, "The Z of a prompt none of whose sequences was right; None: weight 0.")
     z_from_rows: bool = _field(False, "Start Z of each prompt from the columns that EBM.fit_z makes.")
-    refit_ess: float = _field(0.0, "Below which effective sample size lambda is fitted again; 0: never.")
-    refit_samples: int = _field(2048, "Sequences of a proposal that lambda is fitted again from.")
+    refit_ess: float = _field(0.0, "Lambda is fitted again below this effective sample size; 0: never.")
+    refit_samples: int = _field(2048, "Sequences of a proposal from which lambda is fitted again.")
     eval_samples: int = _field(512, "Sequences of the policy at an evaluation.")
     eval_diversity: int = _field(0, "Sequences of an evaluation whose diversity is measured; 0: none.")
     eval_pass_k: list[int] | None = _field(None, "The k of pass@k in evaluations; None: 1, 4, 16, ...")  # noqa: RUF009
@@ -291,7 +292,7 @@ class DMConfig(TrainingArguments):  # type: ignore[misc]
         self._check_sampler()
 
     def _check_schedule(self) -> None:
-        """Refuse a scheduler that does not exist, and arguments of a scheduler that are no mapping.
+        """Refuse a scheduler that does not exist, and arguments of a scheduler that are not a mapping.
 
         Raises:
             ValueError: the message names the argument.

@@ -24,7 +24,7 @@ from ..models import LanguageModel
 from ..targets import pass_rates
 
 # words in the names of columns that a multimodal model would read beside the prompt, and words for the place of such
-# data; digits are no part of a word, so that base64 is "base"
+# data; digits are not part of a word, so that base64 is "base"
 _MEDIA = {"image", "images", "pixel", "pixels", "video", "videos", "audio", "audios"}
 _PLACES = {
     "url", "urls", "uri", "uris", "path", "paths", "file", "files", "filename", "filenames", "filepath", "data",
@@ -357,7 +357,8 @@ class StepSampler(Sampler[list[int]]):
 class ContextLoader(DataLoader[Any]):
     """A loader of microbatches as lists of (row, prompt).
 
-    accelerate must not shard this loader, because the sampler has done so."""
+    accelerate must not shard this loader, because the sampler has done so.
+    """
 
     def __init__(self, contexts: Contexts, sampler: StepSampler) -> None:
         super().__init__(contexts, batch_sampler=sampler, collate_fn=list)

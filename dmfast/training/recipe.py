@@ -106,7 +106,7 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
     except OSError as error:
         raise RecipeError(f"can't read the recipe {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is no YAML: {error}") from error
+        raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise RecipeError(f"{path} must hold a mapping with the entries {', '.join(_KEYS)}")
     for dotted, value in (overrides or {}).items():
@@ -115,7 +115,7 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[s
         for key in way:
             place = place.setdefault(key, {})
             if not isinstance(place, dict):
-                raise RecipeError(f"can't set {dotted}: {key} is no mapping")
+                raise RecipeError(f"can't set {dotted}: {key} is not a mapping")
         place[last] = value
     _check_keys(recipe, _KEYS, str(path))
     for key in ("model", "constraints", "train"):
@@ -293,7 +293,7 @@ def _read_prompts(path: Path) -> list[Any]:
         try:
             row = json.loads(line) if line.strip() else ""
         except json.JSONDecodeError as error:  # its own text would call every line "line 1"
-            raise ValueError(f"line {number} is no JSON: {error.msg}, at column {error.colno}") from error
+            raise ValueError(f"line {number} is not JSON: {error.msg}, at column {error.colno}") from error
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
         fault = fault_of_row(row)
@@ -376,7 +376,8 @@ def _model_and_base(
     """Return the module to train, and the base a.
 
     If an adapter is trained that can be switched off, a shares its backbone. Otherwise a is a copy of the model, and if
-    there is an adapter, ``say`` reports why."""
+    there is an adapter, ``say`` reports why.
+    """
     if not lora:
         return policy.model, policy.around(copy.deepcopy(policy.model).requires_grad_(False))
     import peft

@@ -85,11 +85,10 @@ HONOURED = (
 _PLURAL = ("the base's weights", "the pointwise constraints", "the moments")
 _LENGTH = 200  # characters of a value in a message
 
-#: These may change without a word, since they change no result.
+#: These may change without a message, because they change no result.
 NOT_COMPARED = (
     "sampling_batch_size", "check_scores", "sampler_options", "proposal_device", "eval_samples", "eval_diversity",
-    "eval_pass_k", "eval_threshold",
-    "log_samples", "gather_for_sampling", "gradient_variance_steps", "patience_zero",
+    "eval_pass_k", "eval_threshold", "log_samples", "gather_for_sampling", "gradient_variance_steps", "patience_zero",
 )  # fmt: skip
 
 #: The settings that the length of a run in steps depends on, and therefore its schedule.

@@ -64,9 +64,9 @@ def read(folder: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             if not (isinstance(row["text"], str) and isinstance(row["step"], int) and row["evaluation"]):
-                raise ValueError("text is no string or step no number")
+                raise ValueError("it needs evaluation, text (a string) and step (an integer)")
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}, line {number}, is no row of samples: {error}") from error
+            raise ValueError(f"{path}, line {number}, is not a row of samples: {error}") from error
         found.append(row)
     return found
 

@@ -476,7 +476,8 @@ class DMTrainer(EvaluatingTrainer):
     def _install_jit(self) -> JITCheckpoint | None:
         """Install transformers' checkpoint at SIGTERM for this run, if this is the main thread.
 
-        The constructor of transformers' Trainer would install it for good, and in any thread."""
+        The constructor of transformers' Trainer would install it for good, and in any thread.
+        """
         if not self.args.enable_jit_checkpoint:
             return None
         if threading.current_thread() is not threading.main_thread():

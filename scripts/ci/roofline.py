@@ -2,11 +2,10 @@
 
 This is a model, and no device is involved. Bytes are those that csrc/cuda/plan.h declares and trace.sh counts.
 Instructions for each logit are those of a kernel's inner loops in the machine code, on the shortest way through a loop,
-as benchmarks/results/aot.json has them.
-Where threads keep a running maximum, the longer way on which they take a new one also counts, as often as a warp takes
-it on random logits. Each instruction goes to a unit of the multiprocessor. The kernel is limited by whatever takes
-longest: a unit, the issue of instructions, or memory at the bandwidth of the data sheet. The model leaves out
-latencies, caches, the beginnings and ends of rows, and clocks below the data sheet's.
+as benchmarks/results/aot.json has them. Where threads keep a running maximum, the longer way on which they take a new
+one also counts, as often as a warp takes it on random logits. Each instruction goes to a unit of the multiprocessor.
+The kernel is limited by whatever takes longest: a unit, the issue of instructions, or memory at the bandwidth of the
+data sheet. The model leaves out latencies, caches, the beginnings and ends of rows, and clocks below the data sheet's.
 
     python scripts/ci/roofline.py [FILE WRITTEN]    checks FILE, and writes it to WRITTEN with the current figures
 """

@@ -2,10 +2,10 @@
 
     python scripts/tiny_bios/generate.py
 
-The script writes one biography a line, tokens separated by spaces, to ``CACHE/biographies.txt`` and
-the definitions of the text features to ``dmfast/data/tiny_bios/features.json``. The same seed gives
-the same text. No line is about a real person: first name, surname, dates, nationality,
-occupation and deeds are drawn independently or from sentence parts.
+The script writes one biography per line, with spaces between tokens, to ``CACHE/biographies.txt``, and the definitions
+of the text features to ``dmfast/data/tiny_bios/features.json``. The same seed gives the same text. No line is about a
+real person: first name, surname, dates, nationality, occupation and deeds are drawn independently or from sentence
+parts.
 
 The sources are fetched into the cache folder by their package names:
 
